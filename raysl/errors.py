@@ -1,0 +1,26 @@
+"""What a user did wrong, said so that they can mend it."""
+
+import difflib
+from collections.abc import Iterable
+
+
+class UserError(Exception):
+    """A mistake in the input, the configuration or the machine that the user can mend.
+
+    The message is one paragraph: it names the thing, its value, what is allowed and what to do. The command
+    line prints it without a traceback and exits with code 2.
+    """
+
+
+def unknown(kind: str, name: str, known: Iterable[str]) -> UserError:
+    """The error for a name that does not exist, answering with the nearest one that does.
+
+    Args:
+        kind: what is being named, as the user would say it ("trunk", "pretext transform").
+        name: the name that was given.
+        known: every name that would have been accepted.
+    """
+    names = sorted(known)
+    near = difflib.get_close_matches(name, names, n=1, cutoff=0.5)
+    hint = f"Did you mean {near[0]!r}? " if near else ""
+    return UserError(f"Unknown {kind} {name!r}. {hint}Known: {', '.join(names)}.")

@@ -1,0 +1,156 @@
+"""Trunks: networks from uint8 images to features, by name, with torchvision's weights layout inside."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Literal
+
+import torch
+from torch import Tensor, nn
+
+from raysl.errors import UserError, unknown
+
+IMAGENET_MEAN = (0.485, 0.456, 0.406)
+IMAGENET_STD = (0.229, 0.224, 0.225)
+
+
+@dataclass(frozen=True)
+class TrunkConfig:
+    """Which network is trained.
+
+    Args:
+        name: "small" (for two CPU cores and small images) or any torchvision ResNet-like classifier by name,
+            such as "resnet18", "resnet50" or "wide_resnet50_2".
+        stem: "standard" keeps the 7x7 stride-2 convolution and the max-pool; "small" replaces them by one 3x3
+            convolution, for images of 64 pixels or less. Only for ResNets.
+        norm: "batch" normalises over the images of one worker, as published; "group" normalises each image alone,
+            so that gradients do not depend on how many workers share the batch.
+    """
+
+    name: str = "small"
+    stem: Literal["standard", "small"] = "standard"
+    norm: Literal["batch", "group"] = "batch"
+
+
+class Trunk(nn.Module):
+    """uint8 images in, features out. The normalisation constants are part of it and are saved with it.
+
+    `body` holds the network alone, under the names of torchvision, so that its state dict loads there.
+    """
+
+    mean: Tensor
+    std: Tensor
+
+    def __init__(self, body: nn.Module, width: int) -> None:
+        super().__init__()
+        self.body = body
+        self.width = width
+        self.register_buffer("mean", torch.tensor(IMAGENET_MEAN).view(1, 3, 1, 1) * 255)
+        self.register_buffer("std", torch.tensor(IMAGENET_STD).view(1, 3, 1, 1) * 255)
+
+    def forward(self, images_bchw: Tensor) -> Tensor:
+        """Features of a batch.
+
+        Args:
+            images_bchw: uint8, or float in the range 0 to 255.
+
+        Returns:
+            float (b, width), pooled over the image.
+        """
+        features: Tensor = self.body((images_bchw.to(self.mean.dtype) - self.mean) / self.std)
+        return features.flatten(1)
+
+
+def encode(trunk: nn.Module, views_bpchw: Tensor) -> Tensor:
+    """Features of every crop in one pass: folds the crops into the batch and unfolds their features.
+
+    One pass and not P: nine passes over a jigsaw would give each slot batch statistics of its own, a cue to its
+    position, and nine updates of the running statistics.
+
+    Returns:
+        float (b, p, width).
+    """
+    b, p = views_bpchw.shape[:2]
+    features: Tensor = trunk(views_bpchw.flatten(0, 1))
+    return features.view(b, p, -1)
+
+
+def build(config: TrunkConfig) -> Trunk:
+    """A new trunk with weights from torch's global generator.
+
+    Raises:
+        UserError: the name or the stem does not exist, or does not fit.
+    """
+    norm = _norm(config.norm)
+    if config.name == "small":
+        body: nn.Module = SmallTrunk(norm)
+        return Trunk(body, SmallTrunk.width)
+    from torchvision import models
+
+    names = ["small", *(n for n in models.list_models(models) if "resn" in n and "quantized" not in n)]
+    if config.name not in names:
+        raise unknown("trunk", config.name, names)
+    body = models.get_model(config.name, weights=None, norm_layer=norm)
+    head: nn.Linear = body.fc
+    width = head.in_features
+    body.fc = nn.Identity()
+    if config.stem == "small":
+        channels = body.conv1.out_channels
+        body.conv1 = nn.Conv2d(3, channels, 3, stride=1, padding=1, bias=False)
+        nn.init.kaiming_normal_(body.conv1.weight, mode="fan_out", nonlinearity="relu")
+        body.maxpool = nn.Identity()
+    elif config.stem != "standard":
+        raise UserError(f"Unknown stem {config.stem!r}. Known: small, standard.")
+    return Trunk(body, width)
+
+
+def _norm(name: str) -> Callable[[int], nn.Module]:
+    if name == "batch":
+        return nn.BatchNorm2d
+    if name == "group":
+        return lambda channels: nn.GroupNorm(min(32, channels // 4), channels)
+    raise unknown("norm", name, ["batch", "group"])
+
+
+class SmallTrunk(nn.Module):
+    """A residual network of about a million weights for images of 16 to 64 pixels on two CPU cores.
+
+    Four stages named as in torchvision's ResNets; one residual block each. 14 M multiply-adds at 32 pixels.
+    """
+
+    width = 256
+
+    def __init__(self, norm: Callable[[int], nn.Module]) -> None:
+        super().__init__()
+        self.conv1 = nn.Conv2d(3, 32, 3, padding=1, bias=False)
+        self.bn1 = norm(32)
+        self.relu = nn.ReLU(inplace=True)
+        self.layer1 = _Block(32, 64, 2, norm)
+        self.layer2 = _Block(64, 128, 2, norm)
+        self.layer3 = _Block(128, 256, 2, norm)
+        self.avgpool = nn.AdaptiveAvgPool2d(1)
+
+    def forward(self, images_bchw: Tensor) -> Tensor:
+        x = self.relu(self.bn1(self.conv1(images_bchw)))
+        x = self.layer3(self.layer2(self.layer1(x)))
+        pooled: Tensor = self.avgpool(x)
+        return pooled.flatten(1)
+
+
+class _Block(nn.Module):
+    """A basic residual block that halves the image."""
+
+    def __init__(self, channels_in: int, channels_out: int, stride: int, norm: Callable[[int], nn.Module]) -> None:
+        super().__init__()
+        self.conv1 = nn.Conv2d(channels_in, channels_out, 3, stride, padding=1, bias=False)
+        self.bn1 = norm(channels_out)
+        self.conv2 = nn.Conv2d(channels_out, channels_out, 3, padding=1, bias=False)
+        self.bn2 = norm(channels_out)
+        self.downsample = nn.Sequential(nn.Conv2d(channels_in, channels_out, 1, stride, bias=False), norm(channels_out))
+        self.relu = nn.ReLU(inplace=True)
+
+    def forward(self, x: Tensor) -> Tensor:
+        out = self.relu(self.bn1(self.conv1(x)))
+        out = self.bn2(self.conv2(out))
+        return self.relu(out + self.downsample(x))  # type: ignore[no-any-return]
