@@ -1,0 +1,48 @@
+# A new machine needs git, make and python3 with pip. `make demo` shows what raysl does; `make test` tests it.
+# Everything is installed inside this folder, and again only when pyproject.toml or constraints.txt has changed.
+
+.PHONY: demo test test-all check clean
+.NOTPARALLEL:
+
+SCRIPTS := $(wildcard experiments/*.py benchmarks/*.py)
+# Asking for the version and not only for the file: a pyenv shim exists even where it has nothing to run.
+UV := $(shell uv --version >/dev/null 2>&1 && echo uv || echo .uv/bin/uv)
+
+demo: .venv/.installed
+	@.venv/bin/raysl demo
+
+test: .venv/.installed
+	@echo "make: running the tests, without the slow ones"
+	@.venv/bin/python -m pytest -m "not slow"
+
+test-all: .venv/.installed
+	@echo "make: running all tests"
+	@.venv/bin/python -m pytest
+
+check: .venv/.installed
+	@echo "make: checking format, lint and types"
+	@.venv/bin/ruff format --check .
+	@.venv/bin/ruff check .
+	@.venv/bin/mypy raysl tests $(SCRIPTS)
+
+clean:
+	rm -rf .venv .uv build dist *.egg-info .pytest_cache .mypy_cache .ruff_cache .hypothesis
+	find . -name __pycache__ -type d -prune -exec rm -rf {} +
+
+# Without compiled bytecode every Ray worker would compile torch anew (PYTHONDONTWRITEBYTECODE may be set).
+.venv/.installed: pyproject.toml constraints.txt | $(filter .uv/bin/uv,$(UV))
+	@.venv/bin/python -c "" 2>/dev/null || { rm -rf .venv; \
+	  echo "make: creating the virtual environment .venv"; \
+	  $(UV) venv --quiet --python '>=3.11,<3.15' .venv || { \
+	    echo "make: raysl needs Python 3.11 to 3.14, and $$(python3 --version 2>&1) is what python3 is here." >&2; \
+	    echo "make: install one of them (for example: apt install python3.12) and run the same command again." >&2; \
+	    exit 1; }; }
+	@echo "make: installing raysl and what it needs into .venv (about 3 GB the first time, mostly torch)"
+	@$(UV) pip install --python .venv/bin/python --constraint constraints.txt --compile-bytecode --editable '.[dev]'
+	@touch $@
+
+# --target works on every pip: it needs no user site and is not refused on a system-managed Python.
+.uv/bin/uv:
+	@echo "make: there is no uv here; fetching it into .uv/ (nothing outside this folder is touched)"
+	@PIP_USER=0 PIP_REQUIRE_VIRTUALENV=0 python3 -m pip install --quiet --upgrade --target .uv uv || { \
+	  echo "make: python3 with pip is needed (for example: apt install python3-pip), or uv itself." >&2; exit 1; }
