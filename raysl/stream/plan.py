@@ -1,0 +1,181 @@
+"""Which image is at which place of the stream: a pure function of (seed, data set, batch size), of nothing else.
+
+The stream is one sequence over all epochs: place p belongs to epoch p // N. A batch that straddles two epochs is an
+ordinary batch, so nothing is dropped, padded or repeated, and every index occurs exactly once in each epoch.
+
+Order inside an epoch: a keyed permutation of the row groups; consecutive ones form windows; a keyed permutation of
+the rows inside each window. A window is read at once, so reading stays sequential and remote storage is read about
+once per epoch.
+
+From places to batches: `stretch` steps share `stretch * batch_size` consecutive places, divided into `LANES` runs.
+The batch of a step takes its rows from every run, so it mixes distant windows, and worker r of W takes the r-th part
+of each batch, which lies in its own runs: workers do not read each other's windows. Neither the batch nor its order
+depends on W.
+"""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass, field
+from functools import lru_cache
+
+import numpy as np
+import numpy.typing as npt
+
+from raysl import rng
+from raysl.dataset import DataSet
+from raysl.errors import UserError
+
+Integers = npt.NDArray[np.int64]
+
+LANES = 8
+WINDOW_ROWS = 4096
+WINDOW_BYTES = 32 << 20
+
+
+@dataclass(frozen=True)
+class Rows:
+    """Rows of a data set to be read together.
+
+    Args:
+        indices_b: int64 (b,), into the data set.
+        epochs_b: int64 (b,), the epoch in which each is visited.
+    """
+
+    indices_b: Integers
+    epochs_b: Integers
+
+    def __len__(self) -> int:
+        return len(self.indices_b)
+
+
+@dataclass(frozen=True)
+class Plan:
+    """The order of a run.
+
+    Args:
+        row_group_starts: int64 (groups + 1,), see `DataSet.row_group_starts`.
+        batch_size: images in the global batch.
+        seed: seed of the run.
+        groups_per_window: consecutive row groups of the permuted order whose rows are mixed.
+        stretch: steps whose batches are cut from one piece of the order.
+        num_steps: steps of the run; every image is visited `epochs` times, and the last batch is topped up from the
+            epoch after.
+    """
+
+    row_group_starts: Integers = field(repr=False)
+    batch_size: int
+    seed: int
+    groups_per_window: int
+    stretch: int
+    num_steps: int
+
+    @staticmethod
+    def of(dataset: DataSet, batch_size: int, seed: int, epochs: float) -> Plan:
+        """The plan of a run over `dataset`.
+
+        Raises:
+            UserError: the batch size or the number of epochs is not positive, or the batch is larger than the data.
+        """
+        if epochs <= 0:
+            raise UserError(f"epochs is {epochs}; it must be more than 0.")
+        if batch_size < 1:
+            raise UserError(f"batch_size is {batch_size}; it must be at least 1.")
+        if batch_size > dataset.num_images:
+            raise UserError(
+                f"batch_size is {batch_size} and the data set has {dataset.num_images} images. Use a batch of at most "
+                "that many, or more images."
+            )
+        starts = dataset.row_group_starts
+        rows_per_group = dataset.num_images / (len(starts) - 1)
+        bytes_per_row = max(1.0, dataset.manifest.num_bytes / dataset.num_images)
+        window_rows = min(WINDOW_ROWS, WINDOW_BYTES / bytes_per_row)
+        groups_per_window = max(1, round(window_rows / rows_per_group))
+        stretch = max(1, math.ceil(LANES * groups_per_window * rows_per_group / batch_size))
+        num_steps = math.ceil(epochs * dataset.num_images / batch_size)
+        return Plan(starts, batch_size, seed, groups_per_window, stretch, num_steps)
+
+    @property
+    def num_images(self) -> int:
+        return int(self.row_group_starts[-1])
+
+    def rows(self, step: int, rank: int = 0, world: int = 1) -> Rows:
+        """The images of one worker at one step, in the order in which they come.
+
+        Args:
+            step: 0-based step of the run, below `num_steps`.
+            rank: the worker.
+            world: number of workers; must divide the batch size.
+        """
+        return self.locate(self.places(step, rank, world))
+
+    def places(self, step: int, rank: int = 0, world: int = 1) -> Integers:
+        """int64 (batch_size / world,): places in the stream."""
+        local = self.batch_size // world
+        if local * world != self.batch_size:
+            raise UserError(
+                f"A batch of {self.batch_size} cannot be divided over {world} workers. Choose a batch size that is a "
+                f"multiple of {world}, such as {max(1, local) * world}."
+            )
+        first_step = step - step % self.stretch
+        # The last piece may be shorter, so that the run ends where its last epoch ends.
+        steps = min(self.stretch, self.num_steps - first_step)
+        lanes = math.gcd(self.batch_size, LANES)
+        rows_per_lane = self.batch_size // lanes
+        within_batch = rank * local + np.arange(local, dtype=np.int64)
+        lane, row = np.divmod(within_batch, rows_per_lane)
+        return first_step * self.batch_size + (lane * steps + step - first_step) * rows_per_lane + row
+
+    def locate(self, places: Integers) -> Rows:
+        """The images at the given places of the stream."""
+        epochs, offsets = np.divmod(places, self.num_images)
+        indices = np.empty_like(places)
+        for epoch in np.unique(epochs):
+            here = epochs == epoch
+            indices[here] = self._locate_in_epoch(int(epoch), offsets[here])
+        return Rows(indices, epochs)
+
+    def _locate_in_epoch(self, epoch: int, offsets: Integers) -> Integers:
+        groups, starts = _epoch_order(self, epoch)
+        window_starts = starts[:: self.groups_per_window]
+        window_of = np.searchsorted(window_starts, offsets, side="right") - 1
+        indices = np.empty_like(offsets)
+        for window in np.unique(window_of):
+            here = window_of == window
+            rows = _window_rows(self, epoch, int(window))
+            indices[here] = rows[offsets[here] - window_starts[window]]
+        return indices
+
+    def __hash__(self) -> int:
+        return hash((self.num_images, self.batch_size, self.seed, self.groups_per_window, self.stretch, self.num_steps))
+
+    def __eq__(self, other: object) -> bool:
+        if not isinstance(other, Plan):
+            return NotImplemented
+        return (
+            self.batch_size == other.batch_size
+            and self.seed == other.seed
+            and self.groups_per_window == other.groups_per_window
+            and self.stretch == other.stretch
+            and self.num_steps == other.num_steps
+            and np.array_equal(self.row_group_starts, other.row_group_starts)
+        )
+
+
+@lru_cache(maxsize=4)
+def _epoch_order(plan: Plan, epoch: int) -> tuple[Integers, Integers]:
+    """The row groups in the order of the epoch, and the offset in the epoch at which each of them starts."""
+    groups = rng.generator(plan.seed, "row groups", epoch).permutation(len(plan.row_group_starts) - 1)
+    sizes = np.diff(plan.row_group_starts)[groups]
+    return groups, np.cumsum(sizes) - sizes
+
+
+@lru_cache(maxsize=64)
+def _window_rows(plan: Plan, epoch: int, window: int) -> Integers:
+    """The indices of one window in the order of the epoch."""
+    groups, _ = _epoch_order(plan, epoch)
+    first = window * plan.groups_per_window
+    starts = plan.row_group_starts
+    mine = groups[first : first + plan.groups_per_window]
+    rows = np.concatenate([np.arange(starts[g], starts[g + 1]) for g in mine])
+    return rng.generator(plan.seed, "window", epoch, window).permutation(rows)

@@ -1,0 +1,228 @@
+"""Batches through Ray Data: tasks read, decode, cut and transform; the trainer gets uint8 views in plan order.
+
+Each training worker runs one Ray Data pipeline over its own part of the plan, for all epochs, starting at any step.
+Only step numbers travel to the tasks; image bytes are read where they are decoded. Order is kept, so a task may run
+ahead of the trainer but its batches are handed over in turn. Every batch carries the indices that it holds and they
+are checked against the plan on arrival: a stream that loses or repeats an image is an error, not a worse model.
+"""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass, field
+from typing import Any, Literal
+
+import numpy as np
+import numpy.typing as npt
+import torch
+from torch import Tensor
+
+from raysl.dataset import DataSet
+from raysl.errors import UserError
+from raysl.rng import Draws
+from raysl.stream.decode import DecodeError, cut
+from raysl.stream.plan import Plan, Rows
+from raysl.views import View
+
+Columns = dict[str, npt.NDArray[Any]]
+
+BLOCK_BYTES = 4 << 20
+# Read tasks of one Ray Data execution. Their list is made up front, which takes a second for this many.
+SEGMENT = 4096
+
+
+@dataclass(frozen=True)
+class StreamConfig:
+    """How images reach the trainers.
+
+    Args:
+        place: where views are made from the source crops: "data" in the Ray Data tasks, "trainer" on the training
+            device. The pixels are the same.
+    """
+
+    place: Literal["data", "trainer"] = "data"
+
+
+@dataclass(frozen=True)
+class DataShare:
+    """CPUs that one pipeline may use.
+
+    Args:
+        cpus_per_task: logical CPUs of one data task.
+        cpus: logical CPUs of all tasks of the pipeline together.
+    """
+
+    cpus_per_task: float = 1.0
+    cpus: float = 1.0
+
+
+@dataclass
+class Batch:
+    """What one training worker gets at one step.
+
+    Args:
+        step: of the run.
+        rows: indices and epochs of the images.
+        labels_b: int64 (b,), classes from the data set; None when it has none.
+        views: uint8 (b, p, c, h, w) by name.
+        targets: int64 (b,) by view, the label of the pretext transform; a view without one is absent.
+        wait_s: seconds that the trainer waited for it.
+    """
+
+    step: int
+    rows: Rows
+    labels_b: Tensor | None
+    views: dict[str, Tensor]
+    targets: dict[str, Tensor]
+    wait_s: float = 0.0
+
+    @property
+    def indices_b(self) -> Tensor:
+        """int64 (b,), on the CPU."""
+        return torch.from_numpy(self.rows.indices_b)
+
+
+@dataclass(frozen=True)
+class Stream:
+    """The stream of one training worker.
+
+    Args:
+        dataset: where the images are.
+        plan: which of them when.
+        views: what is made of each image, by name.
+        config: see `StreamConfig`.
+        share: see `DataShare`.
+        rank: this worker.
+        world: number of workers.
+        device: where the tensors of the batches are put.
+    """
+
+    dataset: DataSet
+    plan: Plan
+    views: Mapping[str, View]
+    config: StreamConfig = field(default_factory=StreamConfig)
+    share: DataShare = field(default_factory=DataShare)
+    rank: int = 0
+    world: int = 1
+    device: torch.device = torch.device("cpu")
+
+    def batches(self, start_step: int = 0) -> Iterator[Batch]:
+        """Yields the batches of steps start_step, start_step + 1, ... to the end of the plan.
+
+        Raises:
+            UserError: a shard of the data set is damaged.
+        """
+        step = start_step
+        while step < self.plan.num_steps:
+            end = min(self.plan.num_steps, (step // self.plan.stretch + SEGMENT) * self.plan.stretch)
+            yield from self._segment(step, end)
+            step = end
+
+    def _segment(self, step: int, end: int) -> Iterator[Batch]:
+        local = self.plan.batch_size // self.world
+        arrivals = iter(self._pipeline(step, end).iter_batches(batch_size=local, prefetch_batches=2))
+        while step < end:
+            started = time.perf_counter()
+            columns = next(arrivals)
+            batch = self._batch(step, columns)
+            batch.wait_s = time.perf_counter() - started
+            yield batch
+            step += 1
+
+    def _pipeline(self, step: int, end: int) -> Any:
+        """A Ray Data set whose rows are the images of this worker for steps step .. end - 1."""
+        import ray.data
+        from ray.data import ExecutionResources
+
+        first = step // self.plan.stretch
+        num_tasks = -(-end // self.plan.stretch) - first
+        context = ray.data.DataContext.get_current()
+        context.execution_options.preserve_order = True
+        context.execution_options.resource_limits = ExecutionResources.for_limits(cpu=self.share.cpus)
+        context.target_max_block_size = BLOCK_BYTES
+        # A task must be able to finish ahead of its turn, or tasks beyond the first would wait for the trainer.
+        context._max_num_blocks_in_streaming_gen_buffer = 64
+        context.enable_progress_bars = False
+        context.print_on_execution_start = False
+        load = _Load(self, step, end)
+        return ray.data.range(num_tasks, override_num_blocks=num_tasks).map_batches(
+            load, batch_size=None, num_cpus=self.share.cpus_per_task
+        )
+
+    def _batch(self, step: int, columns: Columns) -> Batch:
+        expected = self.plan.rows(step, self.rank, self.world)
+        if not np.array_equal(columns["index"], expected.indices_b):
+            raise RuntimeError(
+                f"The stream brought other images than the plan says at step {step} to worker {self.rank} of "
+                f"{self.world}. This is a defect of raysl; please report it."
+            )
+        parts: dict[str, dict[str, Tensor]] = {"view": {}, "target": {}, "crop": {}}
+        for column, values in columns.items():
+            kind, _, name = column.partition("/")
+            if name:
+                parts[kind][name] = self._to_device(values)
+        labels = self._to_device(columns["label"]) if "label" in columns else None
+        batch = Batch(step, expected, labels, parts["view"], parts["target"])
+        return self.finish(batch, parts["crop"])
+
+    def _to_device(self, values: npt.NDArray[Any]) -> Tensor:
+        # Ray hands out read-only views of its object store; torch wants memory of its own.
+        return torch.from_numpy(values.copy()).to(self.device, non_blocking=True)
+
+    def finish(self, batch: Batch, crops: Mapping[str, Tensor]) -> Batch:
+        """Makes the views of a batch from its source crops, on the device the crops are on."""
+        draws = Draws(self.plan.seed, batch.rows.epochs_b, batch.rows.indices_b)
+        for name, crops_bchw in crops.items():
+            made = self.views[name](crops_bchw, draws.named(name).to(crops_bchw.device))
+            batch.views[name] = made.crops_bpchw
+            if made.label_b is not None:
+                batch.targets[name] = made.label_b
+        return batch
+
+
+@dataclass(frozen=True)
+class _Load:
+    """The function of a data task: the batches of one stretch of steps."""
+
+    stream: Stream
+    start: int
+    end: int
+
+    def __call__(self, task: Columns) -> Iterator[Columns]:
+        plan = self.stream.plan
+        for number in task["id"]:
+            first = max(self.start, (self.start // plan.stretch + int(number)) * plan.stretch)
+            last = min(self.end, first - first % plan.stretch + plan.stretch)
+            yield from self._steps(list(range(first, last)))
+
+    def _steps(self, steps: list[int]) -> Iterator[Columns]:
+        stream = self.stream
+        rows = [stream.plan.rows(step, stream.rank, stream.world) for step in steps]
+        table = stream.dataset.read(np.concatenate([r.indices_b for r in rows]))
+        offset = 0
+        for one in rows:
+            part = table.slice(offset, len(one))
+            offset += len(one)
+            columns: Columns = {"index": one.indices_b}
+            if "label" in part.column_names:
+                columns["label"] = part.column("label").to_numpy()
+            columns.update(self._pixels(part.column("image").to_pylist(), one))
+            yield columns
+
+    def _pixels(self, images: list[bytes], rows: Rows) -> Columns:
+        stream = self.stream
+        draws = Draws(stream.plan.seed, rows.epochs_b, rows.indices_b)
+        try:
+            crops = cut(images, {name: view.source for name, view in stream.views.items()}, draws)
+        except DecodeError as error:
+            raise UserError(
+                f"An image of the data set at {str(stream.dataset.folder)!r} that could be decoded when it was "
+                f"ingested no longer can: {error}. A shard is damaged; ingest the source again."
+            ) from error
+        if stream.config.place == "trainer":
+            return {f"crop/{name}": crops_bchw.numpy() for name, crops_bchw in crops.items()}
+        made = stream.finish(Batch(0, rows, None, {}, {}), crops)
+        columns = {f"view/{name}": view.numpy() for name, view in made.views.items()}
+        columns.update({f"target/{name}": target.numpy() for name, target in made.targets.items()})
+        return columns
