@@ -1,0 +1,167 @@
+"""Sets of orders of the tiles of a jigsaw, chosen to lie far apart.
+
+Noroozi and Favaro 2016, "Unsupervised learning of visual representations by solving jigsaw puzzles", algorithm 1:
+greedily add the order whose Hamming distance to those already chosen is largest, on average or at the least.
+"""
+
+from __future__ import annotations
+
+import functools
+import hashlib
+import math
+from dataclasses import dataclass
+from typing import Any, Literal
+
+import numpy as np
+import numpy.typing as npt
+
+from raysl.errors import UserError, unknown
+from raysl.rng import generator
+
+Criterion = Literal["max_min", "max_avg", "random"]
+Orders = npt.NDArray[np.uint8]
+
+# 9! and a little more: what can be listed at once. Larger sets are chosen from a random sample of this size.
+_MAX_LISTED = 400_000
+
+
+@dataclass(frozen=True)
+class PermutationSet:
+    """Orders of n tiles.
+
+    Args:
+        order_kp: uint8 (k, n), row j being the j-th order: slot p shows tile order_kp[j, p]. Read-only.
+        min_hamming: smallest number of positions in which two of the orders differ; n when there is only one.
+        mean_hamming: mean over all pairs; n when there is only one order.
+        digest: hash of the orders, equal for equal sets on every machine.
+    """
+
+    order_kp: Orders
+    min_hamming: int
+    mean_hamming: float
+    digest: str
+
+    def __reduce__(self) -> tuple[Any, ...]:
+        # All orders of nine tiles are 3 MB and quick to list again; a chosen set is small and slow to choose again.
+        k, n = self.order_kp.shape
+        if k == math.factorial(n):
+            return permutation_set, (n, k, "random", 0)
+        return _described, (self.order_kp,)
+
+
+@functools.cache
+def permutation_set(n: int, count: int, criterion: Criterion, seed: int) -> PermutationSet:
+    """Chooses `count` distinct orders of `n` tiles; remembered within the process.
+
+    Args:
+        n: number of tiles.
+        count: 1 .. n!; n! lists all orders in lexicographic order, whatever the criterion. At most 400,000.
+        criterion: "max_min" makes the two nearest orders differ most, "max_avg" the average pair; "random" draws.
+        seed: the first order and the random set depend on it.
+
+    Raises:
+        UserError: the count or the criterion is not allowed.
+    """
+    total = math.factorial(n)
+    if not 1 <= count <= min(total, _MAX_LISTED):
+        raise UserError(
+            f"{count} permutations of {n} tiles are not possible: there are {total:,} orders, and a set holds 1 to "
+            f"{min(total, _MAX_LISTED):,} of them. Set num_permutations within that range."
+        )
+    if criterion not in ("max_min", "max_avg", "random"):
+        raise unknown("permutation criterion", criterion, ["max_min", "max_avg", "random"])
+    if count == total:
+        return _described(_unrank(np.arange(total), n))
+    rng = generator("permutations", n, seed)
+    candidates = _candidates(n, rng)
+    if criterion == "random":
+        return _described(candidates[rng.permutation(len(candidates))[:count]])
+    return _described(candidates[_greedy(candidates, count, criterion, int(rng.integers(len(candidates))))])
+
+
+def _unrank(ranks: npt.NDArray[np.int64], n: int) -> Orders:
+    """uint8 (k, n): the orders of these lexicographic ranks, digit by digit of their factorial-base numbers."""
+    orders = np.zeros((len(ranks), n), dtype=np.uint8)
+    for position in range(n - 1, -1, -1):
+        ranks, digit = np.divmod(ranks, n - position)
+        orders[:, position] = digit
+        tail = orders[:, position + 1 :]
+        tail += tail >= orders[:, position : position + 1]
+    return orders
+
+
+def _candidates(n: int, rng: np.random.Generator) -> Orders:
+    """All orders when they can be listed, else a random sample of distinct ones."""
+    if math.factorial(n) <= _MAX_LISTED:
+        return _unrank(np.arange(math.factorial(n)), n)
+    sample = rng.permuted(np.tile(np.arange(n, dtype=np.uint8), (_MAX_LISTED + _MAX_LISTED // 8, 1)), axis=1)
+    _, first = np.unique(sample, axis=0, return_index=True)
+    return sample[np.sort(first)[:_MAX_LISTED]]
+
+
+def _greedy(candidates: Orders, count: int, criterion: Criterion, first: int) -> npt.NDArray[np.int64]:
+    """Rows of the chosen candidates. One accumulator per candidate, updated by each newly chosen order."""
+    columns = np.ascontiguousarray(candidates.T)
+    chosen = np.empty(count, dtype=np.int64)
+    taken = np.int32(np.iinfo(np.int32).max)
+    cost = np.zeros(len(candidates), dtype=np.int32)
+    for i in range(count):
+        chosen[i] = first if i == 0 else int(np.argmin(cost))
+        matches = np.zeros(len(candidates), dtype=np.uint8)
+        for column, value in zip(columns, candidates[chosen[i]], strict=True):
+            matches += column == value
+        if criterion == "max_avg":
+            cost += matches
+        else:
+            np.maximum(cost, matches, out=cost)
+        cost[chosen[: i + 1]] = taken
+    return chosen
+
+
+def _described(order_kp: Orders) -> PermutationSet:
+    order_kp = np.ascontiguousarray(order_kp)
+    order_kp.setflags(write=False)
+    digest = hashlib.blake2b(order_kp.tobytes(), digest_size=8).hexdigest()
+    return PermutationSet(order_kp, _min_hamming(order_kp), _mean_hamming(order_kp), digest)
+
+
+def _mean_hamming(order_kp: Orders) -> float:
+    """Exact: pairs that agree in a position are counted by the values in its column."""
+    k, n = order_kp.shape
+    if k == 1:
+        return float(n)
+    agreeing = 0
+    for column in order_kp.T:
+        counts = np.bincount(column, minlength=n)
+        agreeing += int((counts * (counts - 1)).sum())
+    return n - agreeing / (k * (k - 1))
+
+
+def _min_hamming(order_kp: Orders) -> int:
+    """Exact: two when an order and its image under some swap are both in the set, else over all pairs."""
+    k, n = order_kp.shape
+    if k == 1:
+        return n
+    if k == math.factorial(n) or _has_swapped_pair(order_kp):
+        return 2
+    onehot = (order_kp[:, :, None] == np.arange(n, dtype=np.uint8)).reshape(k, n * n).astype(np.float32)
+    block, most = 1024, 0
+    for start in range(0, k, block):
+        matches = onehot[start : start + block] @ onehot[start:].T
+        np.fill_diagonal(matches, 0)
+        most = max(most, int(matches.max()))
+    return n - most
+
+
+def _has_swapped_pair(order_kp: Orders) -> bool:
+    """Whether two of the orders differ by one swap, the smallest difference that there is."""
+    k, n = order_kp.shape
+    rows = np.dtype((np.void, n))
+    known = np.unique(order_kp.view(rows)[:, 0])
+    for i in range(n):
+        for j in range(i):
+            swapped = order_kp.copy()
+            swapped[:, [i, j]] = swapped[:, [j, i]]
+            if np.isin(swapped.view(rows)[:, 0], known).any():
+                return True
+    return False

@@ -1,0 +1,38 @@
+"""The image itself, under another crop and other colours: the transform of the instance-discrimination methods.
+
+Wu et al. 2018 (NPID), He et al. 2020 (MoCo), Chen et al. 2020 (SimCLR). There is nothing to predict.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Any, Literal
+
+from torch import Tensor
+
+from raysl.augment import SourceCrop
+from raysl.pretext import Geometry, Transformed
+from raysl.rng import Draws
+
+
+@dataclass(frozen=True)
+class Config:
+    """No dials: the crop follows from the geometry of the run."""
+
+
+class Identity:
+    """One crop of the ordinary size."""
+
+    num_crops = 1
+    num_labels = 0
+    colour: Literal["crops", "source", "none"] = "crops"
+
+    def __init__(self, config: Config, geometry: Geometry) -> None:
+        self.source = SourceCrop(geometry.image_size, geometry.min_scale)
+
+    def transform(self, images_bchw: Tensor, draws: Draws) -> Transformed:
+        """The images as they are."""
+        return Transformed(images_bchw[:, None], None)
+
+    def describe(self) -> dict[str, Any]:
+        return {}
