@@ -33,7 +33,7 @@ clean:
 .venv/.installed: pyproject.toml constraints.txt | $(filter .uv/bin/uv,$(UV))
 	@.venv/bin/python -c "" 2>/dev/null || { rm -rf .venv; \
 	  echo "make: creating the virtual environment .venv"; \
-	  $(UV) venv --quiet --python '>=3.11,<3.15' .venv || { \
+	  $(UV) venv --quiet --no-python-downloads --python '>=3.11,<3.15' .venv || { \
 	    echo "make: raysl needs Python 3.11 to 3.14, and $$(python3 --version 2>&1) is what python3 is here." >&2; \
 	    echo "make: install one of them (for example: apt install python3.12) and run the same command again." >&2; \
 	    exit 1; }; }
@@ -44,5 +44,6 @@ clean:
 # --target works on every pip: it needs no user site and is not refused on a system-managed Python.
 .uv/bin/uv:
 	@echo "make: there is no uv here; fetching it into .uv/ (nothing outside this folder is touched)"
-	@PIP_USER=0 PIP_REQUIRE_VIRTUALENV=0 python3 -m pip install --quiet --upgrade --target .uv uv || { \
+	@PIP_USER=0 PIP_REQUIRE_VIRTUALENV=0 PIP_ROOT_USER_ACTION=ignore \
+	  python3 -m pip install --quiet --upgrade --target .uv uv || { \
 	  echo "make: python3 with pip is needed (for example: apt install python3-pip), or uv itself." >&2; exit 1; }
