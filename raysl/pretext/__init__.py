@@ -12,12 +12,18 @@ the paper, the idea and the published number to compare with.
 
 from __future__ import annotations
 
+import importlib
+import pkgutil
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, Literal, Protocol
 
+import numpy as np
+import torch
 from torch import Tensor
 
 from raysl.augment import SourceCrop
+from raysl.errors import UserError, unknown
 from raysl.rng import Draws
 
 
@@ -77,3 +83,83 @@ class Pretext(Protocol):
     def describe(self) -> dict[str, Any]:
         """JSON facts for the run's passport that the Config alone does not fix, such as a hash of a label set."""
         ...
+
+
+def names() -> list[str]:
+    """Every transform there is: the files of this package, and of folders added to its `__path__`."""
+    return sorted(module.name for module in pkgutil.iter_modules(__path__) if not module.name.startswith("_"))
+
+
+def load(name: str) -> tuple[type[Any], type[Any]]:
+    """The Config and the class of a transform.
+
+    Raises:
+        UserError: there is no transform of that name.
+    """
+    if name not in names():
+        raise unknown("pretext transform", name, names())
+    module = importlib.import_module(f"{__name__}.{name}")
+    return module.Config, getattr(module, "".join(word.capitalize() for word in name.split("_")))
+
+
+def build(spec: str, configs: Mapping[str, Any], geometry: Geometry) -> Pretext:
+    """A transform, or several in a row.
+
+    Args:
+        spec: a name, or names joined by "+" and applied from left to right, such as "rotation+jigsaw".
+        configs: the Config of a transform by its name; one that is missing has its defaults.
+        geometry: the same for all of them.
+
+    Raises:
+        UserError: a name does not exist, the geometry does not suit a transform, or one that is not the last
+            makes more than one crop or changes the size.
+    """
+    parts: list[Pretext] = []
+    for name in spec.split("+"):
+        config_type, transform_type = load(name.strip())
+        parts.append(transform_type(configs.get(name.strip(), config_type()), geometry))
+    if len(parts) == 1:
+        return parts[0]
+    return Composition(spec, parts)
+
+
+class Composition:
+    """Transforms applied one after the other: rotate, then cut into a jigsaw (PIRL, appendix A).
+
+    Source crop, crops and colours are those of the last. The label counts all combinations: with labels a, b
+    of two transforms it is a * (number of b) + b; a transform without labels does not count.
+    """
+
+    def __init__(self, spec: str, parts: Sequence[Pretext]) -> None:
+        self.parts = tuple(parts)
+        last = self.parts[-1]
+        self.source = last.source
+        self.num_crops = last.num_crops
+        self.colour: Literal["crops", "source", "none"] = last.colour
+        counts = [part.num_labels for part in self.parts if part.num_labels]
+        self.num_labels = int(np.prod(counts, dtype=np.int64)) if counts else 0
+        side = self.source.size
+        image_bchw = torch.zeros(1, 3, side, side, dtype=torch.uint8)
+        nothing = Draws(0, np.zeros(1, np.int64), np.zeros(1, np.int64))
+        for part in self.parts[:-1]:
+            shape = tuple(part.transform(image_bchw, nothing).crops_bpchw.shape[1:])
+            if shape != (1, 3, side, side):
+                raise UserError(
+                    f"The pretext {spec!r} cannot be composed: {type(part).__name__} turns an image of 3 x {side} x "
+                    f"{side} into {' x '.join(map(str, shape))}, and only the last transform may cut or resize. Put "
+                    "it last."
+                )
+
+    def transform(self, images_bchw: Tensor, draws: Draws) -> Transformed:
+        """Applies the transforms from left to right, each with draws of its own."""
+        label_b: Tensor | None = None
+        made = Transformed(images_bchw[:, None], None)
+        for i, part in enumerate(self.parts):
+            made = part.transform(made.crops_bpchw[:, 0], draws.named(str(i)))
+            if made.label_b is not None:
+                label_b = made.label_b if label_b is None else label_b * part.num_labels + made.label_b
+        return Transformed(made.crops_bpchw, label_b)
+
+    def describe(self) -> dict[str, Any]:
+        """The facts of every part, in order."""
+        return {"parts": [part.describe() for part in self.parts]}
