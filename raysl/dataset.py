@@ -88,7 +88,8 @@ class Manifest:
     def from_json(value: dict[str, Any]) -> Manifest:
         """Raises KeyError or TypeError when a field is missing or of another kind."""
         shards = tuple(
-            Shard(str(s["file"]), tuple(int(n) for n in s["row_groups"]), int(s["num_bytes"])) for s in value["shards"]
+            Shard(str(s["file"]), tuple(int(n) for n in s["row_groups"]), int(s["num_bytes"]))
+            for s in value["shards"]
         )
         return Manifest(
             source=str(value["source"]),

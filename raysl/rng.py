@@ -80,7 +80,9 @@ class Draws:
         """uint64 (b, count), uniform over all 64-bit numbers."""
         base = np.uint64(key(self.seed, f"{self.name}/{name}"))
         with np.errstate(over="ignore"):
-            image_b = _mix(_mix(base + self.epochs_b.astype(np.uint64) * _GOLDEN) ^ self.indices_b.astype(np.uint64))
+            image_b = _mix(
+                _mix(base + self.epochs_b.astype(np.uint64) * _GOLDEN) ^ self.indices_b.astype(np.uint64)
+            )
             counter_n = np.arange(1, count + 1, dtype=np.uint64) * _GOLDEN
             return _mix(image_b[:, None] + counter_n[None, :])
 

@@ -142,4 +142,6 @@ def write_error(place: str, error: OSError) -> UserError:
             f"No space left while writing {place}. What was there before is untouched. Free some space (old "
             "checkpoints are a good start) and run the same command again: it goes on from the last good state."
         )
-    return UserError(f"Cannot write {place}: {error}. Check that the place exists and that you may write there.")
+    return UserError(
+        f"Cannot write {place}: {error}. Check that the place exists and that you may write there."
+    )

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import dataclass
-from typing import Literal
+from typing import Any, Literal
 
 import torch
 from torch import Tensor, nn
@@ -84,25 +84,23 @@ def build(config: TrunkConfig) -> Trunk:
     """
     norm = _norm(config.norm)
     if config.name == "small":
-        body: nn.Module = SmallTrunk(norm)
-        return Trunk(body, SmallTrunk.width)
+        return Trunk(SmallTrunk(norm), SmallTrunk.width)
     from torchvision import models
 
     names = ["small", *(n for n in models.list_models(models) if "resn" in n and "quantized" not in n)]
     if config.name not in names:
         raise unknown("trunk", config.name, names)
-    body = models.get_model(config.name, weights=None, norm_layer=norm)
-    head: nn.Linear = body.fc
-    width = head.in_features
-    body.fc = nn.Identity()
+    resnet: Any = models.get_model(config.name, weights=None, norm_layer=norm)
+    width: int = resnet.fc.in_features
+    resnet.fc = nn.Identity()
     if config.stem == "small":
-        channels = body.conv1.out_channels
-        body.conv1 = nn.Conv2d(3, channels, 3, stride=1, padding=1, bias=False)
-        nn.init.kaiming_normal_(body.conv1.weight, mode="fan_out", nonlinearity="relu")
-        body.maxpool = nn.Identity()
+        channels = resnet.conv1.out_channels
+        resnet.conv1 = nn.Conv2d(3, channels, 3, stride=1, padding=1, bias=False)
+        nn.init.kaiming_normal_(resnet.conv1.weight, mode="fan_out", nonlinearity="relu")
+        resnet.maxpool = nn.Identity()
     elif config.stem != "standard":
         raise UserError(f"Unknown stem {config.stem!r}. Known: small, standard.")
-    return Trunk(body, width)
+    return Trunk(resnet, width)
 
 
 def _norm(name: str) -> Callable[[int], nn.Module]:
@@ -141,13 +139,17 @@ class SmallTrunk(nn.Module):
 class _Block(nn.Module):
     """A basic residual block that halves the image."""
 
-    def __init__(self, channels_in: int, channels_out: int, stride: int, norm: Callable[[int], nn.Module]) -> None:
+    def __init__(
+        self, channels_in: int, channels_out: int, stride: int, norm: Callable[[int], nn.Module]
+    ) -> None:
         super().__init__()
         self.conv1 = nn.Conv2d(channels_in, channels_out, 3, stride, padding=1, bias=False)
         self.bn1 = norm(channels_out)
         self.conv2 = nn.Conv2d(channels_out, channels_out, 3, padding=1, bias=False)
         self.bn2 = norm(channels_out)
-        self.downsample = nn.Sequential(nn.Conv2d(channels_in, channels_out, 1, stride, bias=False), norm(channels_out))
+        self.downsample = nn.Sequential(
+            nn.Conv2d(channels_in, channels_out, 1, stride, bias=False), norm(channels_out)
+        )
         self.relu = nn.ReLU(inplace=True)
 
     def forward(self, x: Tensor) -> Tensor:

@@ -23,7 +23,13 @@ def ray_session() -> Iterator[None]:
     """A local Ray of two CPUs, shared by every test that asks for it."""
     import ray
 
-    ray.init(address="local", num_cpus=2, object_store_memory=300_000_000, include_dashboard=False, log_to_driver=False)
+    ray.init(
+        address="local",
+        num_cpus=2,
+        object_store_memory=300_000_000,
+        include_dashboard=False,
+        log_to_driver=False,
+    )
     yield
     ray.shutdown()
 

@@ -19,7 +19,7 @@ FILES = sorted(LIBRARY.rglob("*.py"))
 ROOMS = (
     *("errors", "rng", "storage", "dataset"),
     *("losses", "collective", "permutations", "augment"),
-    *("pretext", "views", "stream", "trunk", "bank", "optim"),
+    *("pretext", "views", "stream", "trunk", "bank", "negatives", "optim"),
     *("ingest", "objectives", "methods"),
     *("config", "run", "checkpoint", "cluster", "train"),
     *("features", "probes", "pictures", "report"),
