@@ -138,10 +138,10 @@ class Composition:
         self.colour: Literal["crops", "source", "none"] = last.colour
         counts = [part.num_labels for part in self.parts if part.num_labels]
         self.num_labels = int(np.prod(counts, dtype=np.int64)) if counts else 0
-        side = self.source.size
-        image_bchw = torch.zeros(1, 3, side, side, dtype=torch.uint8)
         nothing = Draws(0, np.zeros(1, np.int64), np.zeros(1, np.int64))
         for part in self.parts[:-1]:
+            side = part.source.size
+            image_bchw = torch.zeros(1, 3, side, side, dtype=torch.uint8)
             shape = tuple(part.transform(image_bchw, nothing).crops_bpchw.shape[1:])
             if shape != (1, 3, side, side):
                 raise UserError(
