@@ -8,13 +8,15 @@ binary places (`_fixed`), so that neither their order nor fused multiply-adds ca
 from __future__ import annotations
 
 import math
+from collections.abc import Callable
 from dataclasses import dataclass
+from typing import Any
 
 import numpy as np
 import numpy.typing as npt
-
 import torch
 from torch import Tensor
+from torch.nn.functional import pad
 
 from raysl.errors import unknown
 from raysl.rng import Draws, Integers
@@ -22,6 +24,18 @@ from raysl.rng import Draws, Integers
 Floats = npt.NDArray[np.float64]
 
 _ATTEMPTS = 10
+_CHUNK_PIXELS = 1 << 17
+
+# The largest sum of products of each kind, times two to the power of its places, stays below 2**24.
+_COLOUR_PLACES = 11
+_SHARPNESS_PLACES = 14
+_BLUR_PLACES = 16
+
+_LUMA_PER_MILLE = (299, 587, 114)
+_YIQ = np.array([[0.299, 0.587, 0.114], [0.5959, -0.2746, -0.3213], [0.2115, -0.5227, 0.3112]])
+_LUMINANCE = np.tile(_YIQ[:1], (3, 1))
+_CHROMA = np.eye(3) - _LUMINANCE
+_QUARTER_TURN = np.linalg.inv(_YIQ) @ np.array([[0, 0, 0], [0, 0, 1], [0, -1, 0]]) @ _YIQ
 
 
 @dataclass(frozen=True)
@@ -127,12 +141,174 @@ def recipe(name: str) -> Recipe:
 
 def hflip(images_bchw: Tensor, draws: Draws, probability: float) -> Tensor:
     """Mirrors each image left to right with the given probability."""
-    if probability == 0:
-        return images_bchw
-    mirrored = draws.chance("hflip", probability)[:, None, None, None]
-    return torch.where(mirrored, images_bchw.flip(-1), images_bchw)
+    rows = _selected(draws, "hflip", probability)
+    return _changed(images_bchw, rows, lambda images, _: images.flip(-1))
 
 
-def photometric(images_bchw: Tensor, recipe: Recipe, draws: Draws) -> Tensor:
-    """Changes the colours of each image."""
+def photometric(images_bchw: Tensor, recipe: Recipe, draws: Draws, side: int | None = None) -> Tensor:
+    """Changes the colours of each image: colour map, then the photometric block, then blur.
+
+    Brightness, contrast, saturation, hue and the loss of colour are one affine map of the colours of an image, in
+    this order. torchvision's ColorJitter draws an order, clamps and rounds after each of the four and turns the hue
+    in HSV; here nothing is clamped before the end, the hue turns in the chroma plane of YIQ (which keeps luminance),
+    and contrast pulls towards the mean luminance of the image after the change of brightness. Grayscale therefore
+    comes before the photometric block, where VISSL puts it last. The factors have torchvision's ranges.
+
+    Args:
+        images_bchw: uint8 (b, 3, h, w), on any device.
+        recipe: probabilities and strengths.
+        draws: of the b images.
+        side: side in pixels of the picture that the images are parts of, which sizes the blur: 224 gives the
+            published radius of 0.1 to 2. None: the height of the images.
+
+    Returns:
+        uint8, of the same shape.
+    """
+    if recipe.jitter or recipe.gray:
+        matrix_b33, pull_b = _colour_map(recipe, draws)
+        planes_bcn = images_bchw.contiguous().flatten(2)
+        parts = [_map_colours(planes_bcn[p], matrix_b33[p], pull_b[p]) for p in _chunks(len(pull_b), planes_bcn)]
+        images_bchw = torch.cat(parts).view(images_bchw.shape) if parts else images_bchw
+    if recipe.photometric:
+        dials_b3 = draws.uniform_array("photometric strengths", 3)
+        rows = _selected(draws, "photometric", recipe.photometric)
+        images_bchw = _changed(images_bchw, rows, lambda images, rows: _photometric_block(images, dials_b3[rows]))
+    if recipe.blur:
+        reach = (side or images_bchw.shape[2]) / 224
+        sigma_b1 = (0.1 + 1.9 * draws.uniform_array("blur strength", 1)) * reach
+        weights_bk = _gaussian(sigma_b1, math.ceil(6 * reach))
+        rows = _selected(draws, "blur", recipe.blur)
+        images_bchw = _changed(images_bchw, rows, lambda images, rows: _blur(images, weights_bk[rows]))
     return images_bchw
+
+
+def _selected(draws: Draws, name: str, probability: float) -> Integers:
+    """Rows of the images for which a coin says yes."""
+    return np.flatnonzero(draws.uniform_array(name, 1)[:, 0] < probability)
+
+
+def _changed(images_bchw: Tensor, rows: Integers, change: Callable[[Tensor, Integers], Tensor]) -> Tensor:
+    """The batch with `change(images, rows)` in place of the images at `rows`."""
+    if not len(rows):
+        return images_bchw
+    # Writing uint8 images by index takes torch twenty times as long as reading them by index.
+    index = torch.from_numpy(rows).to(images_bchw.device)
+    parts = [change(images_bchw.index_select(0, index[p]), rows[p]) for p in _chunks(len(rows), images_bchw)]
+    source = np.arange(len(images_bchw))
+    source[rows] = len(images_bchw) + np.arange(len(rows))
+    return torch.cat([images_bchw, *parts]).index_select(0, torch.from_numpy(source).to(images_bchw.device))
+
+
+def _chunks(count: int, images: Tensor) -> list[slice]:
+    """Parts of `count` images whose float32 copies stay in the processor's cache; one part on an accelerator."""
+    fitting = _CHUNK_PIXELS // max(1, images[0].numel()) if images.device.type == "cpu" and count else count
+    step = max(1, fitting)
+    return [slice(start, start + step) for start in range(0, count, step)]
+
+
+def _fixed(values: Floats, places: int) -> Floats:
+    """Multiples of 2**-places: products with whole numbers then add up in float32 without any rounding."""
+    return np.rint(values * 2.0**places) * 2.0**-places
+
+
+def _column(values_b: npt.NDArray[Any], like: Tensor, dtype: torch.dtype = torch.float32) -> Tensor:
+    """One value per image, to be combined with (b, 3, h, w)."""
+    return torch.from_numpy(values_b).to(dtype).to(like.device)[:, None, None, None]
+
+
+def _to_uint8(values: Tensor) -> Tensor:
+    """Rounds float values that already have 0.5 added; overwrites them."""
+    # By way of int16: torch has no vectorised conversion from float32 to uint8, which is four times slower.
+    return values.clamp_(0, 255).to(torch.int16).to(torch.uint8)
+
+
+def _colour_map(recipe: Recipe, draws: Draws) -> tuple[Floats, Floats]:
+    """The colour map of each image: c becomes matrix_b33 @ c + pull_b * mean luminance."""
+    jittered_b = draws.uniform_array("jitter", 1)[:, 0] < recipe.jitter
+    strengths = np.array([recipe.brightness, recipe.contrast, recipe.saturation, recipe.hue])
+    change_b4 = np.where(jittered_b[:, None], 2 * draws.uniform_array("jitter strengths", 4) - 1, 0) * strengths
+    brightness_b, contrast_b, saturation_b = 1 + change_b4[:, :3].T
+    # A colour without saturation is its luminance, whatever its hue.
+    saturation_b[_selected(draws, "gray", recipe.gray)] = 0
+    angle_b = 2 * np.pi * change_b4[:, 3]
+    along_b, across_b = (saturation_b * turn for turn in (np.cos(angle_b), np.sin(angle_b)))
+    matrix_b33 = _LUMINANCE + along_b[:, None, None] * _CHROMA + across_b[:, None, None] * _QUARTER_TURN
+    return matrix_b33 * (brightness_b * contrast_b)[:, None, None], brightness_b * (1 - contrast_b)
+
+
+def _map_colours(planes_bcn: Tensor, matrix_b33: Floats, pull_b: Floats) -> Tensor:
+    """Applies the colour maps. Exact but for the final rounding to whole numbers."""
+    device = planes_bcn.device
+    matrices = torch.from_numpy(_fixed(matrix_b33, _COLOUR_PLACES).astype(np.float32)).to(device)
+    weights = torch.tensor(_LUMA_PER_MILLE, device=device)
+    sums = planes_bcn.sum(-1, dtype=torch.int32) * weights
+    luminance = sums.sum(-1).double() / (1000 * planes_bcn.shape[2])
+    shift = ((luminance * torch.from_numpy(pull_b).to(device) + 0.5) * 2**_COLOUR_PLACES).round()
+    mapped = _matmul(matrices, planes_bcn.float())
+    return _to_uint8(mapped.add_((shift * 2.0**-_COLOUR_PLACES).float()[:, None, None]))
+
+
+def _matmul(matrix_b33: Tensor, planes_bcn: Tensor) -> Tensor:
+    """The products of small matrices and images, without the reduced precision that torch may be set to."""
+    if planes_bcn.device.type == "cpu":
+        return torch.from_numpy(np.matmul(matrix_b33.numpy(), planes_bcn.numpy()))
+    red, green, blue = (matrix_b33[:, :, c, None] * planes_bcn[:, c, None] for c in range(3))
+    return red + green + blue
+
+
+def _photometric_block(images_bchw: Tensor, u_b3: Floats) -> Tensor:
+    """Posterize, sharpness, solarize, autocontrast, as VISSL's ImgPilRandomPhotometric; overwrites the images."""
+    bits_b = 4 + (u_b3[:, 0] * 5).astype(np.int64)
+    images_bchw &= _column(256 - 2 ** (8 - bits_b), images_bchw, torch.uint8)
+    _sharpen(images_bchw, 0.1 + 1.8 * u_b3[:, 1])
+    threshold_b = (u_b3[:, 2] * 257).astype(np.int64)
+    # In place, because torch does not vectorise a comparison that makes another type out of a broadcast.
+    bright = images_bchw.clone().ge_(_column(np.minimum(threshold_b, 255), images_bchw, torch.uint8))
+    images_bchw ^= bright.mul_(_column(np.where(threshold_b < 256, 255, 0), images_bchw, torch.uint8))
+    return _autocontrast(images_bchw)
+
+
+def _sharpen(images_bchw: Tensor, factor_b: Floats) -> None:
+    """PIL's ImageEnhance.Sharpness in place: away from (or, below 1, towards) the smoothed image.
+
+    The smoothing kernel is 3 x 3 with weight 5 in the middle and 1 around, over 13; the border stays as it is.
+    """
+    x = images_bchw.to(torch.int16)  # nine times 255 fit
+    rows = x[:, :, :-2] + x[:, :, 1:-1] + x[:, :, 2:]
+    box = rows[..., :-2] + rows[..., 1:-1] + rows[..., 2:]
+    around = _fixed((1 - factor_b) / 13, _SHARPNESS_PLACES)
+    sharp = box.float().mul_(_column(around, x))
+    sharp += x[:, :, 1:-1, 1:-1].float().mul_(_column(1 - 9 * around, x))
+    images_bchw[:, :, 1:-1, 1:-1] = sharp.add_(0.5).clamp_(0, 255).to(torch.int16)
+
+
+def _autocontrast(images_bchw: Tensor) -> Tensor:
+    """Stretches each channel to 0 .. 255; a channel of one value stays as it is."""
+    planes_bcn = images_bchw.flatten(2)
+    low, high = (m.float() for m in (planes_bcn.amin(-1, True), planes_bcn.amax(-1, True)))
+    flat = low == high
+    scale = torch.where(flat, 1.0, 255 / (high - low))
+    shift = 0.5 - low.masked_fill_(flat, 0) * scale
+    return planes_bcn.float().mul_(scale).add_(shift).to(torch.int16).to(torch.uint8).view(images_bchw.shape)
+
+
+def _gaussian(sigma_b1: Floats, radius: int) -> Floats:
+    """(b, radius + 1): weights of the middle and of each distance from it, on both sides adding up to one."""
+    far = np.exp(-0.5 * (np.arange(1, radius + 1) / sigma_b1) ** 2)
+    far = _fixed(far / (1 + 2 * far.sum(1, keepdims=True)), _BLUR_PLACES)
+    return np.concatenate([1 - 2 * far.sum(1, keepdims=True), far], axis=1)
+
+
+def _blur(images_bchw: Tensor, weights_bk: Floats) -> Tensor:
+    """Convolves rows and columns, each pass rounded to whole numbers; the border is repeated outwards."""
+    radius = weights_bk.shape[1] - 1
+    x = pad(images_bchw.float(), (radius,) * 4, mode="replicate")
+    weights = [_column(column, x) for column in weights_bk.T]
+    for axis in (2, 3):
+        length = x.shape[axis] - 2 * radius
+        y = x.narrow(axis, radius, length) * weights[0]
+        for far in range(1, radius + 1):
+            pair = x.narrow(axis, radius - far, length) + x.narrow(axis, radius + far, length)
+            y += pair.mul_(weights[far])
+        x = y.add_(0.5).floor_()
+    return x.to(torch.int16).to(torch.uint8)

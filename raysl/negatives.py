@@ -36,7 +36,7 @@ def shared_scores(bank: MemoryBank, queries_bd: Tensor, rows: Rows, step: int, n
         float32 (b, k + 1) cosine scores, with -inf in one place of each row.
     """
     generator = rng.generator(bank.seed, "negatives", step)
-    drawn = torch.from_numpy(generator.choice(bank.num_images, num_negatives + 1, replace=False, shuffle=False))
+    drawn = torch.from_numpy(generator.choice(bank.num_images, num_negatives + 1, replace=False))
     keys_kd = bank.lookup(drawn, shared=True)
     scores_bk = queries_bd.float() @ keys_kd.T
     own_bk = drawn[None, :] == torch.from_numpy(rows.indices_b)[:, None]

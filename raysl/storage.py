@@ -10,6 +10,8 @@ import errno
 import json
 import os
 import uuid
+from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, BinaryIO
@@ -30,6 +32,7 @@ class Folder:
     uri: str
 
     def __post_init__(self) -> None:
+        object.__setattr__(self, "uri", self.uri.removeprefix("file://"))
         if "://" not in self.uri:
             object.__setattr__(self, "uri", str(Path(self.uri).expanduser().absolute()))
         else:
@@ -55,6 +58,18 @@ class Folder:
         Raises:
             UserError: the disk is full, or the place may not be written to.
         """
+        with self.writing(name) as stream:
+            stream.write(data)
+
+    @contextmanager
+    def writing(self, name: str) -> Iterator[Any]:
+        """A file to write piece by piece, which is there whole when the block ends without an error.
+
+        On an object store an error may leave the pieces written so far behind under the name.
+
+        Raises:
+            UserError: the disk is full, or the place may not be written to.
+        """
         fs, root = self._open()
         path = f"{root}/{name}"
         target = f"{path}.{uuid.uuid4().hex[:8]}.tmp" if self.is_local else path
@@ -62,13 +77,14 @@ class Folder:
             if self.is_local:
                 fs.create_dir(os.path.dirname(path), recursive=True)
             with fs.open_output_stream(target) as stream:
-                stream.write(data)
+                yield stream
             if self.is_local:
                 os.replace(target, path)
         except OSError as error:
+            raise write_error(f"{self.uri}/{name}", error) from error
+        finally:
             if self.is_local and os.path.exists(target):
                 os.unlink(target)
-            raise write_error(f"{self.uri}/{name}", error) from error
 
     def write_json(self, name: str, value: object) -> None:
         """Writes `value` as indented JSON with sorted keys."""

@@ -38,12 +38,13 @@ class View:
         Returns:
             uint8 crops (b, p, 3, h, w) and the label, on the device of the images.
         """
+        side = self.source.size
         images_bchw = hflip(images_bchw, draws, self.recipe.hflip)
         if self.pretext.colour == "source":
-            images_bchw = photometric(images_bchw, self.recipe, draws)
+            images_bchw = photometric(images_bchw, self.recipe, draws, side)
         made = self.pretext.transform(images_bchw, draws.named("transform"))
         if self.pretext.colour != "crops":
             return made
         crops = made.crops_bpchw
-        coloured = photometric(crops.flatten(0, 1), self.recipe, draws.repeated(crops.shape[1]))
+        coloured = photometric(crops.flatten(0, 1), self.recipe, draws.repeated(crops.shape[1]), side)
         return replace(made, crops_bpchw=coloured.view(crops.shape))
