@@ -54,7 +54,12 @@ class MemoryBank:
     """
 
     def __init__(
-        self, num_images: int, dim: int, config: BankConfig, seed: int, device: torch.device = torch.device("cpu")
+        self,
+        num_images: int,
+        dim: int,
+        config: BankConfig,
+        seed: int,
+        device: torch.device = torch.device("cpu"),
     ) -> None:
         self.num_images = num_images
         self.dim = dim
@@ -76,7 +81,9 @@ class MemoryBank:
         for block in range(self.first // _BLOCK, -(-self.last // _BLOCK)):
             values = rng.generator(self.seed, "bank", block).random((_BLOCK, self.dim), np.float32) * 2 - 1
             start, stop = max(self.first, block * _BLOCK), min(self.last, (block + 1) * _BLOCK)
-            rows[start - self.first : stop - self.first] = values[start - block * _BLOCK : stop - block * _BLOCK]
+            rows[start - self.first : stop - self.first] = values[
+                start - block * _BLOCK : stop - block * _BLOCK
+            ]
         return F.normalize(torch.from_numpy(rows), dim=1)
 
     def lookup(self, indices_b: Tensor, shared: bool = False) -> Tensor:
@@ -125,7 +132,12 @@ class MemoryBank:
 
     def state(self) -> dict[str, Any]:
         """What has to be saved: this worker's rows and where they lie."""
-        return {"first": self.first, "last": self.last, "num_images": self.num_images, "rows_nd": self.rows_nd.cpu()}
+        return {
+            "first": self.first,
+            "last": self.last,
+            "num_images": self.num_images,
+            "rows_nd": self.rows_nd.cpu(),
+        }
 
     def load(self, parts: list[dict[str, Any]]) -> None:
         """Takes its rows from the saved parts of any number of workers.
@@ -147,4 +159,6 @@ class MemoryBank:
                 self.rows_nd[start - self.first : stop - self.first] = piece.to(self.rows_nd)
                 missing[start - self.first : stop - self.first] = False
         if missing.any():
-            raise UserError(f"The checkpoint lacks {int(missing.sum())} rows of the memory bank. Use an older one.")
+            raise UserError(
+                f"The checkpoint lacks {int(missing.sum())} rows of the memory bank. Use an older one."
+            )

@@ -46,7 +46,9 @@ class Setup:
     def transform(self, objective: str) -> Pretext:
         """The pretext transform. Raises UserError when the method names none."""
         if self.pretext is None:
-            raise UserError(f"The objective {objective!r} needs a pretext transform, as in '{objective}-jigsaw'.")
+            raise UserError(
+                f"The objective {objective!r} needs a pretext transform, as in '{objective}-jigsaw'."
+            )
         return self.pretext
 
 

@@ -147,7 +147,16 @@ class Plan:
         return indices
 
     def __hash__(self) -> int:
-        return hash((self.num_images, self.batch_size, self.seed, self.groups_per_window, self.stretch, self.num_steps))
+        return hash(
+            (
+                self.num_images,
+                self.batch_size,
+                self.seed,
+                self.groups_per_window,
+                self.stretch,
+                self.num_steps,
+            )
+        )
 
     def __eq__(self, other: object) -> bool:
         if not isinstance(other, Plan):

@@ -1,0 +1,166 @@
+"""The configuration of a run: small frozen dataclasses, each beside the class it configures, in one tree."""
+
+from __future__ import annotations
+
+import dataclasses
+import types
+import typing
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from typing import Any, Literal
+
+from raysl import methods
+from raysl.bank import BankConfig
+from raysl.checkpoint import SaveConfig
+from raysl.errors import UserError, unknown
+from raysl.optim import OptimConfig
+from raysl.stream.reader import StreamConfig
+from raysl.trunk import TrunkConfig
+
+
+@dataclass(frozen=True)
+class ViewConfig:
+    """What the network sees.
+
+    Args:
+        image_size: side of an ordinary view in pixels; the sizes of jigsaw patches follow from it.
+        min_scale: smallest share of the image's area that an ordinary view shows (PIRL at 224 pixels: 0.08).
+        recipe: the photometric augmentation: pirl, pirl+, simclr, mocov2, plain or none.
+    """
+
+    image_size: int = 32
+    min_scale: float = 0.2
+    recipe: str = "pirl"
+
+    def __post_init__(self) -> None:
+        if self.image_size < 8:
+            raise UserError(f"view.image_size is {self.image_size}; it must be at least 8 pixels.")
+        if not 0 < self.min_scale <= 1:
+            raise UserError(f"view.min_scale is {self.min_scale}; it must be above 0 and at most 1.")
+
+
+@dataclass(frozen=True)
+class Pretraining:
+    """One pretraining run.
+
+    Args:
+        data: a data set made by `raysl ingest`, or any source that it takes; that is then ingested to a cache first.
+        run: folder of the run, a path or a URI. The same command again continues an unfinished run.
+        method: an objective and a pretext transform, such as pirl-jigsaw; `raysl methods` lists them.
+        epochs: visits to every image.
+        batch_size: images in the global batch, divided over the workers.
+        workers: Ray Train workers.
+        seed: of everything random.
+        precision: of the network's arithmetic; weights and losses stay float32.
+        channels_last: memory layout of images and weights.
+        compile: run the network through torch.compile.
+        log_every: steps between rows of metrics.jsonl.
+        parts: the Config of the objective and of every transform, by name.
+    """
+
+    data: str
+    run: str
+    method: str = "pirl-jigsaw"
+    epochs: float = 10
+    batch_size: int = 256
+    workers: int = 2
+    seed: int = 0
+    precision: Literal["fp32", "bf16", "fp16"] = "fp32"
+    channels_last: bool = True
+    compile: bool = False
+    log_every: int = 10
+    view: ViewConfig = field(default_factory=ViewConfig)
+    trunk: TrunkConfig = field(default_factory=TrunkConfig)
+    optim: OptimConfig = field(default_factory=OptimConfig)
+    bank: BankConfig = field(default_factory=BankConfig)
+    stream: StreamConfig = field(default_factory=StreamConfig)
+    save: SaveConfig = field(default_factory=SaveConfig)
+    parts: Mapping[str, Any] = field(default_factory=dict)
+
+    def __post_init__(self) -> None:
+        types_ = methods.parse(self.method).config_types()
+        for name in self.parts:
+            if name not in types_:
+                raise unknown(f"part of the method {self.method!r}", name, types_)
+        complete = {name: self.parts.get(name, kind()) for name, kind in types_.items()}
+        object.__setattr__(self, "parts", complete)
+        if self.workers < 1:
+            raise UserError(f"workers is {self.workers}; it must be at least 1.")
+        if self.batch_size < self.workers:
+            raise UserError(
+                f"batch_size is {self.batch_size}, less than one image for each of {self.workers} workers. Use a "
+                "larger batch or fewer workers."
+            )
+        if self.batch_size % self.workers:
+            raise UserError(
+                f"batch_size is {self.batch_size}, which {self.workers} workers cannot share equally. Use a multiple "
+                f"of {self.workers}."
+            )
+        if self.log_every < 1:
+            raise UserError(f"log_every is {self.log_every}; it must be at least 1.")
+
+    def to_json(self) -> dict[str, Any]:
+        """A JSON value from which `from_json` makes an equal configuration."""
+        value: dict[str, Any] = dataclasses.asdict(self)
+        return value
+
+    @staticmethod
+    def from_json(value: Mapping[str, Any]) -> Pretraining:
+        """The configuration of a passport.
+
+        Raises:
+            UserError: a key is unknown or a value is not allowed.
+        """
+        kinds = methods.parse(value.get("method", "pirl-jigsaw")).config_types()
+        parts = {
+            name: from_dict(kinds[name], part, name)
+            for name, part in value.get("parts", {}).items()
+            if name in kinds
+        }
+        rest = {key: item for key, item in value.items() if key != "parts"}
+        return typing.cast(Pretraining, dataclasses.replace(from_dict(Pretraining, rest, ""), parts=parts))
+
+
+# What may differ when a run goes on: where it runs and how it is kept, and not what it computes.
+FREE = ("run", "data", "workers", "stream", "save", "compile", "channels_last", "log_every")
+
+
+def differences(ours: Mapping[str, Any], theirs: Mapping[str, Any], prefix: str = "") -> list[str]:
+    """The dotted names of the fields in which two JSON configurations differ."""
+    names: list[str] = []
+    for key in sorted({*ours, *theirs}):
+        a, b = ours.get(key), theirs.get(key)
+        if isinstance(a, Mapping) and isinstance(b, Mapping):
+            names += differences(a, b, f"{prefix}{key}.")
+        elif a != b and not (
+            isinstance(a, (list, tuple)) and isinstance(b, (list, tuple)) and list(a) == list(b)
+        ):
+            names.append(f"{prefix}{key}")
+    return names
+
+
+def from_dict(kind: type[Any], value: Mapping[str, Any], prefix: str) -> Any:
+    """A dataclass from a JSON value; dataclasses inside it too.
+
+    Raises:
+        UserError: a key is not a field; answers with the nearest field.
+    """
+    hints = typing.get_type_hints(kind)
+    known = [f.name for f in dataclasses.fields(kind)]
+    arguments: dict[str, Any] = {}
+    for key, item in value.items():
+        if key not in known:
+            raise unknown("configuration key", f"{prefix}.{key}".lstrip("."), known)
+        hint = hints[key]
+        if dataclasses.is_dataclass(hint) and isinstance(item, Mapping):
+            item = from_dict(typing.cast(type, hint), item, f"{prefix}.{key}".lstrip("."))
+        elif isinstance(item, list) and _is_tuple(hint):
+            item = tuple(item)
+        arguments[key] = item
+    return kind(**arguments)
+
+
+def _is_tuple(hint: Any) -> bool:
+    if isinstance(hint, types.UnionType):
+        return any(_is_tuple(part) for part in typing.get_args(hint))
+    return typing.get_origin(hint) is tuple

@@ -1,0 +1,64 @@
+"""Methods by name: an objective, and where it needs one a pretext transform. Both are found by their file name."""
+
+from __future__ import annotations
+
+import importlib
+import pkgutil
+from dataclasses import dataclass
+from typing import Any
+
+from raysl import objectives, pretext
+from raysl.errors import UserError, unknown
+
+
+@dataclass(frozen=True)
+class Method:
+    """A name such as "pirl-jigsaw", "predict-rotation" or "pirl-rotation+jigsaw", taken apart.
+
+    Args:
+        objective: what stands before the first "-".
+        pretext: the transforms, joined by "+"; empty when the method names none.
+    """
+
+    objective: str
+    pretext: str
+
+    @property
+    def transforms(self) -> tuple[str, ...]:
+        return tuple(self.pretext.split("+")) if self.pretext else ()
+
+    def config_types(self) -> dict[str, type[Any]]:
+        """The Config classes of the parts, by their names."""
+        types = {self.objective: load_objective(self.objective)[0]}
+        types.update({name: pretext.load(name)[0] for name in self.transforms})
+        return types
+
+
+def objective_names() -> list[str]:
+    """Every objective there is."""
+    return sorted(m.name for m in pkgutil.iter_modules(objectives.__path__) if not m.name.startswith("_"))
+
+
+def load_objective(name: str) -> tuple[type[Any], type[Any]]:
+    """The Config and the class of an objective. Raises UserError when there is none of that name."""
+    if name not in objective_names():
+        raise unknown("objective", name, objective_names())
+    module = importlib.import_module(f"{objectives.__name__}.{name}")
+    return module.Config, getattr(module, "".join(word.capitalize() for word in name.split("_")))
+
+
+def parse(name: str) -> Method:
+    """Takes the name of a method apart.
+
+    Raises:
+        UserError: the objective or a transform does not exist.
+    """
+    objective, _, transforms = name.strip().partition("-")
+    if objective not in objective_names():
+        known = [f"{o}-{t}" for o in objective_names() for t in pretext.names()]
+        raise unknown("method", name, known)
+    for transform in filter(None, transforms.split("+")):
+        pretext.load(transform)
+    if transforms.startswith("+") or transforms.endswith("+") or "++" in transforms:
+        raise UserError(f"The method {name!r} has an empty transform. Write them as 'pirl-rotation+jigsaw'.")
+    return Method(objective, transforms)

@@ -1,0 +1,77 @@
+"""Predict the property of the transform from the transformed image: the covariant use of a pretext task.
+
+With jigsaw: Noroozi and Favaro, arXiv 1603.09246 (which permutation); with rotation: Gidaris et al., arXiv
+1803.07728 (which quarter turn). Linear probes of ResNet-50 on ImageNet as compared in the PIRL paper: jigsaw 45.7 %,
+rotation 48.9 %, both best before the last layer.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from raysl.bank import MemoryBank
+from raysl.errors import UserError
+from raysl.objectives import Loss, Setup
+from raysl.stream.reader import Batch
+from raysl.trunk import encode
+
+
+@dataclass(frozen=True)
+class Config:
+    """Dials of the prediction.
+
+    Args:
+        crop_width: numbers kept of each crop before they are concatenated; only for transforms of several crops
+            (1,000 for a ResNet-50 jigsaw).
+    """
+
+    crop_width: int = 256
+
+    def __post_init__(self) -> None:
+        if self.crop_width < 1:
+            raise UserError(f"predict.crop_width is {self.crop_width}; it must be at least 1.")
+
+
+class Predict(nn.Module):
+    """A classifier of the transform's label on the features of all its crops."""
+
+    predicts = True
+    bank_dim = 0
+
+    def __init__(self, config: Config, setup: Setup) -> None:
+        super().__init__()
+        transform = setup.transform("predict")
+        if transform.num_labels < 2:
+            raise UserError(
+                f"There is nothing to predict: the transform has {transform.num_labels} label(s). Use a transform "
+                "with labels, such as 'predict-jigsaw' with more permutations, or compare it: 'pirl-...'."
+            )
+        self.views = {"transformed": transform}
+        crops, width = transform.num_crops, setup.width
+        if crops > 1:
+            # BatchNorm sees all crops of all images together, so that no slot has statistics of its own.
+            self.project: nn.Module = nn.Sequential(
+                nn.Linear(width, config.crop_width), nn.BatchNorm1d(config.crop_width), nn.ReLU(inplace=True)
+            )
+            width = config.crop_width
+        else:
+            self.project = nn.Identity()
+        self.classify = nn.Linear(crops * width, transform.num_labels)
+
+    def forward(self, trunk: nn.Module, views: Mapping[str, Tensor]) -> dict[str, Tensor]:
+        """Logits (b, labels)."""
+        features_bpd = encode(trunk, views["transformed"])
+        b, p = features_bpd.shape[:2]
+        projected = self.project(features_bpd.flatten(0, 1)).view(b, p, -1)
+        return {"logits": self.classify(projected.flatten(1))}
+
+    def loss(self, outputs: Mapping[str, Tensor], batch: Batch, bank: MemoryBank | None) -> Loss:
+        """Cross-entropy, averaged over the batch."""
+        logits_bk = outputs["logits"].float()
+        label_b = batch.targets["transformed"]
+        correct = (logits_bk.argmax(dim=1) == label_b).float().mean()
+        return Loss(F.cross_entropy(logits_bk, label_b), {"accuracy": correct})

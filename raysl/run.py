@@ -1,0 +1,193 @@
+"""A run's folder: who it is (passport), how it went (metrics), what it learned (checkpoints), what that is worth.
+
+passport.json           configuration, versions, code hash, data fingerprint, and every session that worked on it
+metrics.jsonl           one row each `log_every` steps
+tensorboard/            the same, for TensorBoard
+checkpoints/            see `checkpoint`
+features/, probes/      what the probes found
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import platform
+import time
+from collections.abc import Iterable, Mapping
+from dataclasses import dataclass
+from importlib import metadata
+from pathlib import Path
+from typing import Any
+
+from raysl import checkpoint
+from raysl.checkpoint import Checkpoint
+from raysl.config import FREE, Pretraining, differences
+from raysl.dataset import DataSet
+from raysl.errors import UserError
+from raysl.storage import Folder
+
+PASSPORT = "passport.json"
+METRICS = "metrics.jsonl"
+
+
+@dataclass(frozen=True)
+class Run:
+    """A run that has begun. Small and picklable."""
+
+    folder: Folder
+
+    @staticmethod
+    def open(uri: str) -> Run:
+        """The run at `uri`. Raises UserError when there is none, or its passport is damaged."""
+        run = Run(Folder(uri))
+        if not run.folder.exists(PASSPORT):
+            raise UserError(
+                f"No run at {uri!r}: there is no {PASSPORT}. Make one with `raysl pretrain --run {uri}`."
+            )
+        run.passport()
+        return run
+
+    @staticmethod
+    def begin(config: Pretraining, dataset: DataSet, facts: Mapping[str, Any]) -> Run:
+        """Begins a run, or goes on with the one that lies there.
+
+        Args:
+            config: of the run.
+            dataset: that it trains on.
+            facts: what the parts of the method add to the passport, such as a hash of the permutations.
+
+        Raises:
+            UserError: another run lies there: of another configuration or of other images.
+        """
+        run = Run(Folder(config.run))
+        session = {"started": time.strftime("%Y-%m-%dT%H:%M:%S%z"), "workers": config.workers, **versions()}
+        wanted = json.loads(json.dumps(config.to_json()))
+        if run.folder.exists(PASSPORT):
+            passport = run.passport()
+            _same(passport, wanted, dataset, config.run)
+            passport["sessions"].append(session)
+        else:
+            passport = {
+                "config": wanted,
+                "facts": json.loads(json.dumps(facts)),
+                "data": {
+                    "uri": str(dataset.folder),
+                    "fingerprint": dataset.manifest.fingerprint,
+                    "num_images": dataset.num_images,
+                    "num_classes": len(dataset.manifest.classes),
+                },
+                "sessions": [session],
+            }
+        run.folder.write_json(PASSPORT, passport)
+        return run
+
+    @property
+    def checkpoints(self) -> Folder:
+        return self.folder / "checkpoints"
+
+    def passport(self) -> dict[str, Any]:
+        """The passport. Raises UserError when it is damaged."""
+        try:
+            passport: dict[str, Any] = self.folder.read_json(PASSPORT)
+            passport["config"], passport["data"], passport["sessions"]
+        except (ValueError, KeyError, TypeError) as error:
+            raise UserError(
+                f"The passport of the run at {str(self.folder)!r} is damaged: {error}."
+            ) from error
+        return passport
+
+    def config(self) -> Pretraining:
+        """The configuration it was begun with."""
+        return Pretraining.from_json(self.passport()["config"])
+
+    def newest(self) -> Checkpoint:
+        """The newest complete checkpoint. Raises UserError when there is none yet."""
+        found = checkpoint.newest(self.checkpoints)
+        if found is None:
+            raise UserError(f"The run at {str(self.folder)!r} has no complete checkpoint yet.")
+        return found
+
+    def metrics(self) -> list[dict[str, Any]]:
+        """The rows of metrics.jsonl; none before the first was written."""
+        if not self.folder.exists(METRICS):
+            return []
+        return [json.loads(line) for line in self.folder.read(METRICS).splitlines()]
+
+
+def _same(passport: Mapping[str, Any], wanted: Mapping[str, Any], dataset: DataSet, place: str) -> None:
+    fingerprint = passport["data"]["fingerprint"]
+    if fingerprint != dataset.manifest.fingerprint:
+        raise UserError(
+            f"The run at {place!r} was begun on images with fingerprint {fingerprint[:12]} and the data set at "
+            f"{str(dataset.folder)!r} has {dataset.manifest.fingerprint[:12]}: the images or labels differ. Give the "
+            "data set it was begun on, or another folder to --run."
+        )
+    changed = [n for n in differences(passport["config"], wanted) if n.split(".")[0] not in FREE]
+    if changed:
+        raise UserError(
+            f"The run at {place!r} was begun with another configuration; these differ: {', '.join(changed)}. Give the "
+            "same values to go on with it, or another folder to --run for a new run."
+        )
+
+
+def versions() -> dict[str, Any]:
+    """What the numbers of a run depend on besides its configuration."""
+    packages = ("torch", "torchvision", "ray", "numpy", "pyarrow", "pillow")
+    return {
+        "python": platform.python_version(),
+        "packages": {name: metadata.version(name) for name in packages},
+        "code": code_hash(),
+    }
+
+
+def code_hash() -> str:
+    """A hash of the source of this package."""
+    root = Path(__file__).parent
+    digest = hashlib.blake2b(digest_size=8)
+    for path in sorted(root.rglob("*.py")):
+        digest.update(str(path.relative_to(root)).encode() + b"\0" + path.read_bytes())
+    return digest.hexdigest()
+
+
+class MetricsLog:
+    """Rows of metrics in a run's folder, and for TensorBoard where the folder is local. Rank 0 has one.
+
+    The file is written whole each time, so it never ends in half a row, at a local path or in an object store.
+
+    Args:
+        run: whose metrics they are.
+        step: the step that the run goes on from; later rows, of an interrupted session, are dropped.
+    """
+
+    def __init__(self, run: Run, step: int) -> None:
+        from tensorboardX import SummaryWriter
+
+        self._run = run
+        self._rows = [row for row in run.metrics() if row["step"] <= step]
+        self._written_at = time.monotonic()
+        local = run.folder.is_local
+        self._board = (
+            SummaryWriter(str(run.folder / "tensorboard"), purge_step=step or None) if local else None
+        )
+
+    def add(self, row: dict[str, Any]) -> None:
+        """Adds a row; it reaches the file within ten seconds, or at `flush`."""
+        self._rows.append(row)
+        if self._board is not None:
+            for name, value in row.items():
+                if name != "step":
+                    self._board.add_scalar(name, value, row["step"])
+        if time.monotonic() - self._written_at > 10:
+            self.flush()
+
+    def flush(self) -> None:
+        """Writes all rows to the file."""
+        self._run.folder.write(METRICS, jsonl(self._rows))
+        self._written_at = time.monotonic()
+        if self._board is not None:
+            self._board.flush()
+
+
+def jsonl(rows: Iterable[Mapping[str, Any]]) -> bytes:
+    """Rows as lines of JSON."""
+    return "".join(json.dumps(row) + "\n" for row in rows).encode()

@@ -1,0 +1,276 @@
+"""The story of one training worker: restore, then for each batch views, loss, backward, step, bank, log, save."""
+
+from __future__ import annotations
+
+import contextlib
+import math
+import time
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.nn.parallel import DistributedDataParallel
+
+from raysl import checkpoint, collective, methods, optim, pretext, trunk
+from raysl.augment import recipe
+from raysl.bank import MemoryBank
+from raysl.checkpoint import Saver
+from raysl.cluster import Placement
+from raysl.config import Pretraining
+from raysl.dataset import DataSet
+from raysl.errors import UserError
+from raysl.objectives import Loss, Objective, Setup
+from raysl.pretext import Geometry, Pretext
+from raysl.rng import key
+from raysl.run import MetricsLog, Run
+from raysl.stream.plan import Plan
+from raysl.stream.reader import Batch, Stream
+from raysl.views import View
+
+
+class Network(nn.Module):
+    """The trunk and the heads of a method, as one module for DistributedDataParallel."""
+
+    def __init__(self, config: Pretraining, num_images: int, num_classes: int) -> None:
+        super().__init__()
+        torch.manual_seed(key(config.seed, "weights") >> 1)
+        self.trunk = trunk.build(config.trunk)
+        method = methods.parse(config.method)
+        _, objective_type = methods.load_objective(method.objective)
+        geometry = Geometry(
+            config.view.image_size, config.view.min_scale, objective_type.predicts, config.seed
+        )
+        setup = Setup(
+            pretext=pretext.build(method.pretext, config.parts, geometry) if method.pretext else None,
+            identity=pretext.build("identity", {}, geometry),
+            width=self.trunk.width,
+            num_images=num_images,
+            num_classes=num_classes,
+            seed=config.seed,
+        )
+        self.transform: Pretext | None = setup.pretext
+        self.objective: Objective = objective_type(config.parts[method.objective], setup)
+
+    def forward(self, views: Mapping[str, Tensor]) -> dict[str, Tensor]:
+        return self.objective.forward(self.trunk, views)
+
+    def views(self, config: Pretraining) -> dict[str, View]:
+        """What the stream makes of every image."""
+        colours = recipe(config.view.recipe)
+        return {name: View(transform, colours) for name, transform in self.objective.views.items()}
+
+    def facts(self) -> dict[str, Any]:
+        """What the method adds to the passport."""
+        return self.transform.describe() if self.transform is not None else {}
+
+
+@dataclass(frozen=True)
+class Job:
+    """What a training worker is given. Picklable."""
+
+    config: dict[str, Any]
+    run: Run
+    dataset: DataSet
+    placement: Placement
+    board: Any = None
+
+
+class Worker:
+    """One training worker: its network, optimiser, bank and stream, and the step they are at."""
+
+    def __init__(self, job: Job, device: torch.device) -> None:
+        self.job = job
+        self.config = config = Pretraining.from_json(job.config)
+        self.device = device
+        self.rank, self.world = collective.rank(), collective.world()
+        self.plan = Plan.of(job.dataset, config.batch_size, config.seed, config.epochs)
+        self.network = Network(config, job.dataset.num_images, len(job.dataset.manifest.classes)).to(device)
+        if config.channels_last:
+            self.network = self.network.to(memory_format=torch.channels_last)  # type: ignore[call-overload]
+        self.optimizer = optim.build(config.optim, self.network)
+        self.scaler = torch.amp.GradScaler(device.type, enabled=config.precision == "fp16")
+        dim = self.network.objective.bank_dim
+        self.bank = MemoryBank(job.dataset.num_images, dim, config.bank, config.seed, device) if dim else None
+        self.saver = Saver(job.run.checkpoints, config.save, self.rank, self.world)
+        self.step = 0
+
+    def restore(self) -> None:
+        """Goes on from the newest complete checkpoint. Rank 0 chooses it, so that all take the same."""
+        found = checkpoint.newest(self.job.run.checkpoints) if self.rank == 0 else None
+        step = int(collective.total(torch.tensor(found.step if found else 0, device=self.device)).item())
+        if step == 0:
+            return
+        chosen = next(c for c in checkpoint.complete(self.job.run.checkpoints) if c.step == step)
+        state, bank = chosen.load()
+        self.network.load_state_dict(state["network"])
+        self.optimizer.load_state_dict(state["optimizer"])
+        self.scaler.load_state_dict(state["scaler"])
+        if self.bank is not None:
+            self.bank.load(bank)
+        self.step = step
+
+    def state(self) -> dict[str, Any]:
+        """All that a later session needs besides the bank; every random number follows from the step."""
+        return {
+            "network": self.network.state_dict(),
+            "optimizer": self.optimizer.state_dict(),
+            "scaler": self.scaler.state_dict(),
+            "step": self.step,
+        }
+
+    def train(self) -> None:
+        """The loop, from the restored step to the end of the plan.
+
+        Raises:
+            UserError: the loss is no longer finite, a checkpoint cannot be written, or the data set is damaged.
+        """
+        model = self._distributed()
+        log = MetricsLog(self.job.run, self.step) if self.rank == 0 else None
+        meter = Meter(self.step, self.plan)
+        stream = self._stream()
+        for batch in stream.batches(self.step):
+            lr = self.config.optim.lr_at(self.step, self.plan.num_steps, self.config.batch_size)
+            loss = self._update(model, batch, lr)
+            self.step += 1
+            meter.add(batch, loss)
+            last = self.step == self.plan.num_steps
+            logging = last or self.step % self.config.log_every == 0
+            since_s = 0.0
+            if logging:
+                row, since_s = meter.row(self.step, lr, self.saver.since_s)
+                self._check(row)
+                self._log(log, row)
+            if last or self.saver.due(self.step, since_s):
+                self._save()
+        self.saver.wait()
+        if log is not None:
+            log.flush()
+
+    def _update(self, model: nn.Module, batch: Batch, lr: float) -> Loss:
+        """One step of the optimiser and of the bank."""
+        for group in self.optimizer.param_groups:
+            group["lr"] = lr
+        with self._autocast():
+            outputs = model(batch.views)
+            loss = self.network.objective.loss(outputs, batch, self.bank)
+        self.optimizer.zero_grad(set_to_none=True)
+        self.scaler.scale(loss.loss).backward()  # type: ignore[no-untyped-call]
+        if self.config.optim.clip_norm > 0:
+            self.scaler.unscale_(self.optimizer)
+            nn.utils.clip_grad_norm_(self.network.parameters(), self.config.optim.clip_norm)
+        self.scaler.step(self.optimizer)
+        self.scaler.update()
+        if self.bank is not None and loss.remember_bd is not None:
+            self.bank.update(batch.indices_b, loss.remember_bd)
+        return loss
+
+    def _autocast(self) -> contextlib.AbstractContextManager[object]:
+        if self.config.precision == "fp32":
+            return contextlib.nullcontext()
+        dtype = torch.bfloat16 if self.config.precision == "bf16" else torch.float16
+        return torch.autocast(self.device.type, dtype)
+
+    def _distributed(self) -> nn.Module:
+        model: nn.Module = self.network
+        if self.config.compile:
+            model = torch.compile(model)  # type: ignore[assignment]
+        if self.world == 1:
+            return model
+        return DistributedDataParallel(
+            model, device_ids=[self.device] if self.device.type == "cuda" else None
+        )
+
+    def _stream(self) -> Stream:
+        return Stream(
+            dataset=self.job.dataset,
+            plan=self.plan,
+            views=self.network.views(self.config),
+            config=self.config.stream,
+            share=self.job.placement.share,
+            rank=self.rank,
+            world=self.world,
+            device=self.device,
+        )
+
+    def _check(self, row: Mapping[str, float]) -> None:
+        if not math.isfinite(row["loss"]):
+            raise UserError(
+                f"The loss is {row['loss']} at step {self.step}. Nothing after the last checkpoint was kept. Lower "
+                "--optim.lr, set --optim.clip-norm, or use --precision fp32, in a new run."
+            )
+
+    def _log(self, log: MetricsLog | None, row: dict[str, Any]) -> None:
+        if log is not None:
+            log.add(row)
+            if self.job.board is not None:
+                self.job.board.post.remote(row)
+
+    def _save(self) -> None:
+        """Rank 0 writes the network. Each worker writes its part of the bank; rank 0 all of a replicated one."""
+        mine = self.rank == 0 or self.config.bank.placement == "sharded"
+        bank = self.bank.state() if self.bank is not None and mine else None
+        self.saver.save(self.step, self.state() if self.rank == 0 else None, bank)
+
+
+class Meter:
+    """Means of what happened since the last row, over the workers."""
+
+    def __init__(self, step: int, plan: Plan) -> None:
+        self._plan = plan
+        self._started_at = time.perf_counter()
+        self._started_step = step
+        self._reset()
+
+    def _reset(self) -> None:
+        self._since = time.perf_counter()
+        self._steps = 0
+        self._wait_s = 0.0
+        self._sums: dict[str, Tensor] = {}
+
+    def add(self, batch: Batch, loss: Loss) -> None:
+        """Takes in one step."""
+        self._steps += 1
+        self._wait_s += batch.wait_s
+        for name, value in {"loss": loss.loss.detach(), **loss.metrics}.items():
+            self._sums[name] = self._sums.get(name, torch.zeros_like(value)) + value
+
+    def row(self, step: int, lr: float, since_save_s: float) -> tuple[dict[str, Any], float]:
+        """The row for metrics.jsonl, and the seconds since the last save as all workers agree on them.
+
+        Every worker must call it at the same steps.
+        """
+        names = list(self._sums)
+        means = [self._sums[name].float() / self._steps for name in names]
+        timing = torch.tensor([self._wait_s, since_save_s], device=means[0].device)
+        values = collective.mean(torch.cat([torch.stack(means), timing])).tolist()
+        wall_s = time.perf_counter() - self._since
+        done = step - self._started_step
+        per_step_s = (time.perf_counter() - self._started_at) / done
+        row: dict[str, Any] = {"step": step, "epoch": step * self._plan.batch_size / self._plan.num_images}
+        row.update(zip(names, values[:-2], strict=True))
+        row["lr"] = lr
+        row["images_per_s"] = self._steps * self._plan.batch_size / wall_s
+        row["wait_s"] = values[-2]
+        row["wait_share"] = min(1.0, values[-2] / wall_s)
+        row["eta_s"] = (self._plan.num_steps - step) * per_step_s
+        self._reset()
+        return row, values[-1]
+
+
+def work(job: Job) -> None:
+    """The train function of Ray Train: one call in each worker of a group, again after a failure."""
+    import ray
+    import ray.train.torch
+
+    if ray.get(job.board.failure.remote()):
+        return
+    torch.set_num_threads(job.placement.threads_per_worker)
+    try:
+        worker = Worker(job, ray.train.torch.get_device())
+        worker.restore()
+        worker.train()
+    except UserError as error:
+        ray.get(job.board.fail.remote(str(error)))
+        raise
