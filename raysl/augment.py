@@ -18,7 +18,7 @@ import torch
 from torch import Tensor
 from torch.nn.functional import pad
 
-from raysl.errors import unknown
+from raysl.errors import UserError, unknown
 from raysl.rng import Draws, Integers
 
 Floats = npt.NDArray[np.float64]
@@ -72,7 +72,7 @@ class SourceCrop:
         ratio = np.exp(log_min + (log_max - log_min) * u[:, _ATTEMPTS:-2])
         widths = np.rint(np.sqrt(area * ratio)).astype(np.int64)
         heights = np.rint(np.sqrt(area / ratio)).astype(np.int64)
-        fits = (0 < widths) & (widths <= widths_b[:, None]) & (0 < heights) & (heights <= heights_b[:, None])
+        fits = (widths > 0) & (widths <= widths_b[:, None]) & (heights > 0) & (heights <= heights_b[:, None])
         first = np.argmax(fits, axis=1)[:, None]
         some = fits.any(axis=1)
         all_widths = np.clip(np.rint(heights_b * self.max_ratio).astype(np.int64), 1, widths_b)
@@ -99,6 +99,9 @@ class Recipe:
         gray: probability of losing all colour.
         photometric: probability of the block posterize, sharpness, solarize, autocontrast.
         blur: probability of a Gaussian blur.
+
+    Raises:
+        UserError: a value is not in 0 .. 1 (hue: 0 .. 0.5).
     """
 
     hflip: float = 0.0
@@ -111,8 +114,18 @@ class Recipe:
     photometric: float = 0.0
     blur: float = 0.0
 
+    def __post_init__(self) -> None:
+        for name, value in vars(self).items():
+            most = 0.5 if name == "hue" else 1
+            if not 0 <= value <= most:
+                raise UserError(
+                    f"An augmentation recipe with {name}={value} is not possible. Choose 0 to {most}."
+                )
 
-_STRONG = Recipe(hflip=0.5, jitter=0.8, brightness=0.8, contrast=0.8, saturation=0.8, hue=0.2, gray=0.2, blur=0.5)
+
+_STRONG = Recipe(
+    hflip=0.5, jitter=0.8, brightness=0.8, contrast=0.8, saturation=0.8, hue=0.2, gray=0.2, blur=0.5
+)
 
 RECIPES = {
     "pirl": Recipe(
@@ -167,12 +180,16 @@ def photometric(images_bchw: Tensor, recipe: Recipe, draws: Draws, side: int | N
     if recipe.jitter or recipe.gray:
         matrix_b33, pull_b = _colour_map(recipe, draws)
         planes_bcn = images_bchw.contiguous().flatten(2)
-        parts = [_map_colours(planes_bcn[p], matrix_b33[p], pull_b[p]) for p in _chunks(len(pull_b), planes_bcn)]
+        parts = [
+            _map_colours(planes_bcn[p], matrix_b33[p], pull_b[p]) for p in _chunks(len(pull_b), planes_bcn)
+        ]
         images_bchw = torch.cat(parts).view(images_bchw.shape) if parts else images_bchw
     if recipe.photometric:
         dials_b3 = draws.uniform_array("photometric strengths", 3)
         rows = _selected(draws, "photometric", recipe.photometric)
-        images_bchw = _changed(images_bchw, rows, lambda images, rows: _photometric_block(images, dials_b3[rows]))
+        images_bchw = _changed(
+            images_bchw, rows, lambda images, rows: _photometric_block(images, dials_b3[rows])
+        )
     if recipe.blur:
         reach = (side or images_bchw.shape[2]) / 224
         sigma_b1 = (0.1 + 1.9 * draws.uniform_array("blur strength", 1)) * reach
@@ -226,7 +243,9 @@ def _colour_map(recipe: Recipe, draws: Draws) -> tuple[Floats, Floats]:
     """The colour map of each image: c becomes matrix_b33 @ c + pull_b * mean luminance."""
     jittered_b = draws.uniform_array("jitter", 1)[:, 0] < recipe.jitter
     strengths = np.array([recipe.brightness, recipe.contrast, recipe.saturation, recipe.hue])
-    change_b4 = np.where(jittered_b[:, None], 2 * draws.uniform_array("jitter strengths", 4) - 1, 0) * strengths
+    change_b4 = (
+        np.where(jittered_b[:, None], 2 * draws.uniform_array("jitter strengths", 4) - 1, 0) * strengths
+    )
     brightness_b, contrast_b, saturation_b = 1 + change_b4[:, :3].T
     # A colour without saturation is its luminance, whatever its hue.
     saturation_b[_selected(draws, "gray", recipe.gray)] = 0

@@ -21,8 +21,9 @@ from raysl.rng import generator
 Criterion = Literal["max_min", "max_avg", "random"]
 Orders = npt.NDArray[np.uint8]
 
-# 9! and a little more: what can be listed at once. Larger sets are chosen from a random sample of this size.
-_MAX_LISTED = 400_000
+# All orders of nine tiles can be listed. Of more tiles, sets are chosen from a random sample of the orders.
+_MAX_LISTED_TILES = 9
+_SAMPLE = 100_000
 
 
 @dataclass(frozen=True)
@@ -55,7 +56,8 @@ def permutation_set(n: int, count: int, criterion: Criterion, seed: int) -> Perm
 
     Args:
         n: number of tiles.
-        count: 1 .. n!; n! lists all orders in lexicographic order, whatever the criterion. At most 400,000.
+        count: 1 .. n!; n! lists all orders in lexicographic order, whatever the criterion. At most 100,000 of more than
+            nine tiles.
         criterion: "max_min" makes the two nearest orders differ most, "max_avg" the average pair; "random" draws.
         seed: the first order and the random set depend on it.
 
@@ -63,10 +65,11 @@ def permutation_set(n: int, count: int, criterion: Criterion, seed: int) -> Perm
         UserError: the count or the criterion is not allowed.
     """
     total = math.factorial(n)
-    if not 1 <= count <= min(total, _MAX_LISTED):
+    most = total if n <= _MAX_LISTED_TILES else _SAMPLE
+    if not 1 <= count <= most:
         raise UserError(
             f"{count} permutations of {n} tiles are not possible: there are {total:,} orders, and a set holds 1 to "
-            f"{min(total, _MAX_LISTED):,} of them. Set num_permutations within that range."
+            f"{most:,} of them. Set num_permutations within that range."
         )
     if criterion not in ("max_min", "max_avg", "random"):
         raise unknown("permutation criterion", criterion, ["max_min", "max_avg", "random"])
@@ -92,11 +95,11 @@ def _unrank(ranks: npt.NDArray[np.int64], n: int) -> Orders:
 
 def _candidates(n: int, rng: np.random.Generator) -> Orders:
     """All orders when they can be listed, else a random sample of distinct ones."""
-    if math.factorial(n) <= _MAX_LISTED:
+    if n <= _MAX_LISTED_TILES:
         return _unrank(np.arange(math.factorial(n)), n)
-    sample = rng.permuted(np.tile(np.arange(n, dtype=np.uint8), (_MAX_LISTED + _MAX_LISTED // 8, 1)), axis=1)
+    sample = rng.permuted(np.tile(np.arange(n, dtype=np.uint8), (_SAMPLE + _SAMPLE // 8, 1)), axis=1)
     _, first = np.unique(sample, axis=0, return_index=True)
-    return sample[np.sort(first)[:_MAX_LISTED]]
+    return sample[np.sort(first)[:_SAMPLE]]
 
 
 def _greedy(candidates: Orders, count: int, criterion: Criterion, first: int) -> npt.NDArray[np.int64]:
@@ -127,7 +130,7 @@ def _described(order_kp: Orders) -> PermutationSet:
 
 def _mean_hamming(order_kp: Orders) -> float:
     """Exact: pairs that agree in a position are counted by the values in its column."""
-    k, n = order_kp.shape
+    k, n = (int(length) for length in order_kp.shape)
     if k == 1:
         return float(n)
     agreeing = 0
@@ -139,7 +142,7 @@ def _mean_hamming(order_kp: Orders) -> float:
 
 def _min_hamming(order_kp: Orders) -> int:
     """Exact: two when an order and its image under some swap are both in the set, else over all pairs."""
-    k, n = order_kp.shape
+    k, n = (int(length) for length in order_kp.shape)
     if k == 1:
         return n
     if k == math.factorial(n) or _has_swapped_pair(order_kp):
@@ -155,7 +158,7 @@ def _min_hamming(order_kp: Orders) -> int:
 
 def _has_swapped_pair(order_kp: Orders) -> bool:
     """Whether two of the orders differ by one swap, the smallest difference that there is."""
-    k, n = order_kp.shape
+    n = order_kp.shape[1]
     rows = np.dtype((np.void, n))
     known = np.unique(order_kp.view(rows)[:, 0])
     for i in range(n):

@@ -73,9 +73,11 @@ class Jigsaw:
 
     def transform(self, images_bchw: Tensor, draws: Draws) -> Transformed:
         """Cuts, jitters and shuffles; labels are uniform over the set."""
-        b, channels = images_bchw.shape[:2]
+        b = len(images_bchw)
         label_b = draws.integers("order", self.num_labels)[:, 0]
-        order_bp = torch.from_numpy(self.permutations.order_kp[label_b.cpu().numpy()]).to(images_bchw.device).long()
+        order_bp = (
+            torch.from_numpy(self.permutations.order_kp[label_b.cpu().numpy()]).to(images_bchw.device).long()
+        )
         free = self.cell_size - self.patch_size + 1
         offset_bp2 = draws.integers("offset", free, 2 * self.num_crops).view(b, self.num_crops, 2)
         # The offset belongs to the cell, so that the same draws cut the same patches in every order.
@@ -109,8 +111,10 @@ def _sizes(config: Config, geometry: Geometry) -> tuple[int, int]:
     if size is None:
         size = round(geometry.image_size * 255 / 224) // grid * grid
     if size % grid:
-        raise UserError(f"A jigsaw with source_size={size} cannot be cut into a {grid} x {grid} grid. Set source_size to "
-                        f"a multiple of {grid}, such as {max(1, size // grid) * grid}.")
+        raise UserError(
+            f"A jigsaw with source_size={size} cannot be cut into a {grid} x {grid} grid. Set source_size to "
+            f"a multiple of {grid}, such as {max(1, size // grid) * grid}."
+        )
     cell = size // grid
     patch = round(cell * 64 / 85) if config.patch_size is None else config.patch_size
     if not _MIN_PATCH <= patch <= cell:
@@ -127,6 +131,8 @@ def _default_count(tiles: int, predicted: bool) -> int:
     if predicted:
         return min(100, total)
     if tiles > _MAX_ALL_TILES:
-        raise UserError(f"A jigsaw of {tiles} tiles has {total:.1e} orders, too many to list. Set num_permutations, for "
-                        "example to 10000.")
+        raise UserError(
+            f"A jigsaw of {tiles} tiles has {total:.1e} orders, too many to list. Set num_permutations, for "
+            "example to 10000."
+        )
     return total

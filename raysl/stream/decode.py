@@ -1,4 +1,8 @@
-"""From encoded image files to square crops."""
+"""From encoded image files to square crops: decode once, then cut and resize every crop that is wanted.
+
+Resizing is bilinear with antialiasing, as Pillow's: a triangle as wide as the reduction, clipped at the box. The
+pixels of a crop depend on its image and box alone.
+"""
 
 from __future__ import annotations
 
@@ -6,6 +10,7 @@ import io
 from collections.abc import Mapping, Sequence
 
 import numpy as np
+import numpy.typing as npt
 import torch
 from PIL import Image, ImageOps
 from torch import Tensor
@@ -15,6 +20,9 @@ from torchvision.io import ImageReadMode, decode_image
 from raysl.augment import SourceCrop
 from raysl.rng import Draws
 
+_JPEG = b"\xff\xd8\xff"
+_PNG = b"\x89PNG\r\n\x1a\n"
+
 
 class DecodeError(Exception):
     """The bytes are not an image, or an image that is damaged."""
@@ -23,30 +31,51 @@ class DecodeError(Exception):
 def decode(data: bytes) -> Tensor:
     """Decodes an image file of any format that Pillow knows.
 
+    Grey, palette, CMYK and 16-bit images become RGB; transparency is dropped; the EXIF orientation is applied. Of an
+    animation the first frame is taken.
+
     Returns:
-        uint8 (3, h, w), RGB, upright.
+        uint8 (3, h, w), RGB, with the channels last in memory.
 
     Raises:
         DecodeError: the bytes are not an image, or the image is damaged.
     """
+    if data[:3] == _JPEG or (data[:8] == _PNG and data[24:26] in (b"\x08\x00", b"\x08\x02")):
+        try:
+            image: Tensor = decode_image(
+                torch.frombuffer(bytearray(data), dtype=torch.uint8),
+                ImageReadMode.RGB,
+                apply_exif_orientation=True,
+            )
+            return image
+        except RuntimeError:
+            pass  # Pillow reads some files that libjpeg and libpng refuse, and says more about the others.
     try:
-        if data[:3] == b"\xff\xd8\xff":
-            try:
-                return decode_image(
-                    torch.frombuffer(bytearray(data), dtype=torch.uint8),
-                    mode=ImageReadMode.RGB,
-                    apply_exif_orientation=True,
-                )
-            except RuntimeError:
-                pass
-        image = ImageOps.exif_transpose(Image.open(io.BytesIO(data))).convert("RGB")
-        return torch.from_numpy(np.array(image)).permute(2, 0, 1)
-    except Exception as error:
+        return torch.from_numpy(_decode_with_pillow(data)).permute(2, 0, 1)
+    except Exception as error:  # Pillow's plugins raise whatever the damage leads them to
         raise DecodeError(f"{type(error).__name__}: {error}") from error
+
+
+def _decode_with_pillow(data: bytes) -> npt.NDArray[np.uint8]:
+    """uint8 (h, w, 3)."""
+    with Image.open(io.BytesIO(data)) as file:
+        image = ImageOps.exif_transpose(file)
+        if image.mode.startswith("I") or image.mode == "F":
+            wide = np.asarray(image, dtype=np.float64)
+            # 16-bit files; Pillow's own conversion would clip at 255.
+            image = Image.fromarray(
+                (wide / 257 if wide.max(initial=0) > 255 else wide).clip(0, 255).astype(np.uint8)
+            )
+        return np.array(image.convert("RGB"))
 
 
 def cut(images: Sequence[bytes], crops: Mapping[str, SourceCrop], draws: Draws) -> dict[str, Tensor]:
     """Decodes each image once and cuts every named crop out of it.
+
+    Args:
+        images: encoded files, of any sizes.
+        crops: by the name of the view; the boxes of a view come from `draws.named(name)`.
+        draws: of the b images.
 
     Returns:
         uint8 (b, 3, size, size) for each name.
@@ -55,24 +84,30 @@ def cut(images: Sequence[bytes], crops: Mapping[str, SourceCrop], draws: Draws) 
         DecodeError: an image is damaged.
     """
     decoded = [decode(data) for data in images]
-    sizes = np.array([image.shape[1:] for image in decoded], dtype=np.int64).reshape(-1, 2)
-    result = {}
+    sizes_b2 = np.array([image.shape[1:] for image in decoded], dtype=np.int64).reshape(-1, 2)
+    cut_out = {}
     for name, crop in crops.items():
-        boxes = crop.boxes(sizes[:, 0], sizes[:, 1], draws.named(name))
-        out = torch.empty(len(images), 3, crop.size, crop.size, dtype=torch.uint8)
-        for i, (top, left, height, width) in enumerate(boxes.tolist()):
-            part = decoded[i][:, top : top + height, left : left + width]
-            out[i] = _resize(part, crop.size, crop.size)
-        result[name] = out
-    return result
+        boxes_b4 = crop.boxes(sizes_b2[:, 0], sizes_b2[:, 1], draws.named(name)).tolist()
+        parts = [
+            _resize(image[None, :, top : top + height, left : left + width], crop.size, crop.size)
+            for image, (top, left, height, width) in zip(decoded, boxes_b4, strict=True)
+        ]
+        cut_out[name] = (
+            torch.cat(parts) if parts else torch.empty(0, 3, crop.size, crop.size, dtype=torch.uint8)
+        )
+    return cut_out
 
 
-def _resize(image_chw: Tensor, height: int, width: int) -> Tensor:
-    return interpolate(image_chw[None], (height, width), mode="bilinear", antialias=True)[0]
+def _resize(image_1chw: Tensor, height: int, width: int) -> Tensor:
+    # One image at a time, and without torchvision's dispatch: for uint8 with the channels last this costs 12 us for
+    # 32 pixels, a quarter of what a batched product with weight matrices does.
+    return interpolate(image_1chw, (height, width), mode="bilinear", antialias=True)
 
 
 def centre(images: Sequence[bytes], size: int) -> Tensor:
-    """The evaluation view: shorter side resized to size * 256 / 224, then the centre; see the module.
+    """The evaluation view: shorter side resized to size * 256 / 224, then the square in the middle.
+
+    An image that already is size x size stays as it is.
 
     Returns:
         uint8 (b, 3, size, size).
@@ -81,14 +116,15 @@ def centre(images: Sequence[bytes], size: int) -> Tensor:
         DecodeError: an image is damaged.
     """
     out = torch.empty(len(images), 3, size, size, dtype=torch.uint8)
-    for i, data in enumerate(images):
+    for row, data in zip(out, images, strict=True):
         image = decode(data)
-        if tuple(image.shape[1:]) != (size, size):
+        height, width = image.shape[1:]
+        if (height, width) != (size, size):
             short = round(size * 256 / 224)
-            h, w = image.shape[1:]
-            scale = short / min(h, w)
-            image = _resize(image, max(short, round(h * scale)), max(short, round(w * scale)))
+            scale = short / min(height, width)
+            # round() of the shorter side times the scale is `short` itself, whatever the rounding of the quotient.
+            image = _resize(image[None], round(height * scale), round(width * scale))[0]
             top, left = (image.shape[1] - size) // 2, (image.shape[2] - size) // 2
             image = image[:, top : top + size, left : left + size]
-        out[i] = image
+        row.copy_(image)
     return out
