@@ -220,6 +220,8 @@ def _object(
 
     second_b = luminance_b + 0.1 * (luminance_b - 0.5).sign()
     share_bhw = 0.5 + 0.5 * _texture(draws, x_bhw, y_bhw)
-    fill_bchw = _mix(_colour(draws, "first", luminance_b, 0.8), _colour(draws, "second", second_b, 0.8), share_bhw)
+    fill_bchw = _mix(
+        _colour(draws, "first", luminance_b, 0.8), _colour(draws, "second", second_b, 0.8), share_bhw
+    )
     fill_bchw -= (0.1 * y.clamp(-1, 1))[:, None]
     image_bchw += _cover(edge_bhw, scale_b)[:, None] * (fill_bchw - image_bchw)

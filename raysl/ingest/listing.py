@@ -10,7 +10,7 @@ from pathlib import PurePosixPath
 
 import pyarrow.fs as pafs
 
-from raysl.storage import filesystem
+from raysl.storage import Folder, filesystem
 
 # The names that data sets give to their splits; a folder or a file of another name is not taken for a split.
 SPLITS = ("train", "training", "test", "testing", "val", "valid", "validation", "dev", "unlabeled", "extra")
@@ -44,7 +44,7 @@ def files_below(uri: str, depth: int = 100) -> Iterator[File]:
     Raises:
         OSError: something may not be read. Nothing is yielded when nothing is there.
     """
-    fs, root = filesystem(uri)
+    fs, root = filesystem(Folder(uri).uri)
     root = root.rstrip("/") or "/"
     info = fs.get_file_info([root])[0]
     if info.type == pafs.FileType.File:
@@ -55,7 +55,7 @@ def files_below(uri: str, depth: int = 100) -> Iterator[File]:
 
 def folders_in(uri: str) -> list[str]:
     """Names of the folders directly inside a folder, sorted, without the hidden ones."""
-    fs, root = filesystem(uri)
+    fs, root = filesystem(Folder(uri).uri)
     found = fs.get_file_info(pafs.FileSelector(root, allow_not_found=True))
     names = (info.base_name for info in found if info.type == pafs.FileType.Directory)
     return sorted(name for name in names if not name.startswith("."))
@@ -63,7 +63,7 @@ def folders_in(uri: str) -> list[str]:
 
 def is_folder(uri: str) -> bool:
     """Whether a folder is there."""
-    fs, root = filesystem(uri)
+    fs, root = filesystem(Folder(uri).uri)
     return bool(fs.get_file_info([root])[0].type == pafs.FileType.Directory)
 
 

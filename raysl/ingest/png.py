@@ -37,7 +37,7 @@ def encode(images_bhwc: npt.NDArray[np.uint8]) -> list[bytes]:
 
 def _deflate(pixels: npt.NDArray[np.uint8]) -> bytes:
     stream = zlib.compressobj(1, zlib.DEFLATED, zlib.MAX_WBITS, 9, zlib.Z_RLE)
-    return stream.compress(pixels) + stream.flush()
+    return stream.compress(pixels.data) + stream.flush()
 
 
 def _chunk(kind: bytes, data: bytes) -> bytes:

@@ -145,9 +145,8 @@ def _list(source: Source, journal: Journal, config: IngestConfig, progress: Repo
         )
         if journal.header() == header:
             if (listed := journal.listed()) is not None:
-                progress.say(
-                    f"Going on with {journal.dest}: {len(journal.done())} of {len(listed.counts)} shards are done."
-                )
+                done = f"{len(journal.done())} of {len(listed.counts)} shards are done"
+                progress.say(f"Going on with {journal.dest}: {done}.")
                 return listed
         elif journal.header() is not None:
             progress.say(f"The source or the settings have changed: starting {journal.dest} anew.")
@@ -231,16 +230,16 @@ def _write_unit(
 
 def _move_all(journal: Journal, config: IngestConfig, progress: Reporter) -> None:
     """The second pass: mends the index column of every shard that starts at another index than was promised."""
-    bases, moved, base = {}, [], 0
+    bases: dict[int, int] = {}
+    base, total, done = 0, 0, 0
     for written in journal.all_written():
         if written.base != base and written.num_images:
-            moved.append(written.unit)
             bases[written.unit] = base
+            total += written.num_images
         base += written.num_images
-    images = 0
-    for row in _each(moved, partial(_move_unit, journal=journal, bases=bases), config):
-        images += 1
-        progress.update("Renumbering shards", images, len(moved), row["bad"])
+    for row in _each(list(bases), partial(_move_unit, journal=journal, bases=bases), config):
+        done += row["images"]
+        progress.update("Renumbering", done, total, 0)
 
 
 def _move_unit(number: int, journal: Journal, bases: dict[int, int]) -> tuple[int, int]:
@@ -300,12 +299,15 @@ def _finish(name: str, listed: Listed, journal: Journal, progress: Reporter) -> 
             num_unlabelled += written.num_unlabelled
             max_label = max(max_label, written.max_label)
     dest = journal.dest
+    if not num_bad:
+        dest.delete(LEDGER)
     if not shards:
         for entry in (LEDGER, SHARDS):
             dest.delete(entry)
         journal.delete()
         raise UserError(
-            f"None of the {num_bad} images of {name!r} can be decoded. The first: {'; '.join(reasons)}. Nothing was written."
+            f"None of the {num_bad} images of {name!r} can be decoded. The first: {'; '.join(reasons)}. "
+            "Nothing was written."
         )
     classes = _classes(listed, max_label, num_unlabelled, progress)
     manifest = Manifest(name, tuple(shards), classes, digest.hexdigest(), num_bad)

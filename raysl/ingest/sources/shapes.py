@@ -56,7 +56,13 @@ class Source:
     def units(self, size: UnitSize) -> Iterator[Unit]:
         for first in range(0, self._num_images, size.num_images):
             count = min(size.num_images, self._num_images - first)
-            spec = {"first": first, "count": count, "seed": self._seed, "size": self._size, "split": self._split}
+            spec = {
+                "first": first,
+                "count": count,
+                "seed": self._seed,
+                "size": self._size,
+                "split": self._split,
+            }
             yield Unit(count, spec)
 
 
