@@ -11,17 +11,18 @@ from collections.abc import Mapping, Sequence
 
 import numpy as np
 import numpy.typing as npt
+import simplejpeg
 import torch
 from PIL import Image, ImageOps
 from torch import Tensor
 from torch.nn.functional import interpolate
-from torchvision.io import ImageReadMode, decode_image
 
 from raysl.augment import SourceCrop
 from raysl.rng import Draws
 
 _JPEG = b"\xff\xd8\xff"
-_PNG = b"\x89PNG\r\n\x1a\n"
+# A segment of a JPEG file holds less, and EXIF comes first or after the small JFIF segment.
+_EXIF_WITHIN = 1 << 16
 
 
 class DecodeError(Exception):
@@ -40,33 +41,31 @@ def decode(data: bytes) -> Tensor:
     Raises:
         DecodeError: the bytes are not an image, or the image is damaged.
     """
-    if data[:3] == _JPEG or (data[:8] == _PNG and data[24:26] in (b"\x08\x00", b"\x08\x02")):
-        try:
-            image: Tensor = decode_image(
-                torch.frombuffer(bytearray(data), dtype=torch.uint8),
-                ImageReadMode.RGB,
-                apply_exif_orientation=True,
-            )
-            return image
-        except RuntimeError:
-            pass  # Pillow reads some files that libjpeg and libpng refuse, and says more about the others.
     try:
-        return torch.from_numpy(_decode_with_pillow(data)).permute(2, 0, 1)
+        if data[:3] == _JPEG and data.find(b"Exif\0\0", 0, _EXIF_WITHIN) < 0:
+            try:
+                return _channels_first(simplejpeg.decode_jpeg(data))
+            except ValueError:
+                pass  # CMYK, or damage that Pillow may forgive and else says more about
+        return _channels_first(_decode_with_pillow(data))
     except Exception as error:  # Pillow's plugins raise whatever the damage leads them to
         raise DecodeError(f"{type(error).__name__}: {error}") from error
+
+
+def _channels_first(pixels_hwc: npt.NDArray[np.uint8]) -> Tensor:
+    return torch.from_numpy(pixels_hwc).permute(2, 0, 1)
 
 
 def _decode_with_pillow(data: bytes) -> npt.NDArray[np.uint8]:
     """uint8 (h, w, 3)."""
     with Image.open(io.BytesIO(data)) as file:
-        image = ImageOps.exif_transpose(file)
-        if image.mode.startswith("I") or image.mode == "F":
-            wide = np.asarray(image, dtype=np.float64)
-            # 16-bit files; Pillow's own conversion would clip at 255.
-            image = Image.fromarray(
-                (wide / 257 if wide.max(initial=0) > 255 else wide).clip(0, 255).astype(np.uint8)
-            )
-        return np.array(image.convert("RGB"))
+        image: Image.Image = ImageOps.exif_transpose(file)
+    if image.mode.startswith("I") or image.mode == "F":
+        # 16 bits in most cases: Pillow's own conversion would clip at 255.
+        values = np.asarray(image, dtype=np.float64)
+        values = values / 257 if values.max(initial=0) > 255 else values
+        image = Image.fromarray(values.clip(0, 255).astype(np.uint8))
+    return np.array(image if image.mode == "RGB" else image.convert("RGB"))
 
 
 def cut(images: Sequence[bytes], crops: Mapping[str, SourceCrop], draws: Draws) -> dict[str, Tensor]:
