@@ -7,6 +7,7 @@ epoch, index). The bank is not a buffer of the network: DistributedDataParallel 
 
 from __future__ import annotations
 
+from collections.abc import Iterable
 from dataclasses import dataclass
 from typing import Any, Literal
 
@@ -66,7 +67,7 @@ class MemoryBank:
         self.config = config
         self.seed = seed
         self.first, self.last = self._range(collective.rank(), collective.world())
-        self.rows_nd = self._fresh().to(device, getattr(torch, config.dtype))
+        self.rows_nd = self._fresh(device)
 
     def _range(self, rank: int, world: int) -> tuple[int, int]:
         """The rows that a worker keeps: first and one past the last."""
@@ -74,17 +75,20 @@ class MemoryBank:
             return 0, self.num_images
         return rank * self.num_images // world, (rank + 1) * self.num_images // world
 
-    def _fresh(self) -> Tensor:
+    def _fresh(self, device: torch.device) -> Tensor:
         """Uniform in a cube, then on the unit sphere, as NPID starts. Every worker makes its own rows from the seed,
         so that none has to be sent and no average shortens them."""
-        rows = np.empty((self.last - self.first, self.dim), np.float32)
-        for block in range(self.first // _BLOCK, -(-self.last // _BLOCK)):
-            values = rng.generator(self.seed, "bank", block).random((_BLOCK, self.dim), np.float32) * 2 - 1
-            start, stop = max(self.first, block * _BLOCK), min(self.last, (block + 1) * _BLOCK)
-            rows[start - self.first : stop - self.first] = values[
-                start - block * _BLOCK : stop - block * _BLOCK
-            ]
-        return F.normalize(torch.from_numpy(rows), dim=1)
+        rows_nd = torch.empty(
+            self.last - self.first, self.dim, dtype=getattr(torch, self.config.dtype), device=device
+        )
+        for first in range(self.first // _BLOCK * _BLOCK, self.last, _BLOCK):
+            generator = rng.generator(self.seed, "bank", first // _BLOCK)
+            block_nd = torch.from_numpy(generator.random((_BLOCK, self.dim), np.float32) * 2 - 1)
+            start, stop = max(self.first, first), min(self.last, first + _BLOCK)
+            rows_nd[start - self.first : stop - self.first] = F.normalize(
+                block_nd[start - first : stop - first], dim=1
+            ).to(rows_nd)
+        return rows_nd
 
     def lookup(self, indices_b: Tensor, shared: bool = False) -> Tensor:
         """Rows of the given images, without gradient.
@@ -122,7 +126,7 @@ class MemoryBank:
         indices = collective.gather(indices_b.to(device))
         embeddings = collective.gather(embeddings_bd.detach().float().to(device))
         order = torch.arange(len(indices), device=device)
-        unique, inverse = indices.unique(return_inverse=True)
+        unique, inverse = torch.unique(indices, return_inverse=True)
         last = torch.full((len(unique),), -1, device=device).scatter_reduce(0, inverse, order, "amax")
         mine = (unique >= self.first) & (unique < self.last)
         rows, fresh = unique[mine] - self.first, embeddings[last[mine]]
@@ -131,16 +135,16 @@ class MemoryBank:
         self.rows_nd[rows] = F.normalize(mixed, dim=1).to(self.rows_nd.dtype)
 
     def state(self) -> dict[str, Any]:
-        """What has to be saved: this worker's rows and where they lie."""
+        """What has to be saved: this worker's rows, not copied, and where they lie."""
         return {
             "first": self.first,
             "last": self.last,
             "num_images": self.num_images,
-            "rows_nd": self.rows_nd.cpu(),
+            "rows_nd": self.rows_nd,
         }
 
-    def load(self, parts: list[dict[str, Any]]) -> None:
-        """Takes its rows from the saved parts of any number of workers.
+    def load(self, parts: Iterable[dict[str, Any]]) -> None:
+        """Takes its rows from the saved parts of any number of workers, one part after the other.
 
         Raises:
             UserError: the parts are of another bank, or do not hold all rows.

@@ -8,11 +8,13 @@ mistaken for a whole one.
 
 from __future__ import annotations
 
+import contextlib
 import io
+import re
 import threading
 import time
 import zlib
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
 from typing import Any
 
@@ -42,7 +44,7 @@ class SaveConfig:
 
     def __post_init__(self) -> None:
         for name in ("every_steps", "every_minutes", "keep_every"):
-            if getattr(self, name) < 0:
+            if not getattr(self, name) >= 0:
                 raise UserError(f"save.{name} is {getattr(self, name)}; it must not be negative.")
         if self.keep_last < 1:
             raise UserError(f"save.keep_last is {self.keep_last}; at least 1 checkpoint must be kept.")
@@ -62,56 +64,89 @@ class Checkpoint:
     step: int
     world: int
 
-    def load(self) -> tuple[dict[str, Any], list[dict[str, Any]]]:
+    def load(self) -> tuple[dict[str, Any], Iterator[dict[str, Any]]]:
         """The state of the network, and the parts of the memory bank (none without a bank), on the CPU.
 
-        Raises:
-            UserError: a file does not match its receipt.
-        """
-        receipts = [self.folder.read_json(_receipt(rank, self.world)) for rank in range(self.world)]
-        banks = [name for receipt in receipts for name in sorted(receipt["files"]) if name != STATE]
-        state = self._load(STATE, receipts)
-        return state, [self._load(name, receipts) for name in banks]
+        The parts are read as they are asked for, one at a time: no worker has to hold the whole bank.
 
-    def _load(self, name: str, receipts: list[dict[str, Any]]) -> dict[str, Any]:
-        data = self.folder.read(name)
-        expected = next(r["files"][name] for r in receipts if name in r["files"])
-        if len(data) != expected["bytes"] or zlib.crc32(data) != expected["crc32"]:
-            raise UserError(
-                f"The file {name!r} of the checkpoint {str(self.folder)!r} is damaged: it has {len(data)} bytes and "
-                f"was written with {expected['bytes']}, or its checksum differs. Delete this checkpoint's folder; the "
-                "same command then goes on from the one before."
+        Raises:
+            UserError: a file is missing or does not match its receipt; for the parts, when they are read.
+        """
+        files = self._files()
+        banks = sorted(name for name in files if name != STATE)
+        return self._load(STATE, files), (self._load(name, files) for name in banks)
+
+    def state(self) -> dict[str, Any]:
+        """The state of the network alone, on the CPU. Raises UserError when it does not match its receipt."""
+        return self._load(STATE, self._files())
+
+    def crc32(self) -> int:
+        """The checksum of the state of the network, from its receipt."""
+        return int(self._files()[STATE]["crc32"])
+
+    def _files(self) -> dict[str, dict[str, int]]:
+        """Sizes and checksums from the receipts of all workers, by file."""
+        files: dict[str, dict[str, int]] = {}
+        for rank in range(self.world):
+            name = _receipt(rank, self.world)
+            try:
+                files.update(self.folder.read_json(name)["files"])
+            except (OSError, ValueError, KeyError, TypeError) as error:
+                raise self._damaged(name, str(error)) from error
+        if STATE not in files:
+            raise self._damaged(STATE, "no receipt names it")
+        return files
+
+    def _load(self, name: str, files: Mapping[str, Mapping[str, int]]) -> dict[str, Any]:
+        num_bytes, crc32 = files[name]["bytes"], files[name]["crc32"]
+        try:
+            data = self.folder.read(name)
+        except OSError as error:
+            raise self._damaged(name, str(error)) from error
+        if len(data) != num_bytes or zlib.crc32(data) != crc32:
+            raise self._damaged(
+                name, f"it has {len(data)} bytes and was written with {num_bytes}, or its checksum differs"
             )
         loaded: dict[str, Any] = torch.load(io.BytesIO(data), map_location="cpu", weights_only=True)
         return loaded
 
+    def _damaged(self, name: str, why: str) -> UserError:
+        return UserError(
+            f"The file {name!r} of the checkpoint {str(self.folder)!r} is damaged: {why}. Delete this checkpoint's "
+            "folder; the same command then goes on from the one before."
+        )
+
 
 def complete(folder: Folder) -> list[Checkpoint]:
     """The complete checkpoints in a folder, oldest first."""
-    found = []
-    for name in folder.list():
-        if name.startswith("step-") and (checkpoint := _complete(folder / name, int(name[5:]))):
-            found.append(checkpoint)
-    return found
+    return [found for step in _steps(folder) if (found := _complete(folder, step))]
 
 
 def newest(folder: Folder) -> Checkpoint | None:
     """The newest complete checkpoint, or None."""
-    for name in reversed(folder.list()):
-        if name.startswith("step-") and (checkpoint := _complete(folder / name, int(name[5:]))):
-            return checkpoint
-    return None
+    return next((found for step in reversed(_steps(folder)) if (found := _complete(folder, step))), None)
+
+
+def _name(step: int) -> str:
+    return f"step-{step:09d}"
 
 
 def _receipt(rank: int, world: int) -> str:
     return f"receipt-{rank:04d}-of-{world:04d}.json"
 
 
+def _steps(folder: Folder) -> list[int]:
+    """Steps of all checkpoints, complete or not, in order; other names in the folder do not matter."""
+    return sorted(int(found[1]) for name in folder.list() if (found := re.fullmatch(r"step-(\d{9,})", name)))
+
+
 def _complete(folder: Folder, step: int) -> Checkpoint | None:
-    names = set(folder.list())
-    for world in sorted({int(name[-9:-5]) for name in names if name.startswith("receipt-")}):
+    names = set((folder / _name(step)).list())
+    # A worker that was killed may have left a temporary file beside its receipt.
+    found = [re.fullmatch(r"receipt-\d{4,}-of-(\d{4,})\.json", name) for name in names]
+    for world in sorted({int(match[1]) for match in found if match}):
         if all(_receipt(rank, world) in names for rank in range(world)):
-            return Checkpoint(folder, step, world)
+            return Checkpoint(folder / _name(step), step, world)
     return None
 
 
@@ -121,7 +156,7 @@ class Saver:
     Args:
         folder: of the run's checkpoints.
         config: see `SaveConfig`.
-        rank: this worker; rank 0 writes the state and does the deleting.
+        rank: this worker.
         world: number of workers.
         clock: seconds; an argument so that a test can turn it.
     """
@@ -186,28 +221,42 @@ class Saver:
 
     def _write(self, step: int, files: Mapping[str, Any]) -> None:
         try:
-            target = self.folder / f"step-{step:09d}"
+            target = self.folder / _name(step)
+            # A session that was killed here may have left a receipt for files that are now written anew.
+            target.delete(_receipt(self.rank, self.world))
             receipt = {}
             for name, value in files.items():
                 data = _bytes(value)
                 target.write(name, data)
                 receipt[name] = {"bytes": len(data), "crc32": zlib.crc32(data)}
             target.write_json(_receipt(self.rank, self.world), {"files": receipt})
-            if self.rank == 0:
-                self._delete_old(step)
+            self._delete_old(step)
         except BaseException as error:
             self._error = error
 
     def _delete_old(self, step: int) -> None:
-        """Deletes older checkpoints when enough complete ones exist; never the newest complete one."""
+        """Deletes what is past keeping, and half checkpoints before `step`, once `step` is complete.
+
+        The worker that writes the last receipt does it: before that, others may still be writing. Two that finish
+        together may delete the same, which does no harm.
+        """
         done = [c.step for c in complete(self.folder)]
-        keep = set(done[-self.config.keep_last :]) | {step}
+        if step not in done:
+            return
+        keep = set(done[-self.config.keep_last :])
         if self.config.keep_every:
             keep |= {s for s in done if s % self.config.keep_every == 0}
-        for name in self.folder.list():
-            old = int(name[5:]) if name.startswith("step-") else step
-            if old < min(done, default=0) or (old < step and old not in keep):
-                self.folder.delete(name)
+        for old in _steps(self.folder):
+            if old < step and old not in keep:
+                with contextlib.suppress(FileNotFoundError):
+                    self._delete(self.folder / _name(old))
+
+    def _delete(self, checkpoint: Folder) -> None:
+        """Deletes the receipts first, so that what is left after an interruption is not taken for a checkpoint."""
+        for name in checkpoint.list():
+            if name.startswith("receipt-"):
+                checkpoint.delete(name)
+        checkpoint.delete()
 
 
 def _copy(value: Any) -> Any:
@@ -217,7 +266,7 @@ def _copy(value: Any) -> Any:
     if isinstance(value, Mapping):
         return {key: _copy(item) for key, item in value.items()}
     if isinstance(value, (list, tuple)):
-        return [_copy(item) for item in value]
+        return type(value)(_copy(item) for item in value)
     return value
 
 

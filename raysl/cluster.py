@@ -8,8 +8,8 @@ from __future__ import annotations
 
 import logging
 import os
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any
 
 from raysl.errors import UserError
 from raysl.stream.reader import DataShare
@@ -70,47 +70,57 @@ class Placement:
         return {**resources, "GPU": self.gpus_per_worker} if self.gpus_per_worker else resources
 
 
-def place(workers: int, resources: dict[str, Any] | None = None) -> Placement:
+def place(workers: int, nodes: Sequence[Mapping[str, float]] | None = None) -> Placement:
     """Divides the cluster among `workers` trainers and their data tasks.
 
-    With GPUs, a trainer gets one GPU and one CPU, and the data tasks all other CPUs. Without, the arithmetic needs
-    the CPUs most: three quarters of them go to the trainers, but never all.
+    Each trainer gets an equal slot of CPUs that lies on one machine, and leaves a part of it to data tasks. With GPUs
+    it takes one GPU and one CPU. Without, the arithmetic needs the CPUs most: it takes three quarters of a slot of
+    four or more, else half. CPUs outside the slots go to data tasks.
 
     Args:
         workers: number of trainers.
-        resources: {"CPU": n, "GPU": n}; by default what the cluster has now.
+        nodes: {"CPU": n, "GPU": n} of each machine; by default those that the cluster has now.
 
     Raises:
         UserError: the cluster can never run so many workers.
     """
-    if resources is None:
+    if nodes is None:
         import ray
 
-        resources = ray.cluster_resources()
-    cpus, gpus = float(resources.get("CPU", 0)), int(resources.get("GPU", 0))
-    if gpus and workers > gpus:
+        nodes = [node["Resources"] for node in ray.nodes() if node["Alive"]]
+    cpus_n = [node.get("CPU", 0.0) for node in nodes]
+    gpus_n = [int(node.get("GPU", 0)) for node in nodes]
+    if 0 < sum(gpus_n) < workers:
         raise UserError(
-            f"{workers} workers need {workers} GPUs and the cluster has {gpus}. Use --workers {gpus}, or a larger "
-            "cluster."
+            f"{workers} workers need {workers} GPUs and the cluster has {sum(gpus_n)}. Use --workers {sum(gpus_n)}, "
+            "or a larger cluster."
         )
-    # On CPUs four trainers can share one core, slowly; more would only wait for each other.
-    if workers > cpus * 4 or (gpus and cpus < workers + 1):
-        most = int(min(cpus * 4, cpus - 1)) if gpus else int(cpus * 4)
+    most_n = gpus_n if any(gpus_n) else [workers] * len(cpus_n)
+    # Four trainers can share one core, slowly; more would only wait for each other.
+    fit = _slots(cpus_n, most_n, 0.25)
+    if fit < workers:
         raise UserError(
-            f"{workers} workers and their data tasks can never run on the {cpus:g} CPUs of this cluster: it can take "
-            f"{max(most, 0)}. Use fewer workers, or a larger cluster."
+            f"{workers} workers and their data tasks can never run on the {sum(cpus_n):g} CPUs of this cluster: it "
+            f"can take {fit}. Use fewer workers, or a larger cluster."
         )
-    if gpus:
-        per_task = 1.0 if (cpus - workers) / workers >= 1 else _floor((cpus - workers) / workers)
-        return Placement(1, 1, DataShare(per_task, (cpus - workers) / workers), 1)
-    trainer = 0.75 * cpus / workers if cpus >= 4 * workers else 0.5 * cpus / workers
-    trainer = float(int(trainer)) if trainer >= 1 else _floor(trainer)
-    left = (cpus - trainer * workers) / workers
-    return Placement(trainer, 0, DataShare(min(1.0, _floor(left)), left), max(1, round(cpus / workers)))
+    sizes = {cpus / k for cpus in cpus_n for k in range(1, workers + 1)} | {0.25}
+    slot = max(size for size in sizes if size > 0 and _slots(cpus_n, most_n, size) >= workers)
+    trainer = _floor(slot / 2) if slot < 2 else 1.0
+    if not any(gpus_n) and slot >= 4:
+        trainer = float(int(0.75 * slot))
+    share = DataShare(min(1.0, trainer), (sum(cpus_n) - trainer * workers) / workers)
+    threads = 1 if any(gpus_n) else max(1, round(slot))
+    return Placement(trainer, 1 if any(gpus_n) else 0, share, threads)
+
+
+def _slots(cpus_n: Sequence[float], most_n: Sequence[int], slot: float) -> int:
+    """How many slots of so many CPUs lie on the machines, at most `most_n` on each."""
+    # A machine divided by three has room for three, whatever the last bit of the quotient says.
+    return sum(min(most, int(cpus / slot + 1e-6)) for cpus, most in zip(cpus_n, most_n, strict=True))
 
 
 def _floor(share: float) -> float:
-    """Rounds down to Ray's resolution, a ten-thousandth."""
+    """Rounds down to a thousandth; Ray counts in ten-thousandths."""
     return int(share * 1000) / 1000
 
 

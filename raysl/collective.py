@@ -29,7 +29,7 @@ def mean(value: Tensor) -> Tensor:
 def total(value: Tensor) -> Tensor:
     """The sum of a tensor over the workers, without gradient. Every worker must call it."""
     if world() == 1:
-        return value
+        return value.detach()
     summed = value.detach().clone()
     dist.all_reduce(summed)
     return summed

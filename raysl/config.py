@@ -55,7 +55,8 @@ class Pretraining:
         channels_last: memory layout of images and weights.
         compile: run the network through torch.compile.
         log_every: steps between rows of metrics.jsonl.
-        parts: the Config of the objective and of every transform, by name.
+        parts: the Config of the objective and of every transform, by name, or a JSON value of one; those that are
+            not given have their defaults.
     """
 
     data: str
@@ -82,8 +83,14 @@ class Pretraining:
         for name in self.parts:
             if name not in types_:
                 raise unknown(f"part of the method {self.method!r}", name, types_)
-        complete = {name: self.parts.get(name, kind()) for name, kind in types_.items()}
-        object.__setattr__(self, "parts", complete)
+        parts = {name: self.parts.get(name, {}) for name in types_}
+        for name, part in parts.items():
+            if isinstance(part, Mapping):
+                parts[name] = from_dict(types_[name], part, name)
+        object.__setattr__(self, "parts", parts)
+        _check_choices(self, "")
+        for name, part in parts.items():
+            _check_choices(part, f"{name}.")
         if self.workers < 1:
             raise UserError(f"workers is {self.workers}; it must be at least 1.")
         if self.batch_size < self.workers:
@@ -109,16 +116,9 @@ class Pretraining:
         """The configuration of a passport.
 
         Raises:
-            UserError: a key is unknown or a value is not allowed.
+            UserError: a key is unknown or missing, or a value is not allowed.
         """
-        kinds = methods.parse(value.get("method", "pirl-jigsaw")).config_types()
-        parts = {
-            name: from_dict(kinds[name], part, name)
-            for name, part in value.get("parts", {}).items()
-            if name in kinds
-        }
-        rest = {key: item for key, item in value.items() if key != "parts"}
-        return typing.cast(Pretraining, dataclasses.replace(from_dict(Pretraining, rest, ""), parts=parts))
+        return typing.cast(Pretraining, from_dict(Pretraining, value, ""))
 
 
 # What may differ when a run goes on: where it runs and how it is kept, and not what it computes.
@@ -143,7 +143,7 @@ def from_dict(kind: type[Any], value: Mapping[str, Any], prefix: str) -> Any:
     """A dataclass from a JSON value; dataclasses inside it too.
 
     Raises:
-        UserError: a key is not a field; answers with the nearest field.
+        UserError: a key is not a field (answers with the nearest one), or a field without a default is missing.
     """
     hints = typing.get_type_hints(kind)
     known = [f.name for f in dataclasses.fields(kind)]
@@ -157,6 +157,11 @@ def from_dict(kind: type[Any], value: Mapping[str, Any], prefix: str) -> Any:
         elif isinstance(item, list) and _is_tuple(hint):
             item = tuple(item)
         arguments[key] = item
+    for f in dataclasses.fields(kind):
+        if f.default is f.default_factory is dataclasses.MISSING and f.name not in arguments:
+            raise UserError(
+                f"The configuration lacks {f'{prefix}.{f.name}'.lstrip('.')!r}, which has no default."
+            )
     return kind(**arguments)
 
 
@@ -164,3 +169,13 @@ def _is_tuple(hint: Any) -> bool:
     if isinstance(hint, types.UnionType):
         return any(_is_tuple(part) for part in typing.get_args(hint))
     return typing.get_origin(hint) is tuple
+
+
+def _check_choices(config: Any, prefix: str) -> None:
+    """Raises UserError for a value that is not among those of its Literal, here or in a dataclass inside."""
+    for name, hint in typing.get_type_hints(type(config)).items():
+        value = getattr(config, name)
+        if dataclasses.is_dataclass(value):
+            _check_choices(value, f"{prefix}{name}.")
+        elif typing.get_origin(hint) is Literal and value not in typing.get_args(hint):
+            raise unknown(f"{prefix}{name}", str(value), map(str, typing.get_args(hint)))

@@ -29,7 +29,11 @@ def paper_h(positive_b: Tensor, negatives_bk: Tensor) -> Tensor:
     """
     logits = torch.cat([positive_b[:, None], negatives_bk], dim=1).float()
     log_p = F.log_softmax(logits, dim=1)
-    return -log_p[:, 0] - torch.log1p(-log_p[:, 1:].exp()).sum(dim=1)
+    # The largest p rounds to 1 where one score stands out, and its 1 - p is summed from the others instead.
+    top_b1 = logits.argmax(dim=1, keepdim=True)
+    others_b1 = torch.logsumexp(log_p.scatter(1, top_b1, float("-inf")), dim=1, keepdim=True)
+    log_rest = torch.log1p(-log_p.exp().scatter(1, top_b1, 0.0)).scatter(1, top_b1, others_b1)
+    return -log_p[:, 0] - log_rest[:, 1:].sum(dim=1)
 
 
 def nce(positive_b: Tensor, negatives_bk: Tensor, z: Tensor, num_images: int) -> Tensor:

@@ -29,19 +29,20 @@ def shared_scores(bank: MemoryBank, queries_bd: Tensor, rows: Rows, step: int, n
     instead of gathering b * K rows; the negatives of a batch are correlated.
 
     Args:
-        queries_bd: float (b, d) with gradient.
+        queries_bd: float (b, d) with gradient; or (q, b, d), q queries of each image, which meet the same rows.
         rows: the images of the queries.
 
     Returns:
-        float32 (b, k + 1) cosine scores, with -inf in one place of each row.
+        float32 (b, k + 1) or (q, b, k + 1) cosine scores, with -inf in one place of each row.
     """
     generator = rng.generator(bank.seed, "negatives", step)
-    drawn = torch.from_numpy(generator.choice(bank.num_images, num_negatives + 1, replace=False))
-    keys_kd = bank.lookup(drawn, shared=True)
-    scores_bk = queries_bd.float() @ keys_kd.T
-    own_bk = drawn[None, :] == torch.from_numpy(rows.indices_b)[:, None]
-    own_bk[~own_bk.any(dim=1), -1] = True
-    return scores_bk.masked_fill(own_bk.to(scores_bk.device), float("-inf"))
+    device = queries_bd.device
+    drawn_k = torch.from_numpy(generator.choice(bank.num_images, num_negatives + 1, replace=False)).to(device)
+    keys_kd = bank.lookup(drawn_k, shared=True)
+    own_bk = drawn_k[None, :] == torch.from_numpy(rows.indices_b).to(device)[:, None]
+    own_bk[:, -1] |= ~own_bk.any(dim=1)
+    with torch.autocast(device.type, enabled=False):
+        return (queries_bd.float() @ keys_kd.T).masked_fill(own_bk, float("-inf"))
 
 
 def own_scores(bank: MemoryBank, queries_bd: Tensor, rows: Rows, num_negatives: int) -> Tensor:
@@ -49,11 +50,16 @@ def own_scores(bank: MemoryBank, queries_bd: Tensor, rows: Rows, num_negatives: 
 
     As the papers have it; needs b * K * D numbers of memory.
 
+    Args:
+        queries_bd: float (b, d) with gradient; or (q, b, d), q queries of each image, which meet the same rows.
+        rows: the images of the queries.
+
     Returns:
-        float32 (b, k) cosine scores.
+        float32 (b, k) or (q, b, k) cosine scores.
     """
     draws = Draws(bank.seed, rows.epochs_b, rows.indices_b)
     drawn_bk = draws.integers("negatives", bank.num_images - 1, count=num_negatives)
     drawn_bk = drawn_bk + (drawn_bk >= torch.from_numpy(rows.indices_b)[:, None]).long()
     keys_bkd = bank.lookup(drawn_bk.flatten()).view(*drawn_bk.shape, bank.dim)
-    return torch.einsum("bd,bkd->bk", queries_bd.float(), keys_bkd)
+    with torch.autocast(queries_bd.device.type, enabled=False):
+        return torch.einsum("...bd,bkd->...bk", queries_bd.float(), keys_bkd)

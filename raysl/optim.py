@@ -38,13 +38,17 @@ class OptimConfig:
     clip_norm: float = 0.0
 
     def __post_init__(self) -> None:
-        if self.lr <= 0:
+        if not self.lr > 0:
             raise UserError(f"optim.lr is {self.lr}; it must be more than 0 (PIRL uses 0.03 for 256 images).")
         if not 0 <= self.warmup < 1:
             raise UserError(f"optim.warmup is {self.warmup}; it is a share of the run, from 0 up to below 1.")
         for name in ("weight_decay", "clip_norm", "momentum"):
-            if getattr(self, name) < 0:
+            if not getattr(self, name) >= 0:
                 raise UserError(f"optim.{name} is {getattr(self, name)}; it must not be negative.")
+        if not all(0 <= milestone <= 1 for milestone in self.milestones):
+            raise UserError(
+                f"optim.milestones is {self.milestones}; each is a share of the run, from 0 to 1, such as 0.6."
+            )
 
     def lr_at(self, step: int, num_steps: int, batch_size: int) -> float:
         """The learning rate of a step (0-based) of a run of `num_steps`.

@@ -39,7 +39,7 @@ def open_board() -> Any:
 
     here = ray.get_runtime_context().get_node_id()
     near = ray.util.scheduling_strategies.NodeAffinitySchedulingStrategy(here, soft=True)
-    return ray.remote(num_cpus=0, max_concurrency=2, scheduling_strategy=near)(Board).remote()
+    return ray.remote(num_cpus=0, scheduling_strategy=near)(Board).remote()
 
 
 def raise_failure(board: Any) -> None:

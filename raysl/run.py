@@ -92,7 +92,8 @@ class Run:
             passport["config"], passport["data"], passport["sessions"]
         except (ValueError, KeyError, TypeError) as error:
             raise UserError(
-                f"The passport of the run at {str(self.folder)!r} is damaged: {error}."
+                f"The passport of the run at {str(self.folder)!r} is damaged: {error!r}. Restore {PASSPORT} from a "
+                "copy, or give another folder to --run."
             ) from error
         return passport
 
@@ -166,9 +167,7 @@ class MetricsLog:
         self._rows = [row for row in run.metrics() if row["step"] <= step]
         self._written_at = time.monotonic()
         local = run.folder.is_local
-        self._board = (
-            SummaryWriter(str(run.folder / "tensorboard"), purge_step=step or None) if local else None
-        )
+        self._board = SummaryWriter(str(run.folder / "tensorboard"), purge_step=step + 1) if local else None
 
     def add(self, row: dict[str, Any]) -> None:
         """Adds a row; it reaches the file within ten seconds, or at `flush`."""

@@ -9,7 +9,7 @@ from typing import Any, Literal
 import torch
 from torch import Tensor, nn
 
-from raysl.errors import UserError, unknown
+from raysl.errors import unknown
 
 IMAGENET_MEAN = (0.485, 0.456, 0.406)
 IMAGENET_STD = (0.229, 0.224, 0.225)
@@ -80,9 +80,11 @@ def build(config: TrunkConfig) -> Trunk:
     """A new trunk with weights from torch's global generator.
 
     Raises:
-        UserError: the name or the stem does not exist, or does not fit.
+        UserError: the name, the stem or the norm does not exist.
     """
     norm = _norm(config.norm)
+    if config.stem not in ("small", "standard"):
+        raise unknown("stem", config.stem, ["small", "standard"])
     if config.name == "small":
         return Trunk(SmallTrunk(norm), SmallTrunk.width)
     from torchvision import models
@@ -98,8 +100,6 @@ def build(config: TrunkConfig) -> Trunk:
         resnet.conv1 = nn.Conv2d(3, channels, 3, stride=1, padding=1, bias=False)
         nn.init.kaiming_normal_(resnet.conv1.weight, mode="fan_out", nonlinearity="relu")
         resnet.maxpool = nn.Identity()
-    elif config.stem != "standard":
-        raise UserError(f"Unknown stem {config.stem!r}. Known: small, standard.")
     return Trunk(resnet, width)
 
 

@@ -56,7 +56,7 @@ class Config:
             raise UserError(
                 f"pirl.lambda is {self.lam}; it must be between 0 (NPID) and 1 (only the transform)."
             )
-        if self.temperature <= 0:
+        if not self.temperature > 0:
             raise UserError(
                 f"pirl.temperature is {self.temperature}; it must be more than 0 (the paper uses 0.07)."
             )
@@ -97,31 +97,39 @@ class Pirl(nn.Module):
         """Equation 5, averaged over the batch. Both terms see the bank as it was before this step."""
         assert bank is not None
         memory_bd = bank.lookup(batch.indices_b)
-        terms = {name: self._contrast(query, memory_bd, batch, bank) for name, query in outputs.items()}
+        # The transformed images come first and so set z.
+        queries = {name: outputs[name] for name in ("transformed", "image")}
+        scores_qbk = self._negatives(torch.stack(list(queries.values())), batch, bank)
+        terms = {
+            name: self._contrast((query * memory_bd).sum(dim=1), scores_bk)
+            for (name, query), scores_bk in zip(queries.items(), scores_qbk, strict=True)
+        }
         lam = self.config.lam
         # A term of weight 0 stays in the graph, so that every head has a gradient under DistributedDataParallel.
         loss = lam * terms["transformed"] + (1 - lam) * terms["image"]
         metrics = {f"loss/{name}": term.detach() for name, term in terms.items()}
-        for name, query in outputs.items():
+        for name, query in queries.items():
             metrics[f"similarity/{name}"] = (query.detach() * memory_bd).sum(dim=1).mean()
         return Loss(loss, metrics, remember_bd=outputs["image"].detach())
 
-    def _contrast(self, queries_bd: Tensor, memory_bd: Tensor, batch: Batch, bank: MemoryBank) -> Tensor:
+    def _negatives(self, queries_qbd: Tensor, batch: Batch, bank: MemoryBank) -> Tensor:
+        """Cosine scores (q, b, k): both terms of an image meet the same negatives."""
+        count = self.config.num_negatives
+        if self.config.negatives == "shared":
+            return negatives.shared_scores(bank, queries_qbd, batch.rows, batch.step, count)
+        return negatives.own_scores(bank, queries_qbd, batch.rows, count)
+
+    def _contrast(self, cosine_b: Tensor, cosines_bk: Tensor) -> Tensor:
         """The mean over the batch of one NCE term of equation 5."""
-        config = self.config
-        positive_b = (queries_bd * memory_bd).sum(dim=1) / config.temperature
-        if config.negatives == "shared":
-            scores = negatives.shared_scores(bank, queries_bd, batch.rows, batch.step, config.num_negatives)
-        else:
-            scores = negatives.own_scores(bank, queries_bd, batch.rows, config.num_negatives)
-        scores = scores / config.temperature
-        if config.loss == "infonce":
-            return losses.info_nce(positive_b, scores).mean()
-        if config.loss == "paper_h":
-            return losses.paper_h(positive_b, scores).mean()
+        positive_b = cosine_b / self.config.temperature
+        negatives_bk = cosines_bk / self.config.temperature
+        if self.config.loss == "infonce":
+            return losses.info_nce(positive_b, negatives_bk).mean()
+        if self.config.loss == "paper_h":
+            return losses.paper_h(positive_b, negatives_bk).mean()
         if torch.isnan(self.z):
-            self.z.copy_(collective.mean(losses.estimate_z(positive_b, scores, self.num_images)))
-        return losses.nce(positive_b, scores, self.z, self.num_images).mean()
+            self.z.copy_(collective.mean(losses.estimate_z(positive_b, negatives_bk, self.num_images)))
+        return losses.nce(positive_b, negatives_bk, self.z, self.num_images).mean()
 
 
 def _head(config: Config, width_in: int, width_out: int) -> nn.Module:

@@ -29,8 +29,8 @@ from raysl.errors import UserError
 Integers = npt.NDArray[np.int64]
 
 LANES = 8
-WINDOW_ROWS = 4096
-WINDOW_BYTES = 32 << 20
+WINDOW_ROWS = 1024
+WINDOW_BYTES = 8 << 20
 
 
 @dataclass(frozen=True)
@@ -77,7 +77,7 @@ class Plan:
         Raises:
             UserError: the batch size or the number of epochs is not positive, or the batch is larger than the data.
         """
-        if epochs <= 0:
+        if not 0 < epochs < math.inf:
             raise UserError(f"epochs is {epochs}; it must be more than 0.")
         if batch_size < 1:
             raise UserError(f"batch_size is {batch_size}; it must be at least 1.")
@@ -91,8 +91,11 @@ class Plan:
         bytes_per_row = max(1.0, dataset.manifest.num_bytes / dataset.num_images)
         window_rows = min(WINDOW_ROWS, WINDOW_BYTES / bytes_per_row)
         groups_per_window = max(1, round(window_rows / rows_per_group))
-        stretch = max(1, math.ceil(LANES * groups_per_window * rows_per_group / batch_size))
-        num_steps = math.ceil(epochs * dataset.num_images / batch_size)
+        stretch = math.ceil(LANES * groups_per_window * rows_per_group / batch_size)
+        # Never more than an epoch, or the lanes of a small data set would lie in different epochs.
+        stretch = max(1, min(stretch, dataset.num_images // batch_size))
+        # Images are rounded first: 1.1 * 1000 is a little more than 1100, and must not cost a step.
+        num_steps = max(1, math.ceil(round(epochs * dataset.num_images) / batch_size))
         return Plan(starts, batch_size, seed, groups_per_window, stretch, num_steps)
 
     @property
@@ -136,7 +139,7 @@ class Plan:
         return Rows(indices, epochs)
 
     def _locate_in_epoch(self, epoch: int, offsets: Integers) -> Integers:
-        groups, starts = _epoch_order(self, epoch)
+        _, starts = _epoch_order(self, epoch)
         window_starts = starts[:: self.groups_per_window]
         window_of = np.searchsorted(window_starts, offsets, side="right") - 1
         indices = np.empty_like(offsets)
