@@ -21,9 +21,9 @@ ROOMS = (
     *("losses", "collective", "permutations", "augment"),
     *("pretext", "views", "stream", "trunk", "bank", "negatives", "optim"),
     *("ingest", "objectives", "methods"),
-    *("config", "run", "checkpoint", "cluster", "train"),
-    *("features", "probes", "pictures", "report"),
-    *("doctor", "demo"),
+    *("checkpoint", "config", "run", "cluster", "progress", "train", "pretrain"),
+    *("features", "probes", "probe", "grid", "pictures", "report"),
+    *("doctor", "demo", "cli"),
     *("__init__", "__main__"),
 )
 # A file may outgrow 400 lines by a little while it is being split, and no more.
