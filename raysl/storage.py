@@ -100,9 +100,12 @@ class Folder:
         return json.loads(self.read(name))
 
     def open(self, name: str) -> BinaryIO:
-        """A seekable file for reading."""
+        """A seekable file for reading. Raises FileNotFoundError when it is not there."""
         fs, root = self._open()
-        stream: BinaryIO = fs.open_input_file(f"{root}/{name}")
+        try:
+            stream: BinaryIO = fs.open_input_file(f"{root}/{name}")
+        except NotADirectoryError as error:
+            raise FileNotFoundError(str(error)) from error
         return stream
 
     def exists(self, name: str = "") -> bool:

@@ -42,7 +42,7 @@ def opened(uri: object, size: UnitSize = SMALL) -> tuple[Source, list[Row]]:
     units = list(source.units(size))
     rows = [list(read(kind, unit)) for unit in units]
     assert [len(unit_rows) for unit_rows in rows] == [unit.num_images for unit in units]
-    return source, sum(rows, [])
+    return source, [row for unit_rows in rows for row in unit_rows]
 
 
 def refused(uri: object) -> str:
@@ -53,13 +53,24 @@ def refused(uri: object) -> str:
 
 class TestFolder:
     def test_class_folders_are_labels_in_sorted_order(self, tmp_path: Path) -> None:
-        for name in ("zebra/1.jpg", "zebra/0.PNG", "ape/5.jpeg", "ape/.hidden.jpg", "ape/notes.txt", ".git/x.jpg"):
+        for name in (
+            "zebra/1.jpg",
+            "zebra/0.PNG",
+            "ape/5.jpeg",
+            "ape/.hidden.jpg",
+            "ape/notes.txt",
+            ".git/x.jpg",
+        ):
             put(tmp_path / name)
         (tmp_path / "empty").mkdir()
         source, rows = opened(tmp_path)
         assert source.labelled
         assert source.classes == ("ape", "zebra")
-        assert [(row.path, row.label) for row in rows] == [("ape/5.jpeg", 0), ("zebra/0.PNG", 1), ("zebra/1.jpg", 1)]
+        assert [(row.path, row.label) for row in rows] == [
+            ("ape/5.jpeg", 0),
+            ("zebra/0.PNG", 1),
+            ("zebra/1.jpg", 1),
+        ]
 
     @pytest.mark.parametrize("names", [["a.jpg", "b.jpg"], ["a.jpg", "x/b.jpg"], ["x/y/a.jpg", "x/z/b.jpg"]])
     def test_other_layouts_have_no_labels(self, tmp_path: Path, names: list[str]) -> None:
@@ -184,7 +195,14 @@ class TestWebDataset:
         write_tar(tmp_path / "b.tar", {"x/2.cls": b"0", "x/2.json": b"{}", "x/2.jpg": jpeg(2)})
         write_tar(
             tmp_path / "a.tar",
-            {"1.jpg": jpeg(1), "1.cls": b"7\n", "0.png": jpeg(0), "0.txt": b"x", "0.cls": b"3", "readme.txt": b"x"},
+            {
+                "1.jpg": jpeg(1),
+                "1.cls": b"7\n",
+                "0.png": jpeg(0),
+                "0.txt": b"x",
+                "0.cls": b"3",
+                "readme.txt": b"x",
+            },
         )
         source, rows = opened(tmp_path)
         assert source.classes is None

@@ -276,6 +276,8 @@ def _run(batch: dict[str, Any], numbers: list[int], work: Callable[[int], tuple[
             rows.append((*work(numbers[i]), ""))
         except UserError as error:
             rows.append((0, 0, str(error)))
+        except OSError as error:
+            rows.append((0, 0, f"Cannot read the source: {error}. The same command goes on from here."))
     images, bad, errors = zip(*rows, strict=True)
     return {"images": np.array(images), "bad": np.array(bad), "error": np.array(errors, dtype=object)}
 

@@ -1,0 +1,119 @@
+"""The indexed data set: what is read back, and what is said of a damaged one."""
+
+from __future__ import annotations
+
+import json
+import pickle
+from collections.abc import Callable
+from pathlib import Path
+
+import numpy as np
+import pytest
+
+from raysl.dataset import DataSet, Manifest
+from raysl.errors import UserError
+from raysl.ingest.shard import write
+from raysl.ingest.sources import Row
+from raysl.storage import Folder
+
+# Shard 0 has row groups of 4, 4 and 2 images, shard 1 of 4 and 1.
+SIZES = (10, 5)
+
+
+def make(folder: Path, labelled: bool = True) -> DataSet:
+    """A data set whose image i holds the bytes "i" and whose label is i mod 3."""
+    dest, base, shards = Folder(str(folder)), 0, []
+    for unit, size in enumerate(SIZES):
+        rows = (Row(str(i).encode(), i % 3, "") for i in range(base, base + size))
+        shards.append(write(dest, unit, base, rows, check=False, labelled=labelled, rows_per_group=4).shard)
+        base += size
+    manifest = Manifest("made", tuple(shards), ("a", "b", "c") if labelled else (), "f00d", 0)
+    dest.write_json("manifest.json", manifest.to_json())
+    return DataSet.open(str(folder))
+
+
+def test_the_manifest_survives_a_round_trip(tmp_path: Path) -> None:
+    data_set = make(tmp_path)
+    assert Manifest.from_json(json.loads(json.dumps(data_set.manifest.to_json()))) == data_set.manifest
+    assert data_set.num_images == 15
+    assert [shard.row_groups for shard in data_set.manifest.shards] == [(4, 4, 2), (4, 1)]
+    assert data_set.row_group_starts.tolist() == [0, 4, 8, 10, 14, 15]
+    assert pickle.loads(pickle.dumps(data_set)) == data_set
+
+
+@pytest.mark.parametrize("indices", [[0], [14, 0, 7], [3, 3, 9, 3], list(range(14, -1, -1))])
+def test_rows_come_in_the_order_that_was_asked_for(tmp_path: Path, indices: list[int]) -> None:
+    rows = make(tmp_path).read(np.array(indices))
+    assert rows.column_names == ["index", "image", "label"]
+    assert rows["index"].to_pylist() == indices
+    assert rows["image"].to_pylist() == [str(i).encode() for i in indices]
+    assert rows["label"].to_pylist() == [i % 3 for i in indices]
+
+
+def test_columns_are_chosen_and_labels_optional(tmp_path: Path) -> None:
+    data_set = make(tmp_path, labelled=False)
+    assert not data_set.has_labels
+    assert data_set.read(np.array([2])).column_names == ["index", "image"]
+    assert make(tmp_path / "b").read(np.array([2]), columns=("label",)).column_names == ["index", "label"]
+
+
+def test_no_ledger_is_an_empty_one(tmp_path: Path) -> None:
+    assert make(tmp_path).bad_images() == []
+    Folder(str(tmp_path)).write("bad_images.jsonl", b'{"path": "a\\u2028b", "reason": "r"}\n')
+    assert make(tmp_path).bad_images() == [{"path": "a\u2028b", "reason": "r"}]
+
+
+def swap_shards(folder: Path) -> None:
+    first, second = folder / "shards" / "00000.parquet", folder / "shards" / "00001.parquet"
+    content = first.read_bytes()
+    first.write_bytes(second.read_bytes())
+    second.write_bytes(content)
+
+
+def cut_shard(folder: Path) -> None:
+    (folder / "shards" / "00001.parquet").write_bytes(b"PAR1")
+
+
+@pytest.mark.parametrize("damage", [swap_shards, cut_shard])
+def test_a_damaged_shard_is_named(tmp_path: Path, damage: Callable[[Path], None]) -> None:
+    data_set = make(tmp_path)
+    damage(tmp_path)
+    with pytest.raises(UserError, match=r"Shard '00001\.parquet' .* is damaged"):
+        data_set.read(np.array([12]))
+
+
+@pytest.mark.parametrize(
+    ("content", "says"),
+    [
+        (b"{", "is damaged"),
+        (b"[]", "is damaged"),
+        (b'{"shards": []}', "is damaged"),
+        (b"\xff\xfe", "is damaged"),
+        (None, "no manifest.json"),
+    ],
+)
+def test_a_damaged_manifest_is_refused(tmp_path: Path, content: bytes | None, says: str) -> None:
+    make(tmp_path)
+    (tmp_path / "manifest.json").unlink()
+    if content is not None:
+        (tmp_path / "manifest.json").write_bytes(content)
+    with pytest.raises(UserError, match=says):
+        DataSet.open(str(tmp_path))
+
+
+def test_a_missing_shard_and_another_layout_are_refused(tmp_path: Path) -> None:
+    data_set = make(tmp_path)
+    (tmp_path / "shards" / "00000.parquet").unlink()
+    with pytest.raises(UserError, match="lacks 1 of its 2 shards"):
+        DataSet.open(str(tmp_path))
+    data_set.folder.write_json("manifest.json", {**data_set.manifest.to_json(), "format": 99})
+    with pytest.raises(UserError, match="layout 99"):
+        DataSet.open(str(tmp_path))
+
+
+def test_a_place_without_a_data_set(tmp_path: Path) -> None:
+    (tmp_path / "file").write_bytes(b"")
+    for place in ("nothing", "file"):
+        assert not DataSet.is_one(str(tmp_path / place))
+        with pytest.raises(UserError, match="No data set"):
+            DataSet.open(str(tmp_path / place))
