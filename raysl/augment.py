@@ -48,6 +48,9 @@ class SourceCrop:
         max_scale: largest share of the image's area.
         min_ratio: smallest width / height.
         max_ratio: largest width / height.
+
+    Raises:
+        UserError: the size is below 1, or a range is empty or out of bounds.
     """
 
     size: int
@@ -55,6 +58,15 @@ class SourceCrop:
     max_scale: float = 1.0
     min_ratio: float = 3 / 4
     max_ratio: float = 4 / 3
+
+    def __post_init__(self) -> None:
+        scales_fit = 0 < self.min_scale <= self.max_scale <= 1
+        if self.size < 1 or not scales_fit or not 0 < self.min_ratio <= self.max_ratio:
+            raise UserError(
+                f"A crop with size={self.size}, min_scale={self.min_scale}, max_scale={self.max_scale}, "
+                f"min_ratio={self.min_ratio} and max_ratio={self.max_ratio} is not possible. Choose a size of 1 pixel "
+                "or more, 0 < min_scale <= max_scale <= 1 and 0 < min_ratio <= max_ratio."
+            )
 
     def boxes(self, heights_b: Integers, widths_b: Integers, draws: Draws) -> Integers:
         """Where to cut: area uniform in the scales, ratio log-uniform, the first of ten attempts that fits.

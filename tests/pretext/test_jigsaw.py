@@ -1,0 +1,107 @@
+"""The jigsaw: geometry, order of the patches, labels."""
+
+from __future__ import annotations
+
+import math
+
+import numpy as np
+import pytest
+import torch
+from torch import Tensor
+
+from raysl.errors import UserError
+from raysl.pretext import Geometry
+from raysl.pretext.jigsaw import Config, Jigsaw
+from raysl.rng import Draws
+
+
+def draws(count: int) -> Draws:
+    return Draws(0, np.zeros(count, np.int64), np.arange(count))
+
+
+def coordinates(side: int, count: int) -> Tensor:
+    """Images whose red is the row and whose green is the column."""
+    rows, columns = torch.meshgrid(torch.arange(side), torch.arange(side), indexing="ij")
+    return torch.stack([rows, columns, torch.zeros_like(rows)]).to(torch.uint8).expand(count, -1, -1, -1)
+
+
+@pytest.mark.parametrize(
+    ("image_size", "source", "cell", "patch"),
+    [(224, 255, 85, 64), (32, 36, 12, 9), (64, 72, 24, 18), (96, 108, 36, 27), (128, 144, 48, 36)],
+)
+def test_sizes_follow_the_published_ratios(image_size: int, source: int, cell: int, patch: int) -> None:
+    facts = Jigsaw(Config(), Geometry(image_size)).describe()
+    assert (facts["source_size"], facts["cell_size"], facts["patch_size"]) == (source, cell, patch)
+
+
+@pytest.mark.parametrize("grid", [2, 3])
+def test_undoing_the_permutation_gives_the_cells_row_by_row(grid: int) -> None:
+    made = Jigsaw(Config(grid=grid), Geometry(64))
+    b, cell = 300, made.cell_size
+    result = made.transform(coordinates(made.source.size, b), draws(b))
+    assert result.label_b is not None
+    order_bp = torch.from_numpy(made.permutations.order_kp[result.label_b.numpy()]).long()
+    back = torch.empty_like(result.crops_bpchw)
+    back[torch.arange(b)[:, None], order_bp] = result.crops_bpchw
+    corner_bp2 = back[:, :, :2, 0, 0].long()
+    slot = torch.arange(grid * grid)
+    assert torch.equal(corner_bp2[..., 0] // cell, (slot // grid).expand(b, -1))
+    assert torch.equal(corner_bp2[..., 1] // cell, (slot % grid).expand(b, -1))
+    # Every patch is one contiguous piece, inside its cell, at every offset that is possible.
+    assert torch.equal(back, back[..., :1, :1] + coordinates(made.patch_size, 1))
+    offset_bp2 = corner_bp2 % cell
+    assert set(offset_bp2.flatten().tolist()) == set(range(cell - made.patch_size + 1))
+    assert len({tuple(o) for o in offset_bp2.flatten(1).tolist()}) > b * 0.99, "patches share their offsets"
+
+
+def test_every_image_is_shuffled_on_its_own() -> None:
+    made = Jigsaw(Config(), Geometry(32))
+    label_b = made.transform(coordinates(36, 200), draws(200)).label_b
+    assert label_b is not None
+    assert len(set(label_b.tolist())) > 195
+
+
+@pytest.mark.parametrize(
+    ("grid", "predicted", "count"),
+    [(3, False, math.factorial(9)), (3, True, 100), (2, False, 24), (2, True, 24)],
+)
+def test_default_size_of_the_set(grid: int, predicted: bool, count: int) -> None:
+    made = Jigsaw(Config(grid=grid), Geometry(32, predicted=predicted))
+    assert made.num_labels == count == made.describe()["num_permutations"]
+
+
+def test_the_passport_tells_sets_apart() -> None:
+    facts = [
+        Jigsaw(Config(num_permutations=20, permutation_seed=s), Geometry(32)).describe() for s in (0, 0, 1)
+    ]
+    assert facts[0] == facts[1]
+    assert facts[0]["permutations_digest"] != facts[2]["permutations_digest"]
+    assert facts[0]["permutations_min_hamming"] >= 6
+
+
+def test_where_the_colours_go() -> None:
+    assert Jigsaw(Config(), Geometry(32)).colour == "crops"
+    assert Jigsaw(Config(per_patch_colour=False), Geometry(32)).colour == "source"
+
+
+@pytest.mark.parametrize(
+    ("config", "geometry", "message"),
+    [
+        (Config(), Geometry(8), "image_size=8 cuts patches of 2 pixels"),
+        (Config(grid=8, num_permutations=10), Geometry(32), "image_size=32 cuts patches of 3 pixels"),
+        (Config(grid=1), Geometry(32), "nothing to shuffle"),
+        (Config(grid=4), Geometry(64), "Set num_permutations"),
+        (Config(patch_size=13), Geometry(32), "patches of 13 pixels from cells of 12"),
+        (Config(source_size=37), Geometry(32), "a multiple of 3, such as 36"),
+        (Config(num_permutations=362_881), Geometry(32), "362881 permutations of 9 tiles"),
+        (Config(min_scale=1.5), Geometry(32), r"min_scale=1\.5"),
+    ],
+)
+def test_impossible_dials_are_refused(config: Config, geometry: Geometry, message: str) -> None:
+    with pytest.raises(UserError, match=message):
+        Jigsaw(config, geometry)
+
+
+def test_finer_grids_work_with_a_chosen_set() -> None:
+    made = Jigsaw(Config(grid=4, num_permutations=20), Geometry(64))
+    assert made.transform(coordinates(made.source.size, 4), draws(4)).crops_bpchw.shape == (4, 16, 3, 14, 14)

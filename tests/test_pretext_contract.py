@@ -1,0 +1,207 @@
+"""What every pretext transform keeps to, those of one file in a folder of the user's included."""
+
+from __future__ import annotations
+
+import dataclasses
+import importlib
+import itertools
+import json
+import pickle
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from torch import Tensor
+
+from raysl import pretext
+from raysl.errors import UserError
+from raysl.pretext import Geometry, Pretext
+from raysl.rng import Draws
+
+SPECS = [*pretext.names(), "rotation+jigsaw", "identity+rotation"]
+GEOMETRIES = [Geometry(32), Geometry(32, predicted=True), Geometry(64, predicted=True, seed=3)]
+
+
+def draws(indices: list[int] | range, epoch: int = 0, seed: int = 0) -> Draws:
+    return Draws(seed, np.full(len(indices), epoch, dtype=np.int64), np.array(indices, dtype=np.int64))
+
+
+def images(count: int, side: int) -> Tensor:
+    return torch.randint(
+        0, 256, (count, 3, side, side), dtype=torch.uint8, generator=torch.Generator().manual_seed(1)
+    )
+
+
+@pytest.fixture(
+    params=list(itertools.product(SPECS, GEOMETRIES)),
+    ids=lambda p: f"{p[0]}-{p[1].image_size}-{p[1].predicted}",
+)
+def made(request: pytest.FixtureRequest) -> Pretext:
+    spec, geometry = request.param
+    return pretext.build(spec, {}, geometry)
+
+
+def test_shapes_types_and_labels(made: Pretext) -> None:
+    x = images(64, made.source.size)
+    before = x.clone()
+    result = made.transform(x, draws(range(64)))
+    assert torch.equal(x, before), "the images are written to"
+    crops = result.crops_bpchw
+    assert crops.dtype == torch.uint8
+    assert crops.shape[:3] == (64, made.num_crops, 3)
+    assert made.colour in ("crops", "source", "none")
+    if made.num_labels == 0:
+        assert result.label_b is None
+    else:
+        assert result.label_b is not None
+        assert result.label_b.dtype == torch.int64
+        assert result.label_b.shape == (64,)
+        assert int(result.label_b.min()) >= 0
+        assert int(result.label_b.max()) < made.num_labels
+
+
+def test_an_image_never_depends_on_its_batch_mates(made: Pretext) -> None:
+    x = images(16, made.source.size)
+    together = made.transform(x, draws(range(16)))
+    order = [5, 0, 15, 3]
+    some = made.transform(x[order], draws(order))
+    assert torch.equal(some.crops_bpchw, together.crops_bpchw[order])
+    one = made.transform(x[7:8], draws([7]))
+    assert torch.equal(one.crops_bpchw[0], together.crops_bpchw[7])
+    if together.label_b is not None:
+        assert some.label_b is not None
+        assert torch.equal(some.label_b, together.label_b[order])
+
+
+def test_choices_change_with_seed_and_epoch(made: Pretext) -> None:
+    if made.num_labels < 2:
+        pytest.skip("nothing to choose")
+    x = images(64, made.source.size)
+    labels = [
+        made.transform(x, d).label_b for d in (draws(range(64)), draws(range(64), 1), draws(range(64), 0, 1))
+    ]
+    assert not torch.equal(labels[0], labels[1])  # type: ignore[arg-type]
+    assert not torch.equal(labels[0], labels[2])  # type: ignore[arg-type]
+
+
+def test_a_pickled_transform_makes_the_same(made: Pretext) -> None:
+    data = pickle.dumps(made)
+    assert len(data) < 100_000
+    x = images(8, made.source.size)
+    back = pickle.loads(data)
+    assert torch.equal(
+        back.transform(x, draws(range(8))).crops_bpchw, made.transform(x, draws(range(8))).crops_bpchw
+    )
+    assert back.describe() == made.describe()
+
+
+def test_description_is_json(made: Pretext) -> None:
+    assert json.loads(json.dumps(made.describe())) == made.describe()
+
+
+def test_labels_are_balanced(made: Pretext) -> None:
+    if not 2 <= made.num_labels <= 500:
+        pytest.skip("no labels, or too many to count")
+    per_label = 60
+    b = per_label * made.num_labels
+    counts = np.zeros(made.num_labels)
+    for start in range(0, b, 4096):
+        rows = range(start, min(b, start + 4096))
+        label_b = made.transform(
+            images(1, made.source.size).expand(len(rows), -1, -1, -1), draws(rows)
+        ).label_b
+        assert label_b is not None
+        counts += np.bincount(label_b.numpy(), minlength=made.num_labels)
+    chi2 = float(((counts - per_label) ** 2 / per_label).sum())
+    freedom = made.num_labels - 1
+    assert chi2 < freedom + 4 * np.sqrt(2 * freedom) + 4
+
+
+@pytest.mark.parametrize("name", pretext.names())
+def test_the_dials_are_documented_and_have_defaults(name: str) -> None:
+    config_type, transform_type = pretext.load(name)
+    config: Any = config_type()
+    assert dataclasses.is_dataclass(config)
+    assert hash(config) == hash(config_type()), "not frozen"
+    for field in dataclasses.fields(config):
+        assert f"{field.name}: " in (config_type.__doc__ or ""), f"{name}: {field.name} is not documented"
+    assert importlib.import_module(transform_type.__module__).__doc__
+
+
+@pytest.mark.parametrize("name", pretext.names())
+@pytest.mark.parametrize("side", [1, 2, 4, 8])
+def test_an_image_that_is_too_small_works_or_is_refused_clearly(name: str, side: int) -> None:
+    refused: UserError | None = None
+    try:
+        made = pretext.build(name, {}, Geometry(side))
+        made.transform(images(2, made.source.size), draws(range(2)))
+    except UserError as error:
+        refused = error
+    assert refused is None or f"image_size={side}" in str(refused)
+
+
+class TestNames:
+    def test_unknown_names_answer_with_the_nearest(self) -> None:
+        with pytest.raises(UserError, match="Did you mean 'jigsaw'"):
+            pretext.build("rotation+jigsw", {}, Geometry())
+        with pytest.raises(UserError, match="Unknown pretext transform ''"):
+            pretext.build("rotation+", {}, Geometry())
+
+    @pytest.fixture
+    def folder(self, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Path]:
+        monkeypatch.setattr(pretext, "__path__", [*pretext.__path__, str(tmp_path)])
+        yield tmp_path
+        importlib.invalidate_caches()
+
+    def test_one_file_in_another_folder_is_found(self, folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+        (folder / "upside_down.py").write_text(
+            '"""Mirrors top and bottom."""\n'
+            "from dataclasses import dataclass\n"
+            "from raysl.augment import SourceCrop\n"
+            "from raysl.pretext import Transformed\n"
+            "@dataclass(frozen=True)\nclass Config:\n    pass\n"
+            "class UpsideDown:\n"
+            "    num_crops, num_labels, colour = 1, 2, 'crops'\n"
+            "    def __init__(self, config, geometry):\n"
+            "        self.source = SourceCrop(geometry.image_size, geometry.min_scale)\n"
+            "    def transform(self, images_bchw, draws):\n"
+            "        label_b = draws.integers('flip', 2)[:, 0]\n"
+            "        crops = images_bchw.clone()\n"
+            "        crops[label_b == 1] = crops[label_b == 1].flip(2)\n"
+            "        return Transformed(crops[:, None], label_b)\n"
+            "    def describe(self):\n        return {}\n"
+        )
+        assert "upside_down" in pretext.names()
+        made = pretext.build("upside_down+jigsaw", {}, Geometry(32, predicted=True))
+        assert made.num_labels == 200
+        assert made.transform(images(4, made.source.size), draws(range(4))).crops_bpchw.shape[1] == 9
+
+
+class TestComposition:
+    def test_it_applies_from_left_to_right_and_counts_all_combinations(self) -> None:
+        configs: dict[str, Any] = {"jigsaw": pretext.load("jigsaw")[0](grid=2, num_permutations=5)}
+        both = pretext.build("rotation+jigsaw", configs, Geometry(32))
+        assert both.num_labels == 20
+        x = images(200, both.source.size)
+        result = both.transform(x, draws(range(200)))
+        assert result.label_b is not None
+        rotated = pretext.build("rotation", {}, Geometry(32)).transform(x, draws(range(200)).named("0"))
+        cut = pretext.build("jigsaw", configs, Geometry(32)).transform(
+            rotated.crops_bpchw[:, 0], draws(range(200)).named("1")
+        )
+        assert rotated.label_b is not None
+        assert cut.label_b is not None
+        assert torch.equal(result.crops_bpchw, cut.crops_bpchw)
+        assert torch.equal(result.label_b, rotated.label_b * 5 + cut.label_b)
+        assert len(set(result.label_b.tolist())) == 20
+
+    def test_source_and_colour_are_those_of_the_last(self) -> None:
+        both, last = (pretext.build(spec, {}, Geometry(64)) for spec in ("rotation+jigsaw", "jigsaw"))
+        assert (both.source, both.num_crops, both.colour) == (last.source, last.num_crops, last.colour)
+
+    def test_only_the_last_may_cut(self) -> None:
+        with pytest.raises(UserError, match="Put it last"):
+            pretext.build("jigsaw+rotation", {}, Geometry(32))
