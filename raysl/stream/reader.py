@@ -28,8 +28,9 @@ from raysl.views import View
 Columns = dict[str, npt.NDArray[Any]]
 
 BLOCK_BYTES = 4 << 20
-# Read tasks of one Ray Data execution. Their list is made up front, which takes a second for this many.
-SEGMENT = 4096
+# Tasks of one Ray Data execution. Their list is made up front, half a second for this many; they cover millions of
+# images.
+SEGMENT = 512
 
 
 @dataclass(frozen=True)
@@ -145,10 +146,11 @@ class Stream:
         context._max_num_blocks_in_streaming_gen_buffer = 64
         context.enable_progress_bars = False
         context.print_on_execution_start = False
-        load = _Load(self, step, end)
-        return ray.data.range(num_tasks, override_num_blocks=num_tasks).map_batches(
-            load, batch_size=None, num_cpus=self.share.cpus_per_task
+        # Not `ray.data.range`: its read tasks want a whole CPU each, which a small cluster cannot spare.
+        tasks = ray.data.from_items(
+            [{"id": number} for number in range(num_tasks)], override_num_blocks=num_tasks
         )
+        return tasks.map_batches(_Load(self, step, end), batch_size=None, num_cpus=self.share.cpus_per_task)
 
     def _batch(self, step: int, columns: Columns) -> Batch:
         expected = self.plan.rows(step, self.rank, self.world)

@@ -1,0 +1,49 @@
+"""The `raysl` command: a verb, then typed flags made from the same dataclasses as the Python API."""
+
+from __future__ import annotations
+
+import importlib
+import sys
+from collections.abc import Sequence
+
+from raysl.errors import UserError, unknown
+
+# Each verb is a function of `raysl.cli`, which is imported only when one runs: help must not wait for torch.
+VERBS = {
+    "demo": "the whole story in three minutes: ingest, pretrain, probe, a table and a picture",
+    "ingest": "turn any source of images into an indexed data set",
+    "pretrain": "learn a representation from images without labels",
+    "probe": "measure what a run has learned, beside the untrained network and raw pixels",
+    "views": "a picture of what a method sees",
+    "methods": "list objectives, pretext transforms and what combines with what",
+    "doctor": "versions, resources, the time of each stage, and what limits the speed",
+}
+
+
+def main(arguments: Sequence[str] | None = None) -> None:
+    """Runs one verb. Exits with 2, and one paragraph, when the user has something to mend."""
+    given = list(sys.argv[1:] if arguments is None else arguments)
+    if not given or given[0] in ("-h", "--help"):
+        print("usage: raysl VERB [flags]      `raysl VERB --help` lists the flags of a verb\n")
+        print("\n".join(f"  {name:<10}{what}" for name, what in VERBS.items()))
+        return
+    try:
+        if given[0] not in VERBS:
+            raise unknown("verb", given[0], VERBS)
+        getattr(importlib.import_module("raysl.cli"), given[0])(given[1:])
+    except UserError as error:
+        _leave(f"raysl: {error}", 2)
+    except KeyboardInterrupt:
+        _leave("\nraysl: interrupted. The same command goes on from what was finished.", 130)
+
+
+def _leave(message: str, code: int) -> None:
+    """Stops a Ray that this process started, and exits."""
+    print(message, file=sys.stderr)
+    if "ray" in sys.modules:
+        sys.modules["ray"].shutdown()
+    sys.exit(code)
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,192 @@
+"""The verbs of the `raysl` command, each a thin layer of flags over the Python API."""
+
+from __future__ import annotations
+
+import dataclasses
+import typing
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Annotated, Any
+
+import tyro
+
+from raysl import methods as method_names
+from raysl.config import Pretraining
+
+Positional = tyro.conf.Positional
+
+
+def pretrain(arguments: Sequence[str]) -> None:
+    """Learns a representation: `raysl pretrain --data D --run R --method pirl-jigsaw`."""
+    config = parse_pretraining(arguments, "raysl pretrain")
+    from raysl import pretrain as api
+
+    run = api.pretrain(config)
+    print(f"The run is at {run.folder}. `raysl probe {run.folder} --train DATA --test DATA` measures it.")
+
+
+def parse_pretraining(arguments: Sequence[str], program: str) -> Pretraining:
+    """The configuration that flags describe. The flags of a method's parts stand under the names of their files,
+    as in `--pirl.temperature 0.1 --jigsaw.num-permutations 100`.
+
+    Raises:
+        UserError: a value is not allowed, or the method does not exist.
+        SystemExit: a flag does not exist (2), or help was asked for (0).
+    """
+    method = _peek(arguments, "--method", str(Pretraining.__dataclass_fields__["method"].default))
+    kinds = method_names.parse(method).config_types()
+    hints = typing.get_type_hints(Pretraining, include_extras=True)
+    fields: list[Any] = []
+    for f in dataclasses.fields(Pretraining):
+        if f.name != "parts":
+            fields.append((f.name, hints[f.name], f))
+    fields += [(name, kind, dataclasses.field(default_factory=kind)) for name, kind in kinds.items()]
+    flags = dataclasses.make_dataclass("Flags", fields, frozen=True)
+    flags.__doc__ = Pretraining.__doc__
+    given = tyro.cli(flags, prog=program, args=list(arguments), description=_first_line(Pretraining.__doc__))
+    values = {f.name: getattr(given, f.name) for f in dataclasses.fields(given)}
+    parts = {name: values.pop(name) for name in kinds}
+    return Pretraining(**values, parts=parts)
+
+
+def _peek(arguments: Sequence[str], flag: str, default: str) -> str:
+    """The value of one flag, before all of them are parsed: the method decides which flags there are."""
+    for i, argument in enumerate(arguments):
+        if argument.startswith(flag + "="):
+            return argument.partition("=")[2]
+        if argument == flag and i + 1 < len(arguments):
+            return arguments[i + 1]
+    return default
+
+
+def _first_line(docstring: str | None) -> str:
+    return (docstring or "").strip().splitlines()[0]
+
+
+def ingest(arguments: Sequence[str]) -> None:
+    """Makes a data set: `raysl ingest SOURCE DEST`."""
+    from raysl.ingest import IngestConfig
+
+    @dataclass(frozen=True)
+    class Flags:
+        """Turns any source of images into an indexed data set.
+
+        Args:
+            source: an image folder, Parquet files, tar shards, IDX files, CIFAR-10, or shapes:N; any path or URI.
+            dest: folder of the data set, a path or a URI.
+            config: how it is done.
+        """
+
+        source: Positional[str]
+        dest: Positional[str]
+        config: tyro.conf.OmitArgPrefixes[IngestConfig] = dataclasses.field(default_factory=IngestConfig)
+
+    given = tyro.cli(Flags, prog="raysl ingest", args=list(arguments))
+    from raysl import cluster
+    from raysl.ingest import ingest as api
+
+    cluster.start()
+    dataset = api(given.source, given.dest, given.config)
+    manifest = dataset.manifest
+    labels = f"{len(manifest.classes)} classes" if manifest.classes else "no labels"
+    print(f"{given.dest}: {dataset.num_images:,} images, {labels}, fingerprint {manifest.fingerprint[:12]}.")
+    if manifest.num_bad:
+        print(
+            f"{manifest.num_bad:,} images could not be decoded; they are listed in {given.dest}/bad_images.jsonl."
+        )
+
+
+@dataclass(frozen=True)
+class ProbeFlags:
+    """Measures what a run has learned, beside its untrained network and raw pixels.
+
+    Args:
+        run: folder of the run.
+        train: labelled data that the probes learn from.
+        test: labelled data that they are judged on.
+        probes: which ones.
+    """
+
+    run: Positional[str]
+    train: str
+    test: str
+    probes: tuple[str, ...] = ("knn", "linear")
+
+
+def probe(arguments: Sequence[str]) -> None:
+    """Probes a run: `raysl probe RUN --train D --test D --probes knn linear`."""
+    given = tyro.cli(ProbeFlags, prog="raysl probe", args=list(arguments))
+    from rich.console import Console
+
+    from raysl import cluster
+    from raysl.probe import probe as api
+    from raysl.probe import tables
+    from raysl.run import Run
+
+    run = Run.open(given.run)
+    cluster.start()
+    rows = api(run, given.train, given.test, given.probes)
+    for table in tables(rows):
+        Console().print(table)
+
+
+def views(arguments: Sequence[str]) -> None:
+    """A picture of what a method sees: `raysl views --data D --method pirl-jigsaw --out sheet.png`."""
+
+    @dataclass(frozen=True)
+    class Flags:
+        """Draws the views that a method makes of some images.
+
+        Args:
+            out: the picture, a PNG file.
+            images: how many images.
+        """
+
+        out: Path = Path("views.png")
+        images: int = 8
+
+    given, rest = tyro.cli(Flags, prog="raysl views", args=list(arguments), return_unknown_args=True)
+    config = parse_pretraining([*rest, "--run", "-"], "raysl views")
+    from raysl import cluster, pictures
+    from raysl.ingest import resolve
+    from raysl.train import Network
+
+    cluster.start()
+    dataset = resolve(config.data)
+    network = Network(config, dataset.num_images, len(dataset.manifest.classes))
+    given.out.write_bytes(pictures.views_sheet(dataset, network.views(config), config.seed, given.images))
+    print(f"{given.out}: {given.images} images as {config.method} sees them.")
+
+
+def methods(arguments: Sequence[str]) -> None:
+    """What there is: `raysl methods`."""
+
+    @dataclass(frozen=True)
+    class Flags:
+        """Lists objectives, pretext transforms and what combines with what."""
+
+    tyro.cli(Flags, prog="raysl methods", args=list(arguments))
+    from rich.console import Console
+
+    from raysl.grid import describe
+
+    console = Console()
+    for part in describe():
+        console.print(part)
+
+
+def doctor(arguments: Sequence[str]) -> None:
+    """Where time goes: `raysl doctor --data D --method pirl-jigsaw`."""
+    from raysl.doctor import DoctorConfig, examine
+
+    given = tyro.cli(DoctorConfig, prog="raysl doctor", args=list(arguments))
+    examine(given)
+
+
+def demo(arguments: Sequence[str]) -> None:
+    """The whole story: `raysl demo`."""
+    from raysl.demo import DemoConfig
+    from raysl.demo import demo as api
+
+    api(tyro.cli(DemoConfig, prog="raysl demo", args=list(arguments)))

@@ -1,0 +1,44 @@
+"""Tiny data sets for tests, written without Ray."""
+
+from __future__ import annotations
+
+import io
+from pathlib import Path
+
+import numpy as np
+import pyarrow as pa
+import pyarrow.parquet as pq
+from PIL import Image
+
+from raysl.dataset import SHARDS, DataSet, Manifest, Shard
+from raysl.storage import Folder
+
+
+def make_dataset(
+    folder: Path, num_images: int, side: int = 16, rows_per_group: int = 20, seed: int = 0
+) -> DataSet:
+    """A data set of random PNG images in two shards, with four classes that show in the mean colour."""
+    generator = np.random.default_rng(seed)
+    labels = generator.integers(0, 4, num_images)
+    (folder / SHARDS).mkdir(parents=True)
+    shards = []
+    half = -(-num_images // 2)
+    for number, start in enumerate(range(0, num_images, half)):
+        stop = min(num_images, start + half)
+        images = [_png(generator, side, int(labels[i])) for i in range(start, stop)]
+        table = pa.table({"index": np.arange(start, stop), "image": images, "label": labels[start:stop]})
+        path = folder / SHARDS / f"{number:05d}.parquet"
+        pq.write_table(table, path, row_group_size=rows_per_group)
+        groups = tuple(min(rows_per_group, stop - s) for s in range(start, stop, rows_per_group))
+        shards.append(Shard(path.name, groups, path.stat().st_size))
+    manifest = Manifest("test", tuple(shards), ("a", "b", "c", "d"), f"test-{num_images}-{side}-{seed}", 0)
+    Folder(str(folder)).write_json("manifest.json", manifest.to_json())
+    return DataSet.open(str(folder))
+
+
+def _png(generator: np.random.Generator, side: int, label: int) -> bytes:
+    pixels = generator.integers(0, 120, (side, side, 3))
+    pixels[..., label % 3] += 60 + 30 * (label // 3)
+    buffer = io.BytesIO()
+    Image.fromarray(pixels.astype(np.uint8)).save(buffer, "PNG")
+    return buffer.getvalue()

@@ -1,0 +1,140 @@
+"""The stream through Ray Data: the same pixels for any number of workers, from any step, whatever is killed."""
+
+from __future__ import annotations
+
+import contextlib
+import hashlib
+import os
+import signal
+from collections import Counter
+from dataclasses import replace
+from pathlib import Path
+
+import numpy as np
+import psutil
+import pytest
+
+from raysl.augment import recipe
+from raysl.dataset import SHARDS, DataSet
+from raysl.errors import UserError
+from raysl.pretext import Geometry, build
+from raysl.stream.plan import Plan
+from raysl.stream.reader import Batch, DataShare, Stream, StreamConfig
+from raysl.views import View
+from tests.data import make_dataset
+
+pytestmark = pytest.mark.ray
+
+BATCH = 16
+SHARE = DataShare(cpus_per_task=0.5, cpus=1.0)
+
+
+@pytest.fixture(scope="module")
+def dataset(tmp_path_factory: pytest.TempPathFactory) -> DataSet:
+    return make_dataset(tmp_path_factory.mktemp("data") / "set", 150)
+
+
+def views() -> dict[str, View]:
+    geometry = Geometry(image_size=32)
+    names = {"transformed": "jigsaw", "image": "identity"}
+    return {name: View(build(spec, {}, geometry), recipe("pirl")) for name, spec in names.items()}
+
+
+def stream(dataset: DataSet, rank: int = 0, world: int = 1, place: str = "data", epochs: float = 2) -> Stream:
+    # Small pieces, so that the run takes ten data tasks.
+    plan = replace(Plan.of(dataset, BATCH, seed=3, epochs=epochs), groups_per_window=2, stretch=2)
+    config = StreamConfig(place="trainer" if place == "trainer" else "data")
+    return Stream(dataset, plan, views(), config, SHARE, rank, world)
+
+
+def fingerprints(batch: Batch) -> list[tuple[int, int, str]]:
+    """(epoch, index, hash of all pixels and targets) of every image of a batch."""
+    found = []
+    for i in range(len(batch.rows)):
+        digest = hashlib.blake2b(digest_size=8)
+        for name in sorted(batch.views):
+            digest.update(batch.views[name][i].numpy().tobytes())
+            if name in batch.targets:
+                digest.update(batch.targets[name][i].numpy().tobytes())
+        found.append((int(batch.rows.epochs_b[i]), int(batch.rows.indices_b[i]), digest.hexdigest()))
+    return found
+
+
+def whole(
+    dataset: DataSet, world: int, start: int = 0, place: str = "data"
+) -> list[list[tuple[int, int, str]]]:
+    """The global batches of a run of `world` workers, from step `start` on."""
+    ranks = [stream(dataset, rank, world, place).batches(start) for rank in range(world)]
+    return [sum((fingerprints(part) for part in parts), []) for parts in zip(*ranks, strict=True)]
+
+
+@pytest.fixture(scope="module")
+def alone(ray_session: None, dataset: DataSet) -> list[list[tuple[int, int, str]]]:
+    return whole(dataset, 1)
+
+
+@pytest.mark.parametrize("world", [2, 4])
+def test_same_images_and_pixels_on_any_number_of_workers(
+    dataset: DataSet, alone: list[list[tuple[int, int, str]]], world: int
+) -> None:
+    assert whole(dataset, world) == alone
+
+
+def test_every_index_exactly_once_an_epoch(dataset: DataSet, alone: list[list[tuple[int, int, str]]]) -> None:
+    counts = Counter((epoch, index) for batch in alone for epoch, index, _ in batch)
+    for epoch in (0, 1):
+        assert [counts[epoch, index] for index in range(dataset.num_images)] == [1] * dataset.num_images
+
+
+def test_augmentation_differs_between_epochs(alone: list[list[tuple[int, int, str]]]) -> None:
+    first = {(epoch, index): pixels for batch in alone for epoch, index, pixels in batch}
+    assert all(first[0, index] != first[1, index] for index in range(150))
+
+
+def test_starts_at_any_step(dataset: DataSet, alone: list[list[tuple[int, int, str]]]) -> None:
+    assert whole(dataset, 2, start=7) == alone[7:]
+
+
+def test_views_made_on_the_trainer_are_the_same(
+    dataset: DataSet, alone: list[list[tuple[int, int, str]]]
+) -> None:
+    assert whole(dataset, 1, start=15, place="trainer") == alone[15:]
+
+
+def kill_data_workers() -> int:
+    """Kills the processes of this session's Ray that run, or have just run, a task; returns how many."""
+    killed = 0
+    for process in psutil.Process(os.getpid()).children(recursive=True):
+        with contextlib.suppress(psutil.Error):
+            title = " ".join(process.cmdline())
+            if title.startswith("ray::") and ("MapBatches" in title or "IDLE" in title):
+                process.send_signal(signal.SIGKILL)
+                killed += 1
+    return killed
+
+
+def test_survives_the_death_of_data_tasks(dataset: DataSet, alone: list[list[tuple[int, int, str]]]) -> None:
+    seen, killed = [], 0
+    for batch in stream(dataset).batches():
+        seen.append(fingerprints(batch))
+        if batch.step in (1, 9):
+            killed += kill_data_workers()
+    assert killed > 0
+    assert seen == alone
+
+
+def test_labels_come_with_their_images(dataset: DataSet, ray_session: None) -> None:
+    batch = next(stream(dataset).batches())
+    table = dataset.read(batch.rows.indices_b, ["label"])
+    assert batch.labels_b is not None
+    assert batch.labels_b.tolist() == table.column("label").to_pylist()
+
+
+def test_damaged_shard_is_an_error_of_the_user(tmp_path: Path, ray_session: None) -> None:
+    damaged = make_dataset(tmp_path / "set", 64)
+    shard = tmp_path / "set" / SHARDS / "00001.parquet"
+    data = bytearray(shard.read_bytes())
+    data[100:900] = bytes(np.random.default_rng(0).integers(0, 256, 800, dtype=np.uint8))
+    shard.write_bytes(bytes(data))
+    with pytest.raises(UserError, match="damaged"):
+        list(stream(damaged).batches())
