@@ -162,6 +162,7 @@ def test_an_interrupted_ingest_goes_on(tmp_path: Path) -> None:
     assert "unfinished data set of another source" in refused(photos(tmp_path / "other"), out)
     before = snapshot(out / "shards")
     assert len(before) == 2
+    (out / "shards" / "00002.parquet.0123.tmp").write_bytes(b"half")
 
     overwrite(source / "2.tar", good)
     heard = Heard()
@@ -169,6 +170,7 @@ def test_an_interrupted_ingest_goes_on(tmp_path: Path) -> None:
     assert "2 of 3 shards are done" in heard.said[0]
     assert heard.updates[0] == ("Ingesting", 4, 6, 0)
     assert before.items() <= snapshot(out / "shards").items()
+    assert len(snapshot(out / "shards")) == 3
     assert data_set.manifest == ingest(source, tmp_path / "whole").manifest
     assert data_set.manifest.classes == ("0", "1", "2")
     assert_sound(data_set)

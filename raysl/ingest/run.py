@@ -311,6 +311,9 @@ def _finish(name: str, listed: Listed, journal: Journal, progress: Reporter) -> 
             f"None of the {num_bad} images of {name!r} can be decoded. The first: {'; '.join(reasons)}. "
             "Nothing was written."
         )
+    # A task that was killed leaves its half-written shard behind.
+    for stray in set((dest / SHARDS).list()) - {entry.file for entry in shards}:
+        dest.delete(f"{SHARDS}/{stray}")
     classes = _classes(listed, max_label, num_unlabelled, progress)
     manifest = Manifest(name, tuple(shards), classes, digest.hexdigest(), num_bad)
     dest.write_json(MANIFEST, manifest.to_json())
