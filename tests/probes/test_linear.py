@@ -1,0 +1,98 @@
+"""The linear probe finds the optimum of logistic regression, whatever the scale of the features."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+
+import numpy as np
+import pytest
+import torch
+from torch import Tensor
+
+from raysl.errors import UserError
+from raysl.probes import Labelled, linear
+
+
+def blobs(n: int, classes: int = 4, seed: int = 0, dim: int = 10) -> Labelled:
+    """Overlapping clouds with correlated features."""
+    means = np.random.default_rng(7).normal(size=(classes, dim))
+    mix = np.random.default_rng(8).normal(size=(dim, dim))
+    random = np.random.default_rng(seed)
+    labels_n = random.integers(0, classes, n)
+    features_nd = (means[labels_n] + random.normal(size=(n, dim))) @ mix
+    return Labelled(features_nd.astype(np.float32), labels_n)
+
+
+def values(train: Labelled, test: Labelled) -> dict[str, float]:
+    return {row.name: row.value for row in linear.Linear(linear.Config()).run(train, test)}
+
+
+def standardised(data: Labelled) -> tuple[Tensor, Tensor]:
+    features_nd = torch.from_numpy(data.features_nd)
+    return (features_nd - features_nd.mean(0)) / features_nd.std(0), torch.from_numpy(data.labels_n)
+
+
+@pytest.mark.parametrize("weight_decay", [1e-1, 1e-4])
+def test_fit_ends_where_the_gradient_vanishes(weight_decay: float) -> None:
+    features_nd, labels_n = standardised(blobs(600))
+    fit = linear.Fit(features_nd, 4, linear.Config())
+    found = fit(features_nd, labels_n, weight_decay, fit.zero())
+    weights_dc = found.weights_dc.double().requires_grad_()
+    bias_c = found.bias_c.double().requires_grad_()
+    scores_nc = features_nd.double() @ weights_dc + bias_c
+    loss = torch.nn.functional.cross_entropy(scores_nc, labels_n)
+    gradient = torch.autograd.grad(loss + weight_decay / 2 * weights_dc.square().sum(), [weights_dc, bias_c])
+    assert max(float(g.abs().max()) for g in gradient) < 1e-3
+
+
+def test_fit_equals_scikit_learn() -> None:
+    sklearn = pytest.importorskip("sklearn.linear_model")
+    features_nd, labels_n = standardised(blobs(500))
+    fit = linear.Fit(features_nd, 4, replace(linear.Config(), tolerance=1e-6))
+    found = fit(features_nd, labels_n, 1e-2, fit.zero())
+    theirs = sklearn.LogisticRegression(C=1 / (1e-2 * 500), tol=1e-8, max_iter=1000)
+    theirs.fit(features_nd.numpy(), labels_n.numpy())
+    np.testing.assert_allclose(found.weights_dc.T.numpy(), theirs.coef_, atol=2e-3)
+
+
+def test_scale_and_shift_of_a_feature_do_not_matter() -> None:
+    train, test = blobs(400), blobs(400, seed=1)
+    scale = np.geomspace(1e-2, 1e2, 10, dtype=np.float32)
+    moved = [Labelled(x.features_nd * scale + 3, x.labels_n) for x in (train, test)]
+    plain = values(train, test)
+    assert values(*moved)["top1"] == pytest.approx(plain["top1"], abs=0.01)
+    assert plain["top1"] > 0.8
+
+
+def test_constant_and_repeated_features_are_harmless() -> None:
+    train, test = blobs(400), blobs(400, seed=1)
+
+    def wider(data: Labelled) -> Labelled:
+        constant = np.full((len(data.labels_n), 1), 1e3, np.float32)
+        return Labelled(np.hstack([data.features_nd, data.features_nd, constant]), data.labels_n)
+
+    assert values(wider(train), wider(test))["top1"] == pytest.approx(values(train, test)["top1"], abs=0.02)
+
+
+def test_noise_asks_for_strong_weight_decay() -> None:
+    random = np.random.default_rng(0)
+    noise = Labelled(random.normal(size=(300, 100)).astype(np.float32), random.integers(0, 2, 300))
+    assert (
+        values(noise, blobs(50, 2, dim=100))["weight_decay"] >= values(blobs(300), blobs(50))["weight_decay"]
+    )
+
+
+def test_few_images_take_the_strongest_weight_decay() -> None:
+    train = Labelled(np.eye(2, 10, dtype=np.float32), np.array([0, 1]))
+    assert values(train, blobs(20, 2))["weight_decay"] == 0.1
+
+
+def test_train_set_as_test_set_is_refused() -> None:
+    data = blobs(50)
+    with pytest.raises(UserError, match="another test set"):
+        values(data, data)
+
+
+def test_one_class_is_refused() -> None:
+    with pytest.raises(UserError, match="two classes"):
+        values(blobs(20, 1), blobs(20))
