@@ -40,6 +40,8 @@ def start() -> None:
     address = os.environ.get("RAY_ADDRESS")
     if not address:
         os.environ.setdefault("RAY_AUTH_MODE", "disabled")
+    # Ray Data announces every execution; raysl shows its own progress.
+    logging.getLogger("ray.data").setLevel(logging.ERROR)
     ray.init(
         address=address or "local",
         logging_level=logging.ERROR,

@@ -36,14 +36,14 @@ class IngestConfig:
         split: which split of the source; the same as "#split" behind its name.
         shard_images: most images in a shard. Shards are the units of work and of resumption.
         shard_mb: most megabytes in a shard, where the source tells sizes before it is read.
-        row_group_images: most images in a row group (and at most 16 MB), the unit of reading and shuffling.
+        row_group_images: most images in a row group (and at most 4 MB), the unit of reading and shuffling.
         cpus_per_task: logical CPUs that Ray gives to a task; above 1 fewer tasks share the memory of a machine.
     """
 
     split: str = ""
     shard_images: int = 16384
     shard_mb: int = 256
-    row_group_images: int = 1024
+    row_group_images: int = 512
     cpus_per_task: float = 1.0
 
     def __post_init__(self) -> None:

@@ -19,7 +19,7 @@ from raysl.ingest.sources import Row
 from raysl.storage import Folder
 from raysl.stream.decode import DecodeError, decode
 
-_ROW_GROUP_BYTES = 16 << 20
+_ROW_GROUP_BYTES = 4 << 20
 
 
 @dataclass(frozen=True)

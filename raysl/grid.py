@@ -1,0 +1,56 @@
+"""What there is, as tables: objectives, transforms, and which combine."""
+
+from __future__ import annotations
+
+import importlib
+import inspect
+
+import torch
+from rich.table import Table
+
+from raysl import methods, objectives, pretext
+from raysl.errors import UserError
+from raysl.objectives import Setup
+from raysl.pretext import Geometry
+
+# Of a run large enough that only the parts themselves can refuse.
+_IMAGE_SIZE, _NUM_IMAGES, _NUM_CLASSES, _WIDTH = 96, 1_000_000, 10, 8
+
+
+def describe() -> list[Table]:
+    """Two tables: what every part is, and for every objective and transform whether they combine, and why not."""
+    parts = Table("part", "name", "what it is", title="Parts, one file each", show_lines=False)
+    for name in methods.objective_names():
+        parts.add_row("objective", name, _summary(f"{objectives.__name__}.{name}"))
+    for name in pretext.names():
+        parts.add_row("transform", name, _summary(f"{pretext.__name__}.{name}"))
+    grid = Table("objective", "(none)", *pretext.names(), title="Methods: OBJECTIVE or OBJECTIVE-TRANSFORM")
+    for objective in methods.objective_names():
+        grid.add_row(objective, *(combines(objective, name) for name in ("", *pretext.names())))
+    return [parts, grid]
+
+
+def combines(objective: str, transform: str) -> str:
+    """ "yes", or why this objective and this transform ("" for none) do not make a method."""
+    config_type, objective_type = methods.load_objective(objective)
+    geometry = Geometry(_IMAGE_SIZE, 0.2, objective_type.predicts)
+    try:
+        setup = Setup(
+            pretext=pretext.build(transform, {}, geometry) if transform else None,
+            identity=pretext.build("identity", {}, geometry),
+            width=_WIDTH,
+            num_images=_NUM_IMAGES,
+            num_classes=_NUM_CLASSES,
+            seed=0,
+        )
+        with torch.device("meta"):
+            objective_type(config_type(), setup)
+    except UserError as error:
+        return str(error).partition(". ")[0]
+    return "yes"
+
+
+def _summary(module: str) -> str:
+    """The first sentence of a module's docstring."""
+    docstring = inspect.getdoc(importlib.import_module(module)) or ""
+    return " ".join(docstring.partition("\n\n")[0].split())
