@@ -1,0 +1,73 @@
+"""Predicting the property of the transform."""
+
+from __future__ import annotations
+
+import numpy as np
+import pytest
+import torch
+import torch.nn.functional as F
+from torch import nn
+
+from raysl import pretext
+from raysl.errors import UserError
+from raysl.objectives import Setup
+from raysl.objectives.predict import Config, Predict
+from raysl.pretext import Geometry, jigsaw
+from raysl.stream.plan import Rows
+from raysl.stream.reader import Batch
+from raysl.trunk import Trunk, TrunkConfig, build
+
+
+def make(transform: str, permutations: int = 5) -> tuple[Trunk, Predict]:
+    torch.manual_seed(0)
+    geometry = Geometry(image_size=16, predicted=True)
+    parts = {"jigsaw": jigsaw.Config(grid=2, patch_size=6, num_permutations=permutations)}
+    trunk = build(TrunkConfig(norm="group"))
+    built = pretext.build(transform, parts, geometry)
+    identity = pretext.build("identity", {}, geometry)
+    return trunk, Predict(Config(crop_width=8), Setup(built, identity, trunk.width, 64, 0, 0))
+
+
+def batch(b: int, patches: int, labels: int) -> Batch:
+    generator = torch.Generator().manual_seed(0)
+    views = torch.randint(0, 256, (b, patches, 3, 8, 8), dtype=torch.uint8, generator=generator)
+    rows = Rows(np.arange(b), np.zeros(b, np.int64))
+    return Batch(0, rows, None, {"transformed": views}, {"transformed": torch.arange(b) % labels})
+
+
+@pytest.mark.parametrize(
+    ("transform", "patches", "labels"), [("rotation", 1, 4), ("jigsaw", 4, 5), ("rotation+jigsaw", 4, 20)]
+)
+@pytest.mark.parametrize("b", [1, 6])
+def test_the_loss_is_the_cross_entropy_of_the_label(
+    transform: str, patches: int, labels: int, b: int
+) -> None:
+    trunk, objective = make(transform)
+    of = batch(b, patches, labels)
+    outputs = objective(trunk, of.views)
+    assert outputs["logits"].shape == (b, labels)
+    found = objective.loss(outputs, of, None)
+    expected = F.cross_entropy(outputs["logits"], of.targets["transformed"])
+    torch.testing.assert_close(found.loss, expected)
+    right = outputs["logits"].argmax(dim=1) == of.targets["transformed"]
+    assert found.metrics["accuracy"].item() == pytest.approx(right.float().mean().item())
+    assert found.remember_bd is None
+    found.loss.backward()  # type: ignore[no-untyped-call]
+    assert all(p.grad is not None for p in nn.ModuleList([trunk, objective]).parameters())
+
+
+def test_the_patches_of_an_image_decide_its_own_label_only() -> None:
+    trunk, objective = make("jigsaw")
+    objective.eval()
+    of = batch(3, 4, 5)
+    before = objective(trunk, of.views)["logits"]
+    of.views["transformed"][1] = 255 - of.views["transformed"][1]
+    after = objective(trunk, of.views)["logits"]
+    assert ((before - after).abs().amax(dim=1) > 1e-5).tolist() == [False, True, False]
+
+
+def test_a_transform_without_labels_cannot_be_predicted() -> None:
+    with pytest.raises(UserError, match=r"nothing to predict.*0 label"):
+        make("identity")
+    with pytest.raises(UserError, match=r"nothing to predict.*1 label"):
+        make("jigsaw", permutations=1)

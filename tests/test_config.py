@@ -1,0 +1,128 @@
+"""Configurations: through JSON and back, and every value that cannot be meant."""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+from typing import Any
+
+import pytest
+
+from raysl import config
+from raysl.bank import BankConfig
+from raysl.checkpoint import SaveConfig
+from raysl.config import Pretraining, ViewConfig
+from raysl.errors import UserError
+from raysl.objectives import pirl, predict
+from raysl.optim import OptimConfig
+from raysl.pretext import jigsaw, rotation
+from raysl.stream.reader import StreamConfig
+from raysl.trunk import TrunkConfig
+
+
+def make(**values: Any) -> Pretraining:
+    return Pretraining(**{"data": "shapes", "run": "runs/a", **values})
+
+
+@pytest.mark.parametrize(
+    "original",
+    [
+        make(),
+        make(method="predict-rotation", epochs=0.5, workers=1, batch_size=1),
+        make(
+            method="pirl-rotation+jigsaw",
+            precision="bf16",
+            view=ViewConfig(64, 0.08, "simclr"),
+            trunk=TrunkConfig("resnet18", "small", "group"),
+            optim=OptimConfig("adamw", schedule="step", milestones=(0.1, 0.2, 0.9)),
+            bank=BankConfig(0.9, "sharded", "float16"),
+            stream=StreamConfig("trainer"),
+            save=SaveConfig(every_steps=5, keep_every=10),
+            parts={"pirl": pirl.Config(lam=0.25, head="mlp"), "jigsaw": jigsaw.Config(grid=2)},
+        ),
+    ],
+)
+def test_json_and_back(original: Pretraining) -> None:
+    value = json.loads(json.dumps(original.to_json()))
+    assert Pretraining.from_json(value) == original
+    assert config.differences(value, original.to_json()) == []
+
+
+def test_parts_are_completed_with_defaults_and_may_be_json_values() -> None:
+    given = make(method="pirl-rotation+jigsaw", parts={"pirl": {"lam": 1.0}, "jigsaw": jigsaw.Config(grid=2)})
+    assert given.parts == {
+        "pirl": pirl.Config(lam=1.0),
+        "rotation": rotation.Config(),
+        "jigsaw": jigsaw.Config(grid=2),
+    }
+    assert make(method="predict-rotation").parts == {
+        "predict": predict.Config(),
+        "rotation": rotation.Config(),
+    }
+
+
+@pytest.mark.parametrize(
+    ("value", "answer"),
+    [
+        ({"epoch": 3}, "'epoch'. Did you mean 'epochs'"),
+        ({"optim": {"learning": 1}}, r"'optim\.learning'"),
+        ({"bank": {"momentun": 0.5}}, r"'bank\.momentun'. Did you mean 'momentum'"),
+        ({"parts": {"pirl": {"temprature": 1}}}, r"'pirl\.temprature'. Did you mean 'temperature'"),
+        ({"parts": {"jigsw": {}}}, "part of the method 'pirl-jigsaw' 'jigsw'. Did you mean 'jigsaw'"),
+        (
+            {"method": "predict-rotation", "parts": {"jigsaw": {}}},
+            "part of the method 'predict-rotation' 'jigsaw'",
+        ),
+        ({"method": "pirl-jigsow"}, "'jigsow'. Did you mean 'jigsaw'"),
+    ],
+)
+def test_unknown_keys_are_answered_with_the_nearest(value: dict[str, Any], answer: str) -> None:
+    with pytest.raises(UserError, match=answer):
+        Pretraining.from_json({"data": "shapes", "run": "runs/a", **value})
+
+
+def test_a_missing_key_is_named() -> None:
+    with pytest.raises(UserError, match="lacks 'run'"):
+        Pretraining.from_json({"data": "shapes"})
+
+
+@pytest.mark.parametrize(
+    ("values", "answer"),
+    [
+        ({"workers": 0}, "workers is 0"),
+        ({"batch_size": 1, "workers": 2}, "less than one image for each of 2 workers"),
+        ({"batch_size": 10, "workers": 4}, "4 workers cannot share equally"),
+        ({"log_every": 0}, "log_every is 0"),
+        ({"precision": "fp8"}, "precision 'fp8'.*bf16, fp16, fp32"),
+        ({"optim": {"name": "sdg"}}, r"optim\.name 'sdg'. Did you mean 'sgd'"),
+        ({"optim": {"schedule": "linear"}}, r"optim\.schedule 'linear'"),
+        ({"bank": {"dtype": "float8"}}, r"bank\.dtype 'float8'"),
+        ({"bank": {"placement": "shard"}}, r"bank\.placement 'shard'. Did you mean 'sharded'"),
+        ({"trunk": {"norm": "layer"}}, r"trunk\.norm 'layer'"),
+        ({"stream": {"place": "gpu"}}, r"stream\.place 'gpu'"),
+        ({"view": {"image_size": 4}}, r"view\.image_size is 4"),
+        ({"view": {"min_scale": 0.0}}, r"view\.min_scale is 0"),
+        ({"parts": {"pirl": {"temperature": 0.0}}}, r"pirl\.temperature is 0"),
+        ({"parts": {"pirl": {"temperature": -1.0}}}, r"pirl\.temperature is -1"),
+        ({"parts": {"pirl": {"temperature": float("nan")}}}, r"pirl\.temperature is nan"),
+        ({"parts": {"pirl": {"lam": 1.5}}}, r"pirl\.lambda is 1\.5"),
+        ({"parts": {"pirl": {"dim": 0}}}, r"pirl\.dim is 0"),
+        ({"parts": {"pirl": {"loss": "info_nce"}}}, r"pirl\.loss 'info_nce'. Did you mean 'infonce'"),
+        ({"parts": {"pirl": {"negatives": "mine"}}}, r"pirl\.negatives 'mine'"),
+        ({"method": "predict-jigsaw", "parts": {"predict": {"crop_width": 0}}}, r"predict\.crop_width is 0"),
+        ({"parts": {"jigsaw": {"criterion": "max"}}}, r"jigsaw\.criterion 'max'"),
+    ],
+)
+def test_values_that_make_no_sense_are_refused(values: dict[str, Any], answer: str) -> None:
+    with pytest.raises(UserError, match=answer):
+        Pretraining.from_json({"data": "shapes", "run": "runs/a", **values})
+
+
+def test_differences_name_the_fields() -> None:
+    one = make(seed=1).to_json()
+    two = make(optim=OptimConfig(lr=0.1), parts={"pirl": pirl.Config(lam=0.25)}).to_json()
+    assert config.differences(one, two) == ["optim.lr", "parts.pirl.lam", "seed"]
+
+
+def test_what_may_change_between_sessions_are_fields() -> None:
+    assert set(config.FREE) <= {f.name for f in dataclasses.fields(Pretraining)}

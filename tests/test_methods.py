@@ -1,0 +1,50 @@
+"""Methods by name."""
+
+from __future__ import annotations
+
+import pytest
+
+from raysl import methods
+from raysl.errors import UserError
+from raysl.methods import Method
+from raysl.objectives import pirl, predict
+from raysl.pretext import jigsaw, rotation
+
+
+def test_names_are_taken_apart() -> None:
+    assert methods.parse("pirl-jigsaw") == Method("pirl", "jigsaw")
+    assert methods.parse("predict-rotation") == Method("predict", "rotation")
+    assert methods.parse("pirl-rotation+jigsaw").transforms == ("rotation", "jigsaw")
+    assert methods.parse("pirl").transforms == ()
+
+
+def test_the_parts_of_a_method() -> None:
+    assert methods.parse("pirl-rotation+jigsaw").config_types() == {
+        "pirl": pirl.Config,
+        "rotation": rotation.Config,
+        "jigsaw": jigsaw.Config,
+    }
+    assert methods.load_objective("predict") == (predict.Config, predict.Predict)
+
+
+def test_objectives_are_files() -> None:
+    assert {"pirl", "predict"} <= set(methods.objective_names())
+
+
+@pytest.mark.parametrize(
+    ("name", "answer"),
+    [
+        ("prl-jigsaw", "method 'prl-jigsaw'. Did you mean 'pirl-jigsaw'"),
+        ("pirl_jigsaw", "method 'pirl_jigsaw'. Did you mean 'pirl-jigsaw'"),
+        ("jigsaw", "method 'jigsaw'. Did you mean '.*jigsaw'"),
+        ("", "method ''. Known: .*pirl-jigsaw"),
+        ("pirl-jigsa", "pretext transform 'jigsa'. Did you mean 'jigsaw'"),
+        ("pirl-rotation+jigsa", "pretext transform 'jigsa'. Did you mean 'jigsaw'"),
+        ("pirl-rotation+", "empty transform"),
+        ("pirl-+jigsaw", "empty transform"),
+        ("pirl-rotation++jigsaw", "empty transform"),
+    ],
+)
+def test_unknown_names_are_answered_with_the_nearest(name: str, answer: str) -> None:
+    with pytest.raises(UserError, match=answer):
+        methods.parse(name)

@@ -1,0 +1,108 @@
+"""What the training loop relies on, for every objective there is."""
+
+from __future__ import annotations
+
+import dataclasses
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from torch import Tensor, nn
+
+from raysl import methods, pretext
+from raysl.bank import BankConfig, MemoryBank
+from raysl.objectives import Setup
+from raysl.pretext import Geometry
+from raysl.rng import Draws
+from raysl.stream.plan import Rows
+from raysl.stream.reader import Batch
+from raysl.trunk import Trunk, TrunkConfig, build
+
+N = 5_000
+
+pytestmark = pytest.mark.parametrize("name", methods.objective_names())
+
+
+def make(name: str, seed: int = 0) -> tuple[Trunk, Any]:
+    torch.manual_seed(seed)
+    config_type, objective_type = methods.load_objective(name)
+    geometry = Geometry(image_size=16, predicted=objective_type.predicts)
+    trunk = build(TrunkConfig())
+    setup = Setup(
+        pretext=pretext.build("rotation", {}, geometry),
+        identity=pretext.build("identity", {}, geometry),
+        width=trunk.width,
+        num_images=N,
+        num_classes=4,
+        seed=0,
+    )
+    return trunk, objective_type(config_type(), setup)
+
+
+def batch(objective: Any, b: int) -> Batch:
+    """Views as the stream makes them, of random images."""
+    rows = Rows(np.arange(b) * 13, np.zeros(b, np.int64))
+    views: dict[str, Tensor] = {}
+    targets: dict[str, Tensor] = {}
+    generator = torch.Generator().manual_seed(0)
+    for view, transform in objective.views.items():
+        side = transform.source.size
+        images = torch.randint(0, 256, (b, 3, side, side), dtype=torch.uint8, generator=generator)
+        made = transform.transform(images, Draws(0, rows.epochs_b, rows.indices_b).named(view))
+        views[view] = made.crops_bpchw
+        if made.label_b is not None:
+            targets[view] = made.label_b
+    return Batch(0, rows, torch.arange(b) % 4, views, targets)
+
+
+def test_it_has_a_documented_config(name: str) -> None:
+    config_type, objective_type = methods.load_objective(name)
+    assert dataclasses.is_dataclass(config_type)
+    config_type()
+    assert config_type.__dataclass_params__.frozen  # type: ignore[attr-defined]
+    assert config_type.__doc__
+    assert objective_type.__doc__
+    for field in dataclasses.fields(config_type):
+        assert f"{field.name}:" in config_type.__doc__
+
+
+@pytest.mark.parametrize("b", [2, 5])
+def test_a_step_reaches_every_parameter(name: str, b: int) -> None:
+    trunk, objective = make(name)
+    bank = MemoryBank(N, objective.bank_dim, BankConfig(), seed=0) if objective.bank_dim else None
+    of = batch(objective, b)
+    found = objective.loss(objective.forward(trunk, of.views), of, bank)
+    assert found.loss.shape == ()
+    assert found.loss.isfinite()
+    assert all(value.numel() == 1 and not value.requires_grad for value in found.metrics.values())
+    found.loss.backward()
+    for key, parameter in nn.ModuleDict({"trunk": trunk, "objective": objective}).named_parameters():
+        assert parameter.grad is not None, f"{key} takes no part in the loss"
+        assert parameter.grad.isfinite().all()
+
+
+def test_what_it_remembers_are_unit_vectors_without_gradient(name: str) -> None:
+    trunk, objective = make(name)
+    bank = MemoryBank(N, objective.bank_dim, BankConfig(), seed=0) if objective.bank_dim else None
+    of = batch(objective, 3)
+    remember_bd = objective.loss(objective.forward(trunk, of.views), of, bank).remember_bd
+    assert (remember_bd is None) == (bank is None)
+    if remember_bd is not None:
+        assert remember_bd.shape == (3, objective.bank_dim)
+        assert not remember_bd.requires_grad
+        torch.testing.assert_close(remember_bd.norm(dim=1), torch.ones(3))
+
+
+def test_its_state_makes_another_one_equal(name: str) -> None:
+    trunk, objective = make(name)
+    bank = MemoryBank(N, objective.bank_dim, BankConfig(), seed=0) if objective.bank_dim else None
+    of = batch(objective, 2)
+    objective.loss(objective.forward(trunk, of.views), of, bank)
+    _, other = make(name, seed=1)
+    other.load_state_dict(objective.state_dict())
+    trunk.eval(), objective.eval(), other.eval()
+    ours, theirs = objective.forward(trunk, of.views), other.forward(trunk, of.views)
+    assert ours.keys() == theirs.keys()
+    for output in ours:
+        assert torch.equal(ours[output], theirs[output])

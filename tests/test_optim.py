@@ -1,0 +1,85 @@
+"""Learning rates as the papers have them, and which weights decay."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import pytest
+import torch
+from torch import nn
+
+from raysl import optim, trunk
+from raysl.errors import UserError
+from raysl.optim import OptimConfig
+
+
+def test_the_rates_of_pirl() -> None:
+    config = OptimConfig(lr=0.03)
+    assert config.lr_at(0, 10_000, batch_size=1024) == pytest.approx(0.12)
+    assert config.lr_at(5_000, 10_000, batch_size=1024) == pytest.approx((0.12 + 1.2e-4) / 2)
+    assert config.lr_at(9_999, 10_000, batch_size=1024) == pytest.approx(1.2e-4, rel=1e-3)
+
+
+def test_the_rate_is_linear_in_the_batch() -> None:
+    assert OptimConfig().lr_at(3, 10, 512) == pytest.approx(8 * OptimConfig().lr_at(3, 10, 64))
+
+
+def test_cosine_only_falls() -> None:
+    rates = [OptimConfig().lr_at(step, 50, 256) for step in range(50)]
+    assert rates == sorted(rates, reverse=True)
+
+
+@pytest.mark.parametrize("schedule", ["cosine", "step"])
+def test_warmup_rises_linearly_to_the_peak(schedule: Any) -> None:
+    config = OptimConfig(lr=0.1, schedule=schedule, warmup=0.1)
+    rates = [config.lr_at(step, 100, 256) for step in range(11)]
+    assert rates[:10] == pytest.approx([0.01 * (i + 1) for i in range(10)])
+    assert rates[10] == pytest.approx(0.1)
+
+
+@pytest.mark.parametrize("num_steps", [1, 2, 7])
+def test_short_runs_have_a_rate_at_every_step(num_steps: int) -> None:
+    for warmup in (0.0, 0.5, 0.99):
+        for step in range(num_steps):
+            assert 0 < OptimConfig(lr=0.1, warmup=warmup).lr_at(step, num_steps, 256) <= 0.1 + 1e-9
+
+
+def test_steps_divide_by_ten_at_the_milestones() -> None:
+    config = OptimConfig(lr=1.0, schedule="step", milestones=(0.5, 0.8))
+    assert [config.lr_at(step, 10, 256) for step in range(10)] == pytest.approx(
+        [1.0] * 5 + [0.1] * 3 + [0.01] * 2
+    )
+
+
+def test_biases_and_normalisation_do_not_decay() -> None:
+    network = nn.Sequential(trunk.build(trunk.TrunkConfig()), nn.Linear(192, 8))
+    names = {id(p): name for name, p in network.named_parameters()}
+    decayed, plain = optim.build(OptimConfig(weight_decay=0.1), network).param_groups
+    assert (decayed["weight_decay"], plain["weight_decay"]) == (0.1, 0.0)
+    assert len(decayed["params"]) + len(plain["params"]) == len(names)
+    assert {names[id(p)] for p in plain["params"]} == {
+        n for n in names.values() if ".bn" in n or n.endswith("bias")
+    } | {n for n in names.values() if "downsample.1" in n}
+
+
+@pytest.mark.parametrize(("name", "kind"), [("sgd", torch.optim.SGD), ("adamw", torch.optim.AdamW)])
+def test_optimisers_by_name(name: Any, kind: type[torch.optim.Optimizer]) -> None:
+    assert type(optim.build(OptimConfig(name=name, momentum=0.8), nn.Linear(2, 2))) is kind
+
+
+@pytest.mark.parametrize(
+    "wrong",
+    [
+        {"lr": 0.0},
+        {"lr": float("nan")},
+        {"warmup": 1.0},
+        {"warmup": -0.1},
+        {"weight_decay": -1e-4},
+        {"clip_norm": -1.0},
+        {"momentum": -0.9},
+        {"milestones": (0.5, 30.0)},
+    ],
+)
+def test_values_that_make_no_sense_are_refused(wrong: dict[str, Any]) -> None:
+    with pytest.raises(UserError, match=rf"optim\.{next(iter(wrong))} is"):
+        OptimConfig(**wrong)

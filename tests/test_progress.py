@@ -1,0 +1,34 @@
+"""What the driver hears from the trainers, and how it is shown."""
+
+from __future__ import annotations
+
+from raysl import progress
+from raysl.progress import Board
+
+
+def test_rows_are_taken_once_and_the_first_failure_stays() -> None:
+    board = Board()
+    board.post({"step": 1})
+    board.post({"step": 2})
+    assert [row["step"] for row in board.take()] == [1, 2]
+    assert board.take() == []
+    assert board.failure() is None
+    board.fail("first")
+    board.fail("second")
+    assert board.failure() == "first"
+
+
+def test_a_row_as_a_line() -> None:
+    row = {"step": 20, "epoch": 1.5, "images_per_s": 812.4, "wait_share": 0.031, "loss": 5.4321, "lr": 0.03}
+    line = progress.line({**row, "eta_s": 3725.0}, num_steps=100)
+    for part in (
+        "20/100",
+        "1.50",
+        "812 images/s",
+        "data wait   3%",
+        "loss   5.4321",
+        "lr 3.00e-02",
+        "ETA 1:02:05",
+    ):
+        assert part in line
+    assert progress.line({**row, "eta_s": float("nan")}, num_steps=100).endswith("ETA ?")

@@ -1,0 +1,135 @@
+"""A run's folder: whose it is, and what survives in it."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from raysl import run as run_module
+from raysl.config import Pretraining
+from raysl.dataset import DataSet, Manifest, Shard
+from raysl.errors import UserError
+from raysl.optim import OptimConfig
+from raysl.run import METRICS, PASSPORT, MetricsLog, Run
+from raysl.storage import Folder
+
+
+def dataset(fingerprint: str = "f" * 32) -> DataSet:
+    return DataSet(
+        Folder("unused"), Manifest("test", (Shard("00000.parquet", (8,), 800),), (), fingerprint, 0)
+    )
+
+
+def config(tmp_path: Path, **values: Any) -> Pretraining:
+    return Pretraining(data="unused", run=str(tmp_path / "run"), **values)
+
+
+def begin(tmp_path: Path, **values: Any) -> Run:
+    return Run.begin(config(tmp_path, **values), dataset(), {"permutations_digest": "abc"})
+
+
+def test_a_passport_says_what_the_numbers_depend_on(tmp_path: Path) -> None:
+    run = begin(tmp_path)
+    passport = Run.open(str(tmp_path / "run")).passport()
+    assert passport["facts"] == {"permutations_digest": "abc"}
+    assert passport["data"]["fingerprint"] == "f" * 32
+    assert passport["data"]["num_images"] == 8
+    assert {"python", "packages", "code", "workers", "started"} <= set(passport["sessions"][0])
+    assert run.config() == config(tmp_path)
+
+
+def test_the_same_configuration_goes_on_on_other_workers(tmp_path: Path) -> None:
+    begin(tmp_path, workers=2)
+    run = begin(tmp_path, workers=4, log_every=3, channels_last=False)
+    assert [session["workers"] for session in run.passport()["sessions"]] == [2, 4]
+    assert run.config().workers == 2
+
+
+def test_another_configuration_is_refused_and_the_fields_are_named(tmp_path: Path) -> None:
+    run = begin(tmp_path)
+    before = run.folder.read(PASSPORT)
+    with pytest.raises(UserError, match=r"these differ: optim\.lr, seed\."):
+        begin(tmp_path, seed=1, optim=OptimConfig(lr=1.0))
+    with pytest.raises(UserError, match=r"parts\.pirl\.lam"):
+        begin(tmp_path, parts={"pirl": {"lam": 0.1}})
+    assert run.folder.read(PASSPORT) == before
+
+
+def test_other_images_are_refused(tmp_path: Path) -> None:
+    begin(tmp_path)
+    with pytest.raises(UserError, match=r"fingerprint ffffffffffff .* has eeeeeeeeeeee"):
+        Run.begin(config(tmp_path), dataset("e" * 32), {})
+
+
+@pytest.mark.parametrize("damage", [b"", b"{", b"[]", b'{"config": {}}', b"\xff\xfe"])
+def test_a_damaged_passport_is_told(tmp_path: Path, damage: bytes) -> None:
+    run = begin(tmp_path)
+    run.folder.write(PASSPORT, damage)
+    with pytest.raises(UserError, match=rf"passport of the run at .*run' is damaged.*Restore {PASSPORT}"):
+        Run.open(str(tmp_path / "run"))
+    with pytest.raises(UserError, match="is damaged"):
+        begin(tmp_path)
+    assert run.folder.read(PASSPORT) == damage
+
+
+def test_where_there_is_no_run(tmp_path: Path) -> None:
+    with pytest.raises(UserError, match=r"No run at .*raysl pretrain --run"):
+        Run.open(str(tmp_path))
+    with pytest.raises(UserError, match="no complete checkpoint yet"):
+        begin(tmp_path).newest()
+
+
+def test_metrics_are_in_the_file_after_a_flush(tmp_path: Path) -> None:
+    run = begin(tmp_path)
+    assert run.metrics() == []
+    log = MetricsLog(run, 0)
+    for step in range(1, 4):
+        log.add({"step": step, "loss": 1.0 / step})
+    log.flush()
+    assert run.metrics() == [{"step": step, "loss": 1.0 / step} for step in range(1, 4)]
+    assert list((tmp_path / "run" / "tensorboard").iterdir())
+
+
+def test_rows_after_the_restored_step_are_dropped(tmp_path: Path) -> None:
+    run = begin(tmp_path)
+    first = MetricsLog(run, 0)
+    for step in (10, 20, 30):
+        first.add({"step": step, "session": 1})
+    first.flush()
+    second = MetricsLog(run, 20)
+    second.add({"step": 30, "session": 2})
+    second.flush()
+    assert [(row["step"], row["session"]) for row in run.metrics()] == [(10, 1), (20, 1), (30, 2)]
+
+
+def test_a_write_that_fails_leaves_the_rows_of_before(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    run = begin(tmp_path)
+    log = MetricsLog(run, 0)
+    log.add({"step": 1})
+    log.flush()
+    log.add({"step": 2})
+
+    def killed(*paths: object) -> None:
+        raise OSError("killed while writing")
+
+    monkeypatch.setattr("os.replace", killed)
+    with pytest.raises(UserError):
+        log.flush()
+    assert run.metrics() == [{"step": 1}]
+    assert [path.name for path in (tmp_path / "run").iterdir() if path.name.startswith(METRICS)] == [METRICS]
+
+
+def test_the_code_hash_is_of_the_source_alone() -> None:
+    assert run_module.code_hash() == run_module.code_hash()
+    assert len(bytes.fromhex(run_module.code_hash())) == 8
+
+
+def test_rows_are_lines_of_json() -> None:
+    rows: list[dict[str, Any]] = [{"step": 1, "loss": 0.5}, {"step": 2}]
+    assert [json.loads(line) for line in run_module.jsonl(rows).splitlines()] == rows
+    assert run_module.jsonl([]) == b""
