@@ -97,7 +97,12 @@ def watched(stage: str, images: int, rows: list[dict[str, object]]) -> Iterator[
     memory.stop()
     wall_s = time.perf_counter() - started
     tenth = max(1, len(memory.samples) // 10)
-    row: dict[str, object] = {"stage": stage, "images": images, "wall_s": wall_s, "images_per_s": images / wall_s}
+    row: dict[str, object] = {
+        "stage": stage,
+        "images": images,
+        "wall_s": wall_s,
+        "images_per_s": images / wall_s,
+    }
     for i, who in enumerate(("driver", "workers")):
         values = [sample[i] for sample in memory.samples]
         row[f"{who}_early_mb"] = median(values[tenth : 2 * tenth])
@@ -116,7 +121,9 @@ def main(flags: Flags) -> None:
         with watched("ingest", flags.images, rows):
             dataset = ingest(f"shapes:{flags.images}", folder)
         geometry = Geometry(image_size=32)
-        views = {n: View(build(s, {}, geometry), recipe("pirl")) for n, s in (("t", "jigsaw"), ("i", "identity"))}
+        views = {
+            n: View(build(s, {}, geometry), recipe("pirl")) for n, s in (("t", "jigsaw"), ("i", "identity"))
+        }
         plan = Plan.of(dataset, flags.batch_size, seed=0, epochs=1)
         bank = MemoryBank(dataset.num_images, 128, BankConfig(), seed=0)
         stream = Stream(dataset, plan, views, share=DataShare(cpus_per_task=1, cpus=2))

@@ -11,10 +11,11 @@ from typing import Annotated, Any
 
 import tyro
 
+from raysl import cluster
 from raysl import methods as method_names
 from raysl.config import Pretraining
-
-Positional = tyro.conf.Positional
+from raysl.ingest import IngestConfig, resolve
+from raysl.ingest import ingest as make_dataset
 
 
 def pretrain(arguments: Sequence[str]) -> None:
@@ -44,7 +45,9 @@ def parse_pretraining(arguments: Sequence[str], program: str) -> Pretraining:
     fields += [(name, kind, dataclasses.field(default_factory=kind)) for name, kind in kinds.items()]
     flags = dataclasses.make_dataclass("Flags", fields, frozen=True)
     flags.__doc__ = Pretraining.__doc__
-    given = tyro.cli(flags, prog=program, args=list(arguments), description=_first_line(Pretraining.__doc__))
+    given: Any = tyro.cli(
+        flags, prog=program, args=list(arguments), description=_first_line(Pretraining.__doc__)
+    )
     values = {f.name: getattr(given, f.name) for f in dataclasses.fields(given)}
     parts = {name: values.pop(name) for name in kinds}
     return Pretraining(**values, parts=parts)
@@ -64,30 +67,26 @@ def _first_line(docstring: str | None) -> str:
     return (docstring or "").strip().splitlines()[0]
 
 
+@dataclass(frozen=True)
+class IngestFlags:
+    """Turns any source of images into an indexed data set.
+
+    Args:
+        source: an image folder, Parquet files, tar shards, IDX files, CIFAR-10, or shapes:N; any path or URI.
+        dest: folder of the data set, a path or a URI.
+        config: how it is done.
+    """
+
+    source: tyro.conf.Positional[str]
+    dest: tyro.conf.Positional[str]
+    config: tyro.conf.OmitArgPrefixes[IngestConfig] = dataclasses.field(default_factory=IngestConfig)
+
+
 def ingest(arguments: Sequence[str]) -> None:
     """Makes a data set: `raysl ingest SOURCE DEST`."""
-    from raysl.ingest import IngestConfig
-
-    @dataclass(frozen=True)
-    class Flags:
-        """Turns any source of images into an indexed data set.
-
-        Args:
-            source: an image folder, Parquet files, tar shards, IDX files, CIFAR-10, or shapes:N; any path or URI.
-            dest: folder of the data set, a path or a URI.
-            config: how it is done.
-        """
-
-        source: Positional[str]
-        dest: Positional[str]
-        config: tyro.conf.OmitArgPrefixes[IngestConfig] = dataclasses.field(default_factory=IngestConfig)
-
-    given = tyro.cli(Flags, prog="raysl ingest", args=list(arguments))
-    from raysl import cluster
-    from raysl.ingest import ingest as api
-
+    given = tyro.cli(IngestFlags, prog="raysl ingest", args=list(arguments))
     cluster.start()
-    dataset = api(given.source, given.dest, given.config)
+    dataset = make_dataset(given.source, given.dest, given.config)
     manifest = dataset.manifest
     labels = f"{len(manifest.classes)} classes" if manifest.classes else "no labels"
     print(f"{given.dest}: {dataset.num_images:,} images, {labels}, fingerprint {manifest.fingerprint[:12]}.")
@@ -108,7 +107,7 @@ class ProbeFlags:
         probes: which ones.
     """
 
-    run: Positional[str]
+    run: tyro.conf.Positional[str]
     train: str
     test: str
     probes: tuple[str, ...] = ("knn", "linear")
@@ -119,7 +118,6 @@ def probe(arguments: Sequence[str]) -> None:
     given = tyro.cli(ProbeFlags, prog="raysl probe", args=list(arguments))
     from rich.console import Console
 
-    from raysl import cluster
     from raysl.probe import probe as api
     from raysl.probe import tables
     from raysl.run import Run
@@ -131,42 +129,41 @@ def probe(arguments: Sequence[str]) -> None:
         Console().print(table)
 
 
+@dataclass(frozen=True)
+class ViewsFlags:
+    """Draws the views that a method makes of some images.
+
+    Args:
+        out: the picture, a PNG file.
+        images: how many images.
+    """
+
+    out: Path = Path("views.png")
+    images: int = 8
+
+
 def views(arguments: Sequence[str]) -> None:
     """A picture of what a method sees: `raysl views --data D --method pirl-jigsaw --out sheet.png`."""
-
-    @dataclass(frozen=True)
-    class Flags:
-        """Draws the views that a method makes of some images.
-
-        Args:
-            out: the picture, a PNG file.
-            images: how many images.
-        """
-
-        out: Path = Path("views.png")
-        images: int = 8
-
-    given, rest = tyro.cli(Flags, prog="raysl views", args=list(arguments), return_unknown_args=True)
+    given, rest = tyro.cli(ViewsFlags, prog="raysl views", args=list(arguments), return_unknown_args=True)
     config = parse_pretraining([*rest, "--run", "-"], "raysl views")
-    from raysl import cluster, pictures
-    from raysl.ingest import resolve
+    from raysl import pictures
     from raysl.train import Network
 
     cluster.start()
     dataset = resolve(config.data)
     network = Network(config, dataset.num_images, len(dataset.manifest.classes))
-    given.out.write_bytes(pictures.views_sheet(dataset, network.views(config), config.seed, given.images))
+    pictures.views_sheet(dataset, network.views(config), config.seed, given.images).save(given.out)
     print(f"{given.out}: {given.images} images as {config.method} sees them.")
+
+
+@dataclass(frozen=True)
+class MethodsFlags:
+    """Lists objectives, pretext transforms and what combines with what."""
 
 
 def methods(arguments: Sequence[str]) -> None:
     """What there is: `raysl methods`."""
-
-    @dataclass(frozen=True)
-    class Flags:
-        """Lists objectives, pretext transforms and what combines with what."""
-
-    tyro.cli(Flags, prog="raysl methods", args=list(arguments))
+    tyro.cli(MethodsFlags, prog="raysl methods", args=list(arguments))
     from rich.console import Console
 
     from raysl.grid import describe

@@ -30,7 +30,7 @@ _ENVIRONMENT = {
 
 
 def start() -> None:
-    """Joins the cluster that RAY_ADDRESS names, or the one this process runs on; else starts Ray on this machine."""
+    """Joins the cluster that RAY_ADDRESS names; else starts Ray on this machine, for this process alone."""
     for name, value in _ENVIRONMENT.items():
         os.environ.setdefault(name, value)
     import ray

@@ -59,13 +59,17 @@ def demo(config: DemoConfig) -> None:
     train, test = _splits(config.data)
     dataset, judged = resolve(train), resolve(test)
     if not dataset.has_labels:
-        raise UserError(f"The demo measures with labels and {config.data!r} has none. Use `raysl pretrain` on it.")
-    say(f"Data: {dataset.num_images:,} images to learn from (labels unused), {judged.num_images:,} to be judged on.")
+        raise UserError(
+            f"The demo measures with labels and {config.data!r} has none. Use `raysl pretrain` on it."
+        )
+    say(
+        f"Data: {dataset.num_images:,} images to learn from (labels unused), {judged.num_images:,} to be judged on."
+    )
     settings = _settings(config, dataset, out)
     sheet = out / "views.png"
     out.mkdir(parents=True, exist_ok=True)
     network = Network(settings, dataset.num_images, len(dataset.manifest.classes))
-    sheet.write_bytes(pictures.views_sheet(dataset, network.views(settings), settings.seed))
+    pictures.views_sheet(dataset, network.views(settings), settings.seed).save(sheet)
     run = pretrain(settings, say)
     say("Probing the trained trunk, the same trunk untrained, and raw pixels.")
     rows = probe(run, str(dataset.folder), str(judged.folder), ("knn", "linear"), say)

@@ -123,7 +123,9 @@ def _same(passport: Mapping[str, Any], wanted: Mapping[str, Any], dataset: DataS
             f"{str(dataset.folder)!r} has {dataset.manifest.fingerprint[:12]}: the images or labels differ. Give the "
             "data set it was begun on, or another folder to --run."
         )
-    changed = [n for n in differences(passport["config"], wanted) if n.split(".")[0] not in FREE]
+    # Read and written again, so that a field that is newer than the run stands there with its default.
+    begun = json.loads(json.dumps(Pretraining.from_json(passport["config"]).to_json()))
+    changed = [n for n in differences(begun, wanted) if n.split(".")[0] not in FREE]
     if changed:
         raise UserError(
             f"The run at {place!r} was begun with another configuration; these differ: {', '.join(changed)}. Give the "

@@ -88,7 +88,7 @@ class Worker:
         self.plan = Plan.of(job.dataset, config.batch_size, config.seed, config.epochs)
         self.network = Network(config, job.dataset.num_images, len(job.dataset.manifest.classes)).to(device)
         if config.channels_last:
-            self.network = self.network.to(memory_format=torch.channels_last)  # type: ignore[call-overload]
+            self.network = self.network.to(memory_format=torch.channels_last)
         self.optimizer = optim.build(config.optim, self.network)
         self.scaler = torch.amp.GradScaler(device.type, enabled=config.precision == "fp16")
         dim = self.network.objective.bank_dim
@@ -102,7 +102,12 @@ class Worker:
         step = int(collective.total(torch.tensor(found.step if found else 0, device=self.device)).item())
         if step == 0:
             return
-        chosen = next(c for c in checkpoint.complete(self.job.run.checkpoints) if c.step == step)
+        chosen = next((c for c in checkpoint.complete(self.job.run.checkpoints) if c.step == step), None)
+        if chosen is None:
+            raise UserError(
+                f"A worker cannot see the checkpoint of step {step} in {str(self.job.run.folder)!r}. With workers on "
+                "several machines, --run must be a place that all of them see, such as s3://bucket/run."
+            )
         state, bank = chosen.load()
         self.network.load_state_dict(state["network"])
         self.optimizer.load_state_dict(state["optimizer"])
@@ -126,11 +131,17 @@ class Worker:
         Raises:
             UserError: the loss is no longer finite, a checkpoint cannot be written, or the data set is damaged.
         """
-        model = self._distributed()
         log = MetricsLog(self.job.run, self.step) if self.rank == 0 else None
+        try:
+            self._loop(log)
+        finally:
+            if log is not None:
+                log.flush()
+
+    def _loop(self, log: MetricsLog | None) -> None:
+        model = self._distributed()
         meter = Meter(self.step, self.plan)
-        stream = self._stream()
-        for batch in stream.batches(self.step):
+        for batch in self._stream().batches(self.step):
             lr = self.config.optim.lr_at(self.step, self.plan.num_steps, self.config.batch_size)
             loss = self._update(model, batch, lr)
             self.step += 1
@@ -140,13 +151,14 @@ class Worker:
             since_s = 0.0
             if logging:
                 row, since_s = meter.row(self.step, lr, self.saver.since_s)
-                self._check(row)
+                self._check(row["loss"])
                 self._log(log, row)
             if last or self.saver.due(self.step, since_s):
+                self._check(collective.mean(loss.loss).item())
+                if log is not None:
+                    log.flush()
                 self._save()
         self.saver.wait()
-        if log is not None:
-            log.flush()
 
     def _update(self, model: nn.Module, batch: Batch, lr: float) -> Loss:
         """One step of the optimiser and of the bank."""
@@ -194,10 +206,11 @@ class Worker:
             device=self.device,
         )
 
-    def _check(self, row: Mapping[str, float]) -> None:
-        if not math.isfinite(row["loss"]):
+    def _check(self, loss: float) -> None:
+        """Keeps weights that are no longer numbers out of every checkpoint."""
+        if not math.isfinite(loss):
             raise UserError(
-                f"The loss is {row['loss']} at step {self.step}. Nothing after the last checkpoint was kept. Lower "
+                f"The loss is {loss} at step {self.step}. Nothing after the last checkpoint was kept. Lower "
                 "--optim.lr, set --optim.clip-norm, or use --precision fp32, in a new run."
             )
 
