@@ -7,7 +7,7 @@ import typing
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Annotated, Any
+from typing import Any
 
 import tyro
 
@@ -38,10 +38,9 @@ def parse_pretraining(arguments: Sequence[str], program: str) -> Pretraining:
     method = _peek(arguments, "--method", str(Pretraining.__dataclass_fields__["method"].default))
     kinds = method_names.parse(method).config_types()
     hints = typing.get_type_hints(Pretraining, include_extras=True)
-    fields: list[Any] = []
-    for f in dataclasses.fields(Pretraining):
-        if f.name != "parts":
-            fields.append((f.name, hints[f.name], f))
+    fields: list[Any] = [
+        (f.name, hints[f.name], f) for f in dataclasses.fields(Pretraining) if f.name != "parts"
+    ]
     fields += [(name, kind, dataclasses.field(default_factory=kind)) for name, kind in kinds.items()]
     flags = dataclasses.make_dataclass("Flags", fields, frozen=True)
     flags.__doc__ = Pretraining.__doc__
