@@ -296,6 +296,7 @@ def _compute(work: _Extract, parts: Sequence[tuple[int, int]]) -> None:
     context = ray.data.DataContext.get_current()
     context.enable_progress_bars = False
     context.print_on_execution_start = False
+    context.raise_original_map_exception = True
     # From items and not from a range: no read tasks, which would wait for CPUs that the actors hold.
     items = ray.data.from_items([{"part": part} for part in parts], override_num_blocks=len(parts))
     done = items.map_batches(
@@ -304,7 +305,7 @@ def _compute(work: _Extract, parts: Sequence[tuple[int, int]]) -> None:
         batch_size=None,
         compute=ray.data.ActorPoolStrategy(min_size=1, max_size=min(size, len(parts))),
         # Ray would restart an actor from arguments that may be gone, and says so on every start. `_complete` retries.
-        max_restarts=0,
+        ray_remote_args_fn=lambda: {"max_restarts": 0, "max_task_retries": 0},
         **resources,
     )
     for _ in done.iter_batches(batch_size=None):

@@ -49,14 +49,15 @@ def views_sheet(
     draws = Draws(seed, np.full_like(indices, epoch), indices)
     crops = cut(files, {name: view.source for name, view in views.items()}, draws)
     made = {name: view(crops[name], draws.named(name)) for name, view in views.items()}
-    columns = [
-        ("image", "index", [(_picture(decode(data)), str(i)) for data, i in zip(files, indices, strict=True)])
-    ]
+    originals = [(_picture(decode(data)), f"index {i}") for data, i in zip(files, indices, strict=True)]
+    columns = [("original", "as it is stored", originals)]
     for name, view in made.items():
         b, p, _, height, width = view.crops_bpchw.shape
-        size = f"{width} x {height} pixels" if p == 1 else f"{p} crops of {width} x {height} pixels"
+        size = f"{width} x {height} pixels" if p == 1 else f"{p} crops of {width} x {height}"
         marks = [""] * b if view.label_b is None else [f"label {label}" for label in view.label_b.tolist()]
-        columns.append((name, size, [(mosaic(v), m) for v, m in zip(view.crops_bpchw, marks, strict=True)]))
+        columns.append(
+            (f"view: {name}", size, [(mosaic(v), m) for v, m in zip(view.crops_bpchw, marks, strict=True)])
+        )
     return _sheet(columns)
 
 
@@ -102,7 +103,7 @@ def _fitted(image: Image.Image) -> Image.Image:
 
 def _sheet(columns: Sequence[tuple[str, str, Sequence[tuple[Image.Image, str]]]]) -> Image.Image:
     """Columns of (title, note under it, cells of picture and note under it), in rows of equal height."""
-    title_font, note_font = ImageFont.load_default(15), ImageFont.load_default(11)
+    title_font, note_font = ImageFont.load_default(15), ImageFont.load_default(12)
     rows = len(columns[0][2])
     head = _MARGIN + _TITLE + _NOTE
     row_height = _CELL + _NOTE + _MARGIN

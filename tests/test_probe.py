@@ -1,0 +1,112 @@
+"""Probing a run from end to end, and what its rows and tables keep apart."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+
+from raysl.dataset import DataSet
+from raysl.errors import UserError
+from raysl.features import labels
+from raysl.probe import KEY, common_labels, probe, rows_of, tables
+from raysl.probes.knn import Config as Knn
+from raysl.run import Run
+from raysl.storage import Folder
+from tests.data import make_dataset
+from tests.test_features import make_run
+
+
+@pytest.fixture(scope="module")
+def run(tmp_path_factory: pytest.TempPathFactory) -> tuple[Run, str, str]:
+    folder = tmp_path_factory.mktemp("probe")
+    train, test = make_dataset(folder / "train", 120), make_dataset(folder / "test", 60, seed=1)
+    return make_run(train, folder / "run")[0], str(train.folder), str(test.folder)
+
+
+@pytest.mark.ray
+def test_rows_of_every_encoder_and_probe(ray_session: None, run: tuple[Run, str, str]) -> None:
+    said: list[str] = []
+    rows = probe(*run, ["knn", "linear"], said.append)
+    assert {(row["encoder"], row["probe"]) for row in rows} == {
+        (encoder, name) for encoder in ("trained", "random", "pixels") for name in ("knn", "linear")
+    }
+    headlines = {(row["encoder"], row["probe"]): row["value"] for row in rows if row["headline"]}
+    assert len(headlines) == len(said) == 6
+    # The classes of the tiny set show in the mean colour, which any of them can read.
+    assert headlines["pixels", "linear"] > 0.9
+    assert rows_of(run[0]) == rows
+    again = probe(*run, ["knn"], said.append, configs={"knn": Knn()}, encoders=["trained"])
+    assert rows_of(run[0]) == rows
+    assert again == [row for row in rows if row["probe"] == "knn" and row["encoder"] == "trained"]
+    probe(*run, ["knn"], said.append, configs={"knn": Knn(ks=(3,))}, encoders=["trained"])
+    assert len(rows_of(run[0])) > len(rows)
+
+
+@pytest.mark.ray
+def test_features_can_be_shared_by_runs(ray_session: None, run: tuple[Run, str, str], tmp_path: Path) -> None:
+    probe(*run, ["knn"], lambda _: None, encoders=["pixels"], cache=Folder(str(tmp_path)))
+    assert len(list(tmp_path.iterdir())) == 2
+
+
+def row(**changes: Any) -> dict[str, Any]:
+    base = dict.fromkeys(KEY, "x") | {"encoder": "trained", "step": 5, "seed": 0, "name": "top1"}
+    return {**base, "value": 0.5, "headline": True, "weights": 1, **changes}
+
+
+def test_protocols_and_data_never_share_a_table() -> None:
+    rows = [row(), row(protocol="y"), row(test="y"), row(train="y"), row(probe="y"), row(layer="y")]
+    assert len(tables(rows)) == len(rows)
+
+
+def test_a_table_has_a_column_for_each_encoder() -> None:
+    rows = [row(), row(encoder="pixels", step=0), row(encoder="random", step=0), row(step=9)]
+    (table,) = tables(rows)
+    assert [column.header for column in table.columns] == [
+        "",
+        "trained, step 5",
+        "trained, step 9",
+        "random",
+        "pixels",
+    ]
+    (table,) = tables([row(), row(seed=1)])
+    assert [column.header for column in table.columns][1:] == [
+        "trained, step 5, seed 0",
+        "trained, step 5, seed 1",
+    ]
+
+
+def with_classes(dataset: DataSet, *classes: str) -> DataSet:
+    manifest = dataset.manifest.to_json() | {"classes": list(classes)}
+    dataset.folder.write_json("manifest.json", manifest)
+    return DataSet.open(str(dataset.folder))
+
+
+def test_classes_are_matched_by_name_and_not_by_number(tmp_path: Path) -> None:
+    train = make_dataset(tmp_path / "train", 20)
+    test = with_classes(make_dataset(tmp_path / "test", 40), "d", "b", "z", "a")
+    _, test_n = common_labels(train, test)
+    assert test_n.tolist() == np.array([3, 1, 4, 0])[labels(test)].tolist()
+
+
+def test_data_without_common_classes_or_without_labels_are_refused(tmp_path: Path) -> None:
+    train, test = make_dataset(tmp_path / "train", 20), make_dataset(tmp_path / "test", 20)
+    with pytest.raises(UserError, match="no class in common"):
+        common_labels(train, with_classes(test, "w", "x", "y", "z"))
+    with pytest.raises(UserError, match="no labels"):
+        common_labels(train, with_classes(test))
+
+
+def test_unknown_names_answer_with_the_nearest(run: tuple[Run, str, str]) -> None:
+    with pytest.raises(UserError, match="'linear'"):
+        probe(*run, ["liner"])
+    with pytest.raises(UserError, match="'random'"):
+        probe(*run, ["knn"], encoders=["randm"])
+
+
+def test_a_run_without_a_checkpoint_is_refused(run: tuple[Run, str, str], tmp_path: Path) -> None:
+    Folder(str(tmp_path)).write("passport.json", run[0].folder.read("passport.json"))
+    with pytest.raises(UserError, match="no complete checkpoint"):
+        probe(Run.open(str(tmp_path)), *run[1:], ["knn"])
