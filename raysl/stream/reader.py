@@ -121,18 +121,17 @@ class Stream:
             step = end
 
     def _segment(self, step: int, end: int) -> Iterator[Batch]:
-        local = self.plan.batch_size // self.world
-        arrivals = iter(self._pipeline(step, end).iter_batches(batch_size=local, prefetch_batches=2))
+        arrivals = iter(self._pipeline(step, end).iter_batches(batch_size=1, prefetch_batches=2))
         while step < end:
             started = time.perf_counter()
-            columns = next(arrivals)
-            batch = self._batch(step, columns)
+            row = next(arrivals)
+            batch = self._batch(step, {name: values[0] for name, values in row.items()})
             batch.wait_s = time.perf_counter() - started
             yield batch
             step += 1
 
     def _pipeline(self, step: int, end: int) -> Any:
-        """A Ray Data set whose rows are the images of this worker for steps step .. end - 1."""
+        """A Ray Data set whose rows are the batches of this worker for steps step .. end - 1."""
         import ray.data
         from ray.data import ExecutionResources
 
@@ -210,7 +209,9 @@ class _Load:
             if "label" in part.column_names:
                 columns["label"] = part.column("label").to_numpy()
             columns.update(self._pixels(part.column("image").to_pylist(), one))
-            yield columns
+            # A batch is one row of Ray Data's, which is never cut: images as rows would be divided over blocks and
+            # put together again by the trainer.
+            yield {name: values[None] for name, values in columns.items()}
 
     def _pixels(self, images: list[bytes], rows: Rows) -> Columns:
         stream = self.stream
