@@ -33,7 +33,7 @@ class Config:
         version: see `raysl.probes`.
     """
 
-    weight_decays: tuple[float, ...] = (1e-1, 1e-2, 1e-3, 1e-4, 1e-5)
+    weight_decays: tuple[float, ...] = (1.0, 1e-1, 1e-2, 1e-3, 1e-4, 1e-5)
     held_out: float = 0.1
     max_iterations: int = 200
     tolerance: float = 1e-4

@@ -16,7 +16,7 @@ from raysl.probes import Labelled, Row
 # A default that changes makes numbers that must not stand beside older ones: raise `version`, then pin the new hash.
 PINNED = {
     "knn": "c9e48683fae2",
-    "linear": "2703fc8bcf53",
+    "linear": "96c4ece4f512",
 }
 
 every_probe = pytest.mark.parametrize("name", probes.names())

@@ -84,7 +84,7 @@ def test_noise_asks_for_strong_weight_decay() -> None:
 
 def test_few_images_take_the_strongest_weight_decay() -> None:
     train = Labelled(np.eye(2, 10, dtype=np.float32), np.array([0, 1]))
-    assert values(train, blobs(20, 2))["weight_decay"] == 0.1
+    assert values(train, blobs(20, 2))["weight_decay"] == 1.0
 
 
 def test_train_set_as_test_set_is_refused() -> None:
