@@ -143,7 +143,7 @@ class Worker:
         meter = Meter(self.step, self.plan)
         for batch in self._stream().batches(self.step):
             lr = self.config.optim.lr_at(self.step, self.plan.num_steps, self.config.batch_size)
-            loss = self._update(model, batch, lr)
+            loss = self.update(model, batch, lr)
             self.step += 1
             meter.add(batch, loss)
             last = self.step == self.plan.num_steps
@@ -160,7 +160,7 @@ class Worker:
                 self._save()
         self.saver.wait()
 
-    def _update(self, model: nn.Module, batch: Batch, lr: float) -> Loss:
+    def update(self, model: nn.Module, batch: Batch, lr: float) -> Loss:
         """One step of the optimiser and of the bank."""
         for group in self.optimizer.param_groups:
             group["lr"] = lr

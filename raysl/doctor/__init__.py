@@ -1,0 +1,171 @@
+"""Where time goes: versions, resources, what each stage costs for an image, and what limits the speed."""
+
+from __future__ import annotations
+
+import dataclasses
+import io
+import os
+import tempfile
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from rich.console import Console
+from rich.table import Table
+
+from raysl import cluster, methods
+from raysl.cluster import Placement
+from raysl.config import Pretraining, ViewConfig
+from raysl.dataset import DataSet
+from raysl.doctor.measurement import measure_data, measure_training
+from raysl.doctor.prediction import Costs, Prediction, predict
+from raysl.ingest import resolve
+from raysl.run import Run, versions
+from raysl.storage import Folder
+from raysl.stream.plan import Plan
+from raysl.stream.reader import Stream
+from raysl.train import Job, Network
+from raysl.trunk import TrunkConfig
+
+__all__ = ["Costs", "DoctorConfig", "Prediction", "Report", "examine", "predict"]
+
+
+@dataclass(frozen=True)
+class DoctorConfig:
+    """What a run would be, as far as its speed goes.
+
+    Args:
+        data: a data set made by `raysl ingest`, or any source that it takes.
+        method: an objective and a pretext transform, such as pirl-jigsaw.
+        image_size: side of an ordinary view in pixels.
+        trunk: name of the network, such as small or resnet50.
+        batch_size: images in the global batch.
+        workers: Ray Train workers.
+    """
+
+    data: str = "shapes:2000"
+    method: str = "pirl-jigsaw"
+    image_size: int = 32
+    trunk: str = "small"
+    batch_size: int = 64
+    workers: int = 2
+
+
+@dataclass(frozen=True)
+class Report:
+    """What `examine` found.
+
+    Args:
+        versions: of Python, of packages, and the hash of raysl's code.
+        resources: totals of the cluster.
+        placement: who would get what.
+        costs: of each stage.
+        prediction: of the speed.
+    """
+
+    versions: Mapping[str, Any]
+    resources: Mapping[str, float]
+    placement: Placement
+    costs: Costs
+    prediction: Prediction
+
+
+def examine(given: DoctorConfig, say: Callable[[str], None] = print) -> Report:
+    """Measures what a run would cost, and says what would limit it. Takes about half a minute.
+
+    Args:
+        given: the run in question.
+        say: takes tables and sentences, as text.
+
+    Raises:
+        UserError: the run could not be started as it is, or the trainers found no free place for three minutes.
+    """
+    cluster.start()
+    import ray
+
+    resources: dict[str, float] = ray.cluster_resources()
+    found = versions()
+    dataset = resolve(given.data)
+    config = _pretraining(given, dataset)
+    plan = Plan.of(dataset, given.batch_size, config.seed, config.epochs)
+    placement = cluster.place(given.workers)
+    network = Network(config, dataset.num_images, len(dataset.manifest.classes))
+    stream = Stream(dataset, plan, network.views(config), world=given.workers, share=placement.share)
+    say(_text(_machine(found, resources, placement)))
+    with tempfile.TemporaryDirectory() as folder:
+        job = Job(config.to_json(), Run(Folder(folder)), dataset, placement)
+        costs = Costs(**measure_data(stream), **measure_training(job, given.workers))
+    prediction = predict(costs, placement, given.workers, given.batch_size, resources.get("CPU", 1.0))
+    say(_text(_stages(costs, given)))
+    say(_sentence(prediction))
+    return Report(found, resources, placement, costs, prediction)
+
+
+def _pretraining(given: DoctorConfig, dataset: DataSet) -> Pretraining:
+    """The run in question; a small data set gets fewer negatives, as it cannot have more than images."""
+    method = methods.parse(given.method)
+    config_type, _ = methods.load_objective(method.objective)
+    wanted = getattr(config_type(), "num_negatives", 0)
+    part = {"num_negatives": max(1, dataset.num_images // 2)} if wanted >= dataset.num_images else {}
+    return Pretraining(
+        data=given.data,
+        run="-",
+        method=given.method,
+        epochs=1,
+        batch_size=given.batch_size,
+        workers=given.workers,
+        view=ViewConfig(image_size=given.image_size),
+        trunk=TrunkConfig(name=given.trunk),
+        parts={method.objective: part},
+    )
+
+
+def _machine(found: Mapping[str, Any], resources: Mapping[str, float], placement: Placement) -> Table:
+    table = Table(title="versions and resources", show_header=False)
+    table.add_row("raysl", f"code {found['code']}")
+    table.add_row("python", found["python"])
+    for name in ("ray", "torch", "torchvision", "pyarrow"):
+        table.add_row(name, found["packages"][name])
+    table.add_row("processor", f"{torch.backends.cpu.get_cpu_capability()}, {os.cpu_count()} cores here")
+    table.add_row("cluster", f"{resources.get('CPU', 0):g} CPUs, {resources.get('GPU', 0):g} GPUs")
+    gib = 2.0**30
+    memory, objects = resources.get("memory", 0) / gib, resources.get("object_store_memory", 0) / gib
+    table.add_row("memory", f"{memory:.1f} GiB for tasks, {objects:.1f} GiB for objects")
+    share = placement.share
+    table.add_row(
+        "each trainer",
+        f"{placement.cpus_per_worker:g} CPUs, {placement.gpus_per_worker:g} GPUs, "
+        f"{placement.threads_per_worker} threads",
+    )
+    table.add_row("its data tasks", f"{share.cpus:g} CPUs, {share.cpus_per_task:g} each")
+    return table
+
+
+def _stages(costs: Costs, given: DoctorConfig) -> Table:
+    local = given.batch_size // given.workers
+    table = Table(
+        title=f"{given.method}, {given.image_size} pixels, {given.workers} workers x {local} images"
+    )
+    for column in ("stage", "us / image", "ms / step of one worker"):
+        table.add_column(column, justify="left" if column == "stage" else "right")
+    values = {f.name.rpartition("_")[0]: getattr(costs, f.name) for f in dataclasses.fields(costs)}
+    for name, value in values.items():
+        us = value * 1e6 / local if name in ("step", "all_reduce") else value
+        table.add_row(name.replace("_", "-"), f"{us:,.0f}", f"{us * local / 1000:,.1f}")
+    return table
+
+
+def _sentence(prediction: Prediction) -> str:
+    together = "" if prediction.together == float("inf") else f", {prediction.together:,.0f} on shared cores"
+    return (
+        f"Data tasks can make {prediction.data:,.0f} images/s and trainers take {prediction.training:,.0f}{together}: "
+        f"expect about {prediction.images_per_s:,.0f} images/s. {prediction.advice}"
+    )
+
+
+def _text(table: Table) -> str:
+    console = Console(file=io.StringIO(), width=100)
+    console.print(table)
+    text: str = console.file.getvalue()  # type: ignore[attr-defined]
+    return text
