@@ -69,6 +69,7 @@ def probe(
     cluster.start()
     train_set, test_set = resolve(train), resolve(test)
     train_labels_n, test_labels_n = common_labels(train_set, test_set)
+    fingerprints = {"train": train_set.manifest.fingerprint, "test": test_set.manifest.fingerprint}
     rows: list[dict[str, Any]] = []
     for source in sources:
         identity = source.identity()
@@ -77,29 +78,34 @@ def probe(
             "step": identity.get("step", 0),
             "seed": run.config().seed,
             "weights": identity.get("crc32"),
-            "train": train_set.manifest.fingerprint,
-            "test": test_set.manifest.fingerprint,
+            **fingerprints,
         }
-        tables = [
-            features.extract(source, data, protocol, cache or run.folder / "features")
-            for data in (train_set, test_set)
-        ]
+        folder = cache or run.folder / "features"
+        found = [features.extract(source, data, protocol, folder) for data in (train_set, test_set)]
         for layer in protocol.layers:
-            seen = Labelled(tables[0].load(layer), train_labels_n, train_set.manifest.fingerprint)
-            unseen = Labelled(tables[1].load(layer), test_labels_n, test_set.manifest.fingerprint)
+            seen = Labelled(found[0].load(layer), train_labels_n, fingerprints["train"])
+            unseen = Labelled(found[1].load(layer), test_labels_n, fingerprints["test"])
             for name, (config, measure) in ready.items():
-                facts = {
-                    **about,
-                    "probe": name,
-                    "layer": layer,
-                    "protocol": protocol_hash(name, config, protocol),
-                }
-                for row in measure.run(seen, unseen):
-                    headline = row.name == measure.headline
-                    rows.append({**facts, "name": row.name, "value": row.value, "headline": headline})
-                    if headline:
-                        say(f"{name:<10} {source.name:<8} {row.name} {row.value:.4f}")
+                facts = {"probe": name, "layer": layer, "protocol": protocol_hash(name, config, protocol)}
+                rows += _measure(measure, seen, unseen, {**about, **facts}, say)
     _keep(run, rows)
+    return rows
+
+
+def _measure(
+    measure: probes.Probe,
+    seen: Labelled,
+    unseen: Labelled,
+    facts: Mapping[str, Any],
+    say: Callable[[str], None],
+) -> list[dict[str, Any]]:
+    """The rows of one probe on one encoder."""
+    rows = []
+    for row in measure.run(seen, unseen):
+        headline = row.name == measure.headline
+        rows.append({**facts, "name": row.name, "value": row.value, "headline": headline})
+        if headline:
+            say(f"{facts['probe']:<10} {facts['encoder']:<8} {row.name} {row.value:.4f}")
     return rows
 
 
