@@ -51,6 +51,14 @@ class Setup:
             )
         return self.pretext
 
+    def no_transform(self, objective: str) -> None:
+        """Raises UserError when the method names a pretext transform."""
+        if self.pretext is not None:
+            raise UserError(
+                f"The objective {objective!r} has no use for a pretext transform. Write the method as "
+                f"'{objective}', or choose another objective; `raysl methods` shows which combine."
+            )
+
 
 @dataclass
 class Loss:

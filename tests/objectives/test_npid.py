@@ -1,0 +1,79 @@
+"""Instance discrimination is PIRL with lambda = 0."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import pytest
+import torch
+from torch import nn
+
+from raysl.bank import BankConfig, MemoryBank
+from raysl.errors import UserError
+from raysl.objectives import pirl
+from raysl.objectives.npid import Config, Npid
+from tests.objectives.setups import N, batch, setup
+
+DIALS = {"num_negatives": 12, "dim": 16}
+
+
+def bank() -> MemoryBank:
+    return MemoryBank(N, 16, BankConfig(), seed=0)
+
+
+@pytest.mark.parametrize("head", ["linear", "mlp"])
+@pytest.mark.parametrize("mode", ["shared", "own"])
+@pytest.mark.parametrize("loss", ["infonce", "nce", "paper_h"])
+def test_it_is_pirl_with_lambda_0(loss: Any, mode: Any, head: Any) -> None:
+    dials = {**DIALS, "loss": loss, "negatives": mode, "head": head}
+    trunk, of_pirl = setup("rotation")
+    theirs = pirl.Pirl(pirl.Config(lam=0, **dials), of_pirl)
+    ours = Npid(Config(**dials), setup()[1])
+    ours.image_head.load_state_dict(theirs.image_head.state_dict())
+    # PIRL's z comes from the transformed images, which NPID does not have.
+    theirs.z.fill_(150.0)
+    ours.z.fill_(150.0)
+    of = batch(theirs)
+    expected = theirs.loss(theirs(trunk, of.views), of, bank())
+    found = ours.loss(ours(trunk, {"image": of.views["image"]}), of, bank())
+    assert found.loss.item() == expected.loss.item()
+    weights = [*trunk.parameters()]
+    for a, b in zip(
+        torch.autograd.grad(found.loss, weights), torch.autograd.grad(expected.loss, weights), strict=True
+    ):
+        torch.testing.assert_close(a, b, rtol=1e-4, atol=1e-6)
+    assert found.remember_bd is not None
+    assert expected.remember_bd is not None
+    assert torch.equal(found.remember_bd, expected.remember_bd)
+
+
+def test_every_parameter_gets_a_gradient_from_one_view() -> None:
+    trunk, of_npid = setup()
+    objective = Npid(Config(**DIALS), of_npid)  # type: ignore[arg-type]
+    assert list(objective.views) == ["image"]
+    of = batch(objective)
+    objective.loss(objective(trunk, of.views), of, bank()).loss.backward()  # type: ignore[no-untyped-call]
+    assert all(p.grad is not None and p.grad.any() for p in nn.ModuleList([trunk, objective]).parameters())
+
+
+def test_z_is_set_by_the_first_batch() -> None:
+    trunk, of_npid = setup()
+    objective = Npid(Config(loss="nce", **DIALS), of_npid)  # type: ignore[arg-type]
+    of = batch(objective)
+    assert objective.z.isnan()
+    objective.loss(objective(trunk, of.views), of, bank())
+    assert objective.state_dict()["z"] > 0
+
+
+def test_it_takes_no_transform() -> None:
+    with pytest.raises(UserError, match="'npid' has no use for a pretext transform"):
+        Npid(Config(**DIALS), setup("rotation")[1])  # type: ignore[arg-type]
+
+
+def test_its_dials_are_checked() -> None:
+    with pytest.raises(UserError, match=r"npid\.temperature is 0"):
+        Config(temperature=0)
+    with pytest.raises(UserError, match=r"npid\.dim is 0"):
+        Config(dim=0)
+    with pytest.raises(UserError, match=f"num_negatives is {N}"):
+        Npid(Config(num_negatives=N), setup()[1])
