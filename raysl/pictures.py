@@ -54,11 +54,16 @@ def views_sheet(
     for name, view in made.items():
         b, p, _, height, width = view.crops_bpchw.shape
         size = f"{width} x {height} pixels" if p == 1 else f"{p} crops of {width} x {height}"
-        marks = [""] * b if view.label_b is None else [f"label {label}" for label in view.label_b.tolist()]
+        marks = [""] * b if view.target is None else [_mark(target) for target in view.target]
         columns.append(
             (f"view: {name}", size, [(mosaic(v), m) for v, m in zip(view.crops_bpchw, marks, strict=True)])
         )
     return _sheet(columns)
+
+
+def _mark(target: Tensor) -> str:
+    """The label, or the shape of a target that is no label."""
+    return f"target {' x '.join(map(str, target.shape))}" if target.ndim else f"label {int(target)}"
 
 
 def mosaic(crops_pchw: Tensor) -> Image.Image:

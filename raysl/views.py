@@ -36,7 +36,7 @@ class View:
             draws: named after the view, so that two views of an image draw independently.
 
         Returns:
-            uint8 crops (b, p, 3, h, w) and the label, on the device of the images.
+            uint8 crops (b, p, 3, h, w) and the target, on the device of the images.
         """
         side = self.source.size
         images_bchw = hflip(images_bchw, draws, self.recipe.hflip)

@@ -51,8 +51,8 @@ def batch(objective: Any, b: int) -> Batch:
         images = torch.randint(0, 256, (b, 3, side, side), dtype=torch.uint8, generator=generator)
         made = transform.transform(images, Draws(0, rows.epochs_b, rows.indices_b).named(view))
         views[view] = made.crops_bpchw
-        if made.label_b is not None:
-            targets[view] = made.label_b
+        if made.target is not None:
+            targets[view] = made.target
     return Batch(0, rows, torch.arange(b) % 4, views, targets)
 
 

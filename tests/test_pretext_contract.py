@@ -21,7 +21,7 @@ from raysl.errors import UserError
 from raysl.pretext import Geometry, Pretext
 from raysl.rng import Draws
 
-SPECS = [*pretext.names(), "rotation+jigsaw", "identity+rotation"]
+SPECS = [*pretext.names(), "rotation+jigsaw", "identity+rotation", "rotation+colorization"]
 GEOMETRIES = [Geometry(32), Geometry(32, predicted=True), Geometry(64, predicted=True, seed=3)]
 
 
@@ -54,13 +54,32 @@ def test_shapes_types_and_labels(made: Pretext) -> None:
     assert crops.shape[:3] == (64, made.num_crops, 3)
     assert made.colour in ("crops", "source", "none")
     if made.num_labels == 0:
-        assert result.label_b is None
+        assert (result.target is None) == (pretext.dense(made) is None)
     else:
-        assert result.label_b is not None
-        assert result.label_b.dtype == torch.int64
-        assert result.label_b.shape == (64,)
-        assert int(result.label_b.min()) >= 0
-        assert int(result.label_b.max()) < made.num_labels
+        assert pretext.dense(made) is None
+        assert result.target is not None
+        assert result.target.dtype == torch.int64
+        assert result.target.shape == (64,)
+        assert int(result.target.min()) >= 0
+        assert int(result.target.max()) < made.num_labels
+
+
+def test_a_target_that_is_no_label_has_a_head_and_a_loss(made: Pretext) -> None:
+    dense = pretext.dense(made)
+    if dense is None:
+        pytest.skip("classes, or nothing")
+    target = made.transform(images(6, made.source.size), draws(range(6))).target
+    assert target is not None
+    assert target.nbytes <= 6 * 4096, "it travels with the crops"
+    torch.manual_seed(0)
+    head = dense.head(16)
+    output = head(torch.randn(6, 16))
+    loss = dense.loss(output, target)
+    assert loss.shape == ()
+    each = torch.stack([dense.loss(output[i : i + 1], target[i : i + 1]) for i in range(6)])
+    torch.testing.assert_close(loss, each.mean(), msg="not a mean over images")
+    loss.backward()  # type: ignore[no-untyped-call]
+    assert all(p.grad is not None and p.grad.isfinite().all() for p in head.parameters())
 
 
 def test_an_image_never_depends_on_its_batch_mates(made: Pretext) -> None:
@@ -71,9 +90,9 @@ def test_an_image_never_depends_on_its_batch_mates(made: Pretext) -> None:
     assert torch.equal(some.crops_bpchw, together.crops_bpchw[order])
     one = made.transform(x[7:8], draws([7]))
     assert torch.equal(one.crops_bpchw[0], together.crops_bpchw[7])
-    if together.label_b is not None:
-        assert some.label_b is not None
-        assert torch.equal(some.label_b, together.label_b[order])
+    if together.target is not None:
+        assert some.target is not None
+        assert torch.equal(some.target, together.target[order])
 
 
 def test_choices_change_with_seed_and_epoch(made: Pretext) -> None:
@@ -81,7 +100,7 @@ def test_choices_change_with_seed_and_epoch(made: Pretext) -> None:
         pytest.skip("nothing to choose")
     x = images(64, made.source.size)
     labels = [
-        made.transform(x, d).label_b for d in (draws(range(64)), draws(range(64), 1), draws(range(64), 0, 1))
+        made.transform(x, d).target for d in (draws(range(64)), draws(range(64), 1), draws(range(64), 0, 1))
     ]
     assert not torch.equal(labels[0], labels[1])  # type: ignore[arg-type]
     assert not torch.equal(labels[0], labels[2])  # type: ignore[arg-type]
@@ -112,7 +131,7 @@ def test_labels_are_balanced(made: Pretext) -> None:
         rows = range(start, min(b, start + 4096))
         label_b = made.transform(
             images(1, made.source.size).expand(len(rows), -1, -1, -1), draws(rows)
-        ).label_b
+        ).target
         assert label_b is not None
         counts += np.bincount(label_b.numpy(), minlength=made.num_labels)
     chi2 = float(((counts - per_label) ** 2 / per_label).sum())
@@ -187,16 +206,16 @@ class TestComposition:
         assert both.num_labels == 20
         x = images(200, both.source.size)
         result = both.transform(x, draws(range(200)))
-        assert result.label_b is not None
+        assert result.target is not None
         rotated = pretext.build("rotation", {}, Geometry(32)).transform(x, draws(range(200)).named("0"))
         cut = pretext.build("jigsaw", configs, Geometry(32)).transform(
             rotated.crops_bpchw[:, 0], draws(range(200)).named("1")
         )
-        assert rotated.label_b is not None
-        assert cut.label_b is not None
+        assert rotated.target is not None
+        assert cut.target is not None
         assert torch.equal(result.crops_bpchw, cut.crops_bpchw)
-        assert torch.equal(result.label_b, rotated.label_b * 5 + cut.label_b)
-        assert len(set(result.label_b.tolist())) == 20
+        assert torch.equal(result.target, rotated.target * 5 + cut.target)
+        assert len(set(result.target.tolist())) == 20
 
     def test_source_and_colour_are_those_of_the_last(self) -> None:
         both, last = (pretext.build(spec, {}, Geometry(64)) for spec in ("rotation+jigsaw", "jigsaw"))

@@ -42,9 +42,9 @@ def test_a_view_is_a_pure_function_of_image_and_draws(spec: str, recipe_name: st
     for i in range(12):
         alone = elsewhere(x[i : i + 1], draws(1, first=i))
         assert torch.equal(alone.crops_bpchw[0], together.crops_bpchw[i])
-        if together.label_b is not None:
-            assert alone.label_b is not None
-            assert alone.label_b[0] == together.label_b[i]
+        if together.target is not None:
+            assert alone.target is not None
+            assert torch.equal(alone.target[0], together.target[i])
 
 
 def test_plain_images_are_only_mirrored() -> None:
@@ -87,6 +87,6 @@ def test_an_accelerator_makes_the_same_view(spec: str, recipe_name: str) -> None
     there = made(x.cuda(), draws(64).to(torch.device("cuda")))
     assert there.crops_bpchw.is_cuda
     assert torch.equal(there.crops_bpchw.cpu(), here.crops_bpchw)
-    if here.label_b is not None:
-        assert there.label_b is not None
-        assert torch.equal(there.label_b.cpu(), here.label_b)
+    if here.target is not None:
+        assert there.target is not None
+        assert torch.equal(there.target.cpu(), here.target)

@@ -2,7 +2,8 @@
 
 With jigsaw: Noroozi and Favaro, arXiv 1603.09246 (which permutation); with rotation: Gidaris et al., arXiv
 1803.07728 (which quarter turn). Linear probes of ResNet-50 on ImageNet as compared in the PIRL paper: jigsaw 45.7 %,
-rotation 48.9 %, both best before the last layer.
+rotation 48.9 %, both best before the last layer. With a dense transform (colorization, inpainting), its own head
+decodes the target from the pooled features, and its own loss judges it.
 """
 
 from __future__ import annotations
@@ -13,6 +14,7 @@ from dataclasses import dataclass
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from raysl import pretext
 from raysl.bank import MemoryBank
 from raysl.errors import UserError
 from raysl.objectives import Loss, Setup
@@ -37,7 +39,8 @@ class Config:
 
 
 class Predict(nn.Module):
-    """A classifier of the transform's label on the features of all its crops."""
+    """A classifier of the transform's label on the features of all its crops, or the head that a dense transform
+    brings along."""
 
     predicts = True
     bank_dim = 0
@@ -45,7 +48,8 @@ class Predict(nn.Module):
     def __init__(self, config: Config, setup: Setup) -> None:
         super().__init__()
         transform = setup.transform("predict")
-        if transform.num_labels < 2:
+        self.dense = pretext.dense(transform)
+        if self.dense is None and transform.num_labels < 2:
             raise UserError(
                 f"There is nothing to predict: the transform has {transform.num_labels} label(s). Use a transform "
                 "with labels, such as 'predict-jigsaw' with more permutations, or compare it: 'pirl-...'."
@@ -60,17 +64,24 @@ class Predict(nn.Module):
             width = config.crop_width
         else:
             self.project = nn.Identity()
-        self.classify = nn.Linear(crops * width, transform.num_labels)
+        if self.dense is None:
+            self.classify = nn.Linear(crops * width, transform.num_labels)
+        else:
+            self.decode = self.dense.head(crops * width)
 
     def forward(self, trunk: nn.Module, views: Mapping[str, Tensor]) -> dict[str, Tensor]:
-        """Logits (b, labels)."""
+        """Logits (b, labels); for a dense transform, what its head puts out."""
         features_bpd = encode(trunk, views["transformed"])
         b, p = features_bpd.shape[:2]
         projected = self.project(features_bpd.flatten(0, 1)).view(b, p, -1)
-        return {"logits": self.classify(projected.flatten(1))}
+        if self.dense is None:
+            return {"logits": self.classify(projected.flatten(1))}
+        return {"decoded": self.decode(projected.flatten(1))}
 
     def loss(self, outputs: Mapping[str, Tensor], batch: Batch, bank: MemoryBank | None) -> Loss:
-        """Cross-entropy, averaged over the batch."""
+        """Cross-entropy, or the transform's own loss, averaged over the batch."""
+        if self.dense is not None:
+            return Loss(self.dense.loss(outputs["decoded"].float(), batch.targets["transformed"]), {})
         logits_bk = outputs["logits"].float()
         label_b = batch.targets["transformed"]
         correct = (logits_bk.argmax(dim=1) == label_b).float().mean()

@@ -4,7 +4,7 @@ A file `pretext/foo_bar.py` describes the transform `foo_bar` with
 
     @dataclass(frozen=True)
     class Config: ...                    its dials, each with a default and a line of documentation
-    class FooBar:                        the transform; see `Pretext`
+    class FooBar:                        the transform; see `Pretext`, and `Dense` if its target is no class
 
 and gets the command line, the contract tests and `raysl methods` without another edit. The module docstring names
 the paper, the idea and the published number to compare with.
@@ -16,11 +16,11 @@ import importlib
 import pkgutil
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any, Literal, Protocol
+from typing import Any, Literal, Protocol, runtime_checkable
 
 import numpy as np
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from raysl.augment import SourceCrop
 from raysl.errors import UserError, unknown
@@ -51,11 +51,13 @@ class Transformed:
 
     Args:
         crops_bpchw: uint8. P = 1 for a whole image, 9 for a jigsaw, 2 for a pair.
-        label_b: int64 (b,), the property of the transform that can be predicted; None when it has none.
+        target: what can be predicted: int64 (b,), the label of the transform; or, for a `Dense` transform, a tensor
+            (b, ...) of any dtype that NumPy has, small beside the crops, since it travels with them. None when there
+            is nothing to predict.
     """
 
     crops_bpchw: Tensor
-    label_b: Tensor | None
+    target: Tensor | None
 
 
 class Pretext(Protocol):
@@ -64,7 +66,7 @@ class Pretext(Protocol):
     Attributes:
         source: the crop of the decoded image that the transform starts from.
         num_crops: P, the crops that it yields for an image.
-        num_labels: size of the label set; 0 when there is nothing to predict.
+        num_labels: size of the label set; 0 when there is nothing to predict, or a target that is no label.
         colour: where the photometric augmentation goes: "crops" draws anew for each crop, "source" once for the
             image before it is transformed, "none" nowhere.
     """
@@ -83,6 +85,25 @@ class Pretext(Protocol):
     def describe(self) -> dict[str, Any]:
         """JSON facts for the run's passport that the Config alone does not fix, such as a hash of a label set."""
         ...
+
+
+@runtime_checkable
+class Dense(Protocol):
+    """What a transform has besides `Pretext` when its target is no class, such as the colours of a grid of cells."""
+
+    def head(self, width: int) -> nn.Module:
+        """A new network from pooled features (b, width) to what `loss` takes."""
+        ...
+
+    def loss(self, output: Tensor, target: Tensor) -> Tensor:
+        """The scalar loss, a mean over images, of what the head puts out and `Transformed.target`."""
+        ...
+
+
+def dense(transform: Pretext) -> Dense | None:
+    """The head and loss of a transform that has its own, be it the last of a composition; None when it has labels."""
+    last = transform.parts[-1] if isinstance(transform, Composition) else transform
+    return last if isinstance(last, Dense) else None
 
 
 def names() -> list[str]:
@@ -127,7 +148,9 @@ class Composition:
     """Transforms applied one after the other: rotate, then cut into a jigsaw (PIRL, appendix A).
 
     Source crop, crops and colours are those of the last. The label counts all combinations: with labels a, b
-    of two transforms it is a * (number of b) + b; a transform without labels does not count.
+    of two transforms it is a * (number of b) + b; a transform without labels does not count. When the last is
+    `Dense`, its target is the only one: "rotation+colorization" colours turned images. The target of a dense
+    transform that is not the last is dropped: "colorization+jigsaw" is a jigsaw in grey.
     """
 
     def __init__(self, spec: str, parts: Sequence[Pretext]) -> None:
@@ -137,7 +160,8 @@ class Composition:
         self.num_crops = last.num_crops
         self.colour: Literal["crops", "source", "none"] = last.colour
         counts = [part.num_labels for part in self.parts if part.num_labels]
-        self.num_labels = int(np.prod(counts, dtype=np.int64)) if counts else 0
+        labelled = counts and not isinstance(last, Dense)
+        self.num_labels = int(np.prod(counts, dtype=np.int64)) if labelled else 0
         nothing = Draws(0, np.zeros(1, np.int64), np.zeros(1, np.int64))
         for part in self.parts[:-1]:
             side = part.source.size
@@ -152,13 +176,13 @@ class Composition:
 
     def transform(self, images_bchw: Tensor, draws: Draws) -> Transformed:
         """Applies the transforms from left to right, each with draws of its own."""
-        label_b: Tensor | None = None
+        target: Tensor | None = None
         made = Transformed(images_bchw[:, None], None)
         for i, part in enumerate(self.parts):
             made = part.transform(made.crops_bpchw[:, 0], draws.named(str(i)))
-            if made.label_b is not None:
-                label_b = made.label_b if label_b is None else label_b * part.num_labels + made.label_b
-        return Transformed(made.crops_bpchw, label_b)
+            if made.target is not None and part.num_labels:
+                target = made.target if target is None else target * part.num_labels + made.target
+        return Transformed(made.crops_bpchw, made.target if isinstance(self.parts[-1], Dense) else target)
 
     def describe(self) -> dict[str, Any]:
         """The facts of every part, in order."""

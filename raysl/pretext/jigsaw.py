@@ -11,7 +11,6 @@ import math
 from dataclasses import dataclass
 from typing import Any, Literal
 
-import numpy as np
 import torch
 from torch import Tensor
 
@@ -19,6 +18,7 @@ from raysl.augment import SourceCrop
 from raysl.errors import UserError
 from raysl.permutations import Criterion, permutation_set
 from raysl.pretext import Geometry, Transformed
+from raysl.pretext._windows import windows
 from raysl.rng import Draws
 
 _MIN_PATCH = 4
@@ -83,7 +83,7 @@ class Jigsaw:
         top_bp = order_bp // self.grid * self.cell_size + offset_bp2[..., 0]
         left_bp = order_bp % self.grid * self.cell_size + offset_bp2[..., 1]
         return Transformed(
-            _patches(images_bchw, top_bp, left_bp, self.patch_size), label_b.to(images_bchw.device)
+            windows(images_bchw, top_bp, left_bp, self.patch_size), label_b.to(images_bchw.device)
         )
 
     def describe(self) -> dict[str, Any]:
@@ -97,18 +97,6 @@ class Jigsaw:
             "permutations_min_hamming": self.permutations.min_hamming,
             "permutations_mean_hamming": round(self.permutations.mean_hamming, 6),
         }
-
-
-def _patches(images_bchw: Tensor, top_bp: Tensor, left_bp: Tensor, size: int) -> Tensor:
-    """(b, p, c, size, size): the windows of every image at these corners."""
-    device = images_bchw.device
-    image = torch.arange(len(images_bchw))[:, None]
-    if device.type == "cpu":
-        # The same as below, ten times as fast.
-        windows = np.lib.stride_tricks.sliding_window_view(images_bchw.numpy(), (size, size), (2, 3))
-        return torch.from_numpy(windows[image.numpy(), :, top_bp.numpy(), left_bp.numpy()])
-    windows_bcyxhw = images_bchw.unfold(2, size, 1).unfold(3, size, 1)
-    return windows_bcyxhw[image.to(device), :, top_bp.to(device), left_bp.to(device)]
 
 
 def _sizes(config: Config, geometry: Geometry) -> tuple[int, int]:

@@ -67,7 +67,8 @@ class Batch:
         rows: indices and epochs of the images.
         labels_b: int64 (b,), classes from the data set; None when it has none.
         views: uint8 (b, p, c, h, w) by name.
-        targets: int64 (b,) by view, the label of the pretext transform; a view without one is absent.
+        targets: what the pretext transform of a view asks to predict, as `Transformed.target`; a view without one is
+            absent.
         wait_s: seconds that the trainer waited for it.
     """
 
@@ -177,8 +178,8 @@ class Stream:
         for name, crops_bchw in crops.items():
             made = self.views[name](crops_bchw, draws.named(name).to(crops_bchw.device))
             batch.views[name] = made.crops_bpchw
-            if made.label_b is not None:
-                batch.targets[name] = made.label_b
+            if made.target is not None:
+                batch.targets[name] = made.target
         return batch
 
 

@@ -16,4 +16,4 @@ def test_the_crop_is_the_image() -> None:
     x = torch.arange(2 * 3 * 32 * 32).view(2, 3, 32, 32).to(torch.uint8)
     result = made.transform(x, Draws(0, np.zeros(2, np.int64), np.arange(2)))
     assert torch.equal(result.crops_bpchw[:, 0], x)
-    assert result.label_b is None
+    assert result.target is None

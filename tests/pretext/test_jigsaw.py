@@ -39,8 +39,8 @@ def test_undoing_the_permutation_gives_the_cells_row_by_row(grid: int) -> None:
     made = Jigsaw(Config(grid=grid), Geometry(64))
     b, cell = 300, made.cell_size
     result = made.transform(coordinates(made.source.size, b), draws(b))
-    assert result.label_b is not None
-    order_bp = torch.from_numpy(made.permutations.order_kp[result.label_b.numpy()]).long()
+    assert result.target is not None
+    order_bp = torch.from_numpy(made.permutations.order_kp[result.target.numpy()]).long()
     back = torch.empty_like(result.crops_bpchw)
     back[torch.arange(b)[:, None], order_bp] = result.crops_bpchw
     corner_bp2 = back[:, :, :2, 0, 0].long()
@@ -56,7 +56,7 @@ def test_undoing_the_permutation_gives_the_cells_row_by_row(grid: int) -> None:
 
 def test_every_image_is_shuffled_on_its_own() -> None:
     made = Jigsaw(Config(), Geometry(32))
-    label_b = made.transform(coordinates(36, 200), draws(200)).label_b
+    label_b = made.transform(coordinates(36, 200), draws(200)).target
     assert label_b is not None
     assert len(set(label_b.tolist())) > 195
 

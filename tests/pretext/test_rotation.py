@@ -16,8 +16,8 @@ def rotated(images_bchw: Tensor) -> tuple[Tensor, Tensor]:
     result = Rotation(Config(), Geometry(8)).transform(
         images_bchw, Draws(0, np.zeros(b, np.int64), np.arange(b))
     )
-    assert result.label_b is not None
-    return result.crops_bpchw[:, 0], result.label_b
+    assert result.target is not None
+    return result.crops_bpchw[:, 0], result.target
 
 
 def test_turning_on_to_a_full_circle_gives_the_image_back() -> None:
