@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import torch
 import torch.distributed as dist
 from torch import Tensor
@@ -49,3 +51,34 @@ def gather(rows: Tensor) -> Tensor:
     parts = [torch.empty_like(rows) for _ in range(world())]
     dist.all_gather(parts, rows.detach().contiguous())
     return torch.cat(parts)
+
+
+def gather_with_gradient(rows: Tensor) -> Tensor:
+    """Rows of all workers in rank order, through which gradients go back to the worker that each row came from.
+
+    The gradient of a worker's rows is the sum over the losses of all workers. DistributedDataParallel then takes the
+    mean over the workers, so the weights' gradient is that of the mean of the losses, on any number of workers.
+    Every worker must call it, and go backward through it.
+
+    Args:
+        rows: float (b, ...), with the same b on every worker.
+
+    Returns:
+        (world * b, ...).
+    """
+    if world() == 1:
+        return rows
+    gathered: Tensor = _Gather.apply(rows)
+    return gathered
+
+
+class _Gather(torch.autograd.Function):
+    """`torch.distributed.nn.functional.all_gather` is deprecated, and what replaces it is not public."""
+
+    @staticmethod
+    def forward(ctx: Any, rows: Tensor) -> Tensor:
+        return gather(rows)
+
+    @staticmethod
+    def backward(ctx: Any, *gradients: Tensor) -> Tensor:
+        return total(gradients[0]).chunk(world())[rank()]

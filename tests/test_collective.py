@@ -16,9 +16,9 @@ from torch import Tensor, nn
 from torch.multiprocessing.spawn import start_processes
 from torch.nn.parallel import DistributedDataParallel
 
-from raysl import collective, pretext
+from raysl import collective, methods, pretext
 from raysl.bank import BankConfig, MemoryBank
-from raysl.objectives import Setup, pirl, predict
+from raysl.objectives import Setup
 from raysl.pretext import Geometry, jigsaw
 from raysl.stream.plan import Rows
 from raysl.stream.reader import Batch
@@ -35,41 +35,44 @@ EPOCHS = np.array([[0] * 8, [0] * 5 + [1] * 3, [1] * 8])
 
 @dataclass(frozen=True)
 class Case:
-    """A method and a bank."""
+    """A method, its dials, and a bank."""
 
-    objective: str
-    negatives: Any = "shared"
+    method: str
+    dials: tuple[tuple[str, Any], ...] = ()
     placement: Any = "replicated"
     dtype: Any = "float32"
-    loss: Any = "infonce"
 
     def __str__(self) -> str:
-        return "-".join([self.objective, self.negatives, self.placement, self.dtype, self.loss])
+        return "-".join([self.method, *(str(value) for _, value in self.dials), self.placement, self.dtype])
 
 
+MEMORY = (("num_negatives", K), ("dim", D), ("temperature", 0.2))
 CASES = [
-    Case("predict"),
-    Case("pirl", loss="nce"),
+    Case("predict-rotation"),
+    Case("supervised"),
+    Case("simclr"),
+    Case("simclr-jigsaw", (("norm", "layer"),)),
+    Case("npid", MEMORY),
+    Case("pirl-jigsaw", (*MEMORY, ("loss", "nce"))),
     *(
-        Case("pirl", *options)
-        for options in itertools.product(("shared", "own"), ("replicated", "sharded"), ("float32", "float16"))
+        Case("pirl-jigsaw", (*MEMORY, ("negatives", mode)), *options)
+        for mode, *options in itertools.product(
+            ("shared", "own"), ("replicated", "sharded"), ("float32", "float16")
+        )
     ),
 ]
 
 
 def _network(case: Case) -> tuple[nn.Module, Any]:
-    geometry = Geometry(image_size=16, predicted=case.objective == "predict")
-    jigsaw_config = jigsaw.Config(grid=2, patch_size=6)
-    transform = pretext.build(
-        "rotation" if geometry.predicted else "jigsaw", {"jigsaw": jigsaw_config}, geometry
-    )
+    method = methods.parse(case.method)
+    config_type, objective_type = methods.load_objective(method.objective)
+    geometry = Geometry(image_size=16, predicted=objective_type.predicts)
+    parts = {"jigsaw": jigsaw.Config(grid=2, patch_size=6)}
+    transform = pretext.build(method.pretext, parts, geometry) if method.pretext else None
     torch.manual_seed(0)
     trunk = build(TrunkConfig(norm="group"))
-    setup = Setup(transform, pretext.build("identity", {}, geometry), trunk.width, N, 0, 0)
-    if case.objective == "predict":
-        return trunk, predict.Predict(predict.Config(), setup)
-    config = pirl.Config(num_negatives=K, negatives=case.negatives, dim=D, loss=case.loss, temperature=0.2)
-    return trunk, pirl.Pirl(config, setup)
+    setup = Setup(transform, pretext.build("identity", {}, geometry), trunk.width, N, 4, 0)
+    return trunk, objective_type(config_type(**dict(case.dials)), setup)
 
 
 class _Model(nn.Module):
@@ -81,16 +84,18 @@ class _Model(nn.Module):
         return self.objective(self.trunk, views)  # type: ignore[no-any-return]
 
 
-def _batch(case: Case, step: int, rank: int, world: int) -> Batch:
+def _batch(objective: Any, step: int, rank: int, world: int) -> Batch:
     """One worker's part of a global batch that all worlds share."""
     generator = torch.Generator().manual_seed(step)
-    crops, side = (1, 16) if case.objective == "predict" else (4, 6)
-    transformed = torch.randint(0, 256, (BATCH, crops, 3, side, side), dtype=torch.uint8, generator=generator)
-    image = torch.randint(0, 256, (BATCH, 1, 3, 16, 16), dtype=torch.uint8, generator=generator)
     part = slice(rank * BATCH // world, (rank + 1) * BATCH // world)
-    views = {"transformed": transformed[part], "image": image[part]}
-    targets = {"transformed": (torch.arange(BATCH) % 4)[part]}
-    return Batch(step, Rows(INDICES[step, part], EPOCHS[step, part]), None, views, targets)
+    views = {}
+    for name, transform in objective.views.items():
+        side = 6 if transform.num_crops > 1 else 16
+        shape = (BATCH, transform.num_crops, 3, side, side)
+        views[name] = torch.randint(0, 256, shape, dtype=torch.uint8, generator=generator)[part]
+    labels_b = (torch.arange(BATCH) % 4)[part]
+    rows = Rows(INDICES[step, part], EPOCHS[step, part])
+    return Batch(step, rows, labels_b, views, {"transformed": labels_b})
 
 
 def _train(case: Case, rank: int, world: int) -> dict[str, Any]:
@@ -105,7 +110,7 @@ def _train(case: Case, rank: int, world: int) -> dict[str, Any]:
         bank = MemoryBank(N, D, BankConfig(0.5, case.placement, case.dtype), seed=0)
     found: dict[str, Any] = {"losses": [], "grads": []}
     for step in range(STEPS):
-        batch = _batch(case, step, rank, world)
+        batch = _batch(objective, step, rank, world)
         loss = objective.loss(model(batch.views), batch, bank)
         optimizer.zero_grad()
         loss.loss.backward()
