@@ -13,7 +13,8 @@ import hashlib
 import json
 import platform
 import time
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Iterator, Mapping
+from contextlib import contextmanager
 from dataclasses import dataclass
 from importlib import metadata
 from pathlib import Path
@@ -24,7 +25,7 @@ from raysl.checkpoint import Checkpoint
 from raysl.config import FREE, Pretraining, differences
 from raysl.dataset import DataSet
 from raysl.errors import UserError
-from raysl.storage import Folder
+from raysl.storage import Folder, write_error
 
 PASSPORT = "passport.json"
 METRICS = "metrics.jsonl"
@@ -89,7 +90,9 @@ class Run:
         """The passport. Raises UserError when it is damaged."""
         try:
             passport: dict[str, Any] = self.folder.read_json(PASSPORT)
-            passport["config"], passport["data"], passport["sessions"]
+            dict(passport["config"]), list(passport["sessions"])
+            data = passport["data"]
+            str(data["fingerprint"]), int(data["num_images"]), int(data["num_classes"])
         except (ValueError, KeyError, TypeError) as error:
             raise UserError(
                 f"The passport of the run at {str(self.folder)!r} is damaged: {error!r}. Restore {PASSPORT} from a "
@@ -109,10 +112,16 @@ class Run:
         return found
 
     def metrics(self) -> list[dict[str, Any]]:
-        """The rows of metrics.jsonl; none before the first was written."""
+        """The rows of metrics.jsonl; none before the first was written. Raises UserError when it is damaged."""
         if not self.folder.exists(METRICS):
             return []
-        return [json.loads(line) for line in self.folder.read(METRICS).splitlines()]
+        try:
+            return [json.loads(line) for line in self.folder.read(METRICS).splitlines()]
+        except ValueError as error:
+            raise UserError(
+                f"The file {METRICS} of the run at {str(self.folder)!r} is damaged: {error}. Mend or delete it; the "
+                "checkpoints do not depend on it."
+            ) from error
 
 
 def _same(passport: Mapping[str, Any], wanted: Mapping[str, Any], dataset: DataSet, place: str) -> None:
@@ -163,30 +172,71 @@ class MetricsLog:
     """
 
     def __init__(self, run: Run, step: int) -> None:
-        from tensorboardX import SummaryWriter
-
         self._run = run
-        self._rows = [row for row in run.metrics() if row["step"] <= step]
+        self._lines = [jsonl([row]) for row in run.metrics() if row["step"] <= step]
         self._written_at = time.monotonic()
-        local = run.folder.is_local
-        self._board = SummaryWriter(str(run.folder / "tensorboard"), purge_step=step + 1) if local else None
+        self._write_s = 0.0
+        self._board = _TensorBoard(run.folder, step + 1) if run.folder.is_local else None
 
-    def add(self, row: dict[str, Any]) -> None:
-        """Adds a row; it reaches the file within ten seconds, or at `flush`."""
-        self._rows.append(row)
+    def add(self, row: Mapping[str, Any]) -> None:
+        """Adds a row; it reaches the file within ten seconds, or later when writing takes long, or at `flush`."""
+        self._lines.append(jsonl([row]))
         if self._board is not None:
-            for name, value in row.items():
-                if name != "step":
-                    self._board.add_scalar(name, value, row["step"])
-        if time.monotonic() - self._written_at > 10:
+            self._board.add(row)
+        # A long file takes at most a fiftieth of the time.
+        if time.monotonic() - self._written_at > max(10.0, 50 * self._write_s):
             self.flush()
 
     def flush(self) -> None:
         """Writes all rows to the file."""
-        self._run.folder.write(METRICS, jsonl(self._rows))
-        self._written_at = time.monotonic()
+        started = time.monotonic()
+        self._run.folder.write(METRICS, b"".join(self._lines))
         if self._board is not None:
             self._board.flush()
+        self._written_at = time.monotonic()
+        self._write_s = self._written_at - started
+
+
+class _TensorBoard:
+    """TensorBoard's file of events, written by the caller.
+
+    Not `SummaryWriter`: its thread dies of a full disk in silence, and the trainer then waits for it for ever.
+
+    Args:
+        folder: of the run, a local one.
+        step: rows of earlier sessions from this step on are hidden.
+    """
+
+    def __init__(self, folder: Folder, step: int) -> None:
+        from tensorboardX.event_file_writer import EventsWriter
+        from tensorboardX.proto.event_pb2 import Event, SessionLog
+
+        self._place = str(folder / "tensorboard")
+        with self._writing():
+            Path(self._place).mkdir(parents=True, exist_ok=True)
+            self._events = EventsWriter(f"{self._place}/events")
+            self._events.write_event(Event(step=step, session_log=SessionLog(status=SessionLog.START)))
+
+    def add(self, row: Mapping[str, Any]) -> None:
+        from tensorboardX.proto.event_pb2 import Event
+        from tensorboardX.summary import scalar
+
+        with self._writing():
+            for name, value in row.items():
+                if name != "step":
+                    summary = scalar(name, value)
+                    self._events.write_event(Event(wall_time=time.time(), step=row["step"], summary=summary))
+
+    def flush(self) -> None:
+        with self._writing():
+            self._events.flush()
+
+    @contextmanager
+    def _writing(self) -> Iterator[None]:
+        try:
+            yield
+        except OSError as error:
+            raise write_error(self._place, error) from error
 
 
 def jsonl(rows: Iterable[Mapping[str, Any]]) -> bytes:

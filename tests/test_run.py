@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import errno
 import json
+import re
 from pathlib import Path
 from typing import Any
 
@@ -64,7 +66,10 @@ def test_other_images_are_refused(tmp_path: Path) -> None:
         Run.begin(config(tmp_path), dataset("e" * 32), {})
 
 
-@pytest.mark.parametrize("damage", [b"", b"{", b"[]", b'{"config": {}}', b"\xff\xfe"])
+NO_DATA = b'{"config": {}, "data": {}, "sessions": []}'
+
+
+@pytest.mark.parametrize("damage", [b"", b"{", b"[]", b'{"config": {}}', b"\xff\xfe", NO_DATA])
 def test_a_damaged_passport_is_told(tmp_path: Path, damage: bytes) -> None:
     run = begin(tmp_path)
     run.folder.write(PASSPORT, damage)
@@ -122,6 +127,32 @@ def test_a_write_that_fails_leaves_the_rows_of_before(
         log.flush()
     assert run.metrics() == [{"step": 1}]
     assert [path.name for path in (tmp_path / "run").iterdir() if path.name.startswith(METRICS)] == [METRICS]
+
+
+def test_damaged_metrics_are_told(tmp_path: Path) -> None:
+    run = begin(tmp_path)
+    run.folder.write(METRICS, b'{"step": 1}\n{"st')
+    with pytest.raises(UserError, match=rf"{METRICS} .* is damaged"):
+        MetricsLog(run, 0)
+
+
+def test_a_full_disk_is_told_and_never_waited_for(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    log = MetricsLog(begin(tmp_path), 0)
+
+    def full(*_: object) -> None:
+        raise OSError(errno.ENOSPC, "No space left on device")
+
+    monkeypatch.setattr("tensorboardX.record_writer.RecordWriter.write", full)
+    with pytest.raises(UserError, match=r"No space left while writing .*tensorboard"):
+        log.add({"step": 1, "loss": 1.0})
+
+
+def test_tensorboard_reads_what_was_logged(tmp_path: Path) -> None:
+    log = MetricsLog(begin(tmp_path), 0)
+    log.add({"step": 3, "loss": 0.25})
+    log.flush()
+    (events,) = (tmp_path / "run" / "tensorboard").iterdir()
+    assert {b"loss", b"brain.Event:2"} <= set(re.findall(rb"brain\.Event:2|loss", events.read_bytes()))
 
 
 def test_the_code_hash_is_of_the_source_alone() -> None:
