@@ -7,13 +7,14 @@ import typing
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Annotated, Any
 
 import tyro
 
 from raysl import cluster
 from raysl import methods as method_names
 from raysl.config import Pretraining
+from raysl.errors import UserError
 from raysl.ingest import IngestConfig, resolve
 from raysl.ingest import ingest as make_dataset
 
@@ -76,8 +77,8 @@ class IngestFlags:
         config: how it is done.
     """
 
-    source: tyro.conf.Positional[str]
-    dest: tyro.conf.Positional[str]
+    source: Annotated[tyro.conf.Positional[str], tyro.conf.arg(metavar="SOURCE")]
+    dest: Annotated[tyro.conf.Positional[str], tyro.conf.arg(metavar="DEST")]
     config: tyro.conf.OmitArgPrefixes[IngestConfig] = dataclasses.field(default_factory=IngestConfig)
 
 
@@ -106,7 +107,7 @@ class ProbeFlags:
         probes: which ones.
     """
 
-    run: tyro.conf.Positional[str]
+    run: Annotated[tyro.conf.Positional[str], tyro.conf.arg(metavar="RUN")]
     train: str
     test: str
     probes: tuple[str, ...] = ("knn", "linear")
@@ -130,7 +131,8 @@ def probe(arguments: Sequence[str]) -> None:
 
 @dataclass(frozen=True)
 class ViewsFlags:
-    """Draws the views that a method makes of some images.
+    """Draws the views that a method makes of some images. Takes the flags of `raysl pretrain` too, all but --run:
+    --data, --method, --view.image-size and so on.
 
     Args:
         out: the picture, a PNG file.
@@ -139,6 +141,14 @@ class ViewsFlags:
 
     out: Path = Path("views.png")
     images: int = 8
+
+    def __post_init__(self) -> None:
+        if self.out.suffix.lower() != ".png":
+            raise UserError(
+                f"The picture {str(self.out)!r} is no PNG file. Give --out a name that ends in .png."
+            )
+        if self.images < 1:
+            raise UserError(f"images is {self.images}; there must be at least 1 in the picture.")
 
 
 def views(arguments: Sequence[str]) -> None:
@@ -151,7 +161,8 @@ def views(arguments: Sequence[str]) -> None:
     cluster.start()
     dataset = resolve(config.data)
     network = Network(config, dataset.num_images, len(dataset.manifest.classes))
-    pictures.views_sheet(dataset, network.views(config), config.seed, given.images).save(given.out)
+    sheet = pictures.views_sheet(dataset, network.views(config), config.seed, given.images)
+    pictures.save(sheet, given.out)
     print(f"{given.out}: {given.images} images as {config.method} sees them.")
 
 

@@ -14,6 +14,7 @@ from raysl.config import Pretraining, ViewConfig
 from raysl.dataset import DataSet
 from raysl.errors import UserError
 from raysl.ingest import resolve
+from raysl.ingest.sources import Place, open_source
 from raysl.objectives.pirl import Config as Pirl
 from raysl.optim import OptimConfig
 from raysl.pretrain import pretrain
@@ -29,7 +30,8 @@ class DemoConfig:
 
     Args:
         data: labelled images: "shapes" draws its own; "fashion-mnist", a folder, Parquet files or any other source
-            of `raysl ingest`. Where the source has splits, "train" and "test" are used.
+            of `raysl ingest`. Where the source has splits, "train" and "test" are used; else kNN alone is measured,
+            on the same images.
         out: folder for the run and the picture; by default a new temporary folder.
         epochs: visits to every image.
         workers: Ray Train workers.
@@ -39,6 +41,10 @@ class DemoConfig:
     out: Path | None = None
     epochs: float = 4
     workers: int = 2
+
+    def __post_init__(self) -> None:
+        if self.workers < 1:
+            raise UserError(f"workers is {self.workers}; it must be at least 1.")
 
 
 def demo(config: DemoConfig) -> None:
@@ -67,12 +73,13 @@ def demo(config: DemoConfig) -> None:
     )
     settings = _settings(config, dataset, out)
     sheet = out / "views.png"
-    out.mkdir(parents=True, exist_ok=True)
     network = Network(settings, dataset.num_images, len(dataset.manifest.classes))
-    pictures.views_sheet(dataset, network.views(settings), settings.seed).save(sheet)
+    pictures.save(pictures.views_sheet(dataset, network.views(settings), settings.seed), sheet)
     run = pretrain(settings, say)
     say("Probing the trained trunk, the same trunk untrained, and raw pixels.")
-    rows = probe(run, str(dataset.folder), str(judged.folder), ("knn", "linear"), say)
+    # Scored on the images that they learn from, neighbours leave each image out of its own vote; a classifier cannot.
+    probes = ("knn",) if train == test else ("knn", "linear")
+    rows = probe(run, str(dataset.folder), str(judged.folder), probes, say)
     for table in tables(rows):
         console.print(table)
     say(f"What the method saw: {sheet}")
@@ -83,7 +90,13 @@ def _splits(data: str) -> tuple[str, str]:
     """What to train on and what to test on."""
     if data == "shapes":
         return f"{DRAWN}#train", "shapes:1000#test"
-    return (data, data) if "#" in data or DataSet.is_one(data) else (f"{data}#train", f"{data}#test")
+    if DataSet.is_one(data):
+        return data, data
+    try:
+        open_source(Place.parse(data))
+    except UserError:  # several splits, or nothing there, which the first to resolve it says
+        return f"{data}#train", f"{data}#test"
+    return data, data
 
 
 def _settings(config: DemoConfig, dataset: DataSet, out: Path) -> Pretraining:

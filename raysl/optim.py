@@ -38,7 +38,7 @@ class OptimConfig:
     clip_norm: float = 0.0
 
     def __post_init__(self) -> None:
-        if not self.lr > 0:
+        if not 0 < self.lr < math.inf:
             raise UserError(f"optim.lr is {self.lr}; it must be more than 0 (PIRL uses 0.03 for 256 images).")
         if not 0 <= self.warmup < 1:
             raise UserError(f"optim.warmup is {self.warmup}; it is a share of the run, from 0 up to below 1.")
@@ -67,9 +67,10 @@ class OptimConfig:
 
 
 def parameter_groups(network: nn.Module, weight_decay: float) -> list[dict[str, object]]:
-    """Weights of two or more dimensions with decay; biases and normalisation layers without."""
-    decayed: Sequence[nn.Parameter] = [p for p in network.parameters() if p.ndim > 1]
-    plain: Sequence[nn.Parameter] = [p for p in network.parameters() if p.ndim <= 1]
+    """Weights of two or more dimensions with decay; biases and normalisation layers without; frozen ones not at all."""
+    trained = [p for p in network.parameters() if p.requires_grad]
+    decayed: Sequence[nn.Parameter] = [p for p in trained if p.ndim > 1]
+    plain: Sequence[nn.Parameter] = [p for p in trained if p.ndim <= 1]
     return [{"params": decayed, "weight_decay": weight_decay}, {"params": plain, "weight_decay": 0.0}]
 
 

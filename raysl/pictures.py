@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import io
 import math
 from collections.abc import Mapping, Sequence
+from pathlib import Path
 
 import numpy as np
 from PIL import Image, ImageDraw, ImageFont
@@ -12,6 +14,7 @@ from torch import Tensor
 from raysl import rng
 from raysl.dataset import DataSet
 from raysl.rng import Draws
+from raysl.storage import Folder
 from raysl.stream.decode import cut, decode
 from raysl.views import View
 
@@ -38,7 +41,7 @@ def views_sheet(
         epoch: whose random choices are shown.
 
     Returns:
-        An RGB picture; `save("views.png")` keeps it.
+        An RGB picture; `save` keeps it.
 
     Raises:
         UserError: a shard of the data set is damaged.
@@ -59,6 +62,17 @@ def views_sheet(
             (f"view: {name}", size, [(mosaic(v), m) for v, m in zip(view.crops_bpchw, marks, strict=True)])
         )
     return _sheet(columns)
+
+
+def save(sheet: Image.Image, file: Path) -> None:
+    """Writes a picture as PNG, whole or not at all; makes the folders it needs.
+
+    Raises:
+        UserError: the place cannot be written.
+    """
+    data = io.BytesIO()
+    sheet.save(data, "PNG")
+    Folder(str(file.parent)).write(file.name, data.getvalue())
 
 
 def _mark(target: Tensor) -> str:
