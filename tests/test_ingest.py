@@ -8,6 +8,7 @@ import os
 import shutil
 import tarfile
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pyarrow as pa
@@ -17,8 +18,9 @@ from PIL import Image
 
 from raysl.dataset import DataSet
 from raysl.errors import UserError
-from raysl.ingest import IngestConfig, resolve
+from raysl.ingest import IngestConfig, resolve, run
 from raysl.ingest import ingest as ingest_aloud
+from raysl.ingest.journal import Journal
 from raysl.ingest.progress import Silent, Terminal
 from raysl.ingest.shard import Written, move
 
@@ -213,6 +215,28 @@ def test_a_label_without_a_name_is_refused(tmp_path: Path) -> None:
     assert "1 class names but an image with label 1" in refused(tmp_path / "x.parquet", tmp_path / "out")
 
 
+def test_numbers_that_are_no_classes_are_left_out(tmp_path: Path) -> None:
+    table = pa.table({"image": [jpeg(0), jpeg(1)], "label": pa.array([7, 10**15], pa.int64())})
+    pq.write_table(table, tmp_path / "x.parquet")
+    assert not ingest(tmp_path / "x.parquet", tmp_path / "out").has_labels
+
+
+def test_two_ingests_into_one_place_do_not_delete_what_one_has_finished(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    source, out = photos(tmp_path / "in"), tmp_path / "out"
+    move = run._move_all
+
+    def another_finishes_first(journal: Journal, *others: Any) -> None:
+        move(journal, *others)
+        monkeypatch.setattr(run, "_move_all", move)
+        ingest(source, out)
+
+    monkeypatch.setattr(run, "_move_all", another_finishes_first)
+    assert "another process" in refused(source, out)
+    assert DataSet.open(str(out)).read(np.arange(7)).num_rows == 7
+
+
 def test_refusals_touch_nothing(tmp_path: Path) -> None:
     source, out = photos(tmp_path / "in"), tmp_path / "out"
     (tmp_path / "empty").mkdir()
@@ -235,7 +259,7 @@ def test_no_image_at_all_can_be_decoded(tmp_path: Path) -> None:
     message = refused(photos(tmp_path / "in", bad=tuple(range(7))), tmp_path / "out")
     assert "None of the 7 images" in message
     assert "even/0.jpg: " in message
-    assert list((tmp_path / "out").iterdir()) == []
+    assert not (tmp_path / "out").exists()
     # Once the source is mended, the same command succeeds.
     assert ingest(photos(tmp_path / "in"), tmp_path / "out").num_images == 7
 

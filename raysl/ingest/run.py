@@ -27,6 +27,9 @@ from raysl.ingest.progress import Reporter, Terminal
 from raysl.ingest.sources import Place, Source, UnitSize, open_source, read, recognised
 from raysl.storage import Folder
 
+# Labels without names count from 0; numbers beyond this identify something else.
+_MOST_CLASSES = 1 << 20
+
 
 @dataclass(frozen=True)
 class IngestConfig:
@@ -153,9 +156,7 @@ def _list(source: Source, journal: Journal, config: IngestConfig, progress: Repo
         units = source.units(size)
         first = next(units, None)
         if first is None:
-            raise UserError(
-                f"The source {source.name!r} is empty: no images in it. A source is one of:\n{recognised()}"
-            )
+            raise UserError(f"The source {source.name!r} is empty: no images in it. {recognised()}")
         journal.start(header)
         journal.dest.delete(SHARDS)
         counts = []
@@ -288,6 +289,12 @@ def _finish(name: str, listed: Listed, journal: Journal, progress: Reporter) -> 
     digest = hashlib.blake2b(digest_size=16)
     num_bad, num_unlabelled, max_label = 0, 0, -1
     reasons: list[str] = []
+    done = len(journal.done())
+    if done < len(listed.counts):
+        raise UserError(
+            f"The journal of {journal.dest} holds {done} of {len(listed.counts)} shards at the end: another process "
+            "was ingesting into the same place, or files were deleted. Run the same command again, and one at a time."
+        )
     with journal.dest.writing(LEDGER) as ledger:
         for written in journal.all_written():
             for path, reason in written.bad:
@@ -307,6 +314,8 @@ def _finish(name: str, listed: Listed, journal: Journal, progress: Reporter) -> 
         for entry in (LEDGER, SHARDS):
             dest.delete(entry)
         journal.delete()
+        if not dest.list():
+            dest.delete()
         raise UserError(
             f"None of the {num_bad} images of {name!r} can be decoded. The first: {'; '.join(reasons)}. "
             "Nothing was written."
@@ -326,6 +335,9 @@ def _finish(name: str, listed: Listed, journal: Journal, progress: Reporter) -> 
 def _classes(listed: Listed, max_label: int, num_unlabelled: int, progress: Reporter) -> tuple[str, ...]:
     """The names of the classes; none when not every image has a label."""
     if not listed.labelled or max_label < 0:
+        return ()
+    if listed.classes is None and max_label >= _MOST_CLASSES:
+        progress.say(f"Labels go up to {max_label:,}, which are no class numbers: ingested without labels.")
         return ()
     if num_unlabelled:
         progress.say(f"{num_unlabelled} images have no label, so the data set is ingested without labels.")

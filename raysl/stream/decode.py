@@ -13,7 +13,7 @@ import numpy as np
 import numpy.typing as npt
 import simplejpeg
 import torch
-from PIL import Image, ImageOps
+from PIL import Image, ImageOps, UnidentifiedImageError
 from torch import Tensor
 from torch.nn.functional import interpolate
 
@@ -48,6 +48,8 @@ def decode(data: bytes) -> Tensor:
             except ValueError:
                 pass  # CMYK, or damage that Pillow may forgive and else says more about
         return _channels_first(_decode_with_pillow(data))
+    except UnidentifiedImageError as error:  # whose own words give an address in memory
+        raise DecodeError("no image of a known format" if data else "the file is empty") from error
     except Exception as error:  # Pillow's plugins raise whatever the damage leads them to
         raise DecodeError(f"{type(error).__name__}: {error}") from error
 

@@ -138,8 +138,8 @@ def _kinds() -> dict[str, ModuleType]:
 
 
 def recognised() -> str:
-    """What can be ingested, one kind a line."""
-    return "\n".join(f"  {kind.SUMMARY}" for kind in _kinds().values())
+    """What can be ingested, as one sentence."""
+    return f"A source is one of: {'; '.join(kind.SUMMARY for kind in _kinds().values())}."
 
 
 def open_source(place: Place) -> tuple[str, Source]:
@@ -159,8 +159,8 @@ def open_source(place: Place) -> tuple[str, Source]:
             f"Cannot read the source {str(place)!r}: {error}. Check the place and your access."
         ) from error
     if there:
-        raise UserError(f"The source {place.uri!r} is of no known kind. A source is one of:\n{recognised()}")
-    raise UserError(f"The source {place.uri!r} does not exist. A source is one of:\n{recognised()}")
+        raise UserError(f"The source {place.uri!r} is of no known kind. {recognised()}")
+    raise UserError(f"The source {place.uri!r} does not exist. {recognised()}")
 
 
 def read(kind: str, unit: Unit) -> Iterator[Row]:
