@@ -13,6 +13,7 @@ import uuid
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
+from functools import lru_cache
 from pathlib import Path
 from typing import Any, BinaryIO
 
@@ -131,6 +132,8 @@ class Folder:
             fs.delete_file(path)
 
 
+# Opening an object store asks it for its region, and a folder is opened for every file.
+@lru_cache(maxsize=256)
 def filesystem(uri: str) -> tuple[Any, str]:
     """The Arrow file system of a URI and the path inside it.
 
