@@ -30,7 +30,11 @@ _ENVIRONMENT = {
 
 
 def start() -> None:
-    """Joins the cluster that RAY_ADDRESS names; else starts Ray on this machine, for this process alone."""
+    """Joins the cluster that RAY_ADDRESS names; else starts Ray on this machine, for this process alone.
+
+    Raises:
+        UserError: Ray cannot be joined or started.
+    """
     for name, value in _ENVIRONMENT.items():
         os.environ.setdefault(name, value)
     import ray
@@ -42,12 +46,21 @@ def start() -> None:
         os.environ.setdefault("RAY_AUTH_MODE", "disabled")
     # Ray Data announces every execution; raysl shows its own progress.
     logging.getLogger("ray.data").setLevel(logging.ERROR)
-    ray.init(
-        address=address or "local",
-        logging_level=logging.ERROR,
-        log_to_driver=os.environ.get("RAYSL_LOG_TO_DRIVER") == "1",
-        include_dashboard=None if address else False,
-    )
+    try:
+        ray.init(
+            address=address or "local",
+            logging_level=logging.ERROR,
+            log_to_driver=os.environ.get("RAYSL_LOG_TO_DRIVER") == "1",
+            include_dashboard=None if address else False,
+        )
+    except Exception as error:  # Ray raises plain ones
+        doing, mend = "start Ray on this machine", "It may be too busy, or lack memory: try again."
+        if address:
+            doing, mend = (
+                f"join the Ray cluster at {address!r}",
+                "Mend RAY_ADDRESS, or unset it to stay on this machine.",
+            )
+        raise UserError(f"Cannot {doing}: {' '.join(str(error).split())} {mend}") from error
 
 
 @dataclass(frozen=True)

@@ -128,6 +128,10 @@ class DataSet:
                 f"No data set at {uri!r}: there is no {MANIFEST} in it. Make one with `raysl ingest SOURCE {uri}`; "
                 "an ingest that was interrupted is completed by running it again."
             ) from error
+        except OSError as error:
+            raise UserError(
+                f"Cannot read the data set at {uri!r}: {error}. Check the place and your access."
+            ) from error
         except (ValueError, KeyError, TypeError) as error:
             raise UserError(
                 f"The manifest of the data set at {uri!r} is damaged ({type(error).__name__}: {error}). Delete the "

@@ -128,3 +128,16 @@ def test_the_user_error_inside_an_error_is_found() -> None:
         found = cluster.user_error(error)
     assert str(found) == "mend this"
     assert cluster.user_error(RuntimeError("else")) is None
+
+
+@pytest.mark.parametrize("address", ["", "10.0.0.1:6379"])
+def test_a_ray_that_does_not_start_is_told(monkeypatch: pytest.MonkeyPatch, address: str) -> None:
+    def fails(**_: object) -> None:
+        raise ConnectionError("no answer.")
+
+    monkeypatch.setattr(cluster, "_ENVIRONMENT", {})
+    monkeypatch.setattr("ray.is_initialized", lambda: False)
+    monkeypatch.setattr("ray.init", fails)
+    monkeypatch.setenv("RAY_ADDRESS", address)
+    with pytest.raises(UserError, match=rf"{address or 'on this machine'}.*no answer"):
+        cluster.start()
