@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import tempfile
 import threading
 import uuid
@@ -34,9 +35,10 @@ def pretrain(config: Pretraining, say: Callable[[str], None] = print) -> Run:
         UserError: something in the configuration, the data or the machine has to be mended; nothing is half-written.
     """
     cluster.start()
+    # Before a raw source is ingested, which takes its time.
+    placement = cluster.place(config.workers)
     dataset = resolve(config.data)
     plan = Plan.of(dataset, config.batch_size, config.seed, config.epochs)
-    placement = cluster.place(config.workers)
     # Built here only to find mistakes before any worker starts, and for its facts.
     network = Network(config, dataset.num_images, len(dataset.manifest.classes))
     network.views(config)
@@ -72,7 +74,7 @@ def _fit(job: Job, workers: int, show: Callable[[dict[str, Any]], None]) -> None
         run_config=RunConfig(
             # Ray's own bookkeeping only: checkpoints are raysl's, in the run's folder.
             name=f"raysl-{uuid.uuid4().hex[:8]}",
-            storage_path=tempfile.gettempdir() + "/raysl-ray-train",
+            storage_path=f"{tempfile.gettempdir()}/raysl-ray-train-{os.getuid()}",
             failure_config=FailureConfig(max_failures=MAX_FAILURES, controller_failure_limit=3),
             logging_config=LoggingConfig(log_level="ERROR"),
         ),

@@ -17,6 +17,7 @@ PRETRAIN = "pretrain --data nothing --run run"
 @pytest.fixture
 def no_ray(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(cluster, "start", lambda: None)
+    monkeypatch.setattr("ray.nodes", lambda: [{"Resources": {"CPU": 2.0}, "Alive": True}])
     monkeypatch.setattr("ray.shutdown", lambda: None)  # a mistake ends the process, and here the tests go on
 
 
@@ -43,6 +44,7 @@ def refused(capsys: pytest.CaptureFixture[str], *arguments: str) -> str:
         (f"{PRETRAIN} --optim.name sgdd", "sgdd"),
         ("pretrain --run run", "--data"),
         (PRETRAIN, "'.*nothing' does not exist"),
+        (f"{PRETRAIN} --workers 64", "64 workers"),
         ("ingest nothing data", "'.*nothing' does not exist"),
         ("demo --workers 0", "workers is 0"),
         ("demo --data nothing --out out", "'.*nothing' does not exist"),
