@@ -90,10 +90,6 @@ def ingest(arguments: Sequence[str]) -> None:
     manifest = dataset.manifest
     labels = f"{len(manifest.classes)} classes" if manifest.classes else "no labels"
     print(f"{given.dest}: {dataset.num_images:,} images, {labels}, fingerprint {manifest.fingerprint[:12]}.")
-    if manifest.num_bad:
-        print(
-            f"{manifest.num_bad:,} images could not be decoded; they are listed in {given.dest}/bad_images.jsonl."
-        )
 
 
 @dataclass(frozen=True)
