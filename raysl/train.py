@@ -21,7 +21,7 @@ from raysl.cluster import Placement
 from raysl.config import Pretraining
 from raysl.dataset import DataSet
 from raysl.errors import UserError
-from raysl.objectives import Loss, Objective, Setup
+from raysl.objectives import AfterStep, Loss, Objective, Setup
 from raysl.pretext import Geometry, Pretext
 from raysl.rng import key
 from raysl.run import MetricsLog, Run
@@ -49,6 +49,7 @@ class Network(nn.Module):
             num_images=num_images,
             num_classes=num_classes,
             seed=config.seed,
+            trunk=self.trunk,
         )
         self.transform: Pretext | None = setup.pretext
         self.objective: Objective = objective_type(config.parts[method.objective], setup)
@@ -161,7 +162,7 @@ class Worker:
         self.saver.wait()
 
     def update(self, model: nn.Module, batch: Batch, lr: float) -> Loss:
-        """One step of the optimiser and of the bank."""
+        """One step of the optimiser, of what follows the weights, and of the bank."""
         for group in self.optimizer.param_groups:
             group["lr"] = lr
         with self._autocast():
@@ -174,6 +175,8 @@ class Worker:
             nn.utils.clip_grad_norm_(self.network.parameters(), self.config.optim.clip_norm)
         self.scaler.step(self.optimizer)
         self.scaler.update()
+        if isinstance(self.network.objective, AfterStep):
+            self.network.objective.after_step(self.network.trunk)
         if self.bank is not None and loss.remember_bd is not None:
             self.bank.update(batch.indices_b, loss.remember_bd)
         return loss

@@ -18,7 +18,7 @@ from torch.nn.parallel import DistributedDataParallel
 
 from raysl import collective, methods, pretext
 from raysl.bank import BankConfig, MemoryBank
-from raysl.objectives import Setup
+from raysl.objectives import AfterStep, Setup
 from raysl.pretext import Geometry, jigsaw
 from raysl.stream.plan import Rows
 from raysl.stream.reader import Batch
@@ -52,6 +52,7 @@ CASES = [
     Case("supervised"),
     Case("simclr"),
     Case("simclr-jigsaw", (("norm", "layer"),)),
+    *(Case(f"moco{t}", (("dim", D), ("queue", 12), ("momentum", 0.9))) for t in ("", "-jigsaw")),
     Case("npid", MEMORY),
     Case("pirl-jigsaw", (*MEMORY, ("loss", "nce"))),
     *(
@@ -71,7 +72,7 @@ def _network(case: Case) -> tuple[nn.Module, Any]:
     transform = pretext.build(method.pretext, parts, geometry) if method.pretext else None
     torch.manual_seed(0)
     trunk = build(TrunkConfig(norm="group"))
-    setup = Setup(transform, pretext.build("identity", {}, geometry), trunk.width, N, 4, 0)
+    setup = Setup(transform, pretext.build("identity", {}, geometry), trunk.width, N, 4, 0, trunk)
     return trunk, objective_type(config_type(**dict(case.dials)), setup)
 
 
@@ -117,9 +118,12 @@ def _train(case: Case, rank: int, world: int) -> dict[str, Any]:
         found["losses"].append(collective.mean(loss.loss))
         found["grads"].append([p.grad.clone() for p in model.parameters() if p.grad is not None])
         optimizer.step()
+        if isinstance(objective, AfterStep):
+            objective.after_step(trunk)
         if bank is not None:
             assert loss.remember_bd is not None
             bank.update(batch.indices_b, loss.remember_bd)
+    found["state"] = objective.state_dict()
     found["bank"] = bank.state() if bank is not None else None
     return found
 
@@ -213,6 +217,11 @@ def test_losses_gradients_and_bank_do_not_depend_on_the_number_of_workers(
             assert len(found["grads"][step]) == len(one["grads"][step])
             for a, b in zip(found["grads"][step], one["grads"][step], strict=True):
                 torch.testing.assert_close(a, b, atol=atol, rtol=0)
+        # The heads, a momentum encoder and its queue: the same on every worker, and as on one.
+        torch.testing.assert_close(
+            found["state"], workers[0][str(case)]["state"], atol=0, rtol=0, equal_nan=True
+        )
+        torch.testing.assert_close(found["state"], one["state"], atol=later, rtol=0, equal_nan=True)
     if one["bank"] is not None:
         rows_nd = _whole_bank(str(case), workers)
         torch.testing.assert_close(rows_nd, one["bank"]["rows_nd"], atol=later, rtol=0)

@@ -12,8 +12,8 @@ A method is an objective and, where it needs one, a pretext transform: "pirl-jig
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import dataclass
-from typing import Any, Protocol
+from dataclasses import dataclass, field
+from typing import Any, Protocol, runtime_checkable
 
 from torch import Tensor, nn
 
@@ -34,6 +34,8 @@ class Setup:
         num_images: N.
         num_classes: of the data set; 0 when it has no labels.
         seed: seed of the run.
+        trunk: the network that is trained, for an objective that begins from a copy of it. It is not the objective's
+            to keep; the identity stands for it where no copy is needed.
     """
 
     pretext: Pretext | None
@@ -42,6 +44,7 @@ class Setup:
     num_images: int
     num_classes: int
     seed: int
+    trunk: nn.Module = field(default_factory=nn.Identity)
 
     def transform(self, objective: str) -> Pretext:
         """The pretext transform. Raises UserError when the method names none."""
@@ -91,9 +94,18 @@ class Objective(Protocol):
     def __init__(self, config: Any, setup: Setup) -> None: ...
 
     def forward(self, trunk: nn.Module, views: Mapping[str, Tensor]) -> dict[str, Tensor]:
-        """Embeddings or logits from uint8 views (b, p, c, h, w). Every parameter of the heads takes part."""
+        """Embeddings or logits from uint8 views (b, p, c, h, w). Every parameter that is trained takes part."""
         ...
 
     def loss(self, outputs: Mapping[str, Tensor], batch: Batch, bank: MemoryBank | None) -> Loss:
         """The loss of a batch. May use collectives; every worker calls it once a step."""
+        ...
+
+
+@runtime_checkable
+class AfterStep(Protocol):
+    """What an objective has besides `Objective` when it follows the weights, such as a momentum encoder."""
+
+    def after_step(self, trunk: nn.Module) -> None:
+        """Called once after every step of the optimiser, on every worker alike."""
         ...

@@ -30,6 +30,7 @@ def setup(transform: str = "", num_classes: int = 0) -> tuple[Trunk, Setup]:
         num_images=N,
         num_classes=num_classes,
         seed=0,
+        trunk=trunk,
     )
 
 
