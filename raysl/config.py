@@ -143,7 +143,8 @@ def from_dict(kind: type[Any], value: Mapping[str, Any], prefix: str) -> Any:
     """A dataclass from a JSON value; dataclasses inside it too.
 
     Raises:
-        UserError: a key is not a field (answers with the nearest one), or a field without a default is missing.
+        UserError: a key is not a field (answers with the nearest one), a field without a default is missing, or a
+            value is of the wrong kind.
     """
     hints = typing.get_type_hints(kind)
     known = [f.name for f in dataclasses.fields(kind)]
@@ -162,7 +163,13 @@ def from_dict(kind: type[Any], value: Mapping[str, Any], prefix: str) -> Any:
             raise UserError(
                 f"The configuration lacks {f'{prefix}.{f.name}'.lstrip('.')!r}, which has no default."
             )
-    return kind(**arguments)
+    try:
+        return kind(**arguments)
+    except TypeError as error:
+        raise UserError(
+            f"The configuration {prefix or 'of the run'!r} holds a value of the wrong kind: {error}. `raysl pretrain "
+            "--help` says what each may be."
+        ) from error
 
 
 def _is_tuple(hint: Any) -> bool:

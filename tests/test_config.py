@@ -81,6 +81,11 @@ def test_unknown_keys_are_answered_with_the_nearest(value: dict[str, Any], answe
         Pretraining.from_json({"data": "shapes", "run": "runs/a", **value})
 
 
+def test_a_value_of_the_wrong_kind_is_told() -> None:
+    with pytest.raises(UserError, match="'optim' holds a value of the wrong kind"):
+        Pretraining.from_json({"data": "d", "run": "r", "optim": {"lr": "much"}})
+
+
 def test_a_missing_key_is_named() -> None:
     with pytest.raises(UserError, match="lacks 'run'"):
         Pretraining.from_json({"data": "shapes"})
