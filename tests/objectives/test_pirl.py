@@ -45,7 +45,9 @@ def make(transform: str = "jigsaw", **values: Any) -> tuple[Trunk, Pirl, MemoryB
 
 def batch(b: int = 4, patches: int = 4, step: int = 0) -> Batch:
     generator = torch.Generator().manual_seed(step)
-    side = 6 if patches > 1 else 16
+    # Smaller patches are a single pixel before the last block, and there torch 2.15 computes the bfloat16 gradient of a
+    # strided convolution on the CPU from memory that nobody wrote.
+    side = 9 if patches > 1 else 16
     views = {
         "transformed": torch.randint(
             0, 256, (b, patches, 3, side, side), dtype=torch.uint8, generator=generator
