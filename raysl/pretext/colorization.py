@@ -123,6 +123,6 @@ def rebalancing(bins_q2: Tensor, chroma: float, uniform: float) -> Tensor:
         chroma: scale of the prior.
         uniform: share of the uniform distribution that is mixed in before inverting.
     """
-    prior_q = (-bins_q2.double().norm(dim=1) / chroma).softmax(0)
-    weights_q: Tensor = 1 / ((1 - uniform) * prior_q + uniform / len(bins_q2))
+    prior_q: Tensor = (-torch.linalg.vector_norm(bins_q2.double(), dim=1) / chroma).softmax(0)
+    weights_q = 1 / ((1 - uniform) * prior_q + uniform / len(bins_q2))
     return (weights_q / (prior_q * weights_q).sum()).float()

@@ -1,0 +1,139 @@
+"""Lightness in, colours out."""
+
+from __future__ import annotations
+
+import numpy as np
+import pytest
+import torch
+from torch import Tensor
+
+from raysl.augment import Recipe
+from raysl.errors import UserError
+from raysl.pretext import Geometry, Transformed, build
+from raysl.pretext.colorization import Colorization, Config, rebalancing
+from raysl.rng import Draws
+from raysl.views import View
+
+# CIE L*a*b* of sRGB primaries under D65, from any table of colours.
+KNOWN = {
+    (255, 0, 0): (53.24, 80.09, 67.20),
+    (0, 255, 0): (87.73, -86.18, 83.18),
+    (0, 0, 255): (32.30, 79.19, -107.86),
+    (255, 255, 255): (100.0, 0.0, 0.0),
+    (0, 0, 0): (0.0, 0.0, 0.0),
+    (119, 119, 119): (50.03, 0.0, 0.0),
+}
+
+
+def draws(count: int) -> Draws:
+    return Draws(0, np.zeros(count, np.int64), np.arange(count))
+
+
+def plain(colours: list[tuple[int, int, int]], side: int = 32) -> Tensor:
+    return torch.tensor(colours, dtype=torch.uint8)[:, :, None, None].expand(-1, -1, side, side).contiguous()
+
+
+def transformed(images_bchw: Tensor, config: Config | None = None) -> Transformed:
+    side = images_bchw.shape[-1]
+    return Colorization(config or Config(), Geometry(side)).transform(images_bchw, draws(len(images_bchw)))
+
+
+def test_known_colours() -> None:
+    result = transformed(plain(list(KNOWN)))
+    assert result.target is not None
+    assert result.target.shape == (len(KNOWN), 2, 8, 8)
+    for i, (lightness, a, b) in enumerate(KNOWN.values()):
+        assert (result.crops_bpchw[i].float() * 100 / 255 - lightness).abs().max() < 0.25
+        found = result.target[i].float() - 128
+        assert (found - torch.tensor([a, b])[:, None, None]).abs().max() <= 0.51
+
+
+def test_the_network_sees_no_colour_and_the_target_is_that_of_each_cell() -> None:
+    image = plain([(128, 128, 128)])
+    image[0, :, :4, 28:] = torch.tensor([255, 0, 0], dtype=torch.uint8)[:, None, None]
+    result = transformed(image)
+    grey = result.crops_bpchw[0, 0]
+    assert torch.equal(grey[0], grey[1])
+    assert torch.equal(grey[0], grey[2])
+    assert result.target is not None
+    coloured = (result.target[0] != 128).any(0)
+    assert coloured.nonzero().tolist() == [[0, 7]]
+
+
+def test_the_recipe_acts_before_the_target_is_taken() -> None:
+    view = View(build("colorization", {}, Geometry(32)), Recipe(gray=1))
+    target = view(plain([(255, 0, 0)]), draws(1)).target
+    assert target is not None
+    assert (target == 128).all()
+
+
+def test_colours_share_the_nearest_bins() -> None:
+    made = Colorization(Config(), Geometry(32))
+    bin_nk, share_nk = made.soft_bins(torch.tensor([[20.0, -30.0], [24.0, -30.0]]))
+    assert made.bins_q2[bin_nk[:, 0]].tolist() == [[20, -30], [20, -30]]
+    torch.testing.assert_close(share_nk.sum(1), torch.ones(2))
+    assert (share_nk.diff(dim=1) <= 0).all()
+    assert share_nk[0, 0] > share_nk[1, 0]
+
+
+def test_bins_are_those_of_the_screen_and_weighed_by_rarity() -> None:
+    made = Colorization(Config(), Geometry(32))
+    bins = {tuple(ab) for ab in made.bins_q2.tolist()}
+    assert 240 < len(bins) < 320
+    assert {(0, 0), (80, 70), (80, -110)} <= bins
+    assert (100, 100) not in bins
+    prior_q = (-made.bins_q2.norm(dim=1) / 8).softmax(0)
+    assert float((prior_q * made.weights_q).sum()) == pytest.approx(1, rel=1e-4)
+    assert made.weights_q.argmin() == made.bins_q2.square().sum(1).argmin()
+    torch.testing.assert_close(rebalancing(made.bins_q2, 8, 1), torch.ones(len(made.bins_q2)))
+
+
+@pytest.mark.parametrize("mode", ["classify", "regress"])
+def test_the_right_colours_cost_least(mode: str) -> None:
+    made = Colorization(Config(mode="classify" if mode == "classify" else "regress"), Geometry(32))
+    target = transformed(plain([(200, 60, 30), (20, 90, 160)])).target
+    assert target is not None
+
+    def output(of: Tensor) -> Tensor:
+        ab = of.float() - 128
+        if mode == "regress":
+            return ab / 12
+        bins = made.bins_q2[:, :, None, None]
+        return -(ab[:, None] - bins).square().sum(2) / 50
+
+    right, wrong = made.loss(output(target), target), made.loss(output(target.flip(0)), target)
+    assert right * 2 < wrong
+
+
+def test_what_it_predicts_of_one_image_can_be_learned() -> None:
+    torch.manual_seed(0)
+    made = Colorization(Config(grid=4), Geometry(32))
+    target = transformed(plain([(200, 60, 30), (20, 90, 160)]), Config(grid=4)).target
+    assert target is not None
+    head, features = made.head(8), torch.eye(2, 8)
+    optimizer = torch.optim.Adam(head.parameters(), lr=0.01)
+    losses = []
+    for _ in range(30):
+        loss = made.loss(head(features), target)
+        optimizer.zero_grad()
+        loss.backward()  # type: ignore[no-untyped-call]
+        optimizer.step()
+        losses.append(loss.item())
+    assert losses[-1] < losses[0] / 2
+
+
+@pytest.mark.parametrize(
+    ("dials", "message"),
+    [
+        ({"step": 1}, "colorization.step is 1"),
+        ({"neighbours": 0}, "colorization.neighbours is 0"),
+        ({"sigma": 0.0}, "colorization.sigma is 0"),
+        ({"rebalance": 0.0}, "colorization.rebalance is 0"),
+        ({"prior_chroma": -1.0}, "colorization.prior_chroma is -1"),
+        ({"grid": 7}, "colorization.grid=7"),
+        ({"grid": 64}, "image_size=32"),
+    ],
+)
+def test_impossible_dials_are_refused(dials: dict[str, float], message: str) -> None:
+    with pytest.raises(UserError, match=message):
+        Colorization(Config(**dials), Geometry(32))  # type: ignore[arg-type]
