@@ -1,0 +1,177 @@
+"""A transform in the methods made of it: the grid, the flags, the stream and a step of training.
+
+That one file is enough for all of them is checked with a file of a user's, here with a target that is no label.
+"""
+
+from __future__ import annotations
+
+import sys
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Literal
+
+import numpy as np
+import pytest
+import torch
+
+from raysl import grid, methods, pretext
+from raysl.bank import BankConfig, MemoryBank
+from raysl.cli import parse_pretraining
+from raysl.config import Pretraining, ViewConfig
+from raysl.dataset import DataSet
+from raysl.errors import UserError
+from raysl.objectives import pirl
+from raysl.pictures import views_sheet
+from raysl.stream.plan import Plan
+from raysl.stream.reader import Batch, Stream, StreamConfig, _Load
+from raysl.train import Network
+from raysl.trunk import TrunkConfig
+from tests.data import make_dataset
+
+ONE_FILE = '''
+"""Brightness: the image made darker; the target is by how much."""
+from dataclasses import dataclass
+from torch import nn
+from raysl.augment import SourceCrop
+from raysl.pretext import Transformed
+
+
+@dataclass(frozen=True)
+class Config:
+    """Dials of brightness.
+
+    Args:
+        darkest: smallest factor.
+    """
+
+    darkest: float = 0.5
+
+
+class Brightness:
+    num_crops, num_labels, colour = 1, 0, "source"
+
+    def __init__(self, config, geometry):
+        self.source = SourceCrop(geometry.image_size, geometry.min_scale)
+        self.darkest = config.darkest
+
+    def transform(self, images_bchw, draws):
+        factor_b1 = draws.uniform("factor", self.darkest, 1.0)
+        crops_bchw = (images_bchw * factor_b1[:, :, None, None]).byte()
+        return Transformed(crops_bchw[:, None], factor_b1.half())
+
+    def head(self, width):
+        return nn.Linear(width, 1)
+
+    def loss(self, output, target):
+        return (output - target).square().mean()
+
+    def describe(self):
+        return {}
+'''
+
+
+@pytest.fixture
+def brightness(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[str]:
+    folder = tmp_path / "mine"
+    folder.mkdir()
+    (folder / "brightness.py").write_text(ONE_FILE)
+    monkeypatch.setattr(pretext, "__path__", [*pretext.__path__, str(folder)])
+    yield "brightness"
+    sys.modules.pop(f"{pretext.__name__}.brightness", None)
+
+
+def make(method: str, place: Literal["data", "trainer"] = "data") -> tuple[Network, Pretraining]:
+    parts = {"pirl": pirl.Config(num_negatives=16, dim=8)} if method.startswith("pirl") else {}
+    view, trunk = ViewConfig(image_size=32), TrunkConfig(norm="group")
+    config = Pretraining("-", "-", method, view=view, trunk=trunk, stream=StreamConfig(place), parts=parts)
+    return Network(config, 60, 4), config
+
+
+def first_batch(network: Network, config: Pretraining, dataset: DataSet) -> Batch:
+    """The batch of the first step, by way of the columns that a data task puts out."""
+    stream = Stream(dataset, Plan.of(dataset, 12, 0, 1), network.views(config), config.stream)
+    columns = next(_Load(stream, 0, 1)({"id": np.zeros(1, np.int64)}))
+    return stream._batch(0, {name: values[0] for name, values in columns.items()})
+
+
+def losses_of_steps(network: Network, batch: Batch, steps: int) -> list[float]:
+    dim = network.objective.bank_dim
+    bank = MemoryBank(60, dim, BankConfig(), 0) if dim else None
+    optimizer = torch.optim.Adam(network.parameters(), lr=3e-3)
+    losses = []
+    for _ in range(steps):
+        found = network.objective.loss(network(batch.views), batch, bank)
+        optimizer.zero_grad()
+        found.loss.backward()  # type: ignore[no-untyped-call]
+        assert all(p.grad is not None and p.grad.isfinite().all() for p in network.parameters())
+        optimizer.step()
+        losses.append(found.loss.item())
+    return losses
+
+
+@pytest.fixture(scope="module")
+def dataset(tmp_path_factory: pytest.TempPathFactory) -> DataSet:
+    return make_dataset(tmp_path_factory.mktemp("data") / "set", 60, side=32)
+
+
+@pytest.mark.parametrize("objective", ["predict", "pirl"])
+@pytest.mark.parametrize("transform", [name for name in pretext.names() if name != "identity"])
+def test_every_transform_trains_when_predicted_and_when_compared(
+    objective: str, transform: str, dataset: DataSet
+) -> None:
+    network, config = make(f"{objective}-{transform}")
+    assert grid.combines(objective, transform) == "yes"
+    losses = losses_of_steps(network, first_batch(network, config, dataset), 4)
+    assert np.isfinite(losses).all()
+    assert min(losses[1:]) < losses[0]
+
+
+@pytest.mark.parametrize("transform", pretext.names())
+def test_targets_are_the_same_wherever_views_are_made(transform: str, dataset: DataSet) -> None:
+    here, there = (first_batch(*make(f"pirl-{transform}", place), dataset) for place in ("data", "trainer"))
+    assert here.views.keys() == there.views.keys()
+    assert here.targets.keys() == there.targets.keys()
+    assert ("transformed" in here.targets) == (transform != "identity")
+    for name, target in here.targets.items():
+        assert target.dtype == there.targets[name].dtype
+        assert torch.equal(target, there.targets[name])
+
+
+def test_a_new_file_is_all_that_a_new_transform_needs(
+    brightness: str, dataset: DataSet, capsys: pytest.CaptureFixture[str]
+) -> None:
+    assert methods.parse("predict-brightness").transforms == ("brightness",)
+    assert methods.parse("pirl-rotation+brightness").transforms == ("rotation", "brightness")
+    with pytest.raises(SystemExit) as stopped:
+        parse_pretraining(["--method", "predict-brightness", "--help"], "raysl pretrain")
+    assert stopped.value.code == 0
+    assert "--brightness.darkest" in capsys.readouterr().out
+    flags = ["--data", "-", "--run", "-", "--method", "pirl-brightness", "--brightness.darkest", "0.2"]
+    assert parse_pretraining(flags, "raysl pretrain").parts["brightness"].darkest == 0.2
+    tables = grid.describe()
+    assert any("Brightness: the image made darker" in str(cell) for cell in tables[0].columns[2].cells)
+    assert brightness in [column.header for column in tables[1].columns]
+    for objective in ("predict", "pirl"):
+        assert grid.combines(objective, brightness) == "yes"
+        network, config = make(f"{objective}-{brightness}")
+        batch = first_batch(network, config, dataset)
+        assert (batch.targets["transformed"].dtype, batch.targets["transformed"].shape) == (
+            torch.half,
+            (12, 1),
+        )
+        assert np.isfinite(losses_of_steps(network, batch, 2)).all()
+    sheet = views_sheet(dataset, network.views(config), count=2)
+    assert sheet.width > 400
+
+
+def test_a_composition_predicts_the_dense_target_of_its_last(dataset: DataSet) -> None:
+    network, config = make("predict-rotation+colorization")
+    batch = first_batch(network, config, dataset)
+    assert batch.targets["transformed"].shape == (12, 2, 8, 8)
+    losses_of_steps(network, batch, 1)
+    grey, config = make("predict-colorization+jigsaw")
+    batch = first_batch(grey, config, dataset)
+    assert batch.targets["transformed"].shape == (12,)
+    losses_of_steps(grey, batch, 1)
+    with pytest.raises(UserError, match="nothing to predict"):
+        make("predict-colorization+identity")
