@@ -54,6 +54,8 @@ from raysl.stream.reader import DataShare, Stream
 from raysl.views import View
 
 WORKERS = 2
+# Batches that a loader prepares ahead, two for each worker: not measured at either end.
+LEAD = 2 * WORKERS
 SEED = 0
 
 
@@ -242,9 +244,11 @@ class Contest:
         plan = Plan.of(dataset, self.size, SEED, steps * self.size / dataset.num_images)
         self.stream = Stream(dataset, plan, views, share=DataShare(1.0, float(WORKERS)))
         self.slow_count = max(4, self.count // 4)
-        same_plan = Plan.of(dataset, self.size, SEED, (self.count + 16) * self.size / dataset.num_images)
+        same_plan = Plan.of(
+            dataset, self.size, SEED, (self.count + 2 * LEAD) * self.size / dataset.num_images
+        )
         self.loader = loader(SameFunctions(images, same_plan, views), None)
-        self.pil = loader(WithPil(images, views, (self.slow_count + 16) * self.size), self.size)
+        self.pil = loader(WithPil(images, views, (self.slow_count + 2 * LEAD) * self.size), self.size)
         self.images = images[: flags.images]
         self.me = psutil.Process()
 
@@ -273,9 +277,9 @@ class Contest:
         if name == "stream":
             return measure(self.stream.batches(), self.size, self.margin, self.count, self._ray)
         if name == "loader":
-            return measure(iter(self.loader), self.size, 8, self.count, self._loaders)
+            return measure(iter(self.loader), self.size, LEAD, self.count, self._loaders)
         if name == "pil":
-            return measure(iter(self.pil), self.size, 8, self.slow_count, self._loaders)
+            return measure(iter(self.pil), self.size, LEAD, self.slow_count, self._loaders)
         began, cpu_began = time.perf_counter(), time.process_time()
         for data in self.images:
             decode(data)
@@ -339,13 +343,13 @@ def main(flags: Flags) -> None:
             one[name] = measured = contest.run(name)
             rows.append({**facts, "round": number, "contestant": name, "load": load, **vars(measured)})
         rounds.append(one)
+        if flags.out is not None:
+            flags.out.parent.mkdir(parents=True, exist_ok=True)
+            flags.out.write_text("".join(json.dumps(row) + "\n" for row in rows))
         console.print(
             f"round {number + 1}: " + ", ".join(f"{n} {one[n].cpu_ms:.2f}" for n in NAMES) + " CPU ms"
         )
     show(rounds, console)
-    if flags.out is not None:
-        flags.out.parent.mkdir(parents=True, exist_ok=True)
-        flags.out.write_text("".join(json.dumps(row) + "\n" for row in rows))
 
 
 if __name__ == "__main__":
