@@ -18,16 +18,25 @@ _IMAGE_SIZE, _NUM_IMAGES, _NUM_CLASSES, _WIDTH = 96, 1_000_000, 10, 8
 
 
 def describe() -> list[Table]:
-    """Two tables: what every part is, and for every objective and transform whether they combine, and why not."""
+    """Three tables: what every part is, which objectives and transforms combine, and why others do not."""
     parts = Table("part", "name", "what it is", title="Parts, one file each", show_lines=False)
     for name in methods.objective_names():
         parts.add_row("objective", name, _summary(f"{objectives.__name__}.{name}"))
     for name in pretext.names():
         parts.add_row("transform", name, _summary(f"{pretext.__name__}.{name}"))
-    grid = Table("objective", "(none)", *pretext.names(), title="Methods: OBJECTIVE or OBJECTIVE-TRANSFORM")
-    for objective in methods.objective_names():
-        grid.add_row(objective, *(combines(objective, name) for name in ("", *pretext.names())))
-    return [parts, grid]
+    transforms = ("", *pretext.names())
+    grid = Table("transform", *methods.objective_names(), title="Methods: OBJECTIVE or OBJECTIVE-TRANSFORM")
+    reasons: dict[str, list[str]] = {}
+    for transform in transforms:
+        answers = {name: combines(name, transform) for name in methods.objective_names()}
+        grid.add_row(transform or "(none)", *("yes" if a == "yes" else "-" for a in answers.values()))
+        for objective, answer in answers.items():
+            if answer != "yes":
+                reasons.setdefault(answer, []).append(f"{objective}-{transform}".rstrip("-"))
+    why = Table("why not", "methods", title="What does not combine")
+    for reason, names in reasons.items():
+        why.add_row(reason, ", ".join(names))
+    return [parts, grid, why]
 
 
 def combines(objective: str, transform: str) -> str:

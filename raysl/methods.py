@@ -55,7 +55,7 @@ def parse(name: str) -> Method:
     """
     objective, _, transforms = name.strip().partition("-")
     if objective not in objective_names():
-        known = [f"{o}-{t}" for o in objective_names() for t in pretext.names()]
+        known = [o + t for o in objective_names() for t in ("", *(f"-{name}" for name in pretext.names()))]
         raise unknown("method", name, known)
     for transform in filter(None, transforms.split("+")):
         pretext.load(transform)

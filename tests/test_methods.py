@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import pytest
 
-from raysl import methods
+from raysl import grid, methods
 from raysl.errors import UserError
 from raysl.methods import Method
 from raysl.objectives import pirl, predict
@@ -28,12 +28,22 @@ def test_the_parts_of_a_method() -> None:
 
 
 def test_objectives_are_files() -> None:
-    assert {"pirl", "predict"} <= set(methods.objective_names())
+    assert {"moco", "npid", "pirl", "predict", "simclr", "supervised"} <= set(methods.objective_names())
+
+
+def test_which_objectives_take_a_transform() -> None:
+    alone = {name for name in methods.objective_names() if grid.combines(name, "") == "yes"}
+    rotated = {name for name in methods.objective_names() if grid.combines(name, "rotation") == "yes"}
+    assert {"moco", "npid", "simclr", "supervised"} <= alone
+    assert {"moco", "pirl", "predict", "simclr"} <= rotated
+    assert not {"pirl", "predict"} & alone
+    assert not {"npid", "supervised"} & rotated
 
 
 @pytest.mark.parametrize(
     ("name", "answer"),
     [
+        ("simclrr", "method 'simclrr'. Did you mean 'simclr'"),
         ("prl-jigsaw", "method 'prl-jigsaw'. Did you mean 'pirl-jigsaw'"),
         ("pirl_jigsaw", "method 'pirl_jigsaw'. Did you mean 'pirl-jigsaw'"),
         ("jigsaw", "method 'jigsaw'. Did you mean '.*jigsaw'"),
