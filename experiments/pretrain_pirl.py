@@ -64,7 +64,7 @@ def main(flags: Flags) -> None:
             workers=flags.workers,
             seed=seed,
             optim=OptimConfig(lr=0.12),
-            parts={"pirl": Pirl(temperature=0.1)},
+            parts={"pirl": Pirl(temperature=0.2, head="bn")},
         )
         run = pretrain(config)
         rows += probe(run, train, test)

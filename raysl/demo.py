@@ -108,5 +108,5 @@ def _settings(config: DemoConfig, dataset: DataSet, out: Path) -> Pretraining:
         batch_size=64 * config.workers,
         view=ViewConfig(image_size=32),
         optim=OptimConfig(lr=0.12),
-        parts={"pirl": Pirl(num_negatives=min(1024, dataset.num_images - 1), temperature=0.1)},
+        parts={"pirl": Pirl(num_negatives=min(1024, dataset.num_images - 1), temperature=0.2, head="bn")},
     )

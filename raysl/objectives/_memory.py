@@ -27,7 +27,8 @@ class MemoryConfig:
             equations 3 and 4 of PIRL with one softmax.
         negatives: "shared" draws one set for the batch of a step; "own" draws for each image, as in the papers.
         dim: D, size of the embeddings.
-        head: "linear" as in the papers, or "mlp" with one hidden layer.
+        head: "linear" as in the papers; "mlp" with one hidden layer; "bn", linear on standardised features, which
+            short runs of small trunks need.
     """
 
     temperature: float = 0.07

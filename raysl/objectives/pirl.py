@@ -101,4 +101,5 @@ class _TransformedHead(nn.Module):
 
     def forward(self, features_bpd: Tensor) -> Tensor:
         # Sample-major: the crops of one image stay together.
-        return self.mix(self.project(features_bpd).flatten(1))  # type: ignore[no-any-return]
+        projected = self.project(features_bpd.flatten(0, 1)).view(len(features_bpd), -1)
+        return self.mix(projected)  # type: ignore[no-any-return]
