@@ -7,6 +7,9 @@ from typing import Any
 
 from raysl.errors import UserError
 
+# Errors at one step before a run gives up. Every worker of a group counts.
+MAX_CRASHES = 6
+
 
 class Board:
     """An actor on the driver's machine. Trainers post to it and never wait for it."""
@@ -14,6 +17,7 @@ class Board:
     def __init__(self) -> None:
         self._rows: list[dict[str, Any]] = []
         self._failure: str | None = None
+        self._crashes: dict[int, int] = {}
 
     def post(self, row: dict[str, Any]) -> None:
         """Adds a row of metrics."""
@@ -22,6 +26,14 @@ class Board:
     def fail(self, message: str) -> None:
         """Remembers the first error that no retry can mend."""
         self._failure = self._failure or message
+
+    def crash(self, step: int, trace: str) -> None:
+        """Counts an error that a restart may mend. One that keeps coming at the same step is none of those."""
+        self._crashes[step] = self._crashes.get(step, 0) + 1
+        if self._crashes[step] >= MAX_CRASHES:
+            self.fail(
+                f"Training failed {self._crashes[step]} times after step {step}, each time with:\n\n{trace}"
+            )
 
     def failure(self) -> str | None:
         """That error, or None."""

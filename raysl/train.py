@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 import math
 import time
+import traceback
 from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
@@ -283,10 +284,18 @@ def work(job: Job) -> None:
     if ray.get(job.board.failure.remote()):
         return
     torch.set_num_threads(job.placement.threads_per_worker)
+    worker: Worker | None = None
     try:
         worker = Worker(job, ray.train.torch.get_device())
         worker.restore()
         worker.train()
     except UserError as error:
         ray.get(job.board.fail.remote(str(error)))
+        raise
+    except torch.OutOfMemoryError as error:
+        message = f"A worker ran out of memory: {error} Lower --batch-size, or raise --workers."
+        ray.get(job.board.fail.remote(message))
+        raise
+    except Exception:
+        ray.get(job.board.crash.remote(worker.step if worker else 0, traceback.format_exc()))
         raise

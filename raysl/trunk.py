@@ -9,7 +9,7 @@ from typing import Any, Literal
 import torch
 from torch import Tensor, nn
 
-from raysl.errors import unknown
+from raysl.errors import UserError, unknown
 
 IMAGENET_MEAN = (0.485, 0.456, 0.406)
 IMAGENET_STD = (0.229, 0.224, 0.225)
@@ -20,8 +20,8 @@ class TrunkConfig:
     """Which network is trained.
 
     Args:
-        name: "small" (for two CPU cores and small images) or any torchvision ResNet-like classifier by name,
-            such as "resnet18", "resnet50" or "wide_resnet50_2".
+        name: "small" (for two CPU cores and small images) or any torchvision classifier by name, such as
+            "resnet18", "resnet50", "convnext_tiny" or "vit_b_16"; its last linear layer is taken off.
         stem: "standard" keeps the 7x7 stride-2 convolution and the max-pool; "small" replaces them by one 3x3
             convolution, for images of 64 pixels or less. Only for ResNets.
         norm: "batch" normalises over the images of one worker, as published; "group" normalises each image alone,
@@ -87,20 +87,57 @@ def build(config: TrunkConfig) -> Trunk:
         raise unknown("stem", config.stem, ["small", "standard"])
     if config.name == "small":
         return Trunk(SmallTrunk(norm), SmallTrunk.width)
+    if config.name not in names():
+        raise unknown("trunk", config.name, names())
+    network = _classifier(config, norm)
+    width = _take_off_head(network)
+    if config.stem == "small":
+        conv: Any = network.conv1
+        network.conv1 = nn.Conv2d(3, conv.out_channels, 3, stride=1, padding=1, bias=False)
+        nn.init.kaiming_normal_(network.conv1.weight, mode="fan_out", nonlinearity="relu")
+        network.maxpool = nn.Identity()
+    return Trunk(network, width)
+
+
+def names() -> list[str]:
+    """Every trunk there is: "small", and torchvision's classifiers without auxiliary outputs."""
     from torchvision import models
 
-    names = ["small", *(n for n in models.list_models(models) if "resn" in n and "quantized" not in n)]
-    if config.name not in names:
-        raise unknown("trunk", config.name, names)
-    resnet: Any = models.get_model(config.name, weights=None, norm_layer=norm)
-    width: int = resnet.fc.in_features
-    resnet.fc = nn.Identity()
-    if config.stem == "small":
-        channels = resnet.conv1.out_channels
-        resnet.conv1 = nn.Conv2d(3, channels, 3, stride=1, padding=1, bias=False)
-        nn.init.kaiming_normal_(resnet.conv1.weight, mode="fan_out", nonlinearity="relu")
-        resnet.maxpool = nn.Identity()
-    return Trunk(resnet, width)
+    return [
+        "small",
+        *(name for name in models.list_models(models) if name not in ("googlenet", "inception_v3")),
+    ]
+
+
+def _classifier(config: TrunkConfig, norm: Callable[[int], nn.Module]) -> nn.Module:
+    """A torchvision classifier. Raises UserError when the stem or the norm does not exist in it."""
+    from torchvision import models
+
+    options = {} if config.norm == "batch" else {"norm_layer": norm}
+    try:
+        network: nn.Module = models.get_model(config.name, weights=None, **options)
+    except (TypeError, ValueError) as error:
+        raise UserError(
+            f"The trunk {config.name!r} cannot be made with norm {config.norm!r}: {error}. Use --trunk.norm batch."
+        ) from error
+    if config.stem == "small" and not (hasattr(network, "conv1") and hasattr(network, "maxpool")):
+        raise UserError(
+            f"The trunk {config.name!r} has no stem that could be replaced; only ResNets have one. Use --trunk.stem "
+            "standard."
+        )
+    return network
+
+
+def _take_off_head(network: nn.Module) -> int:
+    """Replaces the last linear layer, the classifier, by nothing; returns the width of what comes into it."""
+    linear = [name for name, module in network.named_modules() if isinstance(module, nn.Linear)]
+    if not linear:
+        raise UserError("This trunk ends in no linear classifier and so has no features of one width.")
+    parent, _, child = linear[-1].rpartition(".")
+    holder: Any = network.get_submodule(parent)
+    head: nn.Linear = network.get_submodule(linear[-1])  # type: ignore[assignment]
+    setattr(holder, child, nn.Identity())
+    return head.in_features
 
 
 def _norm(name: str) -> Callable[[int], nn.Module]:

@@ -321,3 +321,10 @@ def test_a_path_may_hold_a_hash_and_a_split_may_not_be_named_twice(tmp_path: Pat
     assert len(opened(tmp_path / "a#b")[1]) == 1
     with pytest.raises(UserError, match="configuration says"):
         Place.parse("shapes:10#train", "test")
+
+
+def test_names_are_looked_up_in_raysl_data(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    (tmp_path / "birds").mkdir()
+    monkeypatch.setenv("RAYSL_DATA", str(tmp_path))
+    assert Place.parse("birds#train") == Place(str(tmp_path / "birds"), "train")
+    assert Place.parse("shapes:10").uri == "shapes:10"

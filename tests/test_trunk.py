@@ -88,7 +88,9 @@ def test_width_of_the_larger_trunks(name: str, width: int) -> None:
     ("wrong", "answer"),
     [
         ({"name": "resnet51"}, r"Unknown trunk 'resnet51'. Did you mean 'resnet5?0?1?1?8?"),
-        ({"name": "vit_b_16"}, "Unknown trunk 'vit_b_16'.*small"),
+        ({"name": "resnet19"}, "Unknown trunk 'resnet19'. Did you mean 'resnet18'"),
+        ({"name": "vgg11", "stem": "small"}, "'vgg11' has no stem"),
+        ({"name": "vgg11", "norm": "group"}, "norm 'group'"),
         ({"stem": "smal"}, "Unknown stem 'smal'. Did you mean 'small'"),
         ({"norm": "layer"}, "Unknown norm 'layer'.*batch, group"),
     ],
@@ -96,3 +98,8 @@ def test_width_of_the_larger_trunks(name: str, width: int) -> None:
 def test_unknown_names(wrong: dict[str, str], answer: str) -> None:
     with pytest.raises(UserError, match=answer):
         trunk.build(TrunkConfig(**wrong))  # type: ignore[arg-type]
+
+
+def test_any_torchvision_classifier_is_a_trunk() -> None:
+    network = trunk.build(TrunkConfig("mobilenet_v3_small")).eval()
+    assert network(torch.zeros(2, 3, 64, 64, dtype=torch.uint8)).shape == (2, network.width) == (2, 1024)

@@ -28,8 +28,8 @@ from raysl.views import View
 Columns = dict[str, npt.NDArray[Any]]
 
 BLOCK_BYTES = 4 << 20
-# Tasks of one Ray Data execution. Their list is made up front, half a second for this many; they cover millions of
-# images.
+# Tasks of one Ray Data execution. Their list is made up front, half a second for this many; they cover hundreds of
+# thousands of photos, millions of small images.
 SEGMENT = 512
 
 

@@ -13,6 +13,7 @@ and gets ingest, resumption, the ledger and `raysl ingest` without another edit.
 from __future__ import annotations
 
 import importlib
+import os
 import pkgutil
 from collections.abc import Iterator
 from dataclasses import dataclass
@@ -48,7 +49,10 @@ class Place:
 
     @staticmethod
     def parse(source: str, split: str = "") -> Place:
-        """Splits "uri#split"; `split` must agree when both are given. A local path may itself contain "#"."""
+        """Splits "uri#split"; `split` must agree when both are given. A local path may itself contain "#".
+
+        A name that is no path from here is looked up in the folder that `$RAYSL_DATA` names.
+        """
         uri, named = source, ""
         if not _is_path(source) and "#" in source:
             uri, _, named = source.rpartition("#")
@@ -56,6 +60,9 @@ class Place:
             raise UserError(
                 f"The source {source!r} names the split {named!r} and the configuration says {split!r}."
             )
+        at_home = Path(os.environ.get("RAYSL_DATA", ".")) / uri
+        if not _is_path(uri) and _is_path(str(at_home)):
+            uri = str(at_home)
         if _is_path(uri):
             uri = Folder(uri).uri
         return Place(uri, named or split)
@@ -160,7 +167,9 @@ def open_source(place: Place) -> tuple[str, Source]:
         ) from error
     if there:
         raise UserError(f"The source {place.uri!r} is of no known kind. {recognised()}")
-    raise UserError(f"The source {place.uri!r} does not exist. {recognised()}")
+    raise UserError(
+        f"The source {place.uri!r} does not exist, here or in the folder that $RAYSL_DATA names. {recognised()}"
+    )
 
 
 def read(kind: str, unit: Unit) -> Iterator[Row]:
