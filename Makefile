@@ -38,7 +38,7 @@ clean:
 	    echo "make: install one of them (for example: apt install python3.12) and run the same command again." >&2; \
 	    exit 1; }; }
 	@echo "make: installing raysl and what it needs into .venv (about 3 GB the first time, mostly torch)"
-	@$(UV) pip install --python .venv/bin/python --constraint constraints.txt --compile-bytecode --editable '.[dev]'
+	@UV_COMPILE_BYTECODE_TIMEOUT=600 $(UV) pip install --python .venv/bin/python --constraint constraints.txt --compile-bytecode --editable '.[dev]'
 	@touch $@
 
 # --target works on every pip: it needs no user site and is not refused on a system-managed Python.
