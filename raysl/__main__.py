@@ -10,7 +10,7 @@ from raysl.errors import UserError, unknown
 
 # Each verb is a function of `raysl.cli`, which is imported only when one runs: help must not wait for torch.
 VERBS = {
-    "demo": "the whole story in three minutes: ingest, pretrain, probe, a table and a picture",
+    "demo": "the whole story in a few minutes: ingest, pretrain, probe, a table and a picture",
     "ingest": "turn any source of images into an indexed data set",
     "pretrain": "learn a representation from images without labels",
     "probe": "measure what a run has learned, beside the untrained network and raw pixels",
