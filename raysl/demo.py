@@ -1,4 +1,4 @@
-"""The whole story in three minutes on two cores: ingest, pretrain, probe, a table and a picture."""
+"""The whole story in a few minutes on two cores: ingest, pretrain, probe, a table and a picture."""
 
 from __future__ import annotations
 
