@@ -14,7 +14,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn.parallel import DistributedDataParallel
 
-from raysl import checkpoint, collective, methods, optim, pretext, trunk
+from raysl import checkpoint, collective, methods, norm, optim, pretext, trunk
 from raysl.augment import recipe
 from raysl.bank import MemoryBank
 from raysl.checkpoint import Saver
@@ -189,6 +189,8 @@ class Worker:
         return torch.autocast(self.device.type, dtype)
 
     def _distributed(self) -> nn.Module:
+        if self.config.trunk.norm == "sync" and self.world > 1:
+            norm.synchronise(self.network, self.device)
         model: nn.Module = self.network
         if self.config.compile:
             model = torch.compile(model)  # type: ignore[assignment]

@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any, Literal
 
 import torch
 from torch import Tensor, nn
 
+from raysl import norm as norms
 from raysl.errors import UserError, unknown
 
 IMAGENET_MEAN = (0.485, 0.456, 0.406)
@@ -24,13 +25,15 @@ class TrunkConfig:
             "resnet18", "resnet50", "convnext_tiny" or "vit_b_16"; its last linear layer is taken off.
         stem: "standard" keeps the 7x7 stride-2 convolution and the max-pool; "small" replaces them by one 3x3
             convolution, for images of 64 pixels or less. Only for ResNets.
-        norm: "batch" normalises over the images of one worker, as published; "group" normalises each image alone,
+        norm: "batch" is BatchNorm over each view of one worker's images, as published: patches and images pass one
+            after the other, each by statistics of their own. "joint" takes the statistics over all views together,
+            "sync" over each view of all workers' images, in the heads too. "group" is GroupNorm, each image alone,
             so that gradients do not depend on how many workers share the batch.
     """
 
     name: str = "small"
     stem: Literal["standard", "small"] = "standard"
-    norm: Literal["batch", "group"] = "batch"
+    norm: Literal["batch", "joint", "sync", "group"] = "batch"
 
 
 class Trunk(nn.Module):
@@ -42,10 +45,11 @@ class Trunk(nn.Module):
     mean: Tensor
     std: Tensor
 
-    def __init__(self, body: nn.Module, width: int) -> None:
+    def __init__(self, body: nn.Module, width: int, joint: bool = False) -> None:
         super().__init__()
         self.body = body
         self.width = width
+        self.graph = norms.traced(body) if joint else None
         self.register_buffer("mean", torch.tensor(IMAGENET_MEAN).view(1, 3, 1, 1) * 255)
         self.register_buffer("std", torch.tensor(IMAGENET_STD).view(1, 3, 1, 1) * 255)
 
@@ -58,8 +62,19 @@ class Trunk(nn.Module):
         Returns:
             float (b, width), pooled over the image.
         """
-        features: Tensor = self.body((images_bchw.to(self.mean.dtype) - self.mean) / self.std)
+        features: Tensor = self.body(self._normalised(images_bchw))
         return features.flatten(1)
+
+    def together(self, batches: Sequence[Tensor]) -> list[Tensor]:
+        """Features of several batches, whose images may differ in size. Where the trunk was built with norm "joint",
+        BatchNorm takes its statistics over all of them; otherwise they pass one after the other."""
+        if self.graph is None or not self.training:
+            return [self(images_bchw) for images_bchw in batches]
+        made = norms.together(self.body, self.graph, [self._normalised(images) for images in batches])
+        return [features.flatten(1) for features in made]
+
+    def _normalised(self, images_bchw: Tensor) -> Tensor:
+        return (images_bchw.to(self.mean.dtype) - self.mean) / self.std
 
 
 def encode(trunk: nn.Module, views_bpchw: Tensor) -> Tensor:
@@ -76,17 +91,32 @@ def encode(trunk: nn.Module, views_bpchw: Tensor) -> Tensor:
     return features.view(b, p, -1)
 
 
+def encode_views(trunk: nn.Module, views: Sequence[Tensor]) -> list[Tensor]:
+    """Features of every crop of several views, each as `encode`, in their order or together (see `TrunkConfig.norm`).
+
+    Args:
+        views: uint8 (b, p, c, h, w) each; p, h and w may differ.
+
+    Returns:
+        float (b, p, width) each.
+    """
+    if not isinstance(trunk, Trunk):
+        return [encode(trunk, view_bpchw) for view_bpchw in views]
+    made = trunk.together([view_bpchw.flatten(0, 1) for view_bpchw in views])
+    return [features.view(*view.shape[:2], -1) for features, view in zip(made, views, strict=True)]
+
+
 def build(config: TrunkConfig) -> Trunk:
     """A new trunk with weights from torch's global generator.
 
     Raises:
         UserError: the name, the stem or the norm does not exist.
     """
-    norm = _norm(config.norm)
+    norm, joint = _norm(config.norm), config.norm == "joint"
     if config.stem not in ("small", "standard"):
         raise unknown("stem", config.stem, ["small", "standard"])
     if config.name == "small":
-        return Trunk(SmallTrunk(norm), SmallTrunk.width)
+        return Trunk(SmallTrunk(norm), SmallTrunk.width, joint)
     if config.name not in names():
         raise unknown("trunk", config.name, names())
     network = _classifier(config, norm)
@@ -96,7 +126,7 @@ def build(config: TrunkConfig) -> Trunk:
         network.conv1 = nn.Conv2d(3, conv.out_channels, 3, stride=1, padding=1, bias=False)
         nn.init.kaiming_normal_(network.conv1.weight, mode="fan_out", nonlinearity="relu")
         network.maxpool = nn.Identity()
-    return Trunk(network, width)
+    return Trunk(network, width, joint)
 
 
 def names() -> list[str]:
@@ -113,7 +143,7 @@ def _classifier(config: TrunkConfig, norm: Callable[[int], nn.Module]) -> nn.Mod
     """A torchvision classifier. Raises UserError when the stem or the norm does not exist in it."""
     from torchvision import models
 
-    options = {} if config.norm == "batch" else {"norm_layer": norm}
+    options = {"norm_layer": norm} if config.norm == "group" else {}
     try:
         network: nn.Module = models.get_model(config.name, weights=None, **options)
     except (TypeError, ValueError) as error:
@@ -141,11 +171,11 @@ def _take_off_head(network: nn.Module) -> int:
 
 
 def _norm(name: str) -> Callable[[int], nn.Module]:
-    if name == "batch":
+    if name in ("batch", "joint", "sync"):
         return nn.BatchNorm2d
     if name == "group":
         return lambda channels: nn.GroupNorm(channels // 8, channels)
-    raise unknown("norm", name, ["batch", "group"])
+    raise unknown("norm", name, ["batch", "joint", "sync", "group"])
 
 
 class SmallTrunk(nn.Module):

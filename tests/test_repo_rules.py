@@ -19,7 +19,7 @@ FILES = sorted(LIBRARY.rglob("*.py"))
 ROOMS = (
     *("errors", "rng", "storage", "dataset"),
     *("losses", "collective", "permutations", "augment"),
-    *("pretext", "views", "stream", "trunk", "bank", "negatives", "optim"),
+    *("pretext", "views", "stream", "norm", "trunk", "bank", "negatives", "optim"),
     *("ingest", "objectives", "methods"),
     *("checkpoint", "config", "run", "cluster", "progress", "train", "pretrain"),
     *("features", "probes", "probe", "grid", "pictures", "report"),

@@ -27,7 +27,7 @@ from raysl.objectives import Loss, Setup
 from raysl.objectives._heads import projection
 from raysl.objectives._memory import MemoryConfig, contrast
 from raysl.stream.reader import Batch
-from raysl.trunk import encode
+from raysl.trunk import encode_views
 
 
 @dataclass(frozen=True)
@@ -69,8 +69,8 @@ class Pirl(nn.Module):
 
     def forward(self, trunk: nn.Module, views: Mapping[str, Tensor]) -> dict[str, Tensor]:
         """Unit embeddings (b, d): g of the transformed image, f of the image."""
-        transformed = self.transformed_head(encode(trunk, views["transformed"]))
-        image = self.image_head(encode(trunk, views["image"])[:, 0])
+        transformed_bpd, image_bpd = encode_views(trunk, [views["transformed"], views["image"]])
+        transformed, image = self.transformed_head(transformed_bpd), self.image_head(image_bpd[:, 0])
         return {
             "transformed": F.normalize(transformed.float(), dim=1),
             "image": F.normalize(image.float(), dim=1),

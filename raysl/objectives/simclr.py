@@ -29,7 +29,7 @@ from raysl.errors import UserError
 from raysl.objectives import Loss, Setup
 from raysl.objectives._heads import HeadName, NormName, projection
 from raysl.stream.reader import Batch
-from raysl.trunk import encode
+from raysl.trunk import encode_views
 
 
 @dataclass(frozen=True)
@@ -73,7 +73,8 @@ class Simclr(nn.Module):
 
     def forward(self, trunk: nn.Module, views: Mapping[str, Tensor]) -> dict[str, Tensor]:
         """Unit embeddings of both views, (b, 2, d)."""
-        features_b2d = torch.stack([encode(trunk, views[name]).mean(dim=1) for name in ("b", "a")], dim=1)
+        features_bpd = encode_views(trunk, [views["b"], views["a"]])
+        features_b2d = torch.stack([features.mean(dim=1) for features in features_bpd], dim=1)
         embeddings = self.head(features_b2d.flatten(0, 1)).view(len(features_b2d), 2, -1)
         return {"embeddings": F.normalize(embeddings.float(), dim=2)}
 
