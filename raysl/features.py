@@ -26,7 +26,7 @@ import torch
 from torch import Tensor
 from torch.nn.functional import interpolate
 
-from raysl import cluster, train, trunk
+from raysl import train, trunk
 from raysl.checkpoint import Checkpoint
 from raysl.dataset import DataSet
 from raysl.errors import UserError, unknown
@@ -280,10 +280,9 @@ def _complete(work: _Extract, parts: Sequence[tuple[int, int]]) -> None:
         try:
             _compute(work, missing)
             return
-        except Exception as error:
-            mendable = cluster.user_error(error)
-            if mendable is not None:
-                raise mendable from None
+        except UserError:
+            raise
+        except Exception:
             if attempt == _ATTEMPTS - 1:
                 raise
 
@@ -296,7 +295,6 @@ def _compute(work: _Extract, parts: Sequence[tuple[int, int]]) -> None:
     context = ray.data.DataContext.get_current()
     context.enable_progress_bars = False
     context.print_on_execution_start = False
-    context.raise_original_map_exception = True
     # From items and not from a range: no read tasks, which would wait for CPUs that the actors hold.
     items = ray.data.from_items([{"part": part} for part in parts], override_num_blocks=len(parts))
     done = items.map_batches(
@@ -308,8 +306,9 @@ def _compute(work: _Extract, parts: Sequence[tuple[int, int]]) -> None:
         ray_remote_args_fn=lambda: {"max_restarts": 0, "max_task_retries": 0},
         **resources,
     )
-    for _ in done.iter_batches(batch_size=None):
-        pass
+    errors = [row["error"] for row in done.iter_rows() if row["error"]]
+    if errors:
+        raise UserError(errors[0])
 
 
 def pool(resources: Mapping[str, float]) -> tuple[int, dict[str, float]]:
@@ -353,9 +352,14 @@ class _Actor:
         return ThreadPoolExecutor(count)
 
     def __call__(self, batch: dict[str, npt.NDArray[Any]]) -> dict[str, npt.NDArray[Any]]:
+        error = ""
         for first, end in batch["part"].tolist():
-            self.write((first, end))
-        return {"part": batch["part"]}
+            try:
+                self.write((first, end))
+            except UserError as mendable:
+                error = str(mendable)
+        # As a value: Ray Data would leave the actors of a pipeline that failed alive, and with them their CPUs.
+        return {"error": np.array([error], dtype=object)}
 
     def write(self, part: tuple[int, int]) -> None:
         """Computes one part and writes its files."""
