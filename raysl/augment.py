@@ -148,6 +148,8 @@ RECIPES = {
     "mocov2": Recipe(
         hflip=0.5, jitter=0.8, brightness=0.4, contrast=0.4, saturation=0.4, hue=0.1, gray=0.2, blur=0.5
     ),
+    "npid": Recipe(hflip=0.5, jitter=1, brightness=0.4, contrast=0.4, saturation=0.4, hue=0.4, gray=0.2),
+    "gray": Recipe(hflip=0.5, gray=0.66),  # of jigsaws, against chromatic aberration
     "plain": Recipe(hflip=0.5),
     "none": Recipe(),
 }

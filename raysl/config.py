@@ -25,7 +25,7 @@ class ViewConfig:
     Args:
         image_size: side of an ordinary view in pixels; the sizes of jigsaw patches follow from it.
         min_scale: smallest share of the image's area that an ordinary view shows (PIRL at 224 pixels: 0.08).
-        recipe: the photometric augmentation: pirl, pirl+, simclr, mocov2, plain or none.
+        recipe: the photometric augmentation: pirl, pirl+, simclr, mocov2, npid, gray (of jigsaws), plain or none.
     """
 
     image_size: int = 32

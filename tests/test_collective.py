@@ -140,11 +140,20 @@ def _updates(placement: Any, rank: int, world: int) -> dict[str, Any]:
     return {"bank": bank.state(), "own": own, "shared": bank.lookup(torch.tensor([63, 0, 31]), shared=True)}
 
 
+def _keys(rank: int, world: int) -> dict[str, Any]:
+    """MoCo's keys, computed here and dealt out among the workers."""
+    _, objective = _network(Case("moco", (("dim", D), ("queue", 12))))
+    view = _batch(objective, 0, rank, world).views["key"]
+    with torch.no_grad():
+        return {"here": objective._key(view), "dealt": objective._dealt(view)}
+
+
 def _everything(rank: int, world: int) -> Results:
     torch.set_num_threads(1)
     results = {str(case): _train(case, rank, world) for case in CASES}
     for placement in ("replicated", "sharded"):
         results[placement] = _updates(placement, rank, world)
+    results["keys"] = _keys(rank, world)
     ranks = torch.tensor([float(rank), 10.0 * rank])
     results["collectives"] = {
         "rank": (collective.rank(), collective.world()),
@@ -254,6 +263,13 @@ def test_collectives(workers: list[Results], alone: Results) -> None:
         assert found["untouched"].tolist() == [rank, 10 * rank]
     assert alone["collectives"]["rank"] == (0, 1)
     assert alone["collectives"]["gather"].tolist() == [[0], [0]]
+
+
+def test_keys_that_other_workers_computed_come_back_in_order(workers: list[Results], alone: Results) -> None:
+    for found in (*workers, alone):
+        keys = found["keys"]
+        torch.testing.assert_close(keys["dealt"], keys["here"], atol=1e-6, rtol=0)
+        assert keys["here"].unique(dim=0).shape == keys["here"].shape
 
 
 def test_nothing_that_is_collected_has_a_gradient() -> None:

@@ -37,6 +37,12 @@ def test_warmup_rises_linearly_to_the_peak(schedule: Any) -> None:
     assert rates[10] == pytest.approx(0.1)
 
 
+def test_warmup_rises_from_where_it_is_told() -> None:
+    config = OptimConfig(lr=0.1, schedule="step", warmup=0.1, warmup_start=0.25)
+    rates = [config.lr_at(step, 100, 256) for step in range(11)]
+    assert rates[:10] == pytest.approx([0.025 + 0.0075 * (i + 1) for i in range(10)])
+
+
 @pytest.mark.parametrize("num_steps", [1, 2, 7])
 def test_short_runs_have_a_rate_at_every_step(num_steps: int) -> None:
     for warmup in (0.0, 0.5, 0.99):
@@ -62,9 +68,33 @@ def test_biases_and_normalisation_do_not_decay() -> None:
     } | {n for n in names.values() if "downsample.1" in n}
 
 
-@pytest.mark.parametrize(("name", "kind"), [("sgd", torch.optim.SGD), ("adamw", torch.optim.AdamW)])
+@pytest.mark.parametrize(
+    ("name", "kind"), [("sgd", torch.optim.SGD), ("lars", optim.Lars), ("adamw", torch.optim.AdamW)]
+)
 def test_optimisers_by_name(name: Any, kind: type[torch.optim.Optimizer]) -> None:
     assert type(optim.build(OptimConfig(name=name, momentum=0.8), nn.Linear(2, 2))) is kind
+
+
+def test_lars_is_its_equation() -> None:
+    torch.manual_seed(0)
+    layer = nn.Linear(3, 2)
+    optimizer = optim.build(OptimConfig("lars", momentum=0.9, weight_decay=0.1), layer)
+    weight, bias = layer.weight.detach().clone(), layer.bias.detach().clone()
+    momentum_w, momentum_b = torch.zeros(2, 3), torch.zeros(2)
+    for scale in (1.0, 5.0):
+        layer(scale * torch.arange(6.0).view(2, 3)).square().sum().backward()
+        assert layer.weight.grad is not None
+        assert layer.bias.grad is not None
+        g_w, g_b = layer.weight.grad.clone(), layer.bias.grad.clone()
+        optimizer.param_groups[0]["lr"] = optimizer.param_groups[1]["lr"] = 0.5
+        optimizer.step()
+        optimizer.zero_grad()
+        trust = 0.001 * weight.norm() / (g_w.norm() + 0.1 * weight.norm())
+        momentum_w, momentum_b = 0.9 * momentum_w + trust * (g_w + 0.1 * weight), 0.9 * momentum_b + g_b
+        weight, bias = weight - 0.5 * momentum_w, bias - 0.5 * momentum_b
+        torch.testing.assert_close(layer.weight.detach(), weight)
+        torch.testing.assert_close(layer.bias.detach(), bias)
+    assert [group["weight_decay"] for group in optimizer.param_groups] == [0.1, 0.0]
 
 
 @pytest.mark.parametrize(
@@ -74,6 +104,7 @@ def test_optimisers_by_name(name: Any, kind: type[torch.optim.Optimizer]) -> Non
         {"lr": float("nan")},
         {"warmup": 1.0},
         {"warmup": -0.1},
+        {"warmup_start": 2.0},
         {"weight_decay": -1e-4},
         {"clip_norm": -1.0},
         {"momentum": -0.9},

@@ -13,9 +13,9 @@ top-1 of a linear probe.
 
 Both views are ordinary ones. "moco-jigsaw" transforms the query and not the key, so that the queue holds images only;
 of a transform with several crops the mean of the crops' features is taken. Keys of the query's own image that are
-still in the queue do not count against it. The papers shuffle images between workers before BatchNorm, whose
-statistics would otherwise give away which keys come from the same batch as the query; there is no shuffle here, so
-use `--trunk.norm group`.
+still in the queue do not count against it. BatchNorm would give away which key came from the same batch as the query:
+as in the papers, the images of the keys are therefore dealt out anew among the workers ("shuffling BN"). On one worker
+there is nothing to deal out; use `--trunk.norm group` there.
 """
 
 from __future__ import annotations
@@ -86,6 +86,7 @@ class Moco(nn.Module):
         self.head = projection(config.head, setup.width, config.dim)
         self.key_trunk = copy.deepcopy(setup.trunk).requires_grad_(False)
         self.key_head = copy.deepcopy(self.head).requires_grad_(False)
+        self.deals = any(isinstance(module, nn.BatchNorm2d) for module in self.key_trunk.modules())
         # No buffers: DistributedDataParallel would send them at every step, and every worker has them already.
         self.queue_kd = F.normalize(torch.randn(config.queue, config.dim), dim=1)
         self.queue_indices_k = torch.full((config.queue,), -1)
@@ -94,8 +95,19 @@ class Moco(nn.Module):
         """Unit embeddings (b, d): of the query, and of the key without gradient."""
         query_bd = self.head(encode(trunk, views["query"]).mean(dim=1))
         with torch.no_grad():
-            key_bd = self.key_head(encode(self.key_trunk, views["key"])[:, 0])
+            key_bd = self._dealt(views["key"]) if self.deals else self._key(views["key"])
         return {"query": F.normalize(query_bd.float(), dim=1), "key": F.normalize(key_bd.float(), dim=1)}
+
+    def _key(self, views_bpchw: Tensor) -> Tensor:
+        embeddings_bd: Tensor = self.key_head(encode(self.key_trunk, views_bpchw)[:, 0])
+        return embeddings_bd
+
+    def _dealt(self, views_bpchw: Tensor) -> Tensor:
+        """The keys, computed on other workers: of the global batch, worker r takes the images r, r + W, r + 2 W, ..."""
+        rank, world = collective.rank(), collective.world()
+        b = len(views_bpchw)
+        keys = collective.gather(self._key(collective.gather(views_bpchw)[rank::world]))
+        return keys.view(world, b, -1).transpose(0, 1).flatten(0, 1)[rank * b : (rank + 1) * b]
 
     def loss(self, outputs: Mapping[str, Tensor], batch: Batch, bank: MemoryBank | None) -> Loss:
         """Equation 1, averaged over the batch. Afterwards the keys of all workers are the newest of the queue."""

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import io
+from dataclasses import replace
 from typing import Any
 
 import pytest
@@ -15,7 +16,7 @@ from raysl.errors import UserError
 from raysl.objectives import AfterStep
 from raysl.objectives.moco import Config, Moco
 from raysl.optim import OptimConfig
-from raysl.trunk import Trunk
+from raysl.trunk import Trunk, TrunkConfig, build
 from tests.objectives.setups import batch, setup
 
 K, D = 10, 16
@@ -69,6 +70,12 @@ def test_the_loss_is_equation_1(transform: str, head: Any) -> None:
 def test_v1_has_a_linear_head_and_v2_an_mlp() -> None:
     assert len(list(make(head="linear")[1].head.parameters())) == 2
     assert len(list(make(head="mlp")[1].head.parameters())) == 4
+
+
+def test_keys_are_dealt_out_where_images_see_each_other() -> None:
+    assert not make()[1].deals
+    _, of = setup()
+    assert Moco(Config(), replace(of, trunk=build(TrunkConfig()))).deals
 
 
 def test_the_key_network_begins_as_the_query_network() -> None:
