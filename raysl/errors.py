@@ -12,6 +12,10 @@ class UserError(Exception):
     """
 
 
+class Unset(UserError):
+    """A value without which a part cannot work, and which has no default, was not given. All else fits together."""
+
+
 def unknown(kind: str, name: str, known: Iterable[str]) -> UserError:
     """The error for a name that does not exist, answering with the nearest one that does.
 

@@ -9,12 +9,14 @@ import torch
 from rich.table import Table
 
 from raysl import methods, objectives, pretext
-from raysl.errors import UserError
+from raysl.errors import Unset, UserError
 from raysl.objectives import Setup
 from raysl.pretext import Geometry
 
 # Of a run large enough that only the parts themselves can refuse.
 _IMAGE_SIZE, _NUM_IMAGES, _NUM_CLASSES, _WIDTH = 96, 1_000_000, 10, 8
+
+_TITLE = "Methods: OBJECTIVE or OBJECTIVE-TRANSFORM; with '+' one transform after the other, with ',' several tasks"
 
 
 def describe() -> list[Table]:
@@ -25,7 +27,7 @@ def describe() -> list[Table]:
     for name in pretext.names():
         parts.add_row("transform", name, _summary(f"{pretext.__name__}.{name}"))
     transforms = ("", *pretext.names())
-    grid = Table("transform", *methods.objective_names(), title="Methods: OBJECTIVE or OBJECTIVE-TRANSFORM")
+    grid = Table("transform", *methods.objective_names(), title=_TITLE)
     reasons: dict[str, list[str]] = {}
     for transform in transforms:
         answers = {name: combines(name, transform) for name in methods.objective_names()}
@@ -54,6 +56,8 @@ def combines(objective: str, transform: str) -> str:
         )
         with torch.device("meta"):
             objective_type(config_type(), setup)
+    except Unset:
+        return "yes"
     except UserError as error:
         return str(error).partition(". ")[0]
     return "yes"

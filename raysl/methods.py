@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import importlib
 import pkgutil
+import re
 from dataclasses import dataclass
 from typing import Any
 
@@ -13,19 +14,26 @@ from raysl.errors import UserError, unknown
 
 @dataclass(frozen=True)
 class Method:
-    """A name such as "pirl-jigsaw", "predict-rotation" or "pirl-rotation+jigsaw", taken apart.
+    """A name such as "pirl-jigsaw", "pirl-rotation+jigsaw" or "multitask-rotation,jigsaw", taken apart.
 
     Args:
         objective: what stands before the first "-".
-        pretext: the transforms, joined by "+"; empty when the method names none.
+        pretext: transforms joined by "+" are applied one after the other, and by "," stand beside each other; empty
+            when the method names none.
     """
 
     objective: str
     pretext: str
 
     @property
+    def tasks(self) -> tuple[str, ...]:
+        """What stands beside each other."""
+        return tuple(self.pretext.split(",")) if self.pretext else ()
+
+    @property
     def transforms(self) -> tuple[str, ...]:
-        return tuple(self.pretext.split("+")) if self.pretext else ()
+        """Every transform."""
+        return tuple(_split(self.pretext))
 
     def config_types(self) -> dict[str, type[Any]]:
         """The Config classes of the parts, by their names."""
@@ -57,8 +65,22 @@ def parse(name: str) -> Method:
     if objective not in objective_names():
         known = [o + t for o in objective_names() for t in ("", *(f"-{name}" for name in pretext.names()))]
         raise unknown("method", name, known)
-    for transform in filter(None, transforms.split("+")):
+    for transform in filter(None, _split(transforms)):
         pretext.load(transform)
-    if transforms.startswith("+") or transforms.endswith("+") or "++" in transforms:
+    if "" in _split(transforms):
         raise UserError(f"The method {name!r} has an empty transform. Write them as 'pirl-rotation+jigsaw'.")
-    return Method(objective, transforms)
+    method = Method(objective, transforms)
+    if len(method.tasks) > 1 and not getattr(load_objective(objective)[1], "several", False):
+        raise UserError(
+            f"The method {name!r} names {len(method.tasks)} tasks, and {objective!r} takes one. Write "
+            f"'multitask-{transforms}', or join transforms with '+' to apply one after the other."
+        )
+    if len(set(method.tasks)) < len(method.tasks):
+        raise UserError(
+            f"The method {name!r} names a task twice. Give each once; --multitask.weights weighs them."
+        )
+    return method
+
+
+def _split(transforms: str) -> list[str]:
+    return re.split("[+,]", transforms) if transforms else []

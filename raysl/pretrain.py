@@ -40,7 +40,7 @@ def pretrain(config: Pretraining, say: Callable[[str], None] = print) -> Run:
     dataset = resolve(config.data)
     plan = Plan.of(dataset, config.batch_size, config.seed, config.epochs)
     # Built here only to find mistakes before any worker starts, and for its facts.
-    network = Network(config, dataset.num_images, len(dataset.manifest.classes))
+    network = Network(config, dataset.num_images, len(dataset.manifest.classes), dataset.manifest.fingerprint)
     network.views(config)
     run = Run.begin(config, dataset, network.facts())
     found = checkpoint.newest(run.checkpoints)

@@ -6,7 +6,8 @@ import contextlib
 import math
 import time
 import traceback
-from collections.abc import Mapping
+from collections import Counter
+from collections.abc import Callable, Collection, Mapping
 from dataclasses import dataclass
 from typing import Any
 
@@ -22,8 +23,8 @@ from raysl.cluster import Placement
 from raysl.config import Pretraining
 from raysl.dataset import DataSet
 from raysl.errors import UserError
-from raysl.objectives import AfterStep, Loss, Objective, Setup
-from raysl.pretext import Geometry, Pretext
+from raysl.objectives import AfterStep, Alternates, Describes, Loss, Objective, Setup
+from raysl.pretext import Geometry
 from raysl.rng import key
 from raysl.run import MetricsLog, Run
 from raysl.stream.plan import Plan
@@ -34,7 +35,7 @@ from raysl.views import View
 class Network(nn.Module):
     """The trunk and the heads of a method, as one module for DistributedDataParallel."""
 
-    def __init__(self, config: Pretraining, num_images: int, num_classes: int) -> None:
+    def __init__(self, config: Pretraining, num_images: int, num_classes: int, fingerprint: str = "") -> None:
         super().__init__()
         torch.manual_seed(key(config.seed, "weights") >> 1)
         self.trunk = trunk.build(config.trunk)
@@ -43,16 +44,18 @@ class Network(nn.Module):
         geometry = Geometry(
             config.view.image_size, config.view.min_scale, objective_type.predicts, config.seed
         )
+        self.tasks = {spec: pretext.build(spec, config.parts, geometry) for spec in method.tasks}
         setup = Setup(
-            pretext=pretext.build(method.pretext, config.parts, geometry) if method.pretext else None,
+            pretext=next(iter(self.tasks.values())) if len(self.tasks) == 1 else None,
             identity=pretext.build("identity", {}, geometry),
             width=self.trunk.width,
             num_images=num_images,
             num_classes=num_classes,
             seed=config.seed,
             trunk=self.trunk,
+            tasks=self.tasks,
+            fingerprint=fingerprint,
         )
-        self.transform: Pretext | None = setup.pretext
         self.objective: Objective = objective_type(config.parts[method.objective], setup)
 
     def forward(self, views: Mapping[str, Tensor]) -> dict[str, Tensor]:
@@ -63,9 +66,15 @@ class Network(nn.Module):
         colours = recipe(config.view.recipe)
         return {name: View(transform, colours) for name, transform in self.objective.views.items()}
 
+    def schedule(self) -> Callable[[int], Collection[str]] | None:
+        """Which of the views a step takes, by its number; None where it takes all."""
+        return self.objective.schedule() if isinstance(self.objective, Alternates) else None
+
     def facts(self) -> dict[str, Any]:
         """What the method adds to the passport."""
-        return self.transform.describe() if self.transform is not None else {}
+        described = {spec: transform.describe() for spec, transform in self.tasks.items()}
+        facts = next(iter(described.values())) if len(described) == 1 else dict(described)
+        return facts | self.objective.describe() if isinstance(self.objective, Describes) else facts
 
 
 @dataclass(frozen=True)
@@ -197,7 +206,9 @@ class Worker:
         if self.world == 1:
             return model
         return DistributedDataParallel(
-            model, device_ids=[self.device] if self.device.type == "cuda" else None
+            model,
+            device_ids=[self.device] if self.device.type == "cuda" else None,
+            find_unused_parameters=isinstance(self.network.objective, Alternates),
         )
 
     def _stream(self) -> Stream:
@@ -210,6 +221,7 @@ class Worker:
             rank=self.rank,
             world=self.world,
             device=self.device,
+            schedule=self.network.schedule(),
         )
 
     def _check(self, loss: float) -> None:
@@ -247,6 +259,8 @@ class Meter:
         self._steps = 0
         self._wait_s = 0.0
         self._sums: dict[str, Tensor] = {}
+        # A metric may come at some steps only, such as the loss of one task of several.
+        self._counts: Counter[str] = Counter()
 
     def add(self, batch: Batch, loss: Loss) -> None:
         """Takes in one step."""
@@ -254,6 +268,7 @@ class Meter:
         self._wait_s += batch.wait_s
         for name, value in {"loss": loss.loss.detach(), **loss.metrics}.items():
             self._sums[name] = self._sums.get(name, torch.zeros_like(value)) + value
+            self._counts[name] += 1
 
     def row(self, step: int, lr: float, since_save_s: float) -> tuple[dict[str, Any], float]:
         """The row for metrics.jsonl, and the seconds since the last save as all workers agree on them.
@@ -261,7 +276,7 @@ class Meter:
         Every worker must call it at the same steps.
         """
         names = list(self._sums)
-        means = [self._sums[name].float() / self._steps for name in names]
+        means = [self._sums[name].float() / self._counts[name] for name in names]
         timing = torch.tensor([self._wait_s, since_save_s], device=means[0].device)
         values = collective.mean(torch.cat([torch.stack(means), timing])).tolist()
         wall_s = time.perf_counter() - self._since

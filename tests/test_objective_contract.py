@@ -18,6 +18,7 @@ from raysl.rng import Draws
 from raysl.stream.plan import Rows
 from raysl.stream.reader import Batch
 from raysl.trunk import Trunk, TrunkConfig, build
+from tests.objectives.setups import given
 
 N = 5_000
 
@@ -29,8 +30,9 @@ def make(name: str, seed: int = 0) -> tuple[Trunk, Any]:
     config_type, objective_type = methods.load_objective(name)
     geometry = Geometry(image_size=16, predicted=objective_type.predicts)
     trunk = build(TrunkConfig())
+    transform = next(t for t in ("rotation", "", "patch_grid") if grid.combines(name, t) == "yes")
     setup = Setup(
-        pretext=pretext.build("rotation", {}, geometry) if grid.combines(name, "rotation") == "yes" else None,
+        pretext=pretext.build(transform, {}, geometry) if transform else None,
         identity=pretext.build("identity", {}, geometry),
         width=trunk.width,
         num_images=N,
@@ -38,7 +40,7 @@ def make(name: str, seed: int = 0) -> tuple[Trunk, Any]:
         seed=0,
         trunk=trunk,
     )
-    return trunk, objective_type(config_type(), setup)
+    return trunk, objective_type(config_type(**given(name, N)), setup)
 
 
 def batch(objective: Any, b: int) -> Batch:

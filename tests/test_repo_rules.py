@@ -19,9 +19,9 @@ FILES = sorted(LIBRARY.rglob("*.py"))
 ROOMS = (
     *("errors", "rng", "storage", "dataset"),
     *("losses", "collective", "permutations", "augment"),
-    *("pretext", "views", "stream", "norm", "trunk", "bank", "negatives", "optim"),
+    *("pretext", "views", "stream", "norm", "trunk", "bank", "negatives", "optim", "checkpoint"),
     *("ingest", "objectives", "methods"),
-    *("checkpoint", "config", "run", "cluster", "progress", "train", "pretrain"),
+    *("config", "run", "cluster", "progress", "train", "pretrain"),
     *("features", "probes", "probe", "grid", "pictures", "report"),
     *("doctor", "demo", "cli"),
     *("__init__", "__main__"),

@@ -91,7 +91,14 @@ def examine(given: DoctorConfig, say: Callable[[str], None] = print) -> Report:
     plan = Plan.of(dataset, given.batch_size, config.seed, config.epochs)
     placement = cluster.place(given.workers)
     network = Network(config, dataset.num_images, len(dataset.manifest.classes))
-    stream = Stream(dataset, plan, network.views(config), world=given.workers, share=placement.share)
+    stream = Stream(
+        dataset,
+        plan,
+        network.views(config),
+        world=given.workers,
+        share=placement.share,
+        schedule=network.schedule(),
+    )
     say(_text(_machine(found, resources, placement)))
     with tempfile.TemporaryDirectory() as folder:
         job = Job(config.to_json(), Run(Folder(folder)), dataset, placement)

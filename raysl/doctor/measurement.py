@@ -93,7 +93,7 @@ def _data_costs(stream: Stream) -> dict[str, float]:
         [plan.rows(s, 0, stream.world).indices_b for s in range(min(plan.stretch, plan.num_steps))]
     )
     images = stream.dataset.read(rows.indices_b, ["image"]).column("image").to_pylist()
-    sources = {name: view.source for name, view in stream.views.items()}
+    sources = {name: view.source for name, view in stream.views_of(0).items()}
     draws = Draws(plan.seed, rows.epochs_b, rows.indices_b)
     try:
         crops = cut(images, sources, draws)
@@ -138,14 +138,23 @@ def _training_costs(job: Job, rank: int, world: int, host: str, port: int) -> di
 
 def _batch(worker: Worker) -> Batch:
     """The first batch of this worker, made here."""
-    plan, views = worker.plan, worker.network.views(worker.config)
+    plan = worker.plan
+    stream = Stream(
+        worker.job.dataset,
+        plan,
+        worker.network.views(worker.config),
+        rank=worker.rank,
+        world=worker.world,
+        schedule=worker.network.schedule(),
+    )
     rows = plan.rows(0, worker.rank, worker.world)
     table = worker.job.dataset.read(rows.indices_b)
     draws = Draws(plan.seed, rows.epochs_b, rows.indices_b)
-    crops = cut(table.column("image").to_pylist(), {name: v.source for name, v in views.items()}, draws)
+    crops = cut(
+        table.column("image").to_pylist(), {name: v.source for name, v in stream.views_of(0).items()}, draws
+    )
     labels = torch.tensor(table.column("label").to_numpy()) if "label" in table.column_names else None
     batch = Batch(0, rows, labels.to(worker.device) if labels is not None else None, {}, {})
-    stream = Stream(worker.job.dataset, plan, views, rank=worker.rank, world=worker.world)
     return stream.finish(batch, {name: crop.to(worker.device) for name, crop in crops.items()})
 
 

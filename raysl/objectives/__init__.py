@@ -6,12 +6,13 @@ A file `objectives/foo.py` describes the objective `foo` with
     class Config: ...                    its dials
     class Foo(nn.Module): ...            the objective; see `Objective`
 
-A method is an objective and, where it needs one, a pretext transform: "pirl-jigsaw", "predict-rotation", "npid".
+A method is an objective and, where it needs one, a pretext transform: "pirl-jigsaw", "predict-rotation", "npid". An
+objective whose class says `several = True` may be given more of them: "multitask-rotation,jigsaw".
 """
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Callable, Collection, Mapping
 from dataclasses import dataclass, field
 from typing import Any, Protocol, runtime_checkable
 
@@ -28,7 +29,7 @@ class Setup:
     """What an objective may know of the run.
 
     Args:
-        pretext: the transform of the method; None when the method names none.
+        pretext: the transform of the method; None when the method names none, or several.
         identity: the ordinary view.
         width: features of the trunk.
         num_images: N.
@@ -36,6 +37,9 @@ class Setup:
         seed: seed of the run.
         trunk: the network that is trained, for an objective that begins from a copy of it. It is not the objective's
             to keep; the identity stands for it where no copy is needed.
+        tasks: the transforms that the method names, by their names; more than one only for an objective that says
+            `several`.
+        fingerprint: of the data set; empty when it is not known.
     """
 
     pretext: Pretext | None
@@ -45,12 +49,14 @@ class Setup:
     num_classes: int
     seed: int
     trunk: nn.Module = field(default_factory=nn.Identity)
+    tasks: Mapping[str, Pretext] = field(default_factory=dict)
+    fingerprint: str = ""
 
-    def transform(self, objective: str) -> Pretext:
+    def transform(self, objective: str, example: str = "jigsaw") -> Pretext:
         """The pretext transform. Raises UserError when the method names none."""
         if self.pretext is None:
             raise UserError(
-                f"The objective {objective!r} needs a pretext transform, as in '{objective}-jigsaw'."
+                f"The objective {objective!r} needs a pretext transform, as in '{objective}-{example}'."
             )
         return self.pretext
 
@@ -94,7 +100,8 @@ class Objective(Protocol):
     def __init__(self, config: Any, setup: Setup) -> None: ...
 
     def forward(self, trunk: nn.Module, views: Mapping[str, Tensor]) -> dict[str, Tensor]:
-        """Embeddings or logits from uint8 views (b, p, c, h, w). Every parameter that is trained takes part."""
+        """Embeddings or logits from uint8 views (b, p, c, h, w). Every parameter that is trained takes part, but for
+        an objective that `Alternates`."""
         ...
 
     def loss(self, outputs: Mapping[str, Tensor], batch: Batch, bank: MemoryBank | None) -> Loss:
@@ -108,4 +115,25 @@ class AfterStep(Protocol):
 
     def after_step(self, trunk: nn.Module) -> None:
         """Called once after every step of the optimiser, on every worker alike."""
+        ...
+
+
+@runtime_checkable
+class Alternates(Protocol):
+    """What an objective has besides `Objective` when a step takes some of its views only, such as one task of several.
+
+    Parameters that have no part in a step get no gradient there, and the optimiser leaves them alone.
+    """
+
+    def schedule(self) -> Callable[[int], Collection[str]]:
+        """The views of a step, by its number: a pure function that pickles small, the same on every worker."""
+        ...
+
+
+@runtime_checkable
+class Describes(Protocol):
+    """What an objective has besides `Objective` when its Config alone does not say what it learns from."""
+
+    def describe(self) -> dict[str, Any]:
+        """JSON facts for the run's passport, such as whose labels they are."""
         ...

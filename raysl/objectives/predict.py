@@ -55,7 +55,10 @@ class Predict(nn.Module):
                 "with labels, such as 'predict-jigsaw' with more permutations, or compare it: 'pirl-...'."
             )
         self.views = {"transformed": transform}
-        crops, width = transform.num_crops, setup.width
+        # Where each crop has a label of its own, each is a sample of its own.
+        self.per_crop = pretext.label_per_crop(transform)
+        crops = 1 if self.per_crop else transform.num_crops
+        width = setup.width
         if crops > 1:
             # BatchNorm sees all crops of all images together, so that no slot has statistics of its own.
             self.project: nn.Module = nn.Sequential(
@@ -70,8 +73,11 @@ class Predict(nn.Module):
             self.decode = self.dense.head(crops * width)
 
     def forward(self, trunk: nn.Module, views: Mapping[str, Tensor]) -> dict[str, Tensor]:
-        """Logits (b, labels); for a dense transform, what its head puts out."""
+        """Logits (b, labels), or (b * p, labels) where each crop has a label; for a dense transform, what its head
+        puts out."""
         features_bpd = encode(trunk, views["transformed"])
+        if self.per_crop:
+            features_bpd = features_bpd.flatten(0, 1)[:, None]
         b, p = features_bpd.shape[:2]
         projected = self.project(features_bpd.flatten(0, 1)).view(b, p, -1)
         if self.dense is None:
@@ -79,10 +85,10 @@ class Predict(nn.Module):
         return {"decoded": self.decode(projected.flatten(1))}
 
     def loss(self, outputs: Mapping[str, Tensor], batch: Batch, bank: MemoryBank | None) -> Loss:
-        """Cross-entropy, or the transform's own loss, averaged over the batch."""
+        """Cross-entropy, or the transform's own loss, averaged over the batch, and over crops that have labels."""
         if self.dense is not None:
             return Loss(self.dense.loss(outputs["decoded"].float(), batch.targets["transformed"]), {})
         logits_bk = outputs["logits"].float()
-        label_b = batch.targets["transformed"]
+        label_b = batch.targets["transformed"].flatten()
         correct = (logits_bk.argmax(dim=1) == label_b).float().mean()
         return Loss(F.cross_entropy(logits_bk, label_b), {"accuracy": correct})

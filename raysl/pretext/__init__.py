@@ -15,7 +15,7 @@ from __future__ import annotations
 import importlib
 import pkgutil
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any, Literal, Protocol, runtime_checkable
 
 import numpy as np
@@ -24,6 +24,7 @@ from torch import Tensor, nn
 
 from raysl.augment import SourceCrop
 from raysl.errors import UserError, unknown
+from raysl.pretext._grey import grey
 from raysl.rng import Draws
 
 
@@ -53,7 +54,7 @@ class Transformed:
         crops_bpchw: uint8. P = 1 for a whole image, 9 for a jigsaw, 2 for a pair.
         target: what can be predicted: int64 (b,), the label of the transform; or, for a `Dense` transform, a tensor
             (b, ...) of any dtype that NumPy has, small beside the crops, since it travels with them. None when there
-            is nothing to predict.
+            is nothing to predict. Where `label_per_crop`, int64 (b, p).
     """
 
     crops_bpchw: Tensor
@@ -88,6 +89,28 @@ class Pretext(Protocol):
 
 
 @runtime_checkable
+class LabelPerCrop(Protocol):
+    """What a transform has besides `Pretext` when it may yield a label for every crop.
+
+    Attributes:
+        label_per_crop: whether it does: the target is int64 (b, p), and each crop is a sample of its own.
+    """
+
+    label_per_crop: bool
+
+
+@runtime_checkable
+class InPlace(Protocol):
+    """What a transform has besides `Pretext` when its crops lie in their places on a grid, row by row.
+
+    Attributes:
+        columns: crops in a row.
+    """
+
+    columns: int
+
+
+@runtime_checkable
 class Dense(Protocol):
     """What a transform has besides `Pretext` when its target is no class, such as the colours of a grid of cells."""
 
@@ -102,8 +125,24 @@ class Dense(Protocol):
 
 def dense(transform: Pretext) -> Dense | None:
     """The head and loss of a transform that has its own, be it the last of a composition; None when it has labels."""
-    last = transform.parts[-1] if isinstance(transform, Composition) else transform
+    last = _last(transform)
     return last if isinstance(last, Dense) else None
+
+
+def label_per_crop(transform: Pretext) -> bool:
+    """Whether the target is a label for every crop, int64 (b, p), and not one for the image."""
+    last = _last(transform)
+    return isinstance(last, LabelPerCrop) and last.label_per_crop
+
+
+def columns(transform: Pretext) -> int:
+    """Crops in a row of the grid on which they lie; 0 when they have no places."""
+    last = _last(transform)
+    return last.columns if isinstance(last, InPlace) else 0
+
+
+def _last(transform: Pretext) -> Pretext:
+    return transform.parts[-1] if isinstance(transform, Composition) else transform
 
 
 def names() -> list[str]:
@@ -181,9 +220,30 @@ class Composition:
         for i, part in enumerate(self.parts):
             made = part.transform(made.crops_bpchw[:, 0], draws.named(str(i)))
             if made.target is not None and part.num_labels:
-                target = made.target if target is None else target * part.num_labels + made.target
+                before = 0 if target is None else target.view(-1, *[1] * (made.target.ndim - 1))
+                target = before * part.num_labels + made.target
         return Transformed(made.crops_bpchw, made.target if isinstance(self.parts[-1], Dense) else target)
 
     def describe(self) -> dict[str, Any]:
         """The facts of every part, in order."""
         return {"parts": [part.describe() for part in self.parts]}
+
+
+class Grey:
+    """A transform whose crops are shown without colour; its target is still that of the colours."""
+
+    def __init__(self, transform: Pretext) -> None:
+        self.of = transform
+        self.source = transform.source
+        self.num_crops = transform.num_crops
+        self.num_labels = transform.num_labels
+        self.colour: Literal["crops", "source", "none"] = transform.colour
+
+    def transform(self, images_bchw: Tensor, draws: Draws) -> Transformed:
+        """The same crops in grey, the same target."""
+        made = self.of.transform(images_bchw, draws)
+        return replace(made, crops_bpchw=grey(made.crops_bpchw))
+
+    def describe(self) -> dict[str, Any]:
+        """The facts of the transform."""
+        return self.of.describe()

@@ -18,6 +18,7 @@ from torch import Tensor
 from raysl.augment import SourceCrop
 from raysl.errors import UserError
 from raysl.pretext import Geometry, Transformed
+from raysl.pretext._grey import grey
 from raysl.pretext._windows import windows
 from raysl.rng import Draws
 
@@ -104,8 +105,8 @@ class RelativePosition:
         """The patches without what their colours tell."""
         if self.config.colour_drop == "none":
             return crops_bpchw
-        drop = _to_gray if self.config.colour_drop == "gray" else _to_one_channel
-        dropped = drop(crops_bpchw, draws)
+        gray = self.config.colour_drop == "gray"
+        dropped = grey(crops_bpchw) if gray else _to_one_channel(crops_bpchw, draws)
         chosen_b = draws.chance("drop", self.config.drop_probability).to(crops_bpchw.device)
         return torch.where(chosen_b.view(-1, 1, 1, 1, 1), dropped, crops_bpchw)
 
@@ -117,13 +118,6 @@ class RelativePosition:
             "gap": self.gap,
             "jitter": self.jitter,
         }
-
-
-def _to_gray(crops_bpchw: Tensor, draws: Draws) -> Tensor:
-    """The luminance in all three channels."""
-    per_mille = torch.tensor((299, 587, 114), dtype=torch.int32, device=crops_bpchw.device)[:, None, None]
-    gray = (crops_bpchw * per_mille).sum(2, keepdim=True, dtype=torch.int32).add_(500) // 1000
-    return gray.to(torch.uint8).expand_as(crops_bpchw).contiguous()
 
 
 def _to_one_channel(crops_bpchw: Tensor, draws: Draws) -> Tensor:

@@ -8,8 +8,9 @@ are checked against the plan on arrival: a stream that loses or repeats an image
 
 from __future__ import annotations
 
+import pickle
 import time
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Collection, Iterator, Mapping
 from dataclasses import dataclass, field
 from typing import Any, Literal
 
@@ -31,6 +32,8 @@ BLOCK_BYTES = 4 << 20
 # Tasks of one Ray Data execution. Their list is made up front, half a second for this many; they cover hundreds of
 # thousands of photos, millions of small images.
 SEGMENT = 512
+# The column of a batch whose columns differ from step to step, which Arrow's do not.
+_PACKED = "packed"
 
 
 @dataclass(frozen=True)
@@ -98,6 +101,8 @@ class Stream:
         rank: this worker.
         world: number of workers.
         device: where the tensors of the batches are put.
+        schedule: the names of the views that a step takes, by its number; None for all of them. Only these are cut
+            and transformed. It pickles.
     """
 
     dataset: DataSet
@@ -108,6 +113,12 @@ class Stream:
     rank: int = 0
     world: int = 1
     device: torch.device = torch.device("cpu")
+    schedule: Callable[[int], Collection[str]] | None = None
+
+    def views_of(self, step: int) -> dict[str, View]:
+        """The views that a step takes."""
+        names = self.views if self.schedule is None else self.schedule(step)
+        return {name: self.views[name] for name in names}
 
     def batches(self, start_step: int = 0) -> Iterator[Batch]:
         """Yields the batches of steps start_step, start_step + 1, ... to the end of the plan.
@@ -153,6 +164,8 @@ class Stream:
         return tasks.map_batches(_Load(self, step, end), batch_size=None, num_cpus=self.share.cpus_per_task)
 
     def _batch(self, step: int, columns: Columns) -> Batch:
+        if _PACKED in columns:
+            columns = pickle.loads(bytes(columns[_PACKED]))
         expected = self.plan.rows(step, self.rank, self.world)
         if not np.array_equal(columns["index"], expected.indices_b):
             raise RuntimeError(
@@ -203,22 +216,24 @@ class _Load:
         rows = [stream.plan.rows(step, stream.rank, stream.world) for step in steps]
         table = stream.dataset.read(np.concatenate([r.indices_b for r in rows]))
         offset = 0
-        for one in rows:
+        for step, one in zip(steps, rows, strict=True):
             part = table.slice(offset, len(one))
             offset += len(one)
             columns: Columns = {"index": one.indices_b}
             if "label" in part.column_names:
                 columns["label"] = part.column("label").to_numpy()
-            columns.update(self._pixels(part.column("image").to_pylist(), one))
+            columns.update(self._pixels(part.column("image").to_pylist(), one, stream.views_of(step)))
+            if stream.schedule is not None:
+                columns = {_PACKED: np.array(pickle.dumps(columns, protocol=5), dtype=object)}
             # A batch is one row of Ray Data's, which is never cut: images as rows would be divided over blocks and
             # put together again by the trainer.
             yield {name: values[None] for name, values in columns.items()}
 
-    def _pixels(self, images: list[bytes], rows: Rows) -> Columns:
+    def _pixels(self, images: list[bytes], rows: Rows, views: Mapping[str, View]) -> Columns:
         stream = self.stream
         draws = Draws(stream.plan.seed, rows.epochs_b, rows.indices_b)
         try:
-            crops = cut(images, {name: view.source for name, view in stream.views.items()}, draws)
+            crops = cut(images, {name: view.source for name, view in views.items()}, draws)
         except DecodeError as error:
             raise UserError(
                 f"An image of the data set at {str(stream.dataset.folder)!r} that could be decoded when it was "

@@ -1,20 +1,28 @@
-"""A small run for an objective: its trunk, what it may know, and a batch of random views."""
+"""A small run for an objective: its trunk, what it may know, what it must be given, and a batch of random views."""
 
 from __future__ import annotations
 
+import tempfile
+from functools import cache
+from pathlib import Path
 from typing import Any
 
 import numpy as np
+import pyarrow as pa
+import pyarrow.parquet as pq
 import torch
 
 from raysl import pretext
+from raysl.checkpoint import SaveConfig, Saver
 from raysl.objectives import Setup
 from raysl.pretext import Geometry, jigsaw
+from raysl.storage import Folder
 from raysl.stream.plan import Rows
 from raysl.stream.reader import Batch
 from raysl.trunk import Trunk, TrunkConfig, build
 
 N = 64
+_FOLDER = tempfile.TemporaryDirectory()
 
 
 def setup(transform: str = "", num_classes: int = 0) -> tuple[Trunk, Setup]:
@@ -44,3 +52,37 @@ def batch(objective: Any, b: int = 4, step: int = 0) -> Batch:
         views[name] = torch.randint(0, 256, shape, dtype=torch.uint8, generator=generator)
     rows = Rows((np.arange(b) + step * b) * 7 % N, np.zeros(b, np.int64))
     return Batch(step, rows, torch.arange(b) % 4, views, {})
+
+
+@cache
+def given(objective: str, num_images: int) -> dict[str, Any]:
+    """What the Config of an objective must be given, besides its defaults: labels of the images, a teacher."""
+    folder = Path(_FOLDER.name)
+    if objective == "clusterfit":
+        return {"labels": clusters(folder / f"{num_images}.parquet", np.arange(num_images) % 5)}
+    if objective == "distill":
+        return {"teacher": teacher(folder / "teacher")}
+    return {}
+
+
+def clusters(file: Path, clusters_n: Any, **metadata: str) -> str:
+    """A table of cluster ids, the images in another order than their index; returns its place."""
+    index = np.random.default_rng(0).permutation(len(clusters_n))
+    table = pa.table({"index": index, "cluster": np.asarray(clusters_n)[index]})
+    pq.write_table(table.replace_schema_metadata(metadata), file)
+    return str(file)
+
+
+def teacher(
+    folder: Path, method: str = "supervised", classes: int = 4, width: int = 192, step: int = 3
+) -> str:
+    """A run with one checkpoint, of random weights, whose classifier takes `width` features; returns its place."""
+    torch.manual_seed(step)
+    network = torch.nn.ModuleDict({"trunk": build(TrunkConfig())})
+    network["objective"] = torch.nn.ModuleDict({"classify": torch.nn.Linear(width, classes)})
+    run = Folder(str(folder))
+    run.write_json("passport.json", {"config": {"method": method, "trunk": {"name": "small"}}})
+    saver = Saver(run / "checkpoints", SaveConfig(), rank=0, world=1)
+    saver.save(step, {"network": network.state_dict()}, None)
+    saver.wait()
+    return str(run)

@@ -1,0 +1,123 @@
+"""Distillation: learn the softened answers of a trained network, the teacher.
+
+Hinton, Vinyals and Dean, "Distilling the Knowledge in a Neural Network", arXiv 1503.02531. With s and t the logits
+of student and teacher, y the label of the data set and T the temperature,
+
+    L = alpha * T^2 * KL(softmax(t / T) || softmax(s / T)) + (1 - alpha) * -log softmax(s)_y
+
+where T^2 keeps the gradient's scale when T changes. alpha = 1 needs no labels, and is what ClusterFit is compared
+with: distillation keeps the teacher's label space, where clusters lose it.
+
+The teacher is any raysl run whose objective classifies single views: supervised, clusterfit, distill, or predict with
+a transform of one crop. A teacher that knows turns of an image must be asked about turned images: "distill-rotation"
+shows teacher and student the same transformed view. It is frozen, in evaluation mode, and not saved with the run. It
+sees views of this run's size.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import Any
+
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from raysl.bank import MemoryBank
+from raysl.errors import Unset, UserError
+from raysl.objectives import Loss, Setup, _teacher
+from raysl.stream.reader import Batch
+from raysl.trunk import encode
+
+
+@dataclass(frozen=True)
+class Config:
+    """Dials of distillation.
+
+    Args:
+        teacher: folder of the run that teaches, a path or a URI.
+        step: of the teacher's checkpoint; 0 for the newest.
+        temperature: T, softens both answers (the paper: 2.5 to 4 for small students, 8 and more for large ones).
+        alpha: weight of the teacher's answers against the labels of the data set, in 0..1 (VISSL: 0.1).
+    """
+
+    teacher: str = ""
+    step: int = 0
+    temperature: float = 4.0
+    alpha: float = 1.0
+
+    def __post_init__(self) -> None:
+        if not self.temperature > 0:
+            raise UserError(f"distill.temperature is {self.temperature}; it must be more than 0, such as 4.")
+        if not 0 <= self.alpha <= 1:
+            raise UserError(
+                f"distill.alpha is {self.alpha}; it must be between 0 (labels only) and 1 (the teacher only)."
+            )
+
+
+class Distill(nn.Module):
+    """A linear classifier that learns what the teacher says of the same view."""
+
+    predicts = False
+    bank_dim = 0
+
+    def __init__(self, config: Config, setup: Setup) -> None:
+        super().__init__()
+        if not config.teacher:
+            raise Unset(
+                "The objective 'distill' needs a teacher. Give the folder of a trained run with --distill.teacher."
+            )
+        self.config = config
+        self.views = {"image": setup.pretext or setup.identity}
+        self.teacher = _teacher.load(config.teacher, config.step)
+        _, _, transforms = self.teacher.method.partition("-")
+        if transforms and setup.pretext is None:
+            raise UserError(
+                f"The teacher at {config.teacher!r} was trained by {self.teacher.method!r} and knows transformed "
+                f"images: of ordinary ones it says one and the same. Write the method as 'distill-{transforms}'."
+            )
+        classes = self.teacher.num_classes
+        if config.alpha < 1 and setup.num_classes != classes:
+            raise UserError(
+                f"distill.alpha is {config.alpha}, which learns from labels too, but the teacher tells {classes} "
+                f"classes and the data set has {setup.num_classes}. Use --distill.alpha 1, or a teacher of this data "
+                "set's labels."
+            )
+        self.classify = nn.Linear(setup.width, classes)
+
+    def forward(self, trunk: nn.Module, views: Mapping[str, Tensor]) -> dict[str, Tensor]:
+        """Logits (b, p, classes) of both, the teacher's without gradient."""
+        logits_bpk = self.classify(encode(trunk, views["image"]))
+        return {"logits": logits_bpk, "teacher": self.teacher.logits(views["image"])}
+
+    def loss(self, outputs: Mapping[str, Tensor], batch: Batch, bank: MemoryBank | None) -> Loss:
+        """The loss above, averaged over all crops of the batch."""
+        student_bpk, teacher_bpk = outputs["logits"].float(), outputs["teacher"].float()
+        loss = soft_targets(student_bpk, teacher_bpk, self.config.temperature).mean()
+        agree = (student_bpk.argmax(dim=2) == teacher_bpk.argmax(dim=2)).float().mean()
+        if self.config.alpha == 1:
+            return Loss(loss, {"agreement": agree})
+        assert batch.labels_b is not None
+        label_bp = batch.labels_b[:, None].expand(student_bpk.shape[:2])
+        of_labels = F.cross_entropy(student_bpk.flatten(0, 1), label_bp.flatten())
+        metrics = {"agreement": agree, "loss/teacher": loss.detach(), "loss/labels": of_labels.detach()}
+        return Loss(self.config.alpha * loss + (1 - self.config.alpha) * of_labels, metrics)
+
+    def describe(self) -> dict[str, Any]:
+        """Which weights teach."""
+        return {"teacher": self.teacher.facts}
+
+
+def soft_targets(student: Tensor, teacher: Tensor, temperature: float) -> Tensor:
+    """T^2 * KL(softmax(teacher / T) || softmax(student / T)) over the last axis.
+
+    Args:
+        student: logits, float32 (..., classes).
+        teacher: of the same shape.
+        temperature: T.
+
+    Returns:
+        (...).
+    """
+    log_s, log_t = (F.log_softmax(logits / temperature, dim=-1) for logits in (student, teacher))
+    return temperature**2 * (log_t.exp() * (log_t - log_s)).sum(dim=-1)
