@@ -34,6 +34,8 @@ BLOCK_BYTES = 4 << 20
 SEGMENT = 512
 # The column of a batch whose columns differ from step to step, which Arrow's do not.
 _PACKED = "packed"
+# Between two steps of the loop of Ray Data's executor.
+_LOOP_S = 0.01
 
 
 @dataclass(frozen=True)
@@ -155,6 +157,7 @@ class Stream:
         context.target_max_block_size = BLOCK_BYTES
         # A task must be able to finish ahead of its turn, or tasks beyond the first would wait for the trainer.
         context._max_num_blocks_in_streaming_gen_buffer = 64
+        context.custom_execution_callback_classes = [_Pause]
         context.enable_progress_bars = False
         context.print_on_execution_start = False
         # Not `ray.data.range`: its read tasks want a whole CPU each, which a small cluster cannot spare.
@@ -194,6 +197,27 @@ class Stream:
             if made.target is not None:
                 batch.targets[name] = made.target
         return batch
+
+
+class _Pause:
+    """Lets the loop of Ray Data's executor run a hundred times a second, and not as often as it can.
+
+    The loop waits for tasks with something new. A task that is ahead of the trainer always has something, so the wait
+    returns at once; the loop, a thread of the trainer, then takes half a core from the network.
+    """
+
+    def __init__(self) -> None:
+        self.last = 0.0
+
+    def on_execution_step(self, executor: object) -> None:
+        time.sleep(max(0.0, self.last + _LOOP_S - time.perf_counter()))
+        self.last = time.perf_counter()
+
+    def before_execution_starts(self, executor: object) -> None: ...
+
+    def after_execution_succeeds(self, executor: object) -> None: ...
+
+    def after_execution_fails(self, executor: object, error: Exception) -> None: ...
 
 
 @dataclass(frozen=True)
