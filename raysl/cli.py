@@ -11,7 +11,7 @@ from typing import Annotated, Any
 
 import tyro
 
-from raysl import cluster
+from raysl import cluster, recipes
 from raysl import methods as method_names
 from raysl.config import Pretraining
 from raysl.errors import UserError
@@ -28,27 +28,32 @@ def pretrain(arguments: Sequence[str]) -> None:
     print(f"The run is at {run.folder}. `raysl probe {run.folder} --train DATA --test DATA` measures it.")
 
 
+_RECIPE = "a published run at full scale, whose values stand for those flags that are not given."
+
+
 def parse_pretraining(arguments: Sequence[str], program: str) -> Pretraining:
     """The configuration that flags describe. The flags of a method's parts stand under the names of their files,
-    as in `--pirl.temperature 0.1 --jigsaw.num-permutations 100`.
+    as in `--pirl.temperature 0.1 --jigsaw.num-permutations 100`. `--recipe` gives the values of flags that are not
+    there.
 
     Raises:
-        UserError: a value is not allowed, or the method does not exist.
+        UserError: a value is not allowed, or the method or the recipe does not exist.
         SystemExit: a flag does not exist (2), or help was asked for (0).
     """
-    method = _peek(arguments, "--method", str(Pretraining.__dataclass_fields__["method"].default))
-    kinds = method_names.parse(method).config_types()
+    recipe = _peek(arguments, "--recipe", "")
+    base = recipes.load(recipe, "", "") if recipe else Pretraining("", "")
+    kinds = method_names.parse(_peek(arguments, "--method", base.method)).config_types()
     hints = typing.get_type_hints(Pretraining, include_extras=True)
-    fields: list[Any] = [
-        (f.name, hints[f.name], f) for f in dataclasses.fields(Pretraining) if f.name != "parts"
-    ]
-    fields += [(name, kind, dataclasses.field(default_factory=kind)) for name, kind in kinds.items()]
-    flags = dataclasses.make_dataclass("Flags", fields, frozen=True)
-    flags.__doc__ = Pretraining.__doc__
+    defaults = {f.name: getattr(base, f.name) for f in dataclasses.fields(base) if f.name != "parts"}
+    fields: list[Any] = [(name, hints.pop(name)) for name in ("data", "run")]
+    fields += [(name, hints[name], value) for name, value in defaults.items() if name in hints]
+    fields += [(name, kind, base.parts.get(name, kind())) for name, kind in kinds.items()]
+    flags = dataclasses.make_dataclass("Flags", [*fields, ("recipe", str, "")], frozen=True)
+    flags.__doc__ = f"{(Pretraining.__doc__ or '').rstrip()}\n        recipe: {_RECIPE}\n    "
     given: Any = tyro.cli(
         flags, prog=program, args=list(arguments), description=_first_line(Pretraining.__doc__)
     )
-    values = {f.name: getattr(given, f.name) for f in dataclasses.fields(given)}
+    values = {f.name: getattr(given, f.name) for f in dataclasses.fields(given) if f.name != "recipe"}
     parts = {name: values.pop(name) for name in kinds}
     return Pretraining(**values, parts=parts)
 
@@ -164,18 +169,22 @@ def views(arguments: Sequence[str]) -> None:
 
 @dataclass(frozen=True)
 class MethodsFlags:
-    """Lists objectives, pretext transforms and what combines with what."""
+    """Lists objectives, pretext transforms, what combines with what, and recipes."""
 
 
 def methods(arguments: Sequence[str]) -> None:
     """What there is: `raysl methods`."""
     tyro.cli(MethodsFlags, prog="raysl methods", args=list(arguments))
     from rich.console import Console
+    from rich.table import Table
 
     from raysl.grid import describe
 
+    listed = Table("recipe", "what it reproduces", title="Recipes: raysl pretrain --recipe RECIPE")
+    for name in recipes.names():
+        listed.add_row(name, recipes.summary(name))
     console = Console()
-    for part in describe():
+    for part in (*describe(), listed):
         console.print(part)
 
 

@@ -21,7 +21,7 @@ ROOMS = (
     *("losses", "collective", "permutations", "augment"),
     *("pretext", "views", "stream", "norm", "trunk", "bank", "negatives", "optim", "checkpoint"),
     *("ingest", "objectives", "methods"),
-    *("config", "run", "cluster", "progress", "train", "pretrain"),
+    *("config", "recipes", "run", "cluster", "progress", "train", "pretrain"),
     *("features", "probes", "probe", "grid", "pictures", "report"),
     *("doctor", "demo", "cli"),
     *("__init__", "__main__"),
