@@ -1,0 +1,159 @@
+"""Every method on the same images: the same trunk, schedule and number of images seen, probed beside an untrained one.
+
+Command:  python experiments/compare_methods.py --data DATA --out results/methods/cifar10 --runs RUNS
+Hardware: 2 CPU cores, 24 GB, no GPU; 2 Ray Train workers.
+Time:     2 to 4 minutes a run; 14 methods and 2 seeds take an hour or more. With --local: one method, one minute.
+Expect:   contrast against the memory bank ahead of prediction at the last layer; see results/methods.
+
+DATA has the splits "train" and "test", such as CIFAR-10 in Hugging Face's Parquet layout. What is in RUNS is not done
+again, so the same command goes on, and with another --images, --seeds or --methods it adds to the comparison.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass, field, replace
+from statistics import mean
+from typing import Any
+
+import tyro
+
+from raysl import cluster
+from raysl.config import Pretraining, ViewConfig
+from raysl.ingest import resolve
+from raysl.objectives.moco import Config as Moco
+from raysl.objectives.npid import Config as Npid
+from raysl.objectives.pirl import Config as Pirl
+from raysl.objectives.simclr import Config as Simclr
+from raysl.optim import OptimConfig
+from raysl.pretrain import pretrain
+from raysl.probe import probe, rows_of
+from raysl.run import Run, jsonl
+from raysl.storage import Folder
+from raysl.trunk import TrunkConfig
+
+# The dials in which a small trunk and a short run want something else than the papers' defaults.
+PIRL = {"pirl": Pirl(temperature=0.2, head="bn")}
+NPID = {"npid": Npid(temperature=0.2, head="bn")}
+METHODS: dict[str, dict[str, Any]] = {
+    "supervised": {},
+    "distill": {},
+    "predict-rotation": {},
+    "predict-jigsaw": {},
+    "predict-relative_position": {},
+    "predict-colorization": {},
+    "predict-inpainting": {},
+    "multitask-relative_position,colorization": {},
+    "npid": {"parts": NPID},
+    "pirl-rotation": {"parts": PIRL},
+    "pirl-jigsaw": {"parts": PIRL},
+    "pirl-rotation+jigsaw": {"parts": PIRL},
+    "simclr": {"parts": {"simclr": Simclr(temperature=0.2, norm="batch")}},
+    # A queue much longer than the data set would hold several keys of most images.
+    "moco": {"parts": {"moco": Moco(momentum=0.99, queue=2048)}},
+    "cpc-patch_grid": {"trunk": TrunkConfig(norm="group")},
+}
+
+
+@dataclass(frozen=True)
+class Flags:
+    """Pretrains and probes every method for each seed.
+
+    Args:
+        data: images with the splits "train" and "test".
+        out: where rows and table go, a path or a URI.
+        runs: where the runs are kept; the same place goes on.
+        methods: which of them; all by default.
+        seeds: one run each.
+        images: seen by every run, patches of one counted once.
+        image_size: side of an ordinary view in pixels.
+        workers: Ray Train workers.
+        local: one method on a few drawn images, to see that it works.
+    """
+
+    data: str = "shapes:50000"
+    out: str = "results/methods"
+    runs: str = "runs/methods"
+    methods: tuple[str, ...] = field(default_factory=lambda: tuple(METHODS))
+    seeds: tuple[int, ...] = (0, 1)
+    images: int = 51_200
+    image_size: int = 32
+    workers: int = 2
+    local: bool = False
+
+
+def main(flags: Flags) -> None:
+    """Runs what is missing; rows and table are written after every run."""
+    cluster.start()
+    if flags.local:
+        flags = replace(flags, data="shapes:2000", methods=("predict-rotation",), seeds=(0,), images=4000)
+    train, test = splits(flags.data)
+    runs = Folder(flags.runs)
+    rows: list[dict[str, Any]] = []
+    for seed in flags.seeds:
+        for method in flags.methods:
+            config = settings(flags, method, seed, train, runs)
+            found = one(config, train, test, runs / "features")
+            rows += [{**row, "method": method, "images": flags.images} for row in found]
+            Folder(flags.out).write("rows.jsonl", jsonl(rows))
+            Folder(flags.out).write("table.md", table(rows).encode())
+    print(table(rows))
+
+
+def settings(flags: Flags, method: str, seed: int, train: str, runs: Folder) -> Pretraining:
+    """The run of a method. Distillation learns from the supervised run of the same seed."""
+    own = dict(METHODS.get(method, {}))
+    if method == "distill":
+        own["parts"] = {"distill": {"teacher": str(runs / f"supervised-{seed}")}}
+    return Pretraining(
+        data=train,
+        run=str(runs / f"{method}-{seed}"),
+        method=method,
+        epochs=flags.images / resolve(train).num_images,
+        batch_size=128,
+        workers=flags.workers,
+        seed=seed,
+        view=ViewConfig(image_size=flags.image_size),
+        optim=OptimConfig(lr=0.12, warmup=0.05),
+        **own,
+    )
+
+
+def one(config: Pretraining, train: str, test: str, features: Folder) -> list[dict[str, Any]]:
+    """The rows of a run, which is trained and probed where that has not been done."""
+    run = Run(Folder(config.run))
+    if not (rows := rows_of(run)):
+        print(f"{config.method}, seed {config.seed}", flush=True)
+        rows = probe(pretrain(config), train, test, encoders=("trained", "random"), cache=features)
+    return rows
+
+
+def splits(data: str) -> tuple[str, str]:
+    """Train and test."""
+    return (data, "shapes:1000#test") if data.startswith("shapes:") else (f"{data}#train", f"{data}#test")
+
+
+def table(rows: list[dict[str, Any]]) -> str:
+    """Markdown: a line for each method, percent, the mean over seeds and in brackets each of them."""
+    lines = ["| method | kNN | untrained | linear | untrained |", "|---|---|---|---|---|"]
+    for method in dict.fromkeys(row["method"] for row in rows):
+        cells = [
+            _cell([row for row in rows if row["method"] == method], probe, encoder)
+            for probe in ("knn", "linear")
+            for encoder in ("trained", "random")
+        ]
+        lines.append(f"| {method} | {' | '.join(cells)} |")
+    return "\n".join(lines) + "\n"
+
+
+def _cell(rows: list[Mapping[str, Any]] | list[dict[str, Any]], probe: str, encoder: str) -> str:
+    values = [
+        100 * row["value"]
+        for row in rows
+        if row["headline"] and row["probe"] == probe and row["encoder"] == encoder
+    ]
+    return f"{mean(values):.1f} ({', '.join(f'{value:.1f}' for value in values)})" if values else ""
+
+
+if __name__ == "__main__":
+    main(tyro.cli(Flags))
