@@ -6,7 +6,8 @@ import importlib
 import inspect
 
 import torch
-from rich.table import Table
+from rich import box
+from rich.table import Column, Table
 
 from raysl import methods, objectives, pretext
 from raysl.errors import Unset, UserError
@@ -27,7 +28,10 @@ def describe() -> list[Table]:
     for name in pretext.names():
         parts.add_row("transform", name, _summary(f"{pretext.__name__}.{name}"))
     transforms = ("", *pretext.names())
-    grid = Table("transform", *methods.objective_names(), title=_TITLE)
+    # Narrow enough for 80 columns of text, with every name whole.
+    columns = (Column(name, overflow="fold") for name in methods.objective_names())
+    first = Column("transform", no_wrap=True)
+    grid = Table(first, *columns, title=_TITLE, box=box.SIMPLE_HEAD, padding=(0, 1, 0, 0), pad_edge=False)
     reasons: dict[str, list[str]] = {}
     for transform in transforms:
         answers = {name: combines(name, transform) for name in methods.objective_names()}
