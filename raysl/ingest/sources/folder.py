@@ -1,7 +1,8 @@
 """A folder of image files, with class folders or without, at any URI.
 
 When every image lies exactly one folder deep, the folders are the classes, in sorted order; else the images have no
-labels. A folder whose only folders are splits (train, val, ...) is read one split at a time.
+labels. A folder whose only folders are splits (train, val, ...) is read one split at a time. Files whose names do not
+end like an image's are listed with the images that cannot be decoded.
 """
 
 from __future__ import annotations
@@ -10,7 +11,7 @@ from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
 
 from raysl.errors import UserError
-from raysl.ingest.listing import SPLITS, File, files_below, folders_in, is_folder, stamp
+from raysl.ingest.listing import SPLITS, files_below, folders_in, is_folder, stamp
 from raysl.ingest.sources import Confidence, Place, Row, Unit, UnitSize, choose_split
 from raysl.storage import filesystem
 
@@ -43,10 +44,7 @@ class Source:
         self.classes: tuple[str, ...] | None = ()
 
     def stamp(self) -> str:
-        return stamp(self._images())
-
-    def _images(self) -> Iterator[File]:
-        return (file for file in files_below(self._root) if _is_image(file))
+        return stamp(files_below(self._root))
 
     def units(self, size: UnitSize) -> Iterator[Unit]:
         classes: list[str] = []
@@ -54,18 +52,21 @@ class Source:
         paths: list[str] = []
         labels: list[int] = []
         num_bytes = 0
-        for file in self._images():
+        if not any(_is_image(file.path) for file in files_below(self._root)):
+            return
+        for file in files_below(self._root):
             if paths and (len(paths) >= size.num_images or num_bytes + file.num_bytes > size.num_bytes):
                 yield self._unit(paths, labels)
                 paths, labels, num_bytes = [], [], 0
-            folders = file.path.split("/")[:-1]
-            one_deep = one_deep and len(folders) == 1
-            # The walk is sorted: all images of a class come one after another.
-            if one_deep and classes[-1:] != folders:
-                classes += folders
+            if _is_image(file.path):
+                folders = file.path.split("/")[:-1]
+                one_deep = one_deep and len(folders) == 1
+                # The walk is sorted: all images of a class come one after another.
+                if one_deep and classes[-1:] != folders:
+                    classes += folders
+                num_bytes += file.num_bytes
             paths.append(file.path)
             labels.append(len(classes) - 1)
-            num_bytes += file.num_bytes
         if paths:
             yield self._unit(paths, labels)
         self.labelled = one_deep
@@ -80,11 +81,11 @@ def _splits(uri: str) -> list[str]:
     folders = folders_in(uri)
     if not all(name.lower() in SPLITS for name in folders):
         return []
-    return [] if any(_is_image(file) for file in files_below(uri, depth=1)) else folders
+    return [] if any(_is_image(file.path) for file in files_below(uri, depth=1)) else folders
 
 
-def _is_image(file: File) -> bool:
-    return file.path.lower().endswith(EXTENSIONS)
+def _is_image(path: str) -> bool:
+    return path.lower().endswith(EXTENSIONS)
 
 
 def read(unit: Unit) -> Iterator[Row]:
@@ -92,6 +93,10 @@ def read(unit: Unit) -> Iterator[Row]:
     paths, labels = unit.spec["paths"], unit.spec["labels"]
 
     def load(path: str, label: int) -> Row:
+        if not _is_image(path):
+            return Row(
+                None, label, path, "is not named as an image; rename it to end in .jpg, .png or the like"
+            )
         try:
             with fs.open_input_file(f"{root}/{path}") as file:
                 return Row(file.read(), label, path)
