@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -11,12 +12,22 @@ import numpy as np
 import pytest
 import torch
 
-from raysl import features
 from raysl.checkpoint import SaveConfig, Saver
 from raysl.config import Pretraining, ViewConfig
 from raysl.dataset import SHARDS, DataSet
 from raysl.errors import UserError
-from raysl.features import Encode, FeatureProtocol, Pixels, Trained, Untrained, extract, labels, pool
+from raysl.features import (
+    Encode,
+    FeatureProtocol,
+    Pixels,
+    Trained,
+    Untrained,
+    extract,
+    extraction,
+    labels,
+    pool,
+)
+from raysl.features.table import DONE, file
 from raysl.objectives.pirl import Config as Pirl
 from raysl.run import Run
 from raysl.storage import Folder
@@ -34,7 +45,7 @@ def dataset(tmp_path_factory: pytest.TempPathFactory) -> DataSet:
 
 @pytest.fixture(autouse=True)
 def _small_parts(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(features, "_PART_IMAGES", 40)
+    monkeypatch.setattr(extraction, "_PART_IMAGES", 40)
 
 
 def make_run(dataset: DataSet, folder: Path) -> tuple[Run, Network]:
@@ -83,7 +94,9 @@ def test_equal_to_a_direct_call_of_the_network(ray_session: None, dataset: DataS
 
 
 def test_large_views_are_shrunk_before_their_pixels_are_compared() -> None:
-    made = Pixels().load(torch.device("cpu"))(torch.full((2, 3, 224, 224), 255, dtype=torch.uint8))
+    made = Pixels().load(torch.device("cpu"), ("pooled",))(
+        torch.full((2, 3, 224, 224), 255, dtype=torch.uint8)
+    )
     assert made["pooled"].shape == (2, 3 * 32 * 32)
     assert torch.allclose(made["pooled"], torch.tensor(0.5))
 
@@ -100,7 +113,7 @@ class Stub:
     def identity(self) -> dict[str, Any]:
         return {"encoder": "stub"}
 
-    def load(self, device: torch.device) -> Encode:
+    def load(self, device: torch.device, layers: Sequence[str]) -> Encode:
         return self.encode
 
     def encode(self, images_bchw: torch.Tensor) -> dict[str, torch.Tensor]:
@@ -123,8 +136,8 @@ def test_what_is_there_is_not_computed_again(ray_session: None, dataset: DataSet
     (tmp_path / "trap").touch()
     np.testing.assert_array_equal(extract(stub, dataset, SEEN, cache).load(), table.load())
     # Interrupted: the mark and one part are missing, so that one is computed, and this encoder cannot.
-    table.folder.delete(features.DONE)
-    lost = f"pooled-{table.parts[1][0]:010d}-{table.parts[1][1]:010d}.npy"
+    table.folder.delete(DONE)
+    lost = file(table.parts[1])
     table.folder.delete(lost)
     kept = sorted(set(table.folder.list()))
     with pytest.raises(UserError, match="trap"):
@@ -134,7 +147,7 @@ def test_what_is_there_is_not_computed_again(ray_session: None, dataset: DataSet
     before = {name: table.folder.read(name) for name in kept}
     np.testing.assert_allclose(extract(stub, dataset, SEEN, cache).load(), means(dataset), rtol=1e-5)
     assert {name: table.folder.read(name) for name in kept} == before
-    assert {lost, features.DONE} <= set(table.folder.list())
+    assert {lost, DONE} <= set(table.folder.list())
 
 
 @pytest.mark.ray
@@ -178,7 +191,7 @@ def test_a_damaged_checkpoint_or_shard_is_named(ray_session: None, dataset: Data
 @pytest.mark.ray
 def test_a_damaged_part_is_named(ray_session: None, dataset: DataSet, tmp_path: Path) -> None:
     table = extract(Pixels(), dataset, SEEN, Folder(str(tmp_path)))
-    name = next(name for name in table.folder.list() if name.endswith(".npy"))
+    name = next(name for name in table.folder.list() if name.endswith(".parquet"))
     table.folder.write(name, table.folder.read(name)[:-7])
     with pytest.raises(UserError, match="damaged"):
         table.load()
@@ -190,7 +203,7 @@ def test_an_unknown_layer_answers_with_the_nearest(dataset: DataSet, tmp_path: P
 
 
 def test_parts_are_whole_row_groups_and_hold_every_image_once(dataset: DataSet) -> None:
-    parts = features._parts(dataset)
+    parts = extraction._parts(dataset)
     assert [first for first, _ in parts] == [0, *(end for _, end in parts[:-1])]
     assert parts[-1][1] == dataset.num_images
     assert {edge for part in parts for edge in part} <= set(dataset.row_group_starts.tolist())

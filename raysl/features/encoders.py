@@ -1,0 +1,308 @@
+"""Encoders: what turns images into features. Runs, weights of torchvision and timm, untrained networks, pixels."""
+
+from __future__ import annotations
+
+import hashlib
+import io
+import re
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import asdict, dataclass
+from typing import Any, Protocol
+
+import torch
+from torch import Tensor, nn
+from torch.nn.functional import interpolate
+
+from raysl import checkpoint, rng, trunk
+from raysl.checkpoint import Checkpoint
+from raysl.errors import UserError, unknown
+from raysl.run import PASSPORT, Run
+from raysl.storage import Folder
+from raysl.trunk import TrunkConfig
+
+Encode = Callable[[Tensor], Mapping[str, Tensor]]
+
+TIMM = "timm/"
+_PIXELS_SIZE = 32
+# What holds the weights in files of other projects.
+_NESTED = ("state_dict", "model", "network", "teacher")
+
+
+class Encoder(Protocol):
+    """Turns images into features. Small and picklable: weights are loaded where they are used.
+
+    Attributes:
+        name: what it is called in tables.
+        layers: what it can give.
+    """
+
+    @property
+    def name(self) -> str: ...
+
+    @property
+    def layers(self) -> tuple[str, ...]: ...
+
+    def identity(self) -> dict[str, Any]:
+        """A JSON value; encoders with equal identities give equal features."""
+        ...
+
+    def load(self, device: torch.device, layers: Sequence[str]) -> Encode:
+        """The function from uint8 images (b, 3, s, s) on the device to float features (b, d) by layer."""
+        ...
+
+
+@dataclass(frozen=True)
+class Trained:
+    """The trunk of a run as it is in one of its checkpoints."""
+
+    run: Run
+    checkpoint: Checkpoint
+    name: str = "trained"
+
+    @property
+    def layers(self) -> tuple[str, ...]:
+        return tuple(_places(_skeleton(self.run.config().trunk)))
+
+    def identity(self) -> dict[str, Any]:
+        """Step and checksum of the weights."""
+        return {
+            "encoder": self.name,
+            "trunk": asdict(self.run.config().trunk),
+            "step": self.checkpoint.step,
+            "crc32": self.checkpoint.crc32(),
+        }
+
+    def load(self, device: torch.device, layers: Sequence[str]) -> Encode:
+        """Raises UserError when the checkpoint is damaged."""
+        body = trunk.build(self.run.config().trunk)
+        state = self.checkpoint.state()["network"]
+        body.load_state_dict(
+            {n.removeprefix("trunk."): v for n, v in state.items() if n.startswith("trunk.")}
+        )
+        return _frozen(body, device, layers)
+
+
+@dataclass(frozen=True)
+class Untrained:
+    """The trunk of a run before its first step: what the architecture gives without any learning."""
+
+    run: Run
+    name: str = "random"
+
+    @property
+    def layers(self) -> tuple[str, ...]:
+        return tuple(_places(_skeleton(self.run.config().trunk)))
+
+    def identity(self) -> dict[str, Any]:
+        """Trunk and seed, from which the weights follow."""
+        config = self.run.config()
+        return {"encoder": self.name, "trunk": asdict(config.trunk), "seed": config.seed}
+
+    def load(self, device: torch.device, layers: Sequence[str]) -> Encode:
+        """Builds exactly the trunk that training started from."""
+        config = self.run.config()
+        return RandomTrunk(config.trunk, config.seed).load(device, layers)
+
+
+@dataclass(frozen=True)
+class RandomTrunk:
+    """A trunk with the weights that a run with this seed begins with."""
+
+    config: TrunkConfig
+    seed: int
+    name: str = "random"
+
+    @property
+    def layers(self) -> tuple[str, ...]:
+        return tuple(_places(_skeleton(self.config)))
+
+    def identity(self) -> dict[str, Any]:
+        """Trunk and seed."""
+        return {"encoder": self.name, "trunk": asdict(self.config), "seed": self.seed}
+
+    def load(self, device: torch.device, layers: Sequence[str]) -> Encode:
+        with torch.random.fork_rng(devices=[]):
+            torch.manual_seed(rng.key(self.seed, "weights") >> 1)  # as train.Network begins
+            body = trunk.build(self.config)
+        return _frozen(body, device, layers)
+
+
+@dataclass(frozen=True)
+class Weights:
+    """A trunk with the weights in a file, under the names of torchvision or timm. A classifier in it is left out.
+
+    Args:
+        file: made by `torch.save`: a state dict, or a dict that holds one. A path or a URI.
+        config: the trunk; "timm/NAME" for one of timm, whose images are normalised as torchvision's.
+    """
+
+    file: str
+    config: TrunkConfig
+    name: str = "weights"
+
+    @property
+    def layers(self) -> tuple[str, ...]:
+        return tuple(_places(self._build()))
+
+    def identity(self) -> dict[str, Any]:
+        """Trunk and a hash of the file."""
+        digest = hashlib.blake2b(self._read(), digest_size=8).hexdigest()
+        return {"encoder": self.name, "trunk": asdict(self.config), "weights": digest}
+
+    def load(self, device: torch.device, layers: Sequence[str]) -> Encode:
+        """Raises UserError when the file holds no weights, or those of another network."""
+        body = self._build()
+        try:
+            state = torch.load(io.BytesIO(self._read()), map_location="cpu", weights_only=True)
+            while nested := next((key for key in _NESTED if isinstance(state.get(key), Mapping)), None):
+                state = state[nested]
+            state = {name.removeprefix("module."): value for name, value in state.items()}
+        except Exception as error:  # torch raises many kinds
+            raise UserError(
+                f"The file {self.file!r} holds no weights that torch can load safely: {error}. Give a state dict that "
+                "was written by torch.save."
+            ) from error
+        wanted = {name for name in body.body.state_dict() if not name.endswith("num_batches_tracked")}
+        missing = sorted(wanted - set(state))
+        if missing:
+            raise UserError(
+                f"The file {self.file!r} lacks {len(missing)} weights of the trunk {self.config.name!r}, the "
+                f"first being {missing[0]!r}. Give the trunk that it was made for with --trunk.name and --trunk.stem."
+            )
+        try:
+            body.body.load_state_dict(state, strict=False)
+        except RuntimeError as error:
+            raise UserError(
+                f"The weights in {self.file!r} do not fit the trunk {self.config.name!r}: {error}. Give the trunk that "
+                "they were made for with --trunk.name."
+            ) from error
+        return _frozen(body, device, layers)
+
+    def _read(self) -> bytes:
+        place, _, name = self.file.rpartition("/")
+        return Folder(place or ".").read(name)
+
+    def _build(self) -> trunk.Trunk:
+        if self.config.name.startswith(TIMM):
+            return _timm(self.config.name.removeprefix(TIMM))
+        return trunk.build(self.config)
+
+
+@dataclass(frozen=True)
+class Pixels:
+    """The pixels themselves, in -0.5 .. 0.5; views above 32 pixels are shrunk to 32, which gives 3,072 features."""
+
+    name: str = "pixels"
+    layers: tuple[str, ...] = ("pooled",)
+
+    def identity(self) -> dict[str, Any]:
+        """Nothing is learned."""
+        return {"encoder": self.name}
+
+    def load(self, device: torch.device, layers: Sequence[str]) -> Encode:
+        """The function; it needs no weights."""
+        return _pixels
+
+
+def named(name: str, config: TrunkConfig, seed: int = 0) -> Encoder:
+    """The encoder that a user names.
+
+    Args:
+        name: folder of a run, for its newest checkpoint; `RUN/checkpoints/step-NNN` for another; a file of weights;
+            "random" for an untrained trunk; "pixels".
+        config: the trunk of a file of weights, or of "random".
+        seed: of "random".
+
+    Raises:
+        UserError: nothing of these lies there, or the run has no complete checkpoint.
+    """
+    if name == "random":
+        return RandomTrunk(config, seed)
+    if name == "pixels":
+        return Pixels()
+    name = name.rstrip("/")
+    if Folder(name).exists(PASSPORT):
+        run = Run.open(name)
+        return Trained(run, run.newest())
+    inside = re.fullmatch(r"(.+)/checkpoints/step-(\d+)", name)
+    if inside:
+        run = Run.open(inside[1])
+        there = {found.step: found for found in checkpoint.complete(run.checkpoints)}
+        if int(inside[2]) not in there:
+            raise unknown(
+                f"checkpoint of the run {inside[1]!r}", f"step-{inside[2]}", (f"step-{s:09d}" for s in there)
+            )
+        return Trained(run, there[int(inside[2])])
+    place, _, file = name.rpartition("/")
+    try:
+        Folder(place or ".").open(file).close()
+    except OSError as error:
+        raise UserError(
+            f"There is no checkpoint at {name!r}. Give the folder of a run, RUN/checkpoints/step-NNN, a file of "
+            "weights together with --trunk.name, 'random' or 'pixels'."
+        ) from error
+    return Weights(name, config)
+
+
+def _timm(name: str) -> trunk.Trunk:
+    try:
+        import timm
+    except ImportError as error:
+        raise UserError(
+            f"The trunk {TIMM + name!r} is one of the package timm, which is not installed: install timm."
+        ) from error
+    if name not in timm.list_models():
+        raise unknown("trunk of timm", name, timm.list_models())
+    body = timm.create_model(name, pretrained=False, num_classes=0)
+    return trunk.Trunk(body, int(body.num_features))
+
+
+def _skeleton(config: TrunkConfig) -> trunk.Trunk:
+    """The trunk without weights."""
+    with torch.device("meta"):
+        return trunk.build(config)
+
+
+def _places(body: trunk.Trunk) -> dict[str, str]:
+    """Names of layers and of their modules. "pooled" is the output of the trunk; res2 and on are the stages of residual
+    networks, as in VISSL; what lies directly inside the network has the name that it has there."""
+    inside = [name for name, _ in body.body.named_children()]
+    stages = {f"res{int(name[5:]) + 1}": f"body.{name}" for name in inside if re.fullmatch(r"layer\d", name)}
+    return {"pooled": "", **stages, **{name: f"body.{name}" for name in inside}}
+
+
+def _frozen(body: trunk.Trunk, device: torch.device, layers: Sequence[str]) -> Encode:
+    # eval() and not only no gradients: batch statistics would make features depend on their batch-mates.
+    body = body.eval().to(device, memory_format=torch.channels_last)  # type: ignore[call-overload]
+    made: dict[str, Tensor] = {}
+    places = _places(body)
+    for layer in set(layers) - {"pooled"}:
+        body.get_submodule(places[layer]).register_forward_hook(_keep(made, layer))
+
+    def encode(images_bchw: Tensor) -> dict[str, Tensor]:
+        pooled = body(images_bchw.contiguous(memory_format=torch.channels_last))
+        return {**made, "pooled": pooled}
+
+    return encode
+
+
+def _keep(made: dict[str, Tensor], layer: str) -> Callable[[nn.Module, Any, Any], None]:
+    def hook(module: nn.Module, inputs: Any, output: Any) -> None:
+        # At once: the next layer may work in place.
+        made[layer] = _over_places(output)
+
+    return hook
+
+
+def _over_places(output: Tensor) -> Tensor:
+    """(b, d) from (b, d, h, w), from tokens (b, t, d) or from (b, d): the mean over places."""
+    if output.ndim == 4:
+        return output.mean((2, 3))
+    return output.mean(1) if output.ndim == 3 else output.flatten(1).clone()
+
+
+def _pixels(images_bchw: Tensor) -> dict[str, Tensor]:
+    if images_bchw.shape[2] > _PIXELS_SIZE:
+        size = (_PIXELS_SIZE, _PIXELS_SIZE)
+        images_bchw = interpolate(images_bchw.float(), size, mode="bilinear", antialias=True)
+    return {"pooled": images_bchw.flatten(1).float() / 255 - 0.5}

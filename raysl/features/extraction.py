@@ -1,0 +1,233 @@
+"""Frozen features of a data set: computed once by actors that hold the encoder, kept in parts, resumable.
+
+An image is seen as the evaluation sees it: no augmentation, the centre of the image, batch normalisation in
+evaluation mode. Only ranges of indices travel through Ray; images are read where they are encoded, and features are
+written where they are made.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import inspect
+import json
+import os
+from collections.abc import Mapping, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import asdict, dataclass, field
+from functools import cached_property
+from typing import Any
+
+import numpy as np
+import numpy.typing as npt
+import torch
+from torch import Tensor
+
+from raysl import trunk
+from raysl.dataset import DataSet
+from raysl.errors import UserError, unknown
+from raysl.features import encoders
+from raysl.features.encoders import Encode, Encoder
+from raysl.features.table import DONE, FeatureForm, FeatureProtocol, FeatureTable, Floats, Part, file, write
+from raysl.storage import Folder
+from raysl.stream import decode
+
+_PART_IMAGES = 4096
+_PART_BYTES = 32 << 20
+_BATCH = 128
+_ATTEMPTS = 3
+
+
+def extract(source: Encoder, dataset: DataSet, protocol: FeatureProtocol, cache: Folder) -> FeatureTable:
+    """The features of every image, as float32. Parts that are there from an earlier call are not computed again. Ray
+    must run.
+
+    Args:
+        source: the encoder.
+        dataset: the images; labels are not looked at.
+        protocol: size of the view, and layers.
+        cache: features are put into a folder inside, whose name follows from the encoder, the images and the protocol.
+
+    Raises:
+        UserError: a layer does not exist, the data set has no images or is damaged, a checkpoint is damaged, or the
+            cache cannot be written.
+    """
+    facts = describe(source, dataset, protocol)
+    key = hashlib.blake2b(json.dumps(facts, sort_keys=True).encode(), digest_size=8).hexdigest()
+    folder = cache / f"{source.name}-{key}"
+    table = compute(source, dataset, protocol, FeatureForm(), folder)
+    if not folder.exists(DONE):
+        folder.write_json(DONE, {**facts, "parts": table.parts})
+    return table
+
+
+def describe(source: Encoder, dataset: DataSet, protocol: FeatureProtocol) -> dict[str, Any]:
+    """A JSON value of all that features depend on.
+
+    Raises:
+        UserError: a layer does not exist, or the data set has no images.
+    """
+    known = source.layers
+    for layer in protocol.layers:
+        if layer not in known:
+            raise unknown(f"layer of the {source.name} encoder", layer, known)
+    if dataset.num_images == 0:
+        raise UserError(
+            f"The data set at {str(dataset.folder)!r} has no images. Ingest a source that has some."
+        )
+    return {
+        "encoder": source.identity(),
+        "fingerprint": dataset.manifest.fingerprint,
+        "protocol": asdict(protocol),
+        "code": _code(),
+    }
+
+
+def compute(
+    source: Encoder, dataset: DataSet, protocol: FeatureProtocol, form: FeatureForm, folder: Folder
+) -> FeatureTable:
+    """Computes the parts that are not in the folder. Whose features lie there is the caller's business."""
+    parts = _parts(dataset)
+    if not folder.exists(DONE):
+        _complete(_Extract(source, dataset, protocol, form, folder), parts)
+    return FeatureTable(folder, tuple(parts), protocol.layers)
+
+
+def _code() -> str:
+    """A hash of what features depend on besides their protocol: the code that makes them, and torch."""
+    source = "".join(inspect.getsource(module) for module in (decode, trunk, encoders))
+    return hashlib.blake2b(f"{torch.__version__}\n{source}".encode(), digest_size=8).hexdigest()
+
+
+def _parts(dataset: DataSet) -> list[Part]:
+    """Ranges of indices made of whole row groups, of limited length and number of bytes. Pure."""
+    bytes_per_image = dataset.manifest.num_bytes / dataset.num_images
+    most = max(1, min(_PART_IMAGES, int(_PART_BYTES / bytes_per_image)))
+    ends = dataset.row_group_starts[1:].tolist()
+    parts, first = [], 0
+    for end, after in zip(ends, [*ends[1:], None], strict=True):
+        if after is None or after - first > most:
+            parts.append((first, end))
+            first = end
+    return parts
+
+
+def _complete(work: _Extract, parts: Sequence[Part]) -> None:
+    """Computes the parts that are not there, and again those that an actor or a node took with it when it died."""
+    for attempt in range(_ATTEMPTS):
+        there = set(work.folder.list())
+        missing = [part for part in parts if file(part) not in there]
+        if not missing:
+            return
+        try:
+            _compute(work, missing)
+            return
+        except UserError:
+            raise
+        except Exception:
+            if attempt == _ATTEMPTS - 1:
+                raise
+
+
+def _compute(work: _Extract, parts: Sequence[Part]) -> None:
+    """Runs a pool of actors over the parts."""
+    import ray.data
+
+    size, resources = pool(ray.cluster_resources())
+    context = ray.data.DataContext.get_current()
+    context.enable_progress_bars = False
+    context.print_on_execution_start = False
+    # From items and not from a range: no read tasks, which would wait for CPUs that the actors hold.
+    items = ray.data.from_items([{"part": part} for part in parts], override_num_blocks=len(parts))
+    done = items.map_batches(
+        _Actor,
+        fn_constructor_args=(work,),
+        batch_size=None,
+        compute=ray.data.ActorPoolStrategy(min_size=1, max_size=min(size, len(parts))),
+        # Ray would restart an actor from arguments that may be gone, and says so on every start. `_complete` retries.
+        ray_remote_args_fn=lambda: {"max_restarts": 0, "max_task_retries": 0},
+        **resources,
+    )
+    errors = [row["error"] for row in done.iter_rows() if row["error"]]
+    if errors:
+        raise UserError(errors[0])
+
+
+def pool(resources: Mapping[str, float]) -> tuple[int, dict[str, float]]:
+    """How many actors extract, and what each of them takes: half of the CPUs, so that others are never shut out.
+
+    Args:
+        resources: {"CPU": n, "GPU": n} of the cluster.
+    """
+    cpus, gpus = float(resources.get("CPU", 0)), int(resources.get("GPU", 0))
+    size = gpus or max(1, int(cpus))
+    share = {"num_cpus": int(500 * cpus / size) / 1000}
+    return size, {**share, "num_gpus": 1} if gpus else share
+
+
+@dataclass(frozen=True)
+class _Extract:
+    """What an actor is given."""
+
+    source: Encoder
+    dataset: DataSet
+    protocol: FeatureProtocol
+    form: FeatureForm
+    folder: Folder
+
+
+@dataclass
+class _Actor:
+    """Holds the encoder and turns ranges of indices into files of features."""
+
+    work: _Extract
+    device: torch.device = field(default_factory=lambda: _device())
+
+    @cached_property
+    def encode(self) -> Encode:
+        # Not in the constructor, where Ray would start the actor again instead of handing on the error.
+        return self.work.source.load(self.device, self.work.protocol.layers)
+
+    @cached_property
+    def threads(self) -> ThreadPoolExecutor:
+        # Decoding is the slow part beside an accelerator; without one there is an actor for every CPU.
+        count = 1 if self.device.type == "cpu" else max(1, (os.cpu_count() or 1) // torch.cuda.device_count())
+        return ThreadPoolExecutor(count)
+
+    def __call__(self, batch: dict[str, npt.NDArray[Any]]) -> dict[str, npt.NDArray[Any]]:
+        error = ""
+        for first, end in batch["part"].tolist():
+            try:
+                self.write((first, end))
+            except UserError as mendable:
+                error = str(mendable)
+        # As a value: Ray Data would leave the actors of a pipeline that failed alive, and with them their CPUs.
+        return {"error": np.array([error], dtype=object)}
+
+    def write(self, part: Part) -> None:
+        """Computes one part and writes its file."""
+        table = self.work.dataset.read(np.arange(*part, dtype=np.int64), ("image",))
+        images = table.column("image").to_pylist()
+        batches = [images[i : i + _BATCH] for i in range(0, len(images), _BATCH)]
+        made: dict[str, list[Floats]] = {layer: [] for layer in self.work.protocol.layers}
+        for pixels_bchw in self.threads.map(self.view, batches):
+            with torch.inference_mode():
+                features = self.encode(pixels_bchw.to(self.device))
+            for layer, values in made.items():
+                values.append(features[layer].float().cpu().numpy())
+        joined = {layer: np.concatenate(values) for layer, values in made.items()}
+        write(self.work.folder, part, joined, self.work.form)
+
+    def view(self, images: list[bytes]) -> Tensor:
+        """The evaluation view of encoded images."""
+        try:
+            return decode.centre(images, self.work.protocol.image_size)
+        except decode.DecodeError as error:
+            raise UserError(
+                f"An image of the data set at {str(self.work.dataset.folder)!r} that could be decoded when it was "
+                f"ingested no longer can: {error}. A shard is damaged; ingest the source again."
+            ) from error
+
+
+def _device() -> torch.device:
+    """The GPU that Ray has assigned, or the CPU."""
+    return torch.device("cuda" if torch.cuda.is_available() else "cpu")
