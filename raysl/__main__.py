@@ -14,6 +14,9 @@ VERBS = {
     "ingest": "turn any source of images into an indexed data set",
     "pretrain": "learn a representation from images without labels",
     "probe": "measure what a run has learned, beside the untrained network and raw pixels",
+    "features": "the features of every image by any checkpoint, as Parquet",
+    "cluster": "k-means of features over Ray actors",
+    "clusterfit": "features, clusters, and a new network that predicts them",
     "views": "a picture of what a method sees",
     "methods": "list objectives, pretext transforms and what combines with what",
     "doctor": "versions, resources, the time of each stage, and what limits the speed",
@@ -25,7 +28,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
     given = list(sys.argv[1:] if arguments is None else arguments)
     if not given or given[0] in ("-h", "--help"):
         print("usage: raysl VERB [flags]      `raysl VERB --help` lists the flags of a verb\n")
-        print("\n".join(f"  {name:<10}{what}" for name, what in VERBS.items()))
+        print("\n".join(f"  {name:<11}{what}" for name, what in VERBS.items()))
         return
     try:
         if given[0] not in VERBS:

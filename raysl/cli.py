@@ -11,12 +11,15 @@ from typing import Annotated, Any
 
 import tyro
 
-from raysl import cluster, recipes
+from raysl import cluster as ray_cluster
 from raysl import methods as method_names
+from raysl import recipes
 from raysl.config import Pretraining
 from raysl.errors import UserError
+from raysl.features import FeaturesConfig
 from raysl.ingest import IngestConfig, resolve
 from raysl.ingest import ingest as make_dataset
+from raysl.kmeans import KMeansConfig
 
 
 def pretrain(arguments: Sequence[str]) -> None:
@@ -90,7 +93,7 @@ class IngestFlags:
 def ingest(arguments: Sequence[str]) -> None:
     """Makes a data set: `raysl ingest SOURCE DEST`."""
     given = tyro.cli(IngestFlags, prog="raysl ingest", args=list(arguments))
-    cluster.start()
+    ray_cluster.start()
     dataset = make_dataset(given.source, given.dest, given.config)
     manifest = dataset.manifest
     labels = f"{len(manifest.classes)} classes" if manifest.classes else "no labels"
@@ -124,10 +127,78 @@ def probe(arguments: Sequence[str]) -> None:
     from raysl.run import Run
 
     run = Run.open(given.run)
-    cluster.start()
+    ray_cluster.start()
     rows = api(run, given.train, given.test, given.probes)
     for table in tables(rows):
         Console().print(table)
+
+
+@dataclass(frozen=True)
+class FeaturesFlags:
+    """Writes the features of every image, as Parquet by index.
+
+    Args:
+        checkpoint: folder of a run (its newest checkpoint), RUN/checkpoints/step-NNN, a file of weights (with
+            --trunk.name), "random" or "pixels".
+        config: which features, and how they are kept.
+    """
+
+    checkpoint: Annotated[tyro.conf.Positional[str], tyro.conf.arg(metavar="CKPT")]
+    config: tyro.conf.OmitArgPrefixes[FeaturesConfig]
+
+
+def features(arguments: Sequence[str]) -> None:
+    """Features of a checkpoint: `raysl features CKPT --data D --layer res5 --out F`."""
+    from raysl.features import make
+
+    given = tyro.cli(FeaturesFlags, prog="raysl features", args=list(arguments))
+    table = make(given.checkpoint, given.config)
+    print(f"{table.folder}: {table.parts[-1][1]:,} rows. `raysl cluster {table.folder} --k K` clusters them.")
+
+
+@dataclass(frozen=True)
+class ClusterFlags:
+    """Clusters features by k-means.
+
+    Args:
+        features: a folder that `raysl features` made.
+        config: what is computed.
+        out: folder of the result; by default one inside the features that is named by what is computed.
+        assign: more features, such as those of validation images, that get the nearest of the same centroids.
+    """
+
+    features: Annotated[tyro.conf.Positional[str], tyro.conf.arg(metavar="FEATURES")]
+    config: tyro.conf.OmitArgPrefixes[KMeansConfig]
+    out: str = ""
+    assign: tuple[str, ...] = ()
+
+
+def cluster(arguments: Sequence[str]) -> None:
+    """k-means: `raysl cluster F --k K`."""
+    given = tyro.cli(ClusterFlags, prog="raysl cluster", args=list(arguments))
+    from raysl import kmeans
+
+    done = kmeans.fit(given.features, given.config, given.out)
+    card = done.card()
+    named = "".join(f", {name} {value:.4f}" for name, value in card.get("labels", {}).items())
+    print(f"Objective {card['objective_value']:.6g}, {card['sizes']['empty']} clusters empty{named}.")
+    print(f"The clusters are in {done.assignments}.")
+    for uri in given.assign:
+        place = str(done.folder / f"assignments-{uri.rstrip('/').rpartition('/')[2]}.parquet")
+        print(f"Those of {uri} are in {kmeans.assign(done, uri, place, given.config)}.")
+
+
+def clusterfit(arguments: Sequence[str]) -> None:
+    """ClusterFit: `raysl clusterfit --teacher CKPT --data D --k K --run R`."""
+    from raysl.clusterfit import ClusterfitConfig
+    from raysl.clusterfit import clusterfit as api
+
+    given, rest = tyro.cli(
+        ClusterfitConfig, prog="raysl clusterfit", args=list(arguments), return_unknown_args=True
+    )
+    student = parse_pretraining([*rest, "--method", "clusterfit"], "raysl clusterfit")
+    run = api(given, student)
+    print(f"The student is at {run.folder}. `raysl probe {run.folder} --train DATA --test DATA` measures it.")
 
 
 @dataclass(frozen=True)
@@ -159,7 +230,7 @@ def views(arguments: Sequence[str]) -> None:
     from raysl import pictures
     from raysl.train import Network
 
-    cluster.start()
+    ray_cluster.start()
     dataset = resolve(config.data)
     network = Network(config, dataset.num_images, len(dataset.manifest.classes))
     sheet = pictures.views_sheet(dataset, network.views(config), config.seed, given.images)
