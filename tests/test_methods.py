@@ -16,6 +16,9 @@ def test_names_are_taken_apart() -> None:
     assert methods.parse("predict-rotation") == Method("predict", "rotation")
     assert methods.parse("pirl-rotation+jigsaw").transforms == ("rotation", "jigsaw")
     assert methods.parse("pirl").transforms == ()
+    several = methods.parse("multitask-rotation+jigsaw,colorization")
+    assert several.tasks == ("rotation+jigsaw", "colorization")
+    assert several.transforms == ("rotation", "jigsaw", "colorization")
 
 
 def test_the_parts_of_a_method() -> None:
@@ -53,6 +56,10 @@ def test_which_objectives_take_a_transform() -> None:
         ("pirl-rotation+", "empty transform"),
         ("pirl-+jigsaw", "empty transform"),
         ("pirl-rotation++jigsaw", "empty transform"),
+        ("multitask-rotation,", "empty transform"),
+        ("multitask-rotation,jigsa", "pretext transform 'jigsa'. Did you mean 'jigsaw'"),
+        ("multitask-rotation,rotation", "names a task twice"),
+        ("pirl-rotation,jigsaw", "names 2 tasks, and 'pirl' takes one. Write 'multitask-rotation,jigsaw'"),
     ],
 )
 def test_unknown_names_are_answered_with_the_nearest(name: str, answer: str) -> None:

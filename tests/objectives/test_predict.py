@@ -12,7 +12,7 @@ from raysl import pretext
 from raysl.errors import UserError
 from raysl.objectives import Setup
 from raysl.objectives.predict import Config, Predict
-from raysl.pretext import Geometry, jigsaw
+from raysl.pretext import Geometry, jigsaw, rotation
 from raysl.stream.plan import Rows
 from raysl.stream.reader import Batch
 from raysl.trunk import Trunk, TrunkConfig, build
@@ -71,3 +71,18 @@ def test_a_transform_without_labels_cannot_be_predicted() -> None:
         make("identity")
     with pytest.raises(UserError, match=r"nothing to predict.*1 label"):
         make("jigsaw", permutations=1)
+
+
+def test_crops_with_labels_of_their_own_are_samples_of_their_own() -> None:
+    geometry = Geometry(image_size=16, predicted=True)
+    transform = pretext.build("rotation", {"rotation": rotation.Config(turns="all")}, geometry)
+    trunk = build(TrunkConfig(norm="group"))
+    objective = Predict(Config(), Setup(transform, transform, trunk.width, 64, 0, 0))
+    assert objective.classify.in_features == trunk.width
+    of = batch(3, 4, 1)
+    of.targets["transformed"] = torch.tensor([[0, 1, 2, 3]] * 3)
+    outputs = objective(trunk, of.views)
+    each = torch.stack([objective.classify(trunk(of.views["transformed"][:, p])) for p in range(4)], dim=1)
+    torch.testing.assert_close(outputs["logits"], each.flatten(0, 1))
+    expected = F.cross_entropy(each.flatten(0, 1), torch.arange(4).repeat(3))
+    torch.testing.assert_close(objective.loss(outputs, of, None).loss, expected)

@@ -6,6 +6,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from raysl import pretext
 from raysl.pretext import Geometry
 from raysl.pretext.rotation import Config, Rotation
 from raysl.rng import Draws
@@ -38,3 +39,16 @@ def test_label_one_is_a_quarter_counter_clockwise() -> None:
     for result, label in zip(turned, label_b.tolist(), strict=True):
         row, column = corners[label]
         assert (result[:, row, column] == 255).all()
+
+
+def test_all_four_turns_come_with_a_label_each() -> None:
+    x = torch.randint(0, 256, (5, 3, 8, 8), dtype=torch.uint8)
+    made = Rotation(Config(turns="all"), Geometry(8))
+    result = made.transform(x, Draws(0, np.zeros(5, np.int64), np.arange(5)))
+    assert made.num_crops == 4
+    assert result.target is not None
+    assert result.target.tolist() == [[0, 1, 2, 3]] * 5
+    for turn in range(4):
+        assert torch.equal(torch.rot90(result.crops_bpchw[:, turn], 4 - turn, (2, 3)), x)
+    composed = pretext.build("identity+rotation", {"rotation": Config(turns="all")}, Geometry(8))
+    assert pretext.label_per_crop(composed)
