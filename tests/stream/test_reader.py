@@ -7,12 +7,13 @@ import hashlib
 import os
 import signal
 from collections import Counter
-from dataclasses import replace
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 import numpy as np
 import psutil
 import pytest
+import torch
 
 from raysl.augment import recipe
 from raysl.dataset import SHARDS, DataSet
@@ -121,6 +122,27 @@ def test_survives_the_death_of_data_tasks(dataset: DataSet, alone: list[list[tup
             killed += kill_data_workers()
     assert killed > 0
     assert seen == alone
+
+
+@dataclass(frozen=True)
+class InTurn:
+    """The two views in turn."""
+
+    def __call__(self, step: int) -> tuple[str]:
+        return (("transformed", "image")[step % 2],)
+
+
+@pytest.mark.parametrize("place", ["data", "trainer"])
+def test_a_step_may_take_some_of_the_views(dataset: DataSet, ray_session: None, place: str) -> None:
+    every = {batch.step: batch for batch in stream(dataset, epochs=0.6).batches()}
+    some = list(replace(stream(dataset, place=place, epochs=0.6), schedule=InTurn()).batches())
+    assert [batch.step for batch in some] == list(every)
+    for batch in some:
+        (name,) = batch.views
+        assert name == InTurn()(batch.step)[0]
+        assert torch.equal(batch.views[name], every[batch.step].views[name])
+        assert batch.targets.keys() == ({name} & every[batch.step].targets.keys())
+        assert torch.equal(batch.labels_b, every[batch.step].labels_b)  # type: ignore[arg-type]
 
 
 def test_labels_come_with_their_images(dataset: DataSet, ray_session: None) -> None:
