@@ -84,6 +84,19 @@ class Placement:
         resources = {"CPU": self.cpus_per_worker}
         return {**resources, "GPU": self.gpus_per_worker} if self.gpus_per_worker else resources
 
+    def busy(self, workers: int) -> str:
+        """What `workers` trainers would wait for now, in a sentence; "" when they can start."""
+        import ray
+
+        free = ray.available_resources()
+        for kind, amount in self.resources().items():
+            if amount * workers > free.get(kind, 0.0):
+                return (
+                    f"Waiting for {amount * workers:g} {kind}s: others use the cluster, and {free.get(kind, 0.0):g} of "
+                    f"its {ray.cluster_resources()[kind]:g} are free."
+                )
+        return ""
+
 
 def place(workers: int, nodes: Sequence[Mapping[str, float]] | None = None) -> Placement:
     """Divides the cluster among `workers` trainers and their data tasks.

@@ -19,6 +19,8 @@ from raysl.train import Job, Network, work
 
 # Restarts of the worker group before a run gives up. Each goes on from the newest checkpoint.
 MAX_FAILURES = 8
+# Between two lines of progress. Every row is in metrics.jsonl.
+SHOW_EVERY_S = 5.0
 
 
 def pretrain(config: Pretraining, say: Callable[[str], None] = print) -> Run:
@@ -53,6 +55,8 @@ def pretrain(config: Pretraining, say: Callable[[str], None] = print) -> Run:
         f"{config.workers} workers with {placement.cpus_per_worker:g} CPU and {placement.gpus_per_worker:g} GPU each, "
         f"data tasks with {placement.share.cpus_per_task:g} CPU."
     )
+    if busy := placement.busy(config.workers):
+        say(busy)
     job = Job(config.to_json(), run, dataset, placement, progress.open_board())
     _fit(job, config.workers, lambda row: say(progress.line(row, plan.num_steps)))
     return run
@@ -82,8 +86,8 @@ def _fit(job: Job, workers: int, show: Callable[[dict[str, Any]], None]) -> None
     done = threading.Event()
 
     def follow() -> None:
-        while not done.wait(1.0):
-            for row in ray.get(job.board.take.remote()):
+        while not done.wait(SHOW_EVERY_S):
+            for row in ray.get(job.board.take.remote())[-1:]:
                 show(row)
 
     thread = threading.Thread(target=follow, daemon=True)
@@ -100,5 +104,5 @@ def _fit(job: Job, workers: int, show: Callable[[dict[str, Any]], None]) -> None
         done.set()
         thread.join()
     progress.raise_failure(job.board)
-    for row in ray.get(job.board.take.remote()):
+    for row in ray.get(job.board.take.remote())[-1:]:
         show(row)

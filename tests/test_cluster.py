@@ -9,6 +9,7 @@ from hypothesis import strategies as st
 from raysl import cluster
 from raysl.cluster import Placement
 from raysl.errors import UserError
+from raysl.stream.reader import DataShare
 
 Node = dict[str, float]
 
@@ -141,3 +142,11 @@ def test_a_ray_that_does_not_start_is_told(monkeypatch: pytest.MonkeyPatch, addr
     monkeypatch.setenv("RAY_ADDRESS", address)
     with pytest.raises(UserError, match=rf"{address or 'on this machine'}.*no answer"):
         cluster.start()
+
+
+def test_a_cluster_that_others_use_is_said_to_be_waited_for(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("ray.available_resources", lambda: {"CPU": 1.0})
+    monkeypatch.setattr("ray.cluster_resources", lambda: {"CPU": 4.0})
+    placement = Placement(0.5, 0.0, DataShare(), 1)
+    assert placement.busy(2) == ""
+    assert placement.busy(3) == "Waiting for 1.5 CPUs: others use the cluster, and 1 of its 4 are free."
