@@ -240,12 +240,25 @@ def views(arguments: Sequence[str]) -> None:
 
 @dataclass(frozen=True)
 class MethodsFlags:
-    """Lists objectives, pretext transforms, what combines with what, and recipes."""
+    """Lists objectives, pretext transforms, what combines with what, and recipes.
+
+    Args:
+        pages: write a page of documentation for each of them to this folder instead.
+    """
+
+    pages: Path | None = None
 
 
 def methods(arguments: Sequence[str]) -> None:
     """What there is: `raysl methods`."""
-    tyro.cli(MethodsFlags, prog="raysl methods", args=list(arguments))
+    given = tyro.cli(MethodsFlags, prog="raysl methods", args=list(arguments))
+    if given.pages is not None:
+        from raysl import pages
+
+        ray_cluster.start()
+        pages.write(given.pages, resolve(pages.DATA))
+        print(f"{given.pages}: {len(pages.names())} pages, with the pictures of what the methods see.")
+        return
     from rich.console import Console
     from rich.table import Table
 

@@ -14,7 +14,7 @@ import numpy as np
 import pytest
 import torch
 
-from raysl import grid, methods, pretext
+from raysl import grid, methods, pages, pretext
 from raysl.bank import BankConfig, MemoryBank
 from raysl.cli import parse_pretraining
 from raysl.config import Pretraining, ViewConfig
@@ -22,6 +22,7 @@ from raysl.dataset import DataSet
 from raysl.errors import UserError
 from raysl.objectives import pirl
 from raysl.pictures import views_sheet
+from raysl.storage import Folder
 from raysl.stream.plan import Plan
 from raysl.stream.reader import Batch, Stream, StreamConfig, _Load
 from raysl.train import Network
@@ -138,7 +139,7 @@ def test_targets_are_the_same_wherever_views_are_made(transform: str, dataset: D
 
 
 def test_a_new_file_is_all_that_a_new_transform_needs(
-    brightness: str, dataset: DataSet, capsys: pytest.CaptureFixture[str]
+    brightness: str, dataset: DataSet, capsys: pytest.CaptureFixture[str], tmp_path: Path
 ) -> None:
     assert methods.parse("predict-brightness").transforms == ("brightness",)
     assert methods.parse("pirl-rotation+brightness").transforms == ("rotation", "brightness")
@@ -162,6 +163,13 @@ def test_a_new_file_is_all_that_a_new_transform_needs(
         assert np.isfinite(losses_of_steps(network, batch, 2)).all()
     sheet = views_sheet(dataset, network.views(config), count=2)
     assert sheet.width > 400
+    page = pages.page(brightness)
+    assert "Brightness: the image made darker; the target is by how much." in page
+    assert "--method predict-brightness" in page
+    assert "| `--brightness.darkest` | `0.5` | smallest factor. |" in page
+    assert f"[{brightness}]({brightness}.md)" in pages.index()
+    pages.write_part(Folder(str(tmp_path)), brightness, dataset)
+    assert (tmp_path / "brightness.png").read_bytes().startswith(b"\x89PNG")
 
 
 def test_a_composition_predicts_the_dense_target_of_its_last(dataset: DataSet) -> None:

@@ -22,7 +22,7 @@ ROOMS = (
     *("pretext", "views", "stream", "norm", "trunk", "bank", "negatives", "optim", "checkpoint"),
     *("ingest", "objectives", "methods"),
     *("config", "recipes", "run", "cluster", "progress", "train", "pretrain"),
-    *("features", "kmeans", "clusterfit", "probes", "probe", "grid", "pictures", "report"),
+    *("features", "kmeans", "clusterfit", "probes", "probe", "grid", "pictures", "pages", "report"),
     *("doctor", "demo", "cli"),
     *("__init__", "__main__"),
 )

@@ -9,7 +9,7 @@ the key of the other and k_j the keys in the queue,
 
 v2 has the MLP head and tau = 0.2, as is the default here, with `--view.recipe mocov2`; v1 is `--moco.head linear
 --moco.temperature 0.07`. Published with ResNet-50, 200 epochs of ImageNet and a queue of 65,536: v1 60.6 %, v2 67.7 %
-top-1 of a linear probe.
+top-1 of a linear probe; v2 with 800 epochs: 71.1 %.
 
 Both views are ordinary ones. "moco-jigsaw" transforms the query and not the key, so that the queue holds images only;
 of a transform with several crops the mean of the crops' features is taken. Keys of the query's own image that are

@@ -5,7 +5,13 @@ head, v the trunk's features of an image I and m the memory bank,
 
     L = NCE(m_I, f(v_I))
 
-which is PIRL with lambda = 0 and needs no pretext transform. In the paper's own form of the loss, `--npid.loss nce`.
+which is PIRL with lambda = 0 and needs no pretext transform. By default it is the softmax over K + 1 scores; in the
+paper's own form, `--npid.loss nce`, K + 1 binary problems, with N images and q = f(v_I),
+
+    P(j) = exp(m_j q / tau) / Z                                                              (eq. 2)
+    NCE(m_I, q) = -log(P(I) / (P(I) + K/N)) - sum over negatives j of log((K/N) / (P(j) + K/N))   (eq. 7)
+
+where Z is set once, by the first batch.
 Published with ResNet-50, 200 epochs of ImageNet and 4,096 negatives: 54.0 % top-1 of a linear probe; with 800 epochs
 and 32,000 negatives, as compared in the PIRL paper ("NPID++"): 59.0 %.
 """

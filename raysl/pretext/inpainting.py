@@ -1,5 +1,9 @@
 """Inpainting: the image with holes; the target is what was there.
 
+With M one in the cells that are missing, x their colours and F what is decoded from the image with holes,
+
+    L = sum over cells of M * (x - F)^2 / sum of M                                        (eq. 1)
+
 Pathak et al. 2016, "Context encoders: feature learning by inpainting". Reconstruction loss only, as the paper itself
 has it where features are learned: the adversarial loss, which sharpens pictures, and the tenfold weight on the border
 of the hole are left out. The target is the coarse colours of the missing cells, decoded from pooled features, where
