@@ -98,7 +98,9 @@ class Placement:
         return ""
 
 
-def place(workers: int, nodes: Sequence[Mapping[str, float]] | None = None) -> Placement:
+def place(
+    workers: int, nodes: Sequence[Mapping[str, float]] | None = None, gpus_per_worker: float = 1
+) -> Placement:
     """Divides the cluster among `workers` trainers and their data tasks.
 
     Each trainer gets an equal slot of CPUs that lies on one machine, and leaves a part of it to data tasks. With GPUs
@@ -108,6 +110,7 @@ def place(workers: int, nodes: Sequence[Mapping[str, float]] | None = None) -> P
     Args:
         workers: number of trainers.
         nodes: {"CPU": n, "GPU": n} of each machine; by default those that the cluster has now.
+        gpus_per_worker: below 1, several small trainers share a GPU, where there are GPUs.
 
     Raises:
         UserError: the cluster can never run so many workers.
@@ -117,11 +120,13 @@ def place(workers: int, nodes: Sequence[Mapping[str, float]] | None = None) -> P
 
         nodes = [node["Resources"] for node in ray.nodes() if node["Alive"]]
     cpus_n = [node.get("CPU", 0.0) for node in nodes]
-    gpus_n = [int(node.get("GPU", 0)) for node in nodes]
+    # Trainers that the GPUs of each machine can take.
+    gpus_n = [int(node.get("GPU", 0) / gpus_per_worker + 1e-6) for node in nodes]
     if 0 < sum(gpus_n) < workers:
+        gpus = sum(int(node.get("GPU", 0)) for node in nodes)
         raise UserError(
-            f"{workers} workers need {workers} GPUs and the cluster has {sum(gpus_n)}. Use --workers {sum(gpus_n)}, "
-            "or a larger cluster."
+            f"{workers} workers need {workers * gpus_per_worker:g} GPUs and the cluster has {gpus}. Use --workers "
+            f"{sum(gpus_n)}, or a larger cluster."
         )
     most_n = gpus_n if any(gpus_n) else [workers] * len(cpus_n)
     # Four trainers can share one core, slowly; more would only wait for each other.
@@ -138,7 +143,7 @@ def place(workers: int, nodes: Sequence[Mapping[str, float]] | None = None) -> P
         trainer = float(int(0.75 * slot))
     share = DataShare(min(1.0, trainer), (sum(cpus_n) - trainer * workers) / workers)
     threads = 1 if any(gpus_n) else max(1, round(slot))
-    return Placement(trainer, 1 if any(gpus_n) else 0, share, threads)
+    return Placement(trainer, gpus_per_worker if any(gpus_n) else 0, share, threads)
 
 
 def _slots(cpus_n: Sequence[float], most_n: Sequence[int], slot: float) -> int:

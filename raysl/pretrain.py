@@ -10,6 +10,7 @@ from collections.abc import Callable
 from typing import Any
 
 from raysl import checkpoint, cluster, progress
+from raysl.cluster import Placement
 from raysl.config import Pretraining
 from raysl.errors import UserError
 from raysl.ingest import resolve
@@ -23,22 +24,30 @@ MAX_FAILURES = 8
 SHOW_EVERY_S = 5.0
 
 
-def pretrain(config: Pretraining, say: Callable[[str], None] = print) -> Run:
+def pretrain(
+    config: Pretraining,
+    say: Callable[[str], None] = print,
+    *,
+    until: int | None = None,
+    placement: Placement | None = None,
+) -> Run:
     """Runs pretraining to its end, or goes on with a run that was interrupted.
 
     Args:
         config: of the run.
         say: takes one line of progress at a time.
+        until: stop after this step of the run's schedule, with a checkpoint to go on from; None for the end.
+        placement: what the workers get; by default the whole cluster is divided among them.
 
     Returns:
-        The finished run.
+        The run, finished or as far as `until`.
 
     Raises:
         UserError: something in the configuration, the data or the machine has to be mended; nothing is half-written.
     """
     cluster.start()
     # Before a raw source is ingested, which takes its time.
-    placement = cluster.place(config.workers)
+    placement = placement or cluster.place(config.workers)
     dataset = resolve(config.data)
     plan = Plan.of(dataset, config.batch_size, config.seed, config.epochs)
     # Built here only to find mistakes before any worker starts, and for its facts.
@@ -46,8 +55,9 @@ def pretrain(config: Pretraining, say: Callable[[str], None] = print) -> Run:
     network.views(config)
     run = Run.begin(config, dataset, network.facts())
     found = checkpoint.newest(run.checkpoints)
-    if found is not None and found.step >= plan.num_steps:
-        say(f"The run at {config.run} is already finished ({found.step} steps).")
+    if found is not None and found.step >= min(until or plan.num_steps, plan.num_steps):
+        done = "finished" if found.step >= plan.num_steps else "there"
+        say(f"The run at {config.run} is already {done} ({found.step} steps).")
         return run
     begun = f"goes on from step {found.step}" if found else "begins"
     say(
@@ -57,7 +67,7 @@ def pretrain(config: Pretraining, say: Callable[[str], None] = print) -> Run:
     )
     if busy := placement.busy(config.workers):
         say(busy)
-    job = Job(config.to_json(), run, dataset, placement, progress.open_board())
+    job = Job(config.to_json(), run, dataset, placement, progress.open_board(), until)
     _fit(job, config.workers, lambda row: say(progress.line(row, plan.num_steps)))
     return run
 

@@ -79,13 +79,18 @@ class Network(nn.Module):
 
 @dataclass(frozen=True)
 class Job:
-    """What a training worker is given. Picklable."""
+    """What a training worker is given. Picklable.
+
+    Args:
+        until: the step to stop after, with a checkpoint; None for the end of the plan.
+    """
 
     config: dict[str, Any]
     run: Run
     dataset: DataSet
     placement: Placement
     board: Any = None
+    until: int | None = None
 
 
 class Worker:
@@ -137,7 +142,7 @@ class Worker:
         }
 
     def train(self) -> None:
-        """The loop, from the restored step to the end of the plan.
+        """The loop, from the restored step to the end of the job.
 
         Raises:
             UserError: the loss is no longer finite, a checkpoint cannot be written, or the data set is damaged.
@@ -152,12 +157,13 @@ class Worker:
     def _loop(self, log: MetricsLog | None) -> None:
         model = self._distributed()
         meter = Meter(self.step, self.plan)
-        for batch in self._stream().batches(self.step):
+        end = self.plan.num_steps if self.job.until is None else min(self.job.until, self.plan.num_steps)
+        for batch in self._stream().batches(self.step, end):
             lr = self.config.optim.lr_at(self.step, self.plan.num_steps, self.config.batch_size)
             loss = self.update(model, batch, lr)
             self.step += 1
             meter.add(batch, loss)
-            last = self.step == self.plan.num_steps
+            last = self.step == end
             logging = last or self.step % self.config.log_every == 0
             since_s = 0.0
             if logging:

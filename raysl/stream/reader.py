@@ -122,15 +122,16 @@ class Stream:
         names = self.views if self.schedule is None else self.schedule(step)
         return {name: self.views[name] for name in names}
 
-    def batches(self, start_step: int = 0) -> Iterator[Batch]:
-        """Yields the batches of steps start_step, start_step + 1, ... to the end of the plan.
+    def batches(self, start_step: int = 0, end_step: int | None = None) -> Iterator[Batch]:
+        """Yields the batches of steps start_step, start_step + 1, ... below end_step, or to the end of the plan.
 
         Raises:
             UserError: a shard of the data set is damaged.
         """
         step = start_step
-        while step < self.plan.num_steps:
-            end = min(self.plan.num_steps, (step // self.plan.stretch + SEGMENT) * self.plan.stretch)
+        last = self.plan.num_steps if end_step is None else min(end_step, self.plan.num_steps)
+        while step < last:
+            end = min(last, (step // self.plan.stretch + SEGMENT) * self.plan.stretch)
             yield from self._segment(step, end)
             step = end
 
