@@ -9,7 +9,7 @@ from __future__ import annotations
 
 from collections.abc import Iterable
 from dataclasses import dataclass
-from typing import Any, Literal
+from typing import Annotated, Any, Literal
 
 import numpy as np
 import torch
@@ -18,6 +18,7 @@ from torch import Tensor
 
 from raysl import collective, rng
 from raysl.errors import UserError
+from raysl.ranges import Range
 
 # Rows that share one generator when the bank is filled; any worker can fill any block.
 _BLOCK = 4096
@@ -34,7 +35,7 @@ class BankConfig:
         dtype: how rows are stored; scores are always computed in float32.
     """
 
-    momentum: float = 0.5
+    momentum: Annotated[float, Range((0.0, 0.5, 0.9, 0.99))] = 0.5
     placement: Literal["replicated", "sharded"] = "replicated"
     dtype: Literal["float32", "float16"] = "float32"
 

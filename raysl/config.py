@@ -7,13 +7,14 @@ import types
 import typing
 from collections.abc import Mapping
 from dataclasses import dataclass, field
-from typing import Any, Literal
+from typing import Annotated, Any, Literal
 
 from raysl import methods
 from raysl.bank import BankConfig
 from raysl.checkpoint import SaveConfig
 from raysl.errors import UserError, unknown
 from raysl.optim import OptimConfig
+from raysl.ranges import Range
 from raysl.stream.reader import StreamConfig
 from raysl.trunk import TrunkConfig
 
@@ -29,8 +30,8 @@ class ViewConfig:
     """
 
     image_size: int = 32
-    min_scale: float = 0.2
-    recipe: str = "pirl"
+    min_scale: Annotated[float, Range((0.08, 0.2, 0.4, 0.6), log=True)] = 0.2
+    recipe: Annotated[str, Range(("pirl", "pirl+", "simclr", "mocov2", "plain"))] = "pirl"
 
     def __post_init__(self) -> None:
         if self.image_size < 8:
@@ -63,7 +64,7 @@ class Pretraining:
     run: str
     method: str = "pirl-jigsaw"
     epochs: float = 10
-    batch_size: int = 256
+    batch_size: Annotated[int, Range((64, 128, 256, 512), log=True)] = 256
     workers: int = 2
     seed: int = 0
     precision: Literal["fp32", "bf16", "fp16"] = "fp32"

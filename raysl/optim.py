@@ -5,12 +5,13 @@ from __future__ import annotations
 import math
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Any, Literal
+from typing import Annotated, Any, Literal
 
 import torch
 from torch import nn
 
 from raysl.errors import UserError
+from raysl.ranges import Range
 
 
 @dataclass(frozen=True)
@@ -30,12 +31,12 @@ class OptimConfig:
     """
 
     name: Literal["sgd", "lars", "adamw"] = "sgd"
-    lr: float = 0.03
+    lr: Annotated[float, Range((0.01, 0.03, 0.12, 0.3), log=True, live=True)] = 0.03
     momentum: float = 0.9
-    weight_decay: float = 1e-4
+    weight_decay: Annotated[float, Range((1e-6, 1e-5, 1e-4, 1e-3), log=True)] = 1e-4
     schedule: Literal["cosine", "step"] = "cosine"
     milestones: tuple[float, ...] = (0.6, 0.8)
-    warmup: float = 0.0
+    warmup: Annotated[float, Range((0.0, 0.05, 0.1))] = 0.0
     warmup_start: float = 0.0
     clip_norm: float = 0.0
 

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import dataclass
-from typing import Literal
+from typing import Annotated, Literal
 
 import torch
 from torch import Tensor
@@ -13,6 +13,7 @@ from raysl import collective, losses, negatives
 from raysl.bank import MemoryBank
 from raysl.errors import UserError
 from raysl.objectives._heads import HeadName
+from raysl.ranges import Range
 from raysl.stream.reader import Batch
 
 
@@ -31,8 +32,8 @@ class MemoryConfig:
             short runs of small trunks need.
     """
 
-    temperature: float = 0.07
-    num_negatives: int = 4096
+    temperature: Annotated[float, Range((0.03, 0.05, 0.07, 0.1, 0.15, 0.2, 0.5), log=True, live=True)] = 0.07
+    num_negatives: Annotated[int, Range((64, 256, 1024, 4096), log=True)] = 4096
     loss: Literal["infonce", "nce", "paper_h"] = "infonce"
     negatives: Literal["shared", "own"] = "shared"
     dim: int = 128

@@ -18,7 +18,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import dataclass
-from typing import Any
+from typing import Annotated, Any
 
 import torch.nn.functional as F
 from torch import Tensor, nn
@@ -26,6 +26,7 @@ from torch import Tensor, nn
 from raysl.bank import MemoryBank
 from raysl.errors import Unset, UserError
 from raysl.objectives import Loss, Setup, _teacher
+from raysl.ranges import Range
 from raysl.stream.reader import Batch
 from raysl.trunk import encode
 
@@ -43,8 +44,8 @@ class Config:
 
     teacher: str = ""
     step: int = 0
-    temperature: float = 4.0
-    alpha: float = 1.0
+    temperature: Annotated[float, Range((1.0, 2.0, 4.0, 8.0), log=True, live=True)] = 4.0
+    alpha: Annotated[float, Range((0.1, 0.5, 0.9, 1.0), live=True)] = 1.0
 
     def __post_init__(self) -> None:
         if not self.temperature > 0:

@@ -23,7 +23,7 @@ from __future__ import annotations
 import copy
 from collections.abc import Mapping
 from dataclasses import dataclass
-from typing import Any
+from typing import Annotated, Any
 
 import torch
 import torch.nn.functional as F
@@ -34,6 +34,7 @@ from raysl.bank import MemoryBank
 from raysl.errors import UserError
 from raysl.objectives import Loss, Setup
 from raysl.objectives._heads import HeadName, projection
+from raysl.ranges import Range
 from raysl.stream.reader import Batch
 from raysl.trunk import encode
 
@@ -50,9 +51,9 @@ class Config:
         head: "linear" as in v1, or "mlp" with one hidden layer as in v2.
     """
 
-    momentum: float = 0.999
-    queue: int = 4096
-    temperature: float = 0.2
+    momentum: Annotated[float, Range((0.9, 0.99, 0.999))] = 0.999
+    queue: Annotated[int, Range((256, 1024, 4096, 16_384, 65_536), log=True)] = 4096
+    temperature: Annotated[float, Range((0.05, 0.07, 0.1, 0.2, 0.5), log=True, live=True)] = 0.2
     dim: int = 128
     head: HeadName = "mlp"
 

@@ -37,6 +37,7 @@ from raysl.errors import UserError
 from raysl.objectives import Loss, Setup
 from raysl.objectives._heads import projection
 from raysl.objectives._memory import MemoryConfig, contrast
+from raysl.ranges import Range
 from raysl.stream.reader import Batch
 from raysl.trunk import encode_views
 
@@ -49,7 +50,7 @@ class Config(MemoryConfig):
         lam: lambda, weight of the transformed image's term, in 0..1.
     """
 
-    lam: Annotated[float, tyro.conf.arg(name="lambda")] = 0.5
+    lam: Annotated[float, tyro.conf.arg(name="lambda"), Range((0.0, 0.25, 0.5, 0.75, 1.0), live=True)] = 0.5
 
     def __post_init__(self) -> None:
         super().__post_init__()

@@ -18,6 +18,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import dataclass
+from typing import Annotated
 
 import torch
 import torch.nn.functional as F
@@ -28,6 +29,7 @@ from raysl.bank import MemoryBank
 from raysl.errors import UserError
 from raysl.objectives import Loss, Setup
 from raysl.objectives._heads import HeadName, NormName, projection
+from raysl.ranges import Range
 from raysl.stream.reader import Batch
 from raysl.trunk import encode_views
 
@@ -44,7 +46,7 @@ class Config:
             gradients depend on how many share the batch; "none" and "layer" do not.
     """
 
-    temperature: float = 0.1
+    temperature: Annotated[float, Range((0.05, 0.1, 0.2, 0.5, 1.0), log=True, live=True)] = 0.1
     dim: int = 128
     head: HeadName = "mlp"
     norm: NormName = "none"

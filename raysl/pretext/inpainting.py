@@ -15,7 +15,7 @@ from __future__ import annotations
 
 import math
 from dataclasses import dataclass
-from typing import Any, Literal
+from typing import Annotated, Any, Literal
 
 import torch
 from torch import Tensor, nn
@@ -23,6 +23,7 @@ from torch import Tensor, nn
 from raysl.augment import SourceCrop
 from raysl.errors import UserError
 from raysl.pretext import Geometry, Transformed, _cells
+from raysl.ranges import Range
 from raysl.rng import Draws
 
 # The mean colour of ImageNet: nothing of the image itself may show in a hole.
@@ -41,7 +42,7 @@ class Config:
     """
 
     mode: Literal["random", "centre"] = "random"
-    share: float = 0.25
+    share: Annotated[float, Range((0.125, 0.25, 0.5))] = 0.25
     blocks: int = 4
     grid: int = 8
 

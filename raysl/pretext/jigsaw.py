@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import math
 from dataclasses import dataclass
-from typing import Any, Literal
+from typing import Annotated, Any, Literal
 
 import torch
 from torch import Tensor
@@ -19,6 +19,7 @@ from raysl.errors import UserError
 from raysl.permutations import Criterion, permutation_set
 from raysl.pretext import Geometry, Transformed
 from raysl.pretext._windows import windows
+from raysl.ranges import Range
 from raysl.rng import Draws
 
 _MIN_PATCH = 4
@@ -42,8 +43,8 @@ class Config:
         patch_size: side of a patch in pixels. None: 64 / 85 of a cell.
     """
 
-    grid: int = 3
-    num_permutations: int | None = None
+    grid: Annotated[int, Range((2, 3))] = 3
+    num_permutations: Annotated[int | None, Range((100, 701, 2000, 5000, 10_000), log=True)] = None
     criterion: Criterion = "max_min"
     permutation_seed: int = 0
     min_scale: float = 0.6
