@@ -37,7 +37,8 @@ def dataset(tmp_path_factory: pytest.TempPathFactory) -> DataSet:
 
 def views() -> dict[str, View]:
     geometry = Geometry(image_size=32)
-    names = {"transformed": "jigsaw", "image": "identity"}
+    # A label, nothing, and a target of many numbers for each image.
+    names = {"transformed": "jigsaw", "image": "identity", "colours": "colorization"}
     return {name: View(build(spec, {}, geometry), recipe("pirl")) for name, spec in names.items()}
 
 
