@@ -220,18 +220,19 @@ def _one_start(crew: Crew, config: KMeansConfig, state: State, folder: Folder, s
     curve = state.curves[state.restart]
     chunks, splits = crew.scatter(state.centroids_kd), Splits()
     running = None if _finished(curve, config) else crew.begin(chunks, splits)
+    before = time.perf_counter()
     while running is not None:
-        began = time.perf_counter()
         totals = crew.totals(running)
+        now = time.perf_counter()
         generator = rng.generator(config.seed, "kmeans", "splits", state.restart, len(curve))
         splits = update.plan_splits(totals.counts_k, generator)
         chunks = crew.means(running, totals.counts_k, chunks)
-        curve.append(_facts(totals, sum(crew.num_fitted)))
+        curve.append(_facts(totals, sum(crew.num_fitted), now - before))
+        before = now
         running = None if _finished(curve, config) else crew.begin(chunks, splits)
         # Written while the actors are at the next pass.
         state.centroids_kd = crew.gather(chunks, splits)
         state.save(folder)
-        curve[-1]["wall_s"] = time.perf_counter() - began
         say(_line(curve, config, state.restart, crew))
 
 
@@ -245,8 +246,8 @@ def _finished(curve: list[dict[str, Any]], config: KMeansConfig) -> bool:
     return bool(before - now <= config.tolerance * abs(before))
 
 
-def _facts(totals: Totals, num_rows: int) -> dict[str, Any]:
-    """The row of the curve for one iteration."""
+def _facts(totals: Totals, num_rows: int, wall_s: float) -> dict[str, Any]:
+    """The row of the curve for one iteration, which took `wall_s` since the one before."""
     return {
         "objective": totals.objective,
         "moved_share": None if totals.moved is None else totals.moved / num_rows,
@@ -254,6 +255,7 @@ def _facts(totals: Totals, num_rows: int) -> dict[str, Any]:
         "smallest": int(totals.counts_k.min()),
         "largest": int(totals.counts_k.max()),
         "busy_s": totals.busy_s,
+        "wall_s": wall_s,
     }
 
 

@@ -81,6 +81,16 @@ def test_files_that_are_missing_empty_or_damaged(tmp_path: Path) -> None:
         Rows.open(str(tmp_path / "cut"))
 
 
+@pytest.mark.parametrize("value", [np.nan, np.inf, -np.inf, 1e30])
+def test_numbers_that_have_no_square(tmp_path: Path, value: float) -> None:
+    rows_nd = blobs(20)
+    rows_nd[12, 3] = value
+    rows = Rows.open(write(tmp_path, rows_nd, files=1))
+    piece = rows.divide(1)[0][0]
+    with pytest.raises(UserError, match="index 12"):
+        rows.check(piece, *rows.read(piece))
+
+
 def test_layers_by_name(tmp_path: Path) -> None:
     write(tmp_path, blobs(20), files=1)
     with pytest.raises(UserError, match="pooled"):

@@ -1,0 +1,80 @@
+"""Any checkpoint is an encoder, and layers are found by their names."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from torchvision import models
+
+from raysl.errors import UserError
+from raysl.features import RandomTrunk, Weights, named
+from raysl.trunk import TrunkConfig
+from tests.data import make_dataset
+from tests.features.test_extraction import make_run
+
+CPU = torch.device("cpu")
+RESNET = TrunkConfig(name="resnet18")
+IMAGES = torch.randint(0, 256, (3, 3, 64, 64), dtype=torch.uint8, generator=torch.Generator().manual_seed(0))
+
+
+def test_stages_of_a_residual_network_are_means_over_their_maps() -> None:
+    encoder = RandomTrunk(RESNET, seed=3)
+    assert {"pooled", "res2", "res3", "res4", "res5", "layer4", "avgpool"} <= set(encoder.layers)
+    with torch.inference_mode():
+        made = encoder.load(CPU, ("pooled", "res3", "res5", "layer4"))(IMAGES)
+    assert (made["res3"].shape, made["res5"].shape) == ((3, 128), (3, 512))
+    assert torch.allclose(made["res5"], made["pooled"], atol=1e-5)
+    assert torch.equal(made["res5"], made["layer4"])
+    assert RandomTrunk(RESNET, seed=4).identity() != encoder.identity()
+
+
+def test_tokens_of_a_transformer_are_averaged() -> None:
+    encoder = RandomTrunk(TrunkConfig(name="vit_b_16"), seed=0)
+    assert "encoder" in encoder.layers
+
+
+def test_a_file_of_weights_is_what_torchvision_makes_of_it(tmp_path: Path) -> None:
+    torch.manual_seed(1)
+    network = models.resnet18().eval()
+    file = tmp_path / "resnet18.pth"
+    wrapped = {f"module.{name}": value for name, value in network.state_dict().items()}
+    torch.save({"state_dict": wrapped, "epoch": 90}, file)
+    encoder = named(str(file), RESNET)
+    assert isinstance(encoder, Weights)
+    mean, std = torch.tensor([0.485, 0.456, 0.406]), torch.tensor([0.229, 0.224, 0.225])
+    network.fc = torch.nn.Identity()
+    with torch.inference_mode():
+        found = encoder.load(CPU, ("pooled",))(IMAGES)["pooled"]
+        expected = network((IMAGES / 255 - mean[:, None, None]) / std[:, None, None])
+    np.testing.assert_allclose(found, expected, rtol=1e-3, atol=1e-4)
+    identity = encoder.identity()
+    torch.save(models.resnet18().state_dict(), file)
+    assert encoder.identity() != identity
+
+
+def test_weights_of_another_network_are_named(tmp_path: Path) -> None:
+    file = tmp_path / "weights.pth"
+    torch.save(models.resnet18().state_dict(), file)
+    with pytest.raises(UserError, match=r"lacks .* weights of the trunk 'resnet34'"):
+        named(str(file), TrunkConfig(name="resnet34")).load(CPU, ("pooled",))
+    with pytest.raises(UserError, match="do not fit"):
+        named(str(file), TrunkConfig(name="resnet18", stem="small")).load(CPU, ("pooled",))
+    file.write_bytes(b"no weights")
+    with pytest.raises(UserError, match="no weights that torch can load"):
+        named(str(file), RESNET).load(CPU, ("pooled",))
+    with pytest.raises(UserError, match="There is no checkpoint at"):
+        named(str(tmp_path / "nothing"), RESNET)
+    with pytest.raises(UserError, match="There is no checkpoint at"):
+        named(str(tmp_path), RESNET)
+
+
+def test_a_run_and_each_of_its_checkpoints(tmp_path: Path) -> None:
+    run, _ = make_run(make_dataset(tmp_path / "set", 40), tmp_path / "run")
+    newest = named(str(run.folder), RESNET)
+    assert newest.identity() == named(f"{run.folder}/checkpoints/step-000000005", RESNET).identity()
+    assert newest.layers[:2] == ("pooled", "res2")
+    with pytest.raises(UserError, match="step-000000005"):
+        named(f"{run.folder}/checkpoints/step-000000006", RESNET)
