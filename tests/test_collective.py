@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import itertools
 import multiprocessing
+import tempfile
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -18,11 +19,12 @@ from torch.nn.parallel import DistributedDataParallel
 
 from raysl import collective, methods, pretext
 from raysl.bank import BankConfig, MemoryBank
-from raysl.objectives import AfterStep, Setup
+from raysl.objectives import AfterStep, Alternates, Setup
 from raysl.pretext import Geometry, jigsaw
 from raysl.stream.plan import Rows
 from raysl.stream.reader import Batch
 from raysl.trunk import TrunkConfig, build
+from tests.objectives.setups import given
 
 N, D, K, BATCH, STEPS = 64, 16, 12, 8, 3
 WORLDS = (4, 2)
@@ -50,6 +52,9 @@ MEMORY = (("num_negatives", K), ("dim", D), ("temperature", 0.2))
 CASES = [
     Case("predict-rotation"),
     Case("supervised"),
+    Case("clusterfit"),
+    Case("distill"),
+    Case("multitask-rotation,identity+rotation"),
     Case("simclr"),
     Case("simclr-jigsaw", (("norm", "layer"),)),
     *(Case(f"moco{t}", (("dim", D), ("queue", 12), ("momentum", 0.9))) for t in ("", "-jigsaw")),
@@ -69,11 +74,12 @@ def _network(case: Case) -> tuple[nn.Module, Any]:
     config_type, objective_type = methods.load_objective(method.objective)
     geometry = Geometry(image_size=16, predicted=objective_type.predicts)
     parts = {"jigsaw": jigsaw.Config(grid=2, patch_size=6)}
-    transform = pretext.build(method.pretext, parts, geometry) if method.pretext else None
+    tasks = {spec: pretext.build(spec, parts, geometry) for spec in method.tasks}
+    transform = tasks.get(method.pretext)
     torch.manual_seed(0)
     trunk = build(TrunkConfig(norm="group"))
-    setup = Setup(transform, pretext.build("identity", {}, geometry), trunk.width, N, 4, 0, trunk)
-    return trunk, objective_type(config_type(**dict(case.dials)), setup)
+    setup = Setup(transform, pretext.build("identity", {}, geometry), trunk.width, N, 4, 0, trunk, tasks)
+    return trunk, objective_type(config_type(**given(method.objective, N), **dict(case.dials)), setup)
 
 
 class _Model(nn.Module):
@@ -90,13 +96,14 @@ def _batch(objective: Any, step: int, rank: int, world: int) -> Batch:
     generator = torch.Generator().manual_seed(step)
     part = slice(rank * BATCH // world, (rank + 1) * BATCH // world)
     views = {}
-    for name, transform in objective.views.items():
+    for name in objective.schedule()(step) if isinstance(objective, Alternates) else objective.views:
+        transform = objective.views[name]
         side = 6 if transform.num_crops > 1 else 16
         shape = (BATCH, transform.num_crops, 3, side, side)
         views[name] = torch.randint(0, 256, shape, dtype=torch.uint8, generator=generator)[part]
     labels_b = (torch.arange(BATCH) % 4)[part]
     rows = Rows(INDICES[step, part], EPOCHS[step, part])
-    return Batch(step, rows, labels_b, views, {"transformed": labels_b})
+    return Batch(step, rows, labels_b, views, dict.fromkeys(views, labels_b))
 
 
 def _train(case: Case, rank: int, world: int) -> dict[str, Any]:
@@ -104,8 +111,9 @@ def _train(case: Case, rank: int, world: int) -> dict[str, Any]:
     trunk, objective = _network(case)
     model: nn.Module = _Model(trunk, objective)
     if world > 1:
-        model = DistributedDataParallel(model)  # find_unused_parameters=False: every parameter must take part
-    optimizer = torch.optim.SGD(model.parameters(), lr=0.05)
+        # Without finding them, every parameter must take part.
+        model = DistributedDataParallel(model, find_unused_parameters=isinstance(objective, Alternates))
+    optimizer = torch.optim.SGD(model.parameters(), lr=0.05, momentum=0.5)
     bank = None
     if objective.bank_dim:
         bank = MemoryBank(N, D, BankConfig(0.5, case.placement, case.dtype), seed=0)
@@ -167,6 +175,7 @@ def _everything(rank: int, world: int) -> Results:
 
 def _process(rank: int, folder: str) -> None:
     """One of four processes, of which the first two go on as a world of two."""
+    tempfile.tempdir = folder  # such processes do not clean up behind them
     for world in WORLDS:
         if rank < world:
             meet = f"file://{folder}/meet-{world}"

@@ -7,7 +7,8 @@ task's view is cut and transformed. The heads of other tasks stay as they are, m
 
 "multitask-rotation,jigsaw" names the tasks. Each is predicted as by `predict`; with weight, labels and Config of its
 own transform, and "rotation+jigsaw" among them is one task. Colorization shows its images in grey, which no other
-task does: `--multitask.grey` shows all of them so.
+task does: `--multitask.grey` shows all of them so (with `--relative-position.colour-drop none`, which then has
+nothing to add).
 """
 
 from __future__ import annotations

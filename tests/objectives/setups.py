@@ -22,7 +22,7 @@ from raysl.stream.reader import Batch
 from raysl.trunk import Trunk, TrunkConfig, build
 
 N = 64
-_FOLDER = tempfile.TemporaryDirectory()
+_FOLDERS: list[tempfile.TemporaryDirectory[str]] = []
 
 
 def setup(transform: str = "", num_classes: int = 0) -> tuple[Trunk, Setup]:
@@ -57,7 +57,9 @@ def batch(objective: Any, b: int = 4, step: int = 0) -> Batch:
 @cache
 def given(objective: str, num_images: int) -> dict[str, Any]:
     """What the Config of an objective must be given, besides its defaults: labels of the images, a teacher."""
-    folder = Path(_FOLDER.name)
+    # One of each process: those of a fork server share what a module makes.
+    _FOLDERS.append(tempfile.TemporaryDirectory())
+    folder = Path(_FOLDERS[-1].name)
     if objective == "clusterfit":
         return {"labels": clusters(folder / f"{num_images}.parquet", np.arange(num_images) % 5)}
     if objective == "distill":
@@ -77,9 +79,10 @@ def teacher(
     folder: Path, method: str = "supervised", classes: int = 4, width: int = 192, step: int = 3
 ) -> str:
     """A run with one checkpoint, of random weights, whose classifier takes `width` features; returns its place."""
-    torch.manual_seed(step)
-    network = torch.nn.ModuleDict({"trunk": build(TrunkConfig())})
-    network["objective"] = torch.nn.ModuleDict({"classify": torch.nn.Linear(width, classes)})
+    with torch.random.fork_rng():
+        torch.manual_seed(step)
+        network = torch.nn.ModuleDict({"trunk": build(TrunkConfig())})
+        network["objective"] = torch.nn.ModuleDict({"classify": torch.nn.Linear(width, classes)})
     run = Folder(str(folder))
     run.write_json("passport.json", {"config": {"method": method, "trunk": {"name": "small"}}})
     saver = Saver(run / "checkpoints", SaveConfig(), rank=0, world=1)
