@@ -17,6 +17,7 @@ VERBS = {
     "features": "the features of every image by any checkpoint, as Parquet",
     "cluster": "k-means of features over Ray actors",
     "clusterfit": "features, clusters, and a new network that predicts them",
+    "sweep": "try values of fields and seeds, judged by a probe; stops, goes on, and says which is best",
     "views": "a picture of what a method sees",
     "methods": "list objectives, pretext transforms and what combines with what",
     "doctor": "versions, resources, the time of each stage, and what limits the speed",

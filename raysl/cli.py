@@ -20,6 +20,7 @@ from raysl.features import FeaturesConfig
 from raysl.ingest import IngestConfig, resolve
 from raysl.ingest import ingest as make_dataset
 from raysl.kmeans import KMeansConfig
+from raysl.sweep.config import SweepConfig
 
 
 def pretrain(arguments: Sequence[str]) -> None:
@@ -270,6 +271,22 @@ def methods(arguments: Sequence[str]) -> None:
     console = Console()
     for part in (*describe(), listed):
         console.print(part)
+
+
+def sweep(arguments: Sequence[str]) -> None:
+    """Tries values: `raysl sweep --data D --test T --method pirl-jigsaw --vary temperature lambda --out S`."""
+    given, rest = tyro.cli(SweepConfig, prog="raysl sweep", args=list(arguments), return_unknown_args=True)
+    base = parse_pretraining([*rest, "--run", "-"], "raysl sweep")
+    from rich.console import Console
+
+    from raysl.sweep import driver, table
+
+    rows = driver.sweep(base, given)
+    Console().print(table.render(rows, given.probe, base.epochs))
+    failed = [str(row["trial"]) for row in rows if row["state"] == "failed"]
+    if failed:
+        print(f"Trials {', '.join(failed)} failed; the same command with --retry tries them again.")
+        raise SystemExit(1)
 
 
 def doctor(arguments: Sequence[str]) -> None:

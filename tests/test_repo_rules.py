@@ -22,7 +22,8 @@ ROOMS = (
     *("pretext", "views", "stream", "norm", "trunk", "bank", "negatives", "optim", "checkpoint"),
     *("ingest", "objectives", "methods"),
     *("config", "recipes", "run", "cluster", "progress", "train", "pretrain"),
-    *("features", "kmeans", "clusterfit", "probes", "probe", "grid", "pictures", "pages", "report"),
+    *("features", "kmeans", "clusterfit", "probes", "probe", "grid", "pictures", "pages"),
+    *("sweep", "report", "reproduce"),
     *("doctor", "demo", "cli"),
     *("__init__", "__main__"),
 )
