@@ -19,7 +19,7 @@ from raysl.errors import UserError
 from raysl.features import FeaturesConfig
 from raysl.ingest import IngestConfig, resolve
 from raysl.ingest import ingest as make_dataset
-from raysl.kmeans import KMeansConfig
+from raysl.kmeans.config import KMeansConfig
 from raysl.sweep.config import SweepConfig
 
 
@@ -177,7 +177,7 @@ class ClusterFlags:
 def cluster(arguments: Sequence[str]) -> None:
     """k-means: `raysl cluster F --k K`."""
     given = tyro.cli(ClusterFlags, prog="raysl cluster", args=list(arguments))
-    from raysl import kmeans
+    from raysl.kmeans import driver as kmeans
 
     done = kmeans.fit(given.features, given.config, given.out)
     card = done.card()

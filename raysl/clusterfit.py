@@ -14,11 +14,11 @@ from collections.abc import Callable
 from dataclasses import dataclass, field, replace
 from typing import Literal
 
-from raysl import kmeans
 from raysl.config import Pretraining
 from raysl.errors import UserError
 from raysl.features import FeaturesConfig, make
-from raysl.kmeans import KMeansConfig
+from raysl.kmeans import driver as kmeans
+from raysl.kmeans.config import KMeansConfig
 from raysl.pretrain import pretrain
 from raysl.run import Run
 from raysl.storage import Folder

@@ -1,6 +1,4 @@
-"""k-means over Ray actors: exact, resumable, and the same result on any number of actors."""
+"""k-means over Ray actors: exact, resumable, and the same result on any number of actors.
 
-from raysl.kmeans.config import KMeansConfig
-from raysl.kmeans.driver import Clustering, assign, fit
-
-__all__ = ["Clustering", "KMeansConfig", "assign", "fit"]
+`driver.fit` is the way in. Nothing is imported here, since actors pass through this file and must stay free of torch.
+"""

@@ -12,7 +12,8 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 
 from raysl import rng
-from raysl.kmeans import KMeansConfig, update
+from raysl.kmeans import update
+from raysl.kmeans.config import KMeansConfig
 
 
 def blobs(num_rows: int, dim: int = 6, centres: int = 8, seed: int = 0) -> npt.NDArray[np.float32]:

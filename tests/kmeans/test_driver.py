@@ -14,8 +14,10 @@ import pytest
 
 from raysl import rng
 from raysl.errors import UserError
-from raysl.kmeans import Clustering, KMeansConfig, assign, driver, fit
+from raysl.kmeans import driver
+from raysl.kmeans.config import KMeansConfig
 from raysl.kmeans.crew import Crew
+from raysl.kmeans.driver import Clustering, assign, fit
 from raysl.kmeans.state import State
 from tests.data import make_dataset
 from tests.kmeans.blobs import blobs, curve, lloyd, write

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import subprocess
+import sys
 from pathlib import Path
 from typing import Any
 
@@ -11,8 +13,9 @@ import pyarrow.parquet as pq
 import pytest
 
 from raysl.errors import UserError
-from raysl.kmeans import KMeansConfig, fit
+from raysl.kmeans.config import KMeansConfig
 from raysl.kmeans.crew import share
+from raysl.kmeans.driver import fit
 from raysl.kmeans.rows import Rows, disjoint, sample
 from tests.kmeans.blobs import blobs, write
 
@@ -102,6 +105,14 @@ def test_a_sample_is_sorted_distinct_and_repeatable() -> None:
     assert len(np.unique(chosen)) == 50
     assert (np.diff(chosen) > 0).all()
     np.testing.assert_array_equal(chosen, sample(1000, 50, 7))
+
+
+def test_actors_are_free_of_torch() -> None:
+    code = (
+        "import raysl.kmeans.actor, sys; print([name for name in ('torch', 'faiss') if name in sys.modules])"
+    )
+    done = subprocess.run([sys.executable, "-c", code], check=True, capture_output=True, text=True)
+    assert done.stdout.strip() == "[]"
 
 
 def test_ranges_of_indices() -> None:

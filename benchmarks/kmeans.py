@@ -1,0 +1,198 @@
+"""k-means of raysl beside faiss, scikit-learn and the matrix-multiply peak, in turns on one machine.
+
+    python benchmarks/kmeans.py --out results/kmeans.jsonl
+
+For each size, each round times one iteration of every arm, one after the other, from the same first centroids on the
+same rows, and the ratios are of times of the same round. The arms run in processes of their own with as many threads
+in all as raysl's actors. An iteration of raysl is what passes between two iterations, reduction and state included;
+that of faiss is the step of its own statistics. Besides: the share of raysl's time that is not arithmetic, and the
+largest memory of an actor beside the bytes of its shard.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import statistics
+import subprocess
+import sys
+import tempfile
+from collections.abc import Sequence
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pyarrow as pa
+import pyarrow.parquet as pq
+import tyro
+
+from raysl import cluster, rng
+from raysl.kmeans.config import KMeansConfig
+from raysl.kmeans.driver import fit
+
+SIZES = ("50000x128x1000", "200000x512x1000", "1000000x128x1000")
+
+_FAISS = """
+import faiss
+faiss.omp_set_num_threads(threads)
+km = faiss.Kmeans(d, k, niter=iterations, max_points_per_centroid=n, min_points_per_centroid=1)
+km.train(x, init_centroids=start)
+ends = [0.0] + [s["time"] for s in km.iteration_stats]
+times = [b - a for a, b in zip(ends, ends[1:])]
+"""
+_SKLEARN = """
+from sklearn.cluster import KMeans
+def run(iterations):
+    began = time.perf_counter()
+    KMeans(k, init=start, n_init=1, max_iter=iterations, tol=0, algorithm="lloyd").fit(x)
+    return time.perf_counter() - began
+# Its set-up and its last assignment are no iteration: they are in both runs.
+times = [(run(1 + iterations) - run(1)) / iterations]
+"""
+_MATMUL = """
+def run():
+    began = time.perf_counter()
+    for i in range(0, n, 4096):
+        x[i : i + 4096] @ start.T
+    return time.perf_counter() - began
+run()
+times = [run() for _ in range(iterations)]
+"""
+_FRAME = """
+import json, sys, time
+import numpy as np
+x, start, (threads, iterations) = np.load({x!r}), np.load({start!r}), {settings}
+(n, d), k = x.shape, len(start)
+{arm}
+print(json.dumps(times))
+"""
+
+
+@dataclass(frozen=True)
+class Flags:
+    """Compares the time of an iteration.
+
+    Args:
+        sizes: rows x numbers in a row x clusters.
+        actors: of raysl; the other arms have as many threads.
+        iterations: of each arm in each round.
+        rounds: of all arms in turns.
+        out: where the rows go; nowhere by default.
+    """
+
+    sizes: tuple[str, ...] = SIZES
+    actors: int = 2
+    iterations: int = 4
+    rounds: int = 3
+    out: Path | None = None
+
+
+def main(flags: Flags) -> None:
+    """Prints a row for each size, and writes them."""
+    cluster.start()
+    rows = []
+    for size in flags.sizes:
+        n, d, k = (int(part) for part in size.split("x"))
+        with tempfile.TemporaryDirectory(prefix="raysl-kmeans-") as folder:
+            rows.append({"size": size, **measure(Path(folder), n, d, k, flags)})
+        print(json.dumps(rows[-1], indent=1))
+    if flags.out:
+        flags.out.parent.mkdir(parents=True, exist_ok=True)
+        flags.out.write_text("".join(json.dumps(row) + "\n" for row in rows))
+
+
+def measure(folder: Path, n: int, d: int, k: int, flags: Flags) -> dict[str, Any]:
+    """Seconds for an iteration by arm, medians over rounds, and their ratios, medians of those of each round."""
+    x_nd = clouds(n, d)
+    start_kd = x_nd[rng.generator(0, "kmeans", "rows", 0).choice(n, k, replace=False)]
+    np.save(folder / "x.npy", x_nd)
+    np.save(folder / "start.npy", start_kd)
+    column = pa.FixedSizeListArray.from_arrays(pa.array(x_nd.ravel()), d)
+    (folder / "features").mkdir()
+    table = pa.table({"index": np.arange(n), "x": column})
+    pq.write_table(table, folder / "features" / "0.parquet", row_group_size=65536, compression="none")
+    del x_nd, column, table
+    seconds: dict[str, list[float]] = {}
+    about: dict[str, Any] = {}
+    for number in range(flags.rounds):
+        once, about = raysl(folder, k, flags, number)
+        seconds.setdefault("raysl", []).append(once)
+        for name, arm in (("faiss", _FAISS), ("sklearn", _SKLEARN), ("matmul", _MATMUL)):
+            other = elsewhere(folder, arm, flags)
+            if other is not None:
+                seconds.setdefault(name, []).append(other)
+    ratios = {
+        f"raysl/{name}": statistics.median(a / b for a, b in zip(seconds["raysl"], values, strict=True))
+        for name, values in seconds.items()
+        if name != "raysl"
+    }
+    medians = {f"{name}_s": statistics.median(values) for name, values in seconds.items()}
+    peak = 2e-9 * n * d * k / medians["matmul_s"]
+    return {**medians, **ratios, "matmul_gflop_per_s": peak, "shard_mb": 4e-6 * n * d / flags.actors, **about}
+
+
+def clouds(n: int, d: int) -> Any:
+    """float32 (n, d): rows of length 1 around 500 centres, such as features are."""
+    generator = np.random.default_rng(0)
+    centres = generator.standard_normal((500, d), dtype=np.float32)
+    x_nd = generator.standard_normal((n, d), dtype=np.float32)
+    x_nd += centres[generator.integers(0, len(centres), n)]
+    x_nd /= np.linalg.norm(x_nd, axis=1, keepdims=True)
+    return x_nd
+
+
+def raysl(folder: Path, k: int, flags: Flags, number: int) -> tuple[float, dict[str, Any]]:
+    """Seconds for an iteration after the first, and what else is told of it."""
+    config = KMeansConfig(
+        k=k, iterations=flags.iterations + 1, tolerance=0, actors=flags.actors, memory_gb=1000
+    )
+    peaks: list[float] = []
+    done = fit(
+        str(folder / "features"), config, str(folder / f"out-{number}"), lambda _: peaks.append(peak_mb())
+    )
+    curve = done.card()["curves"][0][1:]
+    wall_s = statistics.median(row["wall_s"] for row in curve)
+    overhead = statistics.median(1 - row["busy_s"] / row["wall_s"] for row in curve)
+    return wall_s, {"overhead_share": overhead, "actor_mb": max(peaks)}
+
+
+def peak_mb() -> float:
+    """The most memory that an actor has had, in megabytes."""
+    most = 0.0
+    for process in Path("/proc").glob("[0-9]*"):
+        try:
+            if b"ray::Shard" in (process / "cmdline").read_bytes():
+                lines = (process / "status").read_text().splitlines()
+                most = max(
+                    most, float(next(line.split()[1] for line in lines if line.startswith("VmHWM"))) / 1e3
+                )
+        except (OSError, StopIteration):
+            continue
+    return most
+
+
+def elsewhere(folder: Path, arm: str, flags: Flags) -> float | None:
+    """Seconds for an iteration of another arm, in a process of its own; None when its package is not installed."""
+    code = _FRAME.format(
+        x=str(folder / "x.npy"),
+        start=str(folder / "start.npy"),
+        settings=(flags.actors, flags.iterations),
+        arm=arm,
+    )
+    threads = str(flags.actors)
+    names = ("OMP_NUM_THREADS", "OPENBLAS_NUM_THREADS", "MKL_NUM_THREADS")
+    environment = {**os.environ, **dict.fromkeys(names, threads)}
+    done = subprocess.run([sys.executable, "-c", code], env=environment, capture_output=True, text=True)
+    if "ModuleNotFoundError" in done.stderr:
+        return None
+    if done.returncode:
+        raise RuntimeError(done.stderr)
+    times: Sequence[float] = json.loads(done.stdout.strip().splitlines()[-1])
+    return statistics.median(times)
+
+
+if __name__ == "__main__":
+    flags = tyro.cli(Flags)
+    print(json.dumps({key: str(value) for key, value in asdict(flags).items()}))
+    main(flags)
