@@ -16,7 +16,7 @@ from raysl.probes.knn import Config as Knn
 from raysl.run import Run
 from raysl.storage import Folder
 from tests.data import make_dataset
-from tests.test_features import make_run
+from tests.features.test_extraction import make_run
 
 
 @pytest.fixture(scope="module")
