@@ -18,6 +18,8 @@ VERBS = {
     "cluster": "k-means of features over Ray actors",
     "clusterfit": "features, clusters, and a new network that predicts them",
     "sweep": "try values of fields and seeds, judged by a probe; stops, goes on, and says which is best",
+    "report": "a page with the figures, the table and the cost of a sweep",
+    "reproduce": "run a run again from its passport, and name what differs",
     "views": "a picture of what a method sees",
     "methods": "list objectives, pretext transforms and what combines with what",
     "doctor": "versions, resources, the time of each stage, and what limits the speed",

@@ -20,6 +20,8 @@ from raysl.features import FeaturesConfig
 from raysl.ingest import IngestConfig, resolve
 from raysl.ingest import ingest as make_dataset
 from raysl.kmeans.config import KMeansConfig
+from raysl.report.page import ReportConfig
+from raysl.reproduce import ReproduceConfig
 from raysl.sweep.config import SweepConfig
 
 
@@ -287,6 +289,54 @@ def sweep(arguments: Sequence[str]) -> None:
     if failed:
         print(f"Trials {', '.join(failed)} failed; the same command with --retry tries them again.")
         raise SystemExit(1)
+
+
+@dataclass(frozen=True)
+class ReportFlags:
+    """Writes the report of a sweep, finished or not: one page that holds all it needs, and its figures.
+
+    Args:
+        sweep: folder of the sweep.
+        config: where it goes, and prices.
+    """
+
+    sweep: Annotated[tyro.conf.Positional[str], tyro.conf.arg(metavar="SWEEP")]
+    config: tyro.conf.OmitArgPrefixes[ReportConfig] = dataclasses.field(default_factory=ReportConfig)
+
+
+def report(arguments: Sequence[str]) -> None:
+    """The page of a sweep: `raysl report SWEEP`."""
+    from raysl.report.page import report as api
+
+    given = tyro.cli(ReportFlags, prog="raysl report", args=list(arguments))
+    print(f"{api(given.sweep, given.config)}/index.html")
+
+
+@dataclass(frozen=True)
+class ReproduceFlags:
+    """Runs a run again from its passport and compares, to the last bit. Exits with 1 when a number differs.
+
+    Args:
+        run: folder of the run.
+        config: how far, and where.
+    """
+
+    run: Annotated[tyro.conf.Positional[str], tyro.conf.arg(metavar="RUN")]
+    config: tyro.conf.OmitArgPrefixes[ReproduceConfig] = dataclasses.field(default_factory=ReproduceConfig)
+
+
+def reproduce(arguments: Sequence[str]) -> None:
+    """A run once more: `raysl reproduce RUN`."""
+    from raysl.reproduce import reproduce as api
+    from raysl.run import Run
+
+    given = tyro.cli(ReproduceFlags, prog="raysl reproduce", args=list(arguments))
+    found = api(Run.open(given.run), given.config)
+    for line in found.numbers:
+        print(f"differs: {line}")
+    if not found.same:
+        raise SystemExit(1)
+    print(f"The first {found.steps} steps gave the same numbers and weights, to the last bit.")
 
 
 def doctor(arguments: Sequence[str]) -> None:

@@ -26,7 +26,7 @@ pytestmark = [pytest.mark.ray, pytest.mark.timeout(900)]
 
 FLAGS = (
     "--epochs 2 --batch-size 16 --workers 1 --view.image-size 16 --view.recipe plain --save.every-steps 4 "
-    "--pirl.num-negatives 32 --pirl.dim 16 --vary optim.lr=0.03,0.3,1e30 --scheduler asha --rungs 2 --reduction 2 "
+    "--pirl.num-negatives 32 --pirl.dim 16 --vary optim.lr=0.03,1e30 --scheduler asha --rungs 2 --reduction 2 "
     "--seeds 0 --max-concurrent 1"
 )
 
@@ -52,7 +52,7 @@ def base(data: tuple[str, str], **changes: Any) -> Pretraining:
 
 def config(data: tuple[str, str], out: Path, **changes: Any) -> SweepConfig:
     settings: dict[str, Any] = {
-        "vary": ("optim.lr=0.03,0.3,1e30",),
+        "vary": ("optim.lr=0.03,1e30",),
         "scheduler": "asha",
         "rungs": 2,
         "reduction": 2,
@@ -78,9 +78,8 @@ def test_a_trial_that_turns_nan_is_marked_and_the_rest_goes_on(
     assert rows == folder.read_json("table.json")
     by_trial = {row["trial"]: row for row in rows}
     assert by_trial[0]["state"] == "finished"
-    assert by_trial[1]["state"] in ("finished", "stopped")
-    assert by_trial[2]["state"] == "failed"
-    assert "The loss is" in by_trial[2]["reason"]
+    assert by_trial[1]["state"] == "failed"
+    assert "The loss is" in by_trial[1]["reason"]
     journal = Journal(folder)
     (score, *_) = journal.of("score")
     assert {"trial", "seed", "rung", "step", "score", "loss", "seconds", "cpus", "gpus"} <= score.keys()
@@ -101,9 +100,9 @@ def test_a_finished_sweep_is_not_run_again(
 def test_another_sweep_in_the_same_folder_is_refused(
     finished: tuple[Folder, list[dict[str, Any]]], data: tuple[str, str]
 ) -> None:
-    with pytest.raises(UserError, match="config.rungs"):
+    with pytest.raises(UserError, match=r"config\.rungs"):
         sweep(base(data), config(data, Path(finished[0].uri), rungs=3))
-    with pytest.raises(UserError, match="base.epochs"):
+    with pytest.raises(UserError, match=r"base\.epochs"):
         sweep(base(data, epochs=3), config(data, Path(finished[0].uri)))
 
 
@@ -174,7 +173,7 @@ def test_every_drawn_point_is_tried_out_before_any_begins(
 def test_more_than_fits_is_refused_with_the_sum(
     ray_session: None, data: tuple[str, str], tmp_path: Path
 ) -> None:
-    with pytest.raises(UserError, match="9 runs at a time with 1 workers each: 9 workers .* 2 CPUs"):
+    with pytest.raises(UserError, match=r"9 runs at a time with 1 workers each: 9 workers .* 2 CPUs"):
         driver.prepare(base(data), config(data, tmp_path, max_concurrent=9))
 
 
@@ -190,7 +189,7 @@ def test_runs_at_a_time_follow_from_the_cluster(
 
 
 def test_pbt_changes_only_what_can_change_in_the_middle(data: tuple[str, str], tmp_path: Path) -> None:
-    with pytest.raises(UserError, match="pirl.num_negatives cannot change"):
+    with pytest.raises(UserError, match=r"pirl\.num_negatives cannot change"):
         driver.prepare(
             base(data),
             config(data, tmp_path, searcher="random", scheduler="pbt", vary=("num_negatives=8,16",)),

@@ -1,0 +1,43 @@
+"""A configuration as the command that asks for it."""
+
+from __future__ import annotations
+
+import dataclasses
+import shlex
+import typing
+from collections.abc import Iterator
+from typing import Any
+
+from raysl import methods
+from raysl.config import Pretraining
+
+
+def command(config: Pretraining) -> str:
+    """The `raysl pretrain` command of a configuration; flags that have their defaults are left out."""
+    words = ["raysl", "pretrain"]
+    plain = Pretraining(config.data, config.run, config.method)
+    for name in ("data", "run", "method"):
+        words += [f"--{name}", getattr(config, name)]
+    words += _flags(config, plain, "")
+    for part in methods.parse(config.method).config_types():
+        words += _flags(config.parts[part], plain.parts[part], f"{part}.")
+    return " ".join(shlex.quote(word) for word in words)
+
+
+def _flags(value: Any, default: Any, prefix: str) -> Iterator[str]:
+    hints = typing.get_type_hints(type(value), include_extras=True)
+    for field in dataclasses.fields(value):
+        ours, theirs = getattr(value, field.name), getattr(default, field.name)
+        if ours == theirs or field.name in ("data", "run", "method", "parts"):
+            continue
+        if dataclasses.is_dataclass(ours):
+            yield from _flags(ours, theirs, f"{prefix}{field.name}.")
+            continue
+        named = [extra.name for extra in typing.get_args(hints[field.name]) if getattr(extra, "name", None)]
+        flag = f"{prefix}{named[0] if named else field.name}".replace("_", "-")
+        if isinstance(ours, bool):
+            head, _, tail = flag.rpartition(".")
+            yield f"--{flag}" if ours else f"--{head}{'.' if head else ''}no-{tail}"
+        else:
+            yield f"--{flag}"
+            yield from map(str, ours) if isinstance(ours, tuple) else [str(ours)]

@@ -1,0 +1,141 @@
+"""The report of a sweep: what it says, and that it always says the same."""
+
+from __future__ import annotations
+
+import shlex
+from dataclasses import asdict
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from raysl import rng
+from raysl.cli import parse_pretraining
+from raysl.config import Pretraining, ViewConfig
+from raysl.errors import UserError
+from raysl.objectives.pirl import Config as Pirl
+from raysl.optim import OptimConfig
+from raysl.report.command import command
+from raysl.report.figures import rank_correlation
+from raysl.report.page import ReportConfig, report
+from raysl.storage import Folder
+from raysl.sweep.config import SweepConfig
+from raysl.sweep.journal import Journal
+from raysl.sweep.space import space
+from raysl.sweep.standing import Climb, Standing
+
+pytest.importorskip("matplotlib")
+pytest.importorskip("jinja2")
+
+BASE = Pretraining("data", "-", epochs=9, parts={"pirl": {"dim": 16}})
+
+
+def written(folder: Path, *vary: str, **changes: Any) -> str:
+    """A sweep whose scores are made up; trial 1 has failed."""
+    config = SweepConfig(str(folder), "test", vary, **changes)
+    points = space(BASE, vary, config.searcher == "grid")
+    journal = Journal(Folder(str(folder)))
+    settings = {
+        name: value
+        for name, value in asdict(config).items()
+        if name in ("probe", "seeds", "searcher", "scheduler", "rungs", "reduction", "lag", "seed")
+    }
+    journal.add(
+        {
+            "event": "sweep",
+            "config": settings,
+            "space": [asdict(d) for d in points.dimensions],
+            "base": BASE.to_json(),
+            "uris": {"train": "train", "test": "test"},
+        }
+    )
+    while ready := (standing := Standing(config, points, journal.rows)).ready():
+        journal.add(_row(standing, ready[0]))
+    return str(folder)
+
+
+def _row(standing: Standing, climb: Climb) -> dict[str, Any]:
+    if climb.trial == 1:
+        return {"event": "failed", **asdict(climb), "reason": "The loss is <nan>"}
+    noise = rng.generator("noise", climb.trial, climb.seed).random()
+    values = standing.values(climb.trial) or {}
+    score = 0.2 + 0.1 * climb.rung - abs(values["pirl.lambda"] - 0.5) / 5 + noise / 50
+    facts = {"score": score, "loss": 5 - noise, "seconds": 1800.0, "cpus": 2.0, "gpus": 0.0}
+    return {"event": "score", **asdict(climb), **facts}
+
+
+def test_the_page_says_it_all_and_the_same_sweep_gives_the_same_bytes(tmp_path: Path) -> None:
+    sweep = written(tmp_path / "sweep", "temperature=0.05,0.1,0.2", "lambda", scheduler="asha", rungs=2)
+    out = report(sweep, ReportConfig(core_hour=2.0))
+    names = out.list()
+    assert names == [
+        "curve-pirl.lambda.png",
+        "curve-pirl.temperature.png",
+        "early-loss.png",
+        "early-probe.png",
+        "index.html",
+        "learning.png",
+        "pair-pirl.temperature-pirl.lambda.png",
+        "parallel.png",
+    ]
+    page = out.read("index.html").decode()
+    assert "The loss is &lt;nan&gt;" in page
+    assert "raysl pretrain --data data --run RUN" in page
+    assert "core-hours" in page
+    assert "which cost" in page
+    # Nothing is fetched from anywhere.
+    assert "http" not in page
+    again = report(sweep, ReportConfig(out=str(tmp_path / "again"), core_hour=2.0))
+    assert {name: again.read(name) for name in names} == {name: out.read(name) for name in names}
+
+
+def test_fields_that_are_drawn_or_are_no_numbers_have_figures_too(tmp_path: Path) -> None:
+    sweep = written(
+        tmp_path / "sweep",
+        "temperature=0.03..0.5",
+        "lambda=0..1",
+        "pirl.head",
+        searcher="random",
+        samples=6,
+        seeds=(0,),
+    )
+    names = report(sweep, ReportConfig()).list()
+    assert "curve-pirl.head.png" in names
+    assert "pair-pirl.temperature-pirl.lambda.png" in names
+
+
+def test_a_sweep_without_a_score_has_a_page(tmp_path: Path) -> None:
+    sweep = written(tmp_path / "sweep", "lambda=0,1", seeds=(0,))
+    lines = (tmp_path / "sweep" / "sweep.jsonl").read_bytes().splitlines(keepends=True)
+    (tmp_path / "sweep" / "sweep.jsonl").write_bytes(lines[0])
+    assert report(sweep, ReportConfig()).list() == ["index.html"]
+
+
+def test_no_sweep_is_told(tmp_path: Path) -> None:
+    with pytest.raises(UserError, match="No sweep at"):
+        report(str(tmp_path), ReportConfig())
+
+
+def test_the_command_of_a_configuration_gives_it_back() -> None:
+    config = Pretraining(
+        "my data",
+        "run",
+        "pirl-jigsaw",
+        epochs=3,
+        channels_last=False,
+        compile=True,
+        view=ViewConfig(image_size=64),
+        optim=OptimConfig(lr=0.12, milestones=(0.5, 0.9)),
+        parts={"pirl": Pirl(lam=0.25, num_negatives=64), "jigsaw": {"num_permutations": 100}},
+    )
+    words = shlex.split(command(config))
+    assert words[:2] == ["raysl", "pretrain"]
+    assert "--pirl.lambda" in words
+    assert parse_pretraining(words[2:], "raysl pretrain") == config
+
+
+def test_rank_correlation() -> None:
+    assert rank_correlation([1, 2, 3, 4], [10, 20, 40, 90]) == pytest.approx(1)
+    assert rank_correlation([1, 2, 3], [3, 2, 1]) == pytest.approx(-1)
+    assert rank_correlation([1, 1, 2, 2], [1, 2, 1, 2]) == pytest.approx(0)
+    assert rank_correlation([1, 1], [1, 2]) == 0
