@@ -106,7 +106,14 @@ def settings(flags: Flags, num_images: int) -> SweepConfig:
             "num_permutations=100..10000",
         )
         return SweepConfig(
-            "", "-", dials, seeds=flags.seeds, searcher="random", samples=flags.samples, scheduler="asha"
+            "",
+            "-",
+            dials,
+            seeds=flags.seeds,
+            searcher="random",
+            samples=flags.samples,
+            scheduler="asha",
+            rungs=2 if flags.local else 3,
         )
     grids = {**GRIDS, "negatives": f"num_negatives={','.join(map(str, negatives))}"}
     vary = (grids[flags.figure],)

@@ -122,7 +122,8 @@ def prepare(base: Pretraining, config: SweepConfig) -> Setting:
         )
     trials = _trials(base, config, points)
     cluster.start()
-    at_once, placement = _share(base.workers, config)
+    runs = len(config.seeds) * (len(trials) if config.searcher == "grid" else config.samples)
+    at_once, placement = _share(base.workers, config, runs)
     images, test = resolve(base.data), resolve(config.test)
     train = resolve(config.train) if config.train else images
     common_labels(train, test)
@@ -167,18 +168,18 @@ def _refused(values: Values, error: UserError) -> UserError:
     return UserError(f"The trial with {table.described(values)} could not run, so none was begun. {error}")
 
 
-def _share(workers: int, config: SweepConfig) -> tuple[int, Placement]:
-    """How many runs go on at the same time, and what the trainers of each get.
+def _share(workers: int, config: SweepConfig, runs: int) -> tuple[int, Placement]:
+    """How many of the runs go on at the same time, and what the trainers of each get.
 
     The trainers of all of them are placed together, as if they were one large run: what fits so can never wait for
     ever.
     """
 
-    def placed(runs: int) -> Placement:
+    def placed(count: int) -> Placement:
         try:
-            return cluster.place(runs * workers, gpus_per_worker=config.gpus_per_worker)
+            return cluster.place(count * workers, gpus_per_worker=config.gpus_per_worker)
         except UserError as error:
-            raise UserError(f"{runs} runs at a time with {workers} workers each: {error}") from error
+            raise UserError(f"{count} runs at a time with {workers} workers each: {error}") from error
 
     if config.gpus_per_worker < 1 and workers > 1:
         raise UserError(
@@ -189,14 +190,15 @@ def _share(workers: int, config: SweepConfig) -> tuple[int, Placement]:
         return config.max_concurrent, placed(config.max_concurrent)
     most = 1
     placement = placed(1)
-    while True:
+    while most < runs:
         try:
             more = placed(most + 1)
         except UserError:
-            return most, placement
+            break
         if more.cpus_per_worker < 1:
-            return most, placement
+            break
         most, placement = most + 1, more
+    return most, placement
 
 
 def _begin(journal: Journal, setting: Setting) -> None:

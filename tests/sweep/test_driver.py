@@ -188,6 +188,18 @@ def test_runs_at_a_time_follow_from_the_cluster(
     assert total <= 2
 
 
+def test_no_more_runs_at_a_time_than_there_are(
+    monkeypatch: pytest.MonkeyPatch, ray_session: None, data: tuple[str, str], tmp_path: Path
+) -> None:
+    """On 16 CPUs, eight runs could have two each; two runs have eight."""
+    monkeypatch.setattr("ray.nodes", lambda: [{"Resources": {"CPU": 16.0}, "Alive": True}])
+    many = driver.prepare(
+        base(data), config(data, tmp_path, max_concurrent=0, vary=("temperature", "lambda"))
+    )
+    two = driver.prepare(base(data), config(data, tmp_path, max_concurrent=0, vary=("temperature=0.1,0.2",)))
+    assert [(s.at_once, s.placement.cpus_per_worker) for s in (many, two)] == [(8, 1), (2, 6)]
+
+
 def test_pbt_changes_only_what_can_change_in_the_middle(data: tuple[str, str], tmp_path: Path) -> None:
     with pytest.raises(UserError, match=r"pirl\.num_negatives cannot change"):
         driver.prepare(
