@@ -54,11 +54,13 @@ def shown(value: Any) -> str:
 
 
 def render(rows: Sequence[Mapping[str, Any]], probe: str, epochs: float) -> Table:
-    """The rows as a table: one line a trial."""
+    """The rows as a table: one line a trial, and why some have failed."""
     from rich.table import Table
+    from rich.text import Text
 
     names = list(next((row["values"] for row in rows if row["values"]), {}))
-    made = Table(title=f"{len(rows)} trials by {probe}")
+    why = "\n".join(f"Trial {row['trial']}: {row['reason']}" for row in rows if row["reason"])
+    made = Table(title=f"{len(rows)} trials by {probe}", caption=Text(why), caption_justify="left")
     made.add_column("trial", justify="right")
     for name in names:
         made.add_column(name, justify="right")
@@ -75,6 +77,6 @@ def render(rows: Sequence[Mapping[str, Any]], probe: str, epochs: float) -> Tabl
             score,
             spread,
             f"{epochs * row['share']:.3g}",
-            row["reason"] or row["state"],
+            row["state"],
         )
     return made

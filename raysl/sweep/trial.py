@@ -6,8 +6,10 @@ nothing of the cluster.
 
 from __future__ import annotations
 
+import contextlib
 import math
 import time
+import traceback
 from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
@@ -21,6 +23,7 @@ from raysl.probe import probe
 from raysl.run import Run
 from raysl.storage import Folder
 
+ERROR = "error.txt"
 _ATTEMPTS = 2
 
 
@@ -62,12 +65,25 @@ def perform(work: Work, say: Callable[[str], None]) -> dict[str, Any]:
             return {"event": "failed", "reason": str(error)}
         except Exception as error:  # a node that was lost, or a defect, which the next attempt tells apart
             if attempt == _ATTEMPTS - 1:
-                return {"event": "failed", "reason": f"{type(error).__name__}: {error}"}
-            say(f"{type(error).__name__}; trying again from the last checkpoint")
+                return {"event": "failed", "reason": _reason(error, Folder(work.config.run))}
         else:
             seconds = round(time.monotonic() - started, 2)
             return {"event": "score", "step": work.until, "score": score, "loss": loss, "seconds": seconds}
     raise AssertionError("an attempt returns")
+
+
+def _reason(error: BaseException, run: Folder) -> str:
+    """What is at the bottom of an error that came through Ray, in a line; all of it goes to the folder of the run."""
+    with contextlib.suppress(UserError):
+        run.write(ERROR, "".join(traceback.format_exception(error)).encode())
+    seen: list[BaseException] = []
+    below: BaseException | None = error
+    while below is not None and below not in seen:
+        seen.append(below)
+        cause = getattr(below, "cause", None)
+        below = cause if isinstance(cause, BaseException) else below.__cause__
+    said = str(seen[-1]).strip().splitlines() or [""]
+    return f"{type(seen[-1]).__name__}: {said[-1][:200]} The whole error is in {ERROR} of the run."
 
 
 def _score(work: Work, say: Callable[[str], None]) -> tuple[float, float]:
