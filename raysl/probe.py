@@ -71,7 +71,9 @@ def probe(
     train_labels_n, test_labels_n = common_labels(train_set, test_set)
     fingerprints = {"train": train_set.manifest.fingerprint, "test": test_set.manifest.fingerprint}
     rows: list[dict[str, Any]] = []
-    for source in sources:
+    wanted = [(source, data) for source in sources for data in (train_set, test_set)]
+    found = features.extract_all(wanted, protocol, cache or run.folder / "features")
+    for i, source in enumerate(sources):
         identity = source.identity()
         about = {
             "encoder": source.name,
@@ -80,11 +82,9 @@ def probe(
             "weights": identity.get("crc32"),
             **fingerprints,
         }
-        folder = cache or run.folder / "features"
-        found = [features.extract(source, data, protocol, folder) for data in (train_set, test_set)]
         for layer in protocol.layers:
-            seen = Labelled(found[0].load(layer), train_labels_n, fingerprints["train"])
-            unseen = Labelled(found[1].load(layer), test_labels_n, fingerprints["test"])
+            seen = Labelled(found[2 * i].load(layer), train_labels_n, fingerprints["train"])
+            unseen = Labelled(found[2 * i + 1].load(layer), test_labels_n, fingerprints["test"])
             for name, (config, measure) in ready.items():
                 facts = {"probe": name, "layer": layer, "protocol": protocol_hash(name, config, protocol)}
                 rows += _measure(measure, seen, unseen, {**about, **facts}, say)

@@ -14,7 +14,7 @@ import os
 from collections.abc import Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import asdict, dataclass, field
-from functools import cached_property
+from functools import cached_property, partial
 from typing import Any
 
 import numpy as np
@@ -38,26 +38,35 @@ _ATTEMPTS = 3
 
 
 def extract(source: Encoder, dataset: DataSet, protocol: FeatureProtocol, cache: Folder) -> FeatureTable:
-    """The features of every image, as float32. Parts that are there from an earlier call are not computed again. Ray
-    must run.
+    """The features of every image of one data set; see `extract_all`."""
+    return extract_all([(source, dataset)], protocol, cache)[0]
+
+
+def extract_all(
+    wanted: Sequence[tuple[Encoder, DataSet]], protocol: FeatureProtocol, cache: Folder
+) -> list[FeatureTable]:
+    """The features of every image by every encoder, as float32, by one pool of actors. Parts that are there from an
+    earlier call are not computed again. Ray must run.
 
     Args:
-        source: the encoder.
-        dataset: the images; labels are not looked at.
+        wanted: encoders, and the data sets whose images each of them sees; labels are not looked at.
         protocol: size of the view, and layers.
-        cache: features are put into a folder inside, whose name follows from the encoder, the images and the protocol.
+        cache: features are put into folders inside, whose names follow from encoder, images and protocol.
 
     Raises:
-        UserError: a layer does not exist, the data set has no images or is damaged, a checkpoint is damaged, or the
+        UserError: a layer does not exist, a data set has no images or is damaged, a checkpoint is damaged, or the
             cache cannot be written.
     """
-    facts = describe(source, dataset, protocol)
-    key = hashlib.blake2b(json.dumps(facts, sort_keys=True).encode(), digest_size=8).hexdigest()
-    folder = cache / f"{source.name}-{key}"
-    table = compute(source, dataset, protocol, FeatureForm(), folder)
-    if not folder.exists(DONE):
-        folder.write_json(DONE, {**facts, "parts": table.parts})
-    return table
+    facts = [describe(source, dataset, protocol) for source, dataset in wanted]
+    works = []
+    for (source, dataset), about in zip(wanted, facts, strict=True):
+        key = hashlib.blake2b(json.dumps(about, sort_keys=True).encode(), digest_size=8).hexdigest()
+        works.append(_Extract(source, dataset, protocol, FeatureForm(), cache / f"{source.name}-{key}"))
+    _complete([work for work in works if not work.folder.exists(DONE)])
+    for work, about in zip(works, facts, strict=True):
+        if not work.folder.exists(DONE):
+            work.folder.write_json(DONE, {**about, "parts": work.parts})
+    return [FeatureTable(work.folder, tuple(work.parts), protocol.layers) for work in works]
 
 
 def describe(source: Encoder, dataset: DataSet, protocol: FeatureProtocol) -> dict[str, Any]:
@@ -86,10 +95,10 @@ def compute(
     source: Encoder, dataset: DataSet, protocol: FeatureProtocol, form: FeatureForm, folder: Folder
 ) -> FeatureTable:
     """Computes the parts that are not in the folder. Whose features lie there is the caller's business."""
-    parts = _parts(dataset)
+    work = _Extract(source, dataset, protocol, form, folder)
     if not folder.exists(DONE):
-        _complete(_Extract(source, dataset, protocol, form, folder), parts)
-    return FeatureTable(folder, tuple(parts), protocol.layers)
+        _complete([work])
+    return FeatureTable(folder, tuple(work.parts), protocol.layers)
 
 
 def _code() -> str:
@@ -111,15 +120,14 @@ def _parts(dataset: DataSet) -> list[Part]:
     return parts
 
 
-def _complete(work: _Extract, parts: Sequence[Part]) -> None:
+def _complete(works: Sequence[_Extract]) -> None:
     """Computes the parts that are not there, and again those that an actor or a node took with it when it died."""
     for attempt in range(_ATTEMPTS):
-        there = set(work.folder.list())
-        missing = [part for part in parts if file(part) not in there]
+        missing = [(number, *part) for number, work in enumerate(works) for part in work.missing()]
         if not missing:
             return
         try:
-            _compute(work, missing)
+            _compute(works, missing)
             return
         except UserError:
             raise
@@ -128,8 +136,8 @@ def _complete(work: _Extract, parts: Sequence[Part]) -> None:
                 raise
 
 
-def _compute(work: _Extract, parts: Sequence[Part]) -> None:
-    """Runs a pool of actors over the parts."""
+def _compute(works: Sequence[_Extract], parts: Sequence[tuple[int, int, int]]) -> None:
+    """Runs a pool of actors over parts, each with the number of its work in front."""
     import ray.data
 
     size, resources = pool(ray.cluster_resources())
@@ -140,7 +148,7 @@ def _compute(work: _Extract, parts: Sequence[Part]) -> None:
     items = ray.data.from_items([{"part": part} for part in parts], override_num_blocks=len(parts))
     done = items.map_batches(
         _Actor,
-        fn_constructor_args=(work,),
+        fn_constructor_args=(works,),
         batch_size=None,
         compute=ray.data.ActorPoolStrategy(min_size=1, max_size=min(size, len(parts))),
         # Ray would restart an actor from arguments that may be gone, and says so on every start. `_complete` retries.
@@ -166,7 +174,7 @@ def pool(resources: Mapping[str, float]) -> tuple[int, dict[str, float]]:
 
 @dataclass(frozen=True)
 class _Extract:
-    """What an actor is given."""
+    """An encoder, the images that it sees, and where and how its features are kept."""
 
     source: Encoder
     dataset: DataSet
@@ -174,18 +182,31 @@ class _Extract:
     form: FeatureForm
     folder: Folder
 
+    @cached_property
+    def parts(self) -> list[Part]:
+        return _parts(self.dataset)
+
+    def missing(self) -> list[Part]:
+        """The parts that are not in the folder."""
+        there = set(self.folder.list())
+        return [part for part in self.parts if file(part) not in there]
+
 
 @dataclass
 class _Actor:
-    """Holds the encoder and turns ranges of indices into files of features."""
+    """Holds encoders and turns ranges of indices into files of features."""
 
-    work: _Extract
+    works: Sequence[_Extract]
     device: torch.device = field(default_factory=lambda: _device())
+    loaded: dict[int, Encode] = field(default_factory=dict)
 
-    @cached_property
-    def encode(self) -> Encode:
-        # Not in the constructor, where Ray would start the actor again instead of handing on the error.
-        return self.work.source.load(self.device, self.work.protocol.layers)
+    def encode(self, number: int) -> Encode:
+        """The encoder of a work. Not loaded in the constructor, where Ray would start the actor again instead of
+        handing on the error."""
+        if number not in self.loaded:
+            work = self.works[number]
+            self.loaded[number] = work.source.load(self.device, work.protocol.layers)
+        return self.loaded[number]
 
     @cached_property
     def threads(self) -> ThreadPoolExecutor:
@@ -195,37 +216,39 @@ class _Actor:
 
     def __call__(self, batch: dict[str, npt.NDArray[Any]]) -> dict[str, npt.NDArray[Any]]:
         error = ""
-        for first, end in batch["part"].tolist():
+        for number, first, end in batch["part"].tolist():
             try:
-                self.write((first, end))
+                self.write(number, (first, end))
             except UserError as mendable:
                 error = str(mendable)
         # As a value: Ray Data would leave the actors of a pipeline that failed alive, and with them their CPUs.
         return {"error": np.array([error], dtype=object)}
 
-    def write(self, part: Part) -> None:
-        """Computes one part and writes its file."""
-        table = self.work.dataset.read(np.arange(*part, dtype=np.int64), ("image",))
+    def write(self, number: int, part: Part) -> None:
+        """Computes one part of a work and writes its file."""
+        work, encode = self.works[number], self.encode(number)
+        table = work.dataset.read(np.arange(*part, dtype=np.int64), ("image",))
         images = table.column("image").to_pylist()
         batches = [images[i : i + _BATCH] for i in range(0, len(images), _BATCH)]
-        made: dict[str, list[Floats]] = {layer: [] for layer in self.work.protocol.layers}
-        for pixels_bchw in self.threads.map(self.view, batches):
+        made: dict[str, list[Floats]] = {layer: [] for layer in work.protocol.layers}
+        for pixels_bchw in self.threads.map(partial(_view, work), batches):
             with torch.inference_mode():
-                features = self.encode(pixels_bchw.to(self.device))
+                features = encode(pixels_bchw.to(self.device))
             for layer, values in made.items():
                 values.append(features[layer].float().cpu().numpy())
         joined = {layer: np.concatenate(values) for layer, values in made.items()}
-        write(self.work.folder, part, joined, self.work.form)
+        write(work.folder, part, joined, work.form)
 
-    def view(self, images: list[bytes]) -> Tensor:
-        """The evaluation view of encoded images."""
-        try:
-            return decode.centre(images, self.work.protocol.image_size)
-        except decode.DecodeError as error:
-            raise UserError(
-                f"An image of the data set at {str(self.work.dataset.folder)!r} that could be decoded when it was "
-                f"ingested no longer can: {error}. A shard is damaged; ingest the source again."
-            ) from error
+
+def _view(work: _Extract, images: list[bytes]) -> Tensor:
+    """The evaluation view of encoded images."""
+    try:
+        return decode.centre(images, work.protocol.image_size)
+    except decode.DecodeError as error:
+        raise UserError(
+            f"An image of the data set at {str(work.dataset.folder)!r} that could be decoded when it was ingested no "
+            f"longer can: {error}. A shard is damaged; ingest the source again."
+        ) from error
 
 
 def _device() -> torch.device:
