@@ -98,12 +98,12 @@ def _page(record: Record, drawn: Sequence[Figure], config: ReportConfig) -> str:
             title=f"{record.base.method}: {', '.join(names)}",
             summary=(
                 f"{len(rows)} trials of {len(standing.config.seeds)} seeds, {record.base.epochs:g} epochs, scored by "
-                f"{standing.config.probe} on {record.uris['test']}; searcher {standing.config.searcher}, scheduler "
+                f"{standing.config.probe} on {record.uris['test'].rpartition('/')[2]}; searcher {standing.config.searcher}, scheduler "
                 f"{standing.config.scheduler}. Finished {states.count('finished')}, stopped {states.count('stopped')}, "
                 f"failed {states.count('failed')}."
             ),
             best=top and f"Trial {top['trial']}: {table.described(top['values'])}, {_score(top)}.",
-            command=best and command(replace(best, run="RUN", seed=standing.config.seeds[0])),
+            command=best and command(replace(best, data="DATA", run="RUN", seed=standing.config.seeds[0])),
             names=names,
             probe=standing.config.probe,
             rows=[_row(row, names, record.base.epochs) for row in rows],

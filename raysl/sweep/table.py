@@ -55,28 +55,25 @@ def shown(value: Any) -> str:
 
 def render(rows: Sequence[Mapping[str, Any]], probe: str, epochs: float) -> Table:
     """The rows as a table: one line a trial, and why some have failed."""
+    from rich import box
     from rich.table import Table
     from rich.text import Text
 
     names = list(next((row["values"] for row in rows if row["values"]), {}))
     why = "\n".join(f"Trial {row['trial']}: {row['reason']}" for row in rows if row["reason"])
-    made = Table(title=f"{len(rows)} trials by {probe}", caption=Text(why), caption_justify="left")
+    title = f"{len(rows)} trials by {probe}"
+    made = Table(title=title, box=box.SIMPLE, caption=Text(why), caption_justify="left")
     made.add_column("trial", justify="right")
-    for name in names:
-        made.add_column(name, justify="right")
+    shorts = [name.rpartition(".")[2] for name in names]
+    for name, short in zip(names, shorts, strict=True):
+        made.add_column(name if shorts.count(short) > 1 else short, justify="right", overflow="fold")
     for name in (probe, "±", "epoch"):
         made.add_column(name, justify="right")
-    made.add_column("")
+    made.add_column("", no_wrap=True)
     for row in rows:
         values = [shown(row["values"][name]) if row["values"] else "" for name in names]
         score = "" if row["score"] is None else f"{row['score']:.4f}"
         spread = "" if row["spread"] is None else f"{row['spread']:.4f}"
-        made.add_row(
-            str(row["trial"]),
-            *values,
-            score,
-            spread,
-            f"{epochs * row['share']:.3g}",
-            row["state"],
-        )
+        epoch = f"{epochs * row['share']:.3g}"
+        made.add_row(str(row["trial"]), *values, score, spread, epoch, row["state"])
     return made

@@ -80,7 +80,7 @@ def test_the_page_says_it_all_and_the_same_sweep_gives_the_same_bytes(tmp_path: 
     ]
     page = out.read("index.html").decode()
     assert "The loss is &lt;nan&gt;" in page
-    assert "raysl pretrain --data data --run RUN" in page
+    assert "raysl pretrain --data DATA --run RUN" in page
     assert "core-hours" in page
     assert "which cost" in page
     # Nothing is fetched from anywhere.
