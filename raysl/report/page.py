@@ -89,6 +89,7 @@ def _page(record: Record, drawn: Sequence[Figure], config: ReportConfig) -> str:
     rows = table.rows(standing)
     names = [d.name for d in standing.space.dimensions]
     states = [row["state"] for row in rows]
+    test = record.uris["test"].rpartition("/")[2]
     best = record.best()
     top = next((row for row in rows if row["trial"] == standing.best()), None)
     return (
@@ -98,7 +99,7 @@ def _page(record: Record, drawn: Sequence[Figure], config: ReportConfig) -> str:
             title=f"{record.base.method}: {', '.join(names)}",
             summary=(
                 f"{len(rows)} trials of {len(standing.config.seeds)} seeds, {record.base.epochs:g} epochs, scored by "
-                f"{standing.config.probe} on {record.uris['test'].rpartition('/')[2]}; searcher {standing.config.searcher}, scheduler "
+                f"{standing.config.probe} on {test}; searcher {standing.config.searcher}, scheduler "
                 f"{standing.config.scheduler}. Finished {states.count('finished')}, stopped {states.count('stopped')}, "
                 f"failed {states.count('failed')}."
             ),

@@ -35,7 +35,7 @@ def need_optuna() -> None:
     """Raises UserError when the package is missing."""
     if importlib.util.find_spec("optuna") is None:
         raise UserError(
-            "The searcher 'optuna' needs the package optuna, which is not installed. Install raysl[optuna], or use "
+            "The searcher 'optuna' needs the package optuna, which is not installed. Install raysl[search], or use "
             "--searcher random."
         )
 

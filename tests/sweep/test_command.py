@@ -70,7 +70,7 @@ def test_flags_of_a_sweep_stand_among_those_of_a_run(
         (f"{SWEEP} --vary lambda=0.5,2", "The trial with pirl.lambda=2 could not run"),
         (f"{SWEEP} --vary lambda --epochs", "--epochs"),
         (f"{SWEEP} --vary lambda --sheduler asha", "--sheduler"),
-        (f"{SWEEP} --vary lambda --searcher optuna", "raysl[optuna]"),
+        (f"{SWEEP} --vary lambda --searcher optuna", "raysl[search]"),
         ("report nothing", "No sweep at 'nothing'"),
         ("reproduce nothing", "No run at 'nothing'"),
     ],
