@@ -17,7 +17,7 @@ os.environ["RAY_TRAIN_HEALTH_CHECK_INTERVAL_S"] = "0.3"
 os.environ["RAY_TRAIN_COLLECTIVE_TIMEOUT_S"] = "60"
 os.environ["RAY_ENABLE_UV_RUN_RUNTIME_ENV"] = "0"
 # At the default of 15, other programs of a busy machine starve the workers, and tests time out.
-os.environ["RAY_worker_niceness"] = "0"
+os.environ["RAY_worker_niceness"] = "0"  # noqa: SIM112
 
 
 @pytest.fixture(scope="session")
