@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import hashlib
+import importlib
 import os
 import signal
 import subprocess
@@ -29,6 +30,12 @@ from raysl.storage import Folder
 from tests.data import make_dataset
 
 pytestmark = [pytest.mark.ray, pytest.mark.timeout(600)]
+
+
+@pytest.fixture(autouse=True)
+def _hear_at_once(monkeypatch: pytest.MonkeyPatch) -> None:
+    """These runs would be over before the first line of progress."""
+    monkeypatch.setattr(importlib.import_module("raysl.pretrain"), "SHOW_EVERY_S", 0.05)
 
 
 @pytest.fixture(scope="module")
@@ -116,11 +123,8 @@ def test_killed_data_tasks_and_train_worker(finished: Run, dataset: DataSet, tmp
     killed: dict[str, int] = {}
 
     def listen(line: str) -> None:
-        if not line.startswith("step"):
-            return
-        if "data" not in killed:
+        if line.startswith("step") and not killed:
             killed["data"] = kill("ray::MapBatches", "ray::IDLE", most=100)
-        elif "trainer" not in killed:
             killed["trainer"] = kill("RayTrainWorker", most=1)
 
     pretrain(config, listen)
