@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import re
 import typing
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -187,7 +188,9 @@ def cluster(arguments: Sequence[str]) -> None:
     print(f"Objective {card['objective_value']:.6g}, {card['sizes']['empty']} clusters empty{named}.")
     print(f"The clusters are in {done.assignments}.")
     for uri in given.assign:
-        place = str(done.folder / f"assignments-{uri.rstrip('/').rpartition('/')[2]}.parquet")
+        # Named after the whole place: many folders of features are called "features".
+        name = re.sub(r"\W+", "-", uri).strip("-")
+        place = str(done.folder / f"assignments-{name}.parquet")
         print(f"Those of {uri} are in {kmeans.assign(done, uri, place, given.config)}.")
 
 

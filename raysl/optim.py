@@ -93,6 +93,8 @@ class Lars(torch.optim.SGD):
                 if weight.ndim > 1 and weight.grad is not None:
                     length = weight.norm()
                     scale = self.TRUST * length / (weight.grad.norm() + decay * length).clamp(min=1e-12)
+                    # A weight that is zero would stay so; it takes an ordinary step.
+                    scale = torch.where(length > 0, scale, torch.ones_like(scale))
                     weight.grad.add_(weight, alpha=decay).mul_(scale)
                     group["weight_decay"] = 0.0  # it is in the gradient now
         done = super().step(closure)

@@ -115,6 +115,8 @@ def _numbers(first: Run, second: Run, steps: int) -> list[str]:
     greatest: dict[str, float] = {}
     for row in second.metrics():
         before = theirs.get(row["step"], {})
+        if before.get("over_steps") != row["over_steps"]:
+            continue  # means over other steps, where one of the runs was interrupted
         for name in sorted(row.keys() & before.keys() - {*_TIMES}):
             ours, old = row[name], before[name]
             if ours != old:

@@ -290,6 +290,8 @@ class Meter:
         per_step_s = (time.perf_counter() - self._started_at) / done
         row: dict[str, Any] = {"step": step, "epoch": step * self._plan.batch_size / self._plan.num_images}
         row.update(zip(names, values[:-2], strict=True))
+        # The steps that the means are over: fewer in the first row after a restart.
+        row["over_steps"] = self._steps
         row["lr"] = lr
         row["images_per_s"] = self._steps * self._plan.batch_size / wall_s
         row["wait_s"] = values[-2]

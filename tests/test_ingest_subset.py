@@ -33,6 +33,12 @@ def test_a_subset_holds_some_of_the_images(tmp_path: Path) -> None:
     assert same.read(np.arange(20)) == part.read(np.arange(20))
 
 
+def test_another_subset_in_the_folder_is_refused(tmp_path: Path) -> None:
+    subset(make_dataset(tmp_path / "one", 50), 20, Folder(str(tmp_path / "part")))
+    with pytest.raises(UserError, match="Another data set lies"):
+        subset(make_dataset(tmp_path / "other", 40), 20, Folder(str(tmp_path / "part")))
+
+
 def test_more_images_than_there_are_is_refused(tmp_path: Path) -> None:
     with pytest.raises(UserError, match="Ask for 1 to 10"):
         subset(make_dataset(tmp_path / "whole", 10), 11, Folder(str(tmp_path / "part")))

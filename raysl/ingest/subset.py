@@ -23,10 +23,17 @@ def subset(dataset: DataSet, num_images: int, folder: Folder, seed: int = 0) -> 
         folder: where it goes; the one that lies there is opened.
 
     Raises:
-        UserError: there are not so many images, or the folder cannot be written.
+        UserError: there are not so many images, another data set lies in the folder, or it cannot be written.
     """
+    made_of = f"{dataset.manifest.fingerprint} {num_images} {seed}"
+    fingerprint = hashlib.blake2b(made_of.encode(), digest_size=32).hexdigest()
     if DataSet.is_one(str(folder)):
-        return DataSet.open(str(folder))
+        there = DataSet.open(str(folder))
+        if there.manifest.fingerprint != fingerprint:
+            raise UserError(
+                f"Another data set lies at {str(folder)!r}, {there.manifest.source}. Give another folder."
+            )
+        return there
     if not 1 <= num_images <= dataset.num_images:
         raise UserError(
             f"A subset of {num_images} images cannot be drawn from the {dataset.num_images} of "
@@ -39,8 +46,6 @@ def subset(dataset: DataSet, num_images: int, folder: Folder, seed: int = 0) -> 
     rows = (Row(image, label, "") for image, label in zip(columns["image"], labels, strict=True))
     written = shard.write(folder, 0, 0, rows, check=False, labelled=dataset.has_labels, rows_per_group=_GROUP)
     facts = dataset.manifest
-    made_of = f"{facts.fingerprint} {num_images} {seed}"
-    fingerprint = hashlib.blake2b(made_of.encode(), digest_size=32).hexdigest()
     source = f"{num_images} images of {facts.source}"
     manifest = Manifest(source, (written.shard,), facts.classes, fingerprint, 0)
     folder.write_json(MANIFEST, manifest.to_json())

@@ -17,6 +17,8 @@ from raysl.trunk import TrunkConfig, encode
 # Written by `raysl.run`, which stands above this room.
 _PASSPORT = "passport.json"
 _CLASSIFIER = "objective.classify."
+# Of a predictor of several crops, whose classifier takes what this makes of all of them.
+_PROJECTION = "objective.project.0."
 
 
 @dataclass(frozen=True)
@@ -73,7 +75,8 @@ def load(run: str, step: int = 0) -> Teacher:
     state: dict[str, Tensor] = found.state()["network"]
     encoder.load_state_dict({n.removeprefix("trunk."): v for n, v in state.items() if n.startswith("trunk.")})
     weight_kd = state.get(f"{_CLASSIFIER}weight")
-    if weight_kd is None or weight_kd.shape[1] != encoder.width:
+    joins_crops = f"{_PROJECTION}weight" in state
+    if weight_kd is None or joins_crops or weight_kd.shape[1] != encoder.width:
         raise UserError(
             f"The run at {run!r} cannot teach: it was trained by {method!r}, which has no classifier of single views "
             "whose answers could be learned. Give a run of supervised, clusterfit or distill, or of predict with a "

@@ -9,7 +9,7 @@ targets, linear in v, of patches at row r and column s,
 
 for k = nearest .. farthest rows below. The patches j are all those of the image itself and of other images of this
 worker's batch, with gradient. Two rows below is the first without a common pixel at half overlap. Published on
-ImageNet: v1 with ResNet-101, 48.7 % top-1 of a linear probe; v2 with a ResNet-161, 71.5 %.
+ImageNet: v1 with ResNet-101, 48.7 % top-1 of a linear probe.
 
 "cpc-patch_grid" is the method. BatchNorm would tell patches apart by what it knows of the others (v2 uses LayerNorm
 instead): use `--trunk.norm group`, which also makes patches and whole images alike in the probes, where the papers

@@ -1,9 +1,9 @@
 """Multi-task: several pretext tasks on one trunk, each with a head of its own; every batch is one task's.
 
-Doersch and Zisserman, "Multi-task Self-Supervised Visual Learning", arXiv 1708.07860: relative position and
-colorization together reach 66.6 % top-5 of a linear probe on ImageNet with ResNet-101, apart 59.2 and 62.5. Here the
-head is swapped by batch: a step takes one task, round robin or drawn by weight from seed and step, and only that
-task's view is cut and transformed. The heads of other tasks stay as they are, momentum and weight decay included.
+Doersch and Zisserman, "Multi-task Self-Supervised Visual Learning", arXiv 1708.07860: tasks together give
+better features than the best of them alone. Here the head is swapped by batch: a step takes one task, round robin or
+drawn by weight from seed and step, and only that task's view is cut and transformed. The heads of other tasks stay as
+they are, momentum and weight decay included.
 
 "multitask-rotation,jigsaw" names the tasks. Each is predicted as by `predict`; with weight, labels and Config of its
 own transform, and "rotation+jigsaw" among them is one task. Colorization shows its images in grey, which no other

@@ -42,7 +42,7 @@ class Figure:
 def figures(record: Record) -> Iterator[Figure]:
     """All figures that the sweep has data for."""
     standing = record.standing
-    if not standing.scores:
+    if not _scored(standing, 0):
         return
     dimensions = standing.space.dimensions
     for dimension in dimensions:
@@ -116,6 +116,8 @@ def _curve(standing: Standing, dimension: Dimension) -> Figure:
             for trial in _scored(standing, rung):
                 place = axis.place(_value(standing, trial, dimension))
                 groups.setdefault(place, []).extend(_by_seed(standing, trial, rung))
+            if not groups:
+                continue
             places = sorted(groups)
             means = [mean(groups[p]) for p in places]
             spreads = [stdev(groups[p]) if len(groups[p]) > 1 else 0.0 for p in places]

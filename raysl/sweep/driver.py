@@ -211,7 +211,9 @@ def _begin(journal: Journal, setting: Setting) -> None:
     settings = {
         name: value
         for name, value in asdict(config).items()
-        if name
+        # Who copies whom in population based training depends on how many trials there are.
+        if (name == "samples" and config.scheduler == "pbt")
+        or name
         not in ("out", "samples", "retry", "max_concurrent", "gpus_per_worker", "train", "test", "vary")
     }
     data = {name: getattr(setting, name).manifest.fingerprint for name in ("images", "train", "test")}

@@ -50,7 +50,10 @@ class Standing:
         self._decisions: dict[tuple[int, int], bool | None] = {}
         self._values: dict[tuple[int, int], Values | None] = {}
         for row in rows:
-            if row["event"] == "score":
+            if row["event"] == "trial" and config.searcher == "optuna":
+                # What was tried stays so, whatever is known of other trials since.
+                self._values[row["trial"], row["rung"]] = row["values"]
+            elif row["event"] == "score":
                 self.scores[Climb(row["trial"], row["seed"], row["rung"])] = row["score"]
             elif row["event"] == "failed":
                 self.failures[row["trial"]] = row["reason"]

@@ -11,7 +11,7 @@ from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
 
 from raysl.errors import UserError
-from raysl.ingest.listing import SPLITS, files_below, folders_in, is_folder, stamp
+from raysl.ingest.listing import SPLITS, File, files_below, folders_in, is_folder, stamp
 from raysl.ingest.sources import Confidence, Place, Row, Unit, UnitSize, choose_split
 from raysl.storage import filesystem
 
@@ -44,7 +44,9 @@ class Source:
         self.classes: tuple[str, ...] | None = ()
 
     def stamp(self) -> str:
-        return stamp(files_below(self._root))
+        # A note beside the images that is written to is no reason to ingest them again; a new one is listed.
+        files = files_below(self._root)
+        return stamp(file if _is_image(file.path) else File(file.path, 0, 0) for file in files)
 
     def units(self, size: UnitSize) -> Iterator[Unit]:
         classes: list[str] = []
