@@ -75,6 +75,15 @@ def test_optimisers_by_name(name: Any, kind: type[torch.optim.Optimizer]) -> Non
     assert type(optim.build(OptimConfig(name=name, momentum=0.8), nn.Linear(2, 2))) is kind
 
 
+def test_lars_moves_a_weight_that_is_zero() -> None:
+    layer = nn.Linear(3, 2)
+    nn.init.zeros_(layer.weight)
+    optimizer = optim.build(OptimConfig("lars"), layer)
+    layer(torch.ones(1, 3)).sum().backward()
+    optimizer.step()
+    assert (layer.weight != 0).all()
+
+
 def test_lars_is_its_equation() -> None:
     torch.manual_seed(0)
     layer = nn.Linear(3, 2)

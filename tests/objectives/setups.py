@@ -76,13 +76,21 @@ def clusters(file: Path, clusters_n: Any, **metadata: str) -> str:
 
 
 def teacher(
-    folder: Path, method: str = "supervised", classes: int = 4, width: int = 192, step: int = 3
+    folder: Path,
+    method: str = "supervised",
+    classes: int = 4,
+    width: int = 192,
+    step: int = 3,
+    joins_crops: bool = False,
 ) -> str:
     """A run with one checkpoint, of random weights, whose classifier takes `width` features; returns its place."""
     with torch.random.fork_rng():
         torch.manual_seed(step)
         network = torch.nn.ModuleDict({"trunk": build(TrunkConfig())})
-        network["objective"] = torch.nn.ModuleDict({"classify": torch.nn.Linear(width, classes)})
+        heads: dict[str, torch.nn.Module] = {"classify": torch.nn.Linear(width, classes)}
+        if joins_crops:
+            heads["project"] = torch.nn.Sequential(torch.nn.Linear(192, width // 2))
+        network["objective"] = torch.nn.ModuleDict(heads)
     run = Folder(str(folder))
     run.write_json("passport.json", {"config": {"method": method, "trunk": {"name": "small"}}})
     saver = Saver(run / "checkpoints", SaveConfig(), rank=0, world=1)

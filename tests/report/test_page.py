@@ -111,6 +111,17 @@ def test_a_sweep_without_a_score_has_a_page(tmp_path: Path) -> None:
     assert report(sweep, ReportConfig()).list() == ["index.html"]
 
 
+def test_every_beginning_of_a_sweep_has_a_page(tmp_path: Path) -> None:
+    sweep = written(
+        tmp_path / "sweep", "lambda=0,0.5,1", "temperature=0.1,0.2", seeds=(0, 1), scheduler="asha", rungs=2
+    )
+    journal = tmp_path / "sweep" / "sweep.jsonl"
+    lines = journal.read_bytes().splitlines(keepends=True)
+    for count in range(2, len(lines), 4):
+        journal.write_bytes(b"".join(lines[:count]))
+        assert "index.html" in report(sweep, ReportConfig()).list()
+
+
 def test_no_sweep_is_told(tmp_path: Path) -> None:
     with pytest.raises(UserError, match="No sweep at"):
         report(str(tmp_path), ReportConfig())

@@ -74,6 +74,12 @@ def test_optuna_proposes_the_same_after_any_interruption() -> None:
     assert len({str(row["values"]) for row in expected}) == 14
 
 
+def test_what_optuna_proposed_stays_as_it_was_tried() -> None:
+    values = {"pirl.temperature": 0.123, "pirl.lambda": 0.456}
+    rows: list[dict[str, Any]] = [{"event": "trial", "trial": 2, "rung": 0, "values": values}]
+    assert stand(setting(searcher="optuna"), rows).values(2) == values
+
+
 def test_more_samples_leave_the_first_as_they_were() -> None:
     few, more = play(setting(), 1, 0), play(setting(samples=12), 2, 1)
     by_trial = {row["trial"]: row for row in more}
