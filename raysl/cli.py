@@ -238,7 +238,8 @@ def views(arguments: Sequence[str]) -> None:
 
     ray_cluster.start()
     dataset = resolve(config.data)
-    network = Network(config, dataset.num_images, len(dataset.manifest.classes))
+    # What a view looks like does not depend on how many images there are to be told apart.
+    network = Network(config, max(dataset.num_images, 1 << 30), len(dataset.manifest.classes))
     sheet = pictures.views_sheet(dataset, network.views(config), config.seed, given.images)
     pictures.save(sheet, given.out)
     print(f"{given.out}: {given.images} images as {config.method} sees them.")

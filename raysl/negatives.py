@@ -17,7 +17,7 @@ def check(num_negatives: int, num_images: int) -> None:
     if not 1 <= num_negatives < num_images:
         raise UserError(
             f"num_negatives is {num_negatives} and the data set has {num_images} images. Negatives are other images, "
-            f"so there can be 1 to {num_images - 1}."
+            f"so there can be 1 to {num_images - 1}: set num_negatives, as --pirl.num-negatives, to one of these."
         )
 
 

@@ -43,7 +43,7 @@ class Run:
         run = Run(Folder(uri))
         if not run.folder.exists(PASSPORT):
             raise UserError(
-                f"No run at {uri!r}: there is no {PASSPORT}. Make one with `raysl pretrain --run {uri}`."
+                f"No run at {uri!r}: there is no {PASSPORT}. Make one with `raysl pretrain --data DATA --run {uri}`."
             )
         run.passport()
         return run

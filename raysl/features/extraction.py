@@ -11,6 +11,7 @@ import hashlib
 import inspect
 import json
 import os
+import warnings
 from collections.abc import Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import asdict, dataclass, field
@@ -139,6 +140,7 @@ def _complete(works: Sequence[_Extract]) -> None:
 def _compute(works: Sequence[_Extract], parts: Sequence[tuple[int, int, int]]) -> None:
     """Runs a pool of actors over parts, each with the number of its work in front."""
     import ray.data
+    from ray.util.annotations import RayDeprecationWarning
 
     size, resources = pool(ray.cluster_resources())
     context = ray.data.DataContext.get_current()
@@ -146,15 +148,19 @@ def _compute(works: Sequence[_Extract], parts: Sequence[tuple[int, int, int]]) -
     context.print_on_execution_start = False
     # From items and not from a range: no read tasks, which would wait for CPUs that the actors hold.
     items = ray.data.from_items([{"part": part} for part in parts], override_num_blocks=len(parts))
-    done = items.map_batches(
-        _Actor,
-        fn_constructor_args=(works,),
-        batch_size=None,
-        compute=ray.data.ActorPoolStrategy(min_size=1, max_size=min(size, len(parts))),
-        # Ray would restart an actor from arguments that may be gone, and says so on every start. `_complete` retries.
-        ray_remote_args_fn=lambda: {"max_restarts": 0, "max_task_retries": 0},
-        **resources,
-    )
+    with warnings.catch_warnings():
+        # Deprecated as from a version of Ray that raysl does not take yet; the other ways to say it are too.
+        warnings.simplefilter("ignore", RayDeprecationWarning)
+        done = items.map_batches(
+            _Actor,
+            fn_constructor_args=(works,),
+            batch_size=None,
+            compute=ray.data.ActorPoolStrategy(min_size=1, max_size=min(size, len(parts))),
+            # Ray would restart an actor from arguments that may be gone, and says so on every start; `_complete`
+            # retries.
+            ray_remote_args_fn=lambda: {"max_restarts": 0, "max_task_retries": 0},
+            **resources,
+        )
     errors = [row["error"] for row in done.iter_rows() if row["error"]]
     if errors:
         raise UserError(errors[0])

@@ -327,7 +327,7 @@ def _finish(name: str, listed: Listed, journal: Journal, progress: Reporter) -> 
     manifest = Manifest(name, tuple(shards), classes, digest.hexdigest(), num_bad)
     dest.write_json(MANIFEST, manifest.to_json())
     journal.delete()
-    bad = f"; {num_bad} could not be decoded and are listed in {dest}/{LEDGER}" if num_bad else ""
+    bad = f"; {num_bad} others could not be decoded and are listed in {dest}/{LEDGER}" if num_bad else ""
     progress.say(f"Ingested {manifest.num_images} images, {len(classes)} classes, into {dest}{bad}.")
     return DataSet.open(str(dest))
 

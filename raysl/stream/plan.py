@@ -84,7 +84,7 @@ class Plan:
         if batch_size > dataset.num_images:
             raise UserError(
                 f"batch_size is {batch_size} and the data set has {dataset.num_images} images. Use a batch of at most "
-                "that many, or more images."
+                "that many (--batch-size), or more images."
             )
         starts = dataset.row_group_starts
         rows_per_group = dataset.num_images / (len(starts) - 1)
