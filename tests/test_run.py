@@ -81,7 +81,7 @@ def test_a_damaged_passport_is_told(tmp_path: Path, damage: bytes) -> None:
 
 
 def test_where_there_is_no_run(tmp_path: Path) -> None:
-    with pytest.raises(UserError, match=r"No run at .*raysl pretrain --run"):
+    with pytest.raises(UserError, match=r"No run at .*raysl pretrain --data DATA --run"):
         Run.open(str(tmp_path))
     with pytest.raises(UserError, match="no complete checkpoint yet"):
         begin(tmp_path).newest()
