@@ -6,21 +6,19 @@ Time:     about an hour a seed at the defaults on CIFAR-10, as planned; with --l
 Expect:   students above both teachers on most data sets (published with ResNet-50 on ImageNet: RotNet 48.2 to 53.6 %
           top-1 of a linear probe), and a broad best K.
 
-DATA has the splits "train" and "test". Every network of a seed has the same trunk and the same images; the control is
+Every network of a seed has the same trunk and the same images; the control is
 the teacher's method for twice as many epochs, which is what teacher and student took together.
 """
 
 from __future__ import annotations
 
-import tempfile
 from dataclasses import dataclass, replace
 from typing import Any
 
-import tyro
-
-from raysl import cluster
 from raysl.clusterfit import ClusterfitConfig, clusterfit
 from raysl.config import Pretraining
+from raysl.experiment import Flags, command
+from raysl.ingest import splits
 from raysl.optim import OptimConfig
 from raysl.pretrain import pretrain
 from raysl.probe import probe
@@ -29,42 +27,36 @@ from raysl.storage import Folder
 
 
 @dataclass(frozen=True)
-class Flags:
+class StudentFlags(Flags):
     """Trains teachers, controls and students, and probes them on every data set.
 
     Args:
-        data: images with the splits "train" and "test"; drawn shapes by default.
-        probes: more data sets to probe on, with the same splits.
-        out: where the rows go, a path or a URI.
-        runs: where the runs go, and are found again when the same command is given; by default a temporary folder.
+        probes: more data sets to probe on, with the splits "train" and "test".
         methods: of the teachers.
         ks: numbers of clusters.
-        seeds: all networks once for each.
         epochs: visits to every image, of teachers and students.
-        workers: Ray Train workers.
-        local: a few thousand drawn images, one teacher, one K and one epoch, to see that it works.
     """
 
-    data: str = "shapes:20000"
-    probes: tuple[str, ...] = ()
     out: str = "results/clusterfit-jigsaw"
-    runs: str = ""
+    runs: str = "runs/clusterfit-jigsaw"
+    probes: tuple[str, ...] = ()
     methods: tuple[str, ...] = ("predict-jigsaw", "predict-rotation")
     ks: tuple[int, ...] = (100, 300, 1000)
-    seeds: tuple[int, ...] = (0, 1)
     epochs: float = 4
-    workers: int = 2
-    local: bool = False
 
 
-def main(flags: Flags) -> None:
+def main(flags: StudentFlags) -> None:
     """Runs everything, prints a table and writes one file of rows."""
     if flags.local:
         flags = replace(
-            flags, data="shapes:3000", methods=("predict-rotation",), ks=(50,), seeds=(0,), epochs=1
+            flags,
+            data="shapes:3000",
+            methods=("predict-rotation",),
+            ks=(50,),
+            seeds=flags.seeds[:1],
+            epochs=1,
         )
-    cluster.start()
-    runs = Folder(flags.runs or tempfile.mkdtemp(prefix="raysl-clusterfit-"))
+    runs = Folder(flags.runs)
     rows: list[dict[str, Any]] = []
     for seed in flags.seeds:
         for method in flags.methods:
@@ -86,7 +78,7 @@ def main(flags: Flags) -> None:
         )
 
 
-def networks(flags: Flags, place: Folder, method: str, seed: int) -> dict[str, Run]:
+def networks(flags: StudentFlags, place: Folder, method: str, seed: int) -> dict[str, Run]:
     """The teacher, the control, and a student for each K."""
     common = Pretraining(
         data=splits(flags.data)[0],
@@ -107,10 +99,5 @@ def networks(flags: Flags, place: Folder, method: str, seed: int) -> dict[str, R
     return made
 
 
-def splits(data: str) -> tuple[str, str]:
-    """What to train on and what to test on."""
-    return f"{data}#train", "shapes:1000#test" if data.startswith("shapes:") else f"{data}#test"
-
-
 if __name__ == "__main__":
-    main(tyro.cli(Flags))
+    command(main, StudentFlags)

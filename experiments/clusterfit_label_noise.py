@@ -6,76 +6,60 @@ Time:     about 30 minutes at the defaults on CIFAR-10, as planned; with --local
 Expect:   the teacher falls as noise grows; distillation lies above it and ClusterFit above both (figure of the
           ClusterFit paper, arXiv 1912.03330), if the method does at this size what it does at ImageNet's.
 
-DATA has the splits "train" and "test", such as CIFAR-10 in Hugging Face's Parquet layout. Teachers and students see
-the training images of the first half of the classes; the linear probe is trained and scored on the other half, so no
-label that was corrupted, and none that was taught, is ever tested. Noise p replaces the label of an image, with chance
-p, by one of the other classes, uniformly and once for each seed. All networks of one seed have the same budget.
+Teachers and students see the training images of the first half of the classes; the linear probe is trained and scored
+on the other half, so no label that was corrupted, and none that was taught, is ever tested. Noise p replaces the label
+of an image, with chance p, by one of the other classes, uniformly and once for each seed. All networks of one seed have
+the same budget.
 """
 
 from __future__ import annotations
 
-import hashlib
-import json
-import tempfile
 from dataclasses import dataclass, replace
 from statistics import mean, pstdev
 from typing import Any
 
 import numpy as np
-import pyarrow as pa
-import pyarrow.parquet as pq
-import tyro
 
-from raysl import cluster, rng
+from raysl import rng
 from raysl.clusterfit import ClusterfitConfig, clusterfit
 from raysl.config import Pretraining
-from raysl.dataset import MANIFEST, SHARDS, DataSet, Manifest, Shard
-from raysl.ingest import resolve
+from raysl.dataset import DataSet
+from raysl.experiment import Flags, command
+from raysl.ingest import resolve, splits
+from raysl.ingest.subset import relabelled
 from raysl.optim import OptimConfig
 from raysl.pretrain import pretrain
 from raysl.probe import probe
 from raysl.run import Run, jsonl
 from raysl.storage import Folder
 
-_SHARD, _GROUP = 8192, 512
 ARMS = ("teacher", "distillation", "ClusterFit")
 
 
 @dataclass(frozen=True)
-class Flags:
+class NoiseFlags(Flags):
     """Trains teachers, distilled students and ClusterFit students at each noise, and probes them all.
 
     Args:
-        data: images with the splits "train" and "test"; drawn shapes by default.
-        out: where rows and figure go, a path or a URI.
-        runs: where the runs go, and are found again when the same command is given; by default a temporary folder.
         noises: shares of wrong labels.
-        seeds: one teacher and two students each, at each noise.
         epochs: visits to every image, of each network.
         k: clusters.
-        workers: Ray Train workers.
-        local: a few thousand drawn images, two noises and one epoch, to see that it works.
     """
 
-    data: str = "shapes:20000"
     out: str = "results/clusterfit-label-noise"
-    runs: str = ""
-    noises: tuple[float, ...] = (0.0, 0.25, 0.5, 0.75)
+    runs: str = "runs/clusterfit-label-noise"
     seeds: tuple[int, ...] = (0, 1, 2)
+    noises: tuple[float, ...] = (0.0, 0.25, 0.5, 0.75)
     epochs: float = 4
     k: int = 500
-    workers: int = 2
-    local: bool = False
 
 
-def main(flags: Flags) -> None:
+def main(flags: NoiseFlags) -> None:
     """Runs all arms, and writes one file of rows and a figure."""
     if flags.local:
-        flags = replace(flags, data="shapes:3000", noises=(0.0, 0.5), seeds=(0,), epochs=1, k=50)
-    cluster.start()
-    runs = Folder(flags.runs or tempfile.mkdtemp(prefix="raysl-label-noise-"))
-    test = "shapes:1000#test" if flags.data.startswith("shapes:") else f"{flags.data}#test"
-    images, judged = resolve(f"{flags.data}#train"), resolve(test)
+        flags = replace(flags, data="shapes:3000", noises=(0.0, 0.5), seeds=flags.seeds[:1], epochs=1, k=50)
+    runs = Folder(flags.runs)
+    images, judged = (resolve(part) for part in splits(flags.data))
     half = len(images.manifest.classes) // 2
     taught, unseen = range(half), range(half, len(images.manifest.classes))
     probed = (derive(images, runs / "probe-train", unseen), derive(judged, runs / "probe-test", unseen))
@@ -93,7 +77,7 @@ def main(flags: Flags) -> None:
     figure(rows, flags.out)
 
 
-def networks(flags: Flags, place: Folder, data: str, seed: int) -> tuple[Run, Run, Run]:
+def networks(flags: NoiseFlags, place: Folder, data: str, seed: int) -> tuple[Run, Run, Run]:
     """The teacher and its two students."""
     common = Pretraining(
         data=data,
@@ -115,42 +99,17 @@ def networks(flags: Flags, place: Folder, data: str, seed: int) -> tuple[Run, Ru
 
 
 def derive(dataset: DataSet, folder: Folder, classes: range, noise: float = 0.0, seed: int = 0) -> str:
-    """A data set of the images of some classes, with a share of their labels replaced; its folder.
-
-    The whole set passes through memory.
-    """
-    if DataSet.is_one(str(folder)):
-        return str(folder)
-    table = dataset.read(np.arange(dataset.num_images, dtype=np.int64))
-    table = table.filter(np.isin(table.column("label").to_numpy(), np.array(classes)))
-    labels_n = table.column("label").to_numpy() - classes.start
+    """A data set of the images of some classes, with a share of their labels replaced; its folder."""
+    labels_n = dataset.labels()
+    chosen_k = np.flatnonzero(np.isin(labels_n, np.array(classes)))
+    labels_k = labels_n[chosen_k] - classes.start
     generator = rng.generator(seed, "label noise")
-    wrong_n = generator.random(len(labels_n)) < noise
-    others_n = (labels_n + generator.integers(1, len(classes), len(labels_n))) % len(classes)
-    columns = {
-        "index": pa.array(np.arange(len(labels_n), dtype=np.int64)),
-        "image": table.column("image"),
-        "label": pa.array(np.where(wrong_n, others_n, labels_n)),
-    }
-    derived, shards = pa.table(columns), []
-    for number, start in enumerate(range(0, len(labels_n), _SHARD)):
-        part = derived.slice(start, _SHARD)
-        name = f"{number:05d}.parquet"
-        with (folder / SHARDS).writing(name) as stream:
-            pq.write_table(part, stream, row_group_size=_GROUP)
-            num_bytes = stream.tell()
-        groups = tuple(min(_GROUP, len(part) - first) for first in range(0, len(part), _GROUP))
-        shards.append(Shard(name, groups, num_bytes))
-    made_of = json.dumps([dataset.manifest.fingerprint, list(classes), noise, seed])
-    manifest = Manifest(
-        source=f"{dataset.manifest.source}, classes {classes.start} to {classes.stop - 1}, noise {noise}",
-        shards=tuple(shards),
-        classes=tuple(dataset.manifest.classes[i] for i in classes),
-        fingerprint=hashlib.blake2b(made_of.encode(), digest_size=32).hexdigest(),
-        num_bad=0,
-    )
-    folder.write_json(MANIFEST, manifest.to_json())
-    return str(folder)
+    wrong_k = generator.random(len(labels_k)) < noise
+    others_k = (labels_k + generator.integers(1, len(classes), len(labels_k))) % len(classes)
+    names = [dataset.manifest.classes[i] for i in classes]
+    source = f"{dataset.manifest.source}, classes {classes.start} to {classes.stop - 1}, noise {noise}"
+    made = relabelled(dataset, chosen_k, np.where(wrong_k, others_k, labels_k), names, folder, source)
+    return str(made.folder)
 
 
 def figure(rows: list[dict[str, Any]], out: str) -> None:
@@ -188,4 +147,4 @@ def figure(rows: list[dict[str, Any]], out: str) -> None:
 
 
 if __name__ == "__main__":
-    main(tyro.cli(Flags))
+    command(main, NoiseFlags)

@@ -5,8 +5,8 @@ Hardware: 2 CPU cores, 24 GB, no GPU; 2 Ray Train workers.
 Time:     2 to 4 minutes a run; 14 methods and 2 seeds take an hour or more. With --local: one method, one minute.
 Expect:   contrast against the memory bank ahead of prediction at the last layer; see results/methods.
 
-DATA has the splits "train" and "test", such as CIFAR-10 in Hugging Face's Parquet layout. What is in RUNS is not done
-again, so the same command goes on, and with another --images, --seeds or --methods it adds to the comparison.
+What is in RUNS is not done again, so the same command goes on, and with more --seeds or --methods it adds to the
+comparison.
 """
 
 from __future__ import annotations
@@ -16,19 +16,15 @@ from dataclasses import dataclass, field, replace
 from statistics import mean
 from typing import Any
 
-import tyro
-
-from raysl import cluster
 from raysl.config import Pretraining, ViewConfig
-from raysl.ingest import resolve
+from raysl.experiment import Flags, command, probed
+from raysl.ingest import resolve, splits
 from raysl.objectives.moco import Config as Moco
 from raysl.objectives.npid import Config as Npid
 from raysl.objectives.pirl import Config as Pirl
 from raysl.objectives.simclr import Config as Simclr
 from raysl.optim import OptimConfig
-from raysl.pretrain import pretrain
-from raysl.probe import probe, rows_of
-from raysl.run import Run, jsonl
+from raysl.run import jsonl
 from raysl.storage import Folder
 from raysl.trunk import TrunkConfig
 
@@ -56,35 +52,25 @@ METHODS: dict[str, dict[str, Any]] = {
 
 
 @dataclass(frozen=True)
-class Flags:
+class CompareFlags(Flags):
     """Pretrains and probes every method for each seed.
 
     Args:
-        data: images with the splits "train" and "test".
-        out: where rows and table go, a path or a URI.
-        runs: where the runs are kept; the same place goes on.
         methods: which of them; all by default.
-        seeds: one run each.
         images: seen by every run, patches of one counted once.
         image_size: side of an ordinary view in pixels.
-        workers: Ray Train workers.
-        local: one method on a few drawn images, to see that it works.
     """
 
     data: str = "shapes:50000"
     out: str = "results/methods"
     runs: str = "runs/methods"
     methods: tuple[str, ...] = field(default_factory=lambda: tuple(METHODS))
-    seeds: tuple[int, ...] = (0, 1)
     images: int = 51_200
     image_size: int = 32
-    workers: int = 2
-    local: bool = False
 
 
-def main(flags: Flags) -> None:
+def main(flags: CompareFlags) -> None:
     """Runs what is missing; rows and table are written after every run."""
-    cluster.start()
     if flags.local:
         flags = replace(flags, data="shapes:2000", methods=("predict-rotation",), seeds=(0,), images=4000)
     train, test = splits(flags.data)
@@ -93,14 +79,14 @@ def main(flags: Flags) -> None:
     for seed in flags.seeds:
         for method in flags.methods:
             config = settings(flags, method, seed, train, runs)
-            found = one(config, train, test, runs / "features")
+            found = probed(config, train, test, encoders=("trained", "random"), cache=runs / "features")
             rows += [{**row, "method": method, "images": flags.images} for row in found]
             Folder(flags.out).write("rows.jsonl", jsonl(rows))
             Folder(flags.out).write("table.md", table(rows).encode())
     print(table(rows))
 
 
-def settings(flags: Flags, method: str, seed: int, train: str, runs: Folder) -> Pretraining:
+def settings(flags: CompareFlags, method: str, seed: int, train: str, runs: Folder) -> Pretraining:
     """The run of a method. Distillation learns from the supervised run of the same seed."""
     own = dict(METHODS.get(method, {}))
     if method == "distill":
@@ -117,20 +103,6 @@ def settings(flags: Flags, method: str, seed: int, train: str, runs: Folder) -> 
         optim=OptimConfig(lr=0.12, warmup=0.05),
         **own,
     )
-
-
-def one(config: Pretraining, train: str, test: str, features: Folder) -> list[dict[str, Any]]:
-    """The rows of a run, which is trained and probed where that has not been done."""
-    run = Run(Folder(config.run))
-    if not (rows := rows_of(run)):
-        print(f"{config.method}, seed {config.seed}", flush=True)
-        rows = probe(pretrain(config), train, test, encoders=("trained", "random"), cache=features)
-    return rows
-
-
-def splits(data: str) -> tuple[str, str]:
-    """Train and test."""
-    return (data, "shapes:1000#test") if data.startswith("shapes:") else (f"{data}#train", f"{data}#test")
 
 
 def table(rows: list[dict[str, Any]]) -> str:
@@ -156,4 +128,4 @@ def _cell(rows: list[Mapping[str, Any]] | list[dict[str, Any]], probe: str, enco
 
 
 if __name__ == "__main__":
-    main(tyro.cli(Flags))
+    command(main, CompareFlags)

@@ -6,7 +6,7 @@ import importlib
 import sys
 from collections.abc import Sequence
 
-from raysl.errors import UserError, unknown
+from raysl.errors import answered, unknown
 
 # Each verb is a function of `raysl.cli`, which is imported only when one runs: help must not wait for torch.
 VERBS = {
@@ -33,22 +33,10 @@ def main(arguments: Sequence[str] | None = None) -> None:
         print("usage: raysl VERB [flags]      `raysl VERB --help` lists the flags of a verb\n")
         print("\n".join(f"  {name:<11}{what}" for name, what in VERBS.items()))
         return
-    try:
+    with answered("raysl"):
         if given[0] not in VERBS:
             raise unknown("verb", given[0], VERBS)
         getattr(importlib.import_module("raysl.cli"), given[0])(given[1:])
-    except UserError as error:
-        _leave(f"raysl: {error}", 2)
-    except KeyboardInterrupt:
-        _leave("\nraysl: interrupted. The same command goes on from what was finished.", 130)
-
-
-def _leave(message: str, code: int) -> None:
-    """Stops a Ray that this process started, and exits."""
-    print(message, file=sys.stderr)
-    if "ray" in sys.modules:
-        sys.modules["ray"].shutdown()
-    sys.exit(code)
 
 
 if __name__ == "__main__":

@@ -210,6 +210,20 @@ class DataSet:
         offsets = np.array([starts[int(g)] for g in groups], dtype=np.int64) + indices
         return pa.concat_tables(parts).take(pa.array(offsets))
 
+    def labels(self) -> npt.NDArray[np.int64]:
+        """int64 (n,): the label of every image.
+
+        Raises:
+            UserError: the data set has none, or a shard is damaged.
+        """
+        if not self.has_labels:
+            raise UserError(
+                f"The data set at {str(self.folder)!r} has no labels, and here they are needed. Give a data set whose "
+                "source names classes, such as one folder per class."
+            )
+        column = self.read(np.arange(self.num_images, dtype=np.int64), ("label",)).column("label")
+        return column.to_numpy().astype(np.int64)  # type: ignore[no-any-return]
+
     def _damaged(self, name: str, why: str) -> UserError:
         return UserError(
             f"Shard {name!r} of the data set at {str(self.folder)!r} is damaged: {why}. Restore the file, or delete "

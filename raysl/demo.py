@@ -13,8 +13,7 @@ from raysl import cluster, pictures
 from raysl.config import Pretraining, ViewConfig
 from raysl.dataset import DataSet
 from raysl.errors import UserError
-from raysl.ingest import resolve
-from raysl.ingest.sources import Place, open_source
+from raysl.ingest import resolve, splits
 from raysl.objectives.pirl import Config as Pirl
 from raysl.optim import OptimConfig
 from raysl.pretrain import pretrain
@@ -62,7 +61,7 @@ def demo(config: DemoConfig) -> None:
 
     say("Starting Ray on this machine.")
     cluster.start()
-    train, test = _splits(config.data)
+    train, test = splits(DRAWN if config.data == "shapes" else config.data)
     dataset, judged = resolve(train), resolve(test)
     if not dataset.has_labels:
         raise UserError(
@@ -84,19 +83,6 @@ def demo(config: DemoConfig) -> None:
         console.print(table)
     say(f"What the method saw: {sheet}")
     say(f"The run: {run.folder}")
-
-
-def _splits(data: str) -> tuple[str, str]:
-    """What to train on and what to test on."""
-    if data == "shapes":
-        return f"{DRAWN}#train", "shapes:1000#test"
-    if DataSet.is_one(data):
-        return data, data
-    try:
-        open_source(Place.parse(data))
-    except UserError:  # several splits, or nothing there, which the first to resolve it says
-        return f"{data}#train", f"{data}#test"
-    return data, data
 
 
 def _settings(config: DemoConfig, dataset: DataSet, out: Path) -> Pretraining:

@@ -1,7 +1,11 @@
 """What a user did wrong, said so that they can mend it."""
 
+from __future__ import annotations
+
+import contextlib
 import difflib
-from collections.abc import Iterable
+import sys
+from collections.abc import Iterable, Iterator
 
 
 class UserError(Exception):
@@ -28,3 +32,22 @@ def unknown(kind: str, name: str, known: Iterable[str]) -> UserError:
     near = difflib.get_close_matches(name, names, n=1, cutoff=0.5)
     hint = f"Did you mean {near[0]!r}? " if near else ""
     return UserError(f"Unknown {kind} {name!r}. {hint}Known: {', '.join(names)}.")
+
+
+@contextlib.contextmanager
+def answered(program: str) -> Iterator[None]:
+    """Around a whole program: a UserError becomes its paragraph and exit code 2, an interruption a line and 130."""
+    try:
+        yield
+    except UserError as error:
+        _leave(f"{program}: {error}", 2)
+    except KeyboardInterrupt:
+        _leave(f"\n{program}: interrupted. The same command goes on from what was finished.", 130)
+
+
+def _leave(message: str, code: int) -> None:
+    """Stops a Ray that this process started, and exits."""
+    print(message, file=sys.stderr)
+    if "ray" in sys.modules:
+        sys.modules["ray"].shutdown()
+    sys.exit(code)

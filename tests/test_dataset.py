@@ -15,6 +15,7 @@ from raysl.errors import UserError
 from raysl.ingest.shard import write
 from raysl.ingest.sources import Row
 from raysl.storage import Folder
+from tests.data import make_dataset
 
 # Shard 0 has row groups of 4, 4 and 2 images, shard 1 of 4 and 1.
 SIZES = (10, 5)
@@ -55,6 +56,11 @@ def test_columns_are_chosen_and_labels_optional(tmp_path: Path) -> None:
     assert not data_set.has_labels
     assert data_set.read(np.array([2])).column_names == ["index", "image"]
     assert make(tmp_path / "b").read(np.array([2]), columns=("label",)).column_names == ["index", "label"]
+
+
+def test_labels_are_in_index_order(tmp_path: Path) -> None:
+    dataset = make_dataset(tmp_path / "set", 45)
+    assert dataset.labels().tolist() == dataset.read(np.arange(45)).column("label").to_pylist()
 
 
 def test_no_ledger_is_an_empty_one(tmp_path: Path) -> None:

@@ -9,7 +9,7 @@ import pytest
 
 from raysl.dataset import DataSet
 from raysl.errors import UserError
-from raysl.ingest.subset import subset
+from raysl.ingest.subset import relabelled, subset
 from raysl.storage import Folder
 from tests.data import make_dataset
 
@@ -42,3 +42,22 @@ def test_another_subset_in_the_folder_is_refused(tmp_path: Path) -> None:
 def test_more_images_than_there_are_is_refused(tmp_path: Path) -> None:
     with pytest.raises(UserError, match="Ask for 1 to 10"):
         subset(make_dataset(tmp_path / "whole", 10), 11, Folder(str(tmp_path / "part")))
+
+
+def test_chosen_images_get_the_labels_that_are_given(tmp_path: Path) -> None:
+    whole = make_dataset(tmp_path / "whole", 30)
+    chosen_k, labels_k = np.array([7, 3, 29]), np.array([1, 0, 1])
+    made = relabelled(whole, chosen_k, labels_k, ("x", "y"), Folder(str(tmp_path / "made")), "three")
+    rows = made.read(np.arange(3)).to_pydict()
+    assert rows["image"] == whole.read(chosen_k).to_pydict()["image"]
+    assert made.labels().tolist() == [1, 0, 1] and made.manifest.classes == ("x", "y")
+    with pytest.raises(UserError, match="Another data set lies"):
+        relabelled(whole, chosen_k, 1 - labels_k, ("x", "y"), Folder(str(tmp_path / "made")), "three")
+
+
+def test_without_labels(tmp_path: Path) -> None:
+    whole = make_dataset(tmp_path / "whole", 30)
+    made = relabelled(whole, np.arange(4), None, (), Folder(str(tmp_path / "made")), "four")
+    assert not made.has_labels and subset(made, 2, Folder(str(tmp_path / "two"))).num_images == 2
+    with pytest.raises(UserError, match="no labels"):
+        made.labels()

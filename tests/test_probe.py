@@ -10,7 +10,6 @@ import pytest
 
 from raysl.dataset import DataSet
 from raysl.errors import UserError
-from raysl.features import labels
 from raysl.probe import KEY, common_labels, probe, rows_of, tables
 from raysl.probes.knn import Config as Knn
 from raysl.run import Run
@@ -88,7 +87,7 @@ def test_classes_are_matched_by_name_and_not_by_number(tmp_path: Path) -> None:
     train = make_dataset(tmp_path / "train", 20)
     test = with_classes(make_dataset(tmp_path / "test", 40), "d", "b", "z", "a")
     _, test_n = common_labels(train, test)
-    assert test_n.tolist() == np.array([3, 1, 4, 0])[labels(test)].tolist()
+    assert test_n.tolist() == np.array([3, 1, 4, 0])[test.labels()].tolist()
 
 
 def test_data_without_common_classes_or_without_labels_are_refused(tmp_path: Path) -> None:

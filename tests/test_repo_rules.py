@@ -23,7 +23,7 @@ ROOMS = (
     *("ingest", "objectives", "methods"),
     *("config", "recipes", "run", "cluster", "progress", "train", "pretrain"),
     *("features", "kmeans", "clusterfit", "probes", "probe", "grid", "pictures", "pages"),
-    *("sweep", "report", "reproduce"),
+    *("sweep", "report", "reproduce", "experiment"),
     *("doctor", "demo", "cli"),
     *("__init__", "__main__"),
 )

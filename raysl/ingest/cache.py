@@ -49,3 +49,21 @@ def resolve(data: str, cache: Path | None = None, progress: Reporter | None = No
         f"Ingesting {source.name} into {dest}, once. `raysl ingest` makes a data set at a place of your own."
     )
     return ingest(data, dest, IngestConfig(), progress)
+
+
+def splits(data: str) -> tuple[str, str]:
+    """What `data` offers to learn from and to be judged on: its splits "train" and "test", if that is what it has, or
+    all of it for both. Drawn images are judged on a thousand others.
+
+    Args:
+        data: as `resolve` takes it, without a split.
+    """
+    if data.startswith("shapes:"):
+        return f"{data}#train", "shapes:1000#test"
+    if DataSet.is_one(data):
+        return data, data
+    try:
+        open_source(Place.parse(data))
+    except UserError:  # several splits, or nothing there, which the first to resolve it says
+        return f"{data}#train", f"{data}#test"
+    return data, data

@@ -1,0 +1,132 @@
+"""What the scripts in `experiments/` have in common: their flags, their runs for each seed, their rows, and a mistake
+answered with a paragraph. A script is left with what it tries."""
+
+from __future__ import annotations
+
+import tempfile
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, replace
+from typing import Any, TypeVar
+
+import tyro
+from rich.console import Console
+
+from raysl import cluster
+from raysl.config import Pretraining
+from raysl.dataset import DataSet
+from raysl.errors import UserError, answered
+from raysl.ingest import resolve, splits
+from raysl.ingest.subset import subset
+from raysl.pretrain import pretrain
+from raysl.probe import ENCODERS, probe, rows_of, tables
+from raysl.report.page import ReportConfig, report
+from raysl.run import Run, jsonl
+from raysl.storage import Folder
+from raysl.sweep import table
+from raysl.sweep.config import SweepConfig
+from raysl.sweep.driver import sweep
+
+
+@dataclass(frozen=True)
+class Flags:
+    """The flags of every experiment.
+
+    Args:
+        data: labelled images, with the splits "train" and "test" where there are splits; drawn shapes by default.
+        out: where rows and figures go, a path or a URI.
+        runs: where the runs are kept, a path or a URI that all machines see; what is there is not done again.
+        seeds: everything once for each.
+        workers: Ray Train workers of a run.
+        local: so little of everything that it takes about two minutes on two cores, to see that it works. Runs and
+            results go to a temporary folder, unless a place is given.
+    """
+
+    data: str = "shapes:20000"
+    out: str = "results"
+    runs: str = "runs"
+    seeds: tuple[int, ...] = (0, 1)
+    workers: int = 2
+    local: bool = False
+
+
+F = TypeVar("F", bound=Flags)
+
+
+def command(experiment: Callable[[F], None], flags: type[F]) -> None:
+    """Reads the command line and runs the experiment on the Ray that is there. Exits as the `raysl` command does."""
+    with answered("experiment"):
+        given, usual = tyro.cli(flags), flags()
+        if given.local:
+            scratch = tempfile.mkdtemp(prefix="raysl-local-")
+            given = replace(
+                given,
+                runs=f"{scratch}/runs" if given.runs == usual.runs else given.runs,
+                out=f"{scratch}/out" if given.out == usual.out else given.out,
+            )
+        cluster.start()
+        experiment(given)
+
+
+def pretrain_seeds(base: Pretraining, flags: Flags) -> list[dict[str, Any]]:
+    """Runs `base` once for each seed, probes every run, prints their tables and writes one file of rows.
+
+    Args:
+        base: the run, but for data, seed, folder and workers, which follow from the flags.
+
+    Returns:
+        The rows of all probes.
+    """
+    train, test = splits(flags.data)
+    rows: list[dict[str, Any]] = []
+    for seed in flags.seeds:
+        run = str(Folder(flags.runs) / f"{base.method}-{seed}")
+        config = replace(base, data=train, run=run, seed=seed, workers=flags.workers)
+        rows += probed(config, train, test)
+        Folder(flags.out).write("rows.jsonl", jsonl(rows))
+    for found in tables(rows):
+        Console().print(found)
+    return rows
+
+
+def probed(
+    config: Pretraining,
+    train: str,
+    test: str,
+    *,
+    encoders: Sequence[str] = ENCODERS,
+    cache: Folder | None = None,
+) -> list[dict[str, Any]]:
+    """The rows of a run, which is trained and probed where that has not been done. See `raysl.probe.probe`."""
+    run = Run(Folder(config.run))
+    if rows := rows_of(run):
+        return rows
+    print(f"{config.method}, seed {config.seed}: {config.run}", flush=True)
+    # A classifier that is scored on the images it has learned from would show how well it remembers.
+    names = ("knn",) if train == test else ("knn", "linear")
+    return probe(pretrain(config), train, test, names, encoders=encoders, cache=cache)
+
+
+def drawn(flags: Flags, num_images: int) -> DataSet:
+    """So many images of the train split, drawn once and kept among the runs; all, if there are no more."""
+    images = resolve(splits(flags.data)[0])
+    if num_images >= images.num_images:
+        return images
+    return subset(images, num_images, Folder(flags.runs) / f"images-{num_images}")
+
+
+def sweep_and_report(base: Pretraining, config: SweepConfig, flags: Flags) -> None:
+    """Runs what is missing of a sweep, prints its table, and writes rows and report.
+
+    Raises:
+        UserError: as `sweep`; or trials have failed, when all others are done and reported.
+    """
+    rows = sweep(base, config)
+    Console().print(table.render(rows, config.probe, base.epochs))
+    Folder(flags.out).write("rows.jsonl", jsonl(rows))
+    print(f"{report(config.out, ReportConfig(out=flags.out))}/index.html")
+    failed = [str(row["trial"]) for row in rows if row["state"] == "failed"]
+    if failed:
+        raise UserError(
+            f"Trials {', '.join(failed)} failed, for the reasons in the report. What others found is kept, and the "
+            "same command goes on with it."
+        )

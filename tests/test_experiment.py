@@ -1,0 +1,115 @@
+"""What experiments share: their flags, what is not done twice, and how mistakes are answered."""
+
+from __future__ import annotations
+
+import importlib.util
+import sys
+from dataclasses import replace
+from pathlib import Path
+from types import ModuleType
+from typing import Any
+
+import pytest
+
+from raysl import cluster, experiment
+from raysl.config import Pretraining
+from raysl.errors import UserError
+from raysl.experiment import Flags, command, drawn, pretrain_seeds, probed
+from raysl.ingest import splits
+from raysl.probe import ROWS
+from raysl.run import jsonl
+from raysl.storage import Folder
+from tests.data import make_dataset
+
+SCRIPTS = sorted((Path(__file__).parents[1] / "experiments").glob("*.py"))
+
+
+def script(file: Path) -> ModuleType:
+    """The module of a script, which does nothing when it is imported."""
+    spec = importlib.util.spec_from_file_location(f"experiment_{file.stem}", file)
+    assert spec is not None
+    assert spec.loader is not None
+    module = importlib.util.module_from_spec(spec)
+    sys.modules[spec.name] = module
+    spec.loader.exec_module(module)
+    return module
+
+
+@pytest.mark.parametrize("file", SCRIPTS, ids=lambda file: file.stem)
+def test_every_script_takes_the_common_flags(file: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    seen: list[Flags] = []
+    module = script(file)
+    monkeypatch.setattr(cluster, "start", lambda: None)
+    monkeypatch.setattr(sys, "argv", [file.name, "--data", "D", "--seeds", "3", "4", "--workers", "1"])
+    kinds = [kind for kind in vars(module).values() if isinstance(kind, type) and issubclass(kind, Flags)]
+    command(seen.append, next(kind for kind in kinds if kind is not Flags))
+    assert (seen[0].data, seen[0].seeds, seen[0].workers) == ("D", (3, 4), 1)
+    assert callable(module.main)
+
+
+def test_local_results_go_to_a_place_of_their_own(monkeypatch: pytest.MonkeyPatch) -> None:
+    seen: list[Flags] = []
+    monkeypatch.setattr(cluster, "start", lambda: None)
+    for arguments in (["--local"], ["--local", "--runs", "mine"], []):
+        monkeypatch.setattr(sys, "argv", ["script", *arguments])
+        command(seen.append, Flags)
+    assert seen[0].runs not in ("runs", "mine")
+    assert seen[0].out != "results"
+    assert seen[1].runs == "mine"
+    assert seen[1].out != "results"
+    assert (seen[2].runs, seen[2].out) == ("runs", "results")
+
+
+def test_a_mistake_is_a_paragraph_and_exit_code_2(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    def wrong(flags: Flags) -> None:
+        raise UserError(f"{flags.data} is no good.")
+
+    monkeypatch.setattr(cluster, "start", lambda: None)
+    monkeypatch.setattr(sys, "argv", ["script", "--data", "D"])
+    monkeypatch.setitem(sys.modules, "ray", ModuleType("ray"))
+    monkeypatch.setattr(sys.modules["ray"], "shutdown", lambda: None, raising=False)
+    with pytest.raises(SystemExit) as left:
+        command(wrong, Flags)
+    assert left.value.code == 2
+    assert capsys.readouterr().err == "experiment: D is no good.\n"
+
+
+def test_a_run_that_was_probed_is_not_done_again(tmp_path: Path) -> None:
+    folder = Folder(str(tmp_path / "run"))
+    folder.write(ROWS, jsonl([{"probe": "knn", "value": 0.5}]))
+    assert probed(Pretraining("nothing", str(folder)), "no", "where") == [{"probe": "knn", "value": 0.5}]
+
+
+def test_every_seed_has_a_run_of_its_own(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    runs: list[Pretraining] = []
+
+    def one(config: Pretraining, train: str, test: str) -> list[dict[str, Any]]:
+        runs.append(config)
+        return [{"seed": config.seed}]
+
+    monkeypatch.setattr(experiment, "probed", one)
+    monkeypatch.setattr(experiment, "tables", lambda rows: [])
+    dataset = make_dataset(tmp_path / "set", 20)
+    flags = Flags(str(dataset.folder), str(tmp_path / "out"), str(tmp_path / "runs"), (0, 5), workers=1)
+    assert pretrain_seeds(Pretraining("-", "-", epochs=3), flags) == [{"seed": 0}, {"seed": 5}]
+    assert [config.seed for config in runs] == [0, 5]
+    assert len({config.run for config in runs}) == 2
+    assert {(config.data, config.epochs, config.workers) for config in runs} == {(str(dataset.folder), 3, 1)}
+    assert len(Folder(flags.out).read("rows.jsonl").splitlines()) == 2
+
+
+def test_drawn_images_are_kept(tmp_path: Path) -> None:
+    dataset = make_dataset(tmp_path / "set", 20)
+    flags = Flags(str(dataset.folder), runs=str(tmp_path / "runs"))
+    assert drawn(flags, 8).num_images == 8
+    assert drawn(flags, 8) == drawn(replace(flags, out="elsewhere"), 8)
+    assert drawn(flags, 30) == dataset
+
+
+def test_splits(tmp_path: Path) -> None:
+    folder = str(make_dataset(tmp_path / "set", 4).folder)
+    assert splits("shapes:50") == ("shapes:50#train", "shapes:1000#test")
+    assert splits(folder) == (folder, folder)
+    assert splits("nowhere") == ("nowhere#train", "nowhere#test")
