@@ -14,8 +14,9 @@ from raysl.checkpoint import Checkpoint
 from raysl.errors import UserError
 from raysl.ingest import resolve
 from raysl.pretrain import pretrain
-from raysl.run import PASSPORT, Run, versions
+from raysl.run import PASSPORT, Run
 from raysl.storage import Folder
+from raysl.versions import versions
 
 # Columns of metrics that depend on the machine and its load.
 _TIMES = ("images_per_s", "wait_s", "wait_share", "eta_s")
@@ -95,7 +96,7 @@ def _ingredients(passport: Mapping[str, Any], fingerprint: str) -> list[str]:
         for name, value in _flat({key: session.get(key) for key in versions()}).items():
             if value != now.get(name):
                 found.append(f"{name}: {value} in session {number + 1} then, {now.get(name)} now")
-    counts = sorted({session["workers"] for session in passport["sessions"]})
+    counts = sorted({session["workers"] for session in passport["sessions"]}, key=str)
     if len(counts) > 1:
         found.append(f"workers: {', '.join(map(str, counts))} in turn then, {counts[-1]} now")
     return found

@@ -9,14 +9,11 @@ features/, probes/      what the probes found
 
 from __future__ import annotations
 
-import hashlib
 import json
-import platform
 import time
 from collections.abc import Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass
-from importlib import metadata
 from pathlib import Path
 from typing import Any
 
@@ -26,6 +23,7 @@ from raysl.config import FREE, Pretraining, differences
 from raysl.dataset import DataSet
 from raysl.errors import UserError
 from raysl.storage import Folder, write_error
+from raysl.versions import versions
 
 PASSPORT = "passport.json"
 METRICS = "metrics.jsonl"
@@ -142,25 +140,6 @@ def _same(passport: Mapping[str, Any], wanted: Mapping[str, Any], dataset: DataS
         )
 
 
-def versions() -> dict[str, Any]:
-    """What the numbers of a run depend on besides its configuration."""
-    packages = ("torch", "torchvision", "ray", "numpy", "pyarrow", "pillow")
-    return {
-        "python": platform.python_version(),
-        "packages": {name: metadata.version(name) for name in packages},
-        "code": code_hash(),
-    }
-
-
-def code_hash() -> str:
-    """A hash of the source of this package."""
-    root = Path(__file__).parent
-    digest = hashlib.blake2b(digest_size=8)
-    for path in sorted(root.rglob("*.py")):
-        digest.update(str(path.relative_to(root)).encode() + b"\0" + path.read_bytes())
-    return digest.hexdigest()
-
-
 class MetricsLog:
     """Rows of metrics in a run's folder, and for TensorBoard where the folder is local. Rank 0 has one.
 
@@ -169,11 +148,16 @@ class MetricsLog:
     Args:
         run: whose metrics they are.
         step: the step that the run goes on from; later rows, of an interrupted session, are dropped.
+
+    Attributes:
+        reached: the last step of the rows that were there; 0 without any.
     """
 
     def __init__(self, run: Run, step: int) -> None:
         self._run = run
-        self._lines = [jsonl([row]) for row in run.metrics() if row["step"] <= step]
+        rows = run.metrics()
+        self.reached: int = max((row["step"] for row in rows), default=0)
+        self._lines = [jsonl([row]) for row in rows if row["step"] <= step]
         self._written_at = time.monotonic()
         self._write_s = 0.0
         self._board = _TensorBoard(run.folder, step + 1) if run.folder.is_local else None

@@ -155,11 +155,6 @@ def test_tensorboard_reads_what_was_logged(tmp_path: Path) -> None:
     assert {b"loss", b"brain.Event:2"} <= set(re.findall(rb"brain\.Event:2|loss", events.read_bytes()))
 
 
-def test_the_code_hash_is_of_the_source_alone() -> None:
-    assert run_module.code_hash() == run_module.code_hash()
-    assert len(bytes.fromhex(run_module.code_hash())) == 8
-
-
 def test_rows_are_lines_of_json() -> None:
     rows: list[dict[str, Any]] = [{"step": 1, "loss": 0.5}, {"step": 2}]
     assert [json.loads(line) for line in run_module.jsonl(rows).splitlines()] == rows

@@ -21,12 +21,13 @@ from raysl.dataset import DataSet
 from raysl.doctor.measurement import measure_data, measure_training
 from raysl.doctor.prediction import Costs, Prediction, predict
 from raysl.ingest import resolve
-from raysl.run import Run, versions
+from raysl.run import Run
 from raysl.storage import Folder
 from raysl.stream.plan import Plan
 from raysl.stream.reader import Stream
 from raysl.train import Job, Network
 from raysl.trunk import TrunkConfig
+from raysl.versions import versions
 
 __all__ = ["Costs", "DoctorConfig", "Prediction", "Report", "examine", "predict"]
 
