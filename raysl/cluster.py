@@ -1,18 +1,26 @@
 """The cluster: starting or joining Ray, and who gets which CPUs and GPUs.
 
-Placement is computed once, from what the cluster has, so that trainers and data tasks can always run at the same
-time. Ray would otherwise wait for ever, in silence, for a CPU that the trainers hold.
+Placement is computed once, from what the cluster has and what its autoscaler could still start, so that trainers and
+data tasks can always run at the same time. Ray would otherwise wait for ever, in silence, for a CPU that the trainers
+hold.
 """
 
 from __future__ import annotations
 
+import bisect
+import json
 import logging
 import os
-from collections.abc import Mapping, Sequence
+import re
+from collections.abc import Sequence
 from dataclasses import dataclass
+from typing import Any
 
+from raysl import growth
 from raysl.errors import UserError
+from raysl.growth import Node
 from raysl.stream.reader import DataShare
+from raysl.versions import MEND, WANTED, differing, versions
 
 # Set before Ray starts, where the user has not set them. Ray's own defaults are for other work: the Parquet reader
 # that starts 32 actors is not used here, and lines printed by trainers would appear twice.
@@ -27,21 +35,29 @@ _ENVIRONMENT = {
     # Workers of one machine share its cores with the trainers; at Ray's default priority other programs starve them.
     "RAY_worker_niceness": "0",
 }
+# Of a group of trainers, on a cluster that grows: machines are asked for, booted, and load an image of some gigabytes.
+_GROWING = {"RAY_TRAIN_WORKER_GROUP_START_TIMEOUT_S": "1200"}
+# For a machine to say what it runs.
+_ANSWER_S = 60.0
+# A trainer and its data tasks need this many CPUs to keep out of each other's way.
+_ROOMY_CPUS = 2.0
 
 
 def start() -> None:
-    """Joins the cluster that RAY_ADDRESS names; else starts Ray on this machine, for this process alone.
+    """Joins the cluster that RAY_ADDRESS names, or that `ray up` has launched on this machine; else starts Ray here,
+    for this process alone.
 
     Raises:
-        UserError: Ray cannot be joined or started.
+        UserError: Ray cannot be joined or started, or machines of the cluster run other code or packages.
     """
-    for name, value in _ENVIRONMENT.items():
-        os.environ.setdefault(name, value)
     import ray
 
     if ray.is_initialized():
         return
-    address = os.environ.get("RAY_ADDRESS")
+    address = os.environ.get("RAY_ADDRESS") or ("auto" if growth.launched_here() else "")
+    grows = _GROWING if address and growth.growth() is not None else {}
+    for name, value in {**_ENVIRONMENT, **grows}.items():
+        os.environ.setdefault(name, value)
     if not address:
         os.environ.setdefault("RAY_AUTH_MODE", "disabled")
     # Ray Data announces every execution; raysl shows its own progress.
@@ -52,6 +68,7 @@ def start() -> None:
             logging_level=logging.ERROR,
             log_to_driver=os.environ.get("RAYSL_LOG_TO_DRIVER") == "1",
             include_dashboard=None if address else False,
+            runtime_env=_runtime_env() if address else None,
         )
     except Exception as error:  # Ray raises plain ones
         doing, mend = "start Ray on this machine", "It may be too busy, or lack memory: try again."
@@ -61,6 +78,104 @@ def start() -> None:
                 "Mend RAY_ADDRESS, or unset it to stay on this machine.",
             )
         raise UserError(f"Cannot {doing}: {' '.join(str(error).split())} {mend}") from error
+    if address:
+        _compare()
+
+
+def _runtime_env() -> dict[str, Any]:
+    """What worker processes on all machines are told, those of machines that are started later too."""
+    told = {name: os.environ[name] for name in _ENVIRONMENT if name.startswith(("RAY_DATA_", "RAY_TRAIN_"))}
+    return {
+        "env_vars": {**told, WANTED: json.dumps(versions())},
+        "worker_process_setup_hook": "raysl.versions.check",
+    }
+
+
+def _compare() -> None:
+    """Refuses a cluster of which machines run something else. Those that come later are found by `versions.check`."""
+    import ray
+
+    here = versions()
+    stale = [
+        f"{name} has {', '.join(found)}"
+        for name, theirs in machine_versions().items()
+        if (found := differing(here, theirs) if theirs else ["no raysl that starts"])
+    ]
+    if stale:
+        ray.shutdown()
+        raise UserError(
+            f"Machines of the cluster do not run what this driver runs: {'; '.join(stale)}. {MEND}"
+        )
+
+
+def machine_versions() -> dict[str, dict[str, Any]]:
+    """What each machine of the cluster runs, by its address; {} of one that has no raysl, or does not answer."""
+    import ray
+    from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
+
+    # They say what they have, and are compared here.
+    task = ray.remote(versions).options(num_cpus=0, max_retries=0, runtime_env={"env_vars": {WANTED: ""}})
+    asked = {}
+    for node in ray.nodes():
+        if node["Alive"]:
+            there = NodeAffinitySchedulingStrategy(node["NodeID"], soft=False)
+            asked[task.options(scheduling_strategy=there).remote()] = node["NodeManagerAddress"]
+    done, _ = ray.wait(list(asked), num_returns=len(asked), timeout=_ANSWER_S)
+    found: dict[str, dict[str, Any]] = {name: {} for name in asked.values()}
+    for answer in done:
+        try:
+            found[asked[answer]] = ray.get(answer)
+        except ray.exceptions.RayError:
+            continue
+    return found
+
+
+@dataclass(frozen=True)
+class Machines:
+    """The machines of a cluster.
+
+    Args:
+        now: {"CPU": n, "GPU": n, "memory": bytes} of each that is there.
+        later: of those that its autoscaler could start, in the order in which it prefers them.
+        room: how many of those at a time.
+    """
+
+    now: tuple[Node, ...]
+    later: tuple[Node, ...] = ()
+    room: int = 0
+
+    @property
+    def has_gpus(self) -> bool:
+        """Whether any machine has GPUs, or would have."""
+        return any(node.get("GPU") for node in (*self.now, *self.later))
+
+    def for_trainers(self) -> tuple[Node, ...]:
+        """Those that could be started for trainers: with GPUs, if there are any."""
+        return tuple(node for node in self.later if node.get("GPU") or not self.has_gpus)[: self.room]
+
+    @property
+    def for_work(self) -> tuple[Node, ...]:
+        """Those that are there; if none of them takes work, and one can be started, that one, without a GPU if it can
+        be."""
+        if self.later and self.room and not any(node.get("CPU", 0) for node in self.now):
+            return (*self.now, min(self.later, key=lambda node: node.get("GPU", 0)))
+        return self.now
+
+    def totals(self) -> dict[str, float]:
+        """CPUs and GPUs that `for_work` have together; where some have GPUs, only of those."""
+        nodes = self.for_work
+        nodes = tuple(node for node in nodes if node.get("GPU")) or nodes
+        return {kind: sum(node.get(kind, 0.0) for node in nodes) for kind in ("CPU", "GPU")}
+
+
+def machines() -> Machines:
+    """Those of the cluster that was joined or started."""
+    import ray
+
+    alive = [node for node in ray.nodes() if node["Alive"]]
+    grows = growth.growth()
+    now = tuple(dict(node["Resources"]) for node in alive)
+    return Machines(now, *grows.beyond([growth.type_of(node) for node in alive])) if grows else Machines(now)
 
 
 @dataclass(frozen=True)
@@ -88,18 +203,26 @@ class Placement:
         """What `workers` trainers would wait for now, in a sentence; "" when they can start."""
         import ray
 
-        free = ray.available_resources()
+        free, there = ray.available_resources(), ray.cluster_resources()
         for kind, amount in self.resources().items():
-            if amount * workers > free.get(kind, 0.0):
+            wanted, has = amount * workers, there.get(kind, 0.0)
+            if wanted > has:
                 return (
-                    f"Waiting for {amount * workers:g} {kind}s: others use the cluster, and {free.get(kind, 0.0):g} of "
-                    f"its {ray.cluster_resources()[kind]:g} are free."
+                    f"Waiting for {wanted:g} {kind}s: the cluster has {has:g} now and starts machines for the rest, "
+                    "which takes minutes. `ray status` on its head says how far it is."
+                )
+            if wanted > free.get(kind, 0.0):
+                return (
+                    f"Waiting for {wanted:g} {kind}s: others use the cluster, and {free.get(kind, 0.0):g} of its "
+                    f"{has:g} are free."
                 )
         return ""
 
 
 def place(
-    workers: int, nodes: Sequence[Mapping[str, float]] | None = None, gpus_per_worker: float = 1
+    workers: int,
+    found: Machines | None = None,
+    gpus_per_worker: float = 1,
 ) -> Placement:
     """Divides the cluster among `workers` trainers and their data tasks.
 
@@ -107,43 +230,65 @@ def place(
     it takes one GPU and one CPU. Without, the arithmetic needs the CPUs most: it takes three quarters of a slot of
     four or more, else half. CPUs outside the slots go to data tasks.
 
+    A cluster that grows is divided as it will be with the fewest more machines that the workers need. If any of its
+    machines has GPUs, trainers wait for those.
+
     Args:
         workers: number of trainers.
-        nodes: {"CPU": n, "GPU": n} of each machine; by default those that the cluster has now.
+        found: the machines; by default those that the cluster has now, and could start.
         gpus_per_worker: below 1, several small trainers share a GPU, where there are GPUs.
 
     Raises:
         UserError: the cluster can never run so many workers.
     """
-    if nodes is None:
-        import ray
+    found = found or machines()
+    gpus_per_worker = gpus_per_worker if found.has_gpus else 0
+    nodes = _enough(workers, found, gpus_per_worker)
+    cpus_n, most_n = _room(workers, nodes, gpus_per_worker)
+    sizes = {cpus / k for cpus in cpus_n for k in range(1, workers + 1)} | {0.25}
+    slot = max(size for size in sizes if size > 0 and _slots(cpus_n, most_n, size) >= workers)
+    trainer = _floor(slot / 2) if slot < 2 else 1.0
+    if not gpus_per_worker and slot >= 4:
+        trainer = float(int(0.75 * slot))
+    share = DataShare(min(1.0, trainer), (sum(cpus_n) - trainer * workers) / workers)
+    threads = 1 if gpus_per_worker else max(1, round(slot))
+    return Placement(trainer, gpus_per_worker, share, threads)
 
-        nodes = [node["Resources"] for node in ray.nodes() if node["Alive"]]
-    cpus_n = [node.get("CPU", 0.0) for node in nodes]
-    # Trainers that the GPUs of each machine can take.
-    gpus_n = [int(node.get("GPU", 0) / gpus_per_worker + 1e-6) for node in nodes]
-    if 0 < sum(gpus_n) < workers:
-        gpus = sum(int(node.get("GPU", 0)) for node in nodes)
+
+def _enough(workers: int, found: Machines, gpus_per_worker: float) -> tuple[Node, ...]:
+    """The machines that are there and the fewest more that give every worker room.
+
+    Raises:
+        UserError: there is not enough room even with all of them.
+    """
+    grown = (*found.now, *found.for_trainers())
+    cpus_n, most_n = _room(workers, grown, gpus_per_worker)
+    could = "could have" if len(grown) > len(found.now) else "has"
+    if gpus_per_worker and sum(most_n) < workers:
+        gpus = sum(int(node.get("GPU", 0)) for node in grown)
         raise UserError(
-            f"{workers} workers need {workers * gpus_per_worker:g} GPUs and the cluster has {gpus}. Use --workers "
-            f"{sum(gpus_n)}, or a larger cluster."
+            f"{workers} workers need {workers * gpus_per_worker:g} GPUs and the cluster {could} {gpus}. Use --workers "
+            f"{sum(most_n)}, or a larger cluster."
         )
-    most_n = gpus_n if any(gpus_n) else [workers] * len(cpus_n)
     # Four trainers can share one core, slowly; more would only wait for each other.
     fit = _slots(cpus_n, most_n, 0.25)
     if fit < workers:
         raise UserError(
-            f"{workers} workers and their data tasks can never run on the {sum(cpus_n):g} CPUs of this cluster: it "
-            f"can take {fit}. Use fewer workers, or a larger cluster."
+            f"{workers} workers and their data tasks can never run on the {sum(cpus_n):g} CPUs that this cluster "
+            f"{could}: it can take {fit}. Use fewer workers, or a larger cluster."
         )
-    sizes = {cpus / k for cpus in cpus_n for k in range(1, workers + 1)} | {0.25}
-    slot = max(size for size in sizes if size > 0 and _slots(cpus_n, most_n, size) >= workers)
-    trainer = _floor(slot / 2) if slot < 2 else 1.0
-    if not any(gpus_n) and slot >= 4:
-        trainer = float(int(0.75 * slot))
-    share = DataShare(min(1.0, trainer), (sum(cpus_n) - trainer * workers) / workers)
-    threads = 1 if any(gpus_n) else max(1, round(slot))
-    return Placement(trainer, gpus_per_worker if any(gpus_n) else 0, share, threads)
+    slot = _ROOMY_CPUS if _slots(cpus_n, most_n, _ROOMY_CPUS) >= workers else 0.25
+    counts = range(len(found.now), len(grown))
+    few = bisect.bisect_left(counts, workers, key=lambda n: _slots(cpus_n[:n], most_n[:n], slot))
+    return grown[: len(found.now) + few]
+
+
+def _room(workers: int, nodes: Sequence[Node], gpus_per_worker: float) -> tuple[list[float], list[int]]:
+    """The CPUs of each machine, and how many trainers its GPUs can take."""
+    cpus_n = [node.get("CPU", 0.0) for node in nodes]
+    if not gpus_per_worker:
+        return cpus_n, [workers] * len(cpus_n)
+    return cpus_n, [int(node.get("GPU", 0) / gpus_per_worker + 1e-6) for node in nodes]
 
 
 def _slots(cpus_n: Sequence[float], most_n: Sequence[int], slot: float) -> int:
@@ -164,6 +309,9 @@ def user_error(error: BaseException | None) -> UserError | None:
         seen.add(id(error))
         if isinstance(error, UserError):
             return UserError(str(getattr(error, "cause", error)))
+        # Of a process that refused to start, Ray keeps the text alone.
+        if refused := re.search(r"^raysl\.errors\.UserError: (.+)$", str(error), re.MULTILINE):
+            return UserError(refused[1])
         cause = getattr(error, "cause", None)
         error = cause if isinstance(cause, BaseException) else error.__cause__ or error.__context__
     return None

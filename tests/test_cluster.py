@@ -2,14 +2,17 @@
 
 from __future__ import annotations
 
+import json
+
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from raysl import cluster
-from raysl.cluster import Placement
+from raysl.cluster import Machines, Placement
 from raysl.errors import UserError
 from raysl.stream.reader import DataShare
+from raysl.versions import versions
 
 Node = dict[str, float]
 
@@ -36,7 +39,7 @@ def check(nodes: list[Node], workers: int) -> None:
     """Holds `place` to its promise, or to a refusal for a reason."""
     gpus = sum(int(node.get("GPU", 0)) for node in nodes)
     try:
-        placement = cluster.place(workers, nodes)
+        placement = cluster.place(workers, Machines(tuple(nodes)))
     except UserError:
         usable = [min(int(4 * n["CPU"]), int(n.get("GPU", 0)) if gpus else workers) for n in nodes]
         assert sum(usable) < workers
@@ -95,7 +98,7 @@ def test_any_cluster(nodes: list[Node], gpus: bool, workers: int) -> None:
     ],
 )
 def test_who_gets_what(nodes: list[Node], workers: int, trainer: float, task: float, data: float) -> None:
-    placement = cluster.place(workers, nodes)
+    placement = cluster.place(workers, Machines(tuple(nodes)))
     assert (placement.cpus_per_worker, placement.share.cpus_per_task, placement.share.cpus) == (
         trainer,
         task,
@@ -116,7 +119,57 @@ def test_who_gets_what(nodes: list[Node], workers: int, trainer: float, task: fl
 )
 def test_what_can_never_run_is_refused(nodes: list[Node], workers: int, answer: str) -> None:
     with pytest.raises(UserError, match=answer):
-        cluster.place(workers, nodes)
+        cluster.place(workers, Machines(tuple(nodes)))
+
+
+GPU_MACHINE = {"CPU": 4.0, "GPU": 1.0}
+HEAD = {"CPU": 0.0}
+
+
+@pytest.mark.parametrize(
+    ("nodes", "later", "workers", "trainer", "gpus", "data"),
+    [
+        # A head that schedules no work: as if the machines that the trainers need were there, and no more of them.
+        ([HEAD], [GPU_MACHINE] * 8, 2, 1, 1, 3),
+        ([HEAD], [GPU_MACHINE] * 8, 8, 1, 1, 3),
+        # Trainers wait for GPUs even where machines without one are there already.
+        ([HEAD, {"CPU": 16.0}], [{"CPU": 16.0}, GPU_MACHINE], 1, 1, 1, 19),
+        # What is there is enough: nothing is started.
+        ([HEAD, GPU_MACHINE, GPU_MACHINE], [GPU_MACHINE] * 6, 2, 1, 1, 3),
+        # Four fit on one small machine, badly; with a second one each has room.
+        ([HEAD, {"CPU": 4.0}], [{"CPU": 4.0}] * 3, 4, 1, 0, 1),
+        # No machine is roomy, so the fewest that do.
+        ([HEAD], [{"CPU": 1.0, "GPU": 1.0}] * 8, 2, 0.5, 1, 0.5),
+    ],
+)
+def test_a_cluster_that_grows_is_divided_as_it_will_be(
+    nodes: list[Node], later: list[Node], workers: int, trainer: float, gpus: float, data: float
+) -> None:
+    placement = cluster.place(workers, Machines(tuple(nodes), tuple(later), 8))
+    found = (placement.cpus_per_worker, placement.gpus_per_worker, placement.share.cpus)
+    assert found == (trainer, gpus, data)
+
+
+@pytest.mark.parametrize(
+    ("later", "answer"),
+    [
+        (
+            [{"CPU": 2.0}, *[GPU_MACHINE] * 12],
+            "9 workers need 9 GPUs and the cluster could have 8. Use --workers 8",
+        ),
+        ([{"CPU": 2.0}], "9 workers .* on the 2 CPUs that this cluster could have: it can take 8"),
+    ],
+)
+def test_what_no_growth_can_take_is_refused(later: list[Node], answer: str) -> None:
+    with pytest.raises(UserError, match=answer):
+        cluster.place(9, Machines((HEAD,), tuple(later), 8))
+
+
+def test_work_on_an_empty_cluster_is_planned_for_the_machine_that_comes_first() -> None:
+    empty = Machines((HEAD,), (GPU_MACHINE, {"CPU": 8.0}), 2)
+    assert empty.for_work == (HEAD, {"CPU": 8.0})
+    assert empty.totals() == {"CPU": 8, "GPU": 0}
+    assert Machines((HEAD, {"CPU": 2.0}, GPU_MACHINE), (GPU_MACHINE,), 1).totals() == {"CPU": 4, "GPU": 1}
 
 
 def test_the_user_error_inside_an_error_is_found() -> None:
@@ -129,6 +182,13 @@ def test_the_user_error_inside_an_error_is_found() -> None:
         found = cluster.user_error(error)
     assert str(found) == "mend this"
     assert cluster.user_error(RuntimeError("else")) is None
+
+
+def test_the_reason_why_a_process_refused_to_start_is_found_in_what_ray_says() -> None:
+    died = RuntimeError(
+        "Worker exit detail: Failed.\nraysl.errors.UserError: host runs code 1, not 2. Mend it.\n"
+    )
+    assert str(cluster.user_error(died)) == "host runs code 1, not 2. Mend it."
 
 
 @pytest.mark.parametrize("address", ["", "10.0.0.1:6379"])
@@ -150,3 +210,13 @@ def test_a_cluster_that_others_use_is_said_to_be_waited_for(monkeypatch: pytest.
     placement = Placement(0.5, 0.0, DataShare(), 1)
     assert placement.busy(2) == ""
     assert placement.busy(3) == "Waiting for 1.5 CPUs: others use the cluster, and 1 of its 4 are free."
+    on_gpus = Placement(1.0, 1.0, DataShare(), 1)
+    assert on_gpus.busy(1).startswith(
+        "Waiting for 1 GPUs: the cluster has 0 now and starts machines for the rest"
+    )
+
+
+@pytest.mark.ray
+def test_machines_say_what_they_run(ray_session: None) -> None:
+    (found,) = cluster.machine_versions().values()
+    assert found == json.loads(json.dumps(versions()))

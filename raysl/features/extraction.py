@@ -23,7 +23,7 @@ import numpy.typing as npt
 import torch
 from torch import Tensor
 
-from raysl import trunk
+from raysl import cluster, trunk
 from raysl.dataset import DataSet
 from raysl.errors import UserError, unknown
 from raysl.features import encoders
@@ -142,7 +142,7 @@ def _compute(works: Sequence[_Extract], parts: Sequence[tuple[int, int, int]]) -
     import ray.data
     from ray.util.annotations import RayDeprecationWarning
 
-    size, resources = pool(ray.cluster_resources())
+    size, resources = pool(cluster.machines().totals())
     context = ray.data.DataContext.get_current()
     context.enable_progress_bars = False
     context.print_on_execution_start = False

@@ -165,9 +165,9 @@ def _persist(work: Callable[[], None], say: Say) -> None:
 
 
 def _crew(rows: Rows, config: KMeansConfig, fit: tuple[int, int, int] | None, say: Say) -> Crew:
-    import ray
-
-    nodes = [node["Resources"] for node in ray.nodes() if node["Alive"]]
+    found = cluster.machines()
+    # So many actors as were asked for may need machines that are still to be started.
+    nodes = (*found.now, *found.later[: found.room]) if config.actors else found.for_work
     if config.actors:
         rows.divide(config.actors)  # says so when a shard would be empty
     return Crew(rows, share(nodes, config.actors, config.memory_gb), config.spherical, fit, say)
