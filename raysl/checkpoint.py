@@ -32,7 +32,7 @@ class SaveConfig:
 
     Args:
         every_steps: save every so many steps; 0 for never by steps.
-        every_minutes: save when this much time has passed, looked at when metrics are logged; 0 for never by time.
+        every_minutes: save when this much time has passed, looked at every few seconds; 0 for never by time.
         keep_last: newest checkpoints to keep.
         keep_every: besides them, keep those whose step is a multiple of this; 0 for none.
     """
@@ -79,6 +79,11 @@ class Checkpoint:
     def state(self) -> dict[str, Any]:
         """The state of the network alone, on the CPU. Raises UserError when it does not match its receipt."""
         return self._load(STATE, self._files())
+
+    def trunk_state(self) -> dict[str, torch.Tensor]:
+        """The state of the trunk alone, under its own names. Raises UserError when it does not match its receipt."""
+        network = self.state()["network"]
+        return {name.removeprefix("trunk."): v for name, v in network.items() if name.startswith("trunk.")}
 
     def crc32(self) -> int:
         """The checksum of the state of the network, from its receipt."""

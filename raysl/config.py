@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import re
 import types
 import typing
 from collections.abc import Mapping
@@ -50,7 +51,8 @@ class Pretraining:
         method: an objective and a pretext transform, such as pirl-jigsaw; `raysl methods` lists them.
         epochs: visits to every image.
         batch_size: images in the global batch, divided over the workers.
-        workers: Ray Train workers.
+        workers: Ray Train workers: a number, or a range such as 1:8, of which as many run as the cluster has room for
+            and as divide the batch.
         seed: of everything random.
         precision: of the network's arithmetic; weights and losses stay float32.
         channels_last: memory layout of images and weights.
@@ -65,7 +67,7 @@ class Pretraining:
     method: str = "pirl-jigsaw"
     epochs: float = 10
     batch_size: Annotated[int, Range((64, 128, 256, 512), log=True)] = 256
-    workers: int = 2
+    workers: int | str = 2
     seed: int = 0
     precision: Literal["fp32", "bf16", "fp16"] = "fp32"
     channels_last: bool = True
@@ -92,20 +94,37 @@ class Pretraining:
         _check_choices(self, "")
         for name, part in parts.items():
             _check_choices(part, f"{name}.")
-        if self.workers < 1:
-            raise UserError(f"workers is {self.workers}; it must be at least 1.")
-        if self.batch_size < self.workers:
-            raise UserError(
-                f"batch_size is {self.batch_size}, less than one image for each of {self.workers} workers. Use a "
-                "larger batch or fewer workers."
-            )
-        if self.batch_size % self.workers:
-            raise UserError(
-                f"batch_size is {self.batch_size}, which {self.workers} workers cannot share equally. Use a multiple "
-                f"of {self.workers}."
-            )
+        self.worker_counts()
         if self.log_every < 1:
             raise UserError(f"log_every is {self.log_every}; it must be at least 1.")
+
+    def worker_counts(self) -> tuple[int, ...]:
+        """The numbers of workers that the run may have, in order: one, or those of a range that divide the batch.
+
+        Every worker takes an equal part of the same global batch, so the learning rate is the same for all of them.
+
+        Raises:
+            UserError: workers is neither a number nor a range, or no number of them can share the batch.
+        """
+        given = re.fullmatch(r"(\d+)(?::(\d+))?", str(self.workers))
+        least, most = (int(given[1]), int(given[2] or given[1])) if given else (0, 0)
+        if not 1 <= least <= most:
+            raise UserError(
+                f"workers is {self.workers!r}; it must be a number of at least 1, such as 2, or a range of them from "
+                "the fewest to the most, such as 1:8."
+            )
+        if self.batch_size < least:
+            raise UserError(
+                f"batch_size is {self.batch_size}, less than one image for each of {least} workers. Use a larger batch "
+                "or fewer workers."
+            )
+        counts = tuple(w for w in range(least, min(most, self.batch_size) + 1) if self.batch_size % w == 0)
+        if not counts:
+            those = f"{least} workers cannot" if least == most else f"no {least} to {most} workers can"
+            raise UserError(
+                f"batch_size is {self.batch_size}, which {those} share equally. Use a multiple of {least}."
+            )
+        return counts
 
     def to_json(self) -> dict[str, Any]:
         """A JSON value from which `from_json` makes an equal configuration."""

@@ -3,22 +3,27 @@
 from __future__ import annotations
 
 import os
+import signal
 import tempfile
 import threading
 import uuid
-from collections.abc import Callable
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass, replace
 from typing import Any
 
-from raysl import checkpoint, cluster, progress
+from raysl import checkpoint, cluster, elastic, progress
 from raysl.cluster import Placement
 from raysl.config import Pretraining
+from raysl.elastic import Growth, Team
 from raysl.errors import UserError
 from raysl.ingest import resolve
 from raysl.run import Run
 from raysl.stream.plan import Plan
+from raysl.stream.shared import Seat
 from raysl.train import Job, Network, work
 
-# Restarts of the worker group before a run gives up. Each goes on from the newest checkpoint.
+# Restarts of the workers without progress before a run gives up. Each goes on from the newest checkpoint.
 MAX_FAILURES = 8
 # Between two lines of progress. Every row is in metrics.jsonl.
 SHOW_EVERY_S = 5.0
@@ -30,6 +35,7 @@ def pretrain(
     *,
     until: int | None = None,
     placement: Placement | None = None,
+    seat: Seat | None = None,
 ) -> Run:
     """Runs pretraining to its end, or goes on with a run that was interrupted.
 
@@ -38,47 +44,194 @@ def pretrain(
         say: takes one line of progress at a time.
         until: stop after this step of the run's schedule, with a checkpoint to go on from; None for the end.
         placement: what the workers get; by default the whole cluster is divided among them.
+        seat: at a stream that is shared with other runs; see `raysl.stream.shared`.
 
     Returns:
         The run, finished or as far as `until`.
 
     Raises:
         UserError: something in the configuration, the data or the machine has to be mended; nothing is half-written.
+        SystemExit: the process got SIGTERM; the run was saved at the step where it was.
     """
     cluster.start()
+    counts = config.worker_counts()
     # Before a raw source is ingested, which takes its time.
-    placement = placement or cluster.place(config.workers)
+    team = _first_team(counts, placement)
     dataset = resolve(config.data)
     plan = Plan.of(dataset, config.batch_size, config.seed, config.epochs)
     # Built here only to find mistakes before any worker starts, and for its facts.
     network = Network(config, dataset.num_images, len(dataset.manifest.classes), dataset.manifest.fingerprint)
     network.views(config)
     run = Run.begin(config, dataset, network.facts())
-    found = checkpoint.newest(run.checkpoints)
-    if found is not None and found.step >= min(until or plan.num_steps, plan.num_steps):
-        done = "finished" if found.step >= plan.num_steps else "there"
-        say(f"The run at {config.run} is already {done} ({found.step} steps).")
+    end = min(until or plan.num_steps, plan.num_steps)
+    saved = _saved(run)
+    if saved >= end:
+        done = "finished" if saved >= plan.num_steps else "there"
+        say(f"The run at {config.run} is already {done} ({saved} steps).")
         return run
-    begun = f"goes on from step {found.step}" if found else "begins"
+    begun = f"goes on from step {saved}" if saved else "begins"
     say(
         f"{config.method} on {dataset.num_images:,} images {begun}: {plan.num_steps} steps of {config.batch_size}, "
-        f"{config.workers} workers with {placement.cpus_per_worker:g} CPU and {placement.gpus_per_worker:g} GPU each, "
-        f"data tasks with {placement.share.cpus_per_task:g} CPU."
+        f"{_described(team, counts)}, data tasks with {team.placement.share.cpus_per_task:g} CPU."
     )
-    if busy := placement.busy(config.workers):
+    if busy := team.placement.busy(team.workers):
         say(busy)
-    job = Job(config.to_json(), run, dataset, placement, progress.open_board(), until)
-    _fit(job, config.workers, lambda row: say(progress.line(row, plan.num_steps)))
+    job = Job(config.to_json(), run, dataset, team.placement, progress.open_board(), until)
+    _Legs(job, counts, end, plan.num_steps, say).run(team)
     return run
 
 
-def _fit(job: Job, workers: int, show: Callable[[dict[str, Any]], None]) -> None:
-    """Runs Ray Train and shows the rows that arrive meanwhile."""
-    import ray
-    from ray.train import FailureConfig, LoggingConfig, RunConfig, ScalingConfig, TrainingFailedError
+def _first_team(counts: Sequence[int], placement: Placement | None) -> Team:
+    if placement is not None:
+        return Team(counts[0], placement)
+    if len(counts) == 1:
+        return Team(counts[0], cluster.place(counts[0]))
+    return elastic.gather(counts, elastic.machines())
+
+
+def _described(team: Team, counts: Sequence[int]) -> str:
+    placement = team.placement
+    share = f"{placement.cpus_per_worker:g} CPU and {placement.gpus_per_worker:g} GPU each"
+    among = f" (of {', '.join(map(str, counts))}, which divide the batch)" if len(counts) > 1 else ""
+    return f"{team.workers} workers{among} with {share}"
+
+
+def _saved(run: Run) -> int:
+    """The step of the newest complete checkpoint; 0 without one."""
+    found = checkpoint.newest(run.checkpoints)
+    return found.step if found else 0
+
+
+@dataclass(frozen=True)
+class _Legs:
+    """A run in legs: each is a run of Ray Train with a fixed number of workers, from one checkpoint to another.
+
+    A leg ends at the last step, or where the workers left off with a checkpoint: because there is room for more of
+    them, because one of their machines is about to be taken away, or because this process got SIGTERM. Ray restarts
+    a team of fixed size that lost a worker; for one that may change its size, that is the end of a leg too.
+
+    Args:
+        job: without the placement of a leg.
+        counts: numbers of workers that are allowed, in order.
+        end: the step to stop after.
+        num_steps: of the whole run.
+        say: takes one line of progress at a time.
+    """
+
+    job: Job
+    counts: Sequence[int]
+    end: int
+    num_steps: int
+    say: Callable[[str], None]
+
+    @property
+    def elastic(self) -> bool:
+        return len(self.counts) > 1
+
+    def run(self, team: Team) -> None:
+        """Runs legs until the last step is saved."""
+        import ray
+
+        board = self.job.board
+        idle, saved = 0, _saved(self.job.run)
+        with _sigterm(lambda: board.ask_to_leave.remote(True)) as terminated:
+            while True:
+                error = self._leg(team)
+                before, saved = saved, _saved(self.job.run)
+                if saved >= self.end:
+                    return
+                if terminated.is_set():
+                    self.say(
+                        f"Stopped by SIGTERM after step {saved}, which is saved. The same command goes on."
+                    )
+                    raise SystemExit(128 + signal.SIGTERM)
+                idle = 0 if saved > before else idle + 1
+                if error is not None and (not self.elastic or idle > MAX_FAILURES):
+                    raise error
+                if idle > MAX_FAILURES:
+                    raise UserError(
+                        f"Training left off {idle} times after step {saved} without a step between. The same command "
+                        "goes on from there."
+                    )
+                ray.get(board.ask_to_leave.remote(terminated.is_set()))
+                team = self._next(team, terminated)
+
+    def _next(self, team: Team, terminated: threading.Event) -> Team:
+        """The team of the next leg; waits for machines until there is room for one."""
+        import ray
+
+        waiting = False
+        while self.elastic and not terminated.is_set():
+            leaving = ray.get(self.job.board.noticed.remote())
+            try:
+                team = elastic.gather(self.counts, elastic.machines(leaving), team.gpus)
+                break
+            except UserError as error:
+                if not waiting:
+                    self.say(f"Waiting for machines. {error}")
+                waiting = True
+                terminated.wait(SHOW_EVERY_S)
+        self.say(f"Next: {_described(team, self.counts)}.")
+        return team
+
+    def _leg(self, team: Team) -> UserError | None:
+        """Runs Ray Train and shows what is heard from it.
+
+        Returns:
+            Why it failed, if another leg may do better; None if it came to its end.
+
+        Raises:
+            UserError: no other leg would.
+        """
+        import ray
+        from ray.train import TrainingFailedError
+
+        board = self.job.board
+        growth = Growth(self.counts, team)
+        done = threading.Event()
+
+        def follow() -> None:
+            while not done.wait(SHOW_EVERY_S):
+                self._show()
+                if self.elastic and growth.due(elastic.machines(ray.get(board.noticed.remote()))):
+                    board.ask_to_leave.remote(True)
+
+        thread = threading.Thread(target=follow, daemon=True)
+        thread.start()
+        try:
+            _trainer(replace(self.job, placement=team.placement), team.workers, self.elastic).fit()
+        except TrainingFailedError as error:
+            progress.raise_failure(board)
+            if found := cluster.user_error(error):
+                raise found from error
+            return UserError(
+                f"Training stopped after {MAX_FAILURES} restarts: {str(error).strip().splitlines()[-1]}. The run keeps "
+                "its last checkpoint; the same command goes on from there. RAYSL_LOG_TO_DRIVER=1 shows the workers' "
+                "output."
+            )
+        finally:
+            done.set()
+            thread.join()
+        progress.raise_failure(board)
+        self._show()
+        return None
+
+    def _show(self) -> None:
+        import ray
+
+        news, rows = ray.get([self.job.board.news.remote(), self.job.board.take.remote()])
+        for line in news:
+            self.say(line)
+        for row in rows[-1:]:
+            self.say(progress.line(row, self.num_steps))
+
+
+def _trainer(job: Job, workers: int, once: bool) -> Any:
+    """A run of Ray Train. With `once`, it does not restart the workers by itself."""
+    from ray.train import FailureConfig, LoggingConfig, RunConfig, ScalingConfig
     from ray.train.torch import TorchTrainer
 
-    trainer = TorchTrainer(
+    return TorchTrainer(
         lambda: work(job),
         scaling_config=ScalingConfig(
             num_workers=workers,
@@ -89,30 +242,33 @@ def _fit(job: Job, workers: int, show: Callable[[dict[str, Any]], None]) -> None
             # Ray's own bookkeeping only: checkpoints are raysl's, in the run's folder.
             name=f"raysl-{uuid.uuid4().hex[:8]}",
             storage_path=f"{tempfile.gettempdir()}/raysl-ray-train-{os.getuid()}",
-            failure_config=FailureConfig(max_failures=MAX_FAILURES, controller_failure_limit=3),
+            failure_config=FailureConfig(0, controller_failure_limit=0, max_preemption_failures=0)
+            if once
+            else FailureConfig(MAX_FAILURES, controller_failure_limit=3),
             logging_config=LoggingConfig(log_level="ERROR"),
         ),
     )
-    done = threading.Event()
 
-    def follow() -> None:
-        while not done.wait(SHOW_EVERY_S):
-            for row in ray.get(job.board.take.remote())[-1:]:
-                show(row)
 
-    thread = threading.Thread(target=follow, daemon=True)
-    thread.start()
+@contextmanager
+def _sigterm(act: Callable[[], object]) -> Iterator[threading.Event]:
+    """While it lasts, the first SIGTERM to this process sets the event and calls `act`; the next one ends it at once.
+
+    Signals reach the main thread only; in another one, as in sweeps, nothing changes.
+    """
+    told = threading.Event()
+    if threading.current_thread() is not threading.main_thread():
+        yield told
+        return
+    before = signal.getsignal(signal.SIGTERM)
+
+    def handle(number: int, frame: object) -> None:
+        signal.signal(signal.SIGTERM, before)
+        told.set()
+        act()
+
+    signal.signal(signal.SIGTERM, handle)
     try:
-        trainer.fit()
-    except TrainingFailedError as error:
-        progress.raise_failure(job.board)
-        raise cluster.user_error(error) or UserError(
-            f"Training stopped after {MAX_FAILURES} restarts: {str(error).strip().splitlines()[-1]}. The run keeps its "
-            "last checkpoint; the same command goes on from there. RAYSL_LOG_TO_DRIVER=1 shows the workers' output."
-        ) from error
+        yield told
     finally:
-        done.set()
-        thread.join()
-    progress.raise_failure(job.board)
-    for row in ray.get(job.board.take.remote())[-1:]:
-        show(row)
+        signal.signal(signal.SIGTERM, before)

@@ -1,14 +1,15 @@
-"""What the driver hears from the trainers: rows of metrics to show, and the error that the user can mend."""
+"""What the driver and the trainers tell each other: rows and news to show, errors, and the wish that they leave off."""
 
 from __future__ import annotations
 
 import math
+from collections.abc import Sequence
 from typing import Any
 
 from raysl.errors import UserError
 
-# Errors at one step before a run gives up. Every worker of a group counts.
-MAX_CRASHES = 6
+# Errors of one worker at one step before a run gives up.
+MAX_CRASHES = 3
 
 
 class Board:
@@ -16,24 +17,67 @@ class Board:
 
     def __init__(self) -> None:
         self._rows: list[dict[str, Any]] = []
+        self._news: list[str] = []
         self._failure: str | None = None
-        self._crashes: dict[int, int] = {}
+        self._crashes: dict[tuple[int, int], int] = {}
+        self._reached = 0
+        self._leave = False
+        self._leaving: set[str] = set()
 
     def post(self, row: dict[str, Any]) -> None:
         """Adds a row of metrics."""
         self._rows.append(row)
+        self._reached = max(self._reached, row["step"])
 
     def fail(self, message: str) -> None:
         """Remembers the first error that no retry can mend."""
         self._failure = self._failure or message
 
-    def crash(self, step: int, trace: str) -> None:
-        """Counts an error that a restart may mend. One that keeps coming at the same step is none of those."""
-        self._crashes[step] = self._crashes.get(step, 0) + 1
-        if self._crashes[step] >= MAX_CRASHES:
-            self.fail(
-                f"Training failed {self._crashes[step]} times after step {step}, each time with:\n\n{trace}"
-            )
+    def crash(self, step: int, rank: int, trace: str) -> None:
+        """Counts an error that a restart may mend. One that a worker keeps meeting at the same step is none of those.
+
+        Workers that only lost one of the others count for themselves, so that a large group is not given up sooner.
+        """
+        self._reached = max(self._reached, step)
+        times = self._crashes[step, rank] = self._crashes.get((step, rank), 0) + 1
+        if times >= MAX_CRASHES:
+            self.fail(f"Training failed {times} times after step {step}, each time with:\n\n{trace}")
+
+    def begin(self, step: int, workers: int, reached: int) -> int:
+        """A group of workers begins, at a step that is 0 or that of a checkpoint.
+
+        Args:
+            reached: the last step in the metrics of earlier sessions.
+
+        Returns:
+            The steps, as far as rows of metrics tell, that had been done after it and are lost.
+        """
+        lost = max(0, max(self._reached, reached) - step)
+        self._reached = step
+        if step or lost:
+            self._news.append(f"Went on from step {step} with {workers} workers; {lost} steps were lost.")
+        return lost
+
+    def ask_to_leave(self, leave: bool) -> None:
+        """Whether the trainers shall save and leave off, as soon as they have agreed on a step."""
+        self._leave = leave
+
+    def asked_to_leave(self) -> bool:
+        """That wish."""
+        return self._leave
+
+    def notice(self, nodes: Sequence[str]) -> None:
+        """These machines are about to be taken away."""
+        self._leaving.update(nodes)
+
+    def noticed(self) -> set[str]:
+        """Their ids."""
+        return self._leaving
+
+    def news(self) -> list[str]:
+        """The sentences since the last call."""
+        news, self._news = self._news, []
+        return news
 
     def failure(self) -> str | None:
         """That error, or None."""

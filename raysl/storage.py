@@ -118,7 +118,11 @@ class Folder:
     def list(self) -> list[str]:
         """Names of the files and folders directly inside, sorted; empty when the folder is not there."""
         fs, root = self._open()
-        found = fs.get_file_info(pafs.FileSelector(root, allow_not_found=True))
+        try:
+            found = fs.get_file_info(pafs.FileSelector(root, allow_not_found=True))
+        except FileNotFoundError:
+            # Another process made the folder between two looks of Arrow's.
+            return []
         return sorted(info.base_name for info in found)
 
     def delete(self, name: str = "") -> None:

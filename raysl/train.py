@@ -25,8 +25,10 @@ from raysl.dataset import DataSet
 from raysl.errors import UserError
 from raysl.objectives import AfterStep, Alternates, Describes, Loss, Objective, Setup
 from raysl.pretext import Geometry
+from raysl.pulse import Orders, Pulse
 from raysl.rng import key
 from raysl.run import MetricsLog, Run
+from raysl.stream import shared
 from raysl.stream.plan import Plan
 from raysl.stream.reader import Batch, Stream
 from raysl.views import View
@@ -83,6 +85,7 @@ class Job:
 
     Args:
         until: the step to stop after, with a checkpoint; None for the end of the plan.
+        seat: at a stream that is shared with other runs.
     """
 
     config: dict[str, Any]
@@ -91,6 +94,7 @@ class Job:
     placement: Placement
     board: Any = None
     until: int | None = None
+    seat: shared.Seat | None = None
 
 
 class Worker:
@@ -142,32 +146,40 @@ class Worker:
         }
 
     def train(self) -> None:
-        """The loop, from the restored step to the end of the job.
+        """The loop, from the restored step to the end of the job, or until the group is asked to leave off.
 
         Raises:
             UserError: the loss is no longer finite, a checkpoint cannot be written, or the data set is damaged.
         """
         log = MetricsLog(self.job.run, self.step) if self.rank == 0 else None
         try:
-            self._loop(log)
+            self._loop(log, self._begin(log))
         finally:
             if log is not None:
                 log.flush()
 
-    def _loop(self, log: MetricsLog | None) -> None:
+    def _begin(self, log: MetricsLog | None) -> int:
+        """Tells the driver where this group begins; how many steps were lost."""
+        if log is None or self.job.board is None:
+            return 0
+        import ray
+
+        return int(ray.get(self.job.board.begin.remote(self.step, self.world, log.reached)))
+
+    def _loop(self, log: MetricsLog | None, lost_steps: int) -> None:
         model = self._distributed()
-        meter = Meter(self.step, self.plan)
+        meter = Meter(self.step, self.plan, self.world, lost_steps)
+        pulse = Pulse(self.step, Orders(self.job.board, self.rank), self.device)
         end = self.plan.num_steps if self.job.until is None else min(self.job.until, self.plan.num_steps)
-        for batch in self._stream().batches(self.step, end):
+        for batch in shared.batches(self._stream(), self.job.seat, self.step, end):
             lr = self.config.optim.lr_at(self.step, self.plan.num_steps, self.config.batch_size)
             loss = self.update(model, batch, lr)
             self.step += 1
             meter.add(batch, loss)
-            last = self.step == end
-            logging = last or self.step % self.config.log_every == 0
-            since_s = 0.0
-            if logging:
-                row, since_s = meter.row(self.step, lr, self.saver.since_s)
+            leave, since_s = pulse.settle(self.step, self.saver.since_s)
+            last = leave or self.step == end
+            if last or self.step % self.config.log_every == 0:
+                row = meter.row(self.step, lr)
                 self._check(row["loss"])
                 self._log(log, row)
             if last or self.saver.due(self.step, since_s):
@@ -175,6 +187,8 @@ class Worker:
                 if log is not None:
                     log.flush()
                 self._save()
+            if leave:
+                break
         self.saver.wait()
 
     def update(self, model: nn.Module, batch: Batch, lr: float) -> Loss:
@@ -254,8 +268,10 @@ class Worker:
 class Meter:
     """Means of what happened since the last row, over the workers."""
 
-    def __init__(self, step: int, plan: Plan) -> None:
+    def __init__(self, step: int, plan: Plan, world: int = 1, lost_steps: int = 0) -> None:
         self._plan = plan
+        self._world = world
+        self._lost_steps = lost_steps
         self._started_at = time.perf_counter()
         self._started_step = step
         self._reset()
@@ -276,29 +292,29 @@ class Meter:
             self._sums[name] = self._sums.get(name, torch.zeros_like(value)) + value
             self._counts[name] += 1
 
-    def row(self, step: int, lr: float, since_save_s: float) -> tuple[dict[str, Any], float]:
-        """The row for metrics.jsonl, and the seconds since the last save as all workers agree on them.
-
-        Every worker must call it at the same steps.
-        """
+    def row(self, step: int, lr: float) -> dict[str, Any]:
+        """The row for metrics.jsonl. Every worker must call it at the same steps."""
         names = list(self._sums)
         means = [self._sums[name].float() / self._counts[name] for name in names]
-        timing = torch.tensor([self._wait_s, since_save_s], device=means[0].device)
-        values = collective.mean(torch.cat([torch.stack(means), timing])).tolist()
+        wait_s = torch.tensor([self._wait_s], device=means[0].device)
+        values = collective.mean(torch.cat([torch.stack(means), wait_s])).tolist()
         wall_s = time.perf_counter() - self._since
         done = step - self._started_step
         per_step_s = (time.perf_counter() - self._started_at) / done
         row: dict[str, Any] = {"step": step, "epoch": step * self._plan.batch_size / self._plan.num_images}
-        row.update(zip(names, values[:-2], strict=True))
+        row.update(zip(names, values[:-1], strict=True))
         # The steps that the means are over: fewer in the first row after a restart.
         row["over_steps"] = self._steps
+        row["workers"] = self._world
+        if self._lost_steps:
+            row["lost_steps"], self._lost_steps = self._lost_steps, 0
         row["lr"] = lr
         row["images_per_s"] = self._steps * self._plan.batch_size / wall_s
-        row["wait_s"] = values[-2]
-        row["wait_share"] = min(1.0, values[-2] / wall_s)
+        row["wait_s"] = values[-1]
+        row["wait_share"] = min(1.0, values[-1] / wall_s)
         row["eta_s"] = (self._plan.num_steps - step) * per_step_s
         self._reset()
-        return row, values[-1]
+        return row
 
 
 def work(job: Job) -> None:
@@ -322,5 +338,6 @@ def work(job: Job) -> None:
         ray.get(job.board.fail.remote(message))
         raise
     except Exception:
-        ray.get(job.board.crash.remote(worker.step if worker else 0, traceback.format_exc()))
+        step = worker.step if worker else 0
+        ray.get(job.board.crash.remote(step, collective.rank(), traceback.format_exc()))
         raise

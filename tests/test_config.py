@@ -29,6 +29,7 @@ def make(**values: Any) -> Pretraining:
     [
         make(),
         make(method="predict-rotation", epochs=0.5, workers=1, batch_size=1),
+        make(workers="1:8"),
         make(
             method="pirl-rotation+jigsaw",
             precision="bf16",
@@ -95,6 +96,10 @@ def test_a_missing_key_is_named() -> None:
     ("values", "answer"),
     [
         ({"workers": 0}, "workers is 0"),
+        ({"workers": "8:1"}, "workers is '8:1'"),
+        ({"workers": "0:2"}, "workers is '0:2'"),
+        ({"workers": "many"}, "a range of them"),
+        ({"batch_size": 256, "workers": "5:7"}, "no 5 to 7 workers can share equally"),
         ({"batch_size": 1, "workers": 2}, "less than one image for each of 2 workers"),
         ({"batch_size": 10, "workers": 4}, "4 workers cannot share equally"),
         ({"log_every": 0}, "log_every is 0"),
@@ -121,6 +126,13 @@ def test_a_missing_key_is_named() -> None:
 def test_values_that_make_no_sense_are_refused(values: dict[str, Any], answer: str) -> None:
     with pytest.raises(UserError, match=answer):
         Pretraining.from_json({"data": "shapes", "run": "runs/a", **values})
+
+
+def test_a_range_of_workers_means_those_that_divide_the_batch() -> None:
+    assert make(batch_size=256, workers="1:8").worker_counts() == (1, 2, 4, 8)
+    assert make(batch_size=240, workers="2:6").worker_counts() == (2, 3, 4, 5, 6)
+    assert make(batch_size=4, workers="3:16").worker_counts() == (4,)
+    assert make(workers=2).worker_counts() == make(workers="2").worker_counts() == (2,)
 
 
 def test_differences_name_the_fields() -> None:

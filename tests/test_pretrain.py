@@ -153,6 +153,25 @@ def test_killed_driver(finished: Run, dataset: DataSet, tmp_path: Path) -> None:
     assert_same_end(str(run), finished)
 
 
+def test_terminated_driver(dataset: DataSet, tmp_path: Path) -> None:
+    """SIGTERM: the run is saved at the step where it is, and not a step of it is lost."""
+    run = tmp_path / "run"
+    command = [sys.executable, "-m", "raysl", "pretrain", "--data", str(dataset.folder), "--run", str(run)]
+    command += "--epochs 5000 --batch-size 16 --workers 2 --view.image-size 16 --view.recipe plain".split()
+    command += "--save.every-minutes 0 --pirl.num-negatives 32 --pirl.dim 16".split()
+    driver = subprocess.Popen(command, stdout=subprocess.PIPE, text=True)
+    assert driver.stdout is not None
+    said = ""
+    for line in driver.stdout:
+        if line.startswith("step") and "SIGTERM" not in said:
+            driver.terminate()
+        said += line
+    assert driver.wait() == 128 + signal.SIGTERM
+    newest = Run.open(str(run)).newest()
+    assert f"Stopped by SIGTERM after step {newest.step}" in said
+    assert Run.open(str(run)).metrics()[-1]["step"] == newest.step
+
+
 def test_other_images_are_refused(finished: Run, tmp_path: Path) -> None:
     other = make_dataset(tmp_path / "set", 96, seed=1)
     with pytest.raises(UserError, match="fingerprint"):
