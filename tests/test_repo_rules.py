@@ -21,7 +21,7 @@ ROOMS = (
     *("losses", "collective", "permutations", "augment"),
     *("pretext", "views", "stream", "norm", "trunk", "bank", "negatives", "optim", "checkpoint"),
     *("ingest", "objectives", "methods"),
-    *("config", "recipes", "run", "growth", "cluster", "progress", "train", "pretrain"),
+    *("config", "recipes", "run", "growth", "cluster", "progress", "pulse", "train", "elastic", "pretrain"),
     *("features", "kmeans", "clusterfit", "probes", "probe", "grid", "pictures", "pages"),
     *("sweep", "report", "reproduce", "experiment"),
     *("doctor", "demo", "cli"),
