@@ -92,7 +92,7 @@ def first_batch(network: Network, config: Pretraining, dataset: DataSet) -> Batc
     """The batch of the first step, by way of the columns that a data task puts out."""
     stream = Stream(dataset, Plan.of(dataset, 12, 0, 1), network.views(config), config.stream)
     columns = next(_Load(stream, 0, 1)({"id": np.zeros(1, np.int64)}))
-    return stream._batch(0, {name: values[0] for name, values in columns.items()})
+    return stream.batch(0, {name: values[0] for name, values in columns.items()})
 
 
 def losses_of_steps(network: Network, batch: Batch, steps: int) -> list[float]:

@@ -75,7 +75,7 @@ def cut(images: Sequence[bytes], crops: Mapping[str, SourceCrop], draws: Draws) 
 
     Args:
         images: encoded files, of any sizes.
-        crops: by the name of the view; the boxes of a view come from `draws.named(name)`.
+        crops: by the name of the view; the boxes of a view come from `draws.named(drawn_as(name))`.
         draws: of the b images.
 
     Returns:
@@ -86,17 +86,24 @@ def cut(images: Sequence[bytes], crops: Mapping[str, SourceCrop], draws: Draws) 
     """
     decoded = [decode(data) for data in images]
     sizes_b2 = np.array([image.shape[1:] for image in decoded], dtype=np.int64).reshape(-1, 2)
-    cut_out = {}
+    # Variants of a view may start from the same crop.
+    known: dict[tuple[str, SourceCrop], Tensor] = {}
     for name, crop in crops.items():
-        boxes_b4 = crop.boxes(sizes_b2[:, 0], sizes_b2[:, 1], draws.named(name)).tolist()
+        if (drawn_as(name), crop) in known:
+            continue
+        boxes_b4 = crop.boxes(sizes_b2[:, 0], sizes_b2[:, 1], draws.named(drawn_as(name))).tolist()
         parts = [
             _resize(image[None, :, top : top + height, left : left + width], crop.size, crop.size)
             for image, (top, left, height, width) in zip(decoded, boxes_b4, strict=True)
         ]
-        cut_out[name] = (
-            torch.cat(parts) if parts else torch.empty(0, 3, crop.size, crop.size, dtype=torch.uint8)
-        )
-    return cut_out
+        empty = torch.empty(0, 3, crop.size, crop.size, dtype=torch.uint8)
+        known[drawn_as(name), crop] = torch.cat(parts) if parts else empty
+    return {name: known[drawn_as(name), crop] for name, crop in crops.items()}
+
+
+def drawn_as(name: str) -> str:
+    """The name by which a view draws its numbers: that of the view itself, for "transformed@variant" too."""
+    return name.partition("@")[0]
 
 
 def _resize(image_1chw: Tensor, height: int, width: int) -> Tensor:

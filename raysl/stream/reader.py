@@ -22,7 +22,7 @@ from torch import Tensor
 from raysl.dataset import DataSet
 from raysl.errors import UserError
 from raysl.rng import Draws
-from raysl.stream.decode import DecodeError, cut
+from raysl.stream.decode import DecodeError, cut, drawn_as
 from raysl.stream.plan import Plan, Rows
 from raysl.views import View
 
@@ -97,7 +97,8 @@ class Stream:
     Args:
         dataset: where the images are.
         plan: which of them when.
-        views: what is made of each image, by name.
+        views: what is made of each image, by name. A name may go on after "@": such variants of a view draw the same
+            numbers, so that one stream can hold the views of several runs (see `shared`).
         config: see `StreamConfig`.
         share: see `DataShare`.
         rank: this worker.
@@ -128,22 +129,30 @@ class Stream:
         Raises:
             UserError: a shard of the data set is damaged.
         """
-        step = start_step
-        last = self.plan.num_steps if end_step is None else min(end_step, self.plan.num_steps)
-        while step < last:
-            end = min(last, (step // self.plan.stretch + SEGMENT) * self.plan.stretch)
-            yield from self._segment(step, end)
-            step = end
-
-    def _segment(self, step: int, end: int) -> Iterator[Batch]:
-        arrivals = iter(self._pipeline(step, end).iter_batches(batch_size=1, prefetch_batches=2))
-        while step < end:
+        last = self.last(end_step)
+        arrivals = self.columns(start_step, last)
+        for step in range(start_step, last):
             started = time.perf_counter()
-            row = next(arrivals)
-            batch = self._batch(step, {name: values[0] for name, values in row.items()})
+            batch = self.batch(step, next(arrivals))
             batch.wait_s = time.perf_counter() - started
             yield batch
-            step += 1
+
+    def last(self, end_step: int | None = None) -> int:
+        """The step before which the stream ends, where it is to end at `end_step`."""
+        return self.plan.num_steps if end_step is None else min(end_step, self.plan.num_steps)
+
+    def columns(self, start_step: int, last: int) -> Iterator[Columns]:
+        """The same as they come from the data tasks: read-only arrays "index", "label", "view/NAME" and so on.
+
+        `batch` makes a batch of them. Raises what `batches` does.
+        """
+        step = start_step
+        while step < last:
+            end = min(last, (step // self.plan.stretch + SEGMENT) * self.plan.stretch)
+            for row in self._pipeline(step, end).iter_batches(batch_size=1, prefetch_batches=2):
+                columns = {name: values[0] for name, values in row.items()}
+                yield pickle.loads(bytes(columns[_PACKED])) if _PACKED in columns else columns
+            step = end
 
     def _pipeline(self, step: int, end: int) -> Any:
         """A Ray Data set whose rows are the batches of this worker for steps step .. end - 1."""
@@ -167,9 +176,8 @@ class Stream:
         )
         return tasks.map_batches(_Load(self, step, end), batch_size=None, num_cpus=self.share.cpus_per_task)
 
-    def _batch(self, step: int, columns: Columns) -> Batch:
-        if _PACKED in columns:
-            columns = pickle.loads(bytes(columns[_PACKED]))
+    def batch(self, step: int, columns: Columns) -> Batch:
+        """The batch of a step out of its columns, on the device. Its images are compared with the plan."""
         expected = self.plan.rows(step, self.rank, self.world)
         if not np.array_equal(columns["index"], expected.indices_b):
             raise RuntimeError(
@@ -193,7 +201,7 @@ class Stream:
         """Makes the views of a batch from its source crops, on the device the crops are on."""
         draws = Draws(self.plan.seed, batch.rows.epochs_b, batch.rows.indices_b)
         for name, crops_bchw in crops.items():
-            made = self.views[name](crops_bchw, draws.named(name).to(crops_bchw.device))
+            made = self.views[name](crops_bchw, draws.named(drawn_as(name)).to(crops_bchw.device))
             batch.views[name] = made.crops_bpchw
             if made.target is not None:
                 batch.targets[name] = made.target
