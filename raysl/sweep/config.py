@@ -35,6 +35,7 @@ class SweepConfig:
         reduction: of asha: one trial in so many goes on from a rung to the next, which is so many times as far.
         max_concurrent: runs at the same time; 0 is as many as have a whole CPU for each trainer.
         gpus_per_worker: below 1, several small trainers share a GPU, where there are GPUs.
+        share_stream: runs at the same time that read the same images in the same order share one stream of them.
         lag: the proposal of trial n of optuna knows the outcome of trials up to n - lag, so that as many can run.
         seed: of what is drawn.
         retry: try those trials again that failed when the sweep ran before.
@@ -53,6 +54,7 @@ class SweepConfig:
     reduction: int = 3
     max_concurrent: int = 0
     gpus_per_worker: float = 1
+    share_stream: bool = True
     lag: int = 4
     seed: int = 0
     retry: bool = False

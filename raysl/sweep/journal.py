@@ -14,7 +14,7 @@ nothing behind that the next one would miss.
 from __future__ import annotations
 
 import json
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from typing import Any
 
 from raysl.errors import UserError
@@ -29,13 +29,15 @@ class Journal:
 
     Args:
         folder: of the sweep.
+        check: is called before a row is written, and raises when another driver writes there.
 
     Raises:
         UserError: the file is damaged.
     """
 
-    def __init__(self, folder: Folder) -> None:
+    def __init__(self, folder: Folder, check: Callable[[], None] = lambda: None) -> None:
         self.folder = folder
+        self._check = check
         self.rows: list[dict[str, Any]] = []
         if folder.exists(NAME):
             try:
@@ -58,6 +60,7 @@ class Journal:
         Raises:
             UserError: it cannot be written. The row is then not there either.
         """
+        self._check()
         self.folder.write(NAME, jsonl([*self.rows, row]))
         self.rows.append(dict(row))
 

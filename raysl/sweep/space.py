@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import difflib
 import itertools
 import math
 import types
@@ -15,7 +16,7 @@ import numpy as np
 
 from raysl import methods, rng
 from raysl.config import FREE, Pretraining
-from raysl.errors import UserError, unknown
+from raysl.errors import UserError
 from raysl.ranges import Range
 
 Values = dict[str, Any]
@@ -222,7 +223,22 @@ def _resolve(name: str, known: Mapping[str, Field]) -> Field:
             f"The field {name!r} cannot vary: it does not change what is learned, or trials that differ in it cannot "
             "be compared. Seeds are given to --seeds."
         )
-    raise unknown("field to vary", name, {*known, *(n.rpartition(".")[2] for n in known)})
+    raise _unknown(name, wanted, list(known))
+
+
+def _unknown(name: str, wanted: str, known: Sequence[str]) -> UserError:
+    """The error for a field that does not exist: the nearest by its last part, in the group that was named if any."""
+    group, _, last = wanted.rpartition(".")
+    inside = [field for field in known if field.startswith(f"{group or last}.")]
+    if inside and not group:
+        return UserError(f"{name!r} is a group of fields. Give one of {', '.join(sorted(inside))} to --vary.")
+    by_last: dict[str, list[str]] = {}
+    for field in inside or known:
+        by_last.setdefault(field.rpartition(".")[2], []).append(field)
+    near = difflib.get_close_matches(last, by_last, n=1, cutoff=0.6)
+    hint = f"Did you mean {' or '.join(by_last[near[0]])}? " if near else ""
+    fields = ", ".join(sorted(inside or known))
+    return UserError(f"Unknown field to vary {name!r}. {hint}Those that can vary: {fields}.")
 
 
 def _dimension(field: Field, text: str | None, listed: bool) -> Dimension:

@@ -22,6 +22,7 @@ from raysl.pretrain import pretrain
 from raysl.probe import probe
 from raysl.run import Run
 from raysl.storage import Folder
+from raysl.stream.shared import Seat
 
 ERROR = "error.txt"
 _ATTEMPTS = 2
@@ -38,7 +39,11 @@ class Work:
         train: labelled data that the probe learns from.
         test: labelled data that it is scored on.
         probe: its name.
-        begin: another run, and the step of it whose checkpoint this one starts from, if it has none yet.
+        begun: the step of the rung before, 0 at first.
+        donor: another run, from whose checkpoint of that step this one starts if it has none yet.
+        receivers: runs that start from the checkpoint of this one at that step. They get it before this one goes on,
+            and may then delete it.
+        seat: at a stream that the run shares with others.
     """
 
     config: Pretraining
@@ -47,7 +52,10 @@ class Work:
     train: str
     test: str
     probe: str
-    begin: tuple[Folder, int] | None = None
+    begun: int = 0
+    donor: Folder | None = None
+    receivers: tuple[Folder, ...] = ()
+    seat: Seat | None = None
 
 
 def perform(work: Work, say: Callable[[str], None]) -> dict[str, Any]:
@@ -87,9 +95,12 @@ def _reason(error: BaseException, run: Folder) -> str:
 
 
 def _score(work: Work, say: Callable[[str], None]) -> tuple[float, float]:
-    if work.begin is not None:
-        _copy(*work.begin, Folder(work.config.run))
-    run = pretrain(work.config, say, until=work.until, placement=work.placement)
+    run_folder = Folder(work.config.run)
+    if work.donor is not None:
+        _copy(work.donor, work.begun, run_folder)
+    for receiver in work.receivers:
+        _copy(run_folder, work.begun, receiver)
+    run = pretrain(work.config, say, until=work.until, placement=work.placement, seat=work.seat)
     if run.newest().step != work.until:
         raise UserError(
             f"The run at {work.config.run!r} is at step {run.newest().step} and was to be scored at step {work.until}. "

@@ -11,23 +11,25 @@ from typing import Any
 import psutil
 import pytest
 
+from raysl import cluster
 from raysl.checkpoint import SaveConfig
+from raysl.cluster import Machines
 from raysl.config import Pretraining, ViewConfig
 from raysl.errors import UserError
 from raysl.objectives.pirl import Config as Pirl
 from raysl.storage import Folder
-from raysl.sweep import driver
 from raysl.sweep.config import SweepConfig
 from raysl.sweep.driver import sweep
 from raysl.sweep.journal import NAME, Journal
+from raysl.sweep.setting import prepare
 from tests.data import make_dataset
 
 pytestmark = [pytest.mark.ray, pytest.mark.timeout(900)]
 
 FLAGS = (
     "--epochs 2 --batch-size 16 --workers 1 --view.image-size 16 --view.recipe plain --save.every-steps 4 "
-    "--pirl.num-negatives 32 --pirl.dim 16 --vary optim.lr=0.03,1e30 --scheduler asha --rungs 2 --reduction 2 "
-    "--seeds 0 --max-concurrent 1"
+    "--pirl.num-negatives 32 --pirl.dim 16 --vary optim.lr=0.3,1e-6,2e-6 --scheduler asha --rungs 2 --reduction 50 "
+    "--seeds 0 1 --max-concurrent 1"
 )
 
 
@@ -107,10 +109,11 @@ def test_another_sweep_in_the_same_folder_is_refused(
 
 
 @pytest.mark.slow
-def test_killed_driver(
-    finished: tuple[Folder, list[dict[str, Any]]], data: tuple[str, str], tmp_path: Path
-) -> None:
-    """Killed in the middle, after the first score; the same command goes on to the same table."""
+def test_killed_driver(ray_session: None, data: tuple[str, str], tmp_path: Path) -> None:
+    """Killed when one trial is stopped and another is not begun; the same command goes on to the same table."""
+    settings = {"vary": ("optim.lr=0.3,1e-6,2e-6",), "reduction": 50, "seeds": (0, 1)}
+    undisturbed = sweep(base(data), config(data, tmp_path / "undisturbed", **settings))
+    assert {row["trial"]: row["state"] for row in undisturbed} == {0: "finished", 1: "stopped", 2: "stopped"}
     out = tmp_path / "sweep"
     command = [
         sys.executable,
@@ -127,7 +130,7 @@ def test_killed_driver(
     command += FLAGS.split()
     first = subprocess.Popen(command, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
     deadline = time.monotonic() + 400
-    while not (out / NAME).exists() or '"score"' not in (out / NAME).read_text():
+    while not (out / NAME).exists() or '"goes_on": false' not in (out / NAME).read_text():
         assert first.poll() is None, "the driver ended before it could be killed"
         assert time.monotonic() < deadline
     descendants = psutil.Process(first.pid).children(recursive=True)
@@ -135,10 +138,13 @@ def test_killed_driver(
     first.wait()
     psutil.wait_procs(descendants, timeout=60)
     before = (out / NAME).read_bytes()
-    again = subprocess.run(command, check=False, stdout=subprocess.DEVNULL)
-    assert again.returncode == 1  # one of the trials has failed
+    assert subprocess.run(command, check=False, stdout=subprocess.DEVNULL).returncode == 0
+    after = Journal(Folder(str(out)))
     assert (out / NAME).read_bytes().startswith(before)
-    assert Folder(str(out)).read_json("table.json") == finished[1]
+    # The one was stopped before the kill and the other after it.
+    stopped = [row["trial"] for row in after.of("decision") if not row["goes_on"]]
+    assert (stopped, before.count(b'"goes_on": false')) == ([1, 2], 1)
+    assert after.folder.read_json("table.json") == undisturbed
 
 
 @pytest.mark.parametrize(
@@ -167,23 +173,23 @@ def test_every_drawn_point_is_tried_out_before_any_begins(
 ) -> None:
     wide = config(data, tmp_path, searcher="random", samples=64, vary=("num_negatives=8..500",))
     with pytest.raises(UserError, match="the data set has 96 images"):
-        driver.prepare(base(data), wide)
+        prepare(base(data), wide)
 
 
 def test_more_than_fits_is_refused_with_the_sum(
     ray_session: None, data: tuple[str, str], tmp_path: Path
 ) -> None:
     with pytest.raises(UserError, match=r"9 runs at a time with 1 workers each: 9 workers .* 2 CPUs"):
-        driver.prepare(base(data), config(data, tmp_path, max_concurrent=9))
+        prepare(base(data), config(data, tmp_path, max_concurrent=9))
 
 
 def test_runs_at_a_time_follow_from_the_cluster(
     ray_session: None, data: tuple[str, str], tmp_path: Path
 ) -> None:
     vary = ("temperature",)
-    one = driver.prepare(base(data), config(data, tmp_path, max_concurrent=0, vary=vary))
+    one = prepare(base(data), config(data, tmp_path, max_concurrent=0, vary=vary))
     assert (one.at_once, one.placement.cpus_per_worker) == (1, 1)
-    four = driver.prepare(base(data), config(data, tmp_path, max_concurrent=4, vary=vary))
+    four = prepare(base(data), config(data, tmp_path, max_concurrent=4, vary=vary))
     total = 4 * (four.placement.cpus_per_worker + four.placement.share.cpus)
     assert total <= 2
 
@@ -193,16 +199,23 @@ def test_no_more_runs_at_a_time_than_there_are(
 ) -> None:
     """On 16 CPUs, eight runs could have two each; two runs have eight."""
     monkeypatch.setattr("ray.nodes", lambda: [{"Resources": {"CPU": 16.0}, "Alive": True}])
-    many = driver.prepare(
-        base(data), config(data, tmp_path, max_concurrent=0, vary=("temperature", "lambda"))
-    )
-    two = driver.prepare(base(data), config(data, tmp_path, max_concurrent=0, vary=("temperature=0.1,0.2",)))
+    many = prepare(base(data), config(data, tmp_path, max_concurrent=0, vary=("temperature", "lambda")))
+    two = prepare(base(data), config(data, tmp_path, max_concurrent=0, vary=("temperature=0.1,0.2",)))
     assert [(s.at_once, s.placement.cpus_per_worker) for s in (many, two)] == [(8, 1), (2, 6)]
+
+
+def test_runs_at_a_time_follow_from_what_the_cluster_can_grow_to(
+    monkeypatch: pytest.MonkeyPatch, ray_session: None, data: tuple[str, str], tmp_path: Path
+) -> None:
+    head, machine = {"CPU": 0.0}, {"CPU": 4.0}
+    monkeypatch.setattr(cluster, "machines", lambda: Machines((head,), (machine,) * 3, 3))
+    grown = prepare(base(data), config(data, tmp_path, max_concurrent=0, vary=("temperature", "lambda")))
+    assert (grown.at_once, grown.placement.cpus_per_worker) == (6, 1)
 
 
 def test_pbt_changes_only_what_can_change_in_the_middle(data: tuple[str, str], tmp_path: Path) -> None:
     with pytest.raises(UserError, match=r"pirl\.num_negatives cannot change"):
-        driver.prepare(
+        prepare(
             base(data),
             config(data, tmp_path, searcher="random", scheduler="pbt", vary=("num_negatives=8,16",)),
         )

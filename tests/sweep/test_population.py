@@ -6,6 +6,8 @@ from pathlib import Path
 
 import pytest
 
+from raysl import checkpoint
+from raysl.checkpoint import SaveConfig
 from raysl.config import Pretraining, ViewConfig
 from raysl.objectives.pirl import Config as Pirl
 from raysl.optim import OptimConfig
@@ -15,6 +17,8 @@ from raysl.sweep.driver import sweep
 from raysl.sweep.journal import Journal
 from raysl.sweep.record import Record
 from tests.data import make_dataset
+
+RUNS = ("0000/seed-0", "0000/seed-0-from-rung-1", "0001/seed-0")
 
 pytestmark = [pytest.mark.ray, pytest.mark.slow, pytest.mark.timeout(900)]
 
@@ -28,6 +32,7 @@ def test_the_worse_of_two_goes_on_from_the_better(ray_session: None, tmp_path: P
         batch_size=16,
         workers=1,
         log_every=1,
+        save=SaveConfig(every_steps=6),
         view=ViewConfig(image_size=16, recipe="plain"),
         optim=OptimConfig(lr=0.3),
         parts={"pirl": Pirl(num_negatives=32, dim=16)},
@@ -54,3 +59,6 @@ def test_the_worse_of_two_goes_on_from_the_better(ray_session: None, tmp_path: P
     copy = Run.open(f"{config.out}/trials/0000/seed-0-from-rung-1")
     assert [row["step"] for row in copy.metrics()] == list(range(13, 25))
     assert copy.config().parts["pirl"].temperature == 0.1
+    # A run keeps no more than any other does: what others copy, they have before it goes on.
+    kept = [checkpoint.complete(Run.open(f"{config.out}/trials/{name}").checkpoints) for name in RUNS]
+    assert [[c.step for c in run] for run in kept] == [[6, 12], [18, 24], [18, 24]]

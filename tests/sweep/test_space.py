@@ -91,7 +91,13 @@ def test_neighbours_stay_inside() -> None:
 @pytest.mark.parametrize(
     ("vary", "answer"),
     [
-        ("temperatur", "Did you mean 'temperature'"),
+        ("temperatur", r"Did you mean pirl\.temperature\?"),
+        ("npid.temperature", r"Did you mean pirl\.temperature\?"),
+        (
+            "jigsaw.num_perms",
+            r"Did you mean jigsaw\.num_permutations\? Those that can vary: jigsaw\.criterion",
+        ),
+        ("pirl", r"'pirl' is a group of fields. Give one of pirl\.dim"),
         ("min_scale", "jigsaw.min_scale, view.min_scale"),
         ("momentum", "bank.momentum, optim.momentum"),
         ("epochs", "cannot vary"),
