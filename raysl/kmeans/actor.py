@@ -20,6 +20,7 @@ import pyarrow as pa
 
 from raysl.errors import UserError
 from raysl.kmeans import update
+from raysl.kmeans.bounds import Nearest, Search, Settled
 from raysl.kmeans.rows import Piece, Rows, sample
 from raysl.kmeans.update import Doubles, Integers, Singles, Splits
 
@@ -78,12 +79,14 @@ class Stats:
         objective: sum of squared distances, float64.
         moved: rows in another cluster than in the pass before; None where that is not known.
         busy_s: seconds of work.
+        looked_at: distances that were computed, as a share of rows times clusters; see `bounds`.
     """
 
     counts_k: Integers
     objective: float
     moved: int | None
     busy_s: float
+    looked_at: float
 
 
 class Shard:
@@ -91,7 +94,7 @@ class Shard:
 
     def __init__(self, task: Task) -> None:
         self.task = task
-        self._assigned_n: npt.NDArray[np.int32] | None = None
+        self._settled: Settled | None = None
         self._seeding: tuple[int, Doubles] = (0, np.empty(0))
 
     def load(self) -> Facts:
@@ -205,19 +208,20 @@ class Shard:
         square = self._loaded[2]
         started = time.perf_counter()
         centroids_kd = update.assemble(chunks, splits, self.task.spherical)
-        search = _Search(centroids_kd, self.task.threads)
+        search = Nearest(self._settled, centroids_kd, self._num_fitted, self._index)
         sums_kd = np.zeros(centroids_kd.shape)
-        assigned_n = np.empty(self._num_fitted, np.int32)
         for place, rows_bd in self._fitted_blocks():
-            nearest_b, _ = search(rows_bd)
-            update.add_rows(sums_kd, rows_bd, nearest_b)
-            assigned_n[place : place + len(rows_bd)] = nearest_b
-        counts_k = np.bincount(assigned_n, minlength=len(centroids_kd))
-        moved = None if self._assigned_n is None else int((assigned_n != self._assigned_n).sum())
-        self._assigned_n = assigned_n
+            update.add_rows(sums_kd, rows_bd, search.of(place, rows_bd))
+        self._settled = search.settled()
+        counts_k = np.bincount(search.assigned_n, minlength=len(centroids_kd))
         total = update.objective(square, centroids_kd, sums_kd, counts_k)
-        stats = Stats(counts_k, total, moved, time.perf_counter() - started)
+        seconds = time.perf_counter() - started
+        looked_at = search.looked_at / max(1, self._num_fitted * len(centroids_kd))
+        stats = Stats(counts_k, total, self._settled.moved, seconds, looked_at)
         return stats, *(sums_kd[a:b] for a, b in update.bounds(len(centroids_kd), len(chunks)))
+
+    def _index(self, centroids_md: Singles) -> Search:
+        return _Search(centroids_md, self.task.threads)
 
     def mean(self, counts_k: Integers, old_kd: Singles, *sums: Doubles) -> Singles:
         """The new centroids of one chunk, from the sums of all actors and the counts of all together."""
@@ -226,15 +230,15 @@ class Shard:
 
     def assign(self, centroids_kd: Singles) -> Iterator[pa.Table]:
         """A row for every row of the shard: index (int64), cluster (int64), distance (float32, not squared)."""
-        search = _Search(centroids_kd, self.task.threads)
+        search = self._index(centroids_kd)
         indices_n = self._loaded[0]
         for first, rows_bd in self._blocks():
-            nearest_b, squared_b = search(rows_bd)
+            squared_b1, nearest_b1 = search(rows_bd, 1)
             yield pa.table(
                 {
                     "index": indices_n[first : first + len(rows_bd)],
-                    "cluster": nearest_b,
-                    "distance": np.sqrt(squared_b),
+                    "cluster": nearest_b1[:, 0],
+                    "distance": np.sqrt(squared_b1[:, 0]),
                 }
             )
 
@@ -252,10 +256,10 @@ class Shard:
         seen, squared_n = self._seeding
         if seen != number:
             raise SeedingLost
-        search = _Search(centroids_md, self.task.threads)
+        search = self._index(centroids_md)
         for place, rows_bd in self._fitted_blocks():
             part = squared_n[place : place + len(rows_bd)]
-            np.minimum(part, search(rows_bd)[1], out=part)
+            np.minimum(part, search(rows_bd, 1)[0][:, 0], out=part)
         self._seeding = (number + 1, squared_n)
         return float(squared_n.sum())
 
@@ -286,10 +290,10 @@ class Shard:
 
     def count(self, centroids_md: Singles) -> Integers:
         """int64 (m,): how many rows are nearest to each."""
-        search = _Search(centroids_md, self.task.threads)
+        search = self._index(centroids_md)
         counts_m = np.zeros(len(centroids_md), np.int64)
         for _, rows_bd in self._fitted_blocks():
-            counts_m += np.bincount(search(rows_bd)[0], minlength=len(centroids_md))
+            counts_m += np.bincount(search(rows_bd, 1)[1][:, 0], minlength=len(centroids_md))
         return counts_m
 
 
@@ -306,10 +310,10 @@ class _Search:
             self._index = faiss.index_cpu_to_gpu(self._memory, 0, self._index)
         self._index.add(np.ascontiguousarray(centroids_kd))
 
-    def __call__(self, rows_bd: Singles) -> tuple[Integers, Singles]:
-        """int64 (b,) the nearest, and float32 (b,) squared distances."""
-        squared_b1, nearest_b1 = self._index.search(np.ascontiguousarray(rows_bd), 1)
-        return nearest_b1[:, 0], np.maximum(squared_b1[:, 0], 0)
+    def __call__(self, rows_bd: Singles, count: int) -> tuple[Singles, Integers]:
+        """float32 (b, count) squared distances and int64 (b, count) numbers of the nearest, the nearest first."""
+        squared_bm, nearest_bm = self._index.search(np.ascontiguousarray(rows_bd), count)
+        return np.maximum(squared_bm, 0), nearest_bm
 
 
 def _uniform(key: int, piece: Piece) -> Doubles:

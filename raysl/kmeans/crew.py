@@ -71,12 +71,14 @@ def share(nodes: Sequence[Mapping[str, float]], actors: int = 0, memory_gb: floa
 
 @dataclass(frozen=True)
 class Totals:
-    """What a pass gave, over all actors. `moved` is None where an actor does not know; `busy_s` is of the slowest."""
+    """What a pass gave, over all actors. `moved` is None where an actor does not know; `busy_s` is of the slowest,
+    `looked_at` the mean share of distances that were computed."""
 
     counts_k: Integers
     objective: float
     moved: int | None
     busy_s: float
+    looked_at: float
 
 
 @dataclass(frozen=True)
@@ -198,6 +200,7 @@ class Crew:
             sum(s.objective for s in stats),
             sum(moved) if len(moved) == len(stats) else None,
             max(s.busy_s for s in stats),
+            float(np.average([s.looked_at for s in stats], weights=self.num_fitted)),
         )
 
     def means(self, done: Pass, counts_k: Integers, old: Sequence[Any]) -> list[Any]:
