@@ -3,14 +3,12 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Callable, Collection, Mapping, Sequence
-from dataclasses import dataclass
+from collections.abc import Callable, Collection, Sequence
+from dataclasses import dataclass, replace
 
 from raysl import cluster
-from raysl.cluster import Placement
+from raysl.cluster import Machines, Placement
 from raysl.errors import UserError
-
-Nodes = Sequence[Mapping[str, float]]
 
 # A run grows once there has been room for so long: machines come one after the other, and to grow is to restart.
 GROW_AFTER_S = 30.0
@@ -34,42 +32,69 @@ class Team:
         return self.placement.gpus_per_worker > 0
 
 
-def machines(leaving: Collection[str] = ()) -> Nodes:
-    """{"CPU": n, "GPU": n} of each machine of the cluster, without those (by id) that are about to leave."""
+def machines(leaving: Collection[str] = ()) -> Machines:
+    """Those of the cluster, without those (by id) that are about to leave."""
     import ray
 
-    return [n["Resources"] for n in ray.nodes() if n["Alive"] and n["NodeID"] not in leaving]
+    staying = [n["Resources"] for n in ray.nodes() if n["Alive"] and n["NodeID"] not in leaving]
+    return replace(cluster.machines(), now=tuple(staying))
 
 
-def size(counts: Sequence[int], nodes: Nodes, gpus: bool) -> int:
-    """The largest number of workers that there is room for; 0 when there is not room for the fewest.
+def size(counts: Sequence[int], found: Machines, gpus: bool) -> int:
+    """The largest number of workers that there is room for now; 0 when there is not room for the fewest.
 
     Args:
         counts: numbers that are allowed, in order.
-        nodes: {"CPU": n, "GPU": n} of each machine.
+        found: the machines.
         gpus: a worker takes a GPU; else a whole CPU, with its data tasks.
     """
-    room = sum(int(node.get("GPU" if gpus else "CPU", 0)) for node in nodes)
+    room = sum(int(node.get("GPU" if gpus else "CPU", 0)) for node in found.now)
     return max((count for count in counts if count <= room), default=0)
 
 
-def gather(counts: Sequence[int], nodes: Nodes, gpus: bool | None = None) -> Team:
-    """The largest team that there is room for. Without GPUs, the fewest workers may also share CPUs.
+def gather(counts: Sequence[int], found: Machines, gpus: bool = False) -> Team:
+    """The largest team that there is room for now.
+
+    Where there is not even room for the fewest workers, these may share CPUs, or wait for machines that the cluster
+    can start.
 
     Args:
         counts: numbers of workers that are allowed, in order.
-        nodes: {"CPU": n, "GPU": n} of each machine.
-        gpus: whether the workers need GPUs; None for wherever there are some.
+        found: the machines.
+        gpus: whether the workers need GPUs, even where there are none now.
 
     Raises:
-        UserError: there is not even room for the fewest.
+        UserError: the cluster can never run the fewest.
     """
-    if gpus is None:
-        gpus = any(node.get("GPU") for node in nodes)
-    workers = size(counts, nodes, gpus) or counts[0]
-    if gpus and not size(counts, nodes, gpus):
-        raise UserError(f"{workers} workers need as many GPUs, and the cluster has fewer.")
-    return Team(workers, cluster.place(workers, nodes))
+    if gpus and not found.has_gpus:
+        raise UserError("The run began on GPUs, and the cluster has none now.")
+    workers = size(counts, found, found.has_gpus)
+    return Team(workers or counts[0], cluster.place(workers or counts[0], found))
+
+
+class Wish:
+    """Asks the autoscaler of a cluster for the machines of a larger team, and holds what comes until it is taken back.
+
+    Only for GPUs: a wish for CPUs would be granted with those of the data tasks.
+
+    Args:
+        most: the largest team that is allowed.
+        team: that works now.
+        found: the machines.
+    """
+
+    def __init__(self, most: int, team: Team, found: Machines) -> None:
+        import ray
+
+        missing = most - team.workers if team.gpus and found.later else 0
+        self._groups = [ray.util.placement_group([team.placement.resources()]) for _ in range(missing)]
+
+    def take_back(self) -> None:
+        """Lets go of what was asked for."""
+        import ray
+
+        for group in self._groups:
+            ray.util.remove_placement_group(group)
 
 
 class Growth:
@@ -89,9 +114,9 @@ class Growth:
         self._clock = clock
         self._since: float | None = None
 
-    def due(self, nodes: Nodes) -> bool:
+    def due(self, found: Machines) -> bool:
         """Whether there has been room for more workers for `GROW_AFTER_S`. To be asked now and then."""
-        if size(self._counts, nodes, self._team.gpus) <= self._team.workers:
+        if size(self._counts, found, self._team.gpus) <= self._team.workers:
             self._since = None
             return False
         self._since = self._clock() if self._since is None else self._since

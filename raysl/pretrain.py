@@ -15,7 +15,7 @@ from typing import Any
 from raysl import checkpoint, cluster, elastic, progress
 from raysl.cluster import Placement
 from raysl.config import Pretraining
-from raysl.elastic import Growth, Team
+from raysl.elastic import Growth, Team, Wish
 from raysl.errors import UserError
 from raysl.ingest import resolve
 from raysl.run import Run
@@ -126,6 +126,7 @@ class _Legs:
 
     @property
     def elastic(self) -> bool:
+        """Whether the team may change its size."""
         return len(self.counts) > 1
 
     def run(self, team: Team) -> None:
@@ -171,7 +172,7 @@ class _Legs:
                     self.say(f"Waiting for machines. {error}")
                 waiting = True
                 terminated.wait(SHOW_EVERY_S)
-        self.say(f"Next: {_described(team, self.counts)}.")
+        self.say(f"Goes on with {_described(team, self.counts)}.")
         return team
 
     def _leg(self, team: Team) -> UserError | None:
@@ -188,6 +189,7 @@ class _Legs:
 
         board = self.job.board
         growth = Growth(self.counts, team)
+        wish = Wish(self.counts[-1], team, elastic.machines())
         done = threading.Event()
 
         def follow() -> None:
@@ -212,6 +214,7 @@ class _Legs:
         finally:
             done.set()
             thread.join()
+            wish.take_back()
         progress.raise_failure(board)
         self._show()
         return None

@@ -2,24 +2,51 @@
 
 from __future__ import annotations
 
+import importlib
+import queue
+import subprocess
+import sys
+import threading
+import time
+from collections.abc import Callable
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import numpy as np
 import pytest
+import torch
 
 from raysl import elastic
-from raysl.elastic import Growth, Team
+from raysl.bank import BankConfig
+from raysl.checkpoint import SaveConfig
+from raysl.cluster import Machines
+from raysl.config import Pretraining, ViewConfig
+from raysl.dataset import DataSet
+from raysl.elastic import Growth
 from raysl.errors import UserError
+from raysl.objectives.pirl import Config as Pirl
+from raysl.optim import OptimConfig
+from raysl.run import Run
+from raysl.stream.plan import Plan
+from raysl.trunk import TrunkConfig
+from tests.data import make_dataset
 
-CPUS = [{"CPU": 0.0}, {"CPU": 2.0}, {"CPU": 1.5}]
-GPUS = [{"CPU": 8.0}, {"CPU": 8.0, "GPU": 2.0}, {"CPU": 4.0, "GPU": 1.0}]
+CPUS = Machines(({"CPU": 0.0}, {"CPU": 2.0}, {"CPU": 1.5}))
+GPUS = Machines(({"CPU": 8.0}, {"CPU": 8.0, "GPU": 2.0}, {"CPU": 4.0, "GPU": 1.0}))
+GROWING = Machines(({"CPU": 4.0},), later=({"CPU": 8.0, "GPU": 1.0},) * 4, room=4)
+
+
+def cpus(number: float) -> Machines:
+    return Machines(({"CPU": number},))
 
 
 @pytest.mark.parametrize(
-    ("nodes", "gpus", "expected"), [(CPUS, False, 2), (GPUS, True, 2), (GPUS, False, 8), (CPUS, True, 0)]
+    ("found", "gpus", "expected"), [(CPUS, False, 2), (GPUS, True, 2), (GPUS, False, 8), (CPUS, True, 0)]
 )
-def test_as_many_as_fit_and_divide_the_batch(
-    nodes: list[dict[str, float]], gpus: bool, expected: int
-) -> None:
+def test_as_many_as_fit_and_divide_the_batch(found: Machines, gpus: bool, expected: int) -> None:
     """Three would fit the first two, and do not divide a batch of 8."""
-    assert elastic.size((1, 2, 4, 8), nodes, gpus) == expected
+    assert elastic.size((1, 2, 4, 8), found, gpus) == expected
 
 
 def test_a_team_is_placed_on_what_there_is() -> None:
@@ -28,23 +55,143 @@ def test_a_team_is_placed_on_what_there_is() -> None:
     assert elastic.gather((1, 2, 3), CPUS).workers == 3
 
 
-def test_the_fewest_may_share_a_cpu() -> None:
+def test_the_fewest_may_share_a_cpu_or_wait_for_machines() -> None:
     assert elastic.gather((4, 8), CPUS).workers == 4
+    team = elastic.gather((2, 4), GROWING)
+    assert (team.workers, team.gpus) == (2, True)
 
 
-def test_what_began_on_gpus_waits_for_gpus() -> None:
+def test_what_began_on_gpus_does_not_go_on_without() -> None:
     with pytest.raises(UserError, match="GPUs"):
         elastic.gather((1, 2), CPUS, gpus=True)
 
 
 def test_a_run_grows_once_the_room_has_lasted() -> None:
     now = [0.0]
-    team = Team(2, elastic.gather((2,), CPUS).placement)
-    growth = Growth((1, 2, 4), team, clock=lambda: now[0])
-    assert not growth.due([{"CPU": 3.0}])
-    assert not growth.due([{"CPU": 4.0}])
+    growth = Growth((1, 2, 4), elastic.gather((2,), cpus(2)), clock=lambda: now[0])
+    assert not growth.due(cpus(3))
+    assert not growth.due(cpus(4))
     now[0] = 20
-    assert not growth.due([{"CPU": 3.0}])
-    assert not growth.due([{"CPU": 4.0}])
+    assert not growth.due(cpus(3))
+    assert not growth.due(cpus(4))
     now[0] = 20 + elastic.GROW_AFTER_S
-    assert growth.due([{"CPU": 4.0}])
+    assert growth.due(cpus(4))
+
+
+BATCH = 24
+DRAIN_S = 30.0
+
+
+def configuration(dataset: str, run: Path) -> Pretraining:
+    return Pretraining(
+        data=dataset,
+        run=str(run),
+        epochs=120,
+        batch_size=BATCH,
+        workers="1:3",
+        log_every=1,
+        view=ViewConfig(image_size=48, recipe="plain"),
+        trunk=TrunkConfig(norm="group"),
+        optim=OptimConfig(lr=0.001),
+        bank=BankConfig(placement="sharded"),
+        save=SaveConfig(every_steps=20),
+        parts={"pirl": Pirl(num_negatives=32, dim=16)},
+    )
+
+
+@pytest.mark.slow
+@pytest.mark.ray
+@pytest.mark.timeout(1200)
+def test_two_workers_three_two_one(tmp_path: Path) -> None:
+    """A machine comes, one is drained, one dies; it is the run of one worker all the same.
+
+    In a process of its own, whose Ray has several machines."""
+    dataset = make_dataset(tmp_path / "set", 96, side=48)
+    subprocess.run([sys.executable, "-m", "tests.test_elastic", str(tmp_path)], check=True)
+    run, fixed = Run.open(str(tmp_path / "elastic")), Run.open(str(tmp_path / "fixed"))
+    rows = run.metrics()
+    end = rows[-1]["step"]
+    assert [row["step"] for row in rows] == list(range(1, end + 1))
+    sizes = [row["workers"] for row in rows]
+    assert [now for before, now in zip([0, *sizes], sizes, strict=False) if now != before] == [2, 3, 2, 1]
+    # Only the machine that died without a word cost steps, and fewer than lie between two checkpoints.
+    assert sum("lost_steps" in row for row in rows) <= 1
+    assert sum(row.get("lost_steps", 0) for row in rows) <= 20
+    assert_each_index_once_in_each_epoch(dataset, run, sizes)
+    losses, expected = ([row["loss"] for row in r.metrics()] for r in (run, fixed))
+    np.testing.assert_allclose(losses, expected, rtol=1e-3)
+    torch.testing.assert_close(bank(run), bank(fixed), rtol=0, atol=1e-2)
+
+
+def assert_each_index_once_in_each_epoch(dataset: DataSet, run: Run, sizes: list[int]) -> None:
+    config = run.config()
+    plan = Plan.of(dataset, config.batch_size, config.seed, config.epochs)
+    seen = [
+        np.concatenate([plan.rows(step, rank, world).indices_b for rank in range(world)])
+        for step, world in enumerate(sizes)
+    ]
+    epochs = np.sort(np.concatenate(seen).reshape(-1, dataset.num_images), axis=1)
+    assert (epochs == np.arange(dataset.num_images)).all()
+
+
+def bank(run: Run) -> torch.Tensor:
+    """All rows of the memory bank, from the parts of all workers."""
+    parts = sorted(run.newest().load()[1], key=lambda part: int(part["first"]))
+    return torch.cat([part["rows_nd"] for part in parts])
+
+
+def scenario(folder: Path) -> None:
+    """Trains twice: on machines that come and go, and on one."""
+    import ray
+    from ray._raylet import GcsClient  # type: ignore[attr-defined]
+    from ray.cluster_utils import Cluster
+
+    from raysl import cluster as ray_cluster
+    from raysl import elastic as elastic_room
+
+    pretrain_room: Any = importlib.import_module("raysl.pretrain")
+    elastic_room.GROW_AFTER_S = 0.5
+    pretrain_room.SHOW_EVERY_S = 0.5
+    cluster = Cluster(
+        initialize_head=True, head_node_args={"num_cpus": 0, "object_store_memory": 100_000_000}
+    )
+
+    def machine() -> Any:
+        return cluster.add_node(num_cpus=1, object_store_memory=100_000_000)
+
+    _, second = machine(), machine()
+    cluster.wait_for_nodes()
+    ray.init(address=cluster.address, log_to_driver=False)
+    ray_cluster.start()
+    lines: queue.Queue[str] = queue.Queue()
+    config = configuration(str(folder / "set"), folder / "elastic")
+    training = threading.Thread(target=pretrain_room.pretrain, args=(config, lines.put))
+    training.start()
+
+    def heard(what: Callable[[str], bool]) -> None:
+        while True:
+            line = lines.get(timeout=300)
+            print(f"{time.monotonic():9.1f} {line}", flush=True)
+            if what(line):
+                return
+
+    heard(lambda line: line.startswith("step"))
+    third = machine()
+    heard(lambda line: line.startswith("Goes on with 3 workers"))
+    heard(lambda line: line.startswith("step"))
+    drained = GcsClient(address=cluster.address).drain_node(
+        third.node_id, 2, "a notice", int((time.time() + DRAIN_S) * 1000)
+    )
+    assert drained[0], drained
+    heard(lambda line: line.startswith("Goes on with 2 workers"))
+    heard(lambda line: line.startswith("step"))
+    cluster.remove_node(second, allow_graceful=False)
+    heard(lambda line: line.startswith("Goes on with 1 workers"))
+    training.join()
+    pretrain_room.pretrain(replace(config, run=str(folder / "fixed"), workers=1))
+    ray.shutdown()
+    cluster.shutdown()
+
+
+if __name__ == "__main__":
+    scenario(Path(sys.argv[1]))

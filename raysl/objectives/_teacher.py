@@ -73,7 +73,7 @@ def load(run: str, step: int = 0) -> Teacher:
         ) from error
     found = _checkpoint(run, folder / "checkpoints", step)
     state: dict[str, Tensor] = found.state()["network"]
-    encoder.load_state_dict({n.removeprefix("trunk."): v for n, v in state.items() if n.startswith("trunk.")})
+    encoder.load_state_dict(found.trunk_state())
     weight_kd = state.get(f"{_CLASSIFIER}weight")
     joins_crops = f"{_PROJECTION}weight" in state
     if weight_kd is None or joins_crops or weight_kd.shape[1] != encoder.width:
