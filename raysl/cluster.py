@@ -43,9 +43,12 @@ _ANSWER_S = 60.0
 _ROOMY_CPUS = 2.0
 
 
-def start() -> None:
+def start(compare: bool = True) -> None:
     """Joins the cluster that RAY_ADDRESS names, or that `ray up` has launched on this machine; else starts Ray here,
     for this process alone.
+
+    Args:
+        compare: whether the machines of a cluster must run what this process runs.
 
     Raises:
         UserError: Ray cannot be joined or started, or machines of the cluster run other code or packages.
@@ -78,7 +81,7 @@ def start() -> None:
                 "Mend RAY_ADDRESS, or unset it to stay on this machine.",
             )
         raise UserError(f"Cannot {doing}: {' '.join(str(error).split())} {mend}") from error
-    if address:
+    if address and compare:
         _compare()
 
 
@@ -175,7 +178,10 @@ def machines() -> Machines:
     alive = [node for node in ray.nodes() if node["Alive"]]
     grows = growth.growth()
     now = tuple(dict(node["Resources"]) for node in alive)
-    return Machines(now, *grows.beyond([growth.type_of(node) for node in alive])) if grows else Machines(now)
+    if grows is None:
+        return Machines(now)
+    later, room = grows.beyond([growth.type_of(node) for node in alive])
+    return Machines(now, tuple(one.resources for one in later), room)
 
 
 @dataclass(frozen=True)
@@ -204,7 +210,8 @@ class Placement:
         import ray
 
         free, there = ray.available_resources(), ray.cluster_resources()
-        for kind, amount in self.resources().items():
+        # GPUs first: they come with CPUs.
+        for kind, amount in sorted(self.resources().items(), reverse=True):
             wanted, has = amount * workers, there.get(kind, 0.0)
             if wanted > has:
                 return (
@@ -243,7 +250,7 @@ def place(
     """
     found = found or machines()
     gpus_per_worker = gpus_per_worker if found.has_gpus else 0
-    nodes = _enough(workers, found, gpus_per_worker)
+    nodes = enough(workers, found, gpus_per_worker)
     cpus_n, most_n = _room(workers, nodes, gpus_per_worker)
     sizes = {cpus / k for cpus in cpus_n for k in range(1, workers + 1)} | {0.25}
     slot = max(size for size in sizes if size > 0 and _slots(cpus_n, most_n, size) >= workers)
@@ -255,7 +262,7 @@ def place(
     return Placement(trainer, gpus_per_worker, share, threads)
 
 
-def _enough(workers: int, found: Machines, gpus_per_worker: float) -> tuple[Node, ...]:
+def enough(workers: int, found: Machines, gpus_per_worker: float) -> tuple[Node, ...]:
     """The machines that are there and the fewest more that give every worker room.
 
     Raises:

@@ -18,6 +18,8 @@ LAUNCHED = Path("~/ray_bootstrap_config.yaml")
 _NAMESPACE = Path("/var/run/secrets/kubernetes.io/serviceaccount/namespace")
 # Ray's label of a machine that an autoscaler has started: the name of its type.
 _TYPE_LABEL = "ray.io/node-group"
+# The label of a type with what a machine costs in US dollars an hour.
+PRICE_LABEL = "usd-per-hour"
 
 Node = dict[str, float]
 
@@ -30,11 +32,25 @@ class NodeType:
         name: in the configuration.
         resources: of one machine: CPU, GPU, memory in bytes.
         most: machines of this kind at a time.
+        usd_per_hour: price of one, which the configuration states as a label; None where it does not.
     """
 
     name: str
     resources: Node
     most: int
+    usd_per_hour: float | None = None
+
+    @staticmethod
+    def of(name: str, kind: Mapping[str, Any], most: int) -> NodeType:
+        """From an entry of `available_node_types`."""
+        has = {what: float(kind["resources"].get(what, 0)) for what in ("CPU", "GPU", "memory")}
+        price = kind.get("labels", {}).get(PRICE_LABEL)
+        return NodeType(
+            name,
+            {what: amount for what, amount in has.items() if amount or what == "CPU"},
+            int(kind.get("max_workers", most)),
+            float(price) if price else None,
+        )
 
 
 @dataclass(frozen=True)
@@ -44,10 +60,12 @@ class Growth:
     Args:
         types: of its workers, those that the autoscaler prefers first.
         most: workers of all types together.
+        head: the type of the machine that the drivers run on.
     """
 
     types: tuple[NodeType, ...]
     most: int
+    head: NodeType
 
     @staticmethod
     def of(config: Mapping[str, Any]) -> Growth:
@@ -55,29 +73,19 @@ class Growth:
         kinds = config["available_node_types"]
         # Ray takes types of higher priority first, and of equal ones the smallest that do.
         order = sorted(kinds, key=lambda name: (-kinds[name].get("priority", 0), _size(kinds[name])))
-        types = [
-            NodeType(
-                name,
-                {
-                    kind: float(amount)
-                    for kind, amount in kinds[name].get("resources", {}).items()
-                    if kind in ("CPU", "GPU", "memory")
-                },
-                int(kinds[name].get("max_workers", config.get("max_workers", 0))),
-            )
-            for name in order
-            if name != config["head_node_type"]
-        ]
-        return Growth(tuple(types), int(config.get("max_workers", sum(one.most for one in types))))
+        most = int(config.get("max_workers", 0))
+        made = {name: NodeType.of(name, kinds[name], most) for name in order}
+        head = made.pop(config["head_node_type"])
+        return Growth(tuple(made.values()), most, head)
 
-    def beyond(self, alive: Sequence[str]) -> tuple[tuple[Node, ...], int]:
+    def beyond(self, alive: Sequence[str]) -> tuple[tuple[NodeType, ...], int]:
         """The machines that could still be started, in the order of preference, and how many of them at a time.
 
         Args:
             alive: the types of the workers that are there.
         """
         there = [name for name in alive if name in {one.name for one in self.types}]
-        later = (one.resources for one in self.types for _ in range(one.most - there.count(one.name)))
+        later = (one for one in self.types for _ in range(one.most - there.count(one.name)))
         return tuple(later), max(0, self.most - len(there))
 
 

@@ -15,10 +15,15 @@ CONFIG: dict[str, Any] = {
     "max_workers": 4,
     "head_node_type": "head",
     "available_node_types": {
-        "head": {"resources": {"CPU": 0}, "max_workers": 0},
+        "head": {"resources": {"CPU": 0}, "max_workers": 0, "labels": {"usd-per-hour": "0.2"}},
         "cpu": {"resources": {"CPU": 16, "memory": 10**10}, "max_workers": 2},
         "gpu_ondemand": {"resources": {"CPU": 8, "GPU": 1, "accelerator_type:A10G": 1}, "max_workers": 3},
-        "gpu_spot": {"resources": {"CPU": 8, "GPU": 1}, "max_workers": 3, "priority": 10},
+        "gpu_spot": {
+            "resources": {"CPU": 8, "GPU": 1},
+            "max_workers": 3,
+            "priority": 10,
+            "labels": {"usd-per-hour": "0.5"},
+        },
     },
 }
 
@@ -27,14 +32,25 @@ def test_preferred_types_come_first_and_the_head_never() -> None:
     found = Growth.of(CONFIG)
     assert [one.name for one in found.types] == ["gpu_spot", "cpu", "gpu_ondemand"]
     assert found.types[2].resources == {"CPU": 8, "GPU": 1}
+    assert (found.head.name, found.head.resources) == ("head", {"CPU": 0})
+
+
+def test_prices_are_labels() -> None:
+    found = Growth.of(CONFIG)
+    assert [one.usd_per_hour for one in (found.head, *found.types)] == [0.2, 0.5, None, None]
 
 
 def test_what_is_there_counts_against_its_type_and_against_all() -> None:
     found = Growth.of(CONFIG)
-    spot, cpu = {"CPU": 8, "GPU": 1}, {"CPU": 16, "memory": 1e10}
-    assert found.beyond([]) == ((spot, spot, spot, cpu, cpu, spot, spot, spot), 4)
-    assert found.beyond(["gpu_spot", "cpu", "by hand", "head"]) == ((spot, spot, cpu, spot, spot, spot), 2)
-    assert found.beyond(["gpu_spot"] * 4)[1] == 0
+
+    def beyond(*alive: str) -> tuple[list[str], int]:
+        later, room = found.beyond(alive)
+        return [one.name for one in later], room
+
+    spot, cpu, ondemand = "gpu_spot", "cpu", "gpu_ondemand"
+    assert beyond() == ([spot] * 3 + [cpu] * 2 + [ondemand] * 3, 4)
+    assert beyond(spot, cpu, "by hand", "head") == ([spot] * 2 + [cpu] + [ondemand] * 3, 2)
+    assert beyond(*[spot] * 4)[1] == 0
 
 
 def test_the_head_of_a_launched_cluster_knows(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:

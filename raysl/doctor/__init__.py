@@ -1,4 +1,5 @@
-"""Where time goes: versions, resources, what each stage costs for an image, and what limits the speed."""
+"""Where time goes: versions, resources, what each stage costs for an image, and what limits the speed. For a cluster:
+what it has, and what a run would wait for and cost there."""
 
 from __future__ import annotations
 
@@ -18,8 +19,10 @@ from raysl import cluster, methods
 from raysl.cluster import Placement
 from raysl.config import Pretraining, ViewConfig
 from raysl.dataset import DataSet
+from raysl.doctor import machines
 from raysl.doctor.measurement import measure_data, measure_training
 from raysl.doctor.prediction import Costs, Prediction, predict
+from raysl.errors import UserError
 from raysl.ingest import resolve
 from raysl.run import Run
 from raysl.storage import Folder
@@ -29,7 +32,7 @@ from raysl.train import Job, Network
 from raysl.trunk import TrunkConfig
 from raysl.versions import versions
 
-__all__ = ["Costs", "DoctorConfig", "Prediction", "Report", "examine", "predict"]
+__all__ = ["Costs", "DoctorConfig", "Prediction", "Report", "examine", "look", "predict"]
 
 
 @dataclass(frozen=True)
@@ -43,6 +46,10 @@ class DoctorConfig:
         trunk: name of the network, such as small or resnet50.
         batch_size: images in the global batch.
         workers: Ray Train workers.
+        cluster: look at the cluster instead: what it has and could have, what the run would take, wait for and cost,
+            and whether all machines run the same code and packages. Measures nothing.
+        prices: US dollars an hour by type of machine, such as gpu_spot=0.49, where cluster.yaml does not say or says
+            otherwise. Machines that no autoscaler started are of the type "machine".
     """
 
     data: str = "shapes:2000"
@@ -51,6 +58,40 @@ class DoctorConfig:
     trunk: str = "small"
     batch_size: int = 64
     workers: int = 2
+    cluster: bool = False
+    prices: tuple[str, ...] = ()
+
+    def price_list(self) -> dict[str, float]:
+        """`prices` by type. Raises UserError when one is not written so."""
+        found = {}
+        for entry in self.prices:
+            name, _, usd = entry.partition("=")
+            try:
+                found[name] = float(usd)
+            except ValueError as error:
+                raise UserError(
+                    f"{entry!r} is no price. Write the type of a machine and US dollars an hour, such as gpu_spot=0.49."
+                ) from error
+        return found
+
+
+def look(given: DoctorConfig, say: Callable[[str], None] = print) -> machines.Fleet:
+    """Says what the cluster has, what a run would take of it, and which machines run something else.
+
+    Args:
+        given: the run in question; only its workers matter.
+        say: takes tables and sentences, as text.
+
+    Raises:
+        UserError: there is no cluster, or a price is not written as one.
+    """
+    prices = given.price_list()
+    cluster.start(compare=False)
+    fleet = machines.survey(given.workers, prices)
+    say(_text(machines.table(fleet)))
+    for sentence in machines.sentences(fleet, given.workers):
+        say(sentence)
+    return fleet
 
 
 @dataclass(frozen=True)

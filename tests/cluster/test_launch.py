@@ -82,7 +82,8 @@ def test_aws_takes_it(on_aws: Config) -> None:
 def sizes(config: Config, workers: int) -> tuple[Placement, Machines]:
     """The placement of a run on the empty cluster, as raysl computes it on the head."""
     found = Growth.of(config)
-    machines = Machines(({"CPU": 0.0},), *found.beyond([]))
+    later, room = found.beyond([])
+    machines = Machines(({"CPU": 0.0},), tuple(one.resources for one in later), room)
     return cluster.place(workers, machines), machines
 
 
