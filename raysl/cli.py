@@ -344,11 +344,17 @@ def reproduce(arguments: Sequence[str]) -> None:
 
 
 def doctor(arguments: Sequence[str]) -> None:
-    """Where time goes: `raysl doctor --data D --method pirl-jigsaw`."""
-    from raysl.doctor import DoctorConfig, examine
+    """Where time goes: `raysl doctor --data D --method pirl-jigsaw`; `raysl doctor --cluster`. Exits with 1 when machines
+    of the cluster run something else, or the run would be refused."""
+    from raysl.doctor import DoctorConfig, examine, look
 
     given = tyro.cli(DoctorConfig, prog="raysl doctor", args=list(arguments))
-    examine(given)
+    if not given.cluster:
+        examine(given)
+        return
+    fleet = look(given)
+    if fleet.stale or fleet.refused:
+        raise SystemExit(1)
 
 
 def demo(arguments: Sequence[str]) -> None:
