@@ -23,9 +23,12 @@ from typing import Any
 
 from raysl.stream.reader import Batch, Columns, Stream
 
-# What a feed holds, and the batches that it holds however large they are.
-WINDOW_BYTES = 256 << 20
+# What a feed holds, as a share of Ray's object store and at most; and the batches that it holds however large they are.
+_WINDOW_SHARE = 1 / 8
+_WINDOW_BYTES = 256 << 20
 _LEAST_BATCHES = 6
+# Runs that a feed can answer at the same time.
+_ANSWERS = 64
 # A run may keep the others waiting for so long.
 PATIENCE_S = 30.0
 # Batches that a run asks for ahead of the one that it works on; fewer than a feed holds.
@@ -85,7 +88,7 @@ class Feed:
         stream: Stream,
         start: int,
         end: int,
-        window_bytes: int = WINDOW_BYTES,
+        window_bytes: int = _WINDOW_BYTES,
         patience_s: float = PATIENCE_S,
     ) -> None:
         self._stream = stream
@@ -124,18 +127,16 @@ class Feed:
                 self._thread = threading.Thread(target=self._read, daemon=True)
                 self._thread.start()
             self._turn.notify_all()
-            waiting_since = time.monotonic()
+            deadline = time.monotonic() + self._patience_s
             while step not in self._held:
                 near = self._oldest() <= step <= self._next + _AHEAD
                 if self._ended or not near or run not in self._asked:
                     self.leave(run)
                     return None
-                if (
-                    not self._turn.wait(self._patience_s)
-                    or time.monotonic() - waiting_since > self._patience_s
-                ):
+                self._turn.wait(max(0.0, deadline - time.monotonic()))
+                if time.monotonic() >= deadline:
                     self._let_go()
-                    waiting_since = time.monotonic()
+                    deadline = time.monotonic() + self._patience_s
             return [self._held[step][name] for name in names]
 
     def _oldest(self) -> int:
@@ -266,8 +267,9 @@ def open_feeds(streams: Sequence[Stream], start: int, end: int) -> tuple[Any, ..
     one = union(streams)
     one = replace(one, share=replace(one.share, cpus=one.share.cpus * len(streams)))
 
-    here = ray.util.scheduling_strategies.NodeAffinitySchedulingStrategy(
-        ray.get_runtime_context().get_node_id(), soft=True
-    )
-    actor = ray.remote(num_cpus=0, max_concurrency=4 * len(streams) + 4, scheduling_strategy=here)(Feed)
-    return tuple(actor.remote(replace(one, rank=rank), start, end) for rank in range(one.world))
+    here = ray.get_runtime_context().get_node_id()
+    near = ray.util.scheduling_strategies.NodeAffinitySchedulingStrategy(here, soft=True)
+    actor = ray.remote(num_cpus=0, max_concurrency=_ANSWERS, scheduling_strategy=near)(Feed)
+    store = next(node["Resources"] for node in ray.nodes() if node["NodeID"] == here)["object_store_memory"]
+    window = int(min(_WINDOW_BYTES, _WINDOW_SHARE * store / one.world))
+    return tuple(actor.remote(replace(one, rank=rank), start, end, window) for rank in range(one.world))

@@ -12,9 +12,10 @@ from raysl.config import Pretraining, ViewConfig
 from raysl.objectives.pirl import Config as Pirl
 from raysl.storage import Folder
 from raysl.sweep.config import SweepConfig
-from raysl.sweep.driver import sweep
+from raysl.sweep.driver import _Loop, sweep
 from raysl.sweep.journal import Journal
 from raysl.sweep.setting import Setting, prepare
+from raysl.sweep.standing import Standing
 from raysl.sweep.together import Together
 from tests.data import make_dataset
 
@@ -87,6 +88,15 @@ def test_runs_sit_at_one_stream_while_it_is_where_they_begin(
     for run in ("one", "two", "three"):
         together.leave(run)
     assert together.seat("late", two, 12, 0, []) is None
+
+
+def test_trials_at_the_same_time_have_the_same_seed(
+    ray_session: None, data: tuple[str, str], tmp_path: Path
+) -> None:
+    setting = prepare(base(data), config(data, tmp_path, "temperature=0.1,0.2,0.3", seeds=(5, 2)))
+    loop = _Loop(setting, Journal(Folder(str(tmp_path))), Together(setting), print)
+    order = loop._ordered(Standing(setting.config, setting.space, []).ready())
+    assert [(c.trial, c.seed) for c in order] == [(0, 5), (1, 5), (0, 2), (1, 2), (2, 5), (2, 2)]
 
 
 @pytest.mark.slow
