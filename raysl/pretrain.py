@@ -77,7 +77,8 @@ def pretrain(
     if busy := team.placement.busy(team.workers):
         say(busy)
     job = Job(config.to_json(), run, dataset, team.placement, progress.open_board(), until)
-    _Legs(job, counts, end, plan.num_steps, say).run(team)
+    with run.claimed(say):
+        _Legs(job, counts, end, plan.num_steps, say).run(team)
     return run
 
 
