@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import itertools
 import re
 import typing
 from collections.abc import Sequence
@@ -75,6 +76,14 @@ def _peek(arguments: Sequence[str], flag: str, default: str) -> str:
     return default
 
 
+def _peek_all(arguments: Sequence[str], flag: str, default: Sequence[str]) -> list[str]:
+    """The values of one flag that takes several, each once."""
+    if flag not in arguments:
+        return list(default)
+    after = list(arguments)[list(arguments).index(flag) + 1 :]
+    return list(dict.fromkeys(itertools.takewhile(lambda value: not value.startswith("-"), after)))
+
+
 def _first_line(docstring: str | None) -> str:
     return (docstring or "").strip().splitlines()[0]
 
@@ -112,18 +121,26 @@ class ProbeFlags:
         run: folder of the run.
         train: labelled data that the probes learn from.
         test: labelled data that they are judged on.
-        probes: which ones.
+        probes: which ones. The protocol of each has flags of its own, such as --linear.schedule fast.
+        layers: whose features are measured; "all" for conv1, res2 to res5 and pooled.
     """
 
     run: Annotated[tyro.conf.Positional[str], tyro.conf.arg(metavar="RUN")]
     train: str
     test: str
     probes: tuple[str, ...] = ("knn", "linear")
+    layers: tuple[str, ...] = ("pooled",)
 
 
 def probe(arguments: Sequence[str]) -> None:
-    """Probes a run: `raysl probe RUN --train D --test D --probes knn linear`."""
-    given = tyro.cli(ProbeFlags, prog="raysl probe", args=list(arguments))
+    """Probes a run: `raysl probe RUN --train D --test D --probes knn linear --layers all`."""
+    from raysl import probes
+
+    kinds = {name: probes.load(name)[0] for name in _peek_all(arguments, "--probes", ProbeFlags.probes)}
+    fields: list[Any] = [(name, kind, kind()) for name, kind in kinds.items()]
+    flags = dataclasses.make_dataclass("Flags", fields, bases=(ProbeFlags,), frozen=True)
+    flags.__doc__ = ProbeFlags.__doc__
+    given: Any = tyro.cli(flags, prog="raysl probe", args=list(arguments))
     from rich.console import Console
 
     from raysl.probe import probe as api
@@ -132,7 +149,8 @@ def probe(arguments: Sequence[str]) -> None:
 
     run = Run.open(given.run)
     ray_cluster.start()
-    rows = api(run, given.train, given.test, given.probes)
+    configs = {name: getattr(given, name) for name in kinds}
+    rows = api(run, given.train, given.test, given.probes, layers=given.layers, configs=configs)
     for table in tables(rows):
         Console().print(table)
 

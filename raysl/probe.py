@@ -8,8 +8,8 @@ from __future__ import annotations
 
 import hashlib
 import json
-from collections.abc import Callable, Iterable, Mapping, Sequence
-from dataclasses import asdict
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from dataclasses import asdict, dataclass, replace
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
@@ -18,20 +18,22 @@ import numpy.typing as npt
 from raysl import cluster, features, probes
 from raysl.dataset import DataSet
 from raysl.errors import UserError, unknown
-from raysl.features import Encoder, FeatureProtocol
+from raysl.features import Encoder, FeatureProtocol, FeatureTable
 from raysl.ingest import resolve
-from raysl.probes import Labelled
+from raysl.probes import EncoderProbe, FeatureProbe, Floats, Labelled, LabelledProbe, Probe, Row, Subject
 from raysl.run import Run, jsonl
 from raysl.storage import Folder
 
 if TYPE_CHECKING:
     from rich.table import Table
 
+Integers = npt.NDArray[np.int64]
+
 ENCODERS = ("trained", "random", "pixels")
 ROWS = "probes/rows.jsonl"
 # What tells rows apart. A row that agrees in all of these replaces the one before.
 KEY = ("probe", "name", "layer", "encoder", "step", "seed", "protocol", "train", "test")
-_TABLE = ("probe", "layer", "protocol", "train", "test")
+_TABLE = ("probe", "protocol", "train", "test")
 
 
 def probe(
@@ -41,6 +43,7 @@ def probe(
     names: Sequence[str] = ("knn", "linear"),
     say: Callable[[str], None] = print,
     *,
+    layers: Sequence[str] = ("pooled",),
     encoders: Sequence[str] = ENCODERS,
     configs: Mapping[str, Any] | None = None,
     cache: Folder | None = None,
@@ -50,9 +53,11 @@ def probe(
     Args:
         run: with at least one complete checkpoint.
         train: labelled data to learn from, as `raysl.ingest.resolve` takes it.
-        test: labelled data to be scored on.
+        test: labelled data to be scored on. Probes that need no labels look at these images alone.
         names: of probes.
         say: takes one line of progress at a time.
+        layers: whose features are measured, all from one pass over the images; "all" for conv1, res2 to res5 and
+            pooled. Pixels have no layers and stand once, as "pooled".
         encoders: of "trained", "random" and "pixels".
         configs: the Config of a probe by its name; one that is missing has its defaults.
         cache: where features are kept; the run's own folder by default. A sweep shares its baselines through one.
@@ -61,55 +66,133 @@ def probe(
         The rows of this call: `KEY`, and "value", "headline" (whether the row stands for its probe) and "weights".
 
     Raises:
-        UserError: a probe or an encoder does not exist, there is no checkpoint, or the data do not suit the probes.
+        UserError: a probe, a layer or an encoder does not exist, there is no checkpoint, or the data do not suit the
+            probes.
     """
     ready = {name: _build(name, (configs or {}).get(name)) for name in dict.fromkeys(names)}
-    protocol = FeatureProtocol(run.config().view.image_size)
     sources = [_encoder(run, name) for name in dict.fromkeys(encoders)]
     cluster.start()
-    train_set, test_set = resolve(train), resolve(test)
-    train_labels_n, test_labels_n = common_labels(train_set, test_set)
-    fingerprints = {"train": train_set.manifest.fingerprint, "test": test_set.manifest.fingerprint}
+    data = _Data.open(resolve(train), resolve(test), any(needs_labels(probe) for _, probe in ready.values()))
+    size = run.config().view.image_size
+    found = _extract(sources, layers, ready, data, size, cache or run.folder / "features")
     rows: list[dict[str, Any]] = []
-    wanted = [(source, data) for source in sources for data in (train_set, test_set)]
-    found = features.extract_all(wanted, protocol, cache or run.folder / "features")
-    for i, source in enumerate(sources):
-        identity = source.identity()
-        about = {
-            "encoder": source.name,
-            "step": identity.get("step", 0),
-            "seed": run.config().seed,
-            "weights": identity.get("crc32"),
-            **fingerprints,
-        }
-        for layer in protocol.layers:
-            seen = Labelled(found[2 * i].load(layer), train_labels_n, fingerprints["train"])
-            unseen = Labelled(found[2 * i + 1].load(layer), test_labels_n, fingerprints["test"])
-            for name, (config, measure) in ready.items():
-                facts = {"probe": name, "layer": layer, "protocol": protocol_hash(name, config, protocol)}
-                rows += _measure(measure, seen, unseen, {**about, **facts}, say)
+    for source, tables in zip(sources, found, strict=True):
+        facts = _facts(run, source)
+        for name, (config, measure) in ready.items():
+            protocol = protocol_hash(name, config, FeatureProtocol(size))
+            about = {"probe": name, **facts, "protocol": protocol, **data.fingerprints(measure)}
+            if isinstance(measure, EncoderProbe):
+                place = f"{source.name}-{facts['step']}-{about['test'][:8]}-{protocol}"
+                folder, these = run.folder / f"probes/{name}/{place}", _layers(source, layers)
+                subject = Subject(source, these, size, data.train, data.test, run.config().seed, folder)
+                measured = measure.examine(subject)
+            else:
+                measured = _by_layer(measure, _layers(source, layers), *tables, data)
+            rows += _rows(measured, measure, about, say)
     _keep(run, rows)
     return rows
 
 
-def _measure(
-    measure: probes.Probe,
-    seen: Labelled,
-    unseen: Labelled,
-    facts: Mapping[str, Any],
-    say: Callable[[str], None],
+def _by_layer(
+    measure: LabelledProbe | FeatureProbe,
+    layers: Sequence[str],
+    seen: Mapping[str, FeatureTable],
+    unseen: Mapping[str, FeatureTable],
+    data: _Data,
+) -> Iterator[Row]:
+    """The rows of a probe of features, with their layers."""
+    for layer in layers:
+        place = features.tap(layer, measure.dims)
+        test_nd = unseen[place].load(place)
+        if isinstance(measure, LabelledProbe):
+            train_nd = seen[place].load(place)
+            found = measure.run(data.labelled(train_nd, test=False), data.labelled(test_nd, test=True))
+        else:
+            found = measure.measure(test_nd)
+        yield from (replace(row, layer=layer) for row in found)
+
+
+def needs_labels(probe: Probe) -> bool:
+    """Whether a probe compares with labels. One of an encoder sees for itself what its images have."""
+    return isinstance(probe, LabelledProbe)
+
+
+@dataclass(frozen=True)
+class _Data:
+    """The images, and their labels under common numbers; None where no probe needs them."""
+
+    train: DataSet
+    test: DataSet
+    train_labels_n: Integers | None
+    test_labels_n: Integers | None
+
+    @staticmethod
+    def open(train: DataSet, test: DataSet, labels: bool) -> _Data:
+        return _Data(train, test, *(common_labels(train, test) if labels else (None, None)))
+
+    def fingerprints(self, probe: Probe) -> dict[str, str]:
+        """What the rows of a probe hang on. One that needs no labels has seen nothing of the train set."""
+        train = "" if isinstance(probe, FeatureProbe) else self.train.manifest.fingerprint
+        return {"train": train, "test": self.test.manifest.fingerprint}
+
+    def labelled(self, features_nd: Floats, test: bool) -> Labelled:
+        dataset = self.test if test else self.train
+        labels_n = self.test_labels_n if test else self.train_labels_n
+        assert labels_n is not None
+        return Labelled(features_nd, labels_n, dataset.manifest.fingerprint)
+
+
+def _extract(
+    sources: Sequence[Encoder],
+    layers: Sequence[str],
+    ready: Mapping[str, tuple[Any, Probe]],
+    data: _Data,
+    image_size: int,
+    cache: Folder,
+) -> list[tuple[Mapping[str, FeatureTable], Mapping[str, FeatureTable]]]:
+    """The features of the train and the test set that probes ask for, for each encoder; every image is seen once."""
+    measures = [measure for _, measure in ready.values() if not isinstance(measure, EncoderProbe)]
+    sets = [data.train, data.test] if any(needs_labels(measure) for measure in measures) else [data.test]
+    wanted = []
+    for source in sources:
+        taps = [features.tap(layer, m.dims) for layer in _layers(source, layers) for m in measures]
+        protocol = FeatureProtocol(image_size, tuple(dict.fromkeys(taps)))
+        wanted += [(source, dataset, protocol) for dataset in sets]
+    found = features.extract_all(wanted, cache)
+    return [(found[i], found[i + len(sets) - 1]) for i in range(0, len(found), len(sets))]
+
+
+def _layers(source: Encoder, layers: Sequence[str]) -> tuple[str, ...]:
+    """Those that were asked for; "pooled" of pixels, which have nothing else."""
+    if isinstance(source, features.Pixels):
+        return source.layers
+    expanded = [
+        stage for layer in layers for stage in (features.stages(source) if layer == "all" else [layer])
+    ]
+    return tuple(dict.fromkeys(expanded))
+
+
+def _facts(run: Run, source: Encoder) -> dict[str, Any]:
+    """What tells the rows of one encoder from those of another."""
+    identity = source.identity()
+    step, weights = identity.get("step", 0), identity.get("crc32")
+    return {"encoder": source.name, "step": step, "seed": run.config().seed, "weights": weights}
+
+
+def _rows(
+    found: Iterator[Row], probe: Probe, facts: Mapping[str, Any], say: Callable[[str], None]
 ) -> list[dict[str, Any]]:
-    """The rows of one probe on one encoder."""
+    """The rows of one probe on one encoder, with what they hang on."""
     rows = []
-    for row in measure.run(seen, unseen):
-        headline = row.name == measure.headline
-        rows.append({**facts, "name": row.name, "value": row.value, "headline": headline})
+    for row in found:
+        headline = row.name == probe.headline
+        rows.append({**facts, "layer": row.layer, "name": row.name, "value": row.value, "headline": headline})
         if headline:
-            say(f"{facts['probe']:<10} {facts['encoder']:<8} {row.name} {row.value:.4f}")
+            say(f"{facts['probe']:<10} {facts['encoder']:<8} {row.layer:<8} {row.name} {row.value:.4f}")
     return rows
 
 
-def _build(name: str, config: Any) -> tuple[Any, probes.Probe]:
+def _build(name: str, config: Any) -> tuple[Any, Probe]:
     config_type, probe_type = probes.load(name)
     config = config_type() if config is None else config
     return config, probe_type(config)
@@ -119,7 +202,7 @@ def _encoder(run: Run, name: str) -> Encoder:
     if name == "trained":
         return features.Trained(run, run.newest())
     if name == "random":
-        return features.Untrained(run)
+        return features.untrained(run)
     if name == "pixels":
         return features.Pixels()
     raise unknown("encoder", name, ENCODERS)
@@ -132,7 +215,7 @@ def protocol_hash(name: str, config: Any, protocol: FeatureProtocol) -> str:
     return hashlib.blake2b(value.encode(), digest_size=6).hexdigest()
 
 
-def common_labels(train: DataSet, test: DataSet) -> tuple[npt.NDArray[np.int64], npt.NDArray[np.int64]]:
+def common_labels(train: DataSet, test: DataSet) -> tuple[Integers, Integers]:
     """Labels of both sets, int64 (n,), under the numbers of the train set: classes are matched by their names.
 
     A class that only the test set has gets a number above those of the train set.
@@ -140,7 +223,7 @@ def common_labels(train: DataSet, test: DataSet) -> tuple[npt.NDArray[np.int64],
     Raises:
         UserError: a set has no labels, or they have no class in common.
     """
-    train_n, test_n = features.labels(train), features.labels(test)
+    train_n, test_n = train.labels(), test.labels()
     numbers = {name: number for number, name in enumerate(train.manifest.classes)}
     if not numbers.keys() & set(test.manifest.classes):
         raise UserError(
@@ -166,26 +249,33 @@ def _keep(run: Run, rows: Iterable[Mapping[str, Any]]) -> None:
 
 
 def tables(rows: Iterable[Mapping[str, Any]]) -> list[Table]:
-    """Tables of rows: one for each probe, layer, protocol and pair of data sets; a column for each encoder."""
+    """Tables of rows: one for each probe, protocol and pair of data sets; a column for each encoder. Of several layers
+    the headline is shown, or all that there is where a probe has none for some of them."""
     from rich.table import Table
 
     groups: dict[tuple[Any, ...], list[Mapping[str, Any]]] = {}
     for row in rows:
         groups.setdefault(tuple(row[key] for key in _TABLE), []).append(row)
     made = []
-    for (name, layer, protocol, train, test), members in groups.items():
-        caption = f"protocol {protocol}, train {train[:8]}, test {test[:8]}"
-        table = Table(title=f"{name} on {layer} features", caption=caption)
+    for (name, protocol, train, test), members in groups.items():
+        layers = list(dict.fromkeys(row["layer"] for row in members))
+        headlined = {row["layer"] for row in members if row["headline"]}
+        if len(layers) > 1 and headlined == set(layers):
+            members = [row for row in members if row["headline"]]
+        data = f"train {train[:8]}, test {test[:8]}" if train else f"images {test[:8]}"
+        title = f"{name} on {layers[0]} features" if len(layers) == 1 else f"{name} by layer"
+        table = Table(title=title, caption=f"protocol {protocol}, {data}")
         several_seeds = len({row["seed"] for row in members}) > 1
-        cells = {(row["name"], _column(row, several_seeds)): row for row in members}
-        columns = sorted({column for _, column in cells})
+        cells = {(row["layer"], row["name"], _column(row, several_seeds)): row for row in members}
+        columns = sorted({column for _, _, column in cells})
         table.add_column("")
-        for _, _, _, title in columns:
-            table.add_column(title, justify="right")
-        for measure in dict.fromkeys(row["name"] for row in members):
-            found = [cells.get((measure, column)) for column in columns]
+        for _, _, _, heading in columns:
+            table.add_column(heading, justify="right")
+        for layer, measure in dict.fromkeys((row["layer"], row["name"]) for row in members):
+            found = [cells.get((layer, measure, column)) for column in columns]
             style = "bold" if any(row and row["headline"] for row in found) else None
-            table.add_row(measure, *(f"{row['value']:.4g}" if row else "" for row in found), style=style)
+            label = measure if len(layers) == 1 else f"{layer} {measure}"
+            table.add_row(label, *(f"{row['value']:.4g}" if row else "" for row in found), style=style)
         made.append(table)
     return made
 

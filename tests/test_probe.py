@@ -11,7 +11,9 @@ import pytest
 from raysl.dataset import DataSet
 from raysl.errors import UserError
 from raysl.probe import KEY, common_labels, probe, rows_of, tables
+from raysl.probes.invariance import Config as Invariance
 from raysl.probes.knn import Config as Knn
+from raysl.probes.linear import Config as Linear
 from raysl.run import Run
 from raysl.storage import Folder
 from tests.data import make_dataset
@@ -45,6 +47,32 @@ def test_rows_of_every_encoder_and_probe(ray_session: None, run: tuple[Run, str,
 
 
 @pytest.mark.ray
+def test_all_layers_by_probes_of_every_kind(ray_session: None, run: tuple[Run, str, str]) -> None:
+    configs = {"invariance": Invariance(("rotation",)), "linear": Linear("fast")}
+    names = ["linear", "collapse", "invariance"]
+    rows = probe(*run, names, lambda _: None, layers=["all"], configs=configs, encoders=["trained", "pixels"])
+    assert {(row["probe"], row["layer"]) for row in rows if row["encoder"] == "trained"} == {
+        (name, layer) for name in names for layer in ("conv1", "res2", "res3", "res4", "pooled")
+    }
+    assert {row["layer"] for row in rows if row["encoder"] == "pixels"} == {"pooled"}
+    assert {row["train"] for row in rows if row["probe"] == "collapse"} == {""}
+    (histogram,) = (run[0].folder / "probes/invariance").list()[:1]
+    drawn = (run[0].folder / f"probes/invariance/{histogram}").read_json("histogram.json")
+    assert all(sum(counts) == 60 for layer in drawn["counts"].values() for counts in layer.values())
+
+
+@pytest.mark.ray
+def test_probes_without_labels_take_data_without_labels(
+    ray_session: None, run: tuple[Run, str, str], tmp_path: Path
+) -> None:
+    plain = with_classes(make_dataset(tmp_path / "plain", 30))
+    place = str(plain.folder)
+    assert probe(run[0], place, place, ["collapse"], lambda _: None, encoders=["trained"])
+    with pytest.raises(UserError, match="no labels"):
+        probe(run[0], place, place, ["collapse", "knn"], lambda _: None, encoders=["trained"])
+
+
+@pytest.mark.ray
 def test_features_can_be_shared_by_runs(ray_session: None, run: tuple[Run, str, str], tmp_path: Path) -> None:
     probe(*run, ["knn"], lambda _: None, encoders=["pixels"], cache=Folder(str(tmp_path)))
     assert len(list(tmp_path.iterdir())) == 2
@@ -56,7 +84,7 @@ def row(**changes: Any) -> dict[str, Any]:
 
 
 def test_protocols_and_data_never_share_a_table() -> None:
-    rows = [row(), row(protocol="y"), row(test="y"), row(train="y"), row(probe="y"), row(layer="y")]
+    rows = [row(), row(protocol="y"), row(test="y"), row(train="y"), row(probe="y")]
     assert len(tables(rows)) == len(rows)
 
 
@@ -75,6 +103,14 @@ def test_a_table_has_a_column_for_each_encoder() -> None:
         "trained, step 5, seed 0",
         "trained, step 5, seed 1",
     ]
+
+
+def test_layers_share_a_table_of_headlines() -> None:
+    rows = [
+        row(layer=layer, name=name, headline=name == "top1") for layer in "ab" for name in ("top1", "top5")
+    ]
+    (table,) = tables(rows)
+    assert list(table.columns[0].cells) == ["a top1", "b top1"]
 
 
 def with_classes(dataset: DataSet, *classes: str) -> DataSet:

@@ -1,9 +1,21 @@
 """Frozen features of a data set: by which network, of which layer, computed once and kept."""
 
-from raysl.features.encoders import Encode, Encoder, Pixels, RandomTrunk, Trained, Untrained, Weights, named
+from raysl.features.encoders import (
+    Encode,
+    Encoder,
+    Pixels,
+    RandomTrunk,
+    Trainable,
+    Trained,
+    Weights,
+    named,
+    stages,
+    tap,
+    untrained,
+)
 from raysl.features.extraction import extract, extract_all, pool
 from raysl.features.folder import FeaturesConfig, make
-from raysl.features.table import FeatureForm, FeatureProtocol, FeatureTable, labels
+from raysl.features.table import FeatureForm, FeatureProtocol, FeatureTable
 
 __all__ = [
     "Encode",
@@ -14,13 +26,15 @@ __all__ = [
     "FeaturesConfig",
     "Pixels",
     "RandomTrunk",
+    "Trainable",
     "Trained",
-    "Untrained",
     "Weights",
     "extract",
     "extract_all",
-    "labels",
     "make",
     "named",
     "pool",
+    "stages",
+    "tap",
+    "untrained",
 ]

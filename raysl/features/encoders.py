@@ -1,17 +1,26 @@
-"""Encoders: what turns images into features. Runs, weights of torchvision and timm, untrained networks, pixels."""
+"""Encoders: what turns images into features. Runs, weights of torchvision and timm, untrained networks, pixels.
+
+A layer is named by its stage, `conv1` and `res2` to `res5` as in VISSL, by its place inside the network, or `pooled`
+for the output of the trunk. Maps are averaged over their places; a name with a number after it, `res3:9216`, keeps as
+many places as give at most so many numbers: the map is averaged into a square grid of cells. At 9,216 the grids of a
+ResNet-50 at 224 pixels are those of Goyal et al. 2019, "Scaling and benchmarking self-supervised visual representation
+learning": 12, 6, 4, 3 and 2 cells a side from conv1 to res5. (Theirs slide a window; ours are adaptive, as MMSelfSup's
+for other sizes of image.)
+"""
 
 from __future__ import annotations
 
 import hashlib
 import io
+import math
 import re
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict, dataclass
-from typing import Any, Protocol
+from typing import Any, Protocol, runtime_checkable
 
 import torch
 from torch import Tensor, nn
-from torch.nn.functional import interpolate
+from torch.nn.functional import adaptive_avg_pool2d, interpolate
 
 from raysl import checkpoint, rng, trunk
 from raysl.checkpoint import Checkpoint
@@ -23,6 +32,8 @@ from raysl.trunk import TrunkConfig
 Encode = Callable[[Tensor], Mapping[str, Tensor]]
 
 TIMM = "timm/"
+POOLED = "pooled"
+_STAGES = ("conv1", "res2", "res3", "res4", "res5")
 _PIXELS_SIZE = 32
 # What holds the weights in files of other projects.
 _NESTED = ("state_dict", "model", "network", "teacher")
@@ -33,7 +44,7 @@ class Encoder(Protocol):
 
     Attributes:
         name: what it is called in tables.
-        layers: what it can give.
+        layers: what it can give. Each may be asked for as a grid, such as "res3:9216".
     """
 
     @property
@@ -48,6 +59,15 @@ class Encoder(Protocol):
 
     def load(self, device: torch.device, layers: Sequence[str]) -> Encode:
         """The function from uint8 images (b, 3, s, s) on the device to float features (b, d) by layer."""
+        ...
+
+
+@runtime_checkable
+class Trainable(Protocol):
+    """An encoder that is a network, which can be trained further."""
+
+    def network(self) -> trunk.Trunk:
+        """A new network with its weights, on the CPU."""
         ...
 
 
@@ -72,36 +92,15 @@ class Trained:
             "crc32": self.checkpoint.crc32(),
         }
 
-    def load(self, device: torch.device, layers: Sequence[str]) -> Encode:
+    def network(self) -> trunk.Trunk:
         """Raises UserError when the checkpoint is damaged."""
         body = trunk.build(self.run.config().trunk)
-        state = self.checkpoint.state()["network"]
-        body.load_state_dict(
-            {n.removeprefix("trunk."): v for n, v in state.items() if n.startswith("trunk.")}
-        )
-        return _frozen(body, device, layers)
-
-
-@dataclass(frozen=True)
-class Untrained:
-    """The trunk of a run before its first step: what the architecture gives without any learning."""
-
-    run: Run
-    name: str = "random"
-
-    @property
-    def layers(self) -> tuple[str, ...]:
-        return tuple(_places(_skeleton(self.run.config().trunk)))
-
-    def identity(self) -> dict[str, Any]:
-        """Trunk and seed, from which the weights follow."""
-        config = self.run.config()
-        return {"encoder": self.name, "trunk": asdict(config.trunk), "seed": config.seed}
+        body.load_state_dict(self.checkpoint.trunk_state())
+        return body
 
     def load(self, device: torch.device, layers: Sequence[str]) -> Encode:
-        """Builds exactly the trunk that training started from."""
-        config = self.run.config()
-        return RandomTrunk(config.trunk, config.seed).load(device, layers)
+        """Raises UserError when the checkpoint is damaged."""
+        return _frozen(self.network(), device, layers)
 
 
 @dataclass(frozen=True)
@@ -120,11 +119,19 @@ class RandomTrunk:
         """Trunk and seed."""
         return {"encoder": self.name, "trunk": asdict(self.config), "seed": self.seed}
 
-    def load(self, device: torch.device, layers: Sequence[str]) -> Encode:
+    def network(self) -> trunk.Trunk:
         with torch.random.fork_rng(devices=[]):
             torch.manual_seed(rng.key(self.seed, "weights") >> 1)  # as train.Network begins
-            body = trunk.build(self.config)
-        return _frozen(body, device, layers)
+            return trunk.build(self.config)
+
+    def load(self, device: torch.device, layers: Sequence[str]) -> Encode:
+        return _frozen(self.network(), device, layers)
+
+
+def untrained(run: Run) -> RandomTrunk:
+    """Exactly the trunk that training started from: what the architecture gives without any learning."""
+    config = run.config()
+    return RandomTrunk(config.trunk, config.seed)
 
 
 @dataclass(frozen=True)
@@ -151,6 +158,10 @@ class Weights:
 
     def load(self, device: torch.device, layers: Sequence[str]) -> Encode:
         """Raises UserError when the file holds no weights, or those of another network."""
+        return _frozen(self.network(), device, layers)
+
+    def network(self) -> trunk.Trunk:
+        """Raises UserError when the file holds no weights, or those of another network."""
         body = self._build()
         try:
             state = torch.load(io.BytesIO(self._read()), map_location="cpu", weights_only=True)
@@ -176,7 +187,7 @@ class Weights:
                 f"The weights in {self.file!r} do not fit the trunk {self.config.name!r}: {error}. Give the trunk that "
                 "they were made for with --trunk.name."
             ) from error
-        return _frozen(body, device, layers)
+        return body
 
     def _read(self) -> bytes:
         place, _, name = self.file.rpartition("/")
@@ -193,7 +204,7 @@ class Pixels:
     """The pixels themselves, in -0.5 .. 0.5; views above 32 pixels are shrunk to 32, which gives 3,072 features."""
 
     name: str = "pixels"
-    layers: tuple[str, ...] = ("pooled",)
+    layers: tuple[str, ...] = (POOLED,)
 
     def identity(self) -> dict[str, Any]:
         """Nothing is learned."""
@@ -263,12 +274,31 @@ def _skeleton(config: TrunkConfig) -> trunk.Trunk:
         return trunk.build(config)
 
 
+def stages(encoder: Encoder) -> tuple[str, ...]:
+    """The layers that stand for the depths of an encoder, from the first on: those of conv1, res2 to res5 that it has,
+    and "pooled"."""
+    return (*(stage for stage in _STAGES if stage in encoder.layers), POOLED)
+
+
+def tap(layer: str, dims: int) -> str:
+    """The name of a layer as a grid of at most `dims` numbers; 0 for the mean over places. "pooled" has no places."""
+    return f"{layer}:{dims}" if dims and layer != POOLED else layer
+
+
+def layer_of(tap: str) -> str:
+    """The name of the layer in the name of a grid."""
+    return tap.partition(":")[0]
+
+
 def _places(body: trunk.Trunk) -> dict[str, str]:
     """Names of layers and of their modules. "pooled" is the output of the trunk; res2 and on are the stages of residual
-    networks, as in VISSL; what lies directly inside the network has the name that it has there."""
+    networks and conv1 their first convolution with its normalisation and ReLU, as in VISSL; what else lies directly
+    inside the network has the name that it has there."""
     inside = [name for name, _ in body.body.named_children()]
     stages = {f"res{int(name[5:]) + 1}": f"body.{name}" for name in inside if re.fullmatch(r"layer\d", name)}
-    return {"pooled": "", **stages, **{name: f"body.{name}" for name in inside}}
+    if stages and {"conv1", "bn1", "relu"} <= set(inside):
+        stages["conv1"] = "body.relu"
+    return {POOLED: "", **{name: f"body.{name}" for name in inside}, **stages}
 
 
 def _frozen(body: trunk.Trunk, device: torch.device, layers: Sequence[str]) -> Encode:
@@ -276,26 +306,34 @@ def _frozen(body: trunk.Trunk, device: torch.device, layers: Sequence[str]) -> E
     body = body.eval().to(device, memory_format=torch.channels_last)  # type: ignore[call-overload]
     made: dict[str, Tensor] = {}
     places = _places(body)
-    for layer in set(layers) - {"pooled"}:
-        body.get_submodule(places[layer]).register_forward_hook(_keep(made, layer))
+    for layer in set(layers) - {POOLED}:
+        body.get_submodule(places[layer_of(layer)]).register_forward_hook(_keep(made, layer))
 
     def encode(images_bchw: Tensor) -> dict[str, Tensor]:
         pooled = body(images_bchw.contiguous(memory_format=torch.channels_last))
-        return {**made, "pooled": pooled}
+        return {**made, POOLED: pooled}
 
     return encode
 
 
 def _keep(made: dict[str, Tensor], layer: str) -> Callable[[nn.Module, Any, Any], None]:
+    dims = int(layer.partition(":")[2] or 0)
+
     def hook(module: nn.Module, inputs: Any, output: Any) -> None:
         # At once: the next layer may work in place.
-        made[layer] = _over_places(output)
+        made[layer] = _over_places(output, dims)
 
     return hook
 
 
-def _over_places(output: Tensor) -> Tensor:
-    """(b, d) from (b, d, h, w), from tokens (b, t, d) or from (b, d): the mean over places."""
+def _over_places(output: Tensor, dims: int) -> Tensor:
+    """(b, d) from (b, c, h, w), from tokens (b, t, d) or from (b, d): the mean over places; a map in a grid of at most
+    `dims` numbers, channel by channel, if `dims` is not 0."""
+    if output.ndim == 4 and dims:
+        channels, *sides = output.shape[1:]
+        cells = max(1, math.isqrt(dims // channels))
+        grid = (min(cells, sides[0]), min(cells, sides[1]))
+        return adaptive_avg_pool2d(output, grid).contiguous().flatten(1).clone()
     if output.ndim == 4:
         return output.mean((2, 3))
     return output.mean(1) if output.ndim == 3 else output.flatten(1).clone()
@@ -305,4 +343,4 @@ def _pixels(images_bchw: Tensor) -> dict[str, Tensor]:
     if images_bchw.shape[2] > _PIXELS_SIZE:
         size = (_PIXELS_SIZE, _PIXELS_SIZE)
         images_bchw = interpolate(images_bchw.float(), size, mode="bilinear", antialias=True)
-    return {"pooled": images_bchw.flatten(1).float() / 255 - 0.5}
+    return {POOLED: images_bchw.flatten(1).float() / 255 - 0.5}

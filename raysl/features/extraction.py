@@ -11,6 +11,7 @@ import hashlib
 import inspect
 import json
 import os
+import re
 import warnings
 from collections.abc import Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
@@ -32,42 +33,60 @@ from raysl.features.table import DONE, FeatureForm, FeatureProtocol, FeatureTabl
 from raysl.storage import Folder
 from raysl.stream import decode
 
+# Of a layer averaged over its places, and of one that keeps some of them.
+_FORMS = (FeatureForm("float32"), FeatureForm("float16"))
 _PART_IMAGES = 4096
 _PART_BYTES = 32 << 20
 _BATCH = 128
 _ATTEMPTS = 3
 
 
-def extract(source: Encoder, dataset: DataSet, protocol: FeatureProtocol, cache: Folder) -> FeatureTable:
+def extract(
+    source: Encoder, dataset: DataSet, protocol: FeatureProtocol, cache: Folder
+) -> dict[str, FeatureTable]:
     """The features of every image of one data set; see `extract_all`."""
-    return extract_all([(source, dataset)], protocol, cache)[0]
+    return extract_all([(source, dataset, protocol)], cache)[0]
 
 
 def extract_all(
-    wanted: Sequence[tuple[Encoder, DataSet]], protocol: FeatureProtocol, cache: Folder
-) -> list[FeatureTable]:
-    """The features of every image by every encoder, as float32, by one pool of actors. Parts that are there from an
-    earlier call are not computed again. Ray must run.
+    wanted: Sequence[tuple[Encoder, DataSet, FeatureProtocol]], cache: Folder
+) -> list[dict[str, FeatureTable]]:
+    """The features of every image by every encoder, by one pool of actors that see each image once for all layers.
+    Layers and parts that are there from an earlier call are not computed again. Ray must run.
 
     Args:
-        wanted: encoders, and the data sets whose images each of them sees; labels are not looked at.
-        protocol: size of the view, and layers.
-        cache: features are put into folders inside, whose names follow from encoder, images and protocol.
+        wanted: encoders, the data sets whose images each of them sees, size of the view and layers; labels are not
+            looked at.
+        cache: features are put into folders inside, whose names follow from encoder, images, layer and size. Means
+            are kept as float32; grids, which are large, as float16.
+
+    Returns:
+        A table for each layer, for each of `wanted`.
 
     Raises:
         UserError: a layer does not exist, a data set has no images or is damaged, a checkpoint is damaged, or the
             cache cannot be written.
     """
-    facts = [describe(source, dataset, protocol) for source, dataset in wanted]
-    works = []
-    for (source, dataset), about in zip(wanted, facts, strict=True):
-        key = hashlib.blake2b(json.dumps(about, sort_keys=True).encode(), digest_size=8).hexdigest()
-        works.append(_Extract(source, dataset, protocol, FeatureForm(), cache / f"{source.name}-{key}"))
-    _complete([work for work in works if not work.folder.exists(DONE)])
-    for work, about in zip(works, facts, strict=True):
-        if not work.folder.exists(DONE):
-            work.folder.write_json(DONE, {**about, "parts": work.parts})
-    return [FeatureTable(work.folder, tuple(work.parts), protocol.layers) for work in works]
+    works, tables, finished = [], [], []
+    for source, dataset, protocol in wanted:
+        about = describe(source, dataset, protocol)
+        places, absent = {}, []
+        for layer in protocol.layers:
+            facts = {**about, "protocol": {**about["protocol"], "layers": [layer]}}
+            key = hashlib.blake2b(json.dumps(facts, sort_keys=True).encode(), digest_size=8).hexdigest()
+            name = re.sub(r"\W", "-", layer)
+            place = _Place(layer, cache / f"{source.name}-{name}-{key}", _FORMS[":" in layer])
+            places[layer] = FeatureTable(place.folder, tuple(_parts(dataset)), (layer,))
+            if not place.folder.exists(DONE):
+                absent.append(place)
+                finished.append((place.folder, {**facts, "parts": places[layer].parts}))
+        tables.append(places)
+        if absent:
+            works.append(_Extract(source, dataset, protocol.image_size, tuple(absent)))
+    _complete(works)
+    for folder, facts in finished:
+        folder.write_json(DONE, facts)
+    return tables
 
 
 def describe(source: Encoder, dataset: DataSet, protocol: FeatureProtocol) -> dict[str, Any]:
@@ -78,7 +97,7 @@ def describe(source: Encoder, dataset: DataSet, protocol: FeatureProtocol) -> di
     """
     known = source.layers
     for layer in protocol.layers:
-        if layer not in known:
+        if not re.fullmatch(r"[^:]+(:[1-9]\d*)?", layer) or encoders.layer_of(layer) not in known:
             raise unknown(f"layer of the {source.name} encoder", layer, known)
     if dataset.num_images == 0:
         raise UserError(
@@ -95,8 +114,9 @@ def describe(source: Encoder, dataset: DataSet, protocol: FeatureProtocol) -> di
 def compute(
     source: Encoder, dataset: DataSet, protocol: FeatureProtocol, form: FeatureForm, folder: Folder
 ) -> FeatureTable:
-    """Computes the parts that are not in the folder. Whose features lie there is the caller's business."""
-    work = _Extract(source, dataset, protocol, form, folder)
+    """Computes the parts of one layer that are not in the folder. Whose features lie there is the caller's business."""
+    (layer,) = protocol.layers
+    work = _Extract(source, dataset, protocol.image_size, (_Place(layer, folder, form),))
     if not folder.exists(DONE):
         _complete([work])
     return FeatureTable(folder, tuple(work.parts), protocol.layers)
@@ -179,22 +199,30 @@ def pool(resources: Mapping[str, float]) -> tuple[int, dict[str, float]]:
 
 
 @dataclass(frozen=True)
+class _Place:
+    """Where and how the features of a layer are kept."""
+
+    layer: str
+    folder: Folder
+    form: FeatureForm
+
+
+@dataclass(frozen=True)
 class _Extract:
-    """An encoder, the images that it sees, and where and how its features are kept."""
+    """An encoder, the images that it sees, and where its features go."""
 
     source: Encoder
     dataset: DataSet
-    protocol: FeatureProtocol
-    form: FeatureForm
-    folder: Folder
+    image_size: int
+    places: tuple[_Place, ...]
 
     @cached_property
     def parts(self) -> list[Part]:
         return _parts(self.dataset)
 
     def missing(self) -> list[Part]:
-        """The parts that are not in the folder."""
-        there = set(self.folder.list())
+        """The parts that are not in every folder."""
+        there = set.intersection(*(set(place.folder.list()) for place in self.places))
         return [part for part in self.parts if file(part) not in there]
 
 
@@ -211,7 +239,7 @@ class _Actor:
         handing on the error."""
         if number not in self.loaded:
             work = self.works[number]
-            self.loaded[number] = work.source.load(self.device, work.protocol.layers)
+            self.loaded[number] = work.source.load(self.device, [place.layer for place in work.places])
         return self.loaded[number]
 
     @cached_property
@@ -236,20 +264,20 @@ class _Actor:
         table = work.dataset.read(np.arange(*part, dtype=np.int64), ("image",))
         images = table.column("image").to_pylist()
         batches = [images[i : i + _BATCH] for i in range(0, len(images), _BATCH)]
-        made: dict[str, list[Floats]] = {layer: [] for layer in work.protocol.layers}
+        made: dict[str, list[Floats]] = {place.layer: [] for place in work.places}
         for pixels_bchw in self.threads.map(partial(_view, work), batches):
             with torch.inference_mode():
                 features = encode(pixels_bchw.to(self.device))
             for layer, values in made.items():
                 values.append(features[layer].float().cpu().numpy())
-        joined = {layer: np.concatenate(values) for layer, values in made.items()}
-        write(work.folder, part, joined, work.form)
+        for place in work.places:
+            write(place.folder, part, {place.layer: np.concatenate(made.pop(place.layer))}, place.form)
 
 
 def _view(work: _Extract, images: list[bytes]) -> Tensor:
     """The evaluation view of encoded images."""
     try:
-        return decode.centre(images, work.protocol.image_size)
+        return decode.centre(images, work.image_size)
     except decode.DecodeError as error:
         raise UserError(
             f"An image of the data set at {str(work.dataset.folder)!r} that could be decoded when it was ingested no "

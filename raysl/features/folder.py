@@ -30,8 +30,8 @@ class FeaturesConfig:
     Args:
         data: a data set, or any source of `raysl ingest`.
         out: folder of the features, a path or a URI. The same command again completes what was interrupted.
-        layer: "pooled" is the output of the trunk, res2 to res5 the stages of a ResNet; or a name inside the network.
-            Maps of features are averaged over their places.
+        layer: "pooled" is the output of the trunk, conv1 and res2 to res5 the stages of a ResNet; or a name inside the
+            network. Maps of features are averaged over their places, "res3:9216" into a grid of at most 9,216 numbers.
         image_size: side in pixels of the view; 0 for that of the run, 224 for a file of weights, 32 otherwise.
         dtype: of the numbers.
         l2: divide every row by its length, as ClusterFit does before k-means.

@@ -15,7 +15,6 @@ import numpy.typing as npt
 import pyarrow as pa
 import pyarrow.parquet as pq
 
-from raysl.dataset import DataSet
 from raysl.errors import UserError, unknown
 from raysl.storage import Folder
 
@@ -34,7 +33,7 @@ class FeatureProtocol:
 
     Args:
         image_size: side in pixels of the evaluation view; see `raysl.stream.decode.centre`.
-        layers: names of what is taken out of the encoder. "pooled" is the output of the trunk.
+        layers: names of what is taken out of the encoder; see `raysl.features.encoders`.
         version: raised when the same settings come to mean something else.
     """
 
@@ -125,14 +124,3 @@ def write(folder: Folder, part: Part, layers: Mapping[str, Floats], form: Featur
     with folder.writing(file(part)) as stream:
         # Compression and dictionaries only cost time on numbers like these.
         pq.write_table(pa.table(columns), stream, compression="none", use_dictionary=False)
-
-
-def labels(dataset: DataSet) -> Integers:
-    """int64 (n,): the label of every image. Raises UserError when the data set has none."""
-    if not dataset.has_labels:
-        raise UserError(
-            f"The data set at {str(dataset.folder)!r} has no labels, and a probe is scored by them. Give a data set "
-            "whose source names classes, such as one folder per class."
-        )
-    column = dataset.read(np.arange(dataset.num_images, dtype=np.int64), ("label",)).column("label")
-    return column.to_numpy().astype(np.int64)  # type: ignore[no-any-return]

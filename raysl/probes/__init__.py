@@ -4,10 +4,17 @@ A file `probes/foo_bar.py` describes the probe `foo_bar` with
 
     @dataclass(frozen=True)
     class Config: ...                    the protocol as data, with a field `version: int`
-    class FooBar:                        the probe; see `Probe`
+    class FooBar:                        the probe: its constructor takes a Config, and it has a `headline`
 
-and gets the command line, the tables and the contract tests without another edit. `version` is raised whenever the
-same settings come to give another number, so that old rows never stand beside new ones.
+and gets the command line, the tables and the contract tests without another edit. Which method the class has says what
+it needs, and is the whole difference between the kinds of probes:
+
+    run(train, test)      the features of one layer, of two labelled sets; see `LabelledProbe`
+    measure(features_nd)  the features of one layer, no labels; see `FeatureProbe`
+    examine(subject)      the encoder and the images themselves; see `EncoderProbe`
+
+All of them yield rows. `version` is raised whenever the same settings come to give another number, so that old rows
+never stand beside new ones; `tests/probes/test_contract.py` holds a hash of every default.
 """
 
 from __future__ import annotations
@@ -16,14 +23,19 @@ import importlib
 import pkgutil
 from collections.abc import Iterator
 from dataclasses import dataclass
-from typing import Any, Protocol
+from typing import Any, Protocol, runtime_checkable
 
 import numpy as np
 import numpy.typing as npt
 import torch
 from torch import Tensor
 
+from raysl.dataset import DataSet
 from raysl.errors import UserError, unknown
+from raysl.features import Encoder
+from raysl.storage import Folder
+
+Floats = npt.NDArray[np.float32]
 
 
 @dataclass(frozen=True)
@@ -32,11 +44,13 @@ class Labelled:
 
     Args:
         features_nd: float32 (n, d), in index order.
-        labels_n: int64 (n,), 0 or more.
+        labels_n: int64 (n,), 0 or more. Or, where an image may show several classes, int64 (n, c): 1 for a class that
+            it shows, 0 for one that it does not, -1 for one that is not to be judged ("difficult" in PASCAL VOC). Only
+            the probes that look at one class at a time take those.
         fingerprint: of the data set; empty when there is none.
     """
 
-    features_nd: npt.NDArray[np.float32]
+    features_nd: Floats
     labels_n: npt.NDArray[np.int64]
     fingerprint: str = ""
 
@@ -48,22 +62,48 @@ class Row:
     Args:
         name: such as "top1".
         value: finite; shares are in 0 .. 1.
+        layer: that it is about; where it is empty, the layer whose features the probe was handed.
     """
 
     name: str
     value: float
+    layer: str = ""
 
 
-class Probe(Protocol):
-    """A measurement of frozen features. Deterministic.
+@dataclass(frozen=True)
+class Subject:
+    """What a probe of a whole encoder works on. Small and picklable; Ray runs.
+
+    Args:
+        encoder: turns images into features; `raysl.features.Trainable` tells whether it can be trained further.
+        layers: those that were asked for and that the encoder has.
+        image_size: side in pixels of the evaluation view.
+        train: images to learn from, if anything is learned.
+        test: images to be judged on.
+        seed: of the run; what a probe draws hangs on it and on nothing else.
+        folder: for files that a report draws from. The probe's own, for this encoder and these images.
+    """
+
+    encoder: Encoder
+    layers: tuple[str, ...]
+    image_size: int
+    train: DataSet
+    test: DataSet
+    seed: int
+    folder: Folder
+
+
+@runtime_checkable
+class LabelledProbe(Protocol):
+    """A measurement of frozen features by labels. Deterministic.
 
     Attributes:
         headline: name of the row that stands for the probe where there is room for one number; more is better.
+        dims: how many numbers of a layer it wants at most, with their places; 0 for the mean over places.
     """
 
     headline: str
-
-    def __init__(self, config: Any) -> None: ...
+    dims: int
 
     def run(self, train: Labelled, test: Labelled) -> Iterator[Row]:
         """Learns from `train` and is scored on `test`. A class that only `test` has is never predicted.
@@ -72,6 +112,41 @@ class Probe(Protocol):
             UserError: the features or the labels do not suit the probe; see `check`.
         """
         ...
+
+
+@runtime_checkable
+class FeatureProbe(Protocol):
+    """A measurement of frozen features that needs no labels. Deterministic. Attributes as `LabelledProbe`."""
+
+    headline: str
+    dims: int
+
+    def measure(self, features_nd: Floats) -> Iterator[Row]:
+        """Looks at the features of the test images, float32 (n, d).
+
+        Raises:
+            UserError: the features do not suit the probe; see `check_features`.
+        """
+        ...
+
+
+@runtime_checkable
+class EncoderProbe(Protocol):
+    """A measurement that needs the encoder and images, such as one of views that no data set holds. `headline` as
+    `LabelledProbe`."""
+
+    headline: str
+
+    def examine(self, subject: Subject) -> Iterator[Row]:
+        """Yields rows, each with its layer.
+
+        Raises:
+            UserError: the encoder or the images do not suit the probe.
+        """
+        ...
+
+
+Probe = LabelledProbe | FeatureProbe | EncoderProbe
 
 
 def names() -> list[str]:
@@ -92,24 +167,51 @@ def same_images(train: Labelled, test: Labelled) -> bool:
     return train is test or bool(train.fingerprint and train.fingerprint == test.fingerprint)
 
 
-def check(train: Labelled, test: Labelled) -> None:
-    """What every probe needs.
+def check(train: Labelled, test: Labelled, several: bool = False) -> None:
+    """What every probe needs of labelled features.
+
+    Args:
+        several: whether the probe takes images that show several classes.
 
     Raises:
-        UserError: a set is empty, or features are not finite.
+        UserError: a set is empty, features are not finite, or images show several classes and may not.
     """
     for kind, data in (("train", train), ("test", test)):
-        if len(data.features_nd) != len(data.labels_n) or data.features_nd.ndim != 2:
+        if len(data.features_nd) != len(data.labels_n):
             raise ValueError(
                 f"{kind} features of shape {data.features_nd.shape}, {len(data.labels_n)} labels"
             )
-        if not len(data.labels_n):
-            raise UserError(f"The {kind} set of the probe has no images. Give one that has some.")
-        if not np.isfinite(data.features_nd).all():
+        check_features(data.features_nd, kind)
+        if data.labels_n.ndim != 1 and not several:
             raise UserError(
-                f"The features of the {kind} set are not all finite: the weights have diverged. Probe an earlier "
-                "checkpoint, or train again with a lower --optim.lr."
+                f"The images of the {kind} set may show several classes each, and this probe is for one. Use the "
+                "probe svm or retrieval."
             )
+
+
+def check_features(features_nd: Floats, kind: str) -> None:
+    """Raises UserError when there are no features, or they are not finite.
+
+    Args:
+        kind: of the set, "train" or "test".
+    """
+    if features_nd.ndim != 2:
+        raise ValueError(f"{kind} features of shape {features_nd.shape}")
+    if not len(features_nd):
+        raise UserError(f"The {kind} set of the probe has no images. Give one that has some.")
+    if not np.isfinite(features_nd).all():
+        raise UserError(
+            f"The features of the {kind} set are not all finite: the weights have diverged. Probe an earlier "
+            "checkpoint, or train again with a lower --optim.lr."
+        )
+
+
+def presence(labels_n: npt.NDArray[np.int64], classes: int) -> npt.NDArray[np.int64]:
+    """int64 (n, classes), as `Labelled.labels_n` with an axis for the classes, of labels of either form."""
+    if labels_n.ndim == 2:
+        return labels_n
+    shown_nc: npt.NDArray[np.int64] = (labels_n[:, None] == np.arange(classes)).astype(np.int64)
+    return shown_nc
 
 
 def topk_rows(rank_n: Tensor, classes: int, suffix: str = "") -> Iterator[Row]:

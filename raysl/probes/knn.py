@@ -45,6 +45,8 @@ class Config:
 class Knn:
     """All k and all T from one pass over the similarities. Where test is train, no image votes for itself."""
 
+    dims = 0
+
     def __init__(self, config: Config) -> None:
         self.config = config
         self.headline = f"top1{_suffix(config.ks[0], config.temperatures[0])}"

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
@@ -10,7 +11,7 @@ import torch
 from torchvision import models
 
 from raysl.errors import UserError
-from raysl.features import RandomTrunk, Weights, named
+from raysl.features import RandomTrunk, Weights, encoders, named, stages
 from raysl.trunk import TrunkConfig
 from tests.data import make_dataset
 from tests.features.test_extraction import make_run
@@ -29,6 +30,28 @@ def test_stages_of_a_residual_network_are_means_over_their_maps() -> None:
     assert torch.allclose(made["res5"], made["pooled"], atol=1e-5)
     assert torch.equal(made["res5"], made["layer4"])
     assert RandomTrunk(RESNET, seed=4).identity() != encoder.identity()
+
+
+def test_grids_of_resnet50_have_the_published_sizes() -> None:
+    """Goyal et al. 2019: 9,216 9,216 8,192 9,216 and 8,192 numbers at 224 pixels."""
+    sides = {"conv1": (64, 112), "res2": (256, 56), "res3": (512, 28), "res4": (1024, 14), "res5": (2048, 7)}
+    widths = {}
+    for stage, (channels, side) in sides.items():
+        widths[stage] = encoders._over_places(torch.zeros(1, channels, side, side), 9216).shape[1]
+    assert widths == {"conv1": 9216, "res2": 9216, "res3": 8192, "res4": 9216, "res5": 8192}
+
+
+def test_conv1_is_taken_after_its_relu_and_before_the_pool() -> None:
+    encoder = RandomTrunk(RESNET, seed=3)
+    assert stages(encoder) == ("conv1", "res2", "res3", "res4", "res5", "pooled")
+    assert stages(RandomTrunk(TrunkConfig(), seed=0)) == ("conv1", "res2", "res3", "res4", "pooled")
+    network: Any = encoder.network().eval()
+    with torch.inference_mode():
+        made = encoder.load(CPU, ("conv1:1024",))(IMAGES)["conv1:1024"]
+        images_bchw = (IMAGES - network.mean) / network.std
+        map_bchw = network.body.relu(network.body.bn1(network.body.conv1(images_bchw)))
+    expected = torch.nn.functional.avg_pool2d(map_bchw, 8)
+    assert torch.allclose(made, expected.flatten(1), atol=1e-5)
 
 
 def test_tokens_of_a_transformer_are_averaged() -> None:
@@ -75,6 +98,6 @@ def test_a_run_and_each_of_its_checkpoints(tmp_path: Path) -> None:
     run, _ = make_run(make_dataset(tmp_path / "set", 40), tmp_path / "run")
     newest = named(str(run.folder), RESNET)
     assert newest.identity() == named(f"{run.folder}/checkpoints/step-000000005", RESNET).identity()
-    assert newest.layers[:2] == ("pooled", "res2")
+    assert stages(newest) == ("conv1", "res2", "res3", "res4", "pooled")
     with pytest.raises(UserError, match="step-000000005"):
         named(f"{run.folder}/checkpoints/step-000000006", RESNET)

@@ -19,13 +19,13 @@ from raysl.errors import UserError
 from raysl.features import (
     Encode,
     FeatureProtocol,
+    FeatureTable,
     Pixels,
     Trained,
-    Untrained,
     extract,
     extraction,
-    labels,
     pool,
+    untrained,
 )
 from raysl.features.table import DONE, file
 from raysl.objectives.pirl import Config as Pirl
@@ -68,6 +68,12 @@ def make_run(dataset: DataSet, folder: Path) -> tuple[Run, Network]:
     return run, network
 
 
+def one(*asked: Any) -> FeatureTable:
+    """The features of the one layer that is asked for."""
+    (table,) = extract(*asked).values()
+    return table
+
+
 def views(dataset: DataSet) -> torch.Tensor:
     images = dataset.read(np.arange(dataset.num_images), ("image",)).column("image").to_pylist()
     return centre(images, 16)
@@ -82,13 +88,13 @@ def direct(network: Network, dataset: DataSet) -> Any:
 def test_equal_to_a_direct_call_of_the_network(ray_session: None, dataset: DataSet, tmp_path: Path) -> None:
     run, network = make_run(dataset, tmp_path / "run")
     cache = Folder(str(tmp_path / "cache"))
-    trained = extract(Trained(run, run.newest()), dataset, SEEN, cache)
+    trained = one(Trained(run, run.newest()), dataset, SEEN, cache)
     assert len(trained.parts) > 2
     np.testing.assert_allclose(trained.load(), direct(network, dataset), rtol=1e-4, atol=1e-5)
-    random = extract(Untrained(run), dataset, SEEN, cache)
+    random = one(untrained(run), dataset, SEEN, cache)
     begun = Network(run.config(), dataset.num_images, 4)
     np.testing.assert_allclose(random.load(), direct(begun, dataset), rtol=1e-4, atol=1e-5)
-    pixels = extract(Pixels(), dataset, SEEN, cache)
+    pixels = one(Pixels(), dataset, SEEN, cache)
     expected = views(dataset).flatten(1).float() / 255 - 0.5
     np.testing.assert_allclose(pixels.load(), expected.numpy(), atol=1e-6)
 
@@ -132,20 +138,20 @@ def means(dataset: DataSet) -> Any:
 @pytest.mark.ray
 def test_what_is_there_is_not_computed_again(ray_session: None, dataset: DataSet, tmp_path: Path) -> None:
     stub, cache = Stub(str(tmp_path / "trap")), Folder(str(tmp_path / "cache"))
-    table = extract(stub, dataset, SEEN, cache)
+    table = one(stub, dataset, SEEN, cache)
     (tmp_path / "trap").touch()
-    np.testing.assert_array_equal(extract(stub, dataset, SEEN, cache).load(), table.load())
+    np.testing.assert_array_equal(one(stub, dataset, SEEN, cache).load(), table.load())
     # Interrupted: the mark and one part are missing, so that one is computed, and this encoder cannot.
     table.folder.delete(DONE)
     lost = file(table.parts[1])
     table.folder.delete(lost)
     kept = sorted(set(table.folder.list()))
     with pytest.raises(UserError, match="trap"):
-        extract(stub, dataset, SEEN, cache)
+        one(stub, dataset, SEEN, cache)
     assert table.folder.list() == kept
     (tmp_path / "trap").unlink()
     before = {name: table.folder.read(name) for name in kept}
-    np.testing.assert_allclose(extract(stub, dataset, SEEN, cache).load(), means(dataset), rtol=1e-5)
+    np.testing.assert_allclose(one(stub, dataset, SEEN, cache).load(), means(dataset), rtol=1e-5)
     assert {name: table.folder.read(name) for name in kept} == before
     assert {lost, DONE} <= set(table.folder.list())
 
@@ -153,7 +159,7 @@ def test_what_is_there_is_not_computed_again(ray_session: None, dataset: DataSet
 @pytest.mark.ray
 def test_an_actor_that_dies_costs_its_part_only(ray_session: None, dataset: DataSet, tmp_path: Path) -> None:
     (tmp_path / "trap").touch()
-    table = extract(Stub(str(tmp_path / "trap"), crash=True), dataset, SEEN, Folder(str(tmp_path / "cache")))
+    table = one(Stub(str(tmp_path / "trap"), crash=True), dataset, SEEN, Folder(str(tmp_path / "cache")))
     assert not (tmp_path / "trap").exists()
     np.testing.assert_allclose(table.load(), means(dataset), rtol=1e-5)
 
@@ -165,11 +171,11 @@ def test_other_images_weights_or_views_have_other_features(
     cache, other = Folder(str(tmp_path / "cache")), make_dataset(tmp_path / "other", 30, seed=1)
     run, _ = make_run(dataset, tmp_path / "run")
     tables = [
-        extract(Pixels(), other, SEEN, cache),
-        extract(Pixels(), other, FeatureProtocol(8), cache),
-        extract(Untrained(run), other, SEEN, cache),
-        extract(Trained(run, run.newest()), other, SEEN, cache),
-        extract(Pixels(), make_dataset(tmp_path / "third", 30, seed=2), SEEN, cache),
+        one(Pixels(), other, SEEN, cache),
+        one(Pixels(), other, FeatureProtocol(8), cache),
+        one(untrained(run), other, SEEN, cache),
+        one(Trained(run, run.newest()), other, SEEN, cache),
+        one(Pixels(), make_dataset(tmp_path / "third", 30, seed=2), SEEN, cache),
     ]
     assert len({str(table.folder) for table in tables}) == len(tables)
 
@@ -181,25 +187,50 @@ def test_a_damaged_checkpoint_or_shard_is_named(ray_session: None, dataset: Data
     state.write_bytes(state.read_bytes()[:-1])
     cache = Folder(str(tmp_path / "cache"))
     with pytest.raises(UserError, match=r"state\.pt"):
-        extract(Trained(run, run.newest()), dataset, SEEN, cache)
+        one(Trained(run, run.newest()), dataset, SEEN, cache)
     broken = make_dataset(tmp_path / "broken", 30)
     (tmp_path / "broken" / SHARDS / "00001.parquet").write_bytes(b"gone")
     with pytest.raises(UserError, match="00001"):
-        extract(Pixels(), broken, SEEN, cache)
+        one(Pixels(), broken, SEEN, cache)
 
 
 @pytest.mark.ray
 def test_a_damaged_part_is_named(ray_session: None, dataset: DataSet, tmp_path: Path) -> None:
-    table = extract(Pixels(), dataset, SEEN, Folder(str(tmp_path)))
+    table = one(Pixels(), dataset, SEEN, Folder(str(tmp_path)))
     name = next(name for name in table.folder.list() if name.endswith(".parquet"))
     table.folder.write(name, table.folder.read(name)[:-7])
     with pytest.raises(UserError, match="damaged"):
         table.load()
 
 
+@pytest.mark.ray
+def test_layers_of_one_call_are_those_of_calls_alone_and_are_shared(
+    ray_session: None, dataset: DataSet, tmp_path: Path
+) -> None:
+    run, _ = make_run(dataset, tmp_path / "run")
+    trained, cache = Trained(run, run.newest()), Folder(str(tmp_path / "cache"))
+    taps = ("res3", "res3:768", "conv1", "pooled")
+    tables = extract(trained, dataset, FeatureProtocol(16, taps), cache)
+    assert {layer: table.load(layer).shape[1] for layer, table in tables.items()} == {
+        "res3": 96,
+        "res3:768": 96 * 2 * 2,
+        "conv1": 24,
+        "pooled": 192,
+    }
+    grid_ncp = tables["res3:768"].load("res3:768").reshape(100, 96, 4)
+    np.testing.assert_allclose(grid_ncp.mean(2), tables["res3"].load("res3"), rtol=2e-3, atol=1e-3)
+    before = sorted(cache.list())
+    assert one(trained, dataset, SEEN, cache).folder == tables["pooled"].folder
+    assert sorted(cache.list()) == before
+    alone = one(trained, dataset, FeatureProtocol(16, ("res3",)), Folder(str(tmp_path / "other")))
+    np.testing.assert_array_equal(alone.load("res3"), tables["res3"].load("res3"))
+
+
 def test_an_unknown_layer_answers_with_the_nearest(dataset: DataSet, tmp_path: Path) -> None:
     with pytest.raises(UserError, match="pooled"):
-        extract(Pixels(), dataset, FeatureProtocol(16, ("poled",)), Folder(str(tmp_path)))
+        one(Pixels(), dataset, FeatureProtocol(16, ("poled",)), Folder(str(tmp_path)))
+    with pytest.raises(UserError, match="pooled:many"):
+        one(Pixels(), dataset, FeatureProtocol(16, ("pooled:many",)), Folder(str(tmp_path)))
 
 
 def test_parts_are_whole_row_groups_and_hold_every_image_once(dataset: DataSet) -> None:
@@ -208,11 +239,6 @@ def test_parts_are_whole_row_groups_and_hold_every_image_once(dataset: DataSet) 
     assert parts[-1][1] == dataset.num_images
     assert {edge for part in parts for edge in part} <= set(dataset.row_group_starts.tolist())
     assert max(end - first for first, end in parts) <= 40
-
-
-def test_labels_are_in_index_order(dataset: DataSet) -> None:
-    table = dataset.read(np.arange(dataset.num_images), ("label",))
-    assert labels(dataset).tolist() == table.column("label").to_pylist()
 
 
 def test_actors_leave_half_of_the_cpus() -> None:

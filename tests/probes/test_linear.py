@@ -37,7 +37,7 @@ def test_fit_ends_where_the_gradient_vanishes(weight_decay: float) -> None:
     features_nd, labels_n = standardised(blobs(600))
     fit = linear.Fit(features_nd, 4, linear.Config())
     found = fit(features_nd, labels_n, weight_decay, fit.zero())
-    weights_dc = found.weights_dc.double().requires_grad_()
+    weights_dc = found.weights_cd.T.double().requires_grad_()
     bias_c = found.bias_c.double().requires_grad_()
     scores_nc = features_nd.double() @ weights_dc + bias_c
     loss = torch.nn.functional.cross_entropy(scores_nc, labels_n)
@@ -52,7 +52,7 @@ def test_fit_equals_scikit_learn() -> None:
     found = fit(features_nd, labels_n, 1e-2, fit.zero())
     theirs = sklearn.LogisticRegression(C=1 / (1e-2 * 500), tol=1e-8, max_iter=1000)
     theirs.fit(features_nd.numpy(), labels_n.numpy())
-    np.testing.assert_allclose(found.weights_dc.T.numpy(), theirs.coef_, atol=2e-3)
+    np.testing.assert_allclose(found.weights_cd.numpy(), theirs.coef_, atol=2e-3)
 
 
 def test_scale_and_shift_of_a_feature_do_not_matter() -> None:
@@ -96,3 +96,37 @@ def test_train_set_as_test_set_is_refused() -> None:
 def test_one_class_is_refused() -> None:
     with pytest.raises(UserError, match="two classes"):
         values(blobs(20, 1), blobs(20))
+
+
+def test_the_published_schedule_comes_near_the_optimum() -> None:
+    train, test = blobs(2000), blobs(400, seed=1)
+    found = {row.name: row.value for row in linear.Linear(linear.Config("imagenet")).run(train, test)}
+    assert found["top1"] == pytest.approx(values(train, test)["top1"], abs=0.04)
+    assert found["weight_decay"] == 5e-4
+
+
+def test_sgd_is_the_published_update() -> None:
+    """One batch an epoch, so that every step is known: Nesterov momentum, weight decay, a drop."""
+    data = blobs(50, classes=3)
+    features_nd, labels_n = standardised(data)
+    schedule = linear.Sgd(epochs=3, drops=(2,), lr=0.5, weight_decay=0.1)
+    found = linear.descend(features_nd, labels_n, schedule)
+    x, onehot = features_nd.double().numpy(), np.eye(3)[data.labels_n]
+    weights_cd, bias_c = np.zeros((3, 10)), np.zeros(3)
+    speed, speed_of_bias = np.zeros((3, 10)), np.zeros(3)
+    for epoch in range(3):
+        logits = x @ weights_cd.T + bias_c
+        p = np.exp(logits) / np.exp(logits).sum(1, keepdims=True)
+        slope = (p - onehot).T @ x / 50 + 0.1 * weights_cd
+        slope_of_bias = (p - onehot).mean(0)
+        speed, speed_of_bias = 0.9 * speed + slope, 0.9 * speed_of_bias + slope_of_bias
+        lr = 0.5 if epoch < 2 else 0.05
+        weights_cd -= lr * (slope + 0.9 * speed)
+        bias_c -= lr * (slope_of_bias + 0.9 * speed_of_bias)
+    np.testing.assert_allclose(found.weights_cd.numpy(), weights_cd, atol=1e-5)
+    np.testing.assert_allclose(found.bias_c.numpy(), bias_c, atol=1e-5)
+
+
+def test_an_unknown_schedule_answers_with_the_nearest() -> None:
+    with pytest.raises(UserError, match="'imagenet'"):
+        linear.Config("imagenett")  # type: ignore[arg-type]

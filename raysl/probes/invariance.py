@@ -1,0 +1,215 @@
+"""Invariance: how far the features of an image move when it is transformed, and whether they tell how it was.
+
+The distance between f(I) and f(t(I)), both of unit length, lies in 0 .. 2; PIRL (Misra and van der Maaten 2020, figure
+5) shows its distribution. Here it is measured on the features of every layer and not on the heads, so that methods
+without heads have it too, and where t makes several crops f(t(I)) is the unit vector of the mean of their features: our
+convention. A network that maps all images to one point would look perfectly invariant, so the distance between
+different images stands beside it, and `closer` is the probability that a transformed image lies closer to its
+original than another image does.
+
+The read-out is the other side: top-1 of a linear probe that predicts the label of t (which order, which turn) from the
+features of all crops side by side, learned on half of the images and scored on the other half, beside chance.
+
+The image is the evaluation view, its centre without colours changed, at the size that the transform starts from. No
+labels of the images are used.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass, field
+from typing import Any
+
+import numpy as np
+import numpy.typing as npt
+import torch
+from torch import Tensor
+from torch.nn.functional import normalize
+
+from raysl import cluster, features, pretext, rng
+from raysl.errors import UserError
+from raysl.pretext import Geometry, Pretext
+from raysl.probes import Labelled, Row, Subject, check_features
+from raysl.probes.linear import Config as LinearConfig
+from raysl.probes.linear import Linear
+from raysl.rng import Draws
+from raysl.stream import decode
+
+Doubles = npt.NDArray[np.float64]
+
+HISTOGRAM = "histogram.json"
+OTHERS = "others"
+EDGES = np.linspace(0, 2, 41)
+_BATCH = 128
+
+
+@dataclass(frozen=True)
+class Config:
+    """Protocol of the measure of invariance.
+
+    Args:
+        transforms: names of pretext transforms, with their default dials.
+        max_images: that are transformed, drawn by index from the test set.
+        readout: the classifier that predicts the label of a transform; it sees means over places.
+        version: see `raysl.probes`.
+    """
+
+    transforms: tuple[str, ...] = ("jigsaw", "rotation", "colorization", "inpainting")
+    max_images: int = 2000
+    readout: LinearConfig = field(default_factory=lambda: LinearConfig(dims=0))
+    version: int = 1
+
+    def __post_init__(self) -> None:
+        if not self.transforms:
+            raise UserError(
+                "invariance.transforms is empty. Give names of pretext transforms, such as rotation."
+            )
+        if self.max_images < 4:
+            raise UserError(f"invariance.max_images is {self.max_images}; it must be at least 4.")
+
+
+class Invariance:
+    """Its headline, `closer`, is a mean over the transforms: 1 for an invariant layer, 0.5 where a transformed image
+    is as far away as another one. Rows of a transform end in its name.
+
+    The folder of the subject gets `histogram.json`: {"edges": 41 distances, "counts": {layer: {transform or "others":
+    40 counts}}}.
+    """
+
+    headline = "closer"
+
+    def __init__(self, config: Config) -> None:
+        self.config = config
+
+    def examine(self, subject: Subject) -> Iterator[Row]:
+        """Runs one task of Ray, on a GPU if there are any.
+
+        Raises:
+            UserError: a transform does not exist or does not suit the size of the view, there are fewer than four
+                images, or the features are not finite.
+        """
+        import ray
+
+        geometry = Geometry(subject.image_size, predicted=True, seed=subject.seed)
+        transforms = {name: pretext.build(name, {}, geometry) for name in self.config.transforms}
+        if subject.test.num_images < 4:
+            raise UserError(
+                f"The probe invariance compares images and the test set has {subject.test.num_images}. Give at least 4."
+            )
+        _, resources = features.pool(ray.cluster_resources())
+        task = ray.remote(_look).options(**resources)
+        try:
+            rows, counts = ray.get(task.remote(subject, self.config, transforms))
+        except ray.exceptions.RayTaskError as error:
+            raise cluster.user_error(error) or error from None
+        subject.folder.write_json(HISTOGRAM, {"edges": EDGES.tolist(), "counts": counts})
+        yield from rows
+
+
+def _look(
+    subject: Subject, config: Config, transforms: Mapping[str, Pretext]
+) -> tuple[list[Row], dict[str, Any]]:
+    """All rows, and the counts of the histograms."""
+    order_n = rng.generator("invariance").permutation(subject.test.num_images)[: config.max_images]
+    images = subject.test.read(order_n, ("image",)).column("image").to_pylist()
+    draws = Draws(subject.seed, np.zeros_like(order_n), order_n)
+    device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    encode = subject.encoder.load(device, subject.layers)
+
+    def seen(transform: Pretext | None) -> tuple[dict[str, Tensor], Tensor | None]:
+        """float (n, p, d) for each layer, and the labels."""
+        made: dict[str, list[Tensor]] = {layer: [] for layer in subject.layers}
+        labels: list[Tensor] = []
+        for first in range(0, len(images), _BATCH):
+            some = slice(first, first + _BATCH)
+            size = transform.source.size if transform else subject.image_size
+            crops_bpchw = decode.centre(images[some], size)[:, None]
+            if transform:
+                of = Draws(subject.seed, draws.epochs_b[some], draws.indices_b[some], "invariance")
+                view = transform.transform(crops_bpchw[:, 0], of)
+                crops_bpchw = view.crops_bpchw
+                labels += [view.target] if transform.num_labels and view.target is not None else []
+            with torch.inference_mode():
+                found = encode(crops_bpchw.flatten(0, 1).to(device))
+            for layer, values in made.items():
+                values.append(found[layer].float().cpu().view(*crops_bpchw.shape[:2], -1))
+        return {layer: torch.cat(values) for layer, values in made.items()}, (
+            torch.cat(labels) if labels else None
+        )
+
+    plain, _ = seen(None)
+    moved = {name: seen(transform) for name, transform in transforms.items()}
+    rows: list[Row] = []
+    counts: dict[str, Any] = {}
+    for layer in subject.layers:
+        check_features(plain[layer][:, 0].numpy(), "test")
+        of_layer = {name: (features_of[layer], label_n) for name, (features_of, label_n) in moved.items()}
+        found_rows, counts[layer] = _layer(plain[layer][:, 0], of_layer, transforms, config)
+        rows += [Row(row.name, row.value, layer) for row in found_rows]
+    return rows, counts
+
+
+def _layer(
+    plain_nd: Tensor,
+    moved: Mapping[str, tuple[Tensor, Tensor | None]],
+    transforms: Mapping[str, Pretext],
+    config: Config,
+) -> tuple[list[Row], dict[str, list[int]]]:
+    """Rows and histograms of one layer.
+
+    Args:
+        plain_nd: features of the images, which are in a random order.
+        moved: features (n, p, d) of the transformed images, and labels (n,) of the transforms.
+    """
+    # In a random order the next image is any other one.
+    others_n = distances(plain_nd, plain_nd.roll(1, 0))
+    rows = [Row(f"distance/{OTHERS}", float(others_n.mean()))]
+    counts, shares = {OTHERS: histogram(others_n)}, []
+    for name, (moved_npd, label_n) in moved.items():
+        # Small patches of raw pixels have features of another length than the image.
+        if moved_npd.shape[2] == plain_nd.shape[1]:
+            distance_n = distances(plain_nd, moved_npd.mean(1))
+            counts[name] = histogram(distance_n)
+            shares.append(closer(distance_n, others_n))
+            rows.append(Row(f"distance/{name}", float(distance_n.mean())))
+            rows.append(Row(f"distance_std/{name}", float(distance_n.std())))
+            rows.append(Row(f"closer/{name}", shares[-1]))
+        if label_n is not None:
+            rows += _readout(name, moved_npd.flatten(1), label_n, transforms[name].num_labels, config.readout)
+    if len(shares) == len(moved):
+        rows.append(Row("closer", float(np.mean(shares))))
+    return rows, counts
+
+
+def _readout(name: str, features_nd: Tensor, label_n: Tensor, labels: int, config: LinearConfig) -> list[Row]:
+    """How well the label of a transform is predicted; nothing where the images are too few to show two of them."""
+    half = len(features_nd) // 2
+    parts = [
+        Labelled(features_nd[rows].numpy(), label_n[rows].numpy())
+        for rows in (slice(half), slice(half, None))
+    ]
+    if len(np.unique(parts[0].labels_n)) < 2:
+        return []
+    top1 = next(row.value for row in Linear(config).run(*parts) if row.name == Linear.headline)
+    return [Row(f"readout/{name}", top1), Row(f"chance/{name}", 1 / labels)]
+
+
+def distances(one_nd: Tensor, other_nd: Tensor) -> Doubles:
+    """float64 (n,) in 0 .. 2: between the directions of rows."""
+    one, other = normalize(one_nd.double(), dim=1), normalize(other_nd.double(), dim=1)
+    distance_n: Doubles = (one - other).norm(dim=1).numpy()
+    return distance_n
+
+
+def histogram(distance_n: Doubles) -> list[int]:
+    """How many distances lie in each of the 40 bins of `EDGES`."""
+    counts: list[int] = np.histogram(distance_n.clip(0, 2), EDGES)[0].tolist()
+    return counts
+
+
+def closer(distance_n: Doubles, others_n: Doubles) -> float:
+    """The probability that one of the first distances is smaller than one of the second; equal ones count half."""
+    ranked = np.sort(others_n)
+    above = len(ranked) - np.searchsorted(ranked, distance_n, side="right")
+    equal = np.searchsorted(ranked, distance_n, side="right") - np.searchsorted(ranked, distance_n)
+    return float((above + equal / 2).mean() / len(ranked))

@@ -1,0 +1,73 @@
+"""Retrieval against a count by hand."""
+
+from __future__ import annotations
+
+import numpy as np
+import pytest
+
+from raysl.errors import UserError
+from raysl.probes import Labelled, presence, retrieval
+
+
+def random_set(n: int, seed: int, fingerprint: str = "") -> Labelled:
+    random = np.random.default_rng(seed)
+    return Labelled(
+        random.normal(size=(n, 5)).astype(np.float32), random.integers(0, 4, n), fingerprint or str(seed)
+    )
+
+
+def values(train: Labelled, test: Labelled, config: retrieval.Config | None = None) -> dict[str, float]:
+    found = retrieval.Retrieval(config or retrieval.Config()).run(train, test)
+    return {row.name: row.value for row in found}
+
+
+def by_hand(train: Labelled, test: Labelled, k: int, own: bool = False) -> tuple[float, float]:
+    """mAP and precision at k, one query and one rank at a time."""
+    units = [
+        x.features_nd.astype(np.float64) / np.linalg.norm(x.features_nd, axis=1, keepdims=True)
+        for x in (train, test)
+    ]
+    means, shares = [], []
+    for query, label in enumerate(test.labels_n):
+        ranked = np.argsort(-(units[0] @ units[1][query]))
+        right = [train.labels_n[i] == label for i in ranked if not (own and i == query)]
+        found = [sum(right[: rank + 1]) / (rank + 1) for rank in range(len(right)) if right[rank]]
+        means.append(np.mean(found) if found else 0.0)
+        shares.append(np.mean(right[:k]))
+    return float(np.mean(means)), float(np.mean(shares))
+
+
+@pytest.mark.parametrize("tile", [256, 7])
+def test_equals_a_count_by_hand(tile: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(retrieval, "_TILE", tile)
+    train, test = random_set(90, 0), random_set(40, 1)
+    found = values(train, test, retrieval.Config(ks=(3,)))
+    assert (found["mAP"], found["precision/k=3"]) == pytest.approx(by_hand(train, test, 3))
+
+
+def test_an_image_does_not_find_itself() -> None:
+    data = random_set(50, 2)
+    found = values(data, data, retrieval.Config(ks=(3,)))
+    assert (found["mAP"], found["precision/k=3"]) == pytest.approx(by_hand(data, data, 3, own=True))
+
+
+def test_images_that_share_one_of_several_classes_are_right() -> None:
+    train, test = random_set(60, 0), random_set(30, 1)
+    plain = values(train, test)
+    one, other = (Labelled(x.features_nd, presence(x.labels_n, 4)) for x in (train, test))
+    assert values(one, other) == plain
+    one.labels_n[:, 0] = other.labels_n[:, 0] = 1
+    assert values(one, other)["mAP"] == 1
+
+
+def test_queries_are_a_sample_and_k_is_clamped() -> None:
+    train, test = random_set(5, 0), random_set(300, 1)
+    few = values(train, test, retrieval.Config(ks=(5, 99), max_queries=10))
+    assert few["precision/k=99"] == few["precision/k=5"]
+    assert few["mAP"] != values(train, test)["mAP"]
+
+
+def test_one_image_has_nothing_to_find() -> None:
+    one = random_set(1, 0)
+    with pytest.raises(UserError, match="no other to find"):
+        values(one, one)
