@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Callable, Collection, Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 
 from raysl import cluster
@@ -32,10 +32,12 @@ class Team:
         return self.placement.gpus_per_worker > 0
 
 
-def machines(leaving: Collection[str] = ()) -> Machines:
-    """Those of the cluster, without those (by id) that are about to leave."""
+def machines() -> Machines:
+    """Those of the cluster, without those that are about to be taken away."""
     import ray
 
+    # What Ray Train's own watcher asks; there is no public way without a dashboard.
+    leaving = ray._private.state.state.get_draining_nodes()
     staying = [n["Resources"] for n in ray.nodes() if n["Alive"] and n["NodeID"] not in leaving]
     return replace(cluster.machines(), now=tuple(staying))
 

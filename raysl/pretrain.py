@@ -160,13 +160,10 @@ class _Legs:
 
     def _next(self, team: Team, terminated: threading.Event) -> Team:
         """The team of the next leg; waits for machines until there is room for one."""
-        import ray
-
         waiting = False
         while self.elastic and not terminated.is_set():
-            leaving = ray.get(self.job.board.noticed.remote())
             try:
-                team = elastic.gather(self.counts, elastic.machines(leaving), team.gpus)
+                team = elastic.gather(self.counts, elastic.machines(), team.gpus)
                 break
             except UserError as error:
                 if not waiting:
@@ -185,7 +182,6 @@ class _Legs:
         Raises:
             UserError: no other leg would.
         """
-        import ray
         from ray.train import TrainingFailedError
 
         board = self.job.board
@@ -196,7 +192,7 @@ class _Legs:
         def follow() -> None:
             while not done.wait(SHOW_EVERY_S):
                 self._show()
-                if self.elastic and growth.due(elastic.machines(ray.get(board.noticed.remote()))):
+                if self.elastic and growth.due(elastic.machines()):
                     board.ask_to_leave.remote(True)
 
         thread = threading.Thread(target=follow, daemon=True)

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
 from typing import Any
 
 from raysl.errors import UserError
@@ -22,7 +21,6 @@ class Board:
         self._crashes: dict[tuple[int, int], int] = {}
         self._reached = 0
         self._leave = False
-        self._leaving: set[str] = set()
 
     def post(self, row: dict[str, Any]) -> None:
         """Adds a row of metrics."""
@@ -65,14 +63,6 @@ class Board:
     def asked_to_leave(self) -> bool:
         """That wish."""
         return self._leave
-
-    def notice(self, nodes: Sequence[str]) -> None:
-        """These machines are about to be taken away."""
-        self._leaving.update(nodes)
-
-    def noticed(self) -> set[str]:
-        """Their ids."""
-        return self._leaving
 
     def news(self) -> list[str]:
         """The sentences since the last call."""

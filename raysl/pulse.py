@@ -56,7 +56,7 @@ class Orders:
 
     Args:
         board: where the driver's wish is found; None where nobody gives orders.
-        rank: the first worker looks at the board, and reports what Ray says.
+        rank: the first worker looks at the board.
     """
 
     def __init__(self, board: Any, rank: int) -> None:
@@ -72,12 +72,10 @@ class Orders:
         import ray.train
 
         # A machine that gets SIGTERM is drained by Ray first, as one is for which a notice came.
-        notice = ray.train.get_preemption_info()
-        if self._rank > 0:
-            return notice is not None
-        if notice is not None:
-            ray.get(self._board.notice.remote(notice.preempted_node_ids))
+        if ray.train.get_preemption_info() is not None:
             return True
+        if self._rank > 0:
+            return False
         # What was asked the last time: training does not wait for the driver's machine.
         if self._asked is None:
             self._asked = self._board.asked_to_leave.remote()

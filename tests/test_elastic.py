@@ -8,7 +8,6 @@ import subprocess
 import sys
 import threading
 import time
-from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -86,7 +85,7 @@ def configuration(dataset: str, run: Path) -> Pretraining:
     return Pretraining(
         data=dataset,
         run=str(run),
-        epochs=120,
+        epochs=80,
         batch_size=BATCH,
         workers="1:3",
         log_every=1,
@@ -102,24 +101,22 @@ def configuration(dataset: str, run: Path) -> Pretraining:
 @pytest.mark.slow
 @pytest.mark.ray
 @pytest.mark.timeout(1200)
-def test_two_workers_three_two_one(tmp_path: Path) -> None:
-    """A machine comes, one is drained, one dies; it is the run of one worker all the same.
-
-    In a process of its own, whose Ray has several machines."""
+def test_two_workers_three_one(tmp_path: Path) -> None:
+    """A machine comes, and then one dies while another is drained. It is the run of one worker all the same, whose only
+    machine was drained on the way. In a process of its own, whose Ray has several machines."""
     dataset = make_dataset(tmp_path / "set", 96, side=48)
     subprocess.run([sys.executable, "-m", "tests.test_elastic", str(tmp_path)], check=True)
     run, fixed = Run.open(str(tmp_path / "elastic")), Run.open(str(tmp_path / "fixed"))
-    rows = run.metrics()
-    end = rows[-1]["step"]
-    assert [row["step"] for row in rows] == list(range(1, end + 1))
+    rows, fixed_rows = run.metrics(), fixed.metrics()
+    assert [row["step"] for row in rows] == list(range(1, 321))
     sizes = [row["workers"] for row in rows]
-    assert [now for before, now in zip([0, *sizes], sizes, strict=False) if now != before] == [2, 3, 2, 1]
-    # Only the machine that died without a word cost steps, and fewer than lie between two checkpoints.
-    assert sum("lost_steps" in row for row in rows) <= 1
+    assert [now for before, now in zip([0, *sizes], sizes, strict=False) if now != before] == [2, 3, 1]
+    # A machine that comes, or goes with notice, costs no step; one that dies, fewer than lie between two checkpoints.
+    assert [row["workers"] for row in rows if row.get("lost_steps")] in ([1], [])
     assert sum(row.get("lost_steps", 0) for row in rows) <= 20
+    assert not any(row.get("lost_steps") for row in fixed_rows)
     assert_each_index_once_in_each_epoch(dataset, run, sizes)
-    losses, expected = ([row["loss"] for row in r.metrics()] for r in (run, fixed))
-    np.testing.assert_allclose(losses, expected, rtol=1e-3)
+    np.testing.assert_allclose([r["loss"] for r in rows], [r["loss"] for r in fixed_rows], rtol=1e-3)
     torch.testing.assert_close(bank(run), bank(fixed), rtol=0, atol=1e-2)
 
 
@@ -159,36 +156,56 @@ def scenario(folder: Path) -> None:
     def machine() -> Any:
         return cluster.add_node(num_cpus=1, object_store_memory=100_000_000)
 
-    _, second = machine(), machine()
+    def train(config: Pretraining) -> threading.Thread:
+        # Machines are started and stopped in the main thread only.
+        thread = threading.Thread(target=pretrain_room.pretrain, args=(config, lines.put))
+        thread.start()
+        return thread
+
+    def hear(start: str) -> None:
+        while True:
+            line = lines.get(timeout=300)
+            print(f"{time.monotonic():9.1f} {line}", flush=True)
+            if line.startswith(start):
+                return
+
+    def of_trainers() -> list[Any]:
+        """The machines on which trainers are."""
+        actors = ray._private.state.actors().values()
+        ids = {
+            a["Address"]["NodeID"]
+            for a in actors
+            if a["ActorClassName"] == "RayTrainWorker" and a["State"] == "ALIVE"
+        }
+        return [node for node in cluster.list_all_nodes() if node.node_id in ids]
+
+    def drain(node: Any) -> None:
+        preemption, deadline_ms = 2, int((time.time() + DRAIN_S) * 1000)
+        client = GcsClient(address=cluster.address)
+        assert client.drain_node(node.node_id, preemption, "a notice", deadline_ms)[0]
+
+    machine(), machine()
     cluster.wait_for_nodes()
     ray.init(address=cluster.address, log_to_driver=False)
     ray_cluster.start()
     lines: queue.Queue[str] = queue.Queue()
     config = configuration(str(folder / "set"), folder / "elastic")
-    training = threading.Thread(target=pretrain_room.pretrain, args=(config, lines.put))
-    training.start()
-
-    def heard(what: Callable[[str], bool]) -> None:
-        while True:
-            line = lines.get(timeout=300)
-            print(f"{time.monotonic():9.1f} {line}", flush=True)
-            if what(line):
-                return
-
-    heard(lambda line: line.startswith("step"))
-    third = machine()
-    heard(lambda line: line.startswith("Goes on with 3 workers"))
-    heard(lambda line: line.startswith("step"))
-    drained = GcsClient(address=cluster.address).drain_node(
-        third.node_id, 2, "a notice", int((time.time() + DRAIN_S) * 1000)
-    )
-    assert drained[0], drained
-    heard(lambda line: line.startswith("Goes on with 2 workers"))
-    heard(lambda line: line.startswith("step"))
-    cluster.remove_node(second, allow_graceful=False)
-    heard(lambda line: line.startswith("Goes on with 1 workers"))
-    training.join()
-    pretrain_room.pretrain(replace(config, run=str(folder / "fixed"), workers=1))
+    elastic_run = train(config)
+    hear("step")
+    machine()
+    hear("Goes on with 3 workers")
+    hear("step")
+    one, another = of_trainers()
+    drain(one)
+    cluster.remove_node(another, allow_graceful=False)
+    hear("Goes on with 1 workers")
+    elastic_run.join()
+    machine()
+    fixed_run = train(replace(config, run=str(folder / "fixed"), workers=1))
+    hear("step")
+    drain(of_trainers()[0])
+    hear("Went on")
+    fixed_run.join()
     ray.shutdown()
     cluster.shutdown()
 
