@@ -258,7 +258,7 @@ def _fed(stream: Stream, seat: Seat, start_step: int, last: int) -> Iterator[Bat
 
 
 def open_feeds(streams: Sequence[Stream], start: int, end: int) -> tuple[Any, ...]:
-    """Actors on this machine, for every rank, from which runs with these streams can take the steps start .. end - 1.
+    """Actors, one for each rank, from which runs with these streams can take the steps start .. end - 1.
 
     They may use the CPUs of all of the streams. Kill them when the runs are over.
     """
@@ -266,10 +266,16 @@ def open_feeds(streams: Sequence[Stream], start: int, end: int) -> tuple[Any, ..
 
     one = union(streams)
     one = replace(one, share=replace(one.share, cpus=one.share.cpus * len(streams)))
+    actor = ray.remote(num_cpus=0, max_concurrency=_ANSWERS)(Feed)
+    alive = [node for node in ray.nodes() if node["Alive"]]
+    # Not on the head of a cluster that leaves it without work. Sweeps open feeds for several seeds.
+    working = [node for node in alive if node["Resources"].get("CPU")] or alive
 
-    here = ray.get_runtime_context().get_node_id()
-    near = ray.util.scheduling_strategies.NodeAffinitySchedulingStrategy(here, soft=True)
-    actor = ray.remote(num_cpus=0, max_concurrency=_ANSWERS, scheduling_strategy=near)(Feed)
-    store = next(node["Resources"] for node in ray.nodes() if node["NodeID"] == here)["object_store_memory"]
-    window = int(min(_WINDOW_BYTES, _WINDOW_SHARE * store / one.world))
-    return tuple(actor.remote(replace(one, rank=rank), start, end, window) for rank in range(one.world))
+    def feed(rank: int) -> Any:
+        node = working[(rank + one.plan.seed) % len(working)]
+        near = ray.util.scheduling_strategies.NodeAffinitySchedulingStrategy(node["NodeID"], soft=True)
+        store = node["Resources"]["object_store_memory"] / one.world
+        window = int(min(_WINDOW_BYTES, _WINDOW_SHARE * store))
+        return actor.options(scheduling_strategy=near).remote(replace(one, rank=rank), start, end, window)
+
+    return tuple(feed(rank) for rank in range(one.world))
