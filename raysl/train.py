@@ -27,7 +27,7 @@ from raysl.objectives import AfterStep, Alternates, Describes, Loss, Objective, 
 from raysl.pretext import Geometry
 from raysl.pulse import Orders, Pulse
 from raysl.rng import key
-from raysl.run import MetricsLog, Run
+from raysl.run import PASSPORT, MetricsLog, Run
 from raysl.stream import shared
 from raysl.stream.plan import Plan
 from raysl.stream.reader import Batch, Stream
@@ -117,17 +117,20 @@ class Worker:
         self.step = 0
 
     def restore(self) -> None:
-        """Goes on from the newest complete checkpoint. Rank 0 chooses it, so that all take the same."""
+        """Goes on from the newest complete checkpoint. Rank 0 chooses it, so that all take the same.
+
+        Raises:
+            UserError: the run lies where this worker cannot see it.
+        """
+        if not self.job.run.folder.exists(PASSPORT):
+            raise self._unseen("run")
         found = checkpoint.newest(self.job.run.checkpoints) if self.rank == 0 else None
         step = int(collective.total(torch.tensor(found.step if found else 0, device=self.device)).item())
         if step == 0:
             return
         chosen = next((c for c in checkpoint.complete(self.job.run.checkpoints) if c.step == step), None)
         if chosen is None:
-            raise UserError(
-                f"A worker cannot see the checkpoint of step {step} in {str(self.job.run.folder)!r}. With workers on "
-                "several machines, --run must be a place that all of them see, such as s3://bucket/run."
-            )
+            raise self._unseen(f"checkpoint of step {step}")
         state, bank = chosen.load()
         self.network.load_state_dict(state["network"])
         self.optimizer.load_state_dict(state["optimizer"])
@@ -135,6 +138,12 @@ class Worker:
         if self.bank is not None:
             self.bank.load(bank)
         self.step = step
+
+    def _unseen(self, what: str) -> UserError:
+        return UserError(
+            f"A worker cannot see the {what} in {str(self.job.run.folder)!r}. With workers on several machines, "
+            "--run must be a place that all of them see, such as s3://bucket/run."
+        )
 
     def state(self) -> dict[str, Any]:
         """All that a later session needs besides the bank; every random number follows from the step."""
