@@ -84,7 +84,7 @@ class Cloud:
             "laptop",
             "bash",
             "-c",
-            "mkdir /root/raysl; tar -C /root/raysl -x",
+            "mkdir /srv/raysl; tar -C /srv/raysl -x",
         ]
         subprocess.run(unpack, env=self.environment, input=checkout, check=True)
         self.aws(
@@ -128,7 +128,7 @@ class Cloud:
                 *words,
                 "bash",
                 "-c",
-                f"cd /root/raysl && {command}",
+                f"cd /srv/raysl && {command}",
             ]
             done = subprocess.run(enter, env=self.environment, stdout=output, stderr=subprocess.STDOUT)
         return done.returncode

@@ -85,13 +85,13 @@ boot() {  # ADDRESS; runs inside the namespaces and becomes the SSH server
   hostname "$name"
   printf '127.0.0.1 localhost\n%s %s\n' "$1" "$name" >"$root/etc/hosts"
   : >"$root/etc/resolv.conf"
-  rm -rf "$root"/root/{.ray,.ssh}
   install -m 755 "$here/docker" "$root/usr/local/bin/docker"
   chroot "$root" useradd -m -s /bin/bash ubuntu
   chroot "$root" usermod -p '*' ubuntu    # without a password, and not locked, which sshd would refuse
   echo 'ubuntu ALL=(ALL) NOPASSWD:ALL' >"$root/etc/sudoers.d/ubuntu"
   chmod 711 "$root/root"                  # an interpreter that lives there stays reachable
   for user in root home/ubuntu; do
+    rm -rf "$root/$user/.ray" "$root/$user/.ssh"
     install -d -m 700 "$root/$user/.ssh"
     cat "${RIG_KEYS:-/dev/null}" >"$root/$user/.ssh/authorized_keys"
     { echo "export PATH=$venv/bin:\$PATH"; echo "${RIG_ENV:-}"; } >"$root/$user/.bashrc"
