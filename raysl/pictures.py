@@ -1,4 +1,4 @@
-"""Pictures of what a method sees: images beside the very crops that its network gets."""
+"""Pictures of what a method sees, images beside the very crops that its network gets, and of what lies near to what."""
 
 from __future__ import annotations
 
@@ -8,6 +8,7 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 
 import numpy as np
+import numpy.typing as npt
 from PIL import Image, ImageDraw, ImageFont
 from torch import Tensor
 
@@ -62,6 +63,44 @@ def views_sheet(
             (f"view: {name}", size, [(mosaic(v), m) for v, m in zip(view.crops_bpchw, marks, strict=True)])
         )
     return _sheet(columns)
+
+
+def neighbours_sheet(
+    queries: DataSet,
+    gallery: DataSet,
+    query_q: npt.NDArray[np.int64],
+    nearest_qk: npt.NDArray[np.int64],
+    cosine_qk: npt.NDArray[np.float32],
+) -> Image.Image:
+    """One row for each image that asks: the image, then those that lie nearest to it.
+
+    Args:
+        queries: where the images that ask are taken from.
+        gallery: where those that are found lie.
+        query_q: int64 (q,), indices in `queries`.
+        nearest_qk: int64 (q, k), indices in `gallery`, the nearest first; see `raysl.probes.retrieval.nearest`.
+        cosine_qk: float32 (q, k).
+
+    Returns:
+        An RGB picture; `save` keeps it. Under each image stands its class, if it has one, and its cosine.
+
+    Raises:
+        UserError: a shard of a data set is damaged.
+    """
+    columns = [("image", "that asks", _shown(queries, query_q))]
+    for rank in range(nearest_qk.shape[1]):
+        cells = zip(_shown(gallery, nearest_qk[:, rank]), cosine_qk[:, rank], strict=True)
+        marked = [(picture, f"{name}  cos {cosine:.2f}") for (picture, name), cosine in cells]
+        columns.append((f"nearest {rank + 1}", "", marked))
+    return _sheet(columns)
+
+
+def _shown(dataset: DataSet, indices: npt.NDArray[np.int64]) -> list[tuple[Image.Image, str]]:
+    """Images, each with the name of its class, or its index where it has none."""
+    rows = dataset.read(indices).to_pylist()
+    classes = dataset.manifest.classes
+    names = [classes[row["label"]] if classes else f"index {row['index']}" for row in rows]
+    return [(_picture(decode(row["image"])), name) for row, name in zip(rows, names, strict=True)]
 
 
 def save(sheet: Image.Image, file: Path) -> None:

@@ -9,10 +9,10 @@ import pytest
 import torch
 
 from raysl.augment import recipe
-from raysl.pictures import mosaic, views_sheet
+from raysl.pictures import mosaic, neighbours_sheet, views_sheet
 from raysl.pretext import Geometry, build
 from raysl.rng import Draws
-from raysl.stream.decode import cut
+from raysl.stream.decode import cut, decode
 from raysl.views import View
 from tests.data import make_dataset
 
@@ -60,3 +60,12 @@ def test_sheet_has_a_size_for_people_whatever_the_size_of_the_images(tmp_path: P
     small, large = (views_sheet(dataset, views(size), count=9) for size in (32, 224))
     assert small.size == large.size
     assert 800 <= small.width <= 1200
+
+
+def test_a_sheet_of_neighbours_shows_the_images_that_were_found(tmp_path: Path) -> None:
+    gallery, queries = make_dataset(tmp_path / "set", 9), make_dataset(tmp_path / "other", 4, seed=1)
+    nearest_qk, cosine_qk = np.array([[8, 0], [3, 5]]), np.ones((2, 2), np.float32)
+    sheet = np.asarray(neighbours_sheet(queries, gallery, np.array([3, 1]), nearest_qk, cosine_qk))
+    for dataset, indices in ((queries, [3, 1]), (gallery, [8, 0, 3, 5])):
+        for data in dataset.read(np.array(indices)).column("image").to_pylist():
+            assert contains(sheet, np.asarray(mosaic(decode(data)[None])))

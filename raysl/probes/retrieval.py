@@ -11,13 +11,16 @@ from collections.abc import Iterator
 from dataclasses import dataclass
 
 import numpy as np
+import numpy.typing as npt
 import torch
 from torch import Tensor
 from torch.nn.functional import normalize
 
 from raysl import rng
 from raysl.errors import UserError
-from raysl.probes import Labelled, Row, check, same_images
+from raysl.probes import Floats, Labelled, Row, check, same_images
+
+Integers = npt.NDArray[np.int64]
 
 _TILE = 256
 
@@ -82,6 +85,25 @@ class Retrieval:
         hits_qk, most = torch.cat(hits).double(), len(train.labels_n) - own
         for k in self.config.ks:
             yield Row(f"precision/k={k}", hits_qk[:, : min(k, most)].mean().item())
+
+
+def nearest(
+    query_qd: Floats, gallery_nd: Floats, k: int, own_q: Integers | None = None
+) -> tuple[Floats, Integers]:
+    """Cosines and indices, both (q, k), of the k nearest, the nearest first: what a sheet of neighbours shows.
+
+    Args:
+        query_qd: float32 (q, d), features of the images that ask.
+        gallery_nd: float32 (n, d); n is k or more, and more than k where `own_q` is given.
+        own_q: int64 (q,), index of each query in the gallery, where it shall not find itself.
+    """
+    similar_qn = (
+        normalize(torch.from_numpy(query_qd), dim=1) @ normalize(torch.from_numpy(gallery_nd), dim=1).T
+    )
+    if own_q is not None:
+        similar_qn[torch.arange(len(own_q)), torch.from_numpy(own_q)] = -torch.inf
+    top = similar_qn.topk(k)
+    return top.values.numpy(), top.indices.numpy()
 
 
 def _share_a_class(one: Tensor, other: Tensor) -> Tensor:

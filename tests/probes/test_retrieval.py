@@ -71,3 +71,13 @@ def test_one_image_has_nothing_to_find() -> None:
     one = random_set(1, 0)
     with pytest.raises(UserError, match="no other to find"):
         values(one, one)
+
+
+def test_nearest_images_are_those_of_the_ranking() -> None:
+    gallery, queries = random_set(30, 0).features_nd, random_set(4, 1).features_nd
+    cosine_qk, index_qk = retrieval.nearest(queries, gallery, 5)
+    units = [x / np.linalg.norm(x, axis=1, keepdims=True) for x in (queries, gallery)]
+    assert index_qk.tolist() == np.argsort(-(units[0] @ units[1].T))[:, :5].tolist()
+    assert cosine_qk[0, 0] == pytest.approx(float(units[0][0] @ units[1][index_qk[0, 0]]))
+    own = np.array([7, 3])
+    assert not (retrieval.nearest(gallery[own], gallery, 5, own)[1] == own[:, None]).any()
