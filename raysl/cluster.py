@@ -122,15 +122,20 @@ def machine_versions() -> dict[str, dict[str, Any]]:
     for node in ray.nodes():
         if node["Alive"]:
             there = NodeAffinitySchedulingStrategy(node["NodeID"], soft=False)
-            asked[task.options(scheduling_strategy=there).remote()] = node["NodeManagerAddress"]
+            asked[task.options(scheduling_strategy=there).remote()] = (
+                node["NodeID"],
+                node["NodeManagerAddress"],
+            )
     done, _ = ray.wait(list(asked), num_returns=len(asked), timeout=_ANSWER_S)
-    found: dict[str, dict[str, Any]] = {name: {} for name in asked.values()}
+    found: dict[tuple[str, str], dict[str, Any]] = {machine: {} for machine in asked.values()}
     for answer in done:
         try:
             found[asked[answer]] = ray.get(answer)
         except ray.exceptions.RayError:
             continue
-    return found
+    # One that went meanwhile owes no answer.
+    alive = {node["NodeID"] for node in ray.nodes() if node["Alive"]}
+    return {address: theirs for (machine, address), theirs in found.items() if theirs or machine in alive}
 
 
 @dataclass(frozen=True)
