@@ -163,12 +163,17 @@ def _extract(
 
 
 def _layers(source: Encoder, layers: Sequence[str]) -> tuple[str, ...]:
-    """Those that were asked for; "pooled" of pixels, which have nothing else."""
+    """Those that were asked for; "pooled" of pixels, which have nothing else. Raises UserError for one that the
+    encoder does not have."""
+    known = source.layers
     if isinstance(source, features.Pixels):
-        return source.layers
+        return known
     expanded = [
         stage for layer in layers for stage in (features.stages(source) if layer == "all" else [layer])
     ]
+    for layer in expanded:
+        if layer not in known:
+            raise unknown(f"layer of the {source.name} encoder", layer, ["all", *known])
     return tuple(dict.fromkeys(expanded))
 
 

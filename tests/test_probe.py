@@ -141,6 +141,12 @@ def test_unknown_names_answer_with_the_nearest(run: tuple[Run, str, str]) -> Non
         probe(*run, ["knn"], encoders=["randm"])
 
 
+@pytest.mark.ray
+def test_an_unknown_layer_answers_with_the_nearest(ray_session: None, run: tuple[Run, str, str]) -> None:
+    with pytest.raises(UserError, match="'res3'"):
+        probe(*run, ["invariance"], layers=["rse3"], encoders=["trained"])
+
+
 def test_a_run_without_a_checkpoint_is_refused(run: tuple[Run, str, str], tmp_path: Path) -> None:
     Folder(str(tmp_path)).write("passport.json", run[0].folder.read("passport.json"))
     with pytest.raises(UserError, match="no complete checkpoint"):
