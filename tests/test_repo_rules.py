@@ -17,7 +17,7 @@ FILES = sorted(LIBRARY.rglob("*.py"))
 
 # From the bottom up: a room (a file or folder directly inside raysl/) imports only rooms that stand before it.
 ROOMS = (
-    *("errors", "versions", "rng", "ranges", "storage", "dataset"),
+    *("errors", "versions", "notice", "rng", "ranges", "storage", "dataset"),
     *("losses", "collective", "permutations", "augment"),
     *("pretext", "views", "stream", "norm", "trunk", "bank", "negatives", "optim", "checkpoint"),
     *("ingest", "objectives", "methods"),
