@@ -58,6 +58,7 @@ class CompareFlags(Flags):
     Args:
         methods: which of them; all by default.
         images: seen by every run, patches of one counted once.
+        batch_size: images in a step, of all workers.
         image_size: side of an ordinary view in pixels.
     """
 
@@ -66,6 +67,7 @@ class CompareFlags(Flags):
     runs: str = "runs/methods"
     methods: tuple[str, ...] = field(default_factory=lambda: tuple(METHODS))
     images: int = 51_200
+    batch_size: int = 128
     image_size: int = 32
 
 
@@ -96,7 +98,7 @@ def settings(flags: CompareFlags, method: str, seed: int, train: str, runs: Fold
         run=str(runs / f"{method}-{seed}"),
         method=method,
         epochs=flags.images / resolve(train).num_images,
-        batch_size=128,
+        batch_size=flags.batch_size,
         workers=flags.workers,
         seed=seed,
         view=ViewConfig(image_size=flags.image_size),
