@@ -142,21 +142,20 @@ class _Legs:
                 before, saved = saved, _saved(self.job.run)
                 if saved >= self.end:
                     return
-                if terminated.is_set():
-                    self.say(
-                        f"Stopped by SIGTERM after step {saved}, which is saved. The same command goes on."
-                    )
-                    raise SystemExit(128 + signal.SIGTERM)
                 idle = 0 if saved > before else idle + 1
-                if error is not None and (not self.elastic or idle > MAX_FAILURES):
-                    raise error
-                if idle > MAX_FAILURES:
-                    raise UserError(
+                over = idle > MAX_FAILURES or (error is not None and not self.elastic)
+                if over and not terminated.is_set():
+                    raise error or UserError(
                         f"Training left off {idle} times after step {saved} without a step between. The same command "
                         "goes on from there."
                     )
                 ray.get(board.ask_to_leave.remote(terminated.is_set()))
                 team = self._next(team, terminated)
+                if terminated.is_set():
+                    self.say(
+                        f"Stopped by SIGTERM after step {saved}, which is saved. The same command goes on."
+                    )
+                    raise SystemExit(128 + signal.SIGTERM)
 
     def _next(self, team: Team, terminated: threading.Event) -> Team:
         """The team of the next leg; waits for machines until there is room for one."""
@@ -170,7 +169,8 @@ class _Legs:
                     self.say(f"Waiting for machines. {error}")
                 waiting = True
                 terminated.wait(SHOW_EVERY_S)
-        self.say(f"Goes on with {_described(team, self.counts)}.")
+        if not terminated.is_set():
+            self.say(f"Goes on with {_described(team, self.counts)}.")
         return team
 
     def _leg(self, team: Team) -> UserError | None:
@@ -186,7 +186,7 @@ class _Legs:
 
         board = self.job.board
         growth = Growth(self.counts, team)
-        wish = Wish(self.counts[-1], team, elastic.machines())
+        wish = Wish(self.counts[-1], team, elastic.machines()) if self.elastic else None
         done = threading.Event()
 
         def follow() -> None:
@@ -211,7 +211,8 @@ class _Legs:
         finally:
             done.set()
             thread.join()
-            wish.take_back()
+            if wish is not None:
+                wish.take_back()
         progress.raise_failure(board)
         self._show()
         return None
