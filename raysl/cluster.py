@@ -116,16 +116,17 @@ def machine_versions() -> dict[str, dict[str, Any]]:
     import ray
     from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
 
+    task = ray.remote(versions)
     # They say what they have, and are compared here.
-    task = ray.remote(versions).options(num_cpus=0, max_retries=0, runtime_env={"env_vars": {WANTED: ""}})
+    uncompared = {"env_vars": {WANTED: ""}}
     asked = {}
     for node in ray.nodes():
         if node["Alive"]:
             there = NodeAffinitySchedulingStrategy(node["NodeID"], soft=False)
-            asked[task.options(scheduling_strategy=there).remote()] = (
-                node["NodeID"],
-                node["NodeManagerAddress"],
-            )
+            answer = task.options(
+                num_cpus=0, max_retries=0, runtime_env=uncompared, scheduling_strategy=there
+            ).remote()
+            asked[answer] = node["NodeID"], node["NodeManagerAddress"]
     done, _ = ray.wait(list(asked), num_returns=len(asked), timeout=_ANSWER_S)
     found: dict[tuple[str, str], dict[str, Any]] = {machine: {} for machine in asked.values()}
     for answer in done:
