@@ -132,7 +132,8 @@ class Cloud:
 
     def printed(self, log: str) -> str:
         """What a command has printed so far."""
-        return (self.state / log).read_text(errors="replace")
+        place = self.state / log
+        return place.read_text(errors="replace") if place.exists() else ""
 
     def workers(self) -> dict[str, str]:
         """The instances that are workers and run: whether each is "spot" or "on-demand"."""
