@@ -25,6 +25,7 @@ from raysl.pictures import views_sheet
 from raysl.storage import Folder
 from raysl.stream.plan import Plan
 from raysl.stream.reader import Batch, Stream, StreamConfig, _Load
+from raysl.sweep.space import space
 from raysl.train import Network
 from raysl.trunk import TrunkConfig
 from tests.data import make_dataset
@@ -32,9 +33,11 @@ from tests.data import make_dataset
 ONE_FILE = '''
 """Brightness: the image made darker; the target is by how much."""
 from dataclasses import dataclass
+from typing import Annotated
 from torch import nn
 from raysl.augment import SourceCrop
 from raysl.pretext import Transformed
+from raysl.ranges import Range
 
 
 @dataclass(frozen=True)
@@ -45,7 +48,7 @@ class Config:
         darkest: smallest factor.
     """
 
-    darkest: float = 0.5
+    darkest: Annotated[float, Range((0.2, 0.5, 0.8))] = 0.5
 
 
 class Brightness:
@@ -153,6 +156,8 @@ def test_a_new_file_is_all_that_a_new_transform_needs(
     assert "--brightness.darkest" in capsys.readouterr().out
     flags = ["--data", "-", "--run", "-", "--method", "pirl-brightness", "--brightness.darkest", "0.2"]
     assert parse_pretraining(flags, "raysl pretrain").parts["brightness"].darkest == 0.2
+    searched = space(parse_pretraining(flags, "raysl sweep"), ("darkest",), listed=True)
+    assert searched.grid() == [{"brightness.darkest": value} for value in (0.2, 0.5, 0.8)]
     tables = grid.describe()
     assert any("Brightness: the image made darker" in str(cell) for cell in tables[0].columns[2].cells)
     assert brightness in list(tables[1].columns[0].cells)
