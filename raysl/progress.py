@@ -84,7 +84,9 @@ def open_board() -> Any:
     import ray
 
     here = ray.get_runtime_context().get_node_id()
-    near = ray.util.scheduling_strategies.NodeAffinitySchedulingStrategy(here, soft=True)
+    # Where the driver is, and nowhere else: machines of trainers go away. A wish alone (`soft`) does not hold on a head
+    # without CPUs.
+    near = ray.util.scheduling_strategies.NodeAffinitySchedulingStrategy(here, soft=False)
     return ray.remote(num_cpus=0, scheduling_strategy=near)(Board).remote()
 
 
