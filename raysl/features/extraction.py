@@ -176,7 +176,7 @@ def _compute(works: Sequence[_Extract], parts: Sequence[tuple[int, int, int]]) -
         done = items.map_batches(
             _Actor,
             fn_constructor_args=(works,),
-            batch_size=None,
+            batch_size=1,  # one part; Ray wants a number where actors take GPUs
             compute=ray.data.ActorPoolStrategy(min_size=1, max_size=min(size, len(parts))),
             # Ray would restart an actor from arguments that may be gone, and says so on every start; `_complete`
             # retries.
