@@ -69,6 +69,8 @@ def _start(ec2: Any, instance: dict[str, Any], endpoint: str, region: str) -> No
         f"AWS_ENDPOINT_URL={endpoint}",
         f"AWS_DEFAULT_REGION={region}",
         "AWS_EC2_METADATA_DISABLED=true",
+        # Bodies in chunks, with a checksum behind them, came to lie in moto as they were sent, once in some hundred.
+        "AWS_REQUEST_CHECKSUM_CALCULATION=when_required",
     ]
     # What a real machine asks its metadata service for, and gets only with an instance profile.
     if "IamInstanceProfile" in instance:
