@@ -63,7 +63,7 @@ def training(folder: Path, lose: Callable[[], None]) -> None:
     config = Pretraining(
         data=str(folder / "set"),
         run=str(folder / "disturbed"),
-        epochs=60,
+        epochs=30,
         batch_size=24,
         workers=2,
         log_every=1,
@@ -108,7 +108,7 @@ def scene(work: Callable[[Path, Callable[[], None]], None], folder: Path) -> Non
 
     sizes: dict[str, Any] = {"object_store_memory": 100_000_000}
     machines = Cluster(initialize_head=True, head_node_args={"num_cpus": 0, **sizes})
-    doomed = [machines.add_node(num_cpus=1, **sizes) for _ in range(2)][1]
+    two = [machines.add_node(num_cpus=1, **sizes) for _ in range(2)]
     machines.wait_for_nodes()
     ray.init(address=machines.address, log_to_driver=False)
     ray_cluster.start()
@@ -122,6 +122,9 @@ def scene(work: Callable[[Path, Callable[[], None]], None], folder: Path) -> Non
     worker = threading.Thread(target=work, args=(folder, lose))
     worker.start()
     asked.wait(300)
+    # The one that has more to do: both trainers may be on it.
+    free = ray._private.state.available_resources_per_node()
+    doomed = min(two, key=lambda machine: free[machine.node_id].get("CPU", 0.0))
     machines.remove_node(doomed, allow_graceful=False)
     machines.add_node(num_cpus=1, **sizes)
     done.set()
