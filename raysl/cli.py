@@ -362,8 +362,10 @@ def reproduce(arguments: Sequence[str]) -> None:
 
 
 def doctor(arguments: Sequence[str]) -> None:
-    """Where time goes: `raysl doctor --data D --method pirl-jigsaw`; `raysl doctor --cluster`. Exits with 1 when machines
-    of the cluster run something else, or the run would be refused."""
+    """Where time goes: `raysl doctor --data D --method pirl-jigsaw`; `raysl doctor --cluster`.
+
+    Exits with 1 when machines of the cluster run something else, or the run would be refused.
+    """
     from raysl.doctor import DoctorConfig, examine, look
 
     given = tyro.cli(DoctorConfig, prog="raysl doctor", args=list(arguments))

@@ -50,7 +50,8 @@ def test_chosen_images_get_the_labels_that_are_given(tmp_path: Path) -> None:
     made = relabelled(whole, chosen_k, labels_k, ("x", "y"), Folder(str(tmp_path / "made")), "three")
     rows = made.read(np.arange(3)).to_pydict()
     assert rows["image"] == whole.read(chosen_k).to_pydict()["image"]
-    assert made.labels().tolist() == [1, 0, 1] and made.manifest.classes == ("x", "y")
+    assert made.labels().tolist() == [1, 0, 1]
+    assert made.manifest.classes == ("x", "y")
     with pytest.raises(UserError, match="Another data set lies"):
         relabelled(whole, chosen_k, 1 - labels_k, ("x", "y"), Folder(str(tmp_path / "made")), "three")
 
@@ -58,6 +59,7 @@ def test_chosen_images_get_the_labels_that_are_given(tmp_path: Path) -> None:
 def test_without_labels(tmp_path: Path) -> None:
     whole = make_dataset(tmp_path / "whole", 30)
     made = relabelled(whole, np.arange(4), None, (), Folder(str(tmp_path / "made")), "four")
-    assert not made.has_labels and subset(made, 2, Folder(str(tmp_path / "two"))).num_images == 2
+    assert not made.has_labels
+    assert subset(made, 2, Folder(str(tmp_path / "two"))).num_images == 2
     with pytest.raises(UserError, match="no labels"):
         made.labels()
