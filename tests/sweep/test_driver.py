@@ -28,7 +28,7 @@ pytestmark = [pytest.mark.ray, pytest.mark.timeout(900)]
 
 FLAGS = (
     "--epochs 2 --batch-size 16 --workers 1 --view.image-size 16 --view.recipe plain --save.every-steps 4 "
-    "--pirl.num-negatives 32 --pirl.dim 16 --vary optim.lr=0.3,1e-6,2e-6 --scheduler asha --rungs 2 --reduction 50 "
+    "--pirl.num-negatives 32 --pirl.dim 16 --vary optim.lr=0.3,1e-6,2e-6 --scheduler asha --rungs 2 --reduction 2 "
     "--seeds 0 1 --max-concurrent 1"
 )
 
@@ -111,7 +111,7 @@ def test_another_sweep_in_the_same_folder_is_refused(
 @pytest.mark.slow
 def test_killed_driver(ray_session: None, data: tuple[str, str], tmp_path: Path) -> None:
     """Killed when one trial is stopped and another is not begun; the same command goes on to the same table."""
-    settings = {"vary": ("optim.lr=0.3,1e-6,2e-6",), "reduction": 50, "seeds": (0, 1)}
+    settings: dict[str, Any] = {"vary": ("optim.lr=0.3,1e-6,2e-6",), "seeds": (0, 1)}
     undisturbed = sweep(base(data), config(data, tmp_path / "undisturbed", **settings))
     assert {row["trial"]: row["state"] for row in undisturbed} == {0: "finished", 1: "stopped", 2: "stopped"}
     out = tmp_path / "sweep"
