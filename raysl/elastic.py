@@ -10,8 +10,9 @@ from raysl import cluster
 from raysl.cluster import Machines, Placement
 from raysl.errors import UserError
 
-# A run grows once there has been room for so long: machines come one after the other, and to grow is to restart.
-GROW_AFTER_S = 30.0
+# How long there must have been room for another number: machines come one after the other, and to resize is to
+# restart. Ray also takes its time to see that a machine has died, until when there seems to be room for too many.
+RESIZE_AFTER_S = 30.0
 
 
 @dataclass(frozen=True)
@@ -99,8 +100,8 @@ class Wish:
             ray.util.remove_placement_group(group)
 
 
-class Growth:
-    """Whether a team should leave off for a larger one.
+class Resizing:
+    """Whether a team should leave off for one of another size.
 
     Args:
         counts: numbers of workers that are allowed, in order.
@@ -117,9 +118,9 @@ class Growth:
         self._since: float | None = None
 
     def due(self, found: Machines) -> bool:
-        """Whether there has been room for more workers for `GROW_AFTER_S`. To be asked now and then."""
-        if size(self._counts, found, self._team.gpus) <= self._team.workers:
+        """Whether there has been room for another number of workers for `RESIZE_AFTER_S`. To be asked now and then."""
+        if (size(self._counts, found, self._team.gpus) or self._counts[0]) == self._team.workers:
             self._since = None
             return False
         self._since = self._clock() if self._since is None else self._since
-        return self._clock() - self._since >= GROW_AFTER_S
+        return self._clock() - self._since >= RESIZE_AFTER_S

@@ -15,7 +15,7 @@ from typing import Any
 from raysl import checkpoint, cluster, elastic, progress
 from raysl.cluster import Placement
 from raysl.config import Pretraining
-from raysl.elastic import Growth, Team, Wish
+from raysl.elastic import Resizing, Team, Wish
 from raysl.errors import UserError
 from raysl.ingest import resolve
 from raysl.run import Run
@@ -107,8 +107,8 @@ def _saved(run: Run) -> int:
 class _Legs:
     """A run in legs: each is a run of Ray Train with a fixed number of workers, from one checkpoint to another.
 
-    A leg ends at the last step, or where the workers left off with a checkpoint: because there is room for more of
-    them, because one of their machines is about to be taken away, or because this process got SIGTERM. Ray restarts
+    A leg ends at the last step, or where the workers left off with a checkpoint: because there is room for another
+    number of them, because one of their machines is about to be taken away, or because this process got SIGTERM. Ray restarts
     a team of fixed size that lost a worker; for one that may change its size, that is the end of a leg too.
 
     Args:
@@ -185,14 +185,14 @@ class _Legs:
         from ray.train import TrainingFailedError
 
         board = self.job.board
-        growth = Growth(self.counts, team)
+        resizing = Resizing(self.counts, team)
         wish = Wish(self.counts[-1], team, elastic.machines()) if self.elastic else None
         done = threading.Event()
 
         def follow() -> None:
             while not done.wait(SHOW_EVERY_S):
                 self._show()
-                if self.elastic and growth.due(elastic.machines()):
+                if self.elastic and resizing.due(elastic.machines()):
                     board.ask_to_leave.remote(True)
 
         thread = threading.Thread(target=follow, daemon=True)

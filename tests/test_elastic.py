@@ -22,7 +22,7 @@ from raysl.checkpoint import SaveConfig
 from raysl.cluster import Machines
 from raysl.config import Pretraining, ViewConfig
 from raysl.dataset import DataSet
-from raysl.elastic import Growth
+from raysl.elastic import Resizing
 from raysl.errors import UserError
 from raysl.objectives.pirl import Config as Pirl
 from raysl.optim import OptimConfig
@@ -65,16 +65,18 @@ def test_what_began_on_gpus_does_not_go_on_without() -> None:
         elastic.gather((1, 2), CPUS, gpus=True)
 
 
-def test_a_run_grows_once_the_room_has_lasted() -> None:
+def test_a_run_is_resized_once_the_room_has_lasted() -> None:
     now = [0.0]
-    growth = Growth((1, 2, 4), elastic.gather((2,), cpus(2)), clock=lambda: now[0])
-    assert not growth.due(cpus(3))
-    assert not growth.due(cpus(4))
+    resizing = Resizing((1, 2, 4), elastic.gather((2,), cpus(2)), clock=lambda: now[0])
+    assert not resizing.due(cpus(3))
+    assert not resizing.due(cpus(4))
     now[0] = 20
-    assert not growth.due(cpus(3))
-    assert not growth.due(cpus(4))
-    now[0] = 20 + elastic.GROW_AFTER_S
-    assert growth.due(cpus(4))
+    assert not resizing.due(cpus(3))
+    assert not resizing.due(cpus(4))
+    now[0] = 20 + elastic.RESIZE_AFTER_S
+    assert resizing.due(cpus(4))
+    assert resizing.due(cpus(1))
+    assert not resizing.due(cpus(2))
 
 
 BATCH = 24
@@ -110,9 +112,11 @@ def test_two_workers_three_one(tmp_path: Path) -> None:
     rows, fixed_rows = run.metrics(), fixed.metrics()
     assert [row["step"] for row in rows] == list(range(1, 321))
     sizes = [row["workers"] for row in rows]
-    assert [now for before, now in zip([0, *sizes], sizes, strict=False) if now != before] == [2, 3, 1]
+    legs = [now for before, now in zip([0, *sizes], sizes, strict=False) if now != before]
+    # Until Ray sees that a machine has died, there may seem to be room for two.
+    assert legs in ([2, 3, 1], [2, 3, 2, 1])
     # A machine that comes, or goes with notice, costs no step; one that dies, fewer than lie between two checkpoints.
-    assert [row["workers"] for row in rows if row.get("lost_steps")] in ([1], [])
+    assert all(row["workers"] == legs[2] for row in rows if row.get("lost_steps"))
     assert sum(row.get("lost_steps", 0) for row in rows) <= 20
     assert not any(row.get("lost_steps") for row in fixed_rows)
     assert_each_index_once_in_each_epoch(dataset, run, sizes)
@@ -147,7 +151,7 @@ def scenario(folder: Path) -> None:
     from raysl import elastic as elastic_room
 
     pretrain_room: Any = importlib.import_module("raysl.pretrain")
-    elastic_room.GROW_AFTER_S = 0.5
+    elastic_room.RESIZE_AFTER_S = 0.5
     pretrain_room.SHOW_EVERY_S = 0.5
     cluster = Cluster(
         initialize_head=True, head_node_args={"num_cpus": 0, "object_store_memory": 100_000_000}
