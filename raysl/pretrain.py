@@ -108,8 +108,8 @@ class _Legs:
     """A run in legs: each is a run of Ray Train with a fixed number of workers, from one checkpoint to another.
 
     A leg ends at the last step, or where the workers left off with a checkpoint: because there is room for another
-    number of them, because one of their machines is about to be taken away, or because this process got SIGTERM. Ray restarts
-    a team of fixed size that lost a worker; for one that may change its size, that is the end of a leg too.
+    number of them, because one of their machines is about to be taken away, or because this process got SIGTERM. Ray
+    restarts a team of fixed size that lost a worker; for one that may change its size, that is the end of a leg too.
 
     Args:
         job: without the placement of a leg.
