@@ -44,13 +44,13 @@ from torchvision import transforms
 
 from raysl import cluster, pretext
 from raysl.augment import recipe
+from raysl.cluster.versions import code_hash
 from raysl.dataset import DataSet
 from raysl.ingest import resolve
 from raysl.rng import Draws
 from raysl.stream.decode import cut, decode
 from raysl.stream.plan import Plan
 from raysl.stream.reader import DataShare, Stream
-from raysl.versions import code_hash
 from raysl.views import View
 
 WORKERS = 2

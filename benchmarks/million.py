@@ -30,9 +30,9 @@ import tyro
 
 from raysl import cluster
 from raysl.augment import recipe
-from raysl.bank import BankConfig, MemoryBank
+from raysl.contrast.bank import BankConfig, MemoryBank
+from raysl.contrast.negatives import shared_scores
 from raysl.ingest import ingest
-from raysl.negatives import shared_scores
 from raysl.pretext import Geometry, build
 from raysl.stream.plan import Plan
 from raysl.stream.reader import DataShare, Stream

@@ -22,12 +22,12 @@ import numpy as np
 import torch
 import tyro
 
-from raysl.bank import BankConfig, MemoryBank
 from raysl.config import Pretraining
+from raysl.contrast.bank import BankConfig, MemoryBank
 from raysl.rng import Draws
 from raysl.stream.plan import Rows
 from raysl.stream.reader import Batch
-from raysl.train import Network
+from raysl.training.worker import Network
 
 SIZES = {"pirl": (1, 10, 100, 1000, 362_880), "predict": (10, 100, 1000, 10_000)}
 NUM_IMAGES = 50_000

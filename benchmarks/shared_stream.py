@@ -41,7 +41,7 @@ from raysl.objectives.pirl import Config as Pirl
 from raysl.stream.plan import Plan
 from raysl.stream.reader import DataShare, Stream, _Load
 from raysl.stream.shared import Seat, batches, open_feeds, slots, union
-from raysl.train import Network
+from raysl.training.worker import Network
 
 RUNS = 4
 VARY = ("loss", "permutations", "colours", "crops")

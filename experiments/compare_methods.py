@@ -19,6 +19,7 @@ from typing import Any
 from raysl.config import Pretraining, ViewConfig
 from raysl.experiment import Flags, command, probed
 from raysl.ingest import resolve, splits
+from raysl.network.trunk import TrunkConfig
 from raysl.objectives.moco import Config as Moco
 from raysl.objectives.npid import Config as Npid
 from raysl.objectives.pirl import Config as Pirl
@@ -26,7 +27,6 @@ from raysl.objectives.simclr import Config as Simclr
 from raysl.optim import OptimConfig
 from raysl.run import jsonl
 from raysl.storage import Folder
-from raysl.trunk import TrunkConfig
 
 # The dials in which a small trunk and a short run want something else than the papers' defaults.
 PIRL = {"pirl": Pirl(temperature=0.2, head="bn")}

@@ -18,7 +18,7 @@ _HOMES = {
     "Run": "raysl.run",
     "SaveConfig": "raysl.checkpoint",
     "Stream": "raysl.stream.reader",
-    "TrunkConfig": "raysl.trunk",
+    "TrunkConfig": "raysl.network.trunk",
     "UserError": "raysl.errors",
     "View": "raysl.views",
     "ViewConfig": "raysl.config",

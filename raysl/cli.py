@@ -251,8 +251,8 @@ def views(arguments: Sequence[str]) -> None:
     """A picture of what a method sees: `raysl views --data D --method pirl-jigsaw --out sheet.png`."""
     given, rest = tyro.cli(ViewsFlags, prog="raysl views", args=list(arguments), return_unknown_args=True)
     config = parse_pretraining([*rest, "--run", "-"], "raysl views")
-    from raysl import pictures
-    from raysl.train import Network
+    from raysl.catalog import pictures
+    from raysl.training.worker import Network
 
     ray_cluster.start()
     dataset = resolve(config.data)
@@ -278,7 +278,7 @@ def methods(arguments: Sequence[str]) -> None:
     """What there is: `raysl methods`."""
     given = tyro.cli(MethodsFlags, prog="raysl methods", args=list(arguments))
     if given.pages is not None:
-        from raysl import pages
+        from raysl.catalog import pages
 
         ray_cluster.start()
         pages.write(given.pages, resolve(pages.DATA))
@@ -287,7 +287,7 @@ def methods(arguments: Sequence[str]) -> None:
     from rich.console import Console
     from rich.table import Table
 
-    from raysl.grid import describe
+    from raysl.catalog.grid import describe
 
     listed = Table("recipe", "what it reproduces", title="Recipes: raysl pretrain --recipe RECIPE")
     for name in recipes.names():

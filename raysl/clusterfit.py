@@ -19,10 +19,10 @@ from raysl.errors import UserError
 from raysl.features import FeaturesConfig, make
 from raysl.kmeans import driver as kmeans
 from raysl.kmeans.config import KMeansConfig
+from raysl.network.trunk import TrunkConfig
 from raysl.pretrain import pretrain
 from raysl.run import Run
 from raysl.storage import Folder
-from raysl.trunk import TrunkConfig
 
 
 @dataclass(frozen=True)

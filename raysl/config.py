@@ -11,13 +11,13 @@ from dataclasses import dataclass, field
 from typing import Annotated, Any, Literal
 
 from raysl import methods
-from raysl.bank import BankConfig
 from raysl.checkpoint import SaveConfig
+from raysl.contrast.bank import BankConfig
 from raysl.errors import UserError, unknown
+from raysl.network.trunk import TrunkConfig
 from raysl.optim import OptimConfig
 from raysl.ranges import Range
 from raysl.stream.reader import StreamConfig
-from raysl.trunk import TrunkConfig
 
 
 @dataclass(frozen=True)

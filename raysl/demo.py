@@ -9,7 +9,8 @@ from pathlib import Path
 
 from rich.console import Console
 
-from raysl import cluster, pictures
+from raysl import cluster
+from raysl.catalog import pictures
 from raysl.config import Pretraining, ViewConfig
 from raysl.dataset import DataSet
 from raysl.errors import UserError
@@ -18,7 +19,7 @@ from raysl.objectives.pirl import Config as Pirl
 from raysl.optim import OptimConfig
 from raysl.pretrain import pretrain
 from raysl.probe import probe, tables
-from raysl.train import Network
+from raysl.training.worker import Network
 
 DRAWN = "shapes:6000"
 

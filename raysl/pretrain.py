@@ -12,16 +12,18 @@ from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from typing import Any
 
-from raysl import checkpoint, cluster, elastic, progress
-from raysl.cluster import Placement
+from raysl import checkpoint, cluster
+from raysl.cluster import places
+from raysl.cluster.places import Placement
 from raysl.config import Pretraining
-from raysl.elastic import Resizing, Team, Wish
 from raysl.errors import UserError
 from raysl.ingest import resolve
 from raysl.run import Run
 from raysl.stream.plan import Plan
 from raysl.stream.shared import Seat
-from raysl.train import Job, Network, work
+from raysl.training import elastic, progress
+from raysl.training.elastic import Resizing, Team, Wish
+from raysl.training.worker import Job, Network, work
 
 # Restarts of the workers without progress before a run gives up. Each goes on from the newest checkpoint.
 MAX_FAILURES = 8
@@ -86,7 +88,7 @@ def _first_team(counts: Sequence[int], placement: Placement | None) -> Team:
     if placement is not None:
         return Team(counts[0], placement)
     if len(counts) == 1:
-        return Team(counts[0], cluster.place(counts[0]))
+        return Team(counts[0], places.place(counts[0]))
     return elastic.gather(counts, elastic.machines())
 
 

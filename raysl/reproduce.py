@@ -11,12 +11,12 @@ import torch
 
 from raysl import checkpoint, cluster
 from raysl.checkpoint import Checkpoint
+from raysl.cluster.versions import versions
 from raysl.errors import UserError
 from raysl.ingest import resolve
 from raysl.pretrain import pretrain
 from raysl.run import PASSPORT, Run
 from raysl.storage import Folder
-from raysl.versions import versions
 
 # Columns of metrics that depend on the machine and its load.
 _TIMES = ("images_per_s", "wait_s", "wait_share", "eta_s")

@@ -23,11 +23,11 @@ from typing import Any
 
 from raysl import checkpoint
 from raysl.checkpoint import Checkpoint
+from raysl.cluster.versions import versions
 from raysl.config import FREE, Pretraining, differences
 from raysl.dataset import DataSet
 from raysl.errors import UserError
 from raysl.storage import Folder, write_error
-from raysl.versions import versions
 
 PASSPORT = "passport.json"
 METRICS = "metrics.jsonl"

@@ -18,12 +18,12 @@ from torch.multiprocessing.spawn import start_processes
 from torch.nn.parallel import DistributedDataParallel
 
 from raysl import collective, methods, pretext
-from raysl.bank import BankConfig, MemoryBank
+from raysl.contrast.bank import BankConfig, MemoryBank
+from raysl.network.trunk import TrunkConfig, build
 from raysl.objectives import AfterStep, Alternates, Setup
 from raysl.pretext import Geometry, jigsaw
 from raysl.stream.plan import Rows
 from raysl.stream.reader import Batch
-from raysl.trunk import TrunkConfig, build
 from tests.objectives.setups import given
 
 N, D, K, BATCH, STEPS = 64, 16, 12, 8, 3

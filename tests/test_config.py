@@ -9,15 +9,15 @@ from typing import Any
 import pytest
 
 from raysl import config
-from raysl.bank import BankConfig
 from raysl.checkpoint import SaveConfig
 from raysl.config import Pretraining, ViewConfig
+from raysl.contrast.bank import BankConfig
 from raysl.errors import UserError
+from raysl.network.trunk import TrunkConfig
 from raysl.objectives import pirl, predict
 from raysl.optim import OptimConfig
 from raysl.pretext import jigsaw, rotation
 from raysl.stream.reader import StreamConfig
-from raysl.trunk import TrunkConfig
 
 
 def make(**values: Any) -> Pretraining:

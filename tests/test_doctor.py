@@ -7,7 +7,7 @@ from pathlib import Path
 
 import pytest
 
-from raysl.cluster import Placement
+from raysl.cluster.places import Placement
 from raysl.doctor import Costs, DoctorConfig, examine, predict
 from raysl.errors import UserError
 from raysl.stream.reader import DataShare

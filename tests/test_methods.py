@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import pytest
 
-from raysl import grid, methods
+from raysl import methods
+from raysl.catalog import grid
 from raysl.errors import UserError
 from raysl.methods import Method
 from raysl.objectives import pirl, predict

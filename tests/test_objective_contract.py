@@ -10,14 +10,15 @@ import pytest
 import torch
 from torch import Tensor, nn
 
-from raysl import grid, methods, pretext
-from raysl.bank import BankConfig, MemoryBank
+from raysl import methods, pretext
+from raysl.catalog import grid
+from raysl.contrast.bank import BankConfig, MemoryBank
+from raysl.network.trunk import Trunk, TrunkConfig, build
 from raysl.objectives import Setup
 from raysl.pretext import Geometry
 from raysl.rng import Draws
 from raysl.stream.plan import Rows
 from raysl.stream.reader import Batch
-from raysl.trunk import Trunk, TrunkConfig, build
 from tests.objectives.setups import given
 
 N = 5_000

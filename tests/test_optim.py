@@ -8,8 +8,9 @@ import pytest
 import torch
 from torch import nn
 
-from raysl import optim, trunk
+from raysl import optim
 from raysl.errors import UserError
+from raysl.network import trunk
 from raysl.optim import OptimConfig
 
 

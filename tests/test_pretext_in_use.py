@@ -14,20 +14,21 @@ import numpy as np
 import pytest
 import torch
 
-from raysl import grid, methods, pages, pretext
-from raysl.bank import BankConfig, MemoryBank
+from raysl import methods, pretext
+from raysl.catalog import grid, pages
+from raysl.catalog.pictures import views_sheet
 from raysl.cli import parse_pretraining
 from raysl.config import Pretraining, ViewConfig
+from raysl.contrast.bank import BankConfig, MemoryBank
 from raysl.dataset import DataSet
 from raysl.errors import UserError
+from raysl.network.trunk import TrunkConfig
 from raysl.objectives import pirl
-from raysl.pictures import views_sheet
 from raysl.storage import Folder
 from raysl.stream.plan import Plan
 from raysl.stream.reader import Batch, Stream, StreamConfig, _Load
 from raysl.sweep.space import space
-from raysl.train import Network
-from raysl.trunk import TrunkConfig
+from raysl.training.worker import Network
 from tests.data import make_dataset
 
 ONE_FILE = '''

@@ -11,16 +11,16 @@ import torch
 from torch import Tensor, nn
 
 from raysl import optim, recipes
-from raysl.bank import BankConfig, MemoryBank
 from raysl.cli import parse_pretraining
 from raysl.config import Pretraining
+from raysl.contrast.bank import BankConfig, MemoryBank
 from raysl.errors import UserError
 from raysl.objectives import AfterStep
 from raysl.pretext import jigsaw
 from raysl.rng import Draws
 from raysl.stream.plan import Rows
 from raysl.stream.reader import Batch
-from raysl.train import Network
+from raysl.training.worker import Network
 
 IMAGENET = 1_281_167
 RESNET50 = 23_508_032  # 25.6 million with the classifier of 1,000 classes

@@ -17,12 +17,12 @@ FILES = sorted(LIBRARY.rglob("*.py"))
 
 # From the bottom up: a room (a file or folder directly inside raysl/) imports only rooms that stand before it.
 ROOMS = (
-    *("errors", "versions", "notice", "rng", "ranges", "storage", "dataset"),
-    *("losses", "collective", "permutations", "augment"),
-    *("pretext", "views", "stream", "norm", "trunk", "bank", "negatives", "optim", "checkpoint"),
+    *("errors", "rng", "ranges", "storage", "dataset"),
+    *("collective", "augment", "pretext", "views"),
+    *("stream", "contrast", "network", "optim", "checkpoint"),
     *("ingest", "objectives", "methods"),
-    *("config", "recipes", "run", "growth", "cluster", "progress", "pulse", "train", "elastic", "pretrain"),
-    *("features", "kmeans", "clusterfit", "probes", "probe", "grid", "pictures", "pages"),
+    *("config", "recipes", "cluster", "run", "training", "pretrain"),
+    *("features", "kmeans", "clusterfit", "probes", "probe", "catalog"),
     *("sweep", "report", "reproduce", "experiment"),
     *("doctor", "demo", "cli"),
     *("__init__", "__main__"),

@@ -16,7 +16,9 @@ from rich.console import Console
 from rich.table import Table
 
 from raysl import cluster, methods
-from raysl.cluster import Placement
+from raysl.cluster import places
+from raysl.cluster.places import Placement
+from raysl.cluster.versions import versions
 from raysl.config import Pretraining, ViewConfig
 from raysl.dataset import DataSet
 from raysl.doctor import machines
@@ -24,13 +26,12 @@ from raysl.doctor.measurement import measure_data, measure_training
 from raysl.doctor.prediction import Costs, Prediction, predict
 from raysl.errors import UserError
 from raysl.ingest import resolve
+from raysl.network.trunk import TrunkConfig
 from raysl.run import Run
 from raysl.storage import Folder
 from raysl.stream.plan import Plan
 from raysl.stream.reader import Stream
-from raysl.train import Job, Network
-from raysl.trunk import TrunkConfig
-from raysl.versions import versions
+from raysl.training.worker import Job, Network
 
 __all__ = ["Costs", "DoctorConfig", "Prediction", "Report", "examine", "look", "predict"]
 
@@ -131,7 +132,7 @@ def examine(given: DoctorConfig, say: Callable[[str], None] = print) -> Report:
     dataset = resolve(given.data)
     config = _pretraining(given, dataset)
     plan = Plan.of(dataset, given.batch_size, config.seed, config.epochs)
-    placement = cluster.place(given.workers)
+    placement = places.place(given.workers)
     network = Network(config, dataset.num_images, len(dataset.manifest.classes))
     stream = Stream(
         dataset,

@@ -12,11 +12,12 @@ from typing import Any
 
 from rich.table import Table
 
-from raysl import cluster, growth
-from raysl.cluster import Placement
+from raysl import cluster
+from raysl.cluster import growth, places
+from raysl.cluster.growth import Growth, NodeType
+from raysl.cluster.places import Placement
+from raysl.cluster.versions import MEND, differing, versions
 from raysl.errors import UserError
-from raysl.growth import Growth, NodeType
-from raysl.versions import MEND, differing, versions
 
 
 @dataclass(frozen=True)
@@ -87,9 +88,9 @@ def survey(workers: int, prices: Mapping[str, float]) -> Fleet:
     alive = [node for node in ray.nodes() if node["Alive"]]
     placement, refused, started, waits = None, "", {}, ""
     try:
-        found = cluster.machines()
-        placement = cluster.place(workers, found)
-        more = len(cluster.enough(workers, found, placement.gpus_per_worker)) - len(found.now)
+        found = places.machines()
+        placement = places.place(workers, found)
+        more = len(places.enough(workers, found, placement.gpus_per_worker)) - len(found.now)
         started = _started(grows, [growth.type_of(node) for node in alive], found.has_gpus, more)
         waits = placement.busy(workers)
     except UserError as error:

@@ -18,7 +18,7 @@ from raysl.errors import UserError
 from raysl.rng import Draws
 from raysl.stream.decode import DecodeError, cut, decode
 from raysl.stream.reader import Batch, Stream
-from raysl.train import Job, Worker
+from raysl.training.worker import Job, Worker
 
 # A stage is repeated for about this long.
 _STAGE_S = 0.5

@@ -5,7 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import Literal
 
-from raysl.cluster import Placement
+from raysl.cluster.places import Placement
 
 
 @dataclass(frozen=True)

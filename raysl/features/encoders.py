@@ -22,12 +22,13 @@ import torch
 from torch import Tensor, nn
 from torch.nn.functional import adaptive_avg_pool2d, interpolate
 
-from raysl import checkpoint, rng, trunk
+from raysl import checkpoint, rng
 from raysl.checkpoint import Checkpoint
 from raysl.errors import UserError, unknown
+from raysl.network import trunk
+from raysl.network.trunk import TrunkConfig
 from raysl.run import PASSPORT, Run
 from raysl.storage import Folder
-from raysl.trunk import TrunkConfig
 
 Encode = Callable[[Tensor], Mapping[str, Tensor]]
 

@@ -24,12 +24,13 @@ import numpy.typing as npt
 import torch
 from torch import Tensor
 
-from raysl import cluster, trunk
+from raysl.cluster import places
 from raysl.dataset import DataSet
 from raysl.errors import UserError, unknown
 from raysl.features import encoders
 from raysl.features.encoders import Encode, Encoder
 from raysl.features.table import DONE, FeatureForm, FeatureProtocol, FeatureTable, Floats, Part, file, write
+from raysl.network import trunk
 from raysl.storage import Folder
 from raysl.stream import decode
 
@@ -164,7 +165,7 @@ def _compute(works: Sequence[_Extract], parts: Sequence[tuple[int, int, int]]) -
     import ray.data
     from ray.util.annotations import RayDeprecationWarning
 
-    size, resources = pool(cluster.machines().totals())
+    size, resources = pool(places.machines().totals())
     context = ray.data.DataContext.get_current()
     context.enable_progress_bars = False
     context.print_on_execution_start = False

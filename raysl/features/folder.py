@@ -15,8 +15,8 @@ from raysl.features.encoders import Encoder, Trained, Weights
 from raysl.features.extraction import compute, describe
 from raysl.features.table import DONE, FeatureForm, FeatureProtocol, FeatureTable
 from raysl.ingest import resolve
+from raysl.network.trunk import TrunkConfig
 from raysl.storage import Folder
-from raysl.trunk import TrunkConfig
 
 BEGUN = "source.json"
 _UNREDUCED = "unreduced"

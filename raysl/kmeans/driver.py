@@ -20,6 +20,7 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 
 from raysl import cluster, rng
+from raysl.cluster import places
 from raysl.dataset import DataSet
 from raysl.errors import UserError
 from raysl.kmeans import card, init, update
@@ -166,7 +167,7 @@ def _persist(work: Callable[[], None], say: Say) -> None:
 
 
 def _crew(rows: Rows, config: KMeansConfig, fit: tuple[int, int, int] | None, say: Say) -> Crew:
-    found = cluster.machines()
+    found = places.machines()
     # So many actors as were asked for may need machines that are still to be started.
     nodes = (*found.now, *found.later[: found.room]) if config.actors else found.for_work
     if config.actors:

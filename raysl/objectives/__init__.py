@@ -18,7 +18,7 @@ from typing import Any, Protocol, runtime_checkable
 
 from torch import Tensor, nn
 
-from raysl.bank import MemoryBank
+from raysl.contrast.bank import MemoryBank
 from raysl.errors import UserError
 from raysl.pretext import Pretext
 from raysl.stream.reader import Batch

@@ -9,8 +9,9 @@ from typing import Annotated, Literal
 import torch
 from torch import Tensor
 
-from raysl import collective, losses, negatives
-from raysl.bank import MemoryBank
+from raysl import collective
+from raysl.contrast import losses, negatives
+from raysl.contrast.bank import MemoryBank
 from raysl.errors import UserError
 from raysl.objectives._heads import HeadName
 from raysl.ranges import Range

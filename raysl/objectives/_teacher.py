@@ -8,11 +8,12 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from raysl import checkpoint, trunk
+from raysl import checkpoint
 from raysl.checkpoint import Checkpoint
 from raysl.errors import UserError
+from raysl.network import trunk
+from raysl.network.trunk import TrunkConfig, encode
 from raysl.storage import Folder
-from raysl.trunk import TrunkConfig, encode
 
 # Written by `raysl.run`, which stands above this room.
 _PASSPORT = "passport.json"

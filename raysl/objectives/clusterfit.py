@@ -30,12 +30,12 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from raysl.bank import MemoryBank
+from raysl.contrast.bank import MemoryBank
 from raysl.errors import Unset, UserError
+from raysl.network.trunk import encode
 from raysl.objectives import Loss, Setup
 from raysl.storage import Folder, filesystem
 from raysl.stream.reader import Batch
-from raysl.trunk import encode
 
 
 @dataclass(frozen=True)

@@ -23,12 +23,12 @@ from typing import Annotated, Any
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from raysl.bank import MemoryBank
+from raysl.contrast.bank import MemoryBank
 from raysl.errors import Unset, UserError
+from raysl.network.trunk import encode
 from raysl.objectives import Loss, Setup, _teacher
 from raysl.ranges import Range
 from raysl.stream.reader import Batch
-from raysl.trunk import encode
 
 
 @dataclass(frozen=True)

@@ -29,14 +29,15 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from raysl import collective, losses
-from raysl.bank import MemoryBank
+from raysl import collective
+from raysl.contrast import losses
+from raysl.contrast.bank import MemoryBank
 from raysl.errors import UserError
+from raysl.network.trunk import encode
 from raysl.objectives import Loss, Setup
 from raysl.objectives._heads import HeadName, projection
 from raysl.ranges import Range
 from raysl.stream.reader import Batch
-from raysl.trunk import encode
 
 
 @dataclass(frozen=True)

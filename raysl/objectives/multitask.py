@@ -21,7 +21,7 @@ import torch
 from torch import Tensor, nn
 
 from raysl import rng
-from raysl.bank import MemoryBank
+from raysl.contrast.bank import MemoryBank
 from raysl.errors import UserError
 from raysl.objectives import Loss, Setup, predict
 from raysl.pretext import Grey, Pretext

@@ -25,13 +25,13 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from raysl import negatives
-from raysl.bank import MemoryBank
+from raysl.contrast import negatives
+from raysl.contrast.bank import MemoryBank
+from raysl.network.trunk import encode
 from raysl.objectives import Loss, Setup
 from raysl.objectives._heads import projection
 from raysl.objectives._memory import MemoryConfig, contrast
 from raysl.stream.reader import Batch
-from raysl.trunk import encode
 
 
 @dataclass(frozen=True)

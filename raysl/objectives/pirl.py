@@ -31,15 +31,15 @@ import torch.nn.functional as F
 import tyro
 from torch import Tensor, nn
 
-from raysl import negatives
-from raysl.bank import MemoryBank
+from raysl.contrast import negatives
+from raysl.contrast.bank import MemoryBank
 from raysl.errors import UserError
+from raysl.network.trunk import encode_views
 from raysl.objectives import Loss, Setup
 from raysl.objectives._heads import projection
 from raysl.objectives._memory import MemoryConfig, contrast
 from raysl.ranges import Range
 from raysl.stream.reader import Batch
-from raysl.trunk import encode_views
 
 
 @dataclass(frozen=True)

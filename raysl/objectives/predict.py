@@ -21,11 +21,11 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from raysl import pretext
-from raysl.bank import MemoryBank
+from raysl.contrast.bank import MemoryBank
 from raysl.errors import UserError
+from raysl.network.trunk import encode
 from raysl.objectives import Loss, Setup
 from raysl.stream.reader import Batch
-from raysl.trunk import encode
 
 
 @dataclass(frozen=True)

@@ -16,8 +16,8 @@ from torch import Tensor
 
 from raysl.augment import SourceCrop
 from raysl.errors import UserError
-from raysl.permutations import Criterion, permutation_set
 from raysl.pretext import Geometry, Transformed
+from raysl.pretext._permutations import Criterion, permutation_set
 from raysl.pretext._windows import windows
 from raysl.ranges import Range
 from raysl.rng import Draws
@@ -34,7 +34,7 @@ class Config:
         grid: cells per side; P = grid * grid.
         num_permutations: size of the set of orders. None: all of them when the transform is only compared, 100
             (or all, if fewer) when the order is predicted.
-        criterion: how the orders are chosen; see `raysl.permutations`.
+        criterion: how the orders are chosen; see `raysl.pretext._permutations`.
         permutation_seed: seed of that choice.
         min_scale: smallest share of the image that the source crop shows.
         per_patch_colour: whether each patch gets colours of its own, rather than the source as a whole.

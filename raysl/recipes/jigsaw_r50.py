@@ -12,10 +12,10 @@ height or width, and biases do not decay. Choosing the orders takes each process
 from __future__ import annotations
 
 from raysl.config import Pretraining, ViewConfig
+from raysl.network.trunk import TrunkConfig
 from raysl.objectives import predict
 from raysl.optim import OptimConfig
 from raysl.pretext import jigsaw
-from raysl.trunk import TrunkConfig
 
 _EPOCHS = 105
 

@@ -12,9 +12,9 @@ normalisation layers do not decay, and the rate ends at a thousandth of its peak
 from __future__ import annotations
 
 from raysl.config import Pretraining, ViewConfig
+from raysl.network.trunk import TrunkConfig
 from raysl.objectives.moco import Config
 from raysl.optim import OptimConfig
-from raysl.trunk import TrunkConfig
 
 
 def pretraining(data: str, run: str) -> Pretraining:

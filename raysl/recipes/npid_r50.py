@@ -13,9 +13,9 @@ length one.
 from __future__ import annotations
 
 from raysl.config import Pretraining, ViewConfig
+from raysl.network.trunk import TrunkConfig
 from raysl.objectives.npid import Config
 from raysl.optim import OptimConfig
-from raysl.trunk import TrunkConfig
 
 
 def pretraining(data: str, run: str) -> Pretraining:

@@ -13,9 +13,9 @@ image itself, as in the equations.
 from __future__ import annotations
 
 from raysl.config import Pretraining, ViewConfig
+from raysl.network.trunk import TrunkConfig
 from raysl.objectives.pirl import Config
 from raysl.optim import OptimConfig
-from raysl.trunk import TrunkConfig
 
 
 def pretraining(data: str, run: str) -> Pretraining:

@@ -12,8 +12,8 @@ decay.
 from __future__ import annotations
 
 from raysl.config import Pretraining, ViewConfig
+from raysl.network.trunk import TrunkConfig
 from raysl.optim import OptimConfig
-from raysl.trunk import TrunkConfig
 
 _EPOCHS = 105
 

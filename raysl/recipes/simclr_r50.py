@@ -14,9 +14,9 @@ of its peak and not at zero.
 from __future__ import annotations
 
 from raysl.config import Pretraining, ViewConfig
+from raysl.network.trunk import TrunkConfig
 from raysl.objectives.simclr import Config
 from raysl.optim import OptimConfig
-from raysl.trunk import TrunkConfig
 
 
 def pretraining(data: str, run: str) -> Pretraining:

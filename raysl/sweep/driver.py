@@ -16,19 +16,19 @@ from dataclasses import asdict, replace
 from typing import Any
 
 from raysl import checkpoint
+from raysl.cluster.lease import Lease
 from raysl.config import FREE, Pretraining, differences
 from raysl.errors import UserError
-from raysl.progress import duration
 from raysl.run import Run
 from raysl.storage import Folder
 from raysl.sweep import boards, table
 from raysl.sweep.config import SweepConfig
 from raysl.sweep.journal import Journal
-from raysl.sweep.lease import Lease
 from raysl.sweep.setting import Setting, prepare
 from raysl.sweep.standing import Climb, Standing
 from raysl.sweep.together import Together
 from raysl.sweep.trial import Work, perform
+from raysl.training.progress import duration
 
 # Between two lines about the same run.
 _SAY_EVERY_S = 60.0

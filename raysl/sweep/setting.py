@@ -5,18 +5,19 @@ from __future__ import annotations
 from dataclasses import dataclass, replace
 
 from raysl import cluster
-from raysl.cluster import Placement
+from raysl.cluster import places
+from raysl.cluster.places import Placement
 from raysl.config import Pretraining
 from raysl.dataset import DataSet
 from raysl.errors import UserError
 from raysl.ingest import resolve
+from raysl.network.trunk import TrunkConfig
 from raysl.probe import common_labels
 from raysl.stream.plan import Plan
 from raysl.sweep import searchers, table
 from raysl.sweep.config import SweepConfig
 from raysl.sweep.space import Space, Values, space
-from raysl.train import Network
-from raysl.trunk import TrunkConfig
+from raysl.training.worker import Network
 
 
 @dataclass(frozen=True)
@@ -133,11 +134,11 @@ def _share(workers: int, config: SweepConfig, runs: int) -> tuple[int, Placement
     The trainers of all of them are placed together, as if they were one large run, on the machines that are there and
     those that the cluster can grow to: what fits so can never wait for ever.
     """
-    found = cluster.machines()
+    found = places.machines()
 
     def placed(count: int) -> Placement:
         try:
-            return cluster.place(count * workers, found, config.gpus_per_worker)
+            return places.place(count * workers, found, config.gpus_per_worker)
         except UserError as error:
             raise UserError(f"{count} runs at a time with {workers} workers each: {error}") from error
 

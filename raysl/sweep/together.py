@@ -11,13 +11,13 @@ from dataclasses import dataclass, field, replace
 from typing import Any
 
 from raysl.config import Pretraining
+from raysl.network.trunk import TrunkConfig
 from raysl.stream.plan import Plan
 from raysl.stream.reader import Stream
 from raysl.stream.shared import Seat, open_feeds, slots, union
 from raysl.sweep.setting import Setting
 from raysl.sweep.space import Dimension
-from raysl.train import Network
-from raysl.trunk import TrunkConfig
+from raysl.training.worker import Network
 
 # Fields that change which images a step takes, or how long it is, so that the quick would wait for the slow.
 _APART = ("batch_size", "trunk", "precision")

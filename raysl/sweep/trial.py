@@ -15,7 +15,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from raysl import checkpoint
-from raysl.cluster import Placement
+from raysl.cluster.places import Placement
 from raysl.config import Pretraining
 from raysl.errors import UserError
 from raysl.pretrain import pretrain

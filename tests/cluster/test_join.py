@@ -13,7 +13,7 @@ from typing import Any
 
 import pytest
 
-from raysl.versions import versions
+from raysl.cluster.versions import versions
 
 OTHER = {**versions(), "code": "0" * 16}
 
@@ -38,7 +38,7 @@ def scene() -> dict[str, Any]:
     from ray.cluster_utils import Cluster
 
     from raysl import cluster
-    from raysl import versions as room
+    from raysl.cluster import versions as room
     from raysl.errors import UserError
 
     machines = Cluster(

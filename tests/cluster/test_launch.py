@@ -8,10 +8,10 @@ from typing import Any
 import pytest
 import yaml
 
-from raysl import cluster
-from raysl.cluster import Machines, Placement
+from raysl.cluster import places
+from raysl.cluster.growth import Growth
+from raysl.cluster.places import Machines, Placement
 from raysl.errors import UserError
-from raysl.growth import Growth
 from raysl.stream.reader import DataShare
 from tests.cluster.autoscaling import ROOT, Config, aws, bootstrapped, launches, prepared, read
 
@@ -84,7 +84,7 @@ def sizes(config: Config, workers: int) -> tuple[Placement, Machines]:
     found = Growth.of(config)
     later, room = found.beyond([])
     machines = Machines(({"CPU": 0.0},), tuple(one.resources for one in later), room)
-    return cluster.place(workers, machines), machines
+    return places.place(workers, machines), machines
 
 
 def configured(name: str, on_aws: Config) -> Config:

@@ -17,9 +17,9 @@ from typing import Any
 import numpy as np
 import pytest
 
-from raysl.bank import BankConfig
 from raysl.checkpoint import SaveConfig
 from raysl.config import Pretraining, ViewConfig
+from raysl.contrast.bank import BankConfig
 from raysl.kmeans.config import KMeansConfig
 from raysl.kmeans.driver import Clustering
 from raysl.objectives.pirl import Config as Pirl

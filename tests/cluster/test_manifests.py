@@ -10,9 +10,9 @@ from typing import Any
 
 import pytest
 
-from raysl import cluster, growth
-from raysl.cluster import Machines, Placement
-from raysl.growth import Growth
+from raysl.cluster import growth, places
+from raysl.cluster.growth import Growth
+from raysl.cluster.places import Machines, Placement
 from raysl.stream.reader import DataShare
 from tests.cluster.autoscaling import Config, launches, read
 
@@ -121,7 +121,7 @@ def test_a_run_starts_the_pods_that_it_was_placed_on(name: str) -> None:
     config = autoscaling(name)
     later, room = Growth.of(config).beyond([])
     machines = Machines(({"CPU": 0.0},), tuple(one.resources for one in later), room)
-    placement = cluster.place(4, machines)
+    placement = places.place(4, machines)
     assert placement == Placement(1.0, 1, DataShare(1.0, 6.0), 1)
     assert launches(config, groups=[[placement.resources()] * 4]) == ({"gpu": 4}, 0)
     assert launches(config, [{"CPU": 1}] * 15) == ({"cpu": 1}, 0)

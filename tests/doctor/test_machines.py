@@ -8,12 +8,13 @@ from typing import Any
 import pytest
 import yaml
 
-from raysl import cluster, growth
+from raysl import cluster
+from raysl.cluster import growth
+from raysl.cluster.versions import versions
 from raysl.doctor import DoctorConfig, look, machines
 from raysl.doctor.machines import Fleet
 from raysl.errors import UserError
-from raysl.versions import versions
-from tests.test_growth import CONFIG
+from tests.cluster.test_growth import CONFIG
 
 
 def node(kind: str, **resources: float) -> dict[str, Any]:

@@ -12,7 +12,7 @@ from torchvision import models
 
 from raysl.errors import UserError
 from raysl.features import RandomTrunk, Weights, encoders, named, stages
-from raysl.trunk import TrunkConfig
+from raysl.network.trunk import TrunkConfig
 from tests.data import make_dataset
 from tests.features.test_extraction import make_run
 

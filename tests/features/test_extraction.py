@@ -32,7 +32,7 @@ from raysl.objectives.pirl import Config as Pirl
 from raysl.run import Run
 from raysl.storage import Folder
 from raysl.stream.decode import centre
-from raysl.train import Network
+from raysl.training.worker import Network
 from tests.data import make_dataset
 
 SEEN = FeatureProtocol(image_size=16)

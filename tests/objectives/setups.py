@@ -14,12 +14,12 @@ import torch
 
 from raysl import pretext
 from raysl.checkpoint import SaveConfig, Saver
+from raysl.network.trunk import Trunk, TrunkConfig, build
 from raysl.objectives import Setup
 from raysl.pretext import Geometry, jigsaw
 from raysl.storage import Folder
 from raysl.stream.plan import Rows
 from raysl.stream.reader import Batch
-from raysl.trunk import Trunk, TrunkConfig, build
 
 N = 64
 _FOLDERS: list[tempfile.TemporaryDirectory[str]] = []

@@ -11,12 +11,12 @@ from torch import Tensor, nn
 
 from raysl import pretext
 from raysl.errors import UserError
+from raysl.network.trunk import Trunk, TrunkConfig, build
 from raysl.objectives import Setup
 from raysl.objectives.cpc import Config, Cpc
 from raysl.pretext import Geometry
 from raysl.stream.plan import Rows
 from raysl.stream.reader import Batch
-from raysl.trunk import Trunk, TrunkConfig, build
 
 ROWS, SIDE = 7, 4
 DOWN = [(k, r, s) for k in (2, 3) for r in range(ROWS - k) for s in range(ROWS)]

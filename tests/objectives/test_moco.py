@@ -13,10 +13,10 @@ from torch import Tensor, nn
 
 from raysl import optim
 from raysl.errors import UserError
+from raysl.network.trunk import Trunk, TrunkConfig, build
 from raysl.objectives import AfterStep
 from raysl.objectives.moco import Config, Moco
 from raysl.optim import OptimConfig
-from raysl.trunk import Trunk, TrunkConfig, build
 from tests.objectives.setups import batch, setup
 
 K, D = 10, 16

@@ -14,6 +14,7 @@ from torch import Tensor
 from raysl import pretext
 from raysl.config import Pretraining, ViewConfig
 from raysl.errors import UserError
+from raysl.network.trunk import Trunk, TrunkConfig, build
 from raysl.objectives import Setup
 from raysl.objectives.multitask import Config, Multitask, Turns
 from raysl.objectives.predict import Predict
@@ -21,8 +22,7 @@ from raysl.pretext import Geometry
 from raysl.rng import Draws
 from raysl.stream.plan import Rows
 from raysl.stream.reader import Batch
-from raysl.train import Network
-from raysl.trunk import Trunk, TrunkConfig, build
+from raysl.training.worker import Network
 
 TASKS = ("rotation", "colorization", "rotation+jigsaw")
 

@@ -8,7 +8,7 @@ import pytest
 import torch
 from torch import nn
 
-from raysl.bank import BankConfig, MemoryBank
+from raysl.contrast.bank import BankConfig, MemoryBank
 from raysl.errors import UserError
 from raysl.objectives import pirl
 from raysl.objectives.npid import Config, Npid

@@ -11,15 +11,16 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from raysl import losses, negatives, pretext
-from raysl.bank import BankConfig, MemoryBank
+from raysl import pretext
+from raysl.contrast import losses, negatives
+from raysl.contrast.bank import BankConfig, MemoryBank
 from raysl.errors import UserError
+from raysl.network.trunk import Trunk, TrunkConfig, build
 from raysl.objectives import Loss, Setup
 from raysl.objectives.pirl import Config, Pirl
 from raysl.pretext import Geometry, jigsaw
 from raysl.stream.plan import Rows
 from raysl.stream.reader import Batch
-from raysl.trunk import Trunk, TrunkConfig, build
 
 N, D, K = 64, 16, 12
 CONFIG = {"num_negatives": K, "dim": D}

@@ -10,12 +10,12 @@ from torch import nn
 
 from raysl import pretext
 from raysl.errors import UserError
+from raysl.network.trunk import Trunk, TrunkConfig, build
 from raysl.objectives import Setup
 from raysl.objectives.predict import Config, Predict
 from raysl.pretext import Geometry, jigsaw, rotation
 from raysl.stream.plan import Rows
 from raysl.stream.reader import Batch
-from raysl.trunk import Trunk, TrunkConfig, build
 
 
 def make(transform: str, permutations: int = 5) -> tuple[Trunk, Predict]:

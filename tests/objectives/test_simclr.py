@@ -12,10 +12,10 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from raysl.errors import UserError
+from raysl.network.trunk import Trunk
 from raysl.objectives.simclr import Config, Simclr
 from raysl.stream.plan import Rows
 from raysl.stream.reader import Batch
-from raysl.trunk import Trunk
 from tests.objectives.setups import batch, setup
 
 

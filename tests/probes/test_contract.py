@@ -13,10 +13,10 @@ import pytest
 from raysl import probes
 from raysl.errors import UserError
 from raysl.features import FeatureProtocol, RandomTrunk
+from raysl.network.trunk import TrunkConfig
 from raysl.probe import protocol_hash
 from raysl.probes import EncoderProbe, FeatureProbe, Labelled, LabelledProbe, Row, Subject
 from raysl.storage import Folder
-from raysl.trunk import TrunkConfig
 from tests.data import make_dataset
 
 # A default that changes makes numbers that must not stand beside older ones: raise `version`, then pin the new hash.

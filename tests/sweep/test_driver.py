@@ -11,9 +11,9 @@ from typing import Any
 import psutil
 import pytest
 
-from raysl import cluster
 from raysl.checkpoint import SaveConfig
-from raysl.cluster import Machines
+from raysl.cluster import places
+from raysl.cluster.places import Machines
 from raysl.config import Pretraining, ViewConfig
 from raysl.errors import UserError
 from raysl.objectives.pirl import Config as Pirl
@@ -208,7 +208,7 @@ def test_runs_at_a_time_follow_from_what_the_cluster_can_grow_to(
     monkeypatch: pytest.MonkeyPatch, ray_session: None, data: tuple[str, str], tmp_path: Path
 ) -> None:
     head, machine = {"CPU": 0.0}, {"CPU": 4.0}
-    monkeypatch.setattr(cluster, "machines", lambda: Machines((head,), (machine,) * 3, 3))
+    monkeypatch.setattr(places, "machines", lambda: Machines((head,), (machine,) * 3, 3))
     grown = prepare(base(data), config(data, tmp_path, max_concurrent=0, vary=("temperature", "lambda")))
     assert (grown.at_once, grown.placement.cpus_per_worker) == (6, 1)
 

@@ -9,7 +9,7 @@ import pytest
 import torch
 
 from raysl.checkpoint import SaveConfig, Saver, newest
-from raysl.cluster import Placement
+from raysl.cluster.places import Placement
 from raysl.config import Pretraining
 from raysl.errors import UserError
 from raysl.run import Run

@@ -1,0 +1,1 @@
+"""What there is, shown: tables, pictures of views, and pages of documentation."""

@@ -1,0 +1,1 @@
+"""Networks from uint8 images to features."""

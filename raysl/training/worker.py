@@ -1,0 +1,353 @@
+"""The story of one training worker: restore, then for each batch views, loss, backward, step, bank, log, save."""
+
+from __future__ import annotations
+
+import contextlib
+import math
+import time
+import traceback
+from collections import Counter
+from collections.abc import Callable, Collection, Mapping
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.nn.parallel import DistributedDataParallel
+
+from raysl import checkpoint, collective, methods, optim, pretext
+from raysl.augment import recipe
+from raysl.checkpoint import Saver
+from raysl.cluster.places import Placement
+from raysl.config import Pretraining
+from raysl.contrast.bank import MemoryBank
+from raysl.dataset import DataSet
+from raysl.errors import UserError
+from raysl.network import norm, trunk
+from raysl.objectives import AfterStep, Alternates, Describes, Loss, Objective, Setup
+from raysl.pretext import Geometry
+from raysl.rng import key
+from raysl.run import PASSPORT, MetricsLog, Run
+from raysl.stream import shared
+from raysl.stream.plan import Plan
+from raysl.stream.reader import Batch, Stream
+from raysl.training.pulse import Orders, Pulse
+from raysl.views import View
+
+
+class Network(nn.Module):
+    """The trunk and the heads of a method, as one module for DistributedDataParallel."""
+
+    def __init__(self, config: Pretraining, num_images: int, num_classes: int, fingerprint: str = "") -> None:
+        super().__init__()
+        torch.manual_seed(key(config.seed, "weights") >> 1)
+        self.trunk = trunk.build(config.trunk)
+        method = methods.parse(config.method)
+        _, objective_type = methods.load_objective(method.objective)
+        geometry = Geometry(
+            config.view.image_size, config.view.min_scale, objective_type.predicts, config.seed
+        )
+        self.tasks = {spec: pretext.build(spec, config.parts, geometry) for spec in method.tasks}
+        setup = Setup(
+            pretext=next(iter(self.tasks.values())) if len(self.tasks) == 1 else None,
+            identity=pretext.build("identity", {}, geometry),
+            width=self.trunk.width,
+            num_images=num_images,
+            num_classes=num_classes,
+            seed=config.seed,
+            trunk=self.trunk,
+            tasks=self.tasks,
+            fingerprint=fingerprint,
+        )
+        self.objective: Objective = objective_type(config.parts[method.objective], setup)
+
+    def forward(self, views: Mapping[str, Tensor]) -> dict[str, Tensor]:
+        return self.objective.forward(self.trunk, views)
+
+    def views(self, config: Pretraining) -> dict[str, View]:
+        """What the stream makes of every image."""
+        colours = recipe(config.view.recipe)
+        return {name: View(transform, colours) for name, transform in self.objective.views.items()}
+
+    def schedule(self) -> Callable[[int], Collection[str]] | None:
+        """Which of the views a step takes, by its number; None where it takes all."""
+        return self.objective.schedule() if isinstance(self.objective, Alternates) else None
+
+    def facts(self) -> dict[str, Any]:
+        """What the method adds to the passport."""
+        described = {spec: transform.describe() for spec, transform in self.tasks.items()}
+        facts = next(iter(described.values())) if len(described) == 1 else dict(described)
+        return facts | self.objective.describe() if isinstance(self.objective, Describes) else facts
+
+
+@dataclass(frozen=True)
+class Job:
+    """What a training worker is given. Picklable.
+
+    Args:
+        until: the step to stop after, with a checkpoint; None for the end of the plan.
+        seat: at a stream that is shared with other runs.
+    """
+
+    config: dict[str, Any]
+    run: Run
+    dataset: DataSet
+    placement: Placement
+    board: Any = None
+    until: int | None = None
+    seat: shared.Seat | None = None
+
+
+class Worker:
+    """One training worker: its network, optimiser, bank and stream, and the step they are at."""
+
+    def __init__(self, job: Job, device: torch.device) -> None:
+        self.job = job
+        self.config = config = Pretraining.from_json(job.config)
+        self.device = device
+        self.rank, self.world = collective.rank(), collective.world()
+        self.plan = Plan.of(job.dataset, config.batch_size, config.seed, config.epochs)
+        self.network = Network(config, job.dataset.num_images, len(job.dataset.manifest.classes)).to(device)
+        if config.channels_last:
+            self.network = self.network.to(memory_format=torch.channels_last)
+        self.optimizer = optim.build(config.optim, self.network)
+        self.scaler = torch.amp.GradScaler(device.type, enabled=config.precision == "fp16")
+        dim = self.network.objective.bank_dim
+        self.bank = MemoryBank(job.dataset.num_images, dim, config.bank, config.seed, device) if dim else None
+        self.saver = Saver(job.run.checkpoints, config.save, self.rank, self.world)
+        self.step = 0
+
+    def restore(self) -> None:
+        """Goes on from the newest complete checkpoint. Rank 0 chooses it, so that all take the same.
+
+        Raises:
+            UserError: the run lies where this worker cannot see it.
+        """
+        if not self.job.run.folder.exists(PASSPORT):
+            raise self._unseen("run")
+        found = checkpoint.newest(self.job.run.checkpoints) if self.rank == 0 else None
+        step = int(collective.total(torch.tensor(found.step if found else 0, device=self.device)).item())
+        if step == 0:
+            return
+        chosen = next((c for c in checkpoint.complete(self.job.run.checkpoints) if c.step == step), None)
+        if chosen is None:
+            raise self._unseen(f"checkpoint of step {step}")
+        state, bank = chosen.load()
+        self.network.load_state_dict(state["network"])
+        self.optimizer.load_state_dict(state["optimizer"])
+        self.scaler.load_state_dict(state["scaler"])
+        if self.bank is not None:
+            self.bank.load(bank)
+        self.step = step
+
+    def _unseen(self, what: str) -> UserError:
+        return UserError(
+            f"A worker cannot see the {what} in {str(self.job.run.folder)!r}. With workers on several machines, "
+            "--run must be a place that all of them see, such as s3://bucket/run."
+        )
+
+    def state(self) -> dict[str, Any]:
+        """All that a later session needs besides the bank; every random number follows from the step."""
+        return {
+            "network": self.network.state_dict(),
+            "optimizer": self.optimizer.state_dict(),
+            "scaler": self.scaler.state_dict(),
+            "step": self.step,
+        }
+
+    def train(self) -> None:
+        """The loop, from the restored step to the end of the job, or until the group is asked to leave off.
+
+        Raises:
+            UserError: the loss is no longer finite, a checkpoint cannot be written, or the data set is damaged.
+        """
+        log = MetricsLog(self.job.run, self.step) if self.rank == 0 else None
+        try:
+            self._loop(log, self._begin(log))
+        finally:
+            if log is not None:
+                log.flush()
+
+    def _begin(self, log: MetricsLog | None) -> int:
+        """Tells the driver where this group begins; how many steps were lost."""
+        if log is None or self.job.board is None:
+            return 0
+        import ray
+
+        return int(ray.get(self.job.board.begin.remote(self.step, self.world, log.reached)))
+
+    def _loop(self, log: MetricsLog | None, lost_steps: int) -> None:
+        model = self._distributed()
+        meter = Meter(self.step, self.plan, self.world, lost_steps)
+        pulse = Pulse(self.step, Orders(self.job.board, self.rank), self.device)
+        end = self.plan.num_steps if self.job.until is None else min(self.job.until, self.plan.num_steps)
+        for batch in shared.batches(self._stream(), self.job.seat, self.step, end):
+            lr = self.config.optim.lr_at(self.step, self.plan.num_steps, self.config.batch_size)
+            loss = self.update(model, batch, lr)
+            self.step += 1
+            meter.add(batch, loss)
+            leave, since_s = pulse.settle(self.step, self.saver.since_s)
+            last = leave or self.step == end
+            if last or self.step % self.config.log_every == 0:
+                row = meter.row(self.step, lr)
+                self._check(row["loss"])
+                self._log(log, row)
+            if last or self.saver.due(self.step, since_s):
+                self._check(collective.mean(loss.loss).item())
+                if log is not None:
+                    log.flush()
+                self._save()
+            if leave:
+                break
+        self.saver.wait()
+
+    def update(self, model: nn.Module, batch: Batch, lr: float) -> Loss:
+        """One step of the optimiser, of what follows the weights, and of the bank."""
+        for group in self.optimizer.param_groups:
+            group["lr"] = lr
+        with self._autocast():
+            outputs = model(batch.views)
+            loss = self.network.objective.loss(outputs, batch, self.bank)
+        self.optimizer.zero_grad(set_to_none=True)
+        self.scaler.scale(loss.loss).backward()  # type: ignore[no-untyped-call]
+        if self.config.optim.clip_norm > 0:
+            self.scaler.unscale_(self.optimizer)
+            nn.utils.clip_grad_norm_(self.network.parameters(), self.config.optim.clip_norm)
+        self.scaler.step(self.optimizer)
+        self.scaler.update()
+        if isinstance(self.network.objective, AfterStep):
+            self.network.objective.after_step(self.network.trunk)
+        if self.bank is not None and loss.remember_bd is not None:
+            self.bank.update(batch.indices_b, loss.remember_bd)
+        return loss
+
+    def _autocast(self) -> contextlib.AbstractContextManager[object]:
+        if self.config.precision == "fp32":
+            return contextlib.nullcontext()
+        dtype = torch.bfloat16 if self.config.precision == "bf16" else torch.float16
+        return torch.autocast(self.device.type, dtype)
+
+    def _distributed(self) -> nn.Module:
+        if self.config.trunk.norm == "sync" and self.world > 1:
+            norm.synchronise(self.network, self.device)
+        model: nn.Module = self.network
+        if self.config.compile:
+            model = torch.compile(model)  # type: ignore[assignment]
+        if self.world == 1:
+            return model
+        return DistributedDataParallel(
+            model,
+            device_ids=[self.device] if self.device.type == "cuda" else None,
+            find_unused_parameters=isinstance(self.network.objective, Alternates),
+        )
+
+    def _stream(self) -> Stream:
+        return Stream(
+            dataset=self.job.dataset,
+            plan=self.plan,
+            views=self.network.views(self.config),
+            config=self.config.stream,
+            share=self.job.placement.share,
+            rank=self.rank,
+            world=self.world,
+            device=self.device,
+            schedule=self.network.schedule(),
+        )
+
+    def _check(self, loss: float) -> None:
+        """Keeps weights that are no longer numbers out of every checkpoint."""
+        if not math.isfinite(loss):
+            raise UserError(
+                f"The loss is {loss} at step {self.step}. Nothing after the last checkpoint was kept. Lower "
+                "--optim.lr, set --optim.clip-norm, or use --precision fp32, in a new run."
+            )
+
+    def _log(self, log: MetricsLog | None, row: dict[str, Any]) -> None:
+        if log is not None:
+            log.add(row)
+            if self.job.board is not None:
+                self.job.board.post.remote(row)
+
+    def _save(self) -> None:
+        """Rank 0 writes the network. Each worker writes its part of the bank; rank 0 all of a replicated one."""
+        mine = self.rank == 0 or self.config.bank.placement == "sharded"
+        bank = self.bank.state() if self.bank is not None and mine else None
+        self.saver.save(self.step, self.state() if self.rank == 0 else None, bank)
+
+
+class Meter:
+    """Means of what happened since the last row, over the workers."""
+
+    def __init__(self, step: int, plan: Plan, world: int = 1, lost_steps: int = 0) -> None:
+        self._plan = plan
+        self._world = world
+        self._lost_steps = lost_steps
+        self._started_at = time.perf_counter()
+        self._started_step = step
+        self._reset()
+
+    def _reset(self) -> None:
+        self._since = time.perf_counter()
+        self._steps = 0
+        self._wait_s = 0.0
+        self._sums: dict[str, Tensor] = {}
+        # A metric may come at some steps only, such as the loss of one task of several.
+        self._counts: Counter[str] = Counter()
+
+    def add(self, batch: Batch, loss: Loss) -> None:
+        """Takes in one step."""
+        self._steps += 1
+        self._wait_s += batch.wait_s
+        for name, value in {"loss": loss.loss.detach(), **loss.metrics}.items():
+            self._sums[name] = self._sums.get(name, torch.zeros_like(value)) + value
+            self._counts[name] += 1
+
+    def row(self, step: int, lr: float) -> dict[str, Any]:
+        """The row for metrics.jsonl. Every worker must call it at the same steps."""
+        names = list(self._sums)
+        means = [self._sums[name].float() / self._counts[name] for name in names]
+        wait_s = torch.tensor([self._wait_s], device=means[0].device)
+        values = collective.mean(torch.cat([torch.stack(means), wait_s])).tolist()
+        wall_s = time.perf_counter() - self._since
+        done = step - self._started_step
+        per_step_s = (time.perf_counter() - self._started_at) / done
+        row: dict[str, Any] = {"step": step, "epoch": step * self._plan.batch_size / self._plan.num_images}
+        row.update(zip(names, values[:-1], strict=True))
+        # The steps that the means are over: fewer in the first row after a restart.
+        row["over_steps"] = self._steps
+        row["workers"] = self._world
+        if self._lost_steps:
+            row["lost_steps"], self._lost_steps = self._lost_steps, 0
+        row["lr"] = lr
+        row["images_per_s"] = self._steps * self._plan.batch_size / wall_s
+        row["wait_s"] = values[-1]
+        row["wait_share"] = min(1.0, values[-1] / wall_s)
+        row["eta_s"] = (self._plan.num_steps - step) * per_step_s
+        self._reset()
+        return row
+
+
+def work(job: Job) -> None:
+    """The train function of Ray Train: one call in each worker of a group, again after a failure."""
+    import ray
+    import ray.train.torch
+
+    if ray.get(job.board.failure.remote()):
+        return
+    torch.set_num_threads(job.placement.threads_per_worker)
+    worker: Worker | None = None
+    try:
+        worker = Worker(job, ray.train.torch.get_device())
+        worker.restore()
+        worker.train()
+    except UserError as error:
+        ray.get(job.board.fail.remote(str(error)))
+        raise
+    except torch.OutOfMemoryError as error:
+        message = f"A worker ran out of memory: {error} Lower --batch-size, or raise --workers."
+        ray.get(job.board.fail.remote(message))
+        raise
+    except Exception:
+        step = worker.step if worker else 0
+        ray.get(job.board.crash.remote(step, collective.rank(), traceback.format_exc()))
+        raise

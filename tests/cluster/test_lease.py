@@ -1,0 +1,70 @@
+"""One driver at a time: a second is refused, a dead one is followed, one that was taken over from stops."""
+
+from __future__ import annotations
+
+import os
+import socket
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from raysl.cluster.lease import NAME, Lease
+from raysl.errors import UserError
+from raysl.storage import Folder
+from raysl.sweep.journal import NAME as JOURNAL
+from raysl.sweep.journal import Journal
+
+
+def quiet(_: str) -> None:
+    pass
+
+
+def record(folder: Folder, **changes: Any) -> None:
+    """What another driver has left."""
+    folder.write_json(NAME, {"id": "other", "host": "elsewhere", "pid": 1, "beat": 7, **changes})
+
+
+def test_a_second_driver_is_refused_and_the_first_goes_on(tmp_path: Path) -> None:
+    folder = Folder(str(tmp_path))
+    with Lease(folder, quiet, beat_s=0.01) as first:
+        with (
+            pytest.raises(UserError, match=rf"process {os.getpid()} on .*{socket.gethostname()}.* works on"),
+            Lease(folder, quiet, beat_s=0.1),
+        ):
+            pass
+        first.check()
+    assert folder.list() == []
+
+
+def test_a_driver_that_was_killed_here_is_followed_at_once(tmp_path: Path) -> None:
+    folder = Folder(str(tmp_path))
+    dead = subprocess.Popen([sys.executable, "-c", ""])
+    dead.wait()
+    record(folder, host=socket.gethostname(), pid=dead.pid)
+    with Lease(folder, quiet) as lease:  # would watch for 40 s
+        lease.check()
+
+
+def test_a_driver_elsewhere_that_no_longer_shows_is_followed(tmp_path: Path) -> None:
+    folder = Folder(str(tmp_path))
+    said: list[str] = []
+    record(folder)
+    with Lease(folder, said.append, beat_s=0.01) as lease:
+        lease.check()
+    assert "process 1 on elsewhere" in said[0]
+
+
+def test_a_driver_that_was_taken_over_from_writes_no_more(tmp_path: Path) -> None:
+    folder = Folder(str(tmp_path))
+    with Lease(folder, quiet) as lease:
+        journal = Journal(folder, lease.check)
+        journal.add({"event": "sweep"})
+        before = folder.read(JOURNAL)
+        record(folder)
+        with pytest.raises(UserError, match="taken over"):
+            journal.add({"event": "trial"})
+    assert folder.read(JOURNAL) == before
+    assert folder.read_json(NAME)["id"] == "other"
