@@ -107,7 +107,7 @@ def test_two_workers_three_one(tmp_path: Path) -> None:
     """A machine comes, and then one dies while another is drained. It is the run of one worker all the same, whose only
     machine was drained on the way. In a process of its own, whose Ray has several machines."""
     dataset = make_dataset(tmp_path / "set", 96, side=48)
-    subprocess.run([sys.executable, "-m", "tests.test_elastic", str(tmp_path)], check=True)
+    subprocess.run([sys.executable, "-m", "tests.training.test_elastic", str(tmp_path)], check=True)
     run, fixed = Run.open(str(tmp_path / "elastic")), Run.open(str(tmp_path / "fixed"))
     rows, fixed_rows = run.metrics(), fixed.metrics()
     assert [row["step"] for row in rows] == list(range(1, 321))
