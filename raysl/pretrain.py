@@ -6,6 +6,7 @@ import os
 import signal
 import tempfile
 import threading
+import time
 import uuid
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
@@ -14,6 +15,7 @@ from typing import Any
 
 from raysl import checkpoint, cluster
 from raysl.cluster import places
+from raysl.cluster.lease import Lease
 from raysl.cluster.places import Placement
 from raysl.config import Pretraining
 from raysl.errors import UserError
@@ -29,6 +31,9 @@ from raysl.training.worker import Job, Network, work
 MAX_FAILURES = 8
 # Between two lines of progress. Every row is in metrics.jsonl.
 SHOW_EVERY_S = 5.0
+# For a team of another size to leave off, from when it was asked or last heard of. It is ended then: of a machine that
+# died unseen, workers take the place on those that are left, and starve their own data tasks.
+LEAVE_WITHIN_S = 120.0
 
 
 def pretrain(
@@ -79,7 +84,7 @@ def pretrain(
     if busy := team.placement.busy(team.workers):
         say(busy)
     job = Job(config.to_json(), run, dataset, team.placement, progress.open_board(), until)
-    with run.claimed(say):
+    with Lease(run.folder, say, "run"):
         _Legs(job, counts, end, plan.num_steps, say).run(team)
     return run
 
@@ -192,10 +197,15 @@ class _Legs:
         done = threading.Event()
 
         def follow() -> None:
+            heard_s = time.monotonic()
             while not done.wait(SHOW_EVERY_S):
-                self._show()
-                if self.elastic and resizing.due(elastic.machines()):
+                due = self.elastic and resizing.due(elastic.machines())
+                if self._show() or not due:
+                    heard_s = time.monotonic()
+                if due:
                     board.ask_to_leave.remote(True)
+                if time.monotonic() - heard_s > LEAVE_WITHIN_S:
+                    board.dismiss.remote()
 
         thread = threading.Thread(target=follow, daemon=True)
         thread.start()
@@ -219,7 +229,8 @@ class _Legs:
         self._show()
         return None
 
-    def _show(self) -> None:
+    def _show(self) -> bool:
+        """Shows what there is; whether there was anything."""
         import ray
 
         news, rows = ray.get([self.job.board.news.remote(), self.job.board.take.remote()])
@@ -227,6 +238,7 @@ class _Legs:
             self.say(line)
         for row in rows[-1:]:
             self.say(progress.line(row, self.num_steps))
+        return bool(news or rows)
 
 
 def _trainer(job: Job, workers: int, once: bool) -> Any:

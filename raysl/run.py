@@ -4,19 +4,16 @@ passport.json           configuration, versions, code hash, data fingerprint, an
 metrics.jsonl           one row each `log_every` steps
 tensorboard/            the same, for TensorBoard
 checkpoints/            see `checkpoint`
-training.json           while a process trains it: which one, and when it last said so
+driver.json             while a driver trains it; see raysl.cluster.lease
 features/, probes/      what the probes found
 """
 
 from __future__ import annotations
 
 import json
-import os
-import socket
-import threading
 import time
-from collections.abc import Callable, Iterable, Iterator, Mapping
-from contextlib import contextmanager, suppress
+from collections.abc import Iterable, Iterator, Mapping
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -31,9 +28,6 @@ from raysl.storage import Folder, write_error
 
 PASSPORT = "passport.json"
 METRICS = "metrics.jsonl"
-CLAIM = "training.json"
-# A process that trains a run says so every third of this; when it has been silent for so long, another may go on.
-CLAIM_S = 45.0
 
 
 @dataclass(frozen=True)
@@ -86,60 +80,6 @@ class Run:
             }
         run.folder.write_json(PASSPORT, passport)
         return run
-
-    @contextmanager
-    def claimed(self, say: Callable[[str], None] = print) -> Iterator[None]:
-        """While it lasts, other processes refuse to train this run. Not a lock: two that begin within a moment pass.
-
-        Raises:
-            UserError: another process is training it.
-        """
-        self._refuse_if_claimed(say)
-        done = threading.Event()
-
-        def renew() -> None:
-            while not done.wait(CLAIM_S / 3):
-                with suppress(UserError):  # a full disk is for the checkpoints to report
-                    self._claim()
-
-        self._claim()
-        thread = threading.Thread(target=renew, daemon=True)
-        thread.start()
-        try:
-            yield
-        finally:
-            done.set()
-            thread.join()
-            self.folder.delete(CLAIM)
-
-    def _claim(self) -> None:
-        self.folder.write_json(CLAIM, {"host": socket.gethostname(), "pid": os.getpid(), "at": time.time()})
-
-    def _claimant(self) -> tuple[str, int, float] | None:
-        """Machine, process and time of the claim; None without one."""
-        try:
-            claim = self.folder.read_json(CLAIM)
-            return str(claim["host"]), int(claim["pid"]), float(claim["at"])
-        except (OSError, ValueError, KeyError, TypeError):
-            return None
-
-    def _refuse_if_claimed(self, say: Callable[[str], None]) -> None:
-        claimant = self._claimant()
-        if claimant is None or time.time() - claimant[2] > 20 * CLAIM_S:
-            return
-        host, pid, _ = claimant
-        if host == socket.gethostname():
-            alive = Path(f"/proc/{pid}").exists()
-        else:
-            # Its claim is not compared with this machine's clock, which may differ.
-            say(f"Looks for {CLAIM_S:.0f} s whether process {pid} on {host} still trains this run.")
-            time.sleep(CLAIM_S)
-            alive = self._claimant() not in (None, claimant)
-        if alive:
-            raise UserError(
-                f"The run at {str(self.folder)!r} is being trained by process {pid} on {host}. Let it end, or stop it; "
-                f"if it is another process that has this number by now, delete {CLAIM} there."
-            )
 
     @property
     def checkpoints(self) -> Folder:

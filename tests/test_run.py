@@ -5,8 +5,6 @@ from __future__ import annotations
 import errno
 import json
 import re
-import socket
-import time
 from pathlib import Path
 from typing import Any
 
@@ -17,7 +15,7 @@ from raysl.config import Pretraining
 from raysl.dataset import DataSet, Manifest, Shard
 from raysl.errors import UserError
 from raysl.optim import OptimConfig
-from raysl.run import CLAIM, METRICS, PASSPORT, MetricsLog, Run
+from raysl.run import METRICS, PASSPORT, MetricsLog, Run
 from raysl.storage import Folder
 
 
@@ -161,46 +159,3 @@ def test_rows_are_lines_of_json() -> None:
     rows: list[dict[str, Any]] = [{"step": 1, "loss": 0.5}, {"step": 2}]
     assert [json.loads(line) for line in run_module.jsonl(rows).splitlines()] == rows
     assert run_module.jsonl([]) == b""
-
-
-def test_a_run_is_trained_by_one_process_at_a_time(tmp_path: Path) -> None:
-    run = begin(tmp_path)
-    with (
-        run.claimed(),
-        pytest.raises(UserError, match=r"process \d+ on .* delete training\.json"),
-        run.claimed(),
-    ):
-        pass
-    with run.claimed():
-        assert run.folder.exists(CLAIM)
-    assert not run.folder.exists(CLAIM)
-
-
-@pytest.mark.parametrize(
-    "claim",
-    [
-        {"host": "elsewhere", "pid": 1, "at": time.time()},
-        {"host": "elsewhere", "pid": 1, "at": 0.0},
-        {"host": socket.gethostname(), "pid": 2**30, "at": time.time()},
-        {"host": "elsewhere"},
-    ],
-    ids=["silent", "old", "dead", "damaged"],
-)
-def test_a_process_that_is_gone_does_not_hold_a_run(
-    claim: dict[str, Any], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    monkeypatch.setattr(run_module, "CLAIM_S", 0.1)
-    run = begin(tmp_path)
-    run.folder.write_json(CLAIM, claim)
-    with run.claimed():
-        pass
-
-
-def test_a_process_on_another_machine_that_renews_its_claim_holds_the_run(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    run = begin(tmp_path)
-    run.folder.write_json(CLAIM, {"host": "elsewhere", "pid": 1, "at": time.time()})
-    monkeypatch.setattr("raysl.run.time.sleep", lambda s: run._claim())
-    with pytest.raises(UserError, match="process 1 on elsewhere"), run.claimed():
-        pass

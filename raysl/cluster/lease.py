@@ -1,4 +1,4 @@
-"""One driver at a time for a sweep: a record in its folder, local or in an object store, that the driver renews.
+"""One driver at a time for a run or a sweep: a record in its folder, wherever that lies, which the driver renews.
 
     driver.json     {"id", "host", "pid", "beat"}, there while a driver works
 
@@ -21,25 +21,29 @@ from raysl.storage import Folder
 
 NAME = "driver.json"
 BEAT_S = 10.0
-# Beats that a driver may miss before another takes the sweep over.
+# Beats that a driver may miss before another takes over.
 _MISSED = 4
 
 
 class Lease:
-    """A driver's right to write to a sweep, for the time of a `with` block.
+    """A driver's right to write to a run or a sweep, for the time of a `with` block.
 
     Args:
-        folder: of the sweep.
+        folder: of the run or the sweep.
         say: takes a line, when there is something to wait for.
+        work: "run" or "sweep", for sentences.
         beat_s: seconds between two renewals.
 
     Raises:
-        UserError: on entering, another driver works on the sweep.
+        UserError: on entering, another driver works there.
     """
 
-    def __init__(self, folder: Folder, say: Callable[[str], None], beat_s: float = BEAT_S) -> None:
+    def __init__(
+        self, folder: Folder, say: Callable[[str], None], work: str = "sweep", beat_s: float = BEAT_S
+    ) -> None:
         self.folder = folder
         self._say = say
+        self._work = work
         self._beat_s = beat_s
         self._record = {"id": uuid.uuid4().hex, "host": socket.gethostname(), "pid": os.getpid()}
         self._done = threading.Event()
@@ -60,11 +64,11 @@ class Lease:
             self.folder.delete(NAME)
 
     def check(self) -> None:
-        """Raises UserError when another driver has taken the sweep over, or the record was deleted."""
+        """Raises UserError when another driver has taken over, or the record was deleted."""
         if not self._mine():
             raise UserError(
-                f"Another driver has taken over the sweep at {str(self.folder)!r}, or {NAME} was deleted there. This "
-                "one stops; nothing that it has written before is lost, and the other goes on from there."
+                f"Another driver has taken over the {self._work} at {str(self.folder)!r}, or {NAME} was deleted there. "
+                "This one stops; nothing that it has written before is lost, and the other goes on from there."
             )
 
     def _mine(self) -> bool:
@@ -74,7 +78,7 @@ class Lease:
     def _read(self) -> dict[str, Any] | None:
         if not self.folder.exists(NAME):
             return None
-        with contextlib.suppress(FileNotFoundError):
+        with contextlib.suppress(FileNotFoundError, ValueError):
             return dict(self.folder.read_json(NAME))
         return None
 
@@ -108,7 +112,7 @@ class Lease:
         who = f"process {there.get('pid')} on {there.get('host')}"
         patience_s = _MISSED * self._beat_s
         self._say(
-            f"Another driver, {who}, has worked on this sweep. Watching for {patience_s:.0f} s if it still does."
+            f"Another driver, {who}, has worked on this {self._work}. Watching for {patience_s:.0f} s if it still does."
         )
         deadline = time.monotonic() + patience_s
         while time.monotonic() < deadline:
@@ -118,7 +122,7 @@ class Lease:
                 return
             if now != there:
                 raise UserError(
-                    f"Another driver, {who}, works on the sweep at {str(self.folder)!r}, and two would undo each "
-                    f"other's work. Wait for it or stop it, and give the same command again; or give another folder "
-                    "to --out."
+                    f"Another driver, {who}, works on the {self._work} at {str(self.folder)!r}, and two would undo "
+                    "each other's work. Wait for it or stop it, and give the same command again; or give another "
+                    "folder."
                 )

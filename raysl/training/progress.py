@@ -21,6 +21,19 @@ class Board:
         self._crashes: dict[tuple[int, int], int] = {}
         self._reached = 0
         self._leave = False
+        self._trainers: list[Any] = []
+
+    def enlist(self, trainer: Any) -> None:
+        """A trainer says that it is there, with the handle of its actor."""
+        self._trainers.append(trainer)
+
+    def dismiss(self) -> None:
+        """Ends the trainers that are there, as if their machines had died."""
+        import ray
+
+        for trainer in self._trainers:
+            ray.kill(trainer)
+        self._trainers = []
 
     def post(self, row: dict[str, Any]) -> None:
         """Adds a row of metrics."""

@@ -334,6 +334,7 @@ def work(job: Job) -> None:
 
     if ray.get(job.board.failure.remote()):
         return
+    job.board.enlist.remote(ray.get_runtime_context().current_actor)
     torch.set_num_threads(job.placement.threads_per_worker)
     worker: Worker | None = None
     try:

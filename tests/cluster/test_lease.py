@@ -48,6 +48,13 @@ def test_a_driver_that_was_killed_here_is_followed_at_once(tmp_path: Path) -> No
         lease.check()
 
 
+def test_a_damaged_record_holds_nobody_up(tmp_path: Path) -> None:
+    folder = Folder(str(tmp_path))
+    folder.write(NAME, b"{")
+    with Lease(folder, quiet, "run") as lease:
+        lease.check()
+
+
 def test_a_driver_elsewhere_that_no_longer_shows_is_followed(tmp_path: Path) -> None:
     folder = Folder(str(tmp_path))
     said: list[str] = []

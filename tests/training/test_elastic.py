@@ -153,6 +153,7 @@ def scenario(folder: Path) -> None:
     pretrain_room: Any = importlib.import_module("raysl.pretrain")
     elastic_room.RESIZE_AFTER_S = 0.5
     pretrain_room.SHOW_EVERY_S = 0.5
+    pretrain_room.LEAVE_WITHIN_S = 30.0
     cluster = Cluster(
         initialize_head=True, head_node_args={"num_cpus": 0, "object_store_memory": 100_000_000}
     )
