@@ -315,23 +315,25 @@ def sweep(arguments: Sequence[str]) -> None:
 
 @dataclass(frozen=True)
 class ReportFlags:
-    """Writes the report of a sweep, finished or not: one page that holds all it needs, and its figures.
+    """Writes one page that holds all it needs, and its figures: of a sweep, or of runs side by side.
 
     Args:
-        sweep: folder of the sweep.
+        folders: of a sweep, finished or not; or of runs, which are compared.
         config: where it goes, and prices.
     """
 
-    sweep: Annotated[tyro.conf.Positional[str], tyro.conf.arg(metavar="SWEEP")]
+    folders: Annotated[tyro.conf.Positional[tuple[str, ...]], tyro.conf.arg(metavar="SWEEP|RUNS")]
     config: tyro.conf.OmitArgPrefixes[ReportConfig] = dataclasses.field(default_factory=ReportConfig)
 
 
 def report(arguments: Sequence[str]) -> None:
-    """The page of a sweep: `raysl report SWEEP`."""
+    """A page of figures and tables: `raysl report SWEEP`, `raysl report RUNS...`."""
     from raysl.report.page import report as api
 
     given = tyro.cli(ReportFlags, prog="raysl report", args=list(arguments))
-    print(f"{api(given.sweep, given.config)}/index.html")
+    if not given.folders:
+        raise UserError("No folder is given. Name a sweep or runs: `raysl report runs/*`.")
+    print(f"{api(given.folders, given.config)}/index.html")
 
 
 @dataclass(frozen=True)

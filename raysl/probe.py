@@ -17,10 +17,20 @@ import numpy.typing as npt
 
 from raysl import cluster, features, probes
 from raysl.dataset import DataSet
-from raysl.errors import UserError, unknown
+from raysl.errors import unknown
 from raysl.features import Encoder, FeatureProtocol, FeatureTable
 from raysl.ingest import resolve
-from raysl.probes import EncoderProbe, FeatureProbe, Floats, Labelled, LabelledProbe, Probe, Row, Subject
+from raysl.probes import (
+    EncoderProbe,
+    FeatureProbe,
+    Floats,
+    Labelled,
+    LabelledProbe,
+    Probe,
+    Row,
+    Subject,
+    common_labels,
+)
 from raysl.run import Run, jsonl
 from raysl.storage import Folder
 
@@ -31,6 +41,8 @@ Integers = npt.NDArray[np.int64]
 
 ENCODERS = ("trained", "random", "pixels")
 ROWS = "probes/rows.jsonl"
+# What a folder of rows says about a model that is no run.
+MODEL = "model.json"
 # What tells rows apart. A row that agrees in all of these replaces the one before.
 KEY = ("probe", "name", "layer", "encoder", "step", "seed", "protocol", "train", "test")
 _TABLE = ("probe", "protocol", "train", "test")
@@ -218,26 +230,6 @@ def protocol_hash(name: str, config: Any, protocol: FeatureProtocol) -> str:
     seen = {key: value for key, value in asdict(protocol).items() if key != "layers"}
     value = json.dumps([name, asdict(config), seen], sort_keys=True)
     return hashlib.blake2b(value.encode(), digest_size=6).hexdigest()
-
-
-def common_labels(train: DataSet, test: DataSet) -> tuple[Integers, Integers]:
-    """Labels of both sets, int64 (n,), under the numbers of the train set: classes are matched by their names.
-
-    A class that only the test set has gets a number above those of the train set.
-
-    Raises:
-        UserError: a set has no labels, or they have no class in common.
-    """
-    train_n, test_n = train.labels(), test.labels()
-    numbers = {name: number for number, name in enumerate(train.manifest.classes)}
-    if not numbers.keys() & set(test.manifest.classes):
-        raise UserError(
-            f"The train set {str(train.folder)!r} and the test set {str(test.folder)!r} have no class in common: the "
-            f"first classes are {', '.join(train.manifest.classes[:3])} and {', '.join(test.manifest.classes[:3])}. "
-            "Give two sets with the same classes."
-        )
-    mapped = [numbers.setdefault(name, len(numbers)) for name in test.manifest.classes]
-    return train_n, np.array(mapped, dtype=np.int64)[test_n]
 
 
 def rows_of(run: Run) -> list[dict[str, Any]]:

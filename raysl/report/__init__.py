@@ -1,1 +1,1 @@
-"""The report of a sweep: one HTML page that holds all it needs, and its figures as pictures."""
+"""Reports: one HTML page that holds all it needs, of a sweep or of runs that stand side by side."""

@@ -2,17 +2,15 @@
 
 from __future__ import annotations
 
-import io
 import itertools
-from collections.abc import Callable, Iterator, Sequence
-from dataclasses import dataclass
+from collections.abc import Iterator, Sequence
 from statistics import mean, stdev
 from typing import Any
 
 import numpy as np
-from matplotlib import colormaps, style
-from matplotlib.figure import Figure as Canvas
+from matplotlib import colormaps
 
+from raysl.report.picture import Figure, drawn
 from raysl.sweep.record import Record
 from raysl.sweep.space import Dimension
 from raysl.sweep.standing import Climb, Standing
@@ -20,23 +18,6 @@ from raysl.sweep.table import shown
 
 _MOST_PAIRS = 6
 _STATES = {"finished": "-", "stopped": ":", "failed": "--", "running": "-", "waiting": "-"}
-
-
-@dataclass(frozen=True)
-class Figure:
-    """A picture and what it says.
-
-    Args:
-        name: of its file, without the ending.
-        title: a heading.
-        text: what is to be seen, with the numbers.
-        png: the picture.
-    """
-
-    name: str
-    title: str
-    text: str
-    png: bytes
 
 
 def figures(record: Record) -> Iterator[Figure]:
@@ -54,18 +35,6 @@ def figures(record: Record) -> Iterator[Figure]:
     if standing.num_rungs > 1:
         yield _learning(standing, record.base.epochs)
         yield from _early(record)
-
-
-def _drawn(draw: Callable[[Any], None], width: float = 6.4) -> bytes:
-    """PNG of what `draw` puts on one pair of axes. No date and no version in it."""
-    with style.context("default"):
-        canvas = Canvas(figsize=(width, 4.0), layout="constrained")
-        axes = canvas.add_subplot()
-        axes.grid(alpha=0.3)
-        draw(axes)
-        buffer = io.BytesIO()
-        canvas.savefig(buffer, format="png", dpi=110, metadata={"Software": None})
-    return buffer.getvalue()
 
 
 def _scored(standing: Standing, rung: int) -> list[int]:
@@ -132,7 +101,7 @@ def _curve(standing: Standing, dimension: Dimension) -> Figure:
         f"Mean and standard deviation of {standing.config.probe} over the {len(standing.config.seeds)} seeds and all "
         "other fields; a dot is one run."
     )
-    return Figure(f"curve-{dimension.name}", dimension.name, text, _drawn(draw))
+    return Figure(f"curve-{dimension.name}", dimension.name, text, drawn(draw))
 
 
 def _by_seed(standing: Standing, trial: int, rung: int) -> list[float]:
@@ -163,8 +132,8 @@ def _pair(standing: Standing, one: Dimension, other: Dimension) -> Figure:
 
     def dots(axes: Any) -> None:
         xs, ys = [x.place(a) for a, _, _ in points], [y.place(b) for _, b, _ in points]
-        drawn = axes.scatter(xs, ys, c=[score for _, _, score in points], cmap="viridis")
-        axes.figure.colorbar(drawn, label=standing.config.probe)
+        dots_drawn = axes.scatter(xs, ys, c=[score for _, _, score in points], cmap="viridis")
+        axes.figure.colorbar(dots_drawn, label=standing.config.probe)
         x.dress(axes)
         if y.log:
             axes.set_yscale("log")
@@ -175,7 +144,7 @@ def _pair(standing: Standing, one: Dimension, other: Dimension) -> Figure:
         axes.set_ylabel(other.name)
 
     text = f"Mean {standing.config.probe} at the end; what is empty was stopped, failed, or not tried."
-    return Figure(f"pair-{one.name}-{other.name}", f"{one.name} and {other.name}", text, _drawn(draw))
+    return Figure(f"pair-{one.name}-{other.name}", f"{one.name} and {other.name}", text, drawn(draw))
 
 
 def _parallel(standing: Standing) -> Figure:
@@ -203,7 +172,7 @@ def _parallel(standing: Standing) -> Figure:
         axes.set_yticks([])
 
     text = "A line is a trial, at the score of the last rung it was at; dotted lines were stopped before the end."
-    return Figure("parallel", "All fields together", text, _drawn(draw, 8.0))
+    return Figure("parallel", "All fields together", text, drawn(draw, 8.0))
 
 
 def _learning(standing: Standing, epochs: float) -> Figure:
@@ -228,7 +197,7 @@ def _learning(standing: Standing, epochs: float) -> Figure:
             axes.legend(fontsize=7, ncols=2)
 
     text = "The mean over seeds, and the range of them; every trial is on the schedule of the whole run."
-    return Figure("learning", "Learning curves", text, _drawn(draw, 8.0))
+    return Figure("learning", "Learning curves", text, drawn(draw, 8.0))
 
 
 def _early(record: Record) -> Iterator[Figure]:
@@ -256,7 +225,7 @@ def _early(record: Record) -> Iterator[Figure]:
             f"Rank correlation (Spearman) over {len(pairs)} runs that came to the end: {agreement:+.2f}. Runs that "
             "were stopped are not in it, so it is lower than over all."
         )
-        yield Figure(f"early-{name}", f"What the {label} foretells early", text, _drawn(draw))
+        yield Figure(f"early-{name}", f"What the {label} foretells early", text, drawn(draw))
 
 
 def rank_correlation(xs: Sequence[float], ys: Sequence[float]) -> float:

@@ -16,8 +16,8 @@ from raysl.errors import UserError
 from raysl.objectives.pirl import Config as Pirl
 from raysl.optim import OptimConfig
 from raysl.report.command import command
-from raysl.report.figures import rank_correlation
 from raysl.report.page import ReportConfig, report
+from raysl.report.sweep_figures import rank_correlation
 from raysl.storage import Folder
 from raysl.sweep.config import SweepConfig
 from raysl.sweep.journal import Journal
@@ -123,7 +123,7 @@ def test_every_beginning_of_a_sweep_has_a_page(tmp_path: Path) -> None:
 
 
 def test_no_sweep_is_told(tmp_path: Path) -> None:
-    with pytest.raises(UserError, match="No sweep at"):
+    with pytest.raises(UserError, match="Neither a sweep nor a run"):
         report(str(tmp_path), ReportConfig())
 
 

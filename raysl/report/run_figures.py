@@ -1,0 +1,250 @@
+"""The figures of runs side by side. Each is a function of what the folders hold, so equal runs give equal pictures."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from statistics import mean
+from typing import Any
+
+import numpy as np
+from matplotlib import colormaps
+
+from raysl.probes.invariance import HISTOGRAM, OTHERS
+from raysl.report.entries import PROTOCOL, Found, Group, layers
+from raysl.report.picture import Figure, drawn, panels
+from raysl.report.tables import estimates
+
+_DASHED = ("untrained", "raw pixels")
+
+
+def colours(labels: Sequence[str]) -> dict[str, Any]:
+    """A colour for each label; grey for what has not learned."""
+    own = [label for label in dict.fromkeys(labels) if not label.startswith(_DASHED)]
+    chosen = colormaps["tab10" if len(own) <= 10 else "tab20"]
+    return {label: chosen(own.index(label) % chosen.N) if label in own else "grey" for label in labels}
+
+
+def per_layer(rows: Sequence[Found]) -> Iterator[Figure]:
+    """The number that stands for a probe, by layer, one figure for each probe and protocol."""
+    for key, members in _by_protocol([item for item in rows if item.row["headline"]]):
+        found, places = estimates(members), layers(members)
+        if len(places) < 2:
+            continue
+        name = members[0].row["name"]
+        labels = list(dict.fromkeys(item.label for item in members))
+        coloured = colours(labels)
+
+        def draw(axes: Any, found: Any = found, places: Any = places, coloured: Any = coloured) -> None:
+            for label in coloured:
+                of_label = {
+                    layer: cell for (one, layer, _), cell in found.items() if one == label and layer in places
+                }
+                seen = [i for i, layer in enumerate(places) if layer in of_label]
+                cells = [of_label[places[i]] for i in seen]
+                axes.errorbar(
+                    seen,
+                    [cell.mean for cell in cells],
+                    [cell.half_width or 0.0 for cell in cells],
+                    fmt="--" if label.startswith(_DASHED) else "-",
+                    marker="o",
+                    markersize=4,
+                    capsize=2,
+                    label=label,
+                    color=coloured[label],
+                )
+            axes.set_xticks(range(len(places)), places)
+            axes.set_ylim(*_limits([cell.mean for cell in found.values()]))
+            axes.legend(fontsize=7)
+
+        draw_named = _with_ylabel(draw, f"{key[0]} {name}")
+        text = (
+            f"{name} of the probe {key[0]} by layer; bars are 95 % confidence intervals over seeds, cut where they "
+            f"leave the picture. Protocol {key[1]}."
+        )
+        yield Figure(f"layers-{key[0]}-{key[1]}", f"{key[0]} by layer", text, drawn(draw_named, 8.0))
+
+
+def _limits(values: Sequence[float]) -> tuple[float, float]:
+    """Around the means: the interval of two seeds may be ten times as wide as all that is to be seen."""
+    room = 0.15 * ((max(values) - min(values)) or abs(values[0]) or 1.0)
+    return min(values) - room, max(values) + room
+
+
+def _with_ylabel(draw: Callable[[Any], None], name: str) -> Callable[[Any], None]:
+    def both(axes: Any) -> None:
+        draw(axes)
+        axes.set_ylabel(name)
+
+    return both
+
+
+def _by_protocol(rows: Sequence[Found]) -> list[tuple[tuple[str, ...], list[Found]]]:
+    together: dict[tuple[str, ...], list[Found]] = {}
+    for item in rows:
+        together.setdefault(tuple(item.row[name] for name in PROTOCOL), []).append(item)
+    return sorted(together.items())
+
+
+Counts = Mapping[str, Mapping[str, Sequence[int]]]
+
+
+def histograms(gathered: Sequence[Group]) -> Iterator[Figure]:
+    """The distance between f(I) and f(t(I)) by transform, as in PIRL (Misra and van der Maaten 2020, figure 5), at the
+    last layer; a figure for each protocol."""
+    together: dict[tuple[str, str], dict[str, list[Counts]]] = {}
+    edges: list[float] = []
+    for group in gathered:
+        for (encoder, test, protocol), value in _newest_histograms(group).items():
+            edges = value[0]["edges"]
+            label = group.label if encoder not in ("random", "pixels") else encoder
+            if encoder != "pixels":
+                shown = "untrained" if label == "random" else label
+                together.setdefault((test, protocol), {}).setdefault(shown, []).extend(
+                    one["counts"] for one in value
+                )
+    for (_, protocol), by_label in sorted(together.items()):
+        png, layer = _histogram(by_label, edges)
+        text = (
+            f"Distribution of the distance between the unit features ({layer}) of an image and of its transformed "
+            f"copy, all seeds together; dotted, the distance between different images. Protocol {protocol}."
+        )
+        yield Figure(f"invariance-{protocol}", "Invariance", text, png)
+
+
+def _newest_histograms(group: Group) -> dict[tuple[str, str, str], list[dict[str, Any]]]:
+    """What the probe left in the folders of a group, by encoder, test set and protocol; of the newest step."""
+    made: dict[tuple[str, str, str], list[dict[str, Any]]] = {}
+    for entry in group.entries:
+        folder = entry.run.folder / "probes/invariance"
+        newest: dict[tuple[str, str, str], tuple[int, str]] = {}
+        for name in folder.list():
+            parts = name.rsplit("-", 3)
+            if len(parts) == 4 and (folder / name).exists(HISTOGRAM):
+                encoder, step, test, protocol = parts
+                key = encoder, test, protocol
+                newest[key] = max(newest.get(key, (-1, "")), (int(step), name))
+        for key, (_, name) in newest.items():
+            made.setdefault(key, []).append((folder / name).read_json(HISTOGRAM))
+    return made
+
+
+def _histogram(by_label: Mapping[str, Sequence[Counts]], edges: Sequence[float]) -> tuple[bytes, str]:
+    """The picture, a panel for each transform, and the layer that it shows."""
+    some = next(iter(by_label.values()))[0]
+    layer = "pooled" if "pooled" in some else list(some)[-1]
+    transforms = [name for name in some[layer] if name != OTHERS]
+    coloured = colours(list(by_label))
+
+    def shares(label: str, name: str) -> Any:
+        counts = np.sum([one[layer][name] for one in by_label[label] if name in one.get(layer, {})], axis=0)
+        return counts / np.sum(counts) if np.ndim(counts) else np.zeros(len(edges) - 1)
+
+    def panel(name: str) -> Callable[[Any], None]:
+        def draw(axes: Any) -> None:
+            for label in by_label:
+                axes.stairs(shares(label, name), edges, color=coloured[label], label=label)
+                axes.stairs(shares(label, OTHERS), edges, color=coloured[label], linestyle=":", alpha=0.7)
+            axes.set_xlabel("distance of unit features")
+            axes.set_ylabel("share of images")
+            axes.legend(fontsize=7)
+
+        return draw
+
+    return panels({name: panel(name) for name in transforms}), layer
+
+
+def invariance_map(rows: Sequence[Found]) -> Iterator[Figure]:
+    """How invariant each layer is to each transform, a panel for each label; a figure for each protocol."""
+    of_probe = [
+        item for item in rows if item.row["probe"] == "invariance" and item.row["name"].startswith("closer/")
+    ]
+    for key, members in _by_protocol(of_probe):
+        found, places = estimates(members), layers(members)
+        transforms = list(dict.fromkeys(item.row["name"] for item in members))
+        if len(places) < 2:
+            continue
+
+        def panel(label: str, found: Any = found, places: Any = places, names: Any = transforms) -> Any:
+            cells = np.array(
+                [
+                    [
+                        found[label, layer, name].mean if (label, layer, name) in found else np.nan
+                        for layer in places
+                    ]
+                    for name in names
+                ]
+            )
+
+            def draw(axes: Any) -> None:
+                axes.grid(visible=False)
+                axes.imshow(cells, vmin=0.5, vmax=1, cmap="viridis", aspect="auto")
+                for (j, i), value in np.ndenumerate(cells):
+                    colour = "black" if value > 0.8 else "white"
+                    axes.text(i, j, f"{value:.2f}", ha="center", va="center", fontsize=7, color=colour)
+                axes.set_xticks(range(len(places)), places, fontsize=7)
+                axes.set_yticks(range(len(names)), [name.partition("/")[2] for name in names], fontsize=7)
+
+            return draw
+
+        text = (
+            "The probability that a transformed image lies closer to its original than another image does: 1 where a "
+            f"layer does not care, 0.5 where it is as far. Means over seeds. Protocol {key[1]}."
+        )
+        labels = [label for label in dict.fromkeys(item.label for item in members) if label != "raw pixels"]
+        png = panels({label: panel(label) for label in labels})
+        yield Figure(f"invariance-map-{key[1]}", "Transforms and layers", text, png)
+
+
+def losses(gathered: Sequence[Group]) -> Iterator[Figure]:
+    """Training curves: a panel for each group, since losses of different methods have no common scale."""
+    shown = [group for group in gathered if any(entry.metrics for entry in group.entries)]
+
+    def panel(group: Group) -> Callable[[Any], None]:
+        def draw(axes: Any) -> None:
+            for entry in group.entries:
+                points = [(row["epoch"], row["loss"]) for row in entry.metrics if "loss" in row]
+                axes.plot(*zip(*points, strict=True), linewidth=1, label=f"seed {entry.seed}")
+            axes.set_xlabel("epoch")
+            axes.set_ylabel("loss")
+            axes.legend(fontsize=7)
+
+        return draw
+
+    if shown:
+        text = "The loss that is trained, means between two rows of metrics; a line is a run."
+        png = panels({group.label: panel(group) for group in shown})
+        yield Figure("training", "Training", text, png)
+
+
+def progress(gathered: Sequence[Group]) -> Iterator[Figure]:
+    """What probes found at several steps of the same runs, at the last layer that they looked at."""
+    rows = [
+        Found(group.label, row)
+        for group in gathered
+        for entry in group.entries
+        for row in entry.rows
+        if row["headline"] and row["encoder"] == "trained"
+    ]
+    for key, members in _by_protocol(rows):
+        layer = layers(members)[-1]
+        points: dict[str, dict[int, list[float]]] = {}
+        for item in members:
+            if item.row["layer"] == layer:
+                by_step = points.setdefault(item.label, {})
+                by_step.setdefault(item.row["step"], []).append(item.row["value"])
+        curves = {label: by_step for label, by_step in points.items() if len(by_step) > 1}
+        if not curves:
+            continue
+        name, coloured = members[0].row["name"], colours(list(points))
+
+        def draw(axes: Any, curves: Any = curves, coloured: Any = coloured) -> None:
+            for label, by_step in curves.items():
+                steps = sorted(by_step)
+                means = [mean(by_step[step]) for step in steps]
+                axes.plot(steps, means, "o-", markersize=3, label=label, color=coloured[label])
+            axes.set_xlabel("step")
+            axes.legend(fontsize=7)
+
+        text = f"{name} of {key[0]} on {layer} at steps during training, means over seeds. Protocol {key[1]}."
+        png = drawn(_with_ylabel(draw, f"{key[0]} {name}"), 8.0)
+        yield Figure(f"progress-{key[0]}-{key[1]}", f"{key[0]} during training", text, png)

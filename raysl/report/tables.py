@@ -1,0 +1,131 @@
+"""Tables of probes that can be trusted: means with their 95 % confidence intervals over seeds, and what is a tie."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+from dataclasses import dataclass
+from statistics import mean, variance
+from typing import Any
+
+from raysl.report.entries import PROTOCOL, Found, layers
+
+# Student's t at 97.5 %, for 1 to 10 degrees of freedom.
+_T = (12.7062, 4.3027, 3.1824, 2.7764, 2.5706, 2.4469, 2.3646, 2.3060, 2.2622, 2.2281)
+_Z = 1.959964
+
+
+@dataclass(frozen=True)
+class Estimate:
+    """A number that was found for several seeds."""
+
+    values: tuple[float, ...]
+
+    @property
+    def mean(self) -> float:
+        return mean(self.values)
+
+    @property
+    def half_width(self) -> float | None:
+        """Of the 95 % confidence interval of the mean; None for one seed."""
+        if len(self.values) < 2:
+            return None
+        return t_quantile(len(self.values) - 1) * math.sqrt(self._squared_error())
+
+    def _squared_error(self) -> float:
+        return variance(self.values) / len(self.values)
+
+    def differs(self, other: Estimate) -> bool | None:
+        """Whether the means differ by more than the noise of seeds: Welch's t test (Welch 1947, "The generalization of
+        Student's problem when several different population variances are involved"), two-sided, at 5 %. None where one
+        of them has one seed."""
+        if min(len(self.values), len(other.values)) < 2:
+            return None
+        ours, theirs = self._squared_error(), other._squared_error()
+        if ours + theirs == 0:
+            return self.mean != other.mean
+        parts = ours**2 / (len(self.values) - 1) + theirs**2 / (len(other.values) - 1)
+        freedom = (ours + theirs) ** 2 / parts
+        return abs(self.mean - other.mean) > t_quantile(freedom) * math.sqrt(ours + theirs)
+
+    def __str__(self) -> str:
+        half = self.half_width
+        return f"{self.mean:.4f}" if half is None else f"{self.mean:.4f} ± {half:.4f}"
+
+
+def t_quantile(freedom: float) -> float:
+    """Student's t at 97.5 %, linear between whole degrees of freedom up to 10; above, the expansion of Cornish and
+    Fisher (Abramowitz and Stegun 1964, 26.7.5), whose error there is below 0.3 %."""
+    if freedom < len(_T):
+        low = max(1, math.floor(freedom))
+        share = max(0.0, freedom - low)
+        return _T[low - 1] * (1 - share) + _T[low] * share
+    first = (_Z**3 + _Z) / (4 * freedom)
+    return _Z + first + (5 * _Z**5 + 16 * _Z**3 + 3 * _Z) / (96 * freedom**2)
+
+
+@dataclass(frozen=True)
+class Table:
+    """Rows of one probe under one protocol on the same images.
+
+    Args:
+        probe: its name.
+        caption: what was compared.
+        columns: layer and name of each number.
+        lines: label, and an estimate for each column where there is one; the best by the last column first.
+    """
+
+    probe: str
+    caption: str
+    columns: tuple[tuple[str, str], ...]
+    lines: tuple[tuple[str, tuple[Estimate | None, ...]], ...]
+
+    def best(self, column: int) -> Estimate | None:
+        """The estimate with the highest mean in a column."""
+        there = [cells[column] for _, cells in self.lines]
+        return max((cell for cell in there if cell is not None), key=lambda cell: cell.mean, default=None)
+
+    def tied(self, column: int, cell: Estimate) -> bool:
+        """Whether the difference from the best of the column is within the noise of seeds."""
+        best = self.best(column)
+        return best is not None and best != cell and best.differs(cell) is False
+
+
+def tables(rows: Sequence[Found], headlines: bool = True) -> list[Table]:
+    """A table for each probe, protocol and pair of data sets.
+
+    Args:
+        headlines: only the number that stands for its probe, of every layer; else all the others.
+    """
+    together: dict[tuple[Any, ...], list[Found]] = {}
+    for item in rows:
+        if bool(item.row["headline"]) == headlines:
+            together.setdefault(tuple(item.row[name] for name in PROTOCOL), []).append(item)
+    return [_table(members) for _, members in sorted(together.items())]
+
+
+def _table(members: Sequence[Found]) -> Table:
+    probe, protocol, train, test = (members[0].row[name] for name in PROTOCOL)
+    data = f"train {train[:8]}, test {test[:8]}" if train else f"images {test[:8]}"
+    names = dict.fromkeys(item.row["name"] for item in members)
+    # A layer need not have all names.
+    there = {(item.row["layer"], item.row["name"]) for item in members}
+    columns = tuple((layer, name) for layer in layers(members) for name in names if (layer, name) in there)
+    cells = estimates(members)
+    lines = [
+        (label, tuple(cells.get((label, *column)) for column in columns))
+        for label in dict.fromkeys(item.label for item in members)
+    ]
+    lines.sort(key=lambda line: (-(line[1][-1].mean if line[1][-1] else -math.inf), line[0]))
+    return Table(probe, f"protocol {protocol}, {data}", columns, tuple(lines))
+
+
+def estimates(rows: Sequence[Found]) -> dict[tuple[str, str, str], Estimate]:
+    """The estimate of each (label, layer, name) of rows of one protocol. Equal weights of a seed count once."""
+    values: dict[tuple[str, str, str], dict[tuple[Any, ...], float]] = {}
+    for item in rows:
+        key = (item.label, item.row["layer"], item.row["name"])
+        # Pixels have no seed, though the runs that they stand beside have.
+        seed = None if item.row["encoder"] == "pixels" else item.row["seed"]
+        values.setdefault(key, {})[seed, item.row["weights"]] = item.row["value"]
+    return {key: Estimate(tuple(by_seed.values())) for key, by_seed in values.items()}
