@@ -10,7 +10,8 @@ import pytest
 
 from raysl.dataset import DataSet
 from raysl.errors import UserError
-from raysl.probe import KEY, common_labels, probe, rows_of, tables
+from raysl.probe import KEY, probe, rows_of, tables
+from raysl.probes import common_labels
 from raysl.probes.invariance import Config as Invariance
 from raysl.probes.knn import Config as Knn
 from raysl.probes.linear import Config as Linear

@@ -167,6 +167,26 @@ def same_images(train: Labelled, test: Labelled) -> bool:
     return train is test or bool(train.fingerprint and train.fingerprint == test.fingerprint)
 
 
+def common_labels(train: DataSet, test: DataSet) -> tuple[npt.NDArray[np.int64], npt.NDArray[np.int64]]:
+    """Labels of both sets, int64 (n,), under the numbers of the train set: classes are matched by their names.
+
+    A class that only the test set has gets a number above those of the train set.
+
+    Raises:
+        UserError: a set has no labels, or they have no class in common.
+    """
+    train_n, test_n = train.labels(), test.labels()
+    numbers = {name: number for number, name in enumerate(train.manifest.classes)}
+    if not numbers.keys() & set(test.manifest.classes):
+        raise UserError(
+            f"The train set {str(train.folder)!r} and the test set {str(test.folder)!r} have no class in common: the "
+            f"first classes are {', '.join(train.manifest.classes[:3])} and {', '.join(test.manifest.classes[:3])}. "
+            "Give two sets with the same classes."
+        )
+    mapped = [numbers.setdefault(name, len(numbers)) for name in test.manifest.classes]
+    return train_n, np.array(mapped, dtype=np.int64)[test_n]
+
+
 def check(train: Labelled, test: Labelled, several: bool = False) -> None:
     """What every probe needs of labelled features.
 

@@ -12,7 +12,7 @@ from raysl.dataset import DataSet
 from raysl.errors import UserError
 from raysl.ingest import resolve
 from raysl.network.trunk import TrunkConfig
-from raysl.probe import common_labels
+from raysl.probes import common_labels
 from raysl.stream.plan import Plan
 from raysl.sweep import searchers, table
 from raysl.sweep.config import SweepConfig
