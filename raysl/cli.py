@@ -18,6 +18,7 @@ from raysl import methods as method_names
 from raysl import recipes
 from raysl.config import Pretraining
 from raysl.errors import UserError
+from raysl.export import ExportConfig
 from raysl.features import FeaturesConfig
 from raysl.ingest import IngestConfig, resolve
 from raysl.ingest import ingest as make_dataset
@@ -334,6 +335,28 @@ def report(arguments: Sequence[str]) -> None:
     if not given.folders:
         raise UserError("No folder is given. Name a sweep or runs: `raysl report runs/*`.")
     print(f"{api(given.folders, given.config)}/index.html")
+
+
+@dataclass(frozen=True)
+class ExportFlags:
+    """Writes the trunk of a run for other programs, with a model card.
+
+    Args:
+        run: folder of the run.
+        config: for whom, and where.
+    """
+
+    run: Annotated[tyro.conf.Positional[str], tyro.conf.arg(metavar="RUN")]
+    config: tyro.conf.OmitArgPrefixes[ExportConfig] = dataclasses.field(default_factory=ExportConfig)
+
+
+def export(arguments: Sequence[str]) -> None:
+    """Weights for other programs: `raysl export RUN --format torchvision`."""
+    from raysl.export import export as api
+    from raysl.run import Run
+
+    given = tyro.cli(ExportFlags, prog="raysl export", args=list(arguments))
+    print(f"{api(Run.open(given.run), given.config)}")
 
 
 @dataclass(frozen=True)

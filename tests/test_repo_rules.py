@@ -23,7 +23,7 @@ ROOMS = (
     *("ingest", "objectives", "methods"),
     *("config", "recipes", "cluster", "run", "training", "pretrain"),
     *("features", "kmeans", "clusterfit", "probes", "probe", "catalog"),
-    *("sweep", "report", "reproduce", "experiment"),
+    *("sweep", "report", "export", "reproduce", "experiment"),
     *("doctor", "demo", "cli"),
     *("__init__", "__main__"),
 )

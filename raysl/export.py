@@ -1,0 +1,230 @@
+"""The trunk of a run for other programs: weights under the names that they know, and a model card.
+
+What is written, besides README.md, the card:
+
+torchvision    model.pth, a state dict that loads with strict=True into torchvision's network less its head
+timm           pytorch_model.bin and config.json, as `timm.create_model("local-dir:FOLDER")` reads them
+safetensors    model.safetensors, the same state dict, with the run's facts in its metadata
+onnx           model.onnx, from images of 0 to 255 to features; the normalisation is part of it
+"""
+
+from __future__ import annotations
+
+import importlib
+import io
+import json
+import re
+import tempfile
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, Literal
+
+import torch
+from torch import Tensor
+
+from raysl import features
+from raysl.config import Pretraining
+from raysl.errors import UserError
+from raysl.network.trunk import IMAGENET_MEAN, IMAGENET_STD, Trunk
+from raysl.probe import rows_of
+from raysl.report.command import command
+from raysl.run import Run
+from raysl.storage import Folder
+
+CARD = "README.md"
+_RESNETS = re.compile(r"(wide_)?resne(x)?t\d+(_\w+)?")
+
+
+@dataclass(frozen=True)
+class ExportConfig:
+    """Writes the trunk of a run for other programs.
+
+    Args:
+        format: whose names the weights have, or of which kind the file is.
+        out: folder; by default `export/FORMAT` in the run.
+        step: of the checkpoint; the newest by default.
+    """
+
+    format: Literal["torchvision", "timm", "safetensors", "onnx"] = "torchvision"
+    out: str = ""
+    step: int | None = None
+
+
+def export(run: Run, config: ExportConfig) -> Folder:
+    """Writes weights and model card, and returns where.
+
+    Raises:
+        UserError: there is no such checkpoint, the trunk has no such layout, or a package is missing.
+    """
+    where = "" if config.step is None else f"/checkpoints/step-{config.step:09d}"
+    pretraining = run.config()
+    source = features.named(f"{run.folder}{where}", pretraining.trunk)
+    assert isinstance(source, features.Trained)
+    files = _FORMATS[config.format](source.network().eval(), pretraining, source.checkpoint.step)
+    out = Folder(config.out) if config.out else run.folder / f"export/{config.format}"
+    for name, data in files.items():
+        out.write(name, data)
+    out.write(CARD, _card(run, pretraining, source.checkpoint.step, config.format).encode())
+    return out
+
+
+def _torchvision(trunk: Trunk, config: Pretraining, step: int) -> dict[str, bytes]:
+    if config.trunk.name == "small":
+        raise _no_layout("torchvision", config, "raysl's own")
+    _refuse_other_layers("torchvision", config)
+    return {"model.pth": _saved(trunk.body.state_dict())}
+
+
+def _timm(trunk: Trunk, config: Pretraining, step: int) -> dict[str, bytes]:
+    # The two agree on the names of residual networks alone.
+    if not _RESNETS.fullmatch(config.trunk.name):
+        raise _no_layout("timm", config, "no residual network of torchvision")
+    _refuse_other_layers("timm", config)
+    size = config.view.image_size
+    seen = {"mean": IMAGENET_MEAN, "std": IMAGENET_STD, "input_size": [3, size, size], "num_classes": 0}
+    about = {"architecture": config.trunk.name, "num_classes": 0, "num_features": trunk.width}
+    about_json = json.dumps({**about, "pretrained_cfg": seen}, indent=1).encode()
+    return {"pytorch_model.bin": _saved(trunk.body.state_dict()), "config.json": about_json}
+
+
+def _safetensors(trunk: Trunk, config: Pretraining, step: int) -> dict[str, bytes]:
+    safetensors = _package("safetensors.torch", "safetensors")
+    state = {name: value.contiguous() for name, value in trunk.body.state_dict().items()}
+    facts = {"method": config.method, "trunk": config.trunk.name, "step": str(step), "format": "pt"}
+    return {"model.safetensors": safetensors.save(state, facts)}
+
+
+def _onnx(trunk: Trunk, config: Pretraining, step: int) -> dict[str, bytes]:
+    _package("onnx", "onnx")
+    _package("onnxscript", "onnxscript")
+    trunk.graph = None  # of norm "joint"; it is for training
+    size = config.view.image_size
+    images_bchw = torch.zeros(2, 3, size, size)
+    # The exporter writes a file, and the place may be an object store.
+    with tempfile.TemporaryDirectory() as folder:
+        file = Path(folder) / "model.onnx"
+        torch.onnx.export(
+            trunk,
+            (images_bchw,),
+            file,
+            input_names=["images_bchw"],
+            output_names=["features_bd"],
+            dynamic_shapes=({0: torch.export.Dim("b")},),
+            external_data=False,
+            verbose=False,
+        )
+        return {"model.onnx": file.read_bytes()}
+
+
+_FORMATS = {"torchvision": _torchvision, "timm": _timm, "safetensors": _safetensors, "onnx": _onnx}
+
+
+def _refuse_other_layers(form: str, config: Pretraining) -> None:
+    if config.trunk.stem != "standard" or config.trunk.norm == "group":
+        raise _no_layout(form, config, f"of stem {config.trunk.stem!r} and norm {config.trunk.norm!r}")
+
+
+def _no_layout(form: str, config: Pretraining, why: str) -> UserError:
+    return UserError(
+        f"The trunk {config.trunk.name!r} of this run is {why}, and {form} has no network with these layers. Export "
+        "it with --format safetensors or onnx."
+    )
+
+
+def _package(module: str, name: str) -> Any:
+    try:
+        return importlib.import_module(module)
+    except ImportError as error:
+        raise UserError(
+            f"This format needs the package {name}, which is not installed. Install raysl[export]."
+        ) from error
+
+
+def _saved(state: dict[str, Tensor]) -> bytes:
+    buffer = io.BytesIO()
+    torch.save(state, buffer)
+    return buffer.getvalue()
+
+
+_CARD = """# {method}, {trunk}
+
+Weights of the trunk after {step} steps of pretraining with raysl, without a head.
+
+| | |
+|---|---|
+| method | {method} |
+| trunk | {trunk}, stem {stem}, norm {norm} |
+| data | {images:,} images, fingerprint `{fingerprint}` |
+| seed | {seed} |
+| views in evaluation | the centre, {size} x {size} pixels |
+
+## Use
+
+{use}
+
+## What it is worth
+
+{probes}
+
+## How it was made
+
+```
+{command}
+```
+
+## Licence
+
+Not chosen. Whoever publishes these weights states one here, after looking at the terms of the images that they were
+learned from.
+"""
+
+_NORMALISED = (
+    f"It takes RGB images in 0 .. 1 from which {IMAGENET_MEAN} is subtracted, divided by {IMAGENET_STD}."
+)
+_USE = {
+    "torchvision": "```python\nmodel = torchvision.models.get_model({name!r})\n# Its last linear layer; `fc` in a "
+    'ResNet.\nmodel.fc = torch.nn.Identity()\nmodel.load_state_dict(torch.load("model.pth", weights_only=True), '
+    "strict=True)\nmodel.eval()\n```\n\n" + _NORMALISED,
+    "timm": '```python\nmodel = timm.create_model("local-dir:FOLDER", pretrained=True, num_classes=0).eval()\n```\n\n'
+    + _NORMALISED,
+    "safetensors": '```python\nstate = safetensors.torch.load_file("model.safetensors")\nbody = '
+    "raysl.network.trunk.build(TrunkConfig({name!r}, {stem!r}, {norm!r})).body\nbody.load_state_dict(state)\n```\n\n"
+    + _NORMALISED,
+    "onnx": "The input `images_bchw` is float32 (b, 3, {size}, {size}), RGB in 0 .. 255, and the normalisation is part "
+    "of the network. The output `features_bd` is float32 (b, d).",
+}
+
+
+def _card(run: Run, config: Pretraining, step: int, form: str) -> str:
+    data = run.passport()["data"]
+    facts = {"name": config.trunk.name, "stem": config.trunk.stem, "norm": config.trunk.norm}
+    size = config.view.image_size
+    return _CARD.format(
+        method=config.method,
+        trunk=config.trunk.name,
+        stem=config.trunk.stem,
+        norm=config.trunk.norm,
+        step=step,
+        images=data["num_images"],
+        fingerprint=data["fingerprint"],
+        seed=config.seed,
+        size=size,
+        use=_USE[form].format(**facts, size=size),
+        probes=_probes(run, step),
+        command=command(config),
+    )
+
+
+def _probes(run: Run, step: int) -> str:
+    """The rows that stand for their probes at this step, each with its protocol."""
+    rows = [row for row in rows_of(run) if row["headline"] and row["encoder"] == "trained"]
+    there = [row for row in rows if row["step"] == step]
+    if not there:
+        return "No probe has measured this checkpoint; `raysl probe` does."
+    lines = ["| probe | layer | measure | value | protocol | train | test |", "|---|---|---|---|---|---|---|"]
+    lines += [
+        f"| {row['probe']} | {row['layer']} | {row['name']} | {row['value']:.4f} | `{row['protocol']}` | "
+        f"`{row['train'][:8]}` | `{row['test'][:8]}` |"
+        for row in there
+    ]
+    return "\n".join(lines)

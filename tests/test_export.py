@@ -1,0 +1,136 @@
+"""Exported trunks are reloaded, and give the features of the run."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from torch import Tensor, nn
+
+from raysl.checkpoint import SaveConfig, Saver
+from raysl.config import Pretraining, ViewConfig
+from raysl.errors import UserError
+from raysl.export import CARD, ExportConfig, export
+from raysl.features import Trained
+from raysl.network.trunk import IMAGENET_MEAN, IMAGENET_STD, Trunk, TrunkConfig, build
+from raysl.probe import KEY, ROWS
+from raysl.run import Run, jsonl
+from tests.data import make_dataset
+
+
+def made(folder: Path, trunk: TrunkConfig) -> Run:
+    """A run with a checkpoint at step 5, whose batch statistics are not those of a new network."""
+    dataset = make_dataset(folder / "set", 8)
+    config = Pretraining(
+        str(dataset.folder), str(folder / "run"), batch_size=4, view=ViewConfig(image_size=32), trunk=trunk
+    )
+    run = Run.begin(config, dataset, {})
+    body = build(trunk)
+    with torch.no_grad():
+        for value in body.body.state_dict().values():
+            value.mul_(1.1) if value.is_floating_point() else value.add_(3)
+    saver = Saver(run.checkpoints, SaveConfig(), 0, 1)
+    saver.save(5, {"network": {f"trunk.{name}": value for name, value in body.state_dict().items()}}, None)
+    saver.wait()
+    return run
+
+
+@pytest.fixture(scope="module")
+def resnet(tmp_path_factory: pytest.TempPathFactory) -> Run:
+    return made(tmp_path_factory.mktemp("resnet"), TrunkConfig("resnet18"))
+
+
+@pytest.fixture(scope="module")
+def small(tmp_path_factory: pytest.TempPathFactory) -> Run:
+    return made(tmp_path_factory.mktemp("small"), TrunkConfig())
+
+
+def images() -> Tensor:
+    return torch.from_numpy(np.random.default_rng(0).integers(0, 256, (3, 3, 32, 32)).astype(np.float32))
+
+
+def expected(run: Run) -> Tensor:
+    trunk: Trunk = Trained(run, run.newest()).network().eval()
+    with torch.inference_mode():
+        return trunk(images())
+
+
+def normalised() -> Tensor:
+    mean, std = (torch.tensor(value).view(1, 3, 1, 1) for value in (IMAGENET_MEAN, IMAGENET_STD))
+    return (images() / 255 - mean) / std
+
+
+def features(network: nn.Module) -> Any:
+    with torch.inference_mode():
+        return network.eval()(normalised())
+
+
+def test_torchvision_loads_it_strictly(resnet: Run) -> None:
+    from torchvision import models
+
+    out = export(resnet, ExportConfig())
+    network = models.resnet18()
+    network.fc = nn.Identity()
+    network.load_state_dict(torch.load(out.open("model.pth"), weights_only=True), strict=True)
+    torch.testing.assert_close(features(network), expected(resnet), rtol=1e-4, atol=1e-5)
+
+
+def test_timm_loads_it_from_the_folder(resnet: Run) -> None:
+    timm = pytest.importorskip("timm")
+    out = export(resnet, ExportConfig("timm"))
+    network = timm.create_model(f"local-dir:{out}", pretrained=True, num_classes=0)
+    torch.testing.assert_close(features(network), expected(resnet), rtol=1e-4, atol=1e-5)
+
+
+def test_timm_gets_the_names_of_torchvision(resnet: Run) -> None:
+    ours = torch.load(export(resnet, ExportConfig("timm")).open("pytorch_model.bin"), weights_only=True)
+    theirs = torch.load(export(resnet, ExportConfig()).open("model.pth"), weights_only=True)
+    assert list(ours) == list(theirs)
+
+
+def test_safetensors_hold_any_trunk(small: Run) -> None:
+    safetensors = pytest.importorskip("safetensors.torch")
+    out = export(small, ExportConfig("safetensors"))
+    body = build(TrunkConfig()).body
+    body.load_state_dict(safetensors.load(out.read("model.safetensors")))
+    torch.testing.assert_close(features(body), expected(small), rtol=1e-4, atol=1e-5)
+
+
+def test_onnx_holds_any_trunk_for_any_number_of_images(small: Run) -> None:
+    pytest.importorskip("onnxscript")
+    onnx = pytest.importorskip("onnx")
+    reference = pytest.importorskip("onnx.reference")
+    out = export(small, ExportConfig("onnx"))
+    session = reference.ReferenceEvaluator(onnx.load_from_string(out.read("model.onnx")))
+    (found,) = session.run(None, {"images_bchw": images().numpy()})
+    np.testing.assert_allclose(found, expected(small).numpy(), rtol=1e-4, atol=1e-5)
+
+
+def test_the_card_says_what_it_is_and_how_it_was_made(resnet: Run, tmp_path: Path) -> None:
+    row = {**dict.fromkeys(KEY, "x"), "encoder": "trained", "value": 0.4321, "headline": True}
+    resnet.folder.write(ROWS, jsonl([{**row, "step": 5}, {**row, "step": 4, "value": 0.1234}]))
+    out = export(resnet, ExportConfig(out=str(tmp_path), step=5))
+    card = out.read(CARD).decode()
+    for part in ("pirl-jigsaw", "resnet18", "test-8-16-0", "0.4321", "raysl pretrain", "Licence"):
+        assert part in card
+    assert "0.1234" not in card
+
+
+@pytest.mark.parametrize("form", ["torchvision", "timm"])
+def test_a_trunk_without_such_a_layout_is_refused(small: Run, form: Any) -> None:
+    with pytest.raises(UserError, match="--format safetensors"):
+        export(small, ExportConfig(form))
+
+
+def test_a_checkpoint_that_is_not_there_is_told(small: Run) -> None:
+    with pytest.raises(UserError, match="step-000000005"):
+        export(small, ExportConfig(step=7))
+
+
+def test_a_missing_package_names_the_extra(small: Run, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setitem(__import__("sys").modules, "safetensors.torch", None)
+    with pytest.raises(UserError, match=r"raysl\[export\]"):
+        export(small, ExportConfig("safetensors"))
