@@ -1,0 +1,132 @@
+"""Images with boxes, in the layout of PASCAL VOC: JPEGImages, Annotations and ImageSets/Main.
+
+Boxes are kept as the corners (left, top, right, bottom) of areas. VOC counts pixels from 1 and its last pixel belongs
+to the box, so that a box over the whole image reads 1, 1, width, height and is kept as 0, 0, width, height.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from xml.etree import ElementTree
+
+import numpy as np
+import numpy.typing as npt
+
+from raysl.errors import UserError, unknown
+from raysl.storage import Folder
+from raysl.stream import decode
+
+IMAGES, ANNOTATIONS, SPLITS = "JPEGImages", "Annotations", "ImageSets/Main"
+_SIDES = ("xmin", "ymin", "xmax", "ymax")
+
+
+@dataclass(frozen=True)
+class Picture:
+    """An image and what is in it.
+
+    Args:
+        name: in the split.
+        image: the encoded file.
+        size: height and width in pixels.
+        boxes_n4: float32 (n, 4): left, top, right, bottom in pixels, inside the image, of an area above 0.
+        classes: n names.
+        difficult_n: bool (n,): boxes that are not to be judged.
+        dropped: boxes that had no area inside the image.
+    """
+
+    name: str
+    image: bytes
+    size: tuple[int, int]
+    boxes_n4: npt.NDArray[np.float32]
+    classes: tuple[str, ...]
+    difficult_n: npt.NDArray[np.bool_]
+    dropped: int = 0
+
+
+def read(folder: Folder, split: str) -> list[Picture]:
+    """The images of a split, in its order, all in memory. Boxes are clipped to their images.
+
+    Raises:
+        UserError: the folder is not in this layout, the split does not exist or names no image, a file is missing, an
+            image is damaged, or annotations are malformed.
+    """
+    splits = [name.removesuffix(".txt") for name in (folder / SPLITS).list() if name.endswith(".txt")]
+    if not splits:
+        raise UserError(
+            f"{str(folder)!r} is not in the layout of PASCAL VOC: there is no {SPLITS} with lists of images in it. "
+            f"Give the folder that holds {IMAGES}, {ANNOTATIONS} and {SPLITS}."
+        )
+    if split not in splits:
+        raise unknown(f"split of {str(folder)!r}", split, splits)
+    lines = (folder / SPLITS).read(f"{split}.txt").decode().splitlines()
+    # The list of a class has a mark behind each name.
+    names = [line.split()[0] for line in lines if line.strip()]
+    if not names:
+        raise UserError(f"The split {split!r} of {str(folder)!r} names no image. Give one that names some.")
+    files = {name.rpartition(".")[0]: name for name in (folder / IMAGES).list()}
+    return [_picture(folder, name, files.get(name, f"{name}.jpg")) for name in names]
+
+
+def _picture(folder: Folder, name: str, file: str) -> Picture:
+    try:
+        image = (folder / IMAGES).read(file)
+        xml = (folder / ANNOTATIONS).read(f"{name}.xml")
+    except FileNotFoundError as error:
+        raise UserError(
+            f"A split of {str(folder)!r} names {name!r}, and a file of it is missing: {error}. Restore "
+            f"{IMAGES}/{file} and {ANNOTATIONS}/{name}.xml, or take the name off the split."
+        ) from error
+    try:
+        height, width = decode.decode(image).shape[1:]
+    except decode.DecodeError as error:
+        raise UserError(
+            f"The image {IMAGES}/{file} of {str(folder)!r} cannot be decoded: {error}. Restore the file."
+        ) from error
+    try:
+        objects = ElementTree.fromstring(xml).findall("object")
+        classes = [_text(one, "name") for one in objects]
+        difficult = [one.findtext("difficult", "0").strip() == "1" for one in objects]
+        corners_n4 = [[float(_text(one, f"bndbox/{side}")) for side in _SIDES] for one in objects]
+        corners = np.array(corners_n4, dtype=np.float64).reshape(-1, 4) - (1, 1, 0, 0)
+        boxes_n4 = clipped(corners, height, width)
+    except (ElementTree.ParseError, ValueError) as error:
+        raise UserError(
+            f"The annotations {ANNOTATIONS}/{name}.xml of {str(folder)!r} are malformed: {error}. Each object has a "
+            "name and a bndbox of the numbers xmin, ymin, xmax and ymax."
+        ) from error
+    kept_n = np.all(boxes_n4[:, :2] < boxes_n4[:, 2:], axis=1)
+    return Picture(
+        name,
+        image,
+        (height, width),
+        boxes_n4[kept_n],
+        tuple(name for name, kept in zip(classes, kept_n.tolist(), strict=True) if kept),
+        np.array(difficult, dtype=bool)[kept_n],
+        int((~kept_n).sum()),
+    )
+
+
+def _text(one: ElementTree.Element, path: str) -> str:
+    """The text of a part of an object. Raises ValueError when there is none."""
+    text = one.findtext(path, "").strip()
+    if not text:
+        raise ValueError(f"an object has no {path}")
+    return text
+
+
+def clipped(boxes_n4: npt.NDArray[np.float64], height: int, width: int) -> npt.NDArray[np.float32]:
+    """Boxes cut off at the borders of their image. Raises ValueError when a number is not finite."""
+    if not np.isfinite(boxes_n4).all():
+        raise ValueError("a box is not finite")
+    inside_n4: npt.NDArray[np.float32] = boxes_n4.clip(0, (width, height, width, height)).astype(np.float32)
+    return inside_n4
+
+
+def classes_of(*splits: Sequence[Picture]) -> list[str]:
+    """Every class that is shown, those of the first split first."""
+    return list(
+        dict.fromkeys(
+            name for pictures in splits for name in sorted({c for one in pictures for c in one.classes})
+        )
+    )

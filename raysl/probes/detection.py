@@ -1,0 +1,289 @@
+"""Object detection: the whole network trained to find and name objects, in any data set in the layout of PASCAL VOC.
+
+PIRL (Misra and van der Maaten 2020, table 1) trains Faster R-CNN R50-C4 on VOC07 for 12,500 steps of 16 images, which
+are 40 epochs, with a learning rate of 0.003 that rises over the first 1,000 steps from a third and falls to a tenth
+after 9,500; images are mirrored and their shorter sides drawn from 480 to 800 pixels, and BatchNorm is frozen. AP,
+AP50 and AP75 in % there: PIRL 44.7, 73.4, 47.0; Jigsaw 37.7, 64.9, 38.0; supervised 43.8, 74.5, 45.9.
+
+Ours has that schedule, and another detector, with a feature pyramid, which fits any convolutional trunk (see
+`raysl.probes._detector`). So its numbers compare with one another and not with published ones. The rate is given as for
+256 images, as everywhere in raysl: 0.048 is 0.003 for 16.
+
+Scores are those of COCO, by pycocotools, of the extra `detection`. A difficult object is a crowd in its terms: a
+detection inside it is neither right nor wrong.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import io
+import math
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass, field
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor, nn
+from torchvision.models.detection import FasterRCNN
+
+from raysl import optim, rng
+from raysl.errors import Unset, UserError
+from raysl.features import Trainable
+from raysl.optim import OptimConfig
+from raysl.probes import Row, Subject, _detector, _voc
+from raysl.probes._task import device, elsewhere
+from raysl.probes._tuning import LAYER, step
+from raysl.probes._voc import Picture
+from raysl.rng import Draws
+from raysl.storage import Folder
+from raysl.stream import decode
+
+# What a detector says of an image: boxes (n, 4), labels (n,) from 1 on, and scores (n,).
+Found = dict[str, Tensor]
+
+_MIRRORED = 0.5
+_NAMES = ("AP", "AP50", "AP75")
+
+
+@dataclass(frozen=True)
+class Config:
+    """Protocol of detection.
+
+    Args:
+        data: a folder in the layout of PASCAL VOC, with JPEGImages, Annotations and ImageSets/Main; its boxes are
+            learned, and the labels of the other data are not looked at.
+        train_split: of its lists of images, the one to learn from.
+        test_split: the one to be judged on.
+        epochs: visits to every image.
+        batch_size: images of a step.
+        sides: lengths in pixels to which the shorter side of an image is brought: any of them in training, the last
+            one when it is judged.
+        width: channels of the feature pyramid, a multiple of 32.
+        optim: as in pretraining; the rate is scaled by `batch_size`.
+        version: see `raysl.probes`.
+    """
+
+    data: str = ""
+    train_split: str = "trainval"
+    test_split: str = "test"
+    epochs: int = 40
+    batch_size: int = 16
+    sides: tuple[int, ...] = tuple(range(480, 801, 32))
+    width: int = 256
+    optim: OptimConfig = field(
+        default_factory=lambda: OptimConfig(
+            lr=0.048, schedule="step", milestones=(0.76,), warmup=0.08, warmup_start=1 / 3
+        )
+    )
+    version: int = 1
+
+    def __post_init__(self) -> None:
+        for name in ("epochs", "batch_size"):
+            if getattr(self, name) < 1:
+                raise UserError(f"detection.{name} is {getattr(self, name)}; it must be at least 1.")
+        if not self.sides or min(self.sides) < 32:
+            raise UserError(f"detection.sides is {self.sides}; it must hold lengths of at least 32 pixels.")
+        if self.width < 32 or self.width % 32:
+            raise UserError(f"detection.width is {self.width}; it must be a multiple of 32, such as 256.")
+
+
+class Detection:
+    """AP, AP50 and AP75 in 0 .. 1, of which AP is the headline; rows stand at the layer "pooled"."""
+
+    headline = "AP"
+
+    def __init__(self, config: Config) -> None:
+        self.config = config
+
+    def examine(self, subject: Subject) -> Iterator[Row]:
+        """Yields the scores, the mean loss of the last epoch, and how many boxes of both splits were dropped because
+        they have no area inside their image; nothing for an encoder that cannot be trained, such as pixels. Runs one
+        task of Ray, on a GPU if there are any.
+
+        Raises:
+            UserError: no folder was given, or it is not as `raysl.probes._voc.read` wants it, a split has no boxes,
+                the splits share images, the trunk has no maps, training diverged, or pycocotools is not installed.
+        """
+        if not isinstance(subject.encoder, Trainable):
+            return
+        if not self.config.data:
+            raise Unset(
+                "The probe detection needs images with boxes. Give --detection.data FOLDER, a folder in the layout of "
+                "PASCAL VOC, with JPEGImages, Annotations and ImageSets/Main."
+            )
+        # Workers have another working directory.
+        folder = Folder(self.config.data)
+        (rows,) = elsewhere(_measure, [(subject.encoder, self.config, folder, subject.seed)])
+        yield from rows
+
+
+def _measure(encoder: Trainable, config: Config, folder: Folder, seed: int) -> list[Row]:
+    """All rows."""
+    _pycocotools()
+    train, test = (_voc.read(folder, split) for split in (config.train_split, config.test_split))
+    _check(train, test, config)
+    # A class that only the test split has is learned from no image, and so never found.
+    classes = _voc.classes_of(train, test)
+    with torch.random.fork_rng():
+        torch.manual_seed(rng.key(seed, "detection") >> 1)
+        detector = _detector.build(encoder.network(), len(classes), config.sides, config.width).to(device())
+        losses = learn(detector, train, classes, config, seed)
+        scores = score(test, detect(detector, test), classes)
+    found = {**scores, "train_loss": losses[-1], "dropped_boxes": sum(one.dropped for one in (*train, *test))}
+    return [Row(name, float(value), LAYER) for name, value in found.items()]
+
+
+def _check(train: Sequence[Picture], test: Sequence[Picture], config: Config) -> None:
+    """Raises UserError when there is nothing to learn or to judge, or the splits share images."""
+    if not any(one.classes for one in train):
+        raise UserError(
+            f"The split {config.train_split!r} has no boxes to learn from. Give --detection.train-split one that has."
+        )
+    if not any((~one.difficult_n).any() for one in test):
+        raise UserError(
+            f"The split {config.test_split!r} has no boxes to be judged on that are not difficult. Give "
+            "--detection.test-split one that has."
+        )
+    shared = {one.name for one in train} & {one.name for one in test}
+    if shared:
+        raise UserError(
+            f"The splits {config.train_split!r} and {config.test_split!r} share {len(shared)} images, the first being "
+            f"{min(shared)!r}. Give --detection.train-split and --detection.test-split two that share none."
+        )
+
+
+def learn(
+    detector: FasterRCNN, pictures: Sequence[Picture], classes: Sequence[str], config: Config, seed: int
+) -> list[float]:
+    """Trains in place and returns the mean loss of every epoch. What the detector draws comes from torch's global
+    generator.
+
+    Raises:
+        UserError: the loss is no longer finite.
+    """
+    solvers: list[tuple[torch.optim.Optimizer, float]] = [(optim.build(config.optim, detector), 1.0)]
+    size = min(config.batch_size, len(pictures))
+    batches = math.ceil(len(pictures) / size)
+    detector.train()
+    losses = []
+    for epoch in range(config.epochs):
+        order_n = rng.generator("detection", seed, epoch).permutation(len(pictures))
+        draws = Draws(seed, np.full(len(order_n), epoch), order_n, "detection")
+        mirrored_n = draws.chance("hflip", _MIRRORED).tolist()
+        total = 0.0
+        for batch in range(batches):
+            some = range(batch * size, min((batch + 1) * size, len(order_n)))
+            pairs = [_example(pictures[order_n[i]], classes, mirrored_n[i]) for i in some]
+            parts = detector([image for image, _ in pairs], [target for _, target in pairs])
+            loss: Tensor = sum(parts.values(), torch.zeros((), device=device()))
+            total += loss.item()
+            if not math.isfinite(total):
+                raise UserError(
+                    "The detector has diverged: its loss is not finite. Lower --detection.optim.lr, which is "
+                    f"{config.optim.lr}."
+                )
+            rate = config.optim.lr_at(epoch * batches + batch, config.epochs * batches, config.batch_size)
+            step(detector, loss, solvers, rate, config.optim.clip_norm)
+        losses.append(total / batches)
+    return losses
+
+
+def _example(picture: Picture, classes: Sequence[str], mirrored: bool) -> tuple[Tensor, Found]:
+    """What the detector learns from: an image, float (3, h, w) in 0 .. 1, and its boxes."""
+    boxes_n4 = torch.from_numpy(picture.boxes_n4)
+    image_chw = _pixels(picture)
+    if mirrored:
+        image_chw = image_chw.flip(-1)
+        left_n, top_n, right_n, bottom_n = boxes_n4.unbind(1)
+        width = picture.size[1]
+        boxes_n4 = torch.stack([width - right_n, top_n, width - left_n, bottom_n], 1)
+    labels_n = torch.tensor([1 + classes.index(name) for name in picture.classes], dtype=torch.int64)
+    return image_chw, {"boxes": boxes_n4.to(device()), "labels": labels_n.to(device())}
+
+
+def _pixels(picture: Picture) -> Tensor:
+    return decode.decode(picture.image).to(device()).contiguous() / 255
+
+
+def detect(detector: nn.Module, pictures: Sequence[Picture]) -> list[Found]:
+    """What the detector finds in each image, one image at a time, so that none is padded."""
+    detector.eval()
+    with torch.inference_mode():
+        return [
+            {name: value.cpu() for name, value in detector([_pixels(one)])[0].items()} for one in pictures
+        ]
+
+
+def score(pictures: Sequence[Picture], found: Sequence[Found], classes: Sequence[str]) -> dict[str, float]:
+    """COCO's AP (the mean over overlaps of 0.5 to 0.95), AP50 and AP75, in 0 .. 1: means over the classes of the
+    pictures, with at most 100 detections of each image.
+
+    Args:
+        pictures: at least one box is not difficult.
+        found: for each picture; labels count from 1 in the order of `classes`.
+
+    Raises:
+        UserError: pycocotools is not installed.
+    """
+    coco, evaluation = _pycocotools()
+    rows = [
+        [number, *_xywh(box), float(value), int(label)]
+        for number, one in enumerate(found, start=1)
+        for box, value, label in zip(one["boxes"].tolist(), one["scores"], one["labels"], strict=True)
+    ]
+    if not rows:
+        # pycocotools does not take an empty list.
+        return dict.fromkeys(_NAMES, 0.0)
+    # It reports by printing.
+    with contextlib.redirect_stdout(io.StringIO()):
+        truth = coco.COCO()
+        truth.dataset = _truth(pictures, classes)
+        truth.createIndex()
+        judged = evaluation.COCOeval(truth, truth.loadRes(np.array(rows, dtype=np.float64)), "bbox")
+        judged.evaluate()
+        judged.accumulate()
+        judged.summarize()
+    return {name: float(value) for name, value in zip(_NAMES, judged.stats[:3], strict=True)}
+
+
+def _truth(pictures: Sequence[Picture], classes: Sequence[str]) -> dict[str, Any]:
+    """The pictures as COCO describes them; images, boxes and classes count from 1."""
+    boxes = [
+        (number, _xywh(box), classes.index(name) + 1, bool(difficult))
+        for number, one in enumerate(pictures, start=1)
+        for box, name, difficult in zip(one.boxes_n4.tolist(), one.classes, one.difficult_n, strict=True)
+    ]
+    return {
+        "images": [{"id": number} for number in range(1, len(pictures) + 1)],
+        "categories": [{"id": number} for number in range(1, len(classes) + 1)],
+        "annotations": [
+            {
+                "id": i,
+                "image_id": image,
+                "bbox": xywh,
+                "area": xywh[2] * xywh[3],
+                "category_id": label,
+                "iscrowd": hard,
+            }
+            for i, (image, xywh, label, hard) in enumerate(boxes, start=1)
+        ],
+        "info": {},
+    }
+
+
+def _xywh(box: Sequence[float]) -> list[float]:
+    left, top, right, bottom = box
+    return [left, top, right - left, bottom - top]
+
+
+def _pycocotools() -> tuple[Any, Any]:
+    """Its modules for data and for evaluation. Raises UserError when it is not installed."""
+    try:
+        from pycocotools import coco, cocoeval
+    except ImportError as error:
+        raise UserError(
+            "Detection is scored by pycocotools, which is not installed: pip install 'raysl[detection]'. The other "
+            "probes do not need it."
+        ) from error
+    return coco, cocoeval

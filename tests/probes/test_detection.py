@@ -1,0 +1,307 @@
+"""Boxes are read as VOC means them, learned, and scored as pycocotools scores them."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Sequence
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from PIL import Image, ImageDraw
+
+from raysl.errors import Unset, UserError
+from raysl.features import Pixels, RandomTrunk
+from raysl.network.trunk import TrunkConfig, build
+from raysl.optim import OptimConfig
+from raysl.probes import Subject, _detector, _voc, detection
+from raysl.probes._voc import Picture
+from raysl.storage import Folder
+from tests.data import make_dataset
+
+Corners = tuple[float, float, float, float]
+SIDE = 64
+TINY = detection.Config(
+    train_split="train",
+    epochs=4,
+    batch_size=4,
+    sides=(SIDE,),
+    width=32,
+    optim=OptimConfig(name="adamw", lr=0.1, weight_decay=0.0),
+)
+
+
+def xml(objects: Sequence[tuple[str, Corners]], difficult: bool = False) -> str:
+    """Annotations with the numbers of VOC."""
+    sides = ("xmin", "ymin", "xmax", "ymax")
+    boxes = (
+        f"<object><name>{name}</name><difficult>{int(difficult)}</difficult><bndbox>"
+        + "".join(f"<{side}>{value}</{side}>" for side, value in zip(sides, corners, strict=True))
+        + "</bndbox></object>"
+        for name, corners in objects
+    )
+    return f"<annotation>{''.join(boxes)}</annotation>"
+
+
+def add(folder: Path, name: str, split: str, objects: Sequence[tuple[str, Corners]], text: str = "") -> None:
+    """An image with bright discs and squares in it, into a folder of VOC's layout."""
+    for part in (_voc.IMAGES, _voc.ANNOTATIONS, _voc.SPLITS):
+        (folder / part).mkdir(parents=True, exist_ok=True)
+    image = Image.new("RGB", (SIDE, SIDE), (60, 60, 60))
+    draw = ImageDraw.Draw(image)
+    for shape, (left, top, right, bottom) in objects:
+        inside = (max(left - 1, 0), max(top - 1, 0), right - 1, bottom - 1)
+        if right > left and bottom > top:
+            (draw.ellipse if shape == "disc" else draw.rectangle)(inside, (250, 200, 40))
+    image.save(folder / _voc.IMAGES / f"{name}.png")
+    (folder / _voc.ANNOTATIONS / f"{name}.xml").write_text(text or xml(objects))
+    with (folder / _voc.SPLITS / f"{split}.txt").open("a") as lines:
+        lines.write(f"{name}\n")
+
+
+def shapes(folder: Path, train: int = 8, test: int = 4) -> Folder:
+    """Each image has a disc or a square."""
+    generator = np.random.default_rng(0)
+    for number in range(train + test):
+        size = int(generator.integers(24, 40))
+        left, top = (int(corner) for corner in generator.integers(1, SIDE - size, 2))
+        corners = (left, top, left + size, top + size)
+        split = "train" if number < train else "test"
+        add(folder, f"{number:03d}", split, [(("disc", "square")[number % 2], corners)])
+    return Folder(str(folder))
+
+
+def picture(*boxes: Corners, classes: Sequence[str] = (), difficult: Sequence[bool] = ()) -> Picture:
+    return Picture(
+        "one",
+        b"",
+        (100, 100),
+        np.array(boxes, dtype=np.float32).reshape(-1, 4),
+        tuple(classes) or ("disc",) * len(boxes),
+        np.array(difficult or [False] * len(boxes)),
+    )
+
+
+def said(*boxes: Corners, labels: Sequence[int] = (), scores: Sequence[float] = ()) -> detection.Found:
+    return {
+        "boxes": torch.tensor(boxes).reshape(-1, 4),
+        "labels": torch.tensor(list(labels) or [1] * len(boxes)),
+        "scores": torch.tensor(list(scores) or [0.9] * len(boxes)),
+    }
+
+
+def test_corners_count_from_one_in_voc_and_boxes_are_clipped_or_dropped(tmp_path: Path) -> None:
+    objects: list[tuple[str, Corners]] = [
+        ("whole", (1, 1, SIDE, SIDE)),
+        ("outwards", (-9, 11, 20, 500)),
+        ("outside", (70, 70, 90, 90)),
+        ("turned", (30, 30, 20, 20)),
+        ("pixel", (5, 5, 5, 5)),
+    ]
+    add(tmp_path, "a", "train", objects)
+    (found,) = _voc.read(Folder(str(tmp_path)), "train")
+    assert found.classes == ("whole", "outwards", "pixel")
+    wanted = [[0, 0, SIDE, SIDE], [0, 10, 20, SIDE], [4, 4, 5, 5]]
+    np.testing.assert_array_equal(found.boxes_n4, np.array(wanted, np.float32))
+    assert found.dropped == 2
+    assert found.size == (SIDE, SIDE)
+
+
+def test_an_image_without_objects_and_difficult_ones_are_read(tmp_path: Path) -> None:
+    add(tmp_path, "a", "train", [])
+    add(tmp_path, "b", "train", [], xml([("disc", (1, 1, 9, 9))], difficult=True))
+    empty, hard = _voc.read(Folder(str(tmp_path)), "train")
+    assert empty.boxes_n4.shape == (0, 4)
+    assert hard.difficult_n.tolist() == [True]
+
+
+@pytest.mark.parametrize(
+    "text",
+    [
+        "<annotation><object>",
+        xml([("", (1, 1, 9, 9))]),
+        xml([("disc", (1, 1, 9, float("nan")))]),
+        xml([("disc", (1, 1, 9, 9))]).replace("<xmin>1</xmin>", ""),
+        xml([("disc", (1, 1, 9, 9))]).replace("<xmin>1</xmin>", "<xmin>left</xmin>"),
+    ],
+)
+def test_malformed_annotations_are_refused(tmp_path: Path, text: str) -> None:
+    add(tmp_path, "a", "train", [], text)
+    with pytest.raises(UserError, match=r"a\.xml .* malformed"):
+        _voc.read(Folder(str(tmp_path)), "train")
+
+
+def test_a_split_or_a_file_that_is_not_there_is_named(tmp_path: Path) -> None:
+    folder = Folder(str(tmp_path))
+    with pytest.raises(UserError, match="layout of PASCAL VOC"):
+        _voc.read(folder, "train")
+    add(tmp_path, "a", "train", [])
+    with pytest.raises(UserError, match=r"Did you mean 'train'\?"):
+        _voc.read(folder, "trani")
+    (tmp_path / _voc.IMAGES / "a.png").write_bytes(b"broken")
+    with pytest.raises(UserError, match=r"a\.png .* cannot be decoded"):
+        _voc.read(folder, "train")
+    (tmp_path / _voc.ANNOTATIONS / "a.xml").unlink()
+    with pytest.raises(UserError, match="a file of it is missing"):
+        _voc.read(folder, "train")
+    (tmp_path / _voc.SPLITS / "train.txt").write_text("\n")
+    with pytest.raises(UserError, match="names no image"):
+        _voc.read(folder, "train")
+
+
+def test_real_annotations_are_read(shared_data: Path) -> None:
+    pictures = _voc.read(Folder(str(shared_data / "bccd")), "test")
+    assert len(pictures) == 72
+    assert set(_voc.classes_of(pictures)) == {"WBC", "RBC", "Platelets"}
+    assert all((one.boxes_n4 <= (640, 480, 640, 480)).all() for one in pictures)
+
+
+def test_scores_of_boxes_that_are_known() -> None:
+    pytest.importorskip("pycocotools")
+    box: Corners = (10, 10, 50, 50)
+    perfect = detection.score([picture(box)], [said(box)], ["disc"])
+    assert perfect == pytest.approx({"AP": 1.0, "AP50": 1.0, "AP75": 1.0})
+    # An overlap of 36 of 44 columns, 0.818: right at the seven thresholds from 0.5 to 0.8, and wrong at three.
+    shifted = detection.score([picture(box)], [said((14, 10, 54, 50))], ["disc"])
+    assert shifted == pytest.approx({"AP": 0.7, "AP50": 1.0, "AP75": 1.0})
+    # 26 of 54, 0.48.
+    far = detection.score([picture(box)], [said((24, 10, 64, 50))], ["disc"])
+    assert far == pytest.approx({"AP": 0.0, "AP50": 0.0, "AP75": 0.0})
+    assert detection.score([picture(box)], [said()], ["disc"])["AP"] == 0
+
+
+def test_a_wrong_class_a_lost_object_and_a_difficult_one() -> None:
+    pytest.importorskip("pycocotools")
+    one: Corners = (10, 10, 50, 50)
+    other: Corners = (60, 60, 90, 90)
+    wrong = detection.score([picture(one)], [said(one, labels=[2])], ["disc", "square"])
+    assert wrong["AP"] == 0
+    # Precision is 1 up to a recall of a half: 51 of 101 points.
+    half = detection.score([picture(one, other)], [said(one)], ["disc"])
+    assert half["AP50"] == pytest.approx(51 / 101)
+    # A class that is never found counts as 0 beside one that always is.
+    both = picture(one, other, classes=["disc", "square"])
+    assert detection.score([both], [said(one)], ["disc", "square"])["AP50"] == pytest.approx(0.5)
+    hard = picture(one, other, difficult=[False, True])
+    for found in (said(one), said(one, other, scores=[0.5, 0.9])):
+        assert detection.score([hard], [found], ["disc"])["AP"] == pytest.approx(1)
+
+
+def test_scores_equal_pycocotools_used_directly(tmp_path: Path) -> None:
+    coco = pytest.importorskip("pycocotools.coco")
+    cocoeval = pytest.importorskip("pycocotools.cocoeval")
+    random = np.random.default_rng(0)
+    annotations: list[dict[str, Any]] = []
+    pictures, found, results = [], [], []
+    for image in range(1, 7):
+        corners = np.sort(random.integers(0, 50, (5, 2, 2)), axis=1).reshape(5, 4)
+        corners[:, 2:] += 20
+        moved = corners + random.integers(-4, 5, corners.shape)
+        labels, scores = random.integers(1, 3, 5), random.random(5)
+        pictures.append(
+            picture(*map(tuple, corners.tolist()), classes=[("disc", "square")[c - 1] for c in labels])
+        )
+        found.append(
+            {
+                "boxes": torch.from_numpy(moved).double(),
+                "labels": torch.from_numpy(labels),
+                "scores": torch.from_numpy(scores),
+            }
+        )
+        for (x0, y0, x1, y1), (u0, v0, u1, v1), label, value in zip(
+            corners.tolist(), moved.tolist(), labels.tolist(), scores.tolist(), strict=True
+        ):
+            whose = {"image_id": image, "category_id": label}
+            size = {"bbox": [x0, y0, x1 - x0, y1 - y0], "area": (x1 - x0) * (y1 - y0), "iscrowd": 0}
+            annotations.append({**whose, **size, "id": len(annotations) + 1})
+            results.append({**whose, "bbox": [u0, v0, u1 - u0, v1 - v0], "score": value})
+    truth = coco.COCO()
+    truth.dataset = {
+        "info": {},
+        "images": [{"id": image} for image in range(1, 7)],
+        "categories": [{"id": 1}, {"id": 2}],
+        "annotations": annotations,
+    }
+    truth.createIndex()
+    direct = cocoeval.COCOeval(truth, truth.loadRes(results), "bbox")
+    direct.evaluate()
+    direct.accumulate()
+    direct.summarize()
+    ours = detection.score(pictures, found, ["disc", "square"])
+    assert list(ours.values()) == pytest.approx(direct.stats[:3].tolist())
+    assert 0.1 < ours["AP"] < 0.95
+
+
+@pytest.mark.parametrize(
+    ("config", "channels"),
+    [
+        (TrunkConfig(), [48, 96, 192]),
+        (TrunkConfig("resnet18"), [64, 128, 256, 512]),
+        (TrunkConfig("resnet18", "small"), [256, 512]),
+        (TrunkConfig("mobilenet_v3_small"), [16, 24, 48, 576]),
+    ],
+)
+def test_maps_are_the_last_of_each_size(config: TrunkConfig, channels: list[int]) -> None:
+    assert list(_detector.stages(build(config)).values()) == channels
+
+
+def test_a_trunk_without_maps_is_refused() -> None:
+    with pytest.raises(UserError, match="convolutional trunk"):
+        _detector.stages(build(TrunkConfig("vit_b_32")))
+
+
+def test_batch_norm_is_frozen_and_the_rest_learns(tmp_path: Path) -> None:
+    train = _voc.read(shapes(tmp_path), "train")
+    with torch.random.fork_rng():
+        torch.manual_seed(0)
+        trunk = RandomTrunk(TrunkConfig(), 0).network()
+        before = {name: value.clone() for name, value in trunk.body.state_dict().items()}
+        detector = _detector.build(trunk, 2, TINY.sides, TINY.width)
+        losses = detection.learn(detector, train, ["disc", "square"], TINY, 0)
+    assert losses[-1] < 0.8 * losses[0]
+    after = trunk.body.state_dict()
+    same = {name for name in after if torch.equal(before[name], after[name])}
+    assert same == {name for name in after if re.search(r"bn\d|downsample\.1", name)}
+
+
+def test_rows_are_the_same_twice(tmp_path: Path) -> None:
+    pytest.importorskip("pycocotools")
+    folder = shapes(tmp_path)
+    encoder = RandomTrunk(TrunkConfig(), 0)
+    config = replace(TINY, epochs=2)
+    found = detection._measure(encoder, config, folder, 0)
+    assert [row.name for row in found] == ["AP", "AP50", "AP75", "train_loss", "dropped_boxes"]
+    assert all(np.isfinite(row.value) for row in found)
+    assert found == detection._measure(encoder, config, folder, 0)
+
+
+def test_splits_that_do_not_suit_are_refused(tmp_path: Path) -> None:
+    pytest.importorskip("pycocotools")
+    folder, encoder = shapes(tmp_path, 2, 1), RandomTrunk(TrunkConfig(), 0)
+    add(tmp_path, "none", "nothing", [])
+    for splits, message in (
+        (("train", "train"), "share 2 images"),
+        (("nothing", "test"), "no boxes to learn from"),
+        (("train", "nothing"), "no boxes to be judged on"),
+    ):
+        config = replace(TINY, train_split=splits[0], test_split=splits[1])
+        with pytest.raises(UserError, match=message):
+            detection._measure(encoder, config, folder, 0)
+
+
+def test_a_folder_is_needed_and_pixels_give_no_rows(tmp_path: Path) -> None:
+    one = make_dataset(tmp_path / "one", 4)
+    encoder = RandomTrunk(TrunkConfig(), 0)
+    here = Subject(encoder, ("pooled",), 16, one, one, 0, Folder(str(tmp_path / "out")))
+    with pytest.raises(Unset, match=r"--detection\.data"):
+        list(detection.Detection(detection.Config()).examine(here))
+    assert not list(detection.Detection(detection.Config()).examine(replace(here, encoder=Pixels())))
+
+
+@pytest.mark.parametrize("wrong", [{"epochs": 0}, {"batch_size": 0}, {"sides": ()}, {"width": 40}])
+def test_a_protocol_that_cannot_be_is_refused(wrong: dict[str, int]) -> None:
+    with pytest.raises(UserError, match=rf"detection\.{next(iter(wrong))}"):
+        replace(detection.Config(), **wrong)  # type: ignore[arg-type]
