@@ -3,9 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
-import itertools
 import re
-import typing
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -14,79 +12,28 @@ from typing import Annotated, Any
 import tyro
 
 from raysl import cluster as ray_cluster
-from raysl import methods as method_names
 from raysl import recipes
-from raysl.config import Pretraining
 from raysl.errors import UserError
 from raysl.export import ExportConfig
 from raysl.features import FeaturesConfig
+from raysl.flags import parse, parse_pretraining, peek_all
 from raysl.ingest import IngestConfig, resolve
 from raysl.ingest import ingest as make_dataset
 from raysl.kmeans.config import KMeansConfig
+from raysl.network.trunk import TrunkConfig
 from raysl.report.page import ReportConfig
 from raysl.reproduce import ReproduceConfig
 from raysl.sweep.config import SweepConfig
+from raysl.watch import WatchConfig
 
 
 def pretrain(arguments: Sequence[str]) -> None:
     """Learns a representation: `raysl pretrain --data D --run R --method pirl-jigsaw`."""
-    config = parse_pretraining(arguments, "raysl pretrain")
-    from raysl import pretrain as api
+    config, given = parse(arguments, "raysl pretrain", {"watch": WatchConfig})
+    from raysl.watch import pretrain_and_probe as api
 
-    run = api.pretrain(config)
+    run = api(config, given["watch"])
     print(f"The run is at {run.folder}. `raysl probe {run.folder} --train DATA --test DATA` measures it.")
-
-
-_RECIPE = "a published run at full scale, whose values stand for those flags that are not given."
-
-
-def parse_pretraining(arguments: Sequence[str], program: str) -> Pretraining:
-    """The configuration that flags describe. The flags of a method's parts stand under the names of their files,
-    as in `--pirl.temperature 0.1 --jigsaw.num-permutations 100`. `--recipe` gives the values of flags that are not
-    there.
-
-    Raises:
-        UserError: a value is not allowed, or the method or the recipe does not exist.
-        SystemExit: a flag does not exist (2), or help was asked for (0).
-    """
-    recipe = _peek(arguments, "--recipe", "")
-    base = recipes.load(recipe, "", "") if recipe else Pretraining("", "")
-    kinds = method_names.parse(_peek(arguments, "--method", base.method)).config_types()
-    hints = typing.get_type_hints(Pretraining, include_extras=True)
-    defaults = {f.name: getattr(base, f.name) for f in dataclasses.fields(base) if f.name != "parts"}
-    fields: list[Any] = [(name, hints.pop(name)) for name in ("data", "run")]
-    fields += [(name, hints[name], value) for name, value in defaults.items() if name in hints]
-    fields += [(name, kind, base.parts.get(name, kind())) for name, kind in kinds.items()]
-    flags = dataclasses.make_dataclass("Flags", [*fields, ("recipe", str, "")], frozen=True)
-    flags.__doc__ = f"{(Pretraining.__doc__ or '').rstrip()}\n        recipe: {_RECIPE}\n    "
-    given: Any = tyro.cli(
-        flags, prog=program, args=list(arguments), description=_first_line(Pretraining.__doc__)
-    )
-    values = {f.name: getattr(given, f.name) for f in dataclasses.fields(given) if f.name != "recipe"}
-    parts = {name: values.pop(name) for name in kinds}
-    return Pretraining(**values, parts=parts)
-
-
-def _peek(arguments: Sequence[str], flag: str, default: str) -> str:
-    """The value of one flag, before all of them are parsed: the method decides which flags there are."""
-    for i, argument in enumerate(arguments):
-        if argument.startswith(flag + "="):
-            return argument.partition("=")[2]
-        if argument == flag and i + 1 < len(arguments):
-            return arguments[i + 1]
-    return default
-
-
-def _peek_all(arguments: Sequence[str], flag: str, default: Sequence[str]) -> list[str]:
-    """The values of one flag that takes several, each once."""
-    if flag not in arguments:
-        return list(default)
-    after = list(arguments)[list(arguments).index(flag) + 1 :]
-    return list(dict.fromkeys(itertools.takewhile(lambda value: not value.startswith("-"), after)))
-
-
-def _first_line(docstring: str | None) -> str:
-    return (docstring or "").strip().splitlines()[0]
 
 
 @dataclass(frozen=True)
@@ -116,42 +63,65 @@ def ingest(arguments: Sequence[str]) -> None:
 
 @dataclass(frozen=True)
 class ProbeFlags:
-    """Measures what a run has learned, beside its untrained network and raw pixels.
+    """Measures what a run has learned, beside its untrained network and raw pixels; or other people's weights.
 
     Args:
-        run: folder of the run.
+        checkpoint: folder of a run (its newest checkpoint), RUN/checkpoints/step-NNN, a file of weights (with
+            --trunk.name and --out), or "random".
         train: labelled data that the probes learn from.
         test: labelled data that they are judged on.
         probes: which ones. The protocol of each has flags of its own, such as --linear.schedule fast.
         layers: whose features are measured; "all" for conv1, res2 to res5 and pooled.
+        out: folder of the rows, for what is no run.
+        image_size: side in pixels of the view, for what is no run; 0 for 224 of a file of weights and 32 otherwise.
+        trunk: of a file of weights, or of "random". "timm/NAME" is one of the package timm.
+        seed: of "random".
     """
 
-    run: Annotated[tyro.conf.Positional[str], tyro.conf.arg(metavar="RUN")]
+    checkpoint: Annotated[tyro.conf.Positional[str], tyro.conf.arg(metavar="RUN|CKPT")]
     train: str
     test: str
     probes: tuple[str, ...] = ("knn", "linear")
     layers: tuple[str, ...] = ("pooled",)
+    out: str = ""
+    image_size: int = 0
+    trunk: TrunkConfig = dataclasses.field(default_factory=TrunkConfig)
+    seed: int = 0
 
 
 def probe(arguments: Sequence[str]) -> None:
-    """Probes a run: `raysl probe RUN --train D --test D --probes knn linear --layers all`."""
+    """Probes a run or weights: `raysl probe RUN --train D --test D --probes knn linear --layers all`."""
     from raysl import probes
 
-    kinds = {name: probes.load(name)[0] for name in _peek_all(arguments, "--probes", ProbeFlags.probes)}
+    kinds = {name: probes.load(name)[0] for name in peek_all(arguments, "--probes", ProbeFlags.probes)}
     fields: list[Any] = [(name, kind, kind()) for name, kind in kinds.items()]
     flags = dataclasses.make_dataclass("Flags", fields, bases=(ProbeFlags,), frozen=True)
     flags.__doc__ = ProbeFlags.__doc__
     given: Any = tyro.cli(flags, prog="raysl probe", args=list(arguments))
     from rich.console import Console
 
+    from raysl.features import Trained, named
     from raysl.probe import probe as api
-    from raysl.probe import tables
-    from raysl.run import Run
+    from raysl.probe import probe_model, tables
 
-    run = Run.open(given.run)
-    ray_cluster.start()
+    source = named(given.checkpoint, given.trunk, given.seed)
     configs = {name: getattr(given, name) for name in kinds}
-    rows = api(run, given.train, given.test, given.probes, layers=given.layers, configs=configs)
+    data: Any = (given.train, given.test, given.probes)
+    if isinstance(source, Trained):
+        if given.out or given.image_size:
+            raise UserError(
+                f"--out and --image-size are for what is no run, and {given.checkpoint!r} is one: its rows go to its "
+                "own folder, and it is seen at its own size. Leave them out."
+            )
+        rows = api(source.run, *data, layers=given.layers, configs=configs, checkpoint=source.checkpoint)
+    else:
+        if not given.out:
+            raise UserError(f"{given.checkpoint!r} is no run. Give a folder for its rows with --out.")
+        title = f"{given.checkpoint.rpartition('/')[2]} ({given.trunk.name})"
+        size = given.image_size
+        rows = probe_model(
+            source, title, given.out, *data, image_size=size, layers=given.layers, configs=configs
+        )
     for table in tables(rows):
         Console().print(table)
 

@@ -16,8 +16,9 @@ import numpy as np
 import numpy.typing as npt
 
 from raysl import cluster, features, probes
+from raysl.checkpoint import Checkpoint
 from raysl.dataset import DataSet
-from raysl.errors import unknown
+from raysl.errors import UserError, unknown
 from raysl.features import Encoder, FeatureProtocol, FeatureTable
 from raysl.ingest import resolve
 from raysl.probes import (
@@ -31,7 +32,7 @@ from raysl.probes import (
     Subject,
     common_labels,
 )
-from raysl.run import Run, jsonl
+from raysl.run import PASSPORT, Run, jsonl
 from raysl.storage import Folder
 
 if TYPE_CHECKING:
@@ -59,8 +60,10 @@ def probe(
     encoders: Sequence[str] = ENCODERS,
     configs: Mapping[str, Any] | None = None,
     cache: Folder | None = None,
+    checkpoint: Checkpoint | None = None,
+    spare: bool = False,
 ) -> list[dict[str, Any]]:
-    """Probes the newest checkpoint of a run and adds the rows to the run.
+    """Probes a checkpoint of a run and adds the rows to the run.
 
     Args:
         run: with at least one complete checkpoint.
@@ -73,6 +76,8 @@ def probe(
         encoders: of "trained", "random" and "pixels".
         configs: the Config of a probe by its name; one that is missing has its defaults.
         cache: where features are kept; the run's own folder by default. A sweep shares its baselines through one.
+        checkpoint: which; the newest by default.
+        spare: whether features are computed beside trainers, without taking CPUs from them.
 
     Returns:
         The rows of this call: `KEY`, and "value", "headline" (whether the row stands for its probe) and "weights".
@@ -81,27 +86,105 @@ def probe(
         UserError: a probe, a layer or an encoder does not exist, there is no checkpoint, or the data do not suit the
             probes.
     """
-    ready = {name: _build(name, (configs or {}).get(name)) for name in dict.fromkeys(names)}
-    sources = [_encoder(run, name) for name in dict.fromkeys(encoders)]
+    config = run.config()
+    ready = _ready(names, configs)
+    sources = [_encoder(run, name, checkpoint) for name in dict.fromkeys(encoders)]
+    place = _Place(run, config.view.image_size, config.seed, cache or run.folder / "features", spare)
+    return _measured(place, sources, train, test, ready, layers, say)
+
+
+def probe_model(
+    source: Encoder,
+    title: str,
+    out: str,
+    train: str,
+    test: str,
+    names: Sequence[str] = ("knn", "linear"),
+    say: Callable[[str], None] = print,
+    *,
+    image_size: int = 0,
+    layers: Sequence[str] = ("pooled",),
+    configs: Mapping[str, Any] | None = None,
+) -> list[dict[str, Any]]:
+    """Probes an encoder that is no run, such as other people's weights, so that it can stand in the same tables.
+
+    Args:
+        source: see `raysl.features.named`.
+        title: what it is called in reports.
+        out: folder for the rows and `model.json`, which says whose they are.
+        image_size: side in pixels of the view, on which the protocol of the rows hangs; 0 for 224 of a file of weights
+            and 32 otherwise.
+
+    The other arguments, and what is returned and raised, are those of `probe`; besides, UserError where the rows of
+    another model lie in the folder.
+    """
+    ready = _ready(names, configs)
+    folder = Folder(out)
+    about = json.loads(json.dumps({"name": title, "identity": source.identity()}))
+    if folder.exists(PASSPORT) or (folder.exists(MODEL) and folder.read_json(MODEL) != about):
+        raise UserError(
+            f"The folder {out!r} belongs to a run, or holds the rows of another model than {title!r}. Give --out a "
+            "folder of its own."
+        )
+    size = image_size or (224 if isinstance(source, features.Weights) else 32)
+    place = _Place(Run(folder), size, getattr(source, "seed", 0), folder / "features")
+    rows = _measured(place, [source], train, test, ready, layers, say)
+    folder.write_json(MODEL, about)
+    return rows
+
+
+@dataclass(frozen=True)
+class _Place:
+    """Where rows and features go, and what the evaluation takes from the run.
+
+    Args:
+        run: whose folder gets the rows; that of a model is no more than a folder.
+        image_size: side of the view.
+        seed: of the run.
+        cache: of features.
+        spare: see `raysl.features.extract_all`.
+    """
+
+    run: Run
+    image_size: int
+    seed: int
+    cache: Folder
+    spare: bool = False
+
+
+def _ready(names: Sequence[str], configs: Mapping[str, Any] | None) -> dict[str, tuple[Any, Probe]]:
+    return {name: _build(name, (configs or {}).get(name)) for name in dict.fromkeys(names)}
+
+
+def _measured(
+    place: _Place,
+    sources: Sequence[Encoder],
+    train: str,
+    test: str,
+    ready: Mapping[str, tuple[Any, Probe]],
+    layers: Sequence[str],
+    say: Callable[[str], None],
+) -> list[dict[str, Any]]:
+    """The rows of every encoder and probe, which are added to those of the folder."""
     cluster.start()
     data = _Data.open(resolve(train), resolve(test), any(needs_labels(probe) for _, probe in ready.values()))
-    size = run.config().view.image_size
-    found = _extract(sources, layers, ready, data, size, cache or run.folder / "features")
+    found = _extract(sources, layers, ready, data, place)
     rows: list[dict[str, Any]] = []
     for source, tables in zip(sources, found, strict=True):
-        facts = _facts(run, source)
+        facts = _facts(source, place.seed)
         for name, (config, measure) in ready.items():
-            protocol = protocol_hash(name, config, FeatureProtocol(size))
+            protocol = protocol_hash(name, config, FeatureProtocol(place.image_size))
             about = {"probe": name, **facts, "protocol": protocol, **data.fingerprints(measure)}
+            these = _layers(source, layers)
             if isinstance(measure, EncoderProbe):
-                place = f"{source.name}-{facts['step']}-{about['test'][:8]}-{protocol}"
-                folder, these = run.folder / f"probes/{name}/{place}", _layers(source, layers)
-                subject = Subject(source, these, size, data.train, data.test, run.config().seed, folder)
+                own = f"{source.name}-{facts['step']}-{about['test'][:8]}-{protocol}"
+                folder = place.run.folder / f"probes/{name}/{own}"
+                subject = Subject(source, these, place.image_size, data.train, data.test, place.seed, folder)
                 measured = measure.examine(subject)
             else:
-                measured = _by_layer(measure, _layers(source, layers), *tables, data)
+                measured = _by_layer(measure, these, *tables, data)
             rows += _rows(measured, measure, about, say)
-    _keep(run, rows)
+    _keep(place.run, rows)
     return rows
 
 
@@ -159,8 +242,7 @@ def _extract(
     layers: Sequence[str],
     ready: Mapping[str, tuple[Any, Probe]],
     data: _Data,
-    image_size: int,
-    cache: Folder,
+    place: _Place,
 ) -> list[tuple[Mapping[str, FeatureTable], Mapping[str, FeatureTable]]]:
     """The features of the train and the test set that probes ask for, for each encoder; every image is seen once."""
     measures = [measure for _, measure in ready.values() if not isinstance(measure, EncoderProbe)]
@@ -168,9 +250,9 @@ def _extract(
     wanted = []
     for source in sources:
         taps = [features.tap(layer, m.dims) for layer in _layers(source, layers) for m in measures]
-        protocol = FeatureProtocol(image_size, tuple(dict.fromkeys(taps)))
+        protocol = FeatureProtocol(place.image_size, tuple(dict.fromkeys(taps)))
         wanted += [(source, dataset, protocol) for dataset in sets]
-    found = features.extract_all(wanted, cache)
+    found = features.extract_all(wanted, place.cache, place.spare)
     return [(found[i], found[i + len(sets) - 1]) for i in range(0, len(found), len(sets))]
 
 
@@ -189,11 +271,11 @@ def _layers(source: Encoder, layers: Sequence[str]) -> tuple[str, ...]:
     return tuple(dict.fromkeys(expanded))
 
 
-def _facts(run: Run, source: Encoder) -> dict[str, Any]:
+def _facts(source: Encoder, seed: int) -> dict[str, Any]:
     """What tells the rows of one encoder from those of another."""
     identity = source.identity()
-    step, weights = identity.get("step", 0), identity.get("crc32")
-    return {"encoder": source.name, "step": step, "seed": run.config().seed, "weights": weights}
+    step, weights = identity.get("step", 0), identity.get("crc32", identity.get("weights"))
+    return {"encoder": source.name, "step": step, "seed": seed, "weights": weights}
 
 
 def _rows(
@@ -215,9 +297,9 @@ def _build(name: str, config: Any) -> tuple[Any, Probe]:
     return config, probe_type(config)
 
 
-def _encoder(run: Run, name: str) -> Encoder:
+def _encoder(run: Run, name: str, checkpoint: Checkpoint | None) -> Encoder:
     if name == "trained":
-        return features.Trained(run, run.newest())
+        return features.Trained(run, checkpoint or run.newest())
     if name == "random":
         return features.untrained(run)
     if name == "pixels":
@@ -282,4 +364,5 @@ def _column(row: Mapping[str, Any], several_seeds: bool) -> tuple[int, int, int,
     title = f"{row['encoder']}, step {row['step']}" if row["encoder"] == "trained" else row["encoder"]
     if several_seeds:
         title += f", seed {row['seed']}"
-    return ENCODERS.index(row["encoder"]), row["step"], row["seed"], title
+    order = (*ENCODERS, features.Weights.name)
+    return order.index(row["encoder"]), row["step"], row["seed"], title

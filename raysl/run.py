@@ -161,7 +161,7 @@ class MetricsLog:
         self._lines = [jsonl([row]) for row in rows if row["step"] <= step]
         self._written_at = time.monotonic()
         self._write_s = 0.0
-        self._board = _TensorBoard(run.folder, step + 1) if run.folder.is_local else None
+        self._board = TensorBoard(run.folder / "tensorboard", step + 1) if run.folder.is_local else None
 
     def add(self, row: Mapping[str, Any]) -> None:
         """Adds a row; it reaches the file within ten seconds, or later when writing takes long, or at `flush`."""
@@ -182,13 +182,13 @@ class MetricsLog:
         self._write_s = self._written_at - started
 
 
-class _TensorBoard:
+class TensorBoard:
     """TensorBoard's file of events, written by the caller.
 
     Not `SummaryWriter`: its thread dies of a full disk in silence, and the trainer then waits for it for ever.
 
     Args:
-        folder: of the run, a local one.
+        folder: of the events, a local one.
         step: rows of earlier sessions from this step on are hidden.
     """
 
@@ -196,7 +196,7 @@ class _TensorBoard:
         from tensorboardX.event_file_writer import EventsWriter
         from tensorboardX.proto.event_pb2 import Event, SessionLog
 
-        self._place = str(folder / "tensorboard")
+        self._place = str(folder)
         with self._writing():
             Path(self._place).mkdir(parents=True, exist_ok=True)
             self._events = EventsWriter(f"{self._place}/events")

@@ -55,7 +55,8 @@ def images() -> Tensor:
 def expected(run: Run) -> Tensor:
     trunk: Trunk = Trained(run, run.newest()).network().eval()
     with torch.inference_mode():
-        return trunk(images())
+        found: Tensor = trunk(images())
+    return found
 
 
 def normalised() -> Tensor:

@@ -17,11 +17,11 @@ import torch
 from raysl import methods, pretext
 from raysl.catalog import grid, pages
 from raysl.catalog.pictures import views_sheet
-from raysl.cli import parse_pretraining
 from raysl.config import Pretraining, ViewConfig
 from raysl.contrast.bank import BankConfig, MemoryBank
 from raysl.dataset import DataSet
 from raysl.errors import UserError
+from raysl.flags import parse_pretraining
 from raysl.network.trunk import TrunkConfig
 from raysl.objectives import pirl
 from raysl.storage import Folder

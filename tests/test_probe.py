@@ -10,7 +10,9 @@ import pytest
 
 from raysl.dataset import DataSet
 from raysl.errors import UserError
-from raysl.probe import KEY, probe, rows_of, tables
+from raysl.features import named
+from raysl.network.trunk import TrunkConfig
+from raysl.probe import KEY, probe, probe_model, rows_of, tables
 from raysl.probes import common_labels
 from raysl.probes.invariance import Config as Invariance
 from raysl.probes.knn import Config as Knn
@@ -152,3 +154,23 @@ def test_a_run_without_a_checkpoint_is_refused(run: tuple[Run, str, str], tmp_pa
     Folder(str(tmp_path)).write("passport.json", run[0].folder.read("passport.json"))
     with pytest.raises(UserError, match="no complete checkpoint"):
         probe(Run.open(str(tmp_path)), *run[1:], ["knn"])
+
+
+@pytest.mark.ray
+def test_other_peoples_weights_get_rows_of_their_own(
+    ray_session: None, run: tuple[Run, str, str], tmp_path: Path
+) -> None:
+    out = str(tmp_path / "rows")
+    source = named("random", TrunkConfig())
+    rows = probe_model(source, "random (small)", out, *run[1:], ["knn"], lambda _: None, image_size=16)
+    assert {row["encoder"] for row in rows} == {"random"}
+    assert rows_of(Run(Folder(out))) == rows
+    assert tables(rows)
+    # Seen as the run is, so it stands in the same table as the run's own untrained trunk.
+    cache = Folder(str(tmp_path / "features"))
+    own = probe(*run, ["knn"], lambda _: None, encoders=["random"], cache=cache, spare=True)
+    assert {(row["name"], row["value"], row["protocol"]) for row in rows} == {
+        (row["name"], row["value"], row["protocol"]) for row in own
+    }
+    with pytest.raises(UserError, match="folder of its own"):
+        probe_model(source, "another", out, *run[1:], ["knn"], lambda _: None, image_size=16)

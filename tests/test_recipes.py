@@ -11,10 +11,10 @@ import torch
 from torch import Tensor, nn
 
 from raysl import optim, recipes
-from raysl.cli import parse_pretraining
 from raysl.config import Pretraining
 from raysl.contrast.bank import BankConfig, MemoryBank
 from raysl.errors import UserError
+from raysl.flags import parse_pretraining
 from raysl.objectives import AfterStep
 from raysl.pretext import jigsaw
 from raysl.rng import Draws

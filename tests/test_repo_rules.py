@@ -22,9 +22,9 @@ ROOMS = (
     *("stream", "contrast", "network", "optim", "checkpoint"),
     *("ingest", "objectives", "methods"),
     *("config", "recipes", "cluster", "run", "training", "pretrain"),
-    *("features", "kmeans", "clusterfit", "probes", "probe", "catalog"),
+    *("features", "kmeans", "clusterfit", "probes", "probe", "watch", "catalog"),
     *("sweep", "report", "export", "reproduce", "experiment"),
-    *("doctor", "demo", "cli"),
+    *("doctor", "demo", "flags", "cli"),
     *("__init__", "__main__"),
 )
 # A file may outgrow 400 lines by a little while it is being split, and no more.

@@ -50,7 +50,7 @@ def extract(
 
 
 def extract_all(
-    wanted: Sequence[tuple[Encoder, DataSet, FeatureProtocol]], cache: Folder
+    wanted: Sequence[tuple[Encoder, DataSet, FeatureProtocol]], cache: Folder, spare: bool = False
 ) -> list[dict[str, FeatureTable]]:
     """The features of every image by every encoder, by one pool of actors that see each image once for all layers.
     Layers and parts that are there from an earlier call are not computed again. Ray must run.
@@ -60,6 +60,7 @@ def extract_all(
             looked at.
         cache: features are put into folders inside, whose names follow from encoder, images, layer and size. Means
             are kept as float32; grids, which are large, as float16.
+        spare: by one actor that takes no CPU from others: it works when nothing else wants to, without a GPU.
 
     Returns:
         A table for each layer, for each of `wanted`.
@@ -86,7 +87,7 @@ def extract_all(
         tables.append(places)
         if absent:
             works.append(_Extract(source, dataset, protocol.image_size, tuple(absent)))
-    _complete(works)
+    _complete(works, spare)
     for folder, facts in finished.items():
         folder.write_json(DONE, facts)
     return tables
@@ -144,14 +145,14 @@ def _parts(dataset: DataSet) -> list[Part]:
     return parts
 
 
-def _complete(works: Sequence[_Extract]) -> None:
+def _complete(works: Sequence[_Extract], spare: bool = False) -> None:
     """Computes the parts that are not there, and again those that an actor or a node took with it when it died."""
     for attempt in range(_ATTEMPTS):
         missing = [(number, *part) for number, work in enumerate(works) for part in work.missing()]
         if not missing:
             return
         try:
-            _compute(works, missing)
+            _compute(works, missing, spare)
             return
         except UserError:
             raise
@@ -160,12 +161,12 @@ def _complete(works: Sequence[_Extract]) -> None:
                 raise
 
 
-def _compute(works: Sequence[_Extract], parts: Sequence[tuple[int, int, int]]) -> None:
+def _compute(works: Sequence[_Extract], parts: Sequence[tuple[int, int, int]], spare: bool) -> None:
     """Runs a pool of actors over parts, each with the number of its work in front."""
     import ray.data
     from ray.util.annotations import RayDeprecationWarning
 
-    size, resources = pool(places.machines().totals())
+    size, resources = (1, {"num_cpus": 0.0}) if spare else pool(places.machines().totals())
     context = ray.data.DataContext.get_current()
     context.enable_progress_bars = False
     context.print_on_execution_start = False
@@ -176,7 +177,7 @@ def _compute(works: Sequence[_Extract], parts: Sequence[tuple[int, int, int]]) -
         warnings.simplefilter("ignore", RayDeprecationWarning)
         done = items.map_batches(
             _Actor,
-            fn_constructor_args=(works,),
+            fn_constructor_args=(works, spare),
             batch_size=1,  # one part; Ray wants a number where actors take GPUs
             compute=ray.data.ActorPoolStrategy(min_size=1, max_size=min(size, len(parts))),
             # Ray would restart an actor from arguments that may be gone, and says so on every start; `_complete`
@@ -234,8 +235,13 @@ class _Actor:
     """Holds encoders and turns ranges of indices into files of features."""
 
     works: Sequence[_Extract]
+    spare: bool = False
     device: torch.device = field(default_factory=lambda: _device())
     loaded: dict[int, Encode] = field(default_factory=dict)
+
+    def __post_init__(self) -> None:
+        if self.spare:
+            os.nice(19)
 
     def encode(self, number: int) -> Encode:
         """The encoder of a work. Not loaded in the constructor, where Ray would start the actor again instead of

@@ -10,9 +10,9 @@ from typing import Any
 import pytest
 
 from raysl import rng
-from raysl.cli import parse_pretraining
 from raysl.config import Pretraining, ViewConfig
 from raysl.errors import UserError
+from raysl.flags import parse_pretraining
 from raysl.objectives.pirl import Config as Pirl
 from raysl.optim import OptimConfig
 from raysl.report.command import command

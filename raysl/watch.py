@@ -1,0 +1,222 @@
+"""Probes during training: what a run is worth at its checkpoints, found with what the trainers leave over.
+
+The probes run beside the trainers and never hold what these need: without GPUs by one process of the lowest priority,
+with GPUs when one of them is free. What was not done by the last step is done after it.
+"""
+
+from __future__ import annotations
+
+import os
+import threading
+import traceback
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, replace
+from typing import Any
+
+from raysl import checkpoint, cluster, features, probes
+from raysl.checkpoint import Checkpoint
+from raysl.cluster import places
+from raysl.config import Pretraining
+from raysl.errors import UserError
+from raysl.ingest import resolve
+from raysl.pretrain import pretrain
+from raysl.probe import probe, rows_of
+from raysl.run import METRICS, Run, TensorBoard, jsonl
+from raysl.storage import Folder
+
+ERROR = "probes/error.txt"
+BOARD = "tensorboard/probes"
+_LOOK_EVERY_S = 5.0
+
+
+@dataclass(frozen=True)
+class WatchConfig:
+    """Probes during training.
+
+    Args:
+        probe_every: steps between two probes of the run while it trains; 0 for none. At each of them a checkpoint is
+            saved, and kept.
+        probe_train: labelled data that these probes learn from.
+        probe_test: labelled data that they are scored on.
+        probes: which ones, with their default protocols.
+    """
+
+    probe_every: int = 0
+    probe_train: str = ""
+    probe_test: str = ""
+    probes: tuple[str, ...] = ("knn",)
+
+    def __post_init__(self) -> None:
+        if self.probe_every < 0:
+            raise UserError(f"probe_every is {self.probe_every}; it must be 0 or a number of steps.")
+        if self.probe_every and not (self.probe_train and self.probe_test and self.probes):
+            raise UserError(
+                f"probe_every is {self.probe_every}, and what to probe with is missing. Give labelled data with "
+                "--probe-train and --probe-test, and at least one name to --probes."
+            )
+
+
+def pretrain_and_probe(config: Pretraining, watch: WatchConfig, say: Callable[[str], None] = print) -> Run:
+    """`raysl.pretrain.pretrain`, with probes at every `watch.probe_every` steps and after the last.
+
+    Rows go to the run's with the step that they belong to, and to TensorBoard, as they are found; into metrics.jsonl
+    when the trainers, who write that file, have gone. A probe that fails does not stop anything: it says so, the error
+    is in probes/error.txt, and it is tried again after the last step.
+
+    Raises:
+        UserError: as `pretrain`; or a probe does not exist, or the data for it cannot be read.
+    """
+    if not watch.probe_every:
+        return pretrain(config, say)
+    config = saving(config, watch)
+    for name in watch.probes:
+        probes.load(name)
+    cluster.start()
+    ready = replace(
+        watch,
+        probe_train=str(resolve(watch.probe_train).folder),
+        probe_test=str(resolve(watch.probe_test).folder),
+    )
+    watcher = Watcher(Run(Folder(config.run)), ready, say)
+    thread = threading.Thread(target=watcher.follow, daemon=True)
+    thread.start()
+    try:
+        run = pretrain(config, say)
+    finally:
+        watcher.over.set()
+    thread.join()
+    watcher.finish()
+    return run
+
+
+def saving(config: Pretraining, watch: WatchConfig) -> Pretraining:
+    """The run with checkpoints at the steps of the probes.
+
+    Raises:
+        UserError: it is to save, or to keep, at other steps only.
+    """
+    values = {}
+    for name in ("every_steps", "keep_every"):
+        steps = getattr(config.save, name) or watch.probe_every
+        if watch.probe_every % steps:
+            raise UserError(
+                f"save.{name} is {steps} and probe_every is {watch.probe_every}: there would be no checkpoint to "
+                f"probe. Make probe_every a multiple of save.{name}, or leave the latter out."
+            )
+        values[name] = steps
+    return replace(config, save=replace(config.save, **values))
+
+
+class Watcher:
+    """Probes the checkpoints of a run.
+
+    Args:
+        run: it need not have begun.
+        watch: with data sets that are there.
+        say: takes one line at a time.
+
+    Attributes:
+        over: to be set when the trainers have gone.
+    """
+
+    def __init__(self, run: Run, watch: WatchConfig, say: Callable[[str], None]) -> None:
+        self.run = run
+        self.watch = watch
+        self.say = say
+        self.over = threading.Event()
+        self._failed: set[int] = set()
+        self._told = -1
+
+    def follow(self) -> None:
+        """Probes the newest checkpoint that is due, again and again until the trainers have gone."""
+        # This thread alone, and those that it starts.
+        os.setpriority(os.PRIO_PROCESS, threading.get_native_id(), 19)
+        while not self.over.wait(_LOOK_EVERY_S):
+            due = [found for found in self.due() if found.step not in self._failed]
+            if due and self._room(due[-1].step):
+                self._probe(due[-1], spare=not places.machines().has_gpus)
+
+    def finish(self) -> None:
+        """Probes what is left, the last step too, and writes all scores into metrics.jsonl."""
+        left = {found.step: found for found in self.due()}
+        last = self.run.newest()
+        if not self._done(last.step):
+            left[last.step] = last
+        for step in sorted(left):
+            self._probe(left[step], spare=False)
+        into_metrics(self.run, self.watch)
+
+    def due(self) -> list[Checkpoint]:
+        """The checkpoints at steps of the probes that lack a row, oldest first."""
+        every = self.watch.probe_every
+        there = [found for found in checkpoint.complete(self.run.checkpoints) if found.step % every == 0]
+        return [found for found in there if not self._done(found.step)]
+
+    def _done(self, step: int) -> bool:
+        there = {
+            row["probe"] for row in rows_of(self.run) if row["encoder"] == "trained" and row["step"] == step
+        }
+        return there >= set(self.watch.probes)
+
+    def _room(self, step: int) -> bool:
+        """Whether a probe can start without taking anything from the trainers."""
+        import ray
+
+        if not places.machines().has_gpus:
+            return True
+        _, wanted = features.pool(places.machines().totals())
+        free = ray.available_resources()
+        room = all(float(free.get(kind, 0)) >= wanted[f"num_{kind.lower()}s"] for kind in ("GPU", "CPU"))
+        if not room and self._told != step:
+            self._told = step
+            self.say(
+                f"The probe of step {step} waits until a GPU is free, at the latest for the end of training."
+            )
+        return room
+
+    def _probe(self, found: Checkpoint, spare: bool) -> None:
+        watch, cache = self.watch, self.run.folder / f"features-{found.step}"
+        try:
+            rows = probe(
+                self.run,
+                watch.probe_train,
+                watch.probe_test,
+                watch.probes,
+                _quiet,
+                encoders=("trained",),
+                cache=cache,
+                checkpoint=found,
+                spare=spare,
+            )
+        except Exception as error:  # whatever it is, training goes on
+            self._failed.add(found.step)
+            self.say(f"The probe of step {found.step} failed: {error} The run itself goes on. See {ERROR}.")
+            self.run.folder.write(ERROR, "".join(traceback.format_exception(error)).encode())
+            return
+        finally:
+            # They are used once, and are larger than the checkpoint.
+            cache.delete()
+        scores = {_name(row): row["value"] for row in rows if row["headline"]}
+        told = ", ".join(f"{name.removeprefix('probe/')} {value:.4f}" for name, value in scores.items())
+        self.say(f"probe of step {found.step}: {told}")
+        if self.run.folder.is_local:
+            board = TensorBoard(self.run.folder / BOARD, found.step)
+            board.add({"step": found.step, **scores})
+            board.flush()
+
+
+def into_metrics(run: Run, watch: WatchConfig) -> None:
+    """Writes the scores at the steps of a run into the rows of metrics.jsonl that belong to these steps."""
+    metrics = {row["step"]: row for row in run.metrics()}
+    for row in rows_of(run):
+        if row["encoder"] == "trained" and row["headline"] and row["probe"] in watch.probes:
+            metrics.setdefault(row["step"], {"step": row["step"]})[_name(row)] = row["value"]
+    run.folder.write(METRICS, jsonl(metrics[step] for step in sorted(metrics)))
+
+
+def _name(row: Mapping[str, Any]) -> str:
+    return f"probe/{row['probe']}/{row['name']}"
+
+
+def _quiet(_: str) -> None:
+    pass

@@ -1,0 +1,134 @@
+"""Probes during training: at which steps, what becomes of failures, and where the scores go."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from raysl import watch
+from raysl.checkpoint import SaveConfig, Saver
+from raysl.config import Pretraining, ViewConfig
+from raysl.errors import UserError
+from raysl.network.trunk import build
+from raysl.objectives.pirl import Config as Pirl
+from raysl.probe import ROWS, rows_of
+from raysl.run import Run, jsonl
+from raysl.watch import ERROR, WatchConfig, Watcher, pretrain_and_probe, saving
+from tests.data import make_dataset
+
+EVERY_2 = WatchConfig(2, "train", "test")
+
+
+def row(step: int, **changes: Any) -> dict[str, Any]:
+    base = {"probe": "knn", "name": "top1", "layer": "pooled", "encoder": "trained", "seed": 0, "step": step}
+    return {
+        **base,
+        "protocol": "p",
+        "train": "t",
+        "test": "u",
+        "value": step / 10,
+        "headline": True,
+        **changes,
+    }
+
+
+@pytest.fixture
+def run(tmp_path: Path) -> Run:
+    """With checkpoints at steps 2, 4 and 5, and metrics at 2 and 4."""
+    dataset = make_dataset(tmp_path / "set", 8)
+    config = Pretraining(str(dataset.folder), str(tmp_path / "run"), batch_size=4)
+    run = Run.begin(config, dataset, {})
+    saver = Saver(run.checkpoints, SaveConfig(keep_last=3), 0, 1)
+    for step in (2, 4, 5):
+        saver.save(step, {"network": build(config.trunk).state_dict()}, None)
+        saver.wait()
+    run.folder.write("metrics.jsonl", jsonl([{"step": step, "loss": 1.0} for step in (2, 4)]))
+    return run
+
+
+def found(run: Run, asked: list[Any], fails: tuple[int, ...] = ()) -> Any:
+    """Stands for `probe`."""
+
+    def probe(run: Run, *arguments: Any, checkpoint: Any, spare: bool, **rest: Any) -> list[dict[str, Any]]:
+        asked.append((checkpoint.step, spare))
+        if checkpoint.step in fails:
+            raise RuntimeError("the probe broke")
+        rows = [*rows_of(run), row(checkpoint.step)]
+        run.folder.write(ROWS, jsonl(rows))
+        return rows[-1:]
+
+    return probe
+
+
+def test_what_is_left_is_probed_after_the_last_step(run: Run, monkeypatch: pytest.MonkeyPatch) -> None:
+    asked: list[Any] = []
+    said: list[str] = []
+    monkeypatch.setattr(watch, "probe", found(run, asked))
+    run.folder.write(ROWS, jsonl([row(2)]))
+    watcher = Watcher(run, EVERY_2, said.append)
+    assert [at.step for at in watcher.due()] == [4]
+    watcher.finish()
+    assert asked == [(4, False), (5, False)]
+    assert run.metrics() == [
+        {"step": 2, "loss": 1.0, "probe/knn/top1": 0.2},
+        {"step": 4, "loss": 1.0, "probe/knn/top1": 0.4},
+        {"step": 5, "probe/knn/top1": 0.5},
+    ]
+    assert said == ["probe of step 4: knn/top1 0.4000", "probe of step 5: knn/top1 0.5000"]
+    assert run.folder.exists(watch.BOARD)
+    watcher.finish()
+    assert len(asked) == 2
+
+
+def test_a_probe_that_fails_stops_nothing(run: Run, monkeypatch: pytest.MonkeyPatch) -> None:
+    asked: list[Any] = []
+    said: list[str] = []
+    monkeypatch.setattr(watch, "probe", found(run, asked, fails=(4,)))
+    Watcher(run, EVERY_2, said.append).finish()
+    assert [step for step, _ in asked] == [2, 4, 5]
+    assert "The probe of step 4 failed: the probe broke" in said[1]
+    assert b"RuntimeError" in run.folder.read(ERROR)
+    assert {row["step"] for row in run.metrics() if "probe/knn/top1" in row} == {2, 5}
+
+
+def test_checkpoints_are_saved_where_probes_are() -> None:
+    config = Pretraining("data", "run")
+    assert saving(config, WatchConfig(6, "a", "b")).save == SaveConfig(every_steps=6, keep_every=6)
+    often = Pretraining("data", "run", save=SaveConfig(every_steps=3))
+    assert saving(often, WatchConfig(6, "a", "b")).save == SaveConfig(every_steps=3, keep_every=6)
+    with pytest.raises(UserError, match=r"save\.every_steps is 3"):
+        saving(often, WatchConfig(4, "a", "b"))
+
+
+def test_mistakes_are_told_at_once() -> None:
+    with pytest.raises(UserError, match="--probe-train"):
+        WatchConfig(10)
+    with pytest.raises(UserError, match="probe_every"):
+        WatchConfig(-1)
+    with pytest.raises(UserError, match="'knn'"):
+        pretrain_and_probe(Pretraining("data", "run"), WatchConfig(1, "a", "b", ("kn",)))
+
+
+@pytest.mark.ray
+@pytest.mark.slow
+def test_a_run_is_probed_while_it_trains(
+    ray_session: None, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(watch, "_LOOK_EVERY_S", 0.1)
+    data = str(make_dataset(tmp_path / "set", 64).folder)
+    config = Pretraining(
+        data,
+        str(tmp_path / "run"),
+        epochs=4,
+        batch_size=16,
+        workers=1,
+        log_every=2,
+        view=ViewConfig(image_size=16),
+        parts={"pirl": Pirl(num_negatives=32, dim=16)},
+    )
+    run = pretrain_and_probe(config, WatchConfig(4, data, data), lambda _: None)
+    assert {row["step"] for row in rows_of(run)} == {4, 8, 12, 16}
+    scored = {row["step"] for row in run.metrics() if any(name.startswith("probe/knn") for name in row)}
+    assert scored == {4, 8, 12, 16}
