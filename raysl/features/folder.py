@@ -148,11 +148,17 @@ def _reduced(
         if config.pca_of or folder.exists(pca.FILE)
         else None
     )
-    projection = projection or pca.fit(whole, layer, config.pca)
-    projection.save(folder)
-    kept, width = projection.components_dm.shape[1], len(projection.mean_d)
-    say(f"{kept} of {width} components keep {100 * projection.variance:.1f} % of the variance.")
-    pca.project(whole, layer, projection, FeatureForm(config.dtype), folder)
+    try:
+        projection = projection or pca.fit(whole, layer, config.pca)
+        projection.save(folder)
+        kept, width = projection.components_dm.shape[1], len(projection.mean_d)
+        say(f"{kept} of {width} components keep {100 * projection.variance:.1f} % of the variance.")
+        pca.project(whole, layer, projection, FeatureForm(config.dtype), folder)
+    except UserError:
+        # Begun so, the folder would refuse the same command with a number that is possible.
+        for name in (_UNREDUCED, pca.FILE, BEGUN):
+            folder.delete(name)
+        raise
     folder.delete(_UNREDUCED)
     return FeatureTable(folder, whole.parts, whole.layers)
 

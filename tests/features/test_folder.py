@@ -73,6 +73,7 @@ def test_components_and_those_of_other_features(
     np.testing.assert_array_equal(again.load("res3"), made)
     with pytest.raises(UserError, match="at most"):
         make("random", config(dataset, tmp_path / "c", pca=200), quiet)
+    assert not list((tmp_path / "c").iterdir())
     with pytest.raises(UserError, match="rows of 96 numbers and these have 48"):
         make("random", config(dataset, tmp_path / "d", layer="res2", pca_of=str(tmp_path / "a")), quiet)
 
