@@ -16,59 +16,19 @@ from dataclasses import dataclass, field, replace
 from statistics import mean
 from typing import Any
 
-from raysl.config import Pretraining, ViewConfig
-from raysl.experiment import Flags, command, probed
-from raysl.ingest import resolve, splits
-from raysl.network.trunk import TrunkConfig
-from raysl.objectives.moco import Config as Moco
-from raysl.objectives.npid import Config as Npid
-from raysl.objectives.pirl import Config as Pirl
-from raysl.objectives.simclr import Config as Simclr
-from raysl.optim import OptimConfig
+from raysl.experiment import command, probed
+from raysl.ingest import splits
+from raysl.lineup import METHODS, LineupFlags, settings
 from raysl.run import jsonl
 from raysl.storage import Folder
 
-# The dials in which a small trunk and a short run want something else than the papers' defaults.
-PIRL = {"pirl": Pirl(temperature=0.2, head="bn")}
-NPID = {"npid": Npid(temperature=0.2, head="bn")}
-METHODS: dict[str, dict[str, Any]] = {
-    "supervised": {},
-    "distill": {},
-    "predict-rotation": {},
-    "predict-jigsaw": {},
-    "predict-relative_position": {},
-    "predict-colorization": {},
-    "predict-inpainting": {},
-    "multitask-relative_position,colorization": {},
-    "npid": {"parts": NPID},
-    "pirl-rotation": {"parts": PIRL},
-    "pirl-jigsaw": {"parts": PIRL},
-    "pirl-rotation+jigsaw": {"parts": PIRL},
-    "simclr": {"parts": {"simclr": Simclr(temperature=0.2, norm="batch")}},
-    # A queue much longer than the data set would hold several keys of most images.
-    "moco": {"parts": {"moco": Moco(momentum=0.99, queue=2048)}},
-    "cpc-patch_grid": {"trunk": TrunkConfig(norm="group")},
-}
-
 
 @dataclass(frozen=True)
-class CompareFlags(Flags):
-    """Pretrains and probes every method for each seed.
+class CompareFlags(LineupFlags):
+    """Pretrains and probes every method for each seed; see `raysl.lineup`."""
 
-    Args:
-        methods: which of them; all by default.
-        images: seen by every run, patches of one counted once.
-        batch_size: images in a step, of all workers.
-        image_size: side of an ordinary view in pixels.
-    """
-
-    data: str = "shapes:50000"
     out: str = "results/methods"
-    runs: str = "runs/methods"
     methods: tuple[str, ...] = field(default_factory=lambda: tuple(METHODS))
-    images: int = 51_200
-    batch_size: int = 128
-    image_size: int = 32
 
 
 def main(flags: CompareFlags) -> None:
@@ -86,25 +46,6 @@ def main(flags: CompareFlags) -> None:
             Folder(flags.out).write("rows.jsonl", jsonl(rows))
             Folder(flags.out).write("table.md", table(rows).encode())
     print(table(rows))
-
-
-def settings(flags: CompareFlags, method: str, seed: int, train: str, runs: Folder) -> Pretraining:
-    """The run of a method. Distillation learns from the supervised run of the same seed."""
-    own = dict(METHODS.get(method, {}))
-    if method == "distill":
-        own["parts"] = {"distill": {"teacher": str(runs / f"supervised-{seed}")}}
-    return Pretraining(
-        data=train,
-        run=str(runs / f"{method}-{seed}"),
-        method=method,
-        epochs=flags.images / resolve(train).num_images,
-        batch_size=flags.batch_size,
-        workers=flags.workers,
-        seed=seed,
-        view=ViewConfig(image_size=flags.image_size),
-        optim=OptimConfig(lr=0.12, warmup=0.05),
-        **own,
-    )
 
 
 def table(rows: list[dict[str, Any]]) -> str:

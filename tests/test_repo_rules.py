@@ -23,7 +23,7 @@ ROOMS = (
     *("ingest", "objectives", "methods"),
     *("config", "recipes", "cluster", "run", "training", "pretrain"),
     *("features", "kmeans", "clusterfit", "probes", "probe", "watch", "catalog"),
-    *("sweep", "report", "export", "reproduce", "experiment"),
+    *("sweep", "report", "export", "reproduce", "experiment", "lineup"),
     *("doctor", "demo", "flags", "cli"),
     *("__init__", "__main__"),
 )

@@ -109,9 +109,14 @@ def save(sheet: Image.Image, file: Path) -> None:
     Raises:
         UserError: the place cannot be written.
     """
+    Folder(str(file.parent)).write(file.name, png(sheet))
+
+
+def png(sheet: Image.Image) -> bytes:
+    """The picture as the bytes of a PNG file."""
     data = io.BytesIO()
     sheet.save(data, "PNG")
-    Folder(str(file.parent)).write(file.name, data.getvalue())
+    return data.getvalue()
 
 
 def _mark(target: Tensor) -> str:

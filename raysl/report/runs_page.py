@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import hashlib
-import io
 from collections.abc import Iterator, Sequence
 from typing import Any
 
@@ -146,10 +145,8 @@ def _views(gathered: Sequence[Group], count: int) -> tuple[list[Figure], str]:
         except (UserError, OSError) as error:
             absent.append(f"The views of {group.label} are not drawn: {error}")
             continue
-        data = io.BytesIO()
-        sheet.save(data, "PNG")
         text = f"Images of the data set and the views that {config.method} makes of them in epoch 0."
-        made.append(Figure(f"views-{_short(group.label)}", group.label, text, data.getvalue()))
+        made.append(Figure(f"views-{_short(group.label)}", group.label, text, pictures.png(sheet)))
     return made, " ".join(absent)
 
 

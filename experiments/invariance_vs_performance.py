@@ -1,0 +1,82 @@
+"""Is a representation that ignores the transform a better one? Pretext, clustering and PIRL in both.
+
+Command:  python experiments/invariance_vs_performance.py --data DATA --runs RUNS --out OUT
+Hardware: 2 CPU cores, 24 GB, no GPU; 2 Ray Train workers.
+Time:     2 to 8 minutes a run that is not there yet, a minute or two a probe. With --local: about two minutes.
+Expect:   pretext < clustering < PIRL in invariance and in linear top-1.
+
+Clustering is ClusterFit (Yan et al. 2020) of the first method, run by run. The picture is scatter.png.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, replace
+from typing import Any
+
+from raysl.clusterfit import ClusterfitConfig, clusterfit
+from raysl.experiment import command
+from raysl.ingest import splits
+from raysl.lineup import LineupFlags, measured, reported, settings, small, trained
+from raysl.report.entries import found, groups
+from raysl.report.run_figures import colours
+from raysl.report.tables import estimates
+from raysl.run import Run
+from raysl.storage import Folder
+
+
+@dataclass(frozen=True)
+class ScatterFlags(LineupFlags):
+    """Pretrains what is missing, measures invariance and worth, and draws one against the other.
+
+    The runs of the first method are the teachers of the clustering.
+
+    Args:
+        k: clusters.
+    """
+
+    out: str = "results/invariance_vs_performance"
+    methods: tuple[str, ...] = ("predict-jigsaw", "pirl-jigsaw")
+    k: int = 300
+
+
+def main(flags: ScatterFlags) -> None:
+    """Prints the tables, and writes the report and the scatter plot."""
+    flags = small(flags)
+    runs = trained(flags)
+    train, _ = splits(flags.data)
+    for teacher in runs[: len(flags.seeds)]:
+        seed = teacher.config().seed
+        place = str(Folder(flags.runs) / f"clusterfit-{flags.methods[0]}-{flags.k}-{seed}")
+        student = replace(
+            settings(flags, "predict-jigsaw", seed, train, Folder(flags.runs)), run=place, parts={}
+        )
+        runs.append(clusterfit(ClusterfitConfig(teacher=str(teacher.folder), k=flags.k), student))
+    measured(runs, flags, ["linear", "invariance"])
+    reported(runs, flags, ["linear", "invariance"])
+    Folder(flags.out).write("scatter.png", scatter(runs))
+
+
+def scatter(runs: list[Run]) -> bytes:
+    """PNG of linear top-1 against the invariance of the pooled features, a dot a run's method, bars over seeds."""
+    from raysl.report.picture import drawn
+
+    rows = found(groups([str(run.folder) for run in runs]))
+    shown = ("linear", "invariance")
+    cells = estimates([item for item in rows if item.row["headline"] and item.row["probe"] in shown])
+    labels = [label for label, layer, name in cells if (layer, name) == ("pooled", "closer")]
+    coloured = colours(labels)
+
+    def draw(axes: Any) -> None:
+        for label in labels:
+            x, y = cells[label, "pooled", "closer"], cells[label, "pooled", "top1"]
+            axes.plot(x.values, y.values, ".", color=coloured[label], alpha=0.4)
+            axes.plot(x.mean, y.mean, "o", color=coloured[label], label=label)
+        axes.set_xlabel("invariance: a transformed image is closer than another one")
+        axes.set_ylabel("linear top-1")
+        axes.legend(fontsize=8)
+
+    return drawn(draw)
+
+
+if __name__ == "__main__":
+    command(main, ScatterFlags)

@@ -1,0 +1,40 @@
+"""Two tasks together against each of them alone: relative position and colorization.
+
+Command:  python experiments/multitask.py --data DATA --runs RUNS --out OUT
+Hardware: 2 CPU cores, 24 GB, no GPU; 2 Ray Train workers.
+Time:     2 to 4 minutes a run that is not there yet, a minute or two a probe. With --local: about two minutes.
+Expect:   together at least as good as the better one alone, at equal numbers of images.
+
+Doersch and Zisserman 2017, "Multi-task self-supervised visual learning", table 1.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+from raysl.experiment import command
+from raysl.lineup import LineupFlags, measured, reported, small, trained
+
+
+@dataclass(frozen=True)
+class TaskFlags(LineupFlags):
+    """Pretrains what is missing and probes every layer."""
+
+    out: str = "results/multitask"
+    methods: tuple[str, ...] = (
+        "predict-relative_position",
+        "predict-colorization",
+        "multitask-relative_position,colorization",
+    )
+
+
+def main(flags: TaskFlags) -> None:
+    """Prints the tables and writes the report."""
+    flags = small(flags)
+    runs = trained(flags)
+    measured(runs, flags, ["knn", "linear"], layers=["all"])
+    reported(runs, flags, ["knn", "linear"])
+
+
+if __name__ == "__main__":
+    command(main, TaskFlags)

@@ -1,0 +1,60 @@
+"""The nearest images of the same few, for networks that learned in different ways, side by side.
+
+Command:  python experiments/neighbours.py --data DATA --runs RUNS --out OUT
+Hardware: 2 CPU cores, 24 GB, no GPU; 2 Ray Train workers.
+Time:     2 to 4 minutes a run that is not there yet, a minute or two a probe. With --local: about two minutes.
+Expect:   neighbours by colour in an untrained network, by layout with prediction, more by class with PIRL and labels.
+
+The picture is neighbours.png; each run keeps its own sheet for `raysl report`.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+from raysl import features
+from raysl.catalog import pictures
+from raysl.experiment import command
+from raysl.features import Encoder
+from raysl.ingest import resolve, splits
+from raysl.lineup import LineupFlags, measured, reported, small, trained
+from raysl.report import neighbours
+from raysl.report.runs_page import SHEETS
+from raysl.storage import Folder
+
+
+@dataclass(frozen=True)
+class NeighbourFlags(LineupFlags):
+    """Pretrains what is missing, scores retrieval, and draws the sheets of the first seed.
+
+    Args:
+        count: images that ask.
+        k: nearest images of each.
+    """
+
+    out: str = "results/neighbours"
+    methods: tuple[str, ...] = ("predict-jigsaw", "pirl-jigsaw", "supervised")
+    count: int = 6
+    k: int = 4
+
+
+def main(flags: NeighbourFlags) -> None:
+    """Prints the table of retrieval, and writes the report and the picture."""
+    flags = small(flags)
+    runs = trained(flags)
+    measured(runs, flags, ["retrieval"])
+    train, test = (resolve(split) for split in splits(flags.data))
+    first = runs[:: len(flags.seeds)]
+    last: list[Encoder] = [features.Trained(run, run.newest()) for run in first]
+    encoders = [features.untrained(first[0]), *last]
+    size, cache = flags.image_size, Folder(flags.runs) / "features"
+    sheets = neighbours.sheets(encoders, train, test, size, cache, flags.count, flags.k)
+    for run, sheet in zip(first, sheets[1:], strict=True):
+        (run.folder / SHEETS).write("neighbours.png", pictures.png(sheet))
+    named = dict(zip(["untrained", *flags.methods], sheets, strict=True))
+    Folder(flags.out).write("neighbours.png", pictures.png(neighbours.beside(named)))
+    reported(runs, flags, ["retrieval"])
+
+
+if __name__ == "__main__":
+    command(main, NeighbourFlags)

@@ -1,0 +1,36 @@
+"""What each layer is good for: a linear probe of every layer, covariant tasks against invariance.
+
+Command:  python experiments/per_layer.py --data DATA --runs RUNS --out OUT
+Hardware: 2 CPU cores, 24 GB, no GPU; 2 Ray Train workers.
+Time:     2 to 4 minutes a run that is not there yet, a minute or two a probe. With --local: about two minutes.
+Expect:   prediction of a transform is worth less at the last layer than before it; PIRL is best at the last.
+
+PIRL (Misra and van der Maaten 2020), figure 6. The figure layers-linear of the report.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+from raysl.experiment import command
+from raysl.lineup import LineupFlags, measured, reported, small, trained
+
+
+@dataclass(frozen=True)
+class LayerFlags(LineupFlags):
+    """Pretrains what is missing, probes every layer, and draws the curves."""
+
+    out: str = "results/per_layer"
+    methods: tuple[str, ...] = ("predict-jigsaw", "predict-rotation", "pirl-jigsaw", "supervised")
+
+
+def main(flags: LayerFlags) -> None:
+    """Prints the table by layer and writes the report."""
+    flags = small(flags)
+    runs = trained(flags)
+    measured(runs, flags, ["linear"], layers=["all"])
+    reported(runs, flags, ["linear"])
+
+
+if __name__ == "__main__":
+    command(main, LayerFlags)

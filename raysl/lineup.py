@@ -1,0 +1,166 @@
+"""Methods under equal conditions: the same images, trunk and schedule for each, the same probes, and one report.
+
+What is in the folder of the runs is not done again, so that experiments share their runs.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, replace
+from typing import Any, TypeVar
+
+from rich.console import Console
+from rich.table import Table
+
+from raysl import features, probes
+from raysl.config import Pretraining, ViewConfig
+from raysl.experiment import Flags
+from raysl.features import FeatureProtocol
+from raysl.ingest import resolve, splits
+from raysl.network.trunk import TrunkConfig
+from raysl.objectives.moco import Config as Moco
+from raysl.objectives.npid import Config as Npid
+from raysl.objectives.pirl import Config as Pirl
+from raysl.objectives.simclr import Config as Simclr
+from raysl.optim import OptimConfig
+from raysl.pretrain import pretrain
+from raysl.probe import ENCODERS, probe, protocol_hash, rows_of
+from raysl.report.entries import found, groups
+from raysl.report.page import ReportConfig, report
+from raysl.report.tables import tables
+from raysl.run import Run, jsonl
+from raysl.storage import Folder
+
+# The dials in which a small trunk and a short run want something else than the papers' defaults.
+PIRL = {"pirl": Pirl(temperature=0.2, head="bn")}
+NPID = {"npid": Npid(temperature=0.2, head="bn")}
+METHODS: dict[str, dict[str, Any]] = {
+    "supervised": {},
+    "distill": {},
+    "predict-rotation": {},
+    "predict-jigsaw": {},
+    "predict-relative_position": {},
+    "predict-colorization": {},
+    "predict-inpainting": {},
+    "multitask-relative_position,colorization": {},
+    "npid": {"parts": NPID},
+    "pirl-rotation": {"parts": PIRL},
+    "pirl-jigsaw": {"parts": PIRL},
+    "pirl-rotation+jigsaw": {"parts": PIRL},
+    "simclr": {"parts": {"simclr": Simclr(temperature=0.2, norm="batch")}},
+    # A queue much longer than the data set would hold several keys of most images.
+    "moco": {"parts": {"moco": Moco(momentum=0.99, queue=2048)}},
+    "cpc-patch_grid": {"trunk": TrunkConfig(norm="group")},
+}
+_LOCAL_DATA = "shapes:5000"
+
+
+@dataclass(frozen=True)
+class LineupFlags(Flags):
+    """Flags of an experiment that compares methods.
+
+    Args:
+        methods: which of them.
+        images: seen by every run, patches of one counted once.
+        batch_size: images in a step, of all workers.
+        image_size: side of an ordinary view in pixels.
+    """
+
+    data: str = "shapes:50000"
+    runs: str = "runs/methods"
+    methods: tuple[str, ...] = ()
+    images: int = 51_200
+    batch_size: int = 128
+    image_size: int = 32
+
+
+L = TypeVar("L", bound=LineupFlags)
+
+
+def small(flags: L) -> L:
+    """With `--local`: one seed, few images, and drawn ones unless others were asked for."""
+    if not flags.local:
+        return flags
+    data = _LOCAL_DATA if flags.data == type(flags)().data else flags.data
+    return replace(flags, data=data, seeds=flags.seeds[:1], images=2560)
+
+
+def settings(flags: LineupFlags, method: str, seed: int, train: str, runs: Folder) -> Pretraining:
+    """The run of a method. Distillation learns from the supervised run of the same seed."""
+    own = dict(METHODS.get(method, {}))
+    if method == "distill":
+        own["parts"] = {"distill": {"teacher": str(runs / f"supervised-{seed}")}}
+    return Pretraining(
+        data=train,
+        run=str(runs / f"{method}-{seed}"),
+        method=method,
+        epochs=flags.images / resolve(train).num_images,
+        batch_size=flags.batch_size,
+        workers=flags.workers,
+        seed=seed,
+        view=ViewConfig(image_size=flags.image_size),
+        optim=OptimConfig(lr=0.12, warmup=0.05),
+        **own,
+    )
+
+
+def trained(flags: LineupFlags) -> list[Run]:
+    """The finished runs of all methods and seeds."""
+    train, _ = splits(flags.data)
+    return [
+        pretrain(settings(flags, method, seed, train, Folder(flags.runs)))
+        for method in flags.methods
+        for seed in flags.seeds
+    ]
+
+
+def measured(
+    runs: Sequence[Run],
+    flags: LineupFlags,
+    names: Sequence[str],
+    *,
+    layers: Sequence[str] = ("pooled",),
+    encoders: Sequence[str] = ENCODERS[:2],
+    configs: Mapping[str, Any] | None = None,
+) -> None:
+    """Probes the runs on the labelled data of the flags, where that has not been done. See `raysl.probe.probe`."""
+    train, test = splits(flags.data)
+    judged = resolve(test).manifest.fingerprint
+    for run in runs:
+        missing = [name for name in names if not _known(run, name, (configs or {}).get(name), judged, layers)]
+        if missing:
+            cache = Folder(flags.runs) / "features"
+            probe(run, train, test, missing, layers=layers, encoders=encoders, configs=configs, cache=cache)
+
+
+def _known(run: Run, name: str, config: Any, judged: str, layers: Sequence[str]) -> bool:
+    """Whether the newest checkpoint has rows of the probe for all these layers."""
+    config_type, _ = probes.load(name)
+    protocol = protocol_hash(name, config or config_type(), FeatureProtocol(run.config().view.image_size))
+    source = features.Trained(run, run.newest())
+    wanted = {one for layer in layers for one in (features.stages(source) if layer == "all" else [layer])}
+    told = (source.name, source.checkpoint.step, name, protocol, judged)
+    there = {
+        row["layer"]
+        for row in rows_of(run)
+        if (row["encoder"], row["step"], row["probe"], row["protocol"], row["test"]) == told
+    }
+    return there >= wanted
+
+
+def reported(runs: Sequence[Run], flags: Flags, names: Sequence[str]) -> None:
+    """Prints the tables of these probes, and writes rows, the report and its figures."""
+    places = [str(run.folder) for run in runs]
+    rows = found(groups(places))
+    for one in tables([item for item in rows if item.row["probe"] in names]):
+        shown = Table(title=one.probe, caption=f"{one.caption}; = is a tie with the best")
+        shown.add_column("")
+        for layer, name in one.columns:
+            shown.add_column(f"{layer} {name}", justify="right")
+        for label, cells in one.lines:
+            marks = ["" if cell and not one.tied(i, cell) else " =" for i, cell in enumerate(cells)]
+            texts = [f"{cell}{mark}" if cell else "" for cell, mark in zip(cells, marks, strict=True)]
+            shown.add_row(label, *texts)
+        Console().print(shown)
+    Folder(flags.out).write("rows.jsonl", jsonl({**item.row, "label": item.label} for item in rows))
+    print(f"{report(places, ReportConfig(out=flags.out))}/index.html")
