@@ -30,15 +30,9 @@ from raysl.probes._tuning import Tuning, labels_of, measure
 
 @dataclass(frozen=True)
 class Config(Tuning):
-    """Protocol of learning from a share of the labels.
+    """Protocol of learning from a share of the labels; its other fields are those of `Tuning`.
 
     Args:
-        epochs: visits to every image.
-        batch_size: images of a step. The last images of an epoch that fill no batch are left out, unless there are
-            fewer than a batch in all.
-        head_lr: learning rate of the classifier, as a multiple of that of the trunk.
-        min_scale: smallest share of an image's area that a training crop may show.
-        optim: as in pretraining; the rate is scaled by `batch_size`, also where a train set is smaller than that.
         shares: of the train images of each class whose labels are seen, at least one image of each; the first one
             gives the headline.
         version: see `raysl.probes`.

@@ -74,7 +74,7 @@ def shapes(folder: Path, train: int = 8, test: int = 4) -> Folder:
     return Folder(str(folder))
 
 
-def picture(*boxes: Corners, classes: Sequence[str] = (), difficult: Sequence[bool] = ()) -> Picture:
+def picture(*boxes: Sequence[float], classes: Sequence[str] = (), difficult: Sequence[bool] = ()) -> Picture:
     return Picture(
         "one",
         b"",
@@ -85,7 +85,9 @@ def picture(*boxes: Corners, classes: Sequence[str] = (), difficult: Sequence[bo
     )
 
 
-def said(*boxes: Corners, labels: Sequence[int] = (), scores: Sequence[float] = ()) -> detection.Found:
+def said(
+    *boxes: Sequence[float], labels: Sequence[int] = (), scores: Sequence[float] = ()
+) -> detection.Found:
     return {
         "boxes": torch.tensor(boxes).reshape(-1, 4),
         "labels": torch.tensor(list(labels) or [1] * len(boxes)),
@@ -201,9 +203,7 @@ def test_scores_equal_pycocotools_used_directly(tmp_path: Path) -> None:
         corners[:, 2:] += 20
         moved = corners + random.integers(-4, 5, corners.shape)
         labels, scores = random.integers(1, 3, 5), random.random(5)
-        pictures.append(
-            picture(*map(tuple, corners.tolist()), classes=[("disc", "square")[c - 1] for c in labels])
-        )
+        pictures.append(picture(*corners.tolist(), classes=[("disc", "square")[c - 1] for c in labels]))
         found.append(
             {
                 "boxes": torch.from_numpy(moved).double(),
@@ -299,6 +299,19 @@ def test_a_folder_is_needed_and_pixels_give_no_rows(tmp_path: Path) -> None:
     with pytest.raises(Unset, match=r"--detection\.data"):
         list(detection.Detection(detection.Config()).examine(here))
     assert not list(detection.Detection(detection.Config()).examine(replace(here, encoder=Pixels())))
+
+
+@pytest.mark.ray
+def test_a_task_of_ray_gives_the_same_rows_and_its_errors(ray_session: None, tmp_path: Path) -> None:
+    pytest.importorskip("pycocotools")
+    encoder, folder = RandomTrunk(TrunkConfig(), 0), shapes(tmp_path / "voc", 2, 1)
+    one = make_dataset(tmp_path / "one", 4)
+    here = Subject(encoder, ("pooled",), 16, one, one, 0, Folder(str(tmp_path / "out")))
+    config = replace(TINY, data=str(folder), epochs=1)
+    found = list(detection.Detection(config).examine(here))
+    assert [row.name for row in found] == ["AP", "AP50", "AP75", "train_loss", "dropped_boxes"]
+    with pytest.raises(UserError, match="Unknown split"):
+        list(detection.Detection(replace(config, test_split="tset")).examine(here))
 
 
 @pytest.mark.parametrize("wrong", [{"epochs": 0}, {"batch_size": 0}, {"sides": ()}, {"width": 40}])
