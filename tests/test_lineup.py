@@ -1,0 +1,56 @@
+"""Methods under equal conditions: what differs between their runs, and what is not done again."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from raysl import lineup
+from raysl.features import FeatureProtocol
+from raysl.lineup import METHODS, LineupFlags, measured, settings, small
+from raysl.probe import ROWS, protocol_hash
+from raysl.probes.knn import Config as Knn
+from raysl.run import jsonl
+from raysl.storage import Folder
+from tests.data import make_dataset
+from tests.features.test_extraction import make_run
+from tests.test_probe import row
+
+
+def test_runs_differ_in_method_alone(tmp_path: Path) -> None:
+    data = str(make_dataset(tmp_path / "set", 40).folder)
+    flags = LineupFlags(data, images=80, workers=1)
+    configs = {method: settings(flags, method, 3, data, Folder(str(tmp_path))) for method in METHODS}
+    assert len({config.run for config in configs.values()}) == len(METHODS)
+    assert {(c.epochs, c.seed, c.batch_size, c.optim, c.view) for c in configs.values()} == {
+        (2.0, 3, 128, configs["pirl-jigsaw"].optim, configs["pirl-jigsaw"].view)
+    }
+    assert configs["distill"].parts["distill"].teacher == configs["supervised"].run
+
+
+def test_local_draws_images_unless_others_are_named() -> None:
+    assert small(LineupFlags(local=True)).data == "shapes:5000"
+    assert small(LineupFlags("mine", seeds=(4, 5), local=True)).data == "mine"
+    assert small(LineupFlags(seeds=(4, 5), local=True)).seeds == (4,)
+    assert small(LineupFlags()) == LineupFlags()
+
+
+def test_what_was_measured_is_not_measured_again(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    asked: list[Any] = []
+    monkeypatch.setattr(lineup, "probe", lambda run, train, test, names, **rest: asked.append(names))
+    dataset = make_dataset(tmp_path / "set", 40)
+    run, _ = make_run(dataset, tmp_path / "run")
+    flags = LineupFlags(str(dataset.folder), runs=str(tmp_path))
+    protocol = protocol_hash("knn", Knn(), FeatureProtocol(16))
+    there = row(probe="knn", protocol=protocol, test=dataset.manifest.fingerprint, layer="pooled")
+    run.folder.write(ROWS, jsonl([there]))
+    measured([run], flags, ["knn"])
+    assert asked == []
+    measured([run], flags, ["knn", "linear"])
+    measured([run], flags, ["knn"], layers=["all"])
+    measured([run], flags, ["knn"], configs={"knn": Knn(ks=(3,))})
+    run.folder.write(ROWS, jsonl([{**there, "step": 4}]))
+    measured([run], flags, ["knn"])
+    assert asked == [["linear"], ["knn"], ["knn"], ["knn"]]
