@@ -125,7 +125,7 @@ class Cloud:
                 *words,
                 "bash",
                 "-c",
-                f"cd /srv/raysl && {command}",
+                f"cd /srv/raysl || exit\n{command}",
             ]
             done = subprocess.run(enter, env=self.environment, stdout=output, stderr=subprocess.STDOUT)
         return done.returncode
