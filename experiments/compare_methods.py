@@ -16,9 +16,10 @@ from dataclasses import dataclass, field, replace
 from statistics import mean
 from typing import Any
 
-from raysl.experiment import command, probed
-from raysl.ingest import splits
-from raysl.lineup import METHODS, LineupFlags, settings
+from raysl.experiment import command
+from raysl.ingest import resolve, splits
+from raysl.lineup import METHODS, LineupFlags, measured, rows_under, settings
+from raysl.pretrain import pretrain
 from raysl.run import jsonl
 from raysl.storage import Folder
 
@@ -36,13 +37,18 @@ def main(flags: CompareFlags) -> None:
     if flags.local:
         flags = replace(flags, data="shapes:2000", methods=("predict-rotation",), seeds=(0,), images=4000)
     train, test = splits(flags.data)
-    runs = Folder(flags.runs)
+    # A classifier that is scored on the images it has learned from would show how well it remembers.
+    names = ("knn",) if train == test else ("knn", "linear")
+    judged = resolve(test).manifest.fingerprint
     rows: list[dict[str, Any]] = []
     for seed in flags.seeds:
         for method in flags.methods:
-            config = settings(flags, method, seed, train, runs)
-            found = probed(config, train, test, encoders=("trained", "random"), cache=runs / "features")
-            rows += [{**row, "method": method, "images": flags.images} for row in found]
+            run = pretrain(settings(flags, method, seed, train, Folder(flags.runs)))
+            measured([run], flags, names)
+            # Other experiments share the runs, and may have probed more of their layers.
+            found = [row for name in names for row in rows_under(run, name, judged)]
+            about = {"method": method, "images": flags.images}
+            rows += [{**row, **about} for row in found if row["layer"] == "pooled"]
             Folder(flags.out).write("rows.jsonl", jsonl(rows))
             Folder(flags.out).write("table.md", table(rows).encode())
     print(table(rows))

@@ -4,7 +4,7 @@ answered with a paragraph. A script is left with what it tries."""
 from __future__ import annotations
 
 import tempfile
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from dataclasses import dataclass, replace
 from typing import Any, TypeVar
 
@@ -18,7 +18,7 @@ from raysl.errors import UserError, answered
 from raysl.ingest import resolve, splits
 from raysl.ingest.subset import subset
 from raysl.pretrain import pretrain
-from raysl.probe import ENCODERS, probe, rows_of, tables
+from raysl.probe import probe, rows_of, tables
 from raysl.report.page import ReportConfig, report
 from raysl.run import Run, jsonl
 from raysl.storage import Folder
@@ -88,14 +88,7 @@ def pretrain_seeds(base: Pretraining, flags: Flags) -> list[dict[str, Any]]:
     return rows
 
 
-def probed(
-    config: Pretraining,
-    train: str,
-    test: str,
-    *,
-    encoders: Sequence[str] = ENCODERS,
-    cache: Folder | None = None,
-) -> list[dict[str, Any]]:
+def probed(config: Pretraining, train: str, test: str) -> list[dict[str, Any]]:
     """The rows of a run, which is trained and probed where that has not been done. See `raysl.probe.probe`."""
     run = Run(Folder(config.run))
     if rows := rows_of(run):
@@ -103,7 +96,7 @@ def probed(
     print(f"{config.method}, seed {config.seed}: {config.run}", flush=True)
     # A classifier that is scored on the images it has learned from would show how well it remembers.
     names = ("knn",) if train == test else ("knn", "linear")
-    return probe(pretrain(config), train, test, names, encoders=encoders, cache=cache)
+    return probe(pretrain(config), train, test, names)
 
 
 def drawn(flags: Flags, num_images: int) -> DataSet:

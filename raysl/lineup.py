@@ -135,17 +135,28 @@ def measured(
 
 def _known(run: Run, name: str, config: Any, judged: str, layers: Sequence[str]) -> bool:
     """Whether the newest checkpoint has rows of the probe for all these layers."""
-    config_type, _ = probes.load(name)
-    protocol = protocol_hash(name, config or config_type(), FeatureProtocol(run.config().view.image_size))
     source = features.Trained(run, run.newest())
     wanted = {one for layer in layers for one in (features.stages(source) if layer == "all" else [layer])}
-    told = (source.name, source.checkpoint.step, name, protocol, judged)
-    there = {
-        row["layer"]
+    found = rows_under(run, name, judged, config)
+    return {row["layer"] for row in found if row["encoder"] == source.name} >= wanted
+
+
+def rows_under(run: Run, name: str, judged: str, config: Any = None) -> list[dict[str, Any]]:
+    """The rows of one probe under one protocol, of the newest checkpoint and of what stands beside it.
+
+    Args:
+        name: of the probe.
+        judged: fingerprint of the test set.
+        config: of the probe; its defaults, if it is None.
+    """
+    config_type, _ = probes.load(name)
+    protocol = protocol_hash(name, config or config_type(), FeatureProtocol(run.config().view.image_size))
+    steps = (0, run.newest().step)
+    return [
+        row
         for row in rows_of(run)
-        if (row["encoder"], row["step"], row["probe"], row["protocol"], row["test"]) == told
-    }
-    return there >= wanted
+        if (row["probe"], row["protocol"], row["test"]) == (name, protocol, judged) and row["step"] in steps
+    ]
 
 
 def reported(runs: Sequence[Run], flags: Flags, names: Sequence[str]) -> None:
