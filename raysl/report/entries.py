@@ -125,7 +125,12 @@ def _label(entry: Entry, others: Sequence[Mapping[str, Any]]) -> str:
 def found(gathered: Sequence[Group]) -> list[Found]:
     """All rows, those of a checkpoint from the newest step that the probe has seen. The untrained trunk and the pixels
     stand once, however many runs have them."""
-    trunks = {_trunk(entry) for group in gathered for entry in group.entries}
+    trunks = {
+        _trunk(entry)
+        for group in gathered
+        for entry in group.entries
+        if any(row["encoder"] == "random" for row in entry.rows)
+    }
     made: list[Found] = []
     for group in gathered:
         for entry in group.entries:
@@ -151,8 +156,7 @@ def _row_label(row: Mapping[str, Any], group: Group, entry: Entry, several: bool
 
 def _trunk(entry: Entry) -> str:
     """Name of the trunk, with what is not usual about it."""
-    prefix = "trunk." if entry.trained else ""
-    parts = [entry.identity.get(f"{prefix}{name}", "") for name in ("name", "stem", "norm")]
+    parts = [entry.identity.get(f"trunk.{name}", "") for name in ("name", "stem", "norm")]
     return " ".join(str(part) for part in parts if part not in ("", "standard", "batch"))
 
 

@@ -12,6 +12,8 @@ import pytest
 from raysl import rng
 from raysl.config import Pretraining
 from raysl.errors import UserError
+from raysl.features import RandomTrunk
+from raysl.network.trunk import TrunkConfig
 from raysl.objectives.pirl import Config as Pirl
 from raysl.probe import MODEL, ROWS
 from raysl.probes.invariance import EDGES
@@ -105,6 +107,19 @@ def test_other_models_stand_beside_runs(tmp_path: Path, runs: list[str]) -> None
     other.write(ROWS, jsonl([row(0.9, encoder="weights")]))
     (table,) = tables(found(groups([*runs, str(other)])))
     assert table.lines[0][0] == "resnet50.pth"
+    # Nothing untrained is its own, so one trunk without learning needs no name.
+    assert [label for label, _ in table.lines].count("untrained") == 1
+
+
+def test_an_untrained_network_that_is_no_run_has_the_name_of_its_trunk(
+    tmp_path: Path, runs: list[str]
+) -> None:
+    other = Folder(str(tmp_path / "other"))
+    identity = RandomTrunk(TrunkConfig("resnet18"), 0).identity()
+    other.write_json(MODEL, {"name": "random (resnet18)", "identity": identity})
+    other.write(ROWS, jsonl([row(0.1, encoder="random", step=0, weights=None)]))
+    (table,) = tables(found(groups([*runs, str(other)])))
+    assert {"untrained small", "untrained resnet18"} < {label for label, _ in table.lines}
 
 
 def test_seeds_share_a_row_and_nothing_else_does(tmp_path: Path, runs: list[str]) -> None:
