@@ -121,16 +121,17 @@ def probe_model(
     ready = _ready(names, configs)
     folder = Folder(out)
     about = json.loads(json.dumps({"name": title, "identity": source.identity()}))
-    if folder.exists(PASSPORT) or (folder.exists(MODEL) and folder.read_json(MODEL) != about):
+    others = folder.exists(ROWS) and folder.exists(MODEL) and folder.read_json(MODEL) != about
+    if folder.exists(PASSPORT) or others:
         raise UserError(
             f"The folder {out!r} belongs to a run, or holds the rows of another model than {title!r}. Give --out a "
             "folder of its own."
         )
     size = image_size or (224 if isinstance(source, features.Weights) else 32)
     place = _Place(Run(folder), size, getattr(source, "seed", 0), folder / "features")
-    rows = _measured(place, [source], train, test, ready, layers, say)
+    # Before the rows, so that none are there of which nobody knows whose they are.
     folder.write_json(MODEL, about)
-    return rows
+    return _measured(place, [source], train, test, ready, layers, say)
 
 
 @dataclass(frozen=True)
