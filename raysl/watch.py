@@ -54,6 +54,11 @@ class WatchConfig:
                 f"probe_every is {self.probe_every}, and what to probe with is missing. Give labelled data with "
                 "--probe-train and --probe-test, and at least one name to --probes."
             )
+        if not self.probe_every and (self.probe_train or self.probe_test):
+            raise UserError(
+                "Data to probe with are given, and probe_every is 0: nothing would be probed. Give a number of steps "
+                "with --probe-every."
+            )
 
 
 def pretrain_and_probe(config: Pretraining, watch: WatchConfig, say: Callable[[str], None] = print) -> Run:

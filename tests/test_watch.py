@@ -105,6 +105,8 @@ def test_checkpoints_are_saved_where_probes_are() -> None:
 def test_mistakes_are_told_at_once() -> None:
     with pytest.raises(UserError, match="--probe-train"):
         WatchConfig(10)
+    with pytest.raises(UserError, match="nothing would be probed"):
+        WatchConfig(probe_train="train")
     with pytest.raises(UserError, match="probe_every"):
         WatchConfig(-1)
     with pytest.raises(UserError, match="'knn'"):
