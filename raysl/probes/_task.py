@@ -27,7 +27,7 @@ def elsewhere(work: Callable[..., Result], calls: Sequence[tuple[Any, ...]]) -> 
     running = [task.remote(*call) for call in calls]
     try:
         results: list[Result] = ray.get(running)
-    except ray.exceptions.RayTaskError as error:
+    except BaseException as error:  # an interrupt, too: on a cluster the tasks would go on
         for one in running:
             ray.cancel(one)
         raise cluster.user_error(error) or error from None

@@ -10,6 +10,7 @@ from __future__ import annotations
 import math
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
+from contextlib import contextmanager
 from dataclasses import dataclass
 
 import numpy as np
@@ -131,7 +132,7 @@ def measure(
     assert isinstance(subject.encoder, Trainable)
     classes = int(train_n.max()) + 1
     # Dropout and the like draw from torch's own generator.
-    with torch.random.fork_rng(), ThreadPoolExecutor(decoders()) as threads:
+    with torch.random.fork_rng(), ThreadPoolExecutor(decoders()) as threads, _told_of_damage():
         torch.manual_seed(rng.key(subject.seed, "tuning") >> 1)
         network = Tuned(subject.encoder.network(), classes)
         network.to(device(), memory_format=torch.channels_last)  # type: ignore[call-overload]
@@ -144,6 +145,18 @@ def measure(
         )
     rows = [*topk_rows(rank(scores_nc, torch.from_numpy(test_n)), classes), Row("train_loss", losses[-1])]
     return [Row(row.name + suffix, row.value, LAYER) for row in rows]
+
+
+@contextmanager
+def _told_of_damage() -> Iterator[None]:
+    """Raises UserError when an image cannot be decoded."""
+    try:
+        yield
+    except decode.DecodeError as error:
+        raise UserError(
+            f"An image of the probe that could be decoded when it was ingested no longer can: {error}. A shard of the "
+            "train set or of the test set is damaged; ingest the source again."
+        ) from error
 
 
 def train(

@@ -26,10 +26,11 @@ import torch
 from torch import Tensor
 from torch.nn.functional import normalize
 
-from raysl import cluster, features, pretext, rng
+from raysl import pretext, rng
 from raysl.errors import UserError
 from raysl.pretext import Geometry, Pretext
 from raysl.probes import Labelled, Row, Subject, check_features
+from raysl.probes._task import device, elsewhere
 from raysl.probes.linear import Config as LinearConfig
 from raysl.probes.linear import Linear
 from raysl.rng import Draws
@@ -88,20 +89,13 @@ class Invariance:
             UserError: a transform does not exist or does not suit the size of the view, there are fewer than four
                 images, or the features are not finite.
         """
-        import ray
-
         geometry = Geometry(subject.image_size, predicted=True, seed=subject.seed)
         transforms = {name: pretext.build(name, {}, geometry) for name in self.config.transforms}
         if subject.test.num_images < 4:
             raise UserError(
                 f"The probe invariance compares images and the test set has {subject.test.num_images}. Give at least 4."
             )
-        _, resources = features.pool(ray.cluster_resources())
-        task = ray.remote(_look).options(**resources)
-        try:
-            rows, counts = ray.get(task.remote(subject, self.config, transforms))
-        except ray.exceptions.RayTaskError as error:
-            raise cluster.user_error(error) or error from None
+        ((rows, counts),) = elsewhere(_look, [(subject, self.config, transforms)])
         subject.folder.write_json(HISTOGRAM, {"edges": EDGES.tolist(), "counts": counts})
         yield from rows
 
@@ -113,8 +107,8 @@ def _look(
     order_n = rng.generator("invariance").permutation(subject.test.num_images)[: config.max_images]
     images = subject.test.read(order_n, ("image",)).column("image").to_pylist()
     draws = Draws(subject.seed, np.zeros_like(order_n), order_n)
-    device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
-    encode = subject.encoder.load(device, subject.layers)
+    place = device()
+    encode = subject.encoder.load(place, subject.layers)
 
     def seen(transform: Pretext | None) -> tuple[dict[str, Tensor], Tensor | None]:
         """float (n, p, d) for each layer, and the labels."""
@@ -130,7 +124,7 @@ def _look(
                 crops_bpchw = view.crops_bpchw
                 labels += [view.target] if transform.num_labels and view.target is not None else []
             with torch.inference_mode():
-                found = encode(crops_bpchw.flatten(0, 1).to(device))
+                found = encode(crops_bpchw.flatten(0, 1).to(place))
             for layer, values in made.items():
                 values.append(found[layer].float().cpu().view(*crops_bpchw.shape[:2], -1))
         return {layer: torch.cat(values) for layer, values in made.items()}, (
