@@ -18,6 +18,7 @@ from raysl.network.trunk import TrunkConfig
 from raysl.optim import OptimConfig
 from raysl.probes import Row, Subject, _tuning, finetune
 from raysl.storage import Folder
+from raysl.stream import decode
 from tests.data import make_dataset
 
 QUICK = finetune.Config(epochs=5, batch_size=16, optim=OptimConfig(lr=0.5, weight_decay=0.0))
@@ -109,6 +110,15 @@ def test_divergence_is_said(tmp_path: Path) -> None:
     config = replace(QUICK, optim=OptimConfig(lr=1e30))
     with pytest.raises(UserError, match="have diverged"):
         measured(subject(tmp_path, 20, 8), config)
+
+
+def test_a_damaged_image_is_told(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    def damaged(*_: object) -> None:
+        raise decode.DecodeError("the file is empty")
+
+    monkeypatch.setattr(decode, "cut", damaged)
+    with pytest.raises(UserError, match="no longer can: the file is empty"):
+        measured(subject(tmp_path, 20, 8))
 
 
 def test_pixels_cannot_be_trained_and_give_no_rows(tmp_path: Path) -> None:
