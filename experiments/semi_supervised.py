@@ -5,7 +5,7 @@ Hardware: 2 CPU cores, 24 GB, no GPU; 2 Ray Train workers.
 Time:     2 to 4 minutes a run that is not there yet, several minutes a probe. With --local: about two minutes.
 Expect:   at 1 % of the labels, pretrained weights are ahead of untrained ones; at 10 % by less.
 
-PIRL (Misra and van der Maaten 2020), table 2; the probe `semisup`.
+PIRL (Misra and van der Maaten 2020), table 3; the probe `semisup`.
 """
 
 from __future__ import annotations
