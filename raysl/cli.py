@@ -223,13 +223,10 @@ def views(arguments: Sequence[str]) -> None:
     given, rest = tyro.cli(ViewsFlags, prog="raysl views", args=list(arguments), return_unknown_args=True)
     config = parse_pretraining([*rest, "--run", "-"], "raysl views")
     from raysl.catalog import pictures
-    from raysl.training.worker import Network
 
     ray_cluster.start()
     dataset = resolve(config.data)
-    # What a view looks like does not depend on how many images there are to be told apart.
-    network = Network(config, max(dataset.num_images, 1 << 30), len(dataset.manifest.classes))
-    sheet = pictures.views_sheet(dataset, network.views(config), config.seed, given.images)
+    sheet = pictures.views_sheet(dataset, pictures.views_of(config, dataset), config.seed, given.images)
     pictures.save(sheet, given.out)
     print(f"{given.out}: {given.images} images as {config.method} sees them.")
 

@@ -64,10 +64,16 @@ def _peek(arguments: Sequence[str], flag: str, default: str) -> str:
 
 def peek_all(arguments: Sequence[str], flag: str, default: Sequence[str]) -> list[str]:
     """The values of one flag that takes several, each once."""
-    if flag not in arguments:
+    words = [word for argument in arguments for word in _split(argument, flag)]
+    if flag not in words:
         return list(default)
-    after = list(arguments)[list(arguments).index(flag) + 1 :]
+    after = words[words.index(flag) + 1 :]
     return list(dict.fromkeys(itertools.takewhile(lambda value: not value.startswith("-"), after)))
+
+
+def _split(argument: str, flag: str) -> list[str]:
+    """FLAG=VALUE as two words; any other word as it is."""
+    return [flag, argument.partition("=")[2]] if argument.startswith(flag + "=") else [argument]
 
 
 def _first_line(docstring: str | None) -> str:

@@ -84,8 +84,8 @@ def pretrain(
     if busy := team.placement.busy(team.workers):
         say(busy)
     job = Job(config.to_json(), run, dataset, team.placement, progress.open_board(), until)
-    with Lease(run.folder, say, "run"):
-        _Legs(job, counts, end, plan.num_steps, say).run(team)
+    with Lease(run.folder, say, "run") as lease:
+        _Legs(job, counts, end, plan.num_steps, say, lease).run(team)
     return run
 
 
@@ -124,6 +124,7 @@ class _Legs:
         end: the step to stop after.
         num_steps: of the whole run.
         say: takes one line of progress at a time.
+        lease: of the run, without which no leg begins.
     """
 
     job: Job
@@ -131,6 +132,7 @@ class _Legs:
     end: int
     num_steps: int
     say: Callable[[str], None]
+    lease: Lease
 
     @property
     def elastic(self) -> bool:
@@ -145,6 +147,7 @@ class _Legs:
         idle, saved = 0, _saved(self.job.run)
         with _sigterm(lambda: board.ask_to_leave.remote(True)) as terminated:
             while True:
+                self.lease.check()
                 error = self._leg(team)
                 before, saved = saved, _saved(self.job.run)
                 if saved >= self.end:

@@ -9,6 +9,7 @@ import pytest
 
 from raysl import cluster
 from raysl.__main__ import main
+from raysl.flags import peek_all
 from tests.data import make_dataset
 
 PRETRAIN = "pretrain --data nothing --run run"
@@ -76,3 +77,17 @@ def test_views_makes_the_folder_of_its_picture(
     main([*views.split(), str(picture)])
     assert picture.read_bytes().startswith(b"\x89PNG")
     assert "Cannot write" in refused(capsys, *views.split(), str(picture / "below.png"))
+
+
+@pytest.mark.parametrize(
+    ("arguments", "found"),
+    [
+        (["RUN"], ["knn"]),
+        (["--probes", "svm", "knn", "svm", "--train", "x"], ["svm", "knn"]),
+        (["RUN", "--probes=svm", "--train", "x"], ["svm"]),
+    ],
+)
+def test_flags_of_several_values_are_seen_before_all_are_parsed(
+    arguments: list[str], found: list[str]
+) -> None:
+    assert peek_all(arguments, "--probes", ("knn",)) == found

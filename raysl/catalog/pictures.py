@@ -13,17 +13,36 @@ from PIL import Image, ImageDraw, ImageFont
 from torch import Tensor
 
 from raysl import rng
+from raysl.config import Pretraining
 from raysl.dataset import DataSet
+from raysl.errors import UserError
 from raysl.rng import Draws
 from raysl.storage import Folder
 from raysl.stream.decode import cut, decode
+from raysl.training.worker import Network
 from raysl.views import View
 
+# More images than any memory of negatives wants: what a view looks like does not depend on their number.
+_ENOUGH = 1 << 30
 _CELL = 192
 _MARGIN = 16
 _TITLE = 26
 _NOTE = 20
 _PAPER, _INK, _FAINT, _MAT = (255, 255, 255), (33, 37, 41), (134, 142, 150), (233, 236, 239)
+
+
+def views_of(config: Pretraining, dataset: DataSet) -> Mapping[str, View]:
+    """The views of a run, also where the data set has too few images to train on.
+
+    Raises:
+        UserError: the method cannot be, or not on these images.
+    """
+    classes, fingerprint = len(dataset.manifest.classes), dataset.manifest.fingerprint
+    try:
+        return Network(config, max(dataset.num_images, _ENOUGH), classes, fingerprint).views(config)
+    except UserError:
+        # Of an objective with a label for each image, for which only the right number will do.
+        return Network(config, dataset.num_images, classes, fingerprint).views(config)
 
 
 def views_sheet(
@@ -36,7 +55,7 @@ def views_sheet(
 
     Args:
         dataset: where the images are taken from; which ones follows from the seed.
-        views: by name, as `raysl.training.worker.Network.views` gives them.
+        views: by name, as `views_of` gives them.
         seed: of the run.
         count: images; all of them when the data set has fewer.
         epoch: whose random choices are shown.

@@ -16,7 +16,6 @@ from raysl.report.page import ReportConfig, embedded, render
 from raysl.report.picture import Figure
 from raysl.report.tables import Estimate, Table, tables
 from raysl.training.progress import duration
-from raysl.training.worker import Network
 
 # Where `raysl.report.neighbours` leaves its sheets, under the folder of a run.
 SHEETS = "probes/retrieval"
@@ -139,9 +138,7 @@ def _views(gathered: Sequence[Group], count: int) -> tuple[list[Figure], str]:
         config = entry.run.config()
         try:
             dataset = DataSet.open(entry.run.passport()["data"]["uri"])
-            # What a view looks like does not depend on how many images there are to be told apart.
-            network = Network(config, max(dataset.num_images, 1 << 30), len(dataset.manifest.classes))
-            sheet = pictures.views_sheet(dataset, network.views(config), config.seed, count)
+            sheet = pictures.views_sheet(dataset, pictures.views_of(config, dataset), config.seed, count)
         except (UserError, OSError) as error:
             absent.append(f"The views of {group.label} are not drawn: {error}")
             continue

@@ -27,8 +27,12 @@ class Board:
         """A trainer says that it is there, with the handle of its actor."""
         self._trainers.append(trainer)
 
+    def leaving(self) -> None:
+        """The trainers have agreed on a step to leave off at; from now on nobody ends them."""
+        self._trainers = []
+
     def dismiss(self) -> None:
-        """Ends the trainers that are there, as if their machines had died."""
+        """Ends the trainers that have not agreed to leave off, as if their machines had died."""
         import ray
 
         for trainer in self._trainers:

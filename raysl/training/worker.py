@@ -187,6 +187,8 @@ class Worker:
             self.step += 1
             meter.add(batch, loss)
             leave, since_s = pulse.settle(self.step, self.saver.since_s)
+            if leave and self.job.board is not None:
+                self.job.board.leaving.remote()
             last = leave or self.step == end
             if last or self.step % self.config.log_every == 0:
                 row = meter.row(self.step, lr)

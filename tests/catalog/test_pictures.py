@@ -9,12 +9,16 @@ import pytest
 import torch
 
 from raysl.augment import recipe
-from raysl.catalog.pictures import mosaic, neighbours_sheet, views_sheet
+from raysl.catalog.pictures import mosaic, neighbours_sheet, views_of, views_sheet
+from raysl.config import Pretraining
+from raysl.errors import UserError
+from raysl.objectives.clusterfit import Config
 from raysl.pretext import Geometry, build
 from raysl.rng import Draws
 from raysl.stream.decode import cut, decode
 from raysl.views import View
 from tests.data import make_dataset
+from tests.objectives.setups import clusters
 
 
 def views(image_size: int = 32) -> dict[str, View]:
@@ -60,6 +64,19 @@ def test_sheet_has_a_size_for_people_whatever_the_size_of_the_images(tmp_path: P
     small, large = (views_sheet(dataset, views(size), count=9) for size in (32, 224))
     assert small.size == large.size
     assert 800 <= small.width <= 1200
+
+
+def test_views_of_few_images_and_of_labels_for_each(tmp_path: Path) -> None:
+    dataset = make_dataset(tmp_path / "set", 3, side=32)
+    assert set(views_of(Pretraining(str(dataset.folder), "-", "pirl-jigsaw"), dataset)) == {
+        "transformed",
+        "image",
+    }
+    labels = clusters(tmp_path / "labels.parquet", np.arange(3))
+    fitted = Pretraining(str(dataset.folder), "-", "clusterfit", parts={"clusterfit": Config(labels)})
+    assert len(views_of(fitted, dataset)) == 1
+    with pytest.raises(UserError, match="3 rows"):
+        views_of(fitted, make_dataset(tmp_path / "other", 4, side=32))
 
 
 def test_a_sheet_of_neighbours_shows_the_images_that_were_found(tmp_path: Path) -> None:

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import pytest
+
 from raysl.training import progress
 from raysl.training.progress import Board
 
@@ -27,6 +29,20 @@ def test_an_error_that_one_worker_keeps_meeting_is_a_failure() -> None:
     board.crash(5, 0, "trace")
     board.crash(5, 0, "trace")
     assert "3 times after step 5" in str(board.failure())
+
+
+def test_trainers_that_have_agreed_to_leave_are_not_ended(monkeypatch: pytest.MonkeyPatch) -> None:
+    ended: list[str] = []
+    monkeypatch.setattr("ray.kill", ended.append)
+    board = Board()
+    board.enlist("early")
+    board.leaving()
+    board.dismiss()
+    assert ended == []
+    board.enlist("late")
+    board.dismiss()
+    board.dismiss()
+    assert ended == ["late"]
 
 
 def test_lost_steps_are_counted_once() -> None:
