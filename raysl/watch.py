@@ -9,7 +9,7 @@ from __future__ import annotations
 import os
 import threading
 import traceback
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import Any
 
@@ -17,10 +17,12 @@ from raysl import checkpoint, cluster, features, probes
 from raysl.checkpoint import Checkpoint
 from raysl.cluster import places
 from raysl.config import Pretraining
+from raysl.dataset import DataSet
 from raysl.errors import UserError
+from raysl.features import FeatureProtocol
 from raysl.ingest import resolve
 from raysl.pretrain import pretrain
-from raysl.probe import probe, rows_of
+from raysl.probe import probe, protocol_hash, rows_of
 from raysl.run import METRICS, Run, TensorBoard, jsonl
 from raysl.storage import Folder
 
@@ -77,12 +79,9 @@ def pretrain_and_probe(config: Pretraining, watch: WatchConfig, say: Callable[[s
     for name in watch.probes:
         probes.load(name)
     cluster.start()
-    ready = replace(
-        watch,
-        probe_train=str(resolve(watch.probe_train).folder),
-        probe_test=str(resolve(watch.probe_test).folder),
+    watcher = Watcher(
+        Run(Folder(config.run)), watch, resolve(watch.probe_train), resolve(watch.probe_test), say
     )
-    watcher = Watcher(Run(Folder(config.run)), ready, say)
     thread = threading.Thread(target=watcher.follow, daemon=True)
     thread.start()
     try:
@@ -117,16 +116,22 @@ class Watcher:
 
     Args:
         run: it need not have begun.
-        watch: with data sets that are there.
+        watch: when, and which probes.
+        train: labelled data that they learn from.
+        test: labelled data that they are scored on.
         say: takes one line at a time.
 
     Attributes:
         over: to be set when the trainers have gone.
     """
 
-    def __init__(self, run: Run, watch: WatchConfig, say: Callable[[str], None]) -> None:
+    def __init__(
+        self, run: Run, watch: WatchConfig, train: DataSet, test: DataSet, say: Callable[[str], None]
+    ) -> None:
         self.run = run
         self.watch = watch
+        self.train = train
+        self.test = test
         self.say = say
         self.over = threading.Event()
         self._failed: set[int] = set()
@@ -136,32 +141,49 @@ class Watcher:
         """Probes the newest checkpoint that is due, again and again until the trainers have gone."""
         # This thread alone, and those that it starts.
         os.setpriority(os.PRIO_PROCESS, threading.get_native_id(), 19)
-        while not self.over.wait(_LOOK_EVERY_S):
-            due = [found for found in self.due() if found.step not in self._failed]
+        spare = not places.machines().has_gpus
+        # Without GPUs, those that train or transform for themselves would take the trainers' CPUs.
+        names = [
+            name for name in self.watch.probes if not (spare and hasattr(probes.load(name)[1], "examine"))
+        ]
+        while names and not self.over.wait(_LOOK_EVERY_S):
+            due = [found for found in self.due(names) if found.step not in self._failed]
             if due and self._room(due[-1].step):
-                self._probe(due[-1], spare=not places.machines().has_gpus)
+                self._probe(due[-1], names, spare)
 
     def finish(self) -> None:
         """Probes what is left, the last step too, and writes all scores into metrics.jsonl."""
-        left = {found.step: found for found in self.due()}
+        names = self.watch.probes
+        left = {found.step: found for found in self.due(names)}
         last = self.run.newest()
-        if not self._done(last.step):
+        if not self._done(last.step, names):
             left[last.step] = last
         for step in sorted(left):
-            self._probe(left[step], spare=False)
-        into_metrics(self.run, self.watch)
+            self._probe(left[step], names, spare=False)
+        self._into_metrics()
 
-    def due(self) -> list[Checkpoint]:
-        """The checkpoints at steps of the probes that lack a row, oldest first."""
+    def due(self, names: Sequence[str]) -> list[Checkpoint]:
+        """The checkpoints at steps of the probes that lack a row of one of these, oldest first."""
         every = self.watch.probe_every
         there = [found for found in checkpoint.complete(self.run.checkpoints) if found.step % every == 0]
-        return [found for found in there if not self._done(found.step)]
+        return [found for found in there if not self._done(found.step, names)]
 
-    def _done(self, step: int) -> bool:
-        there = {
-            row["probe"] for row in rows_of(self.run) if row["encoder"] == "trained" and row["step"] == step
-        }
-        return there >= set(self.watch.probes)
+    def _done(self, step: int, names: Sequence[str]) -> bool:
+        return {row["probe"] for row in self._rows() if row["step"] == step} >= set(names)
+
+    def _rows(self) -> list[dict[str, Any]]:
+        """What these probes have found, whoever asked: by their default protocols, with the data sets of the watch."""
+        protocol = FeatureProtocol(self.run.config().view.image_size)
+        of = {name: protocol_hash(name, probes.load(name)[0](), protocol) for name in self.watch.probes}
+        # A probe that needs no labels has seen nothing of the train set.
+        trains, test = ("", self.train.manifest.fingerprint), self.test.manifest.fingerprint
+        return [
+            row
+            for row in rows_of(self.run)
+            if (row["encoder"], row["layer"], row["test"]) == ("trained", "pooled", test)
+            and row["protocol"] == of.get(row["probe"])
+            and row["train"] in trains
+        ]
 
     def _room(self, step: int) -> bool:
         """Whether a probe can start without taking anything from the trainers."""
@@ -179,14 +201,14 @@ class Watcher:
             )
         return room
 
-    def _probe(self, found: Checkpoint, spare: bool) -> None:
-        watch, cache = self.watch, self.run.folder / f"features-{found.step}"
+    def _probe(self, found: Checkpoint, names: Sequence[str], spare: bool) -> None:
+        cache = self.run.folder / f"features-{found.step}"
         try:
             rows = probe(
                 self.run,
-                watch.probe_train,
-                watch.probe_test,
-                watch.probes,
+                str(self.train.folder),
+                str(self.test.folder),
+                names,
                 _quiet,
                 encoders=("trained",),
                 cache=cache,
@@ -209,14 +231,13 @@ class Watcher:
             board.add({"step": found.step, **scores})
             board.flush()
 
-
-def into_metrics(run: Run, watch: WatchConfig) -> None:
-    """Writes the scores at the steps of a run into the rows of metrics.jsonl that belong to these steps."""
-    metrics = {row["step"]: row for row in run.metrics()}
-    for row in rows_of(run):
-        if row["encoder"] == "trained" and row["headline"] and row["probe"] in watch.probes:
-            metrics.setdefault(row["step"], {"step": row["step"]})[_name(row)] = row["value"]
-    run.folder.write(METRICS, jsonl(metrics[step] for step in sorted(metrics)))
+    def _into_metrics(self) -> None:
+        """Writes the scores into the rows of metrics.jsonl of their steps."""
+        metrics = {row["step"]: row for row in self.run.metrics()}
+        for row in self._rows():
+            if row["headline"]:
+                metrics.setdefault(row["step"], {"step": row["step"]})[_name(row)] = row["value"]
+        self.run.folder.write(METRICS, jsonl(metrics[step] for step in sorted(metrics)))
 
 
 def _name(row: Mapping[str, Any]) -> str:

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import threading
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -9,12 +11,17 @@ import pytest
 
 from raysl import watch
 from raysl.checkpoint import SaveConfig, Saver
+from raysl.cluster import places
 from raysl.config import Pretraining, ViewConfig
+from raysl.dataset import DataSet
 from raysl.errors import UserError
+from raysl.features import FeatureProtocol
 from raysl.network.trunk import build
 from raysl.objectives.pirl import Config as Pirl
-from raysl.probe import ROWS, rows_of
+from raysl.probe import ROWS, protocol_hash, rows_of
+from raysl.probes.knn import Config
 from raysl.run import Run, jsonl
+from raysl.storage import Folder
 from raysl.watch import ERROR, WatchConfig, Watcher, pretrain_and_probe, saving
 from tests.data import make_dataset
 
@@ -25,7 +32,7 @@ def row(step: int, **changes: Any) -> dict[str, Any]:
     base = {"probe": "knn", "name": "top1", "layer": "pooled", "encoder": "trained", "seed": 0, "step": step}
     return {
         **base,
-        "protocol": "p",
+        "protocol": protocol_hash("knn", Config(), FeatureProtocol(ViewConfig().image_size)),
         "train": "t",
         "test": "u",
         "value": step / 10,
@@ -48,6 +55,13 @@ def run(tmp_path: Path) -> Run:
     return run
 
 
+def watching(run: Run, said: list[str]) -> Watcher:
+    """With data sets of which only the fingerprints are looked at."""
+    manifest = DataSet.open(run.passport()["data"]["uri"]).manifest
+    train, test = (DataSet(Folder(name), replace(manifest, fingerprint=name)) for name in ("t", "u"))
+    return Watcher(run, EVERY_2, train, test, said.append)
+
+
 def found(run: Run, asked: list[Any], fails: tuple[int, ...] = ()) -> Any:
     """Stands for `probe`."""
 
@@ -66,9 +80,10 @@ def test_what_is_left_is_probed_after_the_last_step(run: Run, monkeypatch: pytes
     asked: list[Any] = []
     said: list[str] = []
     monkeypatch.setattr(watch, "probe", found(run, asked))
-    run.folder.write(ROWS, jsonl([row(2)]))
-    watcher = Watcher(run, EVERY_2, said.append)
-    assert [at.step for at in watcher.due()] == [4]
+    others = [row(4, **{name: "other"}) for name in ("protocol", "train", "test", "layer", "encoder")]
+    run.folder.write(ROWS, jsonl([row(2), *others]))
+    watcher = watching(run, said)
+    assert [at.step for at in watcher.due(["knn"])] == [4]
     watcher.finish()
     assert asked == [(4, False), (5, False)]
     assert run.metrics() == [
@@ -82,11 +97,32 @@ def test_what_is_left_is_probed_after_the_last_step(run: Run, monkeypatch: pytes
     assert len(asked) == 2
 
 
+def test_what_the_trainers_leave_over_is_used_while_they_train(
+    run: Run, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    asked: list[Any] = []
+    machines = places.Machines(({"CPU": 2.0},))
+    monkeypatch.setattr(watch, "_LOOK_EVERY_S", 0.0)
+    monkeypatch.setattr(places, "machines", lambda: machines)
+    watcher = watching(run, [])
+
+    def probe(run: Run, *arguments: Any, **rest: Any) -> list[dict[str, Any]]:
+        if len(asked) == 1:
+            watcher.over.set()
+        return found(run, asked)(run, *arguments, **rest)  # type: ignore[no-any-return]
+
+    monkeypatch.setattr(watch, "probe", probe)
+    thread = threading.Thread(target=watcher.follow)
+    thread.start()
+    thread.join(60)
+    assert asked == [(4, True), (2, True)]
+
+
 def test_a_probe_that_fails_stops_nothing(run: Run, monkeypatch: pytest.MonkeyPatch) -> None:
     asked: list[Any] = []
     said: list[str] = []
     monkeypatch.setattr(watch, "probe", found(run, asked, fails=(4,)))
-    Watcher(run, EVERY_2, said.append).finish()
+    watching(run, said).finish()
     assert [step for step, _ in asked] == [2, 4, 5]
     assert "The probe of step 4 failed: the probe broke" in said[1]
     assert b"RuntimeError" in run.folder.read(ERROR)
