@@ -71,7 +71,7 @@ def test_flags_of_a_sweep_stand_among_those_of_a_run(
         (f"{SWEEP} --vary lambda --epochs", "--epochs"),
         (f"{SWEEP} --vary lambda --sheduler asha", "--sheduler"),
         (f"{SWEEP} --vary lambda --searcher optuna", "raysl[search]"),
-        ("report nothing", "No sweep at 'nothing'"),
+        ("report nothing", "Neither a sweep nor a run lies at"),
         ("reproduce nothing", "No run at 'nothing'"),
     ],
 )
