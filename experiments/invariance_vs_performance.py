@@ -2,7 +2,7 @@
 
 Command:  python experiments/invariance_vs_performance.py --data DATA --runs RUNS --out OUT
 Hardware: 2 CPU cores, 24 GB, no GPU; 2 Ray Train workers.
-Time:     2 to 8 minutes a run that is not there yet, a minute or two a probe. With --local: about two minutes.
+Time:     2 to 8 minutes a run that is not there yet, a minute or two a probe. With --local: two to three minutes.
 Expect:   pretext < clustering < PIRL in invariance and in linear top-1.
 
 Clustering is ClusterFit (Yan et al. 2020) of the first method, run by run. The picture is scatter.png.

@@ -2,7 +2,7 @@
 
 Command:  python experiments/neighbours.py --data DATA --runs RUNS --out OUT
 Hardware: 2 CPU cores, 24 GB, no GPU; 2 Ray Train workers.
-Time:     2 to 4 minutes a run that is not there yet, a minute or two a probe. With --local: about two minutes.
+Time:     2 to 4 minutes a run that is not there yet, a minute or two a probe. With --local: two to three minutes.
 Expect:   neighbours by colour in an untrained network, by layout with prediction, more by class with PIRL and labels.
 
 The picture is neighbours.png; each run keeps its own sheet for `raysl report`.

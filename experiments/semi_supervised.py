@@ -2,7 +2,7 @@
 
 Command:  python experiments/semi_supervised.py --data DATA --runs RUNS --out OUT
 Hardware: 2 CPU cores, 24 GB, no GPU; 2 Ray Train workers.
-Time:     2 to 4 minutes a run that is not there yet, several minutes a probe. With --local: about two minutes.
+Time:     2 to 4 minutes a run that is not there yet, several minutes a probe. With --local: two to three minutes.
 Expect:   at 1 % of the labels, pretrained weights are ahead of untrained ones; at 10 % by less.
 
 PIRL (Misra and van der Maaten 2020), table 3; the probe `semisup`.

@@ -2,7 +2,7 @@
 
 Command:  python experiments/uncurated.py --source IMAGES --data DATA --runs RUNS --out OUT
 Hardware: 2 CPU cores, 24 GB, no GPU; 2 Ray Train workers.
-Time:     2 to 4 minutes a run that is not there yet, a minute or two a probe. With --local: about two minutes.
+Time:     2 to 4 minutes a run that is not there yet, a minute or two a probe. With --local: two to three minutes.
 Expect:   of both sources, the set itself and another one, PIRL loses less than prediction.
 
 PIRL (Misra and van der Maaten 2020), table 4, pretrains on YFCC; here `--source` is any images, without labels.
