@@ -78,6 +78,23 @@ def test_a_file_of_weights_is_what_torchvision_makes_of_it(tmp_path: Path) -> No
     assert encoder.identity() != identity
 
 
+def test_a_file_of_weights_is_what_timm_makes_of_it(tmp_path: Path) -> None:
+    timm = pytest.importorskip("timm")
+    torch.manual_seed(1)
+    network = timm.create_model("resnet18d", num_classes=7).eval()
+    file = tmp_path / "weights.pth"
+    torch.save(network.state_dict(), file)
+    mean, std = torch.tensor([0.485, 0.456, 0.406]), torch.tensor([0.229, 0.224, 0.225])
+    network.reset_classifier(0)
+    encoder = named(str(file), TrunkConfig(name="timm/resnet18d"))
+    with torch.inference_mode():
+        found = encoder.load(CPU, ("pooled",))(IMAGES)["pooled"]
+        expected = network((IMAGES / 255 - mean[:, None, None]) / std[:, None, None])
+    np.testing.assert_allclose(found, expected, rtol=1e-3, atol=1e-4)
+    with pytest.raises(UserError, match="resnet18d"):
+        named(str(file), TrunkConfig(name="timm/resnet18dd")).load(CPU, ("pooled",))
+
+
 def test_weights_of_another_network_are_named(tmp_path: Path) -> None:
     file = tmp_path / "weights.pth"
     torch.save(models.resnet18().state_dict(), file)
