@@ -18,8 +18,9 @@ from typing import Any
 
 from raysl.experiment import command
 from raysl.ingest import resolve, splits
-from raysl.lineup import METHODS, LineupFlags, measured, rows_under, settings
+from raysl.lineup import METHODS, LineupFlags, measured, settings
 from raysl.pretrain import pretrain
+from raysl.probe import rows_under
 from raysl.run import jsonl
 from raysl.storage import Folder
 
@@ -46,7 +47,8 @@ def main(flags: CompareFlags) -> None:
             run = pretrain(settings(flags, method, seed, train, Folder(flags.runs)))
             measured([run], flags, names)
             # Other experiments share the runs, and may have probed more of their layers.
-            found = [row for name in names for row in rows_under(run, name, judged)]
+            step = run.newest().step
+            found = [row for name in names for row in rows_under(run, name, judged, step=step)]
             about = {"method": method, "images": flags.images}
             rows += [{**row, **about} for row in found if row["layer"] == "pooled"]
             Folder(flags.out).write("rows.jsonl", jsonl(rows))

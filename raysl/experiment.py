@@ -18,9 +18,9 @@ from raysl.errors import UserError, answered
 from raysl.ingest import resolve, splits
 from raysl.ingest.subset import subset
 from raysl.pretrain import pretrain
-from raysl.probe import probe, rows_of, tables
+from raysl.probe import probe, rows_under, tables
 from raysl.report.page import ReportConfig, report
-from raysl.run import Run, jsonl
+from raysl.run import jsonl
 from raysl.storage import Folder
 from raysl.sweep import table
 from raysl.sweep.config import SweepConfig
@@ -89,14 +89,18 @@ def pretrain_seeds(base: Pretraining, flags: Flags) -> list[dict[str, Any]]:
 
 
 def probed(config: Pretraining, train: str, test: str) -> list[dict[str, Any]]:
-    """The rows of a run, which is trained and probed where that has not been done. See `raysl.probe.probe`."""
-    run = Run(Folder(config.run))
-    if rows := rows_of(run):
-        return rows
+    """The rows of a run, which is trained and probed where that has not been done. See `raysl.probe.probe`.
+
+    Raises:
+        UserError: another run lies in the folder; or as `pretrain` and `probe`.
+    """
     print(f"{config.method}, seed {config.seed}: {config.run}", flush=True)
+    run = pretrain(config)
     # A classifier that is scored on the images it has learned from would show how well it remembers.
     names = ("knn",) if train == test else ("knn", "linear")
-    return probe(pretrain(config), train, test, names)
+    judged, step = resolve(test).manifest.fingerprint, run.newest().step
+    there = [rows_under(run, name, judged, step=step) for name in names]
+    return [row for rows in there for row in rows] if all(there) else probe(run, train, test, names)
 
 
 def drawn(flags: Flags, num_images: int) -> DataSet:

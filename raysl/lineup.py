@@ -12,10 +12,9 @@ from typing import Any, TypeVar
 from rich.console import Console
 from rich.table import Table
 
-from raysl import features, probes
+from raysl import features
 from raysl.config import Pretraining, ViewConfig
 from raysl.experiment import Flags
-from raysl.features import FeatureProtocol
 from raysl.ingest import resolve, splits
 from raysl.network.trunk import TrunkConfig
 from raysl.objectives.moco import Config as Moco
@@ -24,7 +23,7 @@ from raysl.objectives.pirl import Config as Pirl
 from raysl.objectives.simclr import Config as Simclr
 from raysl.optim import OptimConfig
 from raysl.pretrain import pretrain
-from raysl.probe import ENCODERS, probe, protocol_hash, rows_of
+from raysl.probe import ENCODERS, probe, rows_under
 from raysl.report.entries import found, groups
 from raysl.report.page import ReportConfig, report
 from raysl.report.tables import tables
@@ -137,26 +136,8 @@ def _known(run: Run, name: str, config: Any, judged: str, layers: Sequence[str])
     """Whether the newest checkpoint has rows of the probe for all these layers."""
     source = features.Trained(run, run.newest())
     wanted = {one for layer in layers for one in (features.stages(source) if layer == "all" else [layer])}
-    found = rows_under(run, name, judged, config)
+    found = rows_under(run, name, judged, config, run.newest().step)
     return {row["layer"] for row in found if row["encoder"] == source.name} >= wanted
-
-
-def rows_under(run: Run, name: str, judged: str, config: Any = None) -> list[dict[str, Any]]:
-    """The rows of one probe under one protocol, of the newest checkpoint and of what stands beside it.
-
-    Args:
-        name: of the probe.
-        judged: fingerprint of the test set.
-        config: of the probe; its defaults, if it is None.
-    """
-    config_type, _ = probes.load(name)
-    protocol = protocol_hash(name, config or config_type(), FeatureProtocol(run.config().view.image_size))
-    steps = (0, run.newest().step)
-    return [
-        row
-        for row in rows_of(run)
-        if (row["probe"], row["protocol"], row["test"]) == (name, protocol, judged) and row["step"] in steps
-    ]
 
 
 def reported(runs: Sequence[Run], flags: Flags, names: Sequence[str]) -> None:

@@ -112,8 +112,8 @@ def probe_model(
         source: see `raysl.features.named`.
         title: what it is called in reports.
         out: folder for the rows and `model.json`, which says whose they are.
-        image_size: side in pixels of the view, on which the protocol of the rows hangs; 0 for 224 of a file of weights
-            and 32 otherwise.
+        image_size: side in pixels of the view, on which the protocol of the rows hangs; 0 for
+            `raysl.features.view_size`.
 
     The other arguments, and what is returned and raised, are those of `probe`; besides, UserError where the rows of
     another model lie in the folder.
@@ -127,7 +127,7 @@ def probe_model(
             f"The folder {out!r} belongs to a run, or holds the rows of another model than {title!r}. Give --out a "
             "folder of its own."
         )
-    size = image_size or (224 if isinstance(source, features.Weights) else 32)
+    size = image_size or features.view_size(source)
     place = _Place(Run(folder), size, getattr(source, "seed", 0), folder / "features")
     # Before the rows, so that none are there of which nobody knows whose they are.
     folder.write_json(MODEL, about)
@@ -320,6 +320,23 @@ def rows_of(run: Run) -> list[dict[str, Any]]:
     if not run.folder.exists(ROWS):
         return []
     return [json.loads(line) for line in run.folder.read(ROWS).splitlines()]
+
+
+def rows_under(
+    run: Run, name: str, test: str, config: Any = None, step: int | None = None
+) -> list[dict[str, Any]]:
+    """The rows of a run by one probe under one protocol, of all layers and encoders.
+
+    Args:
+        name: of the probe.
+        test: fingerprint of the test set.
+        config: of the probe; its defaults, if it is None.
+        step: only of this checkpoint, and of what was not trained; None for all.
+    """
+    config = probes.load(name)[0]() if config is None else config
+    wanted = name, protocol_hash(name, config, FeatureProtocol(run.config().view.image_size)), test
+    found = [row for row in rows_of(run) if (row["probe"], row["protocol"], row["test"]) == wanted]
+    return [row for row in found if step is None or row["step"] in (0, step)]
 
 
 def _keep(run: Run, rows: Iterable[Mapping[str, Any]]) -> None:

@@ -19,10 +19,9 @@ from raysl.cluster import places
 from raysl.config import Pretraining
 from raysl.dataset import DataSet
 from raysl.errors import UserError
-from raysl.features import FeatureProtocol
 from raysl.ingest import resolve
 from raysl.pretrain import pretrain
-from raysl.probe import probe, protocol_hash, rows_of
+from raysl.probe import probe, rows_under
 from raysl.run import METRICS, Run, TensorBoard, jsonl
 from raysl.storage import Folder
 
@@ -173,17 +172,11 @@ class Watcher:
 
     def _rows(self) -> list[dict[str, Any]]:
         """What these probes have found, whoever asked: by their default protocols, with the data sets of the watch."""
-        protocol = FeatureProtocol(self.run.config().view.image_size)
-        of = {name: protocol_hash(name, probes.load(name)[0](), protocol) for name in self.watch.probes}
         # A probe that needs no labels has seen nothing of the train set.
         trains, test = ("", self.train.manifest.fingerprint), self.test.manifest.fingerprint
-        return [
-            row
-            for row in rows_of(self.run)
-            if (row["encoder"], row["layer"], row["test"]) == ("trained", "pooled", test)
-            and row["protocol"] == of.get(row["probe"])
-            and row["train"] in trains
-        ]
+        found = [row for name in self.watch.probes for row in rows_under(self.run, name, test)]
+        where = "trained", "pooled"
+        return [row for row in found if (row["encoder"], row["layer"]) == where and row["train"] in trains]
 
     def _room(self, step: int) -> bool:
         """Whether a probe can start without taking anything from the trainers."""

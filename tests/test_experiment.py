@@ -15,11 +15,15 @@ from raysl import cluster, experiment
 from raysl.config import Pretraining
 from raysl.errors import UserError
 from raysl.experiment import Flags, command, drawn, pretrain_seeds, probed
+from raysl.features import FeatureProtocol
 from raysl.ingest import splits
-from raysl.probe import ROWS
-from raysl.run import jsonl
+from raysl.probe import ROWS, protocol_hash
+from raysl.probes.knn import Config as Knn
+from raysl.run import Run, jsonl
 from raysl.storage import Folder
 from tests.data import make_dataset
+from tests.features.test_extraction import make_run
+from tests.test_probe import row
 
 SCRIPTS = sorted((Path(__file__).parents[1] / "experiments").glob("*.py"))
 
@@ -76,10 +80,27 @@ def test_a_mistake_is_a_paragraph_and_exit_code_2(
     assert capsys.readouterr().err == "experiment: D is no good.\n"
 
 
-def test_a_run_that_was_probed_is_not_done_again(tmp_path: Path) -> None:
-    folder = Folder(str(tmp_path / "run"))
-    folder.write(ROWS, jsonl([{"probe": "knn", "value": 0.5}]))
-    assert probed(Pretraining("nothing", str(folder)), "no", "where") == [{"probe": "knn", "value": 0.5}]
+def test_a_run_that_was_probed_is_not_probed_again(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    dataset = make_dataset(tmp_path / "set", 40)
+    run, _ = make_run(dataset, tmp_path / "run")
+    data = str(dataset.folder)
+    asked: list[Any] = []
+    monkeypatch.setattr(experiment, "pretrain", lambda config: run)
+
+    def probe(run: Run, train: str, test: str, names: tuple[str, ...]) -> list[dict[str, Any]]:
+        asked.append(names)
+        return []
+
+    monkeypatch.setattr(experiment, "probe", probe)
+    protocol = protocol_hash("knn", Knn(), FeatureProtocol(run.config().view.image_size))
+    there = row(probe="knn", protocol=protocol, test=dataset.manifest.fingerprint, step=run.newest().step)
+    run.folder.write(ROWS, jsonl([there]))
+    assert probed(run.config(), data, data) == [there]
+    assert asked == []
+    # Rows of another protocol, as other experiments leave them, are not its own.
+    run.folder.write(ROWS, jsonl([{**there, "protocol": "other"}]))
+    assert probed(run.config(), data, data) == []
+    assert asked == [("knn",)]
 
 
 def test_every_seed_has_a_run_of_its_own(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -14,7 +14,7 @@ from raysl.features.encoders import (
     untrained,
 )
 from raysl.features.extraction import extract, extract_all, pool
-from raysl.features.folder import FeaturesConfig, make
+from raysl.features.folder import FeaturesConfig, make, view_size
 from raysl.features.table import FeatureForm, FeatureProtocol, FeatureTable
 
 __all__ = [
@@ -37,4 +37,5 @@ __all__ = [
     "stages",
     "tap",
     "untrained",
+    "view_size",
 ]

@@ -81,7 +81,7 @@ def make(checkpoint: str, config: FeaturesConfig, say: Callable[[str], None] = p
     source = encoders.named(checkpoint, config.trunk, config.seed)
     cluster.start()
     dataset = resolve(config.data)
-    protocol = FeatureProtocol(_size(source, config), (config.layer,))
+    protocol = FeatureProtocol(config.image_size or view_size(source), (config.layer,))
     facts = describe(source, dataset, protocol)
     facts["form"] = {"dtype": config.dtype, "l2": config.l2, "pca": config.pca, "pca_of": config.pca_of}
     facts = json.loads(json.dumps(facts))
@@ -104,9 +104,9 @@ def make(checkpoint: str, config: FeaturesConfig, say: Callable[[str], None] = p
     return table
 
 
-def _size(source: Encoder, config: FeaturesConfig) -> int:
-    if config.image_size:
-        return config.image_size
+def view_size(source: Encoder) -> int:
+    """Side in pixels of the view that an encoder is evaluated on where nobody asks for another: that of its run, 224
+    for a file of weights, 32 otherwise."""
     if isinstance(source, Trained):
         return source.run.config().view.image_size
     return _PUBLISHED_SIZE if isinstance(source, Weights) else _PLAIN_SIZE
