@@ -2,7 +2,7 @@
 
 Command:  python experiments/compare_methods.py --data DATA --out results/methods/cifar10 --runs RUNS
 Hardware: 2 CPU cores, 24 GB, no GPU; 2 Ray Train workers.
-Time:     2 to 4 minutes a run; 14 methods and 2 seeds take an hour or more. With --local: one method, one minute.
+Time:     2 to 4 minutes a run; 16 methods and 2 seeds take an hour or more. With --local: one method, one minute.
 Expect:   contrast against the memory bank ahead of prediction at the last layer; see results/methods.
 
 What is in RUNS is not done again, so the same command goes on, and with more --seeds or --methods it adds to the
@@ -18,8 +18,7 @@ from typing import Any
 
 from raysl.experiment import command
 from raysl.ingest import resolve, splits
-from raysl.lineup import METHODS, LineupFlags, measured, settings
-from raysl.pretrain import pretrain
+from raysl.lineup import METHODS, LineupFlags, measured, run_of
 from raysl.probe import rows_under
 from raysl.run import jsonl
 from raysl.storage import Folder
@@ -44,7 +43,7 @@ def main(flags: CompareFlags) -> None:
     rows: list[dict[str, Any]] = []
     for seed in flags.seeds:
         for method in flags.methods:
-            run = pretrain(settings(flags, method, seed, train, Folder(flags.runs)))
+            run = run_of(flags, method, seed)
             measured([run], flags, names)
             # Other experiments share the runs, and may have probed more of their layers.
             step = run.newest().step

@@ -13,6 +13,7 @@ from rich.console import Console
 from rich.table import Table
 
 from raysl import features
+from raysl.clusterfit import ClusterfitConfig, clusterfit
 from raysl.config import Pretraining, ViewConfig
 from raysl.experiment import Flags
 from raysl.ingest import resolve, splits
@@ -50,6 +51,7 @@ METHODS: dict[str, dict[str, Any]] = {
     # A queue much longer than the data set would hold several keys of most images.
     "moco": {"parts": {"moco": Moco(momentum=0.99, queue=2048)}},
     "cpc-patch_grid": {"trunk": TrunkConfig(norm="group")},
+    "clusterfit": {},
 }
 _LOCAL_DATA = "shapes:5000"
 
@@ -63,6 +65,8 @@ class LineupFlags(Flags):
         images: seen by every run, patches of one counted once.
         batch_size: images in a step, of all workers.
         image_size: side of an ordinary view in pixels.
+        teacher: the method whose features "clusterfit" clusters, run by run.
+        k: clusters.
     """
 
     data: str = "shapes:50000"
@@ -71,6 +75,8 @@ class LineupFlags(Flags):
     images: int = 51_200
     batch_size: int = 128
     image_size: int = 32
+    teacher: str = "predict-jigsaw"
+    k: int = 300
 
 
 L = TypeVar("L", bound=LineupFlags)
@@ -85,13 +91,17 @@ def small(flags: L) -> L:
 
 
 def settings(flags: LineupFlags, method: str, seed: int, train: str, runs: Folder) -> Pretraining:
-    """The run of a method. Distillation learns from the supervised run of the same seed."""
+    """The run of a method. Distillation learns from the supervised run of the same seed; of "clusterfit", this is what
+    `raysl.clusterfit.clusterfit` takes of the student."""
     own = dict(METHODS.get(method, {}))
+    name = method
+    if method == "clusterfit":
+        name, method = f"clusterfit-{flags.teacher}-{flags.k}", flags.teacher
     if method == "distill":
         own["parts"] = {"distill": {"teacher": str(runs / f"supervised-{seed}")}}
     return Pretraining(
         data=train,
-        run=str(runs / f"{method}-{seed}"),
+        run=str(runs / f"{name}-{seed}"),
         method=method,
         epochs=flags.images / resolve(train).num_images,
         batch_size=flags.batch_size,
@@ -105,12 +115,16 @@ def settings(flags: LineupFlags, method: str, seed: int, train: str, runs: Folde
 
 def trained(flags: LineupFlags) -> list[Run]:
     """The finished runs of all methods and seeds."""
-    train, _ = splits(flags.data)
-    return [
-        pretrain(settings(flags, method, seed, train, Folder(flags.runs)))
-        for method in flags.methods
-        for seed in flags.seeds
-    ]
+    return [run_of(flags, method, seed) for method in flags.methods for seed in flags.seeds]
+
+
+def run_of(flags: LineupFlags, method: str, seed: int) -> Run:
+    """The finished run of a method; of "clusterfit" the student, after its teacher."""
+    config = settings(flags, method, seed, splits(flags.data)[0], Folder(flags.runs))
+    if method != "clusterfit":
+        return pretrain(config)
+    teacher = run_of(flags, flags.teacher, seed)
+    return clusterfit(ClusterfitConfig(teacher=str(teacher.folder), k=flags.k), config)
 
 
 def measured(
@@ -126,18 +140,29 @@ def measured(
     train, test = splits(flags.data)
     judged = resolve(test).manifest.fingerprint
     for run in runs:
-        missing = [name for name in names if not _known(run, name, (configs or {}).get(name), judged, layers)]
+        missing = [
+            name
+            for name in names
+            if not _known(run, name, (configs or {}).get(name), judged, layers, encoders)
+        ]
         if missing:
             cache = Folder(flags.runs) / "features"
             probe(run, train, test, missing, layers=layers, encoders=encoders, configs=configs, cache=cache)
 
 
-def _known(run: Run, name: str, config: Any, judged: str, layers: Sequence[str]) -> bool:
-    """Whether the newest checkpoint has rows of the probe for all these layers."""
-    source = features.Trained(run, run.newest())
-    wanted = {one for layer in layers for one in (features.stages(source) if layer == "all" else [layer])}
+def _known(
+    run: Run, name: str, config: Any, judged: str, layers: Sequence[str], encoders: Sequence[str]
+) -> bool:
+    """Whether there are rows of the probe for all these layers, of the newest checkpoint and of the untrained trunk.
+    Pixels may have none."""
+    stages = features.stages(features.Trained(run, run.newest()))
+    wanted = {one for layer in layers for one in (stages if layer == "all" else [layer])}
     found = rows_under(run, name, judged, config, run.newest().step)
-    return {row["layer"] for row in found if row["encoder"] == source.name} >= wanted
+    return all(
+        {row["layer"] for row in found if row["encoder"] == encoder} >= wanted
+        for encoder in encoders
+        if encoder != "pixels"
+    )
 
 
 def reported(runs: Sequence[Run], flags: Flags, names: Sequence[str]) -> None:

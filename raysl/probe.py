@@ -309,9 +309,13 @@ def _encoder(run: Run, name: str, checkpoint: Checkpoint | None) -> Encoder:
 
 
 def protocol_hash(name: str, config: Any, protocol: FeatureProtocol) -> str:
-    """A hash of all that a probe's number depends on besides encoder and data. Layers are told apart by the rows."""
+    """A hash of all that a probe's number depends on besides encoder and data. Layers are told apart by the rows.
+
+    A Config that has `facts()` says by it what counts, such as the contents of a folder instead of its name.
+    """
     seen = {key: value for key, value in asdict(protocol).items() if key != "layers"}
-    value = json.dumps([name, asdict(config), seen], sort_keys=True)
+    facts = config.facts() if hasattr(config, "facts") else asdict(config)
+    value = json.dumps([name, facts, seen], sort_keys=True)
     return hashlib.blake2b(value.encode(), digest_size=6).hexdigest()
 
 

@@ -15,7 +15,7 @@ from typing import Any
 
 from raysl import checkpoint, cluster, features, probes
 from raysl.checkpoint import Checkpoint
-from raysl.cluster import places
+from raysl.cluster import lease, places
 from raysl.config import Pretraining
 from raysl.dataset import DataSet
 from raysl.errors import UserError
@@ -146,6 +146,8 @@ class Watcher:
             name for name in self.watch.probes if not (spare and hasattr(probes.load(name)[1], "examine"))
         ]
         while names and not self.over.wait(_LOOK_EVERY_S):
+            if not lease.held_here(self.run.folder):
+                continue  # this run has not begun, and what lies there may be another's
             due = [found for found in self.due(names) if found.step not in self._failed]
             if due and self._room(due[-1].step):
                 self._probe(due[-1], names, spare)

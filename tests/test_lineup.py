@@ -12,7 +12,7 @@ from raysl.features import FeatureProtocol
 from raysl.lineup import METHODS, LineupFlags, measured, settings, small
 from raysl.probe import ROWS, protocol_hash
 from raysl.probes.knn import Config as Knn
-from raysl.run import jsonl
+from raysl.run import Run, jsonl
 from raysl.storage import Folder
 from tests.data import make_dataset
 from tests.features.test_extraction import make_run
@@ -45,12 +45,33 @@ def test_what_was_measured_is_not_measured_again(tmp_path: Path, monkeypatch: py
     flags = LineupFlags(str(dataset.folder), runs=str(tmp_path))
     protocol = protocol_hash("knn", Knn(), FeatureProtocol(16))
     there = row(probe="knn", protocol=protocol, test=dataset.manifest.fingerprint, layer="pooled")
-    run.folder.write(ROWS, jsonl([there]))
+    untrained = {**there, "encoder": "random", "step": 0}
+    run.folder.write(ROWS, jsonl([there, untrained]))
     measured([run], flags, ["knn"])
     assert asked == []
     measured([run], flags, ["knn", "linear"])
     measured([run], flags, ["knn"], layers=["all"])
     measured([run], flags, ["knn"], configs={"knn": Knn(ks=(3,))})
-    run.folder.write(ROWS, jsonl([{**there, "step": 4}]))
-    measured([run], flags, ["knn"])
-    assert asked == [["linear"], ["knn"], ["knn"], ["knn"]]
+    for left in ([there], [{**there, "step": 4}, untrained]):
+        run.folder.write(ROWS, jsonl(left))
+        measured([run], flags, ["knn"])
+    assert asked == [["linear"], ["knn"], ["knn"], ["knn"], ["knn"]]
+    run.folder.write(ROWS, jsonl([there]))
+    measured([run], flags, ["knn"], encoders=("trained", "pixels"))
+    assert len(asked) == 5
+
+
+def test_clusterfit_has_the_run_of_its_seed_as_teacher(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    data = str(make_dataset(tmp_path / "set", 40).folder)
+    fitted: list[Any] = []
+    monkeypatch.setattr(lineup, "pretrain", lambda config: Run(Folder(config.run)))
+    monkeypatch.setattr(lineup, "clusterfit", lambda config, student: fitted.append((config, student)))
+    runs = str(tmp_path)
+    lineup.trained(
+        LineupFlags(data, runs=runs, methods=("clusterfit",), seeds=(3,), teacher="predict-rotation")
+    )
+    ((config, student),) = fitted
+    assert (config.teacher, config.k) == (f"{runs}/predict-rotation-3", 300)
+    assert (student.run, student.seed) == (f"{runs}/clusterfit-predict-rotation-300-3", 3)

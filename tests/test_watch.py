@@ -11,7 +11,7 @@ import pytest
 
 from raysl import watch
 from raysl.checkpoint import SaveConfig, Saver
-from raysl.cluster import places
+from raysl.cluster import lease, places
 from raysl.config import Pretraining, ViewConfig
 from raysl.dataset import DataSet
 from raysl.errors import UserError
@@ -112,10 +112,20 @@ def test_what_the_trainers_leave_over_is_used_while_they_train(
         return found(run, asked)(run, *arguments, **rest)  # type: ignore[no-any-return]
 
     monkeypatch.setattr(watch, "probe", probe)
+    looked: list[bool] = []
+
+    def held_here(folder: Folder) -> bool:
+        looked.append(len(looked) > 2)
+        assert not asked or looked[-1]
+        return looked[-1]
+
+    # Until this run has begun, what lies in the folder may be another's.
+    monkeypatch.setattr(lease, "held_here", held_here)
     thread = threading.Thread(target=watcher.follow)
     thread.start()
     thread.join(60)
     assert asked == [(4, True), (2, True)]
+    assert looked == [False] * 3 + [True] * 2
 
 
 def test_a_probe_that_fails_stops_nothing(run: Run, monkeypatch: pytest.MonkeyPatch) -> None:

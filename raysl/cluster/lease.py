@@ -25,6 +25,20 @@ BEAT_S = 10.0
 _MISSED = 4
 
 
+def held_here(folder: Folder) -> bool:
+    """Whether this process works on the run or the sweep."""
+    there = _recorded(folder) or {}
+    return (there.get("host"), there.get("pid")) == (socket.gethostname(), os.getpid())
+
+
+def _recorded(folder: Folder) -> dict[str, Any] | None:
+    if not folder.exists(NAME):
+        return None
+    with contextlib.suppress(FileNotFoundError, ValueError):
+        return dict(folder.read_json(NAME))
+    return None
+
+
 class Lease:
     """A driver's right to write to a run or a sweep, for the time of a `with` block.
 
@@ -49,7 +63,7 @@ class Lease:
         self._done = threading.Event()
 
     def __enter__(self) -> Lease:
-        there = self._read()
+        there = _recorded(self.folder)
         if there is not None and not self._gone(there):
             self._watch(there)
         self._write(0)
@@ -72,15 +86,8 @@ class Lease:
             )
 
     def _mine(self) -> bool:
-        there = self._read()
+        there = _recorded(self.folder)
         return there is not None and there.get("id") == self._record["id"]
-
-    def _read(self) -> dict[str, Any] | None:
-        if not self.folder.exists(NAME):
-            return None
-        with contextlib.suppress(FileNotFoundError, ValueError):
-            return dict(self.folder.read_json(NAME))
-        return None
 
     def _write(self, beat: int) -> None:
         self.folder.write_json(NAME, {**self._record, "beat": beat})
@@ -117,7 +124,7 @@ class Lease:
         deadline = time.monotonic() + patience_s
         while time.monotonic() < deadline:
             time.sleep(self._beat_s / 4)
-            now = self._read()
+            now = _recorded(self.folder)
             if now is None:
                 return
             if now != there:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import os
 from collections.abc import Callable, Sequence
 from typing import Any, TypeVar
 
@@ -40,5 +39,8 @@ def device() -> torch.device:
 
 
 def decoders() -> int:
-    """How many threads decode images: beside an accelerator its share of the CPUs, else one for the one CPU."""
-    return max(1, (os.cpu_count() or 1) // torch.cuda.device_count()) if torch.cuda.is_available() else 1
+    """How many threads decode images in a task: one for each CPU that Ray has given it."""
+    import ray
+
+    given = ray.get_runtime_context().get_assigned_resources() if ray.is_initialized() else {}
+    return max(1, int(given.get("CPU", 1)))

@@ -6,6 +6,7 @@ to the box, so that a box over the whole image reads 1, 1, width, height and is 
 
 from __future__ import annotations
 
+import hashlib
 from collections.abc import Sequence
 from dataclasses import dataclass
 from xml.etree import ElementTree
@@ -51,6 +52,21 @@ def read(folder: Folder, split: str) -> list[Picture]:
         UserError: the folder is not in this layout, the split does not exist or names no image, a file is missing, an
             image is damaged, or annotations are malformed.
     """
+    return [_picture(folder, name, *_files(folder, name, file)) for name, file in _listed(folder, split)]
+
+
+def fingerprint(folder: Folder, splits: Sequence[str]) -> str:
+    """A hash of the images and annotations of splits. Raises UserError as `read`, but for what is inside the files."""
+    digest = hashlib.blake2b(digest_size=16)
+    for split in splits:
+        for name, file in _listed(folder, split):
+            for part in (split.encode(), name.encode(), *_files(folder, name, file)):
+                digest.update(len(part).to_bytes(8, "little") + part)
+    return digest.hexdigest()
+
+
+def _listed(folder: Folder, split: str) -> list[tuple[str, str]]:
+    """The names in a split, and the files of their images."""
     splits = [name.removesuffix(".txt") for name in (folder / SPLITS).list() if name.endswith(".txt")]
     if not splits:
         raise UserError(
@@ -65,23 +81,26 @@ def read(folder: Folder, split: str) -> list[Picture]:
     if not names:
         raise UserError(f"The split {split!r} of {str(folder)!r} names no image. Give one that names some.")
     files = {name.rpartition(".")[0]: name for name in (folder / IMAGES).list()}
-    return [_picture(folder, name, files.get(name, f"{name}.jpg")) for name in names]
+    return [(name, files.get(name, f"{name}.jpg")) for name in names]
 
 
-def _picture(folder: Folder, name: str, file: str) -> Picture:
+def _files(folder: Folder, name: str, file: str) -> tuple[bytes, bytes]:
+    """An image and its annotations."""
     try:
-        image = (folder / IMAGES).read(file)
-        xml = (folder / ANNOTATIONS).read(f"{name}.xml")
+        return (folder / IMAGES).read(file), (folder / ANNOTATIONS).read(f"{name}.xml")
     except FileNotFoundError as error:
         raise UserError(
             f"A split of {str(folder)!r} names {name!r}, and a file of it is missing: {error}. Restore "
             f"{IMAGES}/{file} and {ANNOTATIONS}/{name}.xml, or take the name off the split."
         ) from error
+
+
+def _picture(folder: Folder, name: str, image: bytes, xml: bytes) -> Picture:
     try:
         height, width = decode.decode(image).shape[1:]
     except decode.DecodeError as error:
         raise UserError(
-            f"The image {IMAGES}/{file} of {str(folder)!r} cannot be decoded: {error}. Restore the file."
+            f"The image {name!r} in {IMAGES} of {str(folder)!r} cannot be decoded: {error}. Restore the file."
         ) from error
     try:
         objects = ElementTree.fromstring(xml).findall("object")

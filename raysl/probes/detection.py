@@ -1,9 +1,9 @@
 """Object detection: the whole network trained to find and name objects, in any data set in the layout of PASCAL VOC.
 
-PIRL (Misra and van der Maaten 2020, table 1) trains Faster R-CNN R50-C4 on VOC07 for 12,500 steps of 16 images, which
-are 40 epochs, with a learning rate of 0.003 that rises over the first 1,000 steps from a third and falls to a tenth
-after 9,500; images are mirrored and their shorter sides drawn from 480 to 800 pixels, and BatchNorm is frozen. AP,
-AP50 and AP75 in % there: PIRL 44.7, 73.4, 47.0; Jigsaw 37.7, 64.9, 38.0; supervised 43.8, 74.5, 45.9.
+PIRL (Misra and van der Maaten 2020) trains Faster R-CNN R50-C4 on VOC07 for 12,500 steps of 16 images, which are 40
+epochs, with a learning rate of 0.003 that rises over the first 1,000 steps from a third and falls to a tenth after
+9,500; images are mirrored and their shorter sides drawn from 480 to 800 pixels, and BatchNorm is frozen. AP, AP50 and
+AP75 in % there: PIRL 44.7, 73.4, 47.0; Jigsaw 37.7, 64.9, 38.0; supervised 43.8, 74.5, 45.9.
 
 Ours has that schedule, and another detector, with a feature pyramid, which fits any convolutional trunk (see
 `raysl.probes._detector`). So its numbers compare with one another and not with published ones. The rate is given as for
@@ -19,7 +19,7 @@ import contextlib
 import io
 import math
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass, field
+from dataclasses import asdict, dataclass, field
 from typing import Any
 
 import numpy as np
@@ -86,6 +86,13 @@ class Config:
             raise UserError(f"detection.sides is {self.sides}; it must hold lengths of at least 32 pixels.")
         if self.width < 32 or self.width % 32:
             raise UserError(f"detection.width is {self.width}; it must be a multiple of 32, such as 256.")
+
+    def facts(self) -> dict[str, Any]:
+        """What the numbers depend on: the images and boxes of both splits, wherever their folder lies."""
+        contents = ""
+        if self.data:
+            contents = _voc.fingerprint(Folder(self.data), (self.train_split, self.test_split))
+        return {**asdict(self), "data": contents}
 
 
 class Detection:

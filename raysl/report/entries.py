@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -125,12 +125,7 @@ def _label(entry: Entry, others: Sequence[Mapping[str, Any]]) -> str:
 def found(gathered: Sequence[Group]) -> list[Found]:
     """All rows, those of a checkpoint from the newest step that the probe has seen. The untrained trunk and the pixels
     stand once, however many runs have them."""
-    trunks = {
-        _trunk(entry)
-        for group in gathered
-        for entry in group.entries
-        if any(row["encoder"] == "random" for row in entry.rows)
-    }
+    label_of = labels(gathered)
     made: list[Found] = []
     for group in gathered:
         for entry in group.entries:
@@ -139,19 +134,30 @@ def found(gathered: Sequence[Group]) -> list[Found]:
                 key = (row["encoder"], *(row[name] for name in PROTOCOL))
                 newest[key] = max(newest.get(key, 0), row["step"])
             made += [
-                Found(_row_label(row, group, entry, len(trunks) > 1), row)
+                Found(label_of(row["encoder"], group, entry), row)
                 for row in entry.rows
                 if row["step"] == newest[(row["encoder"], *(row[name] for name in PROTOCOL))]
             ]
     return made
 
 
-def _row_label(row: Mapping[str, Any], group: Group, entry: Entry, several: bool) -> str:
-    if row["encoder"] == "pixels":
-        return "raw pixels"
-    if row["encoder"] == "random":
-        return f"untrained {_trunk(entry)}" if several else "untrained"
-    return group.label
+def labels(gathered: Sequence[Group]) -> Callable[[str, Group, Entry], str]:
+    """How what an encoder has given for an entry is called; untrained trunks by their kind, where there are several."""
+    trunks = {
+        _trunk(entry)
+        for group in gathered
+        for entry in group.entries
+        if any(row["encoder"] == "random" for row in entry.rows)
+    }
+
+    def label_of(encoder: str, group: Group, entry: Entry) -> str:
+        if encoder == "pixels":
+            return "raw pixels"
+        if encoder == "random":
+            return f"untrained {_trunk(entry)}" if len(trunks) > 1 else "untrained"
+        return group.label
+
+    return label_of
 
 
 def _trunk(entry: Entry) -> str:

@@ -10,7 +10,7 @@ import numpy as np
 from matplotlib import colormaps
 
 from raysl.probes.invariance import HISTOGRAM, OTHERS
-from raysl.report.entries import PROTOCOL, Found, Group, layers
+from raysl.report.entries import PROTOCOL, Entry, Found, Group, labels, layers
 from raysl.report.picture import Figure, drawn, panels
 from raysl.report.tables import estimates
 
@@ -93,15 +93,14 @@ def histograms(gathered: Sequence[Group]) -> Iterator[Figure]:
     last layer; a figure for each protocol."""
     together: dict[tuple[str, str], dict[str, list[Counts]]] = {}
     edges: list[float] = []
+    label_of = labels(gathered)
     for group in gathered:
-        for (encoder, test, protocol), value in _newest_histograms(group).items():
-            edges = value[0]["edges"]
-            label = group.label if encoder not in ("random", "pixels") else encoder
-            if encoder != "pixels":
-                shown = "untrained" if label == "random" else label
-                together.setdefault((test, protocol), {}).setdefault(shown, []).extend(
-                    one["counts"] for one in value
-                )
+        for entry in group.entries:
+            for (encoder, test, protocol), value in _newest_histograms(entry).items():
+                if encoder != "pixels":
+                    edges = value["edges"]
+                    by_label = together.setdefault((test, protocol), {})
+                    by_label.setdefault(label_of(encoder, group, entry), []).append(value["counts"])
     for (_, protocol), by_label in sorted(together.items()):
         png, layer = _histogram(by_label, edges)
         text = (
@@ -111,21 +110,17 @@ def histograms(gathered: Sequence[Group]) -> Iterator[Figure]:
         yield Figure(f"invariance-{protocol}", "Invariance", text, png)
 
 
-def _newest_histograms(group: Group) -> dict[tuple[str, str, str], list[dict[str, Any]]]:
-    """What the probe left in the folders of a group, by encoder, test set and protocol; of the newest step."""
-    made: dict[tuple[str, str, str], list[dict[str, Any]]] = {}
-    for entry in group.entries:
-        folder = entry.run.folder / "probes/invariance"
-        newest: dict[tuple[str, str, str], tuple[int, str]] = {}
-        for name in folder.list():
-            parts = name.rsplit("-", 3)
-            if len(parts) == 4 and (folder / name).exists(HISTOGRAM):
-                encoder, step, test, protocol = parts
-                key = encoder, test, protocol
-                newest[key] = max(newest.get(key, (-1, "")), (int(step), name))
-        for key, (_, name) in newest.items():
-            made.setdefault(key, []).append((folder / name).read_json(HISTOGRAM))
-    return made
+def _newest_histograms(entry: Entry) -> dict[tuple[str, str, str], dict[str, Any]]:
+    """What the probe left in a folder, by encoder, test set and protocol; of the newest step."""
+    folder = entry.run.folder / "probes/invariance"
+    newest: dict[tuple[str, str, str], tuple[int, str]] = {}
+    for name in folder.list():
+        parts = name.rsplit("-", 3)
+        if len(parts) == 4 and (folder / name).exists(HISTOGRAM):
+            encoder, step, test, protocol = parts
+            key = encoder, test, protocol
+            newest[key] = max(newest.get(key, (-1, "")), (int(step), name))
+    return {key: (folder / name).read_json(HISTOGRAM) for key, (_, name) in newest.items()}
 
 
 def _histogram(by_label: Mapping[str, Sequence[Counts]], edges: Sequence[float]) -> tuple[bytes, str]:

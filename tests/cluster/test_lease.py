@@ -11,7 +11,7 @@ from typing import Any
 
 import pytest
 
-from raysl.cluster.lease import NAME, Lease
+from raysl.cluster.lease import NAME, Lease, held_here
 from raysl.errors import UserError
 from raysl.storage import Folder
 from raysl.sweep.journal import NAME as JOURNAL
@@ -46,6 +46,15 @@ def test_a_driver_that_was_killed_here_is_followed_at_once(tmp_path: Path) -> No
     record(folder, host=socket.gethostname(), pid=dead.pid)
     with Lease(folder, quiet) as lease:  # would watch for 40 s
         lease.check()
+
+
+def test_a_process_knows_what_it_works_on(tmp_path: Path) -> None:
+    folder = Folder(str(tmp_path))
+    assert not held_here(folder)
+    with Lease(folder, lambda _: None):
+        assert held_here(folder)
+        folder.write_json(NAME, {**folder.read_json(NAME), "host": "elsewhere"})
+        assert not held_here(folder)
 
 
 def test_a_damaged_record_holds_nobody_up(tmp_path: Path) -> None:

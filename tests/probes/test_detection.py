@@ -136,6 +136,18 @@ def test_malformed_annotations_are_refused(tmp_path: Path, text: str) -> None:
         _voc.read(Folder(str(tmp_path)), "train")
 
 
+def test_the_protocol_is_what_is_in_the_folder(tmp_path: Path) -> None:
+    places = [tmp_path / name for name in ("one", "two", "other")]
+    for place, right in zip(places, (9, 9, 8), strict=True):
+        for split in ("train", "test"):
+            add(place, f"{split}-a", split, [("disc", (1, 1, right, 9))])
+    facts = [detection.Config(str(place), train_split="train").facts() for place in places]
+    assert facts[0] == facts[1] != facts[2]
+    assert detection.Config().facts()["data"] == ""
+    with pytest.raises(UserError, match="not in the layout"):
+        detection.Config(str(tmp_path)).facts()
+
+
 def test_a_split_or_a_file_that_is_not_there_is_named(tmp_path: Path) -> None:
     folder = Folder(str(tmp_path))
     with pytest.raises(UserError, match="layout of PASCAL VOC"):
@@ -144,7 +156,7 @@ def test_a_split_or_a_file_that_is_not_there_is_named(tmp_path: Path) -> None:
     with pytest.raises(UserError, match=r"Did you mean 'train'\?"):
         _voc.read(folder, "trani")
     (tmp_path / _voc.IMAGES / "a.png").write_bytes(b"broken")
-    with pytest.raises(UserError, match=r"a\.png .* cannot be decoded"):
+    with pytest.raises(UserError, match=r"'a' in JPEGImages .* cannot be decoded"):
         _voc.read(folder, "train")
     (tmp_path / _voc.ANNOTATIONS / "a.xml").unlink()
     with pytest.raises(UserError, match="a file of it is missing"):
