@@ -117,10 +117,9 @@ class Shard:
         held_nd = np.empty((task.num_rows, task.rows.dim), dtype) if kept else None
         indices_n = np.empty(task.num_rows, np.int64)
         square, first = 0.0, 0
-        for piece in task.pieces:
-            indices_b, rows_bd = task.rows.read(piece)
+        for piece, (indices_b, rows_bd) in self._read():
             task.rows.check(piece, indices_b, rows_bd)
-            end = first + piece.num_rows
+            end = first + len(rows_bd)
             indices_n[first:end] = indices_b
             if held_nd is not None:
                 held_nd[first:end] = rows_bd
@@ -162,16 +161,21 @@ class Shard:
                 yield first + i, np.ascontiguousarray(rows_nd[i : i + most], np.float32)
 
     def _from_disk(self) -> Iterator[tuple[int, npt.NDArray[Any]]]:
-        """The pieces, each read while the one before is worked on."""
+        """The shard a part at a time, each read while the one before is worked on."""
+        parts = self._read(_BLOCK_BYTES // 4)
         with ThreadPoolExecutor(1) as reader:
-            ahead = reader.submit(self.task.rows.read, self.task.pieces[0])
-            first = 0
-            for i, piece in enumerate(self.task.pieces):
-                rows_bd = ahead.result()[1]
-                if i + 1 < len(self.task.pieces):
-                    ahead = reader.submit(self.task.rows.read, self.task.pieces[i + 1])
+            ahead, first = reader.submit(next, parts, None), 0
+            while (part := ahead.result()) is not None:
+                ahead = reader.submit(next, parts, None)
+                rows_bd = part[1][1]
                 yield first, rows_bd
-                first += piece.num_rows
+                first += len(rows_bd)
+
+    def _read(self, num_bytes: int = 4 << 20) -> Iterator[tuple[Piece, tuple[Integers, npt.NDArray[Any]]]]:
+        """The shard from disk; see `Rows.batches`."""
+        for piece in self.task.pieces:
+            for batch in self.task.rows.batches(piece, num_bytes):
+                yield piece, batch
 
     def _fitted_blocks(self) -> Iterator[tuple[int, Singles]]:
         """Only the rows that are fitted to, with their places among those."""
@@ -185,14 +189,13 @@ class Shard:
     def take(self, positions_n: Integers) -> Singles:
         """float32 (n, d): the rows at positions that lie in this shard."""
         out_nd = np.empty((len(positions_n), self.task.rows.dim), np.float32)
-        held_nd, start = self._loaded[1], self.task.pieces[0].start
+        held_nd, places_n = self._loaded[1], positions_n - self.task.pieces[0].start
         if held_nd is not None:
-            out_nd[:] = held_nd[positions_n - start]
+            out_nd[:] = held_nd[places_n]
             return out_nd
-        for piece in self.task.pieces:
-            inside_n = (positions_n >= piece.start) & (positions_n < piece.start + piece.num_rows)
-            if inside_n.any():
-                out_nd[inside_n] = self.task.rows.read(piece)[1][positions_n[inside_n] - piece.start]
+        for first, rows_bd in self._from_disk():
+            inside_n = (places_n >= first) & (places_n < first + len(rows_bd))
+            out_nd[inside_n] = rows_bd[places_n[inside_n] - first]
         return out_nd
 
     def accumulate(self, splits: Splits, *chunks: Singles) -> tuple[Stats | Doubles, ...]:

@@ -30,6 +30,8 @@ BEGUN = "source.json"
 # Squares of larger numbers, summed over a row, leave float32.
 _LARGEST = 1e15
 _PARALLEL = 16
+# Of a file, read at once.
+_BUFFER_BYTES = 4 << 20
 
 
 @dataclass(frozen=True)
@@ -135,7 +137,7 @@ class Rows:
     def first_length(self, file: str) -> int:
         """Numbers in the first row of a file whose schema does not tell."""
         group = next(group for group in self.groups if group.file == file)
-        return len(self._table(group).column(self.column)[0].as_py() or ())
+        return len(next(self._decoded(group, 1)).column(self.column)[0].as_py() or ())
 
     def identity(self) -> str:
         """A hash that equal features share: of what made them, or of the files where that is not known."""
@@ -168,25 +170,37 @@ class Rows:
             if low < high:
                 yield Piece(group, low, high)
 
-    def read(self, piece: Piece) -> tuple[Integers, Floats]:
-        """Indices, int64 (n,), and rows, float16 or float32 (n, dim), of a piece.
+    def batches(self, piece: Piece, num_bytes: int = 4 << 20) -> Iterator[tuple[Integers, Floats]]:
+        """A piece, a few rows at a time: indices, int64 (b,), and rows, float16 or float32 (b, dim).
+
+        Args:
+            num_bytes: of a batch, about; reading takes some times as much, however large the row group is.
 
         Raises:
             UserError: the file is damaged, or a row has another length.
         """
-        table = self._table(piece.group).slice(piece.first, piece.num_rows)
-        column = table.column(self.column).combine_chunks()
+        place = 0
+        for batch in self._decoded(piece.group, max(1, num_bytes // (4 * self.dim))):
+            low, high = max(piece.first - place, 0), min(piece.end - place, batch.num_rows)
+            if low < high:
+                yield self._numbers(piece.group, batch.slice(low, high - low))
+            place += batch.num_rows
+            if place >= piece.end:
+                return
+
+    def _numbers(self, group: Group, batch: pa.RecordBatch) -> tuple[Integers, Floats]:
+        column = batch.column(self.column)
         values = column.flatten()
         lengths_differ = (
             pa.types.is_list(column.type) and (np.diff(column.offsets.to_numpy()) != self.dim).any()
         )
-        if lengths_differ or len(values) != self.dim * piece.num_rows or values.null_count:
+        if lengths_differ or len(values) != self.dim * batch.num_rows or values.null_count:
             raise UserError(
-                f"Row group {piece.group.number} of {self.folder}/{piece.group.file} has rows that are not "
-                f"{self.dim} numbers long, as the first one is. Give features of one layer of one network."
+                f"Row group {group.number} of {self.folder}/{group.file} has rows that are not {self.dim} numbers "
+                "long, as the first one is. Give features of one layer of one network."
             )
         numbers = values.to_numpy(zero_copy_only=False).reshape(-1, self.dim)
-        indices = table.column("index").to_numpy().astype(np.int64)
+        indices = batch.column("index").to_numpy().astype(np.int64)
         return indices, numbers if numbers.dtype == np.float16 else numbers.astype(np.float32, copy=False)
 
     def check(self, piece: Piece, indices: Integers, numbers: Floats) -> None:
@@ -199,10 +213,11 @@ class Rows:
                 "gives such features: choose an earlier checkpoint."
             )
 
-    def _table(self, group: Group) -> pa.Table:
+    def _decoded(self, group: Group, num_rows: int) -> Iterator[pa.RecordBatch]:
         try:
-            file = pq.ParquetFile(self.folder.open(group.file))
-            return file.read_row_group(group.number, columns=["index", self.column])
+            # As pieces of the file: a list column that is read at once takes eight times its size.
+            file = pq.ParquetFile(self.folder.open(group.file), pre_buffer=False, buffer_size=_BUFFER_BYTES)
+            yield from file.iter_batches(num_rows, row_groups=[group.number], columns=["index", self.column])
         except (OSError, pa.ArrowException) as error:
             raise _damaged(f"{self.folder}/{group.file}", error) from error
 

@@ -29,7 +29,7 @@ def test_shards_differ_by_one_row_and_hold_every_row_once(tmp_path: Path) -> Non
         lengths = [sum(piece.num_rows for piece in pieces) for pieces in divided]
         assert sum(lengths) == 101
         assert max(lengths) - min(lengths) <= 1
-        read = [rows.read(piece) for pieces in divided for piece in pieces]
+        read = [batch for pieces in divided for piece in pieces for batch in rows.batches(piece, 5 * 24)]
         assert np.concatenate([indices for indices, _ in read]).tolist() == list(range(101))
         np.testing.assert_array_equal(np.concatenate([values for _, values in read]), rows_nd)
 
@@ -61,7 +61,7 @@ def test_rows_of_different_lengths(tmp_path: Path) -> None:
     pq.write_table(table(lists), tmp_path / "free" / "0.parquet")
     rows = Rows.open(str(tmp_path / "free"))
     with pytest.raises(UserError, match="not 2 numbers long"):
-        rows.read(rows.divide(1)[0][0])
+        list(rows.batches(rows.divide(1)[0][0]))
 
 
 def test_files_that_are_missing_empty_or_damaged(tmp_path: Path) -> None:
@@ -91,7 +91,7 @@ def test_numbers_that_have_no_square(tmp_path: Path, value: float) -> None:
     rows = Rows.open(write(tmp_path, rows_nd, files=1))
     piece = rows.divide(1)[0][0]
     with pytest.raises(UserError, match="index 12"):
-        rows.check(piece, *rows.read(piece))
+        rows.check(piece, *next(rows.batches(piece)))
 
 
 def test_layers_by_name(tmp_path: Path) -> None:
