@@ -9,6 +9,7 @@ from typing import Any
 
 import numpy as np
 from matplotlib import colormaps
+from matplotlib.ticker import LogLocator, NullLocator, StrMethodFormatter
 
 from raysl.report.picture import Figure, drawn
 from raysl.sweep.record import Record
@@ -52,6 +53,7 @@ class _Axis:
         begun = [n for n in range(standing.num_trials) if standing.values(n) is not None]
         seen = [_value(standing, n, dimension) for n in begun]
         self.name = dimension.name
+        self.listed = bool(dimension.values)
         self.values = list(dimension.values) or sorted(set(seen))
         self.numeric = all(isinstance(v, (int, float)) and not isinstance(v, bool) for v in self.values)
         self.log = dimension.log and self.numeric and all(v > 0 for v in self.values)
@@ -69,9 +71,18 @@ class _Axis:
         axes.set_xlabel(self.name)
         if self.log:
             axes.set_xscale("log")
-        if not self.numeric or len(self.values) <= 8:
+            _plain(axes.xaxis)
+        # Values that were drawn lie anywhere, and their names would lie on one another.
+        if not self.numeric or (self.listed and len(self.values) <= 8):
             axes.set_xticks([self.place(v) for v in self.values], [shown(v) for v in self.values])
             axes.minorticks_off()
+
+
+def _plain(axis: Any) -> None:
+    """Ticks of a logarithmic axis at 1, 2, 5, 10, ..., as people write numbers."""
+    axis.set_major_locator(LogLocator(subs=(1.0, 2.0, 5.0)))
+    axis.set_major_formatter(StrMethodFormatter("{x:g}"))
+    axis.set_minor_locator(NullLocator())
 
 
 def _curve(standing: Standing, dimension: Dimension) -> Figure:
@@ -109,11 +120,13 @@ def _by_seed(standing: Standing, trial: int, rung: int) -> list[float]:
 
 
 def _pair(standing: Standing, one: Dimension, other: Dimension) -> Figure:
-    """A heat map where both have few values, else dots."""
+    """A heat map of the end where both have few values, else dots for all trials at the first rung."""
     x, y = _Axis(standing, one), _Axis(standing, other)
-    trials = _scored(standing, standing.num_rungs - 1)
+    listed = x.listed and y.listed
+    rung = standing.num_rungs - 1 if listed else 0
     points = [
-        (_value(standing, n, one), _value(standing, n, other), standing.scores_of(n)[-1]) for n in trials
+        (_value(standing, n, one), _value(standing, n, other), standing.scores_of(n)[rung])
+        for n in _scored(standing, rung)
     ]
 
     def heat(axes: Any) -> None:
@@ -137,13 +150,16 @@ def _pair(standing: Standing, one: Dimension, other: Dimension) -> Figure:
         x.dress(axes)
         if y.log:
             axes.set_yscale("log")
+            _plain(axes.yaxis)
 
     def draw(axes: Any) -> None:
-        (heat if one.values and other.values else dots)(axes)
+        (heat if listed else dots)(axes)
         axes.set_xlabel(one.name)
         axes.set_ylabel(other.name)
 
     text = f"Mean {standing.config.probe} at the end; what is empty was stopped, failed, or not tried."
+    if not listed:
+        text = f"A dot is a trial, with its mean {standing.config.probe} at the first rung, where all can be compared."
     return Figure(f"pair-{one.name}-{other.name}", f"{one.name} and {other.name}", text, drawn(draw))
 
 

@@ -53,6 +53,11 @@ def shown(value: Any) -> str:
     return f"{value:g}" if isinstance(value, float) else str(value).lower() if value is None else str(value)
 
 
+def _short(value: Any) -> str:
+    """For a table: the exact value stands in the rows."""
+    return f"{value:.3g}" if isinstance(value, float) else shown(value)
+
+
 def render(rows: Sequence[Mapping[str, Any]], probe: str, epochs: float) -> Table:
     """The rows as a table: one line a trial, and why some have failed."""
     from rich import box
@@ -62,16 +67,18 @@ def render(rows: Sequence[Mapping[str, Any]], probe: str, epochs: float) -> Tabl
     names = list(next((row["values"] for row in rows if row["values"]), {}))
     why = "\n".join(f"Trial {row['trial']}: {row['reason']}" for row in rows if row["reason"])
     title = f"{len(rows)} trials by {probe}"
-    made = Table(title=title, box=box.SIMPLE, caption=Text(why), caption_justify="left")
+    about = Text(why)
+    made = Table(title=title, box=box.SIMPLE, caption=about, caption_justify="left", padding=0)
     made.add_column("trial", justify="right")
     shorts = [name.rpartition(".")[2] for name in names]
     for name, short in zip(names, shorts, strict=True):
-        made.add_column(name if shorts.count(short) > 1 else short, justify="right", overflow="fold")
+        title = name if shorts.count(short) > 1 else short
+        made.add_column(title.replace("_", "\n"), justify="right", overflow="fold")
     for name in (probe, "±", "epoch"):
         made.add_column(name, justify="right")
     made.add_column("", no_wrap=True)
     for row in rows:
-        values = [shown(row["values"][name]) if row["values"] else "" for name in names]
+        values = [_short(row["values"][name]) if row["values"] else "" for name in names]
         score = "" if row["score"] is None else f"{row['score']:.4f}"
         spread = "" if row["spread"] is None else f"{row['spread']:.4f}"
         epoch = f"{epochs * row['share']:.3g}"
