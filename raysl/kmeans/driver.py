@@ -1,7 +1,7 @@
 """A clustering from its configuration to its files, through interruptions. Runs on the driver.
 
 clustering.json         written first: which features, and what is computed
-state.npz               after every iteration; gone at the end
+state.npz               after every iteration, but not twice in a second; gone at the end
 centroids.npy           float32 (k, dim)
 assignments.parquet     index (int64), cluster (int64), distance (float32, Euclidean); one row for each image
 card.json               written last: how good it is
@@ -41,6 +41,8 @@ _SCHEMA = pa.schema([("index", pa.int64()), ("cluster", pa.int64()), ("distance"
 # New crews, each with what was saved last, before a clustering gives up.
 _CREWS = 4
 _FEW_ROWS = 39
+# Passes of less than this are not saved each: writing would take longer than doing them again.
+_SAVE_EVERY_S = 1.0
 
 Say = Callable[[str], None]
 
@@ -222,7 +224,7 @@ def _one_start(crew: Crew, config: KMeansConfig, state: State, folder: Folder, s
     curve = state.curves[state.restart]
     chunks, splits = crew.scatter(state.centroids_kd), Splits()
     running = None if _finished(curve, config) else crew.begin(chunks, splits)
-    before = time.perf_counter()
+    saved = before = time.perf_counter()
     while running is not None:
         totals = crew.totals(running)
         now = time.perf_counter()
@@ -232,9 +234,11 @@ def _one_start(crew: Crew, config: KMeansConfig, state: State, folder: Folder, s
         curve.append(_facts(totals, sum(crew.num_fitted), now - before))
         before = now
         running = None if _finished(curve, config) else crew.begin(chunks, splits)
-        # Written while the actors are at the next pass.
-        state.centroids_kd = crew.gather(chunks, splits)
-        state.save(folder)
+        if running is None or now - saved >= _SAVE_EVERY_S:
+            # Written while the actors are at the next pass.
+            state.centroids_kd = crew.gather(chunks, splits)
+            state.save(folder)
+            saved = now
         say(_line(curve, config, state.restart, crew))
 
 

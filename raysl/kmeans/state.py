@@ -18,7 +18,7 @@ _FILE = "state.npz"
 
 @dataclass
 class State:
-    """Written whole after each iteration.
+    """Written whole, between two iterations.
 
     Args:
         restart: the start that is under way.

@@ -133,6 +133,7 @@ def test_a_lost_crew_is_replaced_and_a_stopped_driver_goes_on(
         return line(*arguments)
 
     monkeypatch.setattr(driver, "_line", lose_the_crew)
+    monkeypatch.setattr(driver, "_SAVE_EVERY_S", 0.0)
     features, out = write(tmp_path / "f", X), str(tmp_path / "out")
     with pytest.raises(KeyboardInterrupt):
         fit(features, config(), out, quiet)
