@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import dataclasses
+import re
 import shlex
+import textwrap
 import typing
 from collections.abc import Iterator
 from typing import Any
@@ -22,6 +24,13 @@ def command(config: Pretraining) -> str:
     for part in methods.parse(config.method).config_types():
         words += _flags(config.parts[part], plain.parts[part], f"{part}.")
     return " ".join(shlex.quote(word) for word in words)
+
+
+def folded(line: str) -> str:
+    """A command over several lines, for the eye; a shell reads it as one."""
+    kept = re.sub(" (?!--)", "\0", line)  # a flag and its value stay together
+    text = textwrap.fill(kept, 90, break_long_words=False, break_on_hyphens=False)
+    return text.replace("\n", " \\\n    ").replace("\0", " ")
 
 
 def _flags(value: Any, default: Any, prefix: str) -> Iterator[str]:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import base64
 import importlib.util
+import re
 from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
@@ -23,6 +24,7 @@ body { font: 15px/1.5 system-ui, sans-serif; max-width: 60rem; margin: 2rem auto
 table { border-collapse: collapse; margin: 1rem 0 } th, td { padding: .25rem .6rem; text-align: right }
 th { border-bottom: 1px solid #888 } tr:nth-child(even) { background: #f4f4f4 } td.why { text-align: left }
 caption { text-align: left; color: #666 } tr.best { font-weight: 600 }
+.wide { overflow-x: auto }
 pre { background: #f4f4f4; padding: .8rem; white-space: pre-wrap } img { max-width: 100% }
 figure { margin: 1.5rem 0 } .figures { display: grid; grid-template-columns: repeat(auto-fit, minmax(26rem, 1fr)) }
 </style></head><body>
@@ -103,7 +105,15 @@ def render(body: str, title: str, **values: Any) -> str:
 
     # No new line at the end of a block, so that tables are one line a row.
     environment = jinja2.Environment(autoescape=True, trim_blocks=True)
+    environment.filters["breakable"] = _breakable
     return environment.from_string(f"{_BASE}{body}</body></html>\n").render(title=title, **values)
+
+
+def _breakable(name: str) -> Any:
+    """A long name with places at which a browser may break it."""
+    import markupsafe
+
+    return markupsafe.Markup(re.sub(r"([._/])", r"\1<wbr>", str(markupsafe.escape(name))))
 
 
 def embedded(figures: Sequence[Figure]) -> list[dict[str, str]]:

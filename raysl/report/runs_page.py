@@ -10,7 +10,7 @@ from raysl.catalog import pictures
 from raysl.dataset import DataSet
 from raysl.errors import UserError
 from raysl.report import run_figures
-from raysl.report.command import command
+from raysl.report.command import command, folded
 from raysl.report.entries import Entry, Found, Group, found, groups
 from raysl.report.page import ReportConfig, embedded, render
 from raysl.report.picture import Figure
@@ -21,18 +21,18 @@ from raysl.training.progress import duration
 SHEETS = "probes/retrieval"
 
 _BODY = """<p>{{ summary }}</p>
-{% macro table(table) %}<table><caption>{{ table.caption }}</caption>
-<tr><th></th>{% for name in table.columns %}<th>{{ name }}</th>{% endfor %}<th>seeds</th></tr>
+{% macro table(table) %}<div class="wide"><table><caption>{{ table.caption }}</caption>
+<tr><th></th>{% for name in table.columns %}<th>{{ name | breakable }}</th>{% endfor %}<th>seeds</th></tr>
 {% for line in table.lines %}<tr><td class="why">{{ line.label }}</td>{% for cell in line.cells %}<td>{{ cell }}</td>
 {% endfor %}<td>{{ line.seeds }}</td></tr>
-{% endfor %}</table>{% endmacro %}
+{% endfor %}</table></div>{% endmacro %}
 <h2>Probes</h2>
 <p>Means over seeds ± the half width of their 95 % confidence interval. “Best” has the highest mean of its column; “=”
 is a tie with it: the seeds do not tell the two apart (Welch's t test, 5 %, no correction for many comparisons). With
 one seed there is no interval, and nothing is said. Rows of different protocols or images never share a table.</p>
 {% for one in headlines %}<h3>{{ one.probe }}</h3>{{ table(one) }}{% endfor %}
-{% if others %}<details><summary>All other numbers</summary><div style="overflow-x: auto">
-{% for one in others %}<h3>{{ one.probe }}</h3>{{ table(one) }}{% endfor %}</div></details>{% endif %}
+{% if others %}<details><summary>All other numbers</summary>
+{% for one in others %}<h3>{{ one.probe }}</h3>{{ table(one) }}{% endfor %}</details>{% endif %}
 {{ pictures(figures) }}
 {% if sheets %}<h2>Nearest images</h2>{{ pictures(sheets) }}{% endif %}
 {% if views or unseen %}<h2>What each method saw</h2>{{ pictures(views) }}<p>{{ unseen }}</p>{% endif %}
@@ -175,5 +175,5 @@ def _spans(entry: Entry) -> Iterator[tuple[float, int, int]]:
 
 
 def _run(label: str, entry: Entry) -> dict[str, str]:
-    line = command(entry.run.config()) if entry.trained else ""
+    line = folded(command(entry.run.config())) if entry.trained else ""
     return {"label": f"{label}, seed {entry.seed}", "folder": str(entry.run.folder), "command": line}

@@ -6,7 +6,7 @@ from collections.abc import Sequence
 from dataclasses import replace
 from typing import Any
 
-from raysl.report.command import command
+from raysl.report.command import command, folded
 from raysl.report.page import ReportConfig, embedded, render
 from raysl.report.picture import Figure
 from raysl.report.sweep_figures import figures
@@ -16,11 +16,11 @@ from raysl.sweep.record import Record
 _BODY = """<p>{{ summary }}</p>
 {% if command %}<h2>Best</h2><p>{{ best }}</p><pre>{{ command }}</pre>{% endif %}
 <h2>Trials</h2>
-<table><tr><th>trial</th>{% for name in names %}<th>{{ name }}</th>{% endfor %}
+<div class="wide"><table><tr><th>trial</th>{% for name in names %}<th>{{ name | breakable }}</th>{% endfor %}
 <th>{{ probe }}</th><th>±</th><th>epoch</th><th></th></tr>
 {% for row in rows %}<tr>{% for cell in row.cells %}<td>{{ cell }}</td>{% endfor %}
 <td class="why">{{ row.why }}</td></tr>
-{% endfor %}</table>
+{% endfor %}</table></div>
 <div class="figures">{{ pictures(figures) }}</div>
 <h2>Cost</h2><p>{{ cost }}</p>
 """
@@ -51,7 +51,8 @@ def _page(record: Record, drawn: Sequence[Figure], config: ReportConfig) -> str:
             f"failed {states.count('failed')}."
         ),
         best=top and f"Trial {top['trial']}: {table.described(top['values'])}, {_score(top)}.",
-        command=best and command(replace(best, data="DATA", run="RUN", seed=standing.config.seeds[0])),
+        command=best
+        and folded(command(replace(best, data="DATA", run="RUN", seed=standing.config.seeds[0]))),
         names=names,
         probe=standing.config.probe,
         rows=[_row(row, names, record.base.epochs) for row in rows],

@@ -15,8 +15,8 @@ from raysl.errors import UserError
 from raysl.flags import parse_pretraining
 from raysl.objectives.pirl import Config as Pirl
 from raysl.optim import OptimConfig
-from raysl.report.command import command
-from raysl.report.page import ReportConfig, report
+from raysl.report.command import command, folded
+from raysl.report.page import ReportConfig, _breakable, report
 from raysl.report.sweep_figures import rank_correlation
 from raysl.storage import Folder
 from raysl.sweep.config import SweepConfig
@@ -127,6 +127,12 @@ def test_no_sweep_is_told(tmp_path: Path) -> None:
         report(str(tmp_path), ReportConfig())
 
 
+def test_long_names_may_be_broken_and_are_still_escaped(tmp_path: Path) -> None:
+    folder = report(written(tmp_path, "lambda=0,0.5,1"), ReportConfig(out=str(tmp_path / "out")))
+    assert b"<th>pirl.<wbr>lambda</th>" in folder.read("index.html")
+    assert _breakable("<b_c>") == "&lt;b_<wbr>c&gt;"
+
+
 def test_the_command_of_a_configuration_gives_it_back() -> None:
     config = Pretraining(
         "my data",
@@ -139,7 +145,11 @@ def test_the_command_of_a_configuration_gives_it_back() -> None:
         optim=OptimConfig(lr=0.12, milestones=(0.5, 0.9)),
         parts={"pirl": Pirl(lam=0.25, num_negatives=64), "jigsaw": {"num_permutations": 100}},
     )
-    words = shlex.split(command(config))
+    shown = folded(command(config))
+    assert "\n" in shown
+    assert max(map(len, shown.splitlines())) < 100
+    words = shlex.split(shown.replace("\\\n", ""))
+    assert words == shlex.split(command(config))
     assert words[:2] == ["raysl", "pretrain"]
     assert "--pirl.lambda" in words
     assert parse_pretraining(words[2:], "raysl pretrain") == config
