@@ -136,18 +136,22 @@ def measured(
     encoders: Sequence[str] = ENCODERS[:2],
     configs: Mapping[str, Any] | None = None,
 ) -> None:
-    """Probes the runs on the labelled data of the flags, where that has not been done. See `raysl.probe.probe`."""
+    """Probes the runs on the labelled data of the flags, where that has not been done. See `raysl.probe.probe`.
+
+    Baselines are probed once for all runs that started from the same weights."""
     train, test = splits(flags.data)
     judged = resolve(test).manifest.fingerprint
+    starts = set()
     for run in runs:
+        start = features.untrained(run)
+        own = [name for name in encoders if name == "trained" or start not in starts]
+        starts.add(start)
         missing = [
-            name
-            for name in names
-            if not _known(run, name, (configs or {}).get(name), judged, layers, encoders)
+            name for name in names if not _known(run, name, (configs or {}).get(name), judged, layers, own)
         ]
         if missing:
             cache = Folder(flags.runs) / "features"
-            probe(run, train, test, missing, layers=layers, encoders=encoders, configs=configs, cache=cache)
+            probe(run, train, test, missing, layers=layers, encoders=own, configs=configs, cache=cache)
 
 
 def _known(

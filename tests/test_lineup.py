@@ -61,6 +61,17 @@ def test_what_was_measured_is_not_measured_again(tmp_path: Path, monkeypatch: py
     assert len(asked) == 5
 
 
+def test_runs_that_started_alike_share_their_baseline(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    asked: list[Any] = []
+    monkeypatch.setattr(lineup, "probe", lambda *_, encoders, **rest: asked.append(encoders))
+    dataset = make_dataset(tmp_path / "set", 40)
+    runs = [make_run(dataset, tmp_path / name)[0] for name in ("one", "two")]
+    measured(runs, LineupFlags(str(dataset.folder), runs=str(tmp_path)), ["knn"])
+    assert asked == [["trained", "random"], ["trained"]]
+
+
 def test_clusterfit_has_the_run_of_its_seed_as_teacher(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
