@@ -3,7 +3,7 @@
 Command:  python experiments/compare_methods.py --data DATA --out results/methods/cifar10 --runs RUNS
 Hardware: 2 CPU cores, 24 GB, no GPU; 2 Ray Train workers.
 Time:     2 to 4 minutes a run; 16 methods and 2 seeds take an hour or more. With --local: one method, one minute.
-Expect:   contrast against the memory bank ahead of prediction at the last layer; see results/methods.
+Expect:   PIRL ahead of prediction for the jigsaw, level with it or behind for the rotation; see results/methods.
 
 What is in RUNS is not done again, so the same command goes on, and with more --seeds or --methods it adds to the
 comparison.

@@ -14,8 +14,7 @@ from __future__ import annotations
 from dataclasses import dataclass, replace
 
 from raysl.config import Pretraining
-from raysl.experiment import Flags, command, drawn, sweep_and_report
-from raysl.ingest import splits
+from raysl.experiment import Flags, command, drawn, judged_on, sweep_and_report
 from raysl.objectives.pirl import Config as Pirl
 from raysl.optim import OptimConfig
 from raysl.storage import Folder
@@ -60,7 +59,7 @@ def main(flags: SweepFlags) -> None:
     )
     config = SweepConfig(
         out=str(Folder(flags.runs) / "sweep"),
-        test=splits(flags.data)[1],
+        test=judged_on(flags, images),
         vary=(
             "method=predict-jigsaw,pirl-jigsaw",
             f"num_permutations={','.join(map(str, flags.permutations))}",

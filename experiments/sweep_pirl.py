@@ -16,8 +16,7 @@ from dataclasses import dataclass, replace
 from typing import Literal
 
 from raysl.config import Pretraining
-from raysl.experiment import Flags, command, drawn, sweep_and_report
-from raysl.ingest import splits
+from raysl.experiment import Flags, command, drawn, judged_on, sweep_and_report
 from raysl.objectives.pirl import Config as Pirl
 from raysl.optim import OptimConfig
 from raysl.storage import Folder
@@ -67,7 +66,7 @@ def main(flags: SweepFlags) -> None:
         parts={"pirl": Pirl(temperature=0.2, head="bn", num_negatives=min(1024, images.num_images - 1))},
     )
     out = str(Folder(flags.runs) / flags.figure)
-    config = replace(settings(flags, images.num_images), out=out, test=splits(flags.data)[1])
+    config = replace(settings(flags, images.num_images), out=out, test=judged_on(flags, images))
     sweep_and_report(base, config, flags)
 
 

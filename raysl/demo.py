@@ -11,6 +11,7 @@ from rich.console import Console
 
 from raysl import cluster
 from raysl.catalog import pictures
+from raysl.cluster import places
 from raysl.config import Pretraining, ViewConfig
 from raysl.dataset import DataSet
 from raysl.errors import UserError
@@ -34,17 +35,17 @@ class DemoConfig:
             on the same images.
         out: folder for the run and the picture; by default a new temporary folder.
         epochs: visits to every image.
-        workers: Ray Train workers.
+        workers: Ray Train workers; 0 for two, or for one where there is one GPU.
     """
 
     data: str = "shapes"
     out: Path | None = None
     epochs: float = 4
-    workers: int = 2
+    workers: int = 0
 
     def __post_init__(self) -> None:
-        if self.workers < 1:
-            raise UserError(f"workers is {self.workers}; it must be at least 1.")
+        if self.workers < 0:
+            raise UserError(f"workers is {self.workers}; it must be at least 1, or 0 for the usual number.")
 
 
 def demo(config: DemoConfig) -> None:
@@ -71,7 +72,7 @@ def demo(config: DemoConfig) -> None:
     say(
         f"Data: {dataset.num_images:,} images to learn from (labels unused), {judged.num_images:,} to be judged on."
     )
-    settings = _settings(config, dataset, out)
+    settings = _settings(config, dataset, out, config.workers or places.usual_workers())
     sheet = out / "views.png"
     network = Network(settings, dataset.num_images, len(dataset.manifest.classes))
     pictures.save(pictures.views_sheet(dataset, network.views(settings), settings.seed), sheet)
@@ -86,13 +87,13 @@ def demo(config: DemoConfig) -> None:
     say(f"The run: {run.folder}")
 
 
-def _settings(config: DemoConfig, dataset: DataSet, out: Path) -> Pretraining:
+def _settings(config: DemoConfig, dataset: DataSet, out: Path, workers: int) -> Pretraining:
     return Pretraining(
         data=str(dataset.folder),
         run=str(out / "run"),
         epochs=config.epochs,
-        workers=config.workers,
-        batch_size=64 * config.workers,
+        workers=workers,
+        batch_size=64 * workers,
         view=ViewConfig(image_size=32),
         optim=OptimConfig(lr=0.12),
         parts={"pirl": Pirl(num_negatives=min(1024, dataset.num_images - 1), temperature=0.2, head="bn")},

@@ -19,7 +19,7 @@ from raysl.ingest import resolve, splits
 from raysl.ingest.subset import subset
 from raysl.pretrain import pretrain
 from raysl.probe import probe, rows_under, tables
-from raysl.report.page import ReportConfig, report
+from raysl.report.page import ReportConfig, check_installed, report
 from raysl.run import jsonl
 from raysl.storage import Folder
 from raysl.sweep import table
@@ -111,12 +111,20 @@ def drawn(flags: Flags, num_images: int) -> DataSet:
     return subset(images, num_images, Folder(flags.runs) / f"images-{num_images}")
 
 
+def judged_on(flags: Flags, images: DataSet) -> str:
+    """The test split; where there is none the images that are learned from, of which kNN leaves each out of its own
+    vote."""
+    train, test = splits(flags.data)
+    return str(images.folder) if train == test else test
+
+
 def sweep_and_report(base: Pretraining, config: SweepConfig, flags: Flags) -> None:
     """Runs what is missing of a sweep, prints its table, and writes rows and report.
 
     Raises:
         UserError: as `sweep`; or trials have failed, when all others are done and reported.
     """
+    check_installed()  # and not when the sweep has been paid for
     rows = sweep(base, config)
     Console().print(table.render(rows, config.probe, base.epochs))
     Folder(flags.out).write("rows.jsonl", jsonl(rows))

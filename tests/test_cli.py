@@ -2,13 +2,15 @@
 
 from __future__ import annotations
 
+import inspect
 import re
 from pathlib import Path
 
 import pytest
 
-from raysl import cluster
+from raysl import cluster, probes
 from raysl.__main__ import main
+from raysl.cli import ProbeFlags
 from raysl.flags import peek_all
 from tests.data import make_dataset
 
@@ -47,7 +49,7 @@ def refused(capsys: pytest.CaptureFixture[str], *arguments: str) -> str:
         (PRETRAIN, "'.*nothing' does not exist"),
         (f"{PRETRAIN} --workers 64", "64 workers"),
         ("ingest nothing data", "'.*nothing' does not exist"),
-        ("demo --workers 0", "workers is 0"),
+        ("demo --workers=-1", "workers is -1"),
         ("demo --data nothing --out out", "'.*nothing' does not exist"),
         ("views --data nothing --out views.doc", "ends in .png"),
         ("views --data nothing --images 0", "images is 0"),
@@ -91,3 +93,10 @@ def test_flags_of_several_values_are_seen_before_all_are_parsed(
     arguments: list[str], found: list[str]
 ) -> None:
     assert peek_all(arguments, "--probes", ("knn",)) == found
+
+
+def test_probes_are_named_where_they_are_asked_for() -> None:
+    readme = Path(__file__).parents[1] / "README.md"
+    for name in probes.names():
+        assert re.search(rf"\b{name}\b", inspect.getdoc(ProbeFlags) or "")
+        assert re.search(rf"\b{name}\b", readme.read_text())

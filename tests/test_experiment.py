@@ -14,7 +14,7 @@ import pytest
 from raysl import cluster, experiment
 from raysl.config import Pretraining
 from raysl.errors import UserError
-from raysl.experiment import Flags, command, drawn, pretrain_seeds, probed
+from raysl.experiment import Flags, command, drawn, judged_on, pretrain_seeds, probed
 from raysl.features import FeatureProtocol
 from raysl.ingest import splits
 from raysl.probe import ROWS, protocol_hash
@@ -127,6 +127,15 @@ def test_drawn_images_are_kept(tmp_path: Path) -> None:
     assert drawn(flags, 8).num_images == 8
     assert drawn(flags, 8) == drawn(replace(flags, out="elsewhere"), 8)
     assert drawn(flags, 30) == dataset
+
+
+def test_without_a_test_split_images_are_judged_on_by_leaving_each_out(tmp_path: Path) -> None:
+    dataset = make_dataset(tmp_path / "set", 20)
+    flags = Flags(str(dataset.folder), runs=str(tmp_path / "runs"))
+    images = drawn(flags, 8)
+    # Of the whole set, the drawn images would be their own neighbours.
+    assert judged_on(flags, images) == str(images.folder)
+    assert judged_on(Flags("shapes:30"), images) == "shapes:1000#test"
 
 
 def test_splits(tmp_path: Path) -> None:

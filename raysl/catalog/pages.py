@@ -10,6 +10,7 @@ import io
 import re
 import typing
 from pathlib import Path
+from types import ModuleType
 from typing import Any
 
 from raysl import methods, objectives, pretext, recipes
@@ -92,11 +93,12 @@ def page(name: str) -> str:
     """
     summary, _, rest = _docstring(name).partition("\n\n")
     method = typical_method(name)
+    usual = f"raysl pretrain --data DATA --run RUN --method {method}"
     sections = [
         f"# {name}",
         summary,
         rest,
-        f"```\nraysl pretrain --data DATA --run RUN --method {method}\n```",
+        f"```\n{getattr(_module(name), 'COMMAND', usual)}\n```",
         f"## What the network sees\n\n![Images and their views]({name}.png)\n\n{_SEEN.format(method=method)}",
         "## Dials\n\n" + _dials(name),
         "## Combines with\n\n" + _partners(name),
@@ -133,9 +135,13 @@ def _answer(objective: str, transform: str) -> str:
     return grid.combines(objective, transform)
 
 
-def _docstring(name: str) -> str:
+def _module(name: str) -> ModuleType:
     package = objectives if name in methods.objective_names() else pretext
-    return inspect.getdoc(importlib.import_module(f"{package.__name__}.{name}")) or ""
+    return importlib.import_module(f"{package.__name__}.{name}")
+
+
+def _docstring(name: str) -> str:
+    return inspect.getdoc(_module(name)) or ""
 
 
 def _cell(text: str) -> str:

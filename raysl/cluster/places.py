@@ -149,6 +149,15 @@ def place(
     return Placement(trainer, gpus_per_worker, share, threads)
 
 
+def usual_workers(found: Machines | None = None) -> int:
+    """Two trainers, or one where there is one GPU."""
+    found = found or machines()
+    if not found.has_gpus:
+        return 2
+    gpus = sum(int(node.get("GPU", 0)) for node in (*found.now, *found.for_trainers()))
+    return max(1, min(2, gpus))
+
+
 def enough(workers: int, found: Machines, gpus_per_worker: float) -> tuple[Node, ...]:
     """The machines that are there and the fewest more that give every worker room.
 
@@ -161,8 +170,12 @@ def enough(workers: int, found: Machines, gpus_per_worker: float) -> tuple[Node,
     if gpus_per_worker and sum(most_n) < workers:
         gpus = sum(int(node.get("GPU", 0)) for node in grown)
         raise UserError(
-            f"{workers} workers need {workers * gpus_per_worker:g} GPUs and the cluster {could} {gpus}. Use --workers "
-            f"{sum(most_n)}, or a larger cluster."
+            f"{workers} workers need {workers * gpus_per_worker:g} GPUs and the cluster {could} {gpus}. "
+            + (
+                f"Use --workers {sum(most_n)}, or a larger cluster."
+                if sum(most_n)
+                else "Use a larger cluster."
+            )
         )
     # Four trainers can share one core, slowly; more would only wait for each other.
     fit = _slots(cpus_n, most_n, 0.25)

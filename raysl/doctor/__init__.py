@@ -8,7 +8,7 @@ import io
 import os
 import tempfile
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
@@ -46,7 +46,7 @@ class DoctorConfig:
         image_size: side of an ordinary view in pixels.
         trunk: name of the network, such as small or resnet50.
         batch_size: images in the global batch.
-        workers: Ray Train workers.
+        workers: Ray Train workers; 0 for two, or for one where there is one GPU.
         cluster: look at the cluster instead: what it has and could have, what the run would take, wait for and cost,
             and whether all machines run the same code and packages. Measures nothing.
         prices: US dollars an hour by type of machine, such as gpu_spot=0.49, where cluster.yaml does not say or says
@@ -58,7 +58,7 @@ class DoctorConfig:
     image_size: int = 32
     trunk: str = "small"
     batch_size: int = 64
-    workers: int = 2
+    workers: int = 0
     cluster: bool = False
     prices: tuple[str, ...] = ()
 
@@ -88,11 +88,16 @@ def look(given: DoctorConfig, say: Callable[[str], None] = print) -> machines.Fl
     """
     prices = given.price_list()
     cluster.start(compare=False)
+    given = _with_workers(given)
     fleet = machines.survey(given.workers, prices)
     say(_text(machines.table(fleet)))
     for sentence in machines.sentences(fleet, given.workers):
         say(sentence)
     return fleet
+
+
+def _with_workers(given: DoctorConfig) -> DoctorConfig:
+    return replace(given, workers=given.workers or places.usual_workers())
 
 
 @dataclass(frozen=True)
@@ -127,6 +132,7 @@ def examine(given: DoctorConfig, say: Callable[[str], None] = print) -> Report:
     cluster.start()
     import ray
 
+    given = _with_workers(given)
     resources: dict[str, float] = ray.cluster_resources()
     found = versions()
     dataset = resolve(given.data)

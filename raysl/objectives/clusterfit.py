@@ -37,6 +37,9 @@ from raysl.objectives import Loss, Setup
 from raysl.storage import Folder, filesystem
 from raysl.stream.reader import Batch
 
+# The whole of it: features, clusters, and the network.
+COMMAND = "raysl clusterfit --teacher TEACHER --k 1000 --data DATA --run RUN"
+
 
 @dataclass(frozen=True)
 class Config:

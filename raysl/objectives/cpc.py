@@ -34,6 +34,8 @@ from raysl.network.trunk import encode
 from raysl.objectives import Loss, Setup
 from raysl.stream.reader import Batch
 
+COMMAND = "raysl pretrain --data DATA --run RUN --method cpc-patch_grid --trunk.norm group"
+
 
 @dataclass(frozen=True)
 class Config:

@@ -30,6 +30,8 @@ from raysl.objectives import Loss, Setup, _teacher
 from raysl.ranges import Range
 from raysl.stream.reader import Batch
 
+COMMAND = "raysl pretrain --data DATA --run RUN --method distill --distill.teacher TEACHER"
+
 
 @dataclass(frozen=True)
 class Config:

@@ -27,6 +27,8 @@ from raysl.objectives import Loss, Setup, predict
 from raysl.pretext import Grey, Pretext
 from raysl.stream.reader import Batch
 
+COMMAND = "raysl pretrain --data DATA --run RUN --method multitask-relative_position,colorization"
+
 
 @dataclass(frozen=True)
 class Config:

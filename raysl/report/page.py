@@ -54,6 +54,15 @@ class ReportConfig:
     images: int = 3
 
 
+def check_installed() -> None:
+    """Raises UserError when a package is missing that reports are made with."""
+    missing = [name for name in ("matplotlib", "jinja2") if importlib.util.find_spec(name) is None]
+    if missing:
+        raise UserError(
+            f"A report needs {' and '.join(missing)}, which is not installed. Install raysl[report]."
+        )
+
+
 def report(folders: str | Sequence[str], config: ReportConfig) -> Folder:
     """Writes the report of a sweep, finished or not, or of one or more runs, and returns where. The same sweep or runs
     give the same bytes.
@@ -66,11 +75,7 @@ def report(folders: str | Sequence[str], config: ReportConfig) -> Folder:
         UserError: there is neither sweep nor run, several sweeps are given, a package is missing, or the report cannot
             be written.
     """
-    missing = [name for name in ("matplotlib", "jinja2") if importlib.util.find_spec(name) is None]
-    if missing:
-        raise UserError(
-            f"A report needs {' and '.join(missing)}, which is not installed. Install raysl[report]."
-        )
+    check_installed()
     places = [folders] if isinstance(folders, str) else list(folders)
     sweeps = [place for place in places if Folder(place).exists(JOURNAL)]
     if sweeps and len(places) > 1:

@@ -2,12 +2,15 @@
 
 from __future__ import annotations
 
+import shlex
 from pathlib import Path
 
 import pytest
 from PIL import Image
 
+from raysl import methods, pretext
 from raysl.catalog import pages
+from raysl.flags import parse_pretraining
 from raysl.storage import Folder
 from tests.data import make_dataset
 
@@ -47,6 +50,17 @@ def test_a_page_says_what_its_part_is_and_does() -> None:
     assert "`--pirl.lambda`" in pages.page("pirl")
     # From the Config that this one is made from.
     assert "| `--pirl.temperature` | `0.07` | tau; scores are divided by it. |" in pages.page("pirl")
+
+
+@pytest.mark.parametrize("name", [*methods.objective_names(), *pretext.names()])
+def test_the_command_of_a_page_can_be_typed(name: str) -> None:
+    command = pages.page(name).partition("```\n")[2].partition("\n```")[0]
+    verb, *words = shlex.split(command)[1:]
+    if verb == "clusterfit":
+        words = ["--method", "clusterfit", *words[4:]]  # less --teacher and --k, which are not of the student
+    config = parse_pretraining(words, "raysl pretrain")
+    assert name in methods.parse(config.method).config_types()
+    assert name != "distill" or config.parts["distill"].teacher
 
 
 def test_pages_are_written_with_pictures(tmp_path: Path) -> None:

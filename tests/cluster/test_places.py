@@ -205,6 +205,13 @@ def test_a_ray_that_does_not_start_is_told(monkeypatch: pytest.MonkeyPatch, addr
         cluster.start()
 
 
+def test_one_gpu_usually_has_one_worker() -> None:
+    assert places.usual_workers(Machines(({"CPU": 2.0},))) == 2
+    assert places.usual_workers(Machines(({"CPU": 16.0, "GPU": 1.0},))) == 1
+    assert places.usual_workers(Machines(({"CPU": 16.0, "GPU": 8.0},))) == 2
+    assert places.place(1, Machines(({"CPU": 16.0, "GPU": 1.0},))).gpus_per_worker == 1
+
+
 def test_a_cluster_that_others_use_is_said_to_be_waited_for(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr("ray.available_resources", lambda: {"CPU": 1.0})
     monkeypatch.setattr("ray.cluster_resources", lambda: {"CPU": 4.0})
