@@ -29,6 +29,7 @@ class SweepFlags(Flags):
         permutations: sizes of the set.
         images: of the train split, that are learned from.
         epochs: visits to every image.
+        retry: try the trials again that failed before.
     """
 
     out: str = "results/sweep-jigsaw"
@@ -37,6 +38,7 @@ class SweepFlags(Flags):
     permutations: tuple[int, ...] = (10, 100, 701, 2000, 5000)
     images: int = 10_000
     epochs: float = 6
+    retry: bool = False
 
 
 def main(flags: SweepFlags) -> None:
@@ -65,6 +67,7 @@ def main(flags: SweepFlags) -> None:
             f"num_permutations={','.join(map(str, flags.permutations))}",
         ),
         seeds=flags.seeds,
+        retry=flags.retry,
     )
     sweep_and_report(base, config, flags)
 

@@ -132,6 +132,6 @@ def sweep_and_report(base: Pretraining, config: SweepConfig, flags: Flags) -> No
     failed = [str(row["trial"]) for row in rows if row["state"] == "failed"]
     if failed:
         raise UserError(
-            f"Trials {', '.join(failed)} failed, for the reasons in the report. What others found is kept, and the "
-            "same command goes on with it."
+            f"Trials {', '.join(failed)} failed, for the reasons in the report. What others found is kept; the same "
+            "command with --retry tries these again."
         )
