@@ -17,7 +17,7 @@ from typing import Any
 
 from raysl.clusterfit import ClusterfitConfig, clusterfit
 from raysl.config import Pretraining
-from raysl.experiment import Flags, command
+from raysl.experiment import Flags, command, locally
 from raysl.ingest import splits
 from raysl.optim import OptimConfig
 from raysl.pretrain import pretrain
@@ -47,15 +47,7 @@ class StudentFlags(Flags):
 
 def main(flags: StudentFlags) -> None:
     """Runs everything, prints a table and writes one file of rows."""
-    if flags.local:
-        flags = replace(
-            flags,
-            data="shapes:3000",
-            methods=("predict-rotation",),
-            ks=(50,),
-            seeds=flags.seeds[:1],
-            epochs=1,
-        )
+    flags = locally(flags, data="shapes:3000", methods=("predict-rotation",), ks=(50,), epochs=1)
     runs = Folder(flags.runs)
     rows: list[dict[str, Any]] = []
     for seed in flags.seeds:

@@ -24,7 +24,7 @@ from raysl import rng
 from raysl.clusterfit import ClusterfitConfig, clusterfit
 from raysl.config import Pretraining
 from raysl.dataset import DataSet
-from raysl.experiment import Flags, command
+from raysl.experiment import Flags, command, locally
 from raysl.ingest import resolve, splits
 from raysl.ingest.subset import relabelled
 from raysl.optim import OptimConfig
@@ -56,8 +56,7 @@ class NoiseFlags(Flags):
 
 def main(flags: NoiseFlags) -> None:
     """Runs all arms, and writes one file of rows and a figure."""
-    if flags.local:
-        flags = replace(flags, data="shapes:3000", noises=(0.0, 0.5), seeds=flags.seeds[:1], epochs=1, k=50)
+    flags = locally(flags, data="shapes:3000", noises=(0.0, 0.5), epochs=1, k=50)
     runs = Folder(flags.runs)
     images, judged = (resolve(part) for part in splits(flags.data))
     half = len(images.manifest.classes) // 2

@@ -12,11 +12,11 @@ comparison.
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, field
 from statistics import mean
 from typing import Any
 
-from raysl.experiment import command
+from raysl.experiment import command, locally
 from raysl.ingest import resolve, splits
 from raysl.lineup import METHODS, LineupFlags, measured, run_of
 from raysl.probe import rows_under
@@ -34,8 +34,7 @@ class CompareFlags(LineupFlags):
 
 def main(flags: CompareFlags) -> None:
     """Runs what is missing; rows and table are written after every run."""
-    if flags.local:
-        flags = replace(flags, data="shapes:2000", methods=("predict-rotation",), seeds=(0,), images=4000)
+    flags = locally(flags, data="shapes:2000", methods=("predict-rotation",), images=4000)
     train, test = splits(flags.data)
     # A classifier that is scored on the images it has learned from would show how well it remembers.
     names = ("knn",) if train == test else ("knn", "linear")

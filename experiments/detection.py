@@ -42,7 +42,7 @@ def main(flags: DetectionFlags) -> None:
     if flags.local:
         flags = replace(flags, methods=flags.methods[:1])
         config = replace(config, epochs=1, sides=(64,), width=32)
-    runs = trained(flags)
+    runs = trained(flags, ["detection"])
     measured(runs, flags, ["detection"], configs={"detection": config})
     reported(runs, flags, ["detection"])
 

@@ -27,7 +27,7 @@ class InvarianceFlags(LineupFlags):
 def main(flags: InvarianceFlags) -> None:
     """Prints the table and writes the report."""
     flags = small(flags)
-    runs = trained(flags)
+    runs = trained(flags, ["invariance"])
     measured(runs, flags, ["invariance"], layers=["all"])
     reported(runs, flags, ["invariance"])
 

@@ -10,12 +10,15 @@ Clustering is ClusterFit (Yan et al. 2020) of the first method's runs. The pictu
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
+from raysl.dataset import DataSet
 from raysl.experiment import command
+from raysl.ingest import resolve, splits
 from raysl.lineup import LineupFlags, measured, reported, small, trained
-from raysl.report.entries import found, groups
+from raysl.probe import rows_under
+from raysl.report.entries import Found, groups
 from raysl.report.run_figures import colours
 from raysl.report.tables import estimates
 from raysl.run import Run
@@ -32,20 +35,29 @@ class ScatterFlags(LineupFlags):
 
 def main(flags: ScatterFlags) -> None:
     """Prints the tables, and writes the report and the scatter plot."""
-    flags = small(flags)
-    runs = trained(flags)
-    measured(runs, flags, ["linear", "invariance"])
-    reported(runs, flags, ["linear", "invariance"])
-    Folder(flags.out).write("scatter.png", scatter(runs))
+    flags = replace(small(flags), teacher=flags.methods[0])
+    names = ["linear", "invariance"]
+    runs = trained(flags, names)
+    measured(runs, flags, names)
+    reported(runs, flags, names)
+    Folder(flags.out).write("scatter.png", scatter(runs, resolve(splits(flags.data)[1])))
 
 
-def scatter(runs: list[Run]) -> bytes:
-    """PNG of linear top-1 against the invariance of the pooled features, a dot a run's method, bars over seeds."""
+def scatter(runs: list[Run], test: DataSet) -> bytes:
+    """PNG of linear top-1 against the invariance of the pooled features, by the default protocols on one test set: a
+    dot a run's method, small ones its seeds."""
     from raysl.report.picture import drawn
 
-    rows = found(groups([str(run.folder) for run in runs]))
-    shown = ("linear", "invariance")
-    cells = estimates([item for item in rows if item.row["headline"] and item.row["probe"] in shown])
+    rows = []
+    for group in groups([str(run.folder) for run in runs]):
+        for entry in group.entries:
+            for name in ("linear", "invariance"):
+                kept = rows_under(entry.run, name, test.manifest.fingerprint, step=entry.run.newest().step)
+                shown = [row for row in kept if row["headline"]]
+                rows += [
+                    Found(group.label if row["encoder"] == "trained" else "untrained", row) for row in shown
+                ]
+    cells = estimates(rows)
     labels = [label for label, layer, name in cells if (layer, name) == ("pooled", "closer")]
     coloured = colours(labels)
 

@@ -38,7 +38,7 @@ class TaskFlags(LineupFlags):
 def main(flags: TaskFlags) -> None:
     """Prints the tables and writes the report."""
     flags = small(flags)
-    runs = trained(flags)
+    runs = trained(flags, ["knn", "linear"])
     layers = ["pooled"] if flags.local else ["all"]
     measured(runs, flags, ["knn", "linear"], layers=layers, configs={"linear": flags.linear})
     reported(runs, flags, ["knn", "linear"])

@@ -41,7 +41,7 @@ class NeighbourFlags(LineupFlags):
 def main(flags: NeighbourFlags) -> None:
     """Prints the table of retrieval, and writes the report and the picture."""
     flags = small(flags)
-    runs = trained(flags)
+    runs = trained(flags, ["retrieval"])
     measured(runs, flags, ["retrieval"])
     train, test = (resolve(split) for split in splits(flags.data))
     first = runs[:: len(flags.seeds)]

@@ -36,7 +36,7 @@ def main(flags: LayerFlags) -> None:
     flags = small(flags)
     if flags.local:
         flags = replace(flags, methods=flags.methods[:2])
-    runs = trained(flags)
+    runs = trained(flags, ["linear"])
     measured(runs, flags, ["linear"], layers=["all"], configs={"linear": flags.linear})
     reported(runs, flags, ["linear"])
 

@@ -9,10 +9,10 @@ Expect:   kNN little above the same trunk untrained, or below it: the last layer
 
 from __future__ import annotations
 
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 
 from raysl.config import Pretraining
-from raysl.experiment import Flags, command, pretrain_seeds
+from raysl.experiment import Flags, command, locally, pretrain_seeds
 from raysl.optim import OptimConfig
 
 
@@ -32,8 +32,7 @@ class JigsawFlags(Flags):
 
 def main(flags: JigsawFlags) -> None:
     """Runs all seeds."""
-    if flags.local:
-        flags = replace(flags, data="shapes:6000", seeds=flags.seeds[:1], epochs=1)
+    flags = locally(flags, data="shapes:6000", epochs=1)
     optim = OptimConfig(lr=0.12, warmup=0.05)
     pretrain_seeds(Pretraining("-", "-", "predict-jigsaw", epochs=flags.epochs, optim=optim), flags)
 

@@ -8,10 +8,10 @@ Expect:   kNN top-1 on the test split at least 6 points above the same trunk wit
 
 from __future__ import annotations
 
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 
 from raysl.config import Pretraining
-from raysl.experiment import Flags, command, pretrain_seeds
+from raysl.experiment import Flags, command, locally, pretrain_seeds
 from raysl.objectives.pirl import Config as Pirl
 from raysl.optim import OptimConfig
 
@@ -32,8 +32,7 @@ class PirlFlags(Flags):
 
 def main(flags: PirlFlags) -> None:
     """The dials are those that a small trunk and a short run want; see results/cifar10."""
-    if flags.local:
-        flags = replace(flags, data="shapes:6000", seeds=flags.seeds[:1], epochs=1)
+    flags = locally(flags, data="shapes:6000", epochs=1)
     base = Pretraining(
         data="-",
         run="-",

@@ -8,10 +8,10 @@ Expect:   kNN top-1 on the test split above the same trunk with random weights.
 
 from __future__ import annotations
 
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 
 from raysl.config import Pretraining
-from raysl.experiment import Flags, command, pretrain_seeds
+from raysl.experiment import Flags, command, locally, pretrain_seeds
 from raysl.optim import OptimConfig
 
 
@@ -31,8 +31,7 @@ class RotationFlags(Flags):
 
 def main(flags: RotationFlags) -> None:
     """Runs all seeds."""
-    if flags.local:
-        flags = replace(flags, data="shapes:6000", seeds=flags.seeds[:1], epochs=1)
+    flags = locally(flags, data="shapes:6000", epochs=1)
     optim = OptimConfig(lr=0.12, warmup=0.05)
     pretrain_seeds(Pretraining("-", "-", "predict-rotation", epochs=flags.epochs, optim=optim), flags)
 

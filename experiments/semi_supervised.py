@@ -34,7 +34,7 @@ class LabelFlags(LineupFlags):
 def main(flags: LabelFlags) -> None:
     """Prints the table and writes the report."""
     flags = small(flags)
-    runs = trained(flags)
+    runs = trained(flags, ["semisup"])
     config = replace(flags.semisup, epochs=2) if flags.local else flags.semisup
     measured(runs, flags, ["semisup"], configs={"semisup": config})
     reported(runs, flags, ["semisup"])

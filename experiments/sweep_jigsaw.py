@@ -11,10 +11,10 @@ The same command goes on with what is in RUNS.
 
 from __future__ import annotations
 
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 
 from raysl.config import Pretraining
-from raysl.experiment import Flags, command, drawn, judged_on, sweep_and_report
+from raysl.experiment import Flags, command, drawn, judged_on, locally, sweep_and_report
 from raysl.objectives.pirl import Config as Pirl
 from raysl.optim import OptimConfig
 from raysl.storage import Folder
@@ -43,10 +43,7 @@ class SweepFlags(Flags):
 
 def main(flags: SweepFlags) -> None:
     """Runs what is missing of the sweep, prints its table and writes its report."""
-    if flags.local:
-        flags = replace(
-            flags, data="shapes:1500", seeds=flags.seeds[:1], images=1500, epochs=1, permutations=(100,)
-        )
+    flags = locally(flags, data="shapes:1500", images=1500, epochs=1, permutations=(100,))
     images = drawn(flags, flags.images)
     base = Pretraining(
         data=str(images.folder),

@@ -16,7 +16,7 @@ from dataclasses import dataclass, replace
 from typing import Literal
 
 from raysl.config import Pretraining
-from raysl.experiment import Flags, command, drawn, judged_on, sweep_and_report
+from raysl.experiment import Flags, command, drawn, judged_on, locally, sweep_and_report
 from raysl.objectives.pirl import Config as Pirl
 from raysl.optim import OptimConfig
 from raysl.storage import Folder
@@ -54,8 +54,7 @@ class SweepFlags(Flags):
 
 def main(flags: SweepFlags) -> None:
     """Runs what is missing of the sweep, prints its table and writes its report."""
-    if flags.local:
-        flags = replace(flags, data="shapes:1500", seeds=flags.seeds[:1], samples=2, images=1500, epochs=3)
+    flags = locally(flags, data="shapes:1500", samples=2, images=1500, epochs=3)
     images = drawn(flags, flags.images)
     base = Pretraining(
         data=str(images.folder),

@@ -14,8 +14,7 @@ from dataclasses import dataclass
 
 from raysl.experiment import command
 from raysl.ingest import splits
-from raysl.lineup import LineupFlags, measured, reported, settings, small, trained
-from raysl.pretrain import pretrain
+from raysl.lineup import LineupFlags, measured, reported, run_of, small, trained
 from raysl.storage import Folder
 
 
@@ -37,14 +36,13 @@ def main(flags: SourceFlags) -> None:
     flags = small(flags)
     train, _ = splits("shapes:6000" if flags.local and flags.source == SourceFlags().source else flags.source)
     elsewhere = Folder(flags.runs) / "uncurated"
-    runs = trained(flags)
+    names = ["knn", "linear"]
+    runs = trained(flags, names)
     runs += [
-        pretrain(settings(flags, method, seed, train, elsewhere))
-        for method in flags.methods
-        for seed in flags.seeds
+        run_of(flags, method, seed, train, elsewhere) for method in flags.methods for seed in flags.seeds
     ]
-    measured(runs, flags, ["knn", "linear"])
-    reported(runs, flags, ["knn", "linear"])
+    measured(runs, flags, names)
+    reported(runs, flags, names)
 
 
 if __name__ == "__main__":

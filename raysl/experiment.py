@@ -67,6 +67,15 @@ def command(experiment: Callable[[F], None], flags: type[F]) -> None:
         experiment(given)
 
 
+def locally(flags: F, **small: Any) -> F:
+    """With `--local`: one seed, and these values in the place of those that nobody has asked for."""
+    if not flags.local:
+        return flags
+    usual = type(flags)()
+    small = {name: value for name, value in small.items() if getattr(flags, name) == getattr(usual, name)}
+    return replace(flags, seeds=flags.seeds[:1], **small)
+
+
 def pretrain_seeds(base: Pretraining, flags: Flags) -> list[dict[str, Any]]:
     """Runs `base` once for each seed, probes every run, prints their tables and writes one file of rows.
 

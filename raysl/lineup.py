@@ -24,9 +24,9 @@ from raysl.objectives.pirl import Config as Pirl
 from raysl.objectives.simclr import Config as Simclr
 from raysl.optim import OptimConfig
 from raysl.pretrain import pretrain
-from raysl.probe import ENCODERS, probe, rows_under
+from raysl.probe import ENCODERS, check_apart, probe, rows_under
 from raysl.report.entries import found, groups
-from raysl.report.page import ReportConfig, report
+from raysl.report.page import ReportConfig, check_installed, report
 from raysl.report.tables import tables
 from raysl.run import Run, jsonl
 from raysl.storage import Folder
@@ -113,17 +113,25 @@ def settings(flags: LineupFlags, method: str, seed: int, train: str, runs: Folde
     )
 
 
-def trained(flags: LineupFlags) -> list[Run]:
-    """The finished runs of all methods and seeds."""
+def trained(flags: LineupFlags, names: Sequence[str]) -> list[Run]:
+    """The finished runs of all methods and seeds.
+
+    Args:
+        names: of the probes that follow; what stands in their way is said before anything is trained.
+    """
+    check_installed()
+    check_apart(names, *(resolve(split) for split in splits(flags.data)))
     return [run_of(flags, method, seed) for method in flags.methods for seed in flags.seeds]
 
 
-def run_of(flags: LineupFlags, method: str, seed: int) -> Run:
-    """The finished run of a method; of "clusterfit" the student, after its teacher."""
-    config = settings(flags, method, seed, splits(flags.data)[0], Folder(flags.runs))
+def run_of(flags: LineupFlags, method: str, seed: int, train: str = "", runs: Folder | None = None) -> Run:
+    """The finished run of a method; of "clusterfit" the student, after its teacher. Images and folder are those of
+    the flags where none are given."""
+    train, runs = train or splits(flags.data)[0], runs or Folder(flags.runs)
+    config = settings(flags, method, seed, train, runs)
     if method != "clusterfit":
         return pretrain(config)
-    teacher = run_of(flags, flags.teacher, seed)
+    teacher = run_of(flags, flags.teacher, seed, train, runs)
     return clusterfit(ClusterfitConfig(teacher=str(teacher.folder), k=flags.k), config)
 
 

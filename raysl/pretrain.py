@@ -149,6 +149,8 @@ class _Legs:
             while True:
                 self.lease.check()
                 error = self._leg(team)
+                if self.lease.lost.is_set():
+                    self.lease.check()
                 before, saved = saved, _saved(self.job.run)
                 if saved >= self.end:
                     return
@@ -207,7 +209,7 @@ class _Legs:
                     heard_s = time.monotonic()
                 if due:
                     board.ask_to_leave.remote(True)
-                if time.monotonic() - heard_s > LEAVE_WITHIN_S:
+                if self.lease.lost.is_set() or time.monotonic() - heard_s > LEAVE_WITHIN_S:
                     board.dismiss.remote()
 
         thread = threading.Thread(target=follow, daemon=True)

@@ -169,6 +169,7 @@ def _measured(
     """The rows of every encoder and probe, which are added to those of the folder."""
     cluster.start()
     data = _Data.open(resolve(train), resolve(test), any(needs_labels(probe) for _, probe in ready.values()))
+    check_apart(list(ready), data.train, data.test)
     found = _extract(sources, layers, ready, data, place)
     rows: list[dict[str, Any]] = []
     for source, tables in zip(sources, found, strict=True):
@@ -206,6 +207,17 @@ def _by_layer(
         else:
             found = measure.measure(test_nd)
         yield from (replace(row, layer=layer) for row in found)
+
+
+def check_apart(names: Sequence[str], train: DataSet, test: DataSet) -> None:
+    """Raises UserError when a probe that learns would be scored on the images that it has learned from."""
+    found = [name for name in names if name in probes.LEARNERS]
+    if found and train.manifest.fingerprint == test.manifest.fingerprint:
+        raise UserError(
+            f"The probe {found[0]} would learn from and be scored on the same images, those of {str(test.folder)!r}, "
+            "which would measure how well it remembers. Give another test set, or data with the splits train and "
+            "test; the probe knn can use one set for both."
+        )
 
 
 def needs_labels(probe: Probe) -> bool:

@@ -14,7 +14,7 @@ import pytest
 from raysl import cluster, experiment
 from raysl.config import Pretraining
 from raysl.errors import UserError
-from raysl.experiment import Flags, command, drawn, judged_on, pretrain_seeds, probed
+from raysl.experiment import Flags, command, drawn, judged_on, locally, pretrain_seeds, probed
 from raysl.features import FeatureProtocol
 from raysl.ingest import splits
 from raysl.probe import ROWS, protocol_hash
@@ -127,6 +127,15 @@ def test_drawn_images_are_kept(tmp_path: Path) -> None:
     assert drawn(flags, 8).num_images == 8
     assert drawn(flags, 8) == drawn(replace(flags, out="elsewhere"), 8)
     assert drawn(flags, 30) == dataset
+
+
+def test_local_leaves_alone_what_was_asked_for() -> None:
+    assert locally(Flags(), data="shapes:9") == Flags()
+    small = locally(Flags(seeds=(4, 5), local=True), data="shapes:9", workers=1)
+    assert (small.data, small.seeds, small.workers) == ("shapes:9", (4,), 1)
+    assert locally(Flags("mine", workers=4, local=True), data="shapes:9", workers=1) == Flags(
+        "mine", workers=4, seeds=(0,), local=True
+    )
 
 
 def test_without_a_test_split_images_are_judged_on_by_leaving_each_out(tmp_path: Path) -> None:

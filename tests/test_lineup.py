@@ -8,6 +8,7 @@ from typing import Any
 import pytest
 
 from raysl import lineup
+from raysl.errors import UserError
 from raysl.features import FeatureProtocol
 from raysl.lineup import METHODS, LineupFlags, measured, settings, small
 from raysl.probe import ROWS, protocol_hash
@@ -72,6 +73,14 @@ def test_runs_that_started_alike_share_their_baseline(
     assert asked == [["trained", "random"], ["trained"]]
 
 
+def test_what_cannot_be_probed_is_not_trained(tmp_path: Path) -> None:
+    data = str(make_dataset(tmp_path / "set", 40).folder)
+    flags = LineupFlags(data, runs=str(tmp_path / "runs"), methods=("predict-rotation",), seeds=(3,))
+    with pytest.raises(UserError, match="The probe linear would learn from and be scored on the same images"):
+        lineup.trained(flags, ["knn", "linear"])
+    assert not (tmp_path / "runs").exists()
+
+
 def test_clusterfit_has_the_run_of_its_seed_as_teacher(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -81,7 +90,7 @@ def test_clusterfit_has_the_run_of_its_seed_as_teacher(
     monkeypatch.setattr(lineup, "clusterfit", lambda config, student: fitted.append((config, student)))
     runs = str(tmp_path)
     lineup.trained(
-        LineupFlags(data, runs=runs, methods=("clusterfit",), seeds=(3,), teacher="predict-rotation")
+        LineupFlags(data, runs=runs, methods=("clusterfit",), seeds=(3,), teacher="predict-rotation"), []
     )
     ((config, student),) = fitted
     assert (config.teacher, config.k) == (f"{runs}/predict-rotation-3", 300)

@@ -48,6 +48,9 @@ class Lease:
         work: "run" or "sweep", for sentences.
         beat_s: seconds between two renewals.
 
+    Attributes:
+        lost: set when another driver was found to have taken over.
+
     Raises:
         UserError: on entering, another driver works there.
     """
@@ -61,6 +64,7 @@ class Lease:
         self._beat_s = beat_s
         self._record = {"id": uuid.uuid4().hex, "host": socket.gethostname(), "pid": os.getpid()}
         self._done = threading.Event()
+        self.lost = threading.Event()
 
     def __enter__(self) -> Lease:
         there = _recorded(self.folder)
@@ -98,6 +102,7 @@ class Lease:
             # A storage that does not answer now may do so at the next beat.
             with contextlib.suppress(OSError, ValueError, UserError):
                 if not self._mine():
+                    self.lost.set()
                     return
                 beat += 1
                 self._write(beat)

@@ -189,13 +189,18 @@ class Shard:
     def take(self, positions_n: Integers) -> Singles:
         """float32 (n, d): the rows at positions that lie in this shard."""
         out_nd = np.empty((len(positions_n), self.task.rows.dim), np.float32)
-        held_nd, places_n = self._loaded[1], positions_n - self.task.pieces[0].start
+        held_nd = self._loaded[1]
         if held_nd is not None:
-            out_nd[:] = held_nd[places_n]
+            out_nd[:] = held_nd[positions_n - self.task.pieces[0].start]
             return out_nd
-        for first, rows_bd in self._from_disk():
-            inside_n = (places_n >= first) & (places_n < first + len(rows_bd))
-            out_nd[inside_n] = rows_bd[places_n[inside_n] - first]
+        for piece in self.task.pieces:
+            first = piece.start
+            if not ((positions_n >= first) & (positions_n < first + piece.num_rows)).any():
+                continue
+            for _, rows_bd in self.task.rows.batches(piece, _BLOCK_BYTES // 4):
+                inside_n = (positions_n >= first) & (positions_n < first + len(rows_bd))
+                out_nd[inside_n] = rows_bd[positions_n[inside_n] - first]
+                first += len(rows_bd)
         return out_nd
 
     def accumulate(self, splits: Splits, *chunks: Singles) -> tuple[Stats | Doubles, ...]:

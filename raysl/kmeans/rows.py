@@ -103,19 +103,19 @@ class Rows:
         facts = folder.read_json(MANIFEST) if folder.exists(MANIFEST) else {}
         with ThreadPoolExecutor(_PARALLEL) as pool:
             files = list(pool.map(lambda name: _footer(folder, name), names))
-        schemas = [file.schema_arrow for file in files]
+        schemas = [schema for schema, _ in files]
         column = column or _only(schemas[0], uri)
         kinds = [_kind(schema, column, f"{uri}/{name}") for schema, name in zip(schemas, names, strict=True)]
         groups: list[Group] = []
         start = 0
-        for name, file in zip(names, files, strict=True):
-            if file.metadata.num_rows == 0:
+        for name, (_, metadata) in zip(names, files, strict=True):
+            if metadata.num_rows == 0:
                 raise UserError(
                     f"The features file {uri}/{name} has no rows: it is empty, or was cut short. Delete it, or make "
                     "the features again."
                 )
-            for number in range(file.metadata.num_row_groups):
-                num_rows = file.metadata.row_group(number).num_rows
+            for number in range(metadata.num_row_groups):
+                num_rows = metadata.row_group(number).num_rows
                 groups.append(Group(name, number, start, num_rows))
                 start += num_rows
         found = Rows(folder, column, kinds[0][0], max(size for _, size in kinds), tuple(groups), facts)
@@ -228,9 +228,12 @@ def sample(total: int, count: int, key: int) -> Integers:
     return np.sort(generator.choice(total, count, replace=False, shuffle=False)).astype(np.int64)
 
 
-def _footer(folder: Folder, name: str) -> Any:
+def _footer(folder: Folder, name: str) -> tuple[pa.Schema, Any]:
+    """Schema and metadata of a file, which is closed again: a data set may have thousands."""
     try:
-        return pq.ParquetFile(folder.open(name))
+        with folder.open(name) as stream:
+            file = pq.ParquetFile(stream)
+            return file.schema_arrow, file.metadata
     except (OSError, pa.ArrowException) as error:
         raise _damaged(f"{folder}/{name}", error) from error
 

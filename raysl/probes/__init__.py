@@ -149,6 +149,10 @@ class EncoderProbe(Protocol):
 Probe = LabelledProbe | FeatureProbe | EncoderProbe
 
 
+# Those that learn from one set and must be scored on another.
+LEARNERS = ("linear", "svm", "lowshot", "semisup", "finetune")
+
+
 def names() -> list[str]:
     """Every probe there is: the files of this package, and of folders added to its `__path__`."""
     return sorted(module.name for module in pkgutil.iter_modules(__path__) if not module.name.startswith("_"))

@@ -21,7 +21,12 @@ def elsewhere(work: Callable[..., Result], calls: Sequence[tuple[Any, ...]]) -> 
     """
     import ray
 
-    _, resources = features.pool(places.machines().totals())
+    found = places.machines()
+    _, resources = features.pool(found.totals())
+    if "num_gpus" not in resources:
+        # Half of a machine, divided by the tasks that there are.
+        most = max(node.get("CPU", 0.0) for node in found.for_work)
+        resources = {"num_cpus": max(resources["num_cpus"], int(500 * most / len(calls)) / 1000)}
     task = ray.remote(work).options(**resources)
     running = [task.remote(*call) for call in calls]
     try:

@@ -9,6 +9,7 @@ from __future__ import annotations
 import hashlib
 from collections.abc import Sequence
 from dataclasses import dataclass
+from functools import lru_cache
 from xml.etree import ElementTree
 
 import numpy as np
@@ -55,7 +56,8 @@ def read(folder: Folder, split: str) -> list[Picture]:
     return [_picture(folder, name, *_files(folder, name, file)) for name, file in _listed(folder, split)]
 
 
-def fingerprint(folder: Folder, splits: Sequence[str]) -> str:
+@lru_cache(maxsize=8)
+def fingerprint(folder: Folder, splits: tuple[str, ...]) -> str:
     """A hash of the images and annotations of splits. Raises UserError as `read`, but for what is inside the files."""
     digest = hashlib.blake2b(digest_size=16)
     for split in splits:

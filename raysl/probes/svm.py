@@ -13,8 +13,10 @@ images: of more than as many as VOC07 has, so many are drawn.
 
 from __future__ import annotations
 
+import threading
 import warnings
 from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any
 
@@ -30,6 +32,7 @@ Integers = npt.NDArray[np.int64]
 
 _FOLDS = 3
 _NO_LENGTH = 1e-5
+_ALONE = threading.Lock()
 
 
 @dataclass(frozen=True)
@@ -88,7 +91,6 @@ class Svm:
             sure_n = wanted_nc[:, c] >= 0
             return average_precision(scores_n[sure_n], wanted_nc[sure_n, c]) if scores_n.any() else 0.0
 
-        # One after the other: threads would share liblinear's generator of random numbers, and results would vary.
         with settling():
             found = [precision(c) for c in judged]
         yield Row("mAP", float(np.mean(found)))
@@ -169,9 +171,12 @@ def fitted(train_nd: Doubles, sign_n: Integers, cost: float, test_nd: Doubles) -
     return scores_n
 
 
-def settling() -> warnings.catch_warnings[Any]:
-    """Without scikit-learn's warnings: the protocol stops after 2,000 iterations, arrived or not."""
-    return warnings.catch_warnings(action="ignore")
+@contextmanager
+def settling() -> Iterator[None]:
+    """Without scikit-learn's warnings: the protocol stops after 2,000 iterations, arrived or not. One thread at a time:
+    all share liblinear's generator of random numbers, and results would depend on who comes first."""
+    with _ALONE, warnings.catch_warnings(action="ignore"):
+        yield
 
 
 def average_precision(scores_n: Doubles, shown_n: Integers) -> float:

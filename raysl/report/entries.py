@@ -94,7 +94,7 @@ def _entry(folder: Folder) -> Entry:
         # Where a run lies and what only keeps it does not make it another; the number of workers may.
         ignored = {"seed", "method", *FREE} - {"workers"}
         identity = dict(_flat({key: value for key, value in config.items() if key not in ignored}))
-        facts = {"images": passport["data"]["fingerprint"][:8], "step": step}
+        facts = {"images": passport["data"]["fingerprint"][:8], "step": step, **_taught(passport)}
         return Entry(run, config["method"], config["seed"], {**identity, **facts}, rows, run.metrics())
     if folder.exists(MODEL):
         model = folder.read_json(MODEL)
@@ -103,6 +103,18 @@ def _entry(folder: Folder) -> Entry:
         f"Neither a sweep nor a run lies at {str(folder)!r}: there is no sweep.jsonl, no {PASSPORT} and no {MODEL}. "
         "Give folders that `raysl sweep`, `raysl pretrain` or `raysl probe --out` has made."
     )
+
+
+def _taught(passport: Mapping[str, Any]) -> dict[str, Any]:
+    """What a student learned from, wherever that lies: the number of clusters, and how far which teacher had come."""
+    facts = passport.get("facts", {})
+    teacher, labels = facts.get("teacher", {}), facts.get("labels", {})
+    told = {
+        "K": facts.get("num_clusters"),
+        "teacher": teacher.get("method") or labels.get("objective"),
+        "teacher_step": teacher.get("step"),
+    }
+    return {name: value for name, value in told.items() if value is not None}
 
 
 def _flat(value: Mapping[str, Any], prefix: str = "") -> Iterator[tuple[str, Any]]:

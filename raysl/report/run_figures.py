@@ -59,9 +59,9 @@ def per_layer(rows: Sequence[Found]) -> Iterator[Figure]:
         draw_named = _with_ylabel(draw, f"{key[0]} {name}")
         text = (
             f"{name} of the probe {key[0]} by layer; bars are 95 % confidence intervals over seeds, cut where they "
-            f"leave the picture. Protocol {key[1]}."
+            f"leave the picture. {_hashes(key)}"
         )
-        yield Figure(f"layers-{key[0]}-{key[1]}", f"{key[0]} by layer", text, drawn(draw_named, 8.0))
+        yield Figure(f"layers-{key[0]}-{_short(key)}", f"{key[0]} by layer", text, drawn(draw_named, 8.0))
 
 
 def _limits(values: Sequence[float]) -> tuple[float, float]:
@@ -85,6 +85,17 @@ def _by_protocol(rows: Sequence[Found]) -> list[tuple[tuple[str, ...], list[Foun
     return sorted(together.items())
 
 
+def _short(key: Sequence[str]) -> str:
+    """Protocol and data sets, for the name of a file."""
+    return "-".join(part[:8] for part in key[1:] if part)
+
+
+def _hashes(key: Sequence[str]) -> str:
+    """Protocol and data sets, for people."""
+    train = f"train {key[2][:8]}, " if key[2] else ""
+    return f"Protocol {key[1]}, {train}test {key[3][:8]}."
+
+
 Counts = Mapping[str, Mapping[str, Sequence[int]]]
 
 
@@ -101,13 +112,14 @@ def histograms(gathered: Sequence[Group]) -> Iterator[Figure]:
                     edges = value["edges"]
                     by_label = together.setdefault((test, protocol), {})
                     by_label.setdefault(label_of(encoder, group, entry), []).append(value["counts"])
-    for (_, protocol), by_label in sorted(together.items()):
+    for (test, protocol), by_label in sorted(together.items()):
         png, layer = _histogram(by_label, edges)
         text = (
             f"Distribution of the distance between the unit features ({layer}) of an image and of its transformed "
-            f"copy, all seeds together; dotted, the distance between different images. Protocol {protocol}."
+            f"copy, all seeds together; dotted, the distance between different images. "
+            f"Protocol {protocol}, images {test}."
         )
-        yield Figure(f"invariance-{protocol}", "Invariance", text, png)
+        yield Figure(f"invariance-{protocol}-{test}", "Invariance", text, png)
 
 
 def _newest_histograms(entry: Entry) -> dict[tuple[str, str, str], dict[str, Any]]:
@@ -183,11 +195,11 @@ def invariance_map(rows: Sequence[Found]) -> Iterator[Figure]:
 
         text = (
             "The probability that a transformed image lies closer to its original than another image does: 1 where a "
-            f"layer does not care, 0.5 where it is as far. Means over seeds. Protocol {key[1]}."
+            f"layer does not care, 0.5 where it is as far. Means over seeds. {_hashes(key)}"
         )
         labels = [label for label in dict.fromkeys(item.label for item in members) if label != "raw pixels"]
         png = panels({label: panel(label) for label in labels})
-        yield Figure(f"invariance-map-{key[1]}", "Transforms and layers", text, png)
+        yield Figure(f"invariance-map-{_short(key)}", "Transforms and layers", text, png)
 
 
 def losses(gathered: Sequence[Group]) -> Iterator[Figure]:
@@ -240,6 +252,6 @@ def progress(gathered: Sequence[Group]) -> Iterator[Figure]:
             axes.set_xlabel("step")
             axes.legend(fontsize=7)
 
-        text = f"{name} of {key[0]} on {layer} at steps during training, means over seeds. Protocol {key[1]}."
+        text = f"{name} of {key[0]} on {layer} at steps during training, means over seeds. {_hashes(key)}"
         png = drawn(_with_ylabel(draw, f"{key[0]} {name}"), 8.0)
-        yield Figure(f"progress-{key[0]}-{key[1]}", f"{key[0]} during training", text, png)
+        yield Figure(f"progress-{key[0]}-{_short(key)}", f"{key[0]} during training", text, png)

@@ -42,8 +42,14 @@ def _scored(standing: Standing, rung: int) -> list[int]:
     return [n for n in range(standing.num_trials) if standing.score(n, rung) is not None]
 
 
-def _value(standing: Standing, trial: int, dimension: Dimension) -> Any:
-    return (standing.values(trial) or {})[dimension.name]
+def _value(standing: Standing, trial: int, dimension: Dimension, rung: int) -> Any:
+    """What the trial had on its way to a rung."""
+    return (standing.values(trial, rung) or {})[dimension.name]
+
+
+def _last(standing: Standing, trial: int) -> int:
+    """The last rung at which the trial was scored."""
+    return len(standing.scores_of(trial)) - 1
 
 
 class _Axis:
@@ -51,7 +57,11 @@ class _Axis:
 
     def __init__(self, standing: Standing, dimension: Dimension) -> None:
         begun = [n for n in range(standing.num_trials) if standing.values(n) is not None]
-        seen = [_value(standing, n, dimension) for n in begun]
+        seen = [
+            _value(standing, n, dimension, rung)
+            for n in begun
+            for rung in range(max(1, _last(standing, n) + 1))
+        ]
         self.name = dimension.name
         self.listed = bool(dimension.values)
         self.values = list(dimension.values) or sorted(set(seen))
@@ -94,7 +104,7 @@ def _curve(standing: Standing, dimension: Dimension) -> Figure:
         for rung, label in rungs.items():
             groups: dict[float, list[float]] = {}
             for trial in _scored(standing, rung):
-                place = axis.place(_value(standing, trial, dimension))
+                place = axis.place(_value(standing, trial, dimension, rung))
                 groups.setdefault(place, []).extend(_by_seed(standing, trial, rung))
             if not groups:
                 continue
@@ -125,7 +135,7 @@ def _pair(standing: Standing, one: Dimension, other: Dimension) -> Figure:
     listed = x.listed and y.listed
     rung = standing.num_rungs - 1 if listed else 0
     points = [
-        (_value(standing, n, one), _value(standing, n, other), standing.scores_of(n)[rung])
+        (_value(standing, n, one, rung), _value(standing, n, other, rung), standing.scores_of(n)[rung])
         for n in _scored(standing, rung)
     ]
 
@@ -172,7 +182,7 @@ def _parallel(standing: Standing) -> Figure:
     def draw(axes: Any) -> None:
         for n in sorted(trials, key=lambda n: scores[n]):
             shares = [
-                axis.share(_value(standing, n, d))
+                axis.share(_value(standing, n, d, _last(standing, n)))
                 for axis, d in zip(axes_of, standing.space.dimensions, strict=True)
             ]
             share = (scores[n] - low) / ((high - low) or 1.0)

@@ -35,7 +35,8 @@ def _write(place: Path, standing: Standing, trial: int) -> None:
     scores = standing.scores_of(trial)
     tag = f"{standing.config.probe}/score"
     values = {
-        name: "none" if value is None else value for name, value in (standing.values(trial) or {}).items()
+        name: "none" if value is None else value
+        for name, value in (standing.values(trial, len(scores) - 1) or {}).items()
     }
     place.mkdir(parents=True)
     events = EventsWriter(f"{place}/events")

@@ -79,10 +79,20 @@ class SweepConfig:
             )
         if self.probe not in probes.names():
             raise unknown("probe", self.probe, probes.names())
+        if self.probe == "detection":
+            raise UserError(
+                "A sweep is scored on the images of --test, and the probe detection needs a folder of boxes. Use "
+                "another probe, such as knn or linear, and detection on its best run."
+            )
         if self.scheduler == "pbt" and self.searcher == "optuna":
             raise UserError(
                 "Population based training compares all trials on their way, and optuna begins some only when others "
                 "have ended. Use --searcher random with it."
+            )
+        if self.scheduler == "pbt" and self.retry:
+            raise UserError(
+                "Who is copied in population based training depends on all trials, so none that failed can come back "
+                "later. Leave out --retry, or give another --out."
             )
         if self.scheduler == "pbt" and self.rungs == 1:
             raise UserError("With 1 rung there is nothing for pbt to go on from. Give --rungs 2 or more.")

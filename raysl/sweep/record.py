@@ -44,14 +44,11 @@ class Record:
         header = journal.header
         dimensions = tuple(_dimension(value) for value in header["space"])
         begun = [row["trial"] for row in journal.of("trial")]
-        settings = {**header["config"], "seeds": tuple(header["config"]["seeds"])}
-        config = SweepConfig(
-            uri,
-            header["uris"]["test"],
-            tuple(d.name for d in dimensions),
-            samples=max(begun, default=0) + 1,
-            **settings,
-        )
+        # Only population based training fixes the number of its samples.
+        settings = {"samples": max(begun, default=0) + 1, **header["config"]}
+        settings["seeds"] = tuple(settings["seeds"])
+        names = tuple(dimension.name for dimension in dimensions)
+        config = SweepConfig(uri, header["uris"]["test"], names, **settings)
         base = Pretraining.from_json({**header["base"], "run": "-"})
         return Record(
             folder, journal, base, Standing(config, Space(dimensions), journal.rows), header["uris"]

@@ -12,6 +12,7 @@ from raysl.dataset import DataSet
 from raysl.errors import UserError
 from raysl.ingest import resolve
 from raysl.network.trunk import TrunkConfig
+from raysl.probe import check_apart
 from raysl.probes import common_labels
 from raysl.stream.plan import Plan
 from raysl.sweep import searchers, table
@@ -87,6 +88,7 @@ def prepare(base: Pretraining, config: SweepConfig) -> Setting:
     images, test = resolve(base.data), resolve(config.test)
     train = resolve(config.train) if config.train else images
     common_labels(train, test)
+    check_apart([config.probe], train, test)
     _build(trials, images)
     return Setting(base, config, points, images, train, test, at_once, placement)
 

@@ -73,6 +73,14 @@ def test_a_driver_elsewhere_that_no_longer_shows_is_followed(tmp_path: Path) -> 
     assert "process 1 on elsewhere" in said[0]
 
 
+def test_a_driver_that_was_taken_over_from_hears_of_it(tmp_path: Path) -> None:
+    folder = Folder(str(tmp_path))
+    with Lease(folder, quiet, beat_s=0.01) as lease:
+        assert not lease.lost.is_set()
+        record(folder)
+        assert lease.lost.wait(30)
+
+
 def test_a_driver_that_was_taken_over_from_writes_no_more(tmp_path: Path) -> None:
     folder = Folder(str(tmp_path))
     with Lease(folder, quiet) as lease:

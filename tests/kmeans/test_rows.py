@@ -34,6 +34,17 @@ def test_shards_differ_by_one_row_and_hold_every_row_once(tmp_path: Path) -> Non
         np.testing.assert_array_equal(np.concatenate([values for _, values in read]), rows_nd)
 
 
+def test_files_are_not_kept_open(tmp_path: Path) -> None:
+    def opened() -> int:
+        return len(list(Path("/proc/self/fd").iterdir()))
+
+    uri = write(tmp_path, blobs(40), files=20)
+    before = opened()
+    rows = Rows.open(uri)
+    assert len({group.file for group in rows.groups}) == 20
+    assert opened() == before
+
+
 def test_an_empty_shard_is_refused(tmp_path: Path) -> None:
     with pytest.raises(UserError, match="a shard would be empty"):
         Rows.open(write(tmp_path, blobs(3), files=1)).divide(4)

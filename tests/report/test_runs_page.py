@@ -36,6 +36,21 @@ def row(value: float, **changes: Any) -> dict[str, Any]:
     return {**base, **rest, **changes}
 
 
+def test_students_of_other_clusters_are_no_seeds(tmp_path: Path) -> None:
+    dataset = make_dataset(tmp_path / "set", 8)
+    places = []
+    for k, seed in ((100, 0), (300, 0), (300, 1)):
+        parts = {"clusterfit": {"labels": f"elsewhere/{k}-{seed}"}}
+        folder = str(tmp_path / f"{k}-{seed}")
+        config = Pretraining(str(dataset.folder), folder, "clusterfit", batch_size=4, seed=seed, parts=parts)
+        Run.begin(config, dataset, {"num_clusters": k, "labels": {"objective": "predict-jigsaw"}})
+        places.append(folder)
+    assert [(group.label, len(group.entries)) for group in groups(places)] == [
+        ("clusterfit (K=100)", 1),
+        ("clusterfit (K=300)", 2),
+    ]
+
+
 @pytest.fixture
 def runs(tmp_path: Path) -> list[str]:
     """Two methods with two seeds each, probed at all layers, with histograms."""

@@ -15,12 +15,14 @@ from raysl.errors import UserError
 from raysl.flags import parse_pretraining
 from raysl.objectives.pirl import Config as Pirl
 from raysl.optim import OptimConfig
+from raysl.report import sweep_figures
 from raysl.report.command import command, folded
 from raysl.report.page import ReportConfig, _breakable, report
 from raysl.report.sweep_figures import rank_correlation
 from raysl.storage import Folder
 from raysl.sweep.config import SweepConfig
 from raysl.sweep.journal import Journal
+from raysl.sweep.record import Record
 from raysl.sweep.space import space
 from raysl.sweep.standing import Climb, Standing
 
@@ -39,6 +41,7 @@ def written(folder: Path, *vary: str, **changes: Any) -> str:
         name: value
         for name, value in asdict(config).items()
         if name in ("probe", "seeds", "searcher", "scheduler", "rungs", "reduction", "lag", "seed")
+        or (name == "samples" and config.scheduler == "pbt")
     }
     journal.add(
         {
@@ -153,6 +156,19 @@ def test_the_command_of_a_configuration_gives_it_back() -> None:
     assert words[:2] == ["raysl", "pretrain"]
     assert "--pirl.lambda" in words
     assert parse_pretraining(words[2:], "raysl pretrain") == config
+
+
+def test_a_population_is_shown_with_the_values_that_its_scores_had(tmp_path: Path) -> None:
+    sweep = written(
+        tmp_path, "lambda=0..1", searcher="random", scheduler="pbt", samples=8, rungs=2, seeds=(0,)
+    )
+    record = Record.open(sweep)
+    assert record.standing.num_trials == 8
+    changed = [n for n in range(8) if record.standing.values(n, 1) != record.standing.values(n, 0)]
+    assert changed
+    last = {sweep_figures._value(record.standing, n, record.standing.space.dimensions[0], 1) for n in changed}
+    assert last == {(record.standing.values(n, 1) or {})["pirl.lambda"] for n in changed}
+    assert "curve-pirl.lambda.png" in report(sweep, ReportConfig()).list()
 
 
 def test_rank_correlation() -> None:

@@ -160,6 +160,8 @@ def test_median_waits_for_three_and_stops_the_lower_half() -> None:
         ({"probe": "knm"}, "Did you mean 'knn'"),
         ({"gpus_per_worker": 2}, "at most 1"),
         ({"scheduler": "pbt", "rungs": 1}, "nothing for pbt"),
+        ({"scheduler": "pbt", "retry": True}, "Leave out --retry"),
+        ({"probe": "detection"}, "folder of boxes"),
         ({"scheduler": "pbt", "searcher": "optuna"}, "searcher random"),
     ],
 )
