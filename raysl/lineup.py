@@ -66,7 +66,7 @@ class LineupFlags(Flags):
         batch_size: images in a step, of all workers.
         image_size: side of an ordinary view in pixels.
         teacher: the method whose features "clusterfit" clusters, run by run.
-        k: clusters.
+        clusters: of those features.
     """
 
     data: str = "shapes:50000"
@@ -76,7 +76,7 @@ class LineupFlags(Flags):
     batch_size: int = 128
     image_size: int = 32
     teacher: str = "predict-jigsaw"
-    k: int = 300
+    clusters: int = 300
 
 
 L = TypeVar("L", bound=LineupFlags)
@@ -96,7 +96,7 @@ def settings(flags: LineupFlags, method: str, seed: int, train: str, runs: Folde
     own = dict(METHODS.get(method, {}))
     name = method
     if method == "clusterfit":
-        name, method = f"clusterfit-{flags.teacher}-{flags.k}", flags.teacher
+        name, method = f"clusterfit-{flags.teacher}-{flags.clusters}", flags.teacher
     if method == "distill":
         own["parts"] = {"distill": {"teacher": str(runs / f"supervised-{seed}")}}
     return Pretraining(
@@ -132,7 +132,7 @@ def run_of(flags: LineupFlags, method: str, seed: int, train: str = "", runs: Fo
     if method != "clusterfit":
         return pretrain(config)
     teacher = run_of(flags, flags.teacher, seed, train, runs)
-    return clusterfit(ClusterfitConfig(teacher=str(teacher.folder), k=flags.k), config)
+    return clusterfit(ClusterfitConfig(teacher=str(teacher.folder), k=flags.clusters), config)
 
 
 def measured(

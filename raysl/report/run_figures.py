@@ -44,7 +44,8 @@ def per_layer(rows: Sequence[Found]) -> Iterator[Figure]:
                 axes.errorbar(
                     seen,
                     [cell.mean for cell in cells],
-                    [cell.half_width or 0.0 for cell in cells],
+                    # The interval of two seeds may be ten times as wide as all that is to be seen.
+                    [(cell.half_width or 0.0) if len(cell.values) > 2 else 0.0 for cell in cells],
                     fmt="--" if label.startswith(_DASHED) else "-",
                     marker="o",
                     markersize=4,
@@ -52,20 +53,22 @@ def per_layer(rows: Sequence[Found]) -> Iterator[Figure]:
                     label=label,
                     color=coloured[label],
                 )
+                dots = [(i, value) for i, cell in zip(seen, cells, strict=True) for value in cell.values]
+                axes.plot(*zip(*dots, strict=True), ".", color=coloured[label], alpha=0.4)
             axes.set_xticks(range(len(places)), places)
-            axes.set_ylim(*_limits([cell.mean for cell in found.values()]))
+            axes.set_ylim(*_limits([value for cell in found.values() for value in cell.values]))
             axes.legend(fontsize=7)
 
         draw_named = _with_ylabel(draw, f"{key[0]} {name}")
         text = (
-            f"{name} of the probe {key[0]} by layer; bars are 95 % confidence intervals over seeds, cut where they "
-            f"leave the picture. {_hashes(key)}"
+            f"{name} of the probe {key[0]} by layer: means, a dot for each seed, and 95 % confidence intervals where "
+            f"there are three seeds or more, cut where they leave the picture. {_hashes(key)}"
         )
         yield Figure(f"layers-{key[0]}-{_short(key)}", f"{key[0]} by layer", text, drawn(draw_named, 8.0))
 
 
 def _limits(values: Sequence[float]) -> tuple[float, float]:
-    """Around the means: the interval of two seeds may be ten times as wide as all that is to be seen."""
+    """Around the seeds, and not the intervals."""
     room = 0.15 * ((max(values) - min(values)) or abs(values[0]) or 1.0)
     return min(values) - room, max(values) + room
 
