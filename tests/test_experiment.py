@@ -50,7 +50,7 @@ def test_every_script_takes_the_common_flags(file: Path, monkeypatch: pytest.Mon
     own = next(kind for kind in kinds if kind not in (Flags, LineupFlags))
     # Another meaning under a flag that all line-ups have would change their runs.
     common = {field.name for kind in own.__mro__[1:-1] for field in fields(kind)}
-    assert set(own.__annotations__) & common <= {"data", "out", "runs", "workers", "methods"}
+    assert set(own.__annotations__) & common <= {"data", "out", "runs", "seeds", "workers", "methods"}
     command(seen.append, own)
     assert (seen[0].data, seen[0].seeds, seen[0].workers) == ("D", (3, 4), 1)
     assert callable(module.main)
