@@ -121,7 +121,8 @@ def test_two_workers_three_one(tmp_path: Path) -> None:
     assert sum(row.get("lost_steps", 0) for row in rows) <= SAVE_STEPS
     assert not any(row.get("lost_steps") for row in fixed_rows)
     assert_each_index_once_in_each_epoch(dataset, run, sizes)
-    np.testing.assert_allclose([r["loss"] for r in rows], [r["loss"] for r in fixed_rows], rtol=1e-3)
+    # Sums are added in another order on another number of workers, and 320 steps carry that on.
+    np.testing.assert_allclose([r["loss"] for r in rows], [r["loss"] for r in fixed_rows], rtol=5e-3)
     torch.testing.assert_close(bank(run), bank(fixed), rtol=0, atol=1e-2)
 
 
