@@ -44,8 +44,9 @@ def device() -> torch.device:
 
 
 def decoders() -> int:
-    """How many threads decode images in a task: one for each CPU that Ray has given it."""
+    """How many threads decode images: one for each CPU that Ray has given the task, one outside of tasks."""
     import ray
 
-    given = ray.get_runtime_context().get_assigned_resources() if ray.is_initialized() else {}
-    return max(1, int(given.get("CPU", 1)))
+    if not ray.is_initialized() or ray.get_runtime_context().worker.mode != ray.WORKER_MODE:
+        return 1
+    return max(1, int(ray.get_runtime_context().get_assigned_resources().get("CPU", 1)))
