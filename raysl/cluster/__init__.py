@@ -6,6 +6,8 @@ import json
 import logging
 import os
 import re
+import signal
+import threading
 from typing import Any
 
 from raysl.cluster import growth, versions
@@ -32,7 +34,7 @@ _ANSWER_S = 60.0
 
 def start(compare: bool = True) -> None:
     """Joins the cluster that RAY_ADDRESS names, or that `ray up` has launched on this machine; else starts Ray here,
-    for this process alone.
+    for this process alone. From then on SIGTERM interrupts this process as Ctrl-C does.
 
     Args:
         compare: whether the machines of a cluster must run what this process runs.
@@ -68,6 +70,9 @@ def start(compare: bool = True) -> None:
                 "Mend RAY_ADDRESS, or unset it to stay on this machine.",
             )
         raise UserError(f"Cannot {doing}: {' '.join(str(error).split())} {mend}") from error
+    if threading.current_thread() is threading.main_thread():
+        # Ray's own handler prints a trace of C++ and aborts, and nothing is put away.
+        signal.signal(signal.SIGTERM, signal.default_int_handler)
     if address and compare:
         _compare()
 
