@@ -136,21 +136,32 @@ def _label(entry: Entry, others: Sequence[Mapping[str, Any]]) -> str:
 
 def found(gathered: Sequence[Group]) -> list[Found]:
     """All rows, those of a checkpoint from the newest step that the probe has seen. The untrained trunk and the pixels
-    stand once, however many runs have them."""
+    stand once, however many runs have them. Where runs of a group were probed at other steps than each other, the step
+    is in the name: they are no seeds of one measurement."""
     label_of = labels(gathered)
     made: list[Found] = []
     for group in gathered:
-        for entry in group.entries:
-            newest: dict[tuple[Any, ...], int] = {}
-            for row in entry.rows:
-                key = (row["encoder"], *(row[name] for name in PROTOCOL))
-                newest[key] = max(newest.get(key, 0), row["step"])
-            made += [
-                Found(label_of(row["encoder"], group, entry), row)
-                for row in entry.rows
-                if row["step"] == newest[(row["encoder"], *(row[name] for name in PROTOCOL))]
-            ]
+        newest = [(entry, row) for entry in group.entries for row in _newest(entry.rows)]
+        steps: dict[tuple[Any, ...], set[int]] = {}
+        for _, row in newest:
+            steps.setdefault(_measurement(row), set()).add(row["step"])
+        for entry, row in newest:
+            label = label_of(row["encoder"], group, entry)
+            apart = row["encoder"] == "trained" and len(steps[_measurement(row)]) > 1
+            made.append(Found(f"{label}, step {row['step']}" if apart else label, row))
     return made
+
+
+def _measurement(row: Mapping[str, Any]) -> tuple[Any, ...]:
+    return (row["encoder"], *(row[name] for name in PROTOCOL))
+
+
+def _newest(rows: Sequence[Mapping[str, Any]]) -> list[Mapping[str, Any]]:
+    """Of each measurement the rows of its newest step."""
+    newest: dict[tuple[Any, ...], int] = {}
+    for row in rows:
+        newest[_measurement(row)] = max(newest.get(_measurement(row), 0), row["step"])
+    return [row for row in rows if row["step"] == newest[_measurement(row)]]
 
 
 def labels(gathered: Sequence[Group]) -> Callable[[str, Group, Entry], str]:

@@ -56,7 +56,7 @@ class ReportConfig:
 
 def check_installed() -> None:
     """Raises UserError when a package is missing that reports are made with."""
-    missing = [name for name in ("matplotlib", "jinja2") if importlib.util.find_spec(name) is None]
+    missing = [name for name in ("matplotlib", "jinja2", "scipy") if importlib.util.find_spec(name) is None]
     if missing:
         raise UserError(
             f"A report needs {' and '.join(missing)}, which is not installed. Install raysl[report]."

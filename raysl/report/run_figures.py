@@ -14,12 +14,13 @@ from raysl.report.entries import PROTOCOL, Entry, Found, Group, labels, layers
 from raysl.report.picture import Figure, drawn, panels
 from raysl.report.tables import estimates
 
-_DASHED = ("untrained", "raw pixels")
+# What has not learned.
+_LINES = {"untrained": "--", "raw pixels": ":"}
 
 
 def colours(labels: Sequence[str]) -> dict[str, Any]:
     """A colour for each label; grey for what has not learned."""
-    own = [label for label in dict.fromkeys(labels) if not label.startswith(_DASHED)]
+    own = [label for label in dict.fromkeys(labels) if not label.startswith(tuple(_LINES))]
     chosen = colormaps["tab10" if len(own) <= 10 else "tab20"]
     return {label: chosen(own.index(label) % chosen.N) if label in own else "grey" for label in labels}
 
@@ -46,7 +47,7 @@ def per_layer(rows: Sequence[Found]) -> Iterator[Figure]:
                     [cell.mean for cell in cells],
                     # The interval of two seeds may be ten times as wide as all that is to be seen.
                     [(cell.half_width or 0.0) if len(cell.values) > 2 else 0.0 for cell in cells],
-                    fmt="--" if label.startswith(_DASHED) else "-",
+                    fmt=next((line for name, line in _LINES.items() if label.startswith(name)), "-"),
                     marker="o",
                     markersize=4,
                     capsize=2,
@@ -252,9 +253,11 @@ def progress(gathered: Sequence[Group]) -> Iterator[Figure]:
                 steps = sorted(by_step)
                 means = [mean(by_step[step]) for step in steps]
                 axes.plot(steps, means, "o-", markersize=3, label=label, color=coloured[label])
+                dots = [(step, value) for step in steps for value in by_step[step]]
+                axes.plot(*zip(*dots, strict=True), ".", color=coloured[label], alpha=0.4)
             axes.set_xlabel("step")
             axes.legend(fontsize=7)
 
-        text = f"{name} of {key[0]} on {layer} at steps during training, means over seeds. {_hashes(key)}"
+        text = f"{name} of {key[0]} on {layer} at steps during training: means, and a dot for each seed. {_hashes(key)}"
         png = drawn(_with_ylabel(draw, f"{key[0]} {name}"), 8.0)
         yield Figure(f"progress-{key[0]}-{_short(key)}", f"{key[0]} during training", text, png)

@@ -19,6 +19,8 @@ from raysl.training.progress import duration
 
 # Where `raysl.report.neighbours` leaves its sheets, under the folder of a run.
 SHEETS = "probes/retrieval"
+# Numbers of which one can be called best, by how their names begin.
+_BETTER_IF_MORE = ("top", "AP", "mAP", "effective_rank", "closer")
 
 _BODY = """<p>{{ summary }}</p>
 {% macro table(table) %}<div class="wide"><table><caption>{{ table.caption }}</caption>
@@ -40,7 +42,8 @@ one seed there is no interval, and nothing is said. Rows of different protocols 
 <table><tr><th></th><th>runs</th><th>images</th><th>wall time</th><th>worker-hours</th><th>images/s</th></tr>
 {% for line in costs %}<tr>{% for cell in line %}<td>{{ cell }}</td>{% endfor %}</tr>
 {% endfor %}</table>
-<p>Time between rows of metrics, without starts, checkpoints that were waited for, and steps that were lost.</p>
+<p>Time between rows of metrics, without starts, checkpoints that were waited for, and steps that were lost; of a
+student, without its teacher.</p>
 <h2>Runs</h2>
 {% for line in runs %}<p>{{ line.label }}: {{ line.folder }}</p><pre>{{ line.command }}</pre>
 {% endfor %}
@@ -69,8 +72,8 @@ def page(places: Sequence[str], config: ReportConfig) -> tuple[str, list[Figure]
         _BODY,
         title=f"{len(gathered)} representations" if len(gathered) > 1 else gathered[0].label,
         summary=_summary(gathered, rows),
-        headlines=[_shown(table, marks=True) for table in headlines],
-        others=[_shown(table, marks=False) for table in tables(rows, headlines=False)],
+        headlines=[_shown(table) for table in headlines],
+        others=[_shown(table) for table in tables(rows, headlines=False)],
         figures=embedded(drawn),
         sheets=embedded(sheets),
         views=embedded(views),
@@ -90,14 +93,14 @@ def _summary(gathered: Sequence[Group], rows: Sequence[Found]) -> str:
     return text
 
 
-def _shown(table: Table, marks: bool) -> dict[str, Any]:
+def _shown(table: Table) -> dict[str, Any]:
     """A table for the template."""
     one_name = len({name for _, name in table.columns}) == 1
     one_layer = len({layer for layer, _ in table.columns}) == 1
     parts = [(() if one_layer and not one_name else (layer,)) + (name,) for layer, name in table.columns]
     lines = []
     for label, cells in table.lines:
-        shown = [_cell(table, i, cell, marks) if cell else "" for i, cell in enumerate(cells)]
+        shown = [_cell(table, i, cell) if cell else "" for i, cell in enumerate(cells)]
         seeds = max((len(cell.values) for cell in cells if cell), default=0)
         lines.append({"label": label, "cells": shown, "seeds": seeds})
     caption = table.caption + (f", layer {table.columns[0][0]}" if one_layer and not one_name else "")
@@ -109,8 +112,8 @@ def _shown(table: Table, marks: bool) -> dict[str, Any]:
     }
 
 
-def _cell(table: Table, column: int, cell: Estimate, marks: bool) -> str:
-    if not marks or len(table.lines) == 1:
+def _cell(table: Table, column: int, cell: Estimate) -> str:
+    if not table.columns[column][1].startswith(_BETTER_IF_MORE) or not table.compared(column):
         return str(cell)
     if cell == table.best(column):
         return f"{cell} best"

@@ -10,10 +10,6 @@ from typing import Any
 
 from raysl.report.entries import PROTOCOL, Found, layers
 
-# Student's t at 97.5 %, for 1 to 10 degrees of freedom.
-_T = (12.7062, 4.3027, 3.1824, 2.7764, 2.5706, 2.4469, 2.3646, 2.3060, 2.2622, 2.2281)
-_Z = 1.959964
-
 
 @dataclass(frozen=True)
 class Estimate:
@@ -54,14 +50,10 @@ class Estimate:
 
 
 def t_quantile(freedom: float) -> float:
-    """Student's t at 97.5 %, linear between whole degrees of freedom up to 10; above, the expansion of Cornish and
-    Fisher (Abramowitz and Stegun 1964, 26.7.5), whose error there is below 0.3 %."""
-    if freedom < len(_T):
-        low = max(1, math.floor(freedom))
-        share = max(0.0, freedom - low)
-        return _T[low - 1] * (1 - share) + _T[low] * share
-    first = (_Z**3 + _Z) / (4 * freedom)
-    return _Z + first + (5 * _Z**5 + 16 * _Z**3 + 3 * _Z) / (96 * freedom**2)
+    """Student's t at 97.5 %, for any degrees of freedom above 0."""
+    from scipy.special import stdtrit
+
+    return float(stdtrit(freedom, 0.975))
 
 
 @dataclass(frozen=True)
@@ -89,6 +81,12 @@ class Table:
         """Whether the difference from the best of the column is within the noise of seeds."""
         best = self.best(column)
         return best is not None and best != cell and best.differs(cell) is False
+
+    def compared(self, column: int) -> bool:
+        """Whether the best of a column can be told from any other: both have seeds enough."""
+        best = self.best(column)
+        others = [cells[column] for _, cells in self.lines if cells[column] not in (None, best)]
+        return best is not None and any(best.differs(cell) is not None for cell in others if cell)
 
 
 def tables(rows: Sequence[Found], headlines: bool = True) -> list[Table]:
@@ -121,11 +119,15 @@ def _table(members: Sequence[Found]) -> Table:
 
 
 def estimates(rows: Sequence[Found]) -> dict[tuple[str, str, str], Estimate]:
-    """The estimate of each (label, layer, name) of rows of one protocol. Equal weights of a seed count once."""
-    values: dict[tuple[str, str, str], dict[tuple[Any, ...], float]] = {}
+    """The estimate of each (label, layer, name) of rows of one protocol. A seed counts once, with the mean of what
+    several runs of it have given."""
+    values: dict[tuple[str, str, str], dict[int | None, dict[str | None, float]]] = {}
     for item in rows:
         key = (item.label, item.row["layer"], item.row["name"])
         # Pixels have no seed, though the runs that they stand beside have.
         seed = None if item.row["encoder"] == "pixels" else item.row["seed"]
-        values.setdefault(key, {})[seed, item.row["weights"]] = item.row["value"]
-    return {key: Estimate(tuple(by_seed.values())) for key, by_seed in values.items()}
+        values.setdefault(key, {}).setdefault(seed, {})[item.row["weights"]] = item.row["value"]
+    return {
+        key: Estimate(tuple(mean(by_weights.values()) for by_weights in by_seed.values()))
+        for key, by_seed in values.items()
+    }
