@@ -20,7 +20,7 @@ from pathlib import Path
 from typing import Any, Literal
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from raysl import features
 from raysl.config import Pretraining
@@ -60,11 +60,12 @@ def export(run: Run, config: ExportConfig) -> Folder:
     pretraining = run.config()
     source = features.named(f"{run.folder}{where}", pretraining.trunk)
     assert isinstance(source, features.Trained)
-    files = _FORMATS[config.format](source.network().eval(), pretraining, source.checkpoint.step)
+    trunk = source.network().eval()
+    files = _FORMATS[config.format](trunk, pretraining, source.checkpoint.step)
     out = Folder(config.out) if config.out else run.folder / f"export/{config.format}"
     for name, data in files.items():
         out.write(name, data)
-    out.write(CARD, _card(run, pretraining, source.checkpoint.step, config.format).encode())
+    out.write(CARD, _card(run, trunk, source.checkpoint.step, config.format).encode())
     return out
 
 
@@ -182,9 +183,9 @@ _NORMALISED = (
     f"It takes RGB images in 0 .. 1 from which {IMAGENET_MEAN} is subtracted, divided by {IMAGENET_STD}."
 )
 _USE = {
-    "torchvision": "```python\nmodel = torchvision.models.get_model({name!r})\n# Its last linear layer; `fc` in a "
-    'ResNet.\nmodel.fc = torch.nn.Identity()\nmodel.load_state_dict(torch.load("model.pth", weights_only=True), '
-    "strict=True)\nmodel.eval()\n```\n\n" + _NORMALISED,
+    "torchvision": "```python\nmodel = torchvision.models.get_model({name!r})\nmodel.set_submodule({head!r}, "
+    'torch.nn.Identity())\nmodel.load_state_dict(torch.load("model.pth", weights_only=True), strict=True)\n'
+    "model.eval()\n```\n\n" + _NORMALISED,
     "timm": '```python\nmodel = timm.create_model("local-dir:FOLDER", pretrained=True, num_classes=0).eval()\n```\n\n'
     + _NORMALISED,
     "safetensors": '```python\nstate = safetensors.torch.load_file("model.safetensors")\nbody = '
@@ -195,9 +196,16 @@ _USE = {
 }
 
 
-def _card(run: Run, config: Pretraining, step: int, form: str) -> str:
-    data = run.passport()["data"]
-    facts = {"name": config.trunk.name, "stem": config.trunk.stem, "norm": config.trunk.norm}
+def _card(run: Run, trunk: Trunk, step: int, form: str) -> str:
+    config, data = run.config(), run.passport()["data"]
+    # The last module that does nothing stands where a head was.
+    idle = [name for name, module in trunk.body.named_modules() if isinstance(module, nn.Identity)]
+    facts = {
+        "name": config.trunk.name,
+        "stem": config.trunk.stem,
+        "norm": config.trunk.norm,
+        "head": "".join(idle[-1:]),
+    }
     size = config.view.image_size
     return _CARD.format(
         method=config.method,
