@@ -84,7 +84,7 @@ def probe(
 
     Raises:
         UserError: a probe, a layer or an encoder does not exist, there is no checkpoint, or the data do not suit the
-            probes.
+            probes. The rows of those that came before are kept.
     """
     config = run.config()
     ready = _ready(names, configs)
@@ -154,7 +154,12 @@ class _Place:
 
 
 def _ready(names: Sequence[str], configs: Mapping[str, Any] | None) -> dict[str, tuple[Any, Probe]]:
-    return {name: _build(name, (configs or {}).get(name)) for name in dict.fromkeys(names)}
+    ready = {}
+    for name in dict.fromkeys(names):
+        config_type, probe_type = probes.load(name)
+        config = (configs or {}).get(name) or config_type()
+        ready[name] = config, probe_type(config)
+    return ready
 
 
 def _measured(
@@ -166,7 +171,8 @@ def _measured(
     layers: Sequence[str],
     say: Callable[[str], None],
 ) -> list[dict[str, Any]]:
-    """The rows of every encoder and probe, which are added to those of the folder."""
+    """The rows of every encoder and probe. Those of one probe of one encoder are added to the folder together, as soon
+    as they are there: what comes after may fail."""
     cluster.start()
     data = _Data.open(resolve(train), resolve(test), any(needs_labels(probe) for _, probe in ready.values()))
     check_apart(list(ready), data.train, data.test)
@@ -185,8 +191,9 @@ def _measured(
                 measured = measure.examine(subject)
             else:
                 measured = _by_layer(measure, these, *tables, data)
-            rows += _rows(measured, measure, about, say)
-    _keep(place.run, rows)
+            new = _rows(measured, measure, about, say)
+            _keep(place.run, new)
+            rows += new
     return rows
 
 
@@ -302,12 +309,6 @@ def _rows(
         if headline:
             say(f"{facts['probe']:<10} {facts['encoder']:<8} {row.layer:<8} {row.name} {row.value:.4f}")
     return rows
-
-
-def _build(name: str, config: Any) -> tuple[Any, Probe]:
-    config_type, probe_type = probes.load(name)
-    config = config_type() if config is None else config
-    return config, probe_type(config)
 
 
 def _encoder(run: Run, name: str, checkpoint: Checkpoint | None) -> Encoder:

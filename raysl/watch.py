@@ -10,7 +10,7 @@ import os
 import threading
 import traceback
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, fields, replace
 from typing import Any
 
 from raysl import checkpoint, cluster, features, probes
@@ -18,10 +18,10 @@ from raysl.checkpoint import Checkpoint
 from raysl.cluster import lease, places
 from raysl.config import Pretraining
 from raysl.dataset import DataSet
-from raysl.errors import UserError
+from raysl.errors import Unset, UserError
 from raysl.ingest import resolve
 from raysl.pretrain import pretrain
-from raysl.probe import probe, rows_under
+from raysl.probe import check_apart, probe, rows_under
 from raysl.run import METRICS, Run, TensorBoard, jsonl
 from raysl.storage import Folder
 
@@ -66,21 +66,21 @@ def pretrain_and_probe(config: Pretraining, watch: WatchConfig, say: Callable[[s
     """`raysl.pretrain.pretrain`, with probes at every `watch.probe_every` steps and after the last.
 
     Rows go to the run's with the step that they belong to, and to TensorBoard, as they are found; into metrics.jsonl
-    when the trainers, who write that file, have gone. A probe that fails does not stop anything: it says so, the error
-    is in probes/error.txt, and it is tried again after the last step.
+    when the trainers, who write that file, have gone. A probe that fails does not stop anything, other probes neither:
+    it says so, the error is in probes/error.txt, and it is tried again after the last step.
 
     Raises:
-        UserError: as `pretrain`; or a probe does not exist, or the data for it cannot be read.
+        UserError: as `pretrain`; or a probe does not exist or needs settings of its own, or the data for it cannot be
+            read or do not suit it.
     """
     if not watch.probe_every:
         return pretrain(config, say)
     config = saving(config, watch)
-    for name in watch.probes:
-        probes.load(name)
+    _check_defaults(watch.probes)
     cluster.start()
-    watcher = Watcher(
-        Run(Folder(config.run)), watch, resolve(watch.probe_train), resolve(watch.probe_test), say
-    )
+    train, test = resolve(watch.probe_train), resolve(watch.probe_test)
+    check_apart(watch.probes, train, test)
+    watcher = Watcher(Run(Folder(config.run)), watch, train, test, say)
     thread = threading.Thread(target=watcher.follow, daemon=True)
     thread.start()
     try:
@@ -90,6 +90,21 @@ def pretrain_and_probe(config: Pretraining, watch: WatchConfig, say: Callable[[s
     thread.join()
     watcher.finish()
     return run
+
+
+def _check_defaults(names: Sequence[str]) -> None:
+    """Raises UserError when a probe does not exist, or its defaults are not enough: where there is nothing that could
+    be one, such as a folder, the default is empty."""
+    for name in names:
+        config = probes.load(name)[0]()
+        unset = [one.name for one in fields(config) if getattr(config, one.name) == ""]
+        if unset:
+            flags = " and ".join(f"--{name}.{field.replace('_', '-')}" for field in unset)
+            raise Unset(
+                f"The probe {name} needs {flags}, for which there is no default, and probes during training have only "
+                f"their defaults. Leave {name} out of --probes, and after training run: raysl probe RUN --probes "
+                f"{name} {flags} ..."
+            )
 
 
 def saving(config: Pretraining, watch: WatchConfig) -> Pretraining:
@@ -152,25 +167,32 @@ class Watcher:
             if due and self._room(due[-1].step):
                 self._probe(due[-1], names, spare)
 
-    def finish(self) -> None:
-        """Probes what is left, the last step too, and writes all scores into metrics.jsonl."""
+    def finish(self) -> list[int]:
+        """Probes what is left, the last step too, and writes all scores into metrics.jsonl.
+
+        Returns:
+            The steps that were left.
+        """
         names = self.watch.probes
         left = {found.step: found for found in self.due(names)}
         last = self.run.newest()
-        if not self._done(last.step, names):
+        if self._lacking(last.step, names):
             left[last.step] = last
         for step in sorted(left):
             self._probe(left[step], names, spare=False)
         self._into_metrics()
+        return sorted(left)
 
     def due(self, names: Sequence[str]) -> list[Checkpoint]:
         """The checkpoints at steps of the probes that lack a row of one of these, oldest first."""
         every = self.watch.probe_every
         there = [found for found in checkpoint.complete(self.run.checkpoints) if found.step % every == 0]
-        return [found for found in there if not self._done(found.step, names)]
+        return [found for found in there if self._lacking(found.step, names)]
 
-    def _done(self, step: int, names: Sequence[str]) -> bool:
-        return {row["probe"] for row in self._rows() if row["step"] == step} >= set(names)
+    def _lacking(self, step: int, names: Sequence[str]) -> list[str]:
+        """Those of the probes that have no rows at this step."""
+        done = {row["probe"] for row in self._rows() if row["step"] == step}
+        return [name for name in names if name not in done]
 
     def _rows(self) -> list[dict[str, Any]]:
         """What these probes have found, whoever asked: by their default protocols, with the data sets of the watch."""
@@ -197,9 +219,22 @@ class Watcher:
         return room
 
     def _probe(self, found: Checkpoint, names: Sequence[str], spare: bool) -> None:
+        """Those of the probes that are not done at this checkpoint. One that fails keeps no other from its turn."""
+        before = left = self._lacking(found.step, names)
         cache = self.run.folder / f"features-{found.step}"
         try:
-            rows = probe(
+            while left and not self._succeeds(found, left, cache, spare):
+                # They take their turns in this order: the first without rows is the one that failed.
+                left = self._lacking(found.step, left)[1:]
+        finally:
+            # They are used once, and are larger than the checkpoint.
+            cache.delete()
+        self._tell(found.step, before)
+
+    def _succeeds(self, found: Checkpoint, names: Sequence[str], cache: Folder, spare: bool) -> bool:
+        """Probes a checkpoint, and says so when that fails."""
+        try:
+            probe(
                 self.run,
                 str(self.train.folder),
                 str(self.test.folder),
@@ -214,16 +249,22 @@ class Watcher:
             self._failed.add(found.step)
             self.say(f"The probe of step {found.step} failed: {error} The run itself goes on. See {ERROR}.")
             self.run.folder.write(ERROR, "".join(traceback.format_exception(error)).encode())
+            return False
+        return True
+
+    def _tell(self, step: int, names: Sequence[str]) -> None:
+        """Says the scores of some probes at a step, and writes them for TensorBoard."""
+        scored = [row for row in self._rows() if row["headline"] and row["step"] >= step]
+        told = [row for row in scored if row["step"] == step and row["probe"] in names]
+        if not told:
             return
-        finally:
-            # They are used once, and are larger than the checkpoint.
-            cache.delete()
-        scores = {_name(row): row["value"] for row in rows if row["headline"]}
-        told = ", ".join(f"{name.removeprefix('probe/')} {value:.4f}" for name, value in scores.items())
-        self.say(f"probe of step {found.step}: {told}")
+        line = ", ".join(f"{_name(row).removeprefix('probe/')} {row['value']:.4f}" for row in told)
+        self.say(f"probe of step {step}: {line}")
         if self.run.folder.is_local:
-            board = TensorBoard(self.run.folder / BOARD, found.step)
-            board.add({"step": found.step, **scores})
+            # A session hides what earlier ones wrote from its step on, and the newest checkpoint may come first.
+            board = TensorBoard(self.run.folder / BOARD, step)
+            for row in sorted(scored, key=lambda row: int(row["step"])):
+                board.add({"step": row["step"], _name(row): row["value"]})
             board.flush()
 
     def _into_metrics(self) -> None:

@@ -17,6 +17,7 @@ from raysl.probes import common_labels
 from raysl.probes.invariance import Config as Invariance
 from raysl.probes.knn import Config as Knn
 from raysl.probes.linear import Config as Linear
+from raysl.probes.lowshot import Config as Lowshot
 from raysl.run import Run
 from raysl.storage import Folder
 from tests.data import make_dataset
@@ -79,6 +80,20 @@ def test_probes_without_labels_take_data_without_labels(
 def test_features_can_be_shared_by_runs(ray_session: None, run: tuple[Run, str, str], tmp_path: Path) -> None:
     probe(*run, ["knn"], lambda _: None, encoders=["pixels"], cache=Folder(str(tmp_path)))
     assert len(list(tmp_path.iterdir())) == 2
+
+
+@pytest.mark.ray
+def test_rows_are_kept_though_a_later_probe_fails(
+    ray_session: None, run: tuple[Run, str, str], tmp_path: Path
+) -> None:
+    source, out = named("random", TrunkConfig()), str(tmp_path / "rows")
+    configs = {"lowshot": Lowshot(ks=(100,))}
+    names, quiet = ["knn", "lowshot", "collapse"], list[str]().append
+    with pytest.raises(UserError, match=r"lowshot\.ks begins with 100"):
+        probe_model(source, "random", out, *run[1:], names, quiet, image_size=16, configs=configs)
+    kept = rows_of(Run(Folder(out)))
+    assert {row["probe"] for row in kept} == {"knn"}
+    assert kept == probe_model(source, "random", out, *run[1:], ["knn"], quiet, image_size=16)
 
 
 def row(**changes: Any) -> dict[str, Any]:

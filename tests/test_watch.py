@@ -9,7 +9,7 @@ from typing import Any
 
 import pytest
 
-from raysl import watch
+from raysl import cluster, probes, watch
 from raysl.checkpoint import SaveConfig, Saver
 from raysl.cluster import lease, places
 from raysl.config import Pretraining, ViewConfig
@@ -24,8 +24,6 @@ from raysl.run import Run, jsonl
 from raysl.storage import Folder
 from raysl.watch import ERROR, WatchConfig, Watcher, pretrain_and_probe, saving
 from tests.data import make_dataset
-
-EVERY_2 = WatchConfig(2, "train", "test")
 
 
 def row(step: int, **changes: Any) -> dict[str, Any]:
@@ -55,11 +53,11 @@ def run(tmp_path: Path) -> Run:
     return run
 
 
-def watching(run: Run, said: list[str]) -> Watcher:
+def watching(run: Run, said: list[str], names: tuple[str, ...] = ("knn",)) -> Watcher:
     """With data sets of which only the fingerprints are looked at."""
     manifest = DataSet.open(run.passport()["data"]["uri"]).manifest
     train, test = (DataSet(Folder(name), replace(manifest, fingerprint=name)) for name in ("t", "u"))
-    return Watcher(run, EVERY_2, train, test, said.append)
+    return Watcher(run, WatchConfig(2, "train", "test", names), train, test, said.append)
 
 
 def found(run: Run, asked: list[Any], fails: tuple[int, ...] = ()) -> Any:
@@ -84,7 +82,7 @@ def test_what_is_left_is_probed_after_the_last_step(run: Run, monkeypatch: pytes
     run.folder.write(ROWS, jsonl([row(2), *others]))
     watcher = watching(run, said)
     assert [at.step for at in watcher.due(["knn"])] == [4]
-    watcher.finish()
+    assert watcher.finish() == [4, 5]
     assert asked == [(4, False), (5, False)]
     assert run.metrics() == [
         {"step": 2, "loss": 1.0, "probe/knn/top1": 0.2},
@@ -93,7 +91,7 @@ def test_what_is_left_is_probed_after_the_last_step(run: Run, monkeypatch: pytes
     ]
     assert said == ["probe of step 4: knn/top1 0.4000", "probe of step 5: knn/top1 0.5000"]
     assert run.folder.exists(watch.BOARD)
-    watcher.finish()
+    assert watcher.finish() == []
     assert len(asked) == 2
 
 
@@ -139,6 +137,34 @@ def test_a_probe_that_fails_stops_nothing(run: Run, monkeypatch: pytest.MonkeyPa
     assert {row["step"] for row in run.metrics() if "probe/knn/top1" in row} == {2, 5}
 
 
+def test_a_probe_that_fails_keeps_no_other_from_its_turn(run: Run, monkeypatch: pytest.MonkeyPatch) -> None:
+    asked: list[Any] = []
+    said: list[str] = []
+
+    def probe(run: Run, train: str, test: str, names: list[str], *_: Any, **rest: Any) -> None:
+        asked.append((rest["checkpoint"].step, names))
+        for name in names:
+            if name == "svm":
+                raise UserError("svm broke.")
+            protocol = protocol_hash(
+                name, probes.load(name)[0](), FeatureProtocol(run.config().view.image_size)
+            )
+            new = row(rest["checkpoint"].step, probe=name, protocol=protocol)
+            run.folder.write(ROWS, jsonl([*rows_of(run), new]))
+
+    monkeypatch.setattr(watch, "probe", probe)
+    run.folder.write(ROWS, jsonl([row(2), row(4)]))
+    watcher = watching(run, said, ("knn", "svm", "linear"))
+    assert watcher.finish() == [2, 4, 5]
+    first = [(2, ["svm", "linear"]), (2, ["linear"]), (4, ["svm", "linear"]), (4, ["linear"])]
+    assert asked == [*first, (5, ["knn", "svm", "linear"]), (5, ["linear"])]
+    assert "The probe of step 5 failed: svm broke." in said[-2]
+    assert said[-1] == "probe of step 5: knn/top1 0.5000, linear/top1 0.5000"
+    assert all({"probe/knn/top1", "probe/linear/top1"} <= one.keys() for one in run.metrics())
+    assert watcher.finish() == [2, 4, 5]
+    assert asked[-1] == (5, ["svm"])
+
+
 def test_checkpoints_are_saved_where_probes_are() -> None:
     config = Pretraining("data", "run")
     assert saving(config, WatchConfig(6, "a", "b")).save == SaveConfig(every_steps=6, keep_every=6)
@@ -157,6 +183,18 @@ def test_mistakes_are_told_at_once() -> None:
         WatchConfig(-1)
     with pytest.raises(UserError, match="'knn'"):
         pretrain_and_probe(Pretraining("data", "run"), WatchConfig(1, "a", "b", ("kn",)))
+    with pytest.raises(UserError, match=r"detection needs --detection\.data"):
+        pretrain_and_probe(Pretraining("data", "run"), WatchConfig(1, "a", "b", ("knn", "detection")))
+
+
+def test_a_probe_that_would_remember_is_refused_before_training(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(cluster, "start", lambda: None)
+    data = str(make_dataset(tmp_path / "set", 8).folder)
+    with pytest.raises(UserError, match="The probe linear would learn from and be scored on the same images"):
+        pretrain_and_probe(Pretraining(data, str(tmp_path / "run")), WatchConfig(1, data, data, ("linear",)))
+    assert not (tmp_path / "run").exists()
 
 
 @pytest.mark.ray
