@@ -5,10 +5,13 @@ The distance between f(I) and f(t(I)), both of unit length, lies in 0 .. 2; PIRL
 without heads have it too, and where t makes several crops f(t(I)) is the unit vector of the mean of their features: our
 convention. A network that maps all images to one point would look perfectly invariant, so the distance between
 different images stands beside it, and `closer` is the probability that a transformed image lies closer to its
-original than another image does.
+original than another image does. It is counted image by image: an original, its transformed copy and the same number of
+other images for each.
 
 The read-out is the other side: top-1 of a linear probe that predicts the label of t (which order, which turn) from the
-features of all crops side by side, learned on half of the images and scored on the other half, beside chance.
+features of all crops side by side, learned on half of the images and scored on the other half, beside chance. A t
+without labels (colorization, inpainting) is read out as "transformed or not", from the images and their transformed
+copies: `readout_whether`, beside a chance of a half.
 
 The image is the evaluation view, its centre without colours changed, at the size that the transform starts from. No
 labels of the images are used.
@@ -17,7 +20,7 @@ labels of the images are used.
 from __future__ import annotations
 
 from collections.abc import Iterator, Mapping
-from dataclasses import dataclass, field
+from dataclasses import asdict, dataclass, field
 from typing import Any
 
 import numpy as np
@@ -42,6 +45,7 @@ HISTOGRAM = "histogram.json"
 OTHERS = "others"
 EDGES = np.linspace(0, 2, 41)
 _BATCH = 128
+_EQUAL = 1e-6
 
 
 @dataclass(frozen=True)
@@ -51,14 +55,17 @@ class Config:
     Args:
         transforms: names of pretext transforms, with their default dials.
         max_images: that are transformed, drawn by index from the test set.
+        others: images that each original is compared with beside its transformed copy, drawn by index; all others
+            where there are fewer.
         readout: the classifier that predicts the label of a transform; it sees means over places.
         version: see `raysl.probes`.
     """
 
     transforms: tuple[str, ...] = ("jigsaw", "rotation", "colorization", "inpainting")
     max_images: int = 2000
+    others: int = 64
     readout: LinearConfig = field(default_factory=lambda: LinearConfig(dims=0))
-    version: int = 1
+    version: int = 2
 
     def __post_init__(self) -> None:
         if not self.transforms:
@@ -67,11 +74,18 @@ class Config:
             )
         if self.max_images < 4:
             raise UserError(f"invariance.max_images is {self.max_images}; it must be at least 4.")
+        if self.others < 1:
+            raise UserError(f"invariance.others is {self.others}; it must be at least 1.")
+
+    def facts(self) -> dict[str, Any]:
+        """What the numbers depend on: the dials of the transforms, too. Raises UserError when one does not exist."""
+        parts = {part.strip() for spec in self.transforms for part in spec.split("+")}
+        return {**asdict(self), "dials": {name: asdict(pretext.load(name)[0]()) for name in sorted(parts)}}
 
 
 class Invariance:
     """Its headline, `closer`, is a mean over the transforms: 1 for an invariant layer, 0.5 where a transformed image
-    is as far away as another one. Rows of a transform end in its name.
+    is as far away as another one, 0 where it is always farther. Rows of a transform end in its name.
 
     The folder of the subject gets `histogram.json`: {"edges": 41 distances, "counts": {layer: {transform or "others":
     40 counts}}}.
@@ -155,21 +169,22 @@ def _layer(
         plain_nd: features of the images, which are in a random order.
         moved: features (n, p, d) of the transformed images, and labels (n,) of the transforms.
     """
-    # In a random order the next image is any other one.
-    others_n = distances(plain_nd, plain_nd.roll(1, 0))
-    rows = [Row(f"distance/{OTHERS}", float(others_n.mean()))]
-    counts, shares = {OTHERS: histogram(others_n)}, []
+    others_nk = to_others(plain_nd, config.others)
+    rows = [Row(f"distance/{OTHERS}", float(others_nk.mean()))]
+    counts, shares = {OTHERS: histogram(others_nk)}, []
     for name, (moved_npd, label_n) in moved.items():
         # Small patches of raw pixels have features of another length than the image.
         if moved_npd.shape[2] == plain_nd.shape[1]:
             distance_n = distances(plain_nd, moved_npd.mean(1))
             counts[name] = histogram(distance_n)
-            shares.append(closer(distance_n, others_n))
+            shares.append(closer(distance_n, others_nk))
             rows.append(Row(f"distance/{name}", float(distance_n.mean())))
             rows.append(Row(f"distance_std/{name}", float(distance_n.std())))
             rows.append(Row(f"closer/{name}", shares[-1]))
         if label_n is not None:
             rows += _readout(name, moved_npd.flatten(1), label_n, transforms[name].num_labels, config.readout)
+        elif moved_npd.shape[2] == plain_nd.shape[1]:
+            rows += _readout_whether(name, plain_nd, moved_npd.mean(1), config.readout)
     if len(shares) == len(moved):
         rows.append(Row("closer", float(np.mean(shares))))
     return rows, counts
@@ -184,8 +199,21 @@ def _readout(name: str, features_nd: Tensor, label_n: Tensor, labels: int, confi
     ]
     if len(np.unique(parts[0].labels_n)) < 2:
         return []
-    top1 = next(row.value for row in Linear(config).run(*parts) if row.name == Linear.headline)
-    return [Row(f"readout/{name}", top1), Row(f"chance/{name}", 1 / labels)]
+    return [Row(f"readout/{name}", _top1(*parts, config)), Row(f"chance/{name}", 1 / labels)]
+
+
+def _readout_whether(name: str, plain_nd: Tensor, moved_nd: Tensor, config: LinearConfig) -> list[Row]:
+    """How well it is predicted whether an image has been transformed. Both copies of an image are in the same half."""
+    half = len(plain_nd) // 2
+    parts = [
+        Labelled(torch.cat([plain_nd[rows], moved_nd[rows]]).numpy(), np.repeat([0, 1], len(plain_nd[rows])))
+        for rows in (slice(half), slice(half, None))
+    ]
+    return [Row(f"readout_whether/{name}", _top1(*parts, config)), Row(f"chance_whether/{name}", 0.5)]
+
+
+def _top1(learned: Labelled, judged: Labelled, config: LinearConfig) -> float:
+    return next(row.value for row in Linear(config).run(learned, judged) if row.name == Linear.headline)
 
 
 def distances(one_nd: Tensor, other_nd: Tensor) -> Doubles:
@@ -195,15 +223,28 @@ def distances(one_nd: Tensor, other_nd: Tensor) -> Doubles:
     return distance_n
 
 
-def histogram(distance_n: Doubles) -> list[int]:
+def to_others(features_nd: Tensor, most: int) -> Doubles:
+    """float64 (n, k): distances of each row to k others, as many as `most` or all others.
+
+    Args:
+        features_nd: in a random order, so that the next rows are any other ones.
+    """
+    unit_nd = normalize(features_nd.double(), dim=1)
+    shifts = range(1, min(most, len(unit_nd) - 1) + 1)
+    return np.stack([(unit_nd - unit_nd.roll(-shift, 0)).norm(dim=1).numpy() for shift in shifts], axis=1)
+
+
+def histogram(found: Doubles) -> list[int]:
     """How many distances lie in each of the 40 bins of `EDGES`."""
-    counts: list[int] = np.histogram(distance_n.clip(0, 2), EDGES)[0].tolist()
+    counts: list[int] = np.histogram(found.clip(0, 2), EDGES)[0].tolist()
     return counts
 
 
-def closer(distance_n: Doubles, others_n: Doubles) -> float:
-    """The probability that one of the first distances is smaller than one of the second; equal ones count half."""
-    ranked = np.sort(others_n)
-    above = len(ranked) - np.searchsorted(ranked, distance_n, side="right")
-    equal = np.searchsorted(ranked, distance_n, side="right") - np.searchsorted(ranked, distance_n)
-    return float((above + equal / 2).mean() / len(ranked))
+def closer(distance_n: Doubles, others_nk: Doubles) -> float:
+    """How often the distance of an image is smaller than one of its own distances to others; equal ones count half.
+
+    Distances that differ by less than features in float32 can tell are equal, so that a network that maps all images
+    to one point has a half.
+    """
+    apart_nk = others_nk - distance_n[:, None]
+    return float(((apart_nk > _EQUAL) + (np.abs(apart_nk) <= _EQUAL) / 2).mean())

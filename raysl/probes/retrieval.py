@@ -3,6 +3,7 @@
 Every test image, or a sample of them, ranks all train images. Precision at k is the share of right ones among the
 first k; the average precision of a query is the mean, over its right ones, of the precision at their ranks, and mAP
 its mean over queries (Manning, Raghavan and Schütze 2008, "Introduction to information retrieval", section 8.4).
+Train images that are equally close are ranked in an order drawn by index, since their own may be sorted by class.
 """
 
 from __future__ import annotations
@@ -37,7 +38,7 @@ class Config:
 
     ks: tuple[int, ...] = (1, 5, 10)
     max_queries: int = 2000
-    version: int = 1
+    version: int = 2
 
     def __post_init__(self) -> None:
         if not self.ks or min(self.ks) < 1:
@@ -67,17 +68,19 @@ class Retrieval:
             )
         order_n = rng.generator("retrieval").permutation(len(test.labels_n))
         queries_q = torch.from_numpy(np.sort(order_n[: self.config.max_queries]))
-        train_nd = normalize(torch.from_numpy(train.features_nd), dim=1)
+        drawn_n = rng.generator("retrieval", "equals").permutation(len(train.labels_n))
+        train_nd = normalize(torch.from_numpy(train.features_nd[drawn_n]), dim=1)
+        train_labels = torch.from_numpy(train.labels_n[drawn_n])
+        place_n = torch.from_numpy(np.argsort(drawn_n))
         test_nd = normalize(torch.from_numpy(test.features_nd), dim=1)
         precisions, hits = [], []
         for some_q in torch.split(queries_q, _TILE):
             similar_qn = test_nd[some_q] @ train_nd.T
-            right_qn = _share_a_class(
-                torch.from_numpy(test.labels_n)[some_q], torch.from_numpy(train.labels_n)
-            )
+            right_qn = _share_a_class(torch.from_numpy(test.labels_n)[some_q], train_labels)
             if own:
-                similar_qn[torch.arange(len(some_q)), some_q] = -torch.inf
-                right_qn[torch.arange(len(some_q)), some_q] = False
+                itself = torch.arange(len(some_q)), place_n[some_q]
+                similar_qn[itself] = -torch.inf
+                right_qn[itself] = False
             right_qn = right_qn.gather(1, similar_qn.argsort(dim=1, descending=True, stable=True))
             precisions.append(average_precision(right_qn))
             hits.append(right_qn[:, : max(self.config.ks)])

@@ -49,7 +49,7 @@ class Config:
     costs: tuple[float, ...] = (0.01, 0.1, 1, 2, 5, 10, 15, 20, 50, 100, 1000)
     dims: int = 9216
     max_images: int = 5011
-    version: int = 1
+    version: int = 2
 
     def __post_init__(self) -> None:
         if not self.costs or min(self.costs) <= 0:
@@ -183,10 +183,12 @@ def average_precision(scores_n: Doubles, shown_n: Integers) -> float:
     """The area under the envelope of precision over recall: at every recall the best precision at that or a higher one.
 
     Args:
-        scores_n: more is likelier. Images of equal score are ranked in their order.
+        scores_n: more is likelier. Images of equal score pass the threshold together: none is ranked by its place
+            in the data set, where classes may be sorted.
         shown_n: int64 (n,), 1 where the class is shown; at least one is.
     """
-    hits_n = shown_n[np.argsort(-scores_n, kind="stable")] == 1
-    precision_n = np.cumsum(hits_n) / np.arange(1, len(hits_n) + 1)
-    envelope_n = np.maximum.accumulate(precision_n[::-1])[::-1]
-    return float(envelope_n[hits_n].mean())
+    order_n = np.argsort(-scores_n, kind="stable")
+    ends_t = np.append(np.flatnonzero(np.diff(scores_n[order_n])), len(order_n) - 1)
+    found_t = np.cumsum(shown_n[order_n] == 1)[ends_t]
+    envelope_t = np.maximum.accumulate((found_t / (ends_t + 1))[::-1])[::-1]
+    return float(envelope_t @ np.diff(found_t, prepend=0) / found_t[-1])

@@ -188,9 +188,10 @@ def invariance_map(rows: Sequence[Found]) -> Iterator[Figure]:
 
             def draw(axes: Any) -> None:
                 axes.grid(visible=False)
-                axes.imshow(cells, vmin=0.5, vmax=1, cmap="viridis", aspect="auto")
+                # Blue where a layer is invariant, red where it is the opposite, white where it is neither.
+                axes.imshow(cells, vmin=0, vmax=1, cmap="RdBu", aspect="auto")
                 for (j, i), value in np.ndenumerate(cells):
-                    colour = "black" if value > 0.8 else "white"
+                    colour = "white" if abs(value - 0.5) > 0.3 else "black"
                     axes.text(i, j, f"{value:.2f}", ha="center", va="center", fontsize=7, color=colour)
                 axes.set_xticks(range(len(places)), places, fontsize=7)
                 axes.set_yticks(range(len(names)), [name.partition("/")[2] for name in names], fontsize=7)
@@ -199,7 +200,8 @@ def invariance_map(rows: Sequence[Found]) -> Iterator[Figure]:
 
         text = (
             "The probability that a transformed image lies closer to its original than another image does: 1 where a "
-            f"layer does not care, 0.5 where it is as far. Means over seeds. {_hashes(key)}"
+            "layer does not care, 0.5 where it is as far away as another image, 0 where it is always farther. Means "
+            f"over seeds. {_hashes(key)}"
         )
         labels = [label for label in dict.fromkeys(item.label for item in members) if label != "raw pixels"]
         png = panels({label: panel(label) for label in labels})

@@ -25,13 +25,13 @@ PINNED = {
     "collapse": "19584826f3fd",
     "detection": "cb8f5896355c",
     "finetune": "e0d95064abf3",
-    "invariance": "48c3778548b2",
+    "invariance": "c03aa1f13ea9",
     "knn": "c9e48683fae2",
     "linear": "45ee934dccc5",
     "lowshot": "eccd53ccc911",
-    "retrieval": "ca6f1b7e1bc8",
+    "retrieval": "a5cb10fb55c4",
     "semisup": "73f29b4f7400",
-    "svm": "a73cc57d3b7b",
+    "svm": "ab3127b34a42",
 }
 
 
@@ -156,6 +156,17 @@ def test_order_of_the_test_set_does_not_matter(name: str) -> None:
     turned = Labelled(test.features_nd[::-1].copy(), test.labels_n[::-1].copy())
     for one, other in zip(rows(name, train, test), rows(name, train, turned), strict=True):
         assert one.value == pytest.approx(other.value, abs=0.011)
+
+
+@labelled_probe
+@pytest.mark.parametrize("step", [1, -1])
+def test_features_that_are_all_one_are_worth_chance_also_where_classes_are_sorted(
+    name: str, step: int
+) -> None:
+    labels_n = np.repeat(np.arange(5), 40)
+    same = np.full((200, 8), 0.3, np.float32)
+    found = rows(name, Labelled(same, labels_n, "a"), Labelled(same, labels_n[::step].copy(), "b"))
+    assert headline(name, found) == pytest.approx(1 / 5, abs=0.05)
 
 
 @labelled_probe

@@ -22,10 +22,10 @@ from tests.data import make_dataset
 @dataclass(frozen=True)
 class Stub:
     """ "colour" is the mean of each channel, which no turn changes; "corner" is one pixel, which betrays the turn where
-    the top left corner has been made white."""
+    the top left corner has been made white; "chroma" is how far red is from green, which is nothing in grey."""
 
     name: str = "stub"
-    layers: tuple[str, ...] = ("colour", "corner")
+    layers: tuple[str, ...] = ("colour", "corner", "chroma")
 
     def identity(self) -> dict[str, Any]:
         return {"encoder": "stub"}
@@ -35,7 +35,12 @@ class Stub:
 
     def encode(self, images_bchw: torch.Tensor) -> dict[str, torch.Tensor]:
         corners = images_bchw.float()[:, 0, [0, 0, -1, -1], [0, -1, 0, -1]]
-        return {"colour": images_bchw.double().mean((2, 3)), "corner": corners - 60}
+        chroma_b = (images_bchw[:, 0].float() - images_bchw[:, 1].float()).abs().mean((1, 2))
+        return {
+            "colour": images_bchw.double().mean((2, 3)),
+            "corner": corners - 60,
+            "chroma": chroma_b[:, None],
+        }
 
 
 def look(folder: Path, config: invariance.Config) -> tuple[dict[tuple[str, str], float], dict[str, Any]]:
@@ -56,7 +61,7 @@ def test_what_does_not_move_has_distance_zero_and_cannot_be_read(tmp_path: Path)
     assert found["colour", "distance/others"] > 0
     assert found["corner", "closer"] < 0.8
     assert counts["colour"]["rotation"] == [80] + [0] * 39
-    assert sum(counts["corner"]["others"]) == 80
+    assert sum(counts["corner"]["others"]) == 80 * 64
 
 
 def test_a_transform_of_several_crops_is_compared_by_the_mean_of_its_features(tmp_path: Path) -> None:
@@ -71,11 +76,37 @@ def test_distances_are_between_directions() -> None:
     assert invariance.distances(one, other).tolist() == pytest.approx([0, np.sqrt(2), 2])
 
 
-def test_closer_is_a_probability_over_pairs() -> None:
-    random = np.random.default_rng(0)
-    few, many = random.integers(0, 5, 11).astype(float), random.integers(0, 5, 17).astype(float)
-    pairs = np.mean([(a < b) + (a == b) / 2 for a in few for b in many])
-    assert invariance.closer(few, many) == pytest.approx(pairs)
+def test_closer_compares_the_distances_of_one_original() -> None:
+    assert invariance.closer(np.array([0.1, 1.0]), np.array([[0.2], [1.1]])) == 1
+    assert invariance.closer(np.array([0.5, 0.5]), np.array([[0.5, 0.5 + 1e-9], [0.6, 0.4]])) == 0.5
+
+
+def test_others_are_each_other_image_once_and_never_the_image_itself() -> None:
+    angles = torch.tensor([0.0, 1.0, 2.5])
+    found = invariance.to_others(torch.stack([angles.cos(), angles.sin()], 1), 9)
+    by_hand = [[2 * np.sin(abs(a - b) / 2) for b in angles.tolist() if b != a] for a in angles.tolist()]
+    np.testing.assert_allclose(np.sort(found), np.sort(by_hand), atol=1e-6)
+
+
+def test_a_network_that_maps_all_images_to_one_point_is_neither_closer_nor_farther() -> None:
+    plain_nd = torch.full((20, 6), 0.1)
+    moved_npd = torch.full((20, 9, 6), 0.1)
+    transforms = {"jigsaw": build("jigsaw", {}, Geometry(16, predicted=True))}
+    rows, _ = invariance._layer(plain_nd, {"jigsaw": (moved_npd, None)}, transforms, invariance.Config())
+    assert {row.name: row.value for row in rows}["closer"] == 0.5
+
+
+def test_a_transform_without_labels_is_read_out_as_transformed_or_not(tmp_path: Path) -> None:
+    found, _ = look(tmp_path, invariance.Config(("colorization", "identity")))
+    assert found["chroma", "readout_whether/colorization"] > 0.9
+    assert found["chroma", "readout_whether/identity"] == 0.5
+    assert found["chroma", "chance_whether/colorization"] == 0.5
+
+
+def test_the_dials_of_transforms_are_in_the_hash() -> None:
+    facts = invariance.Config(("rotation+jigsaw",)).facts()
+    assert set(facts["dials"]) == {"jigsaw", "rotation"}
+    assert facts["dials"]["jigsaw"]["min_scale"] == 0.6
 
 
 def test_an_unknown_transform_and_too_few_images_are_refused(tmp_path: Path) -> None:
@@ -85,5 +116,7 @@ def test_an_unknown_transform_and_too_few_images_are_refused(tmp_path: Path) -> 
         list(invariance.Invariance(invariance.Config(("rotatoin",))).examine(subject))
     with pytest.raises(UserError, match="at least 4"):
         list(invariance.Invariance(invariance.Config()).examine(subject))
+    with pytest.raises(UserError, match="others"):
+        invariance.Config(others=0)
     with pytest.raises(UserError, match="empty"):
         invariance.Config(())

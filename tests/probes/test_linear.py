@@ -23,6 +23,17 @@ def blobs(n: int, classes: int = 4, seed: int = 0, dim: int = 10) -> Labelled:
     return Labelled(features_nd.astype(np.float32), labels_n)
 
 
+def test_schedules_are_pinned() -> None:
+    # They are not in the hash of the protocol: who changes one raises `version` of the probe, then pins it here.
+    pinned = {
+        "imagenet": linear.Sgd(epochs=28, drops=(8, 16, 24), lr=0.01, weight_decay=5e-4),
+        "places205": linear.Sgd(epochs=14, drops=(4, 8, 12), lr=0.01, weight_decay=5e-4),
+        "inat18": linear.Sgd(epochs=84, drops=(24, 48, 72), lr=0.01, weight_decay=5e-4),
+        "fast": linear.Sgd(epochs=7, drops=(2, 4, 6), lr=0.01, weight_decay=5e-4),
+    }
+    assert (pinned, 256, 2) == (linear.SCHEDULES, linear._BATCH, linear.Config().version)
+
+
 def values(train: Labelled, test: Labelled) -> dict[str, float]:
     return {row.name: row.value for row in linear.Linear(linear.Config()).run(train, test)}
 

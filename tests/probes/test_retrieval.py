@@ -45,6 +45,15 @@ def test_equals_a_count_by_hand(tile: int, monkeypatch: pytest.MonkeyPatch) -> N
     assert (found["mAP"], found["precision/k=3"]) == pytest.approx(by_hand(train, test, 3))
 
 
+@pytest.mark.parametrize("own", [False, True])
+def test_equally_close_images_are_not_ranked_by_their_place(own: bool) -> None:
+    labels_n = np.repeat(np.arange(10), 40)
+    same = np.full((400, 5), 0.3, np.float32)
+    train = Labelled(same, labels_n, "a")
+    found = values(train, train if own else Labelled(same, labels_n, "b"))
+    assert found["mAP"] == pytest.approx(0.1, abs=0.02)
+
+
 def test_an_image_does_not_find_itself() -> None:
     data = random_set(50, 2)
     found = values(data, data, retrieval.Config(ks=(3,)))

@@ -33,6 +33,15 @@ def test_average_precision_is_the_area_under_the_envelope(shown: tuple[int, ...]
     assert precision(*shown) == pytest.approx(expected)
 
 
+def test_images_of_equal_score_pass_the_threshold_together() -> None:
+    scores_n, shown_n = np.array([3.0, 2, 2, 2, 1]), np.array([0, 1, 0, 1, 1])
+    # Recall 2/3 at the precision 2/4, then 1 at 3/5, which holds at every recall.
+    for order in ([0, 1, 2, 3, 4], [4, 3, 2, 1, 0], [0, 2, 1, 3, 4]):
+        assert svm.average_precision(scores_n[order], shown_n[order]) == pytest.approx(3 / 5)
+    assert svm.average_precision(scores_n[:4], shown_n[:4]) == pytest.approx(2 / 4)
+    assert svm.average_precision(np.zeros(5), np.array([1, 0, 0, 0, 0])) == pytest.approx(1 / 5)
+
+
 def test_it_is_not_the_mean_at_eleven_points() -> None:
     shown = np.array([1, 0, 0, 0, 1])
     hits = shown.cumsum()
