@@ -193,23 +193,26 @@ def _layer(
 def _readout(name: str, features_nd: Tensor, label_n: Tensor, labels: int, config: LinearConfig) -> list[Row]:
     """How well the label of a transform is predicted; nothing where the images are too few to show two of them."""
     half = len(features_nd) // 2
-    parts = [
+    learned, judged = (
         Labelled(features_nd[rows].numpy(), label_n[rows].numpy())
         for rows in (slice(half), slice(half, None))
-    ]
-    if len(np.unique(parts[0].labels_n)) < 2:
+    )
+    if len(np.unique(learned.labels_n)) < 2:
         return []
-    return [Row(f"readout/{name}", _top1(*parts, config)), Row(f"chance/{name}", 1 / labels)]
+    return [Row(f"readout/{name}", _top1(learned, judged, config)), Row(f"chance/{name}", 1 / labels)]
 
 
 def _readout_whether(name: str, plain_nd: Tensor, moved_nd: Tensor, config: LinearConfig) -> list[Row]:
     """How well it is predicted whether an image has been transformed. Both copies of an image are in the same half."""
     half = len(plain_nd) // 2
-    parts = [
+    learned, judged = (
         Labelled(torch.cat([plain_nd[rows], moved_nd[rows]]).numpy(), np.repeat([0, 1], len(plain_nd[rows])))
         for rows in (slice(half), slice(half, None))
+    )
+    return [
+        Row(f"readout_whether/{name}", _top1(learned, judged, config)),
+        Row(f"chance_whether/{name}", 0.5),
     ]
-    return [Row(f"readout_whether/{name}", _top1(*parts, config)), Row(f"chance_whether/{name}", 0.5)]
 
 
 def _top1(learned: Labelled, judged: Labelled, config: LinearConfig) -> float:

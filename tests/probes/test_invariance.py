@@ -15,6 +15,7 @@ from raysl.errors import UserError
 from raysl.features import Encode
 from raysl.pretext import Geometry, build
 from raysl.probes import Subject, invariance
+from raysl.probes.linear import Config as Linear
 from raysl.storage import Folder
 from tests.data import make_dataset
 
@@ -43,9 +44,11 @@ class Stub:
         }
 
 
-def look(folder: Path, config: invariance.Config) -> tuple[dict[tuple[str, str], float], dict[str, Any]]:
+def look(
+    folder: Path, config: invariance.Config, *layers: str
+) -> tuple[dict[tuple[str, str], float], dict[str, Any]]:
     dataset = make_dataset(folder / "set", 80)
-    subject = Subject(Stub(), Stub().layers, 16, dataset, dataset, 0, Folder(str(folder / "out")))
+    subject = Subject(Stub(), layers, 16, dataset, dataset, 0, Folder(str(folder / "out")))
     geometry = Geometry(16, predicted=True)
     transforms = {name: build(name, {}, geometry) for name in config.transforms}
     rows, counts = invariance._look(subject, config, transforms)
@@ -53,7 +56,7 @@ def look(folder: Path, config: invariance.Config) -> tuple[dict[tuple[str, str],
 
 
 def test_what_does_not_move_has_distance_zero_and_cannot_be_read(tmp_path: Path) -> None:
-    found, counts = look(tmp_path, invariance.Config(("rotation",)))
+    found, counts = look(tmp_path, invariance.Config(("rotation",)), "colour", "corner")
     assert found["colour", "distance/rotation"] == pytest.approx(0, abs=1e-6)
     assert found["colour", "closer"] == found["colour", "closer/rotation"] == 1
     assert found["colour", "readout/rotation"] < 0.5
@@ -65,7 +68,7 @@ def test_what_does_not_move_has_distance_zero_and_cannot_be_read(tmp_path: Path)
 
 
 def test_a_transform_of_several_crops_is_compared_by_the_mean_of_its_features(tmp_path: Path) -> None:
-    found, _ = look(tmp_path, invariance.Config(("jigsaw",)))
+    found, _ = look(tmp_path, invariance.Config(("jigsaw",), readout=Linear("fast", dims=0)), "colour")
     # Nine patches show the colours of the image.
     assert found["colour", "closer/jigsaw"] > 0.7
     assert ("colour", "readout/jigsaw") in found
@@ -97,7 +100,7 @@ def test_a_network_that_maps_all_images_to_one_point_is_neither_closer_nor_farth
 
 
 def test_a_transform_without_labels_is_read_out_as_transformed_or_not(tmp_path: Path) -> None:
-    found, _ = look(tmp_path, invariance.Config(("colorization", "identity")))
+    found, _ = look(tmp_path, invariance.Config(("colorization", "identity")), "chroma")
     assert found["chroma", "readout_whether/colorization"] > 0.9
     assert found["chroma", "readout_whether/identity"] == 0.5
     assert found["chroma", "chance_whether/colorization"] == 0.5
