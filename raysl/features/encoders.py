@@ -11,7 +11,6 @@ for other sizes of image.)
 from __future__ import annotations
 
 import hashlib
-import io
 import math
 import re
 from collections.abc import Callable, Mapping, Sequence
@@ -25,6 +24,7 @@ from torch.nn.functional import adaptive_avg_pool2d, interpolate
 from raysl import checkpoint, rng
 from raysl.checkpoint import Checkpoint
 from raysl.errors import UserError, unknown
+from raysl.features import foreign
 from raysl.network import trunk
 from raysl.network.trunk import TrunkConfig
 from raysl.run import PASSPORT, Run
@@ -32,12 +32,9 @@ from raysl.storage import Folder
 
 Encode = Callable[[Tensor], Mapping[str, Tensor]]
 
-TIMM = "timm/"
 POOLED = "pooled"
 _STAGES = ("conv1", "res2", "res3", "res4", "res5")
 _PIXELS_SIZE = 32
-# What holds the weights in files of other projects.
-_NESTED = ("state_dict", "model", "network", "teacher")
 
 
 class Encoder(Protocol):
@@ -140,8 +137,8 @@ class Weights:
     """A trunk with the weights in a file, under the names of torchvision or timm. A classifier in it is left out.
 
     Args:
-        file: made by `torch.save`: a state dict, or a dict that holds one. A path or a URI.
-        config: the trunk; "timm/NAME" for one of timm, whose images are normalised as torchvision's.
+        file: a state dict by `torch.save`, or a dict that holds one, or safetensors. A path or a URI.
+        config: the trunk; "timm/NAME" for one of timm, whose images are normalised as timm does for it.
     """
 
     file: str
@@ -164,30 +161,7 @@ class Weights:
     def network(self) -> trunk.Trunk:
         """Raises UserError when the file holds no weights, or those of another network."""
         body = self._build()
-        try:
-            state = torch.load(io.BytesIO(self._read()), map_location="cpu", weights_only=True)
-            while nested := next((key for key in _NESTED if isinstance(state.get(key), Mapping)), None):
-                state = state[nested]
-            state = {name.removeprefix("module."): value for name, value in state.items()}
-        except Exception as error:  # torch raises many kinds
-            raise UserError(
-                f"The file {self.file!r} holds no weights that torch can load safely: {error}. Give a state dict that "
-                "was written by torch.save."
-            ) from error
-        wanted = {name for name in body.body.state_dict() if not name.endswith("num_batches_tracked")}
-        missing = sorted(wanted - set(state))
-        if missing:
-            raise UserError(
-                f"The file {self.file!r} lacks {len(missing)} weights of the trunk {self.config.name!r}, the "
-                f"first being {missing[0]!r}. Give the trunk that it was made for with --trunk.name and --trunk.stem."
-            )
-        try:
-            body.body.load_state_dict(state, strict=False)
-        except RuntimeError as error:
-            raise UserError(
-                f"The weights in {self.file!r} do not fit the trunk {self.config.name!r}: {error}. Give the trunk that "
-                "they were made for with --trunk.name."
-            ) from error
+        foreign.fill(body.body, foreign.weights(self._read(), self.file), self.file, self.config.name)
         return body
 
     def _read(self) -> bytes:
@@ -195,8 +169,8 @@ class Weights:
         return Folder(place or ".").read(name)
 
     def _build(self) -> trunk.Trunk:
-        if self.config.name.startswith(TIMM):
-            return _timm(self.config.name.removeprefix(TIMM))
+        if self.config.name.startswith(foreign.TIMM):
+            return foreign.timm_trunk(self.config.name.removeprefix(foreign.TIMM))
         return trunk.build(self.config)
 
 
@@ -256,19 +230,6 @@ def named(name: str, config: TrunkConfig, seed: int = 0) -> Encoder:
     return Weights(name, config)
 
 
-def _timm(name: str) -> trunk.Trunk:
-    try:
-        import timm
-    except ImportError as error:
-        raise UserError(
-            f"The trunk {TIMM + name!r} is one of the package timm, which is not installed: install timm."
-        ) from error
-    if name not in timm.list_models():
-        raise unknown("trunk of timm", name, timm.list_models())
-    body = timm.create_model(name, pretrained=False, num_classes=0)
-    return trunk.Trunk(body, int(body.num_features))
-
-
 def _skeleton(config: TrunkConfig) -> trunk.Trunk:
     """The trunk without weights."""
     with torch.device("meta"):
@@ -297,8 +258,13 @@ def _places(body: trunk.Trunk) -> dict[str, str]:
     inside the network has the name that it has there."""
     inside = [name for name, _ in body.body.named_children()]
     stages = {f"res{int(name[5:]) + 1}": f"body.{name}" for name in inside if re.fullmatch(r"layer\d", name)}
-    if stages and {"conv1", "bn1", "relu"} <= set(inside):
-        stages["conv1"] = "body.relu"
+    # timm calls the ReLU of its ResNets act1.
+    activation = next((name for name in ("relu", "act1") if name in inside), None)
+    if stages and activation:
+        stages["conv1"] = f"body.{activation}"
+    elif stages:
+        # The bare convolution under this name is another layer than that of other networks.
+        inside = [name for name in inside if name != "conv1"]
     return {POOLED: "", **{name: f"body.{name}" for name in inside}, **stages}
 
 

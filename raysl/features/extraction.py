@@ -17,6 +17,7 @@ from collections.abc import Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import asdict, dataclass, field
 from functools import cached_property, partial
+from importlib import metadata
 from typing import Any
 
 import numpy as np
@@ -27,7 +28,7 @@ from torch import Tensor
 from raysl.cluster import places
 from raysl.dataset import DataSet
 from raysl.errors import UserError, unknown
-from raysl.features import encoders
+from raysl.features import encoders, foreign
 from raysl.features.encoders import Encode, Encoder
 from raysl.features.table import DONE, FeatureForm, FeatureProtocol, FeatureTable, Floats, Part, file, write
 from raysl.network import trunk
@@ -36,6 +37,8 @@ from raysl.stream import decode
 
 # Of a layer averaged over its places, and of one that keeps some of them.
 _FORMS = (FeatureForm("float32"), FeatureForm("float16"))
+# Packages that decode images and hold networks.
+_MADE_WITH = ("torch", "torchvision", "timm", "pillow", "simplejpeg")
 _PART_IMAGES = 4096
 _PART_BYTES = 32 << 20
 _BATCH = 128
@@ -127,9 +130,18 @@ def compute(
 
 
 def _code() -> str:
-    """A hash of what features depend on besides their protocol: the code that makes them, and torch."""
-    source = "".join(inspect.getsource(module) for module in (decode, trunk, encoders))
-    return hashlib.blake2b(f"{torch.__version__}\n{source}".encode(), digest_size=8).hexdigest()
+    """A hash of what features depend on besides their protocol: the code that makes them, what it is made with, and
+    the form that they are kept in."""
+    source = "".join(inspect.getsource(module) for module in (decode, trunk, encoders, foreign))
+    made_with = [(name, _version(name)) for name in _MADE_WITH]
+    return hashlib.blake2b(f"{made_with}{_FORMS}{source}".encode(), digest_size=8).hexdigest()
+
+
+def _version(package: str) -> str | None:
+    try:
+        return metadata.version(package)
+    except metadata.PackageNotFoundError:
+        return None
 
 
 def _parts(dataset: DataSet) -> list[Part]:

@@ -11,7 +11,7 @@ import torch
 from torchvision import models
 
 from raysl.errors import UserError
-from raysl.features import RandomTrunk, Weights, encoders, named, stages
+from raysl.features import RandomTrunk, Weights, encoders, foreign, named, stages
 from raysl.network.trunk import TrunkConfig
 from tests.data import make_dataset
 from tests.features.test_extraction import make_run
@@ -95,6 +95,48 @@ def test_a_file_of_weights_is_what_timm_makes_of_it(tmp_path: Path) -> None:
         named(str(file), TrunkConfig(name="timm/resnet18dd")).load(CPU, ("pooled",))
 
 
+def test_what_stands_before_the_names_is_found(tmp_path: Path) -> None:
+    """As in a checkpoint of MoCo: a query and a key encoder with heads, a queue, all under `module.`."""
+    query, key = (models.resnet18().state_dict() for _ in range(2))
+    state = {f"module.encoder_q.{name}": value for name, value in query.items() if not name.startswith("fc.")}
+    state |= {"module.encoder_q.fc.0.weight": torch.zeros(128, 512)}
+    state |= {f"module.encoder_k.{name}": value for name, value in key.items()}
+    torch.save(
+        {"epoch": 200, "state_dict": {**state, "module.queue": torch.zeros(8, 4)}}, tmp_path / "moco.pth"
+    )
+    loaded = Weights(str(tmp_path / "moco.pth"), RESNET).network().body.state_dict()
+    assert all(torch.equal(loaded[name], query[name]) for name in loaded)
+
+
+def test_a_file_of_safetensors(tmp_path: Path) -> None:
+    safetensors = pytest.importorskip("safetensors.torch")
+    state = models.resnet18().state_dict()
+    safetensors.save_file(state, tmp_path / "model.safetensors")
+    loaded = Weights(str(tmp_path / "model.safetensors"), RESNET).network().body.state_dict()
+    assert all(torch.equal(loaded[name], state[name]) for name in loaded)
+
+
+def test_a_trunk_of_timm_is_seen_as_its_weights_were_learned() -> None:
+    pytest.importorskip("timm")
+    transformer = foreign.timm_trunk("vit_tiny_patch16_224")
+    assert transformer.mean.flatten().tolist() == transformer.std.flatten().tolist() == [127.5] * 3
+    mobile = foreign.timm_trunk("mobilenetv3_small_050").eval()
+    with torch.inference_mode():
+        assert mobile(IMAGES).shape == (3, mobile.width)
+
+
+def test_a_stage_is_the_same_layer_by_the_names_of_timm(tmp_path: Path) -> None:
+    pytest.importorskip("timm")
+    file = str(tmp_path / "resnet18.pth")
+    torch.save(models.resnet18().state_dict(), file)
+    ours, theirs = Weights(file, RESNET), Weights(file, TrunkConfig(name="timm/resnet18"))
+    assert stages(ours) == stages(theirs)
+    with torch.inference_mode():
+        one, other = (encoder.load(CPU, stages(ours))(IMAGES) for encoder in (ours, theirs))
+    for stage in stages(ours):
+        torch.testing.assert_close(one[stage], other[stage], rtol=1e-4, atol=1e-5)
+
+
 def test_weights_of_another_network_are_named(tmp_path: Path) -> None:
     file = tmp_path / "weights.pth"
     torch.save(models.resnet18().state_dict(), file)
@@ -102,6 +144,9 @@ def test_weights_of_another_network_are_named(tmp_path: Path) -> None:
         named(str(file), TrunkConfig(name="resnet34")).load(CPU, ("pooled",))
     with pytest.raises(UserError, match="do not fit"):
         named(str(file), TrunkConfig(name="resnet18", stem="small")).load(CPU, ("pooled",))
+    torch.save(models.resnet34().state_dict(), file)
+    with pytest.raises(UserError, match="weights more than the trunk 'resnet18' has"):
+        named(str(file), RESNET).load(CPU, ("pooled",))
     file.write_bytes(b"no weights")
     with pytest.raises(UserError, match="no weights that torch can load"):
         named(str(file), RESNET).load(CPU, ("pooled",))
