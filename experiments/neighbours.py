@@ -5,7 +5,7 @@ Hardware: 2 CPU cores, 24 GB, no GPU; 2 Ray Train workers.
 Time:     2 to 4 minutes a run that is not there yet, a minute or two a probe. With --local: two to three minutes.
 Expect:   neighbours by colour in an untrained network, by layout with prediction, more by class with PIRL and labels.
 
-The picture is neighbours.png; each run keeps its own sheet for `raysl report`.
+The picture is neighbours.png; each run keeps its own sheet for `raysl report`, named by step and data sets.
 """
 
 from __future__ import annotations
@@ -45,12 +45,14 @@ def main(flags: NeighbourFlags) -> None:
     measured(runs, flags, ["retrieval"])
     train, test = (resolve(split) for split in splits(flags.data))
     first = runs[:: len(flags.seeds)]
-    last: list[Encoder] = [features.Trained(run, run.newest()) for run in first]
-    encoders = [features.untrained(first[0]), *last]
+    last = [features.Trained(run, run.newest()) for run in first]
+    encoders: list[Encoder] = [features.untrained(first[0]), *last]
     size, cache = flags.image_size, Folder(flags.runs) / "features"
     sheets = neighbours.sheets(encoders, train, test, size, cache, flags.count, flags.k)
-    for run, sheet in zip(first, sheets[1:], strict=True):
-        (run.folder / SHEETS).write("neighbours.png", pictures.png(sheet))
+    prints = train.manifest.fingerprint, test.manifest.fingerprint
+    for source, sheet in zip(last, sheets[1:], strict=True):
+        name = neighbours.name(source.checkpoint.step, *prints)
+        (source.run.folder / SHEETS).write(name, pictures.png(sheet))
     named = dict(zip(["untrained", *flags.methods], sheets, strict=True))
     Folder(flags.out).write("neighbours.png", pictures.png(neighbours.beside(named)))
     reported(runs, flags, ["retrieval"])

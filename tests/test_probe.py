@@ -18,6 +18,7 @@ from raysl.probes.invariance import Config as Invariance
 from raysl.probes.knn import Config as Knn
 from raysl.probes.linear import Config as Linear
 from raysl.probes.lowshot import Config as Lowshot
+from raysl.report import neighbours
 from raysl.run import Run
 from raysl.storage import Folder
 from tests.data import make_dataset
@@ -129,6 +130,12 @@ def test_layers_share_a_table_of_headlines() -> None:
     ]
     (table,) = tables(rows)
     assert list(table.columns[0].cells) == ["a top1", "b top1"]
+
+
+def test_a_sheet_of_neighbours_stands_beside_no_other_rows() -> None:
+    one, other = "1" * 32, "2" * 32
+    asked = [(5, one, other), (9, one, other), (5, one, one), (5, other, other)]
+    assert len({neighbours.name(*each) for each in asked}) == 4
 
 
 def with_classes(dataset: DataSet, *classes: str) -> DataSet:

@@ -53,6 +53,17 @@ def sheets(
     return made
 
 
+def name(step: int, train: str, test: str) -> str:
+    """What the file of a sheet is called: after all that tells the rows of `retrieval` beside which it belongs from its
+    other rows.
+
+    Args:
+        train: fingerprint of the images that are searched.
+        test: fingerprint of those that ask.
+    """
+    return f"step-{step}-train-{train[:8]}-test-{test[:8]}.png"
+
+
 def beside(named: Mapping[str, Image.Image]) -> Image.Image:
     """Sheets side by side, each under its name."""
     head = 36
