@@ -39,7 +39,7 @@ class WatchConfig:
             saved, and kept.
         probe_train: labelled data that these probes learn from.
         probe_test: labelled data that they are scored on.
-        probes: which ones, with their default protocols.
+        probes: which ones, with their default protocols; so none that needs more, as detection needs boxes.
     """
 
     probe_every: int = 0

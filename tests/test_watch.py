@@ -24,6 +24,7 @@ from raysl.run import Run, jsonl
 from raysl.storage import Folder
 from raysl.watch import ERROR, WatchConfig, Watcher, pretrain_and_probe, saving
 from tests.data import make_dataset
+from tests.features.test_extraction import make_run
 
 
 def row(step: int, **changes: Any) -> dict[str, Any]:
@@ -197,24 +198,61 @@ def test_a_probe_that_would_remember_is_refused_before_training(
     assert not (tmp_path / "run").exists()
 
 
+@pytest.fixture
+def left(monkeypatch: pytest.MonkeyPatch) -> list[int]:
+    """The steps that were not probed while a run trained."""
+    steps: list[int] = []
+    finish = Watcher.finish
+    monkeypatch.setattr(watch, "_LOOK_EVERY_S", 0.1)
+    monkeypatch.setattr(Watcher, "finish", lambda self: steps.extend(finish(self)))
+    return steps
+
+
+@pytest.mark.ray
+def test_a_checkpoint_is_probed_before_training_ends(
+    ray_session: None, tmp_path: Path, left: list[int], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    dataset = make_dataset(tmp_path / "set", 40)
+    run, _ = make_run(dataset, tmp_path / "run")
+    told = threading.Event()
+
+    def training(config: Pretraining, say: Any) -> Run:
+        """Has its checkpoint, and does not end before it was probed."""
+        with lease.Lease(run.folder, say, "run"):
+            assert told.wait(120)
+        return run
+
+    said: list[str] = []
+
+    def say(line: str) -> None:
+        said.append(line)
+        told.set()
+
+    monkeypatch.setattr(watch, "pretrain", training)
+    data, step = str(dataset.folder), run.newest().step
+    pretrain_and_probe(run.config(), WatchConfig(step, data, data), say)
+    assert left == []
+    assert [line.partition(" knn/")[0] for line in said] == [f"probe of step {step}:"]
+    assert {row["step"] for row in rows_of(run)} == {step}
+
+
 @pytest.mark.ray
 @pytest.mark.slow
-def test_a_run_is_probed_while_it_trains(
-    ray_session: None, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    monkeypatch.setattr(watch, "_LOOK_EVERY_S", 0.1)
+def test_a_run_is_probed_while_it_trains(ray_session: None, tmp_path: Path, left: list[int]) -> None:
     data = str(make_dataset(tmp_path / "set", 64).folder)
     config = Pretraining(
         data,
         str(tmp_path / "run"),
-        epochs=4,
+        epochs=80,
         batch_size=16,
         workers=1,
-        log_every=2,
+        log_every=40,
         view=ViewConfig(image_size=16),
         parts={"pirl": Pirl(num_negatives=32, dim=16)},
     )
-    run = pretrain_and_probe(config, WatchConfig(4, data, data), lambda _: None)
-    assert {row["step"] for row in rows_of(run)} == {4, 8, 12, 16}
+    run = pretrain_and_probe(config, WatchConfig(80, data, data), lambda _: None)
+    steps = {80, 160, 240, 320}
+    assert {row["step"] for row in rows_of(run)} == steps
     scored = {row["step"] for row in run.metrics() if any(name.startswith("probe/knn") for name in row)}
-    assert scored == {4, 8, 12, 16}
+    assert scored == steps
+    assert set(left) < steps
