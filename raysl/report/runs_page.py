@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import hashlib
+import re
 from collections.abc import Iterator, Sequence
 from typing import Any
 
@@ -124,11 +125,18 @@ def _sheets(gathered: Sequence[Group]) -> Iterator[Figure]:
     for group in gathered:
         for entry in group.entries:
             folder = entry.run.folder / SHEETS
-            for name in folder.list():
-                if name.endswith(".png"):
-                    title = f"{group.label}, seed {entry.seed}: {name.removesuffix('.png')}"
-                    text = "An image that asks, and the nearest ones by the cosine of their features."
-                    yield Figure(f"nearest-{_short(title)}", title, text, folder.read(name))
+            for name in _newest(folder.list()):
+                title = f"{group.label}, seed {entry.seed}: {name.removesuffix('.png')}"
+                text = "An image that asks, and the nearest ones by the cosine of their features."
+                yield Figure(f"nearest-{_short(title)}", title, text, folder.read(name))
+
+
+def _newest(names: Sequence[str]) -> list[str]:
+    """Of the sheets of each pair of data sets the one of the newest step. See `raysl.report.neighbours.name`."""
+    steps: dict[str, int] = {}
+    for sheet in filter(None, (re.fullmatch(r"step-(\d+)(-.+\.png)", name) for name in names)):
+        steps[sheet[2]] = max(steps.get(sheet[2], 0), int(sheet[1]))
+    return [f"step-{step}{data}" for data, step in steps.items()]
 
 
 def _views(gathered: Sequence[Group], count: int) -> tuple[list[Figure], str]:

@@ -17,8 +17,10 @@ from raysl.network.trunk import TrunkConfig
 from raysl.objectives.pirl import Config as Pirl
 from raysl.probe import MODEL, ROWS
 from raysl.probes.invariance import EDGES
+from raysl.report import neighbours
 from raysl.report.entries import Found, found, groups
 from raysl.report.page import ReportConfig, report
+from raysl.report.runs_page import SHEETS
 from raysl.report.tables import Estimate, estimates, t_quantile, tables
 from raysl.run import METRICS, Run, jsonl
 from raysl.storage import Folder
@@ -107,6 +109,15 @@ def test_the_page_has_all_parts_and_equal_runs_give_equal_bytes(tmp_path: Path, 
     assert "http" not in page
     again = report(list(reversed(runs)), ReportConfig(str(tmp_path / "two"), images=1))
     assert {name: again.read(name) for name in names} == {name: out.read(name) for name in names}
+
+
+def test_only_the_newest_sheet_of_neighbours_is_shown(runs: list[str]) -> None:
+    sheets = Folder(runs[0]) / SHEETS
+    for step, test in ((2, "b"), (5, "b"), (2, "c")):
+        sheets.write(neighbours.name(step, "a", test), b"PNG")
+    page = report(runs[0], ReportConfig(images=0)).read("index.html").decode()
+    shown = [f"step-{step}-train-a-test-{test}" in page for step, test in ((2, "b"), (5, "b"), (2, "c"))]
+    assert shown == [False, True, True]
 
 
 def test_data_that_are_gone_cost_the_views_alone(tmp_path: Path, runs: list[str]) -> None:
