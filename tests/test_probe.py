@@ -63,7 +63,9 @@ def test_all_layers_by_probes_of_every_kind(ray_session: None, run: tuple[Run, s
     assert {row["train"] for row in rows if row["probe"] == "collapse"} == {""}
     (histogram,) = (run[0].folder / "probes/invariance").list()[:1]
     drawn = (run[0].folder / f"probes/invariance/{histogram}").read_json("histogram.json")
-    assert all(sum(counts) == 60 for layer in drawn["counts"].values() for counts in layer.values())
+    # Every image with its transformed copy, and with each of the 59 others.
+    sums = {"rotation": 60, "others": 60 * 59}
+    assert all({name: sum(c) for name, c in layer.items()} == sums for layer in drawn["counts"].values())
 
 
 @pytest.mark.ray
