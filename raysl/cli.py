@@ -70,8 +70,8 @@ class ProbeFlags:
             --trunk.name and --out), or "random".
         train: labelled data that the probes learn from.
         test: labelled data that they are judged on.
-        probes: which of knn, linear, svm, lowshot, finetune, semisup, detection, retrieval, collapse and invariance.
-            The protocol of each has flags of its own, such as --linear.schedule fast.
+        probes: which of knn, linear, svm, voc_svm, lowshot, finetune, semisup, detection, retrieval, collapse and
+            invariance. The protocol of each has flags of its own, such as --linear.schedule fast.
         layers: whose features are measured; "all" for conv1, res2 to res5 and pooled.
         out: folder of the rows, for what is no run.
         image_size: side in pixels of the view, for what is no run; 0 for 224 of a file of weights and 32 otherwise.

@@ -151,3 +151,20 @@ def classes_of(*splits: Sequence[Picture]) -> list[str]:
             name for pictures in splits for name in sorted({c for one in pictures for c in one.classes})
         )
     )
+
+
+def check_apart(
+    train: Sequence[Picture], test: Sequence[Picture], splits: tuple[str, str], probe: str
+) -> None:
+    """Raises UserError when what is learned from and what is judged share images.
+
+    Args:
+        splits: the names of the two.
+        probe: whose flags name others.
+    """
+    shared = {one.name for one in train} & {one.name for one in test}
+    if shared:
+        raise UserError(
+            f"The splits {splits[0]!r} and {splits[1]!r} share {len(shared)} images, the first being {min(shared)!r}. "
+            f"Give --{probe}.train-split and --{probe}.test-split two that share none."
+        )

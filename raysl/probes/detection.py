@@ -152,12 +152,7 @@ def _check(train: Sequence[Picture], test: Sequence[Picture], config: Config) ->
             f"The split {config.test_split!r} has no boxes to be judged on that are not difficult. Give "
             "--detection.test-split one that has."
         )
-    shared = {one.name for one in train} & {one.name for one in test}
-    if shared:
-        raise UserError(
-            f"The splits {config.train_split!r} and {config.test_split!r} share {len(shared)} images, the first being "
-            f"{min(shared)!r}. Give --detection.train-split and --detection.test-split two that share none."
-        )
+    _voc.check_apart(train, test, (config.train_split, config.test_split), "detection")
 
 
 def learn(
