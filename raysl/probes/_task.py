@@ -32,7 +32,8 @@ def elsewhere(work: Callable[..., Result], calls: Sequence[tuple[Any, ...]]) -> 
     try:
         results: list[Result] = ray.get(running)
     except BaseException as error:  # an interrupt, too: on a cluster the tasks would go on
-        for one in running:
+        # Only those that go on: Ray aborts the driver when a task is cancelled at the moment that it ends.
+        for one in ray.wait(running, num_returns=len(running), timeout=0)[1]:
             ray.cancel(one)
         raise cluster.user_error(error) or error from None
     return results

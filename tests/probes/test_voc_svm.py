@@ -5,7 +5,6 @@ from __future__ import annotations
 from dataclasses import replace
 from pathlib import Path
 
-import numpy as np
 import pytest
 
 from raysl.errors import Unset, UserError
@@ -51,8 +50,8 @@ def test_scores_are_those_of_svm_on_the_same_features(ray_session: None, tmp_pat
     sets = []
     for split in ("train", "test"):
         pictures = _voc.read(folder, split)
-        pixels_nd = decode.centre([one.image for one in pictures], 16).flatten(1).numpy() / np.float32(255)
-        sets.append(Labelled(pixels_nd - np.float32(0.5), voc_svm.shown(pictures, ["disc", "square"])))
+        pixels_nd = decode.centre([one.image for one in pictures], 16).flatten(1).float() / 255 - 0.5
+        sets.append(Labelled(pixels_nd.numpy(), voc_svm.shown(pictures, ["disc", "square"])))
     assert sets[1].labels_n[-1].tolist() == [-1, 0]
     (wanted,) = Svm(config.svm).run(*sets)
     assert row == Row("mAP", wanted.value, "pooled")
