@@ -138,7 +138,8 @@ class Weights:
 
     Args:
         file: a state dict by `torch.save`, or a dict that holds one, or safetensors. A path or a URI.
-        config: the trunk; "timm/NAME" for one of timm, whose images are normalised as timm does for it.
+        config: the trunk; "timm/NAME" or "timm/NAME.TAG" for one of timm, whose images are normalised as timm does
+            for it.
     """
 
     file: str
@@ -231,9 +232,15 @@ def named(name: str, config: TrunkConfig, seed: int = 0) -> Encoder:
 
 
 def _skeleton(config: TrunkConfig) -> trunk.Trunk:
-    """The trunk without weights."""
-    with torch.device("meta"):
-        return trunk.build(config)
+    """The trunk, without weights where that can be."""
+    try:
+        with torch.device("meta"):
+            return trunk.build(config)
+    except (
+        NotImplementedError
+    ):  # torchvision computes the widths of RegNets by tensors, which must hold numbers
+        with torch.random.fork_rng(devices=[]):
+            return trunk.build(config)
 
 
 def stages(encoder: Encoder) -> tuple[str, ...]:
