@@ -5,6 +5,7 @@ from __future__ import annotations
 import os
 from collections.abc import Sequence
 from dataclasses import dataclass
+from importlib import metadata
 from pathlib import Path
 from typing import Any
 
@@ -18,6 +19,7 @@ from raysl.dataset import SHARDS, DataSet
 from raysl.errors import UserError
 from raysl.features import (
     Encode,
+    FeatureForm,
     FeatureProtocol,
     FeatureTable,
     Pixels,
@@ -27,6 +29,7 @@ from raysl.features import (
     pool,
     untrained,
 )
+from raysl.features.extraction import describe
 from raysl.features.table import DONE, file
 from raysl.objectives.pirl import Config as Pirl
 from raysl.run import Run
@@ -224,6 +227,23 @@ def test_layers_of_one_call_are_those_of_calls_alone_and_are_shared(
     assert sorted(cache.list()) == before
     alone = one(trained, dataset, FeatureProtocol(16, ("res3",)), Folder(str(tmp_path / "other")))
     np.testing.assert_array_equal(alone.load("res3"), tables["res3"].load("res3"))
+
+
+@pytest.mark.parametrize("package", ["torch", "torchvision", "timm", "pillow", "simplejpeg"])
+def test_features_are_of_the_packages_that_made_them(
+    dataset: DataSet, monkeypatch: pytest.MonkeyPatch, package: str
+) -> None:
+    before, version = describe(Pixels(), dataset, SEEN), metadata.version
+    monkeypatch.setattr(metadata, "version", lambda name: "0" if name == package else version(name))
+    assert describe(Pixels(), dataset, SEEN) != before
+
+
+def test_features_are_of_the_form_that_they_are_kept_in(
+    dataset: DataSet, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    before = describe(Pixels(), dataset, SEEN)
+    monkeypatch.setattr(extraction, "_FORMS", (FeatureForm("float16"),) * 2)
+    assert describe(Pixels(), dataset, SEEN) != before
 
 
 def test_an_unknown_layer_answers_with_the_nearest(dataset: DataSet, tmp_path: Path) -> None:
