@@ -8,8 +8,8 @@ from __future__ import annotations
 
 import hashlib
 import json
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
-from dataclasses import asdict, dataclass, replace
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from dataclasses import asdict, dataclass
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
@@ -24,14 +24,13 @@ from raysl.ingest import resolve
 from raysl.probes import (
     EncoderProbe,
     FeatureProbe,
-    Floats,
-    Labelled,
     LabelledProbe,
     Probe,
     Row,
     Subject,
     common_labels,
 )
+from raysl.probes._frozen import Frozen, by_layer
 from raysl.run import PASSPORT, Run, jsonl
 from raysl.storage import Folder
 
@@ -39,6 +38,7 @@ if TYPE_CHECKING:
     from rich.table import Table
 
 Integers = npt.NDArray[np.int64]
+Tables = Mapping[str, FeatureTable]
 
 ENCODERS = ("trained", "random", "pixels")
 ROWS = "probes/rows.jsonl"
@@ -184,36 +184,18 @@ def _measured(
             protocol = protocol_hash(name, config, FeatureProtocol(place.image_size))
             about = {"probe": name, **facts, "protocol": protocol, **data.fingerprints(measure)}
             these = _layers(source, layers)
+            measured: Iterable[Row]
             if isinstance(measure, EncoderProbe):
                 own = f"{source.name}-{facts['step']}-{about['test'][:8]}-{protocol}"
                 folder = place.run.folder / f"probes/{name}/{own}"
                 subject = Subject(source, these, place.image_size, data.train, data.test, place.seed, folder)
                 measured = measure.examine(subject)
             else:
-                measured = _by_layer(measure, these, *tables, data)
+                measured = by_layer(measure, these, *data.frozen(*tables), place.spare)
             new = _rows(measured, measure, about, say)
             _keep(place.run, new)
             rows += new
     return rows
-
-
-def _by_layer(
-    measure: LabelledProbe | FeatureProbe,
-    layers: Sequence[str],
-    seen: Mapping[str, FeatureTable],
-    unseen: Mapping[str, FeatureTable],
-    data: _Data,
-) -> Iterator[Row]:
-    """The rows of a probe of features, with their layers."""
-    for layer in layers:
-        place = features.tap(layer, measure.dims)
-        test_nd = unseen[place].load(place)
-        if isinstance(measure, LabelledProbe):
-            train_nd = seen[place].load(place)
-            found = measure.run(data.labelled(train_nd, test=False), data.labelled(test_nd, test=True))
-        else:
-            found = measure.measure(test_nd)
-        yield from (replace(row, layer=layer) for row in found)
 
 
 def check_apart(names: Sequence[str], train: DataSet, test: DataSet) -> None:
@@ -250,11 +232,12 @@ class _Data:
         train = "" if isinstance(probe, FeatureProbe) else self.train.manifest.fingerprint
         return {"train": train, "test": self.test.manifest.fingerprint}
 
-    def labelled(self, features_nd: Floats, test: bool) -> Labelled:
-        dataset = self.test if test else self.train
-        labels_n = self.test_labels_n if test else self.train_labels_n
-        assert labels_n is not None
-        return Labelled(features_nd, labels_n, dataset.manifest.fingerprint)
+    def frozen(self, seen: Tables, unseen: Tables) -> tuple[Frozen, Frozen]:
+        """The features of both sets, with their labels."""
+        return (
+            Frozen(seen, self.train_labels_n, self.train.manifest.fingerprint),
+            Frozen(unseen, self.test_labels_n, self.test.manifest.fingerprint),
+        )
 
 
 def _extract(
@@ -263,7 +246,7 @@ def _extract(
     ready: Mapping[str, tuple[Any, Probe]],
     data: _Data,
     place: _Place,
-) -> list[tuple[Mapping[str, FeatureTable], Mapping[str, FeatureTable]]]:
+) -> list[tuple[Tables, Tables]]:
     """The features of the train and the test set that probes ask for, for each encoder; every image is seen once."""
     measures = [measure for _, measure in ready.values() if not isinstance(measure, EncoderProbe)]
     sets = [data.train, data.test] if any(needs_labels(measure) for measure in measures) else [data.test]
@@ -299,7 +282,7 @@ def _facts(source: Encoder, seed: int) -> dict[str, Any]:
 
 
 def _rows(
-    found: Iterator[Row], probe: Probe, facts: Mapping[str, Any], say: Callable[[str], None]
+    found: Iterable[Row], probe: Probe, facts: Mapping[str, Any], say: Callable[[str], None]
 ) -> list[dict[str, Any]]:
     """The rows of one probe on one encoder, with what they hang on."""
     rows = []

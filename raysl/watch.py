@@ -10,7 +10,7 @@ import os
 import threading
 import traceback
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass, fields, replace
+from dataclasses import dataclass, replace
 from typing import Any
 
 from raysl import checkpoint, cluster, features, probes
@@ -93,13 +93,10 @@ def pretrain_and_probe(config: Pretraining, watch: WatchConfig, say: Callable[[s
 
 
 def _check_defaults(names: Sequence[str]) -> None:
-    """Raises UserError when a probe does not exist, or its defaults are not enough: where there is nothing that could
-    be one, such as a folder, the default is empty."""
+    """Raises UserError when a probe does not exist, or its defaults are not enough."""
     for name in names:
-        config = probes.load(name)[0]()
-        unset = [one.name for one in fields(config) if getattr(config, one.name) == ""]
-        if unset:
-            flags = " and ".join(f"--{name}.{field.replace('_', '-')}" for field in unset)
+        flags = " and ".join(probes.required(name))
+        if flags:
             raise Unset(
                 f"The probe {name} needs {flags}, for which there is no default, and probes during training have only "
                 f"their defaults. Leave {name} out of --probes, and after training run: raysl probe RUN --probes "

@@ -6,9 +6,10 @@ features-0000000000-0000004096.parquet     index (int64), and a list of numbers 
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
 from dataclasses import dataclass
-from typing import Any, Literal
+from typing import Any, BinaryIO, Literal
 
 import numpy as np
 import numpy.typing as npt
@@ -86,18 +87,29 @@ class FeatureTable:
         assert features_nd is not None
         return features_nd
 
+    def numbers(self, layer: str) -> int:
+        """How many numbers `load` gives, images times dim. Raises UserError when the first part is damaged."""
+        with self._opened(self.parts[0]) as stream:
+            return self.parts[-1][1] * int(pq.read_schema(stream).field(layer).type.list_size)
+
     def read(self, part: Part, layer: str) -> Floats:
         """float32 (part, dim): one part. Raises UserError when it is damaged."""
-        name = file(part)
-        try:
-            with self.folder.open(name) as stream:
-                column = pq.read_table(stream, columns=[layer]).column(layer).combine_chunks()
+        with self._opened(part) as stream:
+            column = pq.read_table(stream, columns=[layer]).column(layer).combine_chunks()
             return (  # type: ignore[no-any-return]
                 column.flatten()
                 .to_numpy(zero_copy_only=False)
                 .reshape(part[1] - part[0], -1)
                 .astype(np.float32)
             )
+
+    @contextmanager
+    def _opened(self, part: Part) -> Iterator[BinaryIO]:
+        """The file of a part; what goes wrong with it is said by name."""
+        name = file(part)
+        try:
+            with self.folder.open(name) as stream:
+                yield stream
         except (OSError, ValueError, EOFError) as error:
             raise UserError(
                 f"The features {name!r} in {str(self.folder)!r} are damaged: {error}. Delete that folder; they are "

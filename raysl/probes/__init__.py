@@ -22,7 +22,7 @@ from __future__ import annotations
 import importlib
 import pkgutil
 from collections.abc import Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, fields
 from typing import Any, Protocol, runtime_checkable
 
 import numpy as np
@@ -164,6 +164,14 @@ def load(name: str) -> tuple[type[Any], type[Any]]:
         raise unknown("probe", name, names())
     module = importlib.import_module(f"{__name__}.{name}")
     return module.Config, getattr(module, "".join(word.capitalize() for word in name.split("_")))
+
+
+def required(name: str) -> list[str]:
+    """Flags of a probe without a default that would do: where there is nothing that could be one, such as a folder, the
+    default is empty. Raises UserError when there is no such probe."""
+    config = load(name)[0]()
+    unset = [one.name for one in fields(config) if getattr(config, one.name) == ""]
+    return [f"--{name}.{field}".replace("_", "-") for field in unset]
 
 
 def same_images(train: Labelled, test: Labelled) -> bool:

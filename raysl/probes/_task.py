@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any, TypeVar
 
 import torch
@@ -13,21 +13,22 @@ from raysl.cluster import places
 Result = TypeVar("Result")
 
 
-def elsewhere(work: Callable[..., Result], calls: Sequence[tuple[Any, ...]]) -> list[Result]:
-    """One task of Ray for each call, with a GPU each if there are any; all results, in the order of the calls.
+def elsewhere(
+    work: Callable[..., Result], calls: Sequence[tuple[Any, ...]], options: Mapping[str, Any] | None = None
+) -> list[Result]:
+    """One task of Ray for each call; all results, in the order of the calls.
+
+    Args:
+        work: what a task does.
+        calls: its arguments.
+        options: of the tasks, as Ray takes them; by default a GPU each if there are any, else a share of the CPUs.
 
     Raises:
         UserError: that which a task raised.
     """
     import ray
 
-    found = places.machines()
-    _, resources = features.pool(found.totals())
-    if "num_gpus" not in resources:
-        # Half of a machine, divided by the tasks that there are.
-        most = max(node.get("CPU", 0.0) for node in found.for_work)
-        resources = {"num_cpus": max(resources["num_cpus"], int(500 * most / len(calls)) / 1000)}
-    task = ray.remote(work).options(**resources)
+    task = ray.remote(**(options or _shares(len(calls))))(work)
     running = [task.remote(*call) for call in calls]
     try:
         results: list[Result] = ray.get(running)
@@ -37,6 +38,16 @@ def elsewhere(work: Callable[..., Result], calls: Sequence[tuple[Any, ...]]) -> 
             ray.cancel(one)
         raise cluster.user_error(error) or error from None
     return results
+
+
+def _shares(tasks: int) -> dict[str, float]:
+    """A GPU for each task; without any, half of a machine divided by the tasks that there are."""
+    found = places.machines()
+    _, resources = features.pool(found.totals())
+    if "num_gpus" not in resources:
+        most = max(node.get("CPU", 0.0) for node in found.for_work)
+        resources = {"num_cpus": max(resources["num_cpus"], int(500 * most / tasks) / 1000)}
+    return resources
 
 
 def device() -> torch.device:

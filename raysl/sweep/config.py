@@ -6,7 +6,7 @@ from dataclasses import dataclass
 from typing import Literal
 
 from raysl import probes
-from raysl.errors import UserError, unknown
+from raysl.errors import UserError
 
 Searcher = Literal["grid", "random", "optuna"]
 Scheduler = Literal["none", "asha", "median", "pbt"]
@@ -77,12 +77,11 @@ class SweepConfig:
             raise UserError(
                 f"gpus_per_worker is {self.gpus_per_worker}; it must be above 0 and at most 1, a whole GPU."
             )
-        if self.probe not in probes.names():
-            raise unknown("probe", self.probe, probes.names())
-        if self.probe == "detection":
+        flags = " and ".join(probes.required(self.probe))
+        if flags:
             raise UserError(
-                "A sweep is scored on the images of --test, and the probe detection needs a folder of boxes. Use "
-                "another probe, such as knn or linear, and detection on its best run."
+                f"A sweep is scored on the images of --test, and the probe {self.probe} needs {flags}. Use another "
+                f"probe, such as knn or linear, and {self.probe} on its best run."
             )
         if self.scheduler == "pbt" and self.searcher == "optuna":
             raise UserError(

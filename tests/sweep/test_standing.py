@@ -161,7 +161,8 @@ def test_median_waits_for_three_and_stops_the_lower_half() -> None:
         ({"gpus_per_worker": 2}, "at most 1"),
         ({"scheduler": "pbt", "rungs": 1}, "nothing for pbt"),
         ({"scheduler": "pbt", "retry": True}, "Leave out --retry"),
-        ({"probe": "detection"}, "folder of boxes"),
+        ({"probe": "detection"}, r"needs --detection\.data"),
+        ({"probe": "voc_svm"}, r"needs --voc-svm\.data"),
         ({"scheduler": "pbt", "searcher": "optuna"}, "searcher random"),
     ],
 )

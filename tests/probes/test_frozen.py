@@ -1,0 +1,110 @@
+"""Probes of features run as tasks of Ray, and find what they would find in the driver."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Iterator
+from dataclasses import replace
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+
+from raysl.errors import UserError
+from raysl.features import FeatureTable
+from raysl.features.table import FeatureForm, file, write
+from raysl.probes import Floats, Labelled, Row
+from raysl.probes import _frozen as frozen
+from raysl.probes._frozen import Frozen, by_layer
+from raysl.probes.collapse import Collapse
+from raysl.probes.collapse import Config as CollapseConfig
+from raysl.probes.knn import Config as KnnConfig
+from raysl.probes.knn import Knn
+from raysl.storage import Folder
+
+LAYERS = {"res2": 12, "pooled": 6}
+
+
+class Traced:
+    """Says where it works."""
+
+    headline = "pid"
+    dims = 0
+
+    def measure(self, features_nd: Floats) -> Iterator[Row]:
+        """Yields the process, its niceness and its threads."""
+        yield Row("pid", os.getpid())
+        yield Row("nice", os.getpriority(os.PRIO_PROCESS, 0))
+        yield Row("threads", torch.get_num_threads())
+
+
+def make(folder: Path, images: int, seed: int) -> Frozen:
+    """Drawn features of two layers, in two parts."""
+    draws = np.random.default_rng(seed)
+    parts, tables = ((0, images // 2), (images // 2, images)), {}
+    for layer, dim in LAYERS.items():
+        place = Folder(str(folder / layer))
+        for first, end in parts:
+            values_nd = draws.normal(size=(end - first, dim)).astype(np.float32)
+            write(place, (first, end), {layer: values_nd}, FeatureForm())
+        tables[layer] = FeatureTable(place, parts, (layer,))
+    return Frozen(tables, draws.integers(0, 4, images), f"set {seed}")
+
+
+def traced(sets: tuple[Frozen, Frozen], spare: bool) -> dict[str, float]:
+    return {row.name: row.value for row in by_layer(Traced(), ["pooled"], *sets, spare)}
+
+
+@pytest.fixture
+def sets(tmp_path: Path) -> tuple[Frozen, Frozen]:
+    return make(tmp_path / "train", 60, 0), make(tmp_path / "test", 20, 1)
+
+
+@pytest.mark.ray
+def test_rows_are_those_of_the_driver(ray_session: None, sets: tuple[Frozen, Frozen]) -> None:
+    knn, collapse = Knn(KnnConfig(ks=(3, 1))), Collapse(CollapseConfig())
+    found = [by_layer(one, list(LAYERS), *sets, False) for one in (knn, collapse)]
+    for layer in LAYERS:
+        train, test = (
+            Labelled(one.tables[layer].load(layer), np.asarray(one.labels_n), one.fingerprint) for one in sets
+        )
+        for rows, wanted in zip(
+            found, (knn.run(train, test), collapse.measure(test.features_nd)), strict=True
+        ):
+            of_layer = [row for row in rows if row.layer == layer]
+            for row, other in zip(of_layer, wanted, strict=True):
+                assert replace(row, value=0.0) == Row(other.name, 0.0, layer)
+                assert row.value == pytest.approx(other.value, rel=1e-5)
+    assert by_layer(knn, [], *sets, False) == []
+
+
+@pytest.mark.ray
+def test_spare_work_has_the_lowest_priority_and_leaves_none_of_it_behind(
+    ray_session: None, sets: tuple[Frozen, Frozen]
+) -> None:
+    usual = os.getpriority(os.PRIO_PROCESS, 0)
+    spare, after = traced(sets, spare=True), traced(sets, spare=False)
+    assert os.getpid() not in (spare["pid"], after["pid"])
+    assert (spare["nice"], spare["threads"]) == (19, 1)
+    assert (after["nice"], after["threads"]) == (usual, 2)
+
+
+@pytest.mark.ray
+def test_damaged_features_are_said_by_name(ray_session: None, sets: tuple[Frozen, Frozen]) -> None:
+    for one in sets:
+        one.tables["pooled"].folder.write(file((0, len(np.asarray(one.labels_n)) // 2)), b"not parquet")
+    with pytest.raises(UserError, match="damaged"):
+        by_layer(Knn(KnnConfig()), ["pooled"], *sets, False)
+
+
+def test_layers_share_machines_evenly() -> None:
+    machine = {"CPU": 8.0}
+    assert frozen._threads([machine], 1) == 8
+    assert frozen._threads([machine], 5) == 1
+    assert frozen._threads([{"CPU": 0.0}, machine, machine, machine], 5) == 4
+
+
+def test_memory_is_that_of_the_largest_layer(sets: tuple[Frozen, Frozen]) -> None:
+    assert frozen._bytes(["pooled", "res2"], sets) == 3 * 4 * 12 * (60 + 20)
+    assert frozen._bytes(["pooled"], sets[1:]) == 3 * 4 * 6 * 20
