@@ -19,7 +19,6 @@ from raysl.features import Encoder
 from raysl.ingest import resolve, splits
 from raysl.lineup import LineupFlags, measured, reported, small, trained
 from raysl.report import neighbours
-from raysl.report.runs_page import SHEETS
 from raysl.storage import Folder
 
 
@@ -49,10 +48,8 @@ def main(flags: NeighbourFlags) -> None:
     encoders: list[Encoder] = [features.untrained(first[0]), *last]
     size, cache = flags.image_size, Folder(flags.runs) / "features"
     sheets = neighbours.sheets(encoders, train, test, size, cache, flags.count, flags.k)
-    prints = train.manifest.fingerprint, test.manifest.fingerprint
     for source, sheet in zip(last, sheets[1:], strict=True):
-        name = neighbours.name(source.checkpoint.step, *prints)
-        (source.run.folder / SHEETS).write(name, pictures.png(sheet))
+        neighbours.keep(sheet, source.run.folder, source, train, test)
     named = dict(zip(["untrained", *flags.methods], sheets, strict=True))
     Folder(flags.out).write("neighbours.png", pictures.png(neighbours.beside(named)))
     reported(runs, flags, ["retrieval"])

@@ -101,7 +101,7 @@ def probe(arguments: Sequence[str]) -> None:
     given: Any = tyro.cli(flags, prog="raysl probe", args=list(arguments))
     from rich.console import Console
 
-    from raysl.features import Trained, named
+    from raysl.features import Trained, named, view_size
     from raysl.probe import probe as api
     from raysl.probe import probe_model, tables
 
@@ -114,17 +114,25 @@ def probe(arguments: Sequence[str]) -> None:
                 f"--out and --image-size are for what is no run, and {given.checkpoint!r} is one: its rows go to its "
                 "own folder, and it is seen at its own size. Leave them out."
             )
+        size = source.run.config().view.image_size
         rows = api(source.run, *data, layers=given.layers, configs=configs, checkpoint=source.checkpoint)
     else:
         if not given.out:
             raise UserError(f"{given.checkpoint!r} is no run. Give a folder for its rows with --out.")
         title = f"{given.checkpoint.rpartition('/')[2]} ({given.trunk.name})"
-        size = given.image_size
+        size = given.image_size or view_size(source)
         rows = probe_model(
             source, title, given.out, *data, image_size=size, layers=given.layers, configs=configs
         )
     for table in tables(rows):
         Console().print(table)
+    if "retrieval" in given.probes:
+        from raysl.report import neighbours
+        from raysl.storage import Folder
+
+        folder = source.run.folder if isinstance(source, Trained) else Folder(given.out)
+        sheet = neighbours.draw(folder, source, resolve(given.train), resolve(given.test), size)
+        print(f"The nearest images of some are in {sheet}.")
 
 
 @dataclass(frozen=True)

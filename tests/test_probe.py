@@ -2,12 +2,15 @@
 
 from __future__ import annotations
 
+from io import BytesIO
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import pytest
+from PIL import Image
 
+from raysl.cli import probe as command
 from raysl.dataset import DataSet
 from raysl.errors import UserError
 from raysl.features import named
@@ -172,6 +175,25 @@ def test_unknown_names_answer_with_the_nearest(run: tuple[Run, str, str]) -> Non
 def test_an_unknown_layer_answers_with_the_nearest(ray_session: None, run: tuple[Run, str, str]) -> None:
     with pytest.raises(UserError, match="'res3'"):
         probe(*run, ["invariance"], layers=["rse3"], encoders=["trained"])
+
+
+@pytest.mark.ray
+def test_retrieval_leaves_a_sheet_of_what_it_found(
+    ray_session: None, run: tuple[Run, str, str], tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    source, train, test = run
+    prints = [DataSet.open(one).manifest.fingerprint for one in (train, test)]
+    model = Folder(str(tmp_path / "model"))
+    for name, folder, flags in (
+        (str(source.folder), source.folder, []),
+        ("random", model, ["--out", str(model), "--image-size", "16"]),
+    ):
+        command([name, "--train", train, "--test", test, "--probes", "retrieval", *flags])
+        step = {row["step"] for row in rows_of(Run(folder)) if row["encoder"] in ("trained", name)}
+        sheet = neighbours.name(step.pop(), *prints)
+        assert sheet in capsys.readouterr().out.replace("\n", "")
+        with Image.open(BytesIO((folder / neighbours.SHEETS).read(sheet))) as picture:
+            assert min(picture.size) > 100
 
 
 def test_a_run_without_a_checkpoint_is_refused(run: tuple[Run, str, str], tmp_path: Path) -> None:

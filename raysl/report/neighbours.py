@@ -14,6 +14,8 @@ from raysl.features import Encoder, FeatureProtocol
 from raysl.probes.retrieval import nearest
 from raysl.storage import Folder
 
+# Of the sheets, under the folder of a run.
+SHEETS = "probes/retrieval"
 _LAYER = "pooled"
 
 
@@ -51,6 +53,24 @@ def sheets(
         )
         made.append(pictures.neighbours_sheet(test, train, chosen, index_qk, cosine_qk))
     return made
+
+
+def draw(folder: Folder, source: Encoder, train: DataSet, test: DataSet, image_size: int) -> str:
+    """Draws the sheet of one encoder into the folder of its rows; its features are kept there too. See `sheets`.
+
+    Returns:
+        Where the sheet lies.
+    """
+    (sheet,) = sheets([source], train, test, image_size, folder / "features")
+    return keep(sheet, folder, source, train, test)
+
+
+def keep(sheet: Image.Image, folder: Folder, source: Encoder, train: DataSet, test: DataSet) -> str:
+    """Writes a sheet into the folder of an encoder's rows, where a report looks for it, and returns where it lies."""
+    step = source.identity().get("step", 0)
+    file = name(step, train.manifest.fingerprint, test.manifest.fingerprint)
+    (folder / SHEETS).write(file, pictures.png(sheet))
+    return str(folder / SHEETS / file)
 
 
 def name(step: int, train: str, test: str) -> str:

@@ -10,7 +10,7 @@ from typing import Any
 from raysl.catalog import pictures
 from raysl.dataset import DataSet
 from raysl.errors import UserError
-from raysl.report import run_figures
+from raysl.report import neighbours, run_figures
 from raysl.report.command import command, folded
 from raysl.report.entries import Entry, Found, Group, found, groups
 from raysl.report.page import ReportConfig, embedded, render
@@ -18,8 +18,6 @@ from raysl.report.picture import Figure
 from raysl.report.tables import Estimate, Table, tables
 from raysl.training.progress import duration
 
-# Where `raysl.report.neighbours` leaves its sheets, under the folder of a run.
-SHEETS = "probes/retrieval"
 # Numbers of which one can be called best, by how their names begin.
 _BETTER_IF_MORE = ("top", "AP", "mAP", "effective_rank", "closer")
 
@@ -124,7 +122,7 @@ def _cell(table: Table, column: int, cell: Estimate) -> str:
 def _sheets(gathered: Sequence[Group]) -> Iterator[Figure]:
     for group in gathered:
         for entry in group.entries:
-            folder = entry.run.folder / SHEETS
+            folder = entry.run.folder / neighbours.SHEETS
             for name in _newest(folder.list()):
                 title = f"{group.label}, seed {entry.seed}: {name.removesuffix('.png')}"
                 text = "An image that asks, and the nearest ones by the cosine of their features."

@@ -20,7 +20,6 @@ from raysl.probes.invariance import EDGES
 from raysl.report import neighbours
 from raysl.report.entries import Found, found, groups
 from raysl.report.page import ReportConfig, report
-from raysl.report.runs_page import SHEETS
 from raysl.report.tables import Estimate, estimates, t_quantile, tables
 from raysl.run import METRICS, Run, jsonl
 from raysl.storage import Folder
@@ -112,7 +111,7 @@ def test_the_page_has_all_parts_and_equal_runs_give_equal_bytes(tmp_path: Path, 
 
 
 def test_only_the_newest_sheet_of_neighbours_is_shown(runs: list[str]) -> None:
-    sheets = Folder(runs[0]) / SHEETS
+    sheets = Folder(runs[0]) / neighbours.SHEETS
     for step, test in ((2, "b"), (5, "b"), (2, "c")):
         sheets.write(neighbours.name(step, "a", test), b"PNG")
     page = report(runs[0], ReportConfig(images=0)).read("index.html").decode()
