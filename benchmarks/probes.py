@@ -2,14 +2,16 @@
 
 Command:  python benchmarks/probes.py --out rows.jsonl
           python benchmarks/probes.py --train 5000 --test 1000 --rounds 2
-Hardware: two CPU cores; no GPU, and Ray is not used.
+          python benchmarks/probes.py --run RUN --data cifar10
+Hardware: two CPU cores; no GPU. Ray computes the features of a run, and is gone when the clock starts.
 Time:     about ten minutes with the defaults; the second command about one.
 Expect:   a ratio of at most 2 for kNN and for the linear probe of all layers together (1.0 and 1.2: results/probes).
 
-The features are drawn: rectified mixtures of a few factors, of which some depend on the class. kNN has 512 numbers of
-an image; the layers are as wide as those of the small trunk at 32 pixels. The products are counted while a probe runs,
-by their shapes, and are then done alone on the same features, in the same round. For the linear probe these are the
-scores of all images and the gradient of the weights, for every evaluation of the loss, and the covariance.
+Without a run the features are drawn: rectified mixtures of a few factors, of which some depend on the class; the layers
+are as wide as those of the small trunk at 32 pixels. kNN has 512 drawn numbers of an image. The products are counted
+while a probe runs, by their shapes, and are then done alone on the same features, in the same round. For the linear
+probe these are the scores of all images and the gradient of the weights, for every evaluation of the loss, and the
+covariance.
 """
 
 from __future__ import annotations
@@ -25,12 +27,19 @@ from statistics import median
 from typing import Any
 
 import numpy as np
+import ray
 import torch
 import tyro
 from torch import Tensor
 
-from raysl.probes import Labelled, knn, linear
+from raysl import cluster, features
+from raysl.ingest import resolve, splits
+from raysl.probes import Labelled, common_labels, knn, linear
+from raysl.run import Run
+from raysl.storage import Folder
 
+# Its name and width, and what a probe learns from and is judged on.
+Layer = tuple[str, Labelled, Labelled]
 WIDTHS = {"conv1": 6144, "res2": 3072, "res3": 1536, "res4": 768, "pooled": 192}
 KNN_WIDTH = 512
 CLASSES = 10
@@ -42,8 +51,10 @@ class Flags:
     """Times probes and their matrix products.
 
     Args:
-        train: images to learn from.
-        test: images to be judged on.
+        train: drawn images to learn from.
+        test: drawn images to be judged on.
+        run: folder of a run, of whose newest checkpoint the linear probe has the features of all layers.
+        data: whose images the run's trunk sees; see `raysl.ingest.splits`.
         schedule: of the linear probe.
         rounds: how often each is timed.
         out: file for the rows, one JSON object a line.
@@ -51,6 +62,8 @@ class Flags:
 
     train: int = 50_000
     test: int = 10_000
+    run: str = ""
+    data: str = "cifar10"
     schedule: str = "optimum"
     rounds: int = 3
     out: Path | None = None
@@ -59,7 +72,7 @@ class Flags:
 def main(flags: Flags) -> None:
     """Times all, prints and writes the rows."""
     rows = [knn_row(flags)]
-    layers = [linear_row(flags, layer, width) for layer, width in WIDTHS.items()]
+    layers = [linear_row(flags, *one) for one in (seen(flags) if flags.run else imagined(flags))]
     total = {name: round(sum(row[name] for row in layers), 2) for name in ("probe_s", "products_s")}
     ratio = round(total["probe_s"] / total["products_s"], 2)
     rows += [*layers, {"probe": "linear", "layer": "all", **total, "ratio": ratio}]
@@ -95,9 +108,32 @@ def knn_row(flags: Flags) -> dict[str, Any]:
     return row("knn", f"{KNN_WIDTH} numbers", rounds)
 
 
-def linear_row(flags: Flags, layer: str, width: int) -> dict[str, Any]:
-    """The linear probe on features of one width."""
-    train, test = drawn(flags.train, width, 0), drawn(flags.test, width, 1)
+def imagined(flags: Flags) -> Iterator[Layer]:
+    """Drawn features of layers."""
+    for layer, width in WIDTHS.items():
+        yield f"{layer}, {width}", drawn(flags.train, width, 0), drawn(flags.test, width, 1)
+
+
+def seen(flags: Flags) -> Iterator[Layer]:
+    """The features that a run's trunk has of images, kept in the folder of the run as `raysl probe` keeps them."""
+    run = Run(Folder(flags.run))
+    sets = [resolve(split) for split in splits(flags.data)]
+    source = features.Trained(run, run.newest())
+    taps = {layer: features.tap(layer, linear.Config().dims) for layer in features.stages(source)}
+    protocol = features.FeatureProtocol(run.config().view.image_size, tuple(taps.values()))
+    cluster.start()
+    tables = features.extract_all([(source, one, protocol) for one in sets], run.folder / "features")
+    ray.shutdown()
+    labels = common_labels(*sets)
+    for layer, tap in taps.items():
+        train, test = (
+            Labelled(one[tap].load(tap), labels_n) for one, labels_n in zip(tables, labels, strict=True)
+        )
+        yield f"{layer}, {train.features_nd.shape[1]}", train, test
+
+
+def linear_row(flags: Flags, layer: str, train: Labelled, test: Labelled) -> dict[str, Any]:
+    """The linear probe on the features of a layer."""
     probe = linear.Linear(linear.Config(flags.schedule))  # type: ignore[arg-type]
     rounds = []
     for _ in range(flags.rounds):
