@@ -12,7 +12,7 @@ from matplotlib import colormaps
 from raysl.probes.invariance import HISTOGRAM, OTHERS
 from raysl.report.entries import PROTOCOL, Entry, Found, Group, labels, layers
 from raysl.report.picture import Figure, drawn, panels
-from raysl.report.tables import estimates
+from raysl.report.tables import Estimate, estimates
 
 # What has not learned.
 _LINES = {"untrained": "--", "raw pixels": ":"}
@@ -176,23 +176,17 @@ def invariance_map(rows: Sequence[Found]) -> Iterator[Figure]:
             continue
 
         def panel(label: str, found: Any = found, places: Any = places, names: Any = transforms) -> Any:
-            cells = np.array(
-                [
-                    [
-                        found[label, layer, name].mean if (label, layer, name) in found else np.nan
-                        for layer in places
-                    ]
-                    for name in names
-                ]
-            )
+            cells = [[found.get((label, layer, name)) for layer in places] for name in names]
+            means = np.array([[cell.mean if cell else np.nan for cell in row] for row in cells])
 
             def draw(axes: Any) -> None:
                 axes.grid(visible=False)
                 # Blue where a layer is invariant, red where it is the opposite, white where it is neither.
-                axes.imshow(cells, vmin=0, vmax=1, cmap="RdBu", aspect="auto")
-                for (j, i), value in np.ndenumerate(cells):
-                    colour = "white" if abs(value - 0.5) > 0.3 else "black"
-                    axes.text(i, j, f"{value:.2f}", ha="center", va="center", fontsize=7, color=colour)
+                axes.imshow(means, vmin=0, vmax=1, cmap="RdBu", aspect="auto")
+                for (j, i), value in np.ndenumerate(means):
+                    if cell := cells[j][i]:
+                        colour = "white" if abs(value - 0.5) > 0.3 else "black"
+                        axes.text(i, j, _seeds(cell), ha="center", va="center", fontsize=7, color=colour)
                 axes.set_xticks(range(len(places)), places, fontsize=7)
                 axes.set_yticks(range(len(names)), [name.partition("/")[2] for name in names], fontsize=7)
 
@@ -201,11 +195,18 @@ def invariance_map(rows: Sequence[Found]) -> Iterator[Figure]:
         text = (
             "The probability that a transformed image lies closer to its original than another image does: 1 where a "
             "layer does not care, 0.5 where it is as far away as another image, 0 where it is always farther. Means "
-            f"over seeds. {_hashes(key)}"
+            f"over seeds, ± half of the way from the least to the most. {_hashes(key)}"
         )
         labels = [label for label in dict.fromkeys(item.label for item in members) if label != "raw pixels"]
         png = panels({label: panel(label) for label in labels})
         yield Figure(f"invariance-map-{_short(key)}", "Transforms and layers", text, png)
+
+
+def _seeds(cell: Estimate) -> str:
+    """A mean, and below it how far the seeds are apart."""
+    if len(cell.values) < 2:
+        return f"{cell.mean:.2f}"
+    return f"{cell.mean:.2f}\n± {(max(cell.values) - min(cell.values)) / 2:.2f}"
 
 
 def losses(gathered: Sequence[Group]) -> Iterator[Figure]:
