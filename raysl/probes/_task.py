@@ -9,6 +9,7 @@ import torch
 
 from raysl import cluster, features
 from raysl.cluster import places
+from raysl.errors import UserError
 
 Result = TypeVar("Result")
 
@@ -24,9 +25,10 @@ def elsewhere(
         options: of the tasks, as Ray takes them; by default a GPU each if there are any, else a share of the CPUs.
 
     Raises:
-        UserError: that which a task raised.
+        UserError: that which a task raised, or a task was killed, again and again as Ray tries it.
     """
     import ray
+    from ray.exceptions import OutOfMemoryError, WorkerCrashedError
 
     task = ray.remote(**(options or _shares(len(calls))))(work)
     running = [task.remote(*call) for call in calls]
@@ -36,6 +38,12 @@ def elsewhere(
         # Only those that go on: Ray aborts the driver when a task is cancelled at the moment that it ends.
         for one in ray.wait(running, num_returns=len(running), timeout=0)[1]:
             ray.cancel(one)
+        if isinstance(error, OutOfMemoryError | WorkerCrashedError):
+            raise UserError(
+                "The process of a probe was killed, most likely because it took more memory than its machine has. "
+                "Use a larger machine or fewer images, or show probes fewer numbers of an early layer, as with "
+                "--linear.dims 1024; rows that were found before are kept."
+            ) from error
         raise cluster.user_error(error) or error from None
     return results
 
