@@ -27,6 +27,7 @@ from torch.nn.functional import cross_entropy, linear
 from raysl import rng
 from raysl.errors import UserError, unknown
 from raysl.probes import Labelled, Row, check, rank, same_images, topk_rows
+from raysl.probes._span import in_span
 from raysl.rng import Draws
 
 _BATCH = 256
@@ -120,12 +121,13 @@ class Linear:
         # A feature that never changes says nothing; dividing by its rounding errors would make it speak.
         scale_d = torch.where(std_d > 1e-6 * (mean_d.abs() + 1), 1 / std_d, 0.0)
         train_nd.sub_(mean_d).mul_(scale_d)
+        test_nd = (torch.from_numpy(test.features_nd) - mean_d).mul_(scale_d)
         if self.config.schedule == "optimum":
+            train_nd, test_nd = in_span(train_nd, test_nd)
             chosen, solution = self._optimum(train_nd, labels_n, int((~held_n).sum()))
         else:
             schedule = SCHEDULES[self.config.schedule]
             chosen, solution = schedule.weight_decay, descend(train_nd, labels_n, schedule)
-        test_nd = (torch.from_numpy(test.features_nd) - mean_d).mul_(scale_d)
         found_n = rank(solution.scores(test_nd), torch.from_numpy(test.labels_n))
         yield from topk_rows(found_n, solution.classes)
         yield Row("weight_decay", chosen)

@@ -22,10 +22,12 @@ from typing import Any
 
 import numpy as np
 import numpy.typing as npt
+import torch
 
 from raysl import rng
 from raysl.errors import UserError
 from raysl.probes import Floats, Labelled, Row, check, presence, same_images
+from raysl.probes._span import in_span
 
 Doubles = npt.NDArray[np.float64]
 Integers = npt.NDArray[np.int64]
@@ -79,7 +81,8 @@ class Svm:
             )
         classes = _classes(train, test)
         kept = rng.generator("svm").permutation(len(train.labels_n))[: self.config.max_images]
-        train_nd, test_nd = unit_rows(train.features_nd[np.sort(kept)]), unit_rows(test.features_nd)
+        units = unit_rows(train.features_nd[np.sort(kept)]), unit_rows(test.features_nd)
+        train_nd, test_nd = (one.numpy() for one in in_span(*map(torch.from_numpy, units)))
         shown_nc = presence(train.labels_n, classes)[np.sort(kept)]
         wanted_nc = presence(test.labels_n, classes)
         judged = [c for c in range(classes) if (wanted_nc[:, c] == 1).any()]
