@@ -15,6 +15,7 @@ from raysl.features.encoders import (
 )
 from raysl.features.extraction import extract, extract_all, pool
 from raysl.features.folder import FeaturesConfig, make, view_size
+from raysl.features.heads import Heads, heads
 from raysl.features.table import FeatureForm, FeatureProtocol, FeatureTable
 
 __all__ = [
@@ -24,6 +25,7 @@ __all__ = [
     "FeatureProtocol",
     "FeatureTable",
     "FeaturesConfig",
+    "Heads",
     "Pixels",
     "RandomTrunk",
     "Trainable",
@@ -31,6 +33,7 @@ __all__ = [
     "Weights",
     "extract",
     "extract_all",
+    "heads",
     "make",
     "named",
     "pool",

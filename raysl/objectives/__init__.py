@@ -130,6 +130,18 @@ class Alternates(Protocol):
         ...
 
 
+class Compares(Protocol):
+    """What the class of an objective has besides `Objective` when it learns that an image and its transformed version
+    are alike: how alike they have become is measured on its heads too.
+
+    Attributes:
+        compared: the views of the image and of its transformed version. `forward` gives their embeddings, (b, d) each,
+            under the same names.
+    """
+
+    compared: tuple[str, str]
+
+
 @runtime_checkable
 class Describes(Protocol):
     """What an objective has besides `Objective` when its Config alone does not say what it learns from."""

@@ -64,6 +64,7 @@ class Pirl(nn.Module):
     """Heads f and g, and the two-term loss against the memory bank."""
 
     predicts = False
+    compared = ("image", "transformed")
     z: Tensor
 
     def __init__(self, config: Config, setup: Setup) -> None:

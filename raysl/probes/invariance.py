@@ -1,12 +1,14 @@
 """Invariance: how far the features of an image move when it is transformed, and whether they tell how it was.
 
-The distance between f(I) and f(t(I)), both of unit length, lies in 0 .. 2; PIRL (Misra and van der Maaten 2020, figure
-5) shows its distribution. Here it is measured on the features of every layer and not on the heads, so that methods
-without heads have it too, and where t makes several crops f(t(I)) is the unit vector of the mean of their features: our
-convention. A network that maps all images to one point would look perfectly invariant, so the distance between
-different images stands beside it, and `closer` is the probability that a transformed image lies closer to its
-original than another image does. It is counted image by image: an original, its transformed copy and the same number of
-other images for each.
+The distance between f(I) and f(t(I)), both of unit length, lies in 0 .. 2. It is measured on the features of every
+layer, so that methods without heads have it too, and where t makes several crops f(t(I)) is the unit vector of the mean
+of their features: our convention. What PIRL (Misra and van der Maaten 2020, figure 5) shows of itself is the distance
+between its heads, f(v_I) and g(v_It), for the transform that it was trained with: those rows have the layer "heads".
+
+A network that maps all images to one point would look perfectly invariant, so the distance between different images
+stands beside it, and `closer` is the probability that a transformed image lies closer to its original than another
+image does. It is counted image by image: an original, its transformed copy and the same number of other images for
+each.
 
 The read-out is the other side: top-1 of a linear probe that predicts the label of t (which order, which turn) from the
 features of all crops side by side, learned on half of the images and scored on the other half, beside chance. A t
@@ -31,7 +33,8 @@ from torch.nn.functional import normalize
 
 from raysl import pretext, rng
 from raysl.errors import UserError
-from raysl.pretext import Geometry, Pretext
+from raysl.features import Heads, heads
+from raysl.pretext import Geometry, Pretext, Transformed
 from raysl.probes import Labelled, Row, Subject, check_features
 from raysl.probes._task import device, elsewhere
 from raysl.probes.linear import Config as LinearConfig
@@ -43,6 +46,7 @@ Doubles = npt.NDArray[np.float64]
 
 HISTOGRAM = "histogram.json"
 OTHERS = "others"
+HEADS = "heads"
 EDGES = np.linspace(0, 2, 41)
 _BATCH = 128
 _EQUAL = 1e-6
@@ -85,7 +89,8 @@ class Config:
 
 class Invariance:
     """Its headline, `closer`, is a mean over the transforms: 1 for an invariant layer, 0.5 where a transformed image
-    is as far away as another one, 0 where it is always farther. Rows of a transform end in its name.
+    is as far away as another one, 0 where it is always farther. Rows of a transform end in its name. Of heads, which
+    know one transform, there is no such mean.
 
     The folder of the subject gets `histogram.json`: {"edges": 41 distances, "counts": {layer: {transform or "others":
     40 counts}}}.
@@ -118,35 +123,25 @@ def _look(
     subject: Subject, config: Config, transforms: Mapping[str, Pretext]
 ) -> tuple[list[Row], dict[str, Any]]:
     """All rows, and the counts of the histograms."""
-    order_n = rng.generator("invariance").permutation(subject.test.num_images)[: config.max_images]
-    images = subject.test.read(order_n, ("image",)).column("image").to_pylist()
-    draws = Draws(subject.seed, np.zeros_like(order_n), order_n)
-    place = device()
+    sample, place = _Sample.drawn(subject, config.max_images), device()
     encode = subject.encoder.load(place, subject.layers)
 
-    def seen(transform: Pretext | None) -> tuple[dict[str, Tensor], Tensor | None]:
+    def seen(transform: Pretext) -> tuple[dict[str, Tensor], Tensor | None]:
         """float (n, p, d) for each layer, and the labels."""
         made: dict[str, list[Tensor]] = {layer: [] for layer in subject.layers}
         labels: list[Tensor] = []
-        for first in range(0, len(images), _BATCH):
-            some = slice(first, first + _BATCH)
-            size = transform.source.size if transform else subject.image_size
-            crops_bpchw = decode.centre(images[some], size)[:, None]
-            if transform:
-                of = Draws(subject.seed, draws.epochs_b[some], draws.indices_b[some], "invariance")
-                view = transform.transform(crops_bpchw[:, 0], of)
-                crops_bpchw = view.crops_bpchw
-                labels += [view.target] if transform.num_labels and view.target is not None else []
-            with torch.inference_mode():
-                found = encode(crops_bpchw.flatten(0, 1).to(place))
+        for view in sample.views(transform):
+            labels += [view.target] if transform.num_labels and view.target is not None else []
+            found = encode(view.crops_bpchw.flatten(0, 1).to(place))
             for layer, values in made.items():
-                values.append(found[layer].float().cpu().view(*crops_bpchw.shape[:2], -1))
+                values.append(found[layer].float().cpu().view(*view.crops_bpchw.shape[:2], -1))
         return {layer: torch.cat(values) for layer, values in made.items()}, (
             torch.cat(labels) if labels else None
         )
 
-    plain, _ = seen(None)
-    moved = {name: seen(transform) for name, transform in transforms.items()}
+    with torch.inference_mode():
+        plain, _ = seen(pretext.build("identity", {}, Geometry(subject.image_size)))
+        moved = {name: seen(transform) for name, transform in transforms.items()}
     rows: list[Row] = []
     counts: dict[str, Any] = {}
     for layer in subject.layers:
@@ -154,7 +149,55 @@ def _look(
         of_layer = {name: (features_of[layer], label_n) for name, (features_of, label_n) in moved.items()}
         found_rows, counts[layer] = _layer(plain[layer][:, 0], of_layer, transforms, config)
         rows += [Row(row.name, row.value, layer) for row in found_rows]
+    if (compared := heads(subject.encoder, place)) is not None:
+        found_rows, counts[HEADS] = _heads(compared, sample, place, config)
+        rows += found_rows
     return rows, counts
+
+
+@dataclass(frozen=True)
+class _Sample:
+    """The encoded images that are transformed, in a random order, and their indices."""
+
+    images: list[bytes]
+    indices_n: npt.NDArray[np.int64]
+    seed: int
+
+    @staticmethod
+    def drawn(subject: Subject, most: int) -> _Sample:
+        order_n = rng.generator("invariance").permutation(subject.test.num_images)[:most]
+        images = subject.test.read(order_n, ("image",)).column("image").to_pylist()
+        return _Sample(images, order_n, subject.seed)
+
+    def views(self, transform: Pretext) -> Iterator[Transformed]:
+        """The views of all of them, batch by batch."""
+        for first in range(0, len(self.images), _BATCH):
+            some = slice(first, first + _BATCH)
+            indices_b = self.indices_n[some]
+            draws = Draws(self.seed, np.zeros_like(indices_b), indices_b, "invariance")
+            yield transform.transform(decode.centre(self.images[some], transform.source.size), draws)
+
+
+def _heads(
+    compared: Heads, sample: _Sample, place: torch.device, config: Config
+) -> tuple[list[Row], dict[str, list[int]]]:
+    """Rows and histograms of what a method compares: its own transform alone, through its own heads."""
+    pairs = zip(sample.views(compared.image), sample.views(compared.transformed), strict=True)
+    with torch.inference_mode():
+        found = [
+            compared.embed(image.crops_bpchw.to(place), transformed.crops_bpchw.to(place))
+            for image, transformed in pairs
+        ]
+    image_nd, transformed_nd = (torch.cat(parts).cpu() for parts in zip(*found, strict=True))
+    for embeddings_nd in (image_nd, transformed_nd):
+        check_features(embeddings_nd.numpy(), "test")
+    others_nk = to_others(image_nd, config.others)
+    distance_n = distances(image_nd, transformed_nd)
+    rows = [
+        Row(f"distance/{OTHERS}", float(others_nk.mean()), HEADS),
+        *(Row(row.name, row.value, HEADS) for row in _moved(compared.transform, distance_n, others_nk)),
+    ]
+    return rows, {OTHERS: histogram(others_nk), compared.transform: histogram(distance_n)}
 
 
 def _layer(
@@ -177,10 +220,9 @@ def _layer(
         if moved_npd.shape[2] == plain_nd.shape[1]:
             distance_n = distances(plain_nd, moved_npd.mean(1))
             counts[name] = histogram(distance_n)
-            shares.append(closer(distance_n, others_nk))
-            rows.append(Row(f"distance/{name}", float(distance_n.mean())))
-            rows.append(Row(f"distance_std/{name}", float(distance_n.std())))
-            rows.append(Row(f"closer/{name}", shares[-1]))
+            found = _moved(name, distance_n, others_nk)
+            shares.append(found[-1].value)
+            rows += found
         if label_n is not None:
             rows += _readout(name, moved_npd.flatten(1), label_n, transforms[name].num_labels, config.readout)
         elif moved_npd.shape[2] == plain_nd.shape[1]:
@@ -188,6 +230,15 @@ def _layer(
     if len(shares) == len(moved):
         rows.append(Row("closer", float(np.mean(shares))))
     return rows, counts
+
+
+def _moved(name: str, distance_n: Doubles, others_nk: Doubles) -> list[Row]:
+    """How far a transform moves images; `closer` comes last."""
+    return [
+        Row(f"distance/{name}", float(distance_n.mean())),
+        Row(f"distance_std/{name}", float(distance_n.std())),
+        Row(f"closer/{name}", closer(distance_n, others_nk)),
+    ]
 
 
 def _readout(name: str, features_nd: Tensor, label_n: Tensor, labels: int, config: LinearConfig) -> list[Row]:

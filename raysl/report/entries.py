@@ -15,7 +15,7 @@ from raysl.storage import Folder
 
 # What tells one measurement from another besides the encoder: only rows that agree in these are compared.
 PROTOCOL = ("probe", "protocol", "train", "test")
-_ORDER = ("conv1", "res2", "res3", "res4", "res5", "pooled")
+_ORDER = ("conv1", "res2", "res3", "res4", "res5", "pooled", "heads")
 
 
 @dataclass(frozen=True)

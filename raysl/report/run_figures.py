@@ -3,13 +3,14 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Mapping, Sequence
+from itertools import chain, product
 from statistics import mean
 from typing import Any
 
 import numpy as np
 from matplotlib import colormaps
 
-from raysl.probes.invariance import HISTOGRAM, OTHERS
+from raysl.probes.invariance import HEADS, HISTOGRAM, OTHERS
 from raysl.report.entries import PROTOCOL, Entry, Found, Group, labels, layers
 from raysl.report.picture import Figure, drawn, panels
 from raysl.report.tables import Estimate, estimates
@@ -105,7 +106,7 @@ Counts = Mapping[str, Mapping[str, Sequence[int]]]
 
 def histograms(gathered: Sequence[Group]) -> Iterator[Figure]:
     """The distance between f(I) and f(t(I)) by transform, as in PIRL (Misra and van der Maaten 2020, figure 5), at the
-    last layer; a figure for each protocol."""
+    last layer and, where a method compares images by heads, between those; a figure for each protocol."""
     together: dict[tuple[str, str], dict[str, list[Counts]]] = {}
     edges: list[float] = []
     label_of = labels(gathered)
@@ -120,7 +121,8 @@ def histograms(gathered: Sequence[Group]) -> Iterator[Figure]:
         png, layer = _histogram(by_label, edges)
         text = (
             f"Distribution of the distance between the unit features ({layer}) of an image and of its transformed "
-            f"copy, all seeds together; dotted, the distance between different images. "
+            "copy, all seeds together; filled, between the embeddings that a method compares, its heads; dotted, the "
+            "distance between different images. "
             f"Protocol {protocol}, images {test}."
         )
         yield Figure(f"invariance-{protocol}-{test}", "Invariance", text, png)
@@ -143,18 +145,23 @@ def _histogram(by_label: Mapping[str, Sequence[Counts]], edges: Sequence[float])
     """The picture, a panel for each transform, and the layer that it shows."""
     some = next(iter(by_label.values()))[0]
     layer = "pooled" if "pooled" in some else list(some)[-1]
-    transforms = [name for name in some[layer] if name != OTHERS]
+    places = [one.get(place, {}) for one in chain(*by_label.values()) for place in (layer, HEADS)]
+    transforms = [name for name in dict.fromkeys(chain(*places)) if name != OTHERS]
     coloured = colours(list(by_label))
 
-    def shares(label: str, name: str) -> Any:
-        counts = np.sum([one[layer][name] for one in by_label[label] if name in one.get(layer, {})], axis=0)
-        return counts / np.sum(counts) if np.ndim(counts) else np.zeros(len(edges) - 1)
+    def shares(label: str, place: str, name: str) -> Any:
+        counts = np.sum([one[place][name] for one in by_label[label] if name in one.get(place, {})], axis=0)
+        return counts / np.sum(counts) if np.ndim(counts) else None
 
     def panel(name: str) -> Callable[[Any], None]:
         def draw(axes: Any) -> None:
-            for label in by_label:
-                axes.stairs(shares(label, name), edges, color=coloured[label], label=label)
-                axes.stairs(shares(label, OTHERS), edges, color=coloured[label], linestyle=":", alpha=0.7)
+            for label, place in product(by_label, (layer, HEADS)):
+                moved, others = shares(label, place, name), shares(label, place, OTHERS)
+                if moved is not None:
+                    look = {"fill": True, "alpha": 0.35} if place == HEADS else {}
+                    named = f"{label}, heads" if place == HEADS else label
+                    axes.stairs(moved, edges, color=coloured[label], label=named, **look)
+                    axes.stairs(others, edges, color=coloured[label], linestyle=":", alpha=0.7)
             axes.set_xlabel("distance of unit features")
             axes.set_ylabel("share of images")
             axes.legend(fontsize=7)
@@ -176,7 +183,9 @@ def invariance_map(rows: Sequence[Found]) -> Iterator[Figure]:
             continue
 
         def panel(label: str, found: Any = found, places: Any = places, names: Any = transforms) -> Any:
-            cells = [[found.get((label, layer, name)) for layer in places] for name in names]
+            # Methods without heads have no such column.
+            own = [layer for layer in places if any((label, layer, name) in found for name in names)]
+            cells = [[found.get((label, layer, name)) for layer in own] for name in names]
             means = np.array([[cell.mean if cell else np.nan for cell in row] for row in cells])
 
             def draw(axes: Any) -> None:
@@ -187,7 +196,7 @@ def invariance_map(rows: Sequence[Found]) -> Iterator[Figure]:
                     if cell := cells[j][i]:
                         colour = "white" if abs(value - 0.5) > 0.3 else "black"
                         axes.text(i, j, _seeds(cell), ha="center", va="center", fontsize=7, color=colour)
-                axes.set_xticks(range(len(places)), places, fontsize=7)
+                axes.set_xticks(range(len(own)), own, fontsize=7)
                 axes.set_yticks(range(len(names)), [name.partition("/")[2] for name in names], fontsize=7)
 
             return draw

@@ -65,10 +65,15 @@ def make_run(dataset: DataSet, folder: Path) -> tuple[Run, Network]:
     with torch.no_grad():
         for tensor in network.state_dict().values():
             tensor.mul_(1.1) if tensor.is_floating_point() else None
+    saved(run, network)
+    return run, network
+
+
+def saved(run: Run, network: Network) -> None:
+    """The run has a checkpoint of step 5 with these weights."""
     saver = Saver(run.checkpoints, SaveConfig(), 0, 1)
     saver.save(5, {"network": network.state_dict()}, None)
     saver.wait()
-    return run, network
 
 
 def one(*asked: Any) -> FeatureTable:

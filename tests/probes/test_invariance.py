@@ -12,12 +12,15 @@ import pytest
 import torch
 
 from raysl.errors import UserError
-from raysl.features import Encode
+from raysl.features import Encode, Trained
 from raysl.pretext import Geometry, build
 from raysl.probes import Subject, invariance
 from raysl.probes.linear import Config as Linear
+from raysl.rng import Draws
 from raysl.storage import Folder
+from raysl.stream import decode
 from tests.data import make_dataset
+from tests.features.test_extraction import make_run
 
 
 @dataclass(frozen=True)
@@ -110,6 +113,34 @@ def test_the_dials_of_transforms_are_in_the_hash() -> None:
     facts = invariance.Config(("rotation+jigsaw",)).facts()
     assert set(facts["dials"]) == {"jigsaw", "rotation"}
     assert facts["dials"]["jigsaw"]["min_scale"] == 0.6
+
+
+def test_heads_are_compared_by_the_transform_that_they_were_trained_with(tmp_path: Path) -> None:
+    dataset = make_dataset(tmp_path / "set", 40)
+    run, network = make_run(dataset, tmp_path / "run")
+    encoder = Trained(run, run.newest())
+    subject = Subject(encoder, ("pooled",), 16, dataset, dataset, 3, Folder(str(tmp_path / "out")))
+    transforms = {"rotation": build("rotation", {}, Geometry(16, predicted=True))}
+    rows, counts = invariance._look(subject, invariance.Config(("rotation",)), transforms)
+    found = {row.name: row.value for row in rows if row.layer == "heads"}
+    assert set(found) == {"distance/others", "distance/jigsaw", "distance_std/jigsaw", "closer/jigsaw"}
+    assert sum(counts["heads"]["jigsaw"]) == 40
+    # By hand, in another order of the images.
+    image, patches = (network.objective.views[name] for name in ("image", "transformed"))
+    encoded = dataset.read(np.arange(40), ("image",)).column("image").to_pylist()
+    draws = Draws(3, np.zeros(40, np.int64), np.arange(40), "invariance")
+    views = {
+        "image": decode.centre(encoded, image.source.size)[:, None],
+        "transformed": patches.transform(decode.centre(encoded, patches.source.size), draws).crops_bpchw,
+    }
+    with torch.inference_mode():
+        made = {name: unit_bd.double().numpy() for name, unit_bd in network.eval()(views).items()}
+    by_hand_n = np.linalg.norm(made["image"] - made["transformed"], axis=1)
+    assert found["distance/jigsaw"] == pytest.approx(by_hand_n.mean(), abs=1e-5)
+    assert found["distance_std/jigsaw"] == pytest.approx(by_hand_n.std(ddof=0), abs=1e-5)
+    apart = np.linalg.norm(made["image"][:, None] - made["image"][None], axis=2)
+    others = [[apart[i, j] for j in range(40) if j != i] for i in range(40)]
+    assert found["closer/jigsaw"] == pytest.approx(np.mean(by_hand_n[:, None] < np.array(others)), abs=1e-3)
 
 
 def test_an_unknown_transform_and_too_few_images_are_refused(tmp_path: Path) -> None:

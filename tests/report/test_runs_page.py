@@ -87,6 +87,8 @@ def runs(tmp_path: Path) -> list[str]:
             run.folder.write(ROWS, jsonl(rows))
             counts = {name: noise.integers(0, 30, len(EDGES) - 1).tolist() for name in ("jigsaw", "others")}
             value = {"edges": EDGES.tolist(), "counts": {"pooled": counts}}
+            if method == "pirl-jigsaw":
+                value["counts"]["heads"] = {"jigsaw": counts["others"], "others": counts["jigsaw"]}
             run.folder.write_json("probes/invariance/trained-5-abcdef01-p/histogram.json", value)
             log = [
                 {"step": step, "epoch": step / 2, "loss": 2 / step, "images_per_s": 10.0} for step in (2, 4)
