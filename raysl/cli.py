@@ -21,7 +21,7 @@ from raysl.ingest import IngestConfig, resolve
 from raysl.ingest import ingest as make_dataset
 from raysl.kmeans.config import KMeansConfig
 from raysl.network.trunk import TrunkConfig
-from raysl.report.page import ReportConfig
+from raysl.report import ReportConfig
 from raysl.reproduce import ReproduceConfig
 from raysl.sweep.config import SweepConfig
 from raysl.watch import WatchConfig
@@ -305,7 +305,7 @@ class ReportFlags:
 
 def report(arguments: Sequence[str]) -> None:
     """A page of figures and tables: `raysl report SWEEP`, `raysl report RUNS...`."""
-    from raysl.report.page import report as api
+    from raysl.report import report as api
 
     given = tyro.cli(ReportFlags, prog="raysl report", args=list(arguments))
     if not given.folders:

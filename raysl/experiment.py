@@ -19,7 +19,7 @@ from raysl.ingest import resolve, splits
 from raysl.ingest.subset import subset
 from raysl.pretrain import pretrain
 from raysl.probe import probe, rows_under, tables
-from raysl.report.page import ReportConfig, check_installed, report
+from raysl.report import ReportConfig, check_installed, report
 from raysl.run import jsonl
 from raysl.storage import Folder
 from raysl.sweep import table

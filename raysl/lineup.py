@@ -25,8 +25,8 @@ from raysl.objectives.simclr import Config as Simclr
 from raysl.optim import OptimConfig
 from raysl.pretrain import pretrain
 from raysl.probe import ENCODERS, check_apart, probe, rows_under
+from raysl.report import ReportConfig, check_installed, report
 from raysl.report.entries import found, groups
-from raysl.report.page import ReportConfig, check_installed, report
 from raysl.report.tables import tables
 from raysl.run import Run, jsonl
 from raysl.storage import Folder

@@ -200,7 +200,7 @@ def _measured(
 
 def check_apart(names: Sequence[str], train: DataSet, test: DataSet) -> None:
     """Raises UserError when a probe that learns would be scored on the images that it has learned from."""
-    found = [name for name in names if name in probes.LEARNERS]
+    found = [name for name in names if probes.learns(name)]
     if found and train.manifest.fingerprint == test.manifest.fingerprint:
         raise UserError(
             f"The probe {found[0]} would learn from and be scored on the same images, those of {str(test.folder)!r}, "

@@ -59,16 +59,18 @@ def test_all_layers_by_probes_of_every_kind(ray_session: None, run: tuple[Run, s
     configs = {"invariance": Invariance(("rotation",)), "linear": Linear("fast")}
     names = ["linear", "collapse", "invariance"]
     rows = probe(*run, names, lambda _: None, layers=["all"], configs=configs, encoders=["trained", "pixels"])
-    assert {(row["probe"], row["layer"]) for row in rows if row["encoder"] == "trained"} == {
-        (name, layer) for name in names for layer in ("conv1", "res2", "res3", "res4", "pooled")
-    }
+    every = {(name, layer) for name in names for layer in ("conv1", "res2", "res3", "res4", "pooled")}
+    of_trained = {(row["probe"], row["layer"]) for row in rows if row["encoder"] == "trained"}
+    assert of_trained == {*every, ("invariance", "heads")}
     assert {row["layer"] for row in rows if row["encoder"] == "pixels"} == {"pooled"}
     assert {row["train"] for row in rows if row["probe"] == "collapse"} == {""}
-    (histogram,) = (run[0].folder / "probes/invariance").list()[:1]
-    drawn = (run[0].folder / f"probes/invariance/{histogram}").read_json("histogram.json")
+    folder = run[0].folder / "probes/invariance"
+    (of_checkpoint,) = (name for name in folder.list() if name.startswith("trained-"))
+    drawn = (folder / of_checkpoint).read_json("histogram.json")
     # Every image with its transformed copy, and with each of the 59 others.
-    sums = {"rotation": 60, "others": 60 * 59}
-    assert all({name: sum(c) for name, c in layer.items()} == sums for layer in drawn["counts"].values())
+    sums = {layer: {name: sum(c) for name, c in of.items()} for layer, of in drawn["counts"].items()}
+    assert sums.pop("heads") == {"jigsaw": 60, "others": 60 * 59}
+    assert all(of == {"rotation": 60, "others": 60 * 59} for of in sums.values())
 
 
 @pytest.mark.ray

@@ -13,6 +13,8 @@ it needs, and is the whole difference between the kinds of probes:
     measure(features_nd)  the features of one layer, no labels; see `FeatureProbe`
     examine(subject)      the encoder and the images themselves; see `EncoderProbe`
 
+A class that says `learns = True` is refused where it would be scored on the images that it has learned from.
+
 All of them yield rows. `version` is raised whenever the same settings come to give another number, so that old rows
 never stand beside new ones; `tests/probes/test_contract.py` holds a hash of every default.
 """
@@ -149,10 +151,6 @@ class EncoderProbe(Protocol):
 Probe = LabelledProbe | FeatureProbe | EncoderProbe
 
 
-# Those that learn from one set and must be scored on another.
-LEARNERS = ("linear", "svm", "lowshot", "semisup", "finetune")
-
-
 def names() -> list[str]:
     """Every probe there is: the files of this package, and of folders added to its `__path__`."""
     return sorted(module.name for module in pkgutil.iter_modules(__path__) if not module.name.startswith("_"))
@@ -172,6 +170,12 @@ def required(name: str) -> list[str]:
     config = load(name)[0]()
     unset = [one.name for one in fields(config) if getattr(config, one.name) == ""]
     return [f"--{name}.{field}".replace("_", "-") for field in unset]
+
+
+def learns(name: str) -> bool:
+    """Whether a probe learns from one set and must be scored on another. Raises UserError when there is no such
+    probe."""
+    return bool(getattr(load(name)[1], "learns", False))
 
 
 def same_images(train: Labelled, test: Labelled) -> bool:

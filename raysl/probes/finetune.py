@@ -44,6 +44,7 @@ class Finetune:
     """Top-1 of the trained network; its rows stand at the layer "pooled"."""
 
     headline = "top1"
+    learns = True
 
     def __init__(self, config: Config) -> None:
         self.config = config

@@ -96,6 +96,7 @@ class Linear:
     """Logistic regression; its headline is top-1."""
 
     headline = "top1"
+    learns = True
 
     def __init__(self, config: Config) -> None:
         self.config = config

@@ -52,6 +52,8 @@ class Config:
 class Lowshot:
     """Top-1 from k images of each class; its headline is the mean for the first k."""
 
+    learns = True
+
     def __init__(self, config: Config) -> None:
         self.config = config
         self.headline = f"top1/k={config.ks[0]}"

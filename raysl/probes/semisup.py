@@ -59,6 +59,8 @@ class Config(Tuning):
 class Semisup:
     """Top-1 from a share of the labels. Rows end in their share, as in top1@1%, and stand at the layer "pooled"."""
 
+    learns = True
+
     def __init__(self, config: Config) -> None:
         self.config = config
         self.headline = f"top1{_suffix(config.shares[0])}"

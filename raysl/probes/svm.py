@@ -66,6 +66,7 @@ class Svm:
     """One machine for each class that the test set shows; takes images with several classes. Its headline is mAP."""
 
     headline = "mAP"
+    learns = True
 
     def __init__(self, config: Config) -> None:
         self.config = config

@@ -1,17 +1,12 @@
-"""Writes a report, of a sweep or of runs, as what lies in the folders says."""
+"""What every report stands on: its settings, and one page that holds all it needs."""
 
 from __future__ import annotations
 
 import base64
-import importlib.util
 import re
 from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
-
-from raysl.errors import UserError
-from raysl.storage import Folder
-from raysl.sweep.journal import NAME as JOURNAL
 
 if TYPE_CHECKING:
     from raysl.report.picture import Figure
@@ -52,50 +47,6 @@ class ReportConfig:
     core_hour: float = 0.0
     gpu_hour: float = 0.0
     images: int = 3
-
-
-def check_installed() -> None:
-    """Raises UserError when a package is missing that reports are made with."""
-    missing = [name for name in ("matplotlib", "jinja2", "scipy") if importlib.util.find_spec(name) is None]
-    if missing:
-        raise UserError(
-            f"A report needs {' and '.join(missing)}, which is not installed. Install raysl[report]."
-        )
-
-
-def report(folders: str | Sequence[str], config: ReportConfig) -> Folder:
-    """Writes the report of a sweep, finished or not, or of one or more runs, and returns where. The same sweep or runs
-    give the same bytes.
-
-    Args:
-        folders: of one sweep; or of runs, or of other people's models that `raysl probe` has measured.
-        config: see `ReportConfig`.
-
-    Raises:
-        UserError: there is neither sweep nor run, several sweeps are given, a package is missing, or the report cannot
-            be written.
-    """
-    check_installed()
-    places = [folders] if isinstance(folders, str) else list(folders)
-    sweeps = [place for place in places if Folder(place).exists(JOURNAL)]
-    if sweeps and len(places) > 1:
-        raise UserError(
-            f"The folder {sweeps[0]!r} holds a sweep, and {len(places)} folders were given. Give one sweep, or runs "
-            "alone."
-        )
-    if sweeps:
-        from raysl.report import sweep_page
-
-        page, drawn = sweep_page.page(sweeps[0], config)
-    else:
-        from raysl.report import runs_page
-
-        page, drawn = runs_page.page(places, config)
-    out = Folder(config.out or ("report" if len(places) > 1 else f"{places[0].rstrip('/')}/report"))
-    for figure in drawn:
-        out.write(f"{figure.name}.png", figure.png)
-    out.write("index.html", page.encode())
-    return out
 
 
 def render(body: str, title: str, **values: Any) -> str:

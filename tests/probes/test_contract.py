@@ -99,6 +99,17 @@ def test_protocol_is_pinned(name: str) -> None:
     assert protocol_hash(name, config_type(), FeatureProtocol()) == PINNED[name]
 
 
+@labelled_probe
+def test_what_learns_says_so(name: str) -> None:
+    """And refuses one set for both."""
+    one = blobs(100, 0)
+    if probes.learns(name):
+        with pytest.raises(UserError, match=r"another test set|not installed"):
+            rows(name, one, one)
+    else:
+        sane(rows(name, one, one))
+
+
 @every_probe
 def test_is_of_one_kind(name: str) -> None:
     kinds = (LabelledProbe, FeatureProbe, EncoderProbe)

@@ -17,9 +17,8 @@ from raysl.network.trunk import TrunkConfig
 from raysl.objectives.pirl import Config as Pirl
 from raysl.probe import MODEL, ROWS
 from raysl.probes.invariance import EDGES
-from raysl.report import neighbours
+from raysl.report import ReportConfig, neighbours, report
 from raysl.report.entries import Found, found, groups
-from raysl.report.page import ReportConfig, report
 from raysl.report.tables import Estimate, estimates, t_quantile, tables
 from raysl.run import METRICS, Run, jsonl
 from raysl.storage import Folder

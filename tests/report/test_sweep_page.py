@@ -15,9 +15,9 @@ from raysl.errors import UserError
 from raysl.flags import parse_pretraining
 from raysl.objectives.pirl import Config as Pirl
 from raysl.optim import OptimConfig
-from raysl.report import sweep_figures
+from raysl.report import ReportConfig, report, sweep_figures
 from raysl.report.command import command, folded
-from raysl.report.page import ReportConfig, _breakable, report
+from raysl.report.page import _breakable
 from raysl.report.sweep_figures import rank_correlation
 from raysl.storage import Folder
 from raysl.sweep.config import SweepConfig
