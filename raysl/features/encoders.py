@@ -25,7 +25,7 @@ from raysl import checkpoint, rng
 from raysl.checkpoint import Checkpoint
 from raysl.errors import UserError, unknown
 from raysl.features import foreign
-from raysl.network import trunk
+from raysl.network import norm, trunk
 from raysl.network.trunk import TrunkConfig
 from raysl.run import PASSPORT, Run
 from raysl.storage import Folder
@@ -55,8 +55,13 @@ class Encoder(Protocol):
         """A JSON value; encoders with equal identities give equal features."""
         ...
 
-    def load(self, device: torch.device, layers: Sequence[str]) -> Encode:
-        """The function from uint8 images (b, 3, s, s) on the device to float features (b, d) by layer."""
+    def load(self, device: torch.device, layers: Sequence[str], by_batch: bool = False) -> Encode:
+        """The function from uint8 images (b, 3, s, s) on the device to float features (b, d) by layer.
+
+        Args:
+            by_batch: whether BatchNorm takes the statistics of the images that it is shown at once, as in training,
+                and not those that it has kept. Features then depend on their batch-mates.
+        """
         ...
 
 
@@ -96,9 +101,9 @@ class Trained:
         body.load_state_dict(self.checkpoint.trunk_state())
         return body
 
-    def load(self, device: torch.device, layers: Sequence[str]) -> Encode:
+    def load(self, device: torch.device, layers: Sequence[str], by_batch: bool = False) -> Encode:
         """Raises UserError when the checkpoint is damaged."""
-        return _frozen(self.network(), device, layers)
+        return _frozen(self.network(), device, layers, by_batch)
 
 
 @dataclass(frozen=True)
@@ -122,8 +127,8 @@ class RandomTrunk:
             torch.manual_seed(rng.key(self.seed, "weights") >> 1)  # as train.Network begins
             return trunk.build(self.config)
 
-    def load(self, device: torch.device, layers: Sequence[str]) -> Encode:
-        return _frozen(self.network(), device, layers)
+    def load(self, device: torch.device, layers: Sequence[str], by_batch: bool = False) -> Encode:
+        return _frozen(self.network(), device, layers, by_batch)
 
 
 def untrained(run: Run) -> RandomTrunk:
@@ -155,9 +160,9 @@ class Weights:
         digest = hashlib.blake2b(self._read(), digest_size=8).hexdigest()
         return {"encoder": self.name, "trunk": asdict(self.config), "weights": digest}
 
-    def load(self, device: torch.device, layers: Sequence[str]) -> Encode:
+    def load(self, device: torch.device, layers: Sequence[str], by_batch: bool = False) -> Encode:
         """Raises UserError when the file holds no weights, or those of another network."""
-        return _frozen(self.network(), device, layers)
+        return _frozen(self.network(), device, layers, by_batch)
 
     def network(self) -> trunk.Trunk:
         """Raises UserError when the file holds no weights, or those of another network."""
@@ -186,7 +191,7 @@ class Pixels:
         """Nothing is learned."""
         return {"encoder": self.name}
 
-    def load(self, device: torch.device, layers: Sequence[str]) -> Encode:
+    def load(self, device: torch.device, layers: Sequence[str], by_batch: bool = False) -> Encode:
         """The function; it needs no weights."""
         return _pixels
 
@@ -275,7 +280,9 @@ def _places(body: trunk.Trunk) -> dict[str, str]:
     return {POOLED: "", **{name: f"body.{name}" for name in inside}, **stages}
 
 
-def _frozen(body: trunk.Trunk, device: torch.device, layers: Sequence[str]) -> Encode:
+def _frozen(body: trunk.Trunk, device: torch.device, layers: Sequence[str], by_batch: bool) -> Encode:
+    if by_batch:
+        norm.by_batch(body)
     # eval() and not only no gradients: batch statistics would make features depend on their batch-mates.
     body = body.eval().to(device, memory_format=torch.channels_last)  # type: ignore[call-overload]
     made: dict[str, Tensor] = {}

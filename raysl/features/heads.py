@@ -10,6 +10,7 @@ from torch import Tensor
 
 from raysl import methods
 from raysl.features.encoders import Encoder, Trained
+from raysl.network import norm
 from raysl.pretext import Pretext
 from raysl.training.worker import Network
 
@@ -31,8 +32,11 @@ class Heads:
     embed: Callable[[Tensor, Tensor], tuple[Tensor, Tensor]]
 
 
-def heads(encoder: Encoder, device: torch.device) -> Heads | None:
+def heads(encoder: Encoder, device: torch.device, by_batch: bool = False) -> Heads | None:
     """The heads of a run whose objective `raysl.objectives.Compares`; None of other runs, and of what is no run.
+
+    Args:
+        by_batch: see `Encoder.load`; each view by itself.
 
     Raises:
         UserError: the checkpoint is damaged.
@@ -47,6 +51,8 @@ def heads(encoder: Encoder, device: torch.device) -> Heads | None:
     with torch.random.fork_rng(devices=[]):
         network = Network(config, data["num_images"], data["num_classes"], data["fingerprint"])
     network.load_state_dict(encoder.checkpoint.state()["network"])
+    if by_batch:
+        norm.by_batch(network)
     network.eval().to(device, memory_format=torch.channels_last)  # type: ignore[call-overload]
 
     def embed(image_bpchw: Tensor, transformed_bpchw: Tensor) -> tuple[Tensor, Tensor]:

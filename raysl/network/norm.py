@@ -1,7 +1,8 @@
-"""Whose statistics BatchNorm takes, beyond one batch on one worker: all workers' ("sync") or all views' ("joint").
+"""Whose statistics BatchNorm takes, beyond one batch on one worker: all workers' ("sync") or all views' ("joint"); and
+in evaluation those of what it is shown, in the place of those that it has kept.
 
 BatchNorm (Ioffe and Szegedy, arXiv 1502.03167) normalises each channel by the mean and the variance over a batch.
-Neither way has weights of its own or changes what the network computes in eval mode.
+No way has weights of its own, and the first two do not change what the network computes in eval mode.
 """
 
 from __future__ import annotations
@@ -76,6 +77,16 @@ class _SyncBatchNorm(_BatchNorm):
         momentum = 1 / float(self.num_batches_tracked) if self.momentum is None else self.momentum
         self.running_mean.lerp_(mean_c, momentum)
         self.running_var.lerp_(var_c * n / max(1, n - 1), momentum)
+
+
+def by_batch(network: nn.Module) -> None:
+    """Lets every BatchNorm of a network in eval mode take the statistics of what it is shown at once, as in training.
+
+    What it has kept of training is forgotten.
+    """
+    for module in network.modules():
+        if isinstance(module, _BatchNorm):
+            module.running_mean = module.running_var = None
 
 
 def traced(network: nn.Module) -> fx.Graph:

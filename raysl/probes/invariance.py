@@ -10,6 +10,11 @@ stands beside it, and `closer` is the probability that a transformed image lies 
 image does. It is counted image by image: an original, its transformed copy and the same number of other images for
 each.
 
+In training each view has a batch of its own, and so its own statistics in every BatchNorm. What the network keeps of
+them is a mixture of views, small patches and whole images in a jigsaw, or belongs to patches alone; under it a view
+looks far away for that reason alone. So each view is normalised by its own statistics here too, in batches of about 128
+images.
+
 The read-out is the other side: top-1 of a linear probe that predicts the label of t (which order, which turn) from the
 features of all crops side by side, learned on half of the images and scored on the other half, beside chance. A t
 without labels (colorization, inpainting) is read out as "transformed or not", from the images and their transformed
@@ -21,9 +26,10 @@ labels of the images are used.
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterator, Mapping
 from dataclasses import asdict, dataclass, field
-from typing import Any
+from typing import Any, Literal
 
 import numpy as np
 import numpy.typing as npt
@@ -32,7 +38,7 @@ from torch import Tensor
 from torch.nn.functional import normalize
 
 from raysl import pretext, rng
-from raysl.errors import UserError
+from raysl.errors import UserError, unknown
 from raysl.features import Heads, heads
 from raysl.pretext import Geometry, Pretext, Transformed
 from raysl.probes import Labelled, Row, Subject, check_features
@@ -62,6 +68,8 @@ class Config:
         others: images that each original is compared with beside its transformed copy, drawn by index; all others
             where there are fewer.
         readout: the classifier that predicts the label of a transform; it sees means over places.
+        statistics: that BatchNorm takes: "batch", of each view by itself, or "kept", those of training, by which the
+            network works where it is used.
         version: see `raysl.probes`.
     """
 
@@ -69,9 +77,12 @@ class Config:
     max_images: int = 2000
     others: int = 64
     readout: LinearConfig = field(default_factory=lambda: LinearConfig(dims=0))
-    version: int = 2
+    statistics: Literal["batch", "kept"] = "batch"
+    version: int = 3
 
     def __post_init__(self) -> None:
+        if self.statistics not in ("batch", "kept"):
+            raise unknown("invariance.statistics", self.statistics, ["batch", "kept"])
         if not self.transforms:
             raise UserError(
                 "invariance.transforms is empty. Give names of pretext transforms, such as rotation."
@@ -123,8 +134,12 @@ def _look(
     subject: Subject, config: Config, transforms: Mapping[str, Pretext]
 ) -> tuple[list[Row], dict[str, Any]]:
     """All rows, and the counts of the histograms."""
-    sample, place = _Sample.drawn(subject, config.max_images), device()
-    encode = subject.encoder.load(place, subject.layers)
+    sample, place, by_batch = (
+        _Sample.drawn(subject, config.max_images),
+        device(),
+        config.statistics == "batch",
+    )
+    encode = subject.encoder.load(place, subject.layers, by_batch)
 
     def seen(transform: Pretext) -> tuple[dict[str, Tensor], Tensor | None]:
         """float (n, p, d) for each layer, and the labels."""
@@ -149,7 +164,7 @@ def _look(
         of_layer = {name: (features_of[layer], label_n) for name, (features_of, label_n) in moved.items()}
         found_rows, counts[layer] = _layer(plain[layer][:, 0], of_layer, transforms, config)
         rows += [Row(row.name, row.value, layer) for row in found_rows]
-    if (compared := heads(subject.encoder, place)) is not None:
+    if (compared := heads(subject.encoder, place, by_batch)) is not None:
         found_rows, counts[HEADS] = _heads(compared, sample, place, config)
         rows += found_rows
     return rows, counts
@@ -170,12 +185,11 @@ class _Sample:
         return _Sample(images, order_n, subject.seed)
 
     def views(self, transform: Pretext) -> Iterator[Transformed]:
-        """The views of all of them, batch by batch."""
-        for first in range(0, len(self.images), _BATCH):
-            some = slice(first, first + _BATCH)
-            indices_b = self.indices_n[some]
-            draws = Draws(self.seed, np.zeros_like(indices_b), indices_b, "invariance")
-            yield transform.transform(decode.centre(self.images[some], transform.source.size), draws)
+        """The views of all of them, in batches that are about equal."""
+        for some in np.array_split(np.arange(len(self.images)), math.ceil(len(self.images) / _BATCH)):
+            images_bchw = decode.centre([self.images[i] for i in some], transform.source.size)
+            draws = Draws(self.seed, np.zeros_like(some), self.indices_n[some], "invariance")
+            yield transform.transform(images_bchw, draws)
 
 
 def _heads(

@@ -127,7 +127,7 @@ class Stub:
     def identity(self) -> dict[str, Any]:
         return {"encoder": "stub"}
 
-    def load(self, device: torch.device, layers: Sequence[str]) -> Encode:
+    def load(self, device: torch.device, layers: Sequence[str], by_batch: bool = False) -> Encode:
         return self.encode
 
     def encode(self, images_bchw: torch.Tensor) -> dict[str, torch.Tensor]:

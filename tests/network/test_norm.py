@@ -153,3 +153,15 @@ def test_synchronising_keeps_the_weights_that_an_optimiser_holds() -> None:
     torch.testing.assert_close(network.state_dict(), state, atol=0, rtol=0)
     plain = _network()
     torch.testing.assert_close(network(images(4, 3, 16, 16)), plain(images(4, 3, 16, 16)))
+
+
+def test_by_batch_a_network_sees_in_evaluation_as_in_training() -> None:
+    torch.manual_seed(0)
+    network = nn.Sequential(
+        nn.Conv2d(3, 4, 3), nn.BatchNorm2d(4), nn.Flatten(), nn.LazyLinear(5), nn.BatchNorm1d(5)
+    )
+    images_bchw = 7 + 3 * torch.randn(6, 3, 8, 8)
+    trained = network.train()(images_bchw)
+    assert not torch.allclose(network.eval()(images_bchw), trained, atol=0.1)
+    norm.by_batch(network)
+    torch.testing.assert_close(network(images_bchw), trained)

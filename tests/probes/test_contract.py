@@ -25,7 +25,7 @@ PINNED = {
     "collapse": "19584826f3fd",
     "detection": "cb8f5896355c",
     "finetune": "e0d95064abf3",
-    "invariance": "c03aa1f13ea9",
+    "invariance": "c5939c42c414",
     "knn": "c9e48683fae2",
     "linear": "45ee934dccc5",
     "lowshot": "eccd53ccc911",

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -20,7 +20,7 @@ from raysl.rng import Draws
 from raysl.storage import Folder
 from raysl.stream import decode
 from tests.data import make_dataset
-from tests.features.test_extraction import make_run
+from tests.features.test_extraction import make_run, saved
 
 
 @dataclass(frozen=True)
@@ -34,7 +34,7 @@ class Stub:
     def identity(self) -> dict[str, Any]:
         return {"encoder": "stub"}
 
-    def load(self, device: torch.device, layers: Sequence[str]) -> Encode:
+    def load(self, device: torch.device, layers: Sequence[str], by_batch: bool = False) -> Encode:
         return self.encode
 
     def encode(self, images_bchw: torch.Tensor) -> dict[str, torch.Tensor]:
@@ -133,14 +133,34 @@ def test_heads_are_compared_by_the_transform_that_they_were_trained_with(tmp_pat
         "image": decode.centre(encoded, image.source.size)[:, None],
         "transformed": patches.transform(decode.centre(encoded, patches.source.size), draws).crops_bpchw,
     }
-    with torch.inference_mode():
-        made = {name: unit_bd.double().numpy() for name, unit_bd in network.eval()(views).items()}
+    with torch.inference_mode():  # in one batch, as in training
+        made = {name: unit_bd.double().numpy() for name, unit_bd in network.train()(views).items()}
     by_hand_n = np.linalg.norm(made["image"] - made["transformed"], axis=1)
     assert found["distance/jigsaw"] == pytest.approx(by_hand_n.mean(), abs=1e-5)
     assert found["distance_std/jigsaw"] == pytest.approx(by_hand_n.std(ddof=0), abs=1e-5)
     apart = np.linalg.norm(made["image"][:, None] - made["image"][None], axis=2)
     others = [[apart[i, j] for j in range(40) if j != i] for i in range(40)]
     assert found["closer/jigsaw"] == pytest.approx(np.mean(by_hand_n[:, None] < np.array(others)), abs=1e-3)
+
+
+@pytest.mark.parametrize(("statistics", "same"), [("batch", True), ("kept", False)])
+def test_what_batchnorm_has_kept_is_looked_at_only_where_it_is_asked_for(
+    tmp_path: Path, statistics: Any, same: bool
+) -> None:
+    dataset = make_dataset(tmp_path / "set", 40)
+    run, network = make_run(dataset, tmp_path / "run")
+    subject = Subject(
+        Trained(run, run.newest()), ("pooled",), 16, dataset, dataset, 0, Folder(str(tmp_path / "out"))
+    )
+    config = invariance.Config(("rotation",), statistics=statistics, readout=Linear("fast", dims=0))
+    transforms = {"rotation": build("rotation", {}, Geometry(16, predicted=True))}
+    before, _ = invariance._look(subject, config, transforms)
+    with torch.no_grad():
+        for name, kept in network.named_buffers():
+            kept.mul_(3) if name.endswith(("running_mean", "running_var")) else None
+    saved(run, network)
+    after, _ = invariance._look(replace(subject, encoder=Trained(run, run.newest())), config, transforms)
+    assert ([row.value for row in before] == [row.value for row in after]) is same
 
 
 def test_an_unknown_transform_and_too_few_images_are_refused(tmp_path: Path) -> None:
@@ -154,3 +174,5 @@ def test_an_unknown_transform_and_too_few_images_are_refused(tmp_path: Path) -> 
         invariance.Config(others=0)
     with pytest.raises(UserError, match="empty"):
         invariance.Config(())
+    with pytest.raises(UserError, match="kept"):
+        invariance.Config(statistics="keep")  # type: ignore[arg-type]
