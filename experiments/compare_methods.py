@@ -38,7 +38,7 @@ def main(flags: CompareFlags) -> None:
     train, test = splits(flags.data)
     # A classifier that is scored on the images it has learned from would show how well it remembers.
     names = ("knn",) if train == test else ("knn", "linear")
-    judged = resolve(test).manifest.fingerprint
+    seen, judged = (resolve(split).manifest.fingerprint for split in (train, test))
     rows: list[dict[str, Any]] = []
     for seed in flags.seeds:
         for method in flags.methods:
@@ -46,7 +46,7 @@ def main(flags: CompareFlags) -> None:
             measured([run], flags, names)
             # Other experiments share the runs, and may have probed more of their layers.
             step = run.newest().step
-            found = [row for name in names for row in rows_under(run, name, judged, step=step)]
+            found = [row for name in names for row in rows_under(run, name, seen, judged, step=step)]
             about = {"method": method, "images": flags.images}
             rows += [{**row, **about} for row in found if row["layer"] == "pooled"]
             Folder(flags.out).write("rows.jsonl", jsonl(rows))

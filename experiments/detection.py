@@ -56,7 +56,7 @@ def main(flags: DetectionFlags) -> None:
         config = replace(config, epochs=1, sides=(64,), width=32)
     runs = trained(flags, ["detection"])
     measured(runs, flags, ["detection"], configs={"detection": config})
-    reported(runs, flags, ["detection"])
+    reported(runs, flags, ["detection"], besides=("AP50", "AP75"))
 
 
 def drawn(folder: Folder) -> Folder:

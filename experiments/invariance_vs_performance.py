@@ -10,10 +10,10 @@ Clustering is ClusterFit (Yan et al. 2020) of the first method's runs. The pictu
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from typing import Any
 
-from raysl.dataset import DataSet
 from raysl.experiment import command
 from raysl.ingest import resolve, splits
 from raysl.lineup import LineupFlags, measured, reported, small, trained
@@ -40,25 +40,37 @@ def main(flags: ScatterFlags) -> None:
     runs = trained(flags, names)
     measured(runs, flags, names)
     reported(runs, flags, names)
-    Folder(flags.out).write("scatter.png", scatter(runs, resolve(splits(flags.data)[1])))
+    data = [resolve(split).manifest.fingerprint for split in splits(flags.data)]
+    Folder(flags.out).write("scatter.png", scatter(runs, *data))
 
 
-def scatter(runs: list[Run], test: DataSet) -> bytes:
-    """PNG of linear top-1 against the invariance of the pooled features, by the default protocols on one test set: a
-    dot a run's method, small ones its seeds."""
+def scatter(runs: Sequence[Run], train: str, test: str) -> bytes:
+    """PNG of linear top-1 against the invariance of the pooled features, by the default protocols: a dot a run's
+    method, small ones its seeds.
+
+    Args:
+        train: fingerprint of the data set that the linear probe has learned from.
+        test: of the one on which both were judged.
+    """
     from raysl.report.picture import drawn
 
     rows = []
     for group in groups([str(run.folder) for run in runs]):
         for entry in group.entries:
             for name in ("linear", "invariance"):
-                kept = rows_under(entry.run, name, test.manifest.fingerprint, step=entry.run.newest().step)
-                shown = [row for row in kept if row["headline"]]
+                kept = rows_under(entry.run, name, train, test, step=entry.run.newest().step)
+                names = {"trained": group.label, "random": "untrained"}  # pixels have no invariance
                 rows += [
-                    Found(group.label if row["encoder"] == "trained" else "untrained", row) for row in shown
+                    Found(names[row["encoder"]], row)
+                    for row in kept
+                    if row["headline"] and row["encoder"] in names
                 ]
     cells = estimates(rows)
-    labels = [label for label, layer, name in cells if (layer, name) == ("pooled", "closer")]
+    labels = [
+        label
+        for label in dict.fromkeys(item.label for item in rows)
+        if {(label, "pooled", "closer"), (label, "pooled", "top1")} <= cells.keys()
+    ]
     coloured = colours(labels)
 
     def draw(axes: Any) -> None:

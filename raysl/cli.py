@@ -76,7 +76,7 @@ class ProbeFlags:
         out: folder of the rows, for what is no run.
         image_size: side in pixels of the view, for what is no run; 0 for 224 of a file of weights and 32 otherwise.
         trunk: of a file of weights, or of "random". "timm/NAME" is one of the package timm.
-        seed: of "random".
+        seed: of "random", and of what a probe of weights draws.
     """
 
     checkpoint: Annotated[tyro.conf.Positional[str], tyro.conf.arg(metavar="RUN|CKPT")]
@@ -122,7 +122,14 @@ def probe(arguments: Sequence[str]) -> None:
         title = f"{given.checkpoint.rpartition('/')[2]} ({given.trunk.name})"
         size = given.image_size or view_size(source)
         rows = probe_model(
-            source, title, given.out, *data, image_size=size, layers=given.layers, configs=configs
+            source,
+            title,
+            given.out,
+            *data,
+            image_size=size,
+            layers=given.layers,
+            configs=configs,
+            seed=given.seed,
         )
     for table in tables(rows):
         Console().print(table)

@@ -107,8 +107,8 @@ def probed(config: Pretraining, train: str, test: str) -> list[dict[str, Any]]:
     run = pretrain(config)
     # A classifier that is scored on the images it has learned from would show how well it remembers.
     names = ("knn",) if train == test else ("knn", "linear")
-    judged, step = resolve(test).manifest.fingerprint, run.newest().step
-    there = [rows_under(run, name, judged, step=step) for name in names]
+    seen, judged = (resolve(split).manifest.fingerprint for split in (train, test))
+    there = [rows_under(run, name, seen, judged, step=run.newest().step) for name in names]
     return [row for rows in there for row in rows] if all(there) else probe(run, train, test, names)
 
 

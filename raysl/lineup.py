@@ -5,7 +5,7 @@ What is in the folder of the runs is not done again, so that experiments share t
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import Any, TypeVar
 
@@ -26,7 +26,7 @@ from raysl.optim import OptimConfig
 from raysl.pretrain import pretrain
 from raysl.probe import ENCODERS, check_apart, probe, rows_under
 from raysl.report import ReportConfig, check_installed, report
-from raysl.report.entries import found, groups
+from raysl.report.entries import Found, found, groups
 from raysl.report.tables import tables
 from raysl.run import Run, jsonl
 from raysl.storage import Folder
@@ -148,14 +148,16 @@ def measured(
 
     Baselines are probed once for all runs that started from the same weights."""
     train, test = splits(flags.data)
-    judged = resolve(test).manifest.fingerprint
+    seen, judged = (resolve(split).manifest.fingerprint for split in (train, test))
     starts = set()
     for run in runs:
         start = features.untrained(run)
         own = [name for name in encoders if name == "trained" or start not in starts]
         starts.add(start)
         missing = [
-            name for name in names if not _known(run, name, (configs or {}).get(name), judged, layers, own)
+            name
+            for name in names
+            if not _known(run, name, (configs or {}).get(name), (seen, judged), layers, own)
         ]
         if missing:
             cache = Folder(flags.runs) / "features"
@@ -163,13 +165,18 @@ def measured(
 
 
 def _known(
-    run: Run, name: str, config: Any, judged: str, layers: Sequence[str], encoders: Sequence[str]
+    run: Run,
+    name: str,
+    config: Any,
+    data: tuple[str, str],
+    layers: Sequence[str],
+    encoders: Sequence[str],
 ) -> bool:
-    """Whether there are rows of the probe for all these layers, of the newest checkpoint and of the untrained trunk.
-    Pixels may have none."""
+    """Whether there are rows of the probe on these data (fingerprints of the train and the test set) for all these
+    layers, of the newest checkpoint and of the untrained trunk. Pixels may have none."""
     stages = features.stages(features.Trained(run, run.newest()))
     wanted = {one for layer in layers for one in (stages if layer == "all" else [layer])}
-    found = rows_under(run, name, judged, config, run.newest().step)
+    found = rows_under(run, name, *data, config, run.newest().step)
     return all(
         {row["layer"] for row in found if row["encoder"] == encoder} >= wanted
         for encoder in encoders
@@ -177,19 +184,30 @@ def _known(
     )
 
 
-def reported(runs: Sequence[Run], flags: Flags, names: Sequence[str]) -> None:
-    """Prints the tables of these probes, and writes rows, the report and its figures."""
+def reported(runs: Sequence[Run], flags: Flags, names: Sequence[str], besides: Collection[str] = ()) -> None:
+    """Prints the tables of these probes, and writes rows, the report and its figures.
+
+    Args:
+        names: of the probes.
+        besides: numbers that are printed besides those that stand for their probes.
+    """
     places = [str(run.folder) for run in runs]
     rows = found(groups(places))
-    for one in tables([item for item in rows if item.row["probe"] in names]):
-        shown = Table(title=one.probe, caption=f"{one.caption}; = is a tie with the best")
-        shown.add_column("")
+    shown = [item for item in rows if item.row["probe"] in names]
+    for one in tables([_headed(item, besides) for item in shown]):
+        printed = Table(title=one.probe, caption=f"{one.caption}; = is a tie with the best")
+        printed.add_column("")
         for layer, name in one.columns:
-            shown.add_column(f"{layer} {name}", justify="right")
+            printed.add_column(f"{layer} {name}", justify="right")
         for label, cells in one.lines:
             marks = ["" if cell and not one.tied(i, cell) else " =" for i, cell in enumerate(cells)]
             texts = [f"{cell}{mark}" if cell else "" for cell, mark in zip(cells, marks, strict=True)]
-            shown.add_row(label, *texts)
-        Console().print(shown)
+            printed.add_row(label, *texts)
+        Console().print(printed)
     Folder(flags.out).write("rows.jsonl", jsonl({**item.row, "label": item.label} for item in rows))
     print(f"{report(places, ReportConfig(out=flags.out))}/index.html")
+
+
+def _headed(item: Found, besides: Collection[str]) -> Found:
+    """The same, as a number that stands for its probe where its name is among these."""
+    return replace(item, row={**item.row, "headline": item.row["headline"] or item.row["name"] in besides})

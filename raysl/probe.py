@@ -105,6 +105,7 @@ def probe_model(
     image_size: int = 0,
     layers: Sequence[str] = ("pooled",),
     configs: Mapping[str, Any] | None = None,
+    seed: int = 0,
 ) -> list[dict[str, Any]]:
     """Probes an encoder that is no run, such as other people's weights, so that it can stand in the same tables.
 
@@ -114,6 +115,7 @@ def probe_model(
         out: folder for the rows and `model.json`, which says whose they are.
         image_size: side in pixels of the view, on which the protocol of the rows hangs; 0 for
             `raysl.features.view_size`.
+        seed: of what a probe draws. Rows of several seeds stand beside each other, as those of several runs do.
 
     The other arguments, and what is returned and raised, are those of `probe`; besides, UserError where the rows of
     another model lie in the folder.
@@ -128,7 +130,7 @@ def probe_model(
             "folder of its own."
         )
     size = image_size or features.view_size(source)
-    place = _Place(Run(folder), size, getattr(source, "seed", 0), folder / "features")
+    place = _Place(Run(folder), size, seed, folder / "features")
     # Before the rows, so that none are there of which nobody knows whose they are.
     folder.write_json(MODEL, about)
     return _measured(place, [source], train, test, ready, layers, say)
@@ -179,8 +181,10 @@ def _measured(
     found = _extract(sources, layers, ready, data, place)
     rows: list[dict[str, Any]] = []
     for source, tables in zip(sources, found, strict=True):
-        facts = _facts(source, place.seed)
         for name, (config, measure) in ready.items():
+            # Of weights that are given, features depend on no seed, and so no probe of features does.
+            drawn = isinstance(measure, EncoderProbe) or not isinstance(source, features.Weights)
+            facts = _facts(source, place.seed if drawn else 0)
             protocol = protocol_hash(name, config, FeatureProtocol(place.image_size))
             about = {"probe": name, **facts, "protocol": protocol, **data.fingerprints(measure)}
             these = _layers(source, layers)
@@ -323,19 +327,24 @@ def rows_of(run: Run) -> list[dict[str, Any]]:
 
 
 def rows_under(
-    run: Run, name: str, test: str, config: Any = None, step: int | None = None
+    run: Run, name: str, train: str, test: str, config: Any = None, step: int | None = None
 ) -> list[dict[str, Any]]:
     """The rows of a run by one probe under one protocol, of all layers and encoders.
 
     Args:
         name: of the probe.
+        train: fingerprint of the train set. A probe that needs no labels has seen nothing of it.
         test: fingerprint of the test set.
         config: of the probe; its defaults, if it is None.
         step: only of this checkpoint, and of what was not trained; None for all.
     """
     config = probes.load(name)[0]() if config is None else config
     wanted = name, protocol_hash(name, config, FeatureProtocol(run.config().view.image_size)), test
-    found = [row for row in rows_of(run) if (row["probe"], row["protocol"], row["test"]) == wanted]
+    found = [
+        row
+        for row in rows_of(run)
+        if (row["probe"], row["protocol"], row["test"]) == wanted and row["train"] in ("", train)
+    ]
     return [row for row in found if step is None or row["step"] in (0, step)]
 
 

@@ -1,7 +1,8 @@
 """Probes during training: what a run is worth at its checkpoints, found with what the trainers leave over.
 
-The probes run beside the trainers and never hold what these need: without GPUs by one process of the lowest priority,
-with GPUs when one of them is free. What was not done by the last step is done after it.
+The probes run beside the trainers and never hold what these need: by one process of the lowest priority, and on a
+cluster with GPUs only while the trainers have theirs and another one is free. What was not done by the last step is
+done after it.
 """
 
 from __future__ import annotations
@@ -13,7 +14,7 @@ from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import Any
 
-from raysl import checkpoint, cluster, features, probes
+from raysl import checkpoint, cluster, probes
 from raysl.checkpoint import Checkpoint
 from raysl.cluster import lease, places
 from raysl.config import Pretraining
@@ -80,7 +81,7 @@ def pretrain_and_probe(config: Pretraining, watch: WatchConfig, say: Callable[[s
     cluster.start()
     train, test = resolve(watch.probe_train), resolve(watch.probe_test)
     check_apart(watch.probes, train, test)
-    watcher = Watcher(Run(Folder(config.run)), watch, train, test, say)
+    watcher = Watcher(Run(Folder(config.run)), watch, train, test, say, config.worker_counts()[0])
     thread = threading.Thread(target=watcher.follow, daemon=True)
     thread.start()
     try:
@@ -131,19 +132,27 @@ class Watcher:
         train: labelled data that they learn from.
         test: labelled data that they are scored on.
         say: takes one line at a time.
+        trainers: the fewest that train, each on a GPU where there are any.
 
     Attributes:
         over: to be set when the trainers have gone.
     """
 
     def __init__(
-        self, run: Run, watch: WatchConfig, train: DataSet, test: DataSet, say: Callable[[str], None]
+        self,
+        run: Run,
+        watch: WatchConfig,
+        train: DataSet,
+        test: DataSet,
+        say: Callable[[str], None],
+        trainers: int = 1,
     ) -> None:
         self.run = run
         self.watch = watch
         self.train = train
         self.test = test
         self.say = say
+        self.trainers = trainers
         self.over = threading.Event()
         self._failed: set[int] = set()
         self._told = -1
@@ -152,17 +161,14 @@ class Watcher:
         """Probes the newest checkpoint that is due, again and again until the trainers have gone."""
         # This thread alone, and those that it starts.
         os.setpriority(os.PRIO_PROCESS, threading.get_native_id(), 19)
-        spare = not places.machines().has_gpus
-        # Without GPUs, those that train or transform for themselves would take the trainers' CPUs.
-        names = [
-            name for name in self.watch.probes if not (spare and hasattr(probes.load(name)[1], "examine"))
-        ]
+        # Those that train or transform for themselves would take the trainers' CPUs, or GPUs that these come to want.
+        names = [name for name in self.watch.probes if not hasattr(probes.load(name)[1], "examine")]
         while names and not self.over.wait(_LOOK_EVERY_S):
             if not lease.held_here(self.run.folder):
                 continue  # this run has not begun, and what lies there may be another's
             due = [found for found in self.due(names) if found.step not in self._failed]
             if due and self._room(due[-1].step):
-                self._probe(due[-1], names, spare)
+                self._probe(due[-1], names, spare=True)
 
     def finish(self) -> list[int]:
         """Probes what is left, the last step too, and writes all scores into metrics.jsonl.
@@ -193,21 +199,20 @@ class Watcher:
 
     def _rows(self) -> list[dict[str, Any]]:
         """What these probes have found, whoever asked: by their default protocols, with the data sets of the watch."""
-        # A probe that needs no labels has seen nothing of the train set.
-        trains, test = ("", self.train.manifest.fingerprint), self.test.manifest.fingerprint
-        found = [row for name in self.watch.probes for row in rows_under(self.run, name, test)]
-        where = "trained", "pooled"
-        return [row for row in found if (row["encoder"], row["layer"]) == where and row["train"] in trains]
+        data = self.train.manifest.fingerprint, self.test.manifest.fingerprint
+        found = [row for name in self.watch.probes for row in rows_under(self.run, name, *data)]
+        return [row for row in found if (row["encoder"], row["layer"]) == ("trained", "pooled")]
 
     def _room(self, step: int) -> bool:
         """Whether a probe can start without taking anything from the trainers."""
         import ray
 
-        if not places.machines().has_gpus:
+        found = places.machines()
+        if not found.has_gpus:
             return True
-        _, wanted = features.pool(places.machines().totals())
-        free = ray.available_resources()
-        room = all(float(free.get(kind, 0)) >= wanted[f"num_{kind.lower()}s"] for kind in ("GPU", "CPU"))
+        free = float(ray.available_resources().get("GPU", 0))
+        # Trainers that have not begun, or are between two legs, hold none, and would have to wait for the probe.
+        room = free >= 1 and found.totals()["GPU"] - free >= self.trainers
         if not room and self._told != step:
             self._told = step
             self.say(

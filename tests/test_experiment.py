@@ -19,7 +19,9 @@ from raysl.features import FeatureProtocol
 from raysl.ingest import splits
 from raysl.lineup import LineupFlags
 from raysl.probe import ROWS, protocol_hash
+from raysl.probes.invariance import Config as Invariance
 from raysl.probes.knn import Config as Knn
+from raysl.probes.linear import Config as Linear
 from raysl.run import Run, jsonl
 from raysl.storage import Folder
 from tests.data import make_dataset
@@ -98,7 +100,8 @@ def test_a_run_that_was_probed_is_not_probed_again(tmp_path: Path, monkeypatch: 
 
     monkeypatch.setattr(experiment, "probe", probe)
     protocol = protocol_hash("knn", Knn(), FeatureProtocol(run.config().view.image_size))
-    there = row(probe="knn", protocol=protocol, test=dataset.manifest.fingerprint, step=run.newest().step)
+    fingerprint = dataset.manifest.fingerprint
+    there = row(probe="knn", protocol=protocol, train=fingerprint, test=fingerprint, step=run.newest().step)
     run.folder.write(ROWS, jsonl([there]))
     assert probed(run.config(), data, data) == [there]
     assert asked == []
@@ -157,3 +160,18 @@ def test_splits(tmp_path: Path) -> None:
     assert splits("shapes:50") == ("shapes:50#train", "shapes:1000#test")
     assert splits(folder) == (folder, folder)
     assert splits("nowhere") == ("nowhere#train", "nowhere#test")
+
+
+def test_raw_pixels_are_no_seed_of_the_untrained_trunk_in_the_scatter(tmp_path: Path) -> None:
+    pytest.importorskip("matplotlib")
+    module = script(next(file for file in SCRIPTS if file.stem == "invariance_vs_performance"))
+    run, _ = make_run(make_dataset(tmp_path / "set", 40), tmp_path / "run")
+    rows = [
+        row(probe=probe, name=name, layer="pooled", protocol=protocol, train="t", test="u", **of)
+        for probe, name, config in (("linear", "top1", Linear()), ("invariance", "closer", Invariance()))
+        for protocol in [protocol_hash(probe, config, FeatureProtocol(16))]
+        for of in ({}, {"encoder": "random", "step": 0}, {"encoder": "pixels", "step": 0})
+        if (probe, of.get("encoder")) != ("invariance", "pixels")
+    ]
+    run.folder.write(ROWS, jsonl(rows))
+    assert module.scatter([run], "t", "u").startswith(b"\x89PNG")

@@ -45,7 +45,8 @@ def test_what_was_measured_is_not_measured_again(tmp_path: Path, monkeypatch: py
     run, _ = make_run(dataset, tmp_path / "run")
     flags = LineupFlags(str(dataset.folder), runs=str(tmp_path))
     protocol = protocol_hash("knn", Knn(), FeatureProtocol(16))
-    there = row(probe="knn", protocol=protocol, test=dataset.manifest.fingerprint, layer="pooled")
+    data = {"train": dataset.manifest.fingerprint, "test": dataset.manifest.fingerprint}
+    there = row(probe="knn", protocol=protocol, layer="pooled", **data)
     untrained = {**there, "encoder": "random", "step": 0}
     run.folder.write(ROWS, jsonl([there, untrained]))
     measured([run], flags, ["knn"])
@@ -60,6 +61,10 @@ def test_what_was_measured_is_not_measured_again(tmp_path: Path, monkeypatch: py
     run.folder.write(ROWS, jsonl([there]))
     measured([run], flags, ["knn"], encoders=("trained", "pixels"))
     assert len(asked) == 5
+    # Learned from other images.
+    run.folder.write(ROWS, jsonl([{**there, "train": "others"}, {**untrained, "train": "others"}]))
+    measured([run], flags, ["knn"])
+    assert asked[5:] == [["knn"]]
 
 
 def test_runs_that_started_alike_share_their_baseline(

@@ -256,3 +256,20 @@ def test_a_run_is_probed_while_it_trains(ray_session: None, tmp_path: Path, left
     scored = {row["step"] for row in run.metrics() if any(name.startswith("probe/knn") for name in row)}
     assert scored == steps
     assert set(left) < steps
+
+
+@pytest.mark.parametrize(
+    ("total", "free", "room"), [(4, 4, False), (4, 3, False), (4, 2, True), (2, 0, False)]
+)
+def test_gpus_are_taken_only_while_the_trainers_have_theirs(
+    run: Run, monkeypatch: pytest.MonkeyPatch, total: int, free: int, room: bool
+) -> None:
+    """Two train. Before they begin, between two legs and after one has died, some of what looks free is theirs."""
+    import ray
+
+    machines = places.Machines(({"CPU": 8.0, "GPU": float(total)},))
+    monkeypatch.setattr(places, "machines", lambda: machines)
+    monkeypatch.setattr(ray, "available_resources", lambda: {"CPU": 0.0, "GPU": float(free)})
+    watcher = watching(run, [])
+    watcher.trainers = 2
+    assert watcher._room(4) is room

@@ -63,7 +63,8 @@ def extract_all(
             looked at.
         cache: features are put into folders inside, whose names follow from encoder, images, layer and size. Means
             are kept as float32; grids, which are large, as float16.
-        spare: by one actor that takes no CPU from others: it works when nothing else wants to, without a GPU.
+        spare: by one actor that takes no CPU from others: it works when nothing else wants to. On a cluster with GPUs
+            it has one of them.
 
     Returns:
         A table for each layer, for each of `wanted`.
@@ -178,7 +179,9 @@ def _compute(works: Sequence[_Extract], parts: Sequence[tuple[int, int, int]], s
     import ray.data
     from ray.util.annotations import RayDeprecationWarning
 
-    size, resources = (1, {"num_cpus": 0.0}) if spare else pool(places.machines().totals())
+    size, resources = pool(places.machines().totals())
+    if spare:
+        size, resources = 1, {**resources, "num_cpus": 0.0}
     context = ray.data.DataContext.get_current()
     context.enable_progress_bars = False
     context.print_on_execution_start = False

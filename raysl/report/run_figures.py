@@ -107,18 +107,26 @@ Counts = Mapping[str, Mapping[str, Sequence[int]]]
 def histograms(gathered: Sequence[Group]) -> Iterator[Figure]:
     """The distance between f(I) and f(t(I)) by transform, as in PIRL (Misra and van der Maaten 2020, figure 5), at the
     last layer and, where a method compares images by heads, between those; a figure for each protocol."""
-    together: dict[tuple[str, str], dict[str, list[Counts]]] = {}
+    # By test set and protocol, by label, by step.
+    together: dict[tuple[str, str], dict[str, dict[int, list[Counts]]]] = {}
     edges: list[float] = []
     label_of = labels(gathered)
     for group in gathered:
         for entry in group.entries:
-            for (encoder, test, protocol), value in _newest_histograms(entry).items():
+            for (encoder, test, protocol), (step, value) in _newest_histograms(entry).items():
                 if encoder != "pixels":
                     edges = value["edges"]
-                    by_label = together.setdefault((test, protocol), {})
-                    by_label.setdefault(label_of(encoder, group, entry), []).append(value["counts"])
+                    by_step = together.setdefault((test, protocol), {})
+                    of_label = by_step.setdefault(label_of(encoder, group, entry), {})
+                    of_label.setdefault(step, []).append(value["counts"])
     for (test, protocol), by_label in sorted(together.items()):
-        png, layer = _histogram(by_label, edges)
+        # As in tables: runs that were probed at other steps than each other are no seeds of one measurement.
+        apart = {
+            label if len(by_step) == 1 else f"{label}, step {step}": counts
+            for label, by_step in by_label.items()
+            for step, counts in sorted(by_step.items())
+        }
+        png, layer = _histogram(apart, edges)
         text = (
             f"Distribution of the distance between the unit features ({layer}) of an image and of its transformed "
             "copy, all seeds together; filled, between the embeddings that a method compares, its heads; dotted, the "
@@ -128,8 +136,8 @@ def histograms(gathered: Sequence[Group]) -> Iterator[Figure]:
         yield Figure(f"invariance-{protocol}-{test}", "Invariance", text, png)
 
 
-def _newest_histograms(entry: Entry) -> dict[tuple[str, str, str], dict[str, Any]]:
-    """What the probe left in a folder, by encoder, test set and protocol; of the newest step."""
+def _newest_histograms(entry: Entry) -> dict[tuple[str, str, str], tuple[int, dict[str, Any]]]:
+    """What the probe left in a folder, by encoder, test set and protocol; of the newest step, and which that is."""
     folder = entry.run.folder / "probes/invariance"
     newest: dict[tuple[str, str, str], tuple[int, str]] = {}
     for name in folder.list():
@@ -138,7 +146,7 @@ def _newest_histograms(entry: Entry) -> dict[tuple[str, str, str], dict[str, Any
             encoder, step, test, protocol = parts
             key = encoder, test, protocol
             newest[key] = max(newest.get(key, (-1, "")), (int(step), name))
-    return {key: (folder / name).read_json(HISTOGRAM) for key, (_, name) in newest.items()}
+    return {key: (step, (folder / name).read_json(HISTOGRAM)) for key, (step, name) in newest.items()}
 
 
 def _histogram(by_label: Mapping[str, Sequence[Counts]], edges: Sequence[float]) -> tuple[bytes, str]:

@@ -18,8 +18,8 @@ from raysl.report.picture import Figure
 from raysl.report.tables import Estimate, Table, tables
 from raysl.training.progress import duration
 
-# Numbers of which one can be called best, by how their names begin.
-_BETTER_IF_MORE = ("top", "AP", "mAP", "effective_rank", "closer")
+# Numbers of which one can be called best, by their names; a spread such as top1_std is none.
+_BETTER_IF_MORE = re.compile(r"(top\d+|m?AP\d*|effective_rank|closer|precision)([/@,].*)?")
 
 _BODY = """<p>{{ summary }}</p>
 {% macro table(table) %}<div class="wide"><table><caption>{{ table.caption }}</caption>
@@ -112,7 +112,7 @@ def _shown(table: Table) -> dict[str, Any]:
 
 
 def _cell(table: Table, column: int, cell: Estimate) -> str:
-    if not table.columns[column][1].startswith(_BETTER_IF_MORE) or not table.compared(column):
+    if not _BETTER_IF_MORE.fullmatch(table.columns[column][1]) or not table.compared(column):
         return str(cell)
     if cell == table.best(column):
         return f"{cell} best"

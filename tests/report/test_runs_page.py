@@ -17,7 +17,7 @@ from raysl.network.trunk import TrunkConfig
 from raysl.objectives.pirl import Config as Pirl
 from raysl.probe import MODEL, ROWS
 from raysl.probes.invariance import EDGES
-from raysl.report import ReportConfig, neighbours, report
+from raysl.report import ReportConfig, neighbours, report, run_figures
 from raysl.report.entries import Found, found, groups
 from raysl.report.tables import Estimate, estimates, t_quantile, tables
 from raysl.run import METRICS, Run, jsonl
@@ -196,6 +196,39 @@ def test_a_seed_counts_once(runs: list[str]) -> None:
 def test_best_is_said_only_where_seeds_tell(runs: list[str]) -> None:
     Folder(runs[0]).write(ROWS, jsonl([row(0.1), row(0.3, encoder="random", step=0)]))
     assert " best" not in report(runs[0], ReportConfig(images=0)).read("index.html").decode()
+
+
+def test_a_spread_is_never_best(runs: list[str]) -> None:
+    for place, name in ((place, name) for place in runs for name in ("top1/k=16", "top1_std/k=16")):
+        folder = Folder(place)
+        value = 0.3 if "pirl" in place else 0.1
+        kept = folder.read(ROWS) if name != "top1/k=16" else b""
+        seed = int(place[-1])
+        one = row(value + seed / 1000, probe="lowshot", name=name, headline="std" not in name, seed=seed)
+        folder.write(ROWS, kept + jsonl([one]))
+    page = report(runs, ReportConfig(images=0)).read("index.html").decode()
+    main, _, others = page.partition("<details>")
+    assert " best" in main
+    assert "top1_<wbr>std" in others
+    assert " best" not in others
+
+
+def test_histograms_of_other_steps_are_no_seeds_of_one_measurement(
+    runs: list[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    by_label: list[Any] = []
+
+    def kept(found: Any, edges: Any) -> tuple[bytes, str]:
+        by_label.extend(found)
+        return b"", "pooled"
+
+    monkeypatch.setattr(run_figures, "_histogram", kept)
+    for place, step in zip(runs[:2], (5, 7), strict=True):
+        folder = Folder(place) / "probes/invariance"
+        value = (folder / "trained-5-abcdef01-p").read_json("histogram.json")
+        folder.write_json(f"trained-{step}-abcdef01-p/histogram.json", value)
+    list(run_figures.histograms(groups(runs)))
+    assert by_label == ["pirl-jigsaw, step 5", "pirl-jigsaw, step 7", "predict-jigsaw"]
 
 
 def test_intervals_and_ties_by_their_equations() -> None:
