@@ -62,7 +62,7 @@ def extract_all(
         wanted: encoders, the data sets whose images each of them sees, size of the view and layers; labels are not
             looked at.
         cache: features are put into folders inside, whose names follow from encoder, images, layer and size. Means
-            are kept as float32; grids, which are large, as float16.
+            are kept as float32; grids, which are large, as float16 where that holds them.
         spare: by one actor that takes no CPU from others: it works when nothing else wants to. On a cluster with GPUs
             it has one of them.
 

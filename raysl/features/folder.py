@@ -33,7 +33,7 @@ class FeaturesConfig:
         layer: "pooled" is the output of the trunk, conv1 and res2 to res5 the stages of a ResNet; or a name inside the
             network. Maps of features are averaged over their places, "res3:9216" into a grid of at most 9,216 numbers.
         image_size: side in pixels of the view; 0 for that of the run, 224 for a file of weights, 32 otherwise.
-        dtype: of the numbers.
+        dtype: of the numbers. A file with numbers beyond 65,504 is float32 in either case.
         l2: divide every row by its length, as ClusterFit does before k-means.
         pca: keep so many principal components, taken after --l2; 0 for none. Rows are not divided by their length
             again.

@@ -26,6 +26,7 @@ Part = tuple[int, int]
 DONE = "features.json"
 # VISSL adds this to a length before it divides, so that a row of zeros stays one.
 _NO_LENGTH = 1e-5
+_LARGEST_HALF = float(np.finfo(np.float16).max)
 
 
 @dataclass(frozen=True)
@@ -48,7 +49,7 @@ class FeatureForm:
     """How features are kept.
 
     Args:
-        dtype: of the numbers on disk.
+        dtype: of the numbers on disk. A part with numbers beyond the range of float16 is float32 in either case.
         l2: every row divided by its length plus 1e-5, before it is rounded.
     """
 
@@ -131,7 +132,9 @@ def write(folder: Folder, part: Part, layers: Mapping[str, Floats], form: Featur
     columns: dict[str, Any] = {"index": np.arange(*part, dtype=np.int64)}
     for name, values in layers.items():
         numbers = values / (np.linalg.norm(values, axis=1, keepdims=True) + _NO_LENGTH) if form.l2 else values
-        flat = pa.array(numbers.astype(form.dtype).ravel())
+        # Maps of deep networks that have learned nothing reach beyond half precision, where they would be infinite.
+        dtype = "float32" if np.abs(numbers).max() > _LARGEST_HALF else form.dtype
+        flat = pa.array(numbers.astype(dtype).ravel())
         columns[name] = pa.FixedSizeListArray.from_arrays(flat, values.shape[1])
     with folder.writing(file(part)) as stream:
         # Compression and dictionaries only cost time on numbers like these.
