@@ -142,7 +142,8 @@ class Weights:
     """A trunk with the weights in a file, under the names of torchvision or timm. A classifier in it is left out.
 
     Args:
-        file: a state dict by `torch.save`, or a dict that holds one, or safetensors. A path or a URI.
+        file: a state dict by `torch.save`, or a dict that holds one, or safetensors. A path (made absolute, since Ray
+            workers have another working directory) or a URI.
         config: the trunk; "timm/NAME" or "timm/NAME.TAG" for one of timm, whose images are normalised as timm does
             for it.
     """
@@ -151,28 +152,37 @@ class Weights:
     config: TrunkConfig
     name: str = "weights"
 
+    def __post_init__(self) -> None:
+        object.__setattr__(self, "file", str(Folder(self.file)))
+
     @property
     def layers(self) -> tuple[str, ...]:
         return tuple(_places(self._build()))
 
     def identity(self) -> dict[str, Any]:
-        """Trunk and a hash of the file."""
+        """Trunk and a hash of the file. Raises UserError when it cannot be read."""
         digest = hashlib.blake2b(self._read(), digest_size=8).hexdigest()
         return {"encoder": self.name, "trunk": asdict(self.config), "weights": digest}
 
     def load(self, device: torch.device, layers: Sequence[str], by_batch: bool = False) -> Encode:
-        """Raises UserError when the file holds no weights, or those of another network."""
+        """Raises UserError when the file cannot be read, holds no weights, or those of another network."""
         return _frozen(self.network(), device, layers, by_batch)
 
     def network(self) -> trunk.Trunk:
-        """Raises UserError when the file holds no weights, or those of another network."""
+        """Raises UserError when the file cannot be read, holds no weights, or those of another network."""
         body = self._build()
         foreign.fill(body.body, foreign.weights(self._read(), self.file), self.file, self.config.name)
         return body
 
     def _read(self) -> bytes:
         place, _, name = self.file.rpartition("/")
-        return Folder(place or ".").read(name)
+        try:
+            return Folder(place or "/").read(name)
+        except OSError as error:
+            raise UserError(
+                f"The file of weights {self.file!r} cannot be read: {error}. All machines of the cluster must see it: "
+                "put it into a folder that they share, or give a URI such as s3://BUCKET/FILE."
+            ) from error
 
     def _build(self) -> trunk.Trunk:
         if self.config.name.startswith(foreign.TIMM):
@@ -225,15 +235,16 @@ def named(name: str, config: TrunkConfig, seed: int = 0) -> Encoder:
                 f"checkpoint of the run {inside[1]!r}", f"step-{inside[2]}", (f"step-{s:09d}" for s in there)
             )
         return Trained(run, there[int(inside[2])])
-    place, _, file = name.rpartition("/")
+    weights = Weights(name, config)
+    place, _, file = weights.file.rpartition("/")
     try:
-        Folder(place or ".").open(file).close()
+        Folder(place or "/").open(file).close()
     except OSError as error:
         raise UserError(
             f"There is no checkpoint at {name!r}. Give the folder of a run, RUN/checkpoints/step-NNN, a file of "
             "weights together with --trunk.name, 'random' or 'pixels'."
         ) from error
-    return Weights(name, config)
+    return weights
 
 
 def _skeleton(config: TrunkConfig) -> trunk.Trunk:

@@ -95,6 +95,22 @@ def test_a_file_of_weights_is_what_timm_makes_of_it(tmp_path: Path) -> None:
         named(str(file), TrunkConfig(name="timm/resnet18dd")).load(CPU, ("pooled",))
 
 
+def test_a_file_of_weights_is_found_from_another_working_directory(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """As that of a worker of Ray."""
+    torch.save(models.resnet18().state_dict(), tmp_path / "weights.pth")
+    monkeypatch.chdir(tmp_path)
+    encoder = named("weights.pth", RESNET)
+    monkeypatch.chdir("/")
+    assert isinstance(encoder, Weights)
+    encoder.network()
+    (tmp_path / "weights.pth").unlink()
+    with pytest.raises(UserError, match=r"weights\.pth' cannot be read: .* All machines"):
+        encoder.network()
+    assert Weights("s3://bucket/weights.pth", RESNET).file == "s3://bucket/weights.pth"
+
+
 def test_what_stands_before_the_names_is_found(tmp_path: Path) -> None:
     """As in a checkpoint of MoCo: a query and a key encoder with heads, a queue, all under `module.`."""
     query, key = (models.resnet18().state_dict() for _ in range(2))
