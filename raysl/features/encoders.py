@@ -108,7 +108,7 @@ class Trained:
 
 @dataclass(frozen=True)
 class RandomTrunk:
-    """A trunk with the weights that a run with this seed begins with."""
+    """A trunk, also one of timm as in `Weights`, with the weights that a run with this seed begins with."""
 
     config: TrunkConfig
     seed: int
@@ -125,7 +125,7 @@ class RandomTrunk:
     def network(self) -> trunk.Trunk:
         with torch.random.fork_rng(devices=[]):
             torch.manual_seed(rng.key(self.seed, "weights") >> 1)  # as train.Network begins
-            return trunk.build(self.config)
+            return _build(self.config)
 
     def load(self, device: torch.device, layers: Sequence[str], by_batch: bool = False) -> Encode:
         return _frozen(self.network(), device, layers, by_batch)
@@ -157,7 +157,7 @@ class Weights:
 
     @property
     def layers(self) -> tuple[str, ...]:
-        return tuple(_places(self._build()))
+        return tuple(_places(_skeleton(self.config)))
 
     def identity(self) -> dict[str, Any]:
         """Trunk and a hash of the file. Raises UserError when it cannot be read."""
@@ -170,7 +170,7 @@ class Weights:
 
     def network(self) -> trunk.Trunk:
         """Raises UserError when the file cannot be read, holds no weights, or those of another network."""
-        body = self._build()
+        body = _build(self.config)
         foreign.fill(body.body, foreign.weights(self._read(), self.file), self.file, self.config.name)
         return body
 
@@ -183,11 +183,6 @@ class Weights:
                 f"The file of weights {self.file!r} cannot be read: {error}. All machines of the cluster must see it: "
                 "put it into a folder that they share, or give a URI such as s3://BUCKET/FILE."
             ) from error
-
-    def _build(self) -> trunk.Trunk:
-        if self.config.name.startswith(foreign.TIMM):
-            return foreign.timm_trunk(self.config.name.removeprefix(foreign.TIMM))
-        return trunk.build(self.config)
 
 
 @dataclass(frozen=True)
@@ -247,16 +242,21 @@ def named(name: str, config: TrunkConfig, seed: int = 0) -> Encoder:
     return weights
 
 
+def _build(config: TrunkConfig) -> trunk.Trunk:
+    """A new trunk, of timm too. Raises UserError when it does not exist."""
+    if config.name.startswith(foreign.TIMM):
+        return foreign.timm_trunk(config.name.removeprefix(foreign.TIMM))
+    return trunk.build(config)
+
+
 def _skeleton(config: TrunkConfig) -> trunk.Trunk:
     """The trunk, without weights where that can be."""
     try:
         with torch.device("meta"):
-            return trunk.build(config)
-    except (
-        NotImplementedError
-    ):  # torchvision computes the widths of RegNets by tensors, which must hold numbers
+            return _build(config)
+    except RuntimeError:  # some compute widths or rates by tensors, which must hold numbers, as RegNets do
         with torch.random.fork_rng(devices=[]):
-            return trunk.build(config)
+            return _build(config)
 
 
 def stages(encoder: Encoder) -> tuple[str, ...]:

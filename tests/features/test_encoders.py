@@ -153,6 +153,18 @@ def test_a_stage_is_the_same_layer_by_the_names_of_timm(tmp_path: Path) -> None:
         torch.testing.assert_close(one[stage], other[stage], rtol=1e-4, atol=1e-5)
 
 
+def test_an_untrained_trunk_of_timm() -> None:
+    timm = pytest.importorskip("timm")
+    encoder = named("random", TrunkConfig(name="timm/resnet18"), seed=3)
+    assert isinstance(encoder, RandomTrunk)
+    assert stages(encoder) == stages(RandomTrunk(RESNET, seed=3))
+    one, other = encoder.network().body.state_dict(), encoder.network().body.state_dict()
+    assert all(torch.equal(one[key], other[key]) for key in one)
+    assert set(one) == set(timm.create_model("resnet18", num_classes=0).state_dict())
+    with pytest.raises(UserError, match="resnet18"):
+        _ = named("random", TrunkConfig(name="timm/resnet181")).layers
+
+
 def test_weights_of_another_network_are_named(tmp_path: Path) -> None:
     file = tmp_path / "weights.pth"
     torch.save(models.resnet18().state_dict(), file)
