@@ -320,7 +320,10 @@ def _keep(made: dict[str, Tensor], layer: str) -> Callable[[nn.Module, Any, Any]
 
 def _over_places(output: Tensor, dims: int) -> Tensor:
     """(b, d) from (b, c, h, w), from tokens (b, t, d) or from (b, d): the mean over places; a map in a grid of at most
-    `dims` numbers, channel by channel, if `dims` is not 0."""
+    `dims` numbers, channel by channel, if `dims` is not 0. Maps (b, h, w, c), as those of Swin, are told by their equal
+    sides, since views are square; where all three are equal, the map is taken for (b, c, h, w)."""
+    if output.ndim == 4 and output.shape[1] == output.shape[2] != output.shape[3]:
+        output = output.movedim(3, 1)
     if output.ndim == 4 and dims:
         channels, *sides = output.shape[1:]
         cells = max(1, math.isqrt(dims // channels))

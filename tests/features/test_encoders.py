@@ -41,6 +41,17 @@ def test_grids_of_resnet50_have_the_published_sizes() -> None:
     assert widths == {"conv1": 9216, "res2": 9216, "res3": 8192, "res4": 9216, "res5": 8192}
 
 
+@pytest.mark.parametrize("shape", [(3, 4, 4), (1, 4, 4), (5, 1, 1)])
+def test_maps_with_their_channels_last_are_those_with_their_channels_first(
+    shape: tuple[int, int, int],
+) -> None:
+    """Swin gives the former."""
+    map_bchw = torch.rand(2, *shape, generator=torch.Generator().manual_seed(0))
+    last_bhwc = map_bchw.permute(0, 2, 3, 1).contiguous()
+    torch.testing.assert_close(encoders._over_places(last_bhwc, 0), map_bchw.mean((2, 3)))
+    torch.testing.assert_close(encoders._over_places(last_bhwc, 12), encoders._over_places(map_bchw, 12))
+
+
 def test_conv1_is_taken_after_its_relu_and_before_the_pool() -> None:
     encoder = RandomTrunk(RESNET, seed=3)
     assert stages(encoder) == ("conv1", "res2", "res3", "res4", "res5", "pooled")
