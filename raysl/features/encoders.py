@@ -15,6 +15,7 @@ import math
 import re
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict, dataclass
+from functools import lru_cache
 from typing import Any, Protocol, runtime_checkable
 
 import torch
@@ -35,6 +36,7 @@ Encode = Callable[[Tensor], Mapping[str, Tensor]]
 POOLED = "pooled"
 _STAGES = ("conv1", "res2", "res3", "res4", "res5")
 _PIXELS_SIZE = 32
+_PUBLISHED_SHAPE = (3, 224, 224)
 
 
 class Encoder(Protocol):
@@ -257,6 +259,38 @@ def _skeleton(config: TrunkConfig) -> trunk.Trunk:
     except RuntimeError:  # some compute widths or rates by tensors, which must hold numbers, as RegNets do
         with torch.random.fork_rng(devices=[]):
             return _build(config)
+
+
+def check_size(encoder: Encoder, image_size: int) -> None:
+    """Raises UserError when the trunk of an encoder does not take images of this size."""
+    if isinstance(encoder, Trained):
+        _check_size(encoder.run.config().trunk, image_size)
+    elif isinstance(encoder, RandomTrunk | Weights):
+        _check_size(encoder.config, image_size)
+
+
+@lru_cache
+def _check_size(config: TrunkConfig, image_size: int) -> None:
+    body = _skeleton(config).eval()
+    own_size = getattr(body.body, "pretrained_cfg", {}).get("input_size", _PUBLISHED_SHAPE)[-1]
+    refusal = _refusal(body, image_size)
+    # What fails at its own size too may need its weights, and is left to them.
+    if refusal and not _refusal(body, own_size):
+        raise UserError(
+            f"The trunk {config.name!r} takes no images of {image_size} pixels ({refusal}). It takes those of "
+            f"{own_size}: give --image-size {own_size}, or another trunk."
+        )
+
+
+def _refusal(body: trunk.Trunk, image_size: int) -> str:
+    """What a network says against images of a size; "" where it takes them."""
+    images_bchw = torch.zeros(1, 3, image_size, image_size, dtype=torch.uint8, device=body.mean.device)
+    try:
+        with torch.inference_mode():
+            body(images_bchw)
+    except (AssertionError, RuntimeError, ValueError) as error:  # of a trunk of one size, of few layers, of windows
+        return " ".join(str(error).split()) or type(error).__name__
+    return ""
 
 
 def stages(encoder: Encoder) -> tuple[str, ...]:

@@ -70,8 +70,8 @@ def extract_all(
         A table for each layer, for each of `wanted`.
 
     Raises:
-        UserError: a layer does not exist, a data set has no images or is damaged, a checkpoint is damaged, or the
-            cache cannot be written.
+        UserError: a layer does not exist, an encoder takes images of another size, a data set has no images or is
+            damaged, a checkpoint is damaged, or the cache cannot be written.
     """
     works, tables = [], []
     finished: dict[Folder, dict[str, Any]] = {}
@@ -101,12 +101,13 @@ def describe(source: Encoder, dataset: DataSet, protocol: FeatureProtocol) -> di
     """A JSON value of all that features depend on.
 
     Raises:
-        UserError: a layer does not exist, or the data set has no images.
+        UserError: a layer does not exist, the encoder takes images of another size, or the data set has no images.
     """
     known = source.layers
     for layer in protocol.layers:
         if not re.fullmatch(r"[^:]+(:[1-9]\d*)?", layer) or encoders.layer_of(layer) not in known:
             raise unknown(f"layer of the {source.name} encoder", layer, known)
+    encoders.check_size(source, protocol.image_size)
     if dataset.num_images == 0:
         raise UserError(
             f"The data set at {str(dataset.folder)!r} has no images. Ingest a source that has some."

@@ -19,11 +19,15 @@ from raysl.dataset import SHARDS, DataSet
 from raysl.errors import UserError
 from raysl.features import (
     Encode,
+    Encoder,
     FeatureForm,
     FeatureProtocol,
     FeatureTable,
     Pixels,
+    RandomTrunk,
     Trained,
+    Weights,
+    encoders,
     extract,
     extraction,
     pool,
@@ -31,6 +35,7 @@ from raysl.features import (
 )
 from raysl.features.extraction import describe
 from raysl.features.table import DONE, file
+from raysl.network.trunk import TrunkConfig
 from raysl.objectives.pirl import Config as Pirl
 from raysl.run import Run
 from raysl.storage import Folder
@@ -256,6 +261,22 @@ def test_an_unknown_layer_answers_with_the_nearest(dataset: DataSet, tmp_path: P
         one(Pixels(), dataset, FeatureProtocol(16, ("poled",)), Folder(str(tmp_path)))
     with pytest.raises(UserError, match="pooled:many"):
         one(Pixels(), dataset, FeatureProtocol(16, ("pooled:many",)), Folder(str(tmp_path)))
+
+
+@pytest.mark.parametrize(
+    "encoder", [RandomTrunk(TrunkConfig("vit_b_16"), 0), Weights("vit_b_16.pth", TrunkConfig("vit_b_16"))]
+)
+def test_a_view_that_the_trunk_does_not_take_is_refused(dataset: DataSet, encoder: Encoder) -> None:
+    with pytest.raises(UserError, match=r"'vit_b_16' takes no images of 32 pixels .* --image-size 224"):
+        describe(encoder, dataset, FeatureProtocol(32))
+
+
+def test_a_trunk_of_timm_says_which_views_it_takes() -> None:
+    pytest.importorskip("timm")
+    encoder = RandomTrunk(TrunkConfig("timm/vit_tiny_patch16_384"), 0)
+    with pytest.raises(UserError, match=r"--image-size 384"):
+        encoders.check_size(encoder, 224)
+    encoders.check_size(encoder, 384)
 
 
 def test_parts_are_whole_row_groups_and_hold_every_image_once(dataset: DataSet) -> None:
