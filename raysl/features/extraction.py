@@ -83,11 +83,14 @@ def extract_all(
             key = hashlib.blake2b(json.dumps(facts, sort_keys=True).encode(), digest_size=8).hexdigest()
             name = re.sub(r"\W", "-", layer)
             place = _Place(layer, cache / f"{source.name}-{name}-{key}", _FORMS[":" in layer])
-            places[layer] = FeatureTable(place.folder, tuple(_parts(dataset)), (layer,))
             # A set that is asked for twice, to learn from and to be judged on, is seen once.
-            if place.folder not in finished and not place.folder.exists(DONE):
+            done = finished.get(place.folder) or _done(place.folder)
+            if done is None:
                 absent.append(place)
-                finished[place.folder] = {**facts, "parts": places[layer].parts}
+                done = finished[place.folder] = {**facts, "parts": _parts(dataset)}
+            # Those that were written: images that are the same may lie in other row groups now.
+            parts = tuple((first, end) for first, end in done["parts"])
+            places[layer] = FeatureTable(place.folder, parts, (layer,))
         tables.append(places)
         if absent:
             works.append(_Extract(source, dataset, protocol.image_size, tuple(absent)))
@@ -95,6 +98,11 @@ def extract_all(
     for folder, facts in finished.items():
         folder.write_json(DONE, facts)
     return tables
+
+
+def _done(folder: Folder) -> dict[str, Any] | None:
+    """What a folder of finished features says about them; None where they are not."""
+    return folder.read_json(DONE) if folder.exists(DONE) else None
 
 
 def describe(source: Encoder, dataset: DataSet, protocol: FeatureProtocol) -> dict[str, Any]:

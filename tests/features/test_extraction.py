@@ -29,6 +29,7 @@ from raysl.features import (
     Weights,
     encoders,
     extract,
+    extract_all,
     extraction,
     pool,
     untrained,
@@ -167,6 +168,18 @@ def test_what_is_there_is_not_computed_again(ray_session: None, dataset: DataSet
     np.testing.assert_allclose(one(stub, dataset, SEEN, cache).load(), means(dataset), rtol=1e-5)
     assert {name: table.folder.read(name) for name in kept} == before
     assert {lost, DONE} <= set(table.folder.list())
+
+
+@pytest.mark.ray
+def test_the_same_images_in_other_row_groups_have_the_same_features(
+    ray_session: None, dataset: DataSet, tmp_path: Path
+) -> None:
+    other, cache = make_dataset(tmp_path / "other", 100, rows_per_group=7), Folder(str(tmp_path / "cache"))
+    assert extraction._parts(other) != extraction._parts(dataset)
+    both = extract_all([(Pixels(), dataset, SEEN), (Pixels(), other, SEEN)], cache)
+    later = extract(Pixels(), other, SEEN, cache)
+    assert both[0] == both[1] == later
+    assert later["pooled"].load().shape == (100, 768)
 
 
 @pytest.mark.ray
