@@ -288,7 +288,11 @@ def _refusal(body: trunk.Trunk, image_size: int) -> str:
     try:
         with torch.inference_mode():
             body(images_bchw)
-    except (AssertionError, RuntimeError, ValueError) as error:  # of a trunk of one size, of few layers, of windows
+    except (
+        AssertionError,
+        RuntimeError,
+        ValueError,
+    ) as error:  # of a trunk of one size, of few layers, of windows
         return " ".join(str(error).split()) or type(error).__name__
     return ""
 
