@@ -13,7 +13,7 @@ from PIL import Image
 
 from raysl.augment import SourceCrop
 from raysl.rng import Draws
-from raysl.stream.decode import DecodeError, centre, cut, decode
+from raysl.stream.decode import DecodeError, centre, cut, decode, squashed
 
 
 def picture(width: int = 40, height: int = 30) -> Image.Image:
@@ -150,7 +150,7 @@ def test_views_are_cut_independently() -> None:
 
 def test_nothing_to_cut() -> None:
     assert cut([], {"a": SourceCrop(16, 0.1)}, draws(0))["a"].shape == (0, 3, 16, 16)
-    assert centre([], 16).shape == (0, 3, 16, 16)
+    assert centre([], 16).shape == squashed([], 16).shape == (0, 3, 16, 16)
 
 
 def test_centre_is_the_classic_evaluation_view() -> None:
@@ -170,6 +170,14 @@ def test_centre_leaves_an_image_of_the_right_size_alone() -> None:
     out = centre([encoded(picture(32, 32)), encoded(picture(50, 40))], 32)
     assert out.shape == (2, 3, 32, 32)
     assert (out[0].permute(1, 2, 0).numpy() == np.asarray(picture(32, 32))).all()
+
+
+def test_squashed_shows_the_whole_image_as_pillow_resizes_it() -> None:
+    sizes = [(300, 200), (20, 301), (32, 32), (1, 2)]
+    found = squashed([encoded(picture(*size)) for size in sizes], 32)
+    for ours, size in zip(found.permute(0, 2, 3, 1).numpy().astype(np.int64), sizes, strict=True):
+        expected = np.asarray(picture(*size).resize((32, 32), Image.Resampling.BILINEAR))
+        assert np.abs(ours - expected).max() <= (0 if size == (32, 32) else 2)
 
 
 def test_photos_as_in_the_wild(shared_data: Path) -> None:

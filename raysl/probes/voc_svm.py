@@ -3,6 +3,9 @@
 Goyal et al. 2019, "Scaling and benchmarking self-supervised visual representation learning". An image shows the classes
 of its boxes. One whose boxes of a class are all "difficult" is not judged in that class, and counts as a negative when
 the class is learned.
+
+An image is seen whole, squashed to a square, as there: the evaluation view of the other probes cuts off the ends of its
+longer side, and with them objects that it is said to show.
 """
 
 from __future__ import annotations
@@ -46,7 +49,7 @@ class Config:
     train_split: str = "trainval"
     test_split: str = "test"
     svm: SvmConfig = field(default_factory=SvmConfig)
-    version: int = 1
+    version: int = 2
 
     def facts(self) -> dict[str, Any]:
         """What the numbers depend on: the images and classes of both splits, wherever their folder lies."""
@@ -105,10 +108,10 @@ def _measure(encoder: Encoder, layers: Sequence[str], size: int, config: Config,
 
 
 def _features(encode: Encode, pictures: Sequence[Picture], size: int) -> Mapping[str, Floats]:
-    """float32 (n, d) by tap, of the evaluation view of every image."""
+    """float32 (n, d) by tap, of every image, squashed to a square."""
     made: dict[str, list[Floats]] = {}
     for first in range(0, len(pictures), _BATCH):
-        pixels_bchw = decode.centre([one.image for one in pictures[first : first + _BATCH]], size)
+        pixels_bchw = decode.squashed([one.image for one in pictures[first : first + _BATCH]], size)
         with torch.inference_mode():
             found = encode(pixels_bchw.to(device()))
         for tap, values_bd in found.items():

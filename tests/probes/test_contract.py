@@ -32,7 +32,7 @@ PINNED = {
     "retrieval": "a5cb10fb55c4",
     "semisup": "73f29b4f7400",
     "svm": "ab3127b34a42",
-    "voc_svm": "f33e2ef843ac",
+    "voc_svm": "68f537a1d20d",
 }
 
 

@@ -2,10 +2,14 @@
 
 from __future__ import annotations
 
+import io
 from dataclasses import replace
 from pathlib import Path
 
+import numpy as np
 import pytest
+import torch
+from PIL import Image
 
 from raysl.errors import Unset, UserError
 from raysl.features import Pixels, RandomTrunk
@@ -39,6 +43,23 @@ def test_an_image_shows_the_classes_of_its_boxes() -> None:
     assert found.tolist() == [[-1, 1], [1, 0], [0, 0]]
 
 
+@pytest.mark.parametrize("size", [(200, 50), (50, 200)])
+def test_what_stands_at_the_end_of_a_long_image_is_seen(size: tuple[int, int]) -> None:
+    """Squashed to a square, where the evaluation view would cut it off."""
+    files = []
+    for end in (0, 250):
+        image = Image.new("RGB", size, (60, 60, 60))
+        image.paste((end, 60, 60), (0, 0, 40, 40))
+        image.save(file := io.BytesIO(), "PNG")
+        files.append(file.getvalue())
+    encode = Pixels().load(torch.device("cpu"), ["pooled"])
+    found_nd = voc_svm._features(encode, [replace(picture(), image=one) for one in files], 16)["pooled"]
+    pixels_nd = decode.squashed(files, 16).flatten(1).float().numpy() / 255 - 0.5
+    np.testing.assert_allclose(found_nd, pixels_nd, atol=1e-6)
+    assert np.abs(found_nd[0] - found_nd[1]).max() > 0.9
+    assert torch.equal(*decode.centre(files, 16))
+
+
 @pytest.mark.ray
 def test_scores_are_those_of_svm_on_the_same_features(ray_session: None, tmp_path: Path) -> None:
     pytest.importorskip("sklearn")
@@ -50,7 +71,7 @@ def test_scores_are_those_of_svm_on_the_same_features(ray_session: None, tmp_pat
     sets = []
     for split in ("train", "test"):
         pictures = _voc.read(folder, split)
-        pixels_nd = decode.centre([one.image for one in pictures], 16).flatten(1).float() / 255 - 0.5
+        pixels_nd = decode.squashed([one.image for one in pictures], 16).flatten(1).float() / 255 - 0.5
         sets.append(Labelled(pixels_nd.numpy(), voc_svm.shown(pictures, ["disc", "square"])))
     assert sets[1].labels_n[-1].tolist() == [-1, 0]
     (wanted,) = Svm(config.svm).run(*sets)
