@@ -16,7 +16,7 @@ it needs, and is the whole difference between the kinds of probes:
 A class that says `learns = True` is refused where it would be scored on the images that it has learned from.
 
 All of them yield rows. `version` is raised whenever the same settings come to give another number, so that old rows
-never stand beside new ones; `tests/probes/test_contract.py` holds a hash of every default.
+never stand beside new ones; `tests/probes/test_contract.py` holds a hash of every default, and the constants.
 """
 
 from __future__ import annotations

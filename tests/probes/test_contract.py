@@ -6,6 +6,7 @@ import contextlib
 import math
 from dataclasses import replace
 from pathlib import Path
+from types import ModuleType
 from typing import Any
 
 import numpy as np
@@ -16,7 +17,19 @@ from raysl.errors import Unset, UserError
 from raysl.features import FeatureProtocol, RandomTrunk
 from raysl.network.trunk import TrunkConfig
 from raysl.probe import protocol_hash
-from raysl.probes import EncoderProbe, FeatureProbe, Labelled, LabelledProbe, Row, Subject
+from raysl.probes import (
+    EncoderProbe,
+    FeatureProbe,
+    Labelled,
+    LabelledProbe,
+    Row,
+    Subject,
+    _detector,
+    _tuning,
+    collapse,
+    detection,
+    svm,
+)
 from raysl.storage import Folder
 from tests.data import make_dataset
 
@@ -33,6 +46,41 @@ PINNED = {
     "semisup": "73f29b4f7400",
     "svm": "ab3127b34a42",
     "voc_svm": "68f537a1d20d",
+}
+
+# What numbers hang on and no hash holds. Who changes one raises `version` of every probe named with it, then pins both.
+# The linear probe's are pinned in test_linear.py.
+CONSTANTS = [
+    ({"finetune": 1, "semisup": 1}, _tuning, {"_MIRRORED": 0.5}),
+    ({"detection": 1}, detection, {"_MIRRORED": 0.5}),
+    (
+        {"detection": 1},
+        _detector,
+        {
+            "ANCHORS": (32, 64, 128, 256, 512),
+            "_EMPTY_SIDE": 256,
+            "_COARSEST": 6,
+            "_FINEST": 64,
+            "_MOST_MAPS": 4,
+            "_ROI_CELLS": 7,
+        },
+    ),
+    ({"svm": 2, "voc_svm": 2, "lowshot": 1}, svm, {"_FOLDS": 3, "_NO_LENGTH": 1e-5}),
+    ({"collapse": 1}, collapse, {"_NOTHING": 1e-6}),
+]
+MACHINE = {
+    "C": 3.0,
+    "class_weight": {1: 2, -1: 1},
+    "dual": True,
+    "fit_intercept": True,
+    "intercept_scaling": 1.0,
+    "loss": "squared_hinge",
+    "max_iter": 2000,
+    "multi_class": "ovr",
+    "penalty": "l2",
+    "random_state": 0,
+    "tol": 1e-4,
+    "verbose": 0,
 }
 
 
@@ -97,6 +145,20 @@ def headline(name: str, found: list[Row]) -> float:
 def test_protocol_is_pinned(name: str) -> None:
     config_type, _ = probes.load(name)
     assert protocol_hash(name, config_type(), FeatureProtocol()) == PINNED[name]
+
+
+@pytest.mark.parametrize(("versions", "module", "pinned"), CONSTANTS)
+def test_constants_are_pinned_with_the_versions_of_their_probes(
+    versions: dict[str, int], module: ModuleType, pinned: dict[str, Any]
+) -> None:
+    assert {name: getattr(module, name) for name in pinned} == pinned
+    assert {name: probes.load(name)[0]().version for name in versions} == versions
+
+
+def test_support_vector_machines_are_pinned() -> None:
+    """As `CONSTANTS`, for svm, voc_svm and lowshot; whatever scikit-learn's own defaults come to be."""
+    pytest.importorskip("sklearn")
+    assert svm._machine(3.0).get_params() == MACHINE
 
 
 @labelled_probe
