@@ -66,7 +66,7 @@ def by_layer(
     options: dict[str, Any] = {
         "num_cpus": 0.0 if spare else share["num_cpus"],
         # Two that do not fit into a machine together wait for each other.
-        "memory": min(_bytes(taps, sets), max(node.get("memory", 0.0) for node in found.for_work)),
+        "memory": min(_bytes(taps, sets), _room(found.for_work, share["num_cpus"])),
         "scheduling_strategy": "SPREAD",
     }
     if spare:
@@ -78,6 +78,12 @@ def _threads(nodes: Iterable[Mapping[str, float]], tasks: int) -> int:
     """Threads of each of some tasks that are spread over machines and have these for themselves."""
     cpus = [node["CPU"] for node in nodes if node.get("CPU")]
     return max(1, int(max(cpus) / math.ceil(tasks / len(cpus))))
+
+
+def _room(nodes: Iterable[Mapping[str, float]], cpus: float) -> float:
+    """Memory of the largest machine that has so many CPUs. A head without any takes no work, however large it is."""
+    working = [node for node in nodes if node.get("CPU", 0.0) >= max(cpus, 1e-3)]
+    return max((node.get("memory", 0.0) for node in working), default=0.0)
 
 
 def _bytes(taps: Iterable[str], sets: Iterable[Frozen]) -> int:

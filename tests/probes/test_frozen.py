@@ -11,6 +11,8 @@ import numpy as np
 import pytest
 import torch
 
+from raysl.cluster import places
+from raysl.cluster.places import Machines
 from raysl.errors import UserError
 from raysl.features import FeatureTable
 from raysl.features.table import FeatureForm, file, write
@@ -103,6 +105,32 @@ def test_layers_share_machines_evenly() -> None:
     assert frozen._threads([machine], 1) == 8
     assert frozen._threads([machine], 5) == 1
     assert frozen._threads([{"CPU": 0.0}, machine, machine, machine], 5) == 4
+
+
+def test_memory_is_asked_of_machines_that_take_work() -> None:
+    head, small, large = {"CPU": 0.0, "memory": 9e9}, {"CPU": 2.0, "memory": 1e9}, {"CPU": 8.0, "memory": 4e9}
+    assert frozen._room([head, large, small], 0.5) == 4e9
+    # Work beside trainers asks for no CPU, and a machine without a number of CPUs has none.
+    assert frozen._room([head, {"memory": 9e9}, small], 0.0) == 1e9
+    # One that has too few CPUs for a task cannot lend it its memory.
+    assert frozen._room([small, {"CPU": 0.25, "memory": 9e9}], 0.5) == 1e9
+
+
+@pytest.mark.parametrize("spare", [True, False])
+def test_a_task_asks_for_no_more_memory_than_a_machine_that_takes_work_has(
+    sets: tuple[Frozen, Frozen], spare: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    asked: list[dict[str, float]] = []
+
+    def elsewhere(work: object, calls: object, options: dict[str, float]) -> list[list[Row]]:
+        asked.append(options)
+        return []
+
+    found = Machines(({"CPU": 0.0, "memory": 9e9}, {"CPU": 2.0, "memory": 100.0}))
+    monkeypatch.setattr(places, "machines", lambda: found)
+    monkeypatch.setattr(frozen, "elsewhere", elsewhere)
+    assert traced(sets, spare) == {}
+    assert asked[0]["memory"] == 100
 
 
 def test_memory_is_that_of_the_largest_layer(sets: tuple[Frozen, Frozen]) -> None:
