@@ -46,8 +46,8 @@ class Tuning:
 
     Args:
         epochs: visits to every image.
-        batch_size: images of a step. The last images of an epoch that fill no batch are left out, unless there are
-            fewer than a batch in all.
+        batch_size: images of a step, at least 2. The last images of an epoch that fill no batch are left out, unless
+            there are fewer than a batch in all.
         head_lr: learning rate of the classifier, as a multiple of that of the trunk.
         min_scale: smallest share of an image's area that a training crop may show.
         optim: as in pretraining; the rate is scaled by `batch_size`, also where a train set is smaller than that.
@@ -61,9 +61,13 @@ class Tuning:
 
     def __post_init__(self) -> None:
         probe = type(self).__module__.rpartition(".")[2]
-        for name in ("epochs", "batch_size"):
-            if getattr(self, name) < 1:
-                raise UserError(f"{probe}.{name} is {getattr(self, name)}; it must be at least 1.")
+        if self.epochs < 1:
+            raise UserError(f"{probe}.epochs is {self.epochs}; it must be at least 1.")
+        if self.batch_size < 2:
+            raise UserError(
+                f"{probe}.batch_size is {self.batch_size}; it must be at least 2, because BatchNorm learns from "
+                "differences between images."
+            )
         if not 0 < self.head_lr < math.inf:
             raise UserError(f"{probe}.head_lr is {self.head_lr}; it must be more than 0 (1: as the trunk).")
         if not 0 < self.min_scale <= 1:

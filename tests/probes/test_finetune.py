@@ -5,11 +5,12 @@ from __future__ import annotations
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import replace
 from pathlib import Path
+from types import ModuleType
 
 import numpy as np
 import pytest
 import torch
-from torch import nn
+from torch import Tensor, nn
 
 from raysl.dataset import DataSet
 from raysl.errors import UserError
@@ -21,6 +22,8 @@ from raysl.storage import Folder
 from raysl.stream import decode
 from tests.data import make_dataset
 
+Solvers = list[tuple[torch.optim.Optimizer, float]]
+_STEP = _tuning.step
 QUICK = finetune.Config(epochs=5, batch_size=16, optim=OptimConfig(lr=0.5, weight_decay=0.0))
 
 
@@ -61,6 +64,85 @@ def test_loss_falls_and_the_trunk_moves(tmp_path: Path) -> None:
     assert len(losses) == 5
     assert losses[-1] < 0.8 * losses[0]
     assert not torch.equal(before, trunk.body.state_dict()["conv1.weight"])
+
+
+def rates_of(module: ModuleType, monkeypatch: pytest.MonkeyPatch) -> list[list[float]]:
+    """Is filled with the rate of each solver in every step that a module makes."""
+    rates: list[list[float]] = []
+
+    def step(network: nn.Module, loss: Tensor, solvers: Solvers, *how: float) -> None:
+        _STEP(network, loss, solvers, *how)
+        rates.append([group["lr"] for solver, _ in solvers for group in solver.param_groups[:1]])
+
+    monkeypatch.setattr(module, "step", step)
+    return rates
+
+
+class Seen(nn.Module):
+    """In place of a network: keeps the images that it is taught."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.trunk, self.head = nn.Flatten(), nn.Linear(3 * 16 * 16, 4)
+        self.images: list[Tensor] = []
+
+    def forward(self, images_bchw: Tensor) -> Tensor:
+        self.images += list(images_bchw)
+        logits_bc: Tensor = self.head(self.trunk(images_bchw / 255))
+        return logits_bc
+
+
+def taught(here: Subject, config: finetune.Config) -> list[list[Tensor]]:
+    """The images of every epoch, of all train images."""
+    network, count = Seen(), here.train.num_images
+    with ThreadPoolExecutor(1) as threads:
+        _tuning.train(network, here, config, np.arange(count), here.train.labels(), threads)
+    return [network.images[first : first + count] for first in range(0, len(network.images), count)]
+
+
+def test_the_rate_of_every_step_is_that_of_the_schedule(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    rates, optim = rates_of(_tuning, monkeypatch), OptimConfig(lr=0.5, schedule="step", milestones=(0.4, 0.8))
+    taught(subject(tmp_path, 20, 8), replace(QUICK, batch_size=8, head_lr=10.0, optim=optim))
+    # Two batches of eight in each of five epochs; four images are left out.
+    wanted = [optim.lr_at(step, 10, 8) for step in range(10)]
+    assert rates == [[rate, 10.0 * rate] for rate in wanted]
+    assert len(set(wanted)) == 3
+
+
+def test_an_epoch_shows_every_image_and_mirrors_half_of_them(tmp_path: Path) -> None:
+    here = subject(tmp_path, 32, 8)
+    files = here.train.read(np.arange(32), ("image",)).column("image").to_pylist()
+    plain_nchw = decode.centre(files, 16)  # images are of that size
+    mirrored = []
+    # With crops of at least the whole area.
+    for images in taught(here, replace(QUICK, min_scale=1.0)):
+        right_nn = torch.stack([(plain_nchw == image).flatten(1).all(1) for image in images])
+        turned_nn = torch.stack([(plain_nchw.flip(-1) == image).flatten(1).all(1) for image in images])
+        assert (right_nn | turned_nn).sum(0).tolist() == [1] * 32
+        mirrored.append(turned_nn.any(0).tolist())
+    assert 0.4 < np.mean(mirrored) < 0.6
+    assert mirrored[0] != mirrored[1]
+
+
+def test_images_are_judged_in_the_evaluation_view_by_a_network_that_learns_nothing(tmp_path: Path) -> None:
+    here = subject(tmp_path, 8, 12)
+    network = _tuning.Tuned(RandomTrunk(TrunkConfig(), 0).network(), 4)
+    nn.init.eye_(network.head.weight)
+    before = {name: value.clone() for name, value in network.state_dict().items()}
+    with ThreadPoolExecutor(1) as threads:
+        found_nc = _tuning.predict(network.train(), here, threads)
+    assert all(torch.equal(value, before[name]) for name, value in network.state_dict().items())
+    files = here.test.read(np.arange(12), ("image",)).column("image").to_pylist()
+    with torch.inference_mode():
+        torch.testing.assert_close(found_nc, network.eval()(decode.centre(files, 16)))
+
+
+def test_two_images_are_enough_to_learn_from(tmp_path: Path) -> None:
+    here = subject(tmp_path, 2, 2)
+    assert len(np.unique(here.train.labels())) == 2
+    assert all(np.isfinite(row.value) for row in measured(here, replace(QUICK, epochs=1)))
 
 
 def test_a_step_is_sgd_with_a_rate_for_each_part() -> None:
@@ -126,7 +208,7 @@ def test_pixels_cannot_be_trained_and_give_no_rows(tmp_path: Path) -> None:
     assert not list(finetune.Finetune(finetune.Config()).examine(here))
 
 
-@pytest.mark.parametrize("wrong", [{"epochs": 0}, {"batch_size": 0}, {"head_lr": 0.0}, {"min_scale": 2.0}])
+@pytest.mark.parametrize("wrong", [{"epochs": 0}, {"batch_size": 1}, {"head_lr": 0.0}, {"min_scale": 2.0}])
 def test_a_protocol_that_cannot_be_is_refused(wrong: dict[str, float]) -> None:
     with pytest.raises(UserError, match=rf"finetune\.{next(iter(wrong))}"):
         replace(finetune.Config(), **wrong)  # type: ignore[arg-type]

@@ -58,6 +58,11 @@ def test_pixels_cannot_be_trained_and_give_no_rows(tmp_path: Path) -> None:
     assert not list(semisup.Semisup(semisup.Config()).examine(encoder))
 
 
+def test_a_batch_of_one_image_is_refused() -> None:
+    with pytest.raises(UserError, match=r"semisup\.batch_size is 1; it must be at least 2"):
+        semisup.Config(batch_size=1)
+
+
 @pytest.mark.parametrize("shares", [(), (0.0,), (1.5,), (0.1, 0.1)])
 def test_shares_that_cannot_be_are_refused(shares: tuple[float, ...]) -> None:
     with pytest.raises(UserError, match=r"semisup\.shares"):
