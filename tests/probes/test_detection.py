@@ -12,6 +12,7 @@ import numpy as np
 import pytest
 import torch
 from PIL import Image, ImageDraw
+from torch import nn
 
 from raysl.errors import Unset, UserError
 from raysl.features import Pixels, RandomTrunk
@@ -21,6 +22,7 @@ from raysl.probes import Subject, _detector, _voc, detection
 from raysl.probes._voc import Picture
 from raysl.storage import Folder
 from tests.data import make_dataset
+from tests.probes.test_finetune import rates_of
 
 Corners = tuple[float, float, float, float]
 SIDE = 64
@@ -277,6 +279,57 @@ def test_batch_norm_is_frozen_and_the_rest_learns(tmp_path: Path) -> None:
     after = trunk.body.state_dict()
     same = {name for name in after if torch.equal(before[name], after[name])}
     assert same == {name for name in after if re.search(r"bn\d|downsample\.1", name)}
+
+
+def test_boxes_are_mirrored_together_with_their_image(tmp_path: Path) -> None:
+    add(tmp_path, "a", "train", [("square", (5, 9, 20, 40)), ("square", (41, 50, 60, 60))])
+    (one,) = _voc.read(Folder(str(tmp_path)), "train")
+    for mirrored, wanted in (
+        (False, [[4, 8, 20, 40], [40, 49, 60, 60]]),
+        (True, [[44, 8, 60, 40], [4, 49, 24, 60]]),
+    ):
+        image_chw, target = detection._example(one, ["disc", "square"], mirrored)
+        assert target["boxes"].tolist() == wanted
+        assert target["labels"].tolist() == [2, 2]
+        # Squares are bright, and nothing else is.
+        inside_hw = torch.zeros(SIDE, SIDE, dtype=torch.bool)
+        for left, top, right, bottom in wanted:
+            inside_hw[top:bottom, left:right] = True
+        assert torch.equal(image_chw[0] > 0.5, inside_hw)
+
+
+class Told(nn.Module):
+    """In place of a detector: keeps what it is taught."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.weight = nn.Parameter(torch.ones(()))
+        self.taught: list[tuple[torch.Tensor, torch.Tensor]] = []
+
+    def forward(self, images: list[torch.Tensor], targets: list[detection.Found]) -> dict[str, torch.Tensor]:
+        self.taught += [(image, target["boxes"]) for image, target in zip(images, targets, strict=True)]
+        return {"loss": self.weight.square()}
+
+
+def test_the_rate_of_every_step_is_that_of_the_schedule(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    train = _voc.read(shapes(tmp_path, 6, 1), "train")
+    rates, detector = rates_of(detection, monkeypatch), Told()
+    optim = OptimConfig(lr=0.048, schedule="step", milestones=(0.76,), warmup=0.3, warmup_start=1 / 3)
+    detection.learn(detector, train, ["disc", "square"], replace(TINY, epochs=4, optim=optim), 0)
+    # Six images in batches of four, the last one of two.
+    assert rates == [[optim.lr_at(step, 8, 4)] for step in range(8)]
+    assert len({rate for (rate,) in rates}) > 3
+
+
+def test_about_half_of_the_images_are_mirrored_anew_in_every_epoch(tmp_path: Path) -> None:
+    train, detector = _voc.read(shapes(tmp_path, 8, 1), "train"), Told()
+    detection.learn(detector, train, ["disc", "square"], TINY, 0)
+    plain = [torch.from_numpy(one.boxes_n4) for one in train]
+    kept = [any(torch.equal(boxes_n4, one) for one in plain) for _, boxes_n4 in detector.taught]
+    assert len(kept) == 4 * 8
+    assert 8 < sum(kept) < 24
 
 
 def test_rows_are_the_same_twice(tmp_path: Path) -> None:
