@@ -66,6 +66,22 @@ def test_fit_equals_scikit_learn() -> None:
     np.testing.assert_allclose(found.weights_cd.numpy(), theirs.coef_, atol=2e-3)
 
 
+def test_the_test_set_is_standardised_by_the_train_set() -> None:
+    """Of two of the four classes alone, its own mean and spread are others."""
+    sklearn = pytest.importorskip("sklearn.linear_model")
+    train, test = blobs(400), blobs(400, seed=1)
+    few = Labelled(test.features_nd[test.labels_n < 2], test.labels_n[test.labels_n < 2])
+    (found,) = (
+        row.value
+        for row in linear.Linear(linear.Config(weight_decays=(1e-2,))).run(train, few)
+        if row.name == "top1"
+    )
+    mean_d, std_d = train.features_nd.mean(0), train.features_nd.std(0)
+    theirs = sklearn.LogisticRegression(C=1 / (1e-2 * 400), tol=1e-8, max_iter=1000)
+    theirs.fit((train.features_nd - mean_d) / std_d, train.labels_n)
+    assert found == pytest.approx(theirs.score((few.features_nd - mean_d) / std_d, few.labels_n), abs=1e-6)
+
+
 def test_scale_and_shift_of_a_feature_do_not_matter() -> None:
     train, test = blobs(400), blobs(400, seed=1)
     scale = np.geomspace(1e-2, 1e2, 10, dtype=np.float32)

@@ -125,6 +125,35 @@ def test_lowshot_takes_k_of_each_class_and_the_smaller_are_inside_the_larger() -
     assert set(few) != set(lowshot.chosen(labels_n, 2, 1))
 
 
+def test_lowshot_equals_scikit_learn_used_directly_for_any_labels() -> None:
+    sklearn_svm = pytest.importorskip("sklearn.svm")
+    sets = []
+    for seed, count in ((0, 90), (1, 60)):
+        random = np.random.default_rng(seed)
+        classes_n = random.integers(0, 3, count)
+        features_nd = np.eye(3, 6)[classes_n] + random.normal(size=(count, 6))
+        sets.append(Labelled(features_nd.astype(np.float32), np.array([3, 1, 7])[classes_n], f"{seed}"))
+    train, test = sets
+    unit = [
+        x.features_nd / (np.linalg.norm(x.features_nd.astype(np.float64), axis=1, keepdims=True) + 1e-5)
+        for x in sets
+    ]
+    for cost in (0.1, 2.0):
+        found = []
+        for sample in range(3):
+            rows = lowshot.chosen(train.labels_n, 8, sample)
+            scores_cn = []
+            for c in (1, 3, 7):
+                machine = sklearn_svm.LinearSVC(
+                    C=cost, dual=True, max_iter=2000, class_weight={1: 2, -1: 1}, random_state=0
+                )
+                machine.fit(unit[0][rows], np.where(train.labels_n[rows] == c, 1, -1))
+                scores_cn.append(machine.decision_function(unit[1]))
+            found.append((np.array([1, 3, 7])[np.argmax(scores_cn, axis=0)] == test.labels_n).mean())
+        mean, std = lowshot.Lowshot(lowshot.Config(ks=(8,), samples=3, cost=cost)).run(train, test)
+        assert (mean.value, std.value) == pytest.approx((np.mean(found), np.std(found, ddof=1)), abs=1e-6)
+
+
 def test_lowshot_leaves_out_what_is_too_many_and_refuses_when_nothing_is_left() -> None:
     pytest.importorskip("sklearn")
     random = np.random.default_rng(0)
