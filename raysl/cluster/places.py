@@ -71,6 +71,15 @@ def machines() -> Machines:
     return Machines(now, tuple(one.resources for one in later), room)
 
 
+def assigned_cpus() -> int:
+    """How many whole CPUs Ray has given this task or actor, at least one; one outside of them."""
+    import ray
+
+    if not ray.is_initialized() or ray.get_runtime_context().worker.mode != ray.WORKER_MODE:
+        return 1
+    return max(1, int(ray.get_runtime_context().get_assigned_resources().get("CPU", 1)))
+
+
 @dataclass(frozen=True)
 class Placement:
     """Who gets what.

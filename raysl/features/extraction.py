@@ -278,8 +278,7 @@ class _Actor:
     @cached_property
     def threads(self) -> ThreadPoolExecutor:
         # Decoding is the slow part beside an accelerator; without one there is an actor for every CPU.
-        count = 1 if self.device.type == "cpu" else max(1, (os.cpu_count() or 1) // torch.cuda.device_count())
-        return ThreadPoolExecutor(count)
+        return ThreadPoolExecutor(places.assigned_cpus())
 
     def __call__(self, batch: dict[str, npt.NDArray[Any]]) -> dict[str, npt.NDArray[Any]]:
         error = ""

@@ -65,8 +65,4 @@ def device() -> torch.device:
 
 def decoders() -> int:
     """How many threads decode images: one for each CPU that Ray has given the task, one outside of tasks."""
-    import ray
-
-    if not ray.is_initialized() or ray.get_runtime_context().worker.mode != ray.WORKER_MODE:
-        return 1
-    return max(1, int(ray.get_runtime_context().get_assigned_resources().get("CPU", 1)))
+    return places.assigned_cpus()

@@ -14,6 +14,7 @@ import pytest
 import torch
 
 from raysl.checkpoint import SaveConfig, Saver
+from raysl.cluster import places
 from raysl.config import Pretraining, ViewConfig
 from raysl.dataset import SHARDS, DataSet
 from raysl.errors import UserError
@@ -298,6 +299,11 @@ def test_parts_are_whole_row_groups_and_hold_every_image_once(dataset: DataSet) 
     assert parts[-1][1] == dataset.num_images
     assert {edge for part in parts for edge in part} <= set(dataset.row_group_starts.tolist())
     assert max(end - first for first, end in parts) <= 40
+
+
+def test_actors_with_a_gpu_decode_on_the_cpus_that_they_were_given(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(places, "assigned_cpus", lambda: 3)
+    assert extraction._Actor((), device=torch.device("cuda")).threads._max_workers == 3
 
 
 def test_actors_leave_half_of_the_cpus() -> None:
