@@ -19,7 +19,7 @@ from typing import Any
 from raysl.experiment import command, locally
 from raysl.ingest import resolve, splits
 from raysl.lineup import METHODS, LineupFlags, measured, run_of
-from raysl.probe import rows_under
+from raysl.rows import rows_under
 from raysl.run import jsonl
 from raysl.storage import Folder
 

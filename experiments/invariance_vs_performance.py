@@ -17,10 +17,10 @@ from typing import Any
 from raysl.experiment import command
 from raysl.ingest import resolve, splits
 from raysl.lineup import LineupFlags, measured, reported, small, trained
-from raysl.probe import rows_under
 from raysl.report.entries import Found, groups
 from raysl.report.run_figures import colours
 from raysl.report.tables import estimates
+from raysl.rows import rows_under
 from raysl.run import Run
 from raysl.storage import Folder
 

@@ -103,7 +103,8 @@ def probe(arguments: Sequence[str]) -> None:
 
     from raysl.features import Trained, named, view_size
     from raysl.probe import probe as api
-    from raysl.probe import probe_model, tables
+    from raysl.probe import probe_model
+    from raysl.rows import tables
 
     source = named(given.checkpoint, given.trunk, given.seed)
     configs = {name: getattr(given, name) for name in kinds}
@@ -153,7 +154,7 @@ class FeaturesFlags:
     """
 
     checkpoint: Annotated[tyro.conf.Positional[str], tyro.conf.arg(metavar="CKPT")]
-    config: tyro.conf.OmitArgPrefixes[FeaturesConfig]
+    config: Annotated[FeaturesConfig, tyro.conf.arg(name="")]
 
 
 def features(arguments: Sequence[str]) -> None:

@@ -19,7 +19,8 @@ from raysl.ingest import resolve, splits
 from raysl.objectives.pirl import Config as Pirl
 from raysl.optim import OptimConfig
 from raysl.pretrain import pretrain
-from raysl.probe import probe, tables
+from raysl.probe import probe
+from raysl.rows import tables
 from raysl.training.worker import Network
 
 DRAWN = "shapes:6000"

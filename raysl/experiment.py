@@ -18,8 +18,9 @@ from raysl.errors import UserError, answered
 from raysl.ingest import resolve, splits
 from raysl.ingest.subset import subset
 from raysl.pretrain import pretrain
-from raysl.probe import probe, rows_under, tables
+from raysl.probe import probe
 from raysl.report import ReportConfig, check_installed, report
+from raysl.rows import rows_under, tables
 from raysl.run import jsonl
 from raysl.storage import Folder
 from raysl.sweep import table

@@ -26,8 +26,8 @@ from raysl import features
 from raysl.config import Pretraining
 from raysl.errors import UserError
 from raysl.network.trunk import IMAGENET_MEAN, IMAGENET_STD, Trunk
-from raysl.probe import rows_of
 from raysl.report.command import command
+from raysl.rows import rows_of
 from raysl.run import Run
 from raysl.storage import Folder
 

@@ -24,10 +24,11 @@ from raysl.objectives.pirl import Config as Pirl
 from raysl.objectives.simclr import Config as Simclr
 from raysl.optim import OptimConfig
 from raysl.pretrain import pretrain
-from raysl.probe import ENCODERS, check_apart, probe, rows_under
+from raysl.probe import check_apart, probe
 from raysl.report import ReportConfig, check_installed, report
 from raysl.report.entries import Found, found, groups
 from raysl.report.tables import tables
+from raysl.rows import ENCODERS, rows_under
 from raysl.run import Run, jsonl
 from raysl.storage import Folder
 

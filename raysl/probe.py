@@ -1,16 +1,14 @@
 """Probing a run: features of its trunk and of two baselines, then every probe that was asked for, as rows.
 
-The baselines say what a number is worth: the same trunk before its first step, and the pixels. A row carries all that
-its number depends on, and rows that were found under different protocols never share a table.
+The baselines say what a number is worth: the same trunk before its first step, and the pixels.
 """
 
 from __future__ import annotations
 
-import hashlib
 import json
 from collections.abc import Callable, Iterable, Mapping, Sequence
-from dataclasses import asdict, dataclass
-from typing import TYPE_CHECKING, Any
+from dataclasses import dataclass
+from typing import Any
 
 import numpy as np
 import numpy.typing as npt
@@ -31,22 +29,12 @@ from raysl.probes import (
     common_labels,
 )
 from raysl.probes._frozen import Frozen, by_layer
-from raysl.run import PASSPORT, Run, jsonl
+from raysl.rows import ENCODERS, MODEL, ROWS, keep, protocol_hash
+from raysl.run import PASSPORT, Run
 from raysl.storage import Folder
-
-if TYPE_CHECKING:
-    from rich.table import Table
 
 Integers = npt.NDArray[np.int64]
 Tables = Mapping[str, FeatureTable]
-
-ENCODERS = ("trained", "random", "pixels")
-ROWS = "probes/rows.jsonl"
-# What a folder of rows says about a model that is no run.
-MODEL = "model.json"
-# What tells rows apart. A row that agrees in all of these replaces the one before.
-KEY = ("probe", "name", "layer", "encoder", "step", "seed", "protocol", "train", "test")
-_TABLE = ("probe", "protocol", "train", "test")
 
 
 def probe(
@@ -178,6 +166,11 @@ def _measured(
     cluster.start()
     data = _Data.open(resolve(train), resolve(test), any(needs_labels(probe) for _, probe in ready.values()))
     check_apart(list(ready), data.train, data.test)
+    if unseen := data.unseen():
+        say(
+            f"{unseen:,} of {data.test.num_images:,} test images show classes that the train set lacks: no probe that "
+            "learns from labels can be right about them."
+        )
     found = _extract(sources, layers, ready, data, place)
     rows: list[dict[str, Any]] = []
     for source, tables in zip(sources, found, strict=True):
@@ -197,7 +190,7 @@ def _measured(
             else:
                 measured = by_layer(measure, these, *data.frozen(*tables), place.spare)
             new = _rows(measured, measure, about, say)
-            _keep(place.run, new)
+            keep(place.run, new)
             rows += new
     return rows
 
@@ -231,8 +224,17 @@ class _Data:
     def open(train: DataSet, test: DataSet, labels: bool) -> _Data:
         return _Data(train, test, *(common_labels(train, test) if labels else (None, None)))
 
+    def unseen(self) -> int:
+        """How many test images are of classes that the train set does not show."""
+        if self.train_labels_n is None or self.test_labels_n is None:
+            return 0
+        return int((~np.isin(self.test_labels_n, self.train_labels_n)).sum())
+
     def fingerprints(self, probe: Probe) -> dict[str, str]:
-        """What the rows of a probe hang on. One that needs no labels has seen nothing of the train set."""
+        """What the rows of a probe hang on: one that needs no labels has seen nothing of the train set, and one that
+        has images of its own nothing of either."""
+        if getattr(probe, "own_images", False):
+            return {"train": "", "test": ""}
         train = "" if isinstance(probe, FeatureProbe) else self.train.manifest.fingerprint
         return {"train": train, "test": self.test.manifest.fingerprint}
 
@@ -306,90 +308,3 @@ def _encoder(run: Run, name: str, checkpoint: Checkpoint | None) -> Encoder:
     if name == "pixels":
         return features.Pixels()
     raise unknown("encoder", name, ENCODERS)
-
-
-def protocol_hash(name: str, config: Any, protocol: FeatureProtocol) -> str:
-    """A hash of all that a probe's number depends on besides encoder and data. Layers are told apart by the rows.
-
-    A Config that has `facts()` says by it what counts, such as the contents of a folder instead of its name.
-    """
-    seen = {key: value for key, value in asdict(protocol).items() if key != "layers"}
-    facts = config.facts() if hasattr(config, "facts") else asdict(config)
-    value = json.dumps([name, facts, seen], sort_keys=True)
-    return hashlib.blake2b(value.encode(), digest_size=6).hexdigest()
-
-
-def rows_of(run: Run) -> list[dict[str, Any]]:
-    """All rows that probes have found for a run."""
-    if not run.folder.exists(ROWS):
-        return []
-    return [json.loads(line) for line in run.folder.read(ROWS).splitlines()]
-
-
-def rows_under(
-    run: Run, name: str, train: str, test: str, config: Any = None, step: int | None = None
-) -> list[dict[str, Any]]:
-    """The rows of a run by one probe under one protocol, of all layers and encoders.
-
-    Args:
-        name: of the probe.
-        train: fingerprint of the train set. A probe that needs no labels has seen nothing of it.
-        test: fingerprint of the test set.
-        config: of the probe; its defaults, if it is None.
-        step: only of this checkpoint, and of what was not trained; None for all.
-    """
-    config = probes.load(name)[0]() if config is None else config
-    wanted = name, protocol_hash(name, config, FeatureProtocol(run.config().view.image_size)), test
-    found = [
-        row
-        for row in rows_of(run)
-        if (row["probe"], row["protocol"], row["test"]) == wanted and row["train"] in ("", train)
-    ]
-    return [row for row in found if step is None or row["step"] in (0, step)]
-
-
-def _keep(run: Run, rows: Iterable[Mapping[str, Any]]) -> None:
-    """Adds rows to the run's, in the place of those with the same key."""
-    kept = {tuple(row[key] for key in KEY): row for row in [*rows_of(run), *rows]}
-    run.folder.write(ROWS, jsonl(kept.values()))
-
-
-def tables(rows: Iterable[Mapping[str, Any]]) -> list[Table]:
-    """Tables of rows: one for each probe, protocol and pair of data sets; a column for each encoder. Of several layers
-    the headline is shown, or all that there is where a probe has none for some of them."""
-    from rich.table import Table
-
-    groups: dict[tuple[Any, ...], list[Mapping[str, Any]]] = {}
-    for row in rows:
-        groups.setdefault(tuple(row[key] for key in _TABLE), []).append(row)
-    made = []
-    for (name, protocol, train, test), members in groups.items():
-        layers = list(dict.fromkeys(row["layer"] for row in members))
-        headlined = {row["layer"] for row in members if row["headline"]}
-        if len(layers) > 1 and headlined == set(layers):
-            members = [row for row in members if row["headline"]]
-        data = f"train {train[:8]}, test {test[:8]}" if train else f"images {test[:8]}"
-        title = f"{name} on {layers[0]} features" if len(layers) == 1 else f"{name} by layer"
-        table = Table(title=title, caption=f"protocol {protocol}, {data}")
-        several_seeds = len({row["seed"] for row in members}) > 1
-        cells = {(row["layer"], row["name"], _column(row, several_seeds)): row for row in members}
-        columns = sorted({column for _, _, column in cells})
-        table.add_column("")
-        for _, _, _, heading in columns:
-            table.add_column(heading, justify="right")
-        for layer, measure in dict.fromkeys((row["layer"], row["name"]) for row in members):
-            found = [cells.get((layer, measure, column)) for column in columns]
-            style = "bold" if any(row and row["headline"] for row in found) else None
-            label = measure if len(layers) == 1 else f"{layer} {measure}"
-            table.add_row(label, *(f"{row['value']:.4g}" if row else "" for row in found), style=style)
-        made.append(table)
-    return made
-
-
-def _column(row: Mapping[str, Any], several_seeds: bool) -> tuple[int, int, int, str]:
-    """Where the column of a row stands, and its title."""
-    title = f"{row['encoder']}, step {row['step']}" if row["encoder"] == "trained" else row["encoder"]
-    if several_seeds:
-        title += f", seed {row['seed']}"
-    order = (*ENCODERS, features.Weights.name)
-    return order.index(row["encoder"]), row["step"], row["seed"], title

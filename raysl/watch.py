@@ -22,7 +22,8 @@ from raysl.dataset import DataSet
 from raysl.errors import Unset, UserError
 from raysl.ingest import resolve
 from raysl.pretrain import pretrain
-from raysl.probe import check_apart, probe, rows_under
+from raysl.probe import check_apart, probe
+from raysl.rows import rows_under
 from raysl.run import METRICS, Run, TensorBoard, jsonl
 from raysl.storage import Folder
 

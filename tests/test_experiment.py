@@ -18,10 +18,10 @@ from raysl.experiment import Flags, command, drawn, judged_on, locally, pretrain
 from raysl.features import FeatureProtocol
 from raysl.ingest import splits
 from raysl.lineup import LineupFlags
-from raysl.probe import ROWS, protocol_hash
 from raysl.probes.invariance import Config as Invariance
 from raysl.probes.knn import Config as Knn
 from raysl.probes.linear import Config as Linear
+from raysl.rows import ROWS, protocol_hash
 from raysl.run import Run, jsonl
 from raysl.storage import Folder
 from tests.data import make_dataset

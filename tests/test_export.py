@@ -16,7 +16,7 @@ from raysl.errors import UserError
 from raysl.export import CARD, ExportConfig, export
 from raysl.features import Trained
 from raysl.network.trunk import IMAGENET_MEAN, IMAGENET_STD, Trunk, TrunkConfig, build
-from raysl.probe import KEY, ROWS
+from raysl.rows import KEY, ROWS
 from raysl.run import Run, jsonl
 from tests.data import make_dataset
 

@@ -11,8 +11,8 @@ from raysl import lineup
 from raysl.errors import UserError
 from raysl.features import FeatureProtocol
 from raysl.lineup import METHODS, LineupFlags, measured, settings, small
-from raysl.probe import ROWS, protocol_hash
 from raysl.probes.knn import Config as Knn
+from raysl.rows import ROWS, protocol_hash
 from raysl.run import Run, jsonl
 from raysl.storage import Folder
 from tests.data import make_dataset

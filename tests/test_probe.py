@@ -15,13 +15,14 @@ from raysl.dataset import DataSet
 from raysl.errors import UserError
 from raysl.features import named
 from raysl.network.trunk import TrunkConfig
-from raysl.probe import KEY, probe, probe_model, rows_of, tables
+from raysl.probe import probe, probe_model
 from raysl.probes import common_labels
 from raysl.probes.invariance import Config as Invariance
 from raysl.probes.knn import Config as Knn
 from raysl.probes.linear import Config as Linear
 from raysl.probes.lowshot import Config as Lowshot
 from raysl.report import neighbours
+from raysl.rows import KEY, rows_of, tables
 from raysl.run import Run
 from raysl.storage import Folder
 from tests.data import make_dataset
@@ -70,7 +71,10 @@ def test_all_layers_by_probes_of_every_kind(ray_session: None, run: tuple[Run, s
     # Every image with its transformed copy, and with each of the 59 others.
     sums = {layer: {name: sum(c) for name, c in of.items()} for layer, of in drawn["counts"].items()}
     assert sums.pop("heads") == {"jigsaw": 60, "others": 60 * 59}
-    assert all(of == {"rotation": 60, "others": 60 * 59} for of in sums.values())
+    # Those that are turned by nothing are left out.
+    (turned,) = {of["rotation"] for of in sums.values()}
+    assert 30 < turned < 60
+    assert {of["others"] for of in sums.values()} == {60 * 59}
 
 
 @pytest.mark.ray

@@ -22,7 +22,7 @@ ROOMS = (
     *("stream", "contrast", "network", "optim", "checkpoint"),
     *("ingest", "objectives", "methods"),
     *("config", "recipes", "cluster", "run", "training", "pretrain"),
-    *("features", "kmeans", "clusterfit", "probes", "probe", "watch", "catalog"),
+    *("features", "kmeans", "clusterfit", "probes", "rows", "probe", "watch", "catalog"),
     *("sweep", "report", "export", "reproduce", "experiment", "lineup"),
     *("doctor", "demo", "flags", "cli"),
     *("__init__", "__main__"),

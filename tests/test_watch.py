@@ -18,8 +18,8 @@ from raysl.errors import UserError
 from raysl.features import FeatureProtocol
 from raysl.network.trunk import build
 from raysl.objectives.pirl import Config as Pirl
-from raysl.probe import ROWS, protocol_hash, rows_of
 from raysl.probes.knn import Config
+from raysl.rows import ROWS, protocol_hash, rows_of
 from raysl.run import Run, jsonl
 from raysl.storage import Folder
 from raysl.watch import ERROR, WatchConfig, Watcher, pretrain_and_probe, saving

@@ -13,7 +13,8 @@ it needs, and is the whole difference between the kinds of probes:
     measure(features_nd)  the features of one layer, no labels; see `FeatureProbe`
     examine(subject)      the encoder and the images themselves; see `EncoderProbe`
 
-A class that says `learns = True` is refused where it would be scored on the images that it has learned from.
+A class that says `learns = True` is refused where it would be scored on the images that it has learned from. One that
+says `own_images = True` looks at images that its Config names, and at no others.
 
 All of them yield rows. `version` is raised whenever the same settings come to give another number, so that old rows
 never stand beside new ones; `tests/probes/test_contract.py` holds a hash of every default, and the constants.

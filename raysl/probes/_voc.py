@@ -35,6 +35,7 @@ class Picture:
         classes: n names.
         difficult_n: bool (n,): boxes that are not to be judged.
         dropped: boxes that had no area inside the image.
+        clipped: boxes that reached beyond it by more than a pixel, which some annotate so.
     """
 
     name: str
@@ -44,6 +45,7 @@ class Picture:
     classes: tuple[str, ...]
     difficult_n: npt.NDArray[np.bool_]
     dropped: int = 0
+    clipped: int = 0
 
 
 def read(folder: Folder, split: str) -> list[Picture]:
@@ -125,6 +127,7 @@ def _picture(folder: Folder, name: str, image: bytes, xml: bytes) -> Picture:
         tuple(name for name, kept in zip(classes, kept_n.tolist(), strict=True) if kept),
         np.array(difficult, dtype=bool)[kept_n],
         int((~kept_n).sum()),
+        int((np.abs(corners - boxes_n4).max(axis=1, initial=0) > 1)[kept_n].sum()),
     )
 
 

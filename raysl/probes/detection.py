@@ -100,13 +100,15 @@ class Detection:
 
     headline = "AP"
 
+    own_images = True
+
     def __init__(self, config: Config) -> None:
         self.config = config
 
     def examine(self, subject: Subject) -> Iterator[Row]:
         """Yields the scores, the mean loss of the last epoch, and how many boxes of both splits were dropped because
-        they have no area inside their image; nothing for an encoder that cannot be trained, such as pixels. Runs one
-        task of Ray, on a GPU if there are any.
+        they have no area inside their image, or clipped because they reached out of it; nothing for an encoder that
+        cannot be trained, such as pixels. Runs one task of Ray, on a GPU if there are any.
 
         Raises:
             UserError: no folder was given, or it is not as `raysl.probes._voc.read` wants it, a split has no boxes,
@@ -137,7 +139,12 @@ def _measure(encoder: Trainable, config: Config, folder: Folder, seed: int) -> l
         detector = _detector.build(encoder.network(), len(classes), config.sides, config.width).to(device())
         losses = learn(detector, train, classes, config, seed)
         scores = score(test, detect(detector, test), classes)
-    found = {**scores, "train_loss": losses[-1], "dropped_boxes": sum(one.dropped for one in (*train, *test))}
+    found = {
+        **scores,
+        "train_loss": losses[-1],
+        "dropped_boxes": sum(one.dropped for one in (*train, *test)),
+        "clipped_boxes": sum(one.clipped for one in (*train, *test)),
+    }
     return [Row(name, float(value), LAYER) for name, value in found.items()]
 
 

@@ -8,7 +8,7 @@ between its heads, f(v_I) and g(v_It), for the transform that it was trained wit
 A network that maps all images to one point would look perfectly invariant, so the distance between different images
 stands beside it, and `closer` is the probability that a transformed image lies closer to its original than another
 image does. It is counted image by image: an original, its transformed copy and the same number of other images for
-each.
+each. Images that t leaves as they are, such as those that are turned by 0 degrees, are left out.
 
 In training each view has a batch of its own, and so its own statistics in every BatchNorm. What the network keeps of
 them is a mixture of views, small patches and whole images in a jigsaw, or belongs to patches alone; under it a view
@@ -141,8 +141,7 @@ def _look(
     )
     encode = subject.encoder.load(place, subject.layers, by_batch)
 
-    def seen(transform: Pretext) -> tuple[dict[str, Tensor], Tensor | None]:
-        """float (n, p, d) for each layer, and the labels."""
+    def seen(transform: Pretext) -> _Seen:
         made: dict[str, list[Tensor]] = {layer: [] for layer in subject.layers}
         labels: list[Tensor] = []
         for view in sample.views(transform):
@@ -150,24 +149,42 @@ def _look(
             found = encode(view.crops_bpchw.flatten(0, 1).to(place))
             for layer, values in made.items():
                 values.append(found[layer].float().cpu().view(*view.crops_bpchw.shape[:2], -1))
-        return {layer: torch.cat(values) for layer, values in made.items()}, (
-            torch.cat(labels) if labels else None
-        )
+        changed_n = sample.changed(transform, whole)
+        features_of = {layer: torch.cat(values) for layer, values in made.items()}
+        return _Seen(features_of, torch.cat(labels) if labels else None, changed_n)
 
+    whole = pretext.build("identity", {}, Geometry(subject.image_size))
     with torch.inference_mode():
-        plain, _ = seen(pretext.build("identity", {}, Geometry(subject.image_size)))
+        plain = seen(whole).features_of
         moved = {name: seen(transform) for name, transform in transforms.items()}
     rows: list[Row] = []
     counts: dict[str, Any] = {}
     for layer in subject.layers:
         check_features(plain[layer][:, 0].numpy(), "test")
-        of_layer = {name: (features_of[layer], label_n) for name, (features_of, label_n) in moved.items()}
+        of_layer = {
+            name: (view.features_of[layer], view.label_n, view.changed_n) for name, view in moved.items()
+        }
         found_rows, counts[layer] = _layer(plain[layer][:, 0], of_layer, transforms, config)
         rows += [Row(row.name, row.value, layer) for row in found_rows]
     if (compared := heads(subject.encoder, place, by_batch)) is not None:
         found_rows, counts[HEADS] = _heads(compared, sample, place, config)
         rows += found_rows
     return rows, counts
+
+
+@dataclass(frozen=True)
+class _Seen:
+    """What an encoder makes of the views of a transform.
+
+    Args:
+        features_of: float (n, p, d) for each layer.
+        label_n: the labels of the transform, if it has some.
+        changed_n: bool (n,): images that it does not leave as they are.
+    """
+
+    features_of: dict[str, Tensor]
+    label_n: Tensor | None
+    changed_n: npt.NDArray[np.bool_]
 
 
 @dataclass(frozen=True)
@@ -191,6 +208,17 @@ class _Sample:
             draws = Draws(self.seed, np.zeros_like(some), self.indices_n[some], "invariance")
             yield transform.transform(images_bchw, draws)
 
+    def changed(self, transform: Pretext, whole: Pretext) -> npt.NDArray[np.bool_]:
+        """bool (n,): where the view of a transform is another one than that of the whole image; all, where none is."""
+        parts = [
+            (one.crops_bpchw != other.crops_bpchw).flatten(1).any(1)
+            if one.crops_bpchw.shape == other.crops_bpchw.shape
+            else torch.ones(len(one.crops_bpchw), dtype=torch.bool)
+            for one, other in zip(self.views(transform), self.views(whole), strict=True)
+        ]
+        changed_n: npt.NDArray[np.bool_] = torch.cat(parts).numpy()
+        return changed_n if changed_n.any() else ~changed_n
+
 
 def _heads(
     compared: Heads, sample: _Sample, place: torch.device, config: Config
@@ -206,17 +234,19 @@ def _heads(
     for embeddings_nd in (image_nd, transformed_nd):
         check_features(embeddings_nd.numpy(), "test")
     others_nk = to_others(image_nd, config.others)
-    distance_n = distances(image_nd, transformed_nd)
+    changed_n = sample.changed(compared.transformed, compared.image)
+    distance_n = distances(image_nd, transformed_nd)[changed_n]
+    moved = _moved(compared.transform, distance_n, others_nk[changed_n])
     rows = [
         Row(f"distance/{OTHERS}", float(others_nk.mean()), HEADS),
-        *(Row(row.name, row.value, HEADS) for row in _moved(compared.transform, distance_n, others_nk)),
+        *(Row(row.name, row.value, HEADS) for row in moved),
     ]
     return rows, {OTHERS: histogram(others_nk), compared.transform: histogram(distance_n)}
 
 
 def _layer(
     plain_nd: Tensor,
-    moved: Mapping[str, tuple[Tensor, Tensor | None]],
+    moved: Mapping[str, tuple[Tensor, Tensor | None, npt.NDArray[np.bool_]]],
     transforms: Mapping[str, Pretext],
     config: Config,
 ) -> tuple[list[Row], dict[str, list[int]]]:
@@ -224,17 +254,18 @@ def _layer(
 
     Args:
         plain_nd: features of the images, which are in a random order.
-        moved: features (n, p, d) of the transformed images, and labels (n,) of the transforms.
+        moved: features (n, p, d) of the transformed images, labels (n,) of the transforms, and bool (n,), which of
+            them are not as they were.
     """
     others_nk = to_others(plain_nd, config.others)
     rows = [Row(f"distance/{OTHERS}", float(others_nk.mean()))]
     counts, shares = {OTHERS: histogram(others_nk)}, []
-    for name, (moved_npd, label_n) in moved.items():
+    for name, (moved_npd, label_n, changed_n) in moved.items():
         # Small patches of raw pixels have features of another length than the image.
         if moved_npd.shape[2] == plain_nd.shape[1]:
-            distance_n = distances(plain_nd, moved_npd.mean(1))
+            distance_n = distances(plain_nd, moved_npd.mean(1))[changed_n]
             counts[name] = histogram(distance_n)
-            found = _moved(name, distance_n, others_nk)
+            found = _moved(name, distance_n, others_nk[changed_n])
             shares.append(found[-1].value)
             rows += found
         if label_n is not None:

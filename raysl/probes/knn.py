@@ -26,7 +26,8 @@ class Config:
     """Protocol of the nearest neighbours.
 
     Args:
-        ks: numbers of neighbours, the headline first; clamped to the number of train images.
+        ks: numbers of neighbours, the headline first, which is clamped to the number of train images; others that are
+            larger are left out.
         temperatures: T, the headline first.
         version: see `raysl.probes`.
     """
@@ -76,9 +77,11 @@ class Knn:
 
     def _scores(self, similar_qk: Tensor, votes_qk: Tensor, classes: int) -> Iterator[tuple[str, Tensor]]:
         """For every k and T: logarithms of the sum of exp(similarity / T) by class, but for a constant per query."""
+        headline, *others = self.config.ks
+        ks = [headline, *(k for k in others if k <= votes_qk.shape[1])]
         for temperature in self.config.temperatures:
             weight_qk = ((similar_qk - similar_qk[:, :1]).double() / temperature).exp()
-            for k in self.config.ks:
+            for k in ks:
                 sums_qc = torch.zeros(len(votes_qk), classes, dtype=torch.float64)
                 sums_qc.scatter_add_(1, votes_qk[:, :k], weight_qk[:, :k])
                 yield _suffix(k, temperature), sums_qc.log()

@@ -64,6 +64,8 @@ class VocSvm:
 
     headline = "mAP"
 
+    own_images = True
+
     def __init__(self, config: Config) -> None:
         self.config = config
 

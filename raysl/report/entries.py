@@ -9,7 +9,7 @@ from typing import Any
 
 from raysl.config import FREE
 from raysl.errors import UserError
-from raysl.probe import MODEL, rows_of
+from raysl.rows import MODEL, rows_of
 from raysl.run import PASSPORT, Run
 from raysl.storage import Folder
 

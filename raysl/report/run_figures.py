@@ -4,7 +4,6 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from itertools import chain, product
-from statistics import mean
 from typing import Any
 
 import numpy as np
@@ -14,6 +13,7 @@ from raysl.probes.invariance import HEADS, HISTOGRAM, OTHERS
 from raysl.report.entries import PROTOCOL, Entry, Found, Group, labels, layers
 from raysl.report.picture import Figure, drawn, panels
 from raysl.report.tables import Estimate, estimates
+from raysl.rows import of_images
 
 # What has not learned.
 _LINES = {"untrained": "--", "raw pixels": ":"}
@@ -97,8 +97,7 @@ def _short(key: Sequence[str]) -> str:
 
 def _hashes(key: Sequence[str]) -> str:
     """Protocol and data sets, for people."""
-    train = f"train {key[2][:8]}, " if key[2] else ""
-    return f"Protocol {key[1]}, {train}test {key[3][:8]}."
+    return f"Protocol {key[1]}, {of_images(key[2], key[3])}."
 
 
 Counts = Mapping[str, Mapping[str, Sequence[int]]]
@@ -258,26 +257,26 @@ def progress(gathered: Sequence[Group]) -> Iterator[Figure]:
     ]
     for key, members in _by_protocol(rows):
         layer = layers(members)[-1]
-        points: dict[str, dict[int, list[float]]] = {}
+        # A line for each seed: not all of them need to have been probed at the same steps.
+        points: dict[tuple[str, int], dict[int, float]] = {}
         for item in members:
             if item.row["layer"] == layer:
-                by_step = points.setdefault(item.label, {})
-                by_step.setdefault(item.row["step"], []).append(item.row["value"])
-        curves = {label: by_step for label, by_step in points.items() if len(by_step) > 1}
+                of_seed = points.setdefault((item.label, item.row["seed"]), {})
+                of_seed[item.row["step"]] = item.row["value"]
+        curves = {of: sorted(by_step.items()) for of, by_step in points.items() if len(by_step) > 1}
         if not curves:
             continue
-        name, coloured = members[0].row["name"], colours(list(points))
+        name, coloured = members[0].row["name"], colours([label for label, _ in points])
 
         def draw(axes: Any, curves: Any = curves, coloured: Any = coloured) -> None:
-            for label, by_step in curves.items():
-                steps = sorted(by_step)
-                means = [mean(by_step[step]) for step in steps]
-                axes.plot(steps, means, "o-", markersize=3, label=label, color=coloured[label])
-                dots = [(step, value) for step in steps for value in by_step[step]]
-                axes.plot(*zip(*dots, strict=True), ".", color=coloured[label], alpha=0.4)
+            named = set()
+            for (label, _), curve in curves.items():
+                legend = "" if label in named else label
+                axes.plot(*zip(*curve, strict=True), "o-", markersize=3, label=legend, color=coloured[label])
+                named.add(label)
             axes.set_xlabel("step")
             axes.legend(fontsize=7)
 
-        text = f"{name} of {key[0]} on {layer} at steps during training: means, and a dot for each seed. {_hashes(key)}"
+        text = f"{name} of {key[0]} on {layer} at steps during training, a line for each seed. {_hashes(key)}"
         png = drawn(_with_ylabel(draw, f"{key[0]} {name}"), 8.0)
         yield Figure(f"progress-{key[0]}-{_short(key)}", f"{key[0]} during training", text, png)

@@ -85,11 +85,16 @@ def page(places: Sequence[str], config: ReportConfig) -> tuple[str, list[Figure]
 
 def _summary(gathered: Sequence[Group], rows: Sequence[Found]) -> str:
     count = sum(len(group.entries) for group in gathered)
-    text = f"{count} folders in {len(gathered)} rows; those that differ only in seed and folder are one row."
+    folders, rows_of_table = (_count(n, what) for n, what in ((count, "folder"), (len(gathered), "row")))
+    text = f"{folders} in {rows_of_table}; those that differ only in seed and folder are one row."
     bare = [group.label for group in gathered if not any(item.label == group.label for item in rows)]
     if bare:
         text += f" Not probed yet: {', '.join(bare)}; `raysl probe` does it."
     return text
+
+
+def _count(n: int, what: str) -> str:
+    return f"{n} {what}" if n == 1 else f"{n} {what}s"
 
 
 def _shown(table: Table) -> dict[str, Any]:

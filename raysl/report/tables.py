@@ -9,6 +9,7 @@ from statistics import mean, variance
 from typing import Any
 
 from raysl.report.entries import PROTOCOL, Found, layers
+from raysl.rows import of_images
 
 
 @dataclass(frozen=True)
@@ -34,12 +35,12 @@ class Estimate:
     def differs(self, other: Estimate) -> bool | None:
         """Whether the means differ by more than the noise of seeds: Welch's t test (Welch 1947, "The generalization of
         Student's problem when several different population variances are involved"), two-sided, at 5 %. None where one
-        of them has one seed."""
+        of them has one seed, or none has any spread: few seeds that agree by chance do not show that there is none."""
         if min(len(self.values), len(other.values)) < 2:
             return None
         ours, theirs = self._squared_error(), other._squared_error()
         if ours + theirs == 0:
-            return self.mean != other.mean
+            return False if self.mean == other.mean else None
         parts = ours**2 / (len(self.values) - 1) + theirs**2 / (len(other.values) - 1)
         freedom = (ours + theirs) ** 2 / parts
         return abs(self.mean - other.mean) > t_quantile(freedom) * math.sqrt(ours + theirs)
@@ -104,7 +105,6 @@ def tables(rows: Sequence[Found], headlines: bool = True) -> list[Table]:
 
 def _table(members: Sequence[Found]) -> Table:
     probe, protocol, train, test = (members[0].row[name] for name in PROTOCOL)
-    data = f"train {train[:8]}, test {test[:8]}" if train else f"images {test[:8]}"
     names = dict.fromkeys(item.row["name"] for item in members)
     # A layer need not have all names.
     there = {(item.row["layer"], item.row["name"]) for item in members}
@@ -115,7 +115,7 @@ def _table(members: Sequence[Found]) -> Table:
         for label in dict.fromkeys(item.label for item in members)
     ]
     lines.sort(key=lambda line: (-(line[1][-1].mean if line[1][-1] else -math.inf), line[0]))
-    return Table(probe, f"protocol {protocol}, {data}", columns, tuple(lines))
+    return Table(probe, f"protocol {protocol}, {of_images(train, test)}", columns, tuple(lines))
 
 
 def estimates(rows: Sequence[Found]) -> dict[tuple[str, str, str], Estimate]:

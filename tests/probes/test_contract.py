@@ -16,7 +16,6 @@ from raysl import probes
 from raysl.errors import Unset, UserError
 from raysl.features import FeatureProtocol, RandomTrunk
 from raysl.network.trunk import TrunkConfig
-from raysl.probe import protocol_hash
 from raysl.probes import (
     EncoderProbe,
     FeatureProbe,
@@ -30,6 +29,7 @@ from raysl.probes import (
     detection,
     svm,
 )
+from raysl.rows import protocol_hash
 from raysl.storage import Folder
 from tests.data import make_dataset
 

@@ -110,7 +110,7 @@ def test_corners_count_from_one_in_voc_and_boxes_are_clipped_or_dropped(tmp_path
     assert found.classes == ("whole", "outwards", "pixel")
     wanted = [[0, 0, SIDE, SIDE], [0, 10, 20, SIDE], [4, 4, 5, 5]]
     np.testing.assert_array_equal(found.boxes_n4, np.array(wanted, np.float32))
-    assert found.dropped == 2
+    assert (found.dropped, found.clipped) == (2, 1)
     assert found.size == (SIDE, SIDE)
 
 
@@ -338,7 +338,14 @@ def test_rows_are_the_same_twice(tmp_path: Path) -> None:
     encoder = RandomTrunk(TrunkConfig(), 0)
     config = replace(TINY, epochs=2)
     found = detection._measure(encoder, config, folder, 0)
-    assert [row.name for row in found] == ["AP", "AP50", "AP75", "train_loss", "dropped_boxes"]
+    assert [row.name for row in found] == [
+        "AP",
+        "AP50",
+        "AP75",
+        "train_loss",
+        "dropped_boxes",
+        "clipped_boxes",
+    ]
     assert all(np.isfinite(row.value) for row in found)
     assert found == detection._measure(encoder, config, folder, 0)
 
@@ -374,7 +381,14 @@ def test_a_task_of_ray_gives_the_same_rows_and_its_errors(ray_session: None, tmp
     here = Subject(encoder, ("pooled",), 16, one, one, 0, Folder(str(tmp_path / "out")))
     config = replace(TINY, data=str(folder), epochs=1)
     found = list(detection.Detection(config).examine(here))
-    assert [row.name for row in found] == ["AP", "AP50", "AP75", "train_loss", "dropped_boxes"]
+    assert [row.name for row in found] == [
+        "AP",
+        "AP50",
+        "AP75",
+        "train_loss",
+        "dropped_boxes",
+        "clipped_boxes",
+    ]
     with pytest.raises(UserError, match="Unknown split"):
         list(detection.Detection(replace(config, test_split="tset")).examine(here))
 

@@ -11,6 +11,7 @@ import numpy as np
 import pytest
 import torch
 
+from raysl.dataset import DataSet
 from raysl.errors import UserError
 from raysl.features import Encode, Trained
 from raysl.pretext import Geometry, build
@@ -66,7 +67,10 @@ def test_what_does_not_move_has_distance_zero_and_cannot_be_read(tmp_path: Path)
     assert found["colour", "chance/rotation"] == 0.25
     assert found["colour", "distance/others"] > 0
     assert found["corner", "closer"] < 0.8
-    assert counts["colour"]["rotation"] == [80] + [0] * 39
+    # A quarter is turned by nothing.
+    turned = sum(counts["colour"]["rotation"])
+    assert 40 < turned < 80
+    assert counts["colour"]["rotation"] == [turned] + [0] * 39
     assert sum(counts["corner"]["others"]) == 80 * 64
 
 
@@ -75,6 +79,28 @@ def test_a_transform_of_several_crops_is_compared_by_the_mean_of_its_features(tm
     # Nine patches show the colours of the image.
     assert found["colour", "closer/jigsaw"] > 0.7
     assert ("colour", "readout/jigsaw") in found
+
+
+def test_images_that_a_transform_leaves_as_they_are_do_not_count(tmp_path: Path) -> None:
+    found, counts = look(tmp_path, invariance.Config(("rotation",)), "corner")
+    dataset = DataSet.open(str(tmp_path / "set"))
+    encoded = dataset.read(np.arange(80), ("image",)).column("image").to_pylist()
+    image_bchw = decode.centre(encoded, 16)
+    view = build("rotation", {}, Geometry(16, predicted=True)).transform(
+        image_bchw, Draws(0, np.zeros(80, np.int64), np.arange(80), "invariance")
+    )
+    assert view.target is not None
+    turned_n = (view.target != 0).numpy()
+    plain_nd, moved_nd = (
+        torch.nn.functional.normalize(Stub().encode(views)["corner"], dim=1).double().numpy()
+        for views in (image_bchw, view.crops_bpchw[:, 0])
+    )
+    distance_n = np.linalg.norm(plain_nd - moved_nd, axis=1)[turned_n]
+    assert found["corner", "distance/rotation"] == pytest.approx(distance_n.mean(), abs=1e-5)
+    assert sum(counts["corner"]["rotation"]) == turned_n.sum() < 80
+    # But where it leaves all of them so, it is as invariant as can be.
+    nothing, _ = look(tmp_path / "identity", invariance.Config(("identity",)), "corner")
+    assert nothing["corner", "distance/identity"] == pytest.approx(0, abs=1e-6)
 
 
 def test_distances_are_between_directions() -> None:
@@ -98,7 +124,9 @@ def test_a_network_that_maps_all_images_to_one_point_is_neither_closer_nor_farth
     plain_nd = torch.full((20, 6), 0.1)
     moved_npd = torch.full((20, 9, 6), 0.1)
     transforms = {"jigsaw": build("jigsaw", {}, Geometry(16, predicted=True))}
-    rows, _ = invariance._layer(plain_nd, {"jigsaw": (moved_npd, None)}, transforms, invariance.Config())
+    rows, _ = invariance._layer(
+        plain_nd, {"jigsaw": (moved_npd, None, np.ones(20, bool))}, transforms, invariance.Config()
+    )
     assert {row.name: row.value for row in rows}["closer"] == 0.5
 
 
