@@ -9,6 +9,7 @@ import inspect
 import io
 import re
 import typing
+from collections.abc import Iterator
 from pathlib import Path
 from types import ModuleType
 from typing import Any
@@ -34,6 +35,10 @@ _INTRODUCTION = (
     "These pages are made from the code, by `raysl methods --pages docs/methods`."
 )
 
+# The page that `raysl.catalog.protocols` makes.
+PROBES = "probes"
+_PROBES = f"What each probe measures, and its protocol: [{PROBES}]({PROBES}.md)."
+
 _SEEN = f"As `raysl views --method {{method}}` draws it, of `{DATA}` and with `--view.image-size {_VIEW.image_size}`."
 
 # With what a part is shown: the first of these, and then of all, that combine with it.
@@ -47,7 +52,7 @@ def names() -> list[str]:
 
 
 def write(folder: Path, dataset: DataSet) -> None:
-    """Writes all pages, their index and their pictures; makes the folder.
+    """Writes all pages, that of the probes, their index and their pictures; makes the folder.
 
     Args:
         folder: where.
@@ -56,8 +61,11 @@ def write(folder: Path, dataset: DataSet) -> None:
     Raises:
         UserError: the place cannot be written.
     """
+    from raysl.catalog import protocols  # is made of parts of this file
+
     place = Folder(str(folder))
     place.write("README.md", index().encode())
+    place.write(f"{PROBES}.md", protocols.page().encode())
     for name in names():
         write_part(place, name, dataset)
 
@@ -77,12 +85,13 @@ def index() -> str:
     lines = ["# Methods", "", _INTRODUCTION, ""]
     for title, parts in (("Objectives", methods.objective_names()), ("Transforms", pretext.names())):
         rows = [
-            f"| [{name}]({name}.md) | {_cell(_docstring(name).partition(chr(10) * 2)[0])} |" for name in parts
+            f"| [{name}]({name}.md) | {cell(_docstring(name).partition(chr(10) * 2)[0])} |" for name in parts
         ]
         lines += [f"## {title}", "", "| name | what it is |", "|---|---|", *rows, ""]
-    rows = [f"| `{name}` | {_cell(recipes.summary(name))} |" for name in recipes.names()]
+    rows = [f"| `{name}` | {cell(recipes.summary(name))} |" for name in recipes.names()]
     lines += ["## Recipes", "", "`raysl pretrain --recipe NAME` is a published run at full scale.", ""]
-    return "\n".join([*lines, "| name | what it reproduces |", "|---|---|", *rows, ""])
+    lines += ["| name | what it reproduces |", "|---|---|", *rows, ""]
+    return "\n".join([*lines, "## Probes", "", _PROBES, ""])
 
 
 def page(name: str) -> str:
@@ -144,24 +153,44 @@ def _docstring(name: str) -> str:
     return inspect.getdoc(_module(name)) or ""
 
 
-def _cell(text: str) -> str:
+def cell(text: str) -> str:
+    """Text in a cell of a table of Markdown."""
     return " ".join(text.split()).replace("|", "\\|")
 
 
 def _dials(name: str) -> str:
-    """The fields of the Config as a table of flags."""
     load = methods.load_objective if name in methods.objective_names() else pretext.load
-    config_type = load(name)[0]
-    said = _documented(config_type)
-    hints = typing.get_type_hints(config_type, include_extras=True)
+    return dials(name, load(name)[0]())
+
+
+def dials(prefix: str, config: Any) -> str:
+    """The fields of a Config as a table of flags, in Markdown.
+
+    Args:
+        prefix: what stands before the fields on the command line.
+        config: whose values are the defaults.
+    """
     rows = [
-        f"| `--{name}.{_flag(field.name, hints[field.name])}` | `{_default(getattr(config_type(), field.name))}` | "
-        f"{_cell(said[field.name])} |"
-        for field in dataclasses.fields(config_type)
+        f"| `--{flag}` | {f'`{default}`' if default else ''} | {said} |"
+        for flag, default, said in _rows(prefix, config)
     ]
     return (
         "\n".join(["| flag | default | what it is |", "|---|---|---|", *rows]) if rows else "There are none."
     )
+
+
+def _rows(prefix: str, config: Any) -> Iterator[tuple[str, str, str]]:
+    """Flag, default and what it is, of every field; a field of several values is followed by them."""
+    said = _documented(type(config))
+    hints = typing.get_type_hints(type(config), include_extras=True)
+    for field in dataclasses.fields(config):
+        value = getattr(config, field.name)
+        flag = f"{prefix}.{_flag(field.name, hints[field.name])}"
+        if dataclasses.is_dataclass(value):
+            yield f"{flag}.*", "", cell(said[field.name])
+            yield from _rows(flag, value)
+        else:
+            yield flag, _default(value), cell(said[field.name])
 
 
 def _default(value: Any) -> str:

@@ -36,7 +36,8 @@ def test_a_page_has_a_picture_of_a_modest_size(name: str) -> None:
 def test_the_index_lists_all_and_there_are_no_others() -> None:
     assert (FOLDER / "README.md").read_text() == pages.index(), AGAIN
     kept = {f"{name}.{kind}" for name in pages.names() for kind in ("md", "png")}
-    assert {file.name for file in FOLDER.iterdir()} == kept | {"README.md"}, AGAIN
+    assert {file.name for file in FOLDER.iterdir()} == kept | {"README.md", f"{pages.PROBES}.md"}, AGAIN
+    assert f"({pages.PROBES}.md)" in pages.index()
 
 
 def test_a_page_says_what_its_part_is_and_does() -> None:
