@@ -15,6 +15,7 @@ import io
 import json
 import re
 import tempfile
+from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal
@@ -27,7 +28,7 @@ from raysl.config import Pretraining
 from raysl.errors import UserError
 from raysl.network.trunk import IMAGENET_MEAN, IMAGENET_STD, Trunk
 from raysl.report.command import command
-from raysl.rows import rows_of
+from raysl.rows import ENCODERS, KEY, rows_of
 from raysl.run import Run
 from raysl.storage import Folder
 
@@ -182,15 +183,42 @@ learned from.
 _NORMALISED = (
     f"It takes RGB images in 0 .. 1 from which {IMAGENET_MEAN} is subtracted, divided by {IMAGENET_STD}."
 )
+# What is beside a number says what it is worth.
+_BASELINES = (
+    "`trained` are these weights, `random` the same trunk before its first step, and `pixels` the images themselves,\n"
+    "by the same probe under the same protocol."
+)
+
+
+def _python(*lines: str) -> str:
+    """A program that runs in the folder, and what the network takes."""
+    return "\n".join(["```python", *lines, "```", "", _NORMALISED])
+
+
 _USE = {
-    "torchvision": "```python\nmodel = torchvision.models.get_model({name!r})\nmodel.set_submodule({head!r}, "
-    'torch.nn.Identity())\nmodel.load_state_dict(torch.load("model.pth", weights_only=True), strict=True)\n'
-    "model.eval()\n```\n\n" + _NORMALISED,
-    "timm": '```python\nmodel = timm.create_model("local-dir:FOLDER", pretrained=True, num_classes=0).eval()\n```\n\n'
-    + _NORMALISED,
-    "safetensors": '```python\nstate = safetensors.torch.load_file("model.safetensors")\nbody = '
-    "raysl.network.trunk.build(TrunkConfig({name!r}, {stem!r}, {norm!r})).body\nbody.load_state_dict(state)\n```\n\n"
-    + _NORMALISED,
+    "torchvision": _python(
+        "import torch",
+        "import torchvision",
+        "",
+        "model = torchvision.models.get_model({name!r})",
+        "model.set_submodule({head!r}, torch.nn.Identity())",
+        'model.load_state_dict(torch.load("model.pth", weights_only=True), strict=True)',
+        "model.eval()",
+    ),
+    "timm": _python(
+        "import timm",
+        "",
+        'model = timm.create_model("local-dir:.", pretrained=True, num_classes=0).eval()',
+    ),
+    "safetensors": _python(
+        "from safetensors.torch import load_file",
+        "",
+        "from raysl.network.trunk import TrunkConfig, build",
+        "",
+        "model = build(TrunkConfig({name!r}, {stem!r}, {norm!r})).body",
+        'model.load_state_dict(load_file("model.safetensors"))',
+        "model.eval()",
+    ),
     "onnx": "The input `images_bchw` is float32 (b, 3, {size}, {size}), RGB in 0 .. 255, and the normalisation is part "
     "of the network. The output `features_bd` is float32 (b, d).",
 }
@@ -224,15 +252,26 @@ def _card(run: Run, trunk: Trunk, step: int, form: str) -> str:
 
 
 def _probes(run: Run, step: int) -> str:
-    """The rows that stand for their probes at this step, each with its protocol."""
-    rows = [row for row in rows_of(run) if row["headline"] and row["encoder"] == "trained"]
-    there = [row for row in rows if row["step"] == step]
+    """The rows that stand for their probes at this step, each with its protocol, beside what the untrained trunk and
+    the pixels gave under it."""
+    rows = [row for row in rows_of(run) if row["headline"]]
+    rows = [row for row in rows if row["encoder"] != "trained" or row["step"] == step]
+    there = [row for row in rows if row["encoder"] == "trained"]
     if not there:
         return "No probe has measured this checkpoint; `raysl probe` does."
-    lines = ["| probe | layer | measure | value | protocol | train | test |", "|---|---|---|---|---|---|---|"]
-    lines += [
-        f"| {row['probe']} | {row['layer']} | {row['name']} | {row['value']:.4f} | `{row['protocol']}` | "
-        f"`{row['train'][:8]}` | `{row['test'][:8]}` |"
-        for row in there
-    ]
+    values = {_measured(row): row["value"] for row in rows}
+    columns = ("probe", "layer", "measure", *ENCODERS, "protocol", "train", "test")
+    lines = [_BASELINES, "", f"| {' | '.join(columns)} |", "|---" * len(columns) + "|"]
+    for row in there:
+        found = [values.get(_measured({**row, "encoder": encoder})) for encoder in ENCODERS]
+        shown = " | ".join("" if value is None else f"{value:.4f}" for value in found)
+        lines.append(
+            f"| {row['probe']} | {row['layer']} | {row['name']} | {shown} | `{row['protocol']}` | "
+            f"`{row['train'][:8]}` | `{row['test'][:8]}` |"
+        )
     return "\n".join(lines)
+
+
+def _measured(row: Mapping[str, Any]) -> tuple[Any, ...]:
+    """What is the same in rows of one run that may stand beside each other, and the encoder."""
+    return tuple(row[key] for key in KEY if key != "step")

@@ -18,6 +18,7 @@ from raysl.features import Trained
 from raysl.network.trunk import IMAGENET_MEAN, IMAGENET_STD, Trunk, TrunkConfig, build
 from raysl.rows import KEY, ROWS
 from raysl.run import Run, jsonl
+from raysl.storage import Folder
 from tests.data import make_dataset
 
 
@@ -69,22 +70,39 @@ def features(network: nn.Module) -> Any:
         return network.eval()(normalised())
 
 
+def code(out: Folder) -> str:
+    """The program on the card."""
+    return out.read(CARD).decode().partition("```python\n")[2].partition("```")[0]
+
+
+def as_the_card_says(out: Folder, monkeypatch: pytest.MonkeyPatch) -> Any:
+    """The network that the card's lines make by themselves, in the folder of the weights."""
+    monkeypatch.chdir(str(out))
+    names: dict[str, Any] = {}
+    exec(code(out), names)
+    return names["model"]
+
+
 @pytest.mark.parametrize("name", ["resnet18", "resnet50", "convnext_tiny"])
 def test_torchvision_loads_it_as_the_card_says(
     name: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    import torchvision
-
     run = made(tmp_path, TrunkConfig(name))
     out = export(run, ExportConfig())
-    code = out.read(CARD).decode().partition("```python\n")[2].partition("```")[0]
-    assert "strict=True" in code
-    monkeypatch.chdir(str(out))
-    names: dict[str, Any] = {"torch": torch, "torchvision": torchvision}
-    exec(code, names)
+    assert "strict=True" in code(out)
     wanted = expected(run)
     scale = float(wanted.abs().max())
-    torch.testing.assert_close(features(names["model"]) / scale, wanted / scale, rtol=1e-4, atol=1e-5)
+    found = features(as_the_card_says(out, monkeypatch))
+    torch.testing.assert_close(found / scale, wanted / scale, rtol=1e-4, atol=1e-5)
+
+
+@pytest.mark.parametrize(("form", "package"), [("timm", "timm"), ("safetensors", "safetensors.torch")])
+def test_others_load_it_as_the_card_says(
+    form: Any, package: str, resnet: Run, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    pytest.importorskip(package)
+    network = as_the_card_says(export(resnet, ExportConfig(form)), monkeypatch)
+    torch.testing.assert_close(features(network), expected(resnet), rtol=1e-4, atol=1e-5)
 
 
 def test_timm_loads_it_from_the_folder(resnet: Run) -> None:
@@ -126,6 +144,27 @@ def test_the_card_says_what_it_is_and_how_it_was_made(resnet: Run, tmp_path: Pat
     for part in ("pirl-jigsaw", "resnet18", "test-8-16-0", "0.4321", "raysl pretrain", "Licence"):
         assert part in card
     assert "0.1234" not in card
+
+
+def test_the_card_shows_what_the_baselines_gave(resnet: Run, tmp_path: Path) -> None:
+    row = {**dict.fromkeys(KEY, "x"), "encoder": "trained", "step": 5, "value": 0.4321, "headline": True}
+    baseline = {**row, "encoder": "random", "step": 0, "value": 0.4567}
+    others = ("probe", "layer", "name", "protocol", "train", "test")
+    rows = [
+        row,
+        baseline,
+        {**row, "encoder": "pixels", "step": 0, "value": 0.2222},
+        {**row, "layer": "res2", "value": 0.5},
+        *({**baseline, key: "y", "value": 0.9999} for key in others),
+        {**baseline, "headline": False, "value": 0.9999},
+        {**row, "step": 4, "value": 0.9999},
+    ]
+    resnet.folder.write(ROWS, jsonl(rows))
+    card = export(resnet, ExportConfig(out=str(tmp_path), step=5)).read(CARD).decode()
+    assert "| probe | layer | measure | trained | random | pixels | protocol | train | test |" in card
+    assert "| x | x | x | 0.4321 | 0.4567 | 0.2222 | `x` | `x` | `x` |" in card
+    assert "| x | res2 | x | 0.5000 |  |  | `x` | `x` | `x` |" in card
+    assert "0.9999" not in card
 
 
 @pytest.mark.parametrize("form", ["torchvision", "timm"])

@@ -9,12 +9,11 @@ from raysl import probes
 from raysl.catalog.pages import dials
 from raysl.probes import EncoderProbe, FeatureProbe, LabelledProbe, Probe
 
-_INTRODUCTION = (
-    "A probe says what a representation is worth, in numbers; one of them, the headline, stands for it where there\n"
-    "is room for one. Beside each stand the numbers of the same trunk untrained and of raw pixels, where there are\n"
-    "such. A number hangs on its protocol, the flags below: numbers that were found under others never share a table.\n\n"
-    "This page is made from the code, by `raysl methods --pages docs/methods`."
-)
+_INTRODUCTION = """A probe says what a representation is worth, in numbers; one of them, the headline, stands for it where
+there is room for one. Beside each stand the numbers of the same trunk untrained and of raw pixels, where there are such.
+A number hangs on its protocol, the flags below: numbers that were found under others never share a table.
+
+This page is made from the code, by `raysl methods --pages docs/methods`."""
 
 _NEEDS = {
     LabelledProbe: "labelled features, of each layer that is asked for",
