@@ -9,9 +9,9 @@ from raysl import probes
 from raysl.catalog.pages import dials
 from raysl.probes import EncoderProbe, FeatureProbe, LabelledProbe, Probe
 
-_INTRODUCTION = """A probe says what a representation is worth, in numbers; one of them, the headline, stands for it where
-there is room for one. Beside each stand the numbers of the same trunk untrained and of raw pixels, where there are such.
-A number hangs on its protocol, the flags below: numbers that were found under others never share a table.
+_INTRODUCTION = """A probe says what a representation is worth, in numbers; one of them, the headline, stands for it
+where there is room for one. Beside each stand the numbers of the same trunk untrained and of raw pixels, where there
+are such. A number hangs on its protocol, the flags below: numbers that were found under others never share a table.
 
 This page is made from the code, by `raysl methods --pages docs/methods`."""
 
