@@ -198,7 +198,7 @@ def test_best_is_said_only_where_seeds_tell(runs: list[str]) -> None:
     assert " best" not in report(runs[0], ReportConfig(images=0)).read("index.html").decode()
 
 
-def test_a_spread_is_never_best(runs: list[str]) -> None:
+def test_a_spread_is_never_best(tmp_path: Path, runs: list[str]) -> None:
     for place, name in ((place, name) for place in runs for name in ("top1/k=16", "top1_std/k=16")):
         folder = Folder(place)
         value = 0.3 if "pirl" in place else 0.1
@@ -206,7 +206,7 @@ def test_a_spread_is_never_best(runs: list[str]) -> None:
         seed = int(place[-1])
         one = row(value + seed / 1000, probe="lowshot", name=name, headline="std" not in name, seed=seed)
         folder.write(ROWS, kept + jsonl([one]))
-    page = report(runs, ReportConfig(images=0)).read("index.html").decode()
+    page = report(runs, ReportConfig(str(tmp_path / "out"), images=0)).read("index.html").decode()
     main, _, others = page.partition("<details>")
     assert " best" in main
     assert "top1_<wbr>std" in others
