@@ -3,7 +3,8 @@
 Command:  python experiments/invariance.py --data DATA --runs RUNS --out OUT
 Hardware: 2 CPU cores, 24 GB, no GPU; 2 Ray Train workers.
 Time:     2 to 4 minutes a run that is not there yet, a minute or two a probe. With --local: two to three minutes.
-Expect:   under a jigsaw PIRL's distances are smaller than those between images, those of predict-jigsaw hardly are.
+Expect:   at the last layer PIRL is more invariant to a jigsaw than the untrained trunk and predict-jigsaw less, where
+          each image is seen ten times and more.
 
 PIRL (Misra and van der Maaten 2020), figure 5. The figures invariance and invariance-map of the report.
 """

@@ -3,7 +3,7 @@
 Command:  python experiments/invariance_vs_performance.py --data DATA --runs RUNS --out OUT
 Hardware: 2 CPU cores, 24 GB, no GPU; 2 Ray Train workers.
 Time:     2 to 8 minutes a run that is not there yet, a minute or two a probe. With --local: two to three minutes.
-Expect:   pretext < clustering < PIRL in invariance and in linear top-1.
+Expect:   pretext below clustering and PIRL, in invariance and in linear top-1; which of the two is ahead is not sure.
 
 Clustering is ClusterFit (Yan et al. 2020) of the first method's runs. The picture is scatter.png.
 """

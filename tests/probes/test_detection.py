@@ -26,6 +26,7 @@ from tests.probes.test_finetune import rates_of
 
 Corners = tuple[float, float, float, float]
 SIDE = 64
+ROWS = ["AP", "AP50", "AP75", "train_loss", "dropped_boxes", "clipped_boxes"]
 TINY = detection.Config(
     train_split="train",
     epochs=4,
@@ -338,14 +339,7 @@ def test_rows_are_the_same_twice(tmp_path: Path) -> None:
     encoder = RandomTrunk(TrunkConfig(), 0)
     config = replace(TINY, epochs=2)
     found = detection._measure(encoder, config, folder, 0)
-    assert [row.name for row in found] == [
-        "AP",
-        "AP50",
-        "AP75",
-        "train_loss",
-        "dropped_boxes",
-        "clipped_boxes",
-    ]
+    assert [row.name for row in found] == ROWS
     assert all(np.isfinite(row.value) for row in found)
     assert found == detection._measure(encoder, config, folder, 0)
 
@@ -381,14 +375,7 @@ def test_a_task_of_ray_gives_the_same_rows_and_its_errors(ray_session: None, tmp
     here = Subject(encoder, ("pooled",), 16, one, one, 0, Folder(str(tmp_path / "out")))
     config = replace(TINY, data=str(folder), epochs=1)
     found = list(detection.Detection(config).examine(here))
-    assert [row.name for row in found] == [
-        "AP",
-        "AP50",
-        "AP75",
-        "train_loss",
-        "dropped_boxes",
-        "clipped_boxes",
-    ]
+    assert [row.name for row in found] == ROWS
     with pytest.raises(UserError, match="Unknown split"):
         list(detection.Detection(replace(config, test_split="tset")).examine(here))
 
