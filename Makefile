@@ -29,7 +29,7 @@ check: .venv/.installed
 # openssh-server openssh-client rsync iproute2 sudo screen procps.
 cluster-e2e: .venv/.installed
 	@echo "make: cluster.yaml from up to down on pretended machines (about 10 minutes on two cores)"
-	@.venv/bin/python -m pytest -s -rs tests/cluster/test_end_to_end.py
+	@.venv/bin/python -m pytest -s -rs tests/ray_cluster/test_end_to_end.py
 
 clean:
 	rm -rf .venv .uv build dist *.egg-info .pytest_cache .mypy_cache .ruff_cache .hypothesis

@@ -42,16 +42,16 @@ from torch import Tensor
 from torch.utils.data import DataLoader, Dataset
 from torchvision import transforms
 
-from raysl import cluster, pretext
+from raysl import pretext, ray_cluster
 from raysl.augment import recipe
-from raysl.cluster.versions import code_hash
 from raysl.dataset import DataSet
-from raysl.ingest import resolve
-from raysl.rng import Draws
+from raysl.ingestion import resolve
+from raysl.ray_cluster.versions import code_hash
+from raysl.rng import ImageRng
 from raysl.stream.decode import cut, decode
 from raysl.stream.plan import Plan
 from raysl.stream.reader import DataShare, Stream
-from raysl.views import View
+from raysl.stream.views import View
 
 WORKERS = 2
 # Batches that a loader prepares ahead, two for each worker: not measured at either end.
@@ -113,10 +113,10 @@ class SameFunctions(Dataset[dict[str, Tensor]]):
 
     def __getitem__(self, step: int) -> dict[str, Tensor]:
         rows = self.plan.rows(step)
-        draws = Draws(self.plan.seed, rows.epochs_b, rows.indices_b)
+        image_rng = ImageRng(self.plan.seed, rows.epochs_b, rows.indices_b)
         sources = {name: view.source for name, view in self.views.items()}
-        crops = cut([self.images[i] for i in rows.indices_b], sources, draws)
-        made = {name: view(crops[name], draws.named(name)) for name, view in self.views.items()}
+        crops = cut([self.images[i] for i in rows.indices_b], sources, image_rng)
+        made = {name: view(crops[name], image_rng.named(name)) for name, view in self.views.items()}
         return {name: view.crops_bpchw for name, view in made.items()}
 
 
@@ -319,7 +319,7 @@ def show(rounds: list[dict[str, Measured]], console: Console) -> None:
 def main(flags: Flags) -> None:
     """Measures, prints and writes."""
     console = Console()
-    cluster.start()
+    ray_cluster.start()
     dataset = resolve(flags.data)
     contest = Contest(dataset, flags)
     facts = {

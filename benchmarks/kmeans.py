@@ -28,9 +28,9 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 import tyro
 
-from raysl import cluster, rng
-from raysl.kmeans.config import KMeansConfig
-from raysl.kmeans.driver import fit
+from raysl import ray_cluster, rng
+from raysl.clustering.lloyd import fit
+from raysl.clustering.options import KMeansConfig
 
 SIZES = ("50000x128x1000", "200000x512x1000", "1000000x128x1000")
 
@@ -93,7 +93,7 @@ class Flags:
 
 def main(flags: Flags) -> None:
     """Prints a row for each size, and writes them."""
-    cluster.start()
+    ray_cluster.start()
     rows = []
     for size in flags.sizes:
         n, d, k = (int(part) for part in size.split("x"))

@@ -28,15 +28,15 @@ import torch
 import torch.nn.functional as F
 import tyro
 
-from raysl import cluster
+from raysl import ray_cluster
 from raysl.augment import recipe
-from raysl.contrast.bank import BankConfig, MemoryBank
-from raysl.contrast.negatives import shared_scores
-from raysl.ingest import ingest
+from raysl.contrastive.bank import BankConfig, MemoryBank
+from raysl.contrastive.negatives import shared_scores
+from raysl.ingestion import ingest
 from raysl.pretext import Geometry, build
 from raysl.stream.plan import Plan
 from raysl.stream.reader import DataShare, Stream
-from raysl.views import View
+from raysl.stream.views import View
 
 
 @dataclass(frozen=True)
@@ -114,7 +114,7 @@ def watched(stage: str, images: int, rows: list[dict[str, object]]) -> Iterator[
 
 def main(flags: Flags) -> None:
     """Runs both stages."""
-    cluster.start()
+    ray_cluster.start()
     rows: list[dict[str, object]] = []
     with tempfile.TemporaryDirectory() as temporary:
         folder = str(flags.folder or Path(temporary) / "set")

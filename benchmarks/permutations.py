@@ -23,8 +23,8 @@ import torch
 import tyro
 
 from raysl.config import Pretraining
-from raysl.contrast.bank import BankConfig, MemoryBank
-from raysl.rng import Draws
+from raysl.contrastive.bank import BankConfig, MemoryBank
+from raysl.rng import ImageRng
 from raysl.stream.plan import Rows
 from raysl.stream.reader import Batch
 from raysl.training.worker import Network
@@ -102,19 +102,19 @@ def step(config: Pretraining, network: Network, batch_size: int) -> Callable[[],
         for name, view in views.items()
     }
     rows = Rows(np.arange(batch_size), np.zeros(batch_size, np.int64))
-    draws = Draws(0, rows.epochs_b, rows.indices_b)
+    image_rng = ImageRng(0, rows.epochs_b, rows.indices_b)
     dim = network.objective.bank_dim
     bank = MemoryBank(NUM_IMAGES, dim, BankConfig(), 0) if dim else None
 
     def run() -> None:
-        made = {name: view(crops[name], draws.named(name)) for name, view in views.items()}
+        made = {name: view(crops[name], image_rng.named(name)) for name, view in views.items()}
         targets = {name: one.target for name, one in made.items() if one.target is not None}
         batch = Batch(0, rows, None, {name: one.crops_bpchw for name, one in made.items()}, targets)
         found = network.objective.loss(network(batch.views), batch, bank)
         network.zero_grad(set_to_none=True)
         found.loss.backward()  # type: ignore[no-untyped-call]
-        if bank is not None and found.remember_bd is not None:
-            bank.update(batch.indices_b, found.remember_bd)
+        if bank is not None and found.bank_update_bd is not None:
+            bank.update(batch.indices_b, found.bank_update_bd)
 
     return run
 

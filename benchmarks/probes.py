@@ -8,7 +8,7 @@ Time:     about ten minutes with the defaults; the second command about one.
 Expect:   a ratio of at most 2 for kNN and for the linear probe of all layers together (1.0 and 1.2: results/probes).
 
 Without a run the features are drawn: rectified mixtures of a few factors, of which some depend on the class; the layers
-are as wide as those of the small trunk at 32 pixels. kNN has 512 drawn numbers of an image. The products are counted
+are as wide as those of the small backbone at 32 pixels. kNN has 512 drawn numbers of an image. The products are counted
 while a probe runs, by their shapes, and are then done alone on the same features, in the same round. For the linear
 probe these are the scores of all images and the gradient of the weights, for every evaluation of the loss, and the
 covariance.
@@ -32,8 +32,8 @@ import torch
 import tyro
 from torch import Tensor
 
-from raysl import cluster, features
-from raysl.ingest import resolve, splits
+from raysl import extraction, ray_cluster
+from raysl.ingestion import resolve, splits
 from raysl.probes import Labelled, common_labels, knn, linear
 from raysl.run import Run
 from raysl.storage import Folder
@@ -54,7 +54,7 @@ class Flags:
         train: drawn images to learn from.
         test: drawn images to be judged on.
         run: folder of a run, of whose newest checkpoint the linear probe has the features of all layers.
-        data: whose images the run's trunk sees; see `raysl.ingest.splits`.
+        data: whose images the run's backbone sees; see `raysl.ingestion.splits`.
         schedule: of the linear probe.
         rounds: how often each is timed.
         out: file for the rows, one JSON object a line.
@@ -115,14 +115,14 @@ def imagined(flags: Flags) -> Iterator[Layer]:
 
 
 def seen(flags: Flags) -> Iterator[Layer]:
-    """The features that a run's trunk has of images, kept in the folder of the run as `raysl probe` keeps them."""
+    """The features that a run's backbone has of images, kept in the folder of the run as `raysl probe` keeps them."""
     run = Run(Folder(flags.run))
     sets = [resolve(split) for split in splits(flags.data)]
-    source = features.Trained(run, run.newest())
-    taps = {layer: features.tap(layer, linear.Config().dims) for layer in features.stages(source)}
-    protocol = features.FeatureProtocol(run.config().view.image_size, tuple(taps.values()))
-    cluster.start()
-    tables = features.extract_all([(source, one, protocol) for one in sets], run.folder / "features")
+    source = extraction.Trained(run, run.newest())
+    taps = {layer: extraction.tap(layer, linear.Config().dims) for layer in extraction.stages(source)}
+    protocol = extraction.FeatureProtocol(run.config().view.image_size, tuple(taps.values()))
+    ray_cluster.start()
+    tables = extraction.extract_all([(source, one, protocol) for one in sets], run.folder / "features")
     ray.shutdown()
     labels = common_labels(*sets)
     for layer, tap in taps.items():

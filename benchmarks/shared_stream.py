@@ -33,14 +33,14 @@ import psutil
 import torch
 import tyro
 
-from raysl import cluster
+from raysl import ray_cluster
 from raysl.config import Pretraining, ViewConfig
 from raysl.dataset import DataSet
-from raysl.ingest import resolve
+from raysl.ingestion import resolve
 from raysl.objectives.pirl import Config as Pirl
 from raysl.stream.plan import Plan
 from raysl.stream.reader import DataShare, Stream, _Load
-from raysl.stream.shared import Seat, batches, open_feeds, slots, union
+from raysl.stream.shared import Subscriber, batches, open_feeds, slots, union
 from raysl.training.worker import Network
 
 RUNS = 4
@@ -74,7 +74,7 @@ def main(flags: Flags) -> None:
     """Measures, prints, and adds to the file of rows."""
     torch.set_num_threads(1)
     if not flags.work_only:
-        cluster.start()
+        ray_cluster.start()
     cases = [
         (32, 128, resolve(flags.small), flags.small_images),
         (224, 32, resolve(flags.photos), flags.photo_images),
@@ -154,8 +154,8 @@ def measure(streams: list[Stream], share: bool) -> dict[str, Any]:
     started = time.perf_counter()
     if share:
         feeds = open_feeds(streams, 0, streams[0].plan.num_steps)
-    seats = [Seat(str(i), feeds, slots(each)) if feeds else None for i, each in enumerate(streams)]
-    ray.get([feed.expect.remote(seat.run, 0) for feed in feeds for seat in seats if seat])
+    seats = [Subscriber(str(i), feeds, slots(each)) if feeds else None for i, each in enumerate(streams)]
+    ray.get([feed.expect.remote(subscriber.run, 0) for feed in feeds for subscriber in seats if subscriber])
     pixels = ray.get([r.read.remote(*each) for r, *each in zip(readers, streams, seats, strict=True)])
     wall_s = time.perf_counter() - started
     cpu_s = meter.stop()
@@ -170,10 +170,10 @@ class Reader:
     def ready(self) -> None:
         """Returns when everything is imported."""
 
-    def read(self, one: Stream, seat: Seat | None) -> int:
+    def read(self, one: Stream, subscriber: Subscriber | None) -> int:
         """Takes all batches; a checksum of their pixels."""
         checksum = 0
-        for batch in batches(one, seat):
+        for batch in batches(one, subscriber):
             for name in sorted(batch.views):
                 checksum = zlib.crc32(batch.views[name].numpy().data, checksum)
         return checksum

@@ -3,7 +3,7 @@
     python benchmarks/sweep.py --out results/sweep/overhead.jsonl
 
 Each round times both, one after the other, in processes of their own: `runs` pretrains and probes the four
-configurations in turn through the Python API, `sweep` is `raysl.sweep.driver.sweep` over them with one run at a time.
+configurations in turn through the Python API, `sweep` is `raysl.tuning.driver.sweep` over them with one run at a time.
 The ratio is of times of the same round. Besides: seconds from the command `raysl sweep` to the checkpoint of the first
 step of its first trial, and the same of `raysl pretrain`.
 """
@@ -23,8 +23,8 @@ from typing import Any
 import psutil
 import tyro
 
-from raysl import cluster
-from raysl.ingest import resolve
+from raysl import ray_cluster
+from raysl.ingestion import resolve
 
 TRIALS = (0.1, 0.2, 0.3, 0.5)
 _SHARED = """
@@ -71,7 +71,7 @@ class Flags:
 
 def main(flags: Flags) -> None:
     """Measures, prints, and adds to the file of rows."""
-    cluster.start()
+    ray_cluster.start()
     data, test = (str(resolve(name).folder) for name in (flags.data, flags.test))
     import ray
 

@@ -6,7 +6,7 @@ Time:     about an hour a seed at the defaults on CIFAR-10, as planned; with --l
 Expect:   students above both teachers on most data sets (published with ResNet-50 on ImageNet: RotNet 48.2 to 53.6 %
           top-1 of a linear probe), and a broad best K.
 
-Every network of a seed has the same trunk and the same images; the control is
+Every network of a seed has the same backbone and the same images; the control is
 the teacher's method for twice as many epochs, which is what teacher and student took together.
 """
 
@@ -15,15 +15,15 @@ from __future__ import annotations
 from dataclasses import dataclass, replace
 from typing import Any
 
-from raysl.clusterfit import ClusterfitConfig, clusterfit
+from raysl.clustering.cluster_and_fit import ClusterfitConfig, clusterfit
 from raysl.config import Pretraining
-from raysl.experiment import Flags, command, locally
-from raysl.ingest import splits
+from raysl.evaluation.evaluate import probe
+from raysl.experiment.script import Flags, command, locally
+from raysl.ingestion import splits
 from raysl.optim import OptimConfig
-from raysl.pretrain import pretrain
-from raysl.probe import probe
 from raysl.run import Run, jsonl
 from raysl.storage import Folder
+from raysl.training.launch import pretrain
 
 
 @dataclass(frozen=True)

@@ -21,17 +21,17 @@ from typing import Any
 import numpy as np
 
 from raysl import rng
-from raysl.clusterfit import ClusterfitConfig, clusterfit
+from raysl.clustering.cluster_and_fit import ClusterfitConfig, clusterfit
 from raysl.config import Pretraining
 from raysl.dataset import DataSet
-from raysl.experiment import Flags, command, locally
-from raysl.ingest import resolve, splits
-from raysl.ingest.subset import relabelled
+from raysl.evaluation.evaluate import probe
+from raysl.experiment.script import Flags, command, locally
+from raysl.ingestion import resolve, splits
+from raysl.ingestion.subset import relabelled
 from raysl.optim import OptimConfig
-from raysl.pretrain import pretrain
-from raysl.probe import probe
 from raysl.run import Run, jsonl
 from raysl.storage import Folder
+from raysl.training.launch import pretrain
 
 ARMS = ("teacher", "distillation", "ClusterFit")
 

@@ -1,4 +1,4 @@
-"""Every method on the same images: the same trunk, schedule and number of images seen, probed beside an untrained one.
+"""Every method on the same images: the same backbone, schedule and number of images seen, probed beside an untrained one.
 
 Command:  python experiments/compare_methods.py --data DATA --out results/methods/cifar10 --runs RUNS
 Hardware: 2 CPU cores, 24 GB, no GPU; 2 Ray Train workers.
@@ -16,17 +16,17 @@ from dataclasses import dataclass, field
 from statistics import mean
 from typing import Any
 
-from raysl.experiment import command, locally
-from raysl.ingest import resolve, splits
-from raysl.lineup import METHODS, LineupFlags, measured, run_of
-from raysl.rows import rows_under
+from raysl.evaluation.results import rows_under
+from raysl.experiment.comparison import METHODS, LineupFlags, measured, run_of
+from raysl.experiment.script import command, locally
+from raysl.ingestion import resolve, splits
 from raysl.run import jsonl
 from raysl.storage import Folder
 
 
 @dataclass(frozen=True)
 class CompareFlags(LineupFlags):
-    """Pretrains and probes every method for each seed; see `raysl.lineup`."""
+    """Pretrains and probes every method for each seed; see `raysl.experiment.comparison`."""
 
     out: str = "results/methods"
     methods: tuple[str, ...] = field(default_factory=lambda: tuple(METHODS))

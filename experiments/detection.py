@@ -1,10 +1,10 @@
-"""Objects in images: a Faster R-CNN that begins with the pretrained trunk.
+"""Objects in images: a Faster R-CNN that begins with the pretrained backbone.
 
 Command:  python experiments/detection.py --detection.data VOC --data DATA --runs RUNS --out OUT
 Hardware: 2 CPU cores, 24 GB, no GPU; 2 Ray Train workers.
 Time:     2 to 4 minutes a run that is not there yet, many a probe (a GPU is advised). With --local: a few minutes, on
           drawn boxes where no folder is given.
-Expect:   pretrained trunks ahead of untrained ones, most at AP75.
+Expect:   pretrained backbones ahead of untrained ones, most at AP75.
 
 PIRL (Misra and van der Maaten 2020), table 1; the probe `detection`.
 """
@@ -18,10 +18,10 @@ import numpy as np
 from PIL import Image, ImageDraw
 
 from raysl import rng
-from raysl.catalog import pictures
+from raysl.documentation import pictures
 from raysl.errors import UserError
-from raysl.experiment import command
-from raysl.lineup import LineupFlags, measured, reported, small, trained
+from raysl.experiment.comparison import LineupFlags, measured, reported, small, trained
+from raysl.experiment.script import command
 from raysl.probes import _voc
 from raysl.probes.detection import Config as Detection
 from raysl.storage import Folder
@@ -29,7 +29,7 @@ from raysl.storage import Folder
 
 @dataclass(frozen=True)
 class DetectionFlags(LineupFlags):
-    """Pretrains what is missing and learns detection from each trunk.
+    """Pretrains what is missing and learns detection from each backbone.
 
     Args:
         detection: protocol of the probe; its `data` is a folder in the layout of PASCAL VOC. With --local, boxes are
@@ -74,13 +74,13 @@ def drawn(folder: Folder) -> Folder:
 
 def _example(name: str) -> tuple[Image.Image, ElementTree.Element]:
     """An image of 64 by 64 pixels and its annotations: a circle on the left and a square on the right."""
-    draws = rng.generator("detection boxes", name)
-    image = Image.new("RGB", (64, 64), _colour(draws, 0, 128))
+    image_rng = rng.generator("detection boxes", name)
+    image = Image.new("RGB", (64, 64), _colour(image_rng, 0, 128))
     annotations, draw = ElementTree.Element("annotation"), ImageDraw.Draw(image)
     for shape, paint, start in (("circle", draw.ellipse, 0), ("square", draw.rectangle, 32)):
-        side = int(draws.integers(16, 31))
-        left, top = start + int(draws.integers(0, 32 - side)), int(draws.integers(0, 64 - side))
-        paint((left, top, left + side - 1, top + side - 1), fill=_colour(draws, 128, 256))
+        side = int(image_rng.integers(16, 31))
+        left, top = start + int(image_rng.integers(0, 32 - side)), int(image_rng.integers(0, 64 - side))
+        paint((left, top, left + side - 1, top + side - 1), fill=_colour(image_rng, 128, 256))
         shown = ElementTree.SubElement(annotations, "object")
         ElementTree.SubElement(shown, "name").text = shape
         box = ElementTree.SubElement(shown, "bndbox")
@@ -91,8 +91,8 @@ def _example(name: str) -> tuple[Image.Image, ElementTree.Element]:
     return image, annotations
 
 
-def _colour(draws: np.random.Generator, low: int, high: int) -> tuple[int, int, int]:
-    red, green, blue = draws.integers(low, high, 3).tolist()
+def _colour(image_rng: np.random.Generator, low: int, high: int) -> tuple[int, int, int]:
+    red, green, blue = image_rng.integers(low, high, 3).tolist()
     return red, green, blue
 
 

@@ -3,7 +3,7 @@
 Command:  python experiments/invariance.py --data DATA --runs RUNS --out OUT
 Hardware: 2 CPU cores, 24 GB, no GPU; 2 Ray Train workers.
 Time:     2 to 4 minutes a run that is not there yet, a minute or two a probe. With --local: two to three minutes.
-Expect:   at the last layer PIRL is more invariant to a jigsaw than the untrained trunk and predict-jigsaw less, where
+Expect:   at the last layer PIRL is more invariant to a jigsaw than the untrained backbone and predict-jigsaw less, where
           each image is seen ten times and more.
 
 PIRL (Misra and van der Maaten 2020), figure 5. The figures invariance and invariance-map of the report.
@@ -13,8 +13,8 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
-from raysl.experiment import command
-from raysl.lineup import LineupFlags, measured, reported, small, trained
+from raysl.experiment.comparison import LineupFlags, measured, reported, small, trained
+from raysl.experiment.script import command
 
 
 @dataclass(frozen=True)

@@ -14,13 +14,13 @@ from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from typing import Any
 
-from raysl.experiment import command
-from raysl.ingest import resolve, splits
-from raysl.lineup import LineupFlags, measured, reported, small, trained
-from raysl.report.entries import Found, groups
-from raysl.report.run_figures import colours
-from raysl.report.tables import estimates
-from raysl.rows import rows_under
+from raysl.evaluation.results import rows_under
+from raysl.experiment.comparison import LineupFlags, measured, reported, small, trained
+from raysl.experiment.script import command
+from raysl.ingestion import resolve, splits
+from raysl.reporting.report_runs import Found, groups
+from raysl.reporting.run_figures import colours
+from raysl.reporting.tables import estimates
 from raysl.run import Run
 from raysl.storage import Folder
 
@@ -52,7 +52,7 @@ def scatter(runs: Sequence[Run], train: str, test: str) -> bytes:
         train: fingerprint of the data set that the linear probe has learned from.
         test: of the one on which both were judged.
     """
-    from raysl.report.picture import drawn
+    from raysl.reporting.figure import drawn
 
     rows = []
     for group in groups([str(run.folder) for run in runs]):

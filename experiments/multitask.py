@@ -12,8 +12,8 @@ from __future__ import annotations
 
 from dataclasses import dataclass, field
 
-from raysl.experiment import command
-from raysl.lineup import LineupFlags, measured, reported, small, trained
+from raysl.experiment.comparison import LineupFlags, measured, reported, small, trained
+from raysl.experiment.script import command
 from raysl.probes.linear import Config as Linear
 
 

@@ -12,13 +12,13 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
-from raysl import features
-from raysl.catalog import pictures
-from raysl.experiment import command
-from raysl.features import Encoder
-from raysl.ingest import resolve, splits
-from raysl.lineup import LineupFlags, measured, reported, small, trained
-from raysl.report import neighbours
+from raysl import extraction
+from raysl.documentation import pictures
+from raysl.experiment.comparison import LineupFlags, measured, reported, small, trained
+from raysl.experiment.script import command
+from raysl.extraction import Encoder
+from raysl.ingestion import resolve, splits
+from raysl.reporting import retrieval_grid
 from raysl.storage import Folder
 
 
@@ -44,14 +44,14 @@ def main(flags: NeighbourFlags) -> None:
     measured(runs, flags, ["retrieval"])
     train, test = (resolve(split) for split in splits(flags.data))
     first = runs[:: len(flags.seeds)]
-    last = [features.Trained(run, run.newest()) for run in first]
-    encoders: list[Encoder] = [features.untrained(first[0]), *last]
+    last = [extraction.Trained(run, run.newest()) for run in first]
+    encoders: list[Encoder] = [extraction.untrained(first[0]), *last]
     size, cache = flags.image_size, Folder(flags.runs) / "features"
-    sheets = neighbours.sheets(encoders, train, test, size, cache, flags.count, flags.k)
+    sheets = retrieval_grid.sheets(encoders, train, test, size, cache, flags.count, flags.k)
     for source, sheet in zip(last, sheets[1:], strict=True):
-        neighbours.keep(sheet, source.run.folder, source, train, test)
+        retrieval_grid.keep(sheet, source.run.folder, source, train, test)
     named = dict(zip(["untrained", *flags.methods], sheets, strict=True))
-    Folder(flags.out).write("neighbours.png", pictures.png(neighbours.beside(named)))
+    Folder(flags.out).write("neighbours.png", pictures.png(retrieval_grid.beside(named)))
     reported(runs, flags, ["retrieval"])
 
 

@@ -3,7 +3,7 @@
 Command:  python experiments/per_layer.py --data DATA --runs RUNS --out OUT
 Hardware: 2 CPU cores, 24 GB, no GPU; 2 Ray Train workers.
 Time:     2 to 4 minutes a run that is not there yet, a minute or two a probe. With --local: two to three minutes.
-Expect:   over the untrained trunk, what predicts a jigsaw gains at res2 and nothing at the last layer; PIRL gains most
+Expect:   over the untrained backbone, what predicts a jigsaw gains at res2 and nothing at the last layer; PIRL gains most
           at the last.
 
 PIRL (Misra and van der Maaten 2020), figure 6. The figure layers-linear of the report.
@@ -13,8 +13,8 @@ from __future__ import annotations
 
 from dataclasses import dataclass, field, replace
 
-from raysl.experiment import command
-from raysl.lineup import LineupFlags, measured, reported, small, trained
+from raysl.experiment.comparison import LineupFlags, measured, reported, small, trained
+from raysl.experiment.script import command
 from raysl.probes.linear import Config as Linear
 
 

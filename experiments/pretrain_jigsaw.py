@@ -3,7 +3,7 @@
 Command:  python experiments/pretrain_jigsaw.py --data DATA --out results/predict-jigsaw
 Hardware: 2 CPU cores, 24 GB, no GPU; 2 Ray Train workers.
 Time:     planned: about 15 minutes a seed. With --local, on 6,000 drawn images: about 2 minutes.
-Expect:   kNN little above the same trunk untrained, or below it: the last layer is for telling permutations apart.
+Expect:   kNN little above the same backbone untrained, or below it: the last layer is for telling permutations apart.
           A ResNet-50 on ImageNet, too, is at its best before its last stage (45.7 against 34.2 % top-1).
 """
 
@@ -12,7 +12,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 
 from raysl.config import Pretraining
-from raysl.experiment import Flags, command, locally, pretrain_seeds
+from raysl.experiment.script import Flags, command, locally, pretrain_seeds
 from raysl.optim import OptimConfig
 
 

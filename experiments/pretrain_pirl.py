@@ -3,7 +3,7 @@
 Command:  python experiments/pretrain_pirl.py --data DATA --epochs 4 --out results/cifar10
 Hardware: 2 CPU cores, 24 GB, no GPU; 2 Ray Train workers.
 Time:     about 15 minutes a seed. With --local, on 6,000 drawn images: about 2 minutes.
-Expect:   kNN top-1 on the test split at least 6 points above the same trunk with random weights.
+Expect:   kNN top-1 on the test split at least 6 points above the same backbone with random weights.
 """
 
 from __future__ import annotations
@@ -11,7 +11,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 
 from raysl.config import Pretraining
-from raysl.experiment import Flags, command, locally, pretrain_seeds
+from raysl.experiment.script import Flags, command, locally, pretrain_seeds
 from raysl.objectives.pirl import Config as Pirl
 from raysl.optim import OptimConfig
 
@@ -31,7 +31,7 @@ class PirlFlags(Flags):
 
 
 def main(flags: PirlFlags) -> None:
-    """The dials are those that a small trunk and a short run want; see results/cifar10."""
+    """The hyperparameters are those that a small backbone and a short run want; see results/cifar10."""
     flags = locally(flags, data="shapes:6000", epochs=1)
     base = Pretraining(
         data="-",

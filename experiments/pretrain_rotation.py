@@ -3,7 +3,7 @@
 Command:  python experiments/pretrain_rotation.py --data DATA --out results/predict-rotation
 Hardware: 2 CPU cores, 24 GB, no GPU; 2 Ray Train workers.
 Time:     planned: about 15 minutes a seed. With --local, on 6,000 drawn images: about 2 minutes.
-Expect:   kNN top-1 on the test split above the same trunk with random weights.
+Expect:   kNN top-1 on the test split above the same backbone with random weights.
 """
 
 from __future__ import annotations
@@ -11,7 +11,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 
 from raysl.config import Pretraining
-from raysl.experiment import Flags, command, locally, pretrain_seeds
+from raysl.experiment.script import Flags, command, locally, pretrain_seeds
 from raysl.optim import OptimConfig
 
 

@@ -12,14 +12,14 @@ from __future__ import annotations
 
 from dataclasses import dataclass, field, replace
 
-from raysl.experiment import command
-from raysl.lineup import LineupFlags, measured, reported, small, trained
+from raysl.experiment.comparison import LineupFlags, measured, reported, small, trained
+from raysl.experiment.script import command
 from raysl.probes.semisup import Config as Semisup
 
 
 @dataclass(frozen=True)
 class LabelFlags(LineupFlags):
-    """Pretrains what is missing and trains each trunk further on a few labels.
+    """Pretrains what is missing and trains each backbone further on a few labels.
 
     Args:
         semisup: protocol of the probe.

@@ -14,11 +14,11 @@ from __future__ import annotations
 from dataclasses import dataclass
 
 from raysl.config import Pretraining
-from raysl.experiment import Flags, command, drawn, judged_on, locally, sweep_and_report
+from raysl.experiment.script import Flags, command, drawn, judged_on, locally, sweep_and_report
 from raysl.objectives.pirl import Config as Pirl
 from raysl.optim import OptimConfig
 from raysl.storage import Folder
-from raysl.sweep.config import SweepConfig
+from raysl.tuning.config import SweepConfig
 
 
 @dataclass(frozen=True)
@@ -53,7 +53,7 @@ def main(flags: SweepFlags) -> None:
         batch_size=128,
         workers=flags.workers,
         optim=OptimConfig(lr=0.12, warmup=0.05),
-        # What a small trunk and a short run want; see results/cifar10.
+        # What a small backbone and a short run want; see results/cifar10.
         parts={"pirl": Pirl(temperature=0.2, head="bn", num_negatives=min(4096, images.num_images - 1))},
     )
     config = SweepConfig(

@@ -1,8 +1,8 @@
-"""The dials of PIRL on CIFAR-10-sized images: temperature, lambda, negatives and permutations, judged by kNN.
+"""The hyperparameters of PIRL on CIFAR-10-sized images: temperature, lambda, negatives and permutations, judged by kNN.
 
 Command:  python experiments/sweep_pirl.py --data DATA --figure lambda --out results/sweep-pirl/lambda --runs RUNS
 Hardware: 2 CPU cores, 24 GB, no GPU; one run at a time.
-Time:     with --epochs 3, 16 minutes for all dials together (8 trials, 2 seeds, ASHA); with --epochs 3 --images 8000
+Time:     with --epochs 3, 16 minutes for all hyperparameters together (8 trials, 2 seeds, ASHA); with --epochs 3 --images 8000
           --seeds 0 1 2, about 15 for each figure. With --local, on 1,500 drawn images: about 2 minutes.
 Expect:   of the PIRL paper's findings (arXiv 1912.01991, section 5) that the best lambda lies in the middle; that more
           negatives and more permutations help is not seen at this size. See results/sweep.
@@ -16,11 +16,11 @@ from dataclasses import dataclass, replace
 from typing import Literal
 
 from raysl.config import Pretraining
-from raysl.experiment import Flags, command, drawn, judged_on, locally, sweep_and_report
+from raysl.experiment.script import Flags, command, drawn, judged_on, locally, sweep_and_report
 from raysl.objectives.pirl import Config as Pirl
 from raysl.optim import OptimConfig
 from raysl.storage import Folder
-from raysl.sweep.config import SweepConfig
+from raysl.tuning.config import SweepConfig
 
 # The paper's grids; of negatives, those that the images allow.
 NEGATIVES = (64, 256, 1024, 4096, 8192, 16_000, 32_000)
@@ -35,7 +35,7 @@ class SweepFlags(Flags):
     """Sweeps PIRL and writes the table and the report.
 
     Args:
-        figure: one of the paper's three ablations, or all four dials together, drawn at random and stopped by ASHA.
+        figure: one of the paper's three ablations, or all four hyperparameters together, drawn at random and stopped by ASHA.
         samples: trials of "all".
         images: of the train split, that are learned from.
         epochs: visits to every image.
@@ -63,7 +63,7 @@ def main(flags: SweepFlags) -> None:
         batch_size=128,
         workers=flags.workers,
         optim=OptimConfig(lr=0.12, warmup=0.05),
-        # What a small trunk and a short run want; see results/cifar10. 4096 negatives take twice as long on two cores.
+        # What a small backbone and a short run want; see results/cifar10. 4096 negatives take twice as long on two cores.
         parts={"pirl": Pirl(temperature=0.2, head="bn", num_negatives=min(1024, images.num_images - 1))},
     )
     out = str(Folder(flags.runs) / flags.figure)
@@ -77,7 +77,7 @@ def settings(flags: SweepFlags, num_images: int) -> SweepConfig:
     """What is tried."""
     negatives = [count for count in NEGATIVES if count < num_images]
     if flags.figure == "all":
-        dials = (
+        hyperparameters = (
             "temperature=0.05..0.5",
             "lambda=0..1",
             f"num_negatives={negatives[0]}..{negatives[-1]}",
@@ -86,7 +86,7 @@ def settings(flags: SweepFlags, num_images: int) -> SweepConfig:
         return SweepConfig(
             "",
             "-",
-            dials,
+            hyperparameters,
             seeds=flags.seeds,
             searcher="random",
             samples=flags.samples,

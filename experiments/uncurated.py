@@ -12,9 +12,9 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
-from raysl.experiment import command
-from raysl.ingest import splits
-from raysl.lineup import LineupFlags, measured, reported, run_of, small, trained
+from raysl.experiment.comparison import LineupFlags, measured, reported, run_of, small, trained
+from raysl.experiment.script import command
+from raysl.ingestion import splits
 from raysl.storage import Folder
 
 

@@ -18,9 +18,9 @@ _HOMES = {
     "Run": "raysl.run",
     "SaveConfig": "raysl.checkpoint",
     "Stream": "raysl.stream.reader",
-    "TrunkConfig": "raysl.network.trunk",
+    "BackboneConfig": "raysl.backbone.network",
     "UserError": "raysl.errors",
-    "View": "raysl.views",
+    "View": "raysl.stream.views",
     "ViewConfig": "raysl.config",
 }
 

@@ -8,7 +8,7 @@ from collections.abc import Sequence
 
 from raysl.errors import answered, unknown
 
-# Each verb is a function of `raysl.cli`, which is imported only when one runs: help must not wait for torch.
+# Each verb is a function of `raysl.cli.verbs`, which is imported only when one runs: help must not wait for torch.
 VERBS = {
     "demo": "the whole story in a few minutes: ingest, pretrain, probe, a table and a picture",
     "ingest": "turn any source of images into an indexed data set",
@@ -19,8 +19,8 @@ VERBS = {
     "clusterfit": "features, clusters, and a new network that predicts them",
     "sweep": "try values of fields and seeds, judged by a probe; stops, goes on, and says which is best",
     "report": "a page of a sweep, or of runs side by side: figures, tables, costs",
-    "export": "the trunk of a run for torchvision, timm, safetensors or ONNX, with a model card",
-    "reproduce": "run a run again from its passport, and name what differs",
+    "export": "the backbone of a run for torchvision, timm, safetensors or ONNX, with a model card",
+    "reproduce": "run a run again from its metadata, and name what differs",
     "views": "a picture of what a method sees",
     "methods": "list objectives, pretext transforms and what combines with what",
     "doctor": "versions, resources, the time of each stage, and what limits the speed",
@@ -37,7 +37,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
     with answered("raysl"):
         if given[0] not in VERBS:
             raise unknown("verb", given[0], VERBS)
-        getattr(importlib.import_module("raysl.cli"), given[0])(given[1:])
+        getattr(importlib.import_module("raysl.cli.verbs"), given[0])(given[1:])
 
 
 if __name__ == "__main__":

@@ -19,7 +19,7 @@ from torch import Tensor
 from torch.nn.functional import pad
 
 from raysl.errors import UserError, unknown
-from raysl.rng import Draws, Integers
+from raysl.rng import ImageRng, Integers
 
 Floats = npt.NDArray[np.float64]
 
@@ -68,7 +68,7 @@ class SourceCrop:
                 "or more, 0 < min_scale <= max_scale <= 1 and 0 < min_ratio <= max_ratio."
             )
 
-    def boxes(self, heights_b: Integers, widths_b: Integers, draws: Draws) -> Integers:
+    def boxes(self, heights_b: Integers, widths_b: Integers, image_rng: ImageRng) -> Integers:
         """Where to cut: area uniform in the scales, ratio log-uniform, the first of ten attempts that fits.
 
         When none fits, the largest centred box whose ratio is allowed (as torchvision's RandomResizedCrop).
@@ -76,7 +76,7 @@ class SourceCrop:
         Returns:
             int64 (b, 4): top, left, height, width, each box inside its image.
         """
-        u = draws.uniform_array("box", 2 * _ATTEMPTS + 2)
+        u = image_rng.uniform_array("box", 2 * _ATTEMPTS + 2)
         area = (heights_b * widths_b)[:, None] * (
             self.min_scale + (self.max_scale - self.min_scale) * u[:, :_ATTEMPTS]
         )
@@ -166,13 +166,13 @@ def recipe(name: str) -> Recipe:
     return RECIPES[name]
 
 
-def hflip(images_bchw: Tensor, draws: Draws, probability: float) -> Tensor:
+def hflip(images_bchw: Tensor, image_rng: ImageRng, probability: float) -> Tensor:
     """Mirrors each image left to right with the given probability."""
-    rows = _selected(draws, "hflip", probability)
+    rows = _selected(image_rng, "hflip", probability)
     return _changed(images_bchw, rows, lambda images, _: images.flip(-1))
 
 
-def photometric(images_bchw: Tensor, recipe: Recipe, draws: Draws, side: int | None = None) -> Tensor:
+def photometric(images_bchw: Tensor, recipe: Recipe, image_rng: ImageRng, side: int | None = None) -> Tensor:
     """Changes the colours of each image: colour map, then the photometric block, then blur.
 
     Brightness, contrast, saturation, hue and the loss of colour are one affine map of the colours of an image, in
@@ -192,30 +192,30 @@ def photometric(images_bchw: Tensor, recipe: Recipe, draws: Draws, side: int | N
         uint8, of the same shape.
     """
     if recipe.jitter or recipe.gray:
-        matrix_b33, pull_b = _colour_map(recipe, draws)
+        matrix_b33, pull_b = _colour_map(recipe, image_rng)
         planes_bcn = images_bchw.contiguous().flatten(2)
         parts = [
             _map_colours(planes_bcn[p], matrix_b33[p], pull_b[p]) for p in _chunks(len(pull_b), planes_bcn)
         ]
         images_bchw = torch.cat(parts).view(images_bchw.shape) if parts else images_bchw
     if recipe.photometric:
-        dials_b3 = draws.uniform_array("photometric strengths", 3)
-        rows = _selected(draws, "photometric", recipe.photometric)
+        dials_b3 = image_rng.uniform_array("photometric strengths", 3)
+        rows = _selected(image_rng, "photometric", recipe.photometric)
         images_bchw = _changed(
             images_bchw, rows, lambda images, rows: _photometric_block(images, dials_b3[rows])
         )
     if recipe.blur:
         reach = (side or images_bchw.shape[2]) / 224
-        sigma_b1 = (0.1 + 1.9 * draws.uniform_array("blur strength", 1)) * reach
+        sigma_b1 = (0.1 + 1.9 * image_rng.uniform_array("blur strength", 1)) * reach
         weights_bk = _gaussian(sigma_b1, math.ceil(6 * reach))
-        rows = _selected(draws, "blur", recipe.blur)
+        rows = _selected(image_rng, "blur", recipe.blur)
         images_bchw = _changed(images_bchw, rows, lambda images, rows: _blur(images, weights_bk[rows]))
     return images_bchw
 
 
-def _selected(draws: Draws, name: str, probability: float) -> Integers:
+def _selected(image_rng: ImageRng, name: str, probability: float) -> Integers:
     """Rows of the images for which a coin says yes."""
-    return np.flatnonzero(draws.uniform_array(name, 1)[:, 0] < probability)
+    return np.flatnonzero(image_rng.uniform_array(name, 1)[:, 0] < probability)
 
 
 def _changed(images_bchw: Tensor, rows: Integers, change: Callable[[Tensor, Integers], Tensor]) -> Tensor:
@@ -253,16 +253,16 @@ def _to_uint8(values: Tensor) -> Tensor:
     return values.clamp_(0, 255).to(torch.int16).to(torch.uint8)
 
 
-def _colour_map(recipe: Recipe, draws: Draws) -> tuple[Floats, Floats]:
+def _colour_map(recipe: Recipe, image_rng: ImageRng) -> tuple[Floats, Floats]:
     """The colour map of each image: c becomes matrix_b33 @ c + pull_b * mean luminance."""
-    jittered_b = draws.uniform_array("jitter", 1)[:, 0] < recipe.jitter
+    jittered_b = image_rng.uniform_array("jitter", 1)[:, 0] < recipe.jitter
     strengths = np.array([recipe.brightness, recipe.contrast, recipe.saturation, recipe.hue])
     change_b4 = (
-        np.where(jittered_b[:, None], 2 * draws.uniform_array("jitter strengths", 4) - 1, 0) * strengths
+        np.where(jittered_b[:, None], 2 * image_rng.uniform_array("jitter strengths", 4) - 1, 0) * strengths
     )
     brightness_b, contrast_b, saturation_b = 1 + change_b4[:, :3].T
     # A colour without saturation is its luminance, whatever its hue.
-    saturation_b[_selected(draws, "gray", recipe.gray)] = 0
+    saturation_b[_selected(image_rng, "gray", recipe.gray)] = 0
     angle_b = 2 * np.pi * change_b4[:, 3]
     along_b, across_b = (saturation_b * turn for turn in (np.cos(angle_b), np.sin(angle_b)))
     matrix_b33 = _LUMINANCE + along_b[:, None, None] * _CHROMA + across_b[:, None, None] * _QUARTER_TURN

@@ -80,10 +80,12 @@ class Checkpoint:
         """The state of the network alone, on the CPU. Raises UserError when it does not match its receipt."""
         return self._load(STATE, self._files())
 
-    def trunk_state(self) -> dict[str, torch.Tensor]:
-        """The state of the trunk alone, under its own names. Raises UserError when it does not match its receipt."""
+    def backbone_state(self) -> dict[str, torch.Tensor]:
+        """The state of the backbone alone, under its own names. Raises UserError when it does not match its receipt."""
         network = self.state()["network"]
-        return {name.removeprefix("trunk."): v for name, v in network.items() if name.startswith("trunk.")}
+        return {
+            name.removeprefix("backbone."): v for name, v in network.items() if name.startswith("backbone.")
+        }
 
     def crc32(self) -> int:
         """The checksum of the state of the network, from its receipt."""

@@ -11,12 +11,12 @@ from dataclasses import dataclass, field
 from typing import Annotated, Any, Literal
 
 from raysl import methods
+from raysl.backbone.network import BackboneConfig
 from raysl.checkpoint import SaveConfig
-from raysl.contrast.bank import BankConfig
+from raysl.contrastive.bank import BankConfig
 from raysl.errors import UserError, unknown
-from raysl.network.trunk import TrunkConfig
+from raysl.fields import Range
 from raysl.optim import OptimConfig
-from raysl.ranges import Range
 from raysl.stream.reader import StreamConfig
 
 
@@ -74,7 +74,7 @@ class Pretraining:
     compile: bool = False
     log_every: int = 10
     view: ViewConfig = field(default_factory=ViewConfig)
-    trunk: TrunkConfig = field(default_factory=TrunkConfig)
+    backbone: BackboneConfig = field(default_factory=BackboneConfig)
     optim: OptimConfig = field(default_factory=OptimConfig)
     bank: BankConfig = field(default_factory=BankConfig)
     stream: StreamConfig = field(default_factory=StreamConfig)
@@ -133,7 +133,7 @@ class Pretraining:
 
     @staticmethod
     def from_json(value: Mapping[str, Any]) -> Pretraining:
-        """The configuration of a passport.
+        """The configuration of a metadata.
 
         Raises:
             UserError: a key is unknown or missing, or a value is not allowed.

@@ -9,18 +9,18 @@ from pathlib import Path
 
 from rich.console import Console
 
-from raysl import cluster
-from raysl.catalog import pictures
-from raysl.cluster import places
+from raysl import ray_cluster
 from raysl.config import Pretraining, ViewConfig
 from raysl.dataset import DataSet
+from raysl.documentation import pictures
 from raysl.errors import UserError
-from raysl.ingest import resolve, splits
+from raysl.evaluation.evaluate import probe
+from raysl.evaluation.results import tables
+from raysl.ingestion import resolve, splits
 from raysl.objectives.pirl import Config as Pirl
 from raysl.optim import OptimConfig
-from raysl.pretrain import pretrain
-from raysl.probe import probe
-from raysl.rows import tables
+from raysl.ray_cluster import placement
+from raysl.training.launch import pretrain
 from raysl.training.worker import Network
 
 DRAWN = "shapes:6000"
@@ -63,7 +63,7 @@ def demo(config: DemoConfig) -> None:
         console.print(f"[dim]{time.monotonic() - started:5.0f} s[/dim]  {line}", highlight=False)
 
     say("Starting Ray on this machine.")
-    cluster.start()
+    ray_cluster.start()
     train, test = splits(DRAWN if config.data == "shapes" else config.data)
     dataset, judged = resolve(train), resolve(test)
     if not dataset.has_labels:
@@ -73,12 +73,12 @@ def demo(config: DemoConfig) -> None:
     say(
         f"Data: {dataset.num_images:,} images to learn from (labels unused), {judged.num_images:,} to be judged on."
     )
-    settings = _settings(config, dataset, out, config.workers or places.usual_workers())
+    settings = _settings(config, dataset, out, config.workers or placement.usual_workers())
     sheet = out / "views.png"
     network = Network(settings, dataset.num_images, len(dataset.manifest.classes))
     pictures.save(pictures.views_sheet(dataset, network.views(settings), settings.seed), sheet)
     run = pretrain(settings, say)
-    say("Probing the trained trunk, the same trunk untrained, and raw pixels.")
+    say("Probing the trained backbone, the same backbone untrained, and raw pixels.")
     # Scored on the images that they learn from, neighbours leave each image out of its own vote; a classifier cannot.
     probes = ("knn",) if train == test else ("knn", "linear")
     rows = probe(run, str(dataset.folder), str(judged.folder), probes, say)

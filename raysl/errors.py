@@ -24,7 +24,7 @@ def unknown(kind: str, name: str, known: Iterable[str]) -> UserError:
     """The error for a name that does not exist, answering with the nearest one that does.
 
     Args:
-        kind: what is being named, as the user would say it ("trunk", "pretext transform").
+        kind: what is being named, as the user would say it ("backbone", "pretext transform").
         name: the name that was given.
         known: every name that would have been accepted.
     """

@@ -11,7 +11,7 @@ import torch
 from torch import nn
 
 from raysl.errors import UserError
-from raysl.ranges import Range
+from raysl.fields import Range
 
 
 @dataclass(frozen=True)

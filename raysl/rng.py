@@ -37,7 +37,7 @@ def _mix(x: npt.NDArray[np.uint64]) -> npt.NDArray[np.uint64]:
 
 
 @dataclass(frozen=True)
-class Draws:
+class ImageRng:
     """The random choices for a batch of images.
 
     Args:
@@ -54,15 +54,15 @@ class Draws:
     name: str = ""
     device: torch.device = torch.device("cpu")
 
-    def named(self, name: str) -> Draws:
+    def named(self, name: str) -> ImageRng:
         """The same images with every choice renamed, so that two views draw independently."""
         return replace(self, name=f"{self.name}/{name}")
 
-    def to(self, device: torch.device) -> Draws:
+    def to(self, device: torch.device) -> ImageRng:
         """The same choices, returned on another device."""
         return replace(self, device=device)
 
-    def repeated(self, count: int) -> Draws:
+    def repeated(self, count: int) -> ImageRng:
         """Draws for a batch of b * count crops, sample-major, each crop with choices of its own.
 
         The choices of crop c of an image depend on c and not on the batch around it.

@@ -1,10 +1,10 @@
-"""A run's folder: who it is (passport), how it went (metrics), what it learned (checkpoints), what that is worth.
+"""A run's folder: who it is (metadata), how it went (metrics), what it learned (checkpoints), what that is worth.
 
-passport.json           configuration, versions, code hash, data fingerprint, and every session that worked on it
+metadata.json           configuration, versions, code hash, data fingerprint, and every session that worked on it
 metrics.jsonl           one row each `log_every` steps
 tensorboard/            the same, for TensorBoard
 checkpoints/            see `checkpoint`
-driver.json             while a driver trains it; see raysl.cluster.lease
+driver.json             while a driver trains it; see raysl.ray_cluster.lock
 features/, probes/      what the probes found
 """
 
@@ -20,13 +20,13 @@ from typing import Any
 
 from raysl import checkpoint
 from raysl.checkpoint import Checkpoint
-from raysl.cluster.versions import versions
 from raysl.config import FREE, Pretraining, differences
 from raysl.dataset import DataSet
 from raysl.errors import UserError
+from raysl.ray_cluster.versions import versions
 from raysl.storage import Folder, write_error
 
-PASSPORT = "passport.json"
+METADATA = "metadata.json"
 METRICS = "metrics.jsonl"
 
 
@@ -38,13 +38,13 @@ class Run:
 
     @staticmethod
     def open(uri: str) -> Run:
-        """The run at `uri`. Raises UserError when there is none, or its passport is damaged."""
+        """The run at `uri`. Raises UserError when there is none, or its metadata is damaged."""
         run = Run(Folder(uri))
-        if not run.folder.exists(PASSPORT):
+        if not run.folder.exists(METADATA):
             raise UserError(
-                f"No run at {uri!r}: there is no {PASSPORT}. Make one with `raysl pretrain --data DATA --run {uri}`."
+                f"No run at {uri!r}: there is no {METADATA}. Make one with `raysl pretrain --data DATA --run {uri}`."
             )
-        run.passport()
+        run.metadata()
         return run
 
     @staticmethod
@@ -54,7 +54,7 @@ class Run:
         Args:
             config: of the run.
             dataset: that it trains on.
-            facts: what the parts of the method add to the passport, such as a hash of the permutations.
+            facts: what the parts of the method add to the metadata, such as a hash of the permutations.
 
         Raises:
             UserError: another run lies there: of another configuration or of other images.
@@ -62,12 +62,12 @@ class Run:
         run = Run(Folder(config.run))
         session = {"started": time.strftime("%Y-%m-%dT%H:%M:%S%z"), "workers": config.workers, **versions()}
         wanted = json.loads(json.dumps(config.to_json()))
-        if run.folder.exists(PASSPORT):
-            passport = run.passport()
-            _same(passport, wanted, dataset, config.run)
-            passport["sessions"].append(session)
+        if run.folder.exists(METADATA):
+            metadata = run.metadata()
+            _same(metadata, wanted, dataset, config.run)
+            metadata["sessions"].append(session)
         else:
-            passport = {
+            metadata = {
                 "config": wanted,
                 "facts": json.loads(json.dumps(facts)),
                 "data": {
@@ -78,30 +78,30 @@ class Run:
                 },
                 "sessions": [session],
             }
-        run.folder.write_json(PASSPORT, passport)
+        run.folder.write_json(METADATA, metadata)
         return run
 
     @property
     def checkpoints(self) -> Folder:
         return self.folder / "checkpoints"
 
-    def passport(self) -> dict[str, Any]:
-        """The passport. Raises UserError when it is damaged."""
+    def metadata(self) -> dict[str, Any]:
+        """The metadata. Raises UserError when it is damaged."""
         try:
-            passport: dict[str, Any] = self.folder.read_json(PASSPORT)
-            dict(passport["config"]), list(passport["sessions"])
-            data = passport["data"]
+            metadata: dict[str, Any] = self.folder.read_json(METADATA)
+            dict(metadata["config"]), list(metadata["sessions"])
+            data = metadata["data"]
             str(data["fingerprint"]), int(data["num_images"]), int(data["num_classes"])
         except (ValueError, KeyError, TypeError) as error:
             raise UserError(
-                f"The passport of the run at {str(self.folder)!r} is damaged: {error!r}. Restore {PASSPORT} from a "
+                f"The metadata of the run at {str(self.folder)!r} is damaged: {error!r}. Restore {METADATA} from a "
                 "copy, or give another folder to --run."
             ) from error
-        return passport
+        return metadata
 
     def config(self) -> Pretraining:
         """The configuration it was begun with."""
-        return Pretraining.from_json(self.passport()["config"])
+        return Pretraining.from_json(self.metadata()["config"])
 
     def newest(self) -> Checkpoint:
         """The newest complete checkpoint. Raises UserError when there is none yet."""
@@ -123,8 +123,8 @@ class Run:
             ) from error
 
 
-def _same(passport: Mapping[str, Any], wanted: Mapping[str, Any], dataset: DataSet, place: str) -> None:
-    fingerprint = passport["data"]["fingerprint"]
+def _same(metadata: Mapping[str, Any], wanted: Mapping[str, Any], dataset: DataSet, place: str) -> None:
+    fingerprint = metadata["data"]["fingerprint"]
     if fingerprint != dataset.manifest.fingerprint:
         raise UserError(
             f"The run at {place!r} was begun on images with fingerprint {fingerprint[:12]} and the data set at "
@@ -132,7 +132,7 @@ def _same(passport: Mapping[str, Any], wanted: Mapping[str, Any], dataset: DataS
             "data set it was begun on, or another folder to --run."
         )
     # Read and written again, so that a field that is newer than the run stands there with its default.
-    begun = json.loads(json.dumps(Pretraining.from_json(passport["config"]).to_json()))
+    begun = json.loads(json.dumps(Pretraining.from_json(metadata["config"]).to_json()))
     changed = [n for n in differences(begun, wanted) if n.split(".")[0] not in FREE]
     if changed:
         raise UserError(

@@ -11,11 +11,11 @@ from torch import Tensor
 from raysl import augment
 from raysl.augment import RECIPES, Recipe, SourceCrop, hflip, photometric, recipe
 from raysl.errors import UserError
-from raysl.rng import Draws
+from raysl.rng import ImageRng
 
 
-def draws(count: int, first: int = 0, seed: int = 0) -> Draws:
-    return Draws(seed, np.zeros(count, dtype=np.int64), np.arange(first, first + count))
+def image_rng(count: int, first: int = 0, seed: int = 0) -> ImageRng:
+    return ImageRng(seed, np.zeros(count, dtype=np.int64), np.arange(first, first + count))
 
 
 def images(count: int, height: int = 32, width: int = 32) -> Tensor:
@@ -38,7 +38,7 @@ class TestSourceCrop:
         b = 4000
         crop = SourceCrop(32, 0.2, 0.5)
         heights, widths = np.full(b, 300), np.full(b, 400)
-        top, left, height, width = crop.boxes(heights, widths, draws(b)).T
+        top, left, height, width = crop.boxes(heights, widths, image_rng(b)).T
         assert (top >= 0).all()
         assert (left >= 0).all()
         assert (top + height <= 300).all()
@@ -56,7 +56,7 @@ class TestSourceCrop:
     def test_places_are_uniform(self) -> None:
         b = 6000
         crop = SourceCrop(8, 0.25, 0.25, 1, 1)
-        top, left, height, width = crop.boxes(np.full(b, 20), np.full(b, 20), draws(b)).T
+        top, left, height, width = crop.boxes(np.full(b, 20), np.full(b, 20), image_rng(b)).T
         assert set(height) == set(width) == {10}
         for start in (top, left):
             counts = np.bincount(start, minlength=11)
@@ -65,15 +65,15 @@ class TestSourceCrop:
 
     def test_an_image_that_no_attempt_fits_is_cropped_in_the_middle(self) -> None:
         crop = SourceCrop(8, 1.0)
-        boxes = crop.boxes(np.array([10, 100, 1]), np.array([100, 10, 1]), draws(3))
+        boxes = crop.boxes(np.array([10, 100, 1]), np.array([100, 10, 1]), image_rng(3))
         assert boxes.tolist() == [[0, 43, 10, 13], [43, 0, 13, 10], [0, 0, 1, 1]]
 
     def test_boxes_do_not_depend_on_the_batch(self) -> None:
         crop = SourceCrop(32, 0.08)
         sizes = np.array([[32, 32], [500, 375], [1, 9], [64, 64]])
-        together = crop.boxes(sizes[:, 0], sizes[:, 1], draws(4))
+        together = crop.boxes(sizes[:, 0], sizes[:, 1], image_rng(4))
         for i, (height, width) in enumerate(sizes):
-            alone = crop.boxes(np.array([height]), np.array([width]), draws(1, first=i))
+            alone = crop.boxes(np.array([height]), np.array([width]), image_rng(1, first=i))
             assert (alone[0] == together[i]).all()
 
 
@@ -91,20 +91,20 @@ class TestRecipes:
     def test_plain_and_none_leave_colours_alone(self) -> None:
         x = images(8)
         for name in ("plain", "none"):
-            assert torch.equal(photometric(x, recipe(name), draws(8)), x)
+            assert torch.equal(photometric(x, recipe(name), image_rng(8)), x)
 
 
 @pytest.mark.parametrize("name", sorted(RECIPES))
 @pytest.mark.parametrize(("height", "width"), [(32, 32), (9, 9), (53, 37), (1, 2), (90, 90)])
 def test_an_image_never_depends_on_its_batch_mates(name: str, height: int, width: int) -> None:
     x = images(24, height, width)
-    together = photometric(x, recipe(name), draws(24))
+    together = photometric(x, recipe(name), image_rng(24))
     assert together.dtype == torch.uint8
     assert together.shape == x.shape
-    alone = torch.cat([photometric(x[i : i + 1], recipe(name), draws(1, first=i)) for i in range(24)])
+    alone = torch.cat([photometric(x[i : i + 1], recipe(name), image_rng(1, first=i)) for i in range(24)])
     assert torch.equal(alone, together)
     strided = x.permute(0, 2, 3, 1).contiguous().permute(0, 3, 1, 2)
-    assert torch.equal(photometric(strided, recipe(name), draws(24)), together)
+    assert torch.equal(photometric(strided, recipe(name), image_rng(24)), together)
 
 
 @pytest.mark.parametrize("name", ["pirl", "simclr"])
@@ -115,7 +115,7 @@ def test_colours_are_the_same_in_any_number_of_threads(name: str) -> None:
     try:
         for count in (1, 2, 3):
             torch.set_num_threads(count)
-            results.append(photometric(x, recipe(name), draws(40)))
+            results.append(photometric(x, recipe(name), image_rng(40)))
     finally:
         torch.set_num_threads(threads)
     assert torch.equal(results[0], results[1])
@@ -126,14 +126,14 @@ def test_the_source_is_never_written_to() -> None:
     x = images(16)
     before = x.clone()
     for name in RECIPES:
-        photometric(hflip(x, draws(16), 0.5), recipe(name), draws(16))
+        photometric(hflip(x, image_rng(16), 0.5), recipe(name), image_rng(16))
     assert torch.equal(x, before)
 
 
 def test_strong_colour_sums_stay_exact() -> None:
     """The bound that exactness rests on: 255 * sum |coefficient| * 2**places < 2**24, at the strongest settings."""
     strongest = Recipe(jitter=1, brightness=1, contrast=1, saturation=1, hue=0.5)
-    matrix_b33, pull_b = augment._colour_map(strongest, draws(100_000))
+    matrix_b33, pull_b = augment._colour_map(strongest, image_rng(100_000))
     largest = 255 * (np.abs(matrix_b33).sum(2).max() + np.abs(pull_b).max()) + 1
     assert largest * 2**augment._COLOUR_PLACES < 2**24
 
@@ -154,12 +154,12 @@ def test_brightness_contrast_and_saturation_are_pillows() -> None:
 def test_hue_keeps_luminance_and_gray_loses_colour() -> None:
     x = (images(64) // 2 + 64).clone()
     luma = torch.tensor([0.299, 0.587, 0.114]).view(3, 1, 1)
-    turned = photometric(x, Recipe(jitter=1, hue=0.1), draws(64))
+    turned = photometric(x, Recipe(jitter=1, hue=0.1), image_rng(64))
     assert (turned.float() - x.float()).abs().max() > 10
     inside = (turned > 0) & (turned < 255)
     change = ((turned.float() - x.float()) * luma).sum(1).abs()
     assert change[inside.all(1)].max() < 1
-    gray = photometric(x, Recipe(gray=1), draws(64))
+    gray = photometric(x, Recipe(gray=1), image_rng(64))
     assert torch.equal(gray[:, 0], gray[:, 1])
     assert torch.equal(gray[:, 0], gray[:, 2])
     assert difference(gray[0, :1].expand(3, -1, -1), pil(x[0]).convert("L").convert("RGB")) <= 1
@@ -195,27 +195,27 @@ def test_blur_is_a_gaussian(sigma: float) -> None:
 
 def test_blur_is_sized_by_the_picture() -> None:
     x = images(64, 16, 16)
-    part_of_large = photometric(x, Recipe(blur=1), draws(64), side=224)
-    whole = photometric(x, Recipe(blur=1), draws(64))
+    part_of_large = photometric(x, Recipe(blur=1), image_rng(64), side=224)
+    whole = photometric(x, Recipe(blur=1), image_rng(64))
     assert (part_of_large.float() - x).abs().mean() > 4 * (whole.float() - x).abs().mean()
 
 
 def test_flip_mirrors_half_of_the_images() -> None:
     x = images(400)
-    flipped = hflip(x, draws(400), 0.5)
+    flipped = hflip(x, image_rng(400), 0.5)
     mirrored = (flipped == x.flip(-1)).flatten(1).all(1)
     unchanged = (flipped == x).flatten(1).all(1)
     assert (mirrored ^ unchanged).all()
     assert 160 < int(mirrored.sum()) < 240
-    assert torch.equal(hflip(x, draws(400), 0), x)
-    assert torch.equal(hflip(x, draws(400), 1), x.flip(-1))
+    assert torch.equal(hflip(x, image_rng(400), 0), x)
+    assert torch.equal(hflip(x, image_rng(400), 1), x.flip(-1))
 
 
 def test_coins_fall_as_often_as_the_recipe_says() -> None:
     x = images(2000, 8, 8)
-    changed = (photometric(x, Recipe(jitter=0.8, brightness=0.5), draws(2000)) != x).flatten(1).any(1)
+    changed = (photometric(x, Recipe(jitter=0.8, brightness=0.5), image_rng(2000)) != x).flatten(1).any(1)
     assert 0.76 < float(changed.float().mean()) < 0.83
-    gray = photometric(x, recipe("pirl"), draws(2000))
+    gray = photometric(x, recipe("pirl"), image_rng(2000))
     share = float(((gray[:, 0] == gray[:, 1]) & (gray[:, 0] == gray[:, 2])).flatten(1).all(1).float().mean())
     assert 0.17 < share < 0.23
 
@@ -225,12 +225,17 @@ def test_coins_fall_as_often_as_the_recipe_says() -> None:
 def test_an_accelerator_makes_the_same_pixels(name: str) -> None:
     x = images(64, 48, 48)
     device = torch.device("cuda")
-    on_device = photometric(hflip(x.to(device), draws(64), 0.5), recipe(name), draws(64))
-    assert torch.equal(on_device.cpu(), photometric(hflip(x, draws(64), 0.5), recipe(name), draws(64)))
+    on_device = photometric(hflip(x.to(device), image_rng(64), 0.5), recipe(name), image_rng(64))
+    assert torch.equal(
+        on_device.cpu(), photometric(hflip(x, image_rng(64), 0.5), recipe(name), image_rng(64))
+    )
 
 
 def test_empty_batches_pass_through() -> None:
     x = images(4)[:0]
     for name in RECIPES:
-        assert photometric(hflip(x, draws(0), 0.5), recipe(name), draws(0)).shape == x.shape
-    assert SourceCrop(8, 0.1).boxes(np.zeros(0, np.int64), np.zeros(0, np.int64), draws(0)).shape == (0, 4)
+        assert photometric(hflip(x, image_rng(0), 0.5), recipe(name), image_rng(0)).shape == x.shape
+    assert SourceCrop(8, 0.1).boxes(np.zeros(0, np.int64), np.zeros(0, np.int64), image_rng(0)).shape == (
+        0,
+        4,
+    )

@@ -18,8 +18,8 @@ from torch.multiprocessing.spawn import start_processes
 from torch.nn.parallel import DistributedDataParallel
 
 from raysl import collective, methods, pretext
-from raysl.contrast.bank import BankConfig, MemoryBank
-from raysl.network.trunk import TrunkConfig, build
+from raysl.backbone.network import BackboneConfig, build
+from raysl.contrastive.bank import BankConfig, MemoryBank
 from raysl.objectives import AfterStep, Alternates, Setup
 from raysl.pretext import Geometry, jigsaw
 from raysl.stream.plan import Rows
@@ -37,15 +37,17 @@ EPOCHS = np.array([[0] * 8, [0] * 5 + [1] * 3, [1] * 8])
 
 @dataclass(frozen=True)
 class Case:
-    """A method, its dials, and a bank."""
+    """A method, its hyperparameters, and a bank."""
 
     method: str
-    dials: tuple[tuple[str, Any], ...] = ()
+    hyperparameters: tuple[tuple[str, Any], ...] = ()
     placement: Any = "replicated"
     dtype: Any = "float32"
 
     def __str__(self) -> str:
-        return "-".join([self.method, *(str(value) for _, value in self.dials), self.placement, self.dtype])
+        return "-".join(
+            [self.method, *(str(value) for _, value in self.hyperparameters), self.placement, self.dtype]
+        )
 
 
 MEMORY = (("num_negatives", K), ("dim", D), ("temperature", 0.2))
@@ -77,18 +79,22 @@ def _network(case: Case) -> tuple[nn.Module, Any]:
     tasks = {spec: pretext.build(spec, parts, geometry) for spec in method.tasks}
     transform = tasks.get(method.pretext)
     torch.manual_seed(0)
-    trunk = build(TrunkConfig(norm="group"))
-    setup = Setup(transform, pretext.build("identity", {}, geometry), trunk.width, N, 4, 0, trunk, tasks)
-    return trunk, objective_type(config_type(**given(method.objective, N), **dict(case.dials)), setup)
+    backbone = build(BackboneConfig(norm="group"))
+    setup = Setup(
+        transform, pretext.build("identity", {}, geometry), backbone.width, N, 4, 0, backbone, tasks
+    )
+    return backbone, objective_type(
+        config_type(**given(method.objective, N), **dict(case.hyperparameters)), setup
+    )
 
 
 class _Model(nn.Module):
-    def __init__(self, trunk: nn.Module, objective: Any) -> None:
+    def __init__(self, backbone: nn.Module, objective: Any) -> None:
         super().__init__()
-        self.trunk, self.objective = trunk, objective
+        self.backbone, self.objective = backbone, objective
 
     def forward(self, views: dict[str, Tensor]) -> dict[str, Tensor]:
-        return self.objective(self.trunk, views)  # type: ignore[no-any-return]
+        return self.objective(self.backbone, views)  # type: ignore[no-any-return]
 
 
 def _batch(objective: Any, step: int, rank: int, world: int) -> Batch:
@@ -108,8 +114,8 @@ def _batch(objective: Any, step: int, rank: int, world: int) -> Batch:
 
 def _train(case: Case, rank: int, world: int) -> dict[str, Any]:
     """Some steps as the training loop takes them."""
-    trunk, objective = _network(case)
-    model: nn.Module = _Model(trunk, objective)
+    backbone, objective = _network(case)
+    model: nn.Module = _Model(backbone, objective)
     if world > 1:
         # Without finding them, every parameter must take part.
         model = DistributedDataParallel(model, find_unused_parameters=isinstance(objective, Alternates))
@@ -127,10 +133,10 @@ def _train(case: Case, rank: int, world: int) -> dict[str, Any]:
         found["grads"].append([p.grad.clone() for p in model.parameters() if p.grad is not None])
         optimizer.step()
         if isinstance(objective, AfterStep):
-            objective.after_step(trunk)
+            objective.after_step(backbone)
         if bank is not None:
-            assert loss.remember_bd is not None
-            bank.update(batch.indices_b, loss.remember_bd)
+            assert loss.bank_update_bd is not None
+            bank.update(batch.indices_b, loss.bank_update_bd)
     found["state"] = objective.state_dict()
     found["bank"] = bank.state() if bank is not None else None
     return found

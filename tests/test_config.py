@@ -9,11 +9,11 @@ from typing import Any
 import pytest
 
 from raysl import config
+from raysl.backbone.network import BackboneConfig
 from raysl.checkpoint import SaveConfig
 from raysl.config import Pretraining, ViewConfig
-from raysl.contrast.bank import BankConfig
+from raysl.contrastive.bank import BankConfig
 from raysl.errors import UserError
-from raysl.network.trunk import TrunkConfig
 from raysl.objectives import pirl, predict
 from raysl.optim import OptimConfig
 from raysl.pretext import jigsaw, rotation
@@ -34,7 +34,7 @@ def make(**values: Any) -> Pretraining:
             method="pirl-rotation+jigsaw",
             precision="bf16",
             view=ViewConfig(64, 0.08, "simclr"),
-            trunk=TrunkConfig("resnet18", "small", "group"),
+            backbone=BackboneConfig("resnet18", "small", "group"),
             optim=OptimConfig("adamw", schedule="step", milestones=(0.1, 0.2, 0.9)),
             bank=BankConfig(0.9, "sharded", "float16"),
             stream=StreamConfig("trainer"),
@@ -108,7 +108,7 @@ def test_a_missing_key_is_named() -> None:
         ({"optim": {"schedule": "linear"}}, r"optim\.schedule 'linear'"),
         ({"bank": {"dtype": "float8"}}, r"bank\.dtype 'float8'"),
         ({"bank": {"placement": "shard"}}, r"bank\.placement 'shard'. Did you mean 'sharded'"),
-        ({"trunk": {"norm": "layer"}}, r"trunk\.norm 'layer'"),
+        ({"backbone": {"norm": "layer"}}, r"backbone\.norm 'layer'"),
         ({"stream": {"place": "gpu"}}, r"stream\.place 'gpu'"),
         ({"view": {"image_size": 4}}, r"view\.image_size is 4"),
         ({"view": {"min_scale": 0.0}}, r"view\.min_scale is 0"),

@@ -12,8 +12,8 @@ import pytest
 
 from raysl.dataset import DataSet, Manifest
 from raysl.errors import UserError
-from raysl.ingest.shard import write
-from raysl.ingest.sources import Row
+from raysl.ingestion.shard import write
+from raysl.ingestion.sources import Row
 from raysl.storage import Folder
 from tests.data import make_dataset
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 import pytest
 
 from raysl import methods
-from raysl.catalog import grid
+from raysl.documentation import combinations
 from raysl.errors import UserError
 from raysl.methods import Method
 from raysl.objectives import pirl, predict
@@ -36,8 +36,8 @@ def test_objectives_are_files() -> None:
 
 
 def test_which_objectives_take_a_transform() -> None:
-    alone = {name for name in methods.objective_names() if grid.combines(name, "") == "yes"}
-    rotated = {name for name in methods.objective_names() if grid.combines(name, "rotation") == "yes"}
+    alone = {name for name in methods.objective_names() if combinations.combines(name, "") == "yes"}
+    rotated = {name for name in methods.objective_names() if combinations.combines(name, "rotation") == "yes"}
     assert {"moco", "npid", "simclr", "supervised"} <= alone
     assert {"moco", "pirl", "predict", "simclr"} <= rotated
     assert not {"pirl", "predict"} & alone

@@ -11,12 +11,12 @@ import torch
 from torch import Tensor, nn
 
 from raysl import methods, pretext
-from raysl.catalog import grid
-from raysl.contrast.bank import BankConfig, MemoryBank
-from raysl.network.trunk import Trunk, TrunkConfig, build
+from raysl.backbone.network import Backbone, BackboneConfig, build
+from raysl.contrastive.bank import BankConfig, MemoryBank
+from raysl.documentation import combinations
 from raysl.objectives import Setup
 from raysl.pretext import Geometry
-from raysl.rng import Draws
+from raysl.rng import ImageRng
 from raysl.stream.plan import Rows
 from raysl.stream.reader import Batch
 from tests.objectives.setups import given
@@ -26,22 +26,22 @@ N = 5_000
 pytestmark = pytest.mark.parametrize("name", methods.objective_names())
 
 
-def make(name: str, seed: int = 0) -> tuple[Trunk, Any]:
+def make(name: str, seed: int = 0) -> tuple[Backbone, Any]:
     torch.manual_seed(seed)
     config_type, objective_type = methods.load_objective(name)
     geometry = Geometry(image_size=16, predicted=objective_type.predicts)
-    trunk = build(TrunkConfig())
-    transform = next(t for t in ("rotation", "", "patch_grid") if grid.combines(name, t) == "yes")
+    backbone = build(BackboneConfig())
+    transform = next(t for t in ("rotation", "", "patch_grid") if combinations.combines(name, t) == "yes")
     setup = Setup(
         pretext=pretext.build(transform, {}, geometry) if transform else None,
         identity=pretext.build("identity", {}, geometry),
-        width=trunk.width,
+        width=backbone.width,
         num_images=N,
         num_classes=4,
         seed=0,
-        trunk=trunk,
+        backbone=backbone,
     )
-    return trunk, objective_type(config_type(**given(name, N)), setup)
+    return backbone, objective_type(config_type(**given(name, N)), setup)
 
 
 def batch(objective: Any, b: int) -> Batch:
@@ -53,7 +53,7 @@ def batch(objective: Any, b: int) -> Batch:
     for view, transform in objective.views.items():
         side = transform.source.size
         images = torch.randint(0, 256, (b, 3, side, side), dtype=torch.uint8, generator=generator)
-        made = transform.transform(images, Draws(0, rows.epochs_b, rows.indices_b).named(view))
+        made = transform.transform(images, ImageRng(0, rows.epochs_b, rows.indices_b).named(view))
         views[view] = made.crops_bpchw
         if made.target is not None:
             targets[view] = made.target
@@ -74,15 +74,15 @@ def test_it_has_a_documented_config(name: str) -> None:
 
 @pytest.mark.parametrize("b", [2, 5])
 def test_a_step_reaches_every_parameter(name: str, b: int) -> None:
-    trunk, objective = make(name)
+    backbone, objective = make(name)
     bank = MemoryBank(N, objective.bank_dim, BankConfig(), seed=0) if objective.bank_dim else None
     of = batch(objective, b)
-    found = objective.loss(objective.forward(trunk, of.views), of, bank)
+    found = objective.loss(objective.forward(backbone, of.views), of, bank)
     assert found.loss.shape == ()
     assert found.loss.isfinite()
     assert all(value.numel() == 1 and not value.requires_grad for value in found.metrics.values())
     found.loss.backward()
-    for key, parameter in nn.ModuleDict({"trunk": trunk, "objective": objective}).named_parameters():
+    for key, parameter in nn.ModuleDict({"backbone": backbone, "objective": objective}).named_parameters():
         if not parameter.requires_grad:
             assert key.startswith("objective."), f"{key} is frozen"
             continue
@@ -91,26 +91,26 @@ def test_a_step_reaches_every_parameter(name: str, b: int) -> None:
 
 
 def test_what_it_remembers_are_unit_vectors_without_gradient(name: str) -> None:
-    trunk, objective = make(name)
+    backbone, objective = make(name)
     bank = MemoryBank(N, objective.bank_dim, BankConfig(), seed=0) if objective.bank_dim else None
     of = batch(objective, 3)
-    remember_bd = objective.loss(objective.forward(trunk, of.views), of, bank).remember_bd
-    assert (remember_bd is None) == (bank is None)
-    if remember_bd is not None:
-        assert remember_bd.shape == (3, objective.bank_dim)
-        assert not remember_bd.requires_grad
-        torch.testing.assert_close(remember_bd.norm(dim=1), torch.ones(3))
+    bank_update_bd = objective.loss(objective.forward(backbone, of.views), of, bank).bank_update_bd
+    assert (bank_update_bd is None) == (bank is None)
+    if bank_update_bd is not None:
+        assert bank_update_bd.shape == (3, objective.bank_dim)
+        assert not bank_update_bd.requires_grad
+        torch.testing.assert_close(bank_update_bd.norm(dim=1), torch.ones(3))
 
 
 def test_its_state_makes_another_one_equal(name: str) -> None:
-    trunk, objective = make(name)
+    backbone, objective = make(name)
     bank = MemoryBank(N, objective.bank_dim, BankConfig(), seed=0) if objective.bank_dim else None
     of = batch(objective, 2)
-    objective.loss(objective.forward(trunk, of.views), of, bank)
+    objective.loss(objective.forward(backbone, of.views), of, bank)
     _, other = make(name, seed=1)
     other.load_state_dict(objective.state_dict())
-    trunk.eval(), objective.eval(), other.eval()
-    ours, theirs = objective.forward(trunk, of.views), other.forward(trunk, of.views)
+    backbone.eval(), objective.eval(), other.eval()
+    ours, theirs = objective.forward(backbone, of.views), other.forward(backbone, of.views)
     assert ours.keys() == theirs.keys()
     for output in ours:
         assert torch.equal(ours[output], theirs[output])

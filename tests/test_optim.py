@@ -9,8 +9,8 @@ import torch
 from torch import nn
 
 from raysl import optim
+from raysl.backbone import network as networks
 from raysl.errors import UserError
-from raysl.network import trunk
 from raysl.optim import OptimConfig
 
 
@@ -59,7 +59,7 @@ def test_steps_divide_by_ten_at_the_milestones() -> None:
 
 
 def test_biases_and_normalisation_do_not_decay() -> None:
-    network = nn.Sequential(trunk.build(trunk.TrunkConfig()), nn.Linear(192, 8))
+    network = nn.Sequential(networks.build(networks.BackboneConfig()), nn.Linear(192, 8))
     names = {id(p): name for name, p in network.named_parameters()}
     decayed, plain = optim.build(OptimConfig(weight_decay=0.1), network).param_groups
     assert (decayed["weight_decay"], plain["weight_decay"]) == (0.1, 0.0)

@@ -19,14 +19,14 @@ from torch import Tensor
 from raysl import pretext
 from raysl.errors import UserError
 from raysl.pretext import Geometry, Pretext
-from raysl.rng import Draws
+from raysl.rng import ImageRng
 
 SPECS = [*pretext.names(), "rotation+jigsaw", "identity+rotation", "rotation+colorization"]
 GEOMETRIES = [Geometry(32), Geometry(32, predicted=True), Geometry(64, predicted=True, seed=3)]
 
 
-def draws(indices: list[int] | range, epoch: int = 0, seed: int = 0) -> Draws:
-    return Draws(seed, np.full(len(indices), epoch, dtype=np.int64), np.array(indices, dtype=np.int64))
+def image_rng(indices: list[int] | range, epoch: int = 0, seed: int = 0) -> ImageRng:
+    return ImageRng(seed, np.full(len(indices), epoch, dtype=np.int64), np.array(indices, dtype=np.int64))
 
 
 def images(count: int, side: int) -> Tensor:
@@ -47,7 +47,7 @@ def made(request: pytest.FixtureRequest) -> Pretext:
 def test_shapes_types_and_labels(made: Pretext) -> None:
     x = images(64, made.source.size)
     before = x.clone()
-    result = made.transform(x, draws(range(64)))
+    result = made.transform(x, image_rng(range(64)))
     assert torch.equal(x, before), "the images are written to"
     crops = result.crops_bpchw
     assert crops.dtype == torch.uint8
@@ -68,7 +68,7 @@ def test_a_target_that_is_no_label_has_a_head_and_a_loss(made: Pretext) -> None:
     dense = pretext.dense(made)
     if dense is None:
         pytest.skip("classes, or nothing")
-    target = made.transform(images(6, made.source.size), draws(range(6))).target
+    target = made.transform(images(6, made.source.size), image_rng(range(6))).target
     assert target is not None
     assert target.nbytes <= 6 * 4096, "it travels with the crops"
     torch.manual_seed(0)
@@ -84,11 +84,11 @@ def test_a_target_that_is_no_label_has_a_head_and_a_loss(made: Pretext) -> None:
 
 def test_an_image_never_depends_on_its_batch_mates(made: Pretext) -> None:
     x = images(16, made.source.size)
-    together = made.transform(x, draws(range(16)))
+    together = made.transform(x, image_rng(range(16)))
     order = [5, 0, 15, 3]
-    some = made.transform(x[order], draws(order))
+    some = made.transform(x[order], image_rng(order))
     assert torch.equal(some.crops_bpchw, together.crops_bpchw[order])
-    one = made.transform(x[7:8], draws([7]))
+    one = made.transform(x[7:8], image_rng([7]))
     assert torch.equal(one.crops_bpchw[0], together.crops_bpchw[7])
     if together.target is not None:
         assert some.target is not None
@@ -100,7 +100,8 @@ def test_choices_change_with_seed_and_epoch(made: Pretext) -> None:
         pytest.skip("nothing to choose")
     x = images(64, made.source.size)
     labels = [
-        made.transform(x, d).target for d in (draws(range(64)), draws(range(64), 1), draws(range(64), 0, 1))
+        made.transform(x, d).target
+        for d in (image_rng(range(64)), image_rng(range(64), 1), image_rng(range(64), 0, 1))
     ]
     assert not torch.equal(labels[0], labels[1])  # type: ignore[arg-type]
     assert not torch.equal(labels[0], labels[2])  # type: ignore[arg-type]
@@ -112,7 +113,7 @@ def test_a_pickled_transform_makes_the_same(made: Pretext) -> None:
     x = images(8, made.source.size)
     back = pickle.loads(data)
     assert torch.equal(
-        back.transform(x, draws(range(8))).crops_bpchw, made.transform(x, draws(range(8))).crops_bpchw
+        back.transform(x, image_rng(range(8))).crops_bpchw, made.transform(x, image_rng(range(8))).crops_bpchw
     )
     assert back.describe() == made.describe()
 
@@ -130,7 +131,7 @@ def test_labels_are_balanced(made: Pretext) -> None:
     for start in range(0, b, 4096):
         rows = range(start, min(b, start + 4096))
         label_b = made.transform(
-            images(1, made.source.size).expand(len(rows), -1, -1, -1), draws(rows)
+            images(1, made.source.size).expand(len(rows), -1, -1, -1), image_rng(rows)
         ).target
         assert label_b is not None
         counts += np.bincount(label_b.numpy(), minlength=made.num_labels)
@@ -156,7 +157,7 @@ def test_an_image_that_is_too_small_works_or_is_refused_clearly(name: str, side:
     refused: UserError | None = None
     try:
         made = pretext.build(name, {}, Geometry(side))
-        made.transform(images(2, made.source.size), draws(range(2)))
+        made.transform(images(2, made.source.size), image_rng(range(2)))
     except UserError as error:
         refused = error
     assert refused is None or f"image_size={side}" in str(refused)
@@ -196,7 +197,7 @@ class TestNames:
         assert "upside_down" in pretext.names()
         made = pretext.build("upside_down+jigsaw", {}, Geometry(32, predicted=True))
         assert made.num_labels == 200
-        assert made.transform(images(4, made.source.size), draws(range(4))).crops_bpchw.shape[1] == 9
+        assert made.transform(images(4, made.source.size), image_rng(range(4))).crops_bpchw.shape[1] == 9
 
 
 class TestComposition:
@@ -205,11 +206,11 @@ class TestComposition:
         both = pretext.build("rotation+jigsaw", configs, Geometry(32))
         assert both.num_labels == 20
         x = images(200, both.source.size)
-        result = both.transform(x, draws(range(200)))
+        result = both.transform(x, image_rng(range(200)))
         assert result.target is not None
-        rotated = pretext.build("rotation", {}, Geometry(32)).transform(x, draws(range(200)).named("0"))
+        rotated = pretext.build("rotation", {}, Geometry(32)).transform(x, image_rng(range(200)).named("0"))
         cut = pretext.build("jigsaw", configs, Geometry(32)).transform(
-            rotated.crops_bpchw[:, 0], draws(range(200)).named("1")
+            rotated.crops_bpchw[:, 0], image_rng(range(200)).named("1")
         )
         assert rotated.target is not None
         assert cut.target is not None

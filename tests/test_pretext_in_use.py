@@ -15,20 +15,20 @@ import pytest
 import torch
 
 from raysl import methods, pretext
-from raysl.catalog import grid, pages
-from raysl.catalog.pictures import views_sheet
+from raysl.backbone.network import BackboneConfig
+from raysl.cli.flags import parse_pretraining
 from raysl.config import Pretraining, ViewConfig
-from raysl.contrast.bank import BankConfig, MemoryBank
+from raysl.contrastive.bank import BankConfig, MemoryBank
 from raysl.dataset import DataSet
+from raysl.documentation import combinations, pages
+from raysl.documentation.pictures import views_sheet
 from raysl.errors import UserError
-from raysl.flags import parse_pretraining
-from raysl.network.trunk import TrunkConfig
 from raysl.objectives import pirl
 from raysl.storage import Folder
 from raysl.stream.plan import Plan
 from raysl.stream.reader import Batch, Stream, StreamConfig, _Load
-from raysl.sweep.space import space
 from raysl.training.worker import Network
+from raysl.tuning.space import space
 from tests.data import make_dataset
 
 ONE_FILE = '''
@@ -38,12 +38,12 @@ from typing import Annotated
 from torch import nn
 from raysl.augment import SourceCrop
 from raysl.pretext import Transformed
-from raysl.ranges import Range
+from raysl.fields import Range
 
 
 @dataclass(frozen=True)
 class Config:
-    """Dials of brightness.
+    """Hyperparameters of brightness.
 
     Args:
         darkest: smallest factor.
@@ -87,8 +87,10 @@ def brightness(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[str]
 
 def make(method: str, place: Literal["data", "trainer"] = "data") -> tuple[Network, Pretraining]:
     parts = {"pirl": pirl.Config(num_negatives=16, dim=8)} if method.startswith("pirl") else {}
-    view, trunk = ViewConfig(image_size=32), TrunkConfig(norm="group")
-    config = Pretraining("-", "-", method, view=view, trunk=trunk, stream=StreamConfig(place), parts=parts)
+    view, backbone = ViewConfig(image_size=32), BackboneConfig(norm="group")
+    config = Pretraining(
+        "-", "-", method, view=view, backbone=backbone, stream=StreamConfig(place), parts=parts
+    )
     return Network(config, 60, 4), config
 
 
@@ -129,7 +131,7 @@ def test_every_transform_trains_when_predicted_and_when_compared(
     objective: str, transform: str, dataset: DataSet
 ) -> None:
     network, config = make(f"{objective}-{transform}")
-    assert grid.combines(objective, transform) == "yes"
+    assert combinations.combines(objective, transform) == "yes"
     losses = losses_of_steps(network, first_batch(network, config, dataset), 4)
     assert np.isfinite(losses).all()
     assert min(losses[1:]) < losses[0]
@@ -159,11 +161,11 @@ def test_a_new_file_is_all_that_a_new_transform_needs(
     assert parse_pretraining(flags, "raysl pretrain").parts["brightness"].darkest == 0.2
     searched = space(parse_pretraining(flags, "raysl sweep"), ("darkest",), listed=True)
     assert searched.grid() == [{"brightness.darkest": value} for value in (0.2, 0.5, 0.8)]
-    tables = grid.describe()
+    tables = combinations.describe()
     assert any("Brightness: the image made darker" in str(cell) for cell in tables[0].columns[2].cells)
     assert brightness in list(tables[1].columns[0].cells)
     for objective in ("predict", "pirl"):
-        assert grid.combines(objective, brightness) == "yes"
+        assert combinations.combines(objective, brightness) == "yes"
         network, config = make(f"{objective}-{brightness}")
         batch = first_batch(network, config, dataset)
         assert (batch.targets["transformed"].dtype, batch.targets["transformed"].shape) == (

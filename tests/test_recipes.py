@@ -11,13 +11,13 @@ import torch
 from torch import Tensor, nn
 
 from raysl import optim, recipes
+from raysl.cli.flags import parse_pretraining
 from raysl.config import Pretraining
-from raysl.contrast.bank import BankConfig, MemoryBank
+from raysl.contrastive.bank import BankConfig, MemoryBank
 from raysl.errors import UserError
-from raysl.flags import parse_pretraining
 from raysl.objectives import AfterStep
 from raysl.pretext import jigsaw
-from raysl.rng import Draws
+from raysl.rng import ImageRng
 from raysl.stream.plan import Rows
 from raysl.stream.reader import Batch
 from raysl.training.worker import Network
@@ -117,14 +117,14 @@ def weights(module: nn.Module) -> int:
 def batch(network: Network, config: Pretraining, b: int) -> Batch:
     """Views of random images, as the stream makes them."""
     rows = Rows(np.arange(b) * 1000, np.zeros(b, np.int64))
-    draws = Draws(0, rows.epochs_b, rows.indices_b)
+    image_rng = ImageRng(0, rows.epochs_b, rows.indices_b)
     generator = torch.Generator().manual_seed(0)
     views: dict[str, Tensor] = {}
     targets: dict[str, Tensor] = {}
     for name, view in network.views(config).items():
         side = view.source.size
         images = torch.randint(0, 256, (b, 3, side, side), dtype=torch.uint8, generator=generator)
-        made = view(images, draws.named(name))
+        made = view(images, image_rng.named(name))
         views[name] = made.crops_bpchw
         targets |= {name: made.target} if made.target is not None else {}
     return Batch(0, rows, torch.zeros(b, dtype=torch.int64), views, targets)
@@ -139,7 +139,7 @@ def test_a_step_at_full_geometry(name: str) -> None:
         part: jigsaw.Config = replace(config.parts["jigsaw"], criterion="random")
         config = replace(config, parts={**config.parts, "jigsaw": part})
     network = Network(config, IMAGENET, 1000)
-    assert weights(network.trunk) == RESNET50
+    assert weights(network.backbone) == RESNET50
     assert weights(network.objective) == HEADS[name]  # type: ignore[arg-type]
     of = batch(network, config, 2)
     assert {view: (x.shape[1], x.shape[-1]) for view, x in of.views.items()} == CROPS[name]
@@ -153,9 +153,9 @@ def test_a_step_at_full_geometry(name: str) -> None:
         group["lr"] = config.optim.lr_at(100_000, 200_000, config.batch_size)
     optimizer.step()
     if isinstance(network.objective, AfterStep):
-        network.objective.after_step(network.trunk)
-    if bank is not None and found.remember_bd is not None:
-        bank.update(of.indices_b, found.remember_bd)
+        network.objective.after_step(network.backbone)
+    if bank is not None and found.bank_update_bd is not None:
+        bank.update(of.indices_b, found.bank_update_bd)
     after = list(network.parameters())
     assert all(p.isfinite().all() for p in after)
     moved = [not torch.equal(a, b) for a, b in zip(after, before, strict=True)]

@@ -9,27 +9,27 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
-from raysl.rng import Draws, generator, key
+from raysl.rng import ImageRng, generator, key
 
 seeds = st.integers(0, 2**63 - 1)
 index_lists = st.lists(st.integers(0, 2**40 - 1), min_size=1, max_size=20, unique=True)
 epochs = st.integers(0, 100_000)
 
 
-def draws(seed: int, epoch: int, indices: list[int] | range) -> Draws:
-    return Draws(seed, np.full(len(indices), epoch, dtype=np.int64), np.array(indices, dtype=np.int64))
+def image_rng(seed: int, epoch: int, indices: list[int] | range) -> ImageRng:
+    return ImageRng(seed, np.full(len(indices), epoch, dtype=np.int64), np.array(indices, dtype=np.int64))
 
 
 @given(seeds, epochs, index_lists, st.integers(1, 5), st.randoms())
 def test_numbers_do_not_depend_on_the_batch(
     seed: int, epoch: int, indices: list[int], count: int, order: random.Random
 ) -> None:
-    together = draws(seed, epoch, indices).uniform_array("x", count)
-    alone = np.concatenate([draws(seed, epoch, [i]).uniform_array("x", count) for i in indices])
+    together = image_rng(seed, epoch, indices).uniform_array("x", count)
+    alone = np.concatenate([image_rng(seed, epoch, [i]).uniform_array("x", count) for i in indices])
     assert (together == alone).all()
     positions = list(range(len(indices)))
     order.shuffle(positions)
-    shuffled = draws(seed, epoch, [indices[p] for p in positions]).uniform_array("x", count)
+    shuffled = image_rng(seed, epoch, [indices[p] for p in positions]).uniform_array("x", count)
     assert (shuffled == together[positions]).all()
 
 
@@ -37,15 +37,15 @@ def test_numbers_do_not_depend_on_the_batch(
 def test_crops_of_an_image_do_not_depend_on_the_batch(
     seed: int, epoch: int, indices: list[int], p: int
 ) -> None:
-    together = draws(seed, epoch, indices).repeated(p).uniform_array("x", 2)
-    alone = np.concatenate([draws(seed, epoch, [i]).repeated(p).uniform_array("x", 2) for i in indices])
+    together = image_rng(seed, epoch, indices).repeated(p).uniform_array("x", 2)
+    alone = np.concatenate([image_rng(seed, epoch, [i]).repeated(p).uniform_array("x", 2) for i in indices])
     assert (together == alone).all()
     assert len(np.unique(together[:, 0])) == len(indices) * p
 
 
 @given(seeds, index_lists, st.integers(1, 1_000_000))
 def test_ranges(seed: int, indices: list[int], below: int) -> None:
-    d = draws(seed, 0, indices)
+    d = image_rng(seed, 0, indices)
     array = d.uniform_array("x", 3)
     assert ((array >= 0) & (array < 1)).all()
     whole = d.integers("x", below, 3)
@@ -58,13 +58,13 @@ def test_ranges(seed: int, indices: list[int], below: int) -> None:
 
 @given(seeds, epochs)
 def test_seed_epoch_and_name_all_matter(seed: int, epoch: int) -> None:
-    d = draws(seed, epoch, range(8))
+    d = image_rng(seed, epoch, range(8))
     numbers = [
         d.uniform_array("x", 4),
         d.uniform_array("y", 4),
         d.named("x").uniform_array("x", 4),
-        draws(seed, epoch + 1, range(8)).uniform_array("x", 4),
-        draws(seed + 1, epoch, range(8)).uniform_array("x", 4),
+        image_rng(seed, epoch + 1, range(8)).uniform_array("x", 4),
+        image_rng(seed + 1, epoch, range(8)).uniform_array("x", 4),
         d.repeated(1).uniform_array("x", 4),
     ]
     assert len(np.unique(np.concatenate(numbers))) == 6 * 8 * 4
@@ -77,17 +77,17 @@ def chi2_per_degree(counts: np.ndarray[tuple[int, ...], np.dtype[np.int64]]) -> 
 
 def test_numbers_are_uniform_over_images_epochs_and_counts() -> None:
     for array in (
-        draws(0, 0, range(60_000)).uniform_array("x", 1),
-        draws(0, 0, range(10)).uniform_array("x", 6_000),
-        np.concatenate([draws(0, e, range(60)).uniform_array("x", 1) for e in range(1000)]),
-        np.concatenate([draws(s, 0, range(60)).uniform_array("x", 1) for s in range(1000)]),
+        image_rng(0, 0, range(60_000)).uniform_array("x", 1),
+        image_rng(0, 0, range(10)).uniform_array("x", 6_000),
+        np.concatenate([image_rng(0, e, range(60)).uniform_array("x", 1) for e in range(1000)]),
+        np.concatenate([image_rng(s, 0, range(60)).uniform_array("x", 1) for s in range(1000)]),
     ):
         counts = np.bincount((array.ravel() * 100).astype(np.int64), minlength=100)
         assert 0.5 < chi2_per_degree(counts) < 1.6
 
 
 def test_neighbouring_numbers_are_independent() -> None:
-    array = draws(5, 2, range(40_000)).uniform_array("x", 2)
+    array = image_rng(5, 2, range(40_000)).uniform_array("x", 2)
     for first, second in ((array[:, 0], array[:, 1]), (array[:-1, 0], array[1:, 0])):
         cells = (first * 10).astype(np.int64) * 10 + (second * 10).astype(np.int64)
         assert 0.5 < chi2_per_degree(np.bincount(cells, minlength=100)) < 1.6

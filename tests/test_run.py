@@ -15,7 +15,7 @@ from raysl.config import Pretraining
 from raysl.dataset import DataSet, Manifest, Shard
 from raysl.errors import UserError
 from raysl.optim import OptimConfig
-from raysl.run import METRICS, PASSPORT, MetricsLog, Run
+from raysl.run import METADATA, METRICS, MetricsLog, Run
 from raysl.storage import Folder
 
 
@@ -35,29 +35,29 @@ def begin(tmp_path: Path, **values: Any) -> Run:
 
 def test_a_passport_says_what_the_numbers_depend_on(tmp_path: Path) -> None:
     run = begin(tmp_path)
-    passport = Run.open(str(tmp_path / "run")).passport()
-    assert passport["facts"] == {"permutations_digest": "abc"}
-    assert passport["data"]["fingerprint"] == "f" * 32
-    assert passport["data"]["num_images"] == 8
-    assert {"python", "packages", "code", "workers", "started"} <= set(passport["sessions"][0])
+    metadata = Run.open(str(tmp_path / "run")).metadata()
+    assert metadata["facts"] == {"permutations_digest": "abc"}
+    assert metadata["data"]["fingerprint"] == "f" * 32
+    assert metadata["data"]["num_images"] == 8
+    assert {"python", "packages", "code", "workers", "started"} <= set(metadata["sessions"][0])
     assert run.config() == config(tmp_path)
 
 
 def test_the_same_configuration_goes_on_on_other_workers(tmp_path: Path) -> None:
     begin(tmp_path, workers=2)
     run = begin(tmp_path, workers=4, log_every=3, channels_last=False)
-    assert [session["workers"] for session in run.passport()["sessions"]] == [2, 4]
+    assert [session["workers"] for session in run.metadata()["sessions"]] == [2, 4]
     assert run.config().workers == 2
 
 
 def test_another_configuration_is_refused_and_the_fields_are_named(tmp_path: Path) -> None:
     run = begin(tmp_path)
-    before = run.folder.read(PASSPORT)
+    before = run.folder.read(METADATA)
     with pytest.raises(UserError, match=r"these differ: optim\.lr, seed\."):
         begin(tmp_path, seed=1, optim=OptimConfig(lr=1.0))
     with pytest.raises(UserError, match=r"parts\.pirl\.lam"):
         begin(tmp_path, parts={"pirl": {"lam": 0.1}})
-    assert run.folder.read(PASSPORT) == before
+    assert run.folder.read(METADATA) == before
 
 
 def test_other_images_are_refused(tmp_path: Path) -> None:
@@ -72,12 +72,12 @@ NO_DATA = b'{"config": {}, "data": {}, "sessions": []}'
 @pytest.mark.parametrize("damage", [b"", b"{", b"[]", b'{"config": {}}', b"\xff\xfe", NO_DATA])
 def test_a_damaged_passport_is_told(tmp_path: Path, damage: bytes) -> None:
     run = begin(tmp_path)
-    run.folder.write(PASSPORT, damage)
-    with pytest.raises(UserError, match=rf"passport of the run at .*run' is damaged.*Restore {PASSPORT}"):
+    run.folder.write(METADATA, damage)
+    with pytest.raises(UserError, match=rf"metadata of the run at .*run' is damaged.*Restore {METADATA}"):
         Run.open(str(tmp_path / "run"))
     with pytest.raises(UserError, match="is damaged"):
         begin(tmp_path)
-    assert run.folder.read(PASSPORT) == damage
+    assert run.folder.read(METADATA) == damage
 
 
 def test_where_there_is_no_run(tmp_path: Path) -> None:

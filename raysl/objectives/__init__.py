@@ -3,7 +3,7 @@
 A file `objectives/foo.py` describes the objective `foo` with
 
     @dataclass(frozen=True)
-    class Config: ...                    its dials
+    class Config: ...                    its hyperparameters
     class Foo(nn.Module): ...            the objective; see `Objective`
 
 A method is an objective and, where it needs one, a pretext transform: "pirl-jigsaw", "predict-rotation", "npid". An
@@ -18,7 +18,7 @@ from typing import Any, Protocol, runtime_checkable
 
 from torch import Tensor, nn
 
-from raysl.contrast.bank import MemoryBank
+from raysl.contrastive.bank import MemoryBank
 from raysl.errors import UserError
 from raysl.pretext import Pretext
 from raysl.stream.reader import Batch
@@ -31,11 +31,11 @@ class Setup:
     Args:
         pretext: the transform of the method; None when the method names none, or several.
         identity: the ordinary view.
-        width: features of the trunk.
+        width: features of the backbone.
         num_images: N.
         num_classes: of the data set; 0 when it has no labels.
         seed: seed of the run.
-        trunk: the network that is trained, for an objective that begins from a copy of it. It is not the objective's
+        backbone: the network that is trained, for an objective that begins from a copy of it. It is not the objective's
             to keep; the identity stands for it where no copy is needed.
         tasks: the transforms that the method names, by their names; more than one only for an objective that says
             `several`.
@@ -48,7 +48,7 @@ class Setup:
     num_images: int
     num_classes: int
     seed: int
-    trunk: nn.Module = field(default_factory=nn.Identity)
+    backbone: nn.Module = field(default_factory=nn.Identity)
     tasks: Mapping[str, Pretext] = field(default_factory=dict)
     fingerprint: str = ""
 
@@ -81,7 +81,7 @@ class Loss:
 
     loss: Tensor
     metrics: dict[str, Tensor]
-    remember_bd: Tensor | None = None
+    bank_update_bd: Tensor | None = None
 
 
 class Objective(Protocol):
@@ -99,7 +99,7 @@ class Objective(Protocol):
 
     def __init__(self, config: Any, setup: Setup) -> None: ...
 
-    def forward(self, trunk: nn.Module, views: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    def forward(self, backbone: nn.Module, views: Mapping[str, Tensor]) -> dict[str, Tensor]:
         """Embeddings or logits from uint8 views (b, p, c, h, w). Every parameter that is trained takes part, but for
         an objective that `Alternates`."""
         ...
@@ -113,7 +113,7 @@ class Objective(Protocol):
 class AfterStep(Protocol):
     """What an objective has besides `Objective` when it follows the weights, such as a momentum encoder."""
 
-    def after_step(self, trunk: nn.Module) -> None:
+    def after_step(self, backbone: nn.Module) -> None:
         """Called once after every step of the optimiser, on every worker alike."""
         ...
 
@@ -147,5 +147,5 @@ class Describes(Protocol):
     """What an objective has besides `Objective` when its Config alone does not say what it learns from."""
 
     def describe(self) -> dict[str, Any]:
-        """JSON facts for the run's passport, such as whose labels they are."""
+        """JSON facts for the run's metadata, such as whose labels they are."""
         ...

@@ -15,7 +15,7 @@ def projection(head: HeadName, width: int, dim: int, norm: NormName = "none") ->
 
     Args:
         head: "linear"; "mlp" with one hidden layer as wide as the features; or "bn", linear on features that are
-            standardised over the batch. A small trunk gives all images nearly one direction at first, and a short
+            standardised over the batch. A small backbone gives all images nearly one direction at first, and a short
             run with a high learning rate may never leave it; standardising takes that direction away.
         norm: of the hidden layer of an "mlp", before its ReLU.
     """

@@ -10,17 +10,17 @@ import torch
 from torch import Tensor
 
 from raysl import collective
-from raysl.contrast import losses, negatives
-from raysl.contrast.bank import MemoryBank
+from raysl.contrastive import losses, negatives
+from raysl.contrastive.bank import MemoryBank
 from raysl.errors import UserError
+from raysl.fields import Range
 from raysl.objectives._heads import HeadName
-from raysl.ranges import Range
 from raysl.stream.reader import Batch
 
 
 @dataclass(frozen=True)
 class MemoryConfig:
-    """Dials of a contrast against the memory bank.
+    """Hyperparameters of a contrast against the memory bank.
 
     Args:
         temperature: tau; scores are divided by it.
@@ -30,7 +30,7 @@ class MemoryConfig:
         negatives: "shared" draws one set for the batch of a step; "own" draws for each image, as in the papers.
         dim: D, size of the embeddings.
         head: "linear" as in the papers; "mlp" with one hidden layer; "bn", linear on standardised features, which
-            short runs of small trunks need.
+            short runs of small backbones need.
     """
 
     temperature: Annotated[float, Range((0.03, 0.05, 0.07, 0.1, 0.15, 0.2, 0.5), log=True, live=True)] = 0.07

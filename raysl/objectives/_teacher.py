@@ -1,4 +1,4 @@
-"""A trained run as a classifier: its trunk and its linear classifier, frozen."""
+"""A trained run as a classifier: its backbone and its linear classifier, frozen."""
 
 from __future__ import annotations
 
@@ -9,14 +9,14 @@ import torch
 from torch import Tensor, nn
 
 from raysl import checkpoint
+from raysl.backbone import network as networks
+from raysl.backbone.network import BackboneConfig, encode
 from raysl.checkpoint import Checkpoint
 from raysl.errors import UserError
-from raysl.network import trunk
-from raysl.network.trunk import TrunkConfig, encode
 from raysl.storage import Folder
 
 # Written by `raysl.run`, which stands above this room.
-_PASSPORT = "passport.json"
+_PASSPORT = "metadata.json"
 _CLASSIFIER = "objective.classify."
 # Of a predictor of several crops, whose classifier takes what this makes of all of them.
 _PROJECTION = "objective.project.0."
@@ -27,9 +27,9 @@ class Teacher:
     """A frozen network in evaluation mode. Not a module: what holds it neither trains nor saves it.
 
     Args:
-        network: the trunk, and after it the classifier.
+        network: the backbone, and after it the classifier.
         method: by which it was trained, such as "predict-rotation".
-        facts: JSON, for the passport: which run, step and weights.
+        facts: JSON, for the metadata: which run, step and weights.
     """
 
     network: nn.ModuleList
@@ -67,14 +67,14 @@ def load(run: str, step: int = 0) -> Teacher:
         )
     try:
         config = folder.read_json(_PASSPORT)["config"]
-        method, encoder = str(config["method"]), trunk.build(TrunkConfig(**config["trunk"]))
+        method, encoder = str(config["method"]), networks.build(BackboneConfig(**config["backbone"]))
     except (ValueError, KeyError, TypeError) as error:
         raise UserError(
-            f"The passport of the run at {run!r} is damaged: {error!r}. Restore {_PASSPORT} from a copy."
+            f"The metadata of the run at {run!r} is damaged: {error!r}. Restore {_PASSPORT} from a copy."
         ) from error
     found = _checkpoint(run, folder / "checkpoints", step)
     state: dict[str, Tensor] = found.state()["network"]
-    encoder.load_state_dict(found.trunk_state())
+    encoder.load_state_dict(found.backbone_state())
     weight_kd = state.get(f"{_CLASSIFIER}weight")
     joins_crops = f"{_PROJECTION}weight" in state
     if weight_kd is None or joins_crops or weight_kd.shape[1] != encoder.width:

@@ -5,7 +5,7 @@ the K cluster ids y of a table from scratch, by
 
     L = -log softmax(W v_I)_y
 
-with v the trunk's features of an image I. What the clusters keep is the gist of the first network's features, and
+with v the backbone's features of an image I. What the clusters keep is the gist of the first network's features, and
 what they lose is the trace of its pretext. Published with ResNet-50 and 16,000 clusters of RotNet's features: 53.6 %
 top-1 of a linear probe on ImageNet, where RotNet itself has 48.2 (VISSL).
 
@@ -30,9 +30,9 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from raysl.contrast.bank import MemoryBank
+from raysl.backbone.network import encode
+from raysl.contrastive.bank import MemoryBank
 from raysl.errors import Unset, UserError
-from raysl.network.trunk import encode
 from raysl.objectives import Loss, Setup
 from raysl.storage import Folder, filesystem
 from raysl.stream.reader import Batch
@@ -43,7 +43,7 @@ COMMAND = "raysl clusterfit --teacher TEACHER --k 1000 --data DATA --run RUN"
 
 @dataclass(frozen=True)
 class Config:
-    """Dials of ClusterFit.
+    """Hyperparameters of ClusterFit.
 
     Args:
         labels: the table of cluster ids, a path or a URI.
@@ -68,9 +68,9 @@ class Clusterfit(nn.Module):
         self.labels_n = torch.from_numpy(table.clusters_n)
         self.classify = nn.Linear(setup.width, table.num_clusters)
 
-    def forward(self, trunk: nn.Module, views: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    def forward(self, backbone: nn.Module, views: Mapping[str, Tensor]) -> dict[str, Tensor]:
         """Logits (b, K)."""
-        return {"logits": self.classify(encode(trunk, views["image"])[:, 0])}
+        return {"logits": self.classify(encode(backbone, views["image"])[:, 0])}
 
     def loss(self, outputs: Mapping[str, Tensor], batch: Batch, bank: MemoryBank | None) -> Loss:
         """Cross-entropy, averaged over the batch."""
@@ -91,7 +91,7 @@ class Assignments:
     Args:
         clusters_n: int64 (n,), in 0 .. K - 1, in index order.
         num_clusters: K.
-        facts: JSON, for the passport.
+        facts: JSON, for the metadata.
     """
 
     clusters_n: npt.NDArray[np.int64]

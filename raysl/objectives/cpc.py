@@ -1,7 +1,7 @@
 """CPC: from the rows of patches above, tell the patches of the rows below among others.
 
 Oord, Li and Vinyals, "Representation Learning with Contrastive Predictive Coding", arXiv 1807.03748 (v1); Henaff et
-al., "Data-Efficient Image Recognition with Contrastive Predictive Coding", arXiv 1905.09272 (v2). With v the trunk's
+al., "Data-Efficient Image Recognition with Contrastive Predictive Coding", arXiv 1905.09272 (v2). With v the backbone's
 features of a patch, c the output of a convolutional network that sees a patch's row and those above, and z the
 targets, linear in v, of patches at row r and column s,
 
@@ -12,7 +12,7 @@ worker's batch, with gradient. Two rows below is the first without a common pixe
 ImageNet: v1 with ResNet-101, 48.7 % top-1 of a linear probe.
 
 "cpc-patch_grid" is the method. BatchNorm would tell patches apart by what it knows of the others (v2 uses LayerNorm
-instead): use `--trunk.norm group`, which also makes patches and whole images alike in the probes, where the papers
+instead): use `--backbone.norm group`, which also makes patches and whole images alike in the probes, where the papers
 average over patches. A step costs as much as an image of P times the pixels of a patch: four times the ordinary view.
 """
 
@@ -27,19 +27,19 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from raysl import pretext
-from raysl.contrast import losses
-from raysl.contrast.bank import MemoryBank
+from raysl.backbone.network import encode
+from raysl.contrastive import losses
+from raysl.contrastive.bank import MemoryBank
 from raysl.errors import UserError
-from raysl.network.trunk import encode
 from raysl.objectives import Loss, Setup
 from raysl.stream.reader import Batch
 
-COMMAND = "raysl pretrain --data DATA --run RUN --method cpc-patch_grid --trunk.norm group"
+COMMAND = "raysl pretrain --data DATA --run RUN --method cpc-patch_grid --backbone.norm group"
 
 
 @dataclass(frozen=True)
 class Config:
-    """Dials of CPC.
+    """Hyperparameters of CPC.
 
     Args:
         nearest: the first row below that is predicted; 1 is the next, which overlaps.
@@ -106,9 +106,9 @@ class Cpc(nn.Module):
         count = 1 if config.directions == "down" else 2
         self.directions = nn.ModuleList(_Direction(config, setup.width) for _ in range(count))
 
-    def forward(self, trunk: nn.Module, views: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    def forward(self, backbone: nn.Module, views: Mapping[str, Tensor]) -> dict[str, Tensor]:
         """The target of every patch (b, p, d), and n predictions (b, n, d); `positives` says of which patches."""
-        features_bpd = self.norm(encode(trunk, views["patches"]))
+        features_bpd = self.norm(encode(backbone, views["patches"]))
         features_bhwd = features_bpd.unflatten(1, (self.rows, self.columns))
         seen = [features_bhwd, features_bhwd.flip(1)]
         predicted = [one(x) for one, x in zip(self.directions, seen, strict=False)]

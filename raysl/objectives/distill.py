@@ -23,11 +23,11 @@ from typing import Annotated, Any
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from raysl.contrast.bank import MemoryBank
+from raysl.backbone.network import encode
+from raysl.contrastive.bank import MemoryBank
 from raysl.errors import Unset, UserError
-from raysl.network.trunk import encode
+from raysl.fields import Range
 from raysl.objectives import Loss, Setup, _teacher
-from raysl.ranges import Range
 from raysl.stream.reader import Batch
 
 COMMAND = "raysl pretrain --data DATA --run RUN --method distill --distill.teacher TEACHER"
@@ -35,7 +35,7 @@ COMMAND = "raysl pretrain --data DATA --run RUN --method distill --distill.teach
 
 @dataclass(frozen=True)
 class Config:
-    """Dials of distillation.
+    """Hyperparameters of distillation.
 
     Args:
         teacher: folder of the run that teaches, a path or a URI.
@@ -88,9 +88,9 @@ class Distill(nn.Module):
             )
         self.classify = nn.Linear(setup.width, classes)
 
-    def forward(self, trunk: nn.Module, views: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    def forward(self, backbone: nn.Module, views: Mapping[str, Tensor]) -> dict[str, Tensor]:
         """Logits (b, p, classes) of both, the teacher's without gradient."""
-        logits_bpk = self.classify(encode(trunk, views["image"]))
+        logits_bpk = self.classify(encode(backbone, views["image"]))
         return {"logits": logits_bpk, "teacher": self.teacher.logits(views["image"])}
 
     def loss(self, outputs: Mapping[str, Tensor], batch: Batch, bank: MemoryBank | None) -> Loss:

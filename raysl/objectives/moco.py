@@ -15,7 +15,7 @@ Both views are ordinary ones. "moco-jigsaw" transforms the query and not the key
 of a transform with several crops the mean of the crops' features is taken. Keys of the query's own image that are
 still in the queue do not count against it. BatchNorm would give away which key came from the same batch as the query:
 as in the papers, the images of the keys are therefore dealt out anew among the workers ("shuffling BN"). On one worker
-there is nothing to deal out; use `--trunk.norm group` there.
+there is nothing to deal out; use `--backbone.norm group` there.
 """
 
 from __future__ import annotations
@@ -30,19 +30,19 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from raysl import collective
-from raysl.contrast import losses
-from raysl.contrast.bank import MemoryBank
+from raysl.backbone.network import encode
+from raysl.contrastive import losses
+from raysl.contrastive.bank import MemoryBank
 from raysl.errors import UserError
-from raysl.network.trunk import encode
+from raysl.fields import Range
 from raysl.objectives import Loss, Setup
 from raysl.objectives._heads import HeadName, projection
-from raysl.ranges import Range
 from raysl.stream.reader import Batch
 
 
 @dataclass(frozen=True)
 class Config:
-    """Dials of MoCo.
+    """Hyperparameters of MoCo.
 
     Args:
         momentum: m, weight of the key network's old weights at every step, in 0..1; short runs want less.
@@ -86,22 +86,22 @@ class Moco(nn.Module):
         self.config = config
         self.views = {"query": setup.pretext or setup.identity, "key": setup.identity}
         self.head = projection(config.head, setup.width, config.dim)
-        self.key_trunk = copy.deepcopy(setup.trunk).requires_grad_(False)
+        self.key_backbone = copy.deepcopy(setup.backbone).requires_grad_(False)
         self.key_head = copy.deepcopy(self.head).requires_grad_(False)
-        self.deals = any(isinstance(module, nn.BatchNorm2d) for module in self.key_trunk.modules())
+        self.deals = any(isinstance(module, nn.BatchNorm2d) for module in self.key_backbone.modules())
         # No buffers: DistributedDataParallel would send them at every step, and every worker has them already.
         self.queue_kd = F.normalize(torch.randn(config.queue, config.dim), dim=1)
         self.queue_indices_k = torch.full((config.queue,), -1)
 
-    def forward(self, trunk: nn.Module, views: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    def forward(self, backbone: nn.Module, views: Mapping[str, Tensor]) -> dict[str, Tensor]:
         """Unit embeddings (b, d): of the query, and of the key without gradient."""
-        query_bd = self.head(encode(trunk, views["query"]).mean(dim=1))
+        query_bd = self.head(encode(backbone, views["query"]).mean(dim=1))
         with torch.no_grad():
             key_bd = self._dealt(views["key"]) if self.deals else self._key(views["key"])
         return {"query": F.normalize(query_bd.float(), dim=1), "key": F.normalize(key_bd.float(), dim=1)}
 
     def _key(self, views_bpchw: Tensor) -> Tensor:
-        embeddings_bd: Tensor = self.key_head(encode(self.key_trunk, views_bpchw)[:, 0])
+        embeddings_bd: Tensor = self.key_head(encode(self.key_backbone, views_bpchw)[:, 0])
         return embeddings_bd
 
     def _dealt(self, views_bpchw: Tensor) -> Tensor:
@@ -134,9 +134,9 @@ class Moco(nn.Module):
         return Loss(losses.info_nce(cosine_b / tau, others_bk / tau).mean(), metrics)
 
     @torch.no_grad()
-    def after_step(self, trunk: nn.Module) -> None:
+    def after_step(self, backbone: nn.Module) -> None:
         """Equation 2. The statistics of BatchNorm are the key network's own."""
-        for ours, theirs in ((self.key_trunk, trunk), (self.key_head, self.head)):
+        for ours, theirs in ((self.key_backbone, backbone), (self.key_head, self.head)):
             for key, query in zip(ours.parameters(), theirs.parameters(), strict=True):
                 key.lerp_(query, 1 - self.config.momentum)
 

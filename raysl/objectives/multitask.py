@@ -1,4 +1,4 @@
-"""Multi-task: several pretext tasks on one trunk, each with a head of its own; every batch is one task's.
+"""Multi-task: several pretext tasks on one backbone, each with a head of its own; every batch is one task's.
 
 Doersch and Zisserman, "Multi-task Self-Supervised Visual Learning", arXiv 1708.07860: tasks together give
 better features than the best of them alone. Here the head is swapped by batch: a step takes one task, round robin or
@@ -21,7 +21,7 @@ import torch
 from torch import Tensor, nn
 
 from raysl import rng
-from raysl.contrast.bank import MemoryBank
+from raysl.contrastive.bank import MemoryBank
 from raysl.errors import UserError
 from raysl.objectives import Loss, Setup, predict
 from raysl.pretext import Grey, Pretext
@@ -32,7 +32,7 @@ COMMAND = "raysl pretrain --data DATA --run RUN --method multitask-relative_posi
 
 @dataclass(frozen=True)
 class Config:
-    """Dials of multi-task learning.
+    """Hyperparameters of multi-task learning.
 
     Args:
         weights: how often each task comes, in the order of the method's name, in any unit; none for round robin.
@@ -80,12 +80,12 @@ class Multitask(nn.Module):
         """The task of a step."""
         return self.turns
 
-    def forward(self, trunk: nn.Module, views: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    def forward(self, backbone: nn.Module, views: Mapping[str, Tensor]) -> dict[str, Tensor]:
         """What `predict` puts out for the tasks whose views are there, under "task/output"."""
         return {
             f"{task}/{name}": output
             for task in views
-            for name, output in self.heads[task](trunk, {"transformed": views[task]}).items()
+            for name, output in self.heads[task](backbone, {"transformed": views[task]}).items()
         }
 
     def loss(self, outputs: Mapping[str, Tensor], batch: Batch, bank: MemoryBank | None) -> Loss:

@@ -1,7 +1,7 @@
 """NPID: every image is a class of its own, told from the others by the memory of it.
 
 Wu et al., "Unsupervised Feature Learning via Non-Parametric Instance Discrimination", arXiv 1805.01978. With f the
-head, v the trunk's features of an image I and m the memory bank,
+head, v the backbone's features of an image I and m the memory bank,
 
     L = NCE(m_I, f(v_I))
 
@@ -25,9 +25,9 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from raysl.contrast import negatives
-from raysl.contrast.bank import MemoryBank
-from raysl.network.trunk import encode
+from raysl.backbone.network import encode
+from raysl.contrastive import negatives
+from raysl.contrastive.bank import MemoryBank
 from raysl.objectives import Loss, Setup
 from raysl.objectives._heads import projection
 from raysl.objectives._memory import MemoryConfig, contrast
@@ -36,7 +36,7 @@ from raysl.stream.reader import Batch
 
 @dataclass(frozen=True)
 class Config(MemoryConfig):
-    """Dials of NPID: those of a contrast against the memory bank."""
+    """Hyperparameters of NPID: those of a contrast against the memory bank."""
 
 
 class Npid(nn.Module):
@@ -56,13 +56,13 @@ class Npid(nn.Module):
         # NaN until the first batch sets it; saved with the run, since a later bank is no longer noise.
         self.register_buffer("z", torch.tensor(float("nan")))
 
-    def forward(self, trunk: nn.Module, views: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    def forward(self, backbone: nn.Module, views: Mapping[str, Tensor]) -> dict[str, Tensor]:
         """Unit embeddings (b, d)."""
-        image = self.image_head(encode(trunk, views["image"])[:, 0])
+        image = self.image_head(encode(backbone, views["image"])[:, 0])
         return {"image": F.normalize(image.float(), dim=1)}
 
     def loss(self, outputs: Mapping[str, Tensor], batch: Batch, bank: MemoryBank | None) -> Loss:
         """The NCE of each image, averaged over the batch, with the bank as it was before this step."""
         assert bank is not None
         terms, metrics = contrast(self.config, {"image": outputs["image"]}, batch, bank, self.z)
-        return Loss(terms["image"], metrics, remember_bd=outputs["image"].detach())
+        return Loss(terms["image"], metrics, bank_update_bd=outputs["image"].detach())

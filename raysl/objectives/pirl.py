@@ -1,7 +1,7 @@
 """PIRL: pull the transformed image to the memory of the image, and push other images away.
 
 Misra and van der Maaten, "Self-Supervised Learning of Pretext-Invariant Representations", arXiv 1912.01991. With f
-and g the heads of the image and of its transformed version, m the memory bank and v the trunk's features,
+and g the heads of the image and of its transformed version, m the memory bank and v the backbone's features,
 
     L = lambda * NCE(m_I, g(v_It)) + (1 - lambda) * NCE(m_I, f(v_I))                                       (eq. 5)
 
@@ -31,20 +31,20 @@ import torch.nn.functional as F
 import tyro
 from torch import Tensor, nn
 
-from raysl.contrast import negatives
-from raysl.contrast.bank import MemoryBank
+from raysl.backbone.network import encode_views
+from raysl.contrastive import negatives
+from raysl.contrastive.bank import MemoryBank
 from raysl.errors import UserError
-from raysl.network.trunk import encode_views
+from raysl.fields import Range
 from raysl.objectives import Loss, Setup
 from raysl.objectives._heads import projection
 from raysl.objectives._memory import MemoryConfig, contrast
-from raysl.ranges import Range
 from raysl.stream.reader import Batch
 
 
 @dataclass(frozen=True)
 class Config(MemoryConfig):
-    """Dials of PIRL: its own, and those of a contrast against the memory bank.
+    """Hyperparameters of PIRL: its own, and those of a contrast against the memory bank.
 
     Args:
         lam: lambda, weight of the transformed image's term, in 0..1.
@@ -80,9 +80,9 @@ class Pirl(nn.Module):
         # NaN until the first batch sets it; saved with the run, since a later bank is no longer noise.
         self.register_buffer("z", torch.tensor(float("nan")))
 
-    def forward(self, trunk: nn.Module, views: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    def forward(self, backbone: nn.Module, views: Mapping[str, Tensor]) -> dict[str, Tensor]:
         """Unit embeddings (b, d): g of the transformed image, f of the image."""
-        transformed_bpd, image_bpd = encode_views(trunk, [views["transformed"], views["image"]])
+        transformed_bpd, image_bpd = encode_views(backbone, [views["transformed"], views["image"]])
         transformed, image = self.transformed_head(transformed_bpd), self.image_head(image_bpd[:, 0])
         return {
             "transformed": F.normalize(transformed.float(), dim=1),
@@ -98,7 +98,7 @@ class Pirl(nn.Module):
         lam = self.config.lam
         # A term of weight 0 stays in the graph, so that every head has a gradient under DistributedDataParallel.
         loss = lam * terms["transformed"] + (1 - lam) * terms["image"]
-        return Loss(loss, metrics, remember_bd=outputs["image"].detach())
+        return Loss(loss, metrics, bank_update_bd=outputs["image"].detach())
 
 
 class _TransformedHead(nn.Module):

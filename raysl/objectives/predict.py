@@ -1,6 +1,6 @@
 """Predict the property of the transform from the transformed image: the covariant use of a pretext task.
 
-With v_It the trunk's features of the transformed image and z the property of the transform, such as the number of the
+With v_It the backbone's features of the transformed image and z the property of the transform, such as the number of the
 permutation,
 
     L = -log softmax(W v_It)_z                                                          (PIRL, eq. 2)
@@ -21,16 +21,16 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from raysl import pretext
-from raysl.contrast.bank import MemoryBank
+from raysl.backbone.network import encode
+from raysl.contrastive.bank import MemoryBank
 from raysl.errors import UserError
-from raysl.network.trunk import encode
 from raysl.objectives import Loss, Setup
 from raysl.stream.reader import Batch
 
 
 @dataclass(frozen=True)
 class Config:
-    """Dials of the prediction.
+    """Hyperparameters of the prediction.
 
     Args:
         crop_width: numbers kept of each crop before they are concatenated; only for transforms of several crops
@@ -78,10 +78,10 @@ class Predict(nn.Module):
         else:
             self.decode = self.dense.head(crops * width)
 
-    def forward(self, trunk: nn.Module, views: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    def forward(self, backbone: nn.Module, views: Mapping[str, Tensor]) -> dict[str, Tensor]:
         """Logits (b, labels), or (b * p, labels) where each crop has a label; for a dense transform, what its head
         puts out."""
-        features_bpd = encode(trunk, views["transformed"])
+        features_bpd = encode(backbone, views["transformed"])
         if self.per_crop:
             features_bpd = features_bpd.flatten(0, 1)[:, None]
         b, p = features_bpd.shape[:2]

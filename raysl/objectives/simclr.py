@@ -25,19 +25,19 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from raysl import collective
-from raysl.contrast import losses
-from raysl.contrast.bank import MemoryBank
+from raysl.backbone.network import encode_views
+from raysl.contrastive import losses
+from raysl.contrastive.bank import MemoryBank
 from raysl.errors import UserError
-from raysl.network.trunk import encode_views
+from raysl.fields import Range
 from raysl.objectives import Loss, Setup
 from raysl.objectives._heads import HeadName, NormName, projection
-from raysl.ranges import Range
 from raysl.stream.reader import Batch
 
 
 @dataclass(frozen=True)
 class Config:
-    """Dials of SimCLR.
+    """Hyperparameters of SimCLR.
 
     Args:
         temperature: tau; scores are divided by it (paper: 0.1 for ImageNet, 0.5 for CIFAR-10).
@@ -74,9 +74,9 @@ class Simclr(nn.Module):
         self.views = {"b": setup.pretext or setup.identity, "a": setup.identity}
         self.head = projection(config.head, setup.width, config.dim, config.norm)
 
-    def forward(self, trunk: nn.Module, views: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    def forward(self, backbone: nn.Module, views: Mapping[str, Tensor]) -> dict[str, Tensor]:
         """Unit embeddings of both views, (b, 2, d)."""
-        features_bpd = encode_views(trunk, [views["b"], views["a"]])
+        features_bpd = encode_views(backbone, [views["b"], views["a"]])
         features_b2d = torch.stack([features.mean(dim=1) for features in features_bpd], dim=1)
         embeddings = self.head(features_b2d.flatten(0, 1)).view(len(features_b2d), 2, -1)
         return {"embeddings": F.normalize(embeddings.float(), dim=2)}

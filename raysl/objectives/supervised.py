@@ -1,6 +1,6 @@
 """Supervised: predict the label that the data set gives. The upper bound that the other objectives are held against.
 
-With v_I the trunk's features of the image I and y its label,
+With v_I the backbone's features of the image I and y its label,
 
     L = -log softmax(W v_I)_y
 
@@ -16,16 +16,16 @@ from dataclasses import dataclass
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from raysl.contrast.bank import MemoryBank
+from raysl.backbone.network import encode
+from raysl.contrastive.bank import MemoryBank
 from raysl.errors import UserError
-from raysl.network.trunk import encode
 from raysl.objectives import Loss, Setup
 from raysl.stream.reader import Batch
 
 
 @dataclass(frozen=True)
 class Config:
-    """Dials of the classification.
+    """Hyperparameters of the classification.
 
     Args:
         label_smoothing: share of the target that is spread over all classes, in 0..1.
@@ -58,9 +58,9 @@ class Supervised(nn.Module):
         self.views = {"image": setup.identity}
         self.classify = nn.Linear(setup.width, setup.num_classes)
 
-    def forward(self, trunk: nn.Module, views: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    def forward(self, backbone: nn.Module, views: Mapping[str, Tensor]) -> dict[str, Tensor]:
         """Logits (b, classes)."""
-        return {"logits": self.classify(encode(trunk, views["image"])[:, 0])}
+        return {"logits": self.classify(encode(backbone, views["image"])[:, 0])}
 
     def loss(self, outputs: Mapping[str, Tensor], batch: Batch, bank: MemoryBank | None) -> Loss:
         """Cross-entropy, averaged over the batch."""

@@ -3,7 +3,7 @@
 A file `pretext/foo_bar.py` describes the transform `foo_bar` with
 
     @dataclass(frozen=True)
-    class Config: ...                    its dials, each with a default and a line of documentation
+    class Config: ...                    its hyperparameters, each with a default and a line of documentation
     class FooBar:                        the transform; see `Pretext`, and `Dense` if its target is no class
 
 and gets the command line, the contract tests and `raysl methods` without another edit. The module docstring names
@@ -25,7 +25,7 @@ from torch import Tensor, nn
 from raysl.augment import SourceCrop
 from raysl.errors import UserError, unknown
 from raysl.pretext._grey import grey
-from raysl.rng import Draws
+from raysl.rng import ImageRng
 
 
 @dataclass(frozen=True)
@@ -79,12 +79,12 @@ class Pretext(Protocol):
 
     def __init__(self, config: Any, geometry: Geometry) -> None: ...
 
-    def transform(self, images_bchw: Tensor, draws: Draws) -> Transformed:
+    def transform(self, images_bchw: Tensor, image_rng: ImageRng) -> Transformed:
         """Transforms square uint8 images (b, 3, s, s), on the device they are on."""
         ...
 
     def describe(self) -> dict[str, Any]:
-        """JSON facts for the run's passport that the Config alone does not fix, such as a hash of a label set."""
+        """JSON facts for the run's metadata that the Config alone does not fix, such as a hash of a label set."""
         ...
 
 
@@ -201,7 +201,7 @@ class Composition:
         counts = [part.num_labels for part in self.parts if part.num_labels]
         labelled = counts and not isinstance(last, Dense)
         self.num_labels = int(np.prod(counts, dtype=np.int64)) if labelled else 0
-        nothing = Draws(0, np.zeros(1, np.int64), np.zeros(1, np.int64))
+        nothing = ImageRng(0, np.zeros(1, np.int64), np.zeros(1, np.int64))
         for part in self.parts[:-1]:
             side = part.source.size
             image_bchw = torch.zeros(1, 3, side, side, dtype=torch.uint8)
@@ -213,12 +213,12 @@ class Composition:
                     "it last."
                 )
 
-    def transform(self, images_bchw: Tensor, draws: Draws) -> Transformed:
+    def transform(self, images_bchw: Tensor, image_rng: ImageRng) -> Transformed:
         """Applies the transforms from left to right, each with draws of its own."""
         target: Tensor | None = None
         made = Transformed(images_bchw[:, None], None)
         for i, part in enumerate(self.parts):
-            made = part.transform(made.crops_bpchw[:, 0], draws.named(str(i)))
+            made = part.transform(made.crops_bpchw[:, 0], image_rng.named(str(i)))
             if made.target is not None and part.num_labels:
                 before = 0 if target is None else target.view(-1, *[1] * (made.target.ndim - 1))
                 target = before * part.num_labels + made.target
@@ -239,9 +239,9 @@ class Grey:
         self.num_labels = transform.num_labels
         self.colour: Literal["crops", "source", "none"] = transform.colour
 
-    def transform(self, images_bchw: Tensor, draws: Draws) -> Transformed:
+    def transform(self, images_bchw: Tensor, image_rng: ImageRng) -> Transformed:
         """The same crops in grey, the same target."""
-        made = self.of.transform(images_bchw, draws)
+        made = self.of.transform(images_bchw, image_rng)
         return replace(made, crops_bpchw=grey(made.crops_bpchw))
 
     def describe(self) -> dict[str, Any]:

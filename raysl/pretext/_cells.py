@@ -1,6 +1,6 @@
 """Targets on a coarse grid of cells over the image, and the head that decodes them from pooled features.
 
-The papers decode from the spatial map before pooling. Here a trunk gives one vector for an image, as every other
+The papers decode from the spatial map before pooling. Here a backbone gives one vector for an image, as every other
 method wants it, so the target is coarse and the position of each cell is the decoder's to know.
 """
 

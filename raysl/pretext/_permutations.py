@@ -19,7 +19,7 @@ from raysl.errors import UserError, unknown
 from raysl.rng import generator
 
 Criterion = Literal["max_min", "max_avg", "random"]
-Orders = npt.NDArray[np.uint8]
+StopSignal = npt.NDArray[np.uint8]
 
 # All orders of nine tiles can be listed. Of more tiles, sets are chosen from a random sample of the orders.
 _MAX_LISTED_TILES = 9
@@ -37,7 +37,7 @@ class PermutationSet:
         digest: hash of the orders, equal for equal sets on every machine.
     """
 
-    order_kp: Orders
+    order_kp: StopSignal
     min_hamming: int
     mean_hamming: float
     digest: str
@@ -82,7 +82,7 @@ def permutation_set(n: int, count: int, criterion: Criterion, seed: int) -> Perm
     return _described(candidates[_greedy(candidates, count, criterion, int(rng.integers(len(candidates))))])
 
 
-def _unrank(ranks: npt.NDArray[np.int64], n: int) -> Orders:
+def _unrank(ranks: npt.NDArray[np.int64], n: int) -> StopSignal:
     """uint8 (k, n): the orders of these lexicographic ranks, digit by digit of their factorial-base numbers."""
     orders = np.zeros((len(ranks), n), dtype=np.uint8)
     for position in range(n - 1, -1, -1):
@@ -93,7 +93,7 @@ def _unrank(ranks: npt.NDArray[np.int64], n: int) -> Orders:
     return orders
 
 
-def _candidates(n: int, rng: np.random.Generator) -> Orders:
+def _candidates(n: int, rng: np.random.Generator) -> StopSignal:
     """All orders when they can be listed, else a random sample of distinct ones."""
     if n <= _MAX_LISTED_TILES:
         return _unrank(np.arange(math.factorial(n)), n)
@@ -102,7 +102,7 @@ def _candidates(n: int, rng: np.random.Generator) -> Orders:
     return sample[np.sort(first)[:_SAMPLE]]
 
 
-def _greedy(candidates: Orders, count: int, criterion: Criterion, first: int) -> npt.NDArray[np.int64]:
+def _greedy(candidates: StopSignal, count: int, criterion: Criterion, first: int) -> npt.NDArray[np.int64]:
     """Rows of the chosen candidates. One accumulator per candidate, updated by each newly chosen order."""
     columns = np.ascontiguousarray(candidates.T)
     chosen = np.empty(count, dtype=np.int64)
@@ -121,14 +121,14 @@ def _greedy(candidates: Orders, count: int, criterion: Criterion, first: int) ->
     return chosen
 
 
-def _described(order_kp: Orders) -> PermutationSet:
+def _described(order_kp: StopSignal) -> PermutationSet:
     order_kp = np.ascontiguousarray(order_kp)
     order_kp.setflags(write=False)
     digest = hashlib.blake2b(order_kp.tobytes(), digest_size=8).hexdigest()
     return PermutationSet(order_kp, _min_hamming(order_kp), _mean_hamming(order_kp), digest)
 
 
-def _mean_hamming(order_kp: Orders) -> float:
+def _mean_hamming(order_kp: StopSignal) -> float:
     """Exact: pairs that agree in a position are counted by the values in its column."""
     k, n = (int(length) for length in order_kp.shape)
     if k == 1:
@@ -140,7 +140,7 @@ def _mean_hamming(order_kp: Orders) -> float:
     return n - agreeing / (k * (k - 1))
 
 
-def _min_hamming(order_kp: Orders) -> int:
+def _min_hamming(order_kp: StopSignal) -> int:
     """Exact: two when an order and its image under some swap are both in the set, else over all pairs."""
     k, n = (int(length) for length in order_kp.shape)
     if k == 1:
@@ -156,7 +156,7 @@ def _min_hamming(order_kp: Orders) -> int:
     return n - most
 
 
-def _has_swapped_pair(order_kp: Orders) -> bool:
+def _has_swapped_pair(order_kp: StopSignal) -> bool:
     """Whether two of the orders differ by one swap, the smallest difference that there is."""
     n = order_kp.shape[1]
     rows = np.dtype((np.void, n))

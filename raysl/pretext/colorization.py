@@ -24,7 +24,7 @@ from torch import Tensor, nn
 from raysl.augment import SourceCrop
 from raysl.errors import UserError
 from raysl.pretext import Geometry, Transformed, _cells, _lab
-from raysl.rng import Draws
+from raysl.rng import ImageRng
 
 # About the spread of a and of b in photographs, so that a regression starts with a loss near one.
 _AB_UNIT = 12.0
@@ -32,7 +32,7 @@ _AB_UNIT = 12.0
 
 @dataclass(frozen=True)
 class Config:
-    """Dials of colorization.
+    """Hyperparameters of colorization.
 
     Args:
         mode: "classify" predicts a distribution over bins of the ab plane; "regress" predicts a and b, with the
@@ -82,7 +82,7 @@ class Colorization:
         self.bins_q2 = _lab.gamut(config.step)
         self.weights_q = rebalancing(self.bins_q2, config.prior_chroma, config.rebalance)
 
-    def transform(self, images_bchw: Tensor, draws: Draws) -> Transformed:
+    def transform(self, images_bchw: Tensor, image_rng: ImageRng) -> Transformed:
         """The crop (b, 1, 3, h, w) in grey; the target, uint8 (b, 2, grid, grid), is a + 128 and b + 128."""
         light_bchw = _lab.linear(images_bchw)
         grey_b1hw = _lab.lightness(light_bchw)

@@ -12,12 +12,12 @@ from torch import Tensor
 
 from raysl.augment import SourceCrop
 from raysl.pretext import Geometry, Transformed
-from raysl.rng import Draws
+from raysl.rng import ImageRng
 
 
 @dataclass(frozen=True)
 class Config:
-    """No dials: the crop follows from the geometry of the run."""
+    """No hyperparameters: the crop follows from the geometry of the run."""
 
 
 class Identity:
@@ -30,7 +30,7 @@ class Identity:
     def __init__(self, config: Config, geometry: Geometry) -> None:
         self.source = SourceCrop(geometry.image_size, geometry.min_scale)
 
-    def transform(self, images_bchw: Tensor, draws: Draws) -> Transformed:
+    def transform(self, images_bchw: Tensor, image_rng: ImageRng) -> Transformed:
         """The images as they are."""
         return Transformed(images_bchw[:, None], None)
 

@@ -22,9 +22,9 @@ from torch import Tensor, nn
 
 from raysl.augment import SourceCrop
 from raysl.errors import UserError
+from raysl.fields import Range
 from raysl.pretext import Geometry, Transformed, _cells
-from raysl.ranges import Range
-from raysl.rng import Draws
+from raysl.rng import ImageRng
 
 # The mean colour of ImageNet: nothing of the image itself may show in a hole.
 _FILL = (124, 116, 104)
@@ -32,7 +32,7 @@ _FILL = (124, 116, 104)
 
 @dataclass(frozen=True)
 class Config:
-    """Dials of inpainting.
+    """Hyperparameters of inpainting.
 
     Args:
         mode: "random" punches square blocks at random places, better for learning features; "centre" one square.
@@ -66,11 +66,11 @@ class Inpainting:
         self.source = SourceCrop(geometry.image_size, geometry.min_scale)
         self.block = _block_cells(config)
 
-    def transform(self, images_bchw: Tensor, draws: Draws) -> Transformed:
+    def transform(self, images_bchw: Tensor, image_rng: ImageRng) -> Transformed:
         """The crop (b, 1, 3, h, w) with holes; the target, uint8 (b, 4, grid, grid), is the colour of every cell,
         and 255 where it is missing."""
         grid, device = self.config.grid, images_bchw.device
-        missing_bgg = self._missing(draws).to(device)
+        missing_bgg = self._missing(image_rng).to(device)
         cell = torch.arange(images_bchw.shape[-1], device=device) * grid // images_bchw.shape[-1]
         hole_b1hw = missing_bgg[:, cell][:, :, cell][:, None]
         fill = torch.tensor(_FILL, dtype=torch.uint8, device=device)[:, None, None]
@@ -78,14 +78,14 @@ class Inpainting:
         target_b4gg = torch.cat([colours_b3gg, missing_bgg[:, None].to(torch.uint8) * 255], dim=1)
         return Transformed(torch.where(hole_b1hw, fill, images_bchw)[:, None], target_b4gg)
 
-    def _missing(self, draws: Draws) -> Tensor:
+    def _missing(self, image_rng: ImageRng) -> Tensor:
         """bool (b, grid, grid)."""
         free = self.config.grid - self.block
         if self.config.mode == "centre":
-            corner_bk2 = torch.full((len(draws.indices_b), 1, 2), free // 2)
+            corner_bk2 = torch.full((len(image_rng.indices_b), 1, 2), free // 2)
         else:
             corner_bk2 = (
-                draws.integers("corners", free + 1, 2 * self.config.blocks)
+                image_rng.integers("corners", free + 1, 2 * self.config.blocks)
                 .cpu()
                 .view(-1, self.config.blocks, 2)
             )

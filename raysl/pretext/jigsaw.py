@@ -16,11 +16,11 @@ from torch import Tensor
 
 from raysl.augment import SourceCrop
 from raysl.errors import UserError
+from raysl.fields import Range
 from raysl.pretext import Geometry, Transformed
 from raysl.pretext._permutations import Criterion, permutation_set
 from raysl.pretext._windows import windows
-from raysl.ranges import Range
-from raysl.rng import Draws
+from raysl.rng import ImageRng
 
 _MIN_PATCH = 4
 _MAX_ALL_TILES = 9
@@ -28,7 +28,7 @@ _MAX_ALL_TILES = 9
 
 @dataclass(frozen=True)
 class Config:
-    """Dials of the jigsaw.
+    """Hyperparameters of the jigsaw.
 
     Args:
         grid: cells per side; P = grid * grid.
@@ -73,12 +73,12 @@ class Jigsaw:
         self.permutations = permutation_set(tiles, count, config.criterion, config.permutation_seed)
         self.num_labels = count
 
-    def transform(self, images_bchw: Tensor, draws: Draws) -> Transformed:
+    def transform(self, images_bchw: Tensor, image_rng: ImageRng) -> Transformed:
         """Cuts, jitters and shuffles; labels are uniform over the set."""
-        label_b = draws.integers("order", self.num_labels)[:, 0].cpu()
+        label_b = image_rng.integers("order", self.num_labels)[:, 0].cpu()
         order_bp = torch.from_numpy(self.permutations.order_kp[label_b.numpy()]).long()
         free = self.cell_size - self.patch_size + 1
-        offset_bp2 = draws.integers("offset", free, 2 * self.num_crops).cpu().view(-1, self.num_crops, 2)
+        offset_bp2 = image_rng.integers("offset", free, 2 * self.num_crops).cpu().view(-1, self.num_crops, 2)
         # The offset belongs to the cell, so that the same draws cut the same patches in every order.
         offset_bp2 = offset_bp2.gather(1, order_bp[..., None].expand(-1, -1, 2))
         top_bp = order_bp // self.grid * self.cell_size + offset_bp2[..., 0]

@@ -17,14 +17,14 @@ from raysl.augment import SourceCrop
 from raysl.errors import UserError
 from raysl.pretext import Geometry, Transformed
 from raysl.pretext._windows import windows
-from raysl.rng import Draws
+from raysl.rng import ImageRng
 
 _MIN_PATCH = 4
 
 
 @dataclass(frozen=True)
 class Config:
-    """Dials of the patch grid.
+    """Hyperparameters of the patch grid.
 
     Args:
         grid: patches per side; P = grid * grid.
@@ -70,7 +70,7 @@ class PatchGrid:
             )
         self.source = SourceCrop(covered, config.min_scale)
 
-    def transform(self, images_bchw: Tensor, draws: Draws) -> Transformed:
+    def transform(self, images_bchw: Tensor, image_rng: ImageRng) -> Transformed:
         """Patches (b, grid * grid, 3, s, s)."""
         place_p = torch.arange(self.num_crops).expand(len(images_bchw), -1)
         top_bp, left_bp = (place_p // self.columns * self.stride, place_p % self.columns * self.stride)

@@ -20,7 +20,7 @@ from raysl.errors import UserError
 from raysl.pretext import Geometry, Transformed
 from raysl.pretext._grey import grey
 from raysl.pretext._windows import windows
-from raysl.rng import Draws
+from raysl.rng import ImageRng
 
 _MIN_PATCH = 4
 _NUM_NEIGHBOURS = 8
@@ -29,7 +29,7 @@ _CENTRE = 4
 
 @dataclass(frozen=True)
 class Config:
-    """Dials of relative position.
+    """Hyperparameters of relative position.
 
     Args:
         both_orders: whether the neighbour comes first in half of the pairs, the label then being the way back.
@@ -84,30 +84,30 @@ class RelativePosition:
             "crops" if config.colour_drop == "none" else "source"
         )
 
-    def transform(self, images_bchw: Tensor, draws: Draws) -> Transformed:
+    def transform(self, images_bchw: Tensor, image_rng: ImageRng) -> Transformed:
         """Two patches (b, 2, 3, s, s); labels are uniform."""
-        place_b = draws.integers("place", _NUM_NEIGHBOURS)[:, 0].cpu()
+        place_b = image_rng.integers("place", _NUM_NEIGHBOURS)[:, 0].cpu()
         neighbour_b = place_b + (place_b >= _CENTRE)
         cell_b2 = torch.stack([torch.full_like(neighbour_b, _CENTRE), neighbour_b], dim=1)
         label_b = place_b
         if self.config.both_orders:
-            swapped_b = draws.chance("order", 0.5).cpu()
+            swapped_b = image_rng.chance("order", 0.5).cpu()
             cell_b2 = torch.where(swapped_b[:, None], cell_b2.flip(1), cell_b2)
             label_b = torch.where(swapped_b, _NUM_NEIGHBOURS - 1 - place_b, place_b)
-        moved_b22 = draws.integers("jitter", 2 * self.jitter + 1, 4).cpu().view(-1, 2, 2)
+        moved_b22 = image_rng.integers("jitter", 2 * self.jitter + 1, 4).cpu().view(-1, 2, 2)
         pitch = self.patch_size + self.gap
         top_b2 = cell_b2 // 3 * pitch + moved_b22[..., 0]
         left_b2 = cell_b2 % 3 * pitch + moved_b22[..., 1]
         crops_b2chw = windows(images_bchw, top_b2, left_b2, self.patch_size)
-        return Transformed(self._dropped(crops_b2chw, draws), label_b.to(images_bchw.device))
+        return Transformed(self._dropped(crops_b2chw, image_rng), label_b.to(images_bchw.device))
 
-    def _dropped(self, crops_bpchw: Tensor, draws: Draws) -> Tensor:
+    def _dropped(self, crops_bpchw: Tensor, image_rng: ImageRng) -> Tensor:
         """The patches without what their colours tell."""
         if self.config.colour_drop == "none":
             return crops_bpchw
         gray = self.config.colour_drop == "gray"
-        dropped = grey(crops_bpchw) if gray else _to_one_channel(crops_bpchw, draws)
-        chosen_b = draws.chance("drop", self.config.drop_probability).to(crops_bpchw.device)
+        dropped = grey(crops_bpchw) if gray else _to_one_channel(crops_bpchw, image_rng)
+        chosen_b = image_rng.chance("drop", self.config.drop_probability).to(crops_bpchw.device)
         return torch.where(chosen_b.view(-1, 1, 1, 1, 1), dropped, crops_bpchw)
 
     def describe(self) -> dict[str, Any]:
@@ -120,11 +120,11 @@ class RelativePosition:
         }
 
 
-def _to_one_channel(crops_bpchw: Tensor, draws: Draws) -> Tensor:
+def _to_one_channel(crops_bpchw: Tensor, image_rng: ImageRng) -> Tensor:
     """One channel of each patch, chosen at random; faint noise about the middle of the range in the others."""
     b, p, c, h, w = crops_bpchw.shape
-    kept_bp = draws.integers("kept", c, p)
-    noise = draws.integers("noise", 3, p * h * w).view(b, p, 1, h, w) + 127
+    kept_bp = image_rng.integers("kept", c, p)
+    noise = image_rng.integers("noise", 3, p * h * w).view(b, p, 1, h, w) + 127
     channel = torch.arange(c, device=crops_bpchw.device)
     kept = kept_bp.to(crops_bpchw.device)[..., None] == channel
     return torch.where(kept[..., None, None], crops_bpchw, noise.to(crops_bpchw.device, torch.uint8))

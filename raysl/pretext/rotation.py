@@ -15,12 +15,12 @@ from torch import Tensor
 
 from raysl.augment import SourceCrop
 from raysl.pretext import Geometry, Transformed
-from raysl.rng import Draws
+from raysl.rng import ImageRng
 
 
 @dataclass(frozen=True)
 class Config:
-    """Dials of the rotation.
+    """Hyperparameters of the rotation.
 
     Args:
         turns: "one" random turn for each visit of an image, or "all" four of it at once, each with its label (P = 4).
@@ -41,13 +41,13 @@ class Rotation:
         self.num_crops = 4 if self.label_per_crop else 1
         self.source = SourceCrop(geometry.image_size, geometry.min_scale)
 
-    def transform(self, images_bchw: Tensor, draws: Draws) -> Transformed:
+    def transform(self, images_bchw: Tensor, image_rng: ImageRng) -> Transformed:
         """Turns each image counter-clockwise by 90 degrees times its label."""
         if self.label_per_crop:
             crops = torch.stack([torch.rot90(images_bchw, turn, (-2, -1)) for turn in range(4)], dim=1)
             label_p = torch.arange(4, device=images_bchw.device)
             return Transformed(crops, label_p.repeat(len(images_bchw), 1))
-        label_b = draws.integers("turn", 4)[:, 0].to(images_bchw.device)
+        label_b = image_rng.integers("turn", 4)[:, 0].to(images_bchw.device)
         rows = [(label_b == turn).nonzero()[:, 0] for turn in range(4)]
         turned = [
             torch.rot90(images_bchw.index_select(0, row), turn, (-2, -1)) for turn, row in enumerate(rows)

@@ -35,7 +35,7 @@ from torch import Tensor
 
 from raysl.dataset import DataSet
 from raysl.errors import UserError, unknown
-from raysl.features import Encoder
+from raysl.extraction import Encoder
 from raysl.storage import Folder
 
 Floats = npt.NDArray[np.float32]
@@ -78,7 +78,7 @@ class Subject:
     """What a probe of a whole encoder works on. Small and picklable; Ray runs.
 
     Args:
-        encoder: turns images into features; `raysl.features.Trainable` tells whether it can be trained further.
+        encoder: turns images into features; `raysl.extraction.Trainable` tells whether it can be trained further.
         layers: those that were asked for and that the encoder has.
         image_size: side in pixels of the evaluation view.
         train: images to learn from, if anything is learned.

@@ -1,4 +1,4 @@
-"""Faster R-CNN over the maps of any convolutional trunk.
+"""Faster R-CNN over the maps of any convolutional backbone.
 
 Ren et al. 2015, "Faster R-CNN", with the feature pyramid of Lin et al. 2017, as torchvision has it. The maps are found
 by passing an empty image: the last one of each size, from a quarter of the image's on, four at most. BatchNorm is
@@ -21,8 +21,8 @@ from torchvision.models.detection.faster_rcnn import FastRCNNPredictor, TwoMLPHe
 from torchvision.ops import MultiScaleRoIAlign
 from torchvision.ops.feature_pyramid_network import FeaturePyramidNetwork, LastLevelMaxPool
 
+from raysl.backbone.network import Backbone
 from raysl.errors import UserError
-from raysl.network.trunk import Trunk
 
 # Sides of anchors in pixels; the finest map takes the first ones.
 ANCHORS = (32, 64, 128, 256, 512)
@@ -31,24 +31,24 @@ _COARSEST, _FINEST, _MOST_MAPS = 6, 64, 4
 _ROI_CELLS = 7
 
 
-class Backbone(nn.Module):
-    """The pyramid over the maps of a trunk.
+class PyramidBackbone(nn.Module):
+    """The pyramid over the maps of a backbone.
 
     Args:
-        trunk: its weights are trained further.
+        backbone: its weights are trained further.
         width: channels of every level, a multiple of 32.
 
     Raises:
-        UserError: the trunk has no maps, or takes images of one size alone.
+        UserError: the backbone has no maps, or takes images of one size alone.
     """
 
-    def __init__(self, trunk: Trunk, width: int) -> None:
+    def __init__(self, backbone: Backbone, width: int) -> None:
         super().__init__()
-        self.body = trunk.body
+        self.body = backbone.body
         for module in self.body.modules():
             if isinstance(module, _BatchNorm):
                 module.requires_grad_(False)
-        found = stages(trunk)
+        found = stages(backbone)
         self.names = list(found)
         self.out_channels = width
         self.pyramid = FeaturePyramidNetwork(
@@ -56,13 +56,13 @@ class Backbone(nn.Module):
         )
 
     def train(self, mode: bool = True) -> Self:
-        """As of any module, but that the trunk stays in evaluation mode: its BatchNorm is frozen."""
+        """As of any module, but that the backbone stays in evaluation mode: its BatchNorm is frozen."""
         super().train(mode)
         self.body.eval()
         return self
 
     def forward(self, images_bchw: Tensor) -> dict[str, Tensor]:
-        """Maps (b, width, h, w) by name, the finest first: "0", "1" and on of the trunk, and "pool"."""
+        """Maps (b, width, h, w) by name, the finest first: "0", "1" and on of the backbone, and "pool"."""
         made = maps(self.body, self.names, images_bchw)
         levels: dict[str, Tensor] = self.pyramid(
             {str(number): made[name] for number, name in enumerate(self.names)}
@@ -70,27 +70,27 @@ class Backbone(nn.Module):
         return levels
 
 
-def build(trunk: Trunk, classes: int, sides: tuple[int, ...], width: int) -> FasterRCNN:
-    """The detector, with new weights from torch's global generator for all but the trunk.
+def build(backbone: Backbone, classes: int, sides: tuple[int, ...], width: int) -> FasterRCNN:
+    """The detector, with new weights from torch's global generator for all but the backbone.
 
     Args:
         classes: without the background.
         sides: of images in pixels, the shorter one; drawn in training, the last one for evaluation.
-        width: see `Backbone`; the head of the boxes has four times as many.
+        width: see `PyramidBackbone`; the head of the boxes has four times as many.
 
     Raises:
-        UserError: see `Backbone`.
+        UserError: see `PyramidBackbone`.
     """
-    backbone = Backbone(trunk, width)
-    levels = len(backbone.names) + 1
+    pyramid = PyramidBackbone(backbone, width)
+    levels = len(pyramid.names) + 1
     each = max(1, len(ANCHORS) + 1 - levels)
     anchors = tuple(ANCHORS[level : level + each] for level in range(levels))
-    names = [str(number) for number in range(len(backbone.names))]
+    names = [str(number) for number in range(len(pyramid.names))]
     return FasterRCNN(
-        backbone,
+        pyramid,
         min_size=sides,
-        image_mean=(trunk.mean.flatten() / 255).tolist(),
-        image_std=(trunk.std.flatten() / 255).tolist(),
+        image_mean=(backbone.mean.flatten() / 255).tolist(),
+        image_std=(backbone.std.flatten() / 255).tolist(),
         rpn_anchor_generator=AnchorGenerator(anchors, ((0.5, 1.0, 2.0),) * levels),
         box_roi_pool=MultiScaleRoIAlign(names, _ROI_CELLS, 2),
         box_head=TwoMLPHead(width * _ROI_CELLS**2, 4 * width),
@@ -98,21 +98,21 @@ def build(trunk: Trunk, classes: int, sides: tuple[int, ...], width: int) -> Fas
     )
 
 
-def stages(trunk: Trunk) -> dict[str, int]:
-    """Names of the parts of a trunk's body that make its maps, the finest first, and their channels.
+def stages(backbone: Backbone) -> dict[str, int]:
+    """Names of the parts of a backbone's body that make its maps, the finest first, and their channels.
 
     Raises:
         UserError: there are none.
     """
-    body = trunk.body.eval()
+    body = backbone.body.eval()
     candidates = list(_candidates(body))
     try:
         with torch.no_grad():
             made = maps(body, candidates, torch.zeros(1, 3, _EMPTY_SIDE, _EMPTY_SIDE))
     except (AssertionError, RuntimeError, ValueError) as error:
         raise UserError(
-            f"The probe detection passes images of many sizes, and this trunk does not take them: {error}. Probe a "
-            "convolutional trunk, such as resnet50."
+            f"The probe detection passes images of many sizes, and this backbone does not take them: {error}. Probe a "
+            "convolutional backbone, such as resnet50."
         ) from error
     # Of those of one size, the last one stays.
     by_side = {made[name].shape[2]: name for name in made if _is_map(made[name])}
@@ -120,7 +120,7 @@ def stages(trunk: Trunk) -> dict[str, int]:
     found = {by_side[side]: made[by_side[side]].shape[1] for side in sides}
     if not found:
         raise UserError(
-            "The probe detection needs maps of features, and this trunk makes none. Probe a convolutional trunk, such "
+            "The probe detection needs maps of features, and this backbone makes none. Probe a convolutional backbone, such "
             "as resnet50."
         )
     return found

@@ -12,11 +12,11 @@ import numpy as np
 import numpy.typing as npt
 import torch
 
-from raysl import features
-from raysl.cluster import places
-from raysl.features import FeatureTable
+from raysl import extraction
+from raysl.extraction import FeatureTable
 from raysl.probes import FeatureProbe, Labelled, LabelledProbe, Row
 from raysl.probes._task import elsewhere
+from raysl.ray_cluster import placement
 
 # A probe holds the features as they are read, in the order that it likes, and what it makes of them.
 _COPIES = 3
@@ -27,7 +27,7 @@ class Frozen:
     """The features of a data set where they lie, and its labels.
 
     Args:
-        tables: by tap; see `raysl.features.tap`.
+        tables: by tap; see `raysl.extraction.tap`.
         labels_n: as `Labelled.labels_n`; None where no probe needs them.
         fingerprint: of the data set.
     """
@@ -56,13 +56,13 @@ def by_layer(
     if not layers:
         return []
     sets = (train, test) if isinstance(probe, LabelledProbe) else (test,)
-    taps = [features.tap(layer, probe.dims) for layer in layers]
-    found = places.machines()
+    taps = [extraction.tap(layer, probe.dims) for layer in layers]
+    found = placement.machines()
     threads = 1 if spare else _threads(found.for_work, len(layers))
     calls = [
         (probe, layer, tap, train, test, threads, spare) for layer, tap in zip(layers, taps, strict=True)
     ]
-    _, share = features.pool(found.totals())
+    _, share = extraction.pool(found.totals())
     options: dict[str, Any] = {
         "num_cpus": 0.0 if spare else share["num_cpus"],
         # Two that do not fit into a machine together wait for each other.

@@ -7,9 +7,9 @@ from typing import Any, TypeVar
 
 import torch
 
-from raysl import cluster, features
-from raysl.cluster import places
+from raysl import extraction, ray_cluster
 from raysl.errors import UserError
+from raysl.ray_cluster import placement
 
 Result = TypeVar("Result")
 
@@ -44,14 +44,14 @@ def elsewhere(
                 "Use a larger machine or fewer images, or show probes fewer numbers of an early layer, as with "
                 "--linear.dims 1024; rows that were found before are kept."
             ) from error
-        raise cluster.user_error(error) or error from None
+        raise ray_cluster.user_error(error) or error from None
     return results
 
 
 def _shares(tasks: int) -> dict[str, float]:
     """A GPU for each task; without any, half of a machine divided by the tasks that there are."""
-    found = places.machines()
-    _, resources = features.pool(found.totals())
+    found = placement.machines()
+    _, resources = extraction.pool(found.totals())
     if "num_gpus" not in resources:
         most = max(node.get("CPU", 0.0) for node in found.for_work)
         resources = {"num_cpus": max(resources["num_cpus"], int(500 * most / tasks) / 1000)}
@@ -65,4 +65,4 @@ def device() -> torch.device:
 
 def decoders() -> int:
     """How many threads decode images: one for each CPU that Ray has given the task, one outside of tasks."""
-    return places.assigned_cpus()
+    return placement.assigned_cpus()

@@ -21,14 +21,14 @@ from torch.nn.functional import cross_entropy
 
 from raysl import optim, rng
 from raysl.augment import SourceCrop, hflip
+from raysl.backbone.network import Backbone
 from raysl.dataset import DataSet
 from raysl.errors import UserError
-from raysl.features import Trainable
-from raysl.network.trunk import Trunk
+from raysl.extraction import Trainable
 from raysl.optim import OptimConfig
 from raysl.probes import Row, Subject, common_labels, rank, topk_rows
 from raysl.probes._task import decoders, device
-from raysl.rng import Draws
+from raysl.rng import ImageRng
 from raysl.stream import decode
 
 Integers = npt.NDArray[np.int64]
@@ -48,7 +48,7 @@ class Tuning:
         epochs: visits to every image.
         batch_size: images of a step, at least 2. The last images of an epoch that fill no batch are left out, unless
             there are fewer than a batch in all.
-        head_lr: learning rate of the classifier, as a multiple of that of the trunk.
+        head_lr: learning rate of the classifier, as a multiple of that of the backbone.
         min_scale: smallest share of an image's area that a training crop may show.
         optim: as in pretraining; the rate is scaled by `batch_size`, also where a train set is smaller than that.
     """
@@ -69,24 +69,26 @@ class Tuning:
                 "differences between images."
             )
         if not 0 < self.head_lr < math.inf:
-            raise UserError(f"{probe}.head_lr is {self.head_lr}; it must be more than 0 (1: as the trunk).")
+            raise UserError(
+                f"{probe}.head_lr is {self.head_lr}; it must be more than 0 (1: as the backbone)."
+            )
         if not 0 < self.min_scale <= 1:
             raise UserError(f"{probe}.min_scale is {self.min_scale}; it must be above 0 and at most 1.")
 
 
 class Tuned(nn.Module):
-    """A trunk and a classifier on its output, which begins with weights of zero: no class is likelier than another."""
+    """A backbone and a classifier on its output, which begins with weights of zero: no class is likelier than another."""
 
-    def __init__(self, trunk: Trunk, classes: int) -> None:
+    def __init__(self, backbone: Backbone, classes: int) -> None:
         super().__init__()
-        self.trunk = trunk
-        self.head = nn.Linear(trunk.width, classes)
+        self.backbone = backbone
+        self.head = nn.Linear(backbone.width, classes)
         nn.init.zeros_(self.head.weight)
         nn.init.zeros_(self.head.bias)
 
     def forward(self, images_bchw: Tensor) -> Tensor:
         """Logits (b, classes) of uint8 images."""
-        logits_bc: Tensor = self.head(self.trunk(images_bchw))
+        logits_bc: Tensor = self.head(self.backbone(images_bchw))
         return logits_bc
 
 
@@ -181,7 +183,7 @@ def train(
     """
     images = subject.train.read(indices_n, ("image",)).column("image").to_pylist()
     solvers = [
-        (optim.build(tuning.optim, network.get_submodule("trunk")), 1.0),
+        (optim.build(tuning.optim, network.get_submodule("backbone")), 1.0),
         (optim.build(tuning.optim, network.get_submodule("head")), tuning.head_lr),
     ]
     size = min(tuning.batch_size, len(images))
@@ -194,8 +196,8 @@ def train(
         found = torch.zeros((), device=place)
         for batch in range(batches):
             rows_b = order_n[batch * size : (batch + 1) * size]
-            draws = Draws(subject.seed, np.full(size, epoch), indices_n[rows_b], "tuning")
-            images_bchw = _views([images[row] for row in rows_b], crop, draws, threads)
+            image_rng = ImageRng(subject.seed, np.full(size, epoch), indices_n[rows_b], "tuning")
+            images_bchw = _views([images[row] for row in rows_b], crop, image_rng, threads)
             loss = cross_entropy(network(images_bchw.to(place)), torch.from_numpy(labels_n[rows_b]).to(place))
             rate = tuning.optim.lr_at(epoch * batches + batch, tuning.epochs * batches, tuning.batch_size)
             step(network, loss, solvers, rate, tuning.optim.clip_norm)
@@ -243,13 +245,13 @@ def _parts(data: DataSet) -> Iterator[list[bytes]]:
         yield data.read(part_n, ("image",)).column("image").to_pylist()
 
 
-def _views(images: list[bytes], crop: SourceCrop, draws: Draws, threads: ThreadPoolExecutor) -> Tensor:
+def _views(images: list[bytes], crop: SourceCrop, image_rng: ImageRng, threads: ThreadPoolExecutor) -> Tensor:
     """uint8 (b, 3, s, s): a random crop of each image, mirrored or not."""
     share = max(1, -(-len(images) // decoders()))
 
     def cut(first: int) -> Tensor:
         rows = slice(first, first + share)
-        some = Draws(draws.seed, draws.epochs_b[rows], draws.indices_b[rows], draws.name)
+        some = ImageRng(image_rng.seed, image_rng.epochs_b[rows], image_rng.indices_b[rows], image_rng.name)
         return hflip(decode.cut(images[rows], {"image": crop}, some)["image"], some, _MIRRORED)
 
     return torch.cat(list(threads.map(cut, range(0, len(images), share))))

@@ -5,7 +5,7 @@ epochs, with a learning rate of 0.003 that rises over the first 1,000 steps from
 9,500; images are mirrored and their shorter sides drawn from 480 to 800 pixels, and BatchNorm is frozen. AP, AP50 and
 AP75 in % there: PIRL 44.7, 73.4, 47.0; Jigsaw 37.7, 64.9, 38.0; supervised 43.8, 74.5, 45.9.
 
-Ours has that schedule, and another detector, with a feature pyramid, which fits any convolutional trunk (see
+Ours has that schedule, and another detector, with a feature pyramid, which fits any convolutional backbone (see
 `raysl.probes._detector`). So its numbers compare with one another and not with published ones. The rate is given as for
 256 images, as everywhere in raysl: 0.048 is 0.003 for 16.
 
@@ -29,13 +29,13 @@ from torchvision.models.detection import FasterRCNN
 
 from raysl import optim, rng
 from raysl.errors import Unset, UserError
-from raysl.features import Trainable
+from raysl.extraction import Trainable
 from raysl.optim import OptimConfig
 from raysl.probes import Row, Subject, _detector, _voc
 from raysl.probes._task import device, elsewhere
 from raysl.probes._tuning import LAYER, step
 from raysl.probes._voc import Picture
-from raysl.rng import Draws
+from raysl.rng import ImageRng
 from raysl.storage import Folder
 from raysl.stream import decode
 
@@ -112,7 +112,7 @@ class Detection:
 
         Raises:
             UserError: no folder was given, or it is not as `raysl.probes._voc.read` wants it, a split has no boxes,
-                the splits share images, the trunk has no maps, training diverged, or pycocotools is not installed.
+                the splits share images, the backbone has no maps, training diverged, or pycocotools is not installed.
         """
         if not isinstance(subject.encoder, Trainable):
             return
@@ -178,8 +178,8 @@ def learn(
     losses = []
     for epoch in range(config.epochs):
         order_n = rng.generator("detection", seed, epoch).permutation(len(pictures))
-        draws = Draws(seed, np.full(len(order_n), epoch), order_n, "detection")
-        mirrored_n = draws.chance("hflip", _MIRRORED).tolist()
+        image_rng = ImageRng(seed, np.full(len(order_n), epoch), order_n, "detection")
+        mirrored_n = image_rng.chance("hflip", _MIRRORED).tolist()
         total = 0.0
         for batch in range(batches):
             some = range(batch * size, min((batch + 1) * size, len(order_n)))

@@ -13,7 +13,7 @@ from dataclasses import dataclass, field
 
 import numpy as np
 
-from raysl.features import Trainable
+from raysl.extraction import Trainable
 from raysl.optim import OptimConfig
 from raysl.probes import Row, Subject
 from raysl.probes._task import elsewhere

@@ -39,13 +39,13 @@ from torch.nn.functional import normalize
 
 from raysl import pretext, rng
 from raysl.errors import UserError, unknown
-from raysl.features import Heads, heads
+from raysl.extraction import Heads, heads
 from raysl.pretext import Geometry, Pretext, Transformed
 from raysl.probes import Labelled, Row, Subject, check_features
 from raysl.probes._task import device, elsewhere
 from raysl.probes.linear import Config as LinearConfig
 from raysl.probes.linear import Linear
-from raysl.rng import Draws
+from raysl.rng import ImageRng
 from raysl.stream import decode
 
 Doubles = npt.NDArray[np.float64]
@@ -63,7 +63,7 @@ class Config:
     """Protocol of the measure of invariance.
 
     Args:
-        transforms: names of pretext transforms, with their default dials.
+        transforms: names of pretext transforms, with their default hyperparameters.
         max_images: that are transformed, drawn by index from the test set.
         others: images that each original is compared with beside its transformed copy, drawn by index; all others
             where there are fewer.
@@ -93,9 +93,12 @@ class Config:
             raise UserError(f"invariance.others is {self.others}; it must be at least 1.")
 
     def facts(self) -> dict[str, Any]:
-        """What the numbers depend on: the dials of the transforms, too. Raises UserError when one does not exist."""
+        """What the numbers depend on: the hyperparameters of the transforms, too. Raises UserError when one does not exist."""
         parts = {part.strip() for spec in self.transforms for part in spec.split("+")}
-        return {**asdict(self), "dials": {name: asdict(pretext.load(name)[0]()) for name in sorted(parts)}}
+        return {
+            **asdict(self),
+            "dials": {name: asdict(pretext.load(name)[0]()) for name in sorted(parts)},
+        }
 
 
 class Invariance:
@@ -205,8 +208,8 @@ class _Sample:
         """The views of all of them, in batches that are about equal."""
         for some in np.array_split(np.arange(len(self.images)), math.ceil(len(self.images) / _BATCH)):
             images_bchw = decode.centre([self.images[i] for i in some], transform.source.size)
-            draws = Draws(self.seed, np.zeros_like(some), self.indices_n[some], "invariance")
-            yield transform.transform(images_bchw, draws)
+            image_rng = ImageRng(self.seed, np.zeros_like(some), self.indices_n[some], "invariance")
+            yield transform.transform(images_bchw, image_rng)
 
     def changed(self, transform: Pretext, whole: Pretext) -> npt.NDArray[np.bool_]:
         """bool (n,): where the view of a transform is another one than that of the whole image; all, where none is."""

@@ -10,7 +10,7 @@ learning"), which PIRL and VISSL use: SGD with Nesterov momentum 0.9, batches of
 drops. Two things differ: the images are the evaluation views, where theirs are cropped and mirrored anew in every
 epoch, and features are standardised number by number over the train set, where theirs pass a BatchNorm by channel.
 
-A layer is seen as a grid of at most 9,216 numbers, as there; see `raysl.features.encoders`.
+A layer is seen as a grid of at most 9,216 numbers, as there; see `raysl.extraction.encoders`.
 """
 
 from __future__ import annotations
@@ -28,7 +28,7 @@ from raysl import rng
 from raysl.errors import UserError, unknown
 from raysl.probes import Labelled, Row, check, rank, same_images, topk_rows
 from raysl.probes._span import in_span
-from raysl.rng import Draws
+from raysl.rng import ImageRng
 
 _BATCH = 256
 
@@ -114,7 +114,7 @@ class Linear:
             raise UserError("The linear probe needs a train set of at least two classes, and this has one.")
         # Images that choose the weight decay go last, so that the others are a view and no copy.
         indices = np.arange(len(train.labels_n), dtype=np.int64)
-        held_n = Draws(0, np.zeros_like(indices), indices).chance("held out", self.config.held_out).numpy()
+        held_n = ImageRng(0, np.zeros_like(indices), indices).chance("held out", self.config.held_out).numpy()
         order_n = np.argsort(held_n, kind="stable")
         train_nd = torch.from_numpy(train.features_nd[order_n])
         labels_n = torch.from_numpy(train.labels_n[order_n])

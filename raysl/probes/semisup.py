@@ -21,7 +21,7 @@ import numpy.typing as npt
 
 from raysl import rng
 from raysl.errors import UserError
-from raysl.features import Trainable
+from raysl.extraction import Trainable
 from raysl.optim import OptimConfig
 from raysl.probes import Row, Subject
 from raysl.probes._task import elsewhere

@@ -18,9 +18,9 @@ import numpy as np
 import numpy.typing as npt
 import torch
 
-from raysl import features
+from raysl import extraction
 from raysl.errors import Unset, UserError
-from raysl.features import Encode, Encoder
+from raysl.extraction import Encode, Encoder
 from raysl.probes import Floats, Labelled, Row, Subject, _voc
 from raysl.probes._task import device, elsewhere
 from raysl.probes._voc import Picture
@@ -96,7 +96,7 @@ def _measure(encoder: Encoder, layers: Sequence[str], size: int, config: Config,
     classes = _voc.classes_of(train, test)
     if not classes:
         raise UserError(f"No image of the splits {' and '.join(splits)} of {str(folder)!r} shows a class.")
-    taps = {layer: features.tap(layer, config.svm.dims) for layer in layers}
+    taps = {layer: extraction.tap(layer, config.svm.dims) for layer in layers}
     encode = encoder.load(device(), list(taps.values()))
     seen, unseen = (_features(encode, pictures, size) for pictures in (train, test))
     rows = []

@@ -11,8 +11,8 @@ height or width, and biases do not decay. Choosing the orders takes each process
 
 from __future__ import annotations
 
+from raysl.backbone.network import BackboneConfig
 from raysl.config import Pretraining, ViewConfig
-from raysl.network.trunk import TrunkConfig
 from raysl.objectives import predict
 from raysl.optim import OptimConfig
 from raysl.pretext import jigsaw
@@ -30,7 +30,7 @@ def pretraining(data: str, run: str) -> Pretraining:
         batch_size=256,
         workers=8,
         view=ViewConfig(image_size=224, recipe="gray"),
-        trunk=TrunkConfig("resnet50"),
+        backbone=BackboneConfig("resnet50"),
         optim=OptimConfig(
             "sgd",
             lr=0.1,

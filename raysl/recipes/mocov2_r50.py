@@ -11,8 +11,8 @@ normalisation layers do not decay, and the rate ends at a thousandth of its peak
 
 from __future__ import annotations
 
+from raysl.backbone.network import BackboneConfig
 from raysl.config import Pretraining, ViewConfig
-from raysl.network.trunk import TrunkConfig
 from raysl.objectives.moco import Config
 from raysl.optim import OptimConfig
 
@@ -27,7 +27,7 @@ def pretraining(data: str, run: str) -> Pretraining:
         batch_size=256,
         workers=8,
         view=ViewConfig(image_size=224, min_scale=0.2, recipe="mocov2"),
-        trunk=TrunkConfig("resnet50"),
+        backbone=BackboneConfig("resnet50"),
         optim=OptimConfig("sgd", lr=0.03, momentum=0.9, weight_decay=1e-4, schedule="cosine"),
         parts={"moco": Config(momentum=0.999, queue=65_536, temperature=0.2, dim=128, head="mlp")},
     )

@@ -12,8 +12,8 @@ length one.
 
 from __future__ import annotations
 
+from raysl.backbone.network import BackboneConfig
 from raysl.config import Pretraining, ViewConfig
-from raysl.network.trunk import TrunkConfig
 from raysl.objectives.npid import Config
 from raysl.optim import OptimConfig
 
@@ -28,7 +28,7 @@ def pretraining(data: str, run: str) -> Pretraining:
         batch_size=256,
         workers=8,
         view=ViewConfig(image_size=224, min_scale=0.2, recipe="npid"),
-        trunk=TrunkConfig("resnet50"),
+        backbone=BackboneConfig("resnet50"),
         optim=OptimConfig(
             "sgd", lr=0.03, momentum=0.9, weight_decay=1e-4, schedule="step", milestones=(0.6, 0.8)
         ),

@@ -12,8 +12,8 @@ image itself, as in the equations.
 
 from __future__ import annotations
 
+from raysl.backbone.network import BackboneConfig
 from raysl.config import Pretraining, ViewConfig
-from raysl.network.trunk import TrunkConfig
 from raysl.objectives.pirl import Config
 from raysl.optim import OptimConfig
 
@@ -28,7 +28,7 @@ def pretraining(data: str, run: str) -> Pretraining:
         batch_size=1024,
         workers=32,
         view=ViewConfig(image_size=224, min_scale=0.08, recipe="pirl"),
-        trunk=TrunkConfig("resnet50"),
+        backbone=BackboneConfig("resnet50"),
         optim=OptimConfig("sgd", lr=0.03, momentum=0.9, weight_decay=1e-4, schedule="cosine"),
         parts={"pirl": Config(temperature=0.07, num_negatives=32_000, loss="nce", negatives="own", lam=0.5)},
     )

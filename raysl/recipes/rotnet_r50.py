@@ -11,8 +11,8 @@ decay.
 
 from __future__ import annotations
 
+from raysl.backbone.network import BackboneConfig
 from raysl.config import Pretraining, ViewConfig
-from raysl.network.trunk import TrunkConfig
 from raysl.optim import OptimConfig
 
 _EPOCHS = 105
@@ -28,7 +28,7 @@ def pretraining(data: str, run: str) -> Pretraining:
         batch_size=256,
         workers=8,
         view=ViewConfig(image_size=224, min_scale=0.08, recipe="plain"),
-        trunk=TrunkConfig("resnet50"),
+        backbone=BackboneConfig("resnet50"),
         optim=OptimConfig(
             "sgd",
             lr=0.1,

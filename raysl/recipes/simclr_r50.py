@@ -13,8 +13,8 @@ of its peak and not at zero.
 
 from __future__ import annotations
 
+from raysl.backbone.network import BackboneConfig
 from raysl.config import Pretraining, ViewConfig
-from raysl.network.trunk import TrunkConfig
 from raysl.objectives.simclr import Config
 from raysl.optim import OptimConfig
 
@@ -29,7 +29,7 @@ def pretraining(data: str, run: str) -> Pretraining:
         batch_size=4096,
         workers=64,
         view=ViewConfig(image_size=224, min_scale=0.08, recipe="simclr"),
-        trunk=TrunkConfig("resnet50", norm="sync"),
+        backbone=BackboneConfig("resnet50", norm="sync"),
         optim=OptimConfig(
             "lars", lr=0.3, momentum=0.9, weight_decay=1e-6, schedule="cosine", warmup=10 / 800
         ),

@@ -18,7 +18,7 @@ from torch import Tensor
 from torch.nn.functional import interpolate
 
 from raysl.augment import SourceCrop
-from raysl.rng import Draws
+from raysl.rng import ImageRng
 
 _JPEG = b"\xff\xd8\xff"
 # A segment of a JPEG file holds less, and EXIF comes first or after the small JFIF segment.
@@ -70,7 +70,7 @@ def _decode_with_pillow(data: bytes) -> npt.NDArray[np.uint8]:
     return np.array(image if image.mode == "RGB" else image.convert("RGB"))
 
 
-def cut(images: Sequence[bytes], crops: Mapping[str, SourceCrop], draws: Draws) -> dict[str, Tensor]:
+def cut(images: Sequence[bytes], crops: Mapping[str, SourceCrop], image_rng: ImageRng) -> dict[str, Tensor]:
     """Decodes each image once and cuts every named crop out of it.
 
     Args:
@@ -91,7 +91,7 @@ def cut(images: Sequence[bytes], crops: Mapping[str, SourceCrop], draws: Draws) 
     for name, crop in crops.items():
         if (drawn_as(name), crop) in known:
             continue
-        boxes_b4 = crop.boxes(sizes_b2[:, 0], sizes_b2[:, 1], draws.named(drawn_as(name))).tolist()
+        boxes_b4 = crop.boxes(sizes_b2[:, 0], sizes_b2[:, 1], image_rng.named(drawn_as(name))).tolist()
         parts = [
             _resize(image[None, :, top : top + height, left : left + width], crop.size, crop.size)
             for image, (top, left, height, width) in zip(decoded, boxes_b4, strict=True)

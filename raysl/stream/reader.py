@@ -21,10 +21,10 @@ from torch import Tensor
 
 from raysl.dataset import DataSet
 from raysl.errors import UserError
-from raysl.rng import Draws
+from raysl.rng import ImageRng
 from raysl.stream.decode import DecodeError, cut, drawn_as
 from raysl.stream.plan import Plan, Rows
-from raysl.views import View
+from raysl.stream.views import View
 
 Columns = dict[str, npt.NDArray[Any]]
 
@@ -199,9 +199,9 @@ class Stream:
 
     def finish(self, batch: Batch, crops: Mapping[str, Tensor]) -> Batch:
         """Makes the views of a batch from its source crops, on the device the crops are on."""
-        draws = Draws(self.plan.seed, batch.rows.epochs_b, batch.rows.indices_b)
+        image_rng = ImageRng(self.plan.seed, batch.rows.epochs_b, batch.rows.indices_b)
         for name, crops_bchw in crops.items():
-            made = self.views[name](crops_bchw, draws.named(drawn_as(name)).to(crops_bchw.device))
+            made = self.views[name](crops_bchw, image_rng.named(drawn_as(name)).to(crops_bchw.device))
             batch.views[name] = made.crops_bpchw
             if made.target is not None:
                 batch.targets[name] = made.target
@@ -264,9 +264,9 @@ class _Load:
 
     def _pixels(self, images: list[bytes], rows: Rows, views: Mapping[str, View]) -> Columns:
         stream = self.stream
-        draws = Draws(stream.plan.seed, rows.epochs_b, rows.indices_b)
+        image_rng = ImageRng(stream.plan.seed, rows.epochs_b, rows.indices_b)
         try:
-            crops = cut(images, {name: view.source for name, view in views.items()}, draws)
+            crops = cut(images, {name: view.source for name, view in views.items()}, image_rng)
         except DecodeError as error:
             raise UserError(
                 f"An image of the data set at {str(stream.dataset.folder)!r} that could be decoded when it was "

@@ -187,7 +187,7 @@ def _parts(columns: Columns) -> dict[str, Columns]:
 
 
 @dataclass(frozen=True)
-class Seat:
+class Subscriber:
     """What a run is given to take part in a shared stream. Picklable.
 
     Args:
@@ -218,7 +218,7 @@ class Seat:
 
 
 def batches(
-    stream: Stream, seat: Seat | None, start_step: int = 0, end_step: int | None = None
+    stream: Stream, subscriber: Subscriber | None, start_step: int = 0, end_step: int | None = None
 ) -> Iterator[Batch]:
     """What `stream.batches` yields, from a shared stream as far as it goes, and from `stream` itself beyond.
 
@@ -226,19 +226,19 @@ def batches(
         UserError: a shard of the data set is damaged.
     """
     step = start_step
-    if seat is not None and len(seat.feeds) == stream.world:
-        for batch in _fed(stream, seat, start_step, stream.last(end_step)):
+    if subscriber is not None and len(subscriber.feeds) == stream.world:
+        for batch in _fed(stream, subscriber, start_step, stream.last(end_step)):
             yield batch
             step = batch.step + 1
     yield from stream.batches(step, end_step)
 
 
-def _fed(stream: Stream, seat: Seat, start_step: int, last: int) -> Iterator[Batch]:
+def _fed(stream: Stream, subscriber: Subscriber, start_step: int, last: int) -> Iterator[Batch]:
     """The batches that the feed has for this run, in order; ends where it has no more."""
     pool = ThreadPoolExecutor(1)
 
     def ask(step: int) -> Any:
-        return pool.submit(seat.take, stream.rank, step, list(stream.views_of(step)))
+        return pool.submit(subscriber.take, stream.rank, step, list(stream.views_of(step)))
 
     try:
         asked = deque(ask(step) for step in range(start_step, min(start_step + _AHEAD, last)))
@@ -253,7 +253,7 @@ def _fed(stream: Stream, seat: Seat, start_step: int, last: int) -> Iterator[Bat
             batch.wait_s = time.perf_counter() - started
             yield batch
     finally:
-        seat.feeds[stream.rank].leave.remote(seat.run)
+        subscriber.feeds[stream.rank].leave.remote(subscriber.run)
         pool.shutdown(wait=False, cancel_futures=True)
 
 

@@ -6,9 +6,9 @@ import time
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 
-from raysl.cluster import places
-from raysl.cluster.places import Machines, Placement
 from raysl.errors import UserError
+from raysl.ray_cluster import placement as cluster_placement
+from raysl.ray_cluster.placement import Machines, Placement
 
 # How long there must have been room for another number: machines come one after the other, and to resize is to
 # restart. Ray also takes its time to see that a machine has died, until when there seems to be room for too many.
@@ -16,7 +16,7 @@ RESIZE_AFTER_S = 30.0
 
 
 @dataclass(frozen=True)
-class Team:
+class WorkerGroup:
     """The workers of a run for a while.
 
     Args:
@@ -40,7 +40,7 @@ def machines() -> Machines:
     # What Ray Train's own watcher asks; there is no public way without a dashboard.
     leaving = ray._private.state.state.get_draining_nodes()
     staying = [n["Resources"] for n in ray.nodes() if n["Alive"] and n["NodeID"] not in leaving]
-    return replace(places.machines(), now=tuple(staying))
+    return replace(cluster_placement.machines(), now=tuple(staying))
 
 
 def size(counts: Sequence[int], found: Machines, gpus: bool) -> int:
@@ -55,7 +55,7 @@ def size(counts: Sequence[int], found: Machines, gpus: bool) -> int:
     return max((count for count in counts if count <= room), default=0)
 
 
-def gather(counts: Sequence[int], found: Machines, gpus: bool = False) -> Team:
+def gather(counts: Sequence[int], found: Machines, gpus: bool = False) -> WorkerGroup:
     """The largest team that there is room for now.
 
     Where there is not even room for the fewest workers, these may share CPUs, or wait for machines that the cluster
@@ -72,10 +72,10 @@ def gather(counts: Sequence[int], found: Machines, gpus: bool = False) -> Team:
     if gpus and not found.has_gpus:
         raise UserError("The run began on GPUs, and the cluster has none now.")
     workers = size(counts, found, found.has_gpus)
-    return Team(workers or counts[0], places.place(workers or counts[0], found))
+    return WorkerGroup(workers or counts[0], cluster_placement.place(workers or counts[0], found))
 
 
-class Wish:
+class CapacityRequest:
     """Asks the autoscaler of a cluster for the machines of a larger team, and holds what comes until it is taken back.
 
     Only for GPUs: a wish for CPUs would be granted with those of the data tasks.
@@ -86,11 +86,11 @@ class Wish:
         found: the machines.
     """
 
-    def __init__(self, most: int, team: Team, found: Machines) -> None:
+    def __init__(self, most: int, group: WorkerGroup, found: Machines) -> None:
         import ray
 
-        missing = most - team.workers if team.gpus and found.later else 0
-        self._groups = [ray.util.placement_group([team.placement.resources()]) for _ in range(missing)]
+        missing = most - group.workers if group.gpus and found.later else 0
+        self._groups = [ray.util.placement_group([group.placement.resources()]) for _ in range(missing)]
 
     def take_back(self) -> None:
         """Lets go of what was asked for."""
@@ -110,10 +110,10 @@ class Resizing:
     """
 
     def __init__(
-        self, counts: Sequence[int], team: Team, clock: Callable[[], float] = time.monotonic
+        self, counts: Sequence[int], group: WorkerGroup, clock: Callable[[], float] = time.monotonic
     ) -> None:
         self._counts = counts
-        self._team = team
+        self._team = group
         self._clock = clock
         self._since: float | None = None
 

@@ -17,31 +17,31 @@ from torch.nn.parallel import DistributedDataParallel
 
 from raysl import checkpoint, collective, methods, optim, pretext
 from raysl.augment import recipe
+from raysl.backbone import network, norm
 from raysl.checkpoint import Saver
-from raysl.cluster.places import Placement
 from raysl.config import Pretraining
-from raysl.contrast.bank import MemoryBank
+from raysl.contrastive.bank import MemoryBank
 from raysl.dataset import DataSet
 from raysl.errors import UserError
-from raysl.network import norm, trunk
 from raysl.objectives import AfterStep, Alternates, Describes, Loss, Objective, Setup
 from raysl.pretext import Geometry
+from raysl.ray_cluster.placement import Placement
 from raysl.rng import key
-from raysl.run import PASSPORT, MetricsLog, Run
+from raysl.run import METADATA, MetricsLog, Run
 from raysl.stream import shared
 from raysl.stream.plan import Plan
 from raysl.stream.reader import Batch, Stream
-from raysl.training.pulse import Orders, Pulse
-from raysl.views import View
+from raysl.stream.views import View
+from raysl.training.stop_sync import StopSignal, StopSync
 
 
 class Network(nn.Module):
-    """The trunk and the heads of a method, as one module for DistributedDataParallel."""
+    """The backbone and the heads of a method, as one module for DistributedDataParallel."""
 
     def __init__(self, config: Pretraining, num_images: int, num_classes: int, fingerprint: str = "") -> None:
         super().__init__()
         torch.manual_seed(key(config.seed, "weights") >> 1)
-        self.trunk = trunk.build(config.trunk)
+        self.backbone = network.build(config.backbone)
         method = methods.parse(config.method)
         _, objective_type = methods.load_objective(method.objective)
         geometry = Geometry(
@@ -51,18 +51,18 @@ class Network(nn.Module):
         setup = Setup(
             pretext=next(iter(self.tasks.values())) if len(self.tasks) == 1 else None,
             identity=pretext.build("identity", {}, geometry),
-            width=self.trunk.width,
+            width=self.backbone.width,
             num_images=num_images,
             num_classes=num_classes,
             seed=config.seed,
-            trunk=self.trunk,
+            backbone=self.backbone,
             tasks=self.tasks,
             fingerprint=fingerprint,
         )
         self.objective: Objective = objective_type(config.parts[method.objective], setup)
 
     def forward(self, views: Mapping[str, Tensor]) -> dict[str, Tensor]:
-        return self.objective.forward(self.trunk, views)
+        return self.objective.forward(self.backbone, views)
 
     def views(self, config: Pretraining) -> dict[str, View]:
         """What the stream makes of every image."""
@@ -74,7 +74,7 @@ class Network(nn.Module):
         return self.objective.schedule() if isinstance(self.objective, Alternates) else None
 
     def facts(self) -> dict[str, Any]:
-        """What the method adds to the passport."""
+        """What the method adds to the metadata."""
         described = {spec: transform.describe() for spec, transform in self.tasks.items()}
         facts = next(iter(described.values())) if len(described) == 1 else dict(described)
         return facts | self.objective.describe() if isinstance(self.objective, Describes) else facts
@@ -95,7 +95,7 @@ class Job:
     placement: Placement
     board: Any = None
     until: int | None = None
-    seat: shared.Seat | None = None
+    subscriber: shared.Subscriber | None = None
 
 
 class Worker:
@@ -123,7 +123,7 @@ class Worker:
         Raises:
             UserError: the run lies where this worker cannot see it.
         """
-        if not self.job.run.folder.exists(PASSPORT):
+        if not self.job.run.folder.exists(METADATA):
             raise self._unseen("run")
         found = checkpoint.newest(self.job.run.checkpoints) if self.rank == 0 else None
         step = int(collective.total(torch.tensor(found.step if found else 0, device=self.device)).item())
@@ -179,14 +179,14 @@ class Worker:
     def _loop(self, log: MetricsLog | None, lost_steps: int) -> None:
         model = self._distributed()
         meter = Meter(self.step, self.plan, self.world, lost_steps)
-        pulse = Pulse(self.step, Orders(self.job.board, self.rank), self.device)
+        stop_sync = StopSync(self.step, StopSignal(self.job.board, self.rank), self.device)
         end = self.plan.num_steps if self.job.until is None else min(self.job.until, self.plan.num_steps)
-        for batch in shared.batches(self._stream(), self.job.seat, self.step, end):
+        for batch in shared.batches(self._stream(), self.job.subscriber, self.step, end):
             lr = self.config.optim.lr_at(self.step, self.plan.num_steps, self.config.batch_size)
             loss = self.update(model, batch, lr)
             self.step += 1
             meter.add(batch, loss)
-            leave, since_s = pulse.settle(self.step, self.saver.since_s)
+            leave, since_s = stop_sync.settle(self.step, self.saver.since_s)
             if leave and self.job.board is not None:
                 self.job.board.leaving.remote()
             last = leave or self.step == end
@@ -218,9 +218,9 @@ class Worker:
         self.scaler.step(self.optimizer)
         self.scaler.update()
         if isinstance(self.network.objective, AfterStep):
-            self.network.objective.after_step(self.network.trunk)
-        if self.bank is not None and loss.remember_bd is not None:
-            self.bank.update(batch.indices_b, loss.remember_bd)
+            self.network.objective.after_step(self.network.backbone)
+        if self.bank is not None and loss.bank_update_bd is not None:
+            self.bank.update(batch.indices_b, loss.bank_update_bd)
         return loss
 
     def _autocast(self) -> contextlib.AbstractContextManager[object]:
@@ -230,7 +230,7 @@ class Worker:
         return torch.autocast(self.device.type, dtype)
 
     def _distributed(self) -> nn.Module:
-        if self.config.trunk.norm == "sync" and self.world > 1:
+        if self.config.backbone.norm == "sync" and self.world > 1:
             norm.synchronise(self.network, self.device)
         model: nn.Module = self.network
         if self.config.compile:

@@ -1,4 +1,4 @@
-"""A small run for an objective: its trunk, what it may know, what it must be given, and a batch of random views."""
+"""A small run for an objective: its backbone, what it may know, what it must be given, and a batch of random views."""
 
 from __future__ import annotations
 
@@ -13,8 +13,8 @@ import pyarrow.parquet as pq
 import torch
 
 from raysl import pretext
+from raysl.backbone.network import Backbone, BackboneConfig, build
 from raysl.checkpoint import SaveConfig, Saver
-from raysl.network.trunk import Trunk, TrunkConfig, build
 from raysl.objectives import Setup
 from raysl.pretext import Geometry, jigsaw
 from raysl.storage import Folder
@@ -25,20 +25,20 @@ N = 64
 _FOLDERS: list[tempfile.TemporaryDirectory[str]] = []
 
 
-def setup(transform: str = "", num_classes: int = 0) -> tuple[Trunk, Setup]:
-    """A trunk whose images do not see each other, of equal weights in every call."""
+def setup(transform: str = "", num_classes: int = 0) -> tuple[Backbone, Setup]:
+    """A backbone whose images do not see each other, of equal weights in every call."""
     torch.manual_seed(0)
     geometry = Geometry(image_size=16)
     parts = {"jigsaw": jigsaw.Config(grid=2, patch_size=6)}
-    trunk = build(TrunkConfig(norm="group"))
-    return trunk, Setup(
+    backbone = build(BackboneConfig(norm="group"))
+    return backbone, Setup(
         pretext=pretext.build(transform, parts, geometry) if transform else None,
         identity=pretext.build("identity", {}, geometry),
-        width=trunk.width,
+        width=backbone.width,
         num_images=N,
         num_classes=num_classes,
         seed=0,
-        trunk=trunk,
+        backbone=backbone,
     )
 
 
@@ -86,13 +86,13 @@ def teacher(
     """A run with one checkpoint, of random weights, whose classifier takes `width` features; returns its place."""
     with torch.random.fork_rng():
         torch.manual_seed(step)
-        network = torch.nn.ModuleDict({"trunk": build(TrunkConfig())})
+        network = torch.nn.ModuleDict({"backbone": build(BackboneConfig())})
         heads: dict[str, torch.nn.Module] = {"classify": torch.nn.Linear(width, classes)}
         if joins_crops:
             heads["project"] = torch.nn.Sequential(torch.nn.Linear(192, width // 2))
         network["objective"] = torch.nn.ModuleDict(heads)
     run = Folder(str(folder))
-    run.write_json("passport.json", {"config": {"method": method, "trunk": {"name": "small"}}})
+    run.write_json("metadata.json", {"config": {"method": method, "backbone": {"name": "small"}}})
     saver = Saver(run / "checkpoints", SaveConfig(), rank=0, world=1)
     saver.save(step, {"network": network.state_dict()}, None)
     saver.wait()

@@ -20,10 +20,10 @@ IDS = np.arange(N) * 3 % 5
 
 
 def test_the_loss_is_the_cross_entropy_of_the_cluster_of_the_image(tmp_path: Path) -> None:
-    trunk, of_run = setup()
+    backbone, of_run = setup()
     objective = Clusterfit(Config(clusters(tmp_path / "labels.parquet", IDS)), of_run)
     of = batch(objective, 6, step=3)
-    logits_bk = objective(trunk, of.views)["logits"]
+    logits_bk = objective(backbone, of.views)["logits"]
     assert logits_bk.shape == (6, 5)
     found = objective.loss({"logits": logits_bk}, of, None)
     label_b = torch.from_numpy(IDS[of.rows.indices_b])

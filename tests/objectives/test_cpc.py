@@ -10,8 +10,8 @@ import torch
 from torch import Tensor, nn
 
 from raysl import pretext
+from raysl.backbone.network import Backbone, BackboneConfig, build
 from raysl.errors import UserError
-from raysl.network.trunk import Trunk, TrunkConfig, build
 from raysl.objectives import Setup
 from raysl.objectives.cpc import Config, Cpc
 from raysl.pretext import Geometry
@@ -22,13 +22,13 @@ ROWS, SIDE = 7, 4
 DOWN = [(k, r, s) for k in (2, 3) for r in range(ROWS - k) for s in range(ROWS)]
 
 
-def make(transform: str = "patch_grid", **dials: Any) -> tuple[Trunk, Cpc]:
+def make(transform: str = "patch_grid", **hyperparameters: Any) -> tuple[Backbone, Cpc]:
     torch.manual_seed(0)
     geometry = Geometry(image_size=16)
-    trunk = build(TrunkConfig(norm="group"))
+    backbone = build(BackboneConfig(norm="group"))
     built, identity = pretext.build(transform, {}, geometry), pretext.build("identity", {}, geometry)
-    config = Config(**{"nearest": 2, "farthest": 3, "channels": 8, "dim": 6, "depth": 2, **dials})
-    return trunk, Cpc(config, Setup(built, identity, trunk.width, 64, 0, 0))
+    config = Config(**{"nearest": 2, "farthest": 3, "channels": 8, "dim": 6, "depth": 2, **hyperparameters})
+    return backbone, Cpc(config, Setup(built, identity, backbone.width, 64, 0, 0))
 
 
 def batch(b: int, indices: list[int] | None = None) -> Batch:
@@ -54,9 +54,9 @@ def oracle(
 
 @pytest.mark.parametrize("directions", ["down", "both"])
 def test_the_loss_is_info_nce_among_all_patches_of_the_batch(directions: str) -> None:
-    trunk, objective = make(directions=directions, scale=2.0, images=0)
+    backbone, objective = make(directions=directions, scale=2.0, images=0)
     of = batch(3)
-    outputs = objective(trunk, of.views)
+    outputs = objective(backbone, of.views)
     down = [(r + k) * ROWS + s for k, r, s in DOWN]
     up = [(ROWS - 1 - r - k) * ROWS + s for k, r, s in DOWN]
     positive = down + (up if directions == "both" else [])
@@ -70,9 +70,9 @@ def test_the_loss_is_info_nce_among_all_patches_of_the_batch(directions: str) ->
 
 
 def test_images_may_meet_in_groups() -> None:
-    trunk, objective = make(images=2)
+    backbone, objective = make(images=2)
     of = batch(5)
-    outputs = {name: x.detach() for name, x in objective(trunk, of.views).items()}
+    outputs = {name: x.detach() for name, x in objective(backbone, of.views).items()}
     parts = [
         objective.loss({n: x[i] for n, x in outputs.items()}, batch(len(i), i), None).loss.item() * len(i)
         for i in ([0, 1], [2, 3], [4])
@@ -81,32 +81,32 @@ def test_images_may_meet_in_groups() -> None:
 
 
 def test_another_copy_of_the_image_does_not_count_against_it() -> None:
-    trunk, objective = make()
-    outputs = objective(trunk, batch(1).views)
+    backbone, objective = make()
+    outputs = objective(backbone, batch(1).views)
     twice = {name: x.repeat(2, 1, 1) for name, x in outputs.items()}
     alone = objective.loss(outputs, batch(1, [3]), None).loss.item()
     assert objective.loss(twice, batch(2, [3, 3]), None).loss.item() == pytest.approx(alone, rel=1e-6)
     assert objective.loss(twice, batch(2, [3, 4]), None).loss.item() > alone + 0.5
 
 
-def seen(objective: Cpc, trunk: Trunk, prediction: int) -> Tensor:
+def seen(objective: Cpc, backbone: Backbone, prediction: int) -> Tensor:
     """bool (rows,): the rows of patches that a prediction of the first image depends on."""
     views = batch(1).views["patches"].float().requires_grad_()
-    objective(trunk, {"patches": views})["predictions"][0, prediction].sum().backward()
+    objective(backbone, {"patches": views})["predictions"][0, prediction].sum().backward()
     assert views.grad is not None
     return views.grad.abs().sum(dim=(0, 2, 3, 4)).view(ROWS, ROWS).sum(dim=1) > 0
 
 
 def test_a_prediction_sees_nothing_of_the_rows_that_it_is_about() -> None:
-    trunk, objective = make(directions="both", depth=3)
+    backbone, objective = make(directions="both", depth=3)
     for n in (DOWN.index((2, 1, 3)), DOWN.index((3, 1, 0))):
-        assert seen(objective, trunk, n).tolist() == [True, True, False, False, False, False, False]
-        up = seen(objective, trunk, len(DOWN) + n)
+        assert seen(objective, backbone, n).tolist() == [True, True, False, False, False, False, False]
+        up = seen(objective, backbone, len(DOWN) + n)
         assert up.tolist() == [False, False, False, False, False, True, True]
 
 
 class Colours(nn.Module):
-    """The mean colour of a patch in place of a trunk."""
+    """The mean colour of a patch in place of a backbone."""
 
     def forward(self, images_bchw: Tensor) -> Tensor:
         return images_bchw.float().mean(dim=(2, 3)) / 255 - 0.5

@@ -40,10 +40,10 @@ def test_the_gradient_keeps_its_scale_when_the_answers_are_softened() -> None:
 
 
 def test_the_loss_weighs_the_teacher_and_the_labels(tmp_path: Path) -> None:
-    trunk, of_run = setup(num_classes=4)
+    backbone, of_run = setup(num_classes=4)
     objective = Distill(Config(teacher(tmp_path / "t"), temperature=2.0, alpha=0.3), of_run)
     of = batch(objective, 6)
-    outputs = objective(trunk, of.views)
+    outputs = objective(backbone, of.views)
     assert outputs["logits"].shape == outputs["teacher"].shape == (6, 1, 4)
     assert not outputs["teacher"].requires_grad
     found = objective.loss(outputs, of, None)
@@ -54,23 +54,23 @@ def test_the_loss_weighs_the_teacher_and_the_labels(tmp_path: Path) -> None:
 
 
 def test_the_teacher_stays_as_it_is_and_is_not_saved(tmp_path: Path) -> None:
-    trunk, of_run = setup()
+    backbone, of_run = setup()
     objective = Distill(Config(teacher(tmp_path / "t")), of_run)
     assert set(objective.state_dict()) == {"classify.weight", "classify.bias"}
     assert {name for name, _ in objective.named_parameters()} == set(objective.state_dict())
     of = batch(objective, 4)
     objective.train()
-    first = objective(trunk, of.views)["teacher"]
-    alone = objective(trunk, {"image": of.views["image"][:1]})["teacher"]
+    first = objective(backbone, of.views)["teacher"]
+    alone = objective(backbone, {"image": of.views["image"][:1]})["teacher"]
     torch.testing.assert_close(alone, first[:1], msg="its BatchNorm looks at the batch")
-    assert torch.equal(objective(trunk, of.views)["teacher"], first)
+    assert torch.equal(objective(backbone, of.views)["teacher"], first)
 
 
 def test_every_crop_is_taught(tmp_path: Path) -> None:
-    trunk, of_run = setup("jigsaw")
+    backbone, of_run = setup("jigsaw")
     objective = Distill(Config(teacher(tmp_path / "t", "distill-jigsaw")), of_run)
     of = batch(objective, 3)
-    outputs = objective(trunk, of.views)
+    outputs = objective(backbone, of.views)
     assert outputs["logits"].shape == outputs["teacher"].shape == (3, 4, 4)
     expected = soft_targets(outputs["logits"], outputs["teacher"], 4.0).mean()
     torch.testing.assert_close(objective.loss(outputs, of, None).loss, expected)
@@ -90,7 +90,7 @@ def test_which_checkpoint_teaches_is_chosen_and_recorded(tmp_path: Path) -> None
 def test_a_run_without_a_classifier_of_single_views_cannot_teach(tmp_path: Path) -> None:
     with pytest.raises(UserError, match="'predict-jigsaw', which has no classifier of single views"):
         _teacher.load(teacher(tmp_path / "jigsaw", "predict-jigsaw", width=9 * 192))
-    # Two crops of half the trunk's width look like one of its whole width.
+    # Two crops of half the backbone's width look like one of its whole width.
     pair = teacher(tmp_path / "pair", "predict-relative_position", joins_crops=True)
     with pytest.raises(UserError, match="which has no classifier of single views"):
         _teacher.load(pair)
@@ -102,8 +102,8 @@ def test_what_is_no_run_cannot_teach(tmp_path: Path) -> None:
     with pytest.raises(UserError, match=r"No run at .* that could teach"):
         Distill(Config(str(tmp_path)), setup()[1])
     place = teacher(tmp_path / "t")
-    (tmp_path / "t" / "passport.json").write_text('{"config": {}}')
-    with pytest.raises(UserError, match=r"passport .* is damaged"):
+    (tmp_path / "t" / "metadata.json").write_text('{"config": {}}')
+    with pytest.raises(UserError, match=r"metadata .* is damaged"):
         Distill(Config(place), setup()[1])
 
 
@@ -119,7 +119,7 @@ def test_labels_must_be_those_that_the_teacher_knows(tmp_path: Path) -> None:
         Distill(Config(teacher(tmp_path / "t"), alpha=0.5), setup()[1])
 
 
-@pytest.mark.parametrize("dial", [{"temperature": 0.0}, {"alpha": 1.5}, {"alpha": float("nan")}])
-def test_its_dials_are_checked(dial: dict[str, float]) -> None:
-    with pytest.raises(UserError, match=rf"distill\.{next(iter(dial))} is"):
-        Config(**dial)  # type: ignore[arg-type]
+@pytest.mark.parametrize("hyperparameter", [{"temperature": 0.0}, {"alpha": 1.5}, {"alpha": float("nan")}])
+def test_its_dials_are_checked(hyperparameter: dict[str, float]) -> None:
+    with pytest.raises(UserError, match=rf"distill\.{next(iter(hyperparameter))} is"):
+        Config(**hyperparameter)  # type: ignore[arg-type]

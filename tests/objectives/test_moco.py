@@ -12,8 +12,8 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from raysl import optim
+from raysl.backbone.network import Backbone, BackboneConfig, build
 from raysl.errors import UserError
-from raysl.network.trunk import Trunk, TrunkConfig, build
 from raysl.objectives import AfterStep
 from raysl.objectives.moco import Config, Moco
 from raysl.optim import OptimConfig
@@ -22,29 +22,31 @@ from tests.objectives.setups import batch, setup
 K, D = 10, 16
 
 
-def make(transform: str = "", **dials: Any) -> tuple[Trunk, Moco]:
-    trunk, of = setup(transform)
-    return trunk, Moco(Config(**{"queue": K, "dim": D, "momentum": 0.9, **dials}), of)
+def make(transform: str = "", **hyperparameters: Any) -> tuple[Backbone, Moco]:
+    backbone, of = setup(transform)
+    return backbone, Moco(Config(**{"queue": K, "dim": D, "momentum": 0.9, **hyperparameters}), of)
 
 
-def train(trunk: Trunk, objective: Moco, steps: range) -> list[float]:
+def train(backbone: Backbone, objective: Moco, steps: range) -> list[float]:
     """Some steps as the training loop takes them."""
-    optimizer = torch.optim.SGD([p for p in _network(trunk, objective).parameters() if p.requires_grad], 0.1)
+    optimizer = torch.optim.SGD(
+        [p for p in _network(backbone, objective).parameters() if p.requires_grad], 0.1
+    )
     losses = []
     for step in steps:
         of = batch(objective, step=step)
-        loss = objective.loss(objective(trunk, of.views), of, None).loss
+        loss = objective.loss(objective(backbone, of.views), of, None).loss
         optimizer.zero_grad()
         loss.backward()  # type: ignore[no-untyped-call]
         optimizer.step()
         assert isinstance(objective, AfterStep)
-        objective.after_step(trunk)
+        objective.after_step(backbone)
         losses.append(loss.item())
     return losses
 
 
-def _network(trunk: Trunk, objective: Moco) -> nn.Module:
-    return nn.ModuleDict({"trunk": trunk, "objective": objective})
+def _network(backbone: Backbone, objective: Moco) -> nn.Module:
+    return nn.ModuleDict({"backbone": backbone, "objective": objective})
 
 
 def _weights(module: nn.Module) -> list[Tensor]:
@@ -54,10 +56,10 @@ def _weights(module: nn.Module) -> list[Tensor]:
 @pytest.mark.parametrize("head", ["linear", "mlp"])
 @pytest.mark.parametrize("transform", ["", "rotation", "jigsaw"])
 def test_the_loss_is_equation_1(transform: str, head: Any) -> None:
-    trunk, objective = make(transform, head=head, temperature=0.3)
+    backbone, objective = make(transform, head=head, temperature=0.3)
     of = batch(objective)
     queue_kd = objective.queue_kd
-    outputs = objective(trunk, of.views)
+    outputs = objective(backbone, of.views)
     query, key = outputs["query"], outputs["key"]
     assert not key.requires_grad
     logits = torch.cat([(query * key).sum(dim=1, keepdim=True), query @ queue_kd.T], dim=1) / 0.3
@@ -75,26 +77,26 @@ def test_v1_has_a_linear_head_and_v2_an_mlp() -> None:
 def test_keys_are_dealt_out_where_images_see_each_other() -> None:
     assert not make()[1].deals
     _, of = setup()
-    assert Moco(Config(), replace(of, trunk=build(TrunkConfig()))).deals
+    assert Moco(Config(), replace(of, backbone=build(BackboneConfig()))).deals
 
 
 def test_the_key_network_begins_as_the_query_network() -> None:
-    trunk, objective = make()
+    backbone, objective = make()
     view = batch(objective).views["key"]
-    outputs = objective(trunk, {"query": view, "key": view})
+    outputs = objective(backbone, {"query": view, "key": view})
     assert torch.equal(outputs["query"], outputs["key"])
 
 
 def test_the_key_network_follows_and_is_not_trained() -> None:
-    trunk, objective = make()
-    network = _network(trunk, objective)
+    backbone, objective = make()
+    network = _network(backbone, objective)
     optimizer = optim.build(OptimConfig(), network)
     trained = {id(p) for group in optimizer.param_groups for p in group["params"]}
-    frozen = [*objective.key_trunk.parameters(), *objective.key_head.parameters()]
-    assert trained == {id(p) for p in (*trunk.parameters(), *objective.head.parameters())}
-    before = _weights(objective.key_trunk) + _weights(objective.key_head)
-    train(trunk, objective, range(1))
-    queries = [*trunk.parameters(), *objective.head.parameters()]
+    frozen = [*objective.key_backbone.parameters(), *objective.key_head.parameters()]
+    assert trained == {id(p) for p in (*backbone.parameters(), *objective.head.parameters())}
+    before = _weights(objective.key_backbone) + _weights(objective.key_head)
+    train(backbone, objective, range(1))
+    queries = [*backbone.parameters(), *objective.head.parameters()]
     moved = 0
     for old, key, query in zip(before, frozen, queries, strict=True):
         assert key.grad is None
@@ -104,11 +106,11 @@ def test_the_key_network_follows_and_is_not_trained() -> None:
 
 
 def test_the_queue_holds_the_newest_keys() -> None:
-    trunk, objective = make()
+    backbone, objective = make()
     keys, indices = [objective.queue_kd], [objective.queue_indices_k]
     for step in range(4):
         of = batch(objective, step=step)
-        outputs = objective(trunk, of.views)
+        outputs = objective(backbone, of.views)
         objective.loss(outputs, of, None)
         keys.insert(0, outputs["key"])
         indices.insert(0, of.indices_b)
@@ -117,15 +119,15 @@ def test_the_queue_holds_the_newest_keys() -> None:
 
 
 def test_a_queue_shorter_than_the_batch() -> None:
-    trunk, objective = make(queue=3)
-    assert torch.isfinite(torch.tensor(train(trunk, objective, range(2)))).all()
+    backbone, objective = make(queue=3)
+    assert torch.isfinite(torch.tensor(train(backbone, objective, range(2)))).all()
     assert objective.queue_kd.shape == (3, D)
 
 
 def test_own_keys_in_the_queue_do_not_count() -> None:
-    trunk, objective = make(queue=4)
+    backbone, objective = make(queue=4)
     of = batch(objective)
-    outputs = objective(trunk, of.views)
+    outputs = objective(backbone, of.views)
     objective.loss(outputs, of, None)
     # Now the queue is these very images: each has the three others as negatives.
     query, key = outputs["query"], outputs["key"]
@@ -134,34 +136,35 @@ def test_own_keys_in_the_queue_do_not_count() -> None:
 
 
 def test_the_queue_is_no_buffer_and_a_checkpoint_goes_on_bit_for_bit() -> None:
-    trunk, objective = make()
+    backbone, objective = make()
     assert not {"queue_kd", "queue_indices_k"} & {name for name, _ in objective.named_buffers()}
-    train(trunk, objective, range(3))
+    train(backbone, objective, range(3))
     file = io.BytesIO()
-    torch.save(_network(trunk, objective).state_dict(), file)
+    torch.save(_network(backbone, objective).state_dict(), file)
     file.seek(0)
-    other_trunk, other = make()
-    _network(other_trunk, other).load_state_dict(torch.load(file, weights_only=True))
+    other_backbone, other = make()
+    _network(other_backbone, other).load_state_dict(torch.load(file, weights_only=True))
     assert torch.equal(other.queue_kd, objective.queue_kd)
-    assert train(trunk, objective, range(3, 6)) == train(other_trunk, other, range(3, 6))
-    for a, b in zip(_weights(objective.key_trunk), _weights(other.key_trunk), strict=True):
+    assert train(backbone, objective, range(3, 6)) == train(other_backbone, other, range(3, 6))
+    for a, b in zip(_weights(objective.key_backbone), _weights(other.key_backbone), strict=True):
         assert torch.equal(a, b)
 
 
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
 def test_half_precision_arithmetic_is_finite(dtype: torch.dtype) -> None:
-    trunk, objective = make()
+    backbone, objective = make()
     of = batch(objective)
     with torch.autocast("cpu", dtype):
-        found = objective.loss(objective(trunk, of.views), of, None)
+        found = objective.loss(objective(backbone, of.views), of, None)
     found.loss.backward()  # type: ignore[no-untyped-call]
     assert found.loss.dtype == objective.queue_kd.dtype == torch.float32
-    assert all(p.grad is not None and p.grad.isfinite().all() for p in trunk.parameters())
+    assert all(p.grad is not None and p.grad.isfinite().all() for p in backbone.parameters())
 
 
 @pytest.mark.parametrize(
-    ("dial", "value"), [("momentum", 1.1), ("momentum", -0.1), ("temperature", 0.0), ("queue", 0), ("dim", 0)]
+    ("hyperparameter", "value"),
+    [("momentum", 1.1), ("momentum", -0.1), ("temperature", 0.0), ("queue", 0), ("dim", 0)],
 )
-def test_its_dials_are_checked(dial: str, value: Any) -> None:
-    with pytest.raises(UserError, match=rf"moco\.{dial} is {value}"):
-        make(**{dial: value})
+def test_its_dials_are_checked(hyperparameter: str, value: Any) -> None:
+    with pytest.raises(UserError, match=rf"moco\.{hyperparameter} is {value}"):
+        make(**{hyperparameter: value})

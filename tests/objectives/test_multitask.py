@@ -1,4 +1,4 @@
-"""Several tasks on one trunk."""
+"""Several tasks on one backbone."""
 
 from __future__ import annotations
 
@@ -12,14 +12,14 @@ import torch
 from torch import Tensor
 
 from raysl import pretext
+from raysl.backbone.network import Backbone, BackboneConfig, build
 from raysl.config import Pretraining, ViewConfig
 from raysl.errors import UserError
-from raysl.network.trunk import Trunk, TrunkConfig, build
 from raysl.objectives import Setup
 from raysl.objectives.multitask import Config, Multitask, Turns
 from raysl.objectives.predict import Predict
 from raysl.pretext import Geometry
-from raysl.rng import Draws
+from raysl.rng import ImageRng
 from raysl.stream.plan import Rows
 from raysl.stream.reader import Batch
 from raysl.training.worker import Network
@@ -27,14 +27,14 @@ from raysl.training.worker import Network
 TASKS = ("rotation", "colorization", "rotation+jigsaw")
 
 
-def make(*tasks: str, **dials: Any) -> tuple[Trunk, Multitask]:
+def make(*tasks: str, **hyperparameters: Any) -> tuple[Backbone, Multitask]:
     torch.manual_seed(0)
     geometry = Geometry(image_size=32, predicted=True)
-    trunk = build(TrunkConfig(norm="group"))
+    backbone = build(BackboneConfig(norm="group"))
     built = {task: pretext.build(task, {}, geometry) for task in tasks}
     identity = pretext.build("identity", {}, geometry)
-    setup = Setup(None, identity, trunk.width, 64, 0, 0, tasks=built)
-    return trunk, Multitask(Config(**{"crop_width": 8, **dials}), setup)
+    setup = Setup(None, identity, backbone.width, 64, 0, 0, tasks=built)
+    return backbone, Multitask(Config(**{"crop_width": 8, **hyperparameters}), setup)
 
 
 def batch(objective: Multitask, tasks: tuple[str, ...], b: int = 4) -> Batch:
@@ -45,7 +45,7 @@ def batch(objective: Multitask, tasks: tuple[str, ...], b: int = 4) -> Batch:
         side = objective.views[task].source.size
         generator = torch.Generator().manual_seed(0)
         images = torch.randint(0, 256, (b, 3, side, side), dtype=torch.uint8, generator=generator)
-        made = objective.views[task].transform(images, Draws(0, rows.epochs_b, rows.indices_b).named(task))
+        made = objective.views[task].transform(images, ImageRng(0, rows.epochs_b, rows.indices_b).named(task))
         assert made.target is not None
         views[task], targets[task] = made.crops_bpchw, made.target
     return Batch(0, rows, None, views, targets)
@@ -53,27 +53,27 @@ def batch(objective: Multitask, tasks: tuple[str, ...], b: int = 4) -> Batch:
 
 @pytest.mark.parametrize("task", TASKS)
 def test_the_loss_of_a_step_is_that_of_its_task_alone(task: str) -> None:
-    trunk, objective = make(*TASKS)
+    backbone, objective = make(*TASKS)
     of = batch(objective, (task,))
-    found = objective.loss(objective(trunk, of.views), of, None)
+    found = objective.loss(objective(backbone, of.views), of, None)
     head = objective.heads[task]
     assert isinstance(head, Predict)
     alone = Batch(0, of.rows, None, {"transformed": of.views[task]}, {"transformed": of.targets[task]})
-    expected = head.loss(head(trunk, alone.views), alone, None)
+    expected = head.loss(head(backbone, alone.views), alone, None)
     assert found.loss.item() == expected.loss.item()
     assert found.metrics[f"loss/{task}"].item() == expected.loss.item()
     assert {f"{name}/{task}" for name in expected.metrics} == set(found.metrics) - {f"loss/{task}"}
 
 
 def test_other_heads_stay_as_they_are_momentum_included() -> None:
-    trunk, objective = make("rotation", "colorization")
-    parameters = [*trunk.parameters(), *objective.parameters()]
+    backbone, objective = make("rotation", "colorization")
+    parameters = [*backbone.parameters(), *objective.parameters()]
     optimizer = torch.optim.SGD(parameters, lr=0.1, momentum=0.9, weight_decay=0.1)
     for task in ("rotation", "colorization"):
         before = {name: p.clone() for name, p in objective.named_parameters()}
         of = batch(objective, (task,))
         optimizer.zero_grad(set_to_none=True)
-        objective.loss(objective(trunk, of.views), of, None).loss.backward()  # type: ignore[no-untyped-call]
+        objective.loss(objective(backbone, of.views), of, None).loss.backward()  # type: ignore[no-untyped-call]
         optimizer.step()
         for name, p in objective.named_parameters():
             assert torch.equal(p, before[name]) != name.startswith(f"heads.{task}."), name

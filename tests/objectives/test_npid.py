@@ -8,7 +8,7 @@ import pytest
 import torch
 from torch import nn
 
-from raysl.contrast.bank import BankConfig, MemoryBank
+from raysl.contrastive.bank import BankConfig, MemoryBank
 from raysl.errors import UserError
 from raysl.objectives import pirl
 from raysl.objectives.npid import Config, Npid
@@ -25,43 +25,43 @@ def bank() -> MemoryBank:
 @pytest.mark.parametrize("mode", ["shared", "own"])
 @pytest.mark.parametrize("loss", ["infonce", "nce", "paper_h"])
 def test_it_is_pirl_with_lambda_0(loss: Any, mode: Any, head: Any) -> None:
-    dials = {**DIALS, "loss": loss, "negatives": mode, "head": head}
-    trunk, of_pirl = setup("rotation")
-    theirs = pirl.Pirl(pirl.Config(lam=0, **dials), of_pirl)
-    ours = Npid(Config(**dials), setup()[1])
+    hyperparameters = {**DIALS, "loss": loss, "negatives": mode, "head": head}
+    backbone, of_pirl = setup("rotation")
+    theirs = pirl.Pirl(pirl.Config(lam=0, **hyperparameters), of_pirl)
+    ours = Npid(Config(**hyperparameters), setup()[1])
     ours.image_head.load_state_dict(theirs.image_head.state_dict())
     # PIRL's z comes from the transformed images, which NPID does not have.
     theirs.z.fill_(150.0)
     ours.z.fill_(150.0)
     of = batch(theirs)
-    expected = theirs.loss(theirs(trunk, of.views), of, bank())
-    found = ours.loss(ours(trunk, {"image": of.views["image"]}), of, bank())
+    expected = theirs.loss(theirs(backbone, of.views), of, bank())
+    found = ours.loss(ours(backbone, {"image": of.views["image"]}), of, bank())
     assert found.loss.item() == expected.loss.item()
-    weights = [*trunk.parameters()]
+    weights = [*backbone.parameters()]
     for a, b in zip(
         torch.autograd.grad(found.loss, weights), torch.autograd.grad(expected.loss, weights), strict=True
     ):
         torch.testing.assert_close(a, b, rtol=1e-4, atol=1e-6)
-    assert found.remember_bd is not None
-    assert expected.remember_bd is not None
-    assert torch.equal(found.remember_bd, expected.remember_bd)
+    assert found.bank_update_bd is not None
+    assert expected.bank_update_bd is not None
+    assert torch.equal(found.bank_update_bd, expected.bank_update_bd)
 
 
 def test_every_parameter_gets_a_gradient_from_one_view() -> None:
-    trunk, of_npid = setup()
+    backbone, of_npid = setup()
     objective = Npid(Config(**DIALS), of_npid)  # type: ignore[arg-type]
     assert list(objective.views) == ["image"]
     of = batch(objective)
-    objective.loss(objective(trunk, of.views), of, bank()).loss.backward()  # type: ignore[no-untyped-call]
-    assert all(p.grad is not None and p.grad.any() for p in nn.ModuleList([trunk, objective]).parameters())
+    objective.loss(objective(backbone, of.views), of, bank()).loss.backward()  # type: ignore[no-untyped-call]
+    assert all(p.grad is not None and p.grad.any() for p in nn.ModuleList([backbone, objective]).parameters())
 
 
 def test_z_is_set_by_the_first_batch() -> None:
-    trunk, of_npid = setup()
+    backbone, of_npid = setup()
     objective = Npid(Config(loss="nce", **DIALS), of_npid)  # type: ignore[arg-type]
     of = batch(objective)
     assert objective.z.isnan()
-    objective.loss(objective(trunk, of.views), of, bank())
+    objective.loss(objective(backbone, of.views), of, bank())
     assert objective.state_dict()["z"] > 0
 
 

@@ -12,10 +12,10 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from raysl import pretext
-from raysl.contrast import losses, negatives
-from raysl.contrast.bank import BankConfig, MemoryBank
+from raysl.backbone.network import Backbone, BackboneConfig, build
+from raysl.contrastive import losses, negatives
+from raysl.contrastive.bank import BankConfig, MemoryBank
 from raysl.errors import UserError
-from raysl.network.trunk import Trunk, TrunkConfig, build
 from raysl.objectives import Loss, Setup
 from raysl.objectives.pirl import Config, Pirl
 from raysl.pretext import Geometry, jigsaw
@@ -26,22 +26,22 @@ N, D, K = 64, 16, 12
 CONFIG = {"num_negatives": K, "dim": D}
 
 
-def make(transform: str = "jigsaw", **values: Any) -> tuple[Trunk, Pirl, MemoryBank]:
-    """A trunk whose images do not see each other, the objective, and its bank."""
+def make(transform: str = "jigsaw", **values: Any) -> tuple[Backbone, Pirl, MemoryBank]:
+    """A backbone whose images do not see each other, the objective, and its bank."""
     torch.manual_seed(0)
     geometry = Geometry(image_size=16)
     parts = {"jigsaw": jigsaw.Config(grid=2, patch_size=6)}
-    trunk = build(TrunkConfig(norm="group"))
+    backbone = build(BackboneConfig(norm="group"))
     setup = Setup(
         pretext=pretext.build(transform, parts, geometry),
         identity=pretext.build("identity", {}, geometry),
-        width=trunk.width,
+        width=backbone.width,
         num_images=N,
         num_classes=0,
         seed=0,
     )
     objective = Pirl(Config(**{**CONFIG, **values}), setup)
-    return trunk, objective, MemoryBank(N, objective.bank_dim, BankConfig(), seed=0)
+    return backbone, objective, MemoryBank(N, objective.bank_dim, BankConfig(), seed=0)
 
 
 def batch(b: int = 4, patches: int = 4, step: int = 0) -> Batch:
@@ -59,17 +59,17 @@ def batch(b: int = 4, patches: int = 4, step: int = 0) -> Batch:
     return Batch(step, rows, None, views, {})
 
 
-def run(trunk: Trunk, objective: Pirl, bank: MemoryBank, of: Batch) -> tuple[dict[str, Tensor], Loss]:
-    outputs = objective(trunk, of.views)
+def run(backbone: Backbone, objective: Pirl, bank: MemoryBank, of: Batch) -> tuple[dict[str, Tensor], Loss]:
+    outputs = objective(backbone, of.views)
     return outputs, objective.loss(outputs, of, bank)
 
 
 @pytest.mark.parametrize("mode", ["shared", "own"])
 @pytest.mark.parametrize("loss", ["infonce", "nce", "paper_h"])
 def test_the_loss_is_equation_5_against_the_bank(loss: Any, mode: Any) -> None:
-    trunk, objective, bank = make(lam=0.3, loss=loss, negatives=mode, temperature=0.2)
+    backbone, objective, bank = make(lam=0.3, loss=loss, negatives=mode, temperature=0.2)
     of = batch()
-    outputs, found = run(trunk, objective, bank, of)
+    outputs, found = run(backbone, objective, bank, of)
     terms = {}
     for name in ("transformed", "image"):
         query = outputs[name]
@@ -93,10 +93,10 @@ def test_the_loss_is_equation_5_against_the_bank(loss: Any, mode: Any) -> None:
 @pytest.mark.parametrize("head", ["linear", "mlp"])
 @pytest.mark.parametrize("lam", [0.0, 0.5, 1.0])
 def test_every_parameter_gets_a_gradient_at_any_lambda(lam: float, head: Any) -> None:
-    trunk, objective, bank = make(lam=lam, head=head)
-    _, found = run(trunk, objective, bank, batch())
+    backbone, objective, bank = make(lam=lam, head=head)
+    _, found = run(backbone, objective, bank, batch())
     found.loss.backward()  # type: ignore[no-untyped-call]
-    network = nn.ModuleList([trunk, objective])
+    network = nn.ModuleList([backbone, objective])
     assert all(p.grad is not None and p.grad.isfinite().all() for p in network.parameters())
     moved = {
         "image": any(p.grad is not None and p.grad.any() for p in objective.image_head.parameters()),
@@ -108,14 +108,14 @@ def test_every_parameter_gets_a_gradient_at_any_lambda(lam: float, head: Any) ->
 
 
 def test_lambda_0_is_npid_exactly() -> None:
-    trunk, objective, bank = make(lam=0.0)
+    backbone, objective, bank = make(lam=0.0)
     of = batch()
-    outputs, found = run(trunk, objective, bank, of)
+    outputs, found = run(backbone, objective, bank, of)
     scores = negatives.shared_scores(bank, outputs["image"], of.rows, of.step, K) / 0.07
     positive_b = (outputs["image"] * bank.rows_nd[of.indices_b]).sum(dim=1) / 0.07
     npid = losses.info_nce(positive_b, scores).mean()
     assert found.loss.item() == npid.item()
-    weights = list(trunk.parameters())
+    weights = list(backbone.parameters())
     ours = torch.autograd.grad(found.loss, weights, retain_graph=True)
     theirs = torch.autograd.grad(npid, weights)
     for a, b in zip(ours, theirs, strict=True):
@@ -123,9 +123,9 @@ def test_lambda_0_is_npid_exactly() -> None:
 
 
 def test_both_terms_meet_the_bank_as_it_was_and_leave_it_alone() -> None:
-    trunk, objective, bank = make()
+    backbone, objective, bank = make()
     before = bank.rows_nd.clone()
-    _, found = run(trunk, objective, bank, batch())
+    _, found = run(backbone, objective, bank, batch())
     found.loss.backward()  # type: ignore[no-untyped-call]
     assert torch.equal(bank.rows_nd, before)
     assert bank.rows_nd.grad is None
@@ -133,16 +133,16 @@ def test_both_terms_meet_the_bank_as_it_was_and_leave_it_alone() -> None:
 
 
 def test_the_bank_remembers_the_image_and_never_the_transform() -> None:
-    trunk, objective, bank = make()
+    backbone, objective, bank = make()
     of = batch()
-    outputs, found = run(trunk, objective, bank, of)
-    assert found.remember_bd is not None
-    assert not found.remember_bd.requires_grad
-    assert torch.equal(found.remember_bd, outputs["image"])
+    outputs, found = run(backbone, objective, bank, of)
+    assert found.bank_update_bd is not None
+    assert not found.bank_update_bd.requires_grad
+    assert torch.equal(found.bank_update_bd, outputs["image"])
     of.views["transformed"] = 255 - of.views["transformed"]
-    again = run(trunk, objective, bank, of)[1].remember_bd
+    again = run(backbone, objective, bank, of)[1].bank_update_bd
     assert again is not None
-    assert torch.equal(again, found.remember_bd)
+    assert torch.equal(again, found.bank_update_bd)
 
 
 def test_embeddings_are_unit_vectors() -> None:
@@ -153,22 +153,22 @@ def test_embeddings_are_unit_vectors() -> None:
 
 @pytest.mark.parametrize("head", ["linear", "mlp"])
 def test_the_patches_of_an_image_reach_its_own_embedding_only(head: Any) -> None:
-    trunk, objective, _ = make(head=head)
+    backbone, objective, _ = make(head=head)
     of = batch()
-    before = objective(trunk, of.views)
+    before = objective(backbone, of.views)
     of.views["transformed"][2] = 255 - of.views["transformed"][2]
-    after = objective(trunk, of.views)
+    after = objective(backbone, of.views)
     changed = (before["transformed"] - after["transformed"]).abs().amax(dim=1) > 1e-4
     assert changed.tolist() == [False, False, True, False]
     torch.testing.assert_close(before["image"], after["image"])
 
 
 def test_the_order_of_the_patches_matters_to_g() -> None:
-    trunk, objective, _ = make()
+    backbone, objective, _ = make()
     of = batch()
-    before = objective(trunk, of.views)["transformed"]
+    before = objective(backbone, of.views)["transformed"]
     of.views["transformed"] = of.views["transformed"][:, [1, 0, 2, 3]]
-    after = objective(trunk, of.views)["transformed"]
+    after = objective(backbone, of.views)["transformed"]
     assert ((before - after).abs().amax(dim=1) > 1e-4).all()
 
 
@@ -184,8 +184,8 @@ def test_f_and_g_have_weights_of_their_own() -> None:
 @pytest.mark.parametrize("loss", ["infonce", "nce", "paper_h"])
 @pytest.mark.parametrize("transform", ["jigsaw", "rotation", "rotation+jigsaw"])
 def test_a_batch_of_one_image(transform: str, loss: Any) -> None:
-    trunk, objective, bank = make(transform, loss=loss)
-    outputs, found = run(trunk, objective, bank, batch(1, patches=1 if transform == "rotation" else 4))
+    backbone, objective, bank = make(transform, loss=loss)
+    outputs, found = run(backbone, objective, bank, batch(1, patches=1 if transform == "rotation" else 4))
     assert outputs["transformed"].shape == (1, D)
     found.loss.backward()  # type: ignore[no-untyped-call]
     assert found.loss.isfinite()
@@ -194,17 +194,17 @@ def test_a_batch_of_one_image(transform: str, loss: Any) -> None:
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
 @pytest.mark.parametrize("loss", ["infonce", "nce", "paper_h"])
 def test_half_precision_arithmetic_is_finite(loss: Any, dtype: torch.dtype) -> None:
-    trunk, objective, bank = make(loss=loss)
+    backbone, objective, bank = make(loss=loss)
     of = batch()
     # A perfect match: exp(1 / 0.07) does not fit float16.
     with torch.no_grad():
-        bank.rows_nd[of.indices_b] = objective(trunk, of.views)["image"]
+        bank.rows_nd[of.indices_b] = objective(backbone, of.views)["image"]
     with torch.autocast("cpu", dtype):
-        _, found = run(trunk, objective, bank, of)
+        _, found = run(backbone, objective, bank, of)
     found.loss.backward()  # type: ignore[no-untyped-call]
     assert found.loss.dtype == torch.float32
     assert found.loss.isfinite()
-    assert all(p.grad is not None and p.grad.isfinite().all() for p in trunk.parameters())
+    assert all(p.grad is not None and p.grad.isfinite().all() for p in backbone.parameters())
 
 
 @pytest.mark.parametrize(("loss", "extra"), [("infonce", 0.0), ("nce", 1.0), ("paper_h", 1.0)])
@@ -232,11 +232,11 @@ def test_the_loss_before_anything_is_learned(loss: Any, extra: float, mode: Any)
 
 
 def test_z_is_set_by_the_first_batch_and_saved() -> None:
-    trunk, objective, bank = make(loss="nce")
+    backbone, objective, bank = make(loss="nce")
     assert objective.z.isnan()
-    run(trunk, objective, bank, batch())
+    run(backbone, objective, bank, batch())
     z = objective.z.clone()
-    run(trunk, objective, bank, batch(step=1))
+    run(backbone, objective, bank, batch(step=1))
     assert torch.equal(objective.z, z)
     assert torch.equal(objective.state_dict()["z"], z)
 

@@ -9,8 +9,8 @@ import torch.nn.functional as F
 from torch import nn
 
 from raysl import pretext
+from raysl.backbone.network import Backbone, BackboneConfig, build
 from raysl.errors import UserError
-from raysl.network.trunk import Trunk, TrunkConfig, build
 from raysl.objectives import Setup
 from raysl.objectives.predict import Config, Predict
 from raysl.pretext import Geometry, jigsaw, rotation
@@ -18,14 +18,14 @@ from raysl.stream.plan import Rows
 from raysl.stream.reader import Batch
 
 
-def make(transform: str, permutations: int = 5) -> tuple[Trunk, Predict]:
+def make(transform: str, permutations: int = 5) -> tuple[Backbone, Predict]:
     torch.manual_seed(0)
     geometry = Geometry(image_size=16, predicted=True)
     parts = {"jigsaw": jigsaw.Config(grid=2, patch_size=6, num_permutations=permutations)}
-    trunk = build(TrunkConfig(norm="group"))
+    backbone = build(BackboneConfig(norm="group"))
     built = pretext.build(transform, parts, geometry)
     identity = pretext.build("identity", {}, geometry)
-    return trunk, Predict(Config(crop_width=8), Setup(built, identity, trunk.width, 64, 0, 0))
+    return backbone, Predict(Config(crop_width=8), Setup(built, identity, backbone.width, 64, 0, 0))
 
 
 def batch(b: int, patches: int, labels: int) -> Batch:
@@ -42,27 +42,27 @@ def batch(b: int, patches: int, labels: int) -> Batch:
 def test_the_loss_is_the_cross_entropy_of_the_label(
     transform: str, patches: int, labels: int, b: int
 ) -> None:
-    trunk, objective = make(transform)
+    backbone, objective = make(transform)
     of = batch(b, patches, labels)
-    outputs = objective(trunk, of.views)
+    outputs = objective(backbone, of.views)
     assert outputs["logits"].shape == (b, labels)
     found = objective.loss(outputs, of, None)
     expected = F.cross_entropy(outputs["logits"], of.targets["transformed"])
     torch.testing.assert_close(found.loss, expected)
     right = outputs["logits"].argmax(dim=1) == of.targets["transformed"]
     assert found.metrics["accuracy"].item() == pytest.approx(right.float().mean().item())
-    assert found.remember_bd is None
+    assert found.bank_update_bd is None
     found.loss.backward()  # type: ignore[no-untyped-call]
-    assert all(p.grad is not None for p in nn.ModuleList([trunk, objective]).parameters())
+    assert all(p.grad is not None for p in nn.ModuleList([backbone, objective]).parameters())
 
 
 def test_the_patches_of_an_image_decide_its_own_label_only() -> None:
-    trunk, objective = make("jigsaw")
+    backbone, objective = make("jigsaw")
     objective.eval()
     of = batch(3, 4, 5)
-    before = objective(trunk, of.views)["logits"]
+    before = objective(backbone, of.views)["logits"]
     of.views["transformed"][1] = 255 - of.views["transformed"][1]
-    after = objective(trunk, of.views)["logits"]
+    after = objective(backbone, of.views)["logits"]
     assert ((before - after).abs().amax(dim=1) > 1e-5).tolist() == [False, True, False]
 
 
@@ -76,13 +76,13 @@ def test_a_transform_without_labels_cannot_be_predicted() -> None:
 def test_crops_with_labels_of_their_own_are_samples_of_their_own() -> None:
     geometry = Geometry(image_size=16, predicted=True)
     transform = pretext.build("rotation", {"rotation": rotation.Config(turns="all")}, geometry)
-    trunk = build(TrunkConfig(norm="group"))
-    objective = Predict(Config(), Setup(transform, transform, trunk.width, 64, 0, 0))
-    assert objective.classify.in_features == trunk.width
+    backbone = build(BackboneConfig(norm="group"))
+    objective = Predict(Config(), Setup(transform, transform, backbone.width, 64, 0, 0))
+    assert objective.classify.in_features == backbone.width
     of = batch(3, 4, 1)
     of.targets["transformed"] = torch.tensor([[0, 1, 2, 3]] * 3)
-    outputs = objective(trunk, of.views)
-    each = torch.stack([objective.classify(trunk(of.views["transformed"][:, p])) for p in range(4)], dim=1)
+    outputs = objective(backbone, of.views)
+    each = torch.stack([objective.classify(backbone(of.views["transformed"][:, p])) for p in range(4)], dim=1)
     torch.testing.assert_close(outputs["logits"], each.flatten(0, 1))
     expected = F.cross_entropy(each.flatten(0, 1), torch.arange(4).repeat(3))
     torch.testing.assert_close(objective.loss(outputs, of, None).loss, expected)

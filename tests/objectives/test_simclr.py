@@ -11,17 +11,17 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from raysl.backbone.network import Backbone
 from raysl.errors import UserError
-from raysl.network.trunk import Trunk
 from raysl.objectives.simclr import Config, Simclr
 from raysl.stream.plan import Rows
 from raysl.stream.reader import Batch
 from tests.objectives.setups import batch, setup
 
 
-def make(transform: str = "", **dials: Any) -> tuple[Trunk, Simclr]:
-    trunk, of = setup(transform)
-    return trunk, Simclr(Config(**{"dim": 16, **dials}), of)
+def make(transform: str = "", **hyperparameters: Any) -> tuple[Backbone, Simclr]:
+    backbone, of = setup(transform)
+    return backbone, Simclr(Config(**{"dim": 16, **hyperparameters}), of)
 
 
 def nt_xent(a_bd: Tensor, b_bd: Tensor, temperature: float) -> Tensor:
@@ -56,10 +56,10 @@ def test_accuracy_is_how_often_the_other_view_is_the_nearest() -> None:
 
 
 def test_an_image_that_comes_twice_does_not_push_itself_away() -> None:
-    trunk, objective = make(temperature=0.5)
+    backbone, objective = make(temperature=0.5)
     of = batch(objective, 3)
     of = replace(of, rows=Rows(np.array([1, 2, 1]), np.array([0, 0, 1])))
-    outputs = objective(trunk, of.views)
+    outputs = objective(backbone, of.views)
     z = outputs["embeddings"].flatten(0, 1)
     scores, image = z @ z.T / 0.5, [1, 1, 2, 2, 1, 1]
     terms = []
@@ -72,22 +72,23 @@ def test_an_image_that_comes_twice_does_not_push_itself_away() -> None:
 @pytest.mark.parametrize("norm", ["none", "batch", "layer"])
 @pytest.mark.parametrize("transform", ["", "rotation", "jigsaw"])
 def test_every_parameter_gets_a_gradient(transform: str, norm: Any) -> None:
-    trunk, objective = make(transform, norm=norm)
+    backbone, objective = make(transform, norm=norm)
     of = batch(objective)
-    outputs = objective(trunk, of.views)
+    outputs = objective(backbone, of.views)
     assert outputs["embeddings"].shape == (4, 2, 16)
     torch.testing.assert_close(outputs["embeddings"].norm(dim=2), torch.ones(4, 2))
     objective.loss(outputs, of, None).loss.backward()  # type: ignore[no-untyped-call]
     assert all(
-        p.grad is not None and p.grad.isfinite().all() for p in nn.ModuleList([trunk, objective]).parameters()
+        p.grad is not None and p.grad.isfinite().all()
+        for p in nn.ModuleList([backbone, objective]).parameters()
     )
 
 
 def test_views_are_both_ordinary_unless_a_transform_is_named() -> None:
-    trunk, objective = make()
+    backbone, objective = make()
     assert objective.views["a"] is objective.views["b"]
     of = batch(objective)
-    same = objective(trunk, {"a": of.views["a"], "b": of.views["a"]})["embeddings"]
+    same = objective(backbone, {"a": of.views["a"], "b": of.views["a"]})["embeddings"]
     torch.testing.assert_close(same[:, 0], same[:, 1])
     _, objective = make("rotation")
     assert (objective.views["a"].num_labels, objective.views["b"].num_labels) == (0, 4)
@@ -102,19 +103,19 @@ def test_the_norm_of_the_head() -> None:
 
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
 def test_half_precision_arithmetic_is_finite(dtype: torch.dtype) -> None:
-    trunk, objective = make()
+    backbone, objective = make()
     of = batch(objective)
     with torch.autocast("cpu", dtype):
-        found = objective.loss(objective(trunk, of.views), of, None)
+        found = objective.loss(objective(backbone, of.views), of, None)
     found.loss.backward()  # type: ignore[no-untyped-call]
     assert found.loss.dtype == torch.float32
-    assert all(p.grad is not None and p.grad.isfinite().all() for p in trunk.parameters())
+    assert all(p.grad is not None and p.grad.isfinite().all() for p in backbone.parameters())
 
 
 def test_one_image_has_nothing_to_learn_from() -> None:
-    trunk, objective = make()
+    backbone, objective = make()
     of: Batch = batch(objective, 1)
-    assert objective.loss(objective(trunk, of.views), of, None).loss.item() == 0
+    assert objective.loss(objective(backbone, of.views), of, None).loss.item() == 0
 
 
 def test_its_dials_are_checked() -> None:

@@ -11,8 +11,8 @@ from raysl.augment import Recipe
 from raysl.errors import UserError
 from raysl.pretext import Geometry, Transformed, build
 from raysl.pretext.colorization import Colorization, Config, rebalancing
-from raysl.rng import Draws
-from raysl.views import View
+from raysl.rng import ImageRng
+from raysl.stream.views import View
 
 # CIE L*a*b* of sRGB primaries under D65, from any table of colours.
 KNOWN = {
@@ -25,8 +25,8 @@ KNOWN = {
 }
 
 
-def draws(count: int) -> Draws:
-    return Draws(0, np.zeros(count, np.int64), np.arange(count))
+def image_rng(count: int) -> ImageRng:
+    return ImageRng(0, np.zeros(count, np.int64), np.arange(count))
 
 
 def plain(colours: list[tuple[int, int, int]], side: int = 32) -> Tensor:
@@ -35,7 +35,9 @@ def plain(colours: list[tuple[int, int, int]], side: int = 32) -> Tensor:
 
 def transformed(images_bchw: Tensor, config: Config | None = None) -> Transformed:
     side = images_bchw.shape[-1]
-    return Colorization(config or Config(), Geometry(side)).transform(images_bchw, draws(len(images_bchw)))
+    return Colorization(config or Config(), Geometry(side)).transform(
+        images_bchw, image_rng(len(images_bchw))
+    )
 
 
 def test_known_colours() -> None:
@@ -62,7 +64,7 @@ def test_the_network_sees_no_colour_and_the_target_is_that_of_each_cell() -> Non
 
 def test_the_recipe_acts_before_the_target_is_taken() -> None:
     view = View(build("colorization", {}, Geometry(32)), Recipe(gray=1))
-    target = view(plain([(255, 0, 0)]), draws(1)).target
+    target = view(plain([(255, 0, 0)]), image_rng(1)).target
     assert target is not None
     assert (target == 128).all()
 
@@ -123,7 +125,7 @@ def test_what_it_predicts_of_one_image_can_be_learned() -> None:
 
 
 @pytest.mark.parametrize(
-    ("dials", "message"),
+    ("hyperparameters", "message"),
     [
         ({"step": 1}, "colorization.step is 1"),
         ({"neighbours": 0}, "colorization.neighbours is 0"),
@@ -134,6 +136,6 @@ def test_what_it_predicts_of_one_image_can_be_learned() -> None:
         ({"grid": 64}, "image_size=32"),
     ],
 )
-def test_impossible_dials_are_refused(dials: dict[str, float], message: str) -> None:
+def test_impossible_dials_are_refused(hyperparameters: dict[str, float], message: str) -> None:
     with pytest.raises(UserError, match=message):
-        Colorization(Config(**dials), Geometry(32))  # type: ignore[arg-type]
+        Colorization(Config(**hyperparameters), Geometry(32))  # type: ignore[arg-type]

@@ -10,7 +10,7 @@ from torch import Tensor
 from raysl.errors import UserError
 from raysl.pretext import Geometry
 from raysl.pretext.inpainting import Config, Inpainting
-from raysl.rng import Draws
+from raysl.rng import ImageRng
 
 FILL = torch.tensor([124, 116, 104], dtype=torch.uint8)[:, None, None]
 
@@ -21,7 +21,7 @@ def transformed(config: Config, count: int = 40, side: int = 32) -> tuple[Tensor
     # Values that the filling does not have.
     x = torch.randint(130, 256, (count, 3, side, side), dtype=torch.uint8, generator=generator)
     result = Inpainting(config, Geometry(side)).transform(
-        x, Draws(0, np.zeros(count, np.int64), np.arange(count))
+        x, ImageRng(0, np.zeros(count, np.int64), np.arange(count))
     )
     assert result.target is not None
     return x, result.crops_bpchw[:, 0], result.target
@@ -76,7 +76,7 @@ def test_only_what_is_missing_is_judged_and_every_image_counts_alike() -> None:
 
 
 @pytest.mark.parametrize(
-    ("dials", "message"),
+    ("hyperparameters", "message"),
     [
         ({"share": 0.0}, "inpainting.share is 0"),
         ({"share": 0.9}, "inpainting.share is 0.9"),
@@ -85,6 +85,6 @@ def test_only_what_is_missing_is_judged_and_every_image_counts_alike() -> None:
         ({"grid": 40}, "image_size=32"),
     ],
 )
-def test_impossible_dials_are_refused(dials: dict[str, float], message: str) -> None:
+def test_impossible_dials_are_refused(hyperparameters: dict[str, float], message: str) -> None:
     with pytest.raises(UserError, match=message):
-        Inpainting(Config(**dials), Geometry(32))  # type: ignore[arg-type]
+        Inpainting(Config(**hyperparameters), Geometry(32))  # type: ignore[arg-type]

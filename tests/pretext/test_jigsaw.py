@@ -12,11 +12,11 @@ from torch import Tensor
 from raysl.errors import UserError
 from raysl.pretext import Geometry
 from raysl.pretext.jigsaw import Config, Jigsaw
-from raysl.rng import Draws
+from raysl.rng import ImageRng
 
 
-def draws(count: int) -> Draws:
-    return Draws(0, np.zeros(count, np.int64), np.arange(count))
+def image_rng(count: int) -> ImageRng:
+    return ImageRng(0, np.zeros(count, np.int64), np.arange(count))
 
 
 def coordinates(side: int, count: int) -> Tensor:
@@ -38,7 +38,7 @@ def test_sizes_follow_the_published_ratios(image_size: int, source: int, cell: i
 def test_undoing_the_permutation_gives_the_cells_row_by_row(grid: int) -> None:
     made = Jigsaw(Config(grid=grid), Geometry(64))
     b, cell = 300, made.cell_size
-    result = made.transform(coordinates(made.source.size, b), draws(b))
+    result = made.transform(coordinates(made.source.size, b), image_rng(b))
     assert result.target is not None
     order_bp = torch.from_numpy(made.permutations.order_kp[result.target.numpy()]).long()
     back = torch.empty_like(result.crops_bpchw)
@@ -56,7 +56,7 @@ def test_undoing_the_permutation_gives_the_cells_row_by_row(grid: int) -> None:
 
 def test_every_image_is_shuffled_on_its_own() -> None:
     made = Jigsaw(Config(), Geometry(32))
-    label_b = made.transform(coordinates(36, 200), draws(200)).target
+    label_b = made.transform(coordinates(36, 200), image_rng(200)).target
     assert label_b is not None
     assert len(set(label_b.tolist())) > 195
 
@@ -104,4 +104,10 @@ def test_impossible_dials_are_refused(config: Config, geometry: Geometry, messag
 
 def test_finer_grids_work_with_a_chosen_set() -> None:
     made = Jigsaw(Config(grid=4, num_permutations=20), Geometry(64))
-    assert made.transform(coordinates(made.source.size, 4), draws(4)).crops_bpchw.shape == (4, 16, 3, 14, 14)
+    assert made.transform(coordinates(made.source.size, 4), image_rng(4)).crops_bpchw.shape == (
+        4,
+        16,
+        3,
+        14,
+        14,
+    )

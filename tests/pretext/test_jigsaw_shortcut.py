@@ -13,7 +13,7 @@ from torch import Tensor
 
 from raysl.pretext import Geometry
 from raysl.pretext.jigsaw import Config, Jigsaw
-from raysl.rng import Draws
+from raysl.rng import ImageRng
 
 IMAGES, TRAINED = 1200, 600
 
@@ -55,7 +55,7 @@ def accuracy(features_bd: Tensor, label_b: Tensor, labels: int) -> float:
 def crops_and_labels(config: Config) -> tuple[Tensor, Tensor]:
     made = Jigsaw(config, Geometry(96, predicted=True))
     result = made.transform(
-        textures(made.source.size), Draws(0, np.zeros(IMAGES, np.int64), np.arange(IMAGES))
+        textures(made.source.size), ImageRng(0, np.zeros(IMAGES, np.int64), np.arange(IMAGES))
     )
     assert result.target is not None
     return result.crops_bpchw, result.target

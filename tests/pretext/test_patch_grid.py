@@ -11,12 +11,12 @@ from raysl import pretext
 from raysl.errors import UserError
 from raysl.pretext import Geometry
 from raysl.pretext.patch_grid import Config, PatchGrid
-from raysl.rng import Draws
+from raysl.rng import ImageRng
 
 
 def patches(made: PatchGrid, images_bchw: Tensor) -> Tensor:
     b = len(images_bchw)
-    return made.transform(images_bchw, Draws(0, np.zeros(b, np.int64), np.arange(b))).crops_bpchw
+    return made.transform(images_bchw, ImageRng(0, np.zeros(b, np.int64), np.arange(b))).crops_bpchw
 
 
 @pytest.mark.parametrize(

@@ -10,10 +10,10 @@ import numpy as np
 import pytest
 
 from raysl.errors import UserError
-from raysl.pretext._permutations import Criterion, Orders, permutation_set
+from raysl.pretext._permutations import Criterion, StopSignal, permutation_set
 
 
-def distances(order_kp: Orders) -> list[int]:
+def distances(order_kp: StopSignal) -> list[int]:
     return [int((a != b).sum()) for a, b in itertools.combinations(order_kp, 2)]
 
 

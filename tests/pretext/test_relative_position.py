@@ -10,7 +10,7 @@ from torch import Tensor
 from raysl.errors import UserError
 from raysl.pretext import Geometry
 from raysl.pretext.relative_position import Config, RelativePosition
-from raysl.rng import Draws
+from raysl.rng import ImageRng
 
 STEPS = [(-1, -1), (-1, 0), (-1, 1), (0, -1), (0, 1), (1, -1), (1, 0), (1, 1)]
 COUNT = 400
@@ -18,7 +18,7 @@ COUNT = 400
 
 def transformed(made: RelativePosition, images_bchw: Tensor) -> tuple[Tensor, Tensor]:
     count = len(images_bchw)
-    result = made.transform(images_bchw, Draws(0, np.zeros(count, np.int64), np.arange(count)))
+    result = made.transform(images_bchw, ImageRng(0, np.zeros(count, np.int64), np.arange(count)))
     assert result.target is not None
     return result.crops_bpchw, result.target
 
@@ -96,7 +96,7 @@ def test_the_recipe_does_not_mix_dropped_channels() -> None:
 
 
 @pytest.mark.parametrize(
-    ("dials", "geometry", "message"),
+    ("hyperparameters", "geometry", "message"),
     [
         ({}, Geometry(8), "image_size=8 has patches of 2 pixels"),
         ({"patch_size": 30}, Geometry(64), "image_size=64 has patches of 30 pixels with gaps of -11"),
@@ -106,6 +106,8 @@ def test_the_recipe_does_not_mix_dropped_channels() -> None:
         ({"min_scale": 0.0}, Geometry(64), "min_scale=0"),
     ],
 )
-def test_impossible_dials_are_refused(dials: dict[str, float], geometry: Geometry, message: str) -> None:
+def test_impossible_dials_are_refused(
+    hyperparameters: dict[str, float], geometry: Geometry, message: str
+) -> None:
     with pytest.raises(UserError, match=message):
-        RelativePosition(Config(**dials), geometry)  # type: ignore[arg-type]
+        RelativePosition(Config(**hyperparameters), geometry)  # type: ignore[arg-type]

@@ -9,13 +9,13 @@ from torch import Tensor
 from raysl import pretext
 from raysl.pretext import Geometry
 from raysl.pretext.rotation import Config, Rotation
-from raysl.rng import Draws
+from raysl.rng import ImageRng
 
 
 def rotated(images_bchw: Tensor) -> tuple[Tensor, Tensor]:
     b = len(images_bchw)
     result = Rotation(Config(), Geometry(8)).transform(
-        images_bchw, Draws(0, np.zeros(b, np.int64), np.arange(b))
+        images_bchw, ImageRng(0, np.zeros(b, np.int64), np.arange(b))
     )
     assert result.target is not None
     return result.crops_bpchw[:, 0], result.target
@@ -44,7 +44,7 @@ def test_label_one_is_a_quarter_counter_clockwise() -> None:
 def test_all_four_turns_come_with_a_label_each() -> None:
     x = torch.randint(0, 256, (5, 3, 8, 8), dtype=torch.uint8)
     made = Rotation(Config(turns="all"), Geometry(8))
-    result = made.transform(x, Draws(0, np.zeros(5, np.int64), np.arange(5)))
+    result = made.transform(x, ImageRng(0, np.zeros(5, np.int64), np.arange(5)))
     assert made.num_crops == 4
     assert result.target is not None
     assert result.target.tolist() == [[0, 1, 2, 3]] * 5

@@ -13,9 +13,10 @@ import numpy as np
 import pytest
 
 from raysl import probes
+from raysl.backbone.network import BackboneConfig
 from raysl.errors import Unset, UserError
-from raysl.features import FeatureProtocol, RandomTrunk
-from raysl.network.trunk import TrunkConfig
+from raysl.evaluation.results import protocol_hash
+from raysl.extraction import FeatureProtocol, RandomBackbone
 from raysl.probes import (
     EncoderProbe,
     FeatureProbe,
@@ -29,7 +30,6 @@ from raysl.probes import (
     detection,
     svm,
 )
-from raysl.rows import protocol_hash
 from raysl.storage import Folder
 from tests.data import make_dataset
 
@@ -277,7 +277,7 @@ def test_of_an_encoder_gives_rows_for_every_layer_or_for_the_whole(
 ) -> None:
     layers = ("conv1", "pooled")
     train, test = make_dataset(tmp_path / "train", 60), make_dataset(tmp_path / "test", 40, seed=1)
-    encoder = RandomTrunk(TrunkConfig(), seed=0)
+    encoder = RandomBackbone(BackboneConfig(), seed=0)
     subject = Subject(encoder, layers, 16, train, test, 0, Folder(str(tmp_path / "out")))
     found = examined(name, subject)
     sane(found)
@@ -292,7 +292,7 @@ def test_of_an_encoder_gives_rows_for_every_layer_or_for_the_whole(
 def test_of_an_encoder_answers_to_one_image(ray_session: None, name: str, tmp_path: Path) -> None:
     one = make_dataset(tmp_path / "one", 1)
     subject = Subject(
-        RandomTrunk(TrunkConfig(), seed=0), ("pooled",), 16, one, one, 0, Folder(str(tmp_path / "out"))
+        RandomBackbone(BackboneConfig(), seed=0), ("pooled",), 16, one, one, 0, Folder(str(tmp_path / "out"))
     )
     with contextlib.suppress(UserError):
         sane(examined(name, subject))

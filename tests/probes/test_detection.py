@@ -14,9 +14,9 @@ import torch
 from PIL import Image, ImageDraw
 from torch import nn
 
+from raysl.backbone.network import BackboneConfig, build
 from raysl.errors import Unset, UserError
-from raysl.features import Pixels, RandomTrunk
-from raysl.network.trunk import TrunkConfig, build
+from raysl.extraction import Pixels, RandomBackbone
 from raysl.optim import OptimConfig
 from raysl.probes import Subject, _detector, _voc, detection
 from raysl.probes._voc import Picture
@@ -253,31 +253,31 @@ def test_scores_equal_pycocotools_used_directly(tmp_path: Path) -> None:
 @pytest.mark.parametrize(
     ("config", "channels"),
     [
-        (TrunkConfig(), [48, 96, 192]),
-        (TrunkConfig("resnet18"), [64, 128, 256, 512]),
-        (TrunkConfig("resnet18", "small"), [256, 512]),
-        (TrunkConfig("mobilenet_v3_small"), [16, 24, 48, 576]),
+        (BackboneConfig(), [48, 96, 192]),
+        (BackboneConfig("resnet18"), [64, 128, 256, 512]),
+        (BackboneConfig("resnet18", "small"), [256, 512]),
+        (BackboneConfig("mobilenet_v3_small"), [16, 24, 48, 576]),
     ],
 )
-def test_maps_are_the_last_of_each_size(config: TrunkConfig, channels: list[int]) -> None:
+def test_maps_are_the_last_of_each_size(config: BackboneConfig, channels: list[int]) -> None:
     assert list(_detector.stages(build(config)).values()) == channels
 
 
-def test_a_trunk_without_maps_is_refused() -> None:
-    with pytest.raises(UserError, match="convolutional trunk"):
-        _detector.stages(build(TrunkConfig("vit_b_32")))
+def test_a_backbone_without_maps_is_refused() -> None:
+    with pytest.raises(UserError, match="convolutional backbone"):
+        _detector.stages(build(BackboneConfig("vit_b_32")))
 
 
 def test_batch_norm_is_frozen_and_the_rest_learns(tmp_path: Path) -> None:
     train = _voc.read(shapes(tmp_path), "train")
     with torch.random.fork_rng():
         torch.manual_seed(0)
-        trunk = RandomTrunk(TrunkConfig(), 0).network()
-        before = {name: value.clone() for name, value in trunk.body.state_dict().items()}
-        detector = _detector.build(trunk, 2, TINY.sides, TINY.width)
+        backbone = RandomBackbone(BackboneConfig(), 0).network()
+        before = {name: value.clone() for name, value in backbone.body.state_dict().items()}
+        detector = _detector.build(backbone, 2, TINY.sides, TINY.width)
         losses = detection.learn(detector, train, ["disc", "square"], TINY, 0)
     assert losses[-1] < 0.8 * losses[0]
-    after = trunk.body.state_dict()
+    after = backbone.body.state_dict()
     same = {name for name in after if torch.equal(before[name], after[name])}
     assert same == {name for name in after if re.search(r"bn\d|downsample\.1", name)}
 
@@ -336,7 +336,7 @@ def test_about_half_of_the_images_are_mirrored_anew_in_every_epoch(tmp_path: Pat
 def test_rows_are_the_same_twice(tmp_path: Path) -> None:
     pytest.importorskip("pycocotools")
     folder = shapes(tmp_path)
-    encoder = RandomTrunk(TrunkConfig(), 0)
+    encoder = RandomBackbone(BackboneConfig(), 0)
     config = replace(TINY, epochs=2)
     found = detection._measure(encoder, config, folder, 0)
     assert [row.name for row in found] == ROWS
@@ -346,7 +346,7 @@ def test_rows_are_the_same_twice(tmp_path: Path) -> None:
 
 def test_splits_that_do_not_suit_are_refused(tmp_path: Path) -> None:
     pytest.importorskip("pycocotools")
-    folder, encoder = shapes(tmp_path, 2, 1), RandomTrunk(TrunkConfig(), 0)
+    folder, encoder = shapes(tmp_path, 2, 1), RandomBackbone(BackboneConfig(), 0)
     add(tmp_path, "none", "nothing", [])
     for splits, message in (
         (("train", "train"), "share 2 images"),
@@ -360,7 +360,7 @@ def test_splits_that_do_not_suit_are_refused(tmp_path: Path) -> None:
 
 def test_a_folder_is_needed_and_pixels_give_no_rows(tmp_path: Path) -> None:
     one = make_dataset(tmp_path / "one", 4)
-    encoder = RandomTrunk(TrunkConfig(), 0)
+    encoder = RandomBackbone(BackboneConfig(), 0)
     here = Subject(encoder, ("pooled",), 16, one, one, 0, Folder(str(tmp_path / "out")))
     with pytest.raises(Unset, match=r"--detection\.data"):
         list(detection.Detection(detection.Config()).examine(here))
@@ -370,7 +370,7 @@ def test_a_folder_is_needed_and_pixels_give_no_rows(tmp_path: Path) -> None:
 @pytest.mark.ray
 def test_a_task_of_ray_gives_the_same_rows_and_its_errors(ray_session: None, tmp_path: Path) -> None:
     pytest.importorskip("pycocotools")
-    encoder, folder = RandomTrunk(TrunkConfig(), 0), shapes(tmp_path / "voc", 2, 1)
+    encoder, folder = RandomBackbone(BackboneConfig(), 0), shapes(tmp_path / "voc", 2, 1)
     one = make_dataset(tmp_path / "one", 4)
     here = Subject(encoder, ("pooled",), 16, one, one, 0, Folder(str(tmp_path / "out")))
     config = replace(TINY, data=str(folder), epochs=1)

@@ -12,10 +12,10 @@ import pytest
 import torch
 from torch import Tensor, nn
 
+from raysl.backbone.network import BackboneConfig
 from raysl.dataset import DataSet
 from raysl.errors import UserError
-from raysl.features import Pixels, RandomTrunk
-from raysl.network.trunk import TrunkConfig
+from raysl.extraction import Pixels, RandomBackbone
 from raysl.optim import OptimConfig
 from raysl.probes import Row, Subject, _tuning, finetune
 from raysl.storage import Folder
@@ -29,7 +29,9 @@ QUICK = finetune.Config(epochs=5, batch_size=16, optim=OptimConfig(lr=0.5, weigh
 
 def subject(folder: Path, train: int = 80, test: int = 40) -> Subject:
     sets = make_dataset(folder / "train", train), make_dataset(folder / "test", test, seed=1)
-    return Subject(RandomTrunk(TrunkConfig(), 0), ("pooled",), 16, *sets, 0, Folder(str(folder / "out")))
+    return Subject(
+        RandomBackbone(BackboneConfig(), 0), ("pooled",), 16, *sets, 0, Folder(str(folder / "out"))
+    )
 
 
 def measured(of: Subject, config: finetune.Config = QUICK) -> list[Row]:
@@ -53,17 +55,17 @@ def test_the_network_learns_and_says_the_same_twice(tmp_path: Path) -> None:
     assert found != measured(replace(here, seed=1))
 
 
-def test_loss_falls_and_the_trunk_moves(tmp_path: Path) -> None:
+def test_loss_falls_and_the_backbone_moves(tmp_path: Path) -> None:
     here = subject(tmp_path)
-    trunk = RandomTrunk(TrunkConfig(), 0).network()
-    before = trunk.body.state_dict()["conv1.weight"].clone()
-    network = _tuning.Tuned(trunk, 4)
+    backbone = RandomBackbone(BackboneConfig(), 0).network()
+    before = backbone.body.state_dict()["conv1.weight"].clone()
+    network = _tuning.Tuned(backbone, 4)
     labels_n = here.train.labels()
     with ThreadPoolExecutor(1) as threads:
         losses = _tuning.train(network, here, QUICK, np.arange(80), labels_n, threads)
     assert len(losses) == 5
     assert losses[-1] < 0.8 * losses[0]
-    assert not torch.equal(before, trunk.body.state_dict()["conv1.weight"])
+    assert not torch.equal(before, backbone.body.state_dict()["conv1.weight"])
 
 
 def rates_of(module: ModuleType, monkeypatch: pytest.MonkeyPatch) -> list[list[float]]:
@@ -83,12 +85,12 @@ class Seen(nn.Module):
 
     def __init__(self) -> None:
         super().__init__()
-        self.trunk, self.head = nn.Flatten(), nn.Linear(3 * 16 * 16, 4)
+        self.backbone, self.head = nn.Flatten(), nn.Linear(3 * 16 * 16, 4)
         self.images: list[Tensor] = []
 
     def forward(self, images_bchw: Tensor) -> Tensor:
         self.images += list(images_bchw)
-        logits_bc: Tensor = self.head(self.trunk(images_bchw / 255))
+        logits_bc: Tensor = self.head(self.backbone(images_bchw / 255))
         return logits_bc
 
 
@@ -128,7 +130,7 @@ def test_an_epoch_shows_every_image_and_mirrors_half_of_them(tmp_path: Path) -> 
 
 def test_images_are_judged_in_the_evaluation_view_by_a_network_that_learns_nothing(tmp_path: Path) -> None:
     here = subject(tmp_path, 8, 12)
-    network = _tuning.Tuned(RandomTrunk(TrunkConfig(), 0).network(), 4)
+    network = _tuning.Tuned(RandomBackbone(BackboneConfig(), 0).network(), 4)
     nn.init.eye_(network.head.weight)
     before = {name: value.clone() for name, value in network.state_dict().items()}
     with ThreadPoolExecutor(1) as threads:
@@ -146,10 +148,10 @@ def test_two_images_are_enough_to_learn_from(tmp_path: Path) -> None:
 
 
 def test_a_step_is_sgd_with_a_rate_for_each_part() -> None:
-    trunk, head = nn.Linear(3, 2), nn.Linear(2, 2)
-    both = nn.Sequential(trunk, head)
+    backbone, head = nn.Linear(3, 2), nn.Linear(2, 2)
+    both = nn.Sequential(backbone, head)
     solvers: list[tuple[torch.optim.Optimizer, float]] = [
-        (torch.optim.SGD(trunk.parameters(), lr=9.0), 1.0),
+        (torch.optim.SGD(backbone.parameters(), lr=9.0), 1.0),
         (torch.optim.SGD(head.parameters(), lr=9.0), 10.0),
     ]
     before = [weights.detach().clone() for weights in both.parameters()]

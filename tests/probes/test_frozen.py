@@ -11,11 +11,9 @@ import numpy as np
 import pytest
 import torch
 
-from raysl.cluster import places
-from raysl.cluster.places import Machines
 from raysl.errors import UserError
-from raysl.features import FeatureTable
-from raysl.features.table import FeatureForm, file, write
+from raysl.extraction import FeatureTable
+from raysl.extraction.table import FeatureForm, file, write
 from raysl.probes import Floats, Labelled, Row
 from raysl.probes import _frozen as frozen
 from raysl.probes._frozen import Frozen, by_layer
@@ -23,6 +21,8 @@ from raysl.probes.collapse import Collapse
 from raysl.probes.collapse import Config as CollapseConfig
 from raysl.probes.knn import Config as KnnConfig
 from raysl.probes.knn import Knn
+from raysl.ray_cluster import placement
+from raysl.ray_cluster.placement import Machines
 from raysl.storage import Folder
 
 LAYERS = {"res2": 12, "pooled": 6}
@@ -43,15 +43,15 @@ class Traced:
 
 def make(folder: Path, images: int, seed: int) -> Frozen:
     """Drawn features of two layers, in two parts."""
-    draws = np.random.default_rng(seed)
+    image_rng = np.random.default_rng(seed)
     parts, tables = ((0, images // 2), (images // 2, images)), {}
     for layer, dim in LAYERS.items():
         place = Folder(str(folder / layer))
         for first, end in parts:
-            values_nd = draws.normal(size=(end - first, dim)).astype(np.float32)
+            values_nd = image_rng.normal(size=(end - first, dim)).astype(np.float32)
             write(place, (first, end), {layer: values_nd}, FeatureForm())
         tables[layer] = FeatureTable(place, parts, (layer,))
-    return Frozen(tables, draws.integers(0, 4, images), f"set {seed}")
+    return Frozen(tables, image_rng.integers(0, 4, images), f"set {seed}")
 
 
 def traced(sets: tuple[Frozen, Frozen], spare: bool) -> dict[str, float]:
@@ -127,7 +127,7 @@ def test_a_task_asks_for_no_more_memory_than_a_machine_that_takes_work_has(
         return []
 
     found = Machines(({"CPU": 0.0, "memory": 9e9}, {"CPU": 2.0, "memory": 100.0}))
-    monkeypatch.setattr(places, "machines", lambda: found)
+    monkeypatch.setattr(placement, "machines", lambda: found)
     monkeypatch.setattr(frozen, "elsewhere", elsewhere)
     assert traced(sets, spare) == {}
     assert asked[0]["memory"] == 100

@@ -13,15 +13,15 @@ import torch
 
 from raysl.dataset import DataSet
 from raysl.errors import UserError
-from raysl.features import Encode, Trained
+from raysl.extraction import Encode, Trained
 from raysl.pretext import Geometry, build
 from raysl.probes import Subject, invariance
 from raysl.probes.linear import Config as Linear
-from raysl.rng import Draws
+from raysl.rng import ImageRng
 from raysl.storage import Folder
 from raysl.stream import decode
 from tests.data import make_dataset
-from tests.features.test_extraction import make_run, saved
+from tests.extraction.test_feature_tasks import make_run, saved
 
 
 @dataclass(frozen=True)
@@ -87,7 +87,7 @@ def test_images_that_a_transform_leaves_as_they_are_do_not_count(tmp_path: Path)
     encoded = dataset.read(np.arange(80), ("image",)).column("image").to_pylist()
     image_bchw = decode.centre(encoded, 16)
     view = build("rotation", {}, Geometry(16, predicted=True)).transform(
-        image_bchw, Draws(0, np.zeros(80, np.int64), np.arange(80), "invariance")
+        image_bchw, ImageRng(0, np.zeros(80, np.int64), np.arange(80), "invariance")
     )
     assert view.target is not None
     turned_n = (view.target != 0).numpy()
@@ -139,8 +139,8 @@ def test_a_transform_without_labels_is_read_out_as_transformed_or_not(tmp_path: 
 
 def test_the_dials_of_transforms_are_in_the_hash() -> None:
     facts = invariance.Config(("rotation+jigsaw",)).facts()
-    assert set(facts["dials"]) == {"jigsaw", "rotation"}
-    assert facts["dials"]["jigsaw"]["min_scale"] == 0.6
+    assert set(facts["hyperparameters"]) == {"jigsaw", "rotation"}
+    assert facts["hyperparameters"]["jigsaw"]["min_scale"] == 0.6
 
 
 def test_heads_are_compared_by_the_transform_that_they_were_trained_with(tmp_path: Path) -> None:
@@ -156,10 +156,10 @@ def test_heads_are_compared_by_the_transform_that_they_were_trained_with(tmp_pat
     # By hand, in another order of the images.
     image, patches = (network.objective.views[name] for name in ("image", "transformed"))
     encoded = dataset.read(np.arange(40), ("image",)).column("image").to_pylist()
-    draws = Draws(3, np.zeros(40, np.int64), np.arange(40), "invariance")
+    image_rng = ImageRng(3, np.zeros(40, np.int64), np.arange(40), "invariance")
     views = {
         "image": decode.centre(encoded, image.source.size)[:, None],
-        "transformed": patches.transform(decode.centre(encoded, patches.source.size), draws).crops_bpchw,
+        "transformed": patches.transform(decode.centre(encoded, patches.source.size), image_rng).crops_bpchw,
     }
     with torch.inference_mode():  # in one batch, as in training
         made = {name: unit_bd.double().numpy() for name, unit_bd in network.train()(views).items()}

@@ -11,7 +11,7 @@ import numpy as np
 import pytest
 
 from raysl.errors import UserError
-from raysl.features import Pixels
+from raysl.extraction import Pixels
 from raysl.optim import OptimConfig
 from raysl.probes import semisup
 from tests.probes.test_finetune import subject

@@ -13,10 +13,10 @@ from raysl.probes._span import in_span
 
 
 def drawn(seed: int, count: int, dim: int) -> Labelled:
-    draws = np.random.default_rng(seed)
+    image_rng = np.random.default_rng(seed)
     labels_n = np.arange(count) % 3
     means_cd = np.random.default_rng(0).normal(size=(3, dim))
-    features_nd = 0.1 * means_cd[labels_n] + draws.normal(size=(count, dim))
+    features_nd = 0.1 * means_cd[labels_n] + image_rng.normal(size=(count, dim))
     return Labelled(features_nd.astype(np.float32), labels_n, f"drawn {seed}")
 
 

@@ -11,9 +11,9 @@ import pytest
 import torch
 from PIL import Image
 
+from raysl.backbone.network import BackboneConfig
 from raysl.errors import Unset, UserError
-from raysl.features import Pixels, RandomTrunk
-from raysl.network.trunk import TrunkConfig
+from raysl.extraction import Pixels, RandomBackbone
 from raysl.probes import Labelled, Row, Subject, _voc, voc_svm
 from raysl.probes.svm import Config as SvmConfig
 from raysl.probes.svm import Svm
@@ -77,8 +77,10 @@ def test_scores_are_those_of_svm_on_the_same_features(ray_session: None, tmp_pat
     (wanted,) = Svm(config.svm).run(*sets)
     assert row == Row("mAP", wanted.value, "pooled")
     assert row.value == 1.0
-    trunk = replace(subject, encoder=RandomTrunk(TrunkConfig(), 0), layers=("res2", "pooled"), image_size=32)
-    assert [one.layer for one in voc_svm.VocSvm(config).examine(trunk)] == ["res2", "pooled"]
+    backbone = replace(
+        subject, encoder=RandomBackbone(BackboneConfig(), 0), layers=("res2", "pooled"), image_size=32
+    )
+    assert [one.layer for one in voc_svm.VocSvm(config).examine(backbone)] == ["res2", "pooled"]
     shared = replace(config, test_split="train")
     with pytest.raises(UserError, match=r"--voc-svm.train-split"):
         list(voc_svm.VocSvm(shared).examine(subject))

@@ -21,7 +21,7 @@ from raysl.errors import UserError
 from raysl.pretext import Geometry, build
 from raysl.stream.plan import Plan
 from raysl.stream.reader import Batch, DataShare, Stream, StreamConfig
-from raysl.views import View
+from raysl.stream.views import View
 from tests.data import make_dataset
 
 pytestmark = pytest.mark.ray

@@ -16,8 +16,8 @@ from raysl.pretext.jigsaw import Config as Jigsaw
 from raysl.stream import shared
 from raysl.stream.plan import Plan
 from raysl.stream.reader import Stream, StreamConfig
-from raysl.stream.shared import Feed, Seat, batches, slots, union
-from raysl.views import View
+from raysl.stream.shared import Feed, Subscriber, batches, slots, union
+from raysl.stream.views import View
 from tests.data import make_dataset
 from tests.stream.test_reader import BATCH, SHARE, InTurn, fingerprints
 
@@ -39,7 +39,7 @@ def stream(dataset: DataSet, jigsaw: Jigsaw = Jigsaw(), colours: str = "pirl", p
     return Stream(dataset, plan, views, StreamConfig("trainer" if place == "trainer" else "data"), SHARE)
 
 
-def opened(streams: list[Stream], start: int = 0, patience_s: float = 60) -> tuple[Any, list[Seat]]:
+def opened(streams: list[Stream], start: int = 0, patience_s: float = 60) -> tuple[Any, list[Subscriber]]:
     """A feed that holds six batches, and a seat at it for each of the streams."""
     import ray
 
@@ -47,8 +47,8 @@ def opened(streams: list[Stream], start: int = 0, patience_s: float = 60) -> tup
     feed = ray.remote(num_cpus=0, max_concurrency=16)(Feed).remote(
         one, start, one.plan.num_steps, 1, patience_s
     )
-    seats = [Seat(str(i), (feed,), slots(each)) for i, each in enumerate(streams)]
-    assert all(ray.get([feed.expect.remote(seat.run, start) for seat in seats]))
+    seats = [Subscriber(str(i), (feed,), slots(each)) for i, each in enumerate(streams)]
+    assert all(ray.get([feed.expect.remote(subscriber.run, start) for subscriber in seats]))
     return feed, seats
 
 
@@ -79,7 +79,7 @@ def test_runs_in_lock_step_get_what_they_would_alone(dataset: DataSet, ray_sessi
     streams = [stream(dataset, few, place=place), stream(dataset, coarse, "gray", place)]
     streams[1] = replace(streams[1], schedule=InTurn())
     _, seats = opened(streams)
-    together = [batches(one, seat) for one, seat in zip(streams, seats, strict=True)]
+    together = [batches(one, subscriber) for one, subscriber in zip(streams, seats, strict=True)]
     pairs = [tuple(map(fingerprints, pair)) for pair in zip(*together, strict=True)]
     assert [first for first, _ in pairs] == alone(stream(dataset, few))
     assert [second for _, second in pairs] == alone(replace(streams[1], config=StreamConfig("data")))
@@ -92,7 +92,7 @@ def test_a_run_that_falls_silent_keeps_nobody_waiting_and_can_go_on(
     one = stream(dataset)
     expected = alone(one)
     _, seats = opened([one, one, one], patience_s=0.2)
-    slow, quick = (batches(one, seat) for seat in seats[:2])  # the third never comes
+    slow, quick = (batches(one, subscriber) for subscriber in seats[:2])  # the third never comes
     seen = [fingerprints(next(slow)) for _ in range(3)]
     assert [fingerprints(batch) for batch in quick] == expected
     assert seen + [fingerprints(batch) for batch in slow] == expected
@@ -118,8 +118,8 @@ def test_the_window_is_bounded_and_nobody_is_more_than_that_ahead(
 @pytest.mark.ray
 def test_a_run_from_another_step_reads_on_its_own(dataset: DataSet, ray_session: None) -> None:
     one = stream(dataset)
-    feed, (seat,) = opened([one])
-    assert [fingerprints(batch) for batch in batches(one, seat, 9)] == alone(one, 9)
+    feed, (subscriber,) = opened([one])
+    assert [fingerprints(batch) for batch in batches(one, subscriber, 9)] == alone(one, 9)
     del feed
 
 
@@ -128,13 +128,13 @@ def test_a_feed_that_dies_is_not_missed(dataset: DataSet, ray_session: None) -> 
     import ray
 
     def read() -> Iterator[list[tuple[int, int, str]]]:
-        for batch in batches(one, seat):
+        for batch in batches(one, subscriber):
             yield fingerprints(batch)
             if batch.step == 4:
                 ray.kill(feed)
 
     one = stream(dataset)
-    feed, (seat,) = opened([one])
+    feed, (subscriber,) = opened([one])
     assert list(read()) == alone(one)
 
 
@@ -145,13 +145,13 @@ def test_damaged_shard_is_told_by_the_own_stream(tmp_path: Path, ray_session: No
 
     one = stream(make_dataset(tmp_path / "set", 64))
     (tmp_path / "set" / SHARDS / "00001.parquet").write_bytes(b"no longer a shard")
-    _, (seat,) = opened([one])
+    _, (subscriber,) = opened([one])
     with pytest.raises(UserError, match="damaged"):
-        list(batches(one, seat))
+        list(batches(one, subscriber))
 
 
 def test_a_seat_of_another_number_of_workers_is_not_taken(dataset: DataSet, ray_session: None) -> None:
     half = replace(stream(dataset), world=2)
-    seat = Seat("run", (None,), slots(half))
+    subscriber = Subscriber("run", (None,), slots(half))
     expected = fingerprints(next(half.batches()))
-    assert fingerprints(next(shared.batches(half, seat))) == expected
+    assert fingerprints(next(shared.batches(half, subscriber))) == expected

@@ -16,15 +16,15 @@ import numpy as np
 import pytest
 import torch
 
+from raysl.backbone.network import BackboneConfig
 from raysl.checkpoint import SaveConfig
-from raysl.cluster.places import Machines
 from raysl.config import Pretraining, ViewConfig
-from raysl.contrast.bank import BankConfig
+from raysl.contrastive.bank import BankConfig
 from raysl.dataset import DataSet
 from raysl.errors import UserError
-from raysl.network.trunk import TrunkConfig
 from raysl.objectives.pirl import Config as Pirl
 from raysl.optim import OptimConfig
+from raysl.ray_cluster.placement import Machines
 from raysl.run import Run
 from raysl.stream.plan import Plan
 from raysl.training import elastic
@@ -49,15 +49,15 @@ def test_as_many_as_fit_and_divide_the_batch(found: Machines, gpus: bool, expect
 
 
 def test_a_team_is_placed_on_what_there_is() -> None:
-    team = elastic.gather((1, 2, 4), GPUS)
-    assert (team.workers, team.gpus) == (2, True)
+    group = elastic.gather((1, 2, 4), GPUS)
+    assert (group.workers, group.gpus) == (2, True)
     assert elastic.gather((1, 2, 3), CPUS).workers == 3
 
 
 def test_the_fewest_may_share_a_cpu_or_wait_for_machines() -> None:
     assert elastic.gather((4, 8), CPUS).workers == 4
-    team = elastic.gather((2, 4), GROWING)
-    assert (team.workers, team.gpus) == (2, True)
+    group = elastic.gather((2, 4), GROWING)
+    assert (group.workers, group.gpus) == (2, True)
 
 
 def test_what_began_on_gpus_does_not_go_on_without() -> None:
@@ -93,7 +93,7 @@ def configuration(dataset: str, run: Path) -> Pretraining:
         workers="1:3",
         log_every=1,
         view=ViewConfig(image_size=48, recipe="plain"),
-        trunk=TrunkConfig(norm="group"),
+        backbone=BackboneConfig(norm="group"),
         optim=OptimConfig(lr=0.001),
         bank=BankConfig(placement="sharded"),
         save=SaveConfig(every_steps=SAVE_STEPS),
@@ -149,10 +149,10 @@ def scenario(folder: Path) -> None:
     from ray._raylet import GcsClient  # type: ignore[attr-defined]
     from ray.cluster_utils import Cluster
 
-    from raysl import cluster as ray_cluster
+    from raysl import ray_cluster as ray_cluster
     from raysl.training import elastic as elastic_room
 
-    pretrain_room: Any = importlib.import_module("raysl.pretrain")
+    pretrain_room: Any = importlib.import_module("raysl.training.launch")
     elastic_room.RESIZE_AFTER_S = 0.5
     pretrain_room.SHOW_EVERY_S = 0.5
     pretrain_room.LEAVE_WITHIN_S = 30.0

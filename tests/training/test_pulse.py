@@ -5,15 +5,15 @@ from __future__ import annotations
 import pytest
 import torch
 
-from raysl.training.pulse import Pulse
+from raysl.training.stop_sync import StopSync
 
 CPU = torch.device("cpu")
 
 
 def test_the_order_is_heard_at_the_next_pulse(monkeypatch: pytest.MonkeyPatch) -> None:
     now, told = [0.0], [False]
-    monkeypatch.setattr("raysl.training.pulse.time.perf_counter", lambda: now[0])
-    beats = Pulse(10, lambda: told[0], CPU)
+    monkeypatch.setattr("raysl.training.stop_sync.time.perf_counter", lambda: now[0])
+    beats = StopSync(10, lambda: told[0], CPU)
     settled = []
     for step in range(11, 40):
         now[0] += 0.5
@@ -26,8 +26,8 @@ def test_the_order_is_heard_at_the_next_pulse(monkeypatch: pytest.MonkeyPatch) -
 
 def test_slow_steps_are_pulses_each(monkeypatch: pytest.MonkeyPatch) -> None:
     now = [0.0]
-    monkeypatch.setattr("raysl.training.pulse.time.perf_counter", lambda: now[0])
-    beats = Pulse(0, lambda: True, CPU)
+    monkeypatch.setattr("raysl.training.stop_sync.time.perf_counter", lambda: now[0])
+    beats = StopSync(0, lambda: True, CPU)
     for step in range(1, 5):
         now[0] += 30.0
         assert beats.settle(step, 1.0) == (True, 1.0)

@@ -7,10 +7,10 @@ from pathlib import Path
 import pytest
 import torch
 
-from raysl.cluster.places import Placement
 from raysl.config import Pretraining
 from raysl.errors import UserError
 from raysl.objectives.pirl import Config as Pirl
+from raysl.ray_cluster.placement import Placement
 from raysl.run import Run
 from raysl.storage import Folder
 from raysl.stream.reader import DataShare

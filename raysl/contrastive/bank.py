@@ -1,0 +1,169 @@
+"""The memory bank: one unit vector for each image, replicated on every worker or divided among them.
+
+Equal on any number of workers: the first rows are a function of the seed and the index, the updates of a step are
+gathered and applied in the order of the global batch, and negatives are drawn from (seed, step) or from (seed,
+epoch, index). The bank is not a buffer of the network: DistributedDataParallel would broadcast it at every step.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+from dataclasses import dataclass
+from typing import Annotated, Any, Literal
+
+import numpy as np
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from raysl import collective, rng
+from raysl.errors import UserError
+from raysl.fields import Range
+
+# Rows that share one generator when the bank is filled; any worker can fill any block.
+_BLOCK = 4096
+
+
+@dataclass(frozen=True)
+class BankConfig:
+    """How the memory is kept.
+
+    Args:
+        momentum: weight of the old row when a new embedding comes, in 0..1 (PIRL and NPID: 0.5).
+        placement: "replicated" keeps all rows on every worker; "sharded" keeps 1/W of them on each, and moves rows
+            at every step. The results are the same.
+        dtype: how rows are stored; scores are always computed in float32.
+    """
+
+    momentum: Annotated[float, Range((0.0, 0.5, 0.9, 0.99))] = 0.5
+    placement: Literal["replicated", "sharded"] = "replicated"
+    dtype: Literal["float32", "float16"] = "float32"
+
+    def __post_init__(self) -> None:
+        if not 0 <= self.momentum <= 1:
+            raise UserError(f"bank.momentum is {self.momentum}; it must be between 0 and 1 (PIRL uses 0.5).")
+
+
+class MemoryBank:
+    """Rows of all images, on this worker or spread over all of them.
+
+    Args:
+        num_images: N.
+        dim: D.
+        config: see `BankConfig`.
+        seed: seed of the run.
+        device: where the rows are kept.
+    """
+
+    def __init__(
+        self,
+        num_images: int,
+        dim: int,
+        config: BankConfig,
+        seed: int,
+        device: torch.device = torch.device("cpu"),
+    ) -> None:
+        self.num_images = num_images
+        self.dim = dim
+        self.config = config
+        self.seed = seed
+        self.first, self.last = self._range(collective.rank(), collective.world())
+        self.rows_nd = self._fresh(device)
+
+    def _range(self, rank: int, world: int) -> tuple[int, int]:
+        """The rows that a worker keeps: first and one past the last."""
+        if self.config.placement == "replicated":
+            return 0, self.num_images
+        return rank * self.num_images // world, (rank + 1) * self.num_images // world
+
+    def _fresh(self, device: torch.device) -> Tensor:
+        """Uniform in a cube, then on the unit sphere, as NPID starts. Every worker makes its own rows from the seed,
+        so that none has to be sent and no average shortens them."""
+        rows_nd = torch.empty(
+            self.last - self.first, self.dim, dtype=getattr(torch, self.config.dtype), device=device
+        )
+        for first in range(self.first // _BLOCK * _BLOCK, self.last, _BLOCK):
+            generator = rng.generator(self.seed, "bank", first // _BLOCK)
+            block_nd = torch.from_numpy(generator.random((_BLOCK, self.dim), np.float32) * 2 - 1)
+            start, stop = max(self.first, first), min(self.last, first + _BLOCK)
+            rows_nd[start - self.first : stop - self.first] = F.normalize(
+                block_nd[start - first : stop - first], dim=1
+            ).to(rows_nd)
+        return rows_nd
+
+    def lookup(self, indices_b: Tensor, shared: bool = False) -> Tensor:
+        """Rows of the given images, without gradient.
+
+        Args:
+            indices_b: int64 (b,), of equal length on every worker.
+            shared: every worker asks for the same indices.
+
+        Returns:
+            float32 (b, d).
+        """
+        indices_b = indices_b.to(self.rows_nd.device)
+        if self.config.placement == "replicated" or collective.world() == 1:
+            return self.rows_nd[indices_b].float()
+        asked = indices_b if shared else collective.gather(indices_b)
+        mine = (asked >= self.first) & (asked < self.last)
+        rows = torch.zeros(len(asked), self.dim, device=self.rows_nd.device)
+        rows[mine] = self.rows_nd[asked[mine] - self.first].float()
+        # Each row comes from one worker and zeros from the others, so the sum is exact.
+        rows = collective.total(rows)
+        start = 0 if shared else collective.rank() * len(indices_b)
+        return rows[start : start + len(indices_b)]
+
+    def update(self, indices_b: Tensor, embeddings_bd: Tensor) -> None:
+        """row <- normalise(momentum * row + (1 - momentum) * embedding), for the global batch.
+
+        An index that occurs twice in the global batch (where two epochs meet) takes its last embedding, in the
+        order of the global batch, on every worker alike.
+
+        Args:
+            indices_b: int64 (b,), this worker's images, of equal length on every worker.
+            embeddings_bd: float (b, d), their unit embeddings; no gradient is kept.
+        """
+        device = self.rows_nd.device
+        indices = collective.gather(indices_b.to(device))
+        embeddings = collective.gather(embeddings_bd.detach().float().to(device))
+        order = torch.arange(len(indices), device=device)
+        unique, inverse = torch.unique(indices, return_inverse=True)
+        last = torch.full((len(unique),), -1, device=device).scatter_reduce(0, inverse, order, "amax")
+        mine = (unique >= self.first) & (unique < self.last)
+        rows, fresh = unique[mine] - self.first, embeddings[last[mine]]
+        momentum = self.config.momentum
+        mixed = momentum * self.rows_nd[rows].float() + (1 - momentum) * fresh
+        self.rows_nd[rows] = F.normalize(mixed, dim=1).to(self.rows_nd.dtype)
+
+    def state(self) -> dict[str, Any]:
+        """What has to be saved: this worker's rows, not copied, and where they lie."""
+        return {
+            "first": self.first,
+            "last": self.last,
+            "num_images": self.num_images,
+            "rows_nd": self.rows_nd,
+        }
+
+    def load(self, parts: Iterable[dict[str, Any]]) -> None:
+        """Takes its rows from the saved parts of any number of workers, one part after the other.
+
+        Raises:
+            UserError: the parts are of another bank, or do not hold all rows.
+        """
+        missing = torch.ones(self.last - self.first, dtype=torch.bool)
+        for part in parts:
+            rows = part["rows_nd"]
+            if part["num_images"] != self.num_images or rows.shape[1] != self.dim:
+                raise UserError(
+                    f"The saved memory bank has {part['num_images']} rows of {rows.shape[1]} numbers and this run "
+                    f"needs {self.num_images} of {self.dim}. Start a new run."
+                )
+            start, stop = max(self.first, part["first"]), min(self.last, part["last"])
+            if start < stop:
+                piece = rows[start - part["first"] : stop - part["first"]]
+                self.rows_nd[start - self.first : stop - self.first] = piece.to(self.rows_nd)
+                missing[start - self.first : stop - self.first] = False
+        if missing.any():
+            raise UserError(
+                f"The checkpoint lacks {int(missing.sum())} rows of the memory bank. Use an older one."
+            )

@@ -1,0 +1,176 @@
+"""Costs of the stages of a run, measured where they would run: data in a data task, steps in as many trainers as the
+run would have, all at once, since they share cores and caches."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable, Sequence
+from datetime import timedelta
+from typing import Any
+
+import numpy as np
+import torch
+import torch.distributed as dist
+from torch.distributed import TCPStore  # type: ignore[attr-defined]
+
+from raysl import collective, ray_cluster
+from raysl.errors import UserError
+from raysl.rng import ImageRng
+from raysl.stream.decode import DecodeError, cut, decode
+from raysl.stream.reader import Batch, Stream
+from raysl.training.worker import Job, Worker
+
+# A stage is repeated for about this long.
+_STAGE_S = 0.5
+_START_TIMEOUT_S = 180
+
+
+def measure_data(stream: Stream) -> dict[str, float]:
+    """Costs of the data, in microseconds for an image, measured in one data task.
+
+    Raises:
+        UserError: a shard is damaged, or the cluster is busy.
+    """
+    import ray
+
+    task = ray.remote(num_cpus=stream.share.cpus_per_task)(_data_costs)
+    return _answers([task.remote(stream)])[0]
+
+
+def measure_training(job: Job, workers: int) -> dict[str, float]:
+    """Seconds of a step and of its exchange of gradients, with all workers at once.
+
+    The slowest worker counts: the others wait for it.
+
+    Raises:
+        UserError: the cluster is busy.
+    """
+    import ray
+
+    host = ray.util.get_node_ip_address()
+    store = TCPStore(host, 0, is_master=True, wait_for_workers=False)
+    placement = job.placement
+    task = ray.remote(num_cpus=placement.cpus_per_worker, num_gpus=placement.gpus_per_worker)(_training_costs)
+    found = _answers([task.remote(job, rank, workers, host, store.port) for rank in range(workers)])
+    return {name: max(one[name] for one in found) for name in found[0]}
+
+
+def _answers(tasks: Sequence[Any]) -> list[dict[str, float]]:
+    import ray
+
+    try:
+        found: list[dict[str, float]] = ray.get(list(tasks), timeout=_START_TIMEOUT_S)
+        return found
+    except ray.exceptions.GetTimeoutError as error:
+        for task in tasks:
+            ray.cancel(task, force=True)
+        raise UserError(
+            f"The measurement did not finish within {_START_TIMEOUT_S} s: other work holds the cluster's CPUs or GPUs. "
+            "Wait for it to end, or use fewer --workers."
+        ) from error
+    except ray.exceptions.RayTaskError as error:
+        raise ray_cluster.user_error(error) or error from error
+
+
+def _seconds(stage: Callable[[], object]) -> float:
+    """Seconds that a stage takes, once it is warm: the median over half a second."""
+    stage()
+    taken: list[float] = []
+    while sum(taken) < _STAGE_S and len(taken) < 100:
+        started = time.perf_counter()
+        stage()
+        taken.append(time.perf_counter() - started)
+    return float(np.median(taken))
+
+
+def _data_costs(stream: Stream) -> dict[str, float]:
+    """Runs in a data task."""
+    import ray
+
+    plan = stream.plan
+    rows = plan.rows(0, 0, stream.world)
+    piece = np.concatenate(
+        [plan.rows(s, 0, stream.world).indices_b for s in range(min(plan.stretch, plan.num_steps))]
+    )
+    images = stream.dataset.read(rows.indices_b, ["image"]).column("image").to_pylist()
+    sources = {name: view.source for name, view in stream.views_of(0).items()}
+    image_rng = ImageRng(plan.seed, rows.epochs_b, rows.indices_b)
+    try:
+        crops = cut(images, sources, image_rng)
+    except DecodeError as error:
+        raise UserError(
+            f"An image of the data set at {str(stream.dataset.folder)!r} cannot be decoded: {error}. A shard is "
+            "damaged; ingest the source again."
+        ) from error
+
+    def views() -> dict[str, torch.Tensor]:
+        return stream.finish(Batch(0, rows, None, {}, {}), crops).views
+
+    columns = {name: view.numpy() for name, view in views().items()}
+    image_us = 1e6 / len(rows)
+    decode_us = image_us * _seconds(lambda: [decode(image) for image in images])
+    return {
+        "read_us": 1e6 / len(piece) * _seconds(lambda: stream.dataset.read(piece)),
+        "decode_us": decode_us,
+        "crop_us": max(0.0, image_us * _seconds(lambda: cut(images, sources, image_rng)) - decode_us),
+        "augment_us": image_us * _seconds(views),
+        "transfer_us": image_us * _seconds(lambda: [v.copy() for v in ray.get(ray.put(columns)).values()]),
+    }
+
+
+def _training_costs(job: Job, rank: int, world: int, host: str, port: int) -> dict[str, float]:
+    """Runs in every trainer at once."""
+    device = torch.device("cuda" if job.placement.gpus_per_worker else "cpu")
+    torch.set_num_threads(job.placement.threads_per_worker)
+    store = TCPStore(host, port, is_master=False, timeout=timedelta(seconds=_START_TIMEOUT_S))
+    backend = "nccl" if device.type == "cuda" else "gloo"
+    dist.init_process_group(backend, store=store, rank=rank, world_size=world)
+    try:
+        worker = Worker(job, device)
+        batch = _batch(worker)
+        step_s = _together_s(lambda: worker.update(worker.network, batch, lr=1e-3), device)
+        gradients = torch.zeros(sum(p.numel() for p in worker.network.parameters()), device=device)
+        all_reduce_s = _together_s(lambda: dist.all_reduce(gradients), device) if world > 1 else 0.0
+        return {"step_s": step_s, "all_reduce_s": all_reduce_s}
+    finally:
+        dist.destroy_process_group()
+
+
+def _batch(worker: Worker) -> Batch:
+    """The first batch of this worker, made here."""
+    plan = worker.plan
+    stream = Stream(
+        worker.job.dataset,
+        plan,
+        worker.network.views(worker.config),
+        rank=worker.rank,
+        world=worker.world,
+        schedule=worker.network.schedule(),
+    )
+    rows = plan.rows(0, worker.rank, worker.world)
+    table = worker.job.dataset.read(rows.indices_b)
+    image_rng = ImageRng(plan.seed, rows.epochs_b, rows.indices_b)
+    crops = cut(
+        table.column("image").to_pylist(),
+        {name: v.source for name, v in stream.views_of(0).items()},
+        image_rng,
+    )
+    labels = torch.tensor(table.column("label").to_numpy()) if "label" in table.column_names else None
+    batch = Batch(0, rows, labels.to(worker.device) if labels is not None else None, {}, {})
+    return stream.finish(batch, {name: crop.to(worker.device) for name, crop in crops.items()})
+
+
+def _together_s(stage: Callable[[], object], device: torch.device) -> float:
+    """Seconds for a stage that all workers run equally often; the first run warms up, the second says how often."""
+
+    def run(times: int) -> float:
+        started = time.perf_counter()
+        for _ in range(times):
+            stage()
+        if device.type == "cuda":
+            torch.cuda.synchronize()
+        return (time.perf_counter() - started) / times
+
+    run(1)
+    once_s = float(collective.mean(torch.tensor([run(1)], device=device)).item())
+    return run(max(2, min(50, int(2 * _STAGE_S / max(once_s, 1e-4)))))

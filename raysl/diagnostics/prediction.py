@@ -1,0 +1,116 @@
+"""What measured costs come to: the speed of a run, and what limits it. Arithmetic only."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Literal
+
+from raysl.ray_cluster.placement import Placement
+
+
+@dataclass(frozen=True)
+class Costs:
+    """Measured costs: of the data microseconds for an image in one data task, of training seconds for a step.
+
+    Args:
+        read_us: a row group from storage, divided by its images.
+        decode_us: from encoded bytes to pixels.
+        crop_us: cutting and resizing the source crops.
+        augment_us: from source crops to views.
+        transfer_us: through the object store to the trainer, both sides.
+        step_s: forward, backward, optimiser and bank, in each of all workers at once.
+        all_reduce_s: the gradients summed over all workers; 0 with one.
+    """
+
+    read_us: float
+    decode_us: float
+    crop_us: float
+    augment_us: float
+    transfer_us: float
+    step_s: float
+    all_reduce_s: float
+
+    @property
+    def data_us(self) -> float:
+        """Microseconds of a data task for an image."""
+        return self.read_us + self.decode_us + self.crop_us + self.augment_us + self.transfer_us
+
+
+Limit = Literal["read", "decode", "crop", "augment", "transfer", "step", "all-reduce"]
+
+_ADVICE: dict[Limit, str] = {
+    "read": "Bring the data set nearer to the machines (`raysl ingest` copies it), or add CPUs for data tasks.",
+    "decode": "Ingest a copy of the images that is not much larger than the views, or add CPUs for data tasks.",
+    "crop": "Ingest a copy of the images that is not much larger than the views, or add CPUs for data tasks.",
+    "augment": "Add CPUs for data tasks, or make the views on the trainers' GPUs with --stream.place trainer.",
+    "transfer": "Use larger local batches, or send source crops in place of views with --stream.place trainer.",
+    "step": "Use GPUs, or more of them, or a smaller backbone; on GPUs also --precision bf16.",
+    "all-reduce": "Use larger batches, so that gradients are exchanged less often, or fewer workers.",
+}
+
+
+@dataclass(frozen=True)
+class Prediction:
+    """What the numbers come to.
+
+    Args:
+        data: images/s that the data tasks can make.
+        training: images/s that the trainers can take.
+        together: images/s when both share the cores; infinite with GPUs.
+        limit: the costliest stage of the side that is slower.
+        advice: one or two sentences: what limits, and what to do.
+    """
+
+    data: float
+    training: float
+    together: float
+    limit: Limit
+    advice: str
+
+    @property
+    def images_per_s(self) -> float:
+        """What a run would reach."""
+        return min(self.data, self.training, self.together)
+
+
+def predict(costs: Costs, placement: Placement, workers: int, batch_size: int, cpus: float) -> Prediction:
+    """The speed of a run, and its bottleneck, from what the stages cost. A pure function.
+
+    Args:
+        costs: as measured.
+        placement: of the run.
+        workers: of the run.
+        batch_size: images in the global batch.
+        cpus: of the whole cluster.
+    """
+    share = placement.share
+    # One more than fits is refused by Ray, and one task always runs.
+    tasks = workers * max(1, int(share.cpus / share.cpus_per_task + 1e-6))
+    # A task is one thread, whatever part of a CPU it is booked with.
+    data = 1e6 * min(tasks, cpus) / costs.data_us
+    training = batch_size / (costs.step_s + costs.all_reduce_s)
+    stages: dict[Limit, float] = {
+        "read": costs.read_us,
+        "decode": costs.decode_us,
+        "crop": costs.crop_us,
+        "augment": costs.augment_us,
+        "transfer": costs.transfer_us,
+    }
+    threads = placement.threads_per_worker * workers / batch_size * 1e6
+    steps: dict[Limit, float] = {
+        "step": threads * costs.step_s,
+        "all-reduce": threads * costs.all_reduce_s,
+    }
+    together = float("inf")
+    if not placement.gpus_per_worker:
+        together = 1e6 * cpus / (costs.data_us + sum(steps.values()))
+    if together <= min(data, training):
+        candidates, why = {**stages, **steps}, "Data tasks and trainers share the cores"
+    elif data < training:
+        candidates, why = stages, "The data tasks are slower than the trainers"
+    else:
+        candidates, why = steps, "The trainers are slower than the data tasks"
+    limit = max(candidates, key=lambda name: candidates[name])
+    portion = candidates[limit] / sum(candidates.values())
+    advice = f"{why}, and {portion:.0%} of that time is {limit}. {_ADVICE[limit]}"
+    return Prediction(data, training, together, limit, advice)

@@ -1,0 +1,204 @@
+"""Pictures of what a method sees, images beside the very crops that its network gets, and of what lies near to what."""
+
+from __future__ import annotations
+
+import io
+import math
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+
+import numpy as np
+import numpy.typing as npt
+from PIL import Image, ImageDraw, ImageFont
+from torch import Tensor
+
+from raysl import rng
+from raysl.config import Pretraining
+from raysl.dataset import DataSet
+from raysl.errors import UserError
+from raysl.rng import ImageRng
+from raysl.storage import Folder
+from raysl.stream.decode import cut, decode
+from raysl.stream.views import View
+from raysl.training.worker import Network
+
+# More images than any memory of negatives wants: what a view looks like does not depend on their number.
+_ENOUGH = 1 << 30
+_CELL = 192
+_MARGIN = 16
+_TITLE = 26
+_NOTE = 20
+_PAPER, _INK, _FAINT, _MAT = (255, 255, 255), (33, 37, 41), (134, 142, 150), (233, 236, 239)
+
+
+def views_of(config: Pretraining, dataset: DataSet) -> Mapping[str, View]:
+    """The views of a run, also where the data set has too few images to train on.
+
+    Raises:
+        UserError: the method cannot be, or not on these images.
+    """
+    classes, fingerprint = len(dataset.manifest.classes), dataset.manifest.fingerprint
+    try:
+        return Network(config, max(dataset.num_images, _ENOUGH), classes, fingerprint).views(config)
+    except UserError:
+        # Of an objective with a label for each image, for which only the right number will do.
+        return Network(config, dataset.num_images, classes, fingerprint).views(config)
+
+
+def views_sheet(
+    dataset: DataSet, views: Mapping[str, View], seed: int = 0, count: int = 8, epoch: int = 0
+) -> Image.Image:
+    """One row for each image: the image, then each view as the network gets it in an epoch.
+
+    A view of several crops is a mosaic, row by row in the order of the crops: a jigsaw of nine patches is 3 x 3. The
+    pixels are those of the stream for the same seed and epoch, enlarged without smoothing.
+
+    Args:
+        dataset: where the images are taken from; which ones follows from the seed.
+        views: by name, as `views_of` gives them.
+        seed: of the run.
+        count: images; all of them when the data set has fewer.
+        epoch: whose random choices are shown.
+
+    Returns:
+        An RGB picture; `save` keeps it.
+
+    Raises:
+        UserError: a shard of the data set is damaged.
+    """
+    chosen = rng.generator(seed, "views sheet").permutation(dataset.num_images)[:count]
+    indices = np.sort(chosen.astype(np.int64))
+    files = dataset.read(indices, ("image",)).column("image").to_pylist()
+    image_rng = ImageRng(seed, np.full_like(indices, epoch), indices)
+    crops = cut(files, {name: view.source for name, view in views.items()}, image_rng)
+    made = {name: view(crops[name], image_rng.named(name)) for name, view in views.items()}
+    originals = [(_picture(decode(data)), f"index {i}") for data, i in zip(files, indices, strict=True)]
+    columns = [("original", "as it is stored", originals)]
+    for name, view in made.items():
+        b, p, _, height, width = view.crops_bpchw.shape
+        size = f"{width} x {height} pixels" if p == 1 else f"{p} crops of {width} x {height}"
+        marks = [""] * b if view.target is None else [_mark(target) for target in view.target]
+        columns.append(
+            (f"view: {name}", size, [(mosaic(v), m) for v, m in zip(view.crops_bpchw, marks, strict=True)])
+        )
+    return _sheet(columns)
+
+
+def neighbours_sheet(
+    queries: DataSet,
+    gallery: DataSet,
+    query_q: npt.NDArray[np.int64],
+    nearest_qk: npt.NDArray[np.int64],
+    cosine_qk: npt.NDArray[np.float32],
+) -> Image.Image:
+    """One row for each image that asks: the image, then those that lie nearest to it.
+
+    Args:
+        queries: where the images that ask are taken from.
+        gallery: where those that are found lie.
+        query_q: int64 (q,), indices in `queries`.
+        nearest_qk: int64 (q, k), indices in `gallery`, the nearest first; see `raysl.probes.retrieval.nearest`.
+        cosine_qk: float32 (q, k).
+
+    Returns:
+        An RGB picture; `save` keeps it. Under each image stands its class, if it has one, and its cosine.
+
+    Raises:
+        UserError: a shard of a data set is damaged.
+    """
+    columns = [("image", "that asks", _shown(queries, query_q))]
+    for rank in range(nearest_qk.shape[1]):
+        cells = zip(_shown(gallery, nearest_qk[:, rank]), cosine_qk[:, rank], strict=True)
+        marked = [(picture, f"{name}  cos {cosine:.2f}") for (picture, name), cosine in cells]
+        columns.append((f"nearest {rank + 1}", "", marked))
+    return _sheet(columns)
+
+
+def _shown(dataset: DataSet, indices: npt.NDArray[np.int64]) -> list[tuple[Image.Image, str]]:
+    """Images, each with the name of its class, or its index where it has none."""
+    rows = dataset.read(indices).to_pylist()
+    classes = dataset.manifest.classes
+    names = [classes[row["label"]] if classes else f"index {row['index']}" for row in rows]
+    return [(_picture(decode(row["image"])), name) for row, name in zip(rows, names, strict=True)]
+
+
+def save(sheet: Image.Image, file: Path) -> None:
+    """Writes a picture as PNG, whole or not at all; makes the folders it needs.
+
+    Raises:
+        UserError: the place cannot be written.
+    """
+    Folder(str(file.parent)).write(file.name, png(sheet))
+
+
+def png(sheet: Image.Image) -> bytes:
+    """The picture as the bytes of a PNG file."""
+    data = io.BytesIO()
+    sheet.save(data, "PNG")
+    return data.getvalue()
+
+
+def _mark(target: Tensor) -> str:
+    """The label, or the shape of a target that is no label."""
+    return f"target {' x '.join(map(str, target.shape))}" if target.ndim else f"label {int(target)}"
+
+
+def mosaic(crops_pchw: Tensor) -> Image.Image:
+    """Crops in a square of rows and columns, in their order, enlarged by a whole number, with gaps between them.
+
+    Args:
+        crops_pchw: uint8 (p, 3, h, w).
+    """
+    columns = math.ceil(math.sqrt(len(crops_pchw)))
+    rows = math.ceil(len(crops_pchw) / columns)
+    gap = 4 if len(crops_pchw) > 1 else 0
+    height, width = crops_pchw.shape[2:]
+    room = (_CELL - gap * (columns - 1)) / columns
+    factor = room / max(height, width)
+    factor = math.floor(factor) if factor >= 1 else factor
+    height, width = max(1, round(height * factor)), max(1, round(width * factor))
+    sheet = Image.new(
+        "RGB", (columns * (width + gap) - gap, rows * (height + gap) - gap), _MAT if gap else _PAPER
+    )
+    for i, crop in enumerate(crops_pchw):
+        place = (i % columns * (width + gap), i // columns * (height + gap))
+        sheet.paste(_resized(_picture(crop), width, height), place)
+    return sheet
+
+
+def _picture(image_chw: Tensor) -> Image.Image:
+    return Image.fromarray(np.ascontiguousarray(image_chw.permute(1, 2, 0).cpu().numpy()))
+
+
+def _resized(image: Image.Image, width: int, height: int) -> Image.Image:
+    """Enlarged to sharp squares, or reduced smoothly."""
+    method = Image.Resampling.NEAREST if width >= image.width else Image.Resampling.LANCZOS
+    return image.resize((width, height), method)
+
+
+def _fitted(image: Image.Image) -> Image.Image:
+    """In a cell: enlarged by a whole number, or reduced to fit."""
+    factor = _CELL / max(image.size)
+    factor = math.floor(factor) if factor >= 1 else factor
+    return _resized(image, max(1, round(image.width * factor)), max(1, round(image.height * factor)))
+
+
+def _sheet(columns: Sequence[tuple[str, str, Sequence[tuple[Image.Image, str]]]]) -> Image.Image:
+    """Columns of (title, note under it, cells of picture and note under it), in rows of equal height."""
+    title_font, note_font = ImageFont.load_default(15), ImageFont.load_default(12)
+    rows = len(columns[0][2])
+    head = _MARGIN + _TITLE + _NOTE
+    row_height = _CELL + _NOTE + _MARGIN
+    sheet = Image.new("RGB", (_MARGIN + len(columns) * (_CELL + _MARGIN), head + rows * row_height), _PAPER)
+    draw = ImageDraw.Draw(sheet)
+    for c, (title, note, cells) in enumerate(columns):
+        left = _MARGIN + c * (_CELL + _MARGIN)
+        draw.text((left, _MARGIN), title, _INK, title_font)
+        draw.text((left, _MARGIN + _TITLE - 4), note, _FAINT, note_font)
+        for r, (picture, mark) in enumerate(cells):
+            top = head + r * row_height
+            shown = _fitted(picture)
+            place = (left + (_CELL - shown.width) // 2, top + (_CELL - shown.height) // 2)
+            sheet.paste(shown, place)
+            draw.text((left, top + _CELL + 3), mark, _FAINT, note_font)
+    return sheet

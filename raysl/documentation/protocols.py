@@ -1,0 +1,54 @@
+"""One page of documentation for all probes, made of their docstrings, their headlines and their Configs."""
+
+from __future__ import annotations
+
+import importlib
+import inspect
+
+from raysl import probes
+from raysl.documentation.pages import hyperparameters
+from raysl.probes import EncoderProbe, FeatureProbe, LabelledProbe, Probe
+
+_INTRODUCTION = """A probe says what a representation is worth, in numbers; one of them, the headline, stands for it
+where there is room for one. Beside each stand the numbers of the same backbone untrained and of raw pixels, where there
+are such. A number hangs on its protocol, the flags below: numbers that were found under others never share a table.
+
+This page is made from the code, by `raysl methods --pages docs/methods`."""
+
+_NEEDS = {
+    LabelledProbe: "labelled features, of each layer that is asked for",
+    FeatureProbe: "features, of each layer that is asked for; no labels",
+    EncoderProbe: "images, and the network itself",
+}
+_LEARNS = " It learns from the train images, and is refused where the test images are the same."
+
+
+def page() -> str:
+    """The page, in Markdown."""
+    sections = [section(name) for name in probes.names()]
+    return "\n\n".join(["# Probes", _INTRODUCTION, *sections]) + "\n"
+
+
+def section(name: str) -> str:
+    """What the page says of one probe.
+
+    Raises:
+        UserError: there is no probe of that name.
+    """
+    config_type, probe_type = probes.load(name)
+    config = config_type()
+    probe = probe_type(config)
+    said = inspect.getdoc(importlib.import_module(config_type.__module__)) or ""
+    flags = [f"{flag} VALUE" for flag in probes.required(name)]
+    command = " ".join(["raysl probe RUN --train DATA --test DATA --probes", name, *flags])
+    facts = [
+        f"- Headline: `{probe.headline}`; more is better.",
+        f"- Needs: {needs(probe)}.{_LEARNS if probes.learns(name) else ''}",
+    ]
+    table = hyperparameters(name.replace("_", "-"), config)
+    return "\n\n".join([f"## {name}", said, f"```\n{command}\n```", "\n".join(facts), table])
+
+
+def needs(probe: Probe) -> str:
+    """What a probe is handed, which is the whole difference between their kinds."""
+    return next(what for kind, what in _NEEDS.items() if isinstance(probe, kind))

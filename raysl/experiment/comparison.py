@@ -1,0 +1,214 @@
+"""Methods under equal conditions: the same images, backbone and schedule for each, the same probes, and one report.
+
+What is in the folder of the runs is not done again, so that experiments share their runs.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Collection, Mapping, Sequence
+from dataclasses import dataclass, replace
+from typing import Any, TypeVar
+
+from rich.console import Console
+from rich.table import Table
+
+from raysl import extraction
+from raysl.backbone.network import BackboneConfig
+from raysl.clustering.cluster_and_fit import ClusterfitConfig, clusterfit
+from raysl.config import Pretraining, ViewConfig
+from raysl.evaluation.evaluate import check_apart, probe
+from raysl.evaluation.results import ENCODERS, rows_under
+from raysl.experiment.script import Flags
+from raysl.ingestion import resolve, splits
+from raysl.objectives.moco import Config as Moco
+from raysl.objectives.npid import Config as Npid
+from raysl.objectives.pirl import Config as Pirl
+from raysl.objectives.simclr import Config as Simclr
+from raysl.optim import OptimConfig
+from raysl.reporting import ReportConfig, check_installed, report
+from raysl.reporting.report_runs import Found, found, groups
+from raysl.reporting.tables import tables
+from raysl.run import Run, jsonl
+from raysl.storage import Folder
+from raysl.training.launch import pretrain
+
+# The hyperparameters in which a small backbone and a short run want something else than the papers' defaults.
+PIRL = {"pirl": Pirl(temperature=0.2, head="bn")}
+NPID = {"npid": Npid(temperature=0.2, head="bn")}
+METHODS: dict[str, dict[str, Any]] = {
+    "supervised": {},
+    "distill": {},
+    "predict-rotation": {},
+    "predict-jigsaw": {},
+    "predict-relative_position": {},
+    "predict-colorization": {},
+    "predict-inpainting": {},
+    "multitask-relative_position,colorization": {},
+    "npid": {"parts": NPID},
+    "pirl-rotation": {"parts": PIRL},
+    "pirl-jigsaw": {"parts": PIRL},
+    "pirl-rotation+jigsaw": {"parts": PIRL},
+    "simclr": {"parts": {"simclr": Simclr(temperature=0.2, norm="batch")}},
+    # A queue much longer than the data set would hold several keys of most images.
+    "moco": {"parts": {"moco": Moco(momentum=0.99, queue=2048)}},
+    "cpc-patch_grid": {"backbone": BackboneConfig(norm="group")},
+    "clusterfit": {},
+}
+_LOCAL_DATA = "shapes:5000"
+
+
+@dataclass(frozen=True)
+class LineupFlags(Flags):
+    """Flags of an experiment that compares methods.
+
+    Args:
+        methods: which of them.
+        images: seen by every run, patches of one counted once.
+        batch_size: images in a step, of all workers.
+        image_size: side of an ordinary view in pixels.
+        teacher: the method whose features "clusterfit" clusters, run by run.
+        clusters: of those features.
+    """
+
+    data: str = "shapes:50000"
+    runs: str = "runs/methods"
+    methods: tuple[str, ...] = ()
+    images: int = 51_200
+    batch_size: int = 128
+    image_size: int = 32
+    teacher: str = "predict-jigsaw"
+    clusters: int = 300
+
+
+L = TypeVar("L", bound=LineupFlags)
+
+
+def small(flags: L) -> L:
+    """With `--local`: one seed, few images, and drawn ones unless others were asked for."""
+    if not flags.local:
+        return flags
+    data = _LOCAL_DATA if flags.data == type(flags)().data else flags.data
+    return replace(flags, data=data, seeds=flags.seeds[:1], images=2560)
+
+
+def settings(flags: LineupFlags, method: str, seed: int, train: str, runs: Folder) -> Pretraining:
+    """The run of a method. Distillation learns from the supervised run of the same seed; of "clusterfit", this is what
+    `raysl.clustering.cluster_and_fit.clusterfit` takes of the student."""
+    own = dict(METHODS.get(method, {}))
+    name = method
+    if method == "clusterfit":
+        name, method = f"clusterfit-{flags.teacher}-{flags.clusters}", flags.teacher
+    if method == "distill":
+        own["parts"] = {"distill": {"teacher": str(runs / f"supervised-{seed}")}}
+    return Pretraining(
+        data=train,
+        run=str(runs / f"{name}-{seed}"),
+        method=method,
+        epochs=flags.images / resolve(train).num_images,
+        batch_size=flags.batch_size,
+        workers=flags.workers,
+        seed=seed,
+        view=ViewConfig(image_size=flags.image_size),
+        optim=OptimConfig(lr=0.12, warmup=0.05),
+        **own,
+    )
+
+
+def trained(flags: LineupFlags, names: Sequence[str]) -> list[Run]:
+    """The finished runs of all methods and seeds.
+
+    Args:
+        names: of the probes that follow; what stands in their way is said before anything is trained.
+    """
+    check_installed()
+    check_apart(names, *(resolve(split) for split in splits(flags.data)))
+    return [run_of(flags, method, seed) for method in flags.methods for seed in flags.seeds]
+
+
+def run_of(flags: LineupFlags, method: str, seed: int, train: str = "", runs: Folder | None = None) -> Run:
+    """The finished run of a method; of "clusterfit" the student, after its teacher. Images and folder are those of
+    the flags where none are given."""
+    train, runs = train or splits(flags.data)[0], runs or Folder(flags.runs)
+    config = settings(flags, method, seed, train, runs)
+    if method != "clusterfit":
+        return pretrain(config)
+    teacher = run_of(flags, flags.teacher, seed, train, runs)
+    return clusterfit(ClusterfitConfig(teacher=str(teacher.folder), k=flags.clusters), config)
+
+
+def measured(
+    runs: Sequence[Run],
+    flags: LineupFlags,
+    names: Sequence[str],
+    *,
+    layers: Sequence[str] = ("pooled",),
+    encoders: Sequence[str] = ENCODERS[:2],
+    configs: Mapping[str, Any] | None = None,
+) -> None:
+    """Probes the runs on the labelled data of the flags, where that has not been done. See `raysl.evaluation.evaluate.probe`.
+
+    Baselines are probed once for all runs that started from the same weights."""
+    train, test = splits(flags.data)
+    seen, judged = (resolve(split).manifest.fingerprint for split in (train, test))
+    starts = set()
+    for run in runs:
+        start = extraction.untrained(run)
+        own = [name for name in encoders if name == "trained" or start not in starts]
+        starts.add(start)
+        missing = [
+            name
+            for name in names
+            if not _known(run, name, (configs or {}).get(name), (seen, judged), layers, own)
+        ]
+        if missing:
+            cache = Folder(flags.runs) / "features"
+            probe(run, train, test, missing, layers=layers, encoders=own, configs=configs, cache=cache)
+
+
+def _known(
+    run: Run,
+    name: str,
+    config: Any,
+    data: tuple[str, str],
+    layers: Sequence[str],
+    encoders: Sequence[str],
+) -> bool:
+    """Whether there are rows of the probe on these data (fingerprints of the train and the test set) for all these
+    layers, of the newest checkpoint and of the untrained backbone. Pixels may have none."""
+    stages = extraction.stages(extraction.Trained(run, run.newest()))
+    wanted = {one for layer in layers for one in (stages if layer == "all" else [layer])}
+    found = rows_under(run, name, *data, config, run.newest().step)
+    return all(
+        {row["layer"] for row in found if row["encoder"] == encoder} >= wanted
+        for encoder in encoders
+        if encoder != "pixels"
+    )
+
+
+def reported(runs: Sequence[Run], flags: Flags, names: Sequence[str], besides: Collection[str] = ()) -> None:
+    """Prints the tables of these probes, and writes rows, the report and its figures.
+
+    Args:
+        names: of the probes.
+        besides: numbers that are printed besides those that stand for their probes.
+    """
+    places = [str(run.folder) for run in runs]
+    rows = found(groups(places))
+    shown = [item for item in rows if item.row["probe"] in names]
+    for one in tables([_headed(item, besides) for item in shown]):
+        printed = Table(title=one.probe, caption=f"{one.caption}; = is a tie with the best")
+        printed.add_column("")
+        for layer, name in one.columns:
+            printed.add_column(f"{layer} {name}", justify="right")
+        for label, cells in one.lines:
+            marks = ["" if cell and not one.tied(i, cell) else " =" for i, cell in enumerate(cells)]
+            texts = [f"{cell}{mark}" if cell else "" for cell, mark in zip(cells, marks, strict=True)]
+            printed.add_row(label, *texts)
+        Console().print(printed)
+    Folder(flags.out).write("rows.jsonl", jsonl({**item.row, "label": item.label} for item in rows))
+    print(f"{report(places, ReportConfig(out=flags.out))}/index.html")
+
+
+def _headed(item: Found, besides: Collection[str]) -> Found:
+    """The same, as a number that stands for its probe where its name is among these."""
+    return replace(item, row={**item.row, "headline": item.row["headline"] or item.row["name"] in besides})

@@ -1,0 +1,64 @@
+"""The heads by which a method compares an image with its transformed version, as they are in a checkpoint."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from raysl import methods
+from raysl.backbone import norm
+from raysl.extraction.encoders import Encoder, Trained
+from raysl.pretext import Pretext
+from raysl.training.worker import Network
+
+
+@dataclass(frozen=True)
+class Heads:
+    """What a method compares.
+
+    Args:
+        transform: its name, such as "jigsaw".
+        image: makes the view of the image.
+        transformed: makes the view of its transformed version, with the hyperparameters of the run.
+        embed: from uint8 crops (b, p, 3, h, w) of both, on the device, to the embeddings (b, d) of both.
+    """
+
+    transform: str
+    image: Pretext
+    transformed: Pretext
+    embed: Callable[[Tensor, Tensor], tuple[Tensor, Tensor]]
+
+
+def heads(encoder: Encoder, device: torch.device, by_batch: bool = False) -> Heads | None:
+    """The heads of a run whose objective `raysl.objectives.Compares`; None of other runs, and of what is no run.
+
+    Args:
+        by_batch: see `Encoder.load`; each view by itself.
+
+    Raises:
+        UserError: the checkpoint is damaged.
+    """
+    if not isinstance(encoder, Trained):
+        return None
+    config, data = encoder.run.config(), encoder.run.metadata()["data"]
+    method = methods.parse(config.method)
+    compared = getattr(methods.load_objective(method.objective)[1], "compared", None)
+    if compared is None:
+        return None
+    with torch.random.fork_rng(devices=[]):
+        network = Network(config, data["num_images"], data["num_classes"], data["fingerprint"])
+    network.load_state_dict(encoder.checkpoint.state()["network"])
+    if by_batch:
+        norm.by_batch(network)
+    network.eval().to(device, memory_format=torch.channels_last)  # type: ignore[call-overload]
+
+    def embed(image_bpchw: Tensor, transformed_bpchw: Tensor) -> tuple[Tensor, Tensor]:
+        found = network(dict(zip(compared, (image_bpchw, transformed_bpchw), strict=True)))
+        image_bd, transformed_bd = (found[name].float() for name in compared)
+        return image_bd, transformed_bd
+
+    image, transformed = (network.objective.views[name] for name in compared)
+    return Heads(method.pretext, image, transformed, embed)

@@ -1,0 +1,234 @@
+"""Draws the images of the procedural set: one textured object on a cluttered background.
+
+The label is the shape of the object and nothing else tells it: position, size, tilt, colours and textures of object and
+background come from the same draws for every shape. Light falls from above and objects stand within 30 degrees of
+upright, so that "up" can be seen, as in photographs.
+
+Coordinates run from -1 to 1, x to the right and y down. A shape is a function that is negative inside and grows by
+about 1 per unit of length at the edge, which gives soft edges of one pixel without drawing at a higher resolution.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable
+
+import numpy as np
+import numpy.typing as npt
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from raysl.rng import ImageRng
+
+_DISTRACTORS = 3
+_TEXTURES = ("plain", "stripes", "checks", "blobs")
+
+
+def _box(x: Tensor, y: Tensor, half_width: float, half_height: float) -> Tensor:
+    return torch.maximum(x.abs() - half_width, y.abs() - half_height)
+
+
+def _arrow(x: Tensor, y: Tensor) -> Tensor:
+    head = torch.maximum(y + 0.02, 0.77 * x.abs() - 0.64 * (y + 0.95))
+    return torch.minimum(head, _box(x, y - 0.42, 0.26, 0.5))
+
+
+def _circle(x: Tensor, y: Tensor) -> Tensor:
+    return torch.hypot(x, y) - 0.85
+
+
+def _crescent(x: Tensor, y: Tensor) -> Tensor:
+    return torch.maximum(torch.hypot(x, y) - 0.95, 0.72 - torch.hypot(x - 0.45, y + 0.1))
+
+
+def _cross(x: Tensor, y: Tensor) -> Tensor:
+    return torch.minimum(_box(x, y, 0.9, 0.28), _box(x, y, 0.28, 0.9))
+
+
+def _heart(x: Tensor, y: Tensor) -> Tensor:
+    point = (x.abs() + (y - 0.12).abs() - 0.74) * math.sqrt(0.5)
+    return torch.minimum(point, torch.hypot(x.abs() - 0.37, y + 0.25) - 0.523)
+
+
+def _hourglass(x: Tensor, y: Tensor) -> Tensor:
+    return torch.maximum(y.abs() - 0.85, 0.75 * x.abs() - 0.66 * y.abs() - 0.07)
+
+
+def _ring(x: Tensor, y: Tensor) -> Tensor:
+    return (torch.hypot(x, y) - 0.69).abs() - 0.2
+
+
+def _square(x: Tensor, y: Tensor) -> Tensor:
+    return _box(x, y, 0.72, 0.72)
+
+
+def _star(x: Tensor, y: Tensor) -> Tensor:
+    # Five lines, each through two points of the star: inside the star one is outside of one line at most.
+    angles = [math.pi / 2 + 2 * math.pi * k / 5 for k in range(5)]
+    lines = torch.stack([math.cos(a) * x + math.sin(a) * y - 0.32 for a in angles])
+    return lines.topk(2, dim=0).values[1]
+
+
+def _triangle(x: Tensor, y: Tensor) -> Tensor:
+    return torch.maximum(y - 0.6, 0.866 * x.abs() - 0.5 * (y + 0.95))
+
+
+_SHAPES: dict[str, Callable[[Tensor, Tensor], Tensor]] = {
+    "arrow": _arrow,
+    "circle": _circle,
+    "crescent": _crescent,
+    "cross": _cross,
+    "heart": _heart,
+    "hourglass": _hourglass,
+    "ring": _ring,
+    "square": _square,
+    "star": _star,
+    "triangle": _triangle,
+}
+CLASSES = tuple(_SHAPES)
+
+
+def draw(image_rng: ImageRng, size: int) -> tuple[npt.NDArray[np.uint8], list[int]]:
+    """The images that the draws stand for.
+
+    Args:
+        size: side of the images in pixels.
+
+    Returns:
+        uint8 (b, size, size, 3), and the label of each image.
+    """
+    label_b = image_rng.integers("label", len(CLASSES))[:, 0]
+    centres = (torch.arange(size) + 0.5) * (2 / size) - 1
+    x_bhw, y_bhw = centres.expand(len(label_b), size, size), centres[:, None].expand(len(label_b), size, size)
+    # Luminance sets the object off from its background; either may be the lighter one.
+    ground_b = image_rng.uniform("ground", 0.15, 0.85)[:, 0]
+    step_b = image_rng.uniform("contrast", 0.28, 0.5)[:, 0]
+    lighter_b = ground_b + image_rng.uniform("lighter", -0.12, 0.12)[:, 0] < 0.5
+    object_b = ground_b + torch.where(lighter_b, step_b, -step_b)
+
+    image_bchw = _background(image_rng.named("background"), ground_b, x_bhw, y_bhw)
+    for k in range(_DISTRACTORS):
+        _distractor(image_bchw, image_rng.named(f"distractor{k}"), x_bhw, y_bhw)
+    _object(image_bchw, image_rng.named("object"), object_b, label_b, x_bhw, y_bhw)
+    pixels = image_bchw.clamp_(0, 1).mul_(255).round_().to(torch.uint8)
+    return pixels.permute(0, 2, 3, 1).contiguous().numpy(), label_b.tolist()
+
+
+def _colour(image_rng: ImageRng, name: str, luminance_b: Tensor, saturation: float) -> Tensor:
+    """float (b, 3): a random hue around a luminance."""
+    hue_bc = image_rng.uniform(f"{name}/hue", count=3)
+    hue_bc = hue_bc - hue_bc.mean(1, keepdim=True)
+    return luminance_b[:, None] + saturation * hue_bc
+
+
+def _turned(x_bhw: Tensor, y_bhw: Tensor, angle_b: Tensor) -> tuple[Tensor, Tensor]:
+    """Coordinates in a frame that is turned by an angle."""
+    cos, sin = angle_b.cos()[:, None, None], angle_b.sin()[:, None, None]
+    return cos * x_bhw + sin * y_bhw, cos * y_bhw - sin * x_bhw
+
+
+def _wave(x: Tensor) -> Tensor:
+    """A triangle wave between -1 and 1, of period 1."""
+    return ((x - x.floor() - 0.5).abs() * 4).sub_(1)
+
+
+def _blobs(image_rng: ImageRng, channels: int, cells: int, size: int) -> Tensor:
+    """float (b, channels, size, size) in [-1, 1]: random values on a coarse grid, interpolated."""
+    grid = image_rng.uniform("blobs", -1, 1, channels * cells * cells).view(-1, channels, cells, cells)
+    return F.interpolate(grid, size=(size, size), mode="bilinear", align_corners=True)
+
+
+def _texture(image_rng: ImageRng, x_bhw: Tensor, y_bhw: Tensor) -> Tensor:
+    """float (b, h, w) in [-1, 1], of a random kind for each image."""
+    kind_b = image_rng.integers("texture", len(_TEXTURES))[:, 0]
+    texture_bhw = torch.zeros_like(x_bhw)
+    frequency_b = image_rng.uniform("frequency", 1.2, 2.6)[:, 0]
+    angle_b = image_rng.uniform("direction", 0, math.pi)[:, 0]
+    for kind in ("stripes", "checks"):
+        at = (kind_b == _TEXTURES.index(kind)).nonzero()[:, 0]
+        u, v = _turned(x_bhw[at], y_bhw[at], angle_b[at])
+        wave = _wave(u * frequency_b[at, None, None])
+        if kind == "checks":
+            wave = wave * _wave(v * frequency_b[at, None, None]) * 2
+        texture_bhw[at] = (wave * 3).clamp_(-1, 1)
+    at = (kind_b == _TEXTURES.index("blobs")).nonzero()[:, 0]
+    some = ImageRng(
+        image_rng.seed, image_rng.epochs_b[at.numpy()], image_rng.indices_b[at.numpy()], image_rng.name
+    )
+    texture_bhw[at] = (_blobs(some, 1, 8, x_bhw.shape[-1])[:, 0] * 1.6).clamp_(-1, 1)
+    return texture_bhw
+
+
+def _background(image_rng: ImageRng, luminance_b: Tensor, x_bhw: Tensor, y_bhw: Tensor) -> Tensor:
+    """float (b, 3, h, w): a gradient of two colours with a faint texture and blobs, lit from above."""
+    low_bc = _colour(image_rng, "low", luminance_b - image_rng.uniform("spread", 0, 0.12)[:, 0], 0.55)
+    high_bc = _colour(image_rng, "high", luminance_b + image_rng.uniform("spread", 0, 0.12)[:, 0], 0.55)
+    along_bhw, _ = _turned(x_bhw, y_bhw, image_rng.uniform("gradient", 0, 2 * math.pi)[:, 0])
+    image_bchw = _mix(low_bc, high_bc, (0.5 + 0.4 * along_bhw).clamp_(0, 1))
+    strength_b = image_rng.uniform("strength", 0, 0.14)[:, 0, None, None]
+    light_bhw = strength_b * _texture(image_rng, x_bhw, y_bhw) - 0.07 * y_bhw
+    amount_b = image_rng.uniform("amount", 0.02, 0.16)[:, :, None, None]
+    image_bchw += light_bhw[:, None]
+    image_bchw += amount_b * _blobs(image_rng.named("clutter"), 3, 5, x_bhw.shape[-1])
+    return image_bchw
+
+
+def _mix(low_bc: Tensor, high_bc: Tensor, share_bhw: Tensor) -> Tensor:
+    """float (b, 3, h, w): between two colours by the share of the second."""
+    return low_bc[:, :, None, None] + (high_bc - low_bc)[:, :, None, None] * share_bhw[:, None]
+
+
+def _cover(edge_bhw: Tensor, scale_b: Tensor) -> Tensor:
+    """float (b, h, w) in [0, 1]: how much of each pixel lies inside a shape drawn at a scale."""
+    pixels = edge_bhw.shape[-1] / 2
+    return (0.5 - edge_bhw * (scale_b * pixels)[:, None, None]).clamp_(0, 1)
+
+
+def _distractor(image_bchw: Tensor, image_rng: ImageRng, x_bhw: Tensor, y_bhw: Tensor) -> None:
+    """Draws a small bar, square or disc in two images of three, anywhere."""
+    at_bc = image_rng.uniform("at", -1, 1, 2)
+    half_bc = image_rng.uniform("half", 0.05, 0.17, 2)
+    x, y = x_bhw - at_bc[:, 0, None, None], y_bhw - at_bc[:, 1, None, None]
+    x, y = _turned(x, y, image_rng.uniform("tilt", 0, math.pi)[:, 0])
+    x, y = x / half_bc[:, 0, None, None], y / half_bc[:, 1, None, None]
+    round_b = image_rng.chance("round", 0.5)[:, None, None]
+    edge_bhw = torch.where(round_b, torch.hypot(x, y), torch.maximum(x.abs(), y.abs())) - 1
+    cover_bhw = _cover(edge_bhw, half_bc.amin(1)) * image_rng.chance("there", 2 / 3)[:, None, None]
+    colour_bc = _colour(image_rng, "colour", image_rng.uniform("luminance", 0.1, 0.9)[:, 0], 0.9)
+    image_bchw += cover_bhw[:, None] * (colour_bc[:, :, None, None] - image_bchw)
+
+
+def _object(
+    image_bchw: Tensor,
+    image_rng: ImageRng,
+    luminance_b: Tensor,
+    label_b: Tensor,
+    x_bhw: Tensor,
+    y_bhw: Tensor,
+) -> None:
+    """Draws the object and its shadow."""
+    scale_b = image_rng.uniform("scale", 0.42, 0.8)[:, 0]
+    reach_b = 1.05 - 0.85 * scale_b
+    at_bc = image_rng.uniform("at", -1, 1, 2) * reach_b[:, None]
+    tilt_b = image_rng.uniform("tilt", -math.pi / 6, math.pi / 6)[:, 0]
+    stretch_b = image_rng.uniform("stretch", 0.88, 1.12)[:, 0]
+
+    x, y = _turned(x_bhw - at_bc[:, 0, None, None], y_bhw - at_bc[:, 1, None, None], tilt_b)
+    x, y = x / (scale_b * stretch_b)[:, None, None], y / scale_b[:, None, None]
+    edge_bhw = torch.empty_like(x)
+    for label, shape in enumerate(_SHAPES.values()):
+        of_shape = (label_b == label).nonzero()[:, 0]
+        edge_bhw[of_shape] = shape(x[of_shape], y[of_shape])
+    # The shadow is the same edge, wider and softer, seen a little below.
+    drop_hw = max(1, round(x.shape[-1] / 20))
+    shadow_bhw = F.pad((0.12 - edge_bhw).clamp_(0, 0.3), (0, 0, drop_hw, 0))[:, :-drop_hw]
+    image_bchw -= (image_rng.uniform("shadow", 0.2, 0.8)[:, 0, None, None] * shadow_bhw)[:, None]
+
+    second_b = luminance_b + 0.1 * (luminance_b - 0.5).sign()
+    share_bhw = 0.5 + 0.5 * _texture(image_rng, x_bhw, y_bhw)
+    fill_bchw = _mix(
+        _colour(image_rng, "first", luminance_b, 0.8), _colour(image_rng, "second", second_b, 0.8), share_bhw
+    )
+    fill_bchw -= (0.1 * y.clamp(-1, 1))[:, None]
+    image_bchw += _cover(edge_bhw, scale_b)[:, None] * (fill_bchw - image_bchw)

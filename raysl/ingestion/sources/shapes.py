@@ -1,0 +1,94 @@
+"""A procedural set: shapes of ten kinds, drawn on the spot. Any number of images, nothing to download.
+
+The images are a pure function of (seed, split, index); see `raysl.ingestion.drawing`. The splits are independent draws.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from urllib.parse import parse_qsl
+
+import numpy as np
+
+from raysl.errors import UserError, unknown
+from raysl.ingestion import png
+from raysl.ingestion.drawing import CLASSES, draw
+from raysl.ingestion.sources import Confidence, Place, Row, Unit, UnitSize
+from raysl.rng import ImageRng
+
+SUMMARY = "drawn images: shapes:100000, shapes:10000#test, shapes:100000?seed=3&size=64"
+
+_OPTIONS = {"seed": (0, 2**62), "size": (16, 512)}
+_MOST_IMAGES = 2**40
+# Fixed, since the last bit of a float may depend on the size of the batch.
+_BATCH_PIXELS = 256 * 32 * 32
+
+
+def recognise(place: Place) -> Confidence:
+    return Confidence.IS if place.uri.partition(":")[0].partition("?")[0] == "shapes" else Confidence.NO
+
+
+class Source:
+    """See `raysl.ingestion.sources.Source`."""
+
+    encoded_here = True
+    labelled = True
+    classes: tuple[str, ...] | None = CLASSES
+
+    def __init__(self, place: Place) -> None:
+        _, _, rest = place.uri.partition(":")
+        count, _, query = rest.partition("?")
+        self._num_images = _integer("number of images", count, (1, _MOST_IMAGES), place)
+        options = {"seed": 0, "size": 32}
+        for name, value in parse_qsl(query, keep_blank_values=True):
+            if name not in _OPTIONS:
+                raise unknown("option of shapes", name, _OPTIONS)
+            options[name] = _integer(name, value, _OPTIONS[name], place)
+        self._seed, self._size = options["seed"], options["size"]
+        self._split = place.split or "train"
+        if self._split not in ("train", "test"):
+            raise unknown("split of shapes", self._split, ["train", "test"])
+        self.name = f"shapes:{self._num_images}?seed={self._seed}&size={self._size}#{self._split}"
+
+    def stamp(self) -> str:
+        return self.name
+
+    def units(self, size: UnitSize) -> Iterator[Unit]:
+        for first in range(0, self._num_images, size.num_images):
+            count = min(size.num_images, self._num_images - first)
+            spec = {
+                "first": first,
+                "count": count,
+                "seed": self._seed,
+                "size": self._size,
+                "split": self._split,
+            }
+            yield Unit(count, spec)
+
+
+def _integer(name: str, text: str, bounds: tuple[int, int], place: Place) -> int:
+    try:
+        value = int(text)
+    except ValueError:
+        value = bounds[0] - 1
+    if not bounds[0] <= value <= bounds[1]:
+        raise UserError(
+            f"The {name} in {place.uri!r} is {text!r} and must be a whole number from {bounds[0]} to {bounds[1]}. "
+            "Write it as in shapes:100000?seed=3&size=64."
+        )
+    return value
+
+
+def read(unit: Unit) -> Iterator[Row]:
+    spec = unit.spec
+    batch = max(1, _BATCH_PIXELS // spec["size"] ** 2)
+    end = spec["first"] + spec["count"]
+    # Batches start at multiples of their size, whatever the unit.
+    for start in range(spec["first"] // batch * batch, end, batch):
+        indices = np.arange(start, start + batch, dtype=np.int64)
+        image_rng = ImageRng(spec["seed"], np.zeros(batch, np.int64), indices, f"shapes/{spec['split']}")
+        pixels_bhwc, labels = draw(image_rng, spec["size"])
+        wanted = slice(max(spec["first"] - start, 0), end - start)
+        rows = zip(png.encode(pixels_bhwc[wanted]), labels[wanted], indices[wanted].tolist(), strict=True)
+        for image, label, index in rows:
+            yield Row(image, label, f"shapes, image {index}")

@@ -1,0 +1,79 @@
+"""A part of a data set as a data set, for experiments that need fewer images, fewer classes, or other labels."""
+
+from __future__ import annotations
+
+import hashlib
+from collections.abc import Sequence
+
+import numpy as np
+import numpy.typing as npt
+
+from raysl import rng
+from raysl.dataset import MANIFEST, DataSet, Manifest
+from raysl.errors import UserError
+from raysl.ingestion import shard
+from raysl.ingestion.sources import Row
+from raysl.storage import Folder
+
+_GROUP = 512
+
+
+def subset(dataset: DataSet, num_images: int, folder: Folder, seed: int = 0) -> DataSet:
+    """Images drawn without replacement, in the order of their indices, under new indices.
+
+    Args:
+        folder: where it goes; the one that lies there is opened.
+
+    Raises:
+        UserError: there are not so many images, or as `relabelled`.
+    """
+    if not 1 <= num_images <= dataset.num_images:
+        raise UserError(
+            f"A subset of {num_images} images cannot be drawn from the {dataset.num_images} of "
+            f"{str(dataset.folder)!r}. Ask for 1 to {dataset.num_images}."
+        )
+    generator = rng.generator("subset", seed)
+    chosen_k = np.sort(generator.choice(dataset.num_images, num_images, replace=False))
+    labels_k = dataset.labels()[chosen_k] if dataset.has_labels else None
+    source = f"{num_images} images of {dataset.manifest.source}"
+    return relabelled(dataset, chosen_k, labels_k, dataset.manifest.classes, folder, source)
+
+
+def relabelled(
+    dataset: DataSet,
+    chosen_k: npt.NDArray[np.int64],
+    labels_k: npt.NDArray[np.int64] | None,
+    classes: Sequence[str],
+    folder: Folder,
+    source: str,
+) -> DataSet:
+    """Chosen images under new indices, 0 to k - 1, and with the labels given. They pass through memory.
+
+    Args:
+        chosen_k: int64 (k,), indices in the data set, in the order that they shall have.
+        labels_k: int64 (k,), numbers of `classes`; None for no labels.
+        classes: their names.
+        folder: where it goes; the one that lies there is opened.
+        source: what it is, for people.
+
+    Raises:
+        UserError: another data set lies in the folder, or it cannot be written.
+    """
+    digest = hashlib.blake2b(f"{dataset.manifest.fingerprint} {list(classes)}".encode(), digest_size=32)
+    digest.update(chosen_k.tobytes())
+    digest.update(b"" if labels_k is None else labels_k.tobytes())
+    fingerprint = digest.hexdigest()
+    if DataSet.is_one(str(folder)):
+        there = DataSet.open(str(folder))
+        if there.manifest.fingerprint != fingerprint:
+            raise UserError(
+                f"Another data set lies at {str(folder)!r}, {there.manifest.source}. Give another folder."
+            )
+        return there
+    images = dataset.read(chosen_k, ("image",)).column("image").to_pylist()
+    labels = [None] * len(chosen_k) if labels_k is None else labels_k.tolist()
+    rows = (Row(image, label, "") for image, label in zip(images, labels, strict=True))
+    labelled = labels_k is not None
+    written = shard.write(folder, 0, 0, rows, check=False, labelled=labelled, rows_per_group=_GROUP)
+    folder.write_json(MANIFEST, Manifest(source, (written.shard,), tuple(classes), fingerprint, 0).to_json())
+    return DataSet.open(str(folder))

@@ -1,0 +1,277 @@
+"""The backbone of a run for other programs: weights under the names that they know, and a model card.
+
+What is written, besides README.md, the card:
+
+torchvision    model.pth, a state dict that loads with strict=True into torchvision's network less its head
+timm           pytorch_model.bin and config.json, as `timm.create_model("local-dir:FOLDER")` reads them
+safetensors    model.safetensors, the same state dict, with the run's facts in its metadata
+onnx           model.onnx, from images of 0 to 255 to features; the normalisation is part of it
+"""
+
+from __future__ import annotations
+
+import importlib
+import io
+import json
+import re
+import tempfile
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, Literal
+
+import torch
+from torch import Tensor, nn
+
+from raysl import extraction
+from raysl.backbone.network import IMAGENET_MEAN, IMAGENET_STD, Backbone
+from raysl.config import Pretraining
+from raysl.errors import UserError
+from raysl.evaluation.results import ENCODERS, KEY, rows_of
+from raysl.reporting.command import command
+from raysl.run import Run
+from raysl.storage import Folder
+
+CARD = "README.md"
+_RESNETS = re.compile(r"(wide_)?resne(x)?t\d+(_\w+)?")
+
+
+@dataclass(frozen=True)
+class ExportConfig:
+    """Writes the backbone of a run for other programs.
+
+    Args:
+        format: whose names the weights have, or of which kind the file is.
+        out: folder; by default `export/FORMAT` in the run.
+        step: of the checkpoint; the newest by default.
+    """
+
+    format: Literal["torchvision", "timm", "safetensors", "onnx"] = "torchvision"
+    out: str = ""
+    step: int | None = None
+
+
+def export(run: Run, config: ExportConfig) -> Folder:
+    """Writes weights and model card, and returns where.
+
+    Raises:
+        UserError: there is no such checkpoint, the backbone has no such layout, or a package is missing.
+    """
+    where = "" if config.step is None else f"/checkpoints/step-{config.step:09d}"
+    pretraining = run.config()
+    source = extraction.named(f"{run.folder}{where}", pretraining.backbone)
+    assert isinstance(source, extraction.Trained)
+    backbone = source.network().eval()
+    files = _FORMATS[config.format](backbone, pretraining, source.checkpoint.step)
+    out = Folder(config.out) if config.out else run.folder / f"export/{config.format}"
+    for name, data in files.items():
+        out.write(name, data)
+    out.write(CARD, _card(run, backbone, source.checkpoint.step, config.format).encode())
+    return out
+
+
+def _torchvision(backbone: Backbone, config: Pretraining, step: int) -> dict[str, bytes]:
+    if config.backbone.name == "small":
+        raise _no_layout("torchvision", config, "raysl's own")
+    _refuse_other_layers("torchvision", config)
+    return {"model.pth": _saved(backbone.body.state_dict())}
+
+
+def _timm(backbone: Backbone, config: Pretraining, step: int) -> dict[str, bytes]:
+    # The two agree on the names of residual networks alone.
+    if not _RESNETS.fullmatch(config.backbone.name):
+        raise _no_layout("timm", config, "no residual network of torchvision")
+    _refuse_other_layers("timm", config)
+    size = config.view.image_size
+    seen = {"mean": IMAGENET_MEAN, "std": IMAGENET_STD, "input_size": [3, size, size], "num_classes": 0}
+    about = {"architecture": config.backbone.name, "num_classes": 0, "num_features": backbone.width}
+    about_json = json.dumps({**about, "pretrained_cfg": seen}, indent=1).encode()
+    return {"pytorch_model.bin": _saved(backbone.body.state_dict()), "config.json": about_json}
+
+
+def _safetensors(backbone: Backbone, config: Pretraining, step: int) -> dict[str, bytes]:
+    safetensors = _package("safetensors.torch", "safetensors")
+    state = {name: value.contiguous() for name, value in backbone.body.state_dict().items()}
+    facts = {"method": config.method, "backbone": config.backbone.name, "step": str(step), "format": "pt"}
+    return {"model.safetensors": safetensors.save(state, facts)}
+
+
+def _onnx(backbone: Backbone, config: Pretraining, step: int) -> dict[str, bytes]:
+    _package("onnx", "onnx")
+    _package("onnxscript", "onnxscript")
+    backbone.graph = None  # of norm "joint"; it is for training
+    size = config.view.image_size
+    images_bchw = torch.zeros(2, 3, size, size)
+    # The exporter writes a file, and the place may be an object store.
+    with tempfile.TemporaryDirectory() as folder:
+        file = Path(folder) / "model.onnx"
+        torch.onnx.export(
+            backbone,
+            (images_bchw,),
+            file,
+            input_names=["images_bchw"],
+            output_names=["features_bd"],
+            dynamic_shapes=({0: torch.export.Dim("b")},),
+            external_data=False,
+            verbose=False,
+        )
+        return {"model.onnx": file.read_bytes()}
+
+
+_FORMATS = {"torchvision": _torchvision, "timm": _timm, "safetensors": _safetensors, "onnx": _onnx}
+
+
+def _refuse_other_layers(form: str, config: Pretraining) -> None:
+    if config.backbone.stem != "standard" or config.backbone.norm == "group":
+        raise _no_layout(form, config, f"of stem {config.backbone.stem!r} and norm {config.backbone.norm!r}")
+
+
+def _no_layout(form: str, config: Pretraining, why: str) -> UserError:
+    return UserError(
+        f"The backbone {config.backbone.name!r} of this run is {why}, and {form} has no network with these layers. Export "
+        "it with --format safetensors or onnx."
+    )
+
+
+def _package(module: str, name: str) -> Any:
+    try:
+        return importlib.import_module(module)
+    except ImportError as error:
+        raise UserError(
+            f"This format needs the package {name}, which is not installed. Install raysl[export]."
+        ) from error
+
+
+def _saved(state: dict[str, Tensor]) -> bytes:
+    buffer = io.BytesIO()
+    torch.save(state, buffer)
+    return buffer.getvalue()
+
+
+_CARD = """# {method}, {backbone}
+
+Weights of the backbone after {step} steps of pretraining with raysl, without a head.
+
+| | |
+|---|---|
+| method | {method} |
+| backbone | {backbone}, stem {stem}, norm {norm} |
+| data | {images:,} images, fingerprint `{fingerprint}` |
+| seed | {seed} |
+| views in evaluation | the centre, {size} x {size} pixels |
+
+## Use
+
+{use}
+
+## What it is worth
+
+{probes}
+
+## How it was made
+
+```
+{command}
+```
+
+## Licence
+
+Not chosen. Whoever publishes these weights states one here, after looking at the terms of the images that they were
+learned from.
+"""
+
+_NORMALISED = (
+    f"It takes RGB images in 0 .. 1 from which {IMAGENET_MEAN} is subtracted, divided by {IMAGENET_STD}."
+)
+# What is beside a number says what it is worth.
+_BASELINES = (
+    "`trained` are these weights, `random` the same backbone before its first step, and `pixels` the images themselves,\n"
+    "by the same probe under the same protocol."
+)
+
+
+def _python(*lines: str) -> str:
+    """A program that runs in the folder, and what the network takes."""
+    return "\n".join(["```python", *lines, "```", "", _NORMALISED])
+
+
+_USE = {
+    "torchvision": _python(
+        "import torch",
+        "import torchvision",
+        "",
+        "model = torchvision.models.get_model({name!r})",
+        "model.set_submodule({head!r}, torch.nn.Identity())",
+        'model.load_state_dict(torch.load("model.pth", weights_only=True), strict=True)',
+        "model.eval()",
+    ),
+    "timm": _python(
+        "import timm",
+        "",
+        'model = timm.create_model("local-dir:.", pretrained=True, num_classes=0).eval()',
+    ),
+    "safetensors": _python(
+        "from safetensors.torch import load_file",
+        "",
+        "from raysl.backbone.network import BackboneConfig, build",
+        "",
+        "model = build(BackboneConfig({name!r}, {stem!r}, {norm!r})).body",
+        'model.load_state_dict(load_file("model.safetensors"))',
+        "model.eval()",
+    ),
+    "onnx": "The input `images_bchw` is float32 (b, 3, {size}, {size}), RGB in 0 .. 255, and the normalisation is part "
+    "of the network. The output `features_bd` is float32 (b, d).",
+}
+
+
+def _card(run: Run, backbone: Backbone, step: int, form: str) -> str:
+    config, data = run.config(), run.metadata()["data"]
+    # The last module that does nothing stands where a head was.
+    idle = [name for name, module in backbone.body.named_modules() if isinstance(module, nn.Identity)]
+    facts = {
+        "name": config.backbone.name,
+        "stem": config.backbone.stem,
+        "norm": config.backbone.norm,
+        "head": "".join(idle[-1:]),
+    }
+    size = config.view.image_size
+    return _CARD.format(
+        method=config.method,
+        backbone=config.backbone.name,
+        stem=config.backbone.stem,
+        norm=config.backbone.norm,
+        step=step,
+        images=data["num_images"],
+        fingerprint=data["fingerprint"],
+        seed=config.seed,
+        size=size,
+        use=_USE[form].format(**facts, size=size),
+        probes=_probes(run, step),
+        command=command(config),
+    )
+
+
+def _probes(run: Run, step: int) -> str:
+    """The rows that stand for their probes at this step, each with its protocol, beside what the untrained backbone and
+    the pixels gave under it."""
+    rows = [row for row in rows_of(run) if row["headline"]]
+    rows = [row for row in rows if row["encoder"] != "trained" or row["step"] == step]
+    there = [row for row in rows if row["encoder"] == "trained"]
+    if not there:
+        return "No probe has measured this checkpoint; `raysl probe` does."
+    values = {_measured(row): row["value"] for row in rows}
+    columns = ("probe", "layer", "measure", *ENCODERS, "protocol", "train", "test")
+    lines = [_BASELINES, "", f"| {' | '.join(columns)} |", "|---" * len(columns) + "|"]
+    for row in there:
+        found = [values.get(_measured({**row, "encoder": encoder})) for encoder in ENCODERS]
+        shown = " | ".join("" if value is None else f"{value:.4f}" for value in found)
+        lines.append(
+            f"| {row['probe']} | {row['layer']} | {row['name']} | {shown} | `{row['protocol']}` | "
+            f"`{row['train'][:8]}` | `{row['test'][:8]}` |"
+        )
+    return "\n".join(lines)
+
+
+def _measured(row: Mapping[str, Any]) -> tuple[Any, ...]:
+    """What is the same in rows of one run that may stand beside each other, and the encoder."""
+    return tuple(row[key] for key in KEY if key != "step")

@@ -1,0 +1,97 @@
+"""Retrieval sheets: what lies near to an image in the features of an encoder, for the same images by every encoder."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+
+import numpy as np
+from PIL import Image, ImageDraw, ImageFont
+
+from raysl import extraction, rng
+from raysl.dataset import DataSet
+from raysl.documentation import pictures
+from raysl.extraction import Encoder, FeatureProtocol
+from raysl.probes.retrieval import nearest
+from raysl.storage import Folder
+
+# Of the sheets, under the folder of a run.
+SHEETS = "probes/retrieval"
+_LAYER = "pooled"
+
+
+def sheets(
+    encoders: Sequence[Encoder],
+    train: DataSet,
+    test: DataSet,
+    image_size: int,
+    cache: Folder,
+    count: int = 6,
+    k: int = 5,
+) -> list[Image.Image]:
+    """A sheet for each encoder: some test images, and the `k` train images that lie nearest to each. Ray must run.
+
+    Args:
+        image_size: side of the view in pixels.
+        cache: of features.
+        count: test images; which ones depends on their number alone.
+
+    Raises:
+        UserError: see `raysl.extraction.extract_all`.
+    """
+    protocol = FeatureProtocol(image_size, (_LAYER,))
+    found = extraction.extract_all(
+        [(source, images, protocol) for source in encoders for images in (train, test)], cache
+    )
+    chosen = np.sort(rng.generator("neighbours").permutation(test.num_images)[:count])
+    # A set that is searched and asked at once would answer with the image itself.
+    own = chosen if train.manifest.fingerprint == test.manifest.fingerprint else None
+    k = min(k, train.num_images - (own is not None))
+    made = []
+    for gallery, asked in zip(found[::2], found[1::2], strict=True):
+        cosine_qk, index_qk = nearest(
+            asked[_LAYER].load(_LAYER)[chosen], gallery[_LAYER].load(_LAYER), k, own
+        )
+        made.append(pictures.neighbours_sheet(test, train, chosen, index_qk, cosine_qk))
+    return made
+
+
+def draw(folder: Folder, source: Encoder, train: DataSet, test: DataSet, image_size: int) -> str:
+    """Draws the sheet of one encoder into the folder of its rows; its features are kept there too. See `sheets`.
+
+    Returns:
+        Where the sheet lies.
+    """
+    (sheet,) = sheets([source], train, test, image_size, folder / "features")
+    return keep(sheet, folder, source, train, test)
+
+
+def keep(sheet: Image.Image, folder: Folder, source: Encoder, train: DataSet, test: DataSet) -> str:
+    """Writes a sheet into the folder of an encoder's rows, where a report looks for it, and returns where it lies."""
+    step = source.identity().get("step", 0)
+    file = name(step, train.manifest.fingerprint, test.manifest.fingerprint)
+    (folder / SHEETS).write(file, pictures.png(sheet))
+    return str(folder / SHEETS / file)
+
+
+def name(step: int, train: str, test: str) -> str:
+    """What the file of a sheet is called: after all that tells the rows of `retrieval` beside which it belongs from its
+    other rows.
+
+    Args:
+        train: fingerprint of the images that are searched.
+        test: fingerprint of those that ask.
+    """
+    return f"step-{step}-train-{train[:8]}-test-{test[:8]}.png"
+
+
+def beside(named: Mapping[str, Image.Image]) -> Image.Image:
+    """Sheets side by side, each under its name."""
+    head = 36
+    width, height = sum(sheet.width for sheet in named.values()), max(s.height for s in named.values())
+    joined = Image.new("RGB", (width, height + head), "white")
+    draw, left = ImageDraw.Draw(joined), 0
+    for name, sheet in named.items():
+        draw.text((left + 16, 10), name, "black", ImageFont.load_default(20))
+        joined.paste(sheet, (left, head))
+        left += sheet.width
+    return joined

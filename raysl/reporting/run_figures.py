@@ -1,0 +1,282 @@
+"""The figures of runs side by side. Each is a function of what the folders hold, so equal runs give equal pictures."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from itertools import chain, product
+from typing import Any
+
+import numpy as np
+from matplotlib import colormaps
+
+from raysl.evaluation.results import of_images
+from raysl.probes.invariance import HEADS, HISTOGRAM, OTHERS
+from raysl.reporting.figure import Figure, drawn, panels
+from raysl.reporting.report_runs import PROTOCOL, Entry, Found, Group, labels, layers
+from raysl.reporting.tables import Estimate, estimates
+
+# What has not learned.
+_LINES = {"untrained": "--", "raw pixels": ":"}
+
+
+def colours(labels: Sequence[str]) -> dict[str, Any]:
+    """A colour for each label; grey for what has not learned."""
+    own = [label for label in dict.fromkeys(labels) if not label.startswith(tuple(_LINES))]
+    chosen = colormaps["tab10" if len(own) <= 10 else "tab20"]
+    return {label: chosen(own.index(label) % chosen.N) if label in own else "grey" for label in labels}
+
+
+def per_layer(rows: Sequence[Found]) -> Iterator[Figure]:
+    """The number that stands for a probe, by layer, one figure for each probe and protocol."""
+    for key, members in _by_protocol([item for item in rows if item.row["headline"]]):
+        found, places = estimates(members), layers(members)
+        if len(places) < 2:
+            continue
+        name = members[0].row["name"]
+        labels = list(dict.fromkeys(item.label for item in members))
+        coloured = colours(labels)
+
+        def draw(axes: Any, found: Any = found, places: Any = places, coloured: Any = coloured) -> None:
+            for label in coloured:
+                of_label = {
+                    layer: cell for (one, layer, _), cell in found.items() if one == label and layer in places
+                }
+                seen = [i for i, layer in enumerate(places) if layer in of_label]
+                cells = [of_label[places[i]] for i in seen]
+                axes.errorbar(
+                    seen,
+                    [cell.mean for cell in cells],
+                    # The interval of two seeds may be ten times as wide as all that is to be seen.
+                    [(cell.half_width or 0.0) if len(cell.values) > 2 else 0.0 for cell in cells],
+                    fmt=next((line for name, line in _LINES.items() if label.startswith(name)), "-"),
+                    marker="o",
+                    markersize=4,
+                    capsize=2,
+                    label=label,
+                    color=coloured[label],
+                )
+                dots = [(i, value) for i, cell in zip(seen, cells, strict=True) for value in cell.values]
+                axes.plot(*zip(*dots, strict=True), ".", color=coloured[label], alpha=0.4)
+            axes.set_xticks(range(len(places)), places)
+            axes.set_ylim(*_limits([value for cell in found.values() for value in cell.values]))
+            axes.legend(fontsize=7)
+
+        draw_named = _with_ylabel(draw, f"{key[0]} {name}")
+        text = (
+            f"{name} of the probe {key[0]} by layer: means, a dot for each seed, and 95 % confidence intervals where "
+            f"there are three seeds or more, cut where they leave the picture. {_hashes(key)}"
+        )
+        yield Figure(f"layers-{key[0]}-{_short(key)}", f"{key[0]} by layer", text, drawn(draw_named, 8.0))
+
+
+def _limits(values: Sequence[float]) -> tuple[float, float]:
+    """Around the seeds, and not the intervals."""
+    room = 0.15 * ((max(values) - min(values)) or abs(values[0]) or 1.0)
+    return min(values) - room, max(values) + room
+
+
+def _with_ylabel(draw: Callable[[Any], None], name: str) -> Callable[[Any], None]:
+    def both(axes: Any) -> None:
+        draw(axes)
+        axes.set_ylabel(name)
+
+    return both
+
+
+def _by_protocol(rows: Sequence[Found]) -> list[tuple[tuple[str, ...], list[Found]]]:
+    together: dict[tuple[str, ...], list[Found]] = {}
+    for item in rows:
+        together.setdefault(tuple(item.row[name] for name in PROTOCOL), []).append(item)
+    return sorted(together.items())
+
+
+def _short(key: Sequence[str]) -> str:
+    """Protocol and data sets, for the name of a file."""
+    return "-".join(part[:8] for part in key[1:] if part)
+
+
+def _hashes(key: Sequence[str]) -> str:
+    """Protocol and data sets, for people."""
+    return f"Protocol {key[1]}, {of_images(key[2], key[3])}."
+
+
+Counts = Mapping[str, Mapping[str, Sequence[int]]]
+
+
+def histograms(gathered: Sequence[Group]) -> Iterator[Figure]:
+    """The distance between f(I) and f(t(I)) by transform, as in PIRL (Misra and van der Maaten 2020, figure 5), at the
+    last layer and, where a method compares images by heads, between those; a figure for each protocol."""
+    # By test set and protocol, by label, by step.
+    together: dict[tuple[str, str], dict[str, dict[int, list[Counts]]]] = {}
+    edges: list[float] = []
+    label_of = labels(gathered)
+    for group in gathered:
+        for entry in group.entries:
+            for (encoder, test, protocol), (step, value) in _newest_histograms(entry).items():
+                if encoder != "pixels":
+                    edges = value["edges"]
+                    by_step = together.setdefault((test, protocol), {})
+                    of_label = by_step.setdefault(label_of(encoder, group, entry), {})
+                    of_label.setdefault(step, []).append(value["counts"])
+    for (test, protocol), by_label in sorted(together.items()):
+        # As in tables: runs that were probed at other steps than each other are no seeds of one measurement.
+        apart = {
+            label if len(by_step) == 1 else f"{label}, step {step}": counts
+            for label, by_step in by_label.items()
+            for step, counts in sorted(by_step.items())
+        }
+        png, layer = _histogram(apart, edges)
+        text = (
+            f"Distribution of the distance between the unit features ({layer}) of an image and of its transformed "
+            "copy, all seeds together; filled, between the embeddings that a method compares, its heads; dotted, the "
+            "distance between different images. "
+            f"Protocol {protocol}, images {test}."
+        )
+        yield Figure(f"invariance-{protocol}-{test}", "Invariance", text, png)
+
+
+def _newest_histograms(entry: Entry) -> dict[tuple[str, str, str], tuple[int, dict[str, Any]]]:
+    """What the probe left in a folder, by encoder, test set and protocol; of the newest step, and which that is."""
+    folder = entry.run.folder / "probes/invariance"
+    newest: dict[tuple[str, str, str], tuple[int, str]] = {}
+    for name in folder.list():
+        parts = name.rsplit("-", 3)
+        if len(parts) == 4 and (folder / name).exists(HISTOGRAM):
+            encoder, step, test, protocol = parts
+            key = encoder, test, protocol
+            newest[key] = max(newest.get(key, (-1, "")), (int(step), name))
+    return {key: (step, (folder / name).read_json(HISTOGRAM)) for key, (step, name) in newest.items()}
+
+
+def _histogram(by_label: Mapping[str, Sequence[Counts]], edges: Sequence[float]) -> tuple[bytes, str]:
+    """The picture, a panel for each transform, and the layer that it shows."""
+    some = next(iter(by_label.values()))[0]
+    layer = "pooled" if "pooled" in some else list(some)[-1]
+    places = [one.get(place, {}) for one in chain(*by_label.values()) for place in (layer, HEADS)]
+    transforms = [name for name in dict.fromkeys(chain(*places)) if name != OTHERS]
+    coloured = colours(list(by_label))
+
+    def shares(label: str, place: str, name: str) -> Any:
+        counts = np.sum([one[place][name] for one in by_label[label] if name in one.get(place, {})], axis=0)
+        return counts / np.sum(counts) if np.ndim(counts) else None
+
+    def panel(name: str) -> Callable[[Any], None]:
+        def draw(axes: Any) -> None:
+            for label, place in product(by_label, (layer, HEADS)):
+                moved, others = shares(label, place, name), shares(label, place, OTHERS)
+                if moved is not None:
+                    look = {"fill": True, "alpha": 0.35} if place == HEADS else {}
+                    named = f"{label}, heads" if place == HEADS else label
+                    axes.stairs(moved, edges, color=coloured[label], label=named, **look)
+                    axes.stairs(others, edges, color=coloured[label], linestyle=":", alpha=0.7)
+            axes.set_xlabel("distance of unit features")
+            axes.set_ylabel("share of images")
+            axes.legend(fontsize=7)
+
+        return draw
+
+    return panels({name: panel(name) for name in transforms}), layer
+
+
+def invariance_map(rows: Sequence[Found]) -> Iterator[Figure]:
+    """How invariant each layer is to each transform, a panel for each label; a figure for each protocol."""
+    of_probe = [
+        item for item in rows if item.row["probe"] == "invariance" and item.row["name"].startswith("closer/")
+    ]
+    for key, members in _by_protocol(of_probe):
+        found, places = estimates(members), layers(members)
+        transforms = list(dict.fromkeys(item.row["name"] for item in members))
+        if len(places) < 2:
+            continue
+
+        def panel(label: str, found: Any = found, places: Any = places, names: Any = transforms) -> Any:
+            # Methods without heads have no such column.
+            own = [layer for layer in places if any((label, layer, name) in found for name in names)]
+            cells = [[found.get((label, layer, name)) for layer in own] for name in names]
+            means = np.array([[cell.mean if cell else np.nan for cell in row] for row in cells])
+
+            def draw(axes: Any) -> None:
+                axes.grid(visible=False)
+                # Blue where a layer is invariant, red where it is the opposite, white where it is neither.
+                axes.imshow(means, vmin=0, vmax=1, cmap="RdBu", aspect="auto")
+                for (j, i), value in np.ndenumerate(means):
+                    if cell := cells[j][i]:
+                        colour = "white" if abs(value - 0.5) > 0.3 else "black"
+                        axes.text(i, j, _seeds(cell), ha="center", va="center", fontsize=7, color=colour)
+                axes.set_xticks(range(len(own)), own, fontsize=7)
+                axes.set_yticks(range(len(names)), [name.partition("/")[2] for name in names], fontsize=7)
+
+            return draw
+
+        text = (
+            "The probability that a transformed image lies closer to its original than another image does: 1 where a "
+            "layer does not care, 0.5 where it is as far away as another image, 0 where it is always farther. Means "
+            f"over seeds, ± half of the way from the least to the most. {_hashes(key)}"
+        )
+        labels = [label for label in dict.fromkeys(item.label for item in members) if label != "raw pixels"]
+        png = panels({label: panel(label) for label in labels})
+        yield Figure(f"invariance-map-{_short(key)}", "Transforms and layers", text, png)
+
+
+def _seeds(cell: Estimate) -> str:
+    """A mean, and below it how far the seeds are apart."""
+    if len(cell.values) < 2:
+        return f"{cell.mean:.2f}"
+    return f"{cell.mean:.2f}\n± {(max(cell.values) - min(cell.values)) / 2:.2f}"
+
+
+def losses(gathered: Sequence[Group]) -> Iterator[Figure]:
+    """Training curves: a panel for each group, since losses of different methods have no common scale."""
+    shown = [group for group in gathered if any(entry.metrics for entry in group.entries)]
+
+    def panel(group: Group) -> Callable[[Any], None]:
+        def draw(axes: Any) -> None:
+            for entry in group.entries:
+                points = [(row["epoch"], row["loss"]) for row in entry.metrics if "loss" in row]
+                axes.plot(*zip(*points, strict=True), linewidth=1, label=f"seed {entry.seed}")
+            axes.set_xlabel("epoch")
+            axes.set_ylabel("loss")
+            axes.legend(fontsize=7)
+
+        return draw
+
+    if shown:
+        text = "The loss that is trained, means between two rows of metrics; a line is a run."
+        png = panels({group.label: panel(group) for group in shown})
+        yield Figure("training", "Training", text, png)
+
+
+def progress(gathered: Sequence[Group]) -> Iterator[Figure]:
+    """What probes found at several steps of the same runs, at the last layer that they looked at."""
+    rows = [
+        Found(group.label, row)
+        for group in gathered
+        for entry in group.entries
+        for row in entry.rows
+        if row["headline"] and row["encoder"] == "trained"
+    ]
+    for key, members in _by_protocol(rows):
+        layer = layers(members)[-1]
+        # A line for each seed: not all of them need to have been probed at the same steps.
+        points: dict[tuple[str, int], dict[int, float]] = {}
+        for item in members:
+            if item.row["layer"] == layer:
+                of_seed = points.setdefault((item.label, item.row["seed"]), {})
+                of_seed[item.row["step"]] = item.row["value"]
+        curves = {of: sorted(by_step.items()) for of, by_step in points.items() if len(by_step) > 1}
+        if not curves:
+            continue
+        name, coloured = members[0].row["name"], colours([label for label, _ in points])
+
+        def draw(axes: Any, curves: Any = curves, coloured: Any = coloured) -> None:
+            named = set()
+            for (label, _), curve in curves.items():
+                legend = "" if label in named else label
+                axes.plot(*zip(*curve, strict=True), "o-", markersize=3, label=legend, color=coloured[label])
+                named.add(label)
+            axes.set_xlabel("step")
+            axes.legend(fontsize=7)
+
+        text = f"{name} of {key[0]} on {layer} at steps during training, a line for each seed. {_hashes(key)}"
+        png = drawn(_with_ylabel(draw, f"{key[0]} {name}"), 8.0)
+        yield Figure(f"progress-{key[0]}-{_short(key)}", f"{key[0]} during training", text, png)

@@ -1,0 +1,193 @@
+"""The page of runs side by side: tables with intervals, curves, what the methods saw, and what it took."""
+
+from __future__ import annotations
+
+import hashlib
+import re
+from collections.abc import Iterator, Sequence
+from typing import Any
+
+from raysl.dataset import DataSet
+from raysl.documentation import pictures
+from raysl.errors import UserError
+from raysl.reporting import retrieval_grid, run_figures
+from raysl.reporting.command import command, folded
+from raysl.reporting.figure import Figure
+from raysl.reporting.page import ReportConfig, embedded, render
+from raysl.reporting.report_runs import Entry, Found, Group, found, groups
+from raysl.reporting.tables import Estimate, Table, tables
+from raysl.training.progress_actor import duration
+
+# Numbers of which one can be called best, by their names; a spread such as top1_std is none.
+_BETTER_IF_MORE = re.compile(r"(top\d+|m?AP\d*|effective_rank|closer|precision)([/@,].*)?")
+
+_BODY = """<p>{{ summary }}</p>
+{% macro table(table) %}<div class="wide"><table><caption>{{ table.caption }}</caption>
+<tr><th></th>{% for name in table.columns %}<th>{{ name | breakable }}</th>{% endfor %}<th>seeds</th></tr>
+{% for line in table.lines %}<tr><td class="why">{{ line.label }}</td>{% for cell in line.cells %}<td>{{ cell }}</td>
+{% endfor %}<td>{{ line.seeds }}</td></tr>
+{% endfor %}</table></div>{% endmacro %}
+<h2>Probes</h2>
+<p>Means over seeds ± the half width of their 95 % confidence interval. “Best” has the highest mean of its column; “=”
+is a tie with it: the seeds do not tell the two apart (Welch's t test, 5 %, no correction for many comparisons). With
+one seed there is no interval, and nothing is said. Rows of different protocols or images never share a table.</p>
+{% for one in headlines %}<h3>{{ one.probe }}</h3>{{ table(one) }}{% endfor %}
+{% if others %}<details><summary>All other numbers</summary>
+{% for one in others %}<h3>{{ one.probe }}</h3>{{ table(one) }}{% endfor %}</details>{% endif %}
+{{ pictures(figures) }}
+{% if sheets %}<h2>Nearest images</h2>{{ pictures(sheets) }}{% endif %}
+{% if views or unseen %}<h2>What each method saw</h2>{{ pictures(views) }}<p>{{ unseen }}</p>{% endif %}
+<h2>Cost</h2>
+<table><tr><th></th><th>runs</th><th>images</th><th>wall time</th><th>worker-hours</th><th>images/s</th></tr>
+{% for line in costs %}<tr>{% for cell in line %}<td>{{ cell }}</td>{% endfor %}</tr>
+{% endfor %}</table>
+<p>Time between rows of metrics, without starts, checkpoints that were waited for, and steps that were lost; of a
+student, without its teacher.</p>
+<h2>Runs</h2>
+{% for line in runs %}<p>{{ line.label }}: {{ line.folder }}</p><pre>{{ line.command }}</pre>
+{% endfor %}
+"""
+
+
+def page(places: Sequence[str], config: ReportConfig) -> tuple[str, list[Figure]]:
+    """The page of runs, and its figures.
+
+    Raises:
+        UserError: a folder holds neither a run nor a probed model, or is damaged.
+    """
+    gathered = groups(places)
+    rows = found(gathered)
+    drawn = [
+        *run_figures.per_layer(rows),
+        *run_figures.histograms(gathered),
+        *run_figures.invariance_map(rows),
+        *run_figures.progress(gathered),
+        *run_figures.losses(gathered),
+    ]
+    sheets = list(_sheets(gathered))
+    views, unseen = _views(gathered, config.images)
+    headlines = tables(rows)
+    text = render(
+        _BODY,
+        title=f"{len(gathered)} representations" if len(gathered) > 1 else gathered[0].label,
+        summary=_summary(gathered, rows),
+        headlines=[_shown(table) for table in headlines],
+        others=[_shown(table) for table in tables(rows, headlines=False)],
+        figures=embedded(drawn),
+        sheets=embedded(sheets),
+        views=embedded(views),
+        unseen=unseen,
+        costs=list(_costs(gathered)),
+        runs=[_run(group.label, entry) for group in gathered for entry in group.entries],
+    )
+    return text, [*drawn, *sheets, *views]
+
+
+def _summary(gathered: Sequence[Group], rows: Sequence[Found]) -> str:
+    count = sum(len(group.entries) for group in gathered)
+    folders, rows_of_table = (_count(n, what) for n, what in ((count, "folder"), (len(gathered), "row")))
+    text = f"{folders} in {rows_of_table}; those that differ only in seed and folder are one row."
+    bare = [group.label for group in gathered if not any(item.label == group.label for item in rows)]
+    if bare:
+        text += f" Not probed yet: {', '.join(bare)}; `raysl probe` does it."
+    return text
+
+
+def _count(n: int, what: str) -> str:
+    return f"{n} {what}" if n == 1 else f"{n} {what}s"
+
+
+def _shown(table: Table) -> dict[str, Any]:
+    """A table for the template."""
+    one_name = len({name for _, name in table.columns}) == 1
+    one_layer = len({layer for layer, _ in table.columns}) == 1
+    parts = [(() if one_layer and not one_name else (layer,)) + (name,) for layer, name in table.columns]
+    lines = []
+    for label, cells in table.lines:
+        shown = [_cell(table, i, cell) if cell else "" for i, cell in enumerate(cells)]
+        seeds = max((len(cell.values) for cell in cells if cell), default=0)
+        lines.append({"label": label, "cells": shown, "seeds": seeds})
+    caption = table.caption + (f", layer {table.columns[0][0]}" if one_layer and not one_name else "")
+    return {
+        "probe": table.probe,
+        "caption": caption,
+        "columns": [" ".join(names) for names in parts],
+        "lines": lines,
+    }
+
+
+def _cell(table: Table, column: int, cell: Estimate) -> str:
+    if not _BETTER_IF_MORE.fullmatch(table.columns[column][1]) or not table.compared(column):
+        return str(cell)
+    if cell == table.best(column):
+        return f"{cell} best"
+    return f"{cell} =" if table.tied(column, cell) else str(cell)
+
+
+def _sheets(gathered: Sequence[Group]) -> Iterator[Figure]:
+    for group in gathered:
+        for entry in group.entries:
+            folder = entry.run.folder / retrieval_grid.SHEETS
+            for name in _newest(folder.list()):
+                title = f"{group.label}, seed {entry.seed}: {name.removesuffix('.png')}"
+                text = "An image that asks, and the nearest ones by the cosine of their features."
+                yield Figure(f"nearest-{_short(title)}", title, text, folder.read(name))
+
+
+def _newest(names: Sequence[str]) -> list[str]:
+    """Of the sheets of each pair of data sets the one of the newest step. See `raysl.reporting.retrieval_grid.name`."""
+    steps: dict[str, int] = {}
+    for sheet in filter(None, (re.fullmatch(r"step-(\d+)(-.+\.png)", name) for name in names)):
+        steps[sheet[2]] = max(steps.get(sheet[2], 0), int(sheet[1]))
+    return [f"step-{step}{data}" for data, step in steps.items()]
+
+
+def _views(gathered: Sequence[Group], count: int) -> tuple[list[Figure], str]:
+    """A sheet for each group of runs, and a sentence about those whose data are not there."""
+    made, absent = [], []
+    for group in gathered:
+        entry = group.entries[0]
+        if count < 1 or not entry.trained:
+            continue
+        config = entry.run.config()
+        try:
+            dataset = DataSet.open(entry.run.metadata()["data"]["uri"])
+            sheet = pictures.views_sheet(dataset, pictures.views_of(config, dataset), config.seed, count)
+        except (UserError, OSError) as error:
+            absent.append(f"The views of {group.label} are not drawn: {error}")
+            continue
+        text = f"Images of the data set and the views that {config.method} makes of them in epoch 0."
+        made.append(Figure(f"views-{_short(group.label)}", group.label, text, pictures.png(sheet)))
+    return made, " ".join(absent)
+
+
+def _short(title: str) -> str:
+    """A name of a file for a title."""
+    return hashlib.blake2b(title.encode(), digest_size=4).hexdigest()
+
+
+def _costs(gathered: Sequence[Group]) -> Iterator[list[str]]:
+    for group in gathered:
+        spans = [span for entry in group.entries if entry.trained for span in _spans(entry)]
+        wall_s = sum(seconds for seconds, _, _ in spans)
+        if wall_s:
+            images = sum(images for _, _, images in spans)
+            held = sum(seconds * workers for seconds, workers, _ in spans) / 3600
+            cells = [f"{len(group.entries)}", f"{images:,}", duration(wall_s), f"{held:.2f}"]
+            yield [group.label, *cells, f"{images / wall_s:.0f}"]
+
+
+def _spans(entry: Entry) -> Iterator[tuple[float, int, int]]:
+    """Seconds, workers and images of each row of metrics that says how fast it went."""
+    config, before = entry.run.config(), 0
+    for row in entry.metrics:
+        if not row.get("images_per_s"):
+            continue
+        images = row.get("over_steps", row["step"] - before) * config.batch_size
+        before = row["step"]
+        yield images / row["images_per_s"], row.get("workers", config.worker_counts()[-1]), images
+
+
+def _run(label: str, entry: Entry) -> dict[str, str]:
+    line = folded(command(entry.run.config())) if entry.trained else ""
+    return {"label": f"{label}, seed {entry.seed}", "folder": str(entry.run.folder), "command": line}

@@ -1,0 +1,88 @@
+"""The page of a sweep: figures, table, costs, and the best configuration as a command to paste."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import replace
+from typing import Any
+
+from raysl.reporting.command import command, folded
+from raysl.reporting.figure import Figure
+from raysl.reporting.page import ReportConfig, embedded, render
+from raysl.reporting.sweep_figures import figures
+from raysl.tuning import table
+from raysl.tuning.record import Record
+
+_BODY = """<p>{{ summary }}</p>
+{% if command %}<h2>Best</h2><p>{{ best }}</p><pre>{{ command }}</pre>{% endif %}
+<h2>Trials</h2>
+<div class="wide"><table><tr><th>trial</th>{% for name in names %}<th>{{ name | breakable }}</th>{% endfor %}
+<th>{{ probe }}</th><th>±</th><th>epoch</th><th></th></tr>
+{% for row in rows %}<tr>{% for cell in row.cells %}<td>{{ cell }}</td>{% endfor %}
+<td class="why">{{ row.why }}</td></tr>
+{% endfor %}</table></div>
+<div class="figures">{{ pictures(figures) }}</div>
+<h2>Cost</h2><p>{{ cost }}</p>
+"""
+
+
+def page(sweep: str, config: ReportConfig) -> tuple[str, list[Figure]]:
+    """The page of the sweep at `sweep`, and its figures. Raises UserError when there is none, or it is damaged."""
+    record = Record.open(sweep)
+    drawn = list(figures(record))
+    return _page(record, drawn, config), drawn
+
+
+def _page(record: Record, drawn: Sequence[Figure], config: ReportConfig) -> str:
+    standing = record.standing
+    rows = table.rows(standing)
+    names = [d.name for d in standing.space.dimensions]
+    states = [row["state"] for row in rows]
+    test = record.uris["test"].rpartition("/")[2]
+    best = record.best()
+    top = next((row for row in rows if row["trial"] == standing.best()), None)
+    return render(
+        _BODY,
+        title=f"{record.base.method}: {', '.join(names)}",
+        summary=(
+            f"{len(rows)} trials of {len(standing.config.seeds)} seeds, {record.base.epochs:g} epochs, scored by "
+            f"{standing.config.probe} on {test}; searcher {standing.config.searcher}, scheduler "
+            f"{standing.config.scheduler}. Finished {states.count('finished')}, stopped {states.count('stopped')}, "
+            f"failed {states.count('failed')}."
+        ),
+        best=top and f"Trial {top['trial']}: {table.described(top['values'])}, {_score(top)}.",
+        command=best
+        and folded(command(replace(best, data="DATA", run="RUN", seed=standing.config.seeds[0]))),
+        names=names,
+        probe=standing.config.probe,
+        rows=[_row(row, names, record.base.epochs) for row in rows],
+        figures=embedded(drawn),
+        cost=_cost(record, config),
+    )
+
+
+def _score(row: dict[str, Any]) -> str:
+    spread = "" if row["spread"] is None else f" ± {row['spread']:.4f}"
+    return f"{row['score']:.4f}{spread}"
+
+
+def _row(row: dict[str, Any], names: Sequence[str], epochs: float) -> dict[str, Any]:
+    cells = [
+        str(row["trial"]),
+        *(table.shown(row["values"][name]) if row["values"] else "" for name in names),
+    ]
+    cells.append("" if row["score"] is None else f"{row['score']:.4f}")
+    cells.append("" if row["spread"] is None else f"{row['spread']:.4f}")
+    return {"cells": [*cells, f"{epochs * row['share']:.3g}"], "why": row["reason"] or row["state"]}
+
+
+def _cost(record: Record, config: ReportConfig) -> str:
+    """Core-hours and GPU-hours that the runs held, without those of sessions that were killed."""
+    rows = record.journal.of("score")
+    cores = sum(row["seconds"] * row["cpus"] for row in rows) / 3600
+    gpus = sum(row["seconds"] * row["gpus"] for row in rows) / 3600
+    hours = sum(row["seconds"] for row in rows) / 3600
+    text = f"{hours:.2f} hours of runs, one after the other: {cores:.2f} core-hours and {gpus:.2f} GPU-hours"
+    if config.core_hour or config.gpu_hour:
+        text += f", which cost {cores * config.core_hour + gpus * config.gpu_hour:.2f}"
+    return f"{text}. What was lost when a session was killed is not counted."

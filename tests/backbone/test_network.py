@@ -1,0 +1,105 @@
+"""Backbones: what goes in, what comes out, and whose weights they can exchange."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+from torchvision import models
+
+from raysl.backbone import network as networks
+from raysl.backbone.network import BackboneConfig, encode
+from raysl.errors import UserError
+
+CONFIGS = [
+    BackboneConfig("small"),
+    BackboneConfig("small", norm="group"),
+    BackboneConfig("resnet18", stem="small"),
+    BackboneConfig("resnet18", norm="group"),
+]
+
+
+def images(b: int, side: int) -> torch.Tensor:
+    generator = torch.Generator().manual_seed(side)
+    return torch.randint(0, 256, (b, 3, side, side), dtype=torch.uint8, generator=generator)
+
+
+@pytest.fixture(scope="module", params=CONFIGS, ids=lambda c: f"{c.name}-{c.stem}-{c.norm}")
+def built(request: pytest.FixtureRequest) -> networks.Backbone:
+    return networks.build(request.param)
+
+
+@pytest.mark.parametrize("side", [9, 32, 64])
+def test_features_of_bytes_at_any_size(built: networks.Backbone, side: int) -> None:
+    features_bd = built(images(2, side))
+    assert features_bd.shape == (2, built.width)
+    assert features_bd.dtype == torch.float32
+    assert features_bd.isfinite().all()
+
+
+def test_bytes_and_the_same_numbers_as_floats_give_the_same(built: networks.Backbone) -> None:
+    built.eval()
+    assert torch.equal(built(images(2, 32)), built(images(2, 32).float()))
+    built.train()
+
+
+def test_imagenet_statistics_are_taken_away_and_saved_with_the_weights() -> None:
+    small = networks.build(BackboneConfig())
+    small.body = torch.nn.Identity()
+    mean = torch.tensor([0.485, 0.456, 0.406]).view(1, 3, 1, 1) * 255
+    std = torch.tensor([0.229, 0.224, 0.225]).view(1, 3, 1, 1) * 255
+    found = small(images(1, 4)).view(1, 3, 4, 4)
+    torch.testing.assert_close(found, (images(1, 4).float() - mean) / std)
+    assert {"mean", "std"} <= set(small.state_dict())
+
+
+def test_group_norm_does_not_see_the_other_images() -> None:
+    for config in CONFIGS:
+        network = networks.build(config)
+        alone = network(images(4, 32)[:2])
+        together = network(images(4, 32))[:2]
+        assert torch.allclose(alone, together, atol=1e-4) == (config.norm == "group")
+
+
+def test_encode_keeps_the_crops_of_an_image_together() -> None:
+    network = networks.build(BackboneConfig(norm="group"))
+    views_bpchw = images(6, 9).view(2, 3, 3, 9, 9)
+    features_bpd = encode(network, views_bpchw)
+    assert features_bpd.shape == (2, 3, network.width)
+    for i in range(2):
+        torch.testing.assert_close(features_bpd[i], network(views_bpchw[i]), atol=1e-5, rtol=1e-4)
+
+
+def test_the_body_has_the_weights_layout_of_torchvision() -> None:
+    state = networks.build(BackboneConfig("resnet18")).body.state_dict()
+    theirs = models.resnet18(weights=None)
+    theirs.fc = torch.nn.Identity()
+    theirs.load_state_dict(state, strict=True)
+
+
+@pytest.mark.parametrize(
+    ("name", "width"), [("resnet50", 2048), ("wide_resnet50_2", 2048), ("resnext50_32x4d", 2048)]
+)
+def test_width_of_the_larger_backbones(name: str, width: int) -> None:
+    with torch.device("meta"):
+        assert networks.build(BackboneConfig(name)).width == width
+
+
+@pytest.mark.parametrize(
+    ("wrong", "answer"),
+    [
+        ({"name": "resnet51"}, r"Unknown backbone 'resnet51'. Did you mean 'resnet5?0?1?1?8?"),
+        ({"name": "resnet19"}, "Unknown backbone 'resnet19'. Did you mean 'resnet18'"),
+        ({"name": "vgg11", "stem": "small"}, "'vgg11' has no stem"),
+        ({"name": "vgg11", "norm": "group"}, "norm 'group'"),
+        ({"stem": "smal"}, "Unknown stem 'smal'. Did you mean 'small'"),
+        ({"norm": "layer"}, "Unknown norm 'layer'.*batch, group"),
+    ],
+)
+def test_unknown_names(wrong: dict[str, str], answer: str) -> None:
+    with pytest.raises(UserError, match=answer):
+        networks.build(BackboneConfig(**wrong))  # type: ignore[arg-type]
+
+
+def test_any_torchvision_classifier_is_a_backbone() -> None:
+    network = networks.build(BackboneConfig("mobilenet_v3_small")).eval()
+    assert network(torch.zeros(2, 3, 64, 64, dtype=torch.uint8)).shape == (2, network.width) == (2, 1024)

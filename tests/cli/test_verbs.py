@@ -1,0 +1,102 @@
+"""The command: mistakes leave with code 2 and one message, before anything is started or written."""
+
+from __future__ import annotations
+
+import inspect
+import re
+from pathlib import Path
+
+import pytest
+
+from raysl import probes, ray_cluster
+from raysl.__main__ import main
+from raysl.cli.flags import peek_all
+from raysl.cli.verbs import ProbeFlags
+from tests.data import make_dataset
+
+PRETRAIN = "pretrain --data nothing --run run"
+
+
+@pytest.fixture
+def no_ray(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(ray_cluster, "start", lambda: None)
+    monkeypatch.setattr("ray.nodes", lambda: [{"Resources": {"CPU": 2.0}, "Alive": True}])
+    monkeypatch.setattr("ray.shutdown", lambda: None)  # a mistake ends the process, and here the tests go on
+
+
+def refused(capsys: pytest.CaptureFixture[str], *arguments: str) -> str:
+    """What the command says on its way out."""
+    with pytest.raises(SystemExit) as left:
+        main(arguments)
+    assert left.value.code == 2
+    said = capsys.readouterr().err
+    assert "Traceback" not in said
+    return said
+
+
+@pytest.mark.parametrize(
+    ("command", "answer"),
+    [
+        ("pretrian", "Did you mean 'pretrain'"),
+        (f"{PRETRAIN} --method pril-jigsaw", "Did you mean 'pirl-jigsaw'"),
+        (f"{PRETRAIN} --method pirl-jigsw", "Did you mean 'jigsaw'"),
+        (f"{PRETRAIN} --pirl.temprature 1", "--pirl.temperature"),
+        (f"{PRETRAIN} --pirl.temperature 0", "temperature is 0.0; it must be more than 0"),
+        (f"{PRETRAIN} --batch-size 0", "batch_size is 0"),
+        (f"{PRETRAIN} --batch-size 1 --workers 2", "less than one image for each of 2 workers"),
+        (f"{PRETRAIN} --optim.name sgdd", "sgdd"),
+        ("pretrain --run run", "--data"),
+        (PRETRAIN, "'.*nothing' does not exist"),
+        (f"{PRETRAIN} --workers 64", "64 workers"),
+        ("ingest nothing data", "'.*nothing' does not exist"),
+        ("demo --workers=-1", "workers is -1"),
+        ("demo --data nothing --out out", "'.*nothing' does not exist"),
+        ("views --data nothing --out views.doc", "ends in .png"),
+        ("views --data nothing --images 0", "images is 0"),
+    ],
+)
+def test_mistakes(
+    command: str,
+    answer: str,
+    no_ray: None,
+    capsys: pytest.CaptureFixture[str],
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setenv("RAYSL_CACHE", str(tmp_path / "cache"))
+    said = refused(capsys, *command.split())
+    assert re.search(answer, said), said
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_views_makes_the_folder_of_its_picture(
+    no_ray: None, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    data = make_dataset(tmp_path / "set", 40)
+    views = f"views --data {data.folder} --pirl.num-negatives 8 --images 2 --out"
+    picture = tmp_path / "new" / "views.png"
+    main([*views.split(), str(picture)])
+    assert picture.read_bytes().startswith(b"\x89PNG")
+    assert "Cannot write" in refused(capsys, *views.split(), str(picture / "below.png"))
+
+
+@pytest.mark.parametrize(
+    ("arguments", "found"),
+    [
+        (["RUN"], ["knn"]),
+        (["--probes", "svm", "knn", "svm", "--train", "x"], ["svm", "knn"]),
+        (["RUN", "--probes=svm", "--train", "x"], ["svm"]),
+    ],
+)
+def test_flags_of_several_values_are_seen_before_all_are_parsed(
+    arguments: list[str], found: list[str]
+) -> None:
+    assert peek_all(arguments, "--probes", ("knn",)) == found
+
+
+def test_probes_are_named_where_they_are_asked_for() -> None:
+    readme = Path(__file__).parents[2] / "README.md"
+    for name in probes.names():
+        assert re.search(rf"\b{name}\b", inspect.getdoc(ProbeFlags) or "")
+        assert re.search(rf"\b{name}\b", readme.read_text())

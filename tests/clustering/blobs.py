@@ -1,0 +1,60 @@
+"""Features on disk, and k-means in one process and in float64, to compare with."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import numpy.typing as npt
+import pyarrow as pa
+import pyarrow.parquet as pq
+
+from raysl import rng
+from raysl.clustering import update
+from raysl.clustering.options import KMeansConfig
+
+
+def blobs(num_rows: int, dim: int = 6, centres: int = 8, seed: int = 0) -> npt.NDArray[np.float32]:
+    """float32 (num_rows, dim): clouds around some centres."""
+    generator = np.random.default_rng(seed)
+    middle = generator.normal(size=(centres, dim)) * 3
+    return (middle[generator.integers(0, centres, num_rows)] + generator.normal(size=(num_rows, dim))).astype(
+        np.float32
+    )
+
+
+def write(folder: Path, rows_nd: npt.NDArray[Any], files: int = 2, rows_per_group: int = 30) -> str:
+    """Parquet files of features; the index of row i is i. Returns their folder."""
+    folder.mkdir(parents=True, exist_ok=True)
+    for number, part in enumerate(np.array_split(np.arange(len(rows_nd)), files)):
+        values = pa.array(rows_nd[part].ravel())
+        column = pa.FixedSizeListArray.from_arrays(values, rows_nd.shape[1])
+        table = pa.table({"index": part, "pooled": column})
+        pq.write_table(table, folder / f"{number:03d}.parquet", row_group_size=rows_per_group)
+    return str(folder)
+
+
+def lloyd(
+    rows_nd: npt.NDArray[np.float32], start_kd: npt.NDArray[np.float32], config: KMeansConfig, iterations: int
+) -> tuple[list[float], npt.NDArray[np.float64]]:
+    """The objective of each iteration, and the last centroids, all in float64. Empty clusters split as in raysl."""
+    x, c = rows_nd.astype(np.float64), start_kd.astype(np.float64)
+    objectives = []
+    for iteration in range(iterations):
+        squared = ((x[:, None] - c[None]) ** 2).sum(axis=2)
+        nearest = squared.argmin(axis=1)
+        objectives.append(float(squared.min(axis=1).sum()))
+        counts = np.bincount(nearest, minlength=len(c))
+        c = np.stack([x[nearest == k].mean(axis=0) if counts[k] else c[k] for k in range(len(c))])
+        c = update.unit(c) if config.spherical else c
+        generator = rng.generator(config.seed, "kmeans", "splits", 0, iteration)
+        splits = update.plan_splits(counts, generator)
+        c = update.assemble([c.astype(np.float32)], splits, config.spherical).astype(np.float64)
+    return objectives, c
+
+
+def curve(card: dict[str, Any], start: int = 0) -> Sequence[float]:
+    """The objectives of a card."""
+    return [row["objective"] for row in card["curves"][start]]

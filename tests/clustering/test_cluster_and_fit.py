@@ -1,0 +1,48 @@
+"""ClusterFit from a teacher to a student whose metadata says whose student it is; what is finished is skipped."""
+
+from __future__ import annotations
+
+import dataclasses
+from pathlib import Path
+
+import pytest
+
+from raysl.clustering.cluster_and_fit import ClusterfitConfig, clusterfit
+from raysl.config import Pretraining, ViewConfig
+from raysl.errors import UserError
+from tests.data import make_dataset
+
+
+@pytest.mark.ray
+@pytest.mark.slow
+def test_two_rounds(ray_session: None, tmp_path: Path) -> None:
+    dataset = make_dataset(tmp_path / "set", 80)
+    student = Pretraining(
+        data=str(dataset.folder),
+        run=str(tmp_path / "run"),
+        method="clusterfit",
+        epochs=1,
+        batch_size=16,
+        workers=1,
+        view=ViewConfig(image_size=16),
+    )
+    config = ClusterfitConfig(teacher="random", k=6, rounds=2)
+    said: list[str] = []
+    run = clusterfit(config, student, said.append)
+    assert str(run.folder).endswith("round-2/run")
+    facts = run.metadata()["facts"]
+    assert facts["num_clusters"] == 6
+    named = facts["labels"]
+    assert "round-1/run step 5" in named["teacher"]
+    assert (named["K"], named["objective"]) == ("6", "clusterfit")
+    assert named["fingerprint"] == dataset.manifest.fingerprint
+    said.clear()
+    clusterfit(config, student, said.append)
+    assert sum("already" in line for line in said) == 6
+    with pytest.raises(UserError, match="these differ: k"):
+        clusterfit(dataclasses.replace(config, k=7), student)
+
+
+def test_one_cluster_tells_nothing_apart() -> None:
+    with pytest.raises(UserError, match="at least 2"):
+        ClusterfitConfig(teacher="random", k=1)

@@ -1,0 +1,104 @@
+"""The page of the probes is the one that the code makes."""
+
+from __future__ import annotations
+
+import dataclasses
+import sys
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from raysl import probes
+from raysl.documentation import pages, protocols
+from raysl.storage import Folder
+from tests.data import make_dataset
+from tests.documentation.test_pages import AGAIN, FOLDER
+
+ONE_FILE = '''
+"""Width: how many numbers a feature has."""
+from dataclasses import dataclass
+from raysl.probes import Row
+
+
+@dataclass(frozen=True)
+class Config:
+    """Protocol of the width.
+
+    Args:
+        times: what it is multiplied by.
+        version: see `raysl.probes`.
+    """
+
+    times: float = 1.5
+    version: int = 1
+
+
+class Width:
+    headline, dims = "width", 0
+
+    def __init__(self, config):
+        self.config = config
+
+    def measure(self, features_nd):
+        yield Row("width", features_nd.shape[1] * self.config.times)
+'''
+
+
+def fields(config: Any) -> Iterator[tuple[str, str]]:
+    """Dotted names as flags have them, and defaults; of a field of several values, those."""
+    for field in dataclasses.fields(config):
+        value, name = getattr(config, field.name), field.name.replace("_", "-")
+        if dataclasses.is_dataclass(value):
+            yield from ((f"{name}.{inner}", default) for inner, default in fields(value))
+        else:
+            yield name, str(value) or "''"
+
+
+def test_the_committed_page_is_what_the_code_says() -> None:
+    assert (FOLDER / f"{pages.PROBES}.md").read_text() == protocols.page(), AGAIN
+
+
+@pytest.mark.parametrize("name", probes.names())
+def test_every_probe_has_a_section_with_every_field(name: str) -> None:
+    after = protocols.page().partition(f"\n## {name}\n")[2]
+    section = after.partition("\n## ")[0]
+    config_type, probe_type = probes.load(name)
+    docstring = sys.modules[config_type.__module__].__doc__
+    assert (docstring or "?").strip() in section
+    assert f"- Headline: `{probe_type(config_type()).headline}`; more is better." in section
+    prefix = name.replace("_", "-")
+    for field, default in fields(config_type()):
+        (row,) = (line for line in section.splitlines() if line.startswith(f"| `--{prefix}.{field}` |"))
+        _, said = row.removesuffix(" |").split(f" | `{default}` | ")
+        assert said
+    assert all(f"{flag} VALUE" in section for flag in probes.required(name))
+
+
+def test_the_kinds_of_probes_are_told_apart() -> None:
+    assert "- Needs: labelled features, of each layer that is asked for.\n" in protocols.section("knn")
+    assert "asked for. It learns from the train images" in protocols.section("linear")
+    assert "- Needs: features, of each layer that is asked for; no labels.\n" in protocols.section("collapse")
+    assert "- Needs: images, and the network itself.\n" in protocols.section("invariance")
+
+
+def test_a_new_file_has_its_section(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    (tmp_path / "width.py").write_text(ONE_FILE)
+    monkeypatch.setattr(probes, "__path__", [*probes.__path__, str(tmp_path)])
+    try:
+        page = protocols.page()
+    finally:
+        sys.modules.pop("raysl.probes.width", None)
+        vars(probes).pop("width", None)
+    section = page.partition("\n## width\n")[2]
+    assert section.startswith("\nWidth: how many numbers a feature has.\n")
+    assert "- Headline: `width`; more is better.\n- Needs: features, " in section
+    assert "| `--width.times` | `1.5` | what it is multiplied by. |\n" in section
+
+
+def test_it_is_written_with_the_others(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(pages, "names", list)
+    pages.write(tmp_path, make_dataset(tmp_path / "set", 2))
+    assert Folder(str(tmp_path)).read(f"{pages.PROBES}.md").decode() == protocols.page()
+    assert (tmp_path / "README.md").exists()

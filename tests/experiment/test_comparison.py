@@ -1,0 +1,102 @@
+"""Methods under equal conditions: what differs between their runs, and what is not done again."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from raysl.errors import UserError
+from raysl.evaluation.results import ROWS, protocol_hash
+from raysl.experiment import comparison
+from raysl.experiment.comparison import METHODS, LineupFlags, measured, settings, small
+from raysl.extraction import FeatureProtocol
+from raysl.probes.knn import Config as Knn
+from raysl.run import Run, jsonl
+from raysl.storage import Folder
+from tests.data import make_dataset
+from tests.evaluation.test_evaluate import row
+from tests.extraction.test_feature_tasks import make_run
+
+
+def test_runs_differ_in_method_alone(tmp_path: Path) -> None:
+    data = str(make_dataset(tmp_path / "set", 40).folder)
+    flags = LineupFlags(data, images=80, workers=1)
+    configs = {method: settings(flags, method, 3, data, Folder(str(tmp_path))) for method in METHODS}
+    assert len({config.run for config in configs.values()}) == len(METHODS)
+    assert {(c.epochs, c.seed, c.batch_size, c.optim, c.view) for c in configs.values()} == {
+        (2.0, 3, 128, configs["pirl-jigsaw"].optim, configs["pirl-jigsaw"].view)
+    }
+    assert configs["distill"].parts["distill"].teacher == configs["supervised"].run
+
+
+def test_local_draws_images_unless_others_are_named() -> None:
+    assert small(LineupFlags(local=True)).data == "shapes:5000"
+    assert small(LineupFlags("mine", seeds=(4, 5), local=True)).data == "mine"
+    assert small(LineupFlags(seeds=(4, 5), local=True)).seeds == (4,)
+    assert small(LineupFlags()) == LineupFlags()
+
+
+def test_what_was_measured_is_not_measured_again(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    asked: list[Any] = []
+    monkeypatch.setattr(comparison, "probe", lambda run, train, test, names, **rest: asked.append(names))
+    dataset = make_dataset(tmp_path / "set", 40)
+    run, _ = make_run(dataset, tmp_path / "run")
+    flags = LineupFlags(str(dataset.folder), runs=str(tmp_path))
+    protocol = protocol_hash("knn", Knn(), FeatureProtocol(16))
+    data = {"train": dataset.manifest.fingerprint, "test": dataset.manifest.fingerprint}
+    there = row(probe="knn", protocol=protocol, layer="pooled", **data)
+    untrained = {**there, "encoder": "random", "step": 0}
+    run.folder.write(ROWS, jsonl([there, untrained]))
+    measured([run], flags, ["knn"])
+    assert asked == []
+    measured([run], flags, ["knn", "linear"])
+    measured([run], flags, ["knn"], layers=["all"])
+    measured([run], flags, ["knn"], configs={"knn": Knn(ks=(3,))})
+    for left in ([there], [{**there, "step": 4}, untrained]):
+        run.folder.write(ROWS, jsonl(left))
+        measured([run], flags, ["knn"])
+    assert asked == [["linear"], ["knn"], ["knn"], ["knn"], ["knn"]]
+    run.folder.write(ROWS, jsonl([there]))
+    measured([run], flags, ["knn"], encoders=("trained", "pixels"))
+    assert len(asked) == 5
+    # Learned from other images.
+    run.folder.write(ROWS, jsonl([{**there, "train": "others"}, {**untrained, "train": "others"}]))
+    measured([run], flags, ["knn"])
+    assert asked[5:] == [["knn"]]
+
+
+def test_runs_that_started_alike_share_their_baseline(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    asked: list[Any] = []
+    monkeypatch.setattr(comparison, "probe", lambda *_, encoders, **rest: asked.append(encoders))
+    dataset = make_dataset(tmp_path / "set", 40)
+    runs = [make_run(dataset, tmp_path / name)[0] for name in ("one", "two")]
+    measured(runs, LineupFlags(str(dataset.folder), runs=str(tmp_path)), ["knn"])
+    assert asked == [["trained", "random"], ["trained"]]
+
+
+def test_what_cannot_be_probed_is_not_trained(tmp_path: Path) -> None:
+    data = str(make_dataset(tmp_path / "set", 40).folder)
+    flags = LineupFlags(data, runs=str(tmp_path / "runs"), methods=("predict-rotation",), seeds=(3,))
+    with pytest.raises(UserError, match="The probe linear would learn from and be scored on the same images"):
+        comparison.trained(flags, ["knn", "linear"])
+    assert not (tmp_path / "runs").exists()
+
+
+def test_clusterfit_has_the_run_of_its_seed_as_teacher(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    data = str(make_dataset(tmp_path / "set", 40).folder)
+    fitted: list[Any] = []
+    monkeypatch.setattr(comparison, "pretrain", lambda config: Run(Folder(config.run)))
+    monkeypatch.setattr(comparison, "clusterfit", lambda config, student: fitted.append((config, student)))
+    runs = str(tmp_path)
+    comparison.trained(
+        LineupFlags(data, runs=runs, methods=("clusterfit",), seeds=(3,), teacher="predict-rotation"), []
+    )
+    ((config, student),) = fitted
+    assert (config.teacher, config.k) == (f"{runs}/predict-rotation-3", 300)
+    assert (student.run, student.seed) == (f"{runs}/clusterfit-predict-rotation-300-3", 3)

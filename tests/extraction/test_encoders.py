@@ -1,0 +1,204 @@
+"""Any checkpoint is an encoder, and layers are found by their names."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from torchvision import models
+
+from raysl.backbone.network import BackboneConfig
+from raysl.errors import UserError
+from raysl.extraction import RandomBackbone, Weights, encoders, external_weights, named, stages
+from tests.data import make_dataset
+from tests.extraction.test_feature_tasks import make_run
+
+CPU = torch.device("cpu")
+RESNET = BackboneConfig(name="resnet18")
+IMAGES = torch.randint(0, 256, (3, 3, 64, 64), dtype=torch.uint8, generator=torch.Generator().manual_seed(0))
+
+
+def test_stages_of_a_residual_network_are_means_over_their_maps() -> None:
+    encoder = RandomBackbone(RESNET, seed=3)
+    assert {"pooled", "res2", "res3", "res4", "res5", "layer4", "avgpool"} <= set(encoder.layers)
+    with torch.inference_mode():
+        made = encoder.load(CPU, ("pooled", "res3", "res5", "layer4"))(IMAGES)
+    assert (made["res3"].shape, made["res5"].shape) == ((3, 128), (3, 512))
+    assert torch.allclose(made["res5"], made["pooled"], atol=1e-5)
+    assert torch.equal(made["res5"], made["layer4"])
+    assert RandomBackbone(RESNET, seed=4).identity() != encoder.identity()
+
+
+def test_grids_of_resnet50_have_the_published_sizes() -> None:
+    """Goyal et al. 2019: 9,216 9,216 8,192 9,216 and 8,192 numbers at 224 pixels."""
+    sides = {"conv1": (64, 112), "res2": (256, 56), "res3": (512, 28), "res4": (1024, 14), "res5": (2048, 7)}
+    widths = {}
+    for stage, (channels, side) in sides.items():
+        widths[stage] = encoders._over_places(torch.zeros(1, channels, side, side), 9216).shape[1]
+    assert widths == {"conv1": 9216, "res2": 9216, "res3": 8192, "res4": 9216, "res5": 8192}
+
+
+@pytest.mark.parametrize("shape", [(3, 4, 4), (1, 4, 4), (5, 1, 1)])
+def test_maps_with_their_channels_last_are_those_with_their_channels_first(
+    shape: tuple[int, int, int],
+) -> None:
+    """Swin gives the former."""
+    map_bchw = torch.rand(2, *shape, generator=torch.Generator().manual_seed(0))
+    last_bhwc = map_bchw.permute(0, 2, 3, 1).contiguous()
+    torch.testing.assert_close(encoders._over_places(last_bhwc, 0), map_bchw.mean((2, 3)))
+    torch.testing.assert_close(encoders._over_places(last_bhwc, 12), encoders._over_places(map_bchw, 12))
+
+
+def test_conv1_is_taken_after_its_relu_and_before_the_pool() -> None:
+    encoder = RandomBackbone(RESNET, seed=3)
+    assert stages(encoder) == ("conv1", "res2", "res3", "res4", "res5", "pooled")
+    assert stages(RandomBackbone(BackboneConfig(), seed=0)) == ("conv1", "res2", "res3", "res4", "pooled")
+    network: Any = encoder.network().eval()
+    with torch.inference_mode():
+        made = encoder.load(CPU, ("conv1:1024",))(IMAGES)["conv1:1024"]
+        images_bchw = (IMAGES - network.mean) / network.std
+        map_bchw = network.body.relu(network.body.bn1(network.body.conv1(images_bchw)))
+    expected = torch.nn.functional.avg_pool2d(map_bchw, 8)
+    assert torch.allclose(made, expected.flatten(1), atol=1e-5)
+
+
+def test_tokens_of_a_transformer_are_averaged() -> None:
+    encoder = RandomBackbone(BackboneConfig(name="vit_b_16"), seed=0)
+    assert "encoder" in encoder.layers
+
+
+def test_a_file_of_weights_is_what_torchvision_makes_of_it(tmp_path: Path) -> None:
+    torch.manual_seed(1)
+    network = models.resnet18().eval()
+    file = tmp_path / "resnet18.pth"
+    wrapped = {f"module.{name}": value for name, value in network.state_dict().items()}
+    torch.save({"state_dict": wrapped, "epoch": 90}, file)
+    encoder = named(str(file), RESNET)
+    assert isinstance(encoder, Weights)
+    mean, std = torch.tensor([0.485, 0.456, 0.406]), torch.tensor([0.229, 0.224, 0.225])
+    network.fc = torch.nn.Identity()
+    with torch.inference_mode():
+        found = encoder.load(CPU, ("pooled",))(IMAGES)["pooled"]
+        expected = network((IMAGES / 255 - mean[:, None, None]) / std[:, None, None])
+    np.testing.assert_allclose(found, expected, rtol=1e-3, atol=1e-4)
+    identity = encoder.identity()
+    torch.save(models.resnet18().state_dict(), file)
+    assert encoder.identity() != identity
+
+
+def test_a_file_of_weights_is_what_timm_makes_of_it(tmp_path: Path) -> None:
+    timm = pytest.importorskip("timm")
+    torch.manual_seed(1)
+    network = timm.create_model("resnet18d", num_classes=7).eval()
+    file = tmp_path / "weights.pth"
+    torch.save(network.state_dict(), file)
+    mean, std = torch.tensor([0.485, 0.456, 0.406]), torch.tensor([0.229, 0.224, 0.225])
+    network.reset_classifier(0)
+    encoder = named(str(file), BackboneConfig(name="timm/resnet18d"))
+    with torch.inference_mode():
+        found = encoder.load(CPU, ("pooled",))(IMAGES)["pooled"]
+        expected = network((IMAGES / 255 - mean[:, None, None]) / std[:, None, None])
+    np.testing.assert_allclose(found, expected, rtol=1e-3, atol=1e-4)
+    with pytest.raises(UserError, match="resnet18d"):
+        named(str(file), BackboneConfig(name="timm/resnet18dd")).load(CPU, ("pooled",))
+
+
+def test_a_file_of_weights_is_found_from_another_working_directory(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """As that of a worker of Ray."""
+    torch.save(models.resnet18().state_dict(), tmp_path / "weights.pth")
+    monkeypatch.chdir(tmp_path)
+    encoder = named("weights.pth", RESNET)
+    monkeypatch.chdir("/")
+    assert isinstance(encoder, Weights)
+    encoder.network()
+    (tmp_path / "weights.pth").unlink()
+    with pytest.raises(UserError, match=r"weights\.pth' cannot be read: .* All machines"):
+        encoder.network()
+    assert Weights("s3://bucket/weights.pth", RESNET).file == "s3://bucket/weights.pth"
+
+
+def test_what_stands_before_the_names_is_found(tmp_path: Path) -> None:
+    """As in a checkpoint of MoCo: a query and a key encoder with heads, a queue, all under `module.`."""
+    query, key = (models.resnet18().state_dict() for _ in range(2))
+    state = {f"module.encoder_q.{name}": value for name, value in query.items() if not name.startswith("fc.")}
+    state |= {"module.encoder_q.fc.0.weight": torch.zeros(128, 512)}
+    state |= {f"module.encoder_k.{name}": value for name, value in key.items()}
+    torch.save(
+        {"epoch": 200, "state_dict": {**state, "module.queue": torch.zeros(8, 4)}}, tmp_path / "moco.pth"
+    )
+    loaded = Weights(str(tmp_path / "moco.pth"), RESNET).network().body.state_dict()
+    assert all(torch.equal(loaded[name], query[name]) for name in loaded)
+
+
+def test_a_file_of_safetensors(tmp_path: Path) -> None:
+    safetensors = pytest.importorskip("safetensors.torch")
+    state = models.resnet18().state_dict()
+    safetensors.save_file(state, tmp_path / "model.safetensors")
+    loaded = Weights(str(tmp_path / "model.safetensors"), RESNET).network().body.state_dict()
+    assert all(torch.equal(loaded[name], state[name]) for name in loaded)
+
+
+def test_a_backbone_of_timm_is_seen_as_its_weights_were_learned() -> None:
+    pytest.importorskip("timm")
+    transformer = external_weights.timm_backbone("vit_tiny_patch16_224")
+    assert transformer.mean.flatten().tolist() == transformer.std.flatten().tolist() == [127.5] * 3
+    mobile = external_weights.timm_backbone("mobilenetv3_small_050").eval()
+    with torch.inference_mode():
+        assert mobile(IMAGES).shape == (3, mobile.width)
+
+
+def test_a_stage_is_the_same_layer_by_the_names_of_timm(tmp_path: Path) -> None:
+    pytest.importorskip("timm")
+    file = str(tmp_path / "resnet18.pth")
+    torch.save(models.resnet18().state_dict(), file)
+    ours, theirs = Weights(file, RESNET), Weights(file, BackboneConfig(name="timm/resnet18"))
+    assert stages(ours) == stages(theirs)
+    with torch.inference_mode():
+        one, other = (encoder.load(CPU, stages(ours))(IMAGES) for encoder in (ours, theirs))
+    for stage in stages(ours):
+        torch.testing.assert_close(one[stage], other[stage], rtol=1e-4, atol=1e-5)
+
+
+def test_an_untrained_backbone_of_timm() -> None:
+    timm = pytest.importorskip("timm")
+    encoder = named("random", BackboneConfig(name="timm/resnet18"), seed=3)
+    assert isinstance(encoder, RandomBackbone)
+    assert stages(encoder) == stages(RandomBackbone(RESNET, seed=3))
+    one, other = encoder.network().body.state_dict(), encoder.network().body.state_dict()
+    assert all(torch.equal(one[key], other[key]) for key in one)
+    assert set(one) == set(timm.create_model("resnet18", num_classes=0).state_dict())
+    with pytest.raises(UserError, match="resnet18"):
+        _ = named("random", BackboneConfig(name="timm/resnet181")).layers
+
+
+def test_weights_of_another_network_are_named(tmp_path: Path) -> None:
+    file = tmp_path / "weights.pth"
+    torch.save(models.resnet18().state_dict(), file)
+    with pytest.raises(UserError, match=r"lacks .* weights of the backbone 'resnet34'"):
+        named(str(file), BackboneConfig(name="resnet34")).load(CPU, ("pooled",))
+    with pytest.raises(UserError, match="do not fit"):
+        named(str(file), BackboneConfig(name="resnet18", stem="small")).load(CPU, ("pooled",))
+    torch.save(models.resnet34().state_dict(), file)
+    with pytest.raises(UserError, match="weights more than the backbone 'resnet18' has"):
+        named(str(file), RESNET).load(CPU, ("pooled",))
+    file.write_bytes(b"no weights")
+    with pytest.raises(UserError, match="no weights that torch can load"):
+        named(str(file), RESNET).load(CPU, ("pooled",))
+    with pytest.raises(UserError, match="There is no checkpoint at"):
+        named(str(tmp_path / "nothing"), RESNET)
+    with pytest.raises(UserError, match="There is no checkpoint at"):
+        named(str(tmp_path), RESNET)
+
+
+def test_a_run_and_each_of_its_checkpoints(tmp_path: Path) -> None:
+    run, _ = make_run(make_dataset(tmp_path / "set", 40), tmp_path / "run")
+    newest = named(str(run.folder), RESNET)
+    assert newest.identity() == named(f"{run.folder}/checkpoints/step-000000005", RESNET).identity()
+    assert stages(newest) == ("conv1", "res2", "res3", "res4", "pooled")
+    with pytest.raises(UserError, match="step-000000005"):
+        named(f"{run.folder}/checkpoints/step-000000006", RESNET)

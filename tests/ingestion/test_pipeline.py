@@ -1,0 +1,309 @@
+"""Ingest as a whole: indices, ledger, fingerprint, interruption, refusals."""
+
+from __future__ import annotations
+
+import io
+import json
+import os
+import shutil
+import tarfile
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pyarrow as pa
+import pyarrow.parquet as pq
+import pytest
+from PIL import Image
+
+from raysl.dataset import DataSet
+from raysl.errors import UserError
+from raysl.ingestion import IngestConfig, pipeline, resolve
+from raysl.ingestion import ingest as ingest_aloud
+from raysl.ingestion.journal import Journal
+from raysl.ingestion.progress import Silent, Terminal
+from raysl.ingestion.shard import Written, move
+
+pytestmark = [pytest.mark.ray, pytest.mark.usefixtures("ray_session")]
+
+TWO = IngestConfig(shard_images=2, row_group_images=1)
+# One task at a time on two CPUs, so that an error in the last unit finds the others done.
+ONE_BY_ONE = IngestConfig(shard_images=2, row_group_images=1, cpus_per_task=2)
+
+
+class Heard(Silent):
+    """Keeps what is said."""
+
+    def __init__(self) -> None:
+        self.said: list[str] = []
+        self.updates: list[tuple[str, int, int, int]] = []
+
+    def say(self, text: str) -> None:
+        self.said.append(text)
+
+    def update(self, doing: str, done: int, total: int, bad: int) -> None:
+        self.updates.append((doing, done, total, bad))
+
+
+def ingest(source: object, dest: Path, config: IngestConfig = TWO) -> DataSet:
+    return ingest_aloud(str(source), str(dest), config, Silent())
+
+
+def refused(source: object, dest: Path) -> str:
+    with pytest.raises(UserError) as error:
+        ingest(source, dest)
+    return str(error.value)
+
+
+def jpeg(grey: int) -> bytes:
+    buffer = io.BytesIO()
+    Image.new("RGB", (8, 8), (grey, grey, grey)).save(buffer, "JPEG")
+    return buffer.getvalue()
+
+
+def photos(folder: Path, bad: tuple[int, ...] = (), count: int = 7) -> Path:
+    """Images 0.jpg, 1.jpg, ... in the class folders even and odd, some of them broken."""
+    for i in range(count):
+        path = folder / ("even", "odd")[i % 2] / f"{i}.jpg"
+        path.parent.mkdir(parents=True, exist_ok=True)
+        path.write_bytes(b"broken" if i in bad else jpeg(20 * i))
+    return folder
+
+
+def snapshot(folder: Path) -> dict[str, tuple[int, int]]:
+    """Size and time of every file."""
+    files = (path for path in folder.rglob("*") if path.is_file())
+    return {str(path.relative_to(folder)): (path.stat().st_size, path.stat().st_mtime_ns) for path in files}
+
+
+def assert_sound(data_set: DataSet) -> None:
+    """Every index is there once, in its place."""
+    table = data_set.read(np.arange(data_set.num_images))
+    assert table["index"].to_pylist() == list(range(data_set.num_images))
+
+
+def test_a_folder_becomes_a_data_set(tmp_path: Path) -> None:
+    data_set = ingest(photos(tmp_path / "in"), tmp_path / "out")
+    assert data_set.num_images == 7
+    assert data_set.manifest.classes == ("even", "odd")
+    assert data_set.manifest.source == str(tmp_path / "in")
+    assert [shard.row_groups for shard in data_set.manifest.shards] == [(1, 1), (1, 1), (1, 1), (1,)]
+    assert_sound(data_set)
+    rows = data_set.read(np.array([4, 0]))
+    assert rows["label"].to_pylist() == [1, 0]
+    assert rows["image"].to_pylist() == [jpeg(20), jpeg(0)]
+    assert sorted(path.name for path in (tmp_path / "out").iterdir()) == ["manifest.json", "shards"]
+    assert DataSet.open(str(tmp_path / "out")) == data_set
+
+
+def test_bad_images_are_listed_and_leave_no_hole(tmp_path: Path) -> None:
+    # In order: even/0 2 4 6, odd/1 3 5. The units are (0 2) (4 6) (1 3) (5): one loses an image, one loses both.
+    data_set = ingest(photos(tmp_path / "in", bad=(2, 1, 3)), tmp_path / "out")
+    assert data_set.manifest.num_bad == 3
+    assert [row["path"] for row in data_set.bad_images()] == ["even/2.jpg", "odd/1.jpg", "odd/3.jpg"]
+    assert all(row["reason"] for row in data_set.bad_images())
+    assert_sound(data_set)
+    assert data_set.read(np.arange(4))["image"].to_pylist() == [jpeg(20 * i) for i in (0, 4, 6, 5)]
+    shutil.rmtree(tmp_path / "in" / "odd")
+    assert ingest(tmp_path / "in", tmp_path / "again").manifest.fingerprint != data_set.manifest.fingerprint
+
+
+def test_the_same_images_have_the_same_fingerprint(tmp_path: Path) -> None:
+    first = ingest(photos(tmp_path / "in"), tmp_path / "a")
+    alone = ingest(tmp_path / "in", tmp_path / "b", ONE_BY_ONE)
+    assert first.manifest == alone.manifest
+    assert first.read(np.arange(7)) == alone.read(np.arange(7))
+    (tmp_path / "in" / "odd" / "5.jpg").write_bytes(jpeg(255))
+    assert ingest(tmp_path / "in", tmp_path / "c").manifest.fingerprint != first.manifest.fingerprint
+
+
+def test_a_finished_data_set_is_left_alone(tmp_path: Path) -> None:
+    ingest(photos(tmp_path / "in"), tmp_path / "out")
+    before, heard = snapshot(tmp_path / "out"), Heard()
+    ingest_aloud(str(tmp_path / "in"), str(tmp_path / "out"), TWO, heard)
+    assert "already complete: 7 images" in heard.said[0]
+    assert "already holds a data set of another source" in refused(photos(tmp_path / "in2"), tmp_path / "out")
+    assert snapshot(tmp_path / "out") == before
+
+
+def write_tars(folder: Path) -> None:
+    folder.mkdir()
+    for shard in range(3):
+        with tarfile.open(folder / f"{shard}.tar", "w") as archive:
+            for i in range(2):
+                for name, data in ((f"{i}.jpg", jpeg(10 * shard + i)), (f"{i}.cls", str(shard).encode())):
+                    info = tarfile.TarInfo(name)
+                    info.size = len(data)
+                    archive.addfile(info, io.BytesIO(data))
+
+
+def overwrite(path: Path, data: bytes) -> None:
+    """Changes a file behind the back of the listing: its size and time stay."""
+    before = path.stat()
+    path.write_bytes(data)
+    assert path.stat().st_size == before.st_size
+    os.utime(path, ns=(before.st_atime_ns, before.st_mtime_ns))
+
+
+def stopped(tmp_path: Path) -> tuple[Path, Path, bytes]:
+    """An ingest that stopped at the last of three archives; its source, its destination, what mends the archive."""
+    write_tars(tmp_path / "in")
+    archive, out = tmp_path / "in" / "2.tar", tmp_path / "out"
+    good = archive.read_bytes()
+    label_at = good.index(b"0.cls") + 512
+    overwrite(archive, good[:label_at] + b"?" + good[label_at + 1 :])
+    with pytest.raises(UserError, match="class number"):
+        ingest(tmp_path / "in", out, ONE_BY_ONE)
+    return tmp_path / "in", out, good
+
+
+def test_an_interrupted_ingest_goes_on(tmp_path: Path) -> None:
+    source, out, good = stopped(tmp_path)
+    with pytest.raises(UserError, match="No data set"):
+        DataSet.open(str(out))
+    assert "unfinished data set of another source" in refused(photos(tmp_path / "other"), out)
+    before = snapshot(out / "shards")
+    assert len(before) == 2
+    (out / "shards" / "00002.parquet.0123.tmp").write_bytes(b"half")
+
+    overwrite(source / "2.tar", good)
+    heard = Heard()
+    data_set = ingest_aloud(str(source), str(out), ONE_BY_ONE, heard)
+    assert "2 of 3 shards are done" in heard.said[0]
+    assert heard.updates[0] == ("Ingesting", 4, 6, 0)
+    assert before.items() <= snapshot(out / "shards").items()
+    assert len(snapshot(out / "shards")) == 3
+    assert data_set.manifest == ingest(source, tmp_path / "whole").manifest
+    assert data_set.manifest.classes == ("0", "1", "2")
+    assert_sound(data_set)
+
+
+def test_an_interrupted_ingest_of_a_source_that_changed_starts_anew(tmp_path: Path) -> None:
+    source, out, _ = stopped(tmp_path)
+    (source / "2.tar").unlink()
+    heard = Heard()
+    assert ingest_aloud(str(source), str(out), ONE_BY_ONE, heard).num_images == 4
+    assert "changed" in heard.said[0]
+
+
+def test_an_interruption_before_the_renumbering_is_mended(tmp_path: Path) -> None:
+    data_set = ingest(photos(tmp_path / "in", bad=(0, 4)), tmp_path / "out")
+    written = Written(3, 0, data_set.manifest.shards[-1].row_groups, 0, "", -1, 0, ())
+    size = move(data_set.folder, written, 100)
+    assert size == (tmp_path / "out" / "shards" / "00003.parquet").stat().st_size
+    with pytest.raises(UserError, match="starts at index 100"):
+        data_set.read(np.array([4]))
+    move(data_set.folder, written, 4)
+    assert_sound(data_set)
+
+
+def test_labels_that_are_missing_in_part_are_left_out(tmp_path: Path) -> None:
+    table = pa.table({"image": [jpeg(i) for i in range(3)], "label": pa.array([0, -1, 1], pa.int64())})
+    pq.write_table(table, tmp_path / "x.parquet")
+    heard = Heard()
+    data_set = ingest_aloud(str(tmp_path / "x.parquet"), str(tmp_path / "out"), TWO, heard)
+    assert not data_set.has_labels
+    assert data_set.read(np.array([0])).column_names == ["index", "image"]
+    assert "1 images have no label" in heard.said[0]
+
+
+def test_a_label_without_a_name_is_refused(tmp_path: Path) -> None:
+    features = {"label": {"names": ["cat"]}}
+    table = pa.table({"image": [jpeg(0)], "label": pa.array([1], pa.int64())})
+    table = table.replace_schema_metadata({"huggingface": json.dumps({"info": {"features": features}})})
+    pq.write_table(table, tmp_path / "x.parquet")
+    assert "1 class names but an image with label 1" in refused(tmp_path / "x.parquet", tmp_path / "out")
+
+
+def test_numbers_that_are_no_classes_are_left_out(tmp_path: Path) -> None:
+    table = pa.table({"image": [jpeg(0), jpeg(1)], "label": pa.array([7, 10**15], pa.int64())})
+    pq.write_table(table, tmp_path / "x.parquet")
+    assert not ingest(tmp_path / "x.parquet", tmp_path / "out").has_labels
+
+
+def test_two_ingests_into_one_place_do_not_delete_what_one_has_finished(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    source, out = photos(tmp_path / "in"), tmp_path / "out"
+    move = pipeline._move_all
+
+    def another_finishes_first(journal: Journal, *others: Any) -> None:
+        move(journal, *others)
+        monkeypatch.setattr(pipeline, "_move_all", move)
+        ingest(source, out)
+
+    monkeypatch.setattr(pipeline, "_move_all", another_finishes_first)
+    assert "another process" in refused(source, out)
+    assert DataSet.open(str(out)).read(np.arange(7)).num_rows == 7
+
+
+def test_refusals_touch_nothing(tmp_path: Path) -> None:
+    source, out = photos(tmp_path / "in"), tmp_path / "out"
+    (tmp_path / "empty").mkdir()
+    assert "no images" in refused(tmp_path / "empty", out)
+    assert "does not exist" in refused(tmp_path / "nowhere", out)
+    assert "no split" in refused(f"{source}#train", out)
+    assert "inside the source" in refused(source, source / "out")
+    assert not out.exists()
+    assert not (source / "out").exists()
+
+    (tmp_path / "mine").mkdir()
+    (tmp_path / "mine" / "thesis.txt").write_text("x")
+    assert "not empty" in refused(source, tmp_path / "mine")
+    assert "is a file" in refused(source, tmp_path / "mine" / "thesis.txt")
+    assert "Cannot write" in refused(source, tmp_path / "mine" / "thesis.txt" / "out")
+    assert (tmp_path / "mine" / "thesis.txt").read_text() == "x"
+
+
+def test_no_image_at_all_can_be_decoded(tmp_path: Path) -> None:
+    message = refused(photos(tmp_path / "in", bad=tuple(range(7))), tmp_path / "out")
+    assert "None of the 7 images" in message
+    assert "even/0.jpg: " in message
+    assert not (tmp_path / "out").exists()
+    # Once the source is mended, the same command succeeds.
+    assert ingest(photos(tmp_path / "in"), tmp_path / "out").num_images == 7
+
+
+def test_a_source_by_name_is_ingested_once_and_again_when_it_changes(tmp_path: Path) -> None:
+    source, cache = photos(tmp_path / "in"), tmp_path / "cache"
+    heard = Heard()
+    first = resolve(str(source), cache, heard)
+    assert "once" in heard.said[0]
+    said = len(heard.said)
+    assert resolve(str(source), cache, heard) == first
+    assert len(heard.said) == said
+    (source / "even" / "0.jpg").unlink()
+    assert resolve(str(source), cache, heard).num_images == 6
+    assert len(list(cache.iterdir())) == 2
+    assert resolve(str(first.folder), cache) == first
+
+
+def test_the_cache_is_named_by_the_environment(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("RAYSL_CACHE", str(tmp_path / "cache"))
+    assert str(resolve("shapes:5").folder).startswith(str(tmp_path / "cache" / "shapes-5"))
+
+
+def test_progress_in_plain_lines(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    ingest_aloud(str(photos(tmp_path / "in", bad=(0,))), str(tmp_path / "out"), TWO, Terminal())
+    said = capsys.readouterr().err
+    assert "Ingesting: 7/7 images" in said
+    assert "1 bad" in said
+    assert "Ingested 6 images, 2 classes" in said
+
+
+@pytest.mark.slow
+def test_real_cifar10(shared_data: Path, tmp_path: Path) -> None:
+    data_set = ingest(f"{shared_data}/cifar10#test", tmp_path / "out", IngestConfig())
+    assert data_set.num_images == 10_000
+    assert data_set.manifest.classes[:2] == ("airplane", "automobile")
+    assert data_set.manifest.num_bad == 0
+    labels = data_set.read(np.arange(10_000), columns=("label",))["label"].to_numpy()
+    assert np.bincount(labels).tolist() == [1000] * 10
+    assert_sound(data_set)
+
+
+def test_real_photographs(shared_data: Path, tmp_path: Path) -> None:
+    data_set = ingest(shared_data / "imagenet-sample", tmp_path / "out", IngestConfig(shard_mb=4))
+    assert data_set.num_images == 100
+    assert len(data_set.manifest.shards) >= 3
+    assert not data_set.has_labels

@@ -1,0 +1,94 @@
+"""One driver at a time: a second is refused, a dead one is followed, one that was taken over from stops."""
+
+from __future__ import annotations
+
+import os
+import socket
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from raysl.errors import UserError
+from raysl.ray_cluster.lock import NAME, DriverLock, held_here
+from raysl.storage import Folder
+from raysl.tuning.journal import NAME as JOURNAL
+from raysl.tuning.journal import Journal
+
+
+def quiet(_: str) -> None:
+    pass
+
+
+def record(folder: Folder, **changes: Any) -> None:
+    """What another driver has left."""
+    folder.write_json(NAME, {"id": "other", "host": "elsewhere", "pid": 1, "beat": 7, **changes})
+
+
+def test_a_second_driver_is_refused_and_the_first_goes_on(tmp_path: Path) -> None:
+    folder = Folder(str(tmp_path))
+    with DriverLock(folder, quiet, beat_s=0.01) as first:
+        with (
+            pytest.raises(UserError, match=rf"process {os.getpid()} on .*{socket.gethostname()}.* works on"),
+            DriverLock(folder, quiet, beat_s=0.1),
+        ):
+            pass
+        first.check()
+    assert folder.list() == []
+
+
+def test_a_driver_that_was_killed_here_is_followed_at_once(tmp_path: Path) -> None:
+    folder = Folder(str(tmp_path))
+    dead = subprocess.Popen([sys.executable, "-c", ""])
+    dead.wait()
+    record(folder, host=socket.gethostname(), pid=dead.pid)
+    with DriverLock(folder, quiet) as lock:  # would watch for 40 s
+        lock.check()
+
+
+def test_a_process_knows_what_it_works_on(tmp_path: Path) -> None:
+    folder = Folder(str(tmp_path))
+    assert not held_here(folder)
+    with DriverLock(folder, lambda _: None):
+        assert held_here(folder)
+        folder.write_json(NAME, {**folder.read_json(NAME), "host": "elsewhere"})
+        assert not held_here(folder)
+
+
+def test_a_damaged_record_holds_nobody_up(tmp_path: Path) -> None:
+    folder = Folder(str(tmp_path))
+    folder.write(NAME, b"{")
+    with DriverLock(folder, quiet, "run") as lock:
+        lock.check()
+
+
+def test_a_driver_elsewhere_that_no_longer_shows_is_followed(tmp_path: Path) -> None:
+    folder = Folder(str(tmp_path))
+    said: list[str] = []
+    record(folder)
+    with DriverLock(folder, said.append, beat_s=0.01) as lock:
+        lock.check()
+    assert "process 1 on elsewhere" in said[0]
+
+
+def test_a_driver_that_was_taken_over_from_hears_of_it(tmp_path: Path) -> None:
+    folder = Folder(str(tmp_path))
+    with DriverLock(folder, quiet, beat_s=0.01) as lock:
+        assert not lock.lost.is_set()
+        record(folder)
+        assert lock.lost.wait(30)
+
+
+def test_a_driver_that_was_taken_over_from_writes_no_more(tmp_path: Path) -> None:
+    folder = Folder(str(tmp_path))
+    with DriverLock(folder, quiet) as lock:
+        journal = Journal(folder, lock.check)
+        journal.add({"event": "sweep"})
+        before = folder.read(JOURNAL)
+        record(folder)
+        with pytest.raises(UserError, match="taken over"):
+            journal.add({"event": "trial"})
+    assert folder.read(JOURNAL) == before
+    assert folder.read_json(NAME)["id"] == "other"

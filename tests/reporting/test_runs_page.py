@@ -1,0 +1,253 @@
+"""The report of runs: intervals and ties by their equations, what shares a row and a table, and equal bytes."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from raysl import rng
+from raysl.backbone.network import BackboneConfig
+from raysl.config import Pretraining
+from raysl.errors import UserError
+from raysl.evaluation.results import MODEL, ROWS
+from raysl.extraction import RandomBackbone
+from raysl.objectives.pirl import Config as Pirl
+from raysl.probes.invariance import EDGES
+from raysl.reporting import ReportConfig, report, retrieval_grid, run_figures
+from raysl.reporting.report_runs import Found, found, groups
+from raysl.reporting.tables import Estimate, estimates, t_quantile, tables
+from raysl.run import METRICS, Run, jsonl
+from raysl.storage import Folder
+from tests.data import make_dataset
+
+pytest.importorskip("matplotlib")
+pytest.importorskip("jinja2")
+
+LAYERS = ("conv1", "res2", "pooled")
+
+
+def row(value: float, **changes: Any) -> dict[str, Any]:
+    base = {"probe": "linear", "name": "top1", "layer": "pooled", "encoder": "trained", "step": 5, "seed": 0}
+    rest = {"protocol": "p", "train": "t", "test": "u", "value": value, "headline": True, "weights": value}
+    return {**base, **rest, **changes}
+
+
+def test_students_of_other_clusters_are_no_seeds(tmp_path: Path) -> None:
+    dataset = make_dataset(tmp_path / "set", 8)
+    places = []
+    for k, seed in ((100, 0), (300, 0), (300, 1)):
+        parts = {"clusterfit": {"labels": f"elsewhere/{k}-{seed}"}}
+        folder = str(tmp_path / f"{k}-{seed}")
+        config = Pretraining(str(dataset.folder), folder, "clusterfit", batch_size=4, seed=seed, parts=parts)
+        Run.begin(config, dataset, {"num_clusters": k, "labels": {"objective": "predict-jigsaw"}})
+        places.append(folder)
+    assert [(group.label, len(group.entries)) for group in groups(places)] == [
+        ("clusterfit (K=100)", 1),
+        ("clusterfit (K=300)", 2),
+    ]
+
+
+@pytest.fixture
+def runs(tmp_path: Path) -> list[str]:
+    """Two methods with two seeds each, probed at all layers, with histograms."""
+    dataset = make_dataset(tmp_path / "set", 8)
+    made = []
+    for method, worth in (("pirl-jigsaw", 0.6), ("predict-jigsaw", 0.4)):
+        for seed in (0, 1):
+            folder = tmp_path / f"{method}-{seed}"
+            config = Pretraining(str(dataset.folder), str(folder), method, batch_size=4, seed=seed)
+            run = Run.begin(config, dataset, {})
+            noise = rng.generator(method, seed)
+            rows = [
+                row(worth + 0.05 * i + 0.01 * noise.random(), layer=layer, seed=seed, step=step)
+                for i, layer in enumerate(LAYERS)
+                for step in (2, 5)
+            ]
+            rows += [
+                row(0.3, encoder="random", seed=seed, step=0, weights=None),
+                row(0.2, encoder="pixels", seed=seed, step=0, weights=None),
+            ]
+            rows += [
+                row(
+                    0.5 + 0.1 * i,
+                    probe="invariance",
+                    name=f"closer/{t}",
+                    layer=layer,
+                    headline=False,
+                    seed=seed,
+                )
+                for i, layer in enumerate(LAYERS)
+                for t in ("jigsaw", "rotation")
+            ]
+            run.folder.write(ROWS, jsonl(rows))
+            counts = {name: noise.integers(0, 30, len(EDGES) - 1).tolist() for name in ("jigsaw", "others")}
+            value = {"edges": EDGES.tolist(), "counts": {"pooled": counts}}
+            if method == "pirl-jigsaw":
+                value["counts"]["heads"] = {"jigsaw": counts["others"], "others": counts["jigsaw"]}
+            run.folder.write_json("probes/invariance/trained-5-abcdef01-p/histogram.json", value)
+            log = [
+                {"step": step, "epoch": step / 2, "loss": 2 / step, "images_per_s": 10.0} for step in (2, 4)
+            ]
+            run.folder.write(METRICS, jsonl(log))
+            made.append(str(folder))
+    return made
+
+
+def test_the_page_has_all_parts_and_equal_runs_give_equal_bytes(tmp_path: Path, runs: list[str]) -> None:
+    out = report(runs, ReportConfig(str(tmp_path / "one"), images=1))
+    names = out.list()
+    kinds = {name.partition("-")[0].partition(".")[0] for name in names}
+    assert kinds == {"index", "layers", "invariance", "progress", "training", "views"}
+    page = out.read("index.html").decode()
+    assert "4 folders in 2 rows" in page
+    assert "0.6" in page
+    assert "untrained small" not in page
+    assert "http" not in page
+    again = report(list(reversed(runs)), ReportConfig(str(tmp_path / "two"), images=1))
+    assert {name: again.read(name) for name in names} == {name: out.read(name) for name in names}
+
+
+def test_only_the_newest_sheet_of_neighbours_is_shown(runs: list[str]) -> None:
+    sheets = Folder(runs[0]) / retrieval_grid.SHEETS
+    for step, test in ((2, "b"), (5, "b"), (2, "c")):
+        sheets.write(retrieval_grid.name(step, "a", test), b"PNG")
+    page = report(runs[0], ReportConfig(images=0)).read("index.html").decode()
+    shown = [f"step-{step}-train-a-test-{test}" in page for step, test in ((2, "b"), (5, "b"), (2, "c"))]
+    assert shown == [False, True, True]
+
+
+def test_data_that_are_gone_cost_the_views_alone(tmp_path: Path, runs: list[str]) -> None:
+    Folder(str(tmp_path / "set")).delete()
+    out = report(runs[0], ReportConfig())
+    assert out == Folder(runs[0]) / "report"
+    assert "The views of pirl-jigsaw are not drawn" in out.read("index.html").decode()
+
+
+def test_other_models_stand_beside_runs(tmp_path: Path, runs: list[str]) -> None:
+    other = Folder(str(tmp_path / "other"))
+    other.write_json(MODEL, {"name": "resnet50.pth", "identity": {"encoder": "weights", "weights": "ab"}})
+    other.write(ROWS, jsonl([row(0.9, encoder="weights")]))
+    (table,) = tables(found(groups([*runs, str(other)])))
+    assert table.lines[0][0] == "resnet50.pth"
+    # Nothing untrained is its own, so one backbone without learning needs no name.
+    assert [label for label, _ in table.lines].count("untrained") == 1
+
+
+def test_an_untrained_network_that_is_no_run_has_the_name_of_its_backbone(
+    tmp_path: Path, runs: list[str]
+) -> None:
+    other = Folder(str(tmp_path / "other"))
+    identity = RandomBackbone(BackboneConfig("resnet18"), 0).identity()
+    other.write_json(MODEL, {"name": "random (resnet18)", "identity": identity})
+    other.write(ROWS, jsonl([row(0.1, encoder="random", step=0, weights=None)]))
+    (table,) = tables(found(groups([*runs, str(other)])))
+    assert {"untrained small", "untrained resnet18"} < {label for label, _ in table.lines}
+
+
+def test_seeds_share_a_row_and_nothing_else_does(tmp_path: Path, runs: list[str]) -> None:
+    dataset = make_dataset(tmp_path / "again", 8)
+    place = str(tmp_path / "hot")
+    hot = Pretraining(str(dataset.folder), place, batch_size=4, parts={"pirl": Pirl(temperature=0.5)})
+    Run.begin(hot, dataset, {})
+    labels = [group.label for group in groups([*runs, place])]
+    assert labels[2] == "predict-jigsaw"
+    assert all("pirl.temperature=" in label for label in labels[:2])
+    assert [len(group.entries) for group in groups(runs)] == [2, 2]
+
+
+def test_protocols_and_data_never_share_a_table(runs: list[str]) -> None:
+    rows = [row(0.1), row(0.2, protocol="q"), row(0.3, test="v"), row(0.4, train="v"), row(0.5, probe="knn")]
+    Folder(runs[0]).write(ROWS, jsonl(rows))
+    assert len(tables(found(groups(runs[:1])))) == len(rows)
+
+
+def test_only_the_newest_step_stands_in_a_table(runs: list[str]) -> None:
+    Folder(runs[0]).write(ROWS, jsonl([row(0.1, step=3), row(0.2, step=5)]))
+    (table,) = tables(found(groups(runs[:1])))
+    assert table.lines == (("pirl-jigsaw", (Estimate((0.2,)),)),)
+
+
+@pytest.mark.parametrize(
+    ("freedom", "exact"), [(1, 12.7062), (1.5, 6.0167), (2, 4.3027), (9.5, 2.2441), (60, 2.0003)]
+)
+def test_quantiles_of_t(freedom: float, exact: float) -> None:
+    assert t_quantile(freedom) == pytest.approx(exact, rel=1e-4)
+
+
+def test_runs_probed_at_other_steps_are_no_seeds_of_one_measurement(runs: list[str]) -> None:
+    Folder(runs[0]).write(ROWS, jsonl([row(0.1, step=3), row(0.5, probe="knn", step=5)]))
+    Folder(runs[1]).write(ROWS, jsonl([row(0.2, step=5, seed=1), row(0.6, probe="knn", step=5, seed=1)]))
+    by_probe = {table.probe: table for table in tables(found(groups(runs[:2])))}
+    assert [label for label, _ in by_probe["linear"].lines] == ["pirl-jigsaw, step 5", "pirl-jigsaw, step 3"]
+    assert by_probe["knn"].lines == (("pirl-jigsaw", (Estimate((0.5, 0.6)),)),)
+
+
+def test_a_seed_counts_once(runs: list[str]) -> None:
+    # The same run in two folders of a machine that does not repeat itself to the last bit.
+    found_rows = [row(0.3, weights="a"), row(0.5, weights="b")]
+    cells = estimates([Found("pirl-jigsaw", one) for one in found_rows])
+    assert list(cells.values()) == [Estimate((0.4,))]
+
+
+def test_best_is_said_only_where_seeds_tell(runs: list[str]) -> None:
+    Folder(runs[0]).write(ROWS, jsonl([row(0.1), row(0.3, encoder="random", step=0)]))
+    assert " best" not in report(runs[0], ReportConfig(images=0)).read("index.html").decode()
+
+
+def test_a_spread_is_never_best(tmp_path: Path, runs: list[str]) -> None:
+    for place, name in ((place, name) for place in runs for name in ("top1/k=16", "top1_std/k=16")):
+        folder = Folder(place)
+        value = 0.3 if "pirl" in place else 0.1
+        kept = folder.read(ROWS) if name != "top1/k=16" else b""
+        seed = int(place[-1])
+        one = row(value + seed / 1000, probe="lowshot", name=name, headline="std" not in name, seed=seed)
+        folder.write(ROWS, kept + jsonl([one]))
+    page = report(runs, ReportConfig(str(tmp_path / "out"), images=0)).read("index.html").decode()
+    main, _, others = page.partition("<details>")
+    assert " best" in main
+    assert "top1_<wbr>std" in others
+    assert " best" not in others
+
+
+def test_histograms_of_other_steps_are_no_seeds_of_one_measurement(
+    runs: list[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    by_label: list[Any] = []
+
+    def kept(found: Any, edges: Any) -> tuple[bytes, str]:
+        by_label.extend(found)
+        return b"", "pooled"
+
+    monkeypatch.setattr(run_figures, "_histogram", kept)
+    for place, step in zip(runs[:2], (5, 7), strict=True):
+        folder = Folder(place) / "probes/invariance"
+        value = (folder / "trained-5-abcdef01-p").read_json("histogram.json")
+        folder.write_json(f"trained-{step}-abcdef01-p/histogram.json", value)
+    list(run_figures.histograms(groups(runs)))
+    assert by_label == ["pirl-jigsaw, step 5", "pirl-jigsaw, step 7", "predict-jigsaw"]
+
+
+def test_intervals_and_ties_by_their_equations() -> None:
+    one = Estimate((0.40, 0.42, 0.44))
+    assert one.half_width == pytest.approx(4.302653 * 0.02 / math.sqrt(3))
+    # Equal spread and number: 4 degrees of freedom, and a difference of 0.0453 is the limit.
+    limit = 2.776445 * math.sqrt(2 * 0.02**2 / 3)
+    for difference, differs in ((limit - 1e-6, False), (limit + 1e-6, True)):
+        assert one.differs(_moved(one.values, difference)) is differs
+    assert Estimate((0.4,)).half_width is None
+    assert one.differs(Estimate((0.9,))) is None
+    assert Estimate((0.5, 0.5)).differs(Estimate((0.5, 0.5))) is False
+    assert Estimate((0.5, 0.5)).differs(Estimate((0.6, 0.6))) is None
+
+
+def _moved(values: Sequence[float], by: float) -> Estimate:
+    return Estimate(tuple(value + by for value in values))
+
+
+def test_neither_run_nor_sweep_is_told(tmp_path: Path) -> None:
+    with pytest.raises(UserError, match="Neither a sweep nor a run"):
+        report(str(tmp_path), ReportConfig())

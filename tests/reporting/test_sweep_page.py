@@ -1,0 +1,178 @@
+"""The report of a sweep: what it says, and that it always says the same."""
+
+from __future__ import annotations
+
+import shlex
+from dataclasses import asdict
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from raysl import rng
+from raysl.cli.flags import parse_pretraining
+from raysl.config import Pretraining, ViewConfig
+from raysl.errors import UserError
+from raysl.objectives.pirl import Config as Pirl
+from raysl.optim import OptimConfig
+from raysl.reporting import ReportConfig, report, sweep_figures
+from raysl.reporting.command import command, folded
+from raysl.reporting.page import _breakable
+from raysl.reporting.sweep_figures import rank_correlation
+from raysl.storage import Folder
+from raysl.tuning.config import SweepConfig
+from raysl.tuning.journal import Journal
+from raysl.tuning.record import Record
+from raysl.tuning.space import space
+from raysl.tuning.standing import Climb, Standing
+
+pytest.importorskip("matplotlib")
+pytest.importorskip("jinja2")
+
+BASE = Pretraining("data", "-", epochs=9, parts={"pirl": {"dim": 16}})
+
+
+def written(folder: Path, *vary: str, **changes: Any) -> str:
+    """A sweep whose scores are made up; trial 1 has failed."""
+    config = SweepConfig(str(folder), "test", vary, **changes)
+    points = space(BASE, vary, config.searcher == "grid")
+    journal = Journal(Folder(str(folder)))
+    settings = {
+        name: value
+        for name, value in asdict(config).items()
+        if name in ("probe", "seeds", "searcher", "scheduler", "rungs", "reduction", "lag", "seed")
+        or (name == "samples" and config.scheduler == "pbt")
+    }
+    journal.add(
+        {
+            "event": "sweep",
+            "config": settings,
+            "space": [asdict(d) for d in points.dimensions],
+            "base": BASE.to_json(),
+            "uris": {"train": "train", "test": "test"},
+        }
+    )
+    while ready := (standing := Standing(config, points, journal.rows)).ready():
+        journal.add(_row(standing, ready[0]))
+    return str(folder)
+
+
+def _row(standing: Standing, climb: Climb) -> dict[str, Any]:
+    if climb.trial == 1:
+        return {"event": "failed", **asdict(climb), "reason": "The loss is <nan>"}
+    noise = rng.generator("noise", climb.trial, climb.seed).random()
+    values = standing.values(climb.trial) or {}
+    score = 0.2 + 0.1 * climb.rung - abs(values["pirl.lambda"] - 0.5) / 5 + noise / 50
+    facts = {"score": score, "loss": 5 - noise, "seconds": 1800.0, "cpus": 2.0, "gpus": 0.0}
+    return {"event": "score", **asdict(climb), **facts}
+
+
+def test_the_page_says_it_all_and_the_same_sweep_gives_the_same_bytes(tmp_path: Path) -> None:
+    sweep = written(tmp_path / "sweep", "temperature=0.05,0.1,0.2", "lambda", scheduler="asha", rungs=2)
+    out = report(sweep, ReportConfig(core_hour=2.0))
+    names = out.list()
+    assert names == [
+        "curve-pirl.lambda.png",
+        "curve-pirl.temperature.png",
+        "early-loss.png",
+        "early-probe.png",
+        "index.html",
+        "learning.png",
+        "pair-pirl.temperature-pirl.lambda.png",
+        "parallel.png",
+    ]
+    page = out.read("index.html").decode()
+    assert "The loss is &lt;nan&gt;" in page
+    assert "raysl pretrain --data DATA --run RUN" in page
+    assert "core-hours" in page
+    assert "which cost" in page
+    # Nothing is fetched from anywhere.
+    assert "http" not in page
+    again = report(sweep, ReportConfig(out=str(tmp_path / "again"), core_hour=2.0))
+    assert {name: again.read(name) for name in names} == {name: out.read(name) for name in names}
+
+
+def test_fields_that_are_drawn_or_are_no_numbers_have_figures_too(tmp_path: Path) -> None:
+    sweep = written(
+        tmp_path / "sweep",
+        "temperature=0.03..0.5",
+        "lambda=0..1",
+        "pirl.head",
+        searcher="random",
+        samples=6,
+        seeds=(0,),
+    )
+    names = report(sweep, ReportConfig()).list()
+    assert "curve-pirl.head.png" in names
+    assert "pair-pirl.temperature-pirl.lambda.png" in names
+
+
+def test_a_sweep_without_a_score_has_a_page(tmp_path: Path) -> None:
+    sweep = written(tmp_path / "sweep", "lambda=0,1", seeds=(0,))
+    lines = (tmp_path / "sweep" / "sweep.jsonl").read_bytes().splitlines(keepends=True)
+    (tmp_path / "sweep" / "sweep.jsonl").write_bytes(lines[0])
+    assert report(sweep, ReportConfig()).list() == ["index.html"]
+
+
+def test_every_beginning_of_a_sweep_has_a_page(tmp_path: Path) -> None:
+    sweep = written(
+        tmp_path / "sweep", "lambda=0,0.5,1", "temperature=0.1,0.2", seeds=(0, 1), scheduler="asha", rungs=2
+    )
+    journal = tmp_path / "sweep" / "sweep.jsonl"
+    lines = journal.read_bytes().splitlines(keepends=True)
+    for count in range(2, len(lines), 4):
+        journal.write_bytes(b"".join(lines[:count]))
+        assert "index.html" in report(sweep, ReportConfig()).list()
+
+
+def test_no_sweep_is_told(tmp_path: Path) -> None:
+    with pytest.raises(UserError, match="Neither a sweep nor a run"):
+        report(str(tmp_path), ReportConfig())
+
+
+def test_long_names_may_be_broken_and_are_still_escaped(tmp_path: Path) -> None:
+    folder = report(written(tmp_path, "lambda=0,0.5,1"), ReportConfig(out=str(tmp_path / "out")))
+    assert b"<th>pirl.<wbr>lambda</th>" in folder.read("index.html")
+    assert _breakable("<b_c>") == "&lt;b_<wbr>c&gt;"
+
+
+def test_the_command_of_a_configuration_gives_it_back() -> None:
+    config = Pretraining(
+        "my data",
+        "run",
+        "pirl-jigsaw",
+        epochs=3,
+        channels_last=False,
+        compile=True,
+        view=ViewConfig(image_size=64),
+        optim=OptimConfig(lr=0.12, milestones=(0.5, 0.9)),
+        parts={"pirl": Pirl(lam=0.25, num_negatives=64), "jigsaw": {"num_permutations": 100}},
+    )
+    shown = folded(command(config))
+    assert "\n" in shown
+    assert max(map(len, shown.splitlines())) < 100
+    words = shlex.split(shown.replace("\\\n", ""))
+    assert words == shlex.split(command(config))
+    assert words[:2] == ["raysl", "pretrain"]
+    assert "--pirl.lambda" in words
+    assert parse_pretraining(words[2:], "raysl pretrain") == config
+
+
+def test_a_population_is_shown_with_the_values_that_its_scores_had(tmp_path: Path) -> None:
+    sweep = written(
+        tmp_path, "lambda=0..1", searcher="random", scheduler="pbt", samples=8, rungs=2, seeds=(0,)
+    )
+    record = Record.open(sweep)
+    assert record.standing.num_trials == 8
+    changed = [n for n in range(8) if record.standing.values(n, 1) != record.standing.values(n, 0)]
+    assert changed
+    last = {sweep_figures._value(record.standing, n, record.standing.space.dimensions[0], 1) for n in changed}
+    assert last == {(record.standing.values(n, 1) or {})["pirl.lambda"] for n in changed}
+    assert "curve-pirl.lambda.png" in report(sweep, ReportConfig()).list()
+
+
+def test_rank_correlation() -> None:
+    assert rank_correlation([1, 2, 3, 4], [10, 20, 40, 90]) == pytest.approx(1)
+    assert rank_correlation([1, 2, 3], [3, 2, 1]) == pytest.approx(-1)
+    assert rank_correlation([1, 1, 2, 2], [1, 2, 1, 2]) == pytest.approx(0)
+    assert rank_correlation([1, 1], [1, 2]) == 0

@@ -1,0 +1,188 @@
+"""Decoding files of every kind, and cutting crops out of them."""
+
+from __future__ import annotations
+
+import io
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from PIL import Image
+
+from raysl.augment import SourceCrop
+from raysl.rng import ImageRng
+from raysl.stream.decode import DecodeError, centre, cut, decode, squashed
+
+
+def picture(width: int = 40, height: int = 30) -> Image.Image:
+    """A smooth picture without symmetries."""
+    x, y = np.meshgrid(np.linspace(0, 1, width), np.linspace(0, 1, height))
+    rgb = np.stack([x * 255, y * 255, 128 + 100 * np.sin(4 * x + 3 * y)], axis=-1)
+    return Image.fromarray(rgb.astype(np.uint8))
+
+
+def encoded(image: Image.Image, file_format: str = "PNG", **options: Any) -> bytes:
+    file = io.BytesIO()
+    image.save(file, file_format, **options)
+    return file.getvalue()
+
+
+def image_rng(count: int, first: int = 0) -> ImageRng:
+    return ImageRng(0, np.zeros(count, dtype=np.int64), np.arange(first, first + count))
+
+
+def pixels(data: bytes) -> np.ndarray[tuple[int, ...], np.dtype[np.int64]]:
+    image = decode(data)
+    assert image.dtype == torch.uint8
+    assert image.shape[0] == 3
+    return image.permute(1, 2, 0).numpy().astype(np.int64)
+
+
+def off(data: bytes, expected: Image.Image) -> int:
+    """The largest difference from a picture, in levels of 255."""
+    return int(np.abs(pixels(data) - np.asarray(expected.convert("RGB"))).max())
+
+
+@pytest.mark.parametrize(
+    ("file_format", "options", "tolerance"),
+    [
+        ("PNG", {}, 0),
+        ("BMP", {}, 0),
+        ("TIFF", {}, 0),
+        ("WEBP", {"lossless": True}, 0),
+        ("JPEG", {"quality": 98, "subsampling": 0}, 6),
+        ("JPEG", {"quality": 98, "subsampling": 0, "progressive": True}, 6),
+        ("GIF", {}, 60),
+    ],
+)
+def test_formats(file_format: str, options: dict[str, Any], tolerance: int) -> None:
+    assert off(encoded(picture(), file_format, **options), picture()) <= tolerance
+
+
+@pytest.mark.parametrize(
+    ("file_format", "mode", "tolerance"),
+    [
+        ("PNG", "L", 0),
+        ("PNG", "1", 0),
+        ("PNG", "P", 0),
+        ("PNG", "LA", 0),
+        ("JPEG", "L", 6),
+        ("JPEG", "CMYK", 9),
+        ("TIFF", "CMYK", 0),
+        ("TIFF", "F", 0),
+    ],
+)
+def test_colour_modes(file_format: str, mode: str, tolerance: int) -> None:
+    image = picture().convert(mode)
+    shown = image.convert("L") if mode in ("LA", "F") else image
+    assert off(encoded(image, file_format), shown) <= tolerance
+
+
+def test_transparency_is_dropped() -> None:
+    image = picture().convert("RGBA")
+    image.putalpha(7)
+    assert off(encoded(image), picture()) == 0
+
+
+def test_sixteen_bits_become_eight() -> None:
+    wide = Image.fromarray(np.asarray(picture().convert("L")).astype(np.uint16) * 257)
+    assert off(encoded(wide), picture().convert("L")) == 0
+
+
+@pytest.mark.parametrize("file_format", ["JPEG", "PNG"])
+@pytest.mark.parametrize("orientation", range(1, 9))
+def test_exif_orientation_is_applied(file_format: str, orientation: int) -> None:
+    turns = {
+        2: Image.Transpose.FLIP_LEFT_RIGHT,
+        3: Image.Transpose.ROTATE_180,
+        4: Image.Transpose.FLIP_TOP_BOTTOM,
+        5: Image.Transpose.TRANSPOSE,
+        6: Image.Transpose.ROTATE_270,
+        7: Image.Transpose.TRANSVERSE,
+        8: Image.Transpose.ROTATE_90,
+    }
+    exif = Image.Exif()
+    exif[0x0112] = orientation
+    options = {"quality": 98, "subsampling": 0} if file_format == "JPEG" else {}
+    data = encoded(picture(), file_format, exif=exif, **options)
+    upright = picture().transpose(turns[orientation]) if orientation in turns else picture()
+    assert off(data, upright) <= 6
+
+
+@pytest.mark.parametrize(
+    "data",
+    [b"", b"not an image", encoded(picture(), "JPEG")[:200], encoded(picture())[:200], b"\xff\xd8\xff\xe0"],
+)
+def test_damage_is_a_decode_error(data: bytes) -> None:
+    with pytest.raises(DecodeError):
+        decode(data)
+    with pytest.raises(DecodeError):
+        cut([data], {"image": SourceCrop(8, 0.5)}, image_rng(1))
+
+
+def test_crops_are_pillows_and_independent_of_the_batch() -> None:
+    sizes = [(32, 32), (40, 30), (300, 200), (90, 333), (17, 64), (1, 1), (2, 50)]
+    files = [encoded(picture(*size)) for size in sizes]
+    crops = {"image": SourceCrop(32, 0.08), "patches": SourceCrop(72, 0.6)}
+    together = cut(files, crops, image_rng(len(files)))
+    for name, crop in crops.items():
+        assert together[name].dtype == torch.uint8
+        assert together[name].shape == (len(files), 3, crop.size, crop.size)
+        for i, (file, (width, height)) in enumerate(zip(files, sizes, strict=True)):
+            alone = cut([file], {name: crop}, image_rng(1, first=i))[name]
+            assert torch.equal(alone[0], together[name][i])
+            box = crop.boxes(np.array([height]), np.array([width]), image_rng(1, first=i).named(name))[0]
+            top, left, h, w = box.tolist()
+            expected = picture(width, height).crop((left, top, left + w, top + h))
+            expected = expected.resize((crop.size, crop.size), Image.Resampling.BILINEAR)
+            ours = alone[0].permute(1, 2, 0).numpy().astype(np.int64)
+            assert np.abs(ours - np.asarray(expected)).max() <= 2
+
+
+def test_views_are_cut_independently() -> None:
+    files = [encoded(picture(99, 77))] * 2
+    out = cut(files, {"a": SourceCrop(16, 0.1), "b": SourceCrop(16, 0.1)}, image_rng(2))
+    assert not torch.equal(out["a"], out["b"])
+    assert not torch.equal(out["a"][0], out["a"][1])
+
+
+def test_nothing_to_cut() -> None:
+    assert cut([], {"a": SourceCrop(16, 0.1)}, image_rng(0))["a"].shape == (0, 3, 16, 16)
+    assert centre([], 16).shape == squashed([], 16).shape == (0, 3, 16, 16)
+
+
+def test_centre_is_the_classic_evaluation_view() -> None:
+    for width, height in [(300, 200), (200, 301), (33, 32), (20, 20)]:
+        ours = centre([encoded(picture(width, height))], 32)[0].permute(1, 2, 0).numpy().astype(np.int64)
+        short = round(32 * 256 / 224)
+        scale = short / min(width, height)
+        resized = picture(width, height).resize(
+            (round(width * scale), round(height * scale)), Image.Resampling.BILINEAR
+        )
+        left, top = (resized.width - 32) // 2, (resized.height - 32) // 2
+        expected = np.asarray(resized.crop((left, top, left + 32, top + 32)))
+        assert np.abs(ours - expected).max() <= 2
+
+
+def test_centre_leaves_an_image_of_the_right_size_alone() -> None:
+    out = centre([encoded(picture(32, 32)), encoded(picture(50, 40))], 32)
+    assert out.shape == (2, 3, 32, 32)
+    assert (out[0].permute(1, 2, 0).numpy() == np.asarray(picture(32, 32))).all()
+
+
+def test_squashed_shows_the_whole_image_as_pillow_resizes_it() -> None:
+    sizes = [(300, 200), (20, 301), (32, 32), (1, 2)]
+    found = squashed([encoded(picture(*size)) for size in sizes], 32)
+    for ours, size in zip(found.permute(0, 2, 3, 1).numpy().astype(np.int64), sizes, strict=True):
+        expected = np.asarray(picture(*size).resize((32, 32), Image.Resampling.BILINEAR))
+        assert np.abs(ours - expected).max() <= (0 if size == (32, 32) else 2)
+
+
+def test_photos_as_in_the_wild(shared_data: Path) -> None:
+    files = [path.read_bytes() for path in sorted((shared_data / "imagenet-sample").iterdir())[:30]]
+    for data in files:
+        with Image.open(io.BytesIO(data)) as image:
+            assert off(data, image) <= 12
+    assert cut(files, {"image": SourceCrop(224, 0.08)}, image_rng(30))["image"].shape == (30, 3, 224, 224)

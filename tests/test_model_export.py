@@ -1,0 +1,188 @@
+"""Exported backbones are reloaded, and give the features of the run."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from torch import Tensor, nn
+
+from raysl.backbone.network import IMAGENET_MEAN, IMAGENET_STD, Backbone, BackboneConfig, build
+from raysl.checkpoint import SaveConfig, Saver
+from raysl.config import Pretraining, ViewConfig
+from raysl.errors import UserError
+from raysl.evaluation.results import KEY, ROWS
+from raysl.extraction import Trained
+from raysl.model_export import CARD, ExportConfig, export
+from raysl.run import Run, jsonl
+from raysl.storage import Folder
+from tests.data import make_dataset
+
+
+def made(folder: Path, backbone: BackboneConfig) -> Run:
+    """A run with a checkpoint at step 5, whose batch statistics are not those of a new network."""
+    dataset = make_dataset(folder / "set", 8)
+    config = Pretraining(
+        str(dataset.folder),
+        str(folder / "run"),
+        batch_size=4,
+        view=ViewConfig(image_size=32),
+        backbone=backbone,
+    )
+    run = Run.begin(config, dataset, {})
+    body = build(backbone)
+    with torch.no_grad():
+        for value in body.body.state_dict().values():
+            value.mul_(1.1) if value.is_floating_point() else value.add_(3)
+    saver = Saver(run.checkpoints, SaveConfig(), 0, 1)
+    saver.save(5, {"network": {f"backbone.{name}": value for name, value in body.state_dict().items()}}, None)
+    saver.wait()
+    return run
+
+
+@pytest.fixture(scope="module")
+def resnet(tmp_path_factory: pytest.TempPathFactory) -> Run:
+    return made(tmp_path_factory.mktemp("resnet"), BackboneConfig("resnet18"))
+
+
+@pytest.fixture(scope="module")
+def small(tmp_path_factory: pytest.TempPathFactory) -> Run:
+    return made(tmp_path_factory.mktemp("small"), BackboneConfig())
+
+
+def images() -> Tensor:
+    return torch.from_numpy(np.random.default_rng(0).integers(0, 256, (3, 3, 32, 32)).astype(np.float32))
+
+
+def expected(run: Run) -> Tensor:
+    backbone: Backbone = Trained(run, run.newest()).network().eval()
+    with torch.inference_mode():
+        found: Tensor = backbone(images())
+    return found
+
+
+def normalised() -> Tensor:
+    mean, std = (torch.tensor(value).view(1, 3, 1, 1) for value in (IMAGENET_MEAN, IMAGENET_STD))
+    return (images() / 255 - mean) / std
+
+
+def features(network: nn.Module) -> Any:
+    with torch.inference_mode():
+        return network.eval()(normalised())
+
+
+def code(out: Folder) -> str:
+    """The program on the card."""
+    return out.read(CARD).decode().partition("```python\n")[2].partition("```")[0]
+
+
+def as_the_card_says(out: Folder, monkeypatch: pytest.MonkeyPatch) -> Any:
+    """The network that the card's lines make by themselves, in the folder of the weights."""
+    monkeypatch.chdir(str(out))
+    names: dict[str, Any] = {}
+    exec(code(out), names)
+    return names["model"]
+
+
+@pytest.mark.parametrize("name", ["resnet18", "resnet50", "convnext_tiny"])
+def test_torchvision_loads_it_as_the_card_says(
+    name: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    run = made(tmp_path, BackboneConfig(name))
+    out = export(run, ExportConfig())
+    assert "strict=True" in code(out)
+    wanted = expected(run)
+    scale = float(wanted.abs().max())
+    found = features(as_the_card_says(out, monkeypatch))
+    torch.testing.assert_close(found / scale, wanted / scale, rtol=1e-4, atol=1e-5)
+
+
+@pytest.mark.parametrize(("form", "package"), [("timm", "timm"), ("safetensors", "safetensors.torch")])
+def test_others_load_it_as_the_card_says(
+    form: Any, package: str, resnet: Run, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    pytest.importorskip(package)
+    network = as_the_card_says(export(resnet, ExportConfig(form)), monkeypatch)
+    torch.testing.assert_close(features(network), expected(resnet), rtol=1e-4, atol=1e-5)
+
+
+def test_timm_loads_it_from_the_folder(resnet: Run) -> None:
+    timm = pytest.importorskip("timm")
+    out = export(resnet, ExportConfig("timm"))
+    network = timm.create_model(f"local-dir:{out}", pretrained=True, num_classes=0)
+    torch.testing.assert_close(features(network), expected(resnet), rtol=1e-4, atol=1e-5)
+
+
+def test_timm_gets_the_names_of_torchvision(resnet: Run) -> None:
+    ours = torch.load(export(resnet, ExportConfig("timm")).open("pytorch_model.bin"), weights_only=True)
+    theirs = torch.load(export(resnet, ExportConfig()).open("model.pth"), weights_only=True)
+    assert list(ours) == list(theirs)
+
+
+def test_safetensors_hold_any_backbone(small: Run) -> None:
+    safetensors = pytest.importorskip("safetensors.torch")
+    out = export(small, ExportConfig("safetensors"))
+    body = build(BackboneConfig()).body
+    body.load_state_dict(safetensors.load(out.read("model.safetensors")))
+    torch.testing.assert_close(features(body), expected(small), rtol=1e-4, atol=1e-5)
+
+
+def test_onnx_holds_any_backbone_for_any_number_of_images(small: Run) -> None:
+    pytest.importorskip("onnxscript")
+    onnx = pytest.importorskip("onnx")
+    reference = pytest.importorskip("onnx.reference")
+    out = export(small, ExportConfig("onnx"))
+    session = reference.ReferenceEvaluator(onnx.load_from_string(out.read("model.onnx")))
+    (found,) = session.run(None, {"images_bchw": images().numpy()})
+    np.testing.assert_allclose(found, expected(small).numpy(), rtol=1e-4, atol=1e-5)
+
+
+def test_the_card_says_what_it_is_and_how_it_was_made(resnet: Run, tmp_path: Path) -> None:
+    row = {**dict.fromkeys(KEY, "x"), "encoder": "trained", "value": 0.4321, "headline": True}
+    resnet.folder.write(ROWS, jsonl([{**row, "step": 5}, {**row, "step": 4, "value": 0.1234}]))
+    out = export(resnet, ExportConfig(out=str(tmp_path), step=5))
+    card = out.read(CARD).decode()
+    for part in ("pirl-jigsaw", "resnet18", "test-8-16-0", "0.4321", "raysl pretrain", "Licence"):
+        assert part in card
+    assert "0.1234" not in card
+
+
+def test_the_card_shows_what_the_baselines_gave(resnet: Run, tmp_path: Path) -> None:
+    row = {**dict.fromkeys(KEY, "x"), "encoder": "trained", "step": 5, "value": 0.4321, "headline": True}
+    baseline = {**row, "encoder": "random", "step": 0, "value": 0.4567}
+    others = ("probe", "layer", "name", "protocol", "train", "test")
+    rows = [
+        row,
+        baseline,
+        {**row, "encoder": "pixels", "step": 0, "value": 0.2222},
+        {**row, "layer": "res2", "value": 0.5},
+        *({**baseline, key: "y", "value": 0.9999} for key in others),
+        {**baseline, "headline": False, "value": 0.9999},
+        {**row, "step": 4, "value": 0.9999},
+    ]
+    resnet.folder.write(ROWS, jsonl(rows))
+    card = export(resnet, ExportConfig(out=str(tmp_path), step=5)).read(CARD).decode()
+    assert "| probe | layer | measure | trained | random | pixels | protocol | train | test |" in card
+    assert "| x | x | x | 0.4321 | 0.4567 | 0.2222 | `x` | `x` | `x` |" in card
+    assert "| x | res2 | x | 0.5000 |  |  | `x` | `x` | `x` |" in card
+    assert "0.9999" not in card
+
+
+@pytest.mark.parametrize("form", ["torchvision", "timm"])
+def test_a_backbone_without_such_a_layout_is_refused(small: Run, form: Any) -> None:
+    with pytest.raises(UserError, match="--format safetensors"):
+        export(small, ExportConfig(form))
+
+
+def test_a_checkpoint_that_is_not_there_is_told(small: Run) -> None:
+    with pytest.raises(UserError, match="step-000000005"):
+        export(small, ExportConfig(step=7))
+
+
+def test_a_missing_package_names_the_extra(small: Run, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setitem(__import__("sys").modules, "safetensors.torch", None)
+    with pytest.raises(UserError, match=r"raysl\[export\]"):
+        export(small, ExportConfig("safetensors"))

@@ -1,0 +1,204 @@
+"""A whole run through Ray: it ends with the same numbers whatever is killed on the way."""
+
+from __future__ import annotations
+
+import contextlib
+import hashlib
+import importlib
+import os
+import signal
+import subprocess
+import sys
+import time
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import psutil
+import pytest
+import torch
+
+from raysl import checkpoint
+from raysl.checkpoint import SaveConfig
+from raysl.config import Pretraining, ViewConfig
+from raysl.dataset import DataSet
+from raysl.errors import UserError
+from raysl.objectives.pirl import Config as Pirl
+from raysl.run import Run
+from raysl.storage import Folder
+from raysl.training.launch import pretrain
+from tests.data import make_dataset
+
+pytestmark = [pytest.mark.ray, pytest.mark.timeout(600)]
+
+
+@pytest.fixture(autouse=True)
+def _hear_at_once(monkeypatch: pytest.MonkeyPatch) -> None:
+    """These runs would be over before the first line of progress."""
+    monkeypatch.setattr(importlib.import_module("raysl.training.launch"), "SHOW_EVERY_S", 0.05)
+
+
+@pytest.fixture(scope="module")
+def dataset(tmp_path_factory: pytest.TempPathFactory) -> DataSet:
+    return make_dataset(tmp_path_factory.mktemp("data") / "set", 96)
+
+
+def configuration(dataset: DataSet, run: Path) -> Pretraining:
+    return Pretraining(
+        data=str(dataset.folder),
+        run=str(run),
+        epochs=3,
+        batch_size=16,
+        workers=2,
+        log_every=1,
+        view=ViewConfig(image_size=16, recipe="plain"),
+        save=SaveConfig(every_steps=4),
+        parts={"pirl": Pirl(num_negatives=32, dim=16)},
+    )
+
+
+def losses(run: str) -> dict[int, float]:
+    return {row["step"]: row["loss"] for row in Run.open(run).metrics()}
+
+
+def assert_same_end(run: str, expected: Run) -> None:
+    """Bit for bit: every loss of the curve, the weights and statistics, the optimiser and the memory bank."""
+    assert losses(run) == losses(str(expected.folder))
+    (state, banks), (state_, banks_) = Run.open(run).newest().load(), expected.newest().load()
+    # Digests, since a difference of two networks is not for reading.
+    assert [digest(state), digest(list(banks))] == [digest(state_), digest(list(banks_))]
+
+
+def digest(value: Any) -> str:
+    """A hash of every number in a checkpoint."""
+    return hashlib.blake2b(repr(_plain(value)).encode(), digest_size=8).hexdigest()
+
+
+def _plain(value: Any) -> Any:
+    if isinstance(value, torch.Tensor):
+        return str(value.tolist())
+    if isinstance(value, dict):
+        return {key: _plain(item) for key, item in value.items()}
+    return [_plain(item) for item in value] if isinstance(value, list) else value
+
+
+@pytest.fixture(scope="module")
+def finished(ray_session: None, dataset: DataSet, tmp_path_factory: pytest.TempPathFactory) -> Run:
+    """A run that nothing disturbed."""
+    return pretrain(configuration(dataset, tmp_path_factory.mktemp("runs") / "undisturbed"))
+
+
+def test_run_is_complete(finished: Run, dataset: DataSet) -> None:
+    assert finished.newest().step == 18
+    assert sorted(losses(str(finished.folder))) == list(range(1, 19))
+    metadata = finished.metadata()
+    assert metadata["data"]["fingerprint"] == dataset.manifest.fingerprint
+    assert metadata["facts"]["num_permutations"] == 362_880
+    row = finished.metrics()[-1]
+    assert row["images_per_s"] > 0
+    assert 0 <= row["wait_share"] <= 1
+    assert list((Path(finished.folder.uri) / "tensorboard").iterdir())
+
+
+def test_finished_run_is_not_run_again(finished: Run) -> None:
+    said: list[str] = []
+    pretrain(finished.config(), said.append)
+    assert "already finished" in said[0]
+
+
+def kill(*titles: str, most: int) -> int:
+    """Kills up to `most` processes of this session's Ray that have one of the titles; returns how many it was."""
+    killed = 0
+    for process in psutil.Process(os.getpid()).children(recursive=True):
+        with contextlib.suppress(psutil.Error):
+            if killed < most and any(title in " ".join(process.cmdline()) for title in titles):
+                process.send_signal(signal.SIGKILL)
+                killed += 1
+    return killed
+
+
+def test_killed_data_tasks_and_train_worker(finished: Run, dataset: DataSet, tmp_path: Path) -> None:
+    """Every process that runs, or has run, a data task dies at once; then a trainer, whose group starts again."""
+    config = configuration(dataset, tmp_path / "run")
+    killed: dict[str, int] = {}
+
+    def listen(line: str) -> None:
+        if line.startswith("step") and not killed:
+            killed["data"] = kill("ray::MapBatches", "ray::IDLE", most=100)
+            killed["trainer"] = kill("RayTrainWorker", most=1)
+
+    pretrain(config, listen)
+    assert killed["data"] > 0
+    assert killed["trainer"] == 1
+    assert_same_end(config.run, finished)
+
+
+def test_killed_driver(finished: Run, dataset: DataSet, tmp_path: Path) -> None:
+    """Killed after its first checkpoint, then started again by the same command."""
+    run = tmp_path / "run"
+    command = [sys.executable, "-m", "raysl", "pretrain", "--data", str(dataset.folder), "--run", str(run)]
+    command += "--epochs 3 --batch-size 16 --log-every 1 --view.image-size 16 --view.recipe plain".split()
+    command += "--save.every-steps 4 --pirl.num-negatives 32 --pirl.dim 16".split()
+    driver = subprocess.Popen(command, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
+    checkpoints = Run(Folder(str(run))).checkpoints
+    deadline = time.monotonic() + 300
+    while checkpoint.newest(checkpoints) is None:
+        assert driver.poll() is None, "the driver ended before it could be killed"
+        assert time.monotonic() < deadline
+    descendants = psutil.Process(driver.pid).children(recursive=True)
+    driver.kill()
+    driver.wait()
+    psutil.wait_procs(descendants, timeout=60)
+    subprocess.run(command, check=True, stdout=subprocess.DEVNULL)
+    assert_same_end(str(run), finished)
+
+
+def test_terminated_driver(dataset: DataSet, tmp_path: Path) -> None:
+    """SIGTERM: the run is saved at the step where it is, and not a step of it is lost."""
+    run = tmp_path / "run"
+    command = [sys.executable, "-m", "raysl", "pretrain", "--data", str(dataset.folder), "--run", str(run)]
+    command += "--epochs 5000 --batch-size 16 --workers 2 --view.image-size 16 --view.recipe plain".split()
+    command += "--save.every-minutes 0 --pirl.num-negatives 32 --pirl.dim 16".split()
+    driver = subprocess.Popen(command, stdout=subprocess.PIPE, text=True)
+    assert driver.stdout is not None
+    said, told = "", False
+    for line in driver.stdout:
+        # Once: a second SIGTERM would end it without a save.
+        if line.startswith("step") and not told:
+            driver.terminate()
+            told = True
+        said += line
+    assert driver.wait() == 128 + signal.SIGTERM
+    newest = Run.open(str(run)).newest()
+    assert f"Stopped by SIGTERM after step {newest.step}" in said
+    assert Run.open(str(run)).metrics()[-1]["step"] == newest.step
+
+
+def test_other_images_are_refused(finished: Run, tmp_path: Path) -> None:
+    other = make_dataset(tmp_path / "set", 96, seed=1)
+    with pytest.raises(UserError, match="fingerprint"):
+        pretrain(replace(finished.config(), data=str(other.folder)))
+
+
+def test_other_configuration_is_refused(finished: Run) -> None:
+    with pytest.raises(UserError, match=r"optim\.lr"):
+        pretrain(replace(finished.config(), optim=replace(finished.config().optim, lr=0.1)))
+
+
+def test_damaged_checkpoint_is_an_error_of_the_user(dataset: DataSet, finished: Run, tmp_path: Path) -> None:
+    """The state file of the only checkpoint is cut short."""
+    run = tmp_path / "run"
+    newest = finished.newest()
+    target = run / "checkpoints" / "step-000000008"
+    target.mkdir(parents=True)
+    for name in newest.folder.list():
+        (target / name).write_bytes(newest.folder.read(name))
+    (target / checkpoint.STATE).write_bytes(newest.folder.read(checkpoint.STATE)[:-100])
+    with pytest.raises(UserError, match="damaged"):
+        pretrain(configuration(dataset, run))
+
+
+def test_a_loss_that_is_not_finite_stops_the_run(dataset: DataSet, tmp_path: Path) -> None:
+    config = configuration(dataset, tmp_path / "run")
+    with pytest.raises(UserError, match="loss is nan"):
+        pretrain(replace(config, optim=replace(config.optim, lr=1e30)))

@@ -1,0 +1,71 @@
+"""What the driver hears from the trainers, and how it is shown."""
+
+from __future__ import annotations
+
+import pytest
+
+from raysl.training import progress_actor
+from raysl.training.progress_actor import Board
+
+
+def test_rows_are_taken_once_and_the_first_failure_stays() -> None:
+    board = Board()
+    board.post({"step": 1})
+    board.post({"step": 2})
+    assert [row["step"] for row in board.take()] == [1, 2]
+    assert board.take() == []
+    assert board.failure() is None
+    board.fail("first")
+    board.fail("second")
+    assert board.failure() == "first"
+
+
+def test_an_error_that_one_worker_keeps_meeting_is_a_failure() -> None:
+    board = Board()
+    for rank in range(8):
+        board.crash(5, rank, "lost a neighbour")
+    board.crash(6, 0, "trace")
+    assert board.failure() is None
+    board.crash(5, 0, "trace")
+    board.crash(5, 0, "trace")
+    assert "3 times after step 5" in str(board.failure())
+
+
+def test_trainers_that_have_agreed_to_leave_are_not_ended(monkeypatch: pytest.MonkeyPatch) -> None:
+    ended: list[str] = []
+    monkeypatch.setattr("ray.kill", ended.append)
+    board = Board()
+    board.enlist("early")
+    board.leaving()
+    board.dismiss()
+    assert ended == []
+    board.enlist("late")
+    board.dismiss()
+    board.dismiss()
+    assert ended == ["late"]
+
+
+def test_lost_steps_are_counted_once() -> None:
+    board = Board()
+    assert board.begin(0, workers=2, reached=0) == 0
+    assert board.news() == []
+    board.post({"step": 9})
+    assert board.begin(4, workers=3, reached=8) == 5
+    assert board.news() == ["Went on from step 4 with 3 workers; 5 steps were lost."]
+    assert board.begin(4, workers=3, reached=4) == 0
+
+
+def test_a_row_as_a_line() -> None:
+    row = {"step": 20, "epoch": 1.5, "images_per_s": 812.4, "wait_share": 0.031, "loss": 5.4321, "lr": 0.03}
+    line = progress_actor.line({**row, "eta_s": 3725.0}, num_steps=100)
+    for part in (
+        "20/100",
+        "1.50",
+        "812 images/s",
+        "data wait   3%",
+        "loss   5.4321",
+        "lr 3.00e-02",
+        "ETA 1:02:05",
+    ):
+        assert part in line
+    assert progress_actor.line({**row, "eta_s": float("nan")}, num_steps=100).endswith("ETA ?")

@@ -1,0 +1,90 @@
+"""The verbs of sweeps: which flags go where, exit codes, and mistakes that leave before Ray starts."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from raysl import ray_cluster
+from raysl.__main__ import main
+from raysl.config import Pretraining
+from raysl.tuning.config import SweepConfig
+
+SWEEP = "sweep --data nothing --test nothing --out sweep"
+
+
+@pytest.fixture(autouse=True)
+def no_ray(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    def starts() -> None:
+        raise AssertionError("Ray was started")
+
+    monkeypatch.setattr(ray_cluster, "start", starts)
+    monkeypatch.setattr("ray.shutdown", lambda: None)
+    monkeypatch.chdir(tmp_path)
+
+
+def test_flags_of_a_sweep_stand_among_those_of_a_run(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    seen: list[tuple[Pretraining, SweepConfig]] = []
+    row: dict[str, Any] = {
+        "trial": 0,
+        "values": {"pirl.temperature": 0.1},
+        "state": "finished",
+        "share": 1.0,
+        "score": 0.5,
+        "spread": None,
+        "reason": "",
+    }
+
+    def sweep(base: Pretraining, config: SweepConfig) -> list[dict[str, Any]]:
+        seen.append((base, config))
+        return [row, {**row, "trial": 1, "state": "failed", "reason": "disk full"}]
+
+    monkeypatch.setattr("raysl.tuning.driver.sweep", sweep)
+    flags = (
+        "--epochs 3 --vary temperature=0.1,0.2 lambda --data D --seeds 0 1 2 --pirl.head bn --test T --out S"
+    )
+    with pytest.raises(SystemExit) as left:
+        main(["sweep", *flags.split()])
+    assert left.value.code == 1
+    ((base, config),) = seen
+    assert (base.data, base.epochs, base.parts["pirl"].head) == ("D", 3, "bn")
+    assert (config.vary, config.seeds, config.test, config.out) == (
+        ("temperature=0.1,0.2", "lambda"),
+        (0, 1, 2),
+        "T",
+        "S",
+    )
+    said = capsys.readouterr().out
+    assert "disk full" in said
+    assert "Trials 1 failed" in said
+
+
+@pytest.mark.parametrize(
+    ("command", "answer"),
+    [
+        (f"{SWEEP} --vary temperatur", "Did you mean pirl.temperature"),
+        (f"{SWEEP} --vary lambda=0.5,2", "The trial with pirl.lambda=2 could not run"),
+        (f"{SWEEP} --vary lambda --epochs", "--epochs"),
+        (f"{SWEEP} --vary lambda --sheduler asha", "--sheduler"),
+        (f"{SWEEP} --vary lambda --searcher optuna", "raysl[search]"),
+        ("report nothing", "Neither a sweep nor a run lies at"),
+        ("reproduce nothing", "No run at 'nothing'"),
+    ],
+)
+def test_a_mistake_leaves_with_2_before_anything_begins(
+    command: str,
+    answer: str,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+    tmp_path: Path,
+) -> None:
+    monkeypatch.setattr("importlib.util.find_spec", lambda name: None if name == "optuna" else object())
+    with pytest.raises(SystemExit) as left:
+        main(command.split())
+    assert left.value.code == 2
+    assert answer in capsys.readouterr().err
+    assert list(tmp_path.iterdir()) == []

@@ -1,0 +1,133 @@
+"""The space of a sweep: names, values, points, and what is refused."""
+
+from __future__ import annotations
+
+import numpy as np
+import pytest
+
+from raysl.config import Pretraining
+from raysl.errors import UserError
+from raysl.tuning.space import Space, space
+
+BASE = Pretraining("data", "run", parts={"pirl": {"dim": 16}})
+
+
+def made(*vary: str, listed: bool = True, base: Pretraining = BASE) -> Space:
+    return space(base, vary, listed)
+
+
+def test_a_short_name_takes_the_values_of_the_field_itself() -> None:
+    (temperature, lam) = made("temperature", "lambda").dimensions
+    assert (temperature.name, lam.name) == ("pirl.temperature", "pirl.lambda")
+    assert temperature.values == (0.03, 0.05, 0.07, 0.1, 0.15, 0.2, 0.5)
+    assert lam.values == (0.0, 0.25, 0.5, 0.75, 1.0)
+    assert made("num_permutations").dimensions[0].name == "jigsaw.num_permutations"
+    assert made("pirl.head").dimensions[0].values == ("linear", "mlp", "bn")
+    assert made("per_patch_colour").dimensions[0].values == (False, True)
+
+
+def test_values_are_of_the_type_of_the_field() -> None:
+    assert made("jigsaw.num_permutations=none,100,2_000").dimensions[0].values == (None, 100, 2000)
+    assert made("temperature=.1,0.2").dimensions[0].values == (0.1, 0.2)
+    assert made("pirl.loss=nce,infonce").dimensions[0].values == ("nce", "infonce")
+
+
+def test_a_grid_is_every_combination_and_becomes_configurations() -> None:
+    points = made("temperature=0.1,0.2", "lambda=0,1", "optim.lr=0.1")
+    assert [tuple(p.values()) for p in points.grid()] == [
+        (0.1, 0.0, 0.1),
+        (0.1, 1.0, 0.1),
+        (0.2, 0.0, 0.1),
+        (0.2, 1.0, 0.1),
+    ]
+    config = points.configured(BASE, points.grid()[1])
+    assert (config.parts["pirl"].temperature, config.parts["pirl"].lam, config.optim.lr) == (0.1, 1.0, 0.1)
+    assert config.parts["pirl"].dim == 16
+
+
+def test_methods_can_vary_with_a_field_that_all_of_them_have() -> None:
+    points = made("method=predict-jigsaw,pirl-jigsaw", "num_permutations=10,20")
+    configs = [points.configured(BASE, p) for p in points.grid()]
+    assert [(c.method, c.parts["jigsaw"].num_permutations) for c in configs][1:3] == [
+        ("predict-jigsaw", 20),
+        ("pirl-jigsaw", 10),
+    ]
+    with pytest.raises(UserError, match="temperature"):
+        made("method=predict-jigsaw,pirl-jigsaw", "temperature")
+
+
+def test_random_points_lie_in_the_interval_and_depend_on_the_number_alone() -> None:
+    points = made("temperature=0.03..0.5", "num_negatives=64..4096", "pirl.head", listed=False)
+    drawn = [points.drawn(0, trial) for trial in range(200)]
+    temperatures = np.array([p["pirl.temperature"] for p in drawn])
+    assert 0.03 <= temperatures.min() < 0.04
+    assert 0.4 < temperatures.max() <= 0.5
+    # Logarithmic: as many below the geometric mean as above.
+    assert 80 <= (temperatures < (0.03 * 0.5) ** 0.5).sum() <= 120
+    assert all(isinstance(p["pirl.num_negatives"], int) for p in drawn)
+    assert {p["pirl.head"] for p in drawn} == {"linear", "mlp", "bn"}
+    assert points.drawn(0, 150) == drawn[150]
+    assert points.drawn(1, 150) != drawn[150]
+
+
+def test_ends_hold_every_corner() -> None:
+    points = made("temperature=0.1..0.2", "lambda=0..1", listed=False)
+    corners = {tuple(p.values()) for p in points.ends()}
+    assert corners == {(0.1, 0.0), (0.1, 1.0), (0.2, 0.0), (0.2, 1.0)}
+
+
+def test_neighbours_stay_inside() -> None:
+    points = made("temperature=0.1..0.2", "lambda=0,0.5,1", listed=False)
+    generator = np.random.default_rng(0)
+    values = {"pirl.temperature": 0.15, "pirl.lambda": 0.0}
+    seen = set()
+    for _ in range(50):
+        values = points.near(values, generator)
+        assert 0.1 <= values["pirl.temperature"] <= 0.2
+        seen.add(values["pirl.lambda"])
+    assert seen == {0.0, 0.5, 1.0}
+
+
+@pytest.mark.parametrize(
+    ("vary", "answer"),
+    [
+        ("temperatur", r"Did you mean pirl\.temperature\?"),
+        ("npid.temperature", r"Did you mean pirl\.temperature\?"),
+        (
+            "jigsaw.num_perms",
+            r"Did you mean jigsaw\.num_permutations\? Those that can vary: jigsaw\.criterion",
+        ),
+        ("pirl", r"'pirl' is a group of fields. Give one of pirl\.dim"),
+        ("min_scale", "jigsaw.min_scale, view.min_scale"),
+        ("momentum", "bank.momentum, optim.momentum"),
+        ("epochs", "cannot vary"),
+        ("data=a,b", "cannot vary"),
+        ("seed=0,1", "--seeds"),
+        ("dim", "names no values"),
+        ("temperature=", "empty"),
+        ("temperature=warm", "'warm' of 'pirl.temperature'.*must be a number"),
+        ("temperature=nan", "must be a number"),
+        ("num_negatives=1.5", "must be a whole number"),
+        ("pirl.head=deep", "must be linear, mlp, bn"),
+        ("temperature=0.1..0.2", "is an interval"),
+    ],
+)
+def test_what_is_refused(vary: str, answer: str) -> None:
+    with pytest.raises(UserError, match=answer):
+        made(vary)
+
+
+def test_an_interval_the_wrong_way_round_is_empty() -> None:
+    with pytest.raises(UserError, match="empty"):
+        made("temperature=0.5..0.1", listed=False)
+
+
+def test_a_field_is_given_once() -> None:
+    with pytest.raises(UserError, match="twice"):
+        made("temperature", "pirl.temperature=0.1")
+
+
+def test_a_value_that_the_field_does_not_allow_is_named() -> None:
+    points = made("lambda=0.5,2")
+    with pytest.raises(UserError, match=r"pirl.lambda is 2"):
+        points.configured(BASE, points.grid()[1])
