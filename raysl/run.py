@@ -24,7 +24,7 @@ from raysl.config import FREE, Pretraining, differences
 from raysl.dataset import DataSet
 from raysl.errors import UserError
 from raysl.ray_cluster.versions import versions
-from raysl.storage import Folder, write_error
+from raysl.storage import Folder, failure
 
 METADATA = "metadata.json"
 METRICS = "metrics.jsonl"
@@ -221,7 +221,7 @@ class TensorBoard:
         try:
             yield
         except OSError as error:
-            raise write_error(self._place, error) from error
+            raise failure(self._place, "write", error) from error
 
 
 def jsonl(rows: Iterable[Mapping[str, Any]]) -> bytes:

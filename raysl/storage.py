@@ -1,43 +1,145 @@
-"""Files at any URI: a local path, `s3://`, `gs://`, `hf://`, or whatever Arrow or fsspec opens.
+"""Read and write files at any URI: a local path, `s3://`, `gs://`, `hf://`, or anything Arrow or fsspec can open.
 
-Writing is all or nothing. On a local disk a file is written beside its place and renamed into it; object stores
-show an object only when its upload is complete.
+Writes are atomic. A local file is written beside its destination and renamed; for an object store the file is
+spooled locally and uploaded when it is complete. A request that fails for a while (a time-out, a lost connection, an
+overloaded store) is repeated with growing pauses; only then a `UserError` names the file and the time spent.
 """
 
 from __future__ import annotations
 
 import errno
 import json
+import logging
 import os
+import re
+import shutil
+import tempfile
+import time
 import uuid
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 from functools import lru_cache
 from pathlib import Path
-from typing import Any, BinaryIO
+from typing import IO, Any, BinaryIO, TypeVar, cast
+from urllib.parse import unquote, urlsplit
 
 import pyarrow.fs as pafs
 
 from raysl.errors import UserError
 
+_log = logging.getLogger("raysl.storage")
+T = TypeVar("T")
+
+# How long a failing request is repeated, in seconds; the environment variable replaces the default.
+PATIENCE_VARIABLE = "RAYSL_STORAGE_RETRY_S"
+_PATIENCE_S = 90.0
+_FIRST_PAUSE_S, _LONGEST_PAUSE_S = 0.25, 10.0
+# A file for an object store is spooled in memory up to this size, and on disk beyond.
+_SPOOL_BYTES = 64 << 20
+# Errors of a network file system that is away for a moment. Other local errors do not go away by waiting.
+_TRANSIENT = {
+    errno.EIO,
+    errno.ESTALE,
+    errno.ETIMEDOUT,
+    errno.ENOTCONN,
+    errno.EHOSTDOWN,
+    errno.EAGAIN,
+    errno.EBUSY,
+}
+# What an object store says when waiting does not help.
+_PERMANENT_TEXT = re.compile(
+    r"access.?denied|forbidden|\b40[013]\b|no.?such.?bucket|bucket does not exist|credential|invalid.?access.?key|"
+    r"signature|not authorized|permission|path does not exist|no such file",
+    re.IGNORECASE,
+)
+
+_SECRET_QUERY = re.compile(r"[?&][^=&]*(secret|token|password|key)[^=&]*=", re.IGNORECASE)
+
+
+class StorageError(UserError):
+    """A file cannot be read or written, after all retries."""
+
+
+def retry(place: str, doing: str, action: Callable[[], T], *, expected: bool = False) -> T:
+    """Return `action()`, repeated while it fails for a reason that may pass.
+
+    Args:
+        place: file or folder, for messages.
+        doing: "read", "write", "list" or "delete", for messages.
+        action: may be called several times.
+        expected: the file is known to exist, so its absence may pass as well (a file system that is away).
+
+    Raises:
+        FileNotFoundError: the file does not exist and was not expected.
+        StorageError: any other failure, or the same failure for longer than `RAYSL_STORAGE_RETRY_S` (90 s).
+    """
+    started_s = time.monotonic()
+    pause_s = _FIRST_PAUSE_S
+    while True:
+        try:
+            return action()
+        except OSError as error:
+            absent = isinstance(error, FileNotFoundError | NotADirectoryError)
+            if absent and not expected:
+                raise FileNotFoundError(str(error)) from error
+            tried_s = time.monotonic() - started_s
+            if not (_may_pass(place, error) or absent) or tried_s + pause_s > _patience_s():
+                raise failure(place, doing, error, tried_s) from error
+            if pause_s == _FIRST_PAUSE_S:
+                _log.warning("Cannot %s %s (%s). Trying again.", doing, place, _reason(error))
+            time.sleep(pause_s)
+            pause_s = min(2 * pause_s, _LONGEST_PAUSE_S)
+
+
+def _patience_s() -> float:
+    return float(os.environ.get(PATIENCE_VARIABLE, _PATIENCE_S))
+
+
+def _may_pass(place: str, error: OSError) -> bool:
+    if "://" not in place:
+        return error.errno in _TRANSIENT
+    return not isinstance(error, PermissionError) and not _PERMANENT_TEXT.search(str(error))
+
+
+def _reason(error: OSError) -> str:
+    return " ".join((error.strerror or str(error)).split())[:300]
+
+
+def failure(place: str, doing: str, error: OSError, tried_s: float = 0.0) -> StorageError:
+    """Return the error that tells a user why `place` could not be read or written."""
+    if error.errno in (errno.ENOSPC, errno.EDQUOT) or "No space left" in str(error):
+        return StorageError(
+            f"No space left to {doing} {place}. The previous version is intact. Free some space, for example by "
+            "deleting old checkpoints, and run the same command again: it resumes from the last complete state."
+        )
+    advice = "Check that it exists and that you have permission."
+    if tried_s >= 1:
+        advice = f"Tried for {tried_s:.0f} s. The same command resumes once the storage answers."
+    elif "://" in place:
+        advice = "Check the address, the bucket and your credentials."
+    elif error.errno == errno.EROFS:
+        advice = "The file system is read-only. Choose another folder."
+    elif isinstance(error, IsADirectoryError | NotADirectoryError | FileExistsError):
+        advice = "A file and a folder have the same name. Choose another folder, or move the obstacle away."
+    return StorageError(f"Cannot {doing} {place}: {_reason(error)}. {advice}")
+
 
 @dataclass(frozen=True)
 class Folder:
-    """A folder at a URI. Cheap to make and to pickle; nothing is created until something is written.
+    """A folder at a URI. Cheap to make and to pickle; nothing is created before something is written.
 
     Args:
-        uri: a local path (made absolute, since Ray workers have another working directory) or any URI.
+        uri: a local path (made absolute, because Ray workers have another working directory) or any URI.
+
+    Raises:
+        UserError: the path is empty or holds a NUL, or the URI holds a password or a secret key.
     """
 
     uri: str
 
     def __post_init__(self) -> None:
-        object.__setattr__(self, "uri", self.uri.removeprefix("file://"))
-        if "://" not in self.uri:
-            object.__setattr__(self, "uri", str(Path(self.uri).expanduser().absolute()))
-        else:
-            object.__setattr__(self, "uri", self.uri.rstrip("/"))
+        object.__setattr__(self, "uri", _normalised(self.uri))
 
     def __str__(self) -> str:
         return self.uri
@@ -47,99 +149,165 @@ class Folder:
 
     @property
     def is_local(self) -> bool:
-        """Whether ordinary file calls can open it."""
+        """True if ordinary file calls can open the folder."""
         return "://" not in self.uri
 
-    def _open(self) -> tuple[Any, str]:
-        return filesystem(self.uri)
+    def _try(self, name: str, doing: str, call: Callable[[Any, str], T], *, expected: bool = False) -> T:
+        """Return `call(filesystem, path)` for a file or folder inside, with retries."""
+        path = f"{self.uri}/{name}".rstrip("/")
+
+        def action() -> T:
+            fs, root = filesystem(self.uri)
+            return call(fs, f"{root}/{name}".rstrip("/"))
+
+        return retry(path, doing, action, expected=expected)
 
     def write(self, name: str, data: bytes) -> None:
-        """Writes one file, whole or not at all; makes the folders it needs.
+        """Write one file atomically, and the folders it needs.
 
         Raises:
-            UserError: the disk is full, or the place may not be written to.
+            StorageError: the disk is full, or the folder cannot be written.
         """
-        with self.writing(name) as stream:
-            stream.write(data)
+        if self.is_local:
+            with self.writing(name) as stream:
+                stream.write(data)
+            return
+
+        def put(fs: Any, path: str) -> None:
+            with fs.open_output_stream(path) as stream:
+                stream.write(data)
+
+        self._try(name, "write", put)
 
     @contextmanager
     def writing(self, name: str) -> Iterator[Any]:
-        """A file to write piece by piece, which is there whole when the block ends without an error.
-
-        On an object store an error may leave the pieces written so far behind under the name.
+        """Open a file for writing in pieces. It appears complete when the block ends without an error.
 
         Raises:
-            UserError: the disk is full, or the place may not be written to.
+            StorageError: the disk is full, or the folder cannot be written.
         """
-        fs, root = self._open()
-        path = f"{root}/{name}"
-        target = f"{path}.{uuid.uuid4().hex[:8]}.tmp" if self.is_local else path
+        with self._local(name) if self.is_local else self._spooled(name) as stream:
+            yield stream
+
+    @contextmanager
+    def _local(self, name: str) -> Iterator[Any]:
+        path = f"{self.uri}/{name}"
+        part = f"{path}.{uuid.uuid4().hex[:8]}.tmp"
         try:
-            if self.is_local:
-                fs.create_dir(os.path.dirname(path), recursive=True)
-            with fs.open_output_stream(target) as stream:
+            os.makedirs(os.path.dirname(path), exist_ok=True)
+            with pafs.LocalFileSystem().open_output_stream(part) as stream:
                 yield stream
-            if self.is_local:
-                os.replace(target, path)
+            os.replace(part, path)
         except OSError as error:
-            raise write_error(f"{self.uri}/{name}", error) from error
+            raise failure(path, "write", error) from error
         finally:
-            if self.is_local and os.path.exists(target):
-                os.unlink(target)
+            if os.path.exists(part):
+                os.unlink(part)
+
+    @contextmanager
+    def _spooled(self, name: str) -> Iterator[Any]:
+        with tempfile.SpooledTemporaryFile(_SPOOL_BYTES) as spool:
+            yield spool
+
+            def upload(fs: Any, path: str) -> None:
+                spool.seek(0)
+                with fs.open_output_stream(path) as stream:
+                    shutil.copyfileobj(cast(IO[bytes], spool), stream, 1 << 20)
+
+            self._try(name, "write", upload)
 
     def write_json(self, name: str, value: object) -> None:
-        """Writes `value` as indented JSON with sorted keys."""
+        """Write `value` as indented JSON with sorted keys."""
         self.write(name, (json.dumps(value, indent=1, sort_keys=True) + "\n").encode())
 
-    def read(self, name: str) -> bytes:
-        """The whole file. Raises FileNotFoundError when it is not there."""
-        with self.open(name) as stream:
-            return bytes(stream.read())
+    def read(self, name: str, *, expected: bool = False) -> bytes:
+        """Return the content of a file.
+
+        Args:
+            name: path inside the folder.
+            expected: the file is known to exist; its absence is retried and then a `StorageError`.
+
+        Raises:
+            FileNotFoundError: the file does not exist.
+            StorageError: it cannot be read.
+        """
+
+        def get(fs: Any, path: str) -> bytes:
+            with fs.open_input_file(path) as stream:
+                return bytes(stream.read())
+
+        return self._try(name, "read", get, expected=expected)
 
     def read_json(self, name: str) -> Any:
-        """The file parsed as JSON."""
+        """Return the file parsed as JSON. Raises ValueError if it is not JSON."""
         return json.loads(self.read(name))
 
     def open(self, name: str) -> BinaryIO:
-        """A seekable file for reading. Raises FileNotFoundError when it is not there."""
-        fs, root = self._open()
-        try:
-            stream: BinaryIO = fs.open_input_file(f"{root}/{name}")
-        except NotADirectoryError as error:
-            raise FileNotFoundError(str(error)) from error
-        return stream
+        """Open a seekable file for reading. Raises FileNotFoundError if it does not exist."""
+        return cast(BinaryIO, self._try(name, "read", lambda fs, path: fs.open_input_file(path)))
 
     def exists(self, name: str = "") -> bool:
-        """Whether the file or folder is there."""
-        fs, root = self._open()
-        info = fs.get_file_info([f"{root}/{name}".rstrip("/")])[0]
-        return bool(info.type != pafs.FileType.NotFound)
+        """Return True if the file or folder exists."""
+
+        def look(fs: Any, path: str) -> bool:
+            return bool(fs.get_file_info([path])[0].type != pafs.FileType.NotFound)
+
+        return self._try(name, "read", look)
 
     def list(self) -> list[str]:
-        """Names of the files and folders directly inside, sorted; empty when the folder is not there."""
-        fs, root = self._open()
+        """Return the sorted names of the files and folders directly inside; none if the folder does not exist."""
+
+        def look(fs: Any, path: str) -> list[str]:
+            found = fs.get_file_info(pafs.FileSelector(path, allow_not_found=True))
+            return sorted(info.base_name for info in found)
+
         try:
-            found = fs.get_file_info(pafs.FileSelector(root, allow_not_found=True))
+            return self._try("", "list", look)
         except FileNotFoundError:
-            # Another process made the folder between two looks of Arrow's.
+            # Another process created the folder between two system calls of Arrow, or a file has its name.
             return []
-        return sorted(info.base_name for info in found)
 
     def delete(self, name: str = "") -> None:
-        """Deletes a file, or a folder with all that is in it; fine when it is not there."""
-        fs, root = self._open()
-        path = f"{root}/{name}".rstrip("/")
-        kind = fs.get_file_info([path])[0].type
-        if kind == pafs.FileType.Directory:
-            fs.delete_dir(path)
-        elif kind == pafs.FileType.File:
-            fs.delete_file(path)
+        """Delete a file, or a folder and everything in it; a missing one is fine."""
+
+        def remove(fs: Any, path: str) -> None:
+            kind = fs.get_file_info([path])[0].type
+            if kind == pafs.FileType.Directory:
+                fs.delete_dir(path)
+            elif kind == pafs.FileType.File:
+                fs.delete_file(path)
+
+        self._try(name, "delete", remove)
+
+
+def _normalised(uri: str) -> str:
+    """Return an absolute path or a URI without its trailing slash."""
+    if not uri.strip() or "\0" in uri:
+        raise UserError(f"The path {uri!r} is empty or holds a NUL character. Give a local path or a URI.")
+    if uri.startswith("file://"):
+        uri = unquote(urlsplit(uri.replace("?", "%3F").replace("#", "%23")).path)
+    if "://" not in uri:
+        return str(Path(uri).expanduser().absolute())
+    refuse_credentials(uri)
+    return uri.rstrip("/")
+
+
+def refuse_credentials(uri: str) -> None:
+    """Raise UserError if a URI holds a password or a secret, which would end up in metadata and logs."""
+    scheme, _, rest = uri.partition("://")
+    user, has_user, _ = rest.partition("/")[0].rpartition("@")
+    if (has_user and ":" in user) or _SECRET_QUERY.search(rest):
+        place = rest.partition("?")[0].rpartition("@")[2]
+        raise UserError(
+            f"The URI of {scheme}://{place} holds credentials, which would be written to run metadata and reports. "
+            "Give them in the environment instead, such as AWS_ACCESS_KEY_ID and AWS_SECRET_ACCESS_KEY."
+        )
 
 
 # Opening an object store asks it for its region, and a folder is opened for every file.
 @lru_cache(maxsize=256)
 def filesystem(uri: str) -> tuple[Any, str]:
-    """The Arrow file system of a URI and the path inside it.
+    """Return the Arrow file system of a URI and the path inside it.
 
     Raises:
         UserError: neither Arrow nor fsspec knows the scheme, or its package is missing.
@@ -159,15 +327,3 @@ def filesystem(uri: str) -> tuple[Any, str]:
                 "whose scheme Arrow or an installed fsspec package knows (s3://, gs://, hf://, https://)."
             ) from error
         return pafs.PyFileSystem(pafs.FSSpecHandler(fs)), path
-
-
-def write_error(place: str, error: OSError) -> UserError:
-    """What to tell a user when `place` could not be written."""
-    if error.errno == errno.ENOSPC or "No space left" in str(error):
-        return UserError(
-            f"No space left while writing {place}. What was there before is untouched. Free some space (old "
-            "checkpoints are a good start) and run the same command again: it goes on from the last good state."
-        )
-    return UserError(
-        f"Cannot write {place}: {error}. Check that the place exists and that you may write there."
-    )

@@ -13,7 +13,7 @@ from torch import nn
 from raysl import checkpoint
 from raysl.checkpoint import STATE, SaveConfig, Saver
 from raysl.errors import UserError
-from raysl.storage import Folder, write_error
+from raysl.storage import Folder, failure
 
 
 @pytest.fixture
@@ -240,7 +240,7 @@ def full_disk(monkeypatch: pytest.MonkeyPatch) -> list[bool]:
 
     def maybe(self: Folder, name: str, data: bytes) -> None:
         if full[0]:
-            raise write_error(f"{self}/{name}", OSError(errno.ENOSPC, "No space left on device"))
+            raise failure(f"{self}/{name}", "write", OSError(errno.ENOSPC, "No space left on device"))
         write(self, name, data)
 
     monkeypatch.setattr(Folder, "write", maybe)
@@ -256,7 +256,7 @@ def test_a_full_disk_is_told_and_the_checkpoint_before_stays(
     saver.wait()
     full_disk[0] = True
     saver.save(20, {"step": 20}, None)
-    with pytest.raises(UserError, match=r"No space left while writing .*step-000000020"):
+    with pytest.raises(UserError, match=r"No space left to write .*step-000000020"):
         saver.wait() if at == "wait" else saver.save(30, {"step": 30}, None)
     full_disk[0] = False
     assert steps(folder) == [10]

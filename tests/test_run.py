@@ -143,7 +143,7 @@ def test_a_full_disk_is_told_and_never_waited_for(tmp_path: Path, monkeypatch: p
         raise OSError(errno.ENOSPC, "No space left on device")
 
     monkeypatch.setattr("tensorboardX.record_writer.RecordWriter.write", full)
-    with pytest.raises(UserError, match=r"No space left while writing .*tensorboard"):
+    with pytest.raises(UserError, match=r"No space left to write .*tensorboard"):
         log.add({"step": 1, "loss": 1.0})
 
 

@@ -3,13 +3,15 @@
 from __future__ import annotations
 
 import errno
+import os
 import pickle
+from collections.abc import Callable
 from pathlib import Path
 
 import pytest
 
 from raysl.errors import UserError
-from raysl.storage import Folder, filesystem, write_error
+from raysl.storage import Folder, StorageError, failure, filesystem, retry
 
 
 @pytest.fixture(params=["path", "file", "fsspec"])
@@ -86,9 +88,92 @@ def test_a_place_that_cannot_be_written(tmp_path: Path) -> None:
 
 
 def test_a_full_disk_is_named() -> None:
-    message = str(write_error("/runs/1", OSError(errno.ENOSPC, "No space left on device")))
+    message = str(failure("/runs/1", "write", OSError(errno.ENOSPC, "No space left on device")))
     assert "/runs/1" in message
     assert "Free some space" in message
+
+
+def flaky(errors: list[OSError]) -> Callable[[], str]:
+    """An action that raises each of `errors` in turn and then succeeds."""
+
+    def action() -> str:
+        if errors:
+            raise errors.pop(0)
+        return "done"
+
+    return action
+
+
+@pytest.mark.parametrize(
+    ("place", "error"),
+    [
+        ("s3://bucket/x", OSError("AWS Error SLOW_DOWN during PutObject operation: 503")),
+        ("s3://bucket/x", OSError("curlCode: 7, Couldn't connect to server")),
+        ("/mnt/nfs/x", OSError(errno.ESTALE, "Stale file handle")),
+    ],
+)
+def test_a_request_that_fails_for_a_while_is_repeated(place: str, error: OSError) -> None:
+    assert retry(place, "read", flaky([error, error])) == "done"
+
+
+@pytest.mark.parametrize(
+    ("place", "error"),
+    [
+        ("s3://bucket/x", OSError("AWS Error ACCESS_DENIED during HeadObject operation: HTTP 403")),
+        ("s3://bucket/x", PermissionError("no")),
+        ("/data/x", OSError(errno.EACCES, "Permission denied")),
+        ("/data/x", OSError(errno.EROFS, "Read-only file system")),
+    ],
+)
+def test_a_request_that_cannot_succeed_is_one_sentence_at_once(place: str, error: OSError) -> None:
+    with pytest.raises(StorageError, match=f"Cannot read {place}"):
+        retry(place, "read", flaky([error]))
+
+
+def test_patience_ends(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("RAYSL_STORAGE_RETRY_S", "0.1")
+    with pytest.raises(StorageError, match="Couldn't connect"):
+        retry("s3://bucket/x", "read", flaky([OSError("Couldn't connect")] * 9))
+
+
+def test_an_expected_file_is_waited_for() -> None:
+    assert retry("/data/x", "read", flaky([FileNotFoundError("x")]), expected=True) == "done"
+    with pytest.raises(FileNotFoundError):
+        retry("/data/x", "read", flaky([FileNotFoundError("x")]))
+
+
+@pytest.mark.skipif(not hasattr(os, "geteuid") or os.geteuid() == 0, reason="root may read everything")
+def test_a_folder_without_permission(tmp_path: Path) -> None:
+    Folder(str(tmp_path / "x")).write("y", b"1")
+    (tmp_path / "x").chmod(0)
+    folder = Folder(str(tmp_path / "x"))
+    actions: list[Callable[[], object]] = [
+        lambda: folder.read("y"),
+        folder.list,
+        lambda: folder.write("z", b"1"),
+    ]
+    for action in actions:
+        with pytest.raises(StorageError, match="Permission denied"):
+            action()
+
+
+@pytest.mark.parametrize(
+    "uri", ["s3://AKIA:hunter2@bucket/x", "s3://bucket/x?secret_key=hunter2", "https://u:hunter2@host/x"]
+)
+def test_credentials_in_a_uri_are_refused_and_not_repeated(uri: str) -> None:
+    with pytest.raises(UserError, match="holds credentials") as raised:
+        Folder(uri)
+    assert "hunter2" not in str(raised.value)
+
+
+@pytest.mark.parametrize("uri", ["", "  ", "a\0b"])
+def test_an_empty_path_is_refused(uri: str) -> None:
+    with pytest.raises(UserError, match="empty or holds a NUL"):
+        Folder(uri)
+
+
+def test_a_file_uri_is_unquoted(tmp_path: Path) -> None:
+    assert str(Folder(f"file://{tmp_path}/a%20b%23c")) == f"{tmp_path}/a b#c"
 
 
 def test_paths_become_absolute_and_survive_pickling(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -5,7 +5,7 @@ from __future__ import annotations
 import shutil
 from pathlib import Path
 
-from raysl.storage import Folder, write_error
+from raysl.storage import Folder, failure
 from raysl.tuning.standing import Standing
 
 
@@ -24,7 +24,7 @@ def write(folder: Folder, standing: Standing) -> None:
             if standing.scores_of(trial):
                 _write(place / f"{trial:04d}", standing, trial)
     except OSError as error:
-        raise write_error(str(place), error) from error
+        raise failure(str(place), "write", error) from error
 
 
 def _write(place: Path, standing: Standing, trial: int) -> None:
