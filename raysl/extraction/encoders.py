@@ -10,7 +10,6 @@ for other sizes of image.)
 
 from __future__ import annotations
 
-import hashlib
 import math
 import re
 from collections.abc import Callable, Mapping, Sequence
@@ -23,14 +22,13 @@ from torch import Tensor, nn
 from torch.nn.functional import adaptive_avg_pool2d, interpolate
 
 from raysl import checkpoint, rng
+from raysl.backbone import external_weights, norm
 from raysl.backbone import network as networks
-from raysl.backbone import norm
 from raysl.backbone.network import BackboneConfig
 from raysl.checkpoint import Checkpoint
 from raysl.errors import UserError, unknown
-from raysl.extraction import external_weights
 from raysl.run import METADATA, Run
-from raysl.storage import Folder
+from raysl.storage import Folder, StorageError
 
 Encode = Callable[[Tensor], Mapping[str, Tensor]]
 
@@ -164,7 +162,7 @@ class Weights:
 
     def identity(self) -> dict[str, Any]:
         """Backbone and a hash of the file. Raises UserError when it cannot be read."""
-        digest = hashlib.blake2b(self._read(), digest_size=8).hexdigest()
+        digest = external_weights.digest(external_weights.read_file(self.file))
         return {"encoder": self.name, "backbone": asdict(self.config), "weights": digest}
 
     def load(self, device: torch.device, layers: Sequence[str], by_batch: bool = False) -> Encode:
@@ -174,20 +172,8 @@ class Weights:
     def network(self) -> networks.Backbone:
         """Raises UserError when the file cannot be read, holds no weights, or those of another network."""
         body = _build(self.config)
-        external_weights.fill(
-            body.body, external_weights.weights(self._read(), self.file), self.file, self.config.name
-        )
+        external_weights.load_weights_into(body, self.file, self.config.name)
         return body
-
-    def _read(self) -> bytes:
-        place, _, name = self.file.rpartition("/")
-        try:
-            return Folder(place or "/").read(name)
-        except OSError as error:
-            raise UserError(
-                f"The file of weights {self.file!r} cannot be read: {error}. All machines of the cluster must see it: "
-                "put it into a folder that they share, or give a URI such as s3://BUCKET/FILE."
-            ) from error
 
 
 @dataclass(frozen=True)
@@ -239,9 +225,9 @@ def named(name: str, config: BackboneConfig, seed: int = 0) -> Encoder:
     place, _, file = weights.file.rpartition("/")
     try:
         Folder(place or "/").open(file).close()
-    except OSError as error:
+    except (OSError, StorageError) as error:
         raise UserError(
-            f"There is no checkpoint at {name!r}. Give the folder of a run, RUN/checkpoints/step-NNN, a file of "
+            f"There is no checkpoint at {name!r} ({error}). Give the folder of a run, RUN/checkpoints/step-NNN, a file of "
             "weights together with --backbone.name, 'random' or 'pixels'."
         ) from error
     return weights

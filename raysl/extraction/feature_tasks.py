@@ -25,10 +25,10 @@ import numpy.typing as npt
 import torch
 from torch import Tensor
 
-from raysl.backbone import network
+from raysl.backbone import external_weights, network
 from raysl.dataset import DataSet
 from raysl.errors import UserError, unknown
-from raysl.extraction import encoders, external_weights
+from raysl.extraction import encoders
 from raysl.extraction.encoders import Encode, Encoder
 from raysl.extraction.table import DONE, FeatureForm, FeatureProtocol, FeatureTable, Floats, Part, file, write
 from raysl.ray_cluster import placement
