@@ -14,7 +14,7 @@ from __future__ import annotations
 
 import json
 from collections.abc import Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, field
 from functools import cached_property
 from typing import Any
 
@@ -63,6 +63,8 @@ class Manifest:
             the same images under the same indices.
         num_bad: images of the source that could not be decoded and are listed in the ledger.
         format: version of this layout.
+        decoding: how the image files were decoded: the configuration, the range of values of each kind that has one,
+            and how many images are stored in another form than their files; a JSON value.
     """
 
     source: str
@@ -71,6 +73,7 @@ class Manifest:
     fingerprint: str
     num_bad: int
     format: int = FORMAT
+    decoding: dict[str, Any] = field(default_factory=dict)
 
     @property
     def num_images(self) -> int:
@@ -98,6 +101,7 @@ class Manifest:
             fingerprint=str(value["fingerprint"]),
             num_bad=int(value["num_bad"]),
             format=int(value["format"]),
+            decoding=dict(value.get("decoding", {})),
         )
 
 

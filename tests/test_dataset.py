@@ -26,7 +26,7 @@ def make(folder: Path, labelled: bool = True) -> DataSet:
     dest, base, shards = Folder(str(folder)), 0, []
     for unit, size in enumerate(SIZES):
         rows = (Row(str(i).encode(), i % 3, "") for i in range(base, base + size))
-        shards.append(write(dest, unit, base, rows, check=False, labelled=labelled, rows_per_group=4).shard)
+        shards.append(write(dest, unit, base, rows, decoding=None, labelled=labelled, rows_per_group=4).shard)
         base += size
     manifest = Manifest("made", tuple(shards), ("a", "b", "c") if labelled else (), "f00d", 0)
     dest.write_json("manifest.json", manifest.to_json())

@@ -33,7 +33,7 @@ from raysl.extraction.encoders import Encode, Encoder
 from raysl.extraction.table import DONE, FeatureForm, FeatureProtocol, FeatureTable, Floats, Part, file, write
 from raysl.ray_cluster import placement
 from raysl.storage import Folder
-from raysl.stream import decode
+from raysl.stream import decode, depth, formats, pixels
 
 # Of a layer averaged over its places, and of one that keeps some of them.
 _FORMS = (FeatureForm("float32"), FeatureForm("float16"))
@@ -142,7 +142,8 @@ def compute(
 def _code() -> str:
     """A hash of what features depend on besides their protocol: the code that makes them, what it is made with, and
     the form that they are kept in."""
-    source = "".join(inspect.getsource(module) for module in (decode, network, encoders, external_weights))
+    modules = (decode, pixels, depth, formats, network, encoders, external_weights)
+    source = "".join(inspect.getsource(module) for module in modules)
     made_with = [(name, _version(name)) for name in _MADE_WITH]
     return hashlib.blake2b(f"{made_with}{_FORMS}{source}".encode(), digest_size=8).hexdigest()
 

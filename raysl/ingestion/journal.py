@@ -15,6 +15,7 @@ from concurrent.futures import ThreadPoolExecutor
 from dataclasses import asdict, dataclass
 from typing import Any
 
+from raysl.ingestion.images import Treated
 from raysl.ingestion.shard import Written
 from raysl.ingestion.sources import Unit
 from raysl.storage import Folder
@@ -31,11 +32,13 @@ class Header:
         source: full name of the source.
         stamp: hash of its listing.
         shape: sizes of shards and row groups.
+        decoding: how images are decoded.
     """
 
     source: str
     stamp: str
     shape: tuple[int, ...]
+    decoding: dict[str, Any]
 
 
 @dataclass(frozen=True)
@@ -66,7 +69,9 @@ class Journal:
     def header(self) -> Header | None:
         """What is under way here; None when nothing is."""
         value = self._json("source.json")
-        return value and Header(value["source"], value["stamp"], tuple(value["shape"]))
+        return value and Header(
+            value["source"], value["stamp"], tuple(value["shape"]), value.get("decoding", {})
+        )
 
     def start(self, header: Header) -> None:
         """Forgets all that is here and starts anew."""
@@ -100,6 +105,8 @@ class Journal:
         value = self._folder.read_json(f"done/{number:06d}.json")
         value["row_groups"] = tuple(value["row_groups"])
         value["bad"] = tuple((path, reason) for path, reason in value["bad"])
+        value["tally"] = {kind: Treated(**treated) for kind, treated in value["tally"].items()}
+        value["ranges"] = {kind: (low, high) for kind, (low, high) in value["ranges"].items()}
         return Written(**value)
 
     def write_done(self, written: Written) -> None:

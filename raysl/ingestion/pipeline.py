@@ -10,7 +10,7 @@ from __future__ import annotations
 import hashlib
 import json
 from collections.abc import Callable
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from functools import partial
 from itertools import accumulate, chain
 from pathlib import Path
@@ -21,11 +21,12 @@ import ray.data
 
 from raysl.dataset import LEDGER, MANIFEST, SHARDS, DataSet, Manifest, Shard
 from raysl.errors import UserError
-from raysl.ingestion import shard
+from raysl.ingestion import images, shard
 from raysl.ingestion.journal import JOURNAL, Header, Journal, Listed
 from raysl.ingestion.progress import Reporter, Terminal
 from raysl.ingestion.sources import Place, Source, UnitSize, open_source, read, recognised
 from raysl.storage import Folder
+from raysl.stream.pixels import DecodeConfig, Ranges
 
 # Labels without names count from 0; numbers beyond this identify something else.
 _MOST_CLASSES = 1 << 20
@@ -41,6 +42,7 @@ class IngestConfig:
         shard_mb: most megabytes in a shard, where the source tells sizes before it is read.
         row_group_images: most images in a row group (and at most 4 MB), the unit of reading and shuffling.
         cpus_per_task: logical CPUs that Ray gives to a task; above 1 fewer tasks share the memory of a machine.
+        decoding: what becomes of transparent, high-depth, many-page and large images.
     """
 
     split: str = ""
@@ -48,6 +50,7 @@ class IngestConfig:
     shard_mb: int = 256
     row_group_images: int = 512
     cpus_per_task: float = 1.0
+    decoding: DecodeConfig = field(default_factory=DecodeConfig)
 
     def __post_init__(self) -> None:
         for name in ("shard_images", "shard_mb", "row_group_images", "cpus_per_task"):
@@ -76,7 +79,7 @@ def ingest(
         place = Place.parse(source, config.split)
         kind, opened = open_source(place)
         folder = Folder(dest)
-        if (finished := _finished(folder, opened.name)) is not None:
+        if (finished := _finished(folder, opened.name, config)) is not None:
             progress.say(
                 f"{folder} is already complete: {finished.num_images} images of {opened.name}. Delete it to ingest "
                 "the source again."
@@ -87,14 +90,15 @@ def ingest(
         try:
             listed = _list(opened, journal, config, progress)
             _write_all(kind, opened, listed, journal, config, progress)
+            _scale_all(kind, opened, listed, journal, config, progress)
             _move_all(journal, config, progress)
-            return _finish(opened.name, listed, journal, progress)
+            return _finish(opened.name, listed, journal, config, progress)
         except KeyboardInterrupt:
             progress.say("Interrupted. The same command goes on from here.")
             raise
 
 
-def _finished(dest: Folder, name: str) -> DataSet | None:
+def _finished(dest: Folder, name: str, config: IngestConfig) -> DataSet | None:
     """The data set at `dest` when it is finished; None when `dest` is free for this source.
 
     Raises:
@@ -108,6 +112,15 @@ def _finished(dest: Folder, name: str) -> DataSet | None:
             raise UserError(
                 f"{str(dest)!r} already holds a data set of another source, {data_set.manifest.source!r}, and not "
                 f"of {name!r}. Choose another destination, or delete that folder."
+            )
+        made_with = {key: data_set.manifest.decoding.get(key) for key in images.settings(config.decoding)}
+        if made_with != images.settings(config.decoding):
+            changed = [
+                key for key, value in images.settings(config.decoding).items() if made_with[key] != value
+            ]
+            raise UserError(
+                f"{str(dest)!r} already holds this source, ingested with another --{changed[0].replace('_', '-')}: "
+                f"{made_with[changed[0]]}. Choose another destination, or delete that folder."
             )
         # An interruption between the last two steps leaves the journal behind.
         Journal(dest).delete()
@@ -144,7 +157,10 @@ def _list(source: Source, journal: Journal, config: IngestConfig, progress: Repo
     size = UnitSize(config.shard_images, config.shard_mb << 20)
     try:
         header = Header(
-            source.name, source.stamp(), (size.num_images, size.num_bytes, config.row_group_images)
+            source.name,
+            source.stamp(),
+            (size.num_images, size.num_bytes, config.row_group_images),
+            images.settings(config.decoding),
         )
         if journal.header() == header:
             if (listed := journal.listed()) is not None:
@@ -185,20 +201,45 @@ def _write_all(
     """The first pass: writes every shard that is not yet done."""
     done = set(journal.done())
     pending = [number for number in range(len(listed.counts)) if number not in done]
-    write = partial(
+    write = _writer(kind, source, listed, journal, config, {})
+    seen, bad = sum(listed.counts[number] for number in done), 0
+    progress.update("Ingesting", seen, sum(listed.counts), bad)
+    for row in _each(pending, write, config):
+        seen, bad = seen + row["images"] + row["bad"], bad + row["bad"]
+        progress.update("Ingesting", seen, sum(listed.counts), bad)
+
+
+def _scale_all(
+    kind: str, source: Source, listed: Listed, journal: Journal, config: IngestConfig, progress: Reporter
+) -> None:
+    """Write those shards again that hold signed or float values, now that the range of all of them is known."""
+    with_values = [written for written in journal.all_written() if written.tally]
+    ranges = images.ranges_of(images.merge(written.tally for written in with_values), config.decoding)
+    pending = [
+        written.unit
+        for written in with_values
+        if any(written.ranges.get(kind) != ranges[kind] for kind in ranges.keys() & written.tally)
+    ]
+    done, total = 0, sum(listed.counts[number] for number in pending)
+    for row in _each(pending, _writer(kind, source, listed, journal, config, ranges), config):
+        done += row["images"] + row["bad"]
+        progress.update("Scaling values", done, total, 0)
+
+
+def _writer(
+    kind: str, source: Source, listed: Listed, journal: Journal, config: IngestConfig, ranges: Ranges
+) -> Callable[[int], tuple[int, int]]:
+    """Return the function that writes the shard of a unit, for tasks."""
+    return partial(
         _write_unit,
         kind=kind,
         journal=journal,
         listed=listed,
         bases=_starts(list(listed.counts)),
-        check=not source.encoded_here,
+        decoding=None if source.encoded_here else config.decoding,
+        ranges=ranges,
         rows_per_group=config.row_group_images,
     )
-    images, bad = sum(listed.counts[number] for number in done), 0
-    progress.update("Ingesting", images, sum(listed.counts), bad)
-    for row in _each(pending, write, config):
-        images, bad = images + row["images"] + row["bad"], bad + row["bad"]
-        progress.update("Ingesting", images, sum(listed.counts), bad)
 
 
 def _write_unit(
@@ -207,7 +248,8 @@ def _write_unit(
     journal: Journal,
     listed: Listed,
     bases: list[int],
-    check: bool,
+    decoding: DecodeConfig | None,
+    ranges: Ranges,
     rows_per_group: int,
 ) -> tuple[int, int]:
     """Runs in a task. Returns how many images it wrote, and how many were bad."""
@@ -216,7 +258,8 @@ def _write_unit(
         number,
         bases[number],
         read(kind, journal.unit(number)),
-        check=check,
+        decoding=decoding,
+        ranges=ranges,
         labelled=listed.labelled,
         rows_per_group=rows_per_group,
     )
@@ -279,16 +322,17 @@ def _run(batch: dict[str, Any], numbers: list[int], work: Callable[[int], tuple[
             rows.append((0, 0, str(error)))
         except OSError as error:
             rows.append((0, 0, f"Cannot read the source: {error}. The same command goes on from here."))
-    images, bad, errors = zip(*rows, strict=True)
-    return {"images": np.array(images), "bad": np.array(bad), "error": np.array(errors, dtype=object)}
+    written, bad, errors = zip(*rows, strict=True)
+    return {"images": np.array(written), "bad": np.array(bad), "error": np.array(errors, dtype=object)}
 
 
-def _finish(name: str, listed: Listed, journal: Journal, progress: Reporter) -> DataSet:
+def _finish(name: str, listed: Listed, journal: Journal, config: IngestConfig, progress: Reporter) -> DataSet:
     """Writes the ledger and then the manifest, and drops the journal."""
     shards: list[Shard] = []
     digest = hashlib.blake2b(digest_size=16)
     num_bad, num_unlabelled, max_label = 0, 0, -1
     reasons: list[str] = []
+    tallies: list[images.Tally] = []
     done = len(journal.done())
     if done < len(listed.counts):
         raise UserError(
@@ -307,6 +351,7 @@ def _finish(name: str, listed: Listed, journal: Journal, progress: Reporter) -> 
                 digest.update(f"{written.num_images} {written.digest}\n".encode())
             num_unlabelled += written.num_unlabelled
             max_label = max(max_label, written.max_label)
+            tallies += [written.tally] if written.tally else []
     dest = journal.dest
     if not num_bad:
         dest.delete(LEDGER)
@@ -324,7 +369,11 @@ def _finish(name: str, listed: Listed, journal: Journal, progress: Reporter) -> 
     for stray in set((dest / SHARDS).list()) - {entry.file for entry in shards}:
         dest.delete(f"{SHARDS}/{stray}")
     classes = _classes(listed, max_label, num_unlabelled, progress)
-    manifest = Manifest(name, tuple(shards), classes, digest.hexdigest(), num_bad)
+    tally = images.merge(tallies)
+    for line in images.sentences(tally, config.decoding):
+        progress.say(line)
+    decoding = images.record(tally, config.decoding)
+    manifest = Manifest(name, tuple(shards), classes, digest.hexdigest(), num_bad, decoding=decoding)
     dest.write_json(MANIFEST, manifest.to_json())
     journal.delete()
     bad = f"; {num_bad} others could not be decoded and are listed in {dest}/{LEDGER}" if num_bad else ""

@@ -9,15 +9,17 @@ from __future__ import annotations
 import hashlib
 from collections.abc import Iterator
 from dataclasses import dataclass, field
+from itertools import chain
 
 import pyarrow as pa
 import pyarrow.parquet as pq
 
 from raysl.dataset import SHARDS, Shard
 from raysl.errors import UserError
+from raysl.ingestion.images import Tally, stored
 from raysl.ingestion.sources import Row
 from raysl.storage import Folder
-from raysl.stream.decode import DecodeError, decode
+from raysl.stream.pixels import DecodeConfig, Ranges
 
 _ROW_GROUP_BYTES = 4 << 20
 
@@ -35,6 +37,8 @@ class Written:
         max_label: the largest label; -1 when there is none.
         num_unlabelled: images without a label.
         bad: (path, reason) of every image that could not be decoded.
+        tally: the images that are stored in another form than their files.
+        ranges: by kind of values, the range that became 0 to 255.
     """
 
     unit: int
@@ -45,6 +49,8 @@ class Written:
     max_label: int
     num_unlabelled: int
     bad: tuple[tuple[str, str], ...]
+    tally: Tally = field(default_factory=dict)
+    ranges: dict[str, tuple[float, float]] = field(default_factory=dict)
 
     @property
     def num_images(self) -> int:
@@ -66,6 +72,7 @@ class _Sums:
     row_groups: list[int] = field(default_factory=list)
     bad: list[tuple[str, str]] = field(default_factory=list)
     digest: hashlib.blake2b = field(default_factory=lambda: hashlib.blake2b(digest_size=16))
+    tally: Tally = field(default_factory=dict)
     max_label: int = -1
     num_unlabelled: int = 0
 
@@ -82,24 +89,28 @@ def write(
     base: int,
     rows: Iterator[Row],
     *,
-    check: bool,
+    decoding: DecodeConfig | None,
     labelled: bool,
     rows_per_group: int,
+    ranges: Ranges | None = None,
 ) -> Written:
     """Writes the rows that hold an image as the shard of a unit.
 
     Args:
         base: index of the first image.
-        check: whether to decode every image, to find those that cannot be.
+        decoding: how to decode every image and store those that are not ordinary; None stores all as they are.
         labelled: whether the shard has a label column.
+        ranges: by kind of values, the range that becomes 0 to 255; see `raysl.ingestion.images.ranges_of`.
 
     Raises:
         UserError: the shard cannot be written, or the source says so.
     """
     sums = _Sums()
+    if decoding is not None:
+        rows = chain.from_iterable(stored(row, decoding, ranges or {}, sums.tally) for row in rows)
     with dest.writing(f"{SHARDS}/{_file(unit)}") as stream:
         writer = None
-        for images, labels in _groups(rows, sums, check, labelled, rows_per_group):
+        for images, labels in _groups(rows, sums, labelled, rows_per_group):
             table = _table(base + sum(sums.row_groups), images, labels if labelled else None)
             writer = writer or _writer(stream, table.schema)
             writer.write_table(table, row_group_size=len(images))
@@ -118,20 +129,21 @@ def write(
         max_label=sums.max_label,
         num_unlabelled=sums.num_unlabelled,
         bad=tuple(sums.bad),
+        tally=sums.tally,
+        ranges=dict(ranges or {}),
     )
 
 
 def _groups(
-    rows: Iterator[Row], sums: _Sums, check: bool, labelled: bool, rows_per_group: int
+    rows: Iterator[Row], sums: _Sums, labelled: bool, rows_per_group: int
 ) -> Iterator[tuple[list[bytes], list[int | None]]]:
     """Images and labels of one row group after the other, without the bad ones."""
     images: list[bytes] = []
     labels: list[int | None] = []
     num_bytes = 0
     for row in rows:
-        reason = _reason(row, check)
-        if reason is not None or row.image is None:
-            sums.bad.append((row.path, reason or row.reason))
+        if row.image is None:
+            sums.bad.append((row.path, row.reason))
             continue
         if images and (len(images) >= rows_per_group or num_bytes + len(row.image) > _ROW_GROUP_BYTES):
             yield images, labels
@@ -144,18 +156,6 @@ def _groups(
         num_bytes += len(row.image)
     if images:
         yield images, labels
-
-
-def _reason(row: Row, check: bool) -> str | None:
-    """Why a row holds no image; None when it does."""
-    if row.image is None:
-        return row.reason
-    if check:
-        try:
-            decode(row.image)
-        except DecodeError as error:
-            return str(error)
-    return None
 
 
 def _table(first: int, images: list[bytes], labels: list[int | None] | None) -> pa.Table:

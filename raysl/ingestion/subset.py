@@ -74,6 +74,6 @@ def relabelled(
     labels = [None] * len(chosen_k) if labels_k is None else labels_k.tolist()
     rows = (Row(image, label, "") for image, label in zip(images, labels, strict=True))
     labelled = labels_k is not None
-    written = shard.write(folder, 0, 0, rows, check=False, labelled=labelled, rows_per_group=_GROUP)
+    written = shard.write(folder, 0, 0, rows, decoding=None, labelled=labelled, rows_per_group=_GROUP)
     folder.write_json(MANIFEST, Manifest(source, (written.shard,), tuple(classes), fingerprint, 0).to_json())
     return DataSet.open(str(folder))

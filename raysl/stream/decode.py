@@ -1,82 +1,58 @@
-"""From encoded image files to square crops: decode once, then cut and resize every crop that is wanted.
+"""From encoded image files to square crops: decode each image once, then cut and resize every crop of it.
 
-Resizing is bilinear with antialiasing, as Pillow's: a triangle as wide as the reduction, clipped at the box. The
+Resizing is bilinear with antialiasing, as in Pillow: a triangle as wide as the reduction, clipped at the box. The
 pixels of a crop depend on its image and box alone.
 """
 
 from __future__ import annotations
 
-import io
 from collections.abc import Mapping, Sequence
 
 import numpy as np
-import numpy.typing as npt
-import simplejpeg
 import torch
-from PIL import Image, ImageOps, UnidentifiedImageError
 from torch import Tensor
 from torch.nn.functional import interpolate
 
 from raysl.augment import SourceCrop
 from raysl.rng import ImageRng
+from raysl.stream.formats import DecodeError
+from raysl.stream.pixels import DecodeConfig, pictures
 
-_JPEG = b"\xff\xd8\xff"
-# A segment of a JPEG file holds less, and EXIF comes first or after the small JFIF segment.
-_EXIF_WITHIN = 1 << 16
+__all__ = ["DecodeError", "centre", "cut", "decode", "drawn_as", "squashed"]
+
+_DEFAULT = DecodeConfig()
+# Of an image that is longer than this many times its shorter side, the evaluation view sees the middle alone.
+_LONGEST = 16
 
 
-class DecodeError(Exception):
-    """The bytes are not an image, or an image that is damaged."""
+def decode(data: bytes, config: DecodeConfig | None = None) -> Tensor:
+    """Decode an image file; `raysl.stream.pixels` says what becomes of each kind.
 
-
-def decode(data: bytes) -> Tensor:
-    """Decodes an image file of any format that Pillow knows.
-
-    Grey, palette, CMYK and 16-bit images become RGB; transparency is dropped; the EXIF orientation is applied. Of an
-    animation the first frame is taken.
+    Args:
+        data: the whole file. Of several pages or frames the first is taken.
+        config: None for the default.
 
     Returns:
         uint8 (3, h, w), RGB, with the channels last in memory.
 
     Raises:
-        DecodeError: the bytes are not an image, or the image is damaged.
+        DecodeError: the bytes are not an image, the image is damaged or too large, or its values need a range.
     """
-    try:
-        if data[:3] == _JPEG and data.find(b"Exif\0\0", 0, _EXIF_WITHIN) < 0:
-            try:
-                return _channels_first(simplejpeg.decode_jpeg(data))
-            except ValueError:
-                pass  # CMYK, or damage that Pillow may forgive and else says more about
-        return _channels_first(_decode_with_pillow(data))
-    except UnidentifiedImageError as error:  # whose own words give an address in memory
-        raise DecodeError("no image of a known format" if data else "the file is empty") from error
-    except Exception as error:  # Pillow's plugins raise whatever the damage leads them to
-        raise DecodeError(f"{type(error).__name__}: {error}") from error
-
-
-def _channels_first(pixels_hwc: npt.NDArray[np.uint8]) -> Tensor:
-    return torch.from_numpy(pixels_hwc).permute(2, 0, 1)
-
-
-def _decode_with_pillow(data: bytes) -> npt.NDArray[np.uint8]:
-    """uint8 (h, w, 3)."""
-    with Image.open(io.BytesIO(data)) as file:
-        image: Image.Image = ImageOps.exif_transpose(file)
-    if image.mode.startswith("I") or image.mode == "F":
-        # 16 bits in most cases: Pillow's own conversion would clip at 255.
-        values = np.asarray(image, dtype=np.float64)
-        values = values / 257 if values.max(initial=0) > 255 else values
-        image = Image.fromarray(values.clip(0, 255).astype(np.uint8))
-    return np.array(image if image.mode == "RGB" else image.convert("RGB"))
+    picture = next(pictures(data, config or _DEFAULT))
+    if isinstance(picture, DecodeError):
+        raise picture
+    if picture.kind and picture.kind != "transparent" and picture.scale is None:
+        raise DecodeError(f"its {picture.kind} values need a range, as `raysl ingest` finds or is given")
+    return torch.from_numpy(picture.pixels_hwc).permute(2, 0, 1)
 
 
 def cut(images: Sequence[bytes], crops: Mapping[str, SourceCrop], image_rng: ImageRng) -> dict[str, Tensor]:
-    """Decodes each image once and cuts every named crop out of it.
+    """Decode each image once and cut every named crop out of it.
 
     Args:
         images: encoded files, of any sizes.
-        crops: by the name of the view; the boxes of a view come from `draws.named(drawn_as(name))`.
-        draws: of the b images.
+        crops: by the name of the view; the boxes of a view come from `image_rng.named(drawn_as(name))`.
+        image_rng: random numbers of the b images.
 
     Returns:
         uint8 (b, 3, size, size) for each name.
@@ -102,7 +78,7 @@ def cut(images: Sequence[bytes], crops: Mapping[str, SourceCrop], image_rng: Ima
 
 
 def drawn_as(name: str) -> str:
-    """The name by which a view draws its numbers: that of the view itself, for "transformed@variant" too."""
+    """Return the name under which a view draws its random numbers: without a variant, as in "transformed@variant"."""
     return name.partition("@")[0]
 
 
@@ -113,9 +89,10 @@ def _resize(image_1chw: Tensor, height: int, width: int) -> Tensor:
 
 
 def centre(images: Sequence[bytes], size: int) -> Tensor:
-    """The evaluation view: shorter side resized to size * 256 / 224, then the square in the middle.
+    """Return the evaluation view: the shorter side resized to size * 256 / 224, then the square in the middle.
 
-    An image that already is size x size stays as it is.
+    An image that already is size x size stays as it is. Memory is bounded: of an image more than 16 times as long as
+    wide, the rest of its length is cut off before the resize.
 
     Returns:
         uint8 (b, 3, size, size).
@@ -125,7 +102,7 @@ def centre(images: Sequence[bytes], size: int) -> Tensor:
     """
     out = torch.empty(len(images), 3, size, size, dtype=torch.uint8)
     for row, data in zip(out, images, strict=True):
-        image = decode(data)
+        image = _middle(decode(data))
         height, width = image.shape[1:]
         if (height, width) != (size, size):
             short = round(size * 256 / 224)
@@ -138,8 +115,17 @@ def centre(images: Sequence[bytes], size: int) -> Tensor:
     return out
 
 
+def _middle(image_chw: Tensor) -> Tensor:
+    """Return an image without the ends that lie far outside of the square in its middle."""
+    height, width = image_chw.shape[1:]
+    longest = _LONGEST * min(height, width)
+    # Both ends lose the same number of pixels, so that the middle stays where it is.
+    top, left = max(0, (height - longest) // 2), max(0, (width - longest) // 2)
+    return image_chw[:, top : height - top, left : width - left]
+
+
 def squashed(images: Sequence[bytes], size: int) -> Tensor:
-    """The whole of every image, whatever its shape: both sides resized to `size`.
+    """Return the whole of every image, of any shape: both sides resized to `size`.
 
     Returns:
         uint8 (b, 3, size, size).

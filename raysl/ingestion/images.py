@@ -1,0 +1,163 @@
+"""From the image files of a source to the images that a data set stores.
+
+Ordinary files (8-bit JPEG, PNG and WebP, opaque, one image each) are stored byte for byte. All others become 8-bit PNG
+files here, once, so that whatever reads the data set needs no configuration and no optional package.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Iterator
+from dataclasses import asdict, dataclass
+from typing import Any
+
+from raysl.ingestion import png
+from raysl.ingestion.sources import Row
+from raysl.stream.formats import DecodeError
+from raysl.stream.pixels import DecodeConfig, Picture, Ranges, pictures
+
+# Kinds of a `Tally` beside those of `raysl.stream.depth.Values`.
+TRANSPARENT, PAGES, FULL_RANGE = "transparent", "pages", "uint16"
+
+
+@dataclass(frozen=True)
+class Treated:
+    """Images of one kind that were changed when they were ingested.
+
+    Args:
+        count: number of images; for `PAGES` of files that hold more images than were taken.
+        example: the first of them.
+        low: smallest value found, for kinds with a scale.
+        high: largest value found.
+        left_out: pages and frames that were not taken, for `PAGES`.
+    """
+
+    count: int
+    example: str
+    low: float = float("inf")
+    high: float = float("-inf")
+    left_out: int = 0
+
+    def __add__(self, other: Treated) -> Treated:
+        return Treated(
+            self.count + other.count,
+            self.example,
+            min(self.low, other.low),
+            max(self.high, other.high),
+            self.left_out + other.left_out,
+        )
+
+
+Tally = dict[str, Treated]
+
+
+def merge(tallies: Iterable[Tally]) -> Tally:
+    """Return the sum of several tallies, by kind."""
+    total: Tally = {}
+    for tally in tallies:
+        for kind, treated in tally.items():
+            total[kind] = total[kind] + treated if kind in total else treated
+    return total
+
+
+def ranges_of(tally: Tally, config: DecodeConfig) -> dict[str, tuple[float, float]]:
+    """Return the range of values for each kind that needs one and is given none by the configuration."""
+    if config.range is not None:
+        return {}
+    return {
+        kind: (treated.low, treated.high)
+        for kind, treated in tally.items()
+        if kind not in (TRANSPARENT, PAGES, FULL_RANGE) and treated.low <= treated.high
+    }
+
+
+def stored(row: Row, config: DecodeConfig, ranges: Ranges, tally: Tally) -> Iterator[Row]:
+    """Yield what a data set stores for an image file: one row, or one for each page or frame.
+
+    Args:
+        row: with the bytes of the file.
+        ranges: see `ranges_of`; a kind that is not there is scaled by each image alone, for the time being.
+        tally: the images that were changed are added.
+    """
+    if row.image is None:
+        yield row
+        return
+    for picture in pictures(row.image, config, ranges, row.path):
+        if isinstance(picture, DecodeError):
+            yield row._replace(image=None, reason=str(picture))
+            continue
+        path = f"{row.path}#{picture.page}" if picture.page and config.frames == "all" else row.path
+        _count(picture, path, tally)
+        if picture.ordinary:
+            yield row
+        else:
+            yield row._replace(image=_encoded(picture), path=path)
+
+
+def _count(picture: Picture, path: str, tally: Tally) -> None:
+    if picture.kind == TRANSPARENT:
+        _add(tally, TRANSPARENT, Treated(1, path))
+    elif picture.kind:
+        _add(tally, picture.kind, Treated(1, path, *picture.found))
+    if picture.left_out:
+        _add(tally, PAGES, Treated(1, path, left_out=picture.left_out))
+
+
+def _add(tally: Tally, kind: str, treated: Treated) -> None:
+    tally[kind] = tally[kind] + treated if kind in tally else treated
+
+
+def _encoded(picture: Picture) -> bytes:
+    pixels_hwc = picture.pixels_hwc
+    if (pixels_hwc == pixels_hwc[:, :, :1]).all():
+        pixels_hwc = pixels_hwc[:, :, :1]
+    return png.encode(pixels_hwc[None])[0]
+
+
+def sentences(tally: Tally, config: DecodeConfig) -> list[str]:
+    """Return what was done to the images that are not ordinary, one line for each kind."""
+    lines = []
+    for kind, treated in sorted(tally.items()):
+        those = f"{_counted(treated.count, 'image')} (the first: {treated.example})"
+        given = config.range
+        if kind == TRANSPARENT:
+            lines.append(f"{those} with transparent parts: put on {config.background} (--background).")
+        elif kind == PAGES:
+            files = f"{_counted(treated.count, 'file')} (the first: {treated.example})"
+            left = _counted(treated.left_out, "other")
+            lines.append(
+                f"{files} with several pages or frames: the first of each is taken, {left} left out (--frames all "
+                "takes each as an image)."
+            )
+        elif given is not None:
+            lines.append(
+                f"{those} of {kind} values: {given[0]:g} to {given[1]:g} become 0 to 255, as --range says."
+            )
+        elif kind == FULL_RANGE:
+            lines.append(
+                f"{those} of 9 to 16 bits: the full range of the type becomes 0 to 255; the largest value found is "
+                f"{treated.high:g} (--range LOW HIGH for another range)."
+            )
+        else:
+            lines.append(
+                f"{those} of {kind} values: {treated.low:g} to {treated.high:g}, the range of all of them, become 0 "
+                "to 255; NaN becomes 0 (--range LOW HIGH for another range)."
+            )
+    return lines
+
+
+def _counted(count: int, noun: str) -> str:
+    return f"{count:,} {noun}" + ("s" if count != 1 else "")
+
+
+def record(tally: Tally, config: DecodeConfig) -> dict[str, Any]:
+    """Return what the manifest says about the rule and the images under it; a JSON value."""
+    ranges = {kind: list(found) for kind, found in ranges_of(tally, config).items()}
+    counts = {kind: treated.count for kind, treated in sorted(tally.items())}
+    return {**settings(config), "ranges": ranges, "changed": counts}
+
+
+def settings(config: DecodeConfig) -> dict[str, Any]:
+    """Return the configuration as a JSON value."""
+    value = asdict(config)
+    value["range"] = None if config.range is None else [float(bound) for bound in config.range]
+    return value

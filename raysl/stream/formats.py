@@ -1,0 +1,232 @@
+"""Tell what a file is by its content, and open it with Pillow or with the optional package that reads its format.
+
+The packages are those of the extra `images`. A file that none of them reads is refused by the name of its format, with
+the package or the step that helps.
+"""
+
+from __future__ import annotations
+
+import gzip
+import importlib
+import io
+import re
+from types import ModuleType
+from typing import Any
+
+import numpy as np
+from PIL import Image, TiffImagePlugin, UnidentifiedImageError
+
+# The ends of the file names of images, for sources that hold other files too.
+EXTENSIONS = (
+    *(".jpg", ".jpeg", ".jpe", ".jfif", ".png", ".apng", ".bmp", ".dib", ".gif", ".webp", ".tif", ".tiff"),
+    *(
+        ".ppm",
+        ".pgm",
+        ".pbm",
+        ".pnm",
+        ".pfm",
+        ".tga",
+        ".avif",
+        ".heic",
+        ".heif",
+        ".jp2",
+        ".j2k",
+        ".jxl",
+        ".ico",
+    ),
+    *(".svg", ".svgz", ".psd", ".psb"),
+    *(".dng", ".cr2", ".cr3", ".nef", ".arw", ".orf", ".rw2", ".raf", ".pef", ".srw"),
+)
+JPEG = b"\xff\xd8\xff"
+PNG = b"\x89PNG\r\n\x1a\n"
+_TIFF = (b"II*\0", b"MM\0*", b"II+\0", b"MM\0+")
+_RAW = (b"FUJIFILMCCD-RAW", b"IIRO", b"IIRS", b"MMOR", b"IIU\0", b"FOVb", b"\0MRM")
+_HEIF_BRANDS = (b"heic", b"heix", b"hevc", b"hevx", b"heim", b"heis", b"mif1", b"msf1")
+_JXL = (b"\xff\x0a", b"\0\0\0\x0cJXL \r\n\x87\n")
+_SVG = re.compile(
+    rb"\A(?:\xef\xbb\xbf)?(?:\s|<\?.*?\?>|<!--.*?-->|<!DOCTYPE[^>\[]*(?:\[.*?\])?\s*>)*<(?:\w+:)?svg[\s>]",
+    re.DOTALL,
+)
+_HTML = re.compile(rb"\A(?:\xef\xbb\xbf)?\s*<(?:!doctype html|html|head|body)", re.IGNORECASE)
+# An SVG drawing has no pixels of its own: its longer side becomes this many.
+_SVG_SIDE = 1024
+# Tags of TIFF (Adobe, TIFF 6.0 and DNG 1.7).
+_SUBFILE, _PHOTOMETRIC, _SUB_IFDS, _DNG_VERSION = 254, 262, 330, 50706
+_SENSOR_MOSAIC = (32803, 34892)
+
+_REFUSED = (
+    (b"version https://git-lfs", "a Git LFS pointer and not the image itself: run `git lfs pull`"),
+    (b"%PDF", "a PDF document: draw its pages as PNG first, for example with pdftoppm"),
+    (b"%!PS", "PostScript: draw it as PNG first, for example with Ghostscript"),
+    (b"\xc5\xd0\xd3\xc6", "PostScript: draw it as PNG first, for example with Ghostscript"),
+    (b"v/1\x01", "an OpenEXR image: convert it to float TIFF first, for example with the package OpenEXR"),
+    (
+        b"#?RADIANCE",
+        "a Radiance HDR image: convert it to float TIFF first, for example with the package imageio",
+    ),
+    (b"#?RGBE", "a Radiance HDR image: convert it to float TIFF first, for example with the package imageio"),
+    (b"gimp xcf", "a GIMP drawing: export it as PNG"),
+    (b"\x93NUMPY", "a NumPy array: save it as PNG or TIFF first, for example with the package tifffile"),
+    (b"\x89HDF", "an HDF5 file: write its images as files first, for example with the package h5py"),
+    (b"\x1aE\xdf\xa3", "a video: write its frames as images first, for example with ffmpeg"),
+    (b"PK\x03\x04", "a ZIP archive: unpack it"),
+    (b"\x1f\x8b", "compressed with gzip: unpack it"),
+    (b"7z\xbc\xaf", "a 7z archive: unpack it"),
+    (b"Rar!", "a RAR archive: unpack it"),
+)
+
+
+class DecodeError(Exception):
+    """The bytes are not an image that can be read. The message completes the sentence "The file ..."."""
+
+
+def open_image(data: bytes, name: str = "") -> Image.Image:
+    """Open an image file without decoding its pixels, where its format allows that.
+
+    Args:
+        data: the whole file.
+        name: its name, which tells camera raw files from TIFF where the content does not.
+
+    Raises:
+        DecodeError: the file is of a kind that is not read here; the message names the kind and what helps.
+    """
+    if not data:
+        raise DecodeError("the file is empty")
+    if data[:8] != PNG and data[:3] != JPEG:
+        if _is_heif(data):
+            package("pillow_heif", "pillow-heif", "a HEIC photo").register_heif_opener(thumbnails=False)
+        elif data.startswith(_JXL):
+            package("pillow_jxl", "pillow-jxl-plugin", "a JPEG XL image")
+        elif _is_raw(data, name):
+            return _open_raw(data)
+        elif (drawing := _svg(data)) is not None:
+            return _open_svg(drawing)
+    try:
+        image = Image.open(io.BytesIO(data))
+    except (UnidentifiedImageError, NotImplementedError) as error:
+        if data.startswith((b"8BPS\0\1", b"8BPS\0\2")):
+            return _open_psd(data)
+        raise DecodeError(_describe(data)) from error
+    if image.format in ("EPS", "WMF"):
+        # Pillow would start another program to draw these.
+        raise DecodeError(f"is a drawing in the format {image.format}: draw it as PNG first")
+    return image
+
+
+def is_tiff(data: bytes) -> bool:
+    return data.startswith(_TIFF)
+
+
+def looks_like_image(head: bytes) -> bool:
+    """Return whether a file that begins with `head` (some kilobytes) is an image of a known format.
+
+    For files of which the name does not tell.
+    """
+    if head.startswith((JPEG, PNG, b"GIF8", b"8BPS", *_TIFF, *_RAW, *_JXL)) or _is_heif(head) or _svg(head):
+        return True
+    try:
+        with Image.open(io.BytesIO(head)) as image:
+            return image.format not in ("TGA", "EPS", "WMF")  # TGA has no signature: other files pass for it
+    except Exception:  # Pillow's plugins raise many kinds of errors on foreign bytes.
+        return False
+
+
+def _describe(data: bytes) -> str:
+    """Return what a file is that cannot be read."""
+    for magic, what in _REFUSED:
+        if data.startswith(magic):
+            return f"is {what}"
+    if _HTML.match(data[:1024]):
+        return "is a web page and not an image: download the image again"
+    if data[4:8] == b"ftyp" or (data[:4] == b"RIFF" and data[8:12] == b"AVI "):
+        return "is a video: write its frames as images first, for example with ffmpeg"
+    if data[128:132] == b"DICM":
+        return "is a DICOM image: write its pixels as TIFF first, for example with the package pydicom"
+    if not any(data):
+        return "no image of a known format: every byte is zero"
+    return "no image of a known format"
+
+
+def package(module: str, distribution: str, what: str) -> ModuleType:
+    """Import an optional package that reads a format.
+
+    Raises:
+        DecodeError: it is not installed; the message says what the file is and names the package.
+    """
+    try:
+        return importlib.import_module(module)
+    except ImportError:
+        raise DecodeError(
+            f"is {what}: install the package {distribution} (or raysl[images]) on every machine to read it"
+        ) from None
+
+
+def _is_heif(data: bytes) -> bool:
+    """Return whether a file is HEIF with HEVC inside. AVIF is of the same family and Pillow reads it."""
+    if data[4:8] != b"ftyp":
+        return False
+    brands = data[8 : min(int.from_bytes(data[:4], "big"), 256)]
+    return b"avif" not in brands and b"avis" not in brands and any(brand in brands for brand in _HEIF_BRANDS)
+
+
+def _is_raw(data: bytes, name: str) -> bool:
+    """Return whether a file is the raw data of a camera's sensor; such files are often TIFF with a small preview."""
+    if data.startswith(_RAW) or data[4:12] == b"ftypcrx ":
+        return True
+    if not is_tiff(data):
+        return False
+    tags = tiff_tags(data)
+    preview_first = int(tags.get(_SUBFILE, 0)) & 1 and _SUB_IFDS in tags
+    return bool(
+        data[8:10] == b"CR"
+        or _DNG_VERSION in tags
+        or tags.get(_PHOTOMETRIC) in _SENSOR_MOSAIC
+        or preview_first
+        or name.lower().endswith((".nef", ".arw", ".pef", ".srw", ".dng", ".cr2", ".orf", ".rw2"))
+    )
+
+
+def tiff_tags(data: bytes) -> dict[int, Any]:
+    """Return the tags of the first page of a TIFF file; none when they are damaged."""
+    try:
+        stream = io.BytesIO(data)
+        head = stream.read(8)
+        tags = TiffImagePlugin.ImageFileDirectory_v2(head + stream.read(8) if head[2] == 43 else head)
+        stream.seek(tags.next)
+        tags.load(stream)
+        return dict(tags)
+    except Exception:  # Damage of any kind: the decoder says more about it.
+        return {}
+
+
+def _open_raw(data: bytes) -> Image.Image:
+    rawpy = package("rawpy", "rawpy", "the raw data of a camera's sensor")
+    with rawpy.imread(io.BytesIO(data)) as raw:
+        return Image.fromarray(np.asarray(raw.postprocess(use_camera_wb=True)))
+
+
+def _svg(data: bytes) -> bytes | None:
+    """Return the text of an SVG drawing; None when the file is none."""
+    if data[:2] == b"\x1f\x8b":
+        try:
+            data = gzip.GzipFile(fileobj=io.BytesIO(data)).read(1 << 24)
+        except (OSError, EOFError):
+            return None
+    return data if _SVG.match(data[:65536]) else None
+
+
+def _open_svg(drawing: bytes) -> Image.Image:
+    resvg = package("resvg_py", "resvg-py", "an SVG drawing")
+    # With both sides given, the drawing is fitted into the square and keeps its proportions.
+    png = resvg.svg_to_bytes(svg_string=drawing.decode(), width=_SVG_SIDE, height=_SVG_SIDE)
+    return Image.open(io.BytesIO(bytes(png)))
+
+
+def _open_psd(data: bytes) -> Image.Image:
+    psd_tools = package("psd_tools", "psd-tools", "a Photoshop file that Pillow cannot read")
+    image = psd_tools.PSDImage.open(io.BytesIO(data)).topil()
+    if image is None:
+        raise DecodeError(
+            "is a Photoshop file without a flattened picture: save it with maximised compatibility"
+        )
+    return image  # type: ignore[no-any-return]

@@ -1,0 +1,319 @@
+"""From the bytes of an image file to 8-bit RGB: the one place that decides what becomes of each kind of file.
+
+`pictures` reads files from outside, under a `DecodeConfig`; the table "Images" in docs/data.md says what becomes of
+what. Ingest stores every image in a form that reads the same under any configuration (`Picture.ordinary`).
+"""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Callable, Iterator, Mapping
+from dataclasses import dataclass, replace
+from functools import partial
+from typing import Literal
+
+import numpy as np
+import numpy.typing as npt
+import simplejpeg
+from PIL import Image, ImageCms
+
+from raysl.errors import UserError
+from raysl.stream import depth
+from raysl.stream.formats import JPEG, DecodeError, is_tiff, open_image
+
+# The limit of Pillow: 512 MB as RGB.
+MAX_PIXELS = 178_956_970
+
+_COLOURS = {"white": (255, 255, 255), "black": (0, 0, 0)}
+# Formats that data sets store as they are, when one opaque image of 8 bits is inside.
+_STORED = ("JPEG", "MPO", "PNG", "WEBP")
+# Further images inside are previews, layers or sizes of the same image.
+_ONE_IMAGE = ("JPEG", "MPO", "PSD", "ICO", "CUR", "ICNS", "DDS")
+# Many programs write 0 into the fourth byte of a pixel of these and mean nothing by it.
+_ALPHA_OFTEN_UNUSED = ("TGA", "BMP", "DIB")
+_ORIENTATION, _SUBFILE = 274, 254
+_REDUCED_OR_MASK = 0b101
+_WITHOUT_SIZE = {0x01, *range(0xD0, 0xD9)}
+_HUFFMAN_OR_ARITHMETIC = {0xC4, 0xC8, 0xCC}
+
+
+@dataclass(frozen=True)
+class DecodeConfig:
+    """How image files become 8-bit RGB.
+
+    Args:
+        background: colour behind transparent parts: "white", "black" or "#rrggbb".
+        range: the values that become 0 and 255 in images of more than 8 bits, signed or float values. Without it,
+            16-bit images use the full range of their type, and signed and float images the range of the data set.
+        frames: "first" takes the first page or frame of a file, "all" makes each an image of its own.
+        max_pixels: files with more pixels are refused before they are decoded, at most 178,956,970.
+
+    Raises:
+        UserError: a value is not allowed.
+    """
+
+    background: str = "white"
+    range: tuple[float, float] | None = None
+    frames: Literal["first", "all"] = "first"
+    max_pixels: int = MAX_PIXELS
+
+    def __post_init__(self) -> None:
+        if self.background not in _COLOURS and not re.fullmatch(r"#[0-9a-fA-F]{6}", self.background):
+            raise UserError(
+                f"--background is {self.background!r} and must be white, black or a colour such as '#80ff00'."
+            )
+        if self.range is not None and not (np.isfinite(self.range).all() and self.range[0] < self.range[1]):
+            raise UserError(
+                f"--range is {self.range[0]:g} {self.range[1]:g} and must be two finite numbers, LOW below HIGH."
+            )
+        if self.frames not in ("first", "all"):
+            raise UserError(f"--frames is {self.frames!r} and must be 'first' or 'all'.")
+        if not 1 <= self.max_pixels <= MAX_PIXELS:
+            raise UserError(f"--max-pixels is {self.max_pixels} and must be 1 to {MAX_PIXELS}.")
+
+    @property
+    def colour(self) -> tuple[int, int, int]:
+        """The background as red, green and blue, each 0 to 255."""
+        if self.background in _COLOURS:
+            return _COLOURS[self.background]
+        red, green, blue = bytes.fromhex(self.background[1:])
+        return red, green, blue
+
+
+@dataclass(frozen=True)
+class Picture:
+    """One image of a file.
+
+    Args:
+        pixels_hwc: uint8 (h, w, 3), RGB, upright.
+        ordinary: whether the file reads as these pixels under every configuration.
+        kind: what was done to the pixels: "transparent", a kind of `depth.Values`, or "" for nothing.
+        found: smallest and largest finite value in the file, for the kinds of `depth.Values`.
+        scale: the values that became 0 and 255, for these kinds; None when the range of the data set is needed and
+            was not given, and then the pixels are scaled by `found`.
+        page: number of the page or frame, from 1; 0 when it is the only one.
+        left_out: how many other pages or frames of the file were not taken.
+    """
+
+    pixels_hwc: npt.NDArray[np.uint8]
+    ordinary: bool = False
+    kind: str = ""
+    found: tuple[float, float] = (0.0, 255.0)
+    scale: tuple[float, float] | None = None
+    page: int = 0
+    left_out: int = 0
+
+
+Ranges = Mapping[str, tuple[float, float]]
+
+
+def pictures(
+    data: bytes, config: DecodeConfig, ranges: Ranges | None = None, name: str = ""
+) -> Iterator[Picture | DecodeError]:
+    """Read the images of a file: one, or each page or frame where the configuration asks for all.
+
+    Args:
+        data: the whole file.
+        ranges: by kind of `depth.Values`, the values that become 0 and 255.
+        name: name of the file, for formats that the content alone does not tell.
+
+    Yields:
+        For each image, the picture or the reason that it cannot be read.
+    """
+    try:
+        pixels_hwc = plain_jpeg(data, config.max_pixels)
+        if pixels_hwc is not None:
+            yield Picture(pixels_hwc, ordinary=True)
+            return
+        readers = _readers(data, config, ranges or {}, name)
+    except Exception as error:  # Pillow's plugins raise whatever the damage leads them to.
+        yield _as_decode_error(error)
+        return
+    for read in readers:
+        try:
+            picture = read()
+        except Exception as error:  # As above.
+            yield _as_decode_error(error)
+        else:
+            yield picture
+
+
+def _as_decode_error(error: Exception) -> DecodeError:
+    if isinstance(error, DecodeError):
+        return error
+    if isinstance(error, Image.DecompressionBombError):
+        return DecodeError(f"more pixels than the {MAX_PIXELS:,} that are allowed: shrink it or cut it up")
+    if isinstance(error, OSError | SyntaxError):
+        return DecodeError(f"damaged: {error}")
+    return DecodeError(f"damaged: {type(error).__name__}: {error}")
+
+
+def plain_jpeg(data: bytes, max_pixels: int) -> npt.NDArray[np.uint8] | None:
+    """Decode a JPEG file that needs nothing but decoding; None when Pillow should look at it.
+
+    Returns:
+        uint8 (h, w, 3).
+
+    Raises:
+        DecodeError: it has more pixels than allowed.
+    """
+    if data[:3] != JPEG:
+        return None
+    at = 2
+    while data[at : at + 1] == b"\xff":
+        marker = data[at + 1] if at + 1 < len(data) else 0
+        if marker == 0xFF or marker in _WITHOUT_SIZE:
+            at += 1 if marker == 0xFF else 2
+            continue
+        if marker == 0xDA:
+            break
+        if 0xC0 <= marker <= 0xCF and marker not in _HUFFMAN_OR_ARITHMETIC:
+            check_size(
+                int.from_bytes(data[at + 7 : at + 9]), int.from_bytes(data[at + 5 : at + 7]), max_pixels
+            )
+        end = at + 2 + int.from_bytes(data[at + 2 : at + 4])
+        # EXIF, or XMP that tells an orientation.
+        if marker == 0xE1 and (
+            data[at + 4 : at + 8] == b"Exif" or data.find(b"tiff:Orientation", at, end) >= 0
+        ):
+            return None
+        at = end
+    else:
+        return None  # Damage that Pillow may forgive, and else says more about.
+    try:
+        return simplejpeg.decode_jpeg(data)  # type: ignore[no-any-return]
+    except ValueError:
+        return None  # CMYK, or damage as above.
+
+
+def check_size(width: int, height: int, max_pixels: int) -> None:
+    """Raise DecodeError when an image has more pixels than allowed."""
+    if width * height > max_pixels:
+        raise DecodeError(
+            f"{width:,} x {height:,} pixels are more than the {max_pixels:,} that are allowed: shrink it or cut it up"
+        )
+
+
+def _readers(data: bytes, config: DecodeConfig, ranges: Ranges, name: str) -> list[Callable[[], Picture]]:
+    """Return a function for each image that is to be taken from a file."""
+    try:
+        image = open_image(data, name)
+    except DecodeError:
+        if not is_tiff(data):
+            raise
+        return _tiff_readers(data, config, ranges)
+    check_size(*image.size, config.max_pixels)
+    pages = _pages(image)
+    taken = pages if config.frames == "all" else pages[:1]
+
+    def read(number: int) -> Picture:
+        if len(pages) > 1:
+            image.seek(pages[number])
+            check_size(*image.size, config.max_pixels)
+        picture = _read(image, data, pages[number], config, ranges)
+        return _numbered(picture, number, len(pages), len(taken))
+
+    return [partial(read, number) for number in range(len(taken))]
+
+
+def _numbered(picture: Picture, number: int, pages: int, taken: int) -> Picture:
+    if pages == 1:
+        return picture
+    return replace(picture, ordinary=False, page=number + 1, left_out=pages - taken)
+
+
+def _pages(image: Image.Image) -> list[int]:
+    """Return the numbers of the pages or frames that are images of their own."""
+    count = 1 if image.format in _ONE_IMAGE else getattr(image, "n_frames", 1)
+    if count == 1 or image.format != "TIFF":
+        return list(range(count))
+    pages = []
+    for page in range(count):
+        image.seek(page)
+        # Pyramids hold smaller copies of a page, and some files masks.
+        if not int(image.tag_v2.get(_SUBFILE, 0)) & _REDUCED_OR_MASK:  # type: ignore[attr-defined]
+            pages.append(page)
+    return pages or [0]
+
+
+def _read(image: Image.Image, data: bytes, page: int, config: DecodeConfig, ranges: Ranges) -> Picture:
+    deep = depth.deep_values(image, data, page)
+    image.load()
+    # Formats whose decoder turns the image itself keep the note in EXIF.
+    orientation = 1 if image.format == "JXL" else image.getexif().get(_ORIENTATION, 1)
+    if deep is not None:
+        return _scaled(deep, orientation, config, ranges)
+    rgb, transparent = _flat(image, config.colour)
+    return Picture(
+        upright(np.asarray(rgb), orientation),
+        ordinary=image.format in _STORED and not transparent,
+        kind="transparent" if transparent else "",
+    )
+
+
+def _flat(image: Image.Image, background: tuple[int, int, int]) -> tuple[Image.Image, bool]:
+    """Return an image of 8 bits as RGB in front of the background, and whether any of it is transparent."""
+    if image.mode == "RGB" and "transparency" not in image.info:
+        return image, False
+    if image.mode == "LAB":
+        lab, rgb = ImageCms.createProfile("LAB"), ImageCms.createProfile("sRGB")
+        return ImageCms.profileToProfile(image, lab, rgb, outputMode="RGB") or image, False
+    if not image.has_transparency_data:
+        return image.convert("RGB"), False
+    rgba = (image.convert("LA") if image.mode == "La" else image).convert("RGBA")
+    least, most = rgba.getchannel("A").getextrema()
+    if least == 255 or (most == 0 and image.format in _ALPHA_OFTEN_UNUSED):
+        return rgba.convert("RGB"), False
+    flat = Image.new("RGB", rgba.size, background)
+    flat.paste(rgba, mask=rgba.getchannel("A"))
+    return flat, True
+
+
+def _scaled(deep: depth.Values, orientation: int, config: DecodeConfig, ranges: Ranges) -> Picture:
+    found = depth.extremes(deep.values_hwc)
+    full = None if deep.full is None else (0.0, float(deep.full))
+    # 8 bits that only tifffile could read have nothing to be scaled.
+    scale = full if deep.kind == "uint8" else config.range or full or ranges.get(deep.kind)
+    levels_hwc = depth.scaled(deep.values_hwc, *(scale or found))
+    pixels_hwc = np.broadcast_to(levels_hwc, (*levels_hwc.shape[:2], 3))
+    if deep.alpha_hw is not None:
+        flat = Image.new("RGB", deep.alpha_hw.shape[::-1], config.colour)
+        mask = Image.fromarray(np.ascontiguousarray(deep.alpha_hw))
+        flat.paste(Image.fromarray(np.ascontiguousarray(pixels_hwc)), mask=mask)
+        pixels_hwc = np.asarray(flat)
+    return Picture(upright(pixels_hwc, orientation), kind=deep.kind, found=found, scale=scale)
+
+
+def _tiff_readers(data: bytes, config: DecodeConfig, ranges: Ranges) -> list[Callable[[], Picture]]:
+    """As `_readers`, for TIFF files that Pillow does not read."""
+    pages = [page for page in depth.tiff_pages(data) if not page.subfiletype & _REDUCED_OR_MASK]
+    taken = pages if config.frames == "all" else pages[:1]
+
+    def read(number: int) -> Picture:
+        page = pages[number]
+        # As for Pillow, no image may need more than four bytes for each pixel that is allowed.
+        check_size(
+            page.imagewidth,
+            page.imagelength * max(1, page.nbytes // (4 * page.imagewidth * page.imagelength)),
+            config.max_pixels,
+        )
+        tag = page.tags.get(_ORIENTATION)
+        picture = _scaled(depth.tiff_values(page), int(tag.value) if tag else 1, config, ranges)
+        return _numbered(picture, number, len(pages), len(taken))
+
+    return [partial(read, number) for number in range(len(taken))]
+
+
+def upright(pixels_hwc: npt.NDArray[np.uint8], orientation: int) -> npt.NDArray[np.uint8]:
+    """Turn an image as the orientation of EXIF (1 to 8) says; a copy that owns its memory.
+
+    Returns:
+        uint8 (h, w, c), contiguous.
+    """
+    if orientation in (5, 6, 7, 8):
+        pixels_hwc = pixels_hwc.transpose(1, 0, 2)
+    if orientation in (3, 4, 7, 8):
+        pixels_hwc = pixels_hwc[::-1]
+    if orientation in (2, 3, 6, 7):
+        pixels_hwc = pixels_hwc[:, ::-1]
+    return np.array(pixels_hwc, order="C")
