@@ -25,12 +25,12 @@ _DEFAULT = DecodeConfig()
 _LONGEST = 16
 
 
-def decode(data: bytes, config: DecodeConfig | None = None) -> Tensor:
+def decode(data: bytes, config: DecodeConfig = _DEFAULT) -> Tensor:
     """Decode an image file; `raysl.stream.pixels` says what becomes of each kind.
 
     Args:
         data: the whole file. Of several pages or frames the first is taken.
-        config: None for the default.
+        config: what becomes of the kinds that are not ordinary.
 
     Returns:
         uint8 (3, h, w), RGB, with the channels last in memory.
@@ -38,7 +38,7 @@ def decode(data: bytes, config: DecodeConfig | None = None) -> Tensor:
     Raises:
         DecodeError: the bytes are not an image, the image is damaged or too large, or its values need a range.
     """
-    picture = next(pictures(data, config or _DEFAULT))
+    picture = next(pictures(data, config))
     if isinstance(picture, DecodeError):
         raise picture
     if picture.kind and picture.kind != "transparent" and picture.scale is None:

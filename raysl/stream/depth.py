@@ -10,6 +10,7 @@ are those of the file. How they become 8 bits is a matter of their kind and neve
 from __future__ import annotations
 
 import io
+import re
 import sys
 from typing import Any, NamedTuple
 
@@ -20,7 +21,7 @@ from PIL import Image
 from raysl.stream.formats import DecodeError, package
 
 # Tags of TIFF.
-_BITS, _PHOTOMETRIC, _SAMPLE_FORMAT, _NODATA = 258, 262, 339, 42113
+_BITS, _PHOTOMETRIC, _CHANNELS, _PLANAR, _SAMPLE_FORMAT, _NODATA = 258, 262, 277, 284, 339, 42113
 _WHITE_IS_ZERO = 0
 _SIGNED = 2
 # Raw modes of Pillow take one byte of two: "B" that of the lower address, "L" the other.
@@ -54,6 +55,10 @@ def deep_values(image: Image.Image, data: bytes, page: int = 0) -> Values | None
     if image.format == "PPM":
         return _ppm(image, data)
     raw_mode = _raw_mode(image)
+    native = re.sub(r"B(?=[SF]$)", "N", raw_mode)
+    if native != raw_mode and image.tile[0].codec_name == "libtiff":  # type: ignore[attr-defined]
+        # libtiff has already swapped the bytes, which Pillow 13 does not know for signed and float values.
+        image = _reopened(data, page, native)
     if raw_mode == "LA;16B":
         # Grey and alpha of 16 bits are as many bytes as four channels of 8.
         quads = np.asarray(_reopened(data, page, "RGBA")).astype(np.uint16)
@@ -149,13 +154,19 @@ def _without_nodata(values_hwc: npt.NDArray[Any], nodata: Any) -> npt.NDArray[An
     return np.where(values_hwc == kind.type(absent), np.nan, values_hwc)
 
 
+def read_by_pillow(tags: Any) -> bool:
+    """Return whether Pillow reads a TIFF page right that it opens: not so where each channel is stored by itself."""
+    bits = tags.get(_BITS, (1,))
+    return tags.get(_PLANAR) != 2 or tags.get(_CHANNELS, 1) == 1 or (len(bits) != 2 and max(bits) <= 8)
+
+
 def tiff_pages(data: bytes) -> Any:
     """Open a TIFF file of which Pillow does not know the types. Pages are read with `tiff_values`.
 
     Raises:
         DecodeError: the package is not installed.
     """
-    what = "a TIFF image with values that Pillow cannot read (64 bits, or several channels of signed or float values)"
+    what = "a TIFF image of a type that Pillow cannot read (64 bits, or several channels of signed or float values)"
     tifffile = package("tifffile", "tifffile", what)
     return tifffile.TiffFile(io.BytesIO(data)).pages
 
@@ -209,7 +220,7 @@ def scaled(values: npt.NDArray[Any], low: float, high: float) -> npt.NDArray[np.
         return out
     factor = 255 / (high - low)
     for block, into in zip(_blocks(values), _blocks(out), strict=True):
-        levels = (np.nan_to_num(block.astype(np.float64), nan=low) - low) * factor
+        levels = (np.nan_to_num(block.astype(np.float64), nan=low, posinf=high, neginf=low) - low) * factor
         into[...] = np.rint(levels.clip(0, 255))
     return out
 

@@ -37,6 +37,8 @@ EXTENSIONS = (
     *(".svg", ".svgz", ".psd", ".psb"),
     *(".dng", ".cr2", ".cr3", ".nef", ".arw", ".orf", ".rw2", ".raf", ".pef", ".srw"),
 )
+# The limit of Pillow: 512 MB as RGB.
+MAX_PIXELS = 178_956_970
 JPEG = b"\xff\xd8\xff"
 PNG = b"\x89PNG\r\n\x1a\n"
 _TIFF = (b"II*\0", b"MM\0*", b"II+\0", b"MM\0+")
@@ -80,6 +82,10 @@ class DecodeError(Exception):
     """The bytes are not an image that can be read. The message completes the sentence "The file ..."."""
 
 
+class UnknownFormatError(DecodeError):
+    """Nothing here reads the format of the file."""
+
+
 def open_image(data: bytes, name: str = "") -> Image.Image:
     """Open an image file without decoding its pixels, where its format allows that.
 
@@ -106,11 +112,19 @@ def open_image(data: bytes, name: str = "") -> Image.Image:
     except (UnidentifiedImageError, NotImplementedError) as error:
         if data.startswith((b"8BPS\0\1", b"8BPS\0\2")):
             return _open_psd(data)
-        raise DecodeError(_describe(data)) from error
+        raise UnknownFormatError(_describe(data)) from error
     if image.format in ("EPS", "WMF"):
         # Pillow would start another program to draw these.
         raise DecodeError(f"is a drawing in the format {image.format}: draw it as PNG first")
     return image
+
+
+def check_size(width: int, height: int, max_pixels: int) -> None:
+    """Raise DecodeError when an image has more pixels than allowed."""
+    if width * height > max_pixels:
+        raise DecodeError(
+            f"{width:,} x {height:,} pixels are more than the {max_pixels:,} that are allowed: shrink it or cut it up"
+        )
 
 
 def is_tiff(data: bytes) -> bool:
@@ -191,7 +205,8 @@ def tiff_tags(data: bytes) -> dict[int, Any]:
     try:
         stream = io.BytesIO(data)
         head = stream.read(8)
-        tags = TiffImagePlugin.ImageFileDirectory_v2(head + stream.read(8) if head[2] == 43 else head)
+        big = 43 in head[2:4]
+        tags = TiffImagePlugin.ImageFileDirectory_v2(head + stream.read(8) if big else head)
         stream.seek(tags.next)
         tags.load(stream)
         return dict(tags)
@@ -202,6 +217,7 @@ def tiff_tags(data: bytes) -> dict[int, Any]:
 def _open_raw(data: bytes) -> Image.Image:
     rawpy = package("rawpy", "rawpy", "the raw data of a camera's sensor")
     with rawpy.imread(io.BytesIO(data)) as raw:
+        check_size(raw.sizes.width, raw.sizes.height, MAX_PIXELS)
         return Image.fromarray(np.asarray(raw.postprocess(use_camera_wb=True)))
 
 
@@ -224,6 +240,7 @@ def _open_svg(drawing: bytes) -> Image.Image:
 
 def _open_psd(data: bytes) -> Image.Image:
     psd_tools = package("psd_tools", "psd-tools", "a Photoshop file that Pillow cannot read")
+    check_size(int.from_bytes(data[18:22]), int.from_bytes(data[14:18]), MAX_PIXELS)
     image = psd_tools.PSDImage.open(io.BytesIO(data)).topil()
     if image is None:
         raise DecodeError(

@@ -8,9 +8,9 @@ from __future__ import annotations
 
 import re
 from collections.abc import Callable, Iterator, Mapping
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from functools import partial
-from typing import Literal
+from typing import Literal, NamedTuple
 
 import numpy as np
 import numpy.typing as npt
@@ -19,10 +19,15 @@ from PIL import Image, ImageCms
 
 from raysl.errors import UserError
 from raysl.stream import depth
-from raysl.stream.formats import JPEG, DecodeError, is_tiff, open_image
-
-# The limit of Pillow: 512 MB as RGB.
-MAX_PIXELS = 178_956_970
+from raysl.stream.formats import (
+    JPEG,
+    MAX_PIXELS,
+    DecodeError,
+    UnknownFormatError,
+    check_size,
+    is_tiff,
+    open_image,
+)
 
 _COLOURS = {"white": (255, 255, 255), "black": (0, 0, 0)}
 # Formats that data sets store as they are, when one opaque image of 8 bits is inside.
@@ -33,8 +38,10 @@ _ONE_IMAGE = ("JPEG", "MPO", "PSD", "ICO", "CUR", "ICNS", "DDS")
 _ALPHA_OFTEN_UNUSED = ("TGA", "BMP", "DIB")
 _ORIENTATION, _SUBFILE = 274, 254
 _REDUCED_OR_MASK = 0b101
-_WITHOUT_SIZE = {0x01, *range(0xD0, 0xD9)}
-_HUFFMAN_OR_ARITHMETIC = {0xC4, 0xC8, 0xCC}
+# Markers of JPEG (ITU-T T.81, table B.1).
+_START_OF_SCAN, _APP1 = 0xDA, 0xE1
+_FRAMES = {*range(0xC0, 0xD0)} - {0xC4, 0xC8, 0xCC}
+_WITHOUT_SIZE = {0x01, *range(0xD0, 0xD9), 0xFF}
 
 
 @dataclass(frozen=True)
@@ -80,8 +87,7 @@ class DecodeConfig:
         return red, green, blue
 
 
-@dataclass(frozen=True)
-class Picture:
+class Picture(NamedTuple):
     """One image of a file.
 
     Args:
@@ -159,55 +165,47 @@ def plain_jpeg(data: bytes, max_pixels: int) -> npt.NDArray[np.uint8] | None:
     """
     if data[:3] != JPEG:
         return None
-    at = 2
-    while data[at : at + 1] == b"\xff":
-        marker = data[at + 1] if at + 1 < len(data) else 0
-        if marker == 0xFF or marker in _WITHOUT_SIZE:
-            at += 1 if marker == 0xFF else 2
-            continue
-        if marker == 0xDA:
-            break
-        if 0xC0 <= marker <= 0xCF and marker not in _HUFFMAN_OR_ARITHMETIC:
-            check_size(
-                int.from_bytes(data[at + 7 : at + 9]), int.from_bytes(data[at + 5 : at + 7]), max_pixels
-            )
-        end = at + 2 + int.from_bytes(data[at + 2 : at + 4])
-        # EXIF, or XMP that tells an orientation.
-        if marker == 0xE1 and (
-            data[at + 4 : at + 8] == b"Exif" or data.find(b"tiff:Orientation", at, end) >= 0
-        ):
-            return None
-        at = end
-    else:
-        return None  # Damage that Pillow may forgive, and else says more about.
+    at, marker = 2, 0
+    try:
+        while marker != _START_OF_SCAN:
+            if data[at] != 0xFF:
+                return None  # Damage that Pillow may forgive, and else says more about.
+            marker = data[at + 1]
+            if marker in _WITHOUT_SIZE:
+                at += 1 if marker == 0xFF else 2
+                continue
+            end = at + 2 + (data[at + 2] << 8 | data[at + 3])
+            if marker in _FRAMES:
+                check_size(data[at + 7] << 8 | data[at + 8], data[at + 5] << 8 | data[at + 6], max_pixels)
+            elif marker == _APP1 and (
+                data.startswith(b"Exif", at + 4) or data.find(b"tiff:Orientation", at, end) >= 0
+            ):
+                return None
+            at = end
+    except IndexError:
+        return None  # Damage, as above.
     try:
         return simplejpeg.decode_jpeg(data)  # type: ignore[no-any-return]
     except ValueError:
         return None  # CMYK, or damage as above.
 
 
-def check_size(width: int, height: int, max_pixels: int) -> None:
-    """Raise DecodeError when an image has more pixels than allowed."""
-    if width * height > max_pixels:
-        raise DecodeError(
-            f"{width:,} x {height:,} pixels are more than the {max_pixels:,} that are allowed: shrink it or cut it up"
-        )
-
-
 def _readers(data: bytes, config: DecodeConfig, ranges: Ranges, name: str) -> list[Callable[[], Picture]]:
     """Return a function for each image that is to be taken from a file."""
     try:
         image = open_image(data, name)
-    except DecodeError:
+    except UnknownFormatError:
         if not is_tiff(data):
             raise
+        return _tiff_readers(data, config, ranges)
+    if image.format == "TIFF" and not depth.read_by_pillow(image.tag_v2):  # type: ignore[attr-defined]
         return _tiff_readers(data, config, ranges)
     check_size(*image.size, config.max_pixels)
     pages = _pages(image)
     taken = pages if config.frames == "all" else pages[:1]
 
     def read(number: int) -> Picture:
-        if len(pages) > 1:
+        if len(pages) > 1 or image.format == "TIFF":
             image.seek(pages[number])
             check_size(*image.size, config.max_pixels)
         picture = _read(image, data, pages[number], config, ranges)
@@ -219,7 +217,7 @@ def _readers(data: bytes, config: DecodeConfig, ranges: Ranges, name: str) -> li
 def _numbered(picture: Picture, number: int, pages: int, taken: int) -> Picture:
     if pages == 1:
         return picture
-    return replace(picture, ordinary=False, page=number + 1, left_out=pages - taken)
+    return picture._replace(ordinary=False, page=number + 1, left_out=pages - taken)
 
 
 def _pages(image: Image.Image) -> list[int]:
@@ -272,8 +270,9 @@ def _flat(image: Image.Image, background: tuple[int, int, int]) -> tuple[Image.I
 def _scaled(deep: depth.Values, orientation: int, config: DecodeConfig, ranges: Ranges) -> Picture:
     found = depth.extremes(deep.values_hwc)
     full = None if deep.full is None else (0.0, float(deep.full))
-    # 8 bits that only tifffile could read have nothing to be scaled.
-    scale = full if deep.kind == "uint8" else config.range or full or ranges.get(deep.kind)
+    # Some TIFF files of 8 bits are read by tifffile alone; they have nothing to be scaled.
+    kind = "" if deep.kind == "uint8" else deep.kind
+    scale = (config.range or full or ranges.get(kind)) if kind else full
     levels_hwc = depth.scaled(deep.values_hwc, *(scale or found))
     pixels_hwc = np.broadcast_to(levels_hwc, (*levels_hwc.shape[:2], 3))
     if deep.alpha_hw is not None:
@@ -281,7 +280,7 @@ def _scaled(deep: depth.Values, orientation: int, config: DecodeConfig, ranges: 
         mask = Image.fromarray(np.ascontiguousarray(deep.alpha_hw))
         flat.paste(Image.fromarray(np.ascontiguousarray(pixels_hwc)), mask=mask)
         pixels_hwc = np.asarray(flat)
-    return Picture(upright(pixels_hwc, orientation), kind=deep.kind, found=found, scale=scale)
+    return Picture(upright(pixels_hwc, orientation), kind=kind, found=found, scale=scale)
 
 
 def _tiff_readers(data: bytes, config: DecodeConfig, ranges: Ranges) -> list[Callable[[], Picture]]:
