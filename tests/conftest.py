@@ -3,12 +3,15 @@
 from __future__ import annotations
 
 import os
+import secrets
 from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
 
-os.environ["RAY_AUTH_MODE"] = "disabled"
+# For the clusters of several machines that tests start; a Ray of raysl's own has a token of its own.
+os.environ["RAY_AUTH_MODE"] = "token"
+os.environ["RAY_AUTH_TOKEN"] = secrets.token_hex(32)
 os.environ["RAY_USAGE_STATS_ENABLED"] = "0"
 os.environ["RAY_DATA_USE_DATASOURCE_V2"] = "0"
 os.environ["RAY_DATA_DISABLE_PROGRESS_BARS"] = "1"
@@ -23,17 +26,11 @@ os.environ["RAY_worker_niceness"] = "0"  # noqa: SIM112
 @pytest.fixture(scope="session")
 def ray_session() -> Iterator[None]:
     """A local Ray of two CPUs, shared by every test that asks for it."""
-    import ray
+    from raysl.ray_cluster import local_ray
 
-    ray.init(
-        address="local",
-        num_cpus=2,
-        object_store_memory=300_000_000,
-        include_dashboard=False,
-        log_to_driver=False,
-    )
+    local_ray.begin(num_cpus=2, object_store_memory=300_000_000, log_to_driver=False)
     yield
-    ray.shutdown()
+    local_ray.end()
 
 
 @pytest.fixture(scope="session")

@@ -18,6 +18,7 @@ from raysl.errors import UserError
 from raysl.rng import ImageRng
 from raysl.stream.decode import DecodeError, cut, decode
 from raysl.stream.reader import Batch, Stream
+from raysl.training import rendezvous
 from raysl.training.worker import Job, Worker
 
 # A stage is repeated for about this long.
@@ -48,7 +49,7 @@ def measure_training(job: Job, workers: int) -> dict[str, float]:
     import ray
 
     host = ray.util.get_node_ip_address()
-    store = TCPStore(host, 0, is_master=True, wait_for_workers=False)
+    store = rendezvous.listen(host)
     placement = job.placement
     task = ray.remote(num_cpus=placement.cpus_per_worker, num_gpus=placement.gpus_per_worker)(_training_costs)
     found = _answers([task.remote(job, rank, workers, host, store.port) for rank in range(workers)])

@@ -7,11 +7,12 @@ import logging
 import os
 import re
 import signal
+import sys
 import threading
 from typing import Any
 
 from raysl.errors import UserError
-from raysl.ray_cluster import autoscaler, versions
+from raysl.ray_cluster import autoscaler, local_ray, versions
 
 # Set before Ray starts, where the user has not set them. Ray's own defaults are for other work: the Parquet reader
 # that starts 32 actors is not used here, and lines printed by trainers would appear twice.
@@ -34,34 +35,40 @@ _ANSWER_S = 60.0
 
 def start(compare: bool = True) -> None:
     """Joins the cluster that RAY_ADDRESS names, or that `ray up` has launched on this machine; else starts Ray here,
-    for this process alone. From then on SIGTERM interrupts this process as Ctrl-C does.
+    for this process alone (see `alone.begin`). From then on SIGTERM interrupts this process as Ctrl-C does.
 
     Args:
         compare: whether the machines of a cluster must run what this process runs.
 
     Raises:
-        UserError: Ray cannot be joined or started, or machines of the cluster run other code or packages.
+        UserError: Ray cannot be joined or started, the cluster is joined without a token, or machines of the cluster
+            run other code or packages.
     """
     import ray
 
     if ray.is_initialized():
         return
     address = os.environ.get("RAY_ADDRESS") or ("auto" if autoscaler.launched_here() else "")
+    if address == "local":
+        address = ""
     grows = _GROWING if address and autoscaler.growth() is not None else {}
     for name, value in {**_ENVIRONMENT, **grows}.items():
         os.environ.setdefault(name, value)
-    if not address:
-        os.environ.setdefault("RAY_AUTH_MODE", "disabled")
+    if address:
+        _require_token(address)
     # Ray Data announces every execution; raysl shows its own progress.
     logging.getLogger("ray.data").setLevel(logging.ERROR)
+    logs: dict[str, Any] = {
+        "logging_level": logging.ERROR,
+        "log_to_driver": os.environ.get("RAYSL_LOG_TO_DRIVER") == "1",
+    }
     try:
-        ray.init(
-            address=address or "local",
-            logging_level=logging.ERROR,
-            log_to_driver=os.environ.get("RAYSL_LOG_TO_DRIVER") == "1",
-            include_dashboard=None if address else False,
-            runtime_env=_runtime_env() if address else None,
-        )
+        if address:
+            ray.init(address=address, runtime_env=_runtime_env(), **logs)
+        else:
+            local_ray.begin(**logs)
+    except UserError:
+        raise
     except Exception as error:  # Ray raises plain ones
         doing, mend = "start Ray on this machine", "It may be too busy, or lack memory: try again."
         if address:
@@ -75,6 +82,29 @@ def start(compare: bool = True) -> None:
         signal.signal(signal.SIGTERM, signal.default_int_handler)
     if address and compare:
         _compare()
+
+
+def _require_token(address: str) -> None:
+    """Refuses to join a cluster without a token, since others could do so too, unless the user has said to."""
+    from ray._raylet import AuthenticationTokenLoader  # type: ignore[attr-defined]
+
+    mode = os.environ.get("RAY_AUTH_MODE")
+    if mode and mode.lower() == "disabled":
+        print(
+            f"raysl: the Ray cluster at {address!r} is joined without a token (RAY_AUTH_MODE=disabled): who can reach it "
+            "can run programs on its machines.",
+            file=sys.stderr,
+        )
+        return
+    # Where no mode is set, Ray itself uses a token that it finds.
+    uses = mode is None or mode.lower() == "token"
+    if not (uses and AuthenticationTokenLoader.instance().has_token(ignore_auth_mode=True)):
+        raise UserError(
+            f"Cannot join the Ray cluster at {address!r} with "
+            f"{'no token' if uses else f'RAY_AUTH_MODE={mode}'}: who can reach a cluster without one can run programs "
+            "on its machines. Make a token with `ray get-auth-token --generate`, copy ~/.ray/auth_token to all machines, "
+            "and set RAY_AUTH_MODE=token on all; or set RAY_AUTH_MODE=disabled, behind a firewall."
+        )
 
 
 def _runtime_env() -> dict[str, Any]:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import os
 import signal
 import tempfile
 import threading
@@ -215,7 +214,9 @@ class _Legs:
         thread = threading.Thread(target=follow, daemon=True)
         thread.start()
         try:
-            _trainer(replace(self.job, placement=group.placement), group.workers, self.elastic).fit()
+            with tempfile.TemporaryDirectory(prefix="raysl-train-", ignore_cleanup_errors=True) as scratch:
+                job = replace(self.job, placement=group.placement)
+                _trainer(job, group.workers, self.elastic, scratch).fit()
         except TrainingFailedError as error:
             progress_actor.raise_failure(board)
             if found := ray_cluster.user_error(error):
@@ -246,13 +247,16 @@ class _Legs:
         return bool(news or rows)
 
 
-def _trainer(job: Job, workers: int, once: bool) -> Any:
+def _trainer(job: Job, workers: int, once: bool, scratch: str) -> Any:
     """A run of Ray Train. With `once`, it does not restart the workers by itself."""
     from ray.train import FailureConfig, LoggingConfig, RunConfig, ScalingConfig
     from ray.train.torch import TorchTrainer
 
+    from raysl.training import rendezvous
+
     return TorchTrainer(
         lambda: work(job),
+        torch_config=rendezvous.config(),
         scaling_config=ScalingConfig(
             num_workers=workers,
             use_gpu=job.placement.gpus_per_worker > 0,
@@ -261,7 +265,7 @@ def _trainer(job: Job, workers: int, once: bool) -> Any:
         run_config=RunConfig(
             # Ray's own bookkeeping only: checkpoints are raysl's, in the run's folder.
             name=f"raysl-{uuid.uuid4().hex[:8]}",
-            storage_path=f"{tempfile.gettempdir()}/raysl-ray-train-{os.getuid()}",
+            storage_path=scratch,
             failure_config=FailureConfig(0, controller_failure_limit=0, max_preemption_failures=0)
             if once
             else FailureConfig(MAX_FAILURES, controller_failure_limit=3),

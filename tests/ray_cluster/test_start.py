@@ -13,11 +13,11 @@ import pytest
 def test_sigterm_puts_away_and_leaves_a_line() -> None:
     program = """
         import os, signal
-        from raysl import cluster
+        from raysl import ray_cluster
         from raysl.errors import answered
 
         with answered("experiment"):
-            cluster.start()
+            ray_cluster.start()
             try:
                 os.kill(os.getpid(), signal.SIGTERM)
                 signal.sigtimedwait([], 30)

@@ -1,0 +1,172 @@
+"""A Ray for this process alone, which nobody else can reach.
+
+Who can talk to a Ray can run programs as its user. This one listens on loopback only, asks for a token that is made for
+it, and keeps token, sockets, logs and spilled objects in a folder that only this user can open.
+"""
+
+from __future__ import annotations
+
+import atexit
+import os
+import secrets
+import shutil
+import socket
+import tempfile
+import time
+from contextlib import contextmanager
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from raysl.errors import UserError
+
+if TYPE_CHECKING:
+    from collections.abc import Iterator
+
+# Of a path of a Unix socket, in bytes; macOS allows four less than Linux.
+_PATH_BYTES = 103
+# Ray's own folder lies in the private one, since Ray opens it to everybody (mode 777).
+_RAYS = "r"
+# The longest path that Ray makes; numbers of processes have up to seven digits.
+_LONGEST = f"{_RAYS}/session_2026-01-01_00-00-00_000000_1234567/sockets/plasma_store"
+# Ray's processes may still write logs for a moment after they were told to end.
+_REMOVE_WITHIN_S = 5.0
+
+
+@dataclass(frozen=True)
+class _Home:
+    """What is to be put away: the folder of a Ray, and the environment that was there before."""
+
+    folder: Path
+    process: int = field(default_factory=os.getpid)
+    before: dict[str, str | None] = field(default_factory=dict)
+
+    def tell(self, name: str, value: str | None) -> None:
+        """Sets or removes a variable of this process's environment, which Ray's processes inherit."""
+        self.before.setdefault(name, os.environ.get(name))
+        if value is None:
+            os.environ.pop(name, None)
+        else:
+            os.environ[name] = value
+
+    def put_away(self) -> None:
+        """Removes the folder and gives this process the environment back that it had."""
+        for name, value in self.before.items():
+            if value is None:
+                os.environ.pop(name, None)
+            else:
+                os.environ[name] = value
+        until_s = time.monotonic() + _REMOVE_WITHIN_S
+        while self.folder.exists():
+            shutil.rmtree(self.folder, ignore_errors=True)
+            if time.monotonic() > until_s:
+                break
+            time.sleep(0.05)
+
+
+_home: _Home | None = None
+
+
+def begin(**options: Any) -> None:
+    """Starts Ray on loopback, with a token and a folder of its own.
+
+    While it runs, RAY_AUTH_MODE and RAY_AUTH_TOKEN_PATH of this process name its token, RAY_AUTH_TOKEN is unset, and
+    GLOO_SOCKET_IFNAME and NCCL_SOCKET_IFNAME name the loopback interface. `end`, which is also called when this
+    process exits, gives them back their values and removes the folder; a process that is killed leaves its folder.
+
+    Args:
+        options: of `ray.init`.
+
+    Raises:
+        UserError: the folder for temporary files cannot be used, or its path is too long.
+    """
+    global _home
+    import ray
+
+    end()
+    _home = home = _Home(_folder())
+    # After Ray's own, which is registered when Ray is imported, and so called before it.
+    atexit.register(end)
+    token = home.folder / "token"
+    with os.fdopen(os.open(token, os.O_WRONLY | os.O_CREAT | os.O_EXCL, 0o600), "w") as file:
+        file.write(secrets.token_hex(32))
+    home.tell("RAY_AUTH_MODE", "token")
+    home.tell("RAY_AUTH_TOKEN_PATH", str(token))
+    # Ray would prefer it to the file.
+    home.tell("RAY_AUTH_TOKEN", None)
+    for name in ("GLOO_SOCKET_IFNAME", "NCCL_SOCKET_IFNAME"):
+        home.tell(name, _loopback_interface())
+    _read_environment()
+    try:
+        with _loopback():
+            ray.init(address="local", include_dashboard=False, _temp_dir=str(home.folder / _RAYS), **options)
+    except BaseException:
+        end()
+        raise
+
+
+def end() -> None:
+    """Ends the Ray that `begin` has started, and removes what it had. Does nothing where there is none."""
+    global _home
+    import ray
+
+    home, _home = _home, None
+    # Of a process that was forked it is the parent's.
+    if home is None or home.process != os.getpid():
+        return
+    ray.shutdown()
+    home.put_away()
+    _read_environment()
+    atexit.unregister(end)
+
+
+def _folder() -> Path:
+    """A new folder that only this user can open, under an unpredictable name."""
+    root = os.environ.get("RAY_TMPDIR") or tempfile.gettempdir()
+    name = "RAY_TMPDIR" if os.environ.get("RAY_TMPDIR") else "TMPDIR"
+    try:
+        folder = Path(tempfile.mkdtemp(prefix="raysl-", dir=root)).resolve()
+    except OSError as error:
+        raise UserError(
+            f"Cannot start Ray on this machine: no folder can be made in {root!r} ({error.strerror}). Set {name} to a "
+            "folder that you can write to."
+        ) from error
+    over = len(os.fsencode(folder / _LONGEST)) - _PATH_BYTES
+    if over > 0:
+        folder.rmdir()
+        length = len(os.fsencode(folder.parent))
+        raise UserError(
+            f"Cannot start Ray on this machine: the path of the folder for temporary files, {str(folder.parent)!r}, has "
+            f"{length} bytes, and the sockets in it allow {length - over}. Set {name} to a shorter path, such as /tmp."
+        )
+    return folder
+
+
+def _loopback_interface() -> str:
+    """The name of the interface that leads nowhere: lo on Linux, lo0 on macOS."""
+    return next((name for _, name in socket.if_nameindex() if name in ("lo", "lo0")), "lo")
+
+
+@contextmanager
+def _loopback() -> Iterator[None]:
+    """While it lasts, Ray takes the loopback address for this machine's.
+
+    `_node_ip_address="127.0.0.1"` is not enough: Ray 2.60 replaces it by an address that others can reach, and then
+    most of its processes listen on all interfaces. It does so except where clusters are switched off, as on macOS.
+    """
+    from ray._private import ray_constants
+
+    before = ray_constants.ENABLE_RAY_CLUSTER
+    ray_constants.ENABLE_RAY_CLUSTER = False
+    try:
+        yield
+    finally:
+        ray_constants.ENABLE_RAY_CLUSTER = before
+
+
+def _read_environment() -> None:
+    """Has this process's Ray read mode and token again, which it keeps from when they were first needed."""
+    from ray._raylet import AuthenticationTokenLoader, Config  # type: ignore[attr-defined]
+
+    Config.initialize("")
+    AuthenticationTokenLoader.instance().reset_cache()

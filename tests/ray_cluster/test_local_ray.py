@@ -1,0 +1,174 @@
+"""A Ray that raysl starts can be reached by this user's processes alone."""
+
+from __future__ import annotations
+
+import ipaddress
+import os
+import shutil
+import subprocess
+import sys
+import textwrap
+import uuid
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+
+import pytest
+
+from raysl.errors import UserError
+from raysl.ray_cluster import local_ray
+
+# Trains two workers; meanwhile a thread collects every listening socket of this process and its descendants.
+PROGRAM = """
+    import os, sys, threading
+    from pathlib import Path
+
+    import psutil
+    import ray
+
+    from raysl import ray_cluster
+    from raysl.config import Pretraining, ViewConfig
+    from raysl.ingestion import ingest
+    from raysl.training.launch import pretrain
+
+    folder = sys.argv[1]
+    ray_cluster.start()
+    token = Path(os.environ["RAY_AUTH_TOKEN_PATH"])
+    print("token", oct(token.stat().st_mode & 0o777), oct(token.parent.stat().st_mode & 0o777))
+    ingest("shapes:64", f"{folder}/data")
+    done, found = threading.Event(), set()
+
+    def look():
+        while not done.wait(0.1):
+            for process in [psutil.Process(), *psutil.Process().children(recursive=True)]:
+                try:
+                    sockets = process.net_connections(kind="inet")
+                except psutil.Error:
+                    continue
+                found.update((s.laddr.ip, s.laddr.port) for s in sockets if s.status == "LISTEN")
+
+    thread = threading.Thread(target=look)
+    thread.start()
+    parts = {"pirl": {"num_negatives": 16}}
+    view = ViewConfig(image_size=16)
+    pretrain(Pretraining(f"{folder}/data", f"{folder}/run", epochs=2, batch_size=32, view=view, parts=parts))
+    done.set()
+    thread.join()
+    for ip, port in found:
+        print("listens", ip, port)
+    print("gcs", ray.get_runtime_context().gcs_address, flush=True)
+    sys.stdin.readline()
+    ray.shutdown()
+    print("folder", token.parent, flush=True)
+"""
+JOIN = "import sys, ray; ray.init(address=sys.argv[1], logging_level='FATAL'); print(ray.cluster_resources())"
+
+
+@contextmanager
+def other_host() -> Iterator[tuple[str, str]]:
+    """A network namespace: its name, and this machine's address as seen from it."""
+    name = f"raysl{uuid.uuid4().hex[:6]}"
+    ours, theirs = f"{name}a", f"{name}b"
+    commands = [
+        f"ip netns add {name}",
+        f"ip link add {ours} type veth peer name {theirs} netns {name}",
+        f"ip addr add 198.51.100.1/30 dev {ours}",
+        f"ip link set {ours} up",
+        f"ip -n {name} addr add 198.51.100.2/30 dev {theirs}",
+        f"ip -n {name} link set {theirs} up",
+    ]
+    try:
+        for command in commands:
+            if subprocess.run(command.split(), capture_output=True, check=False).returncode:
+                pytest.skip(f"cannot pretend another host here: {command} fails")
+        yield name, "198.51.100.1"
+    finally:
+        subprocess.run(["ip", "netns", "del", name], capture_output=True, check=False)
+        subprocess.run(["ip", "link", "del", ours], capture_output=True, check=False)
+
+
+@pytest.mark.ray
+def test_a_run_listens_on_loopback_and_asks_for_a_token(tmp_path: Path) -> None:
+    environment = {k: v for k, v in os.environ.items() if not k.startswith("RAY_AUTH")}
+    running = subprocess.Popen(
+        [sys.executable, "-c", textwrap.dedent(PROGRAM), str(tmp_path)],
+        stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True, env=environment,
+    )  # fmt: skip
+    assert running.stdout is not None
+    try:
+        lines = []
+        while not lines or lines[-1][0] != "gcs":
+            line = running.stdout.readline()
+            assert line, "the run ended early"
+            lines.append(line.split())
+        said = {words[0]: words[1:] for words in lines}
+        assert said["token"] == ["0o600", "0o700"]
+        sockets = [
+            (ipaddress.ip_address(words[1]), int(words[2])) for words in lines if words[0] == "listens"
+        ]
+        assert len(sockets) > 10
+        open_to_others = [(str(ip), port) for ip, port in sockets if not _loopback(ip)]
+        assert not open_to_others
+
+        wrong = {**environment, "RAY_AUTH_MODE": "token", "RAY_AUTH_TOKEN": "0" * 64}
+        assert "CPU" not in _printed([sys.executable, "-c", JOIN, said["gcs"][0]], wrong)
+        out, _ = running.communicate("\n", timeout=60)
+        folder = out.split()[-1]
+        assert not Path(folder).exists()
+    finally:
+        running.kill()
+        running.wait()
+
+
+def _printed(command: list[str], environment: dict[str, str]) -> str:
+    """Return what a program printed within 20 s. Ray retries a refused connection for longer."""
+    try:
+        done = subprocess.run(
+            command, env=environment, capture_output=True, text=True, timeout=20, check=False
+        )
+    except subprocess.TimeoutExpired as error:
+        return (error.stdout or b"").decode()
+    assert done.returncode != 0
+    return done.stdout
+
+
+def _loopback(ip: ipaddress.IPv4Address | ipaddress.IPv6Address) -> bool:
+    mapped = getattr(ip, "ipv4_mapped", None)
+    return bool((mapped or ip).is_loopback)
+
+
+@pytest.mark.ray
+def test_another_host_reaches_no_port(ray_session: None) -> None:
+    if shutil.which("ip") is None or os.geteuid() != 0:
+        pytest.skip("needs root and the command ip")
+    import psutil
+
+    ports = {
+        s.laddr.port
+        for p in [psutil.Process(), *psutil.Process().children(recursive=True)]
+        for s in p.net_connections(kind="inet")
+        if s.status == "LISTEN"
+    }
+    assert ports
+    attempt = (
+        "import socket, sys\n"
+        "for port in sys.argv[2:]:\n"
+        "    try: socket.create_connection((sys.argv[1], int(port)), timeout=2).close()\n"
+        "    except OSError: continue\n"
+        "    print(port)"
+    )
+    with other_host() as (name, address):
+        command = ["ip", "netns", "exec", name, sys.executable, "-c", attempt, address, *map(str, ports)]
+        done = subprocess.run(command, capture_output=True, text=True, check=True, timeout=120)
+    assert done.stdout == ""
+
+
+def test_a_temporary_folder_with_a_long_path_is_refused(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    long = tmp_path / ("x" * 100)
+    long.mkdir()
+    monkeypatch.setenv("RAY_TMPDIR", str(long))
+    with pytest.raises(UserError, match="Set RAY_TMPDIR to a shorter path"):
+        local_ray.begin()
+    assert not list(long.iterdir())
