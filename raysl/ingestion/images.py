@@ -29,6 +29,7 @@ class Treated:
         low: smallest value found, for kinds with a scale.
         high: largest value found.
         left_out: pages and frames that were not taken, for `PAGES`.
+        one_colour: images of which all pixels came out equal although the values in the file are not.
     """
 
     count: int
@@ -36,6 +37,7 @@ class Treated:
     low: float = float("inf")
     high: float = float("-inf")
     left_out: int = 0
+    one_colour: int = 0
 
     def __add__(self, other: Treated) -> Treated:
         return Treated(
@@ -44,6 +46,7 @@ class Treated:
             min(self.low, other.low),
             max(self.high, other.high),
             self.left_out + other.left_out,
+            self.one_colour + other.one_colour,
         )
 
 
@@ -94,10 +97,10 @@ def stored(row: Row, config: DecodeConfig, ranges: Ranges, tally: Tally) -> Iter
 
 
 def _count(picture: Picture, path: str, tally: Tally) -> None:
-    if picture.kind == TRANSPARENT:
-        _add(tally, TRANSPARENT, Treated(1, path))
-    elif picture.kind:
-        _add(tally, picture.kind, Treated(1, path, *picture.found))
+    if picture.kind:
+        low, high = picture.found
+        one_colour = low < high and bool((picture.pixels_hwc == picture.pixels_hwc[0, 0]).all())
+        _add(tally, picture.kind, Treated(1, path, low, high, one_colour=int(one_colour)))
     if picture.left_out:
         _add(tally, PAGES, Treated(1, path, left_out=picture.left_out))
 
@@ -115,34 +118,32 @@ def _encoded(picture: Picture) -> bytes:
 
 def sentences(tally: Tally, config: DecodeConfig) -> list[str]:
     """Return what was done to the images that are not ordinary, one line for each kind."""
-    lines = []
-    for kind, treated in sorted(tally.items()):
-        those = f"{_counted(treated.count, 'image')} (the first: {treated.example})"
-        given = config.range
-        if kind == TRANSPARENT:
-            lines.append(f"{those} with transparent parts: put on {config.background} (--background).")
-        elif kind == PAGES:
-            files = f"{_counted(treated.count, 'file')} (the first: {treated.example})"
-            left = _counted(treated.left_out, "other")
-            lines.append(
-                f"{files} with several pages or frames: the first of each is taken, {left} left out (--frames all "
-                "takes each as an image)."
-            )
-        elif given is not None:
-            lines.append(
-                f"{those} of {kind} values: {given[0]:g} to {given[1]:g} become 0 to 255, as --range says."
-            )
-        elif kind == FULL_RANGE:
-            lines.append(
-                f"{those} of 9 to 16 bits: the full range of the type becomes 0 to 255; the largest value found is "
-                f"{treated.high:g} (--range LOW HIGH for another range)."
-            )
-        else:
-            lines.append(
-                f"{those} of {kind} values: {treated.low:g} to {treated.high:g}, the range of all of them, become 0 "
-                "to 255; NaN becomes 0 (--range LOW HIGH for another range)."
-            )
-    return lines
+    return [_sentence(kind, treated, config) for kind, treated in sorted(tally.items())]
+
+
+def _sentence(kind: str, treated: Treated, config: DecodeConfig) -> str:
+    images = f"{_counted(treated.count, 'image')} (the first: {treated.example})"
+    dull = f" {treated.one_colour:,} of them came out in one colour." if treated.one_colour else ""
+    if kind == TRANSPARENT:
+        return f"{images} with transparent parts: put on {config.background} (--background).{dull}"
+    if kind == PAGES:
+        return (
+            f"{_counted(treated.count, 'file')} (the first: {treated.example}) with several pages or frames: the "
+            f"first of each is taken, {_counted(treated.left_out, 'other')} left out (--frames all takes each as an "
+            "image)."
+        )
+    if config.range is not None:
+        low, high = config.range
+        return f"{images} of {kind} values: {low:g} to {high:g} become 0 to 255, as --range says.{dull}"
+    if kind == FULL_RANGE:
+        return (
+            f"{images} of 9 to 16 bits: the full range of the type becomes 0 to 255; the largest value found is "
+            f"{treated.high:g} (--range LOW HIGH for another range).{dull}"
+        )
+    return (
+        f"{images} of {kind} values: {treated.low:g} to {treated.high:g}, the range of all of them, become 0 to 255; "
+        f"NaN becomes 0 (--range LOW HIGH for another range).{dull}"
+    )
 
 
 def _counted(count: int, noun: str) -> str:

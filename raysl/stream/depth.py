@@ -10,6 +10,7 @@ are those of the file. How they become 8 bits is a matter of their kind and neve
 from __future__ import annotations
 
 import io
+import logging
 import re
 import sys
 from typing import Any, NamedTuple
@@ -65,7 +66,7 @@ def deep_values(image: Image.Image, data: bytes, page: int = 0) -> Values | None
         return Values(
             quads[:, :, :1] << 8 | quads[:, :, 1:2], "uint16", 65535, quads[:, :, 2].astype(np.uint8)
         )
-    if ";16" in raw_mode and image.mode in ("RGB", "RGBA", "RGBX"):
+    if re.fullmatch(r"RGB[AaX]?;16[BLN]", raw_mode):
         return _wide_colour(image, data, page, raw_mode)
     tags: dict[int, Any] = dict(image.tag_v2) if image.format == "TIFF" else {}  # type: ignore[attr-defined]
     signed = _first(tags.get(_SAMPLE_FORMAT, 1)) == _SIGNED
@@ -132,8 +133,11 @@ def _ppm(image: Image.Image, data: bytes) -> Values | None:
     tile = image.tile[0]  # type: ignore[attr-defined]
     if image.mode == "F":
         return Values(np.asarray(image)[:, :, None], "float")
-    full = tile.args[1] if tile.codec_name in ("ppm", "ppm_plain") else 65535 if image.mode == "I" else 255
-    if full <= 255:
+    if image.mode == "I" and tile.codec_name == "raw":
+        full = 65535
+    elif isinstance(tile.args, tuple) and isinstance(tile.args[1], int) and tile.args[1] > 255:
+        full = tile.args[1]
+    else:
         return None
     channels = 3 if image.mode == "RGB" else 1
     if tile.codec_name == "ppm_plain":
@@ -168,6 +172,8 @@ def tiff_pages(data: bytes) -> Any:
     """
     what = "a TIFF image of a type that Pillow cannot read (64 bits, or several channels of signed or float values)"
     tifffile = package("tifffile", "tifffile", what)
+    # The ledger tells of damage; the package would log a line for each damaged tag.
+    logging.getLogger("tifffile").setLevel(logging.CRITICAL)
     return tifffile.TiffFile(io.BytesIO(data)).pages
 
 
@@ -178,8 +184,17 @@ def tiff_values(page: Any) -> Values:
         DecodeError: the page has neither one channel nor three, or no real values.
     """
     channels = page.samplesperpixel - len(page.extrasamples)
-    if channels not in (1, 3) or page.ndim > 3 or page.dtype is None or page.dtype.kind not in "uif":
-        raise DecodeError(f"a TIFF page of shape {page.shape} and type {page.dtype}: neither grey nor RGB")
+    if (
+        page.photometric > 2
+        or channels not in (1, 3)
+        or page.ndim > 3
+        or page.dtype is None
+        or page.dtype.kind not in "uif"
+    ):
+        raise DecodeError(
+            f"a TIFF page of shape {page.shape}, type {page.dtype} and colours {page.photometric.name}: convert it to "
+            "grey or RGB"
+        )
     values_hwc = page.asarray().reshape(page.shape)
     if page.ndim == 2:
         values_hwc = values_hwc[:, :, None]

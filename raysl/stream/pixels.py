@@ -36,6 +36,7 @@ _STORED = ("JPEG", "MPO", "PNG", "WEBP")
 _ONE_IMAGE = ("JPEG", "MPO", "PSD", "ICO", "CUR", "ICNS", "DDS")
 # Many programs write 0 into the fourth byte of a pixel of these and mean nothing by it.
 _ALPHA_OFTEN_UNUSED = ("TGA", "BMP", "DIB")
+_LONGEST_REASON = 200
 _ORIENTATION, _SUBFILE = 274, 254
 _REDUCED_OR_MASK = 0b101
 # Markers of JPEG (ITU-T T.81, table B.1).
@@ -135,6 +136,8 @@ def pictures(
     except Exception as error:  # Pillow's plugins raise whatever the damage leads them to.
         yield _as_decode_error(error)
         return
+    if not readers:
+        yield DecodeError("no image in the file")
     for read in readers:
         try:
             picture = read()
@@ -149,9 +152,8 @@ def _as_decode_error(error: Exception) -> DecodeError:
         return error
     if isinstance(error, Image.DecompressionBombError):
         return DecodeError(f"more pixels than the {MAX_PIXELS:,} that are allowed: shrink it or cut it up")
-    if isinstance(error, OSError | SyntaxError):
-        return DecodeError(f"damaged: {error}")
-    return DecodeError(f"damaged: {type(error).__name__}: {error}")
+    kind = "" if isinstance(error, OSError | SyntaxError) else f"{type(error).__name__}: "
+    return DecodeError(f"damaged: {kind}{str(error)[:_LONGEST_REASON]}")
 
 
 def plain_jpeg(data: bytes, max_pixels: int) -> npt.NDArray[np.uint8] | None:
@@ -290,12 +292,9 @@ def _tiff_readers(data: bytes, config: DecodeConfig, ranges: Ranges) -> list[Cal
 
     def read(number: int) -> Picture:
         page = pages[number]
-        # As for Pillow, no image may need more than four bytes for each pixel that is allowed.
-        check_size(
-            page.imagewidth,
-            page.imagelength * max(1, page.nbytes // (4 * page.imagewidth * page.imagelength)),
-            config.max_pixels,
-        )
+        check_size(page.imagewidth, page.imagelength, config.max_pixels)
+        if page.nbytes > 4 * config.max_pixels:  # Pillow takes no more than four bytes for a pixel.
+            raise DecodeError(f"its {page.nbytes:,} bytes of values are more than {4 * config.max_pixels:,}")
         tag = page.tags.get(_ORIENTATION)
         picture = _scaled(depth.tiff_values(page), int(tag.value) if tag else 1, config, ranges)
         return _numbered(picture, number, len(pages), len(taken))

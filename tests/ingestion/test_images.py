@@ -67,6 +67,7 @@ def test_a_given_range(tmp_path: Path) -> None:
     data_set, said = ingested(tmp_path)
     assert levels(data_set) == [0, 4, 16]
     assert "the largest value found is 4000 (--range" in said
+    assert "of them came out" not in said
     data_set, said = ingested(tmp_path, "ranged", range=(0.0, 4000.0))
     assert levels(data_set) == [0, 64, 255]
     assert "0 to 4000 become 0 to 255, as --range says" in said
@@ -78,6 +79,7 @@ def test_a_background_and_its_change(tmp_path: Path) -> None:
     data_set, said = ingested(tmp_path, background="#0a0b0c")
     assert levels(data_set) == [10]
     assert "1 image (the first: a.png) with transparent parts: put on #0a0b0c" in said
+    assert "1 of them came out in one colour" in said
     with pytest.raises(UserError, match="another --background"):
         ingested(tmp_path)
 

@@ -86,6 +86,8 @@ def off(picture: Picture, expected_hwc: Array) -> int:
         (file(ramp(), "BMP"), ramp(), False),
         (file(ramp(), "TIFF", compression="tiff_lzw"), ramp(), False),
         (file(ramp(), "PPM"), ramp(), False),
+        (b"P1 3 2 0 1 0 1 1 0", [[255, 0, 255], [0, 0, 255]], False),
+        (b"P2 2 2 300 0 300 150 60", [[0, 255], [128, 51]], False),
         (file(ramp(), "TGA"), ramp(), False),
         (file(ramp(), "JPEG2000", irreversible=False), ramp(), False),
     ],
