@@ -1,11 +1,11 @@
-"""Draws the images of the procedural set: one textured object on a cluttered background.
+"""Draw the images of the procedural set: one textured object on a cluttered background.
 
-The label is the shape of the object and nothing else tells it: position, size, tilt, colours and textures of object and
-background come from the same draws for every shape. Light falls from above and objects stand within 30 degrees of
-upright, so that "up" can be seen, as in photographs.
+The label is the shape of the object. Position, size, tilt, colours and textures have the same distribution for every
+shape, so they tell nothing about the label. Light comes from above and objects are tilted by at most 30 degrees, so
+that "up" is visible, as in photographs.
 
 Coordinates run from -1 to 1, x to the right and y down. A shape is a function that is negative inside and grows by
-about 1 per unit of length at the edge, which gives soft edges of one pixel without drawing at a higher resolution.
+about 1 per unit of length at the edge. This gives soft edges of one pixel without a higher resolution.
 """
 
 from __future__ import annotations
@@ -64,7 +64,7 @@ def _square(x: Tensor, y: Tensor) -> Tensor:
 
 
 def _star(x: Tensor, y: Tensor) -> Tensor:
-    # Five lines, each through two points of the star: inside the star one is outside of one line at most.
+    # Each of five lines goes through two points of the star. A point inside the star is outside of at most one line.
     angles = [math.pi / 2 + 2 * math.pi * k / 5 for k in range(5)]
     lines = torch.stack([math.cos(a) * x + math.sin(a) * y - 0.32 for a in angles])
     return lines.topk(2, dim=0).values[1]
@@ -90,18 +90,19 @@ CLASSES = tuple(_SHAPES)
 
 
 def draw(image_rng: ImageRng, size: int) -> tuple[npt.NDArray[np.uint8], list[int]]:
-    """The images that the draws stand for.
+    """Draw one image for each index of `image_rng`.
 
     Args:
+        image_rng: random numbers of b images.
         size: side of the images in pixels.
 
     Returns:
-        uint8 (b, size, size, 3), and the label of each image.
+        uint8 (b, size, size, 3), RGB, and the label of each image, an index of `CLASSES`.
     """
     label_b = image_rng.integers("label", len(CLASSES))[:, 0]
     centres = (torch.arange(size) + 0.5) * (2 / size) - 1
     x_bhw, y_bhw = centres.expand(len(label_b), size, size), centres[:, None].expand(len(label_b), size, size)
-    # Luminance sets the object off from its background; either may be the lighter one.
+    # The object and its background differ in luminance; either may be the lighter one.
     ground_b = image_rng.uniform("ground", 0.15, 0.85)[:, 0]
     step_b = image_rng.uniform("contrast", 0.28, 0.5)[:, 0]
     lighter_b = ground_b + image_rng.uniform("lighter", -0.12, 0.12)[:, 0] < 0.5
@@ -116,31 +117,31 @@ def draw(image_rng: ImageRng, size: int) -> tuple[npt.NDArray[np.uint8], list[in
 
 
 def _colour(image_rng: ImageRng, name: str, luminance_b: Tensor, saturation: float) -> Tensor:
-    """float (b, 3): a random hue around a luminance."""
+    """Return colours of random hue around a luminance: float (b, 3)."""
     hue_bc = image_rng.uniform(f"{name}/hue", count=3)
     hue_bc = hue_bc - hue_bc.mean(1, keepdim=True)
     return luminance_b[:, None] + saturation * hue_bc
 
 
 def _turned(x_bhw: Tensor, y_bhw: Tensor, angle_b: Tensor) -> tuple[Tensor, Tensor]:
-    """Coordinates in a frame that is turned by an angle."""
+    """Return the coordinates in a frame that is turned by an angle in radians."""
     cos, sin = angle_b.cos()[:, None, None], angle_b.sin()[:, None, None]
     return cos * x_bhw + sin * y_bhw, cos * y_bhw - sin * x_bhw
 
 
 def _wave(x: Tensor) -> Tensor:
-    """A triangle wave between -1 and 1, of period 1."""
+    """Return a triangle wave between -1 and 1, of period 1."""
     return ((x - x.floor() - 0.5).abs() * 4).sub_(1)
 
 
 def _blobs(image_rng: ImageRng, channels: int, cells: int, size: int) -> Tensor:
-    """float (b, channels, size, size) in [-1, 1]: random values on a coarse grid, interpolated."""
+    """Interpolate random values on a coarse grid: float (b, channels, size, size) in [-1, 1]."""
     grid = image_rng.uniform("blobs", -1, 1, channels * cells * cells).view(-1, channels, cells, cells)
     return F.interpolate(grid, size=(size, size), mode="bilinear", align_corners=True)
 
 
 def _texture(image_rng: ImageRng, x_bhw: Tensor, y_bhw: Tensor) -> Tensor:
-    """float (b, h, w) in [-1, 1], of a random kind for each image."""
+    """Return a texture of a random kind for each image: float (b, h, w) in [-1, 1]."""
     kind_b = image_rng.integers("texture", len(_TEXTURES))[:, 0]
     texture_bhw = torch.zeros_like(x_bhw)
     frequency_b = image_rng.uniform("frequency", 1.2, 2.6)[:, 0]
@@ -161,7 +162,7 @@ def _texture(image_rng: ImageRng, x_bhw: Tensor, y_bhw: Tensor) -> Tensor:
 
 
 def _background(image_rng: ImageRng, luminance_b: Tensor, x_bhw: Tensor, y_bhw: Tensor) -> Tensor:
-    """float (b, 3, h, w): a gradient of two colours with a faint texture and blobs, lit from above."""
+    """Draw a gradient of two colours with a faint texture and blobs, lit from above: float (b, 3, h, w)."""
     low_bc = _colour(image_rng, "low", luminance_b - image_rng.uniform("spread", 0, 0.12)[:, 0], 0.55)
     high_bc = _colour(image_rng, "high", luminance_b + image_rng.uniform("spread", 0, 0.12)[:, 0], 0.55)
     along_bhw, _ = _turned(x_bhw, y_bhw, image_rng.uniform("gradient", 0, 2 * math.pi)[:, 0])
@@ -175,18 +176,18 @@ def _background(image_rng: ImageRng, luminance_b: Tensor, x_bhw: Tensor, y_bhw: 
 
 
 def _mix(low_bc: Tensor, high_bc: Tensor, share_bhw: Tensor) -> Tensor:
-    """float (b, 3, h, w): between two colours by the share of the second."""
+    """Mix two colours by the share of the second: float (b, 3, h, w)."""
     return low_bc[:, :, None, None] + (high_bc - low_bc)[:, :, None, None] * share_bhw[:, None]
 
 
 def _cover(edge_bhw: Tensor, scale_b: Tensor) -> Tensor:
-    """float (b, h, w) in [0, 1]: how much of each pixel lies inside a shape drawn at a scale."""
+    """Return the share of each pixel that lies inside a shape drawn at a scale: float (b, h, w) in [0, 1]."""
     pixels = edge_bhw.shape[-1] / 2
     return (0.5 - edge_bhw * (scale_b * pixels)[:, None, None]).clamp_(0, 1)
 
 
 def _distractor(image_bchw: Tensor, image_rng: ImageRng, x_bhw: Tensor, y_bhw: Tensor) -> None:
-    """Draws a small bar, square or disc in two images of three, anywhere."""
+    """Draw a small bar, square or disc at a random place in two of three images."""
     at_bc = image_rng.uniform("at", -1, 1, 2)
     half_bc = image_rng.uniform("half", 0.05, 0.17, 2)
     x, y = x_bhw - at_bc[:, 0, None, None], y_bhw - at_bc[:, 1, None, None]
@@ -207,7 +208,7 @@ def _object(
     x_bhw: Tensor,
     y_bhw: Tensor,
 ) -> None:
-    """Draws the object and its shadow."""
+    """Draw the object and its shadow."""
     scale_b = image_rng.uniform("scale", 0.42, 0.8)[:, 0]
     reach_b = 1.05 - 0.85 * scale_b
     at_bc = image_rng.uniform("at", -1, 1, 2) * reach_b[:, None]
@@ -220,7 +221,7 @@ def _object(
     for label, shape in enumerate(_SHAPES.values()):
         of_shape = (label_b == label).nonzero()[:, 0]
         edge_bhw[of_shape] = shape(x[of_shape], y[of_shape])
-    # The shadow is the same edge, wider and softer, seen a little below.
+    # The shadow has the same edge, wider and softer, a little further down.
     drop_hw = max(1, round(x.shape[-1] / 20))
     shadow_bhw = F.pad((0.12 - edge_bhw).clamp_(0, 0.3), (0, 0, drop_hw, 0))[:, :-drop_hw]
     image_bchw -= (image_rng.uniform("shadow", 0.2, 0.8)[:, 0, None, None] * shadow_bhw)[:, None]

@@ -1,4 +1,4 @@
-"""The procedural set is a pure function of (seed, split, index)."""
+"""Tests of the procedural set: each image is a pure function of (seed, split, index)."""
 
 from __future__ import annotations
 

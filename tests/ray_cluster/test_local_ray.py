@@ -96,7 +96,7 @@ def test_a_run_listens_on_loopback_and_asks_for_a_token(tmp_path: Path) -> None:
     )  # fmt: skip
     assert running.stdout is not None
     try:
-        lines = []
+        lines: list[list[str]] = []
         while not lines or lines[-1][0] != "gcs":
             line = running.stdout.readline()
             assert line, "the run ended early"

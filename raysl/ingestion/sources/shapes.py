@@ -1,6 +1,6 @@
-"""A procedural set: shapes of ten kinds, drawn on the spot. Any number of images, nothing to download.
+"""A procedural data set: shapes of ten kinds, in any number, without a download.
 
-The images are a pure function of (seed, split, index); see `raysl.ingestion.drawing`. The splits are independent draws.
+Each image is a pure function of (seed, split, index); see `raysl.ingestion.drawing`. The splits share no random numbers.
 """
 
 from __future__ import annotations
@@ -20,7 +20,7 @@ SUMMARY = "drawn images: shapes:100000, shapes:10000#test, shapes:100000?seed=3&
 
 _OPTIONS = {"seed": (0, 2**62), "size": (16, 512)}
 _MOST_IMAGES = 2**40
-# Fixed, since the last bit of a float may depend on the size of the batch.
+# The size of a batch is fixed because the last bit of a float may depend on it.
 _BATCH_PIXELS = 256 * 32 * 32
 
 
@@ -83,7 +83,7 @@ def read(unit: Unit) -> Iterator[Row]:
     spec = unit.spec
     batch = max(1, _BATCH_PIXELS // spec["size"] ** 2)
     end = spec["first"] + spec["count"]
-    # Batches start at multiples of their size, whatever the unit.
+    # Batches start at multiples of their size, so that an image does not depend on the unit it is read in.
     for start in range(spec["first"] // batch * batch, end, batch):
         indices = np.arange(start, start + batch, dtype=np.int64)
         image_rng = ImageRng(spec["seed"], np.zeros(batch, np.int64), indices, f"shapes/{spec['split']}")
