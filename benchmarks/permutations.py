@@ -24,10 +24,10 @@ import tyro
 
 from raysl.config import Pretraining
 from raysl.contrastive.bank import BankConfig, MemoryBank
+from raysl.model import DataFacts, Model
 from raysl.rng import ImageRng
 from raysl.stream.plan import Rows
 from raysl.stream.reader import Batch
-from raysl.training.worker import Network
 
 SIZES = {"pirl": (1, 10, 100, 1000, 362_880), "predict": (10, 100, 1000, 10_000)}
 NUM_IMAGES = 50_000
@@ -64,7 +64,7 @@ def main(flags: Flags) -> None:
                 # The criterion is slow for large sets, and cost does not depend on which orders they hold.
                 parts={"jigsaw": {"num_permutations": size, "criterion": "max_avg"}},
             )
-            network = Network(config, NUM_IMAGES, 0)
+            network = Model(config, DataFacts(NUM_IMAGES))
             rows.append({"objective": objective, "num_permutations": size, "weights": weights(network)})
             stages.append(step(config, network, flags.batch_size))
     taken_s = [[cpu_s(stage, flags.steps) for stage in stages] for _ in range(flags.rounds + 1)][1:]
@@ -82,14 +82,14 @@ def main(flags: Flags) -> None:
         flags.out.write_text("".join(json.dumps(row) + "\n" for row in rows))
 
 
-def weights(network: Network) -> int:
+def weights(network: Model) -> int:
     """Numbers in the network."""
     return sum(p.numel() for p in network.parameters())
 
 
-def step(config: Pretraining, network: Network, batch_size: int) -> Callable[[], None]:
+def step(config: Pretraining, network: Model, batch_size: int) -> Callable[[], None]:
     """One step on source crops that are there already."""
-    views = network.views(config)
+    views = network.views()
     generator = torch.Generator().manual_seed(0)
     crops = {
         name: torch.randint(

@@ -37,11 +37,11 @@ from raysl import ray_cluster
 from raysl.config import Pretraining, ViewConfig
 from raysl.dataset import DataSet
 from raysl.ingestion import resolve
+from raysl.model import Model
 from raysl.objectives.pirl import Config as Pirl
 from raysl.stream.plan import Plan
 from raysl.stream.reader import DataShare, Stream, _Load
 from raysl.stream.shared import Subscriber, batches, open_feeds, slots, union
-from raysl.training.worker import Network
 
 RUNS = 4
 VARY = ("loss", "permutations", "colours", "crops")
@@ -111,7 +111,7 @@ def stream(dataset: DataSet, side: int, batch_size: int, images: int, vary: str,
     config = Pretraining("-", "-", batch_size=batch_size, view=view, parts=parts)
     plan = Plan.of(dataset, batch_size, 0, images / dataset.num_images)
     share = DataShare(0.5, (os.cpu_count() or 1) / RUNS)
-    return Stream(dataset, plan, Network(config, dataset.num_images, 0).views(config), share=share)
+    return Stream(dataset, plan, Model.of(config, dataset).views(), share=share)
 
 
 def work(streams: list[Stream]) -> dict[str, float]:

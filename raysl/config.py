@@ -10,13 +10,15 @@ from collections.abc import Mapping
 from dataclasses import dataclass, field
 from typing import Annotated, Any, Literal
 
-from raysl import methods
+from raysl import methods, plugins
 from raysl.backbone.network import BackboneConfig
 from raysl.checkpoint import SaveConfig
 from raysl.contrastive.bank import BankConfig
+from raysl.dataset import DataSet
 from raysl.errors import UserError, unknown
 from raysl.fields import Range
 from raysl.optim import OptimConfig
+from raysl.stream.plan import Plan
 from raysl.stream.reader import StreamConfig
 
 
@@ -60,6 +62,7 @@ class Pretraining:
         log_every: steps between rows of metrics.jsonl.
         parts: the Config of the objective and of every transform, by name, or a JSON value of one; those that are
             not given have their defaults.
+        plugin: files or modules from outside of raysl that define objectives or transforms.
     """
 
     data: str
@@ -80,8 +83,12 @@ class Pretraining:
     stream: StreamConfig = field(default_factory=StreamConfig)
     save: SaveConfig = field(default_factory=SaveConfig)
     parts: Mapping[str, Any] = field(default_factory=dict)
+    plugin: tuple[str, ...] = ()
 
     def __post_init__(self) -> None:
+        object.__setattr__(self, "plugin", tuple(plugins.remembered(one) for one in self.plugin))
+        for one in self.plugin:
+            plugins.load_module(one)
         types_ = methods.parse(self.method).config_types()
         for name in self.parts:
             if name not in types_:
@@ -126,6 +133,10 @@ class Pretraining:
             )
         return counts
 
+    def plan(self, dataset: DataSet) -> Plan:
+        """Return the order of the images of the run. Raises UserError when the batch is larger than the data set."""
+        return Plan.of(dataset, self.batch_size, self.seed, self.epochs)
+
     def to_json(self) -> dict[str, Any]:
         """A JSON value from which `from_json` makes an equal configuration."""
         value: dict[str, Any] = dataclasses.asdict(self)
@@ -142,7 +153,7 @@ class Pretraining:
 
 
 # What may differ when a run goes on: where it runs and how it is kept, and not what it computes.
-FREE = ("run", "data", "workers", "stream", "save", "compile", "channels_last", "log_every")
+FREE = ("run", "data", "workers", "stream", "save", "compile", "channels_last", "log_every", "plugin")
 
 
 def differences(ours: Mapping[str, Any], theirs: Mapping[str, Any], prefix: str = "") -> list[str]:

@@ -17,11 +17,11 @@ from raysl.errors import UserError
 from raysl.evaluation.evaluate import probe
 from raysl.evaluation.results import tables
 from raysl.ingestion import resolve, splits
+from raysl.model import Model
 from raysl.objectives.pirl import Config as Pirl
 from raysl.optim import OptimConfig
 from raysl.ray_cluster import placement
 from raysl.training.launch import pretrain
-from raysl.training.worker import Network
 
 DRAWN = "shapes:6000"
 
@@ -75,8 +75,8 @@ def demo(config: DemoConfig) -> None:
     )
     settings = _settings(config, dataset, out, config.workers or placement.usual_workers())
     sheet = out / "views.png"
-    network = Network(settings, dataset.num_images, len(dataset.manifest.classes))
-    pictures.save(pictures.views_sheet(dataset, network.views(settings), settings.seed), sheet)
+    views = Model.of(settings, dataset).views()
+    pictures.save(pictures.views_sheet(dataset, views, settings.seed), sheet)
     run = pretrain(settings, say)
     say("Probing the trained backbone, the same backbone untrained, and raw pixels.")
     # Scored on the images that they learn from, neighbours leave each image out of its own vote; a classifier cannot.

@@ -2,13 +2,11 @@
 
 from __future__ import annotations
 
-import importlib
-import pkgutil
 import re
 from dataclasses import dataclass
 from typing import Any
 
-from raysl import objectives, pretext
+from raysl import plugins, pretext
 from raysl.errors import UserError, unknown
 
 
@@ -37,22 +35,24 @@ class Method:
 
     def config_types(self) -> dict[str, type[Any]]:
         """The Config classes of the parts, by their names."""
-        types = {self.objective: load_objective(self.objective)[0]}
-        types.update({name: pretext.load(name)[0] for name in self.transforms})
+        types = {self.objective: objective_config_type(self.objective)}
+        types.update({name: pretext.config_type(name) for name in self.transforms})
         return types
 
 
 def objective_names() -> list[str]:
-    """Every objective there is."""
-    return sorted(m.name for m in pkgutil.iter_modules(objectives.__path__) if not m.name.startswith("_"))
+    """Return the names of all objectives."""
+    return plugins.names(plugins.OBJECTIVES)
+
+
+def objective_config_type(name: str) -> type[Any]:
+    """Return the Config of an objective. Raises UserError when there is none of that name."""
+    return plugins.config_type(plugins.OBJECTIVES, name, "objective")
 
 
 def load_objective(name: str) -> tuple[type[Any], type[Any]]:
-    """The Config and the class of an objective. Raises UserError when there is none of that name."""
-    if name not in objective_names():
-        raise unknown("objective", name, objective_names())
-    module = importlib.import_module(f"{objectives.__name__}.{name}")
-    return module.Config, getattr(module, "".join(word.capitalize() for word in name.split("_")))
+    """Return the Config and the class of an objective. Raises UserError when there is none of that name."""
+    return plugins.load(plugins.OBJECTIVES, name, "objective")
 
 
 def parse(name: str) -> Method:
@@ -66,7 +66,7 @@ def parse(name: str) -> Method:
         known = [o + t for o in objective_names() for t in ("", *(f"-{name}" for name in pretext.names()))]
         raise unknown("method", name, known)
     for transform in filter(None, _split(transforms)):
-        pretext.load(transform)
+        pretext.config_type(transform)
     if "" in _split(transforms):
         raise UserError(f"The method {name!r} has an empty transform. Write them as 'pirl-rotation+jigsaw'.")
     method = Method(objective, transforms)

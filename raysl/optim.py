@@ -31,7 +31,7 @@ class OptimConfig:
     """
 
     name: Literal["sgd", "lars", "adamw"] = "sgd"
-    lr: Annotated[float, Range((0.01, 0.03, 0.12, 0.3), log=True, live=True)] = 0.03
+    lr: Annotated[float, Range((0.01, 0.03, 0.12, 0.3), log=True, mutable=True)] = 0.03
     momentum: float = 0.9
     weight_decay: Annotated[float, Range((1e-6, 1e-5, 1e-4, 1e-3), log=True)] = 1e-4
     schedule: Literal["cosine", "step"] = "cosine"

@@ -23,11 +23,11 @@ from raysl.dataset import DataSet
 from raysl.documentation import combinations, pages
 from raysl.documentation.pictures import views_sheet
 from raysl.errors import UserError
+from raysl.model import DataFacts, Model
 from raysl.objectives import pirl
 from raysl.storage import Folder
 from raysl.stream.plan import Plan
 from raysl.stream.reader import Batch, Stream, StreamConfig, _Load
-from raysl.training.worker import Network
 from raysl.tuning.space import space
 from tests.data import make_dataset
 
@@ -85,23 +85,23 @@ def brightness(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[str]
     sys.modules.pop(f"{pretext.__name__}.brightness", None)
 
 
-def make(method: str, place: Literal["data", "trainer"] = "data") -> tuple[Network, Pretraining]:
+def make(method: str, place: Literal["data", "trainer"] = "data") -> tuple[Model, Pretraining]:
     parts = {"pirl": pirl.Config(num_negatives=16, dim=8)} if method.startswith("pirl") else {}
     view, backbone = ViewConfig(image_size=32), BackboneConfig(norm="group")
     config = Pretraining(
         "-", "-", method, view=view, backbone=backbone, stream=StreamConfig(place), parts=parts
     )
-    return Network(config, 60, 4), config
+    return Model(config, DataFacts(60, 4)), config
 
 
-def first_batch(network: Network, config: Pretraining, dataset: DataSet) -> Batch:
+def first_batch(network: Model, config: Pretraining, dataset: DataSet) -> Batch:
     """The batch of the first step, by way of the columns that a data task puts out."""
-    stream = Stream(dataset, Plan.of(dataset, 12, 0, 1), network.views(config), config.stream)
+    stream = Stream(dataset, Plan.of(dataset, 12, 0, 1), network.views(), config.stream)
     columns = next(_Load(stream, 0, 1)({"id": np.zeros(1, np.int64)}))
     return stream.batch(0, {name: values[0] for name, values in columns.items()})
 
 
-def losses_of_steps(network: Network, batch: Batch, steps: int) -> list[float]:
+def losses_of_steps(network: Model, batch: Batch, steps: int) -> list[float]:
     dim = network.objective.bank_dim
     bank = MemoryBank(60, dim, BankConfig(), 0) if dim else None
     optimizer = torch.optim.Adam(network.parameters(), lr=3e-3)
@@ -173,7 +173,7 @@ def test_a_new_file_is_all_that_a_new_transform_needs(
             (12, 1),
         )
         assert np.isfinite(losses_of_steps(network, batch, 2)).all()
-    sheet = views_sheet(dataset, network.views(config), count=2)
+    sheet = views_sheet(dataset, network.views(), count=2)
     assert sheet.width > 400
     page = pages.page(brightness)
     assert "Brightness: the image made darker; the target is by how much." in page

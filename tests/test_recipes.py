@@ -15,12 +15,12 @@ from raysl.cli.flags import parse_pretraining
 from raysl.config import Pretraining
 from raysl.contrastive.bank import BankConfig, MemoryBank
 from raysl.errors import UserError
+from raysl.model import DataFacts, Model
 from raysl.objectives import AfterStep
 from raysl.pretext import jigsaw
 from raysl.rng import ImageRng
 from raysl.stream.plan import Rows
 from raysl.stream.reader import Batch
-from raysl.training.worker import Network
 
 IMAGENET = 1_281_167
 RESNET50 = 23_508_032  # 25.6 million with the classifier of 1,000 classes
@@ -114,14 +114,14 @@ def weights(module: nn.Module) -> int:
     return sum(p.numel() for p in module.parameters() if p.requires_grad)
 
 
-def batch(network: Network, config: Pretraining, b: int) -> Batch:
+def batch(network: Model, config: Pretraining, b: int) -> Batch:
     """Views of random images, as the stream makes them."""
     rows = Rows(np.arange(b) * 1000, np.zeros(b, np.int64))
     image_rng = ImageRng(0, rows.epochs_b, rows.indices_b)
     generator = torch.Generator().manual_seed(0)
     views: dict[str, Tensor] = {}
     targets: dict[str, Tensor] = {}
-    for name, view in network.views(config).items():
+    for name, view in network.views().items():
         side = view.source.size
         images = torch.randint(0, 256, (b, 3, side, side), dtype=torch.uint8, generator=generator)
         made = view(images, image_rng.named(name))
@@ -138,7 +138,7 @@ def test_a_step_at_full_geometry(name: str) -> None:
         # As many orders, which take no minute to choose.
         part: jigsaw.Config = replace(config.parts["jigsaw"], criterion="random")
         config = replace(config, parts={**config.parts, "jigsaw": part})
-    network = Network(config, IMAGENET, 1000)
+    network = Model(config, DataFacts(IMAGENET, 1000))
     assert weights(network.backbone) == RESNET50
     assert weights(network.objective) == HEADS[name]  # type: ignore[arg-type]
     of = batch(network, config, 2)

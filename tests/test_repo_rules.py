@@ -17,11 +17,11 @@ FILES = sorted(LIBRARY.rglob("*.py"))
 
 # From the bottom up: a room (a file or folder directly inside raysl/) imports only rooms that stand before it.
 ROOMS = (
-    *("errors", "rng", "fields", "storage", "dataset"),
+    *("errors", "plugins", "rng", "fields", "storage", "dataset"),
     *("collective", "augment", "pretext"),
     *("stream", "contrastive", "backbone", "optim", "checkpoint"),
     *("ingestion", "objectives", "methods"),
-    *("config", "recipes", "ray_cluster", "run", "training"),
+    *("config", "model", "recipes", "ray_cluster", "run", "training"),
     *("extraction", "clustering", "probes", "evaluation", "documentation"),
     *("tuning", "reporting", "model_export", "reproduction", "experiment"),
     *("diagnostics", "demo", "cli"),

@@ -24,14 +24,13 @@ from raysl.diagnostics.measurement import measure_data, measure_training
 from raysl.diagnostics.prediction import Costs, Prediction, predict
 from raysl.errors import UserError
 from raysl.ingestion import resolve
+from raysl.model import Model
 from raysl.ray_cluster import placement as cluster_placement
 from raysl.ray_cluster.placement import Placement
 from raysl.ray_cluster.versions import versions
 from raysl.run import Run
 from raysl.storage import Folder
-from raysl.stream.plan import Plan
-from raysl.stream.reader import Stream
-from raysl.training.worker import Job, Network
+from raysl.training.worker import Job
 
 __all__ = ["Costs", "DoctorConfig", "Prediction", "Report", "examine", "look", "predict"]
 
@@ -137,17 +136,8 @@ def examine(given: DoctorConfig, say: Callable[[str], None] = print) -> Report:
     found = versions()
     dataset = resolve(given.data)
     config = _pretraining(given, dataset)
-    plan = Plan.of(dataset, given.batch_size, config.seed, config.epochs)
     placement = cluster_placement.place(given.workers)
-    network = Network(config, dataset.num_images, len(dataset.manifest.classes))
-    stream = Stream(
-        dataset,
-        plan,
-        network.views(config),
-        world=given.workers,
-        share=placement.share,
-        schedule=network.schedule(),
-    )
+    stream = Model.of(config, dataset).stream(dataset, placement.share, world=given.workers)
     say(_text(_machine(found, resources, placement)))
     with tempfile.TemporaryDirectory() as folder:
         job = Job(config.to_json(), Run(Folder(folder)), dataset, placement)

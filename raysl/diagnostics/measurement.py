@@ -129,8 +129,8 @@ def _training_costs(job: Job, rank: int, world: int, host: str, port: int) -> di
     try:
         worker = Worker(job, device)
         batch = _batch(worker)
-        step_s = _together_s(lambda: worker.update(worker.network, batch, lr=1e-3), device)
-        gradients = torch.zeros(sum(p.numel() for p in worker.network.parameters()), device=device)
+        step_s = _together_s(lambda: worker.update(worker.model, batch, lr=1e-3), device)
+        gradients = torch.zeros(sum(p.numel() for p in worker.model.parameters()), device=device)
         all_reduce_s = _together_s(lambda: dist.all_reduce(gradients), device) if world > 1 else 0.0
         return {"step_s": step_s, "all_reduce_s": all_reduce_s}
     finally:
@@ -140,14 +140,7 @@ def _training_costs(job: Job, rank: int, world: int, host: str, port: int) -> di
 def _batch(worker: Worker) -> Batch:
     """The first batch of this worker, made here."""
     plan = worker.plan
-    stream = Stream(
-        worker.job.dataset,
-        plan,
-        worker.network.views(worker.config),
-        rank=worker.rank,
-        world=worker.world,
-        schedule=worker.network.schedule(),
-    )
+    stream = worker.model.stream(worker.job.dataset, rank=worker.rank, world=worker.world)
     rows = plan.rows(0, worker.rank, worker.world)
     table = worker.job.dataset.read(rows.indices_b)
     image_rng = ImageRng(plan.seed, rows.epochs_b, rows.indices_b)

@@ -20,9 +20,9 @@ from raysl.config import Pretraining, ViewConfig
 from raysl.dataset import DataSet
 from raysl.documentation import combinations, pictures
 from raysl.errors import Unset
+from raysl.model import DataFacts, Model
 from raysl.storage import Folder
 from raysl.stream.views import View
-from raysl.training.worker import Network
 
 # Of the pictures: any data set of photographs would need a licence, and these are drawn on the spot.
 DATA = "shapes:64?size=96"
@@ -133,7 +133,7 @@ def _views(method: str) -> dict[str, View]:
     """The views of a method; the ordinary one where the method needs a file of the user's before it can be made."""
     config = Pretraining("", "", method, view=_VIEW)
     try:
-        return Network(config, _NUM_IMAGES, _NUM_CLASSES).views(config)
+        return Model(config, DataFacts(_NUM_IMAGES, _NUM_CLASSES)).views()
     except Unset:
         geometry = pretext.Geometry(_VIEW.image_size, _VIEW.min_scale)
         return {"image": View(pretext.build("identity", {}, geometry), recipe(_VIEW.recipe))}

@@ -5,6 +5,7 @@ from __future__ import annotations
 import io
 import math
 from collections.abc import Mapping, Sequence
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
@@ -16,11 +17,11 @@ from raysl import rng
 from raysl.config import Pretraining
 from raysl.dataset import DataSet
 from raysl.errors import UserError
+from raysl.model import DataFacts, Model
 from raysl.rng import ImageRng
 from raysl.storage import Folder
 from raysl.stream.decode import cut, decode
 from raysl.stream.views import View
-from raysl.training.worker import Network
 
 # More images than any memory of negatives wants: what a view looks like does not depend on their number.
 _ENOUGH = 1 << 30
@@ -37,12 +38,12 @@ def views_of(config: Pretraining, dataset: DataSet) -> Mapping[str, View]:
     Raises:
         UserError: the method cannot be, or not on these images.
     """
-    classes, fingerprint = len(dataset.manifest.classes), dataset.manifest.fingerprint
+    facts = DataFacts.of(dataset)
     try:
-        return Network(config, max(dataset.num_images, _ENOUGH), classes, fingerprint).views(config)
+        return Model(config, replace(facts, num_images=max(facts.num_images, _ENOUGH))).views()
     except UserError:
         # Of an objective with a label for each image, for which only the right number will do.
-        return Network(config, dataset.num_images, classes, fingerprint).views(config)
+        return Model(config, facts).views()
 
 
 def views_sheet(

@@ -125,7 +125,7 @@ class RandomBackbone:
 
     def network(self) -> networks.Backbone:
         with torch.random.fork_rng(devices=[]):
-            torch.manual_seed(rng.key(self.seed, "weights") >> 1)  # as train.Network begins
+            torch.manual_seed(rng.key(self.seed, "weights") >> 1)  # as raysl.model.Model begins
             return _build(self.config)
 
     def load(self, device: torch.device, layers: Sequence[str], by_batch: bool = False) -> Encode:

@@ -11,8 +11,8 @@ from torch import Tensor
 from raysl import methods
 from raysl.backbone import norm
 from raysl.extraction.encoders import Encoder, Trained
+from raysl.model import DataFacts, Model
 from raysl.pretext import Pretext
-from raysl.training.worker import Network
 
 
 @dataclass(frozen=True)
@@ -49,16 +49,16 @@ def heads(encoder: Encoder, device: torch.device, by_batch: bool = False) -> Hea
     if compared is None:
         return None
     with torch.random.fork_rng(devices=[]):
-        network = Network(config, data["num_images"], data["num_classes"], data["fingerprint"])
-    network.load_state_dict(encoder.checkpoint.state()["network"])
+        model = Model(config, DataFacts(data["num_images"], data["num_classes"], data["fingerprint"]))
+    model.load_state_dict(encoder.checkpoint.state()["network"])
     if by_batch:
-        norm.by_batch(network)
-    network.eval().to(device, memory_format=torch.channels_last)  # type: ignore[call-overload]
+        norm.by_batch(model)
+    model.eval().to(device, memory_format=torch.channels_last)  # type: ignore[call-overload]
 
     def embed(image_bpchw: Tensor, transformed_bpchw: Tensor) -> tuple[Tensor, Tensor]:
-        found = network(dict(zip(compared, (image_bpchw, transformed_bpchw), strict=True)))
+        found = model(dict(zip(compared, (image_bpchw, transformed_bpchw), strict=True)))
         image_bd, transformed_bd = (found[name].float() for name in compared)
         return image_bd, transformed_bd
 
-    image, transformed = (network.objective.views[name] for name in compared)
+    image, transformed = (model.objective.views[name] for name in compared)
     return Heads(method.pretext, image, transformed, embed)

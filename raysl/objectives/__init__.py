@@ -40,6 +40,7 @@ class Setup:
         tasks: the transforms that the method names, by their names; more than one only for an objective that says
             `several`.
         fingerprint: of the data set; empty when it is not known.
+        num_steps: steps of the run, for schedules.
     """
 
     pretext: Pretext | None
@@ -51,6 +52,7 @@ class Setup:
     backbone: nn.Module = field(default_factory=nn.Identity)
     tasks: Mapping[str, Pretext] = field(default_factory=dict)
     fingerprint: str = ""
+    num_steps: int = 1
 
     def transform(self, objective: str, example: str = "jigsaw") -> Pretext:
         """The pretext transform. Raises UserError when the method names none."""

@@ -46,8 +46,8 @@ class Config:
 
     teacher: str = ""
     step: int = 0
-    temperature: Annotated[float, Range((1.0, 2.0, 4.0, 8.0), log=True, live=True)] = 4.0
-    alpha: Annotated[float, Range((0.1, 0.5, 0.9, 1.0), live=True)] = 1.0
+    temperature: Annotated[float, Range((1.0, 2.0, 4.0, 8.0), log=True, mutable=True)] = 4.0
+    alpha: Annotated[float, Range((0.1, 0.5, 0.9, 1.0), mutable=True)] = 1.0
 
     def __post_init__(self) -> None:
         if not self.temperature > 0:

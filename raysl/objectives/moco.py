@@ -54,7 +54,7 @@ class Config:
 
     momentum: Annotated[float, Range((0.9, 0.99, 0.999))] = 0.999
     queue: Annotated[int, Range((256, 1024, 4096, 16_384, 65_536), log=True)] = 4096
-    temperature: Annotated[float, Range((0.05, 0.07, 0.1, 0.2, 0.5), log=True, live=True)] = 0.2
+    temperature: Annotated[float, Range((0.05, 0.07, 0.1, 0.2, 0.5), log=True, mutable=True)] = 0.2
     dim: int = 128
     head: HeadName = "mlp"
 

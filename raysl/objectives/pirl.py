@@ -50,7 +50,9 @@ class Config(MemoryConfig):
         lam: lambda, weight of the transformed image's term, in 0..1.
     """
 
-    lam: Annotated[float, tyro.conf.arg(name="lambda"), Range((0.0, 0.25, 0.5, 0.75, 1.0), live=True)] = 0.5
+    lam: Annotated[float, tyro.conf.arg(name="lambda"), Range((0.0, 0.25, 0.5, 0.75, 1.0), mutable=True)] = (
+        0.5
+    )
 
     def __post_init__(self) -> None:
         super().__post_init__()

@@ -47,7 +47,7 @@ class Config:
             gradients depend on how many share the batch; "none" and "layer" do not.
     """
 
-    temperature: Annotated[float, Range((0.05, 0.1, 0.2, 0.5, 1.0), log=True, live=True)] = 0.1
+    temperature: Annotated[float, Range((0.05, 0.1, 0.2, 0.5, 1.0), log=True, mutable=True)] = 0.1
     dim: int = 128
     head: HeadName = "mlp"
     norm: NormName = "none"

@@ -12,8 +12,6 @@ the paper, the idea and the published number to compare with.
 
 from __future__ import annotations
 
-import importlib
-import pkgutil
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import Any, Literal, Protocol, runtime_checkable
@@ -22,8 +20,9 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
+from raysl import plugins
 from raysl.augment import SourceCrop
-from raysl.errors import UserError, unknown
+from raysl.errors import UserError
 from raysl.pretext._grey import grey
 from raysl.rng import ImageRng
 
@@ -146,20 +145,18 @@ def _last(transform: Pretext) -> Pretext:
 
 
 def names() -> list[str]:
-    """Every transform there is: the files of this package, and of folders added to its `__path__`."""
-    return sorted(module.name for module in pkgutil.iter_modules(__path__) if not module.name.startswith("_"))
+    """Return the names of all transforms."""
+    return plugins.names(__name__)
+
+
+def config_type(name: str) -> type[Any]:
+    """Return the Config of a transform. Raises UserError when there is none of that name."""
+    return plugins.config_type(__name__, name, "pretext transform")
 
 
 def load(name: str) -> tuple[type[Any], type[Any]]:
-    """The Config and the class of a transform.
-
-    Raises:
-        UserError: there is no transform of that name.
-    """
-    if name not in names():
-        raise unknown("pretext transform", name, names())
-    module = importlib.import_module(f"{__name__}.{name}")
-    return module.Config, getattr(module, "".join(word.capitalize() for word in name.split("_")))
+    """Return the Config and the class of a transform. Raises UserError when there is none of that name."""
+    return plugins.load(__name__, name, "pretext transform")
 
 
 def build(spec: str, configs: Mapping[str, Any], geometry: Geometry) -> Pretext:

@@ -22,8 +22,6 @@ never stand beside new ones; `tests/probes/test_contract.py` holds a hash of eve
 
 from __future__ import annotations
 
-import importlib
-import pkgutil
 from collections.abc import Iterator
 from dataclasses import dataclass, fields
 from typing import Any, Protocol, runtime_checkable
@@ -33,8 +31,9 @@ import numpy.typing as npt
 import torch
 from torch import Tensor
 
+from raysl import plugins
 from raysl.dataset import DataSet
-from raysl.errors import UserError, unknown
+from raysl.errors import UserError
 from raysl.extraction import Encoder
 from raysl.storage import Folder
 
@@ -153,22 +152,24 @@ Probe = LabelledProbe | FeatureProbe | EncoderProbe
 
 
 def names() -> list[str]:
-    """Every probe there is: the files of this package, and of folders added to its `__path__`."""
-    return sorted(module.name for module in pkgutil.iter_modules(__path__) if not module.name.startswith("_"))
+    """Return the names of all probes."""
+    return plugins.names(__name__)
+
+
+def config_type(name: str) -> type[Any]:
+    """Return the Config of a probe. Raises UserError when there is none of that name."""
+    return plugins.config_type(__name__, name, "probe")
 
 
 def load(name: str) -> tuple[type[Any], type[Any]]:
-    """The Config and the class of a probe. Raises UserError when there is none of that name."""
-    if name not in names():
-        raise unknown("probe", name, names())
-    module = importlib.import_module(f"{__name__}.{name}")
-    return module.Config, getattr(module, "".join(word.capitalize() for word in name.split("_")))
+    """Return the Config and the class of a probe. Raises UserError when there is none of that name."""
+    return plugins.load(__name__, name, "probe")
 
 
 def required(name: str) -> list[str]:
     """Flags of a probe without a default that would do: where there is nothing that could be one, such as a folder, the
     default is empty. Raises UserError when there is no such probe."""
-    config = load(name)[0]()
+    config = config_type(name)()
     unset = [one.name for one in fields(config) if getattr(config, one.name) == ""]
     return [f"--{name}.{field}".replace("_", "-") for field in unset]
 

@@ -10,37 +10,35 @@ beside `--recipe` override what it says.
 
 from __future__ import annotations
 
-import importlib
 import inspect
-import pkgutil
-from typing import Any
+from types import ModuleType
 
+from raysl import plugins
 from raysl.config import Pretraining
 from raysl.errors import unknown
 
 
 def names() -> list[str]:
-    """Every recipe there is."""
-    files = (m.name for m in pkgutil.iter_modules(__path__) if not m.name.startswith("_"))
-    return sorted(name.replace("_", "-") for name in files)
+    """Return the names of all recipes."""
+    return [name.replace("_", "-") for name in plugins.names(__name__)]
 
 
 def load(name: str, data: str, run: str) -> Pretraining:
-    """The configuration of a recipe, on a data set and in a folder.
+    """Return the configuration of a recipe, on a data set and in a folder.
 
     Raises:
         UserError: there is no recipe of that name.
     """
-    if name not in names():
-        raise unknown("recipe", name, names())
     config: Pretraining = _module(name).pretraining(data, run)
     return config
 
 
 def summary(name: str) -> str:
-    """The first sentence of a recipe's docstring."""
+    """Return the first sentence of a recipe's docstring."""
     return " ".join((inspect.getdoc(_module(name)) or "").partition("\n\n")[0].split())
 
 
-def _module(name: str) -> Any:
-    return importlib.import_module(f"{__name__}.{name.replace('-', '_')}")
+def _module(name: str) -> ModuleType:
+    if name not in names():
+        raise unknown("recipe", name, names())
+    return plugins.module(__name__, name.replace("-", "_"), "recipe")

@@ -94,9 +94,8 @@ class Plan:
         stretch = math.ceil(LANES * groups_per_window * rows_per_group / batch_size)
         # Never more than an epoch, or the lanes of a small data set would lie in different epochs.
         stretch = max(1, min(stretch, dataset.num_images // batch_size))
-        # Images are rounded first: 1.1 * 1000 is a little more than 1100, and must not cost a step.
-        num_steps = max(1, math.ceil(round(epochs * dataset.num_images) / batch_size))
-        return Plan(starts, batch_size, seed, groups_per_window, stretch, num_steps)
+        steps = num_steps(dataset.num_images, batch_size, epochs)
+        return Plan(starts, batch_size, seed, groups_per_window, stretch, steps)
 
     @property
     def num_images(self) -> int:
@@ -172,6 +171,12 @@ class Plan:
             and self.num_steps == other.num_steps
             and np.array_equal(self.row_group_starts, other.row_group_starts)
         )
+
+
+def num_steps(num_images: int, batch_size: int, epochs: float) -> int:
+    """Return the number of steps of a run. The last batch takes what it lacks from the next epoch."""
+    # Images are rounded first: 1.1 * 1000 is a little more than 1100, and must not cost a step.
+    return max(1, math.ceil(round(epochs * num_images) / batch_size))
 
 
 @lru_cache(maxsize=4)

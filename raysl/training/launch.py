@@ -16,15 +16,15 @@ from raysl import checkpoint, ray_cluster
 from raysl.config import Pretraining
 from raysl.errors import UserError
 from raysl.ingestion import resolve
+from raysl.model import Model
 from raysl.ray_cluster import placement as cluster_placement
 from raysl.ray_cluster.lock import DriverLock
 from raysl.ray_cluster.placement import Placement
 from raysl.run import Run
-from raysl.stream.plan import Plan
 from raysl.stream.shared import Subscriber
 from raysl.training import elastic, progress_actor
 from raysl.training.elastic import CapacityRequest, Resizing, WorkerGroup
-from raysl.training.worker import Job, Network, work
+from raysl.training.worker import Job, work
 
 # Restarts of the workers without progress before a run gives up. Each goes on from the newest checkpoint.
 MAX_FAILURES = 8
@@ -64,11 +64,11 @@ def pretrain(
     # Before a raw source is ingested, which takes its time.
     group = _first_team(counts, placement)
     dataset = resolve(config.data)
-    plan = Plan.of(dataset, config.batch_size, config.seed, config.epochs)
+    plan = config.plan(dataset)
     # Built here only to find mistakes before any worker starts, and for its facts.
-    network = Network(config, dataset.num_images, len(dataset.manifest.classes), dataset.manifest.fingerprint)
-    network.views(config)
-    run = Run.begin(config, dataset, network.facts())
+    model = Model.of(config, dataset)
+    model.views()
+    run = Run.begin(config, dataset, model.describe())
     end = min(until or plan.num_steps, plan.num_steps)
     saved = _saved(run)
     if saved >= end:

@@ -7,7 +7,6 @@ import math
 import time
 import traceback
 from collections import Counter
-from collections.abc import Callable, Collection, Mapping
 from dataclasses import dataclass
 from typing import Any
 
@@ -15,69 +14,21 @@ import torch
 from torch import Tensor, nn
 from torch.nn.parallel import DistributedDataParallel
 
-from raysl import checkpoint, collective, methods, optim, pretext
-from raysl.augment import recipe
-from raysl.backbone import network, norm
+from raysl import checkpoint, collective, optim
+from raysl.backbone import norm
 from raysl.checkpoint import Saver
 from raysl.config import Pretraining
 from raysl.contrastive.bank import MemoryBank
 from raysl.dataset import DataSet
 from raysl.errors import UserError
-from raysl.objectives import AfterStep, Alternates, Describes, Loss, Objective, Setup
-from raysl.pretext import Geometry
+from raysl.model import Model
+from raysl.objectives import AfterStep, Alternates, Loss
 from raysl.ray_cluster.placement import Placement
-from raysl.rng import key
 from raysl.run import METADATA, MetricsLog, Run
 from raysl.stream import shared
 from raysl.stream.plan import Plan
 from raysl.stream.reader import Batch, Stream
-from raysl.stream.views import View
 from raysl.training.stop_sync import StopSignal, StopSync
-
-
-class Network(nn.Module):
-    """The backbone and the heads of a method, as one module for DistributedDataParallel."""
-
-    def __init__(self, config: Pretraining, num_images: int, num_classes: int, fingerprint: str = "") -> None:
-        super().__init__()
-        torch.manual_seed(key(config.seed, "weights") >> 1)
-        self.backbone = network.build(config.backbone)
-        method = methods.parse(config.method)
-        _, objective_type = methods.load_objective(method.objective)
-        geometry = Geometry(
-            config.view.image_size, config.view.min_scale, objective_type.predicts, config.seed
-        )
-        self.tasks = {spec: pretext.build(spec, config.parts, geometry) for spec in method.tasks}
-        setup = Setup(
-            pretext=next(iter(self.tasks.values())) if len(self.tasks) == 1 else None,
-            identity=pretext.build("identity", {}, geometry),
-            width=self.backbone.width,
-            num_images=num_images,
-            num_classes=num_classes,
-            seed=config.seed,
-            backbone=self.backbone,
-            tasks=self.tasks,
-            fingerprint=fingerprint,
-        )
-        self.objective: Objective = objective_type(config.parts[method.objective], setup)
-
-    def forward(self, views: Mapping[str, Tensor]) -> dict[str, Tensor]:
-        return self.objective.forward(self.backbone, views)
-
-    def views(self, config: Pretraining) -> dict[str, View]:
-        """What the stream makes of every image."""
-        colours = recipe(config.view.recipe)
-        return {name: View(transform, colours) for name, transform in self.objective.views.items()}
-
-    def schedule(self) -> Callable[[int], Collection[str]] | None:
-        """Which of the views a step takes, by its number; None where it takes all."""
-        return self.objective.schedule() if isinstance(self.objective, Alternates) else None
-
-    def facts(self) -> dict[str, Any]:
-        """What the method adds to the metadata."""
-        described = {spec: transform.describe() for spec, transform in self.tasks.items()}
-        facts = next(iter(described.values())) if len(described) == 1 else dict(described)
-        return facts | self.objective.describe() if isinstance(self.objective, Describes) else facts
 
 
 @dataclass(frozen=True)
@@ -99,20 +50,20 @@ class Job:
 
 
 class Worker:
-    """One training worker: its network, optimiser, bank and stream, and the step they are at."""
+    """One training worker: its model, optimiser, bank and stream, and the step they are at."""
 
     def __init__(self, job: Job, device: torch.device) -> None:
         self.job = job
         self.config = config = Pretraining.from_json(job.config)
         self.device = device
         self.rank, self.world = collective.rank(), collective.world()
-        self.plan = Plan.of(job.dataset, config.batch_size, config.seed, config.epochs)
-        self.network = Network(config, job.dataset.num_images, len(job.dataset.manifest.classes)).to(device)
+        self.plan = config.plan(job.dataset)
+        self.model = Model.of(config, job.dataset).to(device)
         if config.channels_last:
-            self.network = self.network.to(memory_format=torch.channels_last)
-        self.optimizer = optim.build(config.optim, self.network)
+            self.model = self.model.to(memory_format=torch.channels_last)
+        self.optimizer = optim.build(config.optim, self.model)
         self.scaler = torch.amp.GradScaler(device.type, enabled=config.precision == "fp16")
-        dim = self.network.objective.bank_dim
+        dim = self.model.objective.bank_dim
         self.bank = MemoryBank(job.dataset.num_images, dim, config.bank, config.seed, device) if dim else None
         self.saver = Saver(job.run.checkpoints, config.save, self.rank, self.world)
         self.step = 0
@@ -133,7 +84,7 @@ class Worker:
         if chosen is None:
             raise self._unseen(f"checkpoint of step {step}")
         state, bank = chosen.load()
-        self.network.load_state_dict(state["network"])
+        self.model.load_state_dict(state["network"])
         self.optimizer.load_state_dict(state["optimizer"])
         self.scaler.load_state_dict(state["scaler"])
         if self.bank is not None:
@@ -149,7 +100,7 @@ class Worker:
     def state(self) -> dict[str, Any]:
         """All that a later session needs besides the bank; every random number follows from the step."""
         return {
-            "network": self.network.state_dict(),
+            "network": self.model.state_dict(),
             "optimizer": self.optimizer.state_dict(),
             "scaler": self.scaler.state_dict(),
             "step": self.step,
@@ -177,13 +128,13 @@ class Worker:
         return int(ray.get(self.job.board.begin.remote(self.step, self.world, log.reached)))
 
     def _loop(self, log: MetricsLog | None, lost_steps: int) -> None:
-        model = self._distributed()
+        distributed = self._distributed()
         meter = Meter(self.step, self.plan, self.world, lost_steps)
         stop_sync = StopSync(self.step, StopSignal(self.job.board, self.rank), self.device)
         end = self.plan.num_steps if self.job.until is None else min(self.job.until, self.plan.num_steps)
         for batch in shared.batches(self._stream(), self.job.subscriber, self.step, end):
             lr = self.config.optim.lr_at(self.step, self.plan.num_steps, self.config.batch_size)
-            loss = self.update(model, batch, lr)
+            loss = self.update(distributed, batch, lr)
             self.step += 1
             meter.add(batch, loss)
             leave, since_s = stop_sync.settle(self.step, self.saver.since_s)
@@ -209,16 +160,16 @@ class Worker:
             group["lr"] = lr
         with self._autocast():
             outputs = model(batch.views)
-            loss = self.network.objective.loss(outputs, batch, self.bank)
+            loss = self.model.objective.loss(outputs, batch, self.bank)
         self.optimizer.zero_grad(set_to_none=True)
         self.scaler.scale(loss.loss).backward()  # type: ignore[no-untyped-call]
         if self.config.optim.clip_norm > 0:
             self.scaler.unscale_(self.optimizer)
-            nn.utils.clip_grad_norm_(self.network.parameters(), self.config.optim.clip_norm)
+            nn.utils.clip_grad_norm_(self.model.parameters(), self.config.optim.clip_norm)
         self.scaler.step(self.optimizer)
         self.scaler.update()
-        if isinstance(self.network.objective, AfterStep):
-            self.network.objective.after_step(self.network.backbone)
+        if isinstance(self.model.objective, AfterStep):
+            self.model.objective.after_step(self.model.backbone)
         if self.bank is not None and loss.bank_update_bd is not None:
             self.bank.update(batch.indices_b, loss.bank_update_bd)
         return loss
@@ -231,8 +182,8 @@ class Worker:
 
     def _distributed(self) -> nn.Module:
         if self.config.backbone.norm == "sync" and self.world > 1:
-            norm.synchronise(self.network, self.device)
-        model: nn.Module = self.network
+            norm.synchronise(self.model, self.device)
+        model: nn.Module = self.model
         if self.config.compile:
             model = torch.compile(model)  # type: ignore[assignment]
         if self.world == 1:
@@ -240,21 +191,12 @@ class Worker:
         return DistributedDataParallel(
             model,
             device_ids=[self.device] if self.device.type == "cuda" else None,
-            find_unused_parameters=isinstance(self.network.objective, Alternates),
+            find_unused_parameters=isinstance(self.model.objective, Alternates),
         )
 
     def _stream(self) -> Stream:
-        return Stream(
-            dataset=self.job.dataset,
-            plan=self.plan,
-            views=self.network.views(self.config),
-            config=self.config.stream,
-            share=self.job.placement.share,
-            rank=self.rank,
-            world=self.world,
-            device=self.device,
-            schedule=self.network.schedule(),
-        )
+        share = self.job.placement.share
+        return self.model.stream(self.job.dataset, share, self.rank, self.world, self.device)
 
     def _check(self, loss: float) -> None:
         """Keeps weights that are no longer numbers out of every checkpoint."""

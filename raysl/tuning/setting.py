@@ -11,11 +11,10 @@ from raysl.dataset import DataSet
 from raysl.errors import UserError
 from raysl.evaluation.evaluate import check_apart
 from raysl.ingestion import resolve
+from raysl.model import Model
 from raysl.probes import common_labels
 from raysl.ray_cluster import placement as cluster_placement
 from raysl.ray_cluster.placement import Placement
-from raysl.stream.plan import Plan
-from raysl.training.worker import Network
 from raysl.tuning import searchers, table
 from raysl.tuning.config import SweepConfig
 from raysl.tuning.space import Space, Values, space
@@ -57,7 +56,7 @@ class Setting:
 
     def until(self, config: Pretraining, rung: int) -> int:
         """The step of a rung."""
-        plan = Plan.of(self.images, config.batch_size, config.seed, config.epochs)
+        plan = config.plan(self.images)
         return max(1, round(self.config.shares()[rung] * plan.num_steps))
 
 
@@ -118,10 +117,9 @@ def _build(trials: list[tuple[Values, Pretraining]], images: DataSet) -> None:
         known, light = config.backbone in backbones, replace(config.backbone, name="small")
         backbones.add(config.backbone)
         try:
-            Plan.of(images, config.batch_size, config.seed, config.epochs)
+            config.plan(images)
             built = replace(config, backbone=light) if known else config
-            facts = images.manifest
-            Network(built, images.num_images, len(facts.classes), facts.fingerprint).views(built)
+            Model.of(built, images).views()
         except UserError as error:
             raise _refused(values, error) from error
 

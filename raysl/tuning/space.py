@@ -243,7 +243,7 @@ def _unknown(name: str, wanted: str, known: Sequence[str]) -> UserError:
 
 def _dimension(field: Field, text: str | None, listed: bool) -> Dimension:
     own = field.range
-    about = {"log": own.log, "live": own.live} if own else {"log": False, "live": False}
+    about = {"log": own.log, "live": own.mutable} if own else {"log": False, "live": False}
     if text is None:
         if own is None:
             raise UserError(

@@ -12,10 +12,10 @@ from typing import Any
 
 from raysl.backbone.network import BackboneConfig
 from raysl.config import Pretraining
+from raysl.model import Model
 from raysl.stream.plan import Plan
 from raysl.stream.reader import Stream
 from raysl.stream.shared import Subscriber, open_feeds, slots, union
-from raysl.training.worker import Network
 from raysl.tuning.setting import Setting
 from raysl.tuning.space import Dimension
 
@@ -40,7 +40,7 @@ class Reading:
 
     @staticmethod
     def of(config: Pretraining, setting: Setting, until: int) -> Reading:
-        plan = Plan.of(setting.images, config.batch_size, config.seed, config.epochs)
+        plan = config.plan(setting.images)
         workers = setting.workers
         return Reading(plan, until, workers, config.stream.place, config.backbone, config.precision)
 
@@ -122,18 +122,7 @@ class Together:
         """The stream that a run would have. Its views do not depend on the backbone, of which a light one is built."""
         images, placement = self._setting.images, self._setting.placement
         light = replace(config, backbone=replace(config.backbone, name="small"))
-        facts = images.manifest
-        network = Network(light, images.num_images, len(facts.classes), facts.fingerprint)
-        plan = Plan.of(images, config.batch_size, config.seed, config.epochs)
-        return Stream(
-            images,
-            plan,
-            network.views(config),
-            config.stream,
-            placement.share,
-            world=self._setting.workers,
-            schedule=network.schedule(),
-        )
+        return Model.of(light, images).stream(images, placement.share, world=self._setting.workers)
 
 
 def _keeps_apart(dimension: Dimension) -> bool:

@@ -37,12 +37,12 @@ from raysl.extraction import (
 )
 from raysl.extraction.feature_tasks import describe
 from raysl.extraction.table import DONE, file
+from raysl.model import Model
 from raysl.objectives.pirl import Config as Pirl
 from raysl.ray_cluster import placement
 from raysl.run import Run
 from raysl.storage import Folder
 from raysl.stream.decode import centre
-from raysl.training.worker import Network
 from tests.data import make_dataset
 
 SEEN = FeatureProtocol(image_size=16)
@@ -58,7 +58,7 @@ def _small_parts(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(feature_tasks, "_PART_IMAGES", 40)
 
 
-def make_run(dataset: DataSet, folder: Path) -> tuple[Run, Network]:
+def make_run(dataset: DataSet, folder: Path) -> tuple[Run, Model]:
     """A run with a checkpoint whose weights and batch statistics are not those it began with."""
     config = Pretraining(
         data=str(dataset.folder),
@@ -67,8 +67,8 @@ def make_run(dataset: DataSet, folder: Path) -> tuple[Run, Network]:
         view=ViewConfig(image_size=16),
         parts={"pirl": Pirl(num_negatives=32, dim=16)},
     )
-    network = Network(config, dataset.num_images, 4)
-    run = Run.begin(config, dataset, network.facts())
+    network = Model.of(config, dataset)
+    run = Run.begin(config, dataset, network.describe())
     with torch.no_grad():
         for tensor in network.state_dict().values():
             tensor.mul_(1.1) if tensor.is_floating_point() else None
@@ -76,7 +76,7 @@ def make_run(dataset: DataSet, folder: Path) -> tuple[Run, Network]:
     return run, network
 
 
-def saved(run: Run, network: Network) -> None:
+def saved(run: Run, network: Model) -> None:
     """The run has a checkpoint of step 5 with these weights."""
     saver = Saver(run.checkpoints, SaveConfig(), 0, 1)
     saver.save(5, {"network": network.state_dict()}, None)
@@ -94,7 +94,7 @@ def views(dataset: DataSet) -> torch.Tensor:
     return centre(images, 16)
 
 
-def direct(network: Network, dataset: DataSet) -> Any:
+def direct(network: Model, dataset: DataSet) -> Any:
     with torch.inference_mode():
         return network.backbone.eval()(views(dataset)).numpy()
 
@@ -107,7 +107,7 @@ def test_equal_to_a_direct_call_of_the_network(ray_session: None, dataset: DataS
     assert len(trained.parts) > 2
     np.testing.assert_allclose(trained.load(), direct(network, dataset), rtol=1e-4, atol=1e-5)
     random = one(untrained(run), dataset, SEEN, cache)
-    begun = Network(run.config(), dataset.num_images, 4)
+    begun = Model.of(run.config(), dataset)
     np.testing.assert_allclose(random.load(), direct(begun, dataset), rtol=1e-4, atol=1e-5)
     pixels = one(Pixels(), dataset, SEEN, cache)
     expected = views(dataset).flatten(1).float() / 255 - 0.5

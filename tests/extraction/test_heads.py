@@ -10,8 +10,8 @@ import torch
 from raysl.backbone.network import BackboneConfig
 from raysl.config import Pretraining, ViewConfig
 from raysl.extraction import RandomBackbone, Trained, heads
+from raysl.model import Model
 from raysl.run import Run
-from raysl.training.worker import Network
 from tests.data import make_dataset
 from tests.extraction.test_feature_tasks import make_run, saved, views
 
@@ -48,6 +48,6 @@ def test_what_predicts_and_what_is_no_run_has_none(tmp_path: Path) -> None:
         str(dataset.folder), str(tmp_path / "run"), "predict-rotation", batch_size=16, view=ViewConfig(16)
     )
     run = Run.begin(config, dataset, {})
-    saved(run, Network(config, dataset.num_images, 4))
+    saved(run, Model.of(config, dataset))
     assert heads(Trained(run, run.newest()), CPU) is None
     assert heads(RandomBackbone(BackboneConfig(), 0), CPU) is None

@@ -15,6 +15,7 @@ from raysl import pretext
 from raysl.backbone.network import Backbone, BackboneConfig, build
 from raysl.config import Pretraining, ViewConfig
 from raysl.errors import UserError
+from raysl.model import DataFacts, Model
 from raysl.objectives import Setup
 from raysl.objectives.multitask import Config, Multitask, Turns
 from raysl.objectives.predict import Predict
@@ -22,7 +23,6 @@ from raysl.pretext import Geometry
 from raysl.rng import ImageRng
 from raysl.stream.plan import Rows
 from raysl.stream.reader import Batch
-from raysl.training.worker import Network
 
 TASKS = ("rotation", "colorization", "rotation+jigsaw")
 
@@ -118,12 +118,12 @@ def test_the_method_names_the_tasks() -> None:
         parts={"multitask": {"weights": [1, 2]}, "jigsaw": {"num_permutations": 10}},
         view=ViewConfig(image_size=32),
     )
-    network = Network(config, 64, 0)
-    assert list(network.views(config)) == ["relative_position", "rotation+jigsaw"]
-    assert network.facts()["rotation+jigsaw"]["parts"][1]["num_permutations"] == 10
+    network = Model(config, DataFacts(64))
+    assert list(network.views()) == ["relative_position", "rotation+jigsaw"]
+    assert network.describe()["rotation+jigsaw"]["parts"][1]["num_permutations"] == 10
     schedule = network.schedule()
     assert schedule is not None
-    assert set(schedule(0)) <= set(network.views(config))
+    assert set(schedule(0)) <= set(network.views())
     assert Pretraining.from_json(config.to_json()) == config
 
 

@@ -12,9 +12,7 @@ and gets ingest, resumption, the ledger and `raysl ingest` without another edit.
 
 from __future__ import annotations
 
-import importlib
 import os
-import pkgutil
 from collections.abc import Iterator
 from dataclasses import dataclass
 from enum import IntEnum
@@ -23,6 +21,7 @@ from pathlib import Path
 from types import ModuleType
 from typing import Any, NamedTuple, Protocol
 
+from raysl import plugins
 from raysl.errors import UserError
 from raysl.storage import Folder
 
@@ -140,8 +139,7 @@ class Source(Protocol):
 
 @cache
 def _kinds() -> dict[str, ModuleType]:
-    names = sorted(info.name for info in pkgutil.iter_modules(__path__))
-    return {name: importlib.import_module(f"{__name__}.{name}") for name in names}
+    return {name: plugins.module(__name__, name, "source") for name in plugins.names(__name__)}
 
 
 def recognised() -> str:

@@ -1,0 +1,133 @@
+"""The model of a run: the backbone and the heads of its method, the views that it needs, and the stream of them."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Collection, Mapping
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from raysl import methods, pretext
+from raysl.augment import recipe
+from raysl.backbone import network
+from raysl.config import Pretraining
+from raysl.dataset import DataSet
+from raysl.objectives import Alternates, Describes, Objective, Setup
+from raysl.pretext import Geometry
+from raysl.rng import key
+from raysl.stream.plan import num_steps
+from raysl.stream.reader import DataShare, Stream
+from raysl.stream.views import View
+
+
+@dataclass(frozen=True)
+class DataFacts:
+    """What a model needs to know of its data set.
+
+    Args:
+        num_images: N.
+        num_classes: number of classes; 0 without labels.
+        fingerprint: of the data set; empty when it is not known.
+    """
+
+    num_images: int
+    num_classes: int = 0
+    fingerprint: str = ""
+
+    @staticmethod
+    def of(dataset: DataSet) -> DataFacts:
+        """Return the facts of a data set."""
+        return DataFacts(dataset.num_images, len(dataset.manifest.classes), dataset.manifest.fingerprint)
+
+
+class Model(nn.Module):
+    """The backbone and the objective of a run, as one module for DistributedDataParallel.
+
+    Its weights follow from the seed of the run: building it seeds torch's global generator.
+
+    Args:
+        config: the run.
+        data: facts of its data set.
+
+    Raises:
+        UserError: the method, the backbone and the data do not fit together.
+    """
+
+    def __init__(self, config: Pretraining, data: DataFacts) -> None:
+        super().__init__()
+        self.config = config
+        torch.manual_seed(key(config.seed, "weights") >> 1)
+        self.backbone = network.build(config.backbone)
+        method = methods.parse(config.method)
+        _, objective_type = methods.load_objective(method.objective)
+        view = config.view
+        geometry = Geometry(view.image_size, view.min_scale, objective_type.predicts, config.seed)
+        self.tasks = {spec: pretext.build(spec, config.parts, geometry) for spec in method.tasks}
+        setup = Setup(
+            pretext=next(iter(self.tasks.values())) if len(self.tasks) == 1 else None,
+            identity=pretext.build("identity", {}, geometry),
+            width=self.backbone.width,
+            num_images=data.num_images,
+            num_classes=data.num_classes,
+            seed=config.seed,
+            num_steps=num_steps(data.num_images, config.batch_size, config.epochs),
+            backbone=self.backbone,
+            tasks=self.tasks,
+            fingerprint=data.fingerprint,
+        )
+        self.objective: Objective = objective_type(config.parts[method.objective], setup)
+
+    @staticmethod
+    def of(config: Pretraining, dataset: DataSet) -> Model:
+        """Return the model of a run on a data set. Raises UserError when the two do not fit together."""
+        return Model(config, DataFacts.of(dataset))
+
+    def forward(self, views: Mapping[str, Tensor]) -> dict[str, Tensor]:
+        """Return the outputs of the objective for uint8 views (b, p, c, h, w)."""
+        return self.objective.forward(self.backbone, views)
+
+    def views(self) -> dict[str, View]:
+        """Return what the stream makes of every image."""
+        colours = recipe(self.config.view.recipe)
+        return {name: View(transform, colours) for name, transform in self.objective.views.items()}
+
+    def schedule(self) -> Callable[[int], Collection[str]] | None:
+        """Return the function from a step to the names of its views; None where every step takes all views."""
+        return self.objective.schedule() if isinstance(self.objective, Alternates) else None
+
+    def stream(
+        self,
+        dataset: DataSet,
+        share: DataShare | None = None,
+        rank: int = 0,
+        world: int = 1,
+        device: torch.device = torch.device("cpu"),
+    ) -> Stream:
+        """Return the stream of one training worker.
+
+        Args:
+            dataset: the images.
+            share: CPUs of the data tasks.
+            rank: the worker.
+            world: number of workers.
+            device: where the tensors of the batches are put.
+        """
+        return Stream(
+            dataset=dataset,
+            plan=self.config.plan(dataset),
+            views=self.views(),
+            config=self.config.stream,
+            share=share or DataShare(),
+            rank=rank,
+            world=world,
+            device=device,
+            schedule=self.schedule(),
+        )
+
+    def describe(self) -> dict[str, Any]:
+        """Return what the method adds to the run's metadata, as JSON."""
+        described = {spec: transform.describe() for spec, transform in self.tasks.items()}
+        facts = next(iter(described.values())) if len(described) == 1 else dict(described)
+        return facts | self.objective.describe() if isinstance(self.objective, Describes) else facts

@@ -1,0 +1,214 @@
+"""Find the files of a room by name: objectives, transforms, probes, recipes and sources, from raysl or from elsewhere.
+
+Every file of a room whose name does not begin with "_" is found by itself. A file from elsewhere is the same kind of
+file, and comes by one of three ways:
+
+- a folder added to the `__path__` of the room's package;
+- an entry point of an installed package, in the group "raysl.objectives", "raysl.pretext" or "raysl.probes";
+- `load_module`, which is `--plugin` on the command line.
+"""
+
+from __future__ import annotations
+
+import functools
+import hashlib
+import importlib
+import importlib.metadata
+import importlib.util
+import pkgutil
+import sys
+from pathlib import Path
+from types import ModuleType
+from typing import Any
+
+from raysl.errors import UserError, unknown
+
+OBJECTIVES, PRETEXT, PROBES = ROOMS = ("raysl.objectives", "raysl.pretext", "raysl.probes")
+
+# Modules that `load_module` has added: room -> name -> module.
+_added: dict[str, dict[str, ModuleType]] = {room: {} for room in ROOMS}
+
+
+def names(room: str) -> list[str]:
+    """Return the names of all files of a room, sorted.
+
+    Args:
+        room: dotted name of its package, such as "raysl.pretext".
+    """
+    package = importlib.import_module(room)
+    inside = (info.name for info in pkgutil.iter_modules(package.__path__) if not info.name.startswith("_"))
+    return sorted({*inside, *_entry_points(room), *_added.get(room, {})})
+
+
+def module(room: str, name: str, kind: str) -> ModuleType:
+    """Import a file of a room.
+
+    Args:
+        room: as for `names`.
+        name: name of the file without ".py".
+        kind: what it is, as a user calls it, such as "probe".
+
+    Raises:
+        UserError: the room has no such file, or an installed plugin cannot be imported.
+    """
+    if name not in names(room):
+        raise unknown(kind, name, names(room))
+    if name in _added.get(room, {}):
+        return _added[room][name]
+    if name in _entry_points(room):
+        return _import(_entry_points(room)[name])
+    return importlib.import_module(f"{room}.{name}")
+
+
+def config_type(room: str, name: str, kind: str) -> type[Any]:
+    """Return the `Config` of a file. Raises `UserError` as `module` does, or when the file has none."""
+    return _member(module(room, name, kind), "Config", name, kind)
+
+
+def load(room: str, name: str, kind: str) -> tuple[type[Any], type[Any]]:
+    """Return the `Config` of a file and the class that bears its name in CamelCase.
+
+    Raises:
+        UserError: as `module`, or the file lacks one of the two classes.
+    """
+    found = module(room, name, kind)
+    return _member(found, "Config", name, kind), _member(found, class_name(name), name, kind)
+
+
+def _member(found: ModuleType, wanted: str, name: str, kind: str) -> type[Any]:
+    try:
+        made: type[Any] = getattr(found, wanted)
+    except AttributeError as error:
+        raise UserError(
+            f"The {kind} {name!r} in {found.__file__} has no class {wanted!r}. A file {name}.py defines a frozen "
+            f"dataclass Config and a class {class_name(name)}."
+        ) from error
+    return made
+
+
+def class_name(name: str) -> str:
+    """Return the class name of a file: "patch_grid" becomes "PatchGrid"."""
+    return "".join(word.capitalize() for word in name.split("_"))
+
+
+def load_module(path_or_name: str) -> ModuleType:
+    """Add the objective, transform or probe that a file from outside of raysl defines, or the files of a package.
+
+    The name of the method is that of the file. Ray's workers get the classes of a file by value, so that the file
+    need not lie on their path.
+
+    Args:
+        path_or_name: path of a Python file, or the dotted name of an installed module or package.
+
+    Raises:
+        UserError: it does not exist, cannot be imported, defines none of the three, or its name is taken.
+    """
+    found = _import(path_or_name)
+    members = [found]
+    if hasattr(found, "__path__"):
+        infos = [info for info in pkgutil.iter_modules(found.__path__) if not info.name.startswith("_")]
+        members = [_import(f"{found.__name__}.{info.name}") for info in infos]
+    rooms = {_stem(member): room for member in members if (room := _room(member))}
+    if not rooms:
+        name = class_name(_stem(found))
+        raise UserError(
+            f"The plugin {path_or_name!r} defines no objective, transform or probe: it needs a class Config and a "
+            f"class {name} with the methods of one of them. See CONTRIBUTING.md for the contracts."
+        )
+    for member in members:
+        name = _stem(member)
+        if name in rooms:
+            _add(rooms[name], name, member)
+    return found
+
+
+def remembered(path_or_name: str) -> str:
+    """Return the name under which a run remembers a plugin: a file by its whole path."""
+    return str(_file(path_or_name).resolve()) if _is_file(path_or_name) else path_or_name
+
+
+def _add(room: str, name: str, member: ModuleType) -> None:
+    known = _added[room].get(name)
+    if known is None and name in names(room):
+        raise UserError(
+            f"The plugin {member.__file__} has the name {name!r}, which {room} has already. Rename the file and its "
+            "class."
+        )
+    if known is not None and known.__file__ != member.__file__:
+        raise UserError(
+            f"The plugins {known.__file__} and {member.__file__} have the same name, {name!r}. Rename one of them."
+        )
+    _added[room][name] = member
+
+
+def _room(member: ModuleType) -> str:
+    """Return the room that a file belongs to by the methods of its class; an empty string for none."""
+    made = getattr(member, class_name(_stem(member)), None)
+    if made is None or not hasattr(member, "Config"):
+        return ""
+    if hasattr(made, "transform"):
+        return PRETEXT
+    if hasattr(made, "forward") and hasattr(made, "loss"):
+        return OBJECTIVES
+    return PROBES if any(hasattr(made, name) for name in ("fit", "measure", "examine", "headline")) else ""
+
+
+def _stem(member: ModuleType) -> str:
+    return Path(member.__file__ or "").stem if member.__name__.startswith("raysl_plugin_") else _last(member)
+
+
+def _last(member: ModuleType) -> str:
+    return member.__name__.rpartition(".")[2]
+
+
+def _import(path_or_name: str) -> ModuleType:
+    try:
+        if _is_file(path_or_name):
+            return _import_file(_file(path_or_name).resolve())
+        return importlib.import_module(path_or_name)
+    except Exception as error:
+        raise UserError(
+            f"The plugin {path_or_name!r} cannot be imported: {type(error).__name__}: {error}. Give the path of a "
+            "Python file, or the name of an installed module."
+        ) from error
+
+
+def _file(path_or_name: str) -> Path:
+    return Path(path_or_name).expanduser()
+
+
+def _is_file(path_or_name: str) -> bool:
+    return path_or_name.endswith(".py") or _file(path_or_name).is_file()
+
+
+def _import_file(file: Path) -> ModuleType:
+    # The name depends on the path, so that two files of one name do not hide each other.
+    digest = hashlib.blake2b(str(file).encode(), digest_size=6).hexdigest()
+    name = f"raysl_plugin_{file.stem}_{digest}"
+    if name in sys.modules:
+        return sys.modules[name]
+    spec = importlib.util.spec_from_file_location(name, file)
+    if spec is None or spec.loader is None or not file.is_file():
+        raise FileNotFoundError(f"there is no Python file {file}")
+    made = importlib.util.module_from_spec(spec)
+    sys.modules[name] = made
+    try:
+        spec.loader.exec_module(made)
+    except BaseException:
+        del sys.modules[name]
+        raise
+    _pickle_by_value(made)
+    return made
+
+
+def _pickle_by_value(made: ModuleType) -> None:
+    """Let Ray send the classes of a module with their code: its tasks cannot import it by name."""
+    from ray import cloudpickle
+
+    cloudpickle.register_pickle_by_value(made)
+
+
+@functools.cache
+def _entry_points(room: str) -> dict[str, str]:
+    """Return the module of each entry point of a room by its name."""
+    return {point.name: point.value for point in importlib.metadata.entry_points(group=room)}

@@ -1,0 +1,125 @@
+"""Objectives, transforms and probes from files and modules outside of raysl."""
+
+from __future__ import annotations
+
+import subprocess
+import sys
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+
+from raysl import methods, plugins, pretext
+from raysl.config import Pretraining
+from raysl.errors import UserError
+
+TRANSFORM = '''"""Mirror top and bottom."""
+from dataclasses import dataclass
+from raysl.augment import SourceCrop
+from raysl.pretext import Transformed
+
+@dataclass(frozen=True)
+class Config:
+    pass
+
+class UpsideDown:
+    num_crops, num_labels, colour = 1, 2, "crops"
+
+    def __init__(self, config, geometry):
+        self.source = SourceCrop(geometry.image_size, geometry.min_scale)
+
+    def transform(self, images_bchw, image_rng):
+        label_b = image_rng.integers("flip", 2)[:, 0]
+        crops = images_bchw.clone()
+        crops[label_b == 1] = crops[label_b == 1].flip(2)
+        return Transformed(crops[:, None], label_b)
+
+    def describe(self):
+        return {}
+'''
+
+
+@pytest.fixture(autouse=True)
+def _forget() -> Iterator[None]:
+    before = {room: dict(files) for room, files in plugins._added.items()}
+    yield
+    plugins._added.update(before)
+
+
+@pytest.fixture
+def file(tmp_path: Path) -> Path:
+    path = tmp_path / "upside_down.py"
+    path.write_text(TRANSFORM)
+    return path
+
+
+def test_a_file_is_found_by_its_name_and_remembered_with_the_run(file: Path) -> None:
+    config = Pretraining("d", "r", "predict-upside_down", plugin=(str(file),))
+    assert "upside_down" in pretext.names()
+    assert set(config.parts) == {"predict", "upside_down"}
+    # A worker is another process, which has the configuration only.
+    code = (
+        "import json, sys; from raysl.config import Pretraining; from raysl.model import DataFacts, Model; "
+        "c = Pretraining.from_json(json.loads(sys.argv[1])); print(Model(c, DataFacts(64)).objective.classify)"
+    )
+    import json
+
+    done = subprocess.run(
+        [sys.executable, "-c", code, json.dumps(config.to_json())], capture_output=True, text=True, check=True
+    )
+    assert "out_features=2" in done.stdout
+
+
+def test_a_task_of_ray_gets_the_code_of_a_file(file: Path) -> None:
+    from ray import cloudpickle
+
+    plugins.load_module(str(file))
+    made = pretext.build("upside_down", {}, pretext.Geometry(32))
+    code = "import pickle, sys; print(pickle.load(sys.stdin.buffer).source.size)"
+    done = subprocess.run([sys.executable, "-c", code], input=cloudpickle.dumps(made), capture_output=True)
+    assert done.stdout.strip() == b"32", done.stderr.decode()
+
+
+def test_a_package_may_hold_several(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    package = tmp_path / "some_transforms"
+    package.mkdir()
+    (package / "__init__.py").write_text("")
+    (package / "upside_down.py").write_text(TRANSFORM)
+    (package / "sideways.py").write_text(TRANSFORM.replace("UpsideDown", "Sideways"))
+    monkeypatch.syspath_prepend(str(tmp_path))
+    plugins.load_module("some_transforms")
+    assert {"upside_down", "sideways"} <= set(pretext.names())
+
+
+def test_an_installed_package_names_them_by_entry_points(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    (tmp_path / "their_module.py").write_text(TRANSFORM.replace("UpsideDown", "Theirs"))
+    info = tmp_path / "their-1.0.dist-info"
+    info.mkdir()
+    (info / "METADATA").write_text("Metadata-Version: 2.1\nName: their\nVersion: 1.0\n")
+    (info / "entry_points.txt").write_text("[raysl.pretext]\ntheirs = their_module\n")
+    monkeypatch.syspath_prepend(str(tmp_path))
+    plugins._entry_points.cache_clear()
+    assert methods.parse("predict-theirs").transforms == ("theirs",)
+    monkeypatch.undo()
+    plugins._entry_points.cache_clear()
+
+
+@pytest.mark.parametrize(
+    ("name", "text", "message"),
+    [
+        ("empty.py", "", "defines no objective, transform or probe"),
+        ("broken.py", "import nothing_of_this_name", "cannot be imported: ModuleNotFoundError"),
+        ("jigsaw.py", TRANSFORM.replace("UpsideDown", "Jigsaw"), "which raysl.pretext has already"),
+    ],
+)
+def test_what_is_no_plugin_is_refused(tmp_path: Path, name: str, text: str, message: str) -> None:
+    (tmp_path / name).write_text(text)
+    with pytest.raises(UserError, match=message):
+        plugins.load_module(str(tmp_path / name))
+
+
+def test_a_missing_plugin_is_refused() -> None:
+    with pytest.raises(UserError, match="there is no Python file"):
+        plugins.load_module("nowhere.py")
