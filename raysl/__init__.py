@@ -1,6 +1,7 @@
 """raysl: self-supervised visual representation learning on Ray.
 
-The names most used; each is loaded when it is first asked for, so that `import raysl` does not wait for torch.
+Every verb of the command line is a function here: `raysl.pretrain(data="photos", run="runs/first")`. Each name is loaded
+when it is first used, so that `import raysl` does not wait for torch.
 """
 
 from __future__ import annotations
@@ -8,26 +9,58 @@ from __future__ import annotations
 import importlib
 from typing import Any
 
+__version__ = "0.2.0"
+
+_API = (
+    *(
+        "ingest",
+        "pretrain",
+        "probe",
+        "features",
+        "cluster",
+        "clusterfit",
+        "sweep",
+        "report",
+        "export",
+        "views",
+    ),
+    *("reproduce", "doctor"),
+)
+# The module of each name.
 _HOMES = {
+    **dict.fromkeys(_API, "raysl.api"),
+    "BackboneConfig": "raysl.backbone.network",
+    "BankConfig": "raysl.contrastive.bank",
+    "ClusterfitConfig": "raysl.clustering.cluster_and_fit",
     "DataSet": "raysl.dataset",
-    "Folder": "raysl.storage",
-    "Method": "raysl.methods",
+    "DoctorConfig": "raysl.diagnostics",
+    "ExportConfig": "raysl.model_export",
+    "FeaturesConfig": "raysl.extraction.store",
+    "IngestConfig": "raysl.ingestion.pipeline",
+    "KMeansConfig": "raysl.clustering.options",
     "OptimConfig": "raysl.optim",
-    "Plan": "raysl.stream.plan",
     "Pretraining": "raysl.config",
+    "ReportConfig": "raysl.reporting.page",
+    "ReproduceConfig": "raysl.reproduction",
     "Run": "raysl.run",
     "SaveConfig": "raysl.checkpoint",
-    "Stream": "raysl.stream.reader",
-    "BackboneConfig": "raysl.backbone.network",
+    "StreamConfig": "raysl.stream.reader",
+    "SweepConfig": "raysl.tuning.config",
     "UserError": "raysl.errors",
-    "View": "raysl.stream.views",
     "ViewConfig": "raysl.config",
+    "WatchConfig": "raysl.evaluation.online",
 }
 
-__all__ = sorted(_HOMES)
+__all__ = ["__version__", *sorted(_HOMES)]
 
 
 def __getattr__(name: str) -> Any:
     if name not in _HOMES:
         raise AttributeError(f"module 'raysl' has no attribute {name!r}")
-    return getattr(importlib.import_module(_HOMES[name]), name)
+    value = getattr(importlib.import_module(_HOMES[name]), name)
+    globals()[name] = value
+    return value
+
+
+def __dir__() -> list[str]:
+    return sorted({*globals(), *_HOMES})

@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 import importlib
+import os
 import sys
 from collections.abc import Sequence
 
+from raysl import __version__, lazy
 from raysl.errors import answered, unknown
+from raysl.fields import FieldError
 
-# Each verb is a function of `raysl.cli.verbs`, which is imported only when one runs: help must not wait for torch.
 VERBS = {
     "demo": "the whole story in a few minutes: ingest, pretrain, probe, a table and a picture",
     "ingest": "turn any source of images into an indexed data set",
@@ -28,16 +30,34 @@ VERBS = {
 
 
 def main(arguments: Sequence[str] | None = None) -> None:
-    """Runs one verb. Exits with 2, and one paragraph, when the user has something to mend."""
+    """Run one verb. Exits with code 2 and one paragraph when the user has something to correct."""
     given = list(sys.argv[1:] if arguments is None else arguments)
+    try:
+        with answered("raysl"):
+            _run(given)
+        sys.stdout.flush()
+    except BrokenPipeError:
+        # The reader of a pipe, such as `head`, has had enough. Python would complain once more at its exit.
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        sys.exit(141)
+
+
+def _run(given: list[str]) -> None:
     if not given or given[0] in ("-h", "--help"):
         print("usage: raysl VERB [flags]      `raysl VERB --help` lists the flags of a verb\n")
         print("\n".join(f"  {name:<11}{what}" for name, what in VERBS.items()))
         return
-    with answered("raysl"):
-        if given[0] not in VERBS:
-            raise unknown("verb", given[0], VERBS)
-        getattr(importlib.import_module("raysl.cli.verbs"), given[0])(given[1:])
+    if given[0] in ("-V", "--version"):
+        print(f"raysl {__version__}")
+        return
+    if given[0] not in VERBS:
+        raise unknown("verb", given[0], VERBS)
+    lazy.install()
+    verb = getattr(importlib.import_module("raysl.cli.verbs"), given[0])
+    try:
+        verb(given[1:])
+    except FieldError as error:
+        raise error.as_typed(given) from error
 
 
 if __name__ == "__main__":

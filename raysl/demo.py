@@ -12,16 +12,8 @@ from rich.console import Console
 from raysl import ray_cluster
 from raysl.config import Pretraining, ViewConfig
 from raysl.dataset import DataSet
-from raysl.documentation import pictures
 from raysl.errors import UserError
-from raysl.evaluation.evaluate import probe
-from raysl.evaluation.results import tables
-from raysl.ingestion import resolve, splits
-from raysl.model import Model
-from raysl.objectives.pirl import Config as Pirl
 from raysl.optim import OptimConfig
-from raysl.ray_cluster import placement
-from raysl.training.launch import pretrain
 
 DRAWN = "shapes:6000"
 
@@ -55,6 +47,14 @@ def demo(config: DemoConfig) -> None:
     Raises:
         UserError: the data cannot be read, or has no labels.
     """
+    from raysl.documentation import pictures
+    from raysl.evaluation.evaluate import probe
+    from raysl.evaluation.results import tables
+    from raysl.ingestion import resolve, splits
+    from raysl.model import Model
+    from raysl.ray_cluster import placement
+    from raysl.training.launch import pretrain
+
     console = Console()
     started = time.monotonic()
     out = config.out or Path(tempfile.mkdtemp(prefix="raysl-demo-"))
@@ -97,5 +97,11 @@ def _settings(config: DemoConfig, dataset: DataSet, out: Path, workers: int) -> 
         batch_size=64 * workers,
         view=ViewConfig(image_size=32),
         optim=OptimConfig(lr=0.12),
-        parts={"pirl": Pirl(num_negatives=min(1024, dataset.num_images - 1), temperature=0.2, head="bn")},
+        parts={
+            "pirl": {
+                "num_negatives": min(1024, dataset.num_images - 1),
+                "temperature": 0.2,
+                "head": "bn",
+            }
+        },
     )

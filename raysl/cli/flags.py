@@ -10,28 +10,36 @@ from typing import Annotated, Any
 
 import tyro
 
-from raysl import methods, recipes
+from raysl import methods, plugins, recipes
 from raysl.config import Pretraining
 
 _RECIPE = "a published run at full scale, whose values stand for those flags that are not given."
 
 
 def parse_pretraining(arguments: Sequence[str], program: str) -> Pretraining:
-    """The configuration that flags describe. The flags of a method's parts stand under the names of their files,
-    as in `--pirl.temperature 0.1 --jigsaw.num-permutations 100`. `--recipe` gives the values of flags that are not
-    there.
-
-    Raises:
-        UserError: a value is not allowed, or the method or the recipe does not exist.
-        SystemExit: a flag does not exist (2), or help was asked for (0).
-    """
+    """Return the configuration that flags describe; see `parse`."""
     return parse(arguments, program, {})[0]
 
 
 def parse(
     arguments: Sequence[str], program: str, beside: Mapping[str, type[Any]]
 ) -> tuple[Pretraining, dict[str, Any]]:
-    """As `parse_pretraining`, and dataclasses whose flags stand among those of the run, by a name of their own."""
+    """Return the configuration that flags describe, and dataclasses with flags of their own among those of the run.
+
+    The flags of a method's parts stand under the names of their files, as in `--pirl.temperature 0.1`. `--recipe` gives
+    the values of flags that are not there.
+
+    Args:
+        arguments: the words after the verb.
+        program: what help calls the command.
+        beside: the dataclasses, by names for the result.
+
+    Raises:
+        UserError: a value is not allowed, or the method or the recipe does not exist.
+        SystemExit: a flag does not exist (2), or help was asked for (0).
+    """
+    for plugin in peek_all(arguments, "--plugin", ()):
+        plugins.load_module(plugin)
     recipe = _peek(arguments, "--recipe", "")
     base = recipes.load(recipe, "", "") if recipe else Pretraining("", "")
     kinds = methods.parse(_peek(arguments, "--method", base.method)).config_types()

@@ -1,9 +1,8 @@
-"""The verbs of the `raysl` command, each a thin layer of flags over the Python API."""
+"""The verbs of the `raysl` command: flags made from dataclasses, over the functions of `raysl.api`."""
 
 from __future__ import annotations
 
 import dataclasses
-import re
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -11,28 +10,24 @@ from typing import Annotated, Any
 
 import tyro
 
-from raysl import ray_cluster as ray_cluster
-from raysl import recipes
+from raysl import api
+from raysl.arguments import dataset
 from raysl.backbone.network import BackboneConfig
 from raysl.cli.flags import parse, parse_pretraining, peek_all
 from raysl.clustering.options import KMeansConfig
-from raysl.errors import UserError
 from raysl.evaluation.online import WatchConfig
-from raysl.extraction import FeaturesConfig
-from raysl.ingestion import IngestConfig, resolve
-from raysl.ingestion import ingest as make_dataset
+from raysl.extraction.store import FeaturesConfig
+from raysl.ingestion.pipeline import IngestConfig
 from raysl.model_export import ExportConfig
-from raysl.reporting import ReportConfig
+from raysl.reporting.page import ReportConfig
 from raysl.reproduction import ReproduceConfig
 from raysl.tuning.config import SweepConfig
 
 
 def pretrain(arguments: Sequence[str]) -> None:
-    """Learns a representation: `raysl pretrain --data D --run R --method pirl-jigsaw`."""
-    config, given = parse(arguments, "raysl pretrain", {"watch": WatchConfig})
-    from raysl.evaluation.online import pretrain_and_probe as api
-
-    run = api(config, given["watch"])
+    """Learn a representation: `raysl pretrain --data D --run R --method pirl-jigsaw`."""
+    config, beside = parse(arguments, "raysl pretrain", {"watch": WatchConfig})
+    run = api.pretrain(config=config, online=beside["watch"])
     print(f"The run is at {run.folder}. `raysl probe {run.folder} --train DATA --test DATA` measures it.")
 
 
@@ -52,13 +47,12 @@ class IngestFlags:
 
 
 def ingest(arguments: Sequence[str]) -> None:
-    """Makes a data set: `raysl ingest SOURCE DEST`."""
+    """Make a data set: `raysl ingest SOURCE DEST`."""
     given = tyro.cli(IngestFlags, prog="raysl ingest", args=list(arguments))
-    ray_cluster.start()
-    dataset = make_dataset(given.source, given.dest, given.config)
-    manifest = dataset.manifest
+    made = api.ingest(given.source, given.dest, given.config)
+    manifest = made.manifest
     labels = f"{len(manifest.classes)} classes" if manifest.classes else "no labels"
-    print(f"{given.dest}: {dataset.num_images:,} images, {labels}, fingerprint {manifest.fingerprint[:12]}.")
+    print(f"{given.dest}: {made.num_images:,} images, {labels}, fingerprint {manifest.fingerprint[:12]}.")
 
 
 @dataclass(frozen=True)
@@ -91,56 +85,22 @@ class ProbeFlags:
 
 
 def probe(arguments: Sequence[str]) -> None:
-    """Probes a run or weights: `raysl probe RUN --train D --test D --probes knn linear --layers all`."""
+    """Probe a run or weights: `raysl probe RUN --train D --test D --probes knn linear --layers all`."""
     from raysl import probes
 
-    kinds = {name: probes.load(name)[0] for name in peek_all(arguments, "--probes", ProbeFlags.probes)}
+    kinds = {name: probes.config_type(name) for name in peek_all(arguments, "--probes", ProbeFlags.probes)}
     fields: list[Any] = [(name, kind, kind()) for name, kind in kinds.items()]
     flags = dataclasses.make_dataclass("Flags", fields, bases=(ProbeFlags,), frozen=True)
     flags.__doc__ = ProbeFlags.__doc__
     given: Any = tyro.cli(flags, prog="raysl probe", args=list(arguments))
+    values = {field.name: getattr(given, field.name) for field in dataclasses.fields(given)}
+    rows = api.probe(**values)
     from rich.console import Console
 
-    from raysl.evaluation.evaluate import probe as api
-    from raysl.evaluation.evaluate import probe_model
     from raysl.evaluation.results import tables
-    from raysl.extraction import Trained, named, view_size
 
-    source = named(given.checkpoint, given.backbone, given.seed)
-    configs = {name: getattr(given, name) for name in kinds}
-    data: Any = (given.train, given.test, given.probes)
-    if isinstance(source, Trained):
-        if given.out or given.image_size:
-            raise UserError(
-                f"--out and --image-size are for what is no run, and {given.checkpoint!r} is one: its rows go to its "
-                "own folder, and it is seen at its own size. Leave them out."
-            )
-        size = source.run.config().view.image_size
-        rows = api(source.run, *data, layers=given.layers, configs=configs, checkpoint=source.checkpoint)
-    else:
-        if not given.out:
-            raise UserError(f"{given.checkpoint!r} is no run. Give a folder for its rows with --out.")
-        title = f"{given.checkpoint.rpartition('/')[2]} ({given.backbone.name})"
-        size = given.image_size or view_size(source)
-        rows = probe_model(
-            source,
-            title,
-            given.out,
-            *data,
-            image_size=size,
-            layers=given.layers,
-            configs=configs,
-            seed=given.seed,
-        )
     for table in tables(rows):
         Console().print(table)
-    if "retrieval" in given.probes:
-        from raysl.reporting import retrieval_grid
-        from raysl.storage import Folder
-
-        folder = source.run.folder if isinstance(source, Trained) else Folder(given.out)
-        sheet = retrieval_grid.draw(folder, source, resolve(given.train), resolve(given.test), size)
-        print(f"The nearest images of some are in {sheet}.")
 
 
 @dataclass(frozen=True)
@@ -158,11 +118,9 @@ class FeaturesFlags:
 
 
 def features(arguments: Sequence[str]) -> None:
-    """Features of a checkpoint: `raysl features CKPT --data D --layer res5 --out F`."""
-    from raysl.extraction import make
-
+    """Write features of a checkpoint: `raysl features CKPT --data D --layer res5 --out F`."""
     given = tyro.cli(FeaturesFlags, prog="raysl features", args=list(arguments))
-    table = make(given.checkpoint, given.config)
+    table = api.features(given.checkpoint, config=given.config)
     print(f"{table.folder}: {table.parts[-1][1]:,} rows. `raysl cluster {table.folder} --k K` clusters them.")
 
 
@@ -184,32 +142,24 @@ class ClusterFlags:
 
 
 def cluster(arguments: Sequence[str]) -> None:
-    """k-means: `raysl cluster F --k K`."""
+    """Cluster features by k-means: `raysl cluster F --k K`."""
     given = tyro.cli(ClusterFlags, prog="raysl cluster", args=list(arguments))
-    from raysl.clustering import lloyd as kmeans
-
-    done = kmeans.fit(given.features, given.config, given.out)
+    done = api.cluster(given.features, None, given.out, given.config, assign=given.assign)
     card = done.card()
     named = "".join(f", {name} {value:.4f}" for name, value in card.get("labels", {}).items())
     print(f"Objective {card['objective_value']:.6g}, {card['sizes']['empty']} clusters empty{named}.")
     print(f"The clusters are in {done.assignments}.")
-    for uri in given.assign:
-        # Named after the whole place: many folders of features are called "features".
-        name = re.sub(r"\W+", "-", uri).strip("-")
-        place = str(done.folder / f"assignments-{name}.parquet")
-        print(f"Those of {uri} are in {kmeans.assign(done, uri, place, given.config)}.")
 
 
 def clusterfit(arguments: Sequence[str]) -> None:
-    """ClusterFit: `raysl clusterfit --teacher CKPT --data D --k K --run R`."""
+    """Run ClusterFit: `raysl clusterfit --teacher CKPT --data D --k K --run R`."""
     from raysl.clustering.cluster_and_fit import ClusterfitConfig
-    from raysl.clustering.cluster_and_fit import clusterfit as api
 
     given, rest = tyro.cli(
         ClusterfitConfig, prog="raysl clusterfit", args=list(arguments), return_unknown_args=True
     )
     student = parse_pretraining([*rest, "--method", "clusterfit"], "raysl clusterfit")
-    run = api(given, student)
+    run = api.clusterfit(given.teacher, config=given, student=student)
     print(f"The student is at {run.folder}. `raysl probe {run.folder} --train DATA --test DATA` measures it.")
 
 
@@ -226,26 +176,13 @@ class ViewsFlags:
     out: Path = Path("views.png")
     images: int = 8
 
-    def __post_init__(self) -> None:
-        if self.out.suffix.lower() != ".png":
-            raise UserError(
-                f"The picture {str(self.out)!r} is no PNG file. Give --out a name that ends in .png."
-            )
-        if self.images < 1:
-            raise UserError(f"images is {self.images}; there must be at least 1 in the picture.")
-
 
 def views(arguments: Sequence[str]) -> None:
-    """A picture of what a method sees: `raysl views --data D --method pirl-jigsaw --out sheet.png`."""
+    """Draw what a method sees: `raysl views --data D --method pirl-jigsaw --out sheet.png`."""
     given, rest = tyro.cli(ViewsFlags, prog="raysl views", args=list(arguments), return_unknown_args=True)
     config = parse_pretraining([*rest, "--run", "-"], "raysl views")
-    from raysl.documentation import pictures
-
-    ray_cluster.start()
-    dataset = resolve(config.data)
-    sheet = pictures.views_sheet(dataset, pictures.views_of(config, dataset), config.seed, given.images)
-    pictures.save(sheet, given.out)
-    print(f"{given.out}: {given.images} images as {config.method} sees them.")
+    picture = api.views(None, given.out, given.images, config)
+    print(f"{picture}: {given.images} images as {config.method} sees them.")
 
 
 @dataclass(frozen=True)
@@ -260,18 +197,18 @@ class MethodsFlags:
 
 
 def methods(arguments: Sequence[str]) -> None:
-    """What there is: `raysl methods`."""
+    """List what there is: `raysl methods`."""
     given = tyro.cli(MethodsFlags, prog="raysl methods", args=list(arguments))
     if given.pages is not None:
         from raysl.documentation import pages
 
-        ray_cluster.start()
-        pages.write(given.pages, resolve(pages.DATA))
+        pages.write(given.pages, dataset(pages.DATA))
         print(f"{given.pages}: {len(pages.names())} pages, with the pictures of what the methods see.")
         return
     from rich.console import Console
     from rich.table import Table
 
+    from raysl import recipes
     from raysl.documentation.combinations import describe
 
     listed = Table("recipe", "what it reproduces", title="Recipes: raysl pretrain --recipe RECIPE")
@@ -283,14 +220,14 @@ def methods(arguments: Sequence[str]) -> None:
 
 
 def sweep(arguments: Sequence[str]) -> None:
-    """Tries values: `raysl sweep --data D --test T --method pirl-jigsaw --vary temperature lambda --out S`."""
+    """Try values: `raysl sweep --data D --test T --method pirl-jigsaw --vary temperature lambda --out S`."""
     given, rest = tyro.cli(SweepConfig, prog="raysl sweep", args=list(arguments), return_unknown_args=True)
     base = parse_pretraining([*rest, "--run", "-"], "raysl sweep")
+    rows = api.sweep(config=given, base=base)
     from rich.console import Console
 
-    from raysl.tuning import driver, table
+    from raysl.tuning import table
 
-    rows = driver.sweep(base, given)
     Console().print(table.render(rows, given.probe, base.epochs))
     failed = [str(row["trial"]) for row in rows if row["state"] == "failed"]
     if failed:
@@ -312,13 +249,9 @@ class ReportFlags:
 
 
 def report(arguments: Sequence[str]) -> None:
-    """A page of figures and tables: `raysl report SWEEP`, `raysl report RUNS...`."""
-    from raysl.reporting import report as api
-
+    """Write a page of figures and tables: `raysl report SWEEP`, `raysl report RUNS...`."""
     given = tyro.cli(ReportFlags, prog="raysl report", args=list(arguments))
-    if not given.folders:
-        raise UserError("No folder is given. Name a sweep or runs: `raysl report runs/*`.")
-    print(f"{api(given.folders, given.config)}/index.html")
+    print(api.report(given.folders, given.config))
 
 
 @dataclass(frozen=True)
@@ -335,12 +268,9 @@ class ExportFlags:
 
 
 def export(arguments: Sequence[str]) -> None:
-    """Weights for other programs: `raysl export RUN --format torchvision`."""
-    from raysl.model_export import export as api
-    from raysl.run import Run
-
+    """Write weights for other programs: `raysl export RUN --format torchvision`."""
     given = tyro.cli(ExportFlags, prog="raysl export", args=list(arguments))
-    print(f"{api(Run.open(given.run), given.config)}")
+    print(api.export(given.run, given.config))
 
 
 @dataclass(frozen=True)
@@ -357,12 +287,9 @@ class ReproduceFlags:
 
 
 def reproduce(arguments: Sequence[str]) -> None:
-    """A run once more: `raysl reproduce RUN`."""
-    from raysl.reproduction import reproduce as api
-    from raysl.run import Run
-
+    """Train a run once more: `raysl reproduce RUN`."""
     given = tyro.cli(ReproduceFlags, prog="raysl reproduce", args=list(arguments))
-    found = api(Run.open(given.run), given.config)
+    found = api.reproduce(given.run, given.config)
     for line in found.numbers:
         print(f"differs: {line}")
     if not found.same:
@@ -371,24 +298,19 @@ def reproduce(arguments: Sequence[str]) -> None:
 
 
 def doctor(arguments: Sequence[str]) -> None:
-    """Where time goes: `raysl doctor --data D --method pirl-jigsaw`; `raysl doctor --cluster`.
+    """Measure where time goes: `raysl doctor --data D --method pirl-jigsaw`; `raysl doctor --cluster`.
 
     Exits with 1 when machines of the cluster run something else, or the run would be refused.
     """
-    from raysl.diagnostics import DoctorConfig, examine, look
+    from raysl.diagnostics import DoctorConfig
 
-    given = tyro.cli(DoctorConfig, prog="raysl doctor", args=list(arguments))
-    if not given.cluster:
-        examine(given)
-        return
-    fleet = look(given)
-    if fleet.stale or fleet.refused:
+    found: Any = api.doctor(tyro.cli(DoctorConfig, prog="raysl doctor", args=list(arguments)))
+    if getattr(found, "stale", ()) or getattr(found, "refused", ""):
         raise SystemExit(1)
 
 
 def demo(arguments: Sequence[str]) -> None:
-    """The whole story: `raysl demo`."""
-    from raysl.demo import DemoConfig
-    from raysl.demo import demo as api
+    """Show the whole story: `raysl demo`."""
+    from raysl import demo as story
 
-    api(tyro.cli(DemoConfig, prog="raysl demo", args=list(arguments)))
+    story.demo(tyro.cli(story.DemoConfig, prog="raysl demo", args=list(arguments)))

@@ -47,7 +47,6 @@ def refused(capsys: pytest.CaptureFixture[str], *arguments: str) -> str:
         (f"{PRETRAIN} --optim.name sgdd", "sgdd"),
         ("pretrain --run run", "--data"),
         (PRETRAIN, "'.*nothing' does not exist"),
-        (f"{PRETRAIN} --workers 64", "64 workers"),
         ("ingest nothing data", "'.*nothing' does not exist"),
         ("demo --workers=-1", "workers is -1"),
         ("demo --data nothing --out out", "'.*nothing' does not exist"),

@@ -1,0 +1,419 @@
+"""The functions of `import raysl`, one for each verb of the command line.
+
+Data may be given as a path, a URI, a name such as "shapes:1000", or a `DataSet`; a run as a path, a URI or a `Run`. What a
+configuration class holds may be given as keyword arguments, as an object of the class, or both, where the arguments win.
+Every function raises a `UserError` before it begins when a value, the data or the machine does not suit it.
+"""
+
+from __future__ import annotations
+
+import logging
+import os
+import re
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from raysl import console
+from raysl.arguments import configure, dataset, given, run_config, start_ray, uri
+from raysl.errors import UserError
+
+if TYPE_CHECKING:
+    from raysl.arguments import AnyRun, Data, PathLike
+    from raysl.backbone.network import BackboneConfig
+    from raysl.clustering.cluster_and_fit import ClusterfitConfig
+    from raysl.clustering.lloyd import Clustering
+    from raysl.clustering.options import KMeansConfig
+    from raysl.config import Pretraining
+    from raysl.dataset import DataSet
+    from raysl.diagnostics import DoctorConfig, Report
+    from raysl.diagnostics.machines import Fleet
+    from raysl.evaluation.online import WatchConfig
+    from raysl.extraction import Encoder, FeaturesConfig, FeatureTable
+    from raysl.ingestion import IngestConfig
+    from raysl.model_export import ExportConfig
+    from raysl.reporting import ReportConfig
+    from raysl.reproduction import Comparison, ReproduceConfig
+    from raysl.run import Run
+    from raysl.tuning.config import SweepConfig
+
+
+_log = logging.getLogger("raysl")
+
+
+def ingest(
+    source: PathLike,
+    dest: PathLike,
+    config: IngestConfig | None = None,
+    **fields: Any,
+) -> DataSet:
+    """Make a data set of any source of images. The same call again resumes an interrupted ingest.
+
+    Args:
+        source: an image folder, Parquet files, tar shards, IDX files, CIFAR-10 or "shapes:N"; a path or a URI.
+        dest: folder of the data set, a path or a URI.
+        config, fields: the configuration; see `IngestConfig`.
+    """
+    console.install()
+    from raysl.ingestion.pipeline import IngestConfig as Config
+    from raysl.ingestion.sources import Place, open_source
+
+    settings = configure(Config, config, fields)
+    open_source(Place.parse(os.fspath(source), settings.split))
+    start_ray()
+    from raysl.ingestion.pipeline import ingest as run
+
+    return run(os.fspath(source), os.fspath(dest), settings)
+
+
+def pretrain(
+    data: Data | None = None,
+    run: PathLike | None = None,
+    config: Pretraining | None = None,
+    *,
+    online: WatchConfig | Mapping[str, Any] | None = None,
+    **fields: Any,
+) -> Run:
+    """Pretrain a backbone. The same call again continues an interrupted run at the very step.
+
+    Args:
+        data: images to learn from.
+        run: folder of the run, a path or a URI.
+        config: the whole configuration.
+        online: probes during training; see `WatchConfig`.
+        fields: fields of `Pretraining`, and by their names the configurations of the method's parts, as in
+            `pirl={"temperature": 0.1}`.
+    """
+    console.install()
+    from raysl.evaluation.online import WatchConfig
+
+    settings = run_config(data, run, config, fields)
+    watch = configure(WatchConfig, online, {})
+    dataset(settings.data)
+    start_ray()
+    from raysl.evaluation.online import pretrain_and_probe
+
+    return pretrain_and_probe(settings, watch, _log.info)
+
+
+def probe(
+    checkpoint: AnyRun,
+    train: Data,
+    test: Data,
+    probes: Sequence[str] = ("knn", "linear"),
+    *,
+    layers: Sequence[str] = ("pooled",),
+    out: PathLike = "",
+    image_size: int = 0,
+    backbone: Any = None,
+    seed: int = 0,
+    **protocols: Any,
+) -> list[dict[str, Any]]:
+    """Measure a run beside its untrained backbone and raw pixels, or measure weights from elsewhere.
+
+    Args:
+        checkpoint: a run (its newest checkpoint), RUN/checkpoints/step-NNN, a file of weights, or "random".
+        train: labelled data that the probes learn from.
+        test: labelled data that they are scored on.
+        probes: names of probes; `raysl methods` lists them.
+        layers: "all" is conv1, res2 to res5 and pooled.
+        out: folder of the rows and features, required unless `checkpoint` is a run.
+        image_size: side of the view in pixels, for weights only; 0 for 224 for a file of weights and 32 otherwise.
+        backbone: a `BackboneConfig`, a mapping of its fields or a name, for weights only.
+        seed: seed of "random", and of what a probe of weights draws.
+        protocols: the configuration of a probe by its name, as in `linear={"schedule": "fast"}`.
+
+    Returns:
+        A row for each number: its probe, layer, encoder, name and value.
+    """
+    console.install()
+    from raysl import probes as kinds
+    from raysl.backbone.network import BackboneConfig as Network
+
+    names = tuple(probes)
+    if strange := sorted(set(protocols) - set(names)):
+        raise UserError(
+            f"The argument {strange[0]!r} is neither one of `probe` nor one of its probes {names}."
+        )
+    configs = {name: configure(kinds.config_type(name), protocols.get(name), {}) for name in names}
+    network = configure(Network, {"name": backbone} if isinstance(backbone, str) else backbone, {})
+    sets = dataset(train), dataset(test)
+    from raysl.extraction import Trained, view_size
+
+    source = _encoder(uri(checkpoint), network, seed, bool(out), bool(image_size))
+    start_ray()
+    from raysl.evaluation import evaluate
+
+    asked: Any = (*(str(one.folder) for one in sets), names, _log.info)
+    how: Any = {"layers": tuple(layers), "configs": configs}
+    size, rows_place = image_size or view_size(source), os.fspath(out)
+    if isinstance(source, Trained):
+        rows_place = str(source.run.folder)
+        rows = evaluate.probe(source.run, *asked, checkpoint=source.checkpoint, **how)
+    else:
+        title = f"{uri(checkpoint).rpartition('/')[2]} ({network.name})"
+        rows = evaluate.probe_model(source, title, rows_place, *asked, image_size=size, seed=seed, **how)
+    if "retrieval" in names:
+        _draw_neighbours(rows_place, source, sets, size)
+    return rows
+
+
+def _draw_neighbours(place: str, source: Encoder, sets: tuple[DataSet, DataSet], image_size: int) -> None:
+    from raysl.reporting import retrieval_grid
+    from raysl.storage import Folder
+
+    sheet = retrieval_grid.draw(Folder(place), source, *sets, image_size)
+    _log.info("The nearest images of some test images are in %s.", sheet)
+
+
+def _encoder(checkpoint: str, network: BackboneConfig, seed: int, out: bool, image_size: bool) -> Encoder:
+    """Return what is probed. Raises UserError when `out` or `image_size` is given for a run, or `out` lacks."""
+    from raysl.extraction import Trained, named
+
+    source = named(checkpoint, network, seed)
+    if isinstance(source, Trained) and (out or image_size):
+        raise UserError(
+            f"--out and --image-size are for weights from elsewhere, and {checkpoint!r} is a run: its rows go to its "
+            "own folder, at its own image size. Leave them out."
+        )
+    if not isinstance(source, Trained) and not out:
+        raise UserError(f"{checkpoint!r} is not a run. Give a folder for its rows with --out.")
+    return source
+
+
+def features(
+    checkpoint: AnyRun,
+    data: Data | None = None,
+    out: PathLike | None = None,
+    config: FeaturesConfig | None = None,
+    **fields: Any,
+) -> FeatureTable:
+    """Write the features of every image as Parquet. The same call again completes what was interrupted.
+
+    Args:
+        checkpoint: a run, RUN/checkpoints/step-NNN, a file of weights, "random" or "pixels".
+        data: the images.
+        out: folder of the features, a path or a URI.
+        config, fields: the configuration; see `FeaturesConfig`.
+    """
+    console.install()
+    from raysl.extraction.store import FeaturesConfig as Config
+
+    settings = configure(Config, config, {**given(data=data, out=out), **fields})
+    dataset(settings.data)
+    start_ray()
+    from raysl.extraction.store import make
+
+    return make(uri(checkpoint), settings, _log.info)
+
+
+def cluster(
+    features: PathLike | FeatureTable,
+    k: int | None = None,
+    out: PathLike = "",
+    config: KMeansConfig | None = None,
+    *,
+    assign: Sequence[PathLike | FeatureTable] = (),
+    **fields: Any,
+) -> Clustering:
+    """Cluster features by k-means. The same call again resumes an interrupted clustering.
+
+    Args:
+        features: a folder that `features` made.
+        k: number of clusters.
+        out: folder of the result; by default one inside the features, named by the configuration.
+        config: what is computed.
+        assign: more features, such as those of validation images, that get the nearest of the same centroids.
+        fields: fields of `KMeansConfig`.
+    """
+    console.install()
+    from raysl.clustering import lloyd
+    from raysl.clustering.options import KMeansConfig as Config
+
+    settings = configure(Config, config, {**given(k=k), **fields})
+    done = lloyd.fit(uri(features), settings, os.fspath(out), _log.info)
+    for more in map(uri, assign):
+        # Named after the whole place: many folders of features are called "features".
+        name = re.sub(r"\W+", "-", more).strip("-")
+        table = lloyd.assign(
+            done, more, str(done.folder / f"assignments-{name}.parquet"), settings, _log.info
+        )
+        _log.info("The clusters of %s are in %s.", more, table)
+    return done
+
+
+def clusterfit(
+    teacher: AnyRun,
+    data: Data | None = None,
+    run: PathLike | None = None,
+    config: ClusterfitConfig | None = None,
+    *,
+    student: Pretraining | Mapping[str, Any] | None = None,
+    **fields: Any,
+) -> Run:
+    """Train a new network to predict the clusters of another network's features (Yan et al. 2020, ClusterFit).
+
+    Args:
+        teacher: a run, RUN/checkpoints/step-NNN, a file of weights, or "random".
+        data: the images, for teacher and student.
+        run: folder of everything that is made.
+        config: of teacher and clusters.
+        student: configuration of the student, or fields of `Pretraining`.
+        fields: fields of `ClusterfitConfig`, such as `k`.
+
+    Returns the run of the last student.
+    """
+    console.install()
+    from raysl.clustering.cluster_and_fit import ClusterfitConfig as Config
+
+    settings = configure(Config, config, {"teacher": uri(teacher), **fields})
+    learner = run_config(data, run, student, {})
+    dataset(learner.data)
+    start_ray()
+    from raysl.clustering.cluster_and_fit import clusterfit as fit
+
+    return fit(settings, learner, _log.info)
+
+
+def sweep(
+    data: Data | None = None,
+    test: Data | None = None,
+    out: PathLike | None = None,
+    vary: Sequence[str] | None = None,
+    config: SweepConfig | None = None,
+    *,
+    base: Pretraining | Mapping[str, Any] | None = None,
+    **fields: Any,
+) -> list[dict[str, Any]]:
+    """Try values of fields and seeds, scored by a probe. The same call again continues an interrupted sweep.
+
+    Args:
+        data: images to learn from.
+        test: labelled images that the probe is scored on.
+        out: folder of the sweep, a path or a URI.
+        vary: fields to vary, such as "temperature" or "temperature=0.05,0.1".
+        config: what is tried, and how it is judged.
+        base: configuration of every run, or fields of `Pretraining`.
+        fields: fields of `SweepConfig`.
+
+    Returns:
+        A row for each trial, the best first.
+    """
+    console.install()
+    from raysl.tuning.config import SweepConfig as Config
+
+    settings = configure(Config, config, {**given(test=test, out=out, vary=vary), **fields})
+    learner = run_config(data, "-", base, {})
+    dataset(learner.data)
+    dataset(settings.test)
+    start_ray()
+    from raysl.tuning import driver
+
+    return driver.sweep(learner, settings, _log.info)
+
+
+def report(
+    folders: AnyRun | Sequence[AnyRun],
+    config: ReportConfig | None = None,
+    **fields: Any,
+) -> str:
+    """Write one page about a sweep, or about runs side by side, and return its place.
+
+    Args:
+        folders: of one sweep, finished or not; or runs.
+        config, fields: the configuration; see `ReportConfig`.
+    """
+    console.install()
+    from raysl.reporting import ReportConfig as Config
+    from raysl.reporting import report as write
+
+    several = isinstance(folders, Sequence) and not isinstance(folders, str)
+    places = [uri(one) for one in (folders if several else [folders])]  # type: ignore[union-attr]
+    if not places:
+        raise UserError("No folder is given. Name a sweep or runs: `raysl report runs/*`.")
+    return f"{write(places, configure(Config, config, fields))}/index.html"
+
+
+def export(run: AnyRun, config: ExportConfig | None = None, **fields: Any) -> str:
+    """Write the backbone of a run for other programs, with a model card, and return the folder.
+
+    Args:
+        run: the run.
+        config, fields: the configuration; see `ExportConfig`.
+    """
+    console.install()
+    from raysl.model_export import ExportConfig as Config
+    from raysl.run import Run
+
+    settings = configure(Config, config, fields)
+    opened = Run.open(uri(run))
+    from raysl.model_export import export as write
+
+    return str(write(opened, settings))
+
+
+def views(
+    data: Data | None = None,
+    out: PathLike = "views.png",
+    images: int = 8,
+    config: Pretraining | None = None,
+    **fields: Any,
+) -> Path:
+    """Draw the views that a method makes of some images, and return the path of the picture.
+
+    Args:
+        data: the images.
+        out: a PNG file.
+        images: how many images, at least 1.
+        config, fields: the configuration; see `Pretraining`.
+    """
+    console.install()
+    path = Path(out)
+    if path.suffix.lower() != ".png":
+        raise UserError(f"The picture {str(out)!r} is not a PNG file. Give --out a name that ends in .png.")
+    if images < 1:
+        raise UserError(f"images is {images}; it must be at least 1.")
+    settings = run_config(data, "-", config, fields)
+    opened = dataset(settings.data)
+    from raysl.documentation import pictures
+
+    sheet = pictures.views_sheet(opened, pictures.views_of(settings, opened), settings.seed, images)
+    pictures.save(sheet, path)
+    return path
+
+
+def reproduce(run: AnyRun, config: ReproduceConfig | None = None, **fields: Any) -> Comparison:
+    """Train a run again from its metadata and compare losses and weights to the last bit.
+
+    Args:
+        run: the first run.
+        config, fields: the configuration; see `ReproduceConfig`.
+    """
+    console.install()
+    from raysl.reproduction import ReproduceConfig as Config
+    from raysl.run import Run
+
+    settings = configure(Config, config, fields)
+    first = Run.open(uri(run))
+    start_ray()
+    from raysl.reproduction import reproduce as again
+
+    return again(first, settings, _log.info)
+
+
+def doctor(config: DoctorConfig | None = None, **fields: Any) -> Report | Fleet:
+    """Measure what limits the speed of a run on this machine; with `cluster=True`, look at a cluster.
+
+    Args:
+        config, fields: the configuration; see `DoctorConfig`.
+    """
+    console.install()
+    from raysl.diagnostics import DoctorConfig as Config
+
+    settings = configure(Config, config, {**fields, **given(data=fields.get("data"))})
+    if not settings.cluster:
+        dataset(settings.data)
+    start_ray()
+    from raysl.diagnostics import examine, look
+
+    return look(settings, _log.info) if settings.cluster else examine(settings, _log.info)
