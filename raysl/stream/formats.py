@@ -112,7 +112,7 @@ def open_image(data: bytes, name: str = "") -> Image.Image:
     except (UnidentifiedImageError, NotImplementedError) as error:
         if data.startswith((b"8BPS\0\1", b"8BPS\0\2")):
             return _open_psd(data)
-        raise UnknownFormatError(_describe(data)) from error
+        raise UnknownFormatError(describe(data)) from error
     if image.format in ("EPS", "WMF"):
         # Pillow would start another program to draw these.
         raise DecodeError(f"is a drawing in the format {image.format}: draw it as PNG first")
@@ -145,8 +145,8 @@ def looks_like_image(head: bytes) -> bool:
         return False
 
 
-def _describe(data: bytes) -> str:
-    """Return what a file is that cannot be read."""
+def describe(data: bytes) -> str:
+    """Return what a file is that cannot be read, from its content or its first kilobyte."""
     for magic, what in _REFUSED:
         if data.startswith(magic):
             return f"is {what}"

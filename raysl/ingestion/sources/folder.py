@@ -14,13 +14,10 @@ from raysl.errors import UserError
 from raysl.ingestion.listing import SPLITS, File, files_below, folders_in, is_folder, stamp
 from raysl.ingestion.sources import Confidence, Place, Row, Unit, UnitSize, choose_split
 from raysl.storage import filesystem
+from raysl.stream.formats import EXTENSIONS, describe
 
 SUMMARY = "a folder of images, in class folders or not: photos/, s3://bucket/photos, photos/#train"
 
-EXTENSIONS = (
-    *(".jpg", ".jpeg", ".jpe", ".jfif", ".png", ".bmp", ".gif", ".webp", ".tif", ".tiff"),
-    *(".ppm", ".pgm", ".pbm", ".pnm", ".avif", ".heic", ".heif", ".jp2"),
-)
 # Object stores answer slowly and in parallel: this many reads are under way at a time, in windows of four times.
 _READERS = 16
 
@@ -95,12 +92,10 @@ def read(unit: Unit) -> Iterator[Row]:
     paths, labels = unit.spec["paths"], unit.spec["labels"]
 
     def load(path: str, label: int) -> Row:
-        if not _is_image(path):
-            return Row(
-                None, label, path, "is not named as an image; rename it to end in .jpg, .png or the like"
-            )
         try:
             with fs.open_input_file(f"{root}/{path}") as file:
+                if not _is_image(path):
+                    return Row(None, label, path, f"is not named as an image: {describe(file.read(1024))}")
                 return Row(file.read(), label, path)
         except (FileNotFoundError, PermissionError) as error:
             return Row(None, label, path, f"cannot be read: {type(error).__name__}")

@@ -14,8 +14,8 @@ from contextlib import contextmanager
 from raysl.errors import UserError
 from raysl.ingestion.listing import File, files_below, is_folder, split_of, stamp
 from raysl.ingestion.sources import Confidence, Place, Row, Unit, UnitSize, choose_split
-from raysl.ingestion.sources.folder import EXTENSIONS
 from raysl.storage import filesystem
+from raysl.stream.formats import EXTENSIONS
 
 SUMMARY = "WebDataset shards: shard-000000.tar, shards/, s3://bucket/shards"
 
