@@ -1,22 +1,28 @@
-"""The indexed data set: Parquet shards and a manifest that says which index lies where.
+"""The indexed data set: Parquet shards and a manifest that says which index lies in which shard.
 
 A data set is a folder at any URI:
 
     manifest.json           written last; a folder without it is not a data set
-    bad_images.jsonl        one line for each source image that could not be decoded: where it was, and why
-    shards/NNNNN.parquet    columns index (int64), image (encoded bytes), label (int64, optional)
+    labels.parquet          column label (int32): the label of every image, in index order; absent without labels
+    bad_images.jsonl        one line for each source image that could not be decoded: its path and the reason
+    shards/NNNNN.parquet    columns index (int64), image (encoded bytes), path (string), label (int64, optional)
 
-Indices are 0 .. N-1 in the order of the shards and were given before any shuffle. The memory bank, cluster labels
-and the position in the stream all hang on them, so nothing downstream ever counts images again.
+Indices are 0 .. N-1 in the order of the shards and are fixed before any shuffle. The memory bank, cluster labels and
+the position in the stream all refer to them, so nothing downstream counts images again.
+
+Every page of a shard carries a CRC-32, which Parquet checks whenever the page is read. The checksums of the footers and
+of the labels are in the manifest. A flipped bit is therefore an error that names the file.
 """
 
 from __future__ import annotations
 
+import io
 import json
-from collections.abc import Sequence
-from dataclasses import asdict, dataclass, field
-from functools import cached_property
-from typing import Any
+import zlib
+from collections.abc import Iterable, Iterator, Sequence
+from dataclasses import asdict, dataclass, field, replace
+from functools import cached_property, lru_cache
+from typing import Any, BinaryIO
 
 import numpy as np
 import numpy.typing as npt
@@ -24,12 +30,15 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 
 from raysl.errors import UserError
-from raysl.storage import Folder
+from raysl.storage import Folder, StorageError
 
 MANIFEST = "manifest.json"
 LEDGER = "bad_images.jsonl"
+LABELS = "labels.parquet"
 SHARDS = "shards"
 FORMAT = 1
+# Row groups of one shard that are read at a time; more would hold many images twice in memory.
+_GROUPS_AT_ONCE = 16
 
 
 @dataclass(frozen=True)
@@ -40,11 +49,13 @@ class Shard:
         file: name inside `shards/`.
         row_groups: number of images in each row group, in order.
         num_bytes: size of the file.
+        checksum: CRC-32 of the Parquet footer, see `footer`; None in data sets written before raysl 0.2.
     """
 
     file: str
     row_groups: tuple[int, ...]
     num_bytes: int
+    checksum: int | None = None
 
     @property
     def num_images(self) -> int:
@@ -53,18 +64,19 @@ class Shard:
 
 @dataclass(frozen=True)
 class Manifest:
-    """What a data set holds.
+    """The content of a data set.
 
     Args:
-        source: what was ingested, as the user named it.
+        source: the ingested source, as the user named it.
         shards: in index order.
-        classes: names of the classes in label order; empty when the images have no labels.
-        fingerprint: hash of every image's bytes and label, in order. Two data sets with one fingerprint hold
+        classes: names of the classes in label order; empty if the images have no labels.
+        fingerprint: hash of every image's bytes and label, in order. Two data sets with the same fingerprint hold
             the same images under the same indices.
         num_bad: images of the source that could not be decoded and are listed in the ledger.
         format: version of this layout.
         decoding: how the image files were decoded: the configuration, the range of values of each kind that has one,
             and how many images are stored in another form than their files; a JSON value.
+        labels_checksum: CRC-32 of the labels file; None without labels, or in data sets written before raysl 0.2.
     """
 
     source: str
@@ -74,6 +86,7 @@ class Manifest:
     num_bad: int
     format: int = FORMAT
     decoding: dict[str, Any] = field(default_factory=dict)
+    labels_checksum: int | None = None
 
     @property
     def num_images(self) -> int:
@@ -84,14 +97,16 @@ class Manifest:
         return sum(shard.num_bytes for shard in self.shards)
 
     def to_json(self) -> dict[str, Any]:
-        """A JSON value that `from_json` turns back into an equal manifest."""
+        """Return a JSON value that `from_json` turns back into an equal manifest."""
         return asdict(self)
 
     @staticmethod
     def from_json(value: dict[str, Any]) -> Manifest:
-        """Raises KeyError or TypeError when a field is missing or of another kind."""
+        """Parse a manifest. Raises KeyError, TypeError or ValueError if a field is missing or malformed."""
         shards = tuple(
-            Shard(str(s["file"]), tuple(int(n) for n in s["row_groups"]), int(s["num_bytes"]))
+            Shard(
+                str(s["file"]), tuple(int(n) for n in s["row_groups"]), int(s["num_bytes"]), s.get("checksum")
+            )
             for s in value["shards"]
         )
         return Manifest(
@@ -102,24 +117,59 @@ class Manifest:
             num_bad=int(value["num_bad"]),
             format=int(value["format"]),
             decoding=dict(value.get("decoding", {})),
+            labels_checksum=value.get("labels_checksum"),
         )
+
+
+def footer(file: BinaryIO) -> bytes:
+    """Return the footer of an open Parquet file: its metadata, their length and the magic bytes at the end.
+
+    Raises:
+        ValueError: the file does not end like a Parquet file.
+    """
+    size = file.seek(0, 2)
+    file.seek(max(size - 8, 0))
+    end = file.read(8)
+    length = int.from_bytes(end[:4], "little") + 8
+    if end[4:] != b"PAR1" or length > size:
+        raise ValueError("it does not end like a Parquet file")
+    file.seek(size - length)
+    return file.read(length)
+
+
+@lru_cache(maxsize=1024)
+def _metadata(folder: Folder, shard: Shard) -> pq.FileMetaData:
+    """Return the metadata of a shard. A worker reads many row groups of one shard, and the footer only once.
+
+    Raises:
+        ValueError: the footer is damaged.
+    """
+    with folder.open(shard.file) as file:
+        end = footer(file)
+    if shard.checksum not in (None, zlib.crc32(end)):
+        raise ValueError("the checksum of its footer is not the one in the manifest")
+    metadata = pq.read_metadata(pa.BufferReader(b"PAR1" + end))
+    sizes = tuple(metadata.row_group(group).num_rows for group in range(metadata.num_row_groups))
+    if sizes != shard.row_groups:
+        raise ValueError(f"it has {len(sizes)} row groups of other sizes than the manifest says")
+    return metadata
 
 
 @dataclass(frozen=True)
 class DataSet:
-    """An opened data set. Small and picklable: it holds the manifest and not the images."""
+    """An opened data set. Small and picklable: it holds the manifest but no images."""
 
     folder: Folder
     manifest: Manifest
 
     @staticmethod
     def is_one(uri: str) -> bool:
-        """Whether a finished data set lies at `uri`."""
+        """Return True if there is a finished data set at `uri`."""
         return Folder(uri).exists(MANIFEST)
 
     @staticmethod
     def open(uri: str) -> DataSet:
-        """Opens the data set at `uri`.
+        """Open the data set at `uri`.
 
         Raises:
             UserError: there is no finished data set, its manifest is damaged, or a shard is missing.
@@ -131,10 +181,6 @@ class DataSet:
             raise UserError(
                 f"No data set at {uri!r}: there is no {MANIFEST} in it. Make one with `raysl ingest SOURCE {uri}`; "
                 "an ingest that was interrupted is completed by running it again."
-            ) from error
-        except OSError as error:
-            raise UserError(
-                f"Cannot read the data set at {uri!r}: {error}. Check the place and your access."
             ) from error
         except (ValueError, KeyError, TypeError) as error:
             raise UserError(
@@ -154,6 +200,25 @@ class DataSet:
             )
         return DataSet(folder, manifest)
 
+    @staticmethod
+    def create(folder: Folder, manifest: Manifest, labels: Iterable[npt.NDArray[np.int64]]) -> DataSet:
+        """Complete a data set whose shards are written, and open it.
+
+        Args:
+            labels: int64 arrays that together hold the label of every image; ignored without classes.
+
+        Raises:
+            UserError: it cannot be written.
+        """
+        if manifest.classes:
+            column = np.concatenate([labels_n.astype(np.int32) for labels_n in labels])
+            stream = io.BytesIO()
+            pq.write_table(pa.table({"label": column}), stream, compression="zstd")
+            folder.write(LABELS, stream.getvalue())
+            manifest = replace(manifest, labels_checksum=zlib.crc32(stream.getvalue()))
+        folder.write_json(MANIFEST, manifest.to_json())
+        return DataSet.open(str(folder))
+
     @property
     def num_images(self) -> int:
         return self.manifest.num_images
@@ -169,64 +234,115 @@ class DataSet:
         return np.concatenate([[0], np.cumsum(sizes, dtype=np.int64)])
 
     @cached_property
-    def _shard_of_group(self) -> list[tuple[int, int]]:
-        """For every row group of the data set: its shard, and its number inside that shard."""
-        return [(s, g) for s, shard in enumerate(self.manifest.shards) for g in range(len(shard.row_groups))]
+    def _first_groups(self) -> npt.NDArray[np.int64]:
+        """int64 (shards + 1,): the number of the first row group of every shard, and of all row groups."""
+        sizes = [len(shard.row_groups) for shard in self.manifest.shards]
+        return np.concatenate([[0], np.cumsum(sizes, dtype=np.int64)])
 
     def read(self, indices: npt.NDArray[np.int64], columns: Sequence[str] = ("image", "label")) -> pa.Table:
-        """Rows in the order of `indices`; reads each row group that holds one of them once.
+        """Return rows in the order of `indices`. Each row group that holds one of them is read once.
 
         Args:
             indices: int64 (b,), each in 0 .. num_images - 1; an index may occur more than once.
-            columns: of "image" and "label"; "label" is left out when the images have none. "index" always comes.
+            columns: of "image", "path" and "label"; "label" is left out if the images have none. "index" always
+                comes first.
 
         Returns:
             A table with b rows.
 
         Raises:
             UserError: a shard is damaged, or is not the one that the manifest describes.
+            StorageError: a shard cannot be read.
         """
-        groups = np.searchsorted(self.row_group_starts, indices, side="right") - 1
-        wanted = ["index", *(c for c in columns if c != "label" or self.has_labels)]
-        parts: list[pa.Table] = []
-        starts: dict[int, int] = {}
-        open_shard, file = -1, None
-        rows = 0
-        for group in np.unique(groups):
-            shard, inside = self._shard_of_group[group]
-            name = self.manifest.shards[shard].file
-            try:
-                if shard != open_shard:
-                    open_shard, file = shard, pq.ParquetFile((self.folder / SHARDS).open(name))
-                assert file is not None
-                part = file.read_row_group(inside, columns=wanted)
-                first = part.column("index")[0].as_py()
-            except (OSError, pa.ArrowException, IndexError) as error:
-                raise self._damaged(name, str(error)) from error
-            expected = int(self.row_group_starts[group])
-            if first != expected or part.num_rows != int(self.row_group_starts[group + 1]) - expected:
-                raise self._damaged(name, f"row group {inside} starts at index {first} and not at {expected}")
-            starts[int(group)] = rows - expected
-            rows += part.num_rows
-            parts.append(part)
-        if not parts:
+        if not len(indices):
             raise ValueError("read() needs at least one index")
-        offsets = np.array([starts[int(g)] for g in groups], dtype=np.int64) + indices
+        groups = np.searchsorted(self.row_group_starts, indices, side="right") - 1
+        needed, place = np.unique(groups, return_inverse=True)
+        parts = list(self._row_groups(needed, columns))
+        starts = np.cumsum([0, *(part.num_rows for part in parts)])[:-1]
+        offsets = starts[place] + indices - self.row_group_starts[groups]
         return pa.concat_tables(parts).take(pa.array(offsets))
 
+    def _row_groups(self, groups: npt.NDArray[np.int64], columns: Sequence[str]) -> Iterator[pa.Table]:
+        """Yield the content of row groups, given in ascending order."""
+        shards = np.searchsorted(self._first_groups, groups, side="right") - 1
+        for number in np.unique(shards):
+            inside = groups[shards == number]
+            for start in range(0, len(inside), _GROUPS_AT_ONCE):
+                yield from self._of_shard(int(number), inside[start : start + _GROUPS_AT_ONCE], columns)
+
+    def _of_shard(
+        self, number: int, groups: npt.NDArray[np.int64], columns: Sequence[str]
+    ) -> Iterator[pa.Table]:
+        """Yield the content of row groups of one shard, read with one request for neighbouring ones."""
+        shard = self.manifest.shards[number]
+        folder = self.folder / SHARDS
+        wanted = ["index", *(name for name in columns if name != "label" or self.has_labels)]
+        try:
+            metadata = _metadata(folder, shard)
+            there = [name for name in wanted if name in metadata.schema.names]
+            with folder.open(shard.file) as stream:
+                file = pq.ParquetFile(
+                    stream, metadata=metadata, pre_buffer=True, page_checksum_verification=True
+                )
+                inside = (groups - self._first_groups[number]).tolist()
+                table = file.read_row_groups(inside, columns=there).select(there)
+        except StorageError:
+            raise
+        except (OSError, pa.ArrowException, ValueError, KeyError) as error:
+            raise self._damaged(shard.file, str(error)) from error
+        row = 0
+        for group in groups:
+            first, end = (int(edge) for edge in self.row_group_starts[group : group + 2])
+            part = table.slice(row, end - first)
+            row += end - first
+            found = part.column("index")[0].as_py()
+            if found != first:
+                raise self._damaged(shard.file, f"a row group starts at index {found} and not at {first}")
+            if "path" in wanted and "path" not in there:
+                # Data sets written before raysl 0.2 have no paths.
+                part = part.append_column("path", part.column("index").cast(pa.string())).select(wanted)
+            yield part
+
     def labels(self) -> npt.NDArray[np.int64]:
-        """int64 (n,): the label of every image.
+        """Return the label of every image: int64 (n,).
 
         Raises:
-            UserError: the data set has none, or a shard is damaged.
+            UserError: the data set has none, or a file of it is damaged.
         """
         if not self.has_labels:
             raise UserError(
                 f"The data set at {str(self.folder)!r} has no labels, and here they are needed. Give a data set whose "
                 "source names classes, such as one folder per class."
             )
-        column = self.read(np.arange(self.num_images, dtype=np.int64), ("label",)).column("label")
-        return column.to_numpy().astype(np.int64)  # type: ignore[no-any-return]
+        if self.manifest.labels_checksum is None:
+            return self._column("label").to_numpy().astype(np.int64)  # type: ignore[no-any-return]
+        try:
+            data = self.folder.read(LABELS)
+        except FileNotFoundError:
+            data = b""
+        if zlib.crc32(data) != self.manifest.labels_checksum:
+            raise UserError(
+                f"The labels {str(self.folder / LABELS)!r} are {'damaged' if data else 'missing'}. Restore the file, "
+                "or delete the data set and ingest its source again: the same images get the same indices."
+            )
+        return pq.read_table(io.BytesIO(data)).column("label").to_numpy().astype(np.int64)  # type: ignore[no-any-return]
+
+    def paths(self, indices: npt.NDArray[np.int64] | None = None) -> list[str]:
+        """Return the path of every image in its source, or its key in an archive or a table.
+
+        Args:
+            indices: int64 (b,), as for `read`; None for all images, in index order.
+
+        Raises:
+            UserError: as for `read`.
+        """
+        column = self._column("path") if indices is None else self.read(indices, ("path",)).column("path")
+        return column.to_pylist()  # type: ignore[no-any-return]
+
+    def _column(self, name: str) -> pa.ChunkedArray:
+        groups = np.arange(len(self.row_group_starts) - 1, dtype=np.int64)
+        return pa.concat_tables(list(self._row_groups(groups, (name,)))).column(name)
 
     def _damaged(self, name: str, why: str) -> UserError:
         return UserError(
@@ -235,7 +351,21 @@ class DataSet:
         )
 
     def bad_images(self) -> list[dict[str, str]]:
-        """The ledger: {"path", "reason"} for every source image that could not be decoded."""
+        """Return the ledger: {"path", "reason"} for every source image that could not be decoded."""
         if not self.folder.exists(LEDGER):
             return []
         return [json.loads(line) for line in self.folder.read(LEDGER).splitlines()]
+
+
+def parquet_writer(stream: object, schema: pa.Schema) -> pq.ParquetWriter:
+    """Open a shard for writing."""
+    # Small JPEG files share their headers: zstd makes CIFAR-10 three times smaller. Statistics of the images would
+    # copy the largest into the footer.
+    return pq.ParquetWriter(
+        stream,
+        schema,
+        compression="zstd",
+        use_dictionary=False,
+        write_statistics=["index"],
+        write_page_checksum=True,
+    )

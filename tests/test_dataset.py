@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import pickle
+import shutil
 from collections.abc import Callable
 from pathlib import Path
 
@@ -25,12 +26,11 @@ def make(folder: Path, labelled: bool = True) -> DataSet:
     """A data set whose image i holds the bytes "i" and whose label is i mod 3."""
     dest, base, shards = Folder(str(folder)), 0, []
     for unit, size in enumerate(SIZES):
-        rows = (Row(str(i).encode(), i % 3, "") for i in range(base, base + size))
+        rows = (Row(str(i).encode(), i % 3, f"{i}.png") for i in range(base, base + size))
         shards.append(write(dest, unit, base, rows, decoding=None, labelled=labelled, rows_per_group=4).shard)
         base += size
     manifest = Manifest("made", tuple(shards), ("a", "b", "c") if labelled else (), "f00d", 0)
-    dest.write_json("manifest.json", manifest.to_json())
-    return DataSet.open(str(folder))
+    return DataSet.create(dest, manifest, [np.arange(sum(SIZES)) % 3])
 
 
 def test_the_manifest_survives_a_round_trip(tmp_path: Path) -> None:
@@ -58,9 +58,29 @@ def test_columns_are_chosen_and_labels_optional(tmp_path: Path) -> None:
     assert make(tmp_path / "b").read(np.array([2]), columns=("label",)).column_names == ["index", "label"]
 
 
+def labels_in_shards(folder: Path) -> list[int]:
+    return DataSet.open(str(folder)).read(np.arange(45)).column("label").to_pylist()  # type: ignore[no-any-return]
+
+
 def test_labels_are_in_index_order(tmp_path: Path) -> None:
-    dataset = make_dataset(tmp_path / "set", 45)
-    assert dataset.labels().tolist() == dataset.read(np.arange(45)).column("label").to_pylist()
+    data_set = make(tmp_path)
+    assert data_set.labels().tolist() == [i % 3 for i in range(15)]
+    (tmp_path / "labels.parquet").unlink()
+    with pytest.raises(UserError, match=r"labels\.parquet' are missing"):
+        data_set.labels()
+    assert make_dataset(tmp_path / "old", 45).labels().tolist() == labels_in_shards(tmp_path / "old")
+
+
+def test_paths(tmp_path: Path) -> None:
+    data_set = make(tmp_path)
+    assert data_set.paths() == [f"{i}.png" for i in range(15)]
+    assert data_set.paths(np.array([12, 3])) == ["12.png", "3.png"]
+    assert data_set.read(np.array([2]), ("path", "image")).column_names == ["index", "path", "image"]
+
+
+def test_a_data_set_without_paths_names_its_images_by_index(tmp_path: Path) -> None:
+    data_set = make_dataset(tmp_path / "old", 45)
+    assert data_set.paths(np.array([44, 0])) == ["44", "0"]
 
 
 def test_no_ledger_is_an_empty_one(tmp_path: Path) -> None:
@@ -86,6 +106,27 @@ def test_a_damaged_shard_is_named(tmp_path: Path, damage: Callable[[Path], None]
     damage(tmp_path)
     with pytest.raises(UserError, match=r"Shard '00001\.parquet' .* is damaged"):
         data_set.read(np.array([12]))
+
+
+@pytest.mark.parametrize("name", ["shards/00001.parquet", "labels.parquet"])
+def test_no_flipped_bit_is_used(tmp_path: Path, name: str) -> None:
+    whole = make(tmp_path / "whole")
+    rows, labels = whole.read(np.arange(15), ("image", "path", "label")), whole.labels()
+    content = (tmp_path / "whole" / name).read_bytes()
+    refusals = []
+    for bit in range(0, 8 * len(content), 37):
+        shutil.copytree(tmp_path / "whole", tmp_path / f"{bit}")
+        flipped = bytearray(content)
+        flipped[bit // 8] ^= 1 << bit % 8
+        (tmp_path / f"{bit}" / name).write_bytes(flipped)
+        data_set = DataSet.open(str(tmp_path / f"{bit}"))
+        try:
+            assert data_set.read(np.arange(15), ("image", "path", "label")) == rows, bit
+            assert (data_set.labels() == labels).all(), bit
+        except UserError as error:
+            refusals.append(str(error))
+    assert refusals
+    assert all(name.rpartition("/")[2] in text for text in refusals)
 
 
 @pytest.mark.parametrize(

@@ -104,6 +104,7 @@ class Journal:
     def written(self, number: int) -> Written:
         value = self._folder.read_json(f"done/{number:06d}.json")
         value["row_groups"] = tuple(value["row_groups"])
+        value["labels"] = tuple(value["labels"])
         value["bad"] = tuple((path, reason) for path, reason in value["bad"])
         value["tally"] = {kind: Treated(**treated) for kind, treated in value["tally"].items()}
         value["ranges"] = {kind: (low, high) for kind, (low, high) in value["ranges"].items()}

@@ -10,7 +10,7 @@ from __future__ import annotations
 import hashlib
 import json
 from collections.abc import Callable
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, field
 from functools import partial
 from itertools import accumulate, chain
 from pathlib import Path
@@ -125,10 +125,9 @@ def _finished(dest: Folder, name: str, config: IngestConfig) -> DataSet | None:
         # An interruption between the last two steps leaves the journal behind.
         Journal(dest).delete()
         return data_set
-    try:
-        content = [entry for entry in dest.list() if not entry.endswith(".tmp")]
-    except NotADirectoryError:
-        raise UserError(f"The destination {str(dest)!r} is a file. Name a folder.") from None
+    if dest.is_local and Path(str(dest)).is_file():
+        raise UserError(f"The destination {str(dest)!r} is a file. Name a folder.")
+    content = [entry for entry in dest.list() if not entry.endswith(".tmp")]
     header = Journal(dest).header()
     if header is None and set(content) - {JOURNAL}:
         raise UserError(
@@ -263,9 +262,9 @@ def _write_unit(
         labelled=listed.labelled,
         rows_per_group=rows_per_group,
     )
-    if listed.classes is not None and written.max_label >= len(listed.classes):
+    if listed.classes is not None and max(written.labels, default=-1) >= len(listed.classes):
         raise UserError(
-            f"The source has {len(listed.classes)} class names but an image with label {written.max_label}. Labels "
+            f"The source has {len(listed.classes)} class names but an image with label {max(written.labels)}. Labels "
             "must be 0 to one less than the number of names: mend the source."
         )
     journal.write_done(written)
@@ -289,8 +288,7 @@ def _move_all(journal: Journal, config: IngestConfig, progress: Reporter) -> Non
 def _move_unit(number: int, journal: Journal, bases: dict[int, int]) -> tuple[int, int]:
     """Runs in a task."""
     written = journal.written(number)
-    num_bytes = shard.move(journal.dest, written, bases[number])
-    journal.write_done(replace(written, base=bases[number], num_bytes=num_bytes))
+    journal.write_done(shard.move(journal.dest, written, bases[number]))
     return written.num_images, 0
 
 
@@ -349,8 +347,9 @@ def _finish(name: str, listed: Listed, journal: Journal, config: IngestConfig, p
             if written.num_images:
                 shards.append(written.shard)
                 digest.update(f"{written.num_images} {written.digest}\n".encode())
-            num_unlabelled += written.num_unlabelled
-            max_label = max(max_label, written.max_label)
+            labels_n = np.array(written.labels, dtype=np.int64)
+            num_unlabelled += int((labels_n < 0).sum())
+            max_label = max(max_label, int(labels_n.max(initial=-1)))
             tallies += [written.tally] if written.tally else []
     dest = journal.dest
     if not num_bad:
@@ -374,11 +373,12 @@ def _finish(name: str, listed: Listed, journal: Journal, config: IngestConfig, p
         progress.say(line)
     decoding = images.record(tally, config.decoding)
     manifest = Manifest(name, tuple(shards), classes, digest.hexdigest(), num_bad, decoding=decoding)
-    dest.write_json(MANIFEST, manifest.to_json())
+    labels = (np.array(written.labels, np.int64) for written in journal.all_written())
+    made = DataSet.create(dest, manifest, labels)
     journal.delete()
     bad = f"; {num_bad} others could not be decoded and are listed in {dest}/{LEDGER}" if num_bad else ""
     progress.say(f"Ingested {manifest.num_images} images, {len(classes)} classes, into {dest}{bad}.")
-    return DataSet.open(str(dest))
+    return made
 
 
 def _classes(listed: Listed, max_label: int, num_unlabelled: int, progress: Reporter) -> tuple[str, ...]:

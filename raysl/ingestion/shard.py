@@ -1,20 +1,21 @@
-"""One unit of a source becomes one shard: what a task does.
+"""Write one unit of a source as one shard: the work of a task.
 
-Memory is that of one row group. A shard and then its record are written whole or not at all, so a task may be killed
-and run again at any time.
+Memory is bounded by one row group. A shard and then its record are written atomically, so a task may be killed and run
+again at any time.
 """
 
 from __future__ import annotations
 
 import hashlib
-from collections.abc import Iterator
-from dataclasses import dataclass, field
+import zlib
+from collections.abc import Iterable, Iterator
+from dataclasses import dataclass, field, replace
 from itertools import chain
 
 import pyarrow as pa
 import pyarrow.parquet as pq
 
-from raysl.dataset import SHARDS, Shard
+from raysl.dataset import SHARDS, Shard, footer, parquet_writer
 from raysl.errors import UserError
 from raysl.ingestion.images import Tally, stored
 from raysl.ingestion.sources import Row
@@ -26,16 +27,16 @@ _ROW_GROUP_BYTES = 4 << 20
 
 @dataclass(frozen=True)
 class Written:
-    """What became of a unit; a JSON value.
+    """The result of a unit; a JSON value.
 
     Args:
         unit: its number.
         base: index of its first image.
-        row_groups: images in every row group; empty when no image could be decoded, and then there is no shard.
+        row_groups: images in every row group; empty if no image could be decoded, and then there is no shard.
         num_bytes: size of the shard.
+        checksum: CRC-32 of the shard's footer.
         digest: hash of every image's label and bytes, in order.
-        max_label: the largest label; -1 when there is none.
-        num_unlabelled: images without a label.
+        labels: label of every image, -1 for none; empty if the source has no labels.
         bad: (path, reason) of every image that could not be decoded.
         tally: the images that are stored in another form than their files.
         ranges: by kind of values, the range that became 0 to 255.
@@ -45,9 +46,9 @@ class Written:
     base: int
     row_groups: tuple[int, ...]
     num_bytes: int
+    checksum: int
     digest: str
-    max_label: int
-    num_unlabelled: int
+    labels: tuple[int, ...]
     bad: tuple[tuple[str, str], ...]
     tally: Tally = field(default_factory=dict)
     ranges: dict[str, tuple[float, float]] = field(default_factory=dict)
@@ -58,7 +59,7 @@ class Written:
 
     @property
     def shard(self) -> Shard:
-        return Shard(_file(self.unit), self.row_groups, self.num_bytes)
+        return Shard(_file(self.unit), self.row_groups, self.num_bytes, self.checksum)
 
 
 def _file(unit: int) -> str:
@@ -66,129 +67,124 @@ def _file(unit: int) -> str:
 
 
 @dataclass
-class _Sums:
-    """What is known of a unit while its rows go by."""
+class _Group:
+    """Images of the row group that is being collected."""
 
-    row_groups: list[int] = field(default_factory=list)
-    bad: list[tuple[str, str]] = field(default_factory=list)
-    digest: hashlib.blake2b = field(default_factory=lambda: hashlib.blake2b(digest_size=16))
-    tally: Tally = field(default_factory=dict)
-    max_label: int = -1
-    num_unlabelled: int = 0
+    images: list[bytes] = field(default_factory=list)
+    paths: list[str] = field(default_factory=list)
+    labels: list[int] = field(default_factory=list)
+    num_bytes: int = 0
 
-    def add(self, image: bytes, label: int | None) -> None:
-        self.digest.update(f"{label} {len(image)} ".encode())
-        self.digest.update(image)
-        self.max_label = max(self.max_label, -1 if label is None else label)
-        self.num_unlabelled += label is None
+    def table(self, first: int, labelled: bool) -> pa.Table:
+        columns = {
+            "index": pa.array(range(first, first + len(self.images)), pa.int64()),
+            "image": pa.array(self.images, pa.binary()),
+            "path": pa.array(self.paths, pa.string()),
+        }
+        if labelled:
+            known = [None if label < 0 else label for label in self.labels]
+            columns["label"] = pa.array(known, pa.int64())
+        return pa.table(columns)
 
 
 def write(
     dest: Folder,
     unit: int,
     base: int,
-    rows: Iterator[Row],
+    rows: Iterable[Row],
     *,
     decoding: DecodeConfig | None,
     labelled: bool,
     rows_per_group: int,
     ranges: Ranges | None = None,
 ) -> Written:
-    """Writes the rows that hold an image as the shard of a unit.
+    """Write the rows that hold an image as the shard of a unit.
 
     Args:
         base: index of the first image.
         decoding: how to decode every image and store those that are not ordinary; None stores all as they are.
-        labelled: whether the shard has a label column.
+        labelled: write a label column.
         ranges: by kind of values, the range that becomes 0 to 255; see `raysl.ingestion.images.ranges_of`.
 
     Raises:
-        UserError: the shard cannot be written, or the source says so.
+        UserError: the shard cannot be written, or the source is damaged.
     """
-    sums = _Sums()
+    bad: list[tuple[str, str]] = []
+    labels: list[int] = []
+    sizes: list[int] = []
+    tally: Tally = {}
+    digest = hashlib.blake2b(digest_size=16)
     if decoding is not None:
-        rows = chain.from_iterable(stored(row, decoding, ranges or {}, sums.tally) for row in rows)
-    with dest.writing(f"{SHARDS}/{_file(unit)}") as stream:
+        rows = chain.from_iterable(stored(row, decoding, ranges or {}, tally) for row in rows)
+    name = f"{SHARDS}/{_file(unit)}"
+    with dest.writing(name) as stream:
         writer = None
-        for images, labels in _groups(rows, sums, labelled, rows_per_group):
-            table = _table(base + sum(sums.row_groups), images, labels if labelled else None)
-            writer = writer or _writer(stream, table.schema)
-            writer.write_table(table, row_group_size=len(images))
-            sums.row_groups.append(len(images))
+        for group in _groups(rows, bad, rows_per_group):
+            for image, label in zip(group.images, group.labels, strict=True):
+                digest.update(f"{label if labelled and label >= 0 else None} {len(image)} ".encode())
+                digest.update(image)
+            table = group.table(base + sum(sizes), labelled)
+            writer = writer or parquet_writer(stream, table.schema)
+            writer.write_table(table, row_group_size=len(group.images))
+            sizes.append(len(group.images))
+            labels += group.labels if labelled else []
         if writer:
             writer.close()
         num_bytes = stream.tell()
-    if not sums.row_groups:
-        dest.delete(f"{SHARDS}/{_file(unit)}")
+    if not sizes:
+        dest.delete(name)
     return Written(
         unit=unit,
         base=base,
-        row_groups=tuple(sums.row_groups),
+        row_groups=tuple(sizes),
         num_bytes=num_bytes,
-        digest=sums.digest.hexdigest(),
-        max_label=sums.max_label,
-        num_unlabelled=sums.num_unlabelled,
-        bad=tuple(sums.bad),
-        tally=sums.tally,
+        checksum=_checksum(dest, name) if sizes else 0,
+        digest=digest.hexdigest(),
+        labels=tuple(labels),
+        bad=tuple(bad),
+        tally=tally,
         ranges=dict(ranges or {}),
     )
 
 
-def _groups(
-    rows: Iterator[Row], sums: _Sums, labelled: bool, rows_per_group: int
-) -> Iterator[tuple[list[bytes], list[int | None]]]:
-    """Images and labels of one row group after the other, without the bad ones."""
-    images: list[bytes] = []
-    labels: list[int | None] = []
-    num_bytes = 0
+def _groups(rows: Iterable[Row], bad: list[tuple[str, str]], rows_per_group: int) -> Iterator[_Group]:
+    """Yield one row group after the other; rows without an image are added to `bad`."""
+    group = _Group()
     for row in rows:
         if row.image is None:
-            sums.bad.append((row.path, row.reason))
+            bad.append((row.path, row.reason))
             continue
-        if images and (len(images) >= rows_per_group or num_bytes + len(row.image) > _ROW_GROUP_BYTES):
-            yield images, labels
-            images, labels, num_bytes = [], [], 0
+        full = len(group.images) >= rows_per_group or group.num_bytes + len(row.image) > _ROW_GROUP_BYTES
+        if group.images and full:
+            yield group
+            group = _Group()
+        group.images.append(row.image)
+        group.paths.append(row.path)
         # Hugging Face writes -1 for a label that is kept secret.
-        label = row.label if labelled and row.label is not None and row.label >= 0 else None
-        sums.add(row.image, label)
-        images.append(row.image)
-        labels.append(label)
-        num_bytes += len(row.image)
-    if images:
-        yield images, labels
+        group.labels.append(-1 if row.label is None else max(row.label, -1))
+        group.num_bytes += len(row.image)
+    if group.images:
+        yield group
 
 
-def _table(first: int, images: list[bytes], labels: list[int | None] | None) -> pa.Table:
-    columns = {
-        "index": pa.array(range(first, first + len(images)), pa.int64()),
-        "image": pa.array(images, pa.binary()),
-    }
-    if labels is not None:
-        columns["label"] = pa.array(labels, pa.int64())
-    return pa.table(columns)
+def _checksum(dest: Folder, name: str) -> int:
+    with dest.open(name) as stream:
+        return zlib.crc32(footer(stream))
 
 
-def _writer(stream: object, schema: pa.Schema) -> pq.ParquetWriter:
-    # Small JPEG files share their headers: zstd makes CIFAR-10 three times smaller. Statistics of the images would
-    # copy the largest into the footer.
-    options = {"compression": "zstd", "use_dictionary": False, "write_statistics": ["index"]}
-    return pq.ParquetWriter(stream, schema, **options)
-
-
-def move(dest: Folder, written: Written, base: int) -> int:
-    """Rewrites the index column of a shard so that it starts at `base`; returns the size of the shard.
+def move(dest: Folder, written: Written, base: int) -> Written:
+    """Rewrite the index column of a shard so that it starts at `base`.
 
     Raises:
         UserError: the shard cannot be read or written.
     """
     name = f"{SHARDS}/{_file(written.unit)}"
     try:
-        with dest.open(name) as old, pq.ParquetFile(old) as file:
-            if [file.metadata.row_group(g).num_rows for g in range(file.num_row_groups)] != list(
-                written.row_groups
-            ):
+        with dest.open(name) as old, pq.ParquetFile(old, page_checksum_verification=True) as file:
+            sizes = [file.metadata.row_group(group).num_rows for group in range(file.num_row_groups)]
+            if sizes != list(written.row_groups):
                 raise UserError(f"The shard {dest}/{name} is not the one that was written. Delete {dest}.")
-            with dest.writing(name) as stream, _writer(stream, file.schema_arrow) as writer:
+            with dest.writing(name) as stream, parquet_writer(stream, file.schema_arrow) as writer:
                 first = base
                 for group, num_images in enumerate(written.row_groups):
                     index = pa.array(range(first, first + num_images), pa.int64())
@@ -196,8 +192,9 @@ def move(dest: Folder, written: Written, base: int) -> int:
                     writer.write_table(table, row_group_size=num_images)
                     first += num_images
                 writer.close()
-                return int(stream.tell())
-    except (pa.ArrowInvalid, FileNotFoundError) as error:
+                num_bytes = int(stream.tell())
+    except (pa.ArrowException, FileNotFoundError) as error:
         raise UserError(
             f"The shard {dest}/{name} is damaged: {error}. Delete {dest} and ingest again."
         ) from error
+    return replace(written, base=base, num_bytes=num_bytes, checksum=_checksum(dest, name))

@@ -9,7 +9,7 @@ import numpy as np
 import numpy.typing as npt
 
 from raysl import rng
-from raysl.dataset import MANIFEST, DataSet, Manifest
+from raysl.dataset import DataSet, Manifest
 from raysl.errors import UserError
 from raysl.ingestion import shard
 from raysl.ingestion.sources import Row
@@ -70,10 +70,11 @@ def relabelled(
                 f"Another data set lies at {str(folder)!r}, {there.manifest.source}. Give another folder."
             )
         return there
-    images = dataset.read(chosen_k, ("image",)).column("image").to_pylist()
+    columns = dataset.read(chosen_k, ("image", "path"))
     labels = [None] * len(chosen_k) if labels_k is None else labels_k.tolist()
-    rows = (Row(image, label, "") for image, label in zip(images, labels, strict=True))
+    images, paths = (columns.column(name).to_pylist() for name in ("image", "path"))
+    rows = (Row(image, label, path) for image, label, path in zip(images, labels, paths, strict=True))
     labelled = labels_k is not None
     written = shard.write(folder, 0, 0, rows, decoding=None, labelled=labelled, rows_per_group=_GROUP)
-    folder.write_json(MANIFEST, Manifest(source, (written.shard,), tuple(classes), fingerprint, 0).to_json())
-    return DataSet.open(str(folder))
+    manifest = Manifest(source, (written.shard,), tuple(classes), fingerprint, 0)
+    return DataSet.create(folder, manifest, [] if labels_k is None else [labels_k])

@@ -16,13 +16,15 @@ import pyarrow.parquet as pq
 import pytest
 from PIL import Image
 
-from raysl.dataset import DataSet
+from raysl.dataset import DataSet, Manifest
 from raysl.errors import UserError
 from raysl.ingestion import IngestConfig, pipeline, resolve
 from raysl.ingestion import ingest as ingest_aloud
 from raysl.ingestion.journal import Journal
 from raysl.ingestion.progress import Silent, Terminal
-from raysl.ingestion.shard import Written, move
+from raysl.ingestion.shard import move, write
+from raysl.ingestion.sources import Row
+from raysl.storage import Folder
 
 pytestmark = [pytest.mark.ray, pytest.mark.usefixtures("ray_session")]
 
@@ -92,7 +94,13 @@ def test_a_folder_becomes_a_data_set(tmp_path: Path) -> None:
     rows = data_set.read(np.array([4, 0]))
     assert rows["label"].to_pylist() == [1, 0]
     assert rows["image"].to_pylist() == [jpeg(20), jpeg(0)]
-    assert sorted(path.name for path in (tmp_path / "out").iterdir()) == ["manifest.json", "shards"]
+    assert sorted(path.name for path in (tmp_path / "out").iterdir()) == [
+        "labels.parquet",
+        "manifest.json",
+        "shards",
+    ]
+    assert data_set.paths(np.array([4, 0])) == ["odd/1.jpg", "even/0.jpg"]
+    assert data_set.labels().tolist() == [0, 0, 0, 0, 1, 1, 1]
     assert DataSet.open(str(tmp_path / "out")) == data_set
 
 
@@ -186,15 +194,17 @@ def test_an_interrupted_ingest_of_a_source_that_changed_starts_anew(tmp_path: Pa
     assert "changed" in heard.said[0]
 
 
-def test_an_interruption_before_the_renumbering_is_mended(tmp_path: Path) -> None:
-    data_set = ingest(photos(tmp_path / "in", bad=(0, 4)), tmp_path / "out")
-    written = Written(3, 0, data_set.manifest.shards[-1].row_groups, 0, "", -1, 0, ())
-    size = move(data_set.folder, written, 100)
-    assert size == (tmp_path / "out" / "shards" / "00003.parquet").stat().st_size
-    with pytest.raises(UserError, match="starts at index 100"):
-        data_set.read(np.array([4]))
-    move(data_set.folder, written, 4)
+def test_moving_a_shard_rewrites_its_indices(tmp_path: Path) -> None:
+    rows = [Row(jpeg(i), i, f"{i}.jpg") for i in range(3)]
+    folder = Folder(str(tmp_path))
+    written = write(folder, 0, 7, rows, decoding=None, labelled=True, rows_per_group=2)
+    moved = move(folder, written, 0)
+    assert moved.row_groups == (2, 1)
+    manifest = Manifest("made", (moved.shard,), ("a", "b", "c"), "f00d", 0)
+    data_set = DataSet.create(folder, manifest, [np.arange(3)])
     assert_sound(data_set)
+    assert data_set.paths() == ["0.jpg", "1.jpg", "2.jpg"]
+    assert data_set.read(np.arange(3))["label"].to_pylist() == data_set.labels().tolist() == [0, 1, 2]
 
 
 def test_labels_that_are_missing_in_part_are_left_out(tmp_path: Path) -> None:
