@@ -15,7 +15,7 @@ from typing import Literal, NamedTuple
 import numpy as np
 import numpy.typing as npt
 import simplejpeg
-from PIL import Image, ImageCms
+from PIL import Image
 
 from raysl.errors import UserError
 from raysl.stream import depth
@@ -255,9 +255,6 @@ def _flat(image: Image.Image, background: tuple[int, int, int]) -> tuple[Image.I
     """Return an image of 8 bits as RGB in front of the background, and whether any of it is transparent."""
     if image.mode == "RGB" and "transparency" not in image.info:
         return image, False
-    if image.mode == "LAB":
-        lab, rgb = ImageCms.createProfile("LAB"), ImageCms.createProfile("sRGB")
-        return ImageCms.profileToProfile(image, lab, rgb, outputMode="RGB") or image, False
     if not image.has_transparency_data:
         return image.convert("RGB"), False
     rgba = (image.convert("LA") if image.mode == "La" else image).convert("RGBA")
