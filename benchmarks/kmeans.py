@@ -13,6 +13,7 @@ come to save distances, against faiss, whose iterations all take the same.
 from __future__ import annotations
 
 import json
+import logging
 import os
 import statistics
 import subprocess
@@ -130,7 +131,7 @@ def measure(folder: Path, n: int, d: int, k: int, flags: Flags) -> dict[str, Any
     about |= {
         "whole_mean_s": mean_s,
         "whole/faiss": mean_s / statistics.median(seconds["faiss"]),
-        "whole_distances": statistics.mean(row["looked_at"] for row in curve),
+        "whole_distances": statistics.mean(row["computed"] for row in curve),
         "whole_last_moved": curve[-1]["moved_share"],
     }
     ratios = {
@@ -156,23 +157,34 @@ def clouds(n: int, d: int) -> Any:
 def raysl(
     folder: Path, k: int, flags: Flags, iterations: int, number: int
 ) -> tuple[list[dict[str, Any]], dict[str, Any]]:
-    """The iterations after the first, and what else is told of them."""
+    """Return the iterations after the first, the share of overhead, and the memory of the largest actor."""
     config = KMeansConfig(k=k, iterations=iterations + 1, tolerance=0, actors=flags.actors, memory_gb=1000)
-    peaks: list[float] = []
-    done = fit(
-        str(folder / "features"), config, str(folder / f"out-{number}"), lambda _: peaks.append(peak_mb())
-    )
-    curve = done.card()["curves"][0][1:]
+    peaks = Peaks(logging.INFO)
+    logger = logging.getLogger("raysl.clustering")
+    logger.setLevel(logging.INFO)
+    logger.addHandler(peaks)
+    done = fit(str(folder / "features"), config, str(folder / f"out-{number}"))
+    logger.removeHandler(peaks)
+    curve = done.summary()["curves"][0][1:]
     overhead = statistics.median(1 - row["busy_s"] / row["wall_s"] for row in curve)
-    return curve, {"overhead_share": overhead, "actor_mb": max(peaks)}
+    return curve, {"overhead_share": overhead, "actor_mb": peaks.most}
+
+
+class Peaks(logging.Handler):
+    """Looks at the memory of the actors at every line of progress."""
+
+    most = 0.0
+
+    def emit(self, record: logging.LogRecord) -> None:
+        self.most = max(self.most, peak_mb())
 
 
 def peak_mb() -> float:
-    """The most memory that an actor has had, in megabytes."""
+    """Return the largest memory that an actor has had, in megabytes."""
     most = 0.0
     for process in Path("/proc").glob("[0-9]*"):
         try:
-            if b"ray::Shard" in (process / "cmdline").read_bytes():
+            if b"ray::KMeansWorker" in (process / "cmdline").read_bytes():
                 lines = (process / "status").read_text().splitlines()
                 most = max(
                     most, float(next(line.split()[1] for line in lines if line.startswith("VmHWM"))) / 1e3

@@ -119,7 +119,9 @@ def seen(flags: Flags) -> Iterator[Layer]:
     run = Run(Folder(flags.run))
     sets = [resolve(split) for split in splits(flags.data)]
     source = extraction.Trained(run, run.newest())
-    taps = {layer: extraction.tap(layer, linear.Config().dims) for layer in extraction.stages(source)}
+    taps = {
+        layer: extraction.feature_spec(layer, linear.Config().dims) for layer in extraction.stages(source)
+    }
     protocol = extraction.FeatureProtocol(run.config().view.image_size, tuple(taps.values()))
     ray_cluster.start()
     tables = extraction.extract_all([(source, one, protocol) for one in sets], run.folder / "features")
@@ -127,7 +129,7 @@ def seen(flags: Flags) -> Iterator[Layer]:
     labels = common_labels(*sets)
     for layer, tap in taps.items():
         train, test = (
-            Labelled(one[tap].load(tap), labels_n) for one, labels_n in zip(tables, labels, strict=True)
+            Labelled(one[tap].load(), labels_n) for one, labels_n in zip(tables, labels, strict=True)
         )
         yield f"{layer}, {train.features_nd.shape[1]}", train, test
 

@@ -23,7 +23,9 @@ from raysl.dataset import DataSet as DataSet
 from raysl.diagnostics import DoctorConfig as DoctorConfig
 from raysl.errors import UserError as UserError
 from raysl.evaluation.online import WatchConfig as WatchConfig
-from raysl.extraction.store import FeaturesConfig as FeaturesConfig
+from raysl.extraction.features import FeaturesConfig as FeaturesConfig
+from raysl.extraction.inference import FeatureExtractor as FeatureExtractor
+from raysl.extraction.inference import load as load
 from raysl.ingestion.pipeline import IngestConfig as IngestConfig
 from raysl.model_export import ExportConfig as ExportConfig
 from raysl.optim import OptimConfig as OptimConfig

@@ -29,7 +29,7 @@ if TYPE_CHECKING:
     from raysl.diagnostics import DoctorConfig, Report
     from raysl.diagnostics.machines import Fleet
     from raysl.evaluation.online import WatchConfig
-    from raysl.extraction import Encoder, FeaturesConfig, FeatureTable
+    from raysl.extraction import Encoder, FeaturesConfig, FeatureStore
     from raysl.ingestion import IngestConfig
     from raysl.model_export import ExportConfig
     from raysl.reporting import ReportConfig
@@ -187,7 +187,7 @@ def features(
     out: PathLike | None = None,
     config: FeaturesConfig | None = None,
     **fields: Any,
-) -> FeatureTable:
+) -> FeatureStore:
     """Write the features of every image as Parquet. The same call again completes what was interrupted.
 
     Args:
@@ -197,23 +197,23 @@ def features(
         config, fields: the configuration; see `FeaturesConfig`.
     """
     console.install()
-    from raysl.extraction.store import FeaturesConfig as Config
+    from raysl.extraction.features import FeaturesConfig as Config
 
     settings = configure(Config, config, {**given(data=data, out=out), **fields})
     dataset(settings.data)
     start_ray()
-    from raysl.extraction.store import make
+    from raysl.extraction.features import make
 
-    return make(uri(checkpoint), settings, _log.info)
+    return make(uri(checkpoint), settings)
 
 
 def cluster(
-    features: PathLike | FeatureTable,
+    features: PathLike | FeatureStore,
     k: int | None = None,
     out: PathLike = "",
     config: KMeansConfig | None = None,
     *,
-    assign: Sequence[PathLike | FeatureTable] = (),
+    assign: Sequence[PathLike | FeatureStore] = (),
     **fields: Any,
 ) -> Clustering:
     """Cluster features by k-means. The same call again resumes an interrupted clustering.
@@ -231,13 +231,11 @@ def cluster(
     from raysl.clustering.options import KMeansConfig as Config
 
     settings = configure(Config, config, {**given(k=k), **fields})
-    done = lloyd.fit(uri(features), settings, os.fspath(out), _log.info)
+    done = lloyd.fit(uri(features), settings, os.fspath(out))
     for more in map(uri, assign):
         # Named after the whole place: many folders of features are called "features".
         name = re.sub(r"\W+", "-", more).strip("-")
-        table = lloyd.assign(
-            done, more, str(done.folder / f"assignments-{name}.parquet"), settings, _log.info
-        )
+        table = lloyd.assign(done, more, str(done.folder / f"assignments-{name}.parquet"), settings)
         _log.info("The clusters of %s are in %s.", more, table)
     return done
 
@@ -272,7 +270,7 @@ def clusterfit(
     start_ray()
     from raysl.clustering.cluster_and_fit import clusterfit as fit
 
-    return fit(settings, learner, _log.info)
+    return fit(settings, learner)
 
 
 def sweep(

@@ -16,7 +16,7 @@ import json
 import re
 import tempfile
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any, Literal
 
@@ -66,6 +66,8 @@ def export(run: Run, config: ExportConfig) -> Folder:
     out = Folder(config.out) if config.out else run.folder / f"export/{config.format}"
     for name, data in files.items():
         out.write(name, data)
+    settings = {"backbone": asdict(pretraining.backbone), "image_size": pretraining.view.image_size}
+    out.write_json(extraction.SETTINGS, settings)  # For raysl.load.
     out.write(CARD, _card(run, backbone, source.checkpoint.step, config.format).encode())
     return out
 
@@ -92,7 +94,15 @@ def _timm(backbone: Backbone, config: Pretraining, step: int) -> dict[str, bytes
 def _safetensors(backbone: Backbone, config: Pretraining, step: int) -> dict[str, bytes]:
     safetensors = _package("safetensors.torch", "safetensors")
     state = {name: value.contiguous() for name, value in backbone.body.state_dict().items()}
-    facts = {"method": config.method, "backbone": config.backbone.name, "step": str(step), "format": "pt"}
+    facts = {
+        "method": config.method,
+        "backbone": config.backbone.name,
+        "stem": config.backbone.stem,
+        "norm": config.backbone.norm,
+        "image_size": str(config.view.image_size),
+        "step": str(step),
+        "format": "pt",
+    }
     return {"model.safetensors": safetensors.save(state, facts)}
 
 

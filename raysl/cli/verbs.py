@@ -16,7 +16,7 @@ from raysl.backbone.network import BackboneConfig
 from raysl.cli.flags import parse, parse_pretraining, peek_all
 from raysl.clustering.options import KMeansConfig
 from raysl.evaluation.online import WatchConfig
-from raysl.extraction.store import FeaturesConfig
+from raysl.extraction.features import FeaturesConfig
 from raysl.ingestion.pipeline import IngestConfig
 from raysl.model_export import ExportConfig
 from raysl.reporting.page import ReportConfig
@@ -120,8 +120,8 @@ class FeaturesFlags:
 def features(arguments: Sequence[str]) -> None:
     """Write features of a checkpoint: `raysl features CKPT --data D --layer res5 --out F`."""
     given = tyro.cli(FeaturesFlags, prog="raysl features", args=list(arguments))
-    table = api.features(given.checkpoint, config=given.config)
-    print(f"{table.folder}: {table.parts[-1][1]:,} rows. `raysl cluster {table.folder} --k K` clusters them.")
+    store = api.features(given.checkpoint, config=given.config)
+    print(f"{store.folder}: {store.num_rows:,} rows. `raysl cluster {store.folder} --k K` clusters them.")
 
 
 @dataclass(frozen=True)
@@ -130,9 +130,9 @@ class ClusterFlags:
 
     Args:
         features: a folder that `raysl features` made.
-        config: what is computed.
-        out: folder of the result; by default one inside the features that is named by what is computed.
-        assign: more features, such as those of validation images, that get the nearest of the same centroids.
+        config: of the clustering.
+        out: folder of the result; by default a folder inside the features.
+        assign: more features to assign to the same centroids, such as those of validation images.
     """
 
     features: Annotated[tyro.conf.Positional[str], tyro.conf.arg(metavar="FEATURES")]
@@ -145,10 +145,10 @@ def cluster(arguments: Sequence[str]) -> None:
     """Cluster features by k-means: `raysl cluster F --k K`."""
     given = tyro.cli(ClusterFlags, prog="raysl cluster", args=list(arguments))
     done = api.cluster(given.features, None, given.out, given.config, assign=given.assign)
-    card = done.card()
-    named = "".join(f", {name} {value:.4f}" for name, value in card.get("labels", {}).items())
-    print(f"Objective {card['objective_value']:.6g}, {card['sizes']['empty']} clusters empty{named}.")
-    print(f"The clusters are in {done.assignments}.")
+    summary = done.summary()
+    labels = "".join(f", {name} {value:.4f}" for name, value in summary.get("labels", {}).items())
+    print(f"Objective {summary['objective_value']:.6g}, {summary['sizes']['empty']} clusters empty{labels}.")
+    print(f"Assignments: {done.assignments}")
 
 
 def clusterfit(arguments: Sequence[str]) -> None:

@@ -1,4 +1,4 @@
-"""k-means over Ray actors: exact, resumable, and the same result on any number of actors.
+"""Cluster features by k-means over Ray actors: exact, resumable, and with equal results on any number of actors.
 
-`driver.fit` is the way in. Nothing is imported here, since actors pass through this file and must stay free of torch.
+`lloyd.fit` is the entry point. Nothing is imported here, because actors import this file and must stay free of torch.
 """

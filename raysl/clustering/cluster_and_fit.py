@@ -1,92 +1,92 @@
-"""ClusterFit: a teacher's features, their clusters, and a new network that predicts them.
+"""ClusterFit: cluster the features of a teacher, and train a new network to predict the clusters.
 
 Yan et al., "ClusterFit: Improving Generalization of Visual Representations", arXiv 1912.03330. In the run's folder:
 
-    round-1/features/       the teacher's features of all images
-    round-1/clusters/       their clusters, centroids and quality card
+    round-1/features/       features of all images by the teacher
+    round-1/clusters/       their clusters, centroids and quality summary
     round-1/run/            the student, an ordinary run of the method "clusterfit"
-    round-2/...             the same with that student as the teacher
+    round-2/...             the same, with that student as the teacher
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable
+import logging
 from dataclasses import dataclass, field, replace
-from typing import Literal
+from typing import Annotated
 
 from raysl.backbone.network import BackboneConfig
-from raysl.clustering import lloyd as kmeans
-from raysl.clustering.options import KMeansConfig
+from raysl.clustering import lloyd
+from raysl.clustering.options import Init, KMeansConfig
 from raysl.config import Pretraining
 from raysl.errors import UserError
-from raysl.extraction import FeaturesConfig, make
+from raysl.extraction.features import MAX_COMPONENTS, FeaturesConfig, make
+from raysl.fields import Bounds, check
 from raysl.run import Run
 from raysl.storage import Folder
 from raysl.training.launch import pretrain
 
+_log = logging.getLogger("raysl.clustering")
+
 
 @dataclass(frozen=True)
 class ClusterfitConfig:
-    """Fits a new network to the clusters of another one's features. Takes the flags of `raysl pretrain` for the student
-    too, all but --method.
+    """Trains a new network on the clusters of another network's features. Takes the flags of `raysl pretrain` for the
+    student too, except --method.
 
     Args:
-        teacher: folder of a run, RUN/checkpoints/step-NNN, a file of weights, or "random".
-        k: number of clusters.
-        rounds: each after the first has the student before it as its teacher.
-        layer: of the teacher that is clustered.
-        l2: rows are divided by their length before they are clustered, as in VISSL.
-        pca: principal components to cluster instead of whole rows; 0 for whole rows.
-        iterations: most iterations of k-means.
-        init: how its centroids start.
-        spherical: whether centroids have length 1.
-        teacher_backbone: of a file of weights, or of "random".
+        teacher: folder of a run, RUN/checkpoints/step-NNN, a weights file, or "random".
+        k: number of clusters, at least 2.
+        rounds: number of rounds, 1 to 100. The student of a round is the teacher of the next.
+        layer: layer of the teacher to cluster.
+        l2: divide rows by their norm before clustering, as in VISSL.
+        pca: number of principal components to cluster; 0 for whole rows.
+        iterations: maximum number of iterations of k-means.
+        init: initial centroids of k-means.
+        spherical: keep centroids at norm 1.
+        teacher_backbone: backbone of a weights file, or of "random".
     """
 
     teacher: str
-    k: int
-    rounds: int = 1
+    k: Annotated[int, Bounds(2, 2**31 - 1, hint="one cluster tells no images apart")]
+    rounds: Annotated[int, Bounds(1, 100)] = 1
     layer: str = "pooled"
     l2: bool = True
-    pca: int = 0
-    iterations: int = 50
-    init: Literal["rows", "k-means++", "k-means||"] = "rows"
+    pca: Annotated[int, Bounds(0, MAX_COMPONENTS)] = 0
+    iterations: Annotated[int, Bounds(1, 10**6)] = 50
+    init: Init = "rows"
     spherical: bool = False
     teacher_backbone: BackboneConfig = field(default_factory=BackboneConfig)
 
     def __post_init__(self) -> None:
-        if self.k < 2:
-            raise UserError(f"k is {self.k}; there must be at least 2 clusters to tell apart.")
-        if self.rounds < 1:
-            raise UserError(f"rounds is {self.rounds}; it must be at least 1.")
+        check(self)
+        if not self.teacher.strip():
+            raise UserError("--teacher is empty. Give the folder of a run, a weights file, or random.")
+
+    def clustering(self, seed: int) -> KMeansConfig:
+        """Return the configuration of k-means."""
+        return KMeansConfig(
+            k=self.k, iterations=self.iterations, init=self.init, spherical=self.spherical, seed=seed
+        )
 
 
-def clusterfit(config: ClusterfitConfig, student: Pretraining, say: Callable[[str], None] = print) -> Run:
-    """Does all rounds. What is finished is skipped, and what was interrupted goes on.
+def clusterfit(config: ClusterfitConfig, student: Pretraining) -> Run:
+    """Do all rounds. Finished steps are skipped, and interrupted ones resume.
 
     Args:
         config: of teacher and clusters.
-        student: its run is the folder of everything; its method and parts are not looked at, its seed is that of the
-            clustering too. The student learns on the data that are clustered.
-        say: takes one line of progress at a time.
+        student: its run is the folder of everything, its data are clustered and learned from, and its seed is that of
+            the clustering too. Its method and parts are ignored.
 
     Returns:
         The run of the last student. Its metadata names teacher, K, objective and fingerprint.
 
     Raises:
-        UserError: see `features.make`, `kmeans.fit` and `pretrain`.
+        UserError: see `extraction.make`, `lloyd.fit` and `pretrain`.
     """
     teacher, backbone = config.teacher, config.teacher_backbone
-    clustering = KMeansConfig(
-        k=config.k,
-        iterations=config.iterations,
-        init=config.init,
-        spherical=config.spherical,
-        seed=student.seed,
-    )
     for number in range(1, config.rounds + 1):
         place = Folder(student.run) / f"round-{number}"
-        say(f"Round {number} of {config.rounds}: features of {teacher}.")
+        _log.info("Round %d of %d: features of %s.", number, config.rounds, teacher)
         wanted = FeaturesConfig(
             data=student.data,
             out=str(place / "features"),
@@ -95,14 +95,14 @@ def clusterfit(config: ClusterfitConfig, student: Pretraining, say: Callable[[st
             pca=config.pca,
             backbone=backbone,
         )
-        table = make(teacher, wanted, say)
-        clusters = kmeans.fit(str(table.folder), clustering, str(place / "clusters"), say)
+        store = make(teacher, wanted)
+        clusters = lloyd.fit(str(store.folder), config.clustering(student.seed), str(place / "clusters"))
         learned = replace(
             student,
             run=str(place / "run"),
             method="clusterfit",
             parts={"clusterfit": {"labels": clusters.assignments}},
         )
-        run = pretrain(learned, say)
+        run = pretrain(learned)
         teacher = str(run.folder)
     return run

@@ -1,8 +1,8 @@
-"""The actor of k-means: holds one shard of the rows and does all the arithmetic on them. The home of faiss.
+"""The k-means worker: an actor that holds one shard of the rows and computes everything about them with FAISS.
 
-faiss is imported when an actor first searches, so that it lives in processes of its own, away from torch. Every method
-is a function of the shard and of its arguments, and a restarted actor answers as the one before; what the seeding of
-k-means++ remembers between calls is the exception, and is numbered.
+FAISS is imported when an actor first searches, so that it lives in processes without torch. Every method is a function
+of the shard and its arguments, so a restarted actor answers as before; only k-means++ keeps distances between calls,
+which are numbered.
 """
 
 from __future__ import annotations
@@ -19,37 +19,46 @@ import numpy.typing as npt
 import pyarrow as pa
 
 from raysl.clustering import update
-from raysl.clustering.feature_rows import Piece, Rows, sample
-from raysl.clustering.hamerly import Nearest, Search, Settled
+from raysl.clustering.hamerly import Assigner, Bounds, Search
 from raysl.clustering.update import Doubles, Integers, Singles, Splits
 from raysl.errors import UserError
+from raysl.feature_store.store import FeatureStore, Piece
 
-# Rows that are searched at once, as float32; the fixed part of an actor's memory is a few times this.
+# Size of the float32 rows that are searched together. The fixed memory of an actor is a small multiple of it.
 _BLOCK_BYTES = 64 << 20
+
+# Number of rows, number to choose, and key: arguments of `sample`.
+Fit = tuple[int, int, int]
 
 
 class SeedingLost(RuntimeError):
-    """The actor was restarted between two steps of the seeding, which has to begin again."""
+    """The actor was restarted between two steps of k-means++, which has to start again."""
+
+
+def sample(total: int, count: int, key: int) -> Integers:
+    """Choose `count` of `total` positions without replacement: int64 (count,), sorted, the same for equal arguments."""
+    generator = np.random.Generator(np.random.Philox(key=key))
+    return np.sort(generator.choice(total, count, replace=False, shuffle=False)).astype(np.int64)
 
 
 @dataclass(frozen=True)
-class Task:
-    """What an actor is given.
+class Shard:
+    """The share of a k-means worker.
 
     Args:
-        rows: the features.
-        pieces: of this actor's shard.
-        threads: of its arithmetic.
-        memory_bytes: a shard above this is read from disk in every pass.
-        fit: positions that centroids are fitted to, as arguments of `rows.sample`; None for all.
-        spherical: whether centroids have length 1.
+        store: the features.
+        pieces: rows of this worker.
+        threads: threads of FAISS.
+        memory_bytes: larger shards are read from disk in every pass.
+        fit: positions that centroids are fitted to; None for all.
+        spherical: whether centroids have norm 1.
     """
 
-    rows: Rows
+    store: FeatureStore
     pieces: tuple[Piece, ...]
     threads: int
     memory_bytes: int
-    fit: tuple[int, int, int] | None
+    fit: Fit | None
     spherical: bool
 
     @property
@@ -58,127 +67,118 @@ class Task:
 
     @property
     def num_bytes(self) -> int:
-        """Of the shard in memory."""
-        return self.num_rows * self.rows.dim * self.rows.itemsize
+        """Size in memory."""
+        return self.num_rows * self.store.dim * self.store.itemsize
+
+    @property
+    def is_kept(self) -> bool:
+        """True if the rows stay in memory between passes."""
+        return self.num_bytes <= self.memory_bytes
 
 
 @dataclass(frozen=True)
-class Facts:
-    """What an actor found in its shard: rows that are fitted to, and the smallest and largest index."""
-
-    num_fitted: int
-    indices: tuple[int, int]
-
-
-@dataclass(frozen=True)
-class Stats:
-    """What an actor tells the driver about a pass.
+class PassStats:
+    """Statistics of a pass over a shard.
 
     Args:
         counts_k: rows of each cluster.
         objective: sum of squared distances, float64.
-        moved: rows in another cluster than in the pass before; None where that is not known.
+        moved: rows in another cluster than in the previous pass; None if unknown.
         busy_s: seconds of work.
-        looked_at: distances that were computed, as a share of rows times clusters; see `bounds`.
+        computed: computed distances, as a share of rows times clusters; see `hamerly`.
     """
 
     counts_k: Integers
     objective: float
     moved: int | None
     busy_s: float
-    looked_at: float
+    computed: float
 
 
-class Shard:
-    """The actor. Nothing is read in the constructor, where Ray would start it again instead of handing on an error."""
+class KMeansWorker:
+    """The actor. The constructor reads nothing, because Ray would restart it and hide the error."""
 
-    def __init__(self, task: Task) -> None:
-        self.task = task
-        self._settled: Settled | None = None
+    def __init__(self, shard: Shard) -> None:
+        self.shard = shard
+        self._bounds: Bounds | None = None
         self._seeding: tuple[int, Doubles] = (0, np.empty(0))
 
-    def load(self) -> Facts:
-        """Reads and checks the whole shard. Raises UserError for rows that cannot be clustered."""
+    def load(self) -> tuple[int, int, int]:
+        """Read and check the shard; return the number of fitted rows, and the smallest and largest index.
+
+        Raises:
+            UserError: rows cannot be clustered, or an index occurs twice.
+        """
         indices_n = self._loaded[0]
-        if len(np.unique(indices_n)) != len(indices_n):
-            raise _duplicate(self.task.rows, indices_n)
-        return Facts(self._num_fitted, (int(indices_n.min()), int(indices_n.max())))
+        check_unique(self.shard.store, [indices_n])
+        return self._num_fitted, int(indices_n.min()), int(indices_n.max())
 
     def indices(self) -> Integers:
-        """int64 (n,): the indices of the shard's rows."""
+        """Return the indices of the rows, int64 (n,)."""
         return self._loaded[0]
 
     @cached_property
     def _loaded(self) -> tuple[Integers, npt.NDArray[Any] | None, float]:
-        """Indices, rows where they are kept in memory, and the sum of the squares of those that are fitted to."""
-        task = self.task
-        kept = task.num_bytes <= task.memory_bytes
-        dtype = np.float16 if task.rows.itemsize == 2 else np.float32
-        held_nd = np.empty((task.num_rows, task.rows.dim), dtype) if kept else None
-        indices_n = np.empty(task.num_rows, np.int64)
+        """Indices, rows if they are kept in memory, and the sum of the squares of the fitted rows."""
+        shard = self.shard
+        dtype = np.float16 if shard.store.itemsize == 2 else np.float32
+        kept_nd = np.empty((shard.num_rows, shard.store.dim), dtype) if shard.is_kept else None
+        indices_n = np.empty(shard.num_rows, np.int64)
         square, first = 0.0, 0
-        for piece, (indices_b, rows_bd) in self._read():
-            task.rows.check(piece, indices_b, rows_bd)
-            end = first + len(rows_bd)
-            indices_n[first:end] = indices_b
-            if held_nd is not None:
-                held_nd[first:end] = rows_bd
-            fitted_bd = rows_bd[self._fitted(first, end)]
-            square += float(np.einsum("bd,bd->", fitted_bd, fitted_bd, dtype=np.float64))
-            first = end
-        return indices_n, held_nd, square
+        for piece in shard.pieces:
+            for indices_b, rows_bd in shard.store.batches(piece):
+                shard.store.check(piece, indices_b, rows_bd)
+                end = first + len(rows_bd)
+                indices_n[first:end] = indices_b
+                if kept_nd is not None:
+                    kept_nd[first:end] = rows_bd
+                fitted_bd = rows_bd[self._fitted(first, end)]
+                square += float(np.einsum("bd,bd->", fitted_bd, fitted_bd, dtype=np.float64))
+                first = end
+        return indices_n, kept_nd, square
 
     @cached_property
     def _chosen(self) -> Integers | None:
-        """Places in the shard of the rows that are fitted to; None for all."""
-        if self.task.fit is None:
+        """Places in the shard of the fitted rows; None for all."""
+        if self.shard.fit is None:
             return None
-        start = self.task.pieces[0].start
-        chosen = sample(*self.task.fit) - start
-        return chosen[(chosen >= 0) & (chosen < self.task.num_rows)]
+        chosen = sample(*self.shard.fit) - self.shard.pieces[0].start
+        return chosen[(chosen >= 0) & (chosen < self.shard.num_rows)]
 
     @property
     def _num_fitted(self) -> int:
-        return self.task.num_rows if self._chosen is None else len(self._chosen)
+        return self.shard.num_rows if self._chosen is None else len(self._chosen)
 
     def _fitted(self, first: int, end: int) -> slice | Integers:
-        """What to take of the rows `first` to `end` of the shard."""
+        """Return which of the rows `first` to `end` of the shard are fitted."""
         if self._chosen is None:
             return slice(None)
         low, high = np.searchsorted(self._chosen, [first, end])
         return self._chosen[low:high] - first
 
     def _blocks(self) -> Iterator[tuple[int, Singles]]:
-        """The shard in blocks: the place of the first row, and float32 (b, d)."""
-        most = max(1, _BLOCK_BYTES // (4 * self.task.rows.dim))
-        held_nd = self._loaded[1]
-        if held_nd is not None:
-            parts: Iterator[tuple[int, npt.NDArray[Any]]] = iter([(0, held_nd)])
-        else:
-            parts = self._from_disk()
-        for first, rows_nd in parts:
+        """Yield the shard in blocks: the place of the first row, and float32 (b, d)."""
+        most = max(1, _BLOCK_BYTES // (4 * self.shard.store.dim))
+        kept_nd = self._loaded[1]
+        parts = iter([kept_nd]) if kept_nd is not None else self._read_ahead()
+        first = 0
+        for rows_nd in parts:
             for i in range(0, len(rows_nd), most):
                 yield first + i, np.ascontiguousarray(rows_nd[i : i + most], np.float32)
+            first += len(rows_nd)
 
-    def _from_disk(self) -> Iterator[tuple[int, npt.NDArray[Any]]]:
-        """The shard a part at a time, each read while the one before is worked on."""
-        parts = self._read(_BLOCK_BYTES // 4)
+    def _read_ahead(self) -> Iterator[npt.NDArray[Any]]:
+        """Yield the shard from disk; each batch is read during the work on the previous one."""
+        store = self.shard.store
+        batches = (rows for piece in self.shard.pieces for _, rows in store.batches(piece, _BLOCK_BYTES // 4))
         with ThreadPoolExecutor(1) as reader:
-            ahead, first = reader.submit(next, parts, None), 0
-            while (part := ahead.result()) is not None:
-                ahead = reader.submit(next, parts, None)
-                rows_bd = part[1][1]
-                yield first, rows_bd
-                first += len(rows_bd)
-
-    def _read(self, num_bytes: int = 4 << 20) -> Iterator[tuple[Piece, tuple[Integers, npt.NDArray[Any]]]]:
-        """The shard from disk; see `Rows.batches`."""
-        for piece in self.task.pieces:
-            for batch in self.task.rows.batches(piece, num_bytes):
-                yield piece, batch
+            ahead = reader.submit(next, batches, None)
+            while (rows_bd := ahead.result()) is not None:
+                ahead = reader.submit(next, batches, None)
+                yield rows_bd
 
     def _fitted_blocks(self) -> Iterator[tuple[int, Singles]]:
-        """Only the rows that are fitted to, with their places among those."""
+        """Yield the fitted rows only, with their places among these."""
         place = 0
         for first, rows_bd in self._blocks():
             fitted_bd = rows_bd[self._fitted(first, first + len(rows_bd))]
@@ -187,84 +187,78 @@ class Shard:
             place += len(fitted_bd)
 
     def take(self, positions_n: Integers) -> Singles:
-        """float32 (n, d): the rows at positions that lie in this shard."""
-        out_nd = np.empty((len(positions_n), self.task.rows.dim), np.float32)
-        held_nd = self._loaded[1]
-        if held_nd is not None:
-            out_nd[:] = held_nd[positions_n - self.task.pieces[0].start]
-            return out_nd
-        for piece in self.task.pieces:
-            first = piece.start
-            if not ((positions_n >= first) & (positions_n < first + piece.num_rows)).any():
-                continue
-            for _, rows_bd in self.task.rows.batches(piece, _BLOCK_BYTES // 4):
-                inside_n = (positions_n >= first) & (positions_n < first + len(rows_bd))
-                out_nd[inside_n] = rows_bd[positions_n[inside_n] - first]
-                first += len(rows_bd)
+        """Return the rows at positions in this shard, float32 (n, d)."""
+        start = self.shard.pieces[0].start
+        kept_nd = self._loaded[1]
+        if kept_nd is not None:
+            return kept_nd[positions_n - start].astype(np.float32)
+        out_nd = np.empty((len(positions_n), self.shard.store.dim), np.float32)
+        for first, rows_bd in self._blocks():
+            places_n = positions_n - start - first
+            inside_n = (places_n >= 0) & (places_n < len(rows_bd))
+            out_nd[inside_n] = rows_bd[places_n[inside_n]]
         return out_nd
 
-    def accumulate(self, splits: Splits, *chunks: Singles) -> tuple[Stats | Doubles, ...]:
-        """One pass: every row to its nearest centroid.
+    def accumulate(self, splits: Splits, *chunks: Singles) -> tuple[PassStats | Doubles, ...]:
+        """Assign every fitted row to its nearest centroid.
 
         Args:
             splits: see `update`.
-            chunks: of the centroids, one for each actor.
+            chunks: chunks of the centroids.
 
         Returns:
-            The stats, and the float64 sums of the clusters of each chunk.
+            The statistics, and the float64 sums of the clusters of each chunk.
         """
         square = self._loaded[2]
-        started = time.perf_counter()
-        centroids_kd = update.assemble(chunks, splits, self.task.spherical)
-        search = Nearest(self._settled, centroids_kd, self._num_fitted, self._index)
+        started_s = time.perf_counter()
+        centroids_kd = update.assemble(chunks, splits, self.shard.spherical)
+        assigner = Assigner(self._bounds, centroids_kd, self._num_fitted, self._search)
         sums_kd = np.zeros(centroids_kd.shape)
         for place, rows_bd in self._fitted_blocks():
-            update.add_rows(sums_kd, rows_bd, search.of(place, rows_bd))
-        self._settled = search.settled()
-        counts_k = np.bincount(search.assigned_n, minlength=len(centroids_kd))
+            update.add_rows(sums_kd, rows_bd, assigner.assign(place, rows_bd))
+        self._bounds = assigner.bounds()
+        counts_k = np.bincount(assigner.assigned_n, minlength=len(centroids_kd))
         total = update.objective(square, centroids_kd, sums_kd, counts_k)
-        seconds = time.perf_counter() - started
-        looked_at = search.looked_at / max(1, self._num_fitted * len(centroids_kd))
-        stats = Stats(counts_k, total, self._settled.moved, seconds, looked_at)
-        return stats, *(sums_kd[a:b] for a, b in update.bounds(len(centroids_kd), len(chunks)))
+        busy_s = time.perf_counter() - started_s
+        computed = assigner.computed / max(1, self._num_fitted * len(centroids_kd))
+        stats = PassStats(counts_k, total, self._bounds.moved, busy_s, computed)
+        return stats, *(sums_kd[a:b] for a, b in update.chunk_ranges(len(centroids_kd), len(chunks)))
 
-    def _index(self, centroids_md: Singles) -> Search:
-        return _Search(centroids_md, self.task.threads)
+    def _search(self, centroids_md: Singles) -> Search:
+        return _FaissSearch(centroids_md, self.shard.threads)
 
     def mean(self, counts_k: Integers, old_kd: Singles, *sums: Doubles) -> Singles:
-        """The new centroids of one chunk, from the sums of all actors and the counts of all together."""
-        total_kd = np.sum(sums, axis=0) if len(sums) > 1 else sums[0]
-        return update.means(total_kd, counts_k, old_kd, self.task.spherical)
+        """Return the new centroids of one chunk, from the sums of all actors and the counts over all."""
+        return update.means(update.total(sums), counts_k, old_kd, self.shard.spherical)
 
     def assign(self, centroids_kd: Singles) -> Iterator[pa.Table]:
-        """A row for every row of the shard: index (int64), cluster (int64), distance (float32, not squared)."""
-        search = self._index(centroids_kd)
+        """Yield a table with a row for every row of the shard: index, path if known, cluster, distance."""
+        search = self._search(centroids_kd)
         indices_n = self._loaded[0]
+        paths = self.shard.store.paths(self.shard.pieces)
         for first, rows_bd in self._blocks():
             squared_b1, nearest_b1 = search(rows_bd, 1)
-            yield pa.table(
-                {
-                    "index": indices_n[first : first + len(rows_bd)],
-                    "cluster": nearest_b1[:, 0],
-                    "distance": np.sqrt(squared_b1[:, 0]),
-                }
-            )
+            columns: dict[str, Any] = {"index": indices_n[first : first + len(rows_bd)]}
+            if paths is not None:
+                columns["path"] = paths.slice(first, len(rows_bd))
+            yield pa.table({**columns, "cluster": nearest_b1[:, 0], "distance": np.sqrt(squared_b1[:, 0])})
 
     def closer(self, number: int, centroids_md: Singles) -> float:
-        """Seeding: takes in more centroids; the sum over rows of the squared distance to the nearest one so far.
+        """Add centroids to k-means++; return the sum of the squared distances to the nearest so far.
 
         Args:
-            number: of this call, from 0.
+            number: number of this call, from 0.
+            centroids_md: the new centroids.
 
         Raises:
-            SeedingLost: this actor has not seen the calls before.
+            SeedingLost: this actor has not seen the previous calls.
         """
         if number == 0:
             self._seeding = (0, np.full(self._num_fitted, np.inf))
         seen, squared_n = self._seeding
         if seen != number:
             raise SeedingLost
-        search = self._index(centroids_md)
+        search = self._search(centroids_md)
         for place, rows_bd in self._fitted_blocks():
             part = squared_n[place : place + len(rows_bd)]
             np.minimum(part, search(rows_bd, 1)[0][:, 0], out=part)
@@ -272,40 +266,16 @@ class Shard:
         return float(squared_n.sum())
 
     def draw(self, target: float) -> Singles:
-        """float32 (1, d): the row at which the running sum of squared distances passes `target`."""
+        """Return the row at which the running sum of squared distances passes `target`, float32 (1, d)."""
         squared_n = self._seeding[1]
         if not len(squared_n):
             raise SeedingLost
         place = min(int(np.searchsorted(np.cumsum(squared_n), target, side="right")), len(squared_n) - 1)
-        return self.take(np.array([self._position(place)]))
-
-    def oversample(self, key: int, factor: float) -> Singles:
-        """float32 (m, d): every row with a chance of `factor` times its squared distance (k-means||)."""
-        squared_n = self._seeding[1]
-        if len(squared_n) != self._num_fitted:
-            raise SeedingLost
-        # Keyed by the row group, so that the draws of a row do not depend on how rows are divided among actors.
-        uniform_n = np.concatenate([_uniform(key, piece) for piece in self.task.pieces])
-        if self._chosen is not None:
-            uniform_n = uniform_n[self._chosen]
-        places = np.flatnonzero(uniform_n < factor * squared_n)
-        return self.take(np.array([self._position(int(place)) for place in places], dtype=np.int64))
-
-    def _position(self, place: int) -> int:
-        """Position of a row that is fitted to."""
         inside = place if self._chosen is None else int(self._chosen[place])
-        return self.task.pieces[0].start + inside
-
-    def count(self, centroids_md: Singles) -> Integers:
-        """int64 (m,): how many rows are nearest to each."""
-        search = self._index(centroids_md)
-        counts_m = np.zeros(len(centroids_md), np.int64)
-        for _, rows_bd in self._fitted_blocks():
-            counts_m += np.bincount(search(rows_bd, 1)[1][:, 0], minlength=len(centroids_md))
-        return counts_m
+        return self.take(np.array([self.shard.pieces[0].start + inside]))
 
 
-class _Search:
+class _FaissSearch:
     """Exact nearest centroids, on the GPU that Ray has assigned or on the CPU."""
 
     def __init__(self, centroids_kd: Singles, threads: int) -> None:
@@ -314,31 +284,21 @@ class _Search:
         faiss.omp_set_num_threads(threads)
         self._index: Any = faiss.IndexFlatL2(centroids_kd.shape[1])
         if hasattr(faiss, "get_num_gpus") and faiss.get_num_gpus() > 0:
-            self._memory = faiss.StandardGpuResources()  # must outlive the index
+            self._memory = faiss.StandardGpuResources()  # Must outlive the index.
             self._index = faiss.index_cpu_to_gpu(self._memory, 0, self._index)
         self._index.add(np.ascontiguousarray(centroids_kd))
 
     def __call__(self, rows_bd: Singles, count: int) -> tuple[Singles, Integers]:
-        """float32 (b, count) squared distances and int64 (b, count) numbers of the nearest, the nearest first."""
+        """Return squared distances, float32 (b, count), and numbers, int64 (b, count), of the nearest, in order."""
         squared_bm, nearest_bm = self._index.search(np.ascontiguousarray(rows_bd), count)
         return np.maximum(squared_bm, 0), nearest_bm
 
 
-def _uniform(key: int, piece: Piece) -> Doubles:
-    generator = np.random.Generator(np.random.Philox(key=key ^ (piece.group.start << 64)))
-    return generator.random(piece.group.num_rows)[piece.first : piece.end]
-
-
-def _duplicate(rows: Rows, indices_n: Integers) -> UserError:
-    values, counts = np.unique(indices_n, return_counts=True)
-    return UserError(
-        f"The features at {str(rows.folder)!r} hold the image with index {values[counts > 1][0]} more than once. Make "
-        "them again with `raysl features`, or keep one row of each."
-    )
-
-
-def check_unique(rows: Rows, parts: Sequence[Integers]) -> None:
-    """Raises UserError when an index lies in two shards."""
-    joined = np.concatenate(parts)
-    if len(np.unique(joined)) != len(joined):
-        raise _duplicate(rows, joined)
+def check_unique(store: FeatureStore, parts: Sequence[Integers]) -> None:
+    """Raise UserError if an index occurs twice."""
+    values, counts = np.unique(np.concatenate(parts), return_counts=True)
+    if (counts > 1).any():
+        raise UserError(
+            f"The features at {str(store.folder)!r} hold the image with index {values[counts > 1][0]} more than once. "
+            "Make them again with `raysl features`, or keep one row for each image."
+        )

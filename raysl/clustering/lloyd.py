@@ -1,16 +1,20 @@
-"""A clustering from its configuration to its files, through interruptions. Runs on the driver.
+"""Run a clustering from its configuration to its files, through interruptions.
 
-clustering.json         written first: which features, and what is computed
-state.npz               after every iteration, but not twice in a second; gone at the end
-centroids.npy           float32 (k, dim)
-assignments.parquet     index (int64), cluster (int64), distance (float32, Euclidean); one row for each image
-card.json               written last: how good it is
+clustering.json        written first: the features and the configuration
+state.npz              after every iteration, at most once a second; deleted at the end
+centroids.npy          float32 (k, dim)
+assignments.parquet    index (int64), path (string, if the features have it), cluster (int64), distance (float32,
+                       Euclidean); one row for each image
+summary.json           written last: quality of the clustering
 """
 
 from __future__ import annotations
 
+import io
 import json
+import logging
 import time
+import zlib
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from typing import Any
@@ -21,30 +25,32 @@ import pyarrow.parquet as pq
 
 from raysl import ray_cluster, rng
 from raysl.clustering import seeding, summary, update
-from raysl.clustering.actor_pool import Crew, Totals, share
-from raysl.clustering.feature_rows import Rows
+from raysl.clustering.actor_pool import ActorPool, Totals, allocate
+from raysl.clustering.kmeans_worker import Fit
 from raysl.clustering.options import KMeansConfig
 from raysl.clustering.state import State
 from raysl.clustering.update import Integers, Singles, Splits
 from raysl.dataset import DataSet
 from raysl.errors import UserError
+from raysl.feature_store.records import read_record, write_record
+from raysl.feature_store.store import FeatureStore
 from raysl.ray_cluster import placement
 from raysl.storage import Folder
 
-HEADER, CENTROIDS, ASSIGNMENTS, CARD = (
+_log = logging.getLogger("raysl.clustering")
+
+HEADER, CENTROIDS, ASSIGNMENTS, SUMMARY = (
     "clustering.json",
     "centroids.npy",
     "assignments.parquet",
-    "card.json",
+    "summary.json",
 )
-_SCHEMA = pa.schema([("index", pa.int64()), ("cluster", pa.int64()), ("distance", pa.float32())])
-# New crews, each with what was saved last, before a clustering gives up.
-_CREWS = 4
+# New actor pools, each from the last saved state, before a clustering gives up.
+_POOLS = 4
 _FEW_ROWS = 39
-# Passes of less than this are not saved each: writing would take longer than doing them again.
+# Shorter passes are not all saved: writing would take longer than repeating them.
 _SAVE_EVERY_S = 1.0
-
-Say = Callable[[str], None]
+_REMEDY = "Delete the folder of the clustering and run `raysl cluster` again."
 
 
 @dataclass(frozen=True)
@@ -55,76 +61,84 @@ class Clustering:
 
     @property
     def assignments(self) -> str:
-        """URI of the table with a cluster for every index."""
+        """URI of the table with the cluster of every index."""
         return str(self.folder / ASSIGNMENTS)
 
-    def card(self) -> dict[str, Any]:
-        """How good it is; see `fit`."""
-        return self.folder.read_json(CARD)  # type: ignore[no-any-return]
+    def summary(self) -> dict[str, Any]:
+        """Return the quality of the clustering; see `fit`. Raises UserError if the file is damaged."""
+        return read_record(self.folder, SUMMARY, _REMEDY)
 
     def centroids(self) -> Singles:
-        """float32 (k, dim)."""
-        with self.folder.open(CENTROIDS) as file:
-            return np.load(file, allow_pickle=False)  # type: ignore[no-any-return]
+        """Return the centroids, float32 (k, dim). Raises UserError if the file is missing or damaged."""
+        place = f"{self.folder}/{CENTROIDS}"
+        try:
+            data = self.folder.read(CENTROIDS)
+            expected = self.summary().get("centroids_crc32", zlib.crc32(data))
+            if zlib.crc32(data) != expected:
+                raise ValueError("its checksum does not match")
+            return np.load(io.BytesIO(data), allow_pickle=False)  # type: ignore[no-any-return]
+        except FileNotFoundError as error:
+            raise UserError(f"The file {place} is missing. {_REMEDY}") from error
+        except (ValueError, EOFError) as error:
+            raise UserError(f"The file {place} is damaged: {error}. {_REMEDY}") from error
 
     @staticmethod
     def open(uri: str) -> Clustering:
-        """Raises UserError when no finished clustering lies there."""
-        if not Folder(uri).exists(CARD):
+        """Open a finished clustering. Raises UserError if there is none."""
+        if not Folder(uri).exists(SUMMARY):
             raise UserError(f"No finished clustering at {uri!r}. `raysl cluster FEATURES --k K` makes one.")
         return Clustering(Folder(uri))
 
 
-def fit(features: str, config: KMeansConfig, out: str = "", say: Say = print) -> Clustering:
-    """Clusters features, goes on with a clustering that was interrupted, or returns one that is finished.
+def fit(features: str, config: KMeansConfig, out: str = "") -> Clustering:
+    """Cluster features, resume an interrupted clustering, or return a finished one.
 
-    The card holds: k, rows, fitted_rows, dim, the curve (a row for each iteration of each start: objective, the sum of
-    squared distances, moved share, empty clusters, smallest and largest cluster, share of the distances that had to be
-    computed, seconds), the start that was kept, the
-    final objective over all rows, sizes, the share of the time that passes did not spend in arithmetic, and NMI and
-    purity where the images have labels.
+    The summary holds: k, rows, fitted_rows, dim, the curves (for each iteration of each start: objective, the sum of
+    squared distances, moved share, empty clusters, smallest and largest cluster, share of the distances that were
+    computed, seconds), the best start, the final objective over all rows, sizes, the share of time that passes spent
+    outside of arithmetic, and NMI and purity if the images have labels.
 
     Args:
-        features: a folder of `raysl features`, or of Parquet files as `rows` describes.
-        config: what is computed.
-        out: folder of the result, a path or a URI; by default one inside the features that is named by the config.
-        say: takes one line of progress at a time.
+        features: a folder of `raysl features`, or of Parquet files as in `raysl.feature_store.store`.
+        config: of the clustering.
+        out: folder of the result, a path or a URI; by default a folder inside the features, named after the config.
 
     Raises:
-        UserError: the features cannot be clustered so, or another clustering lies at `out`.
+        UserError: the features cannot be clustered, or `out` holds another clustering.
     """
-    rows = Rows.open(features, config.layer)
-    fitted = min(config.max_rows, rows.num_rows) if config.max_rows else rows.num_rows
+    store = FeatureStore.open(features, config.layer)
+    fitted = min(config.max_rows, store.num_rows) if config.max_rows else store.num_rows
     if config.k > fitted:
         raise UserError(
-            f"k is {config.k} and there are {fitted:,} rows to fit centroids to. There cannot be more clusters than "
+            f"--k is {config.k}, but there are {fitted:,} rows to fit centroids to. There cannot be more clusters than "
             "rows: lower --k, or give more images."
         )
-    folder = Folder(out) if out else rows.folder / "clusters" / _name(config, rows)
-    _begin(folder, {"features": rows.identity(), "config": config.facts()})
-    if folder.exists(CARD):
-        say(f"The clustering at {folder} is already finished.")
+    folder = Folder(out) if out else store.folder / "clusters" / _name(config, store)
+    _start(folder, {"features": store.identity(), "config": config.identity()})
+    if folder.exists(SUMMARY):
+        _log.info("The clustering at %s is already finished.", folder)
         return Clustering(folder)
-    if fitted < rows.num_rows:
-        say(f"Centroids are fitted to {fitted:,} of {rows.num_rows:,} rows, as --max-rows asks.")
-    if fitted < _FEW_ROWS * config.k:
-        say(
-            f"{fitted / config.k:.1f} rows for each cluster are few: below {_FEW_ROWS} clusters follow the noise."
+    if fitted < store.num_rows:
+        _log.info(
+            "Centroids are fitted to %s of %s rows, see --max-rows.", f"{fitted:,}", f"{store.num_rows:,}"
         )
+    if fitted < _FEW_ROWS * config.k:
+        rows = f"{fitted / config.k:.1f}"
+        _log.info("%s rows per cluster are few: below %d, clusters follow the noise.", rows, _FEW_ROWS)
     ray_cluster.start()
-    _persist(lambda: _fit(rows, config, folder, say), say)
+    _persist(lambda: _fit(store, config, folder))
     State.delete(folder)
     return Clustering(folder)
 
 
-def assign(clustering: Clustering, features: str, out: str, config: KMeansConfig, say: Say = print) -> str:
-    """The nearest centroid of a clustering for every row of other features, such as those of validation images.
+def assign(clustering: Clustering, features: str, out: str, config: KMeansConfig) -> str:
+    """Write the nearest centroid of every row of other features, such as those of validation images.
 
     Args:
         clustering: finished.
         features: of the same network and layer.
         out: the Parquet file to write, a path or a URI.
-        config: of the clustering; only `layer`, `actors` and `memory_gb` matter.
+        config: only `layer`, `actors` and `memory_gb` are used.
 
     Returns:
         `out`.
@@ -132,118 +146,124 @@ def assign(clustering: Clustering, features: str, out: str, config: KMeansConfig
     Raises:
         UserError: the rows have another length than the centroids, or cannot be read.
     """
-    rows = Rows.open(features, config.layer)
+    store = FeatureStore.open(features, config.layer)
     centroids_kd = clustering.centroids()
-    if rows.dim != centroids_kd.shape[1]:
+    if store.dim != centroids_kd.shape[1]:
         raise UserError(
-            f"The features at {features!r} have rows of {rows.dim} numbers and the centroids at "
+            f"The features at {features!r} have rows of {store.dim} numbers and the centroids at "
             f"{str(clustering.folder)!r} have {centroids_kd.shape[1]}. Give features of the same network, layer "
             "and PCA."
         )
     ray_cluster.start()
 
     def work() -> None:
-        with _crew(rows, config, None, say) as crew:
-            _write_assignments(crew, centroids_kd, out, {"K": str(len(centroids_kd))})
+        with _pool(store, config, None) as pool:
+            _write_assignments(pool, centroids_kd, out, {"K": str(len(centroids_kd))})
 
-    _persist(work, say)
+    _persist(work)
     return out
 
 
-def _persist(work: Callable[[], None], say: Say) -> None:
-    """Does the work, with a new crew when more was lost than Ray brings back by itself."""
+def _persist(work: Callable[[], None]) -> None:
+    """Do the work, again with a new pool when more was lost than Ray restarts by itself."""
     import ray
 
-    for attempt in range(_CREWS):
+    for attempt in range(_POOLS):
         try:
             work()
             return
         except (ray.exceptions.RayError, ray.exceptions.RayTaskError) as error:
-            mendable = ray_cluster.user_error(error)
-            if mendable is not None:
-                raise mendable from None
-            if attempt == _CREWS - 1:
+            found = ray_cluster.user_error(error)
+            if found is not None:
+                raise found from None
+            if attempt == _POOLS - 1:
                 raise
             why = str(error).strip().splitlines()[-1]
-            say(f"An actor was lost ({why}). Going on from the last iteration with new actors.")
+            _log.warning("An actor was lost (%s). Resuming from the last iteration with new actors.", why)
 
 
-def _crew(rows: Rows, config: KMeansConfig, fit: tuple[int, int, int] | None, say: Say) -> Crew:
+def _pool(store: FeatureStore, config: KMeansConfig, rows: Fit | None) -> ActorPool:
     found = placement.machines()
-    # So many actors as were asked for may need machines that are still to be started.
+    # A requested number of actors may need machines that the autoscaler has yet to start.
     nodes = (*found.now, *found.later[: found.room]) if config.actors else found.for_work
     if config.actors:
-        rows.divide(config.actors)  # says so when a shard would be empty
-    return Crew(rows, share(nodes, config.actors, config.memory_gb), config.spherical, fit, say)
+        store.shards(config.actors)  # Raises UserError if a shard would be empty.
+    return ActorPool(
+        store, allocate(nodes, config.actors, config.memory_gb), config.spherical, rows, config.k
+    )
 
 
-def _begin(folder: Folder, facts: Mapping[str, Any]) -> None:
-    """Writes the header, or compares it with the one that is there."""
-    facts = json.loads(json.dumps(facts))
+def _start(folder: Folder, header: Mapping[str, Any]) -> None:
+    """Write the header, or compare it with an existing one."""
+    header = json.loads(json.dumps(header))
     if not folder.exists(HEADER):
-        folder.write_json(HEADER, facts)
+        write_record(folder, HEADER, dict(header))
         return
-    begun = folder.read_json(HEADER)
-    if begun != facts:
-        differ = [
-            name for name in facts["config"] if facts["config"][name] != begun.get("config", {}).get(name)
-        ]
+    found = read_record(folder, HEADER, _REMEDY)
+    if found != header:
+        old, new = found.get("config", {}), header["config"]
+        differ = [name for name in new if not isinstance(old, dict) or new[name] != old.get(name)]
         raise UserError(
-            f"Another clustering lies at {str(folder)!r}; these differ: {', '.join(differ) or 'the features'}. Give "
-            "another --out, or the values that it was begun with."
+            f"Another clustering is at {str(folder)!r}; these differ: {', '.join(differ) or 'the features'}. Give "
+            "another --out, or the original values."
         )
 
 
-def _name(config: KMeansConfig, rows: Rows) -> str:
-    key = rng.key(json.dumps(config.facts(), sort_keys=True), rows.identity())
+def _name(config: KMeansConfig, store: FeatureStore) -> str:
+    key = rng.key(json.dumps(config.identity(), sort_keys=True), store.identity())
     return f"k{config.k}-{key:016x}"[:-8]
 
 
-def _fit(rows: Rows, config: KMeansConfig, folder: Folder, say: Say) -> None:
+def _fit(store: FeatureStore, config: KMeansConfig, folder: Folder) -> None:
     state = State.load(folder)
-    fit_rows = seeding.fitted(config, rows.num_rows)
-    with _crew(rows, config, fit_rows, say) as crew:
+    with _pool(store, config, seeding.fitted_rows(config, store.num_rows)) as pool:
         while state.restart < config.restarts:
-            _one_start(crew, config, state, folder, say)
+            _one_start(pool, config, state, folder)
             state.finish_restart(config.restarts)
             state.save(folder)
         assert state.best_kd is not None
-        with folder.writing(CENTROIDS) as stream:
-            np.save(stream, state.best_kd, allow_pickle=False)
+        buffer = io.BytesIO()
+        np.save(buffer, state.best_kd, allow_pickle=False)
+        folder.write(CENTROIDS, buffer.getvalue())
         place = str(folder / ASSIGNMENTS)
-        counts_k, total = _write_assignments(crew, state.best_kd, place, _about(rows, config))
-        folder.write_json(CARD, _card(rows, config, state, counts_k, total, sum(crew.num_fitted), place))
-    say(f"{rows.num_rows:,} rows in {config.k:,} clusters, {(counts_k == 0).sum()} of them empty: {folder}")
+        counts_k, total = _write_assignments(pool, state.best_kd, place, _origin(store, config))
+        value = _summary(store, config, state, counts_k, place)
+        value |= {"objective_value": total, "fitted_rows": sum(pool.num_fitted)}
+        write_record(folder, SUMMARY, {**value, "centroids_crc32": zlib.crc32(buffer.getvalue())})
+    empty = int((counts_k == 0).sum())
+    _log.info(
+        "%s rows in %s clusters, %d of them empty: %s", f"{store.num_rows:,}", f"{config.k:,}", empty, folder
+    )
 
 
-def _one_start(crew: Crew, config: KMeansConfig, state: State, folder: Folder, say: Say) -> None:
-    """Iterates until the centroids of the start are settled, or the iterations are over."""
+def _one_start(pool: ActorPool, config: KMeansConfig, state: State, folder: Folder) -> None:
+    """Iterate until the centroids of the start no longer move, or the iterations are used up."""
     if state.centroids_kd is None:
-        state.centroids_kd = seeding.start(crew, config, state.restart)
+        state.centroids_kd = seeding.start(pool, config, state.restart)
         state.save(folder)
     curve = state.curves[state.restart]
-    chunks, splits = crew.scatter(state.centroids_kd), Splits()
-    running = None if _finished(curve, config) else crew.begin(chunks, splits)
-    saved = before = time.perf_counter()
+    chunks, splits = pool.scatter(state.centroids_kd), Splits()
+    running = None if _converged(curve, config) else pool.start_pass(chunks, splits)
+    saved_s = before_s = time.perf_counter()
     while running is not None:
-        totals = crew.totals(running)
-        now = time.perf_counter()
+        totals = pool.totals(running)
+        now_s = time.perf_counter()
         generator = rng.generator(config.seed, "kmeans", "splits", state.restart, len(curve))
         splits = update.plan_splits(totals.counts_k, generator)
-        chunks = crew.means(running, totals.counts_k, chunks)
-        curve.append(_facts(totals, sum(crew.num_fitted), now - before))
-        before = now
-        running = None if _finished(curve, config) else crew.begin(chunks, splits)
-        if running is None or now - saved >= _SAVE_EVERY_S:
-            # Written while the actors are at the next pass.
-            state.centroids_kd = crew.gather(chunks, splits)
+        chunks = pool.means(running, totals.counts_k, chunks)
+        curve.append(_entry(totals, sum(pool.num_fitted), now_s - before_s))
+        before_s = now_s
+        running = None if _converged(curve, config) else pool.start_pass(chunks, splits)
+        if running is None or now_s - saved_s >= _SAVE_EVERY_S:
+            # Written while the actors work on the next pass.
+            state.centroids_kd = pool.gather(chunks, splits)
             state.save(folder)
-            saved = now
-        say(_line(curve, config, state.restart, crew))
+            saved_s = now_s
+        _log.info(_progress(curve, config, state.restart, pool))
 
 
-def _finished(curve: list[dict[str, Any]], config: KMeansConfig) -> bool:
-    """Whether no further pass is needed. Depends on the curve alone, so that an interruption does not matter."""
+def _converged(curve: list[dict[str, Any]], config: KMeansConfig) -> bool:
+    """Return True if no further pass is needed. Depends on the curve alone, so an interruption changes nothing."""
     if len(curve) >= config.iterations:
         return True
     if len(curve) < 2 or curve[-1]["empty"]:
@@ -252,87 +272,84 @@ def _finished(curve: list[dict[str, Any]], config: KMeansConfig) -> bool:
     return bool(before - now <= config.tolerance * abs(before))
 
 
-def _facts(totals: Totals, num_rows: int, wall_s: float) -> dict[str, Any]:
-    """The row of the curve for one iteration, which took `wall_s` since the one before."""
+def _entry(totals: Totals, num_rows: int, wall_s: float) -> dict[str, Any]:
+    """Return the entry of the curve for an iteration that took `wall_s` since the previous one."""
     return {
         "objective": totals.objective,
         "moved_share": None if totals.moved is None else totals.moved / num_rows,
         "empty": int((totals.counts_k == 0).sum()),
         "smallest": int(totals.counts_k.min()),
         "largest": int(totals.counts_k.max()),
-        "looked_at": totals.looked_at,
+        "computed": totals.computed,
         "busy_s": totals.busy_s,
         "wall_s": wall_s,
     }
 
 
-def _line(curve: list[dict[str, Any]], config: KMeansConfig, restart: int, crew: Crew) -> str:
-    """One line of progress."""
-    row = curve[-1]
-    fall = ""
-    if len(curve) > 1:
-        fall = (
-            f" ({100 * (row['objective'] / curve[-2]['objective'] - 1):+.3f} %)"
-            if curve[-2]["objective"]
-            else ""
-        )
-    moved = "-" if row["moved_share"] is None else f"{100 * row['moved_share']:.2f} %"
-    per_s = sum(crew.num_fitted) / row["busy_s"]
+def _progress(curve: list[dict[str, Any]], config: KMeansConfig, restart: int, pool: ActorPool) -> str:
+    """Return one line of progress."""
+    now = curve[-1]
+    change = ""
+    if len(curve) > 1 and curve[-2]["objective"]:
+        change = f" ({100 * (now['objective'] / curve[-2]['objective'] - 1):+.3f} %)"
+    moved = "-" if now["moved_share"] is None else f"{100 * now['moved_share']:.2f} %"
     start = f"start {restart + 1}/{config.restarts}, " if config.restarts > 1 else ""
     return (
-        f"{start}iteration {len(curve)}/{config.iterations}: objective {row['objective']:.6g}{fall}, moved {moved}, "
-        f"{row['empty']} empty, clusters of {row['smallest']:,} to {row['largest']:,}, {per_s:,.0f} rows/s, "
-        f"{2e-9 * per_s * config.k * crew.rows.dim * row['looked_at']:.1f} GFLOP/s, {100 * row['looked_at']:.0f} % of "
-        "the distances"
+        f"{start}iteration {len(curve)}/{config.iterations}: objective {now['objective']:.6g}{change}, moved {moved}, "
+        f"{now['empty']} empty, clusters of {now['smallest']:,} to {now['largest']:,}, "
+        f"{sum(pool.num_fitted) / now['busy_s']:,.0f} rows/s, {100 * now['computed']:.0f} % of the distances"
     )
 
 
-def _about(rows: Rows, config: KMeansConfig) -> dict[str, str]:
-    """What the table of assignments says about itself."""
-    about = {
+def _origin(store: FeatureStore, config: KMeansConfig) -> dict[str, str]:
+    """Return the metadata of the table of assignments."""
+    origin = {
         "K": str(config.k),
-        "teacher": str(rows.facts.get("teacher", "")),
-        "objective": str(rows.facts.get("objective", "")),
-        "fingerprint": str(rows.facts.get("fingerprint", "")),
-        "features": rows.identity(),
-        "kmeans": json.dumps(config.facts(), sort_keys=True),
+        "teacher": str(store.metadata.get("teacher", "")),
+        "objective": str(store.metadata.get("objective", "")),
+        "fingerprint": str(store.metadata.get("fingerprint", "")),
+        "features": store.identity(),
+        "kmeans": json.dumps(config.identity(), sort_keys=True),
     }
-    return {name: value for name, value in about.items() if value}
+    return {name: value for name, value in origin.items() if value}
 
 
 def _write_assignments(
-    crew: Crew, centroids_kd: Singles, place: str, about: Mapping[str, str]
+    pool: ActorPool, centroids_kd: Singles, place: str, metadata: Mapping[str, str]
 ) -> tuple[Integers, float]:
-    """Writes the table block by block; returns the sizes of the clusters and the sum of squared distances."""
-    schema = _SCHEMA.with_metadata(dict(about))
+    """Write the table block by block; return the sizes of the clusters and the sum of squared distances."""
+    paths = [("path", pa.string())] if pool.store.has_paths else []
+    columns = [("index", pa.int64()), *paths, ("cluster", pa.int64()), ("distance", pa.float32())]
+    schema = pa.schema(columns, metadata=dict(metadata))
     counts_k, total = np.zeros(len(centroids_kd), np.int64), 0.0
     uri, _, name = place.rpartition("/")
-    with Folder(uri).writing(name) as stream, pq.ParquetWriter(stream, schema) as writer:
-        for table in crew.assign(centroids_kd):
+    with (
+        Folder(uri).writing(name) as stream,
+        pq.ParquetWriter(stream, schema, write_page_checksum=True) as writer,
+    ):
+        for table in pool.assign(centroids_kd):
             counts_k += np.bincount(table.column("cluster").to_numpy(), minlength=len(counts_k))
             total += float((table.column("distance").to_numpy().astype(np.float64) ** 2).sum())
             writer.write_table(table.replace_schema_metadata(schema.metadata).cast(schema))
     return counts_k, total
 
 
-def _card(
-    rows: Rows, config: KMeansConfig, state: State, counts_k: Integers, total: float, fitted: int, place: str
+def _summary(
+    store: FeatureStore, config: KMeansConfig, state: State, counts_k: Integers, place: str
 ) -> dict[str, Any]:
-    curve = [row for curve in state.curves for row in curve]
-    walls = sum(row["wall_s"] for row in curve)
+    curve = [entry for curve in state.curves for entry in curve]
+    walls_s = sum(entry["wall_s"] for entry in curve)
     value = {
-        **_about(rows, config),
-        "kmeans": config.facts(),
-        "rows": rows.num_rows,
-        "fitted_rows": fitted,
-        "dim": rows.dim,
+        **_origin(store, config),
+        "kmeans": config.identity(),
+        "rows": store.num_rows,
+        "dim": store.dim,
         "curves": state.curves,
         "restart": state.best_restart(),
-        "objective_value": total,
         "sizes": summary.sizes(counts_k),
-        "overhead_share": max(0.0, 1 - sum(row["busy_s"] for row in curve) / walls) if walls else 0.0,
+        "overhead_share": max(0.0, 1 - sum(entry["busy_s"] for entry in curve) / walls_s) if walls_s else 0.0,
     }
-    labels_n = _labels(rows)
+    labels_n = _labels(store)
     if labels_n is not None:
         uri, _, name = place.rpartition("/")
         with Folder(uri).open(name) as stream:
@@ -342,12 +359,12 @@ def _card(
     return value
 
 
-def _labels(rows: Rows) -> Integers | None:
-    """int64 by index: the labels of the images, where they are known and the data set is still there."""
-    data = rows.facts.get("data")
+def _labels(store: FeatureStore) -> Integers | None:
+    """Return the labels of the images by index, int64, if they are known and the data set still exists."""
+    data = store.metadata.get("data")
     if not data or not DataSet.is_one(data):
         return None
     dataset = DataSet.open(data)
-    if not dataset.has_labels or dataset.manifest.fingerprint != rows.facts.get("fingerprint"):
+    if not dataset.has_labels or dataset.manifest.fingerprint != store.metadata.get("fingerprint"):
         return None
     return dataset.labels()

@@ -1,8 +1,7 @@
-"""How far a clustering has come: enough to go on from its last iteration."""
+"""The progress of a clustering: enough to resume after its last iteration."""
 
 from __future__ import annotations
 
-import io
 import json
 from dataclasses import dataclass, field
 from typing import Any
@@ -11,20 +10,22 @@ import numpy as np
 
 from raysl.clustering.update import Singles
 from raysl.errors import UserError
+from raysl.feature_store.records import read_arrays, write_arrays
 from raysl.storage import Folder
 
 _FILE = "state.npz"
+_REMEDY = f"Delete {_FILE}; the clustering then starts again."
 
 
 @dataclass
 class State:
-    """Written whole, between two iterations.
+    """Written atomically between two iterations.
 
     Args:
-        restart: the start that is under way.
-        centroids_kd: of the iteration that comes next; None before the first of a start.
-        curves: one list for each start, with a row of facts for each iteration.
-        best_kd: centroids of the best start that is finished.
+        restart: number of the current start.
+        centroids_kd: centroids of the next iteration; None before the first of a start.
+        curves: one list for each start, with an entry for each iteration.
+        best_kd: centroids of the best finished start.
     """
 
     restart: int = 0
@@ -33,11 +34,11 @@ class State:
     best_kd: Singles | None = None
 
     def best_restart(self) -> int:
-        """The start whose last objective is the lowest."""
+        """Return the number of the start with the lowest final objective."""
         return int(np.argmin([curve[-1]["objective"] for curve in self.curves if curve]))
 
     def finish_restart(self, restarts: int) -> None:
-        """Keeps the centroids when they are the best so far, and goes on to the next start."""
+        """Keep the centroids if they are the best so far, and go on to the next start."""
         if self.best_restart() == self.restart:
             self.best_kd = self.centroids_kd
         self.restart += 1
@@ -46,29 +47,30 @@ class State:
             self.curves.append([])
 
     def save(self, folder: Folder) -> None:
+        """Write the state."""
         arrays = {"centroids_kd": self.centroids_kd, "best_kd": self.best_kd}
-        facts = json.dumps({"restart": self.restart, "curves": self.curves})
-        buffer = io.BytesIO()
-        there: dict[str, Any] = {name: array for name, array in arrays.items() if array is not None}
-        np.savez(buffer, facts=np.array(facts), **there)
-        folder.write(_FILE, buffer.getvalue())
+        progress = json.dumps({"restart": self.restart, "curves": self.curves})
+        present = {name: array for name, array in arrays.items() if array is not None}
+        write_arrays(folder, _FILE, {"progress": np.array(progress), **present})
 
     @staticmethod
     def load(folder: Folder) -> State:
-        """The state in a folder, or a new one. Raises UserError when it is damaged."""
+        """Return the state in a folder, or a new one. Raises UserError if it is damaged."""
         if not folder.exists(_FILE):
             return State()
+        arrays = read_arrays(folder, _FILE, _REMEDY)
         try:
-            with np.load(io.BytesIO(folder.read(_FILE)), allow_pickle=False) as file:
-                facts = json.loads(str(file["facts"]))
-                arrays = {name: file[name] for name in ("centroids_kd", "best_kd") if name in file}
-        except (OSError, ValueError, KeyError, EOFError) as error:
-            raise UserError(
-                f"The state of the clustering at {str(folder)!r} is damaged: {error}. Delete {_FILE} there; the "
-                "clustering then begins again."
-            ) from error
-        return State(facts["restart"], arrays.get("centroids_kd"), facts["curves"], arrays.get("best_kd"))
+            progress = json.loads(str(arrays["progress"]))
+            return State(
+                int(progress["restart"]),
+                arrays.get("centroids_kd"),
+                progress["curves"],
+                arrays.get("best_kd"),
+            )
+        except (ValueError, KeyError, TypeError) as error:
+            raise UserError(f"The file {folder}/{_FILE} is damaged: {error}. {_REMEDY}") from error
 
     @staticmethod
     def delete(folder: Folder) -> None:
+        """Delete the state of a finished clustering."""
         folder.delete(_FILE)

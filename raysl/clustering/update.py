@@ -1,7 +1,7 @@
 """The step from assignments to centroids: pure functions on arrays, the same in the driver and in every actor.
 
-Centroids travel in chunks, one for each actor. Where a cluster is empty the chunks still hold its old centroid; the
-splits say which cluster gives it half of its rows, and whoever puts the chunks together carries them out.
+Centroids travel in chunks. A chunk holds the old centroid of an empty cluster; the splits name the cluster that gives
+it half of its rows, and whoever assembles the chunks carries them out.
 """
 
 from __future__ import annotations
@@ -15,27 +15,27 @@ import numpy.typing as npt
 Doubles = npt.NDArray[np.float64]
 Singles = npt.NDArray[np.float32]
 Integers = npt.NDArray[np.int64]
-# (empty cluster, cluster that is split), in the order in which they are carried out.
+# (empty cluster, cluster to split), in order.
 Splits = tuple[tuple[int, int], ...]
 
-# faiss, Clustering.cpp: both halves of a split cluster move by this share of their length.
+# FAISS, Clustering.cpp: both halves of a split cluster move by this share of their values.
 _NUDGE = 1 / 1024
 
 
-def bounds(k: int, chunks: int) -> list[tuple[int, int]]:
-    """First cluster and cluster after the last of each chunk; with fewer clusters than chunks some are empty."""
+def chunk_ranges(k: int, chunks: int) -> list[tuple[int, int]]:
+    """Return the first cluster of each chunk and the cluster after its last. Some chunks are empty if k < chunks."""
     edges = [k * i // chunks for i in range(chunks + 1)]
     return list(pairwise(edges))
 
 
 def add_rows(sums_kd: Doubles, rows_bd: Singles, nearest_b: Integers) -> None:
-    """Adds each row to the sum of its cluster, in float64."""
+    """Add each row to the sum of its cluster, in float64."""
     k = len(sums_kd)
     order = np.argsort(nearest_b, kind="stable")
     starts = np.searchsorted(nearest_b[order], np.arange(k + 1))
     present = np.flatnonzero(np.diff(starts))
     if len(rows_bd) > 16 * k:
-        # One call for each cluster costs less than a float64 copy of all rows, where a cluster has many of them.
+        # With many rows per cluster, one call for each cluster costs less than a float64 copy of all rows.
         for cluster in present:
             members = order[starts[cluster] : starts[cluster + 1]]
             sums_kd[cluster] += rows_bd[members].sum(axis=0, dtype=np.float64)
@@ -44,18 +44,26 @@ def add_rows(sums_kd: Doubles, rows_bd: Singles, nearest_b: Integers) -> None:
 
 
 def objective(square: float, centroids_kd: Singles, sums_kd: Doubles, counts_k: Integers) -> float:
-    """Sum over rows of the squared distance to their centroid, in float64, without looking at the rows again.
+    """Return the sum of the squared distances of rows to their centroids, in float64, without reading the rows.
 
     Args:
         square: sum of the squares of all numbers in the rows.
+        centroids_kd: the centroids.
+        sums_kd: sum of the rows of each cluster.
+        counts_k: number of rows of each cluster.
     """
     lengths_k = np.einsum("kd,kd->k", centroids_kd, centroids_kd, dtype=np.float64)
     crossed = np.einsum("kd,kd->", centroids_kd, sums_kd, dtype=np.float64)
     return float(square - 2 * crossed + counts_k @ lengths_k)
 
 
+def total(sums: Sequence[Doubles]) -> Doubles:
+    """Return the sums over all actors, added in the order of the actors."""
+    return np.sum(sums, axis=0) if len(sums) > 1 else sums[0]
+
+
 def means(sums_kd: Doubles, counts_k: Integers, old_kd: Singles, spherical: bool) -> Singles:
-    """float32 (k, d): the centroids of a chunk; an empty cluster keeps its old one."""
+    """Return the centroids of a chunk, float32 (k, d). An empty cluster keeps its old centroid."""
     new_kd = sums_kd / np.maximum(counts_k, 1)[:, None]
     if spherical:
         new_kd = unit(new_kd)
@@ -64,16 +72,16 @@ def means(sums_kd: Doubles, counts_k: Integers, old_kd: Singles, spherical: bool
 
 
 def unit(rows_nd: Doubles) -> Doubles:
-    """Rows at length 1; rows of zeros stay as they are."""
+    """Return rows scaled to norm 1. Rows of zeros stay unchanged."""
     lengths_n = np.sqrt(np.einsum("nd,nd->n", rows_nd, rows_nd))
     return rows_nd / np.where(lengths_n == 0, 1, lengths_n)[:, None]
 
 
 def plan_splits(counts_k: Integers, generator: np.random.Generator) -> Splits:
-    """A cluster to split for each empty one, chosen with a chance in proportion to its size less one.
+    """Choose a cluster to split for each empty one, with a probability proportional to its size minus one.
 
-    The rule of faiss (Clustering.cpp, split_clusters), which draws in another way. Each split halves the size that
-    later draws see. An empty cluster stays empty when no cluster has two rows.
+    The rule of FAISS (Clustering.cpp, split_clusters) with another order of draws. Each split halves the size for later
+    draws. An empty cluster stays empty if no cluster has two rows.
     """
     sizes_k = counts_k.astype(np.float64)
     splits = []
@@ -89,7 +97,7 @@ def plan_splits(counts_k: Integers, generator: np.random.Generator) -> Splits:
 
 
 def assemble(chunks: Sequence[Singles], splits: Splits, spherical: bool) -> Singles:
-    """float32 (k, d): all centroids, with the splits carried out."""
+    """Return all centroids after the splits, float32 (k, d)."""
     centroids_kd = np.concatenate(chunks)
     sign_d = np.where(np.arange(centroids_kd.shape[1]) % 2 == 0, 1, -1)
     for empty, donor in splits:

@@ -18,7 +18,7 @@ from raysl.checkpoint import Checkpoint
 from raysl.dataset import DataSet
 from raysl.errors import UserError, unknown
 from raysl.evaluation.results import ENCODERS, MODEL, ROWS, keep, protocol_hash
-from raysl.extraction import Encoder, FeatureProtocol, FeatureTable
+from raysl.extraction import Encoder, FeatureProtocol, FeatureStore
 from raysl.ingestion import resolve
 from raysl.probes import (
     EncoderProbe,
@@ -34,7 +34,7 @@ from raysl.run import METADATA, Run
 from raysl.storage import Folder
 
 Integers = npt.NDArray[np.int64]
-Tables = Mapping[str, FeatureTable]
+Tables = Mapping[str, FeatureStore]
 
 
 def probe(
@@ -258,7 +258,7 @@ def _extract(
     sets = [data.train, data.test] if any(needs_labels(measure) for measure in measures) else [data.test]
     wanted = []
     for source in sources:
-        taps = [extraction.tap(layer, m.dims) for layer in _layers(source, layers) for m in measures]
+        taps = [extraction.feature_spec(layer, m.dims) for layer in _layers(source, layers) for m in measures]
         protocol = FeatureProtocol(place.image_size, tuple(dict.fromkeys(taps)))
         wanted += [(source, dataset, protocol) for dataset in sets]
     found = extraction.extract_all(wanted, place.cache, place.spare)

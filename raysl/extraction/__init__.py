@@ -1,7 +1,6 @@
-"""Frozen features of a data set: by which network, of which layer, computed once and kept."""
+"""Frozen features of images: encoders, their layers, and passes over data sets."""
 
 from raysl.extraction.encoders import (
-    Encode,
     Encoder,
     Pixels,
     RandomBackbone,
@@ -10,20 +9,25 @@ from raysl.extraction.encoders import (
     Weights,
     named,
     stages,
-    tap,
     untrained,
+    view_size,
 )
-from raysl.extraction.feature_tasks import extract, extract_all, pool
+from raysl.extraction.feature_tasks import FeatureProtocol, extract_all, pool
+from raysl.extraction.features import FeaturesConfig, make
 from raysl.extraction.heads import Heads, heads
-from raysl.extraction.store import FeaturesConfig, make, view_size
-from raysl.extraction.table import FeatureForm, FeatureProtocol, FeatureTable
+from raysl.extraction.inference import SETTINGS, FeatureExtractor, load
+from raysl.extraction.layers import Encode, feature_spec
+from raysl.feature_store.files import FeatureForm
+from raysl.feature_store.store import FeatureStore
 
 __all__ = [
+    "SETTINGS",
     "Encode",
     "Encoder",
+    "FeatureExtractor",
     "FeatureForm",
     "FeatureProtocol",
-    "FeatureTable",
+    "FeatureStore",
     "FeaturesConfig",
     "Heads",
     "Pixels",
@@ -31,14 +35,14 @@ __all__ = [
     "Trainable",
     "Trained",
     "Weights",
-    "extract",
     "extract_all",
+    "feature_spec",
     "heads",
+    "load",
     "make",
     "named",
     "pool",
     "stages",
-    "tap",
     "untrained",
     "view_size",
 ]

@@ -1,8 +1,7 @@
-"""Frozen features of a data set: computed once by actors that hold the encoder, kept in parts, resumable.
+"""Compute frozen features of data sets with a pool of Ray actors. Features are kept in parts, so a pass is resumable.
 
-An image is seen as the evaluation sees it: no augmentation, the centre of the image, batch normalisation in
-evaluation mode. Only ranges of indices travel through Ray; images are read where they are encoded, and features are
-written where they are made.
+Images are seen as in the evaluation: no augmentation, the centre of the image, batch normalisation in evaluation mode.
+Only ranges of indices travel through Ray; images are read where they are encoded, and features are written there.
 """
 
 from __future__ import annotations
@@ -29,91 +28,94 @@ from raysl.backbone import external_weights, network
 from raysl.dataset import DataSet
 from raysl.errors import UserError, unknown
 from raysl.extraction import encoders
-from raysl.extraction.encoders import Encode, Encoder
-from raysl.extraction.table import DONE, FeatureForm, FeatureProtocol, FeatureTable, Floats, Part, file, write
+from raysl.extraction import layers as layer_names
+from raysl.extraction.encoders import Encoder
+from raysl.extraction.layers import Encode
+from raysl.feature_store.files import FINISHED, FeatureForm, Floats, Part, part_file, write_part
+from raysl.feature_store.records import write_record
+from raysl.feature_store.store import FeatureStore
 from raysl.ray_cluster import placement
 from raysl.storage import Folder
 from raysl.stream import decode, depth, formats, pixels
 
-# Of a layer averaged over its places, and of one that keeps some of them.
+# Of averaged layers, and of grids, which are large.
 _FORMS = (FeatureForm("float32"), FeatureForm("float16"))
-# Packages that decode images and hold networks.
-_MADE_WITH = ("torch", "torchvision", "timm", "pillow", "simplejpeg")
+# Packages that decode images and compute networks.
+_PACKAGES = ("torch", "torchvision", "timm", "pillow", "simplejpeg")
 _PART_IMAGES = 4096
 _PART_BYTES = 32 << 20
 _BATCH = 128
 _ATTEMPTS = 3
 
 
-def extract(
-    source: Encoder, dataset: DataSet, protocol: FeatureProtocol, cache: Folder
-) -> dict[str, FeatureTable]:
-    """The features of every image of one data set; see `extract_all`."""
-    return extract_all([(source, dataset, protocol)], cache)[0]
+@dataclass(frozen=True)
+class FeatureProtocol:
+    """How an image becomes features.
+
+    Args:
+        image_size: side in pixels of the evaluation view; see `raysl.stream.decode.centre`.
+        layers: feature specs; see `raysl.extraction.layers`.
+        version: increases when the same settings change their meaning.
+    """
+
+    image_size: int = 32
+    layers: tuple[str, ...] = ("pooled",)
+    version: int = 1
 
 
 def extract_all(
-    wanted: Sequence[tuple[Encoder, DataSet, FeatureProtocol]], cache: Folder, spare: bool = False
-) -> list[dict[str, FeatureTable]]:
-    """The features of every image by every encoder, by one pool of actors that see each image once for all layers.
-    Layers and parts that are there from an earlier call are not computed again. Ray must run.
+    wanted: Sequence[tuple[Encoder, DataSet, FeatureProtocol]], cache: Folder, low_priority: bool = False
+) -> list[dict[str, FeatureStore]]:
+    """Compute the features of every image by every encoder, in one pass over the images for all layers. Ray must run.
+
+    Layers and parts of an earlier call are not computed again.
 
     Args:
-        wanted: encoders, the data sets whose images each of them sees, size of the view and layers; labels are not
-            looked at.
-        cache: features are put into folders inside, whose names follow from encoder, images, layer and size. Means
-            are kept as float32; grids, which are large, as float16 where that holds them.
-        spare: by one actor that takes no CPU from others: it works when nothing else wants to. On a cluster with GPUs
-            it has one of them.
+        wanted: encoders, data sets, and the view and layers of each. Labels are not used.
+        cache: folder of the features. Subfolders are named after encoder, images, layer and size. Averages are kept
+            as float32, grids as float16 if their numbers fit.
+        low_priority: use one actor that reserves no CPU and yields to all other processes. With GPUs, it has one.
 
     Returns:
-        A table for each layer, for each of `wanted`.
+        The features by layer, for each of `wanted`.
 
     Raises:
-        UserError: a layer does not exist, an encoder takes images of another size, a data set has no images or is
-            damaged, a checkpoint is damaged, or the cache cannot be written.
+        UserError: a layer does not exist, an encoder takes images of another size, a data set is empty or damaged, a
+            checkpoint is damaged, or the cache cannot be written.
     """
-    works, tables = [], []
-    finished: dict[Folder, dict[str, Any]] = {}
+    works, asked = [], []
+    records: dict[Folder, dict[str, Any]] = {}
     for source, dataset, protocol in wanted:
         about = describe(source, dataset, protocol)
-        places, absent = {}, []
+        outputs, missing = [], []
         for layer in protocol.layers:
-            facts = {**about, "protocol": {**about["protocol"], "layers": [layer]}}
-            key = hashlib.blake2b(json.dumps(facts, sort_keys=True).encode(), digest_size=8).hexdigest()
+            record = {**about, "protocol": {**about["protocol"], "layers": [layer]}}
+            key = hashlib.blake2b(json.dumps(record, sort_keys=True).encode(), digest_size=8).hexdigest()
             name = re.sub(r"\W", "-", layer)
-            place = _Place(layer, cache / f"{source.name}-{name}-{key}", _FORMS[":" in layer])
-            # A set that is asked for twice, to learn from and to be judged on, is seen once.
-            done = finished.get(place.folder) or _done(place.folder)
-            if done is None:
-                absent.append(place)
-                done = finished[place.folder] = {**facts, "parts": _parts(dataset)}
-            # Those that were written: images that are the same may lie in other row groups now.
-            parts = tuple((first, end) for first, end in done["parts"])
-            places[layer] = FeatureTable(place.folder, parts, (layer,))
-        tables.append(places)
-        if absent:
-            works.append(_Extract(source, dataset, protocol.image_size, tuple(absent)))
-    _complete(works, spare)
-    for folder, facts in finished.items():
-        folder.write_json(DONE, facts)
-    return tables
-
-
-def _done(folder: Folder) -> dict[str, Any] | None:
-    """What a folder of finished features says about them; None where they are not."""
-    return folder.read_json(DONE) if folder.exists(DONE) else None
+            output = _Output(layer, cache / f"{source.name}-{name}-{key}", _FORMS[":" in layer])
+            outputs.append(output)
+            # A data set may be asked for twice, to learn from and to be scored on.
+            if output.folder not in records and not output.folder.exists(FINISHED):
+                records[output.folder] = {**record, "parts": _parts(dataset), "layers": [layer]}
+                missing.append(output)
+        asked.append(outputs)
+        if missing:
+            works.append(_Extract(source, dataset, protocol.image_size, tuple(missing)))
+    _complete(works, low_priority)
+    for folder, record in records.items():
+        write_record(folder, FINISHED, record)
+    return [{output.layer: FeatureStore.open(str(output.folder)) for output in outputs} for outputs in asked]
 
 
 def describe(source: Encoder, dataset: DataSet, protocol: FeatureProtocol) -> dict[str, Any]:
-    """A JSON value of all that features depend on.
+    """Return a JSON value of everything that features depend on.
 
     Raises:
-        UserError: a layer does not exist, the encoder takes images of another size, or the data set has no images.
+        UserError: a layer does not exist, the encoder takes images of another size, or the data set is empty.
     """
     known = source.layers
     for layer in protocol.layers:
-        if not re.fullmatch(r"[^:]+(:[1-9]\d*)?", layer) or encoders.layer_of(layer) not in known:
+        if not layer_names.is_spec(layer) or layer_names.layer_of(layer) not in known:
             raise unknown(f"layer of the {source.name} encoder", layer, known)
     encoders.check_size(source, protocol.image_size)
     if dataset.num_images == 0:
@@ -130,22 +132,20 @@ def describe(source: Encoder, dataset: DataSet, protocol: FeatureProtocol) -> di
 
 def compute(
     source: Encoder, dataset: DataSet, protocol: FeatureProtocol, form: FeatureForm, folder: Folder
-) -> FeatureTable:
-    """Computes the parts of one layer that are not in the folder. Whose features lie there is the caller's business."""
+) -> list[Part]:
+    """Compute the parts of one layer that are missing in a folder, and return all parts."""
     (layer,) = protocol.layers
-    work = _Extract(source, dataset, protocol.image_size, (_Place(layer, folder, form),))
-    if not folder.exists(DONE):
-        _complete([work])
-    return FeatureTable(folder, tuple(work.parts), protocol.layers)
+    work = _Extract(source, dataset, protocol.image_size, (_Output(layer, folder, form),))
+    _complete([work])
+    return work.parts
 
 
 def _code() -> str:
-    """A hash of what features depend on besides their protocol: the code that makes them, what it is made with, and
-    the form that they are kept in."""
-    modules = (decode, pixels, depth, formats, network, encoders, external_weights)
+    """Return a hash of the code and the packages that make features, and of their format on disk."""
+    modules = (decode, pixels, depth, formats, network, encoders, layer_names, external_weights)
     source = "".join(inspect.getsource(module) for module in modules)
-    made_with = [(name, _version(name)) for name in _MADE_WITH]
-    return hashlib.blake2b(f"{made_with}{_FORMS}{source}".encode(), digest_size=8).hexdigest()
+    packages = [(name, _version(name)) for name in _PACKAGES]
+    return hashlib.blake2b(f"{packages}{_FORMS}{source}".encode(), digest_size=8).hexdigest()
 
 
 def _version(package: str) -> str | None:
@@ -156,7 +156,7 @@ def _version(package: str) -> str | None:
 
 
 def _parts(dataset: DataSet) -> list[Part]:
-    """Ranges of indices made of whole row groups, of limited length and number of bytes. Pure."""
+    """Return ranges of indices made of whole row groups, limited in images and in bytes."""
     bytes_per_image = dataset.manifest.num_bytes / dataset.num_images
     most = max(1, min(_PART_IMAGES, int(_PART_BYTES / bytes_per_image)))
     ends = dataset.row_group_starts[1:].tolist()
@@ -168,14 +168,14 @@ def _parts(dataset: DataSet) -> list[Part]:
     return parts
 
 
-def _complete(works: Sequence[_Extract], spare: bool = False) -> None:
-    """Computes the parts that are not there, and again those that an actor or a node took with it when it died."""
+def _complete(works: Sequence[_Extract], low_priority: bool = False) -> None:
+    """Compute the missing parts, and again those that were lost with an actor or a node."""
     for attempt in range(_ATTEMPTS):
         missing = [(number, *part) for number, work in enumerate(works) for part in work.missing()]
         if not missing:
             return
         try:
-            _compute(works, missing, spare)
+            _compute(works, missing, low_priority)
             return
         except UserError:
             raise
@@ -184,29 +184,28 @@ def _complete(works: Sequence[_Extract], spare: bool = False) -> None:
                 raise
 
 
-def _compute(works: Sequence[_Extract], parts: Sequence[tuple[int, int, int]], spare: bool) -> None:
-    """Runs a pool of actors over parts, each with the number of its work in front."""
+def _compute(works: Sequence[_Extract], parts: Sequence[tuple[int, int, int]], low_priority: bool) -> None:
+    """Run a pool of actors over parts, each preceded by the number of its work."""
     import ray.data
     from ray.util.annotations import RayDeprecationWarning
 
     size, resources = pool(placement.machines().totals())
-    if spare:
+    if low_priority:
         size, resources = 1, {**resources, "num_cpus": 0.0}
     context = ray.data.DataContext.get_current()
     context.enable_progress_bars = False
     context.print_on_execution_start = False
-    # From items and not from a range: no read tasks, which would wait for CPUs that the actors hold.
+    # Items need no read tasks, which would wait for CPUs that the actors hold.
     items = ray.data.from_items([{"part": part} for part in parts], override_num_blocks=len(parts))
     with warnings.catch_warnings():
-        # Deprecated as from a version of Ray that raysl does not take yet; the other ways to say it are too.
+        # Deprecated by a later version of Ray; its alternatives are deprecated too.
         warnings.simplefilter("ignore", RayDeprecationWarning)
         done = items.map_batches(
             _Actor,
-            fn_constructor_args=(works, spare),
-            batch_size=1,  # one part; Ray wants a number where actors take GPUs
+            fn_constructor_args=(works, low_priority),
+            batch_size=1,  # One part; Ray requires a number where actors use GPUs.
             compute=ray.data.ActorPoolStrategy(min_size=1, max_size=min(size, len(parts))),
-            # Ray would restart an actor from arguments that may be gone, and says so on every start; `_complete`
-            # retries.
+            # Ray would restart an actor from arguments that may be lost; `_complete` retries instead.
             ray_remote_args_fn=lambda: {"max_restarts": 0, "max_task_retries": 0},
             **resources,
         )
@@ -216,7 +215,7 @@ def _compute(works: Sequence[_Extract], parts: Sequence[tuple[int, int, int]], s
 
 
 def pool(resources: Mapping[str, float]) -> tuple[int, dict[str, float]]:
-    """How many actors extract, and what each of them takes: half of the CPUs, so that others are never shut out.
+    """Return the number of extraction actors and the resources of each: together half of the CPUs.
 
     Args:
         resources: {"CPU": n, "GPU": n} of the cluster.
@@ -228,8 +227,8 @@ def pool(resources: Mapping[str, float]) -> tuple[int, dict[str, float]]:
 
 
 @dataclass(frozen=True)
-class _Place:
-    """Where and how the features of a layer are kept."""
+class _Output:
+    """Folder and format of the features of a layer."""
 
     layer: str
     folder: Folder
@@ -238,21 +237,21 @@ class _Place:
 
 @dataclass(frozen=True)
 class _Extract:
-    """An encoder, the images that it sees, and where its features go."""
+    """An encoder, its images, and the outputs for its features."""
 
     source: Encoder
     dataset: DataSet
     image_size: int
-    places: tuple[_Place, ...]
+    outputs: tuple[_Output, ...]
 
     @cached_property
     def parts(self) -> list[Part]:
         return _parts(self.dataset)
 
     def missing(self) -> list[Part]:
-        """The parts that are not in every folder."""
-        there = set.intersection(*(set(place.folder.list()) for place in self.places))
-        return [part for part in self.parts if file(part) not in there]
+        """Return the parts that at least one output lacks."""
+        there = set.intersection(*(set(output.folder.list()) for output in self.outputs))
+        return [part for part in self.parts if part_file(part) not in there]
 
 
 @dataclass
@@ -260,20 +259,22 @@ class _Actor:
     """Holds encoders and turns ranges of indices into files of features."""
 
     works: Sequence[_Extract]
-    spare: bool = False
+    low_priority: bool = False
     device: torch.device = field(default_factory=lambda: _device())
     loaded: dict[int, Encode] = field(default_factory=dict)
 
     def __post_init__(self) -> None:
-        if self.spare:
+        if self.low_priority:
             os.nice(19)
 
     def encode(self, number: int) -> Encode:
-        """The encoder of a work. Not loaded in the constructor, where Ray would start the actor again instead of
-        handing on the error."""
+        """Return the encoder of a work.
+
+        It is not loaded in the constructor, where Ray would restart the actor and hide the error.
+        """
         if number not in self.loaded:
             work = self.works[number]
-            self.loaded[number] = work.source.load(self.device, [place.layer for place in work.places])
+            self.loaded[number] = work.source.load(self.device, [output.layer for output in work.outputs])
         return self.loaded[number]
 
     @cached_property
@@ -286,38 +287,42 @@ class _Actor:
         for number, first, end in batch["part"].tolist():
             try:
                 self.write(number, (first, end))
-            except UserError as mendable:
-                error = str(mendable)
-        # As a value: Ray Data would leave the actors of a pipeline that failed alive, and with them their CPUs.
+            except UserError as found:
+                error = str(found)
+        # Returned as a value: Ray Data keeps the actors of a failed pipeline alive, and with them their CPUs.
         return {"error": np.array([error], dtype=object)}
 
     def write(self, number: int, part: Part) -> None:
-        """Computes one part of a work and writes its file."""
+        """Compute one part of a work and write its files."""
         work, encode = self.works[number], self.encode(number)
-        table = work.dataset.read(np.arange(*part, dtype=np.int64), ("image",))
+        paths_known = getattr(work.dataset, "has_paths", False)
+        columns = ("image", "path") if paths_known else ("image",)
+        table = work.dataset.read(np.arange(*part, dtype=np.int64), columns)
         images = table.column("image").to_pylist()
         batches = [images[i : i + _BATCH] for i in range(0, len(images), _BATCH)]
-        made: dict[str, list[Floats]] = {place.layer: [] for place in work.places}
+        made: dict[str, list[Floats]] = {output.layer: [] for output in work.outputs}
         for pixels_bchw in self.threads.map(partial(_view, work), batches):
             with torch.inference_mode():
                 features = encode(pixels_bchw.to(self.device))
             for layer, values in made.items():
                 values.append(features[layer].float().cpu().numpy())
-        for place in work.places:
-            write(place.folder, part, {place.layer: np.concatenate(made.pop(place.layer))}, place.form)
+        paths = table.column("path") if paths_known else None
+        for output in work.outputs:
+            rows_nd = np.concatenate(made.pop(output.layer))
+            write_part(output.folder, part, output.layer, rows_nd, output.form, paths)
 
 
 def _view(work: _Extract, images: list[bytes]) -> Tensor:
-    """The evaluation view of encoded images."""
+    """Return the evaluation view of encoded images."""
     try:
         return decode.centre(images, work.image_size)
     except decode.DecodeError as error:
         raise UserError(
-            f"An image of the data set at {str(work.dataset.folder)!r} that could be decoded when it was ingested no "
-            f"longer can: {error}. A shard is damaged; ingest the source again."
+            f"An image of the data set at {str(work.dataset.folder)!r} was decoded at ingest and is now damaged: "
+            f"{error}. Ingest the source again."
         ) from error
 
 
 def _device() -> torch.device:
-    """The GPU that Ray has assigned, or the CPU."""
+    """Return the GPU that Ray has assigned, or the CPU."""
     return torch.device("cuda" if torch.cuda.is_available() else "cpu")

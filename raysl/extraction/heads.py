@@ -1,4 +1,4 @@
-"""The heads by which a method compares an image with its transformed version, as they are in a checkpoint."""
+"""The heads with which a method compares an image and its transformed version, from a checkpoint."""
 
 from __future__ import annotations
 
@@ -17,13 +17,13 @@ from raysl.pretext import Pretext
 
 @dataclass(frozen=True)
 class Heads:
-    """What a method compares.
+    """The views that a method compares, and their embeddings.
 
     Args:
-        transform: its name, such as "jigsaw".
+        transform: name of the pretext transform, such as "jigsaw".
         image: makes the view of the image.
-        transformed: makes the view of its transformed version, with the hyperparameters of the run.
-        embed: from uint8 crops (b, p, 3, h, w) of both, on the device, to the embeddings (b, d) of both.
+        transformed: makes the transformed view, with the hyperparameters of the run.
+        embed: function from uint8 crops (b, p, 3, h, w) of both views, on the device, to their embeddings (b, d).
     """
 
     transform: str
@@ -33,10 +33,12 @@ class Heads:
 
 
 def heads(encoder: Encoder, device: torch.device, by_batch: bool = False) -> Heads | None:
-    """The heads of a run whose objective `raysl.objectives.Compares`; None of other runs, and of what is no run.
+    """Return the heads of a run with an objective that compares views; None for other runs and other encoders.
 
     Args:
-        by_batch: see `Encoder.load`; each view by itself.
+        encoder: any.
+        device: where the heads compute.
+        by_batch: see `Encoder.load`; for each view separately.
 
     Raises:
         UserError: the checkpoint is damaged.

@@ -1,8 +1,7 @@
-"""Principal components of features: fitted to all rows in float64 by Ray tasks, kept beside them, applied in parts."""
+"""Principal components of features: fitted to all rows in float64 by Ray tasks, and applied part by part."""
 
 from __future__ import annotations
 
-import io
 from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -12,19 +11,21 @@ import numpy.typing as npt
 
 from raysl import ray_cluster
 from raysl.errors import UserError
-from raysl.extraction.table import FeatureForm, FeatureTable, Part, file, write
+from raysl.feature_store.files import FeatureForm, part_file, write_part
+from raysl.feature_store.records import read_arrays, write_arrays
+from raysl.feature_store.store import FeatureStore, Piece
 from raysl.storage import Folder
 
 Doubles = npt.NDArray[np.float64]
 
 FILE = "pca.npz"
-# So that the tasks of a small machine can run beside what else there is.
+# Of a task, so that tasks of a small machine can run beside other work.
 _CPUS = 0.5
 
 
 @dataclass(frozen=True)
 class Projection:
-    """A row x becomes (x - mean_d) @ components_dm.
+    """Projects a row x to (x - mean_d) @ components_dm.
 
     Args:
         mean_d: float64 (d,).
@@ -37,110 +38,103 @@ class Projection:
     variance: float
 
     def save(self, folder: Folder) -> None:
-        buffer = io.BytesIO()
-        np.savez(
-            buffer, mean_d=self.mean_d, components_dm=self.components_dm, variance=np.array(self.variance)
-        )
-        folder.write(FILE, buffer.getvalue())
+        """Write the projection beside the features."""
+        arrays = {
+            "mean_d": self.mean_d,
+            "components_dm": self.components_dm,
+            "variance": np.array(self.variance),
+        }
+        write_arrays(folder, FILE, arrays)
 
     @staticmethod
     def load(uri: str) -> Projection:
-        """The projection of a folder of features. Raises UserError when it has none."""
+        """Return the projection of a folder of features. Raises UserError if it is missing or damaged."""
+        remedy = "Give features that were made with --pca; if they are damaged, delete the folder and make them again."
+        arrays = read_arrays(Folder(uri), FILE, remedy)
         try:
-            with np.load(io.BytesIO(Folder(uri).read(FILE)), allow_pickle=False) as saved:
-                return Projection(saved["mean_d"], saved["components_dm"], float(saved["variance"]))
-        except (OSError, ValueError, KeyError) as error:
-            raise UserError(
-                f"The features at {uri!r} have no projection that can be read: {error}. Give features that were made "
-                "with --pca."
-            ) from error
+            return Projection(arrays["mean_d"], arrays["components_dm"], float(arrays["variance"]))
+        except (KeyError, TypeError, ValueError) as error:
+            raise UserError(f"The file {uri}/{FILE} is damaged: {error}. {remedy}") from error
 
 
-def fit(table: FeatureTable, layer: str, dim: int) -> Projection:
-    """The first `dim` principal components of a layer. Ray must run.
+def fit(store: FeatureStore, dim: int) -> Projection:
+    """Return the first `dim` principal components. Ray must run.
 
     Raises:
-        UserError: there are fewer rows or numbers in a row than components, or a part is damaged.
+        UserError: there are fewer rows, or fewer numbers in a row, than components; or a file is damaged.
     """
-    import ray
-
-    task = ray.remote(_moments).options(num_cpus=_CPUS)
-    shares = _shares(table.parts)
-    found = _all([task.remote(table, parts, layer) for parts in shares])
-    count = sum(one[0] for one in found)
-    mean_d = sum(one[1] for one in found) / count
-    if dim > min(count - 1, len(mean_d)):
+    found = _run(_moments, store, store.shards(1)[0])
+    count = sum(each[0] for each in found)
+    mean_d = sum(each[1] for each in found) / count
+    most = min(count - 1, len(mean_d))
+    if dim > most:
         raise UserError(
-            f"pca is {dim}; of {count:,} rows of {len(mean_d)} numbers there are at most "
-            f"{min(count - 1, len(mean_d))} components. Lower --pca."
+            f"--pca is {dim}, but {count:,} rows of {len(mean_d)} numbers have at most {most} components. Lower --pca."
         )
-    covariance_dd = sum(one[2] for one in found) / count - np.outer(mean_d, mean_d)
+    covariance_dd = sum(each[2] for each in found) / count - np.outer(mean_d, mean_d)
     variances, vectors_dd = np.linalg.eigh(covariance_dd)
     components_dm = vectors_dd[:, ::-1][:, :dim]
     signs = np.sign(components_dm[np.abs(components_dm).argmax(axis=0), np.arange(dim)])
     return Projection(mean_d, components_dm * signs, float(variances[::-1][:dim].sum() / variances.sum()))
 
 
-def project(
-    table: FeatureTable, layer: str, projection: Projection, form: FeatureForm, folder: Folder
-) -> None:
-    """Writes the projected parts that are not in the folder yet. Ray must run.
+def project(store: FeatureStore, projection: Projection, form: FeatureForm, folder: Folder) -> None:
+    """Write the projected parts that are missing in a folder. Ray must run.
 
     Raises:
-        UserError: the rows have another length than the projection was fitted to.
+        UserError: the rows have another length than those that the projection was fitted to.
     """
-    import ray
-
-    width = table.read(table.parts[0], layer).shape[1]
-    if width != len(projection.mean_d):
+    if store.dim != len(projection.mean_d):
         raise UserError(
-            f"The projection is for rows of {len(projection.mean_d)} numbers and these have {width}. Give --pca-of the "
-            "features of the same network and layer."
+            f"The projection is for rows of {len(projection.mean_d)} numbers and these have {store.dim}. Give --pca-of "
+            "the features of the same network and layer."
         )
     there = set(folder.list())
-    missing = [part for part in table.parts if file(part) not in there]
-    task = ray.remote(_project).options(num_cpus=_CPUS)
-    reference = ray.put(projection)
-    _all([task.remote(table, parts, layer, reference, form, folder) for parts in _shares(missing)])
+    missing = [piece for piece in store.shards(1)[0] if part_file(_part(piece)) not in there]
+    _run(_project, store, missing, projection, form, folder)
 
 
-def _all(references: list[Any]) -> list[Any]:
-    """The results of tasks. Raises the UserError of a task as such."""
+def _run(work: Any, store: FeatureStore, pieces: Sequence[Piece], *arguments: Any) -> list[Any]:
+    """Return the results of a Ray task for each CPU, each on some pieces. Raises the UserError of a task."""
     import ray
 
+    count = max(1, min(len(pieces), int(ray.cluster_resources().get("CPU", 1))))
+    task = ray.remote(work).options(num_cpus=_CPUS)
+    shared = [ray.put(argument) for argument in arguments]
     try:
-        return ray.get(references)  # type: ignore[no-any-return]
+        return ray.get(  # type: ignore[no-any-return]
+            [task.remote(store, pieces[i::count], *shared) for i in range(count) if pieces]
+        )
     except ray.exceptions.RayTaskError as error:
         raise ray_cluster.user_error(error) or error from None
 
 
-def _shares(parts: Sequence[Part]) -> list[list[Part]]:
-    """The parts of each task: one task for each CPU."""
-    import ray
-
-    count = max(1, min(len(parts), int(ray.cluster_resources().get("CPU", 1))))
-    return [list(parts[i::count]) for i in range(count)] if parts else []
+def _part(piece: Piece) -> tuple[int, int]:
+    """Return the images of a piece. raysl writes a part as one row group, and in the order of indices."""
+    return piece.start, piece.start + piece.num_rows
 
 
-def _moments(table: FeatureTable, parts: Sequence[Part], layer: str) -> tuple[int, Any, Any]:
-    """Number of rows, their sum, and the sum of their outer products."""
+def _moments(store: FeatureStore, pieces: Sequence[Piece]) -> tuple[int, Any, Any]:
+    """Return the number of rows, their sum, and the sum of their outer products."""
     count, sum_d, gram_dd = 0, np.zeros(()), np.zeros(())
-    for part in parts:
-        rows_nd = table.read(part, layer).astype(np.float64)
-        count += len(rows_nd)
-        sum_d = sum_d + rows_nd.sum(axis=0)
-        gram_dd = gram_dd + rows_nd.T @ rows_nd
+    for piece in pieces:
+        for _, rows_bd in store.batches(piece, 32 << 20):
+            rows_bd = rows_bd.astype(np.float64)
+            count += len(rows_bd)
+            sum_d = sum_d + rows_bd.sum(axis=0)
+            gram_dd = gram_dd + rows_bd.T @ rows_bd
     return count, sum_d, gram_dd
 
 
 def _project(
-    table: FeatureTable,
-    parts: Sequence[Part],
-    layer: str,
-    projection: Projection,
-    form: FeatureForm,
-    folder: Folder,
+    store: FeatureStore, pieces: Sequence[Piece], projection: Projection, form: FeatureForm, folder: Folder
 ) -> None:
-    for part in parts:
-        rows_nm = (table.read(part, layer) - projection.mean_d) @ projection.components_dm
-        write(folder, part, {layer: rows_nm.astype(np.float32)}, form)
+    for piece in pieces:
+        rows_nm = np.concatenate(
+            [
+                (rows_bd - projection.mean_d) @ projection.components_dm
+                for _, rows_bd in store.batches(piece, 32 << 20)
+            ]
+        )
+        paths = store.paths([piece])
+        write_part(folder, _part(piece), store.layer, rows_nm.astype(np.float32), form, paths)

@@ -140,7 +140,9 @@ def _read(uri: str) -> tuple[pa.Table, dict[str, str]]:
     """The two columns, and what the metadata names."""
     fs, path = filesystem(Folder(uri).uri)
     try:
-        table = pq.read_table(path, columns=["index", "cluster"], filesystem=fs)
+        table = pq.read_table(
+            path, columns=["index", "cluster"], filesystem=fs, page_checksum_verification=True
+        )
     except (OSError, pa.ArrowException) as error:
         raise UserError(
             f"The labels {uri!r} cannot be read: {error}. Give a Parquet file, or a folder of them, with the integer "

@@ -13,7 +13,7 @@ import numpy.typing as npt
 import torch
 
 from raysl import extraction
-from raysl.extraction import FeatureTable
+from raysl.extraction import FeatureStore
 from raysl.probes import FeatureProbe, Labelled, LabelledProbe, Row
 from raysl.probes._task import elsewhere
 from raysl.ray_cluster import placement
@@ -27,19 +27,19 @@ class Frozen:
     """The features of a data set where they lie, and its labels.
 
     Args:
-        tables: by tap; see `raysl.extraction.tap`.
+        tables: by tap; see `raysl.extraction.feature_spec`.
         labels_n: as `Labelled.labels_n`; None where no probe needs them.
         fingerprint: of the data set.
     """
 
-    tables: Mapping[str, FeatureTable]
+    tables: Mapping[str, FeatureStore]
     labels_n: npt.NDArray[np.int64] | None
     fingerprint: str
 
     def load(self, tap: str) -> Labelled:
         """The features of a tap, in memory."""
         assert self.labels_n is not None
-        return Labelled(self.tables[tap].load(tap), self.labels_n, self.fingerprint)
+        return Labelled(self.tables[tap].load(), self.labels_n, self.fingerprint)
 
 
 def by_layer(
@@ -56,7 +56,7 @@ def by_layer(
     if not layers:
         return []
     sets = (train, test) if isinstance(probe, LabelledProbe) else (test,)
-    taps = [extraction.tap(layer, probe.dims) for layer in layers]
+    taps = [extraction.feature_spec(layer, probe.dims) for layer in layers]
     found = placement.machines()
     threads = 1 if spare else _threads(found.for_work, len(layers))
     calls = [
@@ -88,7 +88,7 @@ def _room(nodes: Iterable[Mapping[str, float]], cpus: float) -> float:
 
 def _bytes(taps: Iterable[str], sets: Iterable[Frozen]) -> int:
     """Memory that the largest of some layers takes."""
-    return max(sum(_COPIES * 4 * one.tables[tap].numbers(tap) for one in sets) for tap in taps)
+    return max(sum(_COPIES * 4 * one.tables[tap].num_values for one in sets) for tap in taps)
 
 
 def _measure(
@@ -109,7 +109,7 @@ def _measure(
         if isinstance(probe, LabelledProbe):
             found = probe.run(train.load(tap), test.load(tap))
         else:
-            found = probe.measure(test.tables[tap].load(tap))
+            found = probe.measure(test.tables[tap].load())
         return [replace(row, layer=layer) for row in found]
     finally:
         # Ray may give this process to a task that has one CPU.

@@ -96,7 +96,7 @@ def _measure(encoder: Encoder, layers: Sequence[str], size: int, config: Config,
     classes = _voc.classes_of(train, test)
     if not classes:
         raise UserError(f"No image of the splits {' and '.join(splits)} of {str(folder)!r} shows a class.")
-    taps = {layer: extraction.tap(layer, config.svm.dims) for layer in layers}
+    taps = {layer: extraction.feature_spec(layer, config.svm.dims) for layer in layers}
     encode = encoder.load(device(), list(taps.values()))
     seen, unseen = (_features(encode, pictures, size) for pictures in (train, test))
     rows = []

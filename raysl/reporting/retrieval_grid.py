@@ -48,9 +48,7 @@ def sheets(
     k = min(k, train.num_images - (own is not None))
     made = []
     for gallery, asked in zip(found[::2], found[1::2], strict=True):
-        cosine_qk, index_qk = nearest(
-            asked[_LAYER].load(_LAYER)[chosen], gallery[_LAYER].load(_LAYER), k, own
-        )
+        cosine_qk, index_qk = nearest(asked[_LAYER].load()[chosen], gallery[_LAYER].load(), k, own)
         made.append(pictures.neighbours_sheet(test, train, chosen, index_qk, cosine_qk))
     return made
 

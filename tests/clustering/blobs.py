@@ -1,4 +1,4 @@
-"""Features on disk, and k-means in one process and in float64, to compare with."""
+"""Features on disk, and a reference k-means in one process and float64."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ from raysl.clustering.options import KMeansConfig
 
 
 def blobs(num_rows: int, dim: int = 6, centres: int = 8, seed: int = 0) -> npt.NDArray[np.float32]:
-    """float32 (num_rows, dim): clouds around some centres."""
+    """Return normal clouds around some centres, float32 (num_rows, dim)."""
     generator = np.random.default_rng(seed)
     middle = generator.normal(size=(centres, dim)) * 3
     return (middle[generator.integers(0, centres, num_rows)] + generator.normal(size=(num_rows, dim))).astype(
@@ -26,7 +26,7 @@ def blobs(num_rows: int, dim: int = 6, centres: int = 8, seed: int = 0) -> npt.N
 
 
 def write(folder: Path, rows_nd: npt.NDArray[Any], files: int = 2, rows_per_group: int = 30) -> str:
-    """Parquet files of features; the index of row i is i. Returns their folder."""
+    """Write Parquet files of features, in which row i has index i; return their folder."""
     folder.mkdir(parents=True, exist_ok=True)
     for number, part in enumerate(np.array_split(np.arange(len(rows_nd)), files)):
         values = pa.array(rows_nd[part].ravel())
@@ -39,7 +39,7 @@ def write(folder: Path, rows_nd: npt.NDArray[Any], files: int = 2, rows_per_grou
 def lloyd(
     rows_nd: npt.NDArray[np.float32], start_kd: npt.NDArray[np.float32], config: KMeansConfig, iterations: int
 ) -> tuple[list[float], npt.NDArray[np.float64]]:
-    """The objective of each iteration, and the last centroids, all in float64. Empty clusters split as in raysl."""
+    """Return the objective of each iteration and the last centroids, in float64. Empty clusters split as in raysl."""
     x, c = rows_nd.astype(np.float64), start_kd.astype(np.float64)
     objectives = []
     for iteration in range(iterations):
@@ -55,6 +55,6 @@ def lloyd(
     return objectives, c
 
 
-def curve(card: dict[str, Any], start: int = 0) -> Sequence[float]:
-    """The objectives of a card."""
-    return [row["objective"] for row in card["curves"][start]]
+def curve(summary: dict[str, Any], start: int = 0) -> Sequence[float]:
+    """Return the objectives of a start."""
+    return [entry["objective"] for entry in summary["curves"][start]]

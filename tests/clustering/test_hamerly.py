@@ -1,4 +1,4 @@
-"""Bounds save distances and never change which centroid is nearest."""
+"""Hamerly bounds save distances and never change the nearest centroid."""
 
 from __future__ import annotations
 
@@ -7,7 +7,7 @@ import numpy.typing as npt
 import pytest
 
 from raysl.clustering import update
-from raysl.clustering.hamerly import Nearest, Search, Settled
+from raysl.clustering.hamerly import Assigner, Bounds, Search
 from raysl.clustering.update import Integers, Singles
 from tests.clustering.blobs import blobs
 
@@ -24,44 +24,44 @@ def index(centroids_md: Singles) -> Search:
 
 
 def squares(rows_bd: Singles, centroids_md: Singles) -> npt.NDArray[np.float64]:
-    """float64 (b, m)."""
+    """Return squared distances, float64 (b, m)."""
     difference_bmd = rows_bd[:, None].astype(np.float64) - centroids_md[None]
     return np.einsum("bmd,bmd->bm", difference_bmd, difference_bmd)  # type: ignore[no-any-return]
 
 
 def one_pass(
-    before: Settled | None, rows_nd: Singles, centroids_kd: Singles, block: int
-) -> tuple[Settled, float]:
-    """All rows in blocks; what is remembered, and the share of the distances that were computed."""
-    nearest = Nearest(before, centroids_kd, len(rows_nd), index)
+    before: Bounds | None, rows_nd: Singles, centroids_kd: Singles, block: int
+) -> tuple[Bounds, float]:
+    """Assign all rows in blocks; return the bounds, and the share of the distances that were computed."""
+    assigner = Assigner(before, centroids_kd, len(rows_nd), index)
     for place in range(0, len(rows_nd), block):
-        found_b = nearest.of(place, rows_nd[place : place + block])
-        assert (found_b == nearest.assigned_n[place : place + block]).all()
-    return nearest.settled(), nearest.looked_at / (len(rows_nd) * len(centroids_kd))
+        found_b = assigner.assign(place, rows_nd[place : place + block])
+        assert (found_b == assigner.assigned_n[place : place + block]).all()
+    return assigner.bounds(), assigner.computed / (len(rows_nd) * len(centroids_kd))
 
 
-def check(settled: Settled, rows_nd: Singles, centroids_kd: Singles) -> None:
-    """Every row has a nearest centroid, but for rounding, and no other is nearer than its bound."""
+def check(bounds: Bounds, rows_nd: Singles, centroids_kd: Singles) -> None:
+    """Check that every row has its nearest centroid, up to rounding, and that no other is nearer than its bound."""
     squared_nk = squares(rows_nd, centroids_kd)
-    chosen_n = squared_nk[np.arange(len(rows_nd)), settled.assigned_n]
+    chosen_n = squared_nk[np.arange(len(rows_nd)), bounds.assigned_n]
     assert (chosen_n <= squared_nk.min(1) + 1e-4).all()
-    if settled.other_n is not None:
-        squared_nk[np.arange(len(rows_nd)), settled.assigned_n] = np.inf
-        assert (settled.other_n <= np.sqrt(squared_nk.min(1)) + 1e-5).all()
+    if bounds.other_n is not None:
+        squared_nk[np.arange(len(rows_nd)), bounds.assigned_n] = np.inf
+        assert (bounds.other_n <= np.sqrt(squared_nk.min(1)) + 1e-5).all()
 
 
 @pytest.mark.parametrize("k", [1, 2, 40, 200])
 def test_lloyd_with_bounds_is_lloyd(k: int) -> None:
     rows_nd = blobs(3000, dim=6, centres=30)
     centroids_kd = rows_nd[:k].copy()
-    settled, shares = None, []
+    bounds, shares = None, []
     for _ in range(60):
-        settled, share = one_pass(settled, rows_nd, centroids_kd, 700)
-        check(settled, rows_nd, centroids_kd)
+        bounds, share = one_pass(bounds, rows_nd, centroids_kd, 700)
+        check(bounds, rows_nd, centroids_kd)
         shares.append(share)
         sums_kd = np.zeros(centroids_kd.shape)
-        update.add_rows(sums_kd, rows_nd, settled.assigned_n.astype(np.int64))
-        counts_k = np.bincount(settled.assigned_n, minlength=k)
+        update.add_rows(sums_kd, rows_nd, bounds.assigned_n.astype(np.int64))
+        counts_k = np.bincount(bounds.assigned_n, minlength=k)
         centroids_kd = update.means(sums_kd, counts_k, centroids_kd, spherical=False)
     assert shares[0] == 1
     if k >= 40:
@@ -70,14 +70,14 @@ def test_lloyd_with_bounds_is_lloyd(k: int) -> None:
 
 @pytest.mark.parametrize("jumping", [1, 5, 60])
 def test_centroids_that_jump_are_compared_with_every_row(jumping: int) -> None:
-    """As when empty clusters are filled: some centroids go anywhere between two passes, the rest move a little."""
+    """As when empty clusters are split: some centroids move anywhere between two passes, the rest a little."""
     generator = np.random.default_rng(0)
     rows_nd = blobs(2000, dim=5, centres=40)
     centroids_kd = rows_nd[:100].copy()
-    settled = None
+    bounds = None
     for _ in range(12):
-        settled, _ = one_pass(settled, rows_nd, centroids_kd, 512)
-        check(settled, rows_nd, centroids_kd)
+        bounds, _ = one_pass(bounds, rows_nd, centroids_kd, 512)
+        check(bounds, rows_nd, centroids_kd)
         centroids_kd = centroids_kd + generator.normal(size=centroids_kd.shape).astype(np.float32) * 1e-3
         places = generator.choice(100, jumping, replace=False)
         centroids_kd[places] = rows_nd[generator.choice(2000, jumping, replace=False)]
@@ -87,7 +87,7 @@ def test_rows_that_lie_on_centroids_and_twins() -> None:
     """Distances of zero, and centroids at the same place."""
     rows_nd = np.repeat(blobs(50), 4, axis=0)
     centroids_kd = np.concatenate([rows_nd[::4], rows_nd[:3]])
-    settled = None
+    bounds = None
     for _ in range(5):
-        settled, _ = one_pass(settled, rows_nd, centroids_kd, 64)
-        check(settled, rows_nd, centroids_kd)
+        bounds, _ = one_pass(bounds, rows_nd, centroids_kd, 64)
+        check(bounds, rows_nd, centroids_kd)

@@ -13,7 +13,7 @@ from torchvision import models
 from raysl.backbone import external_weights
 from raysl.backbone.network import Backbone, BackboneConfig
 from raysl.errors import UserError
-from raysl.extraction import RandomBackbone, Trained, Weights, encoders, named, stages
+from raysl.extraction import RandomBackbone, Trained, Weights, layers, named, stages
 from raysl.model_export import ExportConfig, export
 from tests.data import make_dataset
 from tests.extraction.test_feature_tasks import make_run
@@ -39,7 +39,7 @@ def test_grids_of_resnet50_have_the_published_sizes() -> None:
     sides = {"conv1": (64, 112), "res2": (256, 56), "res3": (512, 28), "res4": (1024, 14), "res5": (2048, 7)}
     widths = {}
     for stage, (channels, side) in sides.items():
-        widths[stage] = encoders._over_places(torch.zeros(1, channels, side, side), 9216).shape[1]
+        widths[stage] = layers.reduce(torch.zeros(1, channels, side, side), 9216).shape[1]
     assert widths == {"conv1": 9216, "res2": 9216, "res3": 8192, "res4": 9216, "res5": 8192}
 
 
@@ -50,8 +50,8 @@ def test_maps_with_their_channels_last_are_those_with_their_channels_first(
     """Swin gives the former."""
     map_bchw = torch.rand(2, *shape, generator=torch.Generator().manual_seed(0))
     last_bhwc = map_bchw.permute(0, 2, 3, 1).contiguous()
-    torch.testing.assert_close(encoders._over_places(last_bhwc, 0), map_bchw.mean((2, 3)))
-    torch.testing.assert_close(encoders._over_places(last_bhwc, 12), encoders._over_places(map_bchw, 12))
+    torch.testing.assert_close(layers.reduce(last_bhwc, 0), map_bchw.mean((2, 3)))
+    torch.testing.assert_close(layers.reduce(last_bhwc, 12), layers.reduce(map_bchw, 12))
 
 
 def test_conv1_is_taken_after_its_relu_and_before_the_pool() -> None:
@@ -135,9 +135,9 @@ def test_a_convolution_without_activation_is_no_stage() -> None:
     body = torch.nn.Sequential()
     for name in ("conv1", "bn1", "layer1"):
         body.add_module(name, torch.nn.Conv2d(3, 3, 1))
-    assert "conv1" not in encoders._places(Backbone(body, 3))
+    assert "conv1" not in layers.modules(Backbone(body, 3))
     body.add_module("act1", torch.nn.ReLU())
-    assert encoders._places(Backbone(body, 3))["conv1"] == "body.act1"
+    assert layers.modules(Backbone(body, 3))["conv1"] == "body.act1"
 
 
 def test_layers_of_a_network_that_computes_its_widths() -> None:

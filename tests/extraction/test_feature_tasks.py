@@ -23,20 +23,19 @@ from raysl.extraction import (
     Encoder,
     FeatureForm,
     FeatureProtocol,
-    FeatureTable,
+    FeatureStore,
     Pixels,
     RandomBackbone,
     Trained,
     Weights,
     encoders,
-    extract,
     extract_all,
     feature_tasks,
     pool,
     untrained,
 )
 from raysl.extraction.feature_tasks import describe
-from raysl.extraction.table import DONE, file
+from raysl.feature_store.files import FINISHED, part_file
 from raysl.model import Model
 from raysl.objectives.pirl import Config as Pirl
 from raysl.ray_cluster import placement
@@ -83,10 +82,20 @@ def saved(run: Run, network: Model) -> None:
     saver.wait()
 
 
-def one(*asked: Any) -> FeatureTable:
+def one(*asked: Any) -> FeatureStore:
     """The features of the one layer that is asked for."""
     (table,) = extract(*asked).values()
     return table
+
+
+def extract(
+    source: Encoder, dataset: DataSet, protocol: FeatureProtocol, cache: Folder
+) -> dict[str, FeatureStore]:
+    return extract_all([(source, dataset, protocol)], cache)[0]
+
+
+def parts_of(store: FeatureStore) -> list[tuple[int, int]]:
+    return [(group.start, group.start + group.num_rows) for group in store.groups]
 
 
 def views(dataset: DataSet) -> torch.Tensor:
@@ -104,7 +113,7 @@ def test_equal_to_a_direct_call_of_the_network(ray_session: None, dataset: DataS
     run, network = make_run(dataset, tmp_path / "run")
     cache = Folder(str(tmp_path / "cache"))
     trained = one(Trained(run, run.newest()), dataset, SEEN, cache)
-    assert len(trained.parts) > 2
+    assert len(trained.groups) > 2
     np.testing.assert_allclose(trained.load(), direct(network, dataset), rtol=1e-4, atol=1e-5)
     random = one(untrained(run), dataset, SEEN, cache)
     begun = Model.of(run.config(), dataset)
@@ -151,14 +160,16 @@ def means(dataset: DataSet) -> Any:
 
 
 @pytest.mark.ray
-def test_what_is_there_is_not_computed_again(ray_session: None, dataset: DataSet, tmp_path: Path) -> None:
+def test_existing_features_are_not_computed_again(
+    ray_session: None, dataset: DataSet, tmp_path: Path
+) -> None:
     stub, cache = Stub(str(tmp_path / "trap")), Folder(str(tmp_path / "cache"))
     table = one(stub, dataset, SEEN, cache)
     (tmp_path / "trap").touch()
     np.testing.assert_array_equal(one(stub, dataset, SEEN, cache).load(), table.load())
     # Interrupted: the mark and one part are missing, so that one is computed, and this encoder cannot.
-    table.folder.delete(DONE)
-    lost = file(table.parts[1])
+    table.folder.delete(FINISHED)
+    lost = part_file(parts_of(table)[1])
     table.folder.delete(lost)
     kept = sorted(set(table.folder.list()))
     with pytest.raises(UserError, match="trap"):
@@ -168,7 +179,7 @@ def test_what_is_there_is_not_computed_again(ray_session: None, dataset: DataSet
     before = {name: table.folder.read(name) for name in kept}
     np.testing.assert_allclose(one(stub, dataset, SEEN, cache).load(), means(dataset), rtol=1e-5)
     assert {name: table.folder.read(name) for name in kept} == before
-    assert {lost, DONE} <= set(table.folder.list())
+    assert {lost, FINISHED} <= set(table.folder.list())
 
 
 @pytest.mark.ray
@@ -238,19 +249,19 @@ def test_layers_of_one_call_are_those_of_calls_alone_and_are_shared(
     trained, cache = Trained(run, run.newest()), Folder(str(tmp_path / "cache"))
     taps = ("res3", "res3:768", "conv1", "pooled")
     tables = extract(trained, dataset, FeatureProtocol(16, taps), cache)
-    assert {layer: table.load(layer).shape[1] for layer, table in tables.items()} == {
+    assert {layer: table.load().shape[1] for layer, table in tables.items()} == {
         "res3": 96,
         "res3:768": 96 * 2 * 2,
         "conv1": 24,
         "pooled": 192,
     }
-    grid_ncp = tables["res3:768"].load("res3:768").reshape(100, 96, 4)
-    np.testing.assert_allclose(grid_ncp.mean(2), tables["res3"].load("res3"), rtol=2e-3, atol=1e-3)
+    grid_ncp = tables["res3:768"].load().reshape(100, 96, 4)
+    np.testing.assert_allclose(grid_ncp.mean(2), tables["res3"].load(), rtol=2e-3, atol=1e-3)
     before = sorted(cache.list())
     assert one(trained, dataset, SEEN, cache).folder == tables["pooled"].folder
     assert sorted(cache.list()) == before
     alone = one(trained, dataset, FeatureProtocol(16, ("res3",)), Folder(str(tmp_path / "other")))
-    np.testing.assert_array_equal(alone.load("res3"), tables["res3"].load("res3"))
+    np.testing.assert_array_equal(alone.load(), tables["res3"].load())
 
 
 @pytest.mark.parametrize("package", ["torch", "torchvision", "timm", "pillow", "simplejpeg"])

@@ -12,8 +12,8 @@ import pytest
 import torch
 
 from raysl.errors import UserError
-from raysl.extraction import FeatureTable
-from raysl.extraction.table import FeatureForm, file, write
+from raysl.feature_store.files import FeatureForm, part_file, write_part
+from raysl.feature_store.store import FeatureStore
 from raysl.probes import Floats, Labelled, Row
 from raysl.probes import _frozen as frozen
 from raysl.probes._frozen import Frozen, by_layer
@@ -49,8 +49,8 @@ def make(folder: Path, images: int, seed: int) -> Frozen:
         place = Folder(str(folder / layer))
         for first, end in parts:
             values_nd = image_rng.normal(size=(end - first, dim)).astype(np.float32)
-            write(place, (first, end), {layer: values_nd}, FeatureForm())
-        tables[layer] = FeatureTable(place, parts, (layer,))
+            write_part(place, (first, end), layer, values_nd, FeatureForm())
+        tables[layer] = FeatureStore.open(str(place))
     return Frozen(tables, image_rng.integers(0, 4, images), f"set {seed}")
 
 
@@ -69,7 +69,7 @@ def test_rows_are_those_of_the_driver(ray_session: None, sets: tuple[Frozen, Fro
     found = [by_layer(one, list(LAYERS), *sets, False) for one in (knn, collapse)]
     for layer in LAYERS:
         train, test = (
-            Labelled(one.tables[layer].load(layer), np.asarray(one.labels_n), one.fingerprint) for one in sets
+            Labelled(one.tables[layer].load(), np.asarray(one.labels_n), one.fingerprint) for one in sets
         )
         for rows, wanted in zip(
             found, (knn.run(train, test), collapse.measure(test.features_nd)), strict=True
@@ -95,7 +95,7 @@ def test_spare_work_has_the_lowest_priority_and_leaves_none_of_it_behind(
 @pytest.mark.ray
 def test_damaged_features_are_said_by_name(ray_session: None, sets: tuple[Frozen, Frozen]) -> None:
     for one in sets:
-        one.tables["pooled"].folder.write(file((0, len(np.asarray(one.labels_n)) // 2)), b"not parquet")
+        one.tables["pooled"].folder.write(part_file((0, len(np.asarray(one.labels_n)) // 2)), b"not parquet")
     with pytest.raises(UserError, match="damaged"):
         by_layer(Knn(KnnConfig()), ["pooled"], *sets, False)
 

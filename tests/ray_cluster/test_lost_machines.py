@@ -6,6 +6,7 @@ In processes of their own, whose Ray has several machines.
 from __future__ import annotations
 
 import importlib
+import logging
 import subprocess
 import sys
 import threading
@@ -52,7 +53,7 @@ def test_kmeans_ends_with_the_same_clusters(tmp_path: Path) -> None:
     write(tmp_path / "features", blobs(301))
     alone("kmeans", tmp_path)
     disturbed, usual = (Clustering.open(str(tmp_path / name)) for name in ("disturbed", "usual"))
-    assert curve(disturbed.card()) == curve(usual.card())
+    assert curve(disturbed.summary()) == curve(usual.summary())
     np.testing.assert_array_equal(disturbed.centroids(), usual.centroids())
 
 
@@ -86,17 +87,20 @@ def kmeans(folder: Path, lose: Callable[[], None]) -> None:
     """Clusters twice on two machines, of which the first time one dies between two passes."""
     from raysl.clustering.lloyd import fit
 
-    lines = 0
+    class Lose(logging.Handler):
+        lines = 0
 
-    def say(line: str) -> None:
-        nonlocal lines
-        lines += 1
-        print(line, flush=True)
-        if lines == 5:
-            lose()
+        def emit(self, record: logging.LogRecord) -> None:
+            self.lines += 1
+            print(record.getMessage(), flush=True)
+            if self.lines == 5:
+                lose()
 
-    fit(str(folder / "features"), KMEANS, str(folder / "disturbed"), say)
-    fit(str(folder / "features"), KMEANS, str(folder / "usual"), print)
+    logger = logging.getLogger("raysl.clustering")
+    logger.setLevel(logging.INFO)
+    logger.addHandler(Lose())
+    fit(str(folder / "features"), KMEANS, str(folder / "disturbed"))
+    fit(str(folder / "features"), KMEANS, str(folder / "usual"))
 
 
 def scene(work: Callable[[Path, Callable[[], None]], None], folder: Path) -> None:

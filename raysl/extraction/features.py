@@ -1,0 +1,163 @@
+"""Write the features of any encoder on any images to a folder that other programs can read."""
+
+from __future__ import annotations
+
+import json
+import logging
+from dataclasses import dataclass, field
+from typing import Annotated, Any, Literal
+
+from raysl import ray_cluster
+from raysl.backbone.network import BackboneConfig
+from raysl.dataset import DataSet
+from raysl.errors import UserError
+from raysl.extraction import encoders, pca
+from raysl.extraction.encoders import MAX_IMAGE_SIZE, Encoder, Trained
+from raysl.extraction.feature_tasks import FeatureProtocol, compute, describe
+from raysl.feature_store.files import FINISHED, STARTED, FeatureForm, Part
+from raysl.feature_store.records import read_record, write_record
+from raysl.feature_store.store import FeatureStore
+from raysl.fields import Bounds, Seed, check
+from raysl.ingestion import resolve
+from raysl.storage import Folder
+
+_log = logging.getLogger("raysl.extraction")
+_UNREDUCED = "unreduced"
+MAX_COMPONENTS = 1 << 16
+
+
+@dataclass(frozen=True)
+class FeaturesConfig:
+    """Features of every image of a data set, kept as Parquet by index.
+
+    Args:
+        data: a data set, or any source of `raysl ingest`.
+        out: folder of the features, a path or a URI. The same command completes interrupted features.
+        layer: "pooled" is the output of the backbone, conv1 and res2 to res5 are the stages of a ResNet; or a name
+            inside the network. Feature maps are averaged over positions, "res3:9216" into a grid of at most 9,216
+            numbers.
+        image_size: side of the view in pixels, at most 4096; 0 for that of the run, 224 for a weights file, else 32.
+        dtype: of the numbers. A file with numbers above 65,504 is float32 in either case.
+        l2: divide every row by its norm, as ClusterFit does before k-means.
+        pca: number of principal components to keep, after --l2; 0 for none.
+        pca_of: a folder of features with a projection to apply in place of fitting one: for validation images.
+        backbone: of a weights file, or of "random". "timm/NAME" is a backbone of the package timm.
+        seed: of "random".
+    """
+
+    data: str
+    out: str
+    layer: str = "pooled"
+    image_size: Annotated[int, Bounds(0, MAX_IMAGE_SIZE)] = 0
+    dtype: Literal["float32", "float16"] = "float32"
+    l2: bool = False
+    pca: Annotated[int, Bounds(0, MAX_COMPONENTS)] = 0
+    pca_of: str = ""
+    backbone: BackboneConfig = field(default_factory=BackboneConfig)
+    seed: Seed = 0
+
+    def __post_init__(self) -> None:
+        check(self)
+        for name in ("data", "out", "layer"):
+            if not getattr(self, name).strip():
+                raise UserError(f"--{name} is empty. Give a value.")
+        if self.pca and self.pca_of:
+            raise UserError(
+                "Both --pca and --pca-of are given. Use --pca N to fit a projection, or --pca-of FEATURES to apply the "
+                "projection of other features."
+            )
+
+
+def make(checkpoint: str, config: FeaturesConfig) -> FeatureStore:
+    """Compute the features of a data set, resume an interrupted pass, or return finished features.
+
+    Memory does not grow with the number of images. `features.json` in the folder describes the origin of the features.
+
+    Args:
+        checkpoint: see `encoders.named`.
+        config: of the features.
+
+    Raises:
+        UserError: the checkpoint, the layer or the data cannot be used, or the folder holds other features.
+    """
+    source = encoders.named(checkpoint, config.backbone, config.seed)
+    ray_cluster.start()
+    dataset = resolve(config.data)
+    protocol = FeatureProtocol(config.image_size or encoders.view_size(source), (config.layer,))
+    about = describe(source, dataset, protocol)
+    about["form"] = {"dtype": config.dtype, "l2": config.l2, "pca": config.pca, "pca_of": config.pca_of}
+    about = json.loads(json.dumps(about))
+    folder = Folder(config.out)
+    if _is_finished(folder, about):
+        _log.info("The features at %s are already there.", folder)
+        return FeatureStore.open(str(folder))
+    _log.info(
+        "%s features of %s images by %s, to %s.", config.layer, f"{dataset.num_images:,}", checkpoint, folder
+    )
+    if config.pca or config.pca_of:
+        parts = _reduced(source, dataset, protocol, config, folder)
+    else:
+        parts = compute(source, dataset, protocol, FeatureForm(config.dtype, config.l2), folder)
+    origin = {
+        "teacher": _teacher(checkpoint, source),
+        "objective": source.run.config().method if isinstance(source, Trained) else "",
+        "data": str(dataset.folder),
+    }
+    write_record(folder, FINISHED, {**about, **origin, "parts": parts, "layers": [config.layer]})
+    return FeatureStore.open(str(folder))
+
+
+def _is_finished(folder: Folder, about: dict[str, Any]) -> bool:
+    """Compare the features in a folder with those that are wanted; in a new folder, write which are wanted."""
+    finished = folder.exists(FINISHED)
+    name = FINISHED if finished else STARTED
+    if not folder.exists(name):
+        write_record(folder, STARTED, about)
+        return False
+    found = read_record(folder, name, "Delete the folder and run the same command again.")
+    # Finished features stay valid with a later version; two halves by different versions would not match.
+    compared = [key for key in about if not (finished and key == "code")]
+    if differ := [key for key in compared if found.get(key) != about[key]]:
+        raise UserError(
+            f"Other features are in {str(folder)!r}; these differ: {', '.join(differ)}. Give another --out, or delete "
+            "that folder."
+        )
+    return finished
+
+
+def _reduced(
+    source: Encoder, dataset: DataSet, protocol: FeatureProtocol, config: FeaturesConfig, folder: Folder
+) -> list[Part]:
+    """Compute features and their projection, by way of a folder of whole rows that is deleted at the end."""
+    layer = protocol.layers[0]
+    place = folder / _UNREDUCED
+    parts = compute(source, dataset, protocol, FeatureForm("float32", config.l2), place)
+    write_record(place, FINISHED, {"parts": parts})
+    whole = FeatureStore.open(str(place), layer)
+    try:
+        if config.pca_of or folder.exists(pca.FILE):
+            projection = pca.Projection.load(config.pca_of or str(folder))
+        else:
+            projection = pca.fit(whole, config.pca)
+        projection.save(folder)
+        dim, kept = projection.components_dm.shape
+        _log.info("%d of %d components keep %.1f %% of the variance.", kept, dim, 100 * projection.variance)
+        pca.project(whole, projection, FeatureForm(config.dtype), folder)
+    except UserError:
+        # Otherwise the folder would refuse the same command with a possible number of components.
+        for name in (_UNREDUCED, pca.FILE, STARTED):
+            folder.delete(name)
+        raise
+    folder.delete(_UNREDUCED)
+    return parts
+
+
+def _teacher(checkpoint: str, source: Encoder) -> str:
+    """Return one line that names the network and identifies its weights."""
+    if isinstance(source, Trained):
+        return f"{source.run.folder} step {source.checkpoint.step} crc32 {source.checkpoint.crc32():08x}"
+    identity = source.identity()
+    name = identity.get("backbone", {}).get("name", "")
+    return " ".join(
+        str(part) for part in (checkpoint, name, identity.get("weights", identity.get("seed", ""))) if part
+    )

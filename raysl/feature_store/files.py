@@ -1,0 +1,75 @@
+"""Names and format of the files of features, and how they are written."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Any, Literal
+
+import numpy as np
+import numpy.typing as npt
+import pyarrow as pa
+import pyarrow.parquet as pq
+
+from raysl.storage import Folder
+
+Floats = npt.NDArray[np.float32]
+# First image of a file, and the image after its last.
+Part = tuple[int, int]
+
+FINISHED, STARTED = "features.json", "source.json"
+# VISSL adds this to a norm before it divides, so that a row of zeros stays a row of zeros.
+_EPSILON = 1e-5
+_LARGEST_HALF = float(np.finfo(np.float16).max)
+
+
+@dataclass(frozen=True)
+class FeatureForm:
+    """Format of features on disk.
+
+    Args:
+        dtype: of the numbers. A file with numbers outside of the range of float16 is float32 in either case.
+        l2: divide every row by its norm plus 1e-5, before rounding.
+    """
+
+    dtype: Literal["float32", "float16"] = "float32"
+    l2: bool = False
+
+
+def part_file(part: Part) -> str:
+    """Return the name of the file of a part."""
+    return f"features-{part[0]:010d}-{part[1]:010d}.parquet"
+
+
+def write_part(
+    folder: Folder,
+    part: Part,
+    layer: str,
+    rows_nd: Floats,
+    form: FeatureForm,
+    paths: pa.Array | pa.ChunkedArray | None = None,
+) -> None:
+    """Write a part atomically.
+
+    Args:
+        folder: folder of the features.
+        part: the images.
+        layer: name of the column.
+        rows_nd: float32 (n, d).
+        form: format on disk.
+        paths: path of every image, if known.
+    """
+    columns: dict[str, Any] = {"index": np.arange(*part, dtype=np.int64)}
+    if paths is not None:
+        columns["path"] = paths
+    if form.l2:
+        rows_nd = rows_nd / (np.linalg.norm(rows_nd, axis=1, keepdims=True) + _EPSILON)
+    # Feature maps of deep untrained networks exceed half precision, where they would become infinite.
+    dtype = "float32" if np.abs(rows_nd).max() > _LARGEST_HALF else form.dtype
+    columns[layer] = pa.FixedSizeListArray.from_arrays(
+        pa.array(rows_nd.astype(dtype).ravel()), rows_nd.shape[1]
+    )
+    with folder.writing(part_file(part)) as stream:
+        # Compression and dictionaries cost time and save no space on such numbers.
+        pq.write_table(
+            pa.table(columns), stream, compression="none", use_dictionary=["path"], write_page_checksum=True
+        )

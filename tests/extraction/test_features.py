@@ -1,0 +1,97 @@
+"""Folders of features: numbers, length and components as asked for, and nothing computed twice."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pyarrow.parquet as pq
+import pytest
+
+from raysl.dataset import DataSet
+from raysl.errors import UserError
+from raysl.extraction import FeaturesConfig, FeatureStore, feature_tasks, features, make
+from raysl.feature_store.files import FINISHED, STARTED, part_file
+from tests.data import make_dataset
+
+pytestmark = pytest.mark.ray
+
+
+@pytest.fixture(scope="module")
+def dataset(tmp_path_factory: pytest.TempPathFactory) -> DataSet:
+    return make_dataset(tmp_path_factory.mktemp("data") / "set", 80)
+
+
+@pytest.fixture(scope="module")
+def plain(ray_session: None, dataset: DataSet, tmp_path_factory: pytest.TempPathFactory) -> FeatureStore:
+    """Features of the third stage, without any option."""
+    return make("random", config(dataset, tmp_path_factory.mktemp("plain") / "f"))
+
+
+def config(dataset: DataSet, out: Path, **changes: Any) -> FeaturesConfig:
+    values = {"layer": "res3", "image_size": 16, **changes}
+    return FeaturesConfig(data=str(dataset.folder), out=str(out), **values)
+
+
+def test_rows_by_index_that_say_whose_they_are(plain: FeatureStore, dataset: DataSet) -> None:
+    assert plain.load().shape == (80, 96)
+    stored = pq.read_table(f"{plain.folder}/{part_file((0, 80))}")
+    assert stored.column("index").to_pylist() == list(range(80))
+    facts = plain.folder.read_json(FINISHED)
+    assert facts["fingerprint"] == dataset.manifest.fingerprint
+    assert facts["teacher"].startswith("random small")
+    assert (plain.num_rows, plain.dim, plain.layer) == (80, 96, "res3")
+
+
+def test_half_precision_and_length(plain: FeatureStore, dataset: DataSet, tmp_path: Path) -> None:
+    made = make("random", config(dataset, tmp_path, dtype="float16", l2=True))
+    expected = plain.load()
+    expected /= np.linalg.norm(expected, axis=1, keepdims=True) + 1e-5
+    np.testing.assert_allclose(made.load(), expected, rtol=2e-3, atol=1e-6)
+    assert made.itemsize == 2
+
+
+def test_components_and_those_of_other_features(
+    plain: FeatureStore, dataset: DataSet, tmp_path: Path
+) -> None:
+    made = make("random", config(dataset, tmp_path / "a", pca=5)).load()
+    centred = plain.load() - plain.load().mean(axis=0)
+    expected = np.linalg.svd(centred, full_matrices=False)
+    np.testing.assert_allclose(
+        np.abs(made), np.abs(expected[0][:, :5] * expected[1][:5]), rtol=1e-2, atol=1e-4
+    )
+    assert not (tmp_path / "a" / "unreduced").exists()
+    again = make("random", config(dataset, tmp_path / "b", pca_of=str(tmp_path / "a")))
+    np.testing.assert_array_equal(again.load(), made)
+    with pytest.raises(UserError, match="at most"):
+        make("random", config(dataset, tmp_path / "c", pca=200))
+    assert not list((tmp_path / "c").iterdir())
+    with pytest.raises(UserError, match="rows of 96 numbers and these have 48"):
+        make("random", config(dataset, tmp_path / "d", layer="res2", pca_of=str(tmp_path / "a")))
+
+
+def test_what_is_there_is_kept(
+    ray_session: None, dataset: DataSet, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(feature_tasks, "_PART_IMAGES", 40)
+    settings = config(dataset, tmp_path)
+    table = make("pixels", config(dataset, tmp_path, layer="pooled"))
+    with pytest.raises(UserError, match=r"these differ: encoder, protocol"):
+        make("random", settings)
+    table.folder.delete(FINISHED)
+    first, second = (table.folder / group.file for group in table.groups)
+    Path(str(second)).unlink()
+    written = Path(str(first)).stat().st_mtime_ns
+    assert not table.folder.exists(FINISHED)
+    assert table.folder.exists(STARTED)
+    again = make("pixels", config(dataset, tmp_path, layer="pooled"))
+    assert Path(str(first)).stat().st_mtime_ns == written
+    assert len(again.load()) == 80
+    monkeypatch.setattr(features, "compute", None)
+    assert make("pixels", config(dataset, tmp_path, layer="pooled")) == again
+
+
+def test_options_that_exclude_each_other(dataset: DataSet, tmp_path: Path) -> None:
+    with pytest.raises(UserError, match="Both --pca and --pca-of"):
+        config(dataset, tmp_path, pca=2, pca_of="x")

@@ -1,0 +1,128 @@
+"""A loaded model gives the features of the probes for every kind of image, without Ray."""
+
+from __future__ import annotations
+
+import io
+import json
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from PIL import Image
+from torchvision import models
+
+from raysl.backbone.network import BackboneConfig
+from raysl.errors import UserError
+from raysl.extraction import Pixels, Weights, load
+from raysl.model_export import ExportConfig, export
+from raysl.stream.decode import centre
+from tests.data import make_dataset
+from tests.extraction.test_feature_tasks import direct, make_run, views
+
+PHOTO = np.random.default_rng(0).integers(0, 256, (40, 60, 3), dtype=np.uint8)
+
+
+def png(pixels: Any) -> bytes:
+    buffer = io.BytesIO()
+    Image.fromarray(pixels).save(buffer, "PNG")
+    return buffer.getvalue()
+
+
+def test_a_run_gives_the_features_of_its_probes(tmp_path: Path) -> None:
+    dataset = make_dataset(tmp_path / "set", 40)
+    run, network = make_run(dataset, tmp_path / "run")
+    images = dataset.read(np.arange(40), ("image",)).column("image").to_pylist()
+    expected = direct(network, dataset)
+    for source in (run, str(run.folder), f"{run.folder}/checkpoints/step-000000005"):
+        model = load(source)
+        np.testing.assert_allclose(model(images), expected, rtol=1e-4, atol=1e-5)
+    assert (model.image_size, model.width) == (16, 192)
+    assert {"conv1", "res2", "res3", "res4", "pooled"} <= set(model.layers)
+    assert model(images[:2], layer="res3").shape == (2, 96)
+    assert model(images[:2], layer="res3:768").shape == (2, 96 * 4)
+    with pytest.raises(UserError, match="Did you mean 'res3'"):
+        model(images[:2], layer="ress3")
+    assert views(dataset).shape[2:] == (16, 16)
+
+
+def test_every_kind_of_image_is_the_same_image(tmp_path: Path) -> None:
+    model = load("pixels", image_size=16)
+    expected = Pixels().load(torch.device("cpu"), ["pooled"])(centre([png(PHOTO)], 16))["pooled"]
+    (tmp_path / "photo.png").write_bytes(png(PHOTO))
+    same: list[Any] = [
+        png(PHOTO),
+        PHOTO,
+        PHOTO[None],
+        Image.fromarray(PHOTO),
+        Image.fromarray(PHOTO).convert("RGBA"),
+        tmp_path / "photo.png",
+        str(tmp_path / "photo.png"),
+        torch.from_numpy(PHOTO).permute(2, 0, 1),
+        torch.from_numpy(PHOTO).permute(2, 0, 1)[None],
+    ]
+    for image in same:
+        assert torch.equal(model(image), expected)
+    many = model([*same, np.stack([PHOTO, PHOTO])])
+    assert torch.equal(many, expected.expand(len(same) + 2, -1))
+    turned = Image.fromarray(np.rot90(PHOTO))
+    exif = turned.getexif()
+    exif[0x0112] = 6
+    turned.save(tmp_path / "turned.png", exif=exif)
+    with Image.open(tmp_path / "turned.png") as image:
+        assert torch.equal(model(image), expected)
+    grey = model(PHOTO[..., 0])
+    assert torch.equal(grey, model(np.repeat(PHOTO[..., :1], 3, axis=2)))
+
+
+@pytest.mark.parametrize(
+    "image", [np.zeros((4, 4, 3)), np.zeros((4, 4, 5), np.uint8), 3, b"text", [], "none.png"]
+)
+def test_what_is_no_image_is_refused(image: Any) -> None:
+    with pytest.raises(UserError):
+        load("pixels")(image)
+
+
+def test_gradients_can_be_computed_from_features() -> None:
+    features = load("pixels")(PHOTO)
+    head = torch.nn.Linear(features.shape[1], 2)
+    head(features).sum().backward()
+    assert head.weight.grad is not None
+
+
+def test_an_exported_run(tmp_path: Path) -> None:
+    pytest.importorskip("safetensors")
+    run, _ = make_run(make_dataset(tmp_path / "set", 40), tmp_path / "run")
+    out = export(run, ExportConfig("safetensors"))
+    weights = Weights(f"{out}/model.safetensors", run.config().backbone)
+    view = centre([png(PHOTO)], 16)
+    expected = weights.load(torch.device("cpu"), ["pooled"])(view)["pooled"]
+    for place in (str(out), f"{out}/model.safetensors"):
+        model = load(place)
+        assert model.image_size == 16
+        assert torch.equal(model(PHOTO), expected)
+
+
+def test_weights_of_torchvision_and_timm(tmp_path: Path) -> None:
+    network = models.resnet18()
+    torch.save(network.state_dict(), tmp_path / "r18.pth")
+    with pytest.raises(UserError, match=r"Give its name, such as raysl\.load"):
+        load(tmp_path / "r18.pth")
+    expected = load(tmp_path / "r18.pth", "resnet18")
+    assert (expected.image_size, expected.width) == (224, 512)
+    pytest.importorskip("timm")
+    (tmp_path / "timm").mkdir()
+    torch.save(network.state_dict(), tmp_path / "timm" / "pytorch_model.bin")
+    settings = {"architecture": "resnet18", "pretrained_cfg": {"input_size": [3, 64, 64], "tag": ""}}
+    (tmp_path / "timm" / "config.json").write_text(json.dumps(settings))
+    model = load(tmp_path / "timm")
+    assert model.image_size == 64
+    again = load(tmp_path / "r18.pth", BackboneConfig("resnet18"), image_size=64)
+    torch.testing.assert_close(model(PHOTO), again(PHOTO), rtol=1e-4, atol=1e-5)
+
+
+def test_an_untrained_backbone() -> None:
+    model = load("random", "resnet18", image_size=32, seed=1)
+    assert torch.equal(model(PHOTO), load("random", "resnet18", image_size=32, seed=1)(PHOTO))
+    assert not torch.equal(model(PHOTO), load("random", "resnet18", image_size=32)(PHOTO))
