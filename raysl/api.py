@@ -15,7 +15,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from raysl import console
-from raysl.arguments import configure, dataset, given, run_config, start_ray, uri
+from raysl.arguments import check_source, configure, dataset, given, run_config, start_ray, uri
 from raysl.errors import UserError
 
 if TYPE_CHECKING:
@@ -87,10 +87,8 @@ def pretrain(
     console.install()
     from raysl.evaluation.online import WatchConfig
 
-    settings = run_config(data, run, config, fields)
     watch = configure(WatchConfig, online, {})
-    dataset(settings.data)
-    start_ray()
+    settings = run_config(data, run, config, fields)
     from raysl.evaluation.online import pretrain_and_probe
 
     return pretrain_and_probe(settings, watch, _log.info)
@@ -265,9 +263,7 @@ def clusterfit(
     from raysl.clustering.cluster_and_fit import ClusterfitConfig as Config
 
     settings = configure(Config, config, {"teacher": uri(teacher), **fields})
-    learner = run_config(data, run, student, {})
-    dataset(learner.data)
-    start_ray()
+    learner = run_config(data, run, student, {"method": "clusterfit"})
     from raysl.clustering.cluster_and_fit import clusterfit as fit
 
     return fit(settings, learner)
@@ -301,10 +297,8 @@ def sweep(
     from raysl.tuning.config import SweepConfig as Config
 
     settings = configure(Config, config, {**given(test=test, out=out, vary=vary), **fields})
+    check_source(settings.test)
     learner = run_config(data, "-", base, {})
-    dataset(learner.data)
-    dataset(settings.test)
-    start_ray()
     from raysl.tuning import driver
 
     return driver.sweep(learner, settings, _log.info)
@@ -371,7 +365,8 @@ def views(
         raise UserError(f"The picture {str(out)!r} is not a PNG file. Give --out a name that ends in .png.")
     if images < 1:
         raise UserError(f"images is {images}; it must be at least 1.")
-    settings = run_config(data, "-", config, fields)
+    fields = {name: value for name, value in fields.items() if name != "run"}
+    settings = run_config(data, "-", config, fields, workers=False)
     opened = dataset(settings.data)
     from raysl.documentation import pictures
 

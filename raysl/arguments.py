@@ -8,7 +8,7 @@ import sys
 from collections.abc import Mapping, Sequence
 from typing import TYPE_CHECKING, Any, TypeVar
 
-from raysl import console
+from raysl import console, defaults
 from raysl.config import Pretraining, from_dict
 from raysl.errors import UserError
 
@@ -33,16 +33,24 @@ def dataset(data: Data) -> DataSet:
 
     if isinstance(data, DataSet):
         return data
-    place = uri(data)
-    if DataSet.is_one(place):
-        return DataSet.open(place)
-    from raysl.ingestion.sources import Place, open_source
+    from raysl.ingestion.cache import find
 
-    open_source(Place.parse(place))
+    place = uri(data)
+    if found := find(place):
+        return found
     start_ray()
     from raysl.ingestion import resolve
 
     return resolve(place)
+
+
+def check_source(data: Data) -> None:
+    """Raise UserError unless a data set or a source of images lies at `data`."""
+    from raysl.dataset import DataSet
+    from raysl.ingestion.sources import Place, open_source
+
+    if not isinstance(data, DataSet) and not DataSet.is_one(uri(data)):
+        open_source(Place.parse(uri(data)))
 
 
 def run_config(
@@ -50,22 +58,48 @@ def run_config(
     run: PathLike | None,
     config: Pretraining | Mapping[str, Any] | None,
     fields: Mapping[str, Any],
+    workers: bool = True,
 ) -> Pretraining:
-    """Return the configuration of a run from an object or a mapping, in which `fields` replace values.
+    """Return the configuration of a run, checked before Ray starts.
 
-    Names that are not fields of `Pretraining` are parts of its method, as in `pirl={"temperature": 0.1}`.
+    An object is taken as it is, with `fields` in the place of some values. Of a mapping, what it leaves open is chosen
+    from the data and the machine. Names that are not fields of `Pretraining` are parts of its method, as in
+    `pirl={"temperature": 0.1}`.
+
+    Args:
+        data: images, unless `config` or `fields` name them.
+        run: folder of the run, likewise.
+        config: an object, or a mapping of fields.
+        fields: fields that replace those of `config`.
+        workers: whether workers will train, so that Ray is started and asked what the cluster has.
     """
-    if isinstance(config, Mapping):
-        fields = {**config, **fields}
-        config = None
-    known = {field.name for field in dataclasses.fields(Pretraining)}
-    values = {**given(data=data, run=run), **{name: value for name, value in fields.items() if name in known}}
-    parts = {name: value for name, value in fields.items() if name not in known}
-    if parts:
-        same_method = config is not None and values.get("method", config.method) == config.method
-        before = config.parts if config is not None and same_method else {}
-        values["parts"] = {**before, **values.get("parts", {}), **parts}
-    return configure(Pretraining, config, values)
+    values = {**given(data=data, run=run), **fields}
+    if isinstance(config, Pretraining):
+        made = defaults.replaced(config, values)
+        dataset(made.data)
+        if workers:
+            start_ray()
+        return made
+    if config is not None and not isinstance(config, Mapping):
+        raise _wrong_type(config, Pretraining)
+    values = {**(config or {}), **values}
+    if "data" in values:
+        values["data"] = uri(values["data"])
+    asked = defaults.check(values)
+    check_source(asked.data)
+    if not workers:
+        import torch
+
+        return defaults.resolve(values, dataset(asked.data), 1, torch.cuda.is_available())
+    start_ray()
+    from raysl.ray_cluster import placement
+
+    if str(values.get("workers", 0)) not in ("0", ""):
+        # Before a source is ingested, which takes its time.
+        placement.place(asked.worker_counts()[0])
+    machines = placement.machines()
+    usual = placement.usual_workers(machines)
+    return defaults.resolve(values, dataset(asked.data), usual, machines.has_gpus)
 
 
 def configure(kind: type[T], config: Any, fields: Mapping[str, Any]) -> T:
@@ -77,10 +111,7 @@ def configure(kind: type[T], config: Any, fields: Mapping[str, Any]) -> T:
     if isinstance(config, Mapping):
         config, fields = None, {**config, **fields}
     if config is not None and not isinstance(config, kind):
-        raise UserError(
-            f"The configuration is of type {type(config).__name__}; it must be a {kind.__name__} or a mapping of its "
-            "fields."
-        )
+        raise _wrong_type(config, kind)
     if config is None:
         return from_dict(kind, fields, "")  # type: ignore[no-any-return]
     if not fields:
@@ -91,6 +122,12 @@ def configure(kind: type[T], config: Any, fields: Mapping[str, Any]) -> T:
             value = {**dataclasses.asdict(whole[name]), **value}
         whole[name] = value
     return from_dict(kind, whole, "")  # type: ignore[no-any-return]
+
+
+def _wrong_type(config: Any, kind: type[Any]) -> UserError:
+    return UserError(
+        f"The configuration is of type {type(config).__name__}; it must be a {kind.__name__} or a mapping of its fields."
+    )
 
 
 def given(**values: Any) -> dict[str, Any]:

@@ -18,6 +18,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Annotated, Any, Literal, Union
 
+import tyro
+
 from raysl.errors import UserError
 
 
@@ -75,6 +77,9 @@ class Bounds:
         upper = f"below {_number(self.below)}" if self.below is not None else upper
         return " and ".join(filter(None, (lower, upper))) + hint
 
+
+# Marks a field whose value `raysl.defaults` chooses where the user gives none.
+FROM_DATA = tyro.conf.arg(help_behavior_hint="(default: chosen from the data)")
 
 Seed = Annotated[int, Bounds(0, 2**63 - 1)]
 """A seed: a whole number that fits in 63 bits."""

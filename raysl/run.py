@@ -48,6 +48,11 @@ class Run:
         return run
 
     @staticmethod
+    def existing(uri: str) -> Run | None:
+        """Return the run at `uri`, or None when there is none yet."""
+        return Run.open(uri) if Folder(uri).exists(METADATA) else None
+
+    @staticmethod
     def begin(config: Pretraining, dataset: DataSet, facts: Mapping[str, Any]) -> Run:
         """Begins a run, or goes on with the one that lies there.
 

@@ -50,18 +50,13 @@ def test_mistakes_are_one_clear_error(call: Any, answer: str, monkeypatch: pytes
 
 def test_a_configuration_is_an_object_fields_or_both(tmp_path: Path) -> None:
     data = make_dataset(tmp_path / "set", 10)
-    given = {"epochs": 3, "view": {"image_size": 16}, "pirl": {"temperature": 0.1}}
-    config = arguments.run_config(data, tmp_path / "run", None, given)
-    assert config == Pretraining.from_json(
-        {
-            "data": str(data.folder),
-            "run": str(tmp_path / "run"),
-            "epochs": 3,
-            "view": {"image_size": 16},
-            "parts": {"pirl": {"temperature": 0.1}},
-        }
+    config = Pretraining(
+        str(data.folder), "run", view=raysl.ViewConfig(16), parts={"pirl": {"temperature": 0.1}}
     )
-    again = arguments.run_config(None, None, config, {"view": {"min_scale": 0.5}, "jigsaw": {"grid": 2}})
+    fields = {"view": {"min_scale": 0.5}, "jigsaw": {"grid": 2}}
+    again = arguments.run_config(data, tmp_path / "run", config, fields, workers=False)
     assert (again.view.image_size, again.view.min_scale, again.parts["jigsaw"].grid) == (16, 0.5, 2)
-    assert again.parts["pirl"].temperature == 0.1
+    assert (again.run, again.parts["pirl"].temperature) == (str(tmp_path / "run"), 0.1)
+    chosen = arguments.run_config(data, "-", None, {"pirl": {"temperature": 0.1}}, workers=False)
+    assert (chosen.parts["pirl"].temperature, chosen.parts["pirl"].head) == (0.1, "bn")
     assert arguments.dataset(data) is data

@@ -5,26 +5,40 @@ from __future__ import annotations
 import dataclasses
 import itertools
 import typing
-from collections.abc import Mapping, Sequence
+from collections.abc import Collection, Mapping, Sequence
+from dataclasses import dataclass
 from typing import Annotated, Any
 
 import tyro
 
-from raysl import methods, plugins, recipes
+from raysl import defaults, methods, plugins, recipes
 from raysl.config import Pretraining
 
 _RECIPE = "a published run at full scale, whose values stand for those flags that are not given."
 
 
+@dataclass(frozen=True)
+class Parsed:
+    """The flags of a run.
+
+    Args:
+        given: fields that flags or a recipe give; see `raysl.defaults.resolve`.
+        config: the same with the values of the classes for what is not given.
+        beside: the dataclasses that `parse` was asked for, by their names.
+    """
+
+    given: dict[str, Any]
+    config: Pretraining
+    beside: dict[str, Any]
+
+
 def parse_pretraining(arguments: Sequence[str], program: str) -> Pretraining:
-    """Return the configuration that flags describe; see `parse`."""
-    return parse(arguments, program, {})[0]
+    """Return the configuration that flags describe, with the values of the classes for what is not given."""
+    return parse(arguments, program).config
 
 
-def parse(
-    arguments: Sequence[str], program: str, beside: Mapping[str, type[Any]]
-) -> tuple[Pretraining, dict[str, Any]]:
-    """Return the configuration that flags describe, and dataclasses with flags of their own among those of the run.
+def parse(arguments: Sequence[str], program: str, beside: Mapping[str, type[Any]] | None = None) -> Parsed:
+    """Parse the flags of a run.
 
     The flags of a method's parts stand under the names of their files, as in `--pirl.temperature 0.1`. `--recipe` gives
     the values of flags that are not there.
@@ -32,21 +46,22 @@ def parse(
     Args:
         arguments: the words after the verb.
         program: what help calls the command.
-        beside: the dataclasses, by names for the result.
+        beside: dataclasses with flags of their own among those of the run, by names for the result.
 
     Raises:
         UserError: a value is not allowed, or the method or the recipe does not exist.
         SystemExit: a flag does not exist (2), or help was asked for (0).
     """
+    beside = beside or {}
     for plugin in peek_all(arguments, "--plugin", ()):
         plugins.load_module(plugin)
     recipe = _peek(arguments, "--recipe", "")
     base = recipes.load(recipe, "", "") if recipe else Pretraining("", "")
     kinds = methods.parse(_peek(arguments, "--method", base.method)).config_types()
     hints = typing.get_type_hints(Pretraining, include_extras=True)
-    defaults = {f.name: getattr(base, f.name) for f in dataclasses.fields(base) if f.name != "parts"}
-    fields: list[Any] = [(name, hints.pop(name)) for name in ("data", "run")]
-    fields += [(name, hints[name], value) for name, value in defaults.items() if name in hints]
+    usual = {f.name: getattr(base, f.name) for f in dataclasses.fields(base) if f.name != "parts"}
+    fields: list[Any] = [(name, hints[name]) for name in ("data", "run")]
+    fields += [(name, hints[name], value) for name, value in usual.items() if name not in ("data", "run")]
     fields += [(name, kind, base.parts.get(name, kind())) for name, kind in kinds.items()]
     fields += [(name, Annotated[kind, tyro.conf.OmitArgPrefixes], kind()) for name, kind in beside.items()]
     flags = dataclasses.make_dataclass("Flags", [*fields, ("recipe", str, "")], frozen=True)
@@ -55,9 +70,38 @@ def parse(
         flags, prog=program, args=list(arguments), description=_first_line(Pretraining.__doc__)
     )
     values = {f.name: getattr(given, f.name) for f in dataclasses.fields(given) if f.name != "recipe"}
-    parts = {name: values.pop(name) for name in kinds}
     extra = {name: values.pop(name) for name in beside}
-    return Pretraining(**values, parts=parts), extra
+    typed = {word.partition("=")[0][2:].replace("_", "-") for word in arguments if word.startswith("--")}
+    explicit = _explicit(values, hints | kinds, typed, "")
+    if recipe:
+        explicit = values
+    return Parsed(explicit, defaults.check(explicit), extra)
+
+
+def _explicit(
+    values: Mapping[str, Any], hints: Mapping[str, Any], typed: Collection[str], prefix: str
+) -> dict[str, Any]:
+    """Return those of the values that have a flag among the typed words; nested classes as mappings."""
+    found: dict[str, Any] = {}
+    for name, value in values.items():
+        flag = f"{prefix}{_flag_name(name, hints.get(name))}"
+        if dataclasses.is_dataclass(value) and not isinstance(value, type):
+            inner = {field.name: getattr(value, field.name) for field in dataclasses.fields(value)}
+            inner_hints = typing.get_type_hints(type(value), include_extras=True)
+            if chosen := _explicit(inner, inner_hints, typed, f"{flag}."):
+                found[name] = chosen
+        elif flag in typed or (
+            isinstance(value, bool) and f"{prefix}no-{flag.removeprefix(prefix)}" in typed
+        ):
+            found[name] = value
+    return found
+
+
+def _flag_name(name: str, hint: Any) -> str:
+    """Return the last part of a field's flag, which an annotation may name, as "lambda" for `lam`."""
+    extras = typing.get_args(hint)[1:] if typing.get_origin(hint) is Annotated else ()
+    named = [extra.name for extra in extras if getattr(extra, "name", None)]
+    return (named[0] if named else name).replace("_", "-")
 
 
 def _peek(arguments: Sequence[str], flag: str, default: str) -> str:

@@ -13,7 +13,7 @@ import tyro
 from raysl import api
 from raysl.arguments import dataset
 from raysl.backbone.network import BackboneConfig
-from raysl.cli.flags import parse, parse_pretraining, peek_all
+from raysl.cli.flags import parse, peek_all
 from raysl.clustering.options import KMeansConfig
 from raysl.evaluation.online import WatchConfig
 from raysl.extraction.features import FeaturesConfig
@@ -26,8 +26,8 @@ from raysl.tuning.config import SweepConfig
 
 def pretrain(arguments: Sequence[str]) -> None:
     """Learn a representation: `raysl pretrain --data D --run R --method pirl-jigsaw`."""
-    config, beside = parse(arguments, "raysl pretrain", {"watch": WatchConfig})
-    run = api.pretrain(config=config, online=beside["watch"])
+    flags = parse(arguments, "raysl pretrain", {"watch": WatchConfig})
+    run = api.pretrain(**flags.given, online=flags.beside["watch"])
     print(f"The run is at {run.folder}. `raysl probe {run.folder} --train DATA --test DATA` measures it.")
 
 
@@ -158,7 +158,7 @@ def clusterfit(arguments: Sequence[str]) -> None:
     given, rest = tyro.cli(
         ClusterfitConfig, prog="raysl clusterfit", args=list(arguments), return_unknown_args=True
     )
-    student = parse_pretraining([*rest, "--method", "clusterfit"], "raysl clusterfit")
+    student = parse([*rest, "--method", "clusterfit"], "raysl clusterfit").given
     run = api.clusterfit(given.teacher, config=given, student=student)
     print(f"The student is at {run.folder}. `raysl probe {run.folder} --train DATA --test DATA` measures it.")
 
@@ -180,9 +180,9 @@ class ViewsFlags:
 def views(arguments: Sequence[str]) -> None:
     """Draw what a method sees: `raysl views --data D --method pirl-jigsaw --out sheet.png`."""
     given, rest = tyro.cli(ViewsFlags, prog="raysl views", args=list(arguments), return_unknown_args=True)
-    config = parse_pretraining([*rest, "--run", "-"], "raysl views")
-    picture = api.views(None, given.out, given.images, config)
-    print(f"{picture}: {given.images} images as {config.method} sees them.")
+    flags = parse([*rest, "--run", "-"], "raysl views")
+    picture = api.views(out=given.out, images=given.images, **flags.given)
+    print(f"{picture}: {given.images} images as {flags.config.method} sees them.")
 
 
 @dataclass(frozen=True)
@@ -222,13 +222,13 @@ def methods(arguments: Sequence[str]) -> None:
 def sweep(arguments: Sequence[str]) -> None:
     """Try values: `raysl sweep --data D --test T --method pirl-jigsaw --vary temperature lambda --out S`."""
     given, rest = tyro.cli(SweepConfig, prog="raysl sweep", args=list(arguments), return_unknown_args=True)
-    base = parse_pretraining([*rest, "--run", "-"], "raysl sweep")
-    rows = api.sweep(config=given, base=base)
+    flags = parse([*rest, "--run", "-"], "raysl sweep")
+    rows = api.sweep(config=given, base=flags.given)
     from rich.console import Console
 
     from raysl.tuning import table
 
-    Console().print(table.render(rows, given.probe, base.epochs))
+    Console().print(table.render(rows, given.probe, flags.config.epochs))
     failed = [str(row["trial"]) for row in rows if row["state"] == "failed"]
     if failed:
         print(f"Trials {', '.join(failed)} failed; the same command with --retry tries them again.")

@@ -4,7 +4,7 @@
 learn from and what to be judged on. The kinds of source are the files of `sources/`.
 """
 
-from raysl.ingestion.cache import resolve, splits
+from raysl.ingestion.cache import find, resolve, splits
 from raysl.ingestion.pipeline import IngestConfig, ingest
 
-__all__ = ["IngestConfig", "ingest", "resolve", "splits"]
+__all__ = ["IngestConfig", "find", "ingest", "resolve", "splits"]

@@ -31,6 +31,28 @@ def resolve(data: str, cache: Path | None = None, progress: Reporter | None = No
     """
     if DataSet.is_one(data):
         return DataSet.open(data)
+    dest = _place(data, cache)
+    if DataSet.is_one(dest):
+        return DataSet.open(dest)
+    progress = progress or Terminal()
+    progress.say(
+        f"Ingesting {data} into {dest}, once. `raysl ingest` makes a data set at a place of your own."
+    )
+    return ingest(data, dest, IngestConfig(), progress)
+
+
+def find(data: str) -> DataSet | None:
+    """Return the data set that `data` names, or None for a source that has not been ingested into the cache.
+
+    Raises:
+        UserError: there is neither a data set nor a source.
+    """
+    place = data if DataSet.is_one(data) else _place(data, None)
+    return DataSet.open(place) if DataSet.is_one(place) else None
+
+
+def _place(data: str, cache: Path | None) -> str:
+    """Return the folder of a source in the cache."""
     _, source = open_source(Place.parse(data))
     try:
         key = hashlib.blake2b(f"{source.name}\n{source.stamp()}".encode(), digest_size=8).hexdigest()
@@ -41,14 +63,7 @@ def resolve(data: str, cache: Path | None = None, progress: Reporter | None = No
     root = Folder(str(cache or os.environ.get("RAYSL_CACHE") or Path.home() / ".cache" / "raysl"))
     # The readable part is for people who clean up the cache.
     stem = re.sub(r"\W+", "-", source.name.rstrip("/").rpartition("/")[2]).strip("-")[:40]
-    dest = str(root / f"{stem}-{key}")
-    if DataSet.is_one(dest):
-        return DataSet.open(dest)
-    progress = progress or Terminal()
-    progress.say(
-        f"Ingesting {source.name} into {dest}, once. `raysl ingest` makes a data set at a place of your own."
-    )
-    return ingest(data, dest, IngestConfig(), progress)
+    return str(root / f"{stem}-{key}")
 
 
 def splits(data: str) -> tuple[str, str]:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 import signal
 import tempfile
 import threading
@@ -25,6 +26,8 @@ from raysl.stream.shared import Subscriber
 from raysl.training import elastic, progress_actor
 from raysl.training.elastic import CapacityRequest, Resizing, WorkerGroup
 from raysl.training.worker import Job, work
+
+_log = logging.getLogger("raysl.training")
 
 # Restarts of the workers without progress before a run gives up. Each goes on from the newest checkpoint.
 MAX_FAILURES = 8
@@ -82,6 +85,7 @@ def pretrain(
     )
     if busy := group.placement.busy(group.workers):
         say(busy)
+    _log.info("Starting the workers ...")
     job = Job(config.to_json(), run, dataset, group.placement, progress_actor.open_board(), until)
     with DriverLock(run.folder, say, "run") as lock:
         _Legs(job, counts, end, plan.num_steps, say, lock).run(group)

@@ -42,7 +42,7 @@ def refused(capsys: pytest.CaptureFixture[str], *arguments: str) -> str:
         (f"{PRETRAIN} --method pirl-jigsw", "Did you mean 'jigsaw'"),
         (f"{PRETRAIN} --pirl.temprature 1", "--pirl.temperature"),
         (f"{PRETRAIN} --pirl.temperature 0", "temperature is 0.0; it must be more than 0"),
-        (f"{PRETRAIN} --batch-size 0", "batch_size is 0"),
+        (f"{PRETRAIN} --batch-size 0", "--batch-size is 0"),
         (f"{PRETRAIN} --batch-size 1 --workers 2", "less than one image for each of 2 workers"),
         (f"{PRETRAIN} --optim.name sgdd", "sgdd"),
         ("pretrain --run run", "--data"),

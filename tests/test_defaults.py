@@ -1,0 +1,89 @@
+"""What a user leaves open is chosen from the images and the machine; what is given stays."""
+
+from __future__ import annotations
+
+import io
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+from PIL import Image
+
+from raysl import defaults
+from raysl.cli.flags import parse
+from raysl.config import Pretraining, differences
+from raysl.dataset import DataSet
+from raysl.run import Run
+from tests.data import make_dataset
+
+DATA, RUN = ["--data", "d", "--run", "r"], {"data": "d", "run": "-"}
+
+
+@pytest.fixture
+def small(tmp_path: Path) -> DataSet:
+    return make_dataset(tmp_path / "small", 100)
+
+
+@pytest.fixture
+def photos(small: DataSet, monkeypatch: pytest.MonkeyPatch) -> DataSet:
+    monkeypatch.setattr(defaults, "short_side", lambda _: 375)
+    return small
+
+
+def test_small_images_get_the_recipe_of_the_results(small: DataSet) -> None:
+    made = defaults.resolve(RUN, small, 2, False)
+    pirl = made.parts["pirl"]
+    assert (made.method, made.backbone.name, made.view.image_size) == ("pirl-jigsaw", "small", 32)
+    assert (pirl.head, pirl.temperature, pirl.num_negatives) == ("bn", 0.2, 99)
+    assert (made.optim.lr, made.optim.warmup) == (0.12, 0.05)
+    assert made.batch_size <= 25
+    assert made.batch_size % made.worker_counts()[0] == 0
+    made.plan(small)
+
+
+def test_photos_get_a_resnet_that_the_machine_can_train(photos: DataSet) -> None:
+    on_cpus, on_gpus = (defaults.resolve(RUN, photos, 1, gpus) for gpus in (False, True))
+    assert (on_cpus.backbone.name, on_cpus.view.image_size) == ("resnet18", 96)
+    assert (on_gpus.backbone.name, on_gpus.view.image_size) == ("resnet50", 224)
+
+
+@pytest.mark.parametrize("given", [{"workers": 3}, {"workers": "1:4"}, {"workers": 0}, {"method": "simclr"}])
+def test_the_rest_fits_what_is_given(given: dict[str, Any], small: DataSet) -> None:
+    made = defaults.resolve({**RUN, **given}, small, 2, False)
+    assert made.workers == (given.get("workers") or 2)
+    assert made.method == given.get("method", "pirl-jigsaw")
+
+
+def test_flags_that_repeat_the_values_of_the_classes_stay(photos: DataSet) -> None:
+    """Losses depend on the configuration alone, so equal configurations give equal losses, to the last bit."""
+    flags = (
+        "--method pirl-jigsaw --batch-size 64 --workers 2 --view.image-size 32 --backbone.name small --optim.lr 0.03 "
+        "--optim.warmup 0 --pirl.head linear --pirl.temperature=0.07 --pirl.num-negatives 50 --pirl.lambda 0.5"
+    )
+    parsed = parse([*DATA, *flags.split()], "raysl pretrain")
+    assert parsed.given["pirl"] == {"head": "linear", "temperature": 0.07, "num_negatives": 50, "lam": 0.5}
+    expected = Pretraining("d", "r", batch_size=64, parts={"pirl": {"num_negatives": 50}})
+    assert defaults.resolve({**parsed.given, "run": "-"}, photos, 4, True).to_json() == (
+        expected.to_json() | {"run": "-"}
+    )
+
+
+def test_switches_and_recipes_count_as_given() -> None:
+    assert parse([*DATA, "--no-channels-last"], "raysl").given["channels_last"] is False
+    flags = parse([*DATA, "--recipe", "pirl-r50-800ep", "--optim.lr", "0.1"], "raysl")
+    assert {"backbone", "optim", "view", "pirl", "batch_size"} <= set(flags.given)
+    assert (flags.config.backbone.name, flags.config.optim.lr) == ("resnet50", 0.1)
+
+
+def test_an_unfinished_run_keeps_what_it_was_begun_with(small: DataSet, tmp_path: Path) -> None:
+    given = {"data": str(small.folder), "run": str(tmp_path / "run"), "pirl": {"temperature": 0.5}}
+    first = defaults.resolve(given, small, 2, False)
+    Run.begin(first, small, {})
+    again = defaults.resolve({name: given[name] for name in ("data", "run")}, small, 1, True)
+    assert differences(first.to_json(), again.to_json()) == ["workers"]
+
+
+def test_the_side_of_images_is_measured(small: DataSet) -> None:
+    file = small.read(np.arange(1), ("image",)).column("image")[0].as_py()
+    assert defaults.short_side(small) == min(Image.open(io.BytesIO(file)).size)
