@@ -1,7 +1,7 @@
-"""A run's folder: who it is (metadata), how it went (metrics), what it learned (checkpoints), what that is worth.
+"""The folder of a run: its metadata, metrics, checkpoints and the rows of its probes.
 
 metadata.json           configuration, versions, code hash, data fingerprint, and every session that worked on it
-metrics.jsonl           one row each `log_every` steps
+metrics.jsonl           one row each `log_every` steps; in an object store, newer rows are in metrics-NNNNNN.jsonl
 tensorboard/            the same, for TensorBoard
 checkpoints/            see `checkpoint`
 driver.json             while a driver trains it; see raysl.ray_cluster.lock
@@ -10,7 +10,10 @@ features/, probes/      what the probes found
 
 from __future__ import annotations
 
+import contextlib
 import json
+import os
+import re
 import time
 from collections.abc import Iterable, Iterator, Mapping
 from contextlib import contextmanager
@@ -28,18 +31,30 @@ from raysl.storage import Folder, failure
 
 METADATA = "metadata.json"
 METRICS = "metrics.jsonl"
+_OLD_METADATA = "passport.json"
+_PART = re.compile(r"metrics-\d{6}\.jsonl")
+# Rows of one part in an object store, which is written again at every flush until it is full.
+_PART_ROWS = 5000
+# Columns of metrics that are no charts.
+_NO_CHART = ("step", "epoch", "over_steps", "workers", "lost_steps", "eta_s", "wait_s")
 
 
 @dataclass(frozen=True)
 class Run:
-    """A run that has begun. Small and picklable."""
+    """A run that has begun. It holds its folder only, and pickles."""
 
     folder: Folder
 
     @staticmethod
     def open(uri: str) -> Run:
-        """The run at `uri`. Raises UserError when there is none, or its metadata is damaged."""
+        """Open the run at `uri`.
+
+        Raises:
+            UserError: there is no run, its metadata is damaged, or it was made by raysl 0.1.
+        """
         run = Run(Folder(uri))
+        if run.folder.exists(_OLD_METADATA):
+            raise _old(uri)
         if not run.folder.exists(METADATA):
             raise UserError(
                 f"No run at {uri!r}: there is no {METADATA}. Make one with `raysl pretrain --data DATA --run {uri}`."
@@ -50,21 +65,24 @@ class Run:
     @staticmethod
     def existing(uri: str) -> Run | None:
         """Return the run at `uri`, or None when there is none yet."""
-        return Run.open(uri) if Folder(uri).exists(METADATA) else None
+        folder = Folder(uri)
+        return Run.open(uri) if folder.exists(METADATA) or folder.exists(_OLD_METADATA) else None
 
     @staticmethod
     def begin(config: Pretraining, dataset: DataSet, facts: Mapping[str, Any]) -> Run:
-        """Begins a run, or goes on with the one that lies there.
+        """Begin a run, or resume the one in its folder.
 
         Args:
-            config: of the run.
-            dataset: that it trains on.
+            config: the configuration.
+            dataset: the images that it trains on.
             facts: what the parts of the method add to the metadata, such as a hash of the permutations.
 
         Raises:
-            UserError: another run lies there: of another configuration or of other images.
+            UserError: the folder holds a run with another configuration or other images, or one of raysl 0.1.
         """
         run = Run(Folder(config.run))
+        if run.folder.exists(_OLD_METADATA):
+            raise _old(config.run)
         session = {"started": time.strftime("%Y-%m-%dT%H:%M:%S%z"), "workers": config.workers, **versions()}
         wanted = json.loads(json.dumps(config.to_json()))
         if run.folder.exists(METADATA):
@@ -91,9 +109,11 @@ class Run:
         return self.folder / "checkpoints"
 
     def metadata(self) -> dict[str, Any]:
-        """The metadata. Raises UserError when it is damaged."""
+        """Return the metadata. Raises UserError when it is damaged, or of raysl 0.1."""
         try:
             metadata: dict[str, Any] = self.folder.read_json(METADATA)
+            if "trunk" in metadata["config"]:
+                raise _old(str(self.folder))
             dict(metadata["config"]), list(metadata["sessions"])
             data = metadata["data"]
             str(data["fingerprint"]), int(data["num_images"]), int(data["num_classes"])
@@ -105,27 +125,52 @@ class Run:
         return metadata
 
     def config(self) -> Pretraining:
-        """The configuration it was begun with."""
+        """Return the configuration that it was begun with."""
         return Pretraining.from_json(self.metadata()["config"])
 
     def newest(self) -> Checkpoint:
-        """The newest complete checkpoint. Raises UserError when there is none yet."""
+        """Return the newest complete checkpoint. Raises UserError when there is none yet."""
         found = checkpoint.newest(self.checkpoints)
         if found is None:
             raise UserError(f"The run at {str(self.folder)!r} has no complete checkpoint yet.")
         return found
 
     def metrics(self) -> list[dict[str, Any]]:
-        """The rows of metrics.jsonl; none before the first was written. Raises UserError when it is damaged."""
-        if not self.folder.exists(METRICS):
-            return []
-        try:
-            return [json.loads(line) for line in self.folder.read(METRICS).splitlines()]
-        except ValueError as error:
-            raise UserError(
-                f"The file {METRICS} of the run at {str(self.folder)!r} is damaged: {error}. Mend or delete it; the "
-                "checkpoints do not depend on it."
-            ) from error
+        """Return the rows of metrics.jsonl and its parts; none before the first was written.
+
+        A last line without its end, which a crash may leave, is no row.
+
+        Raises:
+            UserError: a file is damaged.
+        """
+        rows: list[dict[str, Any]] = []
+        for name in [METRICS] * self.folder.exists(METRICS) + self.metrics_parts():
+            lines = self.folder.read(name).split(b"\n")
+            try:
+                rows += [json.loads(line) for line in lines[:-1]]
+            except ValueError as error:
+                raise UserError(
+                    f"The file {name} of the run at {str(self.folder)!r} is damaged: {error}. Repair or delete it; the "
+                    "checkpoints do not depend on it."
+                ) from error
+        return rows
+
+    def metrics_parts(self) -> list[str]:
+        """Return the names of the files that continue metrics.jsonl in an object store."""
+        return [] if self.folder.is_local else list(filter(_PART.fullmatch, self.folder.list()))
+
+    def write_metrics(self, rows: Iterable[Mapping[str, Any]]) -> None:
+        """Replace all rows of metrics."""
+        self.folder.write(METRICS, jsonl(rows))
+        for name in self.metrics_parts():
+            self.folder.delete(name)
+
+
+def _old(uri: str) -> UserError:
+    return UserError(
+        f"The run at {uri!r} was made by raysl 0.1, whose format raysl 0.2 does not read. Train it again in another "
+        "folder, or use it with raysl 0.1."
+    )
 
 
 def _same(metadata: Mapping[str, Any], wanted: Mapping[str, Any], dataset: DataSet, place: str) -> None:
@@ -136,7 +181,7 @@ def _same(metadata: Mapping[str, Any], wanted: Mapping[str, Any], dataset: DataS
             f"{str(dataset.folder)!r} has {dataset.manifest.fingerprint[:12]}: the images or labels differ. Give the "
             "data set it was begun on, or another folder to --run."
         )
-    # Read and written again, so that a field that is newer than the run stands there with its default.
+    # Read and written again, so that a field that is newer than the run has its default.
     begun = json.loads(json.dumps(Pretraining.from_json(metadata["config"]).to_json()))
     changed = [n for n in differences(begun, wanted) if n.split(".")[0] not in FREE]
     if changed:
@@ -147,13 +192,14 @@ def _same(metadata: Mapping[str, Any], wanted: Mapping[str, Any], dataset: DataS
 
 
 class MetricsLog:
-    """Rows of metrics in a run's folder, and for TensorBoard where the folder is local. Rank 0 has one.
+    """Rows of metrics in a run's folder, and for TensorBoard if the folder is local. Rank 0 has one.
 
-    The file is written whole each time, so it never ends in half a row, at a local path or in an object store.
+    A local file is appended to. In an object store, where files cannot grow, rows go to parts of some thousand rows, and
+    the next session joins them.
 
     Args:
-        run: whose metrics they are.
-        step: the step that the run goes on from; later rows, of an interrupted session, are dropped.
+        run: the run.
+        step: the step that the run resumes from; later rows, of an interrupted session, are dropped.
 
     Attributes:
         reached: the last step of the rows that were there; 0 without any.
@@ -163,37 +209,54 @@ class MetricsLog:
         self._run = run
         rows = run.metrics()
         self.reached: int = max((row["step"] for row in rows), default=0)
-        self._lines = [jsonl([row]) for row in rows if row["step"] <= step]
+        run.write_metrics(row for row in rows if row["step"] <= step)
+        self._rows: list[Mapping[str, Any]] = []
+        self._part = 1
         self._written_at = time.monotonic()
-        self._write_s = 0.0
         self._board = TensorBoard(run.folder / "tensorboard", step + 1) if run.folder.is_local else None
+        if self._board is not None and step == 0:
+            self._board.add_hyperparameters(run.metadata()["config"])
 
     def add(self, row: Mapping[str, Any]) -> None:
-        """Adds a row; it reaches the file within ten seconds, or later when writing takes long, or at `flush`."""
-        self._lines.append(jsonl([row]))
+        """Add a row; it reaches the file within ten seconds, or at `flush`."""
+        self._rows.append(row)
         if self._board is not None:
             self._board.add(row)
-        # A long file takes at most a fiftieth of the time.
-        if time.monotonic() - self._written_at > max(10.0, 50 * self._write_s):
+        if time.monotonic() - self._written_at > 10.0:
             self.flush()
 
     def flush(self) -> None:
-        """Writes all rows to the file."""
-        started = time.monotonic()
-        self._run.folder.write(METRICS, b"".join(self._lines))
+        """Write all rows."""
+        if self._rows and self._run.folder.is_local:
+            self._append(jsonl(self._rows))
+            self._rows = []
+        elif self._rows:
+            self._run.folder.write(f"metrics-{self._part:06d}.jsonl", jsonl(self._rows))
+            if len(self._rows) >= _PART_ROWS:
+                self._part, self._rows = self._part + 1, []
         if self._board is not None:
             self._board.flush()
         self._written_at = time.monotonic()
-        self._write_s = self._written_at - started
+
+    def _append(self, lines: bytes) -> None:
+        path = Path(str(self._run.folder)) / METRICS
+        size = path.stat().st_size
+        try:
+            with path.open("ab") as file:
+                file.write(lines)
+        except OSError as error:
+            with contextlib.suppress(OSError):
+                os.truncate(path, size)
+            raise failure(str(path), "write", error) from error
 
 
 class TensorBoard:
     """TensorBoard's file of events, written by the caller.
 
-    Not `SummaryWriter`: its thread dies of a full disk in silence, and the trainer then waits for it for ever.
+    Not `SummaryWriter`: its thread dies silently when the disk is full, and the trainer then waits for it forever.
 
     Args:
-        folder: of the events, a local one.
+        folder: folder of the events, a local one.
         step: rows of earlier sessions from this step on are hidden.
     """
 
@@ -208,14 +271,27 @@ class TensorBoard:
             self._events.write_event(Event(step=step, session_log=SessionLog(status=SessionLog.START)))
 
     def add(self, row: Mapping[str, Any]) -> None:
+        """Add the values of a row as points of charts."""
         from tensorboardX.proto.event_pb2 import Event
         from tensorboardX.summary import scalar
 
         with self._writing():
             for name, value in row.items():
-                if name != "step":
+                if name not in _NO_CHART:
                     summary = scalar(name, value)
                     self._events.write_event(Event(wall_time=time.time(), step=row["step"], summary=summary))
+
+    def add_hyperparameters(self, config: Mapping[str, Any]) -> None:
+        """Show a configuration in the HParams tab."""
+        from tensorboardX.proto.event_pb2 import Event
+        from tensorboardX.summary import hparams
+
+        values = {
+            name: value for name, value in flattened(config) if isinstance(value, bool | int | float | str)
+        }
+        with self._writing():
+            for summary in hparams(values, {"loss": 0.0}):
+                self._events.write_event(Event(wall_time=time.time(), summary=summary))
 
     def flush(self) -> None:
         with self._writing():
@@ -229,6 +305,15 @@ class TensorBoard:
             raise failure(self._place, "write", error) from error
 
 
+def flattened(values: Mapping[str, Any], prefix: str = "") -> Iterator[tuple[str, Any]]:
+    """Yield the values of nested mappings under dotted names."""
+    for name, value in values.items():
+        if isinstance(value, Mapping):
+            yield from flattened(value, f"{prefix}{name}.")
+        else:
+            yield f"{prefix}{name}", value
+
+
 def jsonl(rows: Iterable[Mapping[str, Any]]) -> bytes:
-    """Rows as lines of JSON."""
+    """Return rows as lines of JSON."""
     return "".join(json.dumps(row) + "\n" for row in rows).encode()

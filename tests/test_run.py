@@ -33,7 +33,7 @@ def begin(tmp_path: Path, **values: Any) -> Run:
     return Run.begin(config(tmp_path, **values), dataset(), {"permutations_digest": "abc"})
 
 
-def test_a_passport_says_what_the_numbers_depend_on(tmp_path: Path) -> None:
+def test_a_metadata_file_says_what_the_numbers_depend_on(tmp_path: Path) -> None:
     run = begin(tmp_path)
     metadata = Run.open(str(tmp_path / "run")).metadata()
     assert metadata["facts"] == {"permutations_digest": "abc"}
@@ -70,7 +70,7 @@ NO_DATA = b'{"config": {}, "data": {}, "sessions": []}'
 
 
 @pytest.mark.parametrize("damage", [b"", b"{", b"[]", b'{"config": {}}', b"\xff\xfe", NO_DATA])
-def test_a_damaged_passport_is_told(tmp_path: Path, damage: bytes) -> None:
+def test_a_damaged_metadata_file_is_told(tmp_path: Path, damage: bytes) -> None:
     run = begin(tmp_path)
     run.folder.write(METADATA, damage)
     with pytest.raises(UserError, match=rf"metadata of the run at .*run' is damaged.*Restore {METADATA}"):
@@ -118,22 +118,46 @@ def test_a_write_that_fails_leaves_the_rows_of_before(
     log.add({"step": 1})
     log.flush()
     log.add({"step": 2})
-
-    def killed(*paths: object) -> None:
-        raise OSError("killed while writing")
-
-    monkeypatch.setattr("os.replace", killed)
-    with pytest.raises(UserError):
-        log.flush()
+    with monkeypatch.context() as patch:
+        patch.setattr(Path, "open", lambda *_: (_ for _ in ()).throw(OSError("killed while writing")))
+        with pytest.raises(UserError):
+            log.flush()
     assert run.metrics() == [{"step": 1}]
-    assert [path.name for path in (tmp_path / "run").iterdir() if path.name.startswith(METRICS)] == [METRICS]
+    log.flush()
+    assert run.metrics() == [{"step": 1}, {"step": 2}]
 
 
-def test_damaged_metrics_are_told(tmp_path: Path) -> None:
+def test_an_object_store_holds_rows_in_parts(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(run_module, "_PART_ROWS", 2)
+    run = Run(Folder(f"memory://{tmp_path.name}/run"))
+    log = MetricsLog(run, 0)
+    for step in range(1, 6):
+        log.add({"step": step})
+        log.flush()
+    assert [row["step"] for row in run.metrics()] == [1, 2, 3, 4, 5]
+    assert len(run.metrics_parts()) == 3
+    MetricsLog(run, 4)
+    assert [row["step"] for row in run.metrics()] == [1, 2, 3, 4]
+    assert run.metrics_parts() == []
+
+
+def test_damaged_metrics_are_told_and_a_torn_last_row_is_none(tmp_path: Path) -> None:
     run = begin(tmp_path)
     run.folder.write(METRICS, b'{"step": 1}\n{"st')
+    assert run.metrics() == [{"step": 1}]
+    run.folder.write(METRICS, b'{"step": 1}\n{"st\n')
     with pytest.raises(UserError, match=rf"{METRICS} .* is damaged"):
         MetricsLog(run, 0)
+
+
+@pytest.mark.parametrize("name", ["passport.json", METADATA])
+def test_a_run_of_the_old_format_is_refused_in_one_sentence(tmp_path: Path, name: str) -> None:
+    old = {"config": {"trunk": {"name": "small"}}, "data": {}, "sessions": []}
+    Folder(str(tmp_path / "run")).write_json(name, old)
+    with pytest.raises(UserError, match=r"made by raysl 0\.1.*Train it again"):
+        Run.open(str(tmp_path / "run"))
+    with pytest.raises(UserError, match=r"made by raysl 0\.1"):
+        begin(tmp_path)
 
 
 def test_a_full_disk_is_told_and_never_waited_for(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -149,10 +173,11 @@ def test_a_full_disk_is_told_and_never_waited_for(tmp_path: Path, monkeypatch: p
 
 def test_tensorboard_reads_what_was_logged(tmp_path: Path) -> None:
     log = MetricsLog(begin(tmp_path), 0)
-    log.add({"step": 3, "loss": 0.25})
+    log.add({"step": 3, "loss": 0.25, "eta_s": 1.0})
     log.flush()
     (events,) = (tmp_path / "run" / "tensorboard").iterdir()
-    assert {b"loss", b"brain.Event:2"} <= set(re.findall(rb"brain\.Event:2|loss", events.read_bytes()))
+    found = set(re.findall(rb"brain\.Event:2|loss|optim\.lr|_hparams_|eta_s", events.read_bytes()))
+    assert found == {b"loss", b"brain.Event:2", b"optim.lr", b"_hparams_"}
 
 
 def test_rows_are_lines_of_json() -> None:

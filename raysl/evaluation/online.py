@@ -23,7 +23,7 @@ from raysl.evaluation.evaluate import check_apart, probe
 from raysl.evaluation.results import rows_under
 from raysl.ingestion import resolve
 from raysl.ray_cluster import lock, placement
-from raysl.run import METRICS, Run, TensorBoard, jsonl
+from raysl.run import Run, TensorBoard
 from raysl.storage import Folder
 from raysl.training.launch import pretrain
 
@@ -276,7 +276,7 @@ class Watcher:
         for row in self._rows():
             if row["headline"]:
                 metrics.setdefault(row["step"], {"step": row["step"]})[_name(row)] = row["value"]
-        self.run.folder.write(METRICS, jsonl(metrics[step] for step in sorted(metrics)))
+        self.run.write_metrics(metrics[step] for step in sorted(metrics))
 
 
 def _name(row: Mapping[str, Any]) -> str:
