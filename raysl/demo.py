@@ -77,7 +77,7 @@ def demo(config: DemoConfig) -> None:
     sheet = out / "views.png"
     views = Model.of(settings, dataset).views()
     pictures.save(pictures.views_sheet(dataset, views, settings.seed), sheet)
-    run = pretrain(settings, say)
+    run = pretrain(settings)
     say("Probing the trained backbone, the same backbone untrained, and raw pixels.")
     # Scored on the images that they learn from, neighbours leave each image out of its own vote; a classifier cannot.
     probes = ("knn",) if train == test else ("knn", "linear")

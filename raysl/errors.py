@@ -4,7 +4,9 @@ from __future__ import annotations
 
 import contextlib
 import difflib
+import signal
 import sys
+import threading
 from collections.abc import Iterable, Iterator
 
 
@@ -18,6 +20,10 @@ class UserError(Exception):
 
 class Unset(UserError):
     """A value without which a part cannot work, and which has no default, was not given. All else fits together."""
+
+
+class Interrupted(KeyboardInterrupt):
+    """Ctrl-C during work that was saved. The message says how to resume."""
 
 
 def unknown(kind: str, name: str, known: Iterable[str]) -> UserError:
@@ -36,13 +42,23 @@ def unknown(kind: str, name: str, known: Iterable[str]) -> UserError:
 
 @contextlib.contextmanager
 def answered(program: str) -> Iterator[None]:
-    """Around a whole program: a UserError becomes its paragraph and exit code 2, an interruption a line and 130."""
+    """Wrap a whole program: print a UserError and exit with 2; print a line after an interruption and exit with 130.
+
+    SIGHUP (the terminal is closed) interrupts as Ctrl-C does, unless it is ignored (nohup).
+    """
+    if (
+        threading.current_thread() is threading.main_thread()
+        and signal.getsignal(signal.SIGHUP) == signal.SIG_DFL
+    ):
+        signal.signal(signal.SIGHUP, signal.default_int_handler)
     try:
         yield
     except UserError as error:
         _leave(f"{program}: {error}", 2)
+    except Interrupted as error:
+        _leave(f"\n{program}: {error}", 130)
     except KeyboardInterrupt:
-        _leave(f"\n{program}: interrupted. The same command goes on from what was finished.", 130)
+        _leave(f"\n{program}: interrupted. The same command resumes from what was finished.", 130)
 
 
 def _leave(message: str, code: int) -> None:

@@ -81,7 +81,7 @@ def reproduce(first: Run, config: ReproduceConfig, say: Callable[[str], None] = 
     ingredients = list(_ingredients(metadata, resolve(again.data).manifest.fingerprint))
     for line in ingredients:
         say(f"differs: {line}")
-    second = pretrain(again, say, until=steps)
+    second = pretrain(again, until=steps)
     numbers = list(_numbers(first, second, steps))
     return Comparison(tuple(ingredients), tuple(numbers), steps, second)
 

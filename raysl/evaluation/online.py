@@ -76,7 +76,7 @@ def pretrain_and_probe(config: Pretraining, watch: WatchConfig, say: Callable[[s
             read or do not suit it.
     """
     if not watch.probe_every:
-        return pretrain(config, say)
+        return pretrain(config)
     config = saving(config, watch)
     _check_defaults(watch.probes)
     ray_cluster.start()
@@ -86,7 +86,7 @@ def pretrain_and_probe(config: Pretraining, watch: WatchConfig, say: Callable[[s
     thread = threading.Thread(target=watcher.follow, daemon=True)
     thread.start()
     try:
-        run = pretrain(config, say)
+        run = pretrain(config)
     finally:
         watcher.over.set()
     thread.join()

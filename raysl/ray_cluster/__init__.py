@@ -1,4 +1,4 @@
-"""The cluster: starting or joining Ray, and comparing what its machines run."""
+"""Start or join Ray, and compare the code and packages of the machines of a cluster."""
 
 from __future__ import annotations
 
@@ -7,15 +7,18 @@ import logging
 import os
 import re
 import signal
-import sys
+import socket
 import threading
+import time
 from typing import Any
 
 from raysl.errors import UserError
 from raysl.ray_cluster import autoscaler, local_ray, versions
 
-# Set before Ray starts, where the user has not set them. Ray's own defaults are for other work: the Parquet reader
-# that starts 32 actors is not used here, and lines printed by trainers would appear twice.
+_log = logging.getLogger("raysl.ray_cluster")
+
+# Set before Ray starts, unless the user has set them. Ray's defaults suit other work: the Parquet reader that starts
+# 32 actors is not used here, and lines printed by trainers would appear twice.
 _ENVIRONMENT = {
     "RAY_USAGE_STATS_ENABLED": "0",
     "RAY_DATA_USE_DATASOURCE_V2": "0",
@@ -24,25 +27,29 @@ _ENVIRONMENT = {
     "RAY_TRAIN_ENABLE_PRINT_PATCH": "0",
     "RAY_TRAIN_HEALTH_CHECK_INTERVAL_S": "0.5",
     "RAY_ENABLE_UV_RUN_RUNTIME_ENV": "0",
-    # Workers of one machine share its cores with the trainers; at Ray's default priority other programs starve them.
+    # At Ray's default priority, other programs on the machine would starve the workers.
     "RAY_worker_niceness": "0",
 }
-# Of a group of trainers, on a cluster that grows: machines are asked for, booted, and load an image of some gigabytes.
+# On an autoscaling cluster, a worker group waits for machines to boot and to load an image of some gigabytes.
 _GROWING = {"RAY_TRAIN_WORKER_GROUP_START_TIMEOUT_S": "1200"}
-# For a machine to say what it runs.
+# Time for a machine to report its versions.
 _ANSWER_S = 60.0
+# Time for the address of a cluster to accept a connection.
+_JOIN_WITHIN_S = 30.0
 
 
 def start(compare: bool = True) -> None:
-    """Joins the cluster that RAY_ADDRESS names, or that `ray up` has launched on this machine; else starts Ray here,
-    for this process alone (see `alone.begin`). From then on SIGTERM interrupts this process as Ctrl-C does.
+    """Join the cluster named by RAY_ADDRESS or launched on this machine by `ray up`; otherwise start Ray here.
+
+    A Ray that is started here belongs to this process alone; see `local_ray.begin`. SIGTERM then interrupts this
+    process as Ctrl-C does, unless the program has a handler of its own.
 
     Args:
-        compare: whether the machines of a cluster must run what this process runs.
+        compare: require that the machines of the cluster run the same code and packages as this process.
 
     Raises:
-        UserError: Ray cannot be joined or started, the cluster is joined without a token, or machines of the cluster
-            run other code or packages.
+        UserError: Ray cannot be joined or started, the cluster has no token, or its machines run other code or
+            packages.
     """
     import ray
 
@@ -62,38 +69,39 @@ def start(compare: bool = True) -> None:
         "logging_level": logging.ERROR,
         "log_to_driver": os.environ.get("RAYSL_LOG_TO_DRIVER") == "1",
     }
+    main = threading.current_thread() is threading.main_thread()
+    before = signal.getsignal(signal.SIGTERM)
     try:
         if address:
+            _require_answer(address)
             ray.init(address=address, runtime_env=_runtime_env(), **logs)
         else:
             local_ray.begin(**logs)
     except UserError:
         raise
     except Exception as error:  # Ray raises plain ones
-        doing, mend = "start Ray on this machine", "It may be too busy, or lack memory: try again."
+        doing, advice = "start Ray on this machine", "It may be too busy, or lack memory: try again."
         if address:
-            doing, mend = (
-                f"join the Ray cluster at {address!r}",
-                "Mend RAY_ADDRESS, or unset it to stay on this machine.",
-            )
-        raise UserError(f"Cannot {doing}: {' '.join(str(error).split())} {mend}") from error
-    if threading.current_thread() is threading.main_thread():
-        # Ray's own handler prints a trace of C++ and aborts, and nothing is put away.
-        signal.signal(signal.SIGTERM, signal.default_int_handler)
+            doing = f"join the Ray cluster at {address!r}"
+            advice = "Correct RAY_ADDRESS, or unset it to stay on this machine."
+        raise UserError(f"Cannot {doing}: {' '.join(str(error).split())} {advice}") from error
+    if main:
+        # Ray's own handler prints a trace of C++ and aborts, so nothing would be cleaned up.
+        signal.signal(signal.SIGTERM, signal.default_int_handler if before == signal.SIG_DFL else before)
     if address and compare:
         _compare()
 
 
 def _require_token(address: str) -> None:
-    """Refuses to join a cluster without a token, since others could do so too, unless the user has said to."""
+    """Raise UserError if a cluster would be joined without a token, unless RAY_AUTH_MODE=disabled asks for it."""
     from ray._raylet import AuthenticationTokenLoader  # type: ignore[attr-defined]
 
     mode = os.environ.get("RAY_AUTH_MODE")
     if mode and mode.lower() == "disabled":
-        print(
-            f"raysl: the Ray cluster at {address!r} is joined without a token (RAY_AUTH_MODE=disabled): who can reach it "
-            "can run programs on its machines.",
-            file=sys.stderr,
+        _log.warning(
+            "Joining the Ray cluster at %r without a token (RAY_AUTH_MODE=disabled). Everybody who can reach it can "
+            "run programs on its machines.",
+            address,
         )
         return
     # Where no mode is set, Ray itself uses a token that it finds.
@@ -101,14 +109,33 @@ def _require_token(address: str) -> None:
     if not (uses and AuthenticationTokenLoader.instance().has_token(ignore_auth_mode=True)):
         raise UserError(
             f"Cannot join the Ray cluster at {address!r} with "
-            f"{'no token' if uses else f'RAY_AUTH_MODE={mode}'}: who can reach a cluster without one can run programs "
-            "on its machines. Make a token with `ray get-auth-token --generate`, copy ~/.ray/auth_token to all machines, "
-            "and set RAY_AUTH_MODE=token on all; or set RAY_AUTH_MODE=disabled, behind a firewall."
+            f"{'no token' if uses else f'RAY_AUTH_MODE={mode}'}: everybody who can reach a cluster without a token can "
+            "run programs on its machines. Make a token with `ray get-auth-token --generate`, copy ~/.ray/auth_token "
+            "to all machines, and set RAY_AUTH_MODE=token on all; or set RAY_AUTH_MODE=disabled, behind a firewall."
         )
 
 
+def _require_answer(address: str) -> None:
+    """Raise UserError if nothing answers at `address`. Ray itself would try for a quarter of an hour."""
+    host, _, port = address.removeprefix("ray://").rpartition(":")
+    if not (host and port.isdigit()):
+        return
+    deadline = time.monotonic() + _JOIN_WITHIN_S
+    while True:
+        try:
+            socket.create_connection((host.strip("[]"), int(port)), timeout=5).close()
+            return
+        except OSError as error:
+            if time.monotonic() > deadline:
+                raise UserError(
+                    f"Cannot join the Ray cluster at {address!r}: nothing answered for {_JOIN_WITHIN_S:.0f} s "
+                    f"({error}). Correct RAY_ADDRESS, or unset it to stay on this machine."
+                ) from error
+            time.sleep(1)
+
+
 def _runtime_env() -> dict[str, Any]:
-    """What worker processes on all machines are told, those of machines that are started later too."""
+    """Return the environment of worker processes, also on machines that start later."""
     told = {name: os.environ[name] for name in _ENVIRONMENT if name.startswith(("RAY_DATA_", "RAY_TRAIN_"))}
     return {
         "env_vars": {**told, versions.WANTED: json.dumps(versions.versions())},
@@ -117,7 +144,7 @@ def _runtime_env() -> dict[str, Any]:
 
 
 def _compare() -> None:
-    """Refuses a cluster of which machines run something else. Those that come later are found by `versions.check`."""
+    """Raise UserError if machines run other code or packages. `versions.check` finds machines that start later."""
     import ray
 
     here = versions.versions()
@@ -129,17 +156,17 @@ def _compare() -> None:
     if stale:
         ray.shutdown()
         raise UserError(
-            f"Machines of the cluster do not run what this driver runs: {'; '.join(stale)}. {versions.MEND}"
+            f"Machines of the cluster run other code or packages than this driver: {'; '.join(stale)}. {versions.MEND}"
         )
 
 
 def machine_versions() -> dict[str, dict[str, Any]]:
-    """What each machine of the cluster runs, by its address; {} of one that has no raysl, or does not answer."""
+    """Return the versions on each machine by address; {} for a machine without raysl or without an answer."""
     import ray
     from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
 
     task = ray.remote(versions.versions)
-    # They say what they have, and are compared here.
+    # The tasks only report their versions; this process compares them.
     uncompared = {"env_vars": {versions.WANTED: ""}}
     asked = {}
     for node in ray.nodes():
@@ -156,19 +183,19 @@ def machine_versions() -> dict[str, dict[str, Any]]:
             found[asked[answer]] = ray.get(answer)
         except ray.exceptions.RayError:
             continue
-    # One that went meanwhile owes no answer.
+    # A machine that has left in the meantime cannot answer.
     alive = {node["NodeID"] for node in ray.nodes() if node["Alive"]}
     return {address: theirs for (machine, address), theirs in found.items() if theirs or machine in alive}
 
 
 def user_error(error: BaseException | None) -> UserError | None:
-    """The UserError inside an error that came through Ray, if there is one."""
+    """Return the UserError inside an error that came through Ray, or None."""
     seen: set[int] = set()
     while error is not None and id(error) not in seen:
         seen.add(id(error))
         if isinstance(error, UserError):
             return UserError(str(getattr(error, "cause", error)))
-        # Of a process that refused to start, Ray keeps the text alone.
+        # Ray keeps only the text of an error from a process that refused to start.
         if refused := re.search(r"^raysl\.errors\.UserError: (.+)$", str(error), re.MULTILINE):
             return UserError(refused[1])
         cause = getattr(error, "cause", None)

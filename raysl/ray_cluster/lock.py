@@ -1,23 +1,26 @@
-"""One driver at a time for a run or a sweep: a record in its folder, wherever that lies, which the driver renews.
+"""Allow one driver at a time for a run or a sweep: a distributed lock, kept as a file that its driver renews.
 
-    driver.json     {"id", "host", "pid", "beat"}, there while a driver works
+    driver.json     {"id", "host", "scope", "pid", "beat"}, present while a driver works
 
-Clocks of machines are not compared: whoever finds a record watches whether it changes.
+Clocks of machines are never compared: a driver that finds the file watches whether it changes.
 """
 
 from __future__ import annotations
 
 import contextlib
+import logging
 import os
 import socket
 import threading
 import time
 import uuid
-from collections.abc import Callable
+from pathlib import Path
 from typing import Any
 
 from raysl.errors import UserError
 from raysl.storage import Folder
+
+_log = logging.getLogger("raysl.ray_cluster")
 
 NAME = "driver.json"
 BEAT_S = 10.0
@@ -26,9 +29,20 @@ _MISSED = 4
 
 
 def held_here(folder: Folder) -> bool:
-    """Whether this process works on the run or the sweep."""
-    there = _recorded(folder) or {}
-    return (there.get("host"), there.get("pid")) == (socket.gethostname(), os.getpid())
+    """Return True if this process holds the lock of the folder."""
+    found = _recorded(folder) or {}
+    return (found.get("host"), found.get("scope"), found.get("pid")) == (*_here(), os.getpid())
+
+
+def _here() -> tuple[str, str]:
+    """Return the host name, and the scope in which process ids are unique: this boot and PID namespace.
+
+    Containers may share a host name, and then see each other's processes or not.
+    """
+    with contextlib.suppress(OSError):
+        boot = Path("/proc/sys/kernel/random/boot_id").read_text().strip()
+        return socket.gethostname(), f"{boot}/{os.stat('/proc/self/ns/pid').st_ino}"
+    return socket.gethostname(), ""
 
 
 def _recorded(folder: Folder) -> dict[str, Any] | None:
@@ -40,36 +54,33 @@ def _recorded(folder: Folder) -> dict[str, Any] | None:
 
 
 class DriverLock:
-    """A driver's right to write to a run or a sweep, for the time of a `with` block.
+    """The right to write to a run or a sweep, for the duration of a `with` block.
 
     Args:
-        folder: of the run or the sweep.
-        say: takes a line, when there is something to wait for.
-        work: "run" or "sweep", for sentences.
+        folder: folder of the run or the sweep.
+        work: "run" or "sweep", for messages.
         beat_s: seconds between two renewals.
 
     Attributes:
-        lost: set when another driver was found to have taken over.
+        lost: set when another driver has taken over.
 
     Raises:
-        UserError: on entering, another driver works there.
+        UserError: on entering, another driver holds the lock.
     """
 
-    def __init__(
-        self, folder: Folder, say: Callable[[str], None], work: str = "sweep", beat_s: float = BEAT_S
-    ) -> None:
+    def __init__(self, folder: Folder, work: str = "sweep", beat_s: float = BEAT_S) -> None:
         self.folder = folder
-        self._say = say
         self._work = work
         self._beat_s = beat_s
-        self._record = {"id": uuid.uuid4().hex, "host": socket.gethostname(), "pid": os.getpid()}
+        host, scope = _here()
+        self._record = {"id": uuid.uuid4().hex, "host": host, "scope": scope, "pid": os.getpid()}
         self._done = threading.Event()
         self.lost = threading.Event()
 
     def __enter__(self) -> DriverLock:
-        there = _recorded(self.folder)
-        if there is not None and not self._gone(there):
-            self._watch(there)
+        found = _recorded(self.folder)
+        if found is not None and not self._gone(found):
+            self._watch(found)
         self._write(0)
         self._thread = threading.Thread(target=self._renew, daemon=True)
         self._thread.start()
@@ -82,16 +93,16 @@ class DriverLock:
             self.folder.delete(NAME)
 
     def check(self) -> None:
-        """Raises UserError when another driver has taken over, or the record was deleted."""
+        """Raise UserError if another driver has taken over, or the file was deleted."""
         if not self._mine():
             raise UserError(
-                f"Another driver has taken over the {self._work} at {str(self.folder)!r}, or {NAME} was deleted there. "
-                "This one stops; nothing that it has written before is lost, and the other goes on from there."
+                f"Another driver has taken over the {self._work} at {str(self.folder)!r}, or {NAME} was deleted. This "
+                "driver stops; everything it has written is kept, and the other one resumes from there."
             )
 
     def _mine(self) -> bool:
-        there = _recorded(self.folder)
-        return there is not None and there.get("id") == self._record["id"]
+        found = _recorded(self.folder)
+        return found is not None and found.get("id") == self._record["id"]
 
     def _write(self, beat: int) -> None:
         self.folder.write_json(NAME, {**self._record, "beat": beat})
@@ -107,24 +118,27 @@ class DriverLock:
                 beat += 1
                 self._write(beat)
 
-    def _gone(self, there: dict[str, Any]) -> bool:
-        """Whether the driver was on this machine and is no longer; False where that cannot be told."""
-        if there.get("host") != socket.gethostname():
+    def _gone(self, found: dict[str, Any]) -> bool:
+        """Return True if the driver ran in this PID namespace and has ended; False if that cannot be known."""
+        if not found.get("scope") or (found.get("host"), found.get("scope")) != _here():
             return False
         try:
-            os.kill(int(there["pid"]), 0)
+            os.kill(int(found["pid"]), 0)
         except ProcessLookupError:
             return True
         except (PermissionError, KeyError, ValueError):
             return False
         return False
 
-    def _watch(self, there: dict[str, Any]) -> None:
-        """Returns when the record has not changed for some beats."""
-        who = f"process {there.get('pid')} on {there.get('host')}"
+    def _watch(self, found: dict[str, Any]) -> None:
+        """Return when the file has not changed for some beats. Raises UserError when it changes."""
+        who = f"process {found.get('pid')} on {found.get('host')}"
         patience_s = _MISSED * self._beat_s
-        self._say(
-            f"Another driver, {who}, has worked on this {self._work}. Watching for {patience_s:.0f} s if it still does."
+        _log.info(
+            "Another driver, %s, has worked on this %s. Watching for %.0f s whether it still does.",
+            who,
+            self._work,
+            patience_s,
         )
         deadline = time.monotonic() + patience_s
         while time.monotonic() < deadline:
@@ -132,9 +146,8 @@ class DriverLock:
             now = _recorded(self.folder)
             if now is None:
                 return
-            if now != there:
+            if now != found:
                 raise UserError(
-                    f"Another driver, {who}, works on the {self._work} at {str(self.folder)!r}, and two would undo "
-                    "each other's work. Wait for it or stop it, and give the same command again; or give another "
-                    "folder."
+                    f"Another driver, {who}, works on the {self._work} at {str(self.folder)!r}. Wait for it or stop "
+                    "it, and run the same command again; or choose another folder."
                 )

@@ -1,4 +1,4 @@
-"""From a configuration to a finished run: checks, placement, Ray Train, progress. Runs on the driver."""
+"""Launch a pretraining run: check it, place the workers, run Ray Train, and follow its progress. Runs on the driver."""
 
 from __future__ import annotations
 
@@ -15,13 +15,16 @@ from typing import Any
 
 from raysl import checkpoint, ray_cluster
 from raysl.config import Pretraining
-from raysl.errors import UserError
+from raysl.dataset import DataSet
+from raysl.errors import Interrupted, UserError
 from raysl.ingestion import resolve
 from raysl.model import Model
+from raysl.ray_cluster import gpus
 from raysl.ray_cluster import placement as cluster_placement
 from raysl.ray_cluster.lock import DriverLock
 from raysl.ray_cluster.placement import Placement
 from raysl.run import Run
+from raysl.stream.plan import Plan
 from raysl.stream.shared import Subscriber
 from raysl.training import elastic, progress_actor
 from raysl.training.elastic import CapacityRequest, Resizing, WorkerGroup
@@ -29,70 +32,87 @@ from raysl.training.worker import Job, work
 
 _log = logging.getLogger("raysl.training")
 
-# Restarts of the workers without progress before a run gives up. Each goes on from the newest checkpoint.
+# Restarts of the workers without progress before a run gives up. Each resumes from the newest checkpoint.
 MAX_FAILURES = 8
-# Between two lines of progress. Every row is in metrics.jsonl.
+# Interval between two lines of progress. Every row is in metrics.jsonl.
 SHOW_EVERY_S = 5.0
-# For a team of another size to leave off, from when it was asked or last heard of. It is ended then: of a machine that
-# died unseen, workers take the place on those that are left, and starve their own data tasks.
-LEAVE_WITHIN_S = 120.0
+# Time for a worker group to stop after a request, counted from the request or its last sign of life. Then it is killed:
+# if a machine died unnoticed, two workers may share one machine's CPUs and starve their own data tasks.
+STOP_WITHIN_S = 120.0
 
 
 def pretrain(
     config: Pretraining,
-    say: Callable[[str], None] = print,
     *,
     until: int | None = None,
     placement: Placement | None = None,
     subscriber: Subscriber | None = None,
 ) -> Run:
-    """Runs pretraining to its end, or goes on with a run that was interrupted.
+    """Run pretraining to its end, or resume an interrupted run.
+
+    In the main thread, Ctrl-C, SIGTERM and SIGHUP save the run at the step it has reached. A second signal stops at
+    once.
 
     Args:
-        config: of the run.
-        say: takes one line of progress at a time.
-        until: stop after this step of the run's schedule, with a checkpoint to go on from; None for the end.
-        placement: what the workers get; by default the whole cluster is divided among them.
-        seat: at a stream that is shared with other runs; see `raysl.stream.shared`.
+        config: configuration of the run.
+        until: stop after this step, with a checkpoint; None for the last step of the schedule.
+        placement: resources of the workers; by default they share the whole cluster.
+        subscriber: position in a stream shared with other runs; see `raysl.stream.shared`.
 
     Returns:
-        The run, finished or as far as `until`.
+        The run, finished or at step `until`.
 
     Raises:
-        UserError: something in the configuration, the data or the machine has to be mended; nothing is half-written.
-        SystemExit: the process got SIGTERM; the run was saved at the step where it was.
+        UserError: the configuration, the data or the machine has to be fixed. Nothing is half-written.
+        Interrupted: Ctrl-C; the run is saved.
+        SystemExit: SIGTERM or SIGHUP; the run is saved.
     """
-    ray_cluster.start()
     counts = config.worker_counts()
-    # Before a raw source is ingested, which takes its time.
-    group = _first_team(counts, placement)
+    if DataSet.is_one(config.data):
+        # Everything that needs no Ray is checked before Ray starts.
+        _checked(config, DataSet.open(config.data))
+    ray_cluster.start()
+    group = _first_group(counts, placement)
     dataset = resolve(config.data)
-    plan = config.plan(dataset)
-    # Built here only to find mistakes before any worker starts, and for its facts.
-    model = Model.of(config, dataset)
-    model.views()
+    plan, model = _checked(config, dataset)
     run = Run.begin(config, dataset, model.describe())
     end = min(until or plan.num_steps, plan.num_steps)
     saved = _saved(run)
     if saved >= end:
-        done = "finished" if saved >= plan.num_steps else "there"
-        say(f"The run at {config.run} is already {done} ({saved} steps).")
+        state = "finished" if saved >= plan.num_steps else "at this step"
+        _log.info("The run at %s is already %s (%d steps).", config.run, state, saved)
         return run
-    begun = f"goes on from step {saved}" if saved else "begins"
-    say(
-        f"{config.method} on {dataset.num_images:,} images {begun}: {plan.num_steps} steps of {config.batch_size}, "
-        f"{_described(group, counts)}, data tasks with {group.placement.share.cpus_per_task:g} CPU."
-    )
-    if busy := group.placement.busy(group.workers):
-        say(busy)
-    _log.info("Starting the workers ...")
+    _announce(config, dataset, plan, group, saved)
+    if group.gpus:
+        gpus.check(group.placement.gpus_per_worker)
     job = Job(config.to_json(), run, dataset, group.placement, progress_actor.open_board(), until)
-    with DriverLock(run.folder, say, "run") as lock:
-        _Legs(job, counts, end, plan.num_steps, say, lock).run(group)
+    with DriverLock(run.folder, "run") as lock:
+        _Attempts(job, counts, end, plan.num_steps, lock).run(group)
     return run
 
 
-def _first_team(counts: Sequence[int], placement: Placement | None) -> WorkerGroup:
+def _checked(config: Pretraining, dataset: DataSet) -> tuple[Plan, Model]:
+    """Return the plan and the model of a run. Raises UserError for mistakes that only the data set reveals."""
+    model = Model.of(config, dataset)
+    model.views()
+    return config.plan(dataset), model
+
+
+def _announce(config: Pretraining, dataset: DataSet, plan: Plan, group: WorkerGroup, saved: int) -> None:
+    _log.info(
+        "%s on %s images %s: %d steps of %d, %s, data tasks with %g CPU.",
+        config.method,
+        f"{dataset.num_images:,}",
+        f"resumes from step {saved}" if saved else "begins",
+        plan.num_steps,
+        config.batch_size,
+        _described(group, config.worker_counts()),
+        group.placement.share.cpus_per_task,
+    )
+    _log.info(group.placement.busy(group.workers) or "Starting the workers ...")
+
+
+def _first_group(counts: Sequence[int], placement: Placement | None) -> WorkerGroup:
     if placement is not None:
         return WorkerGroup(counts[0], placement)
     if len(counts) == 1:
@@ -102,56 +122,55 @@ def _first_team(counts: Sequence[int], placement: Placement | None) -> WorkerGro
 
 def _described(group: WorkerGroup, counts: Sequence[int]) -> str:
     placement = group.placement
+    plural = "s" if group.workers > 1 else ""
     share = f"{placement.cpus_per_worker:g} CPU and {placement.gpus_per_worker:g} GPU each"
     among = f" (of {', '.join(map(str, counts))}, which divide the batch)" if len(counts) > 1 else ""
-    return f"{group.workers} workers{among} with {share}"
+    return f"{group.workers} worker{plural}{among} with {share}"
 
 
 def _saved(run: Run) -> int:
-    """The step of the newest complete checkpoint; 0 without one."""
+    """Return the step of the newest complete checkpoint; 0 without one."""
     found = checkpoint.newest(run.checkpoints)
     return found.step if found else 0
 
 
 @dataclass(frozen=True)
-class _Legs:
-    """A run in legs: each is a run of Ray Train with a fixed number of workers, from one checkpoint to another.
+class _Attempts:
+    """Run a job as a sequence of attempts: each is a Ray Train run of fixed size from one checkpoint to another.
 
-    A leg ends at the last step, or where the workers left off with a checkpoint: because there is room for another
-    number of them, because one of their machines is about to be taken away, or because this process got SIGTERM. Ray
-    restarts a team of fixed size that lost a worker; for one that may change its size, that is the end of a leg too.
+    An attempt ends at the last step, or when the workers stop with a checkpoint because the number of workers can
+    change, because a machine will be reclaimed, or because this process got a signal. Ray restarts a group of fixed
+    size that lost a worker; for an elastic run the loss ends the attempt.
 
     Args:
-        job: without the placement of a leg.
-        counts: numbers of workers that are allowed, in order.
-        end: the step to stop after.
-        num_steps: of the whole run.
-        say: takes one line of progress at a time.
-        lease: of the run, without which no leg begins.
+        job: the job, without the placement of an attempt.
+        counts: allowed numbers of workers, ascending.
+        end: step to stop after.
+        num_steps: steps of the whole run.
+        lock: lock on the run, without which no attempt begins.
     """
 
     job: Job
     counts: Sequence[int]
     end: int
     num_steps: int
-    say: Callable[[str], None]
     lock: DriverLock
 
     @property
     def elastic(self) -> bool:
-        """Whether the team may change its size."""
+        """True if the number of workers may change."""
         return len(self.counts) > 1
 
     def run(self, group: WorkerGroup) -> None:
-        """Runs legs until the last step is saved."""
+        """Run attempts until the last step is saved."""
         import ray
 
         board = self.job.board
         idle, saved = 0, _saved(self.job.run)
-        with _sigterm(lambda: board.ask_to_leave.remote(True)) as terminated:
+        with _signals(lambda: board.ask_to_leave.remote(True)) as signals:
             while True:
                 self.lock.check()
-                error = self._leg(group)
+                error = self._attempt(group)
                 if self.lock.lost.is_set():
                     self.lock.check()
                 before, saved = saved, _saved(self.job.run)
@@ -159,49 +178,69 @@ class _Legs:
                     return
                 idle = 0 if saved > before else idle + 1
                 over = idle > MAX_FAILURES or (error is not None and not self.elastic)
-                if over and not terminated.is_set():
+                if over and not signals.received.is_set():
                     raise error or UserError(
-                        f"Training left off {idle} times after step {saved} without a step between. The same command "
-                        "goes on from there."
+                        f"Training stopped {idle} times at step {saved} without progress. The same command resumes "
+                        "from there."
                     )
-                ray.get(board.ask_to_leave.remote(terminated.is_set()))
-                group = self._next(group, terminated)
-                if terminated.is_set():
-                    self.say(
-                        f"Stopped by SIGTERM after step {saved}, which is saved. The same command goes on."
-                    )
-                    raise SystemExit(128 + signal.SIGTERM)
+                ray.get(board.ask_to_leave.remote(signals.received.is_set()))
+                group = self._next(group, signals.received)
+                if signals.received.is_set():
+                    raise signals.ended(saved)
 
-    def _next(self, group: WorkerGroup, terminated: threading.Event) -> WorkerGroup:
-        """The team of the next leg; waits for machines until there is room for one."""
+    def _next(self, group: WorkerGroup, stopped: threading.Event) -> WorkerGroup:
+        """Return the worker group of the next attempt; wait for machines until one fits."""
         waiting = False
-        while self.elastic and not terminated.is_set():
+        while self.elastic and not stopped.is_set():
             try:
                 group = elastic.gather(self.counts, elastic.machines(), group.gpus)
                 break
             except UserError as error:
                 if not waiting:
-                    self.say(f"Waiting for machines. {error}")
+                    _log.info("Waiting for machines. %s", error)
                 waiting = True
-                terminated.wait(SHOW_EVERY_S)
-        if not terminated.is_set():
-            self.say(f"Goes on with {_described(group, self.counts)}.")
+                stopped.wait(SHOW_EVERY_S)
+        if not stopped.is_set():
+            _log.info("Continues with %s.", _described(group, self.counts))
         return group
 
-    def _leg(self, group: WorkerGroup) -> UserError | None:
-        """Runs Ray Train and shows what is heard from it.
+    def _attempt(self, group: WorkerGroup) -> UserError | None:
+        """Run Ray Train once and show its progress.
 
         Returns:
-            Why it failed, if another leg may do better; None if it came to its end.
+            The reason of a failure that another attempt may overcome; None if the attempt came to its end.
 
         Raises:
-            UserError: no other leg would.
+            UserError: no other attempt would succeed.
         """
         from ray.train import TrainingFailedError
 
         board = self.job.board
-        resizing = Resizing(self.counts, group)
         request = CapacityRequest(self.counts[-1], group, elastic.machines()) if self.elastic else None
+        try:
+            with self._followed(group):
+                self._fit(group)
+        except TrainingFailedError as error:
+            progress_actor.raise_failure(board)
+            if found := ray_cluster.user_error(error):
+                raise found from error
+            return UserError(
+                f"Training stopped after {MAX_FAILURES} restarts: {str(error).strip().splitlines()[-1]}. The run keeps "
+                "its last checkpoint; the same command resumes from there. RAYSL_LOG_TO_DRIVER=1 shows the output of "
+                "the workers."
+            )
+        finally:
+            if request is not None:
+                request.take_back()
+        progress_actor.raise_failure(board)
+        self._show()
+        return None
+
+    @contextmanager
+    def _followed(self, group: WorkerGroup) -> Iterator[None]:
+        """Show progress in a thread during the block; ask the workers to stop when their number should change."""
+        board = self.job.board
+        resizing = Resizing(self.counts, group)
         done = threading.Event()
 
         def follow() -> None:
@@ -212,47 +251,53 @@ class _Legs:
                     heard_s = time.monotonic()
                 if due:
                     board.ask_to_leave.remote(True)
-                if self.lock.lost.is_set() or time.monotonic() - heard_s > LEAVE_WITHIN_S:
+                if self.lock.lost.is_set() or time.monotonic() - heard_s > STOP_WITHIN_S:
                     board.dismiss.remote()
 
         thread = threading.Thread(target=follow, daemon=True)
         thread.start()
         try:
-            with tempfile.TemporaryDirectory(prefix="raysl-train-", ignore_cleanup_errors=True) as scratch:
-                job = replace(self.job, placement=group.placement)
-                _trainer(job, group.workers, self.elastic, scratch).fit()
-        except TrainingFailedError as error:
-            progress_actor.raise_failure(board)
-            if found := ray_cluster.user_error(error):
-                raise found from error
-            return UserError(
-                f"Training stopped after {MAX_FAILURES} restarts: {str(error).strip().splitlines()[-1]}. The run keeps "
-                "its last checkpoint; the same command goes on from there. RAYSL_LOG_TO_DRIVER=1 shows the workers' "
-                "output."
-            )
+            yield
         finally:
             done.set()
             thread.join()
-            if request is not None:
-                request.take_back()
-        progress_actor.raise_failure(board)
-        self._show()
-        return None
+
+    def _fit(self, group: WorkerGroup) -> None:
+        """Run Ray Train in another thread, because in the main thread it takes over Ctrl-C and aborts the run."""
+        failed: list[BaseException] = []
+
+        def fit() -> None:
+            try:
+                with tempfile.TemporaryDirectory(
+                    prefix="raysl-train-", ignore_cleanup_errors=True
+                ) as scratch:
+                    job = replace(self.job, placement=group.placement)
+                    _trainer(job, group.workers, self.elastic, scratch).fit()
+            except BaseException as error:
+                failed.append(error)
+
+        thread = threading.Thread(target=fit, daemon=True)
+        thread.start()
+        # A join without a time-out would hold back the signal handlers of the main thread.
+        while thread.is_alive():
+            thread.join(0.2)
+        if failed:
+            raise failed[0]
 
     def _show(self) -> bool:
-        """Shows what there is; whether there was anything."""
+        """Log the news and the newest row of metrics; return True if there were any."""
         import ray
 
         news, rows = ray.get([self.job.board.news.remote(), self.job.board.take.remote()])
         for line in news:
-            self.say(line)
+            _log.info(line)
         for row in rows[-1:]:
-            self.say(progress_actor.line(row, self.num_steps))
+            _log.info(progress_actor.line(row, self.num_steps))
         return bool(news or rows)
 
 
 def _trainer(job: Job, workers: int, once: bool, scratch: str) -> Any:
-    """A run of Ray Train. With `once`, it does not restart the workers by itself."""
+    """Return a trainer of Ray Train. With `once`, it does not restart the workers by itself."""
     from ray.train import FailureConfig, LoggingConfig, RunConfig, ScalingConfig
     from ray.train.torch import TorchTrainer
 
@@ -267,7 +312,7 @@ def _trainer(job: Job, workers: int, once: bool, scratch: str) -> Any:
             resources_per_worker=job.placement.resources(),
         ),
         run_config=RunConfig(
-            # Ray's own bookkeeping only: checkpoints are raysl's, in the run's folder.
+            # For Ray's own bookkeeping only: raysl keeps its checkpoints in the folder of the run.
             name=f"raysl-{uuid.uuid4().hex[:8]}",
             storage_path=scratch,
             failure_config=FailureConfig(0, controller_failure_limit=0, max_preemption_failures=0)
@@ -278,25 +323,54 @@ def _trainer(job: Job, workers: int, once: bool, scratch: str) -> Any:
     )
 
 
-@contextmanager
-def _sigterm(act: Callable[[], object]) -> Iterator[threading.Event]:
-    """While it lasts, the first SIGTERM to this process sets the event and calls `act`; the next one ends it at once.
+class _Signals:
+    """The first stop signal that this process got.
 
-    Signals reach the main thread only; in another one, as in sweeps, nothing changes.
+    Attributes:
+        received: set when a signal has arrived.
+        number: the signal.
     """
-    told = threading.Event()
+
+    def __init__(self) -> None:
+        self.received = threading.Event()
+        self.number = signal.SIGINT
+
+    def ended(self, step: int) -> BaseException:
+        """Return the exception that ends a run which was saved at `step`."""
+        name = "Ctrl-C" if self.number == signal.SIGINT else self.number.name
+        message = f"Stopped by {name} after step {step}, which is saved. The same command resumes from there."
+        if self.number == signal.SIGINT:
+            return Interrupted(message)
+        _log.info(message)
+        return SystemExit(128 + self.number)
+
+
+@contextmanager
+def _signals(act: Callable[[], object]) -> Iterator[_Signals]:
+    """During the block, record the first SIGINT, SIGTERM or SIGHUP and call `act`; the next one acts as it did before.
+
+    Python runs signal handlers in the main thread only; in another thread nothing changes.
+    """
+    signals = _Signals()
     if threading.current_thread() is not threading.main_thread():
-        yield told
+        yield signals
         return
-    before = signal.getsignal(signal.SIGTERM)
+    before = {number: signal.getsignal(number) for number in (signal.SIGINT, signal.SIGTERM, signal.SIGHUP)}
+
+    def restore() -> None:
+        for number, handler in before.items():
+            signal.signal(number, handler)
 
     def handle(number: int, frame: object) -> None:
-        signal.signal(signal.SIGTERM, before)
-        told.set()
+        restore()
+        signals.number = signal.Signals(number)
+        signals.received.set()
+        _log.info("Saving the run. The same signal again stops at once, without saving.")
         act()
 
-    signal.signal(signal.SIGTERM, handle)
+    for number in before:
+        signal.signal(number, handle)
     try:
-        yield told
+        yield signals
     finally:
-        signal.signal(signal.SIGTERM, before)
+        restore()

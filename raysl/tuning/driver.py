@@ -50,7 +50,7 @@ def sweep(base: Pretraining, config: SweepConfig, say: Callable[[str], None] = p
             another driver works on the sweep.
     """
     setting = prepare(base, config)
-    with DriverLock(Folder(config.out), say) as lock:
+    with DriverLock(Folder(config.out)) as lock:
         return _sweep(setting, Journal(Folder(config.out), lock.check), say)
 
 

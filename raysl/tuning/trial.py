@@ -100,7 +100,7 @@ def _score(work: Work, say: Callable[[str], None]) -> tuple[float, float]:
         _copy(work.donor, work.begun, run_folder)
     for receiver in work.receivers:
         _copy(run_folder, work.begun, receiver)
-    run = pretrain(work.config, say, until=work.until, placement=work.placement, subscriber=work.subscriber)
+    run = pretrain(work.config, until=work.until, placement=work.placement, subscriber=work.subscriber)
     if run.newest().step != work.until:
         raise UserError(
             f"The run at {work.config.run!r} is at step {run.newest().step} and was to be scored at step {work.until}. "

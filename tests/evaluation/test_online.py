@@ -219,7 +219,7 @@ def test_a_checkpoint_is_probed_before_training_ends(
 
     def training(config: Pretraining, say: Any) -> Run:
         """Has its checkpoint, and does not end before it was probed."""
-        with lock.DriverLock(run.folder, say, "run"):
+        with lock.DriverLock(run.folder, "run"):
             assert told.wait(120)
         return run
 

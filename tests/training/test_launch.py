@@ -3,13 +3,18 @@
 from __future__ import annotations
 
 import contextlib
+import fcntl
 import hashlib
 import importlib
+import logging
 import os
+import pty
 import signal
 import subprocess
 import sys
+import termios
 import time
+from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -100,10 +105,28 @@ def test_run_is_complete(finished: Run, dataset: DataSet) -> None:
     assert list((Path(finished.folder.uri) / "tensorboard").iterdir())
 
 
-def test_finished_run_is_not_run_again(finished: Run) -> None:
-    said: list[str] = []
-    pretrain(finished.config(), said.append)
-    assert "already finished" in said[0]
+def test_finished_run_is_not_run_again(finished: Run, caplog: pytest.LogCaptureFixture) -> None:
+    with caplog.at_level("INFO"):
+        pretrain(finished.config())
+    assert "already finished" in caplog.text
+
+
+class Listener(logging.Handler):
+    """Calls a function with every message that raysl logs, for the duration of a block."""
+
+    def __init__(self, listen: Callable[[str], None]) -> None:
+        super().__init__()
+        self.listen = listen
+
+    def emit(self, record: logging.LogRecord) -> None:
+        self.listen(record.getMessage())
+
+    def __enter__(self) -> None:
+        logging.getLogger("raysl").addHandler(self)
+        logging.getLogger("raysl").setLevel(logging.INFO)
+
+    def __exit__(self, *_: object) -> None:
+        logging.getLogger("raysl").removeHandler(self)
 
 
 def kill(*titles: str, most: int) -> int:
@@ -127,7 +150,8 @@ def test_killed_data_tasks_and_train_worker(finished: Run, dataset: DataSet, tmp
             killed["data"] = kill("ray::MapBatches", "ray::IDLE", most=100)
             killed["trainer"] = kill("RayTrainWorker", most=1)
 
-    pretrain(config, listen)
+    with Listener(listen):
+        pretrain(config)
     assert killed["data"] > 0
     assert killed["trainer"] == 1
     assert_same_end(config.run, finished)
@@ -153,25 +177,55 @@ def test_killed_driver(finished: Run, dataset: DataSet, tmp_path: Path) -> None:
     assert_same_end(str(run), finished)
 
 
-def test_terminated_driver(dataset: DataSet, tmp_path: Path) -> None:
-    """SIGTERM: the run is saved at the step where it is, and not a step of it is lost."""
+def read_until_step(descriptor: int) -> str:
+    """Read from a terminal until a line of progress has come."""
+    said = ""
+    while "\nstep" not in said:
+        said += os.read(descriptor, 4096).decode()
+    return said
+
+
+@pytest.mark.parametrize(
+    ("number", "name", "code"),
+    [
+        (signal.SIGINT, "Ctrl-C", 130),
+        (signal.SIGTERM, "SIGTERM", 143),
+        pytest.param(signal.SIGHUP, "SIGHUP", 129, marks=pytest.mark.slow),
+    ],
+)
+def test_a_signal_saves_the_run_at_its_step(
+    dataset: DataSet, tmp_path: Path, number: signal.Signals, name: str, code: int
+) -> None:
+    """No step is lost. Ctrl-C is typed at a terminal, which sends it to Ray's processes too."""
     run = tmp_path / "run"
     command = [sys.executable, "-m", "raysl", "pretrain", "--data", str(dataset.folder), "--run", str(run)]
     command += "--epochs 5000 --batch-size 16 --workers 2 --view.image-size 16 --view.recipe plain".split()
     command += "--save.every-minutes 0 --pirl.num-negatives 32 --pirl.dim 16".split()
-    driver = subprocess.Popen(command, stdout=subprocess.PIPE, text=True)
-    assert driver.stdout is not None
-    said, told = "", False
-    for line in driver.stdout:
-        # Once: a second SIGTERM would end it without a save.
-        if line.startswith("step") and not told:
-            driver.terminate()
-            told = True
-        said += line
-    assert driver.wait() == 128 + signal.SIGTERM
+    ours, theirs = pty.openpty()
+    driver = subprocess.Popen(
+        command, stdin=theirs, stdout=theirs, stderr=theirs, start_new_session=True, preexec_fn=_own_terminal
+    )
+    os.close(theirs)
+    try:
+        said = read_until_step(ours)
+        if number == signal.SIGINT:
+            os.write(ours, b"\x03")
+        else:
+            driver.send_signal(number)
+        with contextlib.suppress(OSError):  # the terminal closes with the driver
+            while more := os.read(ours, 4096):
+                said += more.decode()
+        assert driver.wait(timeout=120) == code
+    finally:
+        driver.kill()
     newest = Run.open(str(run)).newest()
-    assert f"Stopped by SIGTERM after step {newest.step}" in said
+    assert f"Stopped by {name} after step {newest.step}, which is saved" in " ".join(said.split())
     assert Run.open(str(run)).metrics()[-1]["step"] == newest.step
+    assert "Traceback" not in said
+
+
+def _own_terminal() -> None:
+    fcntl.ioctl(0, termios.TIOCSCTTY, 0)
 
 
 def test_other_images_are_refused(finished: Run, tmp_path: Path) -> None:
