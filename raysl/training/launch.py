@@ -85,7 +85,7 @@ def pretrain(
     _announce(config, dataset, plan, group, saved)
     if group.gpus:
         gpus.check(group.placement.gpus_per_worker)
-    job = Job(config.to_json(), run, dataset, group.placement, progress_actor.open_board(), until)
+    job = Job(config.to_json(), run, dataset, group.placement, progress_actor.open_board(), until, subscriber)
     with DriverLock(run.folder, "run") as lock:
         _Attempts(job, counts, end, plan.num_steps, lock).run(group)
     return run
