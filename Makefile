@@ -8,6 +8,9 @@ SCRIPTS := $(wildcard experiments/*.py benchmarks/*.py)
 # Asking for the version and not only for the file: a pyenv shim exists even where it has nothing to run.
 UV := $(shell uv --version >/dev/null 2>&1 && echo uv || echo .uv/bin/uv)
 
+# k-means runs on faiss, whose wheels for GPUs are 1 GB larger.
+FAISS := $(shell nvidia-smi -L >/dev/null 2>&1 && echo gpu || echo cpu)
+
 demo: .venv/.installed
 	@.venv/bin/raysl demo
 
@@ -43,8 +46,9 @@ clean:
 	    echo "make: raysl needs Python 3.11 to 3.14, and $$(python3 --version 2>&1) is what python3 is here." >&2; \
 	    echo "make: install one of them (for example: apt install python3.12) and run the same command again." >&2; \
 	    exit 1; }; }
-	@echo "make: installing raysl and what it needs into .venv (about 3 GB the first time, mostly torch)"
-	@UV_COMPILE_BYTECODE_TIMEOUT=600 $(UV) pip install --python .venv/bin/python --constraint constraints.txt --compile-bytecode --editable '.[dev]'
+	@echo "make: installing raysl and what it needs into .venv (downloads 3 to 4 GB the first time)"
+	@$(UV) pip uninstall --quiet --python .venv/bin/python $(if $(filter gpu,$(FAISS)),faiss-cpu,faiss-gpu)
+	@UV_COMPILE_BYTECODE_TIMEOUT=600 $(UV) pip install --python .venv/bin/python --constraint constraints.txt --compile-bytecode --editable '.[dev,$(FAISS)]'
 	@touch $@
 
 # --target works on every pip: it needs no user site and is not refused on a system-managed Python.

@@ -15,7 +15,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from raysl import console
-from raysl.arguments import check_source, configure, dataset, given, run_config, start_ray, uri
+from raysl.arguments import check_faiss, check_source, configure, dataset, given, run_config, start_ray, uri
 from raysl.errors import UserError
 
 if TYPE_CHECKING:
@@ -225,6 +225,7 @@ def cluster(
         fields: fields of `KMeansConfig`.
     """
     console.install()
+    check_faiss()
     from raysl.clustering import lloyd
     from raysl.clustering.options import KMeansConfig as Config
 
@@ -260,6 +261,7 @@ def clusterfit(
     Returns the run of the last student.
     """
     console.install()
+    check_faiss()
     from raysl.clustering.cluster_and_fit import ClusterfitConfig as Config
 
     settings = configure(Config, config, {"teacher": uri(teacher), **fields})

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import importlib.util
 import os
 import sys
 from collections.abc import Mapping, Sequence
@@ -51,6 +52,15 @@ def check_source(data: Data) -> None:
 
     if not isinstance(data, DataSet) and not DataSet.is_one(uri(data)):
         open_source(Place.parse(uri(data)))
+
+
+def check_faiss() -> None:
+    """Raise UserError when the package that k-means runs on is missing."""
+    if importlib.util.find_spec("faiss") is None:
+        raise UserError(
+            "Clustering needs faiss, which is not installed. In the folder of raysl, run `pip install '.[gpu]'` on a "
+            "machine with an NVIDIA GPU, and `pip install '.[cpu]'` elsewhere."
+        )
 
 
 def run_config(
