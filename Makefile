@@ -1,7 +1,7 @@
 # A new machine needs git, make and python3 with pip. `make demo` shows what raysl does; `make test` tests it.
 # Everything is installed inside this folder, and again only when pyproject.toml or constraints.txt has changed.
 
-.PHONY: demo test test-all check cluster-e2e clean
+.PHONY: demo test test-all quick check format docs cluster-e2e clean
 .NOTPARALLEL:
 
 SCRIPTS := $(wildcard experiments/*.py benchmarks/*.py)
@@ -21,6 +21,22 @@ test: .venv/.installed
 test-all: .venv/.installed
 	@echo "make: running all tests"
 	@.venv/bin/python -m pytest
+
+# Under a minute on two cores once mypy has its cache: lint, types, and tests of pure functions.
+QUICK := tests/contrastive tests/pretext tests/stream/test_plan.py tests/test_storage.py tests/test_rng.py tests/test_optim.py tests/test_repo_rules.py
+quick: .venv/.installed
+	@.venv/bin/ruff format --check .
+	@.venv/bin/ruff check .
+	@.venv/bin/mypy raysl
+	@.venv/bin/python -m pytest -m "not slow and not ray" $(QUICK)
+
+format: .venv/.installed
+	@.venv/bin/ruff check --fix .
+	@.venv/bin/ruff format .
+
+docs: .venv/.installed
+	@$(UV) pip install --quiet --python .venv/bin/python --constraint constraints.txt --editable '.[docs]'
+	@.venv/bin/mkdocs build --site-dir build/site
 
 check: .venv/.installed
 	@echo "make: checking format, lint and types"

@@ -83,8 +83,10 @@ def begin(**options: Any) -> None:
     global _home
     import ray
 
+    home = _Home(_folder())
+    # A Ray may be left that was shut down without `end`.
     end()
-    _home = home = _Home(_folder())
+    _home = home
     # After Ray's own, which is registered when Ray is imported, and so called before it.
     atexit.register(end)
     token = home.folder / "token"

@@ -5,8 +5,13 @@ from __future__ import annotations
 import subprocess
 import sys
 import textwrap
+from collections.abc import Iterator
+from contextlib import contextmanager
 
 import pytest
+
+from raysl import ray_cluster
+from raysl.errors import UserError
 
 
 @pytest.mark.ray
@@ -30,7 +35,49 @@ def test_sigterm_puts_away_and_leaves_a_line() -> None:
     assert done.stdout == "put away\n"
     assert done.stderr.split("\n") == [
         "",
-        "experiment: interrupted. The same command goes on from what was finished.",
+        "experiment: interrupted. The same command resumes from what was finished.",
         "",
     ]
     assert done.returncode == 130
+
+
+@pytest.mark.parametrize("mode", [None, "token", "tokken"])
+def test_a_cluster_is_not_joined_without_a_token(monkeypatch: pytest.MonkeyPatch, mode: str | None) -> None:
+    with _no_token(monkeypatch, mode), pytest.raises(UserError, match=r"10\.0\.0\.1.*get-auth-token"):
+        ray_cluster.start()
+
+
+def test_a_cluster_without_a_token_is_joined_if_the_user_says_so(
+    monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    with _no_token(monkeypatch, "disabled"), pytest.raises(UserError, match="no answer"):
+        ray_cluster.start()
+    assert "without a token" in caplog.text
+
+
+@contextmanager
+def _no_token(monkeypatch: pytest.MonkeyPatch, mode: str | None) -> Iterator[None]:
+    """RAY_ADDRESS names a cluster that does not answer, and this user has no token."""
+
+    def fails(*_: object, **__: object) -> None:
+        raise ConnectionError("no answer.")
+
+    class Loader:
+        @staticmethod
+        def instance() -> Loader:
+            return Loader()
+
+        def has_token(self, ignore_auth_mode: bool) -> bool:
+            return False
+
+    with monkeypatch.context() as patch:
+        patch.setattr("ray.is_initialized", lambda: False)
+        patch.setattr(ray_cluster, "_require_answer", fails)
+        patch.setattr("ray._raylet.AuthenticationTokenLoader", Loader)
+        patch.setattr(ray_cluster, "_ENVIRONMENT", {})
+        patch.setenv("RAY_ADDRESS", "10.0.0.1:6379")
+        if mode is None:
+            patch.delenv("RAY_AUTH_MODE", raising=False)
+        else:
+            patch.setenv("RAY_AUTH_MODE", mode)
+        yield
