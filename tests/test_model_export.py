@@ -168,7 +168,7 @@ def test_the_card_shows_what_the_baselines_gave(resnet: Run, tmp_path: Path) -> 
         {**row, "encoder": "pixels", "step": 0, "value": 0.2222},
         {**row, "layer": "res2", "value": 0.5},
         *({**baseline, key: "y", "value": 0.9999} for key in others),
-        {**baseline, "primary": False, "value": 0.9999},
+        {**baseline, "name": "z", "primary": False, "value": 0.9999},
         {**row, "step": 4, "value": 0.9999},
     ]
     resnet.folder.write(ROWS, jsonl(rows))

@@ -42,7 +42,7 @@ def test_local_draws_images_unless_others_are_named() -> None:
 
 def test_what_was_measured_is_not_measured_again(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     asked: list[Any] = []
-    monkeypatch.setattr(comparison, "probe", lambda run, train, test, names, **rest: asked.append(names))
+    monkeypatch.setattr(comparison, "probe", lambda run, train, test, probes, **_: asked.append(probes))
     dataset = make_dataset(tmp_path / "set", 40)
     run, _ = make_run(dataset, tmp_path / "run")
     flags = LineupFlags(str(dataset.folder), runs=str(tmp_path))

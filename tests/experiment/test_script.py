@@ -97,8 +97,8 @@ def test_a_run_that_was_probed_is_not_probed_again(tmp_path: Path, monkeypatch: 
     asked: list[Any] = []
     monkeypatch.setattr(scripts, "pretrain", lambda config: run)
 
-    def probe(run: Run, train: str, test: str, names: tuple[str, ...]) -> list[dict[str, Any]]:
-        asked.append(names)
+    def probe(run: Run, train: str, test: str, probes: tuple[str, ...]) -> list[dict[str, Any]]:
+        asked.append(probes)
         return []
 
     monkeypatch.setattr(scripts, "probe", probe)

@@ -198,7 +198,7 @@ def test_an_unknown_transform_and_too_few_images_are_refused(tmp_path: Path) -> 
         list(invariance.Invariance(invariance.Config()).examine(subject))
     with pytest.raises(UserError, match="others"):
         invariance.Config(others=0)
-    with pytest.raises(UserError, match="empty"):
+    with pytest.raises(UserError, match="at least one value"):
         invariance.Config(())
     with pytest.raises(UserError, match="kept"):
         invariance.Config(statistics="keep")  # type: ignore[arg-type]
