@@ -119,7 +119,7 @@ def probe(
         image_size: side of the view in pixels, for weights only; 0 for 224 for a file of weights and 32 otherwise.
         backbone: a `BackboneConfig`, a mapping of its fields or a name, for weights only.
         seed: seed of "random", and of what a probe of weights draws.
-        bn_statistics: see `raysl.evaluation.evaluate.ProbeConfig`.
+        bn_statistics: see `raysl.evaluation.options.ProbeConfig`.
         protocols: the configuration of a probe by its name, as in `linear={"schedule": "fast"}`.
 
     Returns:
@@ -138,9 +138,10 @@ def probe(
     network = configure(Network, {"name": backbone} if isinstance(backbone, str) else backbone, {})
     sets = dataset(train), dataset(test)
     from raysl.evaluation import evaluate
-    from raysl.extraction import named
+    from raysl.evaluation.options import ProbeConfig
+    from raysl.extraction import named, view_size
 
-    config = evaluate.ProbeConfig(
+    config = ProbeConfig(
         names,
         layers,
         configs=configs,
@@ -155,7 +156,7 @@ def probe(
     if "retrieval" in names:
         from raysl.reporting import retrieval_grid
 
-        size = image_size or evaluate.view_size(source)
+        size = image_size or view_size(source)
         drawn = evaluate.frozen_encoder(source, sets[0], size, bn_statistics)
         grid = retrieval_grid.draw(evaluate.folder_of(source, config), drawn, *sets, size)
         _log.info("Nearest images of some test images: %s", grid)

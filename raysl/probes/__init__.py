@@ -99,7 +99,7 @@ class Subject:
         test: images to score.
         seed: seed of the run, for all random choices of the probe.
         folder: folder for files that a report reads; each encoder, data set and protocol has its own.
-        bn_statistics: "kept" or "reestimated"; see `raysl.evaluation.evaluate.ProbeConfig`.
+        bn_statistics: "kept" or "reestimated"; see `raysl.evaluation.options.ProbeConfig`.
     """
 
     encoder: Encoder
