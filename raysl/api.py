@@ -28,6 +28,7 @@ if TYPE_CHECKING:
     from raysl.diagnostics import DoctorConfig, Report
     from raysl.diagnostics.machines import Fleet
     from raysl.evaluation.online import OnlineConfig
+    from raysl.evaluation.options import ProbeConfig
     from raysl.extraction import FeaturesConfig, FeatureStore
     from raysl.ingestion import IngestConfig
     from raysl.model_export import ExportConfig
@@ -139,7 +140,7 @@ def probe(
     sets = dataset(train), dataset(test)
     from raysl.evaluation import evaluate
     from raysl.evaluation.options import ProbeConfig
-    from raysl.extraction import named, view_size
+    from raysl.extraction import named
 
     config = ProbeConfig(
         names,
@@ -154,13 +155,19 @@ def probe(
     title = f"{uri(checkpoint).rpartition('/')[2]} ({network.name})"
     rows = evaluate.probe_encoder(source, title, *sets, config)
     if "retrieval" in names:
-        from raysl.reporting import retrieval_grid
-
-        size = image_size or view_size(source)
-        drawn = evaluate.frozen_encoder(source, sets[0], size, bn_statistics)
-        grid = retrieval_grid.draw(evaluate.folder_of(source, config), drawn, *sets, size)
-        _log.info("Nearest images of some test images: %s", grid)
+        _draw_nearest(source, sets, config)
     return rows
+
+
+def _draw_nearest(source: Encoder, sets: tuple[DataSet, DataSet], config: ProbeConfig) -> None:
+    from raysl.evaluation import evaluate
+    from raysl.extraction import view_size
+    from raysl.reporting import retrieval_grid
+
+    size = config.image_size or view_size(source)
+    drawn = evaluate.frozen_encoder(source, sets[0], size, config.bn_statistics)
+    grid = retrieval_grid.draw(evaluate.folder_of(source, config), drawn, *sets, size)
+    _log.info("Nearest images of some test images: %s", grid)
 
 
 def features(
