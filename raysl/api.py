@@ -29,7 +29,7 @@ if TYPE_CHECKING:
     from raysl.diagnostics.machines import Fleet
     from raysl.evaluation.online import OnlineConfig
     from raysl.evaluation.options import ProbeConfig
-    from raysl.extraction import FeaturesConfig, FeatureStore
+    from raysl.extraction import Encoder, FeaturesConfig, FeatureStore
     from raysl.ingestion import IngestConfig
     from raysl.model_export import ExportConfig
     from raysl.reporting import ReportConfig
@@ -130,12 +130,9 @@ def probe(
     from raysl import probes as kinds
     from raysl.backbone.network import BackboneConfig as Network
 
-    names = tuple(probes)
-    if strange := sorted(set(protocols) - set(names)):
-        raise UserError(
-            f"The argument {strange[0]!r} is neither one of `probe` nor one of its probes {names}."
-        )
-    configs = {name: configure(kinds.config_type(name), protocols.get(name), {}) for name in names}
+    if strange := sorted(set(protocols) - set(probes)):
+        raise UserError(f"The argument {strange[0]!r} is neither one of `probe` nor one of {tuple(probes)}.")
+    configs = {name: configure(kinds.config_type(name), protocols.get(name), {}) for name in probes}
     network = configure(Network, {"name": backbone} if isinstance(backbone, str) else backbone, {})
     sets = dataset(train), dataset(test)
     from raysl.evaluation import evaluate
@@ -143,7 +140,7 @@ def probe(
     from raysl.extraction import named
 
     config = ProbeConfig(
-        names,
+        probes,
         layers,
         configs=configs,
         bn_statistics=bn_statistics,
@@ -154,7 +151,7 @@ def probe(
     source = named(uri(checkpoint), network, seed)
     title = f"{uri(checkpoint).rpartition('/')[2]} ({network.name})"
     rows = evaluate.probe_encoder(source, title, *sets, config)
-    if "retrieval" in names:
+    if "retrieval" in probes:
         _draw_nearest(source, sets, config)
     return rows
 
