@@ -39,9 +39,7 @@ class OptimConfig(Checked):
     weight_decay: Annotated[float, Bounds(0, 10), Range((1e-6, 1e-5, 1e-4, 1e-3), log=True)] = 1e-4
     schedule: Literal["cosine", "step"] = "cosine"
     milestones: Annotated[tuple[float, ...], Bounds(0, 1, hint="a share of the run")] = (0.6, 0.8)
-    warmup: Annotated[
-        float, Bounds(0, below=1, hint="a share of the run"), Range((0.0, 0.05, 0.1))
-    ] = 0.0
+    warmup: Annotated[float, Bounds(0, below=1, hint="a share of the run"), Range((0.0, 0.05, 0.1))] = 0.0
     warmup_start: Annotated[float, Bounds(0, 1, hint="a share of the full rate")] = 0.0
     clip_norm: Annotated[float, Bounds(0, 1e30)] = 0.0
 

@@ -54,7 +54,7 @@ def heads(encoder: Encoder, device: torch.device, by_batch: bool = False) -> Hea
         model = Model(config, DataFacts(data["num_images"], data["num_classes"], data["fingerprint"]))
     model.load_state_dict(encoder.checkpoint.state()["network"])
     if by_batch:
-        norm.by_batch(model)
+        norm.use_batch_statistics(model)
     model.eval().to(device, memory_format=torch.channels_last)  # type: ignore[call-overload]
 
     def embed(image_bpchw: Tensor, transformed_bpchw: Tensor) -> tuple[Tensor, Tensor]:

@@ -8,7 +8,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from raysl import checkpoint
+from raysl import checkpoint, plugins
 from raysl.backbone import network as networks
 from raysl.backbone.network import BackboneConfig, encode
 from raysl.checkpoint import Checkpoint
@@ -68,7 +68,9 @@ def load(run: str, step: int = 0) -> Teacher:
         )
     try:
         config = folder.read_json(_METADATA)["config"]
-        method, encoder = str(config["method"]), networks.build(BackboneConfig(**config["backbone"]))
+        backbone = BackboneConfig(**config["backbone"])
+        plugins.check_trusted(backbone.modules(), run)
+        method, encoder = str(config["method"]), networks.build(backbone)
     except (ValueError, KeyError, TypeError) as error:
         raise UserError(
             f"The metadata of the run at {run!r} is damaged: {error!r}. Restore {_METADATA} from a copy."

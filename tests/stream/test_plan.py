@@ -165,12 +165,12 @@ def test_a_billion_images_in_a_million_row_groups() -> None:
 @pytest.mark.parametrize(
     ("values", "answer"),
     [
-        ({"epochs": 0}, "epochs is 0"),
+        ({"epochs": 0}, "--epochs is 0"),
         ({"epochs": -1.0}, "epochs is -1"),
         ({"epochs": float("inf")}, "epochs is inf"),
         ({"epochs": float("nan")}, "epochs is nan"),
-        ({"batch": 0}, "batch_size is 0"),
-        ({"batch": 301}, "batch_size is 301 and the data set has 300 images"),
+        ({"batch": 0}, "batch-size is 0"),
+        ({"batch": 301}, "batch-size is 301 and the data set has 300 images"),
     ],
 )
 def test_plans_that_make_no_sense_are_refused(values: dict[str, Any], answer: str) -> None:
@@ -179,5 +179,5 @@ def test_plans_that_make_no_sense_are_refused(values: dict[str, Any], answer: st
 
 
 def test_a_batch_that_the_workers_cannot_share_is_refused() -> None:
-    with pytest.raises(UserError, match=r"16 cannot be divided over 3 workers.*such as 15"):
+    with pytest.raises(UserError, match=r"is 16; with 3 workers it must be a multiple of 3, such as 15"):
         plan().rows(0, 0, 3)
