@@ -66,7 +66,7 @@ class Pirl(nn.Module):
 
     def forward(self, images_bchw: Tensor, patches_bpchw: Tensor) -> tuple[Tensor, Tensor]:
         """Embed the images and their patches: unit vectors (b, d) each."""
-        b, p = patches_bpchw.shape[:2]
+        b = len(patches_bpchw)
         patch_features = self.backbone(patches_bpchw.flatten(0, 1))
         transformed_bd = self.g_mix(self.g_patch(patch_features).view(b, -1))
         image_bd = self.f(self.backbone(images_bchw))
@@ -129,7 +129,7 @@ def train(
         negatives_bk = bank.negatives(indices_b, 64)
         loss = pirl_loss(image_bd, transformed_bd, indices_b, negatives_bk, bank.rows_nd)
         optimizer.zero_grad()
-        loss.backward()
+        loss.backward()  # type: ignore[no-untyped-call]
         optimizer.step()
         schedule.step()
         bank.update(indices_b, image_bd)

@@ -242,37 +242,37 @@ def _changed(images_bchw: Tensor, rows: Integers, change: Callable[[Tensor, Inte
 
 
 def _chunks(count: int, images: Tensor) -> list[slice]:
-    """Parts of `count` images whose float32 copies stay in the processor's cache; one part on an accelerator."""
+    """Split `count` images into parts that fit into the processor's cache as float32; one part on an accelerator."""
     fitting = _CHUNK_PIXELS // max(1, images[0].numel()) if images.device.type == "cpu" and count else count
     step = max(1, fitting)
     return [slice(start, start + step) for start in range(0, count, step)]
 
 
 def _fixed(values: Floats, places: int) -> Floats:
-    """Multiples of 2**-places: products with whole numbers then add up in float32 without any rounding."""
+    """Round to multiples of 2**-places, so that float32 sums of products with whole numbers are exact."""
     return np.rint(values * 2.0**places) * 2.0**-places
 
 
 def _column(values_b: npt.NDArray[Any], like: Tensor, dtype: torch.dtype = torch.float32) -> Tensor:
-    """One value per image, to be combined with (b, 3, h, w)."""
+    """Return one value per image in a shape that broadcasts with (b, 3, h, w)."""
     return torch.from_numpy(values_b).to(dtype).to(like.device)[:, None, None, None]
 
 
 def _to_uint8(values: Tensor) -> Tensor:
-    """Rounds float values that already have 0.5 added; overwrites them."""
-    # By way of int16: torch has no vectorised conversion from float32 to uint8, which is four times slower.
+    """Round float values to which 0.5 has been added. It overwrites them."""
+    # torch's conversion from float32 to uint8 is not vectorised and four times slower than through int16.
     return values.clamp_(0, 255).to(torch.int16).to(torch.uint8)
 
 
 def _colour_map(recipe: Recipe, image_rng: ImageRng) -> tuple[Floats, Floats]:
-    """The colour map of each image: c becomes matrix_b33 @ c + pull_b * mean luminance."""
+    """Sample the color map of each image: c becomes matrix_b33 @ c + pull_b * mean luminance."""
     jittered_b = image_rng.uniform_array("jitter", 1)[:, 0] < recipe.jitter
     strengths = np.array([recipe.brightness, recipe.contrast, recipe.saturation, recipe.hue])
     change_b4 = (
         np.where(jittered_b[:, None], 2 * image_rng.uniform_array("jitter strengths", 4) - 1, 0) * strengths
     )
     brightness_b, contrast_b, saturation_b = 1 + change_b4[:, :3].T
-    # A colour without saturation is its luminance, whatever its hue.
+    # A color without saturation is its luminance, for any hue.
     saturation_b[_selected(image_rng, "gray", recipe.gray)] = 0
     angle_b = 2 * np.pi * change_b4[:, 3]
     along_b, across_b = (saturation_b * turn for turn in (np.cos(angle_b), np.sin(angle_b)))
@@ -281,7 +281,7 @@ def _colour_map(recipe: Recipe, image_rng: ImageRng) -> tuple[Floats, Floats]:
 
 
 def _map_colours(planes_bcn: Tensor, matrix_b33: Floats, pull_b: Floats) -> Tensor:
-    """Applies the colour maps. Exact but for the final rounding to whole numbers."""
+    """Apply the color maps. Only the final rounding to whole numbers is not exact."""
     device = planes_bcn.device
     matrices = torch.from_numpy(_fixed(matrix_b33, _COLOUR_PLACES).astype(np.float32)).to(device)
     weights = torch.tensor(_LUMA_PER_MILLE, device=device)
@@ -293,7 +293,7 @@ def _map_colours(planes_bcn: Tensor, matrix_b33: Floats, pull_b: Floats) -> Tens
 
 
 def _matmul(matrix_b33: Tensor, planes_bcn: Tensor) -> Tensor:
-    """The products of small matrices and images, without the reduced precision that torch may be set to."""
+    """Multiply small matrices and images in full float32 precision, whatever torch is set to."""
     if planes_bcn.device.type == "cpu":
         return torch.from_numpy(np.matmul(matrix_b33.numpy(), planes_bcn.numpy()))
     red, green, blue = (matrix_b33[:, :, c, None] * planes_bcn[:, c, None] for c in range(3))
@@ -301,23 +301,23 @@ def _matmul(matrix_b33: Tensor, planes_bcn: Tensor) -> Tensor:
 
 
 def _photometric_block(images_bchw: Tensor, u_b3: Floats) -> Tensor:
-    """Posterize, sharpness, solarize, autocontrast, as VISSL's ImgPilRandomPhotometric; overwrites the images."""
+    """Apply posterize, sharpness, solarize and autocontrast, as VISSL's ImgPilRandomPhotometric. Overwrites the images."""
     bits_b = 4 + (u_b3[:, 0] * 5).astype(np.int64)
     images_bchw &= _column(256 - 2 ** (8 - bits_b), images_bchw, torch.uint8)
     _sharpen(images_bchw, 0.1 + 1.8 * u_b3[:, 1])
     threshold_b = (u_b3[:, 2] * 257).astype(np.int64)
-    # In place, because torch does not vectorise a comparison that makes another type out of a broadcast.
+    # In place: torch does not vectorise a comparison whose result has another type.
     bright = images_bchw.clone().ge_(_column(np.minimum(threshold_b, 255), images_bchw, torch.uint8))
     images_bchw ^= bright.mul_(_column(np.where(threshold_b < 256, 255, 0), images_bchw, torch.uint8))
     return _autocontrast(images_bchw)
 
 
 def _sharpen(images_bchw: Tensor, factor_b: Floats) -> None:
-    """PIL's ImageEnhance.Sharpness in place: away from (or, below 1, towards) the smoothed image.
+    """Apply PIL's ImageEnhance.Sharpness in place. A factor above 1 sharpens, below 1 smooths.
 
-    The smoothing kernel is 3 x 3 with weight 5 in the middle and 1 around, over 13; the border stays as it is.
+    The smoothing kernel is 3 x 3 with weight 5 in the middle and 1 around, divided by 13. The border is unchanged.
     """
-    x = images_bchw.to(torch.int16)  # nine times 255 fit
+    x = images_bchw.to(torch.int16)  # 9 * 255 fits
     rows = x[:, :, :-2] + x[:, :, 1:-1] + x[:, :, 2:]
     box = rows[..., :-2] + rows[..., 1:-1] + rows[..., 2:]
     around = _fixed((1 - factor_b) / 13, _SHARPNESS_PLACES)
@@ -327,7 +327,7 @@ def _sharpen(images_bchw: Tensor, factor_b: Floats) -> None:
 
 
 def _autocontrast(images_bchw: Tensor) -> Tensor:
-    """Stretches each channel to 0 .. 255; a channel of one value stays as it is."""
+    """Stretch each channel to 0 .. 255. A channel with a single value is unchanged."""
     planes_bcn = images_bchw.flatten(2)
     low, high = (m.float() for m in (planes_bcn.amin(-1, True), planes_bcn.amax(-1, True)))
     flat = low == high
@@ -337,14 +337,14 @@ def _autocontrast(images_bchw: Tensor) -> Tensor:
 
 
 def _gaussian(sigma_b1: Floats, radius: int) -> Floats:
-    """(b, radius + 1): weights of the middle and of each distance from it, on both sides adding up to one."""
+    """Return (b, radius + 1) weights by the distance from the middle. With both sides they sum to 1."""
     far = np.exp(-0.5 * (np.arange(1, radius + 1) / sigma_b1) ** 2)
     far = _fixed(far / (1 + 2 * far.sum(1, keepdims=True)), _BLUR_PLACES)
     return np.concatenate([1 - 2 * far.sum(1, keepdims=True), far], axis=1)
 
 
 def _blur(images_bchw: Tensor, weights_bk: Floats) -> Tensor:
-    """Convolves rows and columns, each pass rounded to whole numbers; the border is repeated outwards."""
+    """Convolve rows, then columns, each rounded to whole numbers. The border is repeated outwards."""
     radius = weights_bk.shape[1] - 1
     x = pad(images_bchw.float(), (radius,) * 4, mode="replicate")
     weights = [_column(column, x) for column in weights_bk.T]

@@ -85,8 +85,8 @@ def test_unknown_keys_are_answered_with_the_nearest(value: dict[str, Any], answe
         Pretraining.from_json({"data": "shapes", "run": "runs/a", **value})
 
 
-def test_a_value_of_the_wrong_kind_is_told() -> None:
-    with pytest.raises(UserError, match="'optim' holds a value of the wrong kind"):
+def test_a_value_of_the_wrong_kind_is_refused() -> None:
+    with pytest.raises(UserError, match=r"--optim\.lr is 'much'; it must be a number"):
         Pretraining.from_json({"data": "d", "run": "r", "optim": {"lr": "much"}})
 
 
@@ -116,9 +116,7 @@ def test_a_missing_key_is_named() -> None:
         ({"view": {"image_size": 4}}, r"view\.image.size is 4"),
         ({"view": {"min_scale": 0.0}}, r"view\.min.scale is 0"),
         ({"parts": {"pirl": {"temperature": 0.0}}}, r"pirl\.temperature is 0"),
-        ({"parts": {"pirl": {"temperature": -1.0}}}, r"pirl\.temperature is -1"),
-        ({"parts": {"pirl": {"temperature": float("nan")}}}, r"pirl\.temperature is nan"),
-        ({"parts": {"pirl": {"lam": 1.5}}}, r"pirl\.lambda is 1\.5"),
+        ({"parts": {"pirl": {"lam": 1.5}}}, r"pirl\.lam is 1\.5"),
         ({"parts": {"pirl": {"dim": 0}}}, r"pirl\.dim is 0"),
         ({"parts": {"pirl": {"loss": "info_nce"}}}, r"pirl\.loss is 'info_nce'.*did you mean 'infonce'"),
         ({"parts": {"pirl": {"negatives": "mine"}}}, r"pirl\.negatives is 'mine'"),

@@ -19,7 +19,8 @@ FILE = Path(__file__).parents[1] / "examples" / "pirl_minimal.py"
 
 def example() -> Any:
     spec = importlib.util.spec_from_file_location("pirl_minimal", FILE)
-    assert spec is not None and spec.loader is not None
+    assert spec is not None
+    assert spec.loader is not None
     module = importlib.util.module_from_spec(spec)
     spec.loader.exec_module(module)
     return module
@@ -38,7 +39,7 @@ def test_the_loss_the_gradient_and_the_bank_equal_those_of_raysl() -> None:
     model = minimal.Pirl(backbone, backbone.width, num_patches=4, dim=16)
     model.f.load_state_dict(objective.image_head.state_dict())
     model.g_patch.load_state_dict(objective.transformed_head.project.state_dict())
-    model.g_mix.load_state_dict(objective.transformed_head.mix[-1].state_dict())  # type: ignore[index,union-attr]
+    model.g_mix.load_state_dict(objective.transformed_head.mix[-1].state_dict())  # type: ignore[index]
     image_bd, transformed_bd = model(of.views["image"][:, 0], of.views["transformed"])
     drawn = ImageRng(0, of.rows.epochs_b, of.rows.indices_b).integers("negatives", N - 1, count=20)
     negatives_bk = drawn + (drawn >= of.indices_b[:, None])
@@ -60,8 +61,9 @@ def test_the_loss_the_gradient_and_the_bank_equal_those_of_raysl() -> None:
 def test_it_trains() -> None:
     minimal = example()
     torch.manual_seed(0)
-    network = torch.nn.Sequential(torch.nn.AdaptiveAvgPool2d(4), torch.nn.Flatten(), torch.nn.Linear(48, 8))
-    before = network[2].weight.detach().clone()
+    last = torch.nn.Linear(48, 8)
+    network = torch.nn.Sequential(torch.nn.AdaptiveAvgPool2d(4), torch.nn.Flatten(), last)
+    before = last.weight.detach().clone()
     trained = minimal.train(torch.rand(64, 3, 36, 36), network, 8, steps=3, batch_size=4)
     assert np.isfinite(trained[2].weight.detach().numpy()).all()
     assert not torch.equal(trained[2].weight, before)
@@ -69,5 +71,6 @@ def test_it_trains() -> None:
 
 def test_it_needs_nothing_of_raysl() -> None:
     text = FILE.read_text()
-    assert "import raysl" not in text and "from raysl" not in text
+    assert "import raysl" not in text
+    assert "from raysl" not in text
     assert len(text.splitlines()) <= 170

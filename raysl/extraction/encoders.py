@@ -78,7 +78,7 @@ class _Network:
 
     @property
     def layers(self) -> tuple[str, ...]:
-        return tuple(layer_names.modules(skeleton(self.backbone_config())))
+        return tuple(layer_names.modules(networks.skeleton(self.backbone_config())))
 
     def load(self, device: torch.device, layers: Sequence[str], by_batch: bool = False) -> Encode:
         """See `Encoder.load`. Raises UserError if the weights cannot be loaded."""
@@ -128,7 +128,7 @@ class RandomBackbone(_Network):
     def network(self) -> Backbone:
         with torch.random.fork_rng(devices=[]):
             torch.manual_seed(rng.key(self.seed, "weights") >> 1)  # As raysl.model.Model starts.
-            return build(self.config)
+            return networks.build(self.config)
 
 
 def untrained(run: Run) -> RandomBackbone:
@@ -165,7 +165,7 @@ class Weights(_Network):
 
     def network(self) -> Backbone:
         """See `Trainable.network`. Raises UserError if the file does not hold the weights of this backbone."""
-        backbone = build(self.config)
+        backbone = networks.build(self.config)
         external_weights.load_weights_into(backbone, self.file, self.config.name)
         return backbone
 
@@ -243,7 +243,7 @@ def check_size(encoder: Encoder, image_size: int) -> None:
     if not 1 <= image_size <= MAX_IMAGE_SIZE:
         raise UserError(f"--image-size is {image_size}; it must be between 1 and {MAX_IMAGE_SIZE:,}.")
     if isinstance(encoder, _Network):
-        check_backbone_size(encoder.backbone_config(), image_size)
+        networks.check_size(encoder.backbone_config(), image_size)
 
 
 def _pixels(images_bchw: Tensor) -> dict[str, Tensor]:

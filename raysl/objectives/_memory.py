@@ -32,10 +32,12 @@ class MemoryConfig(Checked):
             short runs of small backbones need.
     """
 
-    temperature: Annotated[float, Range((0.03, 0.05, 0.07, 0.1, 0.15, 0.2, 0.5), log=True, mutable=True)] = (
-        0.07
-    )
-    num_negatives: Annotated[int, Range((64, 256, 1024, 4096), log=True)] = 4096
+    temperature: Annotated[
+        float,
+        Bounds(above=0, high=100, hint="the papers use 0.07"),
+        Range((0.03, 0.05, 0.07, 0.1, 0.15, 0.2, 0.5), log=True, mutable=True),
+    ] = 0.07
+    num_negatives: Annotated[int, Bounds(1, 1_048_576), Range((64, 256, 1024, 4096), log=True)] = 4096
     loss: Literal["infonce", "nce", "paper_h"] = "infonce"
     negatives: Literal["shared", "own"] = "shared"
     dim: Annotated[int, Bounds(1, 16_384)] = 128

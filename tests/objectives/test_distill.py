@@ -90,11 +90,11 @@ def test_which_checkpoint_teaches_is_chosen_and_recorded(tmp_path: Path) -> None
 
 
 def test_a_run_without_a_classifier_of_single_views_cannot_teach(tmp_path: Path) -> None:
-    with pytest.raises(UserError, match="'predict-jigsaw', which has no classifier of single views"):
+    with pytest.raises(UserError, match="its method 'predict-jigsaw' has no classifier of single views"):
         _teacher.load(teacher(tmp_path / "jigsaw", "predict-jigsaw", width=9 * 192))
     # Two crops of half the backbone's width look like one of its whole width.
     pair = teacher(tmp_path / "pair", "predict-relative_position", joins_crops=True)
-    with pytest.raises(UserError, match="which has no classifier of single views"):
+    with pytest.raises(UserError, match="has no classifier of single views"):
         _teacher.load(pair)
 
 

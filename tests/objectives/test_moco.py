@@ -74,9 +74,9 @@ def test_v1_has_a_linear_head_and_v2_an_mlp() -> None:
 
 
 def test_keys_are_dealt_out_where_images_see_each_other() -> None:
-    assert not make()[1].deals
+    assert not make()[1].shuffles
     _, of = setup()
-    assert Moco(Config(), replace(of, backbone=build(BackboneConfig()))).deals
+    assert Moco(Config(), replace(of, backbone=build(BackboneConfig()))).shuffles
 
 
 def test_the_key_network_begins_as_the_query_network() -> None:

@@ -91,7 +91,7 @@ def test_where_the_colours_go() -> None:
         (Config(grid=8, num_permutations=10), Geometry(32), "image-size 32 has patches of 3 pixels"),
         (Config(grid=4), Geometry(64), "Set --jigsaw.num-permutations"),
         (Config(patch_size=13), Geometry(32), "patches of 13 pixels in cells of 12"),
-        (Config(source_size=37), Geometry(32), "a multiple of 3, such as 36"),
+        (Config(source_size=37), Geometry(32), "which is 3, such as 36"),
         (
             Config(grid=2, num_permutations=25),
             Geometry(32),

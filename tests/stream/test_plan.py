@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import pickle
-import time
 import tracemalloc
 from dataclasses import replace
 from typing import Any
@@ -150,12 +149,9 @@ def test_a_billion_images_in_a_million_row_groups() -> None:
     starts = np.arange(1_000_001, dtype=np.int64) * 1000
     of = Plan(starts, 4096, 0, groups_per_window=1, stretch=2, num_steps=10**9)
     tracemalloc.start()
-    started = time.perf_counter()
     rows = of.rows(123_456_789, rank=3, world=8)
-    seconds = time.perf_counter() - started
     peak = tracemalloc.get_traced_memory()[1]
     tracemalloc.stop()
-    assert seconds < 1
     # Some numbers for each row group, and none for each image.
     assert peak < 64e6
     assert len(rows) == 512
