@@ -1,15 +1,15 @@
-"""Crops, flips and colours: batched pure functions of uint8 images, with every random number from `Draws`.
+"""Crops, flips and color augmentation: batched pure functions of uint8 images, with random numbers from `ImageRng`.
 
-The pixels of an image depend on the image and on its draws alone: not on its batch-mates, on the number of threads
-or on the device. Sums of float32 products are made exact for that, by rounding coefficients to a fixed number of
-binary places (`_fixed`), so that neither their order nor fused multiply-adds can change a result.
+The pixels of an image depend on the image and its random numbers only, and not on the batch, the number of threads or
+the device. For this, sums of float32 products are exact: coefficients are rounded to a fixed number of binary places
+(`_fixed`), so that neither the order nor fused multiply-adds change a result.
 """
 
 from __future__ import annotations
 
 import math
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import numpy as np
@@ -26,7 +26,7 @@ Floats = npt.NDArray[np.float64]
 _ATTEMPTS = 10
 _CHUNK_PIXELS = 1 << 17
 
-# The largest sum of products of each kind, times two to the power of its places, stays below 2**24.
+# With these binary places, the largest sum of products of each kind stays below 2**24.
 _COLOUR_PLACES = 11
 _SHARPNESS_PLACES = 14
 _BLUR_PLACES = 16
@@ -40,7 +40,7 @@ _QUARTER_TURN = np.linalg.inv(_YIQ) @ np.array([[0, 0, 0], [0, 0, 1], [0, -1, 0]
 
 @dataclass(frozen=True)
 class SourceCrop:
-    """A random part of an image, resized to a square: the "random resized crop" of Inception training.
+    """A random crop of an image, resized to a square: the "random resized crop" of Inception training.
 
     Args:
         size: side of the square in pixels.
@@ -64,14 +64,14 @@ class SourceCrop:
         if self.size < 1 or not scales_fit or not 0 < self.min_ratio <= self.max_ratio:
             raise UserError(
                 f"A crop with size={self.size}, min_scale={self.min_scale}, max_scale={self.max_scale}, "
-                f"min_ratio={self.min_ratio} and max_ratio={self.max_ratio} is not possible. Choose a size of 1 pixel "
-                "or more, 0 < min_scale <= max_scale <= 1 and 0 < min_ratio <= max_ratio."
+                f"min_ratio={self.min_ratio} and max_ratio={self.max_ratio} is not possible. The size must be at least 1 "
+                "pixel, 0 < min_scale <= max_scale <= 1 and 0 < min_ratio <= max_ratio."
             )
 
     def boxes(self, heights_b: Integers, widths_b: Integers, image_rng: ImageRng) -> Integers:
-        """Where to cut: area uniform in the scales, ratio log-uniform, the first of ten attempts that fits.
+        """Sample boxes: area uniform in the scales, ratio log-uniform, the first of ten attempts that fits.
 
-        When none fits, the largest centred box whose ratio is allowed (as torchvision's RandomResizedCrop).
+        When none fits, take the largest centred box with an allowed ratio (as torchvision's RandomResizedCrop).
 
         Returns:
             int64 (b, 4): top, left, height, width, each box inside its image.
@@ -99,18 +99,19 @@ class SourceCrop:
 
 @dataclass(frozen=True)
 class Recipe:
-    """How colours are changed and how often an image is mirrored.
+    """A recipe of color augmentation and flips.
 
     Args:
-        hflip: probability of a mirror image.
-        jitter: probability of colour jitter.
+        hflip: probability of a horizontal flip.
+        jitter: probability of color jitter.
         brightness: largest relative change of brightness.
         contrast: largest relative change of contrast.
         saturation: largest relative change of saturation.
-        hue: largest turn of the hue, as a share of the colour circle.
-        gray: probability of losing all colour.
-        photometric: probability of the block posterize, sharpness, solarize, autocontrast.
+        hue: largest rotation of the hue, as a share of the color circle.
+        gray: probability of grayscale.
+        photometric: probability of the block posterize, sharpness, solarize, autocontrast of PIRL.
         blur: probability of a Gaussian blur.
+        solarize: probability of solarization at half brightness (Grill et al. 2020).
 
     Raises:
         UserError: a value is not in 0 .. 1 (hue: 0 .. 0.5).
@@ -125,19 +126,22 @@ class Recipe:
     gray: float = 0.0
     photometric: float = 0.0
     blur: float = 0.0
+    solarize: float = 0.0
 
     def __post_init__(self) -> None:
         for name, value in vars(self).items():
             most = 0.5 if name == "hue" else 1
             if not 0 <= value <= most:
                 raise UserError(
-                    f"An augmentation recipe with {name}={value} is not possible. Choose 0 to {most}."
+                    f"An augmentation recipe with {name}={value} is not possible; it must be between 0 and {most}."
                 )
 
 
 _STRONG = Recipe(
     hflip=0.5, jitter=0.8, brightness=0.8, contrast=0.8, saturation=0.8, hue=0.2, gray=0.2, blur=0.5
 )
+# Grill et al. 2020, table 6, whose two views differ in blur and solarization.
+_BYOL = Recipe(hflip=0.5, jitter=0.8, brightness=0.4, contrast=0.4, saturation=0.2, hue=0.1, gray=0.2)
 
 RECIPES = {
     "pirl": Recipe(
@@ -149,17 +153,19 @@ RECIPES = {
         hflip=0.5, jitter=0.8, brightness=0.4, contrast=0.4, saturation=0.4, hue=0.1, gray=0.2, blur=0.5
     ),
     "npid": Recipe(hflip=0.5, jitter=1, brightness=0.4, contrast=0.4, saturation=0.4, hue=0.4, gray=0.2),
-    "gray": Recipe(hflip=0.5, gray=0.66),  # of jigsaws, against chromatic aberration
+    "gray": Recipe(hflip=0.5, gray=0.66),  # for jigsaws, against chromatic aberration
+    "byol_a": replace(_BYOL, blur=1.0),
+    "byol_b": replace(_BYOL, blur=0.1, solarize=0.2),
     "plain": Recipe(hflip=0.5),
     "none": Recipe(),
 }
 
 
 def recipe(name: str) -> Recipe:
-    """The recipe of that name.
+    """Return a recipe by name.
 
     Raises:
-        UserError: there is none.
+        UserError: there is no recipe of that name.
     """
     if name not in RECIPES:
         raise unknown("augmentation recipe", name, RECIPES)
@@ -167,25 +173,25 @@ def recipe(name: str) -> Recipe:
 
 
 def hflip(images_bchw: Tensor, image_rng: ImageRng, probability: float) -> Tensor:
-    """Mirrors each image left to right with the given probability."""
+    """Mirror each image left to right with the given probability."""
     rows = _selected(image_rng, "hflip", probability)
     return _changed(images_bchw, rows, lambda images, _: images.flip(-1))
 
 
-def photometric(images_bchw: Tensor, recipe: Recipe, image_rng: ImageRng, side: int | None = None) -> Tensor:
-    """Changes the colours of each image: colour map, then the photometric block, then blur.
+def color_jitter(images_bchw: Tensor, recipe: Recipe, image_rng: ImageRng, side: int | None = None) -> Tensor:
+    """Change the colors of each image: a color map, then the photometric block, blur and solarization.
 
-    Brightness, contrast, saturation, hue and the loss of colour are one affine map of the colours of an image, in
-    this order. torchvision's ColorJitter draws an order, clamps and rounds after each of the four and turns the hue
-    in HSV; here nothing is clamped before the end, the hue turns in the chroma plane of YIQ (which keeps luminance),
-    and contrast pulls towards the mean luminance of the image after the change of brightness. Grayscale therefore
-    comes before the photometric block, where VISSL puts it last. The factors have torchvision's ranges.
+    Brightness, contrast, saturation, hue and grayscale are one affine map of the colors of an image, in this order.
+    torchvision's ColorJitter uses a random order, clamps and rounds after each of the four and rotates the hue in HSV;
+    here nothing is clamped before the end, the hue is rotated in the chroma plane of YIQ (which keeps the luminance),
+    and contrast is relative to the mean luminance of the image after the change of brightness. Grayscale therefore
+    comes before the photometric block; VISSL applies it last. The factors have torchvision's ranges.
 
     Args:
         images_bchw: uint8 (b, 3, h, w), on any device.
         recipe: probabilities and strengths.
-        draws: of the b images.
-        side: side in pixels of the picture that the images are parts of, which sizes the blur: 224 gives the
+        image_rng: random numbers of the b images.
+        side: side in pixels of the whole image, of which the images may be parts. It scales the blur: 224 gives the
             published radius of 0.1 to 2. None: the height of the images.
 
     Returns:
@@ -199,10 +205,10 @@ def photometric(images_bchw: Tensor, recipe: Recipe, image_rng: ImageRng, side: 
         ]
         images_bchw = torch.cat(parts).view(images_bchw.shape) if parts else images_bchw
     if recipe.photometric:
-        dials_b3 = image_rng.uniform_array("photometric strengths", 3)
+        strengths_b3 = image_rng.uniform_array("photometric strengths", 3)
         rows = _selected(image_rng, "photometric", recipe.photometric)
         images_bchw = _changed(
-            images_bchw, rows, lambda images, rows: _photometric_block(images, dials_b3[rows])
+            images_bchw, rows, lambda images, rows: _photometric_block(images, strengths_b3[rows])
         )
     if recipe.blur:
         reach = (side or images_bchw.shape[2]) / 224
@@ -210,19 +216,24 @@ def photometric(images_bchw: Tensor, recipe: Recipe, image_rng: ImageRng, side: 
         weights_bk = _gaussian(sigma_b1, math.ceil(6 * reach))
         rows = _selected(image_rng, "blur", recipe.blur)
         images_bchw = _changed(images_bchw, rows, lambda images, rows: _blur(images, weights_bk[rows]))
+    if recipe.solarize:
+        rows = _selected(image_rng, "solarize", recipe.solarize)
+        images_bchw = _changed(
+            images_bchw, rows, lambda images, _: torch.where(images < 128, images, 255 - images)
+        )
     return images_bchw
 
 
 def _selected(image_rng: ImageRng, name: str, probability: float) -> Integers:
-    """Rows of the images for which a coin says yes."""
+    """Return the rows of the images that are selected with the given probability."""
     return np.flatnonzero(image_rng.uniform_array(name, 1)[:, 0] < probability)
 
 
 def _changed(images_bchw: Tensor, rows: Integers, change: Callable[[Tensor, Integers], Tensor]) -> Tensor:
-    """The batch with `change(images, rows)` in place of the images at `rows`."""
+    """Return the batch with `change(images, rows)` applied to the images at `rows`."""
     if not len(rows):
         return images_bchw
-    # Writing uint8 images by index takes torch twenty times as long as reading them by index.
+    # torch writes uint8 images by index twenty times slower than it reads them.
     index = torch.from_numpy(rows).to(images_bchw.device)
     parts = [change(images_bchw.index_select(0, index[p]), rows[p]) for p in _chunks(len(rows), images_bchw)]
     source = np.arange(len(images_bchw))
@@ -231,37 +242,37 @@ def _changed(images_bchw: Tensor, rows: Integers, change: Callable[[Tensor, Inte
 
 
 def _chunks(count: int, images: Tensor) -> list[slice]:
-    """Parts of `count` images whose float32 copies stay in the processor's cache; one part on an accelerator."""
+    """Split `count` images into parts that fit into the processor's cache as float32; one part on an accelerator."""
     fitting = _CHUNK_PIXELS // max(1, images[0].numel()) if images.device.type == "cpu" and count else count
     step = max(1, fitting)
     return [slice(start, start + step) for start in range(0, count, step)]
 
 
 def _fixed(values: Floats, places: int) -> Floats:
-    """Multiples of 2**-places: products with whole numbers then add up in float32 without any rounding."""
+    """Round to multiples of 2**-places, so that float32 sums of products with whole numbers are exact."""
     return np.rint(values * 2.0**places) * 2.0**-places
 
 
 def _column(values_b: npt.NDArray[Any], like: Tensor, dtype: torch.dtype = torch.float32) -> Tensor:
-    """One value per image, to be combined with (b, 3, h, w)."""
+    """Return one value per image in a shape that broadcasts with (b, 3, h, w)."""
     return torch.from_numpy(values_b).to(dtype).to(like.device)[:, None, None, None]
 
 
 def _to_uint8(values: Tensor) -> Tensor:
-    """Rounds float values that already have 0.5 added; overwrites them."""
-    # By way of int16: torch has no vectorised conversion from float32 to uint8, which is four times slower.
+    """Round float values to which 0.5 has been added. It overwrites them."""
+    # torch's conversion from float32 to uint8 is not vectorised and four times slower than through int16.
     return values.clamp_(0, 255).to(torch.int16).to(torch.uint8)
 
 
 def _colour_map(recipe: Recipe, image_rng: ImageRng) -> tuple[Floats, Floats]:
-    """The colour map of each image: c becomes matrix_b33 @ c + pull_b * mean luminance."""
+    """Sample the color map of each image: c becomes matrix_b33 @ c + pull_b * mean luminance."""
     jittered_b = image_rng.uniform_array("jitter", 1)[:, 0] < recipe.jitter
     strengths = np.array([recipe.brightness, recipe.contrast, recipe.saturation, recipe.hue])
     change_b4 = (
         np.where(jittered_b[:, None], 2 * image_rng.uniform_array("jitter strengths", 4) - 1, 0) * strengths
     )
     brightness_b, contrast_b, saturation_b = 1 + change_b4[:, :3].T
-    # A colour without saturation is its luminance, whatever its hue.
+    # A color without saturation is its luminance, for any hue.
     saturation_b[_selected(image_rng, "gray", recipe.gray)] = 0
     angle_b = 2 * np.pi * change_b4[:, 3]
     along_b, across_b = (saturation_b * turn for turn in (np.cos(angle_b), np.sin(angle_b)))
@@ -270,7 +281,7 @@ def _colour_map(recipe: Recipe, image_rng: ImageRng) -> tuple[Floats, Floats]:
 
 
 def _map_colours(planes_bcn: Tensor, matrix_b33: Floats, pull_b: Floats) -> Tensor:
-    """Applies the colour maps. Exact but for the final rounding to whole numbers."""
+    """Apply the color maps. Only the final rounding to whole numbers is not exact."""
     device = planes_bcn.device
     matrices = torch.from_numpy(_fixed(matrix_b33, _COLOUR_PLACES).astype(np.float32)).to(device)
     weights = torch.tensor(_LUMA_PER_MILLE, device=device)
@@ -282,7 +293,7 @@ def _map_colours(planes_bcn: Tensor, matrix_b33: Floats, pull_b: Floats) -> Tens
 
 
 def _matmul(matrix_b33: Tensor, planes_bcn: Tensor) -> Tensor:
-    """The products of small matrices and images, without the reduced precision that torch may be set to."""
+    """Multiply small matrices and images in full float32 precision, whatever torch is set to."""
     if planes_bcn.device.type == "cpu":
         return torch.from_numpy(np.matmul(matrix_b33.numpy(), planes_bcn.numpy()))
     red, green, blue = (matrix_b33[:, :, c, None] * planes_bcn[:, c, None] for c in range(3))
@@ -290,23 +301,23 @@ def _matmul(matrix_b33: Tensor, planes_bcn: Tensor) -> Tensor:
 
 
 def _photometric_block(images_bchw: Tensor, u_b3: Floats) -> Tensor:
-    """Posterize, sharpness, solarize, autocontrast, as VISSL's ImgPilRandomPhotometric; overwrites the images."""
+    """Apply posterize, sharpness, solarize and autocontrast, as VISSL's ImgPilRandomPhotometric. Overwrites the images."""
     bits_b = 4 + (u_b3[:, 0] * 5).astype(np.int64)
     images_bchw &= _column(256 - 2 ** (8 - bits_b), images_bchw, torch.uint8)
     _sharpen(images_bchw, 0.1 + 1.8 * u_b3[:, 1])
     threshold_b = (u_b3[:, 2] * 257).astype(np.int64)
-    # In place, because torch does not vectorise a comparison that makes another type out of a broadcast.
+    # In place: torch does not vectorise a comparison whose result has another type.
     bright = images_bchw.clone().ge_(_column(np.minimum(threshold_b, 255), images_bchw, torch.uint8))
     images_bchw ^= bright.mul_(_column(np.where(threshold_b < 256, 255, 0), images_bchw, torch.uint8))
     return _autocontrast(images_bchw)
 
 
 def _sharpen(images_bchw: Tensor, factor_b: Floats) -> None:
-    """PIL's ImageEnhance.Sharpness in place: away from (or, below 1, towards) the smoothed image.
+    """Apply PIL's ImageEnhance.Sharpness in place. A factor above 1 sharpens, below 1 smooths.
 
-    The smoothing kernel is 3 x 3 with weight 5 in the middle and 1 around, over 13; the border stays as it is.
+    The smoothing kernel is 3 x 3 with weight 5 in the middle and 1 around, divided by 13. The border is unchanged.
     """
-    x = images_bchw.to(torch.int16)  # nine times 255 fit
+    x = images_bchw.to(torch.int16)  # 9 * 255 fits
     rows = x[:, :, :-2] + x[:, :, 1:-1] + x[:, :, 2:]
     box = rows[..., :-2] + rows[..., 1:-1] + rows[..., 2:]
     around = _fixed((1 - factor_b) / 13, _SHARPNESS_PLACES)
@@ -316,7 +327,7 @@ def _sharpen(images_bchw: Tensor, factor_b: Floats) -> None:
 
 
 def _autocontrast(images_bchw: Tensor) -> Tensor:
-    """Stretches each channel to 0 .. 255; a channel of one value stays as it is."""
+    """Stretch each channel to 0 .. 255. A channel with a single value is unchanged."""
     planes_bcn = images_bchw.flatten(2)
     low, high = (m.float() for m in (planes_bcn.amin(-1, True), planes_bcn.amax(-1, True)))
     flat = low == high
@@ -326,14 +337,14 @@ def _autocontrast(images_bchw: Tensor) -> Tensor:
 
 
 def _gaussian(sigma_b1: Floats, radius: int) -> Floats:
-    """(b, radius + 1): weights of the middle and of each distance from it, on both sides adding up to one."""
+    """Return (b, radius + 1) weights by the distance from the middle. With both sides they sum to 1."""
     far = np.exp(-0.5 * (np.arange(1, radius + 1) / sigma_b1) ** 2)
     far = _fixed(far / (1 + 2 * far.sum(1, keepdims=True)), _BLUR_PLACES)
     return np.concatenate([1 - 2 * far.sum(1, keepdims=True), far], axis=1)
 
 
 def _blur(images_bchw: Tensor, weights_bk: Floats) -> Tensor:
-    """Convolves rows and columns, each pass rounded to whole numbers; the border is repeated outwards."""
+    """Convolve rows, then columns, each rounded to whole numbers. The border is repeated outwards."""
     radius = weights_bk.shape[1] - 1
     x = pad(images_bchw.float(), (radius,) * 4, mode="replicate")
     weights = [_column(column, x) for column in weights_bk.T]

@@ -1,9 +1,8 @@
-"""Checkpoints: what is saved, when, and which one a run goes on from.
+"""Write checkpoints, and find the one that a run resumes from.
 
 A checkpoint is a folder `step-000000123` with the state of the network and the parts of the memory bank. Every worker
-writes its own files and then a receipt with their sizes and checksums; a checkpoint counts only when the receipts of
-all workers are there and match. So no worker waits for another, and whatever is killed, half a checkpoint is never
-mistaken for a whole one.
+writes its own files and then a manifest with their sizes and checksums. A checkpoint is complete when the manifests of
+all workers exist. So no worker waits for another, and an interrupted checkpoint is never taken for a complete one.
 """
 
 from __future__ import annotations
@@ -16,38 +15,32 @@ import time
 import zlib
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
-from typing import Any
+from typing import Annotated, Any
 
 import torch
 
 from raysl.errors import UserError
+from raysl.fields import Bounds, Checked
 from raysl.storage import Folder
 
 STATE = "state.pt"
 
 
 @dataclass(frozen=True)
-class SaveConfig:
+class SaveConfig(Checked):
     """When checkpoints are written and which are kept. The last step is always saved.
 
     Args:
-        every_steps: save every so many steps; 0 for never by steps.
-        every_minutes: save when this much time has passed, looked at every few seconds; 0 for never by time.
-        keep_last: newest checkpoints to keep.
-        keep_every: besides them, keep those whose step is a multiple of this; 0 for none.
+        every_steps: steps between checkpoints; 0 for none by steps.
+        every_minutes: minutes between checkpoints, checked every few seconds; 0 for none by time.
+        keep_last: number of newest checkpoints to keep.
+        keep_every: also keep checkpoints at multiples of this step; 0 for none.
     """
 
-    every_steps: int = 0
-    every_minutes: float = 5
-    keep_last: int = 2
-    keep_every: int = 0
-
-    def __post_init__(self) -> None:
-        for name in ("every_steps", "every_minutes", "keep_every"):
-            if not getattr(self, name) >= 0:
-                raise UserError(f"save.{name} is {getattr(self, name)}; it must not be negative.")
-        if self.keep_last < 1:
-            raise UserError(f"save.keep_last is {self.keep_last}; at least 1 checkpoint must be kept.")
+    every_steps: Annotated[int, Bounds(low=0)] = 0
+    every_minutes: Annotated[float, Bounds(0, 1e6)] = 5
+    keep_last: Annotated[int, Bounds(low=1)] = 2
+    keep_every: Annotated[int, Bounds(low=0)] = 0
 
 
 @dataclass(frozen=True)
@@ -65,43 +58,43 @@ class Checkpoint:
     world: int
 
     def load(self) -> tuple[dict[str, Any], Iterator[dict[str, Any]]]:
-        """The state of the network, and the parts of the memory bank (none without a bank), on the CPU.
+        """Load the state of the network, and the parts of the memory bank (none without a bank), on the CPU.
 
-        The parts are read as they are asked for, one at a time: no worker has to hold the whole bank.
+        The parts are read one at a time, when they are needed: no worker keeps the whole bank.
 
         Raises:
-            UserError: a file is missing or does not match its receipt; for the parts, when they are read.
+            UserError: a file is missing or does not match its manifest; for a part, when it is read.
         """
         files = self._files()
         banks = sorted(name for name in files if name != STATE)
         return self._load(STATE, files), (self._load(name, files) for name in banks)
 
     def state(self) -> dict[str, Any]:
-        """The state of the network alone, on the CPU. Raises UserError when it does not match its receipt."""
+        """Load the state of the network, on the CPU. Raise UserError when it does not match its manifest."""
         return self._load(STATE, self._files())
 
     def backbone_state(self) -> dict[str, torch.Tensor]:
-        """The state of the backbone alone, under its own names. Raises UserError when it does not match its receipt."""
+        """Load the state of the backbone, under its own names. Raise UserError when it does not match its manifest."""
         network = self.state()["network"]
         return {
             name.removeprefix("backbone."): v for name, v in network.items() if name.startswith("backbone.")
         }
 
     def crc32(self) -> int:
-        """The checksum of the state of the network, from its receipt."""
+        """Return the checksum of the state of the network, from its manifest."""
         return int(self._files()[STATE]["crc32"])
 
     def _files(self) -> dict[str, dict[str, int]]:
-        """Sizes and checksums from the receipts of all workers, by file."""
+        """Read sizes and checksums from the manifests of all workers, by file."""
         files: dict[str, dict[str, int]] = {}
         for rank in range(self.world):
-            name = _receipt(rank, self.world)
+            name = _manifest(rank, self.world)
             try:
                 files.update(self.folder.read_json(name)["files"])
             except (OSError, ValueError, KeyError, TypeError) as error:
                 raise self._damaged(name, str(error)) from error
         if STATE not in files:
-            raise self._damaged(STATE, "no receipt names it")
+            raise self._damaged(STATE, "no manifest names it")
         return files
 
     def _load(self, name: str, files: Mapping[str, Mapping[str, int]]) -> dict[str, Any]:
@@ -119,18 +112,18 @@ class Checkpoint:
 
     def _damaged(self, name: str, why: str) -> UserError:
         return UserError(
-            f"The file {name!r} of the checkpoint {str(self.folder)!r} is damaged: {why}. Delete this checkpoint's "
-            "folder; the same command then goes on from the one before."
+            f"The file {name!r} of the checkpoint {str(self.folder)!r} is damaged: {why}. Delete the folder of this "
+            "checkpoint; the same command then resumes from the one before."
         )
 
 
 def complete(folder: Folder) -> list[Checkpoint]:
-    """The complete checkpoints in a folder, oldest first."""
+    """Return the complete checkpoints in a folder, oldest first."""
     return [found for step in _steps(folder) if (found := _complete(folder, step))]
 
 
 def newest(folder: Folder) -> Checkpoint | None:
-    """The newest complete checkpoint, or None."""
+    """Return the newest complete checkpoint, or None."""
     return next((found for step in reversed(_steps(folder)) if (found := _complete(folder, step))), None)
 
 
@@ -138,34 +131,34 @@ def _name(step: int) -> str:
     return f"step-{step:09d}"
 
 
-def _receipt(rank: int, world: int) -> str:
-    return f"receipt-{rank:04d}-of-{world:04d}.json"
+def _manifest(rank: int, world: int) -> str:
+    return f"manifest-{rank:04d}-of-{world:04d}.json"
 
 
 def _steps(folder: Folder) -> list[int]:
-    """Steps of all checkpoints, complete or not, in order; other names in the folder do not matter."""
+    """Return the steps of all checkpoints, complete or not, in order. Other names in the folder are ignored."""
     return sorted(int(found[1]) for name in folder.list() if (found := re.fullmatch(r"step-(\d{9,})", name)))
 
 
 def _complete(folder: Folder, step: int) -> Checkpoint | None:
     names = set((folder / _name(step)).list())
-    # A worker that was killed may have left a temporary file beside its receipt.
-    found = [re.fullmatch(r"receipt-\d{4,}-of-(\d{4,})\.json", name) for name in names]
+    # A killed worker may have left a temporary file beside its manifest.
+    found = [re.fullmatch(r"manifest-\d{4,}-of-(\d{4,})\.json", name) for name in names]
     for world in sorted({int(match[1]) for match in found if match}):
-        if all(_receipt(rank, world) in names for rank in range(world)):
+        if all(_manifest(rank, world) in names for rank in range(world)):
             return Checkpoint(folder / _name(step), step, world)
     return None
 
 
 class Saver:
-    """Writes the checkpoints of one worker in a thread, one at a time, and deletes those that are past keeping.
+    """Write the checkpoints of one worker in a thread, one at a time, and delete old ones.
 
     Args:
-        folder: of the run's checkpoints.
-        config: see `SaveConfig`.
+        folder: folder of the checkpoints.
+        config: when to save and what to keep.
         rank: this worker.
         world: number of workers.
-        clock: seconds; an argument so that a test can turn it.
+        clock: returns seconds; a test may replace it.
     """
 
     def __init__(
@@ -191,21 +184,21 @@ class Saver:
         return self._clock() - self._saved_at
 
     def due(self, step: int, since_s: float) -> bool:
-        """Whether to save after `step` steps. All workers must give the same `since_s`."""
+        """Return whether to save after `step` steps. All workers must give the same `since_s`."""
         by_steps = self.config.every_steps > 0 and step % self.config.every_steps == 0
         by_time = self.config.every_minutes > 0 and since_s >= self.config.every_minutes * 60
         return by_steps or by_time
 
     def save(self, step: int, state: Mapping[str, Any] | None, bank: Mapping[str, Any] | None) -> None:
-        """Takes a copy of the state and writes it in the background; waits for the save before, if it still runs.
+        """Copy the state and write it in the background. Wait for the previous save first.
 
         Args:
-            step: steps that are done.
-            state: of the network; rank 0 gives it.
-            bank: this worker's part; None when another worker has written it or there is none.
+            step: number of steps that are done.
+            state: state of the network, from rank 0.
+            bank: this worker's part of the bank; None when another worker writes it or there is none.
 
         Raises:
-            UserError: the save before failed, for example because the disk is full.
+            UserError: the previous save failed, for example because the disk is full.
         """
         self.wait()
         self._saved_at = self._clock()
@@ -218,7 +211,7 @@ class Saver:
         self._thread.start()
 
     def wait(self) -> None:
-        """Returns when nothing is being written. Raises what the last save raised."""
+        """Wait until the last save is written. Raise its error."""
         if self._thread is not None:
             self._thread.join()
             self._thread = None
@@ -229,23 +222,23 @@ class Saver:
     def _write(self, step: int, files: Mapping[str, Any]) -> None:
         try:
             target = self.folder / _name(step)
-            # A session that was killed here may have left a receipt for files that are now written anew.
-            target.delete(_receipt(self.rank, self.world))
-            receipt = {}
+            # A killed session may have left a manifest of the files that are now overwritten.
+            target.delete(_manifest(self.rank, self.world))
+            manifest = {}
             for name, value in files.items():
                 data = _bytes(value)
                 target.write(name, data)
-                receipt[name] = {"bytes": len(data), "crc32": zlib.crc32(data)}
-            target.write_json(_receipt(self.rank, self.world), {"files": receipt})
+                manifest[name] = {"bytes": len(data), "crc32": zlib.crc32(data)}
+            target.write_json(_manifest(self.rank, self.world), {"files": manifest})
             self._delete_old(step)
         except BaseException as error:
             self._error = error
 
     def _delete_old(self, step: int) -> None:
-        """Deletes what is past keeping, and half checkpoints before `step`, once `step` is complete.
+        """Delete old checkpoints, and incomplete ones before `step`, once `step` is complete.
 
-        The worker that writes the last receipt does it: before that, others may still be writing. Two that finish
-        together may delete the same, which does no harm.
+        Only the worker that writes the last manifest does it: before, others may still be writing. Two workers that
+        finish together may delete the same folders, which is harmless.
         """
         done = [c.step for c in complete(self.folder)]
         if step not in done:
@@ -259,15 +252,15 @@ class Saver:
                     self._delete(self.folder / _name(old))
 
     def _delete(self, checkpoint: Folder) -> None:
-        """Deletes the receipts first, so that what is left after an interruption is not taken for a checkpoint."""
+        """Delete the manifests first, so that an interruption leaves no checkpoint that seems complete."""
         for name in checkpoint.list():
-            if name.startswith("receipt-"):
+            if name.startswith("manifest-"):
                 checkpoint.delete(name)
         checkpoint.delete()
 
 
 def _copy(value: Any) -> Any:
-    """The value with every tensor copied to the CPU, so that training may go on while it is written."""
+    """Copy every tensor to the CPU, so that training continues during the save."""
     if isinstance(value, torch.Tensor):
         return value.detach().to("cpu", copy=True)
     if isinstance(value, Mapping):

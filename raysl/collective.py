@@ -1,4 +1,4 @@
-"""The few collectives that raysl needs, correct on one process without a process group too."""
+"""Collective operations between workers. They also work in one process without a process group."""
 
 from __future__ import annotations
 
@@ -10,26 +10,22 @@ from torch import Tensor
 
 
 def rank() -> int:
-    """This worker's rank; 0 without a process group."""
+    """Return this worker's rank; 0 without a process group."""
     return dist.get_rank() if dist.is_initialized() else 0
 
 
 def world() -> int:
-    """Number of workers; 1 without a process group."""
+    """Return the number of workers; 1 without a process group."""
     return dist.get_world_size() if dist.is_initialized() else 1
 
 
 def mean(value: Tensor) -> Tensor:
-    """The mean of a tensor over the workers, without gradient. Every worker must call it."""
-    if world() == 1:
-        return value.detach()
-    total = value.detach().clone()
-    dist.all_reduce(total)
-    return total / world()
+    """Return the mean of a tensor over the workers, without gradient. Every worker must call it."""
+    return total(value) / world() if world() > 1 else value.detach()
 
 
 def total(value: Tensor) -> Tensor:
-    """The sum of a tensor over the workers, without gradient. Every worker must call it."""
+    """Return the sum of a tensor over the workers, without gradient. Every worker must call it."""
     if world() == 1:
         return value.detach()
     summed = value.detach().clone()
@@ -38,7 +34,7 @@ def total(value: Tensor) -> Tensor:
 
 
 def gather(rows: Tensor) -> Tensor:
-    """Rows of all workers in rank order, without gradient.
+    """Return the rows of all workers in rank order, without gradient. Every worker must call it.
 
     Args:
         rows: (b, ...), with the same b on every worker.
@@ -54,11 +50,11 @@ def gather(rows: Tensor) -> Tensor:
 
 
 def gather_with_gradient(rows: Tensor) -> Tensor:
-    """Rows of all workers in rank order, through which gradients go back to the worker that each row came from.
+    """Return the rows of all workers in rank order. Gradients flow back to the worker of each row.
 
-    The gradient of a worker's rows is the sum over the losses of all workers. DistributedDataParallel then takes the
-    mean over the workers, so the weights' gradient is that of the mean of the losses, on any number of workers.
-    Every worker must call it, and go backward through it.
+    The gradient of a worker's rows is the sum over the losses of all workers. DistributedDataParallel then averages
+    over the workers, so the gradient of the weights is that of the mean loss, for any number of workers. Every worker
+    must call it and its backward pass.
 
     Args:
         rows: float (b, ...), with the same b on every worker.
@@ -73,7 +69,7 @@ def gather_with_gradient(rows: Tensor) -> Tensor:
 
 
 class _Gather(torch.autograd.Function):
-    """`torch.distributed.nn.functional.all_gather` is deprecated, and what replaces it is not public."""
+    """Gather with gradient. torch's own function is deprecated and its replacement is not public."""
 
     @staticmethod
     def forward(ctx: Any, rows: Tensor) -> Tensor:

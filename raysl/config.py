@@ -24,15 +24,15 @@ from raysl.stream.reader import StreamConfig
 
 @dataclass(frozen=True)
 class ViewConfig(Checked):
-    """What the network sees.
+    """Configuration of the views.
 
     Args:
         image_size: side of an ordinary view in pixels; the sizes of jigsaw patches follow from it.
-        min_scale: smallest share of the image's area that an ordinary view shows (PIRL at 224 pixels: 0.08).
-        recipe: the photometric augmentation: pirl, pirl+, simclr, mocov2, npid, gray (of jigsaws), plain or none.
+        min_scale: smallest share of the image's area that an ordinary view shows, in 0..1 (PIRL at 224 pixels: 0.08).
+        recipe: color augmentation: pirl, pirl+, simclr, mocov2, npid, byol_a, byol_b, gray (for jigsaws), plain or none.
     """
 
-    image_size: Annotated[int, Bounds(low=8), FROM_DATA] = 32
+    image_size: Annotated[int, Bounds(8, 2048), FROM_DATA] = 32
     min_scale: Annotated[float, Bounds(above=0, high=1), Range((0.08, 0.2, 0.4, 0.6), log=True)] = 0.2
     recipe: Annotated[str, Range(("pirl", "pirl+", "simclr", "mocov2", "plain"))] = "pirl"
 
@@ -62,8 +62,8 @@ class Pretraining(Checked):
     data: str
     run: str
     method: str = "pirl-jigsaw"
-    epochs: Annotated[float, Bounds(above=0)] = 10
-    batch_size: Annotated[int, Bounds(low=1), Range((64, 128, 256, 512), log=True), FROM_DATA] = 256
+    epochs: Annotated[float, Bounds(above=0, high=1e9)] = 10
+    batch_size: Annotated[int, Bounds(1, 1_048_576), Range((64, 128, 256, 512), log=True), FROM_DATA] = 256
     workers: Annotated[int | str, FROM_DATA] = 2
     seed: Seed = 0
     precision: Literal["fp32", "bf16", "fp16"] = "fp32"
@@ -83,7 +83,10 @@ class Pretraining(Checked):
         super().__post_init__()
         object.__setattr__(self, "plugin", tuple(plugins.remembered(one) for one in self.plugin))
         for one in self.plugin:
+            plugins.trust(one)
             plugins.load_module(one)
+        for one in self.backbone.modules():
+            plugins.trust(one)
         types_ = methods.parse(self.method).config_types()
         for name in self.parts:
             if name not in types_:

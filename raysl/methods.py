@@ -1,4 +1,4 @@
-"""Methods by name: an objective, and where it needs one a pretext transform. Both are found by their file name."""
+"""Look up methods by name: an objective and, where it needs one, a pretext transform."""
 
 from __future__ import annotations
 
@@ -7,17 +7,17 @@ from dataclasses import dataclass
 from typing import Any
 
 from raysl import plugins, pretext
+from raysl.backbone.network import BackboneConfig
 from raysl.errors import UserError, unknown
 
 
 @dataclass(frozen=True)
 class Method:
-    """A name such as "pirl-jigsaw", "pirl-rotation+jigsaw" or "multitask-rotation,jigsaw", taken apart.
+    """The parts of a name such as "pirl-jigsaw", "pirl-rotation+jigsaw" or "multitask-rotation,jigsaw".
 
     Args:
-        objective: what stands before the first "-".
-        pretext: transforms joined by "+" are applied one after the other, and by "," stand beside each other; empty
-            when the method names none.
+        objective: the part before the first "-".
+        pretext: the transforms: "+" applies one after the other, "," separates tasks; empty without transforms.
     """
 
     objective: str
@@ -25,16 +25,16 @@ class Method:
 
     @property
     def tasks(self) -> tuple[str, ...]:
-        """What stands beside each other."""
+        """Return the tasks: transforms, or compositions of them."""
         return tuple(self.pretext.split(",")) if self.pretext else ()
 
     @property
     def transforms(self) -> tuple[str, ...]:
-        """Every transform."""
+        """Return the names of all transforms."""
         return tuple(_split(self.pretext))
 
     def config_types(self) -> dict[str, type[Any]]:
-        """The Config classes of the parts, by their names."""
+        """Return the Config classes of the objective and the transforms by name."""
         types = {self.objective: objective_config_type(self.objective)}
         types.update({name: pretext.config_type(name) for name in self.transforms})
         return types
@@ -55,8 +55,14 @@ def load_objective(name: str) -> tuple[type[Any], type[Any]]:
     return plugins.load(plugins.OBJECTIVES, name, "objective")
 
 
+def example_backbone(objective: str) -> BackboneConfig:
+    """Return a backbone that an objective can use: its class attribute `example_backbone`, otherwise "small"."""
+    found: BackboneConfig = getattr(load_objective(objective)[1], "example_backbone", BackboneConfig())
+    return found
+
+
 def parse(name: str) -> Method:
-    """Takes the name of a method apart.
+    """Parse the name of a method.
 
     Raises:
         UserError: the objective or a transform does not exist.
@@ -68,16 +74,16 @@ def parse(name: str) -> Method:
     for transform in filter(None, _split(transforms)):
         pretext.config_type(transform)
     if "" in _split(transforms):
-        raise UserError(f"The method {name!r} has an empty transform. Write them as 'pirl-rotation+jigsaw'.")
+        raise UserError(f"The method {name!r} has an empty transform. Write it as in 'pirl-rotation+jigsaw'.")
     method = Method(objective, transforms)
     if len(method.tasks) > 1 and not getattr(load_objective(objective)[1], "several", False):
         raise UserError(
-            f"The method {name!r} names {len(method.tasks)} tasks, and {objective!r} takes one. Write "
-            f"'multitask-{transforms}', or join transforms with '+' to apply one after the other."
+            f"The method {name!r} names {len(method.tasks)} tasks and {objective!r} takes one. Write "
+            f"'multitask-{transforms}', or join the transforms with '+' to apply one after the other."
         )
     if len(set(method.tasks)) < len(method.tasks):
         raise UserError(
-            f"The method {name!r} names a task twice. Give each once; --multitask.weights weighs them."
+            f"The method {name!r} names a task twice. Name each once; --multitask.weights sets their frequency."
         )
     return method
 

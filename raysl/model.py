@@ -6,6 +6,7 @@ from collections.abc import Callable, Collection, Mapping
 from dataclasses import dataclass
 from typing import Any
 
+import numpy as np
 import torch
 from torch import Tensor, nn
 
@@ -14,9 +15,9 @@ from raysl.augment import recipe
 from raysl.backbone import network
 from raysl.config import Pretraining
 from raysl.dataset import DataSet
-from raysl.objectives import Alternates, Describes, Objective, Setup
+from raysl.objectives import Alternates, Describes, Objective, Setup, ViewRecipes
 from raysl.pretext import Geometry
-from raysl.rng import key
+from raysl.rng import ImageRng, key
 from raysl.stream.plan import num_steps
 from raysl.stream.reader import DataShare, Stream
 from raysl.stream.views import View
@@ -90,8 +91,20 @@ class Model(nn.Module):
 
     def views(self) -> dict[str, View]:
         """Return what the stream makes of every image."""
-        colours = recipe(self.config.view.recipe)
-        return {name: View(transform, colours) for name, transform in self.objective.views.items()}
+        own = self.objective.recipes if isinstance(self.objective, ViewRecipes) else {}
+        return {
+            name: View(transform, recipe(own.get(name, self.config.view.recipe)))
+            for name, transform in self.objective.views.items()
+        }
+
+    def check(self) -> None:
+        """Raise UserError when the backbone does not take the images of a view, or a color recipe does not exist."""
+        for view in self.views().values():
+            side = view.source.size
+            image_bchw = torch.zeros(1, 3, side, side, dtype=torch.uint8)
+            none = ImageRng(0, np.zeros(1, np.int64), np.zeros(1, np.int64))
+            crop_size = view.pretext.transform(image_bchw, none).crops_bpchw.shape[-1]
+            network.check_size(self.config.backbone, crop_size, "--view.image-size")
 
     def schedule(self) -> Callable[[int], Collection[str]] | None:
         """Return the function from a step to the names of its views; None where every step takes all views."""

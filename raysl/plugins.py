@@ -15,8 +15,10 @@ import hashlib
 import importlib
 import importlib.metadata
 import importlib.util
+import os
 import pkgutil
 import sys
+from collections.abc import Iterable
 from pathlib import Path
 from types import ModuleType
 from typing import Any
@@ -24,6 +26,8 @@ from typing import Any
 from raysl.errors import UserError, unknown
 
 OBJECTIVES, PRETEXT, PROBES = ROOMS = ("raysl.objectives", "raysl.pretext", "raysl.probes")
+
+_TRUSTED = "RAYSL_PLUGINS"
 
 # Modules that `load_module` has added: room -> name -> module.
 _added: dict[str, dict[str, ModuleType]] = {room: {} for room in ROOMS}
@@ -120,6 +124,37 @@ def load_module(path_or_name: str) -> ModuleType:
         if name in rooms:
             _add(rooms[name], name, member)
     return found
+
+
+def import_module(path_or_name: str) -> ModuleType:
+    """Import a Python file or an installed module. Raise UserError when it cannot be imported."""
+    return _import(path_or_name)
+
+
+def trust(name: str) -> None:
+    """Allow runs that name a plugin to run its code, in this process and in those that it starts."""
+    trusted = _trusted()
+    if name not in trusted:
+        os.environ[_TRUSTED] = os.pathsep.join([*trusted, name])
+
+
+def check_trusted(names_: Iterable[str], run: str) -> None:
+    """Raise UserError when the metadata of a run names a plugin that nobody has trusted: opening a run runs no code.
+
+    Args:
+        names_: plugins, and modules of backbones.
+        run: folder of the run, for the error.
+    """
+    for name in names_:
+        if name not in _trusted():
+            raise UserError(
+                f"The run at {run!r} uses the code in {name!r}, which would be run now. If you trust it, give --plugin "
+                f"{name} or set {_TRUSTED}={name} in the environment."
+            )
+
+
+def _trusted() -> list[str]:
+    return list(filter(None, os.environ.get(_TRUSTED, "").split(os.pathsep)))
 
 
 def remembered(path_or_name: str) -> str:

@@ -1,8 +1,8 @@
-"""All randomness: pure functions of (seed, epoch, index, name of the choice).
+"""Random numbers as pure functions of (seed, epoch, index, name of the choice).
 
-A counter-based generator has no state, so the numbers an image gets do not depend on the worker, the batch, the
-order of arrival or an interruption. One number costs three rounds of the SplitMix64 finaliser (Steele, Lea and
-Flood 2014, "Fast splittable pseudorandom number generators"), vectorised over the batch.
+A counter-based generator has no state, so the numbers of an image do not depend on the worker, the batch, the order of
+arrival or an interruption. A number takes three rounds of the SplitMix64 finaliser (Steele, Lea and Flood 2014, "Fast
+splittable pseudorandom number generators"), vectorised over the batch.
 """
 
 from __future__ import annotations
@@ -20,13 +20,13 @@ _GOLDEN = np.uint64(0x9E3779B97F4A7C15)
 
 
 def key(*parts: int | str) -> int:
-    """A 64-bit key that depends on every part and on their order; equal on every machine."""
+    """Return a 64-bit key of the parts and their order, equal on every machine."""
     text = "\x1f".join(f"{type(part).__name__}:{part}" for part in parts)
     return int.from_bytes(hashlib.blake2b(text.encode(), digest_size=8).digest(), "little")
 
 
 def generator(*parts: int | str) -> np.random.Generator:
-    """A NumPy generator keyed by its parts, for choices that belong to a whole epoch, window or step."""
+    """Return a NumPy generator with a key of the parts, for choices of a whole epoch, window or step."""
     return np.random.Generator(np.random.Philox(key=key(*parts)))
 
 
@@ -38,14 +38,14 @@ def _mix(x: npt.NDArray[np.uint64]) -> npt.NDArray[np.uint64]:
 
 @dataclass(frozen=True)
 class ImageRng:
-    """The random choices for a batch of images.
+    """The random numbers of a batch of images.
 
     Args:
         seed: seed of the run.
-        epochs_b: int64 (b,), the epoch in which each image is visited.
+        epochs_b: int64 (b,), the epoch of each visit.
         indices_b: int64 (b,), the index of each image in the data set.
-        name: prefix for the names of all choices; see `named`.
-        device: where the tensors that the methods return are put.
+        name: prefix of the names of all choices; see `named`.
+        device: device of the tensors that the methods return.
     """
 
     seed: int
@@ -55,20 +55,20 @@ class ImageRng:
     device: torch.device = torch.device("cpu")
 
     def named(self, name: str) -> ImageRng:
-        """The same images with every choice renamed, so that two views draw independently."""
+        """Return the random numbers of the same images under another name: two views have independent numbers."""
         return replace(self, name=f"{self.name}/{name}")
 
     def to(self, device: torch.device) -> ImageRng:
-        """The same choices, returned on another device."""
+        """Return the same random numbers on another device."""
         return replace(self, device=device)
 
     def repeated(self, count: int) -> ImageRng:
-        """Draws for a batch of b * count crops, sample-major, each crop with choices of its own.
+        """Return independent random numbers for b * count crops, the crops of an image together.
 
-        The choices of crop c of an image depend on c and not on the batch around it.
+        The numbers of crop c of an image depend on c and not on the rest of the batch.
         """
         slots = np.tile(np.arange(count, dtype=np.int64), len(self.indices_b))
-        # 2**40 images times 2**20 crops fit below the 64 bits that the hash takes in.
+        # 2**40 images and 2**20 crops fit into the 64 bits of the hash.
         return replace(
             self,
             name=f"{self.name}/crop",
@@ -77,7 +77,7 @@ class ImageRng:
         )
 
     def _bits(self, name: str, count: int) -> npt.NDArray[np.uint64]:
-        """uint64 (b, count), uniform over all 64-bit numbers."""
+        """Return uint64 (b, count), uniform over all 64-bit numbers."""
         base = np.uint64(key(self.seed, f"{self.name}/{name}"))
         with np.errstate(over="ignore"):
             image_b = _mix(
@@ -87,19 +87,19 @@ class ImageRng:
             return _mix(image_b[:, None] + counter_n[None, :])
 
     def uniform_array(self, name: str, count: int) -> npt.NDArray[np.float64]:
-        """float64 (b, count), uniform in [0, 1)."""
+        """Return float64 (b, count), uniform in [0, 1)."""
         return (self._bits(name, count) >> np.uint64(11)).astype(np.float64) * 2.0**-53
 
     def uniform(self, name: str, low: float = 0.0, high: float = 1.0, count: int = 1) -> torch.Tensor:
-        """float32 (b, count), uniform in [low, high)."""
+        """Return float32 (b, count), uniform in [low, high)."""
         values = low + (high - low) * self.uniform_array(name, count)
         return torch.from_numpy(values.astype(np.float32)).to(self.device)
 
     def integers(self, name: str, below: int, count: int = 1) -> torch.Tensor:
-        """int64 (b, count), uniform over 0 .. below - 1. Bias is below 2**-53 * `below`."""
+        """Return int64 (b, count), uniform over 0 .. below - 1. The bias is less than 2**-53 * `below`."""
         values = (self.uniform_array(name, count) * below).astype(np.int64)
         return torch.from_numpy(values).to(self.device)
 
     def chance(self, name: str, probability: float) -> torch.Tensor:
-        """bool (b,), true with the given probability."""
+        """Return bool (b,), True with the given probability."""
         return torch.from_numpy(self.uniform_array(name, 1)[:, 0] < probability).to(self.device)

@@ -21,7 +21,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from raysl import checkpoint
+from raysl import checkpoint, plugins
 from raysl.checkpoint import Checkpoint
 from raysl.config import FREE, Pretraining, differences
 from raysl.dataset import DataSet
@@ -125,8 +125,12 @@ class Run:
         return metadata
 
     def config(self) -> Pretraining:
-        """Return the configuration that it was begun with."""
-        return Pretraining.from_json(self.metadata()["config"])
+        """Return the configuration that it was begun with. Raise UserError when that would run code of a stranger."""
+        config = self.metadata()["config"]
+        name = str(config.get("backbone", {}).get("name", ""))
+        own = [name.rpartition(":")[0]] if ":" in name else []
+        plugins.check_trusted([*config.get("plugin", ()), *own], str(self.folder))
+        return Pretraining.from_json(config)
 
     def newest(self) -> Checkpoint:
         """Return the newest complete checkpoint. Raises UserError when there is none yet."""

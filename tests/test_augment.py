@@ -9,7 +9,7 @@ from PIL import Image, ImageEnhance, ImageFilter, ImageOps
 from torch import Tensor
 
 from raysl import augment
-from raysl.augment import RECIPES, Recipe, SourceCrop, hflip, photometric, recipe
+from raysl.augment import RECIPES, Recipe, SourceCrop, color_jitter, hflip, recipe
 from raysl.errors import UserError
 from raysl.rng import ImageRng
 
@@ -91,20 +91,20 @@ class TestRecipes:
     def test_plain_and_none_leave_colours_alone(self) -> None:
         x = images(8)
         for name in ("plain", "none"):
-            assert torch.equal(photometric(x, recipe(name), image_rng(8)), x)
+            assert torch.equal(color_jitter(x, recipe(name), image_rng(8)), x)
 
 
 @pytest.mark.parametrize("name", sorted(RECIPES))
 @pytest.mark.parametrize(("height", "width"), [(32, 32), (9, 9), (53, 37), (1, 2), (90, 90)])
 def test_an_image_never_depends_on_its_batch_mates(name: str, height: int, width: int) -> None:
     x = images(24, height, width)
-    together = photometric(x, recipe(name), image_rng(24))
+    together = color_jitter(x, recipe(name), image_rng(24))
     assert together.dtype == torch.uint8
     assert together.shape == x.shape
-    alone = torch.cat([photometric(x[i : i + 1], recipe(name), image_rng(1, first=i)) for i in range(24)])
+    alone = torch.cat([color_jitter(x[i : i + 1], recipe(name), image_rng(1, first=i)) for i in range(24)])
     assert torch.equal(alone, together)
     strided = x.permute(0, 2, 3, 1).contiguous().permute(0, 3, 1, 2)
-    assert torch.equal(photometric(strided, recipe(name), image_rng(24)), together)
+    assert torch.equal(color_jitter(strided, recipe(name), image_rng(24)), together)
 
 
 @pytest.mark.parametrize("name", ["pirl", "simclr"])
@@ -115,7 +115,7 @@ def test_colours_are_the_same_in_any_number_of_threads(name: str) -> None:
     try:
         for count in (1, 2, 3):
             torch.set_num_threads(count)
-            results.append(photometric(x, recipe(name), image_rng(40)))
+            results.append(color_jitter(x, recipe(name), image_rng(40)))
     finally:
         torch.set_num_threads(threads)
     assert torch.equal(results[0], results[1])
@@ -126,7 +126,7 @@ def test_the_source_is_never_written_to() -> None:
     x = images(16)
     before = x.clone()
     for name in RECIPES:
-        photometric(hflip(x, image_rng(16), 0.5), recipe(name), image_rng(16))
+        color_jitter(hflip(x, image_rng(16), 0.5), recipe(name), image_rng(16))
     assert torch.equal(x, before)
 
 
@@ -154,12 +154,12 @@ def test_brightness_contrast_and_saturation_are_pillows() -> None:
 def test_hue_keeps_luminance_and_gray_loses_colour() -> None:
     x = (images(64) // 2 + 64).clone()
     luma = torch.tensor([0.299, 0.587, 0.114]).view(3, 1, 1)
-    turned = photometric(x, Recipe(jitter=1, hue=0.1), image_rng(64))
+    turned = color_jitter(x, Recipe(jitter=1, hue=0.1), image_rng(64))
     assert (turned.float() - x.float()).abs().max() > 10
     inside = (turned > 0) & (turned < 255)
     change = ((turned.float() - x.float()) * luma).sum(1).abs()
     assert change[inside.all(1)].max() < 1
-    gray = photometric(x, Recipe(gray=1), image_rng(64))
+    gray = color_jitter(x, Recipe(gray=1), image_rng(64))
     assert torch.equal(gray[:, 0], gray[:, 1])
     assert torch.equal(gray[:, 0], gray[:, 2])
     assert difference(gray[0, :1].expand(3, -1, -1), pil(x[0]).convert("L").convert("RGB")) <= 1
@@ -195,8 +195,8 @@ def test_blur_is_a_gaussian(sigma: float) -> None:
 
 def test_blur_is_sized_by_the_picture() -> None:
     x = images(64, 16, 16)
-    part_of_large = photometric(x, Recipe(blur=1), image_rng(64), side=224)
-    whole = photometric(x, Recipe(blur=1), image_rng(64))
+    part_of_large = color_jitter(x, Recipe(blur=1), image_rng(64), side=224)
+    whole = color_jitter(x, Recipe(blur=1), image_rng(64))
     assert (part_of_large.float() - x).abs().mean() > 4 * (whole.float() - x).abs().mean()
 
 
@@ -213,9 +213,9 @@ def test_flip_mirrors_half_of_the_images() -> None:
 
 def test_coins_fall_as_often_as_the_recipe_says() -> None:
     x = images(2000, 8, 8)
-    changed = (photometric(x, Recipe(jitter=0.8, brightness=0.5), image_rng(2000)) != x).flatten(1).any(1)
+    changed = (color_jitter(x, Recipe(jitter=0.8, brightness=0.5), image_rng(2000)) != x).flatten(1).any(1)
     assert 0.76 < float(changed.float().mean()) < 0.83
-    gray = photometric(x, recipe("pirl"), image_rng(2000))
+    gray = color_jitter(x, recipe("pirl"), image_rng(2000))
     share = float(((gray[:, 0] == gray[:, 1]) & (gray[:, 0] == gray[:, 2])).flatten(1).all(1).float().mean())
     assert 0.17 < share < 0.23
 
@@ -225,16 +225,16 @@ def test_coins_fall_as_often_as_the_recipe_says() -> None:
 def test_an_accelerator_makes_the_same_pixels(name: str) -> None:
     x = images(64, 48, 48)
     device = torch.device("cuda")
-    on_device = photometric(hflip(x.to(device), image_rng(64), 0.5), recipe(name), image_rng(64))
+    on_device = color_jitter(hflip(x.to(device), image_rng(64), 0.5), recipe(name), image_rng(64))
     assert torch.equal(
-        on_device.cpu(), photometric(hflip(x, image_rng(64), 0.5), recipe(name), image_rng(64))
+        on_device.cpu(), color_jitter(hflip(x, image_rng(64), 0.5), recipe(name), image_rng(64))
     )
 
 
 def test_empty_batches_pass_through() -> None:
     x = images(4)[:0]
     for name in RECIPES:
-        assert photometric(hflip(x, image_rng(0), 0.5), recipe(name), image_rng(0)).shape == x.shape
+        assert color_jitter(hflip(x, image_rng(0), 0.5), recipe(name), image_rng(0)).shape == x.shape
     assert SourceCrop(8, 0.1).boxes(np.zeros(0, np.int64), np.zeros(0, np.int64), image_rng(0)).shape == (
         0,
         4,

@@ -133,7 +133,7 @@ def _train(case: Case, rank: int, world: int) -> dict[str, Any]:
         found["grads"].append([p.grad.clone() for p in model.parameters() if p.grad is not None])
         optimizer.step()
         if isinstance(objective, AfterStep):
-            objective.after_step(backbone)
+            objective.after_step(backbone, 0)
         if bank is not None:
             assert loss.bank_update_bd is not None
             bank.update(batch.indices_b, loss.bank_update_bd)

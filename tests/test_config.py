@@ -4,16 +4,19 @@ from __future__ import annotations
 
 import dataclasses
 import json
-from typing import Any
+import typing
+from collections.abc import Iterator
+from typing import Annotated, Any, Literal
 
 import pytest
 
-from raysl import config
+from raysl import config, fields, methods, pretext
 from raysl.backbone.network import BackboneConfig
 from raysl.checkpoint import SaveConfig
 from raysl.config import Pretraining, ViewConfig
 from raysl.contrastive.bank import BankConfig
 from raysl.errors import UserError
+from raysl.fields import FieldError
 from raysl.objectives import pirl, predict
 from raysl.optim import OptimConfig
 from raysl.pretext import jigsaw, rotation
@@ -82,8 +85,8 @@ def test_unknown_keys_are_answered_with_the_nearest(value: dict[str, Any], answe
         Pretraining.from_json({"data": "shapes", "run": "runs/a", **value})
 
 
-def test_a_value_of_the_wrong_kind_is_told() -> None:
-    with pytest.raises(UserError, match="'optim' holds a value of the wrong kind"):
+def test_a_value_of_the_wrong_kind_is_refused() -> None:
+    with pytest.raises(UserError, match=r"--optim\.lr is 'much'; it must be a number"):
         Pretraining.from_json({"data": "d", "run": "r", "optim": {"lr": "much"}})
 
 
@@ -113,9 +116,7 @@ def test_a_missing_key_is_named() -> None:
         ({"view": {"image_size": 4}}, r"view\.image.size is 4"),
         ({"view": {"min_scale": 0.0}}, r"view\.min.scale is 0"),
         ({"parts": {"pirl": {"temperature": 0.0}}}, r"pirl\.temperature is 0"),
-        ({"parts": {"pirl": {"temperature": -1.0}}}, r"pirl\.temperature is -1"),
-        ({"parts": {"pirl": {"temperature": float("nan")}}}, r"pirl\.temperature is nan"),
-        ({"parts": {"pirl": {"lam": 1.5}}}, r"pirl\.lambda is 1\.5"),
+        ({"parts": {"pirl": {"lam": 1.5}}}, r"pirl\.lam is 1\.5"),
         ({"parts": {"pirl": {"dim": 0}}}, r"pirl\.dim is 0"),
         ({"parts": {"pirl": {"loss": "info_nce"}}}, r"pirl\.loss is 'info_nce'.*did you mean 'infonce'"),
         ({"parts": {"pirl": {"negatives": "mine"}}}, r"pirl\.negatives is 'mine'"),
@@ -143,3 +144,37 @@ def test_differences_name_the_fields() -> None:
 
 def test_what_may_change_between_sessions_are_fields() -> None:
     assert set(config.FREE) <= {f.name for f in dataclasses.fields(Pretraining)}
+
+
+def _configs() -> list[type[Any]]:
+    nested: list[Any] = [
+        kind for kind in fields.hints(Pretraining).values() if dataclasses.is_dataclass(kind)
+    ]
+    own = [methods.objective_config_type(name) for name in methods.objective_names()]
+    return [*nested, *own, *(pretext.config_type(name) for name in pretext.names())]
+
+
+def _numbers(kind: type[Any]) -> Iterator[tuple[str, Any, fields.Bounds | None]]:
+    """Numeric fields of a configuration: name, type and bounds."""
+    for name, hint in fields.hints(kind).items():
+        extras = typing.get_args(hint)[1:] if typing.get_origin(hint) is Annotated else ()
+        inner = typing.get_args(hint)[0] if extras else hint
+        kinds = {inner, *typing.get_args(inner)}
+        if kinds & {int, float} and typing.get_origin(inner) is not Literal:
+            yield name, inner, next((e for e in extras if isinstance(e, fields.Bounds)), None)
+
+
+@pytest.mark.parametrize("kind", _configs(), ids=lambda kind: f"{kind.__module__}.{kind.__name__}")
+def test_every_number_has_bounds_and_refuses_what_is_outside(kind: type[Any]) -> None:
+    for name, hint, bounds in _numbers(kind):
+        assert bounds is not None, f"{kind.__module__}.{name} has no bounds"
+        wrong: list[Any] = [float("nan"), float("inf"), float("-inf"), "3"]
+        lower = bounds.low if bounds.low is not None else bounds.above
+        upper = bounds.high if bounds.high is not None else bounds.below
+        wrong += [int(lower) - 1] if lower is not None else []
+        wrong += [2 * int(upper) + 2] if upper is not None else []
+        wrong += [1.5] if hint is int else []
+        for value in wrong:
+            given = (value,) if typing.get_origin(hint) is tuple else value
+            with pytest.raises(FieldError, match=f"{name.replace('_', '-')} is "):
+                kind(**{name: given})

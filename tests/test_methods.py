@@ -60,7 +60,7 @@ def test_which_objectives_take_a_transform() -> None:
         ("multitask-rotation,", "empty transform"),
         ("multitask-rotation,jigsa", "pretext transform 'jigsa'. Did you mean 'jigsaw'"),
         ("multitask-rotation,rotation", "names a task twice"),
-        ("pirl-rotation,jigsaw", "names 2 tasks, and 'pirl' takes one. Write 'multitask-rotation,jigsaw'"),
+        ("pirl-rotation,jigsaw", "names 2 tasks and 'pirl' takes one. Write 'multitask-rotation,jigsaw'"),
     ],
 )
 def test_unknown_names_are_answered_with_the_nearest(name: str, answer: str) -> None:

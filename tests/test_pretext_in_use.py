@@ -122,7 +122,7 @@ def dataset(tmp_path_factory: pytest.TempPathFactory) -> DataSet:
 
 
 # These change nothing that could be told: they are there to be compared, or for an objective that knows places.
-UNLABELLED = ("identity", "patch_grid")
+UNLABELLED = ("identity", "multi_crop", "patch_grid")
 
 
 @pytest.mark.parametrize("objective", ["predict", "pirl"])

@@ -77,7 +77,7 @@ def test_the_rate_is_as_published(name: str) -> None:
 @each
 def test_a_recipe_says_what_it_reproduces_and_needs(name: str) -> None:
     module = recipes._module(name)
-    for word in ("arXiv", "Hardware:", "Where raysl does otherwise:"):
+    for word in ("arXiv", "Hardware:", "Differences from"):
         assert word in str(module.__doc__)
     assert "% top-1" in recipes.summary(name)
     assert Pretraining.from_json(recipes.load(name, "data", "run").to_json()) == recipes.load(
@@ -153,7 +153,7 @@ def test_a_step_at_full_geometry(name: str) -> None:
         group["lr"] = config.optim.lr_at(100_000, 200_000, config.batch_size)
     optimizer.step()
     if isinstance(network.objective, AfterStep):
-        network.objective.after_step(network.backbone)
+        network.objective.after_step(network.backbone, 0)
     if bank is not None and found.bank_update_bd is not None:
         bank.update(of.indices_b, found.bank_update_bd)
     after = list(network.parameters())

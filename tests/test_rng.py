@@ -6,10 +6,14 @@ import random
 
 import numpy as np
 import torch
-from hypothesis import given
+from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from raysl.rng import ImageRng, generator, key
+
+# A loaded machine may be slow.
+settings.register_profile("patient", deadline=None)
+settings.load_profile("patient")
 
 seeds = st.integers(0, 2**63 - 1)
 index_lists = st.lists(st.integers(0, 2**40 - 1), min_size=1, max_size=20, unique=True)

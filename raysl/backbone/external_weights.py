@@ -20,13 +20,12 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
-from raysl.backbone.network import Backbone
+from raysl.backbone.network import TIMM, Backbone
 from raysl.errors import UserError, unknown
 from raysl.storage import Folder, StorageError
 
 _log = logging.getLogger("raysl.backbone")
 
-TIMM = "timm/"
 # Classes that checkpoints hold beside their weights. Creating them runs no code of the file.
 _SAFE_CLASSES: list[Any] = [
     argparse.Namespace,
@@ -355,12 +354,29 @@ def _some(keys: list[str]) -> str:
     return (", ".join(map(repr, keys[:_SHOWN])) or "nothing") + more
 
 
-def timm_backbone(name: str) -> Backbone:
+def _timm_body(name: str, options: dict[str, int]) -> Any:
+    """Build a network of timm; a vision transformer takes images of any size that its patches divide."""
+    import timm
+
+    try:
+        return timm.create_model(name, pretrained=False, num_classes=0, dynamic_img_size=True, **options)
+    except TypeError:
+        try:
+            return timm.create_model(name, pretrained=False, num_classes=0, **options)
+        except TypeError as error:
+            raise UserError(
+                f"--backbone.patch-size is {options.get('patch_size')} and the backbone {TIMM + name!r} has no "
+                "patches. Use 0, or a vision transformer."
+            ) from error
+
+
+def timm_backbone(name: str, patch_size: int = 0) -> Backbone:
     """Build a backbone of timm that normalises images as its published weights expect.
 
     Args:
         name: name in timm, or NAME.TAG: weights with another tag may expect another normalisation, as those of
             "vit_small_patch16_224" and "vit_small_patch16_224.dino".
+        patch_size: side of a patch of a vision transformer in pixels; 0 for the size in its name.
 
     Raises:
         UserError: timm is not installed, or has no such network.
@@ -374,7 +390,7 @@ def timm_backbone(name: str) -> Backbone:
     known = timm.list_models(pretrained="." in name)  # With tags, or without.
     if name not in known:
         raise unknown("backbone of timm", name, known)
-    body: Any = timm.create_model(name, pretrained=False, num_classes=0)
+    body = _timm_body(name, {"patch_size": patch_size} if patch_size else {})
     # If the head begins with layers of its own, `num_features` is the width of its input.
     made = Backbone(body, int(getattr(body, "head_hidden_size", body.num_features)))
     for buffer, constants in ((made.mean, "mean"), (made.std, "std")):

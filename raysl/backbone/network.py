@@ -1,45 +1,85 @@
-"""Backbones: networks from uint8 images to features, by name, with torchvision's weights layout inside."""
+"""Backbones: networks from uint8 images to features, by name."""
 
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from typing import Any, Literal
+from functools import lru_cache
+from typing import Annotated, Any, Literal
 
 import torch
 from torch import Tensor, nn
 
+from raysl import plugins
 from raysl.backbone import norm as norms
+from raysl.backbone.small import SmallBackbone
 from raysl.errors import UserError, unknown
+from raysl.fields import Bounds, Checked
 
 IMAGENET_MEAN = (0.485, 0.456, 0.406)
 IMAGENET_STD = (0.229, 0.224, 0.225)
+TIMM = "timm/"
+
+_PUBLISHED_SIZE = 224
 
 
 @dataclass(frozen=True)
-class BackboneConfig:
-    """Which network is trained.
+class BackboneConfig(Checked):
+    """Configuration of the backbone.
 
     Args:
-        name: "small" (for two CPU cores and small images) or any torchvision classifier by name, such as
-            "resnet18", "resnet50", "convnext_tiny" or "vit_b_16"; its last linear layer is taken off.
-        stem: "standard" keeps the 7x7 stride-2 convolution and the max-pool; "small" replaces them by one 3x3
+        name: "small" (for two CPU cores and small images); a torchvision classifier such as "resnet50"; "timm/NAME" for
+            a network of timm; or "MODULE:FUNCTION" or "FILE.py:FUNCTION" for a function that returns an
+            `nn.Module` from normalised images (b, 3, s, s) to features (b, width). Classifiers lose their head.
+        stem: "standard" keeps the 7x7 stride-2 convolution and the max-pool; "small" replaces them by a 3x3
             convolution, for images of 64 pixels or less. Only for ResNets.
         norm: "batch" is BatchNorm over each view of one worker's images, as published: patches and images pass one
-            after the other, each by statistics of their own. "joint" takes the statistics over all views together,
-            "sync" over each view of all workers' images, in the heads too. "group" is GroupNorm, each image alone,
-            so that gradients do not depend on how many workers share the batch.
+            after the other, with separate statistics. "joint" computes the statistics over all views together, "sync"
+            over each view of all workers' images, in the heads too. "group" is GroupNorm, each image by itself, so that
+            gradients do not depend on the number of workers.
+        patch_size: side of a patch of a vision transformer of timm in pixels; 0 for the size in its name.
     """
 
     name: str = "small"
     stem: Literal["standard", "small"] = "standard"
     norm: Literal["batch", "joint", "sync", "group"] = "batch"
+    patch_size: Annotated[int, Bounds(0, 512)] = 0
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        module, colon, function = self.name.rpartition(":")
+        if colon:  # workers have another working directory
+            object.__setattr__(self, "name", f"{plugins.remembered(module)}:{function}")
+
+    def modules(self) -> list[str]:
+        """Return the module or file of the user's code that builds the backbone, if there is any."""
+        return [self.name.rpartition(":")[0]] if ":" in self.name else []
+
+    @staticmethod
+    def of(factory: Callable[[], nn.Module]) -> BackboneConfig:
+        """Return the configuration of a backbone that a function or class of the user builds.
+
+        Workers, probes and exports build the backbone again, so they must be able to import the factory.
+
+        Raises:
+            UserError: it is an instance of a module, or is defined in a script, a notebook or another function.
+        """
+        module, name = getattr(factory, "__module__", ""), getattr(factory, "__qualname__", "")
+        if isinstance(factory, nn.Module) or not name or module == "__main__" or not name.isidentifier():
+            raise UserError(
+                f"The backbone {name or type(factory).__name__!r} cannot be built again by workers and probes. Give "
+                "the function or class that builds it, and define it at the top level of a module that can be imported."
+            )
+        return BackboneConfig(f"{module}:{name}")
 
 
 class Backbone(nn.Module):
-    """uint8 images in, features out. The normalisation constants are part of it and are saved with it.
+    """A network from uint8 images to features. The constants of the normalisation are saved with it.
 
-    `body` holds the network alone, under the names of torchvision, so that its state dict loads there.
+    Args:
+        body: the network alone, under its own names, so that its state dict can be loaded elsewhere.
+        width: number of features.
+        joint: compute the statistics of BatchNorm over several batches together; see `forward_jointly`.
     """
 
     mean: Tensor
@@ -49,12 +89,12 @@ class Backbone(nn.Module):
         super().__init__()
         self.body = body
         self.width = width
-        self.graph = norms.traced(body) if joint else None
+        self.graph = norms.trace(body) if joint else None
         self.register_buffer("mean", torch.tensor(IMAGENET_MEAN).view(1, 3, 1, 1) * 255)
         self.register_buffer("std", torch.tensor(IMAGENET_STD).view(1, 3, 1, 1) * 255)
 
     def forward(self, images_bchw: Tensor) -> Tensor:
-        """Features of a batch.
+        """Compute features of a batch.
 
         Args:
             images_bchw: uint8, or float in the range 0 to 255.
@@ -62,29 +102,65 @@ class Backbone(nn.Module):
         Returns:
             float (b, width), pooled over the image.
         """
-        features: Tensor = self.body(self._normalised(images_bchw))
+        features: Tensor = self.body(self.normalised(images_bchw))
         return features.flatten(1)
 
-    def together(self, batches: Sequence[Tensor]) -> list[Tensor]:
-        """Features of several batches, whose images may differ in size. Where the backbone was built with norm "joint",
-        BatchNorm takes its statistics over all of them; otherwise they pass one after the other."""
+    def forward_jointly(self, batches: Sequence[Tensor]) -> list[Tensor]:
+        """Compute features of several batches with images of any sizes.
+
+        With norm "joint", BatchNorm computes its statistics over all of them; otherwise they pass one after the other.
+        """
         if self.graph is None or not self.training:
             return [self(images_bchw) for images_bchw in batches]
-        made = norms.together(self.body, self.graph, [self._normalised(images) for images in batches])
+        made = norms.forward_jointly(self.body, self.graph, [self.normalised(images) for images in batches])
         return [features.flatten(1) for features in made]
 
-    def _normalised(self, images_bchw: Tensor) -> Tensor:
+    def maps(self, images_bchw: Tensor) -> Tensor:
+        """Compute the spatial map before pooling, or the patch tokens of a transformer: float (b, d, h, w).
+
+        Raises:
+            UserError: the backbone has no such map.
+        """
+        images_bchw = self.normalised(images_bchw)
+        if hasattr(self.body, "forward_features"):
+            features: Any = self.body.forward_features
+            return self._as_map(features(images_bchw))
+        children = dict(self.body.named_children())
+        name = next((name for name in ("avgpool", "features", "encoder") if name in children), None)
+        if name is None:
+            raise UserError(
+                f"The backbone {type(self.body).__name__} has no spatial map. Use a ResNet, a ConvNeXt or a ViT."
+            )
+        kept: list[Tensor] = []
+        if name == "avgpool":
+            hook = children[name].register_forward_pre_hook(lambda _, inputs: kept.append(inputs[0]))
+        else:
+            hook = children[name].register_forward_hook(lambda _, inputs, output: kept.append(output))
+        try:
+            self.body(images_bchw)
+        finally:
+            hook.remove()
+        return self._as_map(kept[0])
+
+    def _as_map(self, output: Tensor) -> Tensor:
+        """Return (b, d, h, w) from a map in either layout, or from tokens, of which the first may be no patches."""
+        if output.ndim == 4:
+            channels_last = output.shape[1] == output.shape[2] != output.shape[3]
+            return output.movedim(-1, 1) if channels_last else output
+        side = int(output.shape[1] ** 0.5)
+        patches_btd = output[:, output.shape[1] - side * side :]
+        return patches_btd.transpose(1, 2).reshape(len(output), -1, side, side)
+
+    def normalised(self, images_bchw: Tensor) -> Tensor:
+        """Return the images as the body takes them."""
         return (images_bchw.to(self.mean.dtype) - self.mean) / self.std
 
 
 def encode(backbone: nn.Module, views_bpchw: Tensor) -> Tensor:
-    """Features of every crop in one pass: folds the crops into the batch and unfolds their features.
+    """Compute features of every crop in one pass: (b, p, width).
 
-    One pass and not P: nine passes over a jigsaw would give each slot batch statistics of its own, a cue to its
-    position, and nine updates of the running statistics.
-
-    Returns:
-        float (b, p, width).
+    Nine passes over a jigsaw would give each slot its own batch statistics, which reveal the position, and update the
+    running statistics nine times.
     """
     b, p = views_bpchw.shape[:2]
     features: Tensor = backbone(views_bpchw.flatten(0, 1))
@@ -92,9 +168,10 @@ def encode(backbone: nn.Module, views_bpchw: Tensor) -> Tensor:
 
 
 def encode_views(backbone: nn.Module, views: Sequence[Tensor]) -> list[Tensor]:
-    """Features of every crop of several views, each as `encode`, in their order or together (see `BackboneConfig.norm`).
+    """Compute features of every crop of several views, in their order or jointly; see `BackboneConfig.norm`.
 
     Args:
+        backbone: the backbone.
         views: uint8 (b, p, c, h, w) each; p, h and w may differ.
 
     Returns:
@@ -102,25 +179,36 @@ def encode_views(backbone: nn.Module, views: Sequence[Tensor]) -> list[Tensor]:
     """
     if not isinstance(backbone, Backbone):
         return [encode(backbone, view_bpchw) for view_bpchw in views]
-    made = backbone.together([view_bpchw.flatten(0, 1) for view_bpchw in views])
+    made = backbone.forward_jointly([view_bpchw.flatten(0, 1) for view_bpchw in views])
     return [features.view(*view.shape[:2], -1) for features, view in zip(made, views, strict=True)]
 
 
+def encode_maps(backbone: Backbone, views_bpchw: Tensor) -> Tensor:
+    """Compute the spatial map, or the patch tokens, of every crop: (b, p, d, h, w). See `Backbone.maps`."""
+    maps = backbone.maps(views_bpchw.flatten(0, 1))
+    return maps.view(*views_bpchw.shape[:2], *maps.shape[1:])
+
+
 def build(config: BackboneConfig) -> Backbone:
-    """A new backbone with weights from torch's global generator.
+    """Build a backbone with weights from torch's global generator.
 
     Raises:
-        UserError: the name, the stem or the norm does not exist.
+        UserError: the name does not exist, or has no such stem or norm.
     """
     norm, joint = _norm(config.norm), config.norm == "joint"
-    if config.stem not in ("small", "standard"):
-        raise unknown("stem", config.stem, ["small", "standard"])
     if config.name == "small":
         return Backbone(SmallBackbone(norm), SmallBackbone.width, joint)
+    if ":" in config.name or config.name.startswith(TIMM):
+        if config.stem != "standard" or config.norm == "group":
+            raise UserError(
+                f"The backbone {config.name!r} keeps its own stem and norm. Use --backbone.stem standard and "
+                "--backbone.norm batch, sync or joint."
+            )
+        return _own(config.name, joint) if ":" in config.name else _timm(config, joint)
     if config.name not in names():
         raise unknown("backbone", config.name, names())
     network = _classifier(config, norm)
-    width = _take_off_head(network)
+    width = _remove_head(network)
     if config.stem == "small":
         conv: Any = network.conv1
         network.conv1 = nn.Conv2d(3, conv.out_channels, 3, stride=1, padding=1, bias=False)
@@ -130,17 +218,61 @@ def build(config: BackboneConfig) -> Backbone:
 
 
 def names() -> list[str]:
-    """Every backbone there is: "small", and torchvision's classifiers without auxiliary outputs."""
+    """Return "small" and the names of torchvision's classifiers without auxiliary outputs."""
     from torchvision import models
 
-    return [
-        "small",
-        *(name for name in models.list_models(models) if name not in ("googlenet", "inception_v3")),
-    ]
+    auxiliary = ("googlenet", "inception_v3")
+    return ["small", *(name for name in models.list_models(models) if name not in auxiliary)]
+
+
+def check_size(config: BackboneConfig, image_size: int, flag: str = "--image-size") -> None:
+    """Raise UserError when a backbone does not take images of a size.
+
+    Args:
+        config: the backbone.
+        image_size: side of the images in pixels.
+        flag: the flag that sets the size.
+    """
+    if error := _size_error(config, image_size):
+        reason, own_size = error
+        raise UserError(
+            f"The backbone {config.name!r} does not take images of {image_size} pixels ({reason}). It takes images of "
+            f"{own_size} pixels: give {flag} {own_size}, or another --backbone.name."
+        )
+
+
+@lru_cache
+def _size_error(config: BackboneConfig, image_size: int) -> tuple[str, int] | None:
+    body = skeleton(config).eval()
+    own_size = getattr(body.body, "pretrained_cfg", {}).get("input_size", (3, _PUBLISHED_SIZE))[-1]
+    reason = _failure(body, image_size)
+    # A network that fails at its own size too may need its weights, so it is not judged here.
+    return (reason, own_size) if reason and not _failure(body, own_size) else None
+
+
+def _failure(body: Backbone, image_size: int) -> str:
+    """Return the error of a forward pass; empty when it works."""
+    images_bchw = torch.zeros(1, 3, image_size, image_size, dtype=torch.uint8, device=body.mean.device)
+    try:
+        with torch.inference_mode():
+            body(images_bchw)
+    except (AssertionError, RuntimeError, ValueError) as error:
+        return " ".join(str(error).split()).rstrip(".") or type(error).__name__
+    return ""
+
+
+def skeleton(config: BackboneConfig) -> Backbone:
+    """Build a backbone without weights where possible."""
+    try:
+        with torch.device("meta"):
+            return build(config)
+    except RuntimeError:  # some networks compute widths or rates by tensors, such as RegNets
+        with torch.random.fork_rng(devices=[]):
+            return build(config)
 
 
 def _classifier(config: BackboneConfig, norm: Callable[[int], nn.Module]) -> nn.Module:
-    """A torchvision classifier. Raises UserError when the stem or the norm does not exist in it."""
+    """Build a torchvision classifier. Raise UserError when it has no such stem or norm."""
     from torchvision import models
 
     options = {"norm_layer": norm} if config.norm == "group" else {}
@@ -148,21 +280,67 @@ def _classifier(config: BackboneConfig, norm: Callable[[int], nn.Module]) -> nn.
         network: nn.Module = models.get_model(config.name, weights=None, **options)
     except (TypeError, ValueError) as error:
         raise UserError(
-            f"The backbone {config.name!r} cannot be made with norm {config.norm!r}: {error}. Use --backbone.norm batch."
+            f"The backbone {config.name!r} cannot be built with norm {config.norm!r}: {error}. Use --backbone.norm "
+            "batch."
         ) from error
     if config.stem == "small" and not (hasattr(network, "conv1") and hasattr(network, "maxpool")):
         raise UserError(
-            f"The backbone {config.name!r} has no stem that could be replaced; only ResNets have one. Use --backbone.stem "
+            f"The backbone {config.name!r} has no stem that can be replaced; only ResNets have. Use --backbone.stem "
             "standard."
         )
     return network
 
 
-def _take_off_head(network: nn.Module) -> int:
-    """Replaces the last linear layer, the classifier, by nothing; returns the width of what comes into it."""
+def _timm(config: BackboneConfig, joint: bool) -> Backbone:
+    from raysl.backbone.external_weights import timm_backbone
+
+    made = timm_backbone(config.name.removeprefix(TIMM), config.patch_size)
+    made.graph = norms.trace(made.body) if joint else None
+    return made
+
+
+def _own(name: str, joint: bool) -> Backbone:
+    """Build a backbone of the user, from "MODULE:FUNCTION" or "FILE.py:FUNCTION"."""
+    module, _, function = name.rpartition(":")
+    factory = getattr(plugins.import_module(module), function, None)
+    if not callable(factory):
+        raise UserError(f"The backbone {name!r} does not exist: {module!r} has no function {function!r}.")
+    body = factory()
+    if not isinstance(body, nn.Module):
+        raise UserError(
+            f"The backbone {name!r} returns {type(body).__name__}; it must return a torch.nn.Module without arguments."
+        )
+    return Backbone(body, _width(body, name), joint)
+
+
+def _width(body: nn.Module, name: str) -> int:
+    """Return the number of features of a network of the user, by a forward pass if it does not say."""
+    known = getattr(body, "width", getattr(body, "num_features", None))
+    if isinstance(known, int):
+        return known
+    reason, was_training = "", body.training
+    for size in (32, 64, _PUBLISHED_SIZE):
+        try:
+            with torch.no_grad():
+                output: Tensor = body.eval()(torch.zeros(2, 3, size, size))
+            return output.flatten(1).shape[1]
+        except (RuntimeError, AssertionError, ValueError) as error:
+            reason = str(error)
+        finally:
+            body.train(was_training)
+    raise UserError(
+        f"The backbone {name!r} does not compute features of images of 32, 64 or 224 pixels: {reason}. Give it an "
+        "attribute `width`, the number of its features."
+    )
+
+
+def _remove_head(network: nn.Module) -> int:
+    """Replace the last linear layer, the classifier, by the identity. Return the width of its input."""
     linear = [name for name, module in network.named_modules() if isinstance(module, nn.Linear)]
     if not linear:
-        raise UserError("This backbone ends in no linear classifier and so has no features of one width.")
+        raise UserError(
+            "This backbone has no linear classifier at its end, so its features have no known width."
+        )
     parent, _, child = linear[-1].rpartition(".")
     holder: Any = network.get_submodule(parent)
     head: nn.Linear = network.get_submodule(linear[-1])  # type: ignore[assignment]
@@ -171,56 +349,6 @@ def _take_off_head(network: nn.Module) -> int:
 
 
 def _norm(name: str) -> Callable[[int], nn.Module]:
-    if name in ("batch", "joint", "sync"):
-        return nn.BatchNorm2d
     if name == "group":
         return lambda channels: nn.GroupNorm(channels // 8, channels)
-    raise unknown("norm", name, ["batch", "joint", "sync", "group"])
-
-
-class SmallBackbone(nn.Module):
-    """A residual network of 0.7 million weights for images of 16 to 64 pixels on two CPU cores.
-
-    Stages named as in torchvision's ResNets, one basic block each. 6 M multiply-adds at 32 pixels: a step is bound by
-    memory, and the first convolution halves the image for that.
-    """
-
-    width = 192
-
-    def __init__(self, norm: Callable[[int], nn.Module]) -> None:
-        super().__init__()
-        self.conv1 = nn.Conv2d(3, 24, 3, stride=2, padding=1, bias=False)
-        self.bn1 = norm(24)
-        self.relu = nn.ReLU(inplace=True)
-        self.layer1 = _Block(24, 48, 2, norm)
-        self.layer2 = _Block(48, 96, 2, norm)
-        self.layer3 = _Block(96, 192, 2, norm)
-        self.avgpool = nn.AdaptiveAvgPool2d(1)
-
-    def forward(self, images_bchw: Tensor) -> Tensor:
-        x = self.relu(self.bn1(self.conv1(images_bchw)))
-        x = self.layer3(self.layer2(self.layer1(x)))
-        pooled: Tensor = self.avgpool(x)
-        return pooled.flatten(1)
-
-
-class _Block(nn.Module):
-    """A basic residual block that halves the image."""
-
-    def __init__(
-        self, channels_in: int, channels_out: int, stride: int, norm: Callable[[int], nn.Module]
-    ) -> None:
-        super().__init__()
-        self.conv1 = nn.Conv2d(channels_in, channels_out, 3, stride, padding=1, bias=False)
-        self.bn1 = norm(channels_out)
-        self.conv2 = nn.Conv2d(channels_out, channels_out, 3, padding=1, bias=False)
-        self.bn2 = norm(channels_out)
-        self.downsample = nn.Sequential(
-            nn.Conv2d(channels_in, channels_out, 1, stride, bias=False), norm(channels_out)
-        )
-        self.relu = nn.ReLU(inplace=True)
-
-    def forward(self, x: Tensor) -> Tensor:
-        out = self.relu(self.bn1(self.conv1(x)))
-        out = self.bn2(self.conv2(out))
-        return self.relu(out + self.downsample(x))  # type: ignore[no-any-return]
+    return nn.BatchNorm2d

@@ -1,8 +1,8 @@
-"""Whose statistics BatchNorm takes, beyond one batch on one worker: all workers' ("sync") or all views' ("joint"); and
-in evaluation those of what it is shown, in the place of those that it has kept.
+"""Choose the images that BatchNorm computes its statistics over: those of all workers ("sync"), of all views ("joint"),
+or of the current batch in evaluation.
 
-BatchNorm (Ioffe and Szegedy, arXiv 1502.03167) normalises each channel by the mean and the variance over a batch.
-No way has weights of its own, and the first two do not change what the network computes in eval mode.
+BatchNorm (Ioffe and Szegedy, arXiv 1502.03167) normalises each channel by the mean and the variance over a batch. None
+of these adds weights, and "sync" and "joint" do not change the network in eval mode.
 """
 
 from __future__ import annotations
@@ -19,14 +19,14 @@ from raysl.errors import UserError
 
 
 def synchronise(network: nn.Module, device: torch.device) -> None:
-    """Lets every BatchNorm in a network take its statistics over the batches of all workers, with gradient.
+    """Make every BatchNorm in a network compute its statistics over the batches of all workers, with gradient.
 
-    Weights and statistics stay the very tensors they were. On a GPU these are torch's `SyncBatchNorm`, which is fast;
-    torch has none for the CPU, and DistributedDataParallel refuses its class there.
+    Weights and statistics stay the same tensors. On a GPU this is torch's `SyncBatchNorm`. torch has none for the CPU,
+    and DistributedDataParallel refuses its class there.
 
     Args:
-        network: no BatchNorm itself.
-        device: where it is.
+        network: a network that is no BatchNorm itself.
+        device: its device.
     """
     if device.type == "cuda":
         nn.SyncBatchNorm.convert_sync_batchnorm(network)  # type: ignore[no-untyped-call]
@@ -42,7 +42,7 @@ class _SyncBatchNorm(_BatchNorm):
 
     @staticmethod
     def of(norm: _BatchNorm) -> _SyncBatchNorm:
-        """One with the weights and statistics of another."""
+        """Return a layer with the weights and statistics of another."""
         made = _SyncBatchNorm(
             norm.num_features, norm.eps, norm.momentum, norm.affine, norm.track_running_stats
         )
@@ -52,25 +52,25 @@ class _SyncBatchNorm(_BatchNorm):
         return made.train(norm.training)
 
     def _check_input_dim(self, input: Tensor) -> None:
-        """Any number of dimensions, channels second."""
+        """Accept any number of dimensions, channels second."""
 
     def forward(self, input: Tensor) -> Tensor:
         if not self.training or collective.world() == 1:
             return super().forward(input)
         rows_nc = input.movedim(1, -1).flatten(0, -2).float()
         var_c, mean_c = torch.var_mean(rows_nc, dim=0, correction=0)
-        # (w, 2, c): batches are equal, so the whole variance is the mean variance plus the variance of the means.
+        # (w, 2, c): batches have equal size, so the variance is the mean variance plus the variance of the means.
         parts = collective.gather_with_gradient(torch.stack([mean_c, var_c])[None])
         mean_c = parts[:, 0].mean(dim=0)
         var_c = parts[:, 1].mean(dim=0) + (parts[:, 0] - mean_c).square().mean(dim=0)
-        self._remember(mean_c.detach(), var_c.detach(), len(rows_nc) * collective.world())
+        self._update_running(mean_c.detach(), var_c.detach(), len(rows_nc) * collective.world())
         made_nc = (rows_nc - mean_c) * (var_c + self.eps).rsqrt()
         if self.affine:
             made_nc = made_nc * self.weight + self.bias
         return made_nc.to(input.dtype).view(input.movedim(1, -1).shape).movedim(-1, 1)
 
-    def _remember(self, mean_c: Tensor, var_c: Tensor, n: int) -> None:
-        """The running statistics, as torch keeps them: with the unbiased variance."""
+    def _update_running(self, mean_c: Tensor, var_c: Tensor, n: int) -> None:
+        """Update the running statistics as torch does, with the unbiased variance."""
         if self.running_mean is None or self.running_var is None or self.num_batches_tracked is None:
             return
         self.num_batches_tracked.add_(1)
@@ -79,50 +79,50 @@ class _SyncBatchNorm(_BatchNorm):
         self.running_var.lerp_(var_c * n / max(1, n - 1), momentum)
 
 
-def by_batch(network: nn.Module) -> None:
-    """Lets every BatchNorm of a network in eval mode take the statistics of what it is shown at once, as in training.
+def use_batch_statistics(network: nn.Module) -> None:
+    """Make every BatchNorm use the statistics of the current batch in eval mode, as in training.
 
-    What it has kept of training is forgotten.
+    The running statistics are deleted.
     """
     for module in network.modules():
         if isinstance(module, _BatchNorm):
             module.running_mean = module.running_var = None
 
 
-def traced(network: nn.Module) -> fx.Graph:
-    """The operations of a network, for `together`.
+def trace(network: nn.Module) -> fx.Graph:
+    """Return the operations of a network, for `forward_jointly`.
 
     Raises:
-        UserError: what the network computes hangs on values that are known only when it runs.
+        UserError: the operations depend on values that are known only at run time.
     """
     try:
         return fx.Tracer().trace(network)
     except (fx.proxy.TraceError, TypeError) as error:
         raise UserError(
-            f"{type(network).__name__} cannot take several views at once: {error}. Use --backbone.norm batch."
+            f"The backbone {type(network).__name__} cannot be used with --backbone.norm joint: {error}. Use batch."
         ) from error
 
 
 @torch.compiler.disable  # type: ignore[untyped-decorator]
-def together(network: nn.Module, graph: fx.Graph, batches: Sequence[Tensor]) -> list[Tensor]:
-    """What a network in training makes of several batches, each BatchNorm taking its statistics over all of them.
+def forward_jointly(network: nn.Module, graph: fx.Graph, batches: Sequence[Tensor]) -> list[Tensor]:
+    """Run a network on several batches; each BatchNorm computes its statistics over all of them.
 
     The images of the batches may differ in size. torch.compile does not make it faster.
 
     Args:
-        network: the network.
-        graph: it, as `traced`.
-        batches: each as the network takes it.
+        network: the network, in training mode.
+        graph: its operations, from `trace`.
+        batches: inputs of the network.
     """
-    return list(_Together(network, graph=graph, count=len(batches)).run(_Batches(batches)))
+    return list(_JointInterpreter(network, graph=graph, count=len(batches)).run(_Batches(batches)))
 
 
 class _Batches(tuple[Any, ...]):
-    """What stands in the place of one tensor: one of each batch."""
+    """The values of one tensor for each of the batches."""
 
 
-class _Together(fx.Interpreter):
-    """Does every operation on each of several batches, and BatchNorm on all at once."""
+class _JointInterpreter(fx.Interpreter):
+    """Run every operation on each batch, and BatchNorm on all batches at once."""
 
     def __init__(self, network: nn.Module, graph: fx.Graph, count: int) -> None:
         super().__init__(network, graph=graph)
@@ -142,7 +142,7 @@ class _Together(fx.Interpreter):
 
 
 def _part(value: Any, i: int) -> Any:
-    """The i-th batch in place of all, in nested tuples, lists and dicts."""
+    """Return the value of batch i, in nested tuples, lists and dicts."""
     if isinstance(value, _Batches):
         return value[i]
     if isinstance(value, tuple | list):
@@ -153,13 +153,13 @@ def _part(value: Any, i: int) -> Any:
 
 
 def _batch_norm(norm: _BatchNorm, parts: Sequence[Tensor]) -> list[Tensor]:
-    """A BatchNorm over the pixels of all batches, as if each were an image of one pixel."""
+    """Apply a BatchNorm to the pixels of all batches, each as an image of one pixel."""
     pixels = [part.movedim(1, -1) for part in parts]
     rows_nc = torch.cat([p.flatten(0, -2) for p in pixels])
     lone = (1,) * (parts[0].ndim - 2)
     made_nc = norm(rows_nc.view(*rows_nc.shape, *lone)).view(rows_nc.shape)
     made = made_nc.split([p[..., 0].numel() for p in pixels])
-    # Copies: what follows may work in place, which autograd refuses on parts of one tensor.
+    # Copies: the next layer may work in place, which autograd refuses for parts of one tensor.
     return [m.clone().view(p.shape).movedim(-1, 1) for m, p in zip(made, pixels, strict=True)]
 
 

@@ -84,24 +84,23 @@ def _explicit(
     """Return those of the values that have a flag among the typed words; nested classes as mappings."""
     found: dict[str, Any] = {}
     for name, value in values.items():
-        flag = f"{prefix}{_flag_name(name, hints.get(name))}"
+        flag = f"{prefix}{name.replace('_', '-')}"
         if dataclasses.is_dataclass(value) and not isinstance(value, type):
             inner = {field.name: getattr(value, field.name) for field in dataclasses.fields(value)}
             inner_hints = typing.get_type_hints(type(value), include_extras=True)
             if chosen := _explicit(inner, inner_hints, typed, f"{flag}."):
                 found[name] = chosen
-        elif flag in typed or (
+        elif not {flag, *_aliases(hints.get(name))}.isdisjoint(typed) or (
             isinstance(value, bool) and f"{prefix}no-{flag.removeprefix(prefix)}" in typed
         ):
             found[name] = value
     return found
 
 
-def _flag_name(name: str, hint: Any) -> str:
-    """Return the last part of a field's flag, which an annotation may name, as "lambda" for `lam`."""
+def _aliases(hint: Any) -> set[str]:
+    """Return the other flags of a field that its annotation names, such as "pirl.lambda" of `lam`."""
     extras = typing.get_args(hint)[1:] if typing.get_origin(hint) is Annotated else ()
-    named = [extra.name for extra in extras if getattr(extra, "name", None)]
-    return (named[0] if named else name).replace("_", "-")
+    return {alias[2:] for extra in extras for alias in getattr(extra, "aliases", None) or ()}
 
 
 def _peek(arguments: Sequence[str], flag: str, default: str) -> str:

@@ -1,1 +1,1 @@
-"""What contrast needs: the memory bank, negatives out of it, and the equations."""
+"""The parts of contrastive learning: memory bank, negatives and loss equations."""

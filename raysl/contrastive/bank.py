@@ -1,8 +1,8 @@
-"""The memory bank: one unit vector for each image, replicated on every worker or divided among them.
+"""The memory bank: one unit vector per image, replicated on every worker or sharded among them.
 
-Equal on any number of workers: the first rows are a function of the seed and the index, the updates of a step are
-gathered and applied in the order of the global batch, and negatives are drawn from (seed, step) or from (seed,
-epoch, index). The bank is not a buffer of the network: DistributedDataParallel would broadcast it at every step.
+It is equal for any number of workers: the initial rows depend on the seed and the index, the updates of a step are
+gathered and applied in the order of the global batch, and negatives are sampled from (seed, step) or from (seed,
+epoch, index). The bank is no buffer of the model: DistributedDataParallel would broadcast it at every step.
 """
 
 from __future__ import annotations
@@ -18,41 +18,37 @@ from torch import Tensor
 
 from raysl import collective, rng
 from raysl.errors import UserError
-from raysl.fields import Range
+from raysl.fields import Bounds, Checked, Range
 
-# Rows that share one generator when the bank is filled; any worker can fill any block.
+# Number of initial rows from one generator; any worker can fill any block.
 _BLOCK = 4096
 
 
 @dataclass(frozen=True)
-class BankConfig:
-    """How the memory is kept.
+class BankConfig(Checked):
+    """Configuration of the memory bank.
 
     Args:
-        momentum: weight of the old row when a new embedding comes, in 0..1 (PIRL and NPID: 0.5).
-        placement: "replicated" keeps all rows on every worker; "sharded" keeps 1/W of them on each, and moves rows
-            at every step. The results are the same.
-        dtype: how rows are stored; scores are always computed in float32.
+        momentum: weight of the old row in an update, in 0..1 (PIRL and NPID: 0.5).
+        placement: "replicated" keeps all rows on every worker; "sharded" keeps 1/W of the rows on each of W workers and
+            exchanges rows at every step. The results are equal.
+        dtype: type of the stored rows; scores are always computed in float32.
     """
 
-    momentum: Annotated[float, Range((0.0, 0.5, 0.9, 0.99))] = 0.5
+    momentum: Annotated[float, Bounds(0, 1, hint="PIRL uses 0.5"), Range((0.0, 0.5, 0.9, 0.99))] = 0.5
     placement: Literal["replicated", "sharded"] = "replicated"
     dtype: Literal["float32", "float16"] = "float32"
 
-    def __post_init__(self) -> None:
-        if not 0 <= self.momentum <= 1:
-            raise UserError(f"bank.momentum is {self.momentum}; it must be between 0 and 1 (PIRL uses 0.5).")
-
 
 class MemoryBank:
-    """Rows of all images, on this worker or spread over all of them.
+    """The rows of all images, on this worker or sharded over all workers.
 
     Args:
-        num_images: N.
-        dim: D.
-        config: see `BankConfig`.
+        num_images: N, number of rows.
+        dim: D, size of a row.
+        config: configuration of the bank.
         seed: seed of the run.
-        device: where the rows are kept.
+        device: device of the rows.
     """
 
     def __init__(
@@ -68,17 +64,16 @@ class MemoryBank:
         self.config = config
         self.seed = seed
         self.first, self.last = self._range(collective.rank(), collective.world())
-        self.rows_nd = self._fresh(device)
+        self.rows_nd = self._initial_rows(device)
 
     def _range(self, rank: int, world: int) -> tuple[int, int]:
-        """The rows that a worker keeps: first and one past the last."""
+        """Return the rows of a worker: first, and one past the last."""
         if self.config.placement == "replicated":
             return 0, self.num_images
         return rank * self.num_images // world, (rank + 1) * self.num_images // world
 
-    def _fresh(self, device: torch.device) -> Tensor:
-        """Uniform in a cube, then on the unit sphere, as NPID starts. Every worker makes its own rows from the seed,
-        so that none has to be sent and no average shortens them."""
+    def _initial_rows(self, device: torch.device) -> Tensor:
+        """Return this worker's initial rows: uniform in a cube, then scaled to length 1, as in NPID."""
         rows_nd = torch.empty(
             self.last - self.first, self.dim, dtype=getattr(torch, self.config.dtype), device=device
         )
@@ -92,11 +87,11 @@ class MemoryBank:
         return rows_nd
 
     def lookup(self, indices_b: Tensor, shared: bool = False) -> Tensor:
-        """Rows of the given images, without gradient.
+        """Return the rows of images, without gradient.
 
         Args:
-            indices_b: int64 (b,), of equal length on every worker.
-            shared: every worker asks for the same indices.
+            indices_b: int64 (b,), with the same length on every worker.
+            shared: True when every worker gives the same indices.
 
         Returns:
             float32 (b, d).
@@ -108,20 +103,20 @@ class MemoryBank:
         mine = (asked >= self.first) & (asked < self.last)
         rows = torch.zeros(len(asked), self.dim, device=self.rows_nd.device)
         rows[mine] = self.rows_nd[asked[mine] - self.first].float()
-        # Each row comes from one worker and zeros from the others, so the sum is exact.
+        # One worker has the row and the others add zeros, so the sum is exact.
         rows = collective.total(rows)
         start = 0 if shared else collective.rank() * len(indices_b)
         return rows[start : start + len(indices_b)]
 
     def update(self, indices_b: Tensor, embeddings_bd: Tensor) -> None:
-        """row <- normalise(momentum * row + (1 - momentum) * embedding), for the global batch.
+        """Update the rows of the global batch: row <- normalise(momentum * row + (1 - momentum) * embedding).
 
-        An index that occurs twice in the global batch (where two epochs meet) takes its last embedding, in the
-        order of the global batch, on every worker alike.
+        An index that occurs twice in the global batch, as a batch at the end of an epoch may contain, takes its last
+        embedding in the order of the global batch.
 
         Args:
-            indices_b: int64 (b,), this worker's images, of equal length on every worker.
-            embeddings_bd: float (b, d), their unit embeddings; no gradient is kept.
+            indices_b: int64 (b,), this worker's images, with the same length on every worker.
+            embeddings_bd: float (b, d), their unit embeddings; their gradient is dropped.
         """
         device = self.rows_nd.device
         indices = collective.gather(indices_b.to(device))
@@ -136,7 +131,7 @@ class MemoryBank:
         self.rows_nd[rows] = F.normalize(mixed, dim=1).to(self.rows_nd.dtype)
 
     def state(self) -> dict[str, Any]:
-        """What has to be saved: this worker's rows, not copied, and where they lie."""
+        """Return the state to save: this worker's rows, not copied, and their range."""
         return {
             "first": self.first,
             "last": self.last,
@@ -145,18 +140,18 @@ class MemoryBank:
         }
 
     def load(self, parts: Iterable[dict[str, Any]]) -> None:
-        """Takes its rows from the saved parts of any number of workers, one part after the other.
+        """Restore this worker's rows from the parts that any number of workers saved. Parts are read one by one.
 
         Raises:
-            UserError: the parts are of another bank, or do not hold all rows.
+            UserError: the parts belong to another bank, or rows are missing.
         """
         missing = torch.ones(self.last - self.first, dtype=torch.bool)
         for part in parts:
             rows = part["rows_nd"]
             if part["num_images"] != self.num_images or rows.shape[1] != self.dim:
                 raise UserError(
-                    f"The saved memory bank has {part['num_images']} rows of {rows.shape[1]} numbers and this run "
-                    f"needs {self.num_images} of {self.dim}. Start a new run."
+                    f"The saved memory bank has {part['num_images']:,} rows of {rows.shape[1]} numbers and this run "
+                    f"needs {self.num_images:,} rows of {self.dim}. Start a new run in another folder (--run)."
                 )
             start, stop = max(self.first, part["first"]), min(self.last, part["last"])
             if start < stop:
@@ -165,5 +160,6 @@ class MemoryBank:
                 missing[start - self.first : stop - self.first] = False
         if missing.any():
             raise UserError(
-                f"The checkpoint lacks {int(missing.sum())} rows of the memory bank. Use an older one."
+                f"The checkpoint lacks {int(missing.sum()):,} rows of the memory bank. Delete its folder: the run then "
+                "resumes from the checkpoint before."
             )

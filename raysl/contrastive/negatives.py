@@ -1,4 +1,4 @@
-"""Negatives from the memory bank: which rows an image is pushed away from. Never its own."""
+"""Sample negatives from the memory bank: rows of other images."""
 
 from __future__ import annotations
 
@@ -13,27 +13,30 @@ from raysl.stream.plan import Rows
 
 
 def check(num_negatives: int, num_images: int) -> None:
-    """Raises UserError unless `num_negatives` other images exist."""
+    """Raise UserError unless the data set has `num_negatives` other images."""
     if not 1 <= num_negatives < num_images:
         raise UserError(
-            f"num_negatives is {num_negatives} and the data set has {num_images} images. Negatives are other images, "
-            f"so there can be 1 to {num_images - 1}: set num_negatives, as --pirl.num-negatives, to one of these."
+            f"num_negatives is {num_negatives} and the data set has {num_images} images. Negatives are other images, so "
+            f"there can be 1 to {num_images - 1}: set num_negatives, such as --pirl.num-negatives, in this range."
         )
 
 
 def shared_scores(bank: MemoryBank, queries_bd: Tensor, rows: Rows, step: int, num_negatives: int) -> Tensor:
-    """Scores against one set of negatives for the whole global batch of a step.
+    """Compute scores with one set of negatives for the whole global batch of a step.
 
-    A set of K + 1 distinct images is drawn from (seed, step), the same on every worker. Each query loses its own
-    image from it, or the last one where its own is not in it, and so has exactly K negatives. One matrix product
-    instead of gathering b * K rows; the negatives of a batch are correlated.
+    K + 1 distinct images are sampled from (seed, step), equal on every worker. Each query leaves out its own image, or
+    the last one when its own is not among them, and so has exactly K negatives. This is one matrix product and no
+    gathering of b * K rows, but the negatives of a batch are correlated.
 
     Args:
-        queries_bd: float (b, d) with gradient; or (q, b, d), q queries of each image, which meet the same rows.
+        bank: the memory bank.
+        queries_bd: float (b, d) with gradient; or (q, b, d) for q queries per image, which share the negatives.
         rows: the images of the queries.
+        step: step of the run.
+        num_negatives: K.
 
     Returns:
-        float32 (b, k + 1) or (q, b, k + 1) cosine scores, with -inf in one place of each row.
+        float32 (b, k + 1) or (q, b, k + 1) cosine scores, with one -inf per row.
     """
     generator = rng.generator(bank.seed, "negatives", step)
     device = queries_bd.device
@@ -46,13 +49,15 @@ def shared_scores(bank: MemoryBank, queries_bd: Tensor, rows: Rows, step: int, n
 
 
 def own_scores(bank: MemoryBank, queries_bd: Tensor, rows: Rows, num_negatives: int) -> Tensor:
-    """Scores against negatives drawn for each image alone, uniformly over the others, with replacement.
+    """Compute scores with negatives of each image alone, uniform over the other images, with replacement.
 
-    As the papers have it; needs b * K * D numbers of memory.
+    The papers do so; it takes b * K * D numbers of memory.
 
     Args:
-        queries_bd: float (b, d) with gradient; or (q, b, d), q queries of each image, which meet the same rows.
+        bank: the memory bank.
+        queries_bd: float (b, d) with gradient; or (q, b, d) for q queries per image, which share the negatives.
         rows: the images of the queries.
+        num_negatives: K.
 
     Returns:
         float32 (b, k) or (q, b, k) cosine scores.

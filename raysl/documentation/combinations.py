@@ -10,6 +10,7 @@ from rich import box
 from rich.table import Column, Table
 
 from raysl import methods, objectives, pretext
+from raysl.backbone import network
 from raysl.errors import Unset, UserError
 from raysl.objectives import Setup
 from raysl.pretext import Geometry
@@ -57,6 +58,7 @@ def combines(objective: str, transform: str) -> str:
             num_images=_NUM_IMAGES,
             num_classes=_NUM_CLASSES,
             seed=0,
+            backbone=network.skeleton(methods.example_backbone(objective)),
         )
         with torch.device("meta"):
             objective_type(config_type(), setup)

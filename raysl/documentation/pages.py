@@ -131,7 +131,8 @@ def typical_method(name: str) -> str:
 
 def _views(method: str) -> dict[str, View]:
     """The views of a method; the ordinary one where the method needs a file of the user's before it can be made."""
-    config = Pretraining("", "", method, view=_VIEW)
+    backbone = methods.example_backbone(methods.parse(method).objective)
+    config = Pretraining("", "", method, view=_VIEW, backbone=backbone)
     try:
         return Model(config, DataFacts(_NUM_IMAGES, _NUM_CLASSES)).views()
     except Unset:

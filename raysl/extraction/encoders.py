@@ -5,7 +5,6 @@ from __future__ import annotations
 import re
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass
-from functools import lru_cache
 from typing import Any, Protocol, runtime_checkable
 
 import torch
@@ -79,7 +78,7 @@ class _Network:
 
     @property
     def layers(self) -> tuple[str, ...]:
-        return tuple(layer_names.modules(_skeleton(self.backbone_config())))
+        return tuple(layer_names.modules(networks.skeleton(self.backbone_config())))
 
     def load(self, device: torch.device, layers: Sequence[str], by_batch: bool = False) -> Encode:
         """See `Encoder.load`. Raises UserError if the weights cannot be loaded."""
@@ -129,7 +128,7 @@ class RandomBackbone(_Network):
     def network(self) -> Backbone:
         with torch.random.fork_rng(devices=[]):
             torch.manual_seed(rng.key(self.seed, "weights") >> 1)  # As raysl.model.Model starts.
-            return _build(self.config)
+            return networks.build(self.config)
 
 
 def untrained(run: Run) -> RandomBackbone:
@@ -166,7 +165,7 @@ class Weights(_Network):
 
     def network(self) -> Backbone:
         """See `Trainable.network`. Raises UserError if the file does not hold the weights of this backbone."""
-        backbone = _build(self.config)
+        backbone = networks.build(self.config)
         external_weights.load_weights_into(backbone, self.file, self.config.name)
         return backbone
 
@@ -245,49 +244,7 @@ def check_size(encoder: Encoder, image_size: int) -> None:
         raise UserError(f"--image-size is {image_size}; it must be between 1 and {MAX_IMAGE_SIZE:,}.")
     encoder = getattr(encoder, "source", encoder)
     if isinstance(encoder, _Network):
-        _check_size(encoder.backbone_config(), image_size)
-
-
-@lru_cache
-def _check_size(config: BackboneConfig, image_size: int) -> None:
-    backbone = _skeleton(config).eval()
-    own_size = getattr(backbone.body, "pretrained_cfg", {}).get("input_size", (_PUBLISHED_SIZE,))[-1]
-    refusal = _refusal(backbone, image_size)
-    # A network that fails at its own size too may need its weights, and is not judged here.
-    if refusal and not _refusal(backbone, own_size):
-        raise UserError(
-            f"The backbone {config.name!r} takes no images of {image_size} pixels ({refusal}). It takes those of "
-            f"{own_size} pixels: give --image-size {own_size}, or another backbone."
-        )
-
-
-def _refusal(backbone: Backbone, image_size: int) -> str:
-    """Return the error of a network for images of a size; "" if it takes them."""
-    images_bchw = torch.zeros(1, 3, image_size, image_size, dtype=torch.uint8, device=backbone.mean.device)
-    try:
-        with torch.inference_mode():
-            backbone(images_bchw)
-    except (AssertionError, RuntimeError) as error:
-        # Transformers of one size assert; windows that do not fit and too many pooling layers are RuntimeErrors.
-        return " ".join(str(error).split()).rstrip(".") or type(error).__name__
-    return ""
-
-
-def _build(config: BackboneConfig) -> Backbone:
-    """Return a new backbone, also of timm. Raises UserError if it does not exist."""
-    if config.name.startswith(external_weights.TIMM):
-        return external_weights.timm_backbone(config.name.removeprefix(external_weights.TIMM))
-    return networks.build(config)
-
-
-def _skeleton(config: BackboneConfig) -> Backbone:
-    """Return the backbone, without weights if possible."""
-    try:
-        with torch.device("meta"):
-            return _build(config)
-    except RuntimeError:  # Some networks, such as RegNets, compute their widths with tensors.
-        with torch.random.fork_rng(devices=[]):
-            return _build(config)
+        networks.check_size(encoder.backbone_config(), image_size)
 
 
 def _pixels(images_bchw: Tensor) -> dict[str, Tensor]:

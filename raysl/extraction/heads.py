@@ -47,20 +47,20 @@ def heads(encoder: Encoder, device: torch.device, by_batch: bool = False) -> Hea
         return None
     config, data = encoder.run.config(), encoder.run.metadata()["data"]
     method = methods.parse(config.method)
-    compared = getattr(methods.load_objective(method.objective)[1], "compared", None)
-    if compared is None:
+    invariant = getattr(methods.load_objective(method.objective)[1], "invariant_views", None)
+    if invariant is None:
         return None
     with torch.random.fork_rng(devices=[]):
         model = Model(config, DataFacts(data["num_images"], data["num_classes"], data["fingerprint"]))
     model.load_state_dict(encoder.checkpoint.state()["network"])
     if by_batch:
-        norm.by_batch(model)
+        norm.use_batch_statistics(model)
     model.eval().to(device, memory_format=torch.channels_last)  # type: ignore[call-overload]
 
     def embed(image_bpchw: Tensor, transformed_bpchw: Tensor) -> tuple[Tensor, Tensor]:
-        found = model(dict(zip(compared, (image_bpchw, transformed_bpchw), strict=True)))
-        image_bd, transformed_bd = (found[name].float() for name in compared)
+        found = model(dict(zip(invariant, (image_bpchw, transformed_bpchw), strict=True)))
+        image_bd, transformed_bd = (found[name].float() for name in invariant)
         return image_bd, transformed_bd
 
-    image, transformed = (model.objective.views[name] for name in compared)
+    image, transformed = (model.objective.views[name] for name in invariant)
     return Heads(method.pretext, image, transformed, embed)

@@ -15,7 +15,7 @@ from PIL import Image, ImageOps
 from torch import Tensor
 
 from raysl.backbone import external_weights
-from raysl.backbone.network import BackboneConfig, names
+from raysl.backbone.network import TIMM, BackboneConfig, names
 from raysl.errors import UserError, unknown
 from raysl.extraction import encoders
 from raysl.extraction import layers as layer_names
@@ -178,7 +178,7 @@ def _settings(folder: Folder) -> tuple[BackboneConfig, int] | None:
             cfg = stated.get("pretrained_cfg", {})
             tag = f".{cfg['tag']}" if cfg.get("tag") else ""
             size = int(cfg.get("input_size", (0,))[-1])
-            return BackboneConfig(f"{external_weights.TIMM}{stated['architecture']}{tag}"), size
+            return BackboneConfig(f"{TIMM}{stated['architecture']}{tag}"), size
     except (ValueError, KeyError, TypeError, AttributeError) as error:
         raise UserError(
             f"The settings beside the weights in {str(folder)!r} cannot be read ({error}). Give the backbone."

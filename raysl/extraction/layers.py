@@ -73,7 +73,7 @@ def frozen(backbone: Backbone, device: torch.device, specs: Sequence[str], by_ba
         by_batch: whether BatchNorm uses the statistics of each batch, as in training, and not the running ones.
     """
     if by_batch:
-        norm.by_batch(backbone)
+        norm.use_batch_statistics(backbone)
     # Without eval(), batch statistics would make the features of an image depend on its batch.
     backbone = backbone.eval().to(device, memory_format=torch.channels_last)  # type: ignore[call-overload]
     features: dict[str, Tensor] = {}

@@ -1,13 +1,13 @@
-"""Objectives: one file each, found by its name. What is asked of the network, given views of the images.
+"""Objectives: one file each, found by its name. An objective turns views of images into a loss.
 
 A file `objectives/foo.py` describes the objective `foo` with
 
     @dataclass(frozen=True)
-    class Config: ...                    its hyperparameters
+    class Config(Checked): ...           its hyperparameters
     class Foo(nn.Module): ...            the objective; see `Objective`
 
 A method is an objective and, where it needs one, a pretext transform: "pirl-jigsaw", "predict-rotation", "npid". An
-objective whose class says `several = True` may be given more of them: "multitask-rotation,jigsaw".
+objective with the class attribute `several = True` takes several transforms: "multitask-rotation,jigsaw".
 """
 
 from __future__ import annotations
@@ -26,20 +26,19 @@ from raysl.stream.reader import Batch
 
 @dataclass(frozen=True)
 class Setup:
-    """What an objective may know of the run.
+    """Facts of the run that an objective may use.
 
     Args:
         pretext: the transform of the method; None when the method names none, or several.
-        identity: the ordinary view.
-        width: features of the backbone.
-        num_images: N.
-        num_classes: of the data set; 0 when it has no labels.
+        identity: the transform of an ordinary view.
+        width: number of features of the backbone.
+        num_images: N, images in the data set.
+        num_classes: classes of the data set; 0 when it has no labels.
         seed: seed of the run.
-        backbone: the network that is trained, for an objective that begins from a copy of it. It is not the objective's
-            to keep; the identity stands for it where no copy is needed.
-        tasks: the transforms that the method names, by their names; more than one only for an objective that says
-            `several`.
-        fingerprint: of the data set; empty when it is not known.
+        backbone: the network that is trained, for an objective that starts from a copy of it. The objective must not
+            keep it. The identity stands in where no copy is needed.
+        tasks: the transforms that the method names, by name; more than one only for an objective with `several`.
+        fingerprint: fingerprint of the data set; empty when it is not known.
         num_steps: steps of the run, for schedules.
     """
 
@@ -55,7 +54,7 @@ class Setup:
     num_steps: int = 1
 
     def transform(self, objective: str, example: str = "jigsaw") -> Pretext:
-        """The pretext transform. Raises UserError when the method names none."""
+        """Return the pretext transform. Raise UserError when the method names none."""
         if self.pretext is None:
             raise UserError(
                 f"The objective {objective!r} needs a pretext transform, as in '{objective}-{example}'."
@@ -63,22 +62,22 @@ class Setup:
         return self.pretext
 
     def no_transform(self, objective: str) -> None:
-        """Raises UserError when the method names a pretext transform."""
+        """Raise UserError when the method names a pretext transform."""
         if self.pretext is not None:
             raise UserError(
-                f"The objective {objective!r} has no use for a pretext transform. Write the method as "
-                f"'{objective}', or choose another objective; `raysl methods` shows which combine."
+                f"The objective {objective!r} takes no pretext transform. Write the method as '{objective}', or choose "
+                "another objective; `raysl methods` shows which combinations work."
             )
 
 
 @dataclass
 class Loss:
-    """What a step gives.
+    """The result of a step.
 
     Args:
         loss: scalar with gradient, the mean over this worker's images.
         metrics: scalars to log, without gradient.
-        remember_bd: unit embeddings of the batch for the memory bank; None without a bank.
+        bank_update_bd: unit embeddings of the batch for the memory bank; None without a bank.
     """
 
     loss: Tensor
@@ -87,11 +86,12 @@ class Loss:
 
 
 class Objective(Protocol):
-    """The heads of a method and its loss. An `nn.Module` too.
+    """The heads of a method and its loss. It is an `nn.Module` too.
 
     Attributes:
-        views: the views it needs: their names and the transforms that make them.
-        predicts: whether the label of the transform is predicted (the covariant use) or the transform is compared.
+        views: the transforms that make the views, by the name of the view.
+        predicts: True when the label of the transform is predicted (covariant use), False when the views are compared
+            (invariant use).
         bank_dim: D of the memory bank; 0 when it needs none.
     """
 
@@ -102,52 +102,70 @@ class Objective(Protocol):
     def __init__(self, config: Any, setup: Setup) -> None: ...
 
     def forward(self, backbone: nn.Module, views: Mapping[str, Tensor]) -> dict[str, Tensor]:
-        """Embeddings or logits from uint8 views (b, p, c, h, w). Every parameter that is trained takes part, but for
-        an objective that `Alternates`."""
+        """Compute embeddings or logits from uint8 views (b, p, c, h, w).
+
+        Every trained parameter takes part, except in an objective that `Alternates`.
+        """
         ...
 
     def loss(self, outputs: Mapping[str, Tensor], batch: Batch, bank: MemoryBank | None) -> Loss:
-        """The loss of a batch. May use collectives; every worker calls it once a step."""
+        """Compute the loss of a batch. It may use collectives: every worker calls it once per step."""
         ...
 
 
 @runtime_checkable
 class AfterStep(Protocol):
-    """What an objective has besides `Objective` when it follows the weights, such as a momentum encoder."""
+    """Optional part of an objective that follows the weights, such as a momentum encoder."""
 
-    def after_step(self, backbone: nn.Module) -> None:
-        """Called once after every step of the optimiser, on every worker alike."""
+    def after_step(self, backbone: nn.Module, step: int) -> None:
+        """Update the objective after a step of the optimiser. Every worker calls it once per step.
+
+        Args:
+            backbone: the network that is trained.
+            step: number of the step that has just been taken, 0-based.
+        """
         ...
+
+
+@runtime_checkable
+class ViewRecipes(Protocol):
+    """Optional part of an objective with different color recipes for its views.
+
+    Attributes:
+        recipes: name of the color recipe (see `raysl.augment.RECIPES`) of a view, by the name of the view. Other views
+            have the recipe of the run.
+    """
+
+    recipes: Mapping[str, str]
 
 
 @runtime_checkable
 class Alternates(Protocol):
-    """What an objective has besides `Objective` when a step takes some of its views only, such as one task of several.
+    """Optional part of an objective whose steps take only some of its views, such as one task of several.
 
-    Parameters that have no part in a step get no gradient there, and the optimiser leaves them alone.
+    Parameters without a part in a step get no gradient there, and the optimiser leaves them unchanged.
     """
 
     def schedule(self) -> Callable[[int], Collection[str]]:
-        """The views of a step, by its number: a pure function that pickles small, the same on every worker."""
+        """Return a pure function from the step to the names of its views. It pickles small."""
         ...
 
 
-class Compares(Protocol):
-    """What the class of an objective has besides `Objective` when it learns that an image and its transformed version
-    are alike: how alike they have become is measured on its heads too.
+class Invariant(Protocol):
+    """Optional class attribute of an objective that learns to embed an image and its transformed version alike.
 
     Attributes:
-        compared: the views of the image and of its transformed version. `forward` gives their embeddings, (b, d) each,
-            under the same names.
+        invariant_views: the names of the views of the image and of its transformed version. `forward` returns their
+            embeddings, (b, d) each, under the same names. The probe `invariance` measures them.
     """
 
-    compared: tuple[str, str]
+    invariant_views: tuple[str, str]
 
 
 @runtime_checkable
 class Describes(Protocol):
-    """What an objective has besides `Objective` when its Config alone does not say what it learns from."""
+    """Optional part of an objective that learns from more than its Config says."""
 
     def describe(self) -> dict[str, Any]:
-        """JSON facts for the run's metadata, such as whose labels they are."""
+        """Return JSON facts for the run's metadata, such as the source of the labels."""
         ...

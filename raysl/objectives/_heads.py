@@ -1,9 +1,13 @@
-"""Projections from features to embeddings, that several objectives share."""
+"""Heads that several objectives share: projections and predictors from features to embeddings."""
 
 from __future__ import annotations
 
+import copy
+import itertools
+import math
 from typing import Literal
 
+import torch
 from torch import nn
 
 HeadName = Literal["linear", "mlp", "bn"]
@@ -11,13 +15,15 @@ NormName = Literal["none", "batch", "layer"]
 
 
 def projection(head: HeadName, width: int, dim: int, norm: NormName = "none") -> nn.Module:
-    """Features (b, width) to embeddings (b, dim), not normalised.
+    """Build a projection from features (b, width) to embeddings (b, dim), which are not normalised.
 
     Args:
         head: "linear"; "mlp" with one hidden layer as wide as the features; or "bn", linear on features that are
-            standardised over the batch. A small backbone gives all images nearly one direction at first, and a short
-            run with a high learning rate may never leave it; standardising takes that direction away.
-        norm: of the hidden layer of an "mlp", before its ReLU.
+            standardised over the batch. A small backbone first gives all images nearly the same direction, and a short
+            run with a high learning rate may never leave it. Standardised features have no such direction.
+        width: number of features.
+        dim: size of the embeddings.
+        norm: normalisation of the hidden layer of an "mlp", before its ReLU.
     """
     if head == "linear":
         return nn.Linear(width, dim)
@@ -27,3 +33,39 @@ def projection(head: HeadName, width: int, dim: int, norm: NormName = "none") ->
     if norm != "none":
         layers.append(nn.BatchNorm1d(width) if norm == "batch" else nn.LayerNorm(width))
     return nn.Sequential(*layers, nn.ReLU(inplace=True), nn.Linear(width, dim))
+
+
+def mlp(width: int, hidden: int, dim: int, layers: int = 2) -> nn.Sequential:
+    """Build a perceptron with BatchNorm and ReLU after each of its hidden layers.
+
+    Args:
+        width: number of inputs.
+        hidden: width of the hidden layers.
+        dim: number of outputs.
+        layers: linear layers, at least 1.
+    """
+    widths = [width, *[hidden] * (layers - 1)]
+    made: list[nn.Module] = []
+    for before, after in itertools.pairwise(widths):
+        made += [nn.Linear(before, after), nn.BatchNorm1d(after), nn.ReLU(inplace=True)]
+    return nn.Sequential(*made, nn.Linear(widths[-1], dim))
+
+
+def frozen_copy(module: nn.Module) -> nn.Module:
+    """Return a copy of a module without gradients, such as a momentum encoder."""
+    return copy.deepcopy(module).requires_grad_(False)
+
+
+@torch.no_grad()
+def follow(target: nn.Module, online: nn.Module, momentum: float) -> None:
+    """Move the parameters of a momentum encoder: target <- momentum * target + (1 - momentum) * online.
+
+    BatchNorm statistics stay the target's own.
+    """
+    for mean, current in zip(target.parameters(), online.parameters(), strict=True):
+        mean.lerp_(current, 1 - momentum)
+
+
+def rising_momentum(base: float, step: int, num_steps: int) -> float:
+    """Return the momentum of a step, which rises from `base` to 1 on a cosine (Grill et al. 2020, section 3.3)."""
+    return 1 - (1 - base) * (math.cos(math.pi * min(1.0, step / num_steps)) + 1) / 2

@@ -1,4 +1,4 @@
-"""Queries against the memory of their images: what the memory-bank methods, NPID and PIRL, have in common."""
+"""Contrast queries with the memory of their images: the part that the memory-bank methods NPID and PIRL share."""
 
 from __future__ import annotations
 
@@ -12,57 +12,52 @@ from torch import Tensor
 from raysl import collective
 from raysl.contrastive import losses, negatives
 from raysl.contrastive.bank import MemoryBank
-from raysl.errors import UserError
-from raysl.fields import Range
+from raysl.fields import Bounds, Checked, Range
 from raysl.objectives._heads import HeadName
 from raysl.stream.reader import Batch
 
 
 @dataclass(frozen=True)
-class MemoryConfig:
-    """Hyperparameters of a contrast against the memory bank.
+class MemoryConfig(Checked):
+    """Hyperparameters of a contrast with the memory bank.
 
     Args:
-        temperature: tau; scores are divided by it.
-        num_negatives: K for each image, below the number of images (papers: 4,096 to 32,000 of 1.28 M).
-        loss: "infonce" is a softmax over the K + 1 scores; "nce" is NPID's K + 1 binary problems; "paper_h" is
+        temperature: softmax temperature tau, > 0; scores are divided by it.
+        num_negatives: K, negatives of each image; less than the number of images (papers: 4,096 to 32,000 of 1.28 M).
+        loss: "infonce" is a softmax over the K + 1 scores; "nce" is the K + 1 binary problems of NPID; "paper_h" is
             equations 3 and 4 of PIRL with one softmax.
-        negatives: "shared" draws one set for the batch of a step; "own" draws for each image, as in the papers.
+        negatives: "shared" samples one set of negatives per step; "own" samples a set for each image, as the papers do.
         dim: D, size of the embeddings.
         head: "linear" as in the papers; "mlp" with one hidden layer; "bn", linear on standardised features, which
             short runs of small backbones need.
     """
 
-    temperature: Annotated[float, Range((0.03, 0.05, 0.07, 0.1, 0.15, 0.2, 0.5), log=True, mutable=True)] = (
-        0.07
-    )
-    num_negatives: Annotated[int, Range((64, 256, 1024, 4096), log=True)] = 4096
+    temperature: Annotated[
+        float,
+        Bounds(above=0, high=100, hint="the papers use 0.07"),
+        Range((0.03, 0.05, 0.07, 0.1, 0.15, 0.2, 0.5), log=True, mutable=True),
+    ] = 0.07
+    num_negatives: Annotated[int, Bounds(1, 1_048_576), Range((64, 256, 1024, 4096), log=True)] = 4096
     loss: Literal["infonce", "nce", "paper_h"] = "infonce"
     negatives: Literal["shared", "own"] = "shared"
-    dim: int = 128
+    dim: Annotated[int, Bounds(1, 16_384)] = 128
     head: HeadName = "linear"
-
-    def __post_init__(self) -> None:
-        objective = type(self).__module__.rpartition(".")[2]
-        if not self.temperature > 0:
-            raise UserError(
-                f"{objective}.temperature is {self.temperature}; it must be more than 0 (the paper uses 0.07)."
-            )
-        if self.dim < 1:
-            raise UserError(f"{objective}.dim is {self.dim}; it must be at least 1 (the paper uses 128).")
 
 
 def contrast(
     config: MemoryConfig, queries: Mapping[str, Tensor], batch: Batch, bank: MemoryBank, z: Tensor
 ) -> tuple[dict[str, Tensor], dict[str, Tensor]]:
-    """Each query against the memory of its image and the same negatives, with the bank as it was before this step.
+    """Contrast each query with the memory of its image and the same negatives. The bank is not changed.
 
     Args:
+        config: hyperparameters.
         queries: unit embeddings (b, d) with gradient, by name.
-        z: the normalisation constant of "nce", a scalar. While it is NaN, the first of the queries sets it.
+        batch: the images of the queries.
+        bank: the memory of all images.
+        z: the normalisation constant of "nce", a scalar. While it is NaN, the first query sets it.
 
     Returns:
-        The mean over the batch of the loss of each query, by its name; and metrics to log.
+        The loss of each query by name, averaged over the batch; and metrics to log.
     """
     memory_bd = bank.lookup(batch.indices_b)
     scores_qbk = _negatives(config, torch.stack(list(queries.values())), batch, bank)
@@ -77,7 +72,7 @@ def contrast(
 
 
 def _negatives(config: MemoryConfig, queries_qbd: Tensor, batch: Batch, bank: MemoryBank) -> Tensor:
-    """Cosine scores (q, b, k): all queries of an image meet the same negatives."""
+    """Return cosine scores (q, b, k). All queries of an image share their negatives."""
     if config.negatives == "shared":
         return negatives.shared_scores(bank, queries_qbd, batch.rows, batch.step, config.num_negatives)
     return negatives.own_scores(bank, queries_qbd, batch.rows, config.num_negatives)

@@ -1,26 +1,26 @@
-"""CPC: from the rows of patches above, tell the patches of the rows below among others.
+"""CPC: predict the patches of lower rows from the rows above, among other patches.
 
 Oord, Li and Vinyals, "Representation Learning with Contrastive Predictive Coding", arXiv 1807.03748 (v1); Henaff et
 al., "Data-Efficient Image Recognition with Contrastive Predictive Coding", arXiv 1905.09272 (v2). With v the backbone's
-features of a patch, c the output of a convolutional network that sees a patch's row and those above, and z the
-targets, linear in v, of patches at row r and column s,
+features of a patch, c the output of a convolutional network that sees a patch's row and the rows above, and z the
+target of a patch, linear in v, at row r and column s,
 
     L = mean over r, s, k of -log( exp(z_(r+k)s W_k c_rs) / sum over patches j exp(z_j W_k c_rs) )    (v1, eq. 4)
 
-for k = nearest .. farthest rows below. The patches j are all those of the image itself and of other images of this
-worker's batch, with gradient. Two rows below is the first without a common pixel at half overlap. Published on
+for k = nearest .. farthest rows below. The patches j are all patches of the image and of the other images in this
+worker's batch, with gradient. At half overlap, two rows below is the first row that shares no pixel. Published on
 ImageNet: v1 with ResNet-101, 48.7 % top-1 of a linear probe.
 
-"cpc-patch_grid" is the method. BatchNorm would tell patches apart by what it knows of the others (v2 uses LayerNorm
-instead): use `--backbone.norm group`, which also makes patches and whole images alike in the probes, where the papers
-average over patches. A step costs as much as an image of P times the pixels of a patch: four times the ordinary view.
+The method is "cpc-patch_grid". BatchNorm leaks information between patches (v2 uses LayerNorm instead), so use
+`--backbone.norm group`. Probes show the backbone whole images; the papers average over patches. A step costs about
+four times as much as one ordinary view.
 """
 
 from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import dataclass
-from typing import Literal
+from typing import Annotated, Literal
 
 import torch
 import torch.nn.functional as F
@@ -31,6 +31,7 @@ from raysl.backbone.network import encode
 from raysl.contrastive import losses
 from raysl.contrastive.bank import MemoryBank
 from raysl.errors import UserError
+from raysl.fields import Bounds, Checked
 from raysl.objectives import Loss, Setup
 from raysl.stream.reader import Batch
 
@@ -38,49 +39,43 @@ COMMAND = "raysl pretrain --data DATA --run RUN --method cpc-patch_grid --backbo
 
 
 @dataclass(frozen=True)
-class Config:
+class Config(Checked):
     """Hyperparameters of CPC.
 
     Args:
-        nearest: the first row below that is predicted; 1 is the next, which overlaps.
-        farthest: the last row below that is predicted (v1: 5 of 7 rows).
-        directions: "down" as in v1, or "both": also upwards from the rows below, with a network of its own (v2).
-        channels: of the context network.
-        depth: layers of the context network; each looks one row further up.
+        nearest: distance of the first predicted row; 1 is the next row, which overlaps.
+        farthest: distance of the last predicted row (v1: 5 of 7 rows).
+        directions: "down" as in v1, or "both": also upwards from the rows below, with a second network (v2).
+        channels: channels of the context network.
+        depth: layers of the context network; each sees one row further up.
         dim: D, size of targets and predictions.
-        norm: "layer" normalises features and every layer of the context network over their channels (v2), or "none".
-        scale: of the scores; v2 scales predictions by it.
-        images: of a worker's batch that meet each other, 0 for all as in the papers; the cost of the scores grows
-            with it.
+        norm: "layer" normalises the features and every layer of the context network over channels (v2), or "none".
+        scale: factor of the scores (v2).
+        images: images of a worker's batch that are compared with each other; 0 for all, as in the papers. The cost of
+            the scores grows with it.
     """
 
-    nearest: int = 2
-    farthest: int = 5
+    nearest: Annotated[int, Bounds(1, 64)] = 2
+    farthest: Annotated[int, Bounds(1, 64)] = 5
     directions: Literal["down", "both"] = "down"
-    channels: int = 128
-    depth: int = 3
-    dim: int = 64
+    channels: Annotated[int, Bounds(1, 8192)] = 128
+    depth: Annotated[int, Bounds(1, 64)] = 3
+    dim: Annotated[int, Bounds(1, 16_384)] = 64
     norm: Literal["layer", "none"] = "layer"
-    scale: float = 0.1
-    images: int = 32
+    scale: Annotated[float, Bounds(above=0, high=1000)] = 0.1
+    images: Annotated[int, Bounds(0, 65_536)] = 32
 
     def __post_init__(self) -> None:
-        if not 1 <= self.nearest <= self.farthest:
+        super().__post_init__()
+        if self.nearest > self.farthest:
             raise UserError(
-                f"cpc.nearest is {self.nearest} and cpc.farthest is {self.farthest}; they are rows below, 1 or more, "
-                "and farthest is not less than nearest."
+                f"--cpc.nearest is {self.nearest} and --cpc.farthest is {self.farthest}; farthest must not be less than "
+                "nearest."
             )
-        for name in ("channels", "depth", "dim"):
-            if getattr(self, name) < 1:
-                raise UserError(f"cpc.{name} is {getattr(self, name)}; it must be at least 1.")
-        if not self.scale > 0:
-            raise UserError(f"cpc.scale is {self.scale}; it must be more than 0.")
-        if self.images < 0:
-            raise UserError(f"cpc.images is {self.images}; it must be 0, for all, or more.")
 
 
 class Cpc(nn.Module):
-    """Context networks, predictions of rows below, and the loss that tells their patches among others."""
+    """Context networks, predictions of the rows below, and their contrastive loss."""
 
     predicts = False
     bank_dim = 0
@@ -91,13 +86,13 @@ class Cpc(nn.Module):
         self.columns = pretext.columns(transform)
         if not self.columns:
             raise UserError(
-                "The objective 'cpc' needs a transform whose patches stay in their places, as in 'cpc-patch_grid'."
+                "The objective 'cpc' needs a transform whose patches form a grid, as in 'cpc-patch_grid'."
             )
         self.rows = transform.num_crops // self.columns
         if config.farthest >= self.rows:
             raise UserError(
-                f"cpc.farthest is {config.farthest}, and the grid has {self.rows} rows: from the first there are "
-                f"{self.rows - 1} below. Set cpc.farthest to {self.rows - 1} or less, or --patch-grid.grid higher."
+                f"--cpc.farthest is {config.farthest} and the grid has {self.rows} rows, so it must be at most "
+                f"{self.rows - 1}. Lower it, or raise --patch-grid.grid."
             )
         self.config = config
         self.views = {"patches": transform}
@@ -107,7 +102,7 @@ class Cpc(nn.Module):
         self.directions = nn.ModuleList(_Direction(config, setup.width) for _ in range(count))
 
     def forward(self, backbone: nn.Module, views: Mapping[str, Tensor]) -> dict[str, Tensor]:
-        """The target of every patch (b, p, d), and n predictions (b, n, d); `positives` says of which patches."""
+        """Compute the target of every patch (b, p, d), and n predictions (b, n, d) in the order of `positives`."""
         features_bpd = self.norm(encode(backbone, views["patches"]))
         features_bhwd = features_bpd.unflatten(1, (self.rows, self.columns))
         seen = [features_bhwd, features_bhwd.flip(1)]
@@ -115,7 +110,7 @@ class Cpc(nn.Module):
         return {"targets": self.target(features_bpd), "predictions": torch.cat(predicted, dim=1)}
 
     def positives(self) -> Tensor:
-        """int64 (n,): which patch of its image each prediction is about."""
+        """Return the patch that each prediction is about, int64 (n,)."""
         place_hw = torch.arange(self.rows * self.columns).view(self.rows, self.columns)
         seen = [place_hw, place_hw.flip(0)]
         steps = range(self.config.nearest, self.config.farthest + 1)
@@ -124,7 +119,7 @@ class Cpc(nn.Module):
         )
 
     def loss(self, outputs: Mapping[str, Tensor], batch: Batch, bank: MemoryBank | None) -> Loss:
-        """InfoNCE of every prediction, averaged over them and over the images."""
+        """Compute InfoNCE of every prediction, averaged over predictions and images."""
         targets_bpd, predictions_bnd = outputs["targets"].float(), outputs["predictions"].float()
         b = len(targets_bpd)
         device = targets_bpd.device
@@ -133,7 +128,7 @@ class Cpc(nn.Module):
         right: list[Tensor] = []
         for i in torch.split(torch.arange(b, device=device), self.config.images or b):
             with torch.autocast(device.type, enabled=False):
-                found, correct = _told(
+                found, correct = _contrast(
                     targets_bpd[i], predictions_bnd[i] * self.config.scale, positive_n, index_b[i]
                 )
             each.append(found)
@@ -141,12 +136,12 @@ class Cpc(nn.Module):
         return Loss(torch.cat(each).mean(), {"accuracy": torch.cat(right).float().mean()})
 
 
-def _told(
+def _contrast(
     targets_bpd: Tensor, predictions_bnd: Tensor, positive_n: Tensor, index_b: Tensor
 ) -> tuple[Tensor, Tensor]:
-    """The loss of every prediction (b * n,), and whether its patch has the highest score of all (b * n,).
+    """Return the loss of every prediction (b * n,), and True where its patch has the highest score (b * n,).
 
-    Another copy of the same image, which comes where two epochs meet, does not count against it.
+    A second copy of the same image, which a batch at the end of an epoch may contain, is no negative.
     """
     b, p, _ = targets_bpd.shape
     scores_bnbp = torch.einsum("bnd,cpd->bncp", predictions_bnd, targets_bpd)
@@ -161,7 +156,7 @@ def _told(
 
 
 class _Direction(nn.Module):
-    """The context network of one direction, and W_k of every row below that is predicted."""
+    """The context network of one direction, and W_k of every predicted row."""
 
     def __init__(self, config: Config, width: int) -> None:
         super().__init__()
@@ -171,7 +166,7 @@ class _Direction(nn.Module):
         self.predict = nn.ModuleList(nn.Linear(config.channels, config.dim) for _ in self.steps)
 
     def forward(self, features_bhwd: Tensor) -> Tensor:
-        """Predictions (b, n, d): of rows k .. h - 1 from rows 0 .. h - 1 - k, for each k in turn."""
+        """Predict (b, n, d): rows k .. h - 1 from rows 0 .. h - 1 - k, for each k in turn."""
         context_bhwd = self.context(features_bhwd)
         made = [
             one(context_bhwd[:, :-k]).flatten(1, 2) for k, one in zip(self.steps, self.predict, strict=True)
@@ -180,7 +175,7 @@ class _Direction(nn.Module):
 
 
 class _Above(nn.Module):
-    """A residual layer that sees, of each place, its neighbours in its row and in the row above; none below."""
+    """A residual layer that sees the neighbours of a patch in its row and in the row above, and none below."""
 
     def __init__(self, channels: int, norm: str) -> None:
         super().__init__()

@@ -1,17 +1,16 @@
-"""Distillation: learn the softened answers of a trained network, the teacher.
+"""Distillation: learn the softened predictions of a trained network, the teacher.
 
 Hinton, Vinyals and Dean, "Distilling the Knowledge in a Neural Network", arXiv 1503.02531. With s and t the logits
 of student and teacher, y the label of the data set and T the temperature,
 
     L = alpha * T^2 * KL(softmax(t / T) || softmax(s / T)) + (1 - alpha) * -log softmax(s)_y
 
-where T^2 keeps the gradient's scale when T changes. alpha = 1 needs no labels, and is what ClusterFit is compared
-with: distillation keeps the teacher's label space, where clusters lose it.
+where T^2 keeps the scale of the gradient when T changes. alpha = 1 needs no labels; the ClusterFit paper compares with
+it, because distillation keeps the teacher's label space and clusters do not.
 
 The teacher is any raysl run whose objective classifies single views: supervised, clusterfit, distill, or predict with
-a transform of one crop. A teacher that knows turns of an image must be asked about turned images: "distill-rotation"
-shows teacher and student the same transformed view. It is frozen, in evaluation mode, and not saved with the run. It
-sees views of this run's size.
+a transform of one crop. Teacher and student see the same view: "distill-rotation" shows both the rotated image. The
+teacher is frozen, in evaluation mode, and not saved with the run. It sees views of this run's size.
 """
 
 from __future__ import annotations
@@ -26,7 +25,7 @@ from torch import Tensor, nn
 from raysl.backbone.network import encode
 from raysl.contrastive.bank import MemoryBank
 from raysl.errors import Unset, UserError
-from raysl.fields import Range
+from raysl.fields import Bounds, Checked, Range
 from raysl.objectives import Loss, Setup, _teacher
 from raysl.stream.reader import Batch
 
@@ -34,32 +33,26 @@ COMMAND = "raysl pretrain --data DATA --run RUN --method distill --distill.teach
 
 
 @dataclass(frozen=True)
-class Config:
+class Config(Checked):
     """Hyperparameters of distillation.
 
     Args:
-        teacher: folder of the run that teaches, a path or a URI.
-        step: of the teacher's checkpoint; 0 for the newest.
-        temperature: T, softens both answers (the paper: 2.5 to 4 for small students, 8 and more for large ones).
-        alpha: weight of the teacher's answers against the labels of the data set, in 0..1 (VISSL: 0.1).
+        teacher: folder of the teacher's run, a path or a URI.
+        step: step of the teacher's checkpoint; 0 for the newest.
+        temperature: T, > 0, softens both predictions (paper: 2.5 to 4 for small students, 8 and more for large ones).
+        alpha: weight of the teacher's predictions, in 0..1; the labels of the data set have 1 - alpha (VISSL: 0.1).
     """
 
     teacher: str = ""
-    step: int = 0
-    temperature: Annotated[float, Range((1.0, 2.0, 4.0, 8.0), log=True, mutable=True)] = 4.0
-    alpha: Annotated[float, Range((0.1, 0.5, 0.9, 1.0), mutable=True)] = 1.0
-
-    def __post_init__(self) -> None:
-        if not self.temperature > 0:
-            raise UserError(f"distill.temperature is {self.temperature}; it must be more than 0, such as 4.")
-        if not 0 <= self.alpha <= 1:
-            raise UserError(
-                f"distill.alpha is {self.alpha}; it must be between 0 (labels only) and 1 (the teacher only)."
-            )
+    step: Annotated[int, Bounds(low=0)] = 0
+    temperature: Annotated[
+        float, Bounds(above=0, high=1000), Range((1.0, 2.0, 4.0, 8.0), log=True, mutable=True)
+    ] = 4.0
+    alpha: Annotated[float, Bounds(0, 1), Range((0.1, 0.5, 0.9, 1.0), mutable=True)] = 1.0
 
 
 class Distill(nn.Module):
-    """A linear classifier that learns what the teacher says of the same view."""
+    """A linear classifier that learns the teacher's prediction for the same view."""
 
     predicts = False
     bank_dim = 0
@@ -68,7 +61,7 @@ class Distill(nn.Module):
         super().__init__()
         if not config.teacher:
             raise Unset(
-                "The objective 'distill' needs a teacher. Give the folder of a trained run with --distill.teacher."
+                "The objective 'distill' needs a teacher: give the folder of a trained run with --distill.teacher."
             )
         self.config = config
         self.views = {"image": setup.pretext or setup.identity}
@@ -76,25 +69,25 @@ class Distill(nn.Module):
         _, _, transforms = self.teacher.method.partition("-")
         if transforms and setup.pretext is None:
             raise UserError(
-                f"The teacher at {config.teacher!r} was trained by {self.teacher.method!r} and knows transformed "
-                f"images: of ordinary ones it says one and the same. Write the method as 'distill-{transforms}'."
+                f"The teacher at {config.teacher!r} was trained by {self.teacher.method!r} and classifies transformed "
+                f"images; for ordinary images its prediction is constant. Write the method as 'distill-{transforms}'."
             )
         classes = self.teacher.num_classes
         if config.alpha < 1 and setup.num_classes != classes:
             raise UserError(
-                f"distill.alpha is {config.alpha}, which learns from labels too, but the teacher tells {classes} "
-                f"classes and the data set has {setup.num_classes}. Use --distill.alpha 1, or a teacher of this data "
-                "set's labels."
+                f"--distill.alpha is {config.alpha}, which uses the labels of the data set, but the teacher has "
+                f"{classes} classes and the data set has {setup.num_classes}. Use --distill.alpha 1, or a teacher that "
+                "was trained on these labels."
             )
         self.classify = nn.Linear(setup.width, classes)
 
     def forward(self, backbone: nn.Module, views: Mapping[str, Tensor]) -> dict[str, Tensor]:
-        """Logits (b, p, classes) of both, the teacher's without gradient."""
+        """Compute logits (b, p, classes) of both; those of the teacher have no gradient."""
         logits_bpk = self.classify(encode(backbone, views["image"]))
         return {"logits": logits_bpk, "teacher": self.teacher.logits(views["image"])}
 
     def loss(self, outputs: Mapping[str, Tensor], batch: Batch, bank: MemoryBank | None) -> Loss:
-        """The loss above, averaged over all crops of the batch."""
+        """Compute the loss, averaged over all crops of the batch."""
         student_bpk, teacher_bpk = outputs["logits"].float(), outputs["teacher"].float()
         loss = soft_targets(student_bpk, teacher_bpk, self.config.temperature).mean()
         agree = (student_bpk.argmax(dim=2) == teacher_bpk.argmax(dim=2)).float().mean()
@@ -107,17 +100,17 @@ class Distill(nn.Module):
         return Loss(self.config.alpha * loss + (1 - self.config.alpha) * of_labels, metrics)
 
     def describe(self) -> dict[str, Any]:
-        """Which weights teach."""
+        """Return run, step and checksum of the teacher."""
         return {"teacher": self.teacher.facts}
 
 
 def soft_targets(student: Tensor, teacher: Tensor, temperature: float) -> Tensor:
-    """T^2 * KL(softmax(teacher / T) || softmax(student / T)) over the last axis.
+    """Compute T^2 * KL(softmax(teacher / T) || softmax(student / T)) over the last axis.
 
     Args:
         student: logits, float32 (..., classes).
-        teacher: of the same shape.
-        temperature: T.
+        teacher: logits of the same shape.
+        temperature: T, > 0.
 
     Returns:
         (...).

@@ -1,20 +1,20 @@
-"""Multi-task: several pretext tasks on one backbone, each with a head of its own; every batch is one task's.
+"""Multi-task: train several pretext tasks on one backbone, each with its own head; a step takes one task.
 
-Doersch and Zisserman, "Multi-task Self-Supervised Visual Learning", arXiv 1708.07860: tasks together give
-better features than the best of them alone. Here the head is swapped by batch: a step takes one task, round robin or
-drawn by weight from seed and step, and only that task's view is cut and transformed. The heads of other tasks stay as
-they are, momentum and weight decay included.
+Doersch and Zisserman, "Multi-task Self-Supervised Visual Learning", arXiv 1708.07860: several tasks together give
+better features than the best of them alone. Each step takes one task, round robin or sampled by weight from seed and
+step, and makes only the view of that task. The heads of the other tasks stay unchanged, without momentum and weight
+decay.
 
-"multitask-rotation,jigsaw" names the tasks. Each is predicted as by `predict`; with weight, labels and Config of its
-own transform, and "rotation+jigsaw" among them is one task. Colorization shows its images in grey, which no other
-task does: `--multitask.grey` shows all of them so (with `--relative-position.colour-drop none`, which then has
-nothing to add).
+"multitask-rotation,jigsaw" names the tasks; "rotation+jigsaw" among them is one task. Each is predicted as by
+`predict`, with the Config of its own transform. Colorization shows grey images and the other tasks do not:
+`--multitask.grey` makes all views grey (use it with `--relative-position.colour-drop none`, which is then superfluous).
 """
 
 from __future__ import annotations
 
 from collections.abc import Callable, Collection, Mapping
 from dataclasses import dataclass, replace
+from typing import Annotated
 
 import numpy as np
 import torch
@@ -23,37 +23,31 @@ from torch import Tensor, nn
 from raysl import rng
 from raysl.contrastive.bank import MemoryBank
 from raysl.errors import UserError
+from raysl.fields import Bounds, Checked
 from raysl.objectives import Loss, Setup, predict
-from raysl.pretext import Grey, Pretext
+from raysl.pretext import Grayscale, Pretext
 from raysl.stream.reader import Batch
 
 COMMAND = "raysl pretrain --data DATA --run RUN --method multitask-relative_position,colorization"
 
 
 @dataclass(frozen=True)
-class Config:
+class Config(Checked):
     """Hyperparameters of multi-task learning.
 
     Args:
-        weights: how often each task comes, in the order of the method's name, in any unit; none for round robin.
-        grey: whether every task sees grey images, as colorization does.
-        crop_width: numbers kept of each crop before they are concatenated, as in `predict`.
+        weights: relative frequency of each task, > 0, in the order of the method's name; empty for round robin.
+        grey: show grey images to every task, as colorization does.
+        crop_width: width of the projection of each crop, as in `predict`.
     """
 
-    weights: tuple[float, ...] = ()
+    weights: Annotated[tuple[float, ...], Bounds(above=0, high=1e9)] = ()
     grey: bool = False
-    crop_width: int = 256
-
-    def __post_init__(self) -> None:
-        if any(not 0 < weight < float("inf") for weight in self.weights):
-            raise UserError(
-                f"multitask.weights is {self.weights}; each must be more than 0. Leave a task out of the method's "
-                "name to do without it."
-            )
+    crop_width: Annotated[int, Bounds(1, 65_536)] = 256
 
 
 class Multitask(nn.Module):
-    """One `predict` for each task, and which of them a step takes."""
+    """One `predict` for each task, and the schedule of the tasks."""
 
     predicts = True
     bank_dim = 0
@@ -64,12 +58,12 @@ class Multitask(nn.Module):
         tasks = setup.tasks or {"transformed": setup.transform("multitask", "rotation,jigsaw")}
         if len(config.weights) not in (0, len(tasks)):
             raise UserError(
-                f"multitask.weights has {len(config.weights)} values for {len(tasks)} tasks ({', '.join(tasks)}). "
-                "Give one for each, or none for round robin."
+                f"--multitask.weights has {len(config.weights)} values for {len(tasks)} tasks ({', '.join(tasks)}). "
+                "Give one weight for each task, or none for round robin."
             )
         self.turns = Turns(tuple(tasks), config.weights, setup.seed)
         self.views: dict[str, Pretext] = {
-            name: Grey(transform) if config.grey else transform for name, transform in tasks.items()
+            name: Grayscale(transform) if config.grey else transform for name, transform in tasks.items()
         }
         one = predict.Config(crop_width=config.crop_width)
         self.heads = nn.ModuleDict(
@@ -77,11 +71,11 @@ class Multitask(nn.Module):
         )
 
     def schedule(self) -> Callable[[int], Collection[str]]:
-        """The task of a step."""
+        """Return the function from a step to its task."""
         return self.turns
 
     def forward(self, backbone: nn.Module, views: Mapping[str, Tensor]) -> dict[str, Tensor]:
-        """What `predict` puts out for the tasks whose views are there, under "task/output"."""
+        """Compute the outputs of `predict` for the tasks whose views are given, under "task/output"."""
         return {
             f"{task}/{name}": output
             for task in views
@@ -89,7 +83,7 @@ class Multitask(nn.Module):
         }
 
     def loss(self, outputs: Mapping[str, Tensor], batch: Batch, bank: MemoryBank | None) -> Loss:
-        """The loss of the task; of several at once, their sum."""
+        """Compute the loss of the task, or the sum over tasks when several views are given."""
         found: dict[str, Loss] = {}
         for task in batch.views:
             own = {n.removeprefix(f"{task}/"): x for n, x in outputs.items() if n.startswith(f"{task}/")}
@@ -102,12 +96,12 @@ class Multitask(nn.Module):
 
 @dataclass(frozen=True)
 class Turns:
-    """Which task a step takes.
+    """The schedule of the tasks.
 
     Args:
-        tasks: their names.
-        weights: of each; empty for round robin.
-        seed: of the run.
+        tasks: names of the tasks.
+        weights: relative frequency of each task; empty for round robin.
+        seed: seed of the run.
     """
 
     tasks: tuple[str, ...]
@@ -115,7 +109,7 @@ class Turns:
     seed: int
 
     def __call__(self, step: int) -> tuple[str]:
-        """The one task of a step."""
+        """Return the task of a step."""
         if not self.weights:
             return (self.tasks[step % len(self.tasks)],)
         share = np.array(self.weights) / sum(self.weights)

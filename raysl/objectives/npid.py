@@ -1,19 +1,18 @@
-"""NPID: every image is a class of its own, told from the others by the memory of it.
+"""NPID: classify every image as its own class, by its entry in a memory bank.
 
 Wu et al., "Unsupervised Feature Learning via Non-Parametric Instance Discrimination", arXiv 1805.01978. With f the
 head, v the backbone's features of an image I and m the memory bank,
 
     L = NCE(m_I, f(v_I))
 
-which is PIRL with lambda = 0 and needs no pretext transform. By default it is the softmax over K + 1 scores; in the
-paper's own form, `--npid.loss nce`, K + 1 binary problems, with N images and q = f(v_I),
+which is PIRL with lambda = 0 and needs no pretext transform. The default loss is the softmax over K + 1 scores. The
+paper's own loss, `--npid.loss nce`, is K + 1 binary problems, with N images and q = f(v_I),
 
     P(j) = exp(m_j q / tau) / Z                                                              (eq. 2)
     NCE(m_I, q) = -log(P(I) / (P(I) + K/N)) - sum over negatives j of log((K/N) / (P(j) + K/N))   (eq. 7)
 
-where Z is set once, by the first batch.
-Published with ResNet-50, 200 epochs of ImageNet and 4,096 negatives: 54.0 % top-1 of a linear probe; with 800 epochs
-and 32,000 negatives, as compared in the PIRL paper ("NPID++"): 59.0 %.
+where the first batch sets Z once. Published with ResNet-50, 200 epochs of ImageNet and 4,096 negatives: 54.0 % top-1 of
+a linear probe; with 800 epochs and 32,000 negatives, as in the PIRL paper ("NPID++"): 59.0 %.
 """
 
 from __future__ import annotations
@@ -36,11 +35,11 @@ from raysl.stream.reader import Batch
 
 @dataclass(frozen=True)
 class Config(MemoryConfig):
-    """Hyperparameters of NPID: those of a contrast against the memory bank."""
+    """Hyperparameters of NPID: those of a contrast with the memory bank."""
 
 
 class Npid(nn.Module):
-    """The head f, and its loss against the memory bank."""
+    """The head f, and its contrast with the memory bank."""
 
     predicts = False
     z: Tensor
@@ -53,16 +52,16 @@ class Npid(nn.Module):
         self.bank_dim = config.dim
         self.views = {"image": setup.identity}
         self.image_head = projection(config.head, setup.width, config.dim)
-        # NaN until the first batch sets it; saved with the run, since a later bank is no longer noise.
+        # NaN until the first batch sets it. It is saved, because a later bank is no longer noise.
         self.register_buffer("z", torch.tensor(float("nan")))
 
     def forward(self, backbone: nn.Module, views: Mapping[str, Tensor]) -> dict[str, Tensor]:
-        """Unit embeddings (b, d)."""
+        """Compute unit embeddings (b, d)."""
         image = self.image_head(encode(backbone, views["image"])[:, 0])
         return {"image": F.normalize(image.float(), dim=1)}
 
     def loss(self, outputs: Mapping[str, Tensor], batch: Batch, bank: MemoryBank | None) -> Loss:
-        """The NCE of each image, averaged over the batch, with the bank as it was before this step."""
+        """Compute the NCE, averaged over the batch, with the bank of before this step."""
         assert bank is not None
         terms, metrics = contrast(self.config, {"image": outputs["image"]}, batch, bank, self.z)
         return Loss(terms["image"], metrics, bank_update_bd=outputs["image"].detach())

@@ -1,23 +1,24 @@
-"""PIRL: pull the transformed image to the memory of the image, and push other images away.
+"""PIRL: make a transformed image similar to the memory of its image, and dissimilar to other images.
 
 Misra and van der Maaten, "Self-Supervised Learning of Pretext-Invariant Representations", arXiv 1912.01991. With f
 and g the heads of the image and of its transformed version, m the memory bank and v the backbone's features,
 
     L = lambda * NCE(m_I, g(v_It)) + (1 - lambda) * NCE(m_I, f(v_I))                                       (eq. 5)
 
-Both terms meet the memory and never each other. lambda = 0 is NPID. NCE is one of three, by `--pirl.loss`: with the
-scores of a query q against its memory (0) and K others, u_j = m_j q / tau, and p = softmax(u),
+Both terms compare with the memory and never with each other. Both use the same negatives. lambda = 0 is NPID. NCE is
+one of three losses, by `--pirl.loss`: with the scores of a query q with its own memory (0) and K others, u_j = m_j q /
+tau, and p = softmax(u),
 
     infonce    -log p_0
     paper_h    -log p_0 - sum over j >= 1 of log(1 - p_j)                                               (eq. 3, 4)
     nce        K + 1 binary problems; see npid
 
-Read literally, equation 3 would give a negative the scores among memories as its normaliser, and those have no
-gradient; as everybody, we take the query's own scores.
+Read literally, equation 3 normalises a negative by scores between memory entries, which have no gradient; like all
+published code, this one normalises by the scores of the query.
 
-Published with ResNet-50, 800 epochs of ImageNet and jigsaw: 63.6 % top-1 of a linear probe, where NPID has 59.0 and
-predicting the jigsaw 45.7; 57.2 % top-5 from 1 % of the labels. After 400 epochs and with 4,096 negatives: jigsaw
-62.2, rotation 60.2, one after the other 63.1 %.
+Published with ResNet-50, 800 epochs of ImageNet and jigsaw: 63.6 % top-1 of a linear probe (NPID 59.0, prediction of
+the jigsaw 45.7 %) and 57.2 % top-5 from 1 % of the labels. With 400 epochs and 4,096 negatives: jigsaw 62.2, rotation
+60.2, both combined 63.1 %.
 """
 
 from __future__ import annotations
@@ -34,8 +35,7 @@ from torch import Tensor, nn
 from raysl.backbone.network import encode_views
 from raysl.contrastive import negatives
 from raysl.contrastive.bank import MemoryBank
-from raysl.errors import UserError
-from raysl.fields import Range
+from raysl.fields import Bounds, Range
 from raysl.objectives import Loss, Setup
 from raysl.objectives._heads import projection
 from raysl.objectives._memory import MemoryConfig, contrast
@@ -44,29 +44,25 @@ from raysl.stream.reader import Batch
 
 @dataclass(frozen=True)
 class Config(MemoryConfig):
-    """Hyperparameters of PIRL: its own, and those of a contrast against the memory bank.
+    """Hyperparameters of PIRL.
 
     Args:
-        lam: lambda, weight of the transformed image's term, in 0..1.
+        lam: lambda, weight of the term of the transformed image, in 0..1; 0 is NPID.
     """
 
-    lam: Annotated[float, tyro.conf.arg(name="lambda"), Range((0.0, 0.25, 0.5, 0.75, 1.0), mutable=True)] = (
-        0.5
-    )
-
-    def __post_init__(self) -> None:
-        super().__post_init__()
-        if not 0 <= self.lam <= 1:
-            raise UserError(
-                f"pirl.lambda is {self.lam}; it must be between 0 (NPID) and 1 (only the transform)."
-            )
+    lam: Annotated[
+        float,
+        tyro.conf.arg(aliases=("--pirl.lambda",)),
+        Bounds(0, 1),
+        Range((0.0, 0.25, 0.5, 0.75, 1.0), mutable=True),
+    ] = 0.5
 
 
 class Pirl(nn.Module):
-    """Heads f and g, and the two-term loss against the memory bank."""
+    """Heads f and g, and the two-term loss with the memory bank."""
 
     predicts = False
-    compared = ("image", "transformed")
+    invariant_views = ("image", "transformed")
     z: Tensor
 
     def __init__(self, config: Config, setup: Setup) -> None:
@@ -75,15 +71,15 @@ class Pirl(nn.Module):
         transform = setup.transform("pirl")
         self.config = config
         self.bank_dim = config.dim
-        # The patches go first: the running statistics of BatchNorm then end on whole images.
+        # Patches first: the running statistics of BatchNorm then end on whole images.
         self.views = {"transformed": transform, "image": setup.identity}
         self.image_head = projection(config.head, setup.width, config.dim)
         self.transformed_head = _TransformedHead(config, setup.width, transform.num_crops)
-        # NaN until the first batch sets it; saved with the run, since a later bank is no longer noise.
+        # NaN until the first batch sets it. It is saved, because a later bank is no longer noise.
         self.register_buffer("z", torch.tensor(float("nan")))
 
     def forward(self, backbone: nn.Module, views: Mapping[str, Tensor]) -> dict[str, Tensor]:
-        """Unit embeddings (b, d): g of the transformed image, f of the image."""
+        """Compute unit embeddings (b, d): g of the transformed image, f of the image."""
         transformed_bpd, image_bpd = encode_views(backbone, [views["transformed"], views["image"]])
         transformed, image = self.transformed_head(transformed_bpd), self.image_head(image_bpd[:, 0])
         return {
@@ -92,20 +88,22 @@ class Pirl(nn.Module):
         }
 
     def loss(self, outputs: Mapping[str, Tensor], batch: Batch, bank: MemoryBank | None) -> Loss:
-        """Equation 5, averaged over the batch. Both terms see the bank as it was before this step."""
+        """Compute equation 5, averaged over the batch, with the bank of before this step."""
         assert bank is not None
-        # The transformed images come first and so set z.
+        # The transformed images come first and set z.
         queries = {name: outputs[name] for name in ("transformed", "image")}
         terms, metrics = contrast(self.config, queries, batch, bank, self.z)
         lam = self.config.lam
-        # A term of weight 0 stays in the graph, so that every head has a gradient under DistributedDataParallel.
+        # A term of weight 0 stays in the graph: DistributedDataParallel needs a gradient for every head.
         loss = lam * terms["transformed"] + (1 - lam) * terms["image"]
         return Loss(loss, metrics, bank_update_bd=outputs["image"].detach())
 
 
 class _TransformedHead(nn.Module):
-    """g: each crop through a projection of its own weights, concatenated in the order they came, and mixed. With one
-    crop (rotation) it is the projection alone (PIRL, section 3.1 and appendix A.2)."""
+    """The head g: project every crop by the same weights, concatenate them in their order, and mix them linearly.
+
+    With one crop (rotation) it is the projection alone (PIRL, section 3.1 and appendix A.2).
+    """
 
     def __init__(self, config: Config, width: int, num_crops: int) -> None:
         super().__init__()
@@ -115,6 +113,6 @@ class _TransformedHead(nn.Module):
         self.mix = mix if num_crops > 1 else nn.Identity()
 
     def forward(self, features_bpd: Tensor) -> Tensor:
-        # Sample-major: the crops of one image stay together.
+        # The crops of one image stay together.
         projected = self.project(features_bpd.flatten(0, 1)).view(len(features_bpd), -1)
         return self.mix(projected)  # type: ignore[no-any-return]

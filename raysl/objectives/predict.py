@@ -1,21 +1,22 @@
-"""Predict the property of the transform from the transformed image: the covariant use of a pretext task.
+"""Predict the label of the transform from the transformed image: the covariant use of a pretext task.
 
-With v_It the backbone's features of the transformed image and z the property of the transform, such as the number of the
+With v_It the backbone's features of the transformed image and z the label of the transform, such as the number of the
 permutation,
 
     L = -log softmax(W v_It)_z                                                          (PIRL, eq. 2)
 
-Features of several crops are projected one by one and joined in their order. With jigsaw: Noroozi and Favaro, arXiv
-1603.09246 (which permutation); with rotation: Gidaris et al., arXiv 1803.07728 (which quarter turn). Linear probes of
-ResNet-50 on ImageNet as compared in the PIRL paper: jigsaw 45.7 % from its fourth stage and 34.2 % from its last,
-rotation 48.9 %. With a dense transform (colorization, inpainting), its own head decodes the target from the pooled
-features, and its own loss judges it.
+Features of several crops are projected one by one and concatenated in their order. With jigsaw: Noroozi and Favaro,
+arXiv 1603.09246 (which permutation); with rotation: Gidaris et al., arXiv 1803.07728 (which quarter turn). Linear
+probes of ResNet-50 on ImageNet in the PIRL paper: jigsaw 45.7 % from the fourth stage and 34.2 % from the last,
+rotation 48.9 %. A dense transform (colorization, inpainting) has its own head, which decodes the target from the
+pooled features, and its own loss.
 """
 
 from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import dataclass
+from typing import Annotated
 
 import torch.nn.functional as F
 from torch import Tensor, nn
@@ -24,29 +25,25 @@ from raysl import pretext
 from raysl.backbone.network import encode
 from raysl.contrastive.bank import MemoryBank
 from raysl.errors import UserError
+from raysl.fields import Bounds, Checked
 from raysl.objectives import Loss, Setup
 from raysl.stream.reader import Batch
 
 
 @dataclass(frozen=True)
-class Config:
+class Config(Checked):
     """Hyperparameters of the prediction.
 
     Args:
-        crop_width: numbers kept of each crop before they are concatenated; only for transforms of several crops
+        crop_width: width of the projection of each crop before concatenation; only for transforms of several crops
             (1,000 for a ResNet-50 jigsaw).
     """
 
-    crop_width: int = 256
-
-    def __post_init__(self) -> None:
-        if self.crop_width < 1:
-            raise UserError(f"predict.crop_width is {self.crop_width}; it must be at least 1.")
+    crop_width: Annotated[int, Bounds(1, 65_536)] = 256
 
 
 class Predict(nn.Module):
-    """A classifier of the transform's label on the features of all its crops, or the head that a dense transform
-    brings along."""
+    """A classifier of the transform's label from the features of all crops, or the head of a dense transform."""
 
     predicts = True
     bank_dim = 0
@@ -57,16 +54,17 @@ class Predict(nn.Module):
         self.dense = pretext.dense(transform)
         if self.dense is None and transform.num_labels < 2:
             raise UserError(
-                f"There is nothing to predict: the transform has {transform.num_labels} label(s). Use a transform "
-                "with labels, such as 'predict-jigsaw' with more permutations, or compare it: 'pirl-...'."
+                f"The transform has {transform.num_labels} label(s), so there is nothing to predict. Use a transform "
+                "with labels, such as 'predict-jigsaw' with more permutations, or an objective that compares, such as "
+                "pirl."
             )
         self.views = {"transformed": transform}
-        # Where each crop has a label of its own, each is a sample of its own.
+        # With a label for each crop, every crop is a sample.
         self.per_crop = pretext.label_per_crop(transform)
         crops = 1 if self.per_crop else transform.num_crops
         width = setup.width
         if crops > 1:
-            # BatchNorm sees all crops of all images together, so that no slot has statistics of its own.
+            # BatchNorm sees all crops of all images together: separate statistics would reveal the position.
             self.project: nn.Module = nn.Sequential(
                 nn.Linear(width, config.crop_width), nn.BatchNorm1d(config.crop_width), nn.ReLU(inplace=True)
             )
@@ -79,8 +77,7 @@ class Predict(nn.Module):
             self.decode = self.dense.head(crops * width)
 
     def forward(self, backbone: nn.Module, views: Mapping[str, Tensor]) -> dict[str, Tensor]:
-        """Logits (b, labels), or (b * p, labels) where each crop has a label; for a dense transform, what its head
-        puts out."""
+        """Compute logits (b, labels), or (b * p, labels) with a label for each crop, or the dense head's output."""
         features_bpd = encode(backbone, views["transformed"])
         if self.per_crop:
             features_bpd = features_bpd.flatten(0, 1)[:, None]
@@ -91,7 +88,7 @@ class Predict(nn.Module):
         return {"decoded": self.decode(projected.flatten(1))}
 
     def loss(self, outputs: Mapping[str, Tensor], batch: Batch, bank: MemoryBank | None) -> Loss:
-        """Cross-entropy, or the transform's own loss, averaged over the batch, and over crops that have labels."""
+        """Compute the cross-entropy, or the dense transform's loss, averaged over the batch and labelled crops."""
         if self.dense is not None:
             return Loss(self.dense.loss(outputs["decoded"].float(), batch.targets["transformed"]), {})
         logits_bk = outputs["logits"].float()

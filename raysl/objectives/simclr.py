@@ -1,17 +1,17 @@
-"""SimCLR: two views of an image recognise each other among all other images of the batch.
+"""SimCLR: two views of an image recognise each other among all other views of the batch.
 
 Chen et al., "A Simple Framework for Contrastive Learning of Visual Representations", arXiv 2002.05709. With z_a and
-z_b the unit embeddings of the views of an image, each of them is a query in turn (NT-Xent, eq. 1):
+z_b the unit embeddings of the two views of an image, each view is a query (NT-Xent, eq. 1):
 
     L = mean over queries of -log( exp(z_a z_b / tau) / (exp(z_a z_b / tau) + sum over others exp(z_a z_o / tau)) )
 
-where the others are both views of every other image in the global batch, on all workers, with gradient. An image that
-comes twice in a batch, where two epochs meet, is no other to itself. With ResNet-50, batches of 4,096 and LARS, VISSL
+where the others are both views of every other image in the global batch, on all workers, with gradient. A second copy
+of the image, which a batch at the end of an epoch may contain, is left out. With ResNet-50, batches of 4,096 and LARS, VISSL
 reports 64.4, 66.6, 67.7 and 69.7 % top-1 of a linear probe after 100, 200, 400 and 800 epochs of ImageNet.
 
-Both views are ordinary ones. "simclr-rotation" transforms one of them. Of a transform with several crops, such as
-jigsaw, the mean of the crops' features is taken: there is one head for both views, and it does not see their order.
-The colours that the paper needs are `--view.recipe simclr`.
+Both views are ordinary views. "simclr-rotation" transforms one of them. The features of several crops, as of jigsaw,
+are averaged: one head serves both views and does not see the order of the crops. The paper's colors are `--view.recipe
+simclr`.
 """
 
 from __future__ import annotations
@@ -28,37 +28,32 @@ from raysl import collective
 from raysl.backbone.network import encode_views
 from raysl.contrastive import losses
 from raysl.contrastive.bank import MemoryBank
-from raysl.errors import UserError
-from raysl.fields import Range
+from raysl.fields import Bounds, Checked, Range
 from raysl.objectives import Loss, Setup
 from raysl.objectives._heads import HeadName, NormName, projection
 from raysl.stream.reader import Batch
 
 
 @dataclass(frozen=True)
-class Config:
+class Config(Checked):
     """Hyperparameters of SimCLR.
 
     Args:
-        temperature: tau; scores are divided by it (paper: 0.1 for ImageNet, 0.5 for CIFAR-10).
+        temperature: softmax temperature tau, > 0 (paper: 0.1 for ImageNet, 0.5 for CIFAR-10).
         dim: D, size of the embeddings.
         head: "mlp" with one hidden layer as in the paper, or "linear".
-        norm: of the hidden layer. "batch" is the paper's and normalises over the images of one worker, so that
-            gradients depend on how many share the batch; "none" and "layer" do not.
+        norm: normalisation of the hidden layer. "batch", as in the paper, normalises over the images of one worker, so
+            that gradients depend on the number of workers; "none" and "layer" do not.
     """
 
-    temperature: Annotated[float, Range((0.05, 0.1, 0.2, 0.5, 1.0), log=True, mutable=True)] = 0.1
-    dim: int = 128
+    temperature: Annotated[
+        float,
+        Bounds(above=0, high=100, hint="the paper uses 0.1"),
+        Range((0.05, 0.1, 0.2, 0.5, 1.0), log=True, mutable=True),
+    ] = 0.1
+    dim: Annotated[int, Bounds(1, 16_384)] = 128
     head: HeadName = "mlp"
     norm: NormName = "none"
-
-    def __post_init__(self) -> None:
-        if not self.temperature > 0:
-            raise UserError(
-                f"simclr.temperature is {self.temperature}; it must be more than 0 (the paper uses 0.1)."
-            )
-        if self.dim < 1:
-            raise UserError(f"simclr.dim is {self.dim}; it must be at least 1 (the paper uses 128).")
 
 
 class Simclr(nn.Module):
@@ -70,25 +65,25 @@ class Simclr(nn.Module):
     def __init__(self, config: Config, setup: Setup) -> None:
         super().__init__()
         self.config = config
-        # The ordinary view comes last: the running statistics of BatchNorm then end on whole images.
+        # The ordinary view last: the running statistics of BatchNorm then end on whole images.
         self.views = {"b": setup.pretext or setup.identity, "a": setup.identity}
         self.head = projection(config.head, setup.width, config.dim, config.norm)
 
     def forward(self, backbone: nn.Module, views: Mapping[str, Tensor]) -> dict[str, Tensor]:
-        """Unit embeddings of both views, (b, 2, d)."""
+        """Compute unit embeddings of both views, (b, 2, d)."""
         features_bpd = encode_views(backbone, [views["b"], views["a"]])
         features_b2d = torch.stack([features.mean(dim=1) for features in features_bpd], dim=1)
         embeddings = self.head(features_b2d.flatten(0, 1)).view(len(features_b2d), 2, -1)
         return {"embeddings": F.normalize(embeddings.float(), dim=2)}
 
     def loss(self, outputs: Mapping[str, Tensor], batch: Batch, bank: MemoryBank | None) -> Loss:
-        """NT-Xent of this worker's queries against the embeddings of all workers, averaged over both views."""
+        """Compute NT-Xent of this worker's queries with the embeddings of all workers, averaged over both views."""
         pairs_b2d = outputs["embeddings"]
         keys_kd = collective.gather_with_gradient(pairs_b2d).flatten(0, 1)
         index_b = batch.indices_b.to(keys_kd.device)
         own_bk = index_b[:, None] == collective.gather(index_b).repeat_interleave(2)
         cosine_b = (pairs_b2d[:, 0] * pairs_b2d[:, 1]).sum(dim=1)
-        # Rows of queries lie as those of the keys: both views of an image together.
+        # Queries and keys have the same order: both views of an image together.
         with torch.autocast(keys_kd.device.type, enabled=False):
             cosines_qk = pairs_b2d.flatten(0, 1) @ keys_kd.T
         others_qk = cosines_qk.masked_fill(own_bk.repeat_interleave(2, dim=0), float("-inf"))

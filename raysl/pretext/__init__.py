@@ -1,13 +1,13 @@
-"""Pretext transforms: one file each, found by its name. A pretext task is a transform that knows its own label.
+"""Pretext transforms: one file each, found by its name. A pretext transform changes an image and labels the change.
 
 A file `pretext/foo_bar.py` describes the transform `foo_bar` with
 
     @dataclass(frozen=True)
-    class Config: ...                    its hyperparameters, each with a default and a line of documentation
+    class Config(Checked): ...           its hyperparameters, each with a default and a line of documentation
     class FooBar:                        the transform; see `Pretext`, and `Dense` if its target is no class
 
-and gets the command line, the contract tests and `raysl methods` without another edit. The module docstring names
-the paper, the idea and the published number to compare with.
+The command line, the contract tests and `raysl methods` find it without another edit. The module docstring names the
+paper, the idea and the published number to compare with.
 """
 
 from __future__ import annotations
@@ -23,19 +23,19 @@ from torch import Tensor, nn
 from raysl import plugins
 from raysl.augment import SourceCrop
 from raysl.errors import UserError
-from raysl.pretext._grey import grey
+from raysl.pretext._grayscale import grayscale
 from raysl.rng import ImageRng
 
 
 @dataclass(frozen=True)
 class Geometry:
-    """What a transform may know of the run.
+    """Facts of the run that a transform may use.
 
     Args:
-        image_size: side in pixels of an ordinary view; other sizes follow from it by the published ratios.
-        min_scale: smallest share of the image's area that an ordinary view may show.
-        predicted: whether the label is to be predicted (covariant use) or the transform only compared
-            (invariant use). A transform may choose a smaller label set when it is predicted.
+        image_size: side of an ordinary view in pixels; other sizes follow from it by the published ratios.
+        min_scale: smallest share of the image's area that an ordinary view shows.
+        predicted: True when the label is predicted (covariant use), False when views are compared (invariant use). A
+            transform may have fewer labels when they are predicted.
         seed: seed of the run.
     """
 
@@ -47,13 +47,13 @@ class Geometry:
 
 @dataclass(frozen=True)
 class Transformed:
-    """What a transform makes of a batch.
+    """The result of a transform for a batch.
 
     Args:
-        crops_bpchw: uint8. P = 1 for a whole image, 9 for a jigsaw, 2 for a pair.
-        target: what can be predicted: int64 (b,), the label of the transform; or, for a `Dense` transform, a tensor
-            (b, ...) of any dtype that NumPy has, small beside the crops, since it travels with them. None when there
-            is nothing to predict. Where `label_per_crop`, int64 (b, p).
+        crops_bpchw: uint8 crops. P = 1 for a whole image, 9 for a jigsaw, 2 for a pair.
+        target: the label of the transform, int64 (b,); int64 (b, p) with `label_per_crop`; for a `Dense` transform a
+            tensor (b, ...) of any dtype that NumPy has, much smaller than the crops because it travels with them; None
+            when there is nothing to predict.
     """
 
     crops_bpchw: Tensor
@@ -61,14 +61,14 @@ class Transformed:
 
 
 class Pretext(Protocol):
-    """A transform of images. Pure: everything random comes from the draws.
+    """A transform of images. It is a pure function: all random numbers come from `image_rng`.
 
     Attributes:
         source: the crop of the decoded image that the transform starts from.
-        num_crops: P, the crops that it yields for an image.
-        num_labels: size of the label set; 0 when there is nothing to predict, or a target that is no label.
-        colour: where the photometric augmentation goes: "crops" draws anew for each crop, "source" once for the
-            image before it is transformed, "none" nowhere.
+        num_crops: P, crops per image.
+        num_labels: size of the label set; 0 when there is nothing to predict, or the target is no label.
+        colour: where the color augmentation is applied: "crops" to each crop by itself, "source" to the image before
+            the transform, "none" nowhere.
     """
 
     source: SourceCrop
@@ -79,28 +79,28 @@ class Pretext(Protocol):
     def __init__(self, config: Any, geometry: Geometry) -> None: ...
 
     def transform(self, images_bchw: Tensor, image_rng: ImageRng) -> Transformed:
-        """Transforms square uint8 images (b, 3, s, s), on the device they are on."""
+        """Transform square uint8 images (b, 3, s, s), on their device."""
         ...
 
     def describe(self) -> dict[str, Any]:
-        """JSON facts for the run's metadata that the Config alone does not fix, such as a hash of a label set."""
+        """Return JSON facts for the run's metadata that the Config does not contain, such as a hash of a label set."""
         ...
 
 
 @runtime_checkable
 class LabelPerCrop(Protocol):
-    """What a transform has besides `Pretext` when it may yield a label for every crop.
+    """Optional part of a transform that may have a label for every crop.
 
     Attributes:
-        label_per_crop: whether it does: the target is int64 (b, p), and each crop is a sample of its own.
+        label_per_crop: True when the target is int64 (b, p), and each crop is a sample.
     """
 
     label_per_crop: bool
 
 
 @runtime_checkable
-class InPlace(Protocol):
-    """What a transform has besides `Pretext` when its crops lie in their places on a grid, row by row.
+class OnGrid(Protocol):
+    """Optional part of a transform whose crops form a grid, row by row.
 
     Attributes:
         columns: crops in a row.
@@ -111,33 +111,33 @@ class InPlace(Protocol):
 
 @runtime_checkable
 class Dense(Protocol):
-    """What a transform has besides `Pretext` when its target is no class, such as the colours of a grid of cells."""
+    """Optional part of a transform whose target is no class, such as the colors of a grid of cells."""
 
     def head(self, width: int) -> nn.Module:
-        """A new network from pooled features (b, width) to what `loss` takes."""
+        """Build a head from pooled features (b, width) to the output that `loss` takes."""
         ...
 
     def loss(self, output: Tensor, target: Tensor) -> Tensor:
-        """The scalar loss, a mean over images, of what the head puts out and `Transformed.target`."""
+        """Compute the scalar loss of the head's output and `Transformed.target`, averaged over images."""
         ...
 
 
 def dense(transform: Pretext) -> Dense | None:
-    """The head and loss of a transform that has its own, be it the last of a composition; None when it has labels."""
+    """Return the transform, or the last of a composition, when it is `Dense`; otherwise None."""
     last = _last(transform)
     return last if isinstance(last, Dense) else None
 
 
 def label_per_crop(transform: Pretext) -> bool:
-    """Whether the target is a label for every crop, int64 (b, p), and not one for the image."""
+    """Return whether every crop has a label, int64 (b, p)."""
     last = _last(transform)
     return isinstance(last, LabelPerCrop) and last.label_per_crop
 
 
 def columns(transform: Pretext) -> int:
-    """Crops in a row of the grid on which they lie; 0 when they have no places."""
+    """Return the number of crops in a row of the grid; 0 when the crops form no grid."""
     last = _last(transform)
-    return last.columns if isinstance(last, InPlace) else 0
+    return last.columns if isinstance(last, OnGrid) else 0
 
 
 def _last(transform: Pretext) -> Pretext:
@@ -160,16 +160,16 @@ def load(name: str) -> tuple[type[Any], type[Any]]:
 
 
 def build(spec: str, configs: Mapping[str, Any], geometry: Geometry) -> Pretext:
-    """A transform, or several in a row.
+    """Build a transform, or a composition of several.
 
     Args:
         spec: a name, or names joined by "+" and applied from left to right, such as "rotation+jigsaw".
-        configs: the Config of a transform by its name; one that is missing has its defaults.
-        geometry: the same for all of them.
+        configs: the Configs of the transforms by name; a missing one has its defaults.
+        geometry: the geometry of the run.
 
     Raises:
-        UserError: a name does not exist, the geometry does not suit a transform, or one that is not the last
-            makes more than one crop or changes the size.
+        UserError: a name does not exist, the geometry does not suit a transform, or a transform before the last makes
+            several crops or changes the size.
     """
     parts: list[Pretext] = []
     for name in spec.split("+"):
@@ -181,12 +181,12 @@ def build(spec: str, configs: Mapping[str, Any], geometry: Geometry) -> Pretext:
 
 
 class Composition:
-    """Transforms applied one after the other: rotate, then cut into a jigsaw (PIRL, appendix A).
+    """Several transforms in a row, such as rotation and then jigsaw (PIRL, appendix A).
 
-    Source crop, crops and colours are those of the last. The label counts all combinations: with labels a, b
-    of two transforms it is a * (number of b) + b; a transform without labels does not count. When the last is
-    `Dense`, its target is the only one: "rotation+colorization" colours turned images. The target of a dense
-    transform that is not the last is dropped: "colorization+jigsaw" is a jigsaw in grey.
+    Source crop, crops and colors are those of the last transform. The label counts all combinations: with labels a and
+    b of two transforms it is a * (number of b) + b; transforms without labels do not count. When the last transform is
+    `Dense`, only its target is kept: "rotation+colorization" colors rotated images. The target of a dense transform
+    before the last is dropped: "colorization+jigsaw" is a grey jigsaw.
     """
 
     def __init__(self, spec: str, parts: Sequence[Pretext]) -> None:
@@ -205,13 +205,13 @@ class Composition:
             shape = tuple(part.transform(image_bchw, nothing).crops_bpchw.shape[1:])
             if shape != (1, 3, side, side):
                 raise UserError(
-                    f"The pretext {spec!r} cannot be composed: {type(part).__name__} turns an image of 3 x {side} x "
-                    f"{side} into {' x '.join(map(str, shape))}, and only the last transform may cut or resize. Put "
-                    "it last."
+                    f"The transforms {spec!r} cannot be composed: {type(part).__name__} changes an image of 3 x {side} "
+                    f"x {side} to {' x '.join(map(str, shape))}, and only the last transform may cut or resize. Put it "
+                    "last."
                 )
 
     def transform(self, images_bchw: Tensor, image_rng: ImageRng) -> Transformed:
-        """Applies the transforms from left to right, each with draws of its own."""
+        """Apply the transforms from left to right, each with its own random numbers."""
         target: Tensor | None = None
         made = Transformed(images_bchw[:, None], None)
         for i, part in enumerate(self.parts):
@@ -222,12 +222,12 @@ class Composition:
         return Transformed(made.crops_bpchw, made.target if isinstance(self.parts[-1], Dense) else target)
 
     def describe(self) -> dict[str, Any]:
-        """The facts of every part, in order."""
+        """Return the facts of every transform, in order."""
         return {"parts": [part.describe() for part in self.parts]}
 
 
-class Grey:
-    """A transform whose crops are shown without colour; its target is still that of the colours."""
+class Grayscale:
+    """A transform with grey crops. Its target is still computed from the colors."""
 
     def __init__(self, transform: Pretext) -> None:
         self.of = transform
@@ -237,10 +237,10 @@ class Grey:
         self.colour: Literal["crops", "source", "none"] = transform.colour
 
     def transform(self, images_bchw: Tensor, image_rng: ImageRng) -> Transformed:
-        """The same crops in grey, the same target."""
+        """Transform the images and remove the colors of the crops."""
         made = self.of.transform(images_bchw, image_rng)
-        return replace(made, crops_bpchw=grey(made.crops_bpchw))
+        return replace(made, crops_bpchw=grayscale(made.crops_bpchw))
 
     def describe(self) -> dict[str, Any]:
-        """The facts of the transform."""
+        """Return the facts of the transform."""
         return self.of.describe()

@@ -1,6 +1,6 @@
-"""CIE L*a*b* of 8-bit sRGB under D65, in exact steps: the same on every device and for every size of batch.
+"""Convert 8-bit sRGB to CIE L*a*b* (D65) in exact steps: equal on every device and for every batch size.
 
-In 8 bits as OpenCV has it and VISSL and the ImageNet benchmarks of colorization use it: L * 255 / 100, a + 128,
+The 8-bit form is that of OpenCV, which VISSL and the ImageNet benchmarks of colorization use: L * 255 / 100, a + 128,
 b + 128.
 """
 
@@ -38,12 +38,12 @@ _LIGHTNESS = torch.from_numpy(
 
 
 def linear(images_bchw: Tensor) -> Tensor:
-    """int32 of the same shape: the light that each uint8 value stands for, 0 to 65535."""
+    """Return the linear light of uint8 values: int32 of the same shape, 0 to 65535."""
     return _looked_up(_LIGHT, images_bchw)
 
 
 def lightness(light_bchw: Tensor) -> Tensor:
-    """uint8 (b, 1, h, w): the lightness L of `linear` light, 0 to 255."""
+    """Return the lightness L of `linear` light: uint8 (b, 1, h, w), 0 to 255."""
     weighted = light_bchw * _WEIGHTS.to(light_bchw.device)[:, None, None]
     luminance = weighted.sum(1, keepdim=True, dtype=torch.int32) >> _LIGHT_BITS
     return _looked_up(_LIGHTNESS, luminance)
@@ -51,12 +51,12 @@ def lightness(light_bchw: Tensor) -> Tensor:
 
 def _looked_up(table: Tensor, index: Tensor) -> Tensor:
     if index.device.type == "cpu":
-        return torch.from_numpy(table.numpy()[index.numpy()])  # seven times as fast as torch
+        return torch.from_numpy(table.numpy()[index.numpy()])  # seven times faster than torch
     return table.to(index.device)[index.long()]
 
 
 def chroma(light_bchw: Tensor) -> Tensor:
-    """uint8 (b, 2, h, w): a + 128 and b + 128 of float64 linear light, 0 to 65535."""
+    """Return a + 128 and b + 128 of float64 linear light 0 to 65535: uint8 (b, 2, h, w)."""
     matrix = torch.from_numpy(_RELATIVE / (2**_LIGHT_BITS - 1)).to(light_bchw.device)
     xyz = (light_bchw[:, None] * matrix[:, :, None, None]).sum(2)
     cut = (6 / 29) ** 3
@@ -66,10 +66,10 @@ def chroma(light_bchw: Tensor) -> Tensor:
 
 
 def gamut(step: int) -> Tensor:
-    """float32 (q, 2): the points of a square grid in the ab plane that some colour of the screen is nearest to.
+    """Return the points of a square grid in the ab plane that are nearest to some sRGB color: float32 (q, 2).
 
     Args:
-        step: between the points, in units of a and b. 10 gives 259 points.
+        step: distance between the points, in units of a and b. 10 gives 259 points (the paper has 313).
     """
     light = _LIGHT[torch.arange(0, 256, 5)].double()
     cube_n3 = torch.cartesian_prod(light, light, light)

@@ -1,7 +1,7 @@
-"""Sets of orders of the tiles of a jigsaw, chosen to lie far apart.
+"""Choose sets of permutations of the tiles of a jigsaw that differ much from each other.
 
 Noroozi and Favaro 2016, "Unsupervised learning of visual representations by solving jigsaw puzzles", algorithm 1:
-greedily add the order whose Hamming distance to those already chosen is largest, on average or at the least.
+greedily add the permutation whose Hamming distance to the chosen permutations is largest, on average or at least.
 """
 
 from __future__ import annotations
@@ -19,31 +19,31 @@ from raysl.errors import UserError, unknown
 from raysl.rng import generator
 
 Criterion = Literal["max_min", "max_avg", "random"]
-StopSignal = npt.NDArray[np.uint8]
+Permutations = npt.NDArray[np.uint8]
 
-# All orders of nine tiles can be listed. Of more tiles, sets are chosen from a random sample of the orders.
+# All permutations of nine tiles can be listed. With more tiles, sets are chosen from a random sample.
 _MAX_LISTED_TILES = 9
 _SAMPLE = 100_000
 
 
 @dataclass(frozen=True)
 class PermutationSet:
-    """Orders of n tiles.
+    """Permutations of n tiles.
 
     Args:
-        order_kp: uint8 (k, n), row j being the j-th order: slot p shows tile order_kp[j, p]. Read-only.
-        min_hamming: smallest number of positions in which two of the orders differ; n when there is only one.
-        mean_hamming: mean over all pairs; n when there is only one order.
-        digest: hash of the orders, equal for equal sets on every machine.
+        order_kp: uint8 (k, n). Row j is permutation j: slot p shows tile order_kp[j, p]. Read-only.
+        min_hamming: smallest number of positions in which two permutations differ; n when there is only one.
+        mean_hamming: mean of that number over all pairs; n when there is only one.
+        digest: hash of the permutations, equal for equal sets on every machine.
     """
 
-    order_kp: StopSignal
+    order_kp: Permutations
     min_hamming: int
     mean_hamming: float
     digest: str
 
     def __reduce__(self) -> tuple[Any, ...]:
-        # All orders of nine tiles are 3 MB and quick to list again; a chosen set is small and slow to choose again.
+        # All permutations of nine tiles are 3 MB and quick to list; a chosen set is small and slow to choose.
         k, n = self.order_kp.shape
         if k == math.factorial(n):
             return permutation_set, (n, k, "random", 0)
@@ -52,14 +52,15 @@ class PermutationSet:
 
 @functools.cache
 def permutation_set(n: int, count: int, criterion: Criterion, seed: int) -> PermutationSet:
-    """Chooses `count` distinct orders of `n` tiles; remembered within the process.
+    """Choose `count` distinct permutations of `n` tiles. The result is cached in the process.
 
     Args:
         n: number of tiles.
-        count: 1 .. n!; n! lists all orders in lexicographic order, whatever the criterion. At most 100,000 of more than
-            nine tiles.
-        criterion: "max_min" makes the two nearest orders differ most, "max_avg" the average pair; "random" draws.
-        seed: the first order and the random set depend on it.
+        count: 1 .. n!; n! lists all permutations in lexicographic order, for any criterion. At most 100,000 for more
+            than nine tiles.
+        criterion: "max_min" maximises the distance of the nearest pair, "max_avg" that of the average pair; "random"
+            samples.
+        seed: seed of the first permutation and of random sets.
 
     Raises:
         UserError: the count or the criterion is not allowed.
@@ -68,8 +69,8 @@ def permutation_set(n: int, count: int, criterion: Criterion, seed: int) -> Perm
     most = total if n <= _MAX_LISTED_TILES else _SAMPLE
     if not 1 <= count <= most:
         raise UserError(
-            f"{count} permutations of {n} tiles are not possible: there are {total:,} orders, and a set holds 1 to "
-            f"{most:,} of them. Set num_permutations within that range."
+            f"--jigsaw.num-permutations is {count:,}; with {n} tiles there are {total:,} permutations, and a set has 1 "
+            f"to {most:,} of them."
         )
     if criterion not in ("max_min", "max_avg", "random"):
         raise unknown("permutation criterion", criterion, ["max_min", "max_avg", "random"])
@@ -82,8 +83,8 @@ def permutation_set(n: int, count: int, criterion: Criterion, seed: int) -> Perm
     return _described(candidates[_greedy(candidates, count, criterion, int(rng.integers(len(candidates))))])
 
 
-def _unrank(ranks: npt.NDArray[np.int64], n: int) -> StopSignal:
-    """uint8 (k, n): the orders of these lexicographic ranks, digit by digit of their factorial-base numbers."""
+def _unrank(ranks: npt.NDArray[np.int64], n: int) -> Permutations:
+    """Return the permutations of lexicographic ranks, uint8 (k, n), by the digits of their factorial-base numbers."""
     orders = np.zeros((len(ranks), n), dtype=np.uint8)
     for position in range(n - 1, -1, -1):
         ranks, digit = np.divmod(ranks, n - position)
@@ -93,8 +94,8 @@ def _unrank(ranks: npt.NDArray[np.int64], n: int) -> StopSignal:
     return orders
 
 
-def _candidates(n: int, rng: np.random.Generator) -> StopSignal:
-    """All orders when they can be listed, else a random sample of distinct ones."""
+def _candidates(n: int, rng: np.random.Generator) -> Permutations:
+    """Return all permutations if they can be listed, otherwise a random sample of distinct ones."""
     if n <= _MAX_LISTED_TILES:
         return _unrank(np.arange(math.factorial(n)), n)
     sample = rng.permuted(np.tile(np.arange(n, dtype=np.uint8), (_SAMPLE + _SAMPLE // 8, 1)), axis=1)
@@ -102,8 +103,8 @@ def _candidates(n: int, rng: np.random.Generator) -> StopSignal:
     return sample[np.sort(first)[:_SAMPLE]]
 
 
-def _greedy(candidates: StopSignal, count: int, criterion: Criterion, first: int) -> npt.NDArray[np.int64]:
-    """Rows of the chosen candidates. One accumulator per candidate, updated by each newly chosen order."""
+def _greedy(candidates: Permutations, count: int, criterion: Criterion, first: int) -> npt.NDArray[np.int64]:
+    """Return the rows of the chosen candidates. Each candidate has a cost, which every chosen one updates."""
     columns = np.ascontiguousarray(candidates.T)
     chosen = np.empty(count, dtype=np.int64)
     taken = np.int32(np.iinfo(np.int32).max)
@@ -121,15 +122,15 @@ def _greedy(candidates: StopSignal, count: int, criterion: Criterion, first: int
     return chosen
 
 
-def _described(order_kp: StopSignal) -> PermutationSet:
+def _described(order_kp: Permutations) -> PermutationSet:
     order_kp = np.ascontiguousarray(order_kp)
     order_kp.setflags(write=False)
     digest = hashlib.blake2b(order_kp.tobytes(), digest_size=8).hexdigest()
     return PermutationSet(order_kp, _min_hamming(order_kp), _mean_hamming(order_kp), digest)
 
 
-def _mean_hamming(order_kp: StopSignal) -> float:
-    """Exact: pairs that agree in a position are counted by the values in its column."""
+def _mean_hamming(order_kp: Permutations) -> float:
+    """Return the exact mean: count the pairs that agree in a position by the values in its column."""
     k, n = (int(length) for length in order_kp.shape)
     if k == 1:
         return float(n)
@@ -140,8 +141,8 @@ def _mean_hamming(order_kp: StopSignal) -> float:
     return n - agreeing / (k * (k - 1))
 
 
-def _min_hamming(order_kp: StopSignal) -> int:
-    """Exact: two when an order and its image under some swap are both in the set, else over all pairs."""
+def _min_hamming(order_kp: Permutations) -> int:
+    """Return the exact minimum: 2 when two permutations differ by one swap, otherwise over all pairs."""
     k, n = (int(length) for length in order_kp.shape)
     if k == 1:
         return n
@@ -156,8 +157,8 @@ def _min_hamming(order_kp: StopSignal) -> int:
     return n - most
 
 
-def _has_swapped_pair(order_kp: StopSignal) -> bool:
-    """Whether two of the orders differ by one swap, the smallest difference that there is."""
+def _has_swapped_pair(order_kp: Permutations) -> bool:
+    """Return whether two permutations differ by one swap, the smallest possible difference."""
     n = order_kp.shape[1]
     rows = np.dtype((np.void, n))
     known = np.unique(order_kp.view(rows)[:, 0])

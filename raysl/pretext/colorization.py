@@ -1,101 +1,84 @@
-"""Colorization: the image in grey; the target is its colours.
+"""Colorization: show the image in grey; the target is its colors.
 
-Zhang, Isola and Efros 2016, "Colorful image colorization": the network sees the lightness L and tells the colours
-a and b, as a distribution over bins of the ab plane, because the mean of several likely colours is grey. Here for the
-cells of a coarse grid, from pooled features, where the paper has the spatial map. With q the bins, p the share of
-the true colour that falls to each, w the weight of the bin nearest to it, and s what the head puts out,
+Zhang, Isola and Efros 2016, "Colorful image colorization": the network sees the lightness L and predicts the colors a
+and b, as a distribution over bins of the ab plane, because the mean of several likely colors is grey. Here it predicts
+the cells of a coarse grid from pooled features; the paper uses the spatial map. With bins q, the soft assignment p of
+the true color to the bins, w the weight of the nearest bin, and s the output of the head,
 
     L = -mean over cells of w * sum over q of p_q log softmax(s)_q                        (eq. 2)
 
 Linear ImageNet top-1 of a ResNet-50: 39.6 (Goyal et al. 2019).
 
-The photometric recipe comes first and changes the target with the image: one that turns hues or drops colour leaves
-less to predict, so "plain" suits this transform.
+With `step` 10 there are 259 bins (paper: 313), and the prior of a bin is exp(-chroma / prior_chroma), where the paper
+counts it on ImageNet. The color recipe is applied first and changes the target too: a recipe that rotates hues or drops
+colors leaves less to predict, so use `--view.recipe plain`.
 """
 
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import Any, Literal
+from typing import Annotated, Any, Literal
 
 import torch
 from torch import Tensor, nn
 
-from raysl.augment import SourceCrop
-from raysl.errors import UserError
-from raysl.pretext import Geometry, Transformed, _cells, _lab
+from raysl.fields import Bounds, Checked
+from raysl.pretext import Geometry, Transformed, _lab
+from raysl.pretext._dense import DenseTransform, Grid
 from raysl.rng import ImageRng
 
-# About the spread of a and of b in photographs, so that a regression starts with a loss near one.
+# The standard deviation of a and b in photographs, so that a regression starts with a loss near 1.
 _AB_UNIT = 12.0
 
 
 @dataclass(frozen=True)
-class Config:
+class Config(Checked):
     """Hyperparameters of colorization.
 
     Args:
         mode: "classify" predicts a distribution over bins of the ab plane; "regress" predicts a and b, with the
             squared error.
         grid: cells per side of the target, an even number.
-        step: side of a bin in units of a and b; smaller is harder (the paper: 10; Goyal et al. vary it).
-        neighbours: bins that share the probability of one colour.
-        sigma: width of the Gaussian over distances by which they share it.
-        rebalance: share of the uniform distribution in the prior whose inverse weighs the bins; 1 weighs all alike.
-        prior_chroma: the prior of a colour falls as exp(-chroma / prior_chroma), for natural photographs; 8 fits
-            small photographs (CIFAR-10) best.
+        step: side of a bin in units of a and b; smaller is harder (paper: 10).
+        neighbours: number of bins that share the probability of a color.
+        sigma: standard deviation of the Gaussian weights of these bins, in units of a and b.
+        rebalance: share of the uniform distribution in the prior whose inverse weights the bins, in 0..1; with 1 all
+            weights are equal.
+        prior_chroma: scale of the prior exp(-chroma / prior_chroma) of a color; 8 fits small photographs (CIFAR-10).
     """
 
     mode: Literal["classify", "regress"] = "classify"
-    grid: int = 8
-    step: int = 10
-    neighbours: int = 5
-    sigma: float = 5.0
-    rebalance: float = 0.5
-    prior_chroma: float = 8.0
-
-    def __post_init__(self) -> None:
-        if not 2 <= self.step <= 50:
-            raise UserError(f"colorization.step is {self.step}; it must be 2 to 50 (the paper uses 10).")
-        if not 1 <= self.neighbours <= 16:
-            raise UserError(f"colorization.neighbours is {self.neighbours}; it must be 1 to 16.")
-        if not 0 < self.rebalance <= 1:
-            raise UserError(
-                f"colorization.rebalance is {self.rebalance}; it must be above 0 and at most 1, which is none."
-            )
-        for name in ("sigma", "prior_chroma"):
-            if not getattr(self, name) > 0:
-                raise UserError(f"colorization.{name} is {getattr(self, name)}; it must be above 0.")
+    grid: Grid = 8
+    step: Annotated[int, Bounds(2, 50, hint="the paper uses 10")] = 10
+    neighbours: Annotated[int, Bounds(1, 16)] = 5
+    sigma: Annotated[float, Bounds(above=0, high=1000)] = 5.0
+    rebalance: Annotated[float, Bounds(above=0, high=1)] = 0.5
+    prior_chroma: Annotated[float, Bounds(above=0, high=1000)] = 8.0
 
 
-class Colorization:
-    """The lightness, three times, with the mean colour of each cell as the target."""
-
-    num_crops = 1
-    num_labels = 0
-    colour: Literal["crops", "source", "none"] = "source"
+class Colorization(DenseTransform):
+    """The lightness in all three channels, with the mean color of each cell as the target."""
 
     def __init__(self, config: Config, geometry: Geometry) -> None:
-        _cells.check("colorization", config.grid, geometry.image_size)
+        super().__init__("colorization", config.grid, geometry)
         self.config = config
-        self.source = SourceCrop(geometry.image_size, geometry.min_scale)
         self.bins_q2 = _lab.gamut(config.step)
         self.weights_q = rebalancing(self.bins_q2, config.prior_chroma, config.rebalance)
 
     def transform(self, images_bchw: Tensor, image_rng: ImageRng) -> Transformed:
-        """The crop (b, 1, 3, h, w) in grey; the target, uint8 (b, 2, grid, grid), is a + 128 and b + 128."""
+        """Return grey crops (b, 1, 3, h, w) and the target a + 128, b + 128, uint8 (b, 2, grid, grid)."""
         light_bchw = _lab.linear(images_bchw)
         grey_b1hw = _lab.lightness(light_bchw)
-        target_b2gg = _lab.chroma(_cells.means(light_bchw, self.config.grid))
+        target_b2gg = _lab.chroma(self.cell_means(light_bchw))
         return Transformed(grey_b1hw.expand(-1, 3, -1, -1).contiguous()[:, None], target_b2gg)
 
     def head(self, width: int) -> nn.Module:
-        """Logits of the bins, or a and b, for every cell."""
+        """Build a head that outputs logits of the bins, or a and b, for every cell."""
         channels = len(self.bins_q2) if self.config.mode == "classify" else 2
-        return _cells.decoder(width, channels, self.config.grid)
+        return self.decoder(width, channels)
 
     def loss(self, output: Tensor, target: Tensor) -> Tensor:
-        """Cross-entropy with the shared bins, weighted by the rarity of the colour; or the mean squared error."""
+        """Compute the cross-entropy with the soft bins, weighted by the rarity of the color; or the squared error."""
         ab_n2 = target.movedim(1, -1).flatten(0, 2).float() - 128
         output_nq = output.movedim(1, -1).flatten(0, 2)
         if self.config.mode == "regress":
@@ -106,21 +89,20 @@ class Colorization:
         return -(weight_n * (share_nk * log_nk).sum(1)).mean()
 
     def soft_bins(self, ab_n2: Tensor) -> tuple[Tensor, Tensor]:
-        """The nearest bins, int64 (n, k), nearest first, and the probability of each, summing to one."""
+        """Return the nearest bins, int64 (n, k), nearest first, and their probabilities."""
         bins_q2 = self.bins_q2.to(ab_n2.device)
         far_nq = torch.cdist(ab_n2, bins_q2, compute_mode="donot_use_mm_for_euclid_dist")
         far_nk, bin_nk = far_nq.topk(min(self.config.neighbours, len(bins_q2)), largest=False)
         return bin_nk, (-far_nk.square() / (2 * self.config.sigma**2)).softmax(1)
 
     def describe(self) -> dict[str, Any]:
-        """The number of bins, and the extremes of their weights."""
+        """Return the number of bins, and the smallest and largest weight."""
         low, high = (round(float(weight), 4) for weight in self.weights_q.aminmax())
         return {"num_bins": len(self.bins_q2), "bin_weights": [low, high]}
 
 
 def rebalancing(bins_q2: Tensor, chroma: float, uniform: float) -> Tensor:
-    """float32 (q,): weights of the bins, with mean one under the prior exp(-|ab| / chroma) (section 2.2 of the
-    paper, which counts the prior over ImageNet).
+    """Return weights of the bins, float32 (q,), with mean 1 under the prior exp(-|ab| / chroma) (paper, section 2.2).
 
     Args:
         bins_q2: centres of the bins.

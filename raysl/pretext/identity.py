@@ -1,4 +1,4 @@
-"""The image itself, under another crop and other colours: the transform of the instance-discrimination methods.
+"""Identity: a random crop of the image with random colors, the view of the instance-discrimination methods.
 
 Wu et al. 2018 (NPID), He et al. 2020 (MoCo), Chen et al. 2020 (SimCLR). There is nothing to predict.
 """
@@ -21,7 +21,7 @@ class Config:
 
 
 class Identity:
-    """One crop of the ordinary size."""
+    """One crop of the size of an ordinary view."""
 
     num_crops = 1
     num_labels = 0
@@ -31,8 +31,9 @@ class Identity:
         self.source = SourceCrop(geometry.image_size, geometry.min_scale)
 
     def transform(self, images_bchw: Tensor, image_rng: ImageRng) -> Transformed:
-        """The images as they are."""
+        """Return the images unchanged."""
         return Transformed(images_bchw[:, None], None)
 
     def describe(self) -> dict[str, Any]:
+        """Return no facts."""
         return {}

@@ -1,8 +1,8 @@
-"""Jigsaw: tiles of the image in a shuffled order; the property is the order.
+"""Jigsaw: shuffle tiles of the image; the label is the permutation.
 
 Noroozi and Favaro 2016, with the geometry of PIRL (Misra and van der Maaten 2020): a crop of at least 60 % of the
-image at 255 pixels, nine cells of 85, a patch of 64 at a random place in each. Linear ImageNet top-1 of a ResNet-50:
-45.7 when the order is predicted, 63.6 when PIRL compares.
+image at 255 pixels, nine cells of 85 pixels, and a patch of 64 pixels at a random position in each. Linear ImageNet
+top-1 of a ResNet-50: 45.7 % with predict, 63.6 % with PIRL.
 """
 
 from __future__ import annotations
@@ -16,7 +16,7 @@ from torch import Tensor
 
 from raysl.augment import SourceCrop
 from raysl.errors import UserError
-from raysl.fields import Range
+from raysl.fields import Bounds, Checked, Range, Seed
 from raysl.pretext import Geometry, Transformed
 from raysl.pretext._permutations import Criterion, permutation_set
 from raysl.pretext._windows import windows
@@ -27,36 +27,39 @@ _MAX_ALL_TILES = 9
 
 
 @dataclass(frozen=True)
-class Config:
+class Config(Checked):
     """Hyperparameters of the jigsaw.
 
     Args:
         grid: cells per side; P = grid * grid.
-        num_permutations: size of the set of orders. None: all of them when the transform is only compared, 100
-            (or all, if fewer) when the order is predicted.
-        criterion: how the orders are chosen; see `raysl.pretext._permutations`.
-        permutation_seed: seed of that choice.
+        num_permutations: size of the permutation set. None: all permutations when views are compared, 100 (or all, if
+            fewer) when the permutation is predicted.
+        criterion: rule that chooses the permutations: "max_min" maximises the Hamming distance of the nearest pair,
+            "max_avg" that of the average pair, "random" samples.
+        permutation_seed: seed of the choice.
         min_scale: smallest share of the image that the source crop shows.
-        per_patch_colour: whether each patch gets colours of its own, rather than the source as a whole.
-        source_size: side of the source crop in pixels, a multiple of the grid. None: image_size * 255 / 224,
+        per_patch_colour: augment the colors of each patch by itself, and not of the source as a whole.
+        source_size: side of the source crop in pixels, a multiple of the grid. None: image_size * 255 / 224, rounded
             down to a multiple.
         patch_size: side of a patch in pixels. None: 64 / 85 of a cell.
     """
 
-    grid: Annotated[int, Range((2, 3))] = 3
-    num_permutations: Annotated[int | None, Range((100, 701, 2000, 5000, 10_000), log=True)] = None
+    grid: Annotated[int, Bounds(2, 16), Range((2, 3))] = 3
+    num_permutations: Annotated[
+        int | None, Bounds(1, 362_880), Range((100, 701, 2000, 5000, 10_000), log=True)
+    ] = None
     criterion: Criterion = "max_min"
-    permutation_seed: int = 0
-    min_scale: float = 0.6
+    permutation_seed: Seed = 0
+    min_scale: Annotated[float, Bounds(above=0, high=1)] = 0.6
     per_patch_colour: bool = True
-    source_size: int | None = None
-    patch_size: int | None = None
+    source_size: Annotated[int | None, Bounds(8, 2048)] = None
+    patch_size: Annotated[int | None, Bounds(_MIN_PATCH, 1024)] = None
 
 
 class Jigsaw:
-    """Patches with a random offset inside their cell, row-major, then in an order drawn for each image.
+    """Patches at a random offset in their cells, in a random permutation per image.
 
-    The label is the row of the order in the permutation set: slot p shows cell `order_kp[label, p]`.
+    The label is the row of the permutation set: slot p shows cell `order_kp[label, p]`.
     """
 
     def __init__(self, config: Config, geometry: Geometry) -> None:
@@ -74,12 +77,12 @@ class Jigsaw:
         self.num_labels = count
 
     def transform(self, images_bchw: Tensor, image_rng: ImageRng) -> Transformed:
-        """Cuts, jitters and shuffles; labels are uniform over the set."""
+        """Cut, jitter and shuffle the patches. Labels are uniform over the set."""
         label_b = image_rng.integers("order", self.num_labels)[:, 0].cpu()
         order_bp = torch.from_numpy(self.permutations.order_kp[label_b.numpy()]).long()
         free = self.cell_size - self.patch_size + 1
         offset_bp2 = image_rng.integers("offset", free, 2 * self.num_crops).cpu().view(-1, self.num_crops, 2)
-        # The offset belongs to the cell, so that the same draws cut the same patches in every order.
+        # The offset belongs to the cell, so that every permutation has the same patches.
         offset_bp2 = offset_bp2.gather(1, order_bp[..., None].expand(-1, -1, 2))
         top_bp = order_bp // self.grid * self.cell_size + offset_bp2[..., 0]
         left_bp = order_bp % self.grid * self.cell_size + offset_bp2[..., 1]
@@ -88,7 +91,7 @@ class Jigsaw:
         )
 
     def describe(self) -> dict[str, Any]:
-        """Sizes in pixels and facts of the permutation set."""
+        """Return sizes in pixels and facts of the permutation set."""
         return {
             "source_size": self.source.size,
             "cell_size": self.cell_size,
@@ -101,25 +104,23 @@ class Jigsaw:
 
 
 def _sizes(config: Config, geometry: Geometry) -> tuple[int, int]:
-    """Sides of the source crop and of a patch."""
+    """Return the sides of the source crop and of a patch."""
     grid = config.grid
-    if grid < 2:
-        raise UserError(f"A jigsaw with grid={grid} has nothing to shuffle. Set grid to 2 or more.")
     size = config.source_size
     if size is None:
         size = round(geometry.image_size * 255 / 224) // grid * grid
     if size % grid:
         raise UserError(
-            f"A jigsaw with source_size={size} cannot be cut into a {grid} x {grid} grid. Set source_size to "
-            f"a multiple of {grid}, such as {max(1, size // grid) * grid}."
+            f"--jigsaw.source-size is {size}; it must be a multiple of --jigsaw.grid, which is {grid}, such as "
+            f"{max(1, size // grid) * grid}."
         )
     cell = size // grid
     patch = round(cell * 64 / 85) if config.patch_size is None else config.patch_size
     if not _MIN_PATCH <= patch <= cell:
         raise UserError(
-            f"A jigsaw of grid={grid} at image_size={geometry.image_size} cuts patches of {patch} pixels from cells of "
-            f"{cell}. A patch must be {_MIN_PATCH} pixels or more and fit in its cell. Use larger images, a smaller "
-            "grid, or set source_size and patch_size."
+            f"jigsaw with --jigsaw.grid {grid} and --view.image-size {geometry.image_size} has patches of {patch} "
+            f"pixels in cells of {cell}. A patch must have at least {_MIN_PATCH} pixels and fit in its cell. Use larger "
+            "images, a smaller grid, or set --jigsaw.source-size and --jigsaw.patch-size."
         )
     return size, patch
 
@@ -130,7 +131,7 @@ def _default_count(tiles: int, predicted: bool) -> int:
         return min(100, total)
     if tiles > _MAX_ALL_TILES:
         raise UserError(
-            f"A jigsaw of {tiles} tiles has {total:.1e} orders, too many to list. Set num_permutations, for "
-            "example to 10000."
+            f"A jigsaw of {tiles} tiles has {total:.1e} permutations, too many to list. Set --jigsaw.num-permutations, "
+            "for example to 10000."
         )
     return total

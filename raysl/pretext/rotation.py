@@ -1,8 +1,8 @@
-"""Rotation: the image turned by 0, 90, 180 or 270 degrees; the property is the turn.
+"""Rotation: rotate the image by 0, 90, 180 or 270 degrees; the label is the angle.
 
-Gidaris, Singh and Komodakis 2018, "Unsupervised representation learning by predicting image rotations" (RotNet). One
-random turn for each visit, as VISSL does, or all four in the batch, as the authors do (`turns`). Linear ImageNet
-top-1 of a ResNet-50: 48.9 when the turn is predicted, 60.2 when PIRL compares (400 epochs, 4096 negatives).
+Gidaris, Singh and Komodakis 2018, "Unsupervised representation learning by predicting image rotations" (RotNet). By
+`turns`, a batch contains one random rotation of each image, as in VISSL, or all four, as in the authors' code. Linear
+ImageNet top-1 of a ResNet-50: 48.9 % with predict, 60.2 % with PIRL (400 epochs, 4,096 negatives).
 """
 
 from __future__ import annotations
@@ -23,15 +23,15 @@ class Config:
     """Hyperparameters of the rotation.
 
     Args:
-        turns: "one" random turn for each visit of an image, or "all" four of it at once, each with its label (P = 4).
-            "all" is four times the work of a step; the learning rate still follows the number of images.
+        turns: "one" random rotation per visit of an image, or "all" four at once, each with its label (P = 4). "all"
+            is four times the work of a step; the learning rate still follows the number of images.
     """
 
     turns: Literal["one", "all"] = "one"
 
 
 class Rotation:
-    """An exact turn, by exchanging and mirroring axes: nothing is interpolated that could betray the angle."""
+    """An exact rotation by transposing and mirroring: no interpolation reveals the angle."""
 
     num_labels = 4
     colour: Literal["crops", "source", "none"] = "crops"
@@ -42,7 +42,7 @@ class Rotation:
         self.source = SourceCrop(geometry.image_size, geometry.min_scale)
 
     def transform(self, images_bchw: Tensor, image_rng: ImageRng) -> Transformed:
-        """Turns each image counter-clockwise by 90 degrees times its label."""
+        """Rotate each image counter-clockwise by 90 degrees times its label."""
         if self.label_per_crop:
             crops = torch.stack([torch.rot90(images_bchw, turn, (-2, -1)) for turn in range(4)], dim=1)
             label_p = torch.arange(4, device=images_bchw.device)
@@ -52,9 +52,10 @@ class Rotation:
         turned = [
             torch.rot90(images_bchw.index_select(0, row), turn, (-2, -1)) for turn, row in enumerate(rows)
         ]
-        # Put back in order by reading: torch is slow to write uint8 images by index.
+        # Restore the order by reading: torch writes uint8 images by index slowly.
         crops_bchw = torch.cat(turned).index_select(0, torch.cat(rows).argsort())
         return Transformed(crops_bchw[:, None], label_b)
 
     def describe(self) -> dict[str, Any]:
+        """Return no facts."""
         return {}

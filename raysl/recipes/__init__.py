@@ -1,11 +1,11 @@
-"""Recipes: published runs at full scale, one file each, found by its name.
+"""Recipes: published runs at full scale, one file each, found by name.
 
 A file `recipes/foo_r50.py` describes the recipe "foo-r50" with
 
     def pretraining(data: str, run: str) -> Pretraining: ...
 
-Its docstring names the source, the published result, the hardware that it needs, and where raysl does otherwise. Flags
-beside `--recipe` override what it says.
+Its docstring names the source, the published result, the hardware that it needs, and the differences of raysl. Flags
+beside `--recipe` override its values.
 """
 
 from __future__ import annotations

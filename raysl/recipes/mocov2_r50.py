@@ -1,11 +1,11 @@
 """MoCo v2, ResNet-50, 200 epochs of ImageNet: 67.7 % top-1 of a linear probe.
 
-Chen et al., "Improved Baselines with Momentum Contrastive Learning", arXiv 2003.04297, by the authors' code: MLP head,
-blur, a cosine, and a queue of 65,536 keys. After 800 epochs, by `--epochs 800`: 71.1 %.
+Chen et al., "Improved Baselines with Momentum Contrastive Learning", arXiv 2003.04297, as in the authors' code: MLP head,
+blur, cosine schedule, and a queue of 65,536 keys. With `--epochs 800`: 71.1 %.
 
-Hardware: 8 GPUs with 32 images of 224 pixels each, seen twice.
+Hardware: 8 GPUs with two views of 32 images of 224 pixels each.
 
-Where raysl does otherwise: keys of the query's own image that are still in the queue are left out, biases and
+Differences from the authors' code: older keys of the query's own image in the queue are no negatives, biases and
 normalisation layers do not decay, and the rate ends at a thousandth of its peak and not at zero.
 """
 
@@ -18,7 +18,7 @@ from raysl.optim import OptimConfig
 
 
 def pretraining(data: str, run: str) -> Pretraining:
-    """The configuration; the data are the 1,281,167 training images of ImageNet-1k."""
+    """Return the configuration; the data are the 1,281,167 training images of ImageNet-1k."""
     return Pretraining(
         data=data,
         run=run,

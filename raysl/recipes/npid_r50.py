@@ -1,13 +1,13 @@
 """Instance discrimination (NPID), ResNet-50, 200 epochs of ImageNet: 54.0 % top-1 of a linear probe.
 
-Wu et al., arXiv 1805.01978, by the authors' code; the result is as the PIRL paper quotes it, and a nearest-neighbour
-vote of 200 in their code reaches 46.8 %. With `--epochs 800 --batch-size 1024 --npid.num-negatives 32000
+Wu et al., arXiv 1805.01978, as in the authors' code; the result is quoted from the PIRL paper. A kNN probe with 200
+neighbours in their code has 46.8 %. With `--epochs 800 --batch-size 1024 --npid.num-negatives 32000
 --optim.schedule cosine --view.min-scale 0.08 --view.recipe pirl` it is the "NPID++" of the PIRL paper: 59.0 %.
 
-Hardware: 8 GPUs with 32 images of 224 pixels each; the memory bank is 656 MB on every one.
+Hardware: 8 GPUs with 32 images of 224 pixels each; the memory bank is 656 MB on each.
 
-Where raysl does otherwise: the negatives leave out the image itself, biases do not decay, and the first memories have
-length one.
+Differences from the authors' code: the negatives leave out the image itself, biases do not decay, and the initial rows
+of the memory bank have length 1.
 """
 
 from __future__ import annotations
@@ -19,7 +19,7 @@ from raysl.optim import OptimConfig
 
 
 def pretraining(data: str, run: str) -> Pretraining:
-    """The configuration; the data are the 1,281,167 training images of ImageNet-1k."""
+    """Return the configuration; the data are the 1,281,167 training images of ImageNet-1k."""
     return Pretraining(
         data=data,
         run=run,

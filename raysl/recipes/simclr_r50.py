@@ -1,14 +1,14 @@
 """SimCLR, ResNet-50, 800 epochs of ImageNet in batches of 4,096: 69.7 % top-1 of a linear probe.
 
-Chen et al., arXiv 2002.05709; this is VISSL's configuration and its result (64.4, 66.6 and 67.7 % after 100, 200 and
-400 epochs: `--epochs 100 --optim.warmup 0.1` and so on, since the warm-up is of 10 epochs).
+Chen et al., arXiv 2002.05709; configuration and result are VISSL's (64.4, 66.6 and 67.7 % after 100, 200 and 400 epochs:
+`--epochs 100 --optim.warmup 0.1` and so on, because the warm-up is 10 epochs).
 
-Hardware: 4,096 images twice in each step, with statistics of BatchNorm over all of them: for example 64 GPUs with two
-views of 64 images of 224 pixels each.
+Hardware: two views of 4,096 images in each step, with BatchNorm statistics over all of them, for example 64 GPUs with
+two views of 64 images of 224 pixels each.
 
-Where raysl does otherwise: BatchNorm sees one view of all images at a time, where VISSL joins both views of groups of 8
-GPUs; biases and normalisation layers do not decay and take steps of ordinary length; the rate ends at a thousandth
-of its peak and not at zero.
+Differences from VISSL: BatchNorm statistics are those of one view of all images (VISSL: both views, in groups of 8
+GPUs); biases and normalisation layers do not decay and take ordinary steps; the rate ends at a thousandth of its peak
+and not at zero.
 """
 
 from __future__ import annotations
@@ -20,7 +20,7 @@ from raysl.optim import OptimConfig
 
 
 def pretraining(data: str, run: str) -> Pretraining:
-    """The configuration; the data are the 1,281,167 training images of ImageNet-1k."""
+    """Return the configuration; the data are the 1,281,167 training images of ImageNet-1k."""
     return Pretraining(
         data=data,
         run=run,

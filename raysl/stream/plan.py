@@ -1,16 +1,14 @@
-"""Which image is at which place of the stream: a pure function of (seed, data set, batch size), of nothing else.
+"""Plan the order of the images: a pure function of (seed, data set, batch size).
 
-The stream is one sequence over all epochs: place p belongs to epoch p // N. A batch that straddles two epochs is an
-ordinary batch, so nothing is dropped, padded or repeated, and every index occurs exactly once in each epoch.
+The stream is one sequence over all epochs: position p belongs to epoch p // N. A batch may contain the end of one epoch
+and the start of the next, so nothing is dropped, padded or repeated, and every index occurs exactly once per epoch.
 
-Order inside an epoch: a keyed permutation of the row groups; consecutive ones form windows; a keyed permutation of
-the rows inside each window. A window is read at once, so reading stays sequential and remote storage is read about
-once per epoch.
+Within an epoch, the row groups are permuted, consecutive groups form windows, and the rows of each window are permuted.
+A window is read at once, so reading is sequential and remote storage is read about once per epoch.
 
-From places to batches: `stretch` steps share `stretch * batch_size` consecutive places, divided into `LANES` runs.
-The batch of a step takes its rows from every run, so it mixes distant windows, and worker r of W takes the r-th part
-of each batch, which lies in its own runs: workers do not read each other's windows. Neither the batch nor its order
-depends on W.
+`stretch` steps share `stretch * batch_size` consecutive positions, divided into `LANES` parts. The batch of a step takes
+rows from every lane, so it mixes distant windows. Worker r of W takes part r of each batch, which lies in its own lanes,
+so that workers rarely read the same window. Neither the batch nor its order depends on W.
 """
 
 from __future__ import annotations
@@ -18,6 +16,7 @@ from __future__ import annotations
 import math
 from dataclasses import dataclass, field
 from functools import lru_cache
+from typing import cast
 
 import numpy as np
 import numpy.typing as npt
@@ -38,8 +37,8 @@ class Rows:
     """Rows of a data set to be read together.
 
     Args:
-        indices_b: int64 (b,), into the data set.
-        epochs_b: int64 (b,), the epoch in which each is visited.
+        indices_b: int64 (b,), indices into the data set.
+        epochs_b: int64 (b,), the epoch of each visit.
     """
 
     indices_b: Integers
@@ -51,16 +50,15 @@ class Rows:
 
 @dataclass(frozen=True)
 class Plan:
-    """The order of a run.
+    """The order of the images of a run.
 
     Args:
         row_group_starts: int64 (groups + 1,), see `DataSet.row_group_starts`.
         batch_size: images in the global batch.
         seed: seed of the run.
-        groups_per_window: consecutive row groups of the permuted order whose rows are mixed.
-        stretch: steps whose batches are cut from one piece of the order.
-        num_steps: steps of the run; every image is visited `epochs` times, and the last batch is topped up from the
-            epoch after.
+        groups_per_window: row groups per window.
+        stretch: steps that share a piece of the order.
+        num_steps: steps of the run.
     """
 
     row_group_starts: Integers = field(repr=False)
@@ -72,19 +70,19 @@ class Plan:
 
     @staticmethod
     def of(dataset: DataSet, batch_size: int, seed: int, epochs: float) -> Plan:
-        """The plan of a run over `dataset`.
+        """Return the plan of a run over `dataset`.
 
         Raises:
-            UserError: the batch size or the number of epochs is not positive, or the batch is larger than the data.
+            UserError: the batch size or the number of epochs is not positive, or the batch is larger than the data set.
         """
         if not 0 < epochs < math.inf:
-            raise UserError(f"epochs is {epochs}; it must be more than 0.")
+            raise UserError(f"--epochs is {epochs}; it must be a finite number above 0.")
         if batch_size < 1:
-            raise UserError(f"batch_size is {batch_size}; it must be at least 1.")
+            raise UserError(f"--batch-size is {batch_size}; it must be at least 1.")
         if batch_size > dataset.num_images:
             raise UserError(
-                f"batch_size is {batch_size} and the data set has {dataset.num_images} images. Use a batch of at most "
-                "that many (--batch-size), or more images."
+                f"--batch-size is {batch_size} and the data set has {dataset.num_images} images; the batch must not be "
+                "larger than the data set."
             )
         starts = dataset.row_group_starts
         rows_per_group = dataset.num_images / (len(starts) - 1)
@@ -92,35 +90,36 @@ class Plan:
         window_rows = min(WINDOW_ROWS, WINDOW_BYTES / bytes_per_row)
         groups_per_window = max(1, round(window_rows / rows_per_group))
         stretch = math.ceil(LANES * groups_per_window * rows_per_group / batch_size)
-        # Never more than an epoch, or the lanes of a small data set would lie in different epochs.
+        # At most an epoch, or the lanes of a small data set would lie in different epochs.
         stretch = max(1, min(stretch, dataset.num_images // batch_size))
         steps = num_steps(dataset.num_images, batch_size, epochs)
         return Plan(starts, batch_size, seed, groups_per_window, stretch, steps)
 
     @property
     def num_images(self) -> int:
+        """Number of images in the data set."""
         return int(self.row_group_starts[-1])
 
     def rows(self, step: int, rank: int = 0, world: int = 1) -> Rows:
-        """The images of one worker at one step, in the order in which they come.
+        """Return the images of one worker at one step, in order.
 
         Args:
             step: 0-based step of the run, below `num_steps`.
             rank: the worker.
-            world: number of workers; must divide the batch size.
+            world: number of workers; it must divide the batch size.
         """
-        return self.locate(self.places(step, rank, world))
+        return self.locate(self.positions(step, rank, world))
 
-    def places(self, step: int, rank: int = 0, world: int = 1) -> Integers:
-        """int64 (batch_size / world,): places in the stream."""
+    def positions(self, step: int, rank: int = 0, world: int = 1) -> Integers:
+        """Return positions in the stream, int64 (batch_size / world,). Arguments as `rows`."""
         local = self.batch_size // world
         if local * world != self.batch_size:
             raise UserError(
-                f"A batch of {self.batch_size} cannot be divided over {world} workers. Choose a batch size that is a "
-                f"multiple of {world}, such as {max(1, local) * world}."
+                f"--batch-size is {self.batch_size}; with {world} workers it must be a multiple of {world}, such as "
+                f"{max(1, local) * world}."
             )
         first_step = step - step % self.stretch
-        # The last piece may be shorter, so that the run ends where its last epoch ends.
+        # The last piece may be shorter, so that the run ends with its last epoch.
         steps = min(self.stretch, self.num_steps - first_step)
         lanes = math.gcd(self.batch_size, LANES)
         rows_per_lane = self.batch_size // lanes
@@ -128,10 +127,10 @@ class Plan:
         lane, row = np.divmod(within_batch, rows_per_lane)
         return first_step * self.batch_size + (lane * steps + step - first_step) * rows_per_lane + row
 
-    def locate(self, places: Integers) -> Rows:
-        """The images at the given places of the stream."""
-        epochs, offsets = np.divmod(places, self.num_images)
-        indices = np.empty_like(places)
+    def locate(self, positions: Integers) -> Rows:
+        """Return the images at positions of the stream."""
+        epochs, offsets = np.divmod(positions, self.num_images)
+        indices = np.empty_like(positions)
         for epoch in np.unique(epochs):
             here = epochs == epoch
             indices[here] = self._locate_in_epoch(int(epoch), offsets[here])
@@ -148,29 +147,16 @@ class Plan:
             indices[here] = rows[offsets[here] - window_starts[window]]
         return indices
 
+    def _numbers(self) -> tuple[int, ...]:
+        return self.batch_size, self.seed, self.groups_per_window, self.stretch, self.num_steps
+
     def __hash__(self) -> int:
-        return hash(
-            (
-                self.num_images,
-                self.batch_size,
-                self.seed,
-                self.groups_per_window,
-                self.stretch,
-                self.num_steps,
-            )
-        )
+        # Without the row groups, which are long: plans that differ only in them are rare.
+        return hash((self.num_images, *self._numbers()))
 
     def __eq__(self, other: object) -> bool:
-        if not isinstance(other, Plan):
-            return NotImplemented
-        return (
-            self.batch_size == other.batch_size
-            and self.seed == other.seed
-            and self.groups_per_window == other.groups_per_window
-            and self.stretch == other.stretch
-            and self.num_steps == other.num_steps
-            and np.array_equal(self.row_group_starts, other.row_group_starts)
-        )
+        same = isinstance(other, Plan) and self._numbers() == other._numbers()
+        return same and np.array_equal(self.row_group_starts, cast(Plan, other).row_group_starts)
 
 
 def num_steps(num_images: int, batch_size: int, epochs: float) -> int:
@@ -181,7 +167,7 @@ def num_steps(num_images: int, batch_size: int, epochs: float) -> int:
 
 @lru_cache(maxsize=4)
 def _epoch_order(plan: Plan, epoch: int) -> tuple[Integers, Integers]:
-    """The row groups in the order of the epoch, and the offset in the epoch at which each of them starts."""
+    """Return the row groups in the order of the epoch, and the offset in the epoch where each starts."""
     groups = rng.generator(plan.seed, "row groups", epoch).permutation(len(plan.row_group_starts) - 1)
     sizes = np.diff(plan.row_group_starts)[groups]
     return groups, np.cumsum(sizes) - sizes
@@ -189,7 +175,7 @@ def _epoch_order(plan: Plan, epoch: int) -> tuple[Integers, Integers]:
 
 @lru_cache(maxsize=64)
 def _window_rows(plan: Plan, epoch: int, window: int) -> Integers:
-    """The indices of one window in the order of the epoch."""
+    """Return the indices of one window in the order of the epoch."""
     groups, _ = _epoch_order(plan, epoch)
     first = window * plan.groups_per_window
     starts = plan.row_group_starts

@@ -1,9 +1,8 @@
-"""Batches through Ray Data: tasks read, decode, cut and transform; the trainer gets uint8 views in plan order.
+"""Stream batches through Ray Data: tasks read, decode, crop and transform; the trainer gets uint8 views in plan order.
 
-Each training worker runs one Ray Data pipeline over its own part of the plan, for all epochs, starting at any step.
-Only step numbers travel to the tasks; image bytes are read where they are decoded. Order is kept, so a task may run
-ahead of the trainer but its batches are handed over in turn. Every batch carries the indices that it holds and they
-are checked against the plan on arrival: a stream that loses or repeats an image is an error, not a worse model.
+Each training worker runs one Ray Data pipeline over its part of the plan, for all epochs, from any step. Only step
+numbers travel to the tasks; they read the image bytes. Tasks may run ahead of the trainer, and their batches arrive in
+order. Every batch carries its indices, which are compared with the plan: a lost or repeated image is an error.
 """
 
 from __future__ import annotations
@@ -21,6 +20,7 @@ from torch import Tensor
 
 from raysl.dataset import DataSet
 from raysl.errors import UserError
+from raysl.fields import Checked
 from raysl.rng import ImageRng
 from raysl.stream.decode import DecodeError, cut, drawn_as
 from raysl.stream.plan import Plan, Rows
@@ -29,22 +29,22 @@ from raysl.stream.views import View
 Columns = dict[str, npt.NDArray[Any]]
 
 BLOCK_BYTES = 4 << 20
-# Tasks of one Ray Data execution. Their list is made up front, half a second for this many; they cover hundreds of
-# thousands of photos, millions of small images.
+# Tasks of one Ray Data execution. Listing them takes half a second; they cover hundreds of thousands of photos, or
+# millions of small images.
 SEGMENT = 512
-# The column of a batch whose columns differ from step to step, which Arrow's do not.
+# One column for a batch with different columns from step to step, which Arrow does not have.
 _PACKED = "packed"
-# Between two steps of the loop of Ray Data's executor.
+# Shortest time between two steps of the loop of Ray Data's executor.
 _LOOP_S = 0.01
 
 
 @dataclass(frozen=True)
-class StreamConfig:
-    """How images reach the trainers.
+class StreamConfig(Checked):
+    """Configuration of the stream of images.
 
     Args:
-        place: where views are made from the source crops: "data" in the Ray Data tasks, "trainer" on the training
-            device. The pixels are the same.
+        place: where the views are made from the source crops: "data" in the Ray Data tasks, "trainer" on the training
+            device. The pixels are equal.
     """
 
     place: Literal["data", "trainer"] = "data"
@@ -65,16 +65,15 @@ class DataShare:
 
 @dataclass
 class Batch:
-    """What one training worker gets at one step.
+    """The batch of one training worker at one step.
 
     Args:
-        step: of the run.
+        step: step of the run.
         rows: indices and epochs of the images.
-        labels_b: int64 (b,), classes from the data set; None when it has none.
+        labels_b: int64 (b,), classes from the data set; None without labels.
         views: uint8 (b, p, c, h, w) by name.
-        targets: what the pretext transform of a view asks to predict, as `Transformed.target`; a view without one is
-            absent.
-        wait_s: seconds that the trainer waited for it.
+        targets: targets of the pretext transforms by view, as `Transformed.target`; views without a target are absent.
+        wait_s: seconds that the trainer waited for the batch.
     """
 
     step: int
@@ -86,7 +85,7 @@ class Batch:
 
     @property
     def indices_b(self) -> Tensor:
-        """int64 (b,), on the CPU."""
+        """Indices of the images, int64 (b,), on the CPU."""
         return torch.from_numpy(self.rows.indices_b)
 
 
@@ -95,17 +94,17 @@ class Stream:
     """The stream of one training worker.
 
     Args:
-        dataset: where the images are.
-        plan: which of them when.
-        views: what is made of each image, by name. A name may go on after "@": such variants of a view draw the same
-            numbers, so that one stream can hold the views of several runs (see `shared`).
-        config: see `StreamConfig`.
-        share: see `DataShare`.
+        dataset: the images.
+        plan: the order of the images.
+        views: the views of each image, by name. A name may end in "@...": such variants of a view have equal random
+            numbers, so that one stream can carry the views of several runs (see `shared`).
+        config: configuration of the stream.
+        share: CPUs of the data tasks.
         rank: this worker.
         world: number of workers.
-        device: where the tensors of the batches are put.
-        schedule: the names of the views that a step takes, by its number; None for all of them. Only these are cut
-            and transformed. It pickles.
+        device: device of the tensors of the batches.
+        schedule: function from a step to the names of its views; None when every step takes all views. Other views are
+            not made. It must pickle.
     """
 
     dataset: DataSet
@@ -119,12 +118,12 @@ class Stream:
     schedule: Callable[[int], Collection[str]] | None = None
 
     def views_of(self, step: int) -> dict[str, View]:
-        """The views that a step takes."""
+        """Return the views of a step."""
         names = self.views if self.schedule is None else self.schedule(step)
         return {name: self.views[name] for name in names}
 
     def batches(self, start_step: int = 0, end_step: int | None = None) -> Iterator[Batch]:
-        """Yields the batches of steps start_step, start_step + 1, ... below end_step, or to the end of the plan.
+        """Yield the batches of steps start_step, start_step + 1, ... below end_step, or to the end of the plan.
 
         Raises:
             UserError: a shard of the data set is damaged.
@@ -138,13 +137,13 @@ class Stream:
             yield batch
 
     def last(self, end_step: int | None = None) -> int:
-        """The step before which the stream ends, where it is to end at `end_step`."""
+        """Return the step before which the stream ends, given the wanted `end_step`."""
         return self.plan.num_steps if end_step is None else min(end_step, self.plan.num_steps)
 
     def columns(self, start_step: int, last: int) -> Iterator[Columns]:
-        """The same as they come from the data tasks: read-only arrays "index", "label", "view/NAME" and so on.
+        """Yield the batches as the data tasks send them: read-only arrays "index", "label", "view/NAME" and so on.
 
-        `batch` makes a batch of them. Raises what `batches` does.
+        `batch` makes a `Batch` of them. Raises as `batches` does.
         """
         step = start_step
         while step < last:
@@ -155,7 +154,7 @@ class Stream:
             step = end
 
     def _pipeline(self, step: int, end: int) -> Any:
-        """A Ray Data set whose rows are the batches of this worker for steps step .. end - 1."""
+        """Return a Ray Data set whose rows are the batches of this worker for steps step .. end - 1."""
         import ray.data
         from ray.data import ExecutionResources
 
@@ -165,24 +164,24 @@ class Stream:
         context.execution_options.preserve_order = True
         context.execution_options.resource_limits = ExecutionResources.for_limits(cpu=self.share.cpus)
         context.target_max_block_size = BLOCK_BYTES
-        # A task must be able to finish ahead of its turn, or tasks beyond the first would wait for the trainer.
+        # A task must be able to finish before its turn, or all but the first would wait for the trainer.
         context._max_num_blocks_in_streaming_gen_buffer = 64
         context.custom_execution_callback_classes = [_Pause]
         context.enable_progress_bars = False
         context.print_on_execution_start = False
-        # Not `ray.data.range`: its read tasks want a whole CPU each, which a small cluster cannot spare.
+        # Not `ray.data.range`: its read tasks need a whole CPU each.
         tasks = ray.data.from_items(
             [{"id": number} for number in range(num_tasks)], override_num_blocks=num_tasks
         )
         return tasks.map_batches(_Load(self, step, end), batch_size=None, num_cpus=self.share.cpus_per_task)
 
     def batch(self, step: int, columns: Columns) -> Batch:
-        """The batch of a step out of its columns, on the device. Its images are compared with the plan."""
+        """Make the batch of a step from its columns, on the device, and compare its images with the plan."""
         expected = self.plan.rows(step, self.rank, self.world)
         if not np.array_equal(columns["index"], expected.indices_b):
             raise RuntimeError(
-                f"The stream brought other images than the plan says at step {step} to worker {self.rank} of "
-                f"{self.world}. This is a defect of raysl; please report it."
+                f"At step {step}, worker {self.rank} of {self.world} received other images than planned. This is a bug "
+                "in raysl; please report it."
             )
         parts: dict[str, dict[str, Tensor]] = {"view": {}, "target": {}, "crop": {}}
         for column, values in columns.items():
@@ -194,11 +193,11 @@ class Stream:
         return self.finish(batch, parts["crop"])
 
     def _to_device(self, values: npt.NDArray[Any]) -> Tensor:
-        # Ray hands out read-only views of its object store; torch wants memory of its own.
+        # Ray returns read-only views of its object store, which torch does not take.
         return torch.from_numpy(values.copy()).to(self.device, non_blocking=True)
 
     def finish(self, batch: Batch, crops: Mapping[str, Tensor]) -> Batch:
-        """Makes the views of a batch from its source crops, on the device the crops are on."""
+        """Make the views of a batch from its source crops, on the device of the crops."""
         image_rng = ImageRng(self.plan.seed, batch.rows.epochs_b, batch.rows.indices_b)
         for name, crops_bchw in crops.items():
             made = self.views[name](crops_bchw, image_rng.named(drawn_as(name)).to(crops_bchw.device))
@@ -209,10 +208,10 @@ class Stream:
 
 
 class _Pause:
-    """Lets the loop of Ray Data's executor run a hundred times a second, and not as often as it can.
+    """Limit the loop of Ray Data's executor to a hundred steps a second.
 
-    The loop waits for tasks with something new. A task that is ahead of the trainer always has something, so the wait
-    returns at once; the loop, a thread of the trainer, then takes half a core from the network.
+    The loop waits for tasks with new output. A task ahead of the trainer always has some, so the wait returns at once,
+    and the loop, a thread of the trainer, would use half a core.
     """
 
     def __init__(self) -> None:
@@ -231,7 +230,7 @@ class _Pause:
 
 @dataclass(frozen=True)
 class _Load:
-    """The function of a data task: the batches of one stretch of steps."""
+    """The function of a data task: make the batches of one stretch of steps."""
 
     stream: Stream
     start: int
@@ -258,8 +257,8 @@ class _Load:
             columns.update(self._pixels(part.column("image").to_pylist(), one, stream.views_of(step)))
             if stream.schedule is not None:
                 columns = {_PACKED: np.array(pickle.dumps(columns, protocol=5), dtype=object)}
-            # A batch is one row of Ray Data's, which is never cut: images as rows would be divided over blocks and
-            # put together again by the trainer.
+            # A batch is one row of Ray Data, which is never split. With images as rows, the trainer would have to
+            # put batches together.
             yield {name: values[None] for name, values in columns.items()}
 
     def _pixels(self, images: list[bytes], rows: Rows, views: Mapping[str, View]) -> Columns:

@@ -1,4 +1,4 @@
-"""A view: a pretext transform with the colours and the mirror image that go with it."""
+"""A view: a pretext transform with flips and color augmentation."""
 
 from __future__ import annotations
 
@@ -6,18 +6,18 @@ from dataclasses import dataclass, replace
 
 from torch import Tensor
 
-from raysl.augment import Recipe, SourceCrop, hflip, photometric
+from raysl.augment import Recipe, SourceCrop, color_jitter, hflip
 from raysl.pretext import Pretext, Transformed
 from raysl.rng import ImageRng
 
 
 @dataclass(frozen=True)
 class View:
-    """What the network sees of an image, from the source crop on. Picklable and pure.
+    """A function from source crops to the images that the network sees. Picklable and pure.
 
     Args:
         pretext: the transform.
-        recipe: the photometric augmentation.
+        recipe: the color augmentation.
     """
 
     pretext: Pretext
@@ -25,15 +25,15 @@ class View:
 
     @property
     def source(self) -> SourceCrop:
-        """The crop of the decoded image that the view starts from."""
+        """Return the crop of the decoded image that the view starts from."""
         return self.pretext.source
 
     def __call__(self, images_bchw: Tensor, image_rng: ImageRng) -> Transformed:
-        """Mirrors, transforms and colours a batch of source crops.
+        """Flip, transform and color a batch of source crops.
 
         Args:
-            images_bchw: uint8 (b, 3, s, s), s being `source.size`, on any device.
-            draws: named after the view, so that two views of an image draw independently.
+            images_bchw: uint8 (b, 3, s, s) with s = `source.size`, on any device.
+            image_rng: random numbers, named after the view so that two views of an image differ.
 
         Returns:
             uint8 crops (b, p, 3, h, w) and the target, on the device of the images.
@@ -41,10 +41,10 @@ class View:
         side = self.source.size
         images_bchw = hflip(images_bchw, image_rng, self.recipe.hflip)
         if self.pretext.colour == "source":
-            images_bchw = photometric(images_bchw, self.recipe, image_rng, side)
+            images_bchw = color_jitter(images_bchw, self.recipe, image_rng, side)
         made = self.pretext.transform(images_bchw, image_rng.named("transform"))
         if self.pretext.colour != "crops":
             return made
         crops = made.crops_bpchw
-        coloured = photometric(crops.flatten(0, 1), self.recipe, image_rng.repeated(crops.shape[1]), side)
+        coloured = color_jitter(crops.flatten(0, 1), self.recipe, image_rng.repeated(crops.shape[1]), side)
         return replace(made, crops_bpchw=coloured.view(crops.shape))

@@ -94,7 +94,7 @@ def pretrain(
 def _checked(config: Pretraining, dataset: DataSet) -> tuple[Plan, Model]:
     """Return the plan and the model of a run. Raises UserError for mistakes that only the data set reveals."""
     model = Model.of(config, dataset)
-    model.views()
+    model.check()
     return config.plan(dataset), model
 
 

@@ -1,4 +1,4 @@
-"""The story of one training worker: restore, then for each batch views, loss, backward, step, bank, log, save."""
+"""The training loop of one worker: restore; then for each batch forward, loss, backward, step, bank, log, save."""
 
 from __future__ import annotations
 
@@ -24,6 +24,7 @@ from raysl.errors import UserError
 from raysl.model import Model
 from raysl.objectives import AfterStep, Alternates, Loss
 from raysl.ray_cluster.placement import Placement
+from raysl.rng import key
 from raysl.run import METADATA, MetricsLog, Run
 from raysl.stream import shared
 from raysl.stream.plan import Plan
@@ -33,7 +34,7 @@ from raysl.training.stop_sync import StopSignal, StopSync
 
 @dataclass(frozen=True)
 class Job:
-    """What a training worker is given. Picklable.
+    """The work of a training worker. Picklable.
 
     Args:
         until: the step to stop after, with a checkpoint; None for the end of the plan.
@@ -50,7 +51,7 @@ class Job:
 
 
 class Worker:
-    """One training worker: its model, optimiser, bank and stream, and the step they are at."""
+    """One training worker: its model, optimiser, bank and stream, and their step."""
 
     def __init__(self, job: Job, device: torch.device) -> None:
         self.job = job
@@ -69,10 +70,10 @@ class Worker:
         self.step = 0
 
     def restore(self) -> None:
-        """Goes on from the newest complete checkpoint. Rank 0 chooses it, so that all take the same.
+        """Resume from the newest complete checkpoint. Rank 0 chooses it for all workers.
 
         Raises:
-            UserError: the run lies where this worker cannot see it.
+            UserError: this worker cannot read the folder of the run.
         """
         if not self.job.run.folder.exists(METADATA):
             raise self._unseen("run")
@@ -98,7 +99,7 @@ class Worker:
         )
 
     def state(self) -> dict[str, Any]:
-        """All that a later session needs besides the bank; every random number follows from the step."""
+        """Return the state to save besides the bank. All random numbers follow from the step."""
         return {
             "network": self.model.state_dict(),
             "optimizer": self.optimizer.state_dict(),
@@ -107,7 +108,7 @@ class Worker:
         }
 
     def train(self) -> None:
-        """The loop, from the restored step to the end of the job, or until the group is asked to leave off.
+        """Train from the restored step to the end of the job, or until the worker group is asked to stop.
 
         Raises:
             UserError: the loss is no longer finite, a checkpoint cannot be written, or the data set is damaged.
@@ -120,7 +121,7 @@ class Worker:
                 log.flush()
 
     def _begin(self, log: MetricsLog | None) -> int:
-        """Tells the driver where this group begins; how many steps were lost."""
+        """Tell the driver the first step of this worker group. Return the number of lost steps."""
         if log is None or self.job.board is None:
             return 0
         import ray
@@ -155,7 +156,9 @@ class Worker:
         self.saver.wait()
 
     def update(self, model: nn.Module, batch: Batch, lr: float) -> Loss:
-        """One step of the optimiser, of what follows the weights, and of the bank."""
+        """Take a step of the optimiser, then update the objective and the bank."""
+        # Dropout and stochastic depth use torch's generators. A seed per step makes a resumed run equal.
+        torch.manual_seed(key(self.config.seed, "step", self.step, self.rank) >> 1)
         for group in self.optimizer.param_groups:
             group["lr"] = lr
         with self._autocast():
@@ -169,7 +172,7 @@ class Worker:
         self.scaler.step(self.optimizer)
         self.scaler.update()
         if isinstance(self.model.objective, AfterStep):
-            self.model.objective.after_step(self.model.backbone)
+            self.model.objective.after_step(self.model.backbone, self.step)
         if self.bank is not None and loss.bank_update_bd is not None:
             self.bank.update(batch.indices_b, loss.bank_update_bd)
         return loss
@@ -199,7 +202,7 @@ class Worker:
         return self.model.stream(self.job.dataset, share, self.rank, self.world, self.device)
 
     def _check(self, loss: float) -> None:
-        """Keeps weights that are no longer numbers out of every checkpoint."""
+        """Raise UserError for a loss that is not finite, so that no checkpoint contains such weights."""
         if not math.isfinite(loss):
             raise UserError(
                 f"The loss is {loss} at step {self.step}. Nothing after the last checkpoint was kept. Lower "
@@ -213,14 +216,14 @@ class Worker:
                 self.job.board.post.remote(row)
 
     def _save(self) -> None:
-        """Rank 0 writes the network. Each worker writes its part of the bank; rank 0 all of a replicated one."""
+        """Save the network by rank 0, and the bank by rank 0 if it is replicated, otherwise by every worker."""
         mine = self.rank == 0 or self.config.bank.placement == "sharded"
         bank = self.bank.state() if self.bank is not None and mine else None
         self.saver.save(self.step, self.state() if self.rank == 0 else None, bank)
 
 
 class Meter:
-    """Means of what happened since the last row, over the workers."""
+    """Averages of metrics over the steps since the last row, and over the workers."""
 
     def __init__(self, step: int, plan: Plan, world: int = 1, lost_steps: int = 0) -> None:
         self._plan = plan
@@ -235,11 +238,11 @@ class Meter:
         self._steps = 0
         self._wait_s = 0.0
         self._sums: dict[str, Tensor] = {}
-        # A metric may come at some steps only, such as the loss of one task of several.
+        # Some steps may lack a metric, such as the loss of one task of several.
         self._counts: Counter[str] = Counter()
 
     def add(self, batch: Batch, loss: Loss) -> None:
-        """Takes in one step."""
+        """Add one step."""
         self._steps += 1
         self._wait_s += batch.wait_s
         for name, value in {"loss": loss.loss.detach(), **loss.metrics}.items():
@@ -247,7 +250,7 @@ class Meter:
             self._counts[name] += 1
 
     def row(self, step: int, lr: float) -> dict[str, Any]:
-        """The row for metrics.jsonl. Every worker must call it at the same steps."""
+        """Return the row for metrics.jsonl. Every worker must call it at the same steps."""
         names = list(self._sums)
         means = [self._sums[name].float() / self._counts[name] for name in names]
         wait_s = torch.tensor([self._wait_s], device=means[0].device)
@@ -257,7 +260,7 @@ class Meter:
         per_step_s = (time.perf_counter() - self._started_at) / done
         row: dict[str, Any] = {"step": step, "epoch": step * self._plan.batch_size / self._plan.num_images}
         row.update(zip(names, values[:-1], strict=True))
-        # The steps that the means are over: fewer in the first row after a restart.
+        # The number of averaged steps: fewer in the first row after a restart.
         row["over_steps"] = self._steps
         row["workers"] = self._world
         if self._lost_steps:
@@ -272,7 +275,7 @@ class Meter:
 
 
 def work(job: Job) -> None:
-    """The train function of Ray Train: one call in each worker of a group, again after a failure."""
+    """Train in one worker of a Ray Train worker group. Ray Train calls it again after a failure."""
     import ray
     import ray.train.torch
 

@@ -119,7 +119,7 @@ def _build(trials: list[tuple[Values, Pretraining]], images: DataSet) -> None:
         try:
             config.plan(images)
             built = replace(config, backbone=light) if known else config
-            Model.of(built, images).views()
+            Model.of(built, images).check()
         except UserError as error:
             raise _refused(values, error) from error
 

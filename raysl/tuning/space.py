@@ -6,6 +6,7 @@ import dataclasses
 import difflib
 import itertools
 import math
+import re
 import types
 import typing
 from collections.abc import Iterator, Mapping, Sequence
@@ -32,7 +33,7 @@ class Field:
     """A field of the configuration that can vary.
 
     Args:
-        name: dotted, as the command line has it: "pirl.lambda".
+        name: dotted, as the command line has it: "pirl.lam".
         path: where its value is in the JSON value of a Pretraining.
         hint: its type.
         range: the values that it names itself.
@@ -192,10 +193,8 @@ def _walk(kind: type[Any], prefix: str, path: tuple[str, ...]) -> Iterator[Field
         if dataclasses.is_dataclass(hint):
             yield from _walk(typing.cast(type, hint), f"{prefix}{field.name}.", (*path, field.name))
             continue
-        # The name on the command line, where it is not that of the field: tyro's, as for `lambda`.
-        shown = next((e.name for e in extras if getattr(e, "name", None)), field.name)
         own = next((e for e in extras if isinstance(e, Range)), None) or _implied(hint)
-        yield Field(f"{prefix}{shown}", (*path, field.name), hint, own)
+        yield Field(f"{prefix}{field.name}", (*path, field.name), hint, own)
 
 
 def _implied(hint: Any) -> Range | None:
@@ -207,7 +206,8 @@ def _implied(hint: Any) -> Range | None:
 
 def _resolve(name: str, known: Mapping[str, Field]) -> Field:
     """A field by its dotted name, or by the last part of it where only one field has that."""
-    wanted = name.strip().replace("-", "_")
+    # `lambda` is a keyword of Python, so the field is named `lam`; both are accepted.
+    wanted = re.sub(r"(^|\.)lambda$", r"\1lam", name.strip().replace("-", "_"))
     if wanted in known:
         return known[wanted]
     matches = [f for f in known.values() if wanted in (f.name.rpartition(".")[2], f.path[-1])]

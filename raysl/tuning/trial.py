@@ -130,5 +130,5 @@ def _copy(source: Folder, step: int, target: Folder) -> None:
             f"The checkpoint of step {step} is no longer in {str(source)!r}, and another trial was to go on from it. "
             "Begin the sweep anew in another folder."
         )
-    for name in sorted(found.folder.list(), key=lambda name: name.startswith("receipt-")):
+    for name in sorted(found.folder.list(), key=lambda name: name.startswith("manifest-")):
         (there / found.folder.uri.rpartition("/")[2]).write(name, found.folder.read(name))

@@ -91,8 +91,9 @@ def test_width_of_the_larger_backbones(name: str, width: int) -> None:
         ({"name": "resnet19"}, "Unknown backbone 'resnet19'. Did you mean 'resnet18'"),
         ({"name": "vgg11", "stem": "small"}, "'vgg11' has no stem"),
         ({"name": "vgg11", "norm": "group"}, "norm 'group'"),
-        ({"stem": "smal"}, "Unknown stem 'smal'. Did you mean 'small'"),
-        ({"norm": "layer"}, "Unknown norm 'layer'.*batch, group"),
+        ({"stem": "smal"}, r"--backbone\.stem is 'smal'; it must be one of standard, small"),
+        ({"norm": "layer"}, r"--backbone\.norm is 'layer'; it must be one of batch, joint, sync, group"),
+        ({"name": "small", "patch_size": -1}, r"--backbone\.patch-size is -1"),
     ],
 )
 def test_unknown_names(wrong: dict[str, str], answer: str) -> None:

@@ -97,8 +97,8 @@ class _Branching(nn.Module):
 
 
 def test_a_network_that_decides_as_it_runs_cannot_take_views_together() -> None:
-    with pytest.raises(UserError, match=r"_Branching cannot take several views.*--backbone.norm batch"):
-        norm.traced(_Branching())
+    with pytest.raises(UserError, match=r"_Branching cannot be used with --backbone.norm joint"):
+        norm.trace(_Branching())
 
 
 def _network() -> nn.Module:
@@ -164,5 +164,5 @@ def test_by_batch_a_network_sees_in_evaluation_as_in_training() -> None:
     images_bchw = 7 + 3 * torch.randn(6, 3, 8, 8)
     trained = network.train()(images_bchw)
     assert not torch.allclose(network.eval()(images_bchw), trained, atol=0.1)
-    norm.by_batch(network)
+    norm.use_batch_statistics(network)
     torch.testing.assert_close(network(images_bchw), trained)

@@ -83,23 +83,25 @@ def test_which_checkpoint_teaches_is_chosen_and_recorded(tmp_path: Path) -> None
     assert newest.describe()["teacher"]["step"] == 7
     assert older.describe()["teacher"]["step"] == 3
     assert newest.describe()["teacher"]["crc32"] != older.describe()["teacher"]["crc32"]
-    with pytest.raises(UserError, match=r"no complete checkpoint of step 5\. Those that it has: 3, 7"):
+    with pytest.raises(
+        UserError, match=r"no complete checkpoint of step 5\. It has checkpoints of steps: 3, 7"
+    ):
         Distill(Config(place, step=5), setup()[1])
 
 
 def test_a_run_without_a_classifier_of_single_views_cannot_teach(tmp_path: Path) -> None:
-    with pytest.raises(UserError, match="'predict-jigsaw', which has no classifier of single views"):
+    with pytest.raises(UserError, match="its method 'predict-jigsaw' has no classifier of single views"):
         _teacher.load(teacher(tmp_path / "jigsaw", "predict-jigsaw", width=9 * 192))
     # Two crops of half the backbone's width look like one of its whole width.
     pair = teacher(tmp_path / "pair", "predict-relative_position", joins_crops=True)
-    with pytest.raises(UserError, match="which has no classifier of single views"):
+    with pytest.raises(UserError, match="has no classifier of single views"):
         _teacher.load(pair)
 
 
 def test_what_is_no_run_cannot_teach(tmp_path: Path) -> None:
     with pytest.raises(Unset, match=r"--distill\.teacher"):
         Distill(Config(), setup()[1])
-    with pytest.raises(UserError, match=r"No run at .* that could teach"):
+    with pytest.raises(UserError, match=r"There is no run at .* to load a teacher from"):
         Distill(Config(str(tmp_path)), setup()[1])
     place = teacher(tmp_path / "t")
     (tmp_path / "t" / "metadata.json").write_text('{"config": {}}')
@@ -115,11 +117,5 @@ def test_a_teacher_of_transformed_images_is_asked_about_such(tmp_path: Path) -> 
 
 
 def test_labels_must_be_those_that_the_teacher_knows(tmp_path: Path) -> None:
-    with pytest.raises(UserError, match="the teacher tells 4 classes and the data set has 0"):
+    with pytest.raises(UserError, match="the teacher has 4 classes and the data set has 0"):
         Distill(Config(teacher(tmp_path / "t"), alpha=0.5), setup()[1])
-
-
-@pytest.mark.parametrize("hyperparameter", [{"temperature": 0.0}, {"alpha": 1.5}, {"alpha": float("nan")}])
-def test_its_dials_are_checked(hyperparameter: dict[str, float]) -> None:
-    with pytest.raises(UserError, match=rf"distill\.{next(iter(hyperparameter))} is"):
-        Config(**hyperparameter)  # type: ignore[arg-type]

@@ -12,7 +12,6 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from raysl.backbone.network import Backbone
-from raysl.errors import UserError
 from raysl.objectives.simclr import Config, Simclr
 from raysl.stream.plan import Rows
 from raysl.stream.reader import Batch
@@ -116,10 +115,3 @@ def test_one_image_has_nothing_to_learn_from() -> None:
     backbone, objective = make()
     of: Batch = batch(objective, 1)
     assert objective.loss(objective(backbone, of.views), of, None).loss.item() == 0
-
-
-def test_its_dials_are_checked() -> None:
-    with pytest.raises(UserError, match=r"simclr\.temperature is 0"):
-        Config(temperature=0)
-    with pytest.raises(UserError, match=r"simclr\.dim is 0"):
-        Config(dim=0)

@@ -87,17 +87,19 @@ def test_where_the_colours_go() -> None:
 @pytest.mark.parametrize(
     ("config", "geometry", "message"),
     [
-        (Config(), Geometry(8), "image_size=8 cuts patches of 2 pixels"),
-        (Config(grid=8, num_permutations=10), Geometry(32), "image_size=32 cuts patches of 3 pixels"),
-        (Config(grid=1), Geometry(32), "nothing to shuffle"),
-        (Config(grid=4), Geometry(64), "Set num_permutations"),
-        (Config(patch_size=13), Geometry(32), "patches of 13 pixels from cells of 12"),
-        (Config(source_size=37), Geometry(32), "a multiple of 3, such as 36"),
-        (Config(num_permutations=362_881), Geometry(32), "362881 permutations of 9 tiles"),
-        (Config(min_scale=1.5), Geometry(32), r"min_scale=1\.5"),
+        (Config(), Geometry(8), "image-size 8 has patches of 2 pixels"),
+        (Config(grid=8, num_permutations=10), Geometry(32), "image-size 32 has patches of 3 pixels"),
+        (Config(grid=4), Geometry(64), "Set --jigsaw.num-permutations"),
+        (Config(patch_size=13), Geometry(32), "patches of 13 pixels in cells of 12"),
+        (Config(source_size=37), Geometry(32), "which is 3, such as 36"),
+        (
+            Config(grid=2, num_permutations=25),
+            Geometry(32),
+            "num-permutations is 25; with 4 tiles there are 24",
+        ),
     ],
 )
-def test_impossible_dials_are_refused(config: Config, geometry: Geometry, message: str) -> None:
+def test_impossible_jigsaws_are_refused(config: Config, geometry: Geometry, message: str) -> None:
     with pytest.raises(UserError, match=message):
         Jigsaw(config, geometry)
 

@@ -200,7 +200,7 @@ def test_the_file_that_users_use(cloud: Cloud) -> None:
     submit.start()
     assert _wait(lambda: "step " in cloud.printed("sweep.log") or codes, 400)
     cloud.say(f"the first steps of the sweep; workers: {_named(cloud.workers())}")
-    _wait(lambda: codes or any("/receipt-" in name for name in cloud.files("runs/all/")), 300)
+    _wait(lambda: codes or any("/manifest-" in name for name in cloud.files("runs/all/")), 300)
     assert not codes, cloud.printed("sweep.log")[-5000:]
     lost = next(name for name, market in cloud.workers().items() if market == "spot")
     cloud.aws(f"boto3.client('ec2').terminate_instances(InstanceIds=[{lost!r}])")

@@ -62,7 +62,7 @@ def _row(standing: Standing, climb: Climb) -> dict[str, Any]:
         return {"event": "failed", **asdict(climb), "reason": "The loss is <nan>"}
     noise = rng.generator("noise", climb.trial, climb.seed).random()
     values = standing.values(climb.trial) or {}
-    score = 0.2 + 0.1 * climb.rung - abs(values["pirl.lambda"] - 0.5) / 5 + noise / 50
+    score = 0.2 + 0.1 * climb.rung - abs(values["pirl.lam"] - 0.5) / 5 + noise / 50
     facts = {"score": score, "loss": 5 - noise, "seconds": 1800.0, "cpus": 2.0, "gpus": 0.0}
     return {"event": "score", **asdict(climb), **facts}
 
@@ -72,13 +72,13 @@ def test_the_page_says_it_all_and_the_same_sweep_gives_the_same_bytes(tmp_path: 
     out = report(sweep, ReportConfig(core_hour=2.0))
     names = out.list()
     assert names == [
-        "curve-pirl.lambda.png",
+        "curve-pirl.lam.png",
         "curve-pirl.temperature.png",
         "early-loss.png",
         "early-probe.png",
         "index.html",
         "learning.png",
-        "pair-pirl.temperature-pirl.lambda.png",
+        "pair-pirl.temperature-pirl.lam.png",
         "parallel.png",
     ]
     page = out.read("index.html").decode()
@@ -104,7 +104,7 @@ def test_fields_that_are_drawn_or_are_no_numbers_have_figures_too(tmp_path: Path
     )
     names = report(sweep, ReportConfig()).list()
     assert "curve-pirl.head.png" in names
-    assert "pair-pirl.temperature-pirl.lambda.png" in names
+    assert "pair-pirl.temperature-pirl.lam.png" in names
 
 
 def test_a_sweep_without_a_score_has_a_page(tmp_path: Path) -> None:
@@ -167,8 +167,8 @@ def test_a_population_is_shown_with_the_values_that_its_scores_had(tmp_path: Pat
     changed = [n for n in range(8) if record.standing.values(n, 1) != record.standing.values(n, 0)]
     assert changed
     last = {sweep_figures._value(record.standing, n, record.standing.space.dimensions[0], 1) for n in changed}
-    assert last == {(record.standing.values(n, 1) or {})["pirl.lambda"] for n in changed}
-    assert "curve-pirl.lambda.png" in report(sweep, ReportConfig()).list()
+    assert last == {(record.standing.values(n, 1) or {})["pirl.lam"] for n in changed}
+    assert "curve-pirl.lam.png" in report(sweep, ReportConfig()).list()
 
 
 def test_rank_correlation() -> None:

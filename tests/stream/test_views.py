@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 
 from raysl import pretext
-from raysl.augment import RECIPES, Recipe, photometric, recipe
+from raysl.augment import RECIPES, Recipe, color_jitter, recipe
 from raysl.pretext import Geometry
 from raysl.rng import ImageRng
 from raysl.stream.views import View
@@ -73,7 +73,7 @@ def test_blur_of_a_patch_is_sized_by_its_source() -> None:
     made = View(pretext.build("jigsaw", {}, Geometry(96)), Recipe(blur=1))
     x = images(20, made.source.size)
     plain = View(made.pretext, Recipe())(x, image_rng(20)).crops_bpchw.flatten(0, 1)
-    expected = photometric(plain, Recipe(blur=1), image_rng(20).repeated(9), side=made.source.size)
+    expected = color_jitter(plain, Recipe(blur=1), image_rng(20).repeated(9), side=made.source.size)
     assert torch.equal(made(x, image_rng(20)).crops_bpchw.flatten(0, 1), expected)
 
 

@@ -1,21 +1,73 @@
-"""What a training worker refuses before its first step."""
+"""A training worker: exact resumption, and what it refuses before its first step."""
 
 from __future__ import annotations
 
 from pathlib import Path
 
+import numpy as np
 import pytest
 import torch
 
+from raysl.backbone.network import BackboneConfig
 from raysl.config import Pretraining
+from raysl.dataset import DataSet
 from raysl.errors import UserError
 from raysl.objectives.pirl import Config as Pirl
 from raysl.ray_cluster.placement import Placement
 from raysl.run import Run
 from raysl.storage import Folder
-from raysl.stream.reader import DataShare
+from raysl.stream.reader import Batch, DataShare, _Load
 from raysl.training.worker import Job, Worker
 from tests.data import make_dataset
+
+
+def job(folder: Path, dataset: DataSet, backbone: str = "small") -> Job:
+    config = Pretraining(
+        data=str(dataset.folder),
+        run=str(folder),
+        method="npid",
+        batch_size=4,
+        backbone=BackboneConfig(backbone),
+        channels_last=False,
+        parts={"npid": {"num_negatives": 8, "dim": 8}},
+    )
+    run = Run.begin(config, dataset, {})
+    return Job(config.to_json(), run, dataset, Placement(1, 0, DataShare(), 1))
+
+
+def batch(worker: Worker, step: int) -> Batch:
+    """The batch of a step, by way of the columns that a data task returns."""
+    stream = worker.model.stream(worker.job.dataset)
+    columns = next(_Load(stream, step, step + 1)({"id": np.zeros(1, np.int64)}))
+    return stream.batch(step, {name: values[0] for name, values in columns.items()})
+
+
+def steps(worker: Worker, last: int) -> list[float]:
+    losses = []
+    for step in range(worker.step, last):
+        losses.append(worker.update(worker.model, batch(worker, step), 0.01).loss.item())
+        worker.step += 1
+    return losses
+
+
+# Stochastic depth, dropout and neither.
+@pytest.mark.parametrize("backbone", ["convnext_tiny", "mobilenet_v3_small", "small"])
+def test_an_interrupted_run_equals_an_uninterrupted_one(tmp_path: Path, backbone: str) -> None:
+    dataset = make_dataset(tmp_path / "set", 40)
+    whole = Worker(job(tmp_path / "whole", dataset, backbone), torch.device("cpu"))
+    expected = steps(whole, 4)
+    first = Worker(job(tmp_path / "run", dataset, backbone), torch.device("cpu"))
+    begun = steps(first, 2)
+    first._save()
+    first.saver.wait()
+    torch.manual_seed(99)
+    second = Worker(first.job, torch.device("cpu"))
+    second.restore()
+    assert second.step == 2
+    assert begun + steps(second, 4) == expected
+    for name, tensor in whole.model.state_dict().items():
+        again = second.model.state_dict()[name]
+        assert torch.equal(tensor.nan_to_num(), again.nan_to_num()), name
 
 
 def test_a_run_on_another_machine_is_refused_before_it_is_trained_in_vain(tmp_path: Path) -> None:
@@ -24,6 +76,6 @@ def test_a_run_on_another_machine_is_refused_before_it_is_trained_in_vain(tmp_pa
         data=str(tmp_path / "set"), run="-", batch_size=8, parts={"pirl": Pirl(num_negatives=8)}
     )
     elsewhere = Run(Folder(str(tmp_path / "of-another-machine")))
-    job = Job(config.to_json(), elsewhere, dataset, Placement(1, 0, DataShare(), 1))
+    other = Job(config.to_json(), elsewhere, dataset, Placement(1, 0, DataShare(), 1))
     with pytest.raises(UserError, match=r"cannot see the run in '.*of-another-machine'.* s3://"):
-        Worker(job, torch.device("cpu")).restore()
+        Worker(other, torch.device("cpu")).restore()

@@ -67,7 +67,7 @@ def test_flags_of_a_sweep_stand_among_those_of_a_run(
     ("command", "answer"),
     [
         (f"{SWEEP} --vary temperatur", "Did you mean pirl.temperature"),
-        (f"{SWEEP} --vary lambda=0.5,2", "The trial with pirl.lambda=2 could not run"),
+        (f"{SWEEP} --vary lambda=0.5,2", "The trial with pirl.lam=2 could not run"),
         (f"{SWEEP} --vary lambda --epochs", "--epochs"),
         (f"{SWEEP} --vary lambda --sheduler asha", "--sheduler"),
         (f"{SWEEP} --vary lambda --searcher optuna", "raysl[search]"),

@@ -18,7 +18,7 @@ def made(*vary: str, listed: bool = True, base: Pretraining = BASE) -> Space:
 
 def test_a_short_name_takes_the_values_of_the_field_itself() -> None:
     (temperature, lam) = made("temperature", "lambda").dimensions
-    assert (temperature.name, lam.name) == ("pirl.temperature", "pirl.lambda")
+    assert (temperature.name, lam.name) == ("pirl.temperature", "pirl.lam")
     assert temperature.values == (0.03, 0.05, 0.07, 0.1, 0.15, 0.2, 0.5)
     assert lam.values == (0.0, 0.25, 0.5, 0.75, 1.0)
     assert made("num_permutations").dimensions[0].name == "jigsaw.num_permutations"
@@ -79,12 +79,12 @@ def test_ends_hold_every_corner() -> None:
 def test_neighbours_stay_inside() -> None:
     points = made("temperature=0.1..0.2", "lambda=0,0.5,1", listed=False)
     generator = np.random.default_rng(0)
-    values = {"pirl.temperature": 0.15, "pirl.lambda": 0.0}
+    values = {"pirl.temperature": 0.15, "pirl.lam": 0.0}
     seen = set()
     for _ in range(50):
         values = points.near(values, generator)
         assert 0.1 <= values["pirl.temperature"] <= 0.2
-        seen.add(values["pirl.lambda"])
+        seen.add(values["pirl.lam"])
     assert seen == {0.0, 0.5, 1.0}
 
 
@@ -129,5 +129,5 @@ def test_a_field_is_given_once() -> None:
 
 def test_a_value_that_the_field_does_not_allow_is_named() -> None:
     points = made("lambda=0.5,2")
-    with pytest.raises(UserError, match=r"pirl.lambda is 2"):
+    with pytest.raises(UserError, match=r"pirl.lam is 2"):
         points.configured(BASE, points.grid()[1])

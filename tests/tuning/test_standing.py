@@ -32,7 +32,7 @@ def measured(standing: Standing, climb: Climb) -> dict[str, Any]:
     values = standing.values(climb.trial, climb.rung)
     noise = rng.generator("noise", str(values), climb.seed, climb.rung).random()
     assert values is not None
-    score = (climb.rung + 1) / 10 - abs(values["pirl.lambda"] - 0.5) + noise / 50
+    score = (climb.rung + 1) / 10 - abs(values["pirl.lam"] - 0.5) + noise / 50
     if climb.trial == 4 and climb.seed == 1:
         return {"event": "failed", **vars(climb), "reason": "the loss is nan"}
     return {"event": "score", **vars(climb), "score": score}
@@ -75,7 +75,7 @@ def test_optuna_proposes_the_same_after_any_interruption() -> None:
 
 
 def test_what_optuna_proposed_stays_as_it_was_tried() -> None:
-    values = {"pirl.temperature": 0.123, "pirl.lambda": 0.456}
+    values = {"pirl.temperature": 0.123, "pirl.lam": 0.456}
     rows: list[dict[str, Any]] = [{"event": "trial", "trial": 2, "rung": 0, "values": values}]
     assert stand(setting(searcher="optuna"), rows).values(2) == values
 

@@ -1,4 +1,4 @@
-"""Images without their colours."""
+"""Convert images to grayscale."""
 
 from __future__ import annotations
 
@@ -6,8 +6,8 @@ import torch
 from torch import Tensor
 
 
-def grey(images: Tensor) -> Tensor:
-    """uint8 (..., 3, h, w): the luminance in all three channels. Grey images stay as they are."""
+def grayscale(images: Tensor) -> Tensor:
+    """Return the luminance of uint8 images (..., 3, h, w) in all three channels. Grey images stay unchanged."""
     per_mille = torch.tensor((299, 587, 114), dtype=torch.int32, device=images.device)[:, None, None]
     luminance = (images * per_mille).sum(-3, keepdim=True, dtype=torch.int32).add_(500) // 1000
     return luminance.to(torch.uint8).expand_as(images).contiguous()

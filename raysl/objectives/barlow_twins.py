@@ -1,0 +1,89 @@
+"""Barlow Twins: make the cross-correlation matrix between the embeddings of two views the identity.
+
+Zbontar et al., "Barlow Twins: Self-Supervised Learning via Redundancy Reduction", arXiv 2103.03230. With z_a and z_b
+the embeddings of two views, each dimension standardised over the batch,
+
+    C_ij = mean over the batch of z_a,i z_b,j
+    L = sum_i (1 - C_ii)^2 + lambda * sum_(i != j) C_ij^2                                                (eq. 1)
+
+over the global batch of all workers, with gradient. Published with ResNet-50, 1,000 epochs of ImageNet, batches of
+2,048 and embeddings of 8,192 dimensions: 73.2 % top-1 of a linear probe. The authors' code multiplies the loss by 0.024
+for its learning rate; here the learning rate does. "barlow_twins-rotation" transforms one of the views; the features of
+several crops are averaged. The paper's colors are those of BYOL: `--barlow-twins.recipe-a byol_a --barlow-twins.recipe-b
+byol_b`.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import Annotated
+
+import torch
+from torch import Tensor, nn
+
+from raysl import collective
+from raysl.backbone.network import encode_views
+from raysl.contrastive.bank import MemoryBank
+from raysl.fields import Bounds, Checked, Range
+from raysl.objectives import Loss, Setup
+from raysl.objectives._heads import mlp
+from raysl.stream.reader import Batch
+
+
+@dataclass(frozen=True)
+class Config(Checked):
+    """Hyperparameters of Barlow Twins.
+
+    Args:
+        lam: lambda, weight of the redundancy reduction, >= 0 (paper: 0.005).
+        dim: D, size of the embeddings (paper: 8,192).
+        hidden: width of the two hidden layers of the projector (paper: 8,192).
+        recipe_a: color recipe of the first view; empty for --view.recipe.
+        recipe_b: color recipe of the second view; empty for --view.recipe.
+    """
+
+    lam: Annotated[float, Bounds(0, 1000), Range((0.001, 0.005, 0.02), log=True, mutable=True)] = 0.005
+    dim: Annotated[int, Bounds(1, 65_536)] = 512
+    hidden: Annotated[int, Bounds(1, 65_536)] = 512
+    recipe_a: str = ""
+    recipe_b: str = ""
+
+
+class BarlowTwins(nn.Module):
+    """A projector for two views, and the loss of their cross-correlation."""
+
+    predicts = False
+    bank_dim = 0
+
+    def __init__(self, config: Config, setup: Setup) -> None:
+        super().__init__()
+        self.config = config
+        self.views = {"a": setup.pretext or setup.identity, "b": setup.identity}
+        self.recipes = {view: name for view, name in (("a", config.recipe_a), ("b", config.recipe_b)) if name}
+        self.projector = mlp(setup.width, config.hidden, config.dim, layers=3)
+
+    def forward(self, backbone: nn.Module, views: Mapping[str, Tensor]) -> dict[str, Tensor]:
+        """Compute embeddings (b, d) of both views."""
+        features = encode_views(backbone, [views["a"], views["b"]])
+        a_bd, b_bd = (self.projector(f.mean(dim=1)).float() for f in features)
+        return {"a": a_bd, "b": b_bd}
+
+    def loss(self, outputs: Mapping[str, Tensor], batch: Batch, bank: MemoryBank | None) -> Loss:
+        """Compute equation 1 over the global batch."""
+        a_nd, b_nd = (
+            standardised(collective.gather_with_gradient(outputs[view].float())) for view in ("a", "b")
+        )
+        with torch.autocast(a_nd.device.type, enabled=False):
+            c_dd = a_nd.T @ b_nd / len(a_nd)
+        diagonal = c_dd.diagonal()
+        invariance = (1 - diagonal).square().sum()
+        redundancy = c_dd.square().sum() - diagonal.square().sum()
+        metrics = {"loss/invariance": invariance.detach(), "loss/redundancy": redundancy.detach()}
+        return Loss(invariance + self.config.lam * redundancy, metrics)
+
+
+def standardised(x_nd: Tensor) -> Tensor:
+    """Return every column with mean 0 and variance 1 over the rows."""
+    centred_nd = x_nd - x_nd.mean(dim=0)
+    return centred_nd / (centred_nd.square().mean(dim=0) + 1e-5).sqrt()
