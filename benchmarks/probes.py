@@ -1,16 +1,17 @@
-"""Time probes against the matrix products that they contain: kNN, and the linear probe of all layers.
+"""What probes cost beside the matrix products that they contain: kNN, and the linear probe of all layers.
 
 Command:  python benchmarks/probes.py --out rows.jsonl
           python benchmarks/probes.py --train 5000 --test 1000 --rounds 2
           python benchmarks/probes.py --run RUN --data cifar10
-Hardware: two CPU cores; no GPU. Ray computes the features of a run, and is stopped before the timing.
+Hardware: two CPU cores; no GPU. Ray computes the features of a run, and is gone when the clock starts.
 Time:     about ten minutes with the defaults; the second command about one.
 Expect:   a ratio of at most 2 for kNN and for the linear probe of all layers together (1.0 and 1.2: results/probes).
 
-Without a run the features are random: rectified mixtures of a few factors, some of which depend on the class. The layers
-are as wide as those of the small backbone at 32 pixels, and kNN has 512 features. The products are counted by shape while
-a probe runs, and are then computed alone on the same features in the same round. For the linear probe they are the scores
-of all images and the gradient of the weights, for every evaluation of the loss, and the covariance.
+Without a run the features are drawn: rectified mixtures of a few factors, of which some depend on the class; the layers
+are as wide as those of the small backbone at 32 pixels. kNN has 512 drawn numbers of an image. The products are counted
+while a probe runs, by their shapes, and are then done alone on the same features, in the same round. For the linear
+probe these are the scores of all images and the gradient of the weights, for every evaluation of the loss, and the
+covariance.
 """
 
 from __future__ import annotations
@@ -37,7 +38,7 @@ from raysl.probes import Labelled, common_labels, knn, linear
 from raysl.run import Run
 from raysl.storage import Folder
 
-# Name and width of a layer, train set, test set.
+# Its name and width, and what a probe learns from and is judged on.
 Layer = tuple[str, Labelled, Labelled]
 WIDTHS = {"conv1": 6144, "res2": 3072, "res3": 1536, "res4": 768, "pooled": 192}
 KNN_WIDTH = 512
@@ -47,15 +48,15 @@ FACTORS = 64
 
 @dataclass(frozen=True)
 class Flags:
-    """Time probes and their matrix products.
+    """Times probes and their matrix products.
 
     Args:
-        train: number of random train images.
-        test: number of random test images.
-        run: folder of a run; the linear probe then uses the features of all layers of its newest checkpoint.
-        data: images for the backbone of the run; see `raysl.ingestion.splits`.
-        schedule: schedule of the linear probe.
-        rounds: number of timings of each.
+        train: drawn images to learn from.
+        test: drawn images to be judged on.
+        run: folder of a run, of whose newest checkpoint the linear probe has the features of all layers.
+        data: whose images the run's backbone sees; see `raysl.ingestion.splits`.
+        schedule: of the linear probe.
+        rounds: how often each is timed.
         out: file for the rows, one JSON object a line.
     """
 
@@ -69,9 +70,9 @@ class Flags:
 
 
 def main(flags: Flags) -> None:
-    """Time everything, and print and write the rows."""
+    """Times all, prints and writes the rows."""
     rows = [knn_row(flags)]
-    layers = [linear_row(flags, *one) for one in (run_layers(flags) if flags.run else random_layers(flags))]
+    layers = [linear_row(flags, *one) for one in (seen(flags) if flags.run else imagined(flags))]
     total = {name: round(sum(row[name] for row in layers), 2) for name in ("probe_s", "products_s")}
     ratio = round(total["probe_s"] / total["products_s"], 2)
     rows += [*layers, {"probe": "linear", "layer": "all", **total, "ratio": ratio}]
@@ -81,20 +82,20 @@ def main(flags: Flags) -> None:
         flags.out.write_text("".join(json.dumps(row) + "\n" for row in rows))
 
 
-def random_set(count: int, width: int, seed: int) -> Labelled:
-    """Return features that depend on the class in part."""
+def drawn(count: int, width: int, seed: int) -> Labelled:
+    """Features that tell the class in part."""
     shared, own = torch.Generator().manual_seed(width), torch.Generator().manual_seed(seed)
     means_cf = torch.randn(CLASSES, FACTORS, generator=shared) * 0.5
     mix_fd = torch.randn(FACTORS, width, generator=shared) / FACTORS**0.5
     labels_n = torch.randint(CLASSES, (count,), generator=own)
     factors_nf = means_cf[labels_n] + torch.randn(count, FACTORS, generator=own)
     features_nd = (factors_nf @ mix_fd).add_(torch.randn(count, width, generator=own)).relu_()
-    return Labelled(features_nd.numpy(), labels_n.numpy(), f"random {seed}")
+    return Labelled(features_nd.numpy(), labels_n.numpy(), f"drawn {seed}")
 
 
 def knn_row(flags: Flags) -> dict[str, Any]:
-    """Return the row of kNN with its default protocol."""
-    train, test = random_set(flags.train, KNN_WIDTH, 0), random_set(flags.test, KNN_WIDTH, 1)
+    """kNN with its default protocol."""
+    train, test = drawn(flags.train, KNN_WIDTH, 0), drawn(flags.test, KNN_WIDTH, 1)
     train_nd, test_nd = torch.from_numpy(train.features_nd), torch.from_numpy(test.features_nd)
 
     def products() -> float:
@@ -104,37 +105,37 @@ def knn_row(flags: Flags) -> dict[str, Any]:
         (seconds(lambda: list(knn.Knn(knn.Config()).run(train, test))), products())
         for _ in range(flags.rounds)
     ]
-    return row("knn", f"{KNN_WIDTH} features", rounds)
+    return row("knn", f"{KNN_WIDTH} numbers", rounds)
 
 
-def random_layers(flags: Flags) -> Iterator[Layer]:
-    """Yield random features of layers."""
+def imagined(flags: Flags) -> Iterator[Layer]:
+    """Drawn features of layers."""
     for layer, width in WIDTHS.items():
-        yield f"{layer}, {width}", random_set(flags.train, width, 0), random_set(flags.test, width, 1)
+        yield f"{layer}, {width}", drawn(flags.train, width, 0), drawn(flags.test, width, 1)
 
 
-def run_layers(flags: Flags) -> Iterator[Layer]:
-    """Yield the features of the backbone of a run. They are stored in the folder of the run, as by `raysl probe`."""
+def seen(flags: Flags) -> Iterator[Layer]:
+    """The features that a run's backbone has of images, kept in the folder of the run as `raysl probe` keeps them."""
     run = Run(Folder(flags.run))
     sets = [resolve(split) for split in splits(flags.data)]
     source = extraction.Trained(run, run.newest())
-    specs = {
+    taps = {
         layer: extraction.feature_spec(layer, linear.Config().dims) for layer in extraction.stages(source)
     }
-    protocol = extraction.FeatureProtocol(run.config().view.image_size, tuple(specs.values()))
+    protocol = extraction.FeatureProtocol(run.config().view.image_size, tuple(taps.values()))
     ray_cluster.start()
     tables = extraction.extract_all([(source, one, protocol) for one in sets], run.folder / "features")
     ray.shutdown()
     labels = common_labels(*sets)
-    for layer, spec in specs.items():
+    for layer, tap in taps.items():
         train, test = (
-            Labelled(one[spec].load(), labels_n) for one, labels_n in zip(tables, labels, strict=True)
+            Labelled(one[tap].load(), labels_n) for one, labels_n in zip(tables, labels, strict=True)
         )
         yield f"{layer}, {train.features_nd.shape[1]}", train, test
 
 
 def linear_row(flags: Flags, layer: str, train: Labelled, test: Labelled) -> dict[str, Any]:
-    """Return the row of the linear probe on a layer."""
+    """The linear probe on the features of a layer."""
     probe = linear.Linear(linear.Config(flags.schedule))  # type: ignore[arg-type]
     rounds = []
     for _ in range(flags.rounds):
@@ -146,7 +147,7 @@ def linear_row(flags: Flags, layer: str, train: Labelled, test: Labelled) -> dic
 
 @contextmanager
 def counted() -> Iterator[Counter[tuple[int, bool]]]:
-    """Count the products of features and weights while the block runs, by (images, with gradient)."""
+    """Counts, while the block runs, the products of features and weights: (images, whether with a gradient)."""
     shapes: Counter[tuple[int, bool]] = Counter()
     module: Any = linear
     plain = module.linear
@@ -164,7 +165,7 @@ def counted() -> Iterator[Counter[tuple[int, bool]]]:
 
 
 def products_s(features_nd: Tensor, shapes: Counter[tuple[int, bool]]) -> float:
-    """Return the seconds of the products alone, with that of the covariance."""
+    """Seconds that the products take alone, with the one of the covariance."""
     width = features_nd.shape[1]
     weights_cd = torch.zeros(CLASSES, width)
     total_s = 0.0
@@ -183,7 +184,7 @@ def products_s(features_nd: Tensor, shapes: Counter[tuple[int, bool]]) -> float:
 
 
 def row(probe: str, layer: str, rounds: list[tuple[float, float]]) -> dict[str, Any]:
-    """Return medians over the rounds; the ratio is computed in each round."""
+    """Medians over the rounds; the ratio is taken inside each."""
     probe_s, products_s = np.median(np.array(rounds), axis=0).tolist()
     ratios = [measured / products for measured, products in rounds]
     made = {
@@ -200,7 +201,7 @@ def row(probe: str, layer: str, rounds: list[tuple[float, float]]) -> dict[str, 
 
 
 def seconds(work: Callable[[], object]) -> float:
-    """Return the wall time of some work in seconds."""
+    """Of the clock on the wall."""
     started = time.perf_counter()
     work()
     return time.perf_counter() - started
