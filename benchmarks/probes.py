@@ -1,17 +1,16 @@
-"""What probes cost beside the matrix products that they contain: kNN, and the linear probe of all layers.
+"""Time probes against the matrix products that they contain: kNN, and the linear probe of all layers.
 
 Command:  python benchmarks/probes.py --out rows.jsonl
           python benchmarks/probes.py --train 5000 --test 1000 --rounds 2
           python benchmarks/probes.py --run RUN --data cifar10
-Hardware: two CPU cores; no GPU. Ray computes the features of a run, and is gone when the clock starts.
+Hardware: two CPU cores; no GPU. Ray computes the features of a run, and is stopped before the timing.
 Time:     about ten minutes with the defaults; the second command about one.
 Expect:   a ratio of at most 2 for kNN and for the linear probe of all layers together (1.0 and 1.2: results/probes).
 
-Without a run the features are drawn: rectified mixtures of a few factors, of which some depend on the class; the layers
-are as wide as those of the small backbone at 32 pixels. kNN has 512 drawn numbers of an image. The products are counted
-while a probe runs, by their shapes, and are then done alone on the same features, in the same round. For the linear
-probe these are the scores of all images and the gradient of the weights, for every evaluation of the loss, and the
-covariance.
+Without a run the features are random: rectified mixtures of a few factors, some of which depend on the class. The layers
+are as wide as those of the small backbone at 32 pixels, and kNN has 512 features. The products are counted by shape while
+a probe runs, and are then computed alone on the same features in the same round. For the linear probe they are the scores
+of all images and the gradient of the weights, for every evaluation of the loss, and the covariance.
 """
 
 from __future__ import annotations
@@ -38,7 +37,7 @@ from raysl.probes import Labelled, common_labels, knn, linear
 from raysl.run import Run
 from raysl.storage import Folder
 
-# Its name and width, and what a probe learns from and is judged on.
+# Name and width of a layer, train set, test set.
 Layer = tuple[str, Labelled, Labelled]
 WIDTHS = {"conv1": 6144, "res2": 3072, "res3": 1536, "res4": 768, "pooled": 192}
 KNN_WIDTH = 512
@@ -48,15 +47,15 @@ FACTORS = 64
 
 @dataclass(frozen=True)
 class Flags:
-    """Times probes and their matrix products.
+    """Time probes and their matrix products.
 
     Args:
-        train: drawn images to learn from.
-        test: drawn images to be judged on.
-        run: folder of a run, of whose newest checkpoint the linear probe has the features of all layers.
-        data: whose images the run's backbone sees; see `raysl.ingestion.splits`.
-        schedule: of the linear probe.
-        rounds: how often each is timed.
+        train: number of random train images.
+        test: number of random test images.
+        run: folder of a run; the linear probe then uses the features of all layers of its newest checkpoint.
+        data: images for the backbone of the run; see `raysl.ingestion.splits`.
+        schedule: schedule of the linear probe.
+        rounds: number of timings of each.
         out: file for the rows, one JSON object a line.
     """
 
@@ -70,9 +69,9 @@ class Flags:
 
 
 def main(flags: Flags) -> None:
-    """Times all, prints and writes the rows."""
+    """Time everything, and print and write the rows."""
     rows = [knn_row(flags)]
-    layers = [linear_row(flags, *one) for one in (seen(flags) if flags.run else imagined(flags))]
+    layers = [linear_row(flags, *one) for one in (run_layers(flags) if flags.run else random_layers(flags))]
     total = {name: round(sum(row[name] for row in layers), 2) for name in ("probe_s", "products_s")}
     ratio = round(total["probe_s"] / total["products_s"], 2)
     rows += [*layers, {"probe": "linear", "layer": "all", **total, "ratio": ratio}]
@@ -82,20 +81,20 @@ def main(flags: Flags) -> None:
         flags.out.write_text("".join(json.dumps(row) + "\n" for row in rows))
 
 
-def drawn(count: int, width: int, seed: int) -> Labelled:
-    """Features that tell the class in part."""
+def random_set(count: int, width: int, seed: int) -> Labelled:
+    """Return features that depend on the class in part."""
     shared, own = torch.Generator().manual_seed(width), torch.Generator().manual_seed(seed)
     means_cf = torch.randn(CLASSES, FACTORS, generator=shared) * 0.5
     mix_fd = torch.randn(FACTORS, width, generator=shared) / FACTORS**0.5
     labels_n = torch.randint(CLASSES, (count,), generator=own)
     factors_nf = means_cf[labels_n] + torch.randn(count, FACTORS, generator=own)
     features_nd = (factors_nf @ mix_fd).add_(torch.randn(count, width, generator=own)).relu_()
-    return Labelled(features_nd.numpy(), labels_n.numpy(), f"drawn {seed}")
+    return Labelled(features_nd.numpy(), labels_n.numpy(), f"random {seed}")
 
 
 def knn_row(flags: Flags) -> dict[str, Any]:
-    """kNN with its default protocol."""
-    train, test = drawn(flags.train, KNN_WIDTH, 0), drawn(flags.test, KNN_WIDTH, 1)
+    """Return the row of kNN with its default protocol."""
+    train, test = random_set(flags.train, KNN_WIDTH, 0), random_set(flags.test, KNN_WIDTH, 1)
     train_nd, test_nd = torch.from_numpy(train.features_nd), torch.from_numpy(test.features_nd)
 
     def products() -> float:
@@ -105,37 +104,37 @@ def knn_row(flags: Flags) -> dict[str, Any]:
         (seconds(lambda: list(knn.Knn(knn.Config()).run(train, test))), products())
         for _ in range(flags.rounds)
     ]
-    return row("knn", f"{KNN_WIDTH} numbers", rounds)
+    return row("knn", f"{KNN_WIDTH} features", rounds)
 
 
-def imagined(flags: Flags) -> Iterator[Layer]:
-    """Drawn features of layers."""
+def random_layers(flags: Flags) -> Iterator[Layer]:
+    """Yield random features of layers."""
     for layer, width in WIDTHS.items():
-        yield f"{layer}, {width}", drawn(flags.train, width, 0), drawn(flags.test, width, 1)
+        yield f"{layer}, {width}", random_set(flags.train, width, 0), random_set(flags.test, width, 1)
 
 
-def seen(flags: Flags) -> Iterator[Layer]:
-    """The features that a run's backbone has of images, kept in the folder of the run as `raysl probe` keeps them."""
+def run_layers(flags: Flags) -> Iterator[Layer]:
+    """Yield the features of the backbone of a run. They are stored in the folder of the run, as by `raysl probe`."""
     run = Run(Folder(flags.run))
     sets = [resolve(split) for split in splits(flags.data)]
     source = extraction.Trained(run, run.newest())
-    taps = {
+    specs = {
         layer: extraction.feature_spec(layer, linear.Config().dims) for layer in extraction.stages(source)
     }
-    protocol = extraction.FeatureProtocol(run.config().view.image_size, tuple(taps.values()))
+    protocol = extraction.FeatureProtocol(run.config().view.image_size, tuple(specs.values()))
     ray_cluster.start()
     tables = extraction.extract_all([(source, one, protocol) for one in sets], run.folder / "features")
     ray.shutdown()
     labels = common_labels(*sets)
-    for layer, tap in taps.items():
+    for layer, spec in specs.items():
         train, test = (
-            Labelled(one[tap].load(), labels_n) for one, labels_n in zip(tables, labels, strict=True)
+            Labelled(one[spec].load(), labels_n) for one, labels_n in zip(tables, labels, strict=True)
         )
         yield f"{layer}, {train.features_nd.shape[1]}", train, test
 
 
 def linear_row(flags: Flags, layer: str, train: Labelled, test: Labelled) -> dict[str, Any]:
-    """The linear probe on the features of a layer."""
+    """Return the row of the linear probe on a layer."""
     probe = linear.Linear(linear.Config(flags.schedule))  # type: ignore[arg-type]
     rounds = []
     for _ in range(flags.rounds):
@@ -147,7 +146,7 @@ def linear_row(flags: Flags, layer: str, train: Labelled, test: Labelled) -> dic
 
 @contextmanager
 def counted() -> Iterator[Counter[tuple[int, bool]]]:
-    """Counts, while the block runs, the products of features and weights: (images, whether with a gradient)."""
+    """Count the products of features and weights while the block runs, by (images, with gradient)."""
     shapes: Counter[tuple[int, bool]] = Counter()
     module: Any = linear
     plain = module.linear
@@ -165,7 +164,7 @@ def counted() -> Iterator[Counter[tuple[int, bool]]]:
 
 
 def products_s(features_nd: Tensor, shapes: Counter[tuple[int, bool]]) -> float:
-    """Seconds that the products take alone, with the one of the covariance."""
+    """Return the seconds of the products alone, with that of the covariance."""
     width = features_nd.shape[1]
     weights_cd = torch.zeros(CLASSES, width)
     total_s = 0.0
@@ -184,7 +183,7 @@ def products_s(features_nd: Tensor, shapes: Counter[tuple[int, bool]]) -> float:
 
 
 def row(probe: str, layer: str, rounds: list[tuple[float, float]]) -> dict[str, Any]:
-    """Medians over the rounds; the ratio is taken inside each."""
+    """Return medians over the rounds; the ratio is computed in each round."""
     probe_s, products_s = np.median(np.array(rounds), axis=0).tolist()
     ratios = [measured / products for measured, products in rounds]
     made = {
@@ -201,7 +200,7 @@ def row(probe: str, layer: str, rounds: list[tuple[float, float]]) -> dict[str, 
 
 
 def seconds(work: Callable[[], object]) -> float:
-    """Of the clock on the wall."""
+    """Return the wall time of some work in seconds."""
     started = time.perf_counter()
     work()
     return time.perf_counter() - started

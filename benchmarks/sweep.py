@@ -40,7 +40,7 @@ _RUNS = """
 from raysl.pretrain import pretrain
 from raysl.probe import probe
 for temperature in TRIALS:
-    probe(pretrain(base(f"{out}/{temperature}", temperature)), data, test, ("knn",), encoders=("trained",))
+    probe(pretrain(base(f"{out}/{temperature}", temperature)), data, test, probes=("knn",), encoders=("trained",))
 """
 _SWEEP = """
 from raysl.sweep.config import SweepConfig

@@ -61,7 +61,7 @@ def main(flags: StudentFlags) -> None:
                         "seed": seed,
                         "data": data.rstrip("/").split("/")[-1],
                     }
-                    rows += [{**row, **facts} for row in found if row["headline"]]
+                    rows += [{**row, **facts} for row in found if row["primary"]]
                     Folder(flags.out).write("rows.jsonl", jsonl(rows))
     for row in rows:
         print(

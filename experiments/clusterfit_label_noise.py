@@ -68,10 +68,8 @@ def main(flags: NoiseFlags) -> None:
             place = runs / f"seed-{seed}-noise-{round(100 * noise)}"
             data = derive(images, place / "data", taught, noise, seed)
             for arm, run in zip(ARMS, networks(flags, place, data, seed), strict=True):
-                found = probe(run, *probed, ("linear",), encoders=("trained",))
-                rows += [
-                    {**row, "arm": arm, "noise": noise, "seed": seed} for row in found if row["headline"]
-                ]
+                found = probe(run, *probed, probes=("linear",), encoders=("trained",))
+                rows += [{**row, "arm": arm, "noise": noise, "seed": seed} for row in found if row["primary"]]
                 Folder(flags.out).write("rows.jsonl", jsonl(rows))
     figure(rows, flags.out)
 

@@ -71,7 +71,7 @@ def _cell(rows: list[Mapping[str, Any]] | list[dict[str, Any]], probe: str, enco
     values = [
         100 * row["value"]
         for row in rows
-        if row["headline"] and row["probe"] == probe and row["encoder"] == encoder
+        if row["primary"] and row["probe"] == probe and row["encoder"] == encoder
     ]
     return f"{mean(values):.1f} ({', '.join(f'{value:.1f}' for value in values)})" if values else ""
 

@@ -63,7 +63,7 @@ def scatter(runs: Sequence[Run], train: str, test: str) -> bytes:
                 rows += [
                     Found(names[row["encoder"]], row)
                     for row in kept
-                    if row["headline"] and row["encoder"] in names
+                    if row["primary"] and row["encoder"] in names
                 ]
     cells = estimates(rows)
     labels = [

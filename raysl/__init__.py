@@ -50,7 +50,7 @@ _HOMES = {
     "load": "raysl.extraction.inference",
     "UserError": "raysl.errors",
     "ViewConfig": "raysl.config",
-    "WatchConfig": "raysl.evaluation.online",
+    "OnlineConfig": "raysl.evaluation.online",
 }
 
 __all__ = ["__version__", *sorted(_HOMES)]

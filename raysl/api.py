@@ -12,7 +12,7 @@ import os
 import re
 from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, Literal
 
 from raysl import console
 from raysl.arguments import check_faiss, check_source, configure, dataset, given, run_config, start_ray, uri
@@ -20,7 +20,6 @@ from raysl.errors import UserError
 
 if TYPE_CHECKING:
     from raysl.arguments import AnyRun, Data, PathLike
-    from raysl.backbone.network import BackboneConfig
     from raysl.clustering.cluster_and_fit import ClusterfitConfig
     from raysl.clustering.lloyd import Clustering
     from raysl.clustering.options import KMeansConfig
@@ -28,7 +27,8 @@ if TYPE_CHECKING:
     from raysl.dataset import DataSet
     from raysl.diagnostics import DoctorConfig, Report
     from raysl.diagnostics.machines import Fleet
-    from raysl.evaluation.online import WatchConfig
+    from raysl.evaluation.online import OnlineConfig
+    from raysl.evaluation.options import ProbeConfig
     from raysl.extraction import Encoder, FeaturesConfig, FeatureStore
     from raysl.ingestion import IngestConfig
     from raysl.model_export import ExportConfig
@@ -71,7 +71,7 @@ def pretrain(
     run: PathLike | None = None,
     config: Pretraining | None = None,
     *,
-    online: WatchConfig | Mapping[str, Any] | None = None,
+    online: OnlineConfig | Mapping[str, Any] | None = None,
     **fields: Any,
 ) -> Run:
     """Pretrain a backbone. The same call again continues an interrupted run at the very step.
@@ -80,18 +80,18 @@ def pretrain(
         data: images to learn from.
         run: folder of the run, a path or a URI.
         config: the whole configuration.
-        online: probes during training; see `WatchConfig`.
+        online: online evaluation; see `OnlineConfig`.
         fields: fields of `Pretraining`, and by their names the configurations of the method's parts, as in
             `pirl={"temperature": 0.1}`.
     """
     console.install()
-    from raysl.evaluation.online import WatchConfig
+    from raysl.evaluation.online import OnlineConfig
 
-    watch = configure(WatchConfig, online, {})
+    online = configure(OnlineConfig, online, {})
     settings = run_config(data, run, config, fields)
     from raysl.evaluation.online import pretrain_and_probe
 
-    return pretrain_and_probe(settings, watch, _log.info)
+    return pretrain_and_probe(settings, online)
 
 
 def probe(
@@ -105,6 +105,7 @@ def probe(
     image_size: int = 0,
     backbone: Any = None,
     seed: int = 0,
+    bn_statistics: Literal["reestimated", "kept"] = "reestimated",
     **protocols: Any,
 ) -> list[dict[str, Any]]:
     """Measure a run beside its untrained backbone and raw pixels, or measure weights from elsewhere.
@@ -115,10 +116,11 @@ def probe(
         test: labelled data that they are scored on.
         probes: names of probes; `raysl methods` lists them.
         layers: "all" is conv1, res2 to res5 and pooled.
-        out: folder of the rows and features, required unless `checkpoint` is a run.
+        out: folder of the rows and features; by default that of the run. Required for weights.
         image_size: side of the view in pixels, for weights only; 0 for 224 for a file of weights and 32 otherwise.
         backbone: a `BackboneConfig`, a mapping of its fields or a name, for weights only.
         seed: seed of "random", and of what a probe of weights draws.
+        bn_statistics: see `raysl.evaluation.options.ProbeConfig`.
         protocols: the configuration of a probe by its name, as in `linear={"schedule": "fast"}`.
 
     Returns:
@@ -128,55 +130,41 @@ def probe(
     from raysl import probes as kinds
     from raysl.backbone.network import BackboneConfig as Network
 
-    names = tuple(probes)
-    if strange := sorted(set(protocols) - set(names)):
-        raise UserError(
-            f"The argument {strange[0]!r} is neither one of `probe` nor one of its probes {names}."
-        )
-    configs = {name: configure(kinds.config_type(name), protocols.get(name), {}) for name in names}
+    if strange := sorted(set(protocols) - set(probes)):
+        raise UserError(f"The argument {strange[0]!r} is neither one of `probe` nor one of {tuple(probes)}.")
+    configs = {name: configure(kinds.config_type(name), protocols.get(name), {}) for name in probes}
     network = configure(Network, {"name": backbone} if isinstance(backbone, str) else backbone, {})
     sets = dataset(train), dataset(test)
-    from raysl.extraction import Trained, view_size
-
-    source = _encoder(uri(checkpoint), network, seed, bool(out), bool(image_size))
-    start_ray()
     from raysl.evaluation import evaluate
+    from raysl.evaluation.options import ProbeConfig
+    from raysl.extraction import named
 
-    asked: Any = (*(str(one.folder) for one in sets), names, _log.info)
-    how: Any = {"layers": tuple(layers), "configs": configs}
-    size, rows_place = image_size or view_size(source), os.fspath(out)
-    if isinstance(source, Trained):
-        rows_place = str(source.run.folder)
-        rows = evaluate.probe(source.run, *asked, checkpoint=source.checkpoint, **how)
-    else:
-        title = f"{uri(checkpoint).rpartition('/')[2]} ({network.name})"
-        rows = evaluate.probe_model(source, title, rows_place, *asked, image_size=size, seed=seed, **how)
-    if "retrieval" in names:
-        _draw_neighbours(rows_place, source, sets, size)
+    config = ProbeConfig(
+        probes,
+        layers,
+        configs=configs,
+        bn_statistics=bn_statistics,
+        out=os.fspath(out),
+        image_size=image_size,
+        seed=seed,
+    )
+    source = named(uri(checkpoint), network, seed)
+    title = f"{uri(checkpoint).rpartition('/')[2]} ({network.name})"
+    rows = evaluate.probe_encoder(source, title, *sets, config)
+    if "retrieval" in probes:
+        _draw_nearest(source, sets, config)
     return rows
 
 
-def _draw_neighbours(place: str, source: Encoder, sets: tuple[DataSet, DataSet], image_size: int) -> None:
+def _draw_nearest(source: Encoder, sets: tuple[DataSet, DataSet], config: ProbeConfig) -> None:
+    from raysl.evaluation import evaluate
+    from raysl.extraction import view_size
     from raysl.reporting import retrieval_grid
-    from raysl.storage import Folder
 
-    sheet = retrieval_grid.draw(Folder(place), source, *sets, image_size)
-    _log.info("The nearest images of some test images are in %s.", sheet)
-
-
-def _encoder(checkpoint: str, network: BackboneConfig, seed: int, out: bool, image_size: bool) -> Encoder:
-    """Return what is probed. Raises UserError when `out` or `image_size` is given for a run, or `out` lacks."""
-    from raysl.extraction import Trained, named
-
-    source = named(checkpoint, network, seed)
-    if isinstance(source, Trained) and (out or image_size):
-        raise UserError(
-            f"--out and --image-size are for weights from elsewhere, and {checkpoint!r} is a run: its rows go to its "
-            "own folder, at its own image size. Leave them out."
-        )
-    if not isinstance(source, Trained) and not out:
-        raise UserError(f"{checkpoint!r} is not a run. Give a folder for its rows with --out.")
-    return source
+    size = config.image_size or view_size(source)
+    drawn = evaluate.frozen_encoder(source, sets[0], size, config.bn_statistics)
+    grid = retrieval_grid.draw(evaluate.folder_of(source, config), drawn, *sets, size)
+    _log.info("Nearest images of some test images: %s", grid)
 
 
 def features(

@@ -49,7 +49,7 @@ def demo(config: DemoConfig) -> None:
     """
     from raysl.documentation import pictures
     from raysl.evaluation.evaluate import probe
-    from raysl.evaluation.results import tables
+    from raysl.evaluation.results import tables, verdicts
     from raysl.ingestion import resolve, splits
     from raysl.model import Model
     from raysl.ray_cluster import placement
@@ -81,9 +81,10 @@ def demo(config: DemoConfig) -> None:
     say("Probing the trained backbone, the same backbone untrained, and raw pixels.")
     # Scored on the images that they learn from, neighbours leave each image out of its own vote; a classifier cannot.
     probes = ("knn",) if train == test else ("knn", "linear")
-    rows = probe(run, str(dataset.folder), str(judged.folder), probes, say)
+    rows = probe(run, dataset, judged, probes=probes)
     for table in tables(rows):
         console.print(table)
+    console.print("\n".join(verdicts(rows)), markup=False)
     say(f"What the method saw: {sheet}")
     say(f"The run: {run.folder}")
 

@@ -264,7 +264,7 @@ def _card(run: Run, backbone: Backbone, step: int, form: str) -> str:
 def _probes(run: Run, step: int) -> str:
     """The rows that stand for their probes at this step, each with its protocol, beside what the untrained backbone and
     the pixels gave under it."""
-    rows = [row for row in rows_of(run) if row["headline"]]
+    rows = [row for row in rows_of(run) if row["primary"]]
     rows = [row for row in rows if row["encoder"] != "trained" or row["step"] == step]
     there = [row for row in rows if row["encoder"] == "trained"]
     if not there:

@@ -185,7 +185,7 @@ def _room(member: ModuleType) -> str:
         return PRETEXT
     if hasattr(made, "forward") and hasattr(made, "loss"):
         return OBJECTIVES
-    return PROBES if any(hasattr(made, name) for name in ("fit", "measure", "examine", "headline")) else ""
+    return PROBES if any(hasattr(made, name) for name in ("run", "measure", "examine")) else ""
 
 
 def _stem(member: ModuleType) -> str:

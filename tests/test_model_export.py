@@ -14,7 +14,8 @@ from raysl.backbone.network import IMAGENET_MEAN, IMAGENET_STD, Backbone, Backbo
 from raysl.checkpoint import SaveConfig, Saver
 from raysl.config import Pretraining, ViewConfig
 from raysl.errors import UserError
-from raysl.evaluation.results import KEY, ROWS
+from raysl.evaluation.results import KEY
+from raysl.evaluation.results import OLD_ROWS as ROWS
 from raysl.extraction import Trained
 from raysl.model_export import CARD, ExportConfig, export
 from raysl.run import Run, jsonl
@@ -141,7 +142,7 @@ def test_onnx_holds_any_backbone_for_any_number_of_images(small: Run) -> None:
 
 
 def test_the_card_says_what_it_is_and_how_it_was_made(resnet: Run, tmp_path: Path) -> None:
-    row = {**dict.fromkeys(KEY, "x"), "encoder": "trained", "value": 0.4321, "headline": True}
+    row = {**dict.fromkeys(KEY, "x"), "seed": 0, "encoder": "trained", "value": 0.4321, "primary": True}
     resnet.folder.write(ROWS, jsonl([{**row, "step": 5}, {**row, "step": 4, "value": 0.1234}]))
     out = export(resnet, ExportConfig(out=str(tmp_path), step=5))
     card = out.read(CARD).decode()
@@ -151,7 +152,14 @@ def test_the_card_says_what_it_is_and_how_it_was_made(resnet: Run, tmp_path: Pat
 
 
 def test_the_card_shows_what_the_baselines_gave(resnet: Run, tmp_path: Path) -> None:
-    row = {**dict.fromkeys(KEY, "x"), "encoder": "trained", "step": 5, "value": 0.4321, "headline": True}
+    row = {
+        **dict.fromkeys(KEY, "x"),
+        "seed": 0,
+        "encoder": "trained",
+        "step": 5,
+        "value": 0.4321,
+        "primary": True,
+    }
     baseline = {**row, "encoder": "random", "step": 0, "value": 0.4567}
     others = ("probe", "layer", "name", "protocol", "train", "test")
     rows = [
@@ -160,7 +168,7 @@ def test_the_card_shows_what_the_baselines_gave(resnet: Run, tmp_path: Path) -> 
         {**row, "encoder": "pixels", "step": 0, "value": 0.2222},
         {**row, "layer": "res2", "value": 0.5},
         *({**baseline, key: "y", "value": 0.9999} for key in others),
-        {**baseline, "headline": False, "value": 0.9999},
+        {**baseline, "name": "z", "primary": False, "value": 0.9999},
         {**row, "step": 4, "value": 0.9999},
     ]
     resnet.folder.write(ROWS, jsonl(rows))

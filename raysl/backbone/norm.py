@@ -7,7 +7,7 @@ of these adds weights, and "sync" and "joint" do not change the network in eval 
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from typing import Any
 
 import torch
@@ -161,3 +161,34 @@ def _batch_norm(norm: _BatchNorm, parts: Sequence[Tensor]) -> list[Tensor]:
     made = made_nc.split([p[..., 0].numel() for p in pixels])
     # Copies: the next layer may work in place, which autograd refuses for parts of one tensor.
     return [m.clone().view(p.shape).movedim(-1, 1) for m, p in zip(made, pixels, strict=True)]
+
+
+# Images whose statistics replace those of training; see `reestimate`.
+STATISTICS_IMAGES = 2048
+
+
+def reestimate(network: nn.Module, batches: Iterable[Tensor]) -> None:
+    """Replace the running statistics of every BatchNorm by their mean over batches; the network ends in eval mode.
+
+    A network that was pretrained on patches or on mixed views has running statistics of those. torch's `update_bn`
+    does the same with the whole network in training mode, where dropout would draw random numbers.
+
+    Args:
+        network: in its evaluation form. A network without BatchNorm reads no batch.
+        batches: at least one, of equal size, each as the network takes it.
+    """
+    network.eval()
+    norms = [m for m in network.modules() if isinstance(m, _BatchNorm) and m.track_running_stats]
+    if not norms:
+        return
+    momenta = [module.momentum for module in norms]
+    for module in norms:
+        module.reset_running_stats()
+        module.momentum = None
+        module.train()
+    with torch.no_grad():
+        for images_bchw in batches:
+            network(images_bchw)
+    for module, momentum in zip(norms, momenta, strict=True):
+        module.momentum = momentum
+        module.eval()

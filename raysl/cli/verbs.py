@@ -6,7 +6,7 @@ import dataclasses
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Annotated, Any
+from typing import Annotated, Any, Literal
 
 import tyro
 
@@ -15,7 +15,7 @@ from raysl.arguments import dataset
 from raysl.backbone.network import BackboneConfig
 from raysl.cli.flags import parse, peek_all
 from raysl.clustering.options import KMeansConfig
-from raysl.evaluation.online import WatchConfig
+from raysl.evaluation.online import OnlineConfig
 from raysl.extraction.features import FeaturesConfig
 from raysl.ingestion.pipeline import IngestConfig
 from raysl.model_export import ExportConfig
@@ -26,8 +26,8 @@ from raysl.tuning.config import SweepConfig
 
 def pretrain(arguments: Sequence[str]) -> None:
     """Learn a representation: `raysl pretrain --data D --run R --method pirl-jigsaw`."""
-    flags = parse(arguments, "raysl pretrain", {"watch": WatchConfig})
-    run = api.pretrain(**flags.given, online=flags.beside["watch"])
+    flags = parse(arguments, "raysl pretrain", {"online": OnlineConfig})
+    run = api.pretrain(**flags.given, online=flags.beside["online"])
     print(f"The run is at {run.folder}. `raysl probe {run.folder} --train DATA --test DATA` measures it.")
 
 
@@ -64,13 +64,14 @@ class ProbeFlags:
             --backbone.name and --out), or "random".
         train: labelled data that the probes learn from.
         test: labelled data that they are judged on.
-        probes: which of knn, linear, svm, voc_svm, lowshot, finetune, semisup, detection, retrieval, collapse and
-            invariance. The protocol of each has flags of its own, such as --linear.schedule fast.
+        probes: names of probes, such as knn, linear, svm or collapse; docs/methods/probes.md describes all of them. The
+            protocol of each has flags of its own, such as --linear.schedule fast.
         layers: whose features are measured; "all" for conv1, res2 to res5 and pooled.
-        out: folder of the rows, for what is no run.
+        out: folder of the rows and the features; by default that of the run. Required for a model that is not a run.
         image_size: side in pixels of the view, for what is no run; 0 for 224 of a file of weights and 32 otherwise.
         backbone: of a file of weights, or of "random". "timm/NAME" is one of the package timm.
         seed: of "random", and of what a probe of weights draws.
+        bn_statistics: statistics of BatchNorm: "reestimated" on unlabelled train images, or "kept" from training.
     """
 
     checkpoint: Annotated[tyro.conf.Positional[str], tyro.conf.arg(metavar="RUN|CKPT")]
@@ -82,6 +83,7 @@ class ProbeFlags:
     image_size: int = 0
     backbone: BackboneConfig = dataclasses.field(default_factory=BackboneConfig)
     seed: int = 0
+    bn_statistics: Literal["reestimated", "kept"] = "reestimated"
 
 
 def probe(arguments: Sequence[str]) -> None:
@@ -97,10 +99,11 @@ def probe(arguments: Sequence[str]) -> None:
     rows = api.probe(**values)
     from rich.console import Console
 
-    from raysl.evaluation.results import tables
+    from raysl.evaluation.results import tables, verdicts
 
     for table in tables(rows):
         Console().print(table)
+    print("\n".join(verdicts(rows)))
 
 
 @dataclass(frozen=True)

@@ -32,7 +32,7 @@ from raysl.clustering.state import State
 from raysl.clustering.update import Integers, Singles, Splits
 from raysl.dataset import DataSet
 from raysl.errors import UserError
-from raysl.feature_store.records import read_record, write_record
+from raysl.feature_store.records import read_record, signed, write_record
 from raysl.feature_store.store import FeatureStore
 from raysl.ray_cluster import placement
 from raysl.storage import Folder
@@ -320,7 +320,7 @@ def _write_assignments(
     """Write the table block by block; return the sizes of the clusters and the sum of squared distances."""
     paths = [("path", pa.string())] if pool.store.has_paths else []
     columns = [("index", pa.int64()), *paths, ("cluster", pa.int64()), ("distance", pa.float32())]
-    schema = pa.schema(columns, metadata=dict(metadata))
+    schema = pa.schema(columns, metadata=signed(metadata))
     counts_k, total = np.zeros(len(centroids_kd), np.int64), 0.0
     uri, _, name = place.rpartition("/")
     with (

@@ -1,4 +1,4 @@
-"""One page of documentation for all probes, made of their docstrings, their headlines and their Configs."""
+"""One page of documentation for all probes, made of their docstrings, their primary metrics and their Configs."""
 
 from __future__ import annotations
 
@@ -9,9 +9,10 @@ from raysl import probes
 from raysl.documentation.pages import hyperparameters
 from raysl.probes import EncoderProbe, FeatureProbe, LabelledProbe, Probe
 
-_INTRODUCTION = """A probe says what a representation is worth, in numbers; one of them, the headline, stands for it
-where there is room for one. Beside each stand the numbers of the same backbone untrained and of raw pixels, where there
-are such. A number hangs on its protocol, the flags below: numbers that were found under others never share a table.
+_INTRODUCTION = """A probe measures a frozen representation. One of its measures, the primary metric, stands for it in
+tables and sweeps. The same probe is run on the untrained backbone and on raw pixels, for comparison. A value depends on
+its protocol, which is the version of the probe, the flags below and --bn-statistics; values of different protocols never
+share a table.
 
 This page is made from the code, by `raysl methods --pages docs/methods`."""
 
@@ -42,7 +43,8 @@ def section(name: str) -> str:
     flags = [f"{flag} VALUE" for flag in probes.required(name)]
     command = " ".join(["raysl probe RUN --train DATA --test DATA --probes", name, *flags])
     facts = [
-        f"- Headline: `{probe.headline}`; more is better.",
+        f"- Primary metric: `{probe.primary_metric}`; more is better.",
+        f"- Version of the protocol: {config_type.version}.",
         f"- Needs: {needs(probe)}.{_LEARNS if probes.learns(name) else ''}",
     ]
     table = hyperparameters(name.replace("_", "-"), config)

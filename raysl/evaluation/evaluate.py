@@ -1,273 +1,344 @@
-"""Probing a run: features of its backbone and of two baselines, then every probe that was asked for, as rows.
+"""Probe a run or a model: compute features of its backbone and of two baselines, and run probes on them.
 
-The baselines say what a number is worth: the same backbone before its first step, and the pixels.
+The baselines give the numbers a meaning: the same backbone before its first step, and the pixels.
 """
 
 from __future__ import annotations
 
 import json
-from collections.abc import Callable, Iterable, Mapping, Sequence
-from dataclasses import dataclass
+import logging
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass, fields, replace
 from typing import Any
 
 import numpy as np
-import numpy.typing as npt
 
-from raysl import extraction, probes, ray_cluster
+from raysl import console, extraction, probes, ray_cluster
 from raysl.checkpoint import Checkpoint
 from raysl.dataset import DataSet
 from raysl.errors import UserError, unknown
-from raysl.evaluation.results import ENCODERS, MODEL, ROWS, keep, protocol_hash
-from raysl.extraction import Encoder, FeatureProtocol, FeatureStore
+from raysl.evaluation.options import ProbeConfig
+from raysl.evaluation.results import (
+    MODEL,
+    OLD_ROWS,
+    ROWS,
+    check_writable,
+    keep,
+    protocol_hash,
+    shown,
+)
+from raysl.extraction import Encoder, FeatureProtocol, FeatureStore, Reestimated, Trainable, view_size
 from raysl.ingestion import resolve
 from raysl.probes import (
     EncoderProbe,
     FeatureProbe,
+    Integers,
     LabelledProbe,
     Probe,
     Row,
     Subject,
+    check_labels,
     common_labels,
 )
 from raysl.probes._frozen import Frozen, by_layer
 from raysl.run import METADATA, Run
 from raysl.storage import Folder
 
-Integers = npt.NDArray[np.int64]
+_log = logging.getLogger("raysl.evaluation")
 Tables = Mapping[str, FeatureStore]
 
 
 def probe(
-    run: Run,
-    train: str,
-    test: str,
-    names: Sequence[str] = ("knn", "linear"),
-    say: Callable[[str], None] = print,
-    *,
-    layers: Sequence[str] = ("pooled",),
-    encoders: Sequence[str] = ENCODERS,
-    configs: Mapping[str, Any] | None = None,
-    cache: Folder | None = None,
-    checkpoint: Checkpoint | None = None,
-    spare: bool = False,
+    run: Run | str,
+    train: DataSet | str,
+    test: DataSet | str,
+    config: ProbeConfig | None = None,
+    **changes: Any,
 ) -> list[dict[str, Any]]:
-    """Probes a checkpoint of a run and adds the rows to the run.
+    """Probe a checkpoint of a run and add the rows to the run, or to the folder `out`.
 
     Args:
-        run: with at least one complete checkpoint.
-        train: labelled data to learn from, as `raysl.ingestion.resolve` takes it.
-        test: labelled data to be scored on. Probes that need no labels look at these images alone.
-        names: of probes.
-        say: takes one line of progress at a time.
-        layers: whose features are measured, all from one pass over the images; "all" for conv1, res2 to res5 and
-            pooled. Pixels have no layers and stand once, as "pooled".
-        encoders: of "trained", "random" and "pixels".
-        configs: the Config of a probe by its name; one that is missing has its defaults.
-        cache: where features are kept; the run's own folder by default. A sweep shares its baselines through one.
-        checkpoint: which; the newest by default.
-        spare: whether features are computed beside trainers, without taking CPUs from them.
+        run: a run with at least one complete checkpoint, or its folder.
+        train: labelled data to learn from; a path, a URI or another source that `raysl.ingestion.resolve` accepts.
+        test: labelled data to score. Probes without labels use only these images.
+        config: what is probed; see `ProbeConfig`.
+        **changes: fields of `ProbeConfig` that replace those of `config`.
 
     Returns:
-        The rows of this call: `KEY`, and "value", "headline" (whether the row stands for its probe) and "weights".
+        The rows of this call: `raysl.evaluation.results.KEY`, "value", "primary" (the row stands for its probe) and
+        "weights" (a checksum).
 
     Raises:
-        UserError: a probe, a layer or an encoder does not exist, there is no checkpoint, or the data do not suit the
-            probes. The rows of those that came before are kept.
+        UserError: a probe, a layer or an encoder does not exist, there is no checkpoint, the results cannot be written, or
+            the data do not suit the probes. Rows of earlier probes are kept.
     """
-    config = run.config()
-    ready = _ready(names, configs)
-    sources = [_encoder(run, name, checkpoint) for name in dict.fromkeys(encoders)]
-    place = _Place(run, config.view.image_size, config.seed, cache or run.folder / "features", spare)
-    return _measured(place, sources, train, test, ready, layers, say)
+    config = _changed(config, changes)
+    run = Run.open(run) if isinstance(run, str) else run
+    settings = run.config()
+    sources = [_encoder(run, name, config.checkpoint) for name in dict.fromkeys(config.encoders)]
+    folder = run.folder
+    if config.out:
+        at = config.checkpoint or run.newest()
+        folder = _folder_of(config.out, f"{settings.method}, step {at.step}", extraction.Trained(run, at))
+    check_writable(folder)
+    cache = config.cache or folder / "features"
+    place = _Place(Run(folder), settings.view.image_size, settings.seed, cache, config.low_priority)
+    return _measured(place, sources, train, test, config)
 
 
 def probe_model(
     source: Encoder,
     title: str,
-    out: str,
-    train: str,
-    test: str,
-    names: Sequence[str] = ("knn", "linear"),
-    say: Callable[[str], None] = print,
-    *,
-    image_size: int = 0,
-    layers: Sequence[str] = ("pooled",),
-    configs: Mapping[str, Any] | None = None,
-    seed: int = 0,
+    train: DataSet | str,
+    test: DataSet | str,
+    config: ProbeConfig | None = None,
+    **changes: Any,
 ) -> list[dict[str, Any]]:
-    """Probes an encoder that is no run, such as other people's weights, so that it can stand in the same tables.
+    """Probe an encoder that is not a run, such as published weights, and add the rows to the folder `out`.
 
     Args:
-        source: see `raysl.extraction.named`.
-        title: what it is called in reports.
-        out: folder for the rows and `model.json`, which says whose they are.
-        image_size: side in pixels of the view, on which the protocol of the rows hangs; 0 for
-            `raysl.extraction.view_size`.
-        seed: of what a probe draws. Rows of several seeds stand beside each other, as those of several runs do.
+        source: the encoder; see `raysl.extraction.named`.
+        title: name of the model in reports.
+        train: see `probe`.
+        test: see `probe`.
+        config: what is probed; its `out` is required and its `encoders` are not used.
+        **changes: see `probe`.
 
-    The other arguments, and what is returned and raised, are those of `probe`; besides, UserError where the rows of
-    another model lie in the folder.
+    Returns:
+        As `probe`.
+
+    Raises:
+        UserError: as `probe`, or `out` is empty or holds results of another model.
     """
-    ready = _ready(names, configs)
+    config = _changed(config, changes)
+    if not config.out:
+        raise UserError(f"{title} is not a run and has no folder for results. Give one with --out.")
+    folder = _folder_of(config.out, title, source)
+    check_writable(folder)
+    size = config.image_size or view_size(source)
+    place = _Place(Run(folder), size, config.seed, config.cache or folder / "features", config.low_priority)
+    return _measured(place, [source], train, test, config)
+
+
+def probe_encoder(
+    source: Encoder, title: str, train: DataSet | str, test: DataSet | str, config: ProbeConfig
+) -> list[dict[str, Any]]:
+    """Probe a run by `probe` and any other encoder by `probe_model`.
+
+    Raises:
+        UserError: as these, or `image_size` is given for a run.
+    """
+    if not isinstance(source, extraction.Trained):
+        return probe_model(source, title, train, test, config)
+    if config.image_size:
+        raise UserError(
+            f"--image-size is for a model that is not a run; {str(source.run.folder)!r} is a run and is probed at its own "
+            "image size. Remove it."
+        )
+    return probe(source.run, train, test, config, checkpoint=source.checkpoint)
+
+
+def folder_of(source: Encoder, config: ProbeConfig) -> Folder:
+    """Return the folder of the results of an encoder."""
+    if config.out or not isinstance(source, extraction.Trained):
+        return Folder(config.out)
+    return source.run.folder
+
+
+def frozen_encoder(source: Encoder, train: DataSet, image_size: int, bn_statistics: str) -> Encoder:
+    """Return the encoder that computes frozen features, with BatchNorm statistics of the train set if it is asked for."""
+    if bn_statistics == probes.KEPT or not isinstance(source, Trainable):
+        return source
+    return Reestimated(source, train, image_size)
+
+
+def _changed(config: ProbeConfig | None, changes: Mapping[str, Any]) -> ProbeConfig:
+    known = [one.name for one in fields(ProbeConfig)]
+    for name in changes:
+        if name not in known:
+            raise unknown("option of probe", name, known)
+    return replace(config or ProbeConfig(), **changes)
+
+
+def _folder_of(out: str, title: str, source: Encoder) -> Folder:
+    """Return the folder of a model's results, with its `model.json`. Raises UserError if it belongs to another model."""
     folder = Folder(out)
     about = json.loads(json.dumps({"name": title, "identity": source.identity()}))
-    others = folder.exists(ROWS) and folder.exists(MODEL) and folder.read_json(MODEL) != about
-    if folder.exists(METADATA) or others:
+    has_rows = folder.exists(ROWS) or folder.exists(OLD_ROWS)
+    try:
+        another = has_rows and folder.exists(MODEL) and folder.read_json(MODEL) != about
+    except ValueError as error:
         raise UserError(
-            f"The folder {out!r} belongs to a run, or holds the rows of another model than {title!r}. Give --out a "
-            "folder of its own."
+            f"The file {folder / MODEL} is damaged: {error}. Give --out another folder."
+        ) from error
+    if folder.exists(METADATA) or another:
+        raise UserError(
+            f"The folder {out!r} is a run, or holds results of another model than {title!r}. Give --out a folder that is "
+            "empty or does not exist."
         )
-    size = image_size or extraction.view_size(source)
-    place = _Place(Run(folder), size, seed, folder / "features")
-    # Before the rows, so that none are there of which nobody knows whose they are.
+    # Written before the rows, so that rows always have an owner.
     folder.write_json(MODEL, about)
-    return _measured(place, [source], train, test, ready, layers, say)
+    return folder
 
 
 @dataclass(frozen=True)
 class _Place:
-    """Where rows and features go, and what the evaluation takes from the run.
+    """Where results go, and the settings that come from the run.
 
     Args:
-        run: whose folder gets the rows; that of a model is no more than a folder.
-        image_size: side of the view.
-        seed: of the run.
-        cache: of features.
-        spare: see `raysl.extraction.extract_all`.
+        run: the folder that gets the rows; it may hold nothing but rows.
+        image_size: side of the evaluation view in pixels.
+        seed: seed of the run.
+        cache: folder for features.
+        low_priority: see `ProbeConfig`.
     """
 
     run: Run
     image_size: int
     seed: int
     cache: Folder
-    spare: bool = False
-
-
-def _ready(names: Sequence[str], configs: Mapping[str, Any] | None) -> dict[str, tuple[Any, Probe]]:
-    ready = {}
-    for name in dict.fromkeys(names):
-        config_type, probe_type = probes.load(name)
-        config = (configs or {}).get(name) or config_type()
-        ready[name] = config, probe_type(config)
-    return ready
+    low_priority: bool = False
 
 
 def _measured(
-    place: _Place,
-    sources: Sequence[Encoder],
-    train: str,
-    test: str,
-    ready: Mapping[str, tuple[Any, Probe]],
-    layers: Sequence[str],
-    say: Callable[[str], None],
+    place: _Place, sources: Sequence[Encoder], train: DataSet | str, test: DataSet | str, config: ProbeConfig
 ) -> list[dict[str, Any]]:
-    """The rows of every encoder and probe. Those of one probe of one encoder are added to the folder together, as soon
-    as they are there: what comes after may fail."""
-    ray_cluster.start()
-    data = _Data.open(resolve(train), resolve(test), any(needs_labels(probe) for _, probe in ready.values()))
+    """Return the rows of every encoder and probe.
+
+    The rows of one probe and encoder are stored as soon as they exist, because a later probe may fail.
+    """
+    ready = config.ready()
+    layers = [_layers(source, config.layers) for source in sources]
+    with console.working("Starting Ray ..."):
+        ray_cluster.start()
+    train, test = (one if isinstance(one, DataSet) else resolve(one) for one in (train, test))
+    data = _Data.open(train, test, config, any(needs_labels(probe) for _, probe in ready.values()))
     check_apart(list(ready), data.train, data.test)
     if unseen := data.unseen():
-        say(
-            f"{unseen:,} of {data.test.num_images:,} test images show classes that the train set lacks: no probe that "
-            "learns from labels can be right about them."
+        _log.warning(
+            "%s of %s test images show classes that the train set does not have. No probe that learns from labels can "
+            "predict them.",
+            f"{unseen:,}",
+            f"{data.test.num_images:,}",
         )
     found = _extract(sources, layers, ready, data, place)
     rows: list[dict[str, Any]] = []
-    for source, tables in zip(sources, found, strict=True):
-        for name, (config, measure) in ready.items():
-            # Of weights that are given, features depend on no seed, and so no probe of features does.
-            drawn = isinstance(measure, EncoderProbe) or not isinstance(source, extraction.Weights)
-            facts = _facts(source, place.seed if drawn else 0)
-            protocol = protocol_hash(name, config, FeatureProtocol(place.image_size))
-            about = {"probe": name, **facts, "protocol": protocol, **data.fingerprints(measure)}
-            these = _layers(source, layers)
-            measured: Iterable[Row]
+    for source, own, tables in zip(sources, layers, found, strict=True):
+        for name, (protocol, measure) in ready.items():
+            about = _about(name, protocol, measure, source, data, place)
             if isinstance(measure, EncoderProbe):
-                own = f"{source.name}-{facts['step']}-{about['test'][:8]}-{protocol}"
-                folder = place.run.folder / f"probes/{name}/{own}"
-                subject = Subject(source, these, place.image_size, data.train, data.test, place.seed, folder)
-                measured = measure.examine(subject)
+                made: Iterable[Row] = measure.examine(_subject(about, source, own, data, place))
             else:
-                measured = by_layer(measure, these, *data.frozen(*tables), place.spare)
-            new = _rows(measured, measure, about, say)
+                made = by_layer(measure, own, *data.frozen(*tables), config.low_priority)
+            new = _rows(made, measure, about)
             keep(place.run, new)
             rows += new
     return rows
 
 
 def check_apart(names: Sequence[str], train: DataSet, test: DataSet) -> None:
-    """Raises UserError when a probe that learns would be scored on the images that it has learned from."""
-    found = [name for name in names if probes.learns(name)]
-    if found and train.manifest.fingerprint == test.manifest.fingerprint:
-        raise UserError(
-            f"The probe {found[0]} would learn from and be scored on the same images, those of {str(test.folder)!r}, "
-            "which would measure how well it remembers. Give another test set, or data with the splits train and "
-            "test; the probe knn can use one set for both."
-        )
+    """Raise UserError if a probe that learns would be scored on the images that it learns from."""
+    same = train.manifest.fingerprint == test.manifest.fingerprint
+    for name in names:
+        if probes.learns(name) and same:
+            check_labels(name, np.zeros(0, np.int64), same=True)
 
 
 def needs_labels(probe: Probe) -> bool:
-    """Whether a probe compares with labels. One of an encoder sees for itself what its images have."""
+    """Return True if a probe needs labelled features. An `EncoderProbe` checks its images itself."""
     return isinstance(probe, LabelledProbe)
 
 
 @dataclass(frozen=True)
 class _Data:
-    """The images, and their labels under common numbers; None where no probe needs them."""
+    """The images, and their labels under common numbers; None if no probe needs labels."""
 
     train: DataSet
     test: DataSet
+    bn_statistics: str
     train_labels_n: Integers | None
     test_labels_n: Integers | None
 
     @staticmethod
-    def open(train: DataSet, test: DataSet, labels: bool) -> _Data:
-        return _Data(train, test, *(common_labels(train, test) if labels else (None, None)))
+    def open(train: DataSet, test: DataSet, config: ProbeConfig, labels: bool) -> _Data:
+        common = common_labels(train, test) if labels else (None, None)
+        return _Data(train, test, config.bn_statistics, *common)
 
     def unseen(self) -> int:
-        """How many test images are of classes that the train set does not show."""
+        """Return the number of test images of classes that the train set does not show."""
         if self.train_labels_n is None or self.test_labels_n is None:
             return 0
         return int((~np.isin(self.test_labels_n, self.train_labels_n)).sum())
 
     def fingerprints(self, probe: Probe) -> dict[str, str]:
-        """What the rows of a probe hang on: one that needs no labels has seen nothing of the train set, and one that
-        has images of its own nothing of either."""
+        """Return the data sets that the rows of a probe depend on; a probe with own images depends on neither.
+
+        A probe without labels depends on the train set only through BatchNorm statistics.
+        """
         if getattr(probe, "own_images", False):
             return {"train": "", "test": ""}
-        train = "" if isinstance(probe, FeatureProbe) else self.train.manifest.fingerprint
+        train_unused = isinstance(probe, FeatureProbe) and self.bn_statistics == probes.KEPT
+        train = "" if train_unused else self.train.manifest.fingerprint
         return {"train": train, "test": self.test.manifest.fingerprint}
 
-    def frozen(self, seen: Tables, unseen: Tables) -> tuple[Frozen, Frozen]:
-        """The features of both sets, with their labels."""
+    def frozen(self, train: Tables, test: Tables) -> tuple[Frozen, Frozen]:
+        """Return the features of both sets with their labels."""
         return (
-            Frozen(seen, self.train_labels_n, self.train.manifest.fingerprint),
-            Frozen(unseen, self.test_labels_n, self.test.manifest.fingerprint),
+            Frozen(train, self.train_labels_n, self.train.manifest.fingerprint),
+            Frozen(test, self.test_labels_n, self.test.manifest.fingerprint),
         )
+
+
+def _about(
+    name: str, protocol: Any, measure: Probe, source: Encoder, data: _Data, place: _Place
+) -> dict[str, Any]:
+    """Return everything that the rows of a probe and encoder depend on."""
+    identity = source.identity()
+    # Probes of features of given weights do not depend on the seed.
+    seeded = isinstance(measure, EncoderProbe) or not isinstance(source, extraction.Weights)
+    return {
+        "probe": name,
+        "encoder": source.name,
+        "step": identity.get("step", 0),
+        "seed": place.seed if seeded else 0,
+        "weights": identity.get("crc32", identity.get("weights")),
+        "protocol": protocol_hash(name, protocol, FeatureProtocol(place.image_size), data.bn_statistics),
+        **data.fingerprints(measure),
+    }
+
+
+def _subject(
+    about: Mapping[str, Any], source: Encoder, layers: tuple[str, ...], data: _Data, place: _Place
+) -> Subject:
+    own = f"{source.name}-{about['step']}-{about['test'][:8]}-{about['protocol']}"
+    folder = place.run.folder / f"probes/{about['probe']}/{own}"
+    return Subject(
+        source, layers, place.image_size, data.train, data.test, place.seed, folder, data.bn_statistics
+    )
 
 
 def _extract(
     sources: Sequence[Encoder],
-    layers: Sequence[str],
+    layers: Sequence[tuple[str, ...]],
     ready: Mapping[str, tuple[Any, Probe]],
     data: _Data,
     place: _Place,
 ) -> list[tuple[Tables, Tables]]:
-    """The features of the train and the test set that probes ask for, for each encoder; every image is seen once."""
+    """Return the features of the train and the test set for each encoder, in one pass over the images."""
     measures = [measure for _, measure in ready.values() if not isinstance(measure, EncoderProbe)]
     sets = [data.train, data.test] if any(needs_labels(measure) for measure in measures) else [data.test]
     wanted = []
-    for source in sources:
-        taps = [extraction.feature_spec(layer, m.dims) for layer in _layers(source, layers) for m in measures]
-        protocol = FeatureProtocol(place.image_size, tuple(dict.fromkeys(taps)))
-        wanted += [(source, dataset, protocol) for dataset in sets]
-    found = extraction.extract_all(wanted, place.cache, place.spare)
+    for source, own in zip(sources, layers, strict=True):
+        specs = [extraction.feature_spec(layer, measure.dims) for layer in own for measure in measures]
+        protocol = FeatureProtocol(place.image_size, tuple(dict.fromkeys(specs)))
+        encoder = frozen_encoder(source, data.train, place.image_size, data.bn_statistics)
+        wanted += [(encoder, dataset, protocol) for dataset in sets]
+    found = extraction.extract_all(wanted, place.cache, place.low_priority)
     return [(found[i], found[i + len(sets) - 1]) for i in range(0, len(found), len(sets))]
 
 
 def _layers(source: Encoder, layers: Sequence[str]) -> tuple[str, ...]:
-    """Those that were asked for; "pooled" of pixels, which have nothing else. Raises UserError for one that the
-    encoder does not have."""
+    """Return the requested layers of an encoder; pixels have only "pooled". Raises UserError for an unknown layer."""
     known = source.layers
     if isinstance(source, extraction.Pixels):
         return known
@@ -280,31 +351,21 @@ def _layers(source: Encoder, layers: Sequence[str]) -> tuple[str, ...]:
     return tuple(dict.fromkeys(expanded))
 
 
-def _facts(source: Encoder, seed: int) -> dict[str, Any]:
-    """What tells the rows of one encoder from those of another."""
-    identity = source.identity()
-    step, weights = identity.get("step", 0), identity.get("crc32", identity.get("weights"))
-    return {"encoder": source.name, "step": step, "seed": seed, "weights": weights}
-
-
-def _rows(
-    found: Iterable[Row], probe: Probe, facts: Mapping[str, Any], say: Callable[[str], None]
-) -> list[dict[str, Any]]:
-    """The rows of one probe on one encoder, with what they hang on."""
+def _rows(found: Iterable[Row], probe: Probe, about: Mapping[str, Any]) -> list[dict[str, Any]]:
+    """Return the rows of one probe on one encoder, with everything that they depend on."""
     rows = []
     for row in found:
-        headline = row.name == probe.headline
-        rows.append({**facts, "layer": row.layer, "name": row.name, "value": row.value, "headline": headline})
-        if headline:
-            say(f"{facts['probe']:<10} {facts['encoder']:<8} {row.layer:<8} {row.name} {row.value:.4f}")
+        primary = row.name == probe.primary_metric
+        made = {**about, "layer": row.layer, "name": row.name, "value": row.value, "primary": primary}
+        rows.append(made)
+        if primary:
+            _log.info(
+                "%-10s %-8s %-8s %s %s", about["probe"], about["encoder"], row.layer, row.name, shown(made)
+            )
     return rows
 
 
 def _encoder(run: Run, name: str, checkpoint: Checkpoint | None) -> Encoder:
     if name == "trained":
         return extraction.Trained(run, checkpoint or run.newest())
-    if name == "random":
-        return extraction.untrained(run)
-    if name == "pixels":
-        return extraction.Pixels()
-    raise unknown("encoder", name, ENCODERS)
+    return extraction.untrained(run) if name == "random" else extraction.Pixels()

@@ -1,128 +1,302 @@
-"""The rows that probes have found: kept with a run, found again by what they hang on, and as tables.
+"""Store, query and print the results of probes.
 
-A row carries all that its number depends on, and rows that were found under different protocols never share a table.
+    probes/rows/WRITER.jsonl    one file for each process that adds rows, so that none overwrites another's
+    probes/rows.jsonl           rows of raysl 0.1, which are only read
+
+The first line of a writer's file holds the number and the checksum of the lines that follow. A row carries everything
+that its value depends on, and rows of different protocols never share a table.
 """
 
 from __future__ import annotations
 
 import hashlib
 import json
-from collections.abc import Iterable, Mapping
-from dataclasses import asdict
+import math
+import os
+import re
+import time
+import uuid
+import zlib
+from collections.abc import Iterable, Iterator, Mapping
+from functools import lru_cache
 from typing import TYPE_CHECKING, Any
 
 from raysl import extraction, probes
+from raysl.errors import UserError
 from raysl.extraction import FeatureProtocol
 from raysl.run import Run, jsonl
+from raysl.storage import Folder
 
 if TYPE_CHECKING:
     from rich.table import Table
 
 ENCODERS = ("trained", "random", "pixels")
-ROWS = "probes/rows.jsonl"
-# What a folder of rows says about a model that is no run.
+ROWS = "probes/rows"
+OLD_ROWS = "probes/rows.jsonl"
+# In a folder of rows that does not belong to a run: the name and the identity of the model.
 MODEL = "model.json"
-# What tells rows apart. A row that agrees in all of these replaces the one before.
+# A row replaces an earlier row that has the same values of these fields.
 KEY = ("probe", "name", "layer", "encoder", "step", "seed", "protocol", "train", "test")
 _TABLE = ("probe", "protocol", "train", "test")
+# Measures that are shares of 1, which people read as per cent.
+_SHARE = re.compile(
+    r"(top\d|balanced|mAP|AP|precision|closer|readout|chance|constant)(?![a-z])|(readout|chance)_whether|.*_share$"
+)
 
 
-def protocol_hash(name: str, config: Any, protocol: FeatureProtocol) -> str:
-    """A hash of all that a probe's number depends on besides encoder and data. Layers are told apart by the rows.
+def protocol_hash(name: str, config: Any, protocol: FeatureProtocol, bn_statistics: str = probes.KEPT) -> str:
+    """Return a hash of all settings that a probe's value depends on, apart from encoder, layer and data.
 
-    A Config that has `facts()` says by it what counts, such as the contents of a folder instead of its name.
+    Args:
+        name: name of the probe.
+        config: its Config; see `raysl.probes.settings`.
+        protocol: how images become features. Its layers are not part of the hash.
+        bn_statistics: see `raysl.evaluation.options.ProbeConfig`. "kept" gives the hashes of raysl 0.1.
     """
-    seen = {key: value for key, value in asdict(protocol).items() if key != "layers"}
-    facts = config.facts() if hasattr(config, "facts") else asdict(config)
-    value = json.dumps([name, facts, seen], sort_keys=True)
+    features = {key: value for key, value in vars(protocol).items() if key != "layers"}
+    if bn_statistics != probes.KEPT:
+        features["bn_statistics"] = bn_statistics
+    value = json.dumps([name, probes.settings(config), features], sort_keys=True)
     return hashlib.blake2b(value.encode(), digest_size=6).hexdigest()
 
 
 def rows_of(run: Run) -> list[dict[str, Any]]:
-    """All rows that probes have found for a run."""
-    if not run.folder.exists(ROWS):
-        return []
-    return [json.loads(line) for line in run.folder.read(ROWS).splitlines()]
+    """Return all rows that probes have added to a run, the newest of each `KEY`.
 
-
-def rows_under(
-    run: Run, name: str, train: str, test: str, config: Any = None, step: int | None = None
-) -> list[dict[str, Any]]:
-    """The rows of a run by one probe under one protocol, of all layers and encoders, on these data; see
-    `_Data.fingerprints` for probes that have seen nothing of some of them.
-
-    Args:
-        name: of the probe.
-        train: fingerprint of the train set.
-        test: fingerprint of the test set.
-        config: of the probe; its defaults, if it is None.
-        step: only of this checkpoint, and of what was not trained; None for all.
+    Raises:
+        UserError: a file of rows is damaged.
     """
-    config = probes.load(name)[0]() if config is None else config
-    wanted = name, protocol_hash(name, config, FeatureProtocol(run.config().view.image_size))
-    found = [
-        row
-        for row in rows_of(run)
-        if (row["probe"], row["protocol"]) == wanted
-        and row["train"] in ("", train)
-        and row["test"] in ("", test)
-    ]
-    return [row for row in found if step is None or row["step"] in (0, step)]
+    timed = [(0.0, row) for row in _old_rows(run.folder)]
+    folder = run.folder / ROWS
+    for name in folder.list():
+        if name.endswith(".jsonl"):
+            timed += [(row.pop("time"), row) for row in _read(folder, name)]
+    timed.sort(key=lambda item: item[0])
+    return list({_key(row): row for _, row in timed}.values())
 
 
 def keep(run: Run, rows: Iterable[Mapping[str, Any]]) -> None:
-    """Adds rows to the run's, in the place of those with the same key."""
-    kept = {tuple(row[key] for key in KEY): row for row in [*rows_of(run), *rows]}
-    run.folder.write(ROWS, jsonl(kept.values()))
+    """Add rows to a run. Any number of processes may do so at once.
+
+    Raises:
+        UserError: the folder cannot be written, or the file of this process is damaged.
+    """
+    folder, name = run.folder / ROWS, _file_of(os.getpid())
+    before = list(_read(folder, name)) if folder.exists(name) else []
+    now = [{**row, "time": time.time()} for row in rows]
+    lines = jsonl({_key(row): row for row in [*before, *now]}.values())
+    header = {"rows": lines.count(b"\n"), "crc32": zlib.crc32(lines)}
+    folder.write(name, jsonl([header]) + lines)
+
+
+def check_writable(folder: Folder) -> None:
+    """Raise UserError if rows cannot be added to a folder."""
+    name = f"{uuid.uuid4().hex}.check"
+    try:
+        (folder / ROWS).write(name, b"")
+        (folder / ROWS).delete(name)
+    except UserError as error:
+        raise UserError(
+            f"{error} `raysl probe` can write its results elsewhere: give --out FOLDER."
+        ) from error
+
+
+@lru_cache
+def _file_of(process: int) -> str:
+    """Return the name of the file of a process. Process numbers repeat on other machines, so the name is random."""
+    return f"{uuid.uuid4().hex}.jsonl"
+
+
+def _key(row: Mapping[str, Any]) -> tuple[Any, ...]:
+    return tuple(row[name] for name in KEY)
+
+
+def _read(folder: Folder, name: str) -> Iterator[dict[str, Any]]:
+    data = folder.read(name)
+    first, _, lines = data.partition(b"\n")
+    try:
+        header = json.loads(first)
+        if (header["rows"], header["crc32"]) != (lines.count(b"\n"), zlib.crc32(lines)):
+            raise ValueError("its checksum does not match")
+        rows = [_checked(json.loads(line)) for line in lines.splitlines()]
+        if not all(isinstance(row["time"], float) for row in rows):
+            raise ValueError("a row has no time")
+    except (ValueError, KeyError, TypeError) as error:
+        raise _damaged(folder, name, error) from error
+    yield from rows
+
+
+def _old_rows(folder: Folder) -> Iterator[dict[str, Any]]:
+    try:
+        data = folder.read(OLD_ROWS)
+    except FileNotFoundError:
+        return
+    try:
+        for line in data.splitlines():
+            row = json.loads(line)
+            row["primary"] = row.pop("headline", row.get("primary"))
+            yield _checked(row)
+    except (ValueError, KeyError, TypeError, AttributeError) as error:
+        raise _damaged(folder, OLD_ROWS, error) from error
+
+
+def _checked(row: Any) -> dict[str, Any]:
+    """Return a row if its fields have the right types, so that no report fails on it. Raises ValueError or KeyError."""
+    texts = ("probe", "name", "layer", "encoder", "protocol", "train", "test")
+    if not all(isinstance(row[name], str) for name in texts):
+        raise ValueError("a row has a name that is not text")
+    if not all(isinstance(row[name], int) for name in ("step", "seed", "primary")):
+        raise ValueError("a row has no step, no seed or no primary")
+    if not isinstance(row["value"], int | float) or not math.isfinite(row["value"]):
+        raise ValueError("a value is not a finite number")
+    # A report takes the names of its files from these.
+    for name in _TABLE:
+        if not re.fullmatch(r"[\w-]*", row[name]):
+            raise ValueError(f"its {name} {row[name]!r} is not a word")
+    return dict(row)
+
+
+def _damaged(folder: Folder, name: str, error: Exception) -> UserError:
+    return UserError(
+        f"The results of probes in {folder / name} are damaged: {error}. Delete that file and run the same "
+        "`raysl probe` again; the results in other files are intact."
+    )
+
+
+def rows_under(
+    run: Run,
+    name: str,
+    train: str,
+    test: str,
+    config: Any = None,
+    step: int | None = None,
+    *,
+    bn_statistics: str = probes.REESTIMATED,
+    rows: Iterable[Mapping[str, Any]] | None = None,
+) -> list[dict[str, Any]]:
+    """Return the rows of one probe under one protocol on given data, of all layers and encoders.
+
+    Args:
+        run: a run of raysl.
+        name: name of the probe.
+        train: fingerprint of the train set.
+        test: fingerprint of the test set.
+        config: Config of the probe; None for its defaults.
+        step: only rows of this checkpoint and of untrained encoders; None for all.
+        bn_statistics: see `protocol_hash`.
+        rows: the rows of the run, if the caller has read them already.
+    """
+    config = probes.load(name)[0]() if config is None else config
+    protocol = FeatureProtocol(run.config().view.image_size)
+    wanted = name, protocol_hash(name, config, protocol, bn_statistics)
+    return [
+        dict(row)
+        for row in (rows_of(run) if rows is None else rows)
+        if (row["probe"], row["protocol"]) == wanted
+        and row["train"] in ("", train)
+        and row["test"] in ("", test)
+        and (step is None or row["step"] in (0, step))
+    ]
+
+
+def shown(row: Mapping[str, Any]) -> str:
+    """Return the value of a row as people read it: shares in per cent with one decimal, the rest with four digits."""
+    return f"{100 * row['value']:.1f} %" if _SHARE.match(row["name"]) else f"{row['value']:.4g}"
 
 
 def tables(rows: Iterable[Mapping[str, Any]]) -> list[Table]:
-    """Tables of rows: one for each probe, protocol and pair of data sets; a column for each encoder. Of several layers
-    the headline is shown, or all that there is where a probe has none for some of them."""
-    from rich.table import Table
+    """Return tables of rows: one for each probe, protocol and pair of data sets, with a column for each encoder.
 
+    A table of several layers shows the primary metric, or all measures where some layer has no primary metric.
+    """
     groups: dict[tuple[Any, ...], list[Mapping[str, Any]]] = {}
     for row in rows:
         groups.setdefault(tuple(row[key] for key in _TABLE), []).append(row)
-    made = []
-    for (name, protocol, train, test), members in groups.items():
-        layers = list(dict.fromkeys(row["layer"] for row in members))
-        headlined = {row["layer"] for row in members if row["headline"]}
-        if len(layers) > 1 and headlined == set(layers):
-            members = [row for row in members if row["headline"]]
-        title = f"{name} on {layers[0]} features" if len(layers) == 1 else f"{name} by layer"
-        table = Table(title=title, caption=f"protocol {protocol}, {of_images(train, test)}")
-        several_seeds = len({row["seed"] for row in members}) > 1
-        cells = {(row["layer"], row["name"], _column(row, several_seeds)): row for row in members}
-        columns = sorted({column for _, _, column in cells})
-        table.add_column("")
-        for _, _, _, heading in columns:
-            table.add_column(heading, justify="right")
-        for layer, measure in dict.fromkeys((row["layer"], row["name"]) for row in members):
-            found = [cells.get((layer, measure, column)) for column in columns]
-            style = "bold" if any(row and row["headline"] for row in found) else None
-            label = measure if len(layers) == 1 else f"{layer} {measure}"
-            table.add_row(label, *(f"{row['value']:.4g}" if row else "" for row in found), style=style)
-        made.append(table)
-    return made
+    return [_table(members) for members in groups.values()]
+
+
+def _table(members: list[Mapping[str, Any]]) -> Table:
+    from rich.markup import escape
+    from rich.table import Table
+
+    name, protocol, train, test = (members[0][key] for key in _TABLE)
+    layers = list(dict.fromkeys(row["layer"] for row in members))
+    if len(layers) > 1 and {row["layer"] for row in members if row["primary"]} == set(layers):
+        members = [row for row in members if row["primary"]]
+    title = f"{name} on {layers[0]} features" if len(layers) == 1 else f"{name} by layer"
+    table = Table(title=escape(title), caption=escape(f"protocol {protocol}, {of_images(train, test)}"))
+    several_seeds = len({row["seed"] for row in members}) > 1
+    cells = {(row["layer"], row["name"], _column(row, several_seeds)): row for row in members}
+    columns = sorted({column for _, _, column in cells})
+    table.add_column("")
+    for *_, heading in columns:
+        table.add_column(escape(heading), justify="right")
+    for layer, measure in dict.fromkeys((row["layer"], row["name"]) for row in members):
+        found = [cells.get((layer, measure, column)) for column in columns]
+        style = "bold" if any(row and row["primary"] for row in found) else None
+        label = measure if len(layers) == 1 else f"{layer} {measure}"
+        table.add_row(escape(label), *(shown(row) if row else "" for row in found), style=style)
+    return table
 
 
 def of_images(train: str, test: str) -> str:
-    """The images that a number hangs on, for people.
+    """Return the images that a value depends on, as text.
 
     Args:
-        train: fingerprint of the train set; empty where the probe has seen nothing of it.
-        test: of the test set; empty where the protocol names the images.
+        train: fingerprint of the train set; empty if the probe did not see it.
+        test: fingerprint of the test set; empty if the protocol names the images.
     """
     if train:
         return f"train {train[:8]}, test {test[:8]}"
-    return f"images {test[:8]}" if test else "images of its own"
+    return f"images {test[:8]}" if test else "images named by the protocol"
 
 
 def _column(row: Mapping[str, Any], several_seeds: bool) -> tuple[int, int, int, str]:
-    """Where the column of a row stands, and its title."""
+    """Return the position of the column of a row, and its title."""
     title = f"{row['encoder']}, step {row['step']}" if row["encoder"] == "trained" else row["encoder"]
     if several_seeds:
         title += f", seed {row['seed']}"
-    order = (*ENCODERS, extraction.Weights.name)
+    order = (*ENCODERS, extraction.Weights.name, row["encoder"])
     return order.index(row["encoder"]), row["step"], row["seed"], title
+
+
+def verdicts(rows: Iterable[Mapping[str, Any]]) -> list[str]:
+    """Return a sentence for each probe that says if the trained encoder is better than the baselines.
+
+    Each encoder counts with the primary metric of its best layer.
+    """
+    sentences = []
+    members: dict[tuple[Any, ...], list[Mapping[str, Any]]] = {}
+    for row in rows:
+        if row["primary"]:
+            members.setdefault(tuple(row[key] for key in _TABLE), []).append(row)
+    for (name, *_), found in members.items():
+        best = {
+            encoder: max(
+                (row for row in found if row["encoder"] == encoder),
+                key=lambda row: row["value"],
+                default=None,
+            )
+            for encoder in ENCODERS
+        }
+        trained, others = best["trained"], [best["random"], best["pixels"]]
+        if trained is not None and any(others):
+            sentences.append(_verdict(name, trained, [row for row in others if row]))
+    return sentences
+
+
+def _verdict(name: str, trained: Mapping[str, Any], others: list[Mapping[str, Any]]) -> str:
+    called = {"random": "the untrained network", "pixels": "raw pixels"}
+    worse = [row for row in others if row["value"] < trained["value"]]
+    texts = [f"{called[row['encoder']]} ({shown(row)})" for row in others]
+    listed = " and ".join(texts)
+    start = f"By {name}, the trained network ({shown(trained)})"
+    if len(worse) == len(others):
+        return f"{start} is better than {listed}: the run has learned something useful."
+    if not worse:
+        return f"{start} is not better than {listed}: the run has not learned anything that this probe can use yet."
+    better, than = worse[0], next(row for row in others if row["value"] >= trained["value"])
+    return (
+        f"{start} is better than {called[better['encoder']]} ({shown(better)}) and not better than "
+        f"{called[than['encoder']]} ({shown(than)}): the run has learned something, but not enough. Train longer."
+    )

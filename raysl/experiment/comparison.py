@@ -162,7 +162,16 @@ def measured(
         ]
         if missing:
             cache = Folder(flags.runs) / "features"
-            probe(run, train, test, missing, layers=layers, encoders=own, configs=configs, cache=cache)
+            probe(
+                run,
+                train,
+                test,
+                probes=missing,
+                layers=layers,
+                encoders=own,
+                configs=configs or {},
+                cache=cache,
+            )
 
 
 def _known(
@@ -211,4 +220,4 @@ def reported(runs: Sequence[Run], flags: Flags, names: Sequence[str], besides: C
 
 def _headed(item: Found, besides: Collection[str]) -> Found:
     """The same, as a number that stands for its probe where its name is among these."""
-    return replace(item, row={**item.row, "headline": item.row["headline"] or item.row["name"] in besides})
+    return replace(item, row={**item.row, "primary": item.row["primary"] or item.row["name"] in besides})

@@ -110,7 +110,7 @@ def probed(config: Pretraining, train: str, test: str) -> list[dict[str, Any]]:
     names = ("knn",) if train == test else ("knn", "linear")
     seen, judged = (resolve(split).manifest.fingerprint for split in (train, test))
     there = [rows_under(run, name, seen, judged, step=run.newest().step) for name in names]
-    return [row for rows in there for row in rows] if all(there) else probe(run, train, test, names)
+    return [row for rows in there for row in rows] if all(there) else probe(run, train, test, probes=names)
 
 
 def drawn(flags: Flags, num_images: int) -> DataSet:

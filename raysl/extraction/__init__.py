@@ -17,6 +17,8 @@ from raysl.extraction.features import FeaturesConfig, make
 from raysl.extraction.heads import Heads, heads
 from raysl.extraction.inference import SETTINGS, FeatureExtractor, load
 from raysl.extraction.layers import Encode, feature_spec
+from raysl.extraction.reestimated import Reestimated
+from raysl.extraction.reestimated import load as load_reestimated
 from raysl.feature_store.files import FeatureForm
 from raysl.feature_store.store import FeatureStore
 
@@ -32,6 +34,7 @@ __all__ = [
     "Heads",
     "Pixels",
     "RandomBackbone",
+    "Reestimated",
     "Trainable",
     "Trained",
     "Weights",
@@ -39,6 +42,7 @@ __all__ = [
     "feature_spec",
     "heads",
     "load",
+    "load_reestimated",
     "make",
     "named",
     "pool",

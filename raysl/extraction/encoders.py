@@ -242,6 +242,7 @@ def check_size(encoder: Encoder, image_size: int) -> None:
     """Raise UserError if the backbone of an encoder does not take images of this size."""
     if not 1 <= image_size <= MAX_IMAGE_SIZE:
         raise UserError(f"--image-size is {image_size}; it must be between 1 and {MAX_IMAGE_SIZE:,}.")
+    encoder = getattr(encoder, "source", encoder)
     if isinstance(encoder, _Network):
         networks.check_size(encoder.backbone_config(), image_size)
 

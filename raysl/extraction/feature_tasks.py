@@ -133,9 +133,9 @@ def describe(source: Encoder, dataset: DataSet, protocol: FeatureProtocol) -> di
 def compute(
     source: Encoder, dataset: DataSet, protocol: FeatureProtocol, form: FeatureForm, folder: Folder
 ) -> list[Part]:
-    """Compute the parts of one layer that are missing in a folder, and return all parts."""
+    """Compute the parts of one layer that are missing in a folder, with paths, and return all parts."""
     (layer,) = protocol.layers
-    work = _Extract(source, dataset, protocol.image_size, (_Output(layer, folder, form),))
+    work = _Extract(source, dataset, protocol.image_size, (_Output(layer, folder, form),), True)
     _complete([work])
     return work.parts
 
@@ -237,12 +237,13 @@ class _Output:
 
 @dataclass(frozen=True)
 class _Extract:
-    """An encoder, its images, and the outputs for its features."""
+    """An encoder, its images, and the outputs for its features, with or without the paths of the images."""
 
     source: Encoder
     dataset: DataSet
     image_size: int
     outputs: tuple[_Output, ...]
+    with_paths: bool = False
 
     @cached_property
     def parts(self) -> list[Part]:
@@ -295,8 +296,7 @@ class _Actor:
     def write(self, number: int, part: Part) -> None:
         """Compute one part of a work and write its files."""
         work, encode = self.works[number], self.encode(number)
-        paths_known = getattr(work.dataset, "has_paths", False)
-        columns = ("image", "path") if paths_known else ("image",)
+        columns = ("image", "path") if work.with_paths else ("image",)
         table = work.dataset.read(np.arange(*part, dtype=np.int64), columns)
         images = table.column("image").to_pylist()
         batches = [images[i : i + _BATCH] for i in range(0, len(images), _BATCH)]
@@ -306,7 +306,7 @@ class _Actor:
                 features = encode(pixels_bchw.to(self.device))
             for layer, values in made.items():
                 values.append(features[layer].float().cpu().numpy())
-        paths = table.column("path") if paths_known else None
+        paths = table.column("path") if work.with_paths else None
         for output in work.outputs:
             rows_nd = np.concatenate(made.pop(output.layer))
             write_part(output.folder, part, output.layer, rows_nd, output.form, paths)

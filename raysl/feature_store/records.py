@@ -45,8 +45,20 @@ def read_record(folder: Folder, name: str, remedy: str) -> dict[str, Any]:
     return value
 
 
-def _checksum(value: dict[str, Any]) -> str:
-    return f"{zlib.crc32(json.dumps(value, sort_keys=True).encode()):08x}"
+def signed(metadata: Mapping[str, str]) -> dict[str, str]:
+    """Return the metadata of an assignments file with its checksum. Parquet has none for metadata, only for pages."""
+    return {**metadata, "checksum": _checksum(metadata)}
+
+
+def is_damaged(metadata: Mapping[str, str]) -> bool:
+    """Return True if the metadata of an assignments file do not match their checksum, if they have one."""
+    signed_keys = ("K", "features", "fingerprint", "kmeans", "objective", "teacher")
+    own = {key: metadata[key] for key in signed_keys if key in metadata}
+    return metadata.get("checksum", _checksum(own)) != _checksum(own)
+
+
+def _checksum(value: Mapping[str, Any]) -> str:
+    return f"{zlib.crc32(json.dumps(dict(value), sort_keys=True).encode()):08x}"
 
 
 def write_arrays(folder: Folder, name: str, arrays: Mapping[str, npt.NDArray[Any]]) -> None:

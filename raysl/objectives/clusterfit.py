@@ -33,6 +33,7 @@ from torch import Tensor, nn
 from raysl.backbone.network import encode
 from raysl.contrastive.bank import MemoryBank
 from raysl.errors import Unset, UserError
+from raysl.feature_store.records import is_damaged
 from raysl.fields import Checked
 from raysl.objectives import Loss, Setup
 from raysl.storage import Folder, filesystem
@@ -159,8 +160,14 @@ def _read(uri: str) -> tuple[pa.Table, dict[str, str]]:
                 "Its columns must be index and cluster. Write the table again."
             )
     named = {
-        key.decode(): value.decode(errors="replace") for key, value in (table.schema.metadata or {}).items()
+        key.decode(errors="replace"): value.decode(errors="replace")
+        for key, value in (table.schema.metadata or {}).items()
     }
+    if is_damaged(named):
+        raise UserError(
+            f"The labels {uri!r} are damaged: the checksum of their metadata does not match. Delete the folder of the "
+            "clustering and run `raysl cluster` again."
+        )
     return table, {key: named[key] for key in ("teacher", "K", "objective", "fingerprint") if key in named}
 
 

@@ -1,29 +1,28 @@
-"""Probes: one file each, found by its name. What a frozen representation is worth, as numbers.
+"""Probes: measure a frozen representation. Each probe is one file and is found by its name.
 
-A file `probes/foo_bar.py` describes the probe `foo_bar` with
+A file `probes/foo_bar.py` defines the probe `foo_bar` with
 
     @dataclass(frozen=True)
-    class Config: ...                    the protocol as data, with a field `version: int`
-    class FooBar:                        the probe: its constructor takes a Config, and it has a `headline`
+    class Config(Settings):              the protocol, with the bounds of its fields; see `raysl.fields`
+        version: ClassVar[int] = 1       raised whenever the same settings give another number
+    class FooBar:                        the probe: its constructor takes a Config, and it has a `primary_metric`
 
-and gets the command line, the tables and the contract tests without another edit. Which method the class has says what
-it needs, and is the whole difference between the kinds of probes:
+and gets the command line, the tables and the contract tests without another edit. The method of the class says what
+the probe needs:
 
-    run(train, test)      the features of one layer, of two labelled sets; see `LabelledProbe`
-    measure(features_nd)  the features of one layer, no labels; see `FeatureProbe`
-    examine(subject)      the encoder and the images themselves; see `EncoderProbe`
+    run(train, test)      features of one layer of two labelled data sets; see `LabelledProbe`
+    measure(features_nd)  features of one layer, no labels; see `FeatureProbe`
+    examine(subject)      the encoder and the images; see `EncoderProbe`
 
-A class that says `learns = True` is refused where it would be scored on the images that it has learned from. One that
-says `own_images = True` looks at images that its Config names, and at no others.
-
-All of them yield rows. `version` is raised whenever the same settings come to give another number, so that old rows
-never stand beside new ones; `tests/probes/test_contract.py` holds a hash of every default, and the constants.
+A class with `learns = True` is refused where the train set and the test set are the same images. A class with
+`own_images = True` uses only images that its Config names. A Config may define `settings()`, which returns the JSON
+value that its protocol hash is made of; see `settings`.
 """
 
 from __future__ import annotations
 
 from collections.abc import Iterator
-from dataclasses import dataclass, fields
+from dataclasses import dataclass, fields, is_dataclass
 from typing import Any, Protocol, runtime_checkable
 
 import numpy as np
@@ -35,36 +34,52 @@ from raysl import plugins
 from raysl.dataset import DataSet
 from raysl.errors import UserError
 from raysl.extraction import Encoder
+from raysl.fields import Checked, FieldError, flag, prefix
 from raysl.storage import Folder
 
 Floats = npt.NDArray[np.float32]
+Integers = npt.NDArray[np.int64]
+
+# Where BatchNorm takes its statistics from when features are computed.
+KEPT, REESTIMATED = "kept", "reestimated"
+# Test classes are unbalanced when the largest has more than this many times the images of the smallest.
+_UNBALANCED = 2
+
+
+class Settings(Checked):
+    """Base of the Config of a probe: a new instance checks its fields, and a tuple needs at least one value."""
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        for name, value in vars(self).items():
+            if value == ():
+                raise FieldError(flag(prefix(type(self)) + name), value, "it needs at least one value")
 
 
 @dataclass(frozen=True)
 class Labelled:
-    """The features of a data set, with its labels.
+    """The features and the labels of a data set.
 
     Args:
         features_nd: float32 (n, d), in index order.
-        labels_n: int64 (n,), 0 or more. Or, where an image may show several classes, int64 (n, c): 1 for a class that
-            it shows, 0 for one that it does not, -1 for one that is not to be judged ("difficult" in PASCAL VOC). Only
-            the probes that look at one class at a time take those.
-        fingerprint: of the data set; empty when there is none.
+        labels_n: int64 (n,), >= 0. If an image can show several classes: int64 (n, c), 1 for a class that the image
+            shows, 0 for a class that it does not show, -1 for a class that is not judged ("difficult" in PASCAL VOC).
+        fingerprint: fingerprint of the data set; empty if it has none.
     """
 
     features_nd: Floats
-    labels_n: npt.NDArray[np.int64]
+    labels_n: Integers
     fingerprint: str = ""
 
 
 @dataclass(frozen=True)
 class Row:
-    """One number that a probe found.
+    """One result of a probe.
 
     Args:
-        name: such as "top1".
+        name: name of the measure, such as "top1".
         value: finite; shares are in 0 .. 1.
-        layer: that it is about; where it is empty, the layer whose features the probe was handed.
+        layer: the layer it belongs to; empty for the layer whose features the probe received.
     """
 
     name: str
@@ -74,16 +89,17 @@ class Row:
 
 @dataclass(frozen=True)
 class Subject:
-    """What a probe of a whole encoder works on. Small and picklable; Ray runs.
+    """The input of an `EncoderProbe`. Small and picklable. Ray runs.
 
     Args:
-        encoder: turns images into features; `raysl.extraction.Trainable` tells whether it can be trained further.
-        layers: those that were asked for and that the encoder has.
-        image_size: side in pixels of the evaluation view.
-        train: images to learn from, if anything is learned.
-        test: images to be judged on.
-        seed: of the run; what a probe draws hangs on it and on nothing else.
-        folder: for files that a report draws from. The probe's own, for this encoder and these images.
+        encoder: turns images into features; a `raysl.extraction.Trainable` can also be trained.
+        layers: the requested layers.
+        image_size: side of the evaluation view in pixels.
+        train: images to learn from.
+        test: images to score.
+        seed: seed of the run, for all random choices of the probe.
+        folder: folder for files that a report reads; each encoder, data set and protocol has its own.
+        bn_statistics: "kept" or "reestimated"; see `raysl.evaluation.options.ProbeConfig`.
     """
 
     encoder: Encoder
@@ -93,22 +109,23 @@ class Subject:
     test: DataSet
     seed: int
     folder: Folder
+    bn_statistics: str = KEPT
 
 
 @runtime_checkable
 class LabelledProbe(Protocol):
-    """A measurement of frozen features by labels. Deterministic.
+    """A deterministic measurement of frozen features with labels.
 
     Attributes:
-        headline: name of the row that stands for the probe where there is room for one number; more is better.
-        dims: how many numbers of a layer it wants at most, with their places; 0 for the mean over places.
+        primary_metric: name of the row that stands for the probe in tables; more is better.
+        dims: largest number of features of a layer, kept as a grid of places; 0 for the mean over places.
     """
 
-    headline: str
+    primary_metric: str
     dims: int
 
     def run(self, train: Labelled, test: Labelled) -> Iterator[Row]:
-        """Learns from `train` and is scored on `test`. A class that only `test` has is never predicted.
+        """Learn from `train` and score on `test`. A class that only `test` has is never predicted.
 
         Raises:
             UserError: the features or the labels do not suit the probe; see `check`.
@@ -118,13 +135,13 @@ class LabelledProbe(Protocol):
 
 @runtime_checkable
 class FeatureProbe(Protocol):
-    """A measurement of frozen features that needs no labels. Deterministic. Attributes as `LabelledProbe`."""
+    """A deterministic measurement of frozen features without labels. For attributes see `LabelledProbe`."""
 
-    headline: str
+    primary_metric: str
     dims: int
 
     def measure(self, features_nd: Floats) -> Iterator[Row]:
-        """Looks at the features of the test images, float32 (n, d).
+        """Measure the features of the test images, float32 (n, d).
 
         Raises:
             UserError: the features do not suit the probe; see `check_features`.
@@ -134,13 +151,12 @@ class FeatureProbe(Protocol):
 
 @runtime_checkable
 class EncoderProbe(Protocol):
-    """A measurement that needs the encoder and images, such as one of views that no data set holds. `headline` as
-    `LabelledProbe`."""
+    """A measurement that needs the encoder and images. For `primary_metric` see `LabelledProbe`."""
 
-    headline: str
+    primary_metric: str
 
     def examine(self, subject: Subject) -> Iterator[Row]:
-        """Yields rows, each with its layer.
+        """Yield rows, each with its layer.
 
         Raises:
             UserError: the encoder or the images do not suit the probe.
@@ -152,52 +168,66 @@ Probe = LabelledProbe | FeatureProbe | EncoderProbe
 
 
 def names() -> list[str]:
-    """Return the names of all probes."""
+    """Return the names of all probes: files of this package, and probes of plugins."""
     return plugins.names(__name__)
 
 
 def config_type(name: str) -> type[Any]:
-    """Return the Config of a probe. Raises UserError when there is none of that name."""
+    """Return the Config of a probe. Raises UserError if there is no probe of that name."""
     return plugins.config_type(__name__, name, "probe")
 
 
 def load(name: str) -> tuple[type[Any], type[Any]]:
-    """Return the Config and the class of a probe. Raises UserError when there is none of that name."""
+    """Return the Config and the class of a probe. Raises UserError if there is no probe of that name."""
     return plugins.load(__name__, name, "probe")
 
 
 def required(name: str) -> list[str]:
-    """Flags of a probe without a default that would do: where there is nothing that could be one, such as a folder, the
-    default is empty. Raises UserError when there is no such probe."""
+    """Return the flags of a probe that have no usable default (an empty string), such as a folder.
+
+    Raises:
+        UserError: there is no probe of that name.
+    """
     config = config_type(name)()
-    unset = [one.name for one in fields(config) if getattr(config, one.name) == ""]
+    unset = [field.name for field in fields(config) if getattr(config, field.name) == ""]
     return [f"--{name}.{field}".replace("_", "-") for field in unset]
 
 
 def learns(name: str) -> bool:
-    """Whether a probe learns from one set and must be scored on another. Raises UserError when there is no such
-    probe."""
+    """Return True if a probe must be scored on other images than it learns from. Raises UserError as `load`."""
     return bool(getattr(load(name)[1], "learns", False))
 
 
+def settings(config: Any) -> dict[str, Any]:
+    """Return all settings of a protocol as a JSON value: `config.settings()`, or its fields and its version."""
+    return config.settings() if hasattr(config, "settings") else field_values(config)
+
+
+def field_values(config: Any) -> dict[str, Any]:
+    """Return the fields of a dataclass, and its version if it has one; dataclasses inside become dictionaries."""
+    values = {field.name: getattr(config, field.name) for field in fields(config)}
+    version = {"version": config.version} if hasattr(config, "version") else {}
+    return {key: field_values(item) if is_dataclass(item) else item for key, item in values.items()} | version
+
+
 def same_images(train: Labelled, test: Labelled) -> bool:
-    """Whether the test set is the train set, so that an image would meet itself."""
+    """Return True if both sets hold the same images, so that an image would find itself."""
     return train is test or bool(train.fingerprint and train.fingerprint == test.fingerprint)
 
 
-def common_labels(train: DataSet, test: DataSet) -> tuple[npt.NDArray[np.int64], npt.NDArray[np.int64]]:
-    """Labels of both sets, int64 (n,), under the numbers of the train set: classes are matched by their names.
+def common_labels(train: DataSet, test: DataSet) -> tuple[Integers, Integers]:
+    """Return the labels of both sets, int64 (n,), numbered as in the train set; classes are matched by name.
 
-    A class that only the test set has gets a number above those of the train set.
+    A class that only the test set has gets a number above the numbers of the train set.
 
     Raises:
-        UserError: a set has no labels, or they have no class in common.
+        UserError: a set has no labels, or the sets have no class in common.
     """
     train_n, test_n = train.labels(), test.labels()
     numbers = {name: number for number, name in enumerate(train.manifest.classes)}
     if not numbers.keys() & set(test.manifest.classes):
         raise UserError(
-            f"The train set {str(train.folder)!r} and the test set {str(test.folder)!r} have no class in common: the "
+            f"The train set {str(train.folder)!r} and the test set {str(test.folder)!r} have no class in common: their "
             f"first classes are {', '.join(train.manifest.classes[:3])} and {', '.join(test.manifest.classes[:3])}. "
             "Give two sets with the same classes."
         )
@@ -205,14 +235,19 @@ def common_labels(train: DataSet, test: DataSet) -> tuple[npt.NDArray[np.int64],
     return train_n, np.array(mapped, dtype=np.int64)[test_n]
 
 
-def check(train: Labelled, test: Labelled, several: bool = False) -> None:
-    """What every probe needs of labelled features.
+def check(name: str, train: Labelled, test: Labelled, *, several: bool = False, learns: bool = False) -> None:
+    """Check the input of a probe with labels.
 
     Args:
-        several: whether the probe takes images that show several classes.
+        name: name of the probe, for messages.
+        train: the train set.
+        test: the test set.
+        several: the probe accepts images that show several classes.
+        learns: the probe learns from the train set, and so refuses to be scored on it.
 
     Raises:
-        UserError: a set is empty, features are not finite, or images show several classes and may not.
+        UserError: a set is empty, features are not finite, the train set shows one class, images show several classes
+            and the probe does not accept them, or the sets are the same and the probe learns.
     """
     for kind, data in (("train", train), ("test", test)):
         if len(data.features_nd) != len(data.labels_n):
@@ -222,59 +257,85 @@ def check(train: Labelled, test: Labelled, several: bool = False) -> None:
         check_features(data.features_nd, kind)
         if data.labels_n.ndim != 1 and not several:
             raise UserError(
-                f"The images of the {kind} set may show several classes each, and this probe is for one. Use the "
-                "probe svm or retrieval."
+                f"The probe {name} needs images of one class each, and images of the {kind} set can show several "
+                "classes. Use the probe svm or retrieval."
             )
+    check_labels(name, train.labels_n, same=learns and same_images(train, test))
+
+
+def check_labels(name: str, train_labels_n: Integers, *, same: bool) -> None:
+    """Raise UserError if the train set shows one class, or if it is the `same` as the test set of a probe that learns."""
+    if same:
+        raise UserError(
+            f"The probe {name} would learn from and be scored on the same images, which measures memory and not the "
+            "representation. Give another test set, or data with the splits train and test; the probe knn can use one "
+            "set for both."
+        )
+    if train_labels_n.ndim == 1 and len(np.unique(train_labels_n)) < 2:
+        raise UserError(
+            f"The probe {name} needs a train set of at least two classes, and every image of this train set has the "
+            "same class: any network would be right. Give labelled data with more classes."
+        )
 
 
 def check_features(features_nd: Floats, kind: str) -> None:
-    """Raises UserError when there are no features, or they are not finite.
+    """Raise UserError if there are no features, or if they are not finite.
 
     Args:
-        kind: of the set, "train" or "test".
+        features_nd: float32 (n, d).
+        kind: "train" or "test", for messages.
     """
     if features_nd.ndim != 2:
         raise ValueError(f"{kind} features of shape {features_nd.shape}")
     if not len(features_nd):
-        raise UserError(f"The {kind} set of the probe has no images. Give one that has some.")
+        raise UserError(f"The {kind} set of the probe has no images. Give a data set that has images.")
     if not np.isfinite(features_nd).all():
         raise UserError(
-            f"The features of the {kind} set are not all finite: the weights have diverged. Probe an earlier "
-            "checkpoint, or train again with a lower --optim.lr."
+            f"The features of the {kind} set are not all finite: training has diverged. Probe an earlier checkpoint, "
+            "or train again with a lower --optim.lr."
         )
 
 
-def presence(labels_n: npt.NDArray[np.int64], classes: int) -> npt.NDArray[np.int64]:
-    """int64 (n, classes), as `Labelled.labels_n` with an axis for the classes, of labels of either form."""
+def presence(labels_n: Integers, classes: int) -> Integers:
+    """Return labels of either form (see `Labelled`) as int64 (n, classes)."""
     if labels_n.ndim == 2:
         return labels_n
-    shown_nc: npt.NDArray[np.int64] = (labels_n[:, None] == np.arange(classes)).astype(np.int64)
+    shown_nc: Integers = (labels_n[:, None] == np.arange(classes)).astype(np.int64)
     return shown_nc
 
 
-def topk_rows(rank_n: Tensor, classes: int, suffix: str = "") -> Iterator[Row]:
-    """Top-1, and top-5 where there are more than five classes.
+def accuracy_rows(rank_n: Tensor, labels_n: Tensor, classes: int, suffix: str = "") -> Iterator[Row]:
+    """Yield top-1, top-5 if there are more than five classes, and the balanced accuracy of unbalanced test sets.
+
+    The balanced accuracy is the mean over the classes of the test set of the top-1 of their images.
 
     Args:
         rank_n: see `rank`.
+        labels_n: int64 (n,), labels of the test set.
         classes: number of classes in the train set.
-        suffix: is appended to the names.
+        suffix: appended to the names of the rows.
     """
+    rank_n, labels_n = rank_n.cpu(), labels_n.cpu()
     for k in (1, 5) if classes > 5 else (1,):
         yield Row(f"top{k}{suffix}", (rank_n < k).double().mean().item())
+    count_c = labels_n.bincount()
+    seen_c = count_c > 0
+    if count_c.max() > _UNBALANCED * count_c[seen_c].min():
+        right_c = labels_n.bincount(weights=(rank_n < 1).double(), minlength=len(count_c))
+        yield Row(f"balanced{suffix}", (right_c[seen_c] / count_c[seen_c]).mean().item())
 
 
 def rank(scores_nc: Tensor, labels_n: Tensor) -> Tensor:
-    """int64 (n,): how many classes rank before the right one; c when the right one is not predicted at all.
+    """Return int64 (n,): the number of classes that rank before the right one; c if the right one is not predicted.
 
     Args:
-        scores_nc: more is likelier; a class at -inf is not predicted. Equal scores rank by class number.
-        labels_n: int64 (n,); a label of c or more is never predicted.
+        scores_nc: float (n, c), higher is likelier; a class at -inf is not predicted. Equal scores rank by class number.
+        labels_n: int64 (n,) on the same device; a label >= c is never predicted.
     """
     classes = scores_nc.shape[1]
     safe_n = labels_n.clamp(max=classes - 1)
     right_n1 = scores_nc.gather(1, safe_n[:, None])
-    before = torch.arange(classes)[None] < safe_n[:, None]
+    before = torch.arange(classes, device=scores_nc.device)[None] < safe_n[:, None]
     ahead_nc = (scores_nc > right_n1) | ((scores_nc == right_n1) & before)
     possible_n = (labels_n < classes) & (right_n1[:, 0] > -torch.inf)
     return torch.where(possible_n, ahead_nc.sum(1), classes)

@@ -1,10 +1,10 @@
-"""Faster R-CNN over the maps of any convolutional backbone.
+"""Faster R-CNN on the feature maps of any convolutional backbone.
 
-Ren et al. 2015, "Faster R-CNN", with the feature pyramid of Lin et al. 2017, as torchvision has it. The maps are found
-by passing an empty image: the last one of each size, from a quarter of the image's on, four at most. BatchNorm is
-frozen, as in PIRL, its statistics and its weights. Maps of networks that were trained in different ways differ in scale
-(He et al. 2020, MoCo, normalise them anew for that reason); here the pyramid has a GroupNorm behind each of its
-convolutions.
+Ren et al. 2015, "Faster R-CNN", with the feature pyramid of Lin et al. 2017, from torchvision. An empty image shows
+which modules give maps: the last module of each map size is used, from a quarter of the image size down, four at most.
+Forward hooks read the maps, because torchvision's `create_feature_extractor` cannot trace every backbone. BatchNorm is
+frozen, statistics and weights, as in PIRL. Networks that were trained in different ways differ in the scale of their
+maps (He et al. 2020, MoCo, add normalisation for that reason), so each convolution of the pyramid has a GroupNorm.
 """
 
 from __future__ import annotations
@@ -24,7 +24,7 @@ from torchvision.ops.feature_pyramid_network import FeaturePyramidNetwork, LastL
 from raysl.backbone.network import Backbone
 from raysl.errors import UserError
 
-# Sides of anchors in pixels; the finest map takes the first ones.
+# Sides of anchors in pixels; the finest map has the first ones.
 ANCHORS = (32, 64, 128, 256, 512)
 _EMPTY_SIDE = 256
 _COARSEST, _FINEST, _MOST_MAPS = 6, 64, 4
@@ -32,14 +32,14 @@ _ROI_CELLS = 7
 
 
 class PyramidBackbone(nn.Module):
-    """The pyramid over the maps of a backbone.
+    """A feature pyramid on the maps of a backbone.
 
     Args:
-        backbone: its weights are trained further.
+        backbone: trained further.
         width: channels of every level, a multiple of 32.
 
     Raises:
-        UserError: the backbone has no maps, or takes images of one size alone.
+        UserError: the backbone has no maps, or takes images of one size only.
     """
 
     def __init__(self, backbone: Backbone, width: int) -> None:
@@ -56,13 +56,13 @@ class PyramidBackbone(nn.Module):
         )
 
     def train(self, mode: bool = True) -> Self:
-        """As of any module, but that the backbone stays in evaluation mode: its BatchNorm is frozen."""
+        """Set the mode of all modules but the backbone, whose BatchNorm is frozen."""
         super().train(mode)
         self.body.eval()
         return self
 
     def forward(self, images_bchw: Tensor) -> dict[str, Tensor]:
-        """Maps (b, width, h, w) by name, the finest first: "0", "1" and on of the backbone, and "pool"."""
+        """Return maps (b, width, h, w) by name, the finest first: "0", "1" ... of the backbone, and "pool"."""
         made = maps(self.body, self.names, images_bchw)
         levels: dict[str, Tensor] = self.pyramid(
             {str(number): made[name] for number, name in enumerate(self.names)}
@@ -71,12 +71,13 @@ class PyramidBackbone(nn.Module):
 
 
 def build(backbone: Backbone, classes: int, sides: tuple[int, ...], width: int) -> FasterRCNN:
-    """The detector, with new weights from torch's global generator for all but the backbone.
+    """Return the detector. All weights but those of the backbone are drawn from torch's global generator.
 
     Args:
-        classes: without the background.
-        sides: of images in pixels, the shorter one; drawn in training, the last one for evaluation.
-        width: see `PyramidBackbone`; the head of the boxes has four times as many.
+        backbone: the backbone.
+        classes: number of classes without the background.
+        sides: lengths of the shorter side of an image in pixels: random in training, the last one in evaluation.
+        width: see `PyramidBackbone`; the box head has four times as many channels.
 
     Raises:
         UserError: see `PyramidBackbone`.
@@ -99,10 +100,10 @@ def build(backbone: Backbone, classes: int, sides: tuple[int, ...], width: int) 
 
 
 def stages(backbone: Backbone) -> dict[str, int]:
-    """Names of the parts of a backbone's body that make its maps, the finest first, and their channels.
+    """Return the names of the modules of a backbone that make its maps, the finest first, and their channels.
 
     Raises:
-        UserError: there are none.
+        UserError: the backbone makes no maps.
     """
     body = backbone.body.eval()
     candidates = list(_candidates(body))
@@ -111,26 +112,28 @@ def stages(backbone: Backbone) -> dict[str, int]:
             made = maps(body, candidates, torch.zeros(1, 3, _EMPTY_SIDE, _EMPTY_SIDE))
     except (AssertionError, RuntimeError, ValueError) as error:
         raise UserError(
-            f"The probe detection passes images of many sizes, and this backbone does not take them: {error}. Probe a "
+            f"The probe detection needs a backbone that takes images of many sizes, and this one does not: {error}. Probe a "
             "convolutional backbone, such as resnet50."
         ) from error
-    # Of those of one size, the last one stays.
+    # The last map of each size is used.
     by_side = {made[name].shape[2]: name for name in made if _is_map(made[name])}
     sides = sorted(by_side, reverse=True)[:_MOST_MAPS]
     found = {by_side[side]: made[by_side[side]].shape[1] for side in sides}
     if not found:
         raise UserError(
-            "The probe detection needs maps of features, and this backbone makes none. Probe a convolutional backbone, such "
-            "as resnet50."
+            "The probe detection needs feature maps, and this backbone makes none. Probe a convolutional backbone, such as "
+            "resnet50."
         )
     return found
 
 
 def maps(body: nn.Module, names: list[str], images_bchw: Tensor) -> dict[str, Tensor]:
-    """What parts of a network put out on the way, in the order in which they end.
+    """Return the outputs of modules of a network by name, in the order of their computation.
 
     Args:
-        images_bchw: normalised.
+        body: the network.
+        names: names of modules.
+        images_bchw: normalised images.
     """
     made: dict[str, Tensor] = {}
 
@@ -151,8 +154,8 @@ def maps(body: nn.Module, names: list[str], images_bchw: Tensor) -> dict[str, Te
 
 
 def _candidates(body: nn.Module) -> Iterator[str]:
-    """The parts of a network, and those of its sequences: blocks are not looked into, whose first layers still have
-    the size of the stage before."""
+    """Yield the modules of a network, and those of its sequences. The first layers inside of a block still have the map
+    size of the previous stage, so blocks are not searched."""
     for name, child in body.named_children():
         yield name
         if isinstance(child, nn.Sequential):
@@ -160,7 +163,7 @@ def _candidates(body: nn.Module) -> Iterator[str]:
 
 
 def _is_map(output: Tensor) -> bool:
-    """Whether an output is a square map with its channels first, of a size between the finest and the coarsest."""
+    """Return True if an output is a square map, channels first, of a size between the coarsest and the finest."""
     return (
         output.ndim == 4
         and output.shape[2] == output.shape[3]

@@ -1,4 +1,4 @@
-"""Probes of frozen features on Ray, off the driver and the trainers: a task for each layer."""
+"""Run a probe of frozen features in Ray tasks, one for each layer."""
 
 from __future__ import annotations
 
@@ -8,109 +8,116 @@ from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import Any
 
-import numpy as np
-import numpy.typing as npt
 import torch
 
 from raysl import extraction
 from raysl.extraction import FeatureStore
-from raysl.probes import FeatureProbe, Labelled, LabelledProbe, Row
-from raysl.probes._task import elsewhere
+from raysl.probes import FeatureProbe, Integers, Labelled, LabelledProbe, Row
+from raysl.probes._task import run_tasks
 from raysl.ray_cluster import placement
 
-# A probe holds the features as they are read, in the order that it likes, and what it makes of them.
+# A probe holds the features as they are read, in an order of its own, and in a form of its own.
 _COPIES = 3
 
 
 @dataclass(frozen=True)
 class Frozen:
-    """The features of a data set where they lie, and its labels.
+    """The stored features and the labels of a data set.
 
     Args:
-        tables: by tap; see `raysl.extraction.feature_spec`.
-        labels_n: as `Labelled.labels_n`; None where no probe needs them.
-        fingerprint: of the data set.
+        tables: features by feature spec; see `raysl.extraction.feature_spec`.
+        labels_n: see `Labelled.labels_n`; None if no probe needs labels.
+        fingerprint: fingerprint of the data set.
     """
 
     tables: Mapping[str, FeatureStore]
-    labels_n: npt.NDArray[np.int64] | None
+    labels_n: Integers | None
     fingerprint: str
 
-    def load(self, tap: str) -> Labelled:
-        """The features of a tap, in memory."""
+    def load(self, spec: str) -> Labelled:
+        """Return the features of a feature spec, in memory."""
         assert self.labels_n is not None
-        return Labelled(self.tables[tap].load(), self.labels_n, self.fingerprint)
+        return Labelled(self.tables[spec].load(), self.labels_n, self.fingerprint)
 
 
 def by_layer(
-    probe: LabelledProbe | FeatureProbe, layers: Sequence[str], train: Frozen, test: Frozen, spare: bool
+    probe: LabelledProbe | FeatureProbe,
+    layers: Sequence[str],
+    train: Frozen,
+    test: Frozen,
+    low_priority: bool,
 ) -> list[Row]:
-    """The rows of a probe, with their layers.
+    """Return the rows of a probe for each layer.
 
     Args:
-        spare: whether trainers need the CPUs: then a task has one thread of the lowest priority.
+        probe: the probe.
+        layers: names of layers.
+        train: features to learn from.
+        test: features to score.
+        low_priority: trainers need the CPUs and GPUs, so a task has one thread of the lowest priority.
 
     Raises:
-        UserError: the features or the labels do not suit the probe, or features on disk are damaged.
+        UserError: the features or the labels do not suit the probe, or stored features are damaged.
     """
     if not layers:
         return []
     sets = (train, test) if isinstance(probe, LabelledProbe) else (test,)
-    taps = [extraction.feature_spec(layer, probe.dims) for layer in layers]
-    found = placement.machines()
-    threads = 1 if spare else _threads(found.for_work, len(layers))
+    specs = [extraction.feature_spec(layer, probe.dims) for layer in layers]
+    machines = placement.machines()
+    threads = 1 if low_priority else _threads(machines.for_work, len(layers))
     calls = [
-        (probe, layer, tap, train, test, threads, spare) for layer, tap in zip(layers, taps, strict=True)
+        (probe, layer, spec, train, test, threads, low_priority)
+        for layer, spec in zip(layers, specs, strict=True)
     ]
-    _, share = extraction.pool(found.totals())
+    _, share = extraction.pool(machines.totals())
     options: dict[str, Any] = {
-        "num_cpus": 0.0 if spare else share["num_cpus"],
-        # Two that do not fit into a machine together wait for each other.
-        "memory": min(_bytes(taps, sets), _room(found.for_work, share["num_cpus"])),
+        **({"num_cpus": 0.0} if low_priority else share),
+        # Two tasks that do not fit into a machine together wait for each other.
+        "memory": min(_bytes(specs, sets), _room(machines.for_work, share["num_cpus"])),
         "scheduling_strategy": "SPREAD",
     }
-    if spare:
-        options["max_calls"] = 1  # what comes after shall not have this priority
-    return [row for rows in elsewhere(_measure, calls, options) for row in rows]
+    if low_priority:
+        options["max_calls"] = 1  # The next task of the process must not inherit the priority.
+    return [row for rows in run_tasks(_measure, calls, options) for row in rows]
 
 
 def _threads(nodes: Iterable[Mapping[str, float]], tasks: int) -> int:
-    """Threads of each of some tasks that are spread over machines and have these for themselves."""
+    """Return the threads of each task if the tasks are spread over idle machines."""
     cpus = [node["CPU"] for node in nodes if node.get("CPU")]
     return max(1, int(max(cpus) / math.ceil(tasks / len(cpus))))
 
 
 def _room(nodes: Iterable[Mapping[str, float]], cpus: float) -> float:
-    """Memory of the largest machine that has so many CPUs. A head without any takes no work, however large it is."""
+    """Return the memory of the largest machine that has so many CPUs, in bytes."""
     working = [node for node in nodes if node.get("CPU", 0.0) >= max(cpus, 1e-3)]
     return max((node.get("memory", 0.0) for node in working), default=0.0)
 
 
-def _bytes(taps: Iterable[str], sets: Iterable[Frozen]) -> int:
-    """Memory that the largest of some layers takes."""
-    return max(sum(_COPIES * 4 * one.tables[tap].num_values for one in sets) for tap in taps)
+def _bytes(specs: Iterable[str], sets: Iterable[Frozen]) -> int:
+    """Return the memory that a probe of the largest layer needs, in bytes."""
+    return max(sum(_COPIES * 4 * one.tables[spec].num_values for one in sets) for spec in specs)
 
 
 def _measure(
     probe: LabelledProbe | FeatureProbe,
     layer: str,
-    tap: str,
+    spec: str,
     train: Frozen,
     test: Frozen,
     threads: int,
-    spare: bool,
+    low_priority: bool,
 ) -> list[Row]:
-    """The rows of one layer."""
-    if spare:
+    """Return the rows of one layer."""
+    if low_priority:
         os.nice(19)
     before = torch.get_num_threads()
     torch.set_num_threads(threads)
     try:
         if isinstance(probe, LabelledProbe):
-            found = probe.run(train.load(tap), test.load(tap))
+            found = probe.run(train.load(spec), test.load(spec))
         else:
-            found = probe.measure(test.tables[tap].load())
+            found = probe.measure(test.tables[spec].load())
         return [replace(row, layer=layer) for row in found]
     finally:
-        # Ray may give this process to a task that has one CPU.
+        # Ray may use this process for a task that has one CPU.
         torch.set_num_threads(before)

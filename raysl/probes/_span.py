@@ -1,8 +1,8 @@
-"""Few images in many dimensions, in as many dimensions as there are images.
+"""Project features onto the span of the training images when there are few of them.
 
-A linear classifier that is penalised by the squared length of its weights has weights that are sums of its images
-(Schölkopf, Herbrich and Smola 2001, "A generalized representer theorem"). Nothing outside of their span is seen, and
-inside of it an orthonormal basis keeps all products and lengths: what is learned is the same, and takes less time.
+The weights of a linear classifier with a penalty on their squared length are sums of its training images (Schölkopf,
+Herbrich and Smola 2001, "A generalized representer theorem"). An orthonormal basis of the span of the images keeps all
+products and lengths, so the classifier is the same and takes less time to fit.
 """
 
 from __future__ import annotations
@@ -10,17 +10,16 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-# Images for each dimension. With more, to find the basis would cost more than it saves.
+# The projection pays if there are fewer images than this share of the number of features.
 _FEW = 0.75
 
 
 def in_span(train_nd: Tensor, test_md: Tensor) -> tuple[Tensor, Tensor]:
-    """Both sets in an orthonormal basis of the span of the first, (n, n) and (m, n); as they are where n is not small
-    beside d.
+    """Return both sets in an orthonormal basis of the span of the first, (n, n) and (m, n); unchanged if n is large.
 
     Args:
-        train_nd: (n, d), floating point, what a classifier learns from.
-        test_md: (m, d), of the same dtype. What of it lies outside of the span is lost, and no such classifier sees it.
+        train_nd: (n, d), floating point.
+        test_md: (m, d), of the same dtype. Its part outside of the span is lost; no such classifier depends on it.
     """
     if len(train_nd) > _FEW * train_nd.shape[1]:
         return train_nd, test_md

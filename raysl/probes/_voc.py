@@ -1,7 +1,8 @@
-"""Images with boxes, in the layout of PASCAL VOC: JPEGImages, Annotations and ImageSets/Main.
+"""Read images with boxes in the layout of PASCAL VOC: JPEGImages, Annotations and ImageSets/Main.
 
-Boxes are kept as the corners (left, top, right, bottom) of areas. VOC counts pixels from 1 and its last pixel belongs
-to the box, so that a box over the whole image reads 1, 1, width, height and is kept as 0, 0, width, height.
+A box is kept as the corners (left, top, right, bottom) of an area. VOC counts pixels from 1 and its last pixel belongs
+to the box, so a box over the whole image is 1, 1, width, height in a file and 0, 0, width, height here. (torchvision's
+VOCDetection reads local folders only, and does not check annotations.)
 """
 
 from __future__ import annotations
@@ -10,12 +11,14 @@ import hashlib
 from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import lru_cache
+from typing import Any
 from xml.etree import ElementTree
 
 import numpy as np
 import numpy.typing as npt
 
 from raysl.errors import UserError, unknown
+from raysl.probes import field_values
 from raysl.storage import Folder
 from raysl.stream import decode
 
@@ -25,17 +28,17 @@ _SIDES = ("xmin", "ymin", "xmax", "ymax")
 
 @dataclass(frozen=True)
 class Picture:
-    """An image and what is in it.
+    """An image and its boxes.
 
     Args:
-        name: in the split.
+        name: name in the split.
         image: the encoded file.
         size: height and width in pixels.
-        boxes_n4: float32 (n, 4): left, top, right, bottom in pixels, inside the image, of an area above 0.
-        classes: n names.
-        difficult_n: bool (n,): boxes that are not to be judged.
-        dropped: boxes that had no area inside the image.
-        clipped: boxes that reached beyond it by more than a pixel, which some annotate so.
+        boxes_n4: float32 (n, 4): left, top, right, bottom in pixels, inside the image, with an area above 0.
+        classes: names of the classes of the n boxes.
+        difficult_n: bool (n,): boxes that are not judged.
+        dropped: number of boxes that had no area inside the image.
+        clipped: number of boxes that reached out of the image by more than a pixel.
     """
 
     name: str
@@ -49,7 +52,7 @@ class Picture:
 
 
 def read(folder: Folder, split: str) -> list[Picture]:
-    """The images of a split, in its order, all in memory. Boxes are clipped to their images.
+    """Return the images of a split in its order, all in memory, with boxes clipped to their images.
 
     Raises:
         UserError: the folder is not in this layout, the split does not exist or names no image, a file is missing, an
@@ -60,7 +63,7 @@ def read(folder: Folder, split: str) -> list[Picture]:
 
 @lru_cache(maxsize=8)
 def fingerprint(folder: Folder, splits: tuple[str, ...]) -> str:
-    """A hash of the images and annotations of splits. Raises UserError as `read`, but for what is inside the files."""
+    """Return a hash of the images and annotations of splits, without decoding them. Raises UserError as `read`."""
     digest = hashlib.blake2b(digest_size=16)
     for split in splits:
         for name, file in _listed(folder, split):
@@ -69,33 +72,38 @@ def fingerprint(folder: Folder, splits: tuple[str, ...]) -> str:
     return digest.hexdigest()
 
 
+def settings(config: Any, data: str, splits: tuple[str, str]) -> dict[str, Any]:
+    """Return the settings of a probe with own images: the fingerprint of the splits replaces the folder."""
+    return {**field_values(config), "data": fingerprint(Folder(data), splits) if data else ""}
+
+
 def _listed(folder: Folder, split: str) -> list[tuple[str, str]]:
-    """The names in a split, and the files of their images."""
+    """Return the names in a split and the file names of their images."""
     splits = [name.removesuffix(".txt") for name in (folder / SPLITS).list() if name.endswith(".txt")]
     if not splits:
         raise UserError(
-            f"{str(folder)!r} is not in the layout of PASCAL VOC: there is no {SPLITS} with lists of images in it. "
+            f"{str(folder)!r} is not in the layout of PASCAL VOC: there are no lists of images in {SPLITS}. "
             f"Give the folder that holds {IMAGES}, {ANNOTATIONS} and {SPLITS}."
         )
     if split not in splits:
         raise unknown(f"split of {str(folder)!r}", split, splits)
     lines = (folder / SPLITS).read(f"{split}.txt").decode().splitlines()
-    # The list of a class has a mark behind each name.
+    # In the list of a class a mark follows each name.
     names = [line.split()[0] for line in lines if line.strip()]
     if not names:
-        raise UserError(f"The split {split!r} of {str(folder)!r} names no image. Give one that names some.")
+        raise UserError(f"The split {split!r} of {str(folder)!r} names no image. Give another split.")
     files = {name.rpartition(".")[0]: name for name in (folder / IMAGES).list()}
     return [(name, files.get(name, f"{name}.jpg")) for name in names]
 
 
 def _files(folder: Folder, name: str, file: str) -> tuple[bytes, bytes]:
-    """An image and its annotations."""
+    """Return an encoded image and its annotations."""
     try:
         return (folder / IMAGES).read(file), (folder / ANNOTATIONS).read(f"{name}.xml")
     except FileNotFoundError as error:
         raise UserError(
-            f"A split of {str(folder)!r} names {name!r}, and a file of it is missing: {error}. Restore "
-            f"{IMAGES}/{file} and {ANNOTATIONS}/{name}.xml, or take the name off the split."
+            f"A split of {str(folder)!r} names {name!r}, and one of its files is missing: {error}. Restore "
+            f"{IMAGES}/{file} and {ANNOTATIONS}/{name}.xml, or remove the name from the split."
         ) from error
 
 
@@ -132,7 +140,7 @@ def _picture(folder: Folder, name: str, image: bytes, xml: bytes) -> Picture:
 
 
 def _text(one: ElementTree.Element, path: str) -> str:
-    """The text of a part of an object. Raises ValueError when there is none."""
+    """Return the text of an element of an object. Raises ValueError if there is none."""
     text = one.findtext(path, "").strip()
     if not text:
         raise ValueError(f"an object has no {path}")
@@ -140,7 +148,7 @@ def _text(one: ElementTree.Element, path: str) -> str:
 
 
 def clipped(boxes_n4: npt.NDArray[np.float64], height: int, width: int) -> npt.NDArray[np.float32]:
-    """Boxes cut off at the borders of their image. Raises ValueError when a number is not finite."""
+    """Return boxes clipped to their image. Raises ValueError if a number is not finite."""
     if not np.isfinite(boxes_n4).all():
         raise ValueError("a box is not finite")
     inside_n4: npt.NDArray[np.float32] = boxes_n4.clip(0, (width, height, width, height)).astype(np.float32)
@@ -148,7 +156,7 @@ def clipped(boxes_n4: npt.NDArray[np.float64], height: int, width: int) -> npt.N
 
 
 def classes_of(*splits: Sequence[Picture]) -> list[str]:
-    """Every class that is shown, those of the first split first."""
+    """Return every class that is shown, those of the first split first."""
     return list(
         dict.fromkeys(
             name for pictures in splits for name in sorted({c for one in pictures for c in one.classes})
@@ -156,18 +164,20 @@ def classes_of(*splits: Sequence[Picture]) -> list[str]:
     )
 
 
-def check_apart(
+def check_disjoint(
     train: Sequence[Picture], test: Sequence[Picture], splits: tuple[str, str], probe: str
 ) -> None:
-    """Raises UserError when what is learned from and what is judged share images.
+    """Raise UserError if the two splits of a probe share images.
 
     Args:
-        splits: the names of the two.
-        probe: whose flags name others.
+        train: images to learn from.
+        test: images to score.
+        splits: names of the splits.
+        probe: name of the probe in flags.
     """
     shared = {one.name for one in train} & {one.name for one in test}
     if shared:
         raise UserError(
             f"The splits {splits[0]!r} and {splits[1]!r} share {len(shared)} images, the first being {min(shared)!r}. "
-            f"Give --{probe}.train-split and --{probe}.test-split two that share none."
+            f"Give --{probe}.train-split and --{probe}.test-split two splits that share no image."
         )

@@ -1,84 +1,114 @@
-"""Collapse: how much of its space a representation uses. No labels, nothing learned.
+"""Measures of collapse: how much of its space a representation uses. No labels, nothing learned.
 
-Effective rank: the exponential of the entropy of the singular values of the centred features (Roy and Vetterli 2007,
-"The effective rank"; RankMe, Garrido et al. 2023, foretells linear probes by it). Spread: the standard deviation of a
-number of the unit vectors, times the root of their length, which is 1 on a sphere that is filled and 0 where all
-features are one (SimSiam, Chen and He 2021). Uniformity: log of the mean of exp(-2 distance^2) over pairs of unit
-vectors (Wang and Isola 2020, "Understanding contrastive representation learning", equation 2); 0 when all are one,
-near -4 when they fill the sphere.
+The measures, on the features of at most `max_images` test images:
+
+effective_rank: exp of the entropy of the normalised singular values of the *centred* features (Roy and Vetterli 2007,
+    "The effective rank: a measure of effective dimensionality", definition 1).
+rankme: RankMe (Garrido et al. 2023, "RankMe: assessing the downstream performance of pretrained self-supervised
+    representations by their rank", equation 1): the same entropy of the singular values of the features *as they are*,
+    p_k = s_k / sum(s) + 1e-7. The paper computes it on 25,600 images; see --collapse.max-images.
+alpha_req: alpha-ReQ (Agrawal et al. 2022, "alpha-ReQ: assessing representation quality in self-supervised learning by
+    measuring eigenspectrum decay"): the exponent alpha of the power law lambda_j ~ j^-alpha that fits the eigenvalues
+    of the covariance, by least squares of log(lambda_j) on log(j). The paper finds good generalisation near 1.
+spread: mean standard deviation of the components of the unit vectors, times sqrt(d) (SimSiam, Chen and He 2021,
+    section 4.1): 1 on a uniformly filled sphere, 0 if all features are equal.
+uniformity: log of the mean of exp(-2 distance^2) over pairs of unit vectors (Wang and Isola 2020, "Understanding
+    contrastive representation learning", equation 2): 0 if all are equal, near -4 if they fill the sphere.
+constant: share of the features that are constant.
 """
 
 from __future__ import annotations
 
 from collections.abc import Iterator
 from dataclasses import dataclass
+from typing import Annotated, Any, ClassVar
 
 import numpy as np
 import numpy.typing as npt
 
 from raysl import rng
 from raysl.errors import UserError
-from raysl.probes import Floats, Row, check_features
+from raysl.fields import Bounds
+from raysl.probes import Floats, Row, Settings, check_features
 
-# Of the largest singular value; smaller ones are rounding errors of float32 features.
-_NOTHING = 1e-6
+Doubles = npt.NDArray[np.float64]
+
+# Smaller singular values, relative to the largest, are rounding errors of float32 features.
+_ROUNDING = 1e-6
+_RANKME_EPS = 1e-7
 
 
 @dataclass(frozen=True)
-class Config:
+class Config(Settings):
     """Protocol of the measures of collapse.
 
     Args:
-        max_images: that are looked at, drawn by index.
-        version: see `raysl.probes`.
+        max_images: largest number of images, sampled at random. RankMe is published for 25,600.
     """
 
-    max_images: int = 4096
-    version: int = 1
-
-    def __post_init__(self) -> None:
-        if self.max_images < 2:
-            raise UserError(f"collapse.max_images is {self.max_images}; it must be at least 2.")
+    version: ClassVar[int] = 1
+    max_images: Annotated[int, Bounds(2, 10**6)] = 4096
 
 
 class Collapse:
-    """The headline is the effective rank, between 0 (all features are one) and their number."""
+    """Six measures; the primary metric is the effective rank, between 0 (all features are equal) and their number."""
 
-    headline = "effective_rank"
+    primary_metric = "effective_rank"
     dims = 0
 
     def __init__(self, config: Config) -> None:
         self.config = config
 
     def measure(self, features_nd: Floats) -> Iterator[Row]:
-        """Yields effective rank, its share of what is possible, spread, share of numbers that never change, and
-        uniformity."""
+        """Yield the measures, and the effective rank as a share of the largest possible rank."""
         check_features(features_nd, "test")
         if len(features_nd) < 2:
-            raise UserError("The probe collapse compares images and was given one. Give more.")
+            raise UserError("The probe collapse compares images and has only one. Give more images.")
         chosen = rng.generator("collapse").permutation(len(features_nd))[: self.config.max_images]
-        wide_nd = features_nd[np.sort(chosen)].astype(np.float64)
+        wide_nd: Doubles = features_nd[np.sort(chosen)].astype(np.float64)
         unit_nd = wide_nd / np.maximum(np.linalg.norm(wide_nd, axis=1, keepdims=True), 1e-12)
-        rank, most = effective_rank(wide_nd), min(len(wide_nd) - 1, wide_nd.shape[1])
+        centred_k = np.linalg.svd(wide_nd - wide_nd.mean(0), compute_uv=False)
+        if centred_k[0] <= _ROUNDING * np.linalg.norm(wide_nd):
+            centred_k = np.zeros(1)
+        rank, most = effective_rank(centred_k), min(len(wide_nd) - 1, wide_nd.shape[1])
         yield Row("effective_rank", rank)
         yield Row("effective_rank_share", rank / most)
+        yield Row("rankme", rankme(np.linalg.svd(wide_nd, compute_uv=False)))
+        if (alpha := alpha_req(centred_k**2)) is not None:
+            yield Row("alpha_req", alpha)
         yield Row("spread", float(unit_nd.std(0).mean() * np.sqrt(wide_nd.shape[1])))
-        yield Row("constant", float((wide_nd.std(0) <= _NOTHING * (np.abs(wide_nd.mean(0)) + 1)).mean()))
+        yield Row("constant", float((wide_nd.std(0) <= _ROUNDING * (np.abs(wide_nd.mean(0)) + 1)).mean()))
         yield Row("uniformity", uniformity(unit_nd))
 
 
-def effective_rank(features_nd: npt.NDArray[np.float64]) -> float:
-    """Of the features about their mean; 0 when all are one."""
-    centred_nd = features_nd - features_nd.mean(0)
-    values = np.linalg.svd(centred_nd, compute_uv=False)
-    if values[0] <= _NOTHING * np.linalg.norm(features_nd):
+def effective_rank(singular_k: npt.NDArray[Any]) -> float:
+    """Return the effective rank of a matrix with these singular values, descending; 0 if all are 0."""
+    if singular_k[0] == 0:
         return 0.0
-    share = values[values > _NOTHING * values[0]] / values[values > _NOTHING * values[0]].sum()
-    return float(np.exp(-(share * np.log(share)).sum()))
+    kept_k = singular_k[singular_k > _ROUNDING * singular_k[0]]
+    share_k = kept_k / kept_k.sum()
+    return float(np.exp(-(share_k * np.log(share_k)).sum()))
 
 
-def uniformity(unit_nd: npt.NDArray[np.float64]) -> float:
-    """Of unit vectors (n, d), over all pairs of two."""
+def rankme(singular_k: npt.NDArray[Any]) -> float:
+    """Return RankMe of a matrix with these singular values, descending; 0 if all are 0."""
+    if singular_k[0] == 0:
+        return 0.0
+    share_k = singular_k / singular_k.sum() + _RANKME_EPS
+    return float(np.exp(-(share_k * np.log(share_k)).sum()))
+
+
+def alpha_req(eigenvalues_k: npt.NDArray[Any]) -> float | None:
+    """Return the exponent of the power law of these eigenvalues, descending; None with fewer than three above rounding."""
+    kept_k = eigenvalues_k[eigenvalues_k > _ROUNDING**2 * eigenvalues_k[0]]
+    if len(kept_k) < 3:
+        return None
+    slope, _ = np.polyfit(np.log(np.arange(1, len(kept_k) + 1)), np.log(kept_k), 1)
+    return float(-slope)
+
+
+def uniformity(unit_nd: Doubles) -> float:
+    """Return the uniformity of unit vectors (n, d), over all pairs of two."""
     n = len(unit_nd)
     close_nn = np.exp(-2 * (2 - 2 * (unit_nd @ unit_nd.T)))
     return float(np.log((close_nn.sum() - np.trace(close_nn)) / (n * (n - 1))))

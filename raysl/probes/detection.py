@@ -1,15 +1,15 @@
-"""Object detection: the whole network trained to find and name objects, in any data set in the layout of PASCAL VOC.
+"""Object detection: the whole network trained as a detector on a data set in the layout of PASCAL VOC.
 
-PIRL (Misra and van der Maaten 2020) trains Faster R-CNN R50-C4 on VOC07 for 12,500 steps of 16 images, which are 40
-epochs, with a learning rate of 0.003 that rises over the first 1,000 steps from a third and falls to a tenth after
-9,500; images are mirrored and their shorter sides drawn from 480 to 800 pixels, and BatchNorm is frozen. AP, AP50 and
-AP75 in % there: PIRL 44.7, 73.4, 47.0; Jigsaw 37.7, 64.9, 38.0; supervised 43.8, 74.5, 45.9.
+PIRL (Misra and van der Maaten 2020) trains Faster R-CNN R50-C4 on VOC07 for 12,500 steps of 16 images (40 epochs), with
+a learning rate of 0.003, a warm-up from a third over 1,000 steps and a drop to a tenth after 9,500. Images are mirrored
+and resized to a random shorter side of 480 to 800 pixels, and BatchNorm is frozen with the statistics of pretraining.
+AP, AP50 and AP75 in %: PIRL 44.7, 73.4, 47.0; Jigsaw 37.7, 64.9, 38.0; supervised 43.8, 74.5, 45.9.
 
-Ours has that schedule, and another detector, with a feature pyramid, which fits any convolutional backbone (see
-`raysl.probes._detector`). So its numbers compare with one another and not with published ones. The rate is given as for
-256 images, as everywhere in raysl: 0.048 is 0.003 for 16.
+This probe has the same schedule and another detector, with a feature pyramid, which fits any convolutional backbone (see
+`raysl.probes._detector`). Its numbers compare with one another and not with published ones. The learning rate is given
+for 256 images, as everywhere in raysl: 0.048 is 0.003 for 16 images.
 
-Scores are those of COCO, by pycocotools, of the extra `detection`. A difficult object is a crowd in its terms: a
+Scores are those of COCO, computed by pycocotools, of the extra `detection`. A difficult object is treated as a crowd: a
 detection inside it is neither right nor wrong.
 """
 
@@ -19,8 +19,8 @@ import contextlib
 import io
 import math
 from collections.abc import Iterator, Sequence
-from dataclasses import asdict, dataclass, field
-from typing import Any
+from dataclasses import dataclass, field
+from typing import Annotated, Any, ClassVar
 
 import numpy as np
 import torch
@@ -30,89 +30,82 @@ from torchvision.models.detection import FasterRCNN
 from raysl import optim, rng
 from raysl.errors import Unset, UserError
 from raysl.extraction import Trainable
+from raysl.fields import Bounds
 from raysl.optim import OptimConfig
-from raysl.probes import Row, Subject, _detector, _voc
-from raysl.probes._task import device, elsewhere
-from raysl.probes._tuning import LAYER, step
+from raysl.probes import Row, Settings, Subject, _detector, _voc
+from raysl.probes._finetuning import LAYER, step
+from raysl.probes._task import device, run_tasks
 from raysl.probes._voc import Picture
 from raysl.rng import ImageRng
 from raysl.storage import Folder
 from raysl.stream import decode
 
-# What a detector says of an image: boxes (n, 4), labels (n,) from 1 on, and scores (n,).
-Found = dict[str, Tensor]
+# The output of a detector for an image: boxes (n, 4), labels (n,) from 1, and scores (n,).
+Detections = dict[str, Tensor]
 
-_MIRRORED = 0.5
+_MIRROR_CHANCE = 0.5
 _NAMES = ("AP", "AP50", "AP75")
 
 
 @dataclass(frozen=True)
-class Config:
+class Config(Settings):
     """Protocol of detection.
 
     Args:
-        data: a folder in the layout of PASCAL VOC, with JPEGImages, Annotations and ImageSets/Main; its boxes are
-            learned, and the labels of the other data are not looked at.
-        train_split: of its lists of images, the one to learn from.
-        test_split: the one to be judged on.
-        epochs: visits to every image.
+        data: a folder in the layout of PASCAL VOC, with JPEGImages, Annotations and ImageSets/Main. The probe does not
+            use --train and --test.
+        train_split: name of the list of images to learn from.
+        test_split: name of the list of images to score.
+        epochs: number of passes over the images.
         batch_size: images of a step.
-        sides: lengths in pixels to which the shorter side of an image is brought: any of them in training, the last
-            one when it is judged.
+        sides: lengths in pixels of the shorter side of an image: one of them at random in training, the last one in
+            evaluation.
         width: channels of the feature pyramid, a multiple of 32.
-        optim: as in pretraining; the rate is scaled by `batch_size`.
-        version: see `raysl.probes`.
+        optim: as in pretraining; the learning rate is scaled by `batch_size`.
     """
 
+    version: ClassVar[int] = 1
     data: str = ""
     train_split: str = "trainval"
     test_split: str = "test"
-    epochs: int = 40
-    batch_size: int = 16
-    sides: tuple[int, ...] = tuple(range(480, 801, 32))
-    width: int = 256
+    epochs: Annotated[int, Bounds(1, 10**6)] = 40
+    batch_size: Annotated[int, Bounds(1, 10**6)] = 16
+    sides: tuple[Annotated[int, Bounds(32, 10**4)], ...] = tuple(range(480, 801, 32))
+    width: Annotated[int, Bounds(32, 2**14)] = 256
     optim: OptimConfig = field(
         default_factory=lambda: OptimConfig(
             lr=0.048, schedule="step", milestones=(0.76,), warmup=0.08, warmup_start=1 / 3
         )
     )
-    version: int = 1
 
     def __post_init__(self) -> None:
-        for name in ("epochs", "batch_size"):
-            if getattr(self, name) < 1:
-                raise UserError(f"detection.{name} is {getattr(self, name)}; it must be at least 1.")
-        if not self.sides or min(self.sides) < 32:
-            raise UserError(f"detection.sides is {self.sides}; it must hold lengths of at least 32 pixels.")
-        if self.width < 32 or self.width % 32:
-            raise UserError(f"detection.width is {self.width}; it must be a multiple of 32, such as 256.")
+        super().__post_init__()
+        if self.width % 32:
+            raise UserError(f"--detection.width is {self.width}; it must be a multiple of 32, such as 256.")
 
-    def facts(self) -> dict[str, Any]:
-        """What the numbers depend on: the images and boxes of both splits, wherever their folder lies."""
-        contents = ""
-        if self.data:
-            contents = _voc.fingerprint(Folder(self.data), (self.train_split, self.test_split))
-        return {**asdict(self), "data": contents}
+    def settings(self) -> dict[str, Any]:
+        """Return the settings with the fingerprint of both splits in place of their folder."""
+        return _voc.settings(self, self.data, (self.train_split, self.test_split))
 
 
 class Detection:
-    """AP, AP50 and AP75 in 0 .. 1, of which AP is the headline; rows stand at the layer "pooled"."""
+    """AP (the primary metric), AP50 and AP75, in 0 .. 1; rows have the layer "pooled"."""
 
-    headline = "AP"
-
+    primary_metric = "AP"
     own_images = True
 
     def __init__(self, config: Config) -> None:
         self.config = config
 
     def examine(self, subject: Subject) -> Iterator[Row]:
-        """Yields the scores, the mean loss of the last epoch, and how many boxes of both splits were dropped because
-        they have no area inside their image, or clipped because they reached out of it; nothing for an encoder that
-        cannot be trained, such as pixels. Runs one task of Ray, on a GPU if there are any.
+        """Yield the scores, the mean loss of the last epoch, and the number of dropped and of clipped boxes.
+
+        Yields nothing for pixels, which cannot be trained. Runs one Ray task, on a GPU if there are any.
 
         Raises:
-            UserError: no folder was given, or it is not as `raysl.probes._voc.read` wants it, a split has no boxes,
-                the splits share images, the backbone has no maps, training diverged, or pycocotools is not installed.
+            UserError: no folder is given, or it is not in the layout (see `raysl.probes._voc.read`), a split has no
+                boxes, the splits share images, the backbone has no maps, training has diverged, or pycocotools is not
+                installed.
         """
         if not isinstance(subject.encoder, Trainable):
             return
@@ -121,18 +114,18 @@ class Detection:
                 "The probe detection needs images with boxes. Give --detection.data FOLDER, a folder in the layout of "
                 "PASCAL VOC, with JPEGImages, Annotations and ImageSets/Main."
             )
-        # Workers have another working directory.
+        # The folder is made absolute here, because workers have another working directory.
         folder = Folder(self.config.data)
-        (rows,) = elsewhere(_measure, [(subject.encoder, self.config, folder, subject.seed)])
+        (rows,) = run_tasks(_measure, [(subject.encoder, self.config, folder, subject.seed)])
         yield from rows
 
 
 def _measure(encoder: Trainable, config: Config, folder: Folder, seed: int) -> list[Row]:
-    """All rows."""
+    """Return all rows."""
     _pycocotools()
     train, test = (_voc.read(folder, split) for split in (config.train_split, config.test_split))
     _check(train, test, config)
-    # A class that only the test split has is learned from no image, and so never found.
+    # A class that only the test split has is never detected, and counts as 0.
     classes = _voc.classes_of(train, test)
     with torch.random.fork_rng():
         torch.manual_seed(rng.key(seed, "detection") >> 1)
@@ -149,24 +142,25 @@ def _measure(encoder: Trainable, config: Config, folder: Folder, seed: int) -> l
 
 
 def _check(train: Sequence[Picture], test: Sequence[Picture], config: Config) -> None:
-    """Raises UserError when there is nothing to learn or to judge, or the splits share images."""
+    """Raise UserError if there is nothing to learn or to score, or if the splits share images."""
     if not any(one.classes for one in train):
         raise UserError(
-            f"The split {config.train_split!r} has no boxes to learn from. Give --detection.train-split one that has."
+            f"The split {config.train_split!r} has no boxes to learn from. Give another --detection.train-split."
         )
     if not any((~one.difficult_n).any() for one in test):
         raise UserError(
-            f"The split {config.test_split!r} has no boxes to be judged on that are not difficult. Give "
-            "--detection.test-split one that has."
+            f"The split {config.test_split!r} has no boxes to score that are not difficult. Give another "
+            "--detection.test-split."
         )
-    _voc.check_apart(train, test, (config.train_split, config.test_split), "detection")
+    _voc.check_disjoint(train, test, (config.train_split, config.test_split), "detection")
 
 
 def learn(
     detector: FasterRCNN, pictures: Sequence[Picture], classes: Sequence[str], config: Config, seed: int
 ) -> list[float]:
-    """Trains in place and returns the mean loss of every epoch. What the detector draws comes from torch's global
-    generator.
+    """Train a detector in place and return the mean loss of every epoch.
+
+    The detector draws from torch's global generator.
 
     Raises:
         UserError: the loss is no longer finite.
@@ -179,7 +173,7 @@ def learn(
     for epoch in range(config.epochs):
         order_n = rng.generator("detection", seed, epoch).permutation(len(pictures))
         image_rng = ImageRng(seed, np.full(len(order_n), epoch), order_n, "detection")
-        mirrored_n = image_rng.chance("hflip", _MIRRORED).tolist()
+        mirrored_n = image_rng.chance("hflip", _MIRROR_CHANCE).tolist()
         total = 0.0
         for batch in range(batches):
             some = range(batch * size, min((batch + 1) * size, len(order_n)))
@@ -198,8 +192,8 @@ def learn(
     return losses
 
 
-def _example(picture: Picture, classes: Sequence[str], mirrored: bool) -> tuple[Tensor, Found]:
-    """What the detector learns from: an image, float (3, h, w) in 0 .. 1, and its boxes."""
+def _example(picture: Picture, classes: Sequence[str], mirrored: bool) -> tuple[Tensor, Detections]:
+    """Return an image, float (3, h, w) in 0 .. 1, and its boxes, for training."""
     boxes_n4 = torch.from_numpy(picture.boxes_n4)
     image_chw = _pixels(picture)
     if mirrored:
@@ -215,8 +209,8 @@ def _pixels(picture: Picture) -> Tensor:
     return decode.decode(picture.image).to(device()).contiguous() / 255
 
 
-def detect(detector: nn.Module, pictures: Sequence[Picture]) -> list[Found]:
-    """What the detector finds in each image, one image at a time, so that none is padded."""
+def detect(detector: nn.Module, pictures: Sequence[Picture]) -> list[Detections]:
+    """Return the detections in each image. Images are passed one at a time, so that they are not padded."""
     detector.eval()
     with torch.inference_mode():
         return [
@@ -224,13 +218,17 @@ def detect(detector: nn.Module, pictures: Sequence[Picture]) -> list[Found]:
         ]
 
 
-def score(pictures: Sequence[Picture], found: Sequence[Found], classes: Sequence[str]) -> dict[str, float]:
-    """COCO's AP (the mean over overlaps of 0.5 to 0.95), AP50 and AP75, in 0 .. 1: means over the classes of the
-    pictures, with at most 100 detections of each image.
+def score(
+    pictures: Sequence[Picture], found: Sequence[Detections], classes: Sequence[str]
+) -> dict[str, float]:
+    """Return COCO's AP (mean over overlaps of 0.5 to 0.95), AP50 and AP75, in 0 .. 1.
+
+    They are means over the classes of the pictures, with at most 100 detections in an image.
 
     Args:
-        pictures: at least one box is not difficult.
-        found: for each picture; labels count from 1 in the order of `classes`.
+        pictures: the annotated images; at least one box is not difficult.
+        found: the detections in each picture; labels count from 1 in the order of `classes`.
+        classes: names of the classes.
 
     Raises:
         UserError: pycocotools is not installed.
@@ -242,9 +240,9 @@ def score(pictures: Sequence[Picture], found: Sequence[Found], classes: Sequence
         for box, value, label in zip(one["boxes"].tolist(), one["scores"], one["labels"], strict=True)
     ]
     if not rows:
-        # pycocotools does not take an empty list.
+        # pycocotools does not accept an empty list.
         return dict.fromkeys(_NAMES, 0.0)
-    # It reports by printing.
+    # pycocotools prints its progress.
     with contextlib.redirect_stdout(io.StringIO()):
         truth = coco.COCO()
         truth.dataset = _truth(pictures, classes)
@@ -257,7 +255,7 @@ def score(pictures: Sequence[Picture], found: Sequence[Found], classes: Sequence
 
 
 def _truth(pictures: Sequence[Picture], classes: Sequence[str]) -> dict[str, Any]:
-    """The pictures as COCO describes them; images, boxes and classes count from 1."""
+    """Return the annotations in the format of COCO; images, boxes and classes count from 1."""
     boxes = [
         (number, _xywh(box), classes.index(name) + 1, bool(difficult))
         for number, one in enumerate(pictures, start=1)
@@ -287,12 +285,12 @@ def _xywh(box: Sequence[float]) -> list[float]:
 
 
 def _pycocotools() -> tuple[Any, Any]:
-    """Its modules for data and for evaluation. Raises UserError when it is not installed."""
+    """Return the modules for data and for evaluation. Raises UserError if pycocotools is not installed."""
     try:
         from pycocotools import coco, cocoeval
     except ImportError as error:
         raise UserError(
-            "Detection is scored by pycocotools, which is not installed: pip install 'raysl[detection]'. The other "
+            "The probe detection needs pycocotools, which is not installed: pip install 'raysl[detection]'. The other "
             "probes do not need it."
         ) from error
     return coco, cocoeval

@@ -1,27 +1,24 @@
-"""Invariance: how far the features of an image move when it is transformed, and whether they tell how it was.
+"""Invariance: how far the features of an image move when it is transformed, and what they tell about the transform.
 
-The distance between f(I) and f(t(I)), both of unit length, lies in 0 .. 2. It is measured on the features of every
-layer, so that methods without heads have it too, and where t makes several crops f(t(I)) is the unit vector of the mean
-of their features: our convention. What PIRL (Misra and van der Maaten 2020, figure 5) shows of itself is the distance
-between its heads, f(v_I) and g(v_It), for the transform that it was trained with: those rows have the layer "heads".
+The distance between f(I) and f(t(I)), both of unit length, is in 0 .. 2. It is measured on the features of every layer,
+so that methods without heads have it too. If t makes several crops, f(t(I)) is the unit vector of their mean features
+(a convention of raysl). PIRL (Misra and van der Maaten 2020, figure 5) shows the distance between its heads, f(v_I) and
+g(v_It), for the transform that it was trained with: those rows have the layer "heads".
 
-A network that maps all images to one point would look perfectly invariant, so the distance between different images
-stands beside it, and `closer` is the probability that a transformed image lies closer to its original than another
-image does. It is counted image by image: an original, its transformed copy and the same number of other images for
-each. Images that t leaves as they are, such as those that are turned by 0 degrees, are left out.
+A network that maps all images to one point is perfectly invariant, so the distance between different images is reported
+too, and `closer` is the probability that a transformed image is closer to its original than another image is. It is
+computed for each image with the same number of other images. Images that t does not change, such as those rotated by 0
+degrees, are left out.
 
-In training each view has a batch of its own, and so its own statistics in every BatchNorm. What the network keeps of
-them is a mixture of views, small patches and whole images in a jigsaw, or belongs to patches alone; under it a view
-looks far away for that reason alone. So each view is normalised by its own statistics here too, in batches of about 128
-images.
+In training each view has a batch of its own, and so its own statistics in every BatchNorm. The running statistics are a
+mixture of views, patches and whole images in a jigsaw, or those of patches alone, and move a view for that reason only.
+So each view is normalised by its own statistics here too, in batches of about 128 images.
 
-The read-out is the other side: top-1 of a linear probe that predicts the label of t (which order, which turn) from the
-features of all crops side by side, learned on half of the images and scored on the other half, beside chance. A t
-without labels (colorization, inpainting) is read out as "transformed or not", from the images and their transformed
-copies: `readout_whether`, beside a chance of a half.
+The read-out is the opposite measure: top-1 of a linear probe that predicts the label of t (permutation, angle) from the
+features of all crops side by side, trained on half of the images and scored on the other half, beside chance. For a t
+without labels (colorization, inpainting) it predicts if an image was transformed: `readout_whether`, with chance 0.5.
 
-The image is the evaluation view, its centre without colours changed, at the size that the transform starts from. No
-labels of the images are used.
+Images are evaluation views at the source size of the transform. Labels of the images are not used.
 """
 
 from __future__ import annotations
@@ -29,7 +26,7 @@ from __future__ import annotations
 import math
 from collections.abc import Iterator, Mapping
 from dataclasses import asdict, dataclass, field
-from typing import Any, Literal
+from typing import Annotated, Any, ClassVar, Literal
 
 import numpy as np
 import numpy.typing as npt
@@ -38,85 +35,75 @@ from torch import Tensor
 from torch.nn.functional import normalize
 
 from raysl import pretext, rng
-from raysl.errors import UserError, unknown
+from raysl.errors import UserError
 from raysl.extraction import Heads, heads
+from raysl.fields import Bounds
 from raysl.pretext import Geometry, Pretext, Transformed
-from raysl.probes import Labelled, Row, Subject, check_features
-from raysl.probes._task import device, elsewhere
+from raysl.probes import Integers, Labelled, Row, Settings, Subject, check_features, field_values
+from raysl.probes._task import device, run_tasks
 from raysl.probes.linear import Config as LinearConfig
 from raysl.probes.linear import Linear
 from raysl.rng import ImageRng
 from raysl.stream import decode
 
 Doubles = npt.NDArray[np.float64]
+Booleans = npt.NDArray[np.bool_]
 
 HISTOGRAM = "histogram.json"
 OTHERS = "others"
 HEADS = "heads"
 EDGES = np.linspace(0, 2, 41)
 _BATCH = 128
+# Distances that differ by less are equal, because features are float32.
 _EQUAL = 1e-6
 
 
 @dataclass(frozen=True)
-class Config:
+class Config(Settings):
     """Protocol of the measure of invariance.
 
     Args:
         transforms: names of pretext transforms, with their default hyperparameters.
-        max_images: that are transformed, drawn by index from the test set.
-        others: images that each original is compared with beside its transformed copy, drawn by index; all others
-            where there are fewer.
-        readout: the classifier that predicts the label of a transform; it sees means over places.
-        statistics: that BatchNorm takes: "batch", of each view by itself, or "kept", those of training, by which the
-            network works where it is used.
-        version: see `raysl.probes`.
+        max_images: largest number of test images, sampled at random.
+        others: number of other images that each original is compared with, sampled at random.
+        readout: protocol of the classifier that predicts the label of a transform.
+        statistics: statistics of BatchNorm: "batch" for those of each view, or "kept" for the running statistics of
+            training, which the network uses in practice.
     """
 
+    version: ClassVar[int] = 3
     transforms: tuple[str, ...] = ("jigsaw", "rotation", "colorization", "inpainting")
-    max_images: int = 2000
-    others: int = 64
+    max_images: Annotated[int, Bounds(4, 10**9)] = 2000
+    others: Annotated[int, Bounds(1, 10**6)] = 64
     readout: LinearConfig = field(default_factory=lambda: LinearConfig(dims=0))
     statistics: Literal["batch", "kept"] = "batch"
-    version: int = 3
 
-    def __post_init__(self) -> None:
-        if self.statistics not in ("batch", "kept"):
-            raise unknown("invariance.statistics", self.statistics, ["batch", "kept"])
-        if not self.transforms:
-            raise UserError(
-                "invariance.transforms is empty. Give names of pretext transforms, such as rotation."
-            )
-        if self.max_images < 4:
-            raise UserError(f"invariance.max_images is {self.max_images}; it must be at least 4.")
-        if self.others < 1:
-            raise UserError(f"invariance.others is {self.others}; it must be at least 1.")
-
-    def facts(self) -> dict[str, Any]:
-        """What the numbers depend on: the hyperparameters of the transforms, too. Raises UserError when one does not exist."""
+    def settings(self) -> dict[str, Any]:
+        """Return the settings with the hyperparameters of the transforms. Raises UserError if one does not exist."""
         parts = {part.strip() for spec in self.transforms for part in spec.split("+")}
-        return {
-            **asdict(self),
-            "dials": {name: asdict(pretext.load(name)[0]()) for name in sorted(parts)},
-        }
+        # This name is part of the protocol hash.
+        hyperparameters = {"dials": {name: asdict(pretext.load(name)[0]()) for name in sorted(parts)}}
+        return field_values(self) | hyperparameters
 
 
 class Invariance:
-    """Its headline, `closer`, is a mean over the transforms: 1 for an invariant layer, 0.5 where a transformed image
-    is as far away as another one, 0 where it is always farther. Rows of a transform end in its name. Of heads, which
-    know one transform, there is no such mean.
+    """Distances, the probability `closer` and read-outs of each transform, for every layer.
+
+    Names of rows end in the name of the transform. The primary metric, `closer`, is the mean over the transforms: 1 for
+    an invariant layer, 0.5 if a transformed image is as far away as another image, 0 if it is always farther. The layer
+    "heads" has one transform and no mean.
 
     The folder of the subject gets `histogram.json`: {"edges": 41 distances, "counts": {layer: {transform or "others":
     40 counts}}}.
     """
 
-    headline = "closer"
+    primary_metric = "closer"
 
     def __init__(self, config: Config) -> None:
         self.config = config
 
     def examine(self, subject: Subject) -> Iterator[Row]:
-        """Runs one task of Ray, on a GPU if there are any.
+        """Yield the rows of all layers. Runs one Ray task, on a GPU if there are any.
 
         Raises:
             UserError: a transform does not exist or does not suit the size of the view, there are fewer than four
@@ -128,20 +115,17 @@ class Invariance:
             raise UserError(
                 f"The probe invariance compares images and the test set has {subject.test.num_images}. Give at least 4."
             )
-        ((rows, counts),) = elsewhere(_look, [(subject, self.config, transforms)])
+        ((rows, counts),) = run_tasks(_measure, [(subject, self.config, transforms)])
         subject.folder.write_json(HISTOGRAM, {"edges": EDGES.tolist(), "counts": counts})
         yield from rows
 
 
-def _look(
+def _measure(
     subject: Subject, config: Config, transforms: Mapping[str, Pretext]
 ) -> tuple[list[Row], dict[str, Any]]:
-    """All rows, and the counts of the histograms."""
-    sample, place, by_batch = (
-        _Sample.drawn(subject, config.max_images),
-        device(),
-        config.statistics == "batch",
-    )
+    """Return all rows, and the counts of the histograms."""
+    sample, place = _Sample.draw(subject, config.max_images), device()
+    by_batch = config.statistics == "batch"
     encode = subject.encoder.load(place, subject.layers, by_batch)
 
     def seen(transform: Pretext) -> _Seen:
@@ -152,9 +136,8 @@ def _look(
             found = encode(view.crops_bpchw.flatten(0, 1).to(place))
             for layer, values in made.items():
                 values.append(found[layer].float().cpu().view(*view.crops_bpchw.shape[:2], -1))
-        changed_n = sample.changed(transform, whole)
         features_of = {layer: torch.cat(values) for layer, values in made.items()}
-        return _Seen(features_of, torch.cat(labels) if labels else None, changed_n)
+        return _Seen(features_of, torch.cat(labels) if labels else None, sample.changed(transform, whole))
 
     whole = pretext.build("identity", {}, Geometry(subject.image_size))
     with torch.inference_mode():
@@ -177,56 +160,56 @@ def _look(
 
 @dataclass(frozen=True)
 class _Seen:
-    """What an encoder makes of the views of a transform.
+    """The features of the views of a transform.
 
     Args:
         features_of: float (n, p, d) for each layer.
-        label_n: the labels of the transform, if it has some.
-        changed_n: bool (n,): images that it does not leave as they are.
+        label_n: the labels of the transform, if it has labels.
+        changed_n: bool (n,): images that it changes.
     """
 
     features_of: dict[str, Tensor]
     label_n: Tensor | None
-    changed_n: npt.NDArray[np.bool_]
+    changed_n: Booleans
 
 
 @dataclass(frozen=True)
 class _Sample:
-    """The encoded images that are transformed, in a random order, and their indices."""
+    """A sample of encoded images in a random order, and their indices."""
 
     images: list[bytes]
-    indices_n: npt.NDArray[np.int64]
+    indices_n: Integers
     seed: int
 
     @staticmethod
-    def drawn(subject: Subject, most: int) -> _Sample:
+    def draw(subject: Subject, most: int) -> _Sample:
         order_n = rng.generator("invariance").permutation(subject.test.num_images)[:most]
         images = subject.test.read(order_n, ("image",)).column("image").to_pylist()
         return _Sample(images, order_n, subject.seed)
 
     def views(self, transform: Pretext) -> Iterator[Transformed]:
-        """The views of all of them, in batches that are about equal."""
+        """Yield the views of all images, in batches of about equal size."""
         for some in np.array_split(np.arange(len(self.images)), math.ceil(len(self.images) / _BATCH)):
             images_bchw = decode.centre([self.images[i] for i in some], transform.source.size)
             image_rng = ImageRng(self.seed, np.zeros_like(some), self.indices_n[some], "invariance")
             yield transform.transform(images_bchw, image_rng)
 
-    def changed(self, transform: Pretext, whole: Pretext) -> npt.NDArray[np.bool_]:
-        """bool (n,): where the view of a transform is another one than that of the whole image; all, where none is."""
+    def changed(self, transform: Pretext, whole: Pretext) -> Booleans:
+        """Return bool (n,): images whose view differs from the whole image; all, if no view differs."""
         parts = [
             (one.crops_bpchw != other.crops_bpchw).flatten(1).any(1)
             if one.crops_bpchw.shape == other.crops_bpchw.shape
             else torch.ones(len(one.crops_bpchw), dtype=torch.bool)
             for one, other in zip(self.views(transform), self.views(whole), strict=True)
         ]
-        changed_n: npt.NDArray[np.bool_] = torch.cat(parts).numpy()
+        changed_n: Booleans = torch.cat(parts).numpy()
         return changed_n if changed_n.any() else ~changed_n
 
 
 def _heads(
     compared: Heads, sample: _Sample, place: torch.device, config: Config
 ) -> tuple[list[Row], dict[str, list[int]]]:
-    """Rows and histograms of what a method compares: its own transform alone, through its own heads."""
+    """Return rows and histograms of the heads of a method, for the transform that it was trained with."""
     pairs = zip(sample.views(compared.image), sample.views(compared.transformed), strict=True)
     with torch.inference_mode():
         found = [
@@ -249,22 +232,24 @@ def _heads(
 
 def _layer(
     plain_nd: Tensor,
-    moved: Mapping[str, tuple[Tensor, Tensor | None, npt.NDArray[np.bool_]]],
+    moved: Mapping[str, tuple[Tensor, Tensor | None, Booleans]],
     transforms: Mapping[str, Pretext],
     config: Config,
 ) -> tuple[list[Row], dict[str, list[int]]]:
-    """Rows and histograms of one layer.
+    """Return rows and histograms of one layer.
 
     Args:
-        plain_nd: features of the images, which are in a random order.
-        moved: features (n, p, d) of the transformed images, labels (n,) of the transforms, and bool (n,), which of
-            them are not as they were.
+        plain_nd: features of the images, in a random order.
+        moved: for each transform features (n, p, d) of the transformed images, labels (n,) of the transform, and bool
+            (n,), images that it changed.
+        transforms: the transforms by name.
+        config: the protocol.
     """
     others_nk = to_others(plain_nd, config.others)
     rows = [Row(f"distance/{OTHERS}", float(others_nk.mean()))]
     counts, shares = {OTHERS: histogram(others_nk)}, []
     for name, (moved_npd, label_n, changed_n) in moved.items():
-        # Small patches of raw pixels have features of another length than the image.
+        # Patches of raw pixels have fewer features than the image.
         if moved_npd.shape[2] == plain_nd.shape[1]:
             distance_n = distances(plain_nd, moved_npd.mean(1))[changed_n]
             counts[name] = histogram(distance_n)
@@ -281,7 +266,7 @@ def _layer(
 
 
 def _moved(name: str, distance_n: Doubles, others_nk: Doubles) -> list[Row]:
-    """How far a transform moves images; `closer` comes last."""
+    """Return the rows of the distances of one transform; `closer` is the last."""
     return [
         Row(f"distance/{name}", float(distance_n.mean())),
         Row(f"distance_std/{name}", float(distance_n.std())),
@@ -290,7 +275,7 @@ def _moved(name: str, distance_n: Doubles, others_nk: Doubles) -> list[Row]:
 
 
 def _readout(name: str, features_nd: Tensor, label_n: Tensor, labels: int, config: LinearConfig) -> list[Row]:
-    """How well the label of a transform is predicted; nothing where the images are too few to show two of them."""
+    """Return the accuracy of predicting the label of a transform; nothing if the train half shows a single label."""
     half = len(features_nd) // 2
     learned, judged = (
         Labelled(features_nd[rows].numpy(), label_n[rows].numpy())
@@ -302,7 +287,7 @@ def _readout(name: str, features_nd: Tensor, label_n: Tensor, labels: int, confi
 
 
 def _readout_whether(name: str, plain_nd: Tensor, moved_nd: Tensor, config: LinearConfig) -> list[Row]:
-    """How well it is predicted whether an image has been transformed. Both copies of an image are in the same half."""
+    """Return the accuracy of predicting if an image was transformed. Both copies of an image are in the same half."""
     half = len(plain_nd) // 2
     learned, judged = (
         Labelled(torch.cat([plain_nd[rows], moved_nd[rows]]).numpy(), np.repeat([0, 1], len(plain_nd[rows])))
@@ -315,21 +300,22 @@ def _readout_whether(name: str, plain_nd: Tensor, moved_nd: Tensor, config: Line
 
 
 def _top1(learned: Labelled, judged: Labelled, config: LinearConfig) -> float:
-    return next(row.value for row in Linear(config).run(learned, judged) if row.name == Linear.headline)
+    return next(row.value for row in Linear(config).run(learned, judged) if row.name == Linear.primary_metric)
 
 
 def distances(one_nd: Tensor, other_nd: Tensor) -> Doubles:
-    """float64 (n,) in 0 .. 2: between the directions of rows."""
+    """Return float64 (n,) in 0 .. 2, the distances between the unit vectors of rows."""
     one, other = normalize(one_nd.double(), dim=1), normalize(other_nd.double(), dim=1)
     distance_n: Doubles = (one - other).norm(dim=1).numpy()
     return distance_n
 
 
 def to_others(features_nd: Tensor, most: int) -> Doubles:
-    """float64 (n, k): distances of each row to k others, as many as `most` or all others.
+    """Return float64 (n, k): distances of each row to the next k rows; k is `most`, or all others if there are fewer.
 
     Args:
-        features_nd: in a random order, so that the next rows are any other ones.
+        features_nd: features in a random order, so that the next rows are a random sample.
+        most: largest k.
     """
     unit_nd = normalize(features_nd.double(), dim=1)
     shifts = range(1, min(most, len(unit_nd) - 1) + 1)
@@ -337,16 +323,15 @@ def to_others(features_nd: Tensor, most: int) -> Doubles:
 
 
 def histogram(found: Doubles) -> list[int]:
-    """How many distances lie in each of the 40 bins of `EDGES`."""
+    """Return the number of distances in each of the 40 bins of `EDGES`."""
     counts: list[int] = np.histogram(found.clip(0, 2), EDGES)[0].tolist()
     return counts
 
 
 def closer(distance_n: Doubles, others_nk: Doubles) -> float:
-    """How often the distance of an image is smaller than one of its own distances to others; equal ones count half.
+    """Return the share of other images that are farther from an image than its transformed copy; equal ones count half.
 
-    Distances that differ by less than features in float32 can tell are equal, so that a network that maps all images
-    to one point has a half.
+    A network that maps all images to one point has 0.5.
     """
     apart_nk = others_nk - distance_n[:, None]
     return float(((apart_nk > _EQUAL) + (np.abs(apart_nk) <= _EQUAL) / 2).mean())

@@ -1,100 +1,93 @@
-"""Weighted nearest neighbours: the class of the train images that lie closest, by cosine.
+"""Weighted k-nearest-neighbour classification by cosine similarity.
 
-Wu et al. 2018 (NPID): each of the k nearest votes for its class with weight exp(similarity / T). Nothing is learned,
-so there is nothing to tune. NPID takes k = 200 and T = 0.07; k = 20 is usually best; k = 1 is the plainest reading.
+Wu et al. 2018 (NPID, "Unsupervised feature learning via non-parametric instance discrimination"), section 3.4: each of
+the k nearest train images votes for its class with weight exp(similarity / T). NPID uses k = 200 and T = 0.07; k = 20 is
+usually best. Nothing is learned, so there is nothing to tune.
 """
 
 from __future__ import annotations
 
 from collections.abc import Iterator
 from dataclasses import dataclass
+from typing import Annotated, ClassVar
 
 import torch
 from torch import Tensor
 from torch.nn.functional import normalize
 
-from raysl.errors import UserError
-from raysl.probes import Labelled, Row, check, rank, same_images, topk_rows
+from raysl.fields import Bounds
+from raysl.probes import Labelled, Row, Settings, accuracy_rows, check, rank, same_images
+from raysl.probes._task import device
 
-# Similarities that are in memory at a time: 128 MB.
+# Similarities of a tile of queries with a tile of train images take 128 MB.
 _TRAIN_TILE = 1 << 16
 _QUERY_TILE = 1 << 9
 
 
 @dataclass(frozen=True)
-class Config:
-    """Protocol of the nearest neighbours.
+class Config(Settings):
+    """Protocol of k-nearest-neighbour classification.
 
     Args:
-        ks: numbers of neighbours, the headline first, which is clamped to the number of train images; others that are
-            larger are left out.
-        temperatures: T, the headline first.
-        version: see `raysl.probes`.
+        ks: numbers of neighbours k, the one of the primary metric first; it is clamped to the number of train images.
+            Others that are larger than that are left out.
+        temperatures: softmax temperatures T, the one of the primary metric first.
     """
 
-    ks: tuple[int, ...] = (20, 1, 200)
-    temperatures: tuple[float, ...] = (0.07, 0.1)
-    version: int = 1
-
-    def __post_init__(self) -> None:
-        if not self.ks or min(self.ks) < 1:
-            raise UserError(f"knn.ks is {self.ks}; it must hold numbers of neighbours of at least 1.")
-        if not self.temperatures or min(self.temperatures) <= 0:
-            raise UserError(f"knn.temperatures is {self.temperatures}; it must hold numbers above 0.")
+    version: ClassVar[int] = 1
+    ks: tuple[Annotated[int, Bounds(1, 10**6)], ...] = (20, 1, 200)
+    temperatures: tuple[Annotated[float, Bounds(1e-4, 1e4)], ...] = (0.07, 0.1)
 
 
 class Knn:
-    """All k and all T from one pass over the similarities. Where test is train, no image votes for itself."""
+    """Compute all k and T from one pass over the similarities. If test is train, an image is not its own neighbour."""
 
     dims = 0
 
     def __init__(self, config: Config) -> None:
         self.config = config
-        self.headline = f"top1{_suffix(config.ks[0], config.temperatures[0])}"
+        self.primary_metric = f"top1{_suffix(config.ks[0], config.temperatures[0])}"
 
     def run(self, train: Labelled, test: Labelled) -> Iterator[Row]:
-        """Yields top-1, and top-5 where there are more than five classes, for every k and T."""
-        check(train, test)
+        """Yield accuracies for every k and T; see `raysl.probes.accuracy_rows`."""
+        check("knn", train, test)
         own = same_images(train, test)
-        if len(train.labels_n) <= own:
-            raise UserError(
-                "The probe knn has one image that is train and test set at once, and no neighbour for it. Give more "
-                "images, or another test set."
-            )
         k = min(max(self.config.ks), len(train.labels_n) - own)
-        train_nd = normalize(torch.from_numpy(train.features_nd), dim=1)
-        labels_n = torch.from_numpy(train.labels_n)
+        place = device()
+        train_nd = normalize(torch.from_numpy(train.features_nd).to(place), dim=1)
+        labels_n, test_labels_n = torch.from_numpy(train.labels_n).to(place), torch.from_numpy(test.labels_n)
         classes = int(labels_n.max()) + 1
         ranks: dict[str, list[Tensor]] = {}
-        for first in range(0, len(test.labels_n), _QUERY_TILE):
-            query_qd = normalize(torch.from_numpy(test.features_nd[first : first + _QUERY_TILE]), dim=1)
+        for first in range(0, len(test_labels_n), _QUERY_TILE):
+            rows = slice(first, first + _QUERY_TILE)
+            query_qd = normalize(torch.from_numpy(test.features_nd[rows]).to(place), dim=1)
             similar_qk, index_qk = nearest(query_qd, train_nd, k, first if own else None)
-            wanted_q = torch.from_numpy(test.labels_n[first : first + _QUERY_TILE])
+            wanted_q = test_labels_n[rows].to(place)
             for suffix, scores_qc in self._scores(similar_qk, labels_n[index_qk], classes):
                 ranks.setdefault(suffix, []).append(rank(scores_qc, wanted_q))
         for suffix, parts in ranks.items():
-            yield from topk_rows(torch.cat(parts), classes, suffix)
+            yield from accuracy_rows(torch.cat(parts), test_labels_n, classes, suffix)
 
     def _scores(self, similar_qk: Tensor, votes_qk: Tensor, classes: int) -> Iterator[tuple[str, Tensor]]:
-        """For every k and T: logarithms of the sum of exp(similarity / T) by class, but for a constant per query."""
-        headline, *others = self.config.ks
-        ks = [headline, *(k for k in others if k <= votes_qk.shape[1])]
+        """Yield for every k and T log(sum of exp(similarity / T)) by class, up to a constant per query."""
+        first, *others = self.config.ks
+        ks = [first, *(k for k in others if k <= votes_qk.shape[1])]
         for temperature in self.config.temperatures:
             weight_qk = ((similar_qk - similar_qk[:, :1]).double() / temperature).exp()
             for k in ks:
-                sums_qc = torch.zeros(len(votes_qk), classes, dtype=torch.float64)
+                sums_qc = weight_qk.new_zeros(len(votes_qk), classes)
                 sums_qc.scatter_add_(1, votes_qk[:, :k], weight_qk[:, :k])
                 yield _suffix(k, temperature), sums_qc.log()
 
 
 def nearest(query_qd: Tensor, train_nd: Tensor, k: int, own: int | None) -> tuple[Tensor, Tensor]:
-    """Cosines and indices, both (q, k), of the k nearest, the nearest first.
+    """Return cosines and indices, both (q, k), of the k nearest train images, the nearest first.
 
     Args:
         query_qd: unit vectors.
-        train_nd: unit vectors; n is k or more, and more than k where `own` is given.
-        k: neighbours.
-        own: index in `train_nd` of the first query, when the queries are a part of it; None when they are not.
+        train_nd: unit vectors on the same device; n >= k, and n > k if `own` is given.
+        k: number of neighbours.
+        own: index in `train_nd` of the first query if the queries are rows of it, else None.
     """
     similar, indices = [], []
     for first in range(0, len(train_nd), _TRAIN_TILE):

@@ -1,23 +1,23 @@
-"""A linear classifier on frozen features: how much of the classes can be read off by a plane.
+"""A linear classifier on frozen features.
 
-The default is multinomial logistic regression on features standardised by the train set, minimised to its optimum with
-L-BFGS (as Kornblith et al. 2019, "Do better ImageNet models transfer better?", and the CLIP protocol), so that no
-learning rate stands between two representations. The weight decay is chosen on a tenth of the train set that is held
-out, from the strongest on until a weaker one is worse, and the classifier is then fitted again on all of it.
+The default schedule, "optimum", is multinomial logistic regression on features standardised by the train set, minimised
+with L-BFGS (as Kornblith et al. 2019, "Do better ImageNet models transfer better?", and CLIP). It has no learning rate
+that could favour one representation. The weight decay is chosen on a tenth of the train set, from the strongest to the
+first that is worse, and the classifier is then fitted on all of it.
 
 The other schedules are those of Goyal et al. 2019 ("Scaling and benchmarking self-supervised visual representation
-learning"), which PIRL and VISSL use: SGD with Nesterov momentum 0.9, batches of 256, a learning rate of 0.01 and three
-drops. Two things differ: the images are the evaluation views, where theirs are cropped and mirrored anew in every
-epoch, and features are standardised number by number over the train set, where theirs pass a BatchNorm by channel.
+learning"), used by PIRL and VISSL: SGD with Nesterov momentum 0.9, batches of 256, a learning rate of 0.01 and three
+drops. Two differences: images are evaluation views, not random crops, and features are standardised one by one over the
+train set, not by a BatchNorm over channels.
 
-A layer is seen as a grid of at most 9,216 numbers, as there; see `raysl.extraction.encoders`.
+A layer is pooled to a grid of at most 9,216 features, as there; see `raysl.extraction.encoders`.
 """
 
 from __future__ import annotations
 
 from collections.abc import Iterator
 from dataclasses import dataclass
-from typing import Literal
+from typing import Annotated, ClassVar, Literal
 
 import numpy as np
 import torch
@@ -25,9 +25,10 @@ from torch import Tensor
 from torch.nn.functional import cross_entropy, linear
 
 from raysl import rng
-from raysl.errors import UserError, unknown
-from raysl.probes import Labelled, Row, check, rank, same_images, topk_rows
+from raysl.fields import Bounds
+from raysl.probes import Labelled, Row, Settings, accuracy_rows, check, rank
 from raysl.probes._span import in_span
+from raysl.probes._task import device
 from raysl.rng import ImageRng
 
 _BATCH = 256
@@ -35,13 +36,13 @@ _BATCH = 256
 
 @dataclass(frozen=True)
 class Sgd:
-    """A schedule.
+    """A schedule of SGD.
 
     Args:
-        epochs: visits to every image.
-        drops: epochs after which the learning rate is a tenth of what it was.
-        lr: at the beginning.
-        weight_decay: of the weights, not of the bias.
+        epochs: number of passes over the train set.
+        drops: epochs after which the learning rate is divided by ten.
+        lr: initial learning rate.
+        weight_decay: weight decay of the weights; the bias has none.
     """
 
     epochs: int
@@ -59,43 +60,32 @@ SCHEDULES = {
 
 
 @dataclass(frozen=True)
-class Config:
+class Config(Settings):
     """Protocol of the linear probe.
 
     Args:
-        schedule: "optimum" is L-BFGS; the others are SGD, as on ImageNet, Places205 and iNaturalist 2018; "fast" is a
-            quarter of the first.
-        dims: numbers of a layer that it sees at most, with their places; 0 for means over places.
-        weight_decays: of "optimum": candidates for w of: mean cross-entropy + w / 2 * |weights|^2.
-        held_out: of "optimum": share of the train images that choose among them, drawn by index.
-        max_iterations: of L-BFGS, for each fit.
-        tolerance: of the largest entry of the gradient, in the coordinates of `Fit`, where a fit stops.
-        version: see `raysl.probes`.
+        schedule: "optimum" for L-BFGS; the others are SGD, as on ImageNet, Places205 and iNaturalist 2018; "fast" is a
+            quarter of "imagenet".
+        dims: largest number of features of a layer, kept as a grid of places; 0 for the mean over places.
+        weight_decays: for "optimum": candidates for w in mean cross-entropy + w / 2 * |weights|^2.
+        held_out: for "optimum": share of the train images, chosen at random, that selects the weight decay.
+        max_iterations: largest number of iterations of L-BFGS in each fit.
+        tolerance: a fit stops when no entry of the gradient, in the coordinates of `Fit`, is larger.
     """
 
+    version: ClassVar[int] = 2
     schedule: Literal["optimum", "imagenet", "places205", "inat18", "fast"] = "optimum"
-    dims: int = 9216
-    weight_decays: tuple[float, ...] = (1.0, 1e-1, 1e-2, 1e-3, 1e-4, 1e-5)
-    held_out: float = 0.1
-    max_iterations: int = 200
-    tolerance: float = 1e-4
-    version: int = 2
-
-    def __post_init__(self) -> None:
-        if self.schedule != "optimum" and self.schedule not in SCHEDULES:
-            raise unknown("schedule of the linear probe", self.schedule, ["optimum", *SCHEDULES])
-        if self.dims < 0:
-            raise UserError(f"linear.dims is {self.dims}; it must be a number of features, or 0 for means.")
-        if not self.weight_decays or min(self.weight_decays) <= 0:
-            raise UserError(f"linear.weight_decays is {self.weight_decays}; it must hold numbers above 0.")
-        if not 0 < self.held_out < 1:
-            raise UserError(f"linear.held_out is {self.held_out}; it must be above 0 and below 1.")
+    dims: Annotated[int, Bounds(0, 10**6)] = 9216
+    weight_decays: tuple[Annotated[float, Bounds(1e-12, 1e6)], ...] = (1.0, 1e-1, 1e-2, 1e-3, 1e-4, 1e-5)
+    held_out: Annotated[float, Bounds(1e-3, 0.9)] = 0.1
+    max_iterations: Annotated[int, Bounds(1, 10**6)] = 200
+    tolerance: Annotated[float, Bounds(1e-12, 1)] = 1e-4
 
 
 class Linear:
-    """Logistic regression; its headline is top-1."""
+    """Logistic regression; the primary metric is top-1."""
 
-    headline = "top1"
+    primary_metric = "top1"
     learns = True
 
     def __init__(self, config: Config) -> None:
@@ -103,53 +93,50 @@ class Linear:
         self.dims = config.dims
 
     def run(self, train: Labelled, test: Labelled) -> Iterator[Row]:
-        """Yields top-1, top-5 where there are more than five classes, and the weight decay."""
-        check(train, test)
-        if same_images(train, test):
-            raise UserError(
-                "The linear probe was given one data set to learn from and to be scored on, which would measure how "
-                "well it remembers. Give another test set; the probe knn can use one set for both."
-            )
-        if len(np.unique(train.labels_n)) < 2:
-            raise UserError("The linear probe needs a train set of at least two classes, and this has one.")
-        # Images that choose the weight decay go last, so that the others are a view and no copy.
+        """Yield accuracies (see `raysl.probes.accuracy_rows`) and the weight decay."""
+        check("linear", train, test, learns=True)
+        # Held-out images go last, so that the others are a view and no copy.
         indices = np.arange(len(train.labels_n), dtype=np.int64)
         held_n = ImageRng(0, np.zeros_like(indices), indices).chance("held out", self.config.held_out).numpy()
         order_n = np.argsort(held_n, kind="stable")
-        train_nd = torch.from_numpy(train.features_nd[order_n])
-        labels_n = torch.from_numpy(train.labels_n[order_n])
+        place = device()
+        train_nd = torch.from_numpy(train.features_nd[order_n]).to(place)
+        labels_n = torch.from_numpy(train.labels_n[order_n]).to(place)
         std_d, mean_d = torch.std_mean(train_nd, dim=0, correction=0)
-        # A feature that never changes says nothing; dividing by its rounding errors would make it speak.
+        # A constant feature is dropped; dividing it by its rounding errors would make it count.
         scale_d = torch.where(std_d > 1e-6 * (mean_d.abs() + 1), 1 / std_d, 0.0)
         train_nd.sub_(mean_d).mul_(scale_d)
-        test_nd = (torch.from_numpy(test.features_nd) - mean_d).mul_(scale_d)
+        test_nd = (torch.from_numpy(test.features_nd).to(place) - mean_d).mul_(scale_d)
         if self.config.schedule == "optimum":
             train_nd, test_nd = in_span(train_nd, test_nd)
-            chosen, solution = self._optimum(train_nd, labels_n, int((~held_n).sum()))
+            weight_decay, solution = self._optimum(train_nd, labels_n, int((~held_n).sum()))
         else:
             schedule = SCHEDULES[self.config.schedule]
-            chosen, solution = schedule.weight_decay, descend(train_nd, labels_n, schedule)
-        found_n = rank(solution.scores(test_nd), torch.from_numpy(test.labels_n))
-        yield from topk_rows(found_n, solution.classes)
-        yield Row("weight_decay", chosen)
+            weight_decay, solution = schedule.weight_decay, descend(train_nd, labels_n, schedule)
+        test_labels_n = torch.from_numpy(test.labels_n)
+        rank_n = rank(solution.scores(test_nd), test_labels_n.to(place))
+        yield from accuracy_rows(rank_n, test_labels_n, solution.classes)
+        yield Row("weight_decay", weight_decay)
 
     def _optimum(self, train_nd: Tensor, labels_n: Tensor, fitted: int) -> tuple[float, Solution]:
-        """The weight decay that is best on the held-out images, the stronger of equals, and the solution.
+        """Return the weight decay that is best on the held-out images (the stronger of equals), and the solution.
 
         Args:
+            train_nd: standardised features.
+            labels_n: int64 (n,).
             fitted: number of images, the first ones, that are not held out.
         """
         fit = Fit(train_nd, int(labels_n.max()) + 1, self.config)
         strongest_first = sorted(self.config.weight_decays, reverse=True)
         best = solution = fit.zero()
         chosen, most = strongest_first[0], -1
-        if fitted < len(labels_n) and len(labels_n[:fitted].bincount().nonzero()) > 1:
+        if fitted < len(labels_n) and int((labels_n[:fitted].bincount() > 0).sum()) > 1:
             for weight_decay in strongest_first:
-                # Each fit begins where the one before ended.
+                # Each fit starts from the previous solution.
                 solution = fit(train_nd[:fitted], labels_n[:fitted], weight_decay, solution)
                 right = int((rank(solution.scores(train_nd[fitted:]), labels_n[fitted:]) == 0).sum())
                 if right < most:
-                    # The weaker it gets, the longer a fit takes and the more it remembers.
+                    # Weaker decays take longer and overfit more.
                     break
                 if right > most:
                     chosen, most, best = weight_decay, right, solution
@@ -168,20 +155,20 @@ class Solution:
         return len(self.bias_c)
 
     def scores(self, features_nd: Tensor) -> Tensor:
-        """Logits (n, c)."""
+        """Return logits (n, c)."""
         scores_nc: Tensor = linear(features_nd, self.weights_cd, self.bias_c)
         return scores_nc
 
 
 class Fit:
-    """Minimises the loss with L-BFGS, in coordinates in which it is about equally curved in all directions.
+    """Minimise the loss with L-BFGS, in coordinates in which its curvature is about equal in all directions.
 
-    The second derivative of the loss is close to covariance / c + weight decay, c being the number of classes. Without
-    the change of coordinates correlated features take ten times the iterations.
+    The second derivative of the loss is close to covariance / c + weight decay, where c is the number of classes.
+    Without the change of coordinates correlated features take ten times the iterations.
 
     Args:
-        features_nd: standardised; their covariance is used, estimated from 2 d of them where there are more.
-        classes: c.
+        features_nd: standardised features, for their covariance; 2 d of them are used if there are more.
+        classes: number of classes c.
         config: see `Config`.
     """
 
@@ -192,26 +179,29 @@ class Fit:
         self._config = config
 
     def zero(self) -> Solution:
-        """Where a first fit begins."""
-        return Solution(torch.zeros(self._classes, len(self._curvature_dd)), torch.zeros(self._classes))
+        """Return the starting point of a first fit."""
+        zeros_cd = self._curvature_dd.new_zeros(self._classes, len(self._curvature_dd), dtype=torch.float32)
+        return Solution(zeros_cd, zeros_cd.new_zeros(self._classes))
 
     def _coordinates(self, weight_decay: float) -> Tensor:
-        """The upper triangular matrix (d, d) R whose product with weights gives the new coordinates."""
-        # A little more than zero, for features that repeat each other. It moves the path and not the minimum.
+        """Return an upper triangular matrix (d, d); its product with the weights gives the new coordinates."""
+        # The small term is for features that repeat each other. It changes the path and not the minimum.
         floor = weight_decay + 1e-5 / self._classes
-        raised_dd = self._curvature_dd + floor * torch.eye(len(self._curvature_dd), dtype=torch.float64)
+        raised_dd = self._curvature_dd + floor * torch.eye(
+            len(self._curvature_dd), dtype=torch.float64, device=self._curvature_dd.device
+        )
         upper_dd: Tensor = torch.linalg.cholesky(raised_dd).T.float()
         return upper_dd
 
     def __call__(
-        self, features_nd: Tensor, labels_n: Tensor, weight_decay: float, begin: Solution
+        self, features_nd: Tensor, labels_n: Tensor, weight_decay: float, start: Solution
     ) -> Solution:
-        """The solution for one weight decay."""
+        """Return the solution for one weight decay."""
         back_dd = self._coordinates(weight_decay)
-        place_dc = (back_dd @ begin.weights_cd.T).requires_grad_()
-        bias_c = begin.bias_c.clone().requires_grad_()
+        point_dc = (back_dd @ start.weights_cd.T).requires_grad_()
+        bias_c = start.bias_c.clone().requires_grad_()
         solver = torch.optim.LBFGS(
-            [place_dc, bias_c],
+            [point_dc, bias_c],
             max_iter=self._config.max_iterations,
             max_eval=2 * self._config.max_iterations,
             tolerance_grad=self._config.tolerance,
@@ -220,34 +210,35 @@ class Fit:
             line_search_fn="strong_wolfe",
         )
 
-        def there() -> Solution:
-            weights_dc = torch.linalg.solve_triangular(back_dd, place_dc, upper=True)
+        def current() -> Solution:
+            weights_dc = torch.linalg.solve_triangular(back_dd, point_dc, upper=True)
             # Classes first: MKL takes 25 times as long for the gradient of weights (d, c).
             return Solution(weights_dc.T.contiguous(), bias_c)
 
         def loss() -> Tensor:
             solver.zero_grad()
-            now = there()
+            now = current()
             decay = weight_decay / 2 * now.weights_cd.square().sum()
             value = cross_entropy(now.scores(features_nd), labels_n) + decay
             value.backward()  # type: ignore[no-untyped-call]
             return value
 
         solver.step(loss)  # type: ignore[no-untyped-call]
-        found = there()
+        found = current()
         return Solution(found.weights_cd.detach(), found.bias_c.detach())
 
 
 def descend(features_nd: Tensor, labels_n: Tensor, schedule: Sgd) -> Solution:
-    """The classifier that a schedule of SGD arrives at, from weights of zero.
+    """Return the classifier after a schedule of SGD from zero weights.
 
     Args:
-        features_nd: standardised.
+        features_nd: standardised features.
         labels_n: int64 (n,).
+        schedule: the schedule.
     """
     classes = int(labels_n.max()) + 1
-    weights_cd = torch.zeros(classes, features_nd.shape[1], requires_grad=True)
-    bias_c = torch.zeros(classes, requires_grad=True)
+    weights_cd = features_nd.new_zeros(classes, features_nd.shape[1], requires_grad=True)
+    bias_c = features_nd.new_zeros(classes, requires_grad=True)
     groups = [
         {"params": [weights_cd], "weight_decay": schedule.weight_decay},
         {"params": [bias_c], "weight_decay": 0.0},
@@ -256,7 +247,7 @@ def descend(features_nd: Tensor, labels_n: Tensor, schedule: Sgd) -> Solution:
     drops = torch.optim.lr_scheduler.MultiStepLR(solver, schedule.drops, gamma=0.1)
     for epoch in range(schedule.epochs):
         order_n = torch.from_numpy(rng.generator("linear probe", epoch).permutation(len(labels_n)))
-        for rows_b in torch.split(order_n, _BATCH):
+        for rows_b in torch.split(order_n.to(features_nd.device), _BATCH):
             solver.zero_grad()
             scores_bc = linear(features_nd[rows_b], weights_cd, bias_c)
             cross_entropy(scores_bc, labels_n[rows_b]).backward()  # type: ignore[no-untyped-call]

@@ -1,14 +1,14 @@
 """Linear support vector machines, one for each class, scored by average precision: the protocol of PASCAL VOC 2007.
 
-Goyal et al. 2019, "Scaling and benchmarking self-supervised visual representation learning", as VISSL does it: rows of
+Goyal et al. 2019, "Scaling and benchmarking self-supervised visual representation learning", as in VISSL: features of
 unit length in float64, the squared hinge loss with L2, positives weighted twice, and for each class the cost with the
-best average precision in three-fold cross-validation. An image that is "difficult" for a class counts as a negative
-when the class is learned and is left out when it is scored. The average precision is the area under the monotone
-envelope of precision, as VOC has it since 2010, and not the mean at 11 points. ResNet-50 pretrained on ImageNet: PIRL
-81.1, Jigsaw 64.5, supervised 87.5 (in %, best layer).
+best average precision in three-fold cross-validation. An image that is "difficult" for a class is a negative in
+training and is left out of the score. The average precision is the area under the monotone envelope of precision, as in
+VOC since 2010, and not the mean at 11 points. ResNet-50 pretrained on ImageNet (in %, best layer): PIRL 81.1, Jigsaw
+64.5, supervised 87.5.
 
-The solver is scikit-learn's, of the extra `eval`. It works on the dual, whose time grows faster than the number of
-images: of more than as many as VOC07 has, so many are drawn.
+The solver is scikit-learn's, of the extra `eval`. It solves the dual, whose time grows faster than the number of
+images, so at most as many images as VOC07 has are used.
 """
 
 from __future__ import annotations
@@ -18,7 +18,7 @@ import warnings
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
-from typing import Any
+from typing import Annotated, Any, ClassVar
 
 import numpy as np
 import numpy.typing as npt
@@ -26,46 +26,37 @@ import torch
 
 from raysl import rng
 from raysl.errors import UserError
-from raysl.probes import Floats, Labelled, Row, check, presence, same_images
+from raysl.fields import Bounds
+from raysl.probes import Floats, Integers, Labelled, Row, Settings, check, presence
 from raysl.probes._span import in_span
 
 Doubles = npt.NDArray[np.float64]
-Integers = npt.NDArray[np.int64]
 
 _FOLDS = 3
-_NO_LENGTH = 1e-5
+_LENGTH_FLOOR = 1e-5
 _ALONE = threading.Lock()
 
 
 @dataclass(frozen=True)
-class Config:
+class Config(Settings):
     """Protocol of the support vector machines.
 
     Args:
         costs: candidates for C.
-        dims: numbers of a layer that they see at most, with their places; 0 for means over places.
-        max_images: that they learn from, drawn by index; VOC07 has 5,011.
-        version: see `raysl.probes`.
+        dims: largest number of features of a layer, kept as a grid of places; 0 for the mean over places.
+        max_images: largest number of train images, sampled at random; VOC07 has 5,011.
     """
 
-    costs: tuple[float, ...] = (0.01, 0.1, 1, 2, 5, 10, 15, 20, 50, 100, 1000)
-    dims: int = 9216
-    max_images: int = 5011
-    version: int = 2
-
-    def __post_init__(self) -> None:
-        if not self.costs or min(self.costs) <= 0:
-            raise UserError(f"svm.costs is {self.costs}; it must hold numbers above 0.")
-        if self.dims < 0:
-            raise UserError(f"svm.dims is {self.dims}; it must be a number of features, or 0 for means.")
-        if self.max_images < 2:
-            raise UserError(f"svm.max_images is {self.max_images}; it must be at least 2.")
+    version: ClassVar[int] = 2
+    costs: tuple[Annotated[float, Bounds(1e-9, 1e9)], ...] = (0.01, 0.1, 1, 2, 5, 10, 15, 20, 50, 100, 1000)
+    dims: Annotated[int, Bounds(0, 10**6)] = 9216
+    max_images: Annotated[int, Bounds(2, 10**9)] = 5011
 
 
 class Svm:
-    """One machine for each class that the test set shows; takes images with several classes. Its headline is mAP."""
+    """One machine for each class that the test set shows; images may show several. The primary metric is mAP."""
 
-    headline = "mAP"
+    primary_metric = "mAP"
     learns = True
 
     def __init__(self, config: Config) -> None:
@@ -73,18 +64,13 @@ class Svm:
         self.dims = config.dims
 
     def run(self, train: Labelled, test: Labelled) -> Iterator[Row]:
-        """Yields the mean over classes of the average precision. A class that the train set never shows has 0."""
-        check(train, test, several=True)
-        if same_images(train, test):
-            raise UserError(
-                "The probe svm was given one data set to learn from and to be scored on, which would measure how well "
-                "it remembers. Give another test set; the probe knn can use one set for both."
-            )
+        """Yield the mean over classes of the average precision; it is 0 for a class that the train set never shows."""
+        check("svm", train, test, several=True, learns=True)
         classes = _classes(train, test)
-        kept = rng.generator("svm").permutation(len(train.labels_n))[: self.config.max_images]
-        units = unit_rows(train.features_nd[np.sort(kept)]), unit_rows(test.features_nd)
+        kept_n = np.sort(rng.generator("svm").permutation(len(train.labels_n))[: self.config.max_images])
+        units = unit_rows(train.features_nd[kept_n]), unit_rows(test.features_nd)
         train_nd, test_nd = (one.numpy() for one in in_span(*map(torch.from_numpy, units)))
-        shown_nc = presence(train.labels_n, classes)[np.sort(kept)]
+        shown_nc = presence(train.labels_n, classes)[kept_n]
         wanted_nc = presence(test.labels_n, classes)
         judged = [c for c in range(classes) if (wanted_nc[:, c] == 1).any()]
         if not judged:
@@ -95,12 +81,12 @@ class Svm:
             sure_n = wanted_nc[:, c] >= 0
             return average_precision(scores_n[sure_n], wanted_nc[sure_n, c]) if scores_n.any() else 0.0
 
-        with settling():
+        with one_solver():
             found = [precision(c) for c in judged]
         yield Row("mAP", float(np.mean(found)))
 
     def _scores(self, train_nd: Doubles, sign_n: Integers, test_nd: Doubles) -> Doubles:
-        """float64 (n,) of the test images by the best cost; zeros where the class is shown by no train image."""
+        """Return float64 (n,), the scores of the test images with the best cost; 0 if no train image shows the class."""
         fewest = min((sign_n == 1).sum(), (sign_n == -1).sum())
         if not fewest:
             return np.full(len(test_nd), float(sign_n[0] == 1))
@@ -109,7 +95,7 @@ class Svm:
 
 
 def _classes(train: Labelled, test: Labelled) -> int:
-    """Number of classes of either set."""
+    """Return the number of classes of both sets."""
     if train.labels_n.ndim != test.labels_n.ndim:
         raise ValueError("labels of two forms")
     if train.labels_n.ndim == 2:
@@ -118,50 +104,52 @@ def _classes(train: Labelled, test: Labelled) -> int:
 
 
 def _solver() -> Any:
-    """scikit-learn's modules. Raises UserError when it is not installed."""
+    """Return scikit-learn's modules. Raises UserError if it is not installed."""
     try:
         from sklearn import model_selection, svm
     except ImportError as error:
         raise UserError(
             "Support vector machines need scikit-learn, which is not installed: pip install 'raysl[eval]'. The probe "
-            "linear needs nothing more."
+            "linear does not need it."
         ) from error
     return svm, model_selection
 
 
-def _machine(cost: float) -> Any:
+def machine(cost: float) -> Any:
+    """Return an untrained machine with a cost C. Every parameter is part of the protocol."""
     svm, _ = _solver()
-    weights = {1: 2, -1: 1}
     return svm.LinearSVC(
         C=cost,
         dual=True,
         max_iter=2000,
         tol=1e-4,
-        class_weight=weights,
+        class_weight={1: 2, -1: 1},
         intercept_scaling=1.0,
         random_state=0,
     )
 
 
 def unit_rows(features_nd: Floats) -> Doubles:
-    """float64 (n, d): every row divided by its length plus 1e-5."""
+    """Return float64 (n, d): every row divided by its length plus 1e-5."""
     wide_nd = features_nd.astype(np.float64)
-    wide_nd /= np.linalg.norm(wide_nd, axis=1, keepdims=True) + _NO_LENGTH
+    wide_nd /= np.linalg.norm(wide_nd, axis=1, keepdims=True) + _LENGTH_FLOOR
     return wide_nd
 
 
 def choose(train_nd: Doubles, sign_n: Integers, costs: tuple[float, ...]) -> float:
-    """The cost with the best average precision in cross-validation, the smallest of equals.
+    """Return the cost with the best average precision in cross-validation, the smallest of equals.
 
     Args:
-        sign_n: int64 (n,), 1 or -1; at least two of each, and as many folds as there are of the fewer, at most three.
+        train_nd: float64 (n, d), unit rows.
+        sign_n: int64 (n,), 1 or -1, at least two of each. There are three folds, or as many as the rarer sign has.
+        costs: candidates.
     """
     _, selection = _solver()
     folds = int(min(_FOLDS, (sign_n == 1).sum(), (sign_n == -1).sum()))
 
     def score(cost: float) -> float:
         parts = selection.cross_val_score(
-            _machine(cost), train_nd, sign_n, cv=folds, scoring="average_precision"
+            machine(cost), train_nd, sign_n, cv=folds, scoring="average_precision"
         )
         return float(parts.mean())
 
@@ -170,26 +158,28 @@ def choose(train_nd: Doubles, sign_n: Integers, costs: tuple[float, ...]) -> flo
 
 
 def fitted(train_nd: Doubles, sign_n: Integers, cost: float, test_nd: Doubles) -> Doubles:
-    """float64 (n,): the scores of test images by a machine with one cost."""
-    scores_n: Doubles = _machine(cost).fit(train_nd, sign_n).decision_function(test_nd)
+    """Return float64 (n,): scores of the test images by a machine with one cost."""
+    scores_n: Doubles = machine(cost).fit(train_nd, sign_n).decision_function(test_nd)
     return scores_n
 
 
 @contextmanager
-def settling() -> Iterator[None]:
-    """Without scikit-learn's warnings: the protocol stops after 2,000 iterations, arrived or not. One thread at a time:
-    all share liblinear's generator of random numbers, and results would depend on who comes first."""
+def one_solver() -> Iterator[None]:
+    """Run solvers in one thread at a time and without warnings.
+
+    All threads share liblinear's random generator, and the protocol stops after 2,000 iterations, converged or not.
+    """
     with _ALONE, warnings.catch_warnings(action="ignore"):
         yield
 
 
 def average_precision(scores_n: Doubles, shown_n: Integers) -> float:
-    """The area under the envelope of precision over recall: at every recall the best precision at that or a higher one.
+    """Return the area under the envelope of precision over recall: at a recall, the best precision at it or a higher one.
 
     Args:
-        scores_n: more is likelier. Images of equal score pass the threshold together: none is ranked by its place
-            in the data set, where classes may be sorted.
-        shown_n: int64 (n,), 1 where the class is shown; at least one is.
+        scores_n: higher is likelier. Images of equal score pass the threshold together, so that the order of the data
+            set, which may be sorted by class, does not matter.
+        shown_n: int64 (n,), 1 if the class is shown; at least one is.
     """
     order_n = np.argsort(-scores_n, kind="stable")
     ends_t = np.append(np.flatnonzero(np.diff(scores_n[order_n])), len(order_n) - 1)

@@ -1,28 +1,28 @@
 """The probe `svm` on images that show several classes: PASCAL VOC 2007 itself, or any folder in its layout.
 
 Goyal et al. 2019, "Scaling and benchmarking self-supervised visual representation learning". An image shows the classes
-of its boxes. One whose boxes of a class are all "difficult" is not judged in that class, and counts as a negative when
-the class is learned.
+of its boxes. If all its boxes of a class are "difficult", it is not judged in that class and is a negative in training.
 
-An image is seen whole, squashed to a square, as there: the evaluation view of the other probes cuts off the ends of its
-longer side, and with them objects that it is said to show.
+An image is resized to a square, as there. The evaluation view of the other probes cuts off the ends of the longer side,
+and objects with them.
 """
 
 from __future__ import annotations
 
 from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import asdict, dataclass, field, replace
-from typing import Any
+from dataclasses import dataclass, field, replace
+from typing import Any, ClassVar
 
 import numpy as np
-import numpy.typing as npt
 import torch
+from torch import Tensor
 
 from raysl import extraction
+from raysl.backbone import norm
 from raysl.errors import Unset, UserError
-from raysl.extraction import Encode, Encoder
-from raysl.probes import Floats, Labelled, Row, Subject, _voc
-from raysl.probes._task import device, elsewhere
+from raysl.extraction import Encode
+from raysl.probes import REESTIMATED, Floats, Integers, Labelled, Row, Settings, Subject, _voc
+from raysl.probes._task import device, run_tasks
 from raysl.probes._voc import Picture
 from raysl.probes.svm import Config as SvmConfig
 from raysl.probes.svm import Svm
@@ -33,97 +33,99 @@ _BATCH = 128
 
 
 @dataclass(frozen=True)
-class Config:
+class Config(Settings):
     """Protocol of the support vector machines on images with several classes.
 
     Args:
-        data: a folder in the layout of PASCAL VOC, with JPEGImages, Annotations and ImageSets/Main; the labels of the
-            other data are not looked at.
-        train_split: of its lists of images, the one to learn from.
-        test_split: the one to be judged on.
-        svm: the machines.
-        version: see `raysl.probes`.
+        data: a folder in the layout of PASCAL VOC, with JPEGImages, Annotations and ImageSets/Main. The probe does not
+            use --train and --test.
+        train_split: name of the list of images to learn from.
+        test_split: name of the list of images to score.
+        svm: protocol of the machines.
     """
 
+    version: ClassVar[int] = 2
     data: str = ""
     train_split: str = "trainval"
     test_split: str = "test"
     svm: SvmConfig = field(default_factory=SvmConfig)
-    version: int = 2
 
-    def facts(self) -> dict[str, Any]:
-        """What the numbers depend on: the images and classes of both splits, wherever their folder lies."""
-        contents = ""
-        if self.data:
-            contents = _voc.fingerprint(Folder(self.data), (self.train_split, self.test_split))
-        return {**asdict(self), "data": contents}
+    def settings(self) -> dict[str, Any]:
+        """Return the settings with the fingerprint of both splits in place of their folder."""
+        return _voc.settings(self, self.data, (self.train_split, self.test_split))
 
 
 class VocSvm:
-    """Mean over classes of the average precision, of every layer that was asked for. Its headline is mAP."""
+    """Mean over classes of the average precision, mAP, for every requested layer."""
 
-    headline = "mAP"
-
+    primary_metric = "mAP"
     own_images = True
 
     def __init__(self, config: Config) -> None:
         self.config = config
 
     def examine(self, subject: Subject) -> Iterator[Row]:
-        """Yields mAP by layer. Runs one task of Ray, on a GPU if there are any.
+        """Yield mAP by layer. Runs one Ray task, on a GPU if there are any.
 
         Raises:
-            UserError: no folder was given, or it is not as `raysl.probes._voc.read` wants it, the splits share images,
-                the test split shows no class, or scikit-learn is not installed.
+            UserError: no folder is given, or it is not in the layout (see `raysl.probes._voc.read`), the splits share
+                images, the test split shows no class, or scikit-learn is not installed.
         """
         if not self.config.data:
             raise Unset(
                 "The probe voc_svm needs images with several classes. Give --voc-svm.data FOLDER, a folder in the "
-                "layout of PASCAL VOC, with JPEGImages, Annotations and ImageSets/Main; the probe svm takes data of "
-                "one class an image."
+                "layout of PASCAL VOC, with JPEGImages, Annotations and ImageSets/Main; the probe svm takes images of "
+                "one class."
             )
-        folder = Folder(self.config.data)
-        call = (subject.encoder, subject.layers, subject.image_size, self.config, folder)
-        (rows,) = elsewhere(_measure, [call])
+        # The folder is made absolute here, because workers have another working directory.
+        (rows,) = run_tasks(_measure, [(subject, self.config, Folder(self.config.data))])
         yield from rows
 
 
-def _measure(encoder: Encoder, layers: Sequence[str], size: int, config: Config, folder: Folder) -> list[Row]:
-    """All rows."""
+def _measure(subject: Subject, config: Config, folder: Folder) -> list[Row]:
+    """Return the rows of all layers."""
     splits = (config.train_split, config.test_split)
     train, test = (_voc.read(folder, split) for split in splits)
-    _voc.check_apart(train, test, splits, "voc-svm")
+    _voc.check_disjoint(train, test, splits, "voc-svm")
     classes = _voc.classes_of(train, test)
     if not classes:
         raise UserError(f"No image of the splits {' and '.join(splits)} of {str(folder)!r} shows a class.")
-    taps = {layer: extraction.feature_spec(layer, config.svm.dims) for layer in layers}
-    encode = encoder.load(device(), list(taps.values()))
-    seen, unseen = (_features(encode, pictures, size) for pictures in (train, test))
+    specs = {layer: extraction.feature_spec(layer, config.svm.dims) for layer in subject.layers}
+    if subject.bn_statistics == REESTIMATED:
+        views = _views(train[: norm.STATISTICS_IMAGES], subject.image_size)
+        encode = extraction.load_reestimated(subject.encoder, views, device(), list(specs.values()))
+    else:
+        encode = subject.encoder.load(device(), list(specs.values()))
+    seen, unseen = (_features(encode, pictures, subject.image_size) for pictures in (train, test))
     rows = []
-    for layer, tap in taps.items():
-        known = Labelled(seen[tap], shown(train, classes))
+    for layer, spec in specs.items():
+        known = Labelled(seen[spec], shown(train, classes))
         rows += [
             replace(row, layer=layer)
-            for row in Svm(config.svm).run(known, Labelled(unseen[tap], shown(test, classes)))
+            for row in Svm(config.svm).run(known, Labelled(unseen[spec], shown(test, classes)))
         ]
     return rows
 
 
-def _features(encode: Encode, pictures: Sequence[Picture], size: int) -> Mapping[str, Floats]:
-    """float32 (n, d) by tap, of every image, squashed to a square."""
-    made: dict[str, list[Floats]] = {}
+def _views(pictures: Sequence[Picture], size: int) -> Iterator[Tensor]:
+    """Yield batches of images, uint8 (b, 3, size, size), each resized to a square."""
     for first in range(0, len(pictures), _BATCH):
-        pixels_bchw = decode.squashed([one.image for one in pictures[first : first + _BATCH]], size)
+        yield decode.squashed([one.image for one in pictures[first : first + _BATCH]], size)
+
+
+def _features(encode: Encode, pictures: Sequence[Picture], size: int) -> Mapping[str, Floats]:
+    """Return float32 (n, d) of every image, by feature spec."""
+    made: dict[str, list[Floats]] = {}
+    for images_bchw in _views(pictures, size):
         with torch.inference_mode():
-            found = encode(pixels_bchw.to(device()))
-        for tap, values_bd in found.items():
-            made.setdefault(tap, []).append(values_bd.float().cpu().numpy())
-    return {tap: np.concatenate(parts) for tap, parts in made.items()}
+            found = encode(images_bchw.to(device()))
+        for spec, values_bd in found.items():
+            made.setdefault(spec, []).append(values_bd.float().cpu().numpy())
+    return {spec: np.concatenate(parts) for spec, parts in made.items()}
 
 
-def shown(pictures: Sequence[Picture], classes: Sequence[str]) -> npt.NDArray[np.int64]:
-    """int64 (n, c), as `raysl.probes.Labelled.labels_n`: 1 for a class that an image shows, 0 for one that it does not,
-    -1 for one of which all its boxes are difficult."""
+def shown(pictures: Sequence[Picture], classes: Sequence[str]) -> Integers:
+    """Return the labels of images, int64 (n, c); see `raysl.probes.Labelled`."""
     shown_nc = np.zeros((len(pictures), len(classes)), dtype=np.int64)
     for row_c, one in zip(shown_nc, pictures, strict=True):
         for name, difficult in zip(one.classes, one.difficult_n.tolist(), strict=True):

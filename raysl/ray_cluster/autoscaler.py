@@ -1,8 +1,8 @@
-"""What an autoscaling cluster can grow to, as the configuration that it was launched with says.
+"""Read the capacity that an autoscaling cluster can grow to from the configuration it was launched with.
 
-Ray tells what a cluster has, and not what it could have: a cluster that starts at a head without work looks like one
-that can never run anything. `ray up` leaves its configuration on the head, where drivers run; KubeRay's autoscaler
-reads the RayCluster from Kubernetes with the head's service account, and so does this.
+Ray reports the machines that exist and not those that could start, so a cluster with only a head looks as if it could
+never run anything. `ray up` leaves its configuration on the head, where drivers run. On Kubernetes this module reads
+the RayCluster with the service account of the head, as KubeRay's autoscaler does.
 """
 
 from __future__ import annotations
@@ -13,12 +13,12 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-# Where `ray up` puts the configuration of a cluster, on its head alone.
+# `ray up` puts the configuration of a cluster here, on the head only.
 LAUNCHED = Path("~/ray_bootstrap_config.yaml")
 _NAMESPACE = Path("/var/run/secrets/kubernetes.io/serviceaccount/namespace")
-# Ray's label of a machine that an autoscaler has started: the name of its type.
+# Ray labels machines that an autoscaler started with the name of their type.
 _TYPE_LABEL = "ray.io/node-group"
-# The label of a type with what a machine costs in US dollars an hour.
+# Our label for the price of a machine of a type, in US dollars an hour.
 PRICE_LABEL = "usd-per-hour"
 
 Node = dict[str, float]
@@ -26,13 +26,13 @@ Node = dict[str, float]
 
 @dataclass(frozen=True)
 class NodeType:
-    """Machines of one kind that an autoscaler can start.
+    """A type of machine that an autoscaler can start.
 
     Args:
-        name: in the configuration.
-        resources: of one machine: CPU, GPU, memory in bytes.
-        most: machines of this kind at a time.
-        usd_per_hour: price of one, which the configuration states as a label; None where it does not.
+        name: name in the configuration.
+        resources: resources of one machine: CPU, GPU, memory in bytes.
+        most: maximum number of machines of this type.
+        usd_per_hour: price of one machine from its label; None without a label.
     """
 
     name: str
@@ -42,7 +42,7 @@ class NodeType:
 
     @staticmethod
     def of(name: str, kind: Mapping[str, Any], most: int) -> NodeType:
-        """From an entry of `available_node_types`."""
+        """Return the type for an entry of `available_node_types`."""
         has = {what: float(kind["resources"].get(what, 0)) for what in ("CPU", "GPU", "memory")}
         price = kind.get("labels", {}).get(PRICE_LABEL)
         return NodeType(
@@ -55,12 +55,12 @@ class NodeType:
 
 @dataclass(frozen=True)
 class Growth:
-    """What a cluster can grow to.
+    """The capacity that a cluster can grow to.
 
     Args:
-        types: of its workers, those that the autoscaler prefers first.
-        most: workers of all types together.
-        head: the type of the machine that the drivers run on.
+        types: types of its workers, in the order of the autoscaler's preference.
+        most: maximum number of workers of all types together.
+        head: type of the machine that drivers run on.
     """
 
     types: tuple[NodeType, ...]
@@ -69,9 +69,9 @@ class Growth:
 
     @staticmethod
     def of(config: Mapping[str, Any]) -> Growth:
-        """From an autoscaler's configuration, as Ray resolves it from a cluster.yaml or a RayCluster."""
+        """Return the capacity for an autoscaler configuration that Ray resolved from a cluster.yaml or a RayCluster."""
         kinds = config["available_node_types"]
-        # Ray takes types of higher priority first, and of equal ones the smallest that do.
+        # Ray prefers types of higher priority, and among equal ones the smallest that fits.
         order = sorted(kinds, key=lambda name: (-kinds[name].get("priority", 0), _size(kinds[name])))
         most = int(config.get("max_workers", 0))
         made = {name: NodeType.of(name, kinds[name], most) for name in order}
@@ -79,10 +79,10 @@ class Growth:
         return Growth(tuple(made.values()), most, head)
 
     def beyond(self, alive: Sequence[str]) -> tuple[tuple[NodeType, ...], int]:
-        """The machines that could still be started, in the order of preference, and how many of them at a time.
+        """Return the machines that could still start, in the order of preference, and their maximum number.
 
         Args:
-            alive: the types of the workers that are there.
+            alive: types of the workers that exist.
         """
         there = [name for name in alive if name in {one.name for one in self.types}]
         later = (one for one in self.types for _ in range(one.most - there.count(one.name)))
@@ -95,12 +95,12 @@ def _size(kind: Mapping[str, Any]) -> tuple[float, float]:
 
 
 def launched_here() -> bool:
-    """Whether this machine is the head of a cluster that `ray up` has launched."""
+    """Return True if this machine is the head of a cluster that `ray up` launched."""
     return LAUNCHED.expanduser().exists()
 
 
 def growth() -> Growth | None:
-    """Of the cluster whose head this process runs on; None where nothing is known of an autoscaler."""
+    """Return the capacity of the cluster whose head runs this process; None without an autoscaler."""
     if launched_here():
         import yaml
 
@@ -112,17 +112,17 @@ def growth() -> Growth | None:
 
 
 def _of_kuberay(name: str, namespace: str) -> Growth | None:
-    """Of a RayCluster on Kubernetes; None where it has no autoscaler, or this pod may not read it."""
+    """Return the capacity of a RayCluster; None without an autoscaler, or if this pod may not read it."""
     from ray.autoscaler._private.kuberay.autoscaling_config import AutoscalingConfigProducer
 
     producer = AutoscalingConfigProducer(name, namespace)
     try:
         cluster = producer.kubernetes_api_client.get(f"rayclusters/{name}")
         return Growth.of(producer()) if cluster["spec"].get("enableInTreeAutoscaling") else None
-    except OSError:  # what requests raises, too
+    except OSError:  # also the base class of the errors of requests
         return None
 
 
 def type_of(node: Mapping[str, Any]) -> str:
-    """The type of a machine in Ray's list of them; "" when no autoscaler has started it."""
+    """Return the type of a machine in Ray's list; "" if no autoscaler started it."""
     return str(node.get("Labels", {}).get(_TYPE_LABEL, ""))

@@ -1,7 +1,7 @@
-"""A Ray for this process alone, which nobody else can reach.
+"""Start a Ray that only this process and its children can reach.
 
-Who can talk to a Ray can run programs as its user. This one listens on loopback only, asks for a token that is made for
-it, and keeps token, sockets, logs and spilled objects in a folder that only this user can open.
+Everybody who can talk to a Ray can run programs as its user. This Ray listens on loopback only, asks for a token of its
+own, and keeps the token, sockets, logs and spilled objects in a folder that only this user can open.
 """
 
 from __future__ import annotations
@@ -23,26 +23,26 @@ from raysl.errors import UserError
 if TYPE_CHECKING:
     from collections.abc import Iterator
 
-# Of a path of a Unix socket, in bytes; macOS allows four less than Linux.
+# Length limit of the path of a Unix socket; macOS allows four bytes less than Linux.
 _PATH_BYTES = 103
-# Ray's own folder lies in the private one, since Ray opens it to everybody (mode 777).
+# Ray opens its own folder to everybody (mode 777), so it lies inside the private one.
 _RAYS = "r"
-# The longest path that Ray makes; numbers of processes have up to seven digits.
+# The longest path that Ray creates; process ids have up to seven digits.
 _LONGEST = f"{_RAYS}/session_2026-01-01_00-00-00_000000_1234567/sockets/plasma_store"
-# Ray's processes may still write logs for a moment after they were told to end.
+# Ray's processes may still write logs for a moment after shutdown.
 _REMOVE_WITHIN_S = 5.0
 
 
 @dataclass(frozen=True)
 class _Home:
-    """What is to be put away: the folder of a Ray, and the environment that was there before."""
+    """The folder of a Ray, and the environment to restore afterwards."""
 
     folder: Path
     process: int = field(default_factory=os.getpid)
     before: dict[str, str | None] = field(default_factory=dict)
 
     def tell(self, name: str, value: str | None) -> None:
-        """Sets or removes a variable of this process's environment, which Ray's processes inherit."""
+        """Set or remove an environment variable, which Ray's processes inherit."""
         self.before.setdefault(name, os.environ.get(name))
         if value is None:
             os.environ.pop(name, None)
@@ -50,7 +50,7 @@ class _Home:
             os.environ[name] = value
 
     def put_away(self) -> None:
-        """Removes the folder and gives this process the environment back that it had."""
+        """Remove the folder and restore the environment."""
         for name, value in self.before.items():
             if value is None:
                 os.environ.pop(name, None)
@@ -68,14 +68,14 @@ _home: _Home | None = None
 
 
 def begin(**options: Any) -> None:
-    """Starts Ray on loopback, with a token and a folder of its own.
+    """Start Ray on loopback, with a token and a folder of its own.
 
-    While it runs, RAY_AUTH_MODE and RAY_AUTH_TOKEN_PATH of this process name its token, RAY_AUTH_TOKEN is unset, and
-    GLOO_SOCKET_IFNAME and NCCL_SOCKET_IFNAME name the loopback interface. `end`, which is also called when this
-    process exits, gives them back their values and removes the folder; a process that is killed leaves its folder.
+    While it runs, RAY_AUTH_MODE and RAY_AUTH_TOKEN_PATH name its token, RAY_AUTH_TOKEN is unset, and
+    GLOO_SOCKET_IFNAME and NCCL_SOCKET_IFNAME name the loopback interface. `end`, which also runs when this process
+    exits, restores them and removes the folder. A process that is killed leaves its folder behind.
 
     Args:
-        options: of `ray.init`.
+        options: options of `ray.init`.
 
     Raises:
         UserError: the folder for temporary files cannot be used, or its path is too long.
@@ -87,14 +87,14 @@ def begin(**options: Any) -> None:
     # A Ray may be left that was shut down without `end`.
     end()
     _home = home
-    # After Ray's own, which is registered when Ray is imported, and so called before it.
+    # Registered after Ray's exit handler, and therefore called before it.
     atexit.register(end)
     token = home.folder / "token"
     with os.fdopen(os.open(token, os.O_WRONLY | os.O_CREAT | os.O_EXCL, 0o600), "w") as file:
         file.write(secrets.token_hex(32))
     home.tell("RAY_AUTH_MODE", "token")
     home.tell("RAY_AUTH_TOKEN_PATH", str(token))
-    # Ray would prefer it to the file.
+    # Ray prefers this variable to the file.
     home.tell("RAY_AUTH_TOKEN", None)
     for name in ("GLOO_SOCKET_IFNAME", "NCCL_SOCKET_IFNAME"):
         home.tell(name, _loopback_interface())
@@ -108,12 +108,12 @@ def begin(**options: Any) -> None:
 
 
 def end() -> None:
-    """Ends the Ray that `begin` has started, and removes what it had. Does nothing where there is none."""
+    """Stop the Ray that `begin` started and remove its folder. Do nothing without one."""
     global _home
     import ray
 
     home, _home = _home, None
-    # Of a process that was forked it is the parent's.
+    # In a forked process, the Ray belongs to the parent.
     if home is None or home.process != os.getpid():
         return
     ray.shutdown()
@@ -123,7 +123,7 @@ def end() -> None:
 
 
 def _folder() -> Path:
-    """A new folder that only this user can open, under an unpredictable name."""
+    """Return a new folder with an unpredictable name that only this user can open."""
     root = os.environ.get("RAY_TMPDIR") or tempfile.gettempdir()
     name = "RAY_TMPDIR" if os.environ.get("RAY_TMPDIR") else "TMPDIR"
     try:
@@ -145,16 +145,16 @@ def _folder() -> Path:
 
 
 def _loopback_interface() -> str:
-    """The name of the interface that leads nowhere: lo on Linux, lo0 on macOS."""
+    """Return the name of the loopback interface: lo on Linux, lo0 on macOS."""
     return next((name for _, name in socket.if_nameindex() if name in ("lo", "lo0")), "lo")
 
 
 @contextmanager
 def _loopback() -> Iterator[None]:
-    """While it lasts, Ray takes the loopback address for this machine's.
+    """Make Ray use the loopback address as the address of this machine during the block.
 
-    `_node_ip_address="127.0.0.1"` is not enough: Ray 2.60 replaces it by an address that others can reach, and then
-    most of its processes listen on all interfaces. It does so except where clusters are switched off, as on macOS.
+    `_node_ip_address="127.0.0.1"` is not enough: Ray 2.60 replaces it by an address that others can reach, and most of
+    its processes then listen on all interfaces, unless clusters are switched off, as on macOS.
     """
     from ray._private import ray_constants
 
@@ -167,7 +167,7 @@ def _loopback() -> Iterator[None]:
 
 
 def _read_environment() -> None:
-    """Has this process's Ray read mode and token again, which it keeps from when they were first needed."""
+    """Make Ray read the authentication mode and token again; it caches them at the first use."""
     from ray._raylet import AuthenticationTokenLoader, Config  # type: ignore[attr-defined]
 
     Config.initialize("")

@@ -1,8 +1,8 @@
-"""Tells Ray when the cloud is about to take this spot machine back, so that runs save at the step where they are.
+"""Drain this spot machine when the cloud announces that it will reclaim it, so that runs save in time.
 
-The cloud says so on the machine itself and nowhere else: AWS two minutes ahead, Google half a minute. cluster.yaml
-starts `python -m raysl.ray_cluster.spot_watcher` on every worker. It asks every five seconds, and on a notice has Ray drain the
-machine; nothing happens on machines without such a service.
+The cloud announces this on the machine only: AWS two minutes ahead, Google half a minute. cluster.yaml starts
+`python -m raysl.ray_cluster.spot_watcher` on every worker, which asks every five seconds. On machines without such a
+service nothing happens.
 """
 
 from __future__ import annotations
@@ -21,7 +21,7 @@ GOOGLE = "http://metadata.google.internal"
 
 
 def on_aws(place: str = AWS) -> float | None:
-    """Seconds until AWS takes this machine; None while it has not said so, or this is no machine of AWS."""
+    """Return the seconds until AWS reclaims this machine; None without a notice or outside AWS."""
     token = _ask(f"{place}/latest/api/token", "PUT", {"X-aws-ec2-metadata-token-ttl-seconds": "60"})
     if token is None:
         return None
@@ -34,13 +34,13 @@ def on_aws(place: str = AWS) -> float | None:
 
 
 def on_google(place: str = GOOGLE) -> float | None:
-    """Seconds until Google takes this machine; None while it has not said so, or this is no machine of Google's."""
+    """Return the seconds until Google reclaims this machine; None without a notice or outside Google Cloud."""
     answer = _ask(f"{place}/computeMetadata/v1/instance/preempted", "GET", {"Metadata-Flavor": "Google"})
     return 25.0 if answer == "TRUE" else None
 
 
 def _ask(url: str, method: str, headers: dict[str, str]) -> str | None:
-    """The answer; None where there is none."""
+    """Return the text of the answer; None without one."""
     request = urllib.request.Request(url, headers=headers, method=method)
     try:
         with urllib.request.urlopen(request, timeout=_TIMEOUT_S) as answer:
@@ -51,9 +51,9 @@ def _ask(url: str, method: str, headers: dict[str, str]) -> str | None:
 
 
 def drain(seconds: float) -> None:
-    """Has Ray drain this machine: it starts nothing here any more, and tells those that work here."""
+    """Tell Ray to drain this machine: Ray starts no more work here and notifies the running work."""
     command = ["ray", "drain-node", "--reason", "DRAIN_NODE_REASON_PREEMPTION"]
-    said = ["--reason-message", "The cloud takes this machine back."]
+    said = ["--reason-message", "The cloud reclaims this machine."]
     subprocess.run([*command, *said, "--deadline-remaining-seconds", str(int(seconds))], check=True)
 
 
@@ -62,12 +62,12 @@ def watch(
     act: Callable[[float], Any] = drain,
     pause: Callable[[float], Any] = time.sleep,
 ) -> None:
-    """Waits for a notice, acts on it, and returns.
+    """Wait for a notice, act on it, and return.
 
     Args:
-        services: each gives the seconds that are left, or None.
-        act: is given them.
-        pause: waits for some seconds.
+        services: functions that return the remaining seconds, or None.
+        act: called with the remaining seconds.
+        pause: sleeps for some seconds.
     """
     while True:
         left = [seconds for service in services if (seconds := service()) is not None]

@@ -1,8 +1,8 @@
-"""Which code and packages run, and whether every process of a run has the same.
+"""Compare the code and packages of every process of a run with those of the driver.
 
-Ray starts a task with whatever lies on its machine. After `ray up --no-restart` the head has new code and the workers
-the old one; nothing says so, and the numbers belong to neither. So the driver's versions travel with every worker
-process, which compares them with its own before it does any work.
+Ray runs a task with the code on its machine. After `ray up --no-restart` the head has new code and the workers have
+the old code, without any message. Therefore every worker process gets the versions of the driver and compares them
+with its own before it works.
 """
 
 from __future__ import annotations
@@ -20,16 +20,16 @@ from typing import Any
 from raysl.errors import UserError
 
 PACKAGES = ("torch", "torchvision", "ray", "numpy", "pyarrow", "pillow")
-# Tells worker processes what the driver runs, as JSON. Empty where nothing is to be compared.
+# Holds the versions of the driver as JSON, for worker processes; empty if nothing should be compared.
 WANTED = "RAYSL_VERSIONS"
 MEND = (
-    "`ray up cluster.yaml` brings the code that is here to all machines and restarts Ray on them; `ray job submit "
-    "--working-dir .` sends it along with one job. Packages come with the machines' image."
+    "`ray up cluster.yaml` copies this code to all machines and restarts Ray there; `ray job submit --working-dir .` "
+    "sends it with one job. Packages are part of the machines' image."
 )
 
 
 def versions() -> dict[str, Any]:
-    """What the numbers of a run depend on besides its configuration."""
+    """Return the versions that the numbers of a run depend on besides its configuration."""
     return {
         "python": platform.python_version(),
         "packages": {name: metadata.version(name) for name in PACKAGES},
@@ -38,7 +38,7 @@ def versions() -> dict[str, Any]:
 
 
 def code_hash() -> str:
-    """A hash of the source of this package."""
+    """Return a hash of the source of this package."""
     root = Path(__file__).parents[1]
     digest = hashlib.blake2b(digest_size=8)
     for path in sorted(root.rglob("*.py")):
@@ -47,7 +47,7 @@ def code_hash() -> str:
 
 
 def differing(ours: Mapping[str, Any], theirs: Mapping[str, Any]) -> list[str]:
-    """What differs between two machines, such as "torch 2.8.0 instead of 2.9.1"."""
+    """Return the differences between two machines, such as "torch 2.8.0 instead of 2.9.1"."""
     flat = [{**one["packages"], "python": one["python"], "code": one["code"]} for one in (ours, theirs)]
     names = sorted(flat[0].keys() | flat[1].keys())
     return [
@@ -58,7 +58,7 @@ def differing(ours: Mapping[str, Any], theirs: Mapping[str, Any]) -> list[str]:
 
 
 def check() -> None:
-    """Compares this process with the driver. Ray calls it in every worker process before anything else.
+    """Compare this process with the driver. Ray calls it in every worker process before anything else.
 
     Raises:
         UserError: code or packages differ. The process ends, and Ray tells the driver why.
@@ -68,4 +68,4 @@ def check() -> None:
         return
     found = differing(json.loads(wanted), versions())
     if found:
-        raise UserError(f"{socket.gethostname()} runs {', '.join(found)}, which the driver runs. {MEND}")
+        raise UserError(f"{socket.gethostname()} runs {', '.join(found)} as the driver does. {MEND}")

@@ -28,7 +28,7 @@ def colours(labels: Sequence[str]) -> dict[str, Any]:
 
 def per_layer(rows: Sequence[Found]) -> Iterator[Figure]:
     """The number that stands for a probe, by layer, one figure for each probe and protocol."""
-    for key, members in _by_protocol([item for item in rows if item.row["headline"]]):
+    for key, members in _by_protocol([item for item in rows if item.row["primary"]]):
         found, places = estimates(members), layers(members)
         if len(places) < 2:
             continue
@@ -253,7 +253,7 @@ def progress(gathered: Sequence[Group]) -> Iterator[Figure]:
         for group in gathered
         for entry in group.entries
         for row in entry.rows
-        if row["headline"] and row["encoder"] == "trained"
+        if row["primary"] and row["encoder"] == "trained"
     ]
     for key, members in _by_protocol(rows):
         layer = layers(members)[-1]

@@ -98,7 +98,7 @@ def tables(rows: Sequence[Found], headlines: bool = True) -> list[Table]:
     """
     together: dict[tuple[Any, ...], list[Found]] = {}
     for item in rows:
-        if bool(item.row["headline"]) == headlines:
+        if bool(item.row["primary"]) == headlines:
             together.setdefault(tuple(item.row[name] for name in PROTOCOL), []).append(item)
     return [_table(members) for _, members in sorted(together.items())]
 

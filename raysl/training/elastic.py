@@ -1,4 +1,4 @@
-"""How many workers a run has now: as many as the cluster has room for, of the numbers that divide its batch."""
+"""Choose the number of workers of an elastic run: the largest that fits the cluster and divides the batch."""
 
 from __future__ import annotations
 
@@ -10,18 +10,18 @@ from raysl.errors import UserError
 from raysl.ray_cluster import placement as cluster_placement
 from raysl.ray_cluster.placement import Machines, Placement
 
-# How long there must have been room for another number: machines come one after the other, and to resize is to
-# restart. Ray also takes its time to see that a machine has died, until when there seems to be room for too many.
+# Another number must fit for this long before a run changes: machines start one after the other, and each change
+# restarts the workers. Ray also notices the death of a machine late, and until then too many workers seem to fit.
 RESIZE_AFTER_S = 30.0
 
 
 @dataclass(frozen=True)
 class WorkerGroup:
-    """The workers of a run for a while.
+    """The workers of one attempt of a run.
 
     Args:
-        workers: their number.
-        placement: what they get.
+        workers: number of workers.
+        placement: their resources.
     """
 
     workers: int
@@ -29,45 +29,44 @@ class WorkerGroup:
 
     @property
     def gpus(self) -> bool:
-        """Whether they work on GPUs. A run that began on GPUs does not go on without."""
+        """True if the workers use GPUs. A run that began on GPUs does not continue without them."""
         return self.placement.gpus_per_worker > 0
 
 
 def machines() -> Machines:
-    """Those of the cluster, without those that are about to be taken away."""
+    """Return the machines of the cluster, without those that are being drained."""
     import ray
 
-    # What Ray Train's own watcher asks; there is no public way without a dashboard.
+    # Ray Train's own watcher uses this call; there is no public one without a dashboard.
     leaving = ray._private.state.state.get_draining_nodes()
     staying = [n["Resources"] for n in ray.nodes() if n["Alive"] and n["NodeID"] not in leaving]
     return replace(cluster_placement.machines(), now=tuple(staying))
 
 
 def size(counts: Sequence[int], found: Machines, gpus: bool) -> int:
-    """The largest number of workers that there is room for now; 0 when there is not room for the fewest.
+    """Return the largest number of workers that fits now; 0 if not even the smallest fits.
 
     Args:
-        counts: numbers that are allowed, in order.
-        found: the machines.
-        gpus: a worker takes a GPU; else a whole CPU, with its data tasks.
+        counts: allowed numbers of workers, ascending.
+        found: machines of the cluster.
+        gpus: a worker needs a GPU; otherwise a whole CPU, together with its data tasks.
     """
     room = sum(int(node.get("GPU" if gpus else "CPU", 0)) for node in found.now)
     return max((count for count in counts if count <= room), default=0)
 
 
 def gather(counts: Sequence[int], found: Machines, gpus: bool = False) -> WorkerGroup:
-    """The largest team that there is room for now.
+    """Return the largest worker group that fits now.
 
-    Where there is not even room for the fewest workers, these may share CPUs, or wait for machines that the cluster
-    can start.
+    If not even the smallest fits, its workers share CPUs, or wait for machines that the cluster can start.
 
     Args:
-        counts: numbers of workers that are allowed, in order.
-        found: the machines.
-        gpus: whether the workers need GPUs, even where there are none now.
+        counts: allowed numbers of workers, ascending.
+        found: machines of the cluster.
+        gpus: the workers need GPUs, even if there are none now.
 
     Raises:
-        UserError: the cluster can never run the fewest.
+        UserError: the cluster can never run the smallest number of workers.
     """
     if gpus and not found.has_gpus:
         raise UserError("The run began on GPUs, and the cluster has none now.")
@@ -76,14 +75,14 @@ def gather(counts: Sequence[int], found: Machines, gpus: bool = False) -> Worker
 
 
 class CapacityRequest:
-    """Asks the autoscaler of a cluster for the machines of a larger team, and holds what comes until it is taken back.
+    """Ask the autoscaler for the machines of a larger worker group, and hold them until the request is taken back.
 
-    Only for GPUs: a wish for CPUs would be granted with those of the data tasks.
+    GPUs only: a request for CPUs could take CPUs that are reserved for data loading.
 
     Args:
-        most: the largest team that is allowed.
-        team: that works now.
-        found: the machines.
+        most: largest allowed number of workers.
+        group: current worker group.
+        found: machines of the cluster.
     """
 
     def __init__(self, most: int, group: WorkerGroup, found: Machines) -> None:
@@ -93,7 +92,7 @@ class CapacityRequest:
         self._groups = [ray.util.placement_group([group.placement.resources()]) for _ in range(missing)]
 
     def take_back(self) -> None:
-        """Lets go of what was asked for."""
+        """Release the requested resources."""
         import ray
 
         for group in self._groups:
@@ -101,12 +100,12 @@ class CapacityRequest:
 
 
 class Resizing:
-    """Whether a team should leave off for one of another size.
+    """Decide when a worker group should stop in favour of one of another size.
 
     Args:
-        counts: numbers of workers that are allowed, in order.
-        team: that works now.
-        clock: seconds; an argument so that a test can turn it.
+        counts: allowed numbers of workers, ascending.
+        group: current worker group.
+        clock: returns seconds; an argument for tests.
     """
 
     def __init__(
@@ -118,7 +117,7 @@ class Resizing:
         self._since: float | None = None
 
     def due(self, found: Machines) -> bool:
-        """Whether there has been room for another number of workers for `RESIZE_AFTER_S`. To be asked now and then."""
+        """Return True if another number of workers has fitted for `RESIZE_AFTER_S`. Call it regularly."""
         if (size(self._counts, found, self._team.gpus) or self._counts[0]) == self._team.workers:
             self._since = None
             return False

@@ -1,6 +1,6 @@
-"""Where the processes of a process group of torch find each other.
+"""Let the processes of a torch process group find each other without opening a port to other machines.
 
-torch's own store listens on every interface and asks for no token. On one machine, it listens on loopback instead.
+torch's own store listens on every interface without a token. With all workers on one machine, it listens on loopback.
 """
 
 from __future__ import annotations
@@ -17,17 +17,17 @@ from ray.train.torch import TorchConfig
 from ray.train.torch.config import _set_torch_distributed_env_vars, _TorchBackend
 from torch.distributed import TCPStore  # type: ignore[attr-defined]
 
-# Of this process, which lets it listen for as long as it lives.
+# The store of this process; it listens as long as the process lives.
 _listening: Any = None
 
 
 def config() -> TorchConfig:
-    """How the trainers of Ray Train find each other: on loopback where this machine's Ray is."""
+    """Return the rendezvous for Ray Train: on loopback if this machine's Ray is on loopback."""
     return _LoopbackConfig() if _is_loopback(ray.util.get_node_ip_address()) else TorchConfig()
 
 
 def listen(host: str) -> Any:
-    """A store that listens at a free port of this machine; of the loopback address alone if that is the host."""
+    """Return a store that listens on a free port of `host`; on loopback only if `host` is a loopback address."""
     if not _is_loopback(host):
         return TCPStore(host, 0, is_master=True, wait_for_workers=False)
     family = socket.AF_INET6 if ":" in host else socket.AF_INET
@@ -44,7 +44,7 @@ def _is_loopback(host: str) -> bool:
 
 @dataclass
 class _LoopbackConfig(TorchConfig):  # type: ignore[misc]
-    """Ray's own, with another backend."""
+    """Ray's configuration with another backend."""
 
     @property
     def backend_cls(self) -> type[_LoopbackBackend]:
@@ -52,10 +52,10 @@ class _LoopbackConfig(TorchConfig):  # type: ignore[misc]
 
 
 class _LoopbackBackend(_TorchBackend):  # type: ignore[misc]
-    """Ray's own, whose first worker listens on loopback."""
+    """Ray's backend, except that the first worker listens on loopback."""
 
     def on_start(self, worker_group: Any, backend_config: TorchConfig) -> None:
-        """Makes the process group of new workers."""
+        """Create the process group of new workers."""
         backend = "nccl" if worker_group.get_resources_per_worker().get("GPU", 0) > 0 else "gloo"
         worker_group.execute(_set_torch_distributed_env_vars)
         place = worker_group.execute_single(0, _listen)
@@ -70,7 +70,7 @@ class _LoopbackBackend(_TorchBackend):  # type: ignore[misc]
 
 
 def _listen() -> tuple[str, int]:
-    """Runs in the first worker."""
+    """Start the store, in the first worker."""
     global _listening
     host = ray.util.get_node_ip_address()
     _listening = listen(host)
@@ -78,7 +78,7 @@ def _listen() -> tuple[str, int]:
 
 
 def _join(backend: str, rank: int, world: int, place: tuple[str, int], timeout_s: float) -> None:
-    """Runs in every worker."""
+    """Join the process group, in every worker."""
     timeout = timedelta(seconds=timeout_s)
     store = _listening if rank == 0 else TCPStore(*place, is_master=False, timeout=timeout)
     dist.init_process_group(backend, store=store, rank=rank, world_size=world, timeout=timeout)

@@ -1,4 +1,4 @@
-"""How the workers of a group leave off together: who asks for it, and when they hear of it."""
+"""Stop the workers of a group together, at the same step."""
 
 from __future__ import annotations
 
@@ -10,20 +10,20 @@ import torch
 
 from raysl import collective
 
-# Between two times at which the workers ask each other. Ray drains a machine that gets SIGTERM for 30 s.
-PULSE_S = 2.0
+# Interval between two exchanges. Ray drains a machine that gets SIGTERM for 30 s.
+EXCHANGE_EVERY_S = 2.0
 
 
 class StopSync:
-    """What the workers settle together about every `PULSE_S` seconds: whether to leave off, and when they saved.
+    """Agree among the workers, about every `EXCHANGE_EVERY_S` seconds, whether to stop and when they last saved.
 
-    A worker that left off alone would leave the others waiting for its gradients, so all must hear it at one step.
-    Which steps those are follows from how long steps take, on which the workers agree too.
+    If a worker stopped alone, the others would wait for its gradients. The steps of the exchanges follow from the
+    duration of steps, on which the workers agree too.
 
     Args:
-        step: that the session begins at.
-        told: whether this worker has been told to leave off.
-        device: of the numbers that are exchanged.
+        step: first step of the session.
+        told: returns True if this worker was asked to stop.
+        device: device of the exchanged numbers.
     """
 
     def __init__(self, step: int, told: Callable[[], bool], device: torch.device) -> None:
@@ -34,29 +34,29 @@ class StopSync:
         self._since = time.perf_counter()
 
     def settle(self, step: int, since_save_s: float) -> tuple[bool, float]:
-        """Every worker must call it after every step.
+        """Exchange the state if it is time. Every worker must call it after every step.
 
         Returns:
-            Whether any worker was told to leave off, and the mean of their seconds since the last save; False and 0
-            at steps in between.
+            True if any worker was asked to stop, and the mean of their seconds since the last save; False and 0 at
+            steps without an exchange.
         """
         if step < self._next:
             return False, 0.0
         now = time.perf_counter()
         mine = torch.tensor([float(self._told()), since_save_s, now - self._since], device=self._device)
         told, since_s, took_s = collective.mean(mine).tolist()
-        # At most twice as many as before, should the first ones have been quick by chance.
-        self._steps = max(1, min(2 * self._steps, round(PULSE_S * self._steps / took_s)))
+        # At most twice as many steps as before, in case the first ones were fast by chance.
+        self._steps = max(1, min(2 * self._steps, round(EXCHANGE_EVERY_S * self._steps / took_s)))
         self._next, self._since = step + self._steps, now
         return told > 0, since_s
 
 
 class StopSignal:
-    """Whether a worker shall leave off: the driver asks for it, or Ray is about to take one of the machines away.
+    """Report whether a worker should stop: the driver asks for it, or Ray will drain one of the machines.
 
     Args:
-        board: where the driver's wish is found; None where nobody gives orders.
-        rank: the first worker looks at the board.
+        board: progress actor that holds the request of the driver; None without a driver.
+        rank: rank of the worker; only rank 0 asks the progress actor.
     """
 
     def __init__(self, board: Any, rank: int) -> None:
@@ -65,18 +65,18 @@ class StopSignal:
         self._asked: Any = None
 
     def __call__(self) -> bool:
-        """Every worker must call it at the same step."""
+        """Return True if this worker should stop. Every worker must call it at the same step."""
         if self._board is None:
             return False
         import ray
         import ray.train
 
-        # A machine that gets SIGTERM is drained by Ray first, as one is for which a notice came.
+        # Ray first drains a machine that gets SIGTERM or a preemption notice.
         if ray.train.get_preemption_info() is not None:
             return True
         if self._rank > 0:
             return False
-        # What was asked the last time: training does not wait for the driver's machine.
+        # Look at the answer to the previous request, so that training never waits for the driver's machine.
         if self._asked is None:
             self._asked = self._board.asked_to_leave.remote()
         if not ray.wait([self._asked], timeout=0)[0]:

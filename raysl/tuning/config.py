@@ -25,7 +25,7 @@ class SweepConfig:
         vary: fields to vary, by their dotted or short names: "temperature" tries the values that the field itself
             names, "temperature=0.05,0.1" these, and "temperature=0.03..0.5" is an interval to draw from.
         train: labelled data that the probe learns from; by default the images that are learned from.
-        probe: whose headline is the score; more is better.
+        probe: whose primary metric is the score; more is better.
         seeds: every trial is run once with each, and judged by the mean.
         searcher: "grid" tries all combinations, "random" draws, "optuna" proposes by TPE (needs the package optuna).
         samples: trials of "random" and "optuna". More may be asked for when the sweep is continued.

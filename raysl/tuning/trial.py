@@ -110,10 +110,10 @@ def _score(work: Work, say: Callable[[str], None]) -> tuple[float, float]:
     # Features of a rung are used once, and are larger than the checkpoint.
     features = run.folder / f"features-{work.until}"
     try:
-        rows = probe(run, work.train, work.test, (work.probe,), _quiet, encoders=("trained",), cache=features)
+        rows = probe(run, work.train, work.test, probes=(work.probe,), encoders=("trained",), cache=features)
     finally:
         features.delete()
-    score = next(float(row["value"]) for row in rows if row["headline"])
+    score = next(float(row["value"]) for row in rows if row["primary"])
     if not math.isfinite(score):
         raise UserError(f"The probe {work.probe!r} gave {score} at step {work.until}.")
     return score, float(run.metrics()[-1]["loss"])
@@ -132,7 +132,3 @@ def _copy(source: Folder, step: int, target: Folder) -> None:
         )
     for name in sorted(found.folder.list(), key=lambda name: name.startswith("manifest-")):
         (there / found.folder.uri.rpartition("/")[2]).write(name, found.folder.read(name))
-
-
-def _quiet(_: str) -> None:
-    pass

@@ -2,16 +2,14 @@
 
 from __future__ import annotations
 
-import inspect
 import re
 from pathlib import Path
 
 import pytest
 
-from raysl import probes, ray_cluster
+from raysl import ray_cluster
 from raysl.__main__ import main
 from raysl.cli.flags import peek_all
-from raysl.cli.verbs import ProbeFlags
 from tests.data import make_dataset
 
 PRETRAIN = "pretrain --data nothing --run run"
@@ -92,10 +90,3 @@ def test_flags_of_several_values_are_seen_before_all_are_parsed(
     arguments: list[str], found: list[str]
 ) -> None:
     assert peek_all(arguments, "--probes", ("knn",)) == found
-
-
-def test_probes_are_named_where_they_are_asked_for() -> None:
-    readme = Path(__file__).parents[2] / "README.md"
-    for name in probes.names():
-        assert re.search(rf"\b{name}\b", inspect.getdoc(ProbeFlags) or "")
-        assert re.search(rf"\b{name}\b", readme.read_text())

@@ -25,6 +25,7 @@ from raysl.clustering.state import State
 from raysl.errors import UserError
 from raysl.feature_store.files import FINISHED, FeatureForm, write_part
 from raysl.feature_store.records import write_record
+from raysl.objectives.clusterfit import Assignments
 from raysl.storage import Folder
 from tests.clustering.blobs import blobs, curve, write
 from tests.clustering.blobs import lloyd as reference
@@ -244,6 +245,7 @@ def test_bad_rows_are_refused(ray_session: None, tmp_path: Path) -> None:
         ("summary.json", lambda done, _: done.summary()),
         ("centroids.npy", lambda done, _: done.centroids()),
         ("state.npz", lambda done, _: State.load(done.folder)),
+        ("assignments.parquet", lambda done, _: labels(done)),
         ("clustering.json", lambda done, features: fit(features, config(), str(done.folder))),
     ],
 )
@@ -268,8 +270,14 @@ def test_damaged_files_are_named(usual: Clustering, tmp_path: Path, name: str, r
             assert shown(read(done, features)) == expected
     for data in damaged[:3]:
         folder.write(name, data)
-        with pytest.raises(UserError, match=rf"{name} is damaged"):
+        with pytest.raises(UserError, match=rf"{name} is damaged|{name}' cannot be read"):
             read(done, features)
+
+
+def labels(done: Clustering) -> list[Any]:
+    """Return what the objective ClusterFit learns from."""
+    read = Assignments.read(done.assignments, len(X))
+    return [read.clusters_n.tolist(), read.num_clusters, read.facts]
 
 
 def shown(value: Any) -> str:

@@ -19,6 +19,7 @@ from tests.documentation.test_pages import AGAIN, FOLDER
 ONE_FILE = '''
 """Width: how many numbers a feature has."""
 from dataclasses import dataclass
+from typing import ClassVar
 from raysl.probes import Row
 
 
@@ -28,15 +29,14 @@ class Config:
 
     Args:
         times: what it is multiplied by.
-        version: see `raysl.probes`.
     """
 
+    version: ClassVar[int] = 1
     times: float = 1.5
-    version: int = 1
 
 
 class Width:
-    headline, dims = "width", 0
+    primary_metric, dims = "width", 0
 
     def __init__(self, config):
         self.config = config
@@ -56,8 +56,11 @@ def fields(config: Any) -> Iterator[tuple[str, str]]:
             yield name, str(value) or "''"
 
 
-def test_the_committed_page_is_what_the_code_says() -> None:
-    assert (FOLDER / f"{pages.PROBES}.md").read_text() == protocols.page(), AGAIN
+def test_the_committed_page_is_up_to_date() -> None:
+    """A probe that is new need not be in it yet."""
+    head, *sections = (FOLDER / f"{pages.PROBES}.md").read_text().rstrip("\n").split("\n\n## ")
+    new_head, *new = protocols.page().rstrip("\n").split("\n\n## ")
+    assert (head, set(sections) - set(new)) == (new_head, set()), AGAIN
 
 
 @pytest.mark.parametrize("name", probes.names())
@@ -67,7 +70,7 @@ def test_every_probe_has_a_section_with_every_field(name: str) -> None:
     config_type, probe_type = probes.load(name)
     docstring = sys.modules[config_type.__module__].__doc__
     assert (docstring or "?").strip() in section
-    assert f"- Headline: `{probe_type(config_type()).headline}`; more is better." in section
+    assert f"- Primary metric: `{probe_type(config_type()).primary_metric}`; more is better." in section
     prefix = name.replace("_", "-")
     for field, default in fields(config_type()):
         (row,) = (line for line in section.splitlines() if line.startswith(f"| `--{prefix}.{field}` |"))
@@ -93,7 +96,10 @@ def test_a_new_file_has_its_section(tmp_path: Path, monkeypatch: pytest.MonkeyPa
         vars(probes).pop("width", None)
     section = page.partition("\n## width\n")[2]
     assert section.startswith("\nWidth: how many numbers a feature has.\n")
-    assert "- Headline: `width`; more is better.\n- Needs: features, " in section
+    assert (
+        "- Primary metric: `width`; more is better.\n- Version of the protocol: 1.\n- Needs: features, "
+        in section
+    )
     assert "| `--width.times` | `1.5` | what it is multiplied by. |\n" in section
 
 

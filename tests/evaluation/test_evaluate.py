@@ -1,10 +1,9 @@
-"""Probing a run from end to end, and what its rows and tables keep apart."""
+"""Probing a run or a model from end to end."""
 
 from __future__ import annotations
 
 from io import BytesIO
 from pathlib import Path
-from typing import Any
 
 import numpy as np
 import pytest
@@ -15,9 +14,10 @@ from raysl.cli.verbs import probe as command
 from raysl.dataset import DataSet
 from raysl.errors import UserError
 from raysl.evaluation.evaluate import probe, probe_model
-from raysl.evaluation.results import KEY, rows_of, tables
-from raysl.extraction import named
+from raysl.evaluation.results import protocol_hash, rows_of, tables
+from raysl.extraction import FeatureProtocol, named
 from raysl.probes import common_labels
+from raysl.probes.collapse import Config as Collapse
 from raysl.probes.invariance import Config as Invariance
 from raysl.probes.knn import Config as Knn
 from raysl.probes.linear import Config as Linear
@@ -38,28 +38,78 @@ def run(tmp_path_factory: pytest.TempPathFactory) -> tuple[Run, str, str]:
 
 @pytest.mark.ray
 def test_rows_of_every_encoder_and_probe(ray_session: None, run: tuple[Run, str, str]) -> None:
-    said: list[str] = []
-    rows = probe(*run, ["knn", "linear"], said.append)
+    rows = probe(*run)
     assert {(row["encoder"], row["probe"]) for row in rows} == {
         (encoder, name) for encoder in ("trained", "random", "pixels") for name in ("knn", "linear")
     }
-    headlines = {(row["encoder"], row["probe"]): row["value"] for row in rows if row["headline"]}
-    assert len(headlines) == len(said) == 6
-    # The classes of the tiny set show in the mean colour, which any of them can read.
-    assert headlines["pixels", "linear"] > 0.9
+    primary = {(row["encoder"], row["probe"]): row["value"] for row in rows if row["primary"]}
+    assert len(primary) == 6
+    # The classes of the tiny set differ in the mean colour, which every encoder shows.
+    assert primary["pixels", "linear"] > 0.9
     assert rows_of(run[0]) == rows
-    again = probe(*run, ["knn"], said.append, configs={"knn": Knn()}, encoders=["trained"])
+    again = probe(*run, probes=["knn"], configs={"knn": Knn()}, encoders=["trained"])
     assert rows_of(run[0]) == rows
     assert again == [row for row in rows if row["probe"] == "knn" and row["encoder"] == "trained"]
-    probe(*run, ["knn"], said.append, configs={"knn": Knn(ks=(3,))}, encoders=["trained"])
+    probe(*run, probes=["knn"], configs={"knn": Knn(ks=(3,))}, encoders=["trained"])
     assert len(rows_of(run[0])) > len(rows)
+
+
+@pytest.mark.ray
+def test_bn_statistics_are_part_of_the_protocol(ray_session: None, run: tuple[Run, str, str]) -> None:
+    made = {
+        statistics: probe(*run, probes=["collapse"], bn_statistics=statistics)
+        for statistics in ("reestimated", "kept")
+    }
+    protocols = {name: {row["protocol"] for row in rows} for name, rows in made.items()}
+    assert protocols["kept"] == {protocol_hash("collapse", Collapse(), FeatureProtocol(16))}
+    assert protocols["kept"].isdisjoint(protocols["reestimated"])
+    # Re-estimated statistics depend on the train set, and a probe without labels else does not.
+    assert {row["train"] for row in made["kept"]} == {""}
+    assert "" not in {row["train"] for row in made["reestimated"]}
+    values = {
+        name: {row["encoder"]: row["value"] for row in rows if row["primary"]} for name, rows in made.items()
+    }
+    assert values["kept"]["pixels"] == values["reestimated"]["pixels"]
+    assert values["kept"]["trained"] != values["reestimated"]["trained"]
+
+
+@pytest.mark.ray
+def test_a_run_in_a_read_only_folder_is_probed_into_another(
+    ray_session: None, run: tuple[Run, str, str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    source, train, test = run
+    out = Folder(str(tmp_path / "out"))
+    write = Folder.write
+
+    def refuse(self: Folder, name: str, data: bytes) -> None:
+        if str(self).startswith(str(source.folder)):
+            raise UserError(f"Cannot write {self}: read-only.")
+        write(self, name, data)
+
+    monkeypatch.setattr(Folder, "write", refuse)
+    before = rows_of(source)
+    with pytest.raises(UserError, match="--out FOLDER"):
+        probe(source, train, test, probes=["knn"])
+    rows = probe(str(source.folder), train, test, probes=["knn"], encoders=["trained"], out=str(out))
+    assert rows_of(Run(out)) == rows
+    assert rows_of(source) == before
+    assert (out / "features").list()
+    with pytest.raises(UserError, match="holds results of another model"):
+        probe_model(named("random", BackboneConfig()), "x", train, test, out=str(out))
 
 
 @pytest.mark.ray
 def test_all_layers_by_probes_of_every_kind(ray_session: None, run: tuple[Run, str, str]) -> None:
     configs = {"invariance": Invariance(("rotation",)), "linear": Linear("fast")}
     names = ["linear", "collapse", "invariance"]
-    rows = probe(*run, names, lambda _: None, layers=["all"], configs=configs, encoders=["trained", "pixels"])
+    rows = probe(
+        *run,
+        probes=names,
+        layers=["all"],
+        configs=configs,
+        encoders=["trained", "pixels"],
+        bn_statistics="kept",
+    )
     every = {(name, layer) for name in names for layer in ("conv1", "res2", "res3", "res4", "pooled")}
     of_trained = {(row["probe"], row["layer"]) for row in rows if row["encoder"] == "trained"}
     assert of_trained == {*every, ("invariance", "heads")}
@@ -71,7 +121,7 @@ def test_all_layers_by_probes_of_every_kind(ray_session: None, run: tuple[Run, s
     # Every image with its transformed copy, and with each of the 59 others.
     sums = {layer: {name: sum(c) for name, c in of.items()} for layer, of in drawn["counts"].items()}
     assert sums.pop("heads") == {"jigsaw": 60, "others": 60 * 59}
-    # Those that are turned by nothing are left out.
+    # Images rotated by 0 degrees are left out.
     (turned,) = {of["rotation"] for of in sums.values()}
     assert 30 < turned < 60
     assert {of["others"] for of in sums.values()} == {60 * 59}
@@ -83,14 +133,14 @@ def test_probes_without_labels_take_data_without_labels(
 ) -> None:
     plain = with_classes(make_dataset(tmp_path / "plain", 30))
     place = str(plain.folder)
-    assert probe(run[0], place, place, ["collapse"], lambda _: None, encoders=["trained"])
+    assert probe(run[0], place, place, probes=["collapse"], encoders=["trained"])
     with pytest.raises(UserError, match="no labels"):
-        probe(run[0], place, place, ["collapse", "knn"], lambda _: None, encoders=["trained"])
+        probe(run[0], place, place, probes=["collapse", "knn"], encoders=["trained"])
 
 
 @pytest.mark.ray
 def test_features_can_be_shared_by_runs(ray_session: None, run: tuple[Run, str, str], tmp_path: Path) -> None:
-    probe(*run, ["knn"], lambda _: None, encoders=["pixels"], cache=Folder(str(tmp_path)))
+    probe(*run, probes=["knn"], encoders=["pixels"], cache=Folder(str(tmp_path)))
     assert len(list(tmp_path.iterdir())) == 2
 
 
@@ -100,50 +150,15 @@ def test_rows_are_kept_though_a_later_probe_fails(
 ) -> None:
     source, out = named("random", BackboneConfig()), str(tmp_path / "rows")
     configs = {"lowshot": Lowshot(ks=(100,))}
-    names, quiet = ["knn", "lowshot", "collapse"], list[str]().append
-    with pytest.raises(UserError, match=r"lowshot\.ks begins with 100"):
-        probe_model(source, "random", out, *run[1:], names, quiet, image_size=16, configs=configs)
+    names = ["knn", "lowshot", "collapse"]
+    with pytest.raises(UserError, match=r"--lowshot\.ks begins with 100"):
+        probe_model(source, "random", *run[1:], probes=names, out=out, image_size=16, configs=configs)
     kept = rows_of(Run(Folder(out)))
     assert {row["probe"] for row in kept} == {"knn"}
-    assert kept == probe_model(source, "random", out, *run[1:], ["knn"], quiet, image_size=16)
+    assert kept == probe_model(source, "random", *run[1:], probes=["knn"], out=out, image_size=16)
 
 
-def row(**changes: Any) -> dict[str, Any]:
-    base = dict.fromkeys(KEY, "x") | {"encoder": "trained", "step": 5, "seed": 0, "name": "top1"}
-    return {**base, "value": 0.5, "headline": True, "weights": 1, **changes}
-
-
-def test_protocols_and_data_never_share_a_table() -> None:
-    rows = [row(), row(protocol="y"), row(test="y"), row(train="y"), row(probe="y")]
-    assert len(tables(rows)) == len(rows)
-
-
-def test_a_table_has_a_column_for_each_encoder() -> None:
-    rows = [row(), row(encoder="pixels", step=0), row(encoder="random", step=0), row(step=9)]
-    (table,) = tables(rows)
-    assert [column.header for column in table.columns] == [
-        "",
-        "trained, step 5",
-        "trained, step 9",
-        "random",
-        "pixels",
-    ]
-    (table,) = tables([row(), row(seed=1)])
-    assert [column.header for column in table.columns][1:] == [
-        "trained, step 5, seed 0",
-        "trained, step 5, seed 1",
-    ]
-
-
-def test_layers_share_a_table_of_headlines() -> None:
-    rows = [
-        row(layer=layer, name=name, headline=name == "top1") for layer in "ab" for name in ("top1", "top5")
-    ]
-    (table,) = tables(rows)
-    assert list(table.columns[0].cells) == ["a top1", "b top1"]
-
-
-def test_a_sheet_of_neighbours_stands_beside_no_other_rows() -> None:
+def test_a_retrieval_grid_has_a_name_of_its_own() -> None:
     one, other = "1" * 32, "2" * 32
     asked = [(5, one, other), (9, one, other), (5, one, one), (5, other, other)]
     assert len({retrieval_grid.name(*each) for each in asked}) == 4
@@ -155,7 +170,7 @@ def with_classes(dataset: DataSet, *classes: str) -> DataSet:
     return DataSet.open(str(dataset.folder))
 
 
-def test_classes_are_matched_by_name_and_not_by_number(tmp_path: Path) -> None:
+def test_classes_are_matched_by_name(tmp_path: Path) -> None:
     train = make_dataset(tmp_path / "train", 20)
     test = with_classes(make_dataset(tmp_path / "test", 40), "d", "b", "z", "a")
     _, test_n = common_labels(train, test)
@@ -170,21 +185,25 @@ def test_data_without_common_classes_or_without_labels_are_refused(tmp_path: Pat
         common_labels(train, with_classes(test))
 
 
-def test_unknown_names_answer_with_the_nearest(run: tuple[Run, str, str]) -> None:
+def test_unknown_names_are_answered_with_the_nearest(run: tuple[Run, str, str]) -> None:
     with pytest.raises(UserError, match="'linear'"):
-        probe(*run, ["liner"])
+        probe(*run, probes=["liner"])
     with pytest.raises(UserError, match="'random'"):
-        probe(*run, ["knn"], encoders=["randm"])
+        probe(*run, encoders=["randm"])
+    with pytest.raises(UserError, match="'layers'"):
+        probe(*run, layer=["pooled"])
+    with pytest.raises(UserError, match="'kept'"):
+        probe(*run, bn_statistics="keep")
 
 
 @pytest.mark.ray
-def test_an_unknown_layer_answers_with_the_nearest(ray_session: None, run: tuple[Run, str, str]) -> None:
+def test_an_unknown_layer_is_answered_with_the_nearest(ray_session: None, run: tuple[Run, str, str]) -> None:
     with pytest.raises(UserError, match="'res3'"):
-        probe(*run, ["invariance"], layers=["rse3"], encoders=["trained"])
+        probe(*run, probes=["invariance"], layers=["rse3"], encoders=["trained"])
 
 
 @pytest.mark.ray
-def test_retrieval_leaves_a_sheet_of_what_it_found(
+def test_retrieval_draws_a_grid_of_its_nearest_images(
     ray_session: None, run: tuple[Run, str, str], tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     source, train, test = run
@@ -205,24 +224,26 @@ def test_retrieval_leaves_a_sheet_of_what_it_found(
 def test_a_run_without_a_checkpoint_is_refused(run: tuple[Run, str, str], tmp_path: Path) -> None:
     Folder(str(tmp_path)).write("metadata.json", run[0].folder.read("metadata.json"))
     with pytest.raises(UserError, match="no complete checkpoint"):
-        probe(Run.open(str(tmp_path)), *run[1:], ["knn"])
+        probe(str(tmp_path), *run[1:])
 
 
 @pytest.mark.ray
-def test_other_peoples_weights_get_rows_of_their_own(
+def test_a_model_that_is_not_a_run_has_rows_in_its_own_folder(
     ray_session: None, run: tuple[Run, str, str], tmp_path: Path
 ) -> None:
     out = str(tmp_path / "rows")
     source = named("random", BackboneConfig())
-    rows = probe_model(source, "random (small)", out, *run[1:], ["knn"], lambda _: None, image_size=16)
+    rows = probe_model(source, "random (small)", *run[1:], probes=["knn"], out=out, image_size=16)
     assert {row["encoder"] for row in rows} == {"random"}
     assert rows_of(Run(Folder(out))) == rows
     assert tables(rows)
-    # Seen as the run is, so it stands in the same table as the run's own untrained backbone.
+    # The view is that of the run, so it shares a table with the run's own untrained backbone.
     cache = Folder(str(tmp_path / "features"))
-    own = probe(*run, ["knn"], lambda _: None, encoders=["random"], cache=cache, spare=True)
+    own = probe(*run, probes=["knn"], encoders=["random"], cache=cache, low_priority=True)
     assert {(row["name"], row["value"], row["protocol"]) for row in rows} == {
         (row["name"], row["value"], row["protocol"]) for row in own
     }
-    with pytest.raises(UserError, match="folder of its own"):
-        probe_model(source, "another", out, *run[1:], ["knn"], lambda _: None, image_size=16)
+    with pytest.raises(UserError, match="another model"):
+        probe_model(source, "another", *run[1:], out=out, image_size=16)
+    with pytest.raises(UserError, match="--out"):
+        probe_model(source, "random", *run[1:])

@@ -8,15 +8,17 @@ from typing import Any
 import pytest
 
 from raysl.errors import UserError
-from raysl.evaluation.results import ROWS, protocol_hash
+from raysl.evaluation.results import OLD_ROWS as ROWS
+from raysl.evaluation.results import protocol_hash
 from raysl.experiment import comparison
 from raysl.experiment.comparison import METHODS, LineupFlags, measured, settings, small
 from raysl.extraction import FeatureProtocol
+from raysl.probes import REESTIMATED
 from raysl.probes.knn import Config as Knn
 from raysl.run import Run, jsonl
 from raysl.storage import Folder
 from tests.data import make_dataset
-from tests.evaluation.test_evaluate import row
+from tests.evaluation.test_results import row
 from tests.extraction.test_feature_tasks import make_run
 
 
@@ -40,11 +42,11 @@ def test_local_draws_images_unless_others_are_named() -> None:
 
 def test_what_was_measured_is_not_measured_again(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     asked: list[Any] = []
-    monkeypatch.setattr(comparison, "probe", lambda run, train, test, names, **rest: asked.append(names))
+    monkeypatch.setattr(comparison, "probe", lambda run, train, test, probes, **_: asked.append(probes))
     dataset = make_dataset(tmp_path / "set", 40)
     run, _ = make_run(dataset, tmp_path / "run")
     flags = LineupFlags(str(dataset.folder), runs=str(tmp_path))
-    protocol = protocol_hash("knn", Knn(), FeatureProtocol(16))
+    protocol = protocol_hash("knn", Knn(), FeatureProtocol(16), REESTIMATED)
     data = {"train": dataset.manifest.fingerprint, "test": dataset.manifest.fingerprint}
     there = row(probe="knn", protocol=protocol, layer="pooled", **data)
     untrained = {**there, "encoder": "random", "step": 0}

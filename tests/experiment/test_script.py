@@ -14,19 +14,21 @@ import pytest
 from raysl import ray_cluster
 from raysl.config import Pretraining
 from raysl.errors import UserError
-from raysl.evaluation.results import ROWS, protocol_hash
+from raysl.evaluation.results import OLD_ROWS as ROWS
+from raysl.evaluation.results import protocol_hash
 from raysl.experiment import script as scripts
 from raysl.experiment.comparison import LineupFlags
 from raysl.experiment.script import Flags, command, drawn, judged_on, locally, pretrain_seeds, probed
 from raysl.extraction import FeatureProtocol
 from raysl.ingestion import splits
+from raysl.probes import REESTIMATED
 from raysl.probes.invariance import Config as Invariance
 from raysl.probes.knn import Config as Knn
 from raysl.probes.linear import Config as Linear
 from raysl.run import Run, jsonl
 from raysl.storage import Folder
 from tests.data import make_dataset
-from tests.evaluation.test_evaluate import row
+from tests.evaluation.test_results import row
 from tests.extraction.test_feature_tasks import make_run
 
 SCRIPTS = sorted((Path(__file__).parents[2] / "experiments").glob("*.py"))
@@ -95,12 +97,12 @@ def test_a_run_that_was_probed_is_not_probed_again(tmp_path: Path, monkeypatch: 
     asked: list[Any] = []
     monkeypatch.setattr(scripts, "pretrain", lambda config: run)
 
-    def probe(run: Run, train: str, test: str, names: tuple[str, ...]) -> list[dict[str, Any]]:
-        asked.append(names)
+    def probe(run: Run, train: str, test: str, probes: tuple[str, ...]) -> list[dict[str, Any]]:
+        asked.append(probes)
         return []
 
     monkeypatch.setattr(scripts, "probe", probe)
-    protocol = protocol_hash("knn", Knn(), FeatureProtocol(run.config().view.image_size))
+    protocol = protocol_hash("knn", Knn(), FeatureProtocol(run.config().view.image_size), REESTIMATED)
     fingerprint = dataset.manifest.fingerprint
     there = row(probe="knn", protocol=protocol, train=fingerprint, test=fingerprint, step=run.newest().step)
     run.folder.write(ROWS, jsonl([there]))
@@ -170,7 +172,7 @@ def test_raw_pixels_are_no_seed_of_the_untrained_backbone_in_the_scatter(tmp_pat
     rows = [
         row(probe=probe, name=name, layer="pooled", protocol=protocol, train="t", test="u", **of)
         for probe, name, config in (("linear", "top1", Linear()), ("invariance", "closer", Invariance()))
-        for protocol in [protocol_hash(probe, config, FeatureProtocol(16))]
+        for protocol in [protocol_hash(probe, config, FeatureProtocol(16), REESTIMATED)]
         for of in ({}, {"encoder": "random", "step": 0}, {"encoder": "pixels", "step": 0})
         if (probe, of.get("encoder")) != ("invariance", "pixels")
     ]

@@ -38,6 +38,7 @@ def test_rows_by_index_that_say_whose_they_are(plain: FeatureStore, dataset: Dat
     assert plain.load().shape == (80, 96)
     stored = pq.read_table(f"{plain.folder}/{part_file((0, 80))}")
     assert stored.column("index").to_pylist() == list(range(80))
+    assert stored.to_pandas()["path"].tolist() == dataset.paths()
     facts = plain.folder.read_json(FINISHED)
     assert facts["fingerprint"] == dataset.manifest.fingerprint
     assert facts["teacher"].startswith("random small")
@@ -62,6 +63,7 @@ def test_components_and_those_of_other_features(
         np.abs(made), np.abs(expected[0][:, :5] * expected[1][:5]), rtol=1e-2, atol=1e-4
     )
     assert not (tmp_path / "a" / "unreduced").exists()
+    assert FeatureStore.open(str(tmp_path / "a")).has_paths
     again = make("random", config(dataset, tmp_path / "b", pca_of=str(tmp_path / "a")))
     np.testing.assert_array_equal(again.load(), made)
     with pytest.raises(UserError, match="at most"):

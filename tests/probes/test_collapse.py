@@ -1,6 +1,8 @@
-"""Measures of collapse where the answer is known."""
+"""Measures of collapse with known answers, and the published equations in plain NumPy."""
 
 from __future__ import annotations
+
+from typing import Any
 
 import numpy as np
 import numpy.typing as npt
@@ -10,12 +12,12 @@ from raysl.errors import UserError
 from raysl.probes import collapse
 
 
-def values(features_nd: npt.NDArray[np.float64]) -> dict[str, float]:
+def values(features_nd: npt.NDArray[Any]) -> dict[str, float]:
     found = collapse.Collapse(collapse.Config()).measure(features_nd.astype(np.float32))
     return {row.name: row.value for row in found}
 
 
-def test_features_that_fill_the_sphere() -> None:
+def test_features_on_the_whole_sphere() -> None:
     found = values(np.random.default_rng(0).normal(size=(4000, 32)))
     assert found["effective_rank"] == pytest.approx(32, rel=0.01)
     assert found["effective_rank_share"] == pytest.approx(1, rel=0.01)
@@ -43,5 +45,33 @@ def test_uniformity_equals_a_sum_over_pairs() -> None:
 
 
 def test_one_image_is_refused() -> None:
-    with pytest.raises(UserError, match="was given one"):
+    with pytest.raises(UserError, match="has only one"):
         values(np.ones((1, 4)))
+
+
+def test_rankme_is_the_published_equation_and_is_not_centred() -> None:
+    """Garrido et al. 2023, equation 1: exp(-sum p log p) with p = sigma / sum(sigma) + 1e-7, of the raw features."""
+    x = (np.random.default_rng(0).normal(size=(200, 16)) @ np.diag(np.arange(1, 17.0)) + 30).astype(
+        np.float32
+    )
+    sigma = np.sqrt(np.linalg.eigvalsh(x.astype(np.float64).T @ x.astype(np.float64)))
+    p = sigma / sigma.sum() + 1e-7
+    found = values(x)
+    assert found["rankme"] == pytest.approx(np.exp(-np.sum(p * np.log(p))), rel=1e-5)
+    assert found["rankme"] < 0.7 * found["effective_rank"]
+    centred = x.astype(np.float64) - x.mean(0, dtype=np.float64)
+    share = np.linalg.svd(centred, compute_uv=False)
+    share /= share.sum()
+    assert found["effective_rank"] == pytest.approx(np.exp(-np.sum(share * np.log(share))), rel=1e-5)
+
+
+@pytest.mark.parametrize("alpha", [0.5, 1.0, 2.0])
+def test_alpha_req_is_the_exponent_of_the_eigenvalues(alpha: float) -> None:
+    """Agrawal et al. 2022: lambda_j ~ j^-alpha for the eigenvalues of the covariance."""
+    random = np.random.default_rng(0)
+    basis, _ = np.linalg.qr(random.normal(size=(400, 30)) - 0.0)
+    basis -= basis.mean(0)
+    basis, _ = np.linalg.qr(basis)
+    turn, _ = np.linalg.qr(random.normal(size=(30, 30)))
+    x = basis * np.arange(1, 31.0) ** (-alpha / 2) @ turn
+    assert values(100 * x + 3)["alpha_req"] == pytest.approx(alpha, abs=1e-2)

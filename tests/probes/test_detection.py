@@ -1,4 +1,4 @@
-"""Boxes are read as VOC means them, learned, and scored as pycocotools scores them."""
+"""Boxes are read in the convention of VOC, learned, and scored as pycocotools does."""
 
 from __future__ import annotations
 
@@ -90,7 +90,7 @@ def picture(*boxes: Sequence[float], classes: Sequence[str] = (), difficult: Seq
 
 def said(
     *boxes: Sequence[float], labels: Sequence[int] = (), scores: Sequence[float] = ()
-) -> detection.Found:
+) -> detection.Detections:
     return {
         "boxes": torch.tensor(boxes).reshape(-1, 4),
         "labels": torch.tensor(list(labels) or [1] * len(boxes)),
@@ -98,7 +98,7 @@ def said(
     }
 
 
-def test_corners_count_from_one_in_voc_and_boxes_are_clipped_or_dropped(tmp_path: Path) -> None:
+def test_boxes_are_read_from_one_based_corners_and_clipped_or_dropped(tmp_path: Path) -> None:
     objects: list[tuple[str, Corners]] = [
         ("whole", (1, 1, SIDE, SIDE)),
         ("outwards", (-9, 11, 20, 500)),
@@ -115,7 +115,7 @@ def test_corners_count_from_one_in_voc_and_boxes_are_clipped_or_dropped(tmp_path
     assert found.size == (SIDE, SIDE)
 
 
-def test_an_image_without_objects_and_difficult_ones_are_read(tmp_path: Path) -> None:
+def test_an_image_without_objects_and_difficult_objects_are_read(tmp_path: Path) -> None:
     add(tmp_path, "a", "train", [])
     add(tmp_path, "b", "train", [], xml([("disc", (1, 1, 9, 9))], difficult=True))
     empty, hard = _voc.read(Folder(str(tmp_path)), "train")
@@ -139,19 +139,19 @@ def test_malformed_annotations_are_refused(tmp_path: Path, text: str) -> None:
         _voc.read(Folder(str(tmp_path)), "train")
 
 
-def test_the_protocol_is_what_is_in_the_folder(tmp_path: Path) -> None:
+def test_the_protocol_depends_on_the_content_of_the_folder(tmp_path: Path) -> None:
     places = [tmp_path / name for name in ("one", "two", "other")]
     for place, right in zip(places, (9, 9, 8), strict=True):
         for split in ("train", "test"):
             add(place, f"{split}-a", split, [("disc", (1, 1, right, 9))])
-    facts = [detection.Config(str(place), train_split="train").facts() for place in places]
-    assert facts[0] == facts[1] != facts[2]
-    assert detection.Config().facts()["data"] == ""
+    settings = [detection.Config(str(place), train_split="train").settings() for place in places]
+    assert settings[0] == settings[1] != settings[2]
+    assert detection.Config().settings()["data"] == ""
     with pytest.raises(UserError, match="not in the layout"):
-        detection.Config(str(tmp_path)).facts()
+        detection.Config(str(tmp_path)).settings()
 
 
-def test_a_split_or_a_file_that_is_not_there_is_named(tmp_path: Path) -> None:
+def test_a_missing_split_or_file_is_named(tmp_path: Path) -> None:
     folder = Folder(str(tmp_path))
     with pytest.raises(UserError, match="layout of PASCAL VOC"):
         _voc.read(folder, "train")
@@ -162,7 +162,7 @@ def test_a_split_or_a_file_that_is_not_there_is_named(tmp_path: Path) -> None:
     with pytest.raises(UserError, match=r"'a' in JPEGImages .* cannot be decoded"):
         _voc.read(folder, "train")
     (tmp_path / _voc.ANNOTATIONS / "a.xml").unlink()
-    with pytest.raises(UserError, match="a file of it is missing"):
+    with pytest.raises(UserError, match="one of its files is missing"):
         _voc.read(folder, "train")
     (tmp_path / _voc.SPLITS / "train.txt").write_text("\n")
     with pytest.raises(UserError, match="names no image"):
@@ -176,7 +176,7 @@ def test_real_annotations_are_read(shared_data: Path) -> None:
     assert all((one.boxes_n4 <= (640, 480, 640, 480)).all() for one in pictures)
 
 
-def test_scores_of_boxes_that_are_known() -> None:
+def test_scores_of_known_boxes() -> None:
     pytest.importorskip("pycocotools")
     box: Corners = (10, 10, 50, 50)
     perfect = detection.score([picture(box)], [said(box)], ["disc"])
@@ -259,7 +259,7 @@ def test_scores_equal_pycocotools_used_directly(tmp_path: Path) -> None:
         (BackboneConfig("mobilenet_v3_small"), [16, 24, 48, 576]),
     ],
 )
-def test_maps_are_the_last_of_each_size(config: BackboneConfig, channels: list[int]) -> None:
+def test_the_last_map_of_each_size_is_used(config: BackboneConfig, channels: list[int]) -> None:
     assert list(_detector.stages(build(config)).values()) == channels
 
 
@@ -282,7 +282,7 @@ def test_batch_norm_is_frozen_and_the_rest_learns(tmp_path: Path) -> None:
     assert same == {name for name in after if re.search(r"bn\d|downsample\.1", name)}
 
 
-def test_boxes_are_mirrored_together_with_their_image(tmp_path: Path) -> None:
+def test_boxes_are_mirrored_with_their_image(tmp_path: Path) -> None:
     add(tmp_path, "a", "train", [("square", (5, 9, 20, 40)), ("square", (41, 50, 60, 60))])
     (one,) = _voc.read(Folder(str(tmp_path)), "train")
     for mirrored, wanted in (
@@ -299,24 +299,24 @@ def test_boxes_are_mirrored_together_with_their_image(tmp_path: Path) -> None:
         assert torch.equal(image_chw[0] > 0.5, inside_hw)
 
 
-class Told(nn.Module):
-    """In place of a detector: keeps what it is taught."""
+class Recorder(nn.Module):
+    """A detector that keeps its training examples."""
 
     def __init__(self) -> None:
         super().__init__()
         self.weight = nn.Parameter(torch.ones(()))
         self.taught: list[tuple[torch.Tensor, torch.Tensor]] = []
 
-    def forward(self, images: list[torch.Tensor], targets: list[detection.Found]) -> dict[str, torch.Tensor]:
+    def forward(
+        self, images: list[torch.Tensor], targets: list[detection.Detections]
+    ) -> dict[str, torch.Tensor]:
         self.taught += [(image, target["boxes"]) for image, target in zip(images, targets, strict=True)]
         return {"loss": self.weight.square()}
 
 
-def test_the_rate_of_every_step_is_that_of_the_schedule(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_learning_rate_follows_the_schedule(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     train = _voc.read(shapes(tmp_path, 6, 1), "train")
-    rates, detector = rates_of(detection, monkeypatch), Told()
+    rates, detector = rates_of(detection, monkeypatch), Recorder()
     optim = OptimConfig(lr=0.048, schedule="step", milestones=(0.76,), warmup=0.3, warmup_start=1 / 3)
     detection.learn(detector, train, ["disc", "square"], replace(TINY, epochs=4, optim=optim), 0)
     # Six images in batches of four, the last one of two.
@@ -324,8 +324,8 @@ def test_the_rate_of_every_step_is_that_of_the_schedule(
     assert len({rate for (rate,) in rates}) > 3
 
 
-def test_about_half_of_the_images_are_mirrored_anew_in_every_epoch(tmp_path: Path) -> None:
-    train, detector = _voc.read(shapes(tmp_path, 8, 1), "train"), Told()
+def test_about_half_of_the_images_are_mirrored_in_every_epoch(tmp_path: Path) -> None:
+    train, detector = _voc.read(shapes(tmp_path, 8, 1), "train"), Recorder()
     detection.learn(detector, train, ["disc", "square"], TINY, 0)
     plain = [torch.from_numpy(one.boxes_n4) for one in train]
     kept = [any(torch.equal(boxes_n4, one) for one in plain) for _, boxes_n4 in detector.taught]
@@ -333,7 +333,7 @@ def test_about_half_of_the_images_are_mirrored_anew_in_every_epoch(tmp_path: Pat
     assert 8 < sum(kept) < 24
 
 
-def test_rows_are_the_same_twice(tmp_path: Path) -> None:
+def test_rows_are_deterministic(tmp_path: Path) -> None:
     pytest.importorskip("pycocotools")
     folder = shapes(tmp_path)
     encoder = RandomBackbone(BackboneConfig(), 0)
@@ -344,21 +344,21 @@ def test_rows_are_the_same_twice(tmp_path: Path) -> None:
     assert found == detection._measure(encoder, config, folder, 0)
 
 
-def test_splits_that_do_not_suit_are_refused(tmp_path: Path) -> None:
+def test_unsuitable_splits_are_refused(tmp_path: Path) -> None:
     pytest.importorskip("pycocotools")
     folder, encoder = shapes(tmp_path, 2, 1), RandomBackbone(BackboneConfig(), 0)
     add(tmp_path, "none", "nothing", [])
     for splits, message in (
         (("train", "train"), "share 2 images"),
         (("nothing", "test"), "no boxes to learn from"),
-        (("train", "nothing"), "no boxes to be judged on"),
+        (("train", "nothing"), "no boxes to score"),
     ):
         config = replace(TINY, train_split=splits[0], test_split=splits[1])
         with pytest.raises(UserError, match=message):
             detection._measure(encoder, config, folder, 0)
 
 
-def test_a_folder_is_needed_and_pixels_give_no_rows(tmp_path: Path) -> None:
+def test_a_folder_is_required_and_pixels_give_no_rows(tmp_path: Path) -> None:
     one = make_dataset(tmp_path / "one", 4)
     encoder = RandomBackbone(BackboneConfig(), 0)
     here = Subject(encoder, ("pooled",), 16, one, one, 0, Folder(str(tmp_path / "out")))
@@ -368,7 +368,7 @@ def test_a_folder_is_needed_and_pixels_give_no_rows(tmp_path: Path) -> None:
 
 
 @pytest.mark.ray
-def test_a_task_of_ray_gives_the_same_rows_and_its_errors(ray_session: None, tmp_path: Path) -> None:
+def test_a_ray_task_returns_rows_and_errors(ray_session: None, tmp_path: Path) -> None:
     pytest.importorskip("pycocotools")
     encoder, folder = RandomBackbone(BackboneConfig(), 0), shapes(tmp_path / "voc", 2, 1)
     one = make_dataset(tmp_path / "one", 4)
@@ -381,6 +381,6 @@ def test_a_task_of_ray_gives_the_same_rows_and_its_errors(ray_session: None, tmp
 
 
 @pytest.mark.parametrize("wrong", [{"epochs": 0}, {"batch_size": 0}, {"sides": ()}, {"width": 40}])
-def test_a_protocol_that_cannot_be_is_refused(wrong: dict[str, int]) -> None:
-    with pytest.raises(UserError, match=rf"detection\.{next(iter(wrong))}"):
+def test_an_impossible_protocol_is_refused(wrong: dict[str, int]) -> None:
+    with pytest.raises(UserError, match=rf"--detection\.{next(iter(wrong))}".replace("_", "-")):
         replace(detection.Config(), **wrong)  # type: ignore[arg-type]

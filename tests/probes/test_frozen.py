@@ -1,4 +1,4 @@
-"""Probes of features run as tasks of Ray, and find what they would find in the driver."""
+"""Probes of features run in Ray tasks and give the same rows as in the driver."""
 
 from __future__ import annotations
 
@@ -29,9 +29,9 @@ LAYERS = {"res2": 12, "pooled": 6}
 
 
 class Traced:
-    """Says where it works."""
+    """A probe that reports its process."""
 
-    headline = "pid"
+    primary_metric = "pid"
     dims = 0
 
     def measure(self, features_nd: Floats) -> Iterator[Row]:
@@ -54,8 +54,8 @@ def make(folder: Path, images: int, seed: int) -> Frozen:
     return Frozen(tables, image_rng.integers(0, 4, images), f"set {seed}")
 
 
-def traced(sets: tuple[Frozen, Frozen], spare: bool) -> dict[str, float]:
-    return {row.name: row.value for row in by_layer(Traced(), ["pooled"], *sets, spare)}
+def traced(sets: tuple[Frozen, Frozen], low_priority: bool) -> dict[str, float]:
+    return {row.name: row.value for row in by_layer(Traced(), ["pooled"], *sets, low_priority)}
 
 
 @pytest.fixture
@@ -64,7 +64,7 @@ def sets(tmp_path: Path) -> tuple[Frozen, Frozen]:
 
 
 @pytest.mark.ray
-def test_rows_are_those_of_the_driver(ray_session: None, sets: tuple[Frozen, Frozen]) -> None:
+def test_rows_equal_those_of_the_driver(ray_session: None, sets: tuple[Frozen, Frozen]) -> None:
     knn, collapse = Knn(KnnConfig(ks=(3, 1))), Collapse(CollapseConfig())
     found = [by_layer(one, list(LAYERS), *sets, False) for one in (knn, collapse)]
     for layer in LAYERS:
@@ -82,18 +82,16 @@ def test_rows_are_those_of_the_driver(ray_session: None, sets: tuple[Frozen, Fro
 
 
 @pytest.mark.ray
-def test_spare_work_has_the_lowest_priority_and_leaves_none_of_it_behind(
-    ray_session: None, sets: tuple[Frozen, Frozen]
-) -> None:
+def test_low_priority_does_not_outlast_its_task(ray_session: None, sets: tuple[Frozen, Frozen]) -> None:
     usual = os.getpriority(os.PRIO_PROCESS, 0)
-    spare, after = traced(sets, spare=True), traced(sets, spare=False)
-    assert os.getpid() not in (spare["pid"], after["pid"])
-    assert (spare["nice"], spare["threads"]) == (19, 1)
+    low, after = traced(sets, low_priority=True), traced(sets, low_priority=False)
+    assert os.getpid() not in (low["pid"], after["pid"])
+    assert (low["nice"], low["threads"]) == (19, 1)
     assert (after["nice"], after["threads"]) == (usual, 2)
 
 
 @pytest.mark.ray
-def test_damaged_features_are_said_by_name(ray_session: None, sets: tuple[Frozen, Frozen]) -> None:
+def test_damaged_features_are_named(ray_session: None, sets: tuple[Frozen, Frozen]) -> None:
     for one in sets:
         one.tables["pooled"].folder.write(part_file((0, len(np.asarray(one.labels_n)) // 2)), b"not parquet")
     with pytest.raises(UserError, match="damaged"):
@@ -116,20 +114,20 @@ def test_memory_is_asked_of_machines_that_take_work() -> None:
     assert frozen._room([small, {"CPU": 0.25, "memory": 9e9}], 0.5) == 1e9
 
 
-@pytest.mark.parametrize("spare", [True, False])
+@pytest.mark.parametrize("low_priority", [True, False])
 def test_a_task_asks_for_no_more_memory_than_a_machine_that_takes_work_has(
-    sets: tuple[Frozen, Frozen], spare: bool, monkeypatch: pytest.MonkeyPatch
+    sets: tuple[Frozen, Frozen], low_priority: bool, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     asked: list[dict[str, float]] = []
 
-    def elsewhere(work: object, calls: object, options: dict[str, float]) -> list[list[Row]]:
+    def run_tasks(work: object, calls: object, options: dict[str, float]) -> list[list[Row]]:
         asked.append(options)
         return []
 
     found = Machines(({"CPU": 0.0, "memory": 9e9}, {"CPU": 2.0, "memory": 100.0}))
     monkeypatch.setattr(placement, "machines", lambda: found)
-    monkeypatch.setattr(frozen, "elsewhere", elsewhere)
-    assert traced(sets, spare) == {}
+    monkeypatch.setattr(frozen, "run_tasks", run_tasks)
+    assert traced(sets, low_priority) == {}
     assert asked[0]["memory"] == 100
 
 

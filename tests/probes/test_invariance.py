@@ -1,4 +1,4 @@
-"""Distances of what is known to move, and what is known to be readable."""
+"""Distances and read-outs of transforms with known effects."""
 
 from __future__ import annotations
 
@@ -48,19 +48,19 @@ class Stub:
         }
 
 
-def look(
+def measured(
     folder: Path, config: invariance.Config, *layers: str
 ) -> tuple[dict[tuple[str, str], float], dict[str, Any]]:
     dataset = make_dataset(folder / "set", 80)
     subject = Subject(Stub(), layers, 16, dataset, dataset, 0, Folder(str(folder / "out")))
     geometry = Geometry(16, predicted=True)
     transforms = {name: build(name, {}, geometry) for name in config.transforms}
-    rows, counts = invariance._look(subject, config, transforms)
+    rows, counts = invariance._measure(subject, config, transforms)
     return {(row.layer, row.name): row.value for row in rows}, counts
 
 
-def test_what_does_not_move_has_distance_zero_and_cannot_be_read(tmp_path: Path) -> None:
-    found, counts = look(tmp_path, invariance.Config(("rotation",)), "colour", "corner")
+def test_an_invariant_layer_has_distance_zero_and_no_readout(tmp_path: Path) -> None:
+    found, counts = measured(tmp_path, invariance.Config(("rotation",)), "colour", "corner")
     assert found["colour", "distance/rotation"] == pytest.approx(0, abs=1e-6)
     assert found["colour", "closer"] == found["colour", "closer/rotation"] == 1
     assert found["colour", "readout/rotation"] < 0.5
@@ -74,15 +74,15 @@ def test_what_does_not_move_has_distance_zero_and_cannot_be_read(tmp_path: Path)
     assert sum(counts["corner"]["others"]) == 80 * 64
 
 
-def test_a_transform_of_several_crops_is_compared_by_the_mean_of_its_features(tmp_path: Path) -> None:
-    found, _ = look(tmp_path, invariance.Config(("jigsaw",), readout=Linear("fast", dims=0)), "colour")
+def test_several_crops_are_compared_by_their_mean_features(tmp_path: Path) -> None:
+    found, _ = measured(tmp_path, invariance.Config(("jigsaw",), readout=Linear("fast", dims=0)), "colour")
     # Nine patches show the colours of the image.
     assert found["colour", "closer/jigsaw"] > 0.7
     assert ("colour", "readout/jigsaw") in found
 
 
-def test_images_that_a_transform_leaves_as_they_are_do_not_count(tmp_path: Path) -> None:
-    found, counts = look(tmp_path, invariance.Config(("rotation",)), "corner")
+def test_unchanged_images_do_not_count(tmp_path: Path) -> None:
+    found, counts = measured(tmp_path, invariance.Config(("rotation",)), "corner")
     dataset = DataSet.open(str(tmp_path / "set"))
     encoded = dataset.read(np.arange(80), ("image",)).column("image").to_pylist()
     image_bchw = decode.centre(encoded, 16)
@@ -98,8 +98,8 @@ def test_images_that_a_transform_leaves_as_they_are_do_not_count(tmp_path: Path)
     distance_n = np.linalg.norm(plain_nd - moved_nd, axis=1)[turned_n]
     assert found["corner", "distance/rotation"] == pytest.approx(distance_n.mean(), abs=1e-5)
     assert sum(counts["corner"]["rotation"]) == turned_n.sum() < 80
-    # But where it leaves all of them so, it is as invariant as can be.
-    nothing, _ = look(tmp_path / "identity", invariance.Config(("identity",)), "corner")
+    # If a transform changes no image, all count.
+    nothing, _ = measured(tmp_path / "identity", invariance.Config(("identity",)), "corner")
     assert nothing["corner", "distance/identity"] == pytest.approx(0, abs=1e-6)
 
 
@@ -108,19 +108,19 @@ def test_distances_are_between_directions() -> None:
     assert invariance.distances(one, other).tolist() == pytest.approx([0, np.sqrt(2), 2])
 
 
-def test_closer_compares_the_distances_of_one_original() -> None:
+def test_closer_compares_distances_image_by_image() -> None:
     assert invariance.closer(np.array([0.1, 1.0]), np.array([[0.2], [1.1]])) == 1
     assert invariance.closer(np.array([0.5, 0.5]), np.array([[0.5, 0.5 + 1e-9], [0.6, 0.4]])) == 0.5
 
 
-def test_others_are_each_other_image_once_and_never_the_image_itself() -> None:
+def test_others_are_all_other_images_once() -> None:
     angles = torch.tensor([0.0, 1.0, 2.5])
     found = invariance.to_others(torch.stack([angles.cos(), angles.sin()], 1), 9)
     by_hand = [[2 * np.sin(abs(a - b) / 2) for b in angles.tolist() if b != a] for a in angles.tolist()]
     np.testing.assert_allclose(np.sort(found), np.sort(by_hand), atol=1e-6)
 
 
-def test_a_network_that_maps_all_images_to_one_point_is_neither_closer_nor_farther() -> None:
+def test_a_collapsed_network_is_neither_closer_nor_farther() -> None:
     plain_nd = torch.full((20, 6), 0.1)
     moved_npd = torch.full((20, 9, 6), 0.1)
     transforms = {"jigsaw": build("jigsaw", {}, Geometry(16, predicted=True))}
@@ -131,16 +131,16 @@ def test_a_network_that_maps_all_images_to_one_point_is_neither_closer_nor_farth
 
 
 def test_a_transform_without_labels_is_read_out_as_transformed_or_not(tmp_path: Path) -> None:
-    found, _ = look(tmp_path, invariance.Config(("colorization", "identity")), "chroma")
+    found, _ = measured(tmp_path, invariance.Config(("colorization", "identity")), "chroma")
     assert found["chroma", "readout_whether/colorization"] > 0.9
     assert found["chroma", "readout_whether/identity"] == 0.5
     assert found["chroma", "chance_whether/colorization"] == 0.5
 
 
-def test_the_dials_of_transforms_are_in_the_hash() -> None:
-    facts = invariance.Config(("rotation+jigsaw",)).facts()
-    assert set(facts["hyperparameters"]) == {"jigsaw", "rotation"}
-    assert facts["hyperparameters"]["jigsaw"]["min_scale"] == 0.6
+def test_hyperparameters_of_transforms_are_part_of_the_protocol() -> None:
+    settings = invariance.Config(("rotation+jigsaw",)).settings()
+    assert set(settings["dials"]) == {"jigsaw", "rotation"}
+    assert settings["dials"]["jigsaw"]["min_scale"] == 0.6
 
 
 def test_heads_are_compared_by_the_transform_that_they_were_trained_with(tmp_path: Path) -> None:
@@ -149,7 +149,7 @@ def test_heads_are_compared_by_the_transform_that_they_were_trained_with(tmp_pat
     encoder = Trained(run, run.newest())
     subject = Subject(encoder, ("pooled",), 16, dataset, dataset, 3, Folder(str(tmp_path / "out")))
     transforms = {"rotation": build("rotation", {}, Geometry(16, predicted=True))}
-    rows, counts = invariance._look(subject, invariance.Config(("rotation",)), transforms)
+    rows, counts = invariance._measure(subject, invariance.Config(("rotation",)), transforms)
     found = {row.name: row.value for row in rows if row.layer == "heads"}
     assert set(found) == {"distance/others", "distance/jigsaw", "distance_std/jigsaw", "closer/jigsaw"}
     assert sum(counts["heads"]["jigsaw"]) == 40
@@ -172,9 +172,7 @@ def test_heads_are_compared_by_the_transform_that_they_were_trained_with(tmp_pat
 
 
 @pytest.mark.parametrize(("statistics", "same"), [("batch", True), ("kept", False)])
-def test_what_batchnorm_has_kept_is_looked_at_only_where_it_is_asked_for(
-    tmp_path: Path, statistics: Any, same: bool
-) -> None:
+def test_running_statistics_are_used_only_if_requested(tmp_path: Path, statistics: Any, same: bool) -> None:
     dataset = make_dataset(tmp_path / "set", 40)
     run, network = make_run(dataset, tmp_path / "run")
     subject = Subject(
@@ -182,12 +180,12 @@ def test_what_batchnorm_has_kept_is_looked_at_only_where_it_is_asked_for(
     )
     config = invariance.Config(("rotation",), statistics=statistics, readout=Linear("fast", dims=0))
     transforms = {"rotation": build("rotation", {}, Geometry(16, predicted=True))}
-    before, _ = invariance._look(subject, config, transforms)
+    before, _ = invariance._measure(subject, config, transforms)
     with torch.no_grad():
         for name, kept in network.named_buffers():
             kept.mul_(3) if name.endswith(("running_mean", "running_var")) else None
     saved(run, network)
-    after, _ = invariance._look(replace(subject, encoder=Trained(run, run.newest())), config, transforms)
+    after, _ = invariance._measure(replace(subject, encoder=Trained(run, run.newest())), config, transforms)
     assert ([row.value for row in before] == [row.value for row in after]) is same
 
 
@@ -200,7 +198,7 @@ def test_an_unknown_transform_and_too_few_images_are_refused(tmp_path: Path) -> 
         list(invariance.Invariance(invariance.Config()).examine(subject))
     with pytest.raises(UserError, match="others"):
         invariance.Config(others=0)
-    with pytest.raises(UserError, match="empty"):
+    with pytest.raises(UserError, match="at least one value"):
         invariance.Config(())
     with pytest.raises(UserError, match="kept"):
         invariance.Config(statistics="keep")  # type: ignore[arg-type]

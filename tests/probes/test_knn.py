@@ -1,4 +1,4 @@
-"""Nearest neighbours against a count by hand, and the cases at the edge."""
+"""k-nearest-neighbour classification against a direct count, and edge cases."""
 
 from __future__ import annotations
 
@@ -42,7 +42,7 @@ def by_hand(
 
 
 @pytest.mark.parametrize("tiles", [(1 << 16, 1 << 9), (37, 16)])
-def test_equals_a_count_by_hand(tiles: tuple[int, int], monkeypatch: pytest.MonkeyPatch) -> None:
+def test_equals_a_direct_count(tiles: tuple[int, int], monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(knn, "_TRAIN_TILE", tiles[0])
     monkeypatch.setattr(knn, "_QUERY_TILE", tiles[1])
     train, test = random_set(120, 8, 0), random_set(50, 8, 1)
@@ -55,7 +55,7 @@ def test_equals_a_count_by_hand(tiles: tuple[int, int], monkeypatch: pytest.Monk
 
 
 @pytest.mark.parametrize("tiles", [(1 << 16, 1 << 9), (37, 16)])
-def test_an_image_does_not_vote_for_itself(tiles: tuple[int, int], monkeypatch: pytest.MonkeyPatch) -> None:
+def test_an_image_is_not_its_own_neighbour(tiles: tuple[int, int], monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(knn, "_TRAIN_TILE", tiles[0])
     monkeypatch.setattr(knn, "_QUERY_TILE", tiles[1])
     data = random_set(90, 8, 2)
@@ -70,12 +70,12 @@ def test_k_is_clamped_to_the_train_set() -> None:
     train, test = random_set(7, 3, 3), random_set(20, 3, 4)
     found = values(train, test)
     assert found["top1/k=20,T=0.07"] == by_hand(train, test, 7, 0.07)[0]
-    # What stands for the probe is there; another row would only say the same.
+    # The primary metric is clamped; other rows with too large a k are left out.
     assert "top1/k=1,T=0.07" in found
     assert "top1/k=200,T=0.07" not in found
 
 
-def test_top5_is_left_out_where_it_says_nothing() -> None:
+def test_top5_needs_more_than_five_classes() -> None:
     assert not any(name.startswith("top5") for name in values(random_set(30, 5, 0), random_set(30, 5, 1)))
 
 
@@ -88,7 +88,7 @@ def test_a_low_temperature_does_not_overflow() -> None:
 
 def test_one_image_has_no_neighbour() -> None:
     one = random_set(1, 1, 0)
-    with pytest.raises(UserError, match="no neighbour"):
+    with pytest.raises(UserError, match="at least two classes"):
         values(one, one)
 
 
@@ -98,7 +98,7 @@ def test_impossible_settings_are_refused(bad: dict[str, tuple[float, ...]]) -> N
         knn.Config(**bad)  # type: ignore[arg-type]
 
 
-def test_headline_is_the_first_of_the_settings() -> None:
+def test_primary_metric_is_the_first_of_the_settings() -> None:
     rows = list(knn.Knn(knn.Config((3,), (0.2,))).run(random_set(9, 2, 0), random_set(9, 2, 1)))
-    assert knn.Knn(knn.Config((3,), (0.2,))).headline == rows[0].name == "top1/k=3,T=0.2"
+    assert knn.Knn(knn.Config((3,), (0.2,))).primary_metric == rows[0].name == "top1/k=3,T=0.2"
     assert isinstance(rows[0], Row)

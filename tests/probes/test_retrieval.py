@@ -1,4 +1,4 @@
-"""Retrieval against a count by hand."""
+"""Retrieval against a direct count."""
 
 from __future__ import annotations
 
@@ -38,7 +38,7 @@ def by_hand(train: Labelled, test: Labelled, k: int, own: bool = False) -> tuple
 
 
 @pytest.mark.parametrize("tile", [256, 7])
-def test_equals_a_count_by_hand(tile: int, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_equals_a_direct_count(tile: int, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(retrieval, "_TILE", tile)
     train, test = random_set(90, 0), random_set(40, 1)
     found = values(train, test, retrieval.Config(ks=(3,)))
@@ -46,7 +46,7 @@ def test_equals_a_count_by_hand(tile: int, monkeypatch: pytest.MonkeyPatch) -> N
 
 
 @pytest.mark.parametrize("own", [False, True])
-def test_equally_close_images_are_not_ranked_by_their_place(own: bool) -> None:
+def test_images_of_equal_similarity_are_not_ranked_by_index(own: bool) -> None:
     labels_n = np.repeat(np.arange(10), 40)
     same = np.full((400, 5), 0.3, np.float32)
     train = Labelled(same, labels_n, "a")
@@ -54,13 +54,13 @@ def test_equally_close_images_are_not_ranked_by_their_place(own: bool) -> None:
     assert found["mAP"] == pytest.approx(0.1, abs=0.02)
 
 
-def test_an_image_does_not_find_itself() -> None:
+def test_a_query_does_not_find_itself() -> None:
     data = random_set(50, 2)
     found = values(data, data, retrieval.Config(ks=(3,)))
     assert (found["mAP"], found["precision/k=3"]) == pytest.approx(by_hand(data, data, 3, own=True))
 
 
-def test_images_that_share_one_of_several_classes_are_right() -> None:
+def test_images_that_share_a_class_are_right() -> None:
     train, test = random_set(60, 0), random_set(30, 1)
     plain = values(train, test)
     one, other = (Labelled(x.features_nd, presence(x.labels_n, 4)) for x in (train, test))
@@ -76,9 +76,9 @@ def test_queries_are_a_sample_and_k_is_clamped() -> None:
     assert few["mAP"] != values(train, test)["mAP"]
 
 
-def test_one_image_has_nothing_to_find() -> None:
+def test_one_image_is_refused() -> None:
     one = random_set(1, 0)
-    with pytest.raises(UserError, match="no other to find"):
+    with pytest.raises(UserError, match="at least two classes"):
         values(one, one)
 
 

@@ -1,4 +1,4 @@
-"""Few images in many dimensions give the same classifiers in fewer."""
+"""Classifiers on few images are the same after projection on their span."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ def drawn(seed: int, count: int, dim: int) -> Labelled:
     return Labelled(features_nd.astype(np.float32), labels_n, f"drawn {seed}")
 
 
-def test_products_are_kept_in_as_many_dimensions_as_images() -> None:
+def test_products_are_kept() -> None:
     train_nd, test_md = (torch.from_numpy(drawn(seed, 20, 50).features_nd).double() for seed in (1, 2))
     train_nd[3] = train_nd[4]
     few_nn, few_mn = in_span(train_nd, test_md)
@@ -29,7 +29,7 @@ def test_products_are_kept_in_as_many_dimensions_as_images() -> None:
     torch.testing.assert_close(few_mn @ few_nn.T, test_md @ train_nd.T)
 
 
-def test_of_many_images_nothing_changes() -> None:
+def test_many_images_are_not_projected() -> None:
     train_nd, test_md = (torch.from_numpy(drawn(seed, 48, 50).features_nd) for seed in (1, 2))
     assert in_span(train_nd, test_md) == (train_nd, test_md)
 
@@ -38,7 +38,7 @@ def test_of_many_images_nothing_changes() -> None:
     ("module", "probe"),
     [(linear, linear.Linear(linear.Config())), (svm, svm.Svm(svm.Config(costs=(0.1, 1))))],
 )
-def test_a_probe_finds_the_same(
+def test_probes_give_the_same_numbers(
     module: ModuleType, probe: linear.Linear | svm.Svm, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     pytest.importorskip("sklearn")

@@ -1,4 +1,4 @@
-"""Average precision against sums by hand, and the machines against scikit-learn used directly."""
+"""Average precision against direct sums, and the machines against scikit-learn used directly."""
 
 from __future__ import annotations
 
@@ -42,7 +42,7 @@ def test_images_of_equal_score_pass_the_threshold_together() -> None:
     assert svm.average_precision(np.zeros(5), np.array([1, 0, 0, 0, 0])) == pytest.approx(1 / 5)
 
 
-def test_it_is_not_the_mean_at_eleven_points() -> None:
+def test_average_precision_is_not_the_mean_at_eleven_points() -> None:
     shown = np.array([1, 0, 0, 0, 1])
     hits = shown.cumsum()
     recall, at = hits / 2, hits / np.arange(1, 6)
@@ -93,7 +93,7 @@ def test_equals_scikit_learn_used_directly() -> None:
     assert row.value == pytest.approx(np.mean(found), abs=1e-6)
 
 
-def test_a_class_that_is_never_learned_has_zero_and_one_that_is_never_shown_is_left_out() -> None:
+def test_a_class_without_train_images_has_zero_and_one_without_test_images_is_left_out() -> None:
     pytest.importorskip("sklearn")
     train, test = several(60, 0), several(60, 1)
     train.labels_n[:, 0] = 0
@@ -105,7 +105,7 @@ def test_a_class_that_is_never_learned_has_zero_and_one_that_is_never_shown_is_l
     assert row.value == pytest.approx(alone.value / 2)
 
 
-def test_without_scikit_learn_it_says_what_to_install(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_missing_scikit_learn_is_refused_with_the_command(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setitem(sys.modules, "sklearn", None)
     with pytest.raises(UserError, match=r"raysl\[eval\]"):
         list(svm.Svm(svm.Config()).run(several(20, 0), several(20, 1)))
@@ -117,7 +117,7 @@ def test_test_images_without_classes_are_refused() -> None:
         list(svm.Svm(svm.Config()).run(several(20, 0), Labelled(test.features_nd, 0 * test.labels_n)))
 
 
-def test_lowshot_takes_k_of_each_class_and_the_smaller_are_inside_the_larger() -> None:
+def test_lowshot_samples_k_of_each_class_and_samples_are_nested() -> None:
     labels_n = np.repeat([3, 1, 7], [20, 30, 40])
     few, more = lowshot.chosen(labels_n, 2, 0), lowshot.chosen(labels_n, 5, 0)
     assert np.unique(labels_n[more], return_counts=True)[1].tolist() == [5, 5, 5]
@@ -154,7 +154,7 @@ def test_lowshot_equals_scikit_learn_used_directly_for_any_labels() -> None:
         assert (mean.value, std.value) == pytest.approx((np.mean(found), np.std(found, ddof=1)), abs=1e-6)
 
 
-def test_lowshot_leaves_out_what_is_too_many_and_refuses_when_nothing_is_left() -> None:
+def test_lowshot_omits_a_k_that_is_too_large_and_refuses_the_first() -> None:
     pytest.importorskip("sklearn")
     random = np.random.default_rng(0)
     labels_n = np.arange(30) % 3
@@ -171,5 +171,5 @@ def test_lowshot_leaves_out_what_is_too_many_and_refuses_when_nothing_is_left() 
 
 @pytest.mark.parametrize("bad", [{"costs": ()}, {"costs": (0.0,)}, {"max_images": 1}, {"dims": -1}])
 def test_impossible_settings_are_refused(bad: dict[str, object]) -> None:
-    with pytest.raises(UserError, match=r"svm\."):
+    with pytest.raises(UserError, match=r"--svm\."):
         svm.Config(**bad)  # type: ignore[arg-type]

@@ -1,4 +1,4 @@
-"""Images that show several classes are learned and judged class by class."""
+"""Images that show several classes are learned and scored class by class."""
 
 from __future__ import annotations
 
@@ -44,8 +44,8 @@ def test_an_image_shows_the_classes_of_its_boxes() -> None:
 
 
 @pytest.mark.parametrize("size", [(200, 50), (50, 200)])
-def test_what_stands_at_the_end_of_a_long_image_is_seen(size: tuple[int, int]) -> None:
-    """Squashed to a square, where the evaluation view would cut it off."""
+def test_the_ends_of_a_long_image_are_seen(size: tuple[int, int]) -> None:
+    """The image is resized to a square; the evaluation view would cut them off."""
     files = []
     for end in (0, 250):
         image = Image.new("RGB", size, (60, 60, 60))
@@ -86,14 +86,14 @@ def test_scores_are_those_of_svm_on_the_same_features(ray_session: None, tmp_pat
         list(voc_svm.VocSvm(shared).examine(subject))
 
 
-def test_what_is_needed_is_said_and_what_lies_there_is_the_protocol(tmp_path: Path) -> None:
+def test_a_folder_is_required_and_its_content_is_part_of_the_protocol(tmp_path: Path) -> None:
     data = make_dataset(tmp_path / "set", 8)
     subject = Subject(Pixels(), ("pooled",), 16, data, data, 0, Folder(str(tmp_path / "own")))
     with pytest.raises(Unset, match=r"--voc-svm.data FOLDER"):
         list(voc_svm.VocSvm(voc_svm.Config()).examine(subject))
     config = replace(FEW, data=str(several(tmp_path / "voc")))
-    before = config.facts()
+    before = config.settings()
     assert str(tmp_path) not in str(before)
     (tmp_path / "voc" / _voc.ANNOTATIONS / "000.xml").write_text(xml([("disc", LEFT)]))
     _voc.fingerprint.cache_clear()
-    assert config.facts() != before
+    assert config.settings() != before

@@ -42,7 +42,7 @@ def alone(scenario: str, folder: Path) -> str:
 
 def test_training_ends_with_the_same_numbers(tmp_path: Path) -> None:
     make_dataset(tmp_path / "set", 96, side=48)
-    assert "Went on from step" in alone("training", tmp_path)
+    assert "Resumed from step" in alone("training", tmp_path)
     disturbed, usual = (Run.open(str(tmp_path / name)) for name in ("disturbed", "usual"))
     rows, expected = ([[row[n] for n in NUMBERS] for row in run.metrics()] for run in (disturbed, usual))
     assert rows == expected

@@ -13,7 +13,8 @@ from raysl import rng
 from raysl.backbone.network import BackboneConfig
 from raysl.config import Pretraining
 from raysl.errors import UserError
-from raysl.evaluation.results import MODEL, ROWS
+from raysl.evaluation.results import MODEL
+from raysl.evaluation.results import OLD_ROWS as ROWS
 from raysl.extraction import RandomBackbone
 from raysl.objectives.pirl import Config as Pirl
 from raysl.probes.invariance import EDGES
@@ -32,7 +33,7 @@ LAYERS = ("conv1", "res2", "pooled")
 
 def row(value: float, **changes: Any) -> dict[str, Any]:
     base = {"probe": "linear", "name": "top1", "layer": "pooled", "encoder": "trained", "step": 5, "seed": 0}
-    rest = {"protocol": "p", "train": "t", "test": "u", "value": value, "headline": True, "weights": value}
+    rest = {"protocol": "p", "train": "t", "test": "u", "value": value, "primary": True, "weights": value}
     return {**base, **rest, **changes}
 
 
@@ -77,7 +78,7 @@ def runs(tmp_path: Path) -> list[str]:
                     probe="invariance",
                     name=f"closer/{t}",
                     layer=layer,
-                    headline=False,
+                    primary=False,
                     seed=seed,
                 )
                 for i, layer in enumerate(LAYERS)
@@ -204,7 +205,7 @@ def test_a_spread_is_never_best(tmp_path: Path, runs: list[str]) -> None:
         value = 0.3 if "pirl" in place else 0.1
         kept = folder.read(ROWS) if name != "top1/k=16" else b""
         seed = int(place[-1])
-        one = row(value + seed / 1000, probe="lowshot", name=name, headline="std" not in name, seed=seed)
+        one = row(value + seed / 1000, probe="lowshot", name=name, primary="std" not in name, seed=seed)
         folder.write(ROWS, kept + jsonl([one]))
     page = report(runs, ReportConfig(str(tmp_path / "out"), images=0)).read("index.html").decode()
     main, _, others = page.partition("<details>")

@@ -218,7 +218,7 @@ def scenario(folder: Path) -> None:
     fixed_run = train(replace(config, run=str(folder / "fixed"), workers=1))
     hear("step")
     drain(of_trainers()[0])
-    hear("Went on")
+    hear("Resumed from")
     fixed_run.join()
     ray.shutdown()
     cluster.shutdown()

@@ -51,7 +51,7 @@ def test_lost_steps_are_counted_once() -> None:
     assert board.news() == []
     board.post({"step": 9})
     assert board.begin(4, workers=3, reached=8) == 5
-    assert board.news() == ["Went on from step 4 with 3 workers; 5 steps were lost."]
+    assert board.news() == ["Resumed from step 4 with 3 workers; 5 steps were lost."]
     assert board.begin(4, workers=3, reached=4) == 0
 
 

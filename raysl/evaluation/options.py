@@ -1,0 +1,65 @@
+"""Configuration of a probe run: what is probed, by which protocols, and where the results go."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
+from typing import Annotated, Any, Literal
+
+from raysl import probes
+from raysl.checkpoint import Checkpoint
+from raysl.errors import unknown
+from raysl.evaluation.results import ENCODERS
+from raysl.fields import Bounds, Seed, check
+from raysl.probes import Probe
+from raysl.storage import Folder
+
+
+@dataclass(frozen=True)
+class ProbeConfig:
+    """What is probed, by which protocols, and where the results go.
+
+    Args:
+        probes: names of probes.
+        layers: layers whose features are measured; "all" for conv1, res2 to res5 and pooled. Pixels have only "pooled".
+        encoders: encoders of a run, of "trained", "random" (the untrained backbone) and "pixels".
+        configs: the Config of a probe by its name; a missing one has its defaults.
+        bn_statistics: statistics of BatchNorm in frozen features: "reestimated" on 2,048 unlabelled train images in the
+            evaluation view, or "kept", the running statistics of training, which mix all its views. Part of the protocol.
+        out: folder for the results and the features; empty for the folder of the run. A model that is not a run needs
+            it. A run in a read-only folder can be probed with it.
+        image_size: side of the evaluation view in pixels, of a model that is not a run; 0 for its usual size.
+        seed: seed of the probes of a model that is not a run.
+        checkpoint: a checkpoint of the run; None for the newest.
+        cache: folder for features; None for one inside of the folder of the results.
+        low_priority: compute beside trainers without taking their CPUs.
+    """
+
+    probes: Sequence[str] = ("knn", "linear")
+    layers: Sequence[str] = ("pooled",)
+    encoders: Sequence[str] = ENCODERS
+    configs: Mapping[str, Any] = field(default_factory=dict)
+    bn_statistics: Literal["reestimated", "kept"] = "reestimated"
+    out: str = ""
+    image_size: Annotated[int, Bounds(0, 2**14)] = 0
+    seed: Seed = 0
+    checkpoint: Checkpoint | None = None
+    cache: Folder | None = None
+    low_priority: bool = False
+
+    def __post_init__(self) -> None:
+        check(self)
+        for name in self.probes:
+            probes.load(name)
+        for name in self.encoders:
+            if name not in ENCODERS:
+                raise unknown("encoder", name, ENCODERS)
+
+    def ready(self) -> dict[str, tuple[Any, Probe]]:
+        """Return the Config and the probe of each name."""
+        made = {}
+        for name in dict.fromkeys(self.probes):
+            config_type, probe_type = probes.load(name)
+            config = self.configs.get(name) or config_type()
+            made[name] = config, probe_type(config)
+        return made

@@ -1,0 +1,83 @@
+"""Encoders whose BatchNorm takes the statistics of the images that it encodes, not those of its training views.
+
+The running statistics of pretraining mix the views of a method: patches and whole images in a jigsaw, or patches alone.
+They move the features of whole images, for some methods more than for others, so an evaluation re-estimates them on
+unlabelled training images in the evaluation view.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterable, Iterator, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from raysl import rng
+from raysl.backbone import norm
+from raysl.dataset import DataSet
+from raysl.extraction.encoders import Encoder, Trainable
+from raysl.extraction.layers import Encode, frozen
+from raysl.stream import decode
+
+_BATCH = 128
+
+
+def load(source: Encoder, views: Iterable[Tensor], device: torch.device, layers: Sequence[str]) -> Encode:
+    """Return `source.load(device, layers)` with BatchNorm statistics of these views.
+
+    Args:
+        source: any encoder; raw pixels have no statistics and read no view.
+        views: at least one batch, uint8 (b, 3, s, s), all of about the same size.
+        device: where the network runs.
+        layers: see `Encoder.load`.
+    """
+    if not isinstance(source, Trainable):
+        return source.load(device, layers)
+    network = source.network().to(device)
+    norm.reestimate(network, (images_bchw.to(device) for images_bchw in views))
+    return frozen(network, device, layers, by_batch=False)
+
+
+@dataclass(frozen=True)
+class Reestimated:
+    """An encoder with BatchNorm statistics of a random sample of a data set.
+
+    Args:
+        source: the encoder.
+        images: the data set; its labels are not used.
+        image_size: side of the evaluation view in pixels.
+    """
+
+    source: Encoder
+    images: DataSet
+    image_size: int
+
+    @property
+    def name(self) -> str:
+        return self.source.name
+
+    @property
+    def layers(self) -> tuple[str, ...]:
+        return self.source.layers
+
+    def identity(self) -> dict[str, Any]:
+        """Return the identity of the encoder with that of the sample."""
+        sample = [self.images.manifest.fingerprint, self.image_size, norm.STATISTICS_IMAGES]
+        return {**self.source.identity(), "bn_statistics": sample}
+
+    def load(self, device: torch.device, layers: Sequence[str], by_batch: bool = False) -> Encode:
+        """Return the function of the encoder; see `Encoder.load`. Statistics `by_batch` need no estimate."""
+        if by_batch or self.images.num_images < 2:
+            return self.source.load(device, layers, by_batch)
+        return load(self.source, self._views(), device, layers)
+
+    def _views(self) -> Iterator[Tensor]:
+        order_n = rng.generator("bn statistics").permutation(self.images.num_images)
+        chosen_n = np.sort(order_n[: norm.STATISTICS_IMAGES])
+        images = self.images.read(chosen_n, ("image",)).column("image").to_pylist()
+        for some in np.array_split(np.arange(len(images)), math.ceil(len(images) / _BATCH)):
+            yield decode.centre([images[i] for i in some], self.image_size)

@@ -1,0 +1,184 @@
+"""Results of probes are stored safely, checked when they are read, and printed as tables."""
+
+from __future__ import annotations
+
+import io
+import json
+import multiprocessing
+from pathlib import Path
+from typing import Any
+
+import pytest
+from rich.console import Console
+
+from raysl.errors import UserError
+from raysl.evaluation import results
+from raysl.evaluation.results import KEY, OLD_ROWS, ROWS, keep, rows_of, shown, tables, verdicts
+from raysl.run import Run, jsonl
+from raysl.storage import Folder
+
+
+def row(**changes: Any) -> dict[str, Any]:
+    base = dict.fromkeys(KEY, "x") | {"encoder": "trained", "step": 5, "seed": 0, "name": "top1"}
+    return {**base, "value": 0.5, "primary": True, "weights": 1, **changes}
+
+
+@pytest.fixture
+def run(tmp_path: Path) -> Run:
+    return Run(Folder(str(tmp_path)))
+
+
+def add_rows(run: Run, process: int, count: int) -> None:
+    for number in range(count):
+        keep(run, [row(layer=f"{process}-{number}")])
+
+
+def printed(*rows: dict[str, Any]) -> str:
+    out = io.StringIO()
+    for table in tables(rows):
+        Console(file=out, width=200).print(table)
+    return out.getvalue()
+
+
+def test_rows_of_several_processes_are_all_kept(run: Run) -> None:
+    context = multiprocessing.get_context("fork")
+    processes = [context.Process(target=add_rows, args=(run, number, 20)) for number in range(4)]
+    for process in processes:
+        process.start()
+    for process in processes:
+        process.join(60)
+    assert [process.exitcode for process in processes] == [0] * 4
+    assert len(rows_of(run)) == 80
+
+
+def test_a_row_replaces_an_earlier_row_of_the_same_key_in_any_file(run: Run) -> None:
+    context = multiprocessing.get_context("fork")
+    keep(run, [row(), row(layer="y")])
+    process = context.Process(target=keep, args=(run, [row(value=0.7)]))
+    process.start()
+    process.join(60)
+    assert {one["layer"]: one["value"] for one in rows_of(run)} == {"x": 0.7, "y": 0.5}
+    keep(run, [row(value=0.8)])
+    assert {one["layer"]: one["value"] for one in rows_of(run)} == {"x": 0.8, "y": 0.5}
+    assert len((run.folder / ROWS).list()) == 2
+
+
+def test_rows_of_the_old_format_are_read(run: Run) -> None:
+    old = row(layer="old")
+    old["headline"] = old.pop("primary")
+    run.folder.write(OLD_ROWS, jsonl([old]))
+    keep(run, [row()])
+    assert rows_of(run) == [row(layer="old"), row()]
+
+
+@pytest.mark.parametrize("damage", ["empty", "cut", "cut at a line", "flipped", "not text"])
+@pytest.mark.parametrize("old", [False, True])
+def test_a_damaged_file_is_named(run: Run, damage: str, old: bool) -> None:
+    keep(run, [row(), row(layer="y")])
+    folder, (name,) = run.folder / ROWS, (run.folder / ROWS).list()
+    if old:
+        folder, name = run.folder, OLD_ROWS
+        folder.write(name, jsonl([row(), row(layer="y")]))
+        (run.folder / ROWS).delete()
+    data = folder.read(name)
+    at = data.index(b"0.5") + 1
+    spoiled = {
+        "empty": b"",
+        "cut": data[:-20],
+        "cut at a line": data[: data.rindex(b"\n", 0, -1) + 1],
+        "flipped": data[:at] + bytes([data[at] ^ 1]) + data[at + 1 :],
+        "not text": b"\xff\xfe\x00" + data,
+    }
+    folder.write(name, spoiled[damage])
+    if old and damage in ("empty", "cut at a line"):  # the old format has no checksum
+        assert len(rows_of(run)) < 2
+        return
+    with pytest.raises(UserError, match=r"are damaged: .* Delete that file"):
+        rows_of(run)
+
+
+@pytest.mark.parametrize(
+    "wrong",
+    [
+        {"probe": "/../../x"},
+        {"protocol": "../x"},
+        {"train": "../../"},
+        {"value": "high"},
+        {"value": float("nan")},
+        {"step": None},
+        {"layer": 3},
+    ],
+)
+def test_rows_that_no_probe_writes_are_refused(run: Run, wrong: dict[str, Any]) -> None:
+    run.folder.write(OLD_ROWS, jsonl([row(**wrong)]))
+    with pytest.raises(UserError, match="damaged"):
+        rows_of(run)
+
+
+def test_markup_in_names_is_printed_as_it_is() -> None:
+    text = printed(
+        row(name="[old]", layer="[/old]", train="[red]"), row(name="y", layer="[/old]", train="[red]")
+    )
+    assert "[old]" in text
+    assert "[/old]" in text
+    assert "[red]" in text
+
+
+def test_shares_are_printed_in_per_cent() -> None:
+    text = {name: shown(row(name=name, value=0.12345)) for name in ("top1@1%", "top1/k=20,T=0.07", "spread")}
+    assert text == {"top1@1%": "12.3 %", "top1/k=20,T=0.07": "12.3 %", "spread": "0.1235"}
+    assert shown(row(name="AP50", value=0.5)) == "50.0 %"
+    assert shown(row(name="alpha_req", value=1.25)) == "1.25"
+    assert "50.0 %" in printed(row())
+
+
+def test_a_sentence_says_if_the_run_has_learned_something() -> None:
+    def sentence(trained: float) -> str:
+        rows = [row(value=trained), row(encoder="random", value=0.3), row(encoder="pixels", value=0.4)]
+        (found,) = verdicts([*rows, row(encoder="pixels", primary=False, value=1.0, name="top5")])
+        return found
+
+    assert "(46.2 %) is better than the untrained network (30.0 %) and raw pixels (40.0 %)" in sentence(0.462)
+    assert "has learned something useful" in sentence(0.462)
+    assert "better than the untrained network (30.0 %) and not better than raw pixels" in sentence(0.35)
+    assert "has not learned anything" in sentence(0.2)
+    assert verdicts([row(encoder="weights")]) == []
+
+
+def test_protocols_and_data_never_share_a_table() -> None:
+    rows = [row(), row(protocol="y"), row(test="y"), row(train="y"), row(probe="y")]
+    assert len(tables(rows)) == len(rows)
+
+
+def test_a_table_has_a_column_for_each_encoder() -> None:
+    rows = [row(), row(encoder="pixels", step=0), row(encoder="random", step=0), row(step=9)]
+    (table,) = tables([*rows, row(encoder="from elsewhere", step=0)])
+    headers = ["", "trained, step 5", "trained, step 9", "random", "pixels", "from elsewhere"]
+    assert [column.header for column in table.columns] == headers
+    (table,) = tables([row(), row(seed=1)])
+    assert [column.header for column in table.columns][1:] == [
+        "trained, step 5, seed 0",
+        "trained, step 5, seed 1",
+    ]
+
+
+def test_layers_share_a_table_of_primary_metrics() -> None:
+    rows = [
+        row(layer=layer, name=name, primary=name == "top1") for layer in "ab" for name in ("top1", "top5")
+    ]
+    (table,) = tables(rows)
+    assert list(table.columns[0].cells) == ["a top1", "b top1"]
+
+
+def test_a_folder_that_cannot_be_written_is_refused_with_the_flag(tmp_path: Path) -> None:
+    (tmp_path / "file").write_text("")
+    with pytest.raises(UserError, match="--out FOLDER"):
+        results.check_writable(Folder(str(tmp_path / "file" / "run")))
+
+
+def test_files_of_rows_are_lines_of_json(run: Run) -> None:
+    keep(run, [row()])
+    (name,) = (run.folder / ROWS).list()
+    header, *lines = (run.folder / ROWS).read(name).splitlines()
+    assert json.loads(header)["rows"] == len(lines) == 1
+    assert json.loads(lines[0])["value"] == 0.5
