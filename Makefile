@@ -4,7 +4,7 @@
 .PHONY: demo test test-all quick check format docs cluster-e2e clean
 .NOTPARALLEL:
 
-SCRIPTS := $(wildcard experiments/*.py benchmarks/*.py)
+SCRIPTS := $(wildcard experiments/*.py benchmarks/*.py examples/*.py)
 # Asking for the version and not only for the file: a pyenv shim exists even where it has nothing to run.
 UV := $(shell uv --version >/dev/null 2>&1 && echo uv || echo .uv/bin/uv)
 
