@@ -82,12 +82,17 @@ def pretrain(
         config: the whole configuration.
         online: online evaluation; see `OnlineConfig`.
         fields: fields of `Pretraining`, and by their names the configurations of the method's parts, as in
-            `pirl={"temperature": 0.1}`.
+            `pirl={"temperature": 0.1}`. `backbone` may be a function or class that builds an `nn.Module` from
+            normalised images (b, 3, s, s) to features (b, width); it must be importable.
     """
     console.install()
     from raysl.evaluation.online import OnlineConfig
 
     online = configure(OnlineConfig, online, {})
+    if callable(fields.get("backbone")):
+        from raysl.backbone.network import config_of
+
+        fields["backbone"] = config_of(fields["backbone"])
     settings = run_config(data, run, config, fields)
     from raysl.evaluation.online import pretrain_and_probe
 

@@ -113,14 +113,57 @@ class Agree(nn.Module):
         return Loss((outputs["a"] - outputs["b"]).square().mean() + outputs["a"].square().mean(), {})
 '''
 
-FILES = {"pretext/mirror.py": TRANSFORM, "objectives/agree.py": OBJECTIVE}
-# Everything that walks over all transforms and objectives.
+PROBE = '''"""Norms: the mean length of the features. A probe of the test suite."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from dataclasses import dataclass
+from typing import Annotated, ClassVar
+
+import numpy as np
+
+from raysl.fields import Bounds
+from raysl.probes import Floats, Row, Settings, check_features
+
+
+@dataclass(frozen=True)
+class Config(Settings):
+    """Protocol of the mean length.
+
+    Args:
+        power: exponent of the length.
+    """
+
+    version: ClassVar[int] = 1
+    power: Annotated[int, Bounds(1, 4)] = 1
+
+
+class Norms:
+    """The mean length, in units of the square root of the number of features."""
+
+    primary_metric = "length"
+    dims = 0
+
+    def __init__(self, config: Config) -> None:
+        self.config = config
+
+    def measure(self, features_nd: Floats) -> Iterator[Row]:
+        """Yield the mean length."""
+        check_features(features_nd, "test")
+        lengths_n = np.linalg.norm(features_nd.astype(np.float64), axis=1) / features_nd.shape[1] ** 0.5
+        yield Row("length", float((lengths_n**self.config.power).mean()))
+'''
+
+FILES = {"pretext/mirror.py": TRANSFORM, "objectives/agree.py": OBJECTIVE, "probes/norms.py": PROBE}
+# The tests that walk over all transforms, objectives and probes.
 CONTRACTS = (
     "tests/test_pretext_contract.py",
     "tests/test_objective_contract.py",
     "tests/test_pretext_in_use.py",
     "tests/stream/test_views.py",
-    "tests/documentation/test_pages.py",
+    "tests/documentation",
+    "tests/probes/test_contract.py",
     "tests/test_config.py",
     "tests/test_methods.py",
     "tests/test_repo_rules.py",

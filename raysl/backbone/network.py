@@ -55,22 +55,22 @@ class BackboneConfig(Checked):
         """Return the module or file of the user's code that builds the backbone, if there is any."""
         return [self.name.rpartition(":")[0]] if ":" in self.name else []
 
-    @staticmethod
-    def of(factory: Callable[[], nn.Module]) -> BackboneConfig:
-        """Return the configuration of a backbone that a function or class of the user builds.
 
-        Workers, probes and exports build the backbone again, so they must be able to import the factory.
+def config_of(factory: Callable[[], nn.Module]) -> BackboneConfig:
+    """Return the configuration of a backbone that a function or class of the user builds.
 
-        Raises:
-            UserError: it is an instance of a module, or is defined in a script, a notebook or another function.
-        """
-        module, name = getattr(factory, "__module__", ""), getattr(factory, "__qualname__", "")
-        if isinstance(factory, nn.Module) or not name or module == "__main__" or not name.isidentifier():
-            raise UserError(
-                f"The backbone {name or type(factory).__name__!r} cannot be built again by workers and probes. Give "
-                "the function or class that builds it, and define it at the top level of a module that can be imported."
-            )
-        return BackboneConfig(f"{module}:{name}")
+    Workers, probes and exports build the backbone again, so they must be able to import the factory.
+
+    Raises:
+        UserError: it is an instance of a module, or is defined in a script, a notebook or another function.
+    """
+    module, name = getattr(factory, "__module__", ""), getattr(factory, "__qualname__", "")
+    if isinstance(factory, nn.Module) or not name or module == "__main__" or not name.isidentifier():
+        raise UserError(
+            f"The backbone {name or type(factory).__name__!r} cannot be built again by workers and probes. Give "
+            "the function or class that builds it, and define it at the top level of a module that can be imported."
+        )
+    return BackboneConfig(f"{module}:{name}")
 
 
 class Backbone(nn.Module):

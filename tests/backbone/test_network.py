@@ -6,6 +6,7 @@ import pytest
 import torch
 from torchvision import models
 
+from raysl import plugins
 from raysl.backbone import network as networks
 from raysl.backbone.network import BackboneConfig, encode
 from raysl.errors import UserError
@@ -104,3 +105,62 @@ def test_unknown_names(wrong: dict[str, str], answer: str) -> None:
 def test_any_torchvision_classifier_is_a_backbone() -> None:
     network = networks.build(BackboneConfig("mobilenet_v3_small")).eval()
     assert network(torch.zeros(2, 3, 64, 64, dtype=torch.uint8)).shape == (2, network.width) == (2, 1024)
+
+
+@pytest.mark.parametrize(
+    ("config", "side", "shape"),
+    [
+        (BackboneConfig("small"), 32, (192, 2, 2)),
+        (BackboneConfig("resnet18"), 64, (512, 2, 2)),
+        (BackboneConfig("mobilenet_v3_small"), 64, (576, 2, 2)),
+        (BackboneConfig("densenet121"), 64, (1024, 2, 2)),
+        (BackboneConfig("timm/vit_tiny_patch16_224", patch_size=8), 32, (192, 4, 4)),
+    ],
+)
+def test_maps_before_pooling(config: BackboneConfig, side: int, shape: tuple[int, ...]) -> None:
+    network = networks.build(config).eval()
+    views_bpchw = images(2, side).view(2, 1, 3, side, side)
+    maps_bpdhw = networks.encode_maps(network, views_bpchw)
+    assert maps_bpdhw.shape == (2, 1, *shape)
+    if config.name in ("small", "resnet18"):
+        torch.testing.assert_close(maps_bpdhw.mean((-2, -1)), encode(network, views_bpchw))
+
+
+def test_a_transformer_of_timm_takes_any_size_that_its_patches_divide() -> None:
+    network = networks.build(BackboneConfig("timm/vit_tiny_patch16_224", patch_size=4))
+    assert network(images(2, 32)).shape == network(images(2, 16)).shape == (2, 192)
+    with pytest.raises(UserError, match=r"--backbone\.patch-size is 4 .*'timm/resnet18' has no patches"):
+        networks.build(BackboneConfig("timm/resnet18", patch_size=4))
+
+
+def test_a_size_that_a_backbone_does_not_take_is_refused() -> None:
+    networks.check_size(BackboneConfig("vit_b_16"), 224)
+    with pytest.raises(
+        UserError, match=r"'vit_b_16' does not take images of 32 pixels .* give --view\.image-size 224"
+    ):
+        networks.check_size(BackboneConfig("vit_b_16"), 32, "--view.image-size")
+
+
+def flat() -> torch.nn.Module:
+    return torch.nn.Sequential(torch.nn.AdaptiveAvgPool2d(2), torch.nn.Flatten())
+
+
+def test_a_function_of_the_user_is_a_backbone() -> None:
+    config = networks.config_of(flat)
+    assert config.name == f"{__name__}:flat"
+    network = networks.build(config)
+    assert network.width == 12
+    assert network(images(2, 16)).shape == (2, 12)
+    for other in (flat(), lambda: flat()):
+        with pytest.raises(UserError, match="cannot be built again by workers"):
+            networks.config_of(other)
+    with pytest.raises(UserError, match="has no function 'absent'"):
+        networks.build(BackboneConfig(f"{__name__}:absent"))
+
+
+def test_a_run_of_a_stranger_runs_no_code(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("RAYSL_PLUGINS", "")
+    with pytest.raises(UserError, match="--plugin"):
+        plugins.check_trusted(["module_of_a_stranger"], "runs/a")
+    plugins.trust("module_of_a_stranger")
+    plugins.check_trusted(["module_of_a_stranger"], "runs/a")
