@@ -31,6 +31,7 @@ _HOMES = {
     **dict.fromkeys(_API, "raysl.api"),
     "BackboneConfig": "raysl.backbone.network",
     "BankConfig": "raysl.contrastive.bank",
+    "Callback": "raysl.callbacks",
     "ClusterfitConfig": "raysl.clustering.cluster_and_fit",
     "DataSet": "raysl.dataset",
     "DoctorConfig": "raysl.diagnostics",
@@ -39,6 +40,7 @@ _HOMES = {
     "FeaturesConfig": "raysl.extraction.features",
     "IngestConfig": "raysl.ingestion.pipeline",
     "KMeansConfig": "raysl.clustering.options",
+    "MLflowLogger": "raysl.callbacks",
     "OptimConfig": "raysl.optim",
     "Pretraining": "raysl.config",
     "ReportConfig": "raysl.reporting.page",
@@ -48,8 +50,10 @@ _HOMES = {
     "StreamConfig": "raysl.stream.reader",
     "SweepConfig": "raysl.tuning.config",
     "load": "raysl.extraction.inference",
+    "TensorBoardLogger": "raysl.callbacks",
     "UserError": "raysl.errors",
     "ViewConfig": "raysl.config",
+    "WandbLogger": "raysl.callbacks",
     "OnlineConfig": "raysl.evaluation.online",
 }
 

@@ -13,6 +13,10 @@ from raysl.api import reproduce as reproduce
 from raysl.api import sweep as sweep
 from raysl.api import views as views
 from raysl.backbone.network import BackboneConfig as BackboneConfig
+from raysl.callbacks import Callback as Callback
+from raysl.callbacks import MLflowLogger as MLflowLogger
+from raysl.callbacks import TensorBoardLogger as TensorBoardLogger
+from raysl.callbacks import WandbLogger as WandbLogger
 from raysl.checkpoint import SaveConfig as SaveConfig
 from raysl.clustering.cluster_and_fit import ClusterfitConfig as ClusterfitConfig
 from raysl.clustering.options import KMeansConfig as KMeansConfig

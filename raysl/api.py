@@ -20,6 +20,7 @@ from raysl.errors import UserError
 
 if TYPE_CHECKING:
     from raysl.arguments import AnyRun, Data, PathLike
+    from raysl.callbacks import Callback
     from raysl.clustering.cluster_and_fit import ClusterfitConfig
     from raysl.clustering.lloyd import Clustering
     from raysl.clustering.options import KMeansConfig
@@ -72,6 +73,7 @@ def pretrain(
     config: Pretraining | None = None,
     *,
     online: OnlineConfig | Mapping[str, Any] | None = None,
+    callbacks: Sequence[Callback] = (),
     **fields: Any,
 ) -> Run:
     """Pretrain a backbone. The same call again continues an interrupted run at the very step.
@@ -81,14 +83,17 @@ def pretrain(
         run: folder of the run, a path or a URI.
         config: the whole configuration.
         online: online evaluation; see `OnlineConfig`.
+        callbacks: code that follows the run; see `raysl.callbacks`.
         fields: fields of `Pretraining`, and by their names the configurations of the method's parts, as in
             `pirl={"temperature": 0.1}`. `backbone` may be a function or class that builds an `nn.Module` from
             normalised images (b, 3, s, s) to features (b, width); it must be importable.
     """
     console.install()
+    from raysl.callbacks import Callbacks
     from raysl.evaluation.online import OnlineConfig
 
     online = configure(OnlineConfig, online, {})
+    followers = Callbacks(callbacks)
     if callable(fields.get("backbone")):
         from raysl.backbone.network import config_of
 
@@ -96,7 +101,7 @@ def pretrain(
     settings = run_config(data, run, config, fields)
     from raysl.evaluation.online import pretrain_and_probe
 
-    return pretrain_and_probe(settings, online)
+    return pretrain_and_probe(settings, online, followers)
 
 
 def probe(

@@ -21,7 +21,7 @@ ROOMS = (
     *("collective", "augment", "pretext"),
     *("stream", "contrastive", "backbone", "optim", "checkpoint"),
     *("ingestion", "objectives", "methods"),
-    *("config", "model", "recipes", "ray_cluster", "run", "defaults", "training"),
+    *("config", "model", "recipes", "ray_cluster", "run", "defaults", "callbacks", "training"),
     *("extraction", "clustering", "probes", "evaluation", "documentation"),
     *("tuning", "reporting", "model_export", "reproduction", "experiment"),
     *("diagnostics", "arguments", "api", "demo", "cli"),

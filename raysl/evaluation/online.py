@@ -15,6 +15,7 @@ from dataclasses import dataclass, replace
 from typing import Annotated, Any
 
 from raysl import checkpoint, probes, ray_cluster
+from raysl.callbacks import Callbacks
 from raysl.checkpoint import Checkpoint
 from raysl.config import Pretraining
 from raysl.dataset import DataSet
@@ -67,7 +68,7 @@ class OnlineConfig:
             )
 
 
-def pretrain_and_probe(config: Pretraining, online: OnlineConfig) -> Run:
+def pretrain_and_probe(config: Pretraining, online: OnlineConfig, callbacks: Callbacks | None = None) -> Run:
     """Pretrain as `raysl.training.launch.pretrain`, and probe every `online.probe_every` steps and after the last.
 
     Rows are added to the run with their step, and written to TensorBoard, as soon as they exist; the values are added to
@@ -79,17 +80,18 @@ def pretrain_and_probe(config: Pretraining, online: OnlineConfig) -> Run:
             not suit it.
     """
     if not online.probe_every:
-        return pretrain(config)
+        return pretrain(config, callbacks=callbacks)
     config = saving(config, online)
     _check_defaults(online.probes)
     ray_cluster.start()
     train, test = resolve(online.probe_train), resolve(online.probe_test)
     check_apart(online.probes, train, test)
     evaluator = OnlineEvaluator(Run(Folder(config.run)), online, train, test, config.worker_counts()[0])
+    evaluator.callbacks = callbacks
     thread = threading.Thread(target=evaluator.follow, daemon=True)
     thread.start()
     try:
-        run = pretrain(config)
+        run = pretrain(config, callbacks=callbacks)
     finally:
         evaluator.over.set()
     thread.join()
@@ -150,6 +152,7 @@ class OnlineEvaluator:
         self.test = test
         self.trainers = trainers
         self.over = threading.Event()
+        self.callbacks: Callbacks | None = None
         self._failed: set[int] = set()
         self._waiting_at = -1
 
@@ -253,6 +256,8 @@ class OnlineEvaluator:
             return
         line = ", ".join(f"{_name(row).removeprefix('probe/')} {shown(row)}" for row in now)
         _log.info("Probes of step %d: %s", step, line)
+        if self.callbacks is not None:
+            self.callbacks.probe(now)
         if self.run.folder.is_local:
             # A session of TensorBoard hides earlier events from its step on, and the newest checkpoint may come first.
             board = TensorBoard(self.run.folder / BOARD, step)

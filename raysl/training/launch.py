@@ -14,6 +14,7 @@ from dataclasses import dataclass, replace
 from typing import Any
 
 from raysl import checkpoint, ray_cluster
+from raysl.callbacks import Callbacks
 from raysl.config import Pretraining
 from raysl.dataset import DataSet
 from raysl.errors import Interrupted, UserError
@@ -46,6 +47,7 @@ def pretrain(
     *,
     until: int | None = None,
     placement: Placement | None = None,
+    callbacks: Callbacks | None = None,
     subscriber: Subscriber | None = None,
 ) -> Run:
     """Run pretraining to its end, or resume an interrupted run.
@@ -57,6 +59,7 @@ def pretrain(
         config: configuration of the run.
         until: stop after this step, with a checkpoint; None for the last step of the schedule.
         placement: resources of the workers; by default they share the whole cluster.
+        callbacks: code that follows the run.
         subscriber: position in a stream shared with other runs; see `raysl.stream.shared`.
 
     Returns:
@@ -86,8 +89,13 @@ def pretrain(
     if group.gpus:
         gpus.check(group.placement.gpus_per_worker)
     job = Job(config.to_json(), run, dataset, group.placement, progress_actor.open_board(), until, subscriber)
+    told = callbacks or Callbacks(())
     with DriverLock(run.folder, "run") as lock:
-        _Attempts(job, counts, end, plan.num_steps, lock).run(group)
+        told.begin(run, saved)
+        try:
+            _Attempts(job, counts, end, plan.num_steps, lock, told).run(group)
+        finally:
+            told.end()
     return run
 
 
@@ -148,6 +156,7 @@ class _Attempts:
         end: step to stop after.
         num_steps: steps of the whole run.
         lock: lock on the run, without which no attempt begins.
+        callbacks: code that follows the run.
     """
 
     job: Job
@@ -155,6 +164,7 @@ class _Attempts:
     end: int
     num_steps: int
     lock: DriverLock
+    callbacks: Callbacks
 
     @property
     def elastic(self) -> bool:
@@ -293,6 +303,7 @@ class _Attempts:
             _log.info(line)
         for row in rows[-1:]:
             _log.info(progress_actor.line(row, self.num_steps))
+        self.callbacks.log(rows)
         return bool(news or rows)
 
 
