@@ -38,11 +38,11 @@ def dataset(data: Data) -> DataSet:
         return DataSet.open(place)
     from raysl.ingestion.sources import Place, open_source
 
-    open_source(Place.parse(place))
+    opened = open_source(Place.parse(place))
     start_ray()
     from raysl.ingestion import resolve
 
-    return resolve(place)
+    return resolve(opened)
 
 
 def run_config(

@@ -3,40 +3,42 @@
 from __future__ import annotations
 
 import hashlib
+import logging
 import os
 import re
 from pathlib import Path
 
 from raysl.dataset import DataSet
 from raysl.errors import UserError
-from raysl.ingestion.pipeline import IngestConfig, ingest
-from raysl.ingestion.progress import Reporter, Terminal
-from raysl.ingestion.sources import Place, open_source
+from raysl.ingestion.pipeline import ingest
+from raysl.ingestion.sources import Opened, Place, open_source
 from raysl.storage import Folder
 
+_log = logging.getLogger("raysl.ingestion")
 
-def resolve(data: str, cache: Path | None = None, progress: Reporter | None = None) -> DataSet:
-    """The data set that `data` names: one that is finished, or a source. Ray must be running for a source.
 
-    A source is ingested into a folder of the cache whose name hangs on the source and on the sizes and times of
-    its files, so that a source that has changed is ingested again.
+def resolve(data: str | Opened, cache: Path | None = None) -> DataSet:
+    """Return the data set that `data` names: a finished one, or a source. Ray must be running for a source.
+
+    A source is ingested into a folder of the cache. The name of the folder depends on the source and on the sizes and
+    times of its files, so that a source that has changed is ingested again.
 
     Args:
         data: folder of a data set, or anything that `ingest` takes.
-        cache: where ingested sources are kept: `$RAYSL_CACHE`, or else ~/.cache/raysl. On a cluster it must be a
-            place that all nodes see.
+        cache: folder of ingested sources: `$RAYSL_CACHE`, or else ~/.cache/raysl. On a cluster all nodes must see it.
 
     Raises:
         UserError: as `ingest`.
     """
-    if DataSet.is_one(data):
+    if isinstance(data, str) and DataSet.is_one(data):
         return DataSet.open(data)
-    _, source = open_source(Place.parse(data))
+    opened = open_source(Place.parse(data)) if isinstance(data, str) else data
+    source = opened.source
     try:
         key = hashlib.blake2b(f"{source.name}\n{source.stamp()}".encode(), digest_size=8).hexdigest()
     except OSError as error:
         raise UserError(
-            f"Cannot read the source {source.name!r}: {error}. Check the place and your access."
+            f"Cannot read the source {source.name!r}: {error}. Check the path and your access."
         ) from error
     root = Folder(str(cache or os.environ.get("RAYSL_CACHE") or Path.home() / ".cache" / "raysl"))
     # The readable part is for people who clean up the cache.
@@ -44,15 +46,16 @@ def resolve(data: str, cache: Path | None = None, progress: Reporter | None = No
     dest = str(root / f"{stem}-{key}")
     if DataSet.is_one(dest):
         return DataSet.open(dest)
-    progress = progress or Terminal()
-    progress.say(
-        f"Ingesting {source.name} into {dest}, once. `raysl ingest` makes a data set at a place of your own."
+    _log.info(
+        "Ingesting %s into %s, once. `raysl ingest` makes a data set at a place of your own.",
+        source.name,
+        dest,
     )
-    return ingest(data, dest, IngestConfig(), progress)
+    return ingest(opened, dest)
 
 
 def splits(data: str) -> tuple[str, str]:
-    """What `data` offers to learn from and to be judged on: its splits "train" and "test", if that is what it has, or
+    """Return what to learn from and what to be judged on: the splits "train" and "test" if the source has these, or
     all of it for both. Drawn images are judged on a thousand others.
 
     Args:
@@ -64,6 +67,6 @@ def splits(data: str) -> tuple[str, str]:
         return data, data
     try:
         open_source(Place.parse(data))
-    except UserError:  # several splits, or nothing there, which the first to resolve it says
+    except UserError:  # There are several splits, or nothing, which the first to resolve it says.
         return f"{data}#train", f"{data}#test"
     return data, data
