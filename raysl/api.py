@@ -43,7 +43,7 @@ _log = logging.getLogger("raysl")
 
 
 def ingest(
-    source: PathLike,
+    source: Any,
     dest: PathLike,
     config: IngestConfig | None = None,
     **fields: Any,
@@ -51,20 +51,22 @@ def ingest(
     """Make a data set of any source of images. The same call again resumes an interrupted ingest.
 
     Args:
-        source: an image folder, Parquet files, tar shards, IDX files, CIFAR-10 or "shapes:N"; a path or a URI.
+        source: an image folder, tables, archives, arrays or "shapes:N", as a path or a URI; or a list of files or of
+            (file, label) pairs, a `datasets.Dataset` or a `ray.data.Dataset`.
         dest: folder of the data set, a path or a URI.
         config, fields: the configuration; see `IngestConfig`.
     """
     console.install()
     from raysl.ingestion.pipeline import IngestConfig as Config
-    from raysl.ingestion.sources import Place, open_source
+    from raysl.ingestion.sources import open_source
 
     settings = configure(Config, config, fields)
-    open_source(Place.parse(os.fspath(source), settings.split))
+    if isinstance(source, str | os.PathLike):
+        source = open_source(settings.place(os.fspath(source)))
     start_ray()
     from raysl.ingestion.pipeline import ingest as run
 
-    return run(os.fspath(source), os.fspath(dest), settings)
+    return run(source, os.fspath(dest), settings)
 
 
 def pretrain(

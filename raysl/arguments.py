@@ -36,13 +36,17 @@ def dataset(data: Data) -> DataSet:
         return data
     from raysl.ingestion.cache import find
 
+<<<<<<< HEAD
     place = uri(data)
     if found := find(place):
         return found
+=======
+    opened = open_source(Place.parse(place))
+>>>>>>> sources
     start_ray()
     from raysl.ingestion import resolve
 
-    return resolve(place)
+    return resolve(opened)
 
 
 def check_source(data: Data) -> None:

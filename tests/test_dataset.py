@@ -25,11 +25,12 @@ SIZES = (10, 5)
 def make(folder: Path, labelled: bool = True) -> DataSet:
     """A data set whose image i holds the bytes "i" and whose label is i mod 3."""
     dest, base, shards = Folder(str(folder)), 0, []
+    classes = ("a", "b", "c") if labelled else ()
     for unit, size in enumerate(SIZES):
-        rows = (Row(str(i).encode(), i % 3, f"{i}.png") for i in range(base, base + size))
-        shards.append(write(dest, unit, base, rows, decoding=None, labelled=labelled, rows_per_group=4).shard)
+        rows = (Row(str(i).encode(), "abc"[i % 3], f"{i}.png") for i in range(base, base + size))
+        shards.append(write(dest, unit, base, rows, decoding=None, classes=classes, rows_per_group=4).shard)
         base += size
-    manifest = Manifest("made", tuple(shards), ("a", "b", "c") if labelled else (), "f00d", 0)
+    manifest = Manifest("made", tuple(shards), classes, "f00d", 0)
     return DataSet.create(dest, manifest, [np.arange(sum(SIZES)) % 3])
 
 

@@ -3,42 +3,45 @@
 from __future__ import annotations
 
 import hashlib
+import logging
 import os
 import re
 from pathlib import Path
 
 from raysl.dataset import DataSet
 from raysl.errors import UserError
-from raysl.ingestion.pipeline import IngestConfig, ingest
-from raysl.ingestion.progress import Reporter, Terminal
-from raysl.ingestion.sources import Place, open_source
+from raysl.ingestion.pipeline import ingest
+from raysl.ingestion.sources import Opened, Place, open_source
 from raysl.storage import Folder
 
+_log = logging.getLogger("raysl.ingestion")
 
-def resolve(data: str, cache: Path | None = None, progress: Reporter | None = None) -> DataSet:
-    """The data set that `data` names: one that is finished, or a source. Ray must be running for a source.
 
-    A source is ingested into a folder of the cache whose name hangs on the source and on the sizes and times of
-    its files, so that a source that has changed is ingested again.
+def resolve(data: str | Opened, cache: Path | None = None) -> DataSet:
+    """Return the data set that `data` names: a finished one, or a source. Ray must be running for a source.
+
+    A source is ingested into a folder of the cache. The name of the folder depends on the source and on the sizes and
+    times of its files, so that a source that has changed is ingested again.
 
     Args:
         data: folder of a data set, or anything that `ingest` takes.
-        cache: where ingested sources are kept: `$RAYSL_CACHE`, or else ~/.cache/raysl. On a cluster it must be a
-            place that all nodes see.
+        cache: folder of ingested sources: `$RAYSL_CACHE`, or else ~/.cache/raysl. On a cluster all nodes must see it.
 
     Raises:
         UserError: as `ingest`.
     """
-    if DataSet.is_one(data):
+    if isinstance(data, str) and DataSet.is_one(data):
         return DataSet.open(data)
-    dest = _place(data, cache)
+    opened = open_source(Place.parse(data)) if isinstance(data, str) else data
+    dest = _place(opened, cache)
     if DataSet.is_one(dest):
         return DataSet.open(dest)
-    progress = progress or Terminal()
-    progress.say(
-        f"Ingesting {data} into {dest}, once. `raysl ingest` makes a data set at a place of your own."
+    _log.info(
+        "Ingesting %s into %s, once. `raysl ingest` makes a data set at a place of your own.",
+        opened.source.name,
+        dest,
     )
-    return ingest(data, dest, IngestConfig(), progress)
+    return ingest(opened, dest)
 
 
 def find(data: str) -> DataSet | None:
@@ -47,18 +50,18 @@ def find(data: str) -> DataSet | None:
     Raises:
         UserError: there is neither a data set nor a source.
     """
-    place = data if DataSet.is_one(data) else _place(data, None)
+    place = data if DataSet.is_one(data) else _place(open_source(Place.parse(data)), None)
     return DataSet.open(place) if DataSet.is_one(place) else None
 
 
-def _place(data: str, cache: Path | None) -> str:
+def _place(opened: Opened, cache: Path | None) -> str:
     """Return the folder of a source in the cache."""
-    _, source = open_source(Place.parse(data))
+    source = opened.source
     try:
         key = hashlib.blake2b(f"{source.name}\n{source.stamp()}".encode(), digest_size=8).hexdigest()
     except OSError as error:
         raise UserError(
-            f"Cannot read the source {source.name!r}: {error}. Check the place and your access."
+            f"Cannot read the source {source.name!r}: {error}. Check the path and your access."
         ) from error
     root = Folder(str(cache or os.environ.get("RAYSL_CACHE") or Path.home() / ".cache" / "raysl"))
     # The readable part is for people who clean up the cache.
@@ -67,7 +70,7 @@ def _place(data: str, cache: Path | None) -> str:
 
 
 def splits(data: str) -> tuple[str, str]:
-    """What `data` offers to learn from and to be judged on: its splits "train" and "test", if that is what it has, or
+    """Return what to learn from and what to be judged on: the splits "train" and "test" if the source has these, or
     all of it for both. Drawn images are judged on a thousand others.
 
     Args:
@@ -79,6 +82,6 @@ def splits(data: str) -> tuple[str, str]:
         return data, data
     try:
         open_source(Place.parse(data))
-    except UserError:  # several splits, or nothing there, which the first to resolve it says
+    except UserError:  # There are several splits, or nothing, which the first to resolve it says.
         return f"{data}#train", f"{data}#test"
     return data, data

@@ -11,6 +11,7 @@ from dataclasses import asdict, dataclass
 from typing import Any
 
 from raysl.ingestion import png
+from raysl.ingestion.found import counted
 from raysl.ingestion.sources import Row
 from raysl.stream.formats import DecodeError
 from raysl.stream.pixels import DecodeConfig, Picture, Ranges, pictures
@@ -122,14 +123,14 @@ def sentences(tally: Tally, config: DecodeConfig) -> list[str]:
 
 
 def _sentence(kind: str, treated: Treated, config: DecodeConfig) -> str:
-    images = f"{_counted(treated.count, 'image')} (the first: {treated.example})"
+    images = f"{counted(treated.count, 'image')} (the first: {treated.example})"
     dull = f" {treated.one_colour:,} of them came out in one colour." if treated.one_colour else ""
     if kind == TRANSPARENT:
         return f"{images} with transparent parts: put on {config.background} (--background).{dull}"
     if kind == PAGES:
         return (
-            f"{_counted(treated.count, 'file')} (the first: {treated.example}) with several pages or frames: the "
-            f"first of each is taken, {_counted(treated.left_out, 'other')} left out (--frames all takes each as an "
+            f"{counted(treated.count, 'file')} (the first: {treated.example}) with several pages or frames: the "
+            f"first of each is taken, {counted(treated.left_out, 'other')} left out (--frames all takes each as an "
             "image)."
         )
     if config.range is not None:
@@ -144,10 +145,6 @@ def _sentence(kind: str, treated: Treated, config: DecodeConfig) -> str:
         f"{images} of {kind} values: {treated.low:g} to {treated.high:g}, the range of all of them, become 0 to 255; "
         f"NaN becomes 0 (--range LOW HIGH for another range).{dull}"
     )
-
-
-def _counted(count: int, noun: str) -> str:
-    return f"{count:,} {noun}" + ("s" if count != 1 else "")
 
 
 def record(tally: Tally, config: DecodeConfig) -> dict[str, Any]:

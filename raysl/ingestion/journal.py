@@ -1,11 +1,11 @@
-"""What an ingest that is under way has written down, so that it can go on after an interruption.
+"""The journal of an ingest that is under way, from which an interrupted one resumes.
 
-    _journal/source.json        what is ingested and how; written first, before anything else
+    _journal/source.json        what is ingested and how; written first
     _journal/listing.json       counts of all units and names of the classes; written when the listing is complete
     _journal/units/NNNNNN.json  one unit of the listing, for the task that reads it
-    _journal/done/NNNNNN.json   what became of a unit; written after its shard
+    _journal/done/NNNNNN.json   the result of a unit; written after its shard
 
-The listing lies here and not in the memory of the driver, and reaches a task without passing the object store.
+The listing is in files and not in the memory of the driver, and tasks read it without passing the object store.
 """
 
 from __future__ import annotations
@@ -26,7 +26,7 @@ _PARALLEL = 16
 
 @dataclass(frozen=True)
 class Header:
-    """What must be equal for an ingest to go on where another stopped.
+    """What must be equal for an ingest to resume another.
 
     Args:
         source: full name of the source.
@@ -47,13 +47,13 @@ class Listed:
 
     Args:
         counts: images in every unit, as listed.
-        labelled: whether images may have labels.
-        classes: their names; None when the labels have none.
+        classes: names of the classes; empty without labels.
+        labels: where the labels come from, or why there are none.
     """
 
     counts: tuple[int, ...]
-    labelled: bool
-    classes: tuple[str, ...] | None
+    classes: tuple[str, ...]
+    labels: str
 
 
 @dataclass(frozen=True)
@@ -67,24 +67,23 @@ class Journal:
         return self.dest / JOURNAL
 
     def header(self) -> Header | None:
-        """What is under way here; None when nothing is."""
+        """Return the header of the ingest that is under way; None if there is none."""
         value = self._json("source.json")
         return value and Header(
             value["source"], value["stamp"], tuple(value["shape"]), value.get("decoding", {})
         )
 
     def start(self, header: Header) -> None:
-        """Forgets all that is here and starts anew."""
+        """Delete the journal and start a new one."""
         self.delete()
         self._folder.write_json("source.json", asdict(header))
 
     def listed(self) -> Listed | None:
-        """The listing; None when it was not completed."""
+        """Return the listing; None if it was not completed."""
         value = self._json("listing.json")
         if value is None:
             return None
-        classes = None if value["classes"] is None else tuple(value["classes"])
-        return Listed(tuple(value["counts"]), value["labelled"], classes)
+        return Listed(tuple(value["counts"]), tuple(value["classes"]), value["labels"])
 
     def write_listed(self, listed: Listed) -> None:
         self._folder.write_json("listing.json", asdict(listed))
@@ -97,7 +96,7 @@ class Journal:
         self._folder.write_json(f"units/{number:06d}.json", asdict(unit))
 
     def done(self) -> list[int]:
-        """Numbers of the units that are done, sorted."""
+        """Return the sorted numbers of the units that are done."""
         names = (self._folder / "done").list()
         return [int(name.removesuffix(".json")) for name in names if name.endswith(".json")]
 
@@ -114,14 +113,14 @@ class Journal:
         self._folder.write_json(f"done/{written.unit:06d}.json", asdict(written))
 
     def all_written(self) -> Iterator[Written]:
-        """What became of every unit, in order; a few at a time in memory."""
+        """Yield the result of every unit, in order; a few at a time are in memory."""
         numbers = self.done()
         with ThreadPoolExecutor(_PARALLEL) as pool:
             for start in range(0, len(numbers), _PARALLEL):
                 yield from pool.map(self.written, numbers[start : start + _PARALLEL])
 
     def delete(self) -> None:
-        # The header goes last: a folder without it is not known as ours.
+        # The header is deleted last: without it the folder would look like a stranger's.
         for name in sorted(self._folder.list(), key=lambda name: name == "source.json"):
             self._folder.delete(name)
         self.dest.delete(JOURNAL)

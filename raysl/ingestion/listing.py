@@ -1,30 +1,63 @@
-"""What lies below a folder at any URI, in an order that does not depend on the file system."""
+"""List the files of a source, in an order that does not depend on the file system."""
 
 from __future__ import annotations
 
 import hashlib
+import os
 import re
-from collections.abc import Iterable, Iterator
-from dataclasses import dataclass
+import stat
+from collections import Counter
+from collections.abc import Callable, Iterable, Iterator
+from dataclasses import dataclass, field
+from functools import cached_property
 from pathlib import PurePosixPath
 
 import pyarrow.fs as pafs
 
-from raysl.storage import Folder, filesystem
+from raysl.errors import UserError
+from raysl.ingestion.found import LINKS_AGAIN, LINKS_OUT, LeftOut, shown
+from raysl.storage import Folder, filesystem, retry
+from raysl.stream.formats import EXTENSIONS, looks_like_image
 
-# The names that data sets give to their splits; a folder or a file of another name is not taken for a split.
-SPLITS = ("train", "training", "test", "testing", "val", "valid", "validation", "dev", "unlabeled", "extra")
+IMAGE = "image"
+# Bytes at the beginning of a file that tell whether it is an image.
+_HEAD_BYTES = 4096
+_KINDS = {
+    "text files": ".txt .md .rst .log .py .m .ipynb .sh .html .htm .css .js .yaml .yml .cfg .ini .toml .names .license",
+    "JSON and XML files": ".json .xml",
+    "tables": ".csv .tsv .jsonl .ndjson .parquet .arrow .feather .xls .xlsx .sqlite .db",
+    "archives": ".tar .zip .gz .tgz .bz2 .xz .zst .7z .rar",
+    "videos": ".mp4 .avi .mov .mkv .webm .mpg .mpeg .wmv .m4v",
+    "audio files": ".wav .mp3 .flac .ogg",
+    "arrays and weights": ".npy .npz .mat .h5 .hdf5 .pkl .pickle .pt .pth .safetensors .onnx",
+    "documents": ".pdf .doc .docx .ppt .pptx .eps .ps",
+}
+_KIND_OF = {
+    **{suffix: kind for kind, suffixes in _KINDS.items() for suffix in suffixes.split()},
+    **dict.fromkeys(EXTENSIONS, IMAGE),
+}
+OTHER = "files of unknown kind"
+HIDDEN = "hidden files and folders"
+_LINK_NOWHERE = "links that lead nowhere"
+_NOT_FILES = "pipes, sockets and devices"
+
+# Files that hold the labels of images beside them, see `raysl.ingestion.metadata`.
+LABEL_TABLES = ("metadata.csv", "metadata.jsonl", "metadata.parquet", "val_annotations.txt")
+# The names that data sets give to their splits.
+_SPLIT = r"train|training|trainval|test|testing|val|valid|validation|dev|unlabell?ed|extra"
+_IS_SPLIT = re.compile(rf"({_SPLIT})[ _-]?(set|data|images?|\d+)?", re.IGNORECASE)
+_ENDS_AS_SPLIT = re.compile(rf".*[ _-]({_SPLIT})", re.IGNORECASE)
 _NUMBERED = re.compile(r"([A-Za-z]\w*?)-\d+-of-\d+")
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, slots=True)
 class File:
     """A file of a source.
 
     Args:
-        path: below the root that was listed, with "/" between its parts; "" when the root is the file itself.
+        path: below the root that was listed, with "/" between its parts; "" if the root is the file itself.
         num_bytes: its size.
-        mtime_ns: when it was last changed, in nanoseconds; 0 where the file system does not know.
+        mtime_ns: time of its last change, in nanoseconds; 0 if the file system does not know it.
     """
 
     path: str
@@ -32,73 +65,322 @@ class File:
     mtime_ns: int
 
 
-def files_below(uri: str, depth: int = 100) -> Iterator[File]:
-    """All files below a folder, or the one file at `uri`, sorted part by part of their paths.
+def is_hidden(path: str) -> bool:
+    """Return True for what operating systems leave behind, and for names that start with a dot."""
+    return any(
+        part.startswith(".") or part in ("__MACOSX", "Thumbs.db", "desktop.ini", "lost+found")
+        for part in path.split("/")
+    )
 
-    Hidden files and folders, of which the names start with ".", are left out. One folder at a time is held in
-    memory.
+
+def kind_of(path: str) -> str:
+    """Return the kind of a file by the end of its name: `IMAGE`, another kind, or "" if the name does not tell."""
+    return _KIND_OF.get(os.path.splitext(path)[1].lower(), "")
+
+
+def files_below(
+    uri: str, depth: int = 100, left_out: LeftOut | None = None, follow_links: bool = False, base: str = ""
+) -> Iterator[File]:
+    """Yield all files below a folder, or the one file at `uri`, sorted part by part of their paths.
+
+    Hidden files, links that lead nowhere, pipes, sockets and devices are left out. A link to a folder is followed
+    once, and never into a folder that it lies in.
 
     Args:
-        depth: how many levels of folders to go down; 1 is the files directly inside.
+        depth: levels of folders to go down; 1 is the files directly inside.
+        left_out: what is left out is added here.
+        follow_links: follow links that lead out of the folder.
+        base: folder inside `uri` to start at; paths still begin at `uri`.
 
     Raises:
-        OSError: something may not be read. Nothing is yielded when nothing is there.
+        UserError: a folder may not be read, or a link leads out of the source.
+        StorageError: the source cannot be read.
     """
-    fs, root = filesystem(Folder(uri).uri)
-    root = root.rstrip("/") or "/"
-    info = fs.get_file_info([root])[0]
+    left_out = LeftOut() if left_out is None else left_out
+    root = Folder(uri).uri
+    if "://" not in root:
+        if os.path.isfile(root):
+            info = os.stat(root)
+            yield File("", info.st_size, info.st_mtime_ns)
+        elif os.path.isdir(root):
+            walk = _LocalWalk(os.path.realpath(root), left_out, follow_links)
+            yield from walk.below(os.path.join(root, base), f"{base}/" if base else "", depth, ())
+            walk.refuse_links_out()
+        return
+    fs, folder = filesystem(root)
+    folder = folder.rstrip("/") or "/"
+    info = retry(root, "read", lambda: fs.get_file_info([folder])[0])
     if info.type == pafs.FileType.File:
-        yield _file("", info)
+        yield _remote_file("", info)
     elif info.type == pafs.FileType.Directory:
-        yield from _walk(fs, root, "", depth)
+        start = f"{folder}/{base}" if base else folder
+        yield from _walk_remote(fs, start, f"{base}/" if base else "", depth, left_out)
 
 
-def folders_in(uri: str) -> list[str]:
-    """Names of the folders directly inside a folder, sorted, without the hidden ones."""
-    fs, root = filesystem(Folder(uri).uri)
-    found = fs.get_file_info(pafs.FileSelector(root, allow_not_found=True))
-    names = (info.base_name for info in found if info.type == pafs.FileType.Directory)
-    return sorted(name for name in names if not name.startswith("."))
+class _LocalWalk:
+    """A walk over the folders of a local disk."""
+
+    def __init__(self, root: str, left_out: LeftOut, follow_links: bool) -> None:
+        self._root = root
+        self._left_out = left_out
+        self._follow = follow_links
+        self._followed: set[tuple[int, int]] = set()
+        self._outside: list[tuple[str, str]] = []
+
+    def below(
+        self, folder: str, prefix: str, depth: int, above: tuple[tuple[int, int], ...]
+    ) -> Iterator[File]:
+        try:
+            info = os.stat(folder)
+            with os.scandir(folder) as entries:
+                found = sorted(entries, key=lambda entry: entry.name)
+        except PermissionError:
+            raise UserError(
+                f"The folder {shown(folder)!r} may not be read. Give yourself access to it, or move it out of the source."
+            ) from None
+        above = (*above, (info.st_dev, info.st_ino))
+        if not found and prefix:
+            self._left_out.add("empty folders", prefix.rstrip("/"))
+        for entry in found:
+            path = prefix + entry.name
+            if is_hidden(entry.name):
+                self._left_out.add(HIDDEN, path)
+                continue
+            if entry.is_symlink() and not self._may_follow(entry, path, above):
+                continue
+            info = entry.stat()
+            if stat.S_ISREG(info.st_mode):
+                yield File(path, info.st_size, info.st_mtime_ns)
+            elif stat.S_ISDIR(info.st_mode):
+                if depth > 1:
+                    yield from self.below(entry.path, f"{path}/", depth - 1, above)
+            else:
+                self._left_out.add(_NOT_FILES, path)
+
+    def _may_follow(self, entry: os.DirEntry[str], path: str, above: tuple[tuple[int, int], ...]) -> bool:
+        try:
+            info = os.stat(entry.path)
+        except OSError:
+            self._left_out.add(_LINK_NOWHERE, path)
+            return False
+        target = os.path.realpath(entry.path)
+        if not self._follow and os.path.commonpath([self._root, target]) != self._root:
+            self._outside.append((path, target))
+            return False
+        if stat.S_ISDIR(info.st_mode):
+            key = (info.st_dev, info.st_ino)
+            if key in above or key in self._followed:
+                self._left_out.add(LINKS_AGAIN, path)
+                return False
+            self._followed.add(key)
+        return True
+
+    def refuse_links_out(self) -> None:
+        if self._outside:
+            path, target = self._outside[0]
+            raise UserError(
+                f"{len(self._outside):,} {LINKS_OUT} {shown(self._root)!r} were found, the first being "
+                f"{shown(path)!r} to {shown(target)!r}. Add --follow-links to read what they lead to, or remove them."
+            )
 
 
-def is_folder(uri: str) -> bool:
-    """Whether a folder is there."""
-    fs, root = filesystem(Folder(uri).uri)
-    return bool(fs.get_file_info([root])[0].type == pafs.FileType.Directory)
-
-
-def _walk(fs: pafs.FileSystem, folder: str, prefix: str, depth: int) -> Iterator[File]:
-    found = fs.get_file_info(pafs.FileSelector(folder))
+def _walk_remote(
+    fs: pafs.FileSystem, folder: str, prefix: str, depth: int, left_out: LeftOut
+) -> Iterator[File]:
+    found = retry(folder, "list", lambda: fs.get_file_info(pafs.FileSelector(folder)))
     for info in sorted(found, key=lambda info: str(info.base_name)):
-        name = info.base_name
-        if name.startswith("."):
-            continue
-        if info.type == pafs.FileType.File:
-            yield _file(prefix + name, info)
+        path = prefix + info.base_name
+        if is_hidden(info.base_name):
+            left_out.add(HIDDEN, path)
+        elif info.type == pafs.FileType.File:
+            yield _remote_file(path, info)
         elif info.type == pafs.FileType.Directory and depth > 1:
-            yield from _walk(fs, info.path, f"{prefix}{name}/", depth - 1)
+            yield from _walk_remote(fs, info.path, f"{path}/", depth - 1, left_out)
 
 
-def _file(path: str, info: pafs.FileInfo) -> File:
+def _remote_file(path: str, info: pafs.FileInfo) -> File:
     # Arrow says None for a size or a time that an object store does not give.
     return File(path, info.size or 0, info.mtime_ns or 0)
 
 
+def is_folder(uri: str) -> bool:
+    """Return True if there is a folder at `uri`."""
+    root = Folder(uri).uri
+    if "://" not in root:
+        return os.path.isdir(root)
+    fs, path = filesystem(root)
+    return bool(retry(root, "read", lambda: fs.get_file_info([path])[0].type == pafs.FileType.Directory))
+
+
+def read_bytes(root: str, path: str, limit: int = -1) -> bytes:
+    """Return the first `limit` bytes of a file of a source, or all of it.
+
+    Raises:
+        OSError: it cannot be read.
+    """
+    if "://" not in root:
+        with open(os.path.join(root, path) if path else root, "rb") as file:
+            return file.read(limit)
+    fs, folder = filesystem(root)
+    with fs.open_input_file(f"{folder}/{path}".rstrip("/")) as stream:
+        return bytes(stream.read() if limit < 0 else stream.read(limit))
+
+
 def stamp(files: Iterable[File]) -> str:
-    """A hash that changes when a file is added, removed, renamed, resized or written to."""
+    """Return a hash that changes when a file is added, removed, renamed, resized or written to."""
     digest = hashlib.blake2b(digest_size=16)
     for file in files:
-        digest.update(f"{file.path}\0{file.num_bytes}\0{file.mtime_ns}\n".encode())
+        digest.update(f"{file.path}\0{file.num_bytes}\0{file.mtime_ns}\n".encode("utf-8", "surrogateescape"))
     return digest.hexdigest()
 
 
-def split_of(path: str) -> str:
-    """The split that a shard's name or folder says it belongs to; "" when they say none.
+def is_split(name: str, strictly: bool = True) -> bool:
+    """Return True if a folder or a file is named like a split, such as "train", "Test", "val2017", "training_set".
+
+    Args:
+        strictly: do not take names that only end like a split, such as "seg_train".
+    """
+    return bool(_IS_SPLIT.fullmatch(name) or (not strictly and _ENDS_AS_SPLIT.fullmatch(name)))
+
+
+def by_split(paths: Iterable[str]) -> dict[str, list[str]]:
+    """Return the files of every split, as the names of the files or of their folders state it; "" if they state none.
 
     "train-00000-of-00002.parquet", "imagenet-train-000017.tar" and "train/0000.parquet" are of the split "train".
+    "mytrain.parquet" and "mytest.parquet" are two splits, too.
     """
-    file = PurePosixPath(path)
-    if match := _NUMBERED.match(file.name):
+    paths = list(paths)
+    splits = {path: _split_of(path) for path in paths}
+    stems = {
+        path: re.fullmatch(r"(.*(?:train|test|val|valid|validation))\.\w+", _name(path)) for path in paths
+    }
+    if not any(splits.values()) and all(stems.values()):
+        splits = {path: match[1] for path, match in stems.items() if match}
+    found: dict[str, list[str]] = {}
+    for path in sorted(paths, key=lambda path: splits[path]):
+        found.setdefault(splits[path], []).append(path)
+    return found
+
+
+def _name(path: str) -> str:
+    return path.rpartition("/")[2]
+
+
+def _split_of(path: str) -> str:
+    if match := _NUMBERED.match(_name(path)):
         return match[1]
-    words = [*re.split(r"[-_.]", file.name), file.parent.name]
-    return next((word for word in words if word.lower() in SPLITS), "")
+    words = [*re.split(r"[-_.]", _name(path)), PurePosixPath(path).parent.name]
+    return next((word for word in words if _IS_SPLIT.fullmatch(word)), "")
+
+
+@dataclass
+class Survey:
+    """Counts of the files in every folder of a source, by kind: what a layout is recognised by.
+
+    Memory is that of the folders and not of the files.
+
+    Args:
+        folders: by folder ("" is the root) the number of files directly inside, by kind.
+        examples: by folder and kind the first file.
+        sniffed: files without a telling name that are images.
+        num_bytes: by kind the size of all files.
+        tables: files that may hold labels of the images beside them.
+        digest: hash that changes when a file is added or removed or an image changes.
+    """
+
+    folders: dict[str, Counter[str]] = field(default_factory=dict)
+    examples: dict[tuple[str, str], str] = field(default_factory=dict)
+    sniffed: set[str] = field(default_factory=set)
+    num_bytes: Counter[str] = field(default_factory=Counter)
+    tables: set[str] = field(default_factory=set)
+    digest: str = ""
+
+    @staticmethod
+    def of(files: Iterable[File], head: Callable[[str], bytes]) -> Survey:
+        """Count files.
+
+        Args:
+            files: of the source.
+            head: returns the first bytes of a file, to tell its kind if its name does not.
+        """
+        survey = Survey()
+        digest = hashlib.blake2b(digest_size=16)
+        for file in files:
+            folder, _, _ = file.path.rpartition("/")
+            kind = kind_of(file.path) or survey._sniff(file.path, head)
+            counts = survey.folders.setdefault(folder, Counter())
+            if not counts[kind]:
+                survey.examples[folder, kind] = file.path
+            counts[kind] += 1
+            survey.num_bytes[kind] += file.num_bytes
+            if _name(file.path) in LABEL_TABLES:
+                survey.tables.add(file.path)
+            # A note beside the images that is written to is no reason to ingest them again; a new one is listed.
+            matters = kind == IMAGE or file.path in survey.tables
+            times = (file.num_bytes, file.mtime_ns) if matters else (0, 0)
+            line = f"{file.path}\0{times[0]}\0{times[1]}\n"
+            digest.update(line.encode("utf-8", "surrogateescape"))
+        survey.digest = digest.hexdigest()
+        return survey
+
+    def _sniff(self, path: str, head: Callable[[str], bytes]) -> str:
+        try:
+            if looks_like_image(head(path)):
+                self.sniffed.add(path)
+                return IMAGE
+        except OSError:
+            pass
+        return OTHER
+
+    def is_image(self, path: str) -> bool:
+        return kind_of(path) == IMAGE or path in self.sniffed
+
+    def images(self, folder: str = "", direct: bool = False) -> int:
+        """Return the number of images below a folder, or directly inside it."""
+        if direct:
+            return self.folders.get(folder, Counter())[IMAGE]
+        return self._tree[0][folder]
+
+    @cached_property
+    def _tree(self) -> tuple[Counter[str], dict[str, set[str]]]:
+        """The number of images below every folder, and the names of the folders inside it."""
+        below: Counter[str] = Counter()
+        children: dict[str, set[str]] = {}
+        for folder, counts in self.folders.items():
+            below[folder] += counts[IMAGE]
+            while folder:
+                parent, _, name = folder.rpartition("/")
+                children.setdefault(parent, set()).add(name)
+                below[parent] += counts[IMAGE]
+                folder = parent
+        return below, children
+
+    def children(self, folder: str) -> list[str]:
+        """Return the names of the folders directly inside a folder that hold images, sorted."""
+        below, children = self._tree
+        return sorted(name for name in children.get(folder, ()) if below[join(folder, name)])
+
+    def first(self, folder: str = "") -> str:
+        """Return the first image below a folder."""
+        start = f"{folder}/" if folder else ""
+        return next(
+            (
+                path
+                for (at, kind), path in self.examples.items()
+                if kind == IMAGE and f"{at}/".startswith(start)
+            ),
+            "",
+        )
+
+    def others(self) -> LeftOut:
+        """Return the files that are not images."""
+        left = LeftOut()
+        for folder, counts in self.folders.items():
+            for kind, count in counts.items():
+                if kind != IMAGE:
+                    left.add(kind, self.examples[folder, kind], count)
+        return left
+
+
+def join(folder: str, name: str) -> str:
+    return f"{folder}/{name}" if folder else name

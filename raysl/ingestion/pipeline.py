@@ -1,48 +1,54 @@
 """Ingest: any source becomes the indexed data set of `raysl.dataset`, streamed through Ray Data.
 
-One optimistic pass writes all shards, each starting at the index that the listing promises. When an image turned out
-bad, or a count wrong, a second pass rewrites the index column of the shards behind it. Only counts travel through
-Ray; tasks read from the source and write to the destination.
+The first pass writes all shards, each starting at the index that the listing promises. If an image could not be decoded
+or a count was wrong, a second pass rewrites the index column of the later shards. Only counts travel through Ray; tasks
+read from the source and write to the destination.
 """
 
 from __future__ import annotations
 
 import hashlib
 import json
-from collections.abc import Callable
+import logging
+import os
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
 from functools import partial
 from itertools import accumulate, chain
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 import numpy as np
 import ray.data
 
 from raysl.dataset import LEDGER, MANIFEST, SHARDS, DataSet, Manifest, Shard
 from raysl.errors import UserError
-from raysl.ingestion import images, shard
+from raysl.ingestion import images, objects, progress, shard
+from raysl.ingestion.found import counted, shown
 from raysl.ingestion.journal import JOURNAL, Header, Journal, Listed
-from raysl.ingestion.progress import Reporter, Terminal
-from raysl.ingestion.sources import Place, Source, UnitSize, open_source, read, recognised
+from raysl.ingestion.sources import Opened, Place, ReadConfig, Source, UnitSize, open_source, read, recognised
 from raysl.storage import Folder
 from raysl.stream.pixels import DecodeConfig, Ranges
 
-# Labels without names count from 0; numbers beyond this identify something else.
-_MOST_CLASSES = 1 << 20
+_log = logging.getLogger("raysl.ingestion")
 
 
 @dataclass(frozen=True)
 class IngestConfig:
-    """How a source is ingested.
+    """Configuration of ingest.
 
     Args:
-        split: which split of the source; the same as "#split" behind its name.
+        split: split of the source to read; the same as "#split" behind its name.
         shard_images: most images in a shard. Shards are the units of work and of resumption.
-        shard_mb: most megabytes in a shard, where the source tells sizes before it is read.
+        shard_mb: most megabytes in a shard, for sources that tell sizes before they are read.
         row_group_images: most images in a row group (and at most 4 MB), the unit of reading and shuffling.
         cpus_per_task: logical CPUs that Ray gives to a task; above 1 fewer tasks share the memory of a machine.
-        decoding: what becomes of transparent, high-depth, many-page and large images.
+        label_column: column of tables, or field of the JSON in archives, that holds the label; "" to guess it.
+        image_column: column of tables, or suffix of the images in archives, to read; "" to guess it.
+        labels: "folders" takes the folders of a tree as classes whatever they are called; "none" ingests without
+            labels; "auto" recognises the layout.
+        follow_links: follow links, and paths in tables, that lead out of the source.
+        decoding: treatment of transparent, high-depth, many-page and large images.
     """
 
     split: str = ""
@@ -50,24 +56,40 @@ class IngestConfig:
     shard_mb: int = 256
     row_group_images: int = 512
     cpus_per_task: float = 1.0
+    label_column: str = ""
+    image_column: str = ""
+    labels: Literal["auto", "folders", "none"] = "auto"
+    follow_links: bool = False
     decoding: DecodeConfig = field(default_factory=DecodeConfig)
 
     def __post_init__(self) -> None:
         for name in ("shard_images", "shard_mb", "row_group_images", "cpus_per_task"):
-            if getattr(self, name) <= 0:
-                raise UserError(f"{name} must be above 0 and is {getattr(self, name)}.")
+            if not 0 < getattr(self, name) < float("inf"):
+                raise UserError(
+                    f"--{name.replace('_', '-')} is {getattr(self, name)}; it must be a number above 0."
+                )
+        if self.labels not in ("auto", "folders", "none"):
+            raise UserError(f"--labels is {self.labels!r}; it must be auto, folders or none.")
+
+    def place(self, source: str) -> Place:
+        """Return the place of a source, to be read as configured."""
+        return Place.parse(source, self.split, self.reading)
+
+    @property
+    def reading(self) -> ReadConfig:
+        """The fields that say how a source is read."""
+        return ReadConfig(self.label_column, self.image_column, self.labels, self.follow_links)
 
 
-def ingest(
-    source: str, dest: str, config: IngestConfig | None = None, progress: Reporter | None = None
-) -> DataSet:
-    """Makes a data set of a source. Ray must be running.
+def ingest(source: Any, dest: str, config: IngestConfig | None = None) -> DataSet:
+    """Make a data set of a source. Ray must be running.
 
-    An ingest that was interrupted goes on where it stopped; a finished one returns at once. The same source gets
+    An interrupted ingest resumes from its last complete shard; a finished one returns at once. The same source gets
     the same indices and the same fingerprint on any number of CPUs.
 
     Args:
-        source: a place or a name, with "#split" where it has splits; see `recognised`.
+        source: a path or a name, with "#split" if it has splits, see `recognised`; a source that is opened; or a list
+            of files, a Hugging Face dataset or a Ray Dataset, see `raysl.ingestion.objects`.
         dest: folder at any URI; new, empty, or left by an earlier ingest of the same source.
 
     Raises:
@@ -75,31 +97,38 @@ def ingest(
             destination holds something else or cannot be written.
     """
     config = config or IngestConfig()
-    with progress or Terminal() as progress:
-        place = Place.parse(source, config.split)
-        kind, opened = open_source(place)
-        folder = Folder(dest)
-        if (finished := _finished(folder, opened.name, config)) is not None:
-            progress.say(
-                f"{folder} is already complete: {finished.num_images} images of {opened.name}. Delete it to ingest "
-                "the source again."
-            )
-            return finished
-        _check_apart(folder, place)
-        journal = Journal(folder)
-        try:
-            listed = _list(opened, journal, config, progress)
-            _write_all(kind, opened, listed, journal, config, progress)
-            _scale_all(kind, opened, listed, journal, config, progress)
-            _move_all(journal, config, progress)
-            return _finish(opened.name, listed, journal, config, progress)
-        except KeyboardInterrupt:
-            progress.say("Interrupted. The same command goes on from here.")
-            raise
+    folder = Folder(dest)
+    if isinstance(source, str | os.PathLike):
+        opened = open_source(config.place(os.fspath(source)))
+    elif isinstance(source, Opened):
+        opened = source
+    else:
+        _check_free(folder)
+        opened = objects.opened(source, folder, config.reading)
+    name = opened.source.name
+    if (finished := _finished(folder, name, config)) is not None:
+        _log.info(
+            "%s is complete: %s images of %s. Delete it to ingest the source again.",
+            folder,
+            f"{finished.num_images:,}",
+            name,
+        )
+        return finished
+    _check_apart(folder, opened.place)
+    journal = Journal(folder)
+    try:
+        listed = _list(opened.source, journal, config)
+        _write_all(opened, listed, journal, config)
+        _scale_all(opened, listed, journal, config)
+        _move_all(journal, config)
+        return _finish(name, listed, journal, config)
+    except KeyboardInterrupt:
+        _log.warning("Interrupted. The same command resumes from the last complete shard.")
+        raise
 
 
 def _finished(dest: Folder, name: str, config: IngestConfig) -> DataSet | None:
-    """The data set at `dest` when it is finished; None when `dest` is free for this source.
+    """Return the data set at `dest` if it is finished; None if `dest` is free for this source.
 
     Raises:
         UserError: `dest` holds something else.
@@ -129,7 +158,7 @@ def _finished(dest: Folder, name: str, config: IngestConfig) -> DataSet | None:
         raise UserError(f"The destination {str(dest)!r} is a file. Name a folder.")
     content = [entry for entry in dest.list() if not entry.endswith(".tmp")]
     header = Journal(dest).header()
-    if header is None and set(content) - {JOURNAL}:
+    if header is None and set(content) - {JOURNAL, objects.FOLDER}:
         raise UserError(
             f"The destination {str(dest)!r} is not empty and holds no data set of raysl (the first entry is "
             f"{content[0]!r}). Choose a new folder."
@@ -142,6 +171,15 @@ def _finished(dest: Folder, name: str, config: IngestConfig) -> DataSet | None:
     return None
 
 
+def _check_free(dest: Folder) -> None:
+    """Raise UserError if a folder cannot take the rows of an object."""
+    others = set(dest.list()) - {JOURNAL, objects.FOLDER, SHARDS}
+    if others:
+        raise UserError(
+            f"The destination {str(dest)!r} is not empty: it holds {sorted(others)[0]!r}. Choose a new folder."
+        )
+
+
 def _check_apart(dest: Folder, place: Place) -> None:
     source = Folder(place.uri)
     if dest.is_local and source.exists() and Path(str(dest)).is_relative_to(str(source)):
@@ -151,27 +189,28 @@ def _check_apart(dest: Folder, place: Place) -> None:
         )
 
 
-def _list(source: Source, journal: Journal, config: IngestConfig, progress: Reporter) -> Listed:
-    """The listing: the one an earlier ingest wrote down, when the source is unchanged, or a new one."""
+def _list(source: Source, journal: Journal, config: IngestConfig) -> Listed:
+    """Write all units to the journal, unless an earlier ingest of the same source did."""
     size = UnitSize(config.shard_images, config.shard_mb << 20)
+    shape = (size.num_images, size.num_bytes, config.row_group_images)
     try:
-        header = Header(
-            source.name,
-            source.stamp(),
-            (size.num_images, size.num_bytes, config.row_group_images),
-            images.settings(config.decoding),
-        )
+        header = Header(source.name, source.stamp(), shape, images.settings(config.decoding))
         if journal.header() == header:
             if (listed := journal.listed()) is not None:
                 done = f"{len(journal.done())} of {len(listed.counts)} shards are done"
-                progress.say(f"Going on with {journal.dest}: {done}.")
+                _log.info("Resuming %s: %s.", journal.dest, done)
                 return listed
         elif journal.header() is not None:
-            progress.say(f"The source or the settings have changed: starting {journal.dest} anew.")
+            _log.warning(
+                "The source or the settings have changed: %s starts from the beginning.", journal.dest
+            )
         units = source.units(size)
         first = next(units, None)
         if first is None:
-            raise UserError(f"The source {source.name!r} is empty: no images in it. {recognised()}")
+            raise UserError(
+                f"The source {source.name!r} holds no images. It holds {source.found.left_out}. "
+                f"{recognised()}"
+            )
         journal.start(header)
         journal.dest.delete(SHARDS)
         counts = []
@@ -179,39 +218,35 @@ def _list(source: Source, journal: Journal, config: IngestConfig, progress: Repo
             journal.write_unit(number, unit)
             counts.append(unit.num_images)
             if number % 50 == 49:
-                progress.say(f"Listed {sum(counts)} images so far.")
+                _log.info("Listed %s images so far.", f"{sum(counts):,}")
     except OSError as error:
         raise UserError(
-            f"Cannot read the source {source.name!r}: {error}. Check the place and your access."
+            f"Cannot read the source {source.name!r}: {error}. Check the path and your access."
         ) from error
-    listed = Listed(tuple(counts), source.labelled, source.classes)
+    found = source.found
+    _log.info("Found:\n%s", found.table(source.name))
+    listed = Listed(tuple(counts), tuple(found.classes), found.labels)
     journal.write_listed(listed)
     return listed
 
 
-def _starts(counts: list[int]) -> list[int]:
-    """The first index of every unit."""
+def _starts(counts: tuple[int, ...]) -> list[int]:
+    """Return the first index of every unit."""
     return [0, *accumulate(counts)][:-1]
 
 
-def _write_all(
-    kind: str, source: Source, listed: Listed, journal: Journal, config: IngestConfig, progress: Reporter
-) -> None:
-    """The first pass: writes every shard that is not yet done."""
+def _write_all(opened: Opened, listed: Listed, journal: Journal, config: IngestConfig) -> None:
+    """Write every shard that is not yet done."""
     done = set(journal.done())
     pending = [number for number in range(len(listed.counts)) if number not in done]
-    write = _writer(kind, source, listed, journal, config, {})
-    seen, bad = sum(listed.counts[number] for number in done), 0
-    progress.update("Ingesting", seen, sum(listed.counts), bad)
-    for row in _each(pending, write, config):
-        seen, bad = seen + row["images"] + row["bad"], bad + row["bad"]
-        progress.update("Ingesting", seen, sum(listed.counts), bad)
+    write = _writer(opened, listed, journal, config, {})
+    seen = sum(listed.counts[number] for number in done)
+    for _ in progress.shown(_each(pending, write, config), "Ingesting", seen, sum(listed.counts)):
+        pass
 
 
-def _scale_all(
-    kind: str, source: Source, listed: Listed, journal: Journal, config: IngestConfig, progress: Reporter
-) -> None:
-    """Write those shards again that hold signed or float values, now that the range of all of them is known."""
+def _scale_all(opened: Opened, listed: Listed, journal: Journal, config: IngestConfig) -> None:
+    """Write the shards that hold signed or float values again, now that the range of all of them is known."""
     with_values = [written for written in journal.all_written() if written.tally]
     ranges = images.ranges_of(images.merge(written.tally for written in with_values), config.decoding)
     pending = [
@@ -219,23 +254,25 @@ def _scale_all(
         for written in with_values
         if any(written.ranges.get(kind) != ranges[kind] for kind in ranges.keys() & written.tally)
     ]
-    done, total = 0, sum(listed.counts[number] for number in pending)
-    for row in _each(pending, _writer(kind, source, listed, journal, config, ranges), config):
-        done += row["images"] + row["bad"]
-        progress.update("Scaling values", done, total, 0)
+    write, total = (
+        _writer(opened, listed, journal, config, ranges),
+        sum(listed.counts[number] for number in pending),
+    )
+    for _ in progress.shown(_each(pending, write, config), "Scaling values", 0, total):
+        pass
 
 
 def _writer(
-    kind: str, source: Source, listed: Listed, journal: Journal, config: IngestConfig, ranges: Ranges
+    opened: Opened, listed: Listed, journal: Journal, config: IngestConfig, ranges: Ranges
 ) -> Callable[[int], tuple[int, int]]:
     """Return the function that writes the shard of a unit, for tasks."""
     return partial(
         _write_unit,
-        kind=kind,
+        kind=opened.kind,
         journal=journal,
-        listed=listed,
-        bases=_starts(list(listed.counts)),
-        decoding=None if source.encoded_here else config.decoding,
+        classes=listed.classes,
+        bases=_starts(listed.counts),
+        decoding=None if opened.source.encoded_here else config.decoding,
         ranges=ranges,
         rows_per_group=config.row_group_images,
     )
@@ -245,13 +282,13 @@ def _write_unit(
     number: int,
     kind: str,
     journal: Journal,
-    listed: Listed,
+    classes: tuple[str, ...],
     bases: list[int],
     decoding: DecodeConfig | None,
     ranges: Ranges,
     rows_per_group: int,
 ) -> tuple[int, int]:
-    """Runs in a task. Returns how many images it wrote, and how many were bad."""
+    """Write a shard in a task. Return how many images it holds, and how many could not be decoded."""
     written = shard.write(
         journal.dest,
         number,
@@ -259,41 +296,38 @@ def _write_unit(
         read(kind, journal.unit(number)),
         decoding=decoding,
         ranges=ranges,
-        labelled=listed.labelled,
+        classes=classes,
         rows_per_group=rows_per_group,
     )
-    if listed.classes is not None and max(written.labels, default=-1) >= len(listed.classes):
-        raise UserError(
-            f"The source has {len(listed.classes)} class names but an image with label {max(written.labels)}. Labels "
-            "must be 0 to one less than the number of names: mend the source."
-        )
     journal.write_done(written)
     return written.num_images, len(written.bad)
 
 
-def _move_all(journal: Journal, config: IngestConfig, progress: Reporter) -> None:
-    """The second pass: mends the index column of every shard that starts at another index than was promised."""
+def _move_all(journal: Journal, config: IngestConfig) -> None:
+    """Rewrite the index column of every shard that starts at another index than the listing promised."""
     bases: dict[int, int] = {}
-    base, total, done = 0, 0, 0
+    base, total = 0, 0
     for written in journal.all_written():
         if written.base != base and written.num_images:
             bases[written.unit] = base
             total += written.num_images
         base += written.num_images
-    for row in _each(list(bases), partial(_move_unit, journal=journal, bases=bases), config):
-        done += row["images"]
-        progress.update("Renumbering", done, total, 0)
+    move = partial(_move_unit, journal=journal, bases=bases)
+    for _ in progress.shown(_each(list(bases), move, config), "Renumbering", 0, total):
+        pass
 
 
 def _move_unit(number: int, journal: Journal, bases: dict[int, int]) -> tuple[int, int]:
-    """Runs in a task."""
+    """Rewrite the indices of a shard in a task."""
     written = journal.written(number)
     journal.write_done(shard.move(journal.dest, written, bases[number]))
     return written.num_images, 0
 
 
-def _each(numbers: list[int], work: Callable[[int], tuple[int, int]], config: IngestConfig) -> Any:
-    """Does the work for every number in tasks of their own; yields {"images", "bad"} as each is done.
+def _each(
+    numbers: list[int], work: Callable[[int], tuple[int, int]], config: IngestConfig
+) -> Iterator[tuple[int, int]]:
+    """Do the work for every number in tasks of their own; yield (images, bad) as each is done.
 
     Raises:
         UserError: a task raised one.
@@ -307,11 +341,11 @@ def _each(numbers: list[int], work: Callable[[int], tuple[int, int]], config: In
     for row in tasks.iter_rows():
         if row["error"]:
             raise UserError(row["error"])
-        yield row
+        yield row["images"], row["bad"]
 
 
 def _run(batch: dict[str, Any], numbers: list[int], work: Callable[[int], tuple[int, int]]) -> dict[str, Any]:
-    """One Ray Data task. A UserError comes back as a value: an exception would arrive wrapped, or be retried."""
+    """Run one Ray Data task. A UserError is returned as a value: an exception would arrive wrapped, or be retried."""
     rows = []
     for i in batch["id"]:
         try:
@@ -319,25 +353,27 @@ def _run(batch: dict[str, Any], numbers: list[int], work: Callable[[int], tuple[
         except UserError as error:
             rows.append((0, 0, str(error)))
         except OSError as error:
-            rows.append((0, 0, f"Cannot read the source: {error}. The same command goes on from here."))
+            rows.append((0, 0, f"Cannot read the source: {error}. The same command resumes from here."))
     written, bad, errors = zip(*rows, strict=True)
     return {"images": np.array(written), "bad": np.array(bad), "error": np.array(errors, dtype=object)}
 
 
-def _finish(name: str, listed: Listed, journal: Journal, config: IngestConfig, progress: Reporter) -> DataSet:
-    """Writes the ledger and then the manifest, and drops the journal."""
-    shards: list[Shard] = []
-    digest = hashlib.blake2b(digest_size=16)
-    num_bad, num_unlabelled, max_label = 0, 0, -1
-    reasons: list[str] = []
-    tallies: list[images.Tally] = []
+def _finish(name: str, listed: Listed, journal: Journal, config: IngestConfig) -> DataSet:
+    """Write the ledger and then the manifest, and delete the journal."""
+    dest = journal.dest
     done = len(journal.done())
     if done < len(listed.counts):
         raise UserError(
-            f"The journal of {journal.dest} holds {done} of {len(listed.counts)} shards at the end: another process "
-            "was ingesting into the same place, or files were deleted. Run the same command again, and one at a time."
+            f"The journal of {dest} holds {done} of {len(listed.counts)} shards at the end: another process was "
+            "ingesting into the same folder, or files were deleted. Run the same command again, and one at a time."
         )
-    with journal.dest.writing(LEDGER) as ledger:
+    shards: list[Shard] = []
+    digest = hashlib.blake2b(digest_size=16)
+    labels: list[Any] = [np.empty(0, np.int64)]
+    tallies: list[images.Tally] = []
+    reasons: list[str] = []
+    num_bad, unlabelled = 0, ""
+    with dest.writing(LEDGER) as ledger:
         for written in journal.all_written():
             for path, reason in written.bad:
                 ledger.write((json.dumps({"path": path, "reason": reason}) + "\n").encode())
@@ -347,50 +383,46 @@ def _finish(name: str, listed: Listed, journal: Journal, config: IngestConfig, p
             if written.num_images:
                 shards.append(written.shard)
                 digest.update(f"{written.num_images} {written.digest}\n".encode())
-            labels_n = np.array(written.labels, dtype=np.int64)
-            num_unlabelled += int((labels_n < 0).sum())
-            max_label = max(max_label, int(labels_n.max(initial=-1)))
+            labels.append(np.array(written.labels, np.int64))
+            unlabelled = unlabelled or written.unlabelled
             tallies += [written.tally] if written.tally else []
-    dest = journal.dest
+    if not shards:
+        raise _nothing_decoded(name, num_bad, reasons, journal)
     if not num_bad:
         dest.delete(LEDGER)
-    if not shards:
-        for entry in (LEDGER, SHARDS):
-            dest.delete(entry)
-        journal.delete()
-        if not dest.list():
-            dest.delete()
-        raise UserError(
-            f"None of the {num_bad} images of {name!r} can be decoded. The first: {'; '.join(reasons)}. "
-            "Nothing was written."
-        )
     # A task that was killed leaves its half-written shard behind.
     for stray in set((dest / SHARDS).list()) - {entry.file for entry in shards}:
         dest.delete(f"{SHARDS}/{stray}")
-    classes = _classes(listed, max_label, num_unlabelled, progress)
     tally = images.merge(tallies)
     for line in images.sentences(tally, config.decoding):
-        progress.say(line)
+        _log.info("%s", line)
+    classes = () if unlabelled else listed.classes
     decoding = images.record(tally, config.decoding)
     manifest = Manifest(name, tuple(shards), classes, digest.hexdigest(), num_bad, decoding=decoding)
-    labels = (np.array(written.labels, np.int64) for written in journal.all_written())
     made = DataSet.create(dest, manifest, labels)
     journal.delete()
-    bad = f"; {num_bad} others could not be decoded and are listed in {dest}/{LEDGER}" if num_bad else ""
-    progress.say(f"Ingested {manifest.num_images} images, {len(classes)} classes, into {dest}{bad}.")
+    dest.delete(objects.FOLDER)
+    if num_bad:
+        bad = counted(num_bad, "image")
+        _log.info("%s could not be decoded; %s/%s lists all. The first: %s", bad, dest, LEDGER, reasons[0])
+    source = (
+        f"none, although they are {listed.labels}: {unlabelled} has none" if unlabelled else listed.labels
+    )
+    of_classes = f" in {counted(len(classes), 'class')}" if classes else ""
+    count = counted(manifest.num_images, "image")
+    _log.info("Ingested %s%s into %s; labels: %s.", count, of_classes, dest, source)
     return made
 
 
-def _classes(listed: Listed, max_label: int, num_unlabelled: int, progress: Reporter) -> tuple[str, ...]:
-    """The names of the classes; none when not every image has a label."""
-    if not listed.labelled or max_label < 0:
-        return ()
-    if listed.classes is None and max_label >= _MOST_CLASSES:
-        progress.say(f"Labels go up to {max_label:,}, which are no class numbers: ingested without labels.")
-        return ()
-    if num_unlabelled:
-        progress.say(f"{num_unlabelled} images have no label, so the data set is ingested without labels.")
-        return ()
-    return (
-        listed.classes if listed.classes is not None else tuple(str(label) for label in range(max_label + 1))
+def _nothing_decoded(name: str, num_bad: int, reasons: list[str], journal: Journal) -> UserError:
+    """Delete what was written for a source of which no image can be decoded, and return the error."""
+    dest = journal.dest
+    for entry in (LEDGER, SHARDS, objects.FOLDER):
+        dest.delete(entry)
+    journal.delete()
+    if not dest.list():
+        dest.delete()
+    return UserError(
+        f"None of the {counted(num_bad, 'image')} of {shown(name)!r} can be decoded. The first: {'; '.join(reasons)}. "
+        "Nothing was written."
     )

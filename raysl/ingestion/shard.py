@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import hashlib
 import zlib
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from itertools import chain
 
@@ -36,7 +36,8 @@ class Written:
         num_bytes: size of the shard.
         checksum: CRC-32 of the shard's footer.
         digest: hash of every image's label and bytes, in order.
-        labels: label of every image, -1 for none; empty if the source has no labels.
+        labels: label of every image, an index of the classes; empty if the source has no labels.
+        unlabelled: path of the first image without a label, if the source has labels.
         bad: (path, reason) of every image that could not be decoded.
         tally: the images that are stored in another form than their files.
         ranges: by kind of values, the range that became 0 to 255.
@@ -49,6 +50,7 @@ class Written:
     checksum: int
     digest: str
     labels: tuple[int, ...]
+    unlabelled: str
     bad: tuple[tuple[str, str], ...]
     tally: Tally = field(default_factory=dict)
     ranges: dict[str, tuple[float, float]] = field(default_factory=dict)
@@ -72,8 +74,14 @@ class _Group:
 
     images: list[bytes] = field(default_factory=list)
     paths: list[str] = field(default_factory=list)
-    labels: list[int] = field(default_factory=list)
+    labels: list[int | None] = field(default_factory=list)
     num_bytes: int = 0
+
+    def hash_into(self, digest: hashlib.blake2b) -> None:
+        """Add the labels and the images to a hash."""
+        for image, label in zip(self.images, self.labels, strict=True):
+            digest.update(f"{label} {len(image)} ".encode())
+            digest.update(image)
 
     def table(self, first: int, labelled: bool) -> pa.Table:
         columns = {
@@ -82,8 +90,7 @@ class _Group:
             "path": pa.array(self.paths, pa.string()),
         }
         if labelled:
-            known = [None if label < 0 else label for label in self.labels]
-            columns["label"] = pa.array(known, pa.int64())
+            columns["label"] = pa.array(self.labels, pa.int64())
         return pa.table(columns)
 
 
@@ -94,7 +101,7 @@ def write(
     rows: Iterable[Row],
     *,
     decoding: DecodeConfig | None,
-    labelled: bool,
+    classes: Sequence[str],
     rows_per_group: int,
     ranges: Ranges | None = None,
 ) -> Written:
@@ -103,15 +110,17 @@ def write(
     Args:
         base: index of the first image.
         decoding: how to decode every image and store those that are not ordinary; None stores all as they are.
-        labelled: write a label column.
+        classes: names of the classes in label order; empty to write no labels.
         ranges: by kind of values, the range that becomes 0 to 255; see `raysl.ingestion.images.ranges_of`.
 
     Raises:
         UserError: the shard cannot be written, or the source is damaged.
     """
     bad: list[tuple[str, str]] = []
-    labels: list[int] = []
+    labels: list[int | None] = []
+    unlabelled = ""
     sizes: list[int] = []
+    numbers = {name: number for number, name in enumerate(classes)}
     tally: Tally = {}
     digest = hashlib.blake2b(digest_size=16)
     if decoding is not None:
@@ -119,15 +128,15 @@ def write(
     name = f"{SHARDS}/{_file(unit)}"
     with dest.writing(name) as stream:
         writer = None
-        for group in _groups(rows, bad, rows_per_group):
-            for image, label in zip(group.images, group.labels, strict=True):
-                digest.update(f"{label if labelled and label >= 0 else None} {len(image)} ".encode())
-                digest.update(image)
-            table = group.table(base + sum(sizes), labelled)
+        for group in _groups(rows, bad, numbers, rows_per_group):
+            group.hash_into(digest)
+            table = group.table(base + sum(sizes), bool(classes))
             writer = writer or parquet_writer(stream, table.schema)
             writer.write_table(table, row_group_size=len(group.images))
             sizes.append(len(group.images))
-            labels += group.labels if labelled else []
+            labels += group.labels
+            if None in group.labels:
+                unlabelled = unlabelled or group.paths[group.labels.index(None)]
         if writer:
             writer.close()
         num_bytes = stream.tell()
@@ -140,14 +149,17 @@ def write(
         num_bytes=num_bytes,
         checksum=_checksum(dest, name) if sizes else 0,
         digest=digest.hexdigest(),
-        labels=tuple(labels),
+        labels=() if unlabelled or not classes else tuple(label for label in labels if label is not None),
+        unlabelled=unlabelled if classes else "",
         bad=tuple(bad),
         tally=tally,
         ranges=dict(ranges or {}),
     )
 
 
-def _groups(rows: Iterable[Row], bad: list[tuple[str, str]], rows_per_group: int) -> Iterator[_Group]:
+def _groups(
+    rows: Iterable[Row], bad: list[tuple[str, str]], numbers: Mapping[str, int], rows_per_group: int
+) -> Iterator[_Group]:
     """Yield one row group after the other; rows without an image are added to `bad`."""
     group = _Group()
     for row in rows:
@@ -160,8 +172,7 @@ def _groups(rows: Iterable[Row], bad: list[tuple[str, str]], rows_per_group: int
             group = _Group()
         group.images.append(row.image)
         group.paths.append(row.path)
-        # Hugging Face writes -1 for a label that is kept secret.
-        group.labels.append(-1 if row.label is None else max(row.label, -1))
+        group.labels.append(None if row.label is None else numbers.get(row.label))
         group.num_bytes += len(row.image)
     if group.images:
         yield group

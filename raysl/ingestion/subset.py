@@ -1,4 +1,4 @@
-"""A part of a data set as a data set, for experiments that need fewer images, fewer classes, or other labels."""
+"""Make a data set of a part of another one: fewer images, fewer classes, or other labels."""
 
 from __future__ import annotations
 
@@ -19,10 +19,10 @@ _GROUP = 512
 
 
 def subset(dataset: DataSet, num_images: int, folder: Folder, seed: int = 0) -> DataSet:
-    """Images drawn without replacement, in the order of their indices, under new indices.
+    """Draw images without replacement, and give them new indices in the same order.
 
     Args:
-        folder: where it goes; the one that lies there is opened.
+        folder: place of the new data set; if it is there already, it is opened.
 
     Raises:
         UserError: there are not so many images, or as `relabelled`.
@@ -47,14 +47,14 @@ def relabelled(
     folder: Folder,
     source: str,
 ) -> DataSet:
-    """Chosen images under new indices, 0 to k - 1, and with the labels given. They pass through memory.
+    """Copy chosen images under new indices, 0 to k - 1, and with the given labels. They pass through memory.
 
     Args:
-        chosen_k: int64 (k,), indices in the data set, in the order that they shall have.
+        chosen_k: int64 (k,), indices in the data set, in their new order.
         labels_k: int64 (k,), numbers of `classes`; None for no labels.
         classes: their names.
-        folder: where it goes; the one that lies there is opened.
-        source: what it is, for people.
+        folder: place of the new data set; if it is there already, it is opened.
+        source: description for people.
 
     Raises:
         UserError: another data set lies in the folder, or it cannot be written.
@@ -71,10 +71,11 @@ def relabelled(
             )
         return there
     columns = dataset.read(chosen_k, ("image", "path"))
-    labels = [None] * len(chosen_k) if labels_k is None else labels_k.tolist()
+    labels = [None] * len(chosen_k) if labels_k is None else [classes[label] for label in labels_k]
     images, paths = (columns.column(name).to_pylist() for name in ("image", "path"))
     rows = (Row(image, label, path) for image, label, path in zip(images, labels, paths, strict=True))
-    labelled = labels_k is not None
-    written = shard.write(folder, 0, 0, rows, decoding=None, labelled=labelled, rows_per_group=_GROUP)
+    written = shard.write(
+        folder, 0, 0, rows, decoding=None, classes=() if labels_k is None else classes, rows_per_group=_GROUP
+    )
     manifest = Manifest(source, (written.shard,), tuple(classes), fingerprint, 0)
     return DataSet.create(folder, manifest, [] if labels_k is None else [labels_k])

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 from pathlib import Path
 from typing import Any
 
@@ -13,29 +14,27 @@ from PIL import Image
 from raysl.dataset import DataSet
 from raysl.errors import UserError
 from raysl.ingestion import IngestConfig, ingest
-from raysl.ingestion.progress import Silent
 from raysl.stream.decode import decode
 from raysl.stream.pixels import DecodeConfig
 
 pytestmark = [pytest.mark.ray, pytest.mark.usefixtures("ray_session")]
 
 
-class Heard(Silent):
-    """Keeps what is said."""
+@pytest.fixture(autouse=True)
+def listen(caplog: pytest.LogCaptureFixture) -> None:
+    caplog.set_level(logging.INFO, "raysl.ingestion")
+    _heard.append(caplog)
 
-    def __init__(self) -> None:
-        self.said: list[str] = []
 
-    def say(self, text: str) -> None:
-        self.said.append(text)
+_heard: list[pytest.LogCaptureFixture] = []
 
 
 def ingested(folder: Path, name: str = "out", **decoding: Any) -> tuple[DataSet, str]:
     """The data set of a folder, in shards of two images, and what was said."""
-    heard = Heard()
+    _heard[-1].clear()
     config = IngestConfig(shard_images=2, decoding=DecodeConfig(**decoding))
-    data_set = ingest(str(folder / "in"), str(folder / name), config, heard)
-    return data_set, "\n".join(heard.said)
+    data_set = ingest(str(folder / "in"), str(folder / name), config)
+    return data_set, "\n".join(_heard[-1].messages)
 
 
 def put(folder: Path, name: str, image: npt.NDArray[Any], **options: Any) -> None:

@@ -3,10 +3,9 @@
 from __future__ import annotations
 
 import io
-import json
+import logging
 import os
 import shutil
-import tarfile
 from pathlib import Path
 from typing import Any
 
@@ -19,9 +18,7 @@ from PIL import Image
 from raysl.dataset import DataSet, Manifest
 from raysl.errors import UserError
 from raysl.ingestion import IngestConfig, pipeline, resolve
-from raysl.ingestion import ingest as ingest_aloud
 from raysl.ingestion.journal import Journal
-from raysl.ingestion.progress import Silent, Terminal
 from raysl.ingestion.shard import move, write
 from raysl.ingestion.sources import Row
 from raysl.storage import Folder
@@ -33,22 +30,15 @@ TWO = IngestConfig(shard_images=2, row_group_images=1)
 ONE_BY_ONE = IngestConfig(shard_images=2, row_group_images=1, cpus_per_task=2)
 
 
-class Heard(Silent):
-    """Keeps what is said."""
-
-    def __init__(self) -> None:
-        self.said: list[str] = []
-        self.updates: list[tuple[str, int, int, int]] = []
-
-    def say(self, text: str) -> None:
-        self.said.append(text)
-
-    def update(self, doing: str, done: int, total: int, bad: int) -> None:
-        self.updates.append((doing, done, total, bad))
+@pytest.fixture(autouse=True)
+def said(caplog: pytest.LogCaptureFixture) -> pytest.LogCaptureFixture:
+    """What ingest says."""
+    caplog.set_level(logging.INFO, "raysl.ingestion")
+    return caplog
 
 
 def ingest(source: object, dest: Path, config: IngestConfig = TWO) -> DataSet:
-    return ingest_aloud(str(source), str(dest), config, Silent())
+    return pipeline.ingest(str(source), str(dest), config)
 
 
 def refused(source: object, dest: Path) -> str:
@@ -125,28 +115,27 @@ def test_the_same_images_have_the_same_fingerprint(tmp_path: Path) -> None:
     assert ingest(tmp_path / "in", tmp_path / "c").manifest.fingerprint != first.manifest.fingerprint
 
 
-def test_a_finished_data_set_is_left_alone(tmp_path: Path) -> None:
+def test_a_finished_data_set_is_left_alone(tmp_path: Path, said: pytest.LogCaptureFixture) -> None:
     ingest(photos(tmp_path / "in"), tmp_path / "out")
-    before, heard = snapshot(tmp_path / "out"), Heard()
-    ingest_aloud(str(tmp_path / "in"), str(tmp_path / "out"), TWO, heard)
-    assert "already complete: 7 images" in heard.said[0]
+    before = snapshot(tmp_path / "out")
+    said.clear()
+    ingest(tmp_path / "in", tmp_path / "out")
+    assert "is complete: 7 images" in said.messages[0]
     assert "already holds a data set of another source" in refused(photos(tmp_path / "in2"), tmp_path / "out")
     assert snapshot(tmp_path / "out") == before
 
 
-def write_tars(folder: Path) -> None:
+def write_tables(folder: Path) -> None:
     folder.mkdir()
-    for shard in range(3):
-        with tarfile.open(folder / f"{shard}.tar", "w") as archive:
-            for i in range(2):
-                for name, data in ((f"{i}.jpg", jpeg(10 * shard + i)), (f"{i}.cls", str(shard).encode())):
-                    info = tarfile.TarInfo(name)
-                    info.size = len(data)
-                    archive.addfile(info, io.BytesIO(data))
+    for number in range(3):
+        images = [jpeg(10 * number + i) for i in range(2)]
+        table = pa.table({"image": images, "label": [number] * 2})
+        path, plain = folder / f"{number}.parquet", {"use_dictionary": False, "write_statistics": False}
+        pq.write_table(table, path, write_page_checksum=True, **plain)
 
 
 def overwrite(path: Path, data: bytes) -> None:
-    """Changes a file behind the back of the listing: its size and time stay."""
+    """Change a file without a trace in the listing: its size and time stay."""
     before = path.stat()
     path.write_bytes(data)
     assert path.stat().st_size == before.st_size
@@ -154,18 +143,17 @@ def overwrite(path: Path, data: bytes) -> None:
 
 
 def stopped(tmp_path: Path) -> tuple[Path, Path, bytes]:
-    """An ingest that stopped at the last of three archives; its source, its destination, what mends the archive."""
-    write_tars(tmp_path / "in")
-    archive, out = tmp_path / "in" / "2.tar", tmp_path / "out"
-    good = archive.read_bytes()
-    label_at = good.index(b"0.cls") + 512
-    overwrite(archive, good[:label_at] + b"?" + good[label_at + 1 :])
-    with pytest.raises(UserError, match="class number"):
+    """An ingest that stopped at the last of three tables; its source, its destination, the undamaged table."""
+    write_tables(tmp_path / "in")
+    table, out = tmp_path / "in" / "2.parquet", tmp_path / "out"
+    good = table.read_bytes()
+    overwrite(table, good[:300] + b"?" + good[301:])
+    with pytest.raises(UserError, match="Cannot read the Parquet file"):
         ingest(tmp_path / "in", out, ONE_BY_ONE)
     return tmp_path / "in", out, good
 
 
-def test_an_interrupted_ingest_goes_on(tmp_path: Path) -> None:
+def test_an_interrupted_ingest_resumes(tmp_path: Path, said: pytest.LogCaptureFixture) -> None:
     source, out, good = stopped(tmp_path)
     with pytest.raises(UserError, match="No data set"):
         DataSet.open(str(out))
@@ -174,11 +162,10 @@ def test_an_interrupted_ingest_goes_on(tmp_path: Path) -> None:
     assert len(before) == 2
     (out / "shards" / "00002.parquet.0123.tmp").write_bytes(b"half")
 
-    overwrite(source / "2.tar", good)
-    heard = Heard()
-    data_set = ingest_aloud(str(source), str(out), ONE_BY_ONE, heard)
-    assert "2 of 3 shards are done" in heard.said[0]
-    assert heard.updates[0] == ("Ingesting", 4, 6, 0)
+    overwrite(source / "2.parquet", good)
+    said.clear()
+    data_set = ingest(source, out, ONE_BY_ONE)
+    assert "2 of 3 shards are done" in said.messages[0]
     assert before.items() <= snapshot(out / "shards").items()
     assert len(snapshot(out / "shards")) == 3
     assert data_set.manifest == ingest(source, tmp_path / "whole").manifest
@@ -186,18 +173,20 @@ def test_an_interrupted_ingest_goes_on(tmp_path: Path) -> None:
     assert_sound(data_set)
 
 
-def test_an_interrupted_ingest_of_a_source_that_changed_starts_anew(tmp_path: Path) -> None:
+def test_an_interrupted_ingest_of_a_source_that_changed_starts_again(
+    tmp_path: Path, said: pytest.LogCaptureFixture
+) -> None:
     source, out, _ = stopped(tmp_path)
-    (source / "2.tar").unlink()
-    heard = Heard()
-    assert ingest_aloud(str(source), str(out), ONE_BY_ONE, heard).num_images == 4
-    assert "changed" in heard.said[0]
+    (source / "2.parquet").unlink()
+    said.clear()
+    assert ingest(source, out, ONE_BY_ONE).num_images == 4
+    assert "have changed" in said.messages[0]
 
 
 def test_moving_a_shard_rewrites_its_indices(tmp_path: Path) -> None:
-    rows = [Row(jpeg(i), i, f"{i}.jpg") for i in range(3)]
+    rows = [Row(jpeg(i), "abc"[i], f"{i}.jpg") for i in range(3)]
     folder = Folder(str(tmp_path))
-    written = write(folder, 0, 7, rows, decoding=None, labelled=True, rows_per_group=2)
+    written = write(folder, 0, 7, rows, decoding=None, classes="abc", rows_per_group=2)
     moved = move(folder, written, 0)
     assert moved.row_groups == (2, 1)
     manifest = Manifest("made", (moved.shard,), ("a", "b", "c"), "f00d", 0)
@@ -207,28 +196,15 @@ def test_moving_a_shard_rewrites_its_indices(tmp_path: Path) -> None:
     assert data_set.read(np.arange(3))["label"].to_pylist() == data_set.labels().tolist() == [0, 1, 2]
 
 
-def test_labels_that_are_missing_in_part_are_left_out(tmp_path: Path) -> None:
+def test_what_was_found_is_said_before_and_after(tmp_path: Path, said: pytest.LogCaptureFixture) -> None:
     table = pa.table({"image": [jpeg(i) for i in range(3)], "label": pa.array([0, -1, 1], pa.int64())})
     pq.write_table(table, tmp_path / "x.parquet")
-    heard = Heard()
-    data_set = ingest_aloud(str(tmp_path / "x.parquet"), str(tmp_path / "out"), TWO, heard)
+    data_set = ingest(tmp_path / "x.parquet", tmp_path / "out")
     assert not data_set.has_labels
     assert data_set.read(np.array([0])).column_names == ["index", "image"]
-    assert "1 images have no label" in heard.said[0]
-
-
-def test_a_label_without_a_name_is_refused(tmp_path: Path) -> None:
-    features = {"label": {"names": ["cat"]}}
-    table = pa.table({"image": [jpeg(0)], "label": pa.array([1], pa.int64())})
-    table = table.replace_schema_metadata({"huggingface": json.dumps({"info": {"features": features}})})
-    pq.write_table(table, tmp_path / "x.parquet")
-    assert "1 class names but an image with label 1" in refused(tmp_path / "x.parquet", tmp_path / "out")
-
-
-def test_numbers_that_are_no_classes_are_left_out(tmp_path: Path) -> None:
-    table = pa.table({"image": [jpeg(0), jpeg(1)], "label": pa.array([7, 10**15], pa.int64())})
-    pq.write_table(table, tmp_path / "x.parquet")
-    assert not ingest(tmp_path / "x.parquet", tmp_path / "out").has_labels
+    assert said.messages[0].startswith("Found:\n")
+    assert "layout    one table (parquet)" in said.messages[0]
+    assert "labels: none, although there is a column 'label'" in said.messages[-1]
 
 
 def test_two_ingests_into_one_place_do_not_delete_what_one_has_finished(
@@ -270,20 +246,21 @@ def test_no_image_at_all_can_be_decoded(tmp_path: Path) -> None:
     assert "None of the 7 images" in message
     assert "even/0.jpg: " in message
     assert not (tmp_path / "out").exists()
-    # Once the source is mended, the same command succeeds.
+    # Once the source is corrected, the same command succeeds.
     assert ingest(photos(tmp_path / "in"), tmp_path / "out").num_images == 7
 
 
-def test_a_source_by_name_is_ingested_once_and_again_when_it_changes(tmp_path: Path) -> None:
+def test_a_source_by_name_is_ingested_once_and_again_when_it_changes(
+    tmp_path: Path, said: pytest.LogCaptureFixture
+) -> None:
     source, cache = photos(tmp_path / "in"), tmp_path / "cache"
-    heard = Heard()
-    first = resolve(str(source), cache, heard)
-    assert "once" in heard.said[0]
-    said = len(heard.said)
-    assert resolve(str(source), cache, heard) == first
-    assert len(heard.said) == said
+    first = resolve(str(source), cache)
+    assert "once" in said.messages[0]
+    said.clear()
+    assert resolve(str(source), cache) == first
+    assert not said.messages
     (source / "even" / "0.jpg").unlink()
-    assert resolve(str(source), cache, heard).num_images == 6
+    assert resolve(str(source), cache).num_images == 6
     assert len(list(cache.iterdir())) == 2
     assert resolve(str(first.folder), cache) == first
 
@@ -291,14 +268,6 @@ def test_a_source_by_name_is_ingested_once_and_again_when_it_changes(tmp_path: P
 def test_the_cache_is_named_by_the_environment(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("RAYSL_CACHE", str(tmp_path / "cache"))
     assert str(resolve("shapes:5").folder).startswith(str(tmp_path / "cache" / "shapes-5"))
-
-
-def test_progress_in_plain_lines(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    ingest_aloud(str(photos(tmp_path / "in", bad=(0,))), str(tmp_path / "out"), TWO, Terminal())
-    said = capsys.readouterr().err
-    assert "Ingesting: 7/7 images" in said
-    assert "1 bad" in said
-    assert "Ingested 6 images, 2 classes" in said
 
 
 @pytest.mark.slow

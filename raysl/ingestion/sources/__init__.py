@@ -3,7 +3,7 @@
 A file `sources/foo.py` describes one kind with
 
     SUMMARY = "..."                             how a user names such a source, in one line
-    def recognise(place: Place) -> Confidence   whether it is one
+    def recognise(place: Place) -> Confidence   tells whether a place is of this kind
     class Source                                the opened source; see `Source`
     def read(unit: Unit) -> Iterator[Row]       the rows of a unit, in a worker
 
@@ -14,24 +14,52 @@ from __future__ import annotations
 
 import os
 from collections.abc import Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from enum import IntEnum
-from functools import cache
+from functools import cache, cached_property
 from pathlib import Path
 from types import ModuleType
-from typing import Any, NamedTuple, Protocol
+from typing import Any, Literal, NamedTuple, Protocol
 
 from raysl import plugins
 from raysl.errors import UserError
+from raysl.ingestion.found import Found, LeftOut
+from raysl.ingestion.listing import File, Survey, files_below, is_folder, read_bytes
 from raysl.storage import Folder
+
+_HEAD_BYTES = 4096
 
 
 class Confidence(IntEnum):
-    """How sure a kind is that a place is one of its own. The surest kind gets the place."""
+    """How sure a kind is that a place is of this kind. The highest confidence wins."""
 
     NO = 0
     COULD_BE = 1
     IS = 2
+    SIGNATURE = 3  # files whose names belong to no other kind
+
+
+@dataclass(frozen=True)
+class ReadConfig:
+    """Configuration of how a source is read.
+
+    Args:
+        label_column: column of tables, or field of the JSON in archives, that holds the label; "" to guess it.
+        image_column: column of tables, or suffix of the images in archives, to read; "" to guess it.
+        labels: "folders" takes the folders of a tree as classes whatever they are called; "none" ingests without
+            labels; "auto" recognises the layout.
+        follow_links: follow links, and paths in tables, that lead out of the source.
+    """
+
+    label_column: str = ""
+    image_column: str = ""
+    labels: Literal["auto", "folders", "none"] = "auto"
+    follow_links: bool = False
+
+    def __str__(self) -> str:
+        """Return what differs from the defaults, as flags."""
+        changed = {name: value for name, value in vars(self).items() if value != getattr(ReadConfig, name)}
+        return "".join(f" --{name.replace('_', '-')} {value}" for name, value in changed.items())
 
 
 @dataclass(frozen=True)
@@ -40,38 +68,65 @@ class Place:
 
     Args:
         uri: absolute local path, URI, or a name such as "shapes:1000".
-        split: "train", "test" or whatever the source has; "" when none was named.
+        split: "train", "test" or another split of the source; "" if none was named.
+        config: how it is read.
     """
 
     uri: str
     split: str = ""
+    config: ReadConfig = field(default_factory=ReadConfig)
 
     @staticmethod
-    def parse(source: str, split: str = "") -> Place:
-        """Splits "uri#split"; `split` must agree when both are given. A local path may itself contain "#".
+    def parse(source: str, split: str = "", config: ReadConfig | None = None) -> Place:
+        """Split "uri#split"; `split` must agree when both are given. A local path may itself contain "#".
 
         A name that is no path from here is looked up in the folder that `$RAYSL_DATA` names.
         """
+        if "\0" in source or not source.strip():
+            raise UserError(
+                f"The source {source!r} is empty or holds a NUL character. Name a path, a URI or a set."
+            )
         uri, named = source, ""
         if not _is_path(source) and "#" in source:
             uri, _, named = source.rpartition("#")
         if split and named and split != named:
             raise UserError(
-                f"The source {source!r} names the split {named!r} and the configuration says {split!r}."
+                f"The source {source!r} names the split {named!r} and the configuration says {split!r}. Name one."
             )
         at_home = Path(os.environ.get("RAYSL_DATA", ".")) / uri
         if not _is_path(uri) and _is_path(str(at_home)):
             uri = str(at_home)
         if _is_path(uri):
             uri = Folder(uri).uri
-        return Place(uri, named or split)
+        return Place(uri, named or split, config or ReadConfig())
 
     def __str__(self) -> str:
-        return f"{self.uri}#{self.split}" if self.split else self.uri
+        return (f"{self.uri}#{self.split}" if self.split else self.uri) + str(self.config)
+
+    @cached_property
+    def is_folder(self) -> bool:
+        return not self.uri.startswith(("shapes:", "fashion-mnist")) and is_folder(self.uri)
+
+    @cached_property
+    def files(self) -> dict[str, File]:
+        """The files directly inside the folder, by their names."""
+        return {file.path: file for file in files_below(self.uri, 1, follow_links=True)}
+
+    @cached_property
+    def survey(self) -> tuple[Survey, LeftOut]:
+        """All files below the folder, counted, and what cannot be read of it."""
+        left_out = LeftOut()
+        files = files_below(self.uri, left_out=left_out, follow_links=self.config.follow_links)
+        return Survey.of(files, lambda path: read_bytes(self.uri, path, _HEAD_BYTES)), left_out
 
 
 def _is_path(text: str) -> bool:
-    return "://" not in text and Path(text).expanduser().exists()
+    if text.startswith("file://"):
+        return Folder(text).exists()
+    try:
+        return "://" not in text and Path(text).expanduser().exists()
+    except OSError:  # A name that is longer than a file system takes.
+        return False
 
 
 @dataclass(frozen=True)
@@ -87,8 +142,8 @@ class Unit:
     """A piece of a source that one task reads and that becomes one shard.
 
     Args:
-        num_images: how many it holds by its listing; the truth may differ, at the cost of a second pass.
-        spec: a JSON value that says what to read, made and understood by the kind of the source alone.
+        num_images: images in it according to the listing; if fewer are read, later shards are renumbered.
+        spec: a JSON value that says what to read, for the kind of the source alone.
     """
 
     num_images: int
@@ -99,13 +154,13 @@ class Row(NamedTuple):
     """An image of a source.
 
     Args:
-        image: encoded bytes; None when they could not be had, and then `reason` says why.
-        label: 0, 1, ...; None when this image has none.
-        path: where a user finds it.
+        image: encoded bytes; None if they cannot be read, and then `reason` says why.
+        label: name of its class; None for an image without a label.
+        path: where a user finds it in the source.
     """
 
     image: bytes | None
-    label: int | None
+    label: str | None
     path: str
     reason: str = ""
 
@@ -114,27 +169,33 @@ class Source(Protocol):
     """An opened source. Opening raises UserError when the place is damaged or the split is not there.
 
     Attributes:
-        name: what names the source fully, with the split that was taken; equal for equal sources.
-        encoded_here: whether `read` encodes the images itself, so that they need no check.
-        labelled: whether images may have labels. Complete once `units` is exhausted.
-        classes: names of the classes in label order; None when labels have no names. Complete once `units` is
-            exhausted.
+        name: names the source fully, with the split that is read; equal for equal sources.
+        encoded_here: `read` encodes the images itself, so that they need no check.
+        found: what was recognised. Its classes and counts are complete once `units` is exhausted.
     """
 
     name: str
     encoded_here: bool
-    labelled: bool
-    classes: tuple[str, ...] | None
+    found: Found
 
     def __init__(self, place: Place) -> None: ...
 
     def stamp(self) -> str:
-        """A cheap hash that changes when the images of the source do."""
+        """Return a cheap hash that changes when the images of the source do."""
         ...
 
     def units(self, size: UnitSize) -> Iterator[Unit]:
-        """All units, in the order of their indices; equal for equal stamps."""
+        """Yield all units in the order of their indices; equal for equal stamps."""
         ...
+
+
+@dataclass(frozen=True)
+class Opened:
+    """A source and its kind."""
+
+    kind: str
+    place: Place
+    source: Source
 
 
 @cache
@@ -143,12 +204,13 @@ def _kinds() -> dict[str, ModuleType]:
 
 
 def recognised() -> str:
-    """What can be ingested, as one sentence."""
-    return f"A source is one of: {'; '.join(kind.SUMMARY for kind in _kinds().values())}."
+    """Return what can be ingested, as one sentence."""
+    summaries = (kind.SUMMARY for kind in _kinds().values() if kind.SUMMARY)
+    return f"A source is one of: {'; '.join(summaries)}."
 
 
-def open_source(place: Place) -> tuple[str, Source]:
-    """The kind of a source, and the source.
+def open_source(place: Place) -> Opened:
+    """Recognise and open a source.
 
     Raises:
         UserError: nothing is there, no kind recognises it, or it cannot be opened.
@@ -157,21 +219,25 @@ def open_source(place: Place) -> tuple[str, Source]:
         sure = {name: kind.recognise(place) for name, kind in _kinds().items()}
         best = max(sure, key=lambda name: int(sure[name]))
         if sure[best]:
-            return best, _kinds()[best].Source(place)
+            return Opened(best, place, _kinds()[best].Source(place))
         there = Folder(place.uri).exists()
     except OSError as error:
         raise UserError(
-            f"Cannot read the source {str(place)!r}: {error}. Check the place and your access."
+            f"Cannot read the source {str(place)!r}: {error}. Check the path and your access."
         ) from error
+    if place.is_folder:
+        left_out = place.survey[1]
+        left_out.update(place.survey[0].others())
+        raise UserError(f"The folder {place.uri!r} holds no images. It holds {left_out}. {recognised()}")
     if there:
-        raise UserError(f"The source {place.uri!r} is of no known kind. {recognised()}")
+        raise UserError(f"The file {place.uri!r} is of no known kind. {recognised()}")
     raise UserError(
         f"The source {place.uri!r} does not exist, here or in the folder that $RAYSL_DATA names. {recognised()}"
     )
 
 
 def read(kind: str, unit: Unit) -> Iterator[Row]:
-    """The rows of a unit, with memory bounded by a row group and not by the unit.
+    """Yield the rows of a unit, with memory bounded by a row group and not by the unit.
 
     Raises:
         UserError: a file of the source is damaged beyond the single image.
@@ -182,7 +248,7 @@ def read(kind: str, unit: Unit) -> Iterator[Row]:
 
 
 def choose_split(place: Place, splits: list[str]) -> str:
-    """The split to take of those that the source holds.
+    """Return the split to take of those that the source holds.
 
     Raises:
         UserError: the split that was named is not there, or none was named and there are several.

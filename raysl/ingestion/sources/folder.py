@@ -1,29 +1,32 @@
-"""A folder of image files, with class folders or without, at any URI.
+"""A folder of image files at any URI; `raysl.ingestion.layout` recognises its splits and classes.
 
-When every image lies exactly one folder deep, the folders are the classes, in sorted order; else the images have no
-labels. A folder whose only folders are splits (train, val, ...) is read one split at a time. Files whose names do not
-end like an image's are listed with the images that cannot be decoded.
+Labels come from class folders, or from a file that the layout names: `metadata.csv` or `.jsonl` as Hugging Face's
+ImageFolder has it, or `val_annotations.txt` of Tiny ImageNet.
 """
 
 from __future__ import annotations
 
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
+from dataclasses import replace
+from itertools import chain, repeat
 
 from raysl.errors import UserError
-from raysl.ingestion.listing import SPLITS, File, files_below, folders_in, is_folder, stamp
+from raysl.ingestion import layout, metadata
+from raysl.ingestion.found import shown
+from raysl.ingestion.labels import Classes
+from raysl.ingestion.listing import files_below, read_bytes
 from raysl.ingestion.sources import Confidence, Place, Row, Unit, UnitSize, choose_split
-from raysl.storage import filesystem
-from raysl.stream.formats import EXTENSIONS, describe
 
 SUMMARY = "a folder of images, in class folders or not: photos/, s3://bucket/photos, photos/#train"
 
 # Object stores answer slowly and in parallel: this many reads are under way at a time, in windows of four times.
 _READERS = 16
+_MOST_BYTES = 1 << 30
 
 
 def recognise(place: Place) -> Confidence:
-    return Confidence.COULD_BE if is_folder(place.uri) else Confidence.NO
+    return Confidence.COULD_BE if place.is_folder and place.survey[0].images() else Confidence.NO
 
 
 class Source:
@@ -32,79 +35,84 @@ class Source:
     encoded_here = False
 
     def __init__(self, place: Place) -> None:
-        self._root = place.uri
-        split = choose_split(place, _splits(place.uri))
-        if split:
-            self._root = f"{place.uri}/{split}"
-        self.name = str(Place(place.uri, split))
-        self.labelled = False
-        self.classes: tuple[str, ...] | None = ()
+        self._place = place
+        self._survey, left_out = place.survey
+        labels = place.config.labels
+        self._layout = layout.recognise(
+            self._survey, lambda splits: choose_split(place, splits), labels, left_out
+        )
+        self.found = self._layout.found
+        if labels == "auto":
+            metadata.apply(place.uri, self._survey, self._layout, place.config.label_column)
+        self.name = str(replace(place, split=self.found.split))
 
     def stamp(self) -> str:
-        # A note beside the images that is written to is no reason to ingest them again; a new one is listed.
-        files = files_below(self._root)
-        return stamp(file if _is_image(file.path) else File(file.path, 0, 0) for file in files)
+        return self._survey.digest
 
     def units(self, size: UnitSize) -> Iterator[Unit]:
-        classes: list[str] = []
-        one_deep = True
+        classes = Classes()
         paths: list[str] = []
-        labels: list[int] = []
+        runs: list[tuple[str | None, int]] = []
         num_bytes = 0
-        if not any(_is_image(file.path) for file in files_below(self._root)):
-            return
-        for file in files_below(self._root):
-            if paths and (len(paths) >= size.num_images or num_bytes + file.num_bytes > size.num_bytes):
-                yield self._unit(paths, labels)
-                paths, labels, num_bytes = [], [], 0
-            if _is_image(file.path):
-                folders = file.path.split("/")[:-1]
-                one_deep = one_deep and len(folders) == 1
-                # The walk is sorted: all images of a class come one after another.
-                if one_deep and classes[-1:] != folders:
-                    classes += folders
-                num_bytes += file.num_bytes
-            paths.append(file.path)
-            labels.append(len(classes) - 1)
+        self.found.images = 0
+        for path, file_bytes, label in self._images():
+            if paths and (len(paths) >= size.num_images or num_bytes + file_bytes > size.num_bytes):
+                yield self._unit(paths, runs)
+                paths, runs, num_bytes = [], [], 0
+            classes.add((label,), path)
+            if runs and runs[-1][0] == label:
+                runs[-1] = (label, runs[-1][1] + 1)
+            else:
+                runs.append((label, 1))
+            num_bytes += file_bytes
+            paths.append(path)
+            self.found.images += 1
         if paths:
-            yield self._unit(paths, labels)
-        self.labelled = one_deep
-        self.classes = tuple(classes) if one_deep else ()
+            yield self._unit(paths, runs)
+        if self._layout.class_of is None:
+            self.found.classes = dict(sorted(classes.counts.items()))
+        elif why := classes.why_none():
+            self.found.labels = f"none, although they are {self.found.labels}: {shown(why)}"
+        else:
+            self.found.classes = classes.ordered()
 
-    def _unit(self, paths: list[str], labels: list[int]) -> Unit:
-        return Unit(len(paths), {"root": self._root, "paths": paths, "labels": labels})
+    def _images(self) -> Iterator[tuple[str, int, str | None]]:
+        """Yield the path, the size and the label of every image, in the order of the indices."""
+        files = files_below(
+            self._place.uri, follow_links=self._place.config.follow_links, base=self._layout.base
+        )
+        for file in files:
+            if self._survey.is_image(file.path):
+                try:
+                    yield file.path, file.num_bytes, self._layout.label(file.path)
+                except layout.Skip:
+                    continue
 
-
-def _splits(uri: str) -> list[str]:
-    """The splits of a folder in which all images lie in folders that are named like splits."""
-    folders = folders_in(uri)
-    if not all(name.lower() in SPLITS for name in folders):
-        return []
-    return [] if any(_is_image(file.path) for file in files_below(uri, depth=1)) else folders
-
-
-def _is_image(path: str) -> bool:
-    return path.lower().endswith(EXTENSIONS)
+    def _unit(self, paths: list[str], runs: list[tuple[str | None, int]]) -> Unit:
+        return Unit(len(paths), {"root": self._place.uri, "paths": paths, "labels": runs})
 
 
 def read(unit: Unit) -> Iterator[Row]:
-    fs, root = filesystem(unit.spec["root"])
-    paths, labels = unit.spec["paths"], unit.spec["labels"]
-
-    def load(path: str, label: int) -> Row:
-        try:
-            with fs.open_input_file(f"{root}/{path}") as file:
-                if not _is_image(path):
-                    return Row(None, label, path, f"is not named as an image: {describe(file.read(1024))}")
-                return Row(file.read(), label, path)
-        except (FileNotFoundError, PermissionError) as error:
-            return Row(None, label, path, f"cannot be read: {type(error).__name__}")
-        except OSError as error:
-            raise UserError(
-                f"Cannot read {unit.spec['root']}/{path}: {error}. Run the same command again."
-            ) from error
-
+    root, paths = unit.spec["root"], unit.spec["paths"]
+    labels = chain.from_iterable(repeat(label, count) for label, count in unit.spec["labels"])
     window = 4 * _READERS
     with ThreadPoolExecutor(_READERS) as pool:
         for start in range(0, len(paths), window):
-            yield from pool.map(load, paths[start : start + window], labels[start : start + window])
+            for path, image in zip(
+                paths[start : start + window],
+                pool.map(lambda path: _load(root, path), paths[start : start + window]),
+                strict=True,
+            ):
+                reason = image if isinstance(image, str) else ""
+                yield Row(None if reason else image, next(labels), shown(path), reason)  # type: ignore[arg-type]
+
+
+def _load(root: str, path: str) -> bytes | str:
+    """Return the content of an image file, or the reason why it cannot be read."""
+    try:
+        data = read_bytes(root, path, _MOST_BYTES + 1)
+    except (FileNotFoundError, PermissionError) as error:
+        return f"cannot be read: {type(error).__name__}"
+    except OSError as error:
+        raise UserError(f"Cannot read {root}/{shown(path)}: {error}. Run the same command again.") from error
+    return f"is larger than {_MOST_BYTES >> 20} MB" if len(data) > _MOST_BYTES else data

@@ -13,6 +13,7 @@ import numpy as np
 from raysl.errors import UserError, unknown
 from raysl.ingestion import png
 from raysl.ingestion.drawing import CLASSES, draw
+from raysl.ingestion.found import Found
 from raysl.ingestion.sources import Confidence, Place, Row, Unit, UnitSize
 from raysl.rng import ImageRng
 
@@ -32,8 +33,6 @@ class Source:
     """See `raysl.ingestion.sources.Source`."""
 
     encoded_here = True
-    labelled = True
-    classes: tuple[str, ...] | None = CLASSES
 
     def __init__(self, place: Place) -> None:
         _, _, rest = place.uri.partition(":")
@@ -48,12 +47,15 @@ class Source:
         self._split = place.split or "train"
         if self._split not in ("train", "test"):
             raise unknown("split of shapes", self._split, ["train", "test"])
+        self.found = Found("drawn shapes", "the shape that is drawn", ("train", "test"), self._split)
         self.name = f"shapes:{self._num_images}?seed={self._seed}&size={self._size}#{self._split}"
 
     def stamp(self) -> str:
         return self.name
 
     def units(self, size: UnitSize) -> Iterator[Unit]:
+        self.found.classes = dict.fromkeys(CLASSES, self._num_images // len(CLASSES))
+        self.found.images = self._num_images
         for first in range(0, self._num_images, size.num_images):
             count = min(size.num_images, self._num_images - first)
             spec = {
@@ -91,4 +93,4 @@ def read(unit: Unit) -> Iterator[Row]:
         wanted = slice(max(spec["first"] - start, 0), end - start)
         rows = zip(png.encode(pixels_bhwc[wanted]), labels[wanted], indices[wanted].tolist(), strict=True)
         for image, label, index in rows:
-            yield Row(image, label, f"shapes, image {index}")
+            yield Row(image, CLASSES[label], f"shapes, image {index}")

@@ -1,0 +1,89 @@
+"""What ingest finds in a source: its layout, its labels, and what it leaves out."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+
+# Kinds of entries that are left out. Files of other kinds are named by `raysl.ingestion.listing.kind_of`.
+LINKS_OUT = "links out of the source"
+LINKS_AGAIN = "links to folders that are read already"
+_CLASSES_SHOWN = 6
+
+
+class LeftOut:
+    """Counts of what is left out, by kind, each with its first path."""
+
+    def __init__(self) -> None:
+        self.kinds: dict[str, tuple[int, str]] = {}
+
+    def add(self, kind: str, path: str, count: int = 1) -> None:
+        before, first = self.kinds.get(kind, (0, path))
+        self.kinds[kind] = (before + count, first)
+
+    def update(self, other: LeftOut) -> None:
+        for kind, (count, first) in other.kinds.items():
+            self.add(kind, first, count)
+
+    def __str__(self) -> str:
+        """Return every kind with its count and its first path, or "nothing"."""
+        parts = sorted(self.kinds.items(), key=lambda item: -item[1][0])
+        return "; ".join(f"{count:,} {kind} ({shown(first)})" for kind, (count, first) in parts) or "nothing"
+
+
+@dataclass
+class Found:
+    """What a source was understood to be. Complete once its units are listed.
+
+    Args:
+        layout: the form of the source, as "class folders".
+        labels: one sentence: where the labels come from, or why there are none, with the path that decided it.
+        splits: all splits that the source holds.
+        split: the split that is read; "" without splits.
+        classes: number of images of each class, in the order of the class numbers; empty without labels.
+        images: number of images listed.
+        left_out: what is not read.
+    """
+
+    layout: str
+    labels: str = ""
+    splits: tuple[str, ...] = ()
+    split: str = ""
+    classes: dict[str, int] = field(default_factory=dict)
+    images: int = 0
+    left_out: LeftOut = field(default_factory=LeftOut)
+
+    def table(self, name: str) -> str:
+        """Return the table that ingest prints before it copies anything."""
+        lines = [("source", name), ("layout", self.layout)]
+        if self.splits:
+            others = ", ".join(split for split in self.splits if split != self.split)
+            lines.append(("split", self.split + (f"  (not read: {others})" if others else "")))
+        lines.append(("images", f"{self.images:,}{_classes(self.classes)}"))
+        lines.append(("labels", self.labels))
+        kinds = sorted(self.left_out.kinds.items(), key=lambda item: -item[1][0])
+        lines += [
+            ("left out" if i == 0 else "", f"{count:,} {kind}, as {shown(first)}")
+            for i, (kind, (count, first)) in enumerate(kinds)
+        ]
+        return "\n".join(f"  {key:<9} {text}" for key, text in lines)
+
+
+def _classes(counts: dict[str, int]) -> str:
+    if not counts:
+        return ""
+    few = ", ".join(f"{shown(name)} {count:,}" for name, count in list(counts.items())[:_CLASSES_SHOWN])
+    more = f", ... ({min(counts.values()):,} to {max(counts.values()):,} images each)"
+    return f" in {counted(len(counts), 'class')}: {few}{more if len(counts) > _CLASSES_SHOWN else ''}"
+
+
+def shown(path: str) -> str:
+    """Return a path as text that every terminal and file takes: bytes that are not UTF-8 become escapes."""
+    text = path.encode("utf-8", "surrogateescape").decode("utf-8", "backslashreplace")
+    return "".join(c if c.isprintable() else c.encode("unicode_escape").decode() for c in text)
+
+
+def counted(count: int, noun: str) -> str:
+    """Return a number with its noun, as "1 image" or "2 classes"."""
+    if count == 1:
+        return f"1 {noun}"
+    return f"{count:,} {noun}{'es' if noun.endswith('s') else 's'}"

@@ -1,0 +1,169 @@
+"""Find the column of labels in a table, and turn its values into names of classes."""
+
+from __future__ import annotations
+
+import json
+from collections import Counter
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass, field
+
+import pyarrow as pa
+import pyarrow.compute as pc
+
+from raysl.errors import UserError
+
+# Columns that are taken for the label, the first that is there.
+LABEL_NAMES = (
+    *(
+        "label",
+        "labels",
+        "fine_label",
+        "class",
+        "target",
+        "category",
+        "y",
+        "cls",
+        "class_name",
+        "class_label",
+    ),
+    *("label_name", "class_id", "label_id", "category_id", "coarse_label"),
+)
+# More classes than this, or one for nearly every image, are identifiers and not classes.
+_MOST_CLASSES = 1 << 20
+_FEW_IMAGES = 1000
+
+
+class NoClassesError(Exception):
+    """A column does not hold one class for each image. The message completes the sentence "The column ..."."""
+
+
+def find(names: Sequence[str], wanted: str, place: str) -> str:
+    """Return the column of labels; "" if no column is named like one.
+
+    Args:
+        wanted: the column that the user named; "" to guess.
+        place: file, for messages.
+
+    Raises:
+        UserError: the named column does not exist.
+    """
+    if wanted and wanted not in names:
+        raise UserError(
+            f"{place} has no column {wanted!r}, which --label-column names. Its columns are {', '.join(names)}."
+        )
+    if wanted:
+        return wanted
+    lower = {name.lower(): name for name in reversed(names)}
+    return next((lower[name] for name in LABEL_NAMES if name in lower), "")
+
+
+def names_in(schema: pa.Schema, column: str) -> list[str] | None:
+    """Return the names of the classes that Hugging Face writes into a schema; None if it has none."""
+    try:
+        feature = json.loads((schema.metadata or {})[b"huggingface"])["info"]["features"][column]
+        feature = feature.get("feature", feature) if isinstance(feature, dict) else feature
+        return [str(name) for name in feature["names"]]
+    except (KeyError, TypeError, ValueError):
+        return None
+
+
+def as_classes(column: pa.Array, names: list[str] | None = None) -> pa.Array:
+    """Return the class of each row: a string, or null for a row without a label (null, NaN, -1, "").
+
+    Args:
+        column: of integers, whole floats, booleans, strings, dictionaries of these, or lists of one of these.
+        names: of the classes that integers are indices of; None to name them after the integers.
+
+    Raises:
+        NoClassesError: the values are of another kind.
+        UserError: an integer has no name.
+    """
+    kind = column.type
+    if pa.types.is_dictionary(kind):
+        return as_classes(column.cast(kind.value_type), names)
+    if pa.types.is_list(kind) or pa.types.is_large_list(kind) or pa.types.is_fixed_size_list(kind):
+        lengths = pc.list_value_length(column)
+        if pc.any(pc.not_equal(lengths, 1)).as_py():
+            raise NoClassesError("lists several classes for an image, and a data set holds one")
+        single = pa.array([row[0] if row else None for row in column.to_pylist()], kind.value_type)
+        return as_classes(single, names)
+    if pa.types.is_null(kind):
+        return pa.nulls(len(column), pa.string())
+    if pa.types.is_floating(kind):
+        column = pc.if_else(pc.is_finite(column), column, None)
+        if pc.any(pc.not_equal(column, pc.floor(column))).as_py():
+            example = column.filter(pc.not_equal(column, pc.floor(column)))[0].as_py()
+            raise NoClassesError(f"holds fractions, such as {example:g}")
+        if pc.any(pc.greater(pc.abs(column), float(1 << 53))).as_py():
+            raise NoClassesError("holds numbers beyond those that floats count")
+        return as_classes(column.cast(pa.int64()), names)
+    if pa.types.is_integer(kind):
+        if pa.types.is_signed_integer(kind):
+            column = pc.if_else(pc.less(column, 0), None, column)
+        if names is None:
+            return column.cast(pa.string())
+        largest = pc.max(column).as_py()
+        if largest is not None and largest >= len(names):
+            raise UserError(
+                f"The source names {len(names)} classes and has an image with label {largest}. Labels must be 0 to one "
+                "less than the number of names: correct the source, or name another column with --label-column."
+            )
+        return pa.array(names, pa.string()).take(column)
+    if pa.types.is_boolean(kind):
+        return column.cast(pa.string())
+    if pa.types.is_string(kind) or pa.types.is_large_string(kind):
+        return pc.if_else(pc.equal(column, ""), None, column.cast(pa.string()))
+    raise NoClassesError(f"is of type {kind}")
+
+
+@dataclass
+class Classes:
+    """The classes of a source, counted while its labels are read.
+
+    Args:
+        counts: images of each class.
+        names: of the classes in the order of their numbers, where the source says them.
+        unlabelled: path of the first image without a label; "" if there is none.
+    """
+
+    counts: Counter[str] = field(default_factory=Counter)
+    names: list[str] = field(default_factory=list)
+    unlabelled: str = ""
+
+    def add(self, labels: Iterable[str | None], first: str) -> None:
+        """Count labels; `first` names the file or the image that they are of."""
+        for label in labels:
+            if label is None:
+                self.unlabelled = self.unlabelled or first
+            else:
+                self.counts[label] += 1
+
+    def ordered(self) -> dict[str, int]:
+        """Return the number of images of each class, in the order of the class numbers.
+
+        The order is the source's where it names its classes, else that of the numbers or of the alphabet.
+        """
+        named = dict.fromkeys(self.names)
+        others = sorted(
+            self.counts.keys() - named.keys(), key=_numeric if all(map(_is_number, self.counts)) else str
+        )
+        return {name: self.counts[name] for name in (*named, *others)}
+
+    def why_none(self) -> str:
+        """Return why these are no classes for every image; "" if they are."""
+        if not self.counts:
+            return "no row has one (all are null, empty or -1)"
+        if self.unlabelled:
+            return f"{self.unlabelled} has an image without one, and {self.counts.total():,} images have one"
+        many = len(self.counts)
+        if many > _MOST_CLASSES or (many > _FEW_IMAGES and 2 * many > self.counts.total()):
+            return f"it has {many:,} values in {self.counts.total():,} rows, which are names of images and not classes"
+        return ""
+
+
+def _is_number(name: str) -> bool:
+    return name.isascii() and name.isdigit()
+
+
+def _numeric(name: str) -> int:
+    return int(name)

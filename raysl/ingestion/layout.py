@@ -1,0 +1,243 @@
+"""Recognise the layout of a tree of image files, from the counts of the files in its folders.
+
+A layout says which folder is read, what the splits are, and which class an image belongs to. It is the same for a folder
+and for the names inside an archive. Class folders are those of torchvision's ImageFolder: the first folder below the
+root, whatever lies deeper.
+"""
+
+from __future__ import annotations
+
+import re
+from collections import Counter
+from collections.abc import Callable
+from dataclasses import dataclass, field
+from typing import Literal
+
+from raysl.ingestion.found import Found, LeftOut, shown
+from raysl.ingestion.listing import IMAGE, Survey, is_split, join
+
+Labels = Literal["auto", "folders", "none"]
+
+# Folders of pictures that are not the images: masks, and what tools write beside the images.
+_MASKS = {
+    *(
+        "masks",
+        "segmentationclass",
+        "segmentationclassaug",
+        "segmentationobject",
+        "segmentation",
+        "segmentations",
+    ),
+    *("trimaps", "ground_truth", "groundtruth", "gt", "annotations", "annotation", "labels", "labelids"),
+}
+# Folders beside which others hold masks, crops or depths of the same images.
+_IMAGES = {"images", "image", "imgs", "img", "jpegimages", "rgb"}
+# Folders that hold images of any class.
+_GENERIC = {*_IMAGES, "photos", "pictures", "pics", "frames", "data", "all"}
+_TRAIN = re.compile(r"train", re.IGNORECASE)
+_NUMBER = re.compile(r"\d{5,}")
+
+
+@dataclass
+class Layout:
+    """What becomes of the images of a tree.
+
+    Args:
+        found: for people; complete but for the counts of the images.
+        base: folder that is read; "" is the root.
+        without: folders below it that are not read.
+        classes_in: folder in which the class folders lie; None if folders are no classes.
+        inner_split: split inside of every class folder; "" if there is none.
+        class_of: class of an image by its path, for layouts that name them in a file.
+        strays: images directly inside `classes_in` are left out.
+    """
+
+    found: Found
+    base: str = ""
+    without: set[str] = field(default_factory=set)
+    classes_in: str | None = None
+    inner_split: str = ""
+    class_of: dict[str, str] | None = None
+    strays: bool = False
+
+    def label(self, path: str) -> str | None:
+        """Return the class of an image.
+
+        Raises:
+            Skip: the image is not read.
+        """
+        folder = path.rpartition("/")[0]
+        if (self.base and not join_within(folder, self.base)) or any(
+            join_within(folder, out) for out in self.without
+        ):
+            raise Skip
+        if self.class_of is not None:
+            return self.class_of.get(path)
+        if self.classes_in is None:
+            return None
+        rest = path[len(self.classes_in) + 1 :] if self.classes_in else path
+        name, *deeper = rest.split("/")
+        if not deeper:
+            raise Skip
+        if self.inner_split and deeper[0] != self.inner_split:
+            raise Skip
+        return name
+
+
+class Skip(Exception):
+    """The image is not read."""
+
+
+def join_within(folder: str, above: str) -> bool:
+    """Return True if a folder is `above` or lies below it."""
+    return folder == above or folder.startswith(f"{above}/")
+
+
+def recognise(
+    survey: Survey, choose: Callable[[list[str]], str], labels: Labels, left_out: LeftOut
+) -> Layout:
+    """Return the layout of a tree.
+
+    Args:
+        choose: returns the split to take of those that the source holds, or raises UserError.
+        labels: "folders" takes the first folders as classes whatever they are called, "none" none.
+        left_out: what the listing has left out.
+
+    Raises:
+        UserError: the split is not there, or there are several and none was named.
+    """
+    found = Found("", left_out=left_out)
+    layout = Layout(found)
+    _descend(survey, layout)
+    splits, beside = _splits(survey, layout.base)
+    if splits:
+        found.splits = tuple(splits)
+        found.split = choose(splits)
+        for name in beside:
+            where = join(layout.base, name)
+            left_out.add("images in folders beside the splits", survey.first(where), survey.images(where))
+        stray = survey.images(layout.base, direct=True)
+        if stray:
+            left_out.add("images beside the splits", survey.examples[layout.base, IMAGE], stray)
+        layout.base = join(layout.base, found.split)
+        _descend(survey, layout)
+    _classes(survey, layout, labels, choose)
+    if not found.splits:
+        choose([])
+    left_out.update(survey.others())
+    return layout
+
+
+def _descend(survey: Survey, layout: Layout) -> None:
+    """Go down folders that only wrap others, and past folders of masks."""
+    while True:
+        base = layout.base
+        children = _without_masks(survey, layout)
+        if survey.images(base, direct=True) or len(children) != 1:
+            return
+        only = join(base, children[0])
+        holds_splits = bool(_splits(survey, only)[0])
+        if is_split(children[0]) or (survey.images(only, direct=True) and not holds_splits):
+            return
+        layout.base = only
+
+
+def _without_masks(survey: Survey, layout: Layout) -> list[str]:
+    """Return the folders with images inside the base, and leave folders of masks out."""
+    children = survey.children(layout.base)
+    masks = [name for name in children if name.lower() in _MASKS]
+    pictures = [name for name in children if name not in masks and name.lower() in _IMAGES]
+    if pictures and not any(is_split(name) for name in children):
+        masks = [name for name in children if name != pictures[0]]
+    if len(masks) == len(children) and not survey.images(layout.base, direct=True):
+        return children
+    for name in masks:
+        where = join(layout.base, name)
+        if where not in layout.without:
+            layout.without.add(where)
+            layout.found.left_out.add(
+                "masks or other pictures of the same images", survey.first(where), survey.images(where)
+            )
+    return [name for name in children if name not in masks]
+
+
+def _splits(survey: Survey, base: str) -> tuple[list[str], list[str]]:
+    """Return the folders inside the base that are splits, and other folders with images; none and none without."""
+    children = [name for name in survey.children(base) if name.lower() not in _MASKS]
+    for strictly in (True, False):
+        named = [name for name in children if is_split(name, strictly)]
+        training = [name for name in named if _TRAIN.search(name)]
+        if named and (len(named) == len(children) or 0 < len(training) < len(named)):
+            return named, [name for name in children if name not in named]
+    return [], []
+
+
+def _classes(survey: Survey, layout: Layout, labels: Labels, choose: Callable[[list[str]], str]) -> None:
+    """Decide where the labels come from."""
+    found, base = layout.found, layout.base
+    children = survey.children(base) if labels == "folders" else _without_masks(survey, layout)
+    direct = survey.images(base, direct=True)
+    inside = sum(survey.images(join(base, name)) for name in children)
+    example = shown(survey.first(join(base, children[0]) if children else base))
+    where = f"{shown(base)!r}" if base else "the source"
+    why = ""
+    if labels == "none":
+        why = "--labels none was given"
+    elif not children:
+        why = f"all images lie in one folder, as {example}"
+    elif labels == "auto":
+        if direct and 2 * direct >= inside:
+            why = (
+                f"{direct:,} images lie beside the folders in {where} ({shown(survey.examples[base, IMAGE])}), so the "
+                "folders are not taken for classes; --labels folders takes them and leaves those images out"
+            )
+        elif len(children) == 1 and children[0].lower() in _GENERIC:
+            why = f"the only folder is called {shown(children[0])!r}, as {example}"
+        elif all("JPEGImages" in survey.children(join(base, name)) for name in children):
+            why = f"the folders are years or parts of Pascal VOC, as {example}"
+        elif all(_NUMBER.fullmatch(name) for name in children) and _has_text(survey, base, children):
+            why = f"the folders are numbered parts with a text for each image, as {example}"
+    if why:
+        found.layout = found.layout or "a folder of images"
+        found.labels = f"none: {why}{_annotations(survey)}"
+        return
+    inner = {name: survey.children(join(base, name)) for name in children}
+    found.layout = "class folders" + (f" in the split {found.split!r}" if found.split else "")
+    if (
+        all(names and all(is_split(one) for one in names) for names in inner.values())
+        and len({one for names in inner.values() for one in names}) > 1
+    ):
+        found.splits = tuple(sorted({one for names in inner.values() for one in names}))
+        found.split = layout.inner_split = choose(list(found.splits))
+        found.layout = "class folders with splits inside"
+    if base and base != found.split:
+        found.layout += f", in {shown(base)}/"
+    layout.classes_in = base
+    if direct:
+        found.left_out.add("images beside the class folders", survey.examples[base, IMAGE], direct)
+    found.labels = f"the folder of each image, as {example}"
+
+
+def _has_text(survey: Survey, base: str, children: list[str]) -> bool:
+    """Return True if there is a text or a JSON file for most images, as img2dataset writes."""
+    folders = [join(base, name) for name in children]
+    notes = sum(
+        max(survey.folders.get(at, Counter())[kind] for kind in ("text files", "JSON and XML files"))
+        for at in folders
+    )
+    return 2 * notes >= sum(survey.images(at) for at in folders)
+
+
+def _annotations(survey: Survey) -> str:
+    """Return what is said of annotations that are not used."""
+    for folder, counts in survey.folders.items():
+        name = folder.rpartition("/")[2].lower()
+        notes = counts.get("JSON and XML files", 0) or counts.get("text files", 0)
+        if (notes and name in ("annotations", "annotation", "labels")) or (
+            notes and "/labels/" in f"/{folder.lower()}/"
+        ):
+            return (
+                f". Those in {shown(folder)}/ are not used: they name any number of objects in an image (Pascal VOC, "
+                "COCO, YOLO), and a data set holds one class for each image"
+            )
+    return ""

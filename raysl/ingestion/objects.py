@@ -1,0 +1,116 @@
+"""Sources that are Python objects: a list of files, a Hugging Face dataset, a Ray Dataset.
+
+Their rows are written as one Parquet file into the destination, where every machine sees it, and that is ingested.
+"""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Iterable, Iterator
+from dataclasses import replace
+from typing import Any
+
+import numpy as np
+import pyarrow as pa
+import pyarrow.parquet as pq
+
+from raysl.errors import UserError
+from raysl.ingestion import png
+from raysl.ingestion.sources import Opened, Place, ReadConfig, open_source
+from raysl.storage import Folder
+
+FOLDER = "_source"
+_FILE = "rows.parquet"
+_BATCH_ROWS = 256
+
+
+def opened(source: Any, dest: Folder, config: ReadConfig) -> Opened:
+    """Open an object as a source.
+
+    Args:
+        source: a list of paths or of (path, label) pairs; a `datasets.Dataset`; or a `ray.data.Dataset` with a column
+            of encoded images, of pixels (uint8) or of paths.
+        dest: destination of the ingest.
+        config: how the rows are read; files may lie anywhere.
+
+    Raises:
+        UserError: the object is of another kind, or empty.
+    """
+    name, tables = _tables(source)
+    writer = None
+    with (dest / FOLDER).writing(_FILE) as stream:
+        for table in tables:
+            writer = writer or pq.ParquetWriter(stream, table.schema, use_dictionary=False)
+            writer.write_table(table.cast(writer.schema), row_group_size=_BATCH_ROWS)
+        if writer:
+            writer.close()
+    if writer is None:
+        dest.delete(FOLDER)
+        raise UserError(f"The source, {name}, is empty. Give at least one image.")
+    found = open_source(Place(str(dest / FOLDER / _FILE), config=replace(config, follow_links=True)))
+    found.source.name = name
+    return found
+
+
+def _tables(source: Any) -> tuple[str, Iterator[pa.Table]]:
+    """Return the name of an object, and its rows as tables."""
+    kind = f"{type(source).__module__.partition('.')[0]}.{type(source).__name__}"
+    if isinstance(source, list | tuple):
+        return f"a list of {len(source):,} files", _of_list(source)
+    if hasattr(source, "with_format") and hasattr(source, "features"):
+        batches = (batch for batch in source.with_format("arrow").iter(_BATCH_ROWS))
+        return f"{kind} of {len(source):,} rows", (_with_features(source, batch) for batch in batches)
+    if hasattr(source, "iter_batches") and hasattr(source, "map_batches"):
+        return kind, map(_encoded, source.iter_batches(batch_size=_BATCH_ROWS, batch_format="pyarrow"))
+    raise UserError(
+        f"The source is of the type {kind}. Give a path, a list of files or of (file, label) pairs, a datasets.Dataset or "
+        "a ray.data.Dataset."
+    )
+
+
+def _of_list(source: Iterable[Any]) -> Iterator[pa.Table]:
+    pairs = [one if isinstance(one, list | tuple) else (one, None) for one in source]
+    for pair in pairs:
+        if len(pair) != 2 or not isinstance(pair[0], str | os.PathLike):
+            raise UserError(
+                f"The list of files holds {pair!r}. Each entry must be a path, or a pair of a path and a label."
+            )
+    for start in range(0, len(pairs), 65536):
+        part = pairs[start : start + 65536]
+        files = [
+            name if "://" in name else os.path.abspath(name) for name in (os.fspath(path) for path, _ in part)
+        ]
+        columns: dict[str, Any] = {"file_name": files}
+        if any(label is not None for _, label in pairs):
+            columns["label"] = pa.array(
+                [None if label is None else str(label) for _, label in part], pa.string()
+            )
+        yield pa.table(columns)
+
+
+def _with_features(source: Any, batch: pa.Table) -> pa.Table:
+    """Keep the names of the classes, which Hugging Face writes into the schema."""
+    return batch.replace_schema_metadata(source.features.arrow_schema.metadata)
+
+
+def _encoded(batch: pa.Table) -> pa.Table:
+    """Encode columns of pixels as PNG."""
+    for number, column in enumerate(batch.schema):
+        if isinstance(column.type, pa.ExtensionType):
+            arrays = [
+                np.asarray(value)
+                for value in batch.column(number).combine_chunks().to_numpy(zero_copy_only=False)
+            ]
+            files = [_png(pixels, column.name) for pixels in arrays]
+            batch = batch.set_column(number, column.name, pa.array(files, pa.binary()))
+    return batch
+
+
+def _png(pixels: Any, name: str) -> bytes:
+    pixels = pixels[..., None] if pixels.ndim == 2 else pixels
+    if pixels.dtype != np.uint8 or pixels.ndim != 3 or pixels.shape[2] not in (1, 3):
+        raise UserError(
+            f"The column {name!r} holds arrays of the type {pixels.dtype} and the shape {pixels.shape}. Images must be "
+            "uint8 of the shape (height, width), (height, width, 1) or (height, width, 3)."
+        )
+    return png.encode(np.ascontiguousarray(pixels)[None])[0]

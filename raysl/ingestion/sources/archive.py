@@ -1,0 +1,385 @@
+"""Archives: tar (compressed or not, by content), WebDataset shards, and zip.
+
+The names inside an archive are a tree of files, and `raysl.ingestion.layout` recognises its classes and splits. In a
+WebDataset the files of a sample share a key: that of `a/b/0001.seg.png` is `a/b/0001`. Its label is in `.cls` as digits,
+or in a field of `.json`. Archives are never unpacked to disk: what a member is called does not matter for safety.
+"""
+
+from __future__ import annotations
+
+import json
+import zipfile
+from collections import Counter
+from collections.abc import Iterator
+from concurrent.futures import ThreadPoolExecutor
+from contextlib import contextmanager
+from dataclasses import dataclass, field, replace
+from typing import NamedTuple
+
+from raysl.errors import UserError
+from raysl.ingestion import labels, layout, tar
+from raysl.ingestion.found import Found, LeftOut, shown
+from raysl.ingestion.listing import (
+    HIDDEN,
+    IMAGE,
+    File,
+    Survey,
+    by_split,
+    files_below,
+    is_hidden,
+    kind_of,
+    stamp,
+)
+from raysl.ingestion.sources import Confidence, Place, Row, Unit, UnitSize, choose_split
+from raysl.storage import Folder
+
+SUMMARY = (
+    "tar and zip archives, WebDataset shards: shard-000000.tar, photos.tar.gz, photos.zip, s3://bucket/shards"
+)
+
+_TAR = (".tar", ".tgz", ".tar.gz", ".tar.bz2", ".tbz2", ".tar.xz", ".txz", ".tar.zst")
+# Larger members are not taken into memory.
+_MOST_BYTES = 1 << 30
+_MOST_LABEL_BYTES = 1 << 20
+_LABELS = ("cls", "json")
+# The image of a sample that has several, in this order.
+_PREFERRED = ("jpg", "jpeg", "png", "webp", "image", "img")
+
+
+def recognise(place: Place) -> Confidence:
+    if place.uri.lower().endswith((*_TAR, ".zip")) and not place.is_folder and Folder(place.uri).exists():
+        return Confidence.IS
+    if not place.is_folder:
+        return Confidence.NO
+    survey, _ = place.survey
+    archives = survey.others().kinds.get("archives", (0, ""))[0]
+    # A few loose pictures beside many archives, such as a preview, are not the data set.
+    few = (
+        survey.images() <= min(archives, 20) and 100 * survey.num_bytes[IMAGE] < survey.num_bytes["archives"]
+    )
+    return Confidence.IS if few and _archives(place) else Confidence.NO
+
+
+def _archives(place: Place) -> list[File]:
+    if not place.is_folder:
+        return list(files_below(place.uri, 1))
+    files = files_below(place.uri, 3, follow_links=place.config.follow_links)
+    return [file for file in files if file.path.lower().endswith((*_TAR, ".zip"))]
+
+
+class Member(NamedTuple):
+    """An image in an archive: its name, where its content begins (-1 if it must be searched), and its size."""
+
+    name: str
+    offset: int
+    size: int
+
+
+@dataclass
+class Listing:
+    """What an archive holds.
+
+    Args:
+        path: of the archive below the source.
+        how: "tar", "stream" (a compressed tar, read from its beginning) or "zip".
+        name: of the archive, for messages.
+        images: in the order of the archive.
+        classes: by the name of a `.cls` or `.json` member without its suffix, the label in it.
+        fields: fields of the first `.json` member.
+    """
+
+    path: str
+    how: str
+    name: str
+    images: list[Member] = field(default_factory=list)
+    classes: dict[str, str] = field(default_factory=dict)
+    fields: tuple[str, ...] = ()
+    left_out: LeftOut = field(default_factory=LeftOut)
+
+    def takes(self, name: str, is_file: bool, size: int) -> str:
+        """Return the kind of a member, or "" after it was left out."""
+        if not is_file:
+            self.left_out.add("links and devices in archives", name)
+        elif name.startswith("/") or ".." in name.split("/"):
+            self.left_out.add("members with absolute paths or ..", name)
+        elif is_hidden(name.removeprefix("./")):
+            self.left_out.add(HIDDEN, name)
+        elif size > _MOST_BYTES:
+            self.left_out.add(f"members larger than {_MOST_BYTES >> 20} MB", name)
+        else:
+            suffix = name.rpartition(".")[2]
+            if suffix in _LABELS:
+                return suffix
+            kind = kind_of(name) or f"members called .{suffix}"
+            if kind != IMAGE:
+                self.left_out.add(kind, name)
+            return kind
+        return ""
+
+    def take_label(self, name: str, data: bytes, wanted: str) -> None:
+        """Read the label in a `.cls` or `.json` member."""
+        stem, _, suffix = name.rpartition(".")
+        if suffix == "cls":
+            try:
+                self.classes[stem] = str(int(data))
+            except ValueError:
+                raise UserError(
+                    f"The member {shown(name)!r} of {self.name!r} should hold a class number as digits and "
+                    f"holds {data[:40]!r}. Write numbers from 0, or ingest with --labels none."
+                ) from None
+            return
+        try:
+            value = json.loads(data)
+        except ValueError:
+            value = None
+        if not isinstance(value, dict):
+            return
+        self.fields = self.fields or tuple(map(str, value))
+        column = wanted if wanted in value else labels.find(list(value), "", name)
+        if column and isinstance(value[column], str | int) and value[column] not in ("", -1):
+            self.classes[stem] = str(value[column])
+
+
+def _list(place: Place, path: str) -> Listing:
+    name = path or place.uri
+    if name.lower().endswith(".zip"):
+        return _list_zip(place, path)
+    with tar.opened(place.uri, path) as (_, packed):
+        listing = Listing(path, "stream" if packed else "tar", shown(name))
+    for member, content in tar.members(place.uri, path):
+        if member.isdir():
+            continue
+        kind = listing.takes(member.name, member.isfile() and not member.issparse(), member.size)
+        if kind == IMAGE:
+            listing.images.append(Member(member.name, -1 if packed else member.offset_data, member.size))
+        elif kind in _LABELS and member.size <= _MOST_LABEL_BYTES and place.config.labels == "auto":
+            listing.take_label(member.name, content(), place.config.label_column)
+    return listing
+
+
+def _list_zip(place: Place, path: str) -> Listing:
+    listing = Listing(path, "zip", shown(path or place.uri))
+    with _opened_zip(place.uri, path) as archive:
+        for info in archive.infolist():
+            if info.is_dir():
+                continue
+            if info.flag_bits & 1:
+                raise UserError(
+                    f"The archive {shown(path or place.uri)!r} is encrypted. Unpack it and ingest the folder."
+                )
+            linked = (info.external_attr >> 16) & 0o170000 == 0o120000
+            if listing.takes(info.filename, not linked, info.file_size) == IMAGE:
+                listing.images.append(Member(info.filename, -1, info.file_size))
+    return listing
+
+
+@contextmanager
+def _opened_zip(root: str, path: str) -> Iterator[zipfile.ZipFile]:
+    try:
+        with tar.opened(root, path) as (stream, _), zipfile.ZipFile(stream) as archive:
+            yield archive
+    except (zipfile.BadZipFile, NotImplementedError, EOFError, OSError) as error:
+        raise UserError(
+            f"Cannot read the archive {shown(f'{root}/{path}'.rstrip('/'))!r}: {error}. Download or copy it again, "
+            "then run the same command."
+        ) from error
+
+
+class Source:
+    """See `raysl.ingestion.sources.Source`."""
+
+    encoded_here = False
+
+    def __init__(self, place: Place) -> None:
+        self._place = place
+        files = {file.path: file for file in _archives(place)}
+        splits = by_split(files)
+        split = choose_split(place, sorted(splits.keys() - {""})) if len(splits.keys() - {""}) else ""
+        self._files = [files[path] for path in splits[split]]
+        self._split = split
+        left_out = LeftOut()
+        if place.is_folder:
+            survey, hidden = place.survey
+            left_out.update(hidden)
+            left_out.update(survey.others())
+            left_out.kinds.pop("archives", None)
+            if survey.images():
+                left_out.add("images beside the archives", survey.first(), survey.images())
+        if split and splits.get(""):
+            left_out.add("archives of no split", splits[""][0], len(splits[""]))
+        self.found = Found("tar and zip archives", splits=tuple(sorted(splits.keys() - {""})), split=split)
+        self.found.left_out = left_out
+        self._listings: list[Listing] | None = None
+        inner = self._inner_split(place)
+        self.name = str(replace(place, split=split or inner))
+
+    def _inner_split(self, place: Place) -> str:
+        """List the archives, and recognise their classes and splits."""
+        with ThreadPoolExecutor(8) as pool:
+            self._listings = list(pool.map(lambda file: _list(place, file.path), self._files))
+        listings = self._listings
+        for listing in listings:
+            self.found.left_out.update(listing.left_out)
+        if not any(listing.images for listing in listings):
+            raise UserError(f"The archives at {place.uri!r} hold no images. They hold {self.found.left_out}.")
+        self._choose_images(place.config.image_column)
+        names = (File(m.name.removeprefix("./"), m.size, 0) for listing in listings for m in listing.images)
+        survey = Survey.of(names, _no_head)
+        inner = LeftOut()
+        self._layout = layout.recognise(
+            survey,
+            lambda splits: choose_split(replace(place, split="") if self._split else place, splits),
+            place.config.labels,
+            inner,
+        )
+        self.found.left_out.update(inner)
+        found = self._layout.found
+        with_labels = next((listing for listing in listings if listing.classes), None)
+        self._in_members = with_labels is not None
+        self.found.layout = f"{_count(listings)}: {found.layout}"
+        if with_labels:
+            self.found.layout = f"{_count(listings)}: samples with labels (WebDataset)"
+            self.found.labels = (
+                f"the .cls or .json of each sample, as {shown(next(iter(with_labels.classes)))}"
+            )
+        else:
+            fields = next((listing.fields for listing in listings if listing.fields), ())
+            more = (
+                f"; the .json of a sample has no label, its fields are {', '.join(fields)}" if fields else ""
+            )
+            self.found.labels = found.labels + more
+        if not self._split:
+            self.found.splits, self.found.split = found.splits, found.split
+        return found.split
+
+    def _choose_images(self, wanted: str) -> None:
+        """Decide what the key of a sample is, and take one image of samples that have several."""
+        listings = self._listings or []
+        images = [image.name for listing in listings for image in listing.images]
+        fields = Counter(_key(name, first_dot=True)[1] for name in images)
+        samples = len({_key(name, first_dot=True)[0] for name in images})
+        often = samples > 1 and all(2 * count >= samples for count in fields.values())
+        # Dots that are no fields of samples belong to names such as 2023.01.05.jpg.
+        self._first_dot = often or not any("." in one for one in fields)
+        if wanted and wanted.lower() not in fields:
+            raise UserError(
+                f"No image in {self._place.uri!r} has the suffix {wanted!r}, which --image-column names. The suffixes "
+                f"are {', '.join(sorted(fields)[:20])}."
+            )
+        if not wanted and (not often or len(images) <= samples):
+            return
+        chosen = wanted.lower() or next((name for name in _PREFERRED if name in fields), min(fields))
+        for listing in listings:
+            kept = [image for image in listing.images if _key(image.name, first_dot=True)[1] == chosen]
+            others = [one.name for one in listing.images if _key(one.name, first_dot=True)[1] != chosen]
+            if others:
+                what = f"other images of the samples (.{chosen} is taken; --image-column names another)"
+                self.found.left_out.add(what, others[0], len(others))
+            listing.images = kept
+        self._first_dot = True
+
+    def stamp(self) -> str:
+        return stamp(self._files) + str(self._place.config)
+
+    def units(self, size: UnitSize) -> Iterator[Unit]:
+        classes = labels.Classes()
+        self.found.images = 0
+        for listing in self._listings or []:
+            taken: list[tuple[Member, str | None]] = []
+            num_bytes = 0
+            for image in listing.images:
+                try:
+                    label = self._layout.label(image.name.removeprefix("./"))
+                except layout.Skip:
+                    if not self._in_members:
+                        continue
+                if self._in_members:
+                    label = listing.classes.get(_key(image.name, self._first_dot)[0])
+                full = len(taken) >= size.num_images or num_bytes + image.size > size.num_bytes
+                if taken and full and listing.how != "stream":
+                    yield self._unit(listing, taken)
+                    taken, num_bytes = [], 0
+                taken.append((image, label))
+                num_bytes += image.size
+                classes.add((label,), f"{listing.path}/{image.name}".strip("/"))
+            if taken:
+                yield self._unit(listing, taken)
+        if self._in_members and (why := classes.why_none()):
+            self.found.labels = f"none, although they are {self.found.labels}: {shown(why)}"
+        elif classes.counts:
+            self.found.classes = (
+                classes.ordered() if self._in_members else dict(sorted(classes.counts.items()))
+            )
+
+    def _unit(self, listing: Listing, taken: list[tuple[Member, str | None]]) -> Unit:
+        self.found.images += len(taken)
+        spec = {
+            "root": self._place.uri,
+            "path": listing.path,
+            "how": listing.how,
+            "images": [list(image) for image, _ in taken],
+            "labels": [label for _, label in taken],
+        }
+        return Unit(len(taken), spec)
+
+
+def _no_head(path: str) -> bytes:
+    raise OSError(path)
+
+
+def _count(listings: list[Listing]) -> str:
+    packed = ", compressed" if any(listing.how == "stream" for listing in listings) else ""
+    if len(listings) == 1:
+        return f"one {'zip' if listings[0].how == 'zip' else 'tar'} archive{packed}"
+    return f"{len(listings):,} archives{packed}"
+
+
+def _key(name: str, first_dot: bool) -> tuple[str, str]:
+    """Return the key of a member and its suffix, split at the first or at the last dot of its name."""
+    folder, _, base = name.rpartition("/")
+    stem, _, suffix = base.partition(".") if first_dot else base.rpartition(".")
+    return (f"{folder}/{stem}" if folder else stem), suffix.lower()
+
+
+def read(unit: Unit) -> Iterator[Row]:
+    spec = unit.spec
+    archive = spec["path"] or spec["root"].rpartition("/")[2]
+    images = [Member(*image) for image in spec["images"]]
+    contents = {"zip": _read_zip, "stream": _read_stream, "tar": _read_tar}[spec["how"]]
+    rows = contents(spec["root"], spec["path"], images)
+    for image, label, data in zip(images, spec["labels"], rows, strict=True):
+        path = shown(f"{archive}/{image.name}")
+        yield Row(data, label, path) if isinstance(data, bytes) else Row(None, label, path, data)
+
+
+def _read_tar(root: str, path: str, images: list[Member]) -> Iterator[bytes | str]:
+    with tar.opened(root, path) as (stream, _):
+        for image in images:
+            stream.seek(image.offset)
+            data = bytes(stream.read(image.size))
+            if len(data) < image.size:
+                raise UserError(
+                    f"The archive {shown(f'{root}/{path}'.rstrip('/'))!r} ends inside of {shown(image.name)!r}, although "
+                    "it was whole when it was listed. Run the same command again."
+                )
+            yield data
+
+
+def _read_stream(root: str, path: str, images: list[Member]) -> Iterator[bytes | str]:
+    wanted = iter(images)
+    image = next(wanted, None)
+    for member, content in tar.members(root, path):
+        if image is not None and member.name == image.name and member.isfile():
+            yield content()
+            image = next(wanted, None)
+
+
+def _read_zip(root: str, path: str, images: list[Member]) -> Iterator[bytes | str]:
+    with _opened_zip(root, path) as archive:
+        for image in images:
+            try:
+                with archive.open(image.name) as stream:
+                    # A bomb holds more than its directory says.
+                    yield stream.read(min(image.size, _MOST_BYTES))
+            except (zipfile.BadZipFile, EOFError, RuntimeError) as error:
+                yield f"is damaged inside of the archive: {error}"

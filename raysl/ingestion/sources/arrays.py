@@ -1,0 +1,389 @@
+"""Files of arrays of pixels: the MNIST family (IDX), CIFAR-10 and CIFAR-100 (Krizhevsky 2009), and NumPy's .npz.
+
+IDX files are read as they are or from gzip: MNIST, Fashion-MNIST (Xiao, Rasul and Vollgraf 2017), KMNIST, EMNIST and
+QMNIST, in a folder of their own or as torchvision stores them. Pixels stay as stored, so those of EMNIST are transposed,
+as they are in torchvision.
+"""
+
+from __future__ import annotations
+
+import gzip
+import io
+import pickle
+import re
+import struct
+import zipfile
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import numpy.typing as npt
+import pyarrow as pa
+
+from raysl.errors import UserError
+from raysl.ingestion import labels, png
+from raysl.ingestion.found import Found
+from raysl.ingestion.listing import files_below, is_folder, stamp
+from raysl.ingestion.sources import Confidence, Place, ReadConfig, Row, Unit, UnitSize, choose_split
+from raysl.storage import Folder, filesystem
+
+SUMMARY = (
+    "MNIST's IDX files, CIFAR-10 and -100, NumPy's .npz: mnist/#test, cifar-10-batches-py/#train, images.npz, "
+    "fashion-mnist#train (as Debian's dataset-fashion-mnist installs it)"
+)
+
+FASHION_MNIST = Path("/usr/share/datasets/fashion-mnist")
+_FASHION_CLASSES = (
+    *("T-shirt/top", "Trouser", "Pullover", "Dress", "Coat"),
+    *("Sandal", "Shirt", "Sneaker", "Bag", "Ankle boot"),
+)
+_CIFAR10_CLASSES = ("airplane", "automobile", "bird", "cat", "deer", "dog", "frog", "horse", "ship", "truck")
+_CIFAR10 = {"test": ["test_batch"], "train": [f"data_batch_{i}" for i in range(1, 6)]}
+_IDX = re.compile(
+    r"(?:qmnist-|emnist-)?(?P<split>.+)-(?P<what>images|labels)[-.]idx\d-(?:ubyte|int)(?:\.gz)?"
+)
+_NPZ = (
+    re.compile(r"(?:(?P<split>train|test|val)_)?(?P<what>images|labels|data|targets|x|y)", re.IGNORECASE),
+    re.compile(r"(?P<what>images|labels|x|y)_(?P<split>train|test|val)", re.IGNORECASE),
+)
+_PIXELS = ("images", "data", "x")
+_DTYPES = {8: ">u1", 9: ">i1", 11: ">i2", 12: ">i4"}
+_BATCH = 1024
+_MOST_BYTES = 8 << 30
+
+
+@dataclass(frozen=True)
+class Part:
+    """A file, or the arrays of one split in a file.
+
+    Args:
+        how: "idx", "cifar" or "npz".
+        path: of the file with the images.
+        labels: of the file or the array with the labels; "" for none.
+        images: name of the array of images, for "npz".
+    """
+
+    how: str
+    path: str
+    labels: str = ""
+    images: str = ""
+
+
+def recognise(place: Place) -> Confidence:
+    if place.uri == "fashion-mnist":
+        return Confidence.SIGNATURE
+    if not place.is_folder:
+        return (
+            Confidence.IS
+            if place.uri.lower().endswith(".npz") and Folder(place.uri).exists()
+            else Confidence.NO
+        )
+    return (
+        Confidence.SIGNATURE
+        if any(_splits(root, place.config) for root in _roots(place.uri))
+        else Confidence.NO
+    )
+
+
+def _roots(uri: str) -> Iterator[str]:
+    """Yield the folder and those inside it that torchvision makes."""
+    yield uri
+    for name in ("raw", "cifar-10-batches-py", "cifar-100-python"):
+        if is_folder(f"{uri}/{name}"):
+            yield f"{uri}/{name}"
+    for name in ("MNIST", "FashionMNIST", "KMNIST", "EMNIST", "QMNIST"):
+        if is_folder(f"{uri}/{name}/raw"):
+            yield f"{uri}/{name}/raw"
+
+
+def _splits(root: str, config: ReadConfig) -> dict[str, list[Part]]:
+    """Return the parts of every split that lie in a folder or a file."""
+    if root.lower().endswith(".npz"):
+        return _npz_splits(root)
+    there = {file.path for file in files_below(root, 1, follow_links=config.follow_links)}
+    if "meta" in there and there & {"train", "test"}:
+        return {split: [Part("cifar", split)] for split in ("test", "train") if split in there}
+    if any(file in there for files in _CIFAR10.values() for file in files):
+        return {
+            split: [Part("cifar", file) for file in files]
+            for split, files in _CIFAR10.items()
+            if there & set(files)
+        }
+    files: dict[str, dict[str, str]] = {}
+    # Sorted, so that a file comes before its packed copy.
+    for path in sorted(there):
+        if match := _IDX.fullmatch(path):
+            split = "test" if match["split"] == "t10k" else match["split"]
+            files.setdefault(split, {}).setdefault(match["what"], path)
+    return {
+        split: [Part("idx", found["images"], found.get("labels", ""))]
+        for split, found in files.items()
+        if "images" in found
+    }
+
+
+def _npz_splits(uri: str) -> dict[str, list[Part]]:
+    with _npz(uri) as arrays:
+        names = list(arrays.files)
+    splits: dict[str, dict[str, str]] = {}
+    for name in names:
+        match = next((found for found in (pattern.fullmatch(name) for pattern in _NPZ) if found), None)
+        if match:
+            what = "images" if match["what"].lower() in _PIXELS else "labels"
+            splits.setdefault((match["split"] or "").lower(), {}).setdefault(what, name)
+    parts = {
+        split: [Part("npz", "", found.get("labels", ""), found["images"])]
+        for split, found in splits.items()
+        if "images" in found
+    }
+    if not parts and len(names) == 1:
+        return {"": [Part("npz", "", "", names[0])]}
+    if not parts:
+        raise UserError(
+            f"The arrays of {uri!r} are called {', '.join(names)}; those of images must be called images, x or data, "
+            "and those of labels labels, y or targets, with a split such as train_images or x_train where there are some."
+        )
+    return parts
+
+
+class Source:
+    """See `raysl.ingestion.sources.Source`."""
+
+    encoded_here = True
+
+    def __init__(self, place: Place) -> None:
+        root = place.uri
+        if place.uri == "fashion-mnist":
+            root = str(FASHION_MNIST)
+            if not FASHION_MNIST.is_dir():
+                raise UserError(
+                    f"Fashion-MNIST is not at {root}. Install it with `apt-get install dataset-fashion-mnist`, "
+                    "or name the folder that holds its IDX files."
+                )
+        self._root = next((one for one in _roots(root) if _splits(one, place.config)), root)
+        splits = _splits(self._root, place.config)
+        named = sorted(splits.keys() - {""})
+        split = choose_split(place, named)
+        self._parts = splits[split]
+        self.name = str(replace(place, uri=self._root, split=split))
+        what = {
+            "idx": "IDX files (the MNIST family)",
+            "cifar": "CIFAR in Python's form",
+            "npz": "NumPy arrays",
+        }
+        self.found = Found(what[self._parts[0].how], splits=tuple(named), split=split)
+        self._files = {file.path: file for file in files_below(self._root, 1, follow_links=True)}
+        missing = [name for name in _CIFAR10.get(split, ()) if name not in self._files]
+        if self._parts[0].how == "cifar" and "meta" not in self._files and missing:
+            raise UserError(
+                f"CIFAR-10 at {self._root!r} lacks {', '.join(missing)}. Unpack its archive again."
+            )
+        self._names = self._class_names()
+        self._config = place.config
+
+    def stamp(self) -> str:
+        used = {path for part in self._parts for path in (part.path, part.labels)}
+        return stamp(file for path, file in self._files.items() if path in used) + self._parts[0].images
+
+    def _class_names(self) -> list[str] | None:
+        if self._parts[0].how == "cifar":
+            if "meta" in self._files:
+                meta = _unpickled(self._root, "meta")
+                return [str(name) for name in meta.get("fine_label_names", meta.get("label_names", []))]
+            return list(_CIFAR10_CLASSES)
+        # The name of the data set is that of its folder, or of the one above it in torchvision's "FashionMNIST/raw".
+        parts = [part for part in self._root.split("/") if part != "raw"]
+        is_fashion = re.fullmatch(r"fashion[-_ ]?mnist", parts[-1], re.IGNORECASE)
+        return list(_FASHION_CLASSES) if self._parts[0].how == "idx" and is_fashion else None
+
+    def units(self, size: UnitSize) -> Iterator[Unit]:
+        classes = labels.Classes(names=self._names or [])
+        self.found.images = 0
+        for part in self._parts:
+            count, values = _measured(self._root, part)
+            names: list[str | None] = [None] * count
+            if values is not None and self._config.labels != "none":
+                names = labels.as_classes(pa.array(values), self._names).to_pylist()
+                if len(names) != count:
+                    raise UserError(
+                        f"{self.name!r} has {count} images but {len(names)} labels. Get the files again."
+                    )
+            classes.add(names, part.path)
+            for first in range(0, count, size.num_images):
+                end = min(first + size.num_images, count)
+                self.found.images += end - first
+                spec = {**vars(part), "root": self._root, "first": first, "names": names[first:end]}
+                yield Unit(end - first, spec)
+        source = f"{self._parts[0].labels or self._parts[0].path}"
+        if why := classes.why_none():
+            has_file = self._parts[0].labels or self._parts[0].how == "cifar"
+            self.found.labels = f"none: {why if has_file else 'there is no file or array of labels'}"
+        else:
+            self.found.labels = f"the labels in {source}"
+            self.found.classes = classes.ordered()
+
+
+def _measured(root: str, part: Part) -> tuple[int, npt.NDArray[Any] | None]:
+    """Return the number of images of a part, and its labels."""
+    if part.how == "idx":
+        with _opened(root, part.path) as stream:
+            count = _shape(stream, part.path, 3)[0]
+        if not part.labels:
+            return count, None
+        with _opened(root, part.labels) as stream:
+            shape = _shape(stream, part.labels)
+            values = np.frombuffer(_take(stream, _bytes(shape), part.labels), shape.dtype).reshape(shape)
+        # QMNIST has eight numbers for each image, the first of which is the class.
+        return count, values.reshape(len(values), -1)[:, 0].astype(np.int64) if len(values) else values
+    if part.how == "cifar":
+        pixels, fine = _cifar(root, part.path)
+        return len(pixels), fine
+    with _npz(root) as arrays:
+        count = len(_pixels(arrays[part.images], part.images))
+        if not part.labels:
+            return count, None
+        values = arrays[part.labels]
+        if values.ndim == 2 and values.shape[1] == 1:
+            values = values[:, 0]
+        return count, values if values.ndim == 1 else None
+
+
+class _Shape(tuple[int, ...]):
+    """The shape of an IDX array, and the type of its values."""
+
+    dtype: np.dtype[Any]
+
+
+def _bytes(shape: _Shape) -> int:
+    return int(np.prod(shape)) * shape.dtype.itemsize
+
+
+@contextmanager
+def _opened(root: str, path: str) -> Iterator[Any]:
+    fs, folder = filesystem(root)
+    try:
+        with fs.open_input_file(f"{folder}/{path}") as raw:
+            yield gzip.GzipFile(fileobj=raw) if path.endswith(".gz") else raw
+    except (EOFError, OSError) as error:
+        raise UserError(f"Cannot read the IDX file {root}/{path}: {error}. Get it again.") from error
+
+
+def _shape(stream: Any, path: str, axes: int | None = None) -> _Shape:
+    """Read the head of an IDX file; images have three axes of uint8."""
+    head = stream.read(4)
+    known = len(head) == 4 and head[:2] == b"\0\0" and head[2] in _DTYPES and head[3] == (axes or head[3])
+    if not known or (axes == 3 and head[2] != 8):
+        what = "an IDX file of images in uint8" if axes == 3 else "an IDX file of integers"
+        raise UserError(f"{path!r} is not {what}. Get it again.")
+    shape = _Shape(struct.unpack(f">{head[3]}I", _take(stream, 4 * head[3], path)))
+    shape.dtype = np.dtype(_DTYPES[head[2]])
+    return shape
+
+
+def _take(stream: Any, count: int, path: str) -> bytes:
+    data: bytes = stream.read(count)
+    if len(data) < count:
+        raise UserError(f"The IDX file {path!r} ends too early. Get it again.")
+    return data
+
+
+class _Arrays(pickle.Unpickler):
+    """Unpickles NumPy arrays and nothing that could run code."""
+
+    def find_class(self, module: str, name: str) -> Any:
+        if module in ("numpy", "numpy.core.multiarray", "numpy._core.multiarray") and name in (
+            *("_reconstruct", "ndarray", "dtype"),
+        ):
+            return super().find_class(module, name)
+        raise pickle.UnpicklingError(f"it asks for {module}.{name}, which is no part of CIFAR")
+
+
+def _unpickled(root: str, path: str) -> dict[str, Any]:
+    try:
+        value = _Arrays(io.BytesIO(Folder(root).read(path)), encoding="latin1").load()
+        return {key.decode() if isinstance(key, bytes) else str(key): value[key] for key in value}
+    except (
+        pickle.UnpicklingError,
+        EOFError,
+        KeyError,
+        TypeError,
+        ValueError,
+        AttributeError,
+        IndexError,
+    ) as error:
+        raise UserError(f"Cannot read {root}/{path}: {error}. Unpack the archive again.") from error
+
+
+def _cifar(root: str, path: str) -> tuple[npt.NDArray[np.uint8], npt.NDArray[np.int64] | None]:
+    """Return the pixels of a batch, uint8 (n, 32, 32, 3), and its labels, the fine ones of CIFAR-100."""
+    batch = _unpickled(root, path)
+    values = batch.get("fine_labels", batch.get("labels"))
+    try:
+        pixels = np.asarray(batch["data"], np.uint8).reshape(-1, 3, 32, 32).transpose(0, 2, 3, 1)
+        return pixels, None if values is None else np.array([int(value) for value in values], np.int64)
+    except (KeyError, TypeError, ValueError) as error:
+        raise UserError(f"Cannot read {root}/{path}: {error}. Unpack the archive again.") from error
+
+
+@contextmanager
+def _npz(uri: str) -> Iterator[Any]:
+    try:
+        with Folder(uri).open("") as stream, np.load(stream, allow_pickle=False) as arrays:
+            size = sum(info.file_size for info in arrays.zip.infolist())
+            if size > _MOST_BYTES:
+                raise UserError(
+                    f"The arrays of {uri!r} take {size >> 30} GB of memory, and at most {_MOST_BYTES >> 30} GB are read."
+                    " Write their images as PNG files or as Parquet first."
+                )
+            yield arrays
+    except (zipfile.BadZipFile, ValueError, EOFError, OSError, AttributeError) as error:
+        raise UserError(
+            f"Cannot read the arrays of {uri!r}: {error}. Write the file again with numpy.savez."
+        ) from error
+
+
+def _pixels(array: npt.NDArray[Any], name: str) -> npt.NDArray[np.uint8]:
+    """Return images as uint8 (n, h, w, c), where c is 1 or 3."""
+    if array.ndim == 3:
+        array = array[..., None]
+    if array.ndim == 4 and array.shape[3] not in (1, 3) and array.shape[1] in (1, 3):
+        array = array.transpose(0, 2, 3, 1)
+    if array.dtype != np.uint8 or array.ndim != 4 or array.shape[3] not in (1, 3):
+        raise UserError(
+            f"The array {name!r} has the type {array.dtype} and the shape {array.shape}. Images must be uint8 from 0 to "
+            "255, of the shape (n, height, width), (n, height, width, 3) or (n, 3, height, width)."
+        )
+    return array
+
+
+def _batches(spec: dict[str, Any], count: int) -> Iterator[npt.NDArray[np.uint8]]:
+    """Yield the pixels of a unit, uint8 (b, h, w, c), some at a time."""
+    root, path, first = spec["root"], spec["path"], spec["first"]
+    if spec["how"] == "idx":
+        with _opened(root, path) as stream:
+            _, height, width = _shape(stream, path, 3)
+            stream.seek(first * height * width, 1)
+            for start in range(0, count, _BATCH):
+                data = _take(stream, min(_BATCH, count - start) * height * width, path)
+                yield np.frombuffer(data, np.uint8).reshape(-1, height, width, 1)
+        return
+    if spec["how"] == "cifar":
+        pixels, _ = _cifar(root, path)
+    else:
+        with _npz(root) as arrays:
+            pixels = _pixels(arrays[spec["images"]], spec["images"])
+    for start in range(first, first + count, _BATCH):
+        yield np.ascontiguousarray(pixels[start : min(start + _BATCH, first + count)])
+
+
+def read(unit: Unit) -> Iterator[Row]:
+    spec = unit.spec
+    names, number = spec["names"], 0
+    name = spec["path"] or spec["root"].rpartition("/")[2]
+    for pixels in _batches(spec, len(names)):
+        for image in png.encode(pixels):
+            yield Row(image, names[number], f"{name}, image {spec['first'] + number}")
+            number += 1

@@ -1,0 +1,334 @@
+"""Tables with a row for each image: Parquet, Arrow, Feather, CSV, TSV, JSON lines, and Hugging Face's `save_to_disk`.
+
+The image column holds encoded files (binary, or a struct of bytes and path as Hugging Face writes it) or names of files
+beside the table. The splits of a folder come from the names of its files (`train-00000-of-00002.parquet`,
+`test.parquet`, `validation/0000.parquet`). Labels are joined by the names of the classes over all files.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import replace
+from typing import Any, NamedTuple
+
+import pyarrow as pa
+import pyarrow.compute as pc
+
+from raysl.errors import UserError
+from raysl.ingestion import labels, tables
+from raysl.ingestion.found import Found, shown
+from raysl.ingestion.listing import IMAGE, File, by_split, files_below, read_bytes, stamp
+from raysl.ingestion.sources import Confidence, Place, Row, Unit, UnitSize, choose_split
+from raysl.storage import Folder
+
+SUMMARY = (
+    "tables of images: Parquet, Arrow, Feather, save_to_disk of Hugging Face, or CSV, TSV and JSON lines with names of "
+    "files: images.parquet, cifar10/#train, hf://datasets/uoft-cs/cifar10#train, photos/list.csv"
+)
+
+_BINARY = (".parquet", ".arrow", ".feather")
+# Columns that are taken for the image before the schema is searched for another.
+_IMAGE_NAMES = ("image", "img", "jpg", "png", "jpeg", "webp", "picture", "photo", "bytes")
+_FILE_NAMES = (
+    *("file_name", "filename", "file", "path", "filepath", "file_path", "image_path", "image_file"),
+    *("image", "img", "image_name", "img_path"),
+)
+_IN_PARALLEL = 16
+
+
+def recognise(place: Place) -> Confidence:
+    if not place.is_folder:
+        return (
+            Confidence.IS
+            if place.uri.lower().endswith(tables.SUFFIXES) and Folder(place.uri).exists()
+            else Confidence.NO
+        )
+    survey, _ = place.survey
+    files = _files(place)
+    if not files or survey.num_bytes[IMAGE] >= sum(file.num_bytes for file in files):
+        return Confidence.NO
+    if not survey.images():
+        # Archives of images with a table of captions, as img2dataset leaves them, are archives.
+        archives = survey.others().kinds.get("archives", (0, ""))[0]
+        return Confidence.COULD_BE if archives else Confidence.IS
+    try:
+        with tables.opened(place.uri, files[0].path) as table:
+            return Confidence.IS if _encoded_columns(table.schema) else Confidence.NO
+    except UserError:
+        return Confidence.NO
+
+
+def _files(place: Place) -> list[File]:
+    if not place.is_folder:
+        return list(files_below(place.uri, 1))
+    files = files_below(place.uri, 3, follow_links=place.config.follow_links)
+    return [file for file in files if file.path.lower().endswith(_BINARY)]
+
+
+class Columns(NamedTuple):
+    """The columns of a file: of the images, of the labels ("" for none), and the names of its classes."""
+
+    image: str
+    label: str
+    names: list[str] | None
+    is_file_name: bool
+
+
+class Source:
+    """See `raysl.ingestion.sources.Source`."""
+
+    encoded_here = False
+
+    def __init__(self, place: Place) -> None:
+        self._place = place
+        files = {file.path: file for file in _files(place)}
+        splits = by_split(files)
+        named = sorted(splits.keys() - {""})
+        split = choose_split(place, named)
+        self._files = [files[path] for path in splits[split]]
+        self.name = str(replace(place, split=split))
+        kinds = {file.path.rpartition(".")[2] or place.uri.rpartition(".")[2] for file in self._files}
+        many = "one table" if len(self._files) == 1 else f"{len(self._files):,} tables"
+        self.found = Found(f"{many} ({', '.join(sorted(kinds))})", splits=tuple(named), split=split)
+        if place.is_folder:
+            survey, left_out = place.survey
+            others = survey.others()
+            others.kinds.pop("tables", None)
+            self.found.left_out.update(left_out)
+            self.found.left_out.update(others)
+            if survey.images():
+                self.found.left_out.add("images beside the tables", survey.first(), survey.images())
+        if split and splits.get(""):
+            self.found.left_out.add("tables of no split", splits[""][0], len(splits[""]))
+        with ThreadPoolExecutor(_IN_PARALLEL) as pool:
+            self._columns = list(pool.map(self._columns_of, self._files))
+        self._reconcile()
+
+    def _where(self, file: File) -> str:
+        return file.path or self._place.uri
+
+    def _columns_of(self, file: File) -> Columns:
+        config, where = self._place.config, self._where(file)
+        with tables.opened(self._place.uri, file.path) as table:
+            schema = table.schema
+        image, is_file_name = _image_column(schema, where, config.image_column)
+        label = (
+            ""
+            if config.labels == "none"
+            else labels.find(schema.names, config.label_column, f"The table {where!r}")
+        )
+        return Columns(image, label, labels.names_in(schema, label) if label else None, is_file_name)
+
+    def _reconcile(self) -> None:
+        """Check that all files have the same columns, and join the names of their classes.
+
+        Raises:
+            UserError: two files disagree; both are named.
+        """
+        first = self._columns[0]
+        for file, columns in zip(self._files[1:], self._columns[1:], strict=True):
+            if (columns.image, columns.is_file_name, columns.label) != (
+                first.image,
+                first.is_file_name,
+                first.label,
+            ):
+                raise UserError(
+                    f"The tables {self._where(self._files[0])!r} and {self._where(file)!r} disagree: {_told(first)} in "
+                    f"the first, {_told(columns)} in the second. Name the columns that all tables have with "
+                    "--image-column and --label-column, use --labels none, or ingest them apart."
+                )
+            if (columns.names is None) != (first.names is None):
+                raise UserError(
+                    f"The tables {self._where(self._files[0])!r} and {self._where(file)!r} disagree: one names its "
+                    f"classes in the column {first.label!r} and the other does not. Write them alike, or ingest them apart."
+                )
+
+    def stamp(self) -> str:
+        return stamp(self._files) + str(self._place.config)
+
+    def units(self, size: UnitSize) -> Iterator[Unit]:
+        classes = self._count_classes()
+        self.found.images = 0
+        for file, columns in zip(self._files, self._columns, strict=True):
+            with tables.opened(self._place.uri, file.path) as table:
+                groups = table.groups
+            spec = {
+                "root": self._place.uri,
+                "path": file.path,
+                **columns._asdict(),
+                "label": columns.label if classes else "",
+                "follow_links": self._place.config.follow_links,
+            }
+            first, rows, num_bytes = 0, 0, 0
+            for group, (group_rows, group_bytes) in enumerate(groups):
+                full = rows + group_rows > size.num_images or num_bytes + group_bytes > size.num_bytes
+                if rows and full:
+                    yield Unit(rows, {**spec, "groups": [first, group]})
+                    first, rows, num_bytes = group, 0, 0
+                rows, num_bytes = rows + group_rows, num_bytes + group_bytes
+                self.found.images += group_rows
+            if rows:
+                yield Unit(rows, {**spec, "groups": [first, len(groups)]})
+
+    def _count_classes(self) -> bool:
+        """Read the column of labels of all files; return True if it holds classes."""
+        column = self._columns[0].label
+        if not column:
+            with tables.opened(self._place.uri, self._files[0].path) as table:
+                names = ", ".join(table.schema.names)
+            asked = (
+                "--labels none was given"
+                if self._place.config.labels == "none"
+                else (
+                    f"no column of {shown(self._where(self._files[0]))} is named like a label; its columns are {names} "
+                    "(--label-column names one)"
+                )
+            )
+            self.found.labels = f"none: {asked}"
+            return False
+        classes = labels.Classes()
+        kinds: dict[str, str] = {}
+        try:
+            with ThreadPoolExecutor(_IN_PARALLEL) as pool:
+                for file, (values, kind) in zip(
+                    self._files, pool.map(self._labels_of, self._files, self._columns), strict=True
+                ):
+                    classes.add(values, self._where(file))
+                    if kind:
+                        kinds.setdefault(kind, self._where(file))
+        except labels.NoClassesError as error:
+            if self._place.config.label_column:
+                raise UserError(
+                    f"The column {column!r}, which --label-column names, {error}. Name another, or use --labels none."
+                ) from error
+            self.found.labels = f"none: the column {column!r} of {shown(self._where(self._files[0]))} {error}"
+            return False
+        if len(kinds) > 1:
+            (one, here), (other, there), *_ = kinds.items()
+            raise UserError(
+                f"The tables {here!r} and {there!r} disagree: the column {column!r} holds {one} in the first and "
+                f"{other} in the second. Write them alike, or ingest them apart."
+            )
+        classes.names = list(dict.fromkeys(name for columns in self._columns for name in columns.names or ()))
+        if why := classes.why_none():
+            self.found.labels = f"none, although there is a column {column!r}: {shown(why)}"
+            return False
+        self.found.labels = f"the column {column!r} of {shown(self._where(self._files[0]))}"
+        self.found.classes = classes.ordered()
+        return True
+
+    def _labels_of(self, file: File, columns: Columns) -> tuple[list[str | None], str]:
+        """Return the labels of a file, and what they are called: numbers, names or truth values."""
+        found: list[str | None] = []
+        with tables.opened(self._place.uri, file.path) as table:
+            for group in range(len(table.groups)):
+                for batch in table.read(group, [columns.label]):
+                    found += labels.as_classes(batch.column(columns.label), columns.names).to_pylist()
+            return found, "" if not any(found) else _kind(
+                table.schema.field(columns.label).type, columns.names
+            )
+
+
+def _kind(kind: pa.DataType, names: list[str] | None) -> str:
+    while pa.types.is_dictionary(kind) or hasattr(kind, "value_field"):
+        kind = kind.value_type
+    if pa.types.is_boolean(kind):
+        return "truth values"
+    return (
+        "numbers" if names is None and (pa.types.is_integer(kind) or pa.types.is_floating(kind)) else "names"
+    )
+
+
+def _told(columns: Columns) -> str:
+    what = "names of files" if columns.is_file_name else "images"
+    label = f"labels in {columns.label!r}" if columns.label else "no labels"
+    return f"{what} in the column {columns.image!r} and {label}"
+
+
+def _encoded_columns(schema: pa.Schema) -> list[str]:
+    """Return the columns that hold encoded images."""
+    return [field.name for field in schema if _is_encoded(field.type)]
+
+
+def _is_encoded(kind: pa.DataType) -> bool:
+    if pa.types.is_struct(kind):
+        return any(field.name == "bytes" for field in kind)
+    return bool(pa.types.is_binary(kind) or pa.types.is_large_binary(kind))
+
+
+def _image_column(schema: pa.Schema, place: str, wanted: str) -> tuple[str, bool]:
+    """Return the column of images, and True if it holds names of files."""
+    encoded = _encoded_columns(schema)
+    texts = [f.name for f in schema if pa.types.is_string(f.type) or pa.types.is_large_string(f.type)]
+    if wanted:
+        if wanted in encoded or wanted in texts:
+            return wanted, wanted in texts
+        raise UserError(
+            f"The column {wanted!r}, which --image-column names, holds no images in {place!r}. The columns that may are "
+            f"{', '.join((*encoded, *texts)) or 'none'}."
+        )
+    named = [name for name in _IMAGE_NAMES if name in encoded]
+    if named or len(encoded) == 1:
+        return (named or encoded)[0], False
+    lower = {name.lower(): name for name in texts}
+    files = [lower[name] for name in _FILE_NAMES if name in lower]
+    if files and not encoded:
+        return files[0], True
+    raise UserError(
+        f"The table {place!r} has {len(encoded)} columns that may hold encoded images and none is named 'image': its "
+        f"columns are {', '.join(schema.names)}. Name one with --image-column; it must be binary, a struct of bytes and "
+        "path, or names of files beside the table."
+    )
+
+
+def read(unit: Unit) -> Iterator[Row]:
+    spec = unit.spec
+    columns = list(dict.fromkeys([spec["image"]] + ([spec["label"]] if spec["label"] else [])))
+    with tables.opened(spec["root"], spec["path"]) as table:
+        for group in range(*spec["groups"]):
+            row = 0
+            for batch in table.read(group, columns):
+                yield from _rows(
+                    batch,
+                    spec,
+                    f"{spec['path'] or spec['root'].rpartition('/')[2]}, row group {group}, row",
+                    row,
+                )
+                row += batch.num_rows
+
+
+def _rows(batch: pa.RecordBatch, spec: dict[str, Any], place: str, first: int) -> Iterator[Row]:
+    images = batch.column(spec["image"])
+    classes = [None] * len(images)
+    if spec["label"]:
+        classes = labels.as_classes(batch.column(spec["label"]), spec["names"]).to_pylist()
+    if spec["is_file_name"]:
+        for name, label in zip(images.to_pylist(), classes, strict=True):
+            yield _from_file(spec, name, label)
+        return
+    names = [None] * len(images)
+    if pa.types.is_struct(images.type):
+        if images.type.get_field_index("path") >= 0:
+            names = pc.struct_field(images, "path").to_pylist()
+        images = pc.struct_field(images, "bytes")
+    for i, (image, label, name) in enumerate(zip(images, classes, names, strict=True)):
+        if name and not image.is_valid and spec["follow_links"]:
+            yield _from_file(spec, name, label)
+            continue
+        path = f"{place} {first + i}" + (f" ({name})" if name else "")
+        yield Row(image.as_py(), label, path, "the image column has no bytes in this row")
+
+
+def _from_file(spec: dict[str, Any], name: str | None, label: str | None) -> Row:
+    """Read an image that a table names; its place is that of the table."""
+    if not name:
+        return Row(None, label, spec["path"], "the table names no file in this row")
+    outside = name.startswith("/") or "://" in name or ".." in name.split("/") or "\0" in name
+    if outside and not spec["follow_links"]:
+        return Row(None, label, shown(name), "lies outside of the table's folder: --follow-links reads it")
+    folder = (f"{spec['root']}/{spec['path']}" if spec["path"] else spec["root"]).rpartition("/")[0]
+    try:
+        return Row(read_bytes("" if name.startswith("/") else folder, name), label, shown(name))
+    except (FileNotFoundError, PermissionError, NotADirectoryError, IsADirectoryError, ValueError) as error:
+        return Row(None, label, shown(name), f"cannot be read: {type(error).__name__}")

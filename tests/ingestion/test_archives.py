@@ -1,0 +1,249 @@
+"""Archives: tar, compressed tar, WebDataset and zip; labels, splits, keys and every kind of damage."""
+
+from __future__ import annotations
+
+import bz2
+import gzip
+import io
+import lzma
+import tarfile
+import zipfile
+from collections.abc import Callable
+from pathlib import Path
+
+import pyarrow as pa
+import pyarrow.parquet as pq
+import pytest
+
+from tests.ingestion.reading import jpeg, labels, noise, opened, put, refused, write_tar
+
+
+def test_samples_by_key_with_labels_in_cls(tmp_path: Path) -> None:
+    write_tar(tmp_path / "b.tar", {"x/2.cls": b"0", "x/2.txt": b"a dog", "x/2.jpg": jpeg(2)})
+    members = {"1.jpg": jpeg(1), "1.cls": b"7\n", "0.png": jpeg(0), "0.txt": b"x", "0.cls": b"3"}
+    write_tar(tmp_path / "a.tar", members)
+    found, rows = opened(tmp_path)
+    assert [(row.path, row.image, row.label) for row in rows] == [
+        ("a.tar/1.jpg", jpeg(1), "7"),
+        ("a.tar/0.png", jpeg(0), "3"),
+        ("b.tar/x/2.jpg", jpeg(2), "0"),
+    ]
+    assert found.classes == {"0": 1, "3": 1, "7": 1}
+    assert found.labels == "the .cls or .json of each sample, as 1"
+
+
+def test_labels_in_json(tmp_path: Path) -> None:
+    for name, label in (("a", 3), ("b", "cat")):
+        write_tar(
+            tmp_path / f"{name}.tar",
+            {"0.jpg": jpeg(), "0.json": f'{{"label": {label!r}}}'.replace("'", '"').encode()},
+        )
+        assert labels(tmp_path / f"{name}.tar") == {f"{name}.tar/0.jpg": str(label)}
+    write_tar(tmp_path / "c.tar", {"0.jpg": jpeg(), "0.json": b'{"caption": "x", "breed": "pug"}'})
+    found, _ = opened(tmp_path / "c.tar")
+    assert "the .json of a sample has no label, its fields are caption, breed" in found.labels
+    assert labels(tmp_path / "c.tar", label_column="breed") == {"c.tar/0.jpg": "pug"}
+
+
+def test_a_sample_without_a_label(tmp_path: Path) -> None:
+    write_tar(tmp_path / "a.tar", {"0.jpg": jpeg(), "0.cls": b"0", "1.jpg": jpeg()})
+    found, _ = opened(tmp_path / "a.tar")
+    assert not found.classes
+    assert "1.jpg has an image without one, and 1 images have one" in found.labels
+    write_tar(tmp_path / "b.tar", {"0.jpg": jpeg(), "0.cls": b"cat"})
+    message = refused(tmp_path / "b.tar")
+    assert "'0.cls'" in message
+    assert "b'cat'" in message
+    assert labels(tmp_path / "b.tar", labels="none") == {"b.tar/0.jpg": None}
+
+
+def test_folders_inside_are_classes_and_splits(tmp_path: Path) -> None:
+    names = (
+        "train/cat/1.jpg",
+        "train/dog/1.jpg",
+        "test/cat/2.jpg",
+        "__MACOSX/train/cat/._1.jpg",
+        "train/notes.txt",
+    )
+    write_tar(tmp_path / "a.tar", {name: jpeg() for name in names})
+    assert "test, train" in refused(tmp_path / "a.tar")
+    assert labels(f"{tmp_path}/a.tar#train") == {
+        "a.tar/train/cat/1.jpg": "cat",
+        "a.tar/train/dog/1.jpg": "dog",
+    }
+
+
+def test_keys_with_dots(tmp_path: Path) -> None:
+    names = ("2023.01.05.jpg", "2023.01.06.jpg", "2023.02.01.jpg")
+    write_tar(tmp_path / "a.tar", {name: noise(i) for i, name in enumerate(names)})
+    assert [row.path for row in opened(tmp_path / "a.tar")[1]] == [f"a.tar/{name}" for name in names]
+    write_tar(tmp_path / "b.tar", {"2023.01.05.jpg": jpeg(), "2023.01.05.cls": b"4"})
+    assert labels(tmp_path / "b.tar") == {"b.tar/2023.01.05.jpg": "4"}
+
+
+def test_several_images_in_a_sample(tmp_path: Path) -> None:
+    members = {f"{i}.{kind}": jpeg(i) for i in range(3) for kind in ("seg.png", "jpg", "cls")}
+    write_tar(tmp_path / "a.tar", members | {f"{i}.cls": b"1" for i in range(3)})
+    found, rows = opened(tmp_path / "a.tar")
+    assert [row.path for row in rows] == ["a.tar/0.jpg", "a.tar/1.jpg", "a.tar/2.jpg"]
+    what = "other images of the samples (.jpg is taken; --image-column names another)"
+    assert found.left_out.kinds[what] == (3, "0.seg.png")
+    assert labels(tmp_path / "a.tar", image_column="seg.png") == {f"a.tar/{i}.seg.png": "1" for i in range(3)}
+    assert "The suffixes are jpg, seg.png" in refused(tmp_path / "a.tar", image_column="webp")
+
+
+def test_splits_by_the_names_of_archives(tmp_path: Path) -> None:
+    write_tar(tmp_path / "imagenet-train-000.tar", {"1.jpg": jpeg(1)})
+    write_tar(tmp_path / "imagenet-val-000.tar", {"2.jpg": jpeg(2)})
+    assert "train, val" in refused(tmp_path)
+    assert opened(f"{tmp_path}#val")[1][0].image == jpeg(2)
+
+
+def test_img2dataset(tmp_path: Path) -> None:
+    members = {
+        f"{i:09d}.{kind}": jpeg() if kind == "jpg" else b'{"caption": "x"}'
+        for i in range(3)
+        for kind in ("jpg", "json", "txt")
+    }
+    write_tar(tmp_path / "00000.tar", members)
+    pq.write_table(pa.table({"url": ["u"] * 3, "caption": ["x"] * 3}), tmp_path / "00000.parquet")
+    put(tmp_path, "00000_stats.json", data=b"{}")
+    found, rows = opened(tmp_path)
+    assert len(rows) == 3
+    assert "its fields are caption" in found.labels
+
+
+PACKED: dict[str, Callable[[bytes], bytes]] = {
+    "a.tar.gz": gzip.compress,
+    "a.tgz": gzip.compress,
+    "a.tar": gzip.compress,
+    "a.tar.bz2": bz2.compress,
+    "a.tar.xz": lzma.compress,
+    "a.tar.zst": lambda data: pa.compress(data, "zstd", asbytes=True),
+}
+
+
+@pytest.mark.parametrize("name", PACKED)
+def test_compressed_by_content(tmp_path: Path, name: str) -> None:
+    plain = write_tar(
+        tmp_path / "in" / "x", {f"{c}/{i}.png": noise(i) for c in ("cat", "dog") for i in range(4)}
+    )
+    (tmp_path / name).write_bytes(PACKED[name](plain.read_bytes()))
+    found, rows = opened(tmp_path / name)
+    assert "compressed" in found.layout
+    assert [row.image for row in rows] == 2 * [noise(i) for i in range(4)]
+    assert found.classes == {"cat": 4, "dog": 4}
+    (tmp_path / name).write_bytes(PACKED[name](plain.read_bytes())[:-600])
+    assert "is damaged" in refused(tmp_path / name)
+
+
+def damage_header(data: bytearray, at: int) -> bytes:
+    return bytes(data[:at] + b"\xaa" * 200 + data[at + 200 :])
+
+
+@pytest.mark.parametrize(
+    ("damage", "says"),
+    [
+        (damage_header, "the header of the next member is damaged"),
+        (lambda data, at: data[:at], "without its end mark"),
+        (lambda data, at: data[: at + 100], "header"),
+        (lambda data, at: data[: at + 612], "unexpected end of data"),
+        (lambda data, at: data + data, "several archives were joined"),
+    ],
+    ids=["header", "between members", "in a header", "in a member", "joined"],
+)
+def test_damaged_archives_are_never_shorter_data_sets(
+    tmp_path: Path, damage: Callable[[bytearray, int], bytes], says: str
+) -> None:
+    path = write_tar(tmp_path / "a.tar", {f"{i}.png": noise(i) for i in range(6)})
+    with tarfile.open(path) as archive:
+        at = archive.getmembers()[3].offset
+    path.write_bytes(damage(bytearray(path.read_bytes()), at))
+    message = refused(path)
+    assert says in message
+    assert any(
+        f"after {count} members, the last of which is '{count - 1}.png'" in message for count in (3, 4, 6)
+    )
+
+
+def test_members_that_are_no_files_of_the_archive(tmp_path: Path) -> None:
+    with tarfile.open(tmp_path / "a.tar", "w") as archive:
+        for name in ("../up.jpg", "/etc/abs.jpg", "ok.jpg"):
+            info = tarfile.TarInfo(name)
+            info.size = len(jpeg())
+            archive.addfile(info, io.BytesIO(jpeg()))
+        for name, kind in (
+            ("link.jpg", tarfile.SYMTYPE),
+            ("hard.jpg", tarfile.LNKTYPE),
+            ("null.jpg", tarfile.CHRTYPE),
+        ):
+            info = tarfile.TarInfo(name)
+            info.type, info.linkname = kind, "/etc/passwd"
+            archive.addfile(info)
+    found, rows = opened(tmp_path / "a.tar")
+    assert [row.path for row in rows] == ["a.tar/ok.jpg"]
+    assert found.left_out.kinds == {
+        "members with absolute paths or ..": (2, "../up.jpg"),
+        "links and devices in archives": (3, "link.jpg"),
+    }
+
+
+def test_archives_without_images(tmp_path: Path) -> None:
+    write_tar(tmp_path / "a.tar", {f"{i:06d}.ten": b"x" for i in range(3)})
+    assert "hold no images. They hold 3 members called .ten (000000.ten)" in refused(tmp_path / "a.tar")
+    write_tar(tmp_path / "b.tar", {"n01.tar": b"x"})
+    assert "They hold 1 archives (n01.tar)" in refused(tmp_path / "b.tar")
+    put(tmp_path, "c.tar", data=b"no archive at all, but words" * 50)
+    assert "is damaged at its beginning" in refused(tmp_path / "c.tar")
+
+
+def test_zip(tmp_path: Path) -> None:
+    with zipfile.ZipFile(tmp_path / "a.zip", "w", zipfile.ZIP_DEFLATED) as archive:
+        for name in (
+            "birds/cat/1.jpg",
+            "birds/dog/2.jpg",
+            "__MACOSX/birds/._x.jpg",
+            "birds/readme.txt",
+            "../up.jpg",
+        ):
+            archive.writestr(name, jpeg())
+    found, rows = opened(tmp_path / "a.zip")
+    assert [(row.path, row.image, row.label) for row in rows] == [
+        ("a.zip/birds/cat/1.jpg", jpeg(), "cat"),
+        ("a.zip/birds/dog/2.jpg", jpeg(), "dog"),
+    ]
+    assert found.left_out.kinds["members with absolute paths or .."] == (1, "../up.jpg")
+    data = (tmp_path / "a.zip").read_bytes()
+    (tmp_path / "a.zip").write_bytes(data[: len(data) // 2])
+    assert "Cannot read the archive" in refused(tmp_path / "a.zip")
+
+
+def test_a_damaged_member_of_a_zip_is_a_row_with_a_reason(tmp_path: Path) -> None:
+    with zipfile.ZipFile(tmp_path / "a.zip", "w") as archive:
+        archive.writestr("1.png", noise(1))
+        archive.writestr("2.png", noise(2))
+    data = bytearray((tmp_path / "a.zip").read_bytes())
+    data[200] ^= 1
+    (tmp_path / "a.zip").write_bytes(data)
+    _, rows = opened(tmp_path / "a.zip")
+    assert [row.image for row in rows] == [None, noise(2)]
+    assert "damaged inside of the archive" in rows[0].reason
+
+
+def test_a_zip_bomb_takes_no_memory(tmp_path: Path) -> None:
+    with zipfile.ZipFile(tmp_path / "a.zip", "w", zipfile.ZIP_DEFLATED) as archive:
+        archive.writestr("ok.jpg", jpeg())
+        with archive.open("bomb.jpg", "w") as member:
+            for _ in range(1025):
+                member.write(bytes(1 << 20))
+    found, rows = opened(tmp_path / "a.zip")
+    assert [row.path for row in rows] == ["a.zip/ok.jpg"]
+    assert found.left_out.kinds == {"members larger than 1024 MB": (1, "bomb.jpg")}
+
+
+def test_unpacked_images_are_read_and_not_the_archive_beside_them(tmp_path: Path) -> None:
+    put(tmp_path, "cat/1.jpg", "dog/1.jpg")
+    write_tar(tmp_path / "images.tar", {"cat/1.jpg": jpeg(), "dog/1.jpg": jpeg()})
+    found, rows = opened(tmp_path)
+    assert [row.label for row in rows] == ["cat", "dog"]
+    assert found.left_out.kinds == {"archives": (1, "images.tar")}

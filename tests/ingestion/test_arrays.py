@@ -1,0 +1,170 @@
+"""Arrays of pixels: IDX files of the MNIST family, CIFAR and NumPy; and forms that are named and refused."""
+
+from __future__ import annotations
+
+import gzip
+import os
+import pickle
+import struct
+from pathlib import Path
+
+import numpy as np
+import pytest
+
+from raysl.ingestion.sources import arrays
+from raysl.stream.decode import decode
+from tests.ingestion.reading import labels, opened, put, refused
+
+
+def write_idx(folder: Path, prefix: str, count: int, packed: bool = False) -> None:
+    pixels = np.arange(count, dtype=np.uint8)[:, None, None] + np.zeros((1, 5, 4), np.uint8)
+    files = {
+        f"{prefix}-images-idx3-ubyte": struct.pack(">4I", 0x803, count, 5, 4) + pixels.tobytes(),
+        f"{prefix}-labels-idx1-ubyte": struct.pack(">2I", 0x801, count) + bytes(i % 3 for i in range(count)),
+    }
+    for name, data in files.items():
+        put(folder, f"{name}.gz" if packed else name, data=gzip.compress(data) if packed else data)
+
+
+@pytest.mark.parametrize("packed", [True, False])
+@pytest.mark.parametrize("inside", ["", "raw", "MNIST/raw"])
+def test_mnist(tmp_path: Path, packed: bool, inside: str) -> None:
+    write_idx(tmp_path / inside, "train", 7, packed)
+    write_idx(tmp_path / inside, "t10k", 2, packed)
+    assert "test, train" in refused(tmp_path)
+    found, rows = opened(f"{tmp_path}#train")
+    assert found.classes == {"0": 3, "1": 2, "2": 2}
+    assert [row.label for row in rows] == ["0", "1", "2", "0", "1", "2", "0"]
+    for i, row in enumerate(rows):
+        assert row.image is not None
+        image = decode(row.image)
+        assert image.shape == (3, 5, 4)
+        assert (image == i).all()
+    assert len(opened(f"{tmp_path}#test")[1]) == 2
+
+
+def test_qmnist_and_emnist(tmp_path: Path) -> None:
+    put(tmp_path / "q", "qmnist-train-images-idx3-ubyte", data=struct.pack(">4I", 0x803, 2, 3, 3) + bytes(18))
+    values = np.array([[7, 1, 2, 3, 4, 5, 6, 7], [2, 9, 9, 9, 9, 9, 9, 9]], ">i4")
+    put(
+        tmp_path / "q",
+        "qmnist-train-labels-idx2-int",
+        data=struct.pack(">3I", 0xC02, 2, 8) + values.tobytes(),
+    )
+    assert list(labels(tmp_path / "q").values()) == ["7", "2"]
+    write_idx(tmp_path / "e", "emnist-letters-train", 3)
+    write_idx(tmp_path / "e", "emnist-digits-train", 3)
+    assert "digits-train, letters-train" in refused(tmp_path / "e")
+    assert len(opened(f"{tmp_path}/e#letters-train")[1]) == 3
+
+
+@pytest.mark.parametrize(
+    ("folder", "first"),
+    [
+        ("fashion-mnist", "T-shirt/top"),
+        ("FashionMNIST/raw", "T-shirt/top"),
+        ("fashion/mnist", "0"),
+        ("old-fashioned", "0"),
+    ],
+)
+def test_fashion_mnist_by_the_name_of_its_folder(tmp_path: Path, folder: str, first: str) -> None:
+    write_idx(tmp_path / folder, "train", 4)
+    assert next(iter(opened(tmp_path / folder)[0].classes)) == first
+
+
+def test_fashion_mnist_by_name(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(arrays, "FASHION_MNIST", tmp_path / "fashion-mnist")
+    assert "apt-get install dataset-fashion-mnist" in refused("fashion-mnist#train")
+    write_idx(tmp_path / "fashion-mnist", "train", 4, True)
+    assert list(opened("fashion-mnist#train")[0].classes)[9] == "Ankle boot"
+
+
+def test_images_without_labels_and_damaged_files(tmp_path: Path) -> None:
+    write_idx(tmp_path, "train", 7)
+    (tmp_path / "train-labels-idx1-ubyte").rename(tmp_path / "aside")
+    assert "there is no file or array of labels" in opened(tmp_path)[0].labels
+    (tmp_path / "aside").rename(tmp_path / "train-labels-idx1-ubyte")
+    os.truncate(tmp_path / "train-images-idx3-ubyte", 100)
+    assert "ends too early" in refused(f"{tmp_path}#train")
+    put(tmp_path, "train-images-idx3-ubyte", data=b"no")
+    assert "not an IDX file" in refused(f"{tmp_path}#train")
+
+
+@pytest.mark.parametrize("keys", [str, str.encode], ids=["str", "bytes"])
+def test_cifar(tmp_path: Path, keys: type[str]) -> None:
+    pixels = np.zeros((4, 3072), np.uint8)
+    pixels[:, :1024] = 200
+    batch = {keys("data"): pixels, keys("labels"): [3] * 4}
+    for name in ("test_batch", *(f"data_batch_{i}" for i in range(1, 6))):
+        put(tmp_path, f"cifar-10-batches-py/{name}", data=pickle.dumps(batch))
+    put(tmp_path, "cifar-10-python.tar.gz", data=b"x")
+    found, rows = opened(f"{tmp_path}#test")
+    assert found.classes["cat"] == 4
+    assert rows[2].image is not None
+    assert decode(rows[2].image)[:, 31, 31].tolist() == [200, 0, 0]
+    assert len(opened(f"{tmp_path}#train")[1]) == 20
+    (tmp_path / "cifar-10-batches-py" / "data_batch_4").unlink()
+    assert "lacks data_batch_4" in refused(f"{tmp_path}#train")
+
+
+def test_cifar_100(tmp_path: Path) -> None:
+    batch = {b"data": np.zeros((3, 3072), np.uint8), b"fine_labels": [1, 0, 1], b"coarse_labels": [0, 0, 0]}
+    meta = {b"fine_label_names": ["apple", "fish"], b"coarse_label_names": ["things"]}
+    for name, value in (("train", batch), ("test", batch), ("meta", meta)):
+        put(tmp_path, f"cifar-100-python/{name}", data=pickle.dumps(value))
+    assert list(labels(f"{tmp_path}#train").values()) == ["fish", "apple", "fish"]
+
+
+def test_a_pickle_runs_no_code(tmp_path: Path) -> None:
+    put(tmp_path, "test_batch", data=pickle.dumps(os.getcwd))
+    assert "no part of CIFAR" in refused(tmp_path)
+
+
+def test_numpy(tmp_path: Path) -> None:
+    pixels = np.zeros((4, 6, 5, 3), np.uint8)
+    np.savez(tmp_path / "a.npz", images=pixels, labels=np.array([[2], [0], [2], [0]]))
+    _, rows = opened(tmp_path / "a.npz")
+    assert [row.label for row in rows] == ["2", "0", "2", "0"]
+    assert rows[0].image is not None
+    assert decode(rows[0].image).shape == (3, 6, 5)
+    np.savez(
+        tmp_path / "b.npz", x_train=pixels[..., 0], y_train=np.arange(4), x_test=pixels.transpose(0, 3, 1, 2)
+    )
+    assert "test, train" in refused(tmp_path / "b.npz")
+    assert len(opened(f"{tmp_path}/b.npz#train")[0].classes) == 4
+    assert not opened(f"{tmp_path}/b.npz#test")[0].classes
+    np.savez(tmp_path / "c.npz", images=pixels / 255)
+    assert "Images must be uint8" in refused(tmp_path / "c.npz")
+    np.savez(tmp_path / "d.npz", a=pixels, b=pixels)
+    assert "are called a, b" in refused(tmp_path / "d.npz")
+    np.savez(tmp_path / "e.npz", images=np.array([{}], dtype=object))
+    assert "Cannot read the arrays" in refused(tmp_path / "e.npz")
+
+
+@pytest.mark.parametrize(
+    ("names", "says"),
+    [
+        (["index.json", "shard.00000.mds"], "StreamingDataset"),
+        (["train.beton"], "FFCV"),
+        (["train-00000-of-00001.tfrecord"], "TFRecord"),
+        (["train.tfrecord-00000-of-00001"], "TFRecord"),
+        (["data.mdb", "lock.mdb"], "LMDB"),
+        (["d.h5"], "h5py"),
+        (["d.mat"], "loadmat"),
+        (["d.npy"], "numpy.savez"),
+        (["d.7z"], "unpack it"),
+    ],
+)
+def test_forms_that_are_named_and_refused(tmp_path: Path, names: list[str], says: str) -> None:
+    put(tmp_path, *names, data=bytes(64))
+    assert says in refused(tmp_path)
+    assert says in refused(tmp_path / names[-1].replace("lock", "data"))
+
+
+def test_one_image_and_unknown_files(tmp_path: Path) -> None:
+    put(tmp_path, "photo.jpg")
+    assert "is one image: name the folder" in refused(tmp_path / "photo.jpg")
+    put(tmp_path, "thesis.tex", data=b"x")
+    message = refused(tmp_path / "thesis.tex")
+    assert "is of no known kind" in message
+    assert "WebDataset" in message

@@ -1,0 +1,330 @@
+"""Folders of image files: which layout is recognised, which labels and splits come out, and what is left out."""
+
+from __future__ import annotations
+
+import os
+from pathlib import Path
+
+import pytest
+
+from raysl.errors import UserError
+from raysl.ingestion.sources import Place, UnitSize, open_source, read
+from tests.ingestion.reading import SMALL, jpeg, labels, opened, put, refused
+
+
+def test_class_folders_in_sorted_order(tmp_path: Path) -> None:
+    put(
+        tmp_path, "zebra/1.jpg", "zebra/0.PNG", "ape/5.jpeg", "ape/.hidden.jpg", ".git/x.jpg", "ape/old/7.jpg"
+    )
+    (tmp_path / "empty").mkdir()
+    found, rows = opened(tmp_path)
+    assert found.classes == {"ape": 2, "zebra": 2}
+    assert [(row.path, row.label) for row in rows] == [
+        ("ape/5.jpeg", "ape"),
+        ("ape/old/7.jpg", "ape"),
+        ("zebra/0.PNG", "zebra"),
+        ("zebra/1.jpg", "zebra"),
+    ]
+    assert found.labels == "the folder of each image, as ape/5.jpeg"
+    assert found.left_out.kinds["hidden files and folders"][0] == 2
+    assert found.left_out.kinds["empty folders"] == (1, "empty")
+
+
+def test_stray_files_beside_class_folders_are_left_out_and_counted_by_kind(tmp_path: Path) -> None:
+    put(tmp_path, "ape/0.jpg", "ape/1.jpg", "zebra/1.jpg", "overview.jpg", "__MACOSX/ape/._0.jpg")
+    put(tmp_path, "README", "ape/notes.txt", "list.csv", "all.tar.gz", "b.zip", "metadata.parquet", data=b"x")
+    (tmp_path / "metadata.parquet").unlink()
+    found, rows = opened(tmp_path)
+    assert [row.path for row in rows] == ["ape/0.jpg", "ape/1.jpg", "zebra/1.jpg"]
+    assert found.left_out.kinds == {
+        "hidden files and folders": (1, "__MACOSX"),
+        "images beside the class folders": (1, "overview.jpg"),
+        "files of unknown kind": (1, "README"),
+        "archives": (2, "all.tar.gz"),
+        "tables": (1, "list.csv"),
+        "text files": (1, "ape/notes.txt"),
+    }
+
+
+@pytest.mark.parametrize(
+    ("names", "why"),
+    [
+        (["a.jpg", "b.jpg"], "all images lie in one folder, as a.jpg"),
+        (["a.jpg", "x/b.jpg"], "1 images lie beside the folders"),
+        (["images/a.jpg", "images/b.jpg"], "the only folder is called 'images'"),
+        (["JPEGImages/a.jpg", "SegmentationClass/a.png"], "the only folder is called 'JPEGImages'"),
+    ],
+)
+def test_images_without_labels_are_told_why(tmp_path: Path, names: list[str], why: str) -> None:
+    put(tmp_path, *names)
+    found, rows = opened(tmp_path)
+    assert not found.classes
+    assert all(row.label is None for row in rows)
+    assert why in found.labels
+
+
+@pytest.mark.parametrize("layout", ["", "Data/CLS-LOC/", "birds/birds/"])
+def test_splits_and_what_lies_beside_them(tmp_path: Path, layout: str) -> None:
+    for split in ("train", "val2017"):
+        put(tmp_path, f"{layout}{split}/cat/{split}.jpg", f"{layout}{split}/dog/{split}.jpg")
+    put(tmp_path, f"{layout}annotations/train.csv", f"{layout}__MACOSX/x", data=b"a,b\n")
+    put(tmp_path, f"{layout}samples/1.jpg", f"{layout}stray.jpg")
+    if not layout:
+        assert "holds several splits: train, val2017" in refused(tmp_path)
+    assert labels(f"{tmp_path}#train") == {
+        f"{layout}train/cat/train.jpg": "cat",
+        f"{layout}train/dog/train.jpg": "dog",
+    }
+    found, _ = opened(f"{tmp_path}#val2017")
+    assert found.splits == ("train", "val2017")
+    assert found.left_out.kinds["images in folders beside the splits"] == (1, f"{layout}samples/1.jpg")
+    assert found.left_out.kinds["images beside the splits"] == (1, f"{layout}stray.jpg")
+    assert "no split 'test'" in refused(f"{tmp_path}#test")
+
+
+def test_folders_that_only_end_like_splits_are_splits_together(tmp_path: Path) -> None:
+    put(tmp_path, "seg_train/sea/1.jpg", "seg_test/sea/2.jpg")
+    assert labels(f"{tmp_path}#seg_test") == {"seg_test/sea/2.jpg": "sea"}
+    put(tmp_path / "b", "bullet_train/1.jpg", "bicycle/2.jpg")
+    assert set(labels(tmp_path / "b").values()) == {"bullet_train", "bicycle"}
+
+
+def test_splits_inside_class_folders(tmp_path: Path) -> None:
+    put(tmp_path, "cat/train/1.jpg", "cat/test/2.jpg", "dog/train/3.jpg", "dog/test/4.jpg")
+    assert "test, train" in refused(tmp_path)
+    assert labels(f"{tmp_path}#test") == {"cat/test/2.jpg": "cat", "dog/test/4.jpg": "dog"}
+
+
+def test_tiny_imagenet(tmp_path: Path) -> None:
+    put(tmp_path, "train/n01/images/n01_0.JPEG", "train/n02/images/n02_0.JPEG", "test/images/t_0.JPEG")
+    put(tmp_path, "train/n01/n01_boxes.txt", "wnids.txt", data=b"n01\n")
+    put(tmp_path, "val/images/val_0.JPEG", "val/images/val_1.JPEG")
+    put(
+        tmp_path,
+        "val/val_annotations.txt",
+        data=b"val_0.JPEG\tn02\t0\t0\t9\t9\nval_1.JPEG\tn01\t0\t0\t9\t9\n",
+    )
+    assert set(labels(f"{tmp_path}#train").values()) == {"n01", "n02"}
+    assert labels(f"{tmp_path}#val") == {"val/images/val_0.JPEG": "n02", "val/images/val_1.JPEG": "n01"}
+    assert labels(f"{tmp_path}#test") == {"test/images/t_0.JPEG": None}
+
+
+def test_ilsvrc(tmp_path: Path) -> None:
+    root = "ILSVRC/Data/CLS-LOC/"
+    put(
+        tmp_path, f"{root}train/n1/a.JPEG", f"{root}train/n2/b.JPEG", f"{root}val/c.JPEG", f"{root}val/d.JPEG"
+    )
+    put(tmp_path, "ILSVRC/Annotations/CLS-LOC/val/c.xml", data=b"<annotation/>")
+    assert set(labels(f"{tmp_path}#train").values()) == {"n1", "n2"}
+    found, rows = opened(f"{tmp_path}#val")
+    assert [row.path for row in rows] == [f"{root}val/c.JPEG", f"{root}val/d.JPEG"]
+    assert "all images lie in one folder" in found.labels
+
+
+@pytest.mark.parametrize(
+    ("image", "mask", "note"),
+    [
+        (
+            "VOCdevkit/VOC2012/JPEGImages/{}.jpg",
+            "VOCdevkit/VOC2012/SegmentationClass/{}.png",
+            "Annotations/{}.xml",
+        ),
+        ("images/{}.jpg", "masks/{}.png", "labels/{}.txt"),
+        ("train/images/{}.jpg", "", "train/labels/{}.txt"),
+        ("images/train/{}.jpg", "", "labels/train/{}.txt"),
+        ("train2017/{}.jpg", "", "annotations/instances_train2017.json"),
+    ],
+    ids=["VOC", "masks", "YOLO by split", "YOLO", "COCO"],
+)
+def test_layouts_with_several_objects_in_an_image(tmp_path: Path, image: str, mask: str, note: str) -> None:
+    where = "VOCdevkit/VOC2012/" if image.startswith("VOC") else ""
+    for i in range(2):
+        put(tmp_path, image.format(i), *([mask.format(i)] if mask else []))
+        put(tmp_path, where + note.format(i), data=b"1 .5 .5 1 1")
+    found, rows = opened(tmp_path)
+    assert [row.path for row in rows] == [image.format(0), image.format(1)]
+    assert not found.classes
+    assert "any number of objects in an image" in found.labels
+    assert ("masks or other pictures of the same images" in found.left_out.kinds) == bool(mask)
+
+
+def test_classes_beside_folders_of_masks(tmp_path: Path) -> None:
+    put(tmp_path, "cat/1.jpg", "dog/1.jpg", "masks/1.png", "annotations/trimaps/1.png")
+    found, rows = opened(tmp_path)
+    assert [row.label for row in rows] == ["cat", "dog"]
+    assert found.left_out.kinds["masks or other pictures of the same images"][0] == 2
+
+
+def test_img2dataset_as_files(tmp_path: Path) -> None:
+    for part in ("00000", "00001"):
+        put(tmp_path, f"{part}/{part}0000.jpg")
+        put(tmp_path, f"{part}/{part}0000.txt", f"{part}/{part}0000.json", data=b"{}")
+    found, rows = opened(tmp_path)
+    assert len(rows) == 2
+    assert "numbered parts with a text for each image" in found.labels
+
+
+def test_hugging_face_metadata(tmp_path: Path) -> None:
+    put(tmp_path, "train/a.jpg", "train/b.jpg", "train/deep/c.jpg", "test/d.jpg")
+    put(tmp_path, "train/metadata.csv", data=b"file_name,label\nb.jpg,cat\na.jpg,dog\ndeep/c.jpg,cat\n")
+    put(tmp_path, "test/metadata.jsonl", data=b'{"file_name": "d.jpg", "text": "a dog"}\n')
+    assert labels(f"{tmp_path}#train") == {
+        "train/a.jpg": "dog",
+        "train/b.jpg": "cat",
+        "train/deep/c.jpg": "cat",
+    }
+    found, _ = opened(f"{tmp_path}#test")
+    assert (
+        "no column of test/metadata.jsonl is named like a label; its columns are file_name, text"
+        in found.labels
+    )
+    assert labels(f"{tmp_path}#test", label_column="text") == {"test/d.jpg": "a dog"}
+    put(tmp_path, "train/e.jpg")
+    found, _ = opened(f"{tmp_path}#train")
+    assert not found.classes
+    assert "train/e.jpg has an image without one" in found.labels
+
+
+def test_labels_as_the_user_says(tmp_path: Path) -> None:
+    put(tmp_path, "images/1.jpg", "extra/1.jpg", "a.jpg", "b.jpg")
+    assert set(labels(tmp_path, labels="folders").values()) == {"images", "extra"}
+    put(tmp_path / "c", "cat/1.jpg", "dog/1.jpg")
+    assert set(labels(tmp_path / "c", labels="none").values()) == {None}
+
+
+def test_files_without_a_telling_name_are_looked_at(tmp_path: Path) -> None:
+    put(tmp_path, "f00d", "beef.jpg_large")
+    put(tmp_path, "README", "x.unknown", data=b"words")
+    found, rows = opened(tmp_path)
+    assert [(row.path, row.image) for row in rows] == [("beef.jpg_large", jpeg()), ("f00d", jpeg())]
+    assert found.left_out.kinds == {"files of unknown kind": (2, "README")}
+
+
+def test_a_folder_without_images_is_told_what_it_holds(tmp_path: Path) -> None:
+    assert "holds no images. It holds nothing" in refused(tmp_path)
+    put(tmp_path, "a.txt", "b.txt", "c.mp4", data=b"x")
+    assert "It holds 2 text files (a.txt); 1 videos (c.mp4)" in refused(tmp_path)
+
+
+def test_names_that_are_not_utf_8(tmp_path: Path) -> None:
+    folder = os.path.join(os.fsencode(tmp_path), b"caf\xe9")
+    os.makedirs(folder)
+    with open(os.path.join(folder, b"na\xefve.jpg"), "wb") as file:
+        file.write(jpeg())
+    put(tmp_path, "tea/1.jpg")
+    found, rows = opened(tmp_path)
+    assert [row.path for row in rows] == [r"caf\xe9/na\xefve.jpg", "tea/1.jpg"]
+    assert [row.image for row in rows] == [jpeg(), jpeg()]
+    assert r"caf\xe9 1" in found.table("x")
+
+
+@pytest.mark.parametrize("name", ["a b", "50%", "c#", "d%20e", "é" * 100, "x" * 250])
+def test_unusual_names_and_file_uris(tmp_path: Path, name: str) -> None:
+    put(tmp_path, f"{name}/1.jpg")
+    assert labels(tmp_path) == {f"{name}/1.jpg": name}
+    assert len(labels(tmp_path / name)) == 1
+    assert labels((tmp_path / name).as_uri()) == labels(tmp_path / name)
+
+
+def test_names_that_no_file_system_takes() -> None:
+    assert "NUL" in refused("a\0b")
+    assert "Cannot read" in refused("x" * 5000)
+
+
+def test_links(tmp_path: Path) -> None:
+    put(tmp_path / "store", "1.jpg", "2.jpg")
+    source = tmp_path / "in"
+    put(source, "a/0.jpg")
+    os.symlink(source / "a" / "0.jpg", source / "a" / "again.jpg")
+    os.symlink(source, source / "a" / "loop")
+    os.symlink(source / "gone.jpg", source / "a" / "gone.jpg")
+    found, rows = opened(source)
+    assert [row.path for row in rows] == ["a/0.jpg", "a/again.jpg"]
+    assert found.left_out.kinds == {
+        "links to folders that are read already": (1, "a/loop"),
+        "links that lead nowhere": (1, "a/gone.jpg"),
+    }
+    os.symlink(tmp_path / "store", source / "b")
+    message = refused(source)
+    assert "1 links out of the source" in message
+    assert "'b' to" in message
+    assert "--follow-links" in message
+    assert len(opened(source, follow_links=True)[1]) == 4
+
+
+def test_pipes_are_not_opened(tmp_path: Path) -> None:
+    put(tmp_path, "1.jpg")
+    os.mkfifo(tmp_path / "pipe.jpg")
+    found, rows = opened(tmp_path)
+    assert len(rows) == 1
+    assert found.left_out.kinds == {"pipes, sockets and devices": (1, "pipe.jpg")}
+
+
+@pytest.mark.skipif(os.geteuid() == 0, reason="root may read every folder")
+def test_a_folder_that_may_not_be_read_is_named(tmp_path: Path) -> None:
+    put(tmp_path, "a/1.jpg", "b/1.jpg")
+    (tmp_path / "b").chmod(0)
+    assert "b' may not be read" in refused(tmp_path)
+    (tmp_path / "b").chmod(0o700)
+
+
+def test_units_keep_to_count_and_bytes(tmp_path: Path) -> None:
+    put(tmp_path, *(f"{i}.jpg" for i in range(5)), data=bytes(100))
+    source = open_source(Place.parse(str(tmp_path))).source
+    assert [unit.num_images for unit in source.units(UnitSize(2, 1000))] == [2, 2, 1]
+    assert [unit.num_images for unit in source.units(UnitSize(10, 250))] == [2, 2, 1]
+    assert [unit.num_images for unit in source.units(UnitSize(10, 10))] == [1] * 5
+
+
+def test_a_uri_reads_like_a_path(tmp_path: Path) -> None:
+    put(tmp_path, "a b/é.jpg", "c/1.jpg")
+    assert opened(tmp_path)[1] == opened(f"local://{tmp_path}")[1]
+
+
+def test_the_stamp_changes_with_the_images(tmp_path: Path) -> None:
+    put(tmp_path, "a.jpg", "b.txt")
+
+    def stamp() -> str:
+        return open_source(Place.parse(str(tmp_path))).source.stamp()
+
+    before = stamp()
+    os.utime(tmp_path / "b.txt", ns=(1, 1))
+    assert stamp() == before
+    os.utime(tmp_path / "a.jpg", ns=(1, 1))
+    assert stamp() != before
+
+
+def test_a_file_that_vanished_is_a_row_with_a_reason(tmp_path: Path) -> None:
+    put(tmp_path, "a.jpg")
+    one = open_source(Place.parse(str(tmp_path)))
+    (unit,) = one.source.units(SMALL)
+    (tmp_path / "a.jpg").unlink()
+    (row,) = read(one.kind, unit)
+    assert row.image is None
+    assert "FileNotFoundError" in row.reason
+
+
+def test_the_table_of_what_was_found(tmp_path: Path) -> None:
+    put(tmp_path, "train/cat/1.jpg", "train/cat/2.jpg", "train/dog/1.jpg", "test/cat/1.jpg", "test/dog/1.jpg")
+    put(tmp_path, "train/cat/notes.txt", data=b"x")
+    found, _ = opened(f"{tmp_path}#train")
+    assert found.table("photos#train") == "\n".join(
+        [
+            "  source    photos#train",
+            "  layout    class folders in the split 'train'",
+            "  split     train  (not read: test)",
+            "  images    3 in 2 classes: cat 2, dog 1",
+            "  labels    the folder of each image, as train/cat/1.jpg",
+            "  left out  1 text files, as train/cat/notes.txt",
+        ]
+    )
+
+
+def test_places(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    put(tmp_path, "birds/1.jpg")
+    monkeypatch.setenv("RAYSL_DATA", str(tmp_path))
+    assert Place.parse("birds#train") == Place(str(tmp_path / "birds"), "train")
+    assert Place.parse("shapes:10").uri == "shapes:10"
+    with pytest.raises(UserError, match="configuration says"):
+        Place.parse("shapes:10#train", "test")
+    assert "does not exist" in refused(tmp_path / "nowhere")

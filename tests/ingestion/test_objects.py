@@ -1,0 +1,69 @@
+"""Python objects as sources: lists of files, Hugging Face datasets and Ray Datasets."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import numpy as np
+import pytest
+
+from raysl.errors import UserError
+from raysl.ingestion import ingest
+from raysl.stream.decode import decode
+from tests.ingestion.reading import jpeg, put
+
+pytestmark = [pytest.mark.ray, pytest.mark.usefixtures("ray_session")]
+
+
+def test_a_list_of_files(tmp_path: Path) -> None:
+    put(tmp_path, "a.jpg", "b.jpg")
+    files = [str(tmp_path / name) for name in ("b.jpg", "a.jpg", "gone.jpg")]
+    plain = ingest(files, str(tmp_path / "plain"))
+    assert plain.paths() == files[:2]
+    assert plain.manifest.source == "a list of 3 files"
+    assert not plain.has_labels
+    labelled = ingest([(Path(files[0]), 1), (files[1], 0)], str(tmp_path / "labelled"))
+    assert labelled.labels().tolist() == [1, 0]
+    assert sorted(path.name for path in (tmp_path / "labelled").iterdir()) == [
+        "labels.parquet",
+        "manifest.json",
+        "shards",
+    ]
+
+
+def test_a_ray_dataset(tmp_path: Path) -> None:
+    import ray
+
+    put(tmp_path / "in", "cat/1.jpg", "dog/2.jpg", data=jpeg(70))
+    encoded = ray.data.from_items([{"image": jpeg(i), "label": "ab"[i]} for i in range(2)])
+    made = ingest(encoded, str(tmp_path / "encoded"))
+    assert made.read(np.arange(2))["image"].to_pylist() == [jpeg(0), jpeg(1)]
+    assert made.manifest.classes == ("a", "b")
+    pixels = ray.data.from_items(
+        [{"image": np.full((4, 5, 3), 9 * i, np.uint8), "label": i} for i in range(2)]
+    )
+    made = ingest(pixels, str(tmp_path / "pixels"))
+    image = decode(made.read(np.array([1]))["image"][0].as_py())
+    assert image.shape == (3, 4, 5)
+    assert (image == 9).all()
+
+
+def test_a_hugging_face_dataset(tmp_path: Path) -> None:
+    datasets = pytest.importorskip("datasets")
+    features = datasets.Features(
+        {"image": datasets.Image(), "label": datasets.ClassLabel(names=["cat", "dog"])}
+    )
+    put(tmp_path, "file.jpg", data=jpeg(3))
+    images = [{"bytes": jpeg(1), "path": None}, {"bytes": jpeg(2), "path": None}, str(tmp_path / "file.jpg")]
+    rows = datasets.Dataset.from_dict({"image": images, "label": [1, 0, 1]}, features)
+    made = ingest(rows.select([2, 1]), str(tmp_path / "out"))
+    assert made.manifest.classes == ("cat", "dog")
+    assert made.labels().tolist() == [1, 0]
+    assert made.read(np.arange(2))["image"].to_pylist() == [jpeg(3), jpeg(2)]
+
+
+def test_other_objects_are_refused(tmp_path: Path) -> None:
+    for source, says in ((42, "type builtins.int"), ([], "is empty"), ([3], "Each entry must be a path")):
+        with pytest.raises(UserError, match=says):
+            ingest(source, str(tmp_path / "out"))
+    assert not (tmp_path / "out" / "manifest.json").exists()

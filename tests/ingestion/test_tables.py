@@ -1,0 +1,259 @@
+"""Tables of images: every kind of label column, files that disagree, and every format."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+
+import pyarrow as pa
+import pyarrow.feather
+import pyarrow.parquet as pq
+import pytest
+
+from tests.ingestion.reading import jpeg, labels, opened, put, refused
+
+
+def images(count: int) -> list[dict[str, Any]]:
+    return [{"bytes": jpeg(i), "path": f"{i}.jpg"} for i in range(count)]
+
+
+def table(values: Any, names: list[str] | None = None, column: str = "label") -> pa.Table:
+    made = pa.table({"image": images(len(values)), column: values})
+    if names:
+        features = {column: {"names": names, "_type": "ClassLabel"}, "image": {"_type": "Image"}}
+        made = made.replace_schema_metadata({"huggingface": json.dumps({"info": {"features": features}})})
+    return made
+
+
+def write(path: Path, values: Any, names: list[str] | None = None, column: str = "label") -> Path:
+    path.parent.mkdir(parents=True, exist_ok=True)
+    pq.write_table(table(values, names, column), path, row_group_size=2)
+    return path
+
+
+def test_hugging_face_layout(tmp_path: Path) -> None:
+    found, rows = opened(write(tmp_path / "x.parquet", [1, 0, 1, 1, 0], ["cat", "dog", "emu"]))
+    assert found.classes == {"cat": 2, "dog": 3, "emu": 0}
+    assert [row.label for row in rows] == ["dog", "cat", "dog", "dog", "cat"]
+    assert rows[2] == (
+        jpeg(2),
+        "dog",
+        "x.parquet, row group 1, row 0 (2.jpg)",
+        "the image column has no bytes in this row",
+    )
+    assert found.labels == f"the column 'label' of {tmp_path / 'x.parquet'}"
+
+
+@pytest.mark.parametrize(
+    ("values", "classes"),
+    [
+        (pa.array([0, 1, 0], pa.uint8()), ["0", "1"]),
+        (pa.array(["dog", "cat", "dog"]), ["cat", "dog"]),
+        (pa.array(["dog", "cat", "dog"], pa.large_string()), ["cat", "dog"]),
+        (pa.array(["dog", "cat", "dog"]).dictionary_encode(), ["cat", "dog"]),
+        (pa.array([True, False, True]), ["false", "true"]),
+        (pa.array([0.0, 1.0, 0.0]), ["0", "1"]),
+        (pa.array([[3], [10], [3]]), ["3", "10"]),
+        (pa.array([1, 2, 3]), ["1", "2", "3"]),
+        (pa.array([7, 900_000, 7]), ["7", "900000"]),
+        (pa.array([2**64 - 1, 5, 5], pa.uint64()), ["5", str(2**64 - 1)]),
+        (pa.array([-1, -1, -1]), []),
+        (pa.array([None, None, None], pa.int64()), []),
+        (pa.nulls(3), []),
+        (pa.array([0, -1, 1]), []),
+        (pa.array([0, None, 1]), []),
+        (pa.array(["a", "", "b"]), []),
+        (pa.array([0.0, float("nan"), 1.0]), []),
+        (pa.array([0.5, 1.0, 0.0]), []),
+        (pa.array([1e30, 1.0, 0.0]), []),
+        (pa.array([[0, 1], [1], [0]]), []),
+        (pa.array([{"a": 1}] * 3), []),
+    ],
+)
+def test_label_columns(tmp_path: Path, values: pa.Array, classes: list[str]) -> None:
+    found, rows = opened(write(tmp_path / "x.parquet", values))
+    assert list(found.classes) == classes
+    assert len(rows) == 3
+    assert "'label'" in found.labels
+    assert found.labels.startswith("the column" if classes else "none")
+
+
+@pytest.mark.parametrize(
+    ("values", "why"),
+    [
+        ([0, -1, 1], "has an image without one, and 2 images have one"),
+        ([-1, -1], "no row has one (all are null, empty or -1)"),
+        ([0.5, 1.0], "holds fractions, such as 0.5"),
+        ([[0, 1], [1]], "lists several classes for an image"),
+        (list(range(3000)), "3,000 values in 3,000 rows, which are names of images"),
+    ],
+)
+def test_why_a_column_is_not_taken(tmp_path: Path, values: Any, why: str) -> None:
+    found, _ = opened(write(tmp_path / "x.parquet", values))
+    assert why in found.labels
+
+
+def test_columns_are_guessed_or_named(tmp_path: Path) -> None:
+    path = write(tmp_path / "a.parquet", [0, 1], column="target")
+    assert list(opened(path)[0].classes) == ["0", "1"]
+    path = write(tmp_path / "b.parquet", ["pug", "cat"], column="breed")
+    found, _ = opened(path)
+    assert "is named like a label; its columns are image, breed (--label-column names one)" in found.labels
+    assert list(opened(path, label_column="breed")[0].classes) == ["cat", "pug"]
+    assert "has no column 'x', which --label-column names" in refused(path, label_column="x")
+    pq.write_table(pa.table({"left": [jpeg(1)], "right": [jpeg(2)], "label": [0]}), tmp_path / "c.parquet")
+    assert "Name one with --image-column" in refused(tmp_path / "c.parquet")
+    assert opened(tmp_path / "c.parquet", image_column="right")[1][0].image == jpeg(2)
+    assert "the label" not in labels(tmp_path / "c.parquet", image_column="left", labels="none").values()
+
+
+def test_a_label_without_a_name_is_refused(tmp_path: Path) -> None:
+    assert "names 1 classes and has an image with label 1" in refused(
+        write(tmp_path / "x.parquet", [1], ["cat"])
+    )
+
+
+@pytest.mark.parametrize(
+    "layout", ["{}-00000-of-00001.parquet", "{}.parquet", "data/{}/0000.parquet", "my{}.parquet"]
+)
+def test_splits_by_name(tmp_path: Path, layout: str) -> None:
+    write(tmp_path / layout.format("train"), [0, 1, 2])
+    write(tmp_path / layout.format("test"), [3])
+    mine = "my" if layout.startswith("my") else ""
+    assert f"{mine}test, {mine}train" in refused(tmp_path)
+    assert list(labels(f"{tmp_path}#{mine}test").values()) == ["3"]
+    assert f"Its splits: {mine}test, {mine}train" in refused(f"{tmp_path}#validation")
+
+
+def test_files_of_one_split_are_joined_by_the_names_of_classes(tmp_path: Path) -> None:
+    write(tmp_path / "train-00000-of-00003.parquet", [0, 1], ["cat", "dog"])
+    write(tmp_path / "train-00001-of-00003.parquet", [0, 1], ["dog", "emu"])
+    pq.write_table(table([0], ["cat", "dog"]).slice(0, 0), tmp_path / "train-00002-of-00003.parquet")
+    found, rows = opened(tmp_path)
+    assert found.classes == {"cat": 1, "dog": 2, "emu": 1}
+    assert [row.label for row in rows] == ["cat", "dog", "dog", "emu"]
+
+
+@pytest.mark.parametrize(
+    ("first", "second", "says"),
+    [
+        (
+            table([0, 1]),
+            table([0, 1], column="other"),
+            "labels in 'label' in the first, images in the column 'image' and no",
+        ),
+        (table([0, 1]), pa.table({"image": ["a.png"], "label": [0]}), "names of files in the column 'image'"),
+        (table([0, 1]), table(["cat", "dog"]), "holds numbers in the first and names in the second"),
+        (
+            table([0, 1]),
+            table([0, 1], ["cat", "dog"]),
+            "one names its classes in the column 'label' and the other",
+        ),
+    ],
+    ids=["no label", "other image", "other type", "no names"],
+)
+def test_files_that_disagree_are_both_named(
+    tmp_path: Path, first: pa.Table, second: pa.Table, says: str
+) -> None:
+    pq.write_table(first, tmp_path / "a.parquet")
+    pq.write_table(second, tmp_path / "b.parquet")
+    message = refused(tmp_path)
+    assert "The tables 'a.parquet' and 'b.parquet' disagree" in message
+    assert says in message
+
+
+def save_to_disk(made: pa.Table, path: Path) -> None:
+    with pa.OSFile(str(path), "wb") as sink, pa.ipc.new_stream(sink, made.schema) as writer:
+        writer.write_table(made, max_chunksize=2)
+
+
+@pytest.mark.parametrize("name", ["data-00000-of-00001.arrow", "x.arrow", "x.feather"])
+def test_arrow(tmp_path: Path, name: str) -> None:
+    made = table([1, 0, 1, 1, 0], ["cat", "dog"])
+    if name.startswith("data"):
+        save_to_disk(made, tmp_path / name)
+        put(tmp_path, "dataset_info.json", "state.json", data=b"{}")
+    elif name.endswith("arrow"):
+        with pa.OSFile(str(tmp_path / name), "wb") as sink, pa.ipc.new_file(sink, made.schema) as writer:
+            writer.write_table(made, max_chunksize=2)
+    else:
+        pyarrow.feather.write_feather(made, tmp_path / name)
+    found, rows = opened(tmp_path)
+    assert found.classes == {"cat": 2, "dog": 3}
+    assert [row.image for row in rows] == [jpeg(i) for i in range(5)]
+    data = (tmp_path / name).read_bytes()
+    (tmp_path / name).write_bytes(data[: len(data) // 2])
+    assert "Cannot read the table" in refused(tmp_path)
+
+
+@pytest.mark.parametrize(
+    ("name", "content"),
+    [
+        ("list.csv", "file_name,label\nphotos/a.jpg,dog\nphotos/b c.jpg,cat\n"),
+        ("list.tsv", "path\tclass\nphotos/a.jpg\tdog\nphotos/b c.jpg\tcat\n"),
+        (
+            "list.jsonl",
+            '{"image": "photos/a.jpg", "label": "dog"}\n{"image": "photos/b c.jpg", "label": "cat"}\n',
+        ),
+    ],
+)
+def test_tables_of_file_names(tmp_path: Path, name: str, content: str) -> None:
+    put(tmp_path, "photos/a.jpg", "photos/b c.jpg")
+    put(tmp_path, name, data=content.encode())
+    assert labels(tmp_path / name) == {"photos/a.jpg": "dog", "photos/b c.jpg": "cat"}
+
+
+def test_file_names_that_lead_out_of_the_folder(tmp_path: Path) -> None:
+    put(tmp_path, "secret.jpg", "in/a.jpg")
+    put(
+        tmp_path,
+        "in/list.csv",
+        data=f"path,label\na.jpg,0\n../secret.jpg,1\n{tmp_path}/secret.jpg,1\ngone.jpg,0\n".encode(),
+    )
+    _, rows = opened(tmp_path / "in" / "list.csv")
+    assert [bool(row.image) for row in rows] == [True, False, False, False]
+    assert "--follow-links" in rows[1].reason
+    assert "FileNotFoundError" in rows[3].reason
+    _, rows = opened(tmp_path / "in" / "list.csv", follow_links=True)
+    assert [bool(row.image) for row in rows] == [True, True, True, False]
+
+
+def test_images_that_are_missing_or_of_another_form(tmp_path: Path) -> None:
+    kind = pa.struct({"bytes": pa.binary(), "path": pa.string()})
+    rows_of = pa.array([{"bytes": None, "path": "far/away.jpg"}, None], kind)
+    pq.write_table(pa.table({"image": rows_of}), tmp_path / "x.parquet")
+    _, rows = opened(tmp_path / "x.parquet")
+    assert [row.image for row in rows] == [None, None]
+    assert "far/away.jpg" in rows[0].path
+    pq.write_table(pa.table({"a": [1]}), tmp_path / "y.parquet")
+    assert "columns are a" in refused(tmp_path / "y.parquet")
+    pq.write_table(pa.table({"images": [images(2)]}), tmp_path / "z.parquet")
+    assert "0 columns that may hold encoded images" in refused(tmp_path / "z.parquet")
+
+
+def test_damaged_files(tmp_path: Path) -> None:
+    put(tmp_path, "x.parquet", data=b"PAR1 and nothing else")
+    assert "Download or copy it again" in refused(tmp_path / "x.parquet")
+    assert "does not exist" in refused(tmp_path / "nowhere.parquet")
+
+
+def test_a_parquet_bomb_is_refused_by_its_footer(tmp_path: Path) -> None:
+    zeros = pa.array([bytes(1 << 20)] * 600)
+    pq.write_table(
+        pa.table({"image": zeros}), tmp_path / "x.parquet", compression="zstd", use_dictionary=False
+    )
+    assert (tmp_path / "x.parquet").stat().st_size < 1 << 20
+    assert "may not fit into memory" in refused(tmp_path / "x.parquet")
+
+
+def test_tables_and_images_in_one_folder(tmp_path: Path) -> None:
+    put(tmp_path, "cat/1.jpg", "dog/1.jpg")
+    pq.write_table(pa.table({"file_name": ["cat/1.jpg"], "caption": ["x"]}), tmp_path / "metadata.parquet")
+    assert set(labels(tmp_path).values()) == {"cat", "dog"}
+    (tmp_path / "b" / "assets").mkdir(parents=True)
+    put(tmp_path / "b", "assets/logo.jpg")
+    write(tmp_path / "b" / "data" / "train-00000-of-00001.parquet", list(range(20)))
+    found, rows = opened(tmp_path / "b")
+    assert len(rows) == 20
+    assert found.left_out.kinds["images beside the tables"] == (1, "assets/logo.jpg")
