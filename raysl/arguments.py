@@ -36,17 +36,13 @@ def dataset(data: Data) -> DataSet:
         return data
     from raysl.ingestion.cache import find
 
-<<<<<<< HEAD
     place = uri(data)
     if found := find(place):
         return found
-=======
-    opened = open_source(Place.parse(place))
->>>>>>> sources
     start_ray()
     from raysl.ingestion import resolve
 
-    return resolve(opened)
+    return resolve(place)
 
 
 def check_source(data: Data) -> None:

@@ -307,7 +307,7 @@ def _rows(batch: pa.RecordBatch, spec: dict[str, Any], place: str, first: int) -
         for name, label in zip(images.to_pylist(), classes, strict=True):
             yield _from_file(spec, name, label)
         return
-    names = [None] * len(images)
+    names: list[str | None] = [None] * len(images)
     if pa.types.is_struct(images.type):
         if images.type.get_field_index("path") >= 0:
             names = pc.struct_field(images, "path").to_pylist()
