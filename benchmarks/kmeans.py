@@ -1,13 +1,13 @@
-"""k-means of raysl beside faiss, scikit-learn and the matrix-multiply peak, in turns on one machine.
+"""Time k-means of raysl, FAISS and scikit-learn, and the matrix-multiply peak, in turns on one machine.
 
     python benchmarks/kmeans.py --out results/kmeans.jsonl
 
-For each size, each round times one iteration of every arm, one after the other, from the same first centroids on the
-same rows, and the ratios are of times of the same round. The arms run in processes of their own with as many threads
-in all as raysl's actors. An iteration of raysl is what passes between two iterations, reduction and state included;
-that of faiss is the step of its own statistics. Besides: the share of raysl's time that is not arithmetic, the largest
-memory of an actor beside the bytes of its shard, and, once, the mean iteration of a whole clustering, in which bounds
-come to save distances, against faiss, whose iterations all take the same.
+For each size, each round times one iteration of every arm, one after the other, from the same initial centroids on the
+same rows; ratios compare times of the same round. Each arm runs in its own process with as many threads as raysl's
+actors have together. An iteration of raysl is the time between two iterations, including reduction and state; one of
+FAISS is from its own statistics. The benchmark also measures the share of raysl's time outside of arithmetic, the peak
+memory of an actor and the size of its shard, and once the mean iteration of a whole clustering, in which Hamerly bounds
+save distances.
 """
 
 from __future__ import annotations
@@ -49,7 +49,7 @@ def run(iterations):
     began = time.perf_counter()
     KMeans(k, init=start, n_init=1, max_iter=iterations, tol=0, algorithm="lloyd").fit(x)
     return time.perf_counter() - began
-# Its set-up and its last assignment are no iteration: they are in both runs.
+# Set-up and the last assignment are in both runs.
 times = [(run(1 + iterations) - run(1)) / iterations]
 """
 _MATMUL = """
@@ -73,15 +73,15 @@ print(json.dumps(times))
 
 @dataclass(frozen=True)
 class Flags:
-    """Compares the time of an iteration.
+    """Settings of the benchmark.
 
     Args:
         sizes: rows x numbers in a row x clusters.
-        actors: of raysl; the other arms have as many threads.
-        iterations: of each arm in each round.
-        rounds: of all arms in turns.
+        actors: number of actors of raysl, and of threads of the other arms.
+        iterations: iterations of each arm in each round.
+        rounds: number of rounds.
         whole: iterations of the whole clustering.
-        out: where the rows go; nowhere by default.
+        out: file of the rows; none by default.
     """
 
     sizes: tuple[str, ...] = SIZES
@@ -93,7 +93,7 @@ class Flags:
 
 
 def main(flags: Flags) -> None:
-    """Prints a row for each size, and writes them."""
+    """Print a row for each size, and write them."""
     ray_cluster.start()
     rows = []
     for size in flags.sizes:
@@ -107,7 +107,7 @@ def main(flags: Flags) -> None:
 
 
 def measure(folder: Path, n: int, d: int, k: int, flags: Flags) -> dict[str, Any]:
-    """Seconds for an iteration by arm, medians over rounds, and their ratios, medians of those of each round."""
+    """Return seconds of an iteration by arm, medians over rounds, and medians of the ratios of each round."""
     x_nd = clouds(n, d)
     start_kd = x_nd[rng.generator(0, "kmeans", "rows", 0).choice(n, k, replace=False)]
     np.save(folder / "x.npy", x_nd)
@@ -145,7 +145,7 @@ def measure(folder: Path, n: int, d: int, k: int, flags: Flags) -> dict[str, Any
 
 
 def clouds(n: int, d: int) -> Any:
-    """float32 (n, d): rows of length 1 around 500 centres, such as features are."""
+    """Return rows of norm 1 around 500 centres, similar to features, float32 (n, d)."""
     generator = np.random.default_rng(0)
     centres = generator.standard_normal((500, d), dtype=np.float32)
     x_nd = generator.standard_normal((n, d), dtype=np.float32)
@@ -171,7 +171,7 @@ def raysl(
 
 
 class Peaks(logging.Handler):
-    """Looks at the memory of the actors at every line of progress."""
+    """Samples the memory of the actors at every line of progress."""
 
     most = 0.0
 
@@ -195,7 +195,7 @@ def peak_mb() -> float:
 
 
 def elsewhere(folder: Path, arm: str, flags: Flags) -> float | None:
-    """Seconds for an iteration of another arm, in a process of its own; None when its package is not installed."""
+    """Return seconds of an iteration of another arm in its own process; None if its package is not installed."""
     code = _FRAME.format(
         x=str(folder / "x.npy"),
         start=str(folder / "start.npy"),

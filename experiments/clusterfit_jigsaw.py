@@ -1,13 +1,13 @@
-"""ClusterFit on self-supervised teachers: does a student beat its teacher, and one that was trained twice as long?
+"""Compare ClusterFit students with their self-supervised teachers, and with teachers trained twice as long.
 
 Command:  python experiments/clusterfit_jigsaw.py --data DATA --out results/clusterfit-jigsaw
 Hardware: 2 CPU cores, 24 GB, no GPU; 2 Ray Train workers.
-Time:     about an hour a seed at the defaults on CIFAR-10, as planned; with --local, on drawn images, a few minutes.
+Time:     planned: an hour for each seed on CIFAR-10; with --local, a few minutes on drawn images.
 Expect:   students above both teachers on most data sets (published with ResNet-50 on ImageNet: RotNet 48.2 to 53.6 %
           top-1 of a linear probe), and a broad best K.
 
-Every network of a seed has the same backbone and the same images; the control is
-the teacher's method for twice as many epochs, which is what teacher and student took together.
+All networks of a seed have the same backbone and the same images. The control trains the teacher's method for twice as
+many epochs, as many as teacher and student have together.
 """
 
 from __future__ import annotations
@@ -32,9 +32,9 @@ class StudentFlags(Flags):
 
     Args:
         probes: more data sets to probe on, with the splits "train" and "test".
-        methods: of the teachers.
+        methods: methods of the teachers.
         ks: numbers of clusters.
-        epochs: visits to every image, of teachers and students.
+        epochs: epochs of teachers and of students.
     """
 
     out: str = "results/clusterfit-jigsaw"
@@ -46,7 +46,7 @@ class StudentFlags(Flags):
 
 
 def main(flags: StudentFlags) -> None:
-    """Runs everything, prints a table and writes one file of rows."""
+    """Run everything, print a table and write one file of rows."""
     flags = locally(flags, data="shapes:3000", methods=("predict-rotation",), ks=(50,), epochs=1)
     runs = Folder(flags.runs)
     rows: list[dict[str, Any]] = []
@@ -71,7 +71,7 @@ def main(flags: StudentFlags) -> None:
 
 
 def networks(flags: StudentFlags, place: Folder, method: str, seed: int) -> dict[str, Run]:
-    """The teacher, the control, and a student for each K."""
+    """Train the teacher, the control, and a student for each K."""
     common = Pretraining(
         data=splits(flags.data)[0],
         run=str(place / "teacher"),

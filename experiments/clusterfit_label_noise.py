@@ -1,15 +1,15 @@
-"""ClusterFit under label noise: which student of a supervised teacher transfers best when its labels were wrong?
+"""Compare how students of supervised teachers transfer when some labels of the teachers were wrong.
 
 Command:  python experiments/clusterfit_label_noise.py --data DATA --out results/clusterfit-label-noise
 Hardware: 2 CPU cores, 24 GB, no GPU; 2 Ray Train workers.
-Time:     about 30 minutes at the defaults on CIFAR-10, as planned; with --local, on drawn images, a few minutes.
-Expect:   the teacher falls as noise grows; distillation lies above it and ClusterFit above both (figure of the
-          ClusterFit paper, arXiv 1912.03330), if the method does at this size what it does at ImageNet's.
+Time:     planned: 30 minutes on CIFAR-10; with --local, a few minutes on drawn images.
+Expect:   accuracy of the teacher decreases with noise; distillation is above it and ClusterFit above both, as in the
+          ClusterFit paper on ImageNet (arXiv 1912.03330), if that holds at this size.
 
-Teachers and students see the training images of the first half of the classes; the linear probe is trained and scored
-on the other half, so no label that was corrupted, and none that was taught, is ever tested. Noise p replaces the label
-of an image, with chance p, by one of the other classes, uniformly and once for each seed. All networks of one seed have
-the same budget.
+Teachers and students see the training images of the first half of the classes. The linear probe learns from and is
+scored on the other half, so it tests no class that a network was taught. With probability p, label noise p replaces the
+label of an image by one of the other classes, uniformly, once for each seed. All networks of a seed have the same
+budget.
 """
 
 from __future__ import annotations
@@ -42,8 +42,8 @@ class NoiseFlags(Flags):
 
     Args:
         noises: shares of wrong labels.
-        epochs: visits to every image, of each network.
-        k: clusters.
+        epochs: epochs of each network.
+        k: number of clusters.
     """
 
     out: str = "results/clusterfit-label-noise"
@@ -55,7 +55,7 @@ class NoiseFlags(Flags):
 
 
 def main(flags: NoiseFlags) -> None:
-    """Runs all arms, and writes one file of rows and a figure."""
+    """Run all arms, and write one file of rows and a figure."""
     flags = locally(flags, data="shapes:3000", noises=(0.0, 0.5), epochs=1, k=50)
     runs = Folder(flags.runs)
     images, judged = (resolve(part) for part in splits(flags.data))
@@ -75,7 +75,7 @@ def main(flags: NoiseFlags) -> None:
 
 
 def networks(flags: NoiseFlags, place: Folder, data: str, seed: int) -> tuple[Run, Run, Run]:
-    """The teacher and its two students."""
+    """Train the teacher and its two students."""
     common = Pretraining(
         data=data,
         run=str(place / "teacher"),
@@ -96,7 +96,7 @@ def networks(flags: NoiseFlags, place: Folder, data: str, seed: int) -> tuple[Ru
 
 
 def derive(dataset: DataSet, folder: Folder, classes: range, noise: float = 0.0, seed: int = 0) -> str:
-    """A data set of the images of some classes, with a share of their labels replaced; its folder."""
+    """Make a data set of the images of some classes with a share of their labels replaced; return its folder."""
     labels_n = dataset.labels()
     chosen_k = np.flatnonzero(np.isin(labels_n, np.array(classes)))
     labels_k = labels_n[chosen_k] - classes.start
@@ -110,7 +110,7 @@ def derive(dataset: DataSet, folder: Folder, classes: range, noise: float = 0.0,
 
 
 def figure(rows: list[dict[str, Any]], out: str) -> None:
-    """Prints the mean and the spread over seeds of each arm at each noise, and draws them where matplotlib is there."""
+    """Print mean and standard deviation over seeds of each arm at each noise, and draw them if matplotlib is installed."""
     noises = sorted({row["noise"] for row in rows})
     values = {
         arm: [[row["value"] for row in rows if (row["arm"], row["noise"]) == (arm, n)] for n in noises]
@@ -124,7 +124,7 @@ def figure(rows: list[dict[str, Any]], out: str) -> None:
     try:
         from matplotlib.figure import Figure
     except ImportError:
-        print("Without matplotlib there is no figure.")
+        print("The figure needs matplotlib: install raysl[report].")
         return
     picture = Figure(figsize=(5, 4), layout="constrained")
     axes = picture.add_subplot()

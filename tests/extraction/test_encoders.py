@@ -1,4 +1,4 @@
-"""Any checkpoint is an encoder, and layers are found by their names."""
+"""Runs, weights files and backbones are encoders, and layers are found by name."""
 
 from __future__ import annotations
 
@@ -111,7 +111,7 @@ def test_a_file_of_weights_is_what_timm_makes_of_it(tmp_path: Path) -> None:
 def test_a_file_of_weights_is_found_from_another_working_directory(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """As that of a worker of Ray."""
+    """Ray workers have another working directory."""
     torch.save(models.resnet18().state_dict(), tmp_path / "weights.pth")
     monkeypatch.chdir(tmp_path)
     encoder = named("weights.pth", RESNET)

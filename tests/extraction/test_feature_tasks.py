@@ -1,4 +1,4 @@
-"""Features are what the network gives, are computed once, and survive whatever interrupts them."""
+"""Features equal the output of the network, are computed once, and survive interruptions."""
 
 from __future__ import annotations
 
@@ -58,7 +58,7 @@ def _small_parts(monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 def make_run(dataset: DataSet, folder: Path) -> tuple[Run, Model]:
-    """A run with a checkpoint whose weights and batch statistics are not those it began with."""
+    """Return a run with a checkpoint that differs from its initial weights and batch statistics."""
     config = Pretraining(
         data=str(dataset.folder),
         run=str(folder),
@@ -76,14 +76,14 @@ def make_run(dataset: DataSet, folder: Path) -> tuple[Run, Model]:
 
 
 def saved(run: Run, network: Model) -> None:
-    """The run has a checkpoint of step 5 with these weights."""
+    """Save a checkpoint of step 5 with these weights."""
     saver = Saver(run.checkpoints, SaveConfig(), 0, 1)
     saver.save(5, {"network": network.state_dict()}, None)
     saver.wait()
 
 
 def one(*asked: Any) -> FeatureStore:
-    """The features of the one layer that is asked for."""
+    """Return the features of the only layer."""
     (table,) = extract(*asked).values()
     return table
 
@@ -133,7 +133,7 @@ def test_large_views_are_shrunk_before_their_pixels_are_compared() -> None:
 
 @dataclass(frozen=True)
 class Stub:
-    """Gives the mean of each image; misbehaves once a file of that name is there."""
+    """Returns the mean of each image, and fails if the file `trap` exists."""
 
     trap: str
     crash: bool = False
@@ -167,7 +167,7 @@ def test_existing_features_are_not_computed_again(
     table = one(stub, dataset, SEEN, cache)
     (tmp_path / "trap").touch()
     np.testing.assert_array_equal(one(stub, dataset, SEEN, cache).load(), table.load())
-    # Interrupted: the mark and one part are missing, so that one is computed, and this encoder cannot.
+    # As after an interruption: the record and one part are missing, and the encoder fails on that part.
     table.folder.delete(FINISHED)
     lost = part_file(parts_of(table)[1])
     table.folder.delete(lost)
@@ -265,7 +265,7 @@ def test_layers_of_one_call_are_those_of_calls_alone_and_are_shared(
 
 
 @pytest.mark.parametrize("package", ["torch", "torchvision", "timm", "pillow", "simplejpeg"])
-def test_features_are_of_the_packages_that_made_them(
+def test_features_depend_on_package_versions(
     dataset: DataSet, monkeypatch: pytest.MonkeyPatch, package: str
 ) -> None:
     before, version = describe(Pixels(), dataset, SEEN), metadata.version
@@ -273,9 +273,7 @@ def test_features_are_of_the_packages_that_made_them(
     assert describe(Pixels(), dataset, SEEN) != before
 
 
-def test_features_are_of_the_form_that_they_are_kept_in(
-    dataset: DataSet, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_features_depend_on_their_format(dataset: DataSet, monkeypatch: pytest.MonkeyPatch) -> None:
     before = describe(Pixels(), dataset, SEEN)
     monkeypatch.setattr(feature_tasks, "_FORMS", (FeatureForm("float16"),) * 2)
     assert describe(Pixels(), dataset, SEEN) != before
@@ -292,12 +290,12 @@ def test_an_unknown_layer_answers_with_the_nearest(dataset: DataSet, tmp_path: P
     "encoder",
     [RandomBackbone(BackboneConfig("vit_b_16"), 0), Weights("vit_b_16.pth", BackboneConfig("vit_b_16"))],
 )
-def test_a_view_that_the_backbone_does_not_take_is_refused(dataset: DataSet, encoder: Encoder) -> None:
+def test_an_image_size_that_the_backbone_does_not_take_is_refused(dataset: DataSet, encoder: Encoder) -> None:
     with pytest.raises(UserError, match=r"'vit_b_16' takes no images of 32 pixels .* --image-size 224"):
         describe(encoder, dataset, FeatureProtocol(32))
 
 
-def test_a_backbone_of_timm_says_which_views_it_takes() -> None:
+def test_a_backbone_of_timm_names_its_image_size() -> None:
     pytest.importorskip("timm")
     encoder = RandomBackbone(BackboneConfig("timm/vit_tiny_patch16_384"), 0)
     with pytest.raises(UserError, match=r"--image-size 384"):
@@ -313,7 +311,7 @@ def test_parts_are_whole_row_groups_and_hold_every_image_once(dataset: DataSet) 
     assert max(end - first for first, end in parts) <= 40
 
 
-def test_actors_with_a_gpu_decode_on_the_cpus_that_they_were_given(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_actors_with_a_gpu_decode_on_their_cpus(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(placement, "assigned_cpus", lambda: 3)
     assert feature_tasks._Actor((), device=torch.device("cuda")).threads._max_workers == 3
 

@@ -1,4 +1,4 @@
-"""Folders of features: numbers, length and components as asked for, and nothing computed twice."""
+"""Folders of features have the requested precision, norm and components, and nothing is computed twice."""
 
 from __future__ import annotations
 
@@ -25,7 +25,7 @@ def dataset(tmp_path_factory: pytest.TempPathFactory) -> DataSet:
 
 @pytest.fixture(scope="module")
 def plain(ray_session: None, dataset: DataSet, tmp_path_factory: pytest.TempPathFactory) -> FeatureStore:
-    """Features of the third stage, without any option."""
+    """Features of the third stage with default options."""
     return make("random", config(dataset, tmp_path_factory.mktemp("plain") / "f"))
 
 
@@ -34,7 +34,7 @@ def config(dataset: DataSet, out: Path, **changes: Any) -> FeaturesConfig:
     return FeaturesConfig(data=str(dataset.folder), out=str(out), **values)
 
 
-def test_rows_by_index_that_say_whose_they_are(plain: FeatureStore, dataset: DataSet) -> None:
+def test_rows_by_index_with_their_origin(plain: FeatureStore, dataset: DataSet) -> None:
     assert plain.load().shape == (80, 96)
     stored = pq.read_table(f"{plain.folder}/{part_file((0, 80))}")
     assert stored.column("index").to_pylist() == list(range(80))
@@ -53,7 +53,7 @@ def test_half_precision_and_length(plain: FeatureStore, dataset: DataSet, tmp_pa
     assert made.itemsize == 2
 
 
-def test_components_and_those_of_other_features(
+def test_components_and_projections_of_other_features(
     plain: FeatureStore, dataset: DataSet, tmp_path: Path
 ) -> None:
     made = make("random", config(dataset, tmp_path / "a", pca=5)).load()
@@ -73,7 +73,7 @@ def test_components_and_those_of_other_features(
         make("random", config(dataset, tmp_path / "d", layer="res2", pca_of=str(tmp_path / "a")))
 
 
-def test_what_is_there_is_kept(
+def test_existing_parts_are_kept(
     ray_session: None, dataset: DataSet, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(feature_tasks, "_PART_IMAGES", 40)

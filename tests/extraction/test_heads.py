@@ -1,4 +1,4 @@
-"""The heads of a run are those of its checkpoint, and only methods that compare have them."""
+"""The heads of a run come from its checkpoint, and only methods that compare views have them."""
 
 from __future__ import annotations
 
@@ -42,7 +42,7 @@ def test_heads_are_those_of_the_checkpoint(tmp_path: Path) -> None:
         np.testing.assert_allclose(embedding_bd, expected, atol=1e-5)
 
 
-def test_what_predicts_and_what_is_no_run_has_none(tmp_path: Path) -> None:
+def test_other_methods_and_encoders_have_no_heads(tmp_path: Path) -> None:
     dataset = make_dataset(tmp_path / "set", 40)
     config = Pretraining(
         str(dataset.folder), str(tmp_path / "run"), "predict-rotation", batch_size=16, view=ViewConfig(16)
