@@ -36,13 +36,13 @@ def dataset(data: Data) -> DataSet:
         return data
     from raysl.ingestion.cache import find
 
-    place = uri(data)
-    if found := find(place):
+    found = find(uri(data))
+    if isinstance(found, DataSet):
         return found
     start_ray()
     from raysl.ingestion import resolve
 
-    return resolve(place)
+    return resolve(found)
 
 
 def check_source(data: Data) -> None:

@@ -44,14 +44,17 @@ def resolve(data: str | Opened, cache: Path | None = None) -> DataSet:
     return ingest(opened, dest)
 
 
-def find(data: str) -> DataSet | None:
-    """Return the data set that `data` names, or None for a source that has not been ingested into the cache.
+def find(data: str) -> DataSet | Opened:
+    """Return the data set that `data` names, or the opened source if it has not been ingested into the cache.
 
     Raises:
         UserError: there is neither a data set nor a source.
     """
-    place = data if DataSet.is_one(data) else _place(open_source(Place.parse(data)), None)
-    return DataSet.open(place) if DataSet.is_one(place) else None
+    if DataSet.is_one(data):
+        return DataSet.open(data)
+    opened = open_source(Place.parse(data))
+    place = _place(opened, None)
+    return DataSet.open(place) if DataSet.is_one(place) else opened
 
 
 def _place(opened: Opened, cache: Path | None) -> str:

@@ -15,17 +15,16 @@ from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
 from functools import partial
 from itertools import accumulate, chain
-from pathlib import Path
 from typing import Any, Literal
 
 import numpy as np
 import ray.data
 
-from raysl.dataset import LEDGER, MANIFEST, SHARDS, DataSet, Manifest, Shard
+from raysl.dataset import LEDGER, SHARDS, DataSet, Manifest, Shard
 from raysl.errors import UserError
-from raysl.ingestion import images, objects, progress, shard
+from raysl.ingestion import destination, images, objects, progress, shard
 from raysl.ingestion.found import counted, shown
-from raysl.ingestion.journal import JOURNAL, Header, Journal, Listed
+from raysl.ingestion.journal import Header, Journal, Listed
 from raysl.ingestion.sources import Opened, Place, ReadConfig, Source, UnitSize, open_source, read, recognised
 from raysl.storage import Folder
 from raysl.stream.pixels import DecodeConfig, Ranges
@@ -103,18 +102,18 @@ def ingest(source: Any, dest: str, config: IngestConfig | None = None) -> DataSe
     elif isinstance(source, Opened):
         opened = source
     else:
-        _check_free(folder)
+        destination.check_free(folder)
         opened = objects.opened(source, folder, config.reading)
     name = opened.source.name
-    if (finished := _finished(folder, name, config)) is not None:
+    if (done := destination.finished(folder, name, config.decoding)) is not None:
         _log.info(
             "%s is complete: %s images of %s. Delete it to ingest the source again.",
             folder,
-            f"{finished.num_images:,}",
+            f"{done.num_images:,}",
             name,
         )
-        return finished
-    _check_apart(folder, opened.place)
+        return done
+    destination.check_apart(folder, opened.place)
     journal = Journal(folder)
     try:
         listed = _list(opened.source, journal, config)
@@ -125,68 +124,6 @@ def ingest(source: Any, dest: str, config: IngestConfig | None = None) -> DataSe
     except KeyboardInterrupt:
         _log.warning("Interrupted. The same command resumes from the last complete shard.")
         raise
-
-
-def _finished(dest: Folder, name: str, config: IngestConfig) -> DataSet | None:
-    """Return the data set at `dest` if it is finished; None if `dest` is free for this source.
-
-    Raises:
-        UserError: `dest` holds something else.
-    """
-    if not dest.exists():
-        return None
-    if dest.exists(MANIFEST):
-        data_set = DataSet.open(str(dest))
-        if data_set.manifest.source != name:
-            raise UserError(
-                f"{str(dest)!r} already holds a data set of another source, {data_set.manifest.source!r}, and not "
-                f"of {name!r}. Choose another destination, or delete that folder."
-            )
-        made_with = {key: data_set.manifest.decoding.get(key) for key in images.settings(config.decoding)}
-        if made_with != images.settings(config.decoding):
-            changed = [
-                key for key, value in images.settings(config.decoding).items() if made_with[key] != value
-            ]
-            raise UserError(
-                f"{str(dest)!r} already holds this source, ingested with another --{changed[0].replace('_', '-')}: "
-                f"{made_with[changed[0]]}. Choose another destination, or delete that folder."
-            )
-        # An interruption between the last two steps leaves the journal behind.
-        Journal(dest).delete()
-        return data_set
-    if dest.is_local and Path(str(dest)).is_file():
-        raise UserError(f"The destination {str(dest)!r} is a file. Name a folder.")
-    content = [entry for entry in dest.list() if not entry.endswith(".tmp")]
-    header = Journal(dest).header()
-    if header is None and set(content) - {JOURNAL, objects.FOLDER}:
-        raise UserError(
-            f"The destination {str(dest)!r} is not empty and holds no data set of raysl (the first entry is "
-            f"{content[0]!r}). Choose a new folder."
-        )
-    if header is not None and header.source != name:
-        raise UserError(
-            f"{str(dest)!r} holds an unfinished data set of another source, {header.source!r}, and not of {name!r}. "
-            "Finish that one, choose another destination, or delete the folder."
-        )
-    return None
-
-
-def _check_free(dest: Folder) -> None:
-    """Raise UserError if a folder cannot take the rows of an object."""
-    others = set(dest.list()) - {JOURNAL, objects.FOLDER, SHARDS}
-    if others:
-        raise UserError(
-            f"The destination {str(dest)!r} is not empty: it holds {sorted(others)[0]!r}. Choose a new folder."
-        )
-
-
-def _check_apart(dest: Folder, place: Place) -> None:
-    source = Folder(place.uri)
-    if dest.is_local and source.exists() and Path(str(dest)).is_relative_to(str(source)):
-        raise UserError(
-            f"The destination {str(dest)!r} lies inside the source {str(source)!r}, which would then contain it. "
-            "Choose a folder elsewhere."
-        )
 
 
 def _list(source: Source, journal: Journal, config: IngestConfig) -> Listed:

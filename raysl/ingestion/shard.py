@@ -125,9 +125,8 @@ def write(
     digest = hashlib.blake2b(digest_size=16)
     if decoding is not None:
         rows = chain.from_iterable(stored(row, decoding, ranges or {}, tally) for row in rows)
-    name = f"{SHARDS}/{_file(unit)}"
+    name, writer = f"{SHARDS}/{_file(unit)}", None
     with dest.writing(name) as stream:
-        writer = None
         for group in _groups(rows, bad, numbers, rows_per_group):
             group.hash_into(digest)
             table = group.table(base + sum(sizes), bool(classes))
