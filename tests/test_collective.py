@@ -159,7 +159,7 @@ def _keys(rank: int, world: int) -> dict[str, Any]:
     _, objective = _network(Case("moco", (("dim", D), ("queue", 12))))
     view = _batch(objective, 0, rank, world).views["key"]
     with torch.no_grad():
-        return {"here": objective._key(view), "dealt": objective._dealt(view)}
+        return {"here": objective._key(view), "dealt": objective._shuffled(view)}
 
 
 def _everything(rank: int, world: int) -> Results:

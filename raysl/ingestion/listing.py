@@ -12,12 +12,13 @@ from dataclasses import dataclass, field
 from functools import cached_property
 from pathlib import PurePosixPath
 
-import pyarrow.fs as pafs
-
 from raysl.errors import UserError
 from raysl.ingestion.found import LINKS_AGAIN, LINKS_OUT, LeftOut, shown
 from raysl.storage import Folder, filesystem, retry
 from raysl.stream.formats import EXTENSIONS, looks_like_image
+
+if TYPE_CHECKING:
+    import pyarrow.fs as pafs
 
 IMAGE = "image"
 # Bytes at the beginning of a file that tell whether it is an image.
@@ -110,9 +111,9 @@ def files_below(
     fs, folder = filesystem(root)
     folder = folder.rstrip("/") or "/"
     info = retry(root, "read", lambda: fs.get_file_info([folder])[0])
-    if info.type == pafs.FileType.File:
+    if info.is_file:
         yield _remote_file("", info)
-    elif info.type == pafs.FileType.Directory:
+    elif info.type.name == "Directory":
         start = f"{folder}/{base}" if base else folder
         yield from _walk_remote(fs, start, f"{base}/" if base else "", depth, left_out)
 
@@ -187,14 +188,16 @@ class _LocalWalk:
 def _walk_remote(
     fs: pafs.FileSystem, folder: str, prefix: str, depth: int, left_out: LeftOut
 ) -> Iterator[File]:
+    import pyarrow.fs as pafs
+
     found = retry(folder, "list", lambda: fs.get_file_info(pafs.FileSelector(folder)))
     for info in sorted(found, key=lambda info: str(info.base_name)):
         path = prefix + info.base_name
         if is_hidden(info.base_name):
             left_out.add(HIDDEN, path)
-        elif info.type == pafs.FileType.File:
+        elif info.is_file:
             yield _remote_file(path, info)
-        elif info.type == pafs.FileType.Directory and depth > 1:
+        elif info.type.name == "Directory" and depth > 1:
             yield from _walk_remote(fs, info.path, f"{path}/", depth - 1, left_out)
 
 
@@ -209,7 +212,7 @@ def is_folder(uri: str) -> bool:
     if "://" not in root:
         return os.path.isdir(root)
     fs, path = filesystem(root)
-    return bool(retry(root, "read", lambda: fs.get_file_info([path])[0].type == pafs.FileType.Directory))
+    return bool(retry(root, "read", lambda: fs.get_file_info([path])[0].type.name == "Directory"))
 
 
 def read_bytes(root: str, path: str, limit: int = -1) -> bytes:

@@ -39,7 +39,7 @@ def refused(capsys: pytest.CaptureFixture[str], *arguments: str) -> str:
         (f"{PRETRAIN} --method pril-jigsaw", "Did you mean 'pirl-jigsaw'"),
         (f"{PRETRAIN} --method pirl-jigsw", "Did you mean 'jigsaw'"),
         (f"{PRETRAIN} --pirl.temprature 1", "--pirl.temperature"),
-        (f"{PRETRAIN} --pirl.temperature 0", "temperature is 0.0; it must be more than 0"),
+        (f"{PRETRAIN} --pirl.temperature 0", "temperature is 0.0; it must be above 0"),
         (f"{PRETRAIN} --batch-size 0", "--batch-size is 0"),
         (f"{PRETRAIN} --batch-size 1 --workers 2", "less than one image for each of 2 workers"),
         (f"{PRETRAIN} --optim.name sgdd", "sgdd"),

@@ -132,7 +132,7 @@ def test_no_sweep_is_told(tmp_path: Path) -> None:
 
 def test_long_names_may_be_broken_and_are_still_escaped(tmp_path: Path) -> None:
     folder = report(written(tmp_path, "lambda=0,0.5,1"), ReportConfig(out=str(tmp_path / "out")))
-    assert b"<th>pirl.<wbr>lambda</th>" in folder.read("index.html")
+    assert b"<th>pirl.<wbr>lam</th>" in folder.read("index.html")
     assert _breakable("<b_c>") == "&lt;b_<wbr>c&gt;"
 
 
@@ -154,7 +154,7 @@ def test_the_command_of_a_configuration_gives_it_back() -> None:
     words = shlex.split(shown.replace("\\\n", ""))
     assert words == shlex.split(command(config))
     assert words[:2] == ["raysl", "pretrain"]
-    assert "--pirl.lambda" in words
+    assert "--pirl.lam" in words
     assert parse_pretraining(words[2:], "raysl pretrain") == config
 
 

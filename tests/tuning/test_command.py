@@ -12,7 +12,7 @@ from raysl.__main__ import main
 from raysl.config import Pretraining
 from raysl.tuning.config import SweepConfig
 
-SWEEP = "sweep --data nothing --test nothing --out sweep"
+SWEEP = "sweep --data shapes:50 --test shapes:60 --out sweep"
 
 
 @pytest.fixture(autouse=True)
@@ -44,18 +44,16 @@ def test_flags_of_a_sweep_stand_among_those_of_a_run(
         return [row, {**row, "trial": 1, "state": "failed", "reason": "disk full"}]
 
     monkeypatch.setattr("raysl.tuning.driver.sweep", sweep)
-    flags = (
-        "--epochs 3 --vary temperature=0.1,0.2 lambda --data D --seeds 0 1 2 --pirl.head bn --test T --out S"
-    )
+    flags = "--epochs 3 --vary temperature=0.1,0.2 lambda --data shapes:50 --seeds 0 1 2 --pirl.head bn --test shapes:60 --out S"
     with pytest.raises(SystemExit) as left:
         main(["sweep", *flags.split()])
     assert left.value.code == 1
     ((base, config),) = seen
-    assert (base.data, base.epochs, base.parts["pirl"].head) == ("D", 3, "bn")
+    assert (base.data, base.epochs, base.parts["pirl"].head) == ("shapes:50", 3, "bn")
     assert (config.vary, config.seeds, config.test, config.out) == (
         ("temperature=0.1,0.2", "lambda"),
         (0, 1, 2),
-        "T",
+        "shapes:60",
         "S",
     )
     said = capsys.readouterr().out
