@@ -11,6 +11,7 @@ from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass, field
 from functools import cached_property
 from pathlib import PurePosixPath
+from typing import TYPE_CHECKING
 
 from raysl.errors import UserError
 from raysl.ingestion.found import LINKS_AGAIN, LINKS_OUT, LeftOut, shown

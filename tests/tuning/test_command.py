@@ -44,7 +44,8 @@ def test_flags_of_a_sweep_stand_among_those_of_a_run(
         return [row, {**row, "trial": 1, "state": "failed", "reason": "disk full"}]
 
     monkeypatch.setattr("raysl.tuning.driver.sweep", sweep)
-    flags = "--epochs 3 --vary temperature=0.1,0.2 lambda --data shapes:50 --seeds 0 1 2 --pirl.head bn --test shapes:60 --out S"
+    flags = "--epochs 3 --vary temperature=0.1,0.2 lambda --data shapes:50 --seeds 0 1 2 --pirl.head bn"
+    flags += " --test shapes:60 --out S"
     with pytest.raises(SystemExit) as left:
         main(["sweep", *flags.split()])
     assert left.value.code == 1
