@@ -299,10 +299,11 @@ def sweep(
     from raysl.tuning.config import SweepConfig as Config
 
     settings = configure(Config, config, {**given(test=test, out=out, vary=vary), **fields})
-    check_source(settings.test)
-    learner = run_config(data, "-", base, {})
     from raysl.tuning import driver
+    from raysl.tuning.setting import check
 
+    learner = run_config(data, "-", base, {}, check=lambda asked: check(asked, settings))
+    check_source(settings.test)
     return driver.sweep(learner, settings, _log.info)
 
 

@@ -6,7 +6,7 @@ import dataclasses
 import importlib.util
 import os
 import sys
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import TYPE_CHECKING, Any, TypeVar
 
 from raysl import console, defaults
@@ -69,6 +69,7 @@ def run_config(
     config: Pretraining | Mapping[str, Any] | None,
     fields: Mapping[str, Any],
     workers: bool = True,
+    check: Callable[[Pretraining], object] | None = None,
 ) -> Pretraining:
     """Return the configuration of a run, checked before Ray starts.
 
@@ -82,10 +83,13 @@ def run_config(
         config: an object, or a mapping of fields.
         fields: fields that replace those of `config`.
         workers: whether workers will train, so that Ray is started and asked what the cluster has.
+        check: more checks of the configuration as given, before any data are opened or Ray starts.
     """
     values = {**given(data=data, run=run), **fields}
     if isinstance(config, Pretraining):
         made = defaults.replaced(config, values)
+        if check is not None:
+            check(made)
         dataset(made.data)
         if workers:
             start_ray()
@@ -96,6 +100,8 @@ def run_config(
     if "data" in values:
         values["data"] = uri(values["data"])
     asked = defaults.check(values)
+    if check is not None:
+        check(asked)
     check_source(asked.data)
     if not workers:
         import torch

@@ -24,8 +24,6 @@ from pathlib import Path
 from typing import IO, Any, BinaryIO, TypeVar, cast
 from urllib.parse import unquote, urlsplit
 
-import pyarrow.fs as pafs
-
 from raysl.errors import UserError
 
 _log = logging.getLogger("raysl.storage")
@@ -195,7 +193,7 @@ class Folder:
         part = f"{path}.{uuid.uuid4().hex[:8]}.tmp"
         try:
             os.makedirs(os.path.dirname(path), exist_ok=True)
-            with pafs.LocalFileSystem().open_output_stream(part) as stream:
+            with open(part, "wb") as stream:
                 yield stream
             os.replace(part, path)
         except OSError as error:
@@ -250,7 +248,7 @@ class Folder:
         """Return True if the file or folder exists."""
 
         def look(fs: Any, path: str) -> bool:
-            return bool(fs.get_file_info([path])[0].type != pafs.FileType.NotFound)
+            return bool(fs.get_file_info([path])[0].type.name != "NotFound")
 
         return self._try(name, "read", look)
 
@@ -258,6 +256,8 @@ class Folder:
         """Return the sorted names of the files and folders directly inside; none if the folder does not exist."""
 
         def look(fs: Any, path: str) -> list[str]:
+            import pyarrow.fs as pafs
+
             found = fs.get_file_info(pafs.FileSelector(path, allow_not_found=True))
             return sorted(info.base_name for info in found)
 
@@ -271,10 +271,10 @@ class Folder:
         """Delete a file, or a folder and everything in it; a missing one is fine."""
 
         def remove(fs: Any, path: str) -> None:
-            kind = fs.get_file_info([path])[0].type
-            if kind == pafs.FileType.Directory:
+            kind = fs.get_file_info([path])[0].type.name
+            if kind == "Directory":
                 fs.delete_dir(path)
-            elif kind == pafs.FileType.File:
+            elif kind == "File":
                 fs.delete_file(path)
 
         self._try(name, "delete", remove)
@@ -312,6 +312,9 @@ def filesystem(uri: str) -> tuple[Any, str]:
     Raises:
         UserError: neither Arrow nor fsspec knows the scheme, or its package is missing.
     """
+    # Loaded late, because `raysl VERB --help` imports this module.
+    import pyarrow.fs as pafs
+
     if "://" not in uri:
         return pafs.LocalFileSystem(), uri
     try:

@@ -40,19 +40,3 @@ def shared_data() -> Path:
     if not folder.is_dir():
         pytest.skip("no folder of real images beside the checkout")
     return folder
-
-
-# Failures that are known since the rooms were merged for 0.2.0. Mend them and delete their line.
-KNOWN_FAILURES = (
-    "tests/tuning/test_command.py::",
-    "tests/cli/test_first_words.py::test_help_loads_no_heavy_package",
-    "tests/documentation/test_protocols.py::test_the_committed_page_is_up_to_date",
-    "tests/documentation/test_pages.py::",
-)
-
-
-def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
-    """Expect the known failures, so that they are counted and do not hide new ones."""
-    for item in items:
-        if item.nodeid.startswith(KNOWN_FAILURES):
-            item.add_marker(pytest.mark.xfail(reason="known since the merge for 0.2.0", strict=False))

@@ -61,26 +61,12 @@ class Setting:
 
 
 def prepare(base: Pretraining, config: SweepConfig) -> Setting:
-    """Checks every trial before any of them begins, and divides the cluster.
+    """Check every trial before any of them begins, and divide the cluster.
 
     Raises:
-        UserError: what is wrong with the space, the data, the cluster, or any trial.
+        UserError: the space, the data, the cluster or a trial is wrong.
     """
-    if config.searcher == "optuna":
-        searchers.need_optuna()
-    if len(base.worker_counts()) > 1:
-        raise UserError(
-            f"The runs of a sweep share the cluster, so each has a fixed number of workers, and workers is "
-            f"{base.workers!r}. Give one number."
-        )
-    points = space(base, config.vary, listed=config.searcher == "grid")
-    fixed = [d.name for d in points.dimensions if not d.live]
-    if config.scheduler == "pbt" and fixed:
-        raise UserError(
-            f"Population based training changes values in the middle of a run, and {', '.join(fixed)} cannot change "
-            "there. Vary fields such as optim.lr or a temperature, or use --scheduler asha."
-        )
-    trials = _trials(base, config, points)
+    points, trials = check(base, config)
     ray_cluster.start()
     runs = len(config.seeds) * (len(trials) if config.searcher == "grid" else config.samples)
     at_once, placement = _share(base.worker_counts()[0], config, runs)
@@ -90,6 +76,29 @@ def prepare(base: Pretraining, config: SweepConfig) -> Setting:
     check_apart([config.probe], train, test)
     _build(trials, images)
     return Setting(base, config, points, images, train, test, at_once, placement)
+
+
+def check(base: Pretraining, config: SweepConfig) -> tuple[Space, list[tuple[Values, Pretraining]]]:
+    """Check all that needs neither data nor Ray; return the space and the configurations of the trials.
+
+    Raises:
+        UserError: a package is missing, a field or a value cannot be varied, or a trial cannot run.
+    """
+    if config.searcher == "optuna":
+        searchers.need_optuna()
+    if len(base.worker_counts()) > 1:
+        raise UserError(
+            f"The runs of a sweep share the cluster, so each has a fixed number of workers, and --workers is "
+            f"{base.workers!r}. Give one number."
+        )
+    points = space(base, config.vary, listed=config.searcher == "grid")
+    fixed = [d.name for d in points.dimensions if not d.live]
+    if config.scheduler == "pbt" and fixed:
+        raise UserError(
+            f"Population based training changes values during a run, and {', '.join(fixed)} cannot change. Vary "
+            "fields such as optim.lr or a temperature, or use --scheduler asha."
+        )
+    return points, _trials(base, config, points)
 
 
 def _trials(base: Pretraining, config: SweepConfig, points: Space) -> list[tuple[Values, Pretraining]]:

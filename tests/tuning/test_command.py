@@ -7,7 +7,7 @@ from typing import Any
 
 import pytest
 
-from raysl import ray_cluster
+from raysl import defaults, ray_cluster
 from raysl.__main__ import main
 from raysl.config import Pretraining
 from raysl.tuning.config import SweepConfig
@@ -43,7 +43,12 @@ def test_flags_of_a_sweep_stand_among_those_of_a_run(
         seen.append((base, config))
         return [row, {**row, "trial": 1, "state": "failed", "reason": "disk full"}]
 
+    def run_config(_: object, run: str, base: dict[str, Any], fields: object, **__: object) -> Pretraining:
+        return defaults.from_fields({**base, "run": run})
+
     monkeypatch.setattr("raysl.tuning.driver.sweep", sweep)
+    # It would start Ray to open the images.
+    monkeypatch.setattr("raysl.api.run_config", run_config)
     flags = "--epochs 3 --vary temperature=0.1,0.2 lambda --data shapes:50 --seeds 0 1 2 --pirl.head bn"
     flags += " --test shapes:60 --out S"
     with pytest.raises(SystemExit) as left:
