@@ -39,7 +39,7 @@ def test_flags_of_a_sweep_stand_among_those_of_a_run(
         "reason": "",
     }
 
-    def sweep(base: Pretraining, config: SweepConfig) -> list[dict[str, Any]]:
+    def sweep(base: Pretraining, config: SweepConfig, *_: object) -> list[dict[str, Any]]:
         seen.append((base, config))
         return [row, {**row, "trial": 1, "state": "failed", "reason": "disk full"}]
 
