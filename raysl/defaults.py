@@ -26,6 +26,11 @@ _log = logging.getLogger("raysl.defaults")
 # Images with a shorter side up to this many pixels are small.
 SMALL_SIDE = 64
 _SAMPLE = 64
+# Every field that `resolve` may choose. A command that is to repeat a run has to name these.
+CHOSEN = frozenset(
+    "backbone.name backbone.norm view.image_size workers batch_size optim.lr optim.warmup pirl.head pirl.temperature "
+    "pirl.num_negatives npid.head npid.temperature npid.num_negatives simclr.norm simclr.temperature".split()
+)
 # A step is worth its overhead with this many images; an epoch should have a few steps.
 _STEPS_PER_EPOCH = 4
 

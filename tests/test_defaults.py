@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import io
+import shlex
 from pathlib import Path
 from typing import Any
 
@@ -14,6 +15,7 @@ from raysl import defaults
 from raysl.cli.flags import parse
 from raysl.config import Pretraining, differences
 from raysl.dataset import DataSet
+from raysl.reporting.command import command
 from raysl.run import Run
 from tests.data import make_dataset
 
@@ -87,3 +89,21 @@ def test_an_unfinished_run_keeps_what_it_was_begun_with(small: DataSet, tmp_path
 def test_the_side_of_images_is_measured(small: DataSet) -> None:
     file = small.read(np.arange(1), ("image",)).column("image")[0].as_py()
     assert defaults.short_side(small) == min(Image.open(io.BytesIO(file)).size)
+
+
+@pytest.mark.parametrize("method", ["pirl-jigsaw", "npid", "simclr", "predict-rotation"])
+def test_the_command_of_a_run_repeats_it(method: str, small: DataSet, photos: DataSet) -> None:
+    """Values that equal those of the classes are named too, or others would be chosen for them."""
+    plain = Pretraining(str(small.folder), "run", method, batch_size=16)
+    words = shlex.split(command(plain))[2:]
+    given = parse(words, "raysl pretrain").given
+    for images in (small, photos):
+        assert defaults.resolve(given, images, 1, True).to_json() == plain.to_json()
+
+
+@pytest.mark.parametrize("method", ["pirl-jigsaw", "npid", "simclr", "cpc-patch_grid", "predict-rotation"])
+def test_every_choice_is_listed(method: str, small: DataSet, photos: DataSet) -> None:
+    for images in (small, photos):
+        for gpus in (False, True):
+            names = {choice.name for choice in defaults._choices({"method": method}, images, 1, gpus)}
+            assert names - {"method"} <= defaults.CHOSEN

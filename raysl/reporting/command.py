@@ -1,4 +1,4 @@
-"""A configuration as the command that asks for it."""
+"""Write a configuration as the command that gives it."""
 
 from __future__ import annotations
 
@@ -10,12 +10,16 @@ import typing
 from collections.abc import Iterator
 from typing import Any
 
-from raysl import methods
+from raysl import defaults, methods
 from raysl.config import Pretraining
 
 
 def command(config: Pretraining) -> str:
-    """The `raysl pretrain` command of a configuration; flags that have their defaults are left out."""
+    """Return the `raysl pretrain` command of a configuration.
+
+    Fields that the command line would choose from the data are always named; others only if they differ from their
+    defaults.
+    """
     words = ["raysl", "pretrain"]
     plain = Pretraining(config.data, config.run, config.method)
     for name in ("data", "run", "method"):
@@ -27,7 +31,7 @@ def command(config: Pretraining) -> str:
 
 
 def folded(line: str) -> str:
-    """A command over several lines, for the eye; a shell reads it as one."""
+    """Return a command broken into several lines, which a shell reads as one."""
     kept = re.sub(" (?!--)", "\0", line)  # a flag and its value stay together
     text = textwrap.fill(kept, 90, break_long_words=False, break_on_hyphens=False)
     return text.replace("\n", " \\\n    ").replace("\0", " ")
@@ -37,10 +41,12 @@ def _flags(value: Any, default: Any, prefix: str) -> Iterator[str]:
     hints = typing.get_type_hints(type(value), include_extras=True)
     for field in dataclasses.fields(value):
         ours, theirs = getattr(value, field.name), getattr(default, field.name)
-        if ours == theirs or field.name in ("data", "run", "method", "parts"):
+        if field.name in ("data", "run", "method", "parts"):
             continue
         if dataclasses.is_dataclass(ours):
             yield from _flags(ours, theirs, f"{prefix}{field.name}.")
+            continue
+        if ours == theirs and f"{prefix}{field.name}" not in defaults.CHOSEN:
             continue
         named = [extra.name for extra in typing.get_args(hints[field.name]) if getattr(extra, "name", None)]
         flag = f"{prefix}{named[0] if named else field.name}".replace("_", "-")

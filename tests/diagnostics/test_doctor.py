@@ -89,7 +89,7 @@ def test_measures_every_stage(ray_session: None, tmp_path: Path) -> None:
 @pytest.mark.ray
 def test_impossible_runs_are_refused(ray_session: None, tmp_path: Path) -> None:
     make_dataset(tmp_path / "set", 100, side=32)
-    with pytest.raises(UserError, match="batch_size"):
+    with pytest.raises(UserError, match="batch-size"):
         examine(DoctorConfig(str(tmp_path / "set"), batch_size=128))
     with pytest.raises(UserError, match="workers"):
         examine(DoctorConfig(str(tmp_path / "set"), batch_size=64, workers=64))

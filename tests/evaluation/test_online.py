@@ -229,7 +229,7 @@ def test_a_checkpoint_is_probed_before_training_ends(
     reported = threading.Event()
     report = OnlineEvaluator._report
 
-    def training(config: Pretraining) -> Run:
+    def training(config: Pretraining, **_: object) -> Run:
         """Hold the lock of the run until its checkpoint was probed."""
         with lock.DriverLock(run.folder, "run"):
             assert reported.wait(120)

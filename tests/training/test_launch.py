@@ -9,6 +9,7 @@ import importlib
 import logging
 import os
 import pty
+import shlex
 import signal
 import subprocess
 import sys
@@ -29,6 +30,7 @@ from raysl.config import Pretraining, ViewConfig
 from raysl.dataset import DataSet
 from raysl.errors import UserError
 from raysl.objectives.pirl import Config as Pirl
+from raysl.reporting.command import command as written
 from raysl.run import Run
 from raysl.storage import Folder
 from raysl.training.launch import pretrain
@@ -160,9 +162,7 @@ def test_killed_data_tasks_and_train_worker(finished: Run, dataset: DataSet, tmp
 def test_killed_driver(finished: Run, dataset: DataSet, tmp_path: Path) -> None:
     """Killed after its first checkpoint, then started again by the same command."""
     run = tmp_path / "run"
-    command = [sys.executable, "-m", "raysl", "pretrain", "--data", str(dataset.folder), "--run", str(run)]
-    command += "--epochs 3 --batch-size 16 --log-every 1 --view.image-size 16 --view.recipe plain".split()
-    command += "--save.every-steps 4 --pirl.num-negatives 32 --pirl.dim 16".split()
+    command = [sys.executable, "-m", *shlex.split(written(configuration(dataset, run)))]
     driver = subprocess.Popen(command, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
     checkpoints = Run(Folder(str(run))).checkpoints
     deadline = time.monotonic() + 300
