@@ -86,6 +86,10 @@ def run_config(
         check: more checks of the configuration as given, before any data are opened or Ray starts.
     """
     values = {**given(data=data, run=run), **fields}
+    if callable(recipe := _view_recipe(values)):
+        from raysl.own_augmentation import name_of
+
+        values["view"] = {**values["view"], "recipe": name_of(recipe)}
     if isinstance(config, Pretraining):
         made = defaults.replaced(config, values)
         if check is not None:
@@ -116,6 +120,11 @@ def run_config(
     machines = placement.machines()
     usual = placement.usual_workers(machines)
     return defaults.resolve(values, dataset(asked.data), usual, machines.has_gpus)
+
+
+def _view_recipe(values: Mapping[str, Any]) -> Any:
+    view = values.get("view")
+    return view.get("recipe") if isinstance(view, Mapping) else None
 
 
 def configure(kind: type[T], config: Any, fields: Mapping[str, Any]) -> T:

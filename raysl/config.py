@@ -29,12 +29,23 @@ class ViewConfig(Checked):
     Args:
         image_size: side of an ordinary view in pixels; the sizes of jigsaw patches follow from it.
         min_scale: smallest share of the image's area that an ordinary view shows, in 0..1 (PIRL at 224 pixels: 0.08).
-        recipe: color augmentation: pirl, pirl+, simclr, mocov2, npid, byol_a, byol_b, gray (for jigsaws), plain or none.
+        recipe: color augmentation: pirl, pirl+, simclr, mocov2, npid, byol_a, byol_b, gray (for jigsaws), plain, none,
+            or MODULE:NAME or FILE.py:NAME of a function or a torchvision v2 transform from uint8 (3, h, w) to the same.
     """
 
     image_size: Annotated[int, Bounds(8, 2048), FROM_DATA] = 32
     min_scale: Annotated[float, Bounds(above=0, high=1), Range((0.08, 0.2, 0.4, 0.6), log=True)] = 0.2
     recipe: Annotated[str, Range(("pirl", "pirl+", "simclr", "mocov2", "plain"))] = "pirl"
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        module, colon, name = self.recipe.rpartition(":")
+        if colon:  # Workers have another working directory.
+            object.__setattr__(self, "recipe", f"{plugins.remembered(module)}:{name}")
+
+    def modules(self) -> list[str]:
+        """Return the module or file of an augmentation of the user, if there is one."""
+        return [self.recipe.rpartition(":")[0]] if ":" in self.recipe else []
 
 
 @dataclass(frozen=True)
@@ -85,7 +96,7 @@ class Pretraining(Checked):
         for one in self.plugin:
             plugins.trust(one)
             plugins.load_module(one)
-        for one in self.backbone.modules():
+        for one in (*self.backbone.modules(), *self.view.modules()):
             plugins.trust(one)
         types_ = methods.parse(self.method).config_types()
         for name in self.parts:

@@ -11,11 +11,14 @@ import torch
 from torch import Tensor, nn
 
 from raysl import methods, pretext
-from raysl.augment import recipe
+from raysl.augment import Recipe, recipe
 from raysl.backbone import network
+from raysl.backbone.external_weights import load_weights_into
+from raysl.backbone.network import BackboneConfig
 from raysl.config import Pretraining
 from raysl.dataset import DataSet
 from raysl.objectives import Alternates, Describes, Objective, Setup, ViewRecipes
+from raysl.own_augmentation import OwnAugmentation
 from raysl.pretext import Geometry
 from raysl.rng import ImageRng, key
 from raysl.stream.plan import num_steps
@@ -61,6 +64,7 @@ class Model(nn.Module):
         self.config = config
         torch.manual_seed(key(config.seed, "weights") >> 1)
         self.backbone = network.build(config.backbone)
+        self.starting_weights = self._load(config.backbone)
         method = methods.parse(config.method)
         _, objective_type = methods.load_objective(method.objective)
         view = config.view
@@ -85,6 +89,12 @@ class Model(nn.Module):
         """Return the model of a run on a data set. Raises UserError when the two do not fit together."""
         return Model(config, DataFacts.of(dataset))
 
+    def _load(self, config: BackboneConfig) -> str:
+        """Load the weights that training starts from; return a hash of their file, or an empty string."""
+        if not config.weights:
+            return ""
+        return load_weights_into(self.backbone, config.weights, config.name)
+
     def forward(self, views: Mapping[str, Tensor]) -> dict[str, Tensor]:
         """Return the outputs of the objective for uint8 views (b, p, c, h, w)."""
         return self.objective.forward(self.backbone, views)
@@ -93,7 +103,7 @@ class Model(nn.Module):
         """Return what the stream makes of every image."""
         own = self.objective.recipes if isinstance(self.objective, ViewRecipes) else {}
         return {
-            name: View(transform, recipe(own.get(name, self.config.view.recipe)))
+            name: View(transform, _colors(own.get(name, self.config.view.recipe)))
             for name, transform in self.objective.views.items()
         }
 
@@ -143,4 +153,15 @@ class Model(nn.Module):
         """Return what the method adds to the run's metadata, as JSON."""
         described = {spec: transform.describe() for spec, transform in self.tasks.items()}
         facts = next(iter(described.values())) if len(described) == 1 else dict(described)
-        return facts | self.objective.describe() if isinstance(self.objective, Describes) else facts
+        if isinstance(self.objective, Describes):
+            facts |= self.objective.describe()
+        own = [view.recipe for view in self.views().values() if isinstance(view.recipe, OwnAugmentation)]
+        if own:
+            facts["augmentation"] = own[0].describe()
+        if self.starting_weights:
+            facts["starting_weights"] = self.starting_weights
+        return facts
+
+
+def _colors(name: str) -> Recipe | OwnAugmentation:
+    return OwnAugmentation(name) if ":" in name else recipe(name)

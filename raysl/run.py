@@ -127,8 +127,11 @@ class Run:
     def config(self) -> Pretraining:
         """Return the configuration that it was begun with. Raise UserError when that would run code of a stranger."""
         config = self.metadata()["config"]
-        name = str(config.get("backbone", {}).get("name", ""))
-        own = [name.rpartition(":")[0]] if ":" in name else []
+        names = [
+            str(config.get("backbone", {}).get("name", "")),
+            str(config.get("view", {}).get("recipe", "")),
+        ]
+        own = [name.rpartition(":")[0] for name in names if ":" in name]
         plugins.check_trusted([*config.get("plugin", ()), *own], str(self.folder))
         return Pretraining.from_json(config)
 

@@ -18,7 +18,7 @@ FILES = sorted(LIBRARY.rglob("*.py"))
 # From the bottom up: a room (a file or folder directly inside raysl/) imports only rooms that stand before it.
 ROOMS = (
     *("lazy", "console", "errors", "plugins", "rng", "fields", "storage", "feature_store", "dataset"),
-    *("collective", "augment", "pretext"),
+    *("collective", "augment", "own_augmentation", "pretext"),
     *("stream", "contrastive", "backbone", "optim", "checkpoint"),
     *("ingestion", "objectives", "methods"),
     *("config", "model", "recipes", "ray_cluster", "run", "defaults", "callbacks", "training"),

@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from functools import lru_cache
+from pathlib import Path
 from typing import Annotated, Any, Literal
 
 import torch
@@ -38,16 +39,20 @@ class BackboneConfig(Checked):
             over each view of all workers' images, in the heads too. "group" is GroupNorm, each image by itself, so that
             gradients do not depend on the number of workers.
         patch_size: side of a patch of a vision transformer of timm in pixels; 0 for the size in its name.
+        weights: file of weights that pretraining starts from, by any reader of `raysl probe`; a path or a URI.
     """
 
     name: str = "small"
     stem: Literal["standard", "small"] = "standard"
     norm: Literal["batch", "joint", "sync", "group"] = "batch"
     patch_size: Annotated[int, Bounds(0, 512)] = 0
+    weights: str = ""
 
     def __post_init__(self) -> None:
         super().__post_init__()
         module, colon, function = self.name.rpartition(":")
+        if self.weights and "://" not in self.weights:
+            object.__setattr__(self, "weights", str(Path(self.weights).expanduser().absolute()))
         if colon:  # workers have another working directory
             object.__setattr__(self, "name", f"{plugins.remembered(module)}:{function}")
 

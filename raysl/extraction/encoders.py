@@ -128,7 +128,10 @@ class RandomBackbone(_Network):
     def network(self) -> Backbone:
         with torch.random.fork_rng(devices=[]):
             torch.manual_seed(rng.key(self.seed, "weights") >> 1)  # As raysl.model.Model starts.
-            return networks.build(self.config)
+            backbone = networks.build(self.config)
+        if self.config.weights:
+            external_weights.load_weights_into(backbone, self.config.weights, self.config.name)
+        return backbone
 
 
 def untrained(run: Run) -> RandomBackbone:

@@ -7,6 +7,7 @@ from dataclasses import dataclass, replace
 from torch import Tensor
 
 from raysl.augment import Recipe, SourceCrop, color_jitter, hflip
+from raysl.own_augmentation import OwnAugmentation
 from raysl.pretext import Pretext, Transformed
 from raysl.rng import ImageRng
 
@@ -17,11 +18,11 @@ class View:
 
     Args:
         pretext: the transform.
-        recipe: the color augmentation.
+        recipe: the color augmentation, or one of the user.
     """
 
     pretext: Pretext
-    recipe: Recipe
+    recipe: Recipe | OwnAugmentation
 
     @property
     def source(self) -> SourceCrop:
@@ -41,10 +42,15 @@ class View:
         side = self.source.size
         images_bchw = hflip(images_bchw, image_rng, self.recipe.hflip)
         if self.pretext.colour == "source":
-            images_bchw = color_jitter(images_bchw, self.recipe, image_rng, side)
+            images_bchw = self._colored(images_bchw, image_rng, side)
         made = self.pretext.transform(images_bchw, image_rng.named("transform"))
         if self.pretext.colour != "crops":
             return made
         crops = made.crops_bpchw
-        coloured = color_jitter(crops.flatten(0, 1), self.recipe, image_rng.repeated(crops.shape[1]), side)
-        return replace(made, crops_bpchw=coloured.view(crops.shape))
+        colored = self._colored(crops.flatten(0, 1), image_rng.repeated(crops.shape[1]), side)
+        return replace(made, crops_bpchw=colored.view(crops.shape))
+
+    def _colored(self, images_bchw: Tensor, image_rng: ImageRng, side: int) -> Tensor:
+        if isinstance(self.recipe, OwnAugmentation):
+            return self.recipe(images_bchw, image_rng)
+        return color_jitter(images_bchw, self.recipe, image_rng, side)

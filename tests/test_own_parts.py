@@ -1,0 +1,84 @@
+"""What a user brings to a run: starting weights, and an augmentation of their own."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from torch import Tensor
+from torchvision.transforms import v2
+
+from raysl import UserError, arguments
+from raysl.config import Pretraining, ViewConfig
+from raysl.extraction import RandomBackbone
+from raysl.model import Model
+from raysl.own_augmentation import OwnAugmentation, name_of
+from raysl.rng import ImageRng
+from raysl.run import Run
+from tests.data import make_dataset
+
+NOISY = v2.Compose([v2.RandomHorizontalFlip(), v2.ColorJitter(0.5)])
+
+
+def darker(image_chw: Tensor) -> Tensor:
+    """Halve a random share of the pixels."""
+    return torch.where(torch.rand(image_chw.shape) < 0.5, image_chw // 2, image_chw)
+
+
+def floats(image_chw: Tensor) -> Tensor:
+    return image_chw / 255
+
+
+def rng(indices: list[int]) -> ImageRng:
+    return ImageRng(0, np.zeros(len(indices), np.int64), np.array(indices))
+
+
+@pytest.mark.parametrize("name", ["NOISY", "darker"])
+def test_views_of_an_own_augmentation_do_not_depend_on_the_batch(name: str) -> None:
+    own = OwnAugmentation(f"{__name__}:{name}")
+    images_bchw = torch.randint(0, 256, (4, 3, 8, 8), dtype=torch.uint8)
+    before = torch.random.get_rng_state()
+    made = own(images_bchw, rng([0, 1, 2, 3]))
+    assert torch.equal(made[2:], own(images_bchw[2:], rng([2, 3])))
+    assert not torch.equal(made, images_bchw)
+    assert torch.equal(torch.random.get_rng_state(), before)
+
+
+def test_an_own_augmentation_has_its_place_in_the_metadata(tmp_path: Path) -> None:
+    data = make_dataset(tmp_path / "set", 40)
+    given = {"view": {"recipe": darker}, "pirl": {"num_negatives": 8}}
+    config = arguments.run_config(data, str(tmp_path / "run"), None, given, workers=False)
+    assert config.view.recipe == f"{__name__}:darker"
+    run = Run.begin(config, data, Model.of(config, data).describe())
+    assert run.metadata()["facts"]["augmentation"]["name"] == config.view.recipe
+    assert Run.open(str(run.folder)).config() == config
+
+
+@pytest.mark.parametrize(
+    ("name", "answer"),
+    [(f"{__name__}:floats", "float32"), (f"{__name__}:none", "no function"), ("no:f", "cannot be")],
+)
+def test_an_augmentation_that_cannot_be_used_is_refused(name: str, answer: str) -> None:
+    with pytest.raises(UserError, match=answer):
+        OwnAugmentation(name)(torch.zeros(1, 3, 4, 4, dtype=torch.uint8), rng([0]))
+    with pytest.raises(UserError, match="cannot be imported by workers"):
+        name_of(NOISY)
+
+
+def test_training_starts_from_weights_in_a_file(tmp_path: Path) -> None:
+    data = make_dataset(tmp_path / "set", 40)
+    first = Model.of(Pretraining("d", "r", method="simclr", seed=7), data).backbone
+    file = tmp_path / "weights.pth"
+    torch.save(first.body.state_dict(), file)
+    config = Pretraining.from_json(
+        {"data": "d", "run": "r", "method": "simclr", "backbone": {"weights": str(file)}, "view": {}}
+    )
+    model = Model.of(config, data)
+    untrained = RandomBackbone(config.backbone, config.seed).network()
+    for name, value in first.state_dict().items():
+        assert torch.equal(model.backbone.state_dict()[name], value)
+        assert torch.equal(untrained.state_dict()[name], value)
+    assert model.describe()["starting_weights"]
+    assert ViewConfig(recipe="pirl").modules() == []
