@@ -4,12 +4,16 @@ from __future__ import annotations
 
 import tempfile
 import time
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 from rich.console import Console
+from rich.table import Table
 
-from raysl import ray_cluster
+from raysl import console as console_log
+from raysl.arguments import start_ray
 from raysl.config import Pretraining, ViewConfig
 from raysl.dataset import DataSet
 from raysl.errors import UserError
@@ -20,15 +24,15 @@ DRAWN = "shapes:6000"
 
 @dataclass(frozen=True)
 class DemoConfig:
-    """Pretrains PIRL with a jigsaw on a few thousand images and shows what that is worth.
+    """Pretrain PIRL with a jigsaw on a few thousand images and measure what it has learned.
 
     Args:
         data: labelled images: "shapes" draws its own; "fashion-mnist", a folder, Parquet files or any other source
-            of `raysl ingest`. Where the source has splits, "train" and "test" are used; else kNN alone is measured,
-            on the same images.
+            of `raysl ingest`. A source with splits is used as "train" and "test"; of any other, kNN alone is measured, on
+            the same images.
         out: folder for the run and the picture; by default a new temporary folder.
         epochs: visits to every image.
-        workers: Ray Train workers; 0 for two, or for one where there is one GPU.
+        workers: training workers; 0 for as many as suit the machine.
     """
 
     data: str = "shapes"
@@ -38,23 +42,26 @@ class DemoConfig:
 
     def __post_init__(self) -> None:
         if self.workers < 0:
-            raise UserError(f"workers is {self.workers}; it must be at least 1, or 0 for the usual number.")
+            raise UserError(
+                f"--workers is {self.workers}; it must be at least 1, or 0 for as many as suit the machine."
+            )
 
 
 def demo(config: DemoConfig) -> None:
-    """Runs the demo and prints its table.
+    """Run the demo and print its table.
 
     Raises:
         UserError: the data cannot be read, or has no labels.
     """
     from raysl.documentation import pictures
     from raysl.evaluation.evaluate import probe
-    from raysl.evaluation.results import tables, verdicts
+    from raysl.evaluation.results import verdicts
     from raysl.ingestion import resolve, splits
     from raysl.model import Model
     from raysl.ray_cluster import placement
     from raysl.training.launch import pretrain
 
+    console_log.install()
     console = Console()
     started = time.monotonic()
     out = config.out or Path(tempfile.mkdtemp(prefix="raysl-demo-"))
@@ -62,31 +69,41 @@ def demo(config: DemoConfig) -> None:
     def say(line: str) -> None:
         console.print(f"[dim]{time.monotonic() - started:5.0f} s[/dim]  {line}", highlight=False)
 
-    say("Starting Ray on this machine.")
-    ray_cluster.start()
+    start_ray()
     train, test = splits(DRAWN if config.data == "shapes" else config.data)
     dataset, judged = resolve(train), resolve(test)
     if not dataset.has_labels:
         raise UserError(
             f"The demo measures with labels and {config.data!r} has none. Use `raysl pretrain` on it."
         )
-    say(
-        f"Data: {dataset.num_images:,} images to learn from (labels unused), {judged.num_images:,} to be judged on."
-    )
+    say(f"{dataset.num_images:,} images to learn from, without labels; {judged.num_images:,} to test on.")
     settings = _settings(config, dataset, out, config.workers or placement.usual_workers())
     sheet = out / "views.png"
     views = Model.of(settings, dataset).views()
     pictures.save(pictures.views_sheet(dataset, views, settings.seed), sheet)
     run = pretrain(settings)
-    say("Probing the trained backbone, the same backbone untrained, and raw pixels.")
-    # Scored on the images that they learn from, neighbours leave each image out of its own vote; a classifier cannot.
+    say("Probing the trained backbone, the untrained one, and raw pixels.")
+    # On the images that it learns from, kNN leaves each image out of its own vote; a classifier cannot.
     probes = ("knn",) if train == test else ("knn", "linear")
     rows = probe(run, dataset, judged, probes=probes)
-    for table in tables(rows):
-        console.print(table)
+    console.print(_table(rows))
     console.print("\n".join(verdicts(rows)), markup=False)
-    say(f"What the method saw: {sheet}")
-    say(f"The run: {run.folder}")
+    console.print(f"\nWhat the method sees:  {sheet}", soft_wrap=True, highlight=False)
+    console.print(f"The run:               {run.folder}", soft_wrap=True, highlight=False)
+    console.print("\nNext, your own images: raysl pretrain --data PHOTOS --run runs/first", highlight=False)
+
+
+def _table(rows: Sequence[Mapping[str, Any]]) -> Table:
+    """Return the primary metric of every probe and encoder."""
+    from raysl.evaluation.results import shown
+
+    primary = [row for row in rows if row["primary"]]
+    probes = list(dict.fromkeys(row["probe"] for row in primary))
+    table = Table("features", *probes)
+    for encoder in dict.fromkeys(row["encoder"] for row in primary):
+        value = {row["probe"]: shown(row) for row in primary if row["encoder"] == encoder}
+        table.add_row(encoder, *(value.get(probe, "") for probe in probes))
+    return table
 
 
 def _settings(config: DemoConfig, dataset: DataSet, out: Path, workers: int) -> Pretraining:

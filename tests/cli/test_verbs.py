@@ -46,7 +46,7 @@ def refused(capsys: pytest.CaptureFixture[str], *arguments: str) -> str:
         ("pretrain --run run", "--data"),
         (PRETRAIN, "'.*nothing' does not exist"),
         ("ingest nothing data", "'.*nothing' does not exist"),
-        ("demo --workers=-1", "workers is -1"),
+        ("demo --workers=-1", "--workers is -1"),
         ("demo --data nothing --out out", "'.*nothing' does not exist"),
         ("views --data nothing --out views.doc", "ends in .png"),
         ("views --data nothing --images 0", "images is 0"),
