@@ -13,6 +13,7 @@ from typing import Any
 
 import torch
 from rich.console import Console
+from rich.markup import escape
 from rich.table import Table
 
 from raysl import methods, ray_cluster
@@ -169,10 +170,10 @@ def _pretraining(given: DoctorConfig, dataset: DataSet) -> Pretraining:
 
 def _machine(found: Mapping[str, Any], resources: Mapping[str, float], placement: Placement) -> Table:
     table = Table(title="versions and resources", show_header=False)
-    table.add_row("raysl", f"code {found['code']}")
+    table.add_row("raysl", escape(f"code {found['code']}"))
     table.add_row("python", found["python"])
     for name in ("ray", "torch", "torchvision", "pyarrow"):
-        table.add_row(name, found["packages"][name])
+        table.add_row(name, escape(found["packages"][name]))
     table.add_row("processor", f"{torch.backends.cpu.get_cpu_capability()}, {os.cpu_count()} cores here")
     table.add_row("cluster", f"{resources.get('CPU', 0):g} CPUs, {resources.get('GPU', 0):g} GPUs")
     gib = 2.0**30
@@ -191,7 +192,7 @@ def _machine(found: Mapping[str, Any], resources: Mapping[str, float], placement
 def _stages(costs: Costs, given: DoctorConfig) -> Table:
     local = given.batch_size // given.workers
     table = Table(
-        title=f"{given.method}, {given.image_size} pixels, {given.workers} workers x {local} images"
+        title=escape(f"{given.method}, {given.image_size} pixels, {given.workers} workers x {local} images")
     )
     for column in ("stage", "us / image", "ms / step of one worker"):
         table.add_column(column, justify="left" if column == "stage" else "right")

@@ -10,6 +10,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
+from rich.markup import escape
 from rich.table import Table
 
 from raysl import ray_cluster
@@ -154,7 +155,7 @@ def _news(grows: Growth | None) -> tuple[str, ...]:
 
 
 def table(fleet: Fleet) -> Table:
-    """The machines of a cluster."""
+    """Return a table of the machines of a cluster."""
     shown = Table(title="machines")
     for column in ("type", "there", "at most", "CPUs", "GPUs", "memory", "$/hour"):
         shown.add_column(column, justify="left" if column == "type" else "right")
@@ -163,7 +164,7 @@ def table(fleet: Fleet) -> Table:
         price = "?" if kind.usd_per_hour is None else f"{kind.usd_per_hour:.2f}"
         memory = f"{has['memory'] / 2**30:.0f} GiB" if has.get("memory") else "?"
         row = (kind.there, kind.most, f"{has.get('CPU', 0):g}", f"{has.get('GPU', 0):g}", memory, price)
-        shown.add_row(kind.name, *map(str, row))
+        shown.add_row(escape(kind.name), *map(str, row))
     return shown
 
 

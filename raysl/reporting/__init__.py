@@ -1,4 +1,4 @@
-"""Reports: one page of a sweep, or of runs side by side, made of what lies in their folders."""
+"""Write the report of a sweep, or of runs next to each other, from the files in their folders."""
 
 from __future__ import annotations
 
@@ -7,6 +7,7 @@ from collections.abc import Sequence
 
 from raysl.errors import UserError
 from raysl.reporting.page import ReportConfig
+from raysl.reporting.plain_names import file_name
 from raysl.storage import Folder
 from raysl.tuning.journal import NAME as JOURNAL
 
@@ -14,7 +15,7 @@ __all__ = ["ReportConfig", "check_installed", "report"]
 
 
 def check_installed() -> None:
-    """Raises UserError when a package is missing that reports are made with."""
+    """Raise UserError if a package that reports need is missing."""
     missing = [name for name in ("matplotlib", "jinja2", "scipy") if importlib.util.find_spec(name) is None]
     if missing:
         raise UserError(
@@ -23,24 +24,25 @@ def check_installed() -> None:
 
 
 def report(folders: str | Sequence[str], config: ReportConfig) -> Folder:
-    """Writes the report of a sweep, finished or not, or of one or more runs, and returns where. The same sweep or runs
-    give the same bytes.
+    """Write the report of one sweep, finished or not, or of one or more runs, and return its folder.
+
+    The same sweep or runs give the same bytes. No file is written outside of the report's folder.
 
     Args:
-        folders: of one sweep; or of runs, or of other people's models that `raysl probe` has measured.
+        folders: the folder of one sweep; or folders of runs, or of other models that `raysl probe` has measured.
         config: see `ReportConfig`.
 
     Raises:
-        UserError: there is neither sweep nor run, several sweeps are given, a package is missing, or the report cannot
-            be written.
+        UserError: a folder holds neither a sweep nor a run, several sweeps are given, a package is missing, or the
+            report cannot be written.
     """
     check_installed()
     places = [folders] if isinstance(folders, str) else list(folders)
     sweeps = [place for place in places if Folder(place).exists(JOURNAL)]
     if sweeps and len(places) > 1:
         raise UserError(
-            f"The folder {sweeps[0]!r} holds a sweep, and {len(places)} folders were given. Give one sweep, or runs "
-            "alone."
+            f"The folder {sweeps[0]!r} holds a sweep, but {len(places)} folders are given. Give one sweep alone, or only "
+            "runs."
         )
     if sweeps:
         from raysl.reporting import sweep_page
@@ -52,6 +54,6 @@ def report(folders: str | Sequence[str], config: ReportConfig) -> Folder:
         page, drawn = runs_page.page(places, config)
     out = Folder(config.out or ("report" if len(places) > 1 else f"{places[0].rstrip('/')}/report"))
     for figure in drawn:
-        out.write(f"{figure.name}.png", figure.png)
+        out.write(f"{file_name(figure.name)}.png", figure.png)
     out.write("index.html", page.encode())
     return out

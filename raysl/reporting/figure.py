@@ -1,9 +1,10 @@
-"""What all figures of reports have in common. Equal data give equal bytes."""
+"""Draw figures of reports to PNG. Equal data give equal bytes."""
 
 from __future__ import annotations
 
 import io
 import math
+import textwrap
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from typing import Any
@@ -12,16 +13,17 @@ from matplotlib import style
 from matplotlib.figure import Figure as Canvas
 
 _COLUMNS = 3
+_TITLE_WIDTH = 40  # characters that fit above one of three panels
 
 
 @dataclass(frozen=True)
 class Figure:
-    """A picture and what it says.
+    """A picture and its description.
 
     Args:
-        name: of its file, without the ending.
-        title: a heading.
-        text: what is to be seen, with the numbers.
+        name: name of its file without the ending; `raysl.reporting.plain_names.file_name` makes it safe.
+        title: heading above the picture.
+        text: description of what it shows, with the numbers.
         png: the picture.
     """
 
@@ -32,7 +34,7 @@ class Figure:
 
 
 def drawn(draw: Callable[[Any], None], width: float = 6.4) -> bytes:
-    """PNG of what `draw` puts on one pair of axes."""
+    """Return a PNG of one pair of axes that `draw` fills."""
 
     def one(canvas: Canvas) -> None:
         axes = canvas.add_subplot()
@@ -43,11 +45,11 @@ def drawn(draw: Callable[[Any], None], width: float = 6.4) -> bytes:
 
 
 def panels(draws: Mapping[str, Callable[[Any], None]], shared: bool = False) -> bytes:
-    """PNG of several pairs of axes, three in a row, each under its name.
+    """Return a PNG of several pairs of axes, three in a row, each with a title.
 
     Args:
-        draws: what goes onto each pair of axes, by name.
-        shared: whether all have the same axes.
+        draws: a function that fills each pair of axes, by title.
+        shared: give all axes the same limits.
     """
     columns = min(_COLUMNS, len(draws))
     lines = math.ceil(len(draws) / columns)
@@ -56,7 +58,7 @@ def panels(draws: Mapping[str, Callable[[Any], None]], shared: bool = False) -> 
         grid = canvas.subplots(lines, columns, squeeze=False, sharex=shared, sharey=shared).flatten()
         for axes, (title, draw) in zip(grid, draws.items(), strict=False):
             axes.grid(alpha=0.3)
-            axes.set_title(title, fontsize=9)
+            axes.set_title(textwrap.fill(title, _TITLE_WIDTH), fontsize=9)
             draw(axes)
         for axes in grid[len(draws) :]:
             axes.set_visible(False)
@@ -65,8 +67,9 @@ def panels(draws: Mapping[str, Callable[[Any], None]], shared: bool = False) -> 
 
 
 def _png(draw: Callable[[Canvas], None], width: float, height: float) -> bytes:
-    """No date and no version in it."""
-    with style.context("default"):
+    """Return a PNG without a date or version, so that equal figures are equal bytes."""
+    # Names are data: a dollar sign in one must not begin a formula.
+    with style.context(["default", {"text.parse_math": False}]):
         canvas = Canvas(figsize=(width, height), layout="constrained")
         draw(canvas)
         buffer = io.BytesIO()

@@ -12,6 +12,7 @@ from raysl.dataset import DataSet
 from raysl.documentation import pictures
 from raysl.extraction import Encoder, FeatureProtocol
 from raysl.probes.retrieval import nearest
+from raysl.reporting.plain_names import file_name
 from raysl.storage import Folder
 
 # Of the sheets, under the folder of a run.
@@ -79,7 +80,7 @@ def name(step: int, train: str, test: str) -> str:
         train: fingerprint of the images that are searched.
         test: fingerprint of those that ask.
     """
-    return f"step-{step}-train-{train[:8]}-test-{test[:8]}.png"
+    return file_name(f"step-{step}-train-{train[:8]}-test-{test[:8]}") + ".png"
 
 
 def beside(named: Mapping[str, Image.Image]) -> Image.Image:

@@ -141,7 +141,7 @@ def _newest_histograms(entry: Entry) -> dict[tuple[str, str, str], tuple[int, di
     newest: dict[tuple[str, str, str], tuple[int, str]] = {}
     for name in folder.list():
         parts = name.rsplit("-", 3)
-        if len(parts) == 4 and (folder / name).exists(HISTOGRAM):
+        if len(parts) == 4 and parts[1].isdecimal() and (folder / name).exists(HISTOGRAM):
             encoder, step, test, protocol = parts
             key = encoder, test, protocol
             newest[key] = max(newest.get(key, (-1, "")), (int(step), name))
@@ -233,7 +233,9 @@ def losses(gathered: Sequence[Group]) -> Iterator[Figure]:
         def draw(axes: Any) -> None:
             for entry in group.entries:
                 points = [(row["epoch"], row["loss"]) for row in entry.metrics if "loss" in row]
-                axes.plot(*zip(*points, strict=True), linewidth=1, label=f"seed {entry.seed}")
+                # A line needs two points; a single row of metrics is drawn as a marker.
+                marker = "o" if len(points) == 1 else ""
+                axes.plot(*zip(*points, strict=True), linewidth=1, marker=marker, label=f"seed {entry.seed}")
             axes.set_xlabel("epoch")
             axes.set_ylabel("loss")
             axes.legend(fontsize=7)
