@@ -18,7 +18,7 @@ from raysl.evaluation.results import rows_under
 from raysl.experiment.comparison import LineupFlags, measured, reported, small, trained
 from raysl.experiment.script import command
 from raysl.ingestion import resolve, splits
-from raysl.reporting.report_runs import Found, groups
+from raysl.reporting.report_runs import LabelledRow, groups
 from raysl.reporting.run_figures import colours
 from raysl.reporting.tables import estimates
 from raysl.run import Run
@@ -61,7 +61,7 @@ def scatter(runs: Sequence[Run], train: str, test: str) -> bytes:
                 kept = rows_under(entry.run, name, train, test, step=entry.run.newest().step)
                 names = {"trained": group.label, "random": "untrained"}  # pixels have no invariance
                 rows += [
-                    Found(names[row["encoder"]], row)
+                    LabelledRow(names[row["encoder"]], row)
                     for row in kept
                     if row["primary"] and row["encoder"] in names
                 ]

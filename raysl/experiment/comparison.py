@@ -1,6 +1,6 @@
-"""Methods under equal conditions: the same images, backbone and schedule for each, the same probes, and one report.
+"""Compare methods under equal conditions: the same images, backbone, schedule and probes, and one report.
 
-What is in the folder of the runs is not done again, so that experiments share their runs.
+Finished runs and probes are not repeated, so experiments share their runs.
 """
 
 from __future__ import annotations
@@ -26,13 +26,13 @@ from raysl.objectives.pirl import Config as Pirl
 from raysl.objectives.simclr import Config as Simclr
 from raysl.optim import OptimConfig
 from raysl.reporting import ReportConfig, check_installed, report
-from raysl.reporting.report_runs import Found, found, groups
+from raysl.reporting.report_runs import LabelledRow, groups, labelled_rows
 from raysl.reporting.tables import tables
 from raysl.run import Run, jsonl
 from raysl.storage import Folder
 from raysl.training.launch import pretrain
 
-# The hyperparameters in which a small backbone and a short run want something else than the papers' defaults.
+# Hyperparameters that differ from the papers' because the backbone is small and the run is short.
 PIRL = {"pirl": Pirl(temperature=0.2, head="bn")}
 NPID = {"npid": Npid(temperature=0.2, head="bn")}
 METHODS: dict[str, dict[str, Any]] = {
@@ -62,12 +62,12 @@ class LineupFlags(Flags):
     """Flags of an experiment that compares methods.
 
     Args:
-        methods: which of them.
-        images: seen by every run, patches of one counted once.
+        methods: names of the methods.
+        images: number of images that each run sees; patches of an image count once.
         batch_size: images in a step, of all workers.
         image_size: side of an ordinary view in pixels.
-        teacher: the method whose features "clusterfit" clusters, run by run.
-        clusters: of those features.
+        teacher: method whose features "clusterfit" clusters, for each seed.
+        clusters: number of clusters of these features.
     """
 
     data: str = "shapes:50000"
@@ -84,7 +84,7 @@ L = TypeVar("L", bound=LineupFlags)
 
 
 def small(flags: L) -> L:
-    """With `--local`: one seed, few images, and drawn ones unless others were asked for."""
+    """Return the flags for `--local`: one seed, few images, and generated ones unless data are given."""
     if not flags.local:
         return flags
     data = _LOCAL_DATA if flags.data == type(flags)().data else flags.data
@@ -92,8 +92,11 @@ def small(flags: L) -> L:
 
 
 def settings(flags: LineupFlags, method: str, seed: int, train: str, runs: Folder) -> Pretraining:
-    """The run of a method. Distillation learns from the supervised run of the same seed; of "clusterfit", this is what
-    `raysl.clustering.cluster_and_fit.clusterfit` takes of the student."""
+    """Return the configuration of a run.
+
+    Distillation learns from the supervised run of the same seed. For "clusterfit", this is the configuration of the
+    student that `raysl.clustering.cluster_and_fit.clusterfit` takes.
+    """
     own = dict(METHODS.get(method, {}))
     name = method
     if method == "clusterfit":
@@ -115,10 +118,10 @@ def settings(flags: LineupFlags, method: str, seed: int, train: str, runs: Folde
 
 
 def trained(flags: LineupFlags, names: Sequence[str]) -> list[Run]:
-    """The finished runs of all methods and seeds.
+    """Train all methods and seeds and return their runs.
 
     Args:
-        names: of the probes that follow; what stands in their way is said before anything is trained.
+        names: names of the probes that follow; data that they cannot use are refused before training.
     """
     check_installed()
     check_apart(names, *(resolve(split) for split in splits(flags.data)))
@@ -126,8 +129,12 @@ def trained(flags: LineupFlags, names: Sequence[str]) -> list[Run]:
 
 
 def run_of(flags: LineupFlags, method: str, seed: int, train: str = "", runs: Folder | None = None) -> Run:
-    """The finished run of a method; of "clusterfit" the student, after its teacher. Images and folder are those of
-    the flags where none are given."""
+    """Train one method and return its run; for "clusterfit" the student, after its teacher.
+
+    Args:
+        train: images; by default the train split of the flags.
+        runs: folder of the runs; by default the folder of the flags.
+    """
     train, runs = train or splits(flags.data)[0], runs or Folder(flags.runs)
     config = settings(flags, method, seed, train, runs)
     if method != "clusterfit":
@@ -145,9 +152,10 @@ def measured(
     encoders: Sequence[str] = ENCODERS[:2],
     configs: Mapping[str, Any] | None = None,
 ) -> None:
-    """Probes the runs on the labelled data of the flags, where that has not been done. See `raysl.evaluation.evaluate.probe`.
+    """Probe the runs on the labelled data of the flags, as far as results are missing.
 
-    Baselines are probed once for all runs that started from the same weights."""
+    Baselines are probed once for all runs that started from the same weights. See `raysl.evaluation.evaluate.probe`.
+    """
     train, test = splits(flags.data)
     seen, judged = (resolve(split).manifest.fingerprint for split in (train, test))
     starts = set()
@@ -182,8 +190,11 @@ def _known(
     layers: Sequence[str],
     encoders: Sequence[str],
 ) -> bool:
-    """Whether there are rows of the probe on these data (fingerprints of the train and the test set) for all these
-    layers, of the newest checkpoint and of the untrained backbone. Pixels may have none."""
+    """Return True if the probe has rows for all layers and encoders; pixels may have none.
+
+    Args:
+        data: fingerprints of the train and the test set.
+    """
     stages = extraction.stages(extraction.Trained(run, run.newest()))
     wanted = {one for layer in layers for one in (stages if layer == "all" else [layer])}
     found = rows_under(run, name, *data, config, run.newest().step)
@@ -195,14 +206,14 @@ def _known(
 
 
 def reported(runs: Sequence[Run], flags: Flags, names: Sequence[str], besides: Collection[str] = ()) -> None:
-    """Prints the tables of these probes, and writes rows, the report and its figures.
+    """Print the tables of probes, and write their rows and the report.
 
     Args:
-        names: of the probes.
-        besides: numbers that are printed besides those that stand for their probes.
+        names: names of the probes.
+        besides: names of numbers to print in addition to the primary metrics.
     """
     places = [str(run.folder) for run in runs]
-    rows = found(groups(places))
+    rows = labelled_rows(groups(places))
     shown = [item for item in rows if item.row["probe"] in names]
     for one in tables([_headed(item, besides) for item in shown]):
         printed = Table(title=one.probe, caption=f"{one.caption}; = is a tie with the best")
@@ -218,6 +229,5 @@ def reported(runs: Sequence[Run], flags: Flags, names: Sequence[str], besides: C
     print(f"{report(places, ReportConfig(out=flags.out))}/index.html")
 
 
-def _headed(item: Found, besides: Collection[str]) -> Found:
-    """The same, as a number that stands for its probe where its name is among these."""
+def _headed(item: LabelledRow, besides: Collection[str]) -> LabelledRow:
     return replace(item, row={**item.row, "primary": item.row["primary"] or item.row["name"] in besides})

@@ -1,5 +1,7 @@
-"""What the scripts in `experiments/` have in common: their flags, their runs for each seed, their rows, and a mistake
-answered with a paragraph. A script is left with what it tries."""
+"""Flags, runs for each seed, and rows that the scripts in `experiments/` share.
+
+They are part of the library because `ray submit` copies a single script to the cluster.
+"""
 
 from __future__ import annotations
 
@@ -33,13 +35,13 @@ class Flags:
     """The flags of every experiment.
 
     Args:
-        data: labelled images, with the splits "train" and "test" where there are splits; drawn shapes by default.
-        out: where rows and figures go, a path or a URI.
-        runs: where the runs are kept, a path or a URI that all machines see; what is there is not done again.
-        seeds: everything once for each.
+        data: labelled images, with splits "train" and "test" if there are any; generated shapes by default.
+        out: folder of rows and figures, a path or a URI.
+        runs: folder of the runs, a path or a URI that all machines see; finished runs are not repeated.
+        seeds: the experiment is repeated for each seed.
         workers: Ray Train workers of a run.
-        local: so little of everything that it takes about two minutes on two cores, to see that it works. Runs and
-            results go to a temporary folder, unless a place is given.
+        local: make everything so small that it takes about two minutes on two cores. Runs and results go to a temporary
+            folder unless folders are given.
     """
 
     data: str = "shapes:20000"
@@ -54,7 +56,7 @@ F = TypeVar("F", bound=Flags)
 
 
 def command(experiment: Callable[[F], None], flags: type[F]) -> None:
-    """Reads the command line and runs the experiment on the Ray that is there. Exits as the `raysl` command does."""
+    """Read the command line, connect to Ray, and run the experiment. Exit as the `raysl` command does."""
     with answered("experiment"):
         given, usual = tyro.cli(flags), flags()
         if given.local:
@@ -69,7 +71,7 @@ def command(experiment: Callable[[F], None], flags: type[F]) -> None:
 
 
 def locally(flags: F, **small: Any) -> F:
-    """With `--local`: one seed, and these values in the place of those that nobody has asked for."""
+    """Return the flags for `--local`: one seed, and these values for flags that were not given."""
     if not flags.local:
         return flags
     usual = type(flags)()
@@ -78,13 +80,10 @@ def locally(flags: F, **small: Any) -> F:
 
 
 def pretrain_seeds(base: Pretraining, flags: Flags) -> list[dict[str, Any]]:
-    """Runs `base` once for each seed, probes every run, prints their tables and writes one file of rows.
+    """Train `base` for each seed, probe the runs, print their tables, write rows.jsonl and return all rows.
 
     Args:
-        base: the run, but for data, seed, folder and workers, which follow from the flags.
-
-    Returns:
-        The rows of all probes.
+        base: configuration of the run; data, seed, folder and workers are replaced by the flags'.
     """
     train, test = splits(flags.data)
     rows: list[dict[str, Any]] = []
@@ -99,14 +98,14 @@ def pretrain_seeds(base: Pretraining, flags: Flags) -> list[dict[str, Any]]:
 
 
 def probed(config: Pretraining, train: str, test: str) -> list[dict[str, Any]]:
-    """The rows of a run, which is trained and probed where that has not been done. See `raysl.evaluation.evaluate.probe`.
+    """Train and probe a run as far as that is not done, and return its rows.
 
     Raises:
-        UserError: another run lies in the folder; or as `pretrain` and `probe`.
+        UserError: the folder holds another run; or as `pretrain` and `probe`.
     """
     print(f"{config.method}, seed {config.seed}: {config.run}", flush=True)
     run = pretrain(config)
-    # A classifier that is scored on the images it has learned from would show how well it remembers.
+    # Scored on its own training images, a classifier would only show how well it memorizes.
     names = ("knn",) if train == test else ("knn", "linear")
     seen, judged = (resolve(split).manifest.fingerprint for split in (train, test))
     there = [rows_under(run, name, seen, judged, step=run.newest().step) for name in names]
@@ -114,7 +113,7 @@ def probed(config: Pretraining, train: str, test: str) -> list[dict[str, Any]]:
 
 
 def drawn(flags: Flags, num_images: int) -> DataSet:
-    """So many images of the train split, drawn once and kept among the runs; all, if there are no more."""
+    """Return a sample of the train split, drawn once and stored among the runs; all images if there are no more."""
     images = resolve(splits(flags.data)[0])
     if num_images >= images.num_images:
         return images
@@ -122,19 +121,18 @@ def drawn(flags: Flags, num_images: int) -> DataSet:
 
 
 def judged_on(flags: Flags, images: DataSet) -> str:
-    """The test split; where there is none the images that are learned from, of which kNN leaves each out of its own
-    vote."""
+    """Return the test split, or without one the training images; kNN does not count an image's own vote."""
     train, test = splits(flags.data)
     return str(images.folder) if train == test else test
 
 
 def sweep_and_report(base: Pretraining, config: SweepConfig, flags: Flags) -> None:
-    """Runs what is missing of a sweep, prints its table, and writes rows and report.
+    """Run or complete a sweep, print its table, and write rows and report.
 
     Raises:
-        UserError: as `sweep`; or trials have failed, when all others are done and reported.
+        UserError: as `sweep`; or trials have failed (after all others are done and reported).
     """
-    check_installed()  # and not when the sweep has been paid for
+    check_installed()  # before the sweep, which takes long
     rows = sweep(base, config)
     Console().print(table.render(rows, config.probe, base.epochs))
     Folder(flags.out).write("rows.jsonl", jsonl(rows))
@@ -142,6 +140,6 @@ def sweep_and_report(base: Pretraining, config: SweepConfig, flags: Flags) -> No
     failed = [str(row["trial"]) for row in rows if row["state"] == "failed"]
     if failed:
         raise UserError(
-            f"Trials {', '.join(failed)} failed, for the reasons in the report. What others found is kept; the same "
-            "command with --retry tries these again."
+            f"Trials {', '.join(failed)} failed; the report names the reasons. The results of the others are kept. "
+            "Repeat the command with --retry to try these again."
         )

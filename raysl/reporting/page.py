@@ -1,4 +1,4 @@
-"""What every report stands on: its settings, and one page that holds all it needs."""
+"""Render a report as one HTML page with its pictures inside."""
 
 from __future__ import annotations
 
@@ -33,14 +33,14 @@ figure { margin: 1.5rem 0 } .figures { display: grid; grid-template-columns: rep
 
 @dataclass(frozen=True)
 class ReportConfig:
-    """Writes a report: one page that holds all it needs, and its figures.
+    """Write a report: one self-contained page, and its figures as files.
 
     Args:
-        out: folder for index.html and the figures; by default `report` in the folder of the sweep or of the one run,
-            and for several runs `report` where the command is given.
-        core_hour: price of a CPU for an hour, in whatever currency; of a sweep.
-        gpu_hour: price of a GPU for an hour; of a sweep.
-        images: of which the views are drawn for each method; 0 to leave them out.
+        out: folder for index.html and the figures; default: `report` in the folder of the sweep or run, and for
+            several runs `report` in the working directory.
+        core_hour: price of a CPU for an hour, in any currency; used for sweeps.
+        gpu_hour: price of a GPU for an hour; used for sweeps.
+        images: number of images whose views are drawn for each method; 0 draws none.
     """
 
     out: str = ""
@@ -50,28 +50,28 @@ class ReportConfig:
 
 
 def render(body: str, title: str, **values: Any) -> str:
-    """A page.
+    """Return an HTML page.
 
     Args:
-        body: a template of Jinja that ends the page; `pictures` in it is a macro for what `embedded` gives.
-        title: of the page.
-        values: of the names in the template.
+        body: Jinja template of the page's body; its macro `pictures` takes the result of `embedded`.
+        title: title of the page.
+        values: values of the names in the template.
     """
     import jinja2
 
-    # No new line at the end of a block, so that tables are one line a row.
+    # Blocks end without a new line, so that a table row is one line.
     environment = jinja2.Environment(autoescape=True, trim_blocks=True)
     environment.filters["breakable"] = _breakable
     return environment.from_string(f"{_BASE}{body}</body></html>\n").render(title=title, **values)
 
 
 def _breakable(name: str) -> Any:
-    """A long name with places at which a browser may break it."""
+    """Return a long name with places at which a browser may break it."""
     import markupsafe
 
     return markupsafe.Markup(re.sub(r"([._/])", r"\1<wbr>", str(markupsafe.escape(name))))
 
 
 def embedded(figures: Sequence[Figure]) -> list[dict[str, str]]:
-    """Figures for the template, with their pictures in them."""
+    """Return figures for the template, with pictures in base64."""
     return [{"title": f.title, "text": f.text, "data": base64.b64encode(f.png).decode()} for f in figures]

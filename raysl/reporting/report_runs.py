@@ -1,4 +1,4 @@
-"""What stands side by side in a report: runs, and other people's models that were probed; seeds gathered in a group."""
+"""Load the folders of a report and group the runs that differ only in their seed."""
 
 from __future__ import annotations
 
@@ -13,22 +13,22 @@ from raysl.evaluation.results import MODEL, rows_of
 from raysl.run import METADATA, Run
 from raysl.storage import Folder
 
-# What tells one measurement from another besides the encoder: only rows that agree in these are compared.
+# Only rows that agree in these fields are compared.
 PROTOCOL = ("probe", "protocol", "train", "test")
 _ORDER = ("conv1", "res2", "res3", "res4", "res5", "pooled", "heads")
 
 
 @dataclass(frozen=True)
 class Entry:
-    """One folder.
+    """A run, or an external model that was probed.
 
     Args:
-        run: it; the folder of a model that is no run has rows alone.
+        run: its folder; an external model has only rows there.
         name: the method, or the file of the model.
-        seed: of the run; 0 of a model.
-        identity: what it shares with runs that differ only in seed and folder, by dotted name.
-        rows: that probes have found.
-        metrics: of training.
+        seed: seed of the run; 0 for a model.
+        identity: configuration by dotted name, without the fields in which seeds of one experiment differ.
+        rows: results of probes.
+        metrics: metrics of training.
     """
 
     run: Run
@@ -40,17 +40,17 @@ class Entry:
 
     @property
     def trained(self) -> bool:
-        """Whether it is a run of raysl."""
+        """True for a run of raysl."""
         return self.run.folder.exists(METADATA)
 
 
 @dataclass(frozen=True)
 class Group:
-    """Entries that differ in seed and folder alone.
+    """Entries that differ only in seed and folder.
 
     Args:
-        label: the method, and those fields that tell it from other groups of that method.
-        entries: by seed.
+        label: the method, and the fields that distinguish the group from others of that method.
+        entries: sorted by seed.
     """
 
     label: str
@@ -58,20 +58,20 @@ class Group:
 
 
 @dataclass(frozen=True)
-class Found:
-    """A row of a probe under the name that it has in the report."""
+class LabelledRow:
+    """A row of a probe with its label in the report."""
 
     label: str
     row: Mapping[str, Any] = field(hash=False)
 
 
-def groups(places: Sequence[str]) -> list[Group]:
-    """The folders in groups, by label.
+def groups(folders: Sequence[str]) -> list[Group]:
+    """Return the folders in groups, sorted by label.
 
     Raises:
         UserError: a folder holds neither a run nor a probed model, or is damaged.
     """
-    entries = [_entry(Folder(place)) for place in dict.fromkeys(place.rstrip("/") for place in places)]
+    entries = [_entry(Folder(folder)) for folder in dict.fromkeys(folder.rstrip("/") for folder in folders)]
     entries.sort(key=lambda entry: (entry.name, entry.seed, str(entry.run.folder)))
     gathered: dict[str, list[Entry]] = {}
     for entry in entries:
@@ -79,23 +79,21 @@ def groups(places: Sequence[str]) -> list[Group]:
     of_name: dict[str, list[Mapping[str, Any]]] = {}
     for members in gathered.values():
         of_name.setdefault(members[0].name, []).append(members[0].identity)
-    made = [
-        Group(_label(members[0], of_name[members[0].name]), tuple(members)) for members in gathered.values()
-    ]
+    made = [Group(_label(each[0], of_name[each[0].name]), tuple(each)) for each in gathered.values()]
     return sorted(made, key=lambda group: group.label)
 
 
 def _entry(folder: Folder) -> Entry:
     run = Run(folder)
     if folder.exists(METADATA):
-        metadata, config = run.metadata(), run.config().to_json()
-        rows = rows_of(run)
-        step = max((row["step"] for row in rows if row["encoder"] == "trained"), default=0)
-        # Where a run lies and what only keeps it does not make it another; the number of workers may.
+        metadata, config, rows = run.metadata(), run.config().to_json(), rows_of(run)
+        # Settings that cannot change results are left out, except for the number of workers.
         ignored = {"seed", "method", *FREE} - {"workers"}
         identity = dict(_flat({key: value for key, value in config.items() if key not in ignored}))
-        facts = {"images": metadata["data"]["fingerprint"][:8], "step": step, **_taught(metadata)}
-        return Entry(run, config["method"], config["seed"], {**identity, **facts}, rows, run.metrics())
+        identity["images"] = metadata["data"]["fingerprint"][:8]
+        identity["step"] = max((row["step"] for row in rows if row["encoder"] == "trained"), default=0)
+        identity |= _teacher(metadata.get("facts", {}))
+        return Entry(run, config["method"], config["seed"], identity, rows, run.metrics())
     if folder.exists(MODEL):
         model = folder.read_json(MODEL)
         return Entry(run, model["name"], 0, dict(_flat(model["identity"])), rows_of(run))
@@ -105,20 +103,19 @@ def _entry(folder: Folder) -> Entry:
     )
 
 
-def _taught(metadata: Mapping[str, Any]) -> dict[str, Any]:
-    """What a student learned from, wherever that lies: the number of clusters, and how far which teacher had come."""
-    facts = metadata.get("facts", {})
+def _teacher(facts: Mapping[str, Any]) -> dict[str, Any]:
+    """Return the teacher of a student run: its method and step, and the number of clusters."""
     teacher, labels = facts.get("teacher", {}), facts.get("labels", {})
-    told = {
+    values = {
         "K": facts.get("num_clusters"),
         "teacher": teacher.get("method") or labels.get("objective"),
         "teacher_step": teacher.get("step"),
     }
-    return {name: value for name, value in told.items() if value is not None}
+    return {name: value for name, value in values.items() if value is not None}
 
 
 def _flat(value: Mapping[str, Any], prefix: str = "") -> Iterator[tuple[str, Any]]:
-    """Dotted names and values. Places are left out: the teacher of another seed lies in another folder."""
+    """Yield dotted names and values, except paths: the teacher of another seed is in another folder."""
     for key, item in value.items():
         if isinstance(item, Mapping):
             yield from _flat(item, f"{prefix}{key}.")
@@ -127,19 +124,20 @@ def _flat(value: Mapping[str, Any], prefix: str = "") -> Iterator[tuple[str, Any
 
 
 def _label(entry: Entry, others: Sequence[Mapping[str, Any]]) -> str:
-    """The name, and the fields in which groups of that name differ."""
     names = sorted({name for other in others for name in other})
-    told = [name for name in names if len({json.dumps(other.get(name)) for other in others}) > 1]
-    short = ", ".join(f"{name.removeprefix('parts.')}={entry.identity.get(name)}" for name in told)
-    return f"{entry.name} ({short})" if told else entry.name
+    differing = [name for name in names if len({json.dumps(other.get(name)) for other in others}) > 1]
+    short = ", ".join(f"{name.removeprefix('parts.')}={entry.identity.get(name)}" for name in differing)
+    return f"{entry.name} ({short})" if differing else entry.name
 
 
-def found(gathered: Sequence[Group]) -> list[Found]:
-    """All rows, those of a checkpoint from the newest step that the probe has seen. The untrained backbone and the pixels
-    stand once, however many runs have them. Where runs of a group were probed at other steps than each other, the step
-    is in the name: they are no seeds of one measurement."""
+def labelled_rows(gathered: Sequence[Group]) -> list[LabelledRow]:
+    """Return all rows with their labels; of each measurement only the rows of its newest step.
+
+    Rows of untrained backbones and of pixels share a label across runs. If runs of a group were probed at different
+    steps, the label names the step, because they are not seeds of one measurement.
+    """
     label_of = labels(gathered)
-    made: list[Found] = []
+    made: list[LabelledRow] = []
     for group in gathered:
         newest = [(entry, row) for entry in group.entries for row in _newest(entry.rows)]
         steps: dict[tuple[Any, ...], set[int]] = {}
@@ -147,8 +145,9 @@ def found(gathered: Sequence[Group]) -> list[Found]:
             steps.setdefault(_measurement(row), set()).add(row["step"])
         for entry, row in newest:
             label = label_of(row["encoder"], group, entry)
-            apart = row["encoder"] == "trained" and len(steps[_measurement(row)]) > 1
-            made.append(Found(f"{label}, step {row['step']}" if apart else label, row))
+            if row["encoder"] == "trained" and len(steps[_measurement(row)]) > 1:
+                label = f"{label}, step {row['step']}"
+            made.append(LabelledRow(label, row))
     return made
 
 
@@ -157,7 +156,6 @@ def _measurement(row: Mapping[str, Any]) -> tuple[Any, ...]:
 
 
 def _newest(rows: Sequence[Mapping[str, Any]]) -> list[Mapping[str, Any]]:
-    """Of each measurement the rows of its newest step."""
     newest: dict[tuple[Any, ...], int] = {}
     for row in rows:
         newest[_measurement(row)] = max(newest.get(_measurement(row), 0), row["step"])
@@ -165,7 +163,10 @@ def _newest(rows: Sequence[Mapping[str, Any]]) -> list[Mapping[str, Any]]:
 
 
 def labels(gathered: Sequence[Group]) -> Callable[[str, Group, Entry], str]:
-    """How what an encoder has given for an entry is called; untrained backbones by their kind, where there are several."""
+    """Return a function that labels the results of an encoder.
+
+    An untrained backbone is named by its kind if the report has several.
+    """
     backbones = {
         _backbone(entry)
         for group in gathered
@@ -184,12 +185,11 @@ def labels(gathered: Sequence[Group]) -> Callable[[str, Group, Entry], str]:
 
 
 def _backbone(entry: Entry) -> str:
-    """Name of the backbone, with what is not usual about it."""
     parts = [entry.identity.get(f"backbone.{name}", "") for name in ("name", "stem", "norm")]
     return " ".join(str(part) for part in parts if part not in ("", "standard", "batch"))
 
 
-def layers(rows: Sequence[Found]) -> list[str]:
-    """The layers of rows, from the image on."""
+def layers(rows: Sequence[LabelledRow]) -> list[str]:
+    """Return the layers of rows, from the image upwards."""
     seen = dict.fromkeys(item.row["layer"] for item in rows)
     return [layer for layer in _ORDER if layer in seen] + [layer for layer in seen if layer not in _ORDER]

@@ -1,4 +1,4 @@
-"""Retrieval sheets: what lies near to an image in the features of an encoder, for the same images by every encoder."""
+"""Draw retrieval sheets: some test images, each with its nearest train images in the features of an encoder."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ from raysl.probes.retrieval import nearest
 from raysl.reporting.plain_names import file_name
 from raysl.storage import Folder
 
-# Of the sheets, under the folder of a run.
+# Folder of the sheets, in the folder of a run.
 SHEETS = "probes/retrieval"
 _LAYER = "pooled"
 
@@ -29,12 +29,12 @@ def sheets(
     count: int = 6,
     k: int = 5,
 ) -> list[Image.Image]:
-    """A sheet for each encoder: some test images, and the `k` train images that lie nearest to each. Ray must run.
+    """Return a sheet for each encoder: `count` test images, and the `k` nearest train images of each. Ray must run.
 
     Args:
         image_size: side of the view in pixels.
-        cache: of features.
-        count: test images; which ones depends on their number alone.
+        cache: folder of stored features.
+        count: number of test images; the choice depends only on the size of the test set.
 
     Raises:
         UserError: see `raysl.extraction.extract_all`.
@@ -44,7 +44,7 @@ def sheets(
         [(source, images, protocol) for source in encoders for images in (train, test)], cache
     )
     chosen = np.sort(rng.generator("neighbours").permutation(test.num_images)[:count])
-    # A set that is searched and asked at once would answer with the image itself.
+    # If both sets are the same, an image must not find itself.
     own = chosen if train.manifest.fingerprint == test.manifest.fingerprint else None
     k = min(k, train.num_images - (own is not None))
     made = []
@@ -55,17 +55,13 @@ def sheets(
 
 
 def draw(folder: Folder, source: Encoder, train: DataSet, test: DataSet, image_size: int) -> str:
-    """Draws the sheet of one encoder into the folder of its rows; its features are kept there too. See `sheets`.
-
-    Returns:
-        Where the sheet lies.
-    """
+    """Draw the sheet of one encoder into the folder of its rows and return its path. See `sheets`."""
     (sheet,) = sheets([source], train, test, image_size, folder / "features")
     return keep(sheet, folder, source, train, test)
 
 
 def keep(sheet: Image.Image, folder: Folder, source: Encoder, train: DataSet, test: DataSet) -> str:
-    """Writes a sheet into the folder of an encoder's rows, where a report looks for it, and returns where it lies."""
+    """Write a sheet into the folder of an encoder's rows, where a report looks for it, and return its path."""
     step = source.identity().get("step", 0)
     file = name(step, train.manifest.fingerprint, test.manifest.fingerprint)
     (folder / SHEETS).write(file, pictures.png(sheet))
@@ -73,18 +69,12 @@ def keep(sheet: Image.Image, folder: Folder, source: Encoder, train: DataSet, te
 
 
 def name(step: int, train: str, test: str) -> str:
-    """What the file of a sheet is called: after all that tells the rows of `retrieval` beside which it belongs from its
-    other rows.
-
-    Args:
-        train: fingerprint of the images that are searched.
-        test: fingerprint of those that ask.
-    """
+    """Return the file name of a sheet: the step and the fingerprints of the train and test sets."""
     return file_name(f"step-{step}-train-{train[:8]}-test-{test[:8]}") + ".png"
 
 
 def beside(named: Mapping[str, Image.Image]) -> Image.Image:
-    """Sheets side by side, each under its name."""
+    """Return sheets next to each other, each below its name."""
     head = 36
     width, height = sum(sheet.width for sheet in named.values()), max(s.height for s in named.values())
     joined = Image.new("RGB", (width, height + head), "white")

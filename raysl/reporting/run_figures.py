@@ -1,4 +1,4 @@
-"""The figures of runs side by side. Each is a function of what the folders hold, so equal runs give equal pictures."""
+"""Draw the figures that compare runs. Equal runs give equal pictures."""
 
 from __future__ import annotations
 
@@ -12,22 +12,22 @@ from matplotlib import colormaps
 from raysl.evaluation.results import of_images
 from raysl.probes.invariance import HEADS, HISTOGRAM, OTHERS
 from raysl.reporting.figure import Figure, drawn, panels
-from raysl.reporting.report_runs import PROTOCOL, Entry, Found, Group, labels, layers
+from raysl.reporting.report_runs import PROTOCOL, Entry, Group, LabelledRow, labels, layers
 from raysl.reporting.tables import Estimate, estimates
 
-# What has not learned.
+# Baselines without training.
 _LINES = {"untrained": "--", "raw pixels": ":"}
 
 
 def colours(labels: Sequence[str]) -> dict[str, Any]:
-    """A colour for each label; grey for what has not learned."""
+    """Return a colour for each label; baselines without training are grey."""
     own = [label for label in dict.fromkeys(labels) if not label.startswith(tuple(_LINES))]
     chosen = colormaps["tab10" if len(own) <= 10 else "tab20"]
     return {label: chosen(own.index(label) % chosen.N) if label in own else "grey" for label in labels}
 
 
-def per_layer(rows: Sequence[Found]) -> Iterator[Figure]:
-    """The number that stands for a probe, by layer, one figure for each probe and protocol."""
+def per_layer(rows: Sequence[LabelledRow]) -> Iterator[Figure]:
+    """Yield the primary metric by layer, one figure for each probe and protocol."""
     for key, members in _by_protocol([item for item in rows if item.row["primary"]]):
         found, places = estimates(members), layers(members)
         if len(places) < 2:
@@ -46,7 +46,7 @@ def per_layer(rows: Sequence[Found]) -> Iterator[Figure]:
                 axes.errorbar(
                     seen,
                     [cell.mean for cell in cells],
-                    # The interval of two seeds may be ten times as wide as all that is to be seen.
+                    # The interval of two seeds may be ten times as wide as the whole picture.
                     [(cell.half_width or 0.0) if len(cell.values) > 2 else 0.0 for cell in cells],
                     fmt=next((line for name, line in _LINES.items() if label.startswith(name)), "-"),
                     marker="o",
@@ -63,14 +63,14 @@ def per_layer(rows: Sequence[Found]) -> Iterator[Figure]:
 
         draw_named = _with_ylabel(draw, f"{key[0]} {name}")
         text = (
-            f"{name} of the probe {key[0]} by layer: means, a dot for each seed, and 95 % confidence intervals where "
-            f"there are three seeds or more, cut where they leave the picture. {_hashes(key)}"
+            f"{name} of the probe {key[0]} by layer: means, a dot for each seed, and 95 % confidence intervals for "
+            f"three or more seeds, cut at the edges of the picture. {_hashes(key)}"
         )
         yield Figure(f"layers-{key[0]}-{_short(key)}", f"{key[0]} by layer", text, drawn(draw_named, 8.0))
 
 
 def _limits(values: Sequence[float]) -> tuple[float, float]:
-    """Around the seeds, and not the intervals."""
+    """Return limits that show all seeds, but not all of the intervals."""
     room = 0.15 * ((max(values) - min(values)) or abs(values[0]) or 1.0)
     return min(values) - room, max(values) + room
 
@@ -83,20 +83,18 @@ def _with_ylabel(draw: Callable[[Any], None], name: str) -> Callable[[Any], None
     return both
 
 
-def _by_protocol(rows: Sequence[Found]) -> list[tuple[tuple[str, ...], list[Found]]]:
-    together: dict[tuple[str, ...], list[Found]] = {}
+def _by_protocol(rows: Sequence[LabelledRow]) -> list[tuple[tuple[str, ...], list[LabelledRow]]]:
+    together: dict[tuple[str, ...], list[LabelledRow]] = {}
     for item in rows:
         together.setdefault(tuple(item.row[name] for name in PROTOCOL), []).append(item)
     return sorted(together.items())
 
 
 def _short(key: Sequence[str]) -> str:
-    """Protocol and data sets, for the name of a file."""
     return "-".join(part[:8] for part in key[1:] if part)
 
 
 def _hashes(key: Sequence[str]) -> str:
-    """Protocol and data sets, for people."""
     return f"Protocol {key[1]}, {of_images(key[2], key[3])}."
 
 
@@ -104,8 +102,11 @@ Counts = Mapping[str, Mapping[str, Sequence[int]]]
 
 
 def histograms(gathered: Sequence[Group]) -> Iterator[Figure]:
-    """The distance between f(I) and f(t(I)) by transform, as in PIRL (Misra and van der Maaten 2020, figure 5), at the
-    last layer and, where a method compares images by heads, between those; a figure for each protocol."""
+    """Yield histograms of the distance between f(I) and f(t(I)), as in PIRL (Misra and van der Maaten 2020, figure 5).
+
+    One figure for each protocol, with a panel for each transform. It shows the last layer, and the embeddings of the
+    heads if a method compares those.
+    """
     # By test set and protocol, by label, by step.
     together: dict[tuple[str, str], dict[str, dict[int, list[Counts]]]] = {}
     edges: list[float] = []
@@ -119,7 +120,7 @@ def histograms(gathered: Sequence[Group]) -> Iterator[Figure]:
                     of_label = by_step.setdefault(label_of(encoder, group, entry), {})
                     of_label.setdefault(step, []).append(value["counts"])
     for (test, protocol), by_label in sorted(together.items()):
-        # As in tables: runs that were probed at other steps than each other are no seeds of one measurement.
+        # As in tables: runs that were probed at different steps are not seeds of one measurement.
         apart = {
             label if len(by_step) == 1 else f"{label}, step {step}": counts
             for label, by_step in by_label.items()
@@ -128,15 +129,15 @@ def histograms(gathered: Sequence[Group]) -> Iterator[Figure]:
         png, layer = _histogram(apart, edges)
         text = (
             f"Distribution of the distance between the unit features ({layer}) of an image and of its transformed "
-            "copy, all seeds together; filled, between the embeddings that a method compares, its heads; dotted, the "
-            "distance between different images. "
+            "copy, over all seeds. Filled: distance between the embeddings of the heads. Dotted: distance between "
+            "different images. "
             f"Protocol {protocol}, images {test}."
         )
         yield Figure(f"invariance-{protocol}-{test}", "Invariance", text, png)
 
 
 def _newest_histograms(entry: Entry) -> dict[tuple[str, str, str], tuple[int, dict[str, Any]]]:
-    """What the probe left in a folder, by encoder, test set and protocol; of the newest step, and which that is."""
+    """Return (step, histogram) of the newest step by (encoder, test set, protocol)."""
     folder = entry.run.folder / "probes/invariance"
     newest: dict[tuple[str, str, str], tuple[int, str]] = {}
     for name in folder.list():
@@ -149,7 +150,7 @@ def _newest_histograms(entry: Entry) -> dict[tuple[str, str, str], tuple[int, di
 
 
 def _histogram(by_label: Mapping[str, Sequence[Counts]], edges: Sequence[float]) -> tuple[bytes, str]:
-    """The picture, a panel for each transform, and the layer that it shows."""
+    """Return the picture and the layer that it shows."""
     some = next(iter(by_label.values()))[0]
     layer = "pooled" if "pooled" in some else list(some)[-1]
     places = [one.get(place, {}) for one in chain(*by_label.values()) for place in (layer, HEADS)]
@@ -178,8 +179,8 @@ def _histogram(by_label: Mapping[str, Sequence[Counts]], edges: Sequence[float])
     return panels({name: panel(name) for name in transforms}), layer
 
 
-def invariance_map(rows: Sequence[Found]) -> Iterator[Figure]:
-    """How invariant each layer is to each transform, a panel for each label; a figure for each protocol."""
+def invariance_map(rows: Sequence[LabelledRow]) -> Iterator[Figure]:
+    """Yield the invariance of each layer to each transform, a panel for each label; one figure for each protocol."""
     of_probe = [
         item for item in rows if item.row["probe"] == "invariance" and item.row["name"].startswith("closer/")
     ]
@@ -190,14 +191,14 @@ def invariance_map(rows: Sequence[Found]) -> Iterator[Figure]:
             continue
 
         def panel(label: str, found: Any = found, places: Any = places, names: Any = transforms) -> Any:
-            # Methods without heads have no such column.
+            # Methods without heads have no column for them.
             own = [layer for layer in places if any((label, layer, name) in found for name in names)]
             cells = [[found.get((label, layer, name)) for layer in own] for name in names]
             means = np.array([[cell.mean if cell else np.nan for cell in row] for row in cells])
 
             def draw(axes: Any) -> None:
                 axes.grid(visible=False)
-                # Blue where a layer is invariant, red where it is the opposite, white where it is neither.
+                # Blue: invariant. White: chance. Red: a transformed copy is farther away than other images.
                 axes.imshow(means, vmin=0, vmax=1, cmap="RdBu", aspect="auto")
                 for (j, i), value in np.ndenumerate(means):
                     if cell := cells[j][i]:
@@ -209,9 +210,9 @@ def invariance_map(rows: Sequence[Found]) -> Iterator[Figure]:
             return draw
 
         text = (
-            "The probability that a transformed image lies closer to its original than another image does: 1 where a "
-            "layer does not care, 0.5 where it is as far away as another image, 0 where it is always farther. Means "
-            f"over seeds, ± half of the way from the least to the most. {_hashes(key)}"
+            "The probability that a transformed image is closer to its original than another image is: 1 is full "
+            "invariance, 0.5 is chance, and at 0 it is always farther. Means over seeds, ± half of their range. "
+            f"{_hashes(key)}"
         )
         labels = [label for label in dict.fromkeys(item.label for item in members) if label != "raw pixels"]
         png = panels({label: panel(label) for label in labels})
@@ -219,14 +220,14 @@ def invariance_map(rows: Sequence[Found]) -> Iterator[Figure]:
 
 
 def _seeds(cell: Estimate) -> str:
-    """A mean, and below it how far the seeds are apart."""
+    """Return the mean, and below it half the range of the seeds."""
     if len(cell.values) < 2:
         return f"{cell.mean:.2f}"
     return f"{cell.mean:.2f}\n± {(max(cell.values) - min(cell.values)) / 2:.2f}"
 
 
 def losses(gathered: Sequence[Group]) -> Iterator[Figure]:
-    """Training curves: a panel for each group, since losses of different methods have no common scale."""
+    """Yield training curves: a panel for each group, because losses of different methods have no common scale."""
     shown = [group for group in gathered if any(entry.metrics for entry in group.entries)]
 
     def panel(group: Group) -> Callable[[Any], None]:
@@ -243,15 +244,15 @@ def losses(gathered: Sequence[Group]) -> Iterator[Figure]:
         return draw
 
     if shown:
-        text = "The loss that is trained, means between two rows of metrics; a line is a run."
+        text = "Training loss, averaged between two rows of metrics; a line is a run."
         png = panels({group.label: panel(group) for group in shown})
         yield Figure("training", "Training", text, png)
 
 
 def progress(gathered: Sequence[Group]) -> Iterator[Figure]:
-    """What probes found at several steps of the same runs, at the last layer that they looked at."""
+    """Yield results of probes at several steps of the same runs, for the last layer."""
     rows = [
-        Found(group.label, row)
+        LabelledRow(group.label, row)
         for group in gathered
         for entry in group.entries
         for row in entry.rows
@@ -259,7 +260,7 @@ def progress(gathered: Sequence[Group]) -> Iterator[Figure]:
     ]
     for key, members in _by_protocol(rows):
         layer = layers(members)[-1]
-        # A line for each seed: not all of them need to have been probed at the same steps.
+        # A line for each seed, because seeds may have been probed at different steps.
         points: dict[tuple[str, int], dict[int, float]] = {}
         for item in members:
             if item.row["layer"] == layer:

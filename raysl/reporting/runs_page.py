@@ -1,4 +1,4 @@
-"""The page of runs side by side: tables with intervals, curves, what the methods saw, and what it took."""
+"""Write the page that compares runs: tables with intervals, curves, views and cost."""
 
 from __future__ import annotations
 
@@ -14,11 +14,11 @@ from raysl.reporting import retrieval_grid, run_figures
 from raysl.reporting.command import command, folded
 from raysl.reporting.figure import Figure
 from raysl.reporting.page import ReportConfig, embedded, render
-from raysl.reporting.report_runs import Entry, Found, Group, found, groups
+from raysl.reporting.report_runs import Entry, Group, LabelledRow, groups, labelled_rows
 from raysl.reporting.tables import Estimate, Table, tables
 from raysl.training.progress_actor import duration
 
-# Numbers of which one can be called best, by their names; a spread such as top1_std is none.
+# Names of numbers of which the highest is the best; a spread such as top1_std is not among them.
 _BETTER_IF_MORE = re.compile(r"(top\d+|m?AP\d*|effective_rank|closer|precision)([/@,].*)?")
 
 _BODY = """<p>{{ summary }}</p>
@@ -28,9 +28,9 @@ _BODY = """<p>{{ summary }}</p>
 {% endfor %}<td>{{ line.seeds }}</td></tr>
 {% endfor %}</table></div>{% endmacro %}
 <h2>Probes</h2>
-<p>Means over seeds ± the half width of their 95 % confidence interval. “Best” has the highest mean of its column; “=”
-is a tie with it: the seeds do not tell the two apart (Welch's t test, 5 %, no correction for many comparisons). With
-one seed there is no interval, and nothing is said. Rows of different protocols or images never share a table.</p>
+<p>Means over seeds ± half the width of their 95 % confidence interval. “Best” marks the highest mean of a column; “=”
+marks a tie with it (no significant difference by Welch's t test at 5 %, without correction for multiple comparisons).
+A single seed has neither. Results of different protocols or images never share a table.</p>
 {% for one in headlines %}<h3>{{ one.probe }}</h3>{{ table(one) }}{% endfor %}
 {% if others %}<details><summary>All other numbers</summary>
 {% for one in others %}<h3>{{ one.probe }}</h3>{{ table(one) }}{% endfor %}</details>{% endif %}
@@ -41,8 +41,8 @@ one seed there is no interval, and nothing is said. Rows of different protocols 
 <table><tr><th></th><th>runs</th><th>images</th><th>wall time</th><th>worker-hours</th><th>images/s</th></tr>
 {% for line in costs %}<tr>{% for cell in line %}<td>{{ cell }}</td>{% endfor %}</tr>
 {% endfor %}</table>
-<p>Time between rows of metrics, without starts, checkpoints that were waited for, and steps that were lost; of a
-student, without its teacher.</p>
+<p>Time between rows of metrics, without start-up, waiting for checkpoints, and lost steps. The time of a student does
+not include its teacher.</p>
 <h2>Runs</h2>
 {% for line in runs %}<p>{{ line.label }}: {{ line.folder }}</p><pre>{{ line.command }}</pre>
 {% endfor %}
@@ -50,13 +50,13 @@ student, without its teacher.</p>
 
 
 def page(places: Sequence[str], config: ReportConfig) -> tuple[str, list[Figure]]:
-    """The page of runs, and its figures.
+    """Return the page of runs, and its figures.
 
     Raises:
         UserError: a folder holds neither a run nor a probed model, or is damaged.
     """
     gathered = groups(places)
-    rows = found(gathered)
+    rows = labelled_rows(gathered)
     drawn = [
         *run_figures.per_layer(rows),
         *run_figures.histograms(gathered),
@@ -66,13 +66,13 @@ def page(places: Sequence[str], config: ReportConfig) -> tuple[str, list[Figure]
     ]
     sheets = list(_sheets(gathered))
     views, unseen = _views(gathered, config.images)
-    headlines = tables(rows)
+    primary = tables(rows)
     text = render(
         _BODY,
         title=f"{len(gathered)} representations" if len(gathered) > 1 else gathered[0].label,
         summary=_summary(gathered, rows),
-        headlines=[_shown(table) for table in headlines],
-        others=[_shown(table) for table in tables(rows, headlines=False)],
+        headlines=[_shown(table) for table in primary],
+        others=[_shown(table) for table in tables(rows, primary=False)],
         figures=embedded(drawn),
         sheets=embedded(sheets),
         views=embedded(views),
@@ -83,13 +83,13 @@ def page(places: Sequence[str], config: ReportConfig) -> tuple[str, list[Figure]
     return text, [*drawn, *sheets, *views]
 
 
-def _summary(gathered: Sequence[Group], rows: Sequence[Found]) -> str:
+def _summary(gathered: Sequence[Group], rows: Sequence[LabelledRow]) -> str:
     count = sum(len(group.entries) for group in gathered)
     folders, rows_of_table = (_count(n, what) for n, what in ((count, "folder"), (len(gathered), "row")))
-    text = f"{folders} in {rows_of_table}; those that differ only in seed and folder are one row."
+    text = f"{folders} in {rows_of_table}; runs that differ only in seed and folder share a row."
     bare = [group.label for group in gathered if not any(item.label == group.label for item in rows)]
     if bare:
-        text += f" Not probed yet: {', '.join(bare)}; `raysl probe` does it."
+        text += f" Not probed yet (use `raysl probe`): {', '.join(bare)}."
     return text
 
 
@@ -98,7 +98,6 @@ def _count(n: int, what: str) -> str:
 
 
 def _shown(table: Table) -> dict[str, Any]:
-    """A table for the template."""
     one_name = len({name for _, name in table.columns}) == 1
     one_layer = len({layer for layer, _ in table.columns}) == 1
     parts = [(() if one_layer and not one_name else (layer,)) + (name,) for layer, name in table.columns]
@@ -130,12 +129,12 @@ def _sheets(gathered: Sequence[Group]) -> Iterator[Figure]:
             folder = entry.run.folder / retrieval_grid.SHEETS
             for name in _newest(folder.list()):
                 title = f"{group.label}, seed {entry.seed}: {name.removesuffix('.png')}"
-                text = "An image that asks, and the nearest ones by the cosine of their features."
+                text = "A query image, and the nearest images by the cosine of their features."
                 yield Figure(f"nearest-{_short(title)}", title, text, folder.read(name))
 
 
 def _newest(names: Sequence[str]) -> list[str]:
-    """Of the sheets of each pair of data sets the one of the newest step. See `raysl.reporting.retrieval_grid.name`."""
+    """Return the sheet of the newest step for each pair of data sets. See `raysl.reporting.retrieval_grid.name`."""
     steps: dict[str, int] = {}
     for sheet in filter(None, (re.fullmatch(r"step-(\d+)(-.+\.png)", name) for name in names)):
         steps[sheet[2]] = max(steps.get(sheet[2], 0), int(sheet[1]))
@@ -143,7 +142,7 @@ def _newest(names: Sequence[str]) -> list[str]:
 
 
 def _views(gathered: Sequence[Group], count: int) -> tuple[list[Figure], str]:
-    """A sheet for each group of runs, and a sentence about those whose data are not there."""
+    """Return a sheet for each group of runs, and a sentence about the groups that could not be drawn."""
     made, absent = [], []
     for group in gathered:
         entry = group.entries[0]
@@ -162,7 +161,6 @@ def _views(gathered: Sequence[Group], count: int) -> tuple[list[Figure], str]:
 
 
 def _short(title: str) -> str:
-    """A name of a file for a title."""
     return hashlib.blake2b(title.encode(), digest_size=4).hexdigest()
 
 
@@ -178,7 +176,7 @@ def _costs(gathered: Sequence[Group]) -> Iterator[list[str]]:
 
 
 def _spans(entry: Entry) -> Iterator[tuple[float, int, int]]:
-    """Seconds, workers and images of each row of metrics that says how fast it went."""
+    """Yield (seconds, workers, images) of each row of metrics that has a speed."""
     config, before = entry.run.config(), 0
     for row in entry.metrics:
         if not row.get("images_per_s"):

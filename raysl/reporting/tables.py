@@ -1,20 +1,20 @@
-"""Tables of probes that can be trusted: means with their 95 % confidence intervals over seeds, and what is a tie."""
+"""Make tables of probe results: means over seeds, 95 % confidence intervals, and ties."""
 
 from __future__ import annotations
 
 import math
 from collections.abc import Sequence
 from dataclasses import dataclass
-from statistics import mean, variance
+from statistics import mean
 from typing import Any
 
 from raysl.evaluation.results import of_images
-from raysl.reporting.report_runs import PROTOCOL, Found, layers
+from raysl.reporting.report_runs import PROTOCOL, LabelledRow, layers
 
 
 @dataclass(frozen=True)
 class Estimate:
-    """A number that was found for several seeds."""
+    """A result for one or more seeds."""
 
     values: tuple[float, ...]
 
@@ -24,48 +24,41 @@ class Estimate:
 
     @property
     def half_width(self) -> float | None:
-        """Of the 95 % confidence interval of the mean; None for one seed."""
+        """Half the width of the 95 % confidence interval of the mean; None for one seed."""
         if len(self.values) < 2:
             return None
-        return t_quantile(len(self.values) - 1) * math.sqrt(self._squared_error())
+        from scipy.stats import sem, t
 
-    def _squared_error(self) -> float:
-        return variance(self.values) / len(self.values)
+        return float(t.ppf(0.975, len(self.values) - 1) * sem(self.values))
 
     def differs(self, other: Estimate) -> bool | None:
-        """Whether the means differ by more than the noise of seeds: Welch's t test (Welch 1947, "The generalization of
-        Student's problem when several different population variances are involved"), two-sided, at 5 %. None where one
-        of them has one seed, or none has any spread: few seeds that agree by chance do not show that there is none."""
+        """Test if the means differ by more than the noise of seeds.
+
+        Welch's t test (1947), two-sided, at 5 %. Returns None if one of them has one seed, or if neither has any
+        spread and the means differ: a few seeds that agree by chance do not show that there is no noise.
+        """
         if min(len(self.values), len(other.values)) < 2:
             return None
-        ours, theirs = self._squared_error(), other._squared_error()
-        if ours + theirs == 0:
+        if len(set(self.values)) == len(set(other.values)) == 1:
             return False if self.mean == other.mean else None
-        parts = ours**2 / (len(self.values) - 1) + theirs**2 / (len(other.values) - 1)
-        freedom = (ours + theirs) ** 2 / parts
-        return abs(self.mean - other.mean) > t_quantile(freedom) * math.sqrt(ours + theirs)
+        from scipy.stats import ttest_ind
+
+        return bool(ttest_ind(self.values, other.values, equal_var=False).pvalue < 0.05)
 
     def __str__(self) -> str:
         half = self.half_width
         return f"{self.mean:.4f}" if half is None else f"{self.mean:.4f} ± {half:.4f}"
 
 
-def t_quantile(freedom: float) -> float:
-    """Student's t at 97.5 %, for any degrees of freedom above 0."""
-    from scipy.special import stdtrit
-
-    return float(stdtrit(freedom, 0.975))
-
-
 @dataclass(frozen=True)
 class Table:
-    """Rows of one probe under one protocol on the same images.
+    """Results of one probe with one protocol on the same images.
 
     Args:
-        probe: its name.
-        caption: what was compared.
-        columns: layer and name of each number.
-        lines: label, and an estimate for each column where there is one; the best by the last column first.
+        probe: name of the probe.
+        caption: protocol and images.
+        columns: (layer, name) of each number.
+        lines: label, and an estimate or None for each column; sorted by the last column, the best first.
     """
 
     probe: str
@@ -74,41 +67,40 @@ class Table:
     lines: tuple[tuple[str, tuple[Estimate | None, ...]], ...]
 
     def best(self, column: int) -> Estimate | None:
-        """The estimate with the highest mean in a column."""
-        there = [cells[column] for _, cells in self.lines]
-        return max((cell for cell in there if cell is not None), key=lambda cell: cell.mean, default=None)
+        """Return the estimate with the highest mean in a column."""
+        cells = [cells[column] for _, cells in self.lines]
+        return max((cell for cell in cells if cell is not None), key=lambda cell: cell.mean, default=None)
 
     def tied(self, column: int, cell: Estimate) -> bool:
-        """Whether the difference from the best of the column is within the noise of seeds."""
+        """Return True if the cell differs from the best of its column by no more than the noise of seeds."""
         best = self.best(column)
         return best is not None and best != cell and best.differs(cell) is False
 
     def compared(self, column: int) -> bool:
-        """Whether the best of a column can be told from any other: both have seeds enough."""
+        """Return True if the best of a column has enough seeds to be compared with another cell."""
         best = self.best(column)
         others = [cells[column] for _, cells in self.lines if cells[column] not in (None, best)]
         return best is not None and any(best.differs(cell) is not None for cell in others if cell)
 
 
-def tables(rows: Sequence[Found], headlines: bool = True) -> list[Table]:
-    """A table for each probe, protocol and pair of data sets.
+def tables(rows: Sequence[LabelledRow], primary: bool = True) -> list[Table]:
+    """Return a table for each probe, protocol and pair of data sets.
 
     Args:
-        headlines: only the number that stands for its probe, of every layer; else all the others.
+        primary: take the primary metric of each probe; if False, all other numbers.
     """
-    together: dict[tuple[Any, ...], list[Found]] = {}
+    together: dict[tuple[Any, ...], list[LabelledRow]] = {}
     for item in rows:
-        if bool(item.row["primary"]) == headlines:
+        if bool(item.row["primary"]) == primary:
             together.setdefault(tuple(item.row[name] for name in PROTOCOL), []).append(item)
     return [_table(members) for _, members in sorted(together.items())]
 
 
-def _table(members: Sequence[Found]) -> Table:
+def _table(members: Sequence[LabelledRow]) -> Table:
     probe, protocol, train, test = (members[0].row[name] for name in PROTOCOL)
     names = dict.fromkeys(item.row["name"] for item in members)
-    # A layer need not have all names.
-    there = {(item.row["layer"], item.row["name"]) for item in members}
-    columns = tuple((layer, name) for layer in layers(members) for name in names if (layer, name) in there)
+    present = {(item.row["layer"], item.row["name"]) for item in members}
+    columns = tuple((layer, name) for layer in layers(members) for name in names if (layer, name) in present)
     cells = estimates(members)
     lines = [
         (label, tuple(cells.get((label, *column)) for column in columns))
@@ -118,13 +110,15 @@ def _table(members: Sequence[Found]) -> Table:
     return Table(probe, f"protocol {protocol}, {of_images(train, test)}", columns, tuple(lines))
 
 
-def estimates(rows: Sequence[Found]) -> dict[tuple[str, str, str], Estimate]:
-    """The estimate of each (label, layer, name) of rows of one protocol. A seed counts once, with the mean of what
-    several runs of it have given."""
+def estimates(rows: Sequence[LabelledRow]) -> dict[tuple[str, str, str], Estimate]:
+    """Return the estimate of each (label, layer, name) of rows of one protocol.
+
+    A seed counts once, with the mean over its runs.
+    """
     values: dict[tuple[str, str, str], dict[int | None, dict[str | None, float]]] = {}
     for item in rows:
         key = (item.label, item.row["layer"], item.row["name"])
-        # Pixels have no seed, though the runs that they stand beside have.
+        # Results of pixels do not depend on the seed of the run that they were measured with.
         seed = None if item.row["encoder"] == "pixels" else item.row["seed"]
         values.setdefault(key, {}).setdefault(seed, {})[item.row["weights"]] = item.row["value"]
     return {

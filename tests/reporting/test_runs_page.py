@@ -1,4 +1,4 @@
-"""The report of runs: intervals and ties by their equations, what shares a row and a table, and equal bytes."""
+"""Test the report of runs: intervals and ties, rows and tables, and equal bytes."""
 
 from __future__ import annotations
 
@@ -19,8 +19,8 @@ from raysl.extraction import RandomBackbone
 from raysl.objectives.pirl import Config as Pirl
 from raysl.probes.invariance import EDGES
 from raysl.reporting import ReportConfig, report, retrieval_grid, run_figures
-from raysl.reporting.report_runs import Found, found, groups
-from raysl.reporting.tables import Estimate, estimates, t_quantile, tables
+from raysl.reporting.report_runs import LabelledRow, groups, labelled_rows
+from raysl.reporting.tables import Estimate, estimates, tables
 from raysl.run import METRICS, Run, jsonl
 from raysl.storage import Folder
 from tests.data import make_dataset
@@ -37,7 +37,7 @@ def row(value: float, **changes: Any) -> dict[str, Any]:
     return {**base, **rest, **changes}
 
 
-def test_students_of_other_clusters_are_no_seeds(tmp_path: Path) -> None:
+def test_students_of_different_clusters_do_not_share_a_row(tmp_path: Path) -> None:
     dataset = make_dataset(tmp_path / "set", 8)
     places = []
     for k, seed in ((100, 0), (300, 0), (300, 1)):
@@ -112,7 +112,7 @@ def test_the_page_has_all_parts_and_equal_runs_give_equal_bytes(tmp_path: Path, 
     assert {name: again.read(name) for name in names} == {name: out.read(name) for name in names}
 
 
-def test_only_the_newest_sheet_of_neighbours_is_shown(runs: list[str]) -> None:
+def test_only_the_newest_retrieval_sheet_is_shown(runs: list[str]) -> None:
     sheets = Folder(runs[0]) / retrieval_grid.SHEETS
     for step, test in ((2, "b"), (5, "b"), (2, "c")):
         sheets.write(retrieval_grid.name(step, "a", test), b"PNG")
@@ -121,35 +121,33 @@ def test_only_the_newest_sheet_of_neighbours_is_shown(runs: list[str]) -> None:
     assert shown == [False, True, True]
 
 
-def test_data_that_are_gone_cost_the_views_alone(tmp_path: Path, runs: list[str]) -> None:
+def test_missing_data_only_cost_the_views(tmp_path: Path, runs: list[str]) -> None:
     Folder(str(tmp_path / "set")).delete()
     out = report(runs[0], ReportConfig())
     assert out == Folder(runs[0]) / "report"
     assert "The views of pirl-jigsaw are not drawn" in out.read("index.html").decode()
 
 
-def test_other_models_stand_beside_runs(tmp_path: Path, runs: list[str]) -> None:
+def test_external_models_are_compared_with_runs(tmp_path: Path, runs: list[str]) -> None:
     other = Folder(str(tmp_path / "other"))
     other.write_json(MODEL, {"name": "resnet50.pth", "identity": {"encoder": "weights", "weights": "ab"}})
     other.write(ROWS, jsonl([row(0.9, encoder="weights")]))
-    (table,) = tables(found(groups([*runs, str(other)])))
+    (table,) = tables(labelled_rows(groups([*runs, str(other)])))
     assert table.lines[0][0] == "resnet50.pth"
-    # Nothing untrained is its own, so one backbone without learning needs no name.
+    # There is one kind of untrained backbone, so its label needs no name.
     assert [label for label, _ in table.lines].count("untrained") == 1
 
 
-def test_an_untrained_network_that_is_no_run_has_the_name_of_its_backbone(
-    tmp_path: Path, runs: list[str]
-) -> None:
+def test_an_external_untrained_network_is_named_by_its_backbone(tmp_path: Path, runs: list[str]) -> None:
     other = Folder(str(tmp_path / "other"))
     identity = RandomBackbone(BackboneConfig("resnet18"), 0).identity()
     other.write_json(MODEL, {"name": "random (resnet18)", "identity": identity})
     other.write(ROWS, jsonl([row(0.1, encoder="random", step=0, weights=None)]))
-    (table,) = tables(found(groups([*runs, str(other)])))
+    (table,) = tables(labelled_rows(groups([*runs, str(other)])))
     assert {"untrained small", "untrained resnet18"} < {label for label, _ in table.lines}
 
 
-def test_seeds_share_a_row_and_nothing_else_does(tmp_path: Path, runs: list[str]) -> None:
+def test_only_seeds_share_a_row(tmp_path: Path, runs: list[str]) -> None:
     dataset = make_dataset(tmp_path / "again", 8)
     place = str(tmp_path / "hot")
     hot = Pretraining(str(dataset.folder), place, batch_size=4, parts={"pirl": Pirl(temperature=0.5)})
@@ -163,26 +161,19 @@ def test_seeds_share_a_row_and_nothing_else_does(tmp_path: Path, runs: list[str]
 def test_protocols_and_data_never_share_a_table(runs: list[str]) -> None:
     rows = [row(0.1), row(0.2, protocol="q"), row(0.3, test="v"), row(0.4, train="v"), row(0.5, probe="knn")]
     Folder(runs[0]).write(ROWS, jsonl(rows))
-    assert len(tables(found(groups(runs[:1])))) == len(rows)
+    assert len(tables(labelled_rows(groups(runs[:1])))) == len(rows)
 
 
-def test_only_the_newest_step_stands_in_a_table(runs: list[str]) -> None:
+def test_a_table_shows_only_the_newest_step(runs: list[str]) -> None:
     Folder(runs[0]).write(ROWS, jsonl([row(0.1, step=3), row(0.2, step=5)]))
-    (table,) = tables(found(groups(runs[:1])))
+    (table,) = tables(labelled_rows(groups(runs[:1])))
     assert table.lines == (("pirl-jigsaw", (Estimate((0.2,)),)),)
 
 
-@pytest.mark.parametrize(
-    ("freedom", "exact"), [(1, 12.7062), (1.5, 6.0167), (2, 4.3027), (9.5, 2.2441), (60, 2.0003)]
-)
-def test_quantiles_of_t(freedom: float, exact: float) -> None:
-    assert t_quantile(freedom) == pytest.approx(exact, rel=1e-4)
-
-
-def test_runs_probed_at_other_steps_are_no_seeds_of_one_measurement(runs: list[str]) -> None:
+def test_runs_probed_at_different_steps_do_not_share_a_row(runs: list[str]) -> None:
     Folder(runs[0]).write(ROWS, jsonl([row(0.1, step=3), row(0.5, probe="knn", step=5)]))
     Folder(runs[1]).write(ROWS, jsonl([row(0.2, step=5, seed=1), row(0.6, probe="knn", step=5, seed=1)]))
-    by_probe = {table.probe: table for table in tables(found(groups(runs[:2])))}
+    by_probe = {table.probe: table for table in tables(labelled_rows(groups(runs[:2])))}
     assert [label for label, _ in by_probe["linear"].lines] == ["pirl-jigsaw, step 5", "pirl-jigsaw, step 3"]
     assert by_probe["knn"].lines == (("pirl-jigsaw", (Estimate((0.5, 0.6)),)),)
 
@@ -190,11 +181,11 @@ def test_runs_probed_at_other_steps_are_no_seeds_of_one_measurement(runs: list[s
 def test_a_seed_counts_once(runs: list[str]) -> None:
     # The same run in two folders of a machine that does not repeat itself to the last bit.
     found_rows = [row(0.3, weights="a"), row(0.5, weights="b")]
-    cells = estimates([Found("pirl-jigsaw", one) for one in found_rows])
+    cells = estimates([LabelledRow("pirl-jigsaw", one) for one in found_rows])
     assert list(cells.values()) == [Estimate((0.4,))]
 
 
-def test_best_is_said_only_where_seeds_tell(runs: list[str]) -> None:
+def test_best_is_marked_only_with_several_seeds(runs: list[str]) -> None:
     Folder(runs[0]).write(ROWS, jsonl([row(0.1), row(0.3, encoder="random", step=0)]))
     assert " best" not in report(runs[0], ReportConfig(images=0)).read("index.html").decode()
 
@@ -249,6 +240,6 @@ def _moved(values: Sequence[float], by: float) -> Estimate:
     return Estimate(tuple(value + by for value in values))
 
 
-def test_neither_run_nor_sweep_is_told(tmp_path: Path) -> None:
+def test_a_folder_without_run_or_sweep_is_refused(tmp_path: Path) -> None:
     with pytest.raises(UserError, match="Neither a sweep nor a run"):
         report(str(tmp_path), ReportConfig())
