@@ -29,6 +29,7 @@ from raysl.config import Pretraining
 from raysl.errors import UserError
 from raysl.evaluation.results import ENCODERS, KEY, rows_of
 from raysl.reporting.command import command
+from raysl.reporting.plain_names import code_block, code_span, markdown
 from raysl.run import Run
 from raysl.storage import Folder
 
@@ -166,7 +167,7 @@ Weights of the backbone after {step} steps of pretraining with raysl, without a 
 |---|---|
 | method | {method} |
 | backbone | {backbone}, stem {stem}, norm {norm} |
-| data | {images:,} images, fingerprint `{fingerprint}` |
+| data | {images:,} images, fingerprint {fingerprint} |
 | seed | {seed} |
 | views in evaluation | the centre, {size} x {size} pixels |
 
@@ -180,9 +181,7 @@ Weights of the backbone after {step} steps of pretraining with raysl, without a 
 
 ## How it was made
 
-```
 {command}
-```
 
 ## Licence
 
@@ -246,18 +245,18 @@ def _card(run: Run, backbone: Backbone, step: int, form: str) -> str:
     }
     size = config.view.image_size
     return _CARD.format(
-        method=config.method,
-        backbone=config.backbone.name,
+        method=markdown(config.method),
+        backbone=markdown(config.backbone.name),
         stem=config.backbone.stem,
         norm=config.backbone.norm,
         step=step,
         images=data["num_images"],
-        fingerprint=data["fingerprint"],
+        fingerprint=code_span(data["fingerprint"]),
         seed=config.seed,
         size=size,
         use=_USE[form].format(**facts, size=size),
         probes=_probes(run, step),
-        command=command(config),
+        command=code_block(command(config)),
     )
 
 
@@ -276,8 +275,8 @@ def _probes(run: Run, step: int) -> str:
         found = [values.get(_measured({**row, "encoder": encoder})) for encoder in ENCODERS]
         shown = " | ".join("" if value is None else f"{value:.4f}" for value in found)
         lines.append(
-            f"| {row['probe']} | {row['layer']} | {row['name']} | {shown} | `{row['protocol']}` | "
-            f"`{row['train'][:8]}` | `{row['test'][:8]}` |"
+            f"| {markdown(row['probe'])} | {markdown(row['layer'])} | {markdown(row['name'])} | {shown} | "
+            f"{code_span(row['protocol'])} | {code_span(row['train'][:8])} | {code_span(row['test'][:8])} |"
         )
     return "\n".join(lines)
 

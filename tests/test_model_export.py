@@ -151,6 +151,22 @@ def test_the_card_says_what_it_is_and_how_it_was_made(resnet: Run, tmp_path: Pat
     assert "0.1234" not in card
 
 
+def test_names_from_rows_are_no_markup_on_the_card(resnet: Run, tmp_path: Path) -> None:
+    row = {
+        **dict.fromkeys(KEY, "x"),
+        "seed": 0,
+        "encoder": "trained",
+        "step": 5,
+        "value": 0.5,
+        "primary": True,
+    }
+    resnet.folder.write(ROWS, jsonl([{**row, "name": "<b>|\n# owned", "layer": "[a](b)"}]))
+    card = export(resnet, ExportConfig(out=str(tmp_path), step=5)).read(CARD).decode()
+    assert "<b>" not in card
+    assert "\n# owned" not in card
+    assert "[a](b)" not in card
+
+
 def test_the_card_shows_what_the_baselines_gave(resnet: Run, tmp_path: Path) -> None:
     row = {
         **dict.fromkeys(KEY, "x"),

@@ -149,6 +149,8 @@ def _checked(row: Any) -> dict[str, Any]:
         raise ValueError("a row has no step, no seed or no primary")
     if not isinstance(row["value"], int | float) or not math.isfinite(row["value"]):
         raise ValueError("a value is not a finite number")
+    if not isinstance(row.get("weights"), str | int | float | None):
+        raise ValueError("its weights are neither a name nor a number")
     # A report takes the names of its files from these.
     for name in _TABLE:
         if not re.fullmatch(r"[\w-]*", row[name]):

@@ -95,8 +95,14 @@ def _entry(folder: Folder) -> Entry:
         identity |= _teacher(metadata.get("facts", {}))
         return Entry(run, config["method"], config["seed"], identity, rows, run.metrics())
     if folder.exists(MODEL):
-        model = folder.read_json(MODEL)
-        return Entry(run, model["name"], 0, dict(_flat(model["identity"])), rows_of(run))
+        try:
+            model = folder.read_json(MODEL)
+            name, identity = str(model["name"]), dict(_flat(dict(model["identity"])))
+        except (ValueError, KeyError, TypeError) as error:
+            raise UserError(
+                f"The file {folder}/{MODEL} is damaged: {error!r}. Delete it and run the same `raysl probe` again."
+            ) from error
+        return Entry(run, name, 0, identity, rows_of(run))
     raise UserError(
         f"Neither a sweep nor a run lies at {str(folder)!r}: there is no sweep.jsonl, no {METADATA} and no {MODEL}. "
         "Give folders that `raysl sweep`, `raysl pretrain` or `raysl probe --out` has made."

@@ -120,7 +120,7 @@ def estimates(rows: Sequence[LabelledRow]) -> dict[tuple[str, str, str], Estimat
         key = (item.label, item.row["layer"], item.row["name"])
         # Results of pixels do not depend on the seed of the run that they were measured with.
         seed = None if item.row["encoder"] == "pixels" else item.row["seed"]
-        values.setdefault(key, {}).setdefault(seed, {})[item.row["weights"]] = item.row["value"]
+        values.setdefault(key, {}).setdefault(seed, {})[item.row.get("weights")] = item.row["value"]
     return {
         key: Estimate(tuple(mean(by_weights.values()) for by_weights in by_seed.values()))
         for key, by_seed in values.items()
