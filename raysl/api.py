@@ -412,4 +412,4 @@ def doctor(config: DoctorConfig | None = None, **fields: Any) -> Report | Fleet:
     start_ray()
     from raysl.diagnostics import examine, look
 
-    return look(settings, _log.info) if settings.cluster else examine(settings, _log.info)
+    return look(settings) if settings.cluster else examine(settings)

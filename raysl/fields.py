@@ -157,6 +157,12 @@ def hints(kind: Any) -> dict[str, Any]:
     return {field.name: found[field.name] for field in dataclasses.fields(kind)}
 
 
+def name_typed(name: str, hint: Any) -> str:
+    """Return the name of a field on the command line, which an annotation of tyro may change."""
+    given = [extra.name for extra in typing.get_args(hint) if getattr(extra, "name", None)]
+    return (given[0] if given else name).replace("_", "-")
+
+
 def _reason(value: Any, hint: Any, bounds: Bounds | None = None) -> str:
     """Return why a value is refused; an empty string for one that is accepted."""
     if typing.get_origin(hint) is Annotated:

@@ -1,13 +1,13 @@
-"""Where time goes: versions, resources, what each stage costs for an image, and what limits the speed. For a cluster:
-what it has, and what a run would wait for and cost there."""
+"""Measure the cost of each stage of a run and predict its speed; list the machines of a cluster and what a run costs."""
 
 from __future__ import annotations
 
 import dataclasses
 import io
+import logging
 import os
 import tempfile
-from collections.abc import Callable, Mapping
+from collections.abc import Mapping
 from dataclasses import dataclass, replace
 from typing import Any
 
@@ -33,12 +33,14 @@ from raysl.run import Run
 from raysl.storage import Folder
 from raysl.training.worker import Job
 
+_log = logging.getLogger("raysl.diagnostics")
+
 __all__ = ["Costs", "DoctorConfig", "Prediction", "Report", "examine", "look", "predict"]
 
 
 @dataclass(frozen=True)
 class DoctorConfig:
-    """What a run would be, as far as its speed goes.
+    """Configuration of the run to measure.
 
     Args:
         data: a data set made by `raysl ingest`, or any source that it takes.
@@ -46,11 +48,11 @@ class DoctorConfig:
         image_size: side of an ordinary view in pixels.
         backbone: name of the network, such as small or resnet50.
         batch_size: images in the global batch.
-        workers: Ray Train workers; 0 for two, or for one where there is one GPU.
-        cluster: look at the cluster instead: what it has and could have, what the run would take, wait for and cost,
-            and whether all machines run the same code and packages. Measures nothing.
-        prices: US dollars an hour by type of machine, such as gpu_spot=0.49, where cluster.yaml does not say or says
-            otherwise. Machines that no autoscaler started are of the type "machine".
+        workers: Ray Train workers; 0 for two, or for one if there is one GPU.
+        cluster: measure nothing, but show the machines of the cluster, what the run would take, wait for and cost, and
+            machines that run other code or packages.
+        prices: US dollars an hour by type of machine, such as gpu_spot=0.49; they override the prices in cluster.yaml.
+            Machines that were not started by an autoscaler have the type "machine".
     """
 
     data: str = "shapes:2000"
@@ -63,7 +65,7 @@ class DoctorConfig:
     prices: tuple[str, ...] = ()
 
     def price_list(self) -> dict[str, float]:
-        """`prices` by type. Raises UserError when one is not written so."""
+        """Return the prices by type. Raise UserError if one is not TYPE=NUMBER."""
         found = {}
         for entry in self.prices:
             name, _, usd = entry.partition("=")
@@ -71,28 +73,27 @@ class DoctorConfig:
                 found[name] = float(usd)
             except ValueError as error:
                 raise UserError(
-                    f"{entry!r} is no price. Write the type of a machine and US dollars an hour, such as gpu_spot=0.49."
+                    f"--prices is {entry!r}; it must be the type of a machine and US dollars an hour, such as "
+                    "gpu_spot=0.49."
                 ) from error
         return found
 
 
-def look(given: DoctorConfig, say: Callable[[str], None] = print) -> machines.Fleet:
-    """Says what the cluster has, what a run would take of it, and which machines run something else.
+def look(given: DoctorConfig) -> machines.Fleet:
+    """Show the machines of the cluster, what a run would take of them, and machines that run other code.
 
     Args:
-        given: the run in question; only its workers matter.
-        say: takes tables and sentences, as text.
+        given: the run; only its workers and prices matter.
 
     Raises:
-        UserError: there is no cluster, or a price is not written as one.
+        UserError: there is no cluster, or a price is malformed.
     """
     prices = given.price_list()
     ray_cluster.start(compare=False)
     given = _with_workers(given)
     fleet = machines.survey(given.workers, prices)
-    say(_text(machines.table(fleet)))
-    for sentence in machines.sentences(fleet, given.workers):
-        say(sentence)
+    for part in (_text(machines.table(fleet)), *machines.sentences(fleet, given.workers)):
+        _log.info(part)
     return fleet
 
 
@@ -102,14 +103,14 @@ def _with_workers(given: DoctorConfig) -> DoctorConfig:
 
 @dataclass(frozen=True)
 class Report:
-    """What `examine` found.
+    """Result of `examine`.
 
     Args:
-        versions: of Python, of packages, and the hash of raysl's code.
+        versions: versions of Python and packages, and the hash of raysl's code.
         resources: totals of the cluster.
-        placement: who would get what.
-        costs: of each stage.
-        prediction: of the speed.
+        placement: CPUs and GPUs of the workers and their data tasks.
+        costs: cost of each stage.
+        prediction: predicted speed.
     """
 
     versions: Mapping[str, Any]
@@ -119,15 +120,11 @@ class Report:
     prediction: Prediction
 
 
-def examine(given: DoctorConfig, say: Callable[[str], None] = print) -> Report:
-    """Measures what a run would cost, and says what would limit it. Takes about half a minute.
-
-    Args:
-        given: the run in question.
-        say: takes tables and sentences, as text.
+def examine(given: DoctorConfig) -> Report:
+    """Measure the stages of a run and show what limits its speed. Takes about half a minute.
 
     Raises:
-        UserError: the run could not be started as it is, or the trainers found no free place for three minutes.
+        UserError: the run cannot be started, or the trainers did not get resources for three minutes.
     """
     ray_cluster.start()
     import ray
@@ -139,18 +136,18 @@ def examine(given: DoctorConfig, say: Callable[[str], None] = print) -> Report:
     config = _pretraining(given, dataset)
     placement = cluster_placement.place(given.workers)
     stream = Model.of(config, dataset).stream(dataset, placement.share, world=given.workers)
-    say(_text(_machine(found, resources, placement)))
+    _log.info(_text(_machine(found, resources, placement)))
     with tempfile.TemporaryDirectory() as folder:
         job = Job(config.to_json(), Run(Folder(folder)), dataset, placement)
         costs = Costs(**measure_data(stream), **measure_training(job, given.workers))
     prediction = predict(costs, placement, given.workers, given.batch_size, resources.get("CPU", 1.0))
-    say(_text(_stages(costs, given)))
-    say(_sentence(prediction))
+    _log.info(_text(_stages(costs, given)))
+    _log.info(_sentence(prediction))
     return Report(found, resources, placement, costs, prediction)
 
 
 def _pretraining(given: DoctorConfig, dataset: DataSet) -> Pretraining:
-    """The run in question; a small data set gets fewer negatives, as it cannot have more than images."""
+    """Return the configuration of the run, with fewer negatives if the data set is small."""
     method = methods.parse(given.method)
     config_type, _ = methods.load_objective(method.objective)
     wanted = getattr(config_type(), "num_negatives", 0)

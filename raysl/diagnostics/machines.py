@@ -1,6 +1,6 @@
-"""What a cluster has and could have, what a run would take of it and cost there, and whether its machines run the same.
+"""Survey a cluster: its machines, what a run would take and cost there, and machines that run other code.
 
-Nothing is started for it but a process of a second on each machine.
+This only starts a process of a second on each machine.
 """
 
 from __future__ import annotations
@@ -24,14 +24,14 @@ from raysl.ray_cluster.versions import MEND, differing, versions
 
 @dataclass(frozen=True)
 class Kind:
-    """Machines of a cluster that are alike.
+    """A type of machines of a cluster.
 
     Args:
-        name: their type in the cluster's configuration; "machine" where no autoscaler started them.
-        resources: of one.
-        there: how many there are.
-        most: how many there could be.
-        usd_per_hour: price of one; None where nobody has stated it.
+        name: type in the cluster's configuration; "machine" without an autoscaler.
+        resources: resources of one machine.
+        there: number of running machines.
+        most: greatest number of machines.
+        usd_per_hour: price of one machine; None if unknown.
     """
 
     name: str
@@ -43,16 +43,16 @@ class Kind:
 
 @dataclass(frozen=True)
 class Fleet:
-    """A cluster as one run would find it.
+    """A cluster and the placement of a run on it.
 
     Args:
-        kinds: its machines.
-        placement: what each trainer would get; None where the run is refused.
-        refused: why.
-        started: machines that would be started for it, by type.
-        waits: what it would wait for, in a sentence; "" where it could begin.
-        news: what the autoscaler is doing, and what the cloud has refused it.
-        stale: machines that run other code or packages, and what differs.
+        kinds: types of machines.
+        placement: resources of each trainer; None if the run is refused.
+        refused: reason of the refusal.
+        started: number of machines by type that the run would start.
+        waits: a sentence about what the run would wait for; "" if it could begin.
+        news: machines that the autoscaler has requested, and requests that the cloud has refused.
+        stale: differences of machines that run other code or packages, by address.
     """
 
     kinds: tuple[Kind, ...]
@@ -64,7 +64,7 @@ class Fleet:
     stale: Mapping[str, tuple[str, ...]]
 
     def usd_per_hour(self, counts: Mapping[str, int]) -> float | None:
-        """Price of so many machines by type; None where one is not known."""
+        """Return the price of a number of machines by type; None if a price is unknown."""
         prices = {kind.name: kind.usd_per_hour for kind in self.kinds}
         known = [prices.get(name) for name, count in counts.items() if count]
         if None in known:
@@ -73,16 +73,16 @@ class Fleet:
 
     @property
     def there(self) -> dict[str, int]:
-        """How many machines there are, by type."""
+        """Number of running machines by type."""
         return {kind.name: kind.there for kind in self.kinds}
 
 
 def survey(workers: int, prices: Mapping[str, float]) -> Fleet:
-    """Looks at the cluster that was joined.
+    """Survey the cluster that Ray is connected to.
 
     Args:
-        workers: Ray Train workers of the run in question.
-        prices: US dollars an hour by type of machine, for those that the cluster's configuration does not state.
+        workers: Ray Train workers of the run.
+        prices: US dollars an hour by type of machine; they override the cluster's configuration.
     """
     import ray
 
@@ -101,7 +101,7 @@ def survey(workers: int, prices: Mapping[str, float]) -> Fleet:
 
 
 def _started(grows: Growth | None, alive: Sequence[str], gpus: bool, count: int) -> dict[str, int]:
-    """The types of the first machines that are started for trainers."""
+    """Return the first `count` machines that the autoscaler would start for trainers, by type."""
     later = grows.beyond(alive)[0] if grows else ()
     names = [one.name for one in later if one.resources.get("GPU") or not gpus]
     return dict(Counter(names[:count]))
@@ -130,14 +130,14 @@ def _kinds(
 def _stale() -> dict[str, tuple[str, ...]]:
     here = versions()
     found = {
-        address: tuple(differing(here, theirs)) if theirs else ("it has no raysl that starts",)
+        address: tuple(differing(here, theirs)) if theirs else ("raysl does not start there",)
         for address, theirs in ray_cluster.machine_versions().items()
     }
     return {address: differences for address, differences in found.items() if differences}
 
 
 def _news(grows: Growth | None) -> tuple[str, ...]:
-    """What the autoscaler says of machines that are on their way, or that the cloud does not give."""
+    """Return the autoscaler's messages about machines that are starting or that the cloud refused."""
     if grows is None:
         return ()
     import ray
@@ -157,7 +157,7 @@ def _news(grows: Growth | None) -> tuple[str, ...]:
 def table(fleet: Fleet) -> Table:
     """Return a table of the machines of a cluster."""
     shown = Table(title="machines")
-    for column in ("type", "there", "at most", "CPUs", "GPUs", "memory", "$/hour"):
+    for column in ("type", "running", "at most", "CPUs", "GPUs", "memory", "$/hour"):
         shown.add_column(column, justify="left" if column == "type" else "right")
     for kind in fleet.kinds:
         has = kind.resources
@@ -169,7 +169,7 @@ def table(fleet: Fleet) -> Table:
 
 
 def sentences(fleet: Fleet, workers: int) -> list[str]:
-    """What it comes to for a run."""
+    """Return sentences about the cost and placement of a run, and about stale machines."""
     said = [f"The cluster costs {_price(fleet.usd_per_hour(fleet.there))} now."]
     if fleet.placement is None:
         said.append(f"The run would be refused: {fleet.refused}")
@@ -177,7 +177,7 @@ def sentences(fleet: Fleet, workers: int) -> list[str]:
         said.append(_taken(fleet, fleet.placement, workers))
     said += [f"The autoscaler: {line}." for line in fleet.news]
     for address, differences in fleet.stale.items():
-        said.append(f"{address} does not run what this machine runs: {', '.join(differences)}.")
+        said.append(f"{address} differs from this machine: {', '.join(differences)}.")
     machines = sum(kind.there for kind in fleet.kinds)
     said.append(MEND if fleet.stale else f"All {machines} machines run this code and these packages.")
     return said
@@ -201,5 +201,5 @@ def _price(usd: float | None) -> str:
     return (
         f"${usd:.2f} an hour"
         if usd is not None
-        else "an unknown amount (state it: --prices TYPE=USD_PER_HOUR)"
+        else "an unknown amount (give it with --prices TYPE=USD_PER_HOUR)"
     )

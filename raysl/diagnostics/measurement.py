@@ -1,5 +1,7 @@
-"""Costs of the stages of a run, measured where they would run: data in a data task, steps in as many trainers as the
-run would have, all at once, since they share cores and caches."""
+"""Measure the stages of a run where they would run: data in a data task, steps in all trainers at once.
+
+Trainers are measured together because they share cores and caches.
+"""
 
 from __future__ import annotations
 
@@ -21,13 +23,12 @@ from raysl.stream.reader import Batch, Stream
 from raysl.training import rendezvous
 from raysl.training.worker import Job, Worker
 
-# A stage is repeated for about this long.
-_STAGE_S = 0.5
+_STAGE_S = 0.5  # repetitions of one stage
 _START_TIMEOUT_S = 180
 
 
 def measure_data(stream: Stream) -> dict[str, float]:
-    """Costs of the data, in microseconds for an image, measured in one data task.
+    """Return the costs of the data in microseconds per image, measured in one data task.
 
     Raises:
         UserError: a shard is damaged, or the cluster is busy.
@@ -39,9 +40,7 @@ def measure_data(stream: Stream) -> dict[str, float]:
 
 
 def measure_training(job: Job, workers: int) -> dict[str, float]:
-    """Seconds of a step and of its exchange of gradients, with all workers at once.
-
-    The slowest worker counts: the others wait for it.
+    """Return the seconds of a step and of its exchange of gradients in the slowest of all workers.
 
     Raises:
         UserError: the cluster is busy.
@@ -74,7 +73,7 @@ def _answers(tasks: Sequence[Any]) -> list[dict[str, float]]:
 
 
 def _seconds(stage: Callable[[], object]) -> float:
-    """Seconds that a stage takes, once it is warm: the median over half a second."""
+    """Return the median seconds of a warm stage, over half a second."""
     stage()
     taken: list[float] = []
     while sum(taken) < _STAGE_S and len(taken) < 100:
@@ -85,7 +84,6 @@ def _seconds(stage: Callable[[], object]) -> float:
 
 
 def _data_costs(stream: Stream) -> dict[str, float]:
-    """Runs in a data task."""
     import ray
 
     plan = stream.plan
@@ -120,7 +118,6 @@ def _data_costs(stream: Stream) -> dict[str, float]:
 
 
 def _training_costs(job: Job, rank: int, world: int, host: str, port: int) -> dict[str, float]:
-    """Runs in every trainer at once."""
     device = torch.device("cuda" if job.placement.gpus_per_worker else "cpu")
     torch.set_num_threads(job.placement.threads_per_worker)
     store = TCPStore(host, port, is_master=False, timeout=timedelta(seconds=_START_TIMEOUT_S))
@@ -138,7 +135,7 @@ def _training_costs(job: Job, rank: int, world: int, host: str, port: int) -> di
 
 
 def _batch(worker: Worker) -> Batch:
-    """The first batch of this worker, made here."""
+    """Make the first batch of this worker without data tasks."""
     plan = worker.plan
     stream = worker.model.stream(worker.job.dataset, rank=worker.rank, world=worker.world)
     rows = plan.rows(0, worker.rank, worker.world)
@@ -155,7 +152,7 @@ def _batch(worker: Worker) -> Batch:
 
 
 def _together_s(stage: Callable[[], object], device: torch.device) -> float:
-    """Seconds for a stage that all workers run equally often; the first run warms up, the second says how often."""
+    """Return the seconds of a stage that all workers run equally often: a warm-up, a trial, then repetitions."""
 
     def run(times: int) -> float:
         started = time.perf_counter()

@@ -1,4 +1,4 @@
-"""What measured costs come to: the speed of a run, and what limits it. Arithmetic only."""
+"""Predict the speed of a run and its bottleneck from measured costs."""
 
 from __future__ import annotations
 
@@ -10,16 +10,16 @@ from raysl.ray_cluster.placement import Placement
 
 @dataclass(frozen=True)
 class Costs:
-    """Measured costs: of the data microseconds for an image in one data task, of training seconds for a step.
+    """Measured costs: microseconds per image in one data task, and seconds per training step.
 
     Args:
-        read_us: a row group from storage, divided by its images.
-        decode_us: from encoded bytes to pixels.
+        read_us: reading a row group, divided by its images.
+        decode_us: decoding the image file.
         crop_us: cutting and resizing the source crops.
-        augment_us: from source crops to views.
-        transfer_us: through the object store to the trainer, both sides.
-        step_s: forward, backward, optimiser and bank, in each of all workers at once.
-        all_reduce_s: the gradients summed over all workers; 0 with one.
+        augment_us: making views from source crops.
+        transfer_us: moving views through the object store, both sides.
+        step_s: forward, backward, optimiser and bank, with all workers running.
+        all_reduce_s: summing the gradients over all workers; 0 for one worker.
     """
 
     read_us: float
@@ -32,7 +32,7 @@ class Costs:
 
     @property
     def data_us(self) -> float:
-        """Microseconds of a data task for an image."""
+        """Microseconds per image in a data task."""
         return self.read_us + self.decode_us + self.crop_us + self.augment_us + self.transfer_us
 
 
@@ -51,14 +51,14 @@ _ADVICE: dict[Limit, str] = {
 
 @dataclass(frozen=True)
 class Prediction:
-    """What the numbers come to.
+    """Predicted speed of a run.
 
     Args:
-        data: images/s that the data tasks can make.
-        training: images/s that the trainers can take.
-        together: images/s when both share the cores; infinite with GPUs.
-        limit: the costliest stage of the side that is slower.
-        advice: one or two sentences: what limits, and what to do.
+        data: images/s of the data tasks.
+        training: images/s of the trainers.
+        together: images/s if both share the cores; infinite with GPUs.
+        limit: costliest stage of the slower side.
+        advice: the bottleneck and what to do, in one or two sentences.
     """
 
     data: float
@@ -69,24 +69,23 @@ class Prediction:
 
     @property
     def images_per_s(self) -> float:
-        """What a run would reach."""
         return min(self.data, self.training, self.together)
 
 
 def predict(costs: Costs, placement: Placement, workers: int, batch_size: int, cpus: float) -> Prediction:
-    """The speed of a run, and its bottleneck, from what the stages cost. A pure function.
+    """Predict the speed of a run.
 
     Args:
-        costs: as measured.
-        placement: of the run.
-        workers: of the run.
+        costs: measured costs.
+        placement: placement of the run.
+        workers: number of workers.
         batch_size: images in the global batch.
-        cpus: of the whole cluster.
+        cpus: CPUs of the whole cluster.
     """
     share = placement.share
-    # One more than fits is refused by Ray, and one task always runs.
+    # Ray runs as many tasks as fit, and always one.
     tasks = workers * max(1, int(share.cpus / share.cpus_per_task + 1e-6))
-    # A task is one thread, whatever part of a CPU it is booked with.
+    # A task is one thread, even if it reserves more or less than one CPU.
     data = 1e6 * min(tasks, cpus) / costs.data_us
     training = batch_size / (costs.step_s + costs.all_reduce_s)
     stages: dict[Limit, float] = {

@@ -1,1 +1,1 @@
-"""What there is, shown: tables, pictures of views, and pages of documentation."""
+"""Show the methods: tables, pictures of views, and pages of documentation."""

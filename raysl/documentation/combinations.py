@@ -1,4 +1,4 @@
-"""What there is, as tables: objectives, transforms, and which combine."""
+"""List objectives, transforms and their combinations as tables."""
 
 from __future__ import annotations
 
@@ -15,21 +15,21 @@ from raysl.errors import Unset, UserError
 from raysl.objectives import Setup
 from raysl.pretext import Geometry
 
-# Of a run large enough that only the parts themselves can refuse.
+# A run large enough that only the parts themselves can refuse it.
 _IMAGE_SIZE, _NUM_IMAGES, _NUM_CLASSES, _WIDTH = 96, 1_000_000, 10, 8
 
 _TITLE = "Methods: OBJECTIVE or OBJECTIVE-TRANSFORM; with '+' one transform after the other, with ',' several tasks"
 
 
 def describe() -> list[Table]:
-    """Three tables: what every part is, which objectives and transforms combine, and why others do not."""
-    parts = Table("part", "name", "what it is", title="Parts, one file each", show_lines=False)
+    """Return tables of the parts, of the objectives and transforms that combine, and of the reasons why others do not."""
+    parts = Table("part", "name", "description", title="Parts, one file each", show_lines=False)
     for name in methods.objective_names():
         parts.add_row("objective", name, _summary(f"{objectives.__name__}.{name}"))
     for name in pretext.names():
         parts.add_row("transform", name, _summary(f"{pretext.__name__}.{name}"))
     transforms = ("", *pretext.names())
-    # Narrow enough for 80 columns of text, with every name whole.
+    # Fits 80 columns with every name whole.
     columns = (Column(name, overflow="fold") for name in methods.objective_names())
     first = Column("transform", no_wrap=True)
     grid = Table(first, *columns, title=_TITLE, box=box.SIMPLE_HEAD, padding=(0, 1, 0, 0), pad_edge=False)
@@ -47,7 +47,7 @@ def describe() -> list[Table]:
 
 
 def combines(objective: str, transform: str) -> str:
-    """ "yes", or why this objective and this transform ("" for none) do not make a method."""
+    """Return "yes", or the reason why an objective and a transform ("" for none) do not combine."""
     config_type, objective_type = methods.load_objective(objective)
     geometry = Geometry(_IMAGE_SIZE, 0.2, objective_type.predicts)
     try:
@@ -70,6 +70,5 @@ def combines(objective: str, transform: str) -> str:
 
 
 def _summary(module: str) -> str:
-    """The first sentence of a module's docstring."""
     docstring = inspect.getdoc(importlib.import_module(module)) or ""
     return " ".join(docstring.partition("\n\n")[0].split())

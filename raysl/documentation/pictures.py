@@ -1,4 +1,4 @@
-"""Pictures of what a method sees, images beside the very crops that its network gets, and of what lies near to what."""
+"""Draw the views that a network receives, and the nearest neighbours of images."""
 
 from __future__ import annotations
 
@@ -23,7 +23,7 @@ from raysl.storage import Folder
 from raysl.stream.decode import cut, decode
 from raysl.stream.views import View
 
-# More images than any memory of negatives wants: what a view looks like does not depend on their number.
+# Enough images for any number of negatives; the views do not depend on it.
 _ENOUGH = 1 << 30
 _CELL = 192
 _MARGIN = 16
@@ -33,36 +33,33 @@ _PAPER, _INK, _FAINT, _MAT = (255, 255, 255), (33, 37, 41), (134, 142, 150), (23
 
 
 def views_of(config: Pretraining, dataset: DataSet) -> Mapping[str, View]:
-    """The views of a run, also where the data set has too few images to train on.
+    """Return the views of a run, even if the data set is too small to train on.
 
     Raises:
-        UserError: the method cannot be, or not on these images.
+        UserError: the method does not exist, or does not work with these images.
     """
     facts = DataFacts.of(dataset)
     try:
         return Model(config, replace(facts, num_images=max(facts.num_images, _ENOUGH))).views()
     except UserError:
-        # Of an objective with a label for each image, for which only the right number will do.
+        # An objective with a label for each image needs the right number of images.
         return Model(config, facts).views()
 
 
 def views_sheet(
     dataset: DataSet, views: Mapping[str, View], seed: int = 0, count: int = 8, epoch: int = 0
 ) -> Image.Image:
-    """One row for each image: the image, then each view as the network gets it in an epoch.
+    """Draw a row for each image: the image, then each view as the network receives it.
 
-    A view of several crops is a mosaic, row by row in the order of the crops: a jigsaw of nine patches is 3 x 3. The
-    pixels are those of the stream for the same seed and epoch, enlarged without smoothing.
+    A view of several crops is drawn as a mosaic: a jigsaw of nine patches is 3 x 3. The pixels are equal to those of
+    the stream for the same seed and epoch, enlarged without smoothing.
 
     Args:
-        dataset: where the images are taken from; which ones follows from the seed.
-        views: by name, as `views_of` gives them.
-        seed: of the run.
-        count: images; all of them when the data set has fewer.
-        epoch: whose random choices are shown.
-
-    Returns:
-        An RGB picture; `save` keeps it.
+        dataset: the data set; the seed determines which images are drawn.
+        views: views by name, from `views_of`.
+        seed: seed of the run.
+        count: number of images.
+        epoch: epoch of the random choices.
 
     Raises:
         UserError: a shard of the data set is damaged.
@@ -92,22 +89,19 @@ def neighbours_sheet(
     nearest_qk: npt.NDArray[np.int64],
     cosine_qk: npt.NDArray[np.float32],
 ) -> Image.Image:
-    """One row for each image that asks: the image, then those that lie nearest to it.
+    """Draw a row for each query image: the image, then its nearest neighbours with their class and cosine.
 
     Args:
-        queries: where the images that ask are taken from.
-        gallery: where those that are found lie.
+        queries: data set of the query images.
+        gallery: data set of the neighbours.
         query_q: int64 (q,), indices in `queries`.
         nearest_qk: int64 (q, k), indices in `gallery`, the nearest first; see `raysl.probes.retrieval.nearest`.
         cosine_qk: float32 (q, k).
 
-    Returns:
-        An RGB picture; `save` keeps it. Under each image stands its class, if it has one, and its cosine.
-
     Raises:
         UserError: a shard of a data set is damaged.
     """
-    columns = [("image", "that asks", _shown(queries, query_q))]
+    columns = [("query", "", _shown(queries, query_q))]
     for rank in range(nearest_qk.shape[1]):
         cells = zip(_shown(gallery, nearest_qk[:, rank]), cosine_qk[:, rank], strict=True)
         marked = [(picture, f"{name}  cos {cosine:.2f}") for (picture, name), cosine in cells]
@@ -116,7 +110,7 @@ def neighbours_sheet(
 
 
 def _shown(dataset: DataSet, indices: npt.NDArray[np.int64]) -> list[tuple[Image.Image, str]]:
-    """Images, each with the name of its class, or its index where it has none."""
+    """Return images, each with the name of its class, or its index if there are no classes."""
     rows = dataset.read(indices).to_pylist()
     classes = dataset.manifest.classes
     names = [classes[row["label"]] if classes else f"index {row['index']}" for row in rows]
@@ -124,28 +118,28 @@ def _shown(dataset: DataSet, indices: npt.NDArray[np.int64]) -> list[tuple[Image
 
 
 def save(sheet: Image.Image, file: Path) -> None:
-    """Writes a picture as PNG, whole or not at all; makes the folders it needs.
+    """Write a picture as PNG, atomically; make missing folders.
 
     Raises:
-        UserError: the place cannot be written.
+        UserError: the file cannot be written.
     """
     Folder(str(file.parent)).write(file.name, png(sheet))
 
 
 def png(sheet: Image.Image) -> bytes:
-    """The picture as the bytes of a PNG file."""
+    """Return the picture as a PNG file."""
     data = io.BytesIO()
     sheet.save(data, "PNG")
     return data.getvalue()
 
 
 def _mark(target: Tensor) -> str:
-    """The label, or the shape of a target that is no label."""
+    """Return the label, or the shape of a target that is not a label."""
     return f"target {' x '.join(map(str, target.shape))}" if target.ndim else f"label {int(target)}"
 
 
 def mosaic(crops_pchw: Tensor) -> Image.Image:
-    """Crops in a square of rows and columns, in their order, enlarged by a whole number, with gaps between them.
+    """Draw crops in a square grid, row by row, enlarged by a whole number, with gaps between them.
 
     Args:
         crops_pchw: uint8 (p, 3, h, w).
@@ -172,20 +166,20 @@ def _picture(image_chw: Tensor) -> Image.Image:
 
 
 def _resized(image: Image.Image, width: int, height: int) -> Image.Image:
-    """Enlarged to sharp squares, or reduced smoothly."""
+    """Enlarge to sharp squares, or reduce smoothly."""
     method = Image.Resampling.NEAREST if width >= image.width else Image.Resampling.LANCZOS
     return image.resize((width, height), method)
 
 
 def _fitted(image: Image.Image) -> Image.Image:
-    """In a cell: enlarged by a whole number, or reduced to fit."""
+    """Fit an image into a cell: enlarge by a whole number, or reduce."""
     factor = _CELL / max(image.size)
     factor = math.floor(factor) if factor >= 1 else factor
     return _resized(image, max(1, round(image.width * factor)), max(1, round(image.height * factor)))
 
 
 def _sheet(columns: Sequence[tuple[str, str, Sequence[tuple[Image.Image, str]]]]) -> Image.Image:
-    """Columns of (title, note under it, cells of picture and note under it), in rows of equal height."""
+    """Draw columns of (title, note, cells of a picture and a note)."""
     title_font, note_font = ImageFont.load_default(15), ImageFont.load_default(12)
     rows = len(columns[0][2])
     head = _MARGIN + _TITLE + _NOTE

@@ -1,4 +1,4 @@
-"""One page of documentation for all probes, made of their docstrings, their primary metrics and their Configs."""
+"""Write the page of the probes from their docstrings, primary metrics and Configs."""
 
 from __future__ import annotations
 
@@ -6,35 +6,34 @@ import importlib
 import inspect
 
 from raysl import probes
-from raysl.documentation.pages import hyperparameters
+from raysl.documentation.hyperparameters import hyperparameters
 from raysl.probes import EncoderProbe, FeatureProbe, LabelledProbe, Probe
 
-_INTRODUCTION = """A probe measures a frozen representation. One of its measures, the primary metric, stands for it in
-tables and sweeps. The same probe is run on the untrained backbone and on raw pixels, for comparison. A value depends on
-its protocol, which is the version of the probe, the flags below and --bn-statistics; values of different protocols never
-share a table.
+_INTRODUCTION = """A probe measures a frozen representation. Tables and sweeps show one of its numbers, the primary metric.
+The same probe is run on the untrained backbone and on raw pixels, for comparison. A value depends on its protocol: the
+version of the probe, the flags below and --bn-statistics. Values of different protocols never share a table.
 
-This page is made from the code, by `raysl methods --pages docs/methods`."""
+This page is generated from the code by `raysl methods --pages docs/methods`."""
 
 _NEEDS = {
-    LabelledProbe: "labelled features, of each layer that is asked for",
-    FeatureProbe: "features, of each layer that is asked for; no labels",
-    EncoderProbe: "images, and the network itself",
+    LabelledProbe: "labelled features of each requested layer",
+    FeatureProbe: "features of each requested layer, without labels",
+    EncoderProbe: "images and the network itself",
 }
-_LEARNS = " It learns from the train images, and is refused where the test images are the same."
+_LEARNS = " It learns from the train images, and refuses test images that are the same."
 
 
 def page() -> str:
-    """The page, in Markdown."""
+    """Return the page in Markdown."""
     sections = [section(name) for name in probes.names()]
     return "\n\n".join(["# Probes", _INTRODUCTION, *sections]) + "\n"
 
 
 def section(name: str) -> str:
-    """What the page says of one probe.
+    """Return the section of one probe.
 
     Raises:
-        UserError: there is no probe of that name.
+        UserError: the name is unknown.
     """
     config_type, probe_type = probes.load(name)
     config = config_type()
@@ -52,5 +51,5 @@ def section(name: str) -> str:
 
 
 def needs(probe: Probe) -> str:
-    """What a probe is handed, which is the whole difference between their kinds."""
+    """Return the inputs of a probe in words."""
     return next(what for kind, what in _NEEDS.items() if isinstance(probe, kind))

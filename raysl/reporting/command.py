@@ -1,4 +1,4 @@
-"""Write a configuration as the command that gives it."""
+"""Write a configuration as a command."""
 
 from __future__ import annotations
 
@@ -6,12 +6,12 @@ import dataclasses
 import re
 import shlex
 import textwrap
-import typing
 from collections.abc import Iterator
 from typing import Any
 
 from raysl import defaults, methods
 from raysl.config import Pretraining
+from raysl.fields import hints, name_typed
 
 
 def command(config: Pretraining) -> str:
@@ -38,18 +38,16 @@ def folded(line: str) -> str:
 
 
 def _flags(value: Any, default: Any, prefix: str) -> Iterator[str]:
-    hints = typing.get_type_hints(type(value), include_extras=True)
-    for field in dataclasses.fields(value):
-        ours, theirs = getattr(value, field.name), getattr(default, field.name)
-        if field.name in ("data", "run", "method", "parts"):
+    for name, hint in hints(type(value)).items():
+        ours, theirs = getattr(value, name), getattr(default, name)
+        if name in ("data", "run", "method", "parts"):
             continue
         if dataclasses.is_dataclass(ours):
-            yield from _flags(ours, theirs, f"{prefix}{field.name}.")
+            yield from _flags(ours, theirs, f"{prefix}{name}.")
             continue
-        if ours == theirs and f"{prefix}{field.name}" not in defaults.CHOSEN:
+        if ours == theirs and f"{prefix}{name}" not in defaults.CHOSEN:
             continue
-        named = [extra.name for extra in typing.get_args(hints[field.name]) if getattr(extra, "name", None)]
-        flag = f"{prefix}{named[0] if named else field.name}".replace("_", "-")
+        flag = f"{prefix}{name_typed(name, hint)}".replace("_", "-")
         if isinstance(ours, bool):
             head, _, tail = flag.rpartition(".")
             yield f"--{flag}" if ours else f"--{head}{'.' if head else ''}no-{tail}"

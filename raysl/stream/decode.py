@@ -6,7 +6,7 @@ pixels of a crop depend on its image and box alone.
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 
 import numpy as np
 import torch
@@ -21,16 +21,16 @@ from raysl.stream.pixels import DecodeConfig, pictures
 __all__ = ["DecodeError", "centre", "cut", "decode", "drawn_as", "squashed"]
 
 _DEFAULT = DecodeConfig()
-# Of an image that is longer than this many times its shorter side, the evaluation view sees the middle alone.
+# The evaluation view of an image that is longer than this many times its shorter side shows only the middle.
 _LONGEST = 16
 
 
 def decode(data: bytes, config: DecodeConfig = _DEFAULT) -> Tensor:
-    """Decode an image file; `raysl.stream.pixels` says what becomes of each kind.
+    """Decode an image file, as `raysl.stream.pixels` describes for each kind.
 
     Args:
-        data: the whole file. Of several pages or frames the first is taken.
-        config: what becomes of the kinds that are not ordinary.
+        data: the whole file; only the first page or frame is decoded.
+        config: treatment of unusual kinds.
 
     Returns:
         uint8 (3, h, w), RGB, with the channels last in memory.
@@ -100,19 +100,19 @@ def centre(images: Sequence[bytes], size: int) -> Tensor:
     Raises:
         DecodeError: an image is damaged.
     """
-    out = torch.empty(len(images), 3, size, size, dtype=torch.uint8)
-    for row, data in zip(out, images, strict=True):
-        image = _middle(decode(data))
+
+    def view(image: Tensor) -> Tensor:
+        image = _middle(image)
         height, width = image.shape[1:]
-        if (height, width) != (size, size):
-            short = round(size * 256 / 224)
-            scale = short / min(height, width)
-            # round() of the shorter side times the scale is `short` itself, whatever the rounding of the quotient.
-            image = _resize(image[None], round(height * scale), round(width * scale))[0]
-            top, left = (image.shape[1] - size) // 2, (image.shape[2] - size) // 2
-            image = image[:, top : top + size, left : left + size]
-        row.copy_(image)
-    return out
+        if (height, width) == (size, size):
+            return image
+        # round() of the shorter side times the scale gives `size * 256 / 224`, whatever the rounding of the quotient.
+        scale = round(size * 256 / 224) / min(height, width)
+        image = _resize(image[None], round(height * scale), round(width * scale))[0]
+        top, left = (image.shape[1] - size) // 2, (image.shape[2] - size) // 2
+        return image[:, top : top + size, left : left + size]
+
+    return _each(images, size, view)
 
 
 def _middle(image_chw: Tensor) -> Tensor:
@@ -133,7 +133,11 @@ def squashed(images: Sequence[bytes], size: int) -> Tensor:
     Raises:
         DecodeError: an image is damaged.
     """
+    return _each(images, size, lambda image: _resize(image[None], size, size)[0])
+
+
+def _each(images: Sequence[bytes], size: int, view: Callable[[Tensor], Tensor]) -> Tensor:
     out = torch.empty(len(images), 3, size, size, dtype=torch.uint8)
     for row, data in zip(out, images, strict=True):
-        row.copy_(_resize(decode(data)[None], size, size)[0])
+        row.copy_(view(decode(data)))
     return out

@@ -17,25 +17,12 @@ import numpy as np
 from PIL import Image, TiffImagePlugin, UnidentifiedImageError
 
 # The ends of the file names of images, for sources that hold other files too.
-EXTENSIONS = (
-    *(".jpg", ".jpeg", ".jpe", ".jfif", ".png", ".apng", ".bmp", ".dib", ".gif", ".webp", ".tif", ".tiff"),
-    *(
-        ".ppm",
-        ".pgm",
-        ".pbm",
-        ".pnm",
-        ".pfm",
-        ".tga",
-        ".avif",
-        ".heic",
-        ".heif",
-        ".jp2",
-        ".j2k",
-        ".jxl",
-        ".ico",
-    ),
-    *(".svg", ".svgz", ".psd", ".psb"),
-    *(".dng", ".cr2", ".cr3", ".nef", ".arw", ".orf", ".rw2", ".raf", ".pef", ".srw"),
+EXTENSIONS = tuple(
+    f".{end}"
+    for end in (
+        "jpg jpeg jpe jfif png apng bmp dib gif webp tif tiff ppm pgm pbm pnm pfm tga avif heic heif jp2 j2k jxl ico "
+        "svg svgz psd psb dng cr2 cr3 nef arw orf rw2 raf pef srw"
+    ).split()
 )
 # The limit of Pillow: 512 MB as RGB.
 MAX_PIXELS = 178_956_970
@@ -184,7 +171,7 @@ def _is_heif(data: bytes) -> bool:
 
 
 def _is_raw(data: bytes, name: str) -> bool:
-    """Return whether a file is the raw data of a camera's sensor; such files are often TIFF with a small preview."""
+    """Return True for the raw data of a camera's sensor, which are often TIFF with a small preview."""
     if data.startswith(_RAW) or data[4:12] == b"ftypcrx ":
         return True
     if not is_tiff(data):

@@ -1,12 +1,11 @@
-"""One stream for several runs: images that runs read in the same order are read, decoded and transformed once.
+"""Share one stream between several runs that read the same images in the same order.
 
-A `Feed` is an actor that reads one `Stream` with the views of all its runs, each once, however many runs want it. It
-holds a window of batches in Ray's object store, and every run takes from it what is its own. All pixels are functions
-of (seed, epoch, index, name of the view), so a run gets bit for bit what a stream of its own would bring.
+A `Feed` is an actor that reads one `Stream` with the views of all runs, and makes equal views once. It keeps a window
+of batches in Ray's object store, from which each run takes its views. Pixels depend only on (seed, epoch, index, name
+of the view), so they are equal to those of the run's own stream.
 
-The runs go in lock-step within the window: the feed is never more than that ahead of the slowest. Nothing waits for
-ever, though. A run that keeps others waiting is let go; a run that asks for a step that the feed no longer holds or is
-not near, or whose feed has died, goes on with a stream of its own from that very step.
+The feed waits for its slowest run, for at most `PATIENCE_S` seconds. A run that is dropped, asks for a step outside of
+the window, or loses its feed continues with its own stream at the same step.
 """
 
 from __future__ import annotations
@@ -23,33 +22,30 @@ from typing import Any
 
 from raysl.stream.reader import Batch, Columns, Stream
 
-# What a feed holds, as a share of Ray's object store and at most; and the batches that it holds however large they are.
+# Size of a feed's window: a share of Ray's object store, its upper limit, and its least number of batches.
 _WINDOW_SHARE = 1 / 8
 _WINDOW_BYTES = 256 << 20
 _LEAST_BATCHES = 6
-# Runs that a feed can answer at the same time.
-_ANSWERS = 64
-# A run may keep the others waiting for so long.
-PATIENCE_S = 30.0
-# Batches that a run asks for ahead of the one that it works on; fewer than a feed holds.
-_AHEAD = 2
+_ANSWERS = 64  # concurrent requests to a feed
+PATIENCE_S = 30.0  # longest wait for a slow run
+_AHEAD = 2  # batches that a run requests in advance; fewer than a window holds
 
 
 def slots(stream: Stream) -> dict[str, str]:
-    """For each view of a stream, the name that it has in a shared one: the same for equal views of any run."""
+    """Return the key of each view in a shared stream; equal views of different runs have equal keys."""
 
-    def what(name: str) -> Any:
+    def content(name: str) -> Any:
         view = stream.views[name]
         return view if stream.config.place == "data" else view.source
 
     return {
-        name: f"{name}@{hashlib.blake2b(pickle.dumps(what(name)), digest_size=8).hexdigest()}"
+        name: f"{name}@{hashlib.blake2b(pickle.dumps(content(name)), digest_size=8).hexdigest()}"
         for name in stream.views
     }
 
 
 def union(streams: Sequence[Stream]) -> Stream:
-    """A stream of the views of all the given ones, which have everything else in common."""
+    """Return a stream with the views of all streams, which must be equal otherwise."""
     views = {slot: stream.views[name] for stream in streams for name, slot in slots(stream).items()}
     schedule = _Either(tuple((slots(stream), stream.schedule) for stream in streams))
     alternates = any(stream.schedule is not None for stream in streams)
@@ -58,7 +54,7 @@ def union(streams: Sequence[Stream]) -> Stream:
 
 @dataclass(frozen=True)
 class _Either:
-    """The slots that any of several runs takes at a step."""
+    """Schedule of a shared stream: the keys of the views that any run needs at a step."""
 
     runs: tuple[tuple[Mapping[str, str], Callable[[int], Collection[str]] | None], ...]
 
@@ -73,14 +69,14 @@ class _Either:
 
 
 class Feed:
-    """The actor behind a shared stream, one for each rank.
+    """Actor that serves a shared stream to the workers of one rank.
 
     Args:
-        stream: see `union`.
-        start: the first step.
-        end: the step to stop before.
-        window_bytes: what it may hold.
-        patience_s: how long a run may keep the others waiting.
+        stream: result of `union`.
+        start: first step.
+        end: step to stop before.
+        window_bytes: size of the window.
+        patience_s: longest wait for a slow run.
     """
 
     def __init__(
@@ -96,17 +92,17 @@ class Feed:
         self._window_bytes = window_bytes
         self._patience_s = patience_s
         self._turn = threading.Condition()
-        # References by step and slot. A step is held until every run has it and the room is needed.
+        # References by step and slot. A step is kept until every run has it and the window is full.
         self._held: dict[int, dict[str, Any]] = {}
         self._room = _LEAST_BATCHES
         self._next = start
-        # The newest step that each run has asked for.
+        # Newest step that each run has requested.
         self._asked: dict[str, int] = {}
         self._thread: threading.Thread | None = None
         self._ended = False
 
     def expect(self, run: str, start: int) -> bool:
-        """Holds the batches from `start` on for a run that will come; False when they are not there any more."""
+        """Keep the batches from `start` on for a run; return False if they are already dropped."""
         with self._turn:
             there = not self._ended and self._oldest() <= start <= self._next
             if there:
@@ -114,13 +110,13 @@ class Feed:
             return there
 
     def leave(self, run: str) -> None:
-        """Waits for a run no longer."""
+        """Stop waiting for a run."""
         with self._turn:
             self._asked.pop(run, None)
             self._turn.notify_all()
 
     def take(self, run: str, step: int, names: Sequence[str]) -> list[Any] | None:
-        """References to the parts of a batch; waits until it is there. None: the run should read on its own."""
+        """Wait for a batch and return references to its parts; None if the run should use its own stream."""
         with self._turn:
             self._asked[run] = step
             if self._thread is None:
@@ -143,14 +139,14 @@ class Feed:
         return min(self._held, default=self._next)
 
     def _full(self) -> bool:
-        """Whether there is no room for one more batch; forgets what every run has."""
+        """Drop batches that every run has, and return True if the window is still full."""
         slowest = min(self._asked.values(), default=self._oldest() - 1)
         while len(self._held) >= self._room and self._oldest() <= slowest:
             del self._held[self._oldest()]
         return len(self._held) >= self._room
 
     def _let_go(self) -> None:
-        """Stops to wait for the slowest runs, if the window is full because of them."""
+        """Drop the slowest runs if they keep the window full."""
         if self._full():
             slowest = min(self._asked.values())
             self._asked = {run: step for run, step in self._asked.items() if step > slowest}
@@ -171,14 +167,14 @@ class Feed:
                     self._next += 1
                     self._turn.notify_all()
         finally:
-            # After an error, the runs' own streams will tell their users what is wrong.
+            # After an error, the runs' own streams report it to the user.
             with self._turn:
                 self._ended = self._next < self._end
                 self._turn.notify_all()
 
 
 def _parts(columns: Columns) -> dict[str, Columns]:
-    """The columns of each view, by its slot; those of no view are "". Read-only arrays of Ray's are copied by put."""
+    """Return the columns of each view by its slot; columns without a view are under ""."""
     parts: dict[str, Columns] = {"": {}}
     for column, values in columns.items():
         kind, _, slot = column.partition("/")
@@ -188,12 +184,12 @@ def _parts(columns: Columns) -> dict[str, Columns]:
 
 @dataclass(frozen=True)
 class Subscriber:
-    """What a run is given to take part in a shared stream. Picklable.
+    """A run's access to a shared stream. Picklable.
 
     Args:
-        run: its name, of its own.
-        feeds: the actors, by rank.
-        slots: of its stream, see `slots`.
+        run: unique name of the run.
+        feeds: the actors by rank.
+        slots: result of `slots` for the run's stream.
     """
 
     run: str
@@ -201,14 +197,14 @@ class Subscriber:
     slots: Mapping[str, str]
 
     def take(self, rank: int, step: int, names: Collection[str]) -> Columns | None:
-        """The columns of a batch, of these views; None when the run should read on its own."""
+        """Return the columns of views of a batch; None if the run should use its own stream."""
         import ray
 
         wanted = ["", *(self.slots[name] for name in names)]
         try:
             references = ray.get(self.feeds[rank].take.remote(self.run, step, wanted))
             found = references and dict(zip(("", *names), ray.get(references), strict=True))
-        except ray.exceptions.RayError:  # the feed has died, or what it held
+        except ray.exceptions.RayError:  # the feed or its objects are lost
             return None
         if not found:
             return None
@@ -220,7 +216,7 @@ class Subscriber:
 def batches(
     stream: Stream, subscriber: Subscriber | None, start_step: int = 0, end_step: int | None = None
 ) -> Iterator[Batch]:
-    """What `stream.batches` yields, from a shared stream as far as it goes, and from `stream` itself beyond.
+    """Yield the batches of `stream`: from a shared stream as long as it serves them, then from `stream` itself.
 
     Raises:
         UserError: a shard of the data set is damaged.
@@ -234,7 +230,7 @@ def batches(
 
 
 def _fed(stream: Stream, subscriber: Subscriber, start_step: int, last: int) -> Iterator[Batch]:
-    """The batches that the feed has for this run, in order; ends where it has no more."""
+    """Yield batches from the feed until it has no more for this run."""
     pool = ThreadPoolExecutor(1)
 
     def ask(step: int) -> Any:
@@ -258,9 +254,9 @@ def _fed(stream: Stream, subscriber: Subscriber, start_step: int, last: int) -> 
 
 
 def open_feeds(streams: Sequence[Stream], start: int, end: int) -> tuple[Any, ...]:
-    """Actors, one for each rank, from which runs with these streams can take the steps start .. end - 1.
+    """Start a feed for each rank that serves steps start .. end - 1 of these streams with the CPUs of all of them.
 
-    They may use the CPUs of all of the streams. Kill them when the runs are over.
+    The caller kills the actors when the runs end.
     """
     import ray
 
@@ -268,7 +264,7 @@ def open_feeds(streams: Sequence[Stream], start: int, end: int) -> tuple[Any, ..
     one = replace(one, share=replace(one.share, cpus=one.share.cpus * len(streams)))
     actor = ray.remote(num_cpus=0, max_concurrency=_ANSWERS)(Feed)
     alive = [node for node in ray.nodes() if node["Alive"]]
-    # Not on the head of a cluster that leaves it without work. Sweeps open feeds for several seeds.
+    # Avoid a head node without CPUs, and spread the feeds of several seeds.
     working = [node for node in alive if node["Resources"].get("CPU")] or alive
 
     def feed(rank: int) -> Any:

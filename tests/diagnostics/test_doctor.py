@@ -75,15 +75,16 @@ def test_a_data_task_is_one_thread_even_on_many_cpus() -> None:
 
 
 @pytest.mark.ray
-def test_measures_every_stage(ray_session: None, tmp_path: Path) -> None:
+def test_measures_every_stage(ray_session: None, tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
     make_dataset(tmp_path / "set", 100, side=32)
-    said: list[str] = []
-    report = examine(DoctorConfig(str(tmp_path / "set"), batch_size=8, workers=2), said.append)
+    caplog.set_level("INFO", "raysl")
+    report = examine(DoctorConfig(str(tmp_path / "set"), batch_size=8, workers=2))
+    said = [text for text in caplog.messages if text]
     assert all(value > 0 for value in dataclasses.asdict(report.costs).values())
     assert report.prediction.limit in "".join(said)
     assert report.prediction.images_per_s > 0
     assert report.resources["CPU"] == 2
-    assert report.versions["code"] in said[0]
+    assert report.versions["code"] in "".join(said)
 
 
 @pytest.mark.ray

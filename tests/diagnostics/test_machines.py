@@ -1,4 +1,4 @@
-"""What the doctor says of a cluster: machines, what a run would start and cost, and who runs something else."""
+"""Test the survey of a cluster: machines, cost of a run, and machines that run other code."""
 
 from __future__ import annotations
 
@@ -23,7 +23,7 @@ def node(kind: str, **resources: float) -> dict[str, Any]:
 
 @pytest.fixture
 def fleet(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> Any:
-    """Looks at a pretended cluster of some machines, which all run what this process runs unless stated."""
+    """Return a function that surveys a simulated cluster, by default of machines with the same code."""
     (tmp_path / "bootstrap.yaml").write_text(yaml.safe_dump(CONFIG))
     monkeypatch.setattr(autoscaler, "LAUNCHED", tmp_path / "bootstrap.yaml")
     monkeypatch.setattr(machines, "_news", lambda _: ("2 gpu_spot are starting",))
@@ -39,7 +39,7 @@ def fleet(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> Any:
     return made
 
 
-def test_an_empty_cluster_says_what_it_would_start_and_what_that_costs(fleet: Any) -> None:
+def test_an_empty_cluster_names_the_machines_to_start_and_their_cost(fleet: Any) -> None:
     found = fleet(node("head", CPU=0), workers=2)
     assert [(k.name, k.there, k.most, k.usd_per_hour) for k in found.kinds] == [
         ("head", 1, 1, 0.2),
@@ -58,7 +58,7 @@ def test_an_empty_cluster_says_what_it_would_start_and_what_that_costs(fleet: An
     ]
 
 
-def test_machines_that_are_there_are_used_before_others_are_started(fleet: Any) -> None:
+def test_running_machines_are_used_first(fleet: Any) -> None:
     found = fleet(node("head", CPU=0), node("gpu_spot", CPU=8, GPU=1), workers=2)
     assert found.started == {"gpu_spot": 1}
     assert fleet(node("head", CPU=0), node("gpu_spot", CPU=8, GPU=1), workers=1).started == {}
@@ -69,7 +69,7 @@ def test_a_run_that_can_never_fit_is_refused_with_the_reason(fleet: Any) -> None
     assert "5 workers need 5 GPUs and the cluster could have 4" in machines.sentences(found, 5)[1]
 
 
-def test_a_price_that_nobody_stated_is_not_guessed(fleet: Any) -> None:
+def test_an_unknown_price_is_not_guessed(fleet: Any) -> None:
     found = fleet(node("head", CPU=0), node("gpu_ondemand", CPU=8, GPU=1), workers=1)
     assert "an unknown amount" in machines.sentences(found, 1)[0]
 
@@ -85,16 +85,16 @@ def test_stale_machines_are_named_with_what_differs(fleet: Any) -> None:
     assert "`ray up cluster.yaml`" in said
 
 
-def test_prices_are_read_and_mistakes_in_them_told() -> None:
+def test_prices_are_parsed() -> None:
     assert DoctorConfig(prices=("gpu_spot=0.49",)).price_list() == {"gpu_spot": 0.49}
     with pytest.raises(UserError, match="gpu_spot"):
         DoctorConfig(prices=("gpu_spot",)).price_list()
 
 
 @pytest.mark.ray
-def test_one_machine_without_an_autoscaler(ray_session: None) -> None:
-    said: list[str] = []
-    found = look(DoctorConfig(workers=2, prices=("machine=0",)), said.append)
+def test_one_machine_without_an_autoscaler(ray_session: None, caplog: pytest.LogCaptureFixture) -> None:
+    caplog.set_level("INFO", "raysl")
+    found = look(DoctorConfig(workers=2, prices=("machine=0",)))
     assert [(kind.name, kind.there, kind.resources["CPU"]) for kind in found.kinds] == [("machine", 1, 2)]
     assert found.stale == {}
-    assert "The cluster costs $0.00 an hour now." in said
+    assert "The cluster costs $0.00 an hour now." in caplog.messages
