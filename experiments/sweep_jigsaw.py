@@ -58,7 +58,7 @@ def main(flags: SweepFlags) -> None:
     )
     config = SweepConfig(
         out=str(Folder(flags.runs) / "sweep"),
-        test=judged_on(flags, images),
+        validation=judged_on(flags, images),
         vary=(
             "method=predict-jigsaw,pirl-jigsaw",
             f"num_permutations={','.join(map(str, flags.permutations))}",

@@ -68,7 +68,7 @@ def main(flags: SweepFlags) -> None:
     )
     out = str(Folder(flags.runs) / flags.figure)
     config = replace(
-        settings(flags, images.num_images), out=out, test=judged_on(flags, images), retry=flags.retry
+        settings(flags, images.num_images), out=out, validation=judged_on(flags, images), retry=flags.retry
     )
     sweep_and_report(base, config, flags)
 
@@ -84,7 +84,6 @@ def settings(flags: SweepFlags, num_images: int) -> SweepConfig:
             "num_permutations=100..10000",
         )
         return SweepConfig(
-            "",
             "-",
             hyperparameters,
             seeds=flags.seeds,
@@ -98,7 +97,7 @@ def settings(flags: SweepFlags, num_images: int) -> SweepConfig:
     if flags.local:
         name, _, values = vary[0].partition("=")
         vary = (f"{name}={','.join(values.split(',')[1:3])}",)
-    return SweepConfig("", "-", vary, seeds=flags.seeds)
+    return SweepConfig("-", vary, seeds=flags.seeds)
 
 
 if __name__ == "__main__":

@@ -51,6 +51,7 @@ _HOMES = {
     "SweepConfig": "raysl.tuning.config",
     "load": "raysl.extraction.inference",
     "TensorBoardLogger": "raysl.callbacks",
+    "tune_trainable": "raysl.tuning.sweep",
     "UserError": "raysl.errors",
     "ViewConfig": "raysl.config",
     "WandbLogger": "raysl.callbacks",

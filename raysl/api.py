@@ -281,14 +281,14 @@ def sweep(
     base: Pretraining | Mapping[str, Any] | None = None,
     **fields: Any,
 ) -> list[dict[str, Any]]:
-    """Try values of fields and seeds, scored by a probe. The same call again continues an interrupted sweep.
+    """Try values of fields and seeds, compared by a probe. The same call again continues an interrupted sweep.
 
     Args:
         data: images to learn from.
-        test: labelled images that the probe is scored on.
+        test: labelled images on which the chosen trial is scored once. Trials are compared on `validation`.
         out: folder of the sweep, a path or a URI.
         vary: fields to vary, such as "temperature" or "temperature=0.05,0.1".
-        config: what is tried, and how it is judged.
+        config: the configuration of the sweep.
         base: configuration of every run, or fields of `Pretraining`.
         fields: fields of `SweepConfig`.
 
@@ -299,12 +299,13 @@ def sweep(
     from raysl.tuning.config import SweepConfig as Config
 
     settings = configure(Config, config, {**given(test=test, out=out, vary=vary), **fields})
-    from raysl.tuning import driver
-    from raysl.tuning.setting import check
+    from raysl.tuning import settings as checks
+    from raysl.tuning import sweep as tuning
 
-    learner = run_config(data, "-", base, {}, check=lambda asked: check(asked, settings))
-    check_source(settings.test)
-    return driver.sweep(learner, settings, _log.info)
+    learner = run_config(data, "-", base, {}, check=lambda asked: checks.check(asked, settings))
+    for labelled in filter(None, (settings.train, settings.validation, settings.test)):
+        check_source(labelled)
+    return tuning.sweep(learner, settings)
 
 
 def report(

@@ -35,12 +35,14 @@ class SaveConfig(Checked):
         every_minutes: minutes between checkpoints, checked every few seconds; 0 for none by time.
         keep_last: number of newest checkpoints to keep.
         keep_every: also keep checkpoints at multiples of this step; 0 for none.
+        keep_steps: also keep checkpoints at these steps.
     """
 
     every_steps: Annotated[int, Bounds(low=0)] = 0
     every_minutes: Annotated[float, Bounds(0, 1e6)] = 5
     keep_last: Annotated[int, Bounds(low=1)] = 2
     keep_every: Annotated[int, Bounds(low=0)] = 0
+    keep_steps: tuple[int, ...] = ()
 
 
 @dataclass(frozen=True)
@@ -243,7 +245,7 @@ class Saver:
         done = [c.step for c in complete(self.folder)]
         if step not in done:
             return
-        keep = set(done[-self.config.keep_last :])
+        keep = {*done[-self.config.keep_last :], *self.config.keep_steps}
         if self.config.keep_every:
             keep |= {s for s in done if s % self.config.keep_every == 0}
         for old in _steps(self.folder):

@@ -223,15 +223,15 @@ def methods(arguments: Sequence[str]) -> None:
 
 
 def sweep(arguments: Sequence[str]) -> None:
-    """Try values: `raysl sweep --data D --test T --method pirl-jigsaw --vary temperature lambda --out S`."""
+    """Try values: `raysl sweep --data D --method pirl-jigsaw --vary temperature lambda --out S`."""
     given, rest = tyro.cli(SweepConfig, prog="raysl sweep", args=list(arguments), return_unknown_args=True)
     flags = parse([*rest, "--run", "-"], "raysl sweep")
     rows = api.sweep(config=given, base=flags.given)
     from rich.console import Console
 
-    from raysl.tuning import table
+    from raysl.tuning.record import Record, render
 
-    Console().print(table.render(rows, given.probe, flags.config.epochs))
+    Console().print(render(Record.open(given.out)))
     failed = [str(row["trial"]) for row in rows if row["state"] == "failed"]
     if failed:
         print(f"Trials {', '.join(failed)} failed; the same command with --retry tries them again.")

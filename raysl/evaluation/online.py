@@ -116,7 +116,7 @@ def saving(config: Pretraining, online: OnlineConfig) -> Pretraining:
     Raises:
         UserError: it saves or keeps checkpoints at other steps only.
     """
-    values = {}
+    values: dict[str, Any] = {}
     for name in ("every_steps", "keep_every"):
         steps = getattr(config.save, name) or online.probe_every
         if online.probe_every % steps:

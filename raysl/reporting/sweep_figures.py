@@ -12,55 +12,47 @@ from matplotlib import colormaps
 from matplotlib.ticker import LogLocator, NullLocator, StrMethodFormatter
 
 from raysl.reporting.figure import Figure, drawn
-from raysl.tuning.record import Record
+from raysl.tuning.record import LABELS, Record, shown
 from raysl.tuning.space import Dimension
-from raysl.tuning.standing import Climb, Standing
-from raysl.tuning.table import shown
 
 _MOST_PAIRS = 6
-_STATES = {"finished": "-", "stopped": ":", "failed": "--", "running": "-", "waiting": "-"}
+_STATES = {"finished": "-", "stopped": ":", "failed": "--", "running": "-"}
 
 
 def figures(record: Record) -> Iterator[Figure]:
-    """All figures that the sweep has data for."""
-    standing = record.standing
-    if not _scored(standing, 0):
+    """Yield all figures that the sweep has data for."""
+    if not record.scored(0):
         return
-    dimensions = standing.space.dimensions
+    dimensions = record.space.dimensions
     for dimension in dimensions:
-        yield _curve(standing, dimension)
+        yield _curve(record, dimension)
     for one, other in list(itertools.combinations(dimensions, 2))[:_MOST_PAIRS]:
-        yield _pair(standing, one, other)
+        yield _pair(record, one, other)
     if len(dimensions) > 1:
-        yield _parallel(standing)
-    if standing.num_rungs > 1:
-        yield _learning(standing, record.base.epochs)
+        yield _parallel(record)
+    if record.num_rungs > 1:
+        yield _learning(record, record.base.epochs)
         yield from _early(record)
 
 
-def _scored(standing: Standing, rung: int) -> list[int]:
-    return [n for n in range(standing.num_trials) if standing.score(n, rung) is not None]
+def _value(record: Record, trial: int, dimension: Dimension, rung: int) -> Any:
+    """Return the value of a trial on its way to a rung."""
+    return record.values(trial, rung)[dimension.name]
 
 
-def _value(standing: Standing, trial: int, dimension: Dimension, rung: int) -> Any:
-    """What the trial had on its way to a rung."""
-    return (standing.values(trial, rung) or {})[dimension.name]
-
-
-def _last(standing: Standing, trial: int) -> int:
-    """The last rung at which the trial was scored."""
-    return len(standing.scores_of(trial)) - 1
+def _last(record: Record, trial: int) -> int:
+    """Return the last rung at which the trial was scored."""
+    return len(record.means(trial)) - 1
 
 
 class _Axis:
     """Places of the values of a dimension on an axis: themselves where they are numbers, else 0, 1, 2, ..."""
 
-    def __init__(self, standing: Standing, dimension: Dimension) -> None:
-        begun = [n for n in range(standing.num_trials) if standing.values(n) is not None]
+    def __init__(self, record: Record, dimension: Dimension) -> None:
         seen = [
-            _value(standing, n, dimension, rung)
-            for n in begun
-            for rung in range(max(1, _last(standing, n) + 1))
+            _value(record, n, dimension, rung)
+            for n in record.trials
+            for rung in range(max(1, _last(record, n) + 1))
         ]
         self.name = dimension.name
         self.listed = bool(dimension.values)
@@ -95,17 +87,17 @@ def _plain(axis: Any) -> None:
     axis.set_minor_locator(NullLocator())
 
 
-def _curve(standing: Standing, dimension: Dimension) -> Figure:
-    axis = _Axis(standing, dimension)
-    last = standing.num_rungs - 1
+def _curve(record: Record, dimension: Dimension) -> Figure:
+    axis = _Axis(record, dimension)
+    last = record.num_rungs - 1
     rungs = {last: "at the end"} if last == 0 else {0: "at the first rung, all trials", last: "at the end"}
 
     def draw(axes: Any) -> None:
         for rung, label in rungs.items():
             groups: dict[float, list[float]] = {}
-            for trial in _scored(standing, rung):
-                place = axis.place(_value(standing, trial, dimension, rung))
-                groups.setdefault(place, []).extend(_by_seed(standing, trial, rung))
+            for trial in record.scored(rung):
+                place = axis.place(_value(record, trial, dimension, rung))
+                groups.setdefault(place, []).extend(record.by_seed(trial, rung))
             if not groups:
                 continue
             places = sorted(groups)
@@ -114,29 +106,28 @@ def _curve(standing: Standing, dimension: Dimension) -> Figure:
             line = axes.errorbar(places, means, spreads, marker="o", capsize=3, label=label)
             dots = [(p, score) for p in places for score in groups[p]]
             axes.plot(*zip(*dots, strict=True), ".", color=line[0].get_color(), alpha=0.4)
+        for encoder, scores in record.extras("baseline").items():
+            style = {"random": "--", "pixels": ":"}[encoder]
+            axes.axhline(mean(scores), linestyle=style, color="grey", label=LABELS[encoder])
         axis.dress(axes)
-        axes.set_ylabel(standing.config.probe)
+        axes.set_ylabel(record.config.probe)
         axes.legend()
 
     text = (
-        f"Mean and standard deviation of {standing.config.probe} over the {len(standing.config.seeds)} seeds and all "
+        f"Mean and standard deviation of {record.config.probe} over the {len(record.config.seeds)} seeds and all "
         "other fields; a dot is one run."
     )
     return Figure(f"curve-{dimension.name}", dimension.name, text, drawn(draw))
 
 
-def _by_seed(standing: Standing, trial: int, rung: int) -> list[float]:
-    return [standing.scores[Climb(trial, seed, rung)] for seed in standing.config.seeds]
-
-
-def _pair(standing: Standing, one: Dimension, other: Dimension) -> Figure:
+def _pair(record: Record, one: Dimension, other: Dimension) -> Figure:
     """A heat map of the end where both have few values, else dots for all trials at the first rung."""
-    x, y = _Axis(standing, one), _Axis(standing, other)
+    x, y = _Axis(record, one), _Axis(record, other)
     listed = x.listed and y.listed
-    rung = standing.num_rungs - 1 if listed else 0
+    rung = record.num_rungs - 1 if listed else 0
     points = [
-        (_value(standing, n, one, rung), _value(standing, n, other, rung), standing.scores_of(n)[rung])
-        for n in _scored(standing, rung)
+        (_value(record, n, one, rung), _value(record, n, other, rung), record.means(n)[rung])
+        for n in record.scored(rung)
     ]
 
     def heat(axes: Any) -> None:
@@ -156,7 +147,7 @@ def _pair(standing: Standing, one: Dimension, other: Dimension) -> Figure:
     def dots(axes: Any) -> None:
         xs, ys = [x.place(a) for a, _, _ in points], [y.place(b) for _, b, _ in points]
         dots_drawn = axes.scatter(xs, ys, c=[score for _, _, score in points], cmap="viridis")
-        axes.figure.colorbar(dots_drawn, label=standing.config.probe)
+        axes.figure.colorbar(dots_drawn, label=record.config.probe)
         x.dress(axes)
         if y.log:
             axes.set_yscale("log")
@@ -167,28 +158,28 @@ def _pair(standing: Standing, one: Dimension, other: Dimension) -> Figure:
         axes.set_xlabel(one.name)
         axes.set_ylabel(other.name)
 
-    text = f"Mean {standing.config.probe} at the end; what is empty was stopped, failed, or not tried."
+    text = f"Mean {record.config.probe} at the end; what is empty was stopped, failed, or not tried."
     if not listed:
-        text = f"A dot is a trial, with its mean {standing.config.probe} at the first rung, where all can be compared."
+        text = f"A dot is a trial, with its mean {record.config.probe} at the first rung, where all can be compared."
     return Figure(f"pair-{one.name}-{other.name}", f"{one.name} and {other.name}", text, drawn(draw))
 
 
-def _parallel(standing: Standing) -> Figure:
-    axes_of = [_Axis(standing, d) for d in standing.space.dimensions]
-    trials = _scored(standing, 0)
-    scores = {n: standing.scores_of(n)[-1] for n in trials}
+def _parallel(record: Record) -> Figure:
+    axes_of = [_Axis(record, d) for d in record.space.dimensions]
+    trials = record.scored(0)
+    scores = {n: record.means(n)[-1] for n in trials}
     low, high = min(scores.values()), max(scores.values())
 
     def draw(axes: Any) -> None:
         for n in sorted(trials, key=lambda n: scores[n]):
             shares = [
-                axis.share(_value(standing, n, d, _last(standing, n)))
-                for axis, d in zip(axes_of, standing.space.dimensions, strict=True)
+                axis.share(_value(record, n, d, _last(record, n)))
+                for axis, d in zip(axes_of, record.space.dimensions, strict=True)
             ]
             share = (scores[n] - low) / ((high - low) or 1.0)
-            style = _STATES[standing.state(n)]
+            style = _STATES[record.state(n)]
             axes.plot([*shares, share], style, color=colormaps["viridis"](share), alpha=0.8)
-        axes.set_xticks(range(len(axes_of) + 1), [*(axis.name for axis in axes_of), standing.config.probe])
+        axes.set_xticks(range(len(axes_of) + 1), [*(axis.name for axis in axes_of), record.config.probe])
         for i, axis in enumerate(axes_of):
             axes.text(i, -0.06, shown(axis.values[0]), ha="center", fontsize=8)
             axes.text(i, 1.03, shown(axis.values[-1]), ha="center", fontsize=8)
@@ -201,25 +192,25 @@ def _parallel(standing: Standing) -> Figure:
     return Figure("parallel", "All fields together", text, drawn(draw, 8.0))
 
 
-def _learning(standing: Standing, epochs: float) -> Figure:
-    at = [epochs * share for share in standing.config.shares()]
+def _learning(record: Record, epochs: float) -> Figure:
+    at = [epochs * share for share in record.config.shares()]
 
     def draw(axes: Any) -> None:
-        for n in _scored(standing, 0):
-            scores = standing.scores_of(n)
-            by_seed = [_by_seed(standing, n, rung) for rung in range(len(scores))]
-            style = _STATES[standing.state(n)]
+        for n in record.scored(0):
+            scores = record.means(n)
+            by_seed = [record.by_seed(n, rung) for rung in range(len(scores))]
+            style = _STATES[record.state(n)]
             (line,) = axes.plot(
                 at[: len(scores)], scores, style, marker="o", markersize=3, label=f"trial {n}"
             )
             lows, highs = [min(values) for values in by_seed], [max(values) for values in by_seed]
             axes.fill_between(at[: len(scores)], lows, highs, color=line.get_color(), alpha=0.12)
-        axes.set_xscale("log" if standing.config.scheduler in ("none", "asha") else "linear")
+        axes.set_xscale("log" if record.config.scheduler in ("none", "asha") else "linear")
         axes.set_xticks(at, [f"{epoch:.3g}" for epoch in at])
         axes.minorticks_off()
         axes.set_xlabel("epoch")
-        axes.set_ylabel(standing.config.probe)
-        if standing.num_trials <= 16:
+        axes.set_ylabel(record.config.probe)
+        if len(record.trials) <= 16:
             axes.legend(fontsize=7, ncols=2)
 
     text = "The mean over seeds, and the range of them; every trial is on the schedule of the whole run."
@@ -227,39 +218,29 @@ def _learning(standing: Standing, epochs: float) -> Figure:
 
 
 def _early(record: Record) -> Iterator[Figure]:
-    """How well the first rung foretells the last: by the probe, and by the loss of the pretext task."""
-    standing, last = record.standing, record.standing.num_rungs - 1
-    final = {climb: score for climb, score in standing.scores.items() if climb.rung == last}
-    losses = {
-        Climb(row["trial"], row["seed"], row["rung"]): row["loss"] for row in record.journal.of("score")
-    }
-    firsts = {climb: Climb(climb.trial, climb.seed, 0) for climb in final}
-    for name, early in (("probe", standing.scores), ("loss", losses)):
-        pairs = [(early[firsts[climb]], score) for climb, score in final.items() if firsts[climb] in early]
-        if len(pairs) < 3:
-            continue
-        xs, ys = zip(*pairs, strict=True)
-        agreement = rank_correlation(xs, ys)
-        label = standing.config.probe if name == "probe" else "training loss"
+    """Yield figures of how well the first rung predicts the last: by the probe, and by the training loss."""
+    scores, last = record.scores, record.num_rungs - 1
+    ended = [(trial, seed) for trial, seed, rung in scores if rung == last and (trial, seed, 0) in scores]
+    if len(ended) < 3:
+        return
+    ys = [scores[trial, seed, last]["score"] for trial, seed in ended]
+    for name, key, label in (("probe", "score", record.config.probe), ("loss", "loss", "training loss")):
+        xs = [scores[trial, seed, 0][key] for trial, seed in ended]
 
-        def draw(axes: Any, xs: Any = xs, ys: Any = ys, label: str = label) -> None:
+        def draw(axes: Any, xs: Any = xs, label: str = label) -> None:
             axes.plot(xs, ys, "o", alpha=0.7)
             axes.set_xlabel(f"{label} at the first rung")
-            axes.set_ylabel(f"{standing.config.probe} at the end")
+            axes.set_ylabel(f"{record.config.probe} at the end")
 
         text = (
-            f"Rank correlation (Spearman) over {len(pairs)} runs that came to the end: {agreement:+.2f}. Runs that "
-            "were stopped are not in it, so it is lower than over all."
+            f"Rank correlation (Spearman) over {len(ended)} runs that came to the end: {rank_correlation(xs, ys):+.2f}. "
+            "Runs that were stopped are not included, so it is lower than over all runs."
         )
-        yield Figure(f"early-{name}", f"What the {label} foretells early", text, drawn(draw))
+        yield Figure(f"early-{name}", f"How the {label} predicts the end", text, drawn(draw))
 
 
 def rank_correlation(xs: Sequence[float], ys: Sequence[float]) -> float:
-    """Spearman's: the correlation of ranks, where equal numbers share the mean of theirs; 0 where all are equal."""
+    """Return Spearman's rank correlation; 0 where all values are equal."""
+    from scipy.stats import spearmanr
 
-    def ranks(values: Sequence[float]) -> Any:
-        _, inverse, counts = np.unique(np.asarray(values), return_inverse=True, return_counts=True)
-        return (np.cumsum(counts) - (counts + 1) / 2)[inverse]
-
-    a, b = ranks(xs), ranks(ys)
-    return float(np.corrcoef(a, b)[0, 1]) if a.std() and b.std() else 0.0
+    return float(spearmanr(xs, ys).statistic) if len(set(xs)) > 1 and len(set(ys)) > 1 else 0.0

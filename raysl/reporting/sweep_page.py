@@ -4,14 +4,14 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import replace
+from statistics import mean
 from typing import Any
 
 from raysl.reporting.command import command, folded
 from raysl.reporting.figure import Figure
 from raysl.reporting.page import ReportConfig, embedded, render
 from raysl.reporting.sweep_figures import figures
-from raysl.tuning import table
-from raysl.tuning.record import Record
+from raysl.tuning.record import LABELS, Record, described, shown, spread
 
 _BODY = """<p>{{ summary }}</p>
 {% if command %}<h2>Best</h2><p>{{ best }}</p><pre>{{ command }}</pre>{% endif %}
@@ -27,38 +27,56 @@ _BODY = """<p>{{ summary }}</p>
 
 
 def page(sweep: str, config: ReportConfig) -> tuple[str, list[Figure]]:
-    """The page of the sweep at `sweep`, and its figures. Raises UserError when there is none, or it is damaged."""
+    """Return the page of the sweep at `sweep`, and its figures. Raise UserError when it is missing or damaged."""
     record = Record.open(sweep)
     drawn = list(figures(record))
     return _page(record, drawn, config), drawn
 
 
 def _page(record: Record, drawn: Sequence[Figure], config: ReportConfig) -> str:
-    standing = record.standing
-    rows = table.rows(standing)
-    names = [d.name for d in standing.space.dimensions]
+    rows, names, sweep = record.rows(), record.space.names, record.config
     states = [row["state"] for row in rows]
-    test = record.uris["test"].rpartition("/")[2]
-    best = record.best()
-    top = next((row for row in rows if row["trial"] == standing.best()), None)
+    best = record.best_config()
+    top = next((row for row in rows if row["trial"] == record.best()), None)
     return render(
         _BODY,
         title=f"{record.base.method}: {', '.join(names)}",
         summary=(
-            f"{len(rows)} trials of {len(standing.config.seeds)} seeds, {record.base.epochs:g} epochs, scored by "
-            f"{standing.config.probe} on {test}; searcher {standing.config.searcher}, scheduler "
-            f"{standing.config.scheduler}. Finished {states.count('finished')}, stopped {states.count('stopped')}, "
-            f"failed {states.count('failed')}."
+            f"{len(rows)} trials of {len(sweep.seeds)} seeds, {record.base.epochs:g} epochs, compared by {sweep.probe} "
+            f"on {record.judged_on.rpartition('/')[2]}; searcher {sweep.searcher}, scheduler {sweep.scheduler}. "
+            f"Finished {states.count('finished')}, stopped {states.count('stopped')}, failed "
+            f"{states.count('failed')}. {_selection(record)}"
         ),
-        best=top and f"Trial {top['trial']}: {table.described(top['values'])}, {_score(top)}.",
-        command=best
-        and folded(command(replace(best, data="DATA", run="RUN", seed=standing.config.seeds[0]))),
+        best=top and f"Trial {top['trial']}: {described(top['values'])}, {_score(top)}.",
+        command=best and folded(command(replace(best, data="DATA", run="RUN"))),
         names=names,
-        probe=standing.config.probe,
-        rows=[_row(row, names, record.base.epochs) for row in rows],
+        probe=sweep.probe,
+        rows=[*(_row(row, names, record.base.epochs) for row in rows), *_extras(record)],
         figures=embedded(drawn),
         cost=_cost(record, config),
     )
+
+
+def _selection(record: Record) -> str:
+    """Return a sentence on what the scores of the table are worth."""
+    tested = record.extras("test").get("trained")
+    if tested:
+        return f"The best trial was then scored once on the test images: {mean(tested):.4f}."
+    return (
+        "The best score is that of a choice among all trials on the same images, and so too high by chance."
+    )
+
+
+def _extras(record: Record) -> list[dict[str, Any]]:
+    """Return the rows of the baselines, and of the chosen trial on the test images."""
+    made = []
+    for event, prefix in (("baseline", ""), ("test", "test images: ")):
+        for encoder, scores in record.extras(event).items():
+            blank = [""] * (1 + len(record.space.names))
+            deviation = spread(scores)
+            cells = [*blank, f"{mean(scores):.4f}", "" if deviation is None else f"{deviation:.4f}", ""]
+            made.append({"cells": cells, "why": f"{prefix}{LABELS[encoder]}"})
+    return made
 
 
 def _score(row: dict[str, Any]) -> str:
@@ -69,7 +87,7 @@ def _score(row: dict[str, Any]) -> str:
 def _row(row: dict[str, Any], names: Sequence[str], epochs: float) -> dict[str, Any]:
     cells = [
         str(row["trial"]),
-        *(table.shown(row["values"][name]) if row["values"] else "" for name in names),
+        *(shown(row["values"][name]) for name in names),
     ]
     cells.append("" if row["score"] is None else f"{row['score']:.4f}")
     cells.append("" if row["spread"] is None else f"{row['spread']:.4f}")
@@ -77,7 +95,7 @@ def _row(row: dict[str, Any], names: Sequence[str], epochs: float) -> dict[str, 
 
 
 def _cost(record: Record, config: ReportConfig) -> str:
-    """Core-hours and GPU-hours that the runs held, without those of sessions that were killed."""
+    """Return the core-hours and GPU-hours that the runs held, without those of sessions that were killed."""
     rows = record.journal.of("score")
     cores = sum(row["seconds"] * row["cpus"] for row in rows) / 3600
     gpus = sum(row["seconds"] * row["gpus"] for row in rows) / 3600

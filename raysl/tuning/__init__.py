@@ -1,1 +1,1 @@
-"""Sweeps: many runs that differ in a few fields, judged by a probe at equal epochs. See `driver.sweep`."""
+"""Sweeps: runs that differ in a few fields, compared by a probe at equal epochs. Ray Tune runs the trials."""

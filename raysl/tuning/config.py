@@ -1,4 +1,4 @@
-"""What a sweep tries, and how it decides."""
+"""Configuration of a sweep."""
 
 from __future__ import annotations
 
@@ -8,43 +8,52 @@ from typing import Literal
 from raysl import probes
 from raysl.errors import UserError
 
-Searcher = Literal["grid", "random", "optuna"]
-Scheduler = Literal["none", "asha", "median", "pbt"]
+Searcher = Literal["grid", "random", "optuna", "hyperopt", "nevergrad"]
+Scheduler = Literal["none", "asha", "median", "pbt", "hyperband"]
 
-_RUNGS = {"none": 1, "asha": 3, "median": 4, "pbt": 4}
+_RUNGS = {"none": 1, "asha": 3, "median": 4, "pbt": 4, "hyperband": 3}
+# Schedulers that compare all trials at every rung, so that the number of trials is fixed.
+POPULATION = ("pbt", "hyperband")
 
 
 @dataclass(frozen=True)
 class SweepConfig:
-    """Tries values of fields, each for several seeds, and judges them by a probe at equal epochs. Takes the flags of
-    `raysl pretrain` too, all but --run: --data, --method, --epochs, --workers, --pirl.head and so on.
+    """Try values of fields, with several seeds each, and compare them by a probe at equal epochs. Takes the flags of
+    `raysl pretrain` except --run: --data, --method, --epochs, --workers, --pirl.head and so on.
 
     Args:
-        out: folder of the sweep, a path or a URI. The same command again continues it.
-        test: labelled data that the probe is scored on.
-        vary: fields to vary, by their dotted or short names: "temperature" tries the values that the field itself
-            names, "temperature=0.05,0.1" these, and "temperature=0.03..0.5" is an interval to draw from.
-        train: labelled data that the probe learns from; by default the images that are learned from.
-        probe: whose primary metric is the score; more is better.
-        seeds: every trial is run once with each, and judged by the mean.
-        searcher: "grid" tries all combinations, "random" draws, "optuna" proposes by TPE (needs the package optuna).
-        samples: trials of "random" and "optuna". More may be asked for when the sweep is continued.
-        scheduler: "none" runs every trial to its end. "asha" and "median" stop trials that are behind earlier ones;
-            "pbt" lets the last quarter go on from the checkpoints of the first, with values changed a little.
-        rungs: how many times a trial is scored on its way; 0 is 1 for none, 3 for asha, 4 for median and pbt.
-        reduction: of asha: one trial in so many goes on from a rung to the next, which is so many times as far.
-        max_concurrent: runs at the same time; 0 is as many as have a whole CPU for each trainer.
-        gpus_per_worker: below 1, several small trainers share a GPU, where there are GPUs.
-        share_stream: runs at the same time that read the same images in the same order share one stream of them.
-        lag: the proposal of trial n of optuna knows the outcome of trials up to n - lag, so that as many can run.
-        seed: of what is drawn.
-        retry: try those trials again that failed when the sweep ran before.
+        out: folder of the sweep, a path or a URI. The same command again continues the sweep.
+        vary: fields to vary, by their dotted or short names: "temperature" tries the values listed in the field's
+            definition, "temperature=0.05,0.1" these values, and "temperature=0.03..0.5" draws from an interval.
+        train: labelled data that the probe learns from; by default the pretraining images.
+        validation: labelled data that trials are compared on; by default a tenth of `train`, which the probe then
+            does not learn from.
+        test: labelled data on which the chosen trial is scored once, at the end; none by default.
+        probe: probe whose primary metric is the score; higher is better.
+        seeds: every trial runs once with each seed; trials are compared by the mean.
+        searcher: "grid" tries all combinations, "random" draws; "optuna", "hyperopt" and "nevergrad" propose values
+            from the scores so far (each needs the package of that name).
+        samples: number of trials of all searchers except "grid". A continued sweep may ask for more.
+        scheduler: "none" runs every trial to its end; "asha" and "median" stop trials that are behind earlier ones;
+            "hyperband" halves brackets of trials; "pbt" lets the worst quarter continue from checkpoints of the best
+            quarter with changed values.
+        rungs: number of times that a trial is scored; 0 means 1 for none, 3 for asha and hyperband, 4 for median and
+            pbt.
+        reduction: for none, asha and hyperband, each rung is this many times as far as the rung before; asha and
+            hyperband let one trial in this many continue.
+        max_concurrent: runs at the same time; 0 means as many as have a whole CPU for each trainer.
+        gpus_per_worker: a value below 1 lets several small trainers share a GPU, where there are GPUs.
+        share_stream: concurrent runs that read the same images in the same order share one stream.
+        lag: a searcher proposes trial n from the outcomes of trials up to n - lag, so that lag trials run at a time.
+        seed: seed of the searcher and the scheduler.
+        retry: run those trials again that failed when the sweep ran before.
     """
 
     out: str
-    test: str
     vary: tuple[str, ...]
     train: str = ""
+    validation: str = ""
+    test: str = ""
     probe: str = "knn"
     seeds: tuple[int, ...] = (0, 1)
     searcher: Searcher = "grid"
@@ -61,48 +70,59 @@ class SweepConfig:
 
     def __post_init__(self) -> None:
         if not self.vary:
-            raise UserError("A sweep varies at least one field. Give --vary, such as --vary temperature.")
-        if not self.seeds or len(set(self.seeds)) < len(self.seeds):
-            raise UserError(f"seeds is {self.seeds}; give one or more, each once.")
-        for name, least in (
-            ("samples", 1),
-            ("rungs", 0),
-            ("reduction", 2),
-            ("max_concurrent", 0),
-            ("lag", 1),
-        ):
-            if getattr(self, name) < least:
-                raise UserError(f"{name} is {getattr(self, name)}; it must be at least {least}.")
+            raise UserError("A sweep varies at least one field. Give --vary, for example --vary temperature.")
+        check_seeds(self.seeds)
+        least = {"samples": 1, "rungs": 0, "reduction": 2, "max_concurrent": 0, "lag": 1}
+        for name, low in least.items():
+            if getattr(self, name) < low:
+                flag = name.replace("_", "-")
+                raise UserError(f"--{flag} is {getattr(self, name)}; it must be at least {low}.")
         if not 0 < self.gpus_per_worker <= 1:
             raise UserError(
-                f"gpus_per_worker is {self.gpus_per_worker}; it must be above 0 and at most 1, a whole GPU."
+                f"--gpus-per-worker is {self.gpus_per_worker}; it must be above 0 and at most 1, a whole GPU."
             )
-        flags = " and ".join(probes.required(self.probe))
-        if flags:
+        check_probe(self.probe)
+        self._check_combination()
+
+    def _check_combination(self) -> None:
+        if self.scheduler not in POPULATION:
+            return
+        if self.searcher not in ("grid", "random"):
             raise UserError(
-                f"A sweep is scored on the images of --test, and the probe {self.probe} needs {flags}. Use another "
-                f"probe, such as knn or linear, and {self.probe} on its best run."
+                f"--scheduler {self.scheduler} compares all trials at every rung, and --searcher {self.searcher} "
+                "proposes new trials only after others have ended. Use --searcher random."
             )
-        if self.scheduler == "pbt" and self.searcher == "optuna":
+        if self.retry:
             raise UserError(
-                "Population based training compares all trials on their way, and optuna begins some only when others "
-                "have ended. Use --searcher random with it."
+                f"--retry does not work with --scheduler {self.scheduler}: its decisions depend on all trials, so a "
+                "failed trial cannot be added later. Leave out --retry, or give another --out."
             )
-        if self.scheduler == "pbt" and self.retry:
-            raise UserError(
-                "Who is copied in population based training depends on all trials, so none that failed can come back "
-                "later. Leave out --retry, or give another --out."
-            )
-        if self.scheduler == "pbt" and self.rungs == 1:
-            raise UserError("With 1 rung there is nothing for pbt to go on from. Give --rungs 2 or more.")
+        if self.rungs == 1:
+            raise UserError(f"--scheduler {self.scheduler} needs at least --rungs 2; --rungs is 1.")
 
     def shares(self) -> tuple[float, ...]:
-        """How far into its schedule a trial is at each rung, as shares of the run; the last is 1.
+        """Return the share of a run's schedule that is done at each rung; the last is 1.
 
-        Every trial is on the schedule of the whole run, so that those that are compared have had the same learning
-        rates. "none" and "asha" multiply by `reduction` from rung to rung, the others add.
+        Every trial follows the schedule of the whole run, so trials at the same rung have had the same learning rates.
+        The rungs of "median" and "pbt" are equally spaced; those of the others grow by the factor `reduction`.
         """
         count = self.rungs or _RUNGS[self.scheduler]
-        if self.scheduler in ("none", "asha"):
-            return tuple(float(self.reduction) ** -(count - 1 - i) for i in range(count))
-        return tuple((i + 1) / count for i in range(count))
+        if self.scheduler in ("median", "pbt"):
+            return tuple((i + 1) / count for i in range(count))
+        return tuple(float(self.reduction) ** -(count - 1 - i) for i in range(count))
+
+
+def check_seeds(seeds: tuple[int, ...]) -> None:
+    """Raise UserError unless there is at least one seed and none occurs twice."""
+    if not seeds or len(set(seeds)) < len(seeds):
+        raise UserError(f"--seeds is {seeds}; give at least one seed, each of them once.")
+
+
+def check_probe(name: str) -> None:
+    """Raise UserError for a probe that does not exist or cannot score the trials of a sweep."""
+    flags = " and ".join(probes.required(name))
+    if flags:
+        raise UserError(
+            f"The probe {name!r} needs {flags}, which a sweep does not have. Use knn or linear for the sweep, and "
+            f"{name} on its best run."
+        )

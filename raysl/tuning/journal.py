@@ -1,19 +1,22 @@
-"""`sweep.jsonl`: what was asked, what was scored and what failed, in the order in which it happened.
+"""`sweep.jsonl`: the scores, failures and decisions of a sweep, in the order in which they happened.
 
-It is all that a sweep remembers: what to do next follows from it (see `standing`), so a driver that is killed leaves
-nothing behind that the next one would miss.
+A sweep that is continued runs in a new process with a new Tuner, and takes from the journal the results that are
+already known. Since decisions depend on results and not on time, it decides as an uninterrupted sweep.
 
     {"event": "sweep", ...}      the first row: space, scheduler, base configuration, fingerprints of the data
-    {"event": "trial", ...}      a trial begins: its number and values
+    {"event": "trial", ...}      the values of a trial; again at a rung where population based training changed them
     {"event": "score", ...}      one seed of a trial reached a rung: its score, and what that cost
-    {"event": "decision", ...}   a trial goes on or is stopped at a rung; for people, it is worked out anew
-    {"event": "failed", ...}     a trial is given up, and why
-    {"event": "retry", ...}      it is taken up again
+    {"event": "decision", ...}   whether a trial continues from a rung, and the trial that it copies there
+    {"event": "failed", ...}     a trial failed, and why
+    {"event": "retry", ...}      a failed trial is run again
+    {"event": "baseline", ...}   the score of the untrained network or of raw pixels
+    {"event": "test", ...}       a score of the chosen trial, or of a baseline, on the test images
 """
 
 from __future__ import annotations
 
 import json
+import logging
 from collections.abc import Callable, Mapping
 from typing import Any
 
@@ -22,14 +25,20 @@ from raysl.run import jsonl
 from raysl.storage import Folder
 
 NAME = "sweep.jsonl"
+# Of the rows above. Sweeps of raysl 0.1 have no such number.
+FORMAT = 2
+
+_log = logging.getLogger("raysl.tuning")
+# The keys that identify a row of a kind.
+_KEYS = ("event", "trial", "seed", "rung", "encoder")
 
 
 class Journal:
     """The rows of a sweep's journal, in memory and in its file.
 
     Args:
-        folder: of the sweep.
-        check: is called before a row is written, and raises when another driver writes there.
+        folder: folder of the sweep.
+        check: called before a row is written; raises when another driver works on the sweep.
 
     Raises:
         UserError: the file is damaged.
@@ -55,15 +64,34 @@ class Journal:
         return self.rows[0] if self.rows else {}
 
     def add(self, row: Mapping[str, Any]) -> None:
-        """Adds a row. The file is written whole, so that it never ends in half a row.
+        """Add a row. The file is written as a whole, so that it never ends in half a row.
 
         Raises:
-            UserError: it cannot be written. The row is then not there either.
+            UserError: it cannot be written; the row is then not added.
         """
         self._check()
         self.folder.write(NAME, jsonl([*self.rows, row]))
         self.rows.append(dict(row))
 
+    def add_once(self, row: Mapping[str, Any]) -> None:
+        """Add a row unless the journal has one of the same kind for the same trial, seed and rung."""
+        key = [row.get(name) for name in _KEYS]
+        there = next((old for old in self.rows if [old.get(name) for name in _KEYS] == key), None)
+        if there is None:
+            self.add(row)
+        elif any(there.get(name) != row[name] for name in ("goes_on", "copies", "values") if name in row):
+            _log.warning("Trial %s was decided differently before: %s, now %s.", row["trial"], there, row)
+
     def of(self, event: str) -> list[dict[str, Any]]:
-        """The rows of one kind."""
+        """Return the rows of one kind."""
         return [row for row in self.rows if row["event"] == event]
+
+    def failures(self) -> dict[int, str]:
+        """Return the reasons of the trials that failed and were not run again."""
+        found: dict[int, str] = {}
+        for row in self.rows:
+            if row["event"] == "failed":
+                found[row["trial"]] = row["reason"]
+            elif row["event"] == "retry":
+                found.pop(row["trial"], None)
+        return found

@@ -1,67 +1,233 @@
-"""A sweep as it lies in its folder, whether it is over or not."""
+"""The results of a sweep, read from its journal: values, scores and states of its trials, and the final table."""
 
 from __future__ import annotations
 
+import dataclasses
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any
+from functools import cached_property
+from statistics import mean, stdev
+from typing import TYPE_CHECKING, Any, Literal
 
 from raysl.config import Pretraining
 from raysl.errors import UserError
 from raysl.storage import Folder
 from raysl.tuning.config import SweepConfig
 from raysl.tuning.journal import NAME, Journal
-from raysl.tuning.space import Dimension, Space
-from raysl.tuning.standing import Standing
+from raysl.tuning.space import Dimension, Space, Values, configured
+
+if TYPE_CHECKING:
+    from rich.table import Table
+
+State = Literal["finished", "stopped", "failed", "running"]
 
 
 @dataclass(frozen=True)
 class Record:
-    """What a journal says.
+    """The results of a sweep, finished or not.
 
     Args:
-        folder: of the sweep.
-        journal: its rows.
-        base: the configuration, but for what varies.
-        standing: where the sweep stands, with the trials that have begun.
-        uris: where the labelled data were, as "train" and "test".
+        journal: rows of the sweep.
     """
 
-    folder: Folder
     journal: Journal
-    base: Pretraining
-    standing: Standing
-    uris: dict[str, str]
 
     @staticmethod
     def open(uri: str) -> Record:
-        """The sweep at `uri`. Raises UserError when there is none, or its journal is damaged."""
+        """Return the record of the sweep at `uri`. Raise UserError when there is none, or its journal is damaged."""
         folder = Folder(uri)
         if not folder.exists(NAME):
             raise UserError(
                 f"No sweep at {uri!r}: there is no {NAME}. Make one with `raysl sweep --out {uri}`."
             )
-        journal = Journal(folder)
-        header = journal.header
-        dimensions = tuple(_dimension(value) for value in header["space"])
-        begun = [row["trial"] for row in journal.of("trial")]
-        # Only population based training fixes the number of its samples.
-        settings = {"samples": max(begun, default=0) + 1, **header["config"]}
+        return Record(Journal(folder))
+
+    @cached_property
+    def config(self) -> SweepConfig:
+        """The configuration of the sweep, without the places of its data."""
+        known = {field.name for field in dataclasses.fields(SweepConfig)}
+        settings = {name: value for name, value in self.journal.header["config"].items() if name in known}
         settings["seeds"] = tuple(settings["seeds"])
-        names = tuple(dimension.name for dimension in dimensions)
-        config = SweepConfig(uri, header["uris"]["test"], names, **settings)
-        base = Pretraining.from_json({**header["base"], "run": "-"})
-        return Record(
-            folder, journal, base, Standing(config, Space(dimensions), journal.rows), header["uris"]
+        return SweepConfig(str(self.journal.folder), tuple(self.space.names), **settings)
+
+    @cached_property
+    def space(self) -> Space:
+        known = {field.name for field in dataclasses.fields(Dimension)}
+        rows = self.journal.header["space"]
+        kept = [{name: value for name, value in row.items() if name in known} for row in rows]
+        return Space(
+            tuple(
+                Dimension(**{**row, "path": tuple(row["path"]), "values": tuple(row["values"])})
+                for row in kept
+            )
         )
 
-    def best(self) -> Pretraining | None:
-        """The configuration of the best finished trial, for its first seed; None while none is finished."""
-        best = self.standing.best()
+    @cached_property
+    def base(self) -> Pretraining:
+        """The configuration of every run, except what varies."""
+        return Pretraining.from_json({**self.journal.header["base"], "run": "-"})
+
+    @property
+    def judged_on(self) -> str:
+        """The URI of the images that trials are compared on."""
+        uris = self.journal.header["uris"]
+        return str(uris.get("validation", uris.get("test")))
+
+    @property
+    def num_rungs(self) -> int:
+        return len(self.config.shares())
+
+    @cached_property
+    def trials(self) -> list[int]:
+        """The numbers of the trials that have begun."""
+        return sorted({row["trial"] for row in self.journal.of("trial")})
+
+    @cached_property
+    def failures(self) -> dict[int, str]:
+        return self.journal.failures()
+
+    @cached_property
+    def scores(self) -> dict[tuple[int, int, int], dict[str, Any]]:
+        """The rows of scores by trial, seed and rung."""
+        return {(row["trial"], row["seed"], row["rung"]): row for row in self.journal.of("score")}
+
+    @cached_property
+    def _values(self) -> dict[tuple[int, int], Values]:
+        return {(row["trial"], row["rung"]): row["values"] for row in self.journal.of("trial")}
+
+    def values(self, trial: int, rung: int = 0) -> Values:
+        """Return the values of a trial on its way to a rung. Only population based training changes them."""
+        return next(self._values[trial, r] for r in range(rung, -1, -1) if (trial, r) in self._values)
+
+    def by_seed(self, trial: int, rung: int) -> list[float]:
+        """Return the scores of a trial at a rung, for every seed; empty while one is missing."""
+        rows = [self.scores.get((trial, seed, rung)) for seed in self.config.seeds]
+        return [float(row["score"]) for row in rows if row] if all(rows) else []
+
+    def means(self, trial: int) -> list[float]:
+        """Return the means over seeds at the rungs that the trial has reached."""
+        found = [self.by_seed(trial, rung) for rung in range(self.num_rungs)]
+        return [mean(scores) for scores in found if scores]
+
+    def scored(self, rung: int) -> list[int]:
+        """Return the trials that have a score at a rung."""
+        return [trial for trial in self.trials if self.by_seed(trial, rung)]
+
+    def state(self, trial: int) -> State:
+        if trial in self.failures:
+            return "failed"
+        if self.by_seed(trial, self.num_rungs - 1):
+            return "finished"
+        stopped = {row["trial"] for row in self.journal.of("decision") if not row["goes_on"]}
+        return "stopped" if trial in stopped else "running"
+
+    def best(self) -> int | None:
+        """Return the finished trial with the best score; None while none is finished."""
+        done = {n: self.means(n)[-1] for n in self.trials if self.state(n) == "finished"}
+        return max(done, key=lambda n: (done[n], -n)) if done else None
+
+    def best_config(self) -> Pretraining | None:
+        """Return the configuration of the best finished trial, for its first seed."""
+        best = self.best()
         if best is None:
             return None
-        values = self.standing.values(best, self.standing.num_rungs - 1)
-        return self.standing.space.configured(self.base, values or {})
+        values = self.values(best, self.num_rungs - 1)
+        return dataclasses.replace(configured(self.base, values), seed=self.config.seeds[0])
+
+    def rows(self) -> list[dict[str, Any]]:
+        """Return a row for each trial: those that came farthest first, and among them the best.
+
+        Keys: "trial", "values" (at its last rung), "state", "share" (of the schedule, where it was scored last),
+        "score" (mean over seeds), "spread" (standard deviation over seeds; None for one seed), "seeds" (score by
+        seed) and "reason" (of a failure).
+        """
+        made = []
+        for trial in self.trials:
+            rung = len(self.means(trial)) - 1
+            scores = self.by_seed(trial, rung) if rung >= 0 else []
+            made.append(
+                {
+                    "trial": trial,
+                    "values": self.values(trial, max(rung, 0)),
+                    "state": self.state(trial),
+                    "share": self.config.shares()[rung] if scores else 0.0,
+                    "score": mean(scores) if scores else None,
+                    "spread": spread(scores),
+                    "seeds": dict(zip(map(str, self.config.seeds), scores, strict=False)),
+                    "reason": self.failures.get(trial, ""),
+                }
+            )
+        return sorted(
+            made,
+            key=lambda row: (row["state"] == "failed", -row["share"], -(row["score"] or 0.0), row["trial"]),
+        )
+
+    def extras(self, event: str) -> dict[str, list[float]]:
+        """Return the scores of "baseline" or "test" rows, by encoder. Those of "test" are of the best trial."""
+        found: dict[str, list[float]] = {}
+        for row in self.journal.of(event):
+            if row["chosen"] in (None, self.best()):
+                found.setdefault(row["encoder"], []).append(float(row["score"]))
+        return found
 
 
-def _dimension(value: dict[str, Any]) -> Dimension:
-    return Dimension(**{**value, "path": tuple(value["path"]), "values": tuple(value["values"])})
+def described(values: Mapping[str, Any]) -> str:
+    """Return a point in one line."""
+    return ", ".join(f"{name}={shown(value)}" for name, value in values.items())
+
+
+def shown(value: Any) -> str:
+    """Return a value as it can be typed on the command line."""
+    return f"{value:g}" if isinstance(value, float) else str(value).lower() if value is None else str(value)
+
+
+def render(record: Record) -> Table:
+    """Return the rows of a sweep as a table: one line a trial, the baselines, and the reasons of failures."""
+    from rich import box
+    from rich.table import Table
+    from rich.text import Text
+
+    rows, probe, epochs = record.rows(), record.config.probe, record.base.epochs
+    names = record.space.names
+    why = "\n".join(f"Trial {row['trial']}: {row['reason']}" for row in rows if row["reason"])
+    title = f"{len(rows)} trials by {probe}"
+    made = Table(title=title, box=box.SIMPLE, caption=Text(why), caption_justify="left", padding=0)
+    made.add_column("trial", justify="right")
+    shorts = [name.rpartition(".")[2] for name in names]
+    for name, short in zip(names, shorts, strict=True):
+        title = name if shorts.count(short) > 1 else short
+        made.add_column(title.replace("_", "\n"), justify="right", overflow="fold")
+    for name in (probe, "±", "epoch"):
+        made.add_column(name, justify="right")
+    made.add_column("", no_wrap=True)
+    for row in rows:
+        values = [_short(row["values"][name]) for name in names]
+        epoch = f"{epochs * row['share']:.3g}"
+        made.add_row(
+            str(row["trial"]), *values, _number(row["score"]), _number(row["spread"]), epoch, row["state"]
+        )
+    blank = [""] * len(names)
+    for encoder, scores in record.extras("baseline").items():
+        made.add_row("", *blank, _number(mean(scores)), _number(spread(scores)), "", LABELS[encoder])
+    for encoder, scores in record.extras("test").items():
+        made.add_row(
+            "", *blank, _number(mean(scores)), _number(spread(scores)), "", f"test: {LABELS[encoder]}"
+        )
+    return made
+
+
+LABELS = {"trained": "chosen trial", "random": "untrained", "pixels": "raw pixels"}
+
+
+def _number(value: float | None) -> str:
+    return "" if value is None else f"{value:.4f}"
+
+
+def _short(value: Any) -> str:
+    """Return a value for the table; the exact one is in the rows."""
+    return f"{value:.3g}" if isinstance(value, float) else shown(value)
+
+
+def spread(scores: Sequence[float]) -> float | None:
+    """Return the standard deviation; None for one score."""
+    return stdev(scores) if len(scores) > 1 else None

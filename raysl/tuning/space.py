@@ -1,4 +1,4 @@
-"""The space of a sweep: which fields of the configuration vary, over which values, and the points in it."""
+"""The space of a sweep: fields of the configuration by their dotted names, and the values that they take."""
 
 from __future__ import annotations
 
@@ -22,10 +22,8 @@ from raysl.fields import Range
 
 Values = dict[str, Any]
 
-# What makes a run another run rather than another trial, and what trials must share to be compared.
+# Fields that name another run instead of another trial, and fields that trials must share to be comparable.
 _FIXED = (*FREE, "seed", "epochs", "parts")
-# The steps of population based training: Jaderberg et al. 2017, arXiv 1711.09846, section 4.
-_FACTORS = (0.8, 1.2)
 
 
 @dataclass(frozen=True)
@@ -33,10 +31,10 @@ class Field:
     """A field of the configuration that can vary.
 
     Args:
-        name: dotted, as the command line has it: "pirl.lam".
-        path: where its value is in the JSON value of a Pretraining.
+        name: dotted name, as on the command line: "pirl.lam".
+        path: keys to its value in the JSON value of a Pretraining.
         hint: its type.
-        range: the values that it names itself.
+        range: the values that its definition lists.
     """
 
     name: str
@@ -47,17 +45,17 @@ class Field:
 
 @dataclass(frozen=True)
 class Dimension:
-    """The values that one field takes: those listed, or an interval.
+    """The values that one field takes: a list, or an interval.
 
     Args:
-        name: of the field, dotted.
+        name: dotted name of the field.
         path: see `Field`.
         values: the choices, in order; empty for an interval.
         low: least value of the interval.
-        high: greatest.
-        whole: whether only whole numbers lie in it.
-        log: whether it is drawn on a logarithmic scale.
-        live: whether the value may change in the middle of a run.
+        high: greatest value of the interval.
+        whole: the interval holds whole numbers only.
+        log: values are drawn on a logarithmic scale.
+        mutable: the value may change in the middle of a run.
     """
 
     name: str
@@ -67,32 +65,37 @@ class Dimension:
     high: float = 0.0
     whole: bool = False
     log: bool = False
-    live: bool = False
+    mutable: bool = False
 
     def at(self, share: float) -> Any:
-        """The value at a share in 0..1 of the way."""
+        """Return the value at a share in 0..1 of the way."""
         if self.values:
             return self.values[min(int(share * len(self.values)), len(self.values) - 1)]
         if self.log:
-            value = math.exp(math.log(self.low) + share * (math.log(self.high) - math.log(self.low)))
-        else:
-            value = self.low + share * (self.high - self.low)
-        # Four digits are enough to tell trials apart, and can be typed again.
-        return round(value) if self.whole else float(f"{value:.4g}")
+            return self.rounded(
+                math.exp(math.log(self.low) + share * (math.log(self.high) - math.log(self.low)))
+            )
+        return self.rounded(self.low + share * (self.high - self.low))
+
+    def rounded(self, value: float) -> float:
+        """Return the value inside the interval, as a whole number or with four significant digits."""
+        clipped = min(max(value, self.low), self.high)
+        return round(clipped) if self.whole else float(f"{clipped:.4g}")
 
     def ends(self) -> tuple[Any, ...]:
-        """The values beyond which there are none; all choices where they are listed."""
+        """Return the least and the greatest value; all choices of a list."""
         return self.values or (self.at(0.0), self.at(1.0))
 
-    def near(self, value: Any, generator: np.random.Generator) -> Any:
-        """A neighbour of a value: the choice before or after it, or a fifth less or more."""
-        up = int(generator.integers(2))
+    def domain(self) -> Any:
+        """Return the domain of Ray Tune with the same values."""
+        from ray import tune
+
         if self.values:
-            place = self.values.index(value) + (1 if up else -1)
-            return self.values[min(max(place, 0), len(self.values) - 1)]
-        moved = value * _FACTORS[up] if self.log else value + (up - 0.5) * 0.4 * (self.high - self.low)
-        clipped = min(max(moved, self.low), self.high)
-        return round(clipped) if self.whole else float(f"{clipped:.4g}")
+            return tune.choice(list(self.values))
+        if self.whole:  # Tune's upper bounds of whole numbers are exclusive.
+            draw = tune.lograndint if self.log else tune.randint
+            return draw(int(self.low), int(self.high) + 1)
+        return (tune.loguniform if self.log else tune.uniform)(self.low, self.high)
 
 
 @dataclass(frozen=True)
@@ -101,60 +104,72 @@ class Space:
 
     dimensions: tuple[Dimension, ...]
 
+    @property
+    def names(self) -> list[str]:
+        return [dimension.name for dimension in self.dimensions]
+
     def grid(self) -> list[Values]:
-        """Every combination of the choices, the last field varying fastest."""
-        names = [d.name for d in self.dimensions]
-        return [
-            dict(zip(names, row, strict=True))
-            for row in itertools.product(*(d.values for d in self.dimensions))
-        ]
+        """Return every combination of the choices; the last field varies fastest."""
+        rows = itertools.product(*(dimension.values for dimension in self.dimensions))
+        return [dict(zip(self.names, row, strict=True)) for row in rows]
 
     def drawn(self, seed: int, trial: int) -> Values:
-        """The point of a trial of a random search: a function of its number, whatever came before."""
+        """Return the point of a trial of a random search. It depends on the seed and the number of the trial only."""
         shares = rng.generator(seed, "sweep", trial).random(len(self.dimensions))
         return {d.name: d.at(float(share)) for d, share in zip(self.dimensions, shares, strict=True)}
 
     def ends(self) -> Iterator[Values]:
-        """Points that hold every end of every dimension, and all corners of a space that has few."""
-        ends = [d.ends() for d in self.dimensions]
-        names = [d.name for d in self.dimensions]
+        """Yield points that hold every end of every dimension; all corners of a space that has few."""
+        ends = [dimension.ends() for dimension in self.dimensions]
         rows = itertools.product(*ends) if math.prod(map(len, ends)) <= 256 else itertools.zip_longest(*ends)
         for row in rows:
             values = [each[0] if value is None else value for each, value in zip(ends, row, strict=True)]
-            yield dict(zip(names, values, strict=True))
+            yield dict(zip(self.names, values, strict=True))
 
-    def near(self, values: Values, generator: np.random.Generator) -> Values:
-        """A neighbour of a point in every dimension."""
-        return {d.name: d.near(values[d.name], generator) for d in self.dimensions}
+    def mutations(self) -> dict[str, Any]:
+        """Return the space as PopulationBasedTraining takes it."""
+        return {d.name: list(d.values) if d.values else d.domain() for d in self.dimensions}
 
-    def configured(self, base: Pretraining, values: Mapping[str, Any]) -> Pretraining:
-        """The configuration at a point.
+    def clipped(self, config: Values) -> Values:
+        """Return the values that PopulationBasedTraining has changed, moved back into their intervals."""
+        found = {d.name: config[d.name] if d.values else d.rounded(config[d.name]) for d in self.dimensions}
+        return {**config, **found}
 
-        Raises:
-            UserError: a value is not allowed.
-        """
-        tree = base.to_json()
-        tree["method"] = values.get("method", base.method)
-        known = methods.parse(tree["method"]).config_types()
-        tree["parts"] = {name: part for name, part in tree["parts"].items() if name in known}
-        for dimension in self.dimensions:
-            node = tree
-            for name in dimension.path[:-1]:
-                node = node.setdefault(name, {})
-            node[dimension.path[-1]] = values[dimension.name]
-        return Pretraining.from_json(tree)
+
+def configured(base: Pretraining, values: Mapping[str, Any]) -> Pretraining:
+    """Return the base configuration with some fields replaced.
+
+    Args:
+        base: supplies all other fields.
+        values: new values by dotted or short field names, as Ray Tune resolves them.
+
+    Raises:
+        UserError: a field does not exist or cannot vary, or a value is not allowed.
+    """
+    tree = base.to_json()
+    tree["method"] = values.get("method", base.method)
+    known = methods.parse(tree["method"]).config_types()
+    tree["parts"] = {name: part for name, part in tree["parts"].items() if name in known}
+    fields = _fields([tree["method"]])
+    for name, value in values.items():
+        field = _resolve(name, fields)
+        node = tree
+        for key in field.path[:-1]:
+            node = node.setdefault(key, {})
+        node[field.path[-1]] = _fitting(field, value)
+    return Pretraining.from_json(tree)
 
 
 def space(base: Pretraining, vary: Sequence[str], listed: bool) -> Space:
-    """The space that `--vary` describes.
+    """Return the space that `--vary` describes.
 
     Args:
         base: what does not vary.
         vary: see `SweepConfig.vary`.
-        listed: whether choices are wanted, as for a grid, and not intervals.
+        listed: every dimension must be a list of values, as for a grid.
 
     Raises:
-        UserError: a field does not exist or cannot vary, a range is empty, or a value is of the wrong kind.
+        UserError: a field does not exist or cannot vary, a range is empty, or a value is of the wrong type.
     """
     named = dict(text.partition("=")[::2] for text in vary)
     swept = named.get("method", "")
@@ -166,12 +181,12 @@ def space(base: Pretraining, vary: Sequence[str], listed: bool) -> Space:
     names = [d.name for d in dimensions]
     for name in names:
         if names.count(name) > 1:
-            raise UserError(f"The field {name!r} is varied twice. Give it once, with all of its values.")
+            raise UserError(f"--vary names the field {name!r} twice. Give it once, with all of its values.")
     return Space(tuple(dimensions))
 
 
 def _fields(method_names: Sequence[str]) -> dict[str, Field]:
-    """The fields that can vary, of configurations of all of these methods, by their dotted names."""
+    """Return the fields that all of these methods have and that can vary, by their dotted names."""
     found: list[dict[str, Field]] = []
     for method in method_names:
         here = {field.name: field for field in _walk(Pretraining, "", ())}
@@ -198,15 +213,15 @@ def _walk(kind: type[Any], prefix: str, path: tuple[str, ...]) -> Iterator[Field
 
 
 def _implied(hint: Any) -> Range | None:
-    """The range of a type that names its values."""
+    """Return the range of a type that lists its values."""
     if typing.get_origin(hint) is Literal:
         return Range(typing.get_args(hint))
     return Range((False, True)) if hint is bool else None
 
 
 def _resolve(name: str, known: Mapping[str, Field]) -> Field:
-    """A field by its dotted name, or by the last part of it where only one field has that."""
-    # `lambda` is a keyword of Python, so the field is named `lam`; both are accepted.
+    """Return a field by its dotted name, or by the last part of it where only one field has that."""
+    # `lambda` is a keyword of Python, so the field is named `lam`; both names are accepted.
     wanted = re.sub(r"(^|\.)lambda$", r"\1lam", name.strip().replace("-", "_"))
     if wanted in known:
         return known[wanted]
@@ -215,9 +230,7 @@ def _resolve(name: str, known: Mapping[str, Field]) -> Field:
         return matches[0]
     if matches:
         names = ", ".join(sorted(field.name for field in matches))
-        raise UserError(
-            f"The field {name!r} is not the only one of that name: give one of {names} to --vary."
-        )
+        raise UserError(f"Several fields are named {name!r}. Give the full name of one of them: {names}.")
     if wanted.rpartition(".")[2] in _FIXED:
         raise UserError(
             f"The field {name!r} cannot vary: it does not change what is learned, or trials that differ in it cannot "
@@ -227,27 +240,28 @@ def _resolve(name: str, known: Mapping[str, Field]) -> Field:
 
 
 def _unknown(name: str, wanted: str, known: Sequence[str]) -> UserError:
-    """The error for a field that does not exist: the nearest by its last part, in the group that was named if any."""
+    """Return the error for an unknown field, with the nearest name by its last part."""
     group, _, last = wanted.rpartition(".")
     inside = [field for field in known if field.startswith(f"{group or last}.")]
     if inside and not group:
-        return UserError(f"{name!r} is a group of fields. Give one of {', '.join(sorted(inside))} to --vary.")
+        return UserError(f"{name!r} is a group of fields. Vary one of {', '.join(sorted(inside))}.")
     by_last: dict[str, list[str]] = {}
     for field in inside or known:
         by_last.setdefault(field.rpartition(".")[2], []).append(field)
     near = difflib.get_close_matches(last, by_last, n=1, cutoff=0.6)
     hint = f"Did you mean {' or '.join(by_last[near[0]])}? " if near else ""
     fields = ", ".join(sorted(inside or known))
-    return UserError(f"Unknown field to vary {name!r}. {hint}Those that can vary: {fields}.")
+    return UserError(f"Unknown field to vary {name!r}. {hint}Fields that can vary: {fields}.")
 
 
 def _dimension(field: Field, text: str | None, listed: bool) -> Dimension:
     own = field.range
-    about = {"log": own.log, "live": own.mutable} if own else {"log": False, "live": False}
+    about = {"log": own.log, "mutable": own.mutable} if own else {"log": False, "mutable": False}
     if text is None:
         if own is None:
             raise UserError(
-                f"The field {field.name!r} names no values of its own. Write them, as in --vary {field.name}=A,B,C."
+                f"The field {field.name!r} has no list of values in its definition. Give the values, as in "
+                f"--vary {field.name}=A,B,C."
             )
         if listed or not all(_is_number(value) or value is None for value in own.values):
             return Dimension(field.name, field.path, own.values, **about)
@@ -257,8 +271,8 @@ def _dimension(field: Field, text: str | None, listed: bool) -> Dimension:
         low, _, high = text.partition("..")
         if listed:
             raise UserError(
-                f"{field.name}={text} is an interval, and a grid takes values one by one. Write {field.name}=A,B,C, or "
-                "use --searcher random."
+                f"{field.name}={text} is an interval, and --searcher grid needs a list of values. Write "
+                f"{field.name}=A,B,C, or use --searcher random."
             )
         return _interval(field, _parsed(field, low), _parsed(field, high), about)
     values = tuple(dict.fromkeys(_parsed(field, item) for item in text.split(",") if item.strip()))
@@ -270,24 +284,44 @@ def _dimension(field: Field, text: str | None, listed: bool) -> Dimension:
 def _interval(field: Field, low: Any, high: Any, about: dict[str, bool]) -> Dimension:
     if not (_is_number(low) and _is_number(high) and low < high):
         raise UserError(
-            f"The range {low}..{high} of {field.name!r} is empty. The lower end comes first, and both are numbers."
+            f"The range {low}..{high} of {field.name!r} is empty. Give two numbers, the lower one first."
         )
     if about["log"] and low <= 0:
         about = {**about, "log": False}
-    kinds = typing.get_args(field.hint) or (field.hint,)
-    return Dimension(field.name, field.path, (), low, high, float not in kinds, **about)
+    return Dimension(field.name, field.path, (), low, high, float not in _kinds(field), **about)
 
 
 def _is_number(value: Any) -> bool:
     return isinstance(value, (int, float)) and not isinstance(value, bool)
 
 
-def _parsed(field: Field, text: str) -> Any:
-    """A value from the command line, of the field's type. Raises UserError when it is none."""
-    text = text.strip()
+def _kinds(field: Field) -> tuple[Any, ...]:
+    """Return the types that a value may have."""
     union = typing.get_origin(field.hint) in (types.UnionType, typing.Union)
-    kinds = typing.get_args(field.hint) if union else (field.hint,)
-    for kind in kinds:
+    return typing.get_args(field.hint) if union else (field.hint,)
+
+
+def _fitting(field: Field, value: Any) -> Any:
+    """Return a value that Ray Tune has resolved, as a plain Python value of the field's type."""
+    value = value.item() if isinstance(value, np.generic) else value
+    kinds = _kinds(field)
+    if callable(value):
+        raise UserError(
+            f"The value of {field.name!r} is a function. Give a value, or a domain such as tune.uniform(low, high)."
+        )
+    if _is_number(value) and int in kinds and float not in kinds and value != int(value):
+        raise UserError(
+            f"The field {field.name!r} takes whole numbers and was given {value}. Use tune.randint or tune.choice."
+        )
+    if _is_number(value) and not {int, float} & set(kinds):
+        return value
+    return int(value) if _is_number(value) and float not in kinds else value
+
+
+def _parsed(field: Field, text: str) -> Any:
+    """Return a value from the command line, of the field's type. Raise UserError when the text is no such value."""
+    text = text.strip()
+    for kind in _kinds(field):
         if kind is types.NoneType and text.lower() == "none":
             return None
         if kind is bool and text.lower() in ("true", "false"):
@@ -305,12 +339,12 @@ def _parsed(field: Field, text: str) -> Any:
                 return number
         if kind is str and text:
             return text
-    wanted = " or ".join(_described(kind) for kind in kinds)
-    raise UserError(f"The value {text!r} of {field.name!r} is none that it may have: it must be {wanted}.")
+    wanted = " or ".join(_described(kind) for kind in _kinds(field))
+    raise UserError(f"The value {text!r} of {field.name!r} is not allowed: it must be {wanted}.")
 
 
 def _described(kind: Any) -> str:
     if typing.get_origin(kind) is Literal:
         return ", ".join(map(str, typing.get_args(kind)))
     named = {int: "a whole number", float: "a number", bool: "true or false", str: "a name"}
-    return named.get(kind, "none" if kind is types.NoneType else "something that no sweep can vary")
+    return named.get(kind, "none" if kind is types.NoneType else "a value of a type that no sweep can vary")

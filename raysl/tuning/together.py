@@ -1,110 +1,114 @@
-"""Which runs of a sweep read together: those at the same time that take the same images in the same order.
+"""One stream for the runs of a sweep that take the same images in the same order at the same time.
 
-They are given seats at one stream, see `raysl.stream.shared`; each gets views of its own out of it. The driver opens a
-feed when a run begins and others that could share it are about to, and closes it when its last run is over.
+A `Desk` is an actor that a run asks for its place at a shared stream, see `raysl.stream.shared`. The desk opens a feed
+when a run begins and others that can share it are about to begin, and closes the feed when its last run has ended.
 """
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Sequence
 from dataclasses import dataclass, field, replace
 from typing import Any
 
 from raysl.backbone.network import BackboneConfig
 from raysl.config import Pretraining
+from raysl.dataset import DataSet
 from raysl.model import Model
+from raysl.ray_cluster.placement import Placement
 from raysl.stream.plan import Plan
 from raysl.stream.reader import Stream
 from raysl.stream.shared import Subscriber, open_feeds, slots, union
-from raysl.tuning.setting import Setting
-from raysl.tuning.space import Dimension
+from raysl.tuning.settings import Settings
 
-# Fields that change which images a step takes, or how long it is, so that the quick would wait for the slow.
+# Fields that change which images a step takes or how long it lasts, so that fast runs would wait for slow ones.
 _APART = ("batch_size", "backbone", "precision")
 
 
 @dataclass(frozen=True)
-class Reading:
-    """What runs at one stream have in common: the images of every step, and how much work a step is.
-
-    Args:
-        until: the step that the runs go to.
-    """
+class _Reading:
+    """What runs at one stream have in common: the images of every step, and the work of a step."""
 
     plan: Plan
     until: int
-    workers: int
     place: str
     backbone: BackboneConfig
     precision: str
 
-    @staticmethod
-    def of(config: Pretraining, setting: Setting, until: int) -> Reading:
-        plan = config.plan(setting.images)
-        workers = setting.workers
-        return Reading(plan, until, workers, config.stream.place, config.backbone, config.precision)
-
 
 @dataclass
 class _Table:
-    """A feed for every rank, and the runs that sit there."""
+    """A feed for every rank, and its runs."""
 
-    reading: Reading
+    reading: _Reading
     slots: frozenset[str]
     feeds: tuple[Any, ...]
     runs: set[str] = field(default_factory=set)
 
 
-class Together:
-    """The streams that runs of a sweep share at the moment."""
+def apart(settings: Settings) -> str:
+    """Return why no two runs of a sweep will share a stream; "" where some may."""
+    if not settings.config.share_stream:
+        return "--no-share-stream"
+    if settings.trials_at_once == 1:
+        return "one trial runs at a time"
+    if all(d.path[0] in _APART for d in settings.space.dimensions):
+        return f"trials differ in {' and '.join(settings.space.names)}"
+    return ""
 
-    def __init__(self, setting: Setting) -> None:
-        self._setting = setting
+
+def open_desk(images: DataSet, workers: int, placement: Placement) -> Any:
+    """Start the desk of a sweep, on the machine of the driver."""
+    import ray
+
+    here = ray.get_runtime_context().get_node_id()
+    near = ray.util.scheduling_strategies.NodeAffinitySchedulingStrategy(here, soft=False)
+    return ray.remote(num_cpus=0, scheduling_strategy=near)(Desk).remote(images, workers, placement)
+
+
+class Desk:
+    """The streams that runs of a sweep share at the moment.
+
+    Args:
+        images: pretraining images.
+        workers: trainers of a run.
+        placement: what each of them gets.
+    """
+
+    def __init__(self, images: DataSet, workers: int, placement: Placement) -> None:
+        self._images = images
+        self._workers = workers
+        self._placement = placement
         self._tables: list[_Table] = []
 
-    def apart(self) -> str:
-        """Why no two runs will share a stream, in a few words; "" where some may."""
-        setting = self._setting
-        if not setting.config.share_stream:
-            return "as asked"
-        if setting.at_once == 1:
-            return "there is one at a time"
-        if all(_keeps_apart(d) for d in setting.space.dimensions):
-            names = " and ".join(d.name for d in setting.space.dimensions)
-            return f"trials differ in {names}"
-        return ""
-
     def subscriber(
-        self, run: str, config: Pretraining, until: int, start: int, near: Iterable[Pretraining]
+        self, config: Pretraining, until: int, start: int, near: Sequence[Pretraining]
     ) -> Subscriber | None:
-        """A seat for a run that begins now; None when it should read on its own.
+        """Return the place of a run that begins now; None when it should read on its own.
 
         Args:
-            run: a name for it.
-            config: of it.
+            config: configuration of the run.
             until: the step that it goes to.
-            start: the step that it goes on from.
-            near: of runs that will begin soon, up to a step of the same schedule.
+            start: the step that it continues from.
+            near: configurations of runs that begin soon.
         """
-        if self.apart():
-            return None
-        reading, stream = Reading.of(config, self._setting, until), self._stream(config)
+        run, reading, stream = config.run, self._reading(config, until), self._stream(config)
         own = slots(stream)
         for table in self._tables:
             suits = table.reading == reading and table.slots.issuperset(own.values())
             if suits and _expects(table, run, start):
-                return self._sit(table, run, own)
-        others = [self._stream(c) for c in near if Reading.of(c, self._setting, until) == reading]
+                table.runs.add(run)
+                return Subscriber(run, table.feeds, own)
+        others = [self._stream(other) for other in near if self._reading(other, until) == reading]
         if not others:
             return None
         streams = [stream, *others]
-        table = _Table(reading, frozenset(union(streams).views), open_feeds(streams, start, until))
+        table = _Table(reading, frozenset(union(streams).views), open_feeds(streams, start, until), {run})
         self._tables.append(table)
         _expects(table, run, start)
-        return self._sit(table, run, own)
+        return Subscriber(run, table.feeds, own)
 
     def leave(self, run: str) -> None:
-        """Gives the seat of a run back, if it has one."""
+        """Give the place of a run back, if it has one."""
         import ray
 
         for table in self._tables:
@@ -114,23 +118,26 @@ class Together:
                     feed.leave.remote(run) if table.runs else ray.kill(feed)
         self._tables = [table for table in self._tables if table.runs]
 
-    def _sit(self, table: _Table, run: str, own: dict[str, str]) -> Subscriber:
-        table.runs.add(run)
-        return Subscriber(run, table.feeds, own)
+    def _reading(self, config: Pretraining, until: int) -> _Reading:
+        plan = config.plan(self._images)
+        return _Reading(plan, until, config.stream.place, config.backbone, config.precision)
 
     def _stream(self, config: Pretraining) -> Stream:
-        """The stream that a run would have. Its views do not depend on the backbone, of which a light one is built."""
-        images, placement = self._setting.images, self._setting.placement
-        light = replace(config, backbone=replace(config.backbone, name="small"))
-        return Model.of(light, images).stream(images, placement.share, world=self._setting.workers)
-
-
-def _keeps_apart(dimension: Dimension) -> bool:
-    return dimension.path[0] in _APART
+        """Return the stream that a run would have. Its views do not depend on the backbone; a small one is built."""
+        model = Model.of(replace(config, backbone=replace(config.backbone, name="small")), self._images)
+        return Stream(
+            self._images,
+            config.plan(self._images),
+            model.views(),
+            config.stream,
+            self._placement.share,
+            world=self._workers,
+            schedule=model.schedule(),
+        )
 
 
 def _expects(table: _Table, run: str, start: int) -> bool:
-    """Whether all feeds of a table still have what a run begins with; they then wait for it."""
+    """Return whether all feeds of a table still hold what a run begins with; they then wait for the run."""
     import ray
 
     try:

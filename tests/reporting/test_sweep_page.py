@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import shlex
 from dataclasses import asdict
 from pathlib import Path
@@ -15,16 +16,15 @@ from raysl.config import Pretraining, ViewConfig
 from raysl.errors import UserError
 from raysl.objectives.pirl import Config as Pirl
 from raysl.optim import OptimConfig
-from raysl.reporting import ReportConfig, report, sweep_figures
+from raysl.reporting import ReportConfig, report
 from raysl.reporting.command import command, folded
 from raysl.reporting.page import _breakable
 from raysl.reporting.sweep_figures import rank_correlation
 from raysl.storage import Folder
 from raysl.tuning.config import SweepConfig
-from raysl.tuning.journal import Journal
+from raysl.tuning.journal import FORMAT, Journal
 from raysl.tuning.record import Record
 from raysl.tuning.space import space
-from raysl.tuning.standing import Climb, Standing
 
 pytest.importorskip("matplotlib")
 pytest.importorskip("jinja2")
@@ -32,39 +32,59 @@ pytest.importorskip("jinja2")
 BASE = Pretraining("data", "-", epochs=9, parts={"pirl": {"dim": 16}})
 
 
-def written(folder: Path, *vary: str, **changes: Any) -> str:
-    """A sweep whose scores are made up; trial 1 has failed."""
-    config = SweepConfig(str(folder), "test", vary, **changes)
+def written(folder: Path, *vary: str, copies: bool = False, **changes: Any) -> str:
+    """Write a sweep with made-up scores. Trial 1 has failed; half of the others stop at the first rung with "asha"."""
+    config = SweepConfig(str(folder), vary, **changes)
     points = space(BASE, vary, config.searcher == "grid")
+    settings = asdict(config)
+    names = ("probe", "seeds", "searcher", "scheduler", "rungs", "reduction", "lag", "seed", "samples")
     journal = Journal(Folder(str(folder)))
-    settings = {
-        name: value
-        for name, value in asdict(config).items()
-        if name in ("probe", "seeds", "searcher", "scheduler", "rungs", "reduction", "lag", "seed")
-        or (name == "samples" and config.scheduler == "pbt")
-    }
     journal.add(
         {
             "event": "sweep",
-            "config": settings,
+            "format": FORMAT,
+            "config": {name: settings[name] for name in names},
             "space": [asdict(d) for d in points.dimensions],
             "base": BASE.to_json(),
-            "uris": {"train": "train", "test": "test"},
+            "uris": {"train": "train", "validation": "held out"},
         }
     )
-    while ready := (standing := Standing(config, points, journal.rows)).ready():
-        journal.add(_row(standing, ready[0]))
+    tried = (
+        points.grid() if config.searcher == "grid" else [points.drawn(0, n) for n in range(config.samples)]
+    )
+    for trial, values in enumerate(tried):
+        journal.add({"event": "trial", "trial": trial, "rung": 0, "values": values})
+        if trial == 1:
+            journal.add({"event": "failed", "trial": trial, "reason": "The loss is <nan>"})
+            continue
+        for rung in range(len(config.shares())):
+            for seed in config.seeds:
+                journal.add(
+                    {**_score(trial, seed, rung, values), "event": "score", "trial": trial, "rung": rung}
+                )
+            goes_on = config.scheduler != "asha" or trial % 2 == 0
+            donor = 0 if copies and trial > 5 else None
+            decision = {
+                "event": "decision",
+                "trial": trial,
+                "rung": rung,
+                "goes_on": goes_on,
+                "copies": donor,
+            }
+            if config.scheduler != "none" and rung < len(config.shares()) - 1:
+                journal.add(decision)
+                if donor is not None:
+                    changed = {**values, "pirl.lam": 0.123}
+                    journal.add({"event": "trial", "trial": trial, "rung": rung + 1, "values": changed})
+            if not goes_on:
+                break
     return str(folder)
 
 
-def _row(standing: Standing, climb: Climb) -> dict[str, Any]:
-    if climb.trial == 1:
-        return {"event": "failed", **asdict(climb), "reason": "The loss is <nan>"}
-    noise = rng.generator("noise", climb.trial, climb.seed).random()
-    values = standing.values(climb.trial) or {}
-    score = 0.2 + 0.1 * climb.rung - abs(values["pirl.lam"] - 0.5) / 5 + noise / 50
-    facts = {"score": score, "loss": 5 - noise, "seconds": 1800.0, "cpus": 2.0, "gpus": 0.0}
-    return {"event": "score", **asdict(climb), **facts}
+def _score(trial: int, seed: int, rung: int, values: dict[str, Any]) -> dict[str, Any]:
+    noise = rng.generator("noise", trial, seed).random()
+    score = 0.2 + 0.1 * rung - abs(values["pirl.lam"] - 0.5) / 5 + noise / 50
+    return {"seed": seed, "score": score, "loss": 5 - noise, "seconds": 1800.0, "cpus": 2.0, "gpus": 0.0}
 
 
 def test_the_page_says_it_all_and_the_same_sweep_gives_the_same_bytes(tmp_path: Path) -> None:
@@ -159,16 +179,45 @@ def test_the_command_of_a_configuration_gives_it_back() -> None:
 
 
 def test_a_population_is_shown_with_the_values_that_its_scores_had(tmp_path: Path) -> None:
-    sweep = written(
-        tmp_path, "lambda=0..1", searcher="random", scheduler="pbt", samples=8, rungs=2, seeds=(0,)
-    )
+    settings: dict[str, Any] = {
+        "searcher": "random",
+        "scheduler": "pbt",
+        "samples": 8,
+        "rungs": 2,
+        "seeds": (0,),
+    }
+    sweep = written(tmp_path, "lambda=0..1", copies=True, **settings)
     record = Record.open(sweep)
-    assert record.standing.num_trials == 8
-    changed = [n for n in range(8) if record.standing.values(n, 1) != record.standing.values(n, 0)]
-    assert changed
-    last = {sweep_figures._value(record.standing, n, record.standing.space.dimensions[0], 1) for n in changed}
-    assert last == {(record.standing.values(n, 1) or {})["pirl.lam"] for n in changed}
+    assert record.trials == list(range(8))
+    assert [record.values(n, 1)["pirl.lam"] for n in (6, 7)] == [0.123, 0.123]
+    assert record.values(7)["pirl.lam"] != 0.123
     assert "curve-pirl.lam.png" in report(sweep, ReportConfig()).list()
+
+
+def test_baselines_and_the_test_score_are_on_the_page(tmp_path: Path) -> None:
+    sweep = written(tmp_path, "lambda=0,0.5,1", seeds=(0,))
+    journal = Journal(Folder(sweep))
+    facts: dict[str, Any] = {"event": "baseline", "seed": 0, "chosen": None}
+    journal.add({**facts, "encoder": "random", "score": 0.1234})
+    journal.add({**facts, "encoder": "pixels", "score": 0.2345})
+    best = Record.open(sweep).best()
+    journal.add({"event": "test", "encoder": "trained", "seed": 0, "score": 0.3456, "chosen": best})
+    page = report(sweep, ReportConfig()).read("index.html").decode()
+    assert "0.1234</td>" in page
+    assert "raw pixels" in page
+    assert "scored once on the test images: 0.3456" in page
+
+
+def test_a_sweep_of_raysl_0_1_is_read(tmp_path: Path) -> None:
+    sweep = written(tmp_path, "lambda=0,0.5,1", seeds=(0,))
+    journal = tmp_path / "sweep.jsonl"
+    header, *rows = journal.read_text().splitlines()
+    old = json.loads(header)
+    old.pop("format")
+    old["uris"] = {"train": "train", "test": "old test"}
+    old["space"] = [{**{k: v for k, v in d.items() if k != "mutable"}, "live": True} for d in old["space"]]
+    journal.write_text("\n".join([json.dumps(old), *rows, ""]))
+    assert b"old test" in report(sweep, ReportConfig()).read("index.html")
 
 
 def test_rank_correlation() -> None:

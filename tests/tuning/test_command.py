@@ -25,46 +25,23 @@ def no_ray(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
     monkeypatch.chdir(tmp_path)
 
 
-def test_flags_of_a_sweep_stand_among_those_of_a_run(
-    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
-) -> None:
+def test_flags_of_a_sweep_stand_among_those_of_a_run(monkeypatch: pytest.MonkeyPatch) -> None:
     seen: list[tuple[Pretraining, SweepConfig]] = []
-    row: dict[str, Any] = {
-        "trial": 0,
-        "values": {"pirl.temperature": 0.1},
-        "state": "finished",
-        "share": 1.0,
-        "score": 0.5,
-        "spread": None,
-        "reason": "",
-    }
 
     def sweep(base: Pretraining, config: SweepConfig, *_: object) -> list[dict[str, Any]]:
         seen.append((base, config))
-        return [row, {**row, "trial": 1, "state": "failed", "reason": "disk full"}]
+        return []
 
-    def run_config(_: object, run: str, base: dict[str, Any], fields: object, **__: object) -> Pretraining:
-        return defaults.from_fields({**base, "run": run})
-
-    monkeypatch.setattr("raysl.tuning.driver.sweep", sweep)
-    # It would start Ray to open the images.
-    monkeypatch.setattr("raysl.api.run_config", run_config)
-    flags = "--epochs 3 --vary temperature=0.1,0.2 lambda --data shapes:50 --seeds 0 1 2 --pirl.head bn"
-    flags += " --test shapes:60 --out S"
-    with pytest.raises(SystemExit) as left:
-        main(["sweep", *flags.split()])
-    assert left.value.code == 1
-    ((base, config),) = seen
-    assert (base.data, base.epochs, base.parts["pirl"].head) == ("shapes:50", 3, "bn")
-    assert (config.vary, config.seeds, config.test, config.out) == (
-        ("temperature=0.1,0.2", "lambda"),
-        (0, 1, 2),
-        "shapes:60",
-        "S",
+    monkeypatch.setattr("raysl.api.sweep", lambda config, base: sweep(base, config))
+    monkeypatch.setattr("raysl.tuning.record.Record.open", lambda uri: uri)
+    monkeypatch.setattr("raysl.tuning.record.render", str)
+    flags = (
+        "--epochs 3 --vary temperature=0.1,0.2 lambda --data D --seeds 0 1 2 --pirl.head bn --test T --out S"
     )
-    said = capsys.readouterr().out
-    assert "disk full" in said
-    assert "Trials 1 failed" in said
+    main(["sweep", *flags.split()])
+    ((base, config),) = seen
+    assert (base.data, base.epochs, base.parts["pirl"].head) == ("D", 3, "bn")
+    assert config == SweepConfig("S", ("temperature=0.1,0.2", "lambda"), test="T", seeds=(0, 1, 2))
 
 
 @pytest.mark.parametrize(

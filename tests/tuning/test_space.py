@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import numpy as np
 import pytest
 
 from raysl.config import Pretraining
 from raysl.errors import UserError
-from raysl.tuning.space import Space, space
+from raysl.tuning.space import Space, configured, space
 
 BASE = Pretraining("data", "run", parts={"pirl": {"dim": 16}})
 
@@ -40,14 +42,14 @@ def test_a_grid_is_every_combination_and_becomes_configurations() -> None:
         (0.2, 0.0, 0.1),
         (0.2, 1.0, 0.1),
     ]
-    config = points.configured(BASE, points.grid()[1])
+    config = configured(BASE, points.grid()[1])
     assert (config.parts["pirl"].temperature, config.parts["pirl"].lam, config.optim.lr) == (0.1, 1.0, 0.1)
     assert config.parts["pirl"].dim == 16
 
 
 def test_methods_can_vary_with_a_field_that_all_of_them_have() -> None:
     points = made("method=predict-jigsaw,pirl-jigsaw", "num_permutations=10,20")
-    configs = [points.configured(BASE, p) for p in points.grid()]
+    configs = [configured(BASE, p) for p in points.grid()]
     assert [(c.method, c.parts["jigsaw"].num_permutations) for c in configs][1:3] == [
         ("predict-jigsaw", 20),
         ("pirl-jigsaw", 10),
@@ -76,16 +78,40 @@ def test_ends_hold_every_corner() -> None:
     assert corners == {(0.1, 0.0), (0.1, 1.0), (0.2, 0.0), (0.2, 1.0)}
 
 
-def test_neighbours_stay_inside() -> None:
+def test_domains_of_ray_tune_hold_the_same_values() -> None:
+    points = made("temperature=0.03..0.5", "num_negatives=64..4096", "pirl.head", listed=False)
+    domains = {d.name: d.domain() for d in points.dimensions}
+    assert (domains["pirl.temperature"].lower, domains["pirl.temperature"].upper) == (0.03, 0.5)
+    assert (domains["pirl.num_negatives"].lower, domains["pirl.num_negatives"].upper) == (64, 4097)
+    assert domains["pirl.head"].categories == ["linear", "mlp", "bn"]
+
+
+def test_changed_values_are_moved_back_into_their_intervals() -> None:
     points = made("temperature=0.1..0.2", "lambda=0,0.5,1", listed=False)
-    generator = np.random.default_rng(0)
-    values = {"pirl.temperature": 0.15, "pirl.lam": 0.0}
-    seen = set()
-    for _ in range(50):
-        values = points.near(values, generator)
-        assert 0.1 <= values["pirl.temperature"] <= 0.2
-        seen.add(values["pirl.lam"])
-    assert seen == {0.0, 0.5, 1.0}
+    assert points.clipped({"pirl.temperature": 0.2400001, "pirl.lam": 0.5}) == {
+        "pirl.temperature": 0.2,
+        "pirl.lam": 0.5,
+    }
+
+
+@pytest.mark.parametrize(
+    ("values", "answer"),
+    [
+        ({"pirl.temperatur": 0.1}, r"Did you mean pirl\.temperature"),
+        ({"pirl.temperature": lambda: 0.1}, "'pirl.temperature' is a function"),
+        ({"pirl.num_negatives": 0.5}, r"whole numbers and was given 0\.5"),
+        ({"pirl.temperature": -1.0}, "temperature"),
+        ({"epochs": 3}, "cannot vary"),
+    ],
+)
+def test_values_of_ray_tune_that_are_refused(values: dict[str, Any], answer: str) -> None:
+    with pytest.raises(UserError, match=answer):
+        configured(BASE, values)
+
+
+def test_numbers_of_numpy_become_plain() -> None:
+    config = configured(BASE, {"pirl.temperature": np.float64(0.1), "pirl.num_negatives": np.int64(32)})
+    assert type(config.parts["pirl"].num_negatives) is int
 
 
 @pytest.mark.parametrize(
@@ -95,15 +121,15 @@ def test_neighbours_stay_inside() -> None:
         ("npid.temperature", r"Did you mean pirl\.temperature\?"),
         (
             "jigsaw.num_perms",
-            r"Did you mean jigsaw\.num_permutations\? Those that can vary: jigsaw\.criterion",
+            r"Did you mean jigsaw\.num_permutations\? Fields that can vary: jigsaw\.criterion",
         ),
-        ("pirl", r"'pirl' is a group of fields. Give one of pirl\.dim"),
+        ("pirl", r"'pirl' is a group of fields. Vary one of pirl\.dim"),
         ("min_scale", "jigsaw.min_scale, view.min_scale"),
         ("momentum", "bank.momentum, optim.momentum"),
         ("epochs", "cannot vary"),
         ("data=a,b", "cannot vary"),
         ("seed=0,1", "--seeds"),
-        ("dim", "names no values"),
+        ("dim", "no list of values"),
         ("temperature=", "empty"),
         ("temperature=warm", "'warm' of 'pirl.temperature'.*must be a number"),
         ("temperature=nan", "must be a number"),
@@ -130,4 +156,4 @@ def test_a_field_is_given_once() -> None:
 def test_a_value_that_the_field_does_not_allow_is_named() -> None:
     points = made("lambda=0.5,2")
     with pytest.raises(UserError, match=r"pirl.lam is 2"):
-        points.configured(BASE, points.grid()[1])
+        configured(BASE, points.grid()[1])

@@ -1,4 +1,4 @@
-"""A whole sweep through Ray: what fails is marked, what is killed goes on, and what cannot run is refused first."""
+"""Whole sweeps through Ray Tune: failures are marked, an interrupted sweep continues, and what cannot run is refused."""
 
 from __future__ import annotations
 
@@ -20,12 +20,13 @@ from raysl.ray_cluster import placement
 from raysl.ray_cluster.placement import Machines
 from raysl.storage import Folder
 from raysl.tuning.config import SweepConfig
-from raysl.tuning.driver import sweep
 from raysl.tuning.journal import NAME, Journal
-from raysl.tuning.setting import prepare
+from raysl.tuning.record import Record
+from raysl.tuning.settings import hold_out, prepare
+from raysl.tuning.sweep import sweep
 from tests.data import make_dataset
 
-pytestmark = [pytest.mark.ray, pytest.mark.timeout(900)]
+pytestmark = [pytest.mark.ray, pytest.mark.timeout(1200)]
 
 FLAGS = (
     "--epochs 2 --batch-size 16 --workers 1 --view.image-size 16 --view.recipe plain --save.every-steps 4 "
@@ -61,76 +62,46 @@ def config(data: tuple[str, str], out: Path, **changes: Any) -> SweepConfig:
         "reduction": 2,
         "seeds": (0,),
         "max_concurrent": 1,
+        "validation": data[1],
     }
-    return SweepConfig(out=str(out), test=data[1], **{**settings, **changes})
+    return SweepConfig(out=str(out), **{**settings, **changes})
 
 
-@pytest.fixture(scope="module")
-def finished(
-    ray_session: None, data: tuple[str, str], tmp_path_factory: pytest.TempPathFactory
-) -> tuple[Folder, list[dict[str, Any]]]:
-    """A sweep that nothing disturbed, and its table."""
-    out = tmp_path_factory.mktemp("sweeps") / "undisturbed"
-    return Folder(str(out)), sweep(base(data), config(data, out))
-
-
-def test_a_trial_that_turns_nan_is_marked_and_the_rest_goes_on(
-    finished: tuple[Folder, list[dict[str, Any]]],
-) -> None:
-    folder, rows = finished
-    assert rows == folder.read_json("table.json")
+@pytest.mark.slow
+def test_a_sweep(ray_session: None, data: tuple[str, str], tmp_path: Path) -> None:
+    """A trial that turns NaN is marked, the others are not affected, and a finished sweep is not run again."""
+    out = tmp_path / "sweep"
+    rows = sweep(base(data), config(data, out, test=data[1]))
+    assert rows == Folder(str(out)).read_json("table.json")
     by_trial = {row["trial"]: row for row in rows}
     assert by_trial[0]["state"] == "finished"
     assert by_trial[1]["state"] == "failed"
     assert "The loss is" in by_trial[1]["reason"]
-    journal = Journal(folder)
-    (score, *_) = journal.of("score")
-    assert {"trial", "seed", "rung", "step", "score", "loss", "seconds", "cpus", "gpus"} <= score.keys()
+    record = Record.open(str(out))
     # Both rungs are on the one schedule of 12 steps.
-    assert [row["step"] for row in journal.of("score") if row["trial"] == 0] == [6, 12]
-    assert len(folder.list()) == len({"sweep.jsonl", "table.json", "tensorboard", "trials"})
-
-
-def test_a_finished_sweep_is_not_run_again(
-    finished: tuple[Folder, list[dict[str, Any]]], data: tuple[str, str]
-) -> None:
-    folder, rows = finished
-    before = folder.read(NAME)
-    assert sweep(base(data), config(data, Path(folder.uri))) == rows
-    assert folder.read(NAME) == before
-
-
-def test_another_sweep_in_the_same_folder_is_refused(
-    finished: tuple[Folder, list[dict[str, Any]]], data: tuple[str, str]
-) -> None:
+    assert [row["step"] for row in record.scores.values() if row["trial"] == 0] == [6, 12]
+    assert record.extras("baseline").keys() == {"random", "pixels"}
+    assert record.extras("test").keys() == {"trained", "random", "pixels"}
+    before = (out / NAME).read_bytes()
+    assert sweep(base(data), config(data, out, test=data[1])) == rows
+    assert (out / NAME).read_bytes() == before
     with pytest.raises(UserError, match=r"config\.rungs"):
-        sweep(base(data), config(data, Path(finished[0].uri), rungs=3))
+        sweep(base(data), config(data, out, rungs=3))
     with pytest.raises(UserError, match=r"base\.epochs"):
-        sweep(base(data, epochs=3), config(data, Path(finished[0].uri)))
+        sweep(base(data, epochs=3), config(data, out))
 
 
 @pytest.mark.slow
-def test_killed_driver(ray_session: None, data: tuple[str, str], tmp_path: Path) -> None:
-    """Killed when one trial is stopped and another is not begun; the same command goes on to the same table."""
+def test_a_killed_driver(ray_session: None, data: tuple[str, str], tmp_path: Path) -> None:
+    """It is killed when one trial is stopped and another has not begun; the same command makes the same table."""
     settings: dict[str, Any] = {"vary": ("optim.lr=0.3,1e-6,2e-6",), "seeds": (0, 1)}
     undisturbed = sweep(base(data), config(data, tmp_path / "undisturbed", **settings))
     assert {row["trial"]: row["state"] for row in undisturbed} == {0: "finished", 1: "stopped", 2: "stopped"}
     out = tmp_path / "sweep"
-    command = [
-        sys.executable,
-        "-m",
-        "raysl",
-        "sweep",
-        "--data",
-        data[0],
-        "--test",
-        data[1],
-        "--out",
-        str(out),
-    ]
-    command += FLAGS.split()
+    command = [sys.executable, "-m", "raysl", "sweep", *FLAGS.split()]
+    command += ["--data", data[0], "--validation", data[1], "--out", str(out)]
     first = subprocess.Popen(command, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
-    deadline = time.monotonic() + 400
+    deadline = time.monotonic() + 900
     while not (out / NAME).exists() or '"goes_on": false' not in (out / NAME).read_text():
         assert time.monotonic() < deadline
         with contextlib.suppress(subprocess.TimeoutExpired):
@@ -143,10 +114,17 @@ def test_killed_driver(ray_session: None, data: tuple[str, str], tmp_path: Path)
     assert subprocess.run(command, check=False, stdout=subprocess.DEVNULL).returncode == 0
     after = Journal(Folder(str(out)))
     assert (out / NAME).read_bytes().startswith(before)
-    # The one was stopped before the kill and the other after it.
     stopped = [row["trial"] for row in after.of("decision") if not row["goes_on"]]
     assert (stopped, before.count(b'"goes_on": false')) == ([1, 2], 1)
     assert after.folder.read_json("table.json") == undisturbed
+
+
+def test_a_sweep_of_raysl_0_1_is_not_continued(
+    ray_session: None, data: tuple[str, str], tmp_path: Path
+) -> None:
+    (tmp_path / NAME).write_text('{"event": "sweep", "config": {}}\n')
+    with pytest.raises(UserError, match=r"raysl 0\.1"):
+        sweep(base(data), config(data, tmp_path, vary=("temperature=0.1,0.2",)))
 
 
 @pytest.mark.parametrize(
@@ -185,39 +163,50 @@ def test_more_than_fits_is_refused_with_the_sum(
         prepare(base(data), config(data, tmp_path, max_concurrent=9))
 
 
+@pytest.mark.parametrize(
+    ("machines", "vary", "seeds", "expected"),
+    [
+        (Machines(({"CPU": 2.0},)), ("temperature",), (0,), (1, 1, 1)),
+        # On 16 CPUs, eight runs can have two each; two runs have eight.
+        (Machines(({"CPU": 16.0},)), ("temperature", "lambda"), (0,), (8, 1, 1)),
+        (Machines(({"CPU": 16.0},)), ("temperature=0.1,0.2",), (0,), (2, 1, 6)),
+        # Seeds of a trial run at a time where there are fewer trials than places.
+        (Machines(({"CPU": 16.0},)), ("temperature=0.1,0.2",), (0, 1), (2, 2, 3)),
+        # The head takes no work, and three machines of four CPUs can be started.
+        (
+            Machines(({"CPU": 0.0},), ({"CPU": 4.0},) * 3, 3),
+            ("temperature", "lambda"),
+            (0,),
+            (6, 1, 1),
+        ),
+    ],
+)
 def test_runs_at_a_time_follow_from_the_cluster(
-    ray_session: None, data: tuple[str, str], tmp_path: Path
+    monkeypatch: pytest.MonkeyPatch,
+    ray_session: None,
+    data: tuple[str, str],
+    tmp_path: Path,
+    machines: Machines,
+    vary: tuple[str, ...],
+    seeds: tuple[int, ...],
+    expected: tuple[int, int, int],
 ) -> None:
-    vary = ("temperature",)
-    one = prepare(base(data), config(data, tmp_path, max_concurrent=0, vary=vary))
-    assert (one.at_once, one.placement.cpus_per_worker) == (1, 1)
-    four = prepare(base(data), config(data, tmp_path, max_concurrent=4, vary=vary))
-    total = 4 * (four.placement.cpus_per_worker + four.placement.share.cpus)
-    assert total <= 2
-
-
-def test_no_more_runs_at_a_time_than_there_are(
-    monkeypatch: pytest.MonkeyPatch, ray_session: None, data: tuple[str, str], tmp_path: Path
-) -> None:
-    """On 16 CPUs, eight runs could have two each; two runs have eight."""
-    monkeypatch.setattr("ray.nodes", lambda: [{"Resources": {"CPU": 16.0}, "Alive": True}])
-    many = prepare(base(data), config(data, tmp_path, max_concurrent=0, vary=("temperature", "lambda")))
-    two = prepare(base(data), config(data, tmp_path, max_concurrent=0, vary=("temperature=0.1,0.2",)))
-    assert [(s.at_once, s.placement.cpus_per_worker) for s in (many, two)] == [(8, 1), (2, 6)]
-
-
-def test_runs_at_a_time_follow_from_what_the_cluster_can_grow_to(
-    monkeypatch: pytest.MonkeyPatch, ray_session: None, data: tuple[str, str], tmp_path: Path
-) -> None:
-    head, machine = {"CPU": 0.0}, {"CPU": 4.0}
-    monkeypatch.setattr(placement, "machines", lambda: Machines((head,), (machine,) * 3, 3))
-    grown = prepare(base(data), config(data, tmp_path, max_concurrent=0, vary=("temperature", "lambda")))
-    assert (grown.at_once, grown.placement.cpus_per_worker) == (6, 1)
+    monkeypatch.setattr(placement, "machines", lambda: machines)
+    found = prepare(base(data), config(data, tmp_path, max_concurrent=0, vary=vary, seeds=seeds))
+    assert (found.trials_at_once, found.seeds_at_once, found.placement.cpus_per_worker) == expected
 
 
 def test_pbt_changes_only_what_can_change_in_the_middle(data: tuple[str, str], tmp_path: Path) -> None:
+    changes: dict[str, Any] = {"searcher": "random", "scheduler": "pbt", "vary": ("num_negatives=8,16",)}
     with pytest.raises(UserError, match=r"pirl\.num_negatives cannot change"):
-        prepare(
-            base(data),
-            config(data, tmp_path, searcher="random", scheduler="pbt", vary=("num_negatives=8,16",)),
-        )
+        prepare(base(data), config(data, tmp_path, **changes))
+
+
+def test_a_tenth_of_the_labelled_images_is_held_out(tmp_path: Path) -> None:
+    labelled = make_dataset(tmp_path / "all", 60)
+    learn, held = hold_out(labelled, Folder(str(tmp_path / "sweep")))
+    assert (learn.num_images, held.num_images) == (54, 6)
+    again = hold_out(labelled, Folder(str(tmp_path / "other")))
+    assert [part.manifest.fingerprint for part in again] == [
+        part.manifest.fingerprint for part in (learn, held)
+    ]
