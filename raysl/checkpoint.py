@@ -42,7 +42,7 @@ class SaveConfig(Checked):
     every_minutes: Annotated[float, Bounds(0, 1e6)] = 5
     keep_last: Annotated[int, Bounds(low=1)] = 2
     keep_every: Annotated[int, Bounds(low=0)] = 0
-    keep_steps: tuple[int, ...] = ()
+    keep_steps: Annotated[tuple[int, ...], Bounds(low=0)] = ()
 
 
 @dataclass(frozen=True)

@@ -115,7 +115,7 @@ class SweepConfig:
 def check_seeds(seeds: tuple[int, ...]) -> None:
     """Raise UserError unless there is at least one seed and none occurs twice."""
     if not seeds or len(set(seeds)) < len(seeds):
-        raise UserError(f"--seeds is {seeds}; give at least one seed, each of them once.")
+        raise UserError(f"--seeds is {seeds}; give at least one seed, each once.")
 
 
 def check_probe(name: str) -> None:

@@ -9,7 +9,6 @@ import pytest
 
 from raysl import defaults, ray_cluster
 from raysl.__main__ import main
-from raysl.config import Pretraining
 from raysl.tuning.config import SweepConfig
 
 SWEEP = "sweep --data shapes:50 --test shapes:60 --out sweep"
@@ -25,21 +24,22 @@ def no_ray(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
     monkeypatch.chdir(tmp_path)
 
 
-def test_flags_of_a_sweep_stand_among_those_of_a_run(monkeypatch: pytest.MonkeyPatch) -> None:
-    seen: list[tuple[Pretraining, SweepConfig]] = []
+def test_flags_of_a_sweep_and_of_its_runs_are_one_list(monkeypatch: pytest.MonkeyPatch) -> None:
+    seen: list[tuple[dict[str, Any], SweepConfig]] = []
 
-    def sweep(base: Pretraining, config: SweepConfig, *_: object) -> list[dict[str, Any]]:
+    def sweep(config: SweepConfig, base: dict[str, Any]) -> list[dict[str, Any]]:
         seen.append((base, config))
         return []
 
-    monkeypatch.setattr("raysl.api.sweep", lambda config, base: sweep(base, config))
+    monkeypatch.setattr("raysl.api.sweep", sweep)
     monkeypatch.setattr("raysl.tuning.record.Record.open", lambda uri: uri)
     monkeypatch.setattr("raysl.tuning.record.render", str)
     flags = (
         "--epochs 3 --vary temperature=0.1,0.2 lambda --data D --seeds 0 1 2 --pirl.head bn --test T --out S"
     )
     main(["sweep", *flags.split()])
-    ((base, config),) = seen
+    ((given, config),) = seen
+    base = defaults.from_fields({**given, "run": "-"})
     assert (base.data, base.epochs, base.parts["pirl"].head) == ("D", 3, "bn")
     assert config == SweepConfig("S", ("temperature=0.1,0.2", "lambda"), test="T", seeds=(0, 1, 2))
 

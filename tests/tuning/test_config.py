@@ -25,7 +25,7 @@ def test_every_trial_is_scored_at_the_same_shares_of_one_schedule() -> None:
     ("changes", "answer"),
     [
         ({"vary": ()}, "at least one field"),
-        ({"seeds": (1, 1)}, "each of them once"),
+        ({"seeds": (1, 1)}, "each once"),
         ({"samples": 0}, "--samples is 0"),
         ({"reduction": 1}, "--reduction is 1"),
         ({"probe": "knm"}, "Did you mean 'knn'"),
