@@ -65,8 +65,8 @@ def play(
     monkeypatch.setenv("TUNE_PRINT_ALL_TRIAL_ERRORS", "0")
     monkeypatch.setenv("RAY_AIR_NEW_OUTPUT", "0")
 
-    bound = type("Bound", (Toy,), {"known": dict(notes.scores), "slow": slow, "log": str(folder / "steps")})
-    bound.at_once = at_once
+    names = {"known": dict(notes.scores), "slow": slow, "log": str(folder / "steps"), "at_once": at_once}
+    bound = type("Bound", (Toy,), names)
     order = InOrder(settings.scheduler(config, POINTS, TIMES), TRIALS, at_once, 0, notes)
     points = (lambda n: POINTS.drawn(0, n)) if config.searcher == "random" else settings.searcher(config)
     numbered = Numbered(points, order, 4, 0, dict(notes.values), notes.begun)
