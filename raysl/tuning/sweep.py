@@ -5,8 +5,10 @@ from __future__ import annotations
 import json
 import logging
 import os
+import pickle
 from collections.abc import Mapping
 from dataclasses import asdict, replace
+from pathlib import Path
 from typing import Any
 
 from raysl import ray_cluster
@@ -274,7 +276,7 @@ class _Progress:
     def scored(self, trial: int, result: Mapping[str, Any]) -> None:
         rung = result["rung"] - 1
         before = len(self._journal.rows)
-        for row in result["runs"]:
+        for row in json.loads(result["runs"]):
             facts = {**row, **self._settings.cost()}
             self._journal.add_once({**facts, "event": "score", "trial": trial, "rung": rung})
         if len(self._journal.rows) > before:
@@ -285,11 +287,9 @@ class _Progress:
     def failed(self, trial: int, record: Any) -> None:
         if trial in self._journal.failures():
             return
-        error = record.get_pickled_error() or record.get_error()
-        found = ray_cluster.user_error(error)
-        reason = str(found or error).strip().splitlines()[-1]
-        self._journal.add({"event": "failed", "trial": trial, "reason": str(found) if found else reason})
-        self._log(trial, f"failed: {found or reason}")
+        reason = _reason(record)
+        self._journal.add({"event": "failed", "trial": trial, "reason": reason})
+        self._log(trial, f"failed: {reason}")
 
     def decided(
         self, trial: int, rung: int, goes_on: bool, copies: int | None, values: Mapping[str, Any]
@@ -325,6 +325,18 @@ class _Progress:
         at_once = self._settings.trials_at_once * self._settings.seeds_at_once
         seconds = sum(row["seconds"] for row in rows) / done * left * len(record.config.seeds) / at_once
         return f"at most {duration(seconds)}"
+
+
+def _reason(record: Any) -> str:
+    """Return why a trial of Ray Tune failed. Its files are read on this machine: they reach the storage later."""
+    pickled = Path(record.pickled_error_file or "")
+    if pickled.is_file():
+        error = pickle.loads(pickled.read_bytes())
+        if found := ray_cluster.user_error(error):
+            return str(found)
+        return str(error).strip().splitlines()[-1]
+    text = Path(record.error_file).read_text() if record.error_file else "unknown"
+    return text.strip().splitlines()[-1]
 
 
 def _extras(settings: Settings, journal: Journal) -> None:

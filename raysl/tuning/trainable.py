@@ -97,7 +97,7 @@ class Trial(tune.Trainable):  # type: ignore[misc]
     """A trial: its values, its rung, and the folder of its runs.
 
     Subclasses set `task`; see `trainable`. Every result has "score" (mean over seeds, higher is better), "rung" (from
-    1), "t" (whole number proportional to the share of the schedule), "epoch", "loss" and "runs" (a row for each seed).
+    1), "t" (whole number proportional to the share of the schedule), "epoch", "loss" and "runs" (a row for each seed, as JSON).
     """
 
     task: Task
@@ -147,7 +147,7 @@ class Trial(tune.Trainable):  # type: ignore[misc]
             "rung": self._rung,
             "t": task.times[rung],
             "epoch": task.base.epochs * task.shares[rung],
-            "runs": [dict(row) for row in rows],
+            "runs": json.dumps([dict(row) for row in rows]),
             "done": self._rung == len(task.shares),
         }
 
