@@ -395,7 +395,7 @@ def reproduce(run: AnyRun, config: ReproduceConfig | None = None, **fields: Any)
     start_ray()
     from raysl.reproduction import reproduce as again
 
-    return again(first, settings, _log.info)
+    return again(first, settings)
 
 
 def doctor(config: DoctorConfig | None = None, **fields: Any) -> Report | Fleet:

@@ -28,12 +28,12 @@ from raysl.stream.views import View
 
 @dataclass(frozen=True)
 class DataFacts:
-    """What a model needs to know of its data set.
+    """Facts of a data set that its model depends on.
 
     Args:
-        num_images: N.
+        num_images: number of images N.
         num_classes: number of classes; 0 without labels.
-        fingerprint: of the data set; empty when it is not known.
+        fingerprint: fingerprint of the data set; empty if unknown.
     """
 
     num_images: int
@@ -100,7 +100,7 @@ class Model(nn.Module):
         return self.objective.forward(self.backbone, views)
 
     def views(self) -> dict[str, View]:
-        """Return what the stream makes of every image."""
+        """Return the views of every image, by name."""
         own = self.objective.recipes if isinstance(self.objective, ViewRecipes) else {}
         return {
             name: View(transform, _colors(own.get(name, self.config.view.recipe)))
@@ -135,7 +135,7 @@ class Model(nn.Module):
             share: CPUs of the data tasks.
             rank: the worker.
             world: number of workers.
-            device: where the tensors of the batches are put.
+            device: device of the tensors of the batches.
         """
         return Stream(
             dataset=dataset,
@@ -150,7 +150,7 @@ class Model(nn.Module):
         )
 
     def describe(self) -> dict[str, Any]:
-        """Return what the method adds to the run's metadata, as JSON."""
+        """Return the facts that the method adds to the run's metadata, as JSON."""
         described = {spec: transform.describe() for spec, transform in self.tasks.items()}
         facts = next(iter(described.values())) if len(described) == 1 else dict(described)
         if isinstance(self.objective, Describes):

@@ -1,11 +1,9 @@
-"""The backbone of a run for other programs: weights under the names that they know, and a model card.
+"""Export the backbone of a run for other programs, with a model card (README.md).
 
-What is written, besides README.md, the card:
-
-torchvision    model.pth, a state dict that loads with strict=True into torchvision's network less its head
-timm           pytorch_model.bin and config.json, as `timm.create_model("local-dir:FOLDER")` reads them
-safetensors    model.safetensors, the same state dict, with the run's facts in its metadata
-onnx           model.onnx, from images of 0 to 255 to features; the normalisation is part of it
+torchvision    model.pth, a state dict that loads with strict=True into torchvision's network without its head
+timm           pytorch_model.bin and config.json for `timm.create_model("local-dir:FOLDER")`
+safetensors    model.safetensors, the same state dict, with facts of the run as metadata
+onnx           model.onnx, from images of 0 to 255 to features; it includes the normalisation
 """
 
 from __future__ import annotations
@@ -39,12 +37,12 @@ _RESNETS = re.compile(r"(wide_)?resne(x)?t\d+(_\w+)?")
 
 @dataclass(frozen=True)
 class ExportConfig:
-    """Writes the backbone of a run for other programs.
+    """Export the backbone of a run for other programs.
 
     Args:
-        format: whose names the weights have, or of which kind the file is.
-        out: folder; by default `export/FORMAT` in the run.
-        step: of the checkpoint; the newest by default.
+        format: format of the weights.
+        out: folder of the files; default: `export/FORMAT` in the run.
+        step: step of the checkpoint; default: the newest.
     """
 
     format: Literal["torchvision", "timm", "safetensors", "onnx"] = "torchvision"
@@ -53,10 +51,10 @@ class ExportConfig:
 
 
 def export(run: Run, config: ExportConfig) -> Folder:
-    """Writes weights and model card, and returns where.
+    """Write weights and model card, and return their folder.
 
     Raises:
-        UserError: there is no such checkpoint, the backbone has no such layout, or a package is missing.
+        UserError: the checkpoint does not exist, the format does not support the backbone, or a package is missing.
     """
     where = "" if config.step is None else f"/checkpoints/step-{config.step:09d}"
     pretraining = run.config()
@@ -75,15 +73,15 @@ def export(run: Run, config: ExportConfig) -> Folder:
 
 def _torchvision(backbone: Backbone, config: Pretraining, step: int) -> dict[str, bytes]:
     if config.backbone.name == "small":
-        raise _no_layout("torchvision", config, "raysl's own")
+        raise _no_layout("torchvision", config, "a network of raysl itself")
     _refuse_other_layers("torchvision", config)
     return {"model.pth": _saved(backbone.body.state_dict())}
 
 
 def _timm(backbone: Backbone, config: Pretraining, step: int) -> dict[str, bytes]:
-    # The two agree on the names of residual networks alone.
+    # timm and torchvision have the same names of layers only for residual networks.
     if not _RESNETS.fullmatch(config.backbone.name):
-        raise _no_layout("timm", config, "no residual network of torchvision")
+        raise _no_layout("timm", config, "not a residual network of torchvision")
     _refuse_other_layers("timm", config)
     size = config.view.image_size
     seen = {"mean": IMAGENET_MEAN, "std": IMAGENET_STD, "input_size": [3, size, size], "num_classes": 0}
@@ -110,10 +108,10 @@ def _safetensors(backbone: Backbone, config: Pretraining, step: int) -> dict[str
 def _onnx(backbone: Backbone, config: Pretraining, step: int) -> dict[str, bytes]:
     _package("onnx", "onnx")
     _package("onnxscript", "onnxscript")
-    backbone.graph = None  # of norm "joint"; it is for training
+    backbone.graph = None  # Norm "joint" needs it for training only.
     size = config.view.image_size
     images_bchw = torch.zeros(2, 3, size, size)
-    # The exporter writes a file, and the place may be an object store.
+    # The exporter writes a local file, but the run may be in an object store.
     with tempfile.TemporaryDirectory() as folder:
         file = Path(folder) / "model.onnx"
         torch.onnx.export(
@@ -134,13 +132,13 @@ _FORMATS = {"torchvision": _torchvision, "timm": _timm, "safetensors": _safetens
 
 def _refuse_other_layers(form: str, config: Pretraining) -> None:
     if config.backbone.stem != "standard" or config.backbone.norm == "group":
-        raise _no_layout(form, config, f"of stem {config.backbone.stem!r} and norm {config.backbone.norm!r}")
+        raise _no_layout(form, config, f"with stem {config.backbone.stem!r}, norm {config.backbone.norm!r}")
 
 
 def _no_layout(form: str, config: Pretraining, why: str) -> UserError:
     return UserError(
-        f"The backbone {config.backbone.name!r} of this run is {why}, and {form} has no network with these layers. Export "
-        "it with --format safetensors or onnx."
+        f"--format {form} does not support the backbone of this run: {config.backbone.name!r} is {why}. Use --format "
+        "safetensors or onnx."
     )
 
 
@@ -149,7 +147,7 @@ def _package(module: str, name: str) -> Any:
         return importlib.import_module(module)
     except ImportError as error:
         raise UserError(
-            f"This format needs the package {name}, which is not installed. Install raysl[export]."
+            f"This --format needs the package {name}, which is not installed. Install raysl[export]."
         ) from error
 
 
@@ -161,7 +159,7 @@ def _saved(state: dict[str, Tensor]) -> bytes:
 
 _CARD = """# {method}, {backbone}
 
-Weights of the backbone after {step} steps of pretraining with raysl, without a head.
+Weights of the backbone, without a head, after {step} steps of pretraining with raysl.
 
 | | |
 |---|---|
@@ -175,32 +173,28 @@ Weights of the backbone after {step} steps of pretraining with raysl, without a 
 
 {use}
 
-## What it is worth
+## Evaluation
 
 {probes}
 
-## How it was made
+## Training command
 
 {command}
 
 ## Licence
 
-Not chosen. Whoever publishes these weights states one here, after looking at the terms of the images that they were
-learned from.
+Not chosen. State a licence here before you publish these weights, after checking the terms of the training images.
 """
 
-_NORMALISED = (
-    f"It takes RGB images in 0 .. 1 from which {IMAGENET_MEAN} is subtracted, divided by {IMAGENET_STD}."
-)
-# What is beside a number says what it is worth.
+_NORMALISED = f"The input is RGB images in 0 .. 1, normalised with mean {IMAGENET_MEAN} and standard deviation {IMAGENET_STD}."
 _BASELINES = (
-    "`trained` are these weights, `random` the same backbone before its first step, and `pixels` the images themselves,\n"
-    "by the same probe under the same protocol."
+    "`trained` are these weights, `random` is the same backbone before its first step, and `pixels` are the images\n"
+    "themselves, with the same probe and protocol."
 )
 
 
 def _python(*lines: str) -> str:
-    """A program that runs in the folder, and what the network takes."""
+    """Return a code block and the normalisation of the input."""
     return "\n".join(["```python", *lines, "```", "", _NORMALISED])
 
 
@@ -228,14 +222,14 @@ _USE = {
         'model.load_state_dict(load_file("model.safetensors"))',
         "model.eval()",
     ),
-    "onnx": "The input `images_bchw` is float32 (b, 3, {size}, {size}), RGB in 0 .. 255, and the normalisation is part "
-    "of the network. The output `features_bd` is float32 (b, d).",
+    "onnx": "The input `images_bchw` is float32 (b, 3, {size}, {size}), RGB in 0 .. 255; the network normalises it. The "
+    "output `features_bd` is float32 (b, d).",
 }
 
 
 def _card(run: Run, backbone: Backbone, step: int, form: str) -> str:
     config, data = run.config(), run.metadata()["data"]
-    # The last module that does nothing stands where a head was.
+    # The last identity has replaced the head.
     idle = [name for name, module in backbone.body.named_modules() if isinstance(module, nn.Identity)]
     facts = {
         "name": config.backbone.name,
@@ -261,13 +255,12 @@ def _card(run: Run, backbone: Backbone, step: int, form: str) -> str:
 
 
 def _probes(run: Run, step: int) -> str:
-    """The rows that stand for their probes at this step, each with its protocol, beside what the untrained backbone and
-    the pixels gave under it."""
+    """Return a table of the primary metrics at a step, with the baselines of the same protocol."""
     rows = [row for row in rows_of(run) if row["primary"]]
     rows = [row for row in rows if row["encoder"] != "trained" or row["step"] == step]
     there = [row for row in rows if row["encoder"] == "trained"]
     if not there:
-        return "No probe has measured this checkpoint; `raysl probe` does."
+        return "This checkpoint has no probe results; `raysl probe` adds them."
     values = {_measured(row): row["value"] for row in rows}
     columns = ("probe", "layer", "measure", *ENCODERS, "protocol", "train", "test")
     lines = [_BASELINES, "", f"| {' | '.join(columns)} |", "|---" * len(columns) + "|"]
@@ -282,5 +275,5 @@ def _probes(run: Run, step: int) -> str:
 
 
 def _measured(row: Mapping[str, Any]) -> tuple[Any, ...]:
-    """What is the same in rows of one run that may stand beside each other, and the encoder."""
+    """Return the key of a row without its step, so that baselines match."""
     return tuple(row[key] for key in KEY if key != "step")

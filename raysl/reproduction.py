@@ -1,9 +1,10 @@
-"""Running a run again from its metadata, and naming what differs: ingredients first, then numbers."""
+"""Repeat a run from its metadata and list the differences: first of data, code and packages, then of numbers."""
 
 from __future__ import annotations
 
 import json
-from collections.abc import Callable, Mapping
+import logging
+from collections.abc import Mapping
 from dataclasses import dataclass, replace
 from typing import Any
 
@@ -18,18 +19,19 @@ from raysl.run import METADATA, Run
 from raysl.storage import Folder
 from raysl.training.launch import pretrain
 
+_log = logging.getLogger("raysl.reproduction")
 # Columns of metrics that depend on the machine and its load.
 _TIMES = ("images_per_s", "wait_s", "wait_share", "eta_s")
 
 
 @dataclass(frozen=True)
 class ReproduceConfig:
-    """Runs a run again from its metadata and compares.
+    """Repeat a run from its metadata and compare the two.
 
     Args:
-        out: folder of the second run, a path or a URI; `again` inside the first by default.
-        steps: how far; 0 is as far as the first run's newest checkpoint.
-        data: where the images are now; by default where they were.
+        out: folder of the second run, a path or a URI; default: `again` in the first.
+        steps: number of steps; 0 for the steps of the first run's newest checkpoint.
+        data: data set; default: the data set of the first run.
     """
 
     out: str = ""
@@ -39,13 +41,13 @@ class ReproduceConfig:
 
 @dataclass(frozen=True)
 class Comparison:
-    """How a second run compares with the first.
+    """Comparison of a repeated run with the first.
 
     Args:
-        ingredients: what the runs were made of and differs: data, code, packages, workers.
-        numbers: what came out and differs.
-        steps: how far both were run.
-        run: the second.
+        ingredients: differences of data, code, packages and workers.
+        numbers: differences of metrics and weights.
+        steps: number of steps of both.
+        run: the second run.
     """
 
     ingredients: tuple[str, ...]
@@ -55,39 +57,39 @@ class Comparison:
 
     @property
     def same(self) -> bool:
-        """Whether all numbers are equal, to the last bit."""
+        """True if all numbers are equal to the last bit."""
         return not self.numbers
 
 
-def reproduce(first: Run, config: ReproduceConfig, say: Callable[[str], None] = print) -> Comparison:
-    """Runs `first` again and compares losses, learning rates, every other metric, and the weights.
+def reproduce(first: Run, config: ReproduceConfig) -> Comparison:
+    """Repeat `first` and compare all metrics and the weights.
 
     Raises:
-        UserError: the first run has no checkpoint to compare with, or the second cannot be run, or a run lies where
-            it would go. Other images are a difference and no error.
+        UserError: the first run has no checkpoint, the second cannot run, or its folder holds another run. Different
+            images are a difference and not an error.
     """
     newest = first.newest()
     steps = min(config.steps, newest.step) if config.steps else newest.step
     metadata = first.metadata()
     out = config.out or str(first.folder / "again")
     if not config.out:
-        Folder(out).delete()  # of an earlier comparison, perhaps of other code
+        Folder(out).delete()  # The rest of an earlier comparison.
     elif Folder(out).exists(METADATA):
-        raise UserError(f"A run lies at {out!r} already. Give a new folder to --out.")
+        raise UserError(f"--out is {out!r}, which already holds a run. Give a new folder.")
     again = replace(first.config(), run=out, data=config.data or metadata["data"]["uri"])
-    # The checkpoint to compare with must come at the same step, and others would only take time.
+    # Only the last checkpoint is compared.
     again = replace(again, save=replace(again.save, every_steps=0))
     ray_cluster.start()
     ingredients = list(_ingredients(metadata, resolve(again.data).manifest.fingerprint))
     for line in ingredients:
-        say(f"differs: {line}")
+        _log.info("differs: %s", line)
     second = pretrain(again, until=steps)
     numbers = list(_numbers(first, second, steps))
     return Comparison(tuple(ingredients), tuple(numbers), steps, second)
 
 
 def _ingredients(metadata: Mapping[str, Any], fingerprint: str) -> list[str]:
-    """What the second run is made of that the first was not. Sessions of the first may differ among themselves."""
+    """Return the differences of data, code and packages. Sessions of the first run may differ from each other."""
     found = []
     if metadata["data"]["fingerprint"] != fingerprint:
         found.append(f"data: fingerprint {metadata['data']['fingerprint'][:12]} then, {fingerprint[:12]} now")
@@ -110,14 +112,14 @@ def _flat(value: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:
 
 
 def _numbers(first: Run, second: Run, steps: int) -> list[str]:
-    """What came out differently: for each metric the first step and the greatest difference; then the weights."""
+    """Return for each metric that differs its first step and its greatest difference; then for the weights."""
     theirs = {row["step"]: row for row in first.metrics() if row["step"] <= steps}
     found: dict[str, str] = {}
     greatest: dict[str, float] = {}
     for row in second.metrics():
         before = theirs.get(row["step"], {})
         if before.get("over_steps") != row["over_steps"]:
-            continue  # means over other steps, where one of the runs was interrupted
+            continue  # After an interruption, a row is a mean over other steps.
         for name in sorted(row.keys() & before.keys() - {*_TIMES}):
             ours, old = row[name], before[name]
             if ours != old:
@@ -130,9 +132,9 @@ def _numbers(first: Run, second: Run, steps: int) -> list[str]:
 
 
 def _weights(then: Checkpoint, now: Checkpoint) -> list[str]:
-    """How many tensors of the network differ, and the first of them. Files may differ where tensors do not."""
+    """Return the number of tensors that differ, and the first of them. Equal tensors may be in different files."""
     before, after = then.state()["network"], now.state()["network"]
-    # A constant that was never set is NaN in both.
+    # A constant that was never set is NaN in both runs.
     changed = [
         name for name in before if not torch.equal(before[name].nan_to_num(), after[name].nan_to_num())
     ]

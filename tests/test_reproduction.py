@@ -1,4 +1,4 @@
-"""A run again: equal to the last bit, or what differs is named."""
+"""Test that a repeated run is equal to the last bit, and that differences are listed."""
 
 from __future__ import annotations
 
@@ -22,7 +22,7 @@ pytestmark = [pytest.mark.ray, pytest.mark.timeout(600)]
 
 @pytest.fixture(scope="module")
 def run(ray_session: None, tmp_path_factory: pytest.TempPathFactory) -> Run:
-    """A run that stopped in the middle of its schedule and went on."""
+    """Return a run that was stopped and resumed."""
     folder = tmp_path_factory.mktemp("reproduce")
     config = Pretraining(
         data=str(make_dataset(folder / "train", 48).folder),
@@ -39,13 +39,9 @@ def run(ray_session: None, tmp_path_factory: pytest.TempPathFactory) -> Run:
     return pretrain(config)
 
 
-def quiet(_: str) -> None:
-    pass
-
-
 def test_a_run_in_two_parts_is_reproduced_in_one_to_the_last_bit(run: Run) -> None:
     assert run.newest().step == 6
-    found = reproduce(run, ReproduceConfig(), quiet)
+    found = reproduce(run, ReproduceConfig())
     assert found.same, found.numbers
     assert found.steps == 6
     # The numbers that are compared are there.
@@ -53,7 +49,7 @@ def test_a_run_in_two_parts_is_reproduced_in_one_to_the_last_bit(run: Run) -> No
 
 
 def edited(run: Run, folder: Path, metadata: dict[str, Any], loss: float) -> Run:
-    """A copy of a run with another metadata and another loss at step 3."""
+    """Return a copy of a run with other metadata and another loss at step 3."""
     copy = Run(Folder(str(folder)))
     rows = run.metrics()
     rows[2]["loss"] = loss
@@ -65,17 +61,17 @@ def edited(run: Run, folder: Path, metadata: dict[str, Any], loss: float) -> Run
     return copy
 
 
-def test_what_differs_is_named(run: Run, tmp_path: Path) -> None:
+def test_differences_are_listed(run: Run, tmp_path: Path) -> None:
     metadata = json.loads(json.dumps(run.metadata()))
     metadata["data"]["fingerprint"] = "another"
     metadata["sessions"][0]["packages"]["torch"] = "1.0"
     copy = edited(run, tmp_path / "copy", metadata, loss=1.0)
-    found = reproduce(copy, ReproduceConfig(out=str(tmp_path / "again")), quiet)
+    found = reproduce(copy, ReproduceConfig(out=str(tmp_path / "again")))
     assert not found.same
     assert any(line.startswith("data: fingerprint another") for line in found.ingredients)
     assert any(line.startswith("packages torch: 1.0 in session 1") for line in found.ingredients)
     assert len(found.numbers) == 1
     assert found.numbers[0].startswith("loss: 1 then")
     assert "at step 3 first" in found.numbers[0]
-    with pytest.raises(UserError, match="lies at"):
-        reproduce(copy, ReproduceConfig(out=str(tmp_path / "again")), quiet)
+    with pytest.raises(UserError, match="already holds a run"):
+        reproduce(copy, ReproduceConfig(out=str(tmp_path / "again")))

@@ -1,4 +1,4 @@
-"""Configuration of a probe run: what is probed, by which protocols, and where the results go."""
+"""Configuration of a probe run."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ from raysl.storage import Folder
 
 @dataclass(frozen=True)
 class ProbeConfig:
-    """What is probed, by which protocols, and where the results go.
+    """Configuration of a probe run: the probes, their protocols, and the folder of the results.
 
     Args:
         probes: names of probes.

@@ -20,54 +20,29 @@ from dataclasses import dataclass
 from typing import Annotated
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
 from raysl import collective
-from raysl.backbone.network import encode_views
 from raysl.contrastive.bank import MemoryBank
-from raysl.fields import Bounds, Checked, Range
-from raysl.objectives import Loss, Setup
-from raysl.objectives._heads import mlp
+from raysl.fields import Bounds, Range
+from raysl.objectives import Loss
+from raysl.objectives._two_views import Projected, ProjectedConfig
 from raysl.stream.reader import Batch
 
 
 @dataclass(frozen=True)
-class Config(Checked):
+class Config(ProjectedConfig):
     """Hyperparameters of Barlow Twins.
 
     Args:
         lam: lambda, weight of the redundancy reduction, >= 0 (paper: 0.005).
-        dim: D, size of the embeddings (paper: 8,192).
-        hidden: width of the two hidden layers of the projector (paper: 8,192).
-        recipe_a: color recipe of the first view; empty for --view.recipe.
-        recipe_b: color recipe of the second view; empty for --view.recipe.
     """
 
     lam: Annotated[float, Bounds(0, 1000), Range((0.001, 0.005, 0.02), log=True, mutable=True)] = 0.005
-    dim: Annotated[int, Bounds(1, 65_536)] = 512
-    hidden: Annotated[int, Bounds(1, 65_536)] = 512
-    recipe_a: str = ""
-    recipe_b: str = ""
 
 
-class BarlowTwins(nn.Module):
+class BarlowTwins(Projected):
     """A projector for two views, and the loss of their cross-correlation."""
-
-    predicts = False
-    bank_dim = 0
-
-    def __init__(self, config: Config, setup: Setup) -> None:
-        super().__init__()
-        self.config = config
-        self.views = {"a": setup.pretext or setup.identity, "b": setup.identity}
-        self.recipes = {view: name for view, name in (("a", config.recipe_a), ("b", config.recipe_b)) if name}
-        self.projector = mlp(setup.width, config.hidden, config.dim, layers=3)
-
-    def forward(self, backbone: nn.Module, views: Mapping[str, Tensor]) -> dict[str, Tensor]:
-        """Compute embeddings (b, d) of both views."""
-        features = encode_views(backbone, [views["a"], views["b"]])
-        a_bd, b_bd = (self.projector(f.mean(dim=1)).float() for f in features)
-        return {"a": a_bd, "b": b_bd}
 
     def loss(self, outputs: Mapping[str, Tensor], batch: Batch, bank: MemoryBank | None) -> Loss:
         """Compute equation 1 over the global batch."""

@@ -24,43 +24,34 @@ from torch import Tensor, nn
 
 from raysl.backbone.network import encode_views
 from raysl.contrastive.bank import MemoryBank
-from raysl.fields import Bounds, Checked, Range
+from raysl.fields import Bounds, Range
 from raysl.objectives import Loss, Setup
 from raysl.objectives._heads import follow, frozen_copy, mlp, rising_momentum
+from raysl.objectives._two_views import TwoViews, TwoViewsConfig
 from raysl.stream.reader import Batch
 
 
 @dataclass(frozen=True)
-class Config(Checked):
+class Config(TwoViewsConfig):
     """Hyperparameters of BYOL.
 
     Args:
         momentum: first momentum of the target network, in 0..1 (paper: 0.996, and 0.99 for 300 epochs).
         dim: D, size of the embeddings (paper: 256).
         hidden: width of the hidden layer of projector and predictor (paper: 4,096).
-        recipe_a: color recipe of the first view; empty for --view.recipe.
-        recipe_b: color recipe of the second view; empty for --view.recipe.
     """
 
     momentum: Annotated[float, Bounds(0, 1), Range((0.9, 0.97, 0.99, 0.996))] = 0.99
     dim: Annotated[int, Bounds(1, 16_384)] = 128
     hidden: Annotated[int, Bounds(1, 65_536)] = 512
-    recipe_a: str = ""
-    recipe_b: str = ""
 
 
-class Byol(nn.Module):
+class Byol(TwoViews):
     """Projector and predictor of the online network, and the target network."""
 
-    predicts = False
-    bank_dim = 0
-
     def __init__(self, config: Config, setup: Setup) -> None:
-        super().__init__()
-        self.config = config
+        super().__init__(config, setup)
         self.num_steps = setup.num_steps
-        self.views = {"a": setup.pretext or setup.identity, "b": setup.identity}
-        self.recipes = {view: name for view, name in (("a", config.recipe_a), ("b", config.recipe_b)) if name}
         self.projector = mlp(setup.width, config.hidden, config.dim)
         self.predictor = mlp(config.dim, config.hidden, config.dim)
         self.target_backbone = frozen_copy(setup.backbone)

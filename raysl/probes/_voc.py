@@ -17,13 +17,56 @@ from xml.etree import ElementTree
 import numpy as np
 import numpy.typing as npt
 
-from raysl.errors import UserError, unknown
-from raysl.probes import field_values
+from raysl.errors import Unset, UserError, unknown
+from raysl.probes import Settings, field_values
 from raysl.storage import Folder
 from raysl.stream import decode
 
 IMAGES, ANNOTATIONS, SPLITS = "JPEGImages", "Annotations", "ImageSets/Main"
 _SIDES = ("xmin", "ymin", "xmax", "ymax")
+
+
+@dataclass(frozen=True)
+class VocSettings(Settings):
+    """Images of a probe that does not use --train and --test.
+
+    Args:
+        data: a folder in the layout of PASCAL VOC, with JPEGImages, Annotations and ImageSets/Main.
+        train_split: name of the list of images to learn from.
+        test_split: name of the list of images to score.
+    """
+
+    data: str = ""
+    train_split: str = "trainval"
+    test_split: str = "test"
+
+    @property
+    def splits(self) -> tuple[str, str]:
+        return self.train_split, self.test_split
+
+    def settings(self) -> dict[str, Any]:
+        """Return the settings with the fingerprint of both splits in place of their folder."""
+        return {
+            **field_values(self),
+            "data": fingerprint(Folder(self.data), self.splits) if self.data else "",
+        }
+
+    def folder(self, probe: str, wanted: str) -> Folder:
+        """Return the folder, made absolute, because workers have another working directory.
+
+        Args:
+            probe: name of the probe, for messages.
+            wanted: the images that it needs, for messages.
+
+        Raises:
+            Unset: no folder is given.
+        """
+        if not self.data:
+            raise Unset(
+                f"The probe {probe} needs {wanted}. Give --{probe.replace('_', '-')}.data FOLDER, a folder in the layout "
+                f"of PASCAL VOC, with {IMAGES}, {ANNOTATIONS} and {SPLITS}."
+            )
+        return Folder(self.data)
 
 
 @dataclass(frozen=True)
@@ -70,11 +113,6 @@ def fingerprint(folder: Folder, splits: tuple[str, ...]) -> str:
             for part in (split.encode(), name.encode(), *_files(folder, name, file)):
                 digest.update(len(part).to_bytes(8, "little") + part)
     return digest.hexdigest()
-
-
-def settings(config: Any, data: str, splits: tuple[str, str]) -> dict[str, Any]:
-    """Return the settings of a probe with own images: the fingerprint of the splits replaces the folder."""
-    return {**field_values(config), "data": fingerprint(Folder(data), splits) if data else ""}
 
 
 def _listed(folder: Folder, split: str) -> list[tuple[str, str]]:

@@ -28,14 +28,14 @@ from torch import Tensor, nn
 from torchvision.models.detection import FasterRCNN
 
 from raysl import optim, rng
-from raysl.errors import Unset, UserError
+from raysl.errors import UserError
 from raysl.extraction import Trainable
 from raysl.fields import Bounds
 from raysl.optim import OptimConfig
-from raysl.probes import Row, Settings, Subject, _detector, _voc
+from raysl.probes import Row, Subject, _detector, _voc
 from raysl.probes._finetuning import LAYER, step
 from raysl.probes._task import device, run_tasks
-from raysl.probes._voc import Picture
+from raysl.probes._voc import Picture, VocSettings
 from raysl.rng import ImageRng
 from raysl.storage import Folder
 from raysl.stream import decode
@@ -48,14 +48,10 @@ _NAMES = ("AP", "AP50", "AP75")
 
 
 @dataclass(frozen=True)
-class Config(Settings):
+class Config(VocSettings):
     """Protocol of detection.
 
     Args:
-        data: a folder in the layout of PASCAL VOC, with JPEGImages, Annotations and ImageSets/Main. The probe does not
-            use --train and --test.
-        train_split: name of the list of images to learn from.
-        test_split: name of the list of images to score.
         epochs: number of passes over the images.
         batch_size: images of a step.
         sides: lengths in pixels of the shorter side of an image: one of them at random in training, the last one in
@@ -65,9 +61,6 @@ class Config(Settings):
     """
 
     version: ClassVar[int] = 1
-    data: str = ""
-    train_split: str = "trainval"
-    test_split: str = "test"
     epochs: Annotated[int, Bounds(1, 10**6)] = 40
     batch_size: Annotated[int, Bounds(1, 10**6)] = 16
     sides: tuple[Annotated[int, Bounds(32, 10**4)], ...] = tuple(range(480, 801, 32))
@@ -82,10 +75,6 @@ class Config(Settings):
         super().__post_init__()
         if self.width % 32:
             raise UserError(f"--detection.width is {self.width}; it must be a multiple of 32, such as 256.")
-
-    def settings(self) -> dict[str, Any]:
-        """Return the settings with the fingerprint of both splits in place of their folder."""
-        return _voc.settings(self, self.data, (self.train_split, self.test_split))
 
 
 class Detection:
@@ -109,13 +98,7 @@ class Detection:
         """
         if not isinstance(subject.encoder, Trainable):
             return
-        if not self.config.data:
-            raise Unset(
-                "The probe detection needs images with boxes. Give --detection.data FOLDER, a folder in the layout of "
-                "PASCAL VOC, with JPEGImages, Annotations and ImageSets/Main."
-            )
-        # The folder is made absolute here, because workers have another working directory.
-        folder = Folder(self.config.data)
+        folder = self.config.folder("detection", "images with boxes")
         (rows,) = run_tasks(_measure, [(subject.encoder, self.config, folder, subject.seed)])
         yield from rows
 
@@ -123,7 +106,7 @@ class Detection:
 def _measure(encoder: Trainable, config: Config, folder: Folder, seed: int) -> list[Row]:
     """Return all rows."""
     _pycocotools()
-    train, test = (_voc.read(folder, split) for split in (config.train_split, config.test_split))
+    train, test = (_voc.read(folder, split) for split in config.splits)
     _check(train, test, config)
     # A class that only the test split has is never detected, and counts as 0.
     classes = _voc.classes_of(train, test)
@@ -152,7 +135,7 @@ def _check(train: Sequence[Picture], test: Sequence[Picture], config: Config) ->
             f"The split {config.test_split!r} has no boxes to score that are not difficult. Give another "
             "--detection.test-split."
         )
-    _voc.check_disjoint(train, test, (config.train_split, config.test_split), "detection")
+    _voc.check_disjoint(train, test, config.splits, "detection")
 
 
 def learn(

@@ -11,7 +11,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
-from typing import Any, ClassVar
+from typing import ClassVar
 
 import numpy as np
 import torch
@@ -19,11 +19,11 @@ from torch import Tensor
 
 from raysl import extraction
 from raysl.backbone import norm
-from raysl.errors import Unset, UserError
+from raysl.errors import UserError
 from raysl.extraction import Encode
-from raysl.probes import REESTIMATED, Floats, Integers, Labelled, Row, Settings, Subject, _voc
+from raysl.probes import REESTIMATED, Floats, Integers, Labelled, Row, Subject, _voc
 from raysl.probes._task import device, run_tasks
-from raysl.probes._voc import Picture
+from raysl.probes._voc import Picture, VocSettings
 from raysl.probes.svm import Config as SvmConfig
 from raysl.probes.svm import Svm
 from raysl.storage import Folder
@@ -33,26 +33,15 @@ _BATCH = 128
 
 
 @dataclass(frozen=True)
-class Config(Settings):
+class Config(VocSettings):
     """Protocol of the support vector machines on images with several classes.
 
     Args:
-        data: a folder in the layout of PASCAL VOC, with JPEGImages, Annotations and ImageSets/Main. The probe does not
-            use --train and --test.
-        train_split: name of the list of images to learn from.
-        test_split: name of the list of images to score.
         svm: protocol of the machines.
     """
 
     version: ClassVar[int] = 2
-    data: str = ""
-    train_split: str = "trainval"
-    test_split: str = "test"
     svm: SvmConfig = field(default_factory=SvmConfig)
-
-    def settings(self) -> dict[str, Any]:
-        """Return the settings with the fingerprint of both splits in place of their folder."""
-        return _voc.settings(self, self.data, (self.train_split, self.test_split))
 
 
 class VocSvm:
@@ -71,20 +60,16 @@ class VocSvm:
             UserError: no folder is given, or it is not in the layout (see `raysl.probes._voc.read`), the splits share
                 images, the test split shows no class, or scikit-learn is not installed.
         """
-        if not self.config.data:
-            raise Unset(
-                "The probe voc_svm needs images with several classes. Give --voc-svm.data FOLDER, a folder in the "
-                "layout of PASCAL VOC, with JPEGImages, Annotations and ImageSets/Main; the probe svm takes images of "
-                "one class."
-            )
-        # The folder is made absolute here, because workers have another working directory.
-        (rows,) = run_tasks(_measure, [(subject, self.config, Folder(self.config.data))])
+        folder = self.config.folder(
+            "voc_svm", "images with several classes (the probe svm takes images of one class)"
+        )
+        (rows,) = run_tasks(_measure, [(subject, self.config, folder)])
         yield from rows
 
 
 def _measure(subject: Subject, config: Config, folder: Folder) -> list[Row]:
     """Return the rows of all layers."""
-    splits = (config.train_split, config.test_split)
+    splits = config.splits
     train, test = (_voc.read(folder, split) for split in splits)
     _voc.check_disjoint(train, test, splits, "voc-svm")
     classes = _voc.classes_of(train, test)

@@ -1,8 +1,7 @@
-"""Who gets which CPUs and GPUs.
+"""Divide the CPUs and GPUs of a cluster among trainers and data tasks.
 
-Placement is computed once, from what the cluster has and what its autoscaler could still start, so that trainers and
-data tasks can always run at the same time. Ray would otherwise wait for ever, in silence, for a CPU that the trainers
-hold.
+Placement is computed once, from the machines of the cluster and those that its autoscaler can start, so that trainers
+and data tasks fit at the same time. Otherwise Ray would wait forever for CPUs that the trainers hold.
 """
 
 from __future__ import annotations
@@ -16,7 +15,7 @@ from raysl.ray_cluster import autoscaler
 from raysl.ray_cluster.autoscaler import Node
 from raysl.stream.reader import DataShare
 
-# A trainer and its data tasks need this many CPUs to keep out of each other's way.
+# A trainer and its data tasks disturb each other on fewer CPUs.
 _ROOMY_CPUS = 2.0
 
 
@@ -25,9 +24,9 @@ class Machines:
     """The machines of a cluster.
 
     Args:
-        now: {"CPU": n, "GPU": n, "memory": bytes} of each that is there.
-        later: of those that its autoscaler could start, in the order in which it prefers them.
-        room: how many of those at a time.
+        now: {"CPU": n, "GPU": n, "memory": bytes} of each running machine.
+        later: machines that the autoscaler can start, in the order of its preference.
+        room: largest number of them at a time.
     """
 
     now: tuple[Node, ...]
@@ -36,30 +35,29 @@ class Machines:
 
     @property
     def has_gpus(self) -> bool:
-        """Whether any machine has GPUs, or would have."""
+        """True if any running or possible machine has GPUs."""
         return any(node.get("GPU") for node in (*self.now, *self.later))
 
     def for_trainers(self) -> tuple[Node, ...]:
-        """Those that could be started for trainers: with GPUs, if there are any."""
+        """Return the machines that can be started for trainers: with GPUs, if there are any."""
         return tuple(node for node in self.later if node.get("GPU") or not self.has_gpus)[: self.room]
 
     @property
     def for_work(self) -> tuple[Node, ...]:
-        """Those that are there; if none of them takes work, and one can be started, that one, without a GPU if it can
-        be."""
+        """The running machines; if none of them takes work, also one that can be started, without a GPU if possible."""
         if self.later and self.room and not any(node.get("CPU", 0) for node in self.now):
             return (*self.now, min(self.later, key=lambda node: node.get("GPU", 0)))
         return self.now
 
     def totals(self) -> dict[str, float]:
-        """CPUs and GPUs that `for_work` have together; where some have GPUs, only of those."""
+        """Return the total CPUs and GPUs of `for_work`; if some machines have GPUs, of these alone."""
         nodes = self.for_work
         nodes = tuple(node for node in nodes if node.get("GPU")) or nodes
         return {kind: sum(node.get(kind, 0.0) for node in nodes) for kind in ("CPU", "GPU")}
 
 
 def machines() -> Machines:
-    """Those of the cluster that was joined or started."""
+    """Return the machines of the cluster that Ray is connected to."""
     import ray
 
     alive = [node for node in ray.nodes() if node["Alive"]]
@@ -72,7 +70,7 @@ def machines() -> Machines:
 
 
 def assigned_cpus() -> int:
-    """How many whole CPUs Ray has given this task or actor, at least one; one outside of them."""
+    """Return the number of whole CPUs of this Ray task or actor, at least one; one outside of tasks."""
     import ray
 
     if not ray.is_initialized() or ray.get_runtime_context().worker.mode != ray.WORKER_MODE:
@@ -82,13 +80,13 @@ def assigned_cpus() -> int:
 
 @dataclass(frozen=True)
 class Placement:
-    """Who gets what.
+    """Resources of the trainers and their data tasks.
 
     Args:
         cpus_per_worker: logical CPUs of a trainer.
         gpus_per_worker: GPUs of a trainer.
-        share: the data tasks of one trainer.
-        threads_per_worker: CPU threads of a trainer's arithmetic.
+        share: CPUs of the data tasks of one trainer.
+        threads_per_worker: CPU threads of a trainer.
     """
 
     cpus_per_worker: float
@@ -97,12 +95,12 @@ class Placement:
     threads_per_worker: int
 
     def resources(self) -> dict[str, float]:
-        """What Ray Train is asked for, for each worker."""
+        """Return the resources of a worker for Ray Train."""
         resources = {"CPU": self.cpus_per_worker}
         return {**resources, "GPU": self.gpus_per_worker} if self.gpus_per_worker else resources
 
     def busy(self, workers: int) -> str:
-        """What `workers` trainers would wait for now, in a sentence; "" when they can start."""
+        """Return a sentence about the resources that `workers` trainers must wait for; "" if they can start now."""
         import ray
 
         free, there = ray.available_resources(), ray.cluster_resources()
@@ -112,11 +110,11 @@ class Placement:
             if wanted > has:
                 return (
                     f"Waiting for {wanted:g} {kind}s: the cluster has {has:g} now and starts machines for the rest, "
-                    "which takes minutes. `ray status` on its head says how far it is."
+                    "which takes minutes. `ray status` on its head shows the progress."
                 )
             if wanted > free.get(kind, 0.0):
                 return (
-                    f"Waiting for {wanted:g} {kind}s: others use the cluster, and {free.get(kind, 0.0):g} of its "
+                    f"Waiting for {wanted:g} {kind}s: other work uses the cluster, and {free.get(kind, 0.0):g} of its "
                     f"{has:g} are free."
                 )
         return ""
@@ -127,19 +125,17 @@ def place(
     found: Machines | None = None,
     gpus_per_worker: float = 1,
 ) -> Placement:
-    """Divides the cluster among `workers` trainers and their data tasks.
+    """Divide the cluster among `workers` trainers and their data tasks.
 
-    Each trainer gets an equal slot of CPUs that lies on one machine, and leaves a part of it to data tasks. With GPUs
-    it takes one GPU and one CPU. Without, the arithmetic needs the CPUs most: it takes three quarters of a slot of
-    four or more, else half. CPUs outside the slots go to data tasks.
-
-    A cluster that grows is divided as it will be with the fewest more machines that the workers need. If any of its
-    machines has GPUs, trainers wait for those.
+    Each trainer gets a slot of CPUs on one machine and leaves a part of it to data tasks. With GPUs it takes one GPU
+    and one CPU; without, three quarters of a slot of four or more CPUs, else half. CPUs outside of the slots go to data
+    tasks. On an autoscaling cluster, plan for the smallest scale-up that fits. If any machine type has GPUs, trainers
+    wait for them.
 
     Args:
         workers: number of trainers.
-        found: the machines; by default those that the cluster has now, and could start.
-        gpus_per_worker: below 1, several small trainers share a GPU, where there are GPUs.
+        found: the machines; by default `machines()`.
+        gpus_per_worker: GPUs of a trainer if there are GPUs; below 1, several trainers share one.
 
     Raises:
         UserError: the cluster can never run so many workers.
@@ -159,7 +155,7 @@ def place(
 
 
 def usual_workers(found: Machines | None = None) -> int:
-    """Two trainers, or one where there is one GPU."""
+    """Return the default number of trainers: two, or one if there is one GPU."""
     found = found or machines()
     if not found.has_gpus:
         return 2
@@ -168,7 +164,7 @@ def usual_workers(found: Machines | None = None) -> int:
 
 
 def enough(workers: int, found: Machines, gpus_per_worker: float) -> tuple[Node, ...]:
-    """The machines that are there and the fewest more that give every worker room.
+    """Return the running machines and the fewest more that have room for every worker.
 
     Raises:
         UserError: there is not enough room even with all of them.
@@ -182,16 +178,16 @@ def enough(workers: int, found: Machines, gpus_per_worker: float) -> tuple[Node,
             f"{workers} workers need {workers * gpus_per_worker:g} GPUs and the cluster {could} {gpus}. "
             + (
                 f"Use --workers {sum(most_n)}, or a larger cluster."
-                if sum(most_n)
+                if any(most_n)
                 else "Use a larger cluster."
             )
         )
-    # Four trainers can share one core, slowly; more would only wait for each other.
+    # At most four trainers share a core; more would only wait for each other.
     fit = _slots(cpus_n, most_n, 0.25)
     if fit < workers:
         raise UserError(
             f"{workers} workers and their data tasks can never run on the {sum(cpus_n):g} CPUs that this cluster "
-            f"{could}: it can take {fit}. Use fewer workers, or a larger cluster."
+            f"{could}: it has room for {fit}. Use fewer workers, or a larger cluster."
         )
     slot = _ROOMY_CPUS if _slots(cpus_n, most_n, _ROOMY_CPUS) >= workers else 0.25
     counts = range(len(found.now), len(grown))
@@ -200,7 +196,7 @@ def enough(workers: int, found: Machines, gpus_per_worker: float) -> tuple[Node,
 
 
 def _room(workers: int, nodes: Sequence[Node], gpus_per_worker: float) -> tuple[list[float], list[int]]:
-    """The CPUs of each machine, and how many trainers its GPUs can take."""
+    """Return the CPUs of each machine, and the number of trainers that fit on its GPUs."""
     cpus_n = [node.get("CPU", 0.0) for node in nodes]
     if not gpus_per_worker:
         return cpus_n, [workers] * len(cpus_n)
@@ -208,11 +204,11 @@ def _room(workers: int, nodes: Sequence[Node], gpus_per_worker: float) -> tuple[
 
 
 def _slots(cpus_n: Sequence[float], most_n: Sequence[int], slot: float) -> int:
-    """How many slots of so many CPUs lie on the machines, at most `most_n` on each."""
-    # A machine divided by three has room for three, whatever the last bit of the quotient says.
+    """Return the number of slots of `slot` CPUs on the machines, at most `most_n` on each."""
+    # The margin is for rounding: a third of a machine fits three times.
     return sum(min(most, int(cpus / slot + 1e-6)) for cpus, most in zip(cpus_n, most_n, strict=True))
 
 
 def _floor(share: float) -> float:
-    """Rounds down to a thousandth; Ray counts in ten-thousandths."""
+    """Round down to a thousandth; Ray counts in ten-thousandths."""
     return int(share * 1000) / 1000

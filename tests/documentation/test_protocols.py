@@ -97,7 +97,7 @@ def test_a_new_file_has_its_section(tmp_path: Path, monkeypatch: pytest.MonkeyPa
     section = page.partition("\n## width\n")[2]
     assert section.startswith("\nWidth: how many numbers a feature has.\n")
     assert (
-        "- Primary metric: `width`; more is better.\n- Version of the protocol: 1.\n- Needs: features, "
+        "- Primary metric: `width`; more is better.\n- Version of the protocol: 1.\n- Needs: features "
         in section
     )
     assert "| `--width.times` | `1.5` | what it is multiplied by. |\n" in section

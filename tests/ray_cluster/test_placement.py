@@ -112,10 +112,10 @@ def test_who_gets_what(nodes: list[Node], workers: int, trainer: float, task: fl
 @pytest.mark.parametrize(
     ("nodes", "workers", "answer"),
     [
-        ([{"CPU": 2}], 9, "9 workers .* on the 2 CPUs .* it can take 8"),
-        ([{"CPU": 0}], 1, "on the 0 CPUs .* it can take 0"),
+        ([{"CPU": 2}], 9, "9 workers .* on the 2 CPUs .* it has room for 8"),
+        ([{"CPU": 0}], 1, "on the 0 CPUs .* it has room for 0"),
         ([{"CPU": 8, "GPU": 2}], 4, "4 workers need 4 GPUs and the cluster has 2. Use --workers 2"),
-        ([{"CPU": 0, "GPU": 2}, {"CPU": 8}], 2, "it can take 0"),
+        ([{"CPU": 0, "GPU": 2}, {"CPU": 8}], 2, "it has room for 0"),
     ],
 )
 def test_what_can_never_run_is_refused(nodes: list[Node], workers: int, answer: str) -> None:
@@ -158,7 +158,7 @@ def test_a_cluster_that_grows_is_divided_as_it_will_be(
             [{"CPU": 2.0}, *[GPU_MACHINE] * 12],
             "9 workers need 9 GPUs and the cluster could have 8. Use --workers 8",
         ),
-        ([{"CPU": 2.0}], "9 workers .* on the 2 CPUs that this cluster could have: it can take 8"),
+        ([{"CPU": 2.0}], "9 workers .* on the 2 CPUs that this cluster could have: it has room for 8"),
     ],
 )
 def test_what_no_growth_can_take_is_refused(later: list[Node], answer: str) -> None:
@@ -219,7 +219,7 @@ def test_a_cluster_that_others_use_is_said_to_be_waited_for(monkeypatch: pytest.
     monkeypatch.setattr("ray.cluster_resources", lambda: {"CPU": 4.0})
     placement = Placement(0.5, 0.0, DataShare(), 1)
     assert placement.busy(2) == ""
-    assert placement.busy(3) == "Waiting for 1.5 CPUs: others use the cluster, and 1 of its 4 are free."
+    assert placement.busy(3) == "Waiting for 1.5 CPUs: other work uses the cluster, and 1 of its 4 are free."
     on_gpus = Placement(1.0, 1.0, DataShare(), 1)
     assert on_gpus.busy(1).startswith(
         "Waiting for 1 GPUs: the cluster has 0 now and starts machines for the rest"
