@@ -28,7 +28,7 @@ from raysl.training.launch import pretrain
 
 @dataclass(frozen=True)
 class StudentFlags(Flags):
-    """Trains teachers, controls and students, and probes them on every data set.
+    """Train teachers, controls and students, and probe them on every data set.
 
     Args:
         probes: more data sets to probe on, with the splits "train" and "test".

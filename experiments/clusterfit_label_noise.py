@@ -38,7 +38,7 @@ ARMS = ("teacher", "distillation", "ClusterFit")
 
 @dataclass(frozen=True)
 class NoiseFlags(Flags):
-    """Trains teachers, distilled students and ClusterFit students at each noise, and probes them all.
+    """Train teachers, distilled students and ClusterFit students at each noise level, and probe them.
 
     Args:
         noises: shares of wrong labels.

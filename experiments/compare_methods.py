@@ -1,12 +1,11 @@
-"""Every method on the same images: the same backbone, schedule and number of images seen, probed beside an untrained one.
+"""Compare every method on the same images, with the same backbone, schedule and number of images.
 
 Command:  python experiments/compare_methods.py --data DATA --out results/methods/cifar10 --runs RUNS
 Hardware: 2 CPU cores, 24 GB, no GPU; 2 Ray Train workers.
 Time:     2 to 4 minutes a run; 16 methods and 2 seeds take an hour or more. With --local: one method, one minute.
 Expect:   PIRL ahead of prediction for the jigsaw, level with it or behind for the rotation; see results/methods.
 
-What is in RUNS is not done again, so the same command goes on, and with more --seeds or --methods it adds to the
-comparison.
+Finished runs in RUNS are not repeated: the same command resumes, and more --seeds or --methods extend the comparison.
 """
 
 from __future__ import annotations
@@ -17,7 +16,7 @@ from statistics import mean
 from typing import Any
 
 from raysl.evaluation.results import rows_under
-from raysl.experiment.comparison import METHODS, LineupFlags, measured, run_of
+from raysl.experiment.comparison import METHODS, ComparisonFlags, measured, run_of
 from raysl.experiment.script import command, locally
 from raysl.ingestion import resolve, splits
 from raysl.run import jsonl
@@ -25,18 +24,18 @@ from raysl.storage import Folder
 
 
 @dataclass(frozen=True)
-class CompareFlags(LineupFlags):
-    """Pretrains and probes every method for each seed; see `raysl.experiment.comparison`."""
+class CompareFlags(ComparisonFlags):
+    """Pretrain and probe every method for each seed; see `raysl.experiment.comparison`."""
 
     out: str = "results/methods"
     methods: tuple[str, ...] = field(default_factory=lambda: tuple(METHODS))
 
 
 def main(flags: CompareFlags) -> None:
-    """Runs what is missing; rows and table are written after every run."""
+    """Run all methods; write rows and table after every run."""
     flags = locally(flags, data="shapes:2000", methods=("predict-rotation",), images=4000)
     train, test = splits(flags.data)
-    # A classifier that is scored on the images it has learned from would show how well it remembers.
+    # Scored on its own training images, a classifier would only show how well it memorizes.
     names = ("knn",) if train == test else ("knn", "linear")
     seen, judged = (resolve(split).manifest.fingerprint for split in (train, test))
     rows: list[dict[str, Any]] = []
@@ -44,7 +43,7 @@ def main(flags: CompareFlags) -> None:
         for method in flags.methods:
             run = run_of(flags, method, seed)
             measured([run], flags, names)
-            # Other experiments share the runs, and may have probed more of their layers.
+            # Other experiments may have probed more layers of these runs.
             step = run.newest().step
             found = [row for name in names for row in rows_under(run, name, seen, judged, step=step)]
             about = {"method": method, "images": flags.images}
@@ -55,7 +54,7 @@ def main(flags: CompareFlags) -> None:
 
 
 def table(rows: list[dict[str, Any]]) -> str:
-    """Markdown: a line for each method, percent, the mean over seeds and in brackets each of them."""
+    """Return a Markdown table with a line for each method: percent, the mean over seeds and each seed in brackets."""
     lines = ["| method | kNN | untrained | linear | untrained |", "|---|---|---|---|---|"]
     for method in dict.fromkeys(row["method"] for row in rows):
         cells = [

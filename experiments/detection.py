@@ -1,9 +1,9 @@
-"""Objects in images: a Faster R-CNN that begins with the pretrained backbone.
+"""Detect objects: train a Faster R-CNN that starts from the pretrained backbone.
 
 Command:  python experiments/detection.py --detection.data VOC --data DATA --runs RUNS --out OUT
 Hardware: 2 CPU cores, 24 GB, no GPU; 2 Ray Train workers.
-Time:     2 to 4 minutes a run that is not there yet, many a probe (a GPU is advised). With --local: a few minutes, on
-          drawn boxes where no folder is given.
+Time:     2 to 4 minutes for each missing run, many for a probe (use a GPU). With --local: a few minutes, on drawn
+          boxes unless a folder is given.
 Expect:   pretrained backbones ahead of untrained ones, most at AP75.
 
 PIRL (Misra and van der Maaten 2020), table 1; the probe `detection`.
@@ -20,7 +20,7 @@ from PIL import Image, ImageDraw
 from raysl import rng
 from raysl.documentation import pictures
 from raysl.errors import UserError
-from raysl.experiment.comparison import LineupFlags, measured, reported, small, trained
+from raysl.experiment.comparison import ComparisonFlags, measured, reported, small, trained
 from raysl.experiment.script import command
 from raysl.probes import _voc
 from raysl.probes.detection import Config as Detection
@@ -28,12 +28,12 @@ from raysl.storage import Folder
 
 
 @dataclass(frozen=True)
-class DetectionFlags(LineupFlags):
-    """Pretrains what is missing and learns detection from each backbone.
+class DetectionFlags(ComparisonFlags):
+    """Pretrain missing runs and train a detector from each backbone.
 
     Args:
-        detection: protocol of the probe; its `data` is a folder in the layout of PASCAL VOC. With --local, boxes are
-            drawn where none is given.
+        detection: protocol of the probe; its `data` is a folder in the layout of PASCAL VOC. With --local and
+            no folder, boxes are drawn.
     """
 
     out: str = "results/detection"
@@ -42,15 +42,13 @@ class DetectionFlags(LineupFlags):
 
 
 def main(flags: DetectionFlags) -> None:
-    """Prints the table and writes the report."""
+    """Print the table and write the report."""
     flags = small(flags)
     config = flags.detection
     if flags.local and not config.data:
         config = replace(config, data=str(drawn(Folder(flags.runs) / "boxes")))
     if not config.data:
-        raise UserError(
-            "No boxes are given. Name a folder in the layout of PASCAL VOC with --detection.data."
-        )
+        raise UserError("--detection.data is empty. Give a folder with boxes in the layout of PASCAL VOC.")
     if flags.local:
         flags = replace(flags, methods=flags.methods[:1])
         config = replace(config, epochs=1, sides=(64,), width=32)
@@ -60,7 +58,7 @@ def main(flags: DetectionFlags) -> None:
 
 
 def drawn(folder: Folder) -> Folder:
-    """A folder in the layout of PASCAL VOC, filled with images that show a circle and a square each."""
+    """Fill a folder in the layout of PASCAL VOC with images of a circle and a square each."""
     counts = {"trainval": 24, "test": 12}
     for split, count in counts.items():
         names = [f"{split}-{number:02d}" for number in range(count)]
@@ -73,7 +71,7 @@ def drawn(folder: Folder) -> Folder:
 
 
 def _example(name: str) -> tuple[Image.Image, ElementTree.Element]:
-    """An image of 64 by 64 pixels and its annotations: a circle on the left and a square on the right."""
+    """Return an image of 64 by 64 pixels with a circle on the left and a square on the right, and its annotations."""
     image_rng = rng.generator("detection boxes", name)
     image = Image.new("RGB", (64, 64), _colour(image_rng, 0, 128))
     annotations, draw = ElementTree.Element("annotation"), ImageDraw.Draw(image)

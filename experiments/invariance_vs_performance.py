@@ -1,11 +1,11 @@
-"""Is a representation that ignores the transform a better one? Pretext, clustering and PIRL in both.
+"""Compare invariance to the transform with linear accuracy, for a pretext task, ClusterFit and PIRL.
 
 Command:  python experiments/invariance_vs_performance.py --data DATA --runs RUNS --out OUT
 Hardware: 2 CPU cores, 24 GB, no GPU; 2 Ray Train workers.
-Time:     2 to 8 minutes a run that is not there yet, a minute or two a probe. With --local: two to three minutes.
-Expect:   pretext below clustering and PIRL, in invariance and in linear top-1; which of the two is ahead is not sure.
+Time:     2 to 8 minutes for each missing run, a minute or two for a probe. With --local: two to three minutes.
+Expect:   the pretext task is below ClusterFit and PIRL in invariance and in linear top-1.
 
-Clustering is ClusterFit (Yan et al. 2020) of the first method's runs. The picture is scatter.png.
+ClusterFit (Yan et al. 2020) clusters the features of the first method. The picture is scatter.png.
 """
 
 from __future__ import annotations
@@ -15,7 +15,7 @@ from dataclasses import dataclass, replace
 from typing import Any
 
 from raysl.evaluation.results import rows_under
-from raysl.experiment.comparison import LineupFlags, measured, reported, small, trained
+from raysl.experiment.comparison import ComparisonFlags, measured, reported, small, trained
 from raysl.experiment.script import command
 from raysl.ingestion import resolve, splits
 from raysl.reporting.report_runs import LabelledRow, groups
@@ -26,15 +26,15 @@ from raysl.storage import Folder
 
 
 @dataclass(frozen=True)
-class ScatterFlags(LineupFlags):
-    """Pretrains what is missing, measures invariance and worth, and draws one against the other."""
+class ScatterFlags(ComparisonFlags):
+    """Pretrain missing runs, measure invariance and accuracy, and draw a scatter plot."""
 
     out: str = "results/invariance_vs_performance"
     methods: tuple[str, ...] = ("predict-jigsaw", "clusterfit", "pirl-jigsaw")
 
 
 def main(flags: ScatterFlags) -> None:
-    """Prints the tables, and writes the report and the scatter plot."""
+    """Print the tables, and write the report and the scatter plot."""
     flags = replace(small(flags), teacher=flags.methods[0])
     names = ["linear", "invariance"]
     runs = trained(flags, names)
@@ -45,12 +45,12 @@ def main(flags: ScatterFlags) -> None:
 
 
 def scatter(runs: Sequence[Run], train: str, test: str) -> bytes:
-    """PNG of linear top-1 against the invariance of the pooled features, by the default protocols: a dot a run's
-    method, small ones its seeds.
+    """Return a PNG of linear top-1 against the invariance of pooled features: a large dot for a method, small ones for
+    its seeds.
 
     Args:
-        train: fingerprint of the data set that the linear probe has learned from.
-        test: of the one on which both were judged.
+        train: fingerprint of the train set of the linear probe.
+        test: fingerprint of the test set of both probes.
     """
     from raysl.reporting.figure import drawn
 

@@ -1,9 +1,9 @@
-"""Two tasks together against each of them alone: relative position and colorization.
+"""Compare two tasks together with each of them alone: relative position and colorization.
 
 Command:  python experiments/multitask.py --data DATA --runs RUNS --out OUT
 Hardware: 2 CPU cores, 24 GB, no GPU; 2 Ray Train workers.
-Time:     2 to 4 minutes a run that is not there yet, a minute or two a probe. With --local: two to three minutes.
-Expect:   together at least as good as the better one alone, at equal numbers of images.
+Time:     2 to 4 minutes for each missing run, a minute or two for a probe. With --local: two to three minutes.
+Expect:   both together are at least as good as the better task alone, for the same number of images.
 
 Doersch and Zisserman 2017, "Multi-task self-supervised visual learning", table 1.
 """
@@ -12,14 +12,14 @@ from __future__ import annotations
 
 from dataclasses import dataclass, field
 
-from raysl.experiment.comparison import LineupFlags, measured, reported, small, trained
+from raysl.experiment.comparison import ComparisonFlags, measured, reported, small, trained
 from raysl.experiment.script import command
 from raysl.probes.linear import Config as Linear
 
 
 @dataclass(frozen=True)
-class TaskFlags(LineupFlags):
-    """Pretrains what is missing and probes every layer; with `local`, the last one.
+class TaskFlags(ComparisonFlags):
+    """Pretrain missing runs and probe every layer; with `local`, the last one.
 
     Args:
         linear: protocol of the linear probe.
@@ -31,12 +31,12 @@ class TaskFlags(LineupFlags):
         "predict-colorization",
         "multitask-relative_position,colorization",
     )
-    # To the optimum, layers of 9,216 numbers take many minutes each on two cores.
+    # The schedule "optimum" takes many minutes for a layer of 9,216 numbers on two cores.
     linear: Linear = field(default_factory=lambda: Linear(schedule="fast"))
 
 
 def main(flags: TaskFlags) -> None:
-    """Prints the tables and writes the report."""
+    """Print the tables and write the report."""
     flags = small(flags)
     runs = trained(flags, ["knn", "linear"])
     layers = ["pooled"] if flags.local else ["all"]

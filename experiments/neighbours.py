@@ -1,11 +1,11 @@
-"""The nearest images of the same few, for networks that learned in different ways, side by side.
+"""Draw the nearest neighbours of the same images in the features of several methods.
 
 Command:  python experiments/neighbours.py --data DATA --runs RUNS --out OUT
 Hardware: 2 CPU cores, 24 GB, no GPU; 2 Ray Train workers.
-Time:     2 to 4 minutes a run that is not there yet, a minute or two a probe. With --local: two to three minutes.
-Expect:   neighbours by colour in an untrained network, by layout with prediction, more by class with PIRL and labels.
+Time:     2 to 4 minutes for each missing run, a minute or two for a probe. With --local: two to three minutes.
+Expect:   neighbours by colour for an untrained network, by layout for prediction, by class for PIRL and supervised.
 
-The picture is neighbours.png; each run keeps its own sheet for `raysl report`, named by step and data sets.
+The picture is neighbours.png; each run stores its own sheet for `raysl report`, named by step and data sets.
 """
 
 from __future__ import annotations
@@ -14,7 +14,7 @@ from dataclasses import dataclass
 
 from raysl import extraction
 from raysl.documentation import pictures
-from raysl.experiment.comparison import LineupFlags, measured, reported, small, trained
+from raysl.experiment.comparison import ComparisonFlags, measured, reported, small, trained
 from raysl.experiment.script import command
 from raysl.extraction import Encoder
 from raysl.ingestion import resolve, splits
@@ -23,12 +23,12 @@ from raysl.storage import Folder
 
 
 @dataclass(frozen=True)
-class NeighbourFlags(LineupFlags):
-    """Pretrains what is missing, scores retrieval, and draws the sheets of the first seed.
+class NeighbourFlags(ComparisonFlags):
+    """Pretrain missing runs, score retrieval, and draw the sheets of the first seed.
 
     Args:
-        count: images that ask.
-        k: nearest images of each.
+        count: number of query images.
+        k: number of neighbours of each.
     """
 
     out: str = "results/neighbours"
@@ -38,7 +38,7 @@ class NeighbourFlags(LineupFlags):
 
 
 def main(flags: NeighbourFlags) -> None:
-    """Prints the table of retrieval, and writes the report and the picture."""
+    """Print the table of retrieval, and write the report and the picture."""
     flags = small(flags)
     runs = trained(flags, ["retrieval"])
     measured(runs, flags, ["retrieval"])

@@ -1,26 +1,26 @@
-"""What each layer is good for: a linear probe of every layer, covariant tasks against invariance.
+"""Compare methods by a linear probe of every layer.
 
 Command:  python experiments/per_layer.py --data DATA --runs RUNS --out OUT
 Hardware: 2 CPU cores, 24 GB, no GPU; 2 Ray Train workers.
-Time:     2 to 4 minutes a run that is not there yet, a minute or two a probe. With --local: two to three minutes.
-Expect:   over the untrained backbone, what predicts a jigsaw gains at res2 and nothing at the last layer; PIRL gains most
-          at the last.
+Time:     2 to 4 minutes for each missing run, a minute or two for a probe. With --local: two to three minutes.
+Expect:   compared with the untrained backbone, predict-jigsaw gains at res2 and nothing at the last layer; PIRL gains
+          most at the last.
 
-PIRL (Misra and van der Maaten 2020), figure 6. The figure layers-linear of the report.
+PIRL (Misra and van der Maaten 2020), figure 6. See the figure layers-linear of the report.
 """
 
 from __future__ import annotations
 
 from dataclasses import dataclass, field, replace
 
-from raysl.experiment.comparison import LineupFlags, measured, reported, small, trained
+from raysl.experiment.comparison import ComparisonFlags, measured, reported, small, trained
 from raysl.experiment.script import command
 from raysl.probes.linear import Config as Linear
 
 
 @dataclass(frozen=True)
-class LayerFlags(LineupFlags):
-    """Pretrains what is missing, probes every layer, and draws the curves.
+class LayerFlags(ComparisonFlags):
+    """Pretrain missing runs, probe every layer, and draw the curves.
 
     Args:
         linear: protocol of the probe.
@@ -28,12 +28,12 @@ class LayerFlags(LineupFlags):
 
     out: str = "results/per_layer"
     methods: tuple[str, ...] = ("predict-jigsaw", "pirl-jigsaw", "predict-rotation", "supervised")
-    # To the optimum, layers of 9,216 numbers take many minutes each on two cores.
+    # The schedule "optimum" takes many minutes for a layer of 9,216 numbers on two cores.
     linear: Linear = field(default_factory=lambda: Linear(schedule="fast"))
 
 
 def main(flags: LayerFlags) -> None:
-    """Prints the table by layer and writes the report."""
+    """Print the table by layer and write the report."""
     flags = small(flags)
     if flags.local:
         flags = replace(flags, methods=flags.methods[:2])

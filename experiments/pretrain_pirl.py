@@ -1,4 +1,4 @@
-"""PIRL with a jigsaw on CIFAR-10-sized images: is the representation better than an untrained one?
+"""Train PIRL with a jigsaw on images of the size of CIFAR-10, and compare the features with untrained ones.
 
 Command:  python experiments/pretrain_pirl.py --data DATA --epochs 4 --out results/cifar10
 Hardware: 2 CPU cores, 24 GB, no GPU; 2 Ray Train workers.
@@ -18,7 +18,7 @@ from raysl.optim import OptimConfig
 
 @dataclass(frozen=True)
 class PirlFlags(Flags):
-    """Pretrains PIRL once for each seed and probes every run.
+    """Pretrain PIRL once for each seed and probe every run.
 
     Args:
         epochs: visits to every image.
@@ -31,7 +31,7 @@ class PirlFlags(Flags):
 
 
 def main(flags: PirlFlags) -> None:
-    """The hyperparameters are those that a small backbone and a short run want; see results/cifar10."""
+    """Run all seeds, with hyperparameters for a small backbone and a short run; see results/cifar10."""
     flags = locally(flags, data="shapes:6000", epochs=1)
     base = Pretraining(
         data="-",

@@ -1,4 +1,4 @@
-"""Predicting a rotation on CIFAR-10-sized images: is the representation better than an untrained one?
+"""Predict a rotation on images of the size of CIFAR-10, and compare the features with untrained ones.
 
 Command:  python experiments/pretrain_rotation.py --data DATA --out results/predict-rotation
 Hardware: 2 CPU cores, 24 GB, no GPU; 2 Ray Train workers.
@@ -17,7 +17,7 @@ from raysl.optim import OptimConfig
 
 @dataclass(frozen=True)
 class RotationFlags(Flags):
-    """Predicts the turn, once for each seed, and probes every run.
+    """Predict the rotation, once for each seed, and probe every run.
 
     Args:
         epochs: visits to every image.
@@ -30,7 +30,7 @@ class RotationFlags(Flags):
 
 
 def main(flags: RotationFlags) -> None:
-    """Runs all seeds."""
+    """Run all seeds."""
     flags = locally(flags, data="shapes:6000", epochs=1)
     optim = OptimConfig(lr=0.12, warmup=0.05)
     pretrain_seeds(Pretraining("-", "-", "predict-rotation", epochs=flags.epochs, optim=optim), flags)

@@ -1,9 +1,9 @@
-"""Few labels: the whole network learns from 1 % and 10 % of them, from pretrained weights or from none.
+"""Train the whole network on 1 % and 10 % of the labels, from pretrained and from untrained weights.
 
 Command:  python experiments/semi_supervised.py --data DATA --runs RUNS --out OUT
 Hardware: 2 CPU cores, 24 GB, no GPU; 2 Ray Train workers.
-Time:     2 to 4 minutes a run that is not there yet, several minutes a probe. With --local: two to three minutes.
-Expect:   at 1 % of the labels, pretrained weights are ahead of untrained ones; at 10 % by less.
+Time:     2 to 4 minutes for each missing run, several for a probe. With --local: two to three minutes.
+Expect:   pretrained weights are better than untrained ones, by more at 1 % of the labels than at 10 %.
 
 PIRL (Misra and van der Maaten 2020), table 3; the probe `semisup`.
 """
@@ -12,27 +12,27 @@ from __future__ import annotations
 
 from dataclasses import dataclass, field, replace
 
-from raysl.experiment.comparison import LineupFlags, measured, reported, small, trained
+from raysl.experiment.comparison import ComparisonFlags, measured, reported, small, trained
 from raysl.experiment.script import command
 from raysl.probes.semisup import Config as Semisup
 
 
 @dataclass(frozen=True)
-class LabelFlags(LineupFlags):
-    """Pretrains what is missing and trains each backbone further on a few labels.
+class LabelFlags(ComparisonFlags):
+    """Pretrain missing runs and fine-tune each backbone on a few labels.
 
     Args:
         semisup: protocol of the probe.
     """
 
     out: str = "results/semi_supervised"
-    # The published schedule is for ImageNet, of which 1 % are 50 steps an epoch.
+    # The published schedule is for ImageNet, where 1 % gives 50 steps an epoch.
     semisup: Semisup = field(default_factory=lambda: Semisup(epochs=20, batch_size=32, head_lr=10.0))
     methods: tuple[str, ...] = ("predict-jigsaw", "pirl-jigsaw", "supervised")
 
 
 def main(flags: LabelFlags) -> None:
-    """Prints the table and writes the report."""
+    """Print the table and write the report."""
     flags = small(flags)
     runs = trained(flags, ["semisup"])
     config = replace(flags.semisup, epochs=2) if flags.local else flags.semisup

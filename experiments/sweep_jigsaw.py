@@ -1,12 +1,12 @@
-"""How many permutations a jigsaw should have: for predicting which one it was, and for PIRL, which compares.
+"""Sweep the number of permutations of a jigsaw, for prediction and for PIRL.
 
 Command:  python experiments/sweep_jigsaw.py --data DATA --out results/sweep-jigsaw --runs RUNS
 Hardware: 2 CPU cores, 24 GB, no GPU; one run at a time.
 Time:     planned: 10 trials of 2 seeds, about an hour and a half. With --local, on 1,500 drawn images: about 2 minutes.
-Expect:   as in the PIRL paper (arXiv 1912.01991, section 5): PIRL gains from more permutations and lies above
-          prediction at every number of them. Whether it shows at this size is what the report says.
+Expect:   as in the PIRL paper (arXiv 1912.01991, section 5): PIRL gains from more permutations and is above
+          prediction at every number of them. The report tells if this holds at this size.
 
-The same command goes on with what is in RUNS.
+The same command resumes the sweep in RUNS.
 """
 
 from __future__ import annotations
@@ -23,11 +23,11 @@ from raysl.tuning.config import SweepConfig
 
 @dataclass(frozen=True)
 class SweepFlags(Flags):
-    """Sweeps the number of permutations for both uses of a jigsaw and writes the table and the report.
+    """Sweep the number of permutations for both uses of a jigsaw, and write the table and the report.
 
     Args:
         permutations: sizes of the set.
-        images: of the train split, that are learned from.
+        images: number of images of the train split to learn from.
         epochs: visits to every image.
         retry: try the trials again that failed before.
     """
@@ -42,7 +42,7 @@ class SweepFlags(Flags):
 
 
 def main(flags: SweepFlags) -> None:
-    """Runs what is missing of the sweep, prints its table and writes its report."""
+    """Run or complete the sweep, print its table and write its report."""
     flags = locally(flags, data="shapes:1500", images=1500, epochs=1, permutations=(100,))
     images = drawn(flags, flags.images)
     base = Pretraining(
@@ -53,7 +53,7 @@ def main(flags: SweepFlags) -> None:
         batch_size=128,
         workers=flags.workers,
         optim=OptimConfig(lr=0.12, warmup=0.05),
-        # What a small backbone and a short run want; see results/cifar10.
+        # For a small backbone and a short run; see results/cifar10.
         parts={"pirl": Pirl(temperature=0.2, head="bn", num_negatives=min(4096, images.num_images - 1))},
     )
     config = SweepConfig(

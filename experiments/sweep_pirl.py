@@ -1,13 +1,13 @@
-"""The hyperparameters of PIRL on CIFAR-10-sized images: temperature, lambda, negatives and permutations, judged by kNN.
+"""Sweep temperature, lambda, negatives and permutations of PIRL on images of the size of CIFAR-10, scored by kNN.
 
 Command:  python experiments/sweep_pirl.py --data DATA --figure lambda --out results/sweep-pirl/lambda --runs RUNS
 Hardware: 2 CPU cores, 24 GB, no GPU; one run at a time.
 Time:     with --epochs 3, 16 minutes for all hyperparameters together (8 trials, 2 seeds, ASHA); with --epochs 3 --images 8000
           --seeds 0 1 2, about 15 for each figure. With --local, on 1,500 drawn images: about 2 minutes.
-Expect:   of the PIRL paper's findings (arXiv 1912.01991, section 5) that the best lambda lies in the middle; that more
-          negatives and more permutations help is not seen at this size. See results/sweep.
+Expect:   as in the PIRL paper (arXiv 1912.01991, section 5), the best lambda is in the middle. At this size, more
+          negatives and permutations do not help, unlike in the paper. See results/sweep.
 
-The same command goes on with what is in RUNS.
+The same command resumes the sweep in RUNS.
 """
 
 from __future__ import annotations
@@ -22,7 +22,7 @@ from raysl.optim import OptimConfig
 from raysl.storage import Folder
 from raysl.tuning.config import SweepConfig
 
-# The paper's grids; of negatives, those that the images allow.
+# The grids of the paper; numbers of negatives are limited by the number of images.
 NEGATIVES = (64, 256, 1024, 4096, 8192, 16_000, 32_000)
 GRIDS = {
     "lambda": "lambda=0,0.25,0.5,0.75,1",
@@ -32,12 +32,12 @@ GRIDS = {
 
 @dataclass(frozen=True)
 class SweepFlags(Flags):
-    """Sweeps PIRL and writes the table and the report.
+    """Sweep PIRL and write the table and the report.
 
     Args:
         figure: one of the paper's three ablations, or all four hyperparameters together, drawn at random and stopped by ASHA.
-        samples: trials of "all".
-        images: of the train split, that are learned from.
+        samples: number of trials of "all".
+        images: number of images of the train split to learn from.
         epochs: visits to every image.
         retry: try the trials again that failed before.
     """
@@ -53,7 +53,7 @@ class SweepFlags(Flags):
 
 
 def main(flags: SweepFlags) -> None:
-    """Runs what is missing of the sweep, prints its table and writes its report."""
+    """Run or complete the sweep, print its table and write its report."""
     flags = locally(flags, data="shapes:1500", samples=2, images=1500, epochs=3)
     images = drawn(flags, flags.images)
     base = Pretraining(
@@ -63,7 +63,7 @@ def main(flags: SweepFlags) -> None:
         batch_size=128,
         workers=flags.workers,
         optim=OptimConfig(lr=0.12, warmup=0.05),
-        # What a small backbone and a short run want; see results/cifar10. 4096 negatives take twice as long on two cores.
+        # For a small backbone and a short run; see results/cifar10. 4096 negatives take twice as long on two cores.
         parts={"pirl": Pirl(temperature=0.2, head="bn", num_negatives=min(1024, images.num_images - 1))},
     )
     out = str(Folder(flags.runs) / flags.figure)
@@ -74,7 +74,7 @@ def main(flags: SweepFlags) -> None:
 
 
 def settings(flags: SweepFlags, num_images: int) -> SweepConfig:
-    """What is tried."""
+    """Return the configuration of the sweep."""
     negatives = [count for count in NEGATIVES if count < num_images]
     if flags.figure == "all":
         hyperparameters = (

@@ -1,9 +1,9 @@
-"""Pretraining on one set and probing on another: what images are worth that nobody chose for the task.
+"""Pretrain on any images and probe on a labelled set: test how much uncurated images help.
 
 Command:  python experiments/uncurated.py --source IMAGES --data DATA --runs RUNS --out OUT
 Hardware: 2 CPU cores, 24 GB, no GPU; 2 Ray Train workers.
-Time:     2 to 4 minutes a run that is not there yet, a minute or two a probe. With --local: two to three minutes.
-Expect:   of both sources, the set itself and another one, PIRL loses less than prediction.
+Time:     2 to 4 minutes for each missing run, a minute or two for a probe. With --local: two to three minutes.
+Expect:   with other images than the labelled set, PIRL loses less accuracy than prediction.
 
 PIRL (Misra and van der Maaten 2020), table 4, pretrains on YFCC; here `--source` is any images, without labels.
 """
@@ -12,18 +12,18 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
-from raysl.experiment.comparison import LineupFlags, measured, reported, run_of, small, trained
+from raysl.experiment.comparison import ComparisonFlags, measured, reported, run_of, small, trained
 from raysl.experiment.script import command
 from raysl.ingestion import splits
 from raysl.storage import Folder
 
 
 @dataclass(frozen=True)
-class SourceFlags(LineupFlags):
-    """Pretrains on the source and on the labelled data themselves, and probes both on the latter.
+class SourceFlags(ComparisonFlags):
+    """Pretrain on the source and on the labelled data, and probe both on the labelled data.
 
     Args:
-        source: images to learn from; labels are not looked at.
+        source: images to learn from; labels are not used.
     """
 
     out: str = "results/uncurated"
@@ -32,7 +32,7 @@ class SourceFlags(LineupFlags):
 
 
 def main(flags: SourceFlags) -> None:
-    """Prints the tables, with the fingerprint of the images behind each method, and writes the report."""
+    """Print the tables, with the fingerprint of the images of each method, and write the report."""
     flags = small(flags)
     train, _ = splits("shapes:6000" if flags.local and flags.source == SourceFlags().source else flags.source)
     elsewhere = Folder(flags.runs) / "uncurated"

@@ -58,7 +58,7 @@ _LOCAL_DATA = "shapes:5000"
 
 
 @dataclass(frozen=True)
-class LineupFlags(Flags):
+class ComparisonFlags(Flags):
     """Flags of an experiment that compares methods.
 
     Args:
@@ -80,7 +80,7 @@ class LineupFlags(Flags):
     clusters: int = 300
 
 
-L = TypeVar("L", bound=LineupFlags)
+L = TypeVar("L", bound=ComparisonFlags)
 
 
 def small(flags: L) -> L:
@@ -91,7 +91,7 @@ def small(flags: L) -> L:
     return replace(flags, data=data, seeds=flags.seeds[:1], images=2560)
 
 
-def settings(flags: LineupFlags, method: str, seed: int, train: str, runs: Folder) -> Pretraining:
+def settings(flags: ComparisonFlags, method: str, seed: int, train: str, runs: Folder) -> Pretraining:
     """Return the configuration of a run.
 
     Distillation learns from the supervised run of the same seed. For "clusterfit", this is the configuration of the
@@ -117,7 +117,7 @@ def settings(flags: LineupFlags, method: str, seed: int, train: str, runs: Folde
     )
 
 
-def trained(flags: LineupFlags, names: Sequence[str]) -> list[Run]:
+def trained(flags: ComparisonFlags, names: Sequence[str]) -> list[Run]:
     """Train all methods and seeds and return their runs.
 
     Args:
@@ -128,7 +128,9 @@ def trained(flags: LineupFlags, names: Sequence[str]) -> list[Run]:
     return [run_of(flags, method, seed) for method in flags.methods for seed in flags.seeds]
 
 
-def run_of(flags: LineupFlags, method: str, seed: int, train: str = "", runs: Folder | None = None) -> Run:
+def run_of(
+    flags: ComparisonFlags, method: str, seed: int, train: str = "", runs: Folder | None = None
+) -> Run:
     """Train one method and return its run; for "clusterfit" the student, after its teacher.
 
     Args:
@@ -145,7 +147,7 @@ def run_of(flags: LineupFlags, method: str, seed: int, train: str = "", runs: Fo
 
 def measured(
     runs: Sequence[Run],
-    flags: LineupFlags,
+    flags: ComparisonFlags,
     names: Sequence[str],
     *,
     layers: Sequence[str] = ("pooled",),

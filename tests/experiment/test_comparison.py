@@ -11,7 +11,7 @@ from raysl.errors import UserError
 from raysl.evaluation.results import OLD_ROWS as ROWS
 from raysl.evaluation.results import protocol_hash
 from raysl.experiment import comparison
-from raysl.experiment.comparison import METHODS, LineupFlags, measured, settings, small
+from raysl.experiment.comparison import METHODS, ComparisonFlags, measured, settings, small
 from raysl.extraction import FeatureProtocol
 from raysl.probes import REESTIMATED
 from raysl.probes.knn import Config as Knn
@@ -24,7 +24,7 @@ from tests.extraction.test_feature_tasks import make_run
 
 def test_runs_differ_in_method_alone(tmp_path: Path) -> None:
     data = str(make_dataset(tmp_path / "set", 40).folder)
-    flags = LineupFlags(data, images=80, workers=1)
+    flags = ComparisonFlags(data, images=80, workers=1)
     configs = {method: settings(flags, method, 3, data, Folder(str(tmp_path))) for method in METHODS}
     assert len({config.run for config in configs.values()}) == len(METHODS)
     assert {(c.epochs, c.seed, c.batch_size, c.optim, c.view) for c in configs.values()} == {
@@ -34,10 +34,10 @@ def test_runs_differ_in_method_alone(tmp_path: Path) -> None:
 
 
 def test_local_draws_images_unless_others_are_named() -> None:
-    assert small(LineupFlags(local=True)).data == "shapes:5000"
-    assert small(LineupFlags("mine", seeds=(4, 5), local=True)).data == "mine"
-    assert small(LineupFlags(seeds=(4, 5), local=True)).seeds == (4,)
-    assert small(LineupFlags()) == LineupFlags()
+    assert small(ComparisonFlags(local=True)).data == "shapes:5000"
+    assert small(ComparisonFlags("mine", seeds=(4, 5), local=True)).data == "mine"
+    assert small(ComparisonFlags(seeds=(4, 5), local=True)).seeds == (4,)
+    assert small(ComparisonFlags()) == ComparisonFlags()
 
 
 def test_what_was_measured_is_not_measured_again(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -45,7 +45,7 @@ def test_what_was_measured_is_not_measured_again(tmp_path: Path, monkeypatch: py
     monkeypatch.setattr(comparison, "probe", lambda run, train, test, probes, **_: asked.append(probes))
     dataset = make_dataset(tmp_path / "set", 40)
     run, _ = make_run(dataset, tmp_path / "run")
-    flags = LineupFlags(str(dataset.folder), runs=str(tmp_path))
+    flags = ComparisonFlags(str(dataset.folder), runs=str(tmp_path))
     protocol = protocol_hash("knn", Knn(), FeatureProtocol(16), REESTIMATED)
     data = {"train": dataset.manifest.fingerprint, "test": dataset.manifest.fingerprint}
     there = row(probe="knn", protocol=protocol, layer="pooled", **data)
@@ -76,13 +76,13 @@ def test_runs_that_started_alike_share_their_baseline(
     monkeypatch.setattr(comparison, "probe", lambda *_, encoders, **rest: asked.append(encoders))
     dataset = make_dataset(tmp_path / "set", 40)
     runs = [make_run(dataset, tmp_path / name)[0] for name in ("one", "two")]
-    measured(runs, LineupFlags(str(dataset.folder), runs=str(tmp_path)), ["knn"])
+    measured(runs, ComparisonFlags(str(dataset.folder), runs=str(tmp_path)), ["knn"])
     assert asked == [["trained", "random"], ["trained"]]
 
 
 def test_what_cannot_be_probed_is_not_trained(tmp_path: Path) -> None:
     data = str(make_dataset(tmp_path / "set", 40).folder)
-    flags = LineupFlags(data, runs=str(tmp_path / "runs"), methods=("predict-rotation",), seeds=(3,))
+    flags = ComparisonFlags(data, runs=str(tmp_path / "runs"), methods=("predict-rotation",), seeds=(3,))
     with pytest.raises(UserError, match="The probe linear would learn from and be scored on the same images"):
         comparison.trained(flags, ["knn", "linear"])
     assert not (tmp_path / "runs").exists()
@@ -97,7 +97,7 @@ def test_clusterfit_has_the_run_of_its_seed_as_teacher(
     monkeypatch.setattr(comparison, "clusterfit", lambda config, student: fitted.append((config, student)))
     runs = str(tmp_path)
     comparison.trained(
-        LineupFlags(data, runs=runs, methods=("clusterfit",), seeds=(3,), teacher="predict-rotation"), []
+        ComparisonFlags(data, runs=runs, methods=("clusterfit",), seeds=(3,), teacher="predict-rotation"), []
     )
     ((config, student),) = fitted
     assert (config.teacher, config.k) == (f"{runs}/predict-rotation-3", 300)

@@ -17,7 +17,7 @@ from raysl.errors import UserError
 from raysl.evaluation.results import OLD_ROWS as ROWS
 from raysl.evaluation.results import protocol_hash
 from raysl.experiment import script as scripts
-from raysl.experiment.comparison import LineupFlags
+from raysl.experiment.comparison import ComparisonFlags
 from raysl.experiment.script import Flags, command, drawn, judged_on, locally, pretrain_seeds, probed
 from raysl.extraction import FeatureProtocol
 from raysl.ingestion import splits
@@ -52,7 +52,7 @@ def test_every_script_takes_the_common_flags(file: Path, monkeypatch: pytest.Mon
     monkeypatch.setattr(ray_cluster, "start", lambda: None)
     monkeypatch.setattr(sys, "argv", [file.name, "--data", "D", "--seeds", "3", "4", "--workers", "1"])
     kinds = [kind for kind in vars(module).values() if isinstance(kind, type) and issubclass(kind, Flags)]
-    own = next(kind for kind in kinds if kind not in (Flags, LineupFlags))
+    own = next(kind for kind in kinds if kind not in (Flags, ComparisonFlags))
     # Another meaning under a flag that all line-ups have would change their runs.
     common = {field.name for kind in own.__mro__[1:-1] for field in fields(kind)}
     assert set(own.__annotations__) & common <= {"data", "out", "runs", "seeds", "workers", "methods"}
