@@ -3,9 +3,11 @@
 from __future__ import annotations
 
 import json
+import re
 from collections import Counter
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, field
+from typing import Any
 
 import pyarrow as pa
 import pyarrow.compute as pc
@@ -14,23 +16,14 @@ from raysl.errors import UserError
 
 # Columns that are taken for the label, the first that is there.
 LABEL_NAMES = (
-    *(
-        "label",
-        "labels",
-        "fine_label",
-        "class",
-        "target",
-        "category",
-        "y",
-        "cls",
-        "class_name",
-        "class_label",
-    ),
-    *("label_name", "class_id", "label_id", "category_id", "coarse_label"),
-)
+    "label labels fine_label class target category y cls class_name class_label label_name class_id label_id "
+    "category_id coarse_label"
+).split()
 # More classes than this, or one for nearly every image, are identifiers and not classes.
 _MOST_CLASSES = 1 << 20
 _FEW_IMAGES = 1000
+SEVERAL = "holds several values for each image (several classes, or one-hot), and a data set holds one class for each"
+_TEXTS = (pa.types.is_string, pa.types.is_large_string, pa.types.is_binary, pa.types.is_large_binary)
 
 
 class NoClassesError(Exception):
@@ -82,20 +75,20 @@ def as_classes(column: pa.Array, names: list[str] | None = None) -> pa.Array:
     if pa.types.is_dictionary(kind):
         return as_classes(column.cast(kind.value_type), names)
     if pa.types.is_list(kind) or pa.types.is_large_list(kind) or pa.types.is_fixed_size_list(kind):
-        lengths = pc.list_value_length(column)
-        if pc.any(pc.not_equal(lengths, 1)).as_py():
-            raise NoClassesError("lists several classes for an image, and a data set holds one")
+        if pc.any(pc.greater(pc.list_value_length(column), 1)).as_py():
+            raise NoClassesError(SEVERAL)
         single = pa.array([row[0] if row else None for row in column.to_pylist()], kind.value_type)
         return as_classes(single, names)
     if pa.types.is_null(kind):
         return pa.nulls(len(column), pa.string())
-    if pa.types.is_floating(kind):
+    if pa.types.is_floating(kind) or pa.types.is_decimal(kind):
+        column = column.cast(pa.float64())
         column = pc.if_else(pc.is_finite(column), column, None)
         if pc.any(pc.not_equal(column, pc.floor(column))).as_py():
             example = column.filter(pc.not_equal(column, pc.floor(column)))[0].as_py()
             raise NoClassesError(f"holds fractions, such as {example:g}")
         if pc.any(pc.greater(pc.abs(column), float(1 << 53))).as_py():
-            raise NoClassesError("holds numbers beyond those that floats count")
+            raise NoClassesError("holds numbers above 2^53, which floats do not count exactly")
         return as_classes(column.cast(pa.int64()), names)
     if pa.types.is_integer(kind):
         if pa.types.is_signed_integer(kind):
@@ -111,9 +104,26 @@ def as_classes(column: pa.Array, names: list[str] | None = None) -> pa.Array:
         return pa.array(names, pa.string()).take(column)
     if pa.types.is_boolean(kind):
         return column.cast(pa.string())
-    if pa.types.is_string(kind) or pa.types.is_large_string(kind):
-        return pc.if_else(pc.equal(column, ""), None, column.cast(pa.string()))
+    if any(is_text(kind) for is_text in _TEXTS):
+        try:
+            column = pc.utf8_trim_whitespace(column.cast(pa.string()))
+        except pa.ArrowInvalid:
+            raise NoClassesError("holds text that is not in UTF-8") from None
+        return pc.if_else(pc.equal(column, ""), None, column)
     raise NoClassesError(f"is of type {kind}")
+
+
+def as_class(value: Any) -> str | None:
+    """Return the class that one value of JSON names; None for no label. Raises NoClassesError as `as_classes`."""
+    if isinstance(value, int) and not isinstance(value, bool):
+        return str(value) if value >= 0 else None
+    return as_classes(pa.array([value]))[0].as_py()  # type: ignore[no-any-return]
+
+
+def as_class_of_text(text: str) -> str | None:
+    """Return the class in a file of text: a whole number, or a name; None for no label."""
+    number = re.fullmatch(r"([+-]?\d+)(\.0*)?", text.strip())
+    return as_class(int(number[1]) if number else text)
 
 
 @dataclass

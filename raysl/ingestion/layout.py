@@ -14,26 +14,24 @@ from dataclasses import dataclass, field
 from typing import Literal
 
 from raysl.ingestion.found import Found, LeftOut, shown
-from raysl.ingestion.listing import IMAGE, Survey, is_split, join
+from raysl.ingestion.listing import IMAGE, TABLE, Survey, is_split, join
 
 Labels = Literal["auto", "folders", "none"]
 
-# Folders of pictures that are not the images: masks, and what tools write beside the images.
-_MASKS = {
-    *(
-        "masks",
-        "segmentationclass",
-        "segmentationclassaug",
-        "segmentationobject",
-        "segmentation",
-        "segmentations",
-    ),
-    *("trimaps", "ground_truth", "groundtruth", "gt", "annotations", "annotation", "labels", "labelids"),
-}
+# Folders of pictures that are not the images: masks, depths, and what tools write beside the images.
+_MASKS = re.compile(
+    r"(.*[_ -])?(masks?|segmentations?|segmentation(class|object)(aug)?|trimaps?|ground_?truths?|gt|gt(fine|coarse)|"
+    r"annotations?|labels?|labelids|depths?|disparit(y|ies))",
+    re.IGNORECASE,
+)
 # Folders beside which others hold masks, crops or depths of the same images.
-_IMAGES = {"images", "image", "imgs", "img", "jpegimages", "rgb"}
+_IMAGES = re.compile(r"images?|imgs?|jpegimages|rgb|(left|right)img8bit", re.IGNORECASE)
 # Folders that hold images of any class.
-_GENERIC = {*_IMAGES, "photos", "pictures", "pics", "frames", "data", "all"}
+_GENERIC = re.compile(
+    r"(.*[_ -])?(images?|imgs?|jpegimages|rgb|photos?|pictures?|pics?|frames?|data|all|files?|jpe?gs?|pngs?)([_ -].*)?",
+    re.IGNORECASE,
+)
+BESIDE_CLASSES = "images beside the class folders"
 _TRAIN = re.compile(r"train", re.IGNORECASE)
 _NUMBER = re.compile(r"\d{5,}")
 
@@ -90,7 +88,7 @@ class Skip(Exception):
 
 def join_within(folder: str, above: str) -> bool:
     """Return True if a folder is `above` or lies below it."""
-    return folder == above or folder.startswith(f"{above}/")
+    return not above or folder == above or folder.startswith(f"{above}/")
 
 
 def recognise(
@@ -145,8 +143,8 @@ def _descend(survey: Survey, layout: Layout) -> None:
 def _without_masks(survey: Survey, layout: Layout) -> list[str]:
     """Return the folders with images inside the base, and leave folders of masks out."""
     children = survey.children(layout.base)
-    masks = [name for name in children if name.lower() in _MASKS]
-    pictures = [name for name in children if name not in masks and name.lower() in _IMAGES]
+    masks = [name for name in children if _MASKS.fullmatch(name)]
+    pictures = [name for name in children if name not in masks and _IMAGES.fullmatch(name)]
     if pictures and not any(is_split(name) for name in children):
         masks = [name for name in children if name != pictures[0]]
     if len(masks) == len(children) and not survey.images(layout.base, direct=True):
@@ -163,7 +161,7 @@ def _without_masks(survey: Survey, layout: Layout) -> list[str]:
 
 def _splits(survey: Survey, base: str) -> tuple[list[str], list[str]]:
     """Return the folders inside the base that are splits, and other folders with images; none and none without."""
-    children = [name for name in survey.children(base) if name.lower() not in _MASKS]
+    children = [name for name in survey.children(base) if not _MASKS.fullmatch(name)]
     for strictly in (True, False):
         named = [name for name in children if is_split(name, strictly)]
         training = [name for name in named if _TRAIN.search(name)]
@@ -191,7 +189,7 @@ def _classes(survey: Survey, layout: Layout, labels: Labels, choose: Callable[[l
                 f"{direct:,} images lie beside the folders in {where} ({shown(survey.examples[base, IMAGE])}), so the "
                 "folders are not taken for classes; --labels folders takes them and leaves those images out"
             )
-        elif len(children) == 1 and children[0].lower() in _GENERIC:
+        elif len(children) == 1 and _GENERIC.fullmatch(children[0]):
             why = f"the only folder is called {shown(children[0])!r}, as {example}"
         elif all("JPEGImages" in survey.children(join(base, name)) for name in children):
             why = f"the folders are years or parts of Pascal VOC, as {example}"
@@ -199,7 +197,7 @@ def _classes(survey: Survey, layout: Layout, labels: Labels, choose: Callable[[l
             why = f"the folders are numbered parts with a text for each image, as {example}"
     if why:
         found.layout = found.layout or "a folder of images"
-        found.labels = f"none: {why}{_annotations(survey)}"
+        found.labels = f"none: {why}{_unused(survey)}"
         return
     inner = {name: survey.children(join(base, name)) for name in children}
     found.layout = "class folders" + (f" in the split {found.split!r}" if found.split else "")
@@ -214,8 +212,19 @@ def _classes(survey: Survey, layout: Layout, labels: Labels, choose: Callable[[l
         found.layout += f", in {shown(base)}/"
     layout.classes_in = base
     if direct:
-        found.left_out.add("images beside the class folders", survey.examples[base, IMAGE], direct)
+        found.left_out.add(BESIDE_CLASSES, survey.examples[base, IMAGE], direct)
     found.labels = f"the folder of each image, as {example}"
+    inside_classes = sum(
+        counts[IMAGE] > 0
+        and folder.count("/") > (base.count("/") + 1 if base else 0)
+        and join_within(folder, base)
+        for folder, counts in survey.folders.items()
+    )
+    if inside_classes and not layout.inner_split:
+        found.labels = (
+            f"the first folder of each image, as {example}; the folders inside class folders ({inside_classes:,}) give "
+            "no labels"
+        )
 
 
 def _has_text(survey: Survey, base: str, children: list[str]) -> bool:
@@ -228,16 +237,19 @@ def _has_text(survey: Survey, base: str, children: list[str]) -> bool:
     return 2 * notes >= sum(survey.images(at) for at in folders)
 
 
-def _annotations(survey: Survey) -> str:
-    """Return what is said of annotations that are not used."""
+def _unused(survey: Survey) -> str:
+    """Return the sentence about annotations and tables that are not used; "" without any."""
     for folder, counts in survey.folders.items():
-        name = folder.rpartition("/")[2].lower()
-        notes = counts.get("JSON and XML files", 0) or counts.get("text files", 0)
-        if (notes and name in ("annotations", "annotation", "labels")) or (
-            notes and "/labels/" in f"/{folder.lower()}/"
-        ):
+        notes = counts["JSON and XML files"] or counts["text files"]
+        if notes and re.search(r"/(annotations?|labels)/", f"/{folder.lower()}/"):
             return (
-                f". Those in {shown(folder)}/ are not used: they name any number of objects in an image (Pascal VOC, "
-                "COCO, YOLO), and a data set holds one class for each image"
+                f". The annotations in {shown(folder)}/ are not used: they name any number of objects in an image "
+                "(Pascal VOC, COCO, YOLO), and a data set holds one class for each image"
             )
-    return ""
+    table = next((path for (_, kind), path in survey.examples.items() if kind == TABLE), "")
+    if not table:
+        return ""
+    return (
+        f". If {shown(table)} holds labels, give that table as the source, with --image-column and --label-column "
+        "where its columns have names of their own"
+    )

@@ -21,13 +21,13 @@ from raysl.stream.formats import EXTENSIONS, looks_like_image
 if TYPE_CHECKING:
     import pyarrow.fs as pafs
 
-IMAGE = "image"
+IMAGE, TABLE = "image", "tables"
 # Bytes at the beginning of a file that tell whether it is an image.
 _HEAD_BYTES = 4096
 _KINDS = {
     "text files": ".txt .md .rst .log .py .m .ipynb .sh .html .htm .css .js .yaml .yml .cfg .ini .toml .names .license",
     "JSON and XML files": ".json .xml",
-    "tables": ".csv .tsv .jsonl .ndjson .parquet .arrow .feather .xls .xlsx .sqlite .db",
+    TABLE: ".csv .tsv .jsonl .ndjson .parquet .arrow .feather .xls .xlsx .sqlite .db",
     "archives": ".tar .zip .gz .tgz .bz2 .xz .zst .7z .rar",
     "videos": ".mp4 .avi .mov .mkv .webm .mpg .mpeg .wmv .m4v",
     "audio files": ".wav .mp3 .flac .ogg",
@@ -49,7 +49,8 @@ LABEL_TABLES = ("metadata.csv", "metadata.jsonl", "metadata.parquet", "val_annot
 _SPLIT = r"train|training|trainval|test|testing|val|valid|validation|dev|unlabell?ed|extra"
 _IS_SPLIT = re.compile(rf"({_SPLIT})[ _-]?(set|data|images?|\d+)?", re.IGNORECASE)
 _ENDS_AS_SPLIT = re.compile(rf".*[ _-]({_SPLIT})", re.IGNORECASE)
-_NUMBERED = re.compile(r"([A-Za-z]\w*?)-\d+-of-\d+")
+# "data-00000-of-00002.arrow" is how Hugging Face names the files of every split.
+_NUMBERED = re.compile(r"(?!data-|part-|shard-)([A-Za-z]\w*?)-\d+-of-\d+")
 
 
 @dataclass(frozen=True, slots=True)
@@ -271,10 +272,9 @@ def _name(path: str) -> str:
 
 
 def _split_of(path: str) -> str:
-    if match := _NUMBERED.match(_name(path)):
-        return match[1]
     words = [*re.split(r"[-_.]", _name(path)), PurePosixPath(path).parent.name]
-    return next((word for word in words if _IS_SPLIT.fullmatch(word)), "")
+    match = _NUMBERED.match(_name(path))
+    return match[1] if match else next((word for word in words if _IS_SPLIT.fullmatch(word)), "")
 
 
 @dataclass

@@ -6,27 +6,24 @@ val_annotations.txt             of Tiny ImageNet: the name of a file, a tab, its
 
 from __future__ import annotations
 
-import io
+from collections.abc import Callable
 
 import pyarrow as pa
-import pyarrow.csv as pacsv
-import pyarrow.json as pajson
-import pyarrow.parquet as pq
 
-from raysl.errors import UserError
 from raysl.ingestion import labels
 from raysl.ingestion.found import shown
-from raysl.ingestion.layout import Layout
-from raysl.ingestion.listing import LABEL_TABLES, Survey, join, read_bytes
+from raysl.ingestion.layout import BESIDE_CLASSES, Layout
+from raysl.ingestion.listing import LABEL_TABLES, Survey, join
+from raysl.ingestion.tables import file_column, normal, read_table
 
 _TINY = "val_annotations.txt"
 
 
-def apply(root: str, survey: Survey, layout: Layout, wanted: str) -> None:
+def apply(read: Callable[[str], bytes], survey: Survey, layout: Layout, wanted: str) -> None:
     """Take the labels of a layout from a table, if there is one that has them.
 
     Args:
-        root: of the source.
+        read: returns the content of a file of the source.
         wanted: the column of labels that the user named; "" to guess.
 
     Raises:
@@ -35,58 +32,50 @@ def apply(root: str, survey: Survey, layout: Layout, wanted: str) -> None:
     for folder in dict.fromkeys((layout.base, "")):
         for name in LABEL_TABLES:
             path = join(folder, name)
-            if path not in survey.tables:
-                continue
-            table = read_table(read_bytes(root, path), path)
-            if name == _TINY:
-                files = [join(folder, f"images/{file}") for file in table.column(0).to_pylist()]
-                column = table.column(1).combine_chunks()
-                _use(layout, path, "its second column", files, column)
-            elif "file_name" in table.column_names:
-                found = labels.find(table.column_names, wanted, path)
-                if found:
-                    files = [join(folder, file) for file in table.column("file_name").to_pylist() if file]
-                    _use(layout, path, f"the column {found!r}", files, table.column(found).combine_chunks())
-                elif not layout.found.labels.startswith("the folder"):
-                    layout.found.labels = (
-                        f"none: no column of {path} is named like a label; its columns are "
-                        f"{', '.join(table.column_names)} (--label-column names one)"
-                    )
-            return
+            if path in survey.tables:
+                _use(layout, folder, path, read_table(read(path), path), wanted)
+                return
 
 
-def _use(layout: Layout, path: str, what: str, files: list[str], column: pa.Array) -> None:
-    try:
-        classes = labels.as_classes(column)
-    except labels.NoClassesError as error:
-        layout.found.labels = f"none: {what} of {path} {error}"
+def _use(layout: Layout, folder: str, path: str, table: pa.Table, wanted: str) -> None:
+    """Take the labels of a table, or say why it has none."""
+    found, names = layout.found, table.column_names
+    if path.endswith(_TINY):
+        column, files_in, prefix = names[1], names[0], "images/"
+    else:
+        column, files_in, prefix = labels.find(names, wanted, path), file_column(names), ""
+    why = ""
+    if not column:
+        why = f"no column of {shown(path)} is named like a label; its columns are {', '.join(names)} (--label-column)"
+    elif not files_in:
+        why = f"{shown(path)} has no column file_name; its columns are {', '.join(names)}"
+    else:
+        files = [
+            join(folder, prefix + normal(str(file))) if file else ""
+            for file in table.column(files_in).to_pylist()
+        ]
+        try:
+            classes = labels.as_classes(table.column(column).combine_chunks()).to_pylist()
+            layout.class_of = _by_file(files, classes)
+        except labels.NoClassesError as error:
+            why = f"the column {column!r} of {shown(path)} {error}"
+    if why:
+        # A table of captions takes nothing from class folders.
+        if (column and files_in) or layout.classes_in is None:
+            layout.classes_in, found.layout, found.labels = None, "a folder of images", f"none: {why}"
         return
-    layout.class_of = {
-        file: name for file, name in zip(files, classes.to_pylist(), strict=False) if name is not None
-    }
-    layout.found.layout = f"images with a table of labels, {shown(path)}"
-    layout.found.labels = f"{what} of {shown(path)}"
+    found.left_out.kinds.pop(BESIDE_CLASSES, None)
+    found.layout = f"images with a table of labels, {shown(path)}"
+    found.labels = f"the {'second column' if path.endswith(_TINY) else f'column {column!r}'} of {shown(path)}"
 
 
-def read_table(data: bytes, path: str) -> pa.Table:
-    """Return a table of text: CSV, TSV or JSON lines by the end of its name, or Parquet.
-
-    Raises:
-        UserError: it is damaged.
-    """
-    name = path.lower()
-    try:
-        if name.endswith(".parquet"):
-            return pq.read_table(io.BytesIO(data))
-        if name.endswith((".jsonl", ".ndjson")):
-            return pajson.read_json(io.BytesIO(data))
-        tabs = name.endswith((".tsv", ".txt"))
-        return pacsv.read_csv(
-            io.BytesIO(data),
-            read_options=pacsv.ReadOptions(autogenerate_column_names=name.endswith(".txt")),
-            parse_options=pacsv.ParseOptions(delimiter="\t" if tabs else ",", newlines_in_values=True),
-        )
-    except (pa.ArrowException, OSError) as error:
-        raise UserError(
-            f"Cannot read the table {shown(path)!r}: {error}. Correct it or remove it."
-        ) from error
+def _by_file(files: list[str], classes: list[str | None]) -> dict[str, str]:
+    """Return the class of every file that has one. Raises NoClassesError if a file has several."""
+    class_of: dict[str, str] = {}
+    for file, name in zip(files, classes, strict=True):
+        if name is not None and class_of.setdefault(file, name) != name:
+            raise labels.NoClassesError(
+                f"names {shown(file)} as {class_of[file]!r} and as {name!r}, and a data set "
+                "holds one class for each image"
+            )
+    return class_of

@@ -2,21 +2,29 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+import csv
+import io
+import posixpath
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import pyarrow as pa
+import pyarrow.csv as pacsv
+import pyarrow.json as pajson
 import pyarrow.parquet as pq
 
 from raysl.errors import UserError
 from raysl.ingestion.found import shown
-from raysl.ingestion.metadata import read_table
 from raysl.storage import filesystem, retry
 
 TEXT = (".csv", ".tsv", ".jsonl", ".ndjson")
 SUFFIXES = (".parquet", ".arrow", ".feather", *TEXT)
+_FILE_NAMES = (
+    "file_name filename file path filepath file_path image_path image_file image_file_name image_filename image img "
+    "image_name img_path"
+).split()
 _BATCH_ROWS = 256
 _TEXT_ROWS = 4096
 # A small file may claim more than any memory holds. A page is unpacked at once, a batch of rows is copied.
@@ -41,12 +49,13 @@ class Table:
     def read(self, group: int, columns: list[str]) -> Iterator[pa.RecordBatch]:
         """Yield some columns of a group, a few rows at a time."""
         if isinstance(self._file, pq.ParquetFile):
-            rows = self._batch_rows(group)
-            yield from self._file.iter_batches(rows, row_groups=[group], columns=columns)
+            batches = self._file.iter_batches(self._batch_rows(group), row_groups=[group], columns=columns)
         elif isinstance(self._file, pa.RecordBatchFileReader):
-            yield self._file.get_batch(group).select(columns)
+            batches = iter([self._file.get_batch(group).select(columns)])
         else:
-            yield self._file[group].select(columns)
+            batches = iter([self._file[group].select(columns)])
+        for batch in batches:
+            yield batch.cast(without_views(batch.schema))
 
     def _batch_rows(self, group: int) -> int:
         """Return how many rows are read at once. A value of a dictionary may be large and occur in every row."""
@@ -71,11 +80,12 @@ def opened(root: str, path: str) -> Iterator[Table]:
     try:
         with retry(place, "read", lambda: fs.open_input_file(place)) as stream:
             if name.endswith(TEXT):
-                yield _in_memory(read_table(stream.read(), name).to_batches(_TEXT_ROWS))
+                table = read_table(stream.read(), place)
+                yield _checked(_in_memory(table.to_batches(_TEXT_ROWS), table.schema), place)
             elif name.endswith((".arrow", ".feather")):
-                yield _arrow(stream)
+                yield _checked(_arrow(stream), place)
             else:
-                yield _parquet(stream, place)
+                yield _checked(_parquet(stream, place), place)
     except (pa.ArrowException, OSError, OverflowError) as error:
         kind = "Parquet file" if name.endswith(".parquet") else "table"
         raise UserError(
@@ -83,9 +93,73 @@ def opened(root: str, path: str) -> Iterator[Table]:
         ) from error
 
 
-def _in_memory(batches: list[pa.RecordBatch], schema: pa.Schema | None = None) -> Table:
-    if schema is None:
-        schema = batches[0].schema if batches else pa.schema([])
+def without_views(schema: pa.Schema) -> pa.Schema:
+    """Return a schema with the ordinary types of texts and bytes, for the files of polars."""
+    plain = {pa.string_view(): pa.string(), pa.binary_view(): pa.binary()}
+    return pa.schema(
+        [field.with_type(plain.get(field.type, field.type)) for field in schema], schema.metadata
+    )
+
+
+def _checked(table: Table, place: str) -> Table:
+    names = table.schema.names
+    if twice := sorted({name for name in names if names.count(name) > 1}):
+        raise UserError(
+            f"The table {shown(place)!r} has several columns called {twice[0]!r}. Rename them, so that each has a name of "
+            "its own."
+        )
+    return replace(table, schema=without_views(table.schema))
+
+
+def file_column(names: Sequence[str]) -> str:
+    """Return the column that is named like one of names of files; "" if there is none."""
+    lower = {name.lower(): name for name in names}
+    return next((lower[name] for name in _FILE_NAMES if name in lower), "")
+
+
+def normal(name: str) -> str:
+    """Return the name of a file without ".", and with "/" between its parts where Windows wrote "\\"."""
+    if "://" in name:
+        return name
+    return posixpath.normpath(name.replace("\\", "/") if "/" not in name else name)
+
+
+def read_table(data: bytes, path: str) -> pa.Table:
+    """Return a table of text: CSV, TSV or JSON lines by the end of its name, or Parquet.
+
+    Raises:
+        UserError: it is damaged.
+    """
+    name = path.lower()
+    try:
+        if name.endswith(".parquet"):
+            return pq.read_table(io.BytesIO(data))
+        if name.endswith((".jsonl", ".ndjson")):
+            return pajson.read_json(io.BytesIO(data))
+        table = pacsv.read_csv(
+            io.BytesIO(data),
+            read_options=pacsv.ReadOptions(autogenerate_column_names=name.endswith(".txt")),
+            parse_options=pacsv.ParseOptions(delimiter=_delimiter(data, name), newlines_in_values=True),
+        )
+        return table.rename_columns([column.strip() for column in table.column_names])
+    except (pa.ArrowException, OSError) as error:
+        raise UserError(
+            f"Cannot read the table {shown(path)!r}: {error}. Correct it or remove it."
+        ) from error
+
+
+def _delimiter(data: bytes, name: str) -> str:
+    """Return the character between the columns, which the first line tells for CSV."""
+    if name.endswith((".tsv", ".txt")):
+        return "\t"
+    first = data.split(b"\n", 1)[0].decode("utf-8", "replace")
+    try:
+        return csv.Sniffer().sniff(first, ",;\t|").delimiter
+    except csv.Error:  # A single column.
+        return ","
+
+
+def _in_memory(batches: list[pa.RecordBatch], schema: pa.Schema) -> Table:
     return Table(schema, [(batch.num_rows, batch.nbytes) for batch in batches], batches)
 
 

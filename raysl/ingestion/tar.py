@@ -52,7 +52,8 @@ class _StrictInfo(tarfile.TarInfo):
 
 @contextmanager
 def opened(root: str, path: str) -> Iterator[tuple[Any, str]]:
-    """Open the file of an archive, unpacked if it is compressed; yield it with the kind of compression, "" for none.
+    """Open the file of an archive, unpacked if it is compressed; yield it with the kind of compression: "" for none, or
+    "zip".
 
     Raises:
         UserError: it cannot be read.
@@ -66,7 +67,7 @@ def opened(root: str, path: str) -> Iterator[tuple[Any, str]]:
             if head.startswith(magic):
                 yield unpack(stream), kind
                 return
-        yield stream, ""
+        yield stream, "zip" if head.startswith(b"PK\3\4") else ""
 
 
 def members(root: str, path: str) -> Iterator[tuple[tarfile.TarInfo, Any]]:

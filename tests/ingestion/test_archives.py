@@ -41,7 +41,7 @@ def test_labels_in_json(tmp_path: Path) -> None:
         assert labels(tmp_path / f"{name}.tar") == {f"{name}.tar/0.jpg": str(label)}
     write_tar(tmp_path / "c.tar", {"0.jpg": jpeg(), "0.json": b'{"caption": "x", "breed": "pug"}'})
     found, _ = opened(tmp_path / "c.tar")
-    assert "the .json of a sample has no label, its fields are caption, breed" in found.labels
+    assert "0.json has no label, its fields are caption, breed" in found.labels
     assert labels(tmp_path / "c.tar", label_column="breed") == {"c.tar/0.jpg": "pug"}
 
 
@@ -50,11 +50,78 @@ def test_a_sample_without_a_label(tmp_path: Path) -> None:
     found, _ = opened(tmp_path / "a.tar")
     assert not found.classes
     assert "1.jpg has an image without one, and 1 images have one" in found.labels
-    write_tar(tmp_path / "b.tar", {"0.jpg": jpeg(), "0.cls": b"cat"})
-    message = refused(tmp_path / "b.tar")
-    assert "'0.cls'" in message
-    assert "b'cat'" in message
-    assert labels(tmp_path / "b.tar", labels="none") == {"b.tar/0.jpg": None}
+    assert labels(tmp_path / "a.tar", labels="none") == {"a.tar/0.jpg": None, "a.tar/1.jpg": None}
+
+
+@pytest.mark.parametrize(
+    ("label", "name"),
+    [
+        ({"cls": b"cat\n"}, "cat"),
+        ({"cls": b"1.0"}, "1"),
+        ({"cls": b"007"}, "7"),
+        ({"json": b'{"label": true}'}, "true"),
+        ({"json": b'{"label": 2.0}'}, "2"),
+        ({"json": b'{"target": ["a"]}'}, "a"),
+        ({"json": b'{"label": 1180591620717411303424}'}, "1180591620717411303424"),
+    ],
+)
+def test_labels_of_every_type(tmp_path: Path, label: dict[str, bytes], name: str) -> None:
+    write_tar(
+        tmp_path / "a.tar", {"0.jpg": jpeg(), **{f"0.{suffix}": data for suffix, data in label.items()}}
+    )
+    assert labels(tmp_path / "a.tar") == {"a.tar/0.jpg": name}
+
+
+@pytest.mark.parametrize(
+    ("label", "why"),
+    [
+        ({"cls": b"-1"}, "all images lie in one folder"),
+        ({"cls": b"\xff"}, "0.cls is damaged"),
+        ({"json": b'{"label": ["a", "b"]}'}, "0.json holds several values for each image"),
+        ({"json": b'{"label": 0.5}'}, "0.json holds fractions, such as 0.5"),
+        ({"json": b'{"label": '}, "0.json is damaged"),
+        ({"json": b"5"}, "0.json holds no JSON object"),
+    ],
+)
+def test_why_a_label_is_not_taken(tmp_path: Path, label: dict[str, bytes], why: str) -> None:
+    members = {"0.jpg": jpeg(), **{f"0.{suffix}": data for suffix, data in label.items()}, "1.jpg": jpeg()}
+    found, rows = opened(write_tar(tmp_path / "a.tar", members))
+    assert (found.classes, len(rows)) == ({}, 2)
+    assert why in found.labels
+
+
+def test_names_in_archives(tmp_path: Path) -> None:
+    with tarfile.open(tmp_path / "twice.tar", "w") as archive:
+        for seed in (1, 2):
+            info = tarfile.TarInfo("a.png")
+            info.size = len(noise(seed))
+            archive.addfile(info, io.BytesIO(noise(seed)))
+    (tmp_path / "twice.tar.gz").write_bytes(gzip.compress((tmp_path / "twice.tar").read_bytes()))
+    with zipfile.ZipFile(tmp_path / "windows.zip", "w") as zipped:
+        zipped.writestr("cat\\0.png", noise(1))
+        zipped.writestr("dog\\1.png", noise(2))
+    for name in ("twice.tar", "twice.tar.gz"):
+        found, rows = opened(tmp_path / name)
+        assert [row.image for row in rows] == [noise(2)]
+        assert found.left_out.kinds["members replaced by later ones of the same name"] == (1, "a.png")
+    assert list(labels(tmp_path / "windows.zip").values()) == ["cat", "dog"]
+
+
+def test_content_decides_and_not_the_name(tmp_path: Path) -> None:
+    write_tar(tmp_path / "tar.zip", {"photo": noise(1), "README": b"x"})
+    with zipfile.ZipFile(tmp_path / "zip.tar", "w") as zipped:
+        zipped.writestr("photo", noise(1))
+        zipped.writestr("README", b"x")
+    for name in ("tar.zip", "zip.tar"):
+        found, rows = opened(tmp_path / name)
+        assert [row.image for row in rows] == [noise(1)]
+        assert found.left_out.kinds == {"files of unknown kind": (1, "README")}
+
+
+def test_a_table_of_labels_in_an_archive(tmp_path: Path) -> None:
+    table = b"file_name,label\ntrain/0.png,a\ntrain/1.png,b\n"
+    write_tar(tmp_path / "a.tar", {"train/0.png": noise(1), "train/1.png": noise(2), "metadata.csv": table})
+    assert labels(f"{tmp_path}/a.tar#train") == {"a.tar/train/0.png": "a", "a.tar/train/1.png": "b"}
 
 
 def test_folders_inside_are_classes_and_splits(tmp_path: Path) -> None:

@@ -7,8 +7,11 @@ import os
 import pickle
 import struct
 from pathlib import Path
+from typing import Any
 
 import numpy as np
+import pyarrow as pa
+import pyarrow.parquet as pq
 import pytest
 
 from raysl.ingestion.sources import arrays
@@ -153,12 +156,40 @@ def test_numpy(tmp_path: Path) -> None:
         (["d.mat"], "loadmat"),
         (["d.npy"], "numpy.savez"),
         (["d.7z"], "unpack it"),
+        (["a.tar.lz4"], "unpack it"),
+        (["bedroom_lmdb/lock.mdb", "bedroom_lmdb/data.mdb"], "LMDB"),
+        (["tf/train/x.tfrec"], "TFRecord"),
+        (["training.pt"], "pickled objects"),
+        (["stl10_binary/train_X.bin"], "torchvision.datasets"),
     ],
 )
 def test_forms_that_are_named_and_refused(tmp_path: Path, names: list[str], says: str) -> None:
     put(tmp_path, *names, data=bytes(64))
     assert says in refused(tmp_path)
     assert says in refused(tmp_path / names[-1].replace("lock", "data"))
+
+
+@pytest.mark.parametrize("log", ["_delta_log/0.json", "_versions/1.manifest"])
+def test_tables_whose_log_says_which_files_are_valid_are_refused(tmp_path: Path, log: str) -> None:
+    pq.write_table(pa.table({"image": [b"x"], "label": [1]}), tmp_path / "part-0.parquet")
+    put(tmp_path, log, data=b"{}")
+    assert f"holds {log.partition('/')[0]}/, so it is a" in refused(tmp_path)
+
+
+@pytest.mark.parametrize(
+    ("values", "why"),
+    [
+        (np.eye(3, dtype=np.int64), "holds several values for each image"),
+        (np.array([0.5, 1, 2]), "holds fractions, such as 0.5"),
+        (np.array([b"a", b"b", b"a"]), ""),
+        (np.array([[0], [1], [0]]), ""),
+    ],
+)
+def test_labels_of_numpy(tmp_path: Path, values: Any, why: str) -> None:
+    np.savez(tmp_path / "a.npz", images=np.zeros((3, 4, 4), np.uint8), labels=values)
+    found, _ = opened(tmp_path / "a.npz")
+    assert bool(found.classes) == (not why)
+    assert why in found.labels
 
 
 def test_one_image_and_unknown_files(tmp_path: Path) -> None:

@@ -25,7 +25,10 @@ def test_class_folders_in_sorted_order(tmp_path: Path) -> None:
         ("zebra/0.PNG", "zebra"),
         ("zebra/1.jpg", "zebra"),
     ]
-    assert found.labels == "the folder of each image, as ape/5.jpeg"
+    said = (
+        "the first folder of each image, as ape/5.jpeg; the folders inside class folders (1) give no labels"
+    )
+    assert found.labels == said
     assert found.left_out.kinds["hidden files and folders"][0] == 2
     assert found.left_out.kinds["empty folders"] == (1, "empty")
 
@@ -183,6 +186,61 @@ def test_hugging_face_metadata(tmp_path: Path) -> None:
     found, _ = opened(f"{tmp_path}#train")
     assert not found.classes
     assert "train/e.jpg has an image without one" in found.labels
+
+
+@pytest.mark.parametrize(
+    ("table", "found_labels"),
+    [
+        ("file_name;label\n./0.jpg;a\n1.jpg; b\n", ["a", "b"]),
+        ("image_file_name,label\n0.jpg,a\n1.jpg,b\n", ["a", "b"]),
+        (
+            "name,label\n0.jpg,a\n1.jpg,b\n",
+            "metadata.csv has no column file_name; its columns are name, label",
+        ),
+        ("file_name,label\n0.jpg,a\n0.jpg,b\n1.jpg,b\n", "names 0.jpg as 'a' and as 'b'"),
+    ],
+)
+def test_tables_of_labels_beside_images(tmp_path: Path, table: str, found_labels: list[str] | str) -> None:
+    put(tmp_path, "0.jpg", "1.jpg")
+    put(tmp_path, "metadata.csv", data=table.encode())
+    found, rows = opened(tmp_path)
+    if isinstance(found_labels, str):
+        assert found_labels in found.labels
+        assert not found.classes
+    else:
+        assert [row.label for row in rows] == found_labels
+
+
+def test_rows_of_a_table_without_a_file_are_counted(tmp_path: Path) -> None:
+    put(tmp_path, "0.jpg")
+    put(tmp_path, "metadata.csv", data=b"file_name,label\n0.jpg,a\ngone.jpg,b\n")
+    assert opened(tmp_path)[0].left_out.kinds["labels of files that are not there"] == (1, "gone.jpg")
+
+
+@pytest.mark.parametrize("name", ["train.csv", "labels.jsonl"])
+def test_a_table_that_may_hold_labels_is_named(tmp_path: Path, name: str) -> None:
+    put(tmp_path, "0.jpg")
+    put(tmp_path, name, data=b"x")
+    assert f"If {name} holds labels, give that table as the source" in opened(tmp_path)[0].labels
+
+
+@pytest.mark.parametrize("folder", ["jpg", "img_align_celeba", "train_images", "my-photos"])
+def test_a_folder_that_is_called_after_its_files_is_no_class(tmp_path: Path, folder: str) -> None:
+    put(tmp_path, f"x/{folder}/0.jpg", f"x/{folder}/1.jpg")
+    assert opened(tmp_path)[0].classes == {}
+
+
+@pytest.mark.parametrize("masks", ["gtFine", "train_masks", "depth", "image-labels", "SegmentationClassAug"])
+def test_folders_of_masks_are_no_classes(tmp_path: Path, masks: str) -> None:
+    put(tmp_path, "cat/0.jpg", "dog/1.jpg", f"{masks}/0.png")
+    found, _ = opened(tmp_path)
+    assert found.classes == {"cat": 1, "dog": 1}
+    assert found.left_out.kinds["masks or other pictures of the same images"] == (1, f"{masks}/0.png")
+
+
+def test_a_split_in_another_case(tmp_path: Path) -> None:
+    put(tmp_path, "Train/a/0.jpg", "Test/a/1.jpg")
+    assert labels(f"{tmp_path}#train") == {"Train/a/0.jpg": "a"}
 
 
 def test_labels_as_the_user_says(tmp_path: Path) -> None:

@@ -54,7 +54,13 @@ def test_hugging_face_layout(tmp_path: Path) -> None:
         (pa.array(["dog", "cat", "dog"]).dictionary_encode(), ["cat", "dog"]),
         (pa.array([True, False, True]), ["false", "true"]),
         (pa.array([0.0, 1.0, 0.0]), ["0", "1"]),
+        (pa.array([0, 1, 0]).cast(pa.decimal128(20)), ["0", "1"]),
+        (pa.array([0, 1, 0]).cast(pa.float16()), ["0", "1"]),
+        (pa.array([b"dog", b"cat", b"dog"]), ["cat", "dog"]),
+        (pa.array([" dog", "cat", "dog "]), ["cat", "dog"]),
+        (pa.array([b"\xff", b"cat", b"dog"]), []),
         (pa.array([[3], [10], [3]]), ["3", "10"]),
+        (pa.array([[3], [], [3]]), []),
         (pa.array([1, 2, 3]), ["1", "2", "3"]),
         (pa.array([7, 900_000, 7]), ["7", "900000"]),
         (pa.array([2**64 - 1, 5, 5], pa.uint64()), ["5", str(2**64 - 1)]),
@@ -85,7 +91,8 @@ def test_label_columns(tmp_path: Path, values: pa.Array, classes: list[str]) -> 
         ([0, -1, 1], "has an image without one, and 2 images have one"),
         ([-1, -1], "no row has one (all are null, empty or -1)"),
         ([0.5, 1.0], "holds fractions, such as 0.5"),
-        ([[0, 1], [1]], "lists several classes for an image"),
+        ([b"\xff", b"a"], "holds text that is not in UTF-8"),
+        ([[0, 1], [1]], "holds several values for each image"),
         (list(range(3000)), "3,000 values in 3,000 rows, which are names of images"),
     ],
 )
@@ -230,6 +237,81 @@ def test_images_that_are_missing_or_of_another_form(tmp_path: Path) -> None:
     assert "columns are a" in refused(tmp_path / "y.parquet")
     pq.write_table(pa.table({"images": [images(2)]}), tmp_path / "z.parquet")
     assert "0 columns that may hold encoded images" in refused(tmp_path / "z.parquet")
+
+
+@pytest.mark.parametrize(
+    ("text", "expected"),
+    [
+        ("file_name;label\n0.jpg;a\n1.jpg;b\n", ["a", "b"]),
+        ("\ufefffile_name, label\r\n0.jpg, a\r\n1.jpg, b\r\n", ["a", "b"]),
+        ("filename,label\n./0.jpg,1\n1.jpg,10\n", ["1", "10"]),
+        ("path|class\n0.jpg|x\n1.jpg|\n", None),
+    ],
+)
+def test_forms_of_csv(tmp_path: Path, text: str, expected: list[str] | None) -> None:
+    put(tmp_path, "0.jpg", "1.jpg")
+    put(tmp_path, "list.csv", data=text.encode())
+    found, rows = opened(tmp_path / "list.csv")
+    assert all(row.image for row in rows)
+    assert (list(found.classes) or None) == expected
+
+
+def test_file_names_that_cannot_be_read(tmp_path: Path) -> None:
+    put(tmp_path, "a/0.jpg")
+    names = ["a\\0.jpg", "https://x.invalid/1.jpg", "A" * 5000, "a/2.jpg"]
+    pq.write_table(pa.table({"image": names}), tmp_path / "list.parquet")
+    _, rows = opened(tmp_path / "list.parquet")
+    said = ["", "is on the web", "is no name of a file", "cannot be read: FileNotFoundError"]
+    assert rows[0].image == jpeg()
+    assert all(part in row.reason for row, part in zip(rows, said, strict=True))
+
+
+def test_a_file_in_several_rows_is_refused(tmp_path: Path) -> None:
+    put(tmp_path, "0.jpg")
+    put(tmp_path, "list.csv", data=b"file_name,label\n0.jpg,a\n0.jpg,b\n")
+    assert "names the file '0.jpg' in several rows" in refused(tmp_path / "list.csv")
+
+
+def test_columns_of_one_name_are_refused(tmp_path: Path) -> None:
+    columns = [pa.array([jpeg()]), pa.array([1]), pa.array([2])]
+    pq.write_table(pa.Table.from_arrays(columns, ["image", "label", "label"]), tmp_path / "x.parquet")
+    assert "several columns called 'label'" in refused(tmp_path / "x.parquet")
+
+
+def test_labels_in_the_names_of_folders(tmp_path: Path) -> None:
+    for name in ("a b", "c"):
+        folder = tmp_path / f"label={name}".replace(" ", "%20")
+        folder.mkdir()
+        pq.write_table(pa.table({"image": [jpeg()]}), folder / "part-0.parquet")
+    found, rows = opened(tmp_path)
+    assert (found.classes, [row.label for row in rows]) == ({"a b": 1, "c": 1}, ["a b", "c"])
+
+
+def test_save_to_disk_of_several_splits(tmp_path: Path) -> None:
+    for split in ("train", "test"):
+        (tmp_path / split).mkdir()
+        for name, column in (("data-00000-of-00001", "image"), ("cache-1", "indices")):
+            table = pa.table({column: [jpeg(len(split))]})
+            with (
+                pa.OSFile(f"{tmp_path}/{split}/{name}.arrow", "wb") as sink,
+                pa.ipc.new_stream(sink, table.schema) as out,
+            ):
+                out.write_table(table)
+    assert [row.image for row in opened(f"{tmp_path}#test")[1]] == [jpeg(4)]
+
+
+@pytest.mark.parametrize("name", ["x.arrow", "x.parquet"])
+def test_types_of_polars(tmp_path: Path, name: str) -> None:
+    kinds = {"image": pa.binary_view(), "label": pa.string_view()}
+    table = pa.table(
+        {key: pa.array([value], kinds[key]) for key, value in {"image": jpeg(), "label": "a"}.items()}
+    )
+    if name.endswith(".arrow"):
+        with pa.OSFile(f"{tmp_path}/{name}", "wb") as sink, pa.ipc.new_file(sink, table.schema) as out:
+            out.write_table(table)
+    else:
+        pq.write_table(table, tmp_path / name)
+    assert [(row.image, row.label) for row in opened(tmp_path)[1]] == [(jpeg(), "a")]
 
 
 def test_damaged_files(tmp_path: Path) -> None:

@@ -24,7 +24,7 @@ from typing import Any, Literal, NamedTuple, Protocol
 from raysl import plugins
 from raysl.errors import UserError
 from raysl.ingestion.found import Found, LeftOut
-from raysl.ingestion.listing import File, Survey, files_below, is_folder, read_bytes
+from raysl.ingestion.listing import Survey, files_below, is_folder, read_bytes
 from raysl.storage import Folder
 
 _HEAD_BYTES = 4096
@@ -106,11 +106,6 @@ class Place:
     @cached_property
     def is_folder(self) -> bool:
         return not self.uri.startswith(("shapes:", "fashion-mnist")) and is_folder(self.uri)
-
-    @cached_property
-    def files(self) -> dict[str, File]:
-        """The files directly inside the folder, by their names."""
-        return {file.path: file for file in files_below(self.uri, 1, follow_links=True)}
 
     @cached_property
     def survey(self) -> tuple[Survey, LeftOut]:
@@ -254,6 +249,9 @@ def choose_split(place: Place, splits: list[str]) -> str:
         UserError: the split that was named is not there, or none was named and there are several.
     """
     known = ", ".join(splits) or "none"
+    same = [split for split in splits if split.lower() == place.split.lower()]
+    if place.split and place.split not in splits and len(same) == 1:
+        return same[0]
     if place.split and place.split not in splits:
         raise UserError(f"The source {place.uri!r} has no split {place.split!r}. Its splits: {known}.")
     if not place.split and len(splits) > 1:

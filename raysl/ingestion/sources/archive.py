@@ -9,19 +9,24 @@ from __future__ import annotations
 
 import json
 import zipfile
+import zlib
 from collections import Counter
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
 from dataclasses import dataclass, field, replace
+from functools import partial
+from itertools import chain
 from typing import NamedTuple
 
 from raysl.errors import UserError
-from raysl.ingestion import labels, layout, tar
+from raysl.ingestion import labels, layout, metadata, tar
 from raysl.ingestion.found import Found, LeftOut, shown
 from raysl.ingestion.listing import (
     HIDDEN,
     IMAGE,
+    LABEL_TABLES,
+    OTHER,
     File,
     Survey,
     by_split,
@@ -30,8 +35,9 @@ from raysl.ingestion.listing import (
     kind_of,
     stamp,
 )
-from raysl.ingestion.sources import Confidence, Place, Row, Unit, UnitSize, choose_split
+from raysl.ingestion.sources import Confidence, Place, ReadConfig, Row, Unit, UnitSize, choose_split
 from raysl.storage import Folder
+from raysl.stream.formats import JPEG, looks_like_image
 
 SUMMARY = (
     "tar and zip archives, WebDataset shards: shard-000000.tar, photos.tar.gz, photos.zip, s3://bucket/shards"
@@ -40,7 +46,8 @@ SUMMARY = (
 _TAR = (".tar", ".tgz", ".tar.gz", ".tar.bz2", ".tbz2", ".tar.xz", ".txz", ".tar.zst")
 # Larger members are not taken into memory.
 _MOST_BYTES = 1 << 30
-_MOST_LABEL_BYTES = 1 << 20
+_MOST_LABEL_BYTES = 1 << 24
+_HEAD_BYTES = 4096
 _LABELS = ("cls", "json")
 # The image of a sample that has several, in this order.
 _PREFERRED = ("jpg", "jpeg", "png", "webp", "image", "img")
@@ -68,7 +75,7 @@ def _archives(place: Place) -> list[File]:
 
 
 class Member(NamedTuple):
-    """An image in an archive: its name, where its content begins (-1 if it must be searched), and its size."""
+    """An image in an archive: its name, where its content begins (in a stream its number), and its size."""
 
     name: str
     offset: int
@@ -85,75 +92,88 @@ class Listing:
         name: of the archive, for messages.
         images: in the order of the archive.
         classes: by the name of a `.cls` or `.json` member without its suffix, the label in it.
-        fields: fields of the first `.json` member.
+        why: why a label is not taken, for the first that is not.
+        tables: by name, the content of the files that may hold labels, see `raysl.ingestion.metadata`.
     """
 
     path: str
     how: str
     name: str
-    images: list[Member] = field(default_factory=list)
-    classes: dict[str, str] = field(default_factory=dict)
-    fields: tuple[str, ...] = ()
+    images: dict[str, Member] = field(default_factory=dict)
+    classes: dict[str, str | None] = field(default_factory=dict)
+    why: str = ""
+    tables: dict[str, bytes] = field(default_factory=dict)
     left_out: LeftOut = field(default_factory=LeftOut)
 
-    def takes(self, name: str, is_file: bool, size: int) -> str:
-        """Return the kind of a member, or "" after it was left out."""
+    def take(self, member: Member, is_file: bool, content: Callable[[], bytes], config: ReadConfig) -> None:
+        """Take a member, or count it as left out.
+
+        Args:
+            content: returns the content of the member.
+        """
+        name, size = _plain(member.name), member.size
         if not is_file:
             self.left_out.add("links and devices in archives", name)
         elif name.startswith("/") or ".." in name.split("/"):
             self.left_out.add("members with absolute paths or ..", name)
-        elif is_hidden(name.removeprefix("./")):
+        elif is_hidden(name):
             self.left_out.add(HIDDEN, name)
         elif size > _MOST_BYTES:
             self.left_out.add(f"members larger than {_MOST_BYTES >> 20} MB", name)
         else:
-            suffix = name.rpartition(".")[2]
-            if suffix in _LABELS:
-                return suffix
-            kind = kind_of(name) or f"members called .{suffix}"
-            if kind != IMAGE:
+            base = name.rpartition("/")[2]
+            suffix = base.rpartition(".")[2]
+            kind = kind_of(name) or (f"members called .{suffix}" if "." in base else OTHER)
+            small = size <= _MOST_LABEL_BYTES and config.labels == "auto"
+            if kind == OTHER and looks_like_image(content()[:_HEAD_BYTES]):
+                kind = IMAGE
+            if kind == IMAGE:
+                if self.images.pop(name, None):
+                    self.left_out.add("members replaced by later ones of the same name", name)
+                self.images[name] = member
+            elif small and base in LABEL_TABLES:
+                self.tables[name] = content()
+            elif small and suffix in _LABELS:
+                self._take_label(name, content(), config.label_column)
+            elif suffix not in _LABELS:
                 self.left_out.add(kind, name)
-            return kind
-        return ""
 
-    def take_label(self, name: str, data: bytes, wanted: str) -> None:
+    def _take_label(self, name: str, data: bytes, wanted: str) -> None:
         """Read the label in a `.cls` or `.json` member."""
         stem, _, suffix = name.rpartition(".")
-        if suffix == "cls":
-            try:
-                self.classes[stem] = str(int(data))
-            except ValueError:
-                raise UserError(
-                    f"The member {shown(name)!r} of {self.name!r} should hold a class number as digits and "
-                    f"holds {data[:40]!r}. Write numbers from 0, or ingest with --labels none."
-                ) from None
-            return
         try:
+            if suffix == "cls":
+                self.classes[stem] = labels.as_class_of_text(data.decode())
+                return
             value = json.loads(data)
-        except ValueError:
-            value = None
-        if not isinstance(value, dict):
-            return
-        self.fields = self.fields or tuple(map(str, value))
-        column = wanted if wanted in value else labels.find(list(value), "", name)
-        if column and isinstance(value[column], str | int) and value[column] not in ("", -1):
-            self.classes[stem] = str(value[column])
+            if not isinstance(value, dict):
+                raise labels.NoClassesError("holds no JSON object with named fields")
+            column = wanted if wanted in value else labels.find(list(value), "", name)
+            if not column:
+                raise labels.NoClassesError(
+                    f"has no label, its fields are {', '.join(value)} (--label-column)"
+                )
+            self.classes[stem] = labels.as_class(value[column])
+        except (ValueError, labels.NoClassesError) as error:
+            reason = str(error) if isinstance(error, labels.NoClassesError) else f"is damaged: {error}"
+            self.why = self.why or f"{shown(name)} {reason}"
+
+
+def _plain(name: str) -> str:
+    """Return the name of a member with "/" between its parts, also where Windows wrote "\\"."""
+    return (name if "/" in name else name.replace("\\", "/")).removeprefix("./")
 
 
 def _list(place: Place, path: str) -> Listing:
-    name = path or place.uri
-    if name.lower().endswith(".zip"):
-        return _list_zip(place, path)
+    name = shown(path or place.uri)
     with tar.opened(place.uri, path) as (_, packed):
-        listing = Listing(path, "stream" if packed else "tar", shown(name))
-    for member, content in tar.members(place.uri, path):
-        if member.isdir():
-            continue
-        kind = listing.takes(member.name, member.isfile() and not member.issparse(), member.size)
-        if kind == IMAGE:
-            listing.images.append(Member(member.name, -1 if packed else member.offset_data, member.size))
-        elif kind in _LABELS and member.size <= _MOST_LABEL_BYTES and place.config.labels == "auto":
-            listing.take_label(member.name, content(), place.config.label_column)
+        if packed == "zip":
+            return _list_zip(place, path)
+    listing = Listing(path, "stream" if packed else "tar", name)
+    for number, (member, content) in enumerate(tar.members(place.uri, path)):
+        if not member.isdir():
+            entry = Member(member.name, number if packed else member.offset_data, member.size)
+            listing.take(entry, member.isfile() and not member.issparse(), content, place.config)
     return listing
 
 
@@ -168,9 +188,15 @@ def _list_zip(place: Place, path: str) -> Listing:
                     f"The archive {shown(path or place.uri)!r} is encrypted. Unpack it and ingest the folder."
                 )
             linked = (info.external_attr >> 16) & 0o170000 == 0o120000
-            if listing.takes(info.filename, not linked, info.file_size) == IMAGE:
-                listing.images.append(Member(info.filename, -1, info.file_size))
+            member = Member(info.filename, -1, info.file_size)
+            listing.take(member, not linked, partial(_content, archive, info), place.config)
     return listing
+
+
+def _content(archive: zipfile.ZipFile, member: zipfile.ZipInfo) -> bytes:
+    with archive.open(member) as stream:
+        # A bomb holds more than its directory says.
+        return stream.read(min(member.file_size, _MOST_BYTES))
 
 
 @contextmanager
@@ -223,8 +249,10 @@ class Source:
         if not any(listing.images for listing in listings):
             raise UserError(f"The archives at {place.uri!r} hold no images. They hold {self.found.left_out}.")
         self._choose_images(place.config.image_column)
-        names = (File(m.name.removeprefix("./"), m.size, 0) for listing in listings for m in listing.images)
-        survey = Survey.of(names, _no_head)
+        tables = {name: data for listing in listings for name, data in listing.tables.items()}
+        images = (File(name, m.size, 0) for listing in listings for name, m in listing.images.items())
+        # Names that do not tell are those of images, as their content did.
+        survey = Survey.of(chain(images, (File(name, 0, 0) for name in tables)), lambda _: JPEG)
         inner = LeftOut()
         self._layout = layout.recognise(
             survey,
@@ -232,22 +260,22 @@ class Source:
             place.config.labels,
             inner,
         )
+        if place.config.labels == "auto":
+            metadata.apply(tables.__getitem__, survey, self._layout, place.config.label_column)
         self.found.left_out.update(inner)
         found = self._layout.found
-        with_labels = next((listing for listing in listings if listing.classes), None)
-        self._in_members = with_labels is not None
+        why = next((listing.why for listing in listings if listing.why), "")
+        example = next((name for listing in listings for name, label in listing.classes.items() if label), "")
+        self._in_members = bool(example) and not why
         self.found.layout = f"{_count(listings)}: {found.layout}"
-        if with_labels:
+        self.found.labels = f"{found.labels}; {why}" if why else found.labels
+        if self._in_members:
             self.found.layout = f"{_count(listings)}: samples with labels (WebDataset)"
-            self.found.labels = (
-                f"the .cls or .json of each sample, as {shown(next(iter(with_labels.classes)))}"
+            self.found.labels = f"the .cls or .json of each sample, as {shown(example)}"
+        elif len(listings) > 1 and found.labels.startswith("none"):
+            self.found.labels += (
+                f"; the names of the archives, as {listings[0].name}, are not taken for classes"
             )
-        else:
-            fields = next((listing.fields for listing in listings if listing.fields), ())
-            more = (
-                f"; the .json of a sample has no label, its fields are {', '.join(fields)}" if fields else ""
-            )
-            self.found.labels = found.labels + more
         if not self._split:
             self.found.splits, self.found.split = found.splits, found.split
         return found.split
@@ -255,7 +283,7 @@ class Source:
     def _choose_images(self, wanted: str) -> None:
         """Decide what the key of a sample is, and take one image of samples that have several."""
         listings = self._listings or []
-        images = [image.name for listing in listings for image in listing.images]
+        images = [name for listing in listings for name in listing.images]
         fields = Counter(_key(name, first_dot=True)[1] for name in images)
         samples = len({_key(name, first_dot=True)[0] for name in images})
         often = samples > 1 and all(2 * count >= samples for count in fields.values())
@@ -269,13 +297,12 @@ class Source:
         if not wanted and (not often or len(images) <= samples):
             return
         chosen = wanted.lower() or next((name for name in _PREFERRED if name in fields), min(fields))
+        what = f"other images of the samples (.{chosen} is taken; --image-column names another)"
         for listing in listings:
-            kept = [image for image in listing.images if _key(image.name, first_dot=True)[1] == chosen]
-            others = [one.name for one in listing.images if _key(one.name, first_dot=True)[1] != chosen]
-            if others:
-                what = f"other images of the samples (.{chosen} is taken; --image-column names another)"
-                self.found.left_out.add(what, others[0], len(others))
-            listing.images = kept
+            for name in list(listing.images):
+                if _key(name, first_dot=True)[1] != chosen:
+                    del listing.images[name]
+                    self.found.left_out.add(what, name)
         self._first_dot = True
 
     def stamp(self) -> str:
@@ -287,29 +314,28 @@ class Source:
         for listing in self._listings or []:
             taken: list[tuple[Member, str | None]] = []
             num_bytes = 0
-            for image in listing.images:
+            for name, image in listing.images.items():
                 try:
-                    label = self._layout.label(image.name.removeprefix("./"))
+                    label = self._layout.label(name)
                 except layout.Skip:
                     if not self._in_members:
                         continue
                 if self._in_members:
-                    label = listing.classes.get(_key(image.name, self._first_dot)[0])
+                    label = listing.classes.get(_key(name, self._first_dot)[0])
                 full = len(taken) >= size.num_images or num_bytes + image.size > size.num_bytes
                 if taken and full and listing.how != "stream":
                     yield self._unit(listing, taken)
                     taken, num_bytes = [], 0
                 taken.append((image, label))
                 num_bytes += image.size
-                classes.add((label,), f"{listing.path}/{image.name}".strip("/"))
+                classes.add((label,), f"{listing.path}/{name}".strip("/"))
             if taken:
                 yield self._unit(listing, taken)
-        if self._in_members and (why := classes.why_none()):
+        by_name = not self._in_members and self._layout.class_of is None
+        if not by_name and (why := classes.why_none()):
             self.found.labels = f"none, although they are {self.found.labels}: {shown(why)}"
-        elif classes.counts:
-            self.found.classes = (
-                classes.ordered() if self._in_members else dict(sorted(classes.counts.items()))
-            )
+        else:
+            self.found.classes = dict(sorted(classes.counts.items())) if by_name else classes.ordered()
 
     def _unit(self, listing: Listing, taken: list[tuple[Member, str | None]]) -> Unit:
         self.found.images += len(taken)
@@ -321,10 +347,6 @@ class Source:
             "labels": [label for _, label in taken],
         }
         return Unit(len(taken), spec)
-
-
-def _no_head(path: str) -> bytes:
-    raise OSError(path)
 
 
 def _count(listings: list[Listing]) -> str:
@@ -368,8 +390,8 @@ def _read_tar(root: str, path: str, images: list[Member]) -> Iterator[bytes | st
 def _read_stream(root: str, path: str, images: list[Member]) -> Iterator[bytes | str]:
     wanted = iter(images)
     image = next(wanted, None)
-    for member, content in tar.members(root, path):
-        if image is not None and member.name == image.name and member.isfile():
+    for number, (_, content) in enumerate(tar.members(root, path)):
+        if image is not None and number == image.offset:
             yield content()
             image = next(wanted, None)
 
@@ -378,8 +400,6 @@ def _read_zip(root: str, path: str, images: list[Member]) -> Iterator[bytes | st
     with _opened_zip(root, path) as archive:
         for image in images:
             try:
-                with archive.open(image.name) as stream:
-                    # A bomb holds more than its directory says.
-                    yield stream.read(min(image.size, _MOST_BYTES))
-            except (zipfile.BadZipFile, EOFError, RuntimeError) as error:
+                yield _content(archive, archive.getinfo(image.name))
+            except (zipfile.BadZipFile, EOFError, RuntimeError, NotImplementedError, zlib.error) as error:
                 yield f"is damaged inside of the archive: {error}"

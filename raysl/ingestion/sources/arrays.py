@@ -200,17 +200,21 @@ class Source:
         return list(_FASHION_CLASSES) if self._parts[0].how == "idx" and is_fashion else None
 
     def units(self, size: UnitSize) -> Iterator[Unit]:
-        classes = labels.Classes(names=self._names or [])
+        classes, refused = labels.Classes(names=self._names or []), ""
         self.found.images = 0
         for part in self._parts:
             count, values = _measured(self._root, part)
             names: list[str | None] = [None] * count
             if values is not None and self._config.labels != "none":
-                names = labels.as_classes(pa.array(values), self._names).to_pylist()
-                if len(names) != count:
+                if len(values) != count:
                     raise UserError(
-                        f"{self.name!r} has {count} images but {len(names)} labels. Get the files again."
+                        f"{self.name!r} has {count} images but {len(values)} labels. Get the files again."
                     )
+                try:
+                    column = pa.array(list(values) if values.ndim > 1 else values)
+                    names = labels.as_classes(column, self._names).to_pylist()
+                except labels.NoClassesError as error:
+                    refused = f"the array of labels, {part.labels or part.path}, {error}"
             classes.add(names, part.path)
             for first in range(0, count, size.num_images):
                 end = min(first + size.num_images, count)
@@ -218,7 +222,7 @@ class Source:
                 spec = {**vars(part), "root": self._root, "first": first, "names": names[first:end]}
                 yield Unit(end - first, spec)
         source = f"{self._parts[0].labels or self._parts[0].path}"
-        if why := classes.why_none():
+        if why := refused or classes.why_none():
             has_file = self._parts[0].labels or self._parts[0].how == "cifar"
             self.found.labels = f"none: {why if has_file else 'there is no file or array of labels'}"
         else:
@@ -246,9 +250,7 @@ def _measured(root: str, part: Part) -> tuple[int, npt.NDArray[Any] | None]:
         if not part.labels:
             return count, None
         values = arrays[part.labels]
-        if values.ndim == 2 and values.shape[1] == 1:
-            values = values[:, 0]
-        return count, values if values.ndim == 1 else None
+        return count, values[:, 0] if values.ndim == 2 and values.shape[1] == 1 else values
 
 
 class _Shape(tuple[int, ...]):

@@ -9,6 +9,7 @@ from __future__ import annotations
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import replace
+from functools import partial
 from itertools import chain, repeat
 
 from raysl.errors import UserError
@@ -43,7 +44,9 @@ class Source:
         )
         self.found = self._layout.found
         if labels == "auto":
-            metadata.apply(place.uri, self._survey, self._layout, place.config.label_column)
+            metadata.apply(
+                partial(read_bytes, place.uri), self._survey, self._layout, place.config.label_column
+            )
         self.name = str(replace(place, split=self.found.split))
 
     def stamp(self) -> str:
@@ -51,6 +54,7 @@ class Source:
 
     def units(self, size: UnitSize) -> Iterator[Unit]:
         classes = Classes()
+        missing = dict.fromkeys(self._layout.class_of or ())
         paths: list[str] = []
         runs: list[tuple[str | None, int]] = []
         num_bytes = 0
@@ -60,6 +64,7 @@ class Source:
                 yield self._unit(paths, runs)
                 paths, runs, num_bytes = [], [], 0
             classes.add((label,), path)
+            missing.pop(path, None)
             if runs and runs[-1][0] == label:
                 runs[-1] = (label, runs[-1][1] + 1)
             else:
@@ -69,6 +74,8 @@ class Source:
             self.found.images += 1
         if paths:
             yield self._unit(paths, runs)
+        if gone := [path for path in missing if layout.join_within(path, self._layout.base)]:
+            self.found.left_out.add("labels of files that are not there", gone[0], len(gone))
         if self._layout.class_of is None:
             self.found.classes = dict(sorted(classes.counts.items()))
         elif why := classes.why_none():

@@ -11,6 +11,7 @@ from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import replace
 from typing import Any, NamedTuple
+from urllib.parse import unquote
 
 import pyarrow as pa
 import pyarrow.compute as pc
@@ -30,11 +31,8 @@ SUMMARY = (
 _BINARY = (".parquet", ".arrow", ".feather")
 # Columns that are taken for the image before the schema is searched for another.
 _IMAGE_NAMES = ("image", "img", "jpg", "png", "jpeg", "webp", "picture", "photo", "bytes")
-_FILE_NAMES = (
-    *("file_name", "filename", "file", "path", "filepath", "file_path", "image_path", "image_file"),
-    *("image", "img", "image_name", "img_path"),
-)
 _IN_PARALLEL = 16
+_LONGEST_NAME = 4096
 
 
 def recognise(place: Place) -> Confidence:
@@ -63,16 +61,30 @@ def _files(place: Place) -> list[File]:
     if not place.is_folder:
         return list(files_below(place.uri, 1))
     files = files_below(place.uri, 3, follow_links=place.config.follow_links)
-    return [file for file in files if file.path.lower().endswith(_BINARY)]
+    # Hugging Face leaves "cache-..." beside the files of a data set that it changed.
+    return [
+        file
+        for file in files
+        if file.path.lower().endswith(_BINARY) and not file.path.rpartition("/")[2].startswith("cache-")
+    ]
 
 
 class Columns(NamedTuple):
-    """The columns of a file: of the images, of the labels ("" for none), and the names of its classes."""
+    """The columns of a file.
+
+    Args:
+        image: of the images.
+        label: of the labels; "" for none.
+        names: of the classes that labels are numbers of; None without names.
+        is_file_name: `image` holds names of files.
+        constant: label of all rows, where a folder such as "label=cat" states it; None if it is a column.
+    """
 
     image: str
     label: str
     names: list[str] | None
     is_file_name: bool
+    constant: str | None = None
 
 
 class Source:
@@ -113,11 +125,12 @@ class Source:
         with tables.opened(self._place.uri, file.path) as table:
             schema = table.schema
         image, is_file_name = _image_column(schema, where, config.image_column)
-        label = (
-            ""
-            if config.labels == "none"
-            else labels.find(schema.names, config.label_column, f"The table {where!r}")
-        )
+        parts = dict(part.split("=", 1) for part in file.path.split("/")[:-1] if "=" in part)
+        label = ""
+        if config.labels != "none":
+            label = labels.find([*schema.names, *parts], config.label_column, f"The table {where!r}")
+        if label in parts and label not in schema.names:
+            return Columns(image, label, None, is_file_name, unquote(parts[label]))
         return Columns(image, label, labels.names_in(schema, label) if label else None, is_file_name)
 
     def _reconcile(self) -> None:
@@ -148,6 +161,7 @@ class Source:
         return stamp(self._files) + str(self._place.config)
 
     def units(self, size: UnitSize) -> Iterator[Unit]:
+        self._check_file_names()
         classes = self._count_classes()
         self.found.images = 0
         for file, columns in zip(self._files, self._columns, strict=True):
@@ -156,8 +170,7 @@ class Source:
             spec = {
                 "root": self._place.uri,
                 "path": file.path,
-                **columns._asdict(),
-                "label": columns.label if classes else "",
+                "columns": list(columns._replace(label=columns.label if classes else "")),
                 "follow_links": self._place.config.follow_links,
             }
             first, rows, num_bytes = 0, 0, 0
@@ -170,6 +183,23 @@ class Source:
                 self.found.images += group_rows
             if rows:
                 yield Unit(rows, {**spec, "groups": [first, len(groups)]})
+
+    def _check_file_names(self) -> None:
+        """Raise UserError if tables of file names name a file twice: an image of several classes, or a mistake."""
+        seen: set[str] = set()
+        for file, columns in zip(self._files, self._columns, strict=True):
+            if not columns.is_file_name:
+                continue
+            with tables.opened(self._place.uri, file.path) as table:
+                for group in range(len(table.groups)):
+                    for batch in table.read(group, [columns.image]):
+                        for name in filter(None, batch.column(columns.image).to_pylist()):
+                            if name in seen:
+                                raise UserError(
+                                    f"The table {self._where(file)!r} names the file {shown(name)!r} in several rows. A data "
+                                    "set holds an image once and with one class: keep one row for each file."
+                                )
+                            seen.add(name)
 
     def _count_classes(self) -> bool:
         """Read the column of labels of all files; return True if it holds classes."""
@@ -222,6 +252,8 @@ class Source:
         """Return the labels of a file, and what they are called: numbers, names or truth values."""
         found: list[str | None] = []
         with tables.opened(self._place.uri, file.path) as table:
+            if columns.constant is not None:
+                return [columns.constant] * sum(rows for rows, _ in table.groups), "names"
             for group in range(len(table.groups)):
                 for batch in table.read(group, [columns.label]):
                     found += labels.as_classes(batch.column(columns.label), columns.names).to_pylist()
@@ -271,10 +303,8 @@ def _image_column(schema: pa.Schema, place: str, wanted: str) -> tuple[str, bool
     named = [name for name in _IMAGE_NAMES if name in encoded]
     if named or len(encoded) == 1:
         return (named or encoded)[0], False
-    lower = {name.lower(): name for name in texts}
-    files = [lower[name] for name in _FILE_NAMES if name in lower]
-    if files and not encoded:
-        return files[0], True
+    if (files := tables.file_column(texts)) and not encoded:
+        return files, True
     raise UserError(
         f"The table {place!r} has {len(encoded)} columns that may hold encoded images and none is named 'image': its "
         f"columns are {', '.join(schema.names)}. Name one with --image-column; it must be binary, a struct of bytes and "
@@ -283,27 +313,26 @@ def _image_column(schema: pa.Schema, place: str, wanted: str) -> tuple[str, bool
 
 
 def read(unit: Unit) -> Iterator[Row]:
-    spec = unit.spec
-    columns = list(dict.fromkeys([spec["image"]] + ([spec["label"]] if spec["label"] else [])))
+    spec, columns = unit.spec, Columns(*unit.spec["columns"])
+    has_label = columns.label and columns.constant is None
+    wanted = list(dict.fromkeys([columns.image, *([columns.label] if has_label else [])]))
+    place = f"{spec['path'] or spec['root'].rpartition('/')[2]}, row group"
     with tables.opened(spec["root"], spec["path"]) as table:
         for group in range(*spec["groups"]):
             row = 0
-            for batch in table.read(group, columns):
-                yield from _rows(
-                    batch,
-                    spec,
-                    f"{spec['path'] or spec['root'].rpartition('/')[2]}, row group {group}, row",
-                    row,
-                )
+            for batch in table.read(group, wanted):
+                yield from _rows(batch, columns, spec, f"{place} {group}, row", row)
                 row += batch.num_rows
 
 
-def _rows(batch: pa.RecordBatch, spec: dict[str, Any], place: str, first: int) -> Iterator[Row]:
-    images = batch.column(spec["image"])
-    classes = [None] * len(images)
-    if spec["label"]:
-        classes = labels.as_classes(batch.column(spec["label"]), spec["names"]).to_pylist()
-    if spec["is_file_name"]:
+def _rows(
+    batch: pa.RecordBatch, columns: Columns, spec: dict[str, Any], place: str, first: int
+) -> Iterator[Row]:
+    images = batch.column(columns.image)
+    classes = [columns.constant if columns.label else None] * len(images)
+    if columns.label and columns.constant is None:
+        classes = labels.as_classes(batch.column(columns.label), columns.names).to_pylist()
+    if columns.is_file_name:
         for name, label in zip(images.to_pylist(), classes, strict=True):
             yield _from_file(spec, name, label)
         return
@@ -324,7 +353,19 @@ def _from_file(spec: dict[str, Any], name: str | None, label: str | None) -> Row
     """Read an image that a table names; its place is that of the table."""
     if not name:
         return Row(None, label, spec["path"], "the table names no file in this row")
-    outside = name.startswith("/") or "://" in name or ".." in name.split("/") or "\0" in name
+    if len(name) > _LONGEST_NAME:
+        return Row(
+            None,
+            label,
+            f"{shown(name[:40])}...",
+            "is no name of a file: write images in Base64 as bytes first",
+        )
+    if name.startswith(("http://", "https://")):
+        return Row(
+            None, label, shown(name), "is on the web: download the images first, for example with img2dataset"
+        )
+    name = tables.normal(name)
+    outside = name.startswith(("/", "../")) or "://" in name or "\0" in name
     if outside and not spec["follow_links"]:
         return Row(None, label, shown(name), "lies outside of the table's folder: --follow-links reads it")
     folder = (f"{spec['root']}/{spec['path']}" if spec["path"] else spec["root"]).rpartition("/")[0]
