@@ -22,7 +22,7 @@ from PIL import Image
 from raysl.stream.formats import DecodeError, package
 
 # Tags of TIFF.
-_BITS, _PHOTOMETRIC, _CHANNELS, _PLANAR, _SAMPLE_FORMAT, _NODATA = 258, 262, 277, 284, 339, 42113
+_BITS, _PHOTOMETRIC, _CHANNELS, _PLANAR, _EXTRA, _SAMPLE_FORMAT, _NODATA = 258, 262, 277, 284, 338, 339, 42113
 _WHITE_IS_ZERO = 0
 _SIGNED = 2
 # Raw modes of Pillow take one byte of two: "B" that of the lower address, "L" the other.
@@ -55,6 +55,8 @@ def deep_values(image: Image.Image, data: bytes, page: int = 0) -> Values | None
     """
     if image.format == "PPM":
         return _ppm(image, data)
+    if image.format == "JPEG2000" and image.mode.startswith("RGB"):
+        return _jpeg2000(data)
     raw_mode = _raw_mode(image)
     native = re.sub(r"B(?=[SF]$)", "N", raw_mode)
     if native != raw_mode and image.tile[0].codec_name == "libtiff":  # type: ignore[attr-defined]
@@ -148,6 +150,26 @@ def _ppm(image: Image.Image, data: bytes) -> Values | None:
     return Values(values.reshape(image.height, image.width, channels), "uint16", full)
 
 
+def _jpeg2000(data: bytes) -> Values | None:
+    """Return the values of JPEG 2000 in colour with more than 8 bits, where Pillow turns white into black.
+
+    Raises:
+        DecodeError: the package is not installed.
+    """
+    # The header of the codestream (ITU-T T.800, annex A.5.1) says the bits of each channel, less one, and its sign.
+    header = data.find(b"\xff\x4f\xff\x51") + 2
+    depth = data[header + 40]
+    if depth & 0x7F < 8:
+        return None
+    imagecodecs = package("imagecodecs", "imagecodecs", "a JPEG 2000 image of more than 8 bits")
+    values_hwc = imagecodecs.jpeg2k_decode(data)
+    full = (2 << (depth & 0x7F)) - 1
+    if depth & 0x80:
+        return Values(values_hwc[:, :, :3], "int16")
+    alpha_hw = scaled(values_hwc[:, :, 3], 0, full) if values_hwc.shape[2] == 4 else None
+    return Values(values_hwc[:, :, :3], "uint16", full, alpha_hw)
+
+
 def _without_nodata(values_hwc: npt.NDArray[Any], nodata: Any) -> npt.NDArray[Any]:
     """Put NaN where a map (GDAL) says that there is no value."""
     try:
@@ -161,6 +183,8 @@ def _without_nodata(values_hwc: npt.NDArray[Any], nodata: Any) -> npt.NDArray[An
 def read_by_pillow(tags: Any) -> bool:
     """Return whether Pillow reads a TIFF page right that it opens: not so where each channel is stored by itself."""
     bits = tags.get(_BITS, (1,))
+    if tags.get(_PHOTOMETRIC) in (0, 1) and 0 in tags.get(_EXTRA, ()):
+        return False  # Bands of a sensor, of which Pillow takes the first.
     return tags.get(_PLANAR) != 2 or tags.get(_CHANNELS, 1) == 1 or (len(bits) != 2 and max(bits) <= 8)
 
 
@@ -194,6 +218,10 @@ def tiff_values(page: Any) -> Values:
         raise DecodeError(
             f"a TIFF page of shape {page.shape}, type {page.dtype} and colours {page.photometric.name}: convert it to "
             "grey or RGB"
+        )
+    if channels == 1 and 0 in page.extrasamples:
+        raise DecodeError(
+            f"a TIFF page of {page.samplesperpixel} bands: convert the bands to be seen to grey or RGB"
         )
     values_hwc = page.asarray().reshape(page.shape)
     if page.ndim == 2:

@@ -39,6 +39,8 @@ _SVG = re.compile(
 _HTML = re.compile(rb"\A(?:\xef\xbb\xbf)?\s*<(?:!doctype html|html|head|body)", re.IGNORECASE)
 # An SVG drawing has no pixels of its own: its longer side becomes this many.
 _SVG_SIDE = 1024
+# Place of the colour type in a PNG file, behind the bit depth.
+_PNG_COLOUR = 25
 # Tags of TIFF (Adobe, TIFF 6.0 and DNG 1.7).
 _SUBFILE, _PHOTOMETRIC, _SUB_IFDS, _DNG_VERSION = 254, 262, 330, 50706
 _SENSOR_MOSAIC = (32803, 34892)
@@ -54,6 +56,8 @@ _REFUSED = (
         "a Radiance HDR image: convert it to float TIFF first, for example with the package imageio",
     ),
     (b"#?RGBE", "a Radiance HDR image: convert it to float TIFF first, for example with the package imageio"),
+    (b"PF\n", "a colour PFM image: convert it to float TIFF first, for example with the package imageio"),
+    (b"P7\n", "a PAM image: convert it to PNG first"),
     (b"gimp xcf", "a GIMP drawing: export it as PNG"),
     (b"\x93NUMPY", "a NumPy array: save it as PNG or TIFF first, for example with the package tifffile"),
     (b"\x89HDF", "an HDF5 file: write its images as files first, for example with the package h5py"),
@@ -62,6 +66,8 @@ _REFUSED = (
     (b"\x1f\x8b", "compressed with gzip: unpack it"),
     (b"7z\xbc\xaf", "a 7z archive: unpack it"),
     (b"Rar!", "a RAR archive: unpack it"),
+    (b"<?xml", "an XML document, such as the error of a web server: download the image again"),
+    (JPEG, "a JPEG file of 12 bits, without loss, or damaged: convert it to PNG first"),
 )
 
 
@@ -100,6 +106,9 @@ def open_image(data: bytes, name: str = "") -> Image.Image:
         if data.startswith((b"8BPS\0\1", b"8BPS\0\2")):
             return _open_psd(data)
         raise UnknownFormatError(describe(data)) from error
+    if data.startswith(PNG) and data[_PNG_COLOUR] == 0 and "transparency" in image.info:
+        # Pillow scales grey of 2 and 4 bits to 8, and not the key of its transparent level.
+        image.info["transparency"] *= {2: 85, 4: 17}.get(data[_PNG_COLOUR - 1], 1)
     if image.format in ("EPS", "WMF"):
         # Pillow would start another program to draw these.
         raise DecodeError(f"is a drawing in the format {image.format}: draw it as PNG first")
@@ -139,6 +148,8 @@ def describe(data: bytes) -> str:
             return f"is {what}"
     if _HTML.match(data[:1024]):
         return "is a web page and not an image: download the image again"
+    if _is_heif(data) or b"avif" in data[8:32]:
+        return "is a damaged HEIC or AVIF photo: download or copy it again"
     if data[4:8] == b"ftyp" or (data[:4] == b"RIFF" and data[8:12] == b"AVI "):
         return "is a video: write its frames as images first, for example with ffmpeg"
     if data[128:132] == b"DICM":

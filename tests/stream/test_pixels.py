@@ -40,13 +40,16 @@ def file(image: Array | Image.Image, file_format: str, **options: Any) -> bytes:
 
 def png16(samples_hwc: Array, colour_type: int, *chunks: tuple[bytes, bytes]) -> bytes:
     """A PNG file of 16 bits, which Pillow does not write in colour."""
+    height, width = samples_hwc.shape[:2]
+    rows = b"".join(b"\0" + row.astype(">u2").tobytes() for row in samples_hwc)
+    return png(struct.pack(">IIBBBBB", width, height, 16, colour_type, 0, 0, 0), rows, *chunks)
+
+
+def png(head: bytes, rows: bytes, *chunks: tuple[bytes, bytes]) -> bytes:
 
     def chunk(kind: bytes, data: bytes) -> bytes:
         return struct.pack(">I", len(data)) + kind + data + struct.pack(">I", zlib.crc32(kind + data))
 
-    height, width = samples_hwc.shape[:2]
-    rows = b"".join(b"\0" + row.astype(">u2").tobytes() for row in samples_hwc)
-    head = struct.pack(">IIBBBBB", width, height, 16, colour_type, 0, 0, 0)
     parts = [(b"IHDR", head), *chunks, (b"IDAT", zlib.compress(rows)), (b"IEND", b"")]
     return b"\x89PNG\r\n\x1a\n" + b"".join(chunk(*part) for part in parts)
 
@@ -158,6 +161,19 @@ def test_transparent_colours_of_palettes_and_keys() -> None:
     key = struct.pack(">HHH", *rgb16[0, 0])
     expected = np.where((ramp() == ramp()[0, 0]).all(2)[..., None], 255, ramp())
     assert off(one(png16(rgb16, 2, (b"tRNS", key))), expected) == 0
+    # Pillow takes the key of grey of 2 and 4 bits for a level of 255.
+    for bits, row, levels in (
+        (1, b"\x0f", [0] * 4 + [255] * 4),
+        (2, b"\x1b", [0, 85, 170, 255]),
+        (4, b"\x15", [17, 85]),
+    ):
+        key_level = 1 if bits > 1 else 0
+        head = struct.pack(">IIBBBBB", len(levels), 1, bits, 0, 0, 0, 0)
+        keyed = one(png(head, b"\0" + row, (b"tRNS", struct.pack(">H", key_level))))
+        scale = 255 // ((1 << bits) - 1)
+        assert keyed.pixels_hwc[0, :, 0].tolist() == [
+            255 if level == key_level * scale else level for level in levels
+        ]
 
 
 def test_an_alpha_channel_that_a_program_left_at_zero_is_ignored() -> None:
@@ -225,6 +241,24 @@ def test_unsigned_values_use_the_full_range_of_their_type(data: bytes) -> None:
     assert off(picture, GREY) == 0
     assert picture.kind == "uint16"
     assert not picture.ordinary
+
+
+@pytest.mark.parametrize("bits", [10, 12, 16])
+def test_white_in_jpeg_2000_of_more_than_8_bits_stays_white(bits: int) -> None:
+    imagecodecs = pytest.importorskip("imagecodecs")
+    values = np.rint(ramp() / 255 * ((1 << bits) - 1)).astype(np.uint16)
+    data = imagecodecs.jpeg2k_encode(values, level=0, bitspersample=bits)
+    assert off(one(data), ramp()) <= 1
+
+
+def test_bands_of_a_sensor_are_refused() -> None:
+    tifffile = pytest.importorskip("tifffile")
+    for bands, kind in ((2, np.uint8), (13, np.uint16), (4, np.float32)):
+        stream = io.BytesIO()
+        tifffile.imwrite(
+            stream, np.zeros((8, 8, bands), kind), photometric="minisblack", planarconfig="contig"
+        )
+        assert f"a TIFF page of {bands} bands" in reason(stream.getvalue())
 
 
 def test_a_dim_frame_stays_dim() -> None:
@@ -353,6 +387,9 @@ def test_a_size_that_a_header_only_claims_is_refused_before_memory_is_taken() ->
         (b"%PDF-1.7 ...", "PDF"),
         (b"PK\x03\x04....", "ZIP"),
         (b"\0\0\0\x18ftypmp42....", "video"),
+        (b"<?xml version='1.0'?><Error><Code>AccessDenied</Code></Error>", "XML"),
+        (b"PF\n1 1\n-1.0\n" + bytes(12), "colour PFM"),
+        (b"P7\nWIDTH 1\nHEIGHT 1\n", "PAM"),
     ],
 )
 def test_what_is_no_image_is_named(data: bytes, says: str) -> None:
