@@ -3,7 +3,7 @@
     python benchmarks/sweep.py --out results/sweep/overhead.jsonl
 
 Each round times both, one after the other, in processes of their own: `runs` pretrains and probes the four
-configurations in turn through the Python API, `sweep` is `raysl.tuning.driver.sweep` over them with one run at a time.
+configurations in turn through the Python API, `sweep` is `raysl.tuning.sweep.sweep` over them with one run at a time.
 The ratio is of times of the same round. Besides: seconds from the command `raysl sweep` to the checkpoint of the first
 step of its first trial, and the same of `raysl pretrain`.
 """
@@ -37,16 +37,16 @@ def base(run, temperature):
     return Pretraining(data, run, epochs=epochs, batch_size=128, workers=1, parts=parts)
 """
 _RUNS = """
-from raysl.pretrain import pretrain
-from raysl.probe import probe
+from raysl.evaluation.evaluate import probe
+from raysl.training.launch import pretrain
 for temperature in TRIALS:
     probe(pretrain(base(f"{out}/{temperature}", temperature)), data, test, probes=("knn",), encoders=("trained",))
 """
 _SWEEP = """
-from raysl.sweep.config import SweepConfig
-from raysl.sweep.driver import sweep
+from raysl.tuning.config import SweepConfig
+from raysl.tuning.sweep import sweep
 vary = ("temperature=" + ",".join(map(str, TRIALS)),)
-sweep(base("-", 0.1), SweepConfig(out, test, vary, seeds=(0,), max_concurrent=1))
+sweep(base("-", 0.1), SweepConfig(out, vary, validation=test, seeds=(0,), max_concurrent=1))
 """
 
 

@@ -2,135 +2,109 @@
 
 from __future__ import annotations
 
+import os
+import random
+import subprocess
+import sys
+import time
 from pathlib import Path
-from typing import Any
 
 import pytest
 
 pytest.importorskip("ray.tune")
 
+import ray
 from ray import tune
 
-from raysl.tuning import settings
-from raysl.tuning.config import SweepConfig
-from raysl.tuning.order import InOrder, Numbered
-from raysl.tuning.space import Dimension, Space
-from tests.tuning.toy import TIMES, Toy
+from tests.tuning.toy import TRIALS, Notes, play
 
-pytestmark = [pytest.mark.ray, pytest.mark.timeout(600)]
+pytestmark = [pytest.mark.ray, pytest.mark.timeout(1200)]
 
-TRIALS = 8
-POINTS = Space((Dimension("x", ("x",), (), 0.0, 1.0, mutable=True),))
-
-
-class Killed(Exception):
-    """The driver of a sweep is killed."""
+COMBINATIONS = [
+    ("asha", "optuna"),
+    ("pbt", "random"),
+    ("asha", "random"),
+    ("median", "random"),
+    ("none", "grid"),
+    ("hyperband", "random"),
+]
 
 
-class Notes:
-    """What a journal would keep."""
-
-    def __init__(self, kill_after: int = 0) -> None:
-        self.scores: dict[tuple[int, int], float] = {}
-        self.values: dict[int, Any] = {}
-        self.failures: set[int] = set()
-        self.decisions: dict[tuple[int, int], Any] = {}
-        self.kill_after = kill_after
-
-    def begun(self, trial: int, values: dict[str, Any]) -> None:
-        self.values[trial] = values
-
-    def scored(self, trial: int, result: dict[str, Any]) -> None:
-        new = (trial, result["rung"]) not in self.scores
-        self.scores[trial, result["rung"]] = result["score"]
-        if new and len(self.scores) == self.kill_after:
-            raise Killed
-
-    def failed(self, trial: int, record: Any) -> None:
-        self.failures.add(trial)
-
-    def decided(
-        self, trial: int, rung: int, goes_on: bool, copies: int | None, values: dict[str, Any]
-    ) -> None:
-        self.decisions[trial, rung] = goes_on, copies, dict(values)
-
-    def outcome(self) -> Any:
-        return self.scores, self.values, self.failures, self.decisions
-
-
-def play(
-    folder: Path, config: SweepConfig, at_once: int, slow: str, notes: Notes, monkeypatch: pytest.MonkeyPatch
-) -> Notes:
-    """Run the sweep of toys, with what is known from before."""
-    monkeypatch.setenv("TUNE_PRINT_ALL_TRIAL_ERRORS", "0")
-    monkeypatch.setenv("RAY_AIR_NEW_OUTPUT", "0")
-
-    names = {"known": dict(notes.scores), "slow": slow, "log": str(folder / "steps"), "at_once": at_once}
-    bound = type("Bound", (Toy,), names)
-    order = InOrder(settings.scheduler(config, POINTS, TIMES), TRIALS, at_once, 0, notes)
-    points = (lambda n: POINTS.drawn(0, n)) if config.searcher == "random" else settings.searcher(config)
-    numbered = Numbered(points, order, 4, 0, dict(notes.values), notes.begun)
-
-    def name(trial: Any) -> str:
-        return f"{numbered.numbers[trial.trial_id]:04d}"
-
-    tune.Tuner(
-        bound,
-        param_space={"x": POINTS.dimensions[0].domain()},
-        tune_config=tune.TuneConfig(
-            metric="score",
-            mode="max",
-            num_samples=TRIALS,
-            scheduler=order,
-            search_alg=numbered,
-            reuse_actors=True,
-            trial_name_creator=name,
-            trial_dirname_creator=name,
-        ),
-        run_config=tune.RunConfig(
-            storage_path=str(folder),
-            name=f"tune-{len(notes.scores)}",
-            verbose=0,
-            checkpoint_config=tune.CheckpointConfig(checkpoint_frequency=1),
-        ),
-    ).fit()
-    return notes
-
-
-@pytest.mark.parametrize(
-    ("scheduler", "searcher"),
-    [
-        ("asha", "optuna"),
-        ("pbt", "random"),
-        pytest.param("asha", "random", marks=pytest.mark.slow),
-        pytest.param("median", "random", marks=pytest.mark.slow),
-        pytest.param("hyperband", "random", marks=pytest.mark.slow),
-    ],
-)
-def test_decisions_depend_on_results_only(
-    scheduler: Any, searcher: Any, ray_session: None, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def undisturbed(folder: Path, scheduler: str, searcher: str) -> Notes:
+    """Run one trial at a time, and check that the scheduler did its work."""
+    folder.mkdir()
     if searcher == "optuna":
         pytest.importorskip("optuna")
-    config = SweepConfig("out", ("x",), scheduler=scheduler, searcher=searcher, rungs=3)
-    folder = tmp_path / "alone"
-    folder.mkdir()
-    alone = play(folder, config, 1, "none", Notes(), monkeypatch)
-    if searcher == "random":
+    alone = play(folder, scheduler, searcher, 1, "none", Notes())
+    if searcher != "optuna":
         assert alone.failures == {3}
     assert len(alone.values) == TRIALS
-    steps = (folder / "steps").read_text().splitlines()
-    if scheduler != "median":
-        assert len(steps) < 3 * TRIALS - 2 or scheduler == "pbt"
+    if scheduler in ("asha", "hyperband"):
+        assert len(alone.scores) < 3 * TRIALS - 2
     if scheduler == "pbt":
         assert any(copies is not None for _, copies, _ in alone.decisions.values())
+    return alone
+
+
+@pytest.mark.parametrize(("scheduler", "searcher"), COMBINATIONS[:2])
+def test_decisions_depend_on_results_only(
+    scheduler: str, searcher: str, ray_session: None, tmp_path: Path
+) -> None:
+    alone = undisturbed(tmp_path / "alone", scheduler, searcher)
     folder = tmp_path / "killed"
     folder.mkdir()
-    notes = Notes(kill_after=5)
+    notes = Notes(kill_after=7)
     with pytest.raises(tune.TuneError, match="Killed"):
-        play(folder, config, 3, "odd", notes, monkeypatch)
-    notes.kill_after = 11
-    with pytest.raises(tune.TuneError, match="Killed"):
-        play(folder, config, 2, "first", notes, monkeypatch)
-    assert play(folder, config, 3, "first", notes, monkeypatch).outcome() == alone.outcome()
-    assert set((folder / "steps").read_text().splitlines()) == set(steps)
+        play(folder, scheduler, searcher, 3, "odd", notes)
+    assert play(folder, scheduler, searcher, 2, "first", notes).outcome() == alone.outcome()
+    assert set((folder / "steps").read_text().splitlines()) == set(
+        (tmp_path / "alone" / "steps").read_text().splitlines()
+    )
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(("scheduler", "searcher"), COMBINATIONS)
+def test_ten_kills_of_the_driver_change_no_decision(
+    scheduler: str, searcher: str, ray_session: None, tmp_path: Path
+) -> None:
+    """The driver is killed with -9 at ten random moments, and goes on at another speed."""
+    alone = undisturbed(tmp_path / "alone", scheduler, searcher)
+    folder = tmp_path / "killed"
+    folder.mkdir()
+    generator = random.Random(f"{scheduler} {searcher}")
+    address = ray.get_runtime_context().gcs_address
+    environment = {**os.environ, "RAY_ADDRESS": address}
+    for kill in range(11):
+        at_once, slow = generator.choice([1, 2, 3]), generator.choice(["none", "odd", "first"])
+        command = [
+            sys.executable,
+            "-m",
+            "tests.tuning.toy",
+            str(folder),
+            scheduler,
+            searcher,
+            str(at_once),
+            slow,
+        ]
+        before = len(Notes(folder / "notes.jsonl").scores)
+        process = subprocess.Popen(command, env=environment)
+        if kill == 10:
+            assert process.wait() == 0
+            break
+        # One to three new results, and a moment more: each driver comes a little farther.
+        wanted, more = before + generator.randint(1, 3), generator.random()
+        while len(Notes(folder / "notes.jsonl").scores) < wanted and process.poll() is None:
+            time.sleep(0.05)
+        time.sleep(more)
+        process.kill()
+        process.wait()
+        print(
+            kill,
+            "killed with",
+            len(Notes(folder / "notes.jsonl").scores),
+            "results, status",
+            process.returncode,
+        )
+    outcome = Notes(folder / "notes.jsonl").outcome()
+    assert outcome == alone.outcome()
+    print(scheduler, searcher, len(outcome[0]), "results", len(outcome[3]), "decisions: equal")

@@ -1,16 +1,28 @@
-"""A trial of milliseconds for the tests of schedulers and searchers. Imports little, so that its actors start fast."""
+"""A sweep of trials that last milliseconds, for the tests of schedulers and searchers.
+
+    python -m tests.tuning.toy FOLDER SCHEDULER SEARCHER AT_ONCE SLOW
+
+runs it on the Ray cluster that is there, and continues what an earlier process left in FOLDER. Actors import this module
+too, so it imports little.
+"""
 
 from __future__ import annotations
 
 import hashlib
 import json
+import os
+import sys
 import time
 from pathlib import Path
 from typing import Any
 
 from ray import tune
 
-TIMES = (1, 3, 9)
+TRIALS, TIMES = 8, (1, 3, 9)
+
+
+class Killed(Exception):
+    """The driver of a sweep is killed."""
 
 
 class Toy(tune.Trainable):  # type: ignore[misc]
@@ -51,3 +63,112 @@ class Toy(tune.Trainable):  # type: ignore[misc]
     @classmethod
     def default_resource_request(cls, config: dict[str, Any]) -> Any:
         return tune.PlacementGroupFactory([{"node:__internal_head__": 0.9 / cls.at_once}])
+
+
+class Notes:
+    """The part of a journal that a sweep of toys needs.
+
+    Args:
+        file: file of all events, from which a later process continues; none by default.
+        kill_after: number of scores after which the sweep ends by `Killed`.
+    """
+
+    def __init__(self, file: Path | None = None, kill_after: int = 0) -> None:
+        self.scores: dict[tuple[int, int], float] = {}
+        self.values: dict[int, Any] = {}
+        self.failures: set[int] = set()
+        self.decisions: dict[tuple[int, int], Any] = {}
+        self.kill_after = kill_after
+        self._file = None
+        if file is not None:
+            for line in file.read_text().splitlines() if file.exists() else ():
+                self._apply(*json.loads(line))
+            self._file = file
+
+    def begun(self, trial: int, values: dict[str, Any]) -> None:
+        self._note("values", trial, 0, values)
+
+    def scored(self, trial: int, result: dict[str, Any]) -> None:
+        new = (trial, result["rung"]) not in self.scores
+        self._note("scores", trial, result["rung"], result["score"])
+        if new and len(self.scores) == self.kill_after:
+            raise Killed
+
+    def failed(self, trial: int, record: Any) -> None:
+        self._note("failures", trial, 0, None)
+
+    def decided(
+        self, trial: int, rung: int, goes_on: bool, copies: int | None, values: dict[str, Any]
+    ) -> None:
+        self._note("decisions", trial, rung, [goes_on, copies, dict(values)])
+
+    def outcome(self) -> Any:
+        return self.scores, self.values, self.failures, self.decisions
+
+    def _note(self, kind: str, trial: int, rung: int, value: Any) -> None:
+        self._apply(kind, trial, rung, value)
+        if self._file is not None:
+            with self._file.open("a") as file:
+                file.write(json.dumps([kind, trial, rung, value]) + "\n")
+
+    def _apply(self, kind: str, trial: int, rung: int, value: Any) -> None:
+        if kind == "failures":
+            self.failures.add(trial)
+        elif kind == "values":
+            self.values[trial] = value
+        else:
+            getattr(self, kind)[trial, rung] = value
+
+
+def play(folder: Path, scheduler: Any, searcher: Any, at_once: int, slow: str, notes: Notes) -> Notes:
+    """Run the sweep of toys, with what is known from before."""
+    from raysl.tuning import settings
+    from raysl.tuning.config import SweepConfig
+    from raysl.tuning.order import InOrder, Numbered
+    from raysl.tuning.space import Dimension, Space
+
+    os.environ.update(
+        TUNE_PRINT_ALL_TRIAL_ERRORS="0", RAY_AIR_NEW_OUTPUT="0", TUNE_DISABLE_AUTO_CALLBACK_LOGGERS="1"
+    )
+    listed = tuple(i / TRIALS for i in range(TRIALS)) if searcher == "grid" else ()
+    space = Space((Dimension("x", ("x",), listed, 0.0, 1.0, mutable=True),))
+    config = SweepConfig("out", ("x",), scheduler=scheduler, searcher=searcher, rungs=3)
+    names = {"known": dict(notes.scores), "slow": slow, "log": str(folder / "steps"), "at_once": at_once}
+    bound = type("Bound", (Toy,), names)
+    order = InOrder(settings.scheduler(config, space, TIMES), TRIALS, at_once, 0, notes)
+    fixed = {"random": lambda n: space.drawn(0, n), "grid": lambda n: space.grid()[n]}
+    points = fixed.get(searcher) or settings.searcher(config)
+    numbered = Numbered(points, order, 4, 0, dict(notes.values), notes.begun)
+
+    def name(trial: Any) -> str:
+        return f"{numbered.numbers[trial.trial_id]:04d}"
+
+    tune.Tuner(
+        bound,
+        param_space={"x": space.dimensions[0].domain()},
+        tune_config=tune.TuneConfig(
+            metric="score",
+            mode="max",
+            num_samples=TRIALS,
+            scheduler=order,
+            search_alg=numbered,
+            reuse_actors=True,
+            trial_name_creator=name,
+            trial_dirname_creator=name,
+        ),
+        run_config=tune.RunConfig(
+            storage_path=str(folder),
+            name=f"tune-{len(notes.scores)}",
+            verbose=0,
+            checkpoint_config=tune.CheckpointConfig(checkpoint_frequency=1),
+        ),
+    ).fit()
+    return notes
+
+
+if __name__ == "__main__":
+    import ray
+
+    ray.init(address="auto", logging_level="ERROR")
+    place = Path(sys.argv[1])
+    play(place, sys.argv[2], sys.argv[3], int(sys.argv[4]), sys.argv[5], Notes(place / "notes.jsonl"))
