@@ -51,7 +51,7 @@ _HOMES = {
     "SweepConfig": "raysl.tuning.config",
     "load": "raysl.extraction.inference",
     "TensorBoardLogger": "raysl.callbacks",
-    "tune_trainable": "raysl.tuning.sweep",
+    "tune_trainable": "raysl.tuning.trainable",
     "UserError": "raysl.errors",
     "ViewConfig": "raysl.config",
     "WandbLogger": "raysl.callbacks",

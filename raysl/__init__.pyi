@@ -38,7 +38,7 @@ from raysl.reproduction import ReproduceConfig as ReproduceConfig
 from raysl.run import Run as Run
 from raysl.stream.reader import StreamConfig as StreamConfig
 from raysl.tuning.config import SweepConfig as SweepConfig
-from raysl.tuning.sweep import tune_trainable as tune_trainable
+from raysl.tuning.trainable import tune_trainable as tune_trainable
 
 __all__: list[str]
 __version__: str

@@ -299,10 +299,10 @@ def sweep(
     from raysl.tuning.config import SweepConfig as Config
 
     settings = configure(Config, config, {**given(test=test, out=out, vary=vary), **fields})
-    from raysl.tuning import settings as checks
+    from raysl.tuning import preparation
     from raysl.tuning import sweep as tuning
 
-    learner = run_config(data, "-", base, {}, check=lambda asked: checks.check(asked, settings))
+    learner = run_config(data, "-", base, {}, check=lambda asked: preparation.check(asked, settings))
     for labelled in filter(None, (settings.train, settings.validation, settings.test)):
         check_source(labelled)
     return tuning.sweep(learner, settings)

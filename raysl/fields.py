@@ -168,11 +168,11 @@ def _reason(value: Any, hint: Any, bounds: Bounds | None = None) -> str:
     if typing.get_origin(hint) is Annotated:
         hint, *extras = typing.get_args(hint)
         bounds = next((extra for extra in extras if isinstance(extra, Bounds)), bounds)
-    if not _has_type(value, hint):
+    if not has_type(value, hint):
         return f"it must be {described(hint)}" + _near(value, hint)
     origin, inner = typing.get_origin(hint), typing.get_args(hint)
     if origin in _UNIONS:
-        reasons = [_reason(value, part, bounds) for part in inner if _has_type(value, part)]
+        reasons = [_reason(value, part, bounds) for part in inner if has_type(value, part)]
         return "" if "" in reasons else reasons[0]
     if origin is tuple and inner:
         parts = [inner[0]] * len(value) if inner[-1] is Ellipsis else list(inner)
@@ -191,12 +191,12 @@ def _reason(value: Any, hint: Any, bounds: Bounds | None = None) -> str:
 _UNIONS = (Union, types.UnionType)
 
 
-def _has_type(value: Any, hint: Any) -> bool:
+def has_type(value: Any, hint: Any) -> bool:
     origin, inner = typing.get_origin(hint), typing.get_args(hint)
     if origin is Annotated:
-        return _has_type(value, inner[0])
+        return has_type(value, inner[0])
     if origin in _UNIONS:
-        return any(_has_type(value, part) for part in inner)
+        return any(has_type(value, part) for part in inner)
     if origin is Literal:
         return any(value == known and type(value) is type(known) for known in inner)
     kind = origin or hint

@@ -229,9 +229,9 @@ def sweep(arguments: Sequence[str]) -> None:
     rows = api.sweep(config=given, base=flags.given)
     from rich.console import Console
 
-    from raysl.tuning.record import Record, render
+    from raysl.tuning.results import SweepResults, render
 
-    Console().print(render(Record.open(given.out)))
+    Console().print(render(SweepResults.open(given.out)))
     failed = [str(row["trial"]) for row in rows if row["state"] == "failed"]
     if failed:
         print(f"Trials {', '.join(failed)} failed; the same command with --retry tries them again.")

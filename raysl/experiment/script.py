@@ -26,7 +26,7 @@ from raysl.run import jsonl
 from raysl.storage import Folder
 from raysl.training.launch import pretrain
 from raysl.tuning.config import SweepConfig
-from raysl.tuning.record import Record, render
+from raysl.tuning.results import SweepResults, render
 from raysl.tuning.sweep import sweep
 
 
@@ -134,7 +134,7 @@ def sweep_and_report(base: Pretraining, config: SweepConfig, flags: Flags) -> No
     """
     check_installed()  # before the sweep, which takes long
     rows = sweep(base, config)
-    Console().print(render(Record.open(config.out)))
+    Console().print(render(SweepResults.open(config.out)))
     Folder(flags.out).write("rows.jsonl", jsonl(rows))
     print(f"{report(config.out, ReportConfig(out=flags.out))}/index.html")
     failed = [str(row["trial"]) for row in rows if row["state"] == "failed"]

@@ -12,14 +12,14 @@ from matplotlib import colormaps
 from matplotlib.ticker import LogLocator, NullLocator, StrMethodFormatter
 
 from raysl.reporting.figure import Figure, drawn
-from raysl.tuning.record import LABELS, Record, shown
+from raysl.tuning.results import LABELS, SweepResults, shown
 from raysl.tuning.space import Dimension
 
 _MOST_PAIRS = 6
 _STATES = {"finished": "-", "stopped": ":", "failed": "--", "running": "-"}
 
 
-def figures(record: Record) -> Iterator[Figure]:
+def figures(record: SweepResults) -> Iterator[Figure]:
     """Yield all figures that the sweep has data for."""
     if not record.scored(0):
         return
@@ -35,12 +35,12 @@ def figures(record: Record) -> Iterator[Figure]:
         yield from _early(record)
 
 
-def _value(record: Record, trial: int, dimension: Dimension, rung: int) -> Any:
+def _value(record: SweepResults, trial: int, dimension: Dimension, rung: int) -> Any:
     """Return the value of a trial on its way to a rung."""
     return record.values(trial, rung)[dimension.name]
 
 
-def _last(record: Record, trial: int) -> int:
+def _last(record: SweepResults, trial: int) -> int:
     """Return the last rung at which the trial was scored."""
     return len(record.means(trial)) - 1
 
@@ -48,7 +48,7 @@ def _last(record: Record, trial: int) -> int:
 class _Axis:
     """Places of the values of a dimension on an axis: themselves where they are numbers, else 0, 1, 2, ..."""
 
-    def __init__(self, record: Record, dimension: Dimension) -> None:
+    def __init__(self, record: SweepResults, dimension: Dimension) -> None:
         seen = [
             _value(record, n, dimension, rung)
             for n in record.trials
@@ -87,7 +87,7 @@ def _plain(axis: Any) -> None:
     axis.set_minor_locator(NullLocator())
 
 
-def _curve(record: Record, dimension: Dimension) -> Figure:
+def _curve(record: SweepResults, dimension: Dimension) -> Figure:
     axis = _Axis(record, dimension)
     last = record.num_rungs - 1
     rungs = {last: "at the end"} if last == 0 else {0: "at the first rung, all trials", last: "at the end"}
@@ -120,7 +120,7 @@ def _curve(record: Record, dimension: Dimension) -> Figure:
     return Figure(f"curve-{dimension.name}", dimension.name, text, drawn(draw))
 
 
-def _pair(record: Record, one: Dimension, other: Dimension) -> Figure:
+def _pair(record: SweepResults, one: Dimension, other: Dimension) -> Figure:
     """A heat map of the end where both have few values, else dots for all trials at the first rung."""
     x, y = _Axis(record, one), _Axis(record, other)
     listed = x.listed and y.listed
@@ -164,7 +164,7 @@ def _pair(record: Record, one: Dimension, other: Dimension) -> Figure:
     return Figure(f"pair-{one.name}-{other.name}", f"{one.name} and {other.name}", text, drawn(draw))
 
 
-def _parallel(record: Record) -> Figure:
+def _parallel(record: SweepResults) -> Figure:
     axes_of = [_Axis(record, d) for d in record.space.dimensions]
     trials = record.scored(0)
     scores = {n: record.means(n)[-1] for n in trials}
@@ -192,7 +192,7 @@ def _parallel(record: Record) -> Figure:
     return Figure("parallel", "All fields together", text, drawn(draw, 8.0))
 
 
-def _learning(record: Record, epochs: float) -> Figure:
+def _learning(record: SweepResults, epochs: float) -> Figure:
     at = [epochs * share for share in record.config.shares()]
 
     def draw(axes: Any) -> None:
@@ -217,7 +217,7 @@ def _learning(record: Record, epochs: float) -> Figure:
     return Figure("learning", "Learning curves", text, drawn(draw, 8.0))
 
 
-def _early(record: Record) -> Iterator[Figure]:
+def _early(record: SweepResults) -> Iterator[Figure]:
     """Yield figures of how well the first rung predicts the last: by the probe, and by the training loss."""
     scores, last = record.scores, record.num_rungs - 1
     ended = [(trial, seed) for trial, seed, rung in scores if rung == last and (trial, seed, 0) in scores]

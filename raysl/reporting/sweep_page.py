@@ -11,7 +11,7 @@ from raysl.reporting.command import command, folded
 from raysl.reporting.figure import Figure
 from raysl.reporting.page import ReportConfig, embedded, render
 from raysl.reporting.sweep_figures import figures
-from raysl.tuning.record import LABELS, Record, described, shown, spread
+from raysl.tuning.results import LABELS, SweepResults, described, shown, spread
 
 _BODY = """<p>{{ summary }}</p>
 {% if command %}<h2>Best</h2><p>{{ best }}</p><pre>{{ command }}</pre>{% endif %}
@@ -28,12 +28,12 @@ _BODY = """<p>{{ summary }}</p>
 
 def page(sweep: str, config: ReportConfig) -> tuple[str, list[Figure]]:
     """Return the page of the sweep at `sweep`, and its figures. Raise UserError when it is missing or damaged."""
-    record = Record.open(sweep)
+    record = SweepResults.open(sweep)
     drawn = list(figures(record))
     return _page(record, drawn, config), drawn
 
 
-def _page(record: Record, drawn: Sequence[Figure], config: ReportConfig) -> str:
+def _page(record: SweepResults, drawn: Sequence[Figure], config: ReportConfig) -> str:
     rows, names, sweep = record.rows(), record.space.names, record.config
     states = [row["state"] for row in rows]
     best = record.best_config()
@@ -57,7 +57,7 @@ def _page(record: Record, drawn: Sequence[Figure], config: ReportConfig) -> str:
     )
 
 
-def _selection(record: Record) -> str:
+def _selection(record: SweepResults) -> str:
     """Return a sentence on what the scores of the table are worth."""
     tested = record.extras("test").get("trained")
     if tested:
@@ -67,7 +67,7 @@ def _selection(record: Record) -> str:
     )
 
 
-def _extras(record: Record) -> list[dict[str, Any]]:
+def _extras(record: SweepResults) -> list[dict[str, Any]]:
     """Return the rows of the baselines, and of the chosen trial on the test images."""
     made = []
     for event, prefix in (("baseline", ""), ("test", "test images: ")):
@@ -94,7 +94,7 @@ def _row(row: dict[str, Any], names: Sequence[str], epochs: float) -> dict[str, 
     return {"cells": [*cells, f"{epochs * row['share']:.3g}"], "why": row["reason"] or row["state"]}
 
 
-def _cost(record: Record, config: ReportConfig) -> str:
+def _cost(record: SweepResults, config: ReportConfig) -> str:
     """Return the core-hours and GPU-hours that the runs held, without those of sessions that were killed."""
     rows = record.journal.of("score")
     cores = sum(row["seconds"] * row["cpus"] for row in rows) / 3600

@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
+import ast
+import contextlib
 import dataclasses
 import difflib
 import itertools
 import math
 import re
-import types
 import typing
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
@@ -15,7 +16,7 @@ from typing import Any, Literal
 
 import numpy as np
 
-from raysl import methods, rng
+from raysl import fields, methods, rng
 from raysl.config import FREE, Pretraining
 from raysl.errors import UserError
 from raysl.fields import Range
@@ -150,9 +151,9 @@ def configured(base: Pretraining, values: Mapping[str, Any]) -> Pretraining:
     tree["method"] = values.get("method", base.method)
     known = methods.parse(tree["method"]).config_types()
     tree["parts"] = {name: part for name, part in tree["parts"].items() if name in known}
-    fields = _fields([tree["method"]])
+    known_fields = _fields([tree["method"]])
     for name, value in values.items():
-        field = _resolve(name, fields)
+        field = _resolve(name, known_fields)
         node = tree
         for key in field.path[:-1]:
             node = node.setdefault(key, {})
@@ -185,6 +186,45 @@ def space(base: Pretraining, vary: Sequence[str], listed: bool) -> Space:
     return Space(tuple(dimensions))
 
 
+def tune_space(base: Pretraining, param_space: Mapping[str, Any]) -> Space:
+    """Return the space that the `param_space` of a `tune.Tuner` describes.
+
+    Raises:
+        UserError: a field does not exist or cannot vary, or its domain is a function, unbounded, empty or of another
+            type than the field.
+    """
+    from ray.tune.search.sample import Categorical, Domain, Float, Integer
+
+    method = param_space.get("method", base.method)
+    known = _fields([method] if isinstance(method, str) else list(_choices(method)))
+    dimensions = []
+    for name, domain in param_space.items():
+        field = _resolve(name, known)
+        if isinstance(domain, (Float, Integer)):
+            if not (math.isfinite(domain.lower) and math.isfinite(domain.upper)):
+                raise UserError(
+                    f"The domain of {name!r} has no bounds. Use tune.uniform(low, high) or tune.choice."
+                )
+            # Tune's upper bounds of whole numbers are exclusive.
+            ends = domain.lower, domain.upper - isinstance(domain, Integer)
+            dimensions.append(_interval(field, *(_fitting(field, end) for end in ends)))
+            continue
+        if isinstance(domain, Domain) and not isinstance(domain, Categorical):
+            raise UserError(
+                f"The domain of {name!r} is a function. Use a domain with known values, such as "
+                "tune.uniform(low, high) or tune.choice."
+            )
+        dimensions.append(_listed(field, [_fitting(field, value) for value in _choices(domain)]))
+    return Space(tuple(dimensions))
+
+
+def _choices(domain: Any) -> Sequence[Any]:
+    """Return the values of a `tune.choice` or `tune.grid_search`, or a value itself."""
+    if isinstance(domain, Mapping):
+        return list(domain.get("grid_search", [domain]))
+    return list(getattr(domain, "categories", [domain]))
+
+
 def _fields(method_names: Sequence[str]) -> dict[str, Field]:
     """Return the fields that all of these methods have and that can vary, by their dotted names."""
     found: list[dict[str, Field]] = []
@@ -197,26 +237,19 @@ def _fields(method_names: Sequence[str]) -> dict[str, Field]:
 
 
 def _walk(kind: type[Any], prefix: str, path: tuple[str, ...]) -> Iterator[Field]:
-    hints = typing.get_type_hints(kind, include_extras=True)
-    for field in dataclasses.fields(kind):
-        hint: Any = hints[field.name]
-        extras: list[Any] = []
+    for name, hint in fields.hints(kind).items():
+        extras: Sequence[Any] = ()
         if typing.get_origin(hint) is typing.Annotated:
             hint, *extras = typing.get_args(hint)
-        if not path and field.name in _FIXED:
+        if not path and name in _FIXED:
             continue
         if dataclasses.is_dataclass(hint):
-            yield from _walk(typing.cast(type, hint), f"{prefix}{field.name}.", (*path, field.name))
+            yield from _walk(typing.cast(type, hint), f"{prefix}{name}.", (*path, name))
             continue
-        own = next((e for e in extras if isinstance(e, Range)), None) or _implied(hint)
-        yield Field(f"{prefix}{field.name}", (*path, field.name), hint, own)
-
-
-def _implied(hint: Any) -> Range | None:
-    """Return the range of a type that lists its values."""
-    if typing.get_origin(hint) is Literal:
-        return Range(typing.get_args(hint))
-    return Range((False, True)) if hint is bool else None
+        own = next((extra for extra in extras if isinstance(extra, Range)), None)
+        if own is None and typing.get_origin(hint) is Literal:
+            own = Range(typing.get_args(hint))
+        yield Field(f"{prefix}{name}", (*path, name), hint, Range((False, True)) if hint is bool else own)
 
 
 def _resolve(name: str, known: Mapping[str, Field]) -> Field:
@@ -250,13 +283,13 @@ def _unknown(name: str, wanted: str, known: Sequence[str]) -> UserError:
         by_last.setdefault(field.rpartition(".")[2], []).append(field)
     near = difflib.get_close_matches(last, by_last, n=1, cutoff=0.6)
     hint = f"Did you mean {' or '.join(by_last[near[0]])}? " if near else ""
-    fields = ", ".join(sorted(inside or known))
-    return UserError(f"Unknown field to vary {name!r}. {hint}Fields that can vary: {fields}.")
+    return UserError(
+        f"Unknown field to vary {name!r}. {hint}Fields that can vary: {', '.join(sorted(inside or known))}."
+    )
 
 
 def _dimension(field: Field, text: str | None, listed: bool) -> Dimension:
     own = field.range
-    about = {"log": own.log, "mutable": own.mutable} if own else {"log": False, "mutable": False}
     if text is None:
         if own is None:
             raise UserError(
@@ -264,87 +297,70 @@ def _dimension(field: Field, text: str | None, listed: bool) -> Dimension:
                 f"--vary {field.name}=A,B,C."
             )
         if listed or not all(_is_number(value) or value is None for value in own.values):
-            return Dimension(field.name, field.path, own.values, **about)
+            return _listed(field, own.values)
         numbers = [value for value in own.values if value is not None]
-        return _interval(field, min(numbers), max(numbers), about)
+        return _interval(field, min(numbers), max(numbers))
     if ".." in text:
-        low, _, high = text.partition("..")
         if listed:
             raise UserError(
                 f"{field.name}={text} is an interval, and --searcher grid needs a list of values. Write "
                 f"{field.name}=A,B,C, or use --searcher random."
             )
-        return _interval(field, _parsed(field, low), _parsed(field, high), about)
-    values = tuple(dict.fromkeys(_parsed(field, item) for item in text.split(",") if item.strip()))
+        low, _, high = text.partition("..")
+        return _interval(field, _parsed(field, low), _parsed(field, high))
+    return _listed(field, [_parsed(field, item) for item in text.split(",") if item.strip()])
+
+
+def _listed(field: Field, values: Sequence[Any]) -> Dimension:
     if not values:
         raise UserError(f"The range of {field.name!r} is empty. Write it as --vary {field.name}=A,B,C.")
-    return Dimension(field.name, field.path, values, **about)
+    return Dimension(field.name, field.path, tuple(dict.fromkeys(values)), **_scale(field))
 
 
-def _interval(field: Field, low: Any, high: Any, about: dict[str, bool]) -> Dimension:
+def _interval(field: Field, low: Any, high: Any) -> Dimension:
     if not (_is_number(low) and _is_number(high) and low < high):
         raise UserError(
             f"The range {low}..{high} of {field.name!r} is empty. Give two numbers, the lower one first."
         )
-    if about["log"] and low <= 0:
-        about = {**about, "log": False}
-    return Dimension(field.name, field.path, (), low, high, float not in _kinds(field), **about)
+    scale = _scale(field)
+    scale["log"] = scale["log"] and low > 0
+    return Dimension(field.name, field.path, (), low, high, not fields.has_type(0.5, field.hint), **scale)
+
+
+def _scale(field: Field) -> dict[str, bool]:
+    own = field.range or Range(())
+    return {"log": own.log, "mutable": own.mutable}
 
 
 def _is_number(value: Any) -> bool:
     return isinstance(value, (int, float)) and not isinstance(value, bool)
 
 
-def _kinds(field: Field) -> tuple[Any, ...]:
-    """Return the types that a value may have."""
-    union = typing.get_origin(field.hint) in (types.UnionType, typing.Union)
-    return typing.get_args(field.hint) if union else (field.hint,)
-
-
 def _fitting(field: Field, value: Any) -> Any:
     """Return a value that Ray Tune has resolved, as a plain Python value of the field's type."""
     value = value.item() if isinstance(value, np.generic) else value
-    kinds = _kinds(field)
     if callable(value):
         raise UserError(
             f"The value of {field.name!r} is a function. Give a value, or a domain such as tune.uniform(low, high)."
         )
-    if _is_number(value) and int in kinds and float not in kinds and value != int(value):
-        raise UserError(
-            f"The field {field.name!r} takes whole numbers and was given {value}. Use tune.randint or tune.choice."
-        )
-    if _is_number(value) and not {int, float} & set(kinds):
-        return value
-    return int(value) if _is_number(value) and float not in kinds else value
+    if _is_number(value) and not fields.has_type(value, field.hint):
+        if value != int(value):
+            raise UserError(
+                f"The field {field.name!r} takes whole numbers and was given {value}. Use tune.randint or tune.choice."
+            )
+        return int(value)
+    return value
 
 
 def _parsed(field: Field, text: str) -> Any:
     """Return a value from the command line, of the field's type. Raise UserError when the text is no such value."""
     text = text.strip()
-    for kind in _kinds(field):
-        if kind is types.NoneType and text.lower() == "none":
-            return None
-        if kind is bool and text.lower() in ("true", "false"):
-            return text.lower() == "true"
-        if typing.get_origin(kind) is Literal:
-            for value in typing.get_args(kind):
-                if str(value) == text:
-                    return value
-        if kind in (int, float):
-            try:
-                number = kind(text)
-            except ValueError:
-                continue
-            if math.isfinite(number):
-                return number
-        if kind is str and text:
-            return text
-    wanted = " or ".join(_described(kind) for kind in _kinds(field))
-    raise UserError(f"The value {text!r} of {field.name!r} is not allowed: it must be {wanted}.")
-
-
-def _described(kind: Any) -> str:
-    if typing.get_origin(kind) is Literal:
-        return ", ".join(map(str, typing.get_args(kind)))
-    named = {int: "a whole number", float: "a number", bool: "true or false", str: "a name"}
-    return named.get(kind, "none" if kind is types.NoneType else "a value of a type that no sweep can vary")
+    read: list[Any] = [{"none": None, "true": True, "false": False}.get(text.lower(), text)]
+    with contextlib.suppress(ValueError, SyntaxError):
+        read.insert(0, ast.literal_eval(text))
+    for value in read:
+        if text and fields.has_type(value, field.hint):
+            return float(value) if _is_number(value) and fields.has_type(0.5, field.hint) else value
+    raise UserError(
+        f"The value {text!r} of {field.name!r} is not allowed: it must be {fields.described(field.hint)}."
+    )

@@ -15,26 +15,23 @@ from raysl import ray_cluster
 from raysl.config import FREE, Pretraining, differences
 from raysl.errors import UserError
 from raysl.evaluation.evaluate import probe
-from raysl.ingestion import resolve
 from raysl.ray_cluster.lock import DriverLock
 from raysl.run import Run
 from raysl.storage import Folder, filesystem
 from raysl.training.progress_actor import duration
-from raysl.tuning import settings as checks
-from raysl.tuning.config import POPULATION, SweepConfig, check_probe, check_seeds
+from raysl.tuning import algorithms
+from raysl.tuning.config import POPULATION, SweepConfig
 from raysl.tuning.journal import FORMAT, Journal
-from raysl.tuning.record import Record
-from raysl.tuning.settings import Settings, prepare
+from raysl.tuning.preparation import PreparedSweep, prepare
+from raysl.tuning.results import SweepResults
 
 _log = logging.getLogger("raysl.tuning")
 
-# Settings that may differ when a sweep is continued.
+# PreparedSweep that may differ when a sweep is continued.
 _MAY_DIFFER = (
     *("out", "samples", "retry", "max_concurrent", "gpus_per_worker", "share_stream"),
     *("train", "validation", "test", "vary"),
 )
-# Of Ray Tune: failures are logged in one line each, and actors stay in the driver's folder.
-_ENVIRONMENT = {"TUNE_PRINT_ALL_TRIAL_ERRORS": "0", "RAY_AIR_NEW_OUTPUT": "0", "RAY_CHDIR_TO_TRIAL_DIR": "0"}
 _TUNE = "tune"
 
 
@@ -46,105 +43,50 @@ def sweep(base: Pretraining, config: SweepConfig) -> list[dict[str, Any]]:
         config: configuration of the sweep.
 
     Returns:
-        A row for each trial, the best first; see `Record.rows`.
+        A row for each trial, the best first; see `SweepResults.rows`.
 
     Raises:
         UserError: the sweep cannot run, and no trial has begun; or the journal can no longer be written, or another
             driver works on the sweep.
     """
-    settings = prepare(base, config)
+    prepared = prepare(base, config)
     with DriverLock(Folder(config.out)) as lock:
         journal = Journal(Folder(config.out), lock.check)
-        _begin(journal, settings)
+        _begin(journal, prepared)
         for trial in journal.failures() if config.retry else ():
             journal.add({"event": "retry", "trial": trial})
         _log.info(
             "%d trials of %d seeds, %d at a time; scored by %s at epochs %s.",
-            *(settings.num_trials, len(config.seeds), settings.trials_at_once * settings.seeds_at_once),
+            *(prepared.num_trials, len(config.seeds), prepared.trials_at_once * prepared.seeds_at_once),
             config.probe,
             ", ".join(f"{base.epochs * share:.3g}" for share in config.shares()),
         )
-        _run(settings, journal)
-        _extras(settings, journal)
-        rows = Record(journal).rows()
+        _run(prepared, journal)
+        _extras(prepared, journal)
+        rows = SweepResults(journal).rows()
         journal.folder.write_json("table.json", rows)
     return rows
 
 
-def tune_trainable(
-    base: Pretraining,
-    out: str,
-    *,
-    train: str = "",
-    validation: str = "",
-    probe: str = "knn",
-    seeds: tuple[int, ...] = (0,),
-    rungs: tuple[float, ...] = (1 / 9, 1 / 3, 1.0),
-    max_concurrent: int = 0,
-    gpus_per_worker: float = 1,
-) -> Any:
-    """Return a trainable for `ray.tune.Tuner` that pretrains and probes, for any scheduler, searcher and callback.
-
-    The keys of `param_space` are dotted fields: `{"pirl.temperature": tune.loguniform(0.03, 0.5)}`. Each result has
-    "score" (mean over seeds of the probe's primary metric, higher is better), "rung" (1, 2, ...), "t" (a whole number
-    proportional to the steps done), "epoch" and "loss".
-
-    Args:
-        base: configuration of every run, except what varies, the seed and the folder.
-        out: folder of the runs, a path or a URI.
-        train: labelled data that the probe learns from; by default the pretraining images.
-        validation: labelled data that trials are compared on; by default a tenth of `train`, which is held out.
-        probe: name of the probe.
-        seeds: every trial runs with each of them.
-        rungs: shares of the schedule at which a trial is scored, in (0, 1], increasing; the last is 1.
-        max_concurrent: runs at the same time; 0 for as many as have a whole CPU for each trainer.
-        gpus_per_worker: below 1, several small trainers share a GPU.
-
-    Raises:
-        UserError: an argument is not allowed, or the cluster can never run such a trial.
-    """
-    from raysl.tuning.trainable import Task, trainable
-
-    check_seeds(seeds)
-    check_probe(probe)
-    checks.check_workers(base)
-    if not rungs or rungs[-1] != 1 or any(b <= a for a, b in zip((0.0, *rungs), rungs, strict=False)):
-        raise UserError(f"rungs is {rungs}; give increasing shares of the schedule, of which the last is 1.")
-    os.environ.update(_ENVIRONMENT)
-    ray_cluster.start()
-    images = resolve(base.data)
-    labelled = resolve(train) if train else images
-    learn, judged = (labelled, resolve(validation)) if validation else checks.hold_out(labelled, Folder(out))
-    # Ray Tune decides how many trials there are.
-    trials, _, placement = checks.share(base, max_concurrent, gpus_per_worker, 10**6, 1)
-    base = replace(base, data=str(images.folder))
-    return trainable(
-        Task(
-            *(base, images, str(Folder(out)), str(learn.folder), str(judged.folder), probe, seeds, rungs),
-            *(placement, trials),
-        )
-    )
-
-
-def _begin(journal: Journal, settings: Settings) -> None:
+def _begin(journal: Journal, prepared: PreparedSweep) -> None:
     """Write the first row, or compare it with the one that is there.
 
     Raises:
         UserError: another sweep is there.
     """
-    config, base = settings.config, settings.base
+    config, base = prepared.config, prepared.base
     # With a population, decisions depend on how many trials there are.
     kept = {
         name: value
         for name, value in asdict(config).items()
         if name not in _MAY_DIFFER or (name == "samples" and config.scheduler in POPULATION)
     }
-    data = {name: getattr(settings, name) for name in ("images", "train", "validation")}
+    data = {name: getattr(prepared, name) for name in ("images", "train", "validation")}
     header = {
         "event": "sweep",
         "format": FORMAT,
         "config": kept,
-        "space": [asdict(dimension) for dimension in settings.space.dimensions],
+        "space": [asdict(dimension) for dimension in prepared.space.dimensions],
         "base": {name: value for name, value in base.to_json().items() if name != "run"},
         "data": {name: dataset.manifest.fingerprint for name, dataset in data.items()},
         "uris": {name: str(dataset.folder) for name, dataset in data.items()},
@@ -171,22 +113,27 @@ def _begin(journal: Journal, settings: Settings) -> None:
         )
 
 
-def _run(settings: Settings, journal: Journal) -> None:
+def _run(prepared: PreparedSweep, journal: Journal) -> None:
     """Run all trials through Ray Tune; those that are known are only handed to its scheduler again."""
-    config = settings.config
-    os.environ.update(_ENVIRONMENT, TUNE_MAX_PENDING_TRIALS_PG=str(settings.trials_at_once))
+    config = prepared.config
+    os.environ.update(TUNE_MAX_PENDING_TRIALS_PG=str(prepared.trials_at_once), RAY_AIR_NEW_OUTPUT="0")
     from ray import tune
 
-    from raysl.tuning.order import InOrder, Numbered
+    from raysl.tuning.result_order import InOrder, Numbered
     from raysl.tuning.trainable import trainable
 
-    task = _task(settings, journal)
-    progress = _Progress(settings, journal)
-    inner = checks.scheduler(config, settings.space, task.times)
-    order = InOrder(inner, settings.num_trials, settings.trials_at_once, config.seed, progress)
+    task = _task(prepared, journal)
+    progress = _Progress(prepared, journal)
+    inner = algorithms.scheduler(config, prepared.space, task.times)
+    order = InOrder(inner, prepared.num_trials, prepared.trials_at_once, config.seed, progress)
     known = {row["trial"]: row["values"] for row in journal.of("trial") if row["rung"] == 0}
     numbered = Numbered(
-        settings.point() or checks.searcher(config), order, config.lag, config.seed, known, progress.begun
+        prepared.point() or algorithms.searcher(config),
+        order,
+        config.lag,
+        config.seed,
+        known,
+        progress.begun,
     )
 
     def name(trial: Any) -> str:
@@ -197,11 +144,11 @@ def _run(settings: Settings, journal: Journal) -> None:
     store, path = filesystem(str(journal.folder))
     tuner = tune.Tuner(
         trainable(task),
-        param_space={d.name: d.domain() for d in settings.space.dimensions},
+        param_space={d.name: d.domain() for d in prepared.space.dimensions},
         tune_config=tune.TuneConfig(
             metric="score",
             mode="max",
-            num_samples=settings.num_trials,
+            num_samples=prepared.num_trials,
             scheduler=order,
             search_alg=numbered,
             reuse_actors=True,
@@ -222,52 +169,52 @@ def _run(settings: Settings, journal: Journal) -> None:
         raise ray_cluster.user_error(error) or error from error
 
 
-def _task(settings: Settings, journal: Journal) -> Any:
+def _task(prepared: PreparedSweep, journal: Journal) -> Any:
     from raysl.tuning.trainable import Task
 
-    config = settings.config
+    config = prepared.config
     by_rung: dict[tuple[str, int], list[dict[str, Any]]] = {}
     for row in journal.of("score"):
         by_rung.setdefault((f"{row['trial']:04d}", row["rung"]), []).append(row)
     return Task(
-        replace(settings.base, data=str(settings.images.folder)),
-        settings.images,
+        replace(prepared.base, data=str(prepared.images.folder)),
+        prepared.images,
         str(journal.folder),
-        str(settings.train.folder),
-        str(settings.validation.folder),
+        str(prepared.train.folder),
+        str(prepared.validation.folder),
         config.probe,
         config.seeds,
         config.shares(),
-        settings.placement,
-        settings.trials_at_once,
-        settings.seeds_at_once,
+        prepared.placement,
+        prepared.trials_at_once,
+        prepared.seeds_at_once,
         keep_rungs=config.scheduler == "pbt",
         known={key: rows for key, rows in by_rung.items() if len(rows) == len(config.seeds)},
         failures={f"{trial:04d}": reason for trial, reason in journal.failures().items()},
-        points=[point(n) for n in range(settings.num_trials)] if (point := settings.point()) else (),
-        desk=_desk(settings),
+        points=[point(n) for n in range(prepared.num_trials)] if (point := prepared.point()) else (),
+        broker=_broker(prepared),
     )
 
 
-def _desk(settings: Settings) -> Any:
+def _broker(prepared: PreparedSweep) -> Any:
     """Return the actor that shares streams; None where no runs can share one."""
-    from raysl.tuning.together import apart, open_desk
+    from raysl.tuning.shared_streams import apart, open_broker
 
-    why = apart(settings)
-    if settings.trials_at_once > 1:
+    why = apart(prepared)
+    if prepared.trials_at_once > 1:
         _log.info(
             "Each run reads a stream of its own: %s." if why else "Concurrent runs share one stream.",
             *([why] if why else []),
         )
-    workers = settings.base.worker_counts()[0]
-    return None if why else open_desk(settings.images, workers, settings.placement)
+    workers = prepared.base.worker_counts()[0]
+    return None if why else open_broker(prepared.images, workers, prepared.placement)
 
 
 class _Progress:
     """Write what `InOrder` hears to the journal, and log one line for each result."""
 
-    def __init__(self, settings: Settings, journal: Journal) -> None:
-        self._settings = settings
+    def __init__(self, prepared: PreparedSweep, journal: Journal) -> None:
+        self._prepared = prepared
         self._journal = journal
 
     def begun(self, trial: int, values: Mapping[str, Any]) -> None:
@@ -277,11 +224,11 @@ class _Progress:
         rung = result["rung"] - 1
         before = len(self._journal.rows)
         for row in json.loads(result["runs"]):
-            facts = {**row, **self._settings.cost()}
+            facts = {**row, **self._prepared.cost()}
             self._journal.add_once({**facts, "event": "score", "trial": trial, "rung": rung})
         if len(self._journal.rows) > before:
             self._log(
-                trial, f"{self._settings.config.probe} {result['score']:.4f} at epoch {result['epoch']:.3g}"
+                trial, f"{self._prepared.config.probe} {result['score']:.4f} at epoch {result['epoch']:.3g}"
             )
 
     def failed(self, trial: int, record: Any) -> None:
@@ -294,7 +241,7 @@ class _Progress:
     def decided(
         self, trial: int, rung: int, goes_on: bool, copies: int | None, values: Mapping[str, Any]
     ) -> None:
-        if self._settings.config.scheduler == "none":
+        if self._prepared.config.scheduler == "none":
             return
         row = {"event": "decision", "trial": trial, "rung": rung, "goes_on": goes_on, "copies": copies}
         self._journal.add_once(row)
@@ -304,25 +251,25 @@ class _Progress:
             )
 
     def _log(self, trial: int, what: str) -> None:
-        record = Record(self._journal)
+        record = SweepResults(self._journal)
         best = record.best()
         top = f"best {record.means(best)[-1]:.4f} (trial {best})" if best is not None else "none finished"
         over = sum(record.state(n) != "running" for n in record.trials)
         _log.info(
             "trial %d: %s | %s | %d of %d trials over | ETA %s",
-            *(trial, what, top, over, self._settings.num_trials, self._eta(record)),
+            *(trial, what, top, over, self._prepared.num_trials, self._eta(record)),
         )
 
-    def _eta(self, record: Record) -> str:
+    def _eta(self, record: SweepResults) -> str:
         """Return the time left if every trial that can continue continues to the end."""
         shares = (0.0, *record.config.shares())
         rows = list(record.scores.values())
         done = sum(shares[row["rung"] + 1] - shares[row["rung"]] for row in rows)
         if not done:
             return "?"
-        left = float(self._settings.num_trials - len(record.trials))
+        left = float(self._prepared.num_trials - len(record.trials))
         left += sum(1.0 - shares[len(record.means(n))] for n in record.trials if record.state(n) == "running")
-        at_once = self._settings.trials_at_once * self._settings.seeds_at_once
+        at_once = self._prepared.trials_at_once * self._prepared.seeds_at_once
         seconds = sum(row["seconds"] for row in rows) / done * left * len(record.config.seeds) / at_once
         return f"at most {duration(seconds)}"
 
@@ -339,19 +286,19 @@ def _reason(record: Any) -> str:
     return text.strip().splitlines()[-1]
 
 
-def _extras(settings: Settings, journal: Journal) -> None:
+def _extras(prepared: PreparedSweep, journal: Journal) -> None:
     """Score the baselines on the images that trials were compared on, and the chosen trial once on the test images."""
-    record = Record(journal)
+    record = SweepResults(journal)
     best = record.best()
     if best is None:
         return
-    config = settings.config
-    train, validation = str(settings.train.folder), str(settings.validation.folder)
+    config = prepared.config
+    train, validation = str(prepared.train.folder), str(prepared.validation.folder)
     for seed in config.seeds:
         run = Run(journal.folder / record.scores[best, seed, record.num_rungs - 1]["run"])
         _score(journal, "baseline", run, seed, (train, validation), config.probe, ("random", "pixels"))
-        if settings.test is not None:
-            data = str(settings.train.folder), str(settings.test.folder)
+        if prepared.test is not None:
+            data = str(prepared.train.folder), str(prepared.test.folder)
             encoders = ("trained", "random", "pixels")
             _score(journal, "test", run, seed, data, config.probe, encoders, trial=best)
 

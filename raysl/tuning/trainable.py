@@ -11,6 +11,7 @@ import contextlib
 import json
 import logging
 import math
+import os
 import time
 import traceback
 from collections.abc import Mapping, Sequence
@@ -26,13 +27,16 @@ from raysl import checkpoint, ray_cluster
 from raysl.config import Pretraining
 from raysl.dataset import DataSet
 from raysl.errors import UserError
-from raysl.evaluation.evaluate import probe
+from raysl.evaluation.evaluate import probe as run_probe
+from raysl.ingestion import resolve
 from raysl.ray_cluster.placement import Placement
 from raysl.run import Run
 from raysl.storage import Folder
 from raysl.stream.shared import Subscriber
 from raysl.training.launch import pretrain
-from raysl.tuning.space import Values, configured
+from raysl.tuning import preparation
+from raysl.tuning.config import check_probe, check_seeds
+from raysl.tuning.space import Values, configured, tune_space
 
 ERROR = "error.txt"
 _HEAD = "node:__internal_head__"
@@ -62,8 +66,8 @@ class Task:
         keep_rungs: keep the checkpoints of the last two rungs, so that other trials can copy them.
         known: results of earlier sessions by trial name and rung, which are not measured again.
         failures: reasons of the trials that failed in earlier sessions, by name.
-        points: values of all trials by number, if they are known before; for the desk.
-        desk: actor that shares streams; see `raysl.tuning.together`. None without sharing.
+        points: values of all trials by number, if they are known before; for the broker.
+        broker: actor that shares streams; see `raysl.tuning.shared_streams`. None without sharing.
     """
 
     base: Pretraining
@@ -81,7 +85,7 @@ class Task:
     known: Mapping[tuple[str, int], Sequence[Mapping[str, Any]]] = field(default_factory=dict)
     failures: Mapping[str, str] = field(default_factory=dict)
     points: Sequence[Values] = ()
-    desk: Any = None
+    broker: Any = None
 
     def until(self, config: Pretraining, rung: int) -> int:
         """Return the step of a rung, counted from 0."""
@@ -183,7 +187,7 @@ class Trial(tune.Trainable):  # type: ignore[misc]
         # Features of a rung are used once, and are larger than the checkpoint.
         features = run.folder / f"features-{until}"
         try:
-            rows = probe(
+            rows = run_probe(
                 run, task.train, task.validation, probes=(task.probe,), encoders=("trained",), cache=features
             )
         finally:
@@ -199,8 +203,8 @@ class Trial(tune.Trainable):  # type: ignore[misc]
         try:
             run = pretrain(config, until=until, placement=task.placement, subscriber=subscriber)
         finally:
-            if task.desk is not None:
-                task.desk.leave.remote(config.run)
+            if task.broker is not None:
+                task.broker.leave.remote(config.run)
         if run.newest().step != until:
             raise UserError(
                 f"The run at {config.run!r} is at step {run.newest().step} and was to be scored at step {until}. "
@@ -211,7 +215,7 @@ class Trial(tune.Trainable):  # type: ignore[misc]
     def _subscriber(self, config: Pretraining, until: int, before: int) -> Subscriber | None:
         """Return the run's place at a shared stream, if there is one."""
         task = self.task
-        if task.desk is None:
+        if task.broker is None:
             return None
         import ray
 
@@ -220,8 +224,61 @@ class Trial(tune.Trainable):  # type: ignore[misc]
         first = int(self.trial_name) + 1
         points = task.points[first : first + task.trials_at_once - 1]
         near = [replace(configured(task.base, point), seed=config.seed) for point in points]
-        place: Subscriber | None = ray.get(task.desk.subscriber.remote(config, until, start, near))
+        place: Subscriber | None = ray.get(task.broker.subscriber.remote(config, until, start, near))
         return place
+
+
+def tune_trainable(
+    base: Pretraining,
+    out: str,
+    *,
+    param_space: Mapping[str, Any] | None = None,
+    train: str = "",
+    validation: str = "",
+    probe: str = "knn",
+    seeds: tuple[int, ...] = (0,),
+    rungs: tuple[float, ...] = (1 / 9, 1 / 3, 1.0),
+    max_concurrent: int = 0,
+    gpus_per_worker: float = 1,
+) -> type[Trial]:
+    """Return a trainable for `ray.tune.Tuner` that pretrains and probes, for any scheduler, searcher and callback.
+
+    The keys of `param_space` are dotted fields: `{"pirl.temperature": tune.loguniform(0.03, 0.5)}`. Each result has
+    "score" (mean over seeds of the probe's primary metric, higher is better), "rung" (1, 2, ...), "t" (a whole number
+    proportional to the steps done), "epoch" and "loss".
+
+    Args:
+        base: configuration of every run, except what varies, the seed and the folder.
+        out: folder of the runs, a path or a URI.
+        param_space: that of the Tuner; if it is given here too, both ends of every domain are checked at once.
+        train: labelled data that the probe learns from; by default the pretraining images.
+        validation: labelled data that trials are compared on; by default a tenth of `train`, which is held out.
+        probe: name of the probe.
+        seeds: every trial runs with each of them.
+        rungs: shares of the schedule at which a trial is scored, in (0, 1], increasing; the last is 1.
+        max_concurrent: runs at the same time; 0 for as many as have a whole CPU for each trainer.
+        gpus_per_worker: below 1, several small trainers share a GPU.
+
+    Raises:
+        UserError: an argument or the space is not allowed, or the cluster can never run such a trial.
+    """
+    check_seeds(seeds)
+    check_probe(probe)
+    preparation.check_workers(base)
+    if not rungs or rungs[-1] != 1 or any(b <= a for a, b in zip((0.0, *rungs), rungs, strict=False)):
+        raise UserError(f"rungs is {rungs}; give increasing shares of the schedule, of which the last is 1.")
+    points = preparation.built(base, tune_space(base, param_space or {}).ends())
+    ray_cluster.start()
+    images = resolve(base.data)
+    labelled = resolve(train) if train else images
+    preparation.check_models(points, images)
+    # Ray Tune decides how many trials there are.
+    trials, _, placement = preparation.share(base, max_concurrent, gpus_per_worker, 10**6, 1)
+    given = resolve(validation) if validation else None
+    learn, judged = (labelled, given) if given else preparation.hold_out(labelled, Folder(out))
+    base = replace(base, data=str(images.folder))
+    data = str(learn.folder), str(judged.folder)
+    return trainable(Task(base, images, str(Folder(out)), *data, probe, seeds, rungs, placement, trials))
 
 
 def trainable(task: Task) -> type[Trial]:
@@ -238,6 +295,8 @@ def trainable(task: Task) -> type[Trial]:
             configured(task.base, config)
             return tune.PlacementGroupFactory([{_HEAD: _share(task.trials_at_once)}])
 
+    # Ray Tune logs failures in one line each, and its actors stay in the folder of the driver.
+    os.environ.update(TUNE_PRINT_ALL_TRIAL_ERRORS="0", RAY_CHDIR_TO_TRIAL_DIR="0")
     Pretrain.task = task
     return Pretrain
 

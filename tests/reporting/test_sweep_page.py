@@ -23,7 +23,7 @@ from raysl.reporting.sweep_figures import rank_correlation
 from raysl.storage import Folder
 from raysl.tuning.config import SweepConfig
 from raysl.tuning.journal import FORMAT, Journal
-from raysl.tuning.record import Record
+from raysl.tuning.results import SweepResults
 from raysl.tuning.space import space
 
 pytest.importorskip("matplotlib")
@@ -187,7 +187,7 @@ def test_a_population_is_shown_with_the_values_that_its_scores_had(tmp_path: Pat
         "seeds": (0,),
     }
     sweep = written(tmp_path, "lambda=0..1", copies=True, **settings)
-    record = Record.open(sweep)
+    record = SweepResults.open(sweep)
     assert record.trials == list(range(8))
     assert [record.values(n, 1)["pirl.lam"] for n in (6, 7)] == [0.123, 0.123]
     assert record.values(7)["pirl.lam"] != 0.123
@@ -200,7 +200,7 @@ def test_baselines_and_the_test_score_are_on_the_page(tmp_path: Path) -> None:
     facts: dict[str, Any] = {"event": "baseline", "seed": 0, "chosen": None}
     journal.add({**facts, "encoder": "random", "score": 0.1234})
     journal.add({**facts, "encoder": "pixels", "score": 0.2345})
-    best = Record.open(sweep).best()
+    best = SweepResults.open(sweep).best()
     journal.add({"event": "test", "encoder": "trained", "seed": 0, "score": 0.3456, "chosen": best})
     page = report(sweep, ReportConfig()).read("index.html").decode()
     assert "0.1234</td>" in page

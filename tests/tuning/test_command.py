@@ -32,8 +32,8 @@ def test_flags_of_a_sweep_and_of_its_runs_are_one_list(monkeypatch: pytest.Monke
         return []
 
     monkeypatch.setattr("raysl.api.sweep", sweep)
-    monkeypatch.setattr("raysl.tuning.record.Record.open", lambda uri: uri)
-    monkeypatch.setattr("raysl.tuning.record.render", str)
+    monkeypatch.setattr("raysl.tuning.results.SweepResults.open", lambda uri: uri)
+    monkeypatch.setattr("raysl.tuning.results.render", str)
     flags = (
         "--epochs 3 --vary temperature=0.1,0.2 lambda --data D --seeds 0 1 2 --pirl.head bn --test T --out S"
     )

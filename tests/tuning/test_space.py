@@ -6,10 +6,13 @@ from typing import Any
 
 import numpy as np
 import pytest
+from ray import tune
 
+from raysl import ray_cluster
 from raysl.config import Pretraining
 from raysl.errors import UserError
-from raysl.tuning.space import Space, configured, space
+from raysl.tuning.space import Space, configured, space, tune_space
+from raysl.tuning.trainable import tune_trainable
 
 BASE = Pretraining("data", "run", parts={"pirl": {"dim": 16}})
 
@@ -134,7 +137,7 @@ def test_numbers_of_numpy_become_plain() -> None:
         ("temperature=warm", "'warm' of 'pirl.temperature'.*must be a number"),
         ("temperature=nan", "must be a number"),
         ("num_negatives=1.5", "must be a whole number"),
-        ("pirl.head=deep", "must be linear, mlp, bn"),
+        ("pirl.head=deep", "must be one of linear, mlp, bn"),
         ("temperature=0.1..0.2", "is an interval"),
     ],
 )
@@ -157,3 +160,61 @@ def test_a_value_that_the_field_does_not_allow_is_named() -> None:
     points = made("lambda=0.5,2")
     with pytest.raises(UserError, match=r"pirl.lam is 2"):
         configured(BASE, points.grid()[1])
+
+
+def test_a_space_of_ray_tune_is_read_back() -> None:
+    points = tune_space(
+        BASE,
+        {
+            "temperature": tune.loguniform(0.03, 0.5),
+            "pirl.num_negatives": tune.randint(8, 65),
+            "pirl.head": tune.choice(["linear", "bn"]),
+            "optim.lr": tune.grid_search([0.1, 0.2]),
+            "pirl.lam": 0.5,
+        },
+    )
+    ends = {d.name: d.ends() for d in points.dimensions}
+    assert ends == {
+        "pirl.temperature": (0.03, 0.5),
+        "pirl.num_negatives": (8, 64),
+        "pirl.head": ("linear", "bn"),
+        "optim.lr": (0.1, 0.2),
+        "pirl.lam": (0.5,),
+    }
+
+
+@pytest.mark.parametrize(
+    ("name", "domain", "answer"),
+    [
+        ("pirl.temperatur", tune.uniform(0, 1), r"Did you mean pirl\.temperature"),
+        ("pirl.temperature", tune.uniform(0.5, 0.1), r"0\.5\.\.0\.1 of 'pirl\.temperature' is empty"),
+        ("pirl.temperature", tune.choice([]), "range of 'pirl.temperature' is empty"),
+        ("pirl.temperature", tune.randn(0, 1), "'pirl.temperature' has no bounds"),
+        ("pirl.temperature", tune.sample_from(lambda spec: 0.1), "'pirl.temperature' is a function"),
+        ("pirl.temperature", lambda: 0.1, "'pirl.temperature' is a function"),
+        ("pirl.num_negatives", tune.uniform(0.5, 8.5), r"whole numbers and was given 0\.5"),
+        ("seed", tune.randint(0, 9), "Seeds are given to --seeds"),
+        ("pirl.lam", tune.uniform(0, 2), r"trial with pirl\.lam=2 could not run, so none has begun"),
+        ("pirl.head", tune.choice(["bn", "deep"]), r"trial with pirl\.head=deep could not run"),
+    ],
+)
+def test_a_space_of_ray_tune_is_refused_before_ray_starts(
+    name: str, domain: Any, answer: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(ray_cluster, "start", lambda: pytest.fail("Ray was started"))
+    with pytest.raises(UserError, match=answer):
+        tune_trainable(BASE, "out", param_space={name: domain})
+
+
+@pytest.mark.parametrize(
+    ("changes", "answer"),
+    [
+        ({"probe": "knm"}, "Did you mean 'knn'"),
+        ({"seeds": ()}, "at least one seed"),
+        ({"rungs": (0.5, 0.2, 1)}, "increasing shares"),
+        ({"rungs": (0.5,)}, "the last is 1"),
+    ],
+)
+def test_arguments_of_a_trainable_are_refused(changes: dict[str, Any], answer: str) -> None:
+    with pytest.raises(UserError, match=answer):
+        tune_trainable(BASE, "out", **changes)

@@ -21,8 +21,8 @@ from raysl.ray_cluster.placement import Machines
 from raysl.storage import Folder
 from raysl.tuning.config import SweepConfig
 from raysl.tuning.journal import NAME, Journal
-from raysl.tuning.record import Record
-from raysl.tuning.settings import hold_out, prepare
+from raysl.tuning.preparation import hold_out, prepare
+from raysl.tuning.results import SweepResults
 from raysl.tuning.sweep import sweep
 from tests.data import make_dataset
 
@@ -77,7 +77,7 @@ def test_a_sweep(ray_session: None, data: tuple[str, str], tmp_path: Path) -> No
     assert by_trial[0]["state"] == "finished"
     assert by_trial[1]["state"] == "failed"
     assert "The loss is" in by_trial[1]["reason"]
-    record = Record.open(str(out))
+    record = SweepResults.open(str(out))
     # Both rungs are on the one schedule of 12 steps.
     assert [row["step"] for row in record.scores.values() if row["trial"] == 0] == [6, 12]
     assert record.extras("baseline").keys() == {"random", "pixels"}

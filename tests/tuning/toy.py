@@ -2,7 +2,7 @@
 
     python -m tests.tuning.toy FOLDER SCHEDULER SEARCHER AT_ONCE SLOW
 
-runs it on the Ray cluster that is there, and continues what an earlier process left in FOLDER. Actors import this module
+runs it on a Ray of its own, and continues what an earlier process left in FOLDER. Actors import this module
 too, so it imports little.
 """
 
@@ -122,22 +122,20 @@ class Notes:
 
 def play(folder: Path, scheduler: Any, searcher: Any, at_once: int, slow: str, notes: Notes) -> Notes:
     """Run the sweep of toys, with what is known from before."""
-    from raysl.tuning import settings
+    from raysl.tuning import algorithms
     from raysl.tuning.config import SweepConfig
-    from raysl.tuning.order import InOrder, Numbered
+    from raysl.tuning.result_order import InOrder, Numbered
     from raysl.tuning.space import Dimension, Space
 
-    os.environ.update(
-        TUNE_PRINT_ALL_TRIAL_ERRORS="0", RAY_AIR_NEW_OUTPUT="0", TUNE_DISABLE_AUTO_CALLBACK_LOGGERS="1"
-    )
+    os.environ.update(TUNE_PRINT_ALL_TRIAL_ERRORS="0", RAY_AIR_NEW_OUTPUT="0")
     listed = tuple(i / TRIALS for i in range(TRIALS)) if searcher == "grid" else ()
     space = Space((Dimension("x", ("x",), listed, 0.0, 1.0, mutable=True),))
     config = SweepConfig("out", ("x",), scheduler=scheduler, searcher=searcher, rungs=3)
     names = {"known": dict(notes.scores), "slow": slow, "log": str(folder / "steps"), "at_once": at_once}
     bound = type("Bound", (Toy,), names)
-    order = InOrder(settings.scheduler(config, space, TIMES), TRIALS, at_once, 0, notes)
+    order = InOrder(algorithms.scheduler(config, space, TIMES), TRIALS, at_once, 0, notes)
     fixed = {"random": lambda n: space.drawn(0, n), "grid": lambda n: space.grid()[n]}
-    points = fixed.get(searcher) or settings.searcher(config)
+    points = fixed.get(searcher) or algorithms.searcher(config)
     numbered = Numbered(points, order, 4, 0, dict(notes.values), notes.begun)
 
     def name(trial: Any) -> str:
@@ -167,8 +165,8 @@ def play(folder: Path, scheduler: Any, searcher: Any, at_once: int, slow: str, n
 
 
 if __name__ == "__main__":
-    import ray
+    from raysl.ray_cluster import local_ray
 
-    ray.init(address="auto", logging_level="ERROR")
+    local_ray.begin(num_cpus=2, object_store_memory=100_000_000, log_to_driver=False)
     place = Path(sys.argv[1])
     play(place, sys.argv[2], sys.argv[3], int(sys.argv[4]), sys.argv[5], Notes(place / "notes.jsonl"))

@@ -1,7 +1,7 @@
 """One stream for the runs of a sweep that take the same images in the same order at the same time.
 
-A `Desk` is an actor that a run asks for its place at a shared stream, see `raysl.stream.shared`. The desk opens a feed
-when a run begins and others that can share it are about to begin, and closes the feed when its last run has ended.
+A `StreamBroker` is an actor that a run asks for its place at a shared stream, see `raysl.stream.shared`. The broker opens
+a feed when a run begins and others that can share it are about to begin, and closes it when its last run has ended.
 """
 
 from __future__ import annotations
@@ -18,7 +18,7 @@ from raysl.ray_cluster.placement import Placement
 from raysl.stream.plan import Plan
 from raysl.stream.reader import Stream
 from raysl.stream.shared import Subscriber, open_feeds, slots, union
-from raysl.tuning.settings import Settings
+from raysl.tuning.preparation import PreparedSweep
 
 # Fields that change which images a step takes or how long it lasts, so that fast runs would wait for slow ones.
 _APART = ("batch_size", "backbone", "precision")
@@ -36,7 +36,7 @@ class _Reading:
 
 
 @dataclass
-class _Table:
+class _SharedStream:
     """A feed for every rank, and its runs."""
 
     reading: _Reading
@@ -45,27 +45,27 @@ class _Table:
     runs: set[str] = field(default_factory=set)
 
 
-def apart(settings: Settings) -> str:
+def apart(prepared: PreparedSweep) -> str:
     """Return why no two runs of a sweep will share a stream; "" where some may."""
-    if not settings.config.share_stream:
+    if not prepared.config.share_stream:
         return "--no-share-stream"
-    if settings.trials_at_once == 1:
+    if prepared.trials_at_once == 1:
         return "one trial runs at a time"
-    if all(d.path[0] in _APART for d in settings.space.dimensions):
-        return f"trials differ in {' and '.join(settings.space.names)}"
+    if all(d.path[0] in _APART for d in prepared.space.dimensions):
+        return f"trials differ in {' and '.join(prepared.space.names)}"
     return ""
 
 
-def open_desk(images: DataSet, workers: int, placement: Placement) -> Any:
-    """Start the desk of a sweep, on the machine of the driver."""
+def open_broker(images: DataSet, workers: int, placement: Placement) -> Any:
+    """Start the broker of a sweep, on the machine of the driver."""
     import ray
 
     here = ray.get_runtime_context().get_node_id()
     near = ray.util.scheduling_strategies.NodeAffinitySchedulingStrategy(here, soft=False)
-    return ray.remote(num_cpus=0, scheduling_strategy=near)(Desk).remote(images, workers, placement)
+    return ray.remote(num_cpus=0, scheduling_strategy=near)(StreamBroker).remote(images, workers, placement)
 
 
-class Desk:
+class StreamBroker:
     """The streams that runs of a sweep share at the moment.
 
     Args:
@@ -78,7 +78,7 @@ class Desk:
         self._images = images
         self._workers = workers
         self._placement = placement
-        self._tables: list[_Table] = []
+        self._streams: list[_SharedStream] = []
 
     def subscriber(
         self, config: Pretraining, until: int, start: int, near: Sequence[Pretraining]
@@ -93,30 +93,32 @@ class Desk:
         """
         run, reading, stream = config.run, self._reading(config, until), self._stream(config)
         own = slots(stream)
-        for table in self._tables:
-            suits = table.reading == reading and table.slots.issuperset(own.values())
-            if suits and _expects(table, run, start):
-                table.runs.add(run)
-                return Subscriber(run, table.feeds, own)
+        for shared in self._streams:
+            suits = shared.reading == reading and shared.slots.issuperset(own.values())
+            if suits and _expects(shared, run, start):
+                shared.runs.add(run)
+                return Subscriber(run, shared.feeds, own)
         others = [self._stream(other) for other in near if self._reading(other, until) == reading]
         if not others:
             return None
         streams = [stream, *others]
-        table = _Table(reading, frozenset(union(streams).views), open_feeds(streams, start, until), {run})
-        self._tables.append(table)
-        _expects(table, run, start)
-        return Subscriber(run, table.feeds, own)
+        shared = _SharedStream(
+            reading, frozenset(union(streams).views), open_feeds(streams, start, until), {run}
+        )
+        self._streams.append(shared)
+        _expects(shared, run, start)
+        return Subscriber(run, shared.feeds, own)
 
     def leave(self, run: str) -> None:
         """Give the place of a run back, if it has one."""
         import ray
 
-        for table in self._tables:
-            if run in table.runs:
-                table.runs.remove(run)
-                for feed in table.feeds:
-                    feed.leave.remote(run) if table.runs else ray.kill(feed)
-        self._tables = [table for table in self._tables if table.runs]
+        for shared in self._streams:
+            if run in shared.runs:
+                shared.runs.remove(run)
+                for feed in shared.feeds:
+                    feed.leave.remote(run) if shared.runs else ray.kill(feed)
+        self._streams = [shared for shared in self._streams if shared.runs]
 
     def _reading(self, config: Pretraining, until: int) -> _Reading:
         plan = config.plan(self._images)
@@ -136,15 +138,15 @@ class Desk:
         )
 
 
-def _expects(table: _Table, run: str, start: int) -> bool:
-    """Return whether all feeds of a table still hold what a run begins with; they then wait for the run."""
+def _expects(shared: _SharedStream, run: str, start: int) -> bool:
+    """Return whether all feeds of a shared still hold what a run begins with; they then wait for the run."""
     import ray
 
     try:
-        there = all(ray.get([feed.expect.remote(run, start) for feed in table.feeds]))
+        there = all(ray.get([feed.expect.remote(run, start) for feed in shared.feeds]))
     except ray.exceptions.RayError:
         return False
     if not there:
-        for feed in table.feeds:
+        for feed in shared.feeds:
             feed.leave.remote(run)
     return there

@@ -23,7 +23,7 @@ State = Literal["finished", "stopped", "failed", "running"]
 
 
 @dataclass(frozen=True)
-class Record:
+class SweepResults:
     """The results of a sweep, finished or not.
 
     Args:
@@ -33,14 +33,14 @@ class Record:
     journal: Journal
 
     @staticmethod
-    def open(uri: str) -> Record:
+    def open(uri: str) -> SweepResults:
         """Return the record of the sweep at `uri`. Raise UserError when there is none, or its journal is damaged."""
         folder = Folder(uri)
         if not folder.exists(NAME):
             raise UserError(
                 f"No sweep at {uri!r}: there is no {NAME}. Make one with `raysl sweep --out {uri}`."
             )
-        return Record(Journal(folder))
+        return SweepResults(Journal(folder))
 
     @cached_property
     def config(self) -> SweepConfig:
@@ -181,7 +181,7 @@ def shown(value: Any) -> str:
     return f"{value:g}" if isinstance(value, float) else str(value).lower() if value is None else str(value)
 
 
-def render(record: Record) -> Table:
+def render(record: SweepResults) -> Table:
     """Return the rows of a sweep as a table: one line a trial, the baselines, and the reasons of failures."""
     from rich import box
     from rich.table import Table

@@ -1,13 +1,9 @@
-"""Checks of a sweep before any trial begins: its space, its data, and what the cluster can run at a time."""
+"""Check a sweep before any trial begins: its space, its data, and the runs that the cluster can hold at a time."""
 
 from __future__ import annotations
 
-import importlib
-import importlib.util
-import logging
-from collections.abc import Callable
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass, replace
-from typing import Any
 
 import numpy as np
 
@@ -24,19 +20,20 @@ from raysl.probes import common_labels
 from raysl.ray_cluster import placement as cluster_placement
 from raysl.ray_cluster.placement import Placement
 from raysl.storage import Folder
+from raysl.tuning import algorithms
 from raysl.tuning.config import SweepConfig
-from raysl.tuning.record import described
+from raysl.tuning.results import described
 from raysl.tuning.space import Space, Values, configured, space
-
-_log = logging.getLogger("raysl.tuning")
 
 # Without --validation, one image in so many is held out of the labelled data, if these are no larger than this.
 _HELD_OUT = 10
 _MOST_BYTES = 4 << 30
 
+Points = list[tuple[Values, Pretraining]]
+
 
 @dataclass(frozen=True)
-class Settings:
+class PreparedSweep:
     """A sweep that has passed all checks.
 
     Args:
@@ -73,36 +70,36 @@ class Settings:
 
     def point(self) -> Callable[[int], Values] | None:
         """Return the values of a trial as a function of its number; None where they depend on scores."""
-        config, points = self.config, self.space
-        if config.searcher == "grid":
-            return points.grid().__getitem__
-        return (lambda trial: points.drawn(config.seed, trial)) if config.searcher == "random" else None
+        if self.config.searcher == "grid":
+            return self.space.grid().__getitem__
+        if self.config.searcher == "random":
+            return lambda trial: self.space.drawn(self.config.seed, trial)
+        return None
 
 
-def check(base: Pretraining, config: SweepConfig) -> tuple[Space, list[tuple[Values, Pretraining]]]:
-    """Return the space of a sweep and the trials that can be known before it begins; needs neither Ray nor data.
+def check(base: Pretraining, config: SweepConfig) -> tuple[Space, Points]:
+    """Return the space of a sweep, and the trials that can be known before it begins; needs neither Ray nor data.
 
     Raises:
         UserError: a package is missing, or the space or a trial is not allowed.
     """
-    package = config.searcher
-    if package not in ("grid", "random") and importlib.util.find_spec(package) is None:
-        raise UserError(
-            f"--searcher {package} needs the package {package}, which is not installed. Install "
-            f"{'raysl[search]' if package == 'optuna' else package}, or use --searcher random."
-        )
+    algorithms.check_installed(config.searcher)
     check_workers(base)
     points = space(base, config.vary, listed=config.searcher == "grid")
-    fixed = [d.name for d in points.dimensions if not d.mutable]
+    fixed = [dimension.name for dimension in points.dimensions if not dimension.mutable]
     if config.scheduler == "pbt" and fixed:
         raise UserError(
-            f"--scheduler pbt changes values in the middle of a run, and {', '.join(fixed)} cannot change there. Vary "
-            "fields such as optim.lr or a temperature, or use --scheduler asha."
+            f"--scheduler pbt changes values during a run, and {', '.join(fixed)} cannot change. Vary fields such as "
+            "optim.lr or a temperature, or use --scheduler asha."
         )
-    return points, _trials(base, config, points)
+    if config.searcher == "grid":
+        return points, built(base, points.grid())
+    if config.searcher == "random" and config.scheduler != "pbt":
+        return points, built(base, [points.drawn(config.seed, trial) for trial in range(config.samples)])
+    return points, built(base, points.ends())
 
 
-def prepare(base: Pretraining, config: SweepConfig) -> Settings:
+def prepare(base: Pretraining, config: SweepConfig) -> PreparedSweep:
     """Check a sweep and divide the cluster among its runs.
 
     Raises:
@@ -118,15 +115,10 @@ def prepare(base: Pretraining, config: SweepConfig) -> Settings:
     for judged in filter(None, (given, test)):
         common_labels(labelled, judged)
         check_apart([config.probe], labelled, judged)
-    _build(trials, images)
-    trials_at_once, seeds_at_once, placement = share(
-        base, config.max_concurrent, config.gpus_per_worker, num_trials, len(config.seeds)
-    )
+    check_models(trials, images)
+    shared = share(base, config.max_concurrent, config.gpus_per_worker, num_trials, len(config.seeds))
     train, validation = (labelled, given) if given else hold_out(labelled, Folder(config.out))
-    return Settings(
-        *(base, config, points, num_trials, images, train, validation, test),
-        *(trials_at_once, seeds_at_once, placement),
-    )
+    return PreparedSweep(base, config, points, num_trials, images, train, validation, test, *shared)
 
 
 def check_workers(base: Pretraining) -> None:
@@ -154,28 +146,20 @@ def hold_out(labelled: DataSet, out: Folder) -> tuple[DataSet, DataSet]:
             "--validation, labelled data on which the trials are compared."
         )
     labels_n = labelled.labels()
-    chosen = rng.generator("validation", labelled.num_images).permutation(labelled.num_images)[:number]
-    held_n = np.zeros(labelled.num_images, dtype=bool)
-    held_n[chosen] = True
+    order_n = rng.generator("validation", labelled.num_images).permutation(labelled.num_images)
     made = []
-    for name, inside_n in (("learn", ~held_n), ("validation", held_n)):
-        indices = np.flatnonzero(inside_n).astype(np.int64)
+    for name, chosen_n in (("learn", order_n[number:]), ("validation", order_n[:number])):
+        indices = np.sort(chosen_n).astype(np.int64)
         source = f"{len(indices)} images of {labelled.manifest.source}"
         classes = labelled.manifest.classes
         made.append(relabelled(labelled, indices, labels_n[indices], classes, out / "images" / name, source))
     return made[0], made[1]
 
 
-def _trials(base: Pretraining, config: SweepConfig, points: Space) -> list[tuple[Values, Pretraining]]:
-    """Return the configuration of every trial; of the ends of the space, where trials are not known before."""
-    if config.searcher == "grid":
-        tried = points.grid()
-    elif config.searcher == "random" and config.scheduler != "pbt":
-        tried = [points.drawn(config.seed, trial) for trial in range(config.samples)]
-    else:
-        tried = list(points.ends())
+def built(base: Pretraining, points: Iterable[Values]) -> Points:
+    """Return points with their configurations. Raise UserError for one that is not allowed."""
     made = []
-    for values in tried:
+    for values in points:
         try:
             made.append((values, configured(base, values)))
         except UserError as error:
@@ -183,17 +167,20 @@ def _trials(base: Pretraining, config: SweepConfig, points: Space) -> list[tuple
     return made
 
 
-def _build(trials: list[tuple[Values, Pretraining]], images: DataSet) -> None:
-    """Build the model and the plan of each trial, which finds mistakes that the fields alone do not show."""
+def check_models(points: Sequence[tuple[Values, Pretraining]], images: DataSet) -> None:
+    """Build the model and the plan of each point, which finds mistakes that the fields alone do not show.
+
+    Raises:
+        UserError: a trial at one of the points could not run.
+    """
     backbones: set[BackboneConfig] = set()
-    for values, config in trials:
+    for values, config in points:
         # Each backbone is built once; heads and transforms do not need a large one.
         known, light = config.backbone in backbones, replace(config.backbone, name="small")
         backbones.add(config.backbone)
         try:
             config.plan(images)
-            built = replace(config, backbone=light) if known else config
-            Model.of(built, images).check()
+            Model.of(replace(config, backbone=light) if known else config, images).check()
         except UserError as error:
             raise _refused(values, error) from error
 
@@ -253,48 +240,3 @@ def _most(placed: Callable[[int], Placement], runs: int) -> int:
             break
         most += 1
     return most
-
-
-def scheduler(config: SweepConfig, points: Space, times: tuple[int, ...]) -> Any:
-    """Return the scheduler of Ray Tune that a sweep asks for.
-
-    Args:
-        config: configuration of the sweep.
-        points: its space.
-        times: the time of each rung, as trials report it under "t".
-    """
-    from ray.tune import schedulers
-
-    made = schedulers
-    if config.scheduler == "asha":
-        return made.ASHAScheduler(
-            time_attr="t", max_t=times[-1], grace_period=1, reduction_factor=config.reduction
-        )
-    if config.scheduler == "median":
-        return made.MedianStoppingRule(time_attr="rung", grace_period=1, min_samples_required=3)
-    if config.scheduler == "hyperband":
-        return made.HyperBandScheduler(time_attr="t", max_t=times[-1], reduction_factor=config.reduction)
-    if config.scheduler == "pbt":
-        return made.PopulationBasedTraining(
-            time_attr="rung",
-            perturbation_interval=1,
-            hyperparam_mutations=points.mutations(),
-            custom_explore_fn=points.clipped,
-            log_config=False,
-            synch=True,
-        )
-    return made.FIFOScheduler()
-
-
-def searcher(config: SweepConfig) -> Any:
-    """Return the searcher of Ray Tune that a sweep asks for."""
-    from ray.tune import search
-
-    if config.searcher == "optuna":
-        optuna = importlib.import_module("optuna")
-        optuna.logging.set_verbosity(optuna.logging.WARNING)
-        return search.create_searcher("optuna", seed=config.seed)
-    if config.searcher == "hyperopt":
-        return search.create_searcher("hyperopt", random_state_seed=config.seed, n_initial_points=8)
-    optimizers = importlib.import_module("nevergrad").optimizers
-    return search.create_searcher("nevergrad", optimizer=optimizers.NGOpt)

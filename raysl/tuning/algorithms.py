@@ -1,0 +1,62 @@
+"""The schedulers and searchers of Ray Tune that `raysl sweep` offers."""
+
+from __future__ import annotations
+
+import importlib
+import importlib.util
+from typing import Any
+
+from raysl.errors import UserError
+from raysl.tuning.config import SweepConfig
+from raysl.tuning.space import Space
+
+
+def check_installed(name: str) -> None:
+    """Raise UserError for a searcher whose package is not installed."""
+    if name not in ("grid", "random") and importlib.util.find_spec(name) is None:
+        raise UserError(
+            f"--searcher {name} needs the package {name}, which is not installed. Install "
+            f"{'raysl[search]' if name == 'optuna' else name}, or use --searcher random."
+        )
+
+
+def scheduler(config: SweepConfig, points: Space, times: tuple[int, ...]) -> Any:
+    """Return the scheduler that a sweep asks for.
+
+    Args:
+        config: configuration of the sweep.
+        points: its space.
+        times: the time of each rung, as trials report it under "t".
+    """
+    from ray.tune import schedulers as made
+
+    if config.scheduler == "asha":
+        return made.ASHAScheduler("t", max_t=times[-1], grace_period=1, reduction_factor=config.reduction)
+    if config.scheduler == "median":
+        return made.MedianStoppingRule("rung", grace_period=1, min_samples_required=3)
+    if config.scheduler == "hyperband":
+        return made.HyperBandScheduler("t", max_t=times[-1], reduction_factor=config.reduction)
+    if config.scheduler == "pbt":
+        return made.PopulationBasedTraining(
+            "rung",
+            perturbation_interval=1,
+            hyperparam_mutations=points.mutations(),
+            custom_explore_fn=points.clipped,
+            log_config=False,
+            synch=True,
+        )
+    return made.FIFOScheduler()
+
+
+def searcher(config: SweepConfig) -> Any:
+    """Return the searcher that a sweep asks for."""
+    from ray.tune import search
+
+    if config.searcher == "optuna":
+        optuna = importlib.import_module("optuna")
+        optuna.logging.set_verbosity(optuna.logging.WARNING)
+        return search.create_searcher("optuna", seed=config.seed)
+    if config.searcher == "hyperopt":
+        return search.create_searcher("hyperopt", random_state_seed=config.seed, n_initial_points=8)
+    optimizers = importlib.import_module("nevergrad").optimizers
+    return search.create_searcher("nevergrad", optimizer=optimizers.NGOpt)
