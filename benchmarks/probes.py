@@ -7,10 +7,10 @@ Hardware: two CPU cores; no GPU. Ray computes the features of a run, and is stop
 Time:     about ten minutes with the defaults; the second command about one.
 Expect:   a ratio of at most 2 for kNN and for the linear probe of all layers together (1.0 and 1.2: results/probes).
 
-Without a run the features are random: rectified mixtures of a few factors, some of which depend on the class. The layers
-are as wide as those of the small backbone at 32 pixels, and kNN has 512 features. The products are counted by shape while
-a probe runs, and are then computed alone on the same features in the same round. For the linear probe they are the scores
-of all images and the gradient of the weights, for every evaluation of the loss, and the covariance.
+Without a run the features are random: rectified mixtures of a few factors, some of which depend on the class. The
+layers are as wide as those of the small backbone at 32 pixels, and kNN has 512 features. The products are counted by
+shape while a probe runs, and are then computed alone on the same features in the same round. For the linear probe they
+are the scores of all images and the gradient of the weights, for every evaluation of the loss, and the covariance.
 """
 
 from __future__ import annotations

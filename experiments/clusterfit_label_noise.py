@@ -110,7 +110,7 @@ def derive(dataset: DataSet, folder: Folder, classes: range, noise: float = 0.0,
 
 
 def figure(rows: list[dict[str, Any]], out: str) -> None:
-    """Print mean and standard deviation over seeds of each arm at each noise, and draw them if matplotlib is installed."""
+    """Print mean and standard deviation of each arm at each noise, and draw them if matplotlib is installed."""
     noises = sorted({row["noise"] for row in rows})
     values = {
         arm: [[row["value"] for row in rows if (row["arm"], row["noise"]) == (arm, n)] for n in noises]

@@ -1,7 +1,7 @@
 """raysl: self-supervised visual representation learning on Ray.
 
-Every verb of the command line is a function here: `raysl.pretrain(data="photos", run="runs/first")`. Each name is loaded
-when it is first used, so that `import raysl` does not wait for torch.
+Every verb of the command line is a function here: `raysl.pretrain(data="photos", run="runs/first")`. Each name is
+loaded when it is first used, so that `import raysl` does not wait for torch.
 """
 
 from __future__ import annotations

@@ -1,8 +1,9 @@
 """The functions of `import raysl`, one for each verb of the command line.
 
-Data may be given as a path, a URI, a name such as "shapes:1000", or a `DataSet`; a run as a path, a URI or a `Run`. What a
-configuration class holds may be given as keyword arguments, as an object of the class, or both, where the arguments win.
-Every function raises a `UserError` before it begins when a value, the data or the machine does not suit it.
+Data may be given as a path, a URI, a name such as "shapes:1000", or a `DataSet`; a run as a path, a URI or a `Run`.
+What a configuration class holds may be given as keyword arguments, as an object of the class, or both, where the
+arguments win. Every function raises a `UserError` before it begins when a value, the data or the machine does not suit
+it.
 """
 
 from __future__ import annotations

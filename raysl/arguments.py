@@ -151,7 +151,8 @@ def configure(kind: type[T], config: Any, fields: Mapping[str, Any]) -> T:
 
 def _wrong_type(config: Any, kind: type[Any]) -> UserError:
     return UserError(
-        f"The configuration is of type {type(config).__name__}; it must be a {kind.__name__} or a mapping of its fields."
+        f"The configuration is of type {type(config).__name__}; it must be a {kind.__name__} or a mapping of its "
+        "fields."
     )
 
 

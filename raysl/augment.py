@@ -64,8 +64,8 @@ class SourceCrop:
         if self.size < 1 or not scales_fit or not 0 < self.min_ratio <= self.max_ratio:
             raise UserError(
                 f"A crop with size={self.size}, min_scale={self.min_scale}, max_scale={self.max_scale}, "
-                f"min_ratio={self.min_ratio} and max_ratio={self.max_ratio} is not possible. The size must be at least 1 "
-                "pixel, 0 < min_scale <= max_scale <= 1 and 0 < min_ratio <= max_ratio."
+                f"min_ratio={self.min_ratio} and max_ratio={self.max_ratio} is not possible. The size must be at least "
+                "1 pixel, 0 < min_scale <= max_scale <= 1 and 0 < min_ratio <= max_ratio."
             )
 
     def boxes(self, heights_b: Integers, widths_b: Integers, image_rng: ImageRng) -> Integers:
@@ -301,7 +301,10 @@ def _matmul(matrix_b33: Tensor, planes_bcn: Tensor) -> Tensor:
 
 
 def _photometric_block(images_bchw: Tensor, u_b3: Floats) -> Tensor:
-    """Apply posterize, sharpness, solarize and autocontrast, as VISSL's ImgPilRandomPhotometric. Overwrites the images."""
+    """Apply posterize, sharpness, solarize and autocontrast, as VISSL's ImgPilRandomPhotometric.
+
+    Overwrites the images.
+    """
     bits_b = 4 + (u_b3[:, 0] * 5).astype(np.int64)
     images_bchw &= _column(256 - 2 ** (8 - bits_b), images_bchw, torch.uint8)
     _sharpen(images_bchw, 0.1 + 1.8 * u_b3[:, 1])

@@ -210,6 +210,6 @@ def _package(name: str) -> ModuleType:
         return importlib.import_module(name)
     except ImportError as error:
         raise UserError(
-            f"This logger needs the package {name}, which is not installed. Run `pip install '.[loggers]'` in the folder "
-            "of raysl."
+            f"This logger needs the package {name}, which is not installed. Run `pip install '.[loggers]'` in the "
+            "folder of raysl."
         ) from error

@@ -111,7 +111,8 @@ class Pretraining(Checked):
         self.worker_counts()
 
     def worker_counts(self) -> tuple[int, ...]:
-        """Return the numbers of workers that the run may have, in order: one, or those of a range that divide the batch.
+        """Return the numbers of workers that the run may have, in order: one, or those of a range that divide the
+        batch.
 
         Every worker takes an equal part of the same global batch, so the learning rate is the same for all numbers.
 
@@ -122,13 +123,13 @@ class Pretraining(Checked):
         least, most = (int(given[1]), int(given[2] or given[1])) if given else (0, 0)
         if not 1 <= least <= most:
             raise UserError(
-                f"--workers is {self.workers!r}; it must be a number of at least 1, such as 2, or a range from the fewest "
-                "to the most, such as 1:8."
+                f"--workers is {self.workers!r}; it must be a number of at least 1, such as 2, or a range from the "
+                "fewest to the most, such as 1:8."
             )
         if self.batch_size < least:
             raise UserError(
-                f"--batch-size is {self.batch_size}, less than one image for each of {least} workers. Use a larger batch "
-                "or fewer workers."
+                f"--batch-size is {self.batch_size}, less than one image for each of {least} workers. Use a larger "
+                "batch or fewer workers."
             )
         counts = tuple(w for w in range(least, min(most, self.batch_size) + 1) if self.batch_size % w == 0)
         if not counts:

@@ -1,7 +1,7 @@
 """Choose what a user leaves open: image size, backbone, batch, learning rate and more, from the images and the machine.
 
-Small images get the recipe behind the numbers in results/ (raysl.experiment.comparison). Photos get a ResNet, as large as
-the machine allows. The configuration with all choices made is what a run stores in its metadata.
+Small images get the recipe behind the numbers in results/ (raysl.experiment.comparison). Photos get a ResNet, as large
+as the machine allows. The configuration with all choices made is what a run stores in its metadata.
 """
 
 from __future__ import annotations
@@ -108,7 +108,7 @@ def check(given: Mapping[str, Any]) -> Pretraining:
 
 
 def replaced(config: Pretraining, fields: Mapping[str, Any]) -> Pretraining:
-    """Return a configuration with other values for some fields; parts of another method get the values of their class."""
+    """Return a configuration with other values for some fields; parts of another method get their defaults."""
     values = {field.name: getattr(config, field.name) for field in dataclasses.fields(config)}
     parts = values.pop("parts") if fields.get("method", config.method) == config.method else {}
     nested = {

@@ -28,8 +28,8 @@ class DemoConfig:
 
     Args:
         data: labelled images: "shapes" draws its own; "fashion-mnist", a folder, Parquet files or any other source
-            of `raysl ingest`. A source with splits is used as "train" and "test"; of any other, kNN alone is measured, on
-            the same images.
+            of `raysl ingest`. A source with splits is used as "train" and "test"; of any other, kNN alone is measured,
+            on the same images.
         out: folder for the run and the picture; by default a new temporary folder.
         epochs: visits to every image.
         workers: training workers; 0 for as many as suit the machine.

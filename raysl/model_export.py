@@ -186,7 +186,10 @@ Weights of the backbone, without a head, after {step} steps of pretraining with 
 Not chosen. State a licence here before you publish these weights, after checking the terms of the training images.
 """
 
-_NORMALISED = f"The input is RGB images in 0 .. 1, normalised with mean {IMAGENET_MEAN} and standard deviation {IMAGENET_STD}."
+_NORMALISED = (
+    "The input is RGB images in 0 .. 1, normalised with "
+    f"mean {IMAGENET_MEAN} and standard deviation {IMAGENET_STD}."
+)
 _BASELINES = (
     "`trained` are these weights, `random` is the same backbone before its first step, and `pixels` are the images\n"
     "themselves, with the same probe and protocol."
@@ -222,8 +225,8 @@ _USE = {
         'model.load_state_dict(load_file("model.safetensors"))',
         "model.eval()",
     ),
-    "onnx": "The input `images_bchw` is float32 (b, 3, {size}, {size}), RGB in 0 .. 255; the network normalises it. The "
-    "output `features_bd` is float32 (b, d).",
+    "onnx": "The input `images_bchw` is float32 (b, 3, {size}, {size}), RGB in 0 .. 255; the network normalises it. "
+    "The output `features_bd` is float32 (b, d).",
 }
 
 

@@ -90,7 +90,10 @@ class Lars(torch.optim.SGD):
 
 
 def parameter_groups(network: nn.Module, weight_decay: float) -> list[dict[str, object]]:
-    """Return parameter groups: weights with decay, biases and normalisation layers without. Frozen ones are left out."""
+    """Return parameter groups: weights with decay, biases and normalisation layers without.
+
+    Frozen ones are left out.
+    """
     trained = [p for p in network.parameters() if p.requires_grad]
     decayed: Sequence[nn.Parameter] = [p for p in trained if p.ndim > 1]
     plain: Sequence[nn.Parameter] = [p for p in trained if p.ndim <= 1]

@@ -21,8 +21,8 @@ from raysl.rng import ImageRng
 class OwnAugmentation:
     """A callable from one uint8 image (3, h, w) to one of the same shape, such as a transform of torchvision v2.
 
-    It draws from torch's global generator, which is seeded for every image, so that views do not depend on the number of
-    workers. Flips are its own affair.
+    It draws from torch's global generator, which is seeded for every image, so that views do not depend on the number
+    of workers. Flips are its own affair.
 
     Args:
         name: "MODULE:NAME" or "FILE.py:NAME" of the callable.
@@ -46,8 +46,8 @@ class OwnAugmentation:
         if not isinstance(made, Tensor) or made.shape != given_chw.shape or made.dtype != torch.uint8:
             found = f"{made.dtype} {tuple(made.shape)}" if isinstance(made, Tensor) else type(made).__name__
             raise UserError(
-                f"The augmentation {self.name!r} returned {found} for a uint8 image of shape {tuple(given_chw.shape)}. It "
-                "must return a uint8 tensor of the same shape."
+                f"The augmentation {self.name!r} returned {found} for a uint8 image of shape {tuple(given_chw.shape)}. "
+                "It must return a uint8 tensor of the same shape."
             )
         return made
 

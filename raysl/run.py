@@ -201,8 +201,8 @@ def _same(metadata: Mapping[str, Any], wanted: Mapping[str, Any], dataset: DataS
 class MetricsLog:
     """Rows of metrics in a run's folder, and for TensorBoard if the folder is local. Rank 0 has one.
 
-    A local file is appended to. In an object store, where files cannot grow, rows go to parts of some thousand rows, and
-    the next session joins them.
+    A local file is appended to. In an object store, where files cannot grow, rows go to parts of some thousand rows,
+    and the next session joins them.
 
     Args:
         run: the run.

@@ -1,4 +1,4 @@
-"""Measure the cost of each stage of a run and predict its speed; list the machines of a cluster and what a run costs."""
+"""Measure the stages of a run, predict its speed, and list the machines of a cluster with the price of a run."""
 
 from __future__ import annotations
 

@@ -22,7 +22,7 @@ _TITLE = "Methods: OBJECTIVE or OBJECTIVE-TRANSFORM; with '+' one transform afte
 
 
 def describe() -> list[Table]:
-    """Return tables of the parts, of the objectives and transforms that combine, and of the reasons why others do not."""
+    """Return tables of the parts, of the combinations, and of the reasons why others do not combine."""
     parts = Table("part", "name", "description", title="Parts, one file each", show_lines=False)
     for name in methods.objective_names():
         parts.add_row("objective", name, _summary(f"{objectives.__name__}.{name}"))

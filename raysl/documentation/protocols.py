@@ -9,9 +9,10 @@ from raysl import probes
 from raysl.documentation.hyperparameters import hyperparameters
 from raysl.probes import EncoderProbe, FeatureProbe, LabelledProbe, Probe
 
-_INTRODUCTION = """A probe measures a frozen representation. Tables and sweeps show one of its numbers, the primary metric.
-The same probe is run on the untrained backbone and on raw pixels, for comparison. A value depends on its protocol: the
-version of the probe, the flags below and --bn-statistics. Values of different protocols never share a table.
+_INTRODUCTION = """A probe measures a frozen representation. Tables and sweeps show one of its numbers, the primary
+metric. The same probe is run on the untrained backbone and on raw pixels, for comparison. A value depends on its
+protocol: the version of the probe, the flags below and --bn-statistics. Values of different protocols never
+share a table.
 
 This page is generated from the code by `raysl methods --pages docs/methods`."""
 

@@ -69,8 +69,8 @@ def probe(
         "weights" (a checksum).
 
     Raises:
-        UserError: a probe, a layer or an encoder does not exist, there is no checkpoint, the results cannot be written, or
-            the data do not suit the probes. Rows of earlier probes are kept.
+        UserError: a probe, a layer or an encoder does not exist, there is no checkpoint, the results cannot be written,
+            or the data do not suit the probes. Rows of earlier probes are kept.
     """
     config = _changed(config, changes)
     run = Run.open(run) if isinstance(run, str) else run
@@ -132,8 +132,8 @@ def probe_encoder(
         return probe_model(source, title, train, test, config)
     if config.image_size:
         raise UserError(
-            f"--image-size is for a model that is not a run; {str(source.run.folder)!r} is a run and is probed at its own "
-            "image size. Remove it."
+            f"--image-size is for a model that is not a run; {str(source.run.folder)!r} is a run and is probed at its "
+            "own image size. Remove it."
         )
     return probe(source.run, train, test, config, checkpoint=source.checkpoint)
 
@@ -146,7 +146,7 @@ def folder_of(source: Encoder, config: ProbeConfig) -> Folder:
 
 
 def frozen_encoder(source: Encoder, train: DataSet, image_size: int, bn_statistics: str) -> Encoder:
-    """Return the encoder that computes frozen features, with BatchNorm statistics of the train set if it is asked for."""
+    """Return the encoder of frozen features, by default with BatchNorm statistics of the train set."""
     if bn_statistics == probes.KEPT or not isinstance(source, Trainable):
         return source
     return Reestimated(source, train, image_size)
@@ -161,7 +161,10 @@ def _changed(config: ProbeConfig | None, changes: Mapping[str, Any]) -> ProbeCon
 
 
 def _folder_of(out: str, title: str, source: Encoder) -> Folder:
-    """Return the folder of a model's results, with its `model.json`. Raises UserError if it belongs to another model."""
+    """Return the folder of a model's results, with its `model.json`.
+
+    Raises UserError if it belongs to another model.
+    """
     folder = Folder(out)
     about = json.loads(json.dumps({"name": title, "identity": source.identity()}))
     has_rows = folder.exists(ROWS) or folder.exists(OLD_ROWS)
@@ -173,8 +176,8 @@ def _folder_of(out: str, title: str, source: Encoder) -> Folder:
         ) from error
     if folder.exists(METADATA) or another:
         raise UserError(
-            f"The folder {out!r} is a run, or holds results of another model than {title!r}. Give --out a folder that is "
-            "empty or does not exist."
+            f"The folder {out!r} is a run, or holds results of another model than {title!r}. Give --out a folder that "
+            "is empty or does not exist."
         )
     # Written before the rows, so that rows always have an owner.
     folder.write_json(MODEL, about)

@@ -41,8 +41,8 @@ class OnlineConfig:
     """Online evaluation.
 
     Args:
-        probe_every: steps between two evaluations of the run while it trains; 0 for none. A checkpoint is saved and kept
-            at each of them.
+        probe_every: steps between two evaluations of the run while it trains; 0 for none. A checkpoint is saved and
+            kept at each of them.
         probe_train: labelled data that the probes learn from.
         probe_test: labelled data that they are scored on.
         probes: names of probes, run with their default protocols. A probe with a required setting, such as detection,
@@ -63,16 +63,16 @@ class OnlineConfig:
             )
         if not self.probe_every and (self.probe_train or self.probe_test):
             raise UserError(
-                "--probe-train or --probe-test is given and --probe-every is 0, so nothing would be probed. Give a number "
-                "of steps with --probe-every."
+                "--probe-train or --probe-test is given and --probe-every is 0, so nothing would be probed. Give a "
+                "number of steps with --probe-every."
             )
 
 
 def pretrain_and_probe(config: Pretraining, online: OnlineConfig, callbacks: Callbacks | None = None) -> Run:
     """Pretrain as `raysl.training.launch.pretrain`, and probe every `online.probe_every` steps and after the last.
 
-    Rows are added to the run with their step, and written to TensorBoard, as soon as they exist; the values are added to
-    metrics.jsonl when the trainers, which write that file, have ended. A probe that fails stops neither training nor
+    Rows are added to the run with their step, and written to TensorBoard, as soon as they exist; the values are added
+    to metrics.jsonl when the trainers, which write that file, have ended. A probe that fails stops neither training nor
     other probes: it is logged, its error is in probes/error.txt, and it is repeated after the last step.
 
     Raises:
@@ -122,8 +122,8 @@ def saving(config: Pretraining, online: OnlineConfig) -> Pretraining:
         if online.probe_every % steps:
             flag = f"--save.{name}".replace("_", "-")
             raise UserError(
-                f"{flag} is {steps} and --probe-every is {online.probe_every}, so some steps to probe have no checkpoint. "
-                f"Make --probe-every a multiple of {flag}, or omit {flag}."
+                f"{flag} is {steps} and --probe-every is {online.probe_every}, so some steps to probe have no "
+                f"checkpoint. Make --probe-every a multiple of {flag}, or omit {flag}."
             )
         values[name] = steps
     return replace(config, save=replace(config.save, **values))

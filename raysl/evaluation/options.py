@@ -25,7 +25,8 @@ class ProbeConfig:
         encoders: encoders of a run, of "trained", "random" (the untrained backbone) and "pixels".
         configs: the Config of a probe by its name; a missing one has its defaults.
         bn_statistics: statistics of BatchNorm in frozen features: "reestimated" on 2,048 unlabelled train images in the
-            evaluation view, or "kept", the running statistics of training, which mix all its views. Part of the protocol.
+            evaluation view, or "kept", the running statistics of training, which mix all its views. Part of the
+            protocol.
         out: folder for the results and the features; empty for the folder of the run. A model that is not a run needs
             it. A run in a read-only folder can be probed with it.
         image_size: side of the evaluation view in pixels, of a model that is not a run; 0 for its usual size.

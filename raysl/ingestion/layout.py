@@ -1,8 +1,8 @@
 """Recognise the layout of a tree of image files, from the counts of the files in its folders.
 
-A layout says which folder is read, what the splits are, and which class an image belongs to. It is the same for a folder
-and for the names inside an archive. Class folders are those of torchvision's ImageFolder: the first folder below the
-root, whatever lies deeper.
+A layout says which folder is read, what the splits are, and which class an image belongs to. It is the same for a
+folder and for the names inside an archive. Class folders are those of torchvision's ImageFolder: the first folder below
+the root, whatever lies deeper.
 """
 
 from __future__ import annotations

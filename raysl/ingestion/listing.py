@@ -139,7 +139,8 @@ class _LocalWalk:
                 found = sorted(entries, key=lambda entry: entry.name)
         except PermissionError:
             raise UserError(
-                f"The folder {shown(folder)!r} may not be read. Give yourself access to it, or move it out of the source."
+                f"The folder {shown(folder)!r} may not be read. Give yourself access to it, or move it out of the "
+                "source."
             ) from None
         above = (*above, (info.st_dev, info.st_ino))
         if not found and prefix:

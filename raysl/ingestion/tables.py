@@ -105,8 +105,8 @@ def _checked(table: Table, place: str) -> Table:
     names = table.schema.names
     if twice := sorted({name for name in names if names.count(name) > 1}):
         raise UserError(
-            f"The table {shown(place)!r} has several columns called {twice[0]!r}. Rename them, so that each has a name of "
-            "its own."
+            f"The table {shown(place)!r} has several columns called {twice[0]!r}. Rename them, so that each has a name "
+            "of its own."
         )
     return replace(table, schema=without_views(table.schema))
 

@@ -9,8 +9,8 @@ the embeddings of two views, each dimension standardised over the batch,
 over the global batch of all workers, with gradient. Published with ResNet-50, 1,000 epochs of ImageNet, batches of
 2,048 and embeddings of 8,192 dimensions: 73.2 % top-1 of a linear probe. The authors' code multiplies the loss by 0.024
 for its learning rate; here the learning rate does. "barlow_twins-rotation" transforms one of the views; the features of
-several crops are averaged. The paper's colors are those of BYOL: `--barlow-twins.recipe-a byol_a --barlow-twins.recipe-b
-byol_b`.
+several crops are averaged. The paper's colors are those of BYOL: `--barlow-twins.recipe-a byol_a
+--barlow-twins.recipe-b byol_b`.
 """
 
 from __future__ import annotations

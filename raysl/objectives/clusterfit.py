@@ -123,8 +123,8 @@ class Assignments:
         if fingerprint and named.get("fingerprint", fingerprint) != fingerprint:
             raise UserError(
                 f"The table {uri!r} (--clusterfit.labels) belongs to a data set with fingerprint "
-                f"{named['fingerprint'][:12]}, and --data has fingerprint {fingerprint[:12]}: the images or their order "
-                "differ. Cluster the features of this data set."
+                f"{named['fingerprint'][:12]}, and --data has fingerprint {fingerprint[:12]}: the images or their "
+                "order differ. Cluster the features of this data set."
             )
         clusters_n = _by_index(uri, table, num_images)
         largest = int(clusters_n.max(initial=-1))

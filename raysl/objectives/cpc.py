@@ -69,8 +69,8 @@ class Config(Checked):
         super().__post_init__()
         if self.nearest > self.farthest:
             raise UserError(
-                f"--cpc.nearest is {self.nearest} and --cpc.farthest is {self.farthest}; farthest must not be less than "
-                "nearest."
+                f"--cpc.nearest is {self.nearest} and --cpc.farthest is {self.farthest}; farthest must not be less "
+                "than nearest."
             )
 
 

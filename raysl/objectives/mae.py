@@ -8,8 +8,8 @@ With x the pixels of a patch, standardised over the patch, and M the masked patc
 
 Published with ViT-L/16, 800 epochs of ImageNet: 73.5 % top-1 of a linear probe; with ViT-B/16 and 1,600 epochs 68.0 %.
 The backbone is a vision transformer of timm, with learned position embeddings (paper: sine and cosine). Small images
-need small patches: `--backbone.name timm/vit_tiny_patch16_224 --backbone.patch-size 4`. Views are crops and flips without
-color changes, as in the paper.
+need small patches: `--backbone.name timm/vit_tiny_patch16_224 --backbone.patch-size 4`. Views are crops and flips
+without color changes, as in the paper.
 """
 
 from __future__ import annotations
@@ -83,8 +83,8 @@ class Mae(nn.Module):
         self.num_kept = max(1, round(self.num_patches * (1 - config.masked)))
         if self.num_kept == self.num_patches:
             raise UserError(
-                f"--mae.masked is {config.masked}; of {self.num_patches} patches it masks none. Raise it, or use smaller "
-                "patches."
+                f"--mae.masked is {config.masked}; of {self.num_patches} patches it masks none. Raise it, or use "
+                "smaller patches."
             )
         self.views = {"image": setup.identity}
         self.embed = nn.Linear(setup.width, config.dim)

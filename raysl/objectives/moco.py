@@ -8,8 +8,8 @@ the key of the other and k_j the keys in the queue,
     key weights <- m * key weights + (1 - m) * query weights, after every step                             (eq. 2)
 
 The defaults are those of v2, with the MLP head and tau = 0.2; its colors are `--view.recipe mocov2`. v1 is `--moco.head
-linear --moco.temperature 0.07`. Published with ResNet-50, 200 epochs of ImageNet and a queue of 65,536: v1 60.6 %, v2 67.7 %
-top-1 of a linear probe; v2 with 800 epochs: 71.1 %.
+linear --moco.temperature 0.07`. Published with ResNet-50, 200 epochs of ImageNet and a queue of 65,536: v1 60.6 %, v2
+67.7 % top-1 of a linear probe; v2 with 800 epochs: 71.1 %.
 
 Both views are ordinary views. "moco-jigsaw" transforms the query and not the key, so that the queue contains whole
 images; the features of several crops are averaged. Older keys of the query's own image in the queue are no negatives.

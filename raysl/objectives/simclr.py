@@ -6,8 +6,8 @@ z_b the unit embeddings of the two views of an image, each view is a query (NT-X
     L = mean over queries of -log( exp(z_a z_b / tau) / (exp(z_a z_b / tau) + sum over others exp(z_a z_o / tau)) )
 
 where the others are both views of every other image in the global batch, on all workers, with gradient. A second copy
-of the image, which a batch at the end of an epoch may contain, is left out. With ResNet-50, batches of 4,096 and LARS, VISSL
-reports 64.4, 66.6, 67.7 and 69.7 % top-1 of a linear probe after 100, 200, 400 and 800 epochs of ImageNet.
+of the image, which a batch at the end of an epoch may contain, is left out. With ResNet-50, batches of 4,096 and LARS,
+VISSL reports 64.4, 66.6, 67.7 and 69.7 % top-1 of a linear probe after 100, 200, 400 and 800 epochs of ImageNet.
 
 Both views are ordinary views. "simclr-rotation" transforms one of them. The features of several crops, as of jigsaw,
 are averaged: one head serves both views and does not see the order of the crops. The paper's colors are `--view.recipe

@@ -47,8 +47,8 @@ class Supervised(nn.Module):
         if setup.num_classes < 2:
             raise UserError(
                 f"The objective 'supervised' needs labels of at least two classes and the data set has "
-                f"{setup.num_classes}. Ingest a source with labels, such as one folder per class, or choose an objective "
-                "without labels; `raysl methods` lists them."
+                f"{setup.num_classes}. Ingest a source with labels, such as one folder per class, or choose an "
+                "objective without labels; `raysl methods` lists them."
             )
         self.config = config
         self.views = {"image": setup.identity}

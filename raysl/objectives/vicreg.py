@@ -11,8 +11,8 @@ Bardes, Ponce and LeCun, "VICReg: Variance-Invariance-Covariance Regularization 
 over the global batch of all workers, with gradient. As in the authors' code, from which the weights are, s is a mean
 over dimensions too and v has the factor 1/2. Published with ResNet-50, 1,000 epochs of ImageNet, batches of 2,048 and
 embeddings of 8,192 dimensions: 73.2 % top-1 of a linear probe. "vicreg-rotation" transforms one of the views; the
-features of several crops are averaged. The paper's colors are those of BYOL: `--vicreg.recipe-a byol_a --vicreg.recipe-b
-byol_b`.
+features of several crops are averaged. The paper's colors are those of BYOL: `--vicreg.recipe-a byol_a
+--vicreg.recipe-b byol_b`.
 """
 
 from __future__ import annotations

@@ -119,8 +119,8 @@ def _sizes(config: Config, geometry: Geometry) -> tuple[int, int]:
     if not _MIN_PATCH <= patch <= cell:
         raise UserError(
             f"jigsaw with --jigsaw.grid {grid} and --view.image-size {geometry.image_size} has patches of {patch} "
-            f"pixels in cells of {cell}. A patch must have at least {_MIN_PATCH} pixels and fit in its cell. Use larger "
-            "images, a smaller grid, or set --jigsaw.source-size and --jigsaw.patch-size."
+            f"pixels in cells of {cell}. A patch must have at least {_MIN_PATCH} pixels and fit in its cell. Use "
+            "larger images, a smaller grid, or set --jigsaw.source-size and --jigsaw.patch-size."
         )
     return size, patch
 

@@ -3,8 +3,8 @@
 Doersch, Gupta and Efros 2015, "Unsupervised visual representation learning by context prediction": the centre of a
 3 x 3 grid and one of its eight neighbours. A gap and a jitter keep lines from continuing across patches. Colors are
 dropped, because chromatic aberration of lenses grows towards the border and would reveal the position. At 224 pixels
-the gap is 0.47 of a patch (paper: 0.5); at 32 pixels it is 0.33. Linear ImageNet top-1 of a ResNet-50: 40.4 % (MMSelfSup,
-which turns two of three images grey and does not drop channels).
+the gap is 0.47 of a patch (paper: 0.5); at 32 pixels it is 0.33. Linear ImageNet top-1 of a ResNet-50: 40.4 %
+(MMSelfSup, which turns two of three images grey and does not drop channels).
 """
 
 from __future__ import annotations
@@ -40,7 +40,8 @@ class Config(Checked):
         min_scale: smallest share of the image that the source crop shows.
         source_size: side of the source crop in pixels. None: image_size * 255 / 224.
         patch_size: side of a patch in pixels. None: 96 / 398 of the source.
-        jitter: largest shift of a patch in pixels, on each axis and to either side. None: 7 / 96 of a patch, at least 1.
+        jitter: largest shift of a patch in pixels, on each axis and to either side. None: 7 / 96 of a patch, at least
+            1.
     """
 
     both_orders: bool = False
@@ -53,7 +54,10 @@ class Config(Checked):
 
 
 class RelativePosition:
-    """Two patches. Labels 0 to 7 are the positions around the first, row by row: 0 is the upper left, 7 the lower right."""
+    """Two patches.
+
+    Labels 0 to 7 are the positions around the first, row by row: 0 is the upper left, 7 the lower right.
+    """
 
     num_crops = 2
     num_labels = _NUM_NEIGHBOURS
@@ -69,9 +73,9 @@ class RelativePosition:
         if self.patch_size < _MIN_PATCH or self.jitter < 0 or self.gap < max(1, 2 * self.jitter):
             raise UserError(
                 f"relative_position with --view.image-size {geometry.image_size} has patches of {self.patch_size} "
-                f"pixels with gaps of {self.gap} and a jitter of {self.jitter} in a source of {size}. A patch must have "
-                f"at least {_MIN_PATCH} pixels, and a gap at least 1 and twice the jitter, so that patches never touch. "
-                "Use larger images, or set source-size, patch-size and jitter of --relative-position."
+                f"pixels with gaps of {self.gap} and a jitter of {self.jitter} in a source of {size}. A patch must "
+                f"have at least {_MIN_PATCH} pixels, and a gap at least 1 and twice the jitter, so that patches never "
+                "touch. Use larger images, or set source-size, patch-size and jitter of --relative-position."
             )
         self.source = SourceCrop(size, config.min_scale)
         # Colors are dropped last: a later recipe would mix the channels again.

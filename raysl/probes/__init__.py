@@ -264,7 +264,7 @@ def check(name: str, train: Labelled, test: Labelled, *, several: bool = False, 
 
 
 def check_labels(name: str, train_labels_n: Integers, *, same: bool) -> None:
-    """Raise UserError if the train set shows one class, or if it is the `same` as the test set of a probe that learns."""
+    """Raise UserError if the train set shows one class, or is the `same` as the test set of a probe that learns."""
     if same:
         raise UserError(
             f"The probe {name} would learn from and be scored on the same images, which measures memory and not the "
@@ -329,7 +329,8 @@ def rank(scores_nc: Tensor, labels_n: Tensor) -> Tensor:
     """Return int64 (n,): the number of classes that rank before the right one; c if the right one is not predicted.
 
     Args:
-        scores_nc: float (n, c), higher is likelier; a class at -inf is not predicted. Equal scores rank by class number.
+        scores_nc: float (n, c), higher is likelier; a class at -inf is not predicted. Equal scores rank by class
+            number.
         labels_n: int64 (n,) on the same device; a label >= c is never predicted.
     """
     classes = scores_nc.shape[1]

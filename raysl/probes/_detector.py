@@ -112,8 +112,8 @@ def stages(backbone: Backbone) -> dict[str, int]:
             made = maps(body, candidates, torch.zeros(1, 3, _EMPTY_SIDE, _EMPTY_SIDE))
     except (AssertionError, RuntimeError, ValueError) as error:
         raise UserError(
-            f"The probe detection needs a backbone that takes images of many sizes, and this one does not: {error}. Probe a "
-            "convolutional backbone, such as resnet50."
+            f"The probe detection needs a backbone that takes images of many sizes, and this one does not: {error}. "
+            "Probe a convolutional backbone, such as resnet50."
         ) from error
     # The last map of each size is used.
     by_side = {made[name].shape[2]: name for name in made if _is_map(made[name])}
@@ -121,8 +121,8 @@ def stages(backbone: Backbone) -> dict[str, int]:
     found = {by_side[side]: made[by_side[side]].shape[1] for side in sides}
     if not found:
         raise UserError(
-            "The probe detection needs feature maps, and this backbone makes none. Probe a convolutional backbone, such as "
-            "resnet50."
+            "The probe detection needs feature maps, and this backbone makes none. Probe a convolutional backbone, "
+            "such as resnet50."
         )
     return found
 

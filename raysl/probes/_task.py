@@ -22,7 +22,8 @@ def run_tasks(
     Args:
         work: function of a task.
         calls: arguments of each task.
-        options: options of the tasks for `ray.remote`; by default a GPU each if there are any, else a share of the CPUs.
+        options: options of the tasks for `ray.remote`; by default a GPU each if there are any, else a share of the
+            CPUs.
 
     Raises:
         UserError: a task raised it, or the process of a task was killed as often as Ray retries it.

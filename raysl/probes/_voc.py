@@ -63,8 +63,8 @@ class VocSettings(Settings):
         """
         if not self.data:
             raise Unset(
-                f"The probe {probe} needs {wanted}. Give --{probe.replace('_', '-')}.data FOLDER, a folder in the layout "
-                f"of PASCAL VOC, with {IMAGES}, {ANNOTATIONS} and {SPLITS}."
+                f"The probe {probe} needs {wanted}. Give --{probe.replace('_', '-')}.data FOLDER, a folder in the "
+                f"layout of PASCAL VOC, with {IMAGES}, {ANNOTATIONS} and {SPLITS}."
             )
         return Folder(self.data)
 

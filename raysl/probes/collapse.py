@@ -99,7 +99,7 @@ def rankme(singular_k: npt.NDArray[Any]) -> float:
 
 
 def alpha_req(eigenvalues_k: npt.NDArray[Any]) -> float | None:
-    """Return the exponent of the power law of these eigenvalues, descending; None with fewer than three above rounding."""
+    """Return the exponent of the power law of descending eigenvalues; None if fewer than three exceed rounding."""
     kept_k = eigenvalues_k[eigenvalues_k > _ROUNDING**2 * eigenvalues_k[0]]
     if len(kept_k) < 3:
         return None

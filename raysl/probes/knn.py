@@ -1,8 +1,8 @@
 """Weighted k-nearest-neighbour classification by cosine similarity.
 
 Wu et al. 2018 (NPID, "Unsupervised feature learning via non-parametric instance discrimination"), section 3.4: each of
-the k nearest train images votes for its class with weight exp(similarity / T). NPID uses k = 200 and T = 0.07; k = 20 is
-usually best. Nothing is learned, so there is nothing to tune.
+the k nearest train images votes for its class with weight exp(similarity / T). NPID uses k = 200 and T = 0.07; k = 20
+is usually best. Nothing is learned, so there is nothing to tune.
 """
 
 from __future__ import annotations

@@ -82,7 +82,10 @@ class Lowshot:
 
 
 def chosen(labels_n: Integers, k: int, sample: int) -> Integers:
-    """Return int64 (k * classes,), sorted: k images of each class. A smaller k chooses some of those of a larger one."""
+    """Return int64 (k * classes,), sorted: k images of each class.
+
+    A smaller k chooses some of those of a larger one.
+    """
     order_n = rng.generator("lowshot", sample).permutation(len(labels_n))
     picked = [order_n[labels_n[order_n] == c][:k] for c in np.unique(labels_n)]
     return np.sort(np.concatenate(picked))

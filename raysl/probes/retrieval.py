@@ -57,8 +57,8 @@ class Retrieval:
         own = same_images(train, test)
         if len(train.labels_n) <= own:
             raise UserError(
-                "The probe retrieval has one image as train and test set, and no other image to find. Give more images, or "
-                "another test set."
+                "The probe retrieval has one image as train and test set, and no other image to find. Give more "
+                "images, or another test set."
             )
         order_n = rng.generator("retrieval").permutation(len(test.labels_n))
         queries_q = torch.from_numpy(np.sort(order_n[: self.config.max_queries]))
@@ -112,7 +112,8 @@ def _share_a_class(one: Tensor, other: Tensor) -> Tensor:
 
 
 def average_precision(right_qn: Tensor) -> Tensor:
-    """Return float64 (q,): the mean, over the right images of a ranking, of the precision at their ranks; 0 without any.
+    """Return float64 (q,): the mean, over the right images of a ranking, of the precision at their ranks; 0 without
+    any.
 
     Args:
         right_qn: bool (q, n), the best rank first.

@@ -1,11 +1,11 @@
 """Semi-supervised learning: the whole network trained on a small share of the labels.
 
 Hénaff et al. 2020, "Data-efficient image recognition with contrastive predictive coding", and PIRL (Misra and van der
-Maaten 2020, table 3): ImageNet with 1 % and 10 % of its labels. The schedule is PIRL's as in VISSL: 70 epochs, a learning
-rate of 0.01 for 256 images, divided by ten after epoch 30, no weight decay, random crops and mirroring. Top-5 of a
-ResNet-50 (1 % / 10 %, in %): PIRL 57.2 / 83.8, Jigsaw 45.3 / 79.3, random weights 22.0 / 59.0. Three differences: images
-are sampled by class with the seed of the run, while theirs are fixed lists; momentum is plain and not Nesterov's; the
-classifier starts from zero weights.
+Maaten 2020, table 3): ImageNet with 1 % and 10 % of its labels. The schedule is PIRL's as in VISSL: 70 epochs, a
+learning rate of 0.01 for 256 images, divided by ten after epoch 30, no weight decay, random crops and mirroring. Top-5
+of a ResNet-50 (1 % / 10 %, in %): PIRL 57.2 / 83.8, Jigsaw 45.3 / 79.3, random weights 22.0 / 59.0. Three differences:
+images are sampled by class with the seed of the run, while theirs are fixed lists; momentum is plain and not
+Nesterov's; the classifier starts from zero weights.
 
 A share of a small data set gives few steps. It needs more epochs, smaller batches and a larger `head_lr`.
 """

@@ -86,7 +86,7 @@ class Svm:
         yield Row("mAP", float(np.mean(found)))
 
     def _scores(self, train_nd: Doubles, sign_n: Integers, test_nd: Doubles) -> Doubles:
-        """Return float64 (n,), the scores of the test images with the best cost; 0 if no train image shows the class."""
+        """Return float64 (n,): scores of the test images with the best cost; 0 if no train image shows the class."""
         fewest = min((sign_n == 1).sum(), (sign_n == -1).sum())
         if not fewest:
             return np.full(len(test_nd), float(sign_n[0] == 1))
@@ -174,7 +174,8 @@ def one_solver() -> Iterator[None]:
 
 
 def average_precision(scores_n: Doubles, shown_n: Integers) -> float:
-    """Return the area under the envelope of precision over recall: at a recall, the best precision at it or a higher one.
+    """Return the area under the envelope of precision over recall: at a recall, the best precision at it or a higher
+    one.
 
     Args:
         scores_n: higher is likelier. Images of equal score pass the threshold together, so that the order of the data

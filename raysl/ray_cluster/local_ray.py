@@ -138,8 +138,9 @@ def _folder() -> Path:
         folder.rmdir()
         length = len(os.fsencode(folder.parent))
         raise UserError(
-            f"Cannot start Ray on this machine: the path of the folder for temporary files, {str(folder.parent)!r}, has "
-            f"{length} bytes, and the sockets in it allow {length - over}. Set {name} to a shorter path, such as /tmp."
+            f"Cannot start Ray on this machine: the path of the folder for temporary files, {str(folder.parent)!r}, "
+            f"has {length} bytes, and the sockets in it allow {length - over}. Set {name} to a shorter path, such as "
+            "/tmp."
         )
     return folder
 

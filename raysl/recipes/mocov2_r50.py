@@ -1,7 +1,7 @@
 """MoCo v2, ResNet-50, 200 epochs of ImageNet: 67.7 % top-1 of a linear probe.
 
-Chen et al., "Improved Baselines with Momentum Contrastive Learning", arXiv 2003.04297, as in the authors' code: MLP head,
-blur, cosine schedule, and a queue of 65,536 keys. With `--epochs 800`: 71.1 %.
+Chen et al., "Improved Baselines with Momentum Contrastive Learning", arXiv 2003.04297, as in the authors' code: MLP
+head, blur, cosine schedule, and a queue of 65,536 keys. With `--epochs 800`: 71.1 %.
 
 Hardware: 8 GPUs with two views of 32 images of 224 pixels each.
 

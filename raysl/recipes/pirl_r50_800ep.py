@@ -15,7 +15,8 @@ Differences from VISSL:
 - The initial rows of the memory bank have length 1 (VISSL: they are not normalised).
 - Biases do not decay (VISSL: only normalisation layers do not).
 - The source image is flipped before it is cut, all patches alike (VISSL: each patch by itself).
-- Color jitter is one affine map without clamping and hue rotates in YIQ (VISSL: four steps in random order, hue in HSV).
+- Color jitter is one affine map without clamping and hue rotates in YIQ (VISSL: four steps in random order, hue in
+  HSV).
 - Grayscale comes before the photometric block (VISSL: last).
 - Patch offsets in a cell are 0 to 21 pixels (VISSL: 0 to 20).
 """

@@ -1,7 +1,7 @@
 """Rotation prediction (RotNet), ResNet-50, 105 epochs of ImageNet: 48.2 % top-1 of a linear probe.
 
-Gidaris, Singh and Komodakis, arXiv 1803.07728, on a ResNet; configuration and result are VISSL's. The PIRL paper compares
-with 48.9 %.
+Gidaris, Singh and Komodakis, arXiv 1803.07728, on a ResNet; configuration and result are VISSL's. The PIRL paper
+compares with 48.9 %.
 
 Hardware: 8 GPUs with 32 images of 224 pixels each.
 

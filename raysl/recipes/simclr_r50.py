@@ -1,7 +1,7 @@
 """SimCLR, ResNet-50, 800 epochs of ImageNet in batches of 4,096: 69.7 % top-1 of a linear probe.
 
-Chen et al., arXiv 2002.05709; configuration and result are VISSL's (64.4, 66.6 and 67.7 % after 100, 200 and 400 epochs:
-`--epochs 100 --optim.warmup 0.1` and so on, because the warm-up is 10 epochs).
+Chen et al., arXiv 2002.05709; configuration and result are VISSL's (64.4, 66.6 and 67.7 % after 100, 200 and 400
+epochs: `--epochs 100 --optim.warmup 0.1` and so on, because the warm-up is 10 epochs).
 
 Hardware: two views of 4,096 images in each step, with BatchNorm statistics over all of them, for example 64 GPUs with
 two views of 64 images of 224 pixels each.

@@ -41,8 +41,8 @@ def report(folders: str | Sequence[str], config: ReportConfig) -> Folder:
     sweeps = [place for place in places if Folder(place).exists(JOURNAL)]
     if sweeps and len(places) > 1:
         raise UserError(
-            f"The folder {sweeps[0]!r} holds a sweep, but {len(places)} folders are given. Give one sweep alone, or only "
-            "runs."
+            f"The folder {sweeps[0]!r} holds a sweep, but {len(places)} folders are given. Give one sweep alone, or "
+            "only runs."
         )
     if sweeps:
         from raysl.reporting import sweep_page

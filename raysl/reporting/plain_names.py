@@ -23,7 +23,7 @@ def file_name(name: str) -> str:
 
 
 def markdown(text: object) -> str:
-    """Return text as one line of Markdown that shows it literally: no heading, link, HTML or table cell begins in it."""
+    """Return text as one line of Markdown that shows it literally, without headings, links, HTML or cells."""
     line = html.escape(" ".join(str(text).split()), quote=False)
     return re.sub(r"([\\`*_{}\[\]()#+!|~])", r"\\\1", line)
 

@@ -233,8 +233,9 @@ def _early(record: SweepResults) -> Iterator[Figure]:
             axes.set_ylabel(f"{record.config.probe} at the end")
 
         text = (
-            f"Rank correlation (Spearman) over {len(ended)} runs that came to the end: {rank_correlation(xs, ys):+.2f}. "
-            "Runs that were stopped are not included, so it is lower than over all runs."
+            f"Rank correlation (Spearman) over {len(ended)} runs that came to the end: "
+            f"{rank_correlation(xs, ys):+.2f}. Runs that were stopped are not included, so it is lower than over all "
+            "runs."
         )
         yield Figure(f"early-{name}", f"How the {label} predicts the end", text, drawn(draw))
 

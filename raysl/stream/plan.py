@@ -6,9 +6,9 @@ and the start of the next, so nothing is dropped, padded or repeated, and every 
 Within an epoch, the row groups are permuted, consecutive groups form windows, and the rows of each window are permuted.
 A window is read at once, so reading is sequential and remote storage is read about once per epoch.
 
-`stretch` steps share `stretch * batch_size` consecutive positions, divided into `LANES` parts. The batch of a step takes
-rows from every lane, so it mixes distant windows. Worker r of W takes part r of each batch, which lies in its own lanes,
-so that workers rarely read the same window. Neither the batch nor its order depends on W.
+`stretch` steps share `stretch * batch_size` consecutive positions, divided into `LANES` parts. The batch of a step
+takes rows from every lane, so it mixes distant windows. Worker r of W takes part r of each batch, which lies in its own
+lanes, so that workers rarely read the same window. Neither the batch nor its order depends on W.
 """
 
 from __future__ import annotations

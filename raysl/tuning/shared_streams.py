@@ -1,7 +1,8 @@
 """One stream for the runs of a sweep that take the same images in the same order at the same time.
 
-A `StreamBroker` is an actor that a run asks for its place at a shared stream, see `raysl.stream.shared`. The broker opens
-a feed when a run begins and others that can share it are about to begin, and closes it when its last run has ended.
+A `StreamBroker` is an actor that a run asks for its place at a shared stream, see `raysl.stream.shared`. The broker
+opens a feed when a run begins and others that can share it are about to begin, and closes it when its last run has
+ended.
 """
 
 from __future__ import annotations

@@ -101,7 +101,8 @@ class Trial(tune.Trainable):  # type: ignore[misc]
     """A trial: its values, its rung, and the folder of its runs.
 
     Subclasses set `task`; see `trainable`. Every result has "score" (mean over seeds, higher is better), "rung" (from
-    1), "t" (whole number proportional to the share of the schedule), "epoch", "loss" and "runs" (a row for each seed, as JSON).
+    1), "t" (whole number proportional to the share of the schedule), "epoch", "loss" and "runs" (a row for each seed,
+    as JSON).
     """
 
     task: Task
@@ -302,7 +303,7 @@ def trainable(task: Task) -> type[Trial]:
 
 
 def _share(at_once: int) -> float:
-    """Return the share of the head that bounds the trials at a time; Ray Train needs a thousandth of it for each run."""
+    """Return the share of the head that bounds concurrent trials; Ray Train needs a thousandth of it for each run."""
     share = 1 / (at_once + 0.5) if at_once <= 20 else (1 - 0.002 * at_once) / at_once
     return max(1e-4, math.floor(1e4 * share) / 1e4)
 

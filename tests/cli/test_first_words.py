@@ -1,4 +1,4 @@
-"""The command answers what needs no data before torch, Ray and Arrow are loaded, and its flags change on purpose only."""
+"""Test that simple commands do not load torch, Ray and Arrow, and that flags change only on purpose."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Whole sweeps through Ray Tune: failures are marked, an interrupted sweep continues, and what cannot run is refused."""
+"""Test whole sweeps through Ray Tune: failures, interruptions, and refusals."""
 
 from __future__ import annotations
 

@@ -1,8 +1,9 @@
 """Archives: tar (compressed or not, by content), WebDataset shards, and zip.
 
 The names inside an archive are a tree of files, and `raysl.ingestion.layout` recognises its classes and splits. In a
-WebDataset the files of a sample share a key: that of `a/b/0001.seg.png` is `a/b/0001`. Its label is in `.cls` as digits,
-or in a field of `.json`. Archives are never unpacked to disk: what a member is called does not matter for safety.
+WebDataset the files of a sample share a key: that of `a/b/0001.seg.png` is `a/b/0001`. Its label is in `.cls` as
+digits, or in a field of `.json`. Archives are never unpacked to disk: what a member is called does not matter for
+safety.
 """
 
 from __future__ import annotations
@@ -381,8 +382,8 @@ def _read_tar(root: str, path: str, images: list[Member]) -> Iterator[bytes | st
             data = bytes(stream.read(image.size))
             if len(data) < image.size:
                 raise UserError(
-                    f"The archive {shown(f'{root}/{path}'.rstrip('/'))!r} ends inside of {shown(image.name)!r}, although "
-                    "it was whole when it was listed. Run the same command again."
+                    f"The archive {shown(f'{root}/{path}'.rstrip('/'))!r} ends inside of {shown(image.name)!r}, "
+                    "although it was whole when it was listed. Run the same command again."
                 )
             yield data
 

@@ -1,8 +1,8 @@
 """Files of arrays of pixels: the MNIST family (IDX), CIFAR-10 and CIFAR-100 (Krizhevsky 2009), and NumPy's .npz.
 
 IDX files are read as they are or from gzip: MNIST, Fashion-MNIST (Xiao, Rasul and Vollgraf 2017), KMNIST, EMNIST and
-QMNIST, in a folder of their own or as torchvision stores them. Pixels stay as stored, so those of EMNIST are transposed,
-as they are in torchvision.
+QMNIST, in a folder of their own or as torchvision stores them. Pixels stay as stored, so those of EMNIST are
+transposed, as they are in torchvision.
 """
 
 from __future__ import annotations
@@ -144,7 +144,8 @@ def _npz_splits(uri: str) -> dict[str, list[Part]]:
     if not parts:
         raise UserError(
             f"The arrays of {uri!r} are called {', '.join(names)}; those of images must be called images, x or data, "
-            "and those of labels labels, y or targets, with a split such as train_images or x_train where there are some."
+            "and those of labels labels, y or targets, with a split such as train_images or x_train where there are "
+            "some."
         )
     return parts
 
@@ -337,7 +338,8 @@ def _npz(uri: str) -> Iterator[Any]:
             size = sum(info.file_size for info in arrays.zip.infolist())
             if size > _MOST_BYTES:
                 raise UserError(
-                    f"The arrays of {uri!r} take {size >> 30} GB of memory, and at most {_MOST_BYTES >> 30} GB are read."
+                    f"The arrays of {uri!r} take {size >> 30} GB of memory, and at most {_MOST_BYTES >> 30} GB are "
+                    "read."
                     " Write their images as PNG files or as Parquet first."
                 )
             yield arrays
@@ -355,8 +357,8 @@ def _pixels(array: npt.NDArray[Any], name: str) -> npt.NDArray[np.uint8]:
         array = array.transpose(0, 2, 3, 1)
     if array.dtype != np.uint8 or array.ndim != 4 or array.shape[3] not in (1, 3):
         raise UserError(
-            f"The array {name!r} has the type {array.dtype} and the shape {array.shape}. Images must be uint8 from 0 to "
-            "255, of the shape (n, height, width), (n, height, width, 3) or (n, 3, height, width)."
+            f"The array {name!r} has the type {array.dtype} and the shape {array.shape}. Images must be uint8 from 0 "
+            "to 255, of the shape (n, height, width), (n, height, width, 3) or (n, 3, height, width)."
         )
     return array
 

@@ -1,6 +1,7 @@
 """A procedural data set: shapes of ten kinds, in any number, without a download.
 
-Each image is a pure function of (seed, split, index); see `raysl.ingestion.drawing`. The splits share no random numbers.
+Each image is a pure function of (seed, split, index); see `raysl.ingestion.drawing`. The splits share no random
+numbers.
 """
 
 from __future__ import annotations

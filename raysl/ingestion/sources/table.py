@@ -154,7 +154,8 @@ class Source:
             if (columns.names is None) != (first.names is None):
                 raise UserError(
                     f"The tables {self._where(self._files[0])!r} and {self._where(file)!r} disagree: one names its "
-                    f"classes in the column {first.label!r} and the other does not. Write them alike, or ingest them apart."
+                    f"classes in the column {first.label!r} and the other does not. Write them alike, or ingest them "
+                    "apart."
                 )
 
     def stamp(self) -> str:
@@ -196,8 +197,8 @@ class Source:
                         for name in filter(None, batch.column(columns.image).to_pylist()):
                             if name in seen:
                                 raise UserError(
-                                    f"The table {self._where(file)!r} names the file {shown(name)!r} in several rows. A data "
-                                    "set holds an image once and with one class: keep one row for each file."
+                                    f"The table {self._where(file)!r} names the file {shown(name)!r} in several rows. "
+                                    "A data set holds an image once and with one class: keep one row for each file."
                                 )
                             seen.add(name)
 
@@ -297,8 +298,8 @@ def _image_column(schema: pa.Schema, place: str, wanted: str) -> tuple[str, bool
         if wanted in encoded or wanted in texts:
             return wanted, wanted in texts
         raise UserError(
-            f"The column {wanted!r}, which --image-column names, holds no images in {place!r}. The columns that may are "
-            f"{', '.join((*encoded, *texts)) or 'none'}."
+            f"The column {wanted!r}, which --image-column names, holds no images in {place!r}. The columns that may "
+            f"are {', '.join((*encoded, *texts)) or 'none'}."
         )
     named = [name for name in _IMAGE_NAMES if name in encoded]
     if named or len(encoded) == 1:
@@ -307,8 +308,8 @@ def _image_column(schema: pa.Schema, place: str, wanted: str) -> tuple[str, bool
         return files, True
     raise UserError(
         f"The table {place!r} has {len(encoded)} columns that may hold encoded images and none is named 'image': its "
-        f"columns are {', '.join(schema.names)}. Name one with --image-column; it must be binary, a struct of bytes and "
-        "path, or names of files beside the table."
+        f"columns are {', '.join(schema.names)}. Name one with --image-column; it must be binary, a struct of bytes "
+        "and path, or names of files beside the table."
     )
 
 
