@@ -50,11 +50,7 @@ class Callback:
 
 
 class Callbacks:
-    """Several callbacks of one run.
-
-    Args:
-        members: the callbacks.
-    """
+    """Several callbacks of one run."""
 
     def __init__(self, members: Sequence[Callback]) -> None:
         for member in members:
@@ -180,11 +176,7 @@ class MLflowLogger(Callback):
 
 
 class TensorBoardLogger(Callback):
-    """Log to a local folder for TensorBoard. A run in a local folder does so by itself; this is for object stores.
-
-    Args:
-        folder: a local folder.
-    """
+    """Log to a local folder for TensorBoard. A run in a local folder does so by itself; this is for object stores."""
 
     def __init__(self, folder: str) -> None:
         self._board = TensorBoard(Folder(folder), 0)

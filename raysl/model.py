@@ -51,10 +51,6 @@ class Model(nn.Module):
 
     Its weights follow from the seed of the run: building it seeds torch's global generator.
 
-    Args:
-        config: the run.
-        data: facts of its data set.
-
     Raises:
         UserError: the method, the backbone and the data do not fit together.
     """

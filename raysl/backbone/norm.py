@@ -23,10 +23,6 @@ def synchronise(network: nn.Module, device: torch.device) -> None:
 
     Weights and statistics stay the same tensors. On a GPU this is torch's `SyncBatchNorm`. torch has none for the CPU,
     and DistributedDataParallel refuses its class there.
-
-    Args:
-        network: a network that is no BatchNorm itself.
-        device: its device.
     """
     if device.type == "cuda":
         nn.SyncBatchNorm.convert_sync_batchnorm(network)  # type: ignore[no-untyped-call]

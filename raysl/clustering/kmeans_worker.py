@@ -202,10 +202,6 @@ class KMeansWorker:
     def accumulate(self, splits: Splits, *chunks: Singles) -> tuple[PassStats | Doubles, ...]:
         """Assign every fitted row to its nearest centroid.
 
-        Args:
-            splits: see `update`.
-            chunks: chunks of the centroids.
-
         Returns:
             The statistics, and the float64 sums of the clusters of each chunk.
         """
@@ -245,10 +241,6 @@ class KMeansWorker:
 
     def closer(self, number: int, centroids_md: Singles) -> float:
         """Add centroids to k-means++; return the sum of the squared distances to the nearest so far.
-
-        Args:
-            number: number of this call, from 0.
-            centroids_md: the new centroids.
 
         Raises:
             SeedingLost: this actor has not seen the previous calls.

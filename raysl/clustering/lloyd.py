@@ -287,7 +287,6 @@ def _entry(totals: Totals, num_rows: int, wall_s: float) -> dict[str, Any]:
 
 
 def _progress(curve: list[dict[str, Any]], config: KMeansConfig, restart: int, pool: ActorPool) -> str:
-    """Return one line of progress."""
     now = curve[-1]
     change = ""
     if len(curve) > 1 and curve[-2]["objective"]:

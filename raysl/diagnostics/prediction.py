@@ -73,15 +73,7 @@ class Prediction:
 
 
 def predict(costs: Costs, placement: Placement, workers: int, batch_size: int, cpus: float) -> Prediction:
-    """Predict the speed of a run.
-
-    Args:
-        costs: measured costs.
-        placement: placement of the run.
-        workers: number of workers.
-        batch_size: images in the global batch.
-        cpus: CPUs of the whole cluster.
-    """
+    """Predict the speed of a run."""
     share = placement.share
     # Ray runs as many tasks as fit, and always one.
     tasks = workers * max(1, int(share.cpus / share.cpus_per_task + 1e-6))

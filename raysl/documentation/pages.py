@@ -52,10 +52,6 @@ def names() -> list[str]:
 def write(folder: Path, dataset: DataSet) -> None:
     """Write all pages with their pictures, the page of the probes, and an index; make the folder.
 
-    Args:
-        folder: folder of the pages.
-        dataset: images to show.
-
     Raises:
         UserError: the folder cannot be written.
     """

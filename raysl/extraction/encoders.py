@@ -70,7 +70,6 @@ class _Network:
     """The common part of encoders that are networks."""
 
     def backbone_config(self) -> BackboneConfig:
-        """Return the configuration of the backbone."""
         raise NotImplementedError
 
     def network(self) -> Backbone:

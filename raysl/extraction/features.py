@@ -73,10 +73,6 @@ def make(checkpoint: str, config: FeaturesConfig) -> FeatureStore:
 
     Memory does not grow with the number of images. `features.json` in the folder describes the origin of the features.
 
-    Args:
-        checkpoint: see `encoders.named`.
-        config: of the features.
-
     Raises:
         UserError: the checkpoint, the layer or the data cannot be used, or the folder holds other features.
     """

@@ -48,16 +48,7 @@ def write_part(
     form: FeatureForm,
     paths: pa.Array | pa.ChunkedArray | None = None,
 ) -> None:
-    """Write a part atomically.
-
-    Args:
-        folder: folder of the features.
-        part: the images.
-        layer: name of the column.
-        rows_nd: float32 (n, d).
-        form: format on disk.
-        paths: path of every image, if known.
-    """
+    """Write a part atomically."""
     columns: dict[str, Any] = {"index": np.arange(*part, dtype=np.int64)}
     if paths is not None:
         columns["path"] = paths

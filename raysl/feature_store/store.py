@@ -205,7 +205,6 @@ class FeatureStore:
         return pa.chunked_array(columns).cast(pa.string())
 
     def _slices(self, piece: Piece, num_rows: int, columns: list[str]) -> Iterator[pa.RecordBatch]:
-        """Yield the record batches of a piece."""
         place = 0
         for batch in self._decoded(piece.group, num_rows, columns):
             low, high = max(piece.first - place, 0), min(piece.end - place, batch.num_rows)

@@ -172,7 +172,6 @@ def _read(uri: str) -> tuple[pa.Table, dict[str, str]]:
 
 
 def _by_index(uri: str, table: pa.Table, num_images: int) -> npt.NDArray[np.int64]:
-    """Return the clusters in the order of the images."""
     index, cluster = (table.column(name).to_numpy().astype(np.int64) for name in ("index", "cluster"))
     inside = index[(index >= 0) & (index < num_images)]
     missing = num_images - len(np.unique(inside))

@@ -109,7 +109,6 @@ class Turns:
     seed: int
 
     def __call__(self, step: int) -> tuple[str]:
-        """Return the task of a step."""
         if not self.weights:
             return (self.tasks[step % len(self.tasks)],)
         share = np.array(self.weights) / sum(self.weights)

@@ -128,13 +128,7 @@ def stages(backbone: Backbone) -> dict[str, int]:
 
 
 def maps(body: nn.Module, names: list[str], images_bchw: Tensor) -> dict[str, Tensor]:
-    """Return the outputs of modules of a network by name, in the order of their computation.
-
-    Args:
-        body: the network.
-        names: names of modules.
-        images_bchw: normalised images.
-    """
+    """Return the outputs of modules of a network by name, in the order of their computation."""
     made: dict[str, Tensor] = {}
 
     def keep(name: str) -> Any:

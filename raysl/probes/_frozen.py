@@ -107,7 +107,6 @@ def _measure(
     threads: int,
     low_priority: bool,
 ) -> list[Row]:
-    """Return the rows of one layer."""
     if low_priority:
         os.nice(19)
     before = torch.get_num_threads()

@@ -205,14 +205,7 @@ def classes_of(*splits: Sequence[Picture]) -> list[str]:
 def check_disjoint(
     train: Sequence[Picture], test: Sequence[Picture], splits: tuple[str, str], probe: str
 ) -> None:
-    """Raise UserError if the two splits of a probe share images.
-
-    Args:
-        train: images to learn from.
-        test: images to score.
-        splits: names of the splits.
-        probe: name of the probe in flags.
-    """
+    """Raise UserError if the two splits of a probe share images."""
     shared = {one.name for one in train} & {one.name for one in test}
     if shared:
         raise UserError(

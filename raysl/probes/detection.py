@@ -104,7 +104,6 @@ class Detection:
 
 
 def _measure(encoder: Trainable, config: Config, folder: Folder, seed: int) -> list[Row]:
-    """Return all rows."""
     _pycocotools()
     train, test = (_voc.read(folder, split) for split in config.splits)
     _check(train, test, config)

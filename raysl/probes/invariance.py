@@ -123,7 +123,6 @@ class Invariance:
 def _measure(
     subject: Subject, config: Config, transforms: Mapping[str, Pretext]
 ) -> tuple[list[Row], dict[str, Any]]:
-    """Return all rows, and the counts of the histograms."""
     sample, place = _Sample.draw(subject, config.max_images), device()
     by_batch = config.statistics == "batch"
     encode = subject.encoder.load(place, subject.layers, by_batch)

@@ -196,7 +196,6 @@ class Fit:
     def __call__(
         self, features_nd: Tensor, labels_n: Tensor, weight_decay: float, start: Solution
     ) -> Solution:
-        """Return the solution for one weight decay."""
         back_dd = self._coordinates(weight_decay)
         point_dc = (back_dd @ start.weights_cd.T).requires_grad_()
         bias_c = start.bias_c.clone().requires_grad_()
@@ -229,13 +228,7 @@ class Fit:
 
 
 def descend(features_nd: Tensor, labels_n: Tensor, schedule: Sgd) -> Solution:
-    """Return the classifier after a schedule of SGD from zero weights.
-
-    Args:
-        features_nd: standardised features.
-        labels_n: int64 (n,).
-        schedule: the schedule.
-    """
+    """Return the classifier after a schedule of SGD from zero weights."""
     classes = int(labels_n.max()) + 1
     weights_cd = features_nd.new_zeros(classes, features_nd.shape[1], requires_grad=True)
     bias_c = features_nd.new_zeros(classes, requires_grad=True)

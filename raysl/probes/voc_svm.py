@@ -68,7 +68,6 @@ class VocSvm:
 
 
 def _measure(subject: Subject, config: Config, folder: Folder) -> list[Row]:
-    """Return the rows of all layers."""
     splits = config.splits
     train, test = (_voc.read(folder, split) for split in splits)
     _voc.check_disjoint(train, test, splits, "voc-svm")

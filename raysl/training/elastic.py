@@ -17,12 +17,7 @@ RESIZE_AFTER_S = 30.0
 
 @dataclass(frozen=True)
 class WorkerGroup:
-    """The workers of one attempt of a run.
-
-    Args:
-        workers: number of workers.
-        placement: their resources.
-    """
+    """The workers of one attempt of a run."""
 
     workers: int
     placement: Placement
