@@ -18,6 +18,7 @@ import torch
 from torch import Tensor
 from torch.nn.functional import pad
 
+from raysl.device_copy import to_device
 from raysl.errors import UserError, unknown
 from raysl.rng import ImageRng, Integers
 
@@ -234,11 +235,11 @@ def _changed(images_bchw: Tensor, rows: Integers, change: Callable[[Tensor, Inte
     if not len(rows):
         return images_bchw
     # torch writes uint8 images by index twenty times slower than it reads them.
-    index = torch.from_numpy(rows).to(images_bchw.device)
+    index = to_device(rows, images_bchw.device)
     parts = [change(images_bchw.index_select(0, index[p]), rows[p]) for p in _chunks(len(rows), images_bchw)]
     source = np.arange(len(images_bchw))
     source[rows] = len(images_bchw) + np.arange(len(rows))
-    return torch.cat([images_bchw, *parts]).index_select(0, torch.from_numpy(source).to(images_bchw.device))
+    return torch.cat([images_bchw, *parts]).index_select(0, to_device(source, images_bchw.device))
 
 
 def _chunks(count: int, images: Tensor) -> list[slice]:
@@ -255,7 +256,7 @@ def _fixed(values: Floats, places: int) -> Floats:
 
 def _column(values_b: npt.NDArray[Any], like: Tensor, dtype: torch.dtype = torch.float32) -> Tensor:
     """Return one value per image in a shape that broadcasts with (b, 3, h, w)."""
-    return torch.from_numpy(values_b).to(dtype).to(like.device)[:, None, None, None]
+    return to_device(torch.from_numpy(values_b).to(dtype), like.device)[:, None, None, None]
 
 
 def _to_uint8(values: Tensor) -> Tensor:
@@ -283,11 +284,11 @@ def _colour_map(recipe: Recipe, image_rng: ImageRng) -> tuple[Floats, Floats]:
 def _map_colours(planes_bcn: Tensor, matrix_b33: Floats, pull_b: Floats) -> Tensor:
     """Apply the color maps. Only the final rounding to whole numbers is not exact."""
     device = planes_bcn.device
-    matrices = torch.from_numpy(_fixed(matrix_b33, _COLOUR_PLACES).astype(np.float32)).to(device)
-    weights = torch.tensor(_LUMA_PER_MILLE, device=device)
+    matrices = to_device(_fixed(matrix_b33, _COLOUR_PLACES).astype(np.float32), device)
+    weights = to_device(torch.tensor(_LUMA_PER_MILLE), device)
     sums = planes_bcn.sum(-1, dtype=torch.int32) * weights
     luminance = sums.sum(-1).double() / (1000 * planes_bcn.shape[2])
-    shift = ((luminance * torch.from_numpy(pull_b).to(device) + 0.5) * 2**_COLOUR_PLACES).round()
+    shift = ((luminance * to_device(pull_b, device) + 0.5) * 2**_COLOUR_PLACES).round()
     mapped = _matmul(matrices, planes_bcn.float())
     return _to_uint8(mapped.add_((shift * 2.0**-_COLOUR_PLACES).float()[:, None, None]))
 

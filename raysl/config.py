@@ -64,6 +64,7 @@ class Pretraining(Checked):
         precision: precision of the network's arithmetic; weights and losses stay float32.
         channels_last: memory layout of images and weights.
         compile: run the network through torch.compile.
+        deterministic: on a GPU use only algorithms whose results repeat bit for bit; they are slower.
         log_every: steps between rows of metrics.jsonl.
         parts: the Config of the objective and of every transform, by name, or a JSON value of one; a part that is not
             given has the values of its class.
@@ -80,6 +81,7 @@ class Pretraining(Checked):
     precision: Literal["fp32", "bf16", "fp16"] = "fp32"
     channels_last: bool = True
     compile: bool = False
+    deterministic: bool = False
     log_every: Annotated[int, Bounds(low=1)] = 10
     view: ViewConfig = field(default_factory=ViewConfig)
     backbone: BackboneConfig = field(default_factory=BackboneConfig)

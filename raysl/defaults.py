@@ -28,8 +28,9 @@ SMALL_SIDE = 64
 _SAMPLE = 64
 # Every field that `resolve` may choose. A command that is to repeat a run has to name these.
 CHOSEN = frozenset(
-    "backbone.name backbone.norm view.image_size workers batch_size optim.lr optim.warmup pirl.head pirl.temperature "
-    "pirl.num_negatives npid.head npid.temperature npid.num_negatives simclr.norm simclr.temperature".split()
+    "backbone.name backbone.norm view.image_size workers batch_size precision optim.lr optim.warmup pirl.head "
+    "pirl.temperature pirl.num_negatives npid.head npid.temperature npid.num_negatives simclr.norm "
+    "simclr.temperature".split()
 )
 # A step is worth its overhead with this many images; an epoch should have a few steps.
 _STEPS_PER_EPOCH = 4
@@ -155,6 +156,8 @@ def _choices(
         yield Choice("view.image_size", 96, "without a GPU, 224 pixels take five times as long")
     workers = given.get("workers", usual_workers)
     yield Choice("workers", workers)
+    if has_gpus:
+        yield Choice("precision", "bf16", "there are GPUs")
     yield _batch_size(dataset.num_images, workers, most=64 if photos and not has_gpus else 256)
     if given.get("optim", {}).get("name", "sgd") == "sgd":
         yield Choice("optim.lr", 0.12)

@@ -104,7 +104,10 @@ def build(config: OptimConfig, network: nn.Module) -> torch.optim.Optimizer:
     """Build the optimiser of a network. The training loop sets the rate before every step."""
     groups = parameter_groups(network, config.weight_decay)
     if config.name == "adamw":
-        return torch.optim.AdamW(groups, lr=config.lr)
+        return torch.optim.AdamW(
+            groups, lr=config.lr, fused=any(p.is_cuda for p in network.parameters()) or None
+        )
     if config.name == "lars":
         return Lars(groups, lr=config.lr, momentum=config.momentum)
+    # Not fused: with tasks that alternate, some weights have no momentum yet, which torch's fused SGD refuses.
     return torch.optim.SGD(groups, lr=config.lr, momentum=config.momentum)

@@ -14,6 +14,8 @@ import numpy as np
 import numpy.typing as npt
 import torch
 
+from raysl.device_copy import to_device
+
 Integers = npt.NDArray[np.int64]
 
 _GOLDEN = np.uint64(0x9E3779B97F4A7C15)
@@ -93,13 +95,13 @@ class ImageRng:
     def uniform(self, name: str, low: float = 0.0, high: float = 1.0, count: int = 1) -> torch.Tensor:
         """Return float32 (b, count), uniform in [low, high)."""
         values = low + (high - low) * self.uniform_array(name, count)
-        return torch.from_numpy(values.astype(np.float32)).to(self.device)
+        return to_device(values.astype(np.float32), self.device)
 
     def integers(self, name: str, below: int, count: int = 1) -> torch.Tensor:
         """Return int64 (b, count), uniform over 0 .. below - 1. The bias is less than 2**-53 * `below`."""
         values = (self.uniform_array(name, count) * below).astype(np.int64)
-        return torch.from_numpy(values).to(self.device)
+        return to_device(values, self.device)
 
     def chance(self, name: str, probability: float) -> torch.Tensor:
         """Return bool (b,), True with the given probability."""
-        return torch.from_numpy(self.uniform_array(name, 1)[:, 0] < probability).to(self.device)
+        return to_device(self.uniform_array(name, 1)[:, 0] < probability, self.device)

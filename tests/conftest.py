@@ -19,6 +19,8 @@ os.environ["RAY_TRAIN_ENABLE_PRINT_PATCH"] = "0"
 os.environ["RAY_TRAIN_HEALTH_CHECK_INTERVAL_S"] = "0.3"
 os.environ["RAY_TRAIN_COLLECTIVE_TIMEOUT_S"] = "60"
 os.environ["RAY_ENABLE_UV_RUN_RUNTIME_ENV"] = "0"
+# The tensors of tests are small: with more threads most of the time goes into waiting for one another.
+os.environ.setdefault("OMP_NUM_THREADS", "1")
 # At the default of 15, other programs of a busy machine starve the workers, and tests time out.
 os.environ["RAY_worker_niceness"] = "0"  # noqa: SIM112
 

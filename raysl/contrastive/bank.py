@@ -64,7 +64,9 @@ class MemoryBank:
         self.config = config
         self.seed = seed
         self.first, self.last = self._range(collective.rank(), collective.world())
-        self.rows_nd = self._initial_rows(device)
+        # One row more: updates of rows that belong to other workers go there, so that no step waits for a count.
+        self._padded_md = self._initial_rows(device)
+        self.rows_nd = self._padded_md[:-1]
 
     def _range(self, rank: int, world: int) -> tuple[int, int]:
         """Return the rows of a worker: first, and one past the last."""
@@ -74,17 +76,17 @@ class MemoryBank:
 
     def _initial_rows(self, device: torch.device) -> Tensor:
         """Return this worker's initial rows: uniform in a cube, then scaled to length 1, as in NPID."""
-        rows_nd = torch.empty(
-            self.last - self.first, self.dim, dtype=getattr(torch, self.config.dtype), device=device
+        rows_md = torch.zeros(
+            self.last - self.first + 1, self.dim, dtype=getattr(torch, self.config.dtype), device=device
         )
         for first in range(self.first // _BLOCK * _BLOCK, self.last, _BLOCK):
             generator = rng.generator(self.seed, "bank", first // _BLOCK)
             block_nd = torch.from_numpy(generator.random((_BLOCK, self.dim), np.float32) * 2 - 1)
             start, stop = max(self.first, first), min(self.last, first + _BLOCK)
-            rows_nd[start - self.first : stop - self.first] = F.normalize(
+            rows_md[start - self.first : stop - self.first] = F.normalize(
                 block_nd[start - first : stop - first], dim=1
-            ).to(rows_nd)
-        return rows_nd
+            ).to(rows_md)
+        return rows_md
 
     def lookup(self, indices_b: Tensor, shared: bool = False) -> Tensor:
         """Return the rows of images, without gradient.
@@ -100,9 +102,8 @@ class MemoryBank:
         if self.config.placement == "replicated" or collective.world() == 1:
             return self.rows_nd[indices_b].float()
         asked = indices_b if shared else collective.gather(indices_b)
-        mine = (asked >= self.first) & (asked < self.last)
-        rows = torch.zeros(len(asked), self.dim, device=self.rows_nd.device)
-        rows[mine] = self.rows_nd[asked[mine] - self.first].float()
+        mine, places = self._places(asked)
+        rows = torch.where(mine[:, None], self._padded_md[places].float(), 0.0)
         # One worker has the row and the others add zeros, so the sum is exact.
         rows = collective.total(rows)
         start = 0 if shared else collective.rank() * len(indices_b)
@@ -121,14 +122,18 @@ class MemoryBank:
         device = self.rows_nd.device
         indices = collective.gather(indices_b.to(device))
         embeddings = collective.gather(embeddings_bd.detach().float().to(device))
-        order = torch.arange(len(indices), device=device)
-        unique, inverse = torch.unique(indices, return_inverse=True)
-        last = torch.full((len(unique),), -1, device=device).scatter_reduce(0, inverse, order, "amax")
-        mine = (unique >= self.first) & (unique < self.last)
-        rows, fresh = unique[mine] - self.first, embeddings[last[mine]]
+        ordered, order = torch.sort(indices, stable=True)
+        last = order[torch.searchsorted(ordered, indices, right=True) - 1]
+        _, places = self._places(indices)
         momentum = self.config.momentum
-        mixed = momentum * self.rows_nd[rows].float() + (1 - momentum) * fresh
-        self.rows_nd[rows] = F.normalize(mixed, dim=1).to(self.rows_nd.dtype)
+        mixed = momentum * self._padded_md[places].float() + (1 - momentum) * embeddings[last]
+        # An index that occurs twice writes the same row twice.
+        self._padded_md[places] = F.normalize(mixed, dim=1).to(self.rows_nd.dtype)
+
+    def _places(self, indices: Tensor) -> tuple[Tensor, Tensor]:
+        """Return True for the images whose rows are here, and the places of the rows; the extra row for the others."""
+        mine = (indices >= self.first) & (indices < self.last)
+        return mine, torch.where(mine, indices - self.first, self.last - self.first)
 
     def state(self) -> dict[str, Any]:
         """Return the state to save: this worker's rows, not copied, and their range."""

@@ -7,6 +7,7 @@ from torch import Tensor
 
 from raysl import rng
 from raysl.contrastive.bank import MemoryBank
+from raysl.device_copy import to_device
 from raysl.errors import UserError
 from raysl.rng import ImageRng
 from raysl.stream.plan import Rows
@@ -40,9 +41,9 @@ def shared_scores(bank: MemoryBank, queries_bd: Tensor, rows: Rows, step: int, n
     """
     generator = rng.generator(bank.seed, "negatives", step)
     device = queries_bd.device
-    drawn_k = torch.from_numpy(generator.choice(bank.num_images, num_negatives + 1, replace=False)).to(device)
+    drawn_k = to_device(generator.choice(bank.num_images, num_negatives + 1, replace=False), device)
     keys_kd = bank.lookup(drawn_k, shared=True)
-    own_bk = drawn_k[None, :] == torch.from_numpy(rows.indices_b).to(device)[:, None]
+    own_bk = drawn_k[None, :] == to_device(rows.indices_b, device)[:, None]
     own_bk[:, -1] |= ~own_bk.any(dim=1)
     with torch.autocast(device.type, enabled=False):
         return (queries_bd.float() @ keys_kd.T).masked_fill(own_bk, float("-inf"))
@@ -62,9 +63,10 @@ def own_scores(bank: MemoryBank, queries_bd: Tensor, rows: Rows, num_negatives: 
     Returns:
         float32 (b, k) or (q, b, k) cosine scores.
     """
-    image_rng = ImageRng(bank.seed, rows.epochs_b, rows.indices_b)
+    device = queries_bd.device
+    image_rng = ImageRng(bank.seed, rows.epochs_b, rows.indices_b, device=device)
     drawn_bk = image_rng.integers("negatives", bank.num_images - 1, count=num_negatives)
-    drawn_bk = drawn_bk + (drawn_bk >= torch.from_numpy(rows.indices_b)[:, None]).long()
+    drawn_bk = drawn_bk + (drawn_bk >= to_device(rows.indices_b, device)[:, None]).long()
     keys_bkd = bank.lookup(drawn_bk.flatten()).view(*drawn_bk.shape, bank.dim)
-    with torch.autocast(queries_bd.device.type, enabled=False):
+    with torch.autocast(device.type, enabled=False):
         return torch.einsum("...bd,bkd->...bk", queries_bd.float(), keys_bkd)

@@ -85,6 +85,7 @@ def _term(
         return losses.info_nce(positive_b, negatives_bk).mean()
     if config.loss == "paper_h":
         return losses.paper_h(positive_b, negatives_bk).mean()
-    if torch.isnan(z):
-        z.copy_(collective.mean(losses.estimate_z(positive_b, negatives_bk, bank.num_images)))
+    # Without a branch: the host would wait for the device to read z.
+    estimate = collective.mean(losses.estimate_z(positive_b, negatives_bk, bank.num_images))
+    z.copy_(torch.where(z.isnan(), estimate, z))
     return losses.nce(positive_b, negatives_bk, z, bank.num_images).mean()

@@ -26,12 +26,12 @@ import numpy as np
 import numpy.typing as npt
 import pyarrow as pa
 import pyarrow.parquet as pq
-import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
 from raysl.backbone.network import encode
 from raysl.contrastive.bank import MemoryBank
+from raysl.device_copy import to_device
 from raysl.errors import Unset, UserError
 from raysl.feature_store.records import is_damaged
 from raysl.fields import Checked
@@ -67,7 +67,7 @@ class Clusterfit(nn.Module):
         table = Assignments.read(config.labels, setup.num_images, setup.fingerprint)
         self.facts = table.facts
         # No buffer: the table is read again when a run resumes, and not saved with every checkpoint.
-        self.labels_n = torch.from_numpy(table.clusters_n)
+        self.labels_n = table.clusters_n
         self.classify = nn.Linear(setup.width, table.num_clusters)
 
     def forward(self, backbone: nn.Module, views: Mapping[str, Tensor]) -> dict[str, Tensor]:
@@ -77,7 +77,7 @@ class Clusterfit(nn.Module):
     def loss(self, outputs: Mapping[str, Tensor], batch: Batch, bank: MemoryBank | None) -> Loss:
         """Compute the cross-entropy, averaged over the batch."""
         logits_bk = outputs["logits"].float()
-        labels_b = self.labels_n[batch.indices_b].to(logits_bk.device)
+        labels_b = to_device(self.labels_n[batch.rows.indices_b], logits_bk.device)
         correct = (logits_bk.argmax(dim=1) == labels_b).float().mean()
         return Loss(F.cross_entropy(logits_bk, labels_b), {"accuracy": correct})
 

@@ -30,6 +30,7 @@ from raysl import pretext
 from raysl.backbone.network import encode
 from raysl.contrastive import losses
 from raysl.contrastive.bank import MemoryBank
+from raysl.device_copy import to_device
 from raysl.errors import UserError
 from raysl.fields import Bounds, Checked
 from raysl.objectives import Loss, Setup
@@ -123,7 +124,7 @@ class Cpc(nn.Module):
         targets_bpd, predictions_bnd = outputs["targets"].float(), outputs["predictions"].float()
         b = len(targets_bpd)
         device = targets_bpd.device
-        index_b, positive_n = batch.indices_b.to(device), self.positives().to(device)
+        index_b, positive_n = batch.indices_b, to_device(self.positives(), device)
         each: list[Tensor] = []
         right: list[Tensor] = []
         for i in torch.split(torch.arange(b, device=device), self.config.images or b):
@@ -150,7 +151,8 @@ def _contrast(
     positive_np = positive_n[:, None] == torch.arange(p, device=positive_n.device)
     is_positive = (own_bb[:, None, :, None] & positive_np[:, None]).flatten(2).flatten(0, 1)
     scores_qk = scores_bnbp.masked_fill(copy_bb[:, None, :, None], float("-inf")).flatten(2).flatten(0, 1)
-    positive_q = scores_qk[is_positive]
+    # By index: a mask would make the host wait for the number of its rows.
+    positive_q = scores_qk.gather(1, is_positive.byte().argmax(dim=1, keepdim=True))[:, 0]
     others_qk = scores_qk.masked_fill(is_positive, float("-inf"))
     return losses.info_nce(positive_q, others_qk), positive_q > others_qk.amax(dim=1)
 

@@ -99,7 +99,7 @@ class Moco(nn.Module):
     def loss(self, outputs: Mapping[str, Tensor], batch: Batch, bank: MemoryBank | None) -> Loss:
         """Compute equation 1, averaged over the batch. Then put the keys of all workers into the queue."""
         query_bd, key_bd = outputs["query"], outputs["key"]
-        indices_b = batch.indices_b.to(query_bd.device)
+        indices_b = batch.indices_b
         queue_kd, queue_indices_k = (
             self.queue_kd.to(query_bd.device),
             self.queue_indices_k.to(query_bd.device),

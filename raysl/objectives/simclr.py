@@ -80,7 +80,7 @@ class Simclr(nn.Module):
         """Compute NT-Xent of this worker's queries with the embeddings of all workers, averaged over both views."""
         pairs_b2d = outputs["embeddings"]
         keys_kd = collective.gather_with_gradient(pairs_b2d).flatten(0, 1)
-        index_b = batch.indices_b.to(keys_kd.device)
+        index_b = batch.indices_b
         own_bk = index_b[:, None] == collective.gather(index_b).repeat_interleave(2)
         cosine_b = (pairs_b2d[:, 0] * pairs_b2d[:, 1]).sum(dim=1)
         # Queries and keys have the same order: both views of an image together.

@@ -92,8 +92,8 @@ class Swav(nn.Module):
             all_nk = collective.gather(scores_bvk[:, s])
             codes_bk = sinkhorn(all_nk, self.config.epsilon, self.config.iterations)[first : first + b]
             terms += [-(codes_bk * log_p_bvk[:, t]).sum(dim=1).mean() for t in range(v) if t != s]
-        used = torch.unique(scores_bvk[:, -1].argmax(dim=1)).numel() / b
-        return Loss(torch.stack(terms).mean(), {"used_prototypes": log_p_bvk.new_tensor(used)})
+        chosen_k = torch.zeros_like(scores_bvk[0, -1]).scatter_(0, scores_bvk[:, -1].argmax(dim=1), 1.0)
+        return Loss(torch.stack(terms).mean(), {"used_prototypes": chosen_k.sum() / b})
 
     def after_step(self, backbone: nn.Module, step: int) -> None:
         """Scale the prototypes to length 1."""

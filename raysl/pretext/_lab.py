@@ -13,6 +13,8 @@ import numpy.typing as npt
 import torch
 from torch import Tensor
 
+from raysl.device_copy import to_device
+
 _XYZ = np.array(
     [[0.4124564, 0.3575761, 0.1804375], [0.2126729, 0.7151522, 0.0721750], [0.0193339, 0.1191920, 0.9503041]]
 )
@@ -44,7 +46,7 @@ def linear(images_bchw: Tensor) -> Tensor:
 
 def lightness(light_bchw: Tensor) -> Tensor:
     """Return the lightness L of `linear` light: uint8 (b, 1, h, w), 0 to 255."""
-    weighted = light_bchw * _WEIGHTS.to(light_bchw.device)[:, None, None]
+    weighted = light_bchw * to_device(_WEIGHTS, light_bchw.device)[:, None, None]
     luminance = weighted.sum(1, keepdim=True, dtype=torch.int32) >> _LIGHT_BITS
     return _looked_up(_LIGHTNESS, luminance)
 
@@ -52,12 +54,12 @@ def lightness(light_bchw: Tensor) -> Tensor:
 def _looked_up(table: Tensor, index: Tensor) -> Tensor:
     if index.device.type == "cpu":
         return torch.from_numpy(table.numpy()[index.numpy()])  # seven times faster than torch
-    return table.to(index.device)[index.long()]
+    return to_device(table, index.device)[index.long()]
 
 
 def chroma(light_bchw: Tensor) -> Tensor:
     """Return a + 128 and b + 128 of float64 linear light 0 to 65535: uint8 (b, 2, h, w)."""
-    matrix = torch.from_numpy(_RELATIVE / (2**_LIGHT_BITS - 1)).to(light_bchw.device)
+    matrix = to_device(_RELATIVE / (2**_LIGHT_BITS - 1), light_bchw.device)
     xyz = (light_bchw[:, None] * matrix[:, :, None, None]).sum(2)
     cut = (6 / 29) ** 3
     f = torch.where(xyz > cut, xyz.clamp(min=cut) ** (1 / 3), xyz / (3 * (6 / 29) ** 2) + 4 / 29)

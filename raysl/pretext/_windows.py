@@ -6,6 +6,8 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from raysl.device_copy import to_device
+
 
 def windows(images_bchw: Tensor, top_bp: Tensor, left_bp: Tensor, size: int) -> Tensor:
     """Cut square windows out of every image: (b, p, c, size, size).
@@ -23,4 +25,4 @@ def windows(images_bchw: Tensor, top_bp: Tensor, left_bp: Tensor, size: int) -> 
         views = np.lib.stride_tricks.sliding_window_view(images_bchw.numpy(), (size, size), (2, 3))
         return torch.from_numpy(views[image.numpy(), :, top_bp.numpy(), left_bp.numpy()])
     views_bcyxhw = images_bchw.unfold(2, size, 1).unfold(3, size, 1)
-    return views_bcyxhw[image.to(device), :, top_bp.to(device), left_bp.to(device)]
+    return views_bcyxhw[to_device(image, device), :, to_device(top_bp, device), to_device(left_bp, device)]

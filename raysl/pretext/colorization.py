@@ -22,6 +22,7 @@ from typing import Annotated, Any, Literal
 import torch
 from torch import Tensor, nn
 
+from raysl.device_copy import to_device
 from raysl.fields import Bounds, Checked
 from raysl.pretext import Geometry, Transformed, _lab
 from raysl.pretext._dense import DenseTransform, Grid
@@ -85,12 +86,12 @@ class Colorization(DenseTransform):
             return (output_nq - ab_n2 / _AB_UNIT).square().mean()
         bin_nk, share_nk = self.soft_bins(ab_n2)
         log_nk = output_nq.log_softmax(1).gather(1, bin_nk)
-        weight_n = self.weights_q.to(output.device)[bin_nk[:, 0]]
+        weight_n = to_device(self.weights_q, output.device)[bin_nk[:, 0]]
         return -(weight_n * (share_nk * log_nk).sum(1)).mean()
 
     def soft_bins(self, ab_n2: Tensor) -> tuple[Tensor, Tensor]:
         """Return the nearest bins, int64 (n, k), nearest first, and their probabilities."""
-        bins_q2 = self.bins_q2.to(ab_n2.device)
+        bins_q2 = to_device(self.bins_q2, ab_n2.device)
         far_nq = torch.cdist(ab_n2, bins_q2, compute_mode="donot_use_mm_for_euclid_dist")
         far_nk, bin_nk = far_nq.topk(min(self.config.neighbours, len(bins_q2)), largest=False)
         return bin_nk, (-far_nk.square() / (2 * self.config.sigma**2)).softmax(1)

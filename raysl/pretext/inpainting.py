@@ -20,6 +20,7 @@ from typing import Annotated, Any, Literal
 import torch
 from torch import Tensor, nn
 
+from raysl.device_copy import to_device
 from raysl.fields import Bounds, Checked, Range
 from raysl.pretext import Geometry, Transformed
 from raysl.pretext._dense import DenseTransform, Grid
@@ -58,10 +59,10 @@ class Inpainting(DenseTransform):
         """Return crops (b, 1, 3, h, w) with holes; the target, uint8 (b, 4, grid, grid), is the color of every cell
         and a mask with 255 where it is missing."""
         grid, device = self.config.grid, images_bchw.device
-        missing_bgg = self._missing(image_rng).to(device)
+        missing_bgg = to_device(self._missing(image_rng.to(torch.device("cpu"))), device)
         cell = torch.arange(images_bchw.shape[-1], device=device) * grid // images_bchw.shape[-1]
         hole_b1hw = missing_bgg[:, cell][:, :, cell][:, None]
-        fill = torch.tensor(_FILL, dtype=torch.uint8, device=device)[:, None, None]
+        fill = to_device(torch.tensor(_FILL, dtype=torch.uint8), device)[:, None, None]
         colours_b3gg = (self.cell_means(images_bchw) + 0.5).to(torch.uint8)
         target_b4gg = torch.cat([colours_b3gg, missing_bgg[:, None].to(torch.uint8) * 255], dim=1)
         return Transformed(torch.where(hole_b1hw, fill, images_bchw)[:, None], target_b4gg)
@@ -72,11 +73,8 @@ class Inpainting(DenseTransform):
         if self.config.mode == "centre":
             corner_bk2 = torch.full((len(image_rng.indices_b), 1, 2), free // 2)
         else:
-            corner_bk2 = (
-                image_rng.integers("corners", free + 1, 2 * self.config.blocks)
-                .cpu()
-                .view(-1, self.config.blocks, 2)
-            )
+            corner_bn = image_rng.integers("corners", free + 1, 2 * self.config.blocks)
+            corner_bk2 = corner_bn.view(-1, self.config.blocks, 2)
         cell = torch.arange(self.config.grid)
         covered_bk2g = (corner_bk2[..., None] <= cell) & (cell < corner_bk2[..., None] + self.block)
         return (covered_bk2g[:, :, 0, :, None] & covered_bk2g[:, :, 1, None, :]).any(1)

@@ -15,6 +15,7 @@ import torch
 from torch import Tensor
 
 from raysl.augment import SourceCrop
+from raysl.device_copy import to_device
 from raysl.errors import UserError
 from raysl.fields import Bounds, Checked, Range, Seed
 from raysl.pretext import Geometry, Transformed
@@ -78,17 +79,16 @@ class Jigsaw:
 
     def transform(self, images_bchw: Tensor, image_rng: ImageRng) -> Transformed:
         """Cut, jitter and shuffle the patches. Labels are uniform over the set."""
-        label_b = image_rng.integers("order", self.num_labels)[:, 0].cpu()
+        device, image_rng = images_bchw.device, image_rng.to(torch.device("cpu"))
+        label_b = image_rng.integers("order", self.num_labels)[:, 0]
         order_bp = torch.from_numpy(self.permutations.order_kp[label_b.numpy()]).long()
         free = self.cell_size - self.patch_size + 1
-        offset_bp2 = image_rng.integers("offset", free, 2 * self.num_crops).cpu().view(-1, self.num_crops, 2)
+        offset_bp2 = image_rng.integers("offset", free, 2 * self.num_crops).view(-1, self.num_crops, 2)
         # The offset belongs to the cell, so that every permutation has the same patches.
         offset_bp2 = offset_bp2.gather(1, order_bp[..., None].expand(-1, -1, 2))
         top_bp = order_bp // self.grid * self.cell_size + offset_bp2[..., 0]
         left_bp = order_bp % self.grid * self.cell_size + offset_bp2[..., 1]
-        return Transformed(
-            windows(images_bchw, top_bp, left_bp, self.patch_size), label_b.to(images_bchw.device)
-        )
+        return Transformed(windows(images_bchw, top_bp, left_bp, self.patch_size), to_device(label_b, device))
 
     def describe(self) -> dict[str, Any]:
         """Return sizes in pixels and facts of the permutation set."""

@@ -16,6 +16,7 @@ import torch
 from torch import Tensor
 
 from raysl.augment import SourceCrop
+from raysl.device_copy import to_device
 from raysl.errors import UserError
 from raysl.fields import Bounds, Checked
 from raysl.pretext import Geometry, Transformed
@@ -85,20 +86,21 @@ class RelativePosition:
 
     def transform(self, images_bchw: Tensor, image_rng: ImageRng) -> Transformed:
         """Cut two patches (b, 2, 3, s, s); labels are uniform."""
-        place_b = image_rng.integers("place", _NUM_NEIGHBOURS)[:, 0].cpu()
+        on_host = image_rng.to(torch.device("cpu"))
+        place_b = on_host.integers("place", _NUM_NEIGHBOURS)[:, 0]
         neighbour_b = place_b + (place_b >= _CENTRE)
         cell_b2 = torch.stack([torch.full_like(neighbour_b, _CENTRE), neighbour_b], dim=1)
         label_b = place_b
         if self.config.both_orders:
-            swapped_b = image_rng.chance("order", 0.5).cpu()
+            swapped_b = on_host.chance("order", 0.5)
             cell_b2 = torch.where(swapped_b[:, None], cell_b2.flip(1), cell_b2)
             label_b = torch.where(swapped_b, _NUM_NEIGHBOURS - 1 - place_b, place_b)
-        moved_b22 = image_rng.integers("jitter", 2 * self.jitter + 1, 4).cpu().view(-1, 2, 2)
+        moved_b22 = on_host.integers("jitter", 2 * self.jitter + 1, 4).view(-1, 2, 2)
         pitch = self.patch_size + self.gap
         top_b2 = cell_b2 // 3 * pitch + moved_b22[..., 0]
         left_b2 = cell_b2 % 3 * pitch + moved_b22[..., 1]
         crops_b2chw = windows(images_bchw, top_b2, left_b2, self.patch_size)
-        return Transformed(self._dropped(crops_b2chw, image_rng), label_b.to(images_bchw.device))
+        return Transformed(self._dropped(crops_b2chw, image_rng), to_device(label_b, images_bchw.device))
 
     def _dropped(self, crops_bpchw: Tensor, image_rng: ImageRng) -> Tensor:
         """Drop colors of the patches."""

@@ -10,10 +10,12 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import Any, Literal
 
+import numpy as np
 import torch
 from torch import Tensor
 
 from raysl.augment import SourceCrop
+from raysl.device_copy import to_device
 from raysl.pretext import Geometry, Transformed
 from raysl.rng import ImageRng
 
@@ -47,14 +49,16 @@ class Rotation:
             crops = torch.stack([torch.rot90(images_bchw, turn, (-2, -1)) for turn in range(4)], dim=1)
             label_p = torch.arange(4, device=images_bchw.device)
             return Transformed(crops, label_p.repeat(len(images_bchw), 1))
-        label_b = image_rng.integers("turn", 4)[:, 0].to(images_bchw.device)
-        rows = [(label_b == turn).nonzero()[:, 0] for turn in range(4)]
+        device = images_bchw.device
+        label_b = image_rng.to(torch.device("cpu")).integers("turn", 4)[:, 0]
+        rows = [np.flatnonzero(label_b.numpy() == turn) for turn in range(4)]
         turned = [
-            torch.rot90(images_bchw.index_select(0, row), turn, (-2, -1)) for turn, row in enumerate(rows)
+            torch.rot90(images_bchw.index_select(0, to_device(row, device)), turn, (-2, -1))
+            for turn, row in enumerate(rows)
         ]
         # Restore the order by reading: torch writes uint8 images by index slowly.
-        crops_bchw = torch.cat(turned).index_select(0, torch.cat(rows).argsort())
-        return Transformed(crops_bchw[:, None], label_b)
+        crops_bchw = torch.cat(turned).index_select(0, to_device(np.argsort(np.concatenate(rows)), device))
+        return Transformed(crops_bchw[:, None], to_device(label_b, device))
 
     def describe(self) -> dict[str, Any]:
         """Return no facts."""

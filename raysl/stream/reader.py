@@ -7,6 +7,7 @@ order. Every batch carries its indices, which are compared with the plan: a lost
 
 from __future__ import annotations
 
+import functools
 import pickle
 import time
 from collections.abc import Callable, Collection, Iterator, Mapping
@@ -19,6 +20,7 @@ import torch
 from torch import Tensor
 
 from raysl.dataset import DataSet
+from raysl.device_copy import copied_beside, to_device
 from raysl.errors import UserError
 from raysl.fields import Checked
 from raysl.rng import ImageRng
@@ -83,10 +85,11 @@ class Batch:
     targets: dict[str, Tensor]
     wait_s: float = 0.0
 
-    @property
+    @functools.cached_property
     def indices_b(self) -> Tensor:
-        """Indices of the images, int64 (b,), on the CPU."""
-        return torch.from_numpy(self.rows.indices_b)
+        """Indices of the images, int64 (b,), on the device of the views."""
+        devices = [view.device for view in self.views.values()]
+        return to_device(self.rows.indices_b, devices[0] if devices else torch.device("cpu"))
 
 
 @dataclass(frozen=True)
@@ -194,7 +197,7 @@ class Stream:
 
     def _to_device(self, values: npt.NDArray[Any]) -> Tensor:
         # Ray returns read-only views of its object store, which torch does not take.
-        return torch.from_numpy(values.copy()).to(self.device, non_blocking=True)
+        return copied_beside(torch.from_numpy(values.copy()), self.device)
 
     def finish(self, batch: Batch, crops: Mapping[str, Tensor]) -> Batch:
         """Make the views of a batch from its source crops, on the device of the crops."""

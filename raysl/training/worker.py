@@ -4,9 +4,10 @@ from __future__ import annotations
 
 import contextlib
 import math
+import os
 import time
 import traceback
-from collections import Counter
+from collections import Counter, deque
 from dataclasses import dataclass
 from typing import Any
 
@@ -57,6 +58,8 @@ class Worker:
         self.job = job
         self.config = config = Pretraining.from_json(job.config)
         self.device = device
+        if device.type == "cuda":
+            _configure_cuda(config.deterministic)
         self.rank, self.world = collective.rank(), collective.world()
         self.plan = config.plan(job.dataset)
         self.model = Model.of(config, job.dataset).to(device)
@@ -131,12 +134,14 @@ class Worker:
     def _loop(self, log: MetricsLog | None, lost_steps: int) -> None:
         distributed = self._distributed()
         meter = Meter(self.step, self.plan, self.world, lost_steps)
+        queue = DeviceQueue(self.device)
         stop_sync = StopSync(self.step, StopSignal(self.job.board, self.rank), self.device)
         end = self.plan.num_steps if self.job.until is None else min(self.job.until, self.plan.num_steps)
         for batch in shared.batches(self._stream(), self.job.subscriber, self.step, end):
             lr = self.config.optim.lr_at(self.step, self.plan.num_steps, self.config.batch_size)
             loss = self.update(distributed, batch, lr)
             self.step += 1
+            queue.limit()
             meter.add(batch, loss)
             leave, since_s = stop_sync.settle(self.step, self.saver.since_s)
             if leave and self.job.board is not None:
@@ -195,6 +200,7 @@ class Worker:
             model,
             device_ids=[self.device] if self.device.type == "cuda" else None,
             find_unused_parameters=isinstance(self.model.objective, Alternates),
+            gradient_as_bucket_view=True,
         )
 
     def _stream(self) -> Stream:
@@ -220,6 +226,36 @@ class Worker:
         mine = self.rank == 0 or self.config.bank.placement == "sharded"
         bank = self.bank.state() if self.bank is not None and mine else None
         self.saver.save(self.step, self.state() if self.rank == 0 else None, bank)
+
+
+class DeviceQueue:
+    """Keep the host at most two steps ahead of a GPU, because every step that waits holds its batch in memory."""
+
+    def __init__(self, device: torch.device) -> None:
+        self._device = device
+        self._ends: deque[torch.cuda.Event] = deque()
+
+    def limit(self) -> None:
+        """Wait until the GPU has begun the step before the one that was just given to it."""
+        if self._device.type != "cuda":
+            return
+        end = torch.cuda.Event()  # type: ignore[no-untyped-call]
+        end.record()
+        self._ends.append(end)
+        if len(self._ends) > 2:
+            self._ends.popleft().synchronize()
+
+
+def _configure_cuda(deterministic: bool) -> None:
+    """Choose the algorithms of a training process on a GPU.
+
+    Products of matrices keep full float32 precision, as the scores of small temperatures need it; convolutions of fp32
+    runs use TF32, which is torch's default.
+    """
+    torch.backends.cudnn.benchmark = not deterministic
+    if deterministic:
+        os.environ["CUBLAS_WORKSPACE_CONFIG"] = ":4096:8"
+        torch.use_deterministic_algorithms(True)
 
 
 class Meter:
