@@ -55,7 +55,6 @@ _HOMES = {
     "UserError": "raysl.errors",
     "ViewConfig": "raysl.config",
     "WandbLogger": "raysl.callbacks",
-    "OnlineConfig": "raysl.evaluation.online",
 }
 
 __all__ = ["__version__", *sorted(_HOMES)]

@@ -29,7 +29,6 @@ if TYPE_CHECKING:
     from raysl.dataset import DataSet
     from raysl.diagnostics import DoctorConfig, Report
     from raysl.diagnostics.machines import Fleet
-    from raysl.evaluation.online import OnlineConfig
     from raysl.evaluation.options import ProbeConfig
     from raysl.extraction import Encoder, FeaturesConfig, FeatureStore
     from raysl.ingestion import IngestConfig
@@ -75,8 +74,11 @@ def pretrain(
     run: PathLike | None = None,
     config: Pretraining | None = None,
     *,
-    online: OnlineConfig | Mapping[str, Any] | None = None,
     callbacks: Sequence[Callback] = (),
+    probe_every: int = 0,
+    train: Data = "",
+    test: Data = "",
+    probes: Sequence[str] = ("knn",),
     **fields: Any,
 ) -> Run:
     """Pretrain a backbone. The same call again continues an interrupted run at the very step.
@@ -85,8 +87,9 @@ def pretrain(
         data: images to learn from.
         run: folder of the run, a path or a URI.
         config: the whole configuration.
-        online: online evaluation; see `OnlineConfig`.
         callbacks: code that follows the run; see `raysl.callbacks`.
+        probe_every: steps between two evaluations of the run while it trains; 0 for none.
+        train, test, probes: labelled data and probes of these evaluations, as in `probe`.
         fields: fields of `Pretraining`, and by their names the configurations of the method's parts, as in
             `pirl={"temperature": 0.1}`. `backbone` may be a function or class that builds an `nn.Module` from
             normalised images (b, 3, s, s) to features (b, width); it must be importable.
@@ -95,7 +98,7 @@ def pretrain(
     from raysl.callbacks import Callbacks
     from raysl.evaluation.online import OnlineConfig
 
-    online = configure(OnlineConfig, online, {})
+    online = OnlineConfig(probe_every, uri(train), uri(test), tuple(probes))
     followers = Callbacks(callbacks)
     if callable(fields.get("backbone")):
         from raysl.backbone.network import config_of

@@ -1,15 +1,18 @@
-"""What a user brings to a run: starting weights, and an augmentation of their own."""
+"""What a user brings to a run: a backbone, starting weights, an augmentation and callbacks of their own."""
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 from torchvision.transforms import v2
 
+import raysl
 from raysl import UserError, arguments
 from raysl.config import Pretraining, ViewConfig
 from raysl.extraction import RandomBackbone
@@ -82,3 +85,57 @@ def test_training_starts_from_weights_in_a_file(tmp_path: Path) -> None:
         assert torch.equal(untrained.state_dict()[name], value)
     assert model.describe()["starting_weights"]
     assert ViewConfig(recipe="pirl").modules() == []
+
+
+class Tiny(nn.Module):
+    """A backbone of the user, without arguments."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.conv = nn.Conv2d(3, 8, 3, stride=2)
+        self.norm = nn.BatchNorm2d(8)
+
+    def forward(self, images_bchw: Tensor) -> Tensor:
+        return self.norm(self.conv(images_bchw)).relu().mean((2, 3))  # type: ignore[no-any-return]
+
+
+class Listener(raysl.Callback):
+    def __init__(self) -> None:
+        self.steps: list[int] = []
+
+    def on_log(self, row: Mapping[str, Any]) -> None:
+        self.steps.append(row["step"])
+
+
+@pytest.mark.ray
+@pytest.mark.timeout(600)
+def test_a_run_of_own_parts_and_its_features(tmp_path: Path, ray_session: None) -> None:
+    data = make_dataset(tmp_path / "set", 40)
+    listener = Listener()
+    run = raysl.pretrain(
+        data,
+        tmp_path / "run",
+        method="simclr",
+        backbone=Tiny,
+        view={"recipe": darker, "image_size": 16},
+        epochs=1,
+        batch_size=20,
+        workers=1,
+        callbacks=[listener],
+    )
+    assert listener.steps[-1] == 2
+    assert Run.open(str(run.folder)).config().backbone.name == f"{__name__}:Tiny"
+    extractor = raysl.load(run)
+    assert extractor(np.zeros((16, 16, 3), np.uint8)).shape == (1, 8)
+
+
+def test_a_network_of_timm_is_pretrained_like_any_other(tmp_path: Path) -> None:
+    pytest.importorskip("timm")
+    data = make_dataset(tmp_path / "set", 40)
+    given = {"backbone": {"name": "timm/resnet10t"}, "view": {"image_size": 64}, "method": "simclr"}
+    config = arguments.run_config(data, str(tmp_path / "run"), None, given, workers=False)
+    model = Model.of(config, data)
+    model.check()
+    views = {name: torch.zeros(2, 1, 3, 64, 64, dtype=torch.uint8) for name in model.views()}
+    model(views)["embeddings"].sum().backward()
+    assert all(weight.grad is not None for weight in model.backbone.parameters())

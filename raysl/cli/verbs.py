@@ -27,7 +27,7 @@ from raysl.tuning.config import SweepConfig
 def pretrain(arguments: Sequence[str]) -> None:
     """Learn a representation: `raysl pretrain --data D --run R --method pirl-jigsaw`."""
     flags = parse(arguments, "raysl pretrain", {"online": OnlineConfig})
-    run = api.pretrain(**flags.given, online=flags.beside["online"])
+    run = api.pretrain(**flags.given, **dataclasses.asdict(flags.beside["online"]))
     print(f"The run is at {run.folder}. `raysl probe {run.folder} --train DATA --test DATA` measures it.")
 
 

@@ -43,27 +43,27 @@ class OnlineConfig:
     Args:
         probe_every: steps between two evaluations of the run while it trains; 0 for none. A checkpoint is saved and
             kept at each of them.
-        probe_train: labelled data that the probes learn from.
-        probe_test: labelled data that they are scored on.
+        train: labelled data that the probes learn from.
+        test: labelled data that they are scored on.
         probes: names of probes, run with their default protocols. A probe with a required setting, such as detection,
             cannot be used.
     """
 
     probe_every: Annotated[int, Bounds(0, 2**63 - 1)] = 0
-    probe_train: str = ""
-    probe_test: str = ""
+    train: str = ""
+    test: str = ""
     probes: tuple[str, ...] = ("knn",)
 
     def __post_init__(self) -> None:
         check(self)
-        if self.probe_every and not (self.probe_train and self.probe_test and self.probes):
+        if self.probe_every and not (self.train and self.test and self.probes):
             raise UserError(
                 f"--probe-every is {self.probe_every}, and the data or the probes are missing. Give labelled data with "
-                "--probe-train and --probe-test, and at least one name with --probes."
+                "--train and --test, and at least one name with --probes."
             )
-        if not self.probe_every and (self.probe_train or self.probe_test):
+        if not self.probe_every and (self.train or self.test):
             raise UserError(
-                "--probe-train or --probe-test is given and --probe-every is 0, so nothing would be probed. Give a "
+                "--train or --test is given and --probe-every is 0, so nothing would be probed. Give a "
                 "number of steps with --probe-every."
             )
 
@@ -84,7 +84,7 @@ def pretrain_and_probe(config: Pretraining, online: OnlineConfig, callbacks: Cal
     config = saving(config, online)
     _check_defaults(online.probes)
     ray_cluster.start()
-    train, test = resolve(online.probe_train), resolve(online.probe_test)
+    train, test = resolve(online.train), resolve(online.test)
     check_apart(online.probes, train, test)
     evaluator = OnlineEvaluator(Run(Folder(config.run)), online, train, test, config.worker_counts()[0])
     evaluator.callbacks = callbacks

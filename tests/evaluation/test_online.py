@@ -188,10 +188,10 @@ def test_checkpoints_are_saved_where_probes_are() -> None:
 
 
 def test_mistakes_are_refused_at_once() -> None:
-    with pytest.raises(UserError, match="--probe-train"):
+    with pytest.raises(UserError, match="--train and --test"):
         OnlineConfig(10)
     with pytest.raises(UserError, match="nothing would be probed"):
-        OnlineConfig(probe_train="train")
+        OnlineConfig(train="train")
     with pytest.raises(UserError, match="--probe-every"):
         OnlineConfig(-1)
     with pytest.raises(UserError, match="'knn'"):
