@@ -1,9 +1,11 @@
-"""Export the backbone of a run for other programs, with a model card (README.md).
+"""Export the backbone of a run for other programs: weights under the names that they know, and a model card.
 
-torchvision    model.pth, a state dict that loads with strict=True into torchvision's network without its head
-timm           pytorch_model.bin and config.json for `timm.create_model("local-dir:FOLDER")`
-safetensors    model.safetensors, the same state dict, with facts of the run as metadata
-onnx           model.onnx, from images of 0 to 255 to features; it includes the normalisation
+Each format has these files, and README.md, the card:
+
+torchvision    model.pth, a state dict that loads with strict=True into torchvision's network less its head
+timm           pytorch_model.bin and config.json, as `timm.create_model("local-dir:FOLDER")` reads them
+safetensors    model.safetensors, the same state dict, with facts about the run in its metadata
+onnx           model.onnx, from images of 0 to 255 to features, with the normalisation
 """
 
 from __future__ import annotations
@@ -22,7 +24,7 @@ import torch
 from torch import Tensor, nn
 
 from raysl import extraction
-from raysl.backbone.network import IMAGENET_MEAN, IMAGENET_STD, Backbone
+from raysl.backbone.network import TIMM, Backbone, names
 from raysl.config import Pretraining
 from raysl.errors import UserError
 from raysl.evaluation.results import ENCODERS, KEY, rows_of
@@ -30,6 +32,7 @@ from raysl.reporting.command import command
 from raysl.reporting.plain_names import code_block, code_span, markdown
 from raysl.run import Run
 from raysl.storage import Folder
+from raysl.stream.decode import evaluation_side
 
 CARD = "README.md"
 _RESNETS = re.compile(r"(wide_)?resne(x)?t\d+(_\w+)?")
@@ -37,55 +40,80 @@ _RESNETS = re.compile(r"(wide_)?resne(x)?t\d+(_\w+)?")
 
 @dataclass(frozen=True)
 class ExportConfig:
-    """Export the backbone of a run for other programs.
+    """Configuration of an export.
 
     Args:
-        format: format of the weights.
-        out: folder of the files; default: `export/FORMAT` in the run.
-        step: step of the checkpoint; default: the newest.
+        format: "auto" is timm for networks that timm has, and safetensors for others.
+        out: folder; by default `export/FORMAT` in the run.
+        step: step of the checkpoint; by default the newest.
     """
 
-    format: Literal["torchvision", "timm", "safetensors", "onnx"] = "torchvision"
+    format: Literal["auto", "torchvision", "timm", "safetensors", "onnx"] = "auto"
     out: str = ""
     step: int | None = None
 
 
 def export(run: Run, config: ExportConfig) -> Folder:
-    """Write weights and model card, and return their folder.
+    """Write the weights and the model card, and return their folder.
 
     Raises:
-        UserError: the checkpoint does not exist, the format does not support the backbone, or a package is missing.
+        UserError: the checkpoint does not exist, the backbone has no such layout, or a package is missing.
     """
     where = "" if config.step is None else f"/checkpoints/step-{config.step:09d}"
     pretraining = run.config()
     source = extraction.named(f"{run.folder}{where}", pretraining.backbone)
     assert isinstance(source, extraction.Trained)
     backbone = source.network().eval()
-    files = _FORMATS[config.format](backbone, pretraining, source.checkpoint.step)
-    out = Folder(config.out) if config.out else run.folder / f"export/{config.format}"
+    form = _usual(pretraining) if config.format == "auto" else config.format
+    files = _FORMATS[form](backbone, pretraining, source.checkpoint.step)
+    out = Folder(config.out) if config.out else run.folder / f"export/{form}"
     for name, data in files.items():
         out.write(name, data)
     settings = {"backbone": asdict(pretraining.backbone), "image_size": pretraining.view.image_size}
     out.write_json(extraction.SETTINGS, settings)  # For raysl.load.
-    out.write(CARD, _card(run, backbone, source.checkpoint.step, config.format).encode())
+    out.write(CARD, _card(run, backbone, source.checkpoint.step, form).encode())
     return out
 
 
+def _usual(config: Pretraining) -> str:
+    """Return the format for networks that timm has, and safetensors for others."""
+    standard = config.backbone.stem == "standard" and config.backbone.norm != "group"
+    return "timm" if _timm_name(config.backbone.name) and standard else "safetensors"
+
+
 def _torchvision(backbone: Backbone, config: Pretraining, step: int) -> dict[str, bytes]:
-    if config.backbone.name == "small":
-        raise _no_layout("torchvision", config, "a network of raysl itself")
+    if config.backbone.name not in names() or config.backbone.name == "small":
+        raise _no_layout("torchvision", config, "not of torchvision")
     _refuse_other_layers("torchvision", config)
     return {"model.pth": _saved(backbone.body.state_dict())}
 
 
+def _timm_name(name: str) -> str:
+    """Return the name of a backbone in timm, or an empty string. With torchvision it shares residual networks only."""
+    return name if _RESNETS.fullmatch(name) else name.removeprefix(TIMM) if name.startswith(TIMM) else ""
+
+
 def _timm(backbone: Backbone, config: Pretraining, step: int) -> dict[str, bytes]:
-    # timm and torchvision have the same names of layers only for residual networks.
-    if not _RESNETS.fullmatch(config.backbone.name):
-        raise _no_layout("timm", config, "not a residual network of torchvision")
+    name = _timm_name(config.backbone.name)
+    if not name:
+        raise _no_layout("timm", config, "neither of timm nor a residual network of torchvision")
     _refuse_other_layers("timm", config)
     size = config.view.image_size
-    seen = {"mean": IMAGENET_MEAN, "std": IMAGENET_STD, "input_size": [3, size, size], "num_classes": 0}
-    about = {"architecture": config.backbone.name, "num_classes": 0, "num_features": backbone.width}
+    architecture, _, tag = name.partition(".")
+    seen = {
+        "mean": (backbone.mean.flatten() / 255).tolist(),
+        "std": (backbone.std.flatten() / 255).tolist(),
+        "input_size": [3, size, size],
+        "num_classes": 0,
+        "interpolation": "bilinear",
+        "crop_mode": "center",
+        # timm resizes the shorter side to floor(size / crop_pct).
+        "crop_pct": size / (evaluation_side(size) + 0.5),
+        "tag": tag,
+    }
+    about: dict[str, Any] = {"architecture": architecture, "num_classes": 0, "num_features": backbone.width}
+    if config.backbone.patch_size:
+        about["model_args"] = {"patch_size": config.backbone.patch_size, "img_size": size}
     about_json = json.dumps({**about, "pretrained_cfg": seen}, indent=1).encode()
     return {"pytorch_model.bin": _saved(backbone.body.state_dict()), "config.json": about_json}
 
@@ -108,10 +136,10 @@ def _safetensors(backbone: Backbone, config: Pretraining, step: int) -> dict[str
 def _onnx(backbone: Backbone, config: Pretraining, step: int) -> dict[str, bytes]:
     _package("onnx", "onnx")
     _package("onnxscript", "onnxscript")
-    backbone.graph = None  # Norm "joint" needs it for training only.
+    backbone.graph = None  # of norm "joint"; it is for training
     size = config.view.image_size
     images_bchw = torch.zeros(2, 3, size, size)
-    # The exporter writes a local file, but the run may be in an object store.
+    # The exporter writes a file, and the place may be an object store.
     with tempfile.TemporaryDirectory() as folder:
         file = Path(folder) / "model.onnx"
         torch.onnx.export(
@@ -132,13 +160,13 @@ _FORMATS = {"torchvision": _torchvision, "timm": _timm, "safetensors": _safetens
 
 def _refuse_other_layers(form: str, config: Pretraining) -> None:
     if config.backbone.stem != "standard" or config.backbone.norm == "group":
-        raise _no_layout(form, config, f"with stem {config.backbone.stem!r}, norm {config.backbone.norm!r}")
+        raise _no_layout(form, config, f"of stem {config.backbone.stem!r} and norm {config.backbone.norm!r}")
 
 
 def _no_layout(form: str, config: Pretraining, why: str) -> UserError:
     return UserError(
-        f"--format {form} does not support the backbone of this run: {config.backbone.name!r} is {why}. Use --format "
-        "safetensors or onnx."
+        f"The backbone {config.backbone.name!r} of this run is {why}, and {form} has no network with these layers. Export "
+        "it with --format safetensors or onnx."
     )
 
 
@@ -147,7 +175,8 @@ def _package(module: str, name: str) -> Any:
         return importlib.import_module(module)
     except ImportError as error:
         raise UserError(
-            f"This --format needs the package {name}, which is not installed. Install raysl[export]."
+            f"This format needs the package {name}, which is not installed. In the folder of raysl, run "
+            "`pip install '.[export]'`."
         ) from error
 
 
@@ -159,7 +188,7 @@ def _saved(state: dict[str, Tensor]) -> bytes:
 
 _CARD = """# {method}, {backbone}
 
-Weights of the backbone, without a head, after {step} steps of pretraining with raysl.
+Weights of the backbone after {step} steps of pretraining with raysl, without a head.
 
 | | |
 |---|---|
@@ -167,72 +196,80 @@ Weights of the backbone, without a head, after {step} steps of pretraining with 
 | backbone | {backbone}, stem {stem}, norm {norm} |
 | data | {images:,} images, fingerprint {fingerprint} |
 | seed | {seed} |
-| views in evaluation | the centre, {size} x {size} pixels |
+| images | shorter side resized to {short} pixels (bilinear), then the central {size} x {size} |
 
 ## Use
 
 {use}
 
-## Evaluation
+## What it is worth
 
 {probes}
 
-## Training command
+## How it was made
 
 {command}
 
 ## Licence
 
-Not chosen. State a licence here before you publish these weights, after checking the terms of the training images.
+Not chosen. Before you publish these weights, check the terms of the training images, and state a licence here.
 """
 
-_NORMALISED = (
-    "The input is RGB images in 0 .. 1, normalised with "
-    f"mean {IMAGENET_MEAN} and standard deviation {IMAGENET_STD}."
-)
+# The baselines beside a number tell how much training has added.
 _BASELINES = (
-    "`trained` are these weights, `random` is the same backbone before its first step, and `pixels` are the images\n"
-    "themselves, with the same probe and protocol."
+    "`trained` are these weights, `random` the same backbone before its first step, and `pixels` the images themselves,\n"
+    "by the same probe under the same protocol."
 )
+_OPEN = ("from PIL import Image", "", 'image = Image.open("photo.jpg").convert("RGB")')
 
 
 def _python(*lines: str) -> str:
-    """Return a code block and the normalisation of the input."""
-    return "\n".join(["```python", *lines, "```", "", _NORMALISED])
+    return "\n".join(["```python", *lines, "```"])
 
 
 _USE = {
     "torchvision": _python(
         "import torch",
-        "import torchvision",
-        "",
-        "model = torchvision.models.get_model({name!r})",
+        "from torchvision import models, transforms",
+        *_OPEN,
+        "model = models.get_model({name!r})",
         "model.set_submodule({head!r}, torch.nn.Identity())",
         'model.load_state_dict(torch.load("model.pth", weights_only=True), strict=True)',
-        "model.eval()",
+        "crop = [transforms.Resize({short}), transforms.CenterCrop({size}), transforms.ToTensor()]",
+        "transform = transforms.Compose([*crop, transforms.Normalize({mean}, {std})])",
+        "features = model.eval()(transform(image)[None])",
     ),
     "timm": _python(
         "import timm",
-        "",
+        *_OPEN,
         'model = timm.create_model("local-dir:.", pretrained=True, num_classes=0).eval()',
+        "transform = timm.data.create_transform(**timm.data.resolve_model_data_config(model))",
+        "features = model(transform(image)[None])",
     ),
     "safetensors": _python(
-        "from safetensors.torch import load_file",
+        "import raysl",
         "",
-        "from raysl.backbone.network import BackboneConfig, build",
-        "",
-        "model = build(BackboneConfig({name!r}, {stem!r}, {norm!r})).body",
-        'model.load_state_dict(load_file("model.safetensors"))',
-        "model.eval()",
+        'model = raysl.load(".")',
+        'features = model("photo.jpg")',
     ),
-    "onnx": "The input `images_bchw` is float32 (b, 3, {size}, {size}), RGB in 0 .. 255; the network normalises it. "
-    "The output `features_bd` is float32 (b, d).",
+    "onnx": _python(
+        "import numpy as np",
+        "import onnxruntime",
+        *_OPEN,
+        "wide, tall = (int({short} * side / min(image.size)) for side in image.size)",
+        "left, top = round((wide - {size}) / 2), round((tall - {size}) / 2)",
+        "image = image.resize((wide, tall), Image.Resampling.BILINEAR)",
+        "image = image.crop((left, top, left + {size}, top + {size}))",
+        "pixels = np.asarray(image, np.float32).transpose(2, 0, 1)[None]  # RGB, 0 to 255; any number of images",
+        'model = onnxruntime.InferenceSession("model.onnx")',
+        'features = model.run(None, {{"images_bchw": pixels}})[0]',
+    ),
 }
 
 
 def _card(run: Run, backbone: Backbone, step: int, form: str) -> str:
     config, data = run.config(), run.metadata()["data"]
-    # The last identity has replaced the head.
+    # The last identity module has replaced the head.
     idle = [name for name, module in backbone.body.named_modules() if isinstance(module, nn.Identity)]
     facts = {
         "name": config.backbone.name,
@@ -241,6 +278,9 @@ def _card(run: Run, backbone: Backbone, step: int, form: str) -> str:
         "head": "".join(idle[-1:]),
     }
     size = config.view.image_size
+    mean, std = (
+        [round(value / 255, 6) for value in each.flatten().tolist()] for each in (backbone.mean, backbone.std)
+    )
     return _CARD.format(
         method=markdown(config.method),
         backbone=markdown(config.backbone.name),
@@ -251,19 +291,20 @@ def _card(run: Run, backbone: Backbone, step: int, form: str) -> str:
         fingerprint=code_span(data["fingerprint"]),
         seed=config.seed,
         size=size,
-        use=_USE[form].format(**facts, size=size),
+        short=evaluation_side(size),
+        use=_USE[form].format(**facts, size=size, short=evaluation_side(size), mean=mean, std=std),
         probes=_probes(run, step),
         command=code_block(command(config)),
     )
 
 
 def _probes(run: Run, step: int) -> str:
-    """Return a table of the primary metrics at a step, with the baselines of the same protocol."""
+    """Return a table of the primary metrics at this step, with those of the untrained backbone and of raw pixels."""
     rows = [row for row in rows_of(run) if row["primary"]]
     rows = [row for row in rows if row["encoder"] != "trained" or row["step"] == step]
     there = [row for row in rows if row["encoder"] == "trained"]
     if not there:
-        return "This checkpoint has no probe results; `raysl probe` adds them."
+        return "No probe has measured this checkpoint; `raysl probe` does."
     values = {_measured(row): row["value"] for row in rows}
     columns = ("probe", "layer", "measure", *ENCODERS, "protocol", "train", "test")
     lines = [_BASELINES, "", f"| {' | '.join(columns)} |", "|---" * len(columns) + "|"]
@@ -278,5 +319,5 @@ def _probes(run: Run, step: int) -> str:
 
 
 def _measured(row: Mapping[str, Any]) -> tuple[Any, ...]:
-    """Return the key of a row without its step, so that baselines match."""
+    """Return the values that tell rows of different measurements apart, and the encoder."""
     return tuple(row[key] for key in KEY if key != "step")

@@ -113,7 +113,7 @@ def fit(features: str, config: KMeansConfig, out: str = "") -> Clustering:
             f"--k is {config.k}, but there are {fitted:,} rows to fit centroids to. There cannot be more clusters than "
             "rows: lower --k, or give more images."
         )
-    folder = Folder(out) if out else store.folder / "clusters" / _name(config, store)
+    folder = Folder(out) if out else store.folder / "_clusters" / _name(config, store)
     _start(folder, {"features": store.identity(), "config": config.identity()})
     if folder.exists(SUMMARY):
         _log.info("The clustering at %s is already finished.", folder)

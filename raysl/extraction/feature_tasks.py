@@ -60,7 +60,7 @@ class FeatureProtocol:
 
     image_size: int = 32
     layers: tuple[str, ...] = ("pooled",)
-    version: int = 1
+    version: int = 2
 
 
 def extract_all(

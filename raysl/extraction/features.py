@@ -71,7 +71,7 @@ class FeaturesConfig:
 def make(checkpoint: str, config: FeaturesConfig) -> FeatureStore:
     """Compute the features of a data set, resume an interrupted pass, or return finished features.
 
-    Memory does not grow with the number of images. `features.json` in the folder describes the origin of the features.
+    Memory does not grow with the number of images. `_features.json` in the folder describes the origin of the features.
 
     Raises:
         UserError: the checkpoint, the layer or the data cannot be used, or the folder holds other features.

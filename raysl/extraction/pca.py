@@ -18,7 +18,7 @@ from raysl.storage import Folder
 
 Doubles = npt.NDArray[np.float64]
 
-FILE = "pca.npz"
+FILE = "_pca.npz"
 # Of a task, so that tasks of a small machine can run beside other work.
 _CPUS = 0.5
 

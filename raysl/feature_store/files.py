@@ -16,7 +16,8 @@ Floats = npt.NDArray[np.float32]
 # First image of a file, and the image after its last.
 Part = tuple[int, int]
 
-FINISHED, STARTED = "features.json", "source.json"
+# Readers of Parquet folders, such as pandas, skip names that begin with an underscore.
+FINISHED, STARTED = "_features.json", "_source.json"
 # VISSL adds this to a norm before it divides, so that a row of zeros stays a row of zeros.
 _EPSILON = 1e-5
 _LARGEST_HALF = float(np.finfo(np.float16).max)

@@ -1,6 +1,6 @@
 """Read features from disk: Parquet files with one row of numbers for each image.
 
-    features.json                            written last: the origin of the features
+    _features.json                           written last: the origin of the features
     features-0000000000-0000004096.parquet   `index` (int64), `path` (string, if the data set knows the file of every
                                              image), and a list of numbers that is named after the layer
 
@@ -83,7 +83,7 @@ class FeatureStore:
         itemsize: bytes of a number in memory: 2 for float16, 4 otherwise.
         has_paths: whether every file has the column `path`.
         groups: all row groups, in the order of positions.
-        metadata: content of features.json; empty for files of other programs.
+        metadata: content of _features.json; empty for files of other programs.
     """
 
     folder: Folder

@@ -10,6 +10,7 @@ from collections.abc import Callable, Mapping, Sequence
 
 import numpy as np
 import torch
+from PIL import Image
 from torch import Tensor
 from torch.nn.functional import interpolate
 
@@ -18,7 +19,7 @@ from raysl.rng import ImageRng
 from raysl.stream.formats import DecodeError
 from raysl.stream.pixels import DecodeConfig, pictures
 
-__all__ = ["DecodeError", "centre", "cut", "decode", "drawn_as", "squashed"]
+__all__ = ["DecodeError", "centre", "cut", "decode", "drawn_as", "evaluation_side", "squashed"]
 
 _DEFAULT = DecodeConfig()
 # The evaluation view of an image that is longer than this many times its shorter side shows only the middle.
@@ -91,8 +92,9 @@ def _resize(image_1chw: Tensor, height: int, width: int) -> Tensor:
 def centre(images: Sequence[bytes], size: int) -> Tensor:
     """Return the evaluation view: the shorter side resized to size * 256 / 224, then the square in the middle.
 
-    An image that already is size x size stays as it is. Memory is bounded: of an image more than 16 times as long as
-    wide, the rest of its length is cut off before the resize.
+    The pixels are those of torchvision's Resize and CenterCrop on an image of Pillow, and so of timm's evaluation
+    transform with bilinear interpolation. An image that already is size x size stays as it is. Memory is bounded: of an
+    image more than 16 times as long as wide, the rest of its length is cut off before the resize.
 
     Returns:
         uint8 (b, 3, size, size).
@@ -106,13 +108,19 @@ def centre(images: Sequence[bytes], size: int) -> Tensor:
         height, width = image.shape[1:]
         if (height, width) == (size, size):
             return image
-        # round() of the shorter side times the scale gives `size * 256 / 224`, whatever the rounding of the quotient.
-        scale = round(size * 256 / 224) / min(height, width)
-        image = _resize(image[None], round(height * scale), round(width * scale))[0]
-        top, left = (image.shape[1] - size) // 2, (image.shape[2] - size) // 2
-        return image[:, top : top + size, left : left + size]
+        tall, wide = (int(evaluation_side(size) * side / min(height, width)) for side in (height, width))
+        picture = Image.fromarray(image.permute(1, 2, 0).numpy())
+        picture = picture.resize((wide, tall), Image.Resampling.BILINEAR)
+        top, left = round((tall - size) / 2), round((wide - size) / 2)
+        cropped_hwc = np.array(picture.crop((left, top, left + size, top + size)))
+        return torch.from_numpy(cropped_hwc).permute(2, 0, 1)
 
     return _each(images, size, view)
+
+
+def evaluation_side(size: int) -> int:
+    """Return the shorter side in pixels that `centre` resizes an image to, for a square of `size` pixels."""
+    return round(size * 256 / 224)
 
 
 def _middle(image_chw: Tensor) -> Tensor:

@@ -15,7 +15,7 @@ import pyarrow.parquet as pq
 import pytest
 
 from raysl.errors import UserError
-from raysl.feature_store.files import FINISHED, FeatureForm, part_file, write_part
+from raysl.feature_store.files import FINISHED, STARTED, FeatureForm, part_file, write_part
 from raysl.feature_store.records import write_record
 from raysl.feature_store.store import FeatureStore
 from raysl.storage import Folder
@@ -150,7 +150,7 @@ def test_missing_unfinished_and_empty_features(tmp_path: Path) -> None:
     with pytest.raises(UserError, match="No finished features"):
         FeatureStore.open(str(tmp_path / "none"))
     write(tmp_path / "half", blobs(20))
-    (tmp_path / "half" / "source.json").write_text("{}")
+    (tmp_path / "half" / STARTED).write_text("{}")
     with pytest.raises(UserError, match="No finished features"):
         FeatureStore.open(str(tmp_path / "half"))
     write(tmp_path / "empty", blobs(20), files=1)

@@ -10,10 +10,11 @@ import numpy as np
 import pytest
 import torch
 from PIL import Image
+from torchvision import transforms
 
 from raysl.augment import SourceCrop
 from raysl.rng import ImageRng
-from raysl.stream.decode import DecodeError, centre, cut, decode, squashed
+from raysl.stream.decode import DecodeError, centre, cut, decode, evaluation_side, squashed
 
 
 def picture(width: int = 40, height: int = 30) -> Image.Image:
@@ -150,17 +151,14 @@ def test_nothing_to_cut() -> None:
     assert centre([], 16).shape == squashed([], 16).shape == (0, 3, 16, 16)
 
 
-def test_centre_is_the_classic_evaluation_view() -> None:
-    for width, height in [(300, 200), (200, 301), (33, 32), (20, 20)]:
-        ours = centre([encoded(picture(width, height))], 32)[0].permute(1, 2, 0).numpy().astype(np.int64)
-        short = round(32 * 256 / 224)
-        scale = short / min(width, height)
-        resized = picture(width, height).resize(
-            (round(width * scale), round(height * scale)), Image.Resampling.BILINEAR
-        )
-        left, top = (resized.width - 32) // 2, (resized.height - 32) // 2
-        expected = np.asarray(resized.crop((left, top, left + 32, top + 32)))
-        assert np.abs(ours - expected).max() <= 2
+@pytest.mark.parametrize("size", [(300, 200), (200, 301), (33, 32), (20, 20), (257, 131)])
+@pytest.mark.parametrize("side", [32, 47])
+def test_centre_is_the_evaluation_view_of_torchvision(size: tuple[int, int], side: int) -> None:
+    short = evaluation_side(side)
+    theirs = transforms.Compose(
+        [transforms.Resize(short), transforms.CenterCrop(side), transforms.PILToTensor()]
+    )
+    assert torch.equal(centre([encoded(picture(*size))], side)[0], theirs(picture(*size)))
 
 
 def test_centre_leaves_an_image_of_the_right_size_alone() -> None:
