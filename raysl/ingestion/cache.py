@@ -73,14 +73,15 @@ def _place(opened: Opened, cache: Path | None) -> str:
 
 
 def splits(data: str) -> tuple[str, str]:
-    """Return what to learn from and what to be judged on: the splits "train" and "test" if the source has these, or
-    all of it for both. Drawn images are judged on a thousand others.
+    """Return the images to learn from and to test on: the splits "train" and "test" if the source has them, or all of
+    it for both. Of drawn images, a thousand others are for testing.
 
     Args:
         data: as `resolve` takes it, without a split.
     """
     if data.startswith("shapes:"):
-        return f"{data}#train", "shapes:1000#test"
+        options = data[data.index("?") :] if "?" in data else ""
+        return f"{data}#train", f"shapes:1000{options}#test"
     if DataSet.is_one(data):
         return data, data
     try:

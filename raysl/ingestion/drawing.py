@@ -23,6 +23,13 @@ from raysl.rng import ImageRng
 
 _DISTRACTORS = 3
 _TEXTURES = ("plain", "stripes", "checks", "blobs")
+# Of plain images: the share of the usual saturation, and the texture of each shape in waves per unit of length along x and
+# y in the frame of the object.
+_PLAIN_COLOUR = 0.1
+_SURFACES = (
+    *((0.0, 0.0), (0.0, 1.2), (1.2, 0.0), (0.0, 2.2), (2.2, 0.0)),
+    *((1.0, 1.0), (1.8, 1.8), (2.2, 1.0), (1.0, 2.2), (0.6, 0.6)),
+)
 
 
 def _box(x: Tensor, y: Tensor, half_width: float, half_height: float) -> Tensor:
@@ -89,12 +96,13 @@ _SHAPES: dict[str, Callable[[Tensor, Tensor], Tensor]] = {
 CLASSES = tuple(_SHAPES)
 
 
-def draw(image_rng: ImageRng, size: int) -> tuple[npt.NDArray[np.uint8], list[int]]:
+def draw(image_rng: ImageRng, size: int, plain: bool = False) -> tuple[npt.NDArray[np.uint8], list[int]]:
     """Draw one image for each index of `image_rng`.
 
     Args:
         image_rng: random numbers of b images.
         size: side of the images in pixels.
+        plain: draw nearly without color on a plain background, and give every shape a texture of its own.
 
     Returns:
         uint8 (b, size, size, 3), RGB, and the label of each image, an index of `CLASSES`.
@@ -108,10 +116,10 @@ def draw(image_rng: ImageRng, size: int) -> tuple[npt.NDArray[np.uint8], list[in
     lighter_b = ground_b + image_rng.uniform("lighter", -0.12, 0.12)[:, 0] < 0.5
     object_b = ground_b + torch.where(lighter_b, step_b, -step_b)
 
-    image_bchw = _background(image_rng.named("background"), ground_b, x_bhw, y_bhw)
-    for k in range(_DISTRACTORS):
+    image_bchw = _background(image_rng.named("background"), ground_b, x_bhw, y_bhw, plain)
+    for k in range(0 if plain else _DISTRACTORS):
         _distractor(image_bchw, image_rng.named(f"distractor{k}"), x_bhw, y_bhw)
-    _object(image_bchw, image_rng.named("object"), object_b, label_b, x_bhw, y_bhw)
+    _object(image_bchw, image_rng.named("object"), object_b, label_b, x_bhw, y_bhw, plain)
     pixels = image_bchw.clamp_(0, 1).mul_(255).round_().to(torch.uint8)
     return pixels.permute(0, 2, 3, 1).contiguous().numpy(), label_b.tolist()
 
@@ -161,12 +169,27 @@ def _texture(image_rng: ImageRng, x_bhw: Tensor, y_bhw: Tensor) -> Tensor:
     return texture_bhw
 
 
-def _background(image_rng: ImageRng, luminance_b: Tensor, x_bhw: Tensor, y_bhw: Tensor) -> Tensor:
+def _surface(x_bhw: Tensor, y_bhw: Tensor, label_b: Tensor) -> Tensor:
+    """Return the stripes or checks that belong to each shape: float (b, h, w) in [-1, 1]."""
+    texture_bhw = torch.ones_like(x_bhw)
+    waves_b = torch.tensor(_SURFACES)[label_b].unbind(1)
+    for along_bhw, frequency_b in zip((x_bhw, y_bhw), waves_b, strict=True):
+        wave_bhw = (_wave(along_bhw * frequency_b[:, None, None]) * 3).clamp_(-1, 1)
+        texture_bhw *= torch.where(frequency_b[:, None, None] > 0, wave_bhw, 1)
+    return texture_bhw
+
+
+def _background(
+    image_rng: ImageRng, luminance_b: Tensor, x_bhw: Tensor, y_bhw: Tensor, plain: bool
+) -> Tensor:
     """Draw a gradient of two colours with a faint texture and blobs, lit from above: float (b, 3, h, w)."""
-    low_bc = _colour(image_rng, "low", luminance_b - image_rng.uniform("spread", 0, 0.12)[:, 0], 0.55)
-    high_bc = _colour(image_rng, "high", luminance_b + image_rng.uniform("spread", 0, 0.12)[:, 0], 0.55)
+    saturation = 0.55 * (_PLAIN_COLOUR if plain else 1)
+    low_bc = _colour(image_rng, "low", luminance_b - image_rng.uniform("spread", 0, 0.12)[:, 0], saturation)
+    high_bc = _colour(image_rng, "high", luminance_b + image_rng.uniform("spread", 0, 0.12)[:, 0], saturation)
     along_bhw, _ = _turned(x_bhw, y_bhw, image_rng.uniform("gradient", 0, 2 * math.pi)[:, 0])
     image_bchw = _mix(low_bc, high_bc, (0.5 + 0.4 * along_bhw).clamp_(0, 1))
+    if plain:
+        return image_bchw - (0.07 * y_bhw)[:, None]
     strength_b = image_rng.uniform("strength", 0, 0.14)[:, 0, None, None]
     light_bhw = strength_b * _texture(image_rng, x_bhw, y_bhw) - 0.07 * y_bhw
     amount_b = image_rng.uniform("amount", 0.02, 0.16)[:, :, None, None]
@@ -207,6 +230,7 @@ def _object(
     label_b: Tensor,
     x_bhw: Tensor,
     y_bhw: Tensor,
+    plain: bool,
 ) -> None:
     """Draw the object and its shadow."""
     scale_b = image_rng.uniform("scale", 0.42, 0.8)[:, 0]
@@ -226,10 +250,16 @@ def _object(
     shadow_bhw = F.pad((0.12 - edge_bhw).clamp_(0, 0.3), (0, 0, drop_hw, 0))[:, :-drop_hw]
     image_bchw -= (image_rng.uniform("shadow", 0.2, 0.8)[:, 0, None, None] * shadow_bhw)[:, None]
 
-    second_b = luminance_b + 0.1 * (luminance_b - 0.5).sign()
-    share_bhw = 0.5 + 0.5 * _texture(image_rng, x_bhw, y_bhw)
+    outward_b = (luminance_b - 0.5).sign()
+    if plain:  # Stripes are to be seen without color.
+        second_b, texture_bhw = luminance_b - 0.3 * outward_b, _surface(x, y, label_b)
+    else:
+        second_b, texture_bhw = luminance_b + 0.1 * outward_b, _texture(image_rng, x_bhw, y_bhw)
+    saturation = 0.8 * (_PLAIN_COLOUR if plain else 1)
     fill_bchw = _mix(
-        _colour(image_rng, "first", luminance_b, 0.8), _colour(image_rng, "second", second_b, 0.8), share_bhw
+        _colour(image_rng, "first", luminance_b, saturation),
+        _colour(image_rng, "second", second_b, saturation),
+        0.5 + 0.5 * texture_bhw,
     )
     fill_bchw -= (0.1 * y.clamp(-1, 1))[:, None]
     image_bchw += _cover(edge_bhw, scale_b)[:, None] * (fill_bchw - image_bchw)

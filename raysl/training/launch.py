@@ -71,13 +71,13 @@ def pretrain(
         SystemExit: SIGTERM or SIGHUP; the run is saved.
     """
     counts = config.worker_counts()
-    if DataSet.is_one(config.data):
-        # Everything that needs no Ray is checked before Ray starts.
-        _checked(config, DataSet.open(config.data))
+    _log.info("Preparing the run ...")
+    # What needs no Ray is checked before Ray starts.
+    checked = _checked(config, DataSet.open(config.data)) if DataSet.is_one(config.data) else None
     ray_cluster.start()
     group = _first_group(counts, placement)
     dataset = resolve(config.data)
-    plan, model = _checked(config, dataset)
+    plan, model = checked or _checked(config, dataset)
     run = Run.begin(config, dataset, model.describe())
     end = min(until or plan.num_steps, plan.num_steps)
     saved = _saved(run)
@@ -108,15 +108,15 @@ def _checked(config: Pretraining, dataset: DataSet) -> tuple[Plan, Model]:
 
 def _announce(config: Pretraining, dataset: DataSet, plan: Plan, group: WorkerGroup, saved: int) -> None:
     _log.info(
-        "%s on %s images %s: %d steps of %d, %s, data tasks with %g CPU.",
+        "%s on %s images %s: %d steps of %d.",
         config.method,
         f"{dataset.num_images:,}",
         f"resumes from step {saved}" if saved else "begins",
         plan.num_steps,
         config.batch_size,
-        _described(group, config.worker_counts()),
-        group.placement.share.cpus_per_task,
     )
+    described = _described(group, config.worker_counts())
+    _log.info("%s, data tasks with %g CPU.", described, group.placement.share.cpus_per_task)
     _log.info(group.placement.busy(group.workers) or "Starting the workers ...")
 
 
@@ -131,7 +131,8 @@ def _first_group(counts: Sequence[int], placement: Placement | None) -> WorkerGr
 def _described(group: WorkerGroup, counts: Sequence[int]) -> str:
     placement = group.placement
     plural = "s" if group.workers > 1 else ""
-    share = f"{placement.cpus_per_worker:g} CPU and {placement.gpus_per_worker:g} GPU each"
+    gpus_each = f" and {placement.gpus_per_worker:g} GPU" if placement.gpus_per_worker else ""
+    share = f"{placement.cpus_per_worker:g} CPU{gpus_each} each"
     among = f" (of {', '.join(map(str, counts))}, which divide the batch)" if len(counts) > 1 else ""
     return f"{group.workers} worker{plural}{among} with {share}"
 
@@ -301,6 +302,8 @@ class _Attempts:
         news, rows = ray.get([self.job.board.news.remote(), self.job.board.take.remote()])
         for line in news:
             _log.info(line)
+        if news and not rows:
+            _log.info("Waiting for the first steps ...")
         for row in rows[-1:]:
             _log.info(progress_actor.line(row, self.num_steps))
         self.callbacks.log(rows)

@@ -121,11 +121,11 @@ def raise_failure(board: Any) -> None:
 
 
 def line(row: dict[str, Any], num_steps: int) -> str:
-    """Return a row of metrics as a line of text: progress, speed, share of time waiting for data, loss, rate, ETA."""
+    """Return a row of metrics as a line of text: progress, speed, share of time waiting for data, loss, ETA."""
     eta = duration(row["eta_s"]) if math.isfinite(row["eta_s"]) else "?"
     return (
-        f"step {row['step']:>6}/{num_steps}  epoch {row['epoch']:6.2f}  {row['images_per_s']:8.0f} images/s  "
-        f"data wait {row['wait_share']:4.0%}  loss {row['loss']:8.4f}  lr {row['lr']:.2e}  ETA {eta}"
+        f"step {row['step']:>5}/{num_steps}  epoch {row['epoch']:5.1f}  {row['images_per_s']:6.0f} images/s  "
+        f"waits {row['wait_share']:3.0%}  loss {row['loss']:7.4f}  ETA {eta}"
     )
 
 

@@ -161,6 +161,7 @@ def test_without_a_test_split_images_are_judged_on_by_leaving_each_out(tmp_path:
 def test_splits(tmp_path: Path) -> None:
     folder = str(make_dataset(tmp_path / "set", 4).folder)
     assert splits("shapes:50") == ("shapes:50#train", "shapes:1000#test")
+    assert splits("shapes:50?plain=1") == ("shapes:50?plain=1#train", "shapes:1000?plain=1#test")
     assert splits(folder) == (folder, folder)
     assert splits("nowhere") == ("nowhere#train", "nowhere#test")
 

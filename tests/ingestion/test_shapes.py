@@ -42,6 +42,12 @@ def test_size_and_labels() -> None:
     assert decode(made[0].image).shape == (3, 48, 48)
 
 
+def test_plain_images_are_others_of_the_same_shapes() -> None:
+    usual, plain = rows("shapes:20"), rows("shapes:20?plain=1")
+    assert [row.label for row in usual] == [row.label for row in plain]
+    assert all(a.image != b.image for a, b in zip(usual, plain, strict=True))
+
+
 def test_pixels_survive_the_png() -> None:
     image_rng = ImageRng(0, np.zeros(4, np.int64), np.arange(4), "shapes/train")
     pixels_bhwc, _ = draw(image_rng, 32)
@@ -66,7 +72,7 @@ def test_raw_pixels_do_not_give_the_label_away() -> None:
         ("shapes:0", "from 1 to"),
         ("shapes:ten", "'ten'"),
         ("shapes:10?size=8", "from 16 to 512"),
-        ("shapes:10?colour=red", "Known: seed, size"),
+        ("shapes:10?colour=red", "Known: plain, seed, size"),
         ("shapes:10?seed=-1", "from 0"),
         ("shapes:10#validation", "Known: test, train"),
     ],

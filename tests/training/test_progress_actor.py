@@ -58,14 +58,5 @@ def test_lost_steps_are_counted_once() -> None:
 def test_a_row_as_a_line() -> None:
     row = {"step": 20, "epoch": 1.5, "images_per_s": 812.4, "wait_share": 0.031, "loss": 5.4321, "lr": 0.03}
     line = progress_actor.line({**row, "eta_s": 3725.0}, num_steps=100)
-    for part in (
-        "20/100",
-        "1.50",
-        "812 images/s",
-        "data wait   3%",
-        "loss   5.4321",
-        "lr 3.00e-02",
-        "ETA 1:02:05",
-    ):
-        assert part in line
+    assert line == "step    20/100  epoch   1.5     812 images/s  waits  3%  loss  5.4321  ETA 1:02:05"
     assert progress_actor.line({**row, "eta_s": float("nan")}, num_steps=100).endswith("ETA ?")

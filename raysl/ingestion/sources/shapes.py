@@ -18,9 +18,9 @@ from raysl.ingestion.found import Found
 from raysl.ingestion.sources import Confidence, Place, Row, Unit, UnitSize
 from raysl.rng import ImageRng
 
-SUMMARY = "drawn images: shapes:100000, shapes:10000#test, shapes:100000?seed=3&size=64"
+SUMMARY = "drawn images: shapes:100000, shapes:10000#test, shapes:100000?seed=3&size=64&plain=1"
 
-_OPTIONS = {"seed": (0, 2**62), "size": (16, 512)}
+_OPTIONS = {"seed": (0, 2**62), "size": (16, 512), "plain": (0, 1)}
 _MOST_IMAGES = 2**40
 # The size of a batch is fixed because the last bit of a float may depend on it.
 _BATCH_PIXELS = 256 * 32 * 32
@@ -39,17 +39,18 @@ class Source:
         _, _, rest = place.uri.partition(":")
         count, _, query = rest.partition("?")
         self._num_images = _integer("number of images", count, (1, _MOST_IMAGES), place)
-        options = {"seed": 0, "size": 32}
+        options = {"seed": 0, "size": 32, "plain": 0}
         for name, value in parse_qsl(query, keep_blank_values=True):
             if name not in _OPTIONS:
                 raise unknown("option of shapes", name, _OPTIONS)
             options[name] = _integer(name, value, _OPTIONS[name], place)
-        self._seed, self._size = options["seed"], options["size"]
+        self._seed, self._size, self._plain = options["seed"], options["size"], options["plain"]
         self._split = place.split or "train"
         if self._split not in ("train", "test"):
             raise unknown("split of shapes", self._split, ["train", "test"])
         self.found = Found("drawn shapes", "the shape that is drawn", ("train", "test"), self._split)
-        self.name = f"shapes:{self._num_images}?seed={self._seed}&size={self._size}#{self._split}"
+        plain = "&plain=1" if self._plain else ""
+        self.name = f"shapes:{self._num_images}?seed={self._seed}&size={self._size}{plain}#{self._split}"
 
     def stamp(self) -> str:
         return self.name
@@ -64,6 +65,7 @@ class Source:
                 "count": count,
                 "seed": self._seed,
                 "size": self._size,
+                "plain": self._plain,
                 "split": self._split,
             }
             yield Unit(count, spec)
@@ -90,7 +92,7 @@ def read(unit: Unit) -> Iterator[Row]:
     for start in range(spec["first"] // batch * batch, end, batch):
         indices = np.arange(start, start + batch, dtype=np.int64)
         image_rng = ImageRng(spec["seed"], np.zeros(batch, np.int64), indices, f"shapes/{spec['split']}")
-        pixels_bhwc, labels = draw(image_rng, spec["size"])
+        pixels_bhwc, labels = draw(image_rng, spec["size"], bool(spec["plain"]))
         wanted = slice(max(spec["first"] - start, 0), end - start)
         rows = zip(png.encode(pixels_bhwc[wanted]), labels[wanted], indices[wanted].tolist(), strict=True)
         for image, label, index in rows:
