@@ -169,8 +169,8 @@ def uri(place: Any) -> str:
     folder = getattr(place, "folder", None)
     if folder is None:
         raise UserError(
-            f"A value of type {type(place).__name__} is given where a path, a data set or a run is expected. Give images "
-            "in memory, a Hugging Face or Ray data set, or a list of files to raysl.ingest first."
+            f"A value of type {type(place).__name__} is given where a path, a data set or a run is expected. Give "
+            "images in memory, a Hugging Face or Ray data set, or a list of files to raysl.ingest first."
         )
     return str(folder)
 

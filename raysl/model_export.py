@@ -1,11 +1,9 @@
-"""Export the backbone of a run for other programs: weights under the names that they know, and a model card.
+"""Export the backbone of a run for other programs, with a model card (README.md).
 
-Each format has these files, and README.md, the card:
-
-torchvision    model.pth, a state dict that loads with strict=True into torchvision's network less its head
-timm           pytorch_model.bin and config.json, as `timm.create_model("local-dir:FOLDER")` reads them
-safetensors    model.safetensors, the same state dict, with facts about the run in its metadata
-onnx           model.onnx, from images of 0 to 255 to features, with the normalisation
+torchvision    model.pth, a state dict that loads with strict=True into torchvision's network without its head
+timm           pytorch_model.bin and config.json for `timm.create_model("local-dir:FOLDER")`
+safetensors    model.safetensors, the same state dict, with facts of the run as metadata
+onnx           model.onnx, from images of 0 to 255 to features; it includes the normalisation
 """
 
 from __future__ import annotations
@@ -40,12 +38,12 @@ _RESNETS = re.compile(r"(wide_)?resne(x)?t\d+(_\w+)?")
 
 @dataclass(frozen=True)
 class ExportConfig:
-    """Configuration of an export.
+    """Export the backbone of a run for other programs.
 
     Args:
-        format: "auto" is timm for networks that timm has, and safetensors for others.
-        out: folder; by default `export/FORMAT` in the run.
-        step: step of the checkpoint; by default the newest.
+        format: format of the weights; "auto" is timm for networks that timm has, and safetensors for others.
+        out: folder of the files; default: `export/FORMAT` in the run.
+        step: step of the checkpoint; default: the newest.
     """
 
     format: Literal["auto", "torchvision", "timm", "safetensors", "onnx"] = "auto"
@@ -57,7 +55,7 @@ def export(run: Run, config: ExportConfig) -> Folder:
     """Write the weights and the model card, and return their folder.
 
     Raises:
-        UserError: the checkpoint does not exist, the backbone has no such layout, or a package is missing.
+        UserError: the checkpoint does not exist, the format does not support the backbone, or a package is missing.
     """
     where = "" if config.step is None else f"/checkpoints/step-{config.step:09d}"
     pretraining = run.config()
@@ -136,10 +134,10 @@ def _safetensors(backbone: Backbone, config: Pretraining, step: int) -> dict[str
 def _onnx(backbone: Backbone, config: Pretraining, step: int) -> dict[str, bytes]:
     _package("onnx", "onnx")
     _package("onnxscript", "onnxscript")
-    backbone.graph = None  # of norm "joint"; it is for training
+    backbone.graph = None  # Norm "joint" needs it for training only.
     size = config.view.image_size
     images_bchw = torch.zeros(2, 3, size, size)
-    # The exporter writes a file, and the place may be an object store.
+    # The exporter writes a local file, but the run may be in an object store.
     with tempfile.TemporaryDirectory() as folder:
         file = Path(folder) / "model.onnx"
         torch.onnx.export(
@@ -160,13 +158,13 @@ _FORMATS = {"torchvision": _torchvision, "timm": _timm, "safetensors": _safetens
 
 def _refuse_other_layers(form: str, config: Pretraining) -> None:
     if config.backbone.stem != "standard" or config.backbone.norm == "group":
-        raise _no_layout(form, config, f"of stem {config.backbone.stem!r} and norm {config.backbone.norm!r}")
+        raise _no_layout(form, config, f"with stem {config.backbone.stem!r}, norm {config.backbone.norm!r}")
 
 
 def _no_layout(form: str, config: Pretraining, why: str) -> UserError:
     return UserError(
-        f"The backbone {config.backbone.name!r} of this run is {why}, and {form} has no network with these layers. Export "
-        "it with --format safetensors or onnx."
+        f"--format {form} does not support the backbone of this run: {config.backbone.name!r} is {why}. Use --format "
+        "safetensors or onnx."
     )
 
 
@@ -175,7 +173,7 @@ def _package(module: str, name: str) -> Any:
         return importlib.import_module(module)
     except ImportError as error:
         raise UserError(
-            f"This format needs the package {name}, which is not installed. In the folder of raysl, run "
+            f"This --format needs the package {name}, which is not installed. In the folder of raysl, run "
             "`pip install '.[export]'`."
         ) from error
 
@@ -188,7 +186,7 @@ def _saved(state: dict[str, Tensor]) -> bytes:
 
 _CARD = """# {method}, {backbone}
 
-Weights of the backbone after {step} steps of pretraining with raysl, without a head.
+Weights of the backbone, without a head, after {step} steps of pretraining with raysl.
 
 | | |
 |---|---|
@@ -202,23 +200,22 @@ Weights of the backbone after {step} steps of pretraining with raysl, without a 
 
 {use}
 
-## What it is worth
+## Evaluation
 
 {probes}
 
-## How it was made
+## Training command
 
 {command}
 
 ## Licence
 
-Not chosen. Before you publish these weights, check the terms of the training images, and state a licence here.
+Not chosen. State a licence here before you publish these weights, after checking the terms of the training images.
 """
 
-# The baselines beside a number tell how much training has added.
 _BASELINES = (
-    "`trained` are these weights, `random` the same backbone before its first step, and `pixels` the images themselves,\n"
-    "by the same probe under the same protocol."
+    "`trained` are these weights, `random` is the same backbone before its first step, and `pixels` are the images\n"
+    "themselves, with the same probe and protocol."
 )
 _OPEN = ("from PIL import Image", "", 'image = Image.open("photo.jpg").convert("RGB")')
 
@@ -269,7 +266,7 @@ _USE = {
 
 def _card(run: Run, backbone: Backbone, step: int, form: str) -> str:
     config, data = run.config(), run.metadata()["data"]
-    # The last identity module has replaced the head.
+    # The last identity has replaced the head.
     idle = [name for name, module in backbone.body.named_modules() if isinstance(module, nn.Identity)]
     facts = {
         "name": config.backbone.name,
@@ -299,12 +296,12 @@ def _card(run: Run, backbone: Backbone, step: int, form: str) -> str:
 
 
 def _probes(run: Run, step: int) -> str:
-    """Return a table of the primary metrics at this step, with those of the untrained backbone and of raw pixels."""
+    """Return a table of the primary metrics at a step, with the baselines of the same protocol."""
     rows = [row for row in rows_of(run) if row["primary"]]
     rows = [row for row in rows if row["encoder"] != "trained" or row["step"] == step]
     there = [row for row in rows if row["encoder"] == "trained"]
     if not there:
-        return "No probe has measured this checkpoint; `raysl probe` does."
+        return "This checkpoint has no probe results; `raysl probe` adds them."
     values = {_measured(row): row["value"] for row in rows}
     columns = ("probe", "layer", "measure", *ENCODERS, "protocol", "train", "test")
     lines = [_BASELINES, "", f"| {' | '.join(columns)} |", "|---" * len(columns) + "|"]
@@ -319,5 +316,5 @@ def _probes(run: Run, step: int) -> str:
 
 
 def _measured(row: Mapping[str, Any]) -> tuple[Any, ...]:
-    """Return the values that tell rows of different measurements apart, and the encoder."""
+    """Return the key of a row without its step, so that baselines match."""
     return tuple(row[key] for key in KEY if key != "step")

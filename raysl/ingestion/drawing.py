@@ -23,8 +23,8 @@ from raysl.rng import ImageRng
 
 _DISTRACTORS = 3
 _TEXTURES = ("plain", "stripes", "checks", "blobs")
-# Of plain images: the share of the usual saturation, and the texture of each shape in waves per unit of length along x and
-# y in the frame of the object.
+# Of plain images: the share of the usual saturation, and the texture of each shape in waves per unit of length along x
+# and y in the frame of the object.
 _PLAIN_COLOUR = 0.1
 _SURFACES = (
     *((0.0, 0.0), (0.0, 1.2), (1.2, 0.0), (0.0, 2.2), (2.2, 0.0)),
