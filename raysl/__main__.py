@@ -1,9 +1,11 @@
-"""The `raysl` command: a verb, then typed flags made from the same dataclasses as the Python API."""
+"""Run the `raysl` command: a verb, then flags from the same dataclasses as the Python API."""
 
 from __future__ import annotations
 
 import importlib
+import inspect
 import os
+import re
 import sys
 from collections.abc import Sequence
 
@@ -12,32 +14,32 @@ from raysl.errors import answered, unknown
 from raysl.fields import FieldError
 
 VERBS = {
-    "demo": "the whole story in a few minutes: ingest, pretrain, probe, a table and a picture",
-    "ingest": "turn any source of images into an indexed data set",
+    "demo": "ingest, pretrain and probe in a few minutes, with a table and a picture",
+    "ingest": "make a data set from any source of images",
     "pretrain": "learn a representation from images without labels",
-    "probe": "measure what a run has learned, beside the untrained network and raw pixels",
-    "features": "the features of every image by any checkpoint, as Parquet",
-    "cluster": "k-means of features over Ray actors",
-    "clusterfit": "features, clusters, and a new network that predicts them",
-    "sweep": "try values of fields and seeds, judged by a probe; stops, goes on, and says which is best",
-    "report": "a page of a sweep, or of runs side by side: figures, tables, costs",
-    "export": "the backbone of a run for torchvision, timm, safetensors or ONNX, with a model card",
-    "reproduce": "run a run again from its metadata, and name what differs",
-    "views": "a picture of what a method sees",
-    "methods": "list objectives, pretext transforms and what combines with what",
-    "doctor": "versions, resources, the time of each stage, and what limits the speed",
+    "probe": "evaluate the features of a run against the untrained backbone and raw pixels",
+    "features": "write the features of every image as Parquet",
+    "cluster": "cluster features by k-means",
+    "clusterfit": "cluster features and train a new network on the clusters",
+    "sweep": "search hyperparameters, scored by a probe",
+    "report": "write a page of a sweep or of several runs: figures, tables, costs",
+    "export": "write the backbone for torchvision, timm, safetensors or ONNX, with a model card",
+    "reproduce": "train a run again from its metadata and list differences",
+    "views": "draw the views of a method",
+    "methods": "list objectives, pretext transforms and their combinations",
+    "doctor": "show versions and resources, measure each stage, and name the bottleneck",
 }
 
 
 def main(arguments: Sequence[str] | None = None) -> None:
-    """Run one verb. Exits with code 2 and one paragraph when the user has something to correct."""
+    """Run one verb. Exit with code 2 and one paragraph for a mistake of the user."""
     given = list(sys.argv[1:] if arguments is None else arguments)
     try:
         with answered("raysl"):
             _run(given)
         sys.stdout.flush()
     except BrokenPipeError:
-        # The reader of a pipe, such as `head`, has had enough. Python would complain once more at its exit.
+        # The reader of a pipe, such as `head`, has ended. Without this, Python prints an error at its exit.
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         sys.exit(141)
 
@@ -53,9 +55,18 @@ def _run(given: list[str]) -> None:
     if given[0] not in VERBS:
         raise unknown("verb", given[0], VERBS)
     lazy.install()
-    verb = getattr(importlib.import_module("raysl.cli.verbs"), given[0])
+    verbs = importlib.import_module("raysl.cli.verbs")
+    verb = getattr(verbs, given[0])
     try:
-        verb(given[1:])
+        if "arguments" in inspect.signature(verb).parameters:
+            verb(given[1:])
+        else:
+            import tyro
+
+            # tyro evaluates annotations, whose names `lazy` does not import.
+            for name in re.findall(r"\w+", " ".join(map(str, verb.__annotations__.values()))):
+                getattr(verbs, name, None)
+            tyro.cli(verb, prog=f"raysl {given[0]}", args=given[1:])
     except FieldError as error:
         raise error.as_typed(given) from error
 

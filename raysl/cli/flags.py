@@ -1,4 +1,4 @@
-"""The flags of a run, made from its dataclasses: those of its method's parts depend on the method."""
+"""Parse the flags of a run. The method decides which parts, and so which flags, there are."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ import tyro
 from raysl import defaults, methods, plugins, recipes
 from raysl.config import Pretraining
 
-_RECIPE = "a published run at full scale, whose values stand for those flags that are not given."
+_RECIPE = "a published run at full scale; it sets the flags that are not given."
 
 
 @dataclass(frozen=True)
@@ -22,9 +22,9 @@ class Parsed:
     """The flags of a run.
 
     Args:
-        given: fields that flags or a recipe give; see `raysl.defaults.resolve`.
-        config: the same with the values of the classes for what is not given.
-        beside: the dataclasses that `parse` was asked for, by their names.
+        given: fields from flags or a recipe; see `raysl.defaults.resolve`.
+        config: the same, completed with the defaults of the classes.
+        beside: the additional dataclasses of `parse`, by name.
     """
 
     given: dict[str, Any]
@@ -33,24 +33,24 @@ class Parsed:
 
 
 def parse_pretraining(arguments: Sequence[str], program: str) -> Pretraining:
-    """Return the configuration that flags describe, with the values of the classes for what is not given."""
+    """Return the configuration of flags, completed with the defaults of the classes."""
     return parse(arguments, program).config
 
 
 def parse(arguments: Sequence[str], program: str, beside: Mapping[str, type[Any]] | None = None) -> Parsed:
     """Parse the flags of a run.
 
-    The flags of a method's parts stand under the names of their files, as in `--pirl.temperature 0.1`. `--recipe` gives
-    the values of flags that are not there.
+    The flags of a method's parts have the names of their files as prefix: `--pirl.temperature 0.1`. `--recipe` sets
+    flags that are not given.
 
     Args:
         arguments: the words after the verb.
-        program: what help calls the command.
-        beside: dataclasses with flags of their own among those of the run, by names for the result.
+        program: name of the command in help.
+        beside: additional dataclasses with flags, by name.
 
     Raises:
         UserError: a value is not allowed, or the method or the recipe does not exist.
-        SystemExit: a flag does not exist (2), or help was asked for (0).
+        SystemExit: a flag does not exist (2), or help is requested (0).
     """
     beside = beside or {}
     for plugin in peek_all(arguments, "--plugin", ()):
@@ -81,7 +81,7 @@ def parse(arguments: Sequence[str], program: str, beside: Mapping[str, type[Any]
 def _explicit(
     values: Mapping[str, Any], hints: Mapping[str, Any], typed: Collection[str], prefix: str
 ) -> dict[str, Any]:
-    """Return those of the values that have a flag among the typed words; nested classes as mappings."""
+    """Return the values of typed flags; nested dataclasses become mappings."""
     found: dict[str, Any] = {}
     for name, value in values.items():
         flag = f"{prefix}{name.replace('_', '-')}"
@@ -98,13 +98,13 @@ def _explicit(
 
 
 def _aliases(hint: Any) -> set[str]:
-    """Return the other flags of a field that its annotation names, such as "pirl.lambda" of `lam`."""
+    """Return the aliases of a field from its annotation, such as "pirl.lambda" for `lam`."""
     extras = typing.get_args(hint)[1:] if typing.get_origin(hint) is Annotated else ()
     return {alias[2:] for extra in extras for alias in getattr(extra, "aliases", None) or ()}
 
 
 def _peek(arguments: Sequence[str], flag: str, default: str) -> str:
-    """The value of one flag, before all of them are parsed: the method decides which flags there are."""
+    """Return the value of a flag before parsing: the method decides which flags there are."""
     for i, argument in enumerate(arguments):
         if argument.startswith(flag + "="):
             return argument.partition("=")[2]
@@ -114,7 +114,7 @@ def _peek(arguments: Sequence[str], flag: str, default: str) -> str:
 
 
 def peek_all(arguments: Sequence[str], flag: str, default: Sequence[str]) -> list[str]:
-    """The values of one flag that takes several, each once."""
+    """Return the distinct values of a flag that takes several."""
     words = [word for argument in arguments for word in _split(argument, flag)]
     if flag not in words:
         return list(default)
@@ -123,7 +123,7 @@ def peek_all(arguments: Sequence[str], flag: str, default: Sequence[str]) -> lis
 
 
 def _split(argument: str, flag: str) -> list[str]:
-    """FLAG=VALUE as two words; any other word as it is."""
+    """Split FLAG=VALUE into two words."""
     return [flag, argument.partition("=")[2]] if argument.startswith(flag + "=") else [argument]
 
 

@@ -1,4 +1,7 @@
-"""The verbs of the `raysl` command: flags made from dataclasses, over the functions of `raysl.api`."""
+"""The verbs of the `raysl` command over the functions of `raysl.api`.
+
+`raysl.__main__` parses the flags of a verb from its parameters; a verb with the parameter `arguments` parses its own.
+"""
 
 from __future__ import annotations
 
@@ -23,6 +26,9 @@ from raysl.reporting.page import ReportConfig
 from raysl.reproduction import ReproduceConfig
 from raysl.tuning.config import SweepConfig
 
+_FLAGS = tyro.conf.arg(name="")  # The fields of a configuration are flags without a prefix.
+_Run = Annotated[tyro.conf.Positional[str], tyro.conf.arg(metavar="RUN")]
+
 
 def pretrain(arguments: Sequence[str]) -> None:
     """Learn a representation: `raysl pretrain --data D --run R --method pirl-jigsaw`."""
@@ -31,46 +37,40 @@ def pretrain(arguments: Sequence[str]) -> None:
     print(f"The run is at {run.folder}. `raysl probe {run.folder} --train DATA --test DATA` measures it.")
 
 
-@dataclass(frozen=True)
-class IngestFlags:
-    """Turns any source of images into an indexed data set.
+def ingest(
+    source: Annotated[tyro.conf.Positional[str], tyro.conf.arg(metavar="SOURCE")],
+    dest: Annotated[tyro.conf.Positional[str], tyro.conf.arg(metavar="DEST")],
+    config: Annotated[IngestConfig, _FLAGS, tyro.conf.OmitArgPrefixes],
+) -> None:
+    """Make a data set from any source of images: `raysl ingest SOURCE DEST`.
 
     Args:
         source: an image folder, Parquet files, tar shards, IDX files, CIFAR-10, or shapes:N; any path or URI.
         dest: folder of the data set, a path or a URI.
-        config: how it is done.
+        config: see `IngestConfig`.
     """
-
-    source: Annotated[tyro.conf.Positional[str], tyro.conf.arg(metavar="SOURCE")]
-    dest: Annotated[tyro.conf.Positional[str], tyro.conf.arg(metavar="DEST")]
-    config: tyro.conf.OmitArgPrefixes[IngestConfig] = dataclasses.field(default_factory=IngestConfig)
-
-
-def ingest(arguments: Sequence[str]) -> None:
-    """Make a data set: `raysl ingest SOURCE DEST`."""
-    given = tyro.cli(IngestFlags, prog="raysl ingest", args=list(arguments))
-    made = api.ingest(given.source, given.dest, given.config)
+    made = api.ingest(source, dest, config)
     manifest = made.manifest
     labels = f"{len(manifest.classes)} classes" if manifest.classes else "no labels"
-    print(f"{given.dest}: {made.num_images:,} images, {labels}, fingerprint {manifest.fingerprint[:12]}.")
+    print(f"{dest}: {made.num_images:,} images, {labels}, fingerprint {manifest.fingerprint[:12]}.")
 
 
 @dataclass(frozen=True)
 class ProbeFlags:
-    """Measures what a run has learned, beside its untrained network and raw pixels; or other people's weights.
+    """Evaluate the features of a run against its untrained backbone and raw pixels, or those of external weights.
 
     Args:
-        checkpoint: folder of a run (its newest checkpoint), RUN/checkpoints/step-NNN, a file of weights (with
+        checkpoint: folder of a run (its newest checkpoint), RUN/checkpoints/step-NNN, a weights file (with
             --backbone.name and --out), or "random".
-        train: labelled data that the probes learn from.
-        test: labelled data that they are judged on.
+        train: labelled data to learn from.
+        test: labelled data to score.
         probes: names of probes, such as knn, linear, svm or collapse; docs/methods/probes.md describes all of them. The
-            protocol of each has flags of its own, such as --linear.schedule fast.
-        layers: whose features are measured; "all" for conv1, res2 to res5 and pooled.
-        out: folder of the rows and the features; by default that of the run. Required for a model that is not a run.
-        image_size: side in pixels of the view, for what is no run; 0 for 224 of a file of weights and 32 otherwise.
-        backbone: of a file of weights, or of "random". "timm/NAME" is one of the package timm.
-        seed: of "random", and of what a probe of weights draws.
+            protocol of each has its own flags, such as --linear.schedule fast.
+        layers: layers to measure; "all" for conv1, res2 to res5 and pooled.
+        out: folder of the rows and the features; default: the folder of the run. Required if the model is not a run.
+        image_size: side of the view in pixels for a model that is not a run; 0 for 224 for a weights file, else 32.
+        backbone: backbone of a weights file, or of "random"; "timm/NAME" for a backbone of timm.
+        seed: seed of "random", and of probes of weights.
         bn_statistics: statistics of BatchNorm: "reestimated" on unlabelled train images, or "kept" from training.
     """
 
@@ -106,48 +106,36 @@ def probe(arguments: Sequence[str]) -> None:
     print("\n".join(verdicts(rows)))
 
 
-@dataclass(frozen=True)
-class FeaturesFlags:
-    """Writes the features of every image, as Parquet by index.
+def features(
+    checkpoint: Annotated[tyro.conf.Positional[str], tyro.conf.arg(metavar="CKPT")],
+    config: Annotated[FeaturesConfig, _FLAGS],
+) -> None:
+    """Write the features of every image as Parquet: `raysl features CKPT --data D --layer res5 --out F`.
 
     Args:
-        checkpoint: folder of a run (its newest checkpoint), RUN/checkpoints/step-NNN, a file of weights (with
+        checkpoint: folder of a run (its newest checkpoint), RUN/checkpoints/step-NNN, a weights file (with
             --backbone.name), "random" or "pixels".
-        config: which features, and how they are kept.
+        config: see `FeaturesConfig`.
     """
-
-    checkpoint: Annotated[tyro.conf.Positional[str], tyro.conf.arg(metavar="CKPT")]
-    config: Annotated[FeaturesConfig, tyro.conf.arg(name="")]
-
-
-def features(arguments: Sequence[str]) -> None:
-    """Write features of a checkpoint: `raysl features CKPT --data D --layer res5 --out F`."""
-    given = tyro.cli(FeaturesFlags, prog="raysl features", args=list(arguments))
-    store = api.features(given.checkpoint, config=given.config)
+    store = api.features(checkpoint, config=config)
     print(f"{store.folder}: {store.num_rows:,} rows. `raysl cluster {store.folder} --k K` clusters them.")
 
 
-@dataclass(frozen=True)
-class ClusterFlags:
-    """Clusters features by k-means.
+def cluster(
+    features: Annotated[tyro.conf.Positional[str], tyro.conf.arg(metavar="FEATURES")],
+    config: Annotated[KMeansConfig, _FLAGS],
+    out: str = "",
+    assign: tuple[str, ...] = (),
+) -> None:
+    """Cluster features by k-means: `raysl cluster F --k K`.
 
     Args:
         features: a folder that `raysl features` made.
-        config: of the clustering.
-        out: folder of the result; by default a folder inside the features.
+        config: see `KMeansConfig`.
+        out: folder of the result; default: a folder inside the features.
         assign: more features to assign to the same centroids, such as those of validation images.
     """
-
-    features: Annotated[tyro.conf.Positional[str], tyro.conf.arg(metavar="FEATURES")]
-    config: tyro.conf.OmitArgPrefixes[KMeansConfig]
-    out: str = ""
-    assign: tuple[str, ...] = ()
-
-
-def cluster(arguments: Sequence[str]) -> None:
-    """Cluster features by k-means: `raysl cluster F --k K`."""
-    given = tyro.cli(ClusterFlags, prog="raysl cluster", args=list(arguments))
-    done = api.cluster(given.features, None, given.out, given.config, assign=given.assign)
+    done = api.cluster(features, None, out, config, assign=assign)
     summary = done.summary()
     labels = "".join(f", {name} {value:.4f}" for name, value in summary.get("labels", {}).items())
     print(f"Objective {summary['objective_value']:.6g}, {summary['sizes']['empty']} clusters empty{labels}.")
@@ -168,12 +156,11 @@ def clusterfit(arguments: Sequence[str]) -> None:
 
 @dataclass(frozen=True)
 class ViewsFlags:
-    """Draws the views that a method makes of some images. Takes the flags of `raysl pretrain` too, all but --run:
-    --data, --method, --view.image-size and so on.
+    """Draw the views of a method. Also takes the flags of `raysl pretrain` except --run, such as --data and --method.
 
     Args:
-        out: the picture, a PNG file.
-        images: how many images.
+        out: file of the picture, a PNG.
+        images: number of images.
     """
 
     out: Path = Path("views.png")
@@ -181,32 +168,24 @@ class ViewsFlags:
 
 
 def views(arguments: Sequence[str]) -> None:
-    """Draw what a method sees: `raysl views --data D --method pirl-jigsaw --out sheet.png`."""
+    """Draw the views of a method: `raysl views --data D --method pirl-jigsaw --out sheet.png`."""
     given, rest = tyro.cli(ViewsFlags, prog="raysl views", args=list(arguments), return_unknown_args=True)
     flags = parse([*rest, "--run", "-"], "raysl views")
     picture = api.views(out=given.out, images=given.images, **flags.given)
     print(f"{picture}: {given.images} images as {flags.config.method} sees them.")
 
 
-@dataclass(frozen=True)
-class MethodsFlags:
-    """Lists objectives, pretext transforms, what combines with what, and recipes.
+def methods(pages: Path | None = None) -> None:
+    """List objectives, transforms, their combinations, and recipes: `raysl methods`.
 
     Args:
-        pages: write a page of documentation for each of them to this folder instead.
+        pages: folder to write pages of documentation to, instead of the list.
     """
+    if pages is not None:
+        from raysl.documentation import pages as documents
 
-    pages: Path | None = None
-
-
-def methods(arguments: Sequence[str]) -> None:
-    """List what there is: `raysl methods`."""
-    given = tyro.cli(MethodsFlags, prog="raysl methods", args=list(arguments))
-    if given.pages is not None:
-        from raysl.documentation import pages
-
-        pages.write(given.pages, dataset(pages.DATA))
-        print(f"{given.pages}: {len(pages.names())} pages, with the pictures of what the methods see.")
+        documents.write(pages, dataset(documents.DATA))
+        print(f"{pages}: {len(documents.names())} pages with pictures of the views.")
         return
     from rich.console import Console
     from rich.table import Table
@@ -214,7 +193,7 @@ def methods(arguments: Sequence[str]) -> None:
     from raysl import recipes
     from raysl.documentation.combinations import describe
 
-    listed = Table("recipe", "what it reproduces", title="Recipes: raysl pretrain --recipe RECIPE")
+    listed = Table("recipe", "description", title="Recipes: raysl pretrain --recipe RECIPE")
     for name in recipes.names():
         listed.add_row(name, recipes.summary(name))
     console = Console()
@@ -238,61 +217,37 @@ def sweep(arguments: Sequence[str]) -> None:
         raise SystemExit(1)
 
 
-@dataclass(frozen=True)
-class ReportFlags:
-    """Writes one page that holds all it needs, and its figures: of a sweep, or of runs side by side.
+def report(
+    folders: Annotated[tyro.conf.Positional[tuple[str, ...]], tyro.conf.arg(metavar="SWEEP|RUNS")],
+    config: Annotated[ReportConfig, _FLAGS],
+) -> None:
+    """Write a page of figures and tables: `raysl report SWEEP`, `raysl report RUNS...`.
 
     Args:
-        folders: of a sweep, finished or not; or of runs, which are compared.
-        config: where it goes, and prices.
+        folders: folder of a sweep, finished or not; or folders of runs, which are compared.
+        config: see `ReportConfig`.
     """
-
-    folders: Annotated[tyro.conf.Positional[tuple[str, ...]], tyro.conf.arg(metavar="SWEEP|RUNS")]
-    config: tyro.conf.OmitArgPrefixes[ReportConfig] = dataclasses.field(default_factory=ReportConfig)
+    print(api.report(folders, config))
 
 
-def report(arguments: Sequence[str]) -> None:
-    """Write a page of figures and tables: `raysl report SWEEP`, `raysl report RUNS...`."""
-    given = tyro.cli(ReportFlags, prog="raysl report", args=list(arguments))
-    print(api.report(given.folders, given.config))
-
-
-@dataclass(frozen=True)
-class ExportFlags:
-    """Writes the backbone of a run for other programs, with a model card.
+def export(run: _Run, config: Annotated[ExportConfig, _FLAGS]) -> None:
+    """Write the backbone of a run for other programs, with a model card: `raysl export RUN --format torchvision`.
 
     Args:
         run: folder of the run.
-        config: for whom, and where.
+        config: see `ExportConfig`.
     """
-
-    run: Annotated[tyro.conf.Positional[str], tyro.conf.arg(metavar="RUN")]
-    config: tyro.conf.OmitArgPrefixes[ExportConfig] = dataclasses.field(default_factory=ExportConfig)
+    print(api.export(run, config))
 
 
-def export(arguments: Sequence[str]) -> None:
-    """Write weights for other programs: `raysl export RUN --format torchvision`."""
-    given = tyro.cli(ExportFlags, prog="raysl export", args=list(arguments))
-    print(api.export(given.run, given.config))
-
-
-@dataclass(frozen=True)
-class ReproduceFlags:
-    """Runs a run again from its metadata and compares, to the last bit. Exits with 1 when a number differs.
+def reproduce(run: _Run, config: Annotated[ReproduceConfig, _FLAGS]) -> None:
+    """Train a run again and compare to the last bit: `raysl reproduce RUN`. Exit with 1 if a number differs.
 
     Args:
         run: folder of the run.
-        config: how far, and where.
+        config: see `ReproduceConfig`.
     """
-
-    run: Annotated[tyro.conf.Positional[str], tyro.conf.arg(metavar="RUN")]
-    config: tyro.conf.OmitArgPrefixes[ReproduceConfig] = dataclasses.field(default_factory=ReproduceConfig)
-
-
-def reproduce(arguments: Sequence[str]) -> None:
-    """Train a run once more: `raysl reproduce RUN`."""
-    given = tyro.cli(ReproduceFlags, prog="raysl reproduce", args=list(arguments))
-    found = api.reproduce(given.run, given.config)
+    found = api.reproduce(run, config)
     for line in found.numbers:
         print(f"differs: {line}")
     if not found.same:
@@ -301,9 +256,9 @@ def reproduce(arguments: Sequence[str]) -> None:
 
 
 def doctor(arguments: Sequence[str]) -> None:
-    """Measure where time goes: `raysl doctor --data D --method pirl-jigsaw`; `raysl doctor --cluster`.
+    """Measure the stages of a run, or survey a cluster.
 
-    Exits with 1 when machines of the cluster run something else, or the run would be refused.
+    Exit with 1 if machines of the cluster run other code or packages, or the run would be refused.
     """
     from raysl.diagnostics import DoctorConfig
 

@@ -40,7 +40,7 @@ __all__ = ["Costs", "DoctorConfig", "Prediction", "Report", "examine", "look", "
 
 @dataclass(frozen=True)
 class DoctorConfig:
-    """Configuration of the run to measure.
+    """Measure the stages of a run and name its bottleneck, or survey a cluster with --cluster.
 
     Args:
         data: a data set made by `raysl ingest`, or any source that it takes.
