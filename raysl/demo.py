@@ -7,7 +7,7 @@ import tempfile
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Annotated, Any
 
 from rich.console import Console
 from rich.table import Table
@@ -17,6 +17,7 @@ from raysl.arguments import start_ray
 from raysl.config import Pretraining, ViewConfig
 from raysl.dataset import DataSet
 from raysl.errors import UserError
+from raysl.fields import Bounds, Seed, check
 from raysl.optim import OptimConfig
 
 _log = logging.getLogger("raysl.demo")
@@ -40,15 +41,12 @@ class DemoConfig:
 
     data: str = "shapes"
     out: Path | None = None
-    epochs: float = 6
-    seed: int = 0
-    workers: int = 0
+    epochs: Annotated[float, Bounds(above=0, high=1e9)] = 6
+    seed: Seed = 0
+    workers: Annotated[int, Bounds(low=0, high=10**6, hint="0 for as many as suit the machine")] = 0
 
     def __post_init__(self) -> None:
-        if self.workers < 0:
-            raise UserError(
-                f"--workers is {self.workers}; it must be at least 1, or 0 for as many as suit the machine."
-            )
+        check(self)
 
 
 def demo(config: DemoConfig) -> None:

@@ -10,6 +10,7 @@ from __future__ import annotations
 import dataclasses
 import difflib
 import math
+import os
 import re
 import types
 import typing
@@ -134,8 +135,8 @@ def flag(name: str) -> str:
 def check(config: Any, prefix: str = "") -> None:
     """Raise `FieldError` unless every field of a dataclass has its type and lies within its bounds.
 
-    Numbers must be finite, a field of type int takes no fraction and no bool, and a `Literal` field takes one of its
-    values. A nested dataclass is checked when it is built, if it is `Checked`; others are checked here.
+    Numbers must be finite, a field of type int takes no fraction and no bool, a text has no NUL, and a `Literal` field
+    takes one of its values. A nested dataclass is checked when it is built, if it is `Checked`; others are checked here.
 
     Args:
         config: an instance of a dataclass.
@@ -143,12 +144,10 @@ def check(config: Any, prefix: str = "") -> None:
     """
     for name, hint in hints(type(config)).items():
         value = getattr(config, name)
-        if dataclasses.is_dataclass(value):
-            if not isinstance(value, Checked):
-                check(value, f"{prefix}{name}.")
-            continue
         if reason := _reason(value, hint):
             raise FieldError(flag(f"{prefix}{name}"), value, reason)
+        if dataclasses.is_dataclass(value) and not isinstance(value, Checked | type):
+            check(value, f"{prefix}{name}.")
 
 
 def hints(kind: Any) -> dict[str, Any]:
@@ -181,14 +180,19 @@ def _reason(value: Any, hint: Any, bounds: Bounds | None = None) -> str:
         found = (_reason(item, part, bounds) for item, part in zip(value, parts, strict=True))
         return next((reason.replace("it must", "each must", 1) for reason in found if reason), "")
     if _is_number(value) and origin is not Literal:
-        if not math.isfinite(value):
+        if not _is_finite(value):
             return "it must be a finite number"
+        if isinstance(value, int) and not -(2**63) <= value < 2**63:
+            return "it must fit in 64 bits"
         if bounds is not None and not bounds.allow(value):
             return f"it must be {bounds}"
+    if isinstance(value, str | Path) and not _is_plain(str(value)):
+        return "it must be UTF-8 text of at most 4,096 characters without NUL"
     return ""
 
 
 _UNIONS = (Union, types.UnionType)
+_LONGEST_TEXT = 4096  # characters; the longest path of Linux
 
 
 def has_type(value: Any, hint: Any) -> bool:
@@ -206,9 +210,7 @@ def has_type(value: Any, hint: Any) -> bool:
         return _is_number(value)
     if kind is int:
         return isinstance(value, int) and not isinstance(value, bool)
-    if kind in (bool, str, Path, tuple, dict, list):
-        return isinstance(value, kind)
-    return True
+    return isinstance(value, kind) if isinstance(kind, type) else True
 
 
 def _near(value: Any, hint: Any) -> str:
@@ -220,6 +222,23 @@ def _near(value: Any, hint: Any) -> str:
 
 def _is_number(value: Any) -> bool:
     return isinstance(value, (int, float)) and not isinstance(value, bool)
+
+
+def _is_finite(value: float) -> bool:
+    """Return whether a number is finite as a float too, which a whole number of 400 digits is not."""
+    try:
+        return math.isfinite(value)
+    except OverflowError:
+        return False
+
+
+def _is_plain(text: str) -> bool:
+    """Return whether a text may stand in a path and in a file."""
+    try:
+        os.fsencode(text)
+    except UnicodeEncodeError:
+        return False
+    return "\0" not in text and len(text) <= _LONGEST_TEXT
 
 
 def described(hint: Any) -> str:

@@ -16,7 +16,7 @@ import tempfile
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass
 from pathlib import Path
-from typing import Any, Literal
+from typing import Annotated, Any, Literal
 
 import torch
 from torch import Tensor, nn
@@ -26,6 +26,7 @@ from raysl.backbone.network import TIMM, Backbone, names
 from raysl.config import Pretraining
 from raysl.errors import UserError
 from raysl.evaluation.results import ENCODERS, KEY, rows_of
+from raysl.fields import Bounds, check
 from raysl.reporting.command import command
 from raysl.reporting.plain_names import code_block, code_span, markdown
 from raysl.run import Run
@@ -48,7 +49,10 @@ class ExportConfig:
 
     format: Literal["auto", "torchvision", "timm", "safetensors", "onnx"] = "auto"
     out: str = ""
-    step: int | None = None
+    step: Annotated[int | None, Bounds(0, 2**63 - 1)] = None
+
+    def __post_init__(self) -> None:
+        check(self)
 
 
 def export(run: Run, config: ExportConfig) -> Folder:

@@ -213,7 +213,7 @@ def _file(path_or_name: str) -> Path:
 
 
 def _is_file(path_or_name: str) -> bool:
-    return path_or_name.endswith(".py") or _file(path_or_name).is_file()
+    return path_or_name.endswith(".py") or os.path.isfile(_file(path_or_name))
 
 
 def _import_file(file: Path) -> ModuleType:

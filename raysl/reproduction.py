@@ -6,13 +6,14 @@ import json
 import logging
 from collections.abc import Mapping
 from dataclasses import dataclass, replace
-from typing import Any
+from typing import Annotated, Any
 
 import torch
 
 from raysl import checkpoint, ray_cluster
 from raysl.checkpoint import Checkpoint
 from raysl.errors import UserError
+from raysl.fields import Bounds, check
 from raysl.ingestion import resolve
 from raysl.ray_cluster.versions import versions
 from raysl.run import METADATA, Run
@@ -35,8 +36,11 @@ class ReproduceConfig:
     """
 
     out: str = ""
-    steps: int = 0
+    steps: Annotated[int, Bounds(0, 2**63 - 1)] = 0
     data: str = ""
+
+    def __post_init__(self) -> None:
+        check(self)
 
 
 @dataclass(frozen=True)

@@ -9,7 +9,7 @@ import os
 import tempfile
 from collections.abc import Mapping
 from dataclasses import dataclass, replace
-from typing import Any
+from typing import Annotated, Any
 
 import torch
 from rich.console import Console
@@ -24,6 +24,7 @@ from raysl.diagnostics import machines
 from raysl.diagnostics.measurement import measure_data, measure_training
 from raysl.diagnostics.prediction import Costs, Prediction, predict
 from raysl.errors import UserError
+from raysl.fields import Bounds, check
 from raysl.ingestion import resolve
 from raysl.model import Model
 from raysl.ray_cluster import placement as cluster_placement
@@ -57,12 +58,15 @@ class DoctorConfig:
 
     data: str = "shapes:2000"
     method: str = "pirl-jigsaw"
-    image_size: int = 32
+    image_size: Annotated[int, Bounds(8, 2048)] = 32
     backbone: str = "small"
-    batch_size: int = 64
-    workers: int = 0
+    batch_size: Annotated[int, Bounds(1, 1_048_576)] = 64
+    workers: Annotated[int, Bounds(0, 10**6)] = 0
     cluster: bool = False
     prices: tuple[str, ...] = ()
+
+    def __post_init__(self) -> None:
+        check(self)
 
     def price_list(self) -> dict[str, float]:
         """Return the prices by type. Raise UserError if one is not TYPE=NUMBER."""

@@ -15,13 +15,14 @@ from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
 from functools import partial
 from itertools import accumulate, chain
-from typing import Any, Literal
+from typing import Annotated, Any, Literal
 
 import numpy as np
 import ray.data
 
 from raysl.dataset import LEDGER, SHARDS, DataSet, Manifest, Shard
 from raysl.errors import UserError
+from raysl.fields import Bounds, check
 from raysl.ingestion import destination, images, objects, progress, shard
 from raysl.ingestion.found import counted, shown
 from raysl.ingestion.journal import Header, Journal, Listed
@@ -51,10 +52,10 @@ class IngestConfig:
     """
 
     split: str = ""
-    shard_images: int = 16384
-    shard_mb: int = 256
-    row_group_images: int = 512
-    cpus_per_task: float = 1.0
+    shard_images: Annotated[int, Bounds(1, 2**31 - 1)] = 16384
+    shard_mb: Annotated[int, Bounds(1, 2**20)] = 256
+    row_group_images: Annotated[int, Bounds(1, 2**31 - 1)] = 512
+    cpus_per_task: Annotated[float, Bounds(above=0, high=10**5)] = 1.0
     label_column: str = ""
     image_column: str = ""
     labels: Literal["auto", "folders", "none"] = "auto"
@@ -62,13 +63,7 @@ class IngestConfig:
     decoding: DecodeConfig = field(default_factory=DecodeConfig)
 
     def __post_init__(self) -> None:
-        for name in ("shard_images", "shard_mb", "row_group_images", "cpus_per_task"):
-            if not 0 < getattr(self, name) < float("inf"):
-                raise UserError(
-                    f"--{name.replace('_', '-')} is {getattr(self, name)}; it must be a number above 0."
-                )
-        if self.labels not in ("auto", "folders", "none"):
-            raise UserError(f"--labels is {self.labels!r}; it must be auto, folders or none.")
+        check(self)
 
     def place(self, source: str) -> Place:
         """Return the place of a source, to be read as configured."""

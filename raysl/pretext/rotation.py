@@ -16,12 +16,13 @@ from torch import Tensor
 
 from raysl.augment import SourceCrop
 from raysl.device_copy import to_device
+from raysl.fields import Checked
 from raysl.pretext import Geometry, Transformed
 from raysl.rng import ImageRng
 
 
 @dataclass(frozen=True)
-class Config:
+class Config(Checked):
     """Hyperparameters of the rotation.
 
     Args:

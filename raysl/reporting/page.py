@@ -6,7 +6,9 @@ import base64
 import re
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Annotated, Any
+
+from raysl.fields import Bounds, check
 
 if TYPE_CHECKING:
     from raysl.reporting.figure import Figure
@@ -44,9 +46,12 @@ class ReportConfig:
     """
 
     out: str = ""
-    core_hour: float = 0.0
-    gpu_hour: float = 0.0
-    images: int = 3
+    core_hour: Annotated[float, Bounds(0, 1e9)] = 0.0
+    gpu_hour: Annotated[float, Bounds(0, 1e9)] = 0.0
+    images: Annotated[int, Bounds(0, 10_000)] = 3
+
+    def __post_init__(self) -> None:
+        check(self)
 
 
 def render(body: str, title: str, **values: Any) -> str:

@@ -10,7 +10,7 @@ import re
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
 from functools import partial
-from typing import Literal, NamedTuple
+from typing import Annotated, Literal, NamedTuple
 
 import numpy as np
 import numpy.typing as npt
@@ -18,6 +18,7 @@ import simplejpeg
 from PIL import Image
 
 from raysl.errors import UserError
+from raysl.fields import Bounds, check
 from raysl.stream import depth
 from raysl.stream.formats import (
     JPEG,
@@ -63,21 +64,18 @@ class DecodeConfig:
     background: str = "white"
     range: tuple[float, float] | None = None
     frames: Literal["first", "all"] = "first"
-    max_pixels: int = MAX_PIXELS
+    max_pixels: Annotated[int, Bounds(1, MAX_PIXELS)] = MAX_PIXELS
 
     def __post_init__(self) -> None:
+        check(self)
         if self.background not in _COLOURS and not re.fullmatch(r"#[0-9a-fA-F]{6}", self.background):
             raise UserError(
                 f"--background is {self.background!r} and must be white, black or a colour such as '#80ff00'."
             )
-        if self.range is not None and not (np.isfinite(self.range).all() and self.range[0] < self.range[1]):
+        if self.range is not None and self.range[0] >= self.range[1]:
             raise UserError(
                 f"--range is {self.range[0]:g} {self.range[1]:g} and must be two finite numbers, LOW below HIGH."
             )
-        if self.frames not in ("first", "all"):
-            raise UserError(f"--frames is {self.frames!r} and must be 'first' or 'all'.")
-        if not 1 <= self.max_pixels <= MAX_PIXELS:
-            raise UserError(f"--max-pixels is {self.max_pixels} and must be 1 to {MAX_PIXELS}.")
 
     @property
     def colour(self) -> tuple[int, int, int]:

@@ -23,6 +23,7 @@ from typing import Any, Literal, NamedTuple, Protocol
 
 from raysl import plugins
 from raysl.errors import UserError
+from raysl.fields import check
 from raysl.ingestion.found import Found, LeftOut
 from raysl.ingestion.listing import Survey, files_below, is_folder, read_bytes
 from raysl.storage import Folder
@@ -55,6 +56,9 @@ class ReadConfig:
     image_column: str = ""
     labels: Literal["auto", "folders", "none"] = "auto"
     follow_links: bool = False
+
+    def __post_init__(self) -> None:
+        check(self)
 
     def __str__(self) -> str:
         """Return what differs from the defaults, as flags."""
