@@ -136,7 +136,7 @@ def check(config: Any, prefix: str = "") -> None:
     """Raise `FieldError` unless every field of a dataclass has its type and lies within its bounds.
 
     Numbers must be finite, a field of type int takes no fraction and no bool, a text has no NUL, and a `Literal` field
-    takes one of its values. A nested dataclass is checked when it is built, if it is `Checked`; others are checked here.
+    takes one of its values. A nested dataclass is checked here, unless it is `Checked` and has checked itself.
 
     Args:
         config: an instance of a dataclass.
@@ -182,10 +182,10 @@ def _reason(value: Any, hint: Any, bounds: Bounds | None = None) -> str:
     if _is_number(value) and origin is not Literal:
         if not _is_finite(value):
             return "it must be a finite number"
-        if isinstance(value, int) and not -(2**63) <= value < 2**63:
-            return "it must fit in 64 bits"
         if bounds is not None and not bounds.allow(value):
             return f"it must be {bounds}"
+        if isinstance(value, int) and not -(2**63) <= value < 2**63:
+            return "it must fit in 64 bits"
     if isinstance(value, str | Path) and not _is_plain(str(value)):
         return "it must be UTF-8 text of at most 4,096 characters without NUL"
     return ""
