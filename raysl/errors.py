@@ -1,4 +1,4 @@
-"""What a user did wrong, said so that they can mend it."""
+"""Errors shown to users: what is wrong and how to fix it."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ from collections.abc import Iterable, Iterator
 
 
 class UserError(Exception):
-    """A mistake in the input, the configuration or the machine that the user can mend.
+    """A mistake in the input, the configuration or the machine that the user can fix.
 
     The message is one paragraph: it names the thing, its value, what is allowed and what to do. The command
     line prints it without a traceback and exits with code 2.
@@ -19,7 +19,7 @@ class UserError(Exception):
 
 
 class Unset(UserError):
-    """A value without which a part cannot work, and which has no default, was not given. All else fits together."""
+    """A required value is missing. Everything else is valid."""
 
 
 class Interrupted(KeyboardInterrupt):
@@ -27,12 +27,12 @@ class Interrupted(KeyboardInterrupt):
 
 
 def unknown(kind: str, name: str, known: Iterable[str]) -> UserError:
-    """The error for a name that does not exist, answering with the nearest one that does.
+    """Return the error for a name that does not exist, with the nearest name that does.
 
     Args:
-        kind: what is being named, as the user would say it ("backbone", "pretext transform").
+        kind: kind of thing in the words of the user ("backbone", "pretext transform").
         name: the name that was given.
-        known: every name that would have been accepted.
+        known: every name that is accepted.
     """
     names = sorted(known)
     near = difflib.get_close_matches(name, names, n=1, cutoff=0.5)
@@ -58,11 +58,11 @@ def answered(program: str) -> Iterator[None]:
     except Interrupted as error:
         _leave(f"\n{program}: {error}", 130)
     except KeyboardInterrupt:
-        _leave(f"\n{program}: interrupted. The same command resumes from what was finished.", 130)
+        _leave(f"\n{program}: interrupted. The same command resumes the work.", 130)
 
 
 def _leave(message: str, code: int) -> None:
-    """Stops a Ray that this process started, and exits."""
+    """Stop a Ray that this process started, and exit."""
     print(message, file=sys.stderr)
     if "ray" in sys.modules:
         sys.modules["ray"].shutdown()

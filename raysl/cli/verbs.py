@@ -24,6 +24,7 @@ from raysl.ingestion.pipeline import IngestConfig
 from raysl.model_export import ExportConfig
 from raysl.reporting.page import ReportConfig
 from raysl.reproduction import ReproduceConfig
+from raysl.run import Run
 from raysl.tuning.config import SweepConfig
 
 _FLAGS = tyro.conf.arg(name="")  # The fields of a configuration are flags without a prefix.
@@ -34,7 +35,15 @@ def pretrain(arguments: Sequence[str]) -> None:
     """Learn a representation: `raysl pretrain --data D --run R --method pirl-jigsaw`."""
     flags = parse(arguments, "raysl pretrain", {"online": OnlineConfig})
     run = api.pretrain(**flags.given, **dataclasses.asdict(flags.beside["online"]))
-    print(f"The run is at {run.folder}. `raysl probe {run.folder} --train DATA --test DATA` measures it.")
+    print(f"The run is at {run.folder}. Next:\n{_next_commands(run)}")
+
+
+def _next_commands(run: Run) -> str:
+    return (
+        f"  raysl probe {run.folder} --train LABELLED --test LABELLED    measure it\n"
+        f"  raysl features {run.folder} --data DATA --out FEATURES    features of images as Parquet\n"
+        f"  raysl export {run.folder}    weights for timm, torchvision or ONNX"
+    )
 
 
 def ingest(
@@ -118,7 +127,8 @@ def features(
         config: see `FeaturesConfig`.
     """
     store = api.features(checkpoint, config=config)
-    print(f"{store.folder}: {store.num_rows:,} rows. `raysl cluster {store.folder} --k K` clusters them.")
+    print(f"{store.folder}: {store.num_rows:,} rows, for pandas.read_parquet({str(store.folder)!r}).")
+    print(f"`raysl cluster {store.folder} --k K` clusters them.")
 
 
 def cluster(
@@ -151,7 +161,7 @@ def clusterfit(arguments: Sequence[str]) -> None:
     )
     student = parse([*rest, "--method", "clusterfit"], "raysl clusterfit").given
     run = api.clusterfit(given.teacher, config=given, student=student)
-    print(f"The student is at {run.folder}. `raysl probe {run.folder} --train DATA --test DATA` measures it.")
+    print(f"The student is at {run.folder}. Next:\n{_next_commands(run)}")
 
 
 @dataclass(frozen=True)
@@ -237,7 +247,8 @@ def export(run: _Run, config: Annotated[ExportConfig, _FLAGS]) -> None:
         run: folder of the run.
         config: see `ExportConfig`.
     """
-    print(api.export(run, config))
+    folder = api.export(run, config)
+    print(f"{folder}: README.md in it shows how to load the weights.")
 
 
 def reproduce(run: _Run, config: Annotated[ReproduceConfig, _FLAGS]) -> None:

@@ -7,7 +7,7 @@ import logging
 from dataclasses import dataclass, field
 from typing import Annotated, Any, Literal
 
-from raysl import ray_cluster
+from raysl import console, ray_cluster
 from raysl.backbone.network import BackboneConfig
 from raysl.dataset import DataSet
 from raysl.errors import UserError
@@ -87,13 +87,12 @@ def make(checkpoint: str, config: FeaturesConfig) -> FeatureStore:
     if _is_finished(folder, about):
         _log.info("The features at %s are already there.", folder)
         return FeatureStore.open(str(folder))
-    _log.info(
-        "%s features of %s images by %s, to %s.", config.layer, f"{dataset.num_images:,}", checkpoint, folder
-    )
-    if config.pca or config.pca_of:
-        parts = _reduced(source, dataset, protocol, config, folder)
-    else:
-        parts = compute(source, dataset, protocol, FeatureForm(config.dtype, config.l2), folder)
+    what = f"{config.layer} features of {dataset.num_images:,} images"
+    with console.working(f"Computing {what} by {checkpoint}, to {folder} ..."):
+        if config.pca or config.pca_of:
+            parts = _reduced(source, dataset, protocol, config, folder)
+        else:
+            parts = compute(source, dataset, protocol, FeatureForm(config.dtype, config.l2), folder)
     origin = {
         "teacher": _teacher(checkpoint, source),
         "objective": source.run.config().method if isinstance(source, Trained) else "",

@@ -13,7 +13,7 @@ from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from typing import Any
 
-from raysl import checkpoint, ray_cluster
+from raysl import checkpoint, console, ray_cluster
 from raysl.callbacks import Callbacks
 from raysl.config import Pretraining
 from raysl.dataset import DataSet
@@ -71,10 +71,10 @@ def pretrain(
         SystemExit: SIGTERM or SIGHUP; the run is saved.
     """
     counts = config.worker_counts()
-    _log.info("Preparing the run ...")
-    # What needs no Ray is checked before Ray starts.
-    checked = _checked(config, DataSet.open(config.data)) if DataSet.is_one(config.data) else None
-    ray_cluster.start()
+    with console.working("Preparing the run ..."):
+        # What needs no Ray is checked before Ray starts.
+        checked = _checked(config, DataSet.open(config.data)) if DataSet.is_one(config.data) else None
+        ray_cluster.start()
     group = _first_group(counts, placement)
     dataset = resolve(config.data)
     plan, model = checked or _checked(config, dataset)
@@ -90,7 +90,8 @@ def pretrain(
         gpus.check(group.placement.gpus_per_worker)
     job = Job(config.to_json(), run, dataset, group.placement, progress_actor.open_board(), until, subscriber)
     told = callbacks or Callbacks(())
-    with DriverLock(run.folder, "run") as lock:
+    begins = group.placement.busy(group.workers) or "Starting the workers ..."
+    with console.working(begins), DriverLock(run.folder, "run") as lock:
         told.begin(run, saved)
         try:
             _Attempts(job, counts, end, plan.num_steps, lock, told).run(group)
@@ -117,7 +118,6 @@ def _announce(config: Pretraining, dataset: DataSet, plan: Plan, group: WorkerGr
     )
     described = _described(group, config.worker_counts())
     _log.info("%s, data tasks with %g CPU.", described, group.placement.share.cpus_per_task)
-    _log.info(group.placement.busy(group.workers) or "Starting the workers ...")
 
 
 def _first_group(counts: Sequence[int], placement: Placement | None) -> WorkerGroup:

@@ -35,7 +35,7 @@ def test_sigterm_puts_away_and_leaves_a_line() -> None:
     assert done.stdout == "put away\n"
     assert done.stderr.split("\n") == [
         "",
-        "experiment: interrupted. The same command resumes from what was finished.",
+        "experiment: interrupted. The same command resumes the work.",
         "",
     ]
     assert done.returncode == 130
