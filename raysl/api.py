@@ -165,6 +165,7 @@ def probe(
         seed=seed,
     )
     source = named(uri(checkpoint), network, seed)
+    start_ray()
     title = f"{uri(checkpoint).rpartition('/')[2]} ({network.name})"
     rows = evaluate.probe_encoder(source, title, *sets, config)
     if "retrieval" in probes:

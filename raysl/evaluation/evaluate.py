@@ -13,7 +13,7 @@ from typing import Any
 
 import numpy as np
 
-from raysl import console, extraction, probes, ray_cluster
+from raysl import extraction, probes, ray_cluster
 from raysl.checkpoint import Checkpoint
 from raysl.dataset import DataSet
 from raysl.errors import UserError, unknown
@@ -212,8 +212,7 @@ def _measured(
     """
     ready = config.ready()
     layers = [_layers(source, config.layers) for source in sources]
-    with console.working("Starting Ray ..."):
-        ray_cluster.start()
+    ray_cluster.start()
     train, test = (one if isinstance(one, DataSet) else resolve(one) for one in (train, test))
     data = _Data.open(train, test, config, any(needs_labels(probe) for _, probe in ready.values()))
     check_apart(list(ready), data.train, data.test)
