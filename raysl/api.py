@@ -100,10 +100,6 @@ def pretrain(
 
     online = OnlineConfig(probe_every, uri(train), uri(test), tuple(probes))
     followers = Callbacks(callbacks)
-    if callable(fields.get("backbone")):
-        from raysl.backbone.network import config_of
-
-        fields["backbone"] = config_of(fields["backbone"])
     settings = run_config(data, run, config, fields)
     from raysl.evaluation.online import pretrain_and_probe
 
@@ -168,12 +164,13 @@ def probe(
     start_ray()
     title = f"{uri(checkpoint).rpartition('/')[2]} ({network.name})"
     rows = evaluate.probe_encoder(source, title, *sets, config)
-    if "retrieval" in probes:
-        _draw_nearest(source, sets, config)
+    _draw_nearest(source, sets, config)
     return rows
 
 
 def _draw_nearest(source: Encoder, sets: tuple[DataSet, DataSet], config: ProbeConfig) -> None:
+    if "retrieval" not in config.probes:
+        return
     from raysl.evaluation import evaluate
     from raysl.extraction import view_size
     from raysl.reporting import retrieval_grid

@@ -86,6 +86,10 @@ def run_config(
         check: more checks of the configuration as given, before any data are opened or Ray starts.
     """
     values = {**given(data=data, run=run), **fields}
+    if callable(values.get("backbone")):
+        from raysl.backbone.network import config_of
+
+        values["backbone"] = config_of(values["backbone"])
     if callable(recipe := _view_recipe(values)):
         from raysl.own_augmentation import name_of
 
