@@ -85,15 +85,7 @@ def run_config(
         workers: whether workers will train, so that Ray is started and asked what the cluster has.
         check: more checks of the configuration as given, before any data are opened or Ray starts.
     """
-    values = {**given(data=data, run=run), **fields}
-    if callable(values.get("backbone")):
-        from raysl.backbone.network import config_of
-
-        values["backbone"] = config_of(values["backbone"])
-    if callable(recipe := _view_recipe(values)):
-        from raysl.own_augmentation import name_of
-
-        values["view"] = {**values["view"], "recipe": name_of(recipe)}
+    values = _named({**given(data=data, run=run), **fields})
     if isinstance(config, Pretraining):
         made = defaults.replaced(config, values)
         if check is not None:
@@ -126,9 +118,18 @@ def run_config(
     return defaults.resolve(values, dataset(asked.data), usual, machines.has_gpus)
 
 
-def _view_recipe(values: Mapping[str, Any]) -> Any:
-    view = values.get("view")
-    return view.get("recipe") if isinstance(view, Mapping) else None
+def _named(fields: Mapping[str, Any]) -> dict[str, Any]:
+    """Return fields in which a backbone or an augmentation of the user is replaced by its importable name."""
+    values, view = dict(fields), fields.get("view")
+    if callable(values.get("backbone")):
+        from raysl.backbone.network import config_of
+
+        values["backbone"] = config_of(values["backbone"])
+    if isinstance(view, Mapping) and callable(view.get("recipe")):
+        from raysl.own_augmentation import name_of
+
+        values["view"] = {**view, "recipe": name_of(view["recipe"])}
+    return values
 
 
 def configure(kind: type[T], config: Any, fields: Mapping[str, Any]) -> T:
