@@ -19,6 +19,7 @@ import tempfile
 import time
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import psutil
@@ -108,7 +109,7 @@ def run(checkout: Path, sources: dict[str, Path]) -> dict[str, dict[str, float]]
 def main(flags: Flags) -> None:
     """Measure, print and write."""
     checkouts = {"before": flags.before, "now": Path(__file__).resolve().parents[1]}
-    rows = []
+    rows: list[dict[str, Any]] = []
     with tempfile.TemporaryDirectory() as folder:
         sources = make_sources(Path(folder), flags)
         for number in range(flags.rounds):
@@ -123,7 +124,7 @@ def main(flags: Flags) -> None:
         for unit in ("wall_s", "cpu_s"):
             medians = {
                 name: statistics.median(
-                    float(row[unit]) for row in rows if (row["checkout"], row["source"]) == (name, kind)
+                    row[unit] for row in rows if (row["checkout"], row["source"]) == (name, kind)
                 )
                 for name in checkouts
             }

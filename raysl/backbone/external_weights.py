@@ -13,6 +13,8 @@ import logging
 import pathlib
 import re
 import warnings
+import zipfile
+import zlib
 from collections.abc import Iterator, Mapping
 from typing import Any
 
@@ -158,12 +160,25 @@ def _safetensors(data: bytes, file: str) -> dict[str, Tensor]:
 
 
 def _torch(data: bytes, file: str) -> object:
+    if _has_wrong_checksum(data):
+        raise UserError(
+            f"The weights file {file!r} is damaged: a checksum does not match. Download or copy it again."
+        )
     try:
         with torch.serialization.safe_globals(_SAFE_CLASSES), warnings.catch_warnings():
             warnings.simplefilter("ignore")  # About pickle protocols, which a user cannot change.
             return torch.load(io.BytesIO(data), map_location="cpu", weights_only=True)
     except Exception as error:  # torch raises many classes, with advice to switch its safety off.
         raise UserError(f"The weights file {file!r} {_kind(data, str(error))}") from error
+
+
+def _has_wrong_checksum(data: bytes) -> bool:
+    """Return True for a file of torch of which a part does not match its checksum, which torch does not compare."""
+    try:
+        with zipfile.ZipFile(io.BytesIO(data)) as archive:
+            return archive.testzip() is not None
+    except (zipfile.BadZipFile, NotImplementedError, EOFError, OSError, zlib.error):
+        return False  # An older format, or damage of which torch says more.
 
 
 def _kind(data: bytes, error: str) -> str:
@@ -243,6 +258,11 @@ def fill(body: nn.Module, state: Mapping[str, Tensor], file: str, name: str) -> 
             f"The weights in {file!r} do not fit the backbone {name!r}: {len(wrong)} have another shape, the first "
             f"being {first!r}, {tuple(own[first].shape)} in the file and {tuple(expected[first].shape)} in the "
             f"backbone. {advice}"
+        )
+    if odd := [key for key in wanted if own[key].is_meta or own[key].is_sparse or own[key].is_quantized]:
+        raise UserError(
+            f"The weights file {file!r} holds {len(odd)} weights that are quantized, sparse or without values: "
+            f"{_some(odd)}. Give the weights as dense numbers."
         )
     if bad := [key for key in wanted if not torch.isfinite(own[key]).all()]:
         raise UserError(

@@ -182,6 +182,26 @@ def test_sequential_names_are_translated(tmp_path: Path, skipped: bool) -> None:
     assert same(load(tmp_path, {"state_dict": {**state, **extra}}), WANTED)
 
 
+def test_a_flipped_bit_is_refused(tmp_path: Path) -> None:
+    net = Net()
+    torch.save(net.state_dict(), tmp_path / "a.pth")
+    data = bytearray((tmp_path / "a.pth").read_bytes())
+    data[data.find(net.conv1.weight.detach().numpy().tobytes())] ^= 1
+    with pytest.raises(UserError, match="a checksum does not match"):
+        external_weights.parse(bytes(data), "a.pth")
+
+
+def quantized(values: Tensor) -> Tensor:
+    return torch.quantize_per_tensor(values, 0.1, 0, torch.qint8)
+
+
+@pytest.mark.parametrize("convert", [Tensor.to_sparse, quantized, lambda values: values.to("meta")])
+def test_weights_that_are_not_dense_are_refused(convert: Any) -> None:
+    state = {key: convert(value) if value.dim() > 1 else value for key, value in Net().state_dict().items()}
+    with pytest.raises(UserError, match="quantized, sparse or without values"):
+        external_weights.fill(Net(), state, "a.pth", "net")
+
+
 def test_nan_is_refused(tmp_path: Path) -> None:
     bad = {**WANTED, "bn1.weight": torch.full((4,), torch.nan)}
     with pytest.raises(UserError, match=r"NaN or infinite numbers in 1 weights: 'bn1\.weight'"):
