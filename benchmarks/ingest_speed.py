@@ -3,8 +3,8 @@
     git worktree add --detach ../before COMMIT
     python benchmarks/ingest_speed.py --before ../before --photos PHOTOS --out results/ingest/speed.jsonl
 
-Each round runs both checkouts, one after the other and in changing order, each in a process and a Ray cluster of its
-own. The first ingest of a process is not measured. The images lie as files in class folders: the photographs are
+Two processes live through all rounds and ingest the same source by turns, in changing order. The tasks run inside of the
+process instead of in Ray, whose own time is not of interest here. The images lie as files in class folders: the photographs are
 copied under several names, the small images are noise.
 """
 
@@ -17,12 +17,13 @@ import subprocess
 import sys
 import tempfile
 import time
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import numpy as np
-import psutil
 import tyro
 from PIL import Image
 
@@ -65,77 +66,86 @@ def make_sources(folder: Path, flags: Flags) -> dict[str, Path]:
     return {kind: folder / kind for kind in ("photos", "small")}
 
 
-def measure(sources: dict[str, str]) -> None:
-    """Ingest each source with the raysl that is imported, and print the seconds of each as JSON."""
-    from raysl import ray_cluster
-    from raysl.ingestion import ingest
+class Serial:
+    """The Ray Data calls of ingest, with the tasks run here one after the other: Ray's own time is not compared."""
 
-    ray_cluster.start()
-    found = {}
-    with tempfile.TemporaryDirectory() as folder:
-        ingest("shapes:2000", f"{folder}/first")
-        for kind, source in sources.items():
-            before, started = cpu_seconds(), time.perf_counter()
-            made = ingest(source, f"{folder}/{kind}")
-            wall_s, cpu_s = time.perf_counter() - started, cpu_seconds() - before
-            found[kind] = {"images": made.num_images, "wall_s": wall_s, "cpu_s": cpu_s}
-    print("measured", json.dumps(found))
+    def __init__(self, count: int) -> None:
+        self.count = count
+        self.context = SimpleNamespace()
+        self.work: Callable[[dict[str, Any]], dict[str, Any]] = dict
 
+    def map_batches(self, work: Callable[[dict[str, Any]], dict[str, Any]], **_: Any) -> Serial:
+        self.work = work
+        return self
 
-def cpu_seconds() -> float:
-    """Return the CPU seconds so far of this process and all below it, Ray's among them."""
-    total = 0.0
-    for process in [psutil.Process(), *psutil.Process().children(recursive=True)]:
-        try:
-            times = process.cpu_times()
-        except psutil.Error:
-            continue
-        total += times.user + times.system
-    return total
+    def iter_rows(self) -> Iterator[dict[str, Any]]:
+        for number in range(self.count):
+            yield {key: values[0] for key, values in self.work({"id": [number]}).items()}
 
 
-def run(checkout: Path, sources: dict[str, Path]) -> dict[str, dict[str, float]]:
-    """Measure a checkout in a process of its own."""
-    words = [sys.executable, __file__, "--measure", *(f"{kind}={place}" for kind, place in sources.items())]
+def measure() -> None:
+    """Ingest the source on each line of the standard input with the raysl that is imported; print the seconds."""
+    from raysl.ingestion import ingest, pipeline
+
+    pipeline.ray = SimpleNamespace(data=SimpleNamespace(range=lambda count, **_: Serial(count)))  # type: ignore[attr-defined]
+    for line in sys.stdin:
+        with tempfile.TemporaryDirectory() as folder:
+            started, cpu_started = time.perf_counter(), time.process_time()
+            made = ingest(line.strip(), f"{folder}/data")
+            cpu_s, wall_s = time.process_time() - cpu_started, time.perf_counter() - started
+        print(json.dumps({"images": made.num_images, "wall_s": wall_s, "cpu_s": cpu_s}), flush=True)
+
+
+def begin(checkout: Path) -> subprocess.Popen[str]:
+    """Start a process that measures a checkout."""
     environment = {**os.environ, "PYTHONPATH": str(checkout.resolve())}
-    done = subprocess.run(words, env=environment, cwd=checkout, capture_output=True, text=True, check=False)
-    lines = [line for line in done.stdout.splitlines() if line.startswith("measured ")]
-    if not lines:
-        raise SystemExit(f"{checkout} failed:\n{done.stdout}\n{done.stderr}")
-    found: dict[str, dict[str, float]] = json.loads(lines[0].removeprefix("measured "))
-    return found
+    words = [sys.executable, str(Path(__file__).resolve()), "--measure"]
+    return subprocess.Popen(
+        words, env=environment, cwd=checkout, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True
+    )
+
+
+def ask(process: subprocess.Popen[str], source: Path) -> dict[str, float]:
+    """Return the seconds that a process takes for a source."""
+    assert process.stdin is not None
+    assert process.stdout is not None
+    print(source, file=process.stdin, flush=True)
+    answer: dict[str, float] = json.loads(process.stdout.readline())
+    return answer
 
 
 def main(flags: Flags) -> None:
     """Measure, print and write."""
     checkouts = {"before": flags.before, "now": Path(__file__).resolve().parents[1]}
     rows: list[dict[str, Any]] = []
+    processes = {name: begin(checkout) for name, checkout in checkouts.items()}
     with tempfile.TemporaryDirectory() as folder:
         sources = make_sources(Path(folder), flags)
-        for number in range(flags.rounds):
-            for name in checkouts if number % 2 == 0 else reversed(checkouts):
-                for kind, values in run(checkouts[name], sources).items():
-                    load = os.getloadavg()[0]
-                    rows.append({"round": number, "checkout": name, "source": kind, "load": load, **values})
-                    print(rows[-1], flush=True)
-                if flags.out is not None:
-                    flags.out.write_text("".join(json.dumps(row) + "\n" for row in rows))
+        for number in range(-1, flags.rounds):  # The round -1 warms up.
+            for kind, source in sources.items():
+                for name in checkouts if number % 2 == 0 else reversed(checkouts):
+                    row = {"round": number, "checkout": name, "source": kind, "load": os.getloadavg()[0]}
+                    row |= ask(processes[name], source)
+                    rows += [row] if number >= 0 else []
+                    print(row, flush=True)
+    for process in processes.values():
+        process.communicate()
+    if flags.out is not None:
+        flags.out.write_text("".join(json.dumps(row) + "\n" for row in rows))
     for kind in sources:
         for unit in ("wall_s", "cpu_s"):
-            medians = {
-                name: statistics.median(
-                    row[unit] for row in rows if (row["checkout"], row["source"]) == (name, kind)
-                )
+            times = {
+                name: [row[unit] for row in rows if (row["checkout"], row["source"]) == (name, kind)]
                 for name in checkouts
             }
-            speed = medians["before"] / medians["now"]
+            before, now = (statistics.median(times[name]) for name in ("before", "now"))
             print(
-                f"{kind}, {unit}: before {medians['before']:.2f}, now {medians['now']:.2f}, speed {speed:.2f}"
+                f"{kind}, {unit}: before {before:.2f}, now {now:.2f}, speed now / before {before / now:.2f}"
             )
 
 
 if __name__ == "__main__":
-    if sys.argv[1:2] == ["--measure"]:
-        measure(dict(word.split("=", 1) for word in sys.argv[2:]))
+    if sys.argv[1:] == ["--measure"]:
+        measure()
     else:
         main(tyro.cli(Flags, description=(__doc__ or "").splitlines()[0]))

@@ -21,14 +21,14 @@ from raysl.stream.formats import EXTENSIONS, looks_like_image
 if TYPE_CHECKING:
     import pyarrow.fs as pafs
 
-IMAGE, TABLE = "image", "tables"
+IMAGE, TABLE, ARCHIVE = "image", "tables", "archives"
 # Bytes at the beginning of a file that tell whether it is an image.
 _HEAD_BYTES = 4096
 _KINDS = {
     "text files": ".txt .md .rst .log .py .m .ipynb .sh .html .htm .css .js .yaml .yml .cfg .ini .toml .names .license",
     "JSON and XML files": ".json .xml",
     TABLE: ".csv .tsv .jsonl .ndjson .parquet .arrow .feather .xls .xlsx .sqlite .db",
-    "archives": ".tar .zip .gz .tgz .bz2 .xz .zst .7z .rar",
+    ARCHIVE: ".tar .zip .gz .tgz .bz2 .xz .zst .7z .rar",
     "videos": ".mp4 .avi .mov .mkv .webm .mpg .mpeg .wmv .m4v",
     "audio files": ".wav .mp3 .flac .ogg",
     "arrays and weights": ".npy .npz .mat .h5 .hdf5 .pkl .pickle .pt .pth .safetensors .onnx",

@@ -24,8 +24,9 @@ from typing import Any, Literal, NamedTuple, Protocol
 from raysl import plugins
 from raysl.errors import UserError
 from raysl.fields import check
+from raysl.ingestion import foreign
 from raysl.ingestion.found import Found, LeftOut
-from raysl.ingestion.listing import Survey, files_below, is_folder, read_bytes
+from raysl.ingestion.listing import File, Survey, by_split, files_below, is_folder, read_bytes
 from raysl.storage import Folder
 
 _HEAD_BYTES = 4096
@@ -204,7 +205,7 @@ def _kinds() -> dict[str, ModuleType]:
 
 def recognised() -> str:
     """Return what can be ingested, as one sentence."""
-    summaries = (kind.SUMMARY for kind in _kinds().values() if kind.SUMMARY)
+    summaries = (kind.SUMMARY for kind in _kinds().values())
     return f"A source is one of: {'; '.join(summaries)}."
 
 
@@ -217,9 +218,12 @@ def open_source(place: Place) -> Opened:
     try:
         sure = {name: kind.recognise(place) for name, kind in _kinds().items()}
         best = max(sure, key=lambda name: int(sure[name]))
+        there = Folder(place.uri).exists()
+        survey = place.survey[0] if place.is_folder else None
+        if there and (refused := foreign.refusal(place.uri, survey, bool(sure[best]))):
+            raise UserError(f"The source {place.uri!r} {refused}.")
         if sure[best]:
             return Opened(best, place, _kinds()[best].Source(place))
-        there = Folder(place.uri).exists()
     except OSError as error:
         raise UserError(
             f"Cannot read the source {str(place)!r}: {error}. Check the path and your access."
@@ -244,6 +248,42 @@ def read(kind: str, unit: Unit) -> Iterator[Row]:
     """
     rows: Iterator[Row] = _kinds()[kind].read(unit)
     return rows
+
+
+def files_ending(place: Place, suffixes: tuple[str, ...]) -> list[File]:
+    """Return the files of a place whose names end in one of some ways; the file itself if the place is one."""
+    if not place.is_folder:
+        return list(files_below(place.uri, 1))
+    files = files_below(place.uri, 3, follow_links=place.config.follow_links)
+    return [file for file in files if file.path.lower().endswith(suffixes)]
+
+
+def read_split(place: Place, files: list[File], kind: str, inner: bool = False) -> tuple[list[File], Found]:
+    """Return the files of the split that is read, and what was found, in which all other files are left out.
+
+    Args:
+        kind: kind of the files in `raysl.ingestion.listing`.
+        inner: without splits in the names of files, the split may be one inside of them.
+
+    Raises:
+        UserError: as `choose_split`.
+    """
+    by_path = {file.path: file for file in files}
+    splits = by_split(by_path)
+    named = sorted(splits.keys() - {""})
+    split = "" if inner and not named else choose_split(place, named)
+    found = Found("", splits=tuple(named), split=split)
+    if place.is_folder:
+        survey, left_out = place.survey
+        others = survey.others()
+        others.kinds.pop(kind, None)
+        found.left_out.update(left_out)
+        found.left_out.update(others)
+        if survey.images():
+            found.left_out.add(f"images beside the {kind}", survey.first(), survey.images())
+    if split and splits.get(""):
+        found.left_out.add(f"{kind} of no split", splits[""][0], len(splits[""]))
+    return [by_path[path] for path in splits[split]], found
 
 
 def choose_split(place: Place, splits: list[str]) -> str:

@@ -22,21 +22,30 @@ from typing import NamedTuple
 
 from raysl.errors import UserError
 from raysl.ingestion import labels, layout, metadata, tar
-from raysl.ingestion.found import Found, LeftOut, shown
+from raysl.ingestion.found import LeftOut, shown
 from raysl.ingestion.listing import (
+    ARCHIVE,
     HIDDEN,
     IMAGE,
     LABEL_TABLES,
     OTHER,
     File,
     Survey,
-    by_split,
-    files_below,
     is_hidden,
     kind_of,
     stamp,
 )
-from raysl.ingestion.sources import Confidence, Place, ReadConfig, Row, Unit, UnitSize, choose_split
+from raysl.ingestion.sources import (
+    Confidence,
+    Place,
+    ReadConfig,
+    Row,
+    Unit,
+    UnitSize,
+    choose_split,
+    files_ending,
+    read_split,
+)
 from raysl.storage import Folder
 from raysl.stream.formats import JPEG, looks_like_image
 
@@ -44,7 +53,7 @@ SUMMARY = (
     "tar and zip archives, WebDataset shards: shard-000000.tar, photos.tar.gz, photos.zip, s3://bucket/shards"
 )
 
-_TAR = (".tar", ".tgz", ".tar.gz", ".tar.bz2", ".tbz2", ".tar.xz", ".txz", ".tar.zst")
+_SUFFIXES = (".tar", ".tgz", ".tar.gz", ".tar.bz2", ".tbz2", ".tar.xz", ".txz", ".tar.zst", ".zip")
 # Larger members are not taken into memory.
 _MOST_BYTES = 1 << 30
 _MOST_LABEL_BYTES = 1 << 24
@@ -55,24 +64,15 @@ _PREFERRED = ("jpg", "jpeg", "png", "webp", "image", "img")
 
 
 def recognise(place: Place) -> Confidence:
-    if place.uri.lower().endswith((*_TAR, ".zip")) and not place.is_folder and Folder(place.uri).exists():
+    if place.uri.lower().endswith(_SUFFIXES) and not place.is_folder and Folder(place.uri).exists():
         return Confidence.IS
     if not place.is_folder:
         return Confidence.NO
     survey, _ = place.survey
-    archives = survey.others().kinds.get("archives", (0, ""))[0]
+    archives = survey.others().kinds.get(ARCHIVE, (0, ""))[0]
     # A few loose pictures beside many archives, such as a preview, are not the data set.
-    few = (
-        survey.images() <= min(archives, 20) and 100 * survey.num_bytes[IMAGE] < survey.num_bytes["archives"]
-    )
-    return Confidence.IS if few and _archives(place) else Confidence.NO
-
-
-def _archives(place: Place) -> list[File]:
-    if not place.is_folder:
-        return list(files_below(place.uri, 1))
-    files = files_below(place.uri, 3, follow_links=place.config.follow_links)
-    return [file for file in files if file.path.lower().endswith((*_TAR, ".zip"))]
+    few = survey.images() <= min(archives, 20) and 100 * survey.num_bytes[IMAGE] < survey.num_bytes[ARCHIVE]
+    return Confidence.IS if few and files_ending(place, _SUFFIXES) else Confidence.NO
 
 
 class Member(NamedTuple):
@@ -219,23 +219,8 @@ class Source:
 
     def __init__(self, place: Place) -> None:
         self._place = place
-        files = {file.path: file for file in _archives(place)}
-        splits = by_split(files)
-        split = choose_split(place, sorted(splits.keys() - {""})) if len(splits.keys() - {""}) else ""
-        self._files = [files[path] for path in splits[split]]
-        self._split = split
-        left_out = LeftOut()
-        if place.is_folder:
-            survey, hidden = place.survey
-            left_out.update(hidden)
-            left_out.update(survey.others())
-            left_out.kinds.pop("archives", None)
-            if survey.images():
-                left_out.add("images beside the archives", survey.first(), survey.images())
-        if split and splits.get(""):
-            left_out.add("archives of no split", splits[""][0], len(splits[""]))
-        self.found = Found("tar and zip archives", splits=tuple(sorted(splits.keys() - {""})), split=split)
-        self.found.left_out = left_out
+        self._files, self.found = read_split(place, files_ending(place, _SUFFIXES), ARCHIVE, inner=True)
+        self._split = split = self.found.split
         self._listings: list[Listing] | None = None
         inner = self._inner_split(place)
         self.name = str(replace(place, split=split or inner))

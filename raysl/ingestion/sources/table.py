@@ -18,9 +18,9 @@ import pyarrow.compute as pc
 
 from raysl.errors import UserError
 from raysl.ingestion import labels, tables
-from raysl.ingestion.found import Found, shown
-from raysl.ingestion.listing import IMAGE, File, by_split, files_below, read_bytes, stamp
-from raysl.ingestion.sources import Confidence, Place, Row, Unit, UnitSize, choose_split
+from raysl.ingestion.found import shown
+from raysl.ingestion.listing import ARCHIVE, IMAGE, TABLE, File, read_bytes, stamp
+from raysl.ingestion.sources import Confidence, Place, Row, Unit, UnitSize, files_ending, read_split
 from raysl.storage import Folder
 
 SUMMARY = (
@@ -48,7 +48,7 @@ def recognise(place: Place) -> Confidence:
         return Confidence.NO
     if not survey.images():
         # Archives of images with a table of captions, as img2dataset leaves them, are archives.
-        archives = survey.others().kinds.get("archives", (0, ""))[0]
+        archives = survey.others().kinds.get(ARCHIVE, (0, ""))[0]
         return Confidence.COULD_BE if archives else Confidence.IS
     try:
         with tables.opened(place.uri, files[0].path) as table:
@@ -58,15 +58,9 @@ def recognise(place: Place) -> Confidence:
 
 
 def _files(place: Place) -> list[File]:
-    if not place.is_folder:
-        return list(files_below(place.uri, 1))
-    files = files_below(place.uri, 3, follow_links=place.config.follow_links)
     # Hugging Face leaves "cache-..." beside the files of a data set that it changed.
-    return [
-        file
-        for file in files
-        if file.path.lower().endswith(_BINARY) and not file.path.rpartition("/")[2].startswith("cache-")
-    ]
+    files = files_ending(place, _BINARY)
+    return [file for file in files if not file.path.rpartition("/")[2].startswith("cache-")]
 
 
 class Columns(NamedTuple):
@@ -94,25 +88,11 @@ class Source:
 
     def __init__(self, place: Place) -> None:
         self._place = place
-        files = {file.path: file for file in _files(place)}
-        splits = by_split(files)
-        named = sorted(splits.keys() - {""})
-        split = choose_split(place, named)
-        self._files = [files[path] for path in splits[split]]
-        self.name = str(replace(place, split=split))
+        self._files, self.found = read_split(place, _files(place), TABLE)
+        self.name = str(replace(place, split=self.found.split))
         kinds = {file.path.rpartition(".")[2] or place.uri.rpartition(".")[2] for file in self._files}
         many = "one table" if len(self._files) == 1 else f"{len(self._files):,} tables"
-        self.found = Found(f"{many} ({', '.join(sorted(kinds))})", splits=tuple(named), split=split)
-        if place.is_folder:
-            survey, left_out = place.survey
-            others = survey.others()
-            others.kinds.pop("tables", None)
-            self.found.left_out.update(left_out)
-            self.found.left_out.update(others)
-            if survey.images():
-                self.found.left_out.add("images beside the tables", survey.first(), survey.images())
-        if split and splits.get(""):
-            self.found.left_out.add("tables of no split", splits[""][0], len(splits[""]))
+        self.found.layout = f"{many} ({', '.join(sorted(kinds))})"
         with ThreadPoolExecutor(_IN_PARALLEL) as pool:
             self._columns = list(pool.map(self._columns_of, self._files))
         self._reconcile()

@@ -2,16 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
-from typing import NoReturn
-
-from raysl.errors import UserError
-from raysl.ingestion.found import Found, shown
-from raysl.ingestion.listing import kind_of
-from raysl.ingestion.sources import Confidence, Place, Row, Unit, UnitSize
-from raysl.storage import Folder
-
-SUMMARY = ""
+from raysl.ingestion.found import shown
+from raysl.ingestion.listing import Survey, kind_of
 
 _AS_FOLDER = "write its images as files in class folders, or as Parquet with the columns image and label"
 _PICKLED = f"a file of pickled objects, which could run code: load it where you trust it and {_AS_FOLDER}"
@@ -48,53 +40,26 @@ _LOGS = {
 }
 
 
-def recognise(place: Place) -> Confidence:
-    if place.is_folder and _log_of(place):
-        return Confidence.SIGNATURE
-    return Confidence.COULD_BE if _form(place) else Confidence.NO
+def refusal(uri: str, survey: Survey | None, recognised: bool) -> str:
+    """Return what a source is and the way to convert it, as the end of a sentence; "" if it is of no kind known here.
 
-
-def _log_of(place: Place) -> str:
-    return next((log for log in _LOGS if any(log in at.split("/") for at in place.survey[0].folders)), "")
-
-
-def _form(place: Place) -> str:
-    """Return what a place holds and the way to convert it; "" if it is unknown."""
-    if place.is_folder:
-        survey = place.survey[0]
-        if log := _log_of(place):
+    Args:
+        survey: the files of a folder; None for a file.
+        recognised: raysl reads sources of this kind, unless a log beside its files says which are valid.
+    """
+    if survey is not None:
+        if log := next((log for log in _LOGS if any(log in at.split("/") for at in survey.folders)), ""):
             return f"holds {log}/, so it is {_LOGS[log]} {_AS_FOLDER}"
         path = next((path for path in survey.examples.values() if _suffix(path) in _FORMS), "")
-        return f"holds {shown(path)}, {_FORMS[_suffix(path)]}" if path and not survey.images() else ""
-    if _suffix(place.uri) in _FORMS and Folder(place.uri).exists():
-        return f"is {_FORMS[_suffix(place.uri)]}"
-    if kind_of(place.uri) == "image" and Folder(place.uri).exists():
-        return "is one image: name the folder that it lies in"
-    return ""
+        return f"holds {shown(path)}, {_FORMS[_suffix(path)]}" if path and not recognised else ""
+    if recognised:
+        return ""
+    if _suffix(uri) in _FORMS:
+        return f"is {_FORMS[_suffix(uri)]}"
+    return "is one image: name the folder that it lies in" if kind_of(uri) == "image" else ""
 
 
 def _suffix(path: str) -> str:
     # TFRecord files may be called train.tfrecord-00000-of-00010.
     name = path.rpartition("/")[2].lower()
     return ".tfrecord" if ".tfrecord" in name else name[name.rfind(".") :] if "." in name else ""
-
-
-class Source:
-    """Refuses to open."""
-
-    name: str
-    encoded_here = False
-    found: Found
-
-    def __init__(self, place: Place) -> None:
-        raise UserError(f"The source {place.uri!r} {_form(place)}.")
-
-    def stamp(self) -> NoReturn:
-        raise NotImplementedError
-
-    def units(self, size: UnitSize) -> Iterator[Unit]:
-        raise NotImplementedError
-
-
-def read(unit: Unit) -> Iterator[Row]:
-    raise NotImplementedError
