@@ -3,9 +3,9 @@
     git worktree add --detach ../before COMMIT
     python benchmarks/ingest_speed.py --before ../before --photos PHOTOS --out results/ingest/speed.jsonl
 
-Two processes live through all rounds and ingest the same source by turns, in changing order. The tasks run inside of the
-process instead of in Ray, whose own time is not of interest here. The images lie as files in class folders: the photographs are
-copied under several names, the small images are noise.
+Two processes live through all rounds and ingest the same source by turns, in changing order. The tasks run inside of
+the process instead of in Ray, whose own time is not of interest here. The images lie as files in class folders: the
+photographs are copied under several names, the small images are noise.
 """
 
 from __future__ import annotations
