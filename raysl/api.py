@@ -345,9 +345,10 @@ def export(run: AnyRun, config: ExportConfig | None = None, **fields: Any) -> st
 
     settings = configure(Config, config, fields)
     opened = Run.open(uri(run))
-    from raysl.model_export import export as write
+    with console.working("Writing the weights ..."):
+        from raysl.model_export import export as write
 
-    return str(write(opened, settings))
+        return str(write(opened, settings))
 
 
 def views(
