@@ -3,10 +3,11 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import Literal
+from typing import Annotated, Literal
 
-from raysl import probes
+from raysl import fields, probes
 from raysl.errors import UserError
+from raysl.fields import Bounds, Seed
 
 Searcher = Literal["grid", "random", "optuna", "hyperopt", "nevergrad"]
 Scheduler = Literal["none", "asha", "median", "pbt", "hyperband"]
@@ -55,32 +56,24 @@ class SweepConfig:
     validation: str = ""
     test: str = ""
     probe: str = "knn"
-    seeds: tuple[int, ...] = (0, 1)
+    seeds: Annotated[tuple[int, ...], Bounds(0, 2**63 - 1)] = (0, 1)
     searcher: Searcher = "grid"
-    samples: int = 16
+    samples: Annotated[int, Bounds(low=1)] = 16
     scheduler: Scheduler = "none"
-    rungs: int = 0
-    reduction: int = 3
-    max_concurrent: int = 0
-    gpus_per_worker: float = 1
+    rungs: Annotated[int, Bounds(low=0)] = 0
+    reduction: Annotated[int, Bounds(low=2)] = 3
+    max_concurrent: Annotated[int, Bounds(low=0)] = 0
+    gpus_per_worker: Annotated[float, Bounds(above=0, high=1, hint="a whole GPU")] = 1
     share_stream: bool = True
-    lag: int = 4
-    seed: int = 0
+    lag: Annotated[int, Bounds(low=1)] = 4
+    seed: Seed = 0
     retry: bool = False
 
     def __post_init__(self) -> None:
         if not self.vary:
             raise UserError("A sweep varies at least one field. Give --vary, for example --vary temperature.")
         check_seeds(self.seeds)
-        least = {"samples": 1, "rungs": 0, "reduction": 2, "max_concurrent": 0, "lag": 1}
-        for name, low in least.items():
-            if getattr(self, name) < low:
-                flag = name.replace("_", "-")
-                raise UserError(f"--{flag} is {getattr(self, name)}; it must be at least {low}.")
-        if not 0 < self.gpus_per_worker <= 1:
-            raise UserError(
-                f"--gpus-per-worker is {self.gpus_per_worker}; it must be above 0 and at most 1, a whole GPU."
-            )
+        fields.check(self)
         check_probe(self.probe)
         self._check_combination()
 

@@ -25,15 +25,8 @@ from raysl.tuning.preparation import PreparedSweep
 _APART = ("batch_size", "backbone", "precision")
 
 
-@dataclass(frozen=True)
-class _Reading:
-    """What runs at one stream have in common: the images of every step, and the work of a step."""
-
-    plan: Plan
-    until: int
-    place: str
-    backbone: BackboneConfig
-    precision: str
+# Runs at one stream have these in common: plan, last step, place of augmentation, backbone, and precision.
+_Reading = tuple[Plan, int, str, BackboneConfig, str]
 
 
 @dataclass
@@ -122,8 +115,7 @@ class StreamBroker:
         self._streams = [shared for shared in self._streams if shared.runs]
 
     def _reading(self, config: Pretraining, until: int) -> _Reading:
-        plan = config.plan(self._images)
-        return _Reading(plan, until, config.stream.place, config.backbone, config.precision)
+        return config.plan(self._images), until, config.stream.place, config.backbone, config.precision
 
     def _stream(self, config: Pretraining) -> Stream:
         """Return the stream that a run would have. Its views do not depend on the backbone; a small one is built."""

@@ -13,6 +13,7 @@ from typing import Any
 
 from raysl import ray_cluster
 from raysl.config import FREE, Pretraining, differences
+from raysl.dataset import DataSet
 from raysl.errors import UserError
 from raysl.evaluation.evaluate import probe
 from raysl.ray_cluster.lock import DriverLock
@@ -288,41 +289,37 @@ def _reason(record: Any) -> str:
 
 def _extras(prepared: PreparedSweep, journal: Journal) -> None:
     """Score the baselines on the images that trials were compared on, and the chosen trial once on the test images."""
-    record = SweepResults(journal)
-    best = record.best()
+    results = SweepResults(journal)
+    best = results.best()
     if best is None:
         return
-    config = prepared.config
-    train, validation = str(prepared.train.folder), str(prepared.validation.folder)
-    for seed in config.seeds:
-        run = Run(journal.folder / record.scores[best, seed, record.num_rungs - 1]["run"])
-        _score(journal, "baseline", run, seed, (train, validation), config.probe, ("random", "pixels"))
-        if prepared.test is not None:
-            data = str(prepared.train.folder), str(prepared.test.folder)
-            encoders = ("trained", "random", "pixels")
-            _score(journal, "test", run, seed, data, config.probe, encoders, trial=best)
+    wanted: list[tuple[str, DataSet, tuple[str, ...], int | None]]
+    wanted = [("baseline", prepared.validation, ("random", "pixels"), None)]
+    if prepared.test is not None:
+        wanted.append(("test", prepared.test, ("trained", "random", "pixels"), best))
+    for seed in prepared.config.seeds:
+        run = Run(journal.folder / results.scores[best, seed, results.num_rungs - 1]["run"])
+        for event, judged, encoders, chosen in wanted:
+            there = {(row["encoder"], row["seed"], row["chosen"]) for row in journal.of(event)}
+            left = tuple(encoder for encoder in encoders if (encoder, seed, chosen) not in there)
+            for row in _scored(run, prepared, judged, left) if left else ():
+                score = {
+                    "encoder": row["encoder"],
+                    "seed": seed,
+                    "score": float(row["value"]),
+                    "chosen": chosen,
+                }
+                journal.add({"event": event, **score})
 
 
-def _score(
-    journal: Journal,
-    event: str,
-    run: Run,
-    seed: int,
-    data: tuple[str, str],
-    name: str,
-    encoders: tuple[str, ...],
-    trial: int | None = None,
-) -> None:
-    there = {(row["encoder"], row["seed"], row.get("chosen")) for row in journal.of(event)}
-    left = tuple(encoder for encoder in encoders if (encoder, seed, trial) not in there)
-    if not left:
-        return
+def _scored(
+    run: Run, prepared: PreparedSweep, judged: DataSet, encoders: tuple[str, ...]
+) -> list[dict[str, Any]]:
+    """Return the primary rows of the sweep's probe. The features are used once and are not kept."""
     features = run.folder / "features-baselines"
+    data, names = (str(prepared.train.folder), str(judged.folder)), (prepared.config.probe,)
     try:
-        rows = probe(run, *data, probes=(name,), encoders=left, cache=features)
+        rows = probe(run, *data, probes=names, encoders=encoders, cache=features)
     finally:
         features.delete()
-    for row in rows:
-        if row["primary"]:
-            found = {"encoder": row["encoder"], "seed": seed, "score": float(row["value"]), "chosen": trial}
-            journal.add({"event": event, **found})
+    return [row for row in rows if row["primary"]]

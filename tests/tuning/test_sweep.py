@@ -31,7 +31,7 @@ pytestmark = [pytest.mark.ray, pytest.mark.timeout(1200)]
 FLAGS = (
     "--epochs 2 --batch-size 16 --workers 1 --view.image-size 16 --view.recipe plain --save.every-steps 4 "
     "--pirl.num-negatives 32 --pirl.dim 16 --vary optim.lr=0.3,1e-6,2e-6 --scheduler asha --rungs 2 --reduction 2 "
-    "--seeds 0 1 --max-concurrent 1"
+    "--seeds 0 --max-concurrent 1"
 )
 
 
@@ -92,14 +92,24 @@ def test_a_sweep(ray_session: None, data: tuple[str, str], tmp_path: Path) -> No
 
 
 @pytest.mark.slow
-def test_a_killed_driver(ray_session: None, data: tuple[str, str], tmp_path: Path) -> None:
+def test_a_killed_driver(data: tuple[str, str], tmp_path: Path) -> None:
     """It is killed when one trial is stopped and another has not begun; the same command makes the same table."""
-    settings: dict[str, Any] = {"vary": ("optim.lr=0.3,1e-6,2e-6",), "seeds": (0, 1)}
-    undisturbed = sweep(base(data), config(data, tmp_path / "undisturbed", **settings))
+    command = [
+        sys.executable,
+        "-m",
+        "raysl",
+        "sweep",
+        *FLAGS.split(),
+        "--data",
+        data[0],
+        "--validation",
+        data[1],
+    ]
+    subprocess.run([*command, "--out", str(tmp_path / "undisturbed")], check=True, stdout=subprocess.DEVNULL)
+    undisturbed = Folder(str(tmp_path / "undisturbed")).read_json("table.json")
     assert {row["trial"]: row["state"] for row in undisturbed} == {0: "finished", 1: "stopped", 2: "stopped"}
     out = tmp_path / "sweep"
-    command = [sys.executable, "-m", "raysl", "sweep", *FLAGS.split()]
-    command += ["--data", data[0], "--validation", data[1], "--out", str(out)]
+    command += ["--out", str(out)]
     first = subprocess.Popen(command, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
     deadline = time.monotonic() + 900
     while not (out / NAME).exists() or '"goes_on": false' not in (out / NAME).read_text():
@@ -117,6 +127,34 @@ def test_a_killed_driver(ray_session: None, data: tuple[str, str], tmp_path: Pat
     stopped = [row["trial"] for row in after.of("decision") if not row["goes_on"]]
     assert (stopped, before.count(b'"goes_on": false')) == ([1, 2], 1)
     assert after.folder.read_json("table.json") == undisturbed
+
+
+@pytest.mark.slow
+def test_a_population_copies_weights(ray_session: None, data: tuple[str, str], tmp_path: Path) -> None:
+    """The worse of two trials continues from the checkpoint of the better one, byte for byte, with another value."""
+    out = tmp_path / "sweep"
+    settings: dict[str, Any] = {
+        "vary": ("optim.lr=1e-6..0.3",),
+        "searcher": "random",
+        "scheduler": "pbt",
+        "samples": 2,
+    }
+    rows = sweep(base(data), config(data, out, **settings))
+    assert [row["state"] for row in rows] == ["finished", "finished"]
+    results = SweepResults.open(str(out))
+    copies = {row["trial"]: row["copies"] for row in results.journal.of("decision") if row["rung"] == 0}
+    ((trial, donor),) = [(trial, donor) for trial, donor in copies.items() if donor is not None]
+    assert results.means(donor)[0] >= results.means(trial)[0]
+    assert results.values(trial, 1) != results.values(trial, 0)
+    there, copied = (
+        out / "trials" / home / "seed-0" / "checkpoints" / "step-000000006"
+        for home in (f"{donor:04d}", f"{trial:04d}/from-rung-1")
+    )
+    files = sorted(path.name for path in there.iterdir())
+    assert files
+    assert [(copied / name).read_bytes() for name in files] == [(there / name).read_bytes() for name in files]
+    continued = results.scores[trial, 0, 1]
+    assert (continued["step"], continued["run"]) == (12, f"trials/{trial:04d}/from-rung-1/seed-0")
 
 
 def test_a_sweep_of_raysl_0_1_is_not_continued(
