@@ -1,11 +1,12 @@
-"""What a sweep costs beside its runs: four trials one after the other, and the same four runs without a sweep.
+"""Measure the cost of a sweep beside its runs: four trials one after the other, and the same four runs without a sweep.
 
     python benchmarks/sweep.py --out results/sweep/overhead.jsonl
 
 Each round times both, one after the other, in processes of their own: `runs` pretrains and probes the four
-configurations in turn through the Python API, `sweep` is `raysl.tuning.sweep.sweep` over them with one run at a time.
-The ratio is of times of the same round. Besides: seconds from the command `raysl sweep` to the checkpoint of the first
-step of its first trial, and the same of `raysl pretrain`.
+configurations in turn through the Python API, `sweep` is `raysl.tuning.sweep.sweep` over them with one run at a time,
+and `rungs` is the same sweep with three rungs for each trial. The ratio is of times of the same round; the cost of a
+rung is the difference of the two sweeps by their eight more rungs. Besides: seconds from the command `raysl sweep` to
+the checkpoint of the first step of its first trial, and the same of `raysl pretrain`.
 """
 
 from __future__ import annotations
@@ -40,19 +41,21 @@ _RUNS = """
 from raysl.evaluation.evaluate import probe
 from raysl.training.launch import pretrain
 for temperature in TRIALS:
-    probe(pretrain(base(f"{out}/{temperature}", temperature)), data, test, probes=("knn",), encoders=("trained",))
+    # A sweep scores the baselines too, once.
+    encoders = ("trained", "random", "pixels") if temperature == TRIALS[-1] else ("trained",)
+    probe(pretrain(base(f"{out}/{temperature}", temperature)), data, test, probes=("knn",), encoders=encoders)
 """
 _SWEEP = """
 from raysl.tuning.config import SweepConfig
 from raysl.tuning.sweep import sweep
 vary = ("temperature=" + ",".join(map(str, TRIALS)),)
-sweep(base("-", 0.1), SweepConfig(out, vary, validation=test, seeds=(0,), max_concurrent=1))
+sweep(base("-", 0.1), SweepConfig(out, vary, validation=test, seeds=(0,), max_concurrent=1, rungs=RUNGS))
 """
 
 
 @dataclass(frozen=True)
 class Flags:
-    """Times a sweep and its runs.
+    """Time a sweep and its runs.
 
     Args:
         data: labelled images that are learned from.
@@ -70,7 +73,7 @@ class Flags:
 
 
 def main(flags: Flags) -> None:
-    """Measures, prints, and adds to the file of rows."""
+    """Measure, print, and add to the file of rows."""
     ray_cluster.start()
     data, test = (str(resolve(name).folder) for name in (flags.data, flags.test))
     import ray
@@ -79,7 +82,7 @@ def main(flags: Flags) -> None:
     rows: list[dict[str, Any]] = []
     for number in range(flags.rounds):
         with tempfile.TemporaryDirectory(prefix="raysl-bench-sweep-") as scratch:
-            arms = {"runs": _RUNS, "sweep": _SWEEP}
+            arms = {"runs": _RUNS, "sweep": f"RUNGS = 1{_SWEEP}", "rungs": f"RUNGS = 3{_SWEEP}"}
             order = list(arms) if number % 2 == 0 else list(reversed(arms))
             times = {
                 arm: _timed(arms[arm], [data, test, f"{scratch}/{arm}", str(flags.epochs)]) for arm in order
@@ -92,6 +95,7 @@ def main(flags: Flags) -> None:
             "runs_s": round(times["runs"], 1),
             "sweep_s": round(times["sweep"], 1),
             "ratio": round(times["sweep"] / times["runs"], 3),
+            "rung_s": round((times["rungs"] - times["sweep"]) / (2 * len(TRIALS)), 1),
             "pretrain_first_step_s": round(first["pretrain"], 1),
             "sweep_first_step_s": round(first["sweep"], 1),
             "epochs": flags.epochs,
@@ -106,7 +110,7 @@ def main(flags: Flags) -> None:
 
 
 def _timed(program: str, arguments: list[str]) -> float:
-    """Seconds of a program in a process of its own."""
+    """Return the seconds of a program in a process of its own."""
     code = f"TRIALS = {TRIALS}\n{_SHARED}{program}"
     started = time.perf_counter()
     subprocess.run([sys.executable, "-c", code, *arguments], check=True, stdout=subprocess.DEVNULL)
@@ -114,16 +118,18 @@ def _timed(program: str, arguments: list[str]) -> float:
 
 
 def _first_step(verb: str, data: str, test: str, out: str) -> float:
-    """Seconds from the command to the checkpoint of the first step; the command is then stopped."""
+    """Return the seconds from the command to the checkpoint of the first step; the command is then stopped."""
     command = [sys.executable, "-m", "raysl", verb, "--data", data, "--workers", "1"]
     command += "--batch-size 128 --pirl.num-negatives 1024 --save.every-steps 1".split()
     command += (
-        ["--run", out] if verb == "pretrain" else ["--out", out, "--test", test, "--vary", "temperature=0.2"]
+        ["--run", out]
+        if verb == "pretrain"
+        else ["--out", out, "--validation", test, "--vary", "temperature=0.2"]
     )
     run = Path(out) if verb == "pretrain" else Path(out) / "trials" / "0000" / "seed-0"
     started = time.perf_counter()
     process = psutil.Popen(command, stdout=subprocess.DEVNULL)
-    while not list(run.glob("checkpoints/step-*/receipt-*")):
+    while not list(run.glob("checkpoints/step-*/manifest-*")):
         if process.poll() is not None:
             raise RuntimeError(f"raysl {verb} ended before its first step")
         time.sleep(0.05)

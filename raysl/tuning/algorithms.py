@@ -13,10 +13,10 @@ from raysl.tuning.space import Space
 
 def check_installed(name: str) -> None:
     """Raise UserError for a searcher whose package is not installed."""
-    if name not in ("grid", "random") and importlib.util.find_spec(name) is None:
+    if name == "optuna" and importlib.util.find_spec(name) is None:
         raise UserError(
-            f"--searcher {name} needs the package {name}, which is not installed. Install "
-            f"{'raysl[search]' if name == 'optuna' else name}, or use --searcher random."
+            "--searcher optuna needs the package optuna, which is not installed. Install raysl[search], or use "
+            "--searcher random."
         )
 
 
@@ -49,14 +49,9 @@ def scheduler(config: SweepConfig, points: Space, times: tuple[int, ...]) -> Any
 
 
 def searcher(config: SweepConfig) -> Any:
-    """Return the searcher that a sweep asks for."""
-    from ray.tune import search
+    """Return the searcher of a sweep whose values depend on scores."""
+    from ray.tune.search.optuna import OptunaSearch
 
-    if config.searcher == "optuna":
-        optuna = importlib.import_module("optuna")
-        optuna.logging.set_verbosity(optuna.logging.WARNING)
-        return search.create_searcher("optuna", seed=config.seed)
-    if config.searcher == "hyperopt":
-        return search.create_searcher("hyperopt", random_state_seed=config.seed, n_initial_points=8)
-    optimizers = importlib.import_module("nevergrad").optimizers
-    return search.create_searcher("nevergrad", optimizer=optimizers.NGOpt)
+    optuna = importlib.import_module("optuna")
+    optuna.logging.set_verbosity(optuna.logging.WARNING)
+    return OptunaSearch(seed=config.seed)

@@ -9,7 +9,7 @@ from raysl import fields, probes
 from raysl.errors import UserError
 from raysl.fields import Bounds, Seed
 
-Searcher = Literal["grid", "random", "optuna", "hyperopt", "nevergrad"]
+Searcher = Literal["grid", "random", "optuna"]
 Scheduler = Literal["none", "asha", "median", "pbt", "hyperband"]
 
 _RUNGS = {"none": 1, "asha": 3, "median": 4, "pbt": 4, "hyperband": 3}
@@ -32,8 +32,7 @@ class SweepConfig:
         test: labelled data on which the chosen trial is scored once, at the end; none by default.
         probe: probe whose primary metric is the score; higher is better.
         seeds: every trial runs once with each seed; trials are compared by the mean.
-        searcher: "grid" tries all combinations, "random" draws; "optuna", "hyperopt" and "nevergrad" propose values
-            from the scores so far (each needs the package of that name).
+        searcher: "grid" tries all combinations, "random" draws, and "optuna" proposes values from the scores so far.
         samples: number of trials of all searchers except "grid". A continued sweep may ask for more.
         scheduler: "none" runs every trial to its end; "asha" and "median" stop trials that are behind earlier ones;
             "hyperband" halves brackets of trials; "pbt" lets the worst quarter continue from checkpoints of the best

@@ -2,20 +2,20 @@
 
 from __future__ import annotations
 
+import json
+import multiprocessing
 import random
-import subprocess
-import sys
 import time
 from pathlib import Path
+from typing import Any
 
-import psutil
 import pytest
 
 pytest.importorskip("ray.tune")
 
 from ray import tune
 
-from tests.tuning.toy import TRIALS, Notes, play
+from tests.tuning.toy import TRIALS, Notes, drive, play
 
 pytestmark = [pytest.mark.ray, pytest.mark.timeout(1200)]
 
@@ -62,48 +62,57 @@ def test_decisions_depend_on_results_only(
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize(("scheduler", "searcher"), COMBINATIONS)
-def test_ten_kills_of_the_driver_change_no_decision(
-    scheduler: str, searcher: str, ray_session: None, tmp_path: Path
-) -> None:
+def test_ten_kills_of_the_driver_change_no_decision(tmp_path: Path) -> None:
     """The driver is killed with -9 at ten random moments, and goes on at another speed."""
-    alone = undisturbed(tmp_path / "alone", scheduler, searcher)
-    folder = tmp_path / "killed"
-    folder.mkdir()
+    from ray.cluster_utils import Cluster
+
+    # Drivers begin as copies of a process that has imported all modules, and join a Ray that outlives them.
+    context = multiprocessing.get_context("forkserver")
+    context.set_forkserver_preload(
+        ["tests.tuning.toy", "raysl.tuning.algorithms", "raysl.tuning.result_order"]
+    )
+    machine = Cluster(initialize_head=True, head_node_args={"num_cpus": 2})
+    try:
+        for scheduler, searcher in COMBINATIONS:
+            alone = tmp_path / f"{scheduler}-{searcher}-alone"
+            alone.mkdir()
+            process = context.Process(
+                target=drive, args=(machine.address, alone, scheduler, searcher, 1, "none")
+            )
+            process.start()
+            process.join()
+            undisturbed = Notes(alone / "notes.jsonl").outcome()
+            killed = tmp_path / f"{scheduler}-{searcher}-killed"
+            killed.mkdir()
+            moments = kill_ten_times(context, machine.address, killed, scheduler, searcher)
+            outcome = Notes(killed / "notes.jsonl").outcome()
+            equal = outcome == undisturbed
+            row = {"scheduler": scheduler, "searcher": searcher, "killed_after": moments, "equal": equal}
+            print(json.dumps({**row, "results": len(outcome[0]), "decisions": len(outcome[3])}), flush=True)
+            assert len(undisturbed[1]) == TRIALS
+            assert equal
+    finally:
+        machine.shutdown()
+
+
+def kill_ten_times(context: Any, address: str, folder: Path, scheduler: str, searcher: str) -> list[int]:
+    """Kill drivers of a sweep and let the eleventh finish. Return the number of results at each kill."""
     generator = random.Random(f"{scheduler} {searcher}")
+    moments = []
     for kill in range(11):
-        at_once, slow = generator.choice([1, 2, 3]), generator.choice(["none", "odd", "first"])
-        command = [
-            sys.executable,
-            "-m",
-            "tests.tuning.toy",
-            str(folder),
-            scheduler,
-            searcher,
-            str(at_once),
-            slow,
-        ]
-        before = len(Notes(folder / "notes.jsonl").scores)
-        process = subprocess.Popen(command, stderr=subprocess.DEVNULL)
+        speed = generator.choice([1, 2, 3]), generator.choice(["none", "odd", "first"])
+        process = context.Process(target=drive, args=(address, folder, scheduler, searcher, *speed))
+        process.start()
         if kill == 10:
-            assert process.wait() == 0
+            process.join()
+            assert process.exitcode == 0
             break
-        # One to three new results, and a moment more: each driver comes a little farther.
-        wanted, more = before + generator.randint(1, 3), generator.random()
-        while len(Notes(folder / "notes.jsonl").scores) < wanted and process.poll() is None:
-            time.sleep(0.05)
+        # One or two new results, and a moment more: each driver comes a little farther.
+        wanted, more = len(Notes(folder / "notes.jsonl").scores) + generator.randint(1, 2), generator.random()
+        while len(Notes(folder / "notes.jsonl").scores) < wanted and process.is_alive():
+            time.sleep(0.02)
         time.sleep(more)
-        descendants = psutil.Process(process.pid).children(recursive=True) if process.poll() is None else []
         process.kill()
-        process.wait()
-        psutil.wait_procs(descendants, timeout=60)
-        print(
-            kill,
-            "killed with",
-            len(Notes(folder / "notes.jsonl").scores),
-            "results, status",
-            process.returncode,
-        )
-    outcome = Notes(folder / "notes.jsonl").outcome()
-    assert outcome == alone.outcome()
-    print(scheduler, searcher, len(outcome[0]), "results", len(outcome[3]), "decisions: equal")
+        process.join()
+        moments.append(len(Notes(folder / "notes.jsonl").scores))
+    return moments

@@ -1,9 +1,6 @@
 """A sweep of trials that last milliseconds, for the tests of schedulers and searchers.
 
-    python -m tests.tuning.toy FOLDER SCHEDULER SEARCHER AT_ONCE SLOW
-
-runs it on a Ray of its own, and continues what an earlier process left in FOLDER. Actors import this module
-too, so it imports little.
+The actors of trials import this module too, so it imports little.
 """
 
 from __future__ import annotations
@@ -11,7 +8,6 @@ from __future__ import annotations
 import hashlib
 import json
 import os
-import sys
 import time
 from pathlib import Path
 from typing import Any
@@ -164,9 +160,9 @@ def play(folder: Path, scheduler: Any, searcher: Any, at_once: int, slow: str, n
     return notes
 
 
-if __name__ == "__main__":
-    from raysl.ray_cluster import local_ray
+def drive(address: str, folder: Path, scheduler: str, searcher: str, at_once: int, slow: str) -> None:
+    """Run the sweep of toys on a Ray that is there, and continue what an earlier process left in the folder."""
+    import ray
 
-    local_ray.begin(num_cpus=2, object_store_memory=100_000_000, log_to_driver=False)
-    place = Path(sys.argv[1])
-    play(place, sys.argv[2], sys.argv[3], int(sys.argv[4]), sys.argv[5], Notes(place / "notes.jsonl"))
+    ray.init(address=address, logging_level="ERROR", log_to_driver=False)
+    play(folder, scheduler, searcher, at_once, slow, Notes(folder / "notes.jsonl"))
