@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import runpy
 import subprocess
 import sys
 import time
@@ -155,6 +156,20 @@ def test_a_population_copies_weights(ray_session: None, data: tuple[str, str], t
     assert [(copied / name).read_bytes() for name in files] == [(there / name).read_bytes() for name in files]
     continued = results.scores[trial, 0, 1]
     assert (continued["step"], continued["run"]) == (12, f"trials/{trial:04d}/from-rung-1/seed-0")
+
+
+@pytest.mark.slow
+def test_the_tuner_of_the_experiment(ray_session: None, tmp_path: Path) -> None:
+    """experiments/sweep_tune.py has a plain `tune.Tuner`; its scheduler sees the scores."""
+    script = runpy.run_path(str(Path(__file__).parents[2] / "experiments" / "sweep_tune.py"))
+    images = make_dataset(tmp_path / "images", 320)
+    flags = script["Flags"](str(images.folder), str(tmp_path / "sweep"), epochs=1, samples=2)
+    results = script["main"](flags)
+    assert not results.errors
+    for result in results:
+        assert set(result.config) == {"pirl.temperature", "optim.lr"}
+        assert 0 <= result.metrics["score"] <= 1
+    assert max(result.metrics["rung"] for result in results) == 3
 
 
 def test_a_sweep_of_raysl_0_1_is_not_continued(
