@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+import contextlib
 import json
 import logging
 import os
 import pickle
+import threading
 from collections.abc import Mapping
 from dataclasses import asdict, replace
 from pathlib import Path
@@ -164,13 +166,33 @@ def _run(prepared: PreparedSweep, journal: Journal) -> None:
             checkpoint_config=tune.CheckpointConfig(checkpoint_frequency=1),
         ),
     )
+    ended = threading.Event()
+    listener = threading.Thread(target=_log_messages, args=(task.messages, ended), daemon=True)
+    listener.start()
     try:
         tuner.fit()
     except tune.TuneError as error:  # Ray Tune wraps what its callbacks and schedulers raise.
         raise ray_cluster.user_error(error) or error from error
+    finally:
+        ended.set()
+        listener.join()
+
+
+def _log_messages(messages: Any, ended: threading.Event) -> None:
+    """Log what the runs of the sweep log, until the sweep ends or the machine with the queue is lost."""
+    from ray.exceptions import RayError
+    from ray.util.queue import Empty
+
+    with contextlib.suppress(RayError):
+        while not ended.is_set():
+            with contextlib.suppress(Empty):
+                level, text = messages.get(timeout=0.5)
+                _log.log(level, "%s", text)
 
 
 def _task(prepared: PreparedSweep, journal: Journal) -> Any:
+    from ray.util.queue import Queue
+
     from raysl.tuning.trainable import Task
 
     config = prepared.config
@@ -194,6 +216,7 @@ def _task(prepared: PreparedSweep, journal: Journal) -> Any:
         failures={f"{trial:04d}": reason for trial, reason in journal.failures().items()},
         points=[point(n) for n in range(prepared.num_trials)] if (point := prepared.point()) else (),
         broker=_broker(prepared),
+        messages=Queue(actor_options={"num_cpus": 0}),
     )
 
 

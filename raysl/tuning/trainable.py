@@ -68,6 +68,7 @@ class Task:
         failures: reasons of the trials that failed in earlier sessions, by name.
         points: values of all trials by number, if they are known before; for the broker.
         broker: actor that shares streams; see `raysl.tuning.shared_streams`. None without sharing.
+        messages: a `ray.util.queue.Queue` that gets (level, text) of what the runs log; None for no messages.
     """
 
     base: Pretraining
@@ -86,6 +87,7 @@ class Task:
     failures: Mapping[str, str] = field(default_factory=dict)
     points: Sequence[Values] = ()
     broker: Any = None
+    messages: Any = None
 
     def until(self, config: Pretraining, rung: int) -> int:
         """Return the step of a rung, counted from 0."""
@@ -108,6 +110,10 @@ class Trial(tune.Trainable):  # type: ignore[misc]
     task: Task
 
     def setup(self, config: Values) -> None:
+        if self.task.messages is not None:
+            logger = logging.getLogger("raysl")
+            logger.handlers = [_Forward(self)]
+            logger.setLevel(logging.INFO)
         self._begin(config)
 
     def reset_config(self, new_config: Values) -> bool:
@@ -227,6 +233,18 @@ class Trial(tune.Trainable):  # type: ignore[misc]
         near = [replace(configured(task.base, point), seed=config.seed) for point in points]
         place: Subscriber | None = ray.get(task.broker.subscriber.remote(config, until, start, near))
         return place
+
+
+class _Forward(logging.Handler):
+    """Send what is logged in the actor of a trial to the driver of the sweep."""
+
+    def __init__(self, trial: Trial) -> None:
+        super().__init__()
+        self._trial = trial
+
+    def emit(self, record: logging.LogRecord) -> None:
+        text = f"trial {int(self._trial.trial_name)}: {record.getMessage()}"
+        self._trial.task.messages.actor.put.remote((record.levelno, text))
 
 
 def tune_trainable(

@@ -69,10 +69,15 @@ def config(data: tuple[str, str], out: Path, **changes: Any) -> SweepConfig:
 
 
 @pytest.mark.slow
-def test_a_sweep(ray_session: None, data: tuple[str, str], tmp_path: Path) -> None:
+def test_a_sweep(
+    ray_session: None, data: tuple[str, str], tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
     """A trial that turns NaN is marked, the others are not affected, and a finished sweep is not run again."""
     out = tmp_path / "sweep"
-    rows = sweep(base(data), config(data, out, test=data[1]))
+    with caplog.at_level("INFO", "raysl"):
+        rows = sweep(base(data), config(data, out, test=data[1]))
+    # Progress of the runs reaches the driver.
+    assert any(message.startswith("trial 0: step") for message in caplog.messages)
     assert rows == Folder(str(out)).read_json("table.json")
     by_trial = {row["trial"]: row for row in rows}
     assert by_trial[0]["state"] == "finished"
