@@ -1,7 +1,7 @@
 # A new machine needs git, make and python3 with pip. `make demo` shows what raysl does; `make test` tests it.
 # Everything is installed inside this folder, and again only when pyproject.toml or constraints.txt has changed.
 
-.PHONY: demo test test-all quick check format docs cluster-e2e clean
+.PHONY: demo test test-all quick check format docs cluster-e2e gpu-check clean
 .NOTPARALLEL:
 
 SCRIPTS := $(wildcard experiments/*.py benchmarks/*.py examples/*.py)
@@ -49,6 +49,10 @@ check: .venv/.installed
 cluster-e2e: .venv/.installed
 	@echo "make: cluster.yaml from up to down on pretended machines (about 10 minutes on two cores)"
 	@.venv/bin/python -m pytest -s -rs tests/ray_cluster/test_end_to_end.py
+
+# About ten minutes on a machine with a GPU; without one it runs small, and says what it could not do.
+gpu-check: .venv/.installed
+	@.venv/bin/raysl doctor --gpu --out build/gpu-check.json
 
 clean:
 	rm -rf .venv .uv build dist *.egg-info .pytest_cache .mypy_cache .ruff_cache .hypothesis

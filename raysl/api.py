@@ -27,8 +27,7 @@ if TYPE_CHECKING:
     from raysl.clustering.options import KMeansConfig
     from raysl.config import Pretraining
     from raysl.dataset import DataSet
-    from raysl.diagnostics import DoctorConfig, Report
-    from raysl.diagnostics.machines import Fleet
+    from raysl.diagnostics import Certificate, DoctorConfig, Fleet, Report
     from raysl.evaluation.options import ProbeConfig
     from raysl.extraction import Encoder, FeaturesConfig, FeatureStore
     from raysl.ingestion import IngestConfig
@@ -401,8 +400,9 @@ def reproduce(run: AnyRun, config: ReproduceConfig | None = None, **fields: Any)
     return again(first, settings)
 
 
-def doctor(config: DoctorConfig | None = None, **fields: Any) -> Report | Fleet:
-    """Measure what limits the speed of a run on this machine; with `cluster=True`, look at a cluster.
+def doctor(config: DoctorConfig | None = None, **fields: Any) -> Report | Fleet | Certificate:
+    """Measure what limits the speed of a run on this machine; with `cluster=True`, look at a cluster; with `gpu=True`,
+    check the GPUs of this machine.
 
     Args:
         config, fields: the configuration; see `DoctorConfig`.
@@ -414,6 +414,6 @@ def doctor(config: DoctorConfig | None = None, **fields: Any) -> Report | Fleet:
     if not settings.cluster:
         dataset(settings.data)
     start_ray()
-    from raysl.diagnostics import examine, look
+    from raysl.diagnostics import diagnose
 
-    return look(settings) if settings.cluster else examine(settings)
+    return diagnose(settings)

@@ -221,7 +221,7 @@ class KMeansWorker:
         return stats, *(sums_kd[a:b] for a, b in update.chunk_ranges(len(centroids_kd), len(chunks)))
 
     def _search(self, centroids_md: Singles) -> Search:
-        return _FaissSearch(centroids_md, self.shard.threads)
+        return FaissSearch(centroids_md, self.shard.threads)
 
     def mean(self, counts_k: Integers, old_kd: Singles, *sums: Doubles) -> Singles:
         """Return the new centroids of one chunk, from the sums of all actors and the counts over all."""
@@ -267,7 +267,7 @@ class KMeansWorker:
         return self.take(np.array([self.shard.pieces[0].start + inside]))
 
 
-class _FaissSearch:
+class FaissSearch:
     """Exact nearest centroids, on the GPU that Ray has assigned or on the CPU."""
 
     def __init__(self, centroids_kd: Singles, threads: int) -> None:
@@ -275,7 +275,8 @@ class _FaissSearch:
 
         faiss.omp_set_num_threads(threads)
         self._index: Any = faiss.IndexFlatL2(centroids_kd.shape[1])
-        if hasattr(faiss, "get_num_gpus") and faiss.get_num_gpus() > 0:
+        self.on_gpu = hasattr(faiss, "get_num_gpus") and faiss.get_num_gpus() > 0
+        if self.on_gpu:
             self._memory = faiss.StandardGpuResources()  # Must outlive the index.
             self._index = faiss.index_cpu_to_gpu(self._memory, 0, self._index)
         self._index.add(np.ascontiguousarray(centroids_kd))

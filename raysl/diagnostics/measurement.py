@@ -125,7 +125,7 @@ def _training_costs(job: Job, rank: int, world: int, host: str, port: int) -> di
     dist.init_process_group(backend, store=store, rank=rank, world_size=world)
     try:
         worker = Worker(job, device)
-        batch = _batch(worker)
+        batch = first_batch(worker)
         step_s = _together_s(lambda: worker.update(worker.model, batch, lr=1e-3), device)
         gradients = torch.zeros(sum(p.numel() for p in worker.model.parameters()), device=device)
         all_reduce_s = _together_s(lambda: dist.all_reduce(gradients), device) if world > 1 else 0.0
@@ -134,7 +134,7 @@ def _training_costs(job: Job, rank: int, world: int, host: str, port: int) -> di
         dist.destroy_process_group()
 
 
-def _batch(worker: Worker) -> Batch:
+def first_batch(worker: Worker) -> Batch:
     """Make the first batch of this worker without data tasks."""
     plan = worker.plan
     stream = worker.model.stream(worker.job.dataset, rank=worker.rank, world=worker.world)

@@ -28,12 +28,13 @@ def problem() -> str:
     built = f"for CUDA {torch.version.cuda}" if torch.version.cuda else "without CUDA"
     return (
         f"Ray gives a worker a GPU, but torch {torch.__version__}, built {built}, cannot use it (NVIDIA driver: "
-        f"{_driver()}). Install a driver or a torch that match (CUDA 13 needs driver 580 or newer), or start Ray "
+        f"{driver()}). Install a driver or a torch that match (CUDA 13 needs driver 580 or newer), or start Ray "
         "with --num-gpus 0 to train on CPUs."
     )
 
 
-def _driver() -> str:
+def driver() -> str:
+    """Return the version of the NVIDIA driver of this machine, or "none found"."""
     command = ["nvidia-smi", "--query-gpu=driver_version", "--format=csv,noheader"]
     try:
         return subprocess.run(command, capture_output=True, text=True, timeout=30, check=True).stdout.split()[

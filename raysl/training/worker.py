@@ -132,7 +132,7 @@ class Worker:
         return int(ray.get(self.job.board.begin.remote(self.step, self.world, log.reached)))
 
     def _loop(self, log: MetricsLog | None, lost_steps: int) -> None:
-        distributed = self._distributed()
+        distributed = self.distributed()
         meter = Meter(self.step, self.plan, self.world, lost_steps)
         queue = DeviceQueue(self.device)
         stop_sync = StopSync(self.step, StopSignal(self.job.board, self.rank), self.device)
@@ -155,7 +155,7 @@ class Worker:
                 self._check(collective.mean(loss.loss).item())
                 if log is not None:
                     log.flush()
-                self._save()
+                self.save()
             if leave:
                 break
         self.saver.wait()
@@ -188,7 +188,8 @@ class Worker:
         dtype = torch.bfloat16 if self.config.precision == "bf16" else torch.float16
         return torch.autocast(self.device.type, dtype)
 
-    def _distributed(self) -> nn.Module:
+    def distributed(self) -> nn.Module:
+        """Return the model to train: with synchronised BatchNorm, compiled and data-parallel, as configured."""
         if self.config.backbone.norm == "sync" and self.world > 1:
             norm.synchronise(self.model, self.device)
         model: nn.Module = self.model
@@ -221,7 +222,7 @@ class Worker:
             if self.job.board is not None:
                 self.job.board.post.remote(row)
 
-    def _save(self) -> None:
+    def save(self) -> None:
         """Save the network by rank 0, and the bank by rank 0 if it is replicated, otherwise by every worker."""
         mine = self.rank == 0 or self.config.bank.placement == "sharded"
         bank = self.bank.state() if self.bank is not None and mine else None

@@ -95,7 +95,7 @@ def step(dataset: DataSet, tmp_path: Path, name: str, place: Any, on_gpu: bool) 
     job = Job(config.to_json(), Run(Folder(str(tmp_path))), dataset, Placement(1.0, 1.0, DataShare(), 1))
     with pretended() if on_gpu else contextlib.nullcontext(Counts()) as counts:
         worker = Worker(job, CUDA if on_gpu else torch.device("cpu"))
-        model, stream, meter = worker._distributed(), worker._stream(), Meter(0, worker.plan)
+        model, stream, meter = worker.distributed(), worker._stream(), Meter(0, worker.plan)
         columns = [
             {key: values[0] for key, values in row.items()}
             for row in _Load(stream, 0, 2)({"id": np.arange(-(-2 // stream.plan.stretch))})

@@ -58,7 +58,7 @@ def test_an_interrupted_run_equals_an_uninterrupted_one(tmp_path: Path, backbone
     expected = steps(whole, 4)
     first = Worker(job(tmp_path / "run", dataset, backbone), torch.device("cpu"))
     begun = steps(first, 2)
-    first._save()
+    first.save()
     first.saver.wait()
     torch.manual_seed(99)
     second = Worker(first.job, torch.device("cpu"))

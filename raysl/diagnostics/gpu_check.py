@@ -1,0 +1,336 @@
+"""Check and measure the GPUs of this machine: `raysl doctor --gpu`. The result is a certificate in JSON.
+
+Every check also runs without a GPU, at a small size on the CPU, so that the program is known to work before it is taken
+to a machine with a GPU. What needs one, or several, is named as not done.
+"""
+
+from __future__ import annotations
+
+import functools
+import itertools
+import json
+import logging
+import os
+import platform
+import tempfile
+import time
+import traceback
+from collections.abc import Callable, Mapping
+from dataclasses import asdict, dataclass, field, replace
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+import torch.nn.functional as F
+from torch import nn
+
+from raysl.backbone.network import BackboneConfig
+from raysl.backbone.network import build as build_backbone
+from raysl.checkpoint import SaveConfig
+from raysl.clustering.kmeans_worker import FaissSearch
+from raysl.config import Pretraining, ViewConfig
+from raysl.dataset import DataSet
+from raysl.diagnostics.measurement import first_batch
+from raysl.ray_cluster import gpus
+from raysl.ray_cluster.placement import Placement
+from raysl.ray_cluster.versions import versions
+from raysl.run import Run
+from raysl.storage import Folder
+from raysl.stream.reader import Batch, DataShare, StreamConfig
+from raysl.training.worker import Job, Worker
+
+_log = logging.getLogger("raysl.diagnostics")
+
+Numbers = dict[str, float | int | str | bool]
+
+
+@dataclass(frozen=True)
+class Certificate:
+    """What was measured, on which machine.
+
+    Args:
+        machine: names of the processor and the GPU, memory, and versions of drivers and packages.
+        checks: the numbers of each check by its name.
+        not_done: why a check was not done, or how it failed, by its name.
+    """
+
+    machine: Mapping[str, Any]
+    checks: Mapping[str, Numbers] = field(default_factory=dict)
+    not_done: Mapping[str, str] = field(default_factory=dict)
+
+
+class Bench:
+    """The sizes of the checks, and workers that take real training steps without Ray.
+
+    Args:
+        dataset: images that the steps are made of.
+        on_gpu: use the GPU with the backbone and image size of PIRL's paper; otherwise the CPU, at a small size.
+    """
+
+    def __init__(self, dataset: DataSet, on_gpu: bool) -> None:
+        self.dataset = dataset
+        self.device = torch.device("cuda:0" if on_gpu else "cpu")
+        self.steps = 20 if on_gpu else 2
+        self.config = Pretraining(
+            data=str(dataset.folder),
+            run="-",
+            method="pirl-jigsaw",
+            epochs=1,
+            batch_size=min(128 if on_gpu else 8, dataset.num_images),
+            workers=1,
+            precision="bf16" if on_gpu else "fp32",
+            view=ViewConfig(224 if on_gpu else 32),
+            backbone=BackboneConfig("resnet50" if on_gpu else "small"),
+            parts={"pirl": {"num_negatives": min(4096, dataset.num_images - 1)}},
+        )
+
+    def worker(self, **changes: Any) -> Worker:
+        """Return a training worker on the device with changed fields of the configuration."""
+        config = replace(self.config, **changes)
+        job = Job(config.to_json(), Run(Folder("-")), self.dataset, Placement(1.0, 1.0, DataShare(), 1))
+        return Worker(job, self.device)
+
+    def seconds(self, work: Callable[[], object], times: int | None = None) -> float:
+        """Return the mean seconds of work on the device after two runs to warm up."""
+        times = times or self.steps
+        for _ in range(2):
+            work()
+        self.finish()
+        started = time.perf_counter()
+        for _ in range(times):
+            work()
+        self.finish()
+        return (time.perf_counter() - started) / times
+
+    def finish(self) -> None:
+        """Wait for the device."""
+        if self.device.type == "cuda":
+            torch.cuda.synchronize(self.device)
+
+
+def step_speed(bench: Bench) -> Numbers:
+    """Measure a PIRL step in each precision, in bf16 also through torch.compile, against a plain loop."""
+    found: Numbers = {}
+    images = bench.config.batch_size
+    kinds: dict[str, dict[str, Any]] = {"fp32": {"precision": "fp32"}, "bf16": {"precision": "bf16"}}
+    if bench.device.type == "cuda":
+        kinds["bf16_compiled"] = {"precision": "bf16", "compile": True}
+    for name, changes in kinds.items():
+        worker = bench.worker(**changes)
+        model, batch = worker.distributed(), first_batch(worker)
+        step_s = bench.seconds(functools.partial(worker.update, model, batch, 1e-3))
+        found[f"{name}_ms"] = 1e3 * step_s
+        found[f"{name}_images_per_s"] = images / step_s
+        if bench.device.type == "cuda":
+            found[f"{name}_peak_gib"] = torch.cuda.max_memory_allocated() / 2**30
+            torch.cuda.reset_peak_memory_stats()
+    plain_s = bench.seconds(_plain_step(bench, first_batch(bench.worker())))
+    found["plain_images_per_s"] = images / plain_s
+    found["step_over_plain"] = float(found["bf16_ms"]) / (1e3 * plain_s)
+    return found
+
+
+def _plain_step(bench: Bench, batch: Batch) -> Callable[[], object]:
+    """Return a step as one would write it by hand: backbone, linear heads, one product with negatives, SGD."""
+    backbone = build_backbone(bench.config.backbone).to(bench.device, memory_format=torch.channels_last)  # type: ignore[call-overload]
+    patches, dim = batch.views["transformed"].shape[1], 128
+    head = nn.Linear(backbone.width, dim).to(bench.device)
+    patch_head = nn.Linear(backbone.width * patches, dim).to(bench.device)
+    bank_nd = F.normalize(torch.randn(bench.dataset.num_images, dim, device=bench.device), dim=1)
+    parameters = [p for module in (backbone, head, patch_head) for p in module.parameters()]
+    optimizer = torch.optim.SGD(parameters, lr=1e-3, momentum=0.9, weight_decay=1e-4)
+    target_b = torch.zeros(len(batch.rows), dtype=torch.long, device=bench.device)
+
+    def encode(crops_bpchw: torch.Tensor) -> torch.Tensor:
+        crops = crops_bpchw.flatten(0, 1).contiguous(memory_format=torch.channels_last)
+        return backbone(crops).view(len(batch.rows), -1)  # type: ignore[no-any-return]
+
+    def step() -> None:
+        optimizer.zero_grad(set_to_none=True)
+        with torch.autocast(bench.device.type, torch.bfloat16, enabled=bench.config.precision == "bf16"):
+            embeddings = patch_head(encode(batch.views["transformed"])), head(encode(batch.views["image"]))
+        loss = torch.zeros((), device=bench.device)
+        for embedding_bd in embeddings:
+            query_bd = F.normalize(embedding_bd.float(), dim=1)
+            positive_b1 = (query_bd * bank_nd[batch.indices_b]).sum(1, keepdim=True)
+            negatives_bk = query_bd @ bank_nd[: bench.config.parts["pirl"].num_negatives].T
+            loss = loss + F.cross_entropy(torch.cat([positive_b1, negatives_bk], 1) / 0.07, target_b)
+        loss.backward()  # type: ignore[no-untyped-call]
+        optimizer.step()
+
+    return step
+
+
+def profile(bench: Bench) -> Numbers:
+    """Profile three steps: the share of the time in which the device works, and the slowest operations."""
+    from torch.profiler import ProfilerActivity
+    from torch.profiler import profile as profiler
+
+    worker = bench.worker()
+    model, batch = worker.distributed(), first_batch(worker)
+    worker.update(model, batch, 1e-3)
+    bench.finish()
+    on_gpu = bench.device.type == "cuda"
+    activities = [ProfilerActivity.CPU, *([ProfilerActivity.CUDA] if on_gpu else [])]
+    started = time.perf_counter()
+    with profiler(activities=activities) as recorded:
+        for _ in range(3):
+            worker.update(model, batch, 1e-3)
+        bench.finish()
+    wall_s = time.perf_counter() - started
+    times = [
+        (e.key, e.self_device_time_total if on_gpu else e.self_cpu_time_total)
+        for e in recorded.key_averages()
+    ]
+    times.sort(key=lambda pair: -pair[1])
+    found: Numbers = {"busy_share": sum(us for _, us in times) / 1e6 / wall_s}
+    found.update({f"ms: {name[:60]}": us / 3000 for name, us in times[:8]})
+    return found
+
+
+def stream_speed(bench: Bench) -> Numbers:
+    """Measure the stream through Ray Data, in images per second and per CPU of its tasks."""
+    import ray
+
+    cpus = max(1.0, ray.cluster_resources().get("CPU", 1.0) - 1)
+    stream = replace(bench.worker()._stream(), share=DataShare(1.0, cpus))
+    arrivals = stream.batches()
+    next(arrivals)
+    started = time.perf_counter()
+    batches = sum(1 for _ in itertools.islice(arrivals, 10 * bench.steps))
+    rate = batches * bench.config.batch_size / (time.perf_counter() - started)
+    return {"images_per_s": rate, "cpus": cpus, "images_per_s_and_cpu": rate / cpus}
+
+
+def views_on_device(bench: Bench) -> Numbers:
+    """Compare the losses of views made in data tasks and on the device, and measure making views on the device."""
+    losses = {}
+    for place in ("data", "trainer"):
+        worker = bench.worker(stream=StreamConfig(place=place), deterministic=True)
+        losses[place] = worker.update(worker.model, first_batch(worker), 1e-3).loss.item()
+    worker = bench.worker()
+    made_s = bench.seconds(lambda: first_batch(worker), times=3)
+    return {"loss_equal": losses["data"] == losses["trainer"], "read_decode_and_views_ms": 1e3 * made_s}
+
+
+def repeats(bench: Bench) -> Numbers:
+    """Take five deterministic steps twice, and compare the losses bit for bit."""
+    runs = []
+    for _ in range(2):
+        worker = bench.worker(deterministic=True)
+        batch = first_batch(worker)
+        runs.append([worker.update(worker.model, batch, 1e-3).loss.item() for _ in range(5)])
+    torch.use_deterministic_algorithms(False)
+    return {"losses_equal": runs[0] == runs[1], "last_loss": runs[0][-1]}
+
+
+def checkpoints(bench: Bench) -> Numbers:
+    """Measure for how long a checkpoint stops training, and how long it takes to be written."""
+    worker = bench.worker()
+    with tempfile.TemporaryDirectory() as folder:
+        worker.saver = type(worker.saver)(Folder(folder), SaveConfig(), 0, 1)
+        started = time.perf_counter()
+        worker.save()
+        stall_s = time.perf_counter() - started
+        worker.saver.wait()
+        return {"stall_ms": 1e3 * stall_s, "written_ms": 1e3 * (time.perf_counter() - started)}
+
+
+def features(bench: Bench) -> Numbers:
+    """Measure the forward pass of the backbone in evaluation mode."""
+    from raysl.extraction.layers import frozen
+
+    backbone = build_backbone(bench.config.backbone)
+    encode = frozen(backbone, bench.device, ["pooled"], by_batch=False)
+    size, count = bench.config.view.image_size, bench.config.batch_size
+    images = torch.randint(0, 256, (count, 3, size, size), dtype=torch.uint8, device=bench.device)
+    return {"images_per_s": count / bench.seconds(lambda: encode(images))}
+
+
+def kmeans(bench: Bench) -> Numbers:
+    """Measure the search for the nearest of 1,000 centroids, by FAISS on the GPU if its build has a GPU part."""
+    rows, dim, k = (1_000_000, 128, 1000) if bench.device.type == "cuda" else (10_000, 32, 100)
+    rows_nd = np.random.default_rng(0).random((rows, dim), np.float32)
+    search = FaissSearch(rows_nd[:k], os.cpu_count() or 1)
+    rate = rows / bench.seconds(lambda: search(rows_nd, 1), times=2)
+    return {"rows_per_s": rate, "on_gpu": search.on_gpu}
+
+
+CHECKS: dict[str, Callable[[Bench], Numbers]] = {
+    "step": step_speed,
+    "profile": profile,
+    "stream": stream_speed,
+    "views": views_on_device,
+    "exactness": repeats,
+    "checkpoint": checkpoints,
+    "features": features,
+    "k-means": kmeans,
+}
+
+
+def check(dataset: DataSet, out: str = "") -> Certificate:
+    """Run all checks, print their numbers, and write the certificate.
+
+    Args:
+        dataset: images that the training steps are made of.
+        out: JSON file for the certificate; "" for none.
+    """
+    on_gpu = torch.cuda.is_available()
+    bench = Bench(dataset, on_gpu)
+    checks: dict[str, Numbers] = {}
+    not_done: dict[str, str] = {}
+    if not on_gpu:
+        not_done["GPU"] = (
+            f"torch {torch.__version__} (CUDA {torch.version.cuda}) finds no GPU here (NVIDIA driver: "
+            f"{gpus.driver()}); the checks run at a small size on the CPU, and their speeds say nothing"
+        )
+        _log.info("No GPU: %s.", not_done["GPU"])
+    if torch.cuda.device_count() < 2:
+        not_done["several GPUs"] = (
+            f"gradients and a sharded bank over NCCL need two GPUs; here are {_count()}"
+        )
+    for name, measure in CHECKS.items():
+        _log.info("Checking %s ...", name)
+        try:
+            checks[name] = measure(bench)
+        except Exception as error:
+            # One failed check must not hide the others; the certificate keeps what happened.
+            not_done[name] = f"failed: {error}"
+            _log.info("%s", traceback.format_exc())
+        for label, value in checks.get(name, {}).items():
+            _log.info("  %s: %s", label, f"{value:,.4g}" if isinstance(value, float) else value)
+    made = Certificate(_machine(), checks, not_done)
+    for name, why in not_done.items():
+        _log.info("not done: %s (%s)", name, why)
+    if out:
+        Path(out).parent.mkdir(parents=True, exist_ok=True)
+        Path(out).write_text(json.dumps(asdict(made), indent=1, sort_keys=True) + "\n")
+        _log.info("The certificate is in %s.", out)
+    return made
+
+
+def _count() -> str:
+    count = torch.cuda.device_count()
+    return "none" if count == 0 else str(count)
+
+
+def _machine() -> dict[str, Any]:
+    found: dict[str, Any] = {
+        "processor": platform.processor() or platform.machine(),
+        "cores": os.cpu_count(),
+        "versions": versions(),
+        "cuda": torch.version.cuda,
+        "cudnn": torch.backends.cudnn.version()  # type: ignore[no-untyped-call]
+        if torch.cuda.is_available()
+        else None,
+    }
+    if torch.cuda.is_available():
+        facts = torch.cuda.get_device_properties(0)
+        found["gpu"] = {
+            "name": facts.name,
+            "memory_gib": facts.total_memory / 2**30,
+            "count": torch.cuda.device_count(),
+        }
+        found["driver"] = gpus.driver()
+    return found
