@@ -20,10 +20,13 @@ from typing import Annotated, Any
 import torch
 
 from raysl.errors import UserError
+from raysl.feature_store.records import verified, write_record
 from raysl.fields import Bounds, Checked
 from raysl.storage import Folder
 
 STATE = "state.pt"
+# What a manifest says about a file.
+_UNITS = ("bytes", "crc32")
 
 
 @dataclass(frozen=True)
@@ -92,8 +95,9 @@ class Checkpoint:
         for rank in range(self.world):
             name = _manifest(rank, self.world)
             try:
-                files.update(self.folder.read_json(name)["files"])
-            except (OSError, ValueError, KeyError, TypeError) as error:
+                listed = verified(self.folder.read_json(name))["files"]
+                files |= {key: {unit: int(about[unit]) for unit in _UNITS} for key, about in listed.items()}
+            except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
                 raise self._damaged(name, str(error)) from error
         if STATE not in files:
             raise self._damaged(STATE, "no manifest names it")
@@ -231,7 +235,7 @@ class Saver:
                 data = _bytes(value)
                 target.write(name, data)
                 manifest[name] = {"bytes": len(data), "crc32": zlib.crc32(data)}
-            target.write_json(_manifest(self.rank, self.world), {"files": manifest})
+            write_record(target, _manifest(self.rank, self.world), {"files": manifest})
             self._delete_old(step)
         except BaseException as error:
             self._error = error

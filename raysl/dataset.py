@@ -30,6 +30,7 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 
 from raysl.errors import UserError
+from raysl.feature_store.records import verified, write_record
 from raysl.storage import Folder, StorageError
 
 MANIFEST = "manifest.json"
@@ -176,7 +177,7 @@ class DataSet:
         """
         folder = Folder(uri)
         try:
-            manifest = Manifest.from_json(folder.read_json(MANIFEST))
+            manifest = Manifest.from_json(verified(folder.read_json(MANIFEST)))
         except FileNotFoundError as error:
             raise UserError(
                 f"No data set at {uri!r}: there is no {MANIFEST} in it. Make one with `raysl ingest SOURCE {uri}`; "
@@ -216,7 +217,7 @@ class DataSet:
             pq.write_table(pa.table({"label": column}), stream, compression="zstd")
             folder.write(LABELS, stream.getvalue())
             manifest = replace(manifest, labels_checksum=zlib.crc32(stream.getvalue()))
-        folder.write_json(MANIFEST, manifest.to_json())
+        write_record(folder, MANIFEST, manifest.to_json())
         return DataSet.open(str(folder))
 
     @property

@@ -26,6 +26,7 @@ from raysl.checkpoint import Checkpoint
 from raysl.config import FREE, Pretraining, differences
 from raysl.dataset import DataSet
 from raysl.errors import UserError
+from raysl.feature_store.records import signed_lines, verified, write_record
 from raysl.ray_cluster.versions import versions
 from raysl.storage import Folder, failure
 
@@ -101,7 +102,7 @@ class Run:
                 },
                 "sessions": [session],
             }
-        run.folder.write_json(METADATA, metadata)
+        write_record(run.folder, METADATA, metadata)
         return run
 
     @property
@@ -111,7 +112,7 @@ class Run:
     def metadata(self) -> dict[str, Any]:
         """Return the metadata. Raises UserError when it is damaged, or of raysl 0.1."""
         try:
-            metadata: dict[str, Any] = self.folder.read_json(METADATA)
+            metadata = verified(self.folder.read_json(METADATA))
             if "trunk" in metadata["config"]:
                 raise _old(str(self.folder))
             dict(metadata["config"]), list(metadata["sessions"])
@@ -154,7 +155,7 @@ class Run:
         for name in [METRICS] * self.folder.exists(METRICS) + self.metrics_parts():
             lines = self.folder.read(name).split(b"\n")
             try:
-                rows += [json.loads(line) for line in lines[:-1]]
+                rows += [verified(json.loads(line)) for line in lines[:-1]]
             except ValueError as error:
                 raise UserError(
                     f"The file {name} of the run at {str(self.folder)!r} is damaged: {error}. Repair or delete it; the "
@@ -168,7 +169,7 @@ class Run:
 
     def write_metrics(self, rows: Iterable[Mapping[str, Any]]) -> None:
         """Replace all rows of metrics."""
-        self.folder.write(METRICS, jsonl(rows))
+        self.folder.write(METRICS, signed_lines(rows))
         for name in self.metrics_parts():
             self.folder.delete(name)
 
@@ -235,10 +236,10 @@ class MetricsLog:
     def flush(self) -> None:
         """Write all rows."""
         if self._rows and self._run.folder.is_local:
-            self._append(jsonl(self._rows))
+            self._append(signed_lines(self._rows))
             self._rows = []
         elif self._rows:
-            self._run.folder.write(f"metrics-{self._part:06d}.jsonl", jsonl(self._rows))
+            self._run.folder.write(f"metrics-{self._part:06d}.jsonl", signed_lines(self._rows))
             if len(self._rows) >= _PART_ROWS:
                 self._part, self._rows = self._part + 1, []
         if self._board is not None:

@@ -5,7 +5,7 @@ from __future__ import annotations
 import io
 import json
 import zlib
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from typing import Any
 
 import numpy as np
@@ -18,6 +18,24 @@ from raysl.storage import Folder, StorageError
 def write_record(folder: Folder, name: str, value: dict[str, Any]) -> None:
     """Write a JSON object with its checksum."""
     folder.write_json(name, {**value, "checksum": _checksum(value)})
+
+
+def verified(value: Any) -> dict[str, Any]:
+    """Return a JSON object without its checksum, which files that people wrote may lack.
+
+    Raises:
+        ValueError: it is no object, or its checksum does not match.
+    """
+    if not isinstance(value, dict):
+        raise ValueError("it holds no JSON object")
+    if "checksum" in value and value.pop("checksum") != _checksum(value):
+        raise ValueError("its checksum does not match")
+    return value
+
+
+def signed_lines(rows: Iterable[Mapping[str, Any]]) -> bytes:
+    """Return rows as lines of JSON, each with its checksum."""
+    return "".join(json.dumps({**row, "checksum": _checksum(row)}) + "\n" for row in rows).encode()
 
 
 def read_record(folder: Folder, name: str, remedy: str) -> dict[str, Any]:

@@ -15,6 +15,7 @@ from concurrent.futures import ThreadPoolExecutor
 from dataclasses import asdict, dataclass
 from typing import Any
 
+from raysl.feature_store.records import read_record, write_record
 from raysl.ingestion.images import Treated
 from raysl.ingestion.shard import Written
 from raysl.ingestion.sources import Unit
@@ -76,7 +77,7 @@ class Journal:
     def start(self, header: Header) -> None:
         """Delete the journal and start a new one."""
         self.delete()
-        self._folder.write_json("source.json", asdict(header))
+        write_record(self._folder, "source.json", asdict(header))
 
     def listed(self) -> Listed | None:
         """Return the listing; None if it was not completed."""
@@ -86,14 +87,14 @@ class Journal:
         return Listed(tuple(value["counts"]), tuple(value["classes"]), value["labels"])
 
     def write_listed(self, listed: Listed) -> None:
-        self._folder.write_json("listing.json", asdict(listed))
+        write_record(self._folder, "listing.json", asdict(listed))
 
     def unit(self, number: int) -> Unit:
-        value = self._folder.read_json(f"units/{number:06d}.json")
+        value = self._read(f"units/{number:06d}.json")
         return Unit(value["num_images"], value["spec"])
 
     def write_unit(self, number: int, unit: Unit) -> None:
-        self._folder.write_json(f"units/{number:06d}.json", asdict(unit))
+        write_record(self._folder, f"units/{number:06d}.json", asdict(unit))
 
     def done(self) -> list[int]:
         """Return the sorted numbers of the units that are done."""
@@ -101,7 +102,7 @@ class Journal:
         return [int(name.removesuffix(".json")) for name in names if name.endswith(".json")]
 
     def written(self, number: int) -> Written:
-        value = self._folder.read_json(f"done/{number:06d}.json")
+        value = self._read(f"done/{number:06d}.json")
         value["row_groups"] = tuple(value["row_groups"])
         value["labels"] = tuple(value["labels"])
         value["bad"] = tuple((path, reason) for path, reason in value["bad"])
@@ -110,7 +111,7 @@ class Journal:
         return Written(**value)
 
     def write_done(self, written: Written) -> None:
-        self._folder.write_json(f"done/{written.unit:06d}.json", asdict(written))
+        write_record(self._folder, f"done/{written.unit:06d}.json", asdict(written))
 
     def all_written(self) -> Iterator[Written]:
         """Yield the result of every unit, in order; a few at a time are in memory."""
@@ -126,7 +127,8 @@ class Journal:
         self.dest.delete(JOURNAL)
 
     def _json(self, name: str) -> Any:
-        try:
-            return self._folder.read_json(name)
-        except FileNotFoundError:
-            return None
+        return self._read(name) if self._folder.exists(name) else None
+
+    def _read(self, name: str) -> dict[str, Any]:
+        """Return a file of the journal. Raises UserError if it is damaged."""
+        return read_record(self._folder, name, f"Delete the folder {self.dest} and ingest again.")

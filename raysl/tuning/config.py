@@ -69,10 +69,10 @@ class SweepConfig:
     retry: bool = False
 
     def __post_init__(self) -> None:
+        fields.check(self)
         if not self.vary:
             raise UserError("A sweep varies at least one field. Give --vary, for example --vary temperature.")
         check_seeds(self.seeds)
-        fields.check(self)
         check_probe(self.probe)
         self._check_combination()
 

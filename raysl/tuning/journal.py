@@ -21,7 +21,7 @@ from collections.abc import Callable, Mapping
 from typing import Any
 
 from raysl.errors import UserError
-from raysl.run import jsonl
+from raysl.feature_store.records import signed_lines, verified
 from raysl.storage import Folder
 
 NAME = "sweep.jsonl"
@@ -50,7 +50,7 @@ class Journal:
         self.rows: list[dict[str, Any]] = []
         if folder.exists(NAME):
             try:
-                self.rows = [dict(json.loads(line)) for line in folder.read(NAME).splitlines()]
+                self.rows = [verified(json.loads(line)) for line in folder.read(NAME).splitlines()]
                 assert self.rows[0]["event"] == "sweep"
             except (ValueError, TypeError, KeyError, IndexError, AssertionError) as error:
                 raise UserError(
@@ -70,7 +70,7 @@ class Journal:
             UserError: it cannot be written; the row is then not added.
         """
         self._check()
-        self.folder.write(NAME, jsonl([*self.rows, row]))
+        self.folder.write(NAME, signed_lines([*self.rows, row]))
         self.rows.append(dict(row))
 
     def add_once(self, row: Mapping[str, Any]) -> None:
