@@ -102,7 +102,7 @@ class Journal:
         return [int(name.removesuffix(".json")) for name in names if name.endswith(".json")]
 
     def written(self, number: int) -> Written:
-        value = self._read(f"done/{number:06d}.json")
+        value = self._read(f"done/{number:06d}.json")["written"]
         value["row_groups"] = tuple(value["row_groups"])
         value["labels"] = tuple(value["labels"])
         value["bad"] = tuple((path, reason) for path, reason in value["bad"])
@@ -111,7 +111,8 @@ class Journal:
         return Written(**value)
 
     def write_done(self, written: Written) -> None:
-        write_record(self._folder, f"done/{written.unit:06d}.json", asdict(written))
+        # A result has a checksum of its own, that of its shard, so it lies inside of the record.
+        write_record(self._folder, f"done/{written.unit:06d}.json", {"written": asdict(written)})
 
     def all_written(self) -> Iterator[Written]:
         """Yield the result of every unit, in order; a few at a time are in memory."""
