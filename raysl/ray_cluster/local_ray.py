@@ -7,6 +7,7 @@ own, and keeps the token, sockets, logs and spilled objects in a folder that onl
 from __future__ import annotations
 
 import atexit
+import fcntl
 import os
 import secrets
 import shutil
@@ -25,6 +26,9 @@ if TYPE_CHECKING:
 
 # Length limit of the path of a Unix socket; macOS allows four bytes less than Linux.
 _PATH_BYTES = 103
+_PREFIX = "raysl-"
+# Locked by the process that the folder belongs to, as long as it lives.
+_OWNER = "owner"
 # Ray opens its own folder to everybody (mode 777), so it lies inside the private one.
 _RAYS = "r"
 # The longest path that Ray creates; process ids have up to seven digits.
@@ -38,6 +42,7 @@ class _Home:
     """The folder of a Ray, and the environment to restore afterwards."""
 
     folder: Path
+    owner: int
     process: int = field(default_factory=os.getpid)
     before: dict[str, str | None] = field(default_factory=dict)
 
@@ -56,6 +61,7 @@ class _Home:
                 os.environ.pop(name, None)
             else:
                 os.environ[name] = value
+        os.close(self.owner)
         until_s = time.monotonic() + _REMOVE_WITHIN_S
         while self.folder.exists():
             shutil.rmtree(self.folder, ignore_errors=True)
@@ -72,7 +78,7 @@ def begin(**options: Any) -> None:
 
     While it runs, RAY_AUTH_MODE and RAY_AUTH_TOKEN_PATH name its token, RAY_AUTH_TOKEN is unset, and
     GLOO_SOCKET_IFNAME and NCCL_SOCKET_IFNAME name the loopback interface. `end`, which also runs when this process
-    exits, restores them and removes the folder. A process that is killed leaves its folder behind.
+    exits, restores them and removes the folder. The next `begin` removes folders that killed processes left behind.
 
     Args:
         options: options of `ray.init`.
@@ -83,7 +89,9 @@ def begin(**options: Any) -> None:
     global _home
     import ray
 
-    home = _Home(_folder())
+    folder = _folder()
+    home = _Home(folder, _own(folder))
+    _remove_left_behind(folder.parent)
     # A Ray may be left that was shut down without `end`.
     end()
     _home = home
@@ -127,7 +135,7 @@ def _folder() -> Path:
     root = os.environ.get("RAY_TMPDIR") or tempfile.gettempdir()
     name = "RAY_TMPDIR" if os.environ.get("RAY_TMPDIR") else "TMPDIR"
     try:
-        folder = Path(tempfile.mkdtemp(prefix="raysl-", dir=root)).resolve()
+        folder = Path(tempfile.mkdtemp(prefix=_PREFIX, dir=root)).resolve()
     except OSError as error:
         raise UserError(
             f"Cannot start Ray on this machine: no folder can be made in {root!r} ({error.strerror}). Set {name} to a "
@@ -143,6 +151,34 @@ def _folder() -> Path:
             "/tmp."
         )
     return folder
+
+
+def _own(folder: Path) -> int:
+    """Lock the folder for the life of this process, and return the open lock."""
+    # Locked before it has its name, so that no other process finds it unlocked.
+    new = folder / f"{_OWNER}.new"
+    lock = os.open(new, os.O_RDWR | os.O_CREAT | os.O_EXCL, 0o600)
+    fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    new.rename(folder / _OWNER)
+    return lock
+
+
+def _remove_left_behind(root: Path) -> None:
+    """Remove this user's folders whose processes were killed."""
+    for folder in root.glob(f"{_PREFIX}*"):
+        try:
+            if folder.is_symlink() or folder.stat().st_uid != os.getuid():
+                continue
+            lock = os.open(folder / _OWNER, os.O_RDWR | os.O_NOFOLLOW)
+        except OSError:
+            continue
+        try:
+            fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            shutil.rmtree(folder, ignore_errors=True)
+        except OSError:
+            pass  # Its process lives.
+        finally:
+            os.close(lock)
 
 
 def _loopback_interface() -> str:

@@ -7,6 +7,7 @@ import os
 import shutil
 import subprocess
 import sys
+import tempfile
 import textwrap
 import uuid
 from collections.abc import Iterator
@@ -174,3 +175,37 @@ def test_a_temporary_folder_with_a_long_path_is_refused(
     with pytest.raises(UserError, match="Set RAY_TMPDIR to a shorter path"):
         local_ray.begin()
     assert not list(long.iterdir())
+
+
+OWNER = """
+import sys, time
+from raysl.ray_cluster import local_ray
+folder = local_ray._folder()
+lock = local_ray._own(folder)
+print(folder, flush=True)
+time.sleep(100)
+"""
+
+
+def test_the_folder_of_a_killed_process_is_removed_and_that_of_a_living_one_is_kept() -> None:
+    # The path of pytest's own folder is too long for sockets.
+    root = Path(tempfile.mkdtemp(prefix="t", dir="/tmp"))
+    environment = {**os.environ, "RAY_TMPDIR": str(root)}
+    command = [sys.executable, "-c", OWNER]
+    processes = [
+        subprocess.Popen(command, env=environment, stdout=subprocess.PIPE, text=True) for _ in range(2)
+    ]
+    try:
+        folders = [Path(process.stdout.readline().strip()) for process in processes if process.stdout]
+        (root / "raysl-of-something-else").mkdir()
+        processes[0].kill()
+        processes[0].wait()
+        local_ray._remove_left_behind(root)
+        assert not folders[0].exists()
+        assert folders[1].exists()
+        assert (root / "raysl-of-something-else").exists()
+    finally:
+        for process in processes:
+            process.kill()
+            process.communicate()
+        shutil.rmtree(root)
