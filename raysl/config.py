@@ -27,7 +27,7 @@ class ViewConfig(Checked):
     """Configuration of the views.
 
     Args:
-        image_size: side of an ordinary view in pixels; the sizes of jigsaw patches follow from it.
+        image_size: side of a training image in pixels; the sizes of jigsaw patches follow from it.
         min_scale: smallest share of the image's area that an ordinary view shows, in 0..1 (PIRL at 224 pixels: 0.08).
         recipe: color augmentation: pirl, pirl+, simclr, mocov2, npid, byol_a, byol_b, gray (for jigsaws), plain, none,
             or MODULE:NAME or FILE.py:NAME of a function or a torchvision v2 transform from uint8 (3, h, w) to the same.
@@ -50,17 +50,17 @@ class ViewConfig(Checked):
 
 @dataclass(frozen=True)
 class Pretraining(Checked):
-    """One pretraining run.
+    """Pretrain a backbone on images without labels, or resume an unfinished run.
 
     Args:
-        data: a data set made by `raysl ingest`, or any source that it takes; a source is ingested to a cache first.
+        data: a data set made by `raysl ingest`, or a source that it reads, which is first ingested into the cache.
         run: folder of the run, a path or a URI. The same command again continues an unfinished run.
         method: an objective and a pretext transform, such as pirl-jigsaw; `raysl methods` lists them.
-        epochs: visits to every image.
+        epochs: number of passes over the data set; it may be fractional.
         batch_size: images in the global batch, divided over the workers.
-        workers: training workers: a number, 0 for as many as suit the machine, or a range such as 1:8, of which as many
-            run as the cluster has room for and as divide the batch.
-        seed: seed of everything random.
+        workers: number of training workers; 0 chooses one for the machine. A range such as 1:8 lets the number change
+            during the run: as many as fit on the cluster and divide the batch evenly.
+        seed: random seed of the run.
         precision: precision of the network's arithmetic; weights and losses stay float32.
         channels_last: memory layout of images and weights.
         compile: run the network through torch.compile.
@@ -68,7 +68,7 @@ class Pretraining(Checked):
         log_every: steps between rows of metrics.jsonl.
         parts: the Config of the objective and of every transform, by name, or a JSON value of one; a part that is not
             given has the values of its class.
-        plugin: files or modules from outside of raysl that define objectives or transforms.
+        plugin: your own files or modules that define objectives or transforms.
     """
 
     data: str

@@ -34,7 +34,7 @@ class DemoConfig:
             of `raysl ingest`. A source with splits is used as "train" and "test"; of any other, kNN alone is measured,
             on the same images.
         out: folder for the run and the picture; by default a new temporary folder.
-        epochs: visits to every image.
+        epochs: number of passes over the images.
         seed: seed of the network, of the order of the images and of the augmentation.
         workers: training workers; 0 for as many as suit the machine.
     """

@@ -31,7 +31,7 @@ class BackboneConfig(Checked):
     Args:
         name: "small" (for two CPU cores and small images); a torchvision classifier such as "resnet50"; "timm/NAME" for
             a network of timm; or "MODULE:FUNCTION" or "FILE.py:FUNCTION" for a function that returns an
-            `nn.Module` from normalised images (b, 3, s, s) to features (b, width). Classifiers lose their head.
+            `nn.Module` from normalised images (b, 3, s, s) to features (b, width). The classification layer is removed.
         stem: "standard" keeps the 7x7 stride-2 convolution and the max-pool; "small" replaces them by a 3x3
             convolution, for images of 64 pixels or less. Only for ResNets.
         norm: "batch" is BatchNorm over each view of one worker's images, as published: patches and images pass one

@@ -14,7 +14,10 @@ import tyro
 from raysl import defaults, methods, plugins, recipes
 from raysl.config import Pretraining
 
-_RECIPE = "a published run at full scale; it sets the flags that are not given."
+_RECIPE = (
+    "name of a published training recipe at full scale, such as pirl-r50-800ep; `raysl methods` lists them. Flags that "
+    "you give override it."
+)
 
 
 @dataclass(frozen=True)

@@ -31,7 +31,7 @@ class BankConfig(Checked):
     Args:
         momentum: weight of the old row in an update, in 0..1 (PIRL and NPID: 0.5).
         placement: "replicated" keeps all rows on every worker; "sharded" keeps 1/W of the rows on each of W workers and
-            exchanges rows at every step. The results are equal.
+            exchanges rows at every step. Both give the same results.
         dtype: type of the stored rows; scores are always computed in float32.
     """
 

@@ -29,7 +29,7 @@ class MemoryConfig(Checked):
         negatives: "shared" samples one set of negatives per step; "own" samples a set for each image, as the papers do.
         dim: D, size of the embeddings.
         head: "linear" as in the papers; "mlp" with one hidden layer; "bn", linear on standardised features, which
-            short runs of small backbones need.
+            is recommended for short runs of small backbones.
     """
 
     temperature: Annotated[

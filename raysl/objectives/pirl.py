@@ -5,13 +5,13 @@ and g the heads of the image and of its transformed version, m the memory bank a
 
     L = lambda * NCE(m_I, g(v_It)) + (1 - lambda) * NCE(m_I, f(v_I))                                       (eq. 5)
 
-Both terms compare with the memory and never with each other. Both use the same negatives. lambda = 0 is NPID. NCE is
-one of three losses, by `--pirl.loss`: with the scores of a query q with its own memory (0) and K others, u_j = m_j q /
-tau, and p = softmax(u),
+Both terms compare with the memory and never with each other. Both use the same negatives. lambda = 0 is NPID. Let m_0
+be the memory of the image, m_1 .. m_K the negatives, u_j = m_j q / tau the scores of a query q, and p = softmax(u). NCE
+is one of three losses, by `--pirl.loss`:
 
     infonce    -log p_0
     paper_h    -log p_0 - sum over j >= 1 of log(1 - p_j)                                               (eq. 3, 4)
-    nce        K + 1 binary problems; see npid
+    nce        K + 1 binary problems; see objectives/npid.py
 
 Read literally, equation 3 normalises a negative by scores between memory entries, which have no gradient; like all
 published code, this one normalises by the scores of the query.
@@ -71,11 +71,12 @@ class Pirl(nn.Module):
         transform = setup.transform("pirl")
         self.config = config
         self.bank_dim = config.dim
-        # Patches first: the running statistics of BatchNorm then end on whole images.
+        # Patches first, so that whole images update the running statistics of BatchNorm last.
         self.views = {"transformed": transform, "image": setup.identity}
         self.image_head = projection(config.head, setup.width, config.dim)
         self.transformed_head = _TransformedHead(config, setup.width, transform.num_crops)
-        # NaN until the first batch sets it. It is saved, because a later bank is no longer noise.
+        # The normalisation constant of "nce": NaN until the first batch sets it, while the bank holds random vectors.
+        # It is saved, because a later batch would give another value.
         self.register_buffer("z", torch.tensor(float("nan")))
 
     def forward(self, backbone: nn.Module, views: Mapping[str, Tensor]) -> dict[str, Tensor]:
@@ -88,7 +89,7 @@ class Pirl(nn.Module):
         }
 
     def loss(self, outputs: Mapping[str, Tensor], batch: Batch, bank: MemoryBank | None) -> Loss:
-        """Compute equation 5, averaged over the batch, with the bank of before this step."""
+        """Compute equation 5, averaged over the batch, with the bank as it was before this step."""
         assert bank is not None
         # The transformed images come first and set z.
         queries = {name: outputs[name] for name in ("transformed", "image")}

@@ -35,11 +35,11 @@ class Config(Checked):
         grid: cells per side; P = grid * grid.
         num_permutations: size of the permutation set. None: all permutations when views are compared, 100 (or all, if
             fewer) when the permutation is predicted.
-        criterion: rule that chooses the permutations: "max_min" maximises the Hamming distance of the nearest pair,
-            "max_avg" that of the average pair, "random" samples.
+        criterion: rule that chooses the permutations: "max_min" maximises the smallest Hamming distance between two of
+            them, "max_avg" the average distance, "random" chooses at random.
         permutation_seed: seed of the choice.
         min_scale: smallest share of the image that the source crop shows.
-        per_patch_colour: augment the colors of each patch by itself, and not of the source as a whole.
+        per_patch_colour: augment the colors of each patch independently instead of once for the whole crop.
         source_size: side of the source crop in pixels, a multiple of the grid. None: image_size * 255 / 224, rounded
             down to a multiple.
         patch_size: side of a patch in pixels. None: 64 / 85 of a cell.

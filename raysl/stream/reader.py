@@ -1,7 +1,7 @@
 """Stream batches through Ray Data: tasks read, decode, crop and transform; the trainer gets uint8 views in plan order.
 
-Each training worker runs one Ray Data pipeline over its part of the plan, for all epochs, from any step. Only step
-numbers travel to the tasks; they read the image bytes. Tasks may run ahead of the trainer, and their batches arrive in
+Each training worker runs one Ray Data pipeline over its part of the plan, for all epochs, from any step. Each task
+receives step numbers and reads the images itself. Tasks may run ahead of the trainer, and their batches arrive in
 order. Every batch carries its indices, which are compared with the plan: a lost or repeated image is an error.
 """
 
@@ -34,7 +34,7 @@ BLOCK_BYTES = 4 << 20
 # Tasks of one Ray Data execution. Listing them takes half a second; they cover hundreds of thousands of photos, or
 # millions of small images.
 SEGMENT = 512
-# One column for a batch with different columns from step to step, which Arrow does not have.
+# Batches whose columns change from step to step are pickled into one column, because Arrow needs fixed columns.
 _PACKED = "packed"
 # Shortest time between two steps of the loop of Ray Data's executor.
 _LOOP_S = 0.01
@@ -46,7 +46,7 @@ class StreamConfig(Checked):
 
     Args:
         place: where the views are made from the source crops: "data" in the Ray Data tasks, "trainer" on the training
-            device. The pixels are equal.
+            device. Both give identical pixels.
     """
 
     place: Literal["data", "trainer"] = "data"
@@ -103,11 +103,11 @@ class Stream:
             numbers, so that one stream can carry the views of several runs (see `shared`).
         config: configuration of the stream.
         share: CPUs of the data tasks.
-        rank: this worker.
+        rank: rank of this worker.
         world: number of workers.
         device: device of the tensors of the batches.
         schedule: function from a step to the names of its views; None when every step takes all views. Other views are
-            not made. It must pickle.
+            not made. It must be picklable.
     """
 
     dataset: DataSet
@@ -140,7 +140,7 @@ class Stream:
             yield batch
 
     def last(self, end_step: int | None = None) -> int:
-        """Return the step before which the stream ends, given the wanted `end_step`."""
+        """Return the end of the stream (exclusive): `end_step`, but at most the end of the plan."""
         return self.plan.num_steps if end_step is None else min(end_step, self.plan.num_steps)
 
     def columns(self, start_step: int, last: int) -> Iterator[Columns]:
@@ -167,7 +167,7 @@ class Stream:
         context.execution_options.preserve_order = True
         context.execution_options.resource_limits = ExecutionResources.for_limits(cpu=self.share.cpus)
         context.target_max_block_size = BLOCK_BYTES
-        # A task must be able to finish before its turn, or all but the first would wait for the trainer.
+        # Let tasks buffer all of their output; otherwise only the first could run.
         context._max_num_blocks_in_streaming_gen_buffer = 64
         context.custom_execution_callback_classes = [_Pause]
         context.enable_progress_bars = False
@@ -271,8 +271,8 @@ class _Load:
             crops = cut(images, {name: view.source for name, view in views.items()}, image_rng)
         except DecodeError as error:
             raise UserError(
-                f"An image of the data set at {str(stream.dataset.folder)!r} that could be decoded when it was "
-                f"ingested no longer can: {error}. A shard is damaged; ingest the source again."
+                f"An image in the data set {str(stream.dataset.folder)!r} cannot be decoded, although it could when "
+                f"the data was ingested: {error}. A shard file is damaged; run `raysl ingest` again."
             ) from error
         if stream.config.place == "trainer":
             return {f"crop/{name}": crops_bchw.numpy() for name, crops_bchw in crops.items()}

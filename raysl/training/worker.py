@@ -1,4 +1,8 @@
-"""The training loop of one worker: restore; then for each batch forward, loss, backward, step, bank, log, save."""
+"""The training loop of one worker.
+
+It restores the newest checkpoint. For each batch it then computes the loss, takes a step, updates the bank, logs and
+saves.
+"""
 
 from __future__ import annotations
 
@@ -35,11 +39,11 @@ from raysl.training.stop_sync import StopSignal, StopSync
 
 @dataclass(frozen=True)
 class Job:
-    """The work of a training worker. Picklable.
+    """Everything a worker needs to train; it is sent to the worker by pickle.
 
     Args:
         until: the step to stop after, with a checkpoint; None for the end of the plan.
-        seat: at a stream that is shared with other runs.
+        subscriber: access to a stream that is shared with other runs; None if the run reads its own stream.
     """
 
     config: dict[str, Any]
@@ -52,7 +56,7 @@ class Job:
 
 
 class Worker:
-    """One training worker: its model, optimiser, bank and stream, and their step."""
+    """One training worker: its model, optimiser, bank and stream, and the training step."""
 
     def __init__(self, job: Job, device: torch.device) -> None:
         self.job = job
@@ -97,12 +101,12 @@ class Worker:
 
     def _unseen(self, what: str) -> UserError:
         return UserError(
-            f"A worker cannot see the {what} in {str(self.job.run.folder)!r}. With workers on several machines, "
-            "--run must be a place that all of them see, such as s3://bucket/run."
+            f"A worker cannot find the {what} in {str(self.job.run.folder)!r}. All machines must be able to read "
+            "--run: use storage that they share, such as s3://bucket/run."
         )
 
     def state(self) -> dict[str, Any]:
-        """Return the state to save besides the bank. All random numbers follow from the step."""
+        """Return the state to save besides the bank. Random numbers have none: they follow from seed and step."""
         return {
             "network": self.model.state_dict(),
             "optimizer": self.optimizer.state_dict(),
@@ -162,7 +166,7 @@ class Worker:
 
     def update(self, model: nn.Module, batch: Batch, lr: float) -> Loss:
         """Take a step of the optimiser, then update the objective and the bank."""
-        # Dropout and stochastic depth use torch's generators. A seed per step makes a resumed run equal.
+        # Dropout and stochastic depth use torch's generators. A seed per step gives a resumed run the same numbers.
         torch.manual_seed(key(self.config.seed, "step", self.step, self.rank) >> 1)
         for group in self.optimizer.param_groups:
             group["lr"] = lr
@@ -212,8 +216,9 @@ class Worker:
         """Raise UserError for a loss that is not finite, so that no checkpoint contains such weights."""
         if not math.isfinite(loss):
             raise UserError(
-                f"The loss is {loss} at step {self.step}. Nothing after the last checkpoint was kept. Lower "
-                "--optim.lr, set --optim.clip-norm, or use --precision fp32, in a new run."
+                f"The loss became {loss} at step {self.step}, so training stopped; the last checkpoint is still valid. "
+                "Start a new run (another --run) with a lower --optim.lr, with --optim.clip-norm 1, or with "
+                "--precision fp32."
             )
 
     def _log(self, log: MetricsLog | None, row: dict[str, Any]) -> None:
@@ -237,7 +242,7 @@ class DeviceQueue:
         self._ends: deque[torch.cuda.Event] = deque()
 
     def limit(self) -> None:
-        """Wait until the GPU has begun the step before the one that was just given to it."""
+        """Block until at most two steps are queued on the GPU."""
         if self._device.type != "cuda":
             return
         end = torch.cuda.Event()  # type: ignore[no-untyped-call]
@@ -250,8 +255,8 @@ class DeviceQueue:
 def _configure_cuda(deterministic: bool) -> None:
     """Choose the algorithms of a training process on a GPU.
 
-    Products of matrices keep full float32 precision, as the scores of small temperatures need it; convolutions of fp32
-    runs use TF32, which is torch's default.
+    Matrix products stay in full float32, because small temperatures amplify rounding errors of the scores; convolutions
+    of fp32 runs use TF32, which is torch's default.
     """
     torch.backends.cudnn.benchmark = not deterministic
     if deterministic:
@@ -329,7 +334,7 @@ def work(job: Job) -> None:
         ray.get(job.board.fail.remote(str(error)))
         raise
     except torch.OutOfMemoryError as error:
-        message = f"A worker ran out of memory: {error} Lower --batch-size, or raise --workers."
+        message = f"A training worker ran out of GPU memory. Lower --batch-size, or use more GPUs (--workers). {error}"
         ray.get(job.board.fail.remote(message))
         raise
     except Exception:

@@ -77,5 +77,5 @@ def test_a_run_on_another_machine_is_refused_before_it_is_trained_in_vain(tmp_pa
     )
     elsewhere = Run(Folder(str(tmp_path / "of-another-machine")))
     other = Job(config.to_json(), elsewhere, dataset, Placement(1, 0, DataShare(), 1))
-    with pytest.raises(UserError, match=r"cannot see the run in '.*of-another-machine'.* s3://"):
+    with pytest.raises(UserError, match=r"cannot find the run in '.*of-another-machine'.* s3://"):
         Worker(other, torch.device("cpu")).restore()
