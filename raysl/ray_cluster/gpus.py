@@ -2,12 +2,15 @@
 
 from __future__ import annotations
 
+import logging
 import subprocess
 
 from raysl.errors import UserError
 
+_log = logging.getLogger("raysl.ray_cluster")
 
-def check(gpus_per_worker: float) -> None:
+
+def check(gpus_per_worker: float, precision: str) -> None:
     """Raise UserError if torch cannot use CUDA on a machine where Ray gives a worker a GPU.
 
     Ray counts devices without asking torch. Without this check the workers would be restarted again and again, or
@@ -15,8 +18,16 @@ def check(gpus_per_worker: float) -> None:
     """
     import ray
 
-    if found := ray.get(ray.remote(num_cpus=0, num_gpus=gpus_per_worker, max_retries=0)(problem).remote()):
+    look = ray.remote(num_cpus=0, num_gpus=gpus_per_worker, max_retries=0)(
+        lambda: (problem(), without_bf16())
+    )
+    found, slow = ray.get(look.remote())
+    if found:
         raise UserError(found)
+    if slow and precision == "bf16":
+        _log.warning(
+            "%s has no bf16 arithmetic and emulates it slowly; --precision fp16 is faster in a new run.", slow
+        )
 
 
 def problem() -> str:
@@ -31,6 +42,15 @@ def problem() -> str:
         f"{driver()}). Install a driver or a torch that match (CUDA 13 needs driver 580 or newer), or start Ray "
         "with --num-gpus 0 to train on CPUs."
     )
+
+
+def without_bf16() -> str:
+    """Return the name of this process's GPU if it is older than bf16 arithmetic (compute capability 8); else ""."""
+    import torch
+
+    if not torch.cuda.is_available() or torch.cuda.get_device_capability() >= (8, 0):
+        return ""
+    return torch.cuda.get_device_name()
 
 
 def driver() -> str:

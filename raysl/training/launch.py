@@ -87,7 +87,7 @@ def pretrain(
         return run
     _announce(config, dataset, plan, group, saved)
     if group.gpus:
-        gpus.check(group.placement.gpus_per_worker)
+        gpus.check(group.placement.gpus_per_worker, config.precision)
     job = Job(config.to_json(), run, dataset, group.placement, progress_actor.open_board(), until, subscriber)
     told = callbacks or Callbacks(())
     begins = group.placement.busy(group.workers) or "Starting the workers ..."
