@@ -41,7 +41,7 @@ class DemoConfig:
 
     data: str = "shapes"
     out: Path | None = None
-    epochs: Annotated[float, Bounds(above=0, high=1e9)] = 6
+    epochs: Annotated[float, Bounds(above=0, high=1e9)] = 10
     seed: Seed = 0
     workers: Annotated[int, Bounds(low=0, high=10**6, hint="0 for as many as suit the machine")] = 0
 
