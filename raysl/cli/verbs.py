@@ -25,7 +25,7 @@ from raysl.model_export import ExportConfig
 from raysl.reporting.page import ReportConfig
 from raysl.reproduction import ReproduceConfig
 from raysl.run import Run
-from raysl.tuning.config import SweepConfig
+from raysl.tuning.config import POPULATION, SweepConfig
 
 _FLAGS = tyro.conf.arg(name="")  # The fields of a configuration are flags without a prefix.
 _Run = Annotated[tyro.conf.Positional[str], tyro.conf.arg(metavar="RUN")]
@@ -223,7 +223,8 @@ def sweep(arguments: Sequence[str]) -> None:
     Console().print(render(SweepResults.open(given.out)))
     failed = [str(row["trial"]) for row in rows if row["state"] == "failed"]
     if failed:
-        print(f"Trials {', '.join(failed)} failed; the same command with --retry tries them again.")
+        again = "give another --out" if given.scheduler in POPULATION else "the same command with --retry"
+        print(f"Trials {', '.join(failed)} failed. To try them again: {again}.")
         raise SystemExit(1)
 
 

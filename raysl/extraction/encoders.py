@@ -117,6 +117,7 @@ class RandomBackbone(_Network):
     config: BackboneConfig
     seed: int
     name: str = "random"
+    weights_hash: str = ""
 
     def backbone_config(self) -> BackboneConfig:
         return self.config
@@ -129,14 +130,20 @@ class RandomBackbone(_Network):
             torch.manual_seed(rng.key(self.seed, "weights") >> 1)  # As raysl.model.Model starts.
             backbone = networks.build(self.config)
         if self.config.weights:
-            external_weights.load_weights_into(backbone, self.config.weights, self.config.name)
+            found = external_weights.load_weights_into(backbone, self.config.weights, self.config.name)
+            if self.weights_hash and found != self.weights_hash:
+                raise UserError(
+                    f"The weights file {self.config.weights!r} has changed since the run started from it. Put the old "
+                    "file back, or leave the encoder 'random' out of --encoders."
+                )
         return backbone
 
 
 def untrained(run: Run) -> RandomBackbone:
     """Return exactly the backbone that the training of a run started from."""
     config = run.config()
-    return RandomBackbone(config.backbone, config.seed)
+    started_from = str(run.metadata()["facts"].get("starting_weights", ""))
+    return RandomBackbone(config.backbone, config.seed, weights_hash=started_from)
 
 
 @dataclass(frozen=True)

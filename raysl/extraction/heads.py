@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import torch
 from torch import Tensor
@@ -51,6 +51,9 @@ def heads(encoder: Encoder, device: torch.device, by_batch: bool = False) -> Hea
     if invariant is None:
         return None
     with torch.random.fork_rng(devices=[]):
+        config = replace(
+            config, backbone=replace(config.backbone, weights="")
+        )  # The checkpoint holds all weights.
         model = Model(config, DataFacts(data["num_images"], data["num_classes"], data["fingerprint"]))
     model.load_state_dict(encoder.checkpoint.state()["network"])
     if by_batch:

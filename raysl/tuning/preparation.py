@@ -176,7 +176,7 @@ def check_models(points: Sequence[tuple[Values, Pretraining]], images: DataSet) 
     backbones: set[BackboneConfig] = set()
     for values, config in points:
         # Each backbone is built once; heads and transforms do not need a large one.
-        known, light = config.backbone in backbones, replace(config.backbone, name="small")
+        known, light = config.backbone in backbones, replace(config.backbone, name="small", weights="")
         backbones.add(config.backbone)
         try:
             config.plan(images)

@@ -15,6 +15,7 @@ Python's and NumPy's global generators are seeded around each call, because sche
 
 from __future__ import annotations
 
+import contextlib
 import hashlib
 import logging
 import random
@@ -305,6 +306,7 @@ class Numbered(Searcher):  # type: ignore[misc]
         self._known = known or {}
         self._begun = begun
         self._told = 0
+        self._replaced: set[int] = set()
 
     def __getstate__(self) -> dict[str, Any]:
         return {**self.__dict__, "_begun": None}
@@ -327,6 +329,7 @@ class Numbered(Searcher):  # type: ignore[misc]
         if n in self._known and self._known[n] != values:
             _log.warning("Trial %d keeps %s; the searcher now proposes %s.", n, self._known[n], values)
             values = dict(self._known[n])
+            self._replaced.add(n)
         if self._begun is not None:
             self._begun(n, values)
         self.numbers[trial_id] = n
@@ -359,6 +362,13 @@ class Numbered(Searcher):  # type: ignore[misc]
     def _tell(self, searcher: Searcher, n: int) -> None:
         results, failed = self._order.results[n], self._order.over[n] == "failed"
         with seeded(self._seed, "tell", n):
+            if n in self._replaced:
+                # The score belongs to other values than the searcher's own proposal.
+                searcher.on_trial_complete(f"{n:05d}", error=True)
+                if results and not failed:
+                    with contextlib.suppress(NotImplementedError):
+                        searcher.add_evaluated_point(dict(self._known[n]), results[-1][str(self._metric)])
+                return
             for result in results:
                 searcher.on_trial_result(f"{n:05d}", result)
             last = results[-1] if results and not failed else None

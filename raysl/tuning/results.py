@@ -163,10 +163,14 @@ class SweepResults:
         )
 
     def extras(self, event: str) -> dict[str, list[float]]:
-        """Return the scores of "baseline" or "test" rows, by encoder. Those of "test" are of the best trial."""
+        """Return the scores of "baseline" or "test" rows, by encoder.
+
+        Those of "test" are of the best trial, on the test images that were given last.
+        """
         found: dict[str, list[float]] = {}
-        for row in self.journal.of(event):
-            if row["chosen"] in (None, self.best()):
+        rows = self.journal.of(event)
+        for row in rows:
+            if row["chosen"] in (None, self.best()) and row.get("images") == rows[-1].get("images"):
                 found.setdefault(row["encoder"], []).append(float(row["score"]))
         return found
 

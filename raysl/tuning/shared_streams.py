@@ -119,7 +119,9 @@ class StreamBroker:
 
     def _stream(self, config: Pretraining) -> Stream:
         """Return the stream that a run would have. Its views do not depend on the backbone; a small one is built."""
-        model = Model.of(replace(config, backbone=replace(config.backbone, name="small")), self._images)
+        model = Model.of(
+            replace(config, backbone=replace(config.backbone, name="small", weights="")), self._images
+        )
         return Stream(
             self._images,
             config.plan(self._images),

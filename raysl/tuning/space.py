@@ -179,10 +179,14 @@ def space(base: Pretraining, vary: Sequence[str], listed: bool) -> Space:
     for text in vary:
         name, equals, values = text.partition("=")
         dimensions.append(_dimension(_resolve(name, known), values if equals else None, listed))
+    return _without_repeats(dimensions)
+
+
+def _without_repeats(dimensions: Sequence[Dimension]) -> Space:
     names = [d.name for d in dimensions]
     for name in names:
         if names.count(name) > 1:
-            raise UserError(f"--vary names the field {name!r} twice. Give it once, with all of its values.")
+            raise UserError(f"The field {name!r} is varied twice. Give it once, with all of its values.")
     return Space(tuple(dimensions))
 
 
@@ -215,7 +219,7 @@ def tune_space(base: Pretraining, param_space: Mapping[str, Any]) -> Space:
                 "tune.uniform(low, high) or tune.choice."
             )
         dimensions.append(_listed(field, [_fitting(field, value) for value in _choices(domain)]))
-    return Space(tuple(dimensions))
+    return _without_repeats(dimensions)
 
 
 def _choices(domain: Any) -> Sequence[Any]:
@@ -344,12 +348,12 @@ def _fitting(field: Field, value: Any) -> Any:
             f"The value of {field.name!r} is a function. Give a value, or a domain such as tune.uniform(low, high)."
         )
     if _is_number(value) and not fields.has_type(value, field.hint):
-        if value != int(value):
+        if not math.isfinite(value) or value != int(value):
             raise UserError(
                 f"The field {field.name!r} takes whole numbers and was given {value}. Use tune.randint or tune.choice."
             )
         return int(value)
-    return value
+    return tuple(value) if isinstance(value, list) else value
 
 
 def _parsed(field: Field, text: str) -> Any:

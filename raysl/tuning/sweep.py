@@ -30,12 +30,13 @@ from raysl.tuning.results import SweepResults
 
 _log = logging.getLogger("raysl.tuning")
 
-# PreparedSweep that may differ when a sweep is continued.
+# Fields of SweepConfig that may differ when a sweep is continued.
 _MAY_DIFFER = (
     *("out", "samples", "retry", "max_concurrent", "gpus_per_worker", "share_stream"),
     *("train", "validation", "test", "vary"),
 )
-_TUNE = "tune"
+# A name of its own: the folder is deleted whenever a sweep begins or continues.
+_TUNE = "_ray_tune"
 
 
 def sweep(base: Pretraining, config: SweepConfig) -> list[dict[str, Any]]:
@@ -305,9 +306,9 @@ def _reason(record: Any) -> str:
         error = pickle.loads(pickled.read_bytes())
         if found := ray_cluster.user_error(error):
             return str(found)
-        return str(error).strip().splitlines()[-1]
-    text = Path(record.error_file).read_text() if record.error_file else "unknown"
-    return text.strip().splitlines()[-1]
+        return (str(error).strip().splitlines() or [type(error).__name__])[-1]
+    text = Path(record.error_file).read_text() if record.error_file else ""
+    return (text.strip().splitlines() or ["unknown"])[-1]
 
 
 def _extras(prepared: PreparedSweep, journal: Journal) -> None:
@@ -323,7 +324,12 @@ def _extras(prepared: PreparedSweep, journal: Journal) -> None:
     for seed in prepared.config.seeds:
         run = Run(journal.folder / results.scores[best, seed, results.num_rungs - 1]["run"])
         for event, judged, encoders, chosen in wanted:
-            there = {(row["encoder"], row["seed"], row["chosen"]) for row in journal.of(event)}
+            images = judged.manifest.fingerprint
+            there = {
+                (row["encoder"], row["seed"], row["chosen"])
+                for row in journal.of(event)
+                if row.get("images", images) == images
+            }
             left = tuple(encoder for encoder in encoders if (encoder, seed, chosen) not in there)
             for row in _scored(run, prepared, judged, left) if left else ():
                 score = {
@@ -331,6 +337,7 @@ def _extras(prepared: PreparedSweep, journal: Journal) -> None:
                     "seed": seed,
                     "score": float(row["value"]),
                     "chosen": chosen,
+                    "images": images,
                 }
                 journal.add({"event": event, **score})
 
