@@ -25,9 +25,9 @@ from raysl.tuning.config import SweepConfig
 from raysl.tuning.results import described
 from raysl.tuning.space import Space, Values, configured, space
 
-# Without --validation, one image in so many is held out of the labelled data, if these are no larger than this.
+# Without --validation, one labelled image in ten is held out, if the labelled data take no more bytes than this.
 _HELD_OUT = 10
-_MOST_BYTES = 4 << 30
+_MAX_COPY_BYTES = 4 << 30
 
 Points = list[tuple[Values, Pretraining]]
 
@@ -44,7 +44,7 @@ class PreparedSweep:
         images: pretraining images.
         train: labelled data that the probe learns from.
         validation: labelled data that trials are compared on.
-        test: labelled data that the chosen trial is scored on; None without.
+        test: labelled data that the chosen trial is scored on; None if there is none.
         trials_at_once: trials at the same time.
         seeds_at_once: runs of one trial at the same time.
         placement: CPUs and GPUs of the trainers of a run.
@@ -85,28 +85,30 @@ def check(base: Pretraining, config: SweepConfig) -> tuple[Space, Points]:
     """
     algorithms.check_installed(config.searcher)
     check_workers(base)
-    points = space(base, config.vary, listed=config.searcher == "grid")
-    fixed = [dimension.name for dimension in points.dimensions if not dimension.mutable]
+    space_ = space(base, config.vary, listed=config.searcher == "grid")
+    fixed = [dimension.name for dimension in space_.dimensions if not dimension.mutable]
     if config.scheduler == "pbt" and fixed:
         raise UserError(
             f"--scheduler pbt changes values during a run, and {', '.join(fixed)} cannot change. Vary fields such as "
             "optim.lr or a temperature, or use --scheduler asha."
         )
     if config.searcher == "grid":
-        return points, built(base, points.grid())
+        return space_, with_configs(base, space_.grid())
     if config.searcher == "random" and config.scheduler != "pbt":
-        return points, built(base, [points.drawn(config.seed, trial) for trial in range(config.samples)])
-    return points, built(base, points.ends())
+        return space_, with_configs(
+            base, [space_.drawn(config.seed, trial) for trial in range(config.samples)]
+        )
+    return space_, with_configs(base, space_.ends())
 
 
 def prepare(base: Pretraining, config: SweepConfig) -> PreparedSweep:
     """Check a sweep and divide the cluster among its runs.
 
     Raises:
-        UserError: the space, the data, the cluster or a trial does not allow the sweep.
+        UserError: the sweep cannot run: its space, its data, the cluster or one of its trials is invalid.
     """
-    points, trials = check(base, config)
-    num_trials = len(points.grid()) if config.searcher == "grid" else config.samples
+    space_, trials = check(base, config)
+    num_trials = len(space_.grid()) if config.searcher == "grid" else config.samples
     ray_cluster.start()
     images = resolve(base.data)
     labelled = resolve(config.train) if config.train else images
@@ -118,7 +120,7 @@ def prepare(base: Pretraining, config: SweepConfig) -> PreparedSweep:
     check_models(trials, images)
     shared = share(base, config.max_concurrent, config.gpus_per_worker, num_trials, len(config.seeds))
     train, validation = (labelled, given) if given else hold_out(labelled, Folder(config.out))
-    return PreparedSweep(base, config, points, num_trials, images, train, validation, test, *shared)
+    return PreparedSweep(base, config, space_, num_trials, images, train, validation, test, *shared)
 
 
 def check_workers(base: Pretraining) -> None:
@@ -139,11 +141,13 @@ def hold_out(labelled: DataSet, out: Folder) -> tuple[DataSet, DataSet]:
         UserError: there are no labels or too few images, or they are too large to be copied.
     """
     number = labelled.num_images // _HELD_OUT
-    if labelled.manifest.num_bytes > _MOST_BYTES or not number:
-        why = "too few" if not number else "too large to be copied"
+    if labelled.manifest.num_bytes > _MAX_COPY_BYTES or not number:
+        size = f"{labelled.num_images} images, fewer than {_HELD_OUT}"
+        if number:
+            size = f"{labelled.manifest.num_bytes / 2**30:.1f} GiB, more than {_MAX_COPY_BYTES >> 30}"
         raise UserError(
-            f"The labelled images of {str(labelled.folder)!r} are {why} for a tenth of them to be held out. Give "
-            "--validation, labelled data on which the trials are compared."
+            f"A tenth of the labelled data {str(labelled.folder)!r} cannot be held out for validation: it has {size}. "
+            "Give --validation, labelled data on which the trials are compared."
         )
     labels_n = labelled.labels()
     order_n = rng.generator("validation", labelled.num_images).permutation(labelled.num_images)
@@ -156,7 +160,7 @@ def hold_out(labelled: DataSet, out: Folder) -> tuple[DataSet, DataSet]:
     return made[0], made[1]
 
 
-def built(base: Pretraining, points: Iterable[Values]) -> Points:
+def with_configs(base: Pretraining, points: Iterable[Values]) -> Points:
     """Return points with their configurations. Raise UserError for one that is not allowed."""
     made = []
     for values in points:
@@ -186,7 +190,9 @@ def check_models(points: Sequence[tuple[Values, Pretraining]], images: DataSet) 
 
 
 def _refused(values: Values, error: UserError) -> UserError:
-    return UserError(f"The trial with {described(values)} could not run, so none has begun. {error}")
+    return UserError(
+        f"The trial with {described(values)} could not run, so the sweep was not started. {error}"
+    )
 
 
 def share(

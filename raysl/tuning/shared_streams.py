@@ -1,8 +1,7 @@
 """One stream for the runs of a sweep that take the same images in the same order at the same time.
 
-A `StreamBroker` is an actor that a run asks for its place at a shared stream, see `raysl.stream.shared`. The broker
-opens a feed when a run begins and others that can share it are about to begin, and closes it when its last run has
-ended.
+A run asks the actor `StreamBroker` for a subscription to a shared stream (see `raysl.stream.shared`). The broker opens
+a stream when a run begins and others that can share it will begin soon, and closes it when its last run has ended.
 """
 
 from __future__ import annotations
@@ -22,30 +21,30 @@ from raysl.stream.shared import Subscriber, open_feeds, slots, union
 from raysl.tuning.preparation import PreparedSweep
 
 # Fields that change which images a step takes or how long it lasts, so that fast runs would wait for slow ones.
-_APART = ("batch_size", "backbone", "precision")
+_PREVENT_SHARING = ("batch_size", "backbone", "precision")
 
 
-# Runs at one stream have these in common: plan, last step, place of augmentation, backbone, and precision.
-_Reading = tuple[Plan, int, str, BackboneConfig, str]
+# Runs share a stream only if these are the same: plan, last step, place of augmentation, backbone and precision.
+_StreamKey = tuple[Plan, int, str, BackboneConfig, str]
 
 
 @dataclass
 class _SharedStream:
     """A feed for every rank, and its runs."""
 
-    reading: _Reading
+    key: _StreamKey
     slots: frozenset[str]
     feeds: tuple[Any, ...]
     runs: set[str] = field(default_factory=set)
 
 
-def apart(prepared: PreparedSweep) -> str:
+def why_not_shared(prepared: PreparedSweep) -> str:
     """Return why no two runs of a sweep will share a stream; "" where some may."""
     if not prepared.config.share_stream:
         return "--no-share-stream"
     if prepared.trials_at_once == 1:
         return "one trial runs at a time"
-    if all(d.path[0] in _APART for d in prepared.space.dimensions):
+    if all(d.path[0] in _PREVENT_SHARING for d in prepared.space.dimensions):
         return f"trials differ in {' and '.join(prepared.space.names)}"
     return ""
 
@@ -55,8 +54,8 @@ def open_broker(images: DataSet, workers: int, placement: Placement) -> Any:
     import ray
 
     here = ray.get_runtime_context().get_node_id()
-    near = ray.util.scheduling_strategies.NodeAffinitySchedulingStrategy(here, soft=False)
-    return ray.remote(num_cpus=0, scheduling_strategy=near)(StreamBroker).remote(images, workers, placement)
+    local = ray.util.scheduling_strategies.NodeAffinitySchedulingStrategy(here, soft=False)
+    return ray.remote(num_cpus=0, scheduling_strategy=local)(StreamBroker).remote(images, workers, placement)
 
 
 class StreamBroker:
@@ -75,7 +74,7 @@ class StreamBroker:
         self._streams: list[_SharedStream] = []
 
     def subscriber(
-        self, config: Pretraining, until: int, start: int, near: Sequence[Pretraining]
+        self, config: Pretraining, until: int, start: int, upcoming: Sequence[Pretraining]
     ) -> Subscriber | None:
         """Return the place of a run that begins now; None when it should read on its own.
 
@@ -83,24 +82,22 @@ class StreamBroker:
             config: configuration of the run.
             until: the step that it goes to.
             start: the step that it continues from.
-            near: configurations of runs that begin soon.
+            upcoming: configurations of runs that begin soon.
         """
-        run, reading, stream = config.run, self._reading(config, until), self._stream(config)
+        run, key, stream = config.run, self._key(config, until), self._stream(config)
         own = slots(stream)
         for shared in self._streams:
-            suits = shared.reading == reading and shared.slots.issuperset(own.values())
-            if suits and _expects(shared, run, start):
+            suits = shared.key == key and shared.slots.issuperset(own.values())
+            if suits and _register(shared, run, start):
                 shared.runs.add(run)
                 return Subscriber(run, shared.feeds, own)
-        others = [self._stream(other) for other in near if self._reading(other, until) == reading]
+        others = [self._stream(other) for other in upcoming if self._key(other, until) == key]
         if not others:
             return None
         streams = [stream, *others]
-        shared = _SharedStream(
-            reading, frozenset(union(streams).views), open_feeds(streams, start, until), {run}
-        )
+        shared = _SharedStream(key, frozenset(union(streams).views), open_feeds(streams, start, until), {run})
         self._streams.append(shared)
-        _expects(shared, run, start)
+        _register(shared, run, start)
         return Subscriber(run, shared.feeds, own)
 
     def leave(self, run: str) -> None:
@@ -114,7 +111,7 @@ class StreamBroker:
                     feed.leave.remote(run) if shared.runs else ray.kill(feed)
         self._streams = [shared for shared in self._streams if shared.runs]
 
-    def _reading(self, config: Pretraining, until: int) -> _Reading:
+    def _key(self, config: Pretraining, until: int) -> _StreamKey:
         return config.plan(self._images), until, config.stream.place, config.backbone, config.precision
 
     def _stream(self, config: Pretraining) -> Stream:
@@ -133,8 +130,11 @@ class StreamBroker:
         )
 
 
-def _expects(shared: _SharedStream, run: str, start: int) -> bool:
-    """Return whether all feeds of a shared still hold what a run begins with; they then wait for the run."""
+def _register(shared: _SharedStream, run: str, start: int) -> bool:
+    """Register a run with every feed of a shared stream.
+
+    Return False, and register nothing, if a feed has already dropped the first batch of the run.
+    """
     import ray
 
     try:

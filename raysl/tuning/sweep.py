@@ -223,9 +223,9 @@ def _task(prepared: PreparedSweep, journal: Journal) -> Any:
 
 def _broker(prepared: PreparedSweep) -> Any:
     """Return the actor that shares streams; None where no runs can share one."""
-    from raysl.tuning.shared_streams import apart, open_broker
+    from raysl.tuning.shared_streams import open_broker, why_not_shared
 
-    why = apart(prepared)
+    why = why_not_shared(prepared)
     if prepared.trials_at_once > 1:
         _log.info(
             "Each run reads a stream of its own: %s." if why else "Concurrent runs share one stream.",

@@ -286,7 +286,7 @@ def tune_trainable(
     preparation.check_workers(base)
     if not rungs or rungs[-1] != 1 or any(b <= a for a, b in zip((0.0, *rungs), rungs, strict=False)):
         raise UserError(f"rungs is {rungs}; give increasing shares of the schedule, of which the last is 1.")
-    points = preparation.built(base, tune_space(base, param_space or {}).ends())
+    points = preparation.with_configs(base, tune_space(base, param_space or {}).ends())
     ray_cluster.start()
     images = resolve(base.data)
     labelled = resolve(train) if train else images

@@ -194,7 +194,11 @@ def test_a_space_of_ray_tune_is_read_back() -> None:
         ("pirl.temperature", lambda: 0.1, "'pirl.temperature' is a function"),
         ("pirl.num_negatives", tune.uniform(0.5, 8.5), r"whole numbers and was given 0\.5"),
         ("seed", tune.randint(0, 9), "Seeds are given to --seeds"),
-        ("pirl.lam", tune.uniform(0, 2), r"trial with pirl\.lam=2 could not run, so none has begun"),
+        (
+            "pirl.lam",
+            tune.uniform(0, 2),
+            r"trial with pirl\.lam=2 could not run, so the sweep was not started",
+        ),
         ("pirl.head", tune.choice(["bn", "deep"]), r"trial with pirl\.head=deep could not run"),
     ],
 )
