@@ -141,6 +141,10 @@ class Pretraining(Checked):
             )
         return counts
 
+    def without_starting_weights(self) -> Pretraining:
+        """Return the configuration for a model whose weights will be replaced, such as by those of a checkpoint."""
+        return dataclasses.replace(self, backbone=dataclasses.replace(self.backbone, weights=""))
+
     def plan(self, dataset: DataSet) -> Plan:
         """Return the order of the images of the run. Raises UserError when the batch is larger than the data set."""
         return Plan.of(dataset, self.batch_size, self.seed, self.epochs)

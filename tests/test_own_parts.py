@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -83,7 +84,11 @@ def test_training_starts_from_weights_in_a_file(tmp_path: Path) -> None:
     for name, value in first.state_dict().items():
         assert torch.equal(model.backbone.state_dict()[name], value)
         assert torch.equal(untrained.state_dict()[name], value)
-    assert model.describe()["starting_weights"]
+    began_from = model.describe()["starting_weights"]
+    torch.save(model.backbone.body.state_dict(), tmp_path / "other.pth")
+    other = replace(config.backbone, weights=str(tmp_path / "other.pth"))
+    with pytest.raises(UserError, match="has changed since the run started"):
+        RandomBackbone(other, 0, weights_hash=began_from[::-1]).network()
     assert ViewConfig(recipe="pirl").modules() == []
 
 

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 
 import torch
 from torch import Tensor
@@ -51,10 +51,11 @@ def heads(encoder: Encoder, device: torch.device, by_batch: bool = False) -> Hea
     if invariant is None:
         return None
     with torch.random.fork_rng(devices=[]):
-        config = replace(
-            config, backbone=replace(config.backbone, weights="")
-        )  # The checkpoint holds all weights.
-        model = Model(config, DataFacts(data["num_images"], data["num_classes"], data["fingerprint"]))
+        # The checkpoint holds all weights.
+        model = Model(
+            config.without_starting_weights(),
+            DataFacts(data["num_images"], data["num_classes"], data["fingerprint"]),
+        )
     model.load_state_dict(encoder.checkpoint.state()["network"])
     if by_batch:
         norm.use_batch_statistics(model)

@@ -25,6 +25,7 @@ from raysl.ray_cluster import placement as cluster_placement
 from raysl.ray_cluster.lock import DriverLock
 from raysl.ray_cluster.placement import Placement
 from raysl.run import Run
+from raysl.storage import Folder
 from raysl.stream.plan import Plan
 from raysl.stream.shared import Subscriber
 from raysl.training import elastic, progress_actor
@@ -102,7 +103,8 @@ def pretrain(
 
 def _checked(config: Pretraining, dataset: DataSet) -> tuple[Plan, Model]:
     """Return the plan and the model of a run. Raises UserError for mistakes that only the data set reveals."""
-    model = Model.of(config, dataset)
+    resumes = bool(config.backbone.weights) and _saved(Run(Folder(config.run))) > 0
+    model = Model.of(config.without_starting_weights() if resumes else config, dataset)
     model.check()
     return config.plan(dataset), model
 

@@ -66,7 +66,10 @@ class Worker:
             _configure_cuda(config.deterministic)
         self.rank, self.world = collective.rank(), collective.world()
         self.plan = config.plan(job.dataset)
-        self.model = Model.of(config, job.dataset).to(device)
+        # A checkpoint replaces all weights, so a run resumes without the file that it started from.
+        resumes = bool(config.backbone.weights) and checkpoint.newest(job.run.checkpoints) is not None
+        initial = config.without_starting_weights() if resumes else config
+        self.model = Model.of(initial, job.dataset).to(device)
         if config.channels_last:
             self.model = self.model.to(memory_format=torch.channels_last)
         self.optimizer = optim.build(config.optim, self.model)

@@ -8,6 +8,7 @@ import numpy as np
 import pytest
 import torch
 
+from raysl.backbone import network
 from raysl.backbone.network import BackboneConfig
 from raysl.config import Pretraining
 from raysl.dataset import DataSet
@@ -21,13 +22,13 @@ from raysl.training.worker import Job, Worker
 from tests.data import make_dataset
 
 
-def job(folder: Path, dataset: DataSet, backbone: str = "small") -> Job:
+def job(folder: Path, dataset: DataSet, backbone: str = "small", weights: str = "") -> Job:
     config = Pretraining(
         data=str(dataset.folder),
         run=str(folder),
         method="npid",
         batch_size=4,
-        backbone=BackboneConfig(backbone),
+        backbone=BackboneConfig(backbone, weights=weights),
         channels_last=False,
         parts={"npid": {"num_negatives": 8, "dim": 8}},
     )
@@ -68,6 +69,21 @@ def test_an_interrupted_run_equals_an_uninterrupted_one(tmp_path: Path, backbone
     for name, tensor in whole.model.state_dict().items():
         again = second.model.state_dict()[name]
         assert torch.equal(tensor.nan_to_num(), again.nan_to_num()), name
+
+
+def test_a_run_resumes_without_the_file_that_it_started_from(tmp_path: Path) -> None:
+    dataset = make_dataset(tmp_path / "set", 40)
+    file = tmp_path / "weights.pth"
+    torch.save(network.build(BackboneConfig("small")).body.state_dict(), file)
+    first = Worker(job(tmp_path / "run", dataset, weights=str(file)), torch.device("cpu"))
+    steps(first, 2)
+    first.save()
+    first.saver.wait()
+    expected = steps(first, 3)
+    file.unlink()
+    second = Worker(first.job, torch.device("cpu"))
+    second.restore()
+    assert steps(second, 3) == expected
 
 
 def test_a_run_on_another_machine_is_refused_before_it_is_trained_in_vain(tmp_path: Path) -> None:
