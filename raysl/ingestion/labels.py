@@ -117,7 +117,10 @@ def as_class(value: Any) -> str | None:
     """Return the class that one value of JSON names; None for no label. Raises NoClassesError as `as_classes`."""
     if isinstance(value, int) and not isinstance(value, bool):
         return str(value) if value >= 0 else None
-    return as_classes(pa.array([value]))[0].as_py()  # type: ignore[no-any-return]
+    try:
+        return as_classes(pa.array([value]))[0].as_py()  # type: ignore[no-any-return]
+    except (pa.ArrowException, OverflowError):
+        raise NoClassesError("holds a label that is neither a name nor a number") from None
 
 
 def as_class_of_text(text: str) -> str | None:

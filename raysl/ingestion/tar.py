@@ -10,8 +10,10 @@ import bz2
 import gzip
 import lzma
 import tarfile
+import zlib
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from functools import partial
 from typing import Any
 
 import pyarrow as pa
@@ -29,6 +31,7 @@ _PACKED: dict[bytes, tuple[str, Callable[[Any], Any]]] = {
 }
 # Bytes behind the end mark that must be zeros; tar pads archives to 10 kB.
 _AFTER_END = 1 << 20
+_DAMAGE = (tarfile.TarError, EOFError, OSError, lzma.LZMAError, zlib.error, ValueError, OverflowError)
 
 
 class _DamagedError(tarfile.TarError):
@@ -79,6 +82,13 @@ def members(root: str, path: str) -> Iterator[tuple[tarfile.TarInfo, Any]]:
         UserError: the archive is damaged or cut off; the message names the last member before the damage.
     """
     count, last = 0, ""
+
+    def content(member: tarfile.TarInfo) -> Any:
+        try:
+            return archive.extractfile(member).read()
+        except _DAMAGE as error:
+            raise _damaged(root, path, count, last, error) from error
+
     try:
         with opened(root, path) as (stream, packed):
             mode = "r|" if packed else "r:"
@@ -86,19 +96,21 @@ def members(root: str, path: str) -> Iterator[tuple[tarfile.TarInfo, Any]]:
                 for member in archive:
                     # tarfile remembers every member; forgetting them keeps the memory that of one.
                     archive.members = []
-                    yield member, lambda member=member: archive.extractfile(member).read()
+                    yield member, partial(content, member)
                     count, last = count + 1, member.name
                 if not packed:
                     stream.seek(archive.offset)
                 after = archive.fileobj.read(_AFTER_END)
                 if any(after):
                     raise _DamagedError("data follow its end mark, so several archives were joined")
-    except (tarfile.TarError, EOFError, OSError, lzma.LZMAError, ValueError, OverflowError) as error:
-        place = shown(f"{root}/{path}".rstrip("/"))
-        where = (
-            f"after {count} members, the last of which is {shown(last)!r}" if count else "at its beginning"
-        )
-        raise UserError(
-            f"The archive {place!r} is damaged {where}: {error}. Nothing of it is used. Download or copy it again, "
-            "then run the same command."
-        ) from error
+    except _DAMAGE as error:
+        raise _damaged(root, path, count, last, error) from error
+
+
+def _damaged(root: str, path: str, count: int, last: str, error: BaseException) -> UserError:
+    """Return the error for an archive that is damaged after `count` members, of which `last` is the last."""
+    where = f"after {count} members, the last of which is {shown(last)!r}" if count else "at its beginning"
+    return UserError(
+        f"The archive {shown(f'{root}/{path}'.rstrip('/'))!r} is damaged {where}: {error}. Nothing of it is used. "
+        "Download or copy it again, then run the same command."
+    )

@@ -80,6 +80,8 @@ def test_labels_of_every_type(tmp_path: Path, label: dict[str, bytes], name: str
         ({"json": b'{"label": ["a", "b"]}'}, "0.json holds several values for each image"),
         ({"json": b'{"label": 0.5}'}, "0.json holds fractions, such as 0.5"),
         ({"json": b'{"label": '}, "0.json is damaged"),
+        ({"json": b"[" * 100_000}, "0.json is damaged"),
+        ({"json": b'{"label": ["a", 1]}'}, "0.json holds a label that is neither a name nor a number"),
         ({"json": b"5"}, "0.json holds no JSON object"),
     ],
 )
@@ -314,3 +316,57 @@ def test_unpacked_images_are_read_and_not_the_archive_beside_them(tmp_path: Path
     found, rows = opened(tmp_path)
     assert [row.label for row in rows] == ["cat", "dog"]
     assert found.left_out.kinds == {"archives": (1, "images.tar")}
+
+
+def test_each_archive_has_a_table_of_its_own(tmp_path: Path) -> None:
+    for name, label in (("a", "cat"), ("b", "dog")):
+        table = f"file_name,label\n1.jpg,{label}\n{name}.jpg,{label}\n".encode()
+        write_tar(tmp_path / f"{name}.tar", {"1.jpg": jpeg(), f"{name}.jpg": jpeg(), "metadata.csv": table})
+    assert labels(tmp_path) == {
+        "a.tar/1.jpg": "cat",
+        "a.tar/a.jpg": "cat",
+        "b.tar/1.jpg": "dog",
+        "b.tar/b.jpg": "dog",
+    }
+    write_tar(tmp_path / "c.tar", {"1.jpg": jpeg()})
+    found, _ = opened(tmp_path)
+    assert "c.tar/1.jpg has an image without one" in found.labels
+
+
+def test_a_table_in_an_archive_of_its_own_labels_the_others(tmp_path: Path) -> None:
+    write_tar(tmp_path / "a.tar", {"1.jpg": jpeg()})
+    write_tar(tmp_path / "b.tar", {"2.jpg": jpeg()})
+    write_tar(tmp_path / "labels.tar", {"metadata.csv": b"file_name,label\n1.jpg,cat\n2.jpg,dog\n"})
+    assert labels(tmp_path) == {"a.tar/1.jpg": "cat", "b.tar/2.jpg": "dog"}
+
+
+@pytest.mark.parametrize("note", [b'{"caption": "x"}', b'{"label": 0.5}', b"5", b"{"])
+@pytest.mark.parametrize("order", [("cls", "json"), ("json", "cls")])
+def test_cls_wins_over_json(tmp_path: Path, note: bytes, order: tuple[str, str]) -> None:
+    label = {"cls": b"7", "json": note}
+    members = {"0.jpg": jpeg(), **{f"0.{suffix}": label[suffix] for suffix in order}}
+    assert labels(write_tar(tmp_path / "a.tar", members)) == {"a.tar/0.jpg": "7"}
+
+
+@pytest.mark.parametrize("name", ["1.cls", "1.json", "metadata.csv", "README"])
+def test_a_tar_that_is_cut_inside_a_file_of_labels_is_damaged(tmp_path: Path, name: str) -> None:
+    path = write_tar(tmp_path / "a.tar", {"0.png": noise(0), name: bytes(5000)})
+    with tarfile.open(path) as archive:
+        cut = path.read_bytes()[: archive.getmembers()[1].offset_data + 100]
+    path.write_bytes(cut)
+    assert "is damaged after 1 members" in refused(path)
+    packed = gzip.compress(cut)
+    (tmp_path / "a.tar").write_bytes(packed[: len(packed) - 20])
+    assert "is damaged" in refused(path)
+
+
+@pytest.mark.parametrize("method", [zipfile.ZIP_DEFLATED, zipfile.ZIP_LZMA, zipfile.ZIP_BZIP2])
+def test_a_zip_that_is_damaged_inside_a_file_of_labels_is_refused(tmp_path: Path, method: int) -> None:
+    with zipfile.ZipFile(tmp_path / "a.zip", "w", method) as archive:
+        archive.writestr("0.png", noise(0), zipfile.ZIP_STORED)
+        archive.writestr("0.cls", bytes(range(256)) * 9)
+        start = archive.getinfo("0.cls").header_offset
+    data = bytearray((tmp_path / "a.zip").read_bytes())
+    data[start + 40 : start + 80] = b"\xff" * 40
+    (tmp_path / "a.zip").write_bytes(data)
+    assert "Cannot read the archive" in refused(tmp_path / "a.zip")

@@ -8,37 +8,31 @@ safety.
 
 from __future__ import annotations
 
-import json
+import lzma
 import zipfile
 import zlib
 from collections import Counter
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
-from dataclasses import dataclass, field, replace
+from dataclasses import replace
 from functools import partial
 from itertools import chain
-from typing import NamedTuple
 
 from raysl.errors import UserError
 from raysl.ingestion import labels, layout, metadata, tar
 from raysl.ingestion.found import LeftOut, shown
 from raysl.ingestion.listing import (
     ARCHIVE,
-    HIDDEN,
     IMAGE,
-    LABEL_TABLES,
-    OTHER,
     File,
     Survey,
-    is_hidden,
-    kind_of,
     stamp,
 )
+from raysl.ingestion.members import MOST_BYTES, Listing, Member
 from raysl.ingestion.sources import (
     Confidence,
     Place,
-    ReadConfig,
     Row,
     Unit,
     UnitSize,
@@ -47,18 +41,15 @@ from raysl.ingestion.sources import (
     read_split,
 )
 from raysl.storage import Folder
-from raysl.stream.formats import JPEG, looks_like_image
+from raysl.stream.formats import JPEG
 
 SUMMARY = (
     "tar and zip archives, WebDataset shards: shard-000000.tar, photos.tar.gz, photos.zip, s3://bucket/shards"
 )
 
 _SUFFIXES = (".tar", ".tgz", ".tar.gz", ".tar.bz2", ".tbz2", ".tar.xz", ".txz", ".tar.zst", ".zip")
-# Larger members are not taken into memory.
-_MOST_BYTES = 1 << 30
-_MOST_LABEL_BYTES = 1 << 24
-_HEAD_BYTES = 4096
-_LABELS = ("cls", "json")
+# Damage to a single member of a zip archive.
+_ZIP_DAMAGE = (zipfile.BadZipFile, EOFError, RuntimeError, lzma.LZMAError, zlib.error)
 # The image of a sample that has several, in this order.
 _PREFERRED = ("jpg", "jpeg", "png", "webp", "image", "img")
 
@@ -73,96 +64,6 @@ def recognise(place: Place) -> Confidence:
     # A few loose pictures beside many archives, such as a preview, are not the data set.
     few = survey.images() <= min(archives, 20) and 100 * survey.num_bytes[IMAGE] < survey.num_bytes[ARCHIVE]
     return Confidence.IS if few and files_ending(place, _SUFFIXES) else Confidence.NO
-
-
-class Member(NamedTuple):
-    """An image in an archive: its name, where its content begins (in a stream its number), and its size."""
-
-    name: str
-    offset: int
-    size: int
-
-
-@dataclass
-class Listing:
-    """What an archive holds.
-
-    Args:
-        path: of the archive below the source.
-        how: "tar", "stream" (a compressed tar, read from its beginning) or "zip".
-        name: of the archive, for messages.
-        images: in the order of the archive.
-        classes: by the name of a `.cls` or `.json` member without its suffix, the label in it.
-        why: why a label is not taken, for the first that is not.
-        tables: by name, the content of the files that may hold labels, see `raysl.ingestion.metadata`.
-    """
-
-    path: str
-    how: str
-    name: str
-    images: dict[str, Member] = field(default_factory=dict)
-    classes: dict[str, str | None] = field(default_factory=dict)
-    why: str = ""
-    tables: dict[str, bytes] = field(default_factory=dict)
-    left_out: LeftOut = field(default_factory=LeftOut)
-
-    def take(self, member: Member, is_file: bool, content: Callable[[], bytes], config: ReadConfig) -> None:
-        """Take a member, or count it as left out.
-
-        Args:
-            content: returns the content of the member.
-        """
-        name, size = _plain(member.name), member.size
-        if not is_file:
-            self.left_out.add("links and devices in archives", name)
-        elif name.startswith("/") or ".." in name.split("/"):
-            self.left_out.add("members with absolute paths or ..", name)
-        elif is_hidden(name):
-            self.left_out.add(HIDDEN, name)
-        elif size > _MOST_BYTES:
-            self.left_out.add(f"members larger than {_MOST_BYTES >> 20} MB", name)
-        else:
-            base = name.rpartition("/")[2]
-            suffix = base.rpartition(".")[2]
-            kind = kind_of(name) or (f"members called .{suffix}" if "." in base else OTHER)
-            small = size <= _MOST_LABEL_BYTES and config.labels == "auto"
-            if kind == OTHER and looks_like_image(content()[:_HEAD_BYTES]):
-                kind = IMAGE
-            if kind == IMAGE:
-                if self.images.pop(name, None):
-                    self.left_out.add("members replaced by later ones of the same name", name)
-                self.images[name] = member
-            elif small and base in LABEL_TABLES:
-                self.tables[name] = content()
-            elif small and suffix in _LABELS:
-                self._take_label(name, content(), config.label_column)
-            elif suffix not in _LABELS:
-                self.left_out.add(kind, name)
-
-    def _take_label(self, name: str, data: bytes, wanted: str) -> None:
-        """Read the label in a `.cls` or `.json` member."""
-        stem, _, suffix = name.rpartition(".")
-        try:
-            if suffix == "cls":
-                self.classes[stem] = labels.as_class_of_text(data.decode())
-                return
-            value = json.loads(data)
-            if not isinstance(value, dict):
-                raise labels.NoClassesError("holds no JSON object with named fields")
-            column = wanted if wanted in value else labels.find(list(value), "", name)
-            if not column:
-                raise labels.NoClassesError(
-                    f"has no label, its fields are {', '.join(value)} (--label-column)"
-                )
-            self.classes[stem] = labels.as_class(value[column])
-        except (ValueError, labels.NoClassesError) as error:
-            reason = str(error) if isinstance(error, labels.NoClassesError) else f"is damaged: {error}"
-            self.why = self.why or f"{shown(name)} {reason}"
-
-
-def _plain(name: str) -> str:
-    """Return the name of a member with "/" between its parts, also where Windows wrote "\\"."""
-    return (name if "/" in name else name.replace("\\", "/")).removeprefix("./")
 
 
 def _list(place: Place, path: str) -> Listing:
@@ -197,7 +98,7 @@ def _list_zip(place: Place, path: str) -> Listing:
 def _content(archive: zipfile.ZipFile, member: zipfile.ZipInfo) -> bytes:
     with archive.open(member) as stream:
         # A bomb holds more than its directory says.
-        return stream.read(min(member.file_size, _MOST_BYTES))
+        return stream.read(min(member.file_size, MOST_BYTES))
 
 
 @contextmanager
@@ -205,7 +106,7 @@ def _opened_zip(root: str, path: str) -> Iterator[zipfile.ZipFile]:
     try:
         with tar.opened(root, path) as (stream, _), zipfile.ZipFile(stream) as archive:
             yield archive
-    except (zipfile.BadZipFile, NotImplementedError, EOFError, OSError) as error:
+    except (*_ZIP_DAMAGE, OSError) as error:
         raise UserError(
             f"Cannot read the archive {shown(f'{root}/{path}'.rstrip('/'))!r}: {error}. Download or copy it again, "
             "then run the same command."
@@ -222,6 +123,8 @@ class Source:
         self._files, self.found = read_split(place, files_ending(place, _SUFFIXES), ARCHIVE, inner=True)
         self._split = split = self.found.split
         self._listings: list[Listing] | None = None
+        # By archive, the classes of its images in its table; None if no archive has one.
+        self._class_of: dict[str, dict[str, str]] | None = None
         inner = self._inner_split(place)
         self.name = str(replace(place, split=split or inner))
 
@@ -235,7 +138,7 @@ class Source:
         if not any(listing.images for listing in listings):
             raise UserError(f"The archives at {place.uri!r} hold no images. They hold {self.found.left_out}.")
         self._choose_images(place.config.image_column)
-        tables = {name: data for listing in listings for name, data in listing.tables.items()}
+        tables = dict.fromkeys(name for listing in listings for name in listing.tables)
         images = (File(name, m.size, 0) for listing in listings for name, m in listing.images.items())
         # Names that do not tell are those of images, as their content did.
         survey = Survey.of(chain(images, (File(name, 0, 0) for name in tables)), lambda _: JPEG)
@@ -247,14 +150,15 @@ class Source:
             inner,
         )
         if place.config.labels == "auto":
-            metadata.apply(tables.__getitem__, survey, self._layout, place.config.label_column)
+            self._apply_tables(listings, place.config.label_column)
         self.found.left_out.update(inner)
         found = self._layout.found
-        why = next((listing.why for listing in listings if listing.why), "")
+        why = next((why for listing in listings for why in listing.unusable.values()), "")
+        no_label = next((listing.no_label for listing in listings if listing.no_label), "")
         example = next((name for listing in listings for name, label in listing.classes.items() if label), "")
         self._in_members = bool(example) and not why
         self.found.layout = f"{_count(listings)}: {found.layout}"
-        self.found.labels = f"{found.labels}; {why}" if why else found.labels
+        self.found.labels = "; ".join(filter(None, (found.labels, why or no_label)))
         if self._in_members:
             self.found.layout = f"{_count(listings)}: samples with labels (WebDataset)"
             self.found.labels = f"the .cls or .json of each sample, as {shown(example)}"
@@ -265,6 +169,22 @@ class Source:
         if not self._split:
             self.found.splits, self.found.split = found.splits, found.split
         return found.split
+
+    def _apply_tables(self, listings: list[Listing], wanted: str) -> None:
+        """Label the images of each archive from its own table, or from a table in an archive without images."""
+        shared = {name: data for one in listings if not one.images for name, data in one.tables.items()}
+        layouts = {}
+        for listing in listings:
+            tables = listing.tables or shared
+            if listing.images and tables:
+                one = replace(self._layout, found=replace(self._layout.found))
+                metadata.apply(tables.__getitem__, Survey(tables=set(tables)), one, wanted)
+                layouts[listing.path] = one
+        labelled = [one for one in layouts.values() if one.class_of is not None]
+        self._layout = next(iter([*labelled, *layouts.values()]), self._layout)
+        if labelled:
+            # Images of an archive without labels have none: they must not take those of another archive.
+            self._class_of = {path: one.class_of or {} for path, one in layouts.items()}
 
     def _choose_images(self, wanted: str) -> None:
         """Decide what the key of a sample is, and take one image of samples that have several."""
@@ -298,11 +218,14 @@ class Source:
         classes = labels.Classes()
         self.found.images = 0
         for listing in self._listings or []:
+            of_archive = self._layout
+            if self._class_of is not None:
+                of_archive = replace(of_archive, class_of=self._class_of.get(listing.path, {}))
             taken: list[tuple[Member, str | None]] = []
             num_bytes = 0
             for name, image in listing.images.items():
                 try:
-                    label = self._layout.label(name)
+                    label = of_archive.label(name)
                 except layout.Skip:
                     if not self._in_members:
                         continue
@@ -317,7 +240,7 @@ class Source:
                 classes.add((label,), f"{listing.path}/{name}".strip("/"))
             if taken:
                 yield self._unit(listing, taken)
-        by_name = not self._in_members and self._layout.class_of is None
+        by_name = not self._in_members and self._class_of is None
         if not by_name and (why := classes.why_none()):
             self.found.labels = f"none, although they are {self.found.labels}: {shown(why)}"
         else:
@@ -387,5 +310,5 @@ def _read_zip(root: str, path: str, images: list[Member]) -> Iterator[bytes | st
         for image in images:
             try:
                 yield _content(archive, archive.getinfo(image.name))
-            except (zipfile.BadZipFile, EOFError, RuntimeError, NotImplementedError, zlib.error) as error:
+            except _ZIP_DAMAGE as error:
                 yield f"is damaged inside of the archive: {error}"

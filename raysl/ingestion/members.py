@@ -1,0 +1,131 @@
+"""List the members of an archive: its images, and the labels and tables beside them."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Callable
+from dataclasses import dataclass, field
+from typing import NamedTuple
+
+from raysl.ingestion import labels
+from raysl.ingestion.found import LeftOut, shown
+from raysl.ingestion.listing import HIDDEN, IMAGE, LABEL_TABLES, OTHER, is_hidden, kind_of
+from raysl.ingestion.sources import ReadConfig
+from raysl.stream.formats import looks_like_image
+
+# Larger members are not taken into memory.
+MOST_BYTES = 1 << 30
+_MOST_LABEL_BYTES = 1 << 24
+_HEAD_BYTES = 4096
+_LABELS = ("cls", "json")
+
+
+class Member(NamedTuple):
+    """An image in an archive: its name, where its content begins (in a stream its number), and its size."""
+
+    name: str
+    offset: int
+    size: int
+
+
+@dataclass
+class Listing:
+    """What an archive holds.
+
+    Args:
+        path: of the archive below the source.
+        how: "tar", "stream" (a compressed tar, read from its beginning) or "zip".
+        name: of the archive, for messages.
+        images: in the order of the archive.
+        classes: by the name of a `.cls` or `.json` member without its suffix, the label in it; `.cls` wins.
+        in_cls: these names for the `.cls` members.
+        unusable: by the same names, why a label is not taken.
+        no_label: why a `.json` member has no label, for the first that has none.
+        tables: by name, the content of the files that may hold labels, see `raysl.ingestion.metadata`.
+    """
+
+    path: str
+    how: str
+    name: str
+    images: dict[str, Member] = field(default_factory=dict)
+    classes: dict[str, str | None] = field(default_factory=dict)
+    in_cls: set[str] = field(default_factory=set)
+    unusable: dict[str, str] = field(default_factory=dict)
+    no_label: str = ""
+    tables: dict[str, bytes] = field(default_factory=dict)
+    left_out: LeftOut = field(default_factory=LeftOut)
+
+    def take(self, member: Member, is_file: bool, content: Callable[[], bytes], config: ReadConfig) -> None:
+        """Take a member, or count it as left out.
+
+        Args:
+            content: returns the content of the member.
+        """
+        name, size = _plain(member.name), member.size
+        if not is_file:
+            self.left_out.add("links and devices in archives", name)
+        elif name.startswith("/") or ".." in name.split("/"):
+            self.left_out.add("members with absolute paths or ..", name)
+        elif is_hidden(name):
+            self.left_out.add(HIDDEN, name)
+        elif size > MOST_BYTES:
+            self.left_out.add(f"members larger than {MOST_BYTES >> 20} MB", name)
+        else:
+            base = name.rpartition("/")[2]
+            suffix = base.rpartition(".")[2]
+            kind = kind_of(name) or (f"members called .{suffix}" if "." in base else OTHER)
+            small = size <= _MOST_LABEL_BYTES and config.labels == "auto"
+            if kind == OTHER and looks_like_image(content()[:_HEAD_BYTES]):
+                kind = IMAGE
+            if kind == IMAGE:
+                if self.images.pop(name, None):
+                    self.left_out.add("members replaced by later ones of the same name", name)
+                self.images[name] = member
+            elif small and base in LABEL_TABLES:
+                self.tables[name] = content()
+            elif small and suffix in _LABELS:
+                self._take_label(name, content(), config.label_column)
+            elif suffix not in _LABELS:
+                self.left_out.add(kind, name)
+
+    def _take_label(self, name: str, data: bytes, wanted: str) -> None:
+        """Read the label in a `.cls` or `.json` member."""
+        stem, _, suffix = name.rpartition(".")
+        if suffix == "cls":
+            self.in_cls.add(stem)
+        elif stem in self.in_cls:
+            return
+        self.classes.pop(stem, None)
+        self.unusable.pop(stem, None)
+        try:
+            if suffix == "cls":
+                self.classes[stem] = labels.as_class_of_text(data.decode())
+            elif reason := self._take_json(stem, data, wanted, name):
+                self.no_label = self.no_label or f"{shown(name)} {reason}"
+        except labels.NoClassesError as error:
+            self.unusable[stem] = f"{shown(name)} {error}"
+        except ValueError as error:
+            self.unusable[stem] = f"{shown(name)} is damaged: {error}"
+
+    def _take_json(self, stem: str, data: bytes, wanted: str, name: str) -> str:
+        """Take the label in the JSON of a sample. Return why it has none, or "".
+
+        Raises:
+            NoClassesError, ValueError: it has a label that is no class.
+        """
+        try:
+            value = json.loads(data)
+        except (ValueError, RecursionError) as error:
+            return f"is damaged: {error}"
+        if not isinstance(value, dict):
+            return "holds no JSON object with named fields"
+        column = wanted if wanted in value else labels.find(list(value), "", name)
+        if not column:
+            return f"has no label, its fields are {', '.join(value)} (--label-column)"
+        self.classes[stem] = labels.as_class(value[column])
+        return ""
+
+
+def _plain(name: str) -> str:
+    """Return the name of a member with "/" between its parts, also where Windows wrote "\\"."""
+    return (name if "/" in name else name.replace("\\", "/")).removeprefix("./")
