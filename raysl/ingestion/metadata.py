@@ -40,12 +40,17 @@ def apply(read: Callable[[str], bytes], survey: Survey, layout: Layout, wanted: 
 def _use(layout: Layout, folder: str, path: str, table: pa.Table, wanted: str) -> None:
     """Take the labels of a table, or say why it has none."""
     found, names = layout.found, table.column_names
-    if path.endswith(_TINY):
+    is_tiny = path.endswith(_TINY)
+    if is_tiny and len(names) < 2:
+        column, files_in, prefix = "", "", ""
+    elif is_tiny:
         column, files_in, prefix = names[1], names[0], "images/"
     else:
         column, files_in, prefix = labels.find(names, wanted, path), file_column(names), ""
     why = ""
-    if not column:
+    if is_tiny and not column:
+        why = f"{shown(path)} has one column; its lines must be the name of a file, a tab and its class"
+    elif not column:
         why = f"no column of {shown(path)} is named like a label; its columns are {', '.join(names)} (--label-column)"
     elif not files_in:
         why = f"{shown(path)} has no column file_name; its columns are {', '.join(names)}"
@@ -66,7 +71,7 @@ def _use(layout: Layout, folder: str, path: str, table: pa.Table, wanted: str) -
         return
     found.left_out.kinds.pop(BESIDE_CLASSES, None)
     found.layout = f"images with a table of labels, {shown(path)}"
-    found.labels = f"the {'second column' if path.endswith(_TINY) else f'column {column!r}'} of {shown(path)}"
+    found.labels = f"the {'second column' if is_tiny else f'column {column!r}'} of {shown(path)}"
 
 
 def _by_file(files: list[str], classes: list[str | None]) -> dict[str, str]:

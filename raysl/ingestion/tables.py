@@ -102,13 +102,16 @@ def without_views(schema: pa.Schema) -> pa.Schema:
 
 
 def _checked(table: Table, place: str) -> Table:
-    names = table.schema.names
+    _check_names(table.schema.names, place)
+    return replace(table, schema=without_views(table.schema))
+
+
+def _check_names(names: list[str], place: str) -> None:
     if twice := sorted({name for name in names if names.count(name) > 1}):
         raise UserError(
             f"The table {shown(place)!r} has several columns called {twice[0]!r}. Rename them, so that each has a name "
             "of its own."
         )
-    return replace(table, schema=without_views(table.schema))
 
 
 def file_column(names: Sequence[str]) -> str:
@@ -128,24 +131,29 @@ def read_table(data: bytes, path: str) -> pa.Table:
     """Return a table of text: CSV, TSV or JSON lines by the end of its name, or Parquet.
 
     Raises:
-        UserError: it is damaged.
+        UserError: it is damaged, or several columns have one name.
     """
-    name = path.lower()
     try:
-        if name.endswith(".parquet"):
-            return pq.read_table(io.BytesIO(data))
-        if name.endswith((".jsonl", ".ndjson")):
-            return pajson.read_json(io.BytesIO(data))
-        table = pacsv.read_csv(
-            io.BytesIO(data),
-            read_options=pacsv.ReadOptions(autogenerate_column_names=name.endswith(".txt")),
-            parse_options=pacsv.ParseOptions(delimiter=_delimiter(data, name), newlines_in_values=True),
-        )
-        return table.rename_columns([column.strip() for column in table.column_names])
+        table = _read_table(data, path.lower())
+        _check_names(table.column_names, path)
+        return table.cast(without_views(table.schema))
     except (pa.ArrowException, OSError) as error:
         raise UserError(
             f"Cannot read the table {shown(path)!r}: {error}. Correct it or remove it."
         ) from error
+
+
+def _read_table(data: bytes, name: str) -> pa.Table:
+    if name.endswith(".parquet"):
+        return pq.ParquetFile(io.BytesIO(data)).read()
+    if name.endswith((".jsonl", ".ndjson")):
+        return pajson.read_json(io.BytesIO(data))
+    table = pacsv.read_csv(
+        io.BytesIO(data),
+        read_options=pacsv.ReadOptions(autogenerate_column_names=name.endswith(".txt")),
+        parse_options=pacsv.ParseOptions(delimiter=_delimiter(data, name), newlines_in_values=True),
+    )
+    return table.rename_columns([column.strip() for column in table.column_names])
 
 
 def _delimiter(data: bytes, name: str) -> str:

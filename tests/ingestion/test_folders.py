@@ -5,6 +5,8 @@ from __future__ import annotations
 import os
 from pathlib import Path
 
+import pyarrow as pa
+import pyarrow.parquet as pq
 import pytest
 
 from raysl.errors import UserError
@@ -209,6 +211,18 @@ def test_tables_of_labels_beside_images(tmp_path: Path, table: str, found_labels
         assert not found.classes
     else:
         assert [row.label for row in rows] == found_labels
+
+
+def test_tables_of_labels_are_checked(tmp_path: Path) -> None:
+    put(tmp_path, "a/images/0.jpg", "b/0.jpg", "c/0.jpg")
+    put(tmp_path, "a/val_annotations.txt", data=b"0.jpg\n")
+    assert "val_annotations.txt has one column" in opened(tmp_path / "a")[0].labels
+    put(tmp_path, "b/metadata.csv", data=b"file_name,label, label\n0.jpg,1,2\n")
+    assert "several columns called 'label'" in refused(tmp_path / "b")
+    columns = {"file_name": ["0.jpg"], "label": ["cat"]}
+    table = pa.table({name: pa.array(values, pa.string_view()) for name, values in columns.items()})
+    pq.write_table(table, tmp_path / "c" / "metadata.parquet")
+    assert labels(tmp_path / "c") == {"0.jpg": "cat"}
 
 
 def test_rows_of_a_table_without_a_file_are_counted(tmp_path: Path) -> None:

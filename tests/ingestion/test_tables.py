@@ -212,11 +212,11 @@ def test_tables_of_file_names(tmp_path: Path, name: str, content: str) -> None:
 
 
 def test_file_names_that_lead_out_of_the_folder(tmp_path: Path) -> None:
-    put(tmp_path, "secret.jpg", "in/a.jpg")
+    put(tmp_path, "secret.jpg", "other.jpg", "in/a.jpg")
     put(
         tmp_path,
         "in/list.csv",
-        data=f"path,label\na.jpg,0\n../secret.jpg,1\n{tmp_path}/secret.jpg,1\ngone.jpg,0\n".encode(),
+        data=f"path,label\na.jpg,0\n../secret.jpg,1\n{tmp_path}/other.jpg,1\ngone.jpg,0\n".encode(),
     )
     _, rows = opened(tmp_path / "in" / "list.csv")
     assert [bool(row.image) for row in rows] == [True, False, False, False]
@@ -270,6 +270,15 @@ def test_a_file_in_several_rows_is_refused(tmp_path: Path) -> None:
     put(tmp_path, "0.jpg")
     put(tmp_path, "list.csv", data=b"file_name,label\n0.jpg,a\n0.jpg,b\n")
     assert "names the file '0.jpg' in several rows" in refused(tmp_path / "list.csv")
+
+
+def test_files_in_several_tables_are_compared_by_their_place(tmp_path: Path) -> None:
+    for name in ("cat", "dog"):
+        (tmp_path / f"label={name}").mkdir()
+        pq.write_table(pa.table({"file_name": ["1.jpg"]}), tmp_path / f"label={name}" / "part.parquet")
+    assert len(opened(tmp_path)[1]) == 2
+    put(tmp_path, "list.csv", data=b"file_name,label\na.jpg,x\n./a.jpg,y\n")
+    assert "names the file './a.jpg' in several rows" in refused(tmp_path / "list.csv")
 
 
 def test_columns_of_one_name_are_refused(tmp_path: Path) -> None:

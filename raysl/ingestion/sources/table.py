@@ -7,6 +7,7 @@ beside the table. The splits of a folder come from the names of its files (`trai
 
 from __future__ import annotations
 
+import posixpath
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import replace
@@ -171,16 +172,20 @@ class Source:
         for file, columns in zip(self._files, self._columns, strict=True):
             if not columns.is_file_name:
                 continue
+            folder = _folder_of(self._place.uri, file.path)
             with tables.opened(self._place.uri, file.path) as table:
                 for group in range(len(table.groups)):
                     for batch in table.read(group, [columns.image]):
                         for name in filter(None, batch.column(columns.image).to_pylist()):
-                            if name in seen:
+                            place = tables.normal(name)
+                            if "://" not in place:
+                                place = posixpath.normpath(posixpath.join(folder, place))
+                            if place in seen:
                                 raise UserError(
                                     f"The table {self._where(file)!r} names the file {shown(name)!r} in several rows. "
                                     "A data set holds an image once and with one class: keep one row for each file."
                                 )
-                            seen.add(name)
+                            seen.add(place)
 
     def _count_classes(self) -> bool:
         """Read the column of labels of all files; return True if it holds classes."""
@@ -330,6 +335,11 @@ def _rows(
         yield Row(image.as_py(), label, path, "the image column has no bytes in this row")
 
 
+def _folder_of(root: str, path: str) -> str:
+    """Return the folder of a table, which the names of files in it start from."""
+    return (f"{root}/{path}" if path else root).rpartition("/")[0]
+
+
 def _from_file(spec: dict[str, Any], name: str | None, label: str | None) -> Row:
     """Read an image that a table names; its place is that of the table."""
     if not name:
@@ -349,7 +359,7 @@ def _from_file(spec: dict[str, Any], name: str | None, label: str | None) -> Row
     outside = name.startswith(("/", "../")) or "://" in name or "\0" in name
     if outside and not spec["follow_links"]:
         return Row(None, label, shown(name), "lies outside of the table's folder: --follow-links reads it")
-    folder = (f"{spec['root']}/{spec['path']}" if spec["path"] else spec["root"]).rpartition("/")[0]
+    folder = _folder_of(spec["root"], spec["path"])
     try:
         return Row(read_bytes("" if name.startswith("/") else folder, name), label, shown(name))
     except (FileNotFoundError, PermissionError, NotADirectoryError, IsADirectoryError, ValueError) as error:
