@@ -11,6 +11,7 @@ import re
 from collections import Counter
 from collections.abc import Callable
 from dataclasses import dataclass, field
+from pathlib import PurePosixPath
 from typing import Literal
 
 from raysl.ingestion.found import Found, LeftOut, shown
@@ -19,11 +20,14 @@ from raysl.ingestion.listing import IMAGE, TABLE, Survey, is_split, join
 Labels = Literal["auto", "folders", "none"]
 
 # Folders of pictures that are not the images: masks, depths, and what tools write beside the images.
-_MASKS = re.compile(
-    r"(.*[_ -])?(masks?|segmentations?|segmentation(class|object)(aug)?|trimaps?|ground_?truths?|gt|gt(fine|coarse)|"
-    r"annotations?|labels?|labelids|depths?|disparit(y|ies))",
-    re.IGNORECASE,
+_MASK = (
+    r"(masks?|segmentations?|segmentation(class|object)(aug)?|trimaps?|ground_?truths?|gt|gt(fine|coarse)|"
+    r"annotations?|labels?|labelids|depths?|disparit(y|ies))"
 )
+_MASKS = re.compile(rf"(?!(with|without|no|non)[_ -])(.*[_ -])?{_MASK}", re.IGNORECASE)
+# What tools add to the name of an image for its mask, as in 0001_mask.png.
+_SUFFIX = re.compile(rf"[_ -]{_MASK}([_ -].*)?", re.IGNORECASE)
+_JPEG = (".jpg", ".jpeg")
 # Folders beside which others hold masks, crops or depths of the same images.
 _IMAGES = re.compile(r"images?|imgs?|jpegimages|rgb|(left|right)img8bit", re.IGNORECASE)
 # Folders that hold images of any class.
@@ -106,8 +110,8 @@ def recognise(
     """
     found = Found("", left_out=left_out)
     layout = Layout(found)
-    _descend(survey, layout)
-    splits, beside = _splits(survey, layout.base)
+    _descend(survey, layout, labels)
+    splits, beside = _splits(survey, layout.base, labels)
     if splits:
         found.splits = tuple(splits)
         found.split = choose(splits)
@@ -118,7 +122,7 @@ def recognise(
         if stray:
             left_out.add("images beside the splits", survey.examples[layout.base, IMAGE], stray)
         layout.base = join(layout.base, found.split)
-        _descend(survey, layout)
+        _descend(survey, layout, labels)
     _classes(survey, layout, labels, choose)
     if not found.splits:
         choose([])
@@ -126,29 +130,23 @@ def recognise(
     return layout
 
 
-def _descend(survey: Survey, layout: Layout) -> None:
+def _descend(survey: Survey, layout: Layout, labels: Labels) -> None:
     """Go down folders that only wrap others, and past folders of masks."""
     while True:
         base = layout.base
-        children = _without_masks(survey, layout)
+        children = _without_masks(survey, layout, labels)
         if survey.images(base, direct=True) or len(children) != 1:
             return
         only = join(base, children[0])
-        holds_splits = bool(_splits(survey, only)[0])
+        holds_splits = bool(_splits(survey, only, labels)[0])
         if is_split(children[0]) or (survey.images(only, direct=True) and not holds_splits):
             return
         layout.base = only
 
 
-def _without_masks(survey: Survey, layout: Layout) -> list[str]:
+def _without_masks(survey: Survey, layout: Layout, labels: Labels) -> list[str]:
     """Return the folders with images inside the base, and leave folders of masks out."""
-    children = survey.children(layout.base)
-    masks = [name for name in children if _MASKS.fullmatch(name)]
-    pictures = [name for name in children if name not in masks and _IMAGES.fullmatch(name)]
-    if pictures and not any(is_split(name) for name in children):
-        masks = [name for name in children if name != pictures[0]]
-    if len(masks) == len(children) and not survey.images(layout.base, direct=True):
-        return children
+    masks = _masks(survey, layout.base, labels)
     for name in masks:
         where = join(layout.base, name)
         if where not in layout.without:
@@ -156,12 +154,48 @@ def _without_masks(survey: Survey, layout: Layout) -> list[str]:
             layout.found.left_out.add(
                 "masks or other pictures of the same images", survey.first(where), survey.images(where)
             )
-    return [name for name in children if name not in masks]
+    return [name for name in survey.children(layout.base) if name not in masks]
 
 
-def _splits(survey: Survey, base: str) -> tuple[list[str], list[str]]:
+def _masks(survey: Survey, base: str, labels: Labels) -> list[str]:
+    """Return the folders inside the base that hold masks or other pictures of the same images.
+
+    A name is not enough, because a class may be called "surgical mask": the folder lies beside a folder called like
+    images, or its files are named after images outside of it and are not JPEG, which does not keep the values of masks.
+    """
+    if labels == "folders":
+        return []
+    children = survey.children(base)
+    named = [name for name in children if _MASKS.fullmatch(name)]
+    others = [name for name in children if name not in named]
+    pictures = [name for name in others if _IMAGES.fullmatch(name)]
+    if pictures:
+        splits = any(is_split(name) for name in children)
+        return named if splits else [name for name in children if name != pictures[0]]
+    if not named:
+        return []
+    beside = survey.first_names.get(base, []) + [
+        file for name in others for file in survey.names(join(base, name))
+    ]
+    stems = {PurePosixPath(file).stem for file in beside}
+    masks = []
+    for name in named:
+        files = [PurePosixPath(file) for file in survey.names(join(base, name))]
+        same = [
+            file
+            for file in files
+            if file.suffix.lower() not in _JPEG
+            and (file.stem in stems or _SUFFIX.sub("", file.stem) in stems)
+        ]
+        if 2 * len(same) > len(files):
+            masks.append(name)
+    return masks
+
+
+def _splits(survey: Survey, base: str, labels: Labels) -> tuple[list[str], list[str]]:
     """Return the folders inside the base that are splits, and other folders with images; none and none without."""
-    children = [name for name in survey.children(base) if not _MASKS.fullmatch(name)]
+    masks = _masks(survey, base, labels)
+    children = [name for name in survey.children(base) if name not in masks]
     for strictly in (True, False):
         named = [name for name in children if is_split(name, strictly)]
         training = [name for name in named if _TRAIN.search(name)]
@@ -173,7 +207,7 @@ def _splits(survey: Survey, base: str) -> tuple[list[str], list[str]]:
 def _classes(survey: Survey, layout: Layout, labels: Labels, choose: Callable[[list[str]], str]) -> None:
     """Decide where the labels come from."""
     found, base = layout.found, layout.base
-    children = survey.children(base) if labels == "folders" else _without_masks(survey, layout)
+    children = _without_masks(survey, layout, labels)
     direct = survey.images(base, direct=True)
     inside = sum(survey.images(join(base, name)) for name in children)
     example = shown(survey.first(join(base, children[0]) if children else base))

@@ -24,6 +24,7 @@ if TYPE_CHECKING:
 IMAGE, TABLE, ARCHIVE = "image", "tables", "archives"
 # Bytes at the beginning of a file that tell whether it is an image.
 _HEAD_BYTES = 4096
+_FIRST_NAMES = 20
 _KINDS = {
     "text files": ".txt .md .rst .log .py .m .ipynb .sh .html .htm .css .js .yaml .yml .cfg .ini .toml .names .license",
     "JSON and XML files": ".json .xml",
@@ -287,6 +288,7 @@ class Survey:
     Args:
         folders: by folder ("" is the root) the number of files directly inside, by kind.
         examples: by folder and kind the first file.
+        first_names: by folder the names of its first images.
         sniffed: files without a telling name that are images.
         num_bytes: by kind the size of all files.
         tables: files that may hold labels of the images beside them.
@@ -295,6 +297,7 @@ class Survey:
 
     folders: dict[str, Counter[str]] = field(default_factory=dict)
     examples: dict[tuple[str, str], str] = field(default_factory=dict)
+    first_names: dict[str, list[str]] = field(default_factory=dict)
     sniffed: set[str] = field(default_factory=set)
     num_bytes: Counter[str] = field(default_factory=Counter)
     tables: set[str] = field(default_factory=set)
@@ -317,6 +320,8 @@ class Survey:
             if not counts[kind]:
                 survey.examples[folder, kind] = file.path
             counts[kind] += 1
+            if kind == IMAGE and counts[kind] <= _FIRST_NAMES:
+                survey.first_names.setdefault(folder, []).append(_name(file.path))
             survey.num_bytes[kind] += file.num_bytes
             if _name(file.path) in LABEL_TABLES:
                 survey.tables.add(file.path)
@@ -364,6 +369,11 @@ class Survey:
         """Return the names of the folders directly inside a folder that hold images, sorted."""
         below, children = self._tree
         return sorted(name for name in children.get(folder, ()) if below[join(folder, name)])
+
+    def names(self, folder: str) -> list[str]:
+        """Return the names of the first images of a folder and of each folder below it."""
+        below = (at for at in self.first_names if at == folder or at.startswith(f"{folder}/"))
+        return [name for at in below for name in self.first_names[at]]
 
     def first(self, folder: str = "") -> str:
         """Return the first image below a folder."""
