@@ -11,6 +11,7 @@ import hashlib
 import json
 import logging
 import os
+from collections import Counter
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
 from functools import partial
@@ -304,12 +305,13 @@ def _finish(name: str, listed: Listed, journal: Journal, config: IngestConfig) -
     labels: list[Any] = [np.empty(0, np.int64)]
     tallies: list[images.Tally] = []
     reasons: list[str] = []
-    num_bad, unlabelled = 0, ""
+    kinds: Counter[str] = Counter()
+    unlabelled = ""
     with dest.writing(LEDGER) as ledger:
         for written in journal.all_written():
             for path, reason in written.bad:
                 ledger.write((json.dumps({"path": path, "reason": reason}) + "\n").encode())
-                num_bad += 1
+                kinds[reason.partition(":")[0]] += 1
                 if len(reasons) < 3:
                     reasons.append(f"{path}: {reason}")
             if written.num_images:
@@ -318,6 +320,7 @@ def _finish(name: str, listed: Listed, journal: Journal, config: IngestConfig) -
             labels.append(np.array(written.labels, np.int64))
             unlabelled = unlabelled or written.unlabelled
             tallies += [written.tally] if written.tally else []
+    num_bad = kinds.total()
     if not shards:
         raise _nothing_decoded(name, num_bad, reasons, journal)
     if not num_bad:
@@ -335,8 +338,7 @@ def _finish(name: str, listed: Listed, journal: Journal, config: IngestConfig) -
     journal.delete()
     dest.delete(objects.FOLDER)
     if num_bad:
-        bad = counted(num_bad, "image")
-        _log.info("%s could not be decoded; %s/%s lists all. The first: %s", bad, dest, LEDGER, reasons[0])
+        _log_bad(kinds, reasons[0], dest)
     source = (
         f"none, although they are {listed.labels}: {unlabelled} has none" if unlabelled else listed.labels
     )
@@ -344,6 +346,15 @@ def _finish(name: str, listed: Listed, journal: Journal, config: IngestConfig) -
     count = counted(manifest.num_images, "image")
     _log.info("Ingested %s%s into %s; labels: %s.", count, of_classes, dest, source)
     return made
+
+
+def _log_bad(kinds: Counter[str], first: str, dest: Folder) -> None:
+    """Log how many images could not be decoded, by reason."""
+    counts = ", ".join(f"{count:,} {kind!r}" for kind, count in kinds.most_common(5))
+    bad = counted(kinds.total(), "image")
+    _log.info(
+        "%s could not be decoded (%s); %s/%s lists all. The first: %s", bad, counts, dest, LEDGER, first
+    )
 
 
 def _nothing_decoded(name: str, num_bad: int, reasons: list[str], journal: Journal) -> UserError:

@@ -94,10 +94,11 @@ def test_a_folder_becomes_a_data_set(tmp_path: Path) -> None:
     assert DataSet.open(str(tmp_path / "out")) == data_set
 
 
-def test_bad_images_are_listed_and_leave_no_hole(tmp_path: Path) -> None:
+def test_bad_images_are_listed_and_leave_no_hole(tmp_path: Path, said: pytest.LogCaptureFixture) -> None:
     # In order: even/0 2 4 6, odd/1 3 5. The units are (0 2) (4 6) (1 3) (5): one loses an image, one loses both.
     data_set = ingest(photos(tmp_path / "in", bad=(2, 1, 3)), tmp_path / "out")
     assert data_set.manifest.num_bad == 3
+    assert any("3 images could not be decoded (3 '" in message for message in said.messages)
     assert [row["path"] for row in data_set.bad_images()] == ["even/2.jpg", "odd/1.jpg", "odd/3.jpg"]
     assert all(row["reason"] for row in data_set.bad_images())
     assert_sound(data_set)
