@@ -81,7 +81,7 @@ def test_stale_machines_are_named_with_what_differs(fleet: Any) -> None:
     )
     said = " ".join(machines.sentences(found, 1))
     assert found.stale.keys() == {"10.0.0.2", "10.0.0.3"}
-    assert "10.0.0.2 does not run what this machine runs: code 0000000000000000 instead of" in said
+    assert "10.0.0.2 differs from this machine: code 0000000000000000 instead of" in said
     assert "`ray up cluster.yaml`" in said
 
 
