@@ -78,6 +78,8 @@ def _classes(counts: dict[str, int]) -> str:
 
 def shown(path: str) -> str:
     """Return a path as text that every terminal and file takes: bytes that are not UTF-8 become escapes."""
+    if path.isascii() and path.isprintable():
+        return path
     text = path.encode("utf-8", "surrogateescape").decode("utf-8", "backslashreplace")
     return "".join(c if c.isprintable() else c.encode("unicode_escape").decode() for c in text)
 

@@ -10,6 +10,7 @@ from collections import Counter
 from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass, field
 from functools import cached_property
+from itertools import chain, islice
 from pathlib import PurePosixPath
 from typing import TYPE_CHECKING
 
@@ -22,6 +23,7 @@ if TYPE_CHECKING:
     import pyarrow.fs as pafs
 
 IMAGE, TABLE, ARCHIVE = "image", "tables", "archives"
+_FEW_FILES = 100_000
 # Bytes at the beginning of a file that tell whether it is an image.
 _HEAD_BYTES = 4096
 _FIRST_NAMES = 20
@@ -40,6 +42,7 @@ _KIND_OF = {
     **dict.fromkeys(EXTENSIONS, IMAGE),
 }
 OTHER = "files of unknown kind"
+_HIDDEN_PART = re.compile(r"(?:^|/)(?:\.|(?:__MACOSX|Thumbs\.db|desktop\.ini|lost\+found)(?:/|$))")
 HIDDEN = "hidden files and folders"
 _LINK_NOWHERE = "links that lead nowhere"
 _NOT_FILES = "pipes, sockets and devices"
@@ -71,10 +74,7 @@ class File:
 
 def is_hidden(path: str) -> bool:
     """Return True for what operating systems leave behind, and for names that start with a dot."""
-    return any(
-        part.startswith(".") or part in ("__MACOSX", "Thumbs.db", "desktop.ini", "lost+found")
-        for part in path.split("/")
-    )
+    return bool(_HIDDEN_PART.search(path))
 
 
 def kind_of(path: str) -> str:
@@ -283,7 +283,7 @@ def _split_of(path: str) -> str:
 class Survey:
     """Counts of the files in every folder of a source, by kind: what a layout is recognised by.
 
-    Memory is that of the folders and not of the files.
+    Memory is that of the folders and of the first 100,000 files.
 
     Args:
         folders: by folder ("" is the root) the number of files directly inside, by kind.
@@ -293,6 +293,8 @@ class Survey:
         num_bytes: by kind the size of all files.
         tables: files that may hold labels of the images beside them.
         digest: hash that changes when a file is added or removed or an image changes.
+        few: the first 100,000 files, which spares small sources a second walk.
+        num_files: number of all files.
     """
 
     folders: dict[str, Counter[str]] = field(default_factory=dict)
@@ -302,6 +304,12 @@ class Survey:
     num_bytes: Counter[str] = field(default_factory=Counter)
     tables: set[str] = field(default_factory=set)
     digest: str = ""
+    few: list[File] = field(default_factory=list)
+    num_files: int = 0
+
+    def all_files(self) -> list[File] | None:
+        """Return all files; None if there are more than are kept."""
+        return self.few if self.num_files == len(self.few) else None
 
     @staticmethod
     def of(files: Iterable[File], head: Callable[[str], bytes]) -> Survey:
@@ -312,6 +320,9 @@ class Survey:
             head: returns the first bytes of a file, to tell its kind if its name does not.
         """
         survey = Survey()
+        files = iter(files)
+        survey.few = list(islice(files, _FEW_FILES))
+        files = chain(survey.few, files)
         digest = hashlib.blake2b(digest_size=16)
         for file in files:
             folder, _, _ = file.path.rpartition("/")
@@ -323,6 +334,7 @@ class Survey:
             if kind == IMAGE and counts[kind] <= _FIRST_NAMES:
                 survey.first_names.setdefault(folder, []).append(_name(file.path))
             survey.num_bytes[kind] += file.num_bytes
+            survey.num_files += 1
             if _name(file.path) in LABEL_TABLES:
                 survey.tables.add(file.path)
             # A note beside the images that is written to is no reason to ingest them again; a new one is listed.

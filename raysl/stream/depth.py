@@ -53,6 +53,8 @@ def deep_values(image: Image.Image, data: bytes, page: int = 0) -> Values | None
         image: opened, at `page`, not loaded.
         data: the file it was opened from.
     """
+    if image.format == "PNG" and image.mode in ("RGB", "L") and _raw_mode(image) == image.mode:
+        return None
     if image.format == "PPM":
         return _ppm(image, data)
     if image.format == "JPEG2000" and image.mode.startswith("RGB"):

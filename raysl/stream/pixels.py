@@ -39,6 +39,8 @@ _ONE_IMAGE = ("JPEG", "MPO", "PSD", "ICO", "CUR", "ICNS", "DDS")
 _ALPHA_OFTEN_UNUSED = ("TGA", "BMP", "DIB")
 _LONGEST_REASON = 200
 _ORIENTATION, _SUBFILE = 274, 254
+# Where Pillow keeps what may hold the orientation of a PNG file.
+_NOTES = {"exif", "Raw profile type exif", "XML:com.adobe.xmp", "xmp"}
 _REDUCED_OR_MASK = 0b101
 # Markers of JPEG (ITU-T T.81, table B.1).
 _START_OF_SCAN, _APP1 = 0xDA, 0xE1
@@ -237,8 +239,9 @@ def _pages(image: Image.Image) -> list[int]:
 def _read(image: Image.Image, data: bytes, page: int, config: DecodeConfig, ranges: Ranges) -> Picture:
     deep = depth.deep_values(image, data, page)
     image.load()
-    # Formats whose decoder turns the image itself keep the note in EXIF.
-    orientation = 1 if image.format == "JXL" else image.getexif().get(_ORIENTATION, 1)
+    # Formats whose decoder turns the image itself keep the note in EXIF. Most PNG files have none.
+    unturned = image.format == "JXL" or (image.format == "PNG" and not image.info.keys() & _NOTES)
+    orientation = 1 if unturned else image.getexif().get(_ORIENTATION, 1)
     if deep is not None:
         return _scaled(deep, orientation, config, ranges)
     rgb, transparent = _flat(image, config.colour)

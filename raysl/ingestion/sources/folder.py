@@ -85,8 +85,9 @@ class Source:
 
     def _images(self) -> Iterator[tuple[str, int, str | None]]:
         """Yield the path, the size and the label of every image, in the order of the indices."""
-        files = files_below(
-            self._place.uri, follow_links=self._place.config.follow_links, base=self._layout.base
+        place = self._place
+        files = self._survey.all_files() or files_below(
+            place.uri, follow_links=place.config.follow_links, base=self._layout.base
         )
         for file in files:
             if self._survey.is_image(file.path):

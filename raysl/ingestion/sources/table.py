@@ -44,7 +44,7 @@ def recognise(place: Place) -> Confidence:
             else Confidence.NO
         )
     survey, _ = place.survey
-    files = _files(place)
+    files = _files(place) if TABLE in survey.others().kinds else []
     if not files or survey.num_bytes[IMAGE] >= sum(file.num_bytes for file in files):
         return Confidence.NO
     if not survey.images():
