@@ -51,7 +51,7 @@ def protocol_hash(name: str, config: Any, protocol: FeatureProtocol, bn_statisti
         name: name of the probe.
         config: its Config; see `raysl.probes.settings`.
         protocol: how images become features. Its layers are not part of the hash.
-        bn_statistics: see `raysl.evaluation.options.ProbeConfig`. "kept" gives the hashes of raysl 0.1.
+        bn_statistics: see `raysl.evaluation.options.ProbeConfig`.
     """
     features = {key: value for key, value in vars(protocol).items() if key != "layers"}
     if bn_statistics != probes.KEPT:
