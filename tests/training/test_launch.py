@@ -254,5 +254,5 @@ def test_damaged_checkpoint_is_an_error_of_the_user(dataset: DataSet, finished: 
 
 def test_a_loss_that_is_not_finite_stops_the_run(dataset: DataSet, tmp_path: Path) -> None:
     config = configuration(dataset, tmp_path / "run")
-    with pytest.raises(UserError, match="loss is nan"):
+    with pytest.raises(UserError, match="loss became nan"):
         pretrain(replace(config, optim=replace(config.optim, lr=1e30)))
