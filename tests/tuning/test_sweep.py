@@ -82,7 +82,7 @@ def test_a_sweep(
     by_trial = {row["trial"]: row for row in rows}
     assert by_trial[0]["state"] == "finished"
     assert by_trial[1]["state"] == "failed"
-    assert "The loss is" in by_trial[1]["reason"]
+    assert "The loss became" in by_trial[1]["reason"]
     record = SweepResults.open(str(out))
     # Both rungs are on the one schedule of 12 steps.
     assert [row["step"] for row in record.scores.values() if row["trial"] == 0] == [6, 12]
