@@ -35,8 +35,9 @@ def unknown(kind: str, name: str, known: Iterable[str]) -> UserError:
         known: every name that is accepted.
     """
     names = sorted(known)
-    near = difflib.get_close_matches(name, names, n=1, cutoff=0.5)
-    hint = f"Did you mean {near[0]!r}? " if near else ""
+    by_lower = {known_name.lower(): known_name for known_name in names}
+    near = difflib.get_close_matches(name.lower(), by_lower, n=1, cutoff=0.5)
+    hint = f"Did you mean {by_lower[near[0]]!r}? " if near else ""
     return UserError(f"Unknown {kind} {name!r}. {hint}Known: {', '.join(names)}.")
 
 

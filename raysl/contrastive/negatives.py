@@ -13,12 +13,12 @@ from raysl.rng import ImageRng
 from raysl.stream.plan import Rows
 
 
-def check(num_negatives: int, num_images: int) -> None:
-    """Raise UserError unless the data set has `num_negatives` other images."""
+def check(num_negatives: int, num_images: int, objective: str) -> None:
+    """Raise UserError, with the flag of the objective, unless the data set has `num_negatives` other images."""
     if not 1 <= num_negatives < num_images:
         raise UserError(
-            f"num_negatives is {num_negatives} and the data set has {num_images} images. Negatives are other images, "
-            f"so there can be 1 to {num_images - 1}: set num_negatives, such as --pirl.num-negatives, in this range."
+            f"--{objective}.num-negatives is {num_negatives} and the data set has {num_images} images. Negatives are "
+            f"other images, so there can be 1 to {num_images - 1}."
         )
 
 

@@ -46,7 +46,7 @@ class Npid(nn.Module):
 
     def __init__(self, config: Config, setup: Setup) -> None:
         super().__init__()
-        negatives.check(config.num_negatives, setup.num_images)
+        negatives.check(config.num_negatives, setup.num_images, "npid")
         setup.no_transform("npid")
         self.config = config
         self.bank_dim = config.dim

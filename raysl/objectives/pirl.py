@@ -67,7 +67,7 @@ class Pirl(nn.Module):
 
     def __init__(self, config: Config, setup: Setup) -> None:
         super().__init__()
-        negatives.check(config.num_negatives, setup.num_images)
+        negatives.check(config.num_negatives, setup.num_images, "pirl")
         transform = setup.transform("pirl")
         self.config = config
         self.bank_dim = config.dim

@@ -109,5 +109,5 @@ def test_scores_keep_float32_under_autocast(mode: str) -> None:
 
 @pytest.mark.parametrize("count", [-1, 0, N, N + 1])
 def test_as_many_negatives_as_images_or_none_are_refused(count: int) -> None:
-    with pytest.raises(UserError, match=rf"num_negatives is {count} .* 1 to {N - 1}"):
-        negatives.check(count, N)
+    with pytest.raises(UserError, match=rf"--pirl.num-negatives is {count} .* 1 to {N - 1}"):
+        negatives.check(count, N, "pirl")

@@ -71,5 +71,5 @@ def test_it_takes_no_transform() -> None:
 
 
 def test_negatives_are_other_images() -> None:
-    with pytest.raises(UserError, match=f"num_negatives is {N}"):
+    with pytest.raises(UserError, match=f"--npid.num-negatives is {N}"):
         Npid(Config(num_negatives=N), setup()[1])

@@ -242,7 +242,7 @@ def test_z_is_set_by_the_first_batch_and_saved() -> None:
 
 
 def test_more_negatives_than_other_images_are_refused() -> None:
-    with pytest.raises(UserError, match=f"num_negatives is {N}"):
+    with pytest.raises(UserError, match=f"--pirl.num-negatives is {N}"):
         make(num_negatives=N)
 
 

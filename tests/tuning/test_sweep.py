@@ -190,7 +190,7 @@ def test_a_sweep_of_raysl_0_1_is_not_continued(
     [
         (
             "num_negatives=32,96",
-            "num_negatives=96 could not run.*num_negatives is 96 and the data set has 96",
+            "num_negatives=96 could not run.*num-negatives is 96 and the data set has 96",
         ),
         ("jigsaw.grid=2,3", "jigsaw.grid=2 could not run.*with 4 tiles there are 24 permutations"),
         ("lambda=0.5,1.5", "lam=1.5 could not run"),
