@@ -24,6 +24,9 @@ from raysl.run import Run, jsonl
 from raysl.storage import Folder
 from tests.data import make_dataset
 
+# A row of a probe of the trained network; a test adds the step.
+ROW = {**dict.fromkeys(KEY, "x"), "seed": 0, "encoder": "trained", "value": 0.4321, "primary": True}
+
 
 def made(folder: Path, backbone: BackboneConfig) -> Run:
     """A run with a checkpoint at step 5, whose batch statistics are not those of a new network."""
@@ -154,8 +157,7 @@ def test_onnx_holds_any_backbone_for_any_number_of_images(small: Run) -> None:
 
 
 def test_the_card_says_what_it_is_and_how_it_was_made(resnet: Run, tmp_path: Path) -> None:
-    row = {**dict.fromkeys(KEY, "x"), "seed": 0, "encoder": "trained", "value": 0.4321, "primary": True}
-    resnet.folder.write(ROWS, jsonl([{**row, "step": 5}, {**row, "step": 4, "value": 0.1234}]))
+    resnet.folder.write(ROWS, jsonl([{**ROW, "step": 5}, {**ROW, "step": 4, "value": 0.1234}]))
     out = export(resnet, ExportConfig(out=str(tmp_path), step=5))
     card = out.read(CARD).decode()
     for part in ("pirl-jigsaw", "resnet18", "test-8-16-0", "0.4321", "raysl pretrain", "Licence"):
@@ -164,14 +166,7 @@ def test_the_card_says_what_it_is_and_how_it_was_made(resnet: Run, tmp_path: Pat
 
 
 def test_names_from_rows_are_no_markup_on_the_card(resnet: Run, tmp_path: Path) -> None:
-    row = {
-        **dict.fromkeys(KEY, "x"),
-        "seed": 0,
-        "encoder": "trained",
-        "step": 5,
-        "value": 0.5,
-        "primary": True,
-    }
+    row = {**ROW, "step": 5}
     resnet.folder.write(ROWS, jsonl([{**row, "name": "<b>|\n# owned", "layer": "[a](b)"}]))
     card = export(resnet, ExportConfig(out=str(tmp_path), step=5)).read(CARD).decode()
     assert "<b>" not in card
@@ -180,14 +175,7 @@ def test_names_from_rows_are_no_markup_on_the_card(resnet: Run, tmp_path: Path) 
 
 
 def test_the_card_shows_what_the_baselines_gave(resnet: Run, tmp_path: Path) -> None:
-    row = {
-        **dict.fromkeys(KEY, "x"),
-        "seed": 0,
-        "encoder": "trained",
-        "step": 5,
-        "value": 0.4321,
-        "primary": True,
-    }
+    row = {**ROW, "step": 5}
     baseline = {**row, "encoder": "random", "step": 0, "value": 0.4567}
     others = ("probe", "layer", "name", "protocol", "train", "test")
     rows = [

@@ -48,6 +48,8 @@ class Journal:
         self.folder = folder
         self._check = check
         self.rows: list[dict[str, Any]] = []
+        # The first row of each kind, by `_KEYS`.
+        self._first: dict[tuple[Any, ...], Mapping[str, Any]] = {}
         if folder.exists(NAME):
             try:
                 self.rows = [verified(json.loads(line)) for line in folder.read(NAME).splitlines()]
@@ -57,6 +59,10 @@ class Journal:
                     f"The journal {folder}/{NAME} is damaged: {error!r}. Restore it from a copy, or give another "
                     "folder to --out."
                 ) from error
+        # The content of the file, so that a new row costs no new checksums of all others.
+        self._content = signed_lines(self.rows)
+        for row in self.rows:
+            self._first.setdefault(_key(row), row)
 
     @property
     def header(self) -> dict[str, Any]:
@@ -70,13 +76,15 @@ class Journal:
             UserError: it cannot be written; the row is then not added.
         """
         self._check()
-        self.folder.write(NAME, signed_lines([*self.rows, row]))
+        content = self._content + signed_lines([row])
+        self.folder.write(NAME, content)
+        self._content = content
         self.rows.append(dict(row))
+        self._first.setdefault(_key(row), self.rows[-1])
 
     def add_once(self, row: Mapping[str, Any]) -> None:
         """Add a row unless the journal has one of the same kind for the same trial, seed and rung."""
-        key = [row.get(name) for name in _KEYS]
-        there = next((old for old in self.rows if [old.get(name) for name in _KEYS] == key), None)
+        there = self._first.get(_key(row))
         if there is None:
             self.add(row)
         elif any(there.get(name) != row[name] for name in ("goes_on", "copies", "values") if name in row):
@@ -95,3 +103,7 @@ class Journal:
             elif row["event"] == "retry":
                 found.pop(row["trial"], None)
         return found
+
+
+def _key(row: Mapping[str, Any]) -> tuple[Any, ...]:
+    return tuple(row.get(name) for name in _KEYS)

@@ -83,7 +83,6 @@ class InOrder(TrialScheduler):  # type: ignore[misc]
         self._numbers: dict[str, int] = {}
         self._failed: set[int] = set()
         self._delivered: dict[int, int] = {}
-        self._stops: dict[int, bool] = {}
 
     def __getstate__(self) -> dict[str, Any]:
         # Ray Tune pickles its scheduler, which it never needs back: a sweep continues from its journal.

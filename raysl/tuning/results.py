@@ -92,6 +92,10 @@ class SweepResults:
         return {(row["trial"], row["seed"], row["rung"]): row for row in self.journal.of("score")}
 
     @cached_property
+    def _stopped(self) -> set[int]:
+        return {row["trial"] for row in self.journal.of("decision") if not row["goes_on"]}
+
+    @cached_property
     def _values(self) -> dict[tuple[int, int], Values]:
         return {(row["trial"], row["rung"]): row["values"] for row in self.journal.of("trial")}
 
@@ -118,8 +122,7 @@ class SweepResults:
             return "failed"
         if self.by_seed(trial, self.num_rungs - 1):
             return "finished"
-        stopped = {row["trial"] for row in self.journal.of("decision") if not row["goes_on"]}
-        return "stopped" if trial in stopped else "running"
+        return "stopped" if trial in self._stopped else "running"
 
     def best(self) -> int | None:
         """Return the finished trial with the best score; None while none is finished."""

@@ -11,7 +11,7 @@ import threading
 from collections.abc import Mapping
 from dataclasses import asdict, replace
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from raysl import ray_cluster
 from raysl.config import FREE, Pretraining, differences
@@ -27,6 +27,10 @@ from raysl.tuning.config import POPULATION, SweepConfig
 from raysl.tuning.journal import FORMAT, Journal
 from raysl.tuning.preparation import PreparedSweep, prepare
 from raysl.tuning.results import SweepResults
+from raysl.tuning.space import Space
+
+if TYPE_CHECKING:
+    from raysl.tuning.result_order import InOrder, Numbered
 
 _log = logging.getLogger("raysl.tuning")
 
@@ -120,8 +124,7 @@ def _begin(journal: Journal, prepared: PreparedSweep) -> None:
 def _run(prepared: PreparedSweep, journal: Journal) -> None:
     """Run all trials through Ray Tune; those that are known are only handed to its scheduler again."""
     config = prepared.config
-    os.environ.update(TUNE_MAX_PENDING_TRIALS_PG=str(prepared.trials_at_once), RAY_AIR_NEW_OUTPUT="0")
-    from ray import tune
+    from ray.tune import TuneError
 
     from raysl.tuning.result_order import InOrder, Numbered
     from raysl.tuning.trainable import trainable
@@ -140,43 +143,72 @@ def _run(prepared: PreparedSweep, journal: Journal) -> None:
         progress.begun,
     )
 
-    def name(trial: Any) -> str:
-        return f"{numbered.numbers[trial.trial_id]:04d}"
-
     # Files of Ray Tune are made again from the journal.
     journal.folder.delete(_TUNE)
-    store, path = filesystem(str(journal.folder))
-    tuner = tune.Tuner(
-        trainable(task),
-        param_space={d.name: d.domain() for d in prepared.space.dimensions},
-        tune_config=tune.TuneConfig(
-            metric="score",
-            mode="max",
-            num_samples=prepared.num_trials,
-            scheduler=order,
-            search_alg=numbered,
-            reuse_actors=True,
-            trial_name_creator=name,
-            trial_dirname_creator=name,
-        ),
-        run_config=tune.RunConfig(
-            name=_TUNE,
-            storage_path=path,
-            storage_filesystem=store,
-            verbose=0,
-            checkpoint_config=tune.CheckpointConfig(checkpoint_frequency=1),
-        ),
-    )
     ended = threading.Event()
     listener = threading.Thread(target=_log_messages, args=(task.messages, ended), daemon=True)
     listener.start()
     try:
-        tuner.fit()
-    except tune.TuneError as error:  # Ray Tune wraps what its callbacks and schedulers raise.
+        fit(trainable(task), prepared.space, order, numbered, journal.folder, _TUNE)
+    except TuneError as error:  # Ray Tune wraps what its callbacks and schedulers raise.
         raise ray_cluster.user_error(error) or error from error
     finally:
         ended.set()
         listener.join()
+
+
+def fit(bound: Any, space: Space, order: InOrder, numbered: Numbered, folder: Folder, name: str) -> None:
+    """Run all trials by a `tune.Tuner`.
+
+    Args:
+        bound: trainable whose results have "score".
+        space: values of the trials.
+        order: scheduler of the trials.
+        numbered: searcher of the trials, whose names are their numbers.
+        folder: where Ray Tune keeps its files.
+        name: name of the folder inside.
+
+    Raises:
+        tune.TuneError: a callback or a scheduler failed.
+    """
+    from ray import tune
+
+    def number(trial: Any) -> str:
+        return f"{numbered.numbers[trial.trial_id]:04d}"
+
+    store, path = filesystem(str(folder))
+    settings = {"TUNE_MAX_PENDING_TRIALS_PG": str(order.at_once), "RAY_AIR_NEW_OUTPUT": "0"}
+    before = {variable: os.environ.get(variable) for variable in settings}
+    os.environ.update(settings)
+    try:
+        tune.Tuner(
+            bound,
+            param_space={d.name: d.domain() for d in space.dimensions},
+            tune_config=tune.TuneConfig(
+                metric="score",
+                mode="max",
+                num_samples=order.num_trials,
+                scheduler=order,
+                search_alg=numbered,
+                reuse_actors=True,
+                trial_name_creator=number,
+                trial_dirname_creator=number,
+            ),
+            run_config=tune.RunConfig(
+                name=name,
+                storage_path=path,
+                storage_filesystem=store,
+                verbose=0,
+                checkpoint_config=tune.CheckpointConfig(checkpoint_frequency=1),
+            ),
+        ).fit()
+    finally:
+        # A Tuner that the caller runs later must not find them.
+        for variable, value in before.items():
+            if value is None:
+                del os.environ[variable]
+            else:
+                os.environ[variable] = value
 
 
 def _log_messages(messages: Any, ended: threading.Event) -> None:

@@ -14,6 +14,8 @@ from typing import Any
 
 from ray import tune
 
+from raysl.storage import Folder
+
 TRIALS, TIMES = 8, (1, 3, 9)
 
 
@@ -122,8 +124,9 @@ def play(folder: Path, scheduler: Any, searcher: Any, at_once: int, slow: str, n
     from raysl.tuning.config import SweepConfig
     from raysl.tuning.result_order import InOrder, Numbered
     from raysl.tuning.space import Dimension, Space
+    from raysl.tuning.sweep import fit
 
-    os.environ.update(TUNE_PRINT_ALL_TRIAL_ERRORS="0", RAY_AIR_NEW_OUTPUT="0")
+    os.environ["TUNE_PRINT_ALL_TRIAL_ERRORS"] = "0"
     listed = tuple(i / TRIALS for i in range(TRIALS)) if searcher == "grid" else ()
     space = Space((Dimension("x", ("x",), listed, 0.0, 1.0, mutable=True),))
     config = SweepConfig("out", ("x",), scheduler=scheduler, searcher=searcher, rungs=3)
@@ -134,29 +137,7 @@ def play(folder: Path, scheduler: Any, searcher: Any, at_once: int, slow: str, n
     points = fixed.get(searcher) or algorithms.searcher(config)
     numbered = Numbered(points, order, 4, 0, dict(notes.values), notes.begun)
 
-    def name(trial: Any) -> str:
-        return f"{numbered.numbers[trial.trial_id]:04d}"
-
-    tune.Tuner(
-        bound,
-        param_space={"x": space.dimensions[0].domain()},
-        tune_config=tune.TuneConfig(
-            metric="score",
-            mode="max",
-            num_samples=TRIALS,
-            scheduler=order,
-            search_alg=numbered,
-            reuse_actors=True,
-            trial_name_creator=name,
-            trial_dirname_creator=name,
-        ),
-        run_config=tune.RunConfig(
-            storage_path=str(folder),
-            name=f"tune-{len(notes.scores)}",
-            verbose=0,
-            checkpoint_config=tune.CheckpointConfig(checkpoint_frequency=1),
-        ),
-    ).fit()
+    fit(bound, space, order, numbered, Folder(str(folder)), f"tune-{len(notes.scores)}")
     return notes
 
 
