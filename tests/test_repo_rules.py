@@ -143,6 +143,19 @@ def test_no_registry_and_no_path_of_one_machine() -> None:
     assert not found, "\n".join(found)
 
 
+def test_every_ray_task_states_its_scheduling_strategy() -> None:
+    """Without one, a task that a trial of Ray Tune starts goes into the placement group of the trial, where nothing fits.
+
+    A cluster with GPUs showed it: `gpus.check` failed every trial of a sweep.
+    """
+    for file in sorted((ROOT / "raysl").rglob("*.py")):
+        text = file.read_text()
+        starts, states = text.count("ray.remote("), text.count("scheduling_strategy")
+        assert states >= starts, (
+            f"{file.relative_to(ROOT)}: {starts} ray.remote(), {states} scheduling strategies"
+        )
+
+
 def test_experiments_open_with_a_receipt() -> None:
     for file in sorted((ROOT / "experiments").glob("*.py")):
         docstring = ast.get_docstring(_tree(file)) or ""

@@ -35,7 +35,7 @@ def measure_data(stream: Stream) -> dict[str, float]:
     """
     import ray
 
-    task = ray.remote(num_cpus=stream.share.cpus_per_task)(_data_costs)
+    task = ray.remote(num_cpus=stream.share.cpus_per_task, scheduling_strategy="DEFAULT")(_data_costs)
     return _answers([task.remote(stream)])[0]
 
 
@@ -50,7 +50,9 @@ def measure_training(job: Job, workers: int) -> dict[str, float]:
     host = ray.util.get_node_ip_address()
     store = rendezvous.listen(host)
     placement = job.placement
-    task = ray.remote(num_cpus=placement.cpus_per_worker, num_gpus=placement.gpus_per_worker)(_training_costs)
+    task = ray.remote(
+        num_cpus=placement.cpus_per_worker, num_gpus=placement.gpus_per_worker, scheduling_strategy="DEFAULT"
+    )(_training_costs)
     found = _answers([task.remote(job, rank, workers, host, store.port) for rank in range(workers)])
     return {name: max(one[name] for one in found) for name in found[0]}
 

@@ -99,7 +99,7 @@ def _run(work: Any, store: FeatureStore, pieces: Sequence[Piece], *arguments: An
     import ray
 
     count = max(1, min(len(pieces), int(ray.cluster_resources().get("CPU", 1))))
-    task = ray.remote(work).options(num_cpus=_CPUS)
+    task = ray.remote(work).options(num_cpus=_CPUS, scheduling_strategy="DEFAULT")
     shared = [ray.put(argument) for argument in arguments]
     try:
         return ray.get(  # type: ignore[no-any-return]

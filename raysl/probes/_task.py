@@ -31,7 +31,10 @@ def run_tasks(
     import ray
     from ray.exceptions import OutOfMemoryError, WorkerCrashedError
 
-    task = ray.remote(**(options or _default_resources(len(calls))))(work)
+    # Inside a trial of Ray Tune, a task without a strategy would be placed in the small group of the trial.
+    task = ray.remote(**{"scheduling_strategy": "DEFAULT", **(options or _default_resources(len(calls)))})(
+        work
+    )
     running = [task.remote(*call) for call in calls]
     try:
         results: list[Result] = ray.get(running)

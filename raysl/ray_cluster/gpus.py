@@ -18,7 +18,8 @@ def check(gpus_per_worker: float, precision: str) -> None:
     """
     import ray
 
-    look = ray.remote(num_cpus=0, num_gpus=gpus_per_worker, max_retries=0)(
+    # Inside a trial of Ray Tune, a task without a strategy would ask the trial's placement group for the GPU.
+    look = ray.remote(num_cpus=0, num_gpus=gpus_per_worker, max_retries=0, scheduling_strategy="DEFAULT")(
         lambda: (problem(), without_bf16())
     )
     found, slow = ray.get(look.remote())
