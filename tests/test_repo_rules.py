@@ -144,7 +144,7 @@ def test_no_registry_and_no_path_of_one_machine() -> None:
 
 
 def test_every_ray_task_states_its_scheduling_strategy() -> None:
-    """Without one, a task that a trial of Ray Tune starts goes into the placement group of the trial, where nothing fits.
+    """A task without one of a Tune trial goes into the placement group of the trial, which is too small.
 
     A cluster with GPUs showed it: `gpus.check` failed every trial of a sweep.
     """
