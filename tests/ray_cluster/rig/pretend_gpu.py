@@ -1,4 +1,4 @@
-"""Lets trainers run where a machine has GPUs for Ray alone: they get the CPU, and gloo for NCCL.
+"""Lets trainers run where a machine has GPUs for Ray alone: raysl finds them usable, trainers get the CPU and gloo.
 
 Every Python process of a pretended machine imports this at its start. It does nothing until torch's distributed
 package, or Ray's choice of a device, is loaded.
@@ -13,6 +13,7 @@ from types import ModuleType
 from typing import Any
 
 _TORCH, _RAY = "torch.distributed.distributed_c10d", "ray.air._internal.device_manager"
+_RAYSL = "raysl.ray_cluster.gpus"
 
 
 class _Patched(Loader):
@@ -26,12 +27,12 @@ class _Patched(Loader):
 
     def exec_module(self, module: ModuleType) -> None:
         self._loader.exec_module(module)
-        (_on_gloo if module.__name__ == _TORCH else _on_cpus)(module)
+        {_TORCH: _on_gloo, _RAY: _on_cpus, _RAYSL: _usable}[module.__name__](module)
 
 
 class _Finder(MetaPathFinder):
     def find_spec(self, name: str, path: Any = None, target: Any = None) -> ModuleSpec | None:
-        if name not in (_TORCH, _RAY):
+        if name not in (_TORCH, _RAY, _RAYSL):
             return None
         spec = PathFinder.find_spec(name, path)
         if spec is not None and spec.loader is not None:
@@ -50,6 +51,10 @@ def _on_gloo(module: Any) -> None:
 
 def _on_cpus(module: Any) -> None:
     module.SUPPORTED_ACCELERATOR_TORCH_DEVICE_MANAGER["GPU"] = module.CPUTorchDeviceManager
+
+
+def _usable(module: Any) -> None:
+    module.problem = module.without_bf16 = lambda: ""
 
 
 sys.meta_path.insert(0, _Finder())
