@@ -8,9 +8,11 @@ order. Every batch carries its indices, which are compared with the plan: a lost
 from __future__ import annotations
 
 import functools
+import itertools
 import pickle
 import time
 from collections.abc import Callable, Collection, Iterator, Mapping
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field
 from typing import Any, Literal
 
@@ -148,13 +150,32 @@ class Stream:
 
         `batch` makes a `Batch` of them. Raises as `batches` does.
         """
-        step = start_step
-        while step < last:
-            end = min(last, (step // self.plan.stretch + SEGMENT) * self.plan.stretch)
-            for row in self._pipeline(step, end).iter_batches(batch_size=1, prefetch_batches=2):
-                columns = {name: values[0] for name, values in row.items()}
-                yield pickle.loads(bytes(columns[_PACKED])) if _PACKED in columns else columns
-            step = end
+        opener = ThreadPoolExecutor(1)
+        try:
+            opened = opener.submit(self._open, start_step, last) if start_step < last else None
+            while opened is not None:
+                step, end, rows = opened.result()
+                opened = None
+                for row in rows:
+                    step += 1
+                    # By then the last tasks of this pipeline have CPUs, and those of the next one take what they leave.
+                    if opened is None and end < last and end - step <= self._lead:
+                        opened = opener.submit(self._open, end, last)
+                    columns = {name: values[0] for name, values in row.items()}
+                    yield pickle.loads(bytes(columns[_PACKED])) if _PACKED in columns else columns
+        finally:
+            opener.shutdown(wait=False, cancel_futures=True)
+
+    @property
+    def _lead(self) -> int:
+        """Steps before the end of a pipeline at which the next one starts."""
+        return self.plan.stretch * (1 + max(1, int(self.share.cpus / self.share.cpus_per_task)))
+
+    def _open(self, step: int, last: int) -> tuple[int, int, Iterator[Any]]:
+        """Start a pipeline and wait for its first batch; return its first step, its end and its rows."""
+        end = min(last, (step // self.plan.stretch + SEGMENT) * self.plan.stretch)
+        rows = iter(self._pipeline(step, end).iter_batches(batch_size=1, prefetch_batches=2))
+        return step, end, itertools.chain([next(rows)], rows)
 
     def _pipeline(self, step: int, end: int) -> Any:
         """Return a Ray Data set whose rows are the batches of this worker for steps step .. end - 1."""
@@ -176,7 +197,15 @@ class Stream:
         tasks = ray.data.from_items(
             [{"id": number} for number in range(num_tasks)], override_num_blocks=num_tasks
         )
-        return tasks.map_batches(_Load(self, step, end), batch_size=None, num_cpus=self.share.cpus_per_task)
+        # Batches of another machine would cross the network. That is still better than waiting for CPUs of this one.
+        here = {"ray.io/node-id": ray.get_runtime_context().get_node_id()}
+        return tasks.map_batches(
+            _Load(self, step, end),
+            batch_size=None,
+            num_cpus=self.share.cpus_per_task,
+            label_selector=here,
+            fallback_strategy=[{"label_selector": {}}],
+        )
 
     def batch(self, step: int, columns: Columns) -> Batch:
         """Make the batch of a step from its columns, on the device, and compare its images with the plan."""
@@ -231,6 +260,13 @@ class _Pause:
     def after_execution_fails(self, executor: object, error: Exception) -> None: ...
 
 
+@functools.lru_cache(maxsize=2)
+def _loaded(pickled: bytes) -> Any:
+    import ray.cloudpickle
+
+    return ray.cloudpickle.loads(pickled)
+
+
 @dataclass(frozen=True)
 class _Load:
     """The function of a data task: make the batches of one stretch of steps."""
@@ -238,6 +274,16 @@ class _Load:
     stream: Stream
     start: int
     end: int
+
+    def __reduce__(self) -> tuple[Any, ...]:
+        # A process that runs many tasks unpickles the stream once: the manifest of 100 M images takes 2.6 s.
+        import ray.cloudpickle
+
+        return type(self)._of, (ray.cloudpickle.dumps((self.stream, self.start, self.end)),)
+
+    @classmethod
+    def _of(cls, pickled: bytes) -> Any:
+        return cls(*_loaded(pickled))
 
     def __call__(self, task: Columns) -> Iterator[Columns]:
         plan = self.stream.plan
