@@ -198,15 +198,15 @@ def test_the_file_that_users_use(cloud: Cloud) -> None:
     codes: list[int] = []
     submit = threading.Thread(target=lambda: codes.append(cloud.laptop(submitted, "sweep.log")))
     submit.start()
-    assert _wait(lambda: "step " in cloud.printed("sweep.log") or codes, 400)
+    assert _wait(lambda: "step " in cloud.printed("sweep.log") or codes, 900)
     cloud.say(f"the first steps of the sweep; workers: {_named(cloud.workers())}")
-    _wait(lambda: codes or any("/manifest-" in name for name in cloud.files("runs/all/")), 300)
+    _wait(lambda: codes or any("/manifest-" in name for name in cloud.files("runs/all/")), 900)
     assert not codes, cloud.printed("sweep.log")[-5000:]
     lost = next(name for name, market in cloud.workers().items() if market == "spot")
     cloud.aws(f"boto3.client('ec2').terminate_instances(InstanceIds=[{lost!r}])")
     before = set(cloud.workers())
     cloud.say(f"a checkpoint is there, and the cloud takes {lost} back")
-    if _wait(lambda: codes or cloud.workers().keys() - before, 120) and not codes:
+    if _wait(lambda: codes or cloud.workers().keys() - before, 300) and not codes:
         cloud.say(f"a machine is started in its place; workers: {_named(cloud.workers())}")
     submit.join()
     cloud.say(f"ray submit: exit code {codes[0]}")
