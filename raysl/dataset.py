@@ -5,7 +5,8 @@ A data set is a folder at any URI:
     manifest.json           written last; a folder without it is not a data set
     labels.parquet          column label (int32): the label of every image, in index order; absent without labels
     bad_images.jsonl        one line for each source image that could not be decoded: its path and the reason
-    shards/NNNNN.parquet    columns index (int64), image (encoded bytes), path (string), label (int64, optional)
+    shards/NNNNN.parquet    columns index (int64), image (encoded bytes), path (string), label (int64, optional); for
+                            clips also those of `raysl.clips`
 
 Indices are 0 .. N-1 in the order of the shards and are fixed before any shuffle. The memory bank, cluster labels and
 the position in the stream all refer to them, so nothing downstream counts images again.
@@ -78,6 +79,7 @@ class Manifest:
         decoding: how the image files were decoded: the configuration, the range of values of each kind that has one,
             and how many images are stored in another form than their files; a JSON value.
         labels_checksum: CRC-32 of the labels file; None without labels, or in data sets written before raysl 0.2.
+        clips: facts of a data set of clips, with the names of their columns under "columns"; empty for images.
     """
 
     source: str
@@ -88,6 +90,7 @@ class Manifest:
     format: int = FORMAT
     decoding: dict[str, Any] = field(default_factory=dict)
     labels_checksum: int | None = None
+    clips: dict[str, Any] = field(default_factory=dict)
 
     @property
     def num_images(self) -> int:
@@ -119,6 +122,7 @@ class Manifest:
             format=int(value["format"]),
             decoding=dict(value.get("decoding", {})),
             labels_checksum=value.get("labels_checksum"),
+            clips=dict(value.get("clips", {})),
         )
 
 
@@ -245,8 +249,8 @@ class DataSet:
 
         Args:
             indices: int64 (b,), each in 0 .. num_images - 1; an index may occur more than once.
-            columns: of "image", "path" and "label"; "label" is left out if the images have none. "index" always
-                comes first.
+            columns: of "image", "path" and "label", and for clips those of `raysl.clips`; "label" is left out if the
+                images have none. "index" always comes first.
 
         Returns:
             A table with b rows.
@@ -281,7 +285,8 @@ class DataSet:
         wanted = ["index", *(name for name in columns if name != "label" or self.has_labels)]
         try:
             metadata = _metadata(folder, shard)
-            there = [name for name in wanted if name in metadata.schema.names]
+            stored = metadata.schema.to_arrow_schema().names
+            there = [name for name in wanted if name in stored]
             with folder.open(shard.file) as stream:
                 file = pq.ParquetFile(
                     stream, metadata=metadata, pre_buffer=True, page_checksum_verification=True

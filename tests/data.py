@@ -11,6 +11,8 @@ import pyarrow.parquet as pq
 from PIL import Image
 
 from raysl.dataset import SHARDS, DataSet, Manifest, Shard
+from raysl.ingestion import shard
+from raysl.ingestion.sources import Place, UnitSize, open_source, read
 from raysl.storage import Folder
 
 
@@ -42,3 +44,24 @@ def _png(generator: np.random.Generator, side: int, label: int) -> bytes:
     buffer = io.BytesIO()
     Image.fromarray(pixels.astype(np.uint8)).save(buffer, "PNG")
     return buffer.getvalue()
+
+
+def make_clips(folder: Path, count: int, options: str = "size=32&frames=12", split: str = "train") -> DataSet:
+    """A data set of drawn clips."""
+    opened = open_source(Place(f"clips:{count}?{options}", split))
+    units = list(opened.source.units(UnitSize(-(-count // 2), 1 << 28)))
+    classes = tuple(opened.source.found.classes)
+    written, base = [], 0
+    for number, unit in enumerate(units):
+        rows = read(opened.kind, unit)
+        written.append(
+            shard.write(
+                Folder(str(folder)), number, base, rows, decoding=None, classes=classes, rows_per_group=8
+            )
+        )
+        base += written[-1].num_images
+    shards = tuple(one.shard for one in written)
+    digest = " ".join(one.digest for one in written)
+    manifest = Manifest(opened.source.name, shards, classes, digest, 0, clips=dict(opened.source.clips))
+    labels = [np.array(one.labels, np.int64) for one in written]
+    return DataSet.create(Folder(str(folder)), manifest, labels)

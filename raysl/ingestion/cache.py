@@ -16,6 +16,9 @@ from raysl.storage import Folder
 
 _log = logging.getLogger("raysl.ingestion")
 
+# Drawn sets, and how many of each are for testing.
+_DRAWN_TESTS = {"shapes": 1000, "clips": 200}
+
 
 def resolve(data: str | Opened, cache: Path | None = None) -> DataSet:
     """Return the data set that `data` names: a finished one, or a source. Ray must be running for a source.
@@ -74,14 +77,15 @@ def _place(opened: Opened, cache: Path | None) -> str:
 
 def splits(data: str) -> tuple[str, str]:
     """Return the images to learn from and to test on: the splits "train" and "test" if the source has them, or all of
-    it for both. Of drawn images, a thousand others are for testing.
+    it for both. Of drawn sets, others are for testing: a thousand images, or two hundred clips.
 
     Args:
         data: as `resolve` takes it, without a split.
     """
-    if data.startswith("shapes:"):
-        options = data[data.index("?") :] if "?" in data else ""
-        return f"{data}#train", f"shapes:1000{options}#test"
+    kind, _, rest = data.partition(":")
+    if kind in _DRAWN_TESTS:
+        options = rest[rest.index("?") :] if "?" in rest else ""
+        return f"{data}#train", f"{kind}:{_DRAWN_TESTS[kind]}{options}#test"
     if DataSet.is_one(data):
         return data, data
     try:

@@ -116,7 +116,7 @@ def ingest(source: Any, dest: str, config: IngestConfig | None = None) -> DataSe
         _write_all(opened, listed, journal, config)
         _scale_all(opened, listed, journal, config)
         _move_all(journal, config)
-        return _finish(name, listed, journal, config)
+        return _finish(opened.source, listed, journal, config)
     except KeyboardInterrupt:
         _log.warning("Interrupted. The same command resumes from the last complete shard.")
         raise
@@ -291,9 +291,10 @@ def _run(batch: dict[str, Any], numbers: list[int], work: Callable[[int], tuple[
     return {"images": np.array(written), "bad": np.array(bad), "error": np.array(errors, dtype=object)}
 
 
-def _finish(name: str, listed: Listed, journal: Journal, config: IngestConfig) -> DataSet:
+def _finish(source: Source, listed: Listed, journal: Journal, config: IngestConfig) -> DataSet:
     """Write the ledger and then the manifest, and delete the journal."""
-    dest = journal.dest
+    dest, name = journal.dest, source.name
+    clips = dict(getattr(source, "clips", {}))
     done = len(journal.done())
     if done < len(listed.counts):
         raise UserError(
@@ -333,18 +334,20 @@ def _finish(name: str, listed: Listed, journal: Journal, config: IngestConfig) -
         _log.info("%s", line)
     classes = () if unlabelled else listed.classes
     decoding = images.record(tally, config.decoding)
-    manifest = Manifest(name, tuple(shards), classes, digest.hexdigest(), num_bad, decoding=decoding)
+    manifest = Manifest(
+        name, tuple(shards), classes, digest.hexdigest(), num_bad, decoding=decoding, clips=clips
+    )
     made = DataSet.create(dest, manifest, labels)
     journal.delete()
     dest.delete(objects.FOLDER)
     if num_bad:
         _log_bad(kinds, reasons[0], dest)
-    source = (
+    origin = (
         f"none, although they are {listed.labels}: {unlabelled} has none" if unlabelled else listed.labels
     )
     of_classes = f" in {counted(len(classes), 'class')}" if classes else ""
-    count = counted(manifest.num_images, "image")
-    _log.info("Ingested %s%s into %s; labels: %s.", count, of_classes, dest, source)
+    count = counted(manifest.num_images, "clip" if clips else "image")
+    _log.info("Ingested %s%s into %s; labels: %s.", count, of_classes, dest, origin)
     return made
 
 

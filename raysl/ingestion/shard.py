@@ -11,10 +11,12 @@ import zlib
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from itertools import chain
+from typing import Any
 
 import pyarrow as pa
 import pyarrow.parquet as pq
 
+from raysl.clips import COLUMNS, TRUTH
 from raysl.dataset import SHARDS, Shard, footer, parquet_writer
 from raysl.errors import UserError
 from raysl.ingestion.images import Tally, stored
@@ -75,13 +77,18 @@ class _Group:
     images: list[bytes] = field(default_factory=list)
     paths: list[str] = field(default_factory=list)
     labels: list[int | None] = field(default_factory=list)
+    clips: list[Mapping[str, Any]] = field(default_factory=list)
     num_bytes: int = 0
 
     def hash_into(self, digest: hashlib.blake2b) -> None:
-        """Add the labels and the images to a hash."""
+        """Add the labels, the images and the clips to a hash."""
         for image, label in zip(self.images, self.labels, strict=True):
             digest.update(f"{label} {len(image)} ".encode())
             digest.update(image)
+        for clip in self.clips:
+            for part in (*clip["frames"], clip["sound"] or b"", repr(clip["times"]).encode()):
+                digest.update(f"{len(part)} ".encode())
+                digest.update(part)
 
     def table(self, first: int, labelled: bool) -> pa.Table:
         columns = {
@@ -91,6 +98,9 @@ class _Group:
         }
         if labelled:
             columns["label"] = pa.array(self.labels, pa.int64())
+        for name in self.clips[0] if self.clips else ():
+            kind = (COLUMNS | TRUTH)[name]
+            columns[name] = pa.array([clip[name] for clip in self.clips], kind)
         return pa.table(columns)
 
 
@@ -165,16 +175,23 @@ def _groups(
         if row.image is None:
             bad.append((row.path, row.reason))
             continue
-        full = len(group.images) >= rows_per_group or group.num_bytes + len(row.image) > _ROW_GROUP_BYTES
+        num_bytes = len(row.image) + (_clip_bytes(row.clip) if row.clip else 0)
+        full = len(group.images) >= rows_per_group or group.num_bytes + num_bytes > _ROW_GROUP_BYTES
         if group.images and full:
             yield group
             group = _Group()
         group.images.append(row.image)
         group.paths.append(row.path)
         group.labels.append(None if row.label is None else numbers.get(row.label))
-        group.num_bytes += len(row.image)
+        group.num_bytes += num_bytes
+        if row.clip:
+            group.clips.append(row.clip)
     if group.images:
         yield group
+
+
+def _clip_bytes(clip: Mapping[str, Any]) -> int:
+    return sum(map(len, clip["frames"])) + len(clip["sound"] or b"")
 
 
 def _checksum(dest: Folder, name: str) -> int:

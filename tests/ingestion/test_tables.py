@@ -11,6 +11,7 @@ import pyarrow.feather
 import pyarrow.parquet as pq
 import pytest
 
+from raysl.ingestion.sources import Row
 from tests.ingestion.reading import jpeg, labels, opened, put, refused
 
 
@@ -36,7 +37,7 @@ def test_hugging_face_layout(tmp_path: Path) -> None:
     found, rows = opened(write(tmp_path / "x.parquet", [1, 0, 1, 1, 0], ["cat", "dog", "emu"]))
     assert found.classes == {"cat": 2, "dog": 3, "emu": 0}
     assert [row.label for row in rows] == ["dog", "cat", "dog", "dog", "cat"]
-    assert rows[2] == (
+    assert rows[2] == Row(
         jpeg(2),
         "dog",
         "x.parquet, row group 1, row 0 (2.jpg)",

@@ -13,16 +13,17 @@ and gets ingest, resumption, the ledger and `raysl ingest` without another edit.
 from __future__ import annotations
 
 import os
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, field
 from enum import IntEnum
 from functools import cache, cached_property
 from pathlib import Path
 from types import ModuleType
 from typing import Any, Literal, NamedTuple, Protocol
+from urllib.parse import parse_qsl
 
 from raysl import plugins
-from raysl.errors import UserError
+from raysl.errors import UserError, unknown
 from raysl.fields import check
 from raysl.ingestion import foreign
 from raysl.ingestion.found import Found, LeftOut
@@ -110,7 +111,7 @@ class Place:
 
     @cached_property
     def is_folder(self) -> bool:
-        return not self.uri.startswith(("shapes:", "fashion-mnist")) and is_folder(self.uri)
+        return not self.uri.startswith(("shapes:", "clips:", "fashion-mnist")) and is_folder(self.uri)
 
     @cached_property
     def survey(self) -> tuple[Survey, LeftOut]:
@@ -157,12 +158,14 @@ class Row(NamedTuple):
         image: encoded bytes; None if they cannot be read, and then `reason` says why.
         label: name of its class; None for an image without a label.
         path: where a user finds it in the source.
+        clip: values of the columns of a clip, by name; see `raysl.clips`. None for an image.
     """
 
     image: bytes | None
     label: str | None
     path: str
     reason: str = ""
+    clip: Mapping[str, Any] | None = None
 
 
 class Source(Protocol):
@@ -172,11 +175,13 @@ class Source(Protocol):
         name: names the source fully, with the split that is read; equal for equal sources.
         encoded_here: `read` encodes the images itself, so that they need no check.
         found: what was recognised. Its classes and counts are complete once `units` is exhausted.
+        clips: for a source of clips, facts for the manifest; they list the columns under "columns".
     """
 
     name: str
     encoded_here: bool
     found: Found
+    clips: Mapping[str, Any] = {}
 
     def __init__(self, place: Place) -> None: ...
 
@@ -304,3 +309,43 @@ def choose_split(place: Place, splits: list[str]) -> str:
             f"{place.uri + '#' + splits[-1]!r}."
         )
     return place.split or "".join(splits)
+
+
+def numbered(
+    place: Place, kind: str, noun: str, defaults: dict[str, int], bounds: dict[str, tuple[int, int]]
+) -> tuple[int, dict[str, int], str]:
+    """Parse the name of a drawn set, such as "shapes:1000?seed=3#test": its size, its options and its split.
+
+    Args:
+        kind: the part of the name before ":".
+        noun: what is drawn, for messages.
+        defaults: default of every option.
+        bounds: smallest and largest value of every option.
+
+    Raises:
+        UserError: an option does not exist, a value is out of bounds, or there is no such split.
+    """
+    count, _, query = place.uri.partition(":")[2].partition("?")
+    example = f"{kind}:500?" + "&".join(f"{name}={value}" for name, value in defaults.items())
+    options = dict(defaults)
+    for name, value in parse_qsl(query, keep_blank_values=True):
+        if name not in options:
+            raise unknown(f"option of {kind}", name, options)
+        options[name] = _integer(name, value, bounds[name], place, example)
+    split = place.split or "train"
+    if split not in ("train", "test"):
+        raise unknown(f"split of {kind}", split, ["train", "test"])
+    return _integer(f"number of {noun}", count, (1, 2**40), place, example), options, split
+
+
+def _integer(name: str, text: str, bounds: tuple[int, int], place: Place, example: str) -> int:
+    try:
+        value = int(text)
+    except ValueError:
+        value = bounds[0] - 1
+    if not bounds[0] <= value <= bounds[1]:
+        raise UserError(
+            f"The {name} in {place.uri!r} is {text!r} and must be a whole number from {bounds[0]} to {bounds[1]}. "
+            f"Write it as in {example}."
+        )
+    return value

@@ -7,21 +7,19 @@ numbers.
 from __future__ import annotations
 
 from collections.abc import Iterator
-from urllib.parse import parse_qsl
 
 import numpy as np
 
-from raysl.errors import UserError, unknown
 from raysl.ingestion import png
 from raysl.ingestion.drawing import CLASSES, draw
 from raysl.ingestion.found import Found
-from raysl.ingestion.sources import Confidence, Place, Row, Unit, UnitSize
+from raysl.ingestion.sources import Confidence, Place, Row, Unit, UnitSize, numbered
 from raysl.rng import ImageRng
 
 SUMMARY = "drawn images: shapes:100000, shapes:10000#test, shapes:100000?seed=3&size=64&plain=1"
 
 _OPTIONS = {"seed": (0, 2**62), "size": (16, 512), "plain": (0, 1)}
-_MOST_IMAGES = 2**40
+_DEFAULTS = {"seed": 0, "size": 32, "plain": 0}
 # The size of a batch is fixed because the last bit of a float may depend on it.
 _BATCH_PIXELS = 256 * 32 * 32
 
@@ -36,18 +34,8 @@ class Source:
     encoded_here = True
 
     def __init__(self, place: Place) -> None:
-        _, _, rest = place.uri.partition(":")
-        count, _, query = rest.partition("?")
-        self._num_images = _integer("number of images", count, (1, _MOST_IMAGES), place)
-        options = {"seed": 0, "size": 32, "plain": 0}
-        for name, value in parse_qsl(query, keep_blank_values=True):
-            if name not in _OPTIONS:
-                raise unknown("option of shapes", name, _OPTIONS)
-            options[name] = _integer(name, value, _OPTIONS[name], place)
+        self._num_images, options, self._split = numbered(place, "shapes", "images", _DEFAULTS, _OPTIONS)
         self._seed, self._size, self._plain = options["seed"], options["size"], options["plain"]
-        self._split = place.split or "train"
-        if self._split not in ("train", "test"):
-            raise unknown("split of shapes", self._split, ["train", "test"])
         self.found = Found("drawn shapes", "the shape that is drawn", ("train", "test"), self._split)
         plain = "&plain=1" if self._plain else ""
         self.name = f"shapes:{self._num_images}?seed={self._seed}&size={self._size}{plain}#{self._split}"
@@ -69,19 +57,6 @@ class Source:
                 "split": self._split,
             }
             yield Unit(count, spec)
-
-
-def _integer(name: str, text: str, bounds: tuple[int, int], place: Place) -> int:
-    try:
-        value = int(text)
-    except ValueError:
-        value = bounds[0] - 1
-    if not bounds[0] <= value <= bounds[1]:
-        raise UserError(
-            f"The {name} in {place.uri!r} is {text!r} and must be a whole number from {bounds[0]} to {bounds[1]}. "
-            "Write it as in shapes:100000?seed=3&size=64."
-        )
-    return value
 
 
 def read(unit: Unit) -> Iterator[Row]:
