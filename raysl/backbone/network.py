@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from functools import lru_cache
@@ -129,7 +130,7 @@ class Backbone(nn.Module):
         images_bchw = self.normalised(images_bchw)
         if hasattr(self.body, "forward_features"):
             features: Any = self.body.forward_features
-            return self._as_map(features(images_bchw))
+            return as_map(features(images_bchw))
         children = dict(self.body.named_children())
         name = next((name for name in ("avgpool", "features", "encoder") if name in children), None)
         if name is None:
@@ -145,20 +146,21 @@ class Backbone(nn.Module):
             self.body(images_bchw)
         finally:
             hook.remove()
-        return self._as_map(kept[0])
-
-    def _as_map(self, output: Tensor) -> Tensor:
-        """Return (b, d, h, w) from a map in either layout, or from tokens, of which the first may be no patches."""
-        if output.ndim == 4:
-            channels_last = output.shape[1] == output.shape[2] != output.shape[3]
-            return output.movedim(-1, 1) if channels_last else output
-        side = int(output.shape[1] ** 0.5)
-        patches_btd = output[:, output.shape[1] - side * side :]
-        return patches_btd.transpose(1, 2).reshape(len(output), -1, side, side)
+        return as_map(kept[0])
 
     def normalised(self, images_bchw: Tensor) -> Tensor:
         """Return the images as the body takes them."""
         return (images_bchw.to(self.mean.dtype) - self.mean) / self.std
+
+
+def as_map(output: Tensor) -> Tensor:
+    """Return (b, d, h, w) from a map in either layout, or from tokens, of which the first may be no patches."""
+    if output.ndim == 4:
+        channels_last = output.shape[1] == output.shape[2] != output.shape[3]
+        return output.movedim(-1, 1) if channels_last else output
+    side = math.isqrt(output.shape[1])
+    patches_btd = output[:, output.shape[1] - side * side :]
+    return patches_btd.transpose(1, 2).reshape(len(output), -1, side, side)
 
 
 def encode(backbone: nn.Module, views_bpchw: Tensor) -> Tensor:

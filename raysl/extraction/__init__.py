@@ -16,7 +16,8 @@ from raysl.extraction.feature_tasks import FeatureProtocol, extract_all, pool
 from raysl.extraction.features import FeaturesConfig, make
 from raysl.extraction.heads import Heads, heads
 from raysl.extraction.inference import SETTINGS, FeatureExtractor, load
-from raysl.extraction.layers import Encode, feature_spec
+from raysl.extraction.layers import Encode, EncodeMaps, feature_spec
+from raysl.extraction.maps import load_maps
 from raysl.extraction.reestimated import Reestimated
 from raysl.extraction.reestimated import load as load_reestimated
 from raysl.feature_store.files import FeatureForm
@@ -25,6 +26,7 @@ from raysl.feature_store.store import FeatureStore
 __all__ = [
     "SETTINGS",
     "Encode",
+    "EncodeMaps",
     "Encoder",
     "FeatureExtractor",
     "FeatureForm",
@@ -42,6 +44,7 @@ __all__ = [
     "feature_spec",
     "heads",
     "load",
+    "load_maps",
     "load_reestimated",
     "make",
     "named",

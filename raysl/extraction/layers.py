@@ -19,10 +19,13 @@ from torch import Tensor, nn
 from torch.nn.functional import adaptive_avg_pool2d
 
 from raysl.backbone import norm
-from raysl.backbone.network import Backbone
+from raysl.backbone.network import Backbone, as_map
+from raysl.errors import UserError
 
 # From uint8 images (b, 3, s, s) on the device to float features (b, d) by feature spec.
 Encode = Callable[[Tensor], Mapping[str, Tensor]]
+# From the same images to maps (b, d, h, w) by layer.
+EncodeMaps = Callable[[Tensor], Mapping[str, Tensor]]
 
 POOLED = "pooled"
 STAGES = ("conv1", "res2", "res3", "res4", "res5")
@@ -86,6 +89,49 @@ def frozen(backbone: Backbone, device: torch.device, specs: Sequence[str], by_ba
         return {**features, POOLED: pooled}
 
     return encode
+
+
+def frozen_maps(backbone: Backbone, device: torch.device, layers: Sequence[str]) -> EncodeMaps:
+    """Return the function from images to the maps of layers of a frozen backbone.
+
+    The map of "pooled" is the one before pooling. The patch tokens of a transformer are a map of its patches, without
+    the class token and registers.
+
+    Args:
+        backbone: with its weights.
+        device: where it computes.
+        layers: names of layers.
+
+    Raises:
+        UserError: when the function is called, if a layer has no map.
+    """
+    backbone = backbone.eval().to(device, memory_format=torch.channels_last)  # type: ignore[call-overload]
+    made: dict[str, Tensor] = {}
+    names = modules(backbone)
+    for layer in set(layers) - {POOLED}:
+        backbone.get_submodule(names[layer]).register_forward_hook(_map_hook(made, layer))
+
+    def encode(images_bchw: Tensor) -> dict[str, Tensor]:
+        images_bchw = images_bchw.contiguous(memory_format=torch.channels_last)
+        if POOLED in layers:
+            made[POOLED] = backbone.maps(images_bchw)
+        else:
+            backbone(images_bchw)
+        return dict(made)
+
+    return encode
+
+
+def _map_hook(made: dict[str, Tensor], layer: str) -> Callable[[nn.Module, Any, Any], None]:
+    def hook(module: nn.Module, inputs: Any, output: Any) -> None:
+        if not isinstance(output, Tensor) or output.ndim not in (3, 4):
+            raise UserError(
+                f"The layer {layer!r} has no map: its output has no places. Give --layers pooled, or a layer before "
+                "the pooling."
+            )
+        made[layer] = as_map(output).clone()  # The next layer may work in place.
+
+    return hook
 
 
 def _hook(features: dict[str, Tensor], spec: str) -> Callable[[nn.Module, Any, Any], None]:

@@ -1,0 +1,318 @@
+"""Key points: where the parts of a figure are, by a linear map from a frozen layer, judged by PCK.
+
+PCK at t is the share of annotated points whose prediction is nearer than t times a reference length (Yang and Ramanan
+2013, "Articulated human detection with flexible mixtures of parts"): the longer side of the figure's box, or, for MPII,
+its length of the head (PCKh, Andriluka et al. 2014). Shuffle and Learn (Misra, Zitnick and Hebert 2016) fine-tunes an
+AlexNet that regresses the points of FLIC and MPII; this probe keeps the network frozen, so that it measures the layer,
+and is linear. Numbers compare with one another and not with published ones.
+
+The head "regression" is ridge regression of the coordinates from the map of a layer, averaged into the largest square
+grid with at most `dims` numbers. The head "heatmap" is ridge regression of a Gaussian around each point (Tompson et al.
+2014) from the features of each place, in a grid of `side` cells; the prediction is the peak, refined by a parabola
+through it and its neighbours. Penalties are chosen on a tenth of the figures to learn from. Both are exact: no learning
+rate, no seed.
+
+`PCK_without_image` is that of the mean pose of the training figures, which sees no image: below it nothing was learned.
+Files and the square that a figure is seen in: COCO, MPII (.mat, or JSON as HRNet has it) and DeepLabCut (CSV); see
+`raysl.probes._poses`. Without --keypoints.test, a fifth of the images, by their names, is scored.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import math
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from functools import lru_cache
+from typing import Annotated, Any, ClassVar, Literal
+
+import torch
+from torch import Tensor
+from torch.nn.functional import adaptive_avg_pool2d, interpolate
+
+from raysl import rng
+from raysl.errors import Unset, UserError
+from raysl.fields import Bounds
+from raysl.probes import Row, Settings, Subject, _poses, field_values
+from raysl.probes._dense import batches, check_finite, encode_maps, held_out
+from raysl.probes._poses import Figure, Figures
+from raysl.probes._ridge import Moments, Readout, fit
+from raysl.probes._task import device, run_tasks
+from raysl.storage import Folder
+
+_TESTED = 0.2
+
+
+@dataclass(frozen=True)
+class Config(Settings):
+    """Protocol of key points.
+
+    Args:
+        train: file of annotations to learn from.
+        test: file of annotations to score; without one, a fifth of the images of `train`.
+        images: folder of the images, relative to the file's, or a full path or URI.
+        reference: length that distances are compared with: "box", or "head" for MPII's .mat.
+        thresholds: PCK is given at each, the one of the primary metric first.
+        head: "regression" of coordinates from the whole map, or "heatmap" from each place.
+        dims: for "regression": largest number of features of a layer, kept as a grid of places.
+        side: for "heatmap": side of the grid in cells.
+        sigma: for "heatmap": standard deviation of the Gaussians as a share of the view.
+        max_figures: largest number of figures to learn from, sampled at random; they are kept in memory.
+    """
+
+    version: ClassVar[int] = 1
+    train: str = ""
+    test: str | None = None
+    images: str = "."
+    reference: Literal["box", "head"] = "box"
+    thresholds: tuple[Annotated[float, Bounds(1e-6, 10)], ...] = (0.1, 0.05, 0.2)
+    head: Literal["regression", "heatmap"] = "regression"
+    dims: Annotated[int, Bounds(1, 10**5)] = 2048
+    side: Annotated[int, Bounds(2, 256)] = 16
+    sigma: Annotated[float, Bounds(1e-3, 1)] = 0.06
+    max_figures: Annotated[int, Bounds(10, 10**7)] = 20_000
+
+    def settings(self) -> dict[str, Any]:
+        """Return the settings with the hashes of the annotations in place of their files, and no folder of images."""
+        held = {name: _hash(value) if value else "" for name, value in vars(self).items() if name in _FILES}
+        return {**field_values(self), **held, "images": ""}
+
+
+_FILES = ("train", "test")
+
+
+class Keypoints:
+    """PCK at each threshold, the first of which is the primary metric, and their mean distance."""
+
+    own_images = True
+
+    def __init__(self, config: Config) -> None:
+        self.config = config
+        self.primary_metric = f"PCK@{config.thresholds[0]:g}"
+
+    def examine(self, subject: Subject) -> Iterator[Row]:
+        """Yield PCK, PCK of each key point at the first threshold, and the mean distance, for each layer.
+
+        Runs one Ray task, on a GPU if there are any.
+
+        Raises:
+            UserError: no file is given, it cannot be read (see `raysl.probes._poses.read`), an image is missing, or a
+                layer has no map.
+        """
+        if not self.config.train:
+            raise Unset(
+                "The probe keypoints needs images with key points. Give --keypoints.train FILE, annotations of COCO, "
+                "MPII or DeepLabCut."
+            )
+        (rows,) = run_tasks(measure, [(subject, self.config)])
+        yield from rows
+
+
+def measure(subject: Subject, config: Config) -> list[Row]:
+    """Return the rows of each layer; see `Keypoints.examine`."""
+    names, train, test, images = _figures(config)
+    place, size = device(), subject.image_size
+    views = (_poses.views(train[some], images, size)[0] for some in batches(len(train)))
+    encode = encode_maps(subject, views, place)
+
+    def seen(figures: Sequence[Figure]) -> tuple[dict[str, Tensor], Tensor, Tensor]:
+        made: dict[str, list[Tensor]] = {}
+        points, lengths = [], []
+        for some in batches(len(figures)):
+            images_bchw, points_bk2, lengths_b = _poses.views(figures[some], images, size)
+            with torch.inference_mode():
+                for layer, map_bdhw in encode(images_bchw.to(place)).items():
+                    made.setdefault(layer, []).append(_resized(map_bdhw.float(), config))
+            points.append(points_bk2)
+            lengths.append(lengths_b)
+        return (
+            {layer: torch.cat(parts) for layer, parts in made.items()},
+            torch.cat(points),
+            torch.cat(lengths),
+        )
+
+    maps_of, points_nk2, _ = seen(train)
+    tested_of, true_nk2, lengths_n = seen(test)
+    check_finite("keypoints", [*maps_of.values(), *tested_of.values()])
+    held_n = torch.tensor(held_out("keypoints", len(train)))
+    mean_k2 = points_nk2.nanmean(0).nan_to_num(0.5)
+    blind = scores(mean_k2.expand_as(true_nk2), true_nk2, lengths_n, names, config.thresholds)
+    rows = []
+    for layer, map_ndhw in maps_of.items():
+        said_nk2 = predicted(map_ndhw, points_nk2, held_n, tested_of[layer], config, mean_k2)
+        found = scores(said_nk2, true_nk2, lengths_n, names, config.thresholds)
+        rows += [Row(name, value, layer) for name, value in found.items()]
+        wanted = f"PCK@{config.thresholds[0]:g}"
+        rows.append(Row(wanted.replace("@", "_without_image@"), blind[wanted], layer))
+    return rows
+
+
+def _figures(config: Config) -> tuple[tuple[str, ...], list[Figure], list[Figure], Folder]:
+    """Return the names of the key points, the figures to learn from and to score, and the folder of their images."""
+    folder, file = _split(config.train)
+    train = _poses.read(folder, file, config.reference)
+    images = Folder(config.images) if _is_full(config.images) else folder / config.images
+    if config.test:
+        test = _poses.read(*_split(config.test), config.reference)
+        if test.names != train.names:
+            raise UserError(
+                f"The annotations {config.train!r} and {config.test!r} name other key points: {train.names} and "
+                f"{test.names}. Give two files of one kind."
+            )
+        learned, scored = list(train.figures), list(test.figures)
+    else:
+        learned, scored = _parted(train)
+    order_n = rng.generator("keypoints", "sample").permutation(len(learned))[: config.max_figures]
+    return train.names, [learned[i] for i in sorted(order_n.tolist())], scored, images
+
+
+def _parted(found: Figures) -> tuple[list[Figure], list[Figure]]:
+    """Return the figures to learn from and to score. All figures of an image are on one side."""
+    names = sorted({one.image for one in found.figures})
+    order_n = rng.generator("keypoints", "test images").permutation(len(names))
+    tested = {names[i] for i in order_n[: max(1, round(_TESTED * len(names)))]}
+    if len(names) < 2:
+        raise UserError(
+            "The probe keypoints learns from some images and is scored on others, and its annotations name one image. "
+            "Give annotations of more images."
+        )
+    return (
+        [one for one in found.figures if one.image not in tested],
+        [one for one in found.figures if one.image in tested],
+    )
+
+
+def _resized(map_bdhw: Tensor, config: Config) -> Tensor:
+    """Return a map in the grid of the head, on the CPU."""
+    if config.head == "heatmap":
+        sides = (config.side, config.side)
+        return interpolate(map_bdhw, sides, mode="bilinear", antialias=True).clone().cpu()
+    _, d, height, width = map_bdhw.shape
+    cells = max(1, math.isqrt(config.dims // d))
+    return adaptive_avg_pool2d(map_bdhw, (min(cells, height), min(cells, width))).clone().cpu()
+
+
+def predicted(
+    map_ndhw: Tensor, points_nk2: Tensor, held_n: Tensor, tested_mdhw: Tensor, config: Config, mean_k2: Tensor
+) -> Tensor:
+    """Return the predicted points of other figures, float (m, k, 2).
+
+    Args:
+        map_ndhw: maps of the figures to learn from.
+        points_nk2: their points as shares of the view, NaN where not annotated.
+        held_n: bool (n,), the figures that choose the penalty.
+        tested_mdhw: maps of the other figures.
+        config: protocol.
+        mean_k2: prediction of a point that no figure has.
+    """
+    shown_nk = points_nk2.isfinite().all(2)
+    said_mk2 = mean_k2.expand(len(tested_mdhw), *mean_k2.shape).clone()
+    for members in _alike(shown_nk):
+        rows_n = shown_nk[:, members[0]]
+        if not rows_n.any():
+            continue
+        some = map_ndhw[rows_n], points_nk2[rows_n][:, members], held_n[rows_n]
+        if config.head == "heatmap":
+            said_mk2[:, members] = _by_heatmap(*some, tested_mdhw, config)
+        else:
+            readout = _readout(some[0].flatten(1), some[1].flatten(1), some[2])
+            said_mk2[:, members] = readout(tested_mdhw.flatten(1)).view(len(tested_mdhw), -1, 2)
+    return said_mk2
+
+
+def _alike(shown_nk: Tensor) -> list[list[int]]:
+    """Return the key points in groups that the same figures show, so that a group is fitted at once."""
+    groups: dict[bytes, list[int]] = {}
+    for k in range(shown_nk.shape[1]):
+        groups.setdefault(shown_nk[:, k].numpy().tobytes(), []).append(k)
+    return list(groups.values())
+
+
+def _readout(features_nd: Tensor, targets_nk: Tensor, held_n: Tensor) -> Readout:
+    fitted, held_out = (Moments(features_nd.shape[1], targets_nk.shape[1]) for _ in range(2))
+    fitted.add(features_nd[~held_n], targets_nk[~held_n])
+    held_out.add(features_nd[held_n], targets_nk[held_n])
+    return fit(fitted, held_out)[0]
+
+
+def _by_heatmap(
+    map_ndhw: Tensor, points_nk2: Tensor, held_n: Tensor, tested_mdhw: Tensor, config: Config
+) -> Tensor:
+    """Return the predicted points (m, k, 2) by heat maps."""
+    targets_nkhw = gaussians(points_nk2, config.side, config.sigma)
+    places = config.side**2
+    features_nd, targets_nk = (one.movedim(1, -1).flatten(0, 2) for one in (map_ndhw, targets_nkhw))
+    readout = _readout(features_nd, targets_nk, held_n.repeat_interleave(places))
+    return torch.cat(
+        [peaks(readout(part.movedim(1, -1)).movedim(-1, 1)) for part in torch.split(tested_mdhw, 256)]
+    )
+
+
+def gaussians(points_nk2: Tensor, side: int, sigma: float) -> Tensor:
+    """Return heat maps (n, k, side, side) with a peak of 1 at each point; coordinates and sigma are shares."""
+    centres = (torch.arange(side) + 0.5) / side
+    across, down = (-((centres - points_nk2[..., i, None]) ** 2) / (2 * sigma**2) for i in (0, 1))
+    return (down[..., :, None] + across[..., None, :]).exp()
+
+
+def peaks(heat_nkhw: Tensor) -> Tensor:
+    """Return the places of the largest values as shares, (n, k, 2), refined by a parabola along each axis."""
+    side = heat_nkhw.shape[-1]
+    best_nk = heat_nkhw.flatten(2).argmax(2)
+    down_nk, across_nk = best_nk // side, best_nk % side
+    found = []
+    for profile_nks, at_nk in (
+        (heat_nkhw.gather(2, down_nk[..., None, None].expand(*down_nk.shape, 1, side))[..., 0, :], across_nk),
+        (heat_nkhw.gather(3, across_nk[..., None, None].expand(*down_nk.shape, side, 1))[..., 0], down_nk),
+    ):
+        before, here, after = (
+            profile_nks.gather(2, (at_nk + step).clamp(0, side - 1)[..., None])[..., 0] for step in (-1, 0, 1)
+        )
+        bend = before - 2 * here + after
+        step_nk = torch.where(bend < 0, (before - after) / (2 * bend), 0.0).clamp(-0.5, 0.5)
+        found.append((at_nk + 0.5 + step_nk) / side)
+    return torch.stack(found, dim=2)
+
+
+def scores(
+    said_nk2: Tensor, true_nk2: Tensor, lengths_n: Tensor, names: Sequence[str], thresholds: Sequence[float]
+) -> Mapping[str, float]:
+    """Return PCK at each threshold, PCK of each key point at the first, and the mean distance over the length.
+
+    A point that is not annotated is not judged.
+
+    Args:
+        said_nk2: predictions as shares of the view.
+        true_nk2: annotations, NaN where there is none.
+        lengths_n: reference length of each figure as a share of the view.
+        names: names of the key points.
+        thresholds: shares of the reference length.
+
+    Raises:
+        UserError: no point is annotated.
+    """
+    distance_nk = (said_nk2 - true_nk2).norm(dim=2) / lengths_n[:, None]
+    there_nk = true_nk2.isfinite().all(2)
+    if not there_nk.any():
+        raise UserError("No key point of the figures to score is annotated. Give other annotations.")
+    right_nk = distance_nk < thresholds[0]
+    found = {f"PCK@{t:g}": float((distance_nk < t)[there_nk].double().mean()) for t in thresholds}
+    for k, name in enumerate(names):
+        if there_nk[:, k].any():
+            found[f"PCK@{thresholds[0]:g}/{name}"] = float(right_nk[:, k][there_nk[:, k]].double().mean())
+    return {**found, "mean_distance": float(distance_nk[there_nk].double().mean())}
+
+
+@lru_cache(maxsize=16)
+def _hash(file: str) -> str:
+    folder, name = _split(file)
+    return hashlib.blake2b(folder.read(name), digest_size=16).hexdigest()
+
+
+def _split(file: str) -> tuple[Folder, str]:
+    place, _, name = str(Folder(file)).rpartition("/")
+    return Folder(place or "/"), name
+
+
+def _is_full(path: str) -> bool:
+    return path.startswith("/") or "://" in path
