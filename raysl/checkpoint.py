@@ -78,12 +78,17 @@ class Checkpoint:
         """Load the state of the network, on the CPU. Raise UserError when it does not match its manifest."""
         return self._load(STATE, self._files())
 
-    def backbone_state(self) -> dict[str, torch.Tensor]:
-        """Load the state of the backbone, under its own names. Raise UserError when it does not match its manifest."""
+    def backbone_state(self, prefix: str = "backbone.") -> dict[str, torch.Tensor]:
+        """Load the state of the backbone, under its own names.
+
+        Args:
+            prefix: what the names of the backbone begin with; a moving copy in an objective has another.
+
+        Raises:
+            UserError: the state does not match its manifest.
+        """
         network = self.state()["network"]
-        return {
-            name.removeprefix("backbone."): v for name, v in network.items() if name.startswith("backbone.")
-        }
+        return {name.removeprefix(prefix): v for name, v in network.items() if name.startswith(prefix)}
 
     def crc32(self) -> int:
         """Return the checksum of the state of the network, from its manifest."""

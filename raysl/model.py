@@ -74,6 +74,7 @@ class Model(nn.Module):
             num_classes=data.num_classes,
             seed=config.seed,
             num_steps=num_steps(data.num_images, config.batch_size, config.epochs),
+            batch_size=config.batch_size,
             backbone=self.backbone,
             tasks=self.tasks,
             fingerprint=data.fingerprint,

@@ -20,6 +20,7 @@ from raysl.errors import UserError, unknown
 from raysl.evaluation.options import ProbeConfig
 from raysl.evaluation.results import (
     MODEL,
+    MOMENTUM,
     OLD_ROWS,
     ROWS,
     check_writable,
@@ -368,6 +369,6 @@ def _rows(found: Iterable[Row], probe: Probe, about: Mapping[str, Any]) -> list[
 
 
 def _encoder(run: Run, name: str, checkpoint: Checkpoint | None) -> Encoder:
-    if name == "trained":
-        return extraction.Trained(run, checkpoint or run.newest())
+    if name in ("trained", MOMENTUM):
+        return extraction.Trained(run, checkpoint or run.newest(), name)
     return extraction.untrained(run) if name == "random" else extraction.Pixels()

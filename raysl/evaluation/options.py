@@ -9,7 +9,7 @@ from typing import Annotated, Any, Literal
 from raysl import probes
 from raysl.checkpoint import Checkpoint
 from raysl.errors import unknown
-from raysl.evaluation.results import ENCODERS
+from raysl.evaluation.results import ENCODERS, MOMENTUM
 from raysl.fields import Bounds, Seed, check
 from raysl.probes import Probe
 from raysl.storage import Folder
@@ -22,7 +22,8 @@ class ProbeConfig:
     Args:
         probes: names of probes.
         layers: layers whose features are measured; "all" for conv1, res2 to res5 and pooled. Pixels have only "pooled".
-        encoders: encoders of a run, of "trained", "random" (the untrained backbone) and "pixels".
+        encoders: encoders of a run, of "trained", "random" (the untrained backbone), "pixels", and "momentum" (the
+            moving average of the backbone that methods such as BYOL, MoCo and DINO keep).
         configs: the Config of a probe by its name; a missing one has its defaults.
         bn_statistics: statistics of BatchNorm in frozen features: "reestimated" on 2,048 unlabelled train images in the
             evaluation view, or "kept", the running statistics of training, which mix all its views. Part of the
@@ -53,8 +54,8 @@ class ProbeConfig:
         for name in self.probes:
             probes.load(name)
         for name in self.encoders:
-            if name not in ENCODERS:
-                raise unknown("encoder", name, ENCODERS)
+            if name not in (*ENCODERS, MOMENTUM):
+                raise unknown("encoder", name, (*ENCODERS, MOMENTUM))
 
     def ready(self) -> dict[str, tuple[Any, Probe]]:
         """Return the Config and the probe of each name."""

@@ -31,6 +31,8 @@ if TYPE_CHECKING:
     from rich.table import Table
 
 ENCODERS = ("trained", "random", "pixels")
+# The moving average of the backbone, of methods that keep one; it is measured only on request.
+MOMENTUM = "momentum"
 ROWS = "probes/rows"
 OLD_ROWS = "probes/rows.jsonl"
 # In a folder of rows that does not belong to a run: the name and the identity of the model.
@@ -255,10 +257,11 @@ def of_images(train: str, test: str) -> str:
 
 def _column(row: Mapping[str, Any], several_seeds: bool) -> tuple[int, int, int, str]:
     """Return the position of the column of a row, and its title."""
-    title = f"{row['encoder']}, step {row['step']}" if row["encoder"] == "trained" else row["encoder"]
+    of_run = row["encoder"] in ("trained", MOMENTUM)
+    title = f"{row['encoder']}, step {row['step']}" if of_run else row["encoder"]
     if several_seeds:
         title += f", seed {row['seed']}"
-    order = (*ENCODERS, extraction.Weights.name, row["encoder"])
+    order = (*ENCODERS, MOMENTUM, extraction.Weights.name, row["encoder"])
     return order.index(row["encoder"]), row["step"], row["seed"], title
 
 

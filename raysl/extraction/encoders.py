@@ -5,13 +5,13 @@ from __future__ import annotations
 import re
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass
-from typing import Any, Protocol, runtime_checkable
+from typing import Any, Literal, Protocol, runtime_checkable
 
 import torch
 from torch import Tensor
 from torch.nn.functional import interpolate
 
-from raysl import checkpoint, rng
+from raysl import checkpoint, methods, rng
 from raysl.backbone import external_weights
 from raysl.backbone import network as networks
 from raysl.backbone.network import Backbone, BackboneConfig
@@ -86,11 +86,36 @@ class _Network:
 
 @dataclass(frozen=True)
 class Trained(_Network):
-    """The backbone of a run at one of its checkpoints."""
+    """The backbone of a run at one of its checkpoints.
+
+    Args:
+        run: the run.
+        checkpoint: the checkpoint.
+        name: "trained", or "momentum" for the moving average of the backbone that the objective keeps.
+
+    Raises:
+        UserError: the objective keeps no moving average.
+    """
 
     run: Run
     checkpoint: Checkpoint
-    name: str = "trained"
+    name: Literal["trained", "momentum"] = "trained"
+
+    def __post_init__(self) -> None:
+        self._prefix()
+
+    def _prefix(self) -> str:
+        """Return what the names of the backbone begin with in the state of the network."""
+        if self.name == "trained":
+            return "backbone."
+        method = methods.parse(self.run.config().method)
+        copy = getattr(methods.load_objective(method.objective)[1], "moving_backbone", "")
+        if not copy:
+            raise UserError(
+                f"The run {str(self.run.folder)!r} has no moving average of its backbone: its method is "
+                f"{self.run.config().method!r}. Leave 'momentum' out of --encoders, or train byol, moco or dino."
+            )
+        return f"objective.{copy}."
 
     def backbone_config(self) -> BackboneConfig:
         return self.run.config().backbone
@@ -106,7 +131,7 @@ class Trained(_Network):
     def network(self) -> Backbone:
         """See `Trainable.network`. Raises UserError if the checkpoint is damaged."""
         backbone = networks.build(self.backbone_config())
-        backbone.load_state_dict(self.checkpoint.backbone_state())
+        backbone.load_state_dict(self.checkpoint.backbone_state(self._prefix()))
         return backbone
 
 

@@ -40,6 +40,7 @@ class Setup:
         tasks: the transforms that the method names, by name; more than one only for an objective with `several`.
         fingerprint: fingerprint of the data set; empty when it is not known.
         num_steps: steps of the run, for schedules.
+        batch_size: images of a step, of all workers; with `num_images`, the length of an epoch in steps.
     """
 
     pretext: Pretext | None
@@ -52,6 +53,7 @@ class Setup:
     tasks: Mapping[str, Pretext] = field(default_factory=dict)
     fingerprint: str = ""
     num_steps: int = 1
+    batch_size: int = 1
 
     def transform(self, objective: str, example: str = "jigsaw") -> Pretext:
         """Return the pretext transform. Raise UserError when the method names none."""
@@ -125,6 +127,30 @@ class AfterStep(Protocol):
             step: number of the step that has just been taken, 0-based.
         """
         ...
+
+
+@runtime_checkable
+class AfterEpoch(Protocol):
+    """Optional part of an objective that acts between epochs, such as a new assignment of images to clusters."""
+
+    def after_epoch(self, backbone: nn.Module, epoch: int) -> None:
+        """Update the objective after the step that completes an epoch. Every worker calls it once per epoch.
+
+        Args:
+            backbone: the network that is trained.
+            epoch: number of the epoch that has ended, 0-based.
+        """
+        ...
+
+
+class MovingBackbone(Protocol):
+    """Optional class attribute of an objective that keeps a moving average of the backbone.
+
+    Attributes:
+        moving_backbone: name of the attribute that holds it. Probes measure it as the encoder "momentum".
+    """
+
+    moving_backbone: str
 
 
 @runtime_checkable

@@ -49,6 +49,8 @@ class Config(TwoViewsConfig):
 class Byol(TwoViews):
     """Projector and predictor of the online network, and the target network."""
 
+    moving_backbone = "target_backbone"
+
     def __init__(self, config: Config, setup: Setup) -> None:
         super().__init__(config, setup)
         self.num_steps = setup.num_steps

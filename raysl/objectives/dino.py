@@ -74,6 +74,7 @@ class Dino(nn.Module):
 
     predicts = False
     bank_dim = 0
+    moving_backbone = "teacher_backbone"
     center_k: Tensor
     temperature: Tensor
 

@@ -65,6 +65,7 @@ class Moco(nn.Module):
 
     predicts = False
     bank_dim = 0
+    moving_backbone = "key_backbone"
 
     def __init__(self, config: Config, setup: Setup) -> None:
         super().__init__()

@@ -9,7 +9,7 @@ from typing import Any
 
 from raysl.config import FREE
 from raysl.errors import UserError
-from raysl.evaluation.results import MODEL, rows_of
+from raysl.evaluation.results import MODEL, MOMENTUM, rows_of
 from raysl.run import METADATA, Run
 from raysl.storage import Folder
 
@@ -185,7 +185,7 @@ def labels(gathered: Sequence[Group]) -> Callable[[str, Group, Entry], str]:
             return "raw pixels"
         if encoder == "random":
             return f"untrained {_backbone(entry)}" if len(backbones) > 1 else "untrained"
-        return group.label
+        return f"{group.label}, moving average" if encoder == MOMENTUM else group.label
 
     return label_of
 

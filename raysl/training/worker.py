@@ -27,7 +27,7 @@ from raysl.contrastive.bank import MemoryBank
 from raysl.dataset import DataSet
 from raysl.errors import UserError
 from raysl.model import Model
-from raysl.objectives import AfterStep, Alternates, Loss
+from raysl.objectives import AfterEpoch, AfterStep, Alternates, Loss
 from raysl.ray_cluster.placement import Placement
 from raysl.rng import key
 from raysl.run import METADATA, MetricsLog, Run
@@ -185,6 +185,10 @@ class Worker:
         self.scaler.update()
         if isinstance(self.model.objective, AfterStep):
             self.model.objective.after_step(self.model.backbone, self.step)
+        if isinstance(self.model.objective, AfterEpoch):
+            images, n = (self.step + 1) * self.config.batch_size, self.plan.num_images
+            if images // n > self.step * self.config.batch_size // n:
+                self.model.objective.after_epoch(self.model.backbone, images // n - 1)
         if self.bank is not None and loss.bank_update_bd is not None:
             self.bank.update(batch.indices_b, loss.bank_update_bd)
         return loss

@@ -203,3 +203,17 @@ def test_a_run_and_each_of_its_checkpoints(tmp_path: Path) -> None:
     assert stages(newest) == ("conv1", "res2", "res3", "res4", "pooled")
     with pytest.raises(UserError, match="step-000000005"):
         named(f"{run.folder}/checkpoints/step-000000006", RESNET)
+
+
+def test_the_moving_average_of_a_backbone_is_an_encoder(tmp_path: Path) -> None:
+    dataset = make_dataset(tmp_path / "set", 40)
+    run, model = make_run(
+        dataset, tmp_path / "byol", method="byol", parts={"byol": {"hidden": 16, "dim": 16}}
+    )
+    found = Trained(run, run.newest(), "momentum").network().state_dict()
+    wanted = model.objective.target_backbone.state_dict()  # type: ignore[attr-defined]
+    assert all(torch.equal(found[name], wanted[name]) for name in wanted)
+    assert Trained(run, run.newest(), "momentum").identity() != Trained(run, run.newest()).identity()
+    plain, _ = make_run(dataset, tmp_path / "pirl")
+    with pytest.raises(UserError, match="has no moving average"):
+        Trained(plain, plain.newest(), "momentum")

@@ -57,14 +57,14 @@ def _small_parts(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(feature_tasks, "_PART_IMAGES", 40)
 
 
-def make_run(dataset: DataSet, folder: Path) -> tuple[Run, Model]:
+def make_run(dataset: DataSet, folder: Path, **other: Any) -> tuple[Run, Model]:
     """Return a run with a checkpoint that differs from its initial weights and batch statistics."""
     config = Pretraining(
         data=str(dataset.folder),
         run=str(folder),
         batch_size=16,
         view=ViewConfig(image_size=16),
-        parts={"pirl": Pirl(num_negatives=32, dim=16)},
+        **({"parts": {"pirl": Pirl(num_negatives=32, dim=16)}} | other),
     )
     network = Model.of(config, dataset)
     run = Run.begin(config, dataset, network.describe())

@@ -86,6 +86,15 @@ def test_a_run_resumes_without_the_file_that_it_started_from(tmp_path: Path) -> 
     assert steps(second, 3) == expected
 
 
+def test_an_objective_acts_after_every_epoch(tmp_path: Path) -> None:
+    worker = Worker(job(tmp_path / "run", make_dataset(tmp_path / "set", 10), "small"), torch.device("cpu"))
+    ended: list[tuple[int, int]] = []
+    worker.model.objective.after_epoch = lambda backbone, epoch: ended.append((epoch, worker.step))  # type: ignore[attr-defined]
+    steps(worker, 8)  # 32 images
+    # Epochs of 10 images end within the steps of the images 8 to 11, 16 to 19 and 28 to 31.
+    assert ended == [(0, 2), (1, 4), (2, 7)]
+
+
 def test_a_run_on_another_machine_is_refused_before_it_is_trained_in_vain(tmp_path: Path) -> None:
     dataset = make_dataset(tmp_path / "set", 40)
     config = Pretraining(
