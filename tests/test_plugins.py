@@ -12,6 +12,8 @@ import pytest
 from raysl import methods, plugins, pretext
 from raysl.config import Pretraining
 from raysl.errors import UserError
+from raysl.training.launch import pretrain
+from tests.data import make_dataset
 
 TRANSFORM = '''"""Mirror top and bottom."""
 from dataclasses import dataclass
@@ -36,6 +38,32 @@ class UpsideDown:
 
     def describe(self):
         return {}
+'''
+
+OBJECTIVE = '''"""Classify the change."""
+from dataclasses import dataclass
+from torch import nn
+from torch.nn.functional import cross_entropy
+from raysl.backbone.network import encode
+from raysl.objectives import Loss
+
+@dataclass(frozen=True)
+class Config:
+    pass
+
+class Guess(nn.Module):
+    predicts, bank_dim = True, 0
+
+    def __init__(self, config, setup):
+        super().__init__()
+        self.views = {"changed": setup.transform("guess")}
+        self.classify = nn.Linear(setup.width, self.views["changed"].num_labels)
+
+    def forward(self, backbone, views):
+        return {"logits": self.classify(encode(backbone, views["changed"])[:, 0])}
+
+    def loss(self, outputs, batch, bank):
+        return Loss(cross_entropy(outputs["logits"], batch.targets["changed"]), {})
 '''
 
 
@@ -78,6 +106,28 @@ def test_a_task_of_ray_gets_the_code_of_a_file(file: Path) -> None:
     code = "import pickle, sys; print(pickle.load(sys.stdin.buffer).source.size)"
     done = subprocess.run([sys.executable, "-c", code], input=cloudpickle.dumps(made), capture_output=True)
     assert done.stdout.strip() == b"32", done.stderr.decode()
+
+
+@pytest.mark.slow
+@pytest.mark.ray
+def test_workers_and_data_tasks_of_ray_run_the_code_of_plugins(
+    file: Path, tmp_path: Path, ray_session: None
+) -> None:
+    objective = tmp_path / "guess.py"
+    objective.write_text(OBJECTIVE)
+    config = Pretraining(
+        data=str(make_dataset(tmp_path / "set", 40).folder),
+        run=str(tmp_path / "run"),
+        method="guess-upside_down",
+        epochs=1,
+        batch_size=8,
+        workers=2,
+        log_every=1,
+        plugin=(str(file), str(objective)),
+    )
+    run = pretrain(config)
+    assert run.newest().step == 5
+    assert "objective.classify.weight" in run.newest().state()["network"]
 
 
 def test_a_package_may_hold_several(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
