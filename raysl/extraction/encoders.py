@@ -5,7 +5,7 @@ from __future__ import annotations
 import re
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass
-from typing import Any, Literal, Protocol, runtime_checkable
+from typing import Any, Protocol, runtime_checkable
 
 import torch
 from torch import Tensor
@@ -99,7 +99,7 @@ class Trained(_Network):
 
     run: Run
     checkpoint: Checkpoint
-    name: Literal["trained", "momentum"] = "trained"
+    name: str = "trained"
 
     def __post_init__(self) -> None:
         self._prefix()
