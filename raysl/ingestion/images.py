@@ -10,6 +10,8 @@ from collections.abc import Iterable, Iterator
 from dataclasses import asdict, dataclass
 from typing import Any
 
+import numpy as np
+
 from raysl.ingestion import png
 from raysl.ingestion.found import counted
 from raysl.ingestion.sources import Row
@@ -100,7 +102,8 @@ def stored(row: Row, config: DecodeConfig, ranges: Ranges, tally: Tally) -> Iter
 def _count(picture: Picture, path: str, tally: Tally) -> None:
     if picture.kind:
         low, high = picture.found
-        one_colour = low < high and bool((picture.pixels_hwc == picture.pixels_hwc[0, 0]).all())
+        pixels_hwc = np.asarray(picture.rgb)
+        one_colour = low < high and bool((pixels_hwc == pixels_hwc[0, 0]).all())
         _add(tally, picture.kind, Treated(1, path, low, high, one_colour=int(one_colour)))
     if picture.left_out:
         _add(tally, PAGES, Treated(1, path, left_out=picture.left_out))

@@ -226,8 +226,10 @@ def read_bytes(root: str, path: str, limit: int = -1) -> bytes:
         OSError: it cannot be read.
     """
     if "://" not in root:
-        with open(os.path.join(root, path) if path else root, "rb") as file:
-            return file.read(limit)
+        with open(os.path.join(root, path) if path else root, "rb", buffering=0) as file:
+            # To read a given number of bytes, Python takes as much memory first, and most files are smaller.
+            small = limit < 0 or os.fstat(file.fileno()).st_size <= limit
+            return file.read() if small else file.read(limit)
     fs, folder = filesystem(root)
     with fs.open_input_file(f"{folder}/{path}".rstrip("/")) as stream:
         return bytes(stream.read() if limit < 0 else stream.read(limit))

@@ -92,7 +92,8 @@ class Picture(NamedTuple):
     """One image of a file.
 
     Args:
-        pixels_hwc: uint8 (h, w, 3), RGB, upright.
+        rgb: as it was decoded; an array is uint8 (h, w, 3).
+        orientation: how it is to be turned, 1 to 8 as in EXIF.
         ordinary: whether the file reads as these pixels under every configuration.
         kind: what was done to the pixels: "transparent", a kind of `depth.Values`, or "" for nothing.
         found: smallest and largest finite value in the file, for the kinds of `depth.Values`.
@@ -102,13 +103,22 @@ class Picture(NamedTuple):
         left_out: how many other pages or frames of the file were not taken.
     """
 
-    pixels_hwc: npt.NDArray[np.uint8]
+    rgb: Image.Image | npt.NDArray[np.uint8]
+    orientation: int = 1
     ordinary: bool = False
     kind: str = ""
     found: tuple[float, float] = (0.0, 255.0)
     scale: tuple[float, float] | None = None
     page: int = 0
     left_out: int = 0
+
+    @property
+    def pixels_hwc(self) -> npt.NDArray[np.uint8]:
+        """uint8 (h, w, 3), RGB, upright. Ingest checks most images without asking for it."""
+        pixels_hwc = np.asarray(self.rgb)
+        if self.orientation == 1 and pixels_hwc.flags.writeable and pixels_hwc.flags.c_contiguous:
+            return pixels_hwc
+        return upright(pixels_hwc, self.orientation)
 
 
 Ranges = Mapping[str, tuple[float, float]]
@@ -219,7 +229,11 @@ def _readers(data: bytes, config: DecodeConfig, ranges: Ranges, name: str) -> li
 def _numbered(picture: Picture, number: int, pages: int, taken: int) -> Picture:
     if pages == 1:
         return picture
-    return picture._replace(ordinary=False, page=number + 1, left_out=pages - taken)
+    # The next page takes the place of this one in Pillow's image.
+    pixels_hwc = picture.pixels_hwc
+    return picture._replace(
+        rgb=pixels_hwc, orientation=1, ordinary=False, page=number + 1, left_out=pages - taken
+    )
 
 
 def _pages(image: Image.Image) -> list[int]:
@@ -246,7 +260,8 @@ def _read(image: Image.Image, data: bytes, page: int, config: DecodeConfig, rang
         return _scaled(deep, orientation, config, ranges)
     rgb, transparent = _flat(image, config.colour)
     return Picture(
-        upright(np.asarray(rgb), orientation),
+        rgb,
+        orientation,
         ordinary=image.format in _STORED and not transparent,
         kind="transparent" if transparent else "",
     )
@@ -280,7 +295,7 @@ def _scaled(deep: depth.Values, orientation: int, config: DecodeConfig, ranges: 
         mask = Image.fromarray(np.ascontiguousarray(deep.alpha_hw))
         flat.paste(Image.fromarray(np.ascontiguousarray(pixels_hwc)), mask=mask)
         pixels_hwc = np.asarray(flat)
-    return Picture(upright(pixels_hwc, orientation), kind=kind, found=found, scale=scale)
+    return Picture(pixels_hwc, orientation, kind=kind, found=found, scale=scale)
 
 
 def _tiff_readers(data: bytes, config: DecodeConfig, ranges: Ranges) -> list[Callable[[], Picture]]:

@@ -21,8 +21,9 @@ from raysl.ingestion.sources import Confidence, Place, Row, Unit, UnitSize, choo
 
 SUMMARY = "a folder of images, in class folders or not: photos/, s3://bucket/photos, photos/#train"
 
-# Object stores answer slowly and in parallel: this many reads are under way at a time, in windows of four times.
+# Object stores answer slowly and in parallel: this many threads read at a time, each a few files for one hand-over.
 _READERS = 16
+_FILES_AT_ONCE = 4
 _MOST_BYTES = 1 << 30
 
 
@@ -103,14 +104,11 @@ class Source:
 def read(unit: Unit) -> Iterator[Row]:
     root, paths = unit.spec["root"], unit.spec["paths"]
     labels = chain.from_iterable(repeat(label, count) for label, count in unit.spec["labels"])
-    window = 4 * _READERS
+    few = [paths[start : start + _FILES_AT_ONCE] for start in range(0, len(paths), _FILES_AT_ONCE)]
     with ThreadPoolExecutor(_READERS) as pool:
-        for start in range(0, len(paths), window):
-            for path, image in zip(
-                paths[start : start + window],
-                pool.map(lambda path: _load(root, path), paths[start : start + window]),
-                strict=True,
-            ):
+        for start in range(0, len(few), _READERS):
+            loaded = pool.map(lambda some: [_load(root, path) for path in some], few[start : start + _READERS])
+            for path, image in zip(chain(*few[start : start + _READERS]), chain(*loaded), strict=True):
                 reason = image if isinstance(image, str) else ""
                 yield Row(None if reason else image, next(labels), shown(path), reason)  # type: ignore[arg-type]
 
