@@ -76,7 +76,14 @@ def make(folder: Path) -> None:
         place = folder / CLASSES[number % len(CLASSES)] / ("old" if number % 50 == 0 else "")
         place.mkdir(parents=True, exist_ok=True)
         (place / f"{number:05d}{end}").write_bytes(kinds[end])
-    for name in ("masks/0.png", "masks/1.png", "__MACOSX/._0.jpg", ".git/HEAD", "overview.jpg", ".DS_Store"):
+    for name in (
+        "masks/00001.png",
+        "masks/00002.png",
+        "__MACOSX/._0.jpg",
+        ".git/HEAD",
+        "overview.jpg",
+        ".DS_Store",
+    ):
         (folder / name).parent.mkdir(exist_ok=True)
         (folder / name).write_bytes(kinds[".PNG"])
     for number, name in enumerate(

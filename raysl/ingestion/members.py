@@ -7,6 +7,7 @@ from collections.abc import Callable
 from dataclasses import dataclass, field
 from typing import NamedTuple
 
+from raysl.errors import UserError
 from raysl.ingestion import labels
 from raysl.ingestion.found import LeftOut, shown
 from raysl.ingestion.listing import HIDDEN, IMAGE, LABEL_TABLES, OTHER, is_hidden, kind_of
@@ -89,7 +90,11 @@ class Listing:
                 self.left_out.add(kind, name)
 
     def _take_label(self, name: str, data: bytes, wanted: str) -> None:
-        """Read the label in a `.cls` or `.json` member."""
+        """Read the label in a `.cls` or `.json` member.
+
+        Raises:
+            UserError: a `.cls` holds no number, and names are not asked for.
+        """
         stem, _, suffix = name.rpartition(".")
         if suffix == "cls":
             self.in_cls.add(stem)
@@ -99,7 +104,14 @@ class Listing:
         self.unusable.pop(stem, None)
         try:
             if suffix == "cls":
-                self.classes[stem] = labels.as_class_of_text(data.decode())
+                label = labels.as_class_of_text(data.decode())
+                if label is not None and not label.isdigit() and wanted != "cls":
+                    raise UserError(
+                        f"The member {shown(name)!r} of {self.name!r} holds {label[:80]!r}, and a .cls of WebDataset "
+                        "holds the number of a class. Add --label-column cls to take such texts for the names of "
+                        "classes, or --labels none."
+                    )
+                self.classes[stem] = label
             elif reason := self._take_json(stem, data, wanted, name):
                 self.no_label = self.no_label or f"{shown(name)} {reason}"
         except labels.NoClassesError as error:

@@ -44,7 +44,8 @@ class IngestConfig:
         shard_mb: most megabytes in a shard, for sources that tell sizes before they are read.
         row_group_images: most images in a row group (and at most 4 MB), the unit of reading and shuffling.
         cpus_per_task: logical CPUs that Ray gives to a task; above 1 fewer tasks share the memory of a machine.
-        label_column: column of tables, or field of the JSON in archives, that holds the label; "" to guess it.
+        label_column: column of tables, or field of the JSON in archives, that holds the label; "" to guess it. "cls"
+            takes texts in the .cls members of archives for names of classes.
         image_column: column of tables, or suffix of the images in archives, to read; "" to guess it.
         labels: "folders" takes the folders of a tree as classes whatever they are called; "none" ingests without
             labels; "auto" recognises the layout.

@@ -56,7 +56,6 @@ def test_a_sample_without_a_label(tmp_path: Path) -> None:
 @pytest.mark.parametrize(
     ("label", "name"),
     [
-        ({"cls": b"cat\n"}, "cat"),
         ({"cls": b"1.0"}, "1"),
         ({"cls": b"007"}, "7"),
         ({"json": b'{"label": true}'}, "true"),
@@ -70,6 +69,13 @@ def test_labels_of_every_type(tmp_path: Path, label: dict[str, bytes], name: str
         tmp_path / "a.tar", {"0.jpg": jpeg(), **{f"0.{suffix}": data for suffix, data in label.items()}}
     )
     assert labels(tmp_path / "a.tar") == {"a.tar/0.jpg": name}
+
+
+def test_names_in_cls_only_where_they_are_asked_for(tmp_path: Path) -> None:
+    path = write_tar(tmp_path / "a.tar", {"0.jpg": jpeg(), "0.cls": b"cat\n"})
+    assert "The member '0.cls' of 'a.tar' holds 'cat'" in refused(tmp_path)
+    assert labels(path, label_column="cls") == {"a.tar/0.jpg": "cat"}
+    assert labels(path, labels="none") == {"a.tar/0.jpg": None}
 
 
 @pytest.mark.parametrize(

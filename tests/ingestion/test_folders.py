@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import os
+import subprocess
+import sys
 from pathlib import Path
 
 import pyarrow as pa
@@ -400,3 +402,17 @@ def test_places(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     with pytest.raises(UserError, match="configuration says"):
         Place.parse("shapes:10#train", "test")
     assert "does not exist" in refused(tmp_path / "nowhere")
+
+
+def test_files_are_read_without_torch_which_takes_600_mb(tmp_path: Path) -> None:
+    put(tmp_path, "ape/0.jpg")
+    program = (
+        "import sys\n"
+        "from raysl.ingestion import pipeline, shard\n"
+        "from raysl.ingestion.sources import Place, UnitSize, open_source, read\n"
+        f"opened = open_source(Place.parse({str(tmp_path)!r}))\n"
+        "units = list(opened.source.units(UnitSize(9, 9999)))\n"
+        "assert len(list(read(opened.kind, units[0]))) == 1\n"
+        "assert 'torch' not in sys.modules"
+    )
+    subprocess.run([sys.executable, "-c", program], check=True)

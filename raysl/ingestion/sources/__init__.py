@@ -47,7 +47,8 @@ class ReadConfig:
     """Configuration of how a source is read.
 
     Args:
-        label_column: column of tables, or field of the JSON in archives, that holds the label; "" to guess it.
+        label_column: column of tables, or field of the JSON in archives, that holds the label; "" to guess it. "cls"
+            takes texts in the .cls members of archives for names of classes.
         image_column: column of tables, or suffix of the images in archives, to read; "" to guess it.
         labels: "folders" takes the folders of a tree as classes whatever they are called; "none" ingests without
             labels; "auto" recognises the layout.

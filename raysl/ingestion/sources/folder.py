@@ -107,7 +107,9 @@ def read(unit: Unit) -> Iterator[Row]:
     few = [paths[start : start + _FILES_AT_ONCE] for start in range(0, len(paths), _FILES_AT_ONCE)]
     with ThreadPoolExecutor(_READERS) as pool:
         for start in range(0, len(few), _READERS):
-            loaded = pool.map(lambda some: [_load(root, path) for path in some], few[start : start + _READERS])
+            loaded = pool.map(
+                lambda some: [_load(root, path) for path in some], few[start : start + _READERS]
+            )
             for path, image in zip(chain(*few[start : start + _READERS]), chain(*loaded), strict=True):
                 reason = image if isinstance(image, str) else ""
                 yield Row(None if reason else image, next(labels), shown(path), reason)  # type: ignore[arg-type]

@@ -1,7 +1,7 @@
 """A procedural data set: shapes of ten kinds, in any number, without a download.
 
 Each image is a pure function of (seed, split, index); see `raysl.ingestion.drawing`. The splits share no random
-numbers.
+numbers. Drawing needs torch, which takes more memory than all else in ingest, so it is imported when it is used.
 """
 
 from __future__ import annotations
@@ -11,10 +11,8 @@ from collections.abc import Iterator
 import numpy as np
 
 from raysl.ingestion import png
-from raysl.ingestion.drawing import CLASSES, draw
 from raysl.ingestion.found import Found
 from raysl.ingestion.sources import Confidence, Place, Row, Unit, UnitSize, numbered
-from raysl.rng import ImageRng
 
 SUMMARY = "drawn images: shapes:100000, shapes:10000#test, shapes:100000?seed=3&size=64&plain=1"
 
@@ -44,6 +42,8 @@ class Source:
         return self.name
 
     def units(self, size: UnitSize) -> Iterator[Unit]:
+        from raysl.ingestion.drawing import CLASSES
+
         self.found.classes = dict.fromkeys(CLASSES, self._num_images // len(CLASSES))
         self.found.images = self._num_images
         for first in range(0, self._num_images, size.num_images):
@@ -60,6 +60,9 @@ class Source:
 
 
 def read(unit: Unit) -> Iterator[Row]:
+    from raysl.ingestion.drawing import CLASSES, draw
+    from raysl.rng import ImageRng
+
     spec = unit.spec
     batch = max(1, _BATCH_PIXELS // spec["size"] ** 2)
     end = spec["first"] + spec["count"]
