@@ -9,7 +9,7 @@ from __future__ import annotations
 import io
 from collections.abc import Iterator
 from functools import partial
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import numpy.typing as npt
@@ -21,7 +21,9 @@ from raysl.ingestion import png
 from raysl.ingestion.clip_drawing import ACTIONS, KEYPOINTS, KINDS, Drawn, draw
 from raysl.ingestion.found import Found
 from raysl.ingestion.sources import Confidence, Place, Row, Unit, UnitSize, numbered
-from raysl.rng import ImageRng
+
+if TYPE_CHECKING:
+    from raysl.rng import ImageRng
 
 SUMMARY = "drawn clips with sound: clips:500, clips:100#test, clips:500?seed=3&size=64&frames=24"
 
@@ -65,6 +67,9 @@ class Source:
 
 
 def read(unit: Unit) -> Iterator[Row]:
+    # It imports torch, which takes more memory than all else in ingest.
+    from raysl.rng import ImageRng
+
     spec = unit.spec
     for index in range(spec["first"], spec["first"] + spec["count"]):
         name = f"clips/{spec['split']}"
