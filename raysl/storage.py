@@ -193,8 +193,12 @@ class Folder:
         part = f"{path}.{uuid.uuid4().hex[:8]}.tmp"
         try:
             os.makedirs(os.path.dirname(path), exist_ok=True)
-            with open(part, "wb") as stream:
+            with _unnamed(os.path.dirname(path)) or open(part, "wb") as stream:
                 yield stream
+                stream.flush()
+                if not os.path.exists(part):
+                    # With a descriptor, Python calls linkat, which follows the link to the file.
+                    os.link(f"/proc/self/fd/{stream.fileno()}", part, src_dir_fd=stream.fileno())
             os.replace(part, path)
         except OSError as error:
             raise failure(path, "write", error) from error
@@ -278,6 +282,16 @@ class Folder:
                 fs.delete_file(path)
 
         self._try(name, "delete", remove)
+
+
+def _unnamed(folder: str) -> BinaryIO | None:
+    """Open a new file without a name, which vanishes when this process is killed; None where that is not possible."""
+    if not os.path.isdir("/proc/self/fd"):
+        return None
+    try:
+        return os.fdopen(os.open(folder, os.O_TMPFILE | os.O_RDWR, 0o666), "w+b")
+    except OSError:
+        return None
 
 
 def _normalised(uri: str) -> str:

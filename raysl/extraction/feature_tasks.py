@@ -192,11 +192,10 @@ def _compute(works: Sequence[_Extract], parts: Sequence[tuple[int, int, int]], l
     size, resources = pool(placement.machines().totals())
     if low_priority:
         size, resources = 1, {**resources, "num_cpus": 0.0}
-    context = ray.data.DataContext.get_current()
-    context.enable_progress_bars = False
-    context.print_on_execution_start = False
     # Items need no read tasks, which would wait for CPUs that the actors hold.
     items = ray.data.from_items([{"part": part} for part in parts], override_num_blocks=len(parts))
+    items.context.enable_progress_bars = False
+    items.context.print_on_execution_start = False
     with warnings.catch_warnings():
         # Deprecated by a later version of Ray; its alternatives are deprecated too.
         warnings.simplefilter("ignore", RayDeprecationWarning)

@@ -4,8 +4,9 @@ from __future__ import annotations
 
 import io
 import json
+import re
 import zlib
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from typing import Any
 
 import numpy as np
@@ -13,6 +14,9 @@ import numpy.typing as npt
 
 from raysl.errors import UserError
 from raysl.storage import Folder, StorageError
+
+# The end of a line of JSON with a checksum.
+_SIGNATURE = re.compile(rb', "checksum": "([0-9a-f]{8})"}\n?$')
 
 
 def write_record(folder: Folder, name: str, value: dict[str, Any]) -> None:
@@ -33,9 +37,33 @@ def verified(value: Any) -> dict[str, Any]:
     return value
 
 
+def signed_line(row: Mapping[str, Any]) -> bytes:
+    """Return a row, which has a value at least, as a line of JSON that ends with the checksum of its text."""
+    text = json.dumps(row)[:-1].encode()
+    return b'%s, "checksum": "%08x"}\n' % (text, zlib.crc32(text))
+
+
 def signed_lines(rows: Iterable[Mapping[str, Any]]) -> bytes:
     """Return rows as lines of JSON, each with its checksum."""
-    return "".join(json.dumps({**row, "checksum": _checksum(row)}) + "\n" for row in rows).encode()
+    return b"".join(map(signed_line, rows))
+
+
+def verified_lines(lines: Iterable[bytes]) -> Iterator[bytes]:
+    """Yield lines of `signed_lines` without their checksums, which files that people wrote may lack.
+
+    Raises:
+        ValueError: a checksum does not match, or is missing in some lines only.
+    """
+    signed_before = None
+    for line in lines:
+        found = _SIGNATURE.search(line)
+        if signed_before not in (None, found is not None):
+            raise ValueError("some lines have no checksum")
+        signed_before = found is not None
+        text = line[: found.start()] if found else line
+        if found and int(found[1], 16) != zlib.crc32(text):
+            raise ValueError("a checksum does not match")
+        yield text + b"}" if found else line
 
 
 def read_record(folder: Folder, name: str, remedy: str) -> dict[str, Any]:

@@ -130,6 +130,11 @@ def end() -> None:
     atexit.unregister(end)
 
 
+def folder() -> Path | None:
+    """Return the private folder of the Ray that `begin` started, which is removed even after a kill; else None."""
+    return _home.folder if _home is not None else None
+
+
 def _folder() -> Path:
     """Return a new folder with an unpredictable name that only this user can open."""
     root = os.environ.get("RAY_TMPDIR") or tempfile.gettempdir()

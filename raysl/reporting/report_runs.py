@@ -7,6 +7,9 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
+import numpy as np
+import numpy.typing as npt
+
 from raysl.config import FREE
 from raysl.errors import UserError
 from raysl.evaluation.results import MODEL, MOMENTUM, rows_of
@@ -16,6 +19,10 @@ from raysl.storage import Folder
 # Only rows that agree in these fields are compared.
 PROTOCOL = ("probe", "protocol", "train", "test")
 _ORDER = ("conv1", "res2", "res3", "res4", "res5", "pooled", "heads")
+
+
+# Columns of metrics that reports show.
+_COLUMNS = ("step", "epoch", "loss", "images_per_s", "over_steps", "workers")
 
 
 @dataclass(frozen=True)
@@ -28,7 +35,7 @@ class Entry:
         seed: seed of the run; 0 for a model.
         identity: configuration by dotted name, without the fields in which seeds of one experiment differ.
         rows: results of probes.
-        metrics: metrics of training.
+        metrics: columns of the metrics of training, float64 (n,), with NaN where there is no value.
     """
 
     run: Run
@@ -36,7 +43,7 @@ class Entry:
     seed: int
     identity: Mapping[str, Any]
     rows: Sequence[Mapping[str, Any]]
-    metrics: Sequence[Mapping[str, Any]] = ()
+    metrics: Mapping[str, npt.NDArray[np.float64]] = field(default_factory=dict)
 
     @property
     def trained(self) -> bool:
@@ -93,7 +100,7 @@ def _entry(folder: Folder) -> Entry:
         identity["images"] = metadata["data"]["fingerprint"][:8]
         identity["step"] = max((row["step"] for row in rows if row["encoder"] == "trained"), default=0)
         identity |= _teacher(metadata.get("facts", {}))
-        return Entry(run, config["method"], config["seed"], identity, rows, run.metrics())
+        return Entry(run, config["method"], config["seed"], identity, rows, run.metrics_columns(_COLUMNS))
     if folder.exists(MODEL):
         try:
             model = folder.read_json(MODEL)

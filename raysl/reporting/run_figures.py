@@ -7,6 +7,7 @@ from itertools import chain, product
 from typing import Any
 
 import numpy as np
+import numpy.typing as npt
 from matplotlib import colormaps
 
 from raysl.evaluation.results import of_images
@@ -226,17 +227,24 @@ def _seeds(cell: Estimate) -> str:
     return f"{cell.mean:.2f}\n± {(max(cell.values) - min(cell.values)) / 2:.2f}"
 
 
+def _curve(entry: Entry) -> tuple[npt.NDArray[np.float64], npt.NDArray[np.float64]]:
+    """Return the epochs and losses of the metrics of an entry."""
+    losses_n = entry.metrics.get("loss", np.empty(0))
+    there_n = ~np.isnan(losses_n)
+    return entry.metrics.get("epoch", losses_n)[there_n], losses_n[there_n]
+
+
 def losses(gathered: Sequence[Group]) -> Iterator[Figure]:
     """Yield training curves: a panel for each group, because losses of different methods have no common scale."""
-    shown = [group for group in gathered if any(entry.metrics for entry in group.entries)]
+    shown = [group for group in gathered if any(_curve(entry)[0].size for entry in group.entries)]
 
     def panel(group: Group) -> Callable[[Any], None]:
         def draw(axes: Any) -> None:
             for entry in group.entries:
-                points = [(row["epoch"], row["loss"]) for row in entry.metrics if "loss" in row]
+                epochs_n, losses_n = _curve(entry)
                 # A line needs two points; a single row of metrics is drawn as a marker.
-                marker = "o" if len(points) == 1 else ""
-                axes.plot(*zip(*points, strict=True), linewidth=1, marker=marker, label=f"seed {entry.seed}")
+                marker = "o" if len(epochs_n) == 1 else ""
+                axes.plot(epochs_n, losses_n, linewidth=1, marker=marker, label=f"seed {entry.seed}")
             axes.set_xlabel("epoch")
             axes.set_ylabel("loss")
             axes.legend(fontsize=7)

@@ -7,6 +7,8 @@ import re
 from collections.abc import Iterator, Sequence
 from typing import Any
 
+import numpy as np
+
 from raysl.dataset import DataSet
 from raysl.documentation import pictures
 from raysl.errors import UserError
@@ -166,24 +168,26 @@ def _short(title: str) -> str:
 
 def _costs(gathered: Sequence[Group]) -> Iterator[list[str]]:
     for group in gathered:
-        spans = [span for entry in group.entries if entry.trained for span in _spans(entry)]
-        wall_s = sum(seconds for seconds, _, _ in spans)
+        spans = [_span(entry) for entry in group.entries if entry.trained]
+        wall_s, worker_s, images = (
+            (sum(values) for values in zip(*spans, strict=True)) if spans else (0, 0, 0)
+        )
         if wall_s:
-            images = sum(images for _, _, images in spans)
-            held = sum(seconds * workers for seconds, workers, _ in spans) / 3600
-            cells = [f"{len(group.entries)}", f"{images:,}", duration(wall_s), f"{held:.2f}"]
+            cells = [f"{len(group.entries)}", f"{int(images):,}", duration(wall_s), f"{worker_s / 3600:.2f}"]
             yield [group.label, *cells, f"{images / wall_s:.0f}"]
 
 
-def _spans(entry: Entry) -> Iterator[tuple[float, int, int]]:
-    """Yield (seconds, workers, images) of each row of metrics that has a speed."""
-    config, before = entry.run.config(), 0
-    for row in entry.metrics:
-        if not row.get("images_per_s"):
-            continue
-        images = row.get("over_steps", row["step"] - before) * config.batch_size
-        before = row["step"]
-        yield images / row["images_per_s"], row.get("workers", config.worker_counts()[-1]), images
+def _span(entry: Entry) -> tuple[float, float, float]:
+    """Return seconds, seconds times workers, and images of the rows of metrics that have a speed."""
+    config = entry.run.config()
+    there_n = entry.metrics["images_per_s"] > 0
+    speeds_n, steps_n, over_steps_n, workers_n = (
+        entry.metrics[name][there_n] for name in ("images_per_s", "step", "over_steps", "workers")
+    )
+    steps_n = np.where(np.isnan(over_steps_n), np.diff(steps_n, prepend=0), over_steps_n)
+    workers_n = np.where(np.isnan(workers_n), config.worker_counts()[-1], workers_n)
+    seconds_n = steps_n * config.batch_size / speeds_n
+    return float(seconds_n.sum()), float(seconds_n @ workers_n), float(steps_n.sum()) * config.batch_size
 
 
 def _run(label: str, entry: Entry) -> dict[str, str]:

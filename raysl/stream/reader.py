@@ -184,7 +184,12 @@ class Stream:
 
         first = step // self.plan.stretch
         num_tasks = -(-end // self.plan.stretch) - first
-        context = ray.data.DataContext.get_current()
+        # Not `ray.data.range`: its read tasks need a whole CPU each.
+        tasks = ray.data.from_items(
+            [{"id": number} for number in range(num_tasks)], override_num_blocks=num_tasks
+        )
+        # The context of this data set alone: that of the process belongs to the program.
+        context = tasks.context
         context.execution_options.preserve_order = True
         context.execution_options.resource_limits = ExecutionResources.for_limits(cpu=self.share.cpus)
         context.target_max_block_size = BLOCK_BYTES
@@ -193,10 +198,6 @@ class Stream:
         context.custom_execution_callback_classes = [_Pause]
         context.enable_progress_bars = False
         context.print_on_execution_start = False
-        # Not `ray.data.range`: its read tasks need a whole CPU each.
-        tasks = ray.data.from_items(
-            [{"id": number} for number in range(num_tasks)], override_num_blocks=num_tasks
-        )
         # Batches of another machine would cross the network. That is still better than waiting for CPUs of this one.
         here = {"ray.io/node-id": ray.get_runtime_context().get_node_id()}
         return tasks.map_batches(

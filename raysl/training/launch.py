@@ -20,7 +20,7 @@ from raysl.dataset import DataSet
 from raysl.errors import Interrupted, UserError
 from raysl.ingestion import resolve
 from raysl.model import Model
-from raysl.ray_cluster import gpus
+from raysl.ray_cluster import gpus, local_ray
 from raysl.ray_cluster import placement as cluster_placement
 from raysl.ray_cluster.lock import DriverLock
 from raysl.ray_cluster.placement import Placement
@@ -282,7 +282,7 @@ class _Attempts:
         def fit() -> None:
             try:
                 with tempfile.TemporaryDirectory(
-                    prefix="raysl-train-", ignore_cleanup_errors=True
+                    prefix="raysl-train-", dir=local_ray.folder(), ignore_cleanup_errors=True
                 ) as scratch:
                     job = replace(self.job, placement=group.placement)
                     _trainer(job, group.workers, self.elastic, scratch).fit()

@@ -21,7 +21,7 @@ from collections.abc import Callable, Mapping
 from typing import Any
 
 from raysl.errors import UserError
-from raysl.feature_store.records import signed_lines, verified
+from raysl.feature_store.records import signed_lines, verified_lines
 from raysl.storage import Folder
 
 NAME = "sweep.jsonl"
@@ -52,7 +52,7 @@ class Journal:
         self._first: dict[tuple[Any, ...], Mapping[str, Any]] = {}
         if folder.exists(NAME):
             try:
-                self.rows = [verified(json.loads(line)) for line in folder.read(NAME).splitlines()]
+                self.rows = [json.loads(line) for line in verified_lines(folder.read(NAME).splitlines())]
                 assert self.rows[0]["event"] == "sweep"
             except (ValueError, TypeError, KeyError, IndexError, AssertionError) as error:
                 raise UserError(

@@ -202,7 +202,7 @@ class Trial(tune.Trainable):  # type: ignore[misc]
         score = next(float(row["value"]) for row in rows if row["primary"])
         if not math.isfinite(score):
             raise UserError(f"The probe {task.probe!r} gave {score} at step {until}.")
-        return until, score, float(run.metrics()[-1]["loss"])
+        return until, score, float(run.metrics_columns(["loss"])["loss"][-1])
 
     def _trained(self, config: Pretraining, until: int, before: int) -> Run:
         task = self.task

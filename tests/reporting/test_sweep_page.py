@@ -211,13 +211,13 @@ def test_baselines_and_the_test_score_are_on_the_page(tmp_path: Path) -> None:
 def test_a_sweep_of_raysl_0_1_is_read(tmp_path: Path) -> None:
     sweep = written(tmp_path, "lambda=0,0.5,1", seeds=(0,))
     journal = tmp_path / "sweep.jsonl"
-    header, *rows = journal.read_text().splitlines()
-    old = json.loads(header)
+    old, *rows = map(json.loads, journal.read_text().splitlines())
     old.pop("format")
-    old.pop("checksum")  # raysl 0.1 wrote none
+    for row in (old, *rows):
+        row.pop("checksum")  # raysl 0.1 wrote none
     old["uris"] = {"train": "train", "test": "old test"}
     old["space"] = [{**{k: v for k, v in d.items() if k != "mutable"}, "live": True} for d in old["space"]]
-    journal.write_text("\n".join([json.dumps(old), *rows, ""]))
+    journal.write_text("".join(json.dumps(row) + "\n" for row in (old, *rows)))
     assert b"old test" in report(sweep, ReportConfig()).read("index.html")
 
 

@@ -103,6 +103,15 @@ def test_views_made_on_the_trainer_are_the_same(
     assert whole(dataset, 1, start=15, place="trainer") == alone[15:]
 
 
+def test_the_settings_of_ray_data_stay_as_the_program_has_them(alone: object) -> None:
+    from ray.data import DataContext
+
+    now, fresh = DataContext.get_current(), DataContext()
+    assert now.execution_options == fresh.execution_options
+    assert now.target_max_block_size == fresh.target_max_block_size
+    assert now.custom_execution_callback_classes == fresh.custom_execution_callback_classes
+
+
 def kill_data_workers() -> int:
     """Kills the processes of this session's Ray that run, or have just run, a task; returns how many."""
     killed = 0

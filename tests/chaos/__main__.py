@@ -1,0 +1,253 @@
+"""Kill, stop and starve small commands at random, run them again until they are complete, and compare the results.
+
+    python -m tests.chaos --faults 100 --out results/chaos
+
+A round runs one command, disturbs it, and repeats it until it is complete; its result must equal that of an
+undisturbed run bit for bit, and nothing may be left: no process, no temporary file, no shared memory. The same seed
+chooses the same commands and the same kinds and times of faults. Rounds are kept in a journal, and the same call
+continues after the last one. Filling the disk and taking the storage away need root.
+"""
+
+from __future__ import annotations
+
+import argparse
+import collections
+import json
+import os
+import random
+import shutil
+import signal
+import subprocess
+import sys
+import time
+import uuid
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from tests.chaos import commands, faults
+from tests.chaos.commands import COMMANDS, Command
+
+# A command that is disturbed and does not end within this time hangs.
+_PATIENCE_S = 300.0
+_LEAVE_WITHIN_S = 20.0
+_DISK_MB = 64
+_SESSIONS, _STRIKES = 3, 3
+
+
+@dataclass
+class Chaos:
+    """The folder of the program and everything that does not change between rounds.
+
+    Args:
+        work: images, undisturbed results, and the journal of rounds.
+        seed: seed of all choices.
+    """
+
+    work: Path
+    seed: int
+
+    def __post_init__(self) -> None:
+        self.work.mkdir(parents=True, exist_ok=True)
+        self.disk = self.work / "disk"
+        self.mounted = faults.mount(self.disk, _DISK_MB)
+        self.journal = self.work / "rounds.jsonl"
+        self.places = {"images": self.work / "images"} | {one.name: self.work / one.name for one in COMMANDS}
+        # Sockets of Ray need a short path.
+        self.scratch = Path("/tmp") / f"chaos-{uuid.uuid4().hex[:6]}"
+        self.scratch.mkdir(mode=0o700)
+        self.mark = ""
+
+    def close(self) -> None:
+        faults.leftovers(self.mark, 0)
+        faults.unmount(self.disk)
+        shutil.rmtree(self.scratch)
+
+    def start(self, command: Command, out: Path, log: Path) -> faults.Target:
+        """Start a command in a session of its own."""
+        self.mark = uuid.uuid4().hex
+        environment = {**os.environ, faults.MARK: self.mark, "TMPDIR": str(self.scratch)}
+        argv = command.argv({**self.places, "out": out})
+        with log.open("wb") as file:
+            driver = subprocess.Popen(
+                argv, stdout=file, stderr=subprocess.STDOUT, env=environment, start_new_session=True
+            )
+        return faults.Target(driver, self.mark, self.disk if self.mounted else None)
+
+    def undisturbed(self) -> dict[str, tuple[float, dict[str, str]]]:
+        """Return the duration and result of each command by name; run those that have none yet."""
+        file = self.work / "undisturbed.json"
+        known = json.loads(file.read_text()) if file.exists() else {}
+        if not self.places["images"].exists():
+            commands.write_images(self.places["images"])
+        for command in COMMANDS:
+            if command.name not in known:
+                shutil.rmtree(self.places[command.name], ignore_errors=True)
+                begun = time.monotonic()
+                log = self.work / f"{command.name}.log"
+                target = self.start(command, self.places[command.name], log)
+                if target.driver.wait() != 0:
+                    raise SystemExit(f"{command.name} fails without any fault:\n{log.read_text()}")
+                seconds = time.monotonic() - begun
+                known[command.name] = (seconds, command.result(self.places[command.name]))
+                file.write_text(json.dumps(known))
+                print(f"{command.name} takes {seconds:.0f} s undisturbed.", flush=True)
+        return known
+
+    def session(
+        self, command: Command, out: Path, rng: random.Random | None, seconds: float
+    ) -> dict[str, Any]:
+        """Run a command once, with faults if there is a generator, and return what was seen."""
+        log = self.work / "round.log"
+        shared = set(os.listdir("/dev/shm"))
+        target = self.start(command, out, log)
+        struck: list[str] = []
+        if rng is not None:
+            pause = rng.uniform(0.05, 0.9) * seconds
+            for _ in range(rng.randint(1, _STRIKES)):
+                _wait(target, pause)
+                struck += filter(None, [faults.strike(target, rng)])
+                pause = rng.uniform(1, 5)
+        code: int | str
+        try:
+            code = target.driver.wait(_PATIENCE_S)
+        except subprocess.TimeoutExpired:
+            code = "hangs"
+            target.driver.kill()
+            target.driver.wait()
+        left = faults.leftovers(target.mark, _LEAVE_WITHIN_S)
+        text = log.read_text(errors="replace")
+        if code not in (0, -9) or left:
+            (self.work / f"{command.name}-{uuid.uuid4().hex[:4]}.log").write_text(
+                f"{struck} {code} {left}\n{text}"
+            )
+        return {
+            "faults": struck,
+            "code": code,
+            "processes": left,
+            "shared": sorted(set(os.listdir("/dev/shm")) - shared),
+            "traceback": "Traceback (most recent call last)" in text,
+        }
+
+    def round(self, number: int, undisturbed: dict[str, tuple[float, dict[str, str]]]) -> dict[str, Any]:
+        """Disturb a command, complete it, and compare its result."""
+        rng = random.Random(f"{self.seed}/{number}")
+        (command,) = rng.choices(COMMANDS, [one.weight for one in COMMANDS])
+        seconds, expected = undisturbed[command.name]
+        out = self.disk / "out"
+        shutil.rmtree(out, ignore_errors=True)
+        sessions = []
+        for _ in range(_SESSIONS):
+            sessions.append(self.session(command, out, rng, seconds))
+            if sessions[-1]["code"] == 0:
+                break
+        else:
+            while sessions[-1]["code"] != 0 and len(sessions) < _SESSIONS + 3:
+                sessions.append(self.session(command, out, None, seconds))
+        found = command.result(out) if sessions[-1]["code"] == 0 else {"": "never complete"}
+        files = [path.name for path in self.scratch.iterdir()]
+        files += [path.name for path in out.rglob("*.tmp")]
+        for path in self.scratch.iterdir():
+            shutil.rmtree(path) if path.is_dir() else path.unlink()
+        differs = sorted(name for name in {*found, *expected} if found.get(name) != expected.get(name))
+        return {
+            "round": number,
+            "command": command.name,
+            "sessions": sessions,
+            "differs": differs,
+            "files": files,
+        }
+
+    def rounds(self, num_faults: int, minutes: float) -> list[dict[str, Any]]:
+        """Run rounds until enough faults were tried or the time is over; return all, with those of earlier calls."""
+        rows = commands.load(self.journal)
+        undisturbed = self.undisturbed()
+        until = time.monotonic() + 60 * minutes
+        while tried(rows) < num_faults and time.monotonic() < until:
+            rows.append(self.round(len(rows), undisturbed))
+            with self.journal.open("a") as file:
+                file.write(json.dumps(rows[-1]) + "\n")
+            print(f"{json.dumps(rows[-1])}\nSurvived {survived(rows)} of {tried(rows)} faults.", flush=True)
+        return rows
+
+
+def _wait(target: faults.Target, seconds: float) -> None:
+    """Wait, but not longer than the command runs."""
+    try:
+        target.driver.wait(seconds)
+    except subprocess.TimeoutExpired:
+        return
+
+
+def _struck(row: dict[str, Any]) -> list[str]:
+    return [name for session in row["sessions"] for name in session["faults"]]
+
+
+def _left(row: dict[str, Any]) -> list[str]:
+    return [*row["files"], *(name for one in row["sessions"] for name in one["processes"] + one["shared"])]
+
+
+def tried(rows: list[dict[str, Any]]) -> int:
+    """Return the number of faults of all rounds."""
+    return sum(len(_struck(row)) for row in rows)
+
+
+def survived(rows: list[dict[str, Any]]) -> int:
+    """Return the number of faults of rounds with the undisturbed result and without leftovers."""
+    return tried([row for row in rows if not row["differs"] and not _left(row)])
+
+
+def table(rows: list[dict[str, Any]]) -> str:
+    """Return the results as two tables in Markdown: by command, and by fault."""
+    lines = [
+        "| command | rounds | faults | same result | hangs | tracebacks | processes left | files left |",
+        "|---|---|---|---|---|---|---|---|",
+    ]
+    for command in COMMANDS:
+        mine = [row for row in rows if row["command"] == command.name]
+        sessions = [session for row in mine for session in row["sessions"]]
+        cells = [
+            len(mine),
+            tried(mine),
+            f"{sum(not row['differs'] for row in mine)} of {len(mine)}",
+            sum(session["code"] == "hangs" for session in sessions),
+            sum(session["traceback"] for session in sessions),
+            sum(len(session["processes"]) for session in sessions),
+            sum(len(row["files"]) for row in mine) + sum(len(session["shared"]) for session in sessions),
+        ]
+        lines.append(f"| {command.name} | " + " | ".join(map(str, cells)) + " |")
+    good = [row for row in rows if not row["differs"] and not _left(row)]
+    counts, held = (
+        collections.Counter(name for row in some for name in _struck(row)) for some in (rows, good)
+    )
+    lines += ["", "| fault | tried | survived |", "|---|---|---|"]
+    lines += [f"| {name} | {count} | {held[name]} |" for name, count in sorted(counts.items())]
+    return "\n".join([*lines, f"| all | {tried(rows)} | {survived(rows)} |"]) + "\n"
+
+
+def main() -> int:
+    parser = argparse.ArgumentParser(prog="python -m tests.chaos", description=__doc__.partition("\n")[0])
+    parser.add_argument("--faults", type=int, default=100, help="faults to try")
+    parser.add_argument("--minutes", type=float, default=600, help="begin no round after this time")
+    parser.add_argument("--seed", type=int, default=0)
+    parser.add_argument(
+        "--work", type=Path, default=Path("build/chaos"), help="folder of results and the journal"
+    )
+    parser.add_argument("--out", type=Path, help="folder for the table and the rounds")
+    given = parser.parse_args()
+    signal.signal(signal.SIGTERM, lambda *_: sys.exit(143))
+    chaos = Chaos(given.work.resolve(), given.seed)
+    try:
+        rows = chaos.rounds(given.faults, given.minutes)
+    finally:
+        chaos.close()
+    print(table(rows))
+    if given.out is not None:
+        given.out.mkdir(parents=True, exist_ok=True)
+        (given.out / "table.md").write_text(table(rows))
+        shutil.copy(chaos.journal, given.out / "rounds.jsonl")
+    return 0 if survived(rows) == tried(rows) else 1
+
+
+if __name__ == "__main__":
+    sys.exit(main())
