@@ -1,7 +1,7 @@
 # A new machine needs git, make and python3 with pip. `make demo` shows what raysl does; `make test` tests it.
 # Everything is installed inside this folder, and again only when pyproject.toml or constraints.txt has changed.
 
-.PHONY: demo test test-all quick check format docs cluster-e2e gpu-check clean
+.PHONY: demo test test-all quick check format docs chaos cluster-e2e gpu-check clean
 .NOTPARALLEL:
 
 SCRIPTS := $(wildcard experiments/*.py benchmarks/*.py examples/*.py)
@@ -43,6 +43,10 @@ check: .venv/.installed
 	@.venv/bin/ruff format --check .
 	@.venv/bin/ruff check .
 	@.venv/bin/mypy raysl tests $(SCRIPTS)
+
+# About an hour and a half on two quiet cores. `python -m tests.chaos --help` says how to run less.
+chaos: .venv/.installed
+	@.venv/bin/python -m tests.chaos --faults 100 --out results/chaos
 
 # Skipped, with the reason, where this machine cannot play a cloud: it takes root, namespaces, and the Debian packages
 # openssh-server openssh-client rsync iproute2 sudo screen procps.

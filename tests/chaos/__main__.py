@@ -67,7 +67,7 @@ class Chaos:
         """Start a command in a session of its own."""
         self.mark = uuid.uuid4().hex
         environment = {**os.environ, faults.MARK: self.mark, "TMPDIR": str(self.scratch)}
-        argv = command.argv({**self.places, "out": out})
+        argv = [sys.executable, "-m", "raysl", *command.argv({**self.places, "out": out})]
         with log.open("wb") as file:
             driver = subprocess.Popen(
                 argv, stdout=file, stderr=subprocess.STDOUT, env=environment, start_new_session=True
@@ -89,7 +89,7 @@ class Chaos:
                 if target.driver.wait() != 0:
                     raise SystemExit(f"{command.name} fails without any fault:\n{log.read_text()}")
                 seconds = time.monotonic() - begun
-                known[command.name] = (seconds, command.result(self.places[command.name]))
+                known[command.name] = (seconds, command.result(str(self.places[command.name])))
                 file.write_text(json.dumps(known))
                 print(f"{command.name} takes {seconds:.0f} s undisturbed.", flush=True)
         return known
@@ -144,7 +144,7 @@ class Chaos:
         else:
             while sessions[-1]["code"] != 0 and len(sessions) < _SESSIONS + 3:
                 sessions.append(self.session(command, out, None, seconds))
-        found = command.result(out) if sessions[-1]["code"] == 0 else {"": "never complete"}
+        found = command.result(str(out)) if sessions[-1]["code"] == 0 else {"": "never complete"}
         files = [path.name for path in self.scratch.iterdir()]
         files += [path.name for path in out.rglob("*.tmp")]
         for path in self.scratch.iterdir():

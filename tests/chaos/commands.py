@@ -5,8 +5,7 @@ from __future__ import annotations
 import hashlib
 import json
 import re
-import sys
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -14,8 +13,11 @@ import numpy as np
 from PIL import Image
 
 from raysl.clustering.lloyd import Clustering
+from raysl.dataset import DataSet
+from raysl.evaluation.results import rows_of
 from raysl.feature_store.store import FeatureStore
 from raysl.run import Run
+from raysl.storage import Folder
 from raysl.tuning.results import SweepResults
 
 # Parts of a report that hold the time of day or a speed.
@@ -26,8 +28,8 @@ def _digest(*values: Any) -> str:
     return hashlib.blake2b(repr(values).encode(), digest_size=8).hexdigest()
 
 
-def _pretrained(folder: Path) -> dict[str, str]:
-    run = Run.open(str(folder))
+def _pretrained(uri: str) -> dict[str, str]:
+    run = Run.open(uri)
     state, banks = run.newest().load()
     network = [(name, value.numpy().tobytes()) for name, value in sorted(state["network"].items())]
     rows = [(row["step"], row["loss"]) for row in run.metrics()]
@@ -35,31 +37,45 @@ def _pretrained(folder: Path) -> dict[str, str]:
     return {"losses": _digest(rows), "weights": _digest(network), "bank": _digest(parts)}
 
 
-def _swept(folder: Path) -> dict[str, str]:
-    rows = SweepResults.open(str(folder)).rows()
+def _swept(uri: str) -> dict[str, str]:
+    rows = SweepResults.open(uri).rows()
     return {"scores": _digest([(row["trial"], row["state"], row["values"], row["seeds"]) for row in rows])}
 
 
-def _ingested(folder: Path) -> dict[str, str]:
-    files = [folder / "manifest.json", *sorted((folder / "shards").iterdir())]
-    return {file.name: _digest(file.read_bytes()) for file in files}
+def _ingested(uri: str) -> dict[str, str]:
+    dataset = DataSet.open(uri)
+    table = dataset.read(np.arange(dataset.num_images), ("image", "path", "label"))
+    return {"rows": _digest(table.to_pylist()), "fingerprint": dataset.manifest.fingerprint}
 
 
-def _extracted(folder: Path) -> dict[str, str]:
-    return {"rows": _digest(np.asarray(FeatureStore.open(str(folder), "pooled").load()).tobytes())}
+def _extracted(uri: str) -> dict[str, str]:
+    return {"rows": _digest(np.asarray(FeatureStore.open(uri, "pooled").load()).tobytes())}
 
 
-def _clustered(folder: Path) -> dict[str, str]:
-    found = Clustering.open(str(folder))
+def _clustered(uri: str) -> dict[str, str]:
+    found = Clustering.open(uri)
     return {
         "centroids": _digest(found.centroids().tobytes()),
         "objective": str(found.summary()["objective_value"]),
     }
 
 
-def _reported(folder: Path) -> dict[str, str]:
-    page = _CHANGING.sub(b"", (folder / "index.html").read_bytes())
-    return {"page": _digest(page), "files": _digest(sorted(path.name for path in folder.iterdir()))}
+def _probed(uri: str) -> dict[str, str]:
+    rows = rows_of(Run(Folder(uri)))
+    return {"rows": _digest(sorted((row["encoder"], row["measure"], row["value"]) for row in rows))}
+
+
+def _exported(uri: str) -> dict[str, str]:
+    folder = Folder(uri)
+    return {name: _digest(folder.read(name)) for name in folder.list() if name.endswith("safetensors")}
+
+
+def _reported(uri: str) -> dict[str, str]:
+    folder = Folder(uri)
+    page = _CHANGING.sub(b"", folder.read("index.html"))
+    # The page names the folder of the run.
+    page = re.sub(rb"[\w:/.-]*/pretrain\b", b"", page)
+    return {"page": _digest(page), "files": _digest(folder.list())}
 
 
 class Command(NamedTuple):
@@ -74,11 +90,11 @@ class Command(NamedTuple):
 
     name: str
     arguments: str
-    result: Callable[[Path], dict[str, str]]
+    result: Callable[[str], dict[str, str]]
     weight: int
 
-    def argv(self, places: dict[str, Path]) -> list[str]:
-        return [sys.executable, "-m", "raysl", *self.arguments.format(**places).split()]
+    def argv(self, places: Mapping[str, Path | str]) -> list[str]:
+        return self.arguments.format(**places).split()
 
 
 _TRAIN = "--method pirl-rotation --view.image-size 16 --batch-size 24 --pirl.num-negatives 32 --workers 1"
@@ -100,6 +116,10 @@ COMMANDS = (
         _swept,
         3,
     ),
+    Command(
+        "probe", "probe {pretrain} --train {ingest} --test {ingest} --probes knn --out {out}", _probed, 1
+    ),
+    Command("export", "export {pretrain} --format safetensors --out {out}", _exported, 1),
     Command("report", "report {pretrain} --out {out}", _reported, 1),
 )
 

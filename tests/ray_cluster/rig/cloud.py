@@ -25,7 +25,7 @@ def main(address: str, port: str, region: str) -> None:
     """Runs until it is killed."""
     # The policy that `ray up` attaches to a role.
     os.environ["MOTO_IAM_LOAD_MANAGED_POLICIES"] = "true"
-    _as_aws_does()
+    as_aws_does()
     logging.getLogger("werkzeug").setLevel(logging.ERROR)
     ThreadedMotoServer(ip_address=address, port=int(port), verbose=False).start()
     endpoint = f"http://{address}:{port}"
@@ -80,7 +80,7 @@ def _start(ec2: Any, instance: dict[str, Any], endpoint: str, region: str) -> No
     subprocess.run([MACHINE, "up", instance["InstanceId"], *addresses], env=environment, check=True)
 
 
-def _as_aws_does() -> None:
+def as_aws_does() -> None:
     """Mends two answers of moto that differ from those of AWS."""
     get = instances.InstanceResponse._get_param
     body = serialize.S3Serializer._serialize_body
