@@ -1,0 +1,200 @@
+"""Write the tables and numbers that Markdown files take from rows, and check that they agree.
+
+    python results/generate.py          # write them
+    python results/generate.py --check  # exit with 1 and name the files that differ
+
+A part of a Markdown file between `<!-- numbers: NAME -->` and `<!-- end -->` is made by the function of that name in
+TABLES or VALUES. In a table, ± is half the difference of two seeds, or the standard deviation of more.
+"""
+
+from __future__ import annotations
+
+import json
+import re
+import sys
+from collections.abc import Callable, Mapping, Sequence
+from functools import cache
+from pathlib import Path
+from statistics import mean, stdev
+from typing import Any
+
+ROOT = Path(__file__).parents[1]
+FILES = sorted({ROOT / "README.md", *ROOT.glob("docs/*.md"), *ROOT.glob("results/**/*.md")})
+_PART = re.compile(r"(<!-- numbers: ([\w-]+) -->)(.*?)(<!-- end -->)", re.DOTALL)
+
+Row = Mapping[str, Any]
+KNN = {"probe": "knn", "name": "top1/k=20,T=0.07", "layer": "pooled"}
+OPTIMUM = {"probe": "linear", "name": "top1", "layer": "pooled", "protocol": "45ee934dccc5"}
+FAST = {"probe": "linear", "name": "top1", "protocol": "a3561de13ca9"}
+CLOSER = {"probe": "invariance", "layer": "pooled"}
+LAYERS = ("conv1", "res2", "res3", "res4", "pooled")
+LONG = "evaluation/tiny-imagenet-20-long"
+
+
+@cache
+def rows_of(name: str) -> tuple[Row, ...]:
+    """Return the rows of a file under results/; lines that hold a checksum are left out."""
+    lines = (ROOT / "results" / name).read_text().splitlines()
+    return tuple(row for row in map(json.loads, lines) if "value" in row or "score" in row)
+
+
+def values(file: str, **wanted: Any) -> list[float]:
+    """Return the values of the rows that have these fields, one for each seed.
+
+    Raises:
+        LookupError: there is no such row, or a seed has two values.
+    """
+    found: dict[Any, set[float]] = {}
+    for row in rows_of(file):
+        if all(row.get(key) == value for key, value in wanted.items()):
+            found.setdefault(row["seed"], set()).add(row["value"])
+    if not found or any(len(of_seed) > 1 for of_seed in found.values()):
+        raise LookupError(f"{file} has {found or 'no row'} for {wanted}")
+    return [of_seed.pop() for of_seed in found.values()]
+
+
+def percent(of: Sequence[float], unit: str = "", spread: bool = True) -> str:
+    """Return the mean of shares in per cent, and their spread if there are several."""
+    around = abs(of[0] - of[1]) / 2 if len(of) == 2 else stdev(of) if len(of) > 2 else 0
+    plus = f" ± {_tenths(around)}" if spread and len(of) > 1 else ""
+    return f"{_tenths(mean(of))}{plus}{unit}"
+
+
+def _tenths(share: float, sign: str = "") -> str:
+    """Return a share in per cent; 31.65 becomes 31.7, although its binary form is a little less."""
+    return f"{100 * share + (1e-9 if share >= 0 else -1e-9):{sign}.1f}"
+
+
+def table(head: Sequence[str], lines: Sequence[Sequence[str]]) -> str:
+    """Return a Markdown table, with an empty line before and after it."""
+    rule = f"|{'---|' * len(head)}"
+    texts = [f"| {' | '.join(cells)} |".replace("  ", " ") for cells in (head, *lines)]
+    return "\n\n" + "\n".join([texts[0], rule, *texts[1:]]) + "\n\n"
+
+
+def _headline() -> str:
+    names = {
+        "pirl-jigsaw": "PIRL with Jigsaw",
+        "clusterfit": "ClusterFit, taught by the next row",
+        "predict-jigsaw": "predicting the Jigsaw permutation",
+        "untrained": "untrained network",
+        "supervised": "labels, for comparison",
+    }
+    cells = [
+        [
+            title,
+            *(percent(values(f"{LONG}/rows.jsonl", label=label, **probe), " %") for probe in (KNN, OPTIMUM)),
+        ]
+        for label, title in names.items()
+    ]
+    return table(["pretrained by", "kNN", "linear probe"], cells)
+
+
+def _layers() -> str:
+    labels = ("untrained", "predict-jigsaw", "predict-rotation", "pirl-jigsaw", "clusterfit", "supervised")
+    lines = [
+        [
+            label,
+            *(percent(values(f"{LONG}/rows.jsonl", label=label, layer=layer, **FAST)) for layer in LAYERS),
+        ]
+        for label in labels
+    ]
+    return table(["", *LAYERS], lines)
+
+
+def _closer() -> str:
+    labels = ("untrained", "predict-jigsaw", "predict-rotation", "pirl-jigsaw", "clusterfit", "supervised")
+    kinds = ("closer/jigsaw", "closer/rotation", "closer/colorization", "closer/inpainting", "closer")
+    file = f"{LONG}/rows.jsonl"
+    lines = [
+        [label, *(percent(values(file, label=label, name=kind, **CLOSER)) for kind in kinds)]
+        for label in labels
+    ]
+    heads = percent(
+        values(file, label="pirl-jigsaw", name="closer/jigsaw", probe="invariance", layer="heads")
+    )
+    lines.insert(4, ["pirl-jigsaw, its heads", heads, "", "", "", ""])
+    return table(["", "jigsaw", "rotation", "colours", "holes", "mean"], lines)
+
+
+def _worth() -> str:
+    names = {
+        "predict-jigsaw": "predict-jigsaw",
+        "clusterfit": "ClusterFit of predict-jigsaw",
+        "pirl-jigsaw": "pirl-jigsaw",
+        "predict-rotation": "predict-rotation",
+        "untrained": "untrained",
+        "supervised": "supervised",
+    }
+    file = f"{LONG}/rows.jsonl"
+    lines = [
+        [
+            title,
+            percent(values(file, label=label, **KNN), spread=False),
+            percent(values(file, label=label, **OPTIMUM)),
+            percent(values(file, label=label, name="closer", **CLOSER), spread=False),
+        ]
+        for label, title in names.items()
+    ]
+    return table(["pooled features", "kNN", "linear, converged", "invariance"], lines)
+
+
+def _methods(folder: str) -> str:
+    """Return the table of all methods, in the order of kNN, with the gains over the untrained backbone."""
+    file = f"methods/{folder}/rows.jsonl"
+    methods = dict.fromkeys(row["method"] for row in rows_of(file))
+    lines, untrained = [], []
+    for method in methods:
+        cells, gains = [], []
+        for name, metric in (("knn", "top1/k=20,T=0.07"), ("linear", "top1")):
+            seen, start = (
+                values(file, method=method, probe=name, name=metric, encoder=encoder)
+                for encoder in ("trained", "random")
+            )
+            cells.append(_by_seed(seen))
+            gains.append(_tenths(mean(seen) - mean(start), "+"))
+            if method == "pirl-jigsaw":
+                untrained.append(_by_seed(start))
+        lines.append(
+            (mean(values(file, method=method, **KNN, encoder="trained")), [method, *cells, ", ".join(gains)])
+        )
+    head = ["method", "kNN", "linear", "above its untrained backbone: kNN, linear"]
+    best_first = [cells for _, cells in sorted(lines, key=lambda line: -line[0])]
+    return table(head, [*best_first, ["untrained", *untrained, ""]])
+
+
+def _by_seed(of: Sequence[float]) -> str:
+    return f"{_tenths(mean(of))} ({', '.join(map(_tenths, of))})"
+
+
+TABLES: dict[str, Callable[[], str]] = {
+    "headline": _headline,
+    "long-layers": _layers,
+    "long-closer": _closer,
+    "long-worth": _worth,
+    "methods-cifar10": lambda: _methods("cifar10"),
+    "methods-tiny": lambda: _methods("tiny-imagenet-20"),
+}
+VALUES: dict[str, Callable[[], str]] = {
+    "headline-pixels": lambda: percent(values(f"{LONG}/rows.jsonl", label="raw pixels", **KNN)[:1], " %"),
+}
+
+
+def written(text: str) -> str:
+    """Return a Markdown text with all its parts made from the rows. Raise KeyError for an unknown name."""
+    makers = {**TABLES, **VALUES}
+    return _PART.sub(lambda part: f"{part[1]}{makers[part[2]]()}{part[4]}", text)
+
+
+def main(check: bool) -> int:
+    """Write the files, or with `check` name those that differ and return 1."""
+    differ = [file for file in FILES if written(file.read_text()) != file.read_text()]
+    for file in differ:
+        print(file.relative_to(ROOT))
+        if not check:
+            file.write_text(written(file.read_text()))
+    return int(check and bool(differ))
+
+
+if __name__ == "__main__":
+    sys.exit(main("--check" in sys.argv[1:]))
