@@ -3,9 +3,13 @@
 from __future__ import annotations
 
 import hashlib
+from collections.abc import Callable
 from dataclasses import dataclass
-from functools import lru_cache
+from functools import lru_cache, partial
 
+import numpy as np
+
+from raysl.dataset import DataSet
 from raysl.errors import UserError
 from raysl.storage import Folder
 
@@ -17,26 +21,14 @@ class Pair:
     """An image and its target, which are read when they are used.
 
     Args:
-        folder: folder of a split.
-        image_name: name of the image in it, with its folder.
-        target_name: name of the target.
+        image: returns the encoded image.
+        target: returns the content of the target.
+        target_name: name of the target, for messages; its ending is its format.
     """
 
-    folder: Folder
-    image_name: str
+    image: Callable[[], bytes]
+    target: Callable[[], bytes]
     target_name: str
-
-    def image(self) -> bytes:
-        """Return the encoded image."""
-        return self._read(self.image_name)
-
-    def target(self) -> bytes:
-        """Return the content of the target."""
-        return self._read(self.target_name)
-
-    def _read(self, name: str) -> bytes:
-        place, _, file = name.rpartition("/")
-        return (self.folder / place).read(file)
 
 
 def pairs(folder: Folder, names: tuple[str, str]) -> list[Pair]:
@@ -59,8 +51,24 @@ def pairs(folder: Folder, names: tuple[str, str]) -> list[Pair]:
             f"{len(missing)} images in {str(folder / names[0])!r} have no file of their name in {names[1]!r}, the "
             f"first being {images[missing[0]]!r}. Add these files, or remove the images."
         )
+    read_image, read_target = ((folder / name).read for name in names)
     return [
-        Pair(folder, f"{names[0]}/{images[stem]}", f"{names[1]}/{targets[stem]}") for stem in sorted(images)
+        Pair(
+            partial(read_image, images[stem]),
+            partial(read_target, targets[stem]),
+            f"{names[1]}/{targets[stem]}",
+        )
+        for stem in sorted(images)
+    ]
+
+
+def of_columns(data: DataSet, image: str, target: str) -> list[Pair]:
+    """Return the pairs of two columns of a data set, in memory; targets are PNG."""
+    table = data.read(np.arange(data.num_images, dtype=np.int64), (image, target))
+    columns = (table.column(name).to_pylist() for name in (image, target))
+    return [
+        Pair(partial(bytes, one), partial(bytes, other), f"{target} of row {row}")
+        for row, (one, other) in enumerate(zip(*columns, strict=True))
     ]
 
 
@@ -70,7 +78,7 @@ def fingerprint(folder: Folder, names: tuple[str, str]) -> str:
     digest = hashlib.blake2b(digest_size=16)
     for split in _SPLITS:
         for one in pairs(folder / split, names):
-            for part in (split.encode(), one.image_name.encode(), one.image(), one.target()):
+            for part in (split.encode(), one.target_name.encode(), one.image(), one.target()):
                 digest.update(len(part).to_bytes(8, "little") + part)
     return digest.hexdigest()
 

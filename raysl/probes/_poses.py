@@ -8,8 +8,8 @@ The format is told by the file:
     *.csv                       DeepLabCut: the lines `scorer`, `bodyparts` and `coords`, then an image a line
 
 A figure is seen in a square: 1.25 times the longer side of its box, around the middle of the box; for DeepLabCut, which
-has no boxes, around the whole image. What lies outside of the image is black. Pixels count from 0, so MPII's, which
-count from 1, are moved.
+has no boxes, and for clips, around the whole image. What lies outside of the image is black. Pixels count from 0, so
+MPII's, which count from 1, are moved.
 """
 
 from __future__ import annotations
@@ -27,6 +27,8 @@ import torch
 from PIL import Image
 from torch import Tensor
 
+from raysl.clips import Clips
+from raysl.dataset import DataSet
 from raysl.errors import UserError
 from raysl.storage import Folder
 from raysl.stream import decode
@@ -34,6 +36,7 @@ from raysl.stream import decode
 Points = npt.NDArray[np.float32]
 
 _PADDING = 1.25
+_PART_CLIPS = 64
 # MPII: a scale of 1 is a person of 200 pixels; the reference of PCKh is 0.6 of the diagonal of the head's box.
 _PERSON, _HEAD = 200, 0.6
 _MPII = (
@@ -48,13 +51,13 @@ class Figure:
     """One person, animal or object with its key points.
 
     Args:
-        image: name of the image, relative to the folder of images.
+        image: name of the image, relative to the folder of images, or the encoded image.
         square: left, top and side in pixels of the square it is seen in; None for the whole image.
         points_k2: float32 (k, 2), x and y in pixels; NaN if a point is not annotated.
         length: the length in pixels that distances are compared with.
     """
 
-    image: str
+    image: str | bytes
     square: tuple[float, float, float] | None
     points_k2: Points
     length: float
@@ -100,6 +103,42 @@ def read(folder: Folder, file: str, reference: str) -> Figures:
     if not figures:
         raise UserError(f"The annotations {str(folder / file)!r} have no figure with a key point.")
     return Figures(tuple(names), figures)
+
+
+def of_clips(data: DataSet, frames: int) -> Figures | None:
+    """Return the figures of a data set of clips with key points, in whole frames; None for other data.
+
+    The length is the longer side of the box of the key points that are seen.
+
+    Args:
+        data: the clips.
+        frames: number of frames of each clip, evenly spaced in time.
+    """
+    names = data.manifest.clips.get("keypoints", [])
+    if not names:
+        return None
+    figures = []
+    for first in range(0, data.num_images, _PART_CLIPS):
+        rows = np.arange(first, min(first + _PART_CLIPS, data.num_images), dtype=np.int64)
+        clips = Clips(data.read(rows, ("frames", "times", "keypoints")))
+        for row in range(len(clips)):
+            points_nk3 = clips.keypoints(row).copy()
+            points_nk3[points_nk3[..., 2] == 0] = np.nan
+            for number in spaced(clips.num_frames(row), frames):
+                points_k2 = points_nk3[number, :, :2]
+                figures.append(Figure(clips.frame(row, number), None, points_k2, _extent(points_k2)))
+    return Figures(tuple(names), tuple(one for one in figures if one.length > 0))
+
+
+def spaced(count: int, wanted: int) -> list[int]:
+    """Return the numbers of `wanted` of `count` frames, evenly spaced: the middles of equal parts."""
+    return [(2 * part + 1) * count // (2 * min(wanted, count)) for part in range(min(wanted, count))]
+
+
+def _extent(points_k2: Points) -> float:
+    """Return the longer side in pixels of the box of the annotated points; 0 without any."""
+    shown_k2 = points_k2[np.isfinite(points_k2).all(1)]
+    return float(np.ptp(shown_k2, axis=0).max()) if len(shown_k2) else 0.0
 
 
 def _json(data: bytes, reference: str) -> tuple[Sequence[str], Iterator[Figure]]:
@@ -186,9 +225,8 @@ def _csv(data: bytes, reference: str) -> tuple[Sequence[str], Iterator[Figure]]:
         for line in lines[list(head).index("coords") + 1 :]:
             values = [float(line[i]) if line[i].strip() else np.nan for i in columns]
             points_k2 = np.array(values, dtype=np.float32).reshape(-1, 2)
-            shown_k2 = points_k2[np.isfinite(points_k2).all(1)]
-            length = float(np.ptp(shown_k2, axis=0).max()) if len(shown_k2) else 0.0
-            yield Figure("/".join(filter(None, line[: columns[0]])), None, points_k2, length)
+            name = "/".join(filter(None, line[: columns[0]]))
+            yield Figure(name, None, points_k2, _extent(points_k2))
 
     return names, figures()
 
@@ -198,12 +236,12 @@ def _square(x: float, y: float, longest: float) -> tuple[float, float, float]:
     return float(x) - side / 2, float(y) - side / 2, side
 
 
-def views(figures: Sequence[Figure], images: Folder, size: int) -> tuple[Tensor, Tensor, Tensor]:
+def views(figures: Sequence[Figure], images: Folder | None, size: int) -> tuple[Tensor, Tensor, Tensor]:
     """Return figures as the probe sees them.
 
     Args:
         figures: b figures.
-        images: folder of their images.
+        images: folder of their images, if they have names.
         size: side of the view in pixels.
 
     Returns:
@@ -228,10 +266,13 @@ def views(figures: Sequence[Figure], images: Folder, size: int) -> tuple[Tensor,
     return torch.stack(seen), torch.stack(points), torch.tensor(lengths)
 
 
-def _image(images: Folder, name: str) -> Image.Image:
+def _image(images: Folder | None, named: str | bytes) -> Image.Image:
+    name = named if isinstance(named, str) else "of a clip"
     place, _, file = name.rpartition("/")
     try:
-        pixels_chw = decode.decode((images / place if place else images).read(file))
+        folder = images or Folder(".")
+        data = named if isinstance(named, bytes) else (folder / place if place else folder).read(file)
+        pixels_chw = decode.decode(data)
     except FileNotFoundError as error:
         raise UserError(
             f"The annotations name the image {name!r}, which is not in {str(images)!r}. Give the folder of the images "

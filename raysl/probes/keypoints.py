@@ -14,7 +14,8 @@ rate, no seed.
 
 `PCK_without_image` is that of the mean pose of the training figures, which sees no image: below it nothing was learned.
 Files and the square that a figure is seen in: COCO, MPII (.mat, or JSON as HRNet has it) and DeepLabCut (CSV); see
-`raysl.probes._poses`. Without --keypoints.test, a fifth of the images, by their names, is scored.
+`raysl.probes._poses`. Without --keypoints.test, a fifth of the images, by their names, is scored. Without any file,
+--train and --test must be clips with key points, as `clips:500` draws them: a figure is seen in its whole frame.
 """
 
 from __future__ import annotations
@@ -48,7 +49,7 @@ class Config(Settings):
     """Protocol of key points.
 
     Args:
-        train: file of annotations to learn from.
+        train: file of annotations to learn from; None for the clips of --train and --test.
         test: file of annotations to score; without one, a fifth of the images of `train`.
         images: folder of the images, relative to the file's, or a full path or URI.
         reference: length that distances are compared with: "box", or "head" for MPII's .mat.
@@ -57,11 +58,12 @@ class Config(Settings):
         dims: for "regression": largest number of features of a layer, kept as a grid of places.
         side: for "heatmap": side of the grid in cells.
         sigma: for "heatmap": standard deviation of the Gaussians as a share of the view.
+        clip_frames: number of frames of each clip, evenly spaced.
         max_figures: largest number of figures to learn from, sampled at random; they are kept in memory.
     """
 
     version: ClassVar[int] = 1
-    train: str = ""
+    train: str | None = None
     test: str | None = None
     images: str = "."
     reference: Literal["box", "head"] = "box"
@@ -70,6 +72,7 @@ class Config(Settings):
     dims: Annotated[int, Bounds(1, 10**5)] = 2048
     side: Annotated[int, Bounds(2, 256)] = 16
     sigma: Annotated[float, Bounds(1e-3, 1)] = 0.06
+    clip_frames: Annotated[int, Bounds(1, 10**6)] = 2
     max_figures: Annotated[int, Bounds(10, 10**7)] = 20_000
 
     def settings(self) -> dict[str, Any]:
@@ -84,10 +87,9 @@ _FILES = ("train", "test")
 class Keypoints:
     """PCK at each threshold, the first of which is the primary metric, and their mean distance."""
 
-    own_images = True
-
     def __init__(self, config: Config) -> None:
         self.config = config
+        self.own_images = config.train is not None
         self.primary_metric = f"PCK@{config.thresholds[0]:g}"
 
     def examine(self, subject: Subject) -> Iterator[Row]:
@@ -99,10 +101,11 @@ class Keypoints:
             UserError: no file is given, it cannot be read (see `raysl.probes._poses.read`), an image is missing, or a
                 layer has no map.
         """
-        if not self.config.train:
+        if not self.config.train and not subject.train.manifest.clips.get("keypoints"):
             raise Unset(
-                "The probe keypoints needs images with key points. Give --keypoints.train FILE, annotations of COCO, "
-                "MPII or DeepLabCut."
+                "The probe keypoints needs images with key points, and --train has none. Give --keypoints.train FILE, "
+                "annotations of COCO, MPII or DeepLabCut, or clips that have key points, such as --train clips:500 "
+                "--test clips:200#test."
             )
         (rows,) = run_tasks(measure, [(subject, self.config)])
         yield from rows
@@ -110,7 +113,7 @@ class Keypoints:
 
 def measure(subject: Subject, config: Config) -> list[Row]:
     """Return the rows of each layer; see `Keypoints.examine`."""
-    names, train, test, images = _figures(config)
+    names, train, test, images = _figures(subject, config)
     place, size = device(), subject.image_size
     views = (_poses.views(train[some], images, size)[0] for some in batches(len(train)))
     encode = encode_maps(subject, views, place)
@@ -147,8 +150,19 @@ def measure(subject: Subject, config: Config) -> list[Row]:
     return rows
 
 
-def _figures(config: Config) -> tuple[tuple[str, ...], list[Figure], list[Figure], Folder]:
+def _figures(
+    subject: Subject, config: Config
+) -> tuple[tuple[str, ...], list[Figure], list[Figure], Folder | None]:
     """Return the names of the key points, the figures to learn from and to score, and the folder of their images."""
+    if not config.train:
+        found = [_poses.of_clips(one, config.clip_frames) for one in (subject.train, subject.test)]
+        if not all(found) or subject.train.manifest.fingerprint == subject.test.manifest.fingerprint:
+            raise UserError(
+                "The probe keypoints learns from the clips of --train and is scored on others. Give --test another "
+                "set of clips with key points, such as clips:200#test."
+            )
+        learned, scored = (list(one.figures) for one in found if one)
+        return found[0].names if found[0] else (), _sample(learned, config), scored, None
     folder, file = _split(config.train)
     train = _poses.read(folder, file, config.reference)
     images = Folder(config.images) if _is_full(config.images) else folder / config.images
@@ -162,13 +176,17 @@ def _figures(config: Config) -> tuple[tuple[str, ...], list[Figure], list[Figure
         learned, scored = list(train.figures), list(test.figures)
     else:
         learned, scored = _parted(train)
-    order_n = rng.generator("keypoints", "sample").permutation(len(learned))[: config.max_figures]
-    return train.names, [learned[i] for i in sorted(order_n.tolist())], scored, images
+    return train.names, _sample(learned, config), scored, images
+
+
+def _sample(figures: Sequence[Figure], config: Config) -> list[Figure]:
+    order_n = rng.generator("keypoints", "sample").permutation(len(figures))[: config.max_figures]
+    return [figures[i] for i in sorted(order_n.tolist())]
 
 
 def _parted(found: Figures) -> tuple[list[Figure], list[Figure]]:
     """Return the figures to learn from and to score. All figures of an image are on one side."""
-    names = sorted({one.image for one in found.figures})
+    names = sorted({str(one.image) for one in found.figures})
     order_n = rng.generator("keypoints", "test images").permutation(len(names))
     tested = {names[i] for i in order_n[: max(1, round(_TESTED * len(names)))]}
     if len(names) < 2:

@@ -10,7 +10,8 @@ training images. Numbers compare with one another and not with published ones.
 
 --normals.data is any folder with train/images, train/normals, test/images and test/normals. A map of normals has the
 name of its image. It is a PNG of 8 or 16 bits with n = 2 value / largest - 1, or a NumPy file (h, w, 3) of floating
-point. A pixel whose vector is shorter than 0.5 or longer than 1.5, or not finite, has no normal and is not judged.
+point. Without a folder, --train and --test must be clips with normals, as `clips:500` draws them. A pixel whose vector
+is shorter than 0.5 or longer than 1.5, or not finite, has no normal and is not judged.
 
 `mean_angle_without_image` is the mean angle of the mean normal of the training images: a probe that sees nothing.
 """
@@ -33,7 +34,7 @@ from raysl.extraction import EncodeMaps
 from raysl.fields import Bounds
 from raysl.probes import Row, Settings, Subject, field_values
 from raysl.probes._dense import batches, check_finite, encode_maps, held_out
-from raysl.probes._pairs import Pair, fingerprint, pairs
+from raysl.probes._pairs import Pair, fingerprint, of_columns, pairs
 from raysl.probes._ridge import Moments, Readout, fit
 from raysl.probes._task import device, run_tasks
 from raysl.storage import Folder
@@ -51,17 +52,18 @@ class Config(Settings):
     """Protocol of surface normals.
 
     Args:
-        data: a folder with train/images, train/normals, test/images and test/normals.
+        data: a folder with train/images, train/normals, test/images and test/normals; None for the clips of --train
+            and --test.
         side: side in cells of the grid on which the regression is fitted; maps and normals are resized to it.
     """
 
     version: ClassVar[int] = 1
-    data: str = ""
+    data: str | None = None
     side: Annotated[int, Bounds(1, 1024)] = 32
 
     def settings(self) -> dict[str, Any]:
         """Return the settings with the fingerprint of the images in place of their folder."""
-        found = fingerprint(Folder(self.data), (IMAGES, NORMALS)) if self.data else ""
+        found = fingerprint(Folder(self.data), (IMAGES, NORMALS)) if self.data else None
         return {**field_values(self), "data": found}
 
 
@@ -69,10 +71,10 @@ class Normals:
     """Shares of pixels within 11.25 (the primary metric), 22.5 and 30 degrees, and the mean and median angle."""
 
     primary_metric = "within/11.25"
-    own_images = True
 
     def __init__(self, config: Config) -> None:
         self.config = config
+        self.own_images = config.data is not None
 
     def examine(self, subject: Subject) -> Iterator[Row]:
         """Yield the angle statistics of each layer. Runs one Ray task, on a GPU if there are any.
@@ -80,18 +82,20 @@ class Normals:
         Raises:
             UserError: no folder is given, it is not in the layout, a file is damaged, or a layer has no map.
         """
-        if not self.config.data:
+        columns = [one.manifest.clips.get("columns", []) for one in (subject.train, subject.test)]
+        if not self.config.data and not all(NORMALS in one for one in columns):
             raise Unset(
-                "The probe normals needs images with maps of surface normals. Give --normals.data FOLDER, a folder "
-                "with train/images, train/normals, test/images and test/normals."
+                "The probe normals needs images with maps of surface normals, and --train or --test has none. Give "
+                "--normals.data FOLDER, a folder with train/images, train/normals, test/images and test/normals, or "
+                "clips that have normals, such as --train clips:500 --test clips:200#test."
             )
-        (rows,) = run_tasks(measure, [(subject, self.config, Folder(self.config.data))])
+        (rows,) = run_tasks(measure, [(subject, self.config)])
         yield from rows
 
 
-def measure(subject: Subject, config: Config, folder: Folder) -> list[Row]:
+def measure(subject: Subject, config: Config) -> list[Row]:
     """Return the rows of each layer; see `Normals.examine`."""
-    train, test = (pairs(folder / split, (IMAGES, NORMALS)) for split in ("train", "test"))
+    train, test = _pairs_of(subject, config)
     place, size = device(), subject.image_size
     views = (decode.squashed([one.image() for one in train[some]], size) for some in batches(len(train)))
     encode = encode_maps(subject, views, place)
@@ -106,20 +110,30 @@ def measure(subject: Subject, config: Config, folder: Folder) -> list[Row]:
                 chosen = torch.tensor([one == bool(kind) for one in held[some]], device=place)
                 parts[kind].add(*_rows(map_bdhw[chosen], truth_b3hw[chosen]))
     if not sum(part.rows for part in next(iter(moments.values()))):
-        raise UserError(
-            f"No pixel of the training images in {str(folder)!r} has a normal. Check train/normals."
-        )
+        raise UserError("No pixel of the training images has a normal. Check train/normals.")
     readouts = {layer: fit(*parts) for layer, parts in moments.items()}
     mean_3 = sum(part.targets_dk[-1] for part in next(iter(moments.values())))
     blind, counts_of = _judged(encode, readouts, test, (size, config.side), torch.as_tensor(mean_3).float())
     if not blind.sum():
-        raise UserError(f"No pixel of the test images in {str(folder)!r} has a normal. Check test/normals.")
+        raise UserError("No pixel of the test images has a normal. Check test/normals.")
     rows = []
     for layer, counts in counts_of.items():
         rows += [Row(name, value, layer) for name, value in statistics(counts).items()]
         rows.append(Row("mean_angle_without_image", statistics(blind)["mean_angle"], layer))
         rows.append(Row("penalty", readouts[layer][1], layer))
     return rows
+
+
+def _pairs_of(subject: Subject, config: Config) -> list[list[Pair]]:
+    """Return the images to learn from and those to score, with their normals."""
+    if config.data:
+        return [pairs(Folder(config.data) / split, (IMAGES, NORMALS)) for split in ("train", "test")]
+    if subject.train.manifest.fingerprint == subject.test.manifest.fingerprint:
+        raise UserError(
+            "The probe normals learns from the clips of --train and is scored on others. Give --test another set of "
+            "clips, such as clips:200#test."
+        )
+    return [of_columns(one, "image", NORMALS) for one in (subject.train, subject.test)]
 
 
 def _judged(

@@ -26,14 +26,15 @@ PINNED = {
     "detection": "77914dae7c9f",
     "finetune": "2cec80ddb5c9",
     "invariance": "55ec5e9c04fc",
-    "keypoints": "ac142440ca39",
+    "keypoints": "457dd07fc298",
     "knn": "0e3c17152dc6",
     "linear": "8cc9f8028236",
     "lowshot": "8d561305e206",
-    "normals": "6623234c2f45",
+    "normals": "d2768b1d38d1",
     "retrieval": "8ae45b92cb9f",
     "semisup": "32187050230a",
     "svm": "d0d78b179c2c",
+    "video": "f25eaf8e1bae",
     "voc_svm": "3acd198618ae",
 }
 # Parameters of the machines of svm, voc_svm and lowshot, whatever the defaults of scikit-learn become.

@@ -18,7 +18,7 @@ from raysl.errors import Unset, UserError
 from raysl.extraction import Pixels, RandomBackbone
 from raysl.probes import Subject, _poses, keypoints
 from raysl.storage import Folder
-from tests.data import make_dataset
+from tests.data import make_clips, make_dataset
 
 SIDE = 64
 NAMES = ("nose", "tail")
@@ -180,3 +180,16 @@ def test_bad_annotations_are_refused(tmp_path: Path) -> None:
     first = config.settings()
     coco(tmp_path / "other", 61)
     assert keypoints.Config(train=str(tmp_path / "other" / "points.json")).settings() != first
+
+
+def test_clips_bring_their_key_points(tmp_path: Path) -> None:
+    train, test = make_clips(tmp_path / "train", 24), make_clips(tmp_path / "test", 8, split="test")
+    one = replace(subject(tmp_path, pixels=False), train=train, test=test)
+    found = values(keypoints.measure(one, keypoints.Config()), "res2")
+    assert {"PCK@0.1", "PCK@0.1/head", "PCK@0.1/left_foot", "mean_distance"} <= set(found)
+    with pytest.raises(UserError, match="is scored on others"):
+        keypoints.measure(replace(one, test=train), keypoints.Config())
+    figures = _poses.of_clips(train, 3)
+    assert figures is not None
+    assert len(figures.figures) == 72
+    assert _poses.spaced(12, 3) == [2, 6, 10]
