@@ -13,7 +13,7 @@ from typing import Any, TypeVar
 import tyro
 from rich.console import Console
 
-from raysl import ray_cluster
+from raysl import console, ray_cluster
 from raysl.config import Pretraining
 from raysl.dataset import DataSet
 from raysl.errors import UserError, answered
@@ -57,6 +57,7 @@ F = TypeVar("F", bound=Flags)
 
 def command(experiment: Callable[[F], None], flags: type[F]) -> None:
     """Read the command line, connect to Ray, and run the experiment. Exit as the `raysl` command does."""
+    console.install()
     with answered("experiment"):
         given, usual = tyro.cli(flags), flags()
         if given.local:

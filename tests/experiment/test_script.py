@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import importlib.util
+import subprocess
 import sys
 from dataclasses import fields, replace
 from pathlib import Path
@@ -93,6 +94,17 @@ def test_a_mistake_is_a_paragraph_and_exit_code_2(
         command(wrong, Flags)
     assert left.value.code == 2
     assert capsys.readouterr().err == "experiment: D is no good.\n"
+
+
+def test_scripts_show_what_the_library_logs() -> None:
+    code = (
+        "import logging, raysl.ray_cluster\n"
+        "raysl.ray_cluster.start = lambda: None\n"
+        "from raysl.experiment.script import Flags, command\n"
+        "command(lambda flags: logging.getLogger('raysl.training').info('Step 1'), Flags)"
+    )
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
+    assert done.stdout == "Step 1\n"
 
 
 def test_a_run_that_was_probed_is_not_probed_again(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
