@@ -167,12 +167,68 @@ def _by_seed(of: Sequence[float]) -> str:
     return f"{_tenths(mean(of))} ({', '.join(map(_tenths, of))})"
 
 
+def _lectures() -> str:
+    """Return the page of the lectures' claims, by data set."""
+    from raysl.experiment.claims import CLAIMS
+    from raysl.experiment.lectures import observations, page
+
+    sources = {
+        "CIFAR-10": _lecture_rows("cifar10", "images=9083a61a"),
+        "Tiny ImageNet": _lecture_rows("tiny-imagenet-20", "images=0f890900"),
+        "Tiny ImageNet, ten times as long": [
+            *rows_of(f"{LONG}/rows.jsonl"),
+            *(
+                {**row, "label": "short/pirl-jigsaw"}
+                for row in rows_of("evaluation/tiny-imagenet-20/rows.jsonl")
+                if row["label"] == "pirl-jigsaw"
+            ),
+        ],
+    }
+    sources["CIFAR-10"] += [
+        row
+        for file in (
+            "clusterfit/label-noise",
+            *(f"sweep/{name}" for name in ("lambda", "negatives", "permutations")),
+        )
+        for row in rows_of(f"{file}.jsonl")
+    ]
+    found = {data: observations(rows, (FAST["protocol"],)) for data, rows in sources.items()}
+    return f"\n\n{page(CLAIMS, found)}\n\n"
+
+
+def _lecture_rows(folder: str, own: str) -> list[Row]:
+    """Return the rows of a data set under the names that the claims use.
+
+    Args:
+        folder: of the data set.
+        own: what the label of a run says that learned from the images of this data set, and not from others.
+    """
+    evaluated = [
+        row
+        for name in ("rows", "uncurated", "two-tasks")
+        for row in rows_of(f"evaluation/{folder}/{name}.jsonl")
+    ]
+    compared = [
+        {**row, "label": row["method"]}
+        for row in rows_of(f"methods/{folder}/rows.jsonl")
+        if (row["encoder"], row["probe"]) == ("trained", "knn")
+    ]
+    rows = []
+    for row in (*compared, *evaluated):
+        label, _, about = row["label"].partition(" (")
+        # Invariance was measured under statistics that BatchNorm kept of the patches: see results/evaluation.
+        if own not in about and row["probe"] != "invariance":
+            rows.append({**row, "label": f"uncurated/{label}" if about else label})
+    return rows
+
+
 TABLES: dict[str, Callable[[], str]] = {
     "headline": _headline,
     "long-layers": _layers,
     "long-closer": _closer,
     "long-worth": _worth,
     "methods-cifar10": lambda: _methods("cifar10"),
+    "lectures": _lectures,
     "methods-tiny": lambda: _methods("tiny-imagenet-20"),
 }
 VALUES: dict[str, Callable[[], str]] = {

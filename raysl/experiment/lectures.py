@@ -1,0 +1,201 @@
+"""Judge the claims of the lectures by rows of probes, and write a page of verdicts.
+
+A claim is a list of contrasts: sums of results that it says are positive. Each seed gives one value of a contrast, so
+results of the same seed are compared in pairs. With the 95 % interval of the mean over seeds, by Student's t,
+
+    shows         every interval lies above 0
+    does not      an interval lies below `SMALLEST`, the smallest effect that counts
+    cannot tell   otherwise, or with fewer than three seeds
+
+The claim needs all of its contrasts, so several of them need no correction. A page has many claims, and one interval in
+twenty misses its value by chance.
+"""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass
+from statistics import mean
+from typing import Any, Literal
+
+MIN_SEEDS = 3
+# In shares of 1: half a point of accuracy.
+SMALLEST = 0.005
+Verdict = Literal["shows", "does not", "cannot tell"]
+# The value of a measure by seed, by (label, measure, layer).
+Observations = Mapping[tuple[str, str, str], Mapping[int, float]]
+
+
+@dataclass(frozen=True)
+class Term:
+    """A result that takes part in a contrast.
+
+    Args:
+        label: method, "untrained", or the value of a sweep such as "lambda=0.5".
+        measure: see `observations`.
+        layer: layer of the features.
+        sign: 1 or -1.
+    """
+
+    label: str
+    measure: str
+    layer: str = "pooled"
+    sign: int = 1
+
+    def __neg__(self) -> Term:
+        return Term(self.label, self.measure, self.layer, -self.sign)
+
+
+@dataclass(frozen=True)
+class Contrast:
+    """A sum of results that a claim says is positive.
+
+    Args:
+        says: description for people, without the number.
+        terms: the results.
+    """
+
+    says: str
+    terms: tuple[Term, ...]
+
+    def by_seed(self, found: Observations) -> dict[int, float]:
+        """Return the value for each seed that has all results."""
+        sets = [found.get((term.label, term.measure, term.layer), {}) for term in self.terms]
+        seeds = sorted(set.intersection(*(set(one) for one in sets)))
+        return {
+            seed: sum(term.sign * one[seed] for term, one in zip(self.terms, sets, strict=True))
+            for seed in seeds
+        }
+
+
+@dataclass(frozen=True)
+class Claim:
+    """A claim of a lecture.
+
+    Args:
+        name: short name.
+        says: the claim.
+        figure: where it is published.
+        contrasts: the contrasts that it says are positive.
+    """
+
+    name: str
+    says: str
+    figure: str
+    contrasts: tuple[Contrast, ...]
+
+
+@dataclass(frozen=True)
+class Measured:
+    """A contrast with its values.
+
+    Args:
+        contrast: the contrast.
+        values: one value for each seed.
+    """
+
+    contrast: Contrast
+    values: tuple[float, ...]
+
+    def interval(self) -> tuple[float, float] | None:
+        """Return the 95 % interval of the mean; None for fewer than two seeds."""
+        if len(self.values) < 2:
+            return None
+        from scipy.stats import sem, t
+
+        half = float(t.ppf(0.975, len(self.values) - 1) * sem(self.values))
+        return mean(self.values) - half, mean(self.values) + half
+
+    def verdict(self) -> Verdict:
+        """Judge one contrast."""
+        interval = self.interval()
+        if interval is None or len(self.values) < MIN_SEEDS:
+            return "cannot tell"
+        low, high = interval
+        return "shows" if low > 0 else "does not" if high < SMALLEST else "cannot tell"
+
+    def __str__(self) -> str:
+        if not self.values:
+            return f"{self.contrast.says}: not measured"
+        interval = self.interval()
+        around = f" [{100 * interval[0]:+.1f}, {100 * interval[1]:+.1f}]" if interval else ""
+        seeds = f"{len(self.values)} seed{'s' * (len(self.values) > 1)}"
+        return f"{self.contrast.says}: {100 * mean(self.values):+.1f}{around}, {seeds}"
+
+
+def judge(claim: Claim, found: Observations) -> tuple[Verdict, list[Measured]]:
+    """Return the verdict on a claim and its measured contrasts."""
+    measured = [Measured(one, tuple(one.by_seed(found).values())) for one in claim.contrasts]
+    verdicts = {one.verdict() for one in measured}
+    if "does not" in verdicts:
+        return "does not", measured
+    return ("shows" if verdicts == {"shows"} else "cannot tell"), measured
+
+
+def observations(rows: Iterable[Mapping[str, Any]], fast_linear: Sequence[str] = ()) -> Observations:
+    """Return the results of rows by label, measure, layer and seed.
+
+    The measures are "knn", "linear" and "linear by layer" (the short schedule), top-1; "invariance" and
+    "invariance/jigsaw", how often a transformed image is closer than another; "top1@1%", "AP75", "mAP" and other names.
+
+    Args:
+        rows: rows of probes with a "label"; of sweeps; or of label noise, with an "arm".
+        fast_linear: protocols of the short schedule of the linear probe.
+    """
+    found: dict[tuple[str, str, str], dict[int, float]] = {}
+    for row in rows:
+        if "seeds" in row:
+            (name, value), *_ = row["values"].items()
+            label = f"{name.rpartition('.')[2]}={value:g}"
+            found[label, "knn", "pooled"] = {int(seed): score for seed, score in row["seeds"].items()}
+            continue
+        if not ({"label", "arm"} & row.keys() and "name" in row):
+            continue
+        label = (
+            f"{row['arm']}, noise {row['noise']:g}" if "noise" in row else row.get("arm", row.get("label"))
+        )
+        measure = _measure(row, fast_linear)
+        if measure:
+            found.setdefault((label, measure, row["layer"]), {})[row["seed"]] = row["value"]
+    return found
+
+
+def _measure(row: Mapping[str, Any], fast_linear: Sequence[str]) -> str:
+    probe, name = row["probe"], row["name"]
+    if probe == "knn":
+        return "knn" if name == "top1/k=20,T=0.07" else ""
+    if probe == "linear":
+        return {"top1": "linear by layer" if row["protocol"] in fast_linear else "linear"}.get(name, "")
+    if probe == "invariance":
+        kind = re.fullmatch(r"closer(/\w+)?", name)
+        return f"invariance{kind[1] or ''}" if kind else ""
+    return str(name)
+
+
+def page(claims: Sequence[Claim], found: Mapping[str, Observations]) -> str:
+    """Return the Markdown table of claims.
+
+    Args:
+        claims: the claims, such as `raysl.experiment.claims.CLAIMS`.
+        found: results by the name of a data set.
+    """
+    lines = [
+        "| claim | published | data | verdict | measured, in points, with the 95 % interval |",
+        f"|{'---|' * 5}",
+    ]
+    for claim in claims:
+        for data, results in found.items():
+            verdict, measured = judge(claim, results)
+            if any(one.values for one in measured):
+                why = "<br>".join(map(str, measured))
+                lines.append(f"| {claim.says} | {claim.figure} | {data} | **{verdict}** | {why} |")
+        if not any(one.values for results in found.values() for one in judge(claim, results)[1]):
+            lines.append(f"| {claim.says} | {claim.figure} | | **cannot tell** | not measured |")
+    counts = [one for claim in claims for results in found.values() for one in judge(claim, results)[1]]
+    decided = sum(len(one.values) >= MIN_SEEDS for one in counts)
+    lines += [
+        "",
+        f"{decided} intervals have at least {MIN_SEEDS} seeds; at 95 %, about {decided / 20:.1f} of them miss by chance.",
+    ]
+    return "\n".join(lines)
