@@ -196,6 +196,6 @@ def page(claims: Sequence[Claim], found: Mapping[str, Observations]) -> str:
     decided = sum(len(one.values) >= MIN_SEEDS for one in counts)
     lines += [
         "",
-        f"{decided} intervals have at least {MIN_SEEDS} seeds; at 95 %, about {decided / 20:.1f} of them miss by chance.",
+        f"{decided} intervals have at least {MIN_SEEDS} seeds; about {decided / 20:.1f} of them miss by chance.",
     ]
     return "\n".join(lines)

@@ -54,6 +54,7 @@ def script(file: Path) -> ModuleType:
 @pytest.mark.parametrize("file", SCRIPTS, ids=lambda file: file.stem)
 def test_every_script_takes_the_common_flags(file: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     seen: list[Flags] = []
+    monkeypatch.syspath_prepend(str(file.parent))  # reproduce_lectures imports the others
     module = script(file)
     monkeypatch.setattr(ray_cluster, "start", lambda: None)
     monkeypatch.setattr(sys, "argv", [file.name, "--data", "D", "--seeds", "3", "4", "--workers", "1"])
