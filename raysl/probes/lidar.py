@@ -1,0 +1,167 @@
+"""LiDAR: how many directions tell images apart after what augmentation changes is divided out. No labels.
+
+Thilak et al. 2023, "LiDAR: Sensing linear probing performance in joint embedding SSL architectures". Every image is a
+class, and its augmented views are the members. With e_ij the features of view j of image i, mu_i their mean over j, and
+mu the mean of all:
+
+    S_b = mean_i (mu_i - mu)(mu_i - mu)^T          S_w = mean_ij (e_ij - mu_i)(e_ij - mu_i)^T + delta I
+    lambda = eigenvalues of S_w^-1/2 S_b S_w^-1/2   p_k = lambda_k / sum(lambda) + 1e-7
+    LiDAR = exp(-sum_k p_k log p_k)
+
+The paper takes 1,000 images and 50 views, as here. RankMe and alpha-ReQ (in the probe `collapse`) see the features of
+images once and count directions of noise too. The rank is at most the number of images less one, so that values of
+other numbers of images do not compare. Views are random crops with the augmentation --lidar.augmentation, the same for
+every method; delta is a constant against division by 0, and it makes features of tiny scale look collapsed.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from dataclasses import dataclass
+from typing import Annotated, Any, ClassVar
+
+import numpy as np
+import numpy.typing as npt
+import torch
+from torch import Tensor
+
+from raysl import pretext, rng
+from raysl.augment import recipe
+from raysl.backbone import norm
+from raysl.errors import UserError
+from raysl.extraction import load_reestimated
+from raysl.fields import Bounds
+from raysl.pretext import Geometry
+from raysl.probes import REESTIMATED, Row, Settings, Subject, check_features
+from raysl.probes._dense import batches
+from raysl.probes._task import device, run_tasks
+from raysl.rng import ImageRng
+from raysl.stream import decode
+from raysl.stream.views import View
+
+_EPS = 1e-7
+
+
+@dataclass(frozen=True)
+class Config(Settings):
+    """Protocol of LiDAR.
+
+    Args:
+        images: largest number of test images, sampled at random.
+        views: number of augmented views of each.
+        augmentation: name of the augmentation of the views.
+        min_scale: smallest share of the area of an image that a crop covers.
+        delta: added to the variance within images in every direction.
+    """
+
+    version: ClassVar[int] = 1
+    images: Annotated[int, Bounds(2, 10**6)] = 1000
+    views: Annotated[int, Bounds(2, 10**4)] = 50
+    augmentation: str = "simclr"
+    min_scale: Annotated[float, Bounds(1e-6, 1)] = 0.2
+    delta: Annotated[float, Bounds(1e-12, 1)] = 1e-4
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        recipe(self.augmentation)
+
+
+class Lidar:
+    """LiDAR, the primary metric, and its share of the largest possible value."""
+
+    primary_metric = "lidar"
+
+    def __init__(self, config: Config) -> None:
+        self.config = config
+
+    def examine(self, subject: Subject) -> Iterator[Row]:
+        """Yield LiDAR of each layer. Runs one Ray task, on a GPU if there are any.
+
+        Raises:
+            UserError: there is only one image, or the features are not finite.
+        """
+        if subject.test.num_images < 2:
+            raise UserError("The probe lidar compares images and has only one. Give more images.")
+        (rows,) = run_tasks(_measure, [(subject, self.config)])
+        yield from rows
+
+
+def _measure(subject: Subject, config: Config) -> list[Row]:
+    count = min(config.images, subject.test.num_images)
+    order_n = rng.generator("lidar").permutation(subject.test.num_images)
+    files = subject.test.read(np.sort(order_n[:count]), ("image",)).column("image").to_pylist()
+    place = device()
+    if subject.bn_statistics == REESTIMATED:
+        seen = _views(subject, config, files[: max(2, norm.STATISTICS_IMAGES)], 0)
+        encode = load_reestimated(subject.encoder, seen, place, list(subject.layers))
+    else:
+        encode = subject.encoder.load(place, subject.layers)
+    scatter: dict[str, Scatter] = {}
+    for some in batches(count):
+        made: dict[str, list[Tensor]] = {}
+        for number in range(config.views):
+            (images_bchw,) = _views(subject, config, files[some], number, some.start)
+            with torch.inference_mode():
+                for layer, values_bd in encode(images_bchw.to(place)).items():
+                    made.setdefault(layer, []).append(values_bd.float().cpu())
+        for layer in subject.layers:
+            views_bqd = torch.stack(made[layer], 1).numpy()
+            check_features(views_bqd.reshape(len(views_bqd), -1), "test")
+            scatter.setdefault(layer, Scatter(views_bqd.shape[2])).add(views_bqd.astype(np.float64))
+    rows = []
+    for layer, found in scatter.items():
+        value, most = found.lidar(config.delta), min(count - 1, len(found.mean_d))
+        rows += [Row("lidar", value, layer), Row("lidar_share", value / most, layer)]
+    return rows
+
+
+def _views(
+    subject: Subject, config: Config, files: list[bytes], number: int, start: int = 0
+) -> Iterator[Tensor]:
+    """Yield one augmented view of images, uint8 (b, 3, s, s), in batches."""
+    geometry = Geometry(subject.image_size, min_scale=config.min_scale, seed=subject.seed)
+    view = View(pretext.build("identity", {}, geometry), recipe(config.augmentation))
+    for some in batches(len(files)):
+        indices = np.arange(start + some.start, start + some.stop, dtype=np.int64)
+        image_rng = ImageRng(0, np.full(len(indices), number, np.int64), indices, "lidar")
+        yield view(
+            decode.cut(files[some], {"view": view.source}, image_rng)["view"], image_rng.named("view")
+        ).crops_bpchw[:, 0]
+
+
+class Scatter:
+    """The sums over images that LiDAR is made of, in float64.
+
+    Args:
+        d: number of features.
+    """
+
+    def __init__(self, d: int) -> None:
+        self.images = self.views = 0
+        self.mean_d: npt.NDArray[Any] = np.zeros(d)
+        self.means_dd: npt.NDArray[Any] = np.zeros((d, d))
+        self.within_dd: npt.NDArray[Any] = np.zeros((d, d))
+
+    def add(self, views_bqd: npt.NDArray[np.float64]) -> None:
+        """Add images with q views each."""
+        mean_bd = views_bqd.mean(1)
+        apart_nd = (views_bqd - mean_bd[:, None]).reshape(-1, views_bqd.shape[2])
+        self.images += len(views_bqd)
+        self.views += len(apart_nd)
+        self.mean_d += mean_bd.sum(0)
+        self.means_dd += mean_bd.T @ mean_bd
+        self.within_dd += apart_nd.T @ apart_nd
+
+    def lidar(self, delta: float) -> float:
+        """Return LiDAR; 0 if all images have the same mean."""
+        mean_d = self.mean_d / self.images
+        between_dd = self.means_dd / self.images - np.outer(mean_d, mean_d)
+        within_dd = self.within_dd / self.views + delta * np.eye(len(mean_d))
+        # L^-1 S_b L^-T has the eigenvalues of S_w^-1/2 S_b S_w^-1/2 for S_w = L L^T.
+        lower_dd = np.linalg.cholesky(within_dd)
+        half_dd = np.linalg.solve(lower_dd, between_dd)
+        lambda_d = np.linalg.eigvalsh(np.linalg.solve(lower_dd, half_dd.T)).clip(min=0)
+        if lambda_d.sum() <= 1e-12:
+            return 0.0
+        share_d = lambda_d / lambda_d.sum() + _EPS
+        return float(np.exp(-(share_d * np.log(share_d)).sum()))
