@@ -109,6 +109,30 @@ def neighbours_sheet(
     return _sheet(columns)
 
 
+def pieces_sheet(
+    queries_qchw: Tensor,
+    found_qkchw: Tensor,
+    query_notes: Sequence[str],
+    found_notes: Sequence[Sequence[str]],
+) -> Image.Image:
+    """Draw a row for each query: the query, then the pieces that were found for it, each with its note.
+
+    Args:
+        queries_qchw: uint8 (q, 3, h, w).
+        found_qkchw: uint8 (q, k, 3, h, w), the nearest first.
+        query_notes: a note for each query.
+        found_notes: k notes for each query.
+    """
+    columns = [
+        ("query", "", [(_picture(one), note) for one, note in zip(queries_qchw, query_notes, strict=True)])
+    ]
+    for rank in range(found_qkchw.shape[1]):
+        notes = [row[rank] for row in found_notes]
+        cells = [(_picture(one), note) for one, note in zip(found_qkchw[:, rank], notes, strict=True)]
+        columns.append((f"nearest {rank + 1}", "", cells))
+    return _sheet(columns)
+
+
 def _shown(dataset: DataSet, indices: npt.NDArray[np.int64]) -> list[tuple[Image.Image, str]]:
     """Return images, each with the name of its class, or its index if there are no classes."""
     rows = dataset.read(indices).to_pylist()

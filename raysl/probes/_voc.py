@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import hashlib
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import lru_cache
 from typing import Any
 from xml.etree import ElementTree
@@ -31,7 +31,8 @@ class VocSettings(Settings):
     """Images of a probe that does not use --train and --test.
 
     Args:
-        data: a folder in the layout of PASCAL VOC, with JPEGImages, Annotations and ImageSets/Main.
+        data: a folder in the layout of PASCAL VOC, with JPEGImages, Annotations and ImageSets/Main; or several with
+            commas between, such as VOC2007,VOC2012 for VOC07+12. A folder adds the splits that it has.
         train_split: name of the list of images to learn from.
         test_split: name of the list of images to score.
     """
@@ -48,11 +49,14 @@ class VocSettings(Settings):
         """Return the settings with the fingerprint of both splits in place of their folder."""
         return {
             **field_values(self),
-            "data": fingerprint(Folder(self.data), self.splits) if self.data else "",
+            "data": fingerprint(self._folders(), self.splits) if self.data else "",
         }
 
-    def folder(self, probe: str, wanted: str) -> Folder:
-        """Return the folder, made absolute, because workers have another working directory.
+    def _folders(self) -> tuple[Folder, ...]:
+        return tuple(Folder(one.strip()) for one in self.data.split(",") if one.strip())
+
+    def folders(self, probe: str, wanted: str) -> tuple[Folder, ...]:
+        """Return the folders, made absolute, because workers have another working directory.
 
         Args:
             probe: name of the probe, for messages.
@@ -60,13 +64,19 @@ class VocSettings(Settings):
 
         Raises:
             Unset: no folder is given.
+            UserError: a folder is given twice.
         """
         if not self.data:
             raise Unset(
                 f"The probe {probe} needs {wanted}. Give --{probe.replace('_', '-')}.data FOLDER, a folder in the "
                 f"layout of PASCAL VOC, with {IMAGES}, {ANNOTATIONS} and {SPLITS}."
             )
-        return Folder(self.data)
+        folders = self._folders()
+        if len(set(folders)) < len(folders):
+            raise UserError(
+                f"--{probe.replace('_', '-')}.data names a folder twice: {self.data!r}. Give every folder once."
+            )
+        return folders
 
 
 @dataclass(frozen=True)
@@ -104,11 +114,31 @@ def read(folder: Folder, split: str) -> list[Picture]:
     return [_picture(folder, name, *_files(folder, name, file)) for name, file in _listed(folder, split)]
 
 
+def union(folders: Sequence[Folder], split: str) -> list[Picture]:
+    """Return the images of a split of all folders that have it. Of several folders, names begin with the folder.
+
+    Raises:
+        UserError: no folder has the split; or as `read`.
+    """
+    if len(folders) == 1:
+        return read(folders[0], split)
+    return [
+        replace(one, name=f"{folder}/{one.name}")
+        for folder in _having(folders, split)
+        for one in read(folder, split)
+    ]
+
+
+def _having(folders: Sequence[Folder], split: str) -> list[Folder]:
+    """Return the folders that have a split; all of them if none has it, so that reading one names its splits."""
+    return [folder for folder in folders if f"{split}.txt" in (folder / SPLITS).list()] or list(folders)
+
+
 @lru_cache(maxsize=8)
-def fingerprint(folder: Folder, splits: tuple[str, ...]) -> str:
-    """Return a hash of the images and annotations of splits, without decoding them. Raises UserError as `read`."""
+def fingerprint(folders: tuple[Folder, ...], splits: tuple[str, ...]) -> str:
+    """Return a hash of the images and annotations of splits, without decoding them. Raises UserError as `union`."""
     digest = hashlib.blake2b(digest_size=16)
-    for split in splits:
+    for folder, split in [(folder, one) for one in splits for folder in _having(folders, one)]:
         for name, file in _listed(folder, split):
             for part in (split.encode(), name.encode(), *_files(folder, name, file)):
                 digest.update(len(part).to_bytes(8, "little") + part)

@@ -98,14 +98,14 @@ class Detection:
         """
         if not isinstance(subject.encoder, Trainable):
             return
-        folder = self.config.folder("detection", "images with boxes")
-        (rows,) = run_tasks(_measure, [(subject.encoder, self.config, folder, subject.seed)])
+        folders = self.config.folders("detection", "images with boxes")
+        (rows,) = run_tasks(_measure, [(subject.encoder, self.config, folders, subject.seed)])
         yield from rows
 
 
-def _measure(encoder: Trainable, config: Config, folder: Folder, seed: int) -> list[Row]:
+def _measure(encoder: Trainable, config: Config, folders: tuple[Folder, ...], seed: int) -> list[Row]:
     _pycocotools()
-    train, test = (_voc.read(folder, split) for split in config.splits)
+    train, test = (_voc.union(folders, split) for split in config.splits)
     _check(train, test, config)
     # A class that only the test split has is never detected, and counts as 0.
     classes = _voc.classes_of(train, test)

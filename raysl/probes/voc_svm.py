@@ -60,20 +60,20 @@ class VocSvm:
             UserError: no folder is given, or it is not in the layout (see `raysl.probes._voc.read`), the splits share
                 images, the test split shows no class, or scikit-learn is not installed.
         """
-        folder = self.config.folder(
+        folders = self.config.folders(
             "voc_svm", "images with several classes (the probe svm takes images of one class)"
         )
-        (rows,) = run_tasks(_measure, [(subject, self.config, folder)])
+        (rows,) = run_tasks(_measure, [(subject, self.config, folders)])
         yield from rows
 
 
-def _measure(subject: Subject, config: Config, folder: Folder) -> list[Row]:
+def _measure(subject: Subject, config: Config, folders: tuple[Folder, ...]) -> list[Row]:
     splits = config.splits
-    train, test = (_voc.read(folder, split) for split in splits)
+    train, test = (_voc.union(folders, split) for split in splits)
     _voc.check_disjoint(train, test, splits, "voc-svm")
     classes = _voc.classes_of(train, test)
     if not classes:
-        raise UserError(f"No image of the splits {' and '.join(splits)} of {str(folder)!r} shows a class.")
+        raise UserError(f"No image of the splits {' and '.join(splits)} of {config.data!r} shows a class.")
     specs = {layer: extraction.feature_spec(layer, config.svm.dims) for layer in subject.layers}
     if subject.bn_statistics == REESTIMATED:
         views = _views(train[: norm.STATISTICS_IMAGES], subject.image_size)

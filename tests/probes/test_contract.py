@@ -32,6 +32,7 @@ PINNED = {
     "linear": "8cc9f8028236",
     "lowshot": "8d561305e206",
     "normals": "d2768b1d38d1",
+    "patches": "1250ceae846e",
     "retrieval": "8ae45b92cb9f",
     "robustness": "dc2ad27c7808",
     "semisup": "32187050230a",

@@ -123,6 +123,26 @@ def test_an_image_without_objects_and_difficult_objects_are_read(tmp_path: Path)
     assert hard.difficult_n.tolist() == [True]
 
 
+def test_a_union_of_folders_adds_the_splits_that_each_has(tmp_path: Path) -> None:
+    """As VOC07+12: images of both to learn from, and of the first to score."""
+    for place, splits in (("one", ("trainval", "test")), ("two", ("trainval",))):
+        for split in splits:
+            add(tmp_path / place, f"{split}-a", split, [("disc", (1, 1, 9, 9))])
+    config = detection.Config(data=f"{tmp_path / 'one'}, {tmp_path / 'two'}")
+    folders = config.folders("detection", "images with boxes")
+    train, test = (_voc.union(folders, split) for split in config.splits)
+    assert [one.name.rpartition("/")[2] for one in train] == ["trainval-a", "trainval-a"]
+    assert len({one.name for one in train}) == 2
+    assert [one.name for one in test] == [f"{tmp_path / 'one'}/test-a"]
+    _voc.check_disjoint(train, test, config.splits, "detection")
+    alone = detection.Config(data=str(tmp_path / "one"))
+    assert config.settings()["data"] != alone.settings()["data"]
+    with pytest.raises(UserError, match="Unknown split"):
+        _voc.union(folders, "tset")
+    with pytest.raises(UserError, match="names a folder twice"):
+        replace(config, data=f"{tmp_path / 'one'},{tmp_path / 'one'}/").folders("detection", "")
+
+
 @pytest.mark.parametrize(
     "text",
     [
@@ -338,10 +358,10 @@ def test_rows_are_deterministic(tmp_path: Path) -> None:
     folder = shapes(tmp_path)
     encoder = RandomBackbone(BackboneConfig(), 0)
     config = replace(TINY, epochs=2)
-    found = detection._measure(encoder, config, folder, 0)
+    found = detection._measure(encoder, config, (folder,), 0)
     assert [row.name for row in found] == ROWS
     assert all(np.isfinite(row.value) for row in found)
-    assert found == detection._measure(encoder, config, folder, 0)
+    assert found == detection._measure(encoder, config, (folder,), 0)
 
 
 def test_unsuitable_splits_are_refused(tmp_path: Path) -> None:
@@ -355,7 +375,7 @@ def test_unsuitable_splits_are_refused(tmp_path: Path) -> None:
     ):
         config = replace(TINY, train_split=splits[0], test_split=splits[1])
         with pytest.raises(UserError, match=message):
-            detection._measure(encoder, config, folder, 0)
+            detection._measure(encoder, config, (folder,), 0)
 
 
 def test_a_folder_is_required_and_pixels_give_no_rows(tmp_path: Path) -> None:

@@ -1,0 +1,241 @@
+"""Nearest patches and nearest frames: what a network takes for alike, by the cosine of its features.
+
+"patches" cuts random squares out of images and looks for the nearest among those of other images, as Doersch, Gupta and
+Efros 2015 ("Unsupervised visual representation learning by context prediction", figure 4) show them. "frames" takes
+whole frames of clips, as Shuffle and Learn (Misra, Zitnick and Hebert 2016) does to show that frames of the same pose
+are near. The papers show pictures; the numbers here are conventions of raysl:
+
+precision/k: share of the k nearest that come from an image, or a clip, of the same class; `chance` for random ones.
+place_distance: for patches, the mean distance between the place of a patch in its image and that of the nearest,
+    divided by that of random pairs. Near 0, a network finds patches by where they lie (chromatic aberration, borders).
+pose_distance: for frames with key points, the mean distance between the points of a frame and those of the nearest,
+    after both are centred, divided by that of random pairs. Below 1, frames of the same pose are near.
+
+Queries come from the test set, neighbours from the train set. experiments/patches_nearest.py draws the sheets.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from dataclasses import dataclass
+from typing import Annotated, Any, ClassVar, Literal
+
+import numpy as np
+import numpy.typing as npt
+import torch
+from torch import Tensor
+
+from raysl import extraction, rng
+from raysl.backbone import norm
+from raysl.clips import Clips
+from raysl.dataset import DataSet
+from raysl.errors import Unset, UserError
+from raysl.extraction import Encode
+from raysl.fields import Bounds
+from raysl.probes import REESTIMATED, Floats, Integers, Row, Settings, Subject, check_features, common_labels
+from raysl.probes._dense import batches
+from raysl.probes._poses import spaced
+from raysl.probes._task import device, run_tasks
+from raysl.probes.retrieval import nearest
+from raysl.stream import decode
+
+_PART = 256
+
+
+@dataclass(frozen=True)
+class Config(Settings):
+    """Protocol of nearest patches and frames.
+
+    Args:
+        of: "patches" of images, or "frames" of clips.
+        share: side of a patch as a share of the side of the evaluation view; it is enlarged to the view.
+        per_image: number of patches of each image, or of frames of each clip.
+        max_images: largest number of images or clips of either set, sampled at random.
+        ks: numbers of neighbours, the one of the primary metric first.
+    """
+
+    version: ClassVar[int] = 1
+    of: Literal["patches", "frames"] = "patches"
+    share: Annotated[float, Bounds(0.05, 1)] = 0.5
+    per_image: Annotated[int, Bounds(1, 1000)] = 2
+    max_images: Annotated[int, Bounds(2, 10**6)] = 1000
+    ks: tuple[Annotated[int, Bounds(1, 10**4)], ...] = (5, 1)
+
+
+@dataclass(frozen=True)
+class Pieces:
+    """Patches or frames, as the network sees them.
+
+    Args:
+        views_nchw: uint8 (n, 3, s, s).
+        sources_n: int64 (n,), the image or clip of each.
+        places_n2: float (n, 2), the middle of a patch as a share of the view; 0.5 for frames.
+        points_nk2: float (n, k, 2), key points in pixels, NaN where not seen; None without.
+    """
+
+    views_nchw: Tensor
+    sources_n: Integers
+    places_n2: npt.NDArray[np.float64]
+    points_nk2: npt.NDArray[np.float32] | None = None
+
+
+class Patches:
+    """Precision at each k, the first of which is the primary metric, and distances of places or poses."""
+
+    def __init__(self, config: Config) -> None:
+        self.config = config
+        self.primary_metric = f"precision/k={config.ks[0]}"
+
+    def examine(self, subject: Subject) -> Iterator[Row]:
+        """Yield the rows of each layer. Runs one Ray task, on a GPU if there are any.
+
+        Raises:
+            UserError: frames of images are asked for, there are no labels, or there is only one image.
+        """
+        labels = common_labels(subject.train, subject.test)
+        if self.config.of == "frames" and not (subject.train.manifest.clips and subject.test.manifest.clips):
+            raise Unset(
+                "--patches.of frames needs clips, and the data are images. Give clips, or --patches.of patches."
+            )
+        if subject.train.num_images < 2:
+            raise UserError("The probe patches compares images and has only one. Give more images.")
+        (rows,) = run_tasks(measure, [(subject, self.config, labels)])
+        yield from rows
+
+
+def measure(subject: Subject, config: Config, labels: tuple[Integers, Integers]) -> list[Row]:
+    """Return the rows of each layer; see `Patches.examine`."""
+    gallery, queries = (pieces(data, subject.image_size, config) for data in (subject.train, subject.test))
+    same = subject.train.manifest.fingerprint == subject.test.manifest.fingerprint
+    encode = _encoder(subject, gallery)
+    found = [features(encode, one.views_nchw) for one in (gallery, queries)]
+    asked_n, known_n = labels[1][queries.sources_n], labels[0][gallery.sources_n]
+    most = max(1, len(known_n) - config.per_image * same)
+    rows = []
+    for layer in subject.layers:
+        for values, kind in zip(found, ("train", "test"), strict=True):
+            check_features(values[layer], kind)
+        index_nk = neighbours(
+            found[1][layer], found[0][layer], min(max(config.ks), most), queries, gallery, same
+        )
+        for k in config.ks:
+            right_nk = known_n[index_nk[:, :k]] == asked_n[:, None]
+            rows.append(Row(f"precision/k={k}", float(right_nk.mean()), layer))
+        rows.append(Row("chance", _chance(asked_n, known_n), layer))
+        rows += [Row(*item, layer) for item in _distances(queries, gallery, index_nk[:, 0]).items()]
+    return rows
+
+
+def pieces(data: DataSet, size: int, config: Config) -> Pieces:
+    """Return random patches, or frames, of a random sample of a data set."""
+    order_n = rng.generator("patches").permutation(data.num_images)
+    chosen_n = np.sort(order_n[: config.max_images]).astype(np.int64)
+    if config.of == "frames":
+        return _frames(data, chosen_n, size, config)
+    side = max(1, round(config.share * size))
+    drawn = rng.generator("patches", "places").integers(
+        0, size - side + 1, (data.num_images, config.per_image, 2)
+    )
+    cut = []
+    for first in range(0, len(chosen_n), _PART):
+        files = data.read(chosen_n[first : first + _PART], ("image",)).column("image").to_pylist()
+        for image_chw, row in zip(decode.centre(files, size), chosen_n[first : first + _PART], strict=True):
+            for top, left in drawn[row]:
+                patch = image_chw[None, :, top : top + side, left : left + side]
+                cut.append(torch.nn.functional.interpolate(patch, (size, size), mode="bilinear"))
+    places_n2 = (drawn[chosen_n].reshape(-1, 2) + side / 2) / size
+    return Pieces(torch.cat(cut), np.repeat(chosen_n, config.per_image), places_n2)
+
+
+def _frames(data: DataSet, chosen_n: Integers, size: int, config: Config) -> Pieces:
+    has_points = "keypoints" in data.manifest.clips.get("columns", [])
+    columns = ["frames", "times", *(["keypoints"] if has_points else [])]
+    views, sources, points = [], [], []
+    for first in range(0, len(chosen_n), _PART):
+        clips = Clips(data.read(chosen_n[first : first + _PART], columns))
+        for row in range(len(clips)):
+            numbers = spaced(clips.num_frames(row), config.per_image)
+            views.append(decode.centre([clips.frame(row, number) for number in numbers], size))
+            sources += [chosen_n[first + row]] * len(numbers)
+            if has_points:
+                points_nk3 = clips.keypoints(row)[numbers].copy()
+                points_nk3[points_nk3[..., 2] == 0] = np.nan
+                points.append(points_nk3[..., :2])
+    middles_n2 = np.full((len(sources), 2), 0.5)
+    return Pieces(torch.cat(views), np.array(sources), middles_n2, np.concatenate(points) if points else None)
+
+
+def _encoder(subject: Subject, gallery: Pieces) -> Encode:
+    if subject.bn_statistics != REESTIMATED:
+        return subject.encoder.load(device(), subject.layers)
+    some = gallery.views_nchw[rng.generator("patches", "statistics").permutation(len(gallery.views_nchw))]
+    views = torch.split(some[: norm.STATISTICS_IMAGES], 64)
+    return extraction.load_reestimated(subject.encoder, views, device(), list(subject.layers))
+
+
+def features(encode: Encode, views_nchw: Tensor) -> dict[str, Floats]:
+    """Return float32 (n, d) of every piece by layer."""
+    made: dict[str, list[Tensor]] = {}
+    for some in batches(len(views_nchw)):
+        with torch.inference_mode():
+            for layer, values_bd in encode(views_nchw[some].to(device())).items():
+                made.setdefault(layer, []).append(values_bd.float().cpu())
+    return {layer: torch.cat(parts).numpy() for layer, parts in made.items()}
+
+
+def neighbours(
+    query_nd: Floats, gallery_md: Floats, k: int, queries: Pieces, gallery: Pieces, same: bool
+) -> Integers:
+    """Return the k nearest pieces of the gallery, int64 (n, k); none of the own image if both sets are the same.
+
+    Args:
+        query_nd: features of the queries.
+        gallery_md: features of the gallery.
+        k: number of neighbours.
+        queries: the pieces asked about.
+        gallery: the pieces that are found.
+        same: both come from one data set.
+    """
+    _, order_nm = nearest(query_nd, gallery_md, len(gallery_md) if same else k)
+    if not same:
+        return order_nm
+    other_nm = gallery.sources_n[order_nm] != queries.sources_n[:, None]
+    kept = [order_m[other_m][:k] for order_m, other_m in zip(order_nm, other_nm, strict=True)]
+    return np.stack(kept)
+
+
+def _chance(asked_n: Integers, known_n: Integers) -> float:
+    """Return the precision of random neighbours."""
+    classes = int(max(asked_n.max(), known_n.max())) + 1
+    shares = (np.bincount(one, minlength=classes) / len(one) for one in (asked_n, known_n))
+    return float(np.multiply(*shares).sum())
+
+
+def _distances(queries: Pieces, gallery: Pieces, nearest_n: Integers) -> dict[str, float]:
+    """Return distances of place or of pose to the nearest, relative to random pairs."""
+    random_n = rng.generator("patches", "pairs").integers(0, len(gallery.sources_n), len(nearest_n))
+    if queries.points_nk2 is not None and gallery.points_nk2 is not None:
+        poses = [_centred(one.points_nk2) for one in (queries, gallery)]
+        near, far = (_mean_distance(poses[0], poses[1][index_n]) for index_n in (nearest_n, random_n))
+        return {"pose_distance": near / far} if far > 0 else {}
+    if np.ptp(gallery.places_n2) == 0:
+        return {}
+    near, far = (
+        _mean_distance(queries.places_n2[:, None], gallery.places_n2[index_n][:, None])
+        for index_n in (nearest_n, random_n)
+    )
+    return {"place_distance": near / far} if far > 0 else {}
+
+
+def _centred(points_nk2: Any) -> Any:
+    """Return points around the middle of those that are seen."""
+    seen_nk1 = np.isfinite(points_nk2).all(2, keepdims=True)
+    sums_n12 = np.where(seen_nk1, points_nk2, 0).sum(1, keepdims=True)
+    return points_nk2 - sums_n12 / seen_nk1.sum(1, keepdims=True).clip(1)
+
+
+def _mean_distance(one_nk2: Any, other_nk2: Any) -> float:
+    """Return the mean distance of points that both show; 0 without any."""
+    distance_nk = np.linalg.norm(one_nk2 - other_nk2, axis=2)
+    there_nk = np.isfinite(distance_nk)
+    return float(distance_nk[there_nk].mean()) if there_nk.any() else 0.0
