@@ -8,11 +8,11 @@ it.
 
 from __future__ import annotations
 
+import functools
 import logging
 import os
 import re
 from collections.abc import Mapping, Sequence
-from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
 
 from raysl import console
@@ -62,7 +62,7 @@ def ingest(
     settings = configure(Config, config, fields)
     if isinstance(source, str | os.PathLike):
         source = open_source(settings.place(os.fspath(source)))
-    start_ray()
+    start_ray(os.fspath(dest))
     from raysl.ingestion.pipeline import ingest as run
 
     return run(source, os.fspath(dest), settings)
@@ -148,7 +148,7 @@ def probe(
     sets = dataset(train), dataset(test)
     from raysl.evaluation import evaluate
     from raysl.evaluation.options import ProbeConfig
-    from raysl.extraction import named
+    from raysl.extraction import Trained, named
 
     config = ProbeConfig(
         probes,
@@ -160,7 +160,7 @@ def probe(
         seed=seed,
     )
     source = named(uri(checkpoint), network, seed)
-    start_ray()
+    start_ray(config.out or (str(source.run.folder) if isinstance(source, Trained) else ""))
     title = f"{uri(checkpoint).rpartition('/')[2]} ({network.name})"
     rows = evaluate.probe_encoder(source, title, *sets, config)
     _draw_nearest(source, sets, config)
@@ -196,13 +196,14 @@ def features(
         config, fields: the configuration; see `FeaturesConfig`.
     """
     console.install()
+    from raysl.extraction import named
     from raysl.extraction.features import FeaturesConfig as Config
+    from raysl.extraction.features import make
 
     settings = configure(Config, config, {**given(data=data, out=out), **fields})
     dataset(settings.data)
-    start_ray()
-    from raysl.extraction.features import make
-
+    named(uri(checkpoint), settings.backbone, settings.seed)
+    start_ray(settings.out)
     return make(uri(checkpoint), settings)
 
 
@@ -303,7 +304,8 @@ def sweep(
     from raysl.tuning import preparation
     from raysl.tuning import sweep as tuning
 
-    learner = run_config(data, "-", base, {}, check=lambda asked: preparation.check(asked, settings))
+    check = functools.partial(preparation.check, config=settings)
+    learner = run_config(data, "-", base, {}, check=check, out=settings.out)
     for labelled in filter(None, (settings.train, settings.validation, settings.test)):
         check_source(labelled)
     return tuning.sweep(learner, settings)
@@ -356,18 +358,17 @@ def views(
     images: int = 8,
     config: Pretraining | None = None,
     **fields: Any,
-) -> Path:
-    """Draw the views that a method makes of some images, and return the path of the picture.
+) -> str:
+    """Draw the views that a method makes of some images, and return the path or URI of the picture.
 
     Args:
         data: the images.
-        out: a PNG file.
+        out: a PNG file, as a path or a URI.
         images: how many images, at least 1.
         config, fields: the configuration; see `Pretraining`.
     """
     console.install()
-    path = Path(out)
-    if path.suffix.lower() != ".png":
+    if not os.fspath(out).lower().endswith(".png"):
         raise UserError(f"The picture {str(out)!r} is not a PNG file. Give --out a name that ends in .png.")
     if images < 1:
         raise UserError(f"images is {images}; it must be at least 1.")
@@ -377,8 +378,8 @@ def views(
     from raysl.documentation import pictures
 
     sheet = pictures.views_sheet(opened, pictures.views_of(settings, opened), settings.seed, images)
-    pictures.save(sheet, path)
-    return path
+    pictures.save(sheet, os.fspath(out))
+    return os.fspath(out)
 
 
 def reproduce(run: AnyRun, config: ReproduceConfig | None = None, **fields: Any) -> Comparison:

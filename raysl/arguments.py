@@ -70,6 +70,7 @@ def run_config(
     fields: Mapping[str, Any],
     workers: bool = True,
     check: Callable[[Pretraining], object] | None = None,
+    out: str = "",
 ) -> Pretraining:
     """Return the configuration of a run, checked before Ray starts.
 
@@ -84,6 +85,7 @@ def run_config(
         fields: fields that replace those of `config`.
         workers: whether workers will train, so that Ray is started and asked what the cluster has.
         check: more checks of the configuration as given, before any data are opened or Ray starts.
+        out: folder of the results, if it is not the run.
     """
     values = _named({**given(data=data, run=run), **fields})
     if isinstance(config, Pretraining):
@@ -92,7 +94,7 @@ def run_config(
             check(made)
         dataset(made.data)
         if workers:
-            start_ray()
+            start_ray(out or made.run)
         return made
     if config is not None and not isinstance(config, Mapping):
         raise _wrong_type(config, Pretraining)
@@ -107,7 +109,7 @@ def run_config(
         import torch
 
         return defaults.resolve(values, dataset(asked.data), 1, torch.cuda.is_available())
-    start_ray()
+    start_ray(out or asked.run)
     from raysl.ray_cluster import placement
 
     if str(values.get("workers", 0)) not in ("0", ""):
@@ -180,10 +182,20 @@ def uri(place: Any) -> str:
     return str(folder)
 
 
-def start_ray() -> None:
-    """Start or join Ray, and say so, unless that has been done."""
-    from raysl import ray_cluster
+def start_ray(*results: str) -> None:
+    """Start or join Ray, and say so, unless that has been done.
 
+    Args:
+        results: folders of results, or "" for none. Ray starts only if files can be written there.
+
+    Raises:
+        UserError: a folder cannot be written, or Ray cannot be started.
+    """
+    from raysl import ray_cluster
+    from raysl.storage import Folder
+
+    for folder in filter(None, results):
+        Folder(folder).check_writable()
     if "ray" not in sys.modules or not sys.modules["ray"].is_initialized():
         with console.working("Starting Ray ..."):
             ray_cluster.start()

@@ -82,7 +82,7 @@ def demo(config: DemoConfig) -> None:
     settings = _settings(config, dataset, out, config.workers or placement.usual_workers())
     sheet = out / "views.png"
     views = Model.of(settings, dataset).views()
-    pictures.save(pictures.views_sheet(dataset, views, settings.seed), sheet)
+    pictures.save(pictures.views_sheet(dataset, views, settings.seed), str(sheet))
     run = pretrain(settings)
     # On the images that it learns from, kNN leaves each image out of its own vote; a classifier cannot.
     probes = ("knn",) if train == test else ("knn", "linear")

@@ -35,6 +35,8 @@ _PATIENCE_S = 90.0
 _FIRST_PAUSE_S, _LONGEST_PAUSE_S = 0.25, 10.0
 # A file for an object store is spooled in memory up to this size, and on disk beyond.
 _SPOOL_BYTES = 64 << 20
+# A file that is written and deleted again to see if a place takes files.
+_TRIAL, _TRIAL_BYTES = ".raysl-trial", 64 << 10
 # Errors of a network file system that is away for a moment. Other local errors do not go away by waiting.
 _TRANSIENT = {
     errno.EIO,
@@ -217,6 +219,22 @@ class Folder:
                     shutil.copyfileobj(cast(IO[bytes], spool), stream, 1 << 20)
 
             self._try(name, "write", upload)
+
+    def check_writable(self) -> None:
+        """Raise StorageError unless files can be written here, before long work whose result would be lost.
+
+        Nothing is left: in a local folder that does not exist yet, the nearest folder above is tried.
+        """
+        if not self.is_local:
+            self.write(_TRIAL, b"")
+            self.delete(_TRIAL)
+            return
+        above = next(path for path in (Path(self.uri), *Path(self.uri).parents) if os.path.lexists(path))
+        try:
+            with tempfile.TemporaryFile(dir=above, buffering=0) as file:
+                file.write(bytes(_TRIAL_BYTES))
+        except OSError as error:
+            raise failure(self.uri, "write", error) from error
 
     def write_json(self, name: str, value: object) -> None:
         """Write `value` as indented JSON with sorted keys."""

@@ -169,11 +169,11 @@ class ViewsFlags:
     """Draw the views of a method. Also takes the flags of `raysl pretrain` except --run, such as --data and --method.
 
     Args:
-        out: file of the picture, a PNG.
+        out: file of the picture, a PNG; a path or a URI.
         images: number of images.
     """
 
-    out: Path = Path("views.png")
+    out: str = "views.png"
     images: int = 8
 
 

@@ -6,7 +6,6 @@ import io
 import math
 from collections.abc import Mapping, Sequence
 from dataclasses import replace
-from pathlib import Path
 
 import numpy as np
 import numpy.typing as npt
@@ -141,13 +140,14 @@ def _shown(dataset: DataSet, indices: npt.NDArray[np.int64]) -> list[tuple[Image
     return [(_picture(decode(row["image"])), name) for row, name in zip(rows, names, strict=True)]
 
 
-def save(sheet: Image.Image, file: Path) -> None:
-    """Write a picture as PNG, atomically; make missing folders.
+def save(sheet: Image.Image, file: str) -> None:
+    """Write a picture as PNG to a path or a URI, atomically; make missing folders.
 
     Raises:
         UserError: the file cannot be written.
     """
-    Folder(str(file.parent)).write(file.name, png(sheet))
+    folder, _, name = file.rpartition("/")
+    Folder(folder or ("/" if file.startswith("/") else ".")).write(name, png(sheet))
 
 
 def png(sheet: Image.Image) -> bytes:

@@ -30,7 +30,7 @@ from raysl.errors import UserError
 from raysl.feature_store import schema
 from raysl.feature_store.files import FINISHED, STARTED, Floats, part_file
 from raysl.feature_store.records import read_record
-from raysl.storage import Folder, filesystem
+from raysl.storage import Folder, filesystem, retry
 
 Numbers = npt.NDArray[np.floating[Any]]
 Integers = npt.NDArray[np.int64]
@@ -284,7 +284,7 @@ class FeatureStore:
 def _files(folder: Folder) -> tuple[dict[str, Any], list[str]]:
     """Return the metadata of a folder of features, and the names of its files."""
     fs, path = filesystem(str(folder))
-    if fs.get_file_info([path])[0].type == pafs.FileType.File:
+    if retry(str(folder), "read", lambda: fs.get_file_info([path])[0]).type == pafs.FileType.File:
         raise UserError(
             f"{str(folder)!r} is a file. Give the folder that holds the Parquet files of the features."
         )

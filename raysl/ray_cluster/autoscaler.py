@@ -96,7 +96,7 @@ def _size(kind: Mapping[str, Any]) -> tuple[float, float]:
 
 def launched_here() -> bool:
     """Return True if this machine is the head of a cluster that `ray up` launched."""
-    return LAUNCHED.expanduser().exists()
+    return os.path.exists(LAUNCHED.expanduser())  # False as well in a home that may not be read.
 
 
 def growth() -> Growth | None:

@@ -32,7 +32,7 @@ from tests.chaos.commands import COMMANDS, Command
 _PATIENCE_S = 300.0
 _LEAVE_WITHIN_S = 20.0
 _DISK_MB = 64
-_SESSIONS, _STRIKES = 3, 3
+_SESSIONS, _STRIKES = 3, 5
 
 
 @dataclass

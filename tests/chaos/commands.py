@@ -62,7 +62,7 @@ def _clustered(uri: str) -> dict[str, str]:
 
 def _probed(uri: str) -> dict[str, str]:
     rows = rows_of(Run(Folder(uri)))
-    return {"rows": _digest(sorted((row["encoder"], row["measure"], row["value"]) for row in rows))}
+    return {"rows": _digest(sorted((row["encoder"], row["name"], row["value"]) for row in rows))}
 
 
 def _exported(uri: str) -> dict[str, str]:
