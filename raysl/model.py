@@ -17,6 +17,7 @@ from raysl.backbone.external_weights import load_weights_into
 from raysl.backbone.network import BackboneConfig
 from raysl.config import Pretraining
 from raysl.dataset import DataSet
+from raysl.errors import UserError
 from raysl.objectives import Alternates, Describes, Objective, Setup, ViewRecipes
 from raysl.own_augmentation import OwnAugmentation
 from raysl.pretext import Geometry
@@ -84,7 +85,9 @@ class Model(nn.Module):
     @staticmethod
     def of(config: Pretraining, dataset: DataSet) -> Model:
         """Return the model of a run on a data set. Raises UserError when the two do not fit together."""
-        return Model(config, DataFacts.of(dataset))
+        model = Model(config, DataFacts.of(dataset))
+        check_columns(model.views(), dataset, config.method)
+        return model
 
     def _load(self, config: BackboneConfig) -> str:
         """Load the weights that training starts from; return a hash of their file, or an empty string."""
@@ -110,6 +113,8 @@ class Model(nn.Module):
             side = view.source.size
             image_bchw = torch.zeros(1, 3, side, side, dtype=torch.uint8)
             none = ImageRng(0, np.zeros(1, np.int64), np.zeros(1, np.int64))
+            if view.of_clips is not None and "frames" not in view.columns:
+                continue  # the sound has a network of its own
             crop_size = view.pretext.transform(image_bchw, none).crops_bpchw.shape[-1]
             network.check_size(self.config.backbone, crop_size, "--view.image-size")
 
@@ -158,6 +163,22 @@ class Model(nn.Module):
         if self.starting_weights:
             facts["starting_weights"] = self.starting_weights
         return facts
+
+
+def check_columns(views: Mapping[str, View], dataset: DataSet, method: str) -> None:
+    """Raise UserError when a view needs clips, or their sound, and the data set has none."""
+    needed = {column for view in views.values() if view.of_clips is not None for column in view.columns}
+    clips = dataset.manifest.clips
+    if needed - set(clips.get("columns", ())):
+        raise UserError(
+            f"The method {method!r} learns from clips and the data set {str(dataset.folder)!r} holds images. Ingest a "
+            "folder of videos, or give --data clips:500."
+        )
+    if "sound" in needed and clips.get("with_sound") == 0:
+        raise UserError(
+            f"The method {method!r} learns from sound and no clip of {str(dataset.folder)!r} has any. Ingest videos "
+            "with an audio track, or give --data clips:500."
+        )
 
 
 def _colors(name: str) -> Recipe | OwnAugmentation:

@@ -60,6 +60,10 @@ class ImageRng:
         """Return the random numbers of the same images under another name: two views have independent numbers."""
         return replace(self, name=f"{self.name}/{name}")
 
+    def shared(self, name: str) -> ImageRng:
+        """Return random numbers that all views of an image share, so that the views can agree on a choice."""
+        return replace(self, name=f"/shared/{name}")
+
     def to(self, device: torch.device) -> ImageRng:
         """Return the same random numbers on another device."""
         return replace(self, device=device)

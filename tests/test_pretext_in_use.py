@@ -29,7 +29,7 @@ from raysl.storage import Folder
 from raysl.stream.plan import Plan
 from raysl.stream.reader import Batch, Stream, StreamConfig, _Load
 from raysl.tuning.space import space
-from tests.data import make_dataset
+from tests.data import make_clips, make_dataset
 
 ONE_FILE = '''
 """Brightness: the image made darker; the target is by how much."""
@@ -117,20 +117,26 @@ def losses_of_steps(network: Model, batch: Batch, steps: int) -> list[float]:
 
 
 @pytest.fixture(scope="module")
+def clips(tmp_path_factory: pytest.TempPathFactory) -> DataSet:
+    return make_clips(tmp_path_factory.mktemp("clips") / "set", 60)
+
+
+@pytest.fixture(scope="module")
 def dataset(tmp_path_factory: pytest.TempPathFactory) -> DataSet:
     return make_dataset(tmp_path_factory.mktemp("data") / "set", 60, side=32)
 
 
 # These change nothing that could be told: they are there to be compared, or for an objective that knows places.
-UNLABELLED = ("identity", "multi_crop", "patch_grid")
+UNLABELLED = ("identity", "multi_crop", "patch_grid", "near_frame", "tracking")
 
 
 @pytest.mark.parametrize("objective", ["predict", "pirl"])
 @pytest.mark.parametrize("transform", [name for name in pretext.names() if name not in UNLABELLED])
 def test_every_transform_trains_when_predicted_and_when_compared(
-    objective: str, transform: str, dataset: DataSet
+    objective: str, transform: str, dataset: DataSet, clips: DataSet
 ) -> None:
     network, config = make(f"{objective}-{transform}")
+    dataset = clips if any(view.of_clips for view in network.views().values()) else dataset
     assert combinations.combines(objective, transform) == "yes"
     losses = losses_of_steps(network, first_batch(network, config, dataset), 4)
     assert np.isfinite(losses).all()
@@ -138,7 +144,10 @@ def test_every_transform_trains_when_predicted_and_when_compared(
 
 
 @pytest.mark.parametrize("transform", pretext.names())
-def test_targets_are_the_same_wherever_views_are_made(transform: str, dataset: DataSet) -> None:
+def test_targets_are_the_same_wherever_views_are_made(
+    transform: str, dataset: DataSet, clips: DataSet
+) -> None:
+    dataset = clips if pretext.of_clips(pretext.build(transform, {}, pretext.Geometry())) else dataset
     here, there = (first_batch(*make(f"pirl-{transform}", place), dataset) for place in ("data", "trainer"))
     assert here.views.keys() == there.views.keys()
     assert here.targets.keys() == there.targets.keys()

@@ -1,4 +1,4 @@
-"""Draw the clips of the procedural video set: two moving shapes, each with a tone, and an articulated figure.
+"""Draw the clips of the procedural video set: two moving shapes, each with its own tone, and an articulated figure.
 
 Every clip is a pure function of its random numbers. All surfaces are height fields over the picture, so depth and
 normals are exact. The light comes from the upper left.
@@ -30,7 +30,9 @@ _LIMBS = ((1, 2), (1, 3), (3, 4), (1, 5), (5, 6), (2, 7), (7, 8), (2, 9), (9, 10
 _LEFT = {1, 2, 5, 6}
 _LIGHT = np.array([-0.4, -0.5, 0.77], np.float32)
 _HEAD_RADIUS, _LIMB_RADIUS = 0.11, 0.035
+# A shape's kind decides its tone, its color an overtone.
 _LOWEST_TONE_HZ, _TONES_PER_OCTAVE, _GLIDE_OCTAVES = 300.0, 2.5, 0.3
+_OVERTONES_HZ = (3200.0, 4200.0, 5400.0, 7000.0)
 
 
 class Drawn(NamedTuple):
@@ -84,7 +86,10 @@ def draw(random: Random, size: int, num_frames: int, rate: float) -> Drawn:
     layers = [_background(random, grid, num_frames)]
     kinds = np.argsort(random("kinds", len(KINDS)))[:2]
     paths = [_path(random, f"path {i}", time_n) for i in range(2)]
-    shapes = [_shape(random, f"shape {i}", int(kinds[i]), paths[i], time_n, grid) for i in range(2)]
+    hues = np.argsort(random("hues", len(_OVERTONES_HZ)))[:2]
+    shapes = [
+        _shape(random, f"shape {i}", int(kinds[i]), int(hues[i]), paths[i], time_n, grid) for i in range(2)
+    ]
     action = int(random("action", 1)[0] * len(ACTIONS))
     points_np2 = _pose(random, action, time_n)
     figure = _figure(random, points_np2, grid)
@@ -98,7 +103,7 @@ def draw(random: Random, size: int, num_frames: int, rate: float) -> Drawn:
     middle = num_frames // 2
     return Drawn(
         pixels,
-        _sound(random, int(kinds[sounding]), paths[sounding][:, 1], rate),
+        _sound(random, int(kinds[sounding]), int(hues[sounding]), paths[sounding][:, 1], rate),
         tracks,
         sounding,
         int(kinds[sounding]),
@@ -123,9 +128,10 @@ def _background(random: Random, grid: tuple[Floats, Floats], num_frames: int) ->
     )
 
 
-def _color(a: npt.NDArray[np.float64]) -> Floats:
-    """Return a color that is neither dark nor grey."""
-    phase = 2 * math.pi * (a[0] + np.array([0, 1 / 3, 2 / 3]))
+def _color(a: npt.NDArray[np.float64], hue: int | None = None) -> Floats:
+    """Return a color that is neither dark nor grey: of any hue, or near one of those of the overtones."""
+    turn = a[0] if hue is None else (hue + 0.3 * (a[0] - 0.5)) / len(_OVERTONES_HZ)
+    phase = 2 * math.pi * (turn + np.array([0, 1 / 3, 2 / 3]))
     return np.asarray((0.55 + 0.35 * np.cos(phase) + 0.1 * a[1]).astype(np.float32))
 
 
@@ -144,6 +150,7 @@ def _shape(
     random: Random,
     name: str,
     kind: int,
+    hue: int,
     path_n2: Floats,
     time_n: npt.NDArray[np.float64],
     grid: tuple[Floats, Floats],
@@ -157,7 +164,7 @@ def _shape(
     gauge = np.hypot(x, y) / (radius * _outline(kind, angle))
     depth = base - bulge * radius * (1 - np.minimum(gauge, 1) ** 2)
     stripes = np.sin(np.hypot(x, y) * np.cos(angle) * (2 * math.pi * (2 + 3 * float(a[5])) / radius))
-    color = _color(a[6:9]) * (0.8 + 0.2 * stripes[..., None])
+    color = _color(a[6:9], hue) * (0.8 + 0.2 * stripes[..., None])
     alpha = np.clip((1 - gauge) * (radius * grid[0].shape[-1]) + 0.5, 0, 1)  # an edge one pixel wide
     return _Surface(alpha.astype(np.float32), depth.astype(np.float32), color.astype(np.float32))
 
@@ -330,13 +337,14 @@ def _seen(points_np2: Floats, top_nhw: npt.NDArray[np.int8], size: int) -> Float
     return np.concatenate([pixels, seen[..., None]], axis=-1).astype(np.float32)
 
 
-def _sound(random: Random, kind: int, height_n: Floats, rate: float) -> npt.NDArray[np.int16]:
-    """Return the tone of a shape: its kind decides the pitch, which rises as the shape rises."""
+def _sound(random: Random, kind: int, hue: int, height_n: Floats, rate: float) -> npt.NDArray[np.int16]:
+    """Return the tone of a shape: its kind decides the pitch, which rises with the shape, its color an overtone."""
     a = random("sound", 2)
     length = round(len(height_n) / rate * SOUND_HZ)
     at_t = np.interp(np.arange(length) / SOUND_HZ, np.arange(len(height_n)) / rate, height_n)
     octave_t = kind / _TONES_PER_OCTAVE + _GLIDE_OCTAVES * (0.5 - at_t)
     phase_t = 2 * math.pi * np.cumsum(_LOWEST_TONE_HZ * 2**octave_t) / SOUND_HZ
     wave_t = np.sin(phase_t) + 0.3 * np.sin(2 * phase_t) + 0.1 * np.sin(3 * phase_t)
+    wave_t += 0.4 * np.sin(2 * math.pi * _OVERTONES_HZ[hue] * np.arange(length) / SOUND_HZ)
     hiss_t = np.random.Generator(np.random.Philox(key=int(a[0] * 2**53))).standard_normal(length)
-    return np.asarray(np.rint((0.25 + 0.3 * a[1]) * 16_000 * wave_t + 60 * hiss_t).astype(np.int16))
+    return np.asarray(np.rint((0.25 + 0.3 * a[1]) * 14_000 * wave_t + 60 * hiss_t).astype(np.int16))

@@ -17,11 +17,13 @@ from dataclasses import dataclass, replace
 from typing import Any, Literal, Protocol, runtime_checkable
 
 import numpy as np
+import numpy.typing as npt
 import torch
 from torch import Tensor, nn
 
 from raysl import plugins
 from raysl.augment import SourceCrop
+from raysl.clips import Clips
 from raysl.errors import UserError
 from raysl.pretext._grayscale import grayscale
 from raysl.rng import ImageRng
@@ -122,6 +124,47 @@ class Dense(Protocol):
         ...
 
 
+@dataclass(frozen=True)
+class Chosen:
+    """The parts of clips that a view shows. One of `frames_bp` and `crops_bpchw` is given.
+
+    Args:
+        frames_bp: int64 (b, p), numbers of frames in the order in which the network gets them.
+        boxes_bp4: float (b, p, 4), the part of each frame: top, left, height and width in pixels. None: one random
+            crop for each clip, by `Pretext.source`, the same for all frames.
+        crops_bpchw: the finished view, uint8; for a view of the sound.
+        target: as `Transformed.target`.
+    """
+
+    frames_bp: npt.NDArray[np.int64] | None = None
+    boxes_bp4: npt.NDArray[np.float64] | None = None
+    crops_bpchw: Tensor | None = None
+    target: Tensor | None = None
+
+
+@runtime_checkable
+class OfClips(Protocol):
+    """Optional part of a transform of clips. It chooses frames or sound before anything is decoded.
+
+    The stream decodes and cuts the chosen frames; `Pretext.transform` is called only for still images, which are clips
+    of one frame.
+
+    Attributes:
+        columns: the columns of `raysl.clips` that are read.
+    """
+
+    columns: tuple[str, ...]
+
+    def choose(self, clips: Clips, image_rng: ImageRng) -> Chosen:
+        """Choose what the view shows of each clip. A pure function."""
+        ...
+
+
+def of_clips(transform: Pretext) -> OfClips | None:
+    """Return the transform if it needs clips; None for a transform of images."""
+    return transform if isinstance(transform, OfClips) else None
+
+
 def dense(transform: Pretext) -> Dense | None:
     """Return the transform, or the last of a composition, when it is `Dense`; otherwise None."""
     last = _last(transform)
@@ -177,6 +220,10 @@ def build(spec: str, configs: Mapping[str, Any], geometry: Geometry) -> Pretext:
         parts.append(transform_type(configs.get(name.strip(), config_type()), geometry))
     if len(parts) == 1:
         return parts[0]
+    if any(of_clips(part) for part in parts):
+        raise UserError(
+            f"The transforms {spec!r} cannot be composed: a transform of clips stands alone. Name it without '+'."
+        )
     return Composition(spec, parts)
 
 

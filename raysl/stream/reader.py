@@ -18,6 +18,7 @@ from typing import Any, Literal
 
 import numpy as np
 import numpy.typing as npt
+import pyarrow as pa
 import torch
 from torch import Tensor
 
@@ -26,6 +27,7 @@ from raysl.device_copy import copied_beside, to_device
 from raysl.errors import UserError
 from raysl.fields import Checked
 from raysl.rng import ImageRng
+from raysl.stream.clip_views import cut_clips
 from raysl.stream.decode import DecodeError, cut, drawn_as
 from raysl.stream.plan import Plan, Rows
 from raysl.stream.views import View
@@ -126,6 +128,12 @@ class Stream:
         """Return the views of a step."""
         names = self.views if self.schedule is None else self.schedule(step)
         return {name: self.views[name] for name in names}
+
+    @property
+    def read_columns(self) -> tuple[str, ...]:
+        """Return the columns of the data set that the views need, and the label."""
+        needed = {column: None for view in self.views.values() for column in view.columns}
+        return (*needed, "label")
 
     def batches(self, start_step: int = 0, end_step: int | None = None) -> Iterator[Batch]:
         """Yield the batches of steps start_step, start_step + 1, ... below end_step, or to the end of the plan.
@@ -296,7 +304,7 @@ class _Load:
     def _steps(self, steps: list[int]) -> Iterator[Columns]:
         stream = self.stream
         rows = [stream.plan.rows(step, stream.rank, stream.world) for step in steps]
-        table = stream.dataset.read(np.concatenate([r.indices_b for r in rows]))
+        table = stream.dataset.read(np.concatenate([r.indices_b for r in rows]), stream.read_columns)
         offset = 0
         for step, one in zip(steps, rows, strict=True):
             part = table.slice(offset, len(one))
@@ -304,26 +312,31 @@ class _Load:
             columns: Columns = {"index": one.indices_b}
             if "label" in part.column_names:
                 columns["label"] = part.column("label").to_numpy()
-            columns.update(self._pixels(part.column("image").to_pylist(), one, stream.views_of(step)))
+            columns.update(self._pixels(part, one, stream.views_of(step)))
             if stream.schedule is not None:
                 columns = {_PACKED: np.array(pickle.dumps(columns, protocol=5), dtype=object)}
             # A batch is one row of Ray Data, which is never split. With images as rows, the trainer would have to
             # put batches together.
             yield {name: values[None] for name, values in columns.items()}
 
-    def _pixels(self, images: list[bytes], rows: Rows, views: Mapping[str, View]) -> Columns:
+    def _pixels(self, table: pa.Table, rows: Rows, views: Mapping[str, View]) -> Columns:
         stream = self.stream
         image_rng = ImageRng(stream.plan.seed, rows.epochs_b, rows.indices_b)
+        sources = {name: view.source for name, view in views.items() if view.of_clips is None}
+        batch = Batch(0, rows, None, {}, {})
         try:
-            crops = cut(images, {name: view.source for name, view in views.items()}, image_rng)
+            crops = cut(table.column("image").to_pylist(), sources, image_rng) if sources else {}
+            crops |= cut_clips(table, views, image_rng, batch.views, batch.targets)
         except DecodeError as error:
             raise UserError(
                 f"An image in the data set {str(stream.dataset.folder)!r} cannot be decoded, although it could when "
                 f"the data was ingested: {error}. A shard file is damaged; run `raysl ingest` again."
             ) from error
         if stream.config.place == "trainer":
-            return {f"crop/{name}": crops_bchw.numpy() for name, crops_bchw in crops.items()}
-        made = stream.finish(Batch(0, rows, None, {}, {}), crops)
-        columns = {f"view/{name}": view.numpy() for name, view in made.views.items()}
+            columns = {f"crop/{name}": crops_bchw.numpy() for name, crops_bchw in crops.items()}
+            made = batch
+        else:
+            columns, made = {}, stream.finish(batch, crops)
+        columns.update({f"view/{name}": view.numpy() for name, view in made.views.items()})
         columns.update({f"target/{name}": target.numpy() for name, target in made.targets.items()})
         return columns

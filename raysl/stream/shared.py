@@ -36,7 +36,7 @@ def slots(stream: Stream) -> dict[str, str]:
 
     def content(name: str) -> Any:
         view = stream.views[name]
-        return view if stream.config.place == "data" else view.source
+        return view if stream.config.place == "data" or view.of_clips is not None else view.source
 
     return {
         name: f"{name}@{hashlib.blake2b(pickle.dumps(content(name)), digest_size=8).hexdigest()}"

@@ -1,0 +1,173 @@
+"""Audio-visual correspondence: does a frame belong to a second of sound?
+
+Arandjelovic and Zisserman 2017, "Look, listen and learn" (arXiv 1705.08168), and 2018, "Objects that sound" (arXiv
+1712.06651). One network sees a frame, another hears a spectrogram of the second around it, and
+
+    L = -log p(y | frame, sound),  y = 1 for the sound of the frame and 0 for other sounds; both weigh the same.
+
+Other sounds come from the other clips of the batch, from another moment of the same clip, or both. "fused" classifies
+the concatenated embeddings (L3-Net). "distance" classifies the Euclidean distance of unit embeddings (AVE-Net), which
+makes them fit for retrieval. "map" compares the sound with every place of the frame and takes the best (AVOL-Net), and
+so learns where the sound comes from. Correspondence of L3-Net on Flickr-SoundNet: 78 %.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import Annotated, Literal
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from raysl import collective
+from raysl.backbone.network import Backbone, encode, encode_maps
+from raysl.contrastive.bank import MemoryBank
+from raysl.errors import UserError
+from raysl.fields import Bounds, Checked
+from raysl.objectives import Loss, Setup
+from raysl.pretext import Pretext
+from raysl.pretext._sound import BANDS, MomentFrame, MomentSound
+from raysl.stream.reader import Batch
+
+
+@dataclass(frozen=True)
+class Config(Checked):
+    """Hyperparameters of the correspondence.
+
+    Args:
+        form: "fused", "distance" or "map"; see above.
+        negatives: where the other sounds come from: "clips", "times" of the same clip, or "both".
+        dim: D, size of the embeddings (paper: 128).
+        window_s: length of the sound in seconds (paper: 1).
+        sound_width: channels of the first layer of the sound network; the last has four times as many.
+    """
+
+    form: Literal["fused", "distance", "map"] = "map"
+    negatives: Literal["clips", "times", "both"] = "clips"
+    dim: Annotated[int, Bounds(1, 16_384)] = 128
+    window_s: Annotated[float, Bounds(0.1, 60)] = 1.0
+    sound_width: Annotated[int, Bounds(4, 1024)] = 32
+
+
+class SoundBackbone(nn.Module):
+    """A network from spectrograms to features. With GroupNorm, the number of workers does not matter."""
+
+    def __init__(self, width: int) -> None:
+        super().__init__()
+        layers: list[nn.Module] = []
+        channels = 1
+        for out in (width, 2 * width, 4 * width):
+            layers += [nn.Conv2d(channels, out, 3, padding=1, bias=False), nn.GroupNorm(4, out)]
+            layers += [nn.ReLU(inplace=True), nn.MaxPool2d(2, ceil_mode=True)]
+            channels = out
+        self.layers = nn.Sequential(*layers)
+        self.width = channels * BANDS // 8
+
+    def forward(self, sounds_bchw: Tensor) -> Tensor:
+        """Compute features (b, width) of uint8 spectrograms: the mean over time, with every pitch by itself."""
+        maps: Tensor = self.layers(sounds_bchw.float() / 127.5 - 1)
+        return maps.mean(dim=3).flatten(1)
+
+
+class AudioVisual(nn.Module):
+    """The sound network, an embedding of each side, and the classifier of the pair."""
+
+    predicts = False
+    bank_dim = 0
+
+    def __init__(self, config: Config, setup: Setup) -> None:
+        super().__init__()
+        setup.no_transform("audio_visual")
+        self.config = config
+        self.views: dict[str, Pretext] = {
+            "frame": MomentFrame(setup.identity.source, config.window_s),
+            "sound": MomentSound(config.window_s, 1 if config.negatives == "clips" else 2),
+        }
+        self.sound_backbone = SoundBackbone(config.sound_width)
+        self.see = nn.Linear(setup.width, config.dim)
+        self.hear = nn.Linear(self.sound_backbone.width, config.dim)
+        if config.form == "fused":
+            self.classify: nn.Module = nn.Sequential(
+                nn.Linear(2 * config.dim, config.dim), nn.ReLU(inplace=True), nn.Linear(config.dim, 1)
+            )
+        else:
+            self.classify = nn.Linear(1, 1)
+            with torch.no_grad():
+                # A small distance, or a large cosine, speaks for the pair.
+                self.classify.weight.fill_(-4.0 if config.form == "distance" else 8.0)
+                self.classify.bias.fill_(4.0 if config.form == "distance" else -2.0)
+
+    def forward(self, backbone: nn.Module, views: Mapping[str, Tensor]) -> dict[str, Tensor]:
+        """Compute embeddings: the frame (b, d), or (b, d, h, w) for "map"; the sounds (b, p, d)."""
+        sounds_bpchw = views["sound"]
+        heard = self.hear(self.sound_backbone(sounds_bpchw.flatten(0, 1)))
+        return {
+            "frame": self._seen(backbone, views["frame"]),
+            "sound": heard.view(*sounds_bpchw.shape[:2], -1),
+        }
+
+    def _seen(self, backbone: nn.Module, frames_bpchw: Tensor) -> Tensor:
+        if self.config.form != "map":
+            return self.see(encode(backbone, frames_bpchw)[:, 0])  # type: ignore[no-any-return]
+        return self._map(backbone, frames_bpchw)
+
+    def _map(self, backbone: nn.Module, frames_bpchw: Tensor) -> Tensor:
+        if not isinstance(backbone, Backbone):
+            raise UserError(
+                "The objective 'audio_visual' in the form 'map' needs a backbone with a spatial map."
+            )
+        maps_bdhw = encode_maps(backbone, frames_bpchw)[:, 0]
+        return self.see(maps_bdhw.movedim(1, -1)).movedim(-1, 1)  # type: ignore[no-any-return]
+
+    def sound_map(self, backbone: nn.Module, frames_bpchw: Tensor, sounds_bpchw: Tensor) -> Tensor:
+        """Return how well the sound fits each place of the frame, a cosine in -1..1: (b, h, w).
+
+        Args:
+            backbone: the backbone of the run.
+            frames_bpchw: uint8 (b, 1, 3, s, s), as of the view "frame".
+            sounds_bpchw: uint8 (b, p, 1, bands, windows), as of the view "sound"; the first is used.
+        """
+        heard_bd = F.normalize(self.hear(self.sound_backbone(sounds_bpchw[:, 0])).float(), dim=1)
+        seen_bdhw = F.normalize(self._map(backbone, frames_bpchw).float(), dim=1)
+        return torch.einsum("bdhw,bd->bhw", seen_bdhw, heard_bd)
+
+    def loss(self, outputs: Mapping[str, Tensor], batch: Batch, bank: MemoryBank | None) -> Loss:
+        """Compute the binary cross-entropy of the pairs of this worker's frames, positives and negatives in balance."""
+        seen, sounds_b2d = outputs["frame"].float(), outputs["sound"].float()
+        index_b = batch.indices_b
+        right_b = self._logits(seen, sounds_b2d[:, :1])[:, 0]
+        wrong: list[Tensor] = []
+        if self.config.negatives != "times":
+            sounds_kd = collective.gather_with_gradient(sounds_b2d[:, 0].contiguous())
+            logits_bk = self._logits(seen, sounds_kd[None].expand(len(seen), -1, -1))
+            other_bk = index_b[:, None] != collective.gather(index_b)[None]
+            # Softplus of minus infinity is 0: the own sound does not count.
+            wrong.append(
+                F.softplus(logits_bk.masked_fill(~other_bk, -1e4)).sum(1) / other_bk.sum(1).clamp(min=1)
+            )
+            accuracy_b = ((logits_bk < 0) & other_bk).sum(1) / other_bk.sum(1).clamp(min=1)
+        if self.config.negatives != "clips":
+            later_b = self._logits(seen, sounds_b2d[:, 1:])[:, 0]
+            wrong.append(F.softplus(later_b))
+            accuracy_b = (
+                (later_b < 0).float() if len(wrong) == 1 else (accuracy_b + (later_b < 0).float()) / 2
+            )
+        loss_b = (F.softplus(-right_b) + torch.stack(wrong).mean(0)) / 2
+        accuracy = ((right_b > 0).float() + accuracy_b.detach()) / 2
+        return Loss(loss_b.mean(), {"accuracy": accuracy.mean()})
+
+    def _logits(self, seen: Tensor, sounds_bkd: Tensor) -> Tensor:
+        """Return the logits of every frame with k sounds: (b, k)."""
+        if self.config.form == "fused":
+            frames_bkd = seen[:, None].expand(-1, sounds_bkd.shape[1], -1)
+            return self.classify(torch.cat([frames_bkd, sounds_bkd], dim=2))[..., 0]  # type: ignore[no-any-return]
+        sounds_bkd = F.normalize(sounds_bkd, dim=2)
+        seen = F.normalize(seen, dim=1)
+        if self.config.form == "map":
+            score_bk = torch.einsum("bdn,bkd->bkn", seen.flatten(2), sounds_bkd).amax(dim=2)
+        else:
+            squared_bk = (2 - 2 * torch.einsum("bd,bkd->bk", seen, sounds_bkd)).clamp(min=1e-8)
+            score_bk = squared_bk.sqrt()
+        return self.classify(score_bk[..., None])[..., 0]  # type: ignore[no-any-return]
