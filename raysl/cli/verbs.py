@@ -194,7 +194,7 @@ def methods(pages: Path | None = None) -> None:
     if pages is not None:
         from raysl.documentation import pages as documents
 
-        documents.write(pages, dataset(documents.DATA))
+        documents.write(pages, dataset(documents.DATA), dataset(documents.CLIPS))
         print(f"{pages}: {len(documents.names())} pages with pictures of the views.")
         return
     from rich.console import Console

@@ -22,7 +22,7 @@ from raysl.storage import Folder
 from raysl.stream.views import View
 
 # Images of the pictures; a data set of photographs would need a licence.
-DATA = "shapes:64?size=96"
+DATA, CLIPS = "shapes:64?size=96", "clips:64?size=96"
 _VIEW = ViewConfig(image_size=96)
 _IMAGES = 3
 _NUM_IMAGES, _NUM_CLASSES = 1_000_000, 10
@@ -36,7 +36,7 @@ PROBES = "probes"
 _PROBES = f"Measurements and protocols of the probes: [{PROBES}]({PROBES}.md)."
 
 _SEEN = (
-    f"Drawn by `raysl views --method {{method}}` from `{DATA}` with `--view.image-size {_VIEW.image_size}`."
+    f"Drawn by `raysl views --method {{method}}` from `{{data}}` with `--view.image-size {_VIEW.image_size}`."
 )
 
 # A part is shown with the first of these, and then of all, that combines with it.
@@ -49,8 +49,13 @@ def names() -> list[str]:
     return [*methods.objective_names(), *pretext.names()]
 
 
-def write(folder: Path, dataset: DataSet) -> None:
+def write(folder: Path, images: DataSet, clips: DataSet) -> None:
     """Write all pages with their pictures, the page of the probes, and an index; make the folder.
+
+    Args:
+        folder: where to write.
+        images: the images of the pictures.
+        clips: the same for methods that learn from clips.
 
     Raises:
         UserError: the folder cannot be written.
@@ -59,7 +64,7 @@ def write(folder: Path, dataset: DataSet) -> None:
     place.write("README.md", index().encode())
     place.write(f"{PROBES}.md", protocols.page().encode())
     for name in names():
-        write_part(place, name, dataset)
+        write_part(place, name, clips if _data(typical_method(name)) == CLIPS else images)
 
 
 def write_part(place: Folder, name: str, dataset: DataSet) -> None:
@@ -100,7 +105,7 @@ def page(name: str) -> str:
         summary,
         rest,
         f"```\n{getattr(_module(name), 'COMMAND', usual)}\n```",
-        f"## Views\n\n![Images and their views]({name}.png)\n\n{_SEEN.format(method=method)}",
+        f"## Views\n\n![Images and their views]({name}.png)\n\n{_SEEN.format(method=method, data=_data(method))}",
         "## Hyperparameters\n\n" + hyperparameters(name, _load(name)[0]()),
         "## Combines with\n\n" + _partners(name),
     ]
@@ -116,6 +121,9 @@ def typical_method(name: str) -> str:
     if name in methods.objective_names():
         found = [t for t in (*_FIRST_TRANSFORMS, *pretext.names()) if _answer(name, t) == "yes"]
         return f"{name}-{found[0]}".rstrip("-")
+    own = getattr(_load(name)[1], "example_objective", None)
+    if own is not None:
+        return f"{own}-{name}"
     return next(
         f"{o}-{name}" for o in (*_FIRST_OBJECTIVES, *methods.objective_names()) if _answer(o, name) == "yes"
     )
@@ -130,6 +138,12 @@ def _views(method: str) -> dict[str, View]:
     except Unset:
         geometry = pretext.Geometry(_VIEW.image_size, _VIEW.min_scale)
         return {"image": View(pretext.build("identity", {}, geometry), recipe(_VIEW.recipe))}
+
+
+@functools.cache
+def _data(method: str) -> str:
+    """Return the name of the data that shows a method."""
+    return CLIPS if any(view.of_clips for view in _views(method).values()) else DATA
 
 
 @functools.cache

@@ -9,6 +9,7 @@ from dataclasses import replace
 
 import numpy as np
 import numpy.typing as npt
+import pyarrow as pa
 from PIL import Image, ImageDraw, ImageFont
 from torch import Tensor
 
@@ -16,9 +17,11 @@ from raysl import rng
 from raysl.config import Pretraining
 from raysl.dataset import DataSet
 from raysl.errors import UserError
-from raysl.model import DataFacts, Model
+from raysl.model import DataFacts, Model, check_columns
+from raysl.pretext import Transformed
 from raysl.rng import ImageRng
 from raysl.storage import Folder
+from raysl.stream.clip_views import cut_clips
 from raysl.stream.decode import cut, decode
 from raysl.stream.views import View
 
@@ -39,10 +42,12 @@ def views_of(config: Pretraining, dataset: DataSet) -> Mapping[str, View]:
     """
     facts = DataFacts.of(dataset)
     try:
-        return Model(config, replace(facts, num_images=max(facts.num_images, _ENOUGH))).views()
+        views = Model(config, replace(facts, num_images=max(facts.num_images, _ENOUGH))).views()
     except UserError:
         # An objective with a label for each image needs the right number of images.
-        return Model(config, facts).views()
+        views = Model(config, facts).views()
+    check_columns(views, dataset, config.method)
+    return views
 
 
 def views_sheet(
@@ -65,10 +70,11 @@ def views_sheet(
     """
     chosen = rng.generator(seed, "views sheet").permutation(dataset.num_images)[:count]
     indices = np.sort(chosen.astype(np.int64))
-    files = dataset.read(indices, ("image",)).column("image").to_pylist()
+    needed = {column: None for view in views.values() for column in view.columns}
+    table = dataset.read(indices, ("image", *(column for column in needed if column != "image")))
+    files = table.column("image").to_pylist()
     image_rng = ImageRng(seed, np.full_like(indices, epoch), indices)
-    crops = cut(files, {name: view.source for name, view in views.items()}, image_rng)
-    made = {name: view(crops[name], image_rng.named(name)) for name, view in views.items()}
+    made = _made(table, views, image_rng)
     originals = [(_picture(decode(data)), f"index {i}") for data, i in zip(files, indices, strict=True)]
     columns = [("original", "as it is stored", originals)]
     for name, view in made.items():
@@ -79,6 +85,18 @@ def views_sheet(
             (f"view: {name}", size, [(mosaic(v), m) for v, m in zip(view.crops_bpchw, marks, strict=True)])
         )
     return _sheet(columns)
+
+
+def _made(table: pa.Table, views: Mapping[str, View], image_rng: ImageRng) -> dict[str, Transformed]:
+    """Return the views of rows of a data set, as the stream makes them."""
+    finished: dict[str, Tensor] = {}
+    targets: dict[str, Tensor] = {}
+    sources = {name: view.source for name, view in views.items() if view.of_clips is None}
+    crops = cut(table.column("image").to_pylist(), sources, image_rng)
+    crops |= cut_clips(table, views, image_rng, finished, targets)
+    made = {name: views[name](crop, image_rng.named(name)) for name, crop in crops.items()}
+    made |= {name: Transformed(view, None) for name, view in finished.items()}
+    return {name: replace(made[name], target=targets.get(name, made[name].target)) for name in views}
 
 
 def neighbours_sheet(
@@ -166,7 +184,7 @@ def mosaic(crops_pchw: Tensor) -> Image.Image:
     """Draw crops in a square grid, row by row, enlarged by a whole number, with gaps between them.
 
     Args:
-        crops_pchw: uint8 (p, 3, h, w).
+        crops_pchw: uint8 (p, 3, h, w), or (p, 1, bands, windows) for spectrograms.
     """
     columns = math.ceil(math.sqrt(len(crops_pchw)))
     rows = math.ceil(len(crops_pchw) / columns)
@@ -186,6 +204,8 @@ def mosaic(crops_pchw: Tensor) -> Image.Image:
 
 
 def _picture(image_chw: Tensor) -> Image.Image:
+    if len(image_chw) == 1:  # a spectrogram: grey, with the low pitches below
+        image_chw = image_chw.flip(1).expand(3, -1, -1)
     return Image.fromarray(np.ascontiguousarray(image_chw.permute(1, 2, 0).cpu().numpy()))
 
 

@@ -32,6 +32,8 @@ _LIGHT = np.array([-0.4, -0.5, 0.77], np.float32)
 _HEAD_RADIUS, _LIMB_RADIUS = 0.11, 0.035
 # A shape's kind decides its tone, its color an overtone.
 _LOWEST_TONE_HZ, _TONES_PER_OCTAVE, _GLIDE_OCTAVES = 300.0, 2.5, 0.3
+# The largest radius of an outline.
+_WIDEST = 1.45
 _OVERTONES_HZ = (3200.0, 4200.0, 5400.0, 7000.0)
 
 
@@ -85,10 +87,10 @@ def draw(random: Random, size: int, num_frames: int, rate: float) -> Drawn:
     grid = x[None], y[None]
     layers = [_background(random, grid, num_frames)]
     kinds = np.argsort(random("kinds", len(KINDS)))[:2]
-    paths = [_path(random, f"path {i}", time_n) for i in range(2)]
+    paths = [_path(random, i, time_n) for i in range(2)]
     hues = np.argsort(random("hues", len(_OVERTONES_HZ)))[:2]
     shapes = [
-        _shape(random, f"shape {i}", int(kinds[i]), int(hues[i]), paths[i], time_n, grid) for i in range(2)
+        _shape(random, f"shape {i}", int(kinds[i]), int(hues[i]), paths[i], time_n, size) for i in range(2)
     ]
     action = int(random("action", 1)[0] * len(ACTIONS))
     points_np2 = _pose(random, action, time_n)
@@ -135,12 +137,12 @@ def _color(a: npt.NDArray[np.float64], hue: int | None = None) -> Floats:
     return np.asarray((0.55 + 0.35 * np.cos(phase) + 0.1 * a[1]).astype(np.float32))
 
 
-def _path(random: Random, name: str, time_n: npt.NDArray[np.float64]) -> Floats:
-    """Return the centre of a shape in each frame, (n, 2): a straight way across a good part of the picture."""
-    a = random(name, 4)
-    angle = 2 * math.pi * a[0]
-    reach = 0.18 + 0.08 * a[1]
-    middle = 0.5 + 0.44 * (a[2:4] - 0.5)
+def _path(random: Random, number: int, time_n: npt.NDArray[np.float64]) -> Floats:
+    """Return the centre of a shape in each frame, (n, 2): a straight way. The two shapes keep to opposite sides."""
+    side = 2 * math.pi * (random("side", 1)[0] + number / 2)
+    a = random(f"path {number}", 3)
+    middle = 0.5 + (0.18 + 0.06 * a[0]) * np.array([math.cos(side), math.sin(side)])
+    angle, reach = 2 * math.pi * a[1], 0.15 + 0.07 * a[2]
     along = (2 * time_n / max(time_n[-1], 1e-9) - 1)[:, None]
     way = middle + along * reach * np.array([math.cos(angle), math.sin(angle)])
     return np.asarray(way.astype(np.float32))
@@ -153,20 +155,39 @@ def _shape(
     hue: int,
     path_n2: Floats,
     time_n: npt.NDArray[np.float64],
-    grid: tuple[Floats, Floats],
+    size: int,
 ) -> _Surface:
+    """Draw a shape in a window that moves with it, which is much quicker than in whole frames."""
     a = random(name, 12)
     radius, bulge, base = 0.11 + 0.05 * float(a[0]), 0.5 + 0.5 * float(a[3]), 1.0 + 1.2 * float(a[4])
     turn_n = 2 * math.pi * (a[1] + 0.25 * (a[2] - 0.5) * time_n)
-    x = grid[0] - path_n2[:, 0, None, None]
-    y = grid[1] - path_n2[:, 1, None, None]
+    side = 2 * math.ceil(_WIDEST * radius * size) + 2
+    corner_n2 = np.floor(path_n2 * size).astype(int) - side // 2
+    place_n2w = corner_n2[:, :, None] + np.arange(side)
+    offset_n2w = ((place_n2w + 0.5) / size - path_n2[:, :, None]).astype(np.float32)
+    x, y = offset_n2w[:, 0, None, :], offset_n2w[:, 1, :, None]
+    distance = np.hypot(x, y)
     angle = np.arctan2(y, x) - turn_n[:, None, None].astype(np.float32)
-    gauge = np.hypot(x, y) / (radius * _outline(kind, angle))
+    gauge = distance / (radius * _outline(kind, angle))
     depth = base - bulge * radius * (1 - np.minimum(gauge, 1) ** 2)
-    stripes = np.sin(np.hypot(x, y) * np.cos(angle) * (2 * math.pi * (2 + 3 * float(a[5])) / radius))
+    stripes = np.sin(distance * np.cos(angle) * (2 * math.pi * (2 + 3 * float(a[5])) / radius))
     color = _color(a[6:9], hue) * (0.8 + 0.2 * stripes[..., None])
-    alpha = np.clip((1 - gauge) * (radius * grid[0].shape[-1]) + 0.5, 0, 1)  # an edge one pixel wide
-    return _Surface(alpha.astype(np.float32), depth.astype(np.float32), color.astype(np.float32))
+    alpha = np.clip((1 - gauge) * (radius * size) + 0.5, 0, 1)  # an edge one pixel wide
+    whole = _empty((len(path_n2), size, size))
+    for n, (rows, columns) in enumerate(place_n2w[:, ::-1]):
+        inside = np.ix_((rows >= 0) & (rows < size), (columns >= 0) & (columns < size))
+        top, left = max(int(rows[0]), 0), max(int(columns[0]), 0)
+        part = alpha[n][inside]
+        there = n, slice(top, top + part.shape[0]), slice(left, left + part.shape[1])
+        whole.alpha_nhw[there], whole.depth_nhw[there] = part, depth[n][inside]
+        whole.color_nhw3[there] = color[n][inside]
+    return whole
+
+
+def _empty(shape: tuple[int, ...]) -> _Surface:
+    return _Surface(
+        np.zeros(shape, np.float32), np.full(shape, 9, np.float32), np.zeros((*shape, 3), np.float32)
+    )
 
 
 def _outline(kind: int, angle: Floats) -> Floats:
@@ -257,9 +278,7 @@ def _figure(random: Random, points_np2: Floats, grid: tuple[Floats, Floats]) -> 
         depth = np.where(nearer, mine, depth)
         color = np.where(nearer[..., None], paint, color)
         alpha = np.maximum(alpha, coverage)
-    whole = _Surface(
-        np.zeros(shape, np.float32), np.full(shape, 9, np.float32), np.zeros((*shape, 3), np.float32)
-    )
+    whole = _empty(shape)
     whole.alpha_nhw[window], whole.depth_nhw[window], whole.color_nhw3[window] = alpha, depth, color
     return whole
 

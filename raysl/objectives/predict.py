@@ -37,9 +37,12 @@ class Config(Checked):
     Args:
         crop_width: width of the projection of each crop before concatenation; only for transforms of several crops
             (1,000 for a ResNet-50 jigsaw).
+        hidden: width of a hidden layer after the concatenation; 0 for a linear classifier, which cannot compare crops
+            with each other.
     """
 
     crop_width: Annotated[int, Bounds(1, 65_536)] = 256
+    hidden: Annotated[int, Bounds(0, 65_536)] = 0
 
 
 class Predict(nn.Module):
@@ -72,7 +75,7 @@ class Predict(nn.Module):
         else:
             self.project = nn.Identity()
         if self.dense is None:
-            self.classify = nn.Linear(crops * width, transform.num_labels)
+            self.classify = _classifier(crops * width, config.hidden, transform.num_labels)
         else:
             self.decode = self.dense.head(crops * width)
 
@@ -95,3 +98,9 @@ class Predict(nn.Module):
         label_b = batch.targets["transformed"].flatten()
         correct = (logits_bk.argmax(dim=1) == label_b).float().mean()
         return Loss(F.cross_entropy(logits_bk, label_b), {"accuracy": correct})
+
+
+def _classifier(width: int, hidden: int, num_labels: int) -> nn.Module:
+    if not hidden:
+        return nn.Linear(width, num_labels)
+    return nn.Sequential(nn.Linear(width, hidden), nn.ReLU(inplace=True), nn.Linear(hidden, num_labels))

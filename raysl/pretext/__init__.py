@@ -150,10 +150,10 @@ class OfClips(Protocol):
     of one frame.
 
     Attributes:
-        columns: the columns of `raysl.clips` that are read.
+        clip_columns: the columns of `raysl.clips` that are read.
     """
 
-    columns: tuple[str, ...]
+    clip_columns: tuple[str, ...]
 
     def choose(self, clips: Clips, image_rng: ImageRng) -> Chosen:
         """Choose what the view shows of each clip. A pure function."""

@@ -14,7 +14,7 @@ from raysl.rng import ImageRng
 class OfFrames:
     """Base of a transform that shows whole frames, or parts of them. A still image is a clip of equal frames."""
 
-    columns: tuple[str, ...] = ("frames", "times")
+    clip_columns: tuple[str, ...] = ("frames", "times")
     num_labels = 0
     colour: Literal["crops", "source", "none"] = "crops"
     num_crops = 1

@@ -63,7 +63,7 @@ class MomentFrame(OfFrames):
 class MomentSound:
     """Spectrograms (b, p, 1, bands, windows) of the moment and, with p = 2, of another moment of the clip."""
 
-    columns = ("times", "sound")
+    clip_columns = ("times", "sound")
     num_labels = 0
     colour: Literal["crops", "source", "none"] = "none"
 

@@ -53,7 +53,7 @@ class Config(Checked):
 class FrameOrder(OfFrames):
     """Whole frames of one clip, all cut, flipped and colored alike."""
 
-    columns = ("frames", "times", "thumbnails")
+    clip_columns = ("frames", "times", "thumbnails")
     colour: Literal["crops", "source", "none"] = "source"
 
     def __init__(self, config: Config, geometry: Geometry) -> None:

@@ -35,6 +35,8 @@ class Config(Checked):
 class NearFrame(OfFrames):
     """One frame, uniform over those near the middle."""
 
+    example_objective = "pirl"
+
     def __init__(self, config: Config, geometry: Geometry) -> None:
         self.within_s = config.within_s
         self.source = SourceCrop(geometry.image_size, geometry.min_scale)

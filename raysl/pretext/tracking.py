@@ -39,9 +39,10 @@ class Config(Checked):
 class Tracking(OfFrames):
     """Two square patches of one clip, each colored by itself."""
 
-    columns = ("frames", "times", "tracks")
+    clip_columns = ("frames", "times", "tracks")
     colour: Literal["crops", "source", "none"] = "crops"
     num_crops = 2
+    example_objective = "triplet"
 
     def __init__(self, config: Config, geometry: Geometry) -> None:
         self.config = config

@@ -38,7 +38,7 @@ class View:
     @property
     def columns(self) -> tuple[str, ...]:
         """Return the columns of the data set that the view reads."""
-        return ("image",) if self.of_clips is None else self.of_clips.columns
+        return ("image",) if self.of_clips is None else self.of_clips.clip_columns
 
     def __call__(self, images_bchw: Tensor, image_rng: ImageRng) -> Transformed:
         """Flip, transform and color a batch of source crops.

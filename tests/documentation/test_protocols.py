@@ -13,7 +13,7 @@ import pytest
 from raysl import probes
 from raysl.documentation import pages, protocols
 from raysl.storage import Folder
-from tests.data import make_dataset
+from tests.data import make_clips, make_dataset
 from tests.documentation.test_pages import AGAIN, FOLDER
 
 ONE_FILE = '''
@@ -105,6 +105,6 @@ def test_a_new_file_has_its_section(tmp_path: Path, monkeypatch: pytest.MonkeyPa
 
 def test_it_is_written_with_the_others(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(pages, "names", list)
-    pages.write(tmp_path, make_dataset(tmp_path / "set", 2))
+    pages.write(tmp_path, make_dataset(tmp_path / "set", 2), make_clips(tmp_path / "clips", 3))
     assert Folder(str(tmp_path)).read(f"{pages.PROBES}.md").decode() == protocols.page()
     assert (tmp_path / "README.md").exists()

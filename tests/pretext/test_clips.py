@@ -46,7 +46,7 @@ def parts(chosen: Chosen) -> list[Any]:
 def test_choices_are_pure_functions_of_seed_epoch_and_index(name: str, clips: Clips) -> None:
     transform = built(name)
     assert isinstance(transform, OfClips)
-    assert set(transform.columns) <= set(COLUMNS), "no method may learn from the truth"
+    assert set(transform.clip_columns) <= set(COLUMNS), "no method may learn from the truth"
     made = parts(transform.choose(clips, image_rng(24)))
     assert all(len(part) == 24 for part in made)
     again = parts(pickle.loads(pickle.dumps(transform)).choose(clips, image_rng(24)))
