@@ -163,14 +163,18 @@ RECIPES = {
 
 
 def recipe(name: str) -> Recipe:
-    """Return a recipe by name.
+    """Return a recipe by name; "simclr-gray-blur" is "simclr" without two of its parts, the fields of `Recipe`.
 
     Raises:
-        UserError: there is no recipe of that name.
+        UserError: there is no recipe of that name, or a recipe has no such part.
     """
-    if name not in RECIPES:
-        raise unknown("augmentation recipe", name, RECIPES)
-    return RECIPES[name]
+    whole, *left_out = name.split("-")
+    if whole not in RECIPES:
+        raise unknown("augmentation recipe", whole, RECIPES)
+    for part in left_out:
+        if part not in vars(RECIPES[whole]):
+            raise unknown("part of an augmentation recipe", part, vars(RECIPES[whole]))
+    return replace(RECIPES[whole], **dict.fromkeys(left_out, 0.0))
 
 
 def hflip(images_bchw: Tensor, image_rng: ImageRng, probability: float) -> Tensor:

@@ -29,8 +29,9 @@ class ViewConfig(Checked):
     Args:
         image_size: side of a training image in pixels; the sizes of jigsaw patches follow from it.
         min_scale: smallest share of the image's area that an ordinary view shows, in 0..1 (PIRL at 224 pixels: 0.08).
-        recipe: color augmentation: pirl, pirl+, simclr, mocov2, npid, byol_a, byol_b, gray (for jigsaws), plain, none,
-            or MODULE:NAME or FILE.py:NAME of a function or a torchvision v2 transform from uint8 (3, h, w) to the same.
+        recipe: color augmentation: pirl, pirl+, simclr, mocov2, npid, byol_a, byol_b, gray (for jigsaws), plain, none;
+            one of these without parts, such as simclr-gray-blur; or MODULE:NAME or FILE.py:NAME of a function or a
+            torchvision v2 transform from uint8 (3, h, w) to the same.
     """
 
     image_size: Annotated[int, Bounds(8, 2048), FROM_DATA] = 32

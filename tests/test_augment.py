@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
+
 import numpy as np
 import pytest
 import torch
@@ -239,3 +241,10 @@ def test_empty_batches_pass_through() -> None:
         0,
         4,
     )
+
+
+def test_a_recipe_without_some_of_its_parts() -> None:
+    whole = recipe("simclr")
+    assert recipe("simclr-gray-blur") == replace(whole, gray=0.0, blur=0.0)
+    with pytest.raises(UserError, match="Unknown part of an augmentation recipe 'grey'"):
+        recipe("simclr-grey")

@@ -12,18 +12,24 @@ class SmallBackbone(nn.Module):
 
     The stages have the names of torchvision's ResNets, with one basic block each. A forward pass at 32 pixels is 6 M
     multiply-adds. Memory bounds a step, so the first convolution already halves the image.
+
+    Args:
+        norm: makes a normalisation of so many channels.
+        width: number of features, a multiple of 8; the stages have an eighth, a quarter, a half and all of them.
     """
 
     width = 192
 
-    def __init__(self, norm: Callable[[int], nn.Module]) -> None:
+    def __init__(self, norm: Callable[[int], nn.Module], width: int = width) -> None:
         super().__init__()
-        self.conv1 = nn.Conv2d(3, 24, 3, stride=2, padding=1, bias=False)
-        self.bn1 = norm(24)
+        self.width = width
+        first, second, third = width // 8, width // 4, width // 2
+        self.conv1 = nn.Conv2d(3, first, 3, stride=2, padding=1, bias=False)
+        self.bn1 = norm(first)
         self.relu = nn.ReLU(inplace=True)
-        self.layer1 = _Block(24, 48, norm)
-        self.layer2 = _Block(48, 96, norm)
-        self.layer3 = _Block(96, 192, norm)
+        self.layer1 = _Block(first, second, norm)
+        self.layer2 = _Block(second, third, norm)
+        self.layer3 = _Block(third, width, norm)
         self.avgpool = nn.AdaptiveAvgPool2d(1)
 
     def forward(self, images_bchw: Tensor) -> Tensor:

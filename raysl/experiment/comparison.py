@@ -83,11 +83,11 @@ class ComparisonFlags(Flags):
 L = TypeVar("L", bound=ComparisonFlags)
 
 
-def small(flags: L) -> L:
+def small(flags: L, local_data: str = _LOCAL_DATA) -> L:
     """Return the flags for `--local`: one seed, few images, and generated ones unless data are given."""
     if not flags.local:
         return flags
-    data = _LOCAL_DATA if flags.data == type(flags)().data else flags.data
+    data = local_data if flags.data == type(flags)().data else flags.data
     return replace(flags, data=data, seeds=flags.seeds[:1], images=2560)
 
 
