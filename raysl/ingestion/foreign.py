@@ -29,9 +29,19 @@ _FORMS = {
     ".pkl": _PICKLED,
     ".pickle": _PICKLED,
     ".bin": f"a binary file without a header, as of STL-10 or CIFAR: with torchvision.datasets {_AS_FOLDER}",
+    ".dcm": f"a DICOM image: with the package pydicom {_AS_FOLDER}",
     ".7z": f"a 7z {_UNPACK}",
     ".rar": f"a RAR {_UNPACK}",
     ".lz4": f"an LZ4 {_UNPACK}",
+}
+_AS_CSV = "write its list of images beside them as CSV with the columns file_name and label, and name that"
+_LISTS = {
+    ".json": f"a JSON file: {_AS_CSV}",
+    ".txt": f"a text file: {_AS_CSV}",
+    ".xlsx": f"a spreadsheet: {_AS_CSV}",
+    ".xls": f"a spreadsheet: {_AS_CSV}",
+    ".sqlite": f"a database: {_AS_CSV}",
+    ".db": f"a database: {_AS_CSV}",
 }
 # Folders that tell which of the Parquet files beside them are valid.
 _LOGS = {
@@ -54,8 +64,8 @@ def refusal(uri: str, survey: Survey | None, recognised: bool) -> str:
         return f"holds {shown(path)}, {_FORMS[_suffix(path)]}" if path and not recognised else ""
     if recognised:
         return ""
-    if _suffix(uri) in _FORMS:
-        return f"is {_FORMS[_suffix(uri)]}"
+    if what := (_FORMS | _LISTS).get(_suffix(uri)):
+        return f"is {what}"
     return "is one image: name the folder that it lies in" if kind_of(uri) == "image" else ""
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass, field
 
 # Kinds of entries that are left out. Files of other kinds are named by `raysl.ingestion.listing.kind_of`.
@@ -82,6 +83,12 @@ def shown(path: str) -> str:
         return path
     text = path.encode("utf-8", "surrogateescape").decode("utf-8", "backslashreplace")
     return "".join(c if c.isprintable() else c.encode("unicode_escape").decode() for c in text)
+
+
+def listed(names: Sequence[str], most: int = 20) -> str:
+    """Return names for a message, the first of them where there are many."""
+    more = f", ... ({len(names):,} in all)" if len(names) > most else ""
+    return ", ".join(shown(name) for name in names[:most]) + more
 
 
 def counted(count: int, noun: str) -> str:

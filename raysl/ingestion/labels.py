@@ -13,6 +13,7 @@ import pyarrow as pa
 import pyarrow.compute as pc
 
 from raysl.errors import UserError
+from raysl.ingestion.found import listed
 
 # Columns that are taken for the label, the first that is there.
 LABEL_NAMES = (
@@ -42,7 +43,7 @@ def find(names: Sequence[str], wanted: str, place: str) -> str:
     """
     if wanted and wanted not in names:
         raise UserError(
-            f"{place} has no column {wanted!r}, which --label-column names. Its columns are {', '.join(names)}."
+            f"{place} has no column {wanted!r}, which --label-column names. Its columns are {listed(names)}."
         )
     if wanted:
         return wanted

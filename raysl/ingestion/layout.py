@@ -15,7 +15,8 @@ from pathlib import PurePosixPath
 from typing import Literal
 
 from raysl.ingestion.found import Found, LeftOut, shown
-from raysl.ingestion.listing import IMAGE, TABLE, Survey, is_split, join
+from raysl.ingestion.listing import IMAGE, NOTES, TABLE, Survey, join
+from raysl.ingestion.split_names import is_split
 
 Labels = Literal["auto", "folders", "none"]
 
@@ -24,6 +25,7 @@ _MASK = (
     r"(masks?|segmentations?|segmentation(class|object)(aug)?|trimaps?|ground_?truths?|gt|gt(fine|coarse)|"
     r"annotations?|labels?|labelids|depths?|disparit(y|ies))"
 )
+_THUMBNAILS = re.compile(r"(.*[_ -])?(thumb(nail)?s?|previews?)", re.IGNORECASE)
 _MASKS = re.compile(rf"(?!(with|without|no|non)[_ -])(.*[_ -])?{_MASK}", re.IGNORECASE)
 # What tools add to the name of an image for its mask, as in 0001_mask.png.
 _SUFFIX = re.compile(rf"[_ -]{_MASK}([_ -].*)?", re.IGNORECASE)
@@ -35,6 +37,11 @@ _GENERIC = re.compile(
     r"(.*[_ -])?(images?|imgs?|jpegimages|rgb|photos?|pictures?|pics?|frames?|data|all|files?|jpe?gs?|pngs?)([_ -].*)?",
     re.IGNORECASE,
 )
+_OBJECTS = (
+    "they name any number of objects in an image (Pascal VOC, COCO, YOLO), "
+    "and a data set holds one class for each image"
+)
+_OTHER_PICTURES = "masks or other pictures of the same images"
 BESIDE_CLASSES = "images beside the class folders"
 _TRAIN = re.compile(r"train", re.IGNORECASE)
 _NUMBER = re.compile(r"\d{5,}")
@@ -52,6 +59,7 @@ class Layout:
         inner_split: split inside of every class folder; "" if there is none.
         class_of: class of an image by its path, for layouts that name them in a file.
         strays: images directly inside `classes_in` are left out.
+        masks_beside: returns True for masks of files beside them, as 0001_mask.png of 0001.png; None if there are none.
     """
 
     found: Found
@@ -61,18 +69,21 @@ class Layout:
     inner_split: str = ""
     class_of: dict[str, str] | None = None
     strays: bool = False
+    masks_beside: Callable[[str], bool] | None = None
 
     def label(self, path: str) -> str | None:
         """Return the class of an image.
 
         Raises:
-            Skip: the image is not read.
+            Skip: the image is not read. Its argument is the reason, unless the image is counted elsewhere.
         """
         folder = path.rpartition("/")[0]
         if (self.base and not join_within(folder, self.base)) or any(
             join_within(folder, out) for out in self.without
         ):
             raise Skip
+        if self.masks_beside and self.masks_beside(path):
+            raise Skip(_OTHER_PICTURES)
         if self.class_of is not None:
             return self.class_of.get(path)
         if self.classes_in is None:
@@ -123,6 +134,7 @@ def recognise(
             left_out.add("images beside the splits", survey.examples[layout.base, IMAGE], stray)
         layout.base = join(layout.base, found.split)
         _descend(survey, layout, labels)
+    layout.masks_beside = _masks_beside(survey, layout.base) if labels != "folders" else None
     _classes(survey, layout, labels, choose)
     if not found.splits:
         choose([])
@@ -139,7 +151,9 @@ def _descend(survey: Survey, layout: Layout, labels: Labels) -> None:
             return
         only = join(base, children[0])
         holds_splits = bool(_splits(survey, only, labels)[0])
-        if is_split(children[0]) or (survey.images(only, direct=True) and not holds_splits):
+        # Archives are often unpacked into a folder of their own name, as train/train.
+        again = children[0].lower() == base.rpartition("/")[2].lower()
+        if (is_split(children[0]) and not again) or (survey.images(only, direct=True) and not holds_splits):
             return
         layout.base = only
 
@@ -151,9 +165,7 @@ def _without_masks(survey: Survey, layout: Layout, labels: Labels) -> list[str]:
         where = join(layout.base, name)
         if where not in layout.without:
             layout.without.add(where)
-            layout.found.left_out.add(
-                "masks or other pictures of the same images", survey.first(where), survey.images(where)
-            )
+            layout.found.left_out.add(_OTHER_PICTURES, survey.first(where), survey.images(where))
     return [name for name in survey.children(layout.base) if name not in masks]
 
 
@@ -162,11 +174,12 @@ def _masks(survey: Survey, base: str, labels: Labels) -> list[str]:
 
     A name is not enough, because a class may be called "surgical mask": the folder lies beside a folder called like
     images, or its files are named after images outside of it and are not JPEG, which does not keep the values of masks.
+    Thumbnails may be JPEG.
     """
     if labels == "folders":
         return []
     children = survey.children(base)
-    named = [name for name in children if _MASKS.fullmatch(name)]
+    named = [name for name in children if _MASKS.fullmatch(name) or _THUMBNAILS.fullmatch(name)]
     others = [name for name in children if name not in named]
     pictures = [name for name in others if _IMAGES.fullmatch(name)]
     if pictures:
@@ -184,12 +197,32 @@ def _masks(survey: Survey, base: str, labels: Labels) -> list[str]:
         same = [
             file
             for file in files
-            if file.suffix.lower() not in _JPEG
+            if (file.suffix.lower() not in _JPEG or _THUMBNAILS.fullmatch(name))
             and (file.stem in stems or _SUFFIX.sub("", file.stem) in stems)
         ]
         if 2 * len(same) > len(files):
             masks.append(name)
     return masks
+
+
+def _image_of_mask(path: str) -> str:
+    """Return the path without suffix of the image that a file is the mask of by its name; "" if it is none."""
+    file = PurePosixPath(path)
+    stem = _SUFFIX.sub("", file.stem)
+    return (
+        str(file.with_name(stem)) if stem not in (file.stem, "") and file.suffix.lower() not in _JPEG else ""
+    )
+
+
+def _masks_beside(survey: Survey, base: str) -> Callable[[str], bool] | None:
+    """Return the function that tells masks, if at least a quarter of the files are masks of files beside them."""
+    first = [path for at in survey.first_names if join_within(at, base) for path in survey.first_paths(at)]
+    stems = {str(PurePosixPath(path).with_suffix("")) for path in first}
+    if not first or 4 * sum(_image_of_mask(path) in stems for path in first) < len(first):
+        return None
+    known = survey.all_files()
+    stems = {str(PurePosixPath(file.path).with_suffix("")) for file in known or ()}
+    return lambda path: bool(image := _image_of_mask(path)) and (known is None or image in stems)
 
 
 def _splits(survey: Survey, base: str, labels: Labels) -> tuple[list[str], list[str]]:
@@ -242,6 +275,7 @@ def _classes(survey: Survey, layout: Layout, labels: Labels, choose: Callable[[l
         found.splits = tuple(sorted({one for names in inner.values() for one in names}))
         found.split = layout.inner_split = choose(list(found.splits))
         found.layout = "class folders with splits inside"
+        example = shown(survey.first(join(join(base, children[0]), found.split)) or example)
     if base and base != found.split:
         found.layout += f", in {shown(base)}/"
     layout.classes_in = base
@@ -265,21 +299,22 @@ def _has_text(survey: Survey, base: str, children: list[str]) -> bool:
     """Return True if there is a text or a JSON file for most images, as img2dataset writes."""
     folders = [join(base, name) for name in children]
     notes = sum(
-        max(survey.folders.get(at, Counter())[kind] for kind in ("text files", "JSON and XML files"))
-        for at in folders
+        max(survey.folders.get(at, Counter())[kind] for kind in ("text files", NOTES)) for at in folders
     )
     return 2 * notes >= sum(survey.images(at) for at in folders)
 
 
 def _unused(survey: Survey) -> str:
     """Return the sentence about annotations and tables that are not used; "" without any."""
+    for (_, kind), path in survey.examples.items():
+        if kind == NOTES and re.search(
+            r"(coco|annotations?|instances|labels)[^/]*\.(json|xml)$", path.lower()
+        ):
+            return f". The annotations in {shown(path)} are not used: {_OBJECTS}"
     for folder, counts in survey.folders.items():
-        notes = counts["JSON and XML files"] or counts["text files"]
+        notes = counts[NOTES] or counts["text files"]
         if notes and re.search(r"/(annotations?|labels)/", f"/{folder.lower()}/"):
-            return (
-                f". The annotations in {shown(folder)}/ are not used: they name any number of objects in an image "
-                "(Pascal VOC, COCO, YOLO), and a data set holds one class for each image"
-            )
+            return f". The annotations in {shown(folder)}/ are not used: {_OBJECTS}"
     table = next((path for (_, kind), path in survey.examples.items() if kind == TABLE), "")
     if not table:
         return ""

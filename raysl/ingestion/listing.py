@@ -11,7 +11,6 @@ from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass, field
 from functools import cached_property
 from itertools import chain, islice
-from pathlib import PurePosixPath
 from typing import TYPE_CHECKING
 
 from raysl.errors import UserError
@@ -22,18 +21,20 @@ from raysl.stream.formats import EXTENSIONS, looks_like_image
 if TYPE_CHECKING:
     import pyarrow.fs as pafs
 
-IMAGE, TABLE, ARCHIVE = "image", "tables", "archives"
+IMAGE, TABLE, ARCHIVE, NOTES = "image", "tables", "archives", "JSON and XML files"
 _FEW_FILES = 100_000
 # Bytes at the beginning of a file that tell whether it is an image.
 _HEAD_BYTES = 4096
 _FIRST_NAMES = 20
 _KINDS = {
     "text files": ".txt .md .rst .log .py .m .ipynb .sh .html .htm .css .js .yaml .yml .cfg .ini .toml .names .license",
-    "JSON and XML files": ".json .xml",
+    NOTES: ".json .xml",
     TABLE: ".csv .tsv .jsonl .ndjson .parquet .arrow .feather .xls .xlsx .sqlite .db",
     ARCHIVE: ".tar .zip .gz .tgz .bz2 .xz .zst .7z .rar",
     "videos": ".mp4 .avi .mov .mkv .webm .mpg .mpeg .wmv .m4v",
     "audio files": ".wav .mp3 .flac .ogg",
+    "images in formats that are not read": ".dcm .exr .hdr .fits .fit .nii .nrrd .mha .mhd .pam .xcf .czi .nd2 .svs",
+    "data in formats that are not read": ".rec .mds .beton .tfrecord .tfrecords .tfrec .mdb .lmdb .lance .zarr",
     "arrays and weights": ".npy .npz .mat .h5 .hdf5 .pkl .pickle .pt .pth .safetensors .onnx",
     "documents": ".pdf .doc .docx .ppt .pptx .eps .ps",
 }
@@ -42,19 +43,16 @@ _KIND_OF = {
     **dict.fromkeys(EXTENSIONS, IMAGE),
 }
 OTHER = "files of unknown kind"
-_HIDDEN_PART = re.compile(r"(?:^|/)(?:\.|(?:__MACOSX|Thumbs\.db|desktop\.ini|lost\+found)(?:/|$))")
+_HIDDEN_PART = re.compile(
+    r"(?:^|/)(?:\.|(?:__MACOSX|Thumbs\.db|desktop\.ini|Icon\r|lost\+found|\$RECYCLE\.BIN|System Volume Information|"
+    r"@eaDir|#recycle|#snapshot)(?:/|$))|~$"
+)
 HIDDEN = "hidden files and folders"
 _LINK_NOWHERE = "links that lead nowhere"
 _NOT_FILES = "pipes, sockets and devices"
 
 # Files that hold the labels of images beside them, see `raysl.ingestion.metadata`.
 LABEL_TABLES = ("metadata.csv", "metadata.jsonl", "metadata.parquet", "val_annotations.txt")
-# The names that data sets give to their splits.
-_SPLIT = r"train|training|trainval|test|testing|val|valid|validation|dev|unlabell?ed|extra"
-_IS_SPLIT = re.compile(rf"({_SPLIT})[ _-]?(set|data|images?|\d+)?", re.IGNORECASE)
-_ENDS_AS_SPLIT = re.compile(rf".*[ _-]({_SPLIT})", re.IGNORECASE)
-# "data-00000-of-00002.arrow" is how Hugging Face names the files of every split.
-_NUMBERED = re.compile(r"(?!data-|part-|shard-)([A-Za-z]\w*?)-\d+-of-\d+")
 
 
 @dataclass(frozen=True, slots=True)
@@ -73,7 +71,7 @@ class File:
 
 
 def is_hidden(path: str) -> bool:
-    """Return True for what operating systems leave behind, and for names that start with a dot."""
+    """Return True for what systems and editors leave behind, and for names that start with a dot."""
     return bool(_HIDDEN_PART.search(path))
 
 
@@ -243,42 +241,8 @@ def stamp(files: Iterable[File]) -> str:
     return digest.hexdigest()
 
 
-def is_split(name: str, strictly: bool = True) -> bool:
-    """Return True if a folder or a file is named like a split, such as "train", "Test", "val2017", "training_set".
-
-    Args:
-        strictly: do not take names that only end like a split, such as "seg_train".
-    """
-    return bool(_IS_SPLIT.fullmatch(name) or (not strictly and _ENDS_AS_SPLIT.fullmatch(name)))
-
-
-def by_split(paths: Iterable[str]) -> dict[str, list[str]]:
-    """Return the files of every split, as the names of the files or of their folders state it; "" if they state none.
-
-    "train-00000-of-00002.parquet", "imagenet-train-000017.tar" and "train/0000.parquet" are of the split "train".
-    "mytrain.parquet" and "mytest.parquet" are two splits, too.
-    """
-    paths = list(paths)
-    splits = {path: _split_of(path) for path in paths}
-    stems = {
-        path: re.fullmatch(r"(.*(?:train|test|val|valid|validation))\.\w+", _name(path)) for path in paths
-    }
-    if not any(splits.values()) and all(stems.values()):
-        splits = {path: match[1] for path, match in stems.items() if match}
-    found: dict[str, list[str]] = {}
-    for path in sorted(paths, key=lambda path: splits[path]):
-        found.setdefault(splits[path], []).append(path)
-    return found
-
-
 def _name(path: str) -> str:
     return path.rpartition("/")[2]
-
-
-def _split_of(path: str) -> str:
-    words = [*re.split(r"[-_.]", _name(path)), PurePosixPath(path).parent.name]
-    match = _NUMBERED.match(_name(path))
-    return match[1] if match else next((word for word in words if _IS_SPLIT.fullmatch(word)), "")
 
 
 @dataclass
@@ -388,6 +352,10 @@ class Survey:
         """Return the names of the first images of a folder and of each folder below it."""
         below = (at for at in self.first_names if at == folder or at.startswith(f"{folder}/"))
         return [name for at in below for name in self.first_names[at]]
+
+    def first_paths(self, folder: str) -> list[str]:
+        """Return the paths of the first images directly inside a folder."""
+        return [join(folder, name) for name in self.first_names.get(folder, ())]
 
     def first(self, folder: str = "") -> str:
         """Return the first image below a folder."""

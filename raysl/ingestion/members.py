@@ -9,7 +9,7 @@ from typing import NamedTuple
 
 from raysl.errors import UserError
 from raysl.ingestion import labels
-from raysl.ingestion.found import LeftOut, shown
+from raysl.ingestion.found import LeftOut, listed, shown
 from raysl.ingestion.listing import HIDDEN, IMAGE, LABEL_TABLES, OTHER, is_hidden, kind_of
 from raysl.ingestion.sources import ReadConfig
 from raysl.stream.formats import looks_like_image
@@ -73,7 +73,7 @@ class Listing:
             self.left_out.add(f"members larger than {MOST_BYTES >> 20} MB", name)
         else:
             base = name.rpartition("/")[2]
-            suffix = base.rpartition(".")[2]
+            suffix = base.rpartition(".")[2].lower()
             kind = kind_of(name) or (f"members called .{suffix}" if "." in base else OTHER)
             small = size <= _MOST_LABEL_BYTES and config.labels == "auto"
             if kind == OTHER and looks_like_image(content()[:_HEAD_BYTES]):
@@ -96,14 +96,14 @@ class Listing:
             UserError: a `.cls` holds no number, and names are not asked for.
         """
         stem, _, suffix = name.rpartition(".")
-        if suffix == "cls":
+        if suffix.lower() == "cls":
             self.in_cls.add(stem)
         elif stem in self.in_cls:
             return
         self.classes.pop(stem, None)
         self.unusable.pop(stem, None)
         try:
-            if suffix == "cls":
+            if suffix.lower() == "cls":
                 label = labels.as_class_of_text(data.decode())
                 if label is not None and not label.isdigit() and wanted != "cls":
                     raise UserError(
@@ -133,7 +133,7 @@ class Listing:
             return "holds no JSON object with named fields"
         column = wanted if wanted in value else labels.find(list(value), "", name)
         if not column:
-            return f"has no label, its fields are {', '.join(value)} (--label-column)"
+            return f"has no label, its fields are {listed(list(value))} (--label-column)"
         self.classes[stem] = labels.as_class(value[column])
         return ""
 

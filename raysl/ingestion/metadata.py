@@ -11,7 +11,7 @@ from collections.abc import Callable
 import pyarrow as pa
 
 from raysl.ingestion import labels
-from raysl.ingestion.found import shown
+from raysl.ingestion.found import listed, shown
 from raysl.ingestion.layout import BESIDE_CLASSES, Layout
 from raysl.ingestion.listing import LABEL_TABLES, Survey, join
 from raysl.ingestion.tables import file_column, normal, read_table
@@ -51,9 +51,9 @@ def _use(layout: Layout, folder: str, path: str, table: pa.Table, wanted: str) -
     if is_tiny and not column:
         why = f"{shown(path)} has one column; its lines must be the name of a file, a tab and its class"
     elif not column:
-        why = f"no column of {shown(path)} is named like a label; its columns are {', '.join(names)} (--label-column)"
+        why = f"no column of {shown(path)} is named like a label; its columns are {listed(names)} (--label-column)"
     elif not files_in:
-        why = f"{shown(path)} has no column file_name; its columns are {', '.join(names)}"
+        why = f"{shown(path)} has no column file_name; its columns are {listed(names)}"
     else:
         files = [
             join(folder, prefix + normal(str(file))) if file else ""

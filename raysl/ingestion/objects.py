@@ -6,6 +6,7 @@ Their rows are written as one Parquet file into the destination, where every mac
 from __future__ import annotations
 
 import os
+import reprlib
 from collections.abc import Iterable, Iterator
 from dataclasses import replace
 from typing import Any
@@ -59,9 +60,14 @@ def _tables(source: Any) -> tuple[str, Iterator[pa.Table]]:
         return f"a list of {len(source):,} files", _of_list(source)
     if hasattr(source, "with_format") and hasattr(source, "features"):
         batches = (batch for batch in source.with_format("arrow").iter(_BATCH_ROWS))
-        return f"{kind} of {len(source):,} rows", (_with_features(source, batch) for batch in batches)
+        count = f" of {len(source):,} rows" if hasattr(source, "__len__") else ""
+        return f"{kind}{count}", (_with_features(source, batch) for batch in batches)
     if hasattr(source, "iter_batches") and hasattr(source, "map_batches"):
         return kind, map(_encoded, source.iter_batches(batch_size=_BATCH_ROWS, batch_format="pyarrow"))
+    if isinstance(source, dict):
+        raise UserError(
+            f"The source is of the type {kind}. Give one of its values, as in source[{next(iter(source), '')!r}]."
+        )
     raise UserError(
         f"The source is of the type {kind}. Give a path, a list of files or of (file, label) pairs, a datasets.Dataset "
         "or a ray.data.Dataset."
@@ -73,7 +79,8 @@ def _of_list(source: Iterable[Any]) -> Iterator[pa.Table]:
     for pair in pairs:
         if len(pair) != 2 or not isinstance(pair[0], str | os.PathLike):
             raise UserError(
-                f"The list of files holds {pair!r}. Each entry must be a path, or a pair of a path and a label."
+                f"The list of files holds {reprlib.repr(pair)}. Each entry must be a path, or a pair of a path and a "
+                "label."
             )
     for start in range(0, len(pairs), 65536):
         part = pairs[start : start + 65536]
@@ -90,7 +97,7 @@ def _of_list(source: Iterable[Any]) -> Iterator[pa.Table]:
 
 def _with_features(source: Any, batch: pa.Table) -> pa.Table:
     """Keep the names of the classes, which Hugging Face writes into the schema."""
-    return batch.replace_schema_metadata(source.features.arrow_schema.metadata)
+    return batch.replace_schema_metadata(source.features.arrow_schema.metadata) if source.features else batch
 
 
 def _encoded(batch: pa.Table) -> pa.Table:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import codecs
 import csv
 import io
 import posixpath
@@ -137,7 +138,7 @@ def read_table(data: bytes, path: str) -> pa.Table:
         table = _read_table(data, path.lower())
         _check_names(table.column_names, path)
         return table.cast(without_views(table.schema))
-    except (pa.ArrowException, OSError) as error:
+    except (pa.ArrowException, OSError, UnicodeDecodeError) as error:
         raise UserError(
             f"Cannot read the table {shown(path)!r}: {error}. Correct it or remove it."
         ) from error
@@ -146,6 +147,10 @@ def read_table(data: bytes, path: str) -> pa.Table:
 def _read_table(data: bytes, name: str) -> pa.Table:
     if name.endswith(".parquet"):
         return pq.ParquetFile(io.BytesIO(data)).read()
+    if data.startswith(b"\x1f\x8b"):
+        raise pa.ArrowInvalid("it is compressed with gzip: unpack it first")
+    if data.startswith((codecs.BOM_UTF16_LE, codecs.BOM_UTF16_BE)):
+        data = data.decode("utf-16").encode()
     if name.endswith((".jsonl", ".ndjson")):
         return pajson.read_json(io.BytesIO(data))
     table = pacsv.read_csv(
@@ -153,6 +158,8 @@ def _read_table(data: bytes, name: str) -> pa.Table:
         read_options=pacsv.ReadOptions(autogenerate_column_names=name.endswith(".txt")),
         parse_options=pacsv.ParseOptions(delimiter=_delimiter(data, name), newlines_in_values=True),
     )
+    if strange := [field.name for field in table.schema if pa.types.is_binary(field.type)]:
+        raise pa.ArrowInvalid(f"the column {strange[0]!r} is not in UTF-8: save the table in UTF-8")
     return table.rename_columns([column.strip() for column in table.column_names])
 
 

@@ -70,7 +70,7 @@ def opened(root: str, path: str) -> Iterator[tuple[Any, str]]:
             if head.startswith(magic):
                 yield unpack(stream), kind
                 return
-        yield stream, "zip" if head.startswith(b"PK\3\4") else ""
+        yield stream, "zip" if head.startswith((b"PK\3\4", b"PK\5\6")) else ""
 
 
 def members(root: str, path: str) -> Iterator[tuple[tarfile.TarInfo, Any]]:

@@ -37,6 +37,8 @@ _SVG = re.compile(
     re.DOTALL,
 )
 _HTML = re.compile(rb"\A(?:\xef\xbb\xbf)?\s*<(?:!doctype html|html|head|body)", re.IGNORECASE)
+_TEXT = re.compile(rb"[\t\n\r -~]+")
+_DAMAGED = {PNG: "PNG", b"GIF8": "GIF", b"II*\0": "TIFF", b"MM\0*": "TIFF"}
 # An SVG drawing has no pixels of its own: its longer side becomes this many.
 _SVG_SIDE = 1024
 # Place of the colour type in a PNG file, behind the bit depth.
@@ -146,6 +148,10 @@ def describe(data: bytes) -> str:
     for magic, what in _REFUSED:
         if data.startswith(magic):
             return f"is {what}"
+    if data.startswith((b"\x89PNG\n", b"\x89PNG\r\r", b"PNG\r\n")):
+        return "is a PNG image that was copied as text: copy it again as binary"
+    if named := next((name for magic, name in _DAMAGED.items() if data.startswith(magic)), ""):
+        return f"is a damaged {named} image: download or copy it again"
     if _HTML.match(data[:1024]):
         return "is a web page and not an image: download the image again"
     if _is_heif(data) or b"avif" in data[8:32]:
@@ -156,6 +162,10 @@ def describe(data: bytes) -> str:
         return "is a DICOM image: write its pixels as TIFF first, for example with the package pydicom"
     if not any(data):
         return "no image of a known format: every byte is zero"
+    if _TEXT.fullmatch(data[:64]):
+        return (
+            f"is a text and not an image: it begins with {data[:24].decode()!r}, so download the image again"
+        )
     return "no image of a known format"
 
 

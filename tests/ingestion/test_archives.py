@@ -98,6 +98,18 @@ def test_why_a_label_is_not_taken(tmp_path: Path, label: dict[str, bytes], why: 
     assert why in found.labels
 
 
+def test_labels_in_fields_with_names_of_their_own(tmp_path: Path) -> None:
+    members = {"0.jpg": jpeg(), "0.target.CLS": b"5", "1.JPG": jpeg(), "1.target.cls": b"6"}
+    assert labels(write_tar(tmp_path / "a.tar", members)) == {"a.tar/0.jpg": "5", "a.tar/1.JPG": "6"}
+    members |= {"1.other.cls": b"7"}
+    assert "1 has several labels" in opened(write_tar(tmp_path / "a.tar", members))[0].labels
+
+
+def test_an_empty_zip(tmp_path: Path) -> None:
+    zipfile.ZipFile(tmp_path / "a.zip", "w").close()
+    assert "Cannot read the archive" in refused(tmp_path / "a.zip")
+
+
 def test_names_in_archives(tmp_path: Path) -> None:
     with tarfile.open(tmp_path / "twice.tar", "w") as archive:
         for seed in (1, 2):

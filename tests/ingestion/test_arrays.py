@@ -138,6 +138,8 @@ def test_numpy(tmp_path: Path) -> None:
     assert not opened(f"{tmp_path}/b.npz#test")[0].classes
     np.savez(tmp_path / "c.npz", images=pixels / 255)
     assert "Images must be uint8" in refused(tmp_path / "c.npz")
+    np.savez(tmp_path / "one.npz", image=np.zeros((9, 9, 3), np.uint8))
+    assert "is that of one image" in refused(tmp_path / "one.npz")
     np.savez(tmp_path / "d.npz", a=pixels, b=pixels)
     assert "are called a, b" in refused(tmp_path / "d.npz")
     np.savez(tmp_path / "e.npz", images=np.array([{}], dtype=object))
@@ -153,6 +155,8 @@ def test_numpy(tmp_path: Path) -> None:
         (["train.tfrecord-00000-of-00001"], "TFRecord"),
         (["data.mdb", "lock.mdb"], "LMDB"),
         (["d.h5"], "h5py"),
+        (["train.idx", "train.rec"], "RecordIO"),
+        (["d.dcm"], "pydicom"),
         (["d.mat"], "loadmat"),
         (["d.npy"], "numpy.savez"),
         (["d.7z"], "unpack it"),

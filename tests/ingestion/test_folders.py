@@ -102,6 +102,46 @@ def test_splits_inside_class_folders(tmp_path: Path) -> None:
     assert labels(f"{tmp_path}#test") == {"cat/test/2.jpg": "cat", "dog/test/4.jpg": "dog"}
 
 
+@pytest.mark.parametrize(
+    ("names", "expected"),
+    [
+        (
+            ["train/train/a/0.jpg", "train/train/b/1.jpg", "test/test/a/2.jpg"],
+            {"train/train/a/0.jpg": "a", "train/train/b/1.jpg": "b"},
+        ),
+        (["train/a/0.jpg", "test/0.jpg"], {"train/a/0.jpg": "a"}),
+        (["trainA/0.jpg", "trainB/1.jpg", "testA/2.jpg", "train/3.jpg"], {"train/3.jpg": None}),
+    ],
+)
+def test_one_split_is_read(tmp_path: Path, names: list[str], expected: dict[str, str | None]) -> None:
+    put(tmp_path, *names)
+    assert labels(f"{tmp_path}#train") == expected
+
+
+def test_what_systems_and_editors_leave_behind(tmp_path: Path) -> None:
+    put(
+        tmp_path,
+        "a/0.jpg",
+        "b/1.jpg",
+        "@eaDir/0.jpg",
+        "$RECYCLE.BIN/0.jpg",
+        "System Volume Information/0.jpg",
+        "a/0.jpg~",
+    )
+    found, rows = opened(tmp_path)
+    assert [row.path for row in rows] == ["a/0.jpg", "b/1.jpg"]
+    assert found.left_out.kinds["hidden files and folders"][0] == 4
+
+
+def test_masks_and_thumbnails_of_images_that_lie_beside_them(tmp_path: Path) -> None:
+    put(tmp_path, *(f"a/{name}.png" for name in ("0", "0_mask", "1", "1_mask", "1_mask_2", "with_mask")))
+    put(tmp_path, "b/2.jpg", "thumbnails/2.jpg")
+    found, rows = opened(tmp_path)
+    assert [row.path for row in rows] == ["a/0.png", "a/1.png", "a/with_mask.png", "b/2.jpg"]
+    assert found.left_out.kinds["masks or other pictures of the same images"][0] == 4
+    assert len(opened(tmp_path, labels="folders")[1]) == 8
+
+
 def test_tiny_imagenet(tmp_path: Path) -> None:
     put(tmp_path, "train/n01/images/n01_0.JPEG", "train/n02/images/n02_0.JPEG", "test/images/t_0.JPEG")
     put(tmp_path, "train/n01/n01_boxes.txt", "wnids.txt", data=b"n01\n")

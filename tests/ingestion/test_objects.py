@@ -63,7 +63,13 @@ def test_a_hugging_face_dataset(tmp_path: Path) -> None:
 
 
 def test_other_objects_are_refused(tmp_path: Path) -> None:
-    for source, says in ((42, "type builtins.int"), ([], "is empty"), ([3], "Each entry must be a path")):
+
+    for source, says in (
+        ({"train": []}, "one of its values"),
+        (42, "type builtins.int"),
+        ([], "is empty"),
+        ([3], "Each entry must be a path"),
+    ):
         with pytest.raises(UserError, match=says):
             ingest(source, str(tmp_path / "out"))
     assert not (tmp_path / "out" / "manifest.json").exists()

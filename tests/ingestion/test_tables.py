@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import gzip
 import json
 from pathlib import Path
 from typing import Any
@@ -247,14 +248,41 @@ def test_images_that_are_missing_or_of_another_form(tmp_path: Path) -> None:
         ("\ufefffile_name, label\r\n0.jpg, a\r\n1.jpg, b\r\n", ["a", "b"]),
         ("filename,label\n./0.jpg,1\n1.jpg,10\n", ["1", "10"]),
         ("path|class\n0.jpg|x\n1.jpg|\n", None),
+        (b"\xff\xfe" + "path,label\n0.jpg,a\n1.jpg,b\n".encode("utf-16-le"), ["a", "b"]),
     ],
 )
-def test_forms_of_csv(tmp_path: Path, text: str, expected: list[str] | None) -> None:
+def test_forms_of_csv(tmp_path: Path, text: str | bytes, expected: list[str] | None) -> None:
     put(tmp_path, "0.jpg", "1.jpg")
-    put(tmp_path, "list.csv", data=text.encode())
+    put(tmp_path, "list.csv", data=text.encode() if isinstance(text, str) else text)
     found, rows = opened(tmp_path / "list.csv")
     assert all(row.image for row in rows)
     assert (list(found.classes) or None) == expected
+
+
+@pytest.mark.parametrize(
+    ("data", "says"),
+    [
+        ("path,label\n0.jpg,caf\xe9\n".encode("latin1"), "'label' is not in UTF-8"),
+        (gzip.compress(b"path,label\n0.jpg,a\n"), "is compressed with gzip"),
+        (b"0.jpg,a\n1.jpg,b\n", "The first line of a table of text must name the columns"),
+        (b"label," + b",".join(b"pixel%d" % i for i in range(784)) + b"\n", "... (785 in all)"),
+    ],
+)
+def test_csv_that_is_refused(tmp_path: Path, data: bytes, says: str) -> None:
+    put(tmp_path, "list.csv", data=data)
+    assert says in refused(tmp_path / "list.csv")
+
+
+def test_a_folder_of_hive_with_splits(tmp_path: Path) -> None:
+    for split in ("train", "test"):
+        write(tmp_path / f"split={split}" / "label=cat" / "0.parquet", [0], column="number")
+    assert "test, train" in refused(tmp_path)
+    assert set(labels(f"{tmp_path}#train").values()) == {"cat"}
+
+
+def test_a_folder_with_a_table_alone_names_it(tmp_path: Path) -> None:
+    put(tmp_path, "list.csv", data=b"path,label\n/photos/0.jpg,a\n")
+    assert f"Give the table as the source: '{tmp_path}/list.csv'" in refused(tmp_path)
 
 
 def test_file_names_that_cannot_be_read(tmp_path: Path) -> None:

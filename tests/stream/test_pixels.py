@@ -14,7 +14,7 @@ import pytest
 from PIL import Image, ImageCms
 
 from raysl.errors import UserError
-from raysl.stream.formats import DecodeError
+from raysl.stream.formats import PNG, DecodeError
 from raysl.stream.pixels import DecodeConfig, Picture, pictures
 
 Array = npt.NDArray[Any]
@@ -379,7 +379,10 @@ def test_a_size_that_a_header_only_claims_is_refused_before_memory_is_taken() ->
     [
         (b"", "empty"),
         (bytes(100), "every byte is zero"),
-        (b"not an image", "no image of a known format"),
+        (b"not an image", "is a text and not an image: it begins with 'not an image'"),
+        (b"\0not an image", "no image of a known format"),
+        (PNG + b"x", "is a damaged PNG image"),
+        (PNG.replace(b"\r\n", b"\n"), "copied as text"),
         (file(ramp(100, 100), "JPEG")[:900], "truncated"),
         (file(ramp(), "PNG")[:100], "damaged"),
         (b"<!DOCTYPE html><html>403 Forbidden</html>", "web page"),

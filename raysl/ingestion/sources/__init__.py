@@ -27,7 +27,8 @@ from raysl.errors import UserError, unknown
 from raysl.fields import check
 from raysl.ingestion import foreign
 from raysl.ingestion.found import Found, LeftOut
-from raysl.ingestion.listing import File, Survey, by_split, files_below, is_folder, read_bytes
+from raysl.ingestion.listing import TABLE, File, Survey, files_below, is_folder, join, read_bytes
+from raysl.ingestion.split_names import by_split
 from raysl.storage import Folder
 
 _HEAD_BYTES = 4096
@@ -237,7 +238,9 @@ def open_source(place: Place) -> Opened:
     if place.is_folder:
         left_out = place.survey[1]
         left_out.update(place.survey[0].others())
-        raise UserError(f"The folder {place.uri!r} holds no images. It holds {left_out}. {recognised()}")
+        table = left_out.kinds.get(TABLE, (0, ""))[1]
+        advice = f"Give the table as the source: {join(place.uri, table)!r}." if table else recognised()
+        raise UserError(f"The folder {place.uri!r} holds no images. It holds {left_out}. {advice}")
     if there:
         raise UserError(f"The file {place.uri!r} is of no known kind. {recognised()}")
     raise UserError(

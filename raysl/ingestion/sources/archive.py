@@ -106,7 +106,7 @@ def _opened_zip(root: str, path: str) -> Iterator[zipfile.ZipFile]:
     try:
         with tar.opened(root, path) as (stream, _), zipfile.ZipFile(stream) as archive:
             yield archive
-    except (*_ZIP_DAMAGE, OSError) as error:
+    except (*_ZIP_DAMAGE, OSError, ValueError) as error:  # Arrow's streams raise ValueError at a false place.
         raise UserError(
             f"Cannot read the archive {shown(f'{root}/{path}'.rstrip('/'))!r}: {error}. Download or copy it again, "
             "then run the same command."
@@ -138,6 +138,9 @@ class Source:
         if not any(listing.images for listing in listings):
             raise UserError(f"The archives at {place.uri!r} hold no images. They hold {self.found.left_out}.")
         self._choose_images(place.config.image_column)
+        if self._first_dot:
+            for listing in listings:
+                _take_fields(listing)
         tables = dict.fromkeys(name for listing in listings for name in listing.tables)
         images = (File(name, m.size, 0) for listing in listings for name, m in listing.images.items())
         # Names that do not tell are those of images, as their content did.
@@ -226,8 +229,10 @@ class Source:
             for name, image in listing.images.items():
                 try:
                     label = of_archive.label(name)
-                except layout.Skip:
-                    if not self._in_members:
+                except layout.Skip as skip:
+                    if skip.args:
+                        self.found.left_out.add(skip.args[0], name)
+                    if skip.args or not self._in_members:
                         continue
                 if self._in_members:
                     label = listing.classes.get(_key(name, self._first_dot)[0])
@@ -270,6 +275,14 @@ def _key(name: str, first_dot: bool) -> tuple[str, str]:
     folder, _, base = name.rpartition("/")
     stem, _, suffix = base.partition(".") if first_dot else base.rpartition(".")
     return (f"{folder}/{stem}" if folder else stem), suffix.lower()
+
+
+def _take_fields(listing: Listing) -> None:
+    """Give samples the labels in fields with names of their own, such as 0001.target.cls."""
+    for stem, label in list(listing.classes.items()):
+        sample = _key(f"{stem}.", first_dot=True)[0]
+        if sample != stem and listing.classes.setdefault(sample, label) != label:
+            listing.unusable[sample] = f"{shown(sample)} has several labels, one of them in {shown(stem)}"
 
 
 def read(unit: Unit) -> Iterator[Row]:

@@ -351,6 +351,11 @@ def _npz(uri: str) -> Iterator[Any]:
 
 def _pixels(array: npt.NDArray[Any], name: str) -> npt.NDArray[np.uint8]:
     """Return images as uint8 (n, h, w, c), where c is 1 or 3."""
+    if array.ndim == 3 and array.shape[2] in (3, 4) and min(array.shape[:2]) >= 8:
+        raise UserError(
+            f"The array {name!r} has the shape {array.shape}, which is that of one image. Images must be stacked along "
+            "a first axis, as (n, height, width, 3)."
+        )
     if array.ndim == 3:
         array = array[..., None]
     if array.ndim == 4 and array.shape[3] not in (1, 3) and array.shape[1] in (1, 3):

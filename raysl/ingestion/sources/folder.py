@@ -94,8 +94,9 @@ class Source:
             if self._survey.is_image(file.path):
                 try:
                     yield file.path, file.num_bytes, self._layout.label(file.path)
-                except layout.Skip:
-                    continue
+                except layout.Skip as skip:
+                    if skip.args:
+                        self.found.left_out.add(skip.args[0], file.path)
 
     def _unit(self, paths: list[str], runs: list[tuple[str | None, int]]) -> Unit:
         return Unit(len(paths), {"root": self._place.uri, "paths": paths, "labels": runs})

@@ -19,8 +19,8 @@ import pyarrow.compute as pc
 
 from raysl.errors import UserError
 from raysl.ingestion import labels, tables
-from raysl.ingestion.found import shown
-from raysl.ingestion.listing import ARCHIVE, IMAGE, TABLE, File, read_bytes, stamp
+from raysl.ingestion.found import listed, shown
+from raysl.ingestion.listing import ARCHIVE, IMAGE, TABLE, File, kind_of, read_bytes, stamp
 from raysl.ingestion.sources import Confidence, Place, Row, Unit, UnitSize, files_ending, read_split
 from raysl.storage import Folder
 
@@ -34,6 +34,8 @@ _BINARY = (".parquet", ".arrow", ".feather")
 _IMAGE_NAMES = ("image", "img", "jpg", "png", "jpeg", "webp", "picture", "photo", "bytes")
 _IN_PARALLEL = 16
 _LONGEST_NAME = 4096
+# How JPEG, PNG, GIF, WebP and data URIs begin in Base64.
+_BASE64 = ("/9j/", "iVBORw0KGgo", "R0lGOD", "UklGR", "data:image/")
 
 
 def recognise(place: Place) -> Confidence:
@@ -192,7 +194,7 @@ class Source:
         column = self._columns[0].label
         if not column:
             with tables.opened(self._place.uri, self._files[0].path) as table:
-                names = ", ".join(table.schema.names)
+                names = listed(table.schema.names)
             asked = (
                 "--labels none was given"
                 if self._place.config.labels == "none"
@@ -278,23 +280,28 @@ def _is_encoded(kind: pa.DataType) -> bool:
 def _image_column(schema: pa.Schema, place: str, wanted: str) -> tuple[str, bool]:
     """Return the column of images, and True if it holds names of files."""
     encoded = _encoded_columns(schema)
-    texts = [f.name for f in schema if pa.types.is_string(f.type) or pa.types.is_large_string(f.type)]
+    # The columns of a table of text without rows have no type.
+    is_text = (pa.types.is_string, pa.types.is_large_string, pa.types.is_null)
+    texts = [field.name for field in schema if any(one(field.type) for one in is_text)]
     if wanted:
         if wanted in encoded or wanted in texts:
             return wanted, wanted in texts
         raise UserError(
             f"The column {wanted!r}, which --image-column names, holds no images in {place!r}. The columns that may "
-            f"are {', '.join((*encoded, *texts)) or 'none'}."
+            f"are {listed((*encoded, *texts)) or 'none'}."
         )
     named = [name for name in _IMAGE_NAMES if name in encoded]
     if named or len(encoded) == 1:
         return (named or encoded)[0], False
     if (files := tables.file_column(texts)) and not encoded:
         return files, True
+    header = ""
+    if any(kind_of(name) == IMAGE for name in schema.names):
+        header = " The first line of a table of text must name the columns."
     raise UserError(
         f"The table {place!r} has {len(encoded)} columns that may hold encoded images and none is named 'image': its "
-        f"columns are {', '.join(schema.names)}. Name one with --image-column; it must be binary, a struct of bytes "
-        "and path, or names of files beside the table."
+        f"columns are {listed(schema.names)}. Name one with --image-column; it must be binary, a struct of bytes "
+        f"and path, or names of files beside the table.{header}"
     )
 
 
@@ -344,7 +351,7 @@ def _from_file(spec: dict[str, Any], name: str | None, label: str | None) -> Row
     """Read an image that a table names; its place is that of the table."""
     if not name:
         return Row(None, label, spec["path"], "the table names no file in this row")
-    if len(name) > _LONGEST_NAME:
+    if len(name) > _LONGEST_NAME or (len(name) > 64 and name.startswith(_BASE64)):
         return Row(
             None,
             label,
