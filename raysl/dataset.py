@@ -21,9 +21,10 @@ import io
 import json
 import zlib
 from collections.abc import Iterable, Iterator, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import asdict, dataclass, field, replace
-from functools import cached_property, lru_cache
-from typing import Any, BinaryIO
+from functools import cached_property
+from typing import Any
 
 import numpy as np
 import numpy.typing as npt
@@ -32,7 +33,8 @@ import pyarrow.parquet as pq
 
 from raysl.errors import UserError
 from raysl.feature_store.records import verified, write_record
-from raysl.storage import Folder, StorageError
+from raysl.parquet_parts import Parts, metadata, spans
+from raysl.storage import Folder
 
 MANIFEST = "manifest.json"
 LEDGER = "bad_images.jsonl"
@@ -41,6 +43,8 @@ SHARDS = "shards"
 FORMAT = 1
 # Row groups of one shard that are read at a time; more would hold many images twice in memory.
 _GROUPS_AT_ONCE = 16
+# Requests to a remote store at a time.
+_REQUESTS_AT_ONCE = 16
 
 
 @dataclass(frozen=True)
@@ -124,40 +128,6 @@ class Manifest:
             labels_checksum=value.get("labels_checksum"),
             clips=dict(value.get("clips", {})),
         )
-
-
-def footer(file: BinaryIO) -> bytes:
-    """Return the footer of an open Parquet file: its metadata, their length and the magic bytes at the end.
-
-    Raises:
-        ValueError: the file does not end like a Parquet file.
-    """
-    size = file.seek(0, 2)
-    file.seek(max(size - 8, 0))
-    end = file.read(8)
-    length = int.from_bytes(end[:4], "little") + 8
-    if end[4:] != b"PAR1" or length > size:
-        raise ValueError("it does not end like a Parquet file")
-    file.seek(size - length)
-    return file.read(length)
-
-
-@lru_cache(maxsize=1024)
-def _metadata(folder: Folder, shard: Shard) -> pq.FileMetaData:
-    """Return the metadata of a shard. A worker reads many row groups of one shard, and the footer only once.
-
-    Raises:
-        ValueError: the footer is damaged.
-    """
-    with folder.open(shard.file) as file:
-        end = footer(file)
-    if shard.checksum not in (None, zlib.crc32(end)):
-        raise ValueError("the checksum of its footer is not the one in the manifest")
-    metadata = pq.read_metadata(pa.BufferReader(b"PAR1" + end))
-    sizes = tuple(metadata.row_group(group).num_rows for group in range(metadata.num_row_groups))
-    if sizes != shard.row_groups:
-        raise ValueError(f"it has {len(sizes)} row groups of other sizes than the manifest says")
-    return metadata
 
 
 @dataclass(frozen=True)
@@ -271,30 +241,58 @@ class DataSet:
     def _row_groups(self, groups: npt.NDArray[np.int64], columns: Sequence[str]) -> Iterator[pa.Table]:
         """Yield the content of row groups, given in ascending order."""
         shards = np.searchsorted(self._first_groups, groups, side="right") - 1
+        pieces: list[tuple[int, npt.NDArray[np.int64]]] = []
         for number in np.unique(shards):
             inside = groups[shards == number]
-            for start in range(0, len(inside), _GROUPS_AT_ONCE):
-                yield from self._of_shard(int(number), inside[start : start + _GROUPS_AT_ONCE], columns)
+            # Of a remote store, row groups that are not neighbours are read at the same time.
+            parts = (
+                [inside]
+                if self.folder.is_local
+                else np.split(inside, np.flatnonzero(np.diff(inside) > 1) + 1)
+            )
+            for part in parts:
+                starts = range(0, len(part), _GROUPS_AT_ONCE)
+                pieces += [(int(number), part[start : start + _GROUPS_AT_ONCE]) for start in starts]
+        if self.folder.is_local:
+            for number, part in pieces:
+                yield from self._of_shard(number, part, columns)
+            return
+        with ThreadPoolExecutor(_REQUESTS_AT_ONCE) as pool:
+            # The footers first, so that no two threads ask for the same one.
+            list(pool.map(self._metadata, np.unique(shards).tolist()))
+            for tables in pool.map(lambda piece: list(self._of_shard(piece[0], piece[1], columns)), pieces):
+                yield from tables
+
+    def _metadata(self, number: int) -> pq.FileMetaData:
+        """Return the metadata of a shard. Raise UserError if it is damaged."""
+        shard = self.manifest.shards[number]
+        try:
+            found = metadata(self.folder / SHARDS, shard.file, shard.num_bytes, shard.checksum)
+            sizes = tuple(found.row_group(group).num_rows for group in range(found.num_row_groups))
+            if sizes != shard.row_groups:
+                raise ValueError(f"it has {len(sizes)} row groups of other sizes than the manifest says")
+            return found
+        except (pa.ArrowException, ValueError) as error:
+            raise self._damaged(shard.file, str(error)) from error
 
     def _of_shard(
         self, number: int, groups: npt.NDArray[np.int64], columns: Sequence[str]
     ) -> Iterator[pa.Table]:
         """Yield the content of row groups of one shard, read with one request for neighbouring ones."""
         shard = self.manifest.shards[number]
-        folder = self.folder / SHARDS
         wanted = ["index", *(name for name in columns if name != "label" or self.has_labels)]
+        footer = self._metadata(number)
+        stored = footer.schema.to_arrow_schema().names
+        there = [name for name in wanted if name in stored]
+        inside = (groups - self._first_groups[number]).tolist()
+        ranges = spans(footer, inside, there)
+        contents = (self.folder / SHARDS).read_ranges(shard.file, ranges)
+        parts = [(start, content) for (start, _), content in zip(ranges, contents, strict=True)]
         try:
-            metadata = _metadata(folder, shard)
-            stored = metadata.schema.to_arrow_schema().names
-            there = [name for name in wanted if name in stored]
-            with folder.open(shard.file) as stream:
-                file = pq.ParquetFile(
-                    stream, metadata=metadata, pre_buffer=True, page_checksum_verification=True
-                )
-                inside = (groups - self._first_groups[number]).tolist()
-                table = file.read_row_groups(inside, columns=there).select(there)
-        except StorageError:
-            raise
+            file = pq.ParquetFile(
+                Parts(shard.num_bytes, parts), metadata=footer, page_checksum_verification=True
+            )
+            table = file.read_row_groups(inside, columns=there).select(there)
         except (OSError, pa.ArrowException, ValueError, KeyError) as error:
             raise self._damaged(shard.file, str(error)) from error
         row = 0

@@ -28,7 +28,7 @@ from raysl.checkpoint import SaveConfig, Saver
 from raysl.clustering.lloyd import Clustering
 from raysl.clustering.state import State
 from raysl.config import Pretraining
-from raysl.dataset import SHARDS, DataSet, Manifest, Shard, footer, parquet_writer
+from raysl.dataset import SHARDS, DataSet, Manifest, Shard, parquet_writer
 from raysl.errors import UserError
 from raysl.evaluation.results import KEY, ROWS, keep, rows_of
 from raysl.extraction.pca import Projection
@@ -37,6 +37,7 @@ from raysl.feature_store.records import signed, write_record
 from raysl.feature_store.store import FeatureStore
 from raysl.ingestion.journal import Header, Journal
 from raysl.objectives.clusterfit import Assignments
+from raysl.parquet_parts import footer
 from raysl.run import METRICS, Run
 from raysl.storage import Folder
 from raysl.tuning.journal import Journal as SweepJournal

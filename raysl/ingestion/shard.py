@@ -17,10 +17,11 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 
 from raysl.clips import COLUMNS, TRUTH
-from raysl.dataset import SHARDS, Shard, footer, parquet_writer
+from raysl.dataset import SHARDS, Shard, parquet_writer
 from raysl.errors import UserError
 from raysl.ingestion.images import Tally, stored
 from raysl.ingestion.sources import Row
+from raysl.parquet_parts import footer
 from raysl.storage import Folder
 from raysl.stream.pixels import DecodeConfig, Ranges
 

@@ -38,6 +38,8 @@ BLOCK_BYTES = 4 << 20
 # Tasks of one Ray Data execution. Listing them takes half a second; they cover hundreds of thousands of photos, or
 # millions of small images.
 SEGMENT = 512
+# A data task that reads a remote store covers so many encoded bytes, and reads the next stretch while it decodes one.
+_REMOTE_TASK_BYTES = 32 << 20
 # Batches whose columns change from step to step are pickled into one column, because Arrow needs fixed columns.
 _PACKED = "packed"
 # Shortest time between two steps of the loop of Ray Data's executor.
@@ -177,11 +179,20 @@ class Stream:
     @property
     def _lead(self) -> int:
         """Steps before the end of a pipeline at which the next one starts."""
-        return self.plan.stretch * (1 + max(1, int(self.share.cpus / self.share.cpus_per_task)))
+        return self.task_steps * (1 + max(1, int(self.share.cpus / self.share.cpus_per_task)))
+
+    @functools.cached_property
+    def task_steps(self) -> int:
+        """Steps of a data task: one stretch of the plan, or several if they are short and the data is remote."""
+        if self.dataset.folder.is_local:
+            return self.plan.stretch
+        images = self.plan.stretch * self.plan.batch_size // self.world
+        task_images = _REMOTE_TASK_BYTES * self.dataset.num_images / max(1, self.dataset.manifest.num_bytes)
+        return self.plan.stretch * max(1, round(task_images / images))
 
     def _open(self, step: int, last: int) -> tuple[int, int, Iterator[Any]]:
         """Start a pipeline and wait for its first batch; return its first step, its end and its rows."""
-        end = min(last, (step // self.plan.stretch + SEGMENT) * self.plan.stretch)
+        end = min(last, (step // self.task_steps + SEGMENT) * self.task_steps)
         rows = iter(self._pipeline(step, end).iter_batches(batch_size=1, prefetch_batches=2))
         return step, end, itertools.chain([next(rows)], rows)
 
@@ -190,8 +201,7 @@ class Stream:
         import ray.data
         from ray.data import ExecutionResources
 
-        first = step // self.plan.stretch
-        num_tasks = -(-end // self.plan.stretch) - first
+        num_tasks = -(-end // self.task_steps) - step // self.task_steps
         # Not `ray.data.range`: its read tasks need a whole CPU each.
         tasks = ray.data.from_items(
             [{"id": number} for number in range(num_tasks)], override_num_blocks=num_tasks
@@ -295,16 +305,28 @@ class _Load:
         return cls(*_loaded(pickled))
 
     def __call__(self, task: Columns) -> Iterator[Columns]:
-        plan = self.stream.plan
+        stretch, length = self.stream.plan.stretch, self.stream.task_steps
+        stretches: list[range] = []
         for number in task["id"]:
-            first = max(self.start, (self.start // plan.stretch + int(number)) * plan.stretch)
-            last = min(self.end, first - first % plan.stretch + plan.stretch)
-            yield from self._steps(list(range(first, last)))
+            first = max(self.start, (self.start // length + int(number)) * length)
+            last = min(self.end, first - first % length + length)
+            edges = [first, *range(first - first % stretch + stretch, last, stretch), last]
+            stretches += map(range, edges[:-1], edges[1:])
+        with ThreadPoolExecutor(1) as reader:
+            reading = reader.submit(self._read, stretches[0])
+            for number, steps in enumerate(stretches):
+                rows, table = reading.result()
+                if number + 1 < len(stretches):
+                    reading = reader.submit(self._read, stretches[number + 1])
+                yield from self._steps(steps, rows, table)
 
-    def _steps(self, steps: list[int]) -> Iterator[Columns]:
+    def _read(self, steps: range) -> tuple[list[Rows], pa.Table]:
         stream = self.stream
         rows = [stream.plan.rows(step, stream.rank, stream.world) for step in steps]
-        table = stream.dataset.read(np.concatenate([r.indices_b for r in rows]), stream.read_columns)
+        return rows, stream.dataset.read(np.concatenate([r.indices_b for r in rows]), stream.read_columns)
+
+    def _steps(self, steps: range, rows: list[Rows], table: pa.Table) -> Iterator[Columns]:
+        stream = self.stream
         offset = 0
         for step, one in zip(steps, rows, strict=True):
             part = table.slice(offset, len(one))

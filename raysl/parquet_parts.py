@@ -1,0 +1,112 @@
+"""Read parts of Parquet files in few requests: the footer once in a process, and neighbouring parts at once."""
+
+from __future__ import annotations
+
+import io
+import zlib
+from collections.abc import Iterable, Sequence
+from functools import lru_cache
+from typing import Any, BinaryIO
+
+import pyarrow as pa
+import pyarrow.parquet as pq
+
+from raysl.storage import Folder
+
+# Unused bytes that are read to save a request, which costs a remote store as much as a megabyte or two.
+_GAP_BYTES = 256 << 10
+# The end of a shard, which holds most footers whole.
+_TAIL_BYTES = 64 << 10
+
+
+def footer(file: BinaryIO) -> bytes:
+    """Return the footer of an open Parquet file: its metadata, their length and the magic bytes at the end.
+
+    Raises:
+        ValueError: the file does not end like a Parquet file.
+    """
+    size = file.seek(0, 2)
+    file.seek(max(size - 8, 0))
+    end = file.read(8)
+    length = int.from_bytes(end[:4], "little") + 8
+    if end[4:] != b"PAR1" or length > size:
+        raise ValueError("it does not end like a Parquet file")
+    file.seek(size - length)
+    return file.read(length)
+
+
+@lru_cache(maxsize=4096)
+def metadata(folder: Folder, name: str, num_bytes: int, checksum: int | None) -> pq.FileMetaData:
+    """Return the metadata of a file. A process reads many row groups of one file, and the footer only once.
+
+    Args:
+        folder: folder of the file.
+        name: name of the file.
+        num_bytes: size of the file.
+        checksum: CRC-32 of the footer; None if it is not known.
+
+    Raises:
+        ValueError: the footer is damaged.
+    """
+
+    def tail(length: int) -> bytes:
+        length = min(length, num_bytes)
+        return folder.read_ranges(name, [(num_bytes - length, length)])[0]
+
+    end = tail(_TAIL_BYTES)
+    length = int.from_bytes(end[-8:-4], "little") + 8
+    end = footer(io.BytesIO(end if length <= len(end) else tail(length)))
+    if checksum not in (None, zlib.crc32(end)):
+        raise ValueError("the checksum of its footer is not the one in the manifest")
+    return pq.read_metadata(pa.BufferReader(b"PAR1" + end))
+
+
+def spans(metadata: pq.FileMetaData, groups: Iterable[int], columns: Sequence[str]) -> list[tuple[int, int]]:
+    """Return (offset, number of bytes) of the parts of a shard that hold columns of row groups, in few pieces."""
+    chunks = []
+    for group in map(metadata.row_group, groups):
+        for column in map(group.column, range(group.num_columns)):
+            if column.path_in_schema.split(".")[0] in columns:
+                start = min(column.dictionary_page_offset or column.data_page_offset, column.data_page_offset)
+                chunks.append((start, start + column.total_compressed_size))
+    found: list[tuple[int, int]] = []
+    for start, end in sorted(chunks):
+        if found and start - sum(found[-1]) <= _GAP_BYTES:
+            found[-1] = (found[-1][0], end - found[-1][0])
+        else:
+            found.append((start, end - start))
+    return found
+
+
+class Parts(io.RawIOBase):
+    """A file of which some parts are in memory.
+
+    Args:
+        parts: (offset, content) of each part.
+    """
+
+    def __init__(self, size: int, parts: Sequence[tuple[int, bytes]]) -> None:
+        self._size = size
+        self._parts = parts
+        self._at = 0
+
+    def readable(self) -> bool:
+        return True
+
+    def seekable(self) -> bool:
+        return True
+
+    def tell(self) -> int:
+        return self._at
+
+    def seek(self, offset: int, whence: int = 0) -> int:
+        self._at = offset + (0, self._at, self._size)[whence]
+        return self._at
+
+    def read(self, size: int = -1) -> Any:
+        for start, content in self._parts:
+            if start <= self._at < start + len(content):
+                found = memoryview(content)[self._at - start :][:size]
+                self._at += len(found)
+                return found
+        raise ValueError(f"it ends before byte {self._at}")
