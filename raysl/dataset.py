@@ -32,7 +32,7 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 
 from raysl.errors import UserError
-from raysl.feature_store.records import verified, write_record
+from raysl.feature_store.records import verified, verified_lines, write_record
 from raysl.parquet_parts import Parts, metadata, spans
 from raysl.storage import Folder
 
@@ -355,10 +355,20 @@ class DataSet:
         )
 
     def bad_images(self) -> list[dict[str, str]]:
-        """Return the ledger: {"path", "reason"} for every source image that could not be decoded."""
+        """Return the ledger: {"path", "reason"} for every source image that could not be decoded.
+
+        Raises:
+            UserError: the ledger is damaged.
+        """
         if not self.folder.exists(LEDGER):
             return []
-        return [json.loads(line) for line in self.folder.read(LEDGER).splitlines()]
+        try:
+            return [json.loads(line) for line in verified_lines(self.folder.read(LEDGER).splitlines())]
+        except ValueError as error:
+            raise UserError(
+                f"The file {self.folder}/{LEDGER} is damaged: {error}. Delete it, or ingest the source again; the "
+                "images do not depend on it."
+            ) from error
 
 
 def parquet_writer(stream: object, schema: pa.Schema) -> pq.ParquetWriter:

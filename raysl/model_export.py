@@ -26,6 +26,7 @@ from raysl.backbone.network import TIMM, Backbone, names
 from raysl.config import Pretraining
 from raysl.errors import UserError
 from raysl.evaluation.results import ENCODERS, KEY, rows_of
+from raysl.feature_store.records import write_record
 from raysl.fields import Bounds, check
 from raysl.reporting.command import command
 from raysl.reporting.plain_names import code_block, code_span, markdown
@@ -72,7 +73,7 @@ def export(run: Run, config: ExportConfig) -> Folder:
     for name, data in files.items():
         out.write(name, data)
     settings = {"backbone": asdict(pretraining.backbone), "image_size": pretraining.view.image_size}
-    out.write_json(extraction.SETTINGS, settings)  # For raysl.load.
+    write_record(out, extraction.SETTINGS, settings)  # For raysl.load.
     out.write(CARD, _card(run, backbone, source.checkpoint.step, form).encode())
     return out
 

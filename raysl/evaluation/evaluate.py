@@ -29,6 +29,7 @@ from raysl.evaluation.results import (
     shown,
 )
 from raysl.extraction import Encoder, FeatureProtocol, FeatureStore, Reestimated, Trainable, view_size
+from raysl.feature_store.records import verified, write_record
 from raysl.ingestion import resolve
 from raysl.probes import (
     EncoderProbe,
@@ -170,7 +171,7 @@ def _folder_of(out: str, title: str, source: Encoder) -> Folder:
     about = json.loads(json.dumps({"name": title, "identity": source.identity()}))
     has_rows = folder.exists(ROWS) or folder.exists(OLD_ROWS)
     try:
-        another = has_rows and folder.exists(MODEL) and folder.read_json(MODEL) != about
+        another = has_rows and folder.exists(MODEL) and verified(folder.read_json(MODEL)) != about
     except ValueError as error:
         raise UserError(
             f"The file {folder / MODEL} is damaged: {error}. Give --out another folder."
@@ -181,7 +182,7 @@ def _folder_of(out: str, title: str, source: Encoder) -> Folder:
             "is empty or does not exist."
         )
     # Written before the rows, so that rows always have an owner.
-    folder.write_json(MODEL, about)
+    write_record(folder, MODEL, about)
     return folder
 
 

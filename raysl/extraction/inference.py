@@ -21,6 +21,7 @@ from raysl.extraction import encoders
 from raysl.extraction import layers as layer_names
 from raysl.extraction.encoders import Encoder, Trained, view_size
 from raysl.extraction.layers import POOLED, Encode
+from raysl.feature_store.records import verified
 from raysl.run import METADATA, Run
 from raysl.storage import Folder
 from raysl.stream import decode
@@ -171,7 +172,7 @@ def _settings(folder: Folder) -> tuple[BackboneConfig, int] | None:
     """Return what raysl or timm wrote beside the weights."""
     try:
         if folder.exists(SETTINGS):
-            stated = json.loads(folder.read(SETTINGS))
+            stated = verified(folder.read_json(SETTINGS))
             return BackboneConfig(**stated["backbone"]), int(stated["image_size"])
         if folder.exists("config.json"):
             stated = json.loads(folder.read("config.json"))

@@ -8,7 +8,6 @@ read from the source and write to the destination.
 from __future__ import annotations
 
 import hashlib
-import json
 import logging
 import os
 from collections import Counter
@@ -23,6 +22,7 @@ import ray.data
 
 from raysl.dataset import LEDGER, SHARDS, DataSet, Manifest, Shard
 from raysl.errors import UserError
+from raysl.feature_store.records import signed_line
 from raysl.fields import Bounds, check
 from raysl.ingestion import destination, images, objects, progress, shard
 from raysl.ingestion.found import counted, shown
@@ -312,7 +312,7 @@ def _finish(source: Source, listed: Listed, journal: Journal, config: IngestConf
     with dest.writing(LEDGER) as ledger:
         for written in journal.all_written():
             for path, reason in written.bad:
-                ledger.write((json.dumps({"path": path, "reason": reason}) + "\n").encode())
+                ledger.write(signed_line({"path": path, "reason": reason}))
                 kinds[reason.partition(":")[0]] += 1
                 if len(reasons) < 3:
                     reasons.append(f"{path}: {reason}")

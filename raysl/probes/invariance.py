@@ -37,6 +37,7 @@ from torch.nn.functional import normalize
 from raysl import pretext, rng
 from raysl.errors import UserError
 from raysl.extraction import Heads, heads
+from raysl.feature_store.records import write_record
 from raysl.fields import Bounds
 from raysl.pretext import Geometry, Pretext, Transformed
 from raysl.probes import Integers, Labelled, Row, Settings, Subject, check_features, field_values
@@ -116,7 +117,7 @@ class Invariance:
                 f"The probe invariance compares images and the test set has {subject.test.num_images}. Give at least 4."
             )
         ((rows, counts),) = run_tasks(_measure, [(subject, self.config, transforms)])
-        subject.folder.write_json(HISTOGRAM, {"edges": EDGES.tolist(), "counts": counts})
+        write_record(subject.folder, HISTOGRAM, {"edges": EDGES.tolist(), "counts": counts})
         yield from rows
 
 

@@ -13,6 +13,7 @@ import numpy.typing as npt
 from raysl.config import FREE
 from raysl.errors import UserError
 from raysl.evaluation.results import MODEL, MOMENTUM, rows_of
+from raysl.feature_store.records import verified
 from raysl.run import METADATA, Run
 from raysl.storage import Folder
 
@@ -103,7 +104,7 @@ def _entry(folder: Folder) -> Entry:
         return Entry(run, config["method"], config["seed"], identity, rows, run.metrics_columns(_COLUMNS))
     if folder.exists(MODEL):
         try:
-            model = folder.read_json(MODEL)
+            model = verified(folder.read_json(MODEL))
             name, identity = str(model["name"]), dict(_flat(dict(model["identity"])))
         except (ValueError, KeyError, TypeError) as error:
             raise UserError(

@@ -10,11 +10,14 @@ import numpy as np
 import numpy.typing as npt
 from matplotlib import colormaps
 
+from raysl.errors import UserError
 from raysl.evaluation.results import of_images
+from raysl.feature_store.records import verified
 from raysl.probes.invariance import HEADS, HISTOGRAM, OTHERS
 from raysl.reporting.figure import Figure, drawn, panels
 from raysl.reporting.report_runs import PROTOCOL, Entry, Group, LabelledRow, labels, layers
 from raysl.reporting.tables import Estimate, estimates
+from raysl.storage import Folder
 
 # Baselines without training.
 _LINES = {"untrained": "--", "raw pixels": ":"}
@@ -147,7 +150,16 @@ def _newest_histograms(entry: Entry) -> dict[tuple[str, str, str], tuple[int, di
             encoder, step, test, protocol = parts
             key = encoder, test, protocol
             newest[key] = max(newest.get(key, (-1, "")), (int(step), name))
-    return {key: (step, (folder / name).read_json(HISTOGRAM)) for key, (step, name) in newest.items()}
+    return {key: (step, _read_histogram(folder / name)) for key, (step, name) in newest.items()}
+
+
+def _read_histogram(folder: Folder) -> dict[str, Any]:
+    try:
+        return verified(folder.read_json(HISTOGRAM))
+    except ValueError as error:
+        raise UserError(
+            f"The file {folder}/{HISTOGRAM} is damaged: {error}. Delete it and run `raysl probe` again."
+        ) from error
 
 
 def _histogram(by_label: Mapping[str, Sequence[Counts]], edges: Sequence[float]) -> tuple[bytes, str]:
