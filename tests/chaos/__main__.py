@@ -42,10 +42,12 @@ class Chaos:
     Args:
         work: images, undisturbed results, and the journal of rounds.
         seed: seed of all choices.
+        chosen: the commands that are disturbed.
     """
 
     work: Path
     seed: int
+    chosen: list[Command]
 
     def __post_init__(self) -> None:
         self.work.mkdir(parents=True, exist_ok=True)
@@ -75,12 +77,13 @@ class Chaos:
         return faults.Target(driver, self.mark, self.disk if self.mounted else None)
 
     def undisturbed(self) -> dict[str, tuple[float, dict[str, str]]]:
-        """Return the duration and result of each command by name; run those that have none yet."""
+        """Return the duration and result of each command by name. Run those without any, and those before."""
         file = self.work / "undisturbed.json"
         known = json.loads(file.read_text()) if file.exists() else {}
         if not self.places["images"].exists():
             commands.write_images(self.places["images"])
-        for command in COMMANDS:
+        last = max(COMMANDS.index(command) for command in self.chosen)
+        for command in COMMANDS[: last + 1]:
             if command.name not in known:
                 shutil.rmtree(self.places[command.name], ignore_errors=True)
                 begun = time.monotonic()
@@ -132,7 +135,7 @@ class Chaos:
     def round(self, number: int, undisturbed: dict[str, tuple[float, dict[str, str]]]) -> dict[str, Any]:
         """Disturb a command, complete it, and compare its result."""
         rng = random.Random(f"{self.seed}/{number}")
-        (command,) = rng.choices(COMMANDS, [one.weight for one in COMMANDS])
+        (command,) = rng.choices(self.chosen, [one.weight for one in self.chosen])
         seconds, expected = undisturbed[command.name]
         out = self.disk / "out"
         shutil.rmtree(out, ignore_errors=True)
@@ -230,13 +233,15 @@ def main() -> int:
     parser.add_argument("--faults", type=int, default=100, help="faults to try")
     parser.add_argument("--minutes", type=float, default=600, help="begin no round after this time")
     parser.add_argument("--seed", type=int, default=0)
+    names = [command.name for command in COMMANDS]
+    parser.add_argument("--commands", nargs="+", default=names, choices=names, help="commands to disturb")
     parser.add_argument(
         "--work", type=Path, default=Path("build/chaos"), help="folder of results and the journal"
     )
     parser.add_argument("--out", type=Path, help="folder for the table and the rounds")
     given = parser.parse_args()
     signal.signal(signal.SIGTERM, lambda *_: sys.exit(143))
-    chaos = Chaos(given.work.resolve(), given.seed)
+    chaos = Chaos(given.work.resolve(), given.seed, [one for one in COMMANDS if one.name in given.commands])
     try:
         rows = chaos.rounds(given.faults, given.minutes)
     finally:

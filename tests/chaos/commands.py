@@ -107,6 +107,8 @@ COMMANDS = (
         _pretrained,
         5,
     ),
+    Command("export", "export {pretrain} --format safetensors --out {out}", _exported, 1),
+    Command("report", "report {pretrain} --out {out}", _reported, 1),
     Command("features", "features {pretrain} --data {ingest} --layer pooled --out {out}", _extracted, 2),
     Command("k-means", "cluster {features} --k 8 --restarts 3 --actors 2 --out {out}", _clustered, 2),
     Command(
@@ -119,8 +121,6 @@ COMMANDS = (
     Command(
         "probe", "probe {pretrain} --train {ingest} --test {ingest} --probes knn --out {out}", _probed, 1
     ),
-    Command("export", "export {pretrain} --format safetensors --out {out}", _exported, 1),
-    Command("report", "report {pretrain} --out {out}", _reported, 1),
 )
 
 
