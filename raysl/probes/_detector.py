@@ -1,10 +1,14 @@
-"""Faster R-CNN on the feature maps of any convolutional backbone.
+"""Faster R-CNN on the feature maps of any convolutional backbone, or on the patch tokens of a vision transformer.
 
 Ren et al. 2015, "Faster R-CNN", with the feature pyramid of Lin et al. 2017, from torchvision. An empty image shows
 which modules give maps: the last module of each map size is used, from a quarter of the image size down, four at most.
 Forward hooks read the maps, because torchvision's `create_feature_extractor` cannot trace every backbone. BatchNorm is
 frozen, statistics and weights, as in PIRL. Networks that were trained in different ways differ in the scale of their
 maps (He et al. 2020, MoCo, add normalisation for that reason), so each convolution of the pyramid has a GroupNorm.
+
+A vision transformer of timm has one map, that of its last patch tokens. The pyramid takes it at twice, once and half of
+its resolution, as Li et al. 2022, "Exploring plain vision transformer backbones for object detection", without the
+learned layers that they enlarge it by.
 """
 
 from __future__ import annotations
@@ -14,6 +18,7 @@ from typing import Any, Self
 
 import torch
 from torch import Tensor, nn
+from torch.nn.functional import interpolate
 from torch.nn.modules.batchnorm import _BatchNorm
 from torchvision.models.detection import FasterRCNN
 from torchvision.models.detection.anchor_utils import AnchorGenerator
@@ -29,6 +34,8 @@ ANCHORS = (32, 64, 128, 256, 512)
 _EMPTY_SIDE = 256
 _COARSEST, _FINEST, _MOST_MAPS = 6, 64, 4
 _ROI_CELLS = 7
+# Names of the maps of patch tokens, and their resolution relative to the patches.
+_TOKEN_SCALES = {"tokens x 2": 2.0, "tokens": 1.0, "tokens / 2": 0.5}
 
 
 class PyramidBackbone(nn.Module):
@@ -48,7 +55,7 @@ class PyramidBackbone(nn.Module):
         for module in self.body.modules():
             if isinstance(module, _BatchNorm):
                 module.requires_grad_(False)
-        found = stages(backbone)
+        found = _token_stages(backbone) or stages(backbone)
         self.names = list(found)
         self.out_channels = width
         self.pyramid = FeaturePyramidNetwork(
@@ -63,7 +70,8 @@ class PyramidBackbone(nn.Module):
 
     def forward(self, images_bchw: Tensor) -> dict[str, Tensor]:
         """Return maps (b, width, h, w) by name, the finest first: "0", "1" ... of the backbone, and "pool"."""
-        made = maps(self.body, self.names, images_bchw)
+        tokens = self.names == list(_TOKEN_SCALES)
+        made = token_maps(self.body, images_bchw) if tokens else maps(self.body, self.names, images_bchw)
         levels: dict[str, Tensor] = self.pyramid(
             {str(number): made[name] for number, name in enumerate(self.names)}
         )
@@ -113,7 +121,7 @@ def stages(backbone: Backbone) -> dict[str, int]:
     except (AssertionError, RuntimeError, ValueError) as error:
         raise UserError(
             f"The probe detection needs a backbone that takes images of many sizes, and this one does not: {error}. "
-            "Probe a convolutional backbone, such as resnet50."
+            "Probe a convolutional backbone, such as resnet50, or a vision transformer of timm."
         ) from error
     # The last map of each size is used.
     by_side = {made[name].shape[2]: name for name in made if _is_map(made[name])}
@@ -125,6 +133,25 @@ def stages(backbone: Backbone) -> dict[str, int]:
             "such as resnet50."
         )
     return found
+
+
+def _token_stages(backbone: Backbone) -> dict[str, int]:
+    """Return the names of the maps of a vision transformer that takes images of many sizes; none for other backbones."""
+    body: Any = backbone.body
+    if not (hasattr(body, "forward_intermediates") and getattr(body, "dynamic_img_size", False)):
+        return {}
+    return dict.fromkeys(_TOKEN_SCALES, backbone.width)
+
+
+def token_maps(body: Any, images_bchw: Tensor) -> dict[str, Tensor]:
+    """Return the map of the last patch tokens at each resolution, the finest first; the image need not be square."""
+    (tokens_bdhw,) = body.forward_intermediates(images_bchw, indices=1, norm=True, intermediates_only=True)
+    return {
+        name: tokens_bdhw
+        if scale == 1
+        else interpolate(tokens_bdhw, scale_factor=scale, mode="bilinear", antialias=scale < 1)
+        for name, scale in _TOKEN_SCALES.items()
+    }
 
 
 def maps(body: nn.Module, names: list[str], images_bchw: Tensor) -> dict[str, Tensor]:

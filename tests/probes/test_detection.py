@@ -288,6 +288,21 @@ def test_a_backbone_without_maps_is_refused() -> None:
         _detector.stages(build(BackboneConfig("vit_b_32")))
 
 
+def test_patch_tokens_of_a_transformer_are_a_pyramid(tmp_path: Path) -> None:
+    pytest.importorskip("timm")
+    train = _voc.read(shapes(tmp_path, 4, 1), "train")
+    config = replace(TINY, epochs=3, optim=OptimConfig(name="adamw", lr=0.02, weight_decay=0.0))
+    with torch.random.fork_rng():
+        torch.manual_seed(0)
+        backbone = RandomBackbone(BackboneConfig("timm/vit_tiny_patch16_224"), 0).network()
+        detector = _detector.build(backbone, 2, TINY.sides, TINY.width)
+        levels = detector.backbone(torch.zeros(1, 3, 64, 96))
+        losses = detection.learn(detector, train, ["disc", "square"], config, 0)
+    sides = [tuple(level.shape[2:]) for level in levels.values()]
+    assert sides == [(8, 12), (4, 6), (2, 3), (1, 2)]
+    assert losses[-1] < losses[0]
+
+
 def test_batch_norm_is_frozen_and_the_rest_learns(tmp_path: Path) -> None:
     train = _voc.read(shapes(tmp_path), "train")
     with torch.random.fork_rng():
