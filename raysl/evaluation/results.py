@@ -42,7 +42,8 @@ KEY = ("probe", "name", "layer", "encoder", "step", "seed", "protocol", "train",
 _TABLE = ("probe", "protocol", "train", "test")
 # Measures that are shares of 1, which people read as per cent.
 _SHARE = re.compile(
-    r"(top\d|balanced|mAP|AP|PCK(_without_image)?|within|precision|closer|readout|chance|constant)(?![a-z])|(readout|chance)_whether|.*_share$"
+    r"(top\d|balanced|mAP|AP|PCK(_without_image)?|within|peak_in|middle_in|precision|closer|readout|chance|constant)"
+    r"(?![a-z])|(readout|chance)_whether|.*_share$"
 )
 
 

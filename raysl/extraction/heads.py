@@ -45,18 +45,11 @@ def heads(encoder: Encoder, device: torch.device, by_batch: bool = False) -> Hea
     """
     if not isinstance(encoder, Trained):
         return None
-    config, data = encoder.run.config(), encoder.run.metadata()["data"]
-    method = methods.parse(config.method)
+    method = methods.parse(encoder.run.config().method)
     invariant = getattr(methods.load_objective(method.objective)[1], "invariant_views", None)
     if invariant is None:
         return None
-    with torch.random.fork_rng(devices=[]):
-        # The checkpoint holds all weights.
-        model = Model(
-            config.without_starting_weights(),
-            DataFacts(data["num_images"], data["num_classes"], data["fingerprint"]),
-        )
-    model.load_state_dict(encoder.checkpoint.state()["network"])
+    model = trained_model(encoder)
     if by_batch:
         norm.use_batch_statistics(model)
     model.eval().to(device, memory_format=torch.channels_last)  # type: ignore[call-overload]
@@ -68,3 +61,20 @@ def heads(encoder: Encoder, device: torch.device, by_batch: bool = False) -> Hea
 
     image, transformed = (model.objective.views[name] for name in invariant)
     return Heads(method.pretext, image, transformed, embed)
+
+
+def trained_model(encoder: Trained) -> Model:
+    """Return the whole model of a run, with its objective, in eval mode on the CPU.
+
+    Raises:
+        UserError: the checkpoint is damaged.
+    """
+    config, data = encoder.run.config(), encoder.run.metadata()["data"]
+    with torch.random.fork_rng(devices=[]):
+        # The checkpoint holds all weights.
+        model = Model(
+            config.without_starting_weights(),
+            DataFacts(data["num_images"], data["num_classes"], data["fingerprint"]),
+        )
+    model.load_state_dict(encoder.checkpoint.state()["network"])
+    return model.eval()

@@ -136,7 +136,7 @@ def stages(backbone: Backbone) -> dict[str, int]:
 
 
 def _token_stages(backbone: Backbone) -> dict[str, int]:
-    """Return the names of the maps of a vision transformer that takes images of many sizes; none for other backbones."""
+    """Return the names of the maps of a vision transformer that takes images of any size; none for other backbones."""
     body: Any = backbone.body
     if not (hasattr(body, "forward_intermediates") and getattr(body, "dynamic_img_size", False)):
         return {}

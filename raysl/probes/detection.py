@@ -6,8 +6,8 @@ and resized to a random shorter side of 480 to 800 pixels, and BatchNorm is froz
 AP, AP50 and AP75 in %: PIRL 44.7, 73.4, 47.0; Jigsaw 37.7, 64.9, 38.0; supervised 43.8, 74.5, 45.9.
 
 This probe has the same schedule and another detector, with a feature pyramid, which fits any convolutional backbone and
-the vision transformers of timm (see `raysl.probes._detector`). Its numbers compare with one another and not with published ones. The learning rate is
-given for 256 images, as everywhere in raysl: 0.048 is 0.003 for 16 images.
+the vision transformers of timm (see `raysl.probes._detector`). Its numbers compare with one another and not with
+published ones. The learning rate is given for 256 images, as everywhere in raysl: 0.048 is 0.003 for 16 images.
 
 Scores are those of COCO, computed by pycocotools, of the extra `detection`. A difficult object is treated as a crowd: a
 detection inside it is neither right nor wrong.
