@@ -17,6 +17,7 @@ from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
 from typing import Annotated, Any
 
+import numpy as np
 import torch
 
 from raysl.errors import UserError
@@ -27,6 +28,8 @@ from raysl.storage import Folder
 STATE = "state.pt"
 # What a manifest says about a file.
 _UNITS = ("bytes", "crc32")
+# Rows of a bank are written and read in chunks with a checksum each, and other threads run between them.
+_CHUNK_BYTES = 16 << 20
 
 
 @dataclass(frozen=True)
@@ -62,17 +65,23 @@ class Checkpoint:
     step: int
     world: int
 
-    def load(self) -> tuple[dict[str, Any], Iterator[dict[str, Any]]]:
+    def load(
+        self, first: int = 0, last: int | None = None
+    ) -> tuple[dict[str, Any], Iterator[dict[str, Any]]]:
         """Load the state of the network, and the parts of the memory bank (none without a bank), on the CPU.
 
         The parts are read one at a time, when they are needed: no worker keeps the whole bank.
+
+        Args:
+            first: first row of the bank that is read. A part holds only those of its rows that are asked for.
+            last: one past the last row; None for all.
 
         Raises:
             UserError: a file is missing or does not match its manifest; for a part, when it is read.
         """
         files = self._files()
         banks = sorted(name for name in files if name != STATE)
-        return self._load(STATE, files), (self._load(name, files) for name in banks)
+        return self._load(STATE, files), (self._rows(name, files[name], first, last) for name in banks)
 
     def state(self) -> dict[str, Any]:
         """Load the state of the network, on the CPU. Raise UserError when it does not match its manifest."""
@@ -94,21 +103,23 @@ class Checkpoint:
         """Return the checksum of the state of the network, from its manifest."""
         return int(self._files()[STATE]["crc32"])
 
-    def _files(self) -> dict[str, dict[str, int]]:
+    def _files(self) -> dict[str, dict[str, Any]]:
         """Read sizes and checksums from the manifests of all workers, by file."""
-        files: dict[str, dict[str, int]] = {}
+        files: dict[str, dict[str, Any]] = {}
         for rank in range(self.world):
             name = _manifest(rank, self.world)
             try:
                 listed = verified(self.folder.read_json(name))["files"]
-                files |= {key: {unit: int(about[unit]) for unit in _UNITS} for key, about in listed.items()}
+                files |= {
+                    key: {**about, **{u: int(about[u]) for u in _UNITS}} for key, about in listed.items()
+                }
             except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
                 raise self._damaged(name, str(error)) from error
         if STATE not in files:
             raise self._damaged(STATE, "no manifest names it")
         return files
 
-    def _load(self, name: str, files: Mapping[str, Mapping[str, int]]) -> dict[str, Any]:
+    def _load(self, name: str, files: Mapping[str, Mapping[str, Any]]) -> dict[str, Any]:
         num_bytes, crc32 = files[name]["bytes"], files[name]["crc32"]
         try:
             data = self.folder.read(name)
@@ -120,6 +131,26 @@ class Checkpoint:
             )
         loaded: dict[str, Any] = torch.load(io.BytesIO(data), map_location="cpu", weights_only=True)
         return loaded
+
+    def _rows(self, name: str, about: Mapping[str, Any], first: int, last: int | None) -> dict[str, Any]:
+        """Load a part of the bank, as `MemoryBank.state`, with those of its rows that lie in first .. last - 1."""
+        start = min(max(first, about["first"]), about["last"])
+        stop = max(start, about["last"] if last is None else min(last, about["last"]))
+        rows_nd = torch.empty(stop - start, about["dim"], dtype=getattr(torch, about["dtype"]))
+        wanted = rows_nd.view(-1).view(torch.uint8).numpy()
+        row_bytes = about["dim"] * rows_nd.element_size()
+        begin, end = (start - about["first"]) * row_bytes, (stop - about["first"]) * row_bytes
+        for number in range(begin // _CHUNK_BYTES, -(-end // _CHUNK_BYTES) if begin < end else 0):
+            at = number * _CHUNK_BYTES
+            try:
+                (chunk,) = self.folder.read_ranges(name, [(at, _CHUNK_BYTES)], expected=False)
+            except OSError as error:
+                raise self._damaged(name, str(error)) from error
+            if zlib.crc32(chunk) != about["chunks"][number]:
+                raise self._damaged(name, f"the checksum of its rows from byte {at} on differs")
+            piece = chunk[max(begin - at, 0) : end - at]
+            wanted[max(at - begin, 0) :][: len(piece)] = np.frombuffer(piece, np.uint8)
+        return {"first": start, "last": stop, "num_images": about["num_images"], "rows_nd": rows_nd}
 
     def _damaged(self, name: str, why: str) -> UserError:
         return UserError(
@@ -206,7 +237,8 @@ class Saver:
         Args:
             step: number of steps that are done.
             state: state of the network, from rank 0.
-            bank: this worker's part of the bank; None when another worker writes it or there is none.
+            bank: this worker's part of the bank, from `MemoryBank.state`; None when another worker writes it or there
+                is none.
 
         Raises:
             UserError: the previous save failed, for example because the disk is full.
@@ -217,7 +249,7 @@ class Saver:
         if state is not None:
             files[STATE] = _copy(state)
         if bank is not None:
-            files[f"bank-{self.rank:04d}-of-{self.world:04d}.pt"] = _copy(bank)
+            files[f"bank-{self.rank:04d}-of-{self.world:04d}.rows"] = _copy(bank)
         self._thread = threading.Thread(target=self._write, args=(step, files), daemon=True)
         self._thread.start()
 
@@ -235,8 +267,11 @@ class Saver:
             target = self.folder / _name(step)
             # A killed session may have left a manifest of the files that are now overwritten.
             target.delete(_manifest(self.rank, self.world))
-            manifest = {}
+            manifest: dict[str, dict[str, Any]] = {}
             for name, value in files.items():
+                if name != STATE:
+                    manifest[name] = _write_rows(target, name, value)
+                    continue
                 data = _bytes(value)
                 target.write(name, data)
                 manifest[name] = {"bytes": len(data), "crc32": zlib.crc32(data)}
@@ -285,3 +320,22 @@ def _bytes(value: Any) -> bytes:
     buffer = io.BytesIO()
     torch.save(value, buffer)
     return buffer.getvalue()
+
+
+def _write_rows(folder: Folder, name: str, bank: Mapping[str, Any]) -> dict[str, Any]:
+    """Write the rows of a part of the bank, and return what the manifest says about the file.
+
+    Writing and checksums of a chunk do not hold Python's lock, and no second copy of the rows is made.
+    """
+    rows_nd = bank["rows_nd"].contiguous().numpy()
+    data = memoryview(rows_nd).cast("B") if rows_nd.size else memoryview(b"")
+    chunks, crc32 = [], 0
+    with folder.writing(name) as stream:
+        for start in range(0, len(data), _CHUNK_BYTES):
+            chunk = data[start : start + _CHUNK_BYTES]
+            stream.write(chunk)
+            chunks.append(zlib.crc32(chunk))
+            crc32 = zlib.crc32(chunk, crc32)
+    about = {"bytes": len(data), "crc32": crc32, "chunks": chunks}
+    about |= {key: bank[key] for key in ("first", "last", "num_images")}
+    return {**about, "dim": rows_nd.shape[1], "dtype": str(rows_nd.dtype)}

@@ -264,14 +264,18 @@ class Folder:
         """Return the file parsed as JSON. Raises ValueError if it is not JSON."""
         return json.loads(self.read(name))
 
-    def read_ranges(self, name: str, ranges: Sequence[tuple[int, int]]) -> list[bytes]:
-        """Return parts of a file that exists and does not change, with one request for each.
+    def read_ranges(
+        self, name: str, ranges: Sequence[tuple[int, int]], *, expected: bool = True
+    ) -> list[bytes]:
+        """Return parts of a file that does not change, with one request for each.
 
         Args:
             name: path inside the folder.
             ranges: (offset, number of bytes) of each part. A part that exceeds the end of the file is shorter.
+            expected: as for `read`.
 
         Raises:
+            FileNotFoundError: the file does not exist and was not expected.
             StorageError: it cannot be read.
         """
 
@@ -285,7 +289,7 @@ class Folder:
                 _opened.cache_clear()
                 raise
 
-        return self._try(name, "read", get, expected=True)
+        return self._try(name, "read", get, expected=expected)
 
     def open(self, name: str) -> BinaryIO:
         """Open a seekable file for reading. Raises FileNotFoundError if it does not exist."""

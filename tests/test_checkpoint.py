@@ -21,6 +21,11 @@ def folder(tmp_path: Path) -> Folder:
     return Folder(str(tmp_path / "checkpoints"))
 
 
+def part(rows_nd: torch.Tensor, first: int = 0, num_images: int = 100) -> dict[str, Any]:
+    """A part of a bank, as `MemoryBank.state`."""
+    return {"first": first, "last": first + len(rows_nd), "num_images": num_images, "rows_nd": rows_nd}
+
+
 def save(
     folder: Folder,
     *steps: int,
@@ -33,7 +38,7 @@ def save(
     saver = Saver(folder, config or SaveConfig(keep_last=100), rank, world)
     for step in steps:
         state = {"step": step, "weight": torch.full((3,), value)}
-        saver.save(step, state if rank == 0 else None, {"rows_nd": torch.full((2, 2), float(rank))})
+        saver.save(step, state if rank == 0 else None, part(torch.full((2, 2), float(rank))))
         saver.wait()
 
 
@@ -53,7 +58,7 @@ def test_a_round_trip_is_exact(folder: Folder) -> None:
     network(torch.randn(2, 3, 5, 5)).sum().backward()
     optimizer.step()
     state = {"network": network.state_dict(), "optimizer": optimizer.state_dict(), "step": 7}
-    bank = {"rows_nd": torch.randn(5, 4).half(), "first": 0}
+    bank = part(torch.randn(5, 4).half())
     saver = Saver(folder, SaveConfig(), 0, 1)
     saver.save(7, state, bank)
     saver.wait()
@@ -88,7 +93,7 @@ def test_what_is_saved_is_the_state_at_the_call(folder: Folder, monkeypatch: pyt
     # The thread starts to write only after the tensors have gone on.
     monkeypatch.setattr("threading.Thread.start", lambda thread: None)
     monkeypatch.setattr("threading.Thread.join", lambda thread: thread.run())
-    saver.save(1, {"nested": [{"weight": weight}]}, {"rows_nd": rows})
+    saver.save(1, {"nested": [{"weight": weight}]}, part(rows))
     weight += 1
     rows += 1
     saver.wait()
@@ -196,7 +201,7 @@ def test_a_session_of_another_number_of_workers_may_write_the_same_step(folder: 
     assert [int(part["rows_nd"][0, 0]) for part in banks] == [0, 1, 2]
 
 
-BANK = "bank-0000-of-0001.pt"
+BANK = "bank-0000-of-0001.rows"
 MANIFEST = "manifest-0000-of-0001.json"
 
 
@@ -223,6 +228,34 @@ def test_a_damaged_checkpoint_is_named_in_the_error(folder: Folder, name: str, d
 def _read_all(found: checkpoint.Checkpoint) -> None:
     _, banks = found.load()
     list(banks)
+
+
+def test_a_worker_reads_only_its_own_rows_of_the_bank(folder: Folder) -> None:
+    # Three chunks, in two parts.
+    rows_nd = torch.arange(10_000_000, dtype=torch.float32).reshape(100_000, 100)
+    for rank, (first, last) in enumerate([(0, 70_000), (70_000, 100_000)]):
+        saver = Saver(folder, SaveConfig(), rank, 2)
+        saver.save(1, {"step": 1} if rank == 0 else None, part(rows_nd[first:last], first, len(rows_nd)))
+        saver.wait()
+    found = checkpoint.newest(folder)
+    assert found is not None
+    for first, last in [
+        (0, 100_000),
+        (41_900, 42_000),
+        (60_000, 80_000),
+        (99_999, 100_000),
+        (70_000, 70_000),
+    ]:
+        parts = list(found.load(first, last)[1])
+        assert torch.equal(torch.cat([one["rows_nd"] for one in parts]), rows_nd[first:last])
+    path = Path(str(found.folder)) / "bank-0000-of-0002.rows"
+    data = bytearray(path.read_bytes())
+    data[0] ^= 1
+    path.write_bytes(data)
+    # Rows of another chunk are as they were.
+    assert torch.equal(next(found.load(60_000, 70_000)[1])["rows_nd"], rows_nd[60_000:70_000])
+    with pytest.raises(UserError, match=r"bank-0000-of-0002\.rows.*is damaged"):
+        list(found.load(0, 10)[1])
 
 
 def test_the_checksum_of_the_state_follows_its_contents(folder: Folder) -> None:

@@ -28,6 +28,7 @@ from raysl.checkpoint import SaveConfig, Saver
 from raysl.clustering.lloyd import Clustering
 from raysl.clustering.state import State
 from raysl.config import Pretraining
+from raysl.contrastive.bank import BankConfig, MemoryBank
 from raysl.dataset import LEDGER, SHARDS, DataSet, Manifest, Shard, parquet_writer
 from raysl.errors import UserError
 from raysl.evaluation.results import KEY, MODEL, ROWS, keep, rows_of
@@ -103,7 +104,7 @@ def make(root: Path) -> None:
     shutil.move(f"{run.folder}/{ROWS}/{written}", f"{run.folder}/{ROWS}/w.jsonl")
     saver = Saver(run.checkpoints, SaveConfig(), 0, 1)
     state = {f"backbone.{k}": v for k, v in build(BackboneConfig()).state_dict().items()}
-    saver.save(1, {"network": state}, {"bank": torch.ones(4)})
+    saver.save(1, {"network": state}, MemoryBank(4, 4, BankConfig(), 0).state())
     saver.wait()
     noise = rng.generator("features")
     rows_nd = noise.random((NUM_IMAGES, 8), np.float32)
@@ -192,7 +193,7 @@ KINDS = [
     Kind("rows", "report", f"run/{ROWS}/w.jsonl", lambda r: digest(rows_of(Run.open(f"{r}/run"))),
          {"absent": "no rows"}),
     Kind("checkpoint state", "pretrain", f"{CHECKPOINT}/state.pt", checkpoint),
-    Kind("checkpoint bank", "pretrain", f"{CHECKPOINT}/bank-0000-of-0001.pt", checkpoint),
+    Kind("checkpoint bank", "pretrain", f"{CHECKPOINT}/bank-0000-of-0001.rows", checkpoint),
     Kind("checkpoint manifest", "pretrain", f"{CHECKPOINT}/manifest-0000-of-0001.json", checkpoint),
     Kind("features", "cluster", f"features/{part_file((0, NUM_IMAGES))}",
          lambda r: arrays(FeatureStore.open(f"{r}/features", "pooled").load())),

@@ -94,7 +94,8 @@ class Worker:
         chosen = next((c for c in checkpoint.complete(self.job.run.checkpoints) if c.step == step), None)
         if chosen is None:
             raise self._unseen(f"checkpoint of step {step}")
-        state, bank = chosen.load()
+        # A worker reads only its own rows of the bank.
+        state, bank = chosen.load(*((self.bank.first, self.bank.last) if self.bank is not None else (0, 0)))
         self.model.load_state_dict(state["network"])
         self.optimizer.load_state_dict(state["optimizer"])
         self.scaler.load_state_dict(state["scaler"])
