@@ -137,7 +137,11 @@ def main(flags: LectureFlags) -> None:
         flags = replace(
             flags, images=1280, data="shapes:2000" if flags.data == LectureFlags().data else flags.data
         )
-    sets = {data.rstrip("/").rpartition("/")[2]: data for data in (flags.data, flags.other) if data}
+    sets = {
+        data.rstrip("/").rpartition("/")[2].replace(":", "-"): data
+        for data in (flags.data, flags.other)
+        if data
+    }
     for name, data in sets.items():
         others = [one for one in sets.values() if one != data]
         own = replace(
