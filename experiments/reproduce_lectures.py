@@ -2,7 +2,7 @@
 
 Command:  python experiments/reproduce_lectures.py --data DATA --other DATA2 --detection VOC --out OUT --runs RUNS
 Hardware: 2 CPU cores, 24 GB, no GPU.
-Time:     planned: 7 hours for each data set with 3 seeds. With --local: about half an hour, on drawn images.
+Time:     planned: 9 hours for each data set with 3 seeds. With --local: about half an hour, on drawn images.
 Expect:   OUT/README.md, "The lectures, measured": a verdict for each claim and data set, by a 95 % interval over seeds.
           At this size most claims about a few points cannot be told; see results/lectures.
 
@@ -22,9 +22,11 @@ import detection
 import invariance_vs_performance
 import multitask
 import per_layer
+import saturation
 import semi_supervised
 import sweep_pirl
 import uncurated
+import which_transforms
 
 from raysl.evaluation.results import protocol_hash, rows_of
 from raysl.experiment import lectures
@@ -40,6 +42,7 @@ from raysl.run import Run, jsonl
 from raysl.storage import Folder
 
 COMPARED = ("predict-jigsaw", "pirl-jigsaw", "predict-rotation", "pirl-rotation", "pirl-rotation+jigsaw")
+WIDTHS = ("usual", "wide")
 # Share of the images that a short run sees, for the claim about saturation.
 SHORT = 0.1
 
@@ -78,6 +81,16 @@ def _compare(flags: LectureFlags, out: str) -> None:
     for one, methods in ((flags, (*COMPARED, "clusterfit")), (short, ("pirl-jigsaw",))):
         runs = [run_of(one, method, seed) for method in methods for seed in flags.seeds]
         measured(runs, one, ["knn", "linear"])
+
+
+def _transforms(flags: LectureFlags, out: str) -> None:
+    given = _common(flags, which_transforms.TransformFlags, out=out)
+    which_transforms.main(replace(given, runs=f"{flags.runs}/transforms"))
+
+
+def _saturation(flags: LectureFlags, out: str) -> None:
+    given = _common(flags, saturation.SaturationFlags, out=out, methods=("pirl-jigsaw",), widths=WIDTHS)
+    saturation.main(replace(given, runs=f"{flags.runs}/saturation", sizes=_sizes(flags)))
 
 
 def _sweep(figure: Any) -> Callable[[LectureFlags, str], None]:
@@ -127,6 +140,8 @@ EXPERIMENTS: dict[str, Callable[[LectureFlags, str], None]] = {
     "negatives": _sweep("negatives"),
     "permutations": _sweep("permutations"),
     "label_noise": _noise,
+    "transforms": _transforms,
+    "saturation": _saturation,
     "detection": _detection,
 }
 
@@ -160,19 +175,40 @@ def rows(flags: LectureFlags, out: Folder) -> list[dict[str, Any]]:
     train, test = splits(flags.data)
     judged = resolve(test).manifest.fingerprint
     found: list[dict[str, Any]] = []
-    tasks = multitask.TaskFlags().methods
-    for place in ("", "uncurated/", "short/"):
-        for method in (*COMPARED, "clusterfit", *tasks):
+    for place, methods in _places(flags).items():
+        for method in methods:
             for seed in flags.seeds:
                 run = Run.existing(settings(flags, method, seed, train, Folder(f"{flags.runs}/{place}")).run)
+                label = f"{place}/{method}".removeprefix("/")
+                for size, name in zip(_sizes(flags), ("few", "all"), strict=True):
+                    label = label.replace(f"-{size}/", f"-{name}/")
                 for row in rows_of(run) if run else ():
                     if row["test"] in (judged, "") and row["step"] in (0, run.newest().step):
-                        names = {"trained": place + method, "random": "untrained", "pixels": "raw pixels"}
+                        names = {"trained": label, "random": "untrained", "pixels": "raw pixels"}
                         found.append({**row, "label": names[row["encoder"]]})
     for name in ("lambda", "negatives", "permutations", "label_noise"):
         if (out / name).exists("rows.jsonl"):
             found += read(out / name)
     return found
+
+
+def _places(flags: LectureFlags) -> dict[str, tuple[str, ...]]:
+    """Return the methods of the runs in each folder of the runs."""
+    few, every = _sizes(flags)
+    left_out = which_transforms.TransformFlags().without
+    return {
+        "": (*COMPARED, "clusterfit", *multitask.TaskFlags().methods),
+        "uncurated": COMPARED[:2],
+        "short": ("pirl-jigsaw",),
+        **{f"transforms/{name}": ("simclr",) for name in ("all", *(f"without-{one}" for one in left_out))},
+        **{f"saturation/{width}-{size}": ("pirl-jigsaw",) for width in WIDTHS for size in (few, every)},
+    }
+
+
+def _sizes(flags: LectureFlags) -> tuple[int, int]:
+    """Return a fifth of the number of images, and all."""
+    num_images = resolve(splits(flags.data)[0]).num_images
+    return num_images // 5, num_images
 
 
 def read(folder: Folder) -> list[dict[str, Any]]:

@@ -233,4 +233,38 @@ CLAIMS = (
             ),
         ),
     ),
+    Claim(
+        "width and data",
+        "A wider network and more different images still help, for as many steps",
+        "lecture 10-2, open question; Goyal et al. 2019, figure 2",
+        (
+            _more(
+                "twice the width less the usual, kNN",
+                Term(f"saturation/wide-all/{PIRL}", "knn"),
+                Term(f"saturation/usual-all/{PIRL}", "knn"),
+            ),
+            _more(
+                "all images less a fifth of them, kNN",
+                Term(f"saturation/usual-all/{PIRL}", "knn"),
+                Term(f"saturation/usual-few/{PIRL}", "knn"),
+            ),
+        ),
+    ),
+    Claim(
+        "which transforms",
+        "SimCLR needs random crops most, then changes of color",
+        "lecture 10-2, open question; SimCLR, figure 5",
+        (
+            _more(
+                "without color jitter less without crops, kNN",
+                Term("transforms/without-jitter/simclr", "knn"),
+                Term("transforms/without-crops/simclr", "knn"),
+            ),
+            _more(
+                "all less without color jitter, kNN",
+                Term("transforms/all/simclr", "knn"),
+                Term("transforms/without-jitter/simclr", "knn"),
+            ),
+        ),
+    ),
 )
