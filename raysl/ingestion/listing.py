@@ -21,7 +21,8 @@ from raysl.stream.formats import EXTENSIONS, looks_like_image
 if TYPE_CHECKING:
     import pyarrow.fs as pafs
 
-IMAGE, TABLE, ARCHIVE, NOTES = "image", "tables", "archives", "JSON and XML files"
+IMAGE, TABLE, ARCHIVE = "image", "tables", "archives"
+NOTES, VIDEO = "JSON and XML files", "videos"
 _FEW_FILES = 100_000
 # Bytes at the beginning of a file that tell whether it is an image.
 _HEAD_BYTES = 4096
@@ -31,7 +32,7 @@ _KINDS = {
     NOTES: ".json .xml",
     TABLE: ".csv .tsv .jsonl .ndjson .parquet .arrow .feather .xls .xlsx .sqlite .db",
     ARCHIVE: ".tar .zip .gz .tgz .bz2 .xz .zst .7z .rar",
-    "videos": ".mp4 .avi .mov .mkv .webm .mpg .mpeg .wmv .m4v",
+    VIDEO: ".mp4 .avi .mov .mkv .webm .mpg .mpeg .wmv .m4v .ogv .flv .3gp",
     "audio files": ".wav .mp3 .flac .ogg",
     "images in formats that are not read": ".dcm .exr .hdr .fits .fit .nii .nrrd .mha .mhd .pam .xcf .czi .nd2 .svs",
     "data in formats that are not read": ".rec .mds .beton .tfrecord .tfrecords .tfrec .mdb .lmdb .lance .zarr",
@@ -278,12 +279,13 @@ class Survey:
         return self.few if self.num_files == len(self.few) else None
 
     @staticmethod
-    def of(files: Iterable[File], head: Callable[[str], bytes]) -> Survey:
+    def of(files: Iterable[File], head: Callable[[str], bytes], about: str = IMAGE) -> Survey:
         """Count files.
 
         Args:
             files: of the source.
             head: returns the first bytes of a file, to tell its kind if its name does not.
+            about: the kind of files that count as the images of the layout.
         """
         survey = Survey()
         files = iter(files)
@@ -293,6 +295,8 @@ class Survey:
         for file in files:
             folder, _, _ = file.path.rpartition("/")
             kind = kind_of(file.path) or survey._sniff(file.path, head)
+            if about != IMAGE:
+                kind = {about: IMAGE, IMAGE: "images"}.get(kind, kind)
             counts = survey.folders.setdefault(folder, Counter())
             if not counts[kind]:
                 survey.examples[folder, kind] = file.path

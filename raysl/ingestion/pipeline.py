@@ -12,7 +12,7 @@ import logging
 import os
 from collections import Counter
 from collections.abc import Callable, Iterator
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, fields
 from functools import partial
 from itertools import accumulate, chain
 from typing import Annotated, Any, Literal
@@ -50,6 +50,9 @@ class IngestConfig:
         labels: "folders" takes the folders of a tree as classes whatever they are called; "none" ingests without
             labels; "auto" recognises the layout.
         follow_links: follow links, and paths in tables, that lead out of the source.
+        fps: most frames of a video that are kept in each second.
+        clip_s: longest clip in seconds; a longer video becomes several.
+        frame_size: largest shorter side of the frames of videos, in pixels.
         decoding: treatment of transparent, high-depth, many-page and large images.
     """
 
@@ -62,6 +65,9 @@ class IngestConfig:
     image_column: str = ""
     labels: Literal["auto", "folders", "none"] = "auto"
     follow_links: bool = False
+    fps: Annotated[float, Bounds(above=0, high=240)] = 8.0
+    clip_s: Annotated[float, Bounds(0.1, 3600)] = 8.0
+    frame_size: Annotated[int, Bounds(16, 4096)] = 128
     decoding: DecodeConfig = field(default_factory=DecodeConfig)
 
     def __post_init__(self) -> None:
@@ -74,7 +80,7 @@ class IngestConfig:
     @property
     def reading(self) -> ReadConfig:
         """The fields that say how a source is read."""
-        return ReadConfig(self.label_column, self.image_column, self.labels, self.follow_links)
+        return ReadConfig(**{field.name: getattr(self, field.name) for field in fields(ReadConfig)})
 
 
 def ingest(source: Any, dest: str, config: IngestConfig | None = None) -> DataSet:
@@ -295,7 +301,7 @@ def _run(batch: dict[str, Any], numbers: list[int], work: Callable[[int], tuple[
 def _finish(source: Source, listed: Listed, journal: Journal, config: IngestConfig) -> DataSet:
     """Write the ledger and then the manifest, and delete the journal."""
     dest, name = journal.dest, source.name
-    clips = dict(getattr(source, "clips", {}))
+    clips, with_sound = dict(getattr(source, "clips", {})), 0
     done = len(journal.done())
     if done < len(listed.counts):
         raise UserError(
@@ -320,6 +326,7 @@ def _finish(source: Source, listed: Listed, journal: Journal, config: IngestConf
                 shards.append(written.shard)
                 digest.update(f"{written.num_images} {written.digest}\n".encode())
             labels.append(np.array(written.labels, np.int64))
+            with_sound += written.with_sound
             unlabelled = unlabelled or written.unlabelled
             tallies += [written.tally] if written.tally else []
     num_bad = kinds.total()
@@ -335,6 +342,7 @@ def _finish(source: Source, listed: Listed, journal: Journal, config: IngestConf
         _log.info("%s", line)
     classes = () if unlabelled else listed.classes
     decoding = images.record(tally, config.decoding)
+    clips |= {"with_sound": with_sound} if clips else {}
     manifest = Manifest(
         name, tuple(shards), classes, digest.hexdigest(), num_bad, decoding=decoding, clips=clips
     )

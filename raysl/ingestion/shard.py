@@ -44,6 +44,7 @@ class Written:
         bad: (path, reason) of every image that could not be decoded.
         tally: the images that are stored in another form than their files.
         ranges: by kind of values, the range that became 0 to 255.
+        with_sound: number of clips with sound.
     """
 
     unit: int
@@ -57,6 +58,7 @@ class Written:
     bad: tuple[tuple[str, str], ...]
     tally: Tally = field(default_factory=dict)
     ranges: dict[str, tuple[float, float]] = field(default_factory=dict)
+    with_sound: int = 0
 
     @property
     def num_images(self) -> int:
@@ -80,6 +82,10 @@ class _Group:
     labels: list[int | None] = field(default_factory=list)
     clips: list[Mapping[str, Any]] = field(default_factory=list)
     num_bytes: int = 0
+
+    @property
+    def first_unlabelled(self) -> str:
+        return next((p for p, label in zip(self.paths, self.labels, strict=True) if label is None), "")
 
     def hash_into(self, digest: hashlib.blake2b) -> None:
         """Add the labels, the images and the clips to a hash."""
@@ -127,10 +133,9 @@ def write(
     Raises:
         UserError: the shard cannot be written, or the source is damaged.
     """
-    bad: list[tuple[str, str]] = []
+    bad, sizes = list[tuple[str, str]](), list[int]()
     labels: list[int | None] = []
-    unlabelled = ""
-    sizes: list[int] = []
+    unlabelled, with_sound = "", 0
     numbers = {name: number for number, name in enumerate(classes)}
     tally: Tally = {}
     digest = hashlib.blake2b(digest_size=16)
@@ -142,11 +147,11 @@ def write(
             group.hash_into(digest)
             table = group.table(base + sum(sizes), bool(classes))
             writer = writer or parquet_writer(stream, table.schema)
-            writer.write_table(table, row_group_size=len(group.images))
-            sizes.append(len(group.images))
+            writer.write_table(table, row_group_size=table.num_rows)
+            sizes.append(table.num_rows)
             labels += group.labels
-            if None in group.labels:
-                unlabelled = unlabelled or group.paths[group.labels.index(None)]
+            with_sound += sum(clip["sound"] is not None for clip in group.clips)
+            unlabelled = unlabelled or group.first_unlabelled
         if writer:
             writer.close()
         num_bytes = stream.tell()
@@ -164,6 +169,7 @@ def write(
         bad=tuple(bad),
         tally=tally,
         ranges=dict(ranges or {}),
+        with_sound=with_sound,
     )
 
 

@@ -316,8 +316,8 @@ def test_files_without_a_telling_name_are_looked_at(tmp_path: Path) -> None:
 
 def test_a_folder_without_images_is_told_what_it_holds(tmp_path: Path) -> None:
     assert "holds no images. It holds nothing" in refused(tmp_path)
-    put(tmp_path, "a.txt", "b.txt", "c.mp4", data=b"x")
-    assert "It holds 2 text files (a.txt); 1 videos (c.mp4)" in refused(tmp_path)
+    put(tmp_path, "a.txt", "b.txt", "c.wav", data=b"x")
+    assert "It holds 2 text files (a.txt); 1 audio files (c.wav)" in refused(tmp_path)
 
 
 def test_names_that_are_not_utf_8(tmp_path: Path) -> None:

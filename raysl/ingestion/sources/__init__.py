@@ -19,12 +19,12 @@ from enum import IntEnum
 from functools import cache, cached_property
 from pathlib import Path
 from types import ModuleType
-from typing import Any, Literal, NamedTuple, Protocol
+from typing import Annotated, Any, Literal, NamedTuple, Protocol
 from urllib.parse import parse_qsl
 
 from raysl import plugins
 from raysl.errors import UserError, unknown
-from raysl.fields import check
+from raysl.fields import Bounds, check
 from raysl.ingestion import foreign
 from raysl.ingestion.found import Found, LeftOut
 from raysl.ingestion.listing import TABLE, File, Survey, files_below, is_folder, join, read_bytes
@@ -54,12 +54,18 @@ class ReadConfig:
         labels: "folders" takes the folders of a tree as classes whatever they are called; "none" ingests without
             labels; "auto" recognises the layout.
         follow_links: follow links, and paths in tables, that lead out of the source.
+        fps: most frames of a video that are kept in each second.
+        clip_s: longest clip in seconds; a longer video becomes several.
+        frame_size: largest shorter side of the frames of videos, in pixels.
     """
 
     label_column: str = ""
     image_column: str = ""
     labels: Literal["auto", "folders", "none"] = "auto"
     follow_links: bool = False
+    fps: Annotated[float, Bounds(above=0, high=240)] = 8.0
+    clip_s: Annotated[float, Bounds(0.1, 3600)] = 8.0
+    frame_size: Annotated[int, Bounds(16, 4096)] = 128
 
     def __post_init__(self) -> None:
         check(self)

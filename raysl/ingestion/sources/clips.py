@@ -13,10 +13,9 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import numpy.typing as npt
-import simplejpeg
 from PIL import Image
 
-from raysl.clips import COLUMNS, DEPTH_SCALE, TRUTH, thumbnail
+from raysl.clips import COLUMNS, DEPTH_SCALE, TRUTH, jpeg, thumbnail
 from raysl.ingestion import png
 from raysl.ingestion.clip_drawing import ACTIONS, KEYPOINTS, KINDS, Drawn, draw
 from raysl.ingestion.found import Found
@@ -75,20 +74,13 @@ def read(unit: Unit) -> Iterator[Row]:
         name = f"clips/{spec['split']}"
         one = ImageRng(spec["seed"], np.zeros(1, np.int64), np.array([index], np.int64), name)
         drawn = draw(partial(_numbers, one), spec["size"], spec["frames"], _RATE)
-        frames = [encode_frame(pixels_hwc) for pixels_hwc in drawn.frames_nhwc]
+        frames = [jpeg(pixels_hwc) for pixels_hwc in drawn.frames_nhwc]
         columns = _columns(drawn, frames)
         yield Row(frames[len(frames) // 2], ACTIONS[drawn.action], f"clips, clip {index}", clip=columns)
 
 
 def _numbers(one: ImageRng, name: str, count: int) -> npt.NDArray[np.float64]:
     return one.uniform_array(name, count)[0]  # type: ignore[no-any-return]
-
-
-def encode_frame(pixels_hwc: npt.NDArray[np.uint8]) -> bytes:
-    """Return a frame as JPEG."""
-    return simplejpeg.encode_jpeg(  # type: ignore[no-any-return]
-        np.ascontiguousarray(pixels_hwc), quality=95, colorspace="RGB", colorsubsampling="444"
-    )
 
 
 def _columns(drawn: Drawn, frames: list[bytes]) -> dict[str, Any]:

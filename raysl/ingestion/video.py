@@ -1,0 +1,195 @@
+"""From a video file to clips, with PyAV: frames at a stated rate, their times, the sound, and the track of what moves.
+
+A video is read once for its frames and once for its sound, side by side, so memory is bounded by one clip. A frame is
+never repeated: a slow or uneven video gives fewer frames with their true times.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Iterator
+from typing import Any, BinaryIO, NamedTuple
+
+import numpy as np
+import numpy.typing as npt
+
+from raysl.clips import SOUND_HZ, jpeg, thumbnail
+from raysl.ingestion import tracker
+from raysl.stream.formats import DecodeError, package
+
+Pixels = npt.NDArray[np.uint8]
+# A video that ends this share of its stated length early has been cut off.
+_MISSING = 0.1
+
+
+class Sampling(NamedTuple):
+    """How a video becomes clips.
+
+    Args:
+        fps: most frames per second that are kept.
+        clip_s: longest clip in seconds; a longer video becomes several.
+        frame_size: largest shorter side of the frames, in pixels.
+    """
+
+    fps: float
+    clip_s: float
+    frame_size: int
+
+
+class Cut(NamedTuple):
+    """A clip of a video, or the reason why a part of the video is missing.
+
+    Args:
+        start_s: where the clip begins in the video.
+        end_s: where it ends.
+        columns: values of the columns of `raysl.clips`; None with a reason.
+        reason: completes the sentence "The file ...".
+    """
+
+    start_s: float
+    end_s: float
+    columns: dict[str, Any] | None
+    reason: str = ""
+
+
+def cut(open_file: Callable[[], BinaryIO], sampling: Sampling) -> Iterator[Cut]:
+    """Yield the clips of a video.
+
+    Args:
+        open_file: opens the file for reading; it must be seekable.
+        sampling: what is kept.
+
+    Raises:
+        OSError: the file cannot be read.
+    """
+    try:
+        av = package("av", "av", "a video")
+    except DecodeError as error:
+        yield Cut(0, 0, None, str(error).replace("raysl[images]", "raysl[video]"))
+        return
+    frames: list[tuple[float, Pixels]] = []
+    found, end_s, why = False, 0.0, ""
+    with open_file() as file, open_file() as sound_file:
+        try:
+            sound = _Sound(av, sound_file)
+            for time_s, pixels_hwc in _frames(av, file, sampling):
+                end_s = time_s + 1 / sampling.fps
+                if frames and time_s >= frames[0][0] + sampling.clip_s - 1e-6:
+                    if len(frames) > 1:
+                        found = True
+                        yield _clip(frames, time_s, sound)
+                    frames = []
+                frames.append((time_s, pixels_hwc))
+        except DecodeError as error:
+            why = str(error)
+        except av.error.FFmpegError as error:
+            why = f"damaged or cut off{f' after {end_s:.1f} s' if end_s else ''}: {error.strerror or error}"
+        if len(frames) > 1:
+            found = True
+            yield _clip(frames, end_s, sound)
+    if why or not found:
+        yield Cut(end_s, end_s, None, why or ("holds one frame" if frames else "holds no frames"))
+
+
+def _frames(av: Any, file: BinaryIO, sampling: Sampling) -> Iterator[tuple[float, Pixels]]:
+    """Yield (time, pixels) of the frames that are kept, upright and resized.
+
+    Raises:
+        DecodeError: the file holds no video, or ends early.
+    """
+    with av.open(file) as container:
+        if not container.streams.video:
+            raise DecodeError("holds no video" + (", only sound" if container.streams.audio else ""))
+        stream = container.streams.video[0]
+        stated_s = float(container.duration or 0) / av.time_base
+        start_s, due, last_s = None, 0, 0.0
+        for number, frame in enumerate(container.decode(stream)):
+            time_s = (
+                frame.time if frame.time is not None else number / float(stream.average_rate or sampling.fps)
+            )
+            start_s = time_s if start_s is None else start_s
+            last_s = time_s - start_s
+            if last_s * sampling.fps + 1e-4 >= due:
+                due = math.floor(last_s * sampling.fps + 1e-4) + 1
+                yield last_s, _upright(frame, sampling.frame_size)
+        if stated_s > 2 and last_s < (1 - _MISSING) * stated_s - 1:
+            raise DecodeError(f"is cut off: {last_s:.1f} s of {stated_s:.1f} s could be read")
+
+
+def _upright(frame: Any, frame_size: int) -> Pixels:
+    """Return a frame in square pixels, as a player shows it, with its shorter side at most `frame_size`."""
+    aspect = float(frame.sample_aspect_ratio or 1) if hasattr(frame, "sample_aspect_ratio") else 1.0
+    width, height = frame.width * aspect, float(frame.height)
+    factor = min(1.0, frame_size / min(width, height))
+    size = max(1, round(width * factor)), max(1, round(height * factor))
+    pixels_hwc = frame.to_ndarray(format="rgb24", width=size[0], height=size[1])
+    # FFmpeg states by how much the frame is turned counter-clockwise to stand upright.
+    return np.ascontiguousarray(np.rot90(pixels_hwc, round(frame.rotation / 90)))
+
+
+class _Sound:
+    """The sound of a video, read in the order of time: 16 kHz, mono."""
+
+    def __init__(self, av: Any, file: BinaryIO) -> None:
+        self._chunks = self._read(av, file)
+        self._have = np.zeros(0, np.int16)
+        self._at = 0  # number of the first sample in `_have`, from the beginning of the video
+        self.there = False
+
+    def _read(self, av: Any, file: BinaryIO) -> Iterator[npt.NDArray[np.int16]]:
+        try:
+            with av.open(file) as container:
+                if not container.streams.audio:
+                    return
+                resampler = av.AudioResampler(format="s16", layout="mono", rate=SOUND_HZ)
+                video = container.streams.video[0]
+                start_s = float((video.start_time or 0) * video.time_base)
+                first = True
+                for frame in container.decode(container.streams.audio[0]):
+                    for part in resampler.resample(frame):
+                        if first:
+                            self._at, first = round(((frame.time or 0.0) - start_s) * SOUND_HZ), False
+                        yield part.to_ndarray()[0]
+                for part in resampler.resample(None):
+                    yield part.to_ndarray()[0]
+        except av.error.FFmpegError:
+            return  # the rest of the clip is silent
+
+    def between(self, start_s: float, end_s: float) -> npt.NDArray[np.int16] | None:
+        """Return the samples of a part, silent where there are none; None for a video without sound.
+
+        The parts must be asked for in the order of time.
+        """
+        first, end = round(start_s * SOUND_HZ), round(end_s * SOUND_HZ)
+        while self._at + len(self._have) < end:
+            chunk = next(self._chunks, None)
+            if chunk is None:
+                break
+            self.there = True
+            skipped = max(0, first - self._at)
+            if skipped >= len(self._have):
+                self._at += len(self._have)
+                self._have = chunk
+            else:
+                self._have, self._at = np.concatenate([self._have[skipped:], chunk]), self._at + skipped
+        if not self.there:
+            return None
+        samples = np.zeros(end - first, np.int16)
+        low, high = max(first, self._at), min(end, self._at + len(self._have))
+        if low < high:
+            samples[low - first : high - first] = self._have[low - self._at : high - self._at]
+        return samples
+
+
+def _clip(frames: list[tuple[float, Pixels]], end_s: float, sound: _Sound) -> Cut:
+    start_s = frames[0][0]
+    samples = sound.between(start_s, end_s)
+    thumbnails = [thumbnail(pixels_hwc) for _, pixels_hwc in frames]
+    columns = {
+        "frames": [jpeg(pixels_hwc) for _, pixels_hwc in frames],
+        "times": [time_s - start_s for time_s, _ in frames],
+        "thumbnails": b"".join(thumbnails),
+        "tracks": tracker.track([pixels_hwc for _, pixels_hwc in frames]).ravel(),
+        "sound": None if samples is None else samples.astype("<i2").tobytes(),
+    }
+    return Cut(start_s, end_s, columns)
