@@ -177,7 +177,12 @@ def _moved(name: str, args: Any, kwargs: dict[str, Any]) -> Any:
 
 
 def _wrapped(tensor: Tensor) -> Tensor:
-    return tensor if isinstance(tensor, OnDevice) else tensor.as_subclass(OnDevice)
+    if isinstance(tensor, OnDevice):
+        return tensor
+    if tensor.is_leaf and tensor.requires_grad:
+        # A new parameter, which stays a leaf.
+        return tensor.detach().as_subclass(OnDevice).requires_grad_()
+    return tensor.as_subclass(OnDevice)
 
 
 def _line() -> str:
