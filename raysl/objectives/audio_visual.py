@@ -41,14 +41,14 @@ class Config(Checked):
         negatives: where the other sounds come from: "clips", "times" of the same clip, or "both".
         dim: D, size of the embeddings (paper: 128).
         window_s: length of the sound in seconds (paper: 1).
-        sound_width: channels of the first layer of the sound network; the last has four times as many.
+        sound_width: channels of the first layer of the sound network, a multiple of 4; the last has four times as many.
     """
 
     form: Literal["fused", "distance", "map"] = "map"
     negatives: Literal["clips", "times", "both"] = "clips"
     dim: Annotated[int, Bounds(1, 16_384)] = 128
     window_s: Annotated[float, Bounds(0.1, 60)] = 1.0
-    sound_width: Annotated[int, Bounds(4, 1024)] = 32
+    sound_width: Annotated[int, Bounds(4, 1024)] = 16
 
 
 class SoundBackbone(nn.Module):
@@ -59,7 +59,9 @@ class SoundBackbone(nn.Module):
         layers: list[nn.Module] = []
         channels = 1
         for out in (width, 2 * width, 4 * width):
-            layers += [nn.Conv2d(channels, out, 3, padding=1, bias=False), nn.GroupNorm(4, out)]
+            # The first layer halves the time, of which there is more than a sound needs.
+            stride = (1, 2) if channels == 1 else 1
+            layers += [nn.Conv2d(channels, out, 3, stride, padding=1, bias=False), nn.GroupNorm(4, out)]
             layers += [nn.ReLU(inplace=True), nn.MaxPool2d(2, ceil_mode=True)]
             channels = out
         self.layers = nn.Sequential(*layers)

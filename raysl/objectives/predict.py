@@ -22,7 +22,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from raysl import pretext
-from raysl.backbone.network import encode
+from raysl.backbone.network import Backbone, encode, encode_maps
 from raysl.contrastive.bank import MemoryBank
 from raysl.errors import UserError
 from raysl.fields import Bounds, Checked
@@ -37,11 +37,14 @@ class Config(Checked):
     Args:
         crop_width: width of the projection of each crop before concatenation; only for transforms of several crops
             (1,000 for a ResNet-50 jigsaw).
+        cells: side of the grid of cells to which the spatial map of a crop is averaged before the projection, so that
+            the head sees where things are; 0 takes the pooled features, which do not say it.
         hidden: width of a hidden layer after the concatenation; 0 for a linear classifier, which cannot compare crops
             with each other.
     """
 
     crop_width: Annotated[int, Bounds(1, 65_536)] = 256
+    cells: Annotated[int, Bounds(0, 64)] = 0
     hidden: Annotated[int, Bounds(0, 65_536)] = 0
 
 
@@ -65,7 +68,8 @@ class Predict(nn.Module):
         # With a label for each crop, every crop is a sample.
         self.per_crop = pretext.label_per_crop(transform)
         crops = 1 if self.per_crop else transform.num_crops
-        width = setup.width
+        self.cells = config.cells
+        width = setup.width * max(1, config.cells) ** 2
         if crops > 1:
             # BatchNorm sees all crops of all images together: separate statistics would reveal the position.
             self.project: nn.Module = nn.Sequential(
@@ -81,7 +85,7 @@ class Predict(nn.Module):
 
     def forward(self, backbone: nn.Module, views: Mapping[str, Tensor]) -> dict[str, Tensor]:
         """Compute logits (b, labels), or (b * p, labels) with a label for each crop, or the dense head's output."""
-        features_bpd = encode(backbone, views["transformed"])
+        features_bpd = self._features(backbone, views["transformed"])
         if self.per_crop:
             features_bpd = features_bpd.flatten(0, 1)[:, None]
         b, p = features_bpd.shape[:2]
@@ -89,6 +93,14 @@ class Predict(nn.Module):
         if self.dense is None:
             return {"logits": self.classify(projected.flatten(1))}
         return {"decoded": self.decode(projected.flatten(1))}
+
+    def _features(self, backbone: nn.Module, views_bpchw: Tensor) -> Tensor:
+        if not self.cells:
+            return encode(backbone, views_bpchw)
+        if not isinstance(backbone, Backbone):
+            raise UserError("--predict.cells needs a backbone with a spatial map. Use 0.")
+        maps_bpdhw = encode_maps(backbone, views_bpchw)
+        return F.adaptive_avg_pool2d(maps_bpdhw.flatten(0, 1), self.cells).view(*views_bpchw.shape[:2], -1)
 
     def loss(self, outputs: Mapping[str, Tensor], batch: Batch, bank: MemoryBank | None) -> Loss:
         """Compute the cross-entropy, or the dense transform's loss, averaged over the batch and labelled crops."""
