@@ -23,6 +23,7 @@ from raysl.ingestion import resolve, splits
 from raysl.objectives.moco import Config as Moco
 from raysl.objectives.npid import Config as Npid
 from raysl.objectives.pirl import Config as Pirl
+from raysl.objectives.predict import Config as Predict
 from raysl.objectives.simclr import Config as Simclr
 from raysl.optim import OptimConfig
 from raysl.reporting import ReportConfig, check_installed, report
@@ -53,6 +54,10 @@ METHODS: dict[str, dict[str, Any]] = {
     "moco": {"parts": {"moco": Moco(momentum=0.99, queue=2048)}},
     "cpc-patch_grid": {"backbone": BackboneConfig(norm="group")},
     "clusterfit": {},
+}
+# Methods of clips. The order of frames shows in places, which pooled features do not say, and in their comparison.
+OF_CLIPS: dict[str, dict[str, Any]] = {
+    "predict-frame_order": {"parts": {"predict": Predict(cells=4, hidden=512)}},
 }
 _LOCAL_DATA = "shapes:5000"
 
@@ -97,7 +102,7 @@ def settings(flags: ComparisonFlags, method: str, seed: int, train: str, runs: F
     Distillation learns from the supervised run of the same seed. For "clusterfit", this is the configuration of the
     student that `raysl.clustering.cluster_and_fit.clusterfit` takes.
     """
-    own = dict(METHODS.get(method, {}))
+    own = dict((METHODS | OF_CLIPS).get(method, {}))
     name = method
     if method == "clusterfit":
         name, method = f"clusterfit-{flags.teacher}-{flags.clusters}", flags.teacher

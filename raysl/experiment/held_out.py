@@ -1,0 +1,50 @@
+"""Score a run at its own task on data that it has not seen, such as the accuracy of frame order on other clips."""
+
+from __future__ import annotations
+
+from collections import defaultdict
+from collections.abc import Iterator
+
+import torch
+
+from raysl.dataset import DataSet
+from raysl.extraction import Trained
+from raysl.extraction.heads import trained_model
+from raysl.model import Model
+from raysl.run import Run
+from raysl.stream.plan import Plan
+from raysl.stream.reader import Batch, Stream
+
+
+def batches(model: Model, dataset: DataSet, epochs: float, seed: int) -> Iterator[Batch]:
+    """Yield batches of the views of a model on any data set, without a gradient. Ray must be running.
+
+    Args:
+        model: gives the views; it stays in its mode.
+        dataset: the rows.
+        epochs: visits to every row.
+        seed: seed of the views.
+    """
+    plan = Plan.of(dataset, min(model.config.batch_size, dataset.num_images), seed, epochs)
+    with torch.no_grad():
+        yield from Stream(dataset, plan, model.views(), model.config.stream).batches()
+
+
+def held_out(run: Run, dataset: DataSet, epochs: float = 4, seed: int = 1) -> dict[str, float]:
+    """Return the loss and the metrics of a run's objective on a data set, averaged over batches of the run's size.
+
+    Args:
+        run: finished, of an objective without a memory bank.
+        dataset: rows of the same kind as those of the run.
+        epochs: visits to every row, each with views of its own.
+        seed: seed of the views.
+    """
+    model = trained_model(Trained(run, run.newest()))
+    sums: dict[str, float] = defaultdict(float)
+    count = 0
+    for batch in batches(model, dataset, epochs, seed):
+        found = model.objective.loss(model(batch.views), batch, None)
+        for name, value in {"loss": found.loss, **found.metrics}.items():
+            sums[name] += float(value)
+        count += 1
+    return {name: total / count for name, total in sums.items()}
