@@ -129,7 +129,12 @@ class Checkpoint:
             raise self._damaged(
                 name, f"it has {len(data)} bytes and was written with {num_bytes}, or its checksum differs"
             )
-        loaded: dict[str, Any] = torch.load(io.BytesIO(data), map_location="cpu", weights_only=True)
+        try:
+            loaded = torch.load(io.BytesIO(data), map_location="cpu", weights_only=True)
+        except Exception as error:  # Of pickle, zip and torch; a stranger can make checksums fit.
+            raise self._damaged(name, "it holds something other than tensors and plain values") from error
+        if not isinstance(loaded, dict):
+            raise self._damaged(name, "it holds no state")
         return loaded
 
     def _rows(self, name: str, about: Mapping[str, Any], first: int, last: int | None) -> dict[str, Any]:

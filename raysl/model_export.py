@@ -133,7 +133,16 @@ def _safetensors(backbone: Backbone, config: Pretraining, step: int) -> dict[str
         "step": str(step),
         "format": "pt",
     }
-    return {"model.safetensors": safetensors.save(state, facts)}
+    return {"model.safetensors": _with_sorted_facts(safetensors.save(state, facts))}
+
+
+def _with_sorted_facts(data: bytes) -> bytes:
+    """Sort the metadata of a safetensors file, whose order is random, so that equal runs give equal files."""
+    size = int.from_bytes(data[:8], "little")
+    header = json.loads(data[8 : 8 + size])
+    header["__metadata__"] = dict(sorted(header["__metadata__"].items()))
+    text = json.dumps(header, separators=(",", ":")).encode().ljust(size)
+    return data[:8] + text + data[8 + size :]
 
 
 def _onnx(backbone: Backbone, config: Pretraining, step: int) -> dict[str, bytes]:

@@ -32,6 +32,9 @@ from tests.chaos.commands import COMMANDS, Command
 _PATIENCE_S = 300.0
 _LEAVE_WITHIN_S = 20.0
 _DISK_MB = 64
+# Secrets in the environment, which no file may hold.
+_SECRETS = ("AWS_SECRET_ACCESS_KEY", "AWS_SESSION_TOKEN", "HF_TOKEN", "WANDB_API_KEY", "GITHUB_TOKEN")
+_PLANTED = b"planted-7c1e40d2"
 _SESSIONS, _STRIKES = 3, 5
 
 
@@ -68,7 +71,8 @@ class Chaos:
     def start(self, command: Command, out: Path, log: Path) -> faults.Target:
         """Start a command in a session of its own."""
         self.mark = uuid.uuid4().hex
-        environment = {**os.environ, faults.MARK: self.mark, "TMPDIR": str(self.scratch)}
+        planted = dict.fromkeys(_SECRETS, _PLANTED.decode())
+        environment = {**os.environ, **planted, faults.MARK: self.mark, "TMPDIR": str(self.scratch)}
         argv = [sys.executable, "-m", "raysl", *command.argv({**self.places, "out": out})]
         with log.open("wb") as file:
             driver = subprocess.Popen(
@@ -150,6 +154,10 @@ class Chaos:
         found = command.result(str(out)) if sessions[-1]["code"] == 0 else {"": "never complete"}
         files = [path.name for path in self.scratch.iterdir()]
         files += [path.name for path in out.rglob("*.tmp")]
+        written = [*out.rglob("*"), *self.scratch.rglob("*"), self.work / "round.log"]
+        files += [
+            f"a secret in {path}" for path in written if path.is_file() and _PLANTED in path.read_bytes()
+        ]
         for path in self.scratch.iterdir():
             shutil.rmtree(path) if path.is_dir() else path.unlink()
         differs = sorted(name for name in {*found, *expected} if found.get(name) != expected.get(name))
