@@ -54,6 +54,9 @@ def _run(given: list[str]) -> None:
         return
     if given[0] not in VERBS:
         raise unknown("verb", given[0], VERBS)
+    if not {"-h", "--help"} & set(given):
+        # The first word comes before anything is loaded; errors and results may take a second.
+        print(f"raysl {__version__}: {given[0]} ...", file=sys.stderr, flush=True)
     lazy.install()
     verbs = importlib.import_module("raysl.cli.verbs")
     verb = getattr(verbs, given[0])

@@ -196,12 +196,13 @@ def features(
         config, fields: the configuration; see `FeaturesConfig`.
     """
     console.install()
-    from raysl.extraction import named
     from raysl.extraction.features import FeaturesConfig as Config
-    from raysl.extraction.features import make
 
     settings = configure(Config, config, {**given(data=data, out=out), **fields})
     dataset(settings.data)
+    from raysl.extraction import named
+    from raysl.extraction.features import make
+
     named(uri(checkpoint), settings.backbone, settings.seed)
     start_ray(settings.out)
     return make(uri(checkpoint), settings)

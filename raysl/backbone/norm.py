@@ -99,7 +99,6 @@ def trace(network: nn.Module) -> fx.Graph:
         ) from error
 
 
-@torch.compiler.disable  # type: ignore[untyped-decorator]
 def forward_jointly(network: nn.Module, graph: fx.Graph, batches: Sequence[Tensor]) -> list[Tensor]:
     """Run a network on several batches; each BatchNorm computes its statistics over all of them.
 
@@ -111,6 +110,15 @@ def forward_jointly(network: nn.Module, graph: fx.Graph, batches: Sequence[Tenso
         batches: inputs of the network.
     """
     return list(_JointInterpreter(network, graph=graph, count=len(batches)).run(_Batches(batches)))
+
+
+def prepare_compilation() -> None:
+    """Make torch.compile leave `forward_jointly` out.
+
+    This imports torch._dynamo, which takes seconds in each process, so only processes that compile call it.
+    """
+    global forward_jointly
+    forward_jointly = torch.compiler.disable(forward_jointly)  # type: ignore[no-untyped-call]
 
 
 class _Batches(tuple[Any, ...]):

@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import importlib
 import inspect
+from functools import cache
+from typing import Any
 
 import torch
 from rich import box
@@ -46,19 +48,29 @@ def describe() -> list[Table]:
     return [parts, grid, why]
 
 
+@cache
+def _transform(name: str, geometry: Geometry) -> Any:
+    return pretext.build(name, {}, geometry)
+
+
+@cache
+def _skeleton(config: network.BackboneConfig) -> network.Backbone:
+    return network.skeleton(config)
+
+
 def combines(objective: str, transform: str) -> str:
     """Return "yes", or the reason why an objective and a transform ("" for none) do not combine."""
     config_type, objective_type = methods.load_objective(objective)
     geometry = Geometry(_IMAGE_SIZE, 0.2, objective_type.predicts)
     try:
         setup = Setup(
-            pretext=pretext.build(transform, {}, geometry) if transform else None,
-            identity=pretext.build("identity", {}, geometry),
+            pretext=_transform(transform, geometry) if transform else None,
+            identity=_transform("identity", geometry),
             width=_WIDTH,
             num_images=_NUM_IMAGES,
             num_classes=_NUM_CLASSES,
             seed=0,
-            backbone=network.skeleton(methods.example_backbone(objective)),
+            backbone=_skeleton(methods.example_backbone(objective)),
         )
         with torch.device("meta"):
             objective_type(config_type(), setup)

@@ -206,6 +206,7 @@ class Worker:
             norm.synchronise(self.model, self.device)
         model: nn.Module = self.model
         if self.config.compile:
+            norm.prepare_compilation()
             model = torch.compile(model)  # type: ignore[assignment]
         if self.world == 1:
             return model
