@@ -2,8 +2,7 @@
 
 Data may be given as a path, a URI, a name such as "shapes:1000", or a `DataSet`; a run as a path, a URI or a `Run`.
 What a configuration class holds may be given as keyword arguments, as an object of the class, or both, where the
-arguments win. Every function raises a `UserError` before it begins when a value, the data or the machine does not suit
-it.
+arguments win. Before it begins, a function raises a `UserError` for values, data or a machine that do not suit it.
 """
 
 from __future__ import annotations
