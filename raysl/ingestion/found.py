@@ -43,6 +43,7 @@ class Found:
         classes: number of images of each class, in the order of the class numbers; empty without labels.
         images: number of images listed.
         left_out: what is not read.
+        noun: what the source holds, in the plural.
     """
 
     layout: str
@@ -52,6 +53,7 @@ class Found:
     classes: dict[str, int] = field(default_factory=dict)
     images: int = 0
     left_out: LeftOut = field(default_factory=LeftOut)
+    noun: str = "images"
 
     def table(self, name: str) -> str:
         """Return the table that ingest prints before it copies anything."""
@@ -59,7 +61,7 @@ class Found:
         if self.splits:
             others = ", ".join(split for split in self.splits if split != self.split)
             lines.append(("split", self.split + (f"  (not read: {others})" if others else "")))
-        lines.append(("images", f"{self.images:,}{_classes(self.classes)}"))
+        lines.append((self.noun, f"{self.images:,}{_classes(self.classes)}"))
         lines.append(("labels", self.labels))
         kinds = sorted(self.left_out.kinds.items(), key=lambda item: -item[1][0])
         lines += [

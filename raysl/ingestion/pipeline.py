@@ -350,7 +350,7 @@ def _finish(source: Source, listed: Listed, journal: Journal, config: IngestConf
     journal.delete()
     dest.delete(objects.FOLDER)
     if num_bad:
-        _log_bad(kinds, reasons[0], dest)
+        _log_bad(kinds, reasons[0], dest, "video" if clips else "image")
     origin = (
         f"none, although they are {listed.labels}: {unlabelled} has none" if unlabelled else listed.labels
     )
@@ -360,10 +360,10 @@ def _finish(source: Source, listed: Listed, journal: Journal, config: IngestConf
     return made
 
 
-def _log_bad(kinds: Counter[str], first: str, dest: Folder) -> None:
-    """Log how many images could not be decoded, by reason."""
+def _log_bad(kinds: Counter[str], first: str, dest: Folder, noun: str) -> None:
+    """Log how many images or videos could not be decoded, by reason."""
     counts = ", ".join(f"{count:,} {kind!r}" for kind, count in kinds.most_common(5))
-    bad = counted(kinds.total(), "image")
+    bad = counted(kinds.total(), noun)
     _log.info(
         "%s could not be decoded (%s); %s/%s lists all. The first: %s", bad, counts, dest, LEDGER, first
     )

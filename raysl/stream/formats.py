@@ -63,7 +63,7 @@ _REFUSED = (
     (b"gimp xcf", "a GIMP drawing: export it as PNG"),
     (b"\x93NUMPY", "a NumPy array: save it as PNG or TIFF first, for example with the package tifffile"),
     (b"\x89HDF", "an HDF5 file: write its images as files first, for example with the package h5py"),
-    (b"\x1aE\xdf\xa3", "a video: write its frames as images first, for example with ffmpeg"),
+    (b"\x1aE\xdf\xa3", "a video: put it into a folder of videos, which `raysl ingest` reads"),
     (b"PK\x03\x04", "a ZIP archive: unpack it"),
     (b"\x1f\x8b", "compressed with gzip: unpack it"),
     (b"7z\xbc\xaf", "a 7z archive: unpack it"),
@@ -157,7 +157,7 @@ def describe(data: bytes) -> str:
     if _is_heif(data) or b"avif" in data[8:32]:
         return "is a damaged HEIC or AVIF photo: download or copy it again"
     if data[4:8] == b"ftyp" or (data[:4] == b"RIFF" and data[8:12] == b"AVI "):
-        return "is a video: write its frames as images first, for example with ffmpeg"
+        return "is a video: put it into a folder of videos, which `raysl ingest` reads"
     if data[128:132] == b"DICM":
         return "is a DICOM image: write its pixels as TIFF first, for example with the package pydicom"
     if not any(data):

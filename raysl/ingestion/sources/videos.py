@@ -49,6 +49,7 @@ class Source:
             self._survey, lambda splits: choose_split(place, splits), config.labels, left_out
         )
         self.found = self._layout.found
+        self.found.noun = "videos"
         self.found.layout = self.found.layout.replace("images", "videos")
         self.found.labels = self.found.labels.replace("image", "video")
         self.name = str(replace(place, split=self.found.split))
