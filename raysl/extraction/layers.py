@@ -117,18 +117,23 @@ def frozen_maps(backbone: Backbone, device: torch.device, layers: Sequence[str])
             made[POOLED] = backbone.maps(images_bchw)
         else:
             backbone(images_bchw)
+        if missing := sorted(set(layers) - made.keys()):
+            raise _no_map(missing[0])
         return dict(made)
 
     return encode
 
 
+def _no_map(layer: str) -> UserError:
+    return UserError(
+        f"The layer {layer!r} has no map: its output has no places. Give --layers pooled, or a layer before pooling."
+    )
+
+
 def _map_hook(made: dict[str, Tensor], layer: str) -> Callable[[nn.Module, Any, Any], None]:
     def hook(module: nn.Module, inputs: Any, output: Any) -> None:
         if not isinstance(output, Tensor) or output.ndim not in (3, 4):
-            raise UserError(
-                f"The layer {layer!r} has no map: its output has no places. Give --layers pooled, or a layer before "
-                "the pooling."
-            )
+            raise _no_map(layer)
         made[layer] = as_map(output).clone()  # The next layer may work in place.
 
     return hook

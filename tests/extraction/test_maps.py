@@ -60,3 +60,6 @@ def test_pixels_are_their_own_map_and_statistics_can_be_estimated_again() -> Non
 def test_a_layer_without_places_is_refused() -> None:
     with pytest.raises(UserError, match="'fc' has no map"):
         maps(BackboneConfig("resnet18"), ("fc",))
+    pytest.importorskip("timm")
+    with pytest.raises(UserError, match="'head' has no map"):
+        maps(BackboneConfig("timm/vit_tiny_patch16_224", patch_size=8), ("pooled", "head"))
