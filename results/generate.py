@@ -10,6 +10,7 @@ TABLES or VALUES. In a table, ± is half the difference of two seeds, or the sta
 from __future__ import annotations
 
 import json
+import math
 import re
 import sys
 from collections.abc import Callable, Mapping, Sequence
@@ -222,6 +223,30 @@ def _lecture_rows(folder: str, own: str) -> list[Row]:
     return rows
 
 
+def _maps() -> str:
+    """Return the table of key points and normals: the mean over seeds with its 95 % interval, and that of the gain."""
+    lines = []
+    for title, scale, wanted in (
+        ("key points: PCK at 0.1, %", 100, {"probe": "keypoints", "name": "PCK@0.1"}),
+        ("key points: PCK at 0.2, %", 100, {"probe": "keypoints", "name": "PCK@0.2"}),
+        ("normals: within 11.25 degrees, %", 100, {"probe": "normals", "name": "within/11.25"}),
+        ("normals: mean angle, degrees", 1, {"probe": "normals", "name": "mean_angle"}),
+        ("normals: median angle, degrees", 1, {"probe": "normals", "name": "median_angle"}),
+    ):
+        simclr, untrained = (
+            values("probes/maps.jsonl", method=name, **wanted) for name in ("simclr", "untrained")
+        )
+        gain = [one - other for one, other in zip(simclr, untrained, strict=True)]
+        lines.append([title, *(_interval(of, scale) for of in (untrained, simclr, gain))])
+    return table(["", "untrained", "SimCLR", "gain of a seed"], lines)
+
+
+def _interval(of: Sequence[float], scale: float) -> str:
+    """Return the mean of three seeds and half the width of its 95 % interval by Student's t."""
+    half = 4.303 * stdev(of) / math.sqrt(3)
+    return f"{scale * mean(of):.1f} ± {scale * half:.1f}"
+
+
 TABLES: dict[str, Callable[[], str]] = {
     "headline": _headline,
     "long-layers": _layers,
@@ -229,6 +254,7 @@ TABLES: dict[str, Callable[[], str]] = {
     "long-worth": _worth,
     "methods-cifar10": lambda: _methods("cifar10"),
     "lectures": _lectures,
+    "maps": _maps,
     "methods-tiny": lambda: _methods("tiny-imagenet-20"),
 }
 VALUES: dict[str, Callable[[], str]] = {
