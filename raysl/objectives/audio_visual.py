@@ -31,6 +31,9 @@ from raysl.pretext import Pretext
 from raysl.pretext._sound import BANDS, MomentFrame, MomentSound
 from raysl.stream.reader import Batch
 
+# Other colors would hide what they tell about the sound.
+COMMAND = "raysl pretrain --data clips:2000 --run RUN --method audio_visual --view.recipe plain"
+
 
 @dataclass(frozen=True)
 class Config(Checked):

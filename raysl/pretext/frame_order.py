@@ -24,6 +24,12 @@ from raysl.pretext import Chosen, Geometry
 from raysl.pretext._frames import OfFrames
 from raysl.rng import ImageRng
 
+# The order shows in places, which pooled features do not say, and in the comparison of the frames.
+COMMAND = (
+    "raysl pretrain --data clips:2000 --run RUN --method predict-frame_order "
+    "--predict.cells 4 --predict.hidden 512"
+)
+
 Integers = npt.NDArray[np.int64]
 Floats = npt.NDArray[np.float64]
 
