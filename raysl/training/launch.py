@@ -20,7 +20,7 @@ from raysl.dataset import DataSet
 from raysl.errors import Interrupted, UserError
 from raysl.ingestion import resolve
 from raysl.model import Model
-from raysl.ray_cluster import gpus, local_ray
+from raysl.ray_cluster import gpus, local_ray, shared_paths
 from raysl.ray_cluster import placement as cluster_placement
 from raysl.ray_cluster.lock import DriverLock
 from raysl.ray_cluster.placement import Placement
@@ -76,6 +76,7 @@ def pretrain(
         # What needs no Ray is checked before Ray starts.
         checked = _checked(config, DataSet.open(config.data)) if DataSet.is_one(config.data) else None
         ray_cluster.start()
+    shared_paths.refuse_local({"--run": config.run})
     group = _first_group(counts, placement)
     dataset = resolve(config.data)
     plan, model = checked or _checked(config, dataset)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import re
 from typing import Any
 
@@ -46,6 +47,8 @@ def test_the_head_takes_no_work_and_workers_come_and_go(name: str) -> None:
     head = kinds.pop("head")
     assert head["resources"] == {"CPU": 0, "GPU": 0}
     assert head["max_workers"] == 0
+    # The machines with eight GPUs are expensive: the user switches them on.
+    assert kinds.pop("gpu_8", {"max_workers": 0})["max_workers"] == 0
     assert kinds.keys() == MACHINES
     assert [kind["min_workers"] for kind in kinds.values()] == [0, 0, 0]
     assert read(name)["provider"]["cache_stopped_nodes"] is False
@@ -77,6 +80,21 @@ def test_aws_takes_it(on_aws: Config) -> None:
     assert "InstanceMarketOptions" not in kinds["gpu_ondemand"]["node_config"]
     assert kinds["gpu_spot"]["resources"].items() >= {"CPU": 8, "GPU": 1}.items()
     assert kinds["head"]["resources"]["CPU"] == 0
+
+
+def test_a_machine_with_eight_gpus_takes_a_run_of_eight_workers(on_aws: Config) -> None:
+    config = copy.deepcopy(on_aws)
+    for name, kind in config["available_node_types"].items():
+        kind["max_workers"] = int(name == "gpu_8")
+    placement, _ = sizes(config, 8)
+    assert placement == Placement(1.0, 1, DataShare(1.0, 11.0), 1)
+    assert launches(config, groups=[[placement.resources()] * 8]) == ({"gpu_8": 1}, 0)
+
+
+def test_the_driver_of_google_is_one_that_torch_can_use() -> None:
+    for kind in read("deploy/cluster-gcp.yaml")["available_node_types"].values():
+        image = kind["node_config"]["disks"][0]["initializeParams"]["sourceImage"]
+        assert int(image.rpartition("-")[2]) >= 580
 
 
 def sizes(config: Config, workers: int) -> tuple[Placement, Machines]:

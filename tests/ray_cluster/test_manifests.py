@@ -1,6 +1,6 @@
 """The manifests for Kubernetes: their form, and what the autoscaler makes of them.
 
-A cluster drops fields that it does not know without a word, so their names are checked against KubeRay's (1.5).
+A cluster drops fields that it does not know without a word, so their names are checked against KubeRay's (1.5.1).
 """
 
 from __future__ import annotations
@@ -18,54 +18,28 @@ from raysl.stream.reader import DataShare
 from tests.ray_cluster.autoscaling import Config, launches, read
 
 MANIFESTS = ("deploy/rayjob.yaml", "deploy/raycluster.yaml")
-JOB = {
-    *(
-        "entrypoint",
-        "shutdownAfterJobFinishes",
-        "ttlSecondsAfterFinished",
-        "activeDeadlineSeconds",
-        "backoffLimit",
-    ),
-    *(
-        "rayClusterSpec",
-        "clusterSelector",
-        "runtimeEnvYAML",
-        "submissionMode",
-        "submitterPodTemplate",
-        "jobId",
-    ),
-    *("metadata", "submitterConfig", "managedBy", "deletionStrategy", "suspend", "entrypointNumCpus"),
-}
-CLUSTER = {
-    *("rayVersion", "enableInTreeAutoscaling", "authOptions", "autoscalerOptions", "headGroupSpec"),
-    *("workerGroupSpecs", "gcsFaultToleranceOptions", "headServiceAnnotations", "managedBy", "suspend"),
-}
-AUTOSCALER = {
-    *(
-        "version",
-        "idleTimeoutSeconds",
-        "upscalingMode",
-        "resources",
-        "image",
-        "imagePullPolicy",
-        "env",
-        "envFrom",
-    ),
-    *("volumeMounts", "securityContext"),
-}
-HEAD = {"rayStartParams", "template", "serviceType", "headService", "enableIngress", "resources", "labels"}
-WORKERS = {
-    *(
-        "groupName",
-        "replicas",
-        "minReplicas",
-        "maxReplicas",
-        "idleTimeoutSeconds",
-        "numOfHosts",
-        "rayStartParams",
-    ),
-    *("template", "resources", "labels", "scaleStrategy", "suspend"),
-}
+# Fields of the custom resources of KubeRay 1.5.1, which 1.6 and 1.7 still have; 1.5.0 has no authOptions.
+JOB = set(
+    "activeDeadlineSeconds backoffLimit clusterSelector deletionStrategy entrypoint entrypointNumCpus "
+    "entrypointNumGpus entrypointResources jobId managedBy metadata rayClusterSpec runtimeEnvYAML "
+    "shutdownAfterJobFinishes submissionMode submitterConfig submitterPodTemplate suspend "
+    "ttlSecondsAfterFinished".split()
+)
+CLUSTER = set(
+    "authOptions autoscalerOptions enableInTreeAutoscaling gcsFaultToleranceOptions headGroupSpec "
+    "headServiceAnnotations managedBy rayVersion suspend workerGroupSpecs".split()
+)
+AUTOSCALER = set(
+    "env envFrom idleTimeoutSeconds image imagePullPolicy resources securityContext upscalingMode version "
+    "volumeMounts".split()
+)
+HEAD = set("enableIngress headService labels rayStartParams resources serviceType template".split())
+WORKERS = set(
+    "groupName idleTimeoutSeconds labels maxReplicas minReplicas numOfHosts rayStartParams replicas resources "
+    "scaleStrategy suspend template".split()
+)
+POD = set("affinity containers restartPolicy serviceAccountName tolerations volumes".split())
+CONTAINER = set("env image name resources volumeMounts".split())
 
 
 def spec(name: str) -> Config:
@@ -92,8 +66,23 @@ def test_kuberay_knows_every_field() -> None:
     found = spec("deploy/rayjob.yaml")
     assert found.keys() <= CLUSTER
     assert found["autoscalerOptions"].keys() <= AUTOSCALER
+    assert found["autoscalerOptions"]["version"] in ("v1", "v2")
+    assert found["autoscalerOptions"]["upscalingMode"] in ("Default", "Aggressive", "Conservative")
     assert found["headGroupSpec"].keys() <= HEAD
     assert all(group.keys() <= WORKERS for group in found["workerGroupSpecs"])
+    for group in (found["headGroupSpec"], *found["workerGroupSpecs"]):
+        # Kubernetes refuses other types: these are texts.
+        assert all(isinstance(value, str) for value in group["rayStartParams"].values())
+        assert group["template"]["spec"].keys() <= POD
+        for container in group["template"]["spec"]["containers"]:
+            assert container.keys() <= CONTAINER
+            assert all(isinstance(one["value"], str) for one in container["env"])
+
+
+def test_spot_machines_are_preferred_and_not_required() -> None:
+    for group in spec("deploy/rayjob.yaml")["workerGroupSpecs"]:
+        for kind in group["template"]["spec"].get("affinity", {}).values():
+            assert kind.keys() == {"preferredDuringSchedulingIgnoredDuringExecution"}
 
 
 def test_both_manifests_describe_the_same_cluster() -> None:
