@@ -2,7 +2,7 @@
 
 Command:  python benchmarks/scale_model.py
 Hardware: any; it only calculates.
-Time:     a second.
+Time:     a few seconds.
 Expect:   the tables of docs/scale.md.
 
 Measured on this project's machine, a slow core of a shared server: the CPU time of data, arithmetic of k-means, bytes.
@@ -14,7 +14,12 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
+import numpy as np
 import tyro
+
+from raysl.dataset import DataSet, Manifest, Shard
+from raysl.storage import Folder
+from raysl.stream.plan import Plan
 
 GB = 1e9
 # Floats of ResNet-50 without its classifier, and of the heads of PIRL (2048 to 128, and 9 x 128 to 128).
@@ -142,16 +147,13 @@ class Size:
 
 def main(costs: Costs) -> None:
     """Prints the tables."""
-    _header(
-        "images", "GPUs", "images/s", "read, GB/s", "days", "bank on a GPU, GB", "checkpoint, s", "k-means, h"
-    )
+    _header("images", "GPUs", "images/s", "days", "bank on a GPU, GB", "checkpoint, s", "k-means, h")
     for images in (1.28e6, 1e8, 1e9):
         for gpus in (1, 8, 32, 256):
             one = Size(images, gpus, costs)
-            read = one.images_per_s * costs.image_bytes / GB
             bank = one.bank_bytes / gpus / GB
             print(
-                f"| {images:,.0f} | {gpus} | {one.images_per_s:,.0f} | {read:.2f} | {one.days:,.1f} | {bank:,.2f} | "
+                f"| {images:,.0f} | {gpus} | {one.images_per_s:,.0f} | {one.days:,.1f} | {bank:,.2f} | "
                 f"{one.checkpoint_s:,.0f} | {one.kmeans_hours:,.2f} |"
             )
     print()
@@ -161,6 +163,41 @@ def main(costs: Costs) -> None:
         times = (one.compute_s, one.gradients_s, one.bank_s)
         cpus = one.trainers_per_s / gpus * costs.data_s
         print(f"| {gpus} | {' | '.join(f'{1e3 * seconds:.1f}' for seconds in times)} | {cpus:.1f} |")
+    print()
+    _header("GPUs", "requests an image", "bytes read / used", "requests/s", "read, GB/s")
+    for gpus in (1, 8, 32, 256):
+        images_per_s = Size(1e8, gpus, costs).images_per_s
+        requests, amplification = counted(gpus, costs)
+        read = images_per_s * amplification * costs.image_bytes / GB
+        print(
+            f"| {gpus} | {requests:.3f} | {amplification:.2f} | {requests * images_per_s:,.0f} | {read:.2f} |"
+        )
+
+
+def counted(gpus: int, costs: Costs, tasks: int = 8) -> tuple[float, float]:
+    """Count the row groups that data tasks read from the plan of a run on 1.28 M photos.
+
+    Returns:
+        Requests an image, one for each row group, and bytes that are read over bytes that are used.
+    """
+    per_group, groups = int(4e6 // costs.image_bytes), 64
+    shard = Shard("shard.parquet", (per_group,) * groups, int(per_group * groups * costs.image_bytes))
+    manifest = Manifest("photos", (shard,) * round(1.28e6 / (per_group * groups)), (), "", 0)
+    plan = Plan.of(
+        DataSet(Folder("s3://bucket/photos"), manifest), costs.batch_per_gpu * gpus, 0, costs.epochs
+    )
+    random = np.random.default_rng(0)
+    requests = images = 0
+    for _ in range(tasks):
+        first, rank = (
+            int(random.integers(1, plan.num_steps // plan.stretch - 1)) * plan.stretch,
+            random.integers(gpus),
+        )
+        rows = [plan.rows(step, int(rank), gpus).indices_b for step in range(first, first + plan.stretch)]
+        taken = np.concatenate(rows)
+        requests += len(np.unique(taken // per_group))
+        images += len(taken)
+    return requests / images, requests * per_group / images
 
 
 def _header(*columns: str) -> None:

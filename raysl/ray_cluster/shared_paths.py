@@ -5,12 +5,11 @@ from __future__ import annotations
 from collections.abc import Mapping
 from pathlib import Path
 
-import psutil
-
 from raysl.errors import UserError
 from raysl.ray_cluster import autoscaler
 from raysl.storage import Folder
 
+_MOUNTS = Path("/proc/self/mounts")
 # Beginnings of the names of file systems that several machines may share.
 _SHARED = (
     *("nfs", "lustre", "ceph", "cifs", "smb", "gpfs", "beegfs", "fuse", "9p", "glusterfs", "weka", "pvfs"),
@@ -42,6 +41,10 @@ def refuse_local(paths: Mapping[str, str]) -> None:
 
 def _may_be_shared(path: Path) -> bool:
     """Return True if the file system of a path, which need not exist, is a network file system."""
-    mounts = {Path(part.mountpoint): part.fstype for part in psutil.disk_partitions(all=True)}
+    try:
+        lines = _MOUNTS.read_text().splitlines()
+    except OSError:  # not Linux
+        return True
+    mounts = {Path(line.split()[1]): line.split()[2] for line in lines}
     kinds = (mounts[parent] for parent in (path, *path.parents) if parent in mounts)
     return next(kinds, "").startswith(_SHARED)
