@@ -337,6 +337,9 @@ def _extract(
         protocol = FeatureProtocol(place.image_size, tuple(dict.fromkeys(specs)))
         encoder = frozen_encoder(source, data.train, place.image_size, data.bn_statistics)
         wanted += [(encoder, dataset, protocol) for dataset in sets]
+    _log.info(
+        "Computing the features of the %s ...", " and ".join(("train images", "test images")[-len(sets) :])
+    )
     found = extraction.extract_all(wanted, place.cache, place.low_priority)
     return [(found[i], found[i + len(sets) - 1]) for i in range(0, len(found), len(sets))]
 

@@ -27,6 +27,9 @@ def shown(steps: Iterable[tuple[int, int]], doing: str, done: int, total: int) -
     first, bad = done, 0
     columns = (TextColumn(doing), BarColumn(), TaskProgressColumn(), TextColumn("{task.fields[text]}"))
     quiet = not sys.stderr.isatty() or not _log.isEnabledFor(logging.INFO)
+    if quiet and done < total:
+        # The console shows the seconds that pass until the first line of progress.
+        _log.info("%s %s images ...", doing, f"{total - done:,}")
     with Progress(*columns, TimeRemainingColumn(), console=Console(stderr=True), disable=quiet) as bar:
         task = bar.add_task(doing, total=total, completed=done, text="")
         for step in steps:
