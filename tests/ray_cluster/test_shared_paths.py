@@ -3,14 +3,12 @@
 from __future__ import annotations
 
 from pathlib import Path
-from types import SimpleNamespace
 from typing import Any
 
-import psutil
 import pytest
 
 from raysl.errors import UserError
-from raysl.ray_cluster import autoscaler
+from raysl.ray_cluster import autoscaler, shared_paths
 from raysl.ray_cluster.autoscaler import Growth
 from raysl.ray_cluster.shared_paths import refuse_local
 
@@ -32,11 +30,9 @@ def test_a_folder_of_a_head_without_work_is_refused(monkeypatch: pytest.MonkeyPa
 
 def test_a_network_file_system_is_taken(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
     grow(monkeypatch, head_cpus=0)
-    mounts = [
-        SimpleNamespace(mountpoint="/", fstype="overlay"),
-        SimpleNamespace(mountpoint=str(tmp_path), fstype="nfs4"),
-    ]
-    monkeypatch.setattr(psutil, "disk_partitions", lambda all: mounts)
+    mounts = tmp_path / "mounts"
+    mounts.write_text(f"overlay / overlay rw 0 0\nserver:/home {tmp_path} nfs4 rw 0 0\n")
+    monkeypatch.setattr(shared_paths, "_MOUNTS", mounts)
     refuse_local({"--run": f"{tmp_path}/runs/1"})
 
 
