@@ -224,7 +224,7 @@ def _lecture_rows(folder: str, own: str) -> list[Row]:
 
 
 def _maps() -> str:
-    """Return the table of key points and normals: the mean over seeds with its 95 % interval, and that of the gain."""
+    """Return the table of the probes of clips: the mean over seeds with its 95 % interval, and that of the gain."""
     lines = []
     for title, scale, wanted in (
         ("key points: PCK at 0.1, %", 100, {"probe": "keypoints", "name": "PCK@0.1"}),
@@ -232,6 +232,9 @@ def _maps() -> str:
         ("normals: within 11.25 degrees, %", 100, {"probe": "normals", "name": "within/11.25"}),
         ("normals: mean angle, degrees", 1, {"probe": "normals", "name": "mean_angle"}),
         ("normals: median angle, degrees", 1, {"probe": "normals", "name": "median_angle"}),
+        ("actions: top-1, %", 100, {"probe": "video", "name": "top1"}),
+        ("nearest frames: same action, %", 100, {"probe": "patches", "name": "precision/k=5"}),
+        ("nearest frames: distance of poses, %", 100, {"probe": "patches", "name": "pose_distance"}),
     ):
         simclr, untrained = (
             values("probes/maps.jsonl", method=name, **wanted) for name in ("simclr", "untrained")
