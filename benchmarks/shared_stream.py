@@ -39,8 +39,9 @@ from raysl.dataset import DataSet
 from raysl.ingestion import resolve
 from raysl.model import Model
 from raysl.objectives.pirl import Config as Pirl
+from raysl.stream import reader
 from raysl.stream.plan import Plan
-from raysl.stream.reader import DataShare, Stream, _Load
+from raysl.stream.reader import DataShare, Stream
 from raysl.stream.shared import Subscriber, batches, open_feeds, slots, union
 
 RUNS = 4
@@ -117,13 +118,13 @@ def stream(dataset: DataSet, side: int, batch_size: int, images: int, vary: str,
 def work(streams: list[Stream]) -> dict[str, float]:
     """CPU microseconds for an image, from its bytes on: of all four streams, and of the one that replaces them."""
     rows = streams[0].plan.rows(0)
-    images = streams[0].dataset.read(rows.indices_b).column("image").to_pylist()
+    table = streams[0].dataset.read(rows.indices_b)
 
     def us(one: Stream) -> float:
         taken = []
         for _ in range(4):
             started = time.process_time()
-            _Load(one, 0, 1)._pixels(images, rows, one.views)
+            reader._pixels(one, table, rows, one.views)
             taken.append(time.process_time() - started)
         return 1e6 * median(taken[1:]) / len(rows)
 

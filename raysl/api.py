@@ -77,6 +77,7 @@ def pretrain(
     train: Data = "",
     test: Data = "",
     probes: Sequence[str] = ("knn",),
+    local: bool = False,
     **fields: Any,
 ) -> Run:
     """Pretrain a backbone. The same call again continues an interrupted run at the very step.
@@ -87,7 +88,7 @@ def pretrain(
         config: the whole configuration.
         callbacks: code that follows the run; see `raysl.callbacks`.
         probe_every: steps between two evaluations of the run while it trains; 0 for none.
-        train, test, probes: labelled data and probes of these evaluations, as in `probe`.
+        train, test, probes, local: data and probes of these evaluations; train in this process, without Ray.
         fields: fields of `Pretraining`, and by their names the configurations of the method's parts, as in
             `pirl={"temperature": 0.1}`. `backbone` may be a function or class that builds an `nn.Module` from
             normalised images (b, 3, s, s) to features (b, width); it must be importable.
@@ -97,11 +98,10 @@ def pretrain(
     from raysl.evaluation.online import OnlineConfig
 
     online = OnlineConfig(probe_every, uri(train), uri(test), tuple(probes))
-    followers = Callbacks(callbacks)
-    settings = run_config(data, run, config, fields)
+    settings = run_config(data, run, config, fields, local=local)
     from raysl.evaluation.online import pretrain_and_probe
 
-    return pretrain_and_probe(settings, online, followers)
+    return pretrain_and_probe(settings, online, Callbacks(callbacks), local=local)
 
 
 def probe(

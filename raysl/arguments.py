@@ -71,6 +71,7 @@ def run_config(
     workers: bool = True,
     check: Callable[[Pretraining], object] | None = None,
     out: str = "",
+    local: bool = False,
 ) -> Pretraining:
     """Return the configuration of a run, checked before Ray starts.
 
@@ -81,13 +82,18 @@ def run_config(
     Args:
         data: images, unless `config` or `fields` name them.
         run: folder of the run, likewise.
-        config: an object, or a mapping of fields.
-        fields: fields that replace those of `config`.
+        config, fields: an object or a mapping of fields, and fields that replace some of them.
         workers: whether workers will train, so that Ray is started and asked what the cluster has.
         check: more checks of the configuration as given, before any data are opened or Ray starts.
         out: folder of the results, if it is not the run.
+        local: whether one worker will train in this process, without Ray.
     """
     values = _named({**given(data=data, run=run), **fields})
+    if local:
+        from raysl.training import local as in_process
+
+        check, workers = in_process.check, False
+        values = values if isinstance(config, Pretraining) else {"workers": 1, **values}
     if isinstance(config, Pretraining):
         made = defaults.replaced(config, values)
         if check is not None:
@@ -99,8 +105,7 @@ def run_config(
     if config is not None and not isinstance(config, Mapping):
         raise _wrong_type(config, Pretraining)
     values = {**(config or {}), **values}
-    if "data" in values:
-        values["data"] = uri(values["data"])
+    values |= {"data": uri(values["data"])} if "data" in values else {}
     asked = defaults.check(values)
     if check is not None:
         check(asked)

@@ -14,7 +14,8 @@ from __future__ import annotations
 import importlib
 import logging
 import re
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from types import ModuleType
 from typing import Any
 
@@ -60,6 +61,15 @@ class Callbacks:
         self._run: Run | None = None
         self._step = 0
         self._saved: set[int] = set()
+
+    @contextmanager
+    def following(self, run: Run, step: int) -> Iterator[None]:
+        """Tell of the begin of a run at a step, and of its end after the block."""
+        self.begin(run, step)
+        try:
+            yield
+        finally:
+            self.end()
 
     def begin(self, run: Run, step: int) -> None:
         """Tell that a run begins or resumes at a step."""

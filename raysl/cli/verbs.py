@@ -25,6 +25,7 @@ from raysl.model_export import ExportConfig
 from raysl.reporting.page import ReportConfig
 from raysl.reproduction import ReproduceConfig
 from raysl.run import Run
+from raysl.training.local import LocalConfig
 from raysl.tuning.config import POPULATION, SweepConfig
 
 _FLAGS = tyro.conf.arg(name="")  # The fields of a configuration are flags without a prefix.
@@ -33,8 +34,9 @@ _Run = Annotated[tyro.conf.Positional[str], tyro.conf.arg(metavar="RUN")]
 
 def pretrain(arguments: Sequence[str]) -> None:
     """Learn a representation: `raysl pretrain --data D --run R --method pirl-jigsaw`."""
-    flags = parse(arguments, "raysl pretrain", {"online": OnlineConfig})
-    run = api.pretrain(**flags.given, **dataclasses.asdict(flags.beside["online"]))
+    flags = parse(arguments, "raysl pretrain", {"online": OnlineConfig, "place": LocalConfig})
+    beside = [dataclasses.asdict(flags.beside[name]) for name in ("online", "place")]
+    run = api.pretrain(**flags.given, **beside[0], **beside[1])
     print(f"The run is at {run.folder}. Next:\n{_next_commands(run)}")
 
 

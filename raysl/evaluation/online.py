@@ -68,7 +68,9 @@ class OnlineConfig:
             )
 
 
-def pretrain_and_probe(config: Pretraining, online: OnlineConfig, callbacks: Callbacks | None = None) -> Run:
+def pretrain_and_probe(
+    config: Pretraining, online: OnlineConfig, callbacks: Callbacks | None = None, local: bool = False
+) -> Run:
     """Pretrain as `raysl.training.launch.pretrain`, and probe every `online.probe_every` steps and after the last.
 
     Rows are added to the run with their step, and written to TensorBoard, as soon as they exist; the values are added
@@ -80,7 +82,12 @@ def pretrain_and_probe(config: Pretraining, online: OnlineConfig, callbacks: Cal
             not suit it.
     """
     if not online.probe_every:
-        return pretrain(config, callbacks=callbacks)
+        return pretrain(config, callbacks=callbacks, local=local)
+    if local:
+        raise UserError(
+            f"--probe-every is {online.probe_every}, and these probes run on Ray, which --local does not start. Omit "
+            "one of the two; `raysl probe RUN` measures the run afterwards."
+        )
     config = saving(config, online)
     _check_defaults(online.probes)
     ray_cluster.start()

@@ -18,7 +18,6 @@ from itertools import accumulate, chain
 from typing import Annotated, Any, Literal
 
 import numpy as np
-import ray.data
 
 from raysl.dataset import LEDGER, SHARDS, DataSet, Manifest, Shard
 from raysl.errors import UserError
@@ -272,6 +271,8 @@ def _each(
     Raises:
         UserError: a task raised one.
     """
+    import ray.data
+
     if not numbers:
         return
     tasks = ray.data.range(len(numbers), override_num_blocks=len(numbers)).map_batches(

@@ -3,6 +3,8 @@
 Each training worker runs one Ray Data pipeline over its part of the plan, for all epochs, from any step. Each task
 receives step numbers and reads the images itself. Tasks may run ahead of the trainer, and their batches arrive in
 order. Every batch carries its indices, which are compared with the plan: a lost or repeated image is an error.
+
+Without Ray, `raysl.stream.processes` calls the same function, `load`, in processes of its own.
 """
 
 from __future__ import annotations
@@ -11,9 +13,9 @@ import functools
 import itertools
 import pickle
 import time
-from collections.abc import Callable, Collection, Iterator, Mapping
-from concurrent.futures import ThreadPoolExecutor
-from dataclasses import dataclass, field
+from collections.abc import Callable, Collection, Iterable, Iterator, Mapping
+from concurrent.futures import Future, ThreadPoolExecutor
+from dataclasses import dataclass, field, replace
 from typing import Any, Literal
 
 import numpy as np
@@ -33,6 +35,7 @@ from raysl.stream.plan import Plan, Rows
 from raysl.stream.views import View
 
 Columns = dict[str, npt.NDArray[Any]]
+Source = Callable[["Stream", int, int], Iterator[Columns]]
 
 BLOCK_BYTES = 4 << 20
 # Tasks of one Ray Data execution. Listing them takes half a second; they cover hundreds of thousands of photos, or
@@ -114,6 +117,8 @@ class Stream:
         device: device of the tensors of the batches.
         schedule: function from a step to the names of its views; None when every step takes all views. Other views are
             not made. It must be picklable.
+        source: function from the stream, a first step and an end (exclusive) to the columns of these steps, in place
+            of Ray Data; see `raysl.stream.processes`.
     """
 
     dataset: DataSet
@@ -125,6 +130,7 @@ class Stream:
     world: int = 1
     device: torch.device = torch.device("cpu")
     schedule: Callable[[int], Collection[str]] | None = None
+    source: Source | None = None
 
     def views_of(self, step: int) -> dict[str, View]:
         """Return the views of a step."""
@@ -160,6 +166,9 @@ class Stream:
 
         `batch` makes a `Batch` of them. Raises as `batches` does.
         """
+        if self.source is not None:
+            yield from self.source(replace(self, source=None), start_step, last)
+            return
         opener = ThreadPoolExecutor(1)
         try:
             opened = opener.submit(self._open, start_step, last) if start_step < last else None
@@ -245,7 +254,8 @@ class Stream:
 
     def _to_device(self, values: npt.NDArray[Any]) -> Tensor:
         # Ray returns read-only views of its object store, which torch does not take.
-        return copied_beside(torch.from_numpy(values.copy()), self.device)
+        owned = values if values.flags.writeable else values.copy()
+        return copied_beside(torch.from_numpy(owned), self.device)
 
     def finish(self, batch: Batch, crops: Mapping[str, Tensor]) -> Batch:
         """Make the views of a batch from its source crops, on the device of the crops."""
@@ -288,7 +298,7 @@ def _loaded(pickled: bytes) -> Any:
 
 @dataclass(frozen=True)
 class _Load:
-    """The function of a data task: make the batches of one stretch of steps."""
+    """The function of a data task of Ray Data: make the batches of one piece of the plan."""
 
     stream: Stream
     start: int
@@ -305,60 +315,80 @@ class _Load:
         return cls(*_loaded(pickled))
 
     def __call__(self, task: Columns) -> Iterator[Columns]:
-        stretch, length = self.stream.plan.stretch, self.stream.task_steps
-        stretches: list[range] = []
+        length = self.stream.task_steps
+        parts: list[range] = []
         for number in task["id"]:
             first = max(self.start, (self.start // length + int(number)) * length)
-            last = min(self.end, first - first % length + length)
-            edges = [first, *range(first - first % stretch + stretch, last, stretch), last]
-            stretches += map(range, edges[:-1], edges[1:])
-        with ThreadPoolExecutor(1) as reader:
-            reading = reader.submit(self._read, stretches[0])
-            for number, steps in enumerate(stretches):
-                rows, table = reading.result()
-                if number + 1 < len(stretches):
-                    reading = reader.submit(self._read, stretches[number + 1])
-                yield from self._steps(steps, rows, table)
-
-    def _read(self, steps: range) -> tuple[list[Rows], pa.Table]:
-        stream = self.stream
-        rows = [stream.plan.rows(step, stream.rank, stream.world) for step in steps]
-        return rows, stream.dataset.read(np.concatenate([r.indices_b for r in rows]), stream.read_columns)
-
-    def _steps(self, steps: range, rows: list[Rows], table: pa.Table) -> Iterator[Columns]:
-        stream = self.stream
-        offset = 0
-        for step, one in zip(steps, rows, strict=True):
-            part = table.slice(offset, len(one))
-            offset += len(one)
-            columns: Columns = {"index": one.indices_b}
-            if "label" in part.column_names:
-                columns["label"] = part.column("label").to_numpy()
-            columns.update(self._pixels(part, one, stream.views_of(step)))
-            if stream.schedule is not None:
+            parts += pieces(self.stream.plan, first, min(self.end, first - first % length + length))
+        for columns in load(self.stream, parts):
+            if self.stream.schedule is not None:
                 columns = {_PACKED: np.array(pickle.dumps(columns, protocol=5), dtype=object)}
             # A batch is one row of Ray Data, which is never split. With images as rows, the trainer would have to
             # put batches together.
             yield {name: values[None] for name, values in columns.items()}
 
-    def _pixels(self, table: pa.Table, rows: Rows, views: Mapping[str, View]) -> Columns:
-        stream = self.stream
-        image_rng = ImageRng(stream.plan.seed, rows.epochs_b, rows.indices_b)
-        sources = {name: view.source for name, view in views.items() if view.of_clips is None}
-        batch = Batch(0, rows, None, {}, {})
-        try:
-            crops = cut(table.column("image").to_pylist(), sources, image_rng) if sources else {}
-            crops |= cut_clips(table, views, image_rng, batch.views, batch.targets)
-        except DecodeError as error:
-            raise UserError(
-                f"An image in the data set {str(stream.dataset.folder)!r} cannot be decoded, although it could when "
-                f"the data was ingested: {error}. A shard file is damaged; run `raysl ingest` again."
-            ) from error
-        if stream.config.place == "trainer":
-            columns = {f"crop/{name}": crops_bchw.numpy() for name, crops_bchw in crops.items()}
-            made = batch
-        else:
-            columns, made = {}, stream.finish(batch, crops)
-        columns.update({f"view/{name}": view.numpy() for name, view in made.views.items()})
-        columns.update({f"target/{name}": target.numpy() for name, target in made.targets.items()})
-        return columns
+
+def pieces(plan: Plan, start: int, end: int) -> Iterator[range]:
+    """Yield the steps start .. end - 1 in pieces that share windows of the data set."""
+    edges = itertools.chain(
+        [start], range(start - start % plan.stretch + plan.stretch, end, plan.stretch), [end]
+    )
+    return (range(first, last) for first, last in itertools.pairwise(edges))
+
+
+def load(stream: Stream, parts: Iterable[range]) -> Iterator[Columns]:
+    """Yield the columns of the steps of some pieces, as `Stream.columns` does, computed in this process.
+
+    While a piece is made, the next one is read.
+
+    Raises:
+        UserError: a shard of the data set is damaged.
+    """
+    with ThreadPoolExecutor(1) as reader:
+        reading: Future[tuple[range, list[Rows], pa.Table]] | None = None
+        for steps in parts:
+            before, reading = reading, reader.submit(_read, stream, steps)
+            if before is not None:
+                yield from _made(stream, *before.result())
+        if reading is not None:
+            yield from _made(stream, *reading.result())
+
+
+def _read(stream: Stream, steps: range) -> tuple[range, list[Rows], pa.Table]:
+    rows = [stream.plan.rows(step, stream.rank, stream.world) for step in steps]
+    indices = np.concatenate([one.indices_b for one in rows])
+    return steps, rows, stream.dataset.read(indices, stream.read_columns)
+
+
+def _made(stream: Stream, steps: range, rows: list[Rows], table: pa.Table) -> Iterator[Columns]:
+    offset = 0
+    for step, one in zip(steps, rows, strict=True):
+        part = table.slice(offset, len(one))
+        offset += len(one)
+        columns: Columns = {"index": one.indices_b}
+        if "label" in part.column_names:
+            columns["label"] = part.column("label").to_numpy()
+        columns.update(_pixels(stream, part, one, stream.views_of(step)))
+        yield columns
+
+
+def _pixels(stream: Stream, table: pa.Table, rows: Rows, views: Mapping[str, View]) -> Columns:
+    image_rng = ImageRng(stream.plan.seed, rows.epochs_b, rows.indices_b)
+    sources = {name: view.source for name, view in views.items() if view.of_clips is None}
+    batch = Batch(0, rows, None, {}, {})
+    try:
+        crops = cut(table.column("image").to_pylist(), sources, image_rng) if sources else {}
+        crops |= cut_clips(table, views, image_rng, batch.views, batch.targets)
+    except DecodeError as error:
+        raise UserError(
+            f"An image in the data set {str(stream.dataset.folder)!r} cannot be decoded, although it could when "
+            f"the data was ingested: {error}. A shard file is damaged; run `raysl ingest` again."
+        ) from error
+    if stream.config.place == "trainer":
+        columns = {f"crop/{name}": crops_bchw.numpy() for name, crops_bchw in crops.items()}
+        made = batch
+    else:
+        columns, made = {}, stream.finish(batch, crops)
+    columns.update({f"view/{name}": view.numpy() for name, view in made.views.items()})
+    columns.update({f"target/{name}": target.numpy() for name, target in made.targets.items()})
+    return columns

@@ -3,12 +3,11 @@
 from __future__ import annotations
 
 import logging
-import signal
 import tempfile
 import threading
 import time
 import uuid
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from typing import Any
@@ -17,7 +16,7 @@ from raysl import checkpoint, console, ray_cluster
 from raysl.callbacks import Callbacks
 from raysl.config import Pretraining
 from raysl.dataset import DataSet
-from raysl.errors import Interrupted, UserError
+from raysl.errors import UserError
 from raysl.ingestion import resolve
 from raysl.model import Model
 from raysl.ray_cluster import gpus, local_ray, shared_paths
@@ -28,7 +27,8 @@ from raysl.run import Run
 from raysl.storage import Folder
 from raysl.stream.plan import Plan
 from raysl.stream.shared import Subscriber
-from raysl.training import elastic, progress_actor
+from raysl.training import elastic, progress_actor, signals
+from raysl.training import local as in_process
 from raysl.training.elastic import CapacityRequest, Resizing, WorkerGroup
 from raysl.training.worker import Job, work
 
@@ -50,6 +50,7 @@ def pretrain(
     placement: Placement | None = None,
     callbacks: Callbacks | None = None,
     subscriber: Subscriber | None = None,
+    local: bool = False,
 ) -> Run:
     """Run pretraining to its end, or resume an interrupted run.
 
@@ -62,6 +63,7 @@ def pretrain(
         placement: resources of the workers; by default they share the whole cluster.
         callbacks: code that follows the run.
         subscriber: position in a stream shared with other runs; see `raysl.stream.shared`.
+        local: train with one worker in this process and without Ray; see `raysl.training.local`.
 
     Returns:
         The run, finished or at step `until`.
@@ -75,39 +77,44 @@ def pretrain(
     with console.working("Preparing the run ..."):
         # What needs no Ray is checked before Ray starts.
         checked = _checked(config, DataSet.open(config.data)) if DataSet.is_one(config.data) else None
-        ray_cluster.start()
-    shared_paths.refuse_local({"--run": config.run})
-    group = _first_group(counts, placement)
+        group = _first_group(config, placement, local)
     dataset = resolve(config.data)
-    plan, model = checked or _checked(config, dataset)
-    run = Run.begin(config, dataset, model.describe())
-    end = min(until or plan.num_steps, plan.num_steps)
-    saved = _saved(run)
+    plan, facts = checked or _checked(config, dataset)
+    run = Run.begin(config, dataset, facts)
+    end, saved = min(until or plan.num_steps, plan.num_steps), _saved(run)
     if saved >= end:
         state = "finished" if saved >= plan.num_steps else "at this step"
         _log.info("The run at %s is already %s (%d steps).", config.run, state, saved)
         return run
     _announce(config, dataset, plan, group, saved)
-    if group.gpus:
+    if group.gpus and not local:
         gpus.check(group.placement.gpus_per_worker, config.precision)
-    job = Job(config.to_json(), run, dataset, group.placement, progress_actor.open_board(), until, subscriber)
+    board = None if local else progress_actor.open_board()
+    job = Job(config.to_json(), run, dataset, group.placement, board, until, subscriber)
+    begins = "" if local else group.placement.busy(group.workers)
     told = callbacks or Callbacks(())
-    begins = group.placement.busy(group.workers) or "Starting the workers ..."
-    with console.working(begins), DriverLock(run.folder, "run") as lock:
-        told.begin(run, saved)
-        try:
+    with (
+        console.working(begins or "Starting the training ..."),
+        DriverLock(run.folder, "run") as lock,
+        told.following(run, saved),
+    ):
+        if local:
+            in_process.train(job, plan.num_steps, lock, told, SHOW_EVERY_S)
+        else:
             _Attempts(job, counts, end, plan.num_steps, lock, told).run(group)
-        finally:
-            told.end()
     return run
 
 
-def _checked(config: Pretraining, dataset: DataSet) -> tuple[Plan, Model]:
-    """Return the plan and the model of a run. Raises UserError for mistakes that only the data set reveals."""
+def _checked(config: Pretraining, dataset: DataSet) -> tuple[Plan, dict[str, Any]]:
+    """Return the plan of a run, and the facts for its metadata.
+
+    Raises:
+        UserError: a mistake that only the data set reveals.
+    """
     resumes = bool(config.backbone.weights) and _saved(Run(Folder(config.run))) > 0
     model = Model.of(config.without_starting_weights() if resumes else config, dataset)
     model.check()
-    return config.plan(dataset), model
+    return config.plan(dataset), model.describe()
 
 
 def _announce(config: Pretraining, dataset: DataSet, plan: Plan, group: WorkerGroup, saved: int) -> None:
@@ -123,7 +130,14 @@ def _announce(config: Pretraining, dataset: DataSet, plan: Plan, group: WorkerGr
     _log.info("%s, data tasks with %g CPU.", described, group.placement.share.cpus_per_task)
 
 
-def _first_group(counts: Sequence[int], placement: Placement | None) -> WorkerGroup:
+def _first_group(config: Pretraining, placement: Placement | None, local: bool) -> WorkerGroup:
+    """Start Ray and return the first worker group; or check that this process can train, and return its worker."""
+    if local:
+        in_process.check(config)
+        return WorkerGroup(1, placement or in_process.place())
+    ray_cluster.start()
+    shared_paths.refuse_local({"--run": config.run})
+    counts = config.worker_counts()
     if placement is not None:
         return WorkerGroup(counts[0], placement)
     if len(counts) == 1:
@@ -181,7 +195,7 @@ class _Attempts:
 
         board = self.job.board
         idle, saved = 0, _saved(self.job.run)
-        with _signals(lambda: board.ask_to_leave.remote(True)) as signals:
+        with signals.caught(lambda: board.ask_to_leave.remote(True)) as stop:
             while True:
                 self.lock.check()
                 error = self._attempt(group)
@@ -192,15 +206,15 @@ class _Attempts:
                     return
                 idle = 0 if saved > before else idle + 1
                 over = idle > MAX_FAILURES or (error is not None and not self.elastic)
-                if over and not signals.received.is_set():
+                if over and not stop.received.is_set():
                     raise error or UserError(
                         f"Training stopped {idle} times at step {saved} without progress. The same command resumes "
                         "from there."
                     )
-                ray.get(board.ask_to_leave.remote(signals.received.is_set()))
-                group = self._next(group, signals.received)
-                if signals.received.is_set():
-                    raise signals.ended(saved)
+                ray.get(board.ask_to_leave.remote(stop.received.is_set()))
+                group = self._next(group, stop.received)
+                if stop.received.is_set():
+                    raise stop.ended(saved)
 
     def _next(self, group: WorkerGroup, stopped: threading.Event) -> WorkerGroup:
         """Return the worker group of the next attempt; wait for machines until one fits."""
@@ -338,56 +352,3 @@ def _trainer(job: Job, workers: int, once: bool, scratch: str) -> Any:
             logging_config=LoggingConfig(log_level="ERROR"),
         ),
     )
-
-
-class _Signals:
-    """The first stop signal that this process got.
-
-    Attributes:
-        received: set when a signal has arrived.
-        number: the signal.
-    """
-
-    def __init__(self) -> None:
-        self.received = threading.Event()
-        self.number = signal.SIGINT
-
-    def ended(self, step: int) -> BaseException:
-        """Return the exception that ends a run which was saved at `step`."""
-        name = "Ctrl-C" if self.number == signal.SIGINT else self.number.name
-        message = f"Stopped by {name} after step {step}, which is saved. The same command resumes from there."
-        if self.number == signal.SIGINT:
-            return Interrupted(message)
-        _log.info(message)
-        return SystemExit(128 + self.number)
-
-
-@contextmanager
-def _signals(act: Callable[[], object]) -> Iterator[_Signals]:
-    """During the block, record the first SIGINT, SIGTERM or SIGHUP and call `act`; the next one acts as it did before.
-
-    Python runs signal handlers in the main thread only; in another thread nothing changes.
-    """
-    signals = _Signals()
-    if threading.current_thread() is not threading.main_thread():
-        yield signals
-        return
-    before = {number: signal.getsignal(number) for number in (signal.SIGINT, signal.SIGTERM, signal.SIGHUP)}
-
-    def restore() -> None:
-        for number, handler in before.items():
-            signal.signal(number, handler)
-
-    def handle(number: int, frame: object) -> None:
-        restore()
-        signals.number = signal.Signals(number)
-        signals.received.set()
-        _log.info("Saving the run. The same signal again stops at once, without saving.")
-        act()
-
-    for number in before:
-        signal.signal(number, handle)
-    try:
-        yield signals
-    finally:
-        restore()

@@ -100,6 +100,66 @@ class Board:
         return rows
 
 
+class Progress:
+    """What a worker tells its driver and asks it. This one has no driver."""
+
+    def begin(self, step: int, workers: int, reached: int) -> int:
+        """Tell the first step of a worker group; see `Board.begin`."""
+        return 0
+
+    def post(self, row: dict[str, Any]) -> None:
+        """Tell a row of metrics."""
+
+    def leaving(self) -> None:
+        """Tell that the workers have agreed on a step to stop at."""
+
+    def asked_to_leave(self) -> bool:
+        """Return True if the worker should save and stop. Every worker must call it at the same step."""
+        return False
+
+
+class ActorProgress(Progress):
+    """Progress through a progress actor. Also stops when Ray will drain one of the machines.
+
+    Args:
+        board: the actor.
+        rank: rank of the worker; only rank 0 asks the actor.
+    """
+
+    def __init__(self, board: Any, rank: int) -> None:
+        self._board = board
+        self._rank = rank
+        self._asked: Any = None
+
+    def begin(self, step: int, workers: int, reached: int) -> int:
+        import ray
+
+        return int(ray.get(self._board.begin.remote(step, workers, reached)))
+
+    def post(self, row: dict[str, Any]) -> None:
+        self._board.post.remote(row)
+
+    def leaving(self) -> None:
+        self._board.leaving.remote()
+
+    def asked_to_leave(self) -> bool:
+        import ray
+        import ray.train
+
+        # Ray first drains a machine that gets SIGTERM or a preemption notice.
+        if ray.train.get_preemption_info() is not None:
+            return True
+        if self._rank > 0:
+            return False
+        # Look at the answer to the previous request, so that training never waits for the driver's machine.
+        if self._asked is None:
+            self._asked = self._board.asked_to_leave.remote()
+        if not ray.wait([self._asked], timeout=0)[0]:
+            return False
+        asked, self._asked = ray.get(self._asked), self._board.asked_to_leave.remote()
+        return bool(asked)
+
+
 def open_board() -> Any:
     """Start a progress actor."""
     import ray

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import time
 from collections.abc import Callable
-from typing import Any
 
 import torch
 
@@ -49,37 +48,3 @@ class StopSync:
         self._steps = max(1, min(2 * self._steps, round(EXCHANGE_EVERY_S * self._steps / took_s)))
         self._next, self._since = step + self._steps, now
         return told > 0, since_s
-
-
-class StopSignal:
-    """Report whether a worker should stop: the driver asks for it, or Ray will drain one of the machines.
-
-    Args:
-        board: progress actor that holds the request of the driver; None without a driver.
-        rank: rank of the worker; only rank 0 asks the progress actor.
-    """
-
-    def __init__(self, board: Any, rank: int) -> None:
-        self._board = board
-        self._rank = rank
-        self._asked: Any = None
-
-    def __call__(self) -> bool:
-        """Return True if this worker should stop. Every worker must call it at the same step."""
-        if self._board is None:
-            return False
-        import ray
-        import ray.train
-
-        # Ray first drains a machine that gets SIGTERM or a preemption notice.
-        if ray.train.get_preemption_info() is not None:
-            return True
-        if self._rank > 0:
-            return False
-        # Look at the answer to the previous request, so that training never waits for the driver's machine.
-        if self._asked is None:
-            self._asked = self._board.asked_to_leave.remote()
-        if not ray.wait([self._asked], timeout=0)[0]:
-            return False
-        asked, self._asked = ray.get(self._asked), self._board.asked_to_leave.remote()
-        return bool(asked)

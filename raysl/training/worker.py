@@ -12,7 +12,7 @@ import os
 import time
 import traceback
 from collections import Counter, deque
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
@@ -33,8 +33,11 @@ from raysl.rng import key
 from raysl.run import METADATA, MetricsLog, Run
 from raysl.stream import shared
 from raysl.stream.plan import Plan
-from raysl.stream.reader import Batch, Stream
-from raysl.training.stop_sync import StopSignal, StopSync
+from raysl.stream.reader import Batch, Source, Stream
+from raysl.training.progress_actor import ActorProgress, Progress
+from raysl.training.stop_sync import StopSync
+
+OUT_OF_MEMORY = "A training worker ran out of GPU memory. Lower --batch-size, or use more GPUs (--workers)."
 
 
 @dataclass(frozen=True)
@@ -42,6 +45,7 @@ class Job:
     """Everything a worker needs to train; it is sent to the worker by pickle.
 
     Args:
+        board: the progress actor; None without one.
         until: the step to stop after, with a checkpoint; None for the end of the plan.
         subscriber: access to a stream that is shared with other runs; None if the run reads its own stream.
     """
@@ -56,10 +60,25 @@ class Job:
 
 
 class Worker:
-    """One training worker: its model, optimiser, bank and stream, and the training step."""
+    """One training worker: its model, optimiser, bank and stream, and the training step.
 
-    def __init__(self, job: Job, device: torch.device) -> None:
+    Args:
+        job: the job.
+        device: device of the network.
+        progress: connection to the driver.
+        source: source of the stream; None for Ray Data.
+    """
+
+    def __init__(
+        self,
+        job: Job,
+        device: torch.device,
+        progress: Progress | None = None,
+        source: Source | None = None,
+    ) -> None:
         self.job = job
+        self.progress = progress or Progress()
+        self.source = source
         self.config = config = Pretraining.from_json(job.config)
         self.device = device
         if device.type == "cuda":
@@ -133,17 +152,13 @@ class Worker:
 
     def _begin(self, log: MetricsLog | None) -> int:
         """Tell the driver the first step of this worker group. Return the number of lost steps."""
-        if log is None or self.job.board is None:
-            return 0
-        import ray
-
-        return int(ray.get(self.job.board.begin.remote(self.step, self.world, log.reached)))
+        return 0 if log is None else self.progress.begin(self.step, self.world, log.reached)
 
     def _loop(self, log: MetricsLog | None, lost_steps: int) -> None:
         distributed = self.distributed()
         meter = Meter(self.step, self.plan, self.world, lost_steps)
         queue = DeviceQueue(self.device)
-        stop_sync = StopSync(self.step, StopSignal(self.job.board, self.rank), self.device)
+        stop_sync = StopSync(self.step, self.progress.asked_to_leave, self.device)
         end = self.plan.num_steps if self.job.until is None else min(self.job.until, self.plan.num_steps)
         for batch in shared.batches(self._stream(), self.job.subscriber, self.step, end):
             lr = self.config.optim.lr_at(self.step, self.plan.num_steps, self.config.batch_size)
@@ -152,8 +167,8 @@ class Worker:
             queue.limit()
             meter.add(batch, loss)
             leave, since_s = stop_sync.settle(self.step, self.saver.since_s)
-            if leave and self.job.board is not None:
-                self.job.board.leaving.remote()
+            if leave:
+                self.progress.leaving()
             last = leave or self.step == end
             if last or self.step % self.config.log_every == 0:
                 row = meter.row(self.step, lr)
@@ -219,7 +234,8 @@ class Worker:
 
     def _stream(self) -> Stream:
         share = self.job.placement.share
-        return self.model.stream(self.job.dataset, share, self.rank, self.world, self.device)
+        stream = self.model.stream(self.job.dataset, share, self.rank, self.world, self.device)
+        return replace(stream, source=self.source)
 
     def _check(self, loss: float) -> None:
         """Raise UserError for a loss that is not finite, so that no checkpoint contains such weights."""
@@ -233,8 +249,7 @@ class Worker:
     def _log(self, log: MetricsLog | None, row: dict[str, Any]) -> None:
         if log is not None:
             log.add(row)
-            if self.job.board is not None:
-                self.job.board.post.remote(row)
+            self.progress.post(row)
 
     def save(self) -> None:
         """Save the network by rank 0, and the bank by rank 0 if it is replicated, otherwise by every worker."""
@@ -270,7 +285,7 @@ def _configure_cuda(deterministic: bool) -> None:
     torch.backends.cudnn.benchmark = not deterministic
     if deterministic:
         os.environ["CUBLAS_WORKSPACE_CONFIG"] = ":4096:8"
-        torch.use_deterministic_algorithms(True)
+    torch.use_deterministic_algorithms(deterministic)
 
 
 class Meter:
@@ -336,15 +351,14 @@ def work(job: Job) -> None:
     torch.set_num_threads(job.placement.threads_per_worker)
     worker: Worker | None = None
     try:
-        worker = Worker(job, ray.train.torch.get_device())
+        worker = Worker(job, ray.train.torch.get_device(), ActorProgress(job.board, collective.rank()))
         worker.restore()
         worker.train()
     except UserError as error:
         ray.get(job.board.fail.remote(str(error)))
         raise
     except torch.OutOfMemoryError as error:
-        message = f"A training worker ran out of GPU memory. Lower --batch-size, or use more GPUs (--workers). {error}"
-        ray.get(job.board.fail.remote(message))
+        ray.get(job.board.fail.remote(f"{OUT_OF_MEMORY} {error}"))
         raise
     except Exception:
         step = worker.step if worker else 0

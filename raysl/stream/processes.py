@@ -1,0 +1,249 @@
+"""Make the batches of a stream in child processes of this one, without Ray.
+
+The processes are forked, so they start at once and share the memory of imported libraries, as those of torch's
+DataLoader do on Linux. Each takes every n-th piece of the plan and sends its batches through a pipe. A process that is
+a piece ahead, or has sent its share of `_AHEAD_BYTES`, waits until its pipe is read.
+
+The processes ignore the stop signals of a terminal, since a run needs batches until it has saved. They end when the
+pipes are closed, which also happens when this process is killed.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import fcntl
+import gc
+import itertools
+import os
+import pickle
+import queue
+import signal
+import sys
+import threading
+import traceback
+import warnings
+from collections.abc import Iterator
+from io import BufferedReader, BufferedWriter
+from typing import Any
+
+import numpy as np
+import numpy.typing as npt
+import torch
+
+from raysl.errors import UserError
+from raysl.stream.reader import Columns, Stream, load, pieces
+
+_AHEAD_BYTES = 256 << 20
+# Linux's default of 64 KB would switch between the processes for every piece of that size.
+_PIPE_BYTES = 1 << 20
+_STOP_SIGNALS = (signal.SIGINT, signal.SIGTERM, signal.SIGHUP)
+
+
+class DataProcesses:
+    """Data processes that serve one stream after another, for the duration of a `with` block.
+
+    They are best started before large tensors exist: memory that this process changes after a fork is held twice.
+
+    Args:
+        count: number of processes.
+    """
+
+    def __init__(self, count: int) -> None:
+        self._count = count
+        self._processes: list[_Process] = []
+
+    def __enter__(self) -> DataProcesses:
+        self._start()
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self._kill()
+
+    def _start(self) -> None:
+        # Elsewhere a fork is not safe in a process with threads, and a thread of this process makes the batches.
+        if sys.platform == "linux":
+            self._processes = [_Process() for _ in range(self._count)]
+
+    def _kill(self) -> None:
+        for process in self._processes:
+            process.kill()
+        self._processes = []
+
+    def columns(self, stream: Stream, start: int, end: int) -> Iterator[Columns]:
+        """Yield the columns of steps start .. end - 1 of a stream, as `Stream.columns` does.
+
+        Raises:
+            UserError: a shard of the data set is damaged, or a process has failed.
+        """
+        if not self._processes:
+            self._start()
+        count = len(self._processes) or 1
+        if self._processes:
+            sources = [one.run((stream, start, end, n, count)) for n, one in enumerate(self._processes)]
+        else:
+            sources = [_share(stream, start, end, 0, 1)]
+        # While one process is read, the others make their pieces.
+        ahead = stream.plan.stretch if count > 1 else 0
+        arrivals = [_Ahead(source, ahead, _AHEAD_BYTES // count) for source in sources]
+        try:
+            for number, piece in enumerate(pieces(stream.plan, start, end)):
+                for _ in piece:
+                    yield arrivals[number % count].take()
+        except BaseException:  # Also when the caller takes no more.
+            self._kill()
+            raise
+        finally:
+            for arrival in arrivals:
+                arrival.close()
+
+
+def _share(stream: Stream, start: int, end: int, number: int, count: int) -> Iterator[Columns]:
+    """Make the batches of every piece with this number modulo `count`."""
+    return load(stream, itertools.islice(pieces(stream.plan, start, end), number, None, count))
+
+
+class _Ahead:
+    """A thread that reads from an iterator in advance.
+
+    Args:
+        source: the iterator.
+        most: number of batches to hold, at least two.
+        most_bytes: bytes of them, likewise.
+    """
+
+    def __init__(self, source: Iterator[Columns], most: int, most_bytes: int) -> None:
+        self._source = source
+        self._most = most
+        self._most_bytes = most_bytes
+        self._queue: queue.Queue[Columns | BaseException] = queue.Queue(2)
+        self._thread = threading.Thread(target=self._read, daemon=True)
+        self._thread.start()
+
+    def _read(self) -> None:
+        try:
+            for columns in self._source:
+                self._queue.put(columns)
+                size = sum(values.nbytes for values in columns.values())
+                self._queue.maxsize = max(2, min(self._most, self._most_bytes // max(1, size)))
+        except BaseException as error:
+            self._queue.put(error)
+
+    def take(self) -> Columns:
+        """Return the next batch, or raise the error in its place."""
+        found = self._queue.get()
+        if isinstance(found, BaseException):
+            raise found
+        return found
+
+    def close(self) -> None:
+        """Wait until the thread ends, which needs the end of its iterator."""
+        while self._thread.is_alive():
+            with contextlib.suppress(queue.Empty):
+                self._queue.get(timeout=0.05)
+
+
+class _Process:
+    """A forked process that makes the batches of the steps it is sent."""
+
+    def __init__(self) -> None:
+        orders, self._orders = _pipe()
+        self._batches, batches = _pipe()
+        # Blocked until the child ignores them: otherwise it could run the handlers of this process.
+        before = signal.pthread_sigmask(signal.SIG_BLOCK, _STOP_SIGNALS)
+        try:
+            with warnings.catch_warnings():
+                # Python warns of threads that hold locks; the child takes none that another thread may hold.
+                warnings.simplefilter("ignore", DeprecationWarning)
+                self._pid = os.fork()
+            if self._pid == 0:
+                self._orders.close()
+                self._batches.close()
+                _serve(orders, batches)
+        finally:
+            signal.pthread_sigmask(signal.SIG_SETMASK, before)
+        orders.close()
+        batches.close()
+
+    def run(self, order: tuple[Stream, int, int, int, int]) -> Iterator[Columns]:
+        """Yield the columns of `_share(*order)`. Raises as `DataProcesses.columns`."""
+        pickle.dump(order, self._orders)
+        self._orders.flush()
+        while (columns := self._receive()) is not None:
+            yield columns
+
+    def _receive(self) -> Columns | None:
+        try:
+            head = pickle.load(self._batches)
+            if isinstance(head, UserError):
+                raise head
+            if isinstance(head, str):
+                raise UserError(f"A data process failed:\n\n{head}")
+            if head is None:
+                return None
+            columns = {name: np.empty(shape, dtype) for name, (shape, dtype) in head.items()}
+            for values in columns.values():
+                if self._batches.readinto(_bytes(values)) < values.nbytes:
+                    raise EOFError
+        except (EOFError, pickle.UnpicklingError) as error:
+            raise UserError(
+                "A data process ended unexpectedly, perhaps because the machine has too little memory. The same "
+                "command resumes from the last checkpoint."
+            ) from error
+        return columns
+
+    def kill(self) -> None:
+        """End the process."""
+        if self._pid:
+            os.kill(self._pid, signal.SIGKILL)
+            os.waitpid(self._pid, 0)
+            self._pid = 0
+
+
+def _pipe() -> tuple[BufferedReader, BufferedWriter]:
+    """Return the end to read from and the end to write to."""
+    read, write = os.pipe()
+    if sys.platform == "linux":
+        with contextlib.suppress(OSError):  # The limit of a user may be lower.
+            fcntl.fcntl(write, fcntl.F_SETPIPE_SZ, _PIPE_BYTES)
+    return os.fdopen(read, "rb"), os.fdopen(write, "wb")
+
+
+def _serve(orders: BufferedReader, batches: BufferedWriter) -> None:
+    """Run the forked process: make the batches that are asked for. It does not return."""
+    try:
+        for number in _STOP_SIGNALS:
+            signal.signal(number, signal.SIG_IGN)
+        # Finalizers of objects of the parent must not run here.
+        gc.freeze()
+        # OpenMP's threads do not survive a fork, and one thread is what a data task of Ray has.
+        torch.set_num_threads(1)
+        while True:
+            order = pickle.load(orders)
+            try:
+                for columns in _share(*order):
+                    _send(batches, columns)
+                _answer(batches, None)
+            except UserError as error:
+                _answer(batches, error)
+            except BrokenPipeError:
+                raise
+            except Exception:
+                _answer(batches, traceback.format_exc())
+    finally:
+        os._exit(0)
+
+
+def _send(batches: BufferedWriter, columns: Columns) -> None:
+    _answer(batches, {name: (values.shape, values.dtype) for name, values in columns.items()})
+    for values in columns.values():
+        batches.write(_bytes(np.ascontiguousarray(values)))
+    batches.flush()
+
+
+def _answer(batches: BufferedWriter, value: Any) -> None:
+    pickle.dump(value, batches)
+    batches.flush()
+
+
+def _bytes(values: npt.NDArray[Any]) -> memoryview:
+    return values.reshape(-1).view(np.uint8).data

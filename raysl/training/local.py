@@ -1,0 +1,167 @@
+"""Train with one worker in this process, without Ray: `--local`.
+
+The worker, the order of the images, the functions of the stream and the checkpoints are those of a run on Ray with one
+worker, so the numbers are the same to the last bit, and a run may go on either way. A trial of a sweep trains like this
+inside its actor.
+"""
+
+from __future__ import annotations
+
+import logging
+import os
+import sys
+import threading
+import time
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from raysl.callbacks import Callbacks
+from raysl.config import Pretraining
+from raysl.dataset import DataSet
+from raysl.errors import UserError
+from raysl.ingestion import find
+from raysl.ray_cluster import gpus
+from raysl.ray_cluster import placement as cluster_placement
+from raysl.ray_cluster.lock import DriverLock
+from raysl.ray_cluster.placement import Machines, Placement
+from raysl.storage import Folder
+from raysl.stream.processes import DataProcesses
+from raysl.training import progress_actor, signals
+from raysl.training.progress_actor import Board, Progress
+from raysl.training.worker import OUT_OF_MEMORY, Job, Worker
+
+_log = logging.getLogger("raysl.training")
+_CPU_LIMIT = Path("/sys/fs/cgroup/cpu.max")
+
+
+@dataclass(frozen=True)
+class LocalConfig:
+    """Where a run is trained.
+
+    Args:
+        local: train with one worker in this process and without Ray, which starts sooner. The numbers are those of one
+            worker on Ray, and the run may go on either way.
+    """
+
+    local: bool = False
+
+
+def check(config: Pretraining) -> None:
+    """Raise UserError if a run cannot be trained without Ray."""
+    if config.worker_counts() != (1,):
+        raise UserError(
+            f"--workers is {config.workers}, and --local trains with one worker. Give --workers 1, or omit --local."
+        )
+    if not isinstance(find(config.data), DataSet):
+        raise UserError(
+            f"--data is {config.data!r}, which has not been ingested; that takes Ray, which --local does not start. "
+            f"Run `raysl ingest {config.data} DEST` and give --data DEST, or omit --local."
+        )
+    Folder(config.run).check_writable()
+
+
+def place() -> Placement:
+    """Return the resources of one worker on this machine, as a Ray that runs here would divide them."""
+    return cluster_placement.place(1, Machines(({"CPU": float(_cpus()), "GPU": torch.cuda.device_count()},)))
+
+
+def _cpus() -> int:
+    """Return the number of CPUs that this process may use."""
+    cpus = len(os.sched_getaffinity(0)) if sys.platform == "linux" else os.cpu_count() or 1
+    if _CPU_LIMIT.exists():
+        quota, period = _CPU_LIMIT.read_text().split()
+        if quota != "max":
+            cpus = min(cpus, max(1, int(quota) // int(period)))
+    return cpus
+
+
+def train(job: Job, num_steps: int, lock: DriverLock, callbacks: Callbacks, show_every_s: float) -> None:
+    """Train in this thread until the last step of the job is saved, or until this process is told to stop.
+
+    Args:
+        job: the job; its board is not used.
+        num_steps: steps of the whole run.
+        lock: lock on the run; training stops when it is lost.
+        callbacks: code that follows the run.
+        show_every_s: interval between two lines of progress.
+
+    Raises:
+        UserError: the run cannot go on, as `Worker.train`; or the machine has no more memory.
+        Interrupted, SystemExit: as `raysl.training.launch.pretrain`.
+    """
+    on_gpu = job.placement.gpus_per_worker > 0
+    if on_gpu and (found := gpus.problem()):
+        raise UserError(found)
+    share = job.placement.share
+    progress = _Progress(num_steps, lock, callbacks, show_every_s)
+    with (
+        signals.caught(progress.leave.set) as stop,
+        DataProcesses(max(1, round(share.cpus / share.cpus_per_task))) as data,
+        _torch(job.placement.threads_per_worker, on_gpu),
+    ):
+        try:
+            worker = Worker(job, torch.device("cuda" if on_gpu else "cpu"), progress, data.columns)
+            worker.restore()
+            worker.train()
+        except torch.OutOfMemoryError as error:
+            raise UserError(f"{OUT_OF_MEMORY} {error}") from error
+        progress.show()
+        if stop.received.is_set() and worker.step < min(job.until or num_steps, num_steps):
+            raise stop.ended(worker.step)
+
+
+@contextmanager
+def _torch(threads: int, on_gpu: bool) -> Iterator[None]:
+    """Set the number of torch's threads, and keep the state of its generators, for the duration of the block."""
+    before = torch.get_num_threads()
+    torch.set_num_threads(threads)
+    try:
+        with torch.random.fork_rng(devices=[0] if on_gpu else []):
+            yield
+    finally:
+        torch.set_num_threads(before)
+
+
+class _Progress(Progress):
+    """Shows the progress of the worker, and stops it.
+
+    Attributes:
+        leave: event that asks the worker to save and stop.
+    """
+
+    def __init__(self, num_steps: int, lock: DriverLock, callbacks: Callbacks, show_every_s: float) -> None:
+        self.leave = threading.Event()
+        self._num_steps = num_steps
+        self._lock = lock
+        self._callbacks = callbacks
+        self._show_every_s = show_every_s
+        self._shown_s = time.monotonic()
+        self._board = Board()
+
+    def begin(self, step: int, workers: int, reached: int) -> int:
+        lost = self._board.begin(step, workers, reached)
+        for line in self._board.news():
+            _log.info(line)
+        return lost
+
+    def post(self, row: dict[str, Any]) -> None:
+        self._board.post(row)
+        self._callbacks.log([row])
+        if time.monotonic() - self._shown_s > self._show_every_s:
+            self.show()
+
+    def show(self) -> None:
+        """Log the newest row of metrics that has not been shown."""
+        for row in self._board.take()[-1:]:
+            _log.info(progress_actor.line(row, self._num_steps))
+        self._shown_s = time.monotonic()
+
+    def asked_to_leave(self) -> bool:
+        if self._lock.lost.is_set():
+            self._lock.check()
+        return self.leave.is_set()

@@ -1,0 +1,230 @@
+"""Training without Ray: the numbers of a run on Ray, and the same answers to signals, deaths and mistakes."""
+
+from __future__ import annotations
+
+import contextlib
+import fcntl
+import os
+import pty
+import signal
+import subprocess
+import sys
+import termios
+import threading
+from collections.abc import Iterator, Mapping
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import psutil
+import pytest
+import torch
+
+from raysl import Callback
+from raysl.callbacks import Callbacks
+from raysl.config import Pretraining
+from raysl.dataset import SHARDS, DataSet
+from raysl.errors import UserError
+from raysl.evaluation.online import OnlineConfig, pretrain_and_probe
+from raysl.ray_cluster import lock
+from raysl.run import Run
+from raysl.training import local
+from raysl.training.launch import pretrain
+from tests.data import make_dataset
+from tests.training.test_launch import assert_same_end, configuration, read_until_step
+
+pytestmark = pytest.mark.timeout(600)
+
+
+@pytest.fixture(scope="module")
+def dataset(tmp_path_factory: pytest.TempPathFactory) -> DataSet:
+    return make_dataset(tmp_path_factory.mktemp("data") / "set", 96)
+
+
+@pytest.fixture(scope="module", autouse=True)
+def _one_cpu() -> Iterator[None]:
+    """On a busy machine, threads of tiny tensors mostly wait for each other."""
+    before = os.sched_getaffinity(0)
+    os.sched_setaffinity(0, {min(before)})
+    yield
+    os.sched_setaffinity(0, before)
+
+
+def alone(dataset: DataSet, run: Path) -> Pretraining:
+    return replace(configuration(dataset, run), workers=1)
+
+
+@pytest.fixture(scope="module")
+def finished(dataset: DataSet, tmp_path_factory: pytest.TempPathFactory) -> Run:
+    return pretrain(alone(dataset, tmp_path_factory.mktemp("runs") / "whole"), local=True)
+
+
+@pytest.mark.ray
+def test_a_run_that_is_half_on_ray_has_the_same_numbers(
+    ray_session: None, finished: Run, dataset: DataSet, tmp_path: Path
+) -> None:
+    config = alone(dataset, tmp_path / "run")
+    pretrain(config, until=4, local=True)
+    pretrain(config, until=8, placement=local.place())
+    pretrain(config, local=True)
+    assert_same_end(config.run, finished)
+
+
+def test_a_thread_may_train(finished: Run, dataset: DataSet, tmp_path: Path) -> None:
+    """As the actor of a trial does, from rung to rung."""
+    config, threads = alone(dataset, tmp_path / "run"), torch.get_num_threads()
+    before = psutil.Process().children()
+
+    def rungs() -> None:
+        for until in (5, 18):
+            pretrain(config, until=until, placement=local.place(), local=True)
+
+    thread = threading.Thread(target=rungs)
+    thread.start()
+    thread.join()
+    assert_same_end(config.run, finished)
+    assert torch.get_num_threads() == threads
+    assert psutil.Process().children() == before
+
+
+def test_no_ray_is_imported(dataset: DataSet, tmp_path: Path) -> None:
+    code = (
+        "import sys; from raysl import pretrain; "
+        f"pretrain({str(dataset.folder)!r}, {str(tmp_path / 'run')!r}, local=True, epochs=0.5, method='simclr'); "
+        "assert 'ray' not in sys.modules"
+    )
+    subprocess.run([sys.executable, "-c", code], check=True, stdout=subprocess.DEVNULL)
+
+
+class Seen(Callback):
+    """Keeps what it is told, and calls a function at a step."""
+
+    def __init__(self, step: int = 0, act: Any = None) -> None:
+        self.steps: list[int] = []
+        self.saved: list[int] = []
+        self.act = {step: act}
+
+    def on_log(self, row: Mapping[str, Any]) -> None:
+        self.steps.append(row["step"])
+        self.act.get(row["step"], lambda: None)()
+
+    def on_checkpoint(self, saved: Any) -> None:
+        self.saved.append(saved.step)
+
+
+def test_callbacks_follow(dataset: DataSet, tmp_path: Path) -> None:
+    seen = Seen()
+    pretrain(alone(dataset, tmp_path / "run"), callbacks=Callbacks([seen]), until=9, local=True)
+    assert seen.steps == list(range(1, 10))
+    assert seen.saved == [4, 8, 9]
+
+
+def test_a_killed_data_process_is_an_error_of_one_sentence(dataset: DataSet, tmp_path: Path) -> None:
+    config = replace(alone(dataset, tmp_path / "run"), epochs=20)
+    before = psutil.Process().children()
+
+    def kill() -> None:
+        for child in set(psutil.Process().children()) - set(before):
+            child.kill()
+
+    with pytest.raises(UserError, match="A data process ended unexpectedly"):
+        pretrain(config, callbacks=Callbacks([Seen(2, kill)]), local=True)
+    assert psutil.Process().children() == before
+
+
+def test_a_damaged_shard_is_named(tmp_path: Path) -> None:
+    damaged = make_dataset(tmp_path / "set", 96)
+    shard = tmp_path / "set" / SHARDS / "00001.parquet"
+    data = bytearray(shard.read_bytes())
+    data[100:900] = bytes(np.random.default_rng(0).integers(0, 256, 800, dtype=np.uint8))
+    shard.write_bytes(bytes(data))
+    with pytest.raises(UserError, match=r"Shard '00001.parquet'.* is damaged"):
+        pretrain(alone(damaged, tmp_path / "run"), local=True)
+
+
+def test_a_driver_that_lost_its_lock_stops(dataset: DataSet, tmp_path: Path, monkeypatch: Any) -> None:
+    monkeypatch.setattr(lock, "BEAT_S", 0.01)
+    monkeypatch.setattr(lock.DriverLock.__init__, "__defaults__", ("sweep", 0.01))
+    config = replace(alone(dataset, tmp_path / "run"), epochs=500)
+    seen = Seen(2, lambda: (tmp_path / "run" / lock.NAME).write_text('{"id": "another"}'))
+    with pytest.raises(UserError, match="Another driver has taken over"):
+        pretrain(config, callbacks=Callbacks([seen]), local=True)
+
+
+def command(dataset: DataSet, run: Path) -> list[str]:
+    flags = "--epochs 5000 --batch-size 16 --view.image-size 16 --view.recipe plain --local --log-every 1"
+    flags += " --save.every-minutes 0 --pirl.num-negatives 32 --pirl.dim 16 --backbone.name small"
+    data = ["--data", str(dataset.folder), "--run", str(run)]
+    return [sys.executable, "-m", "raysl", "pretrain", *data, *flags.split()]
+
+
+@pytest.mark.parametrize(
+    ("number", "name", "code"),
+    [(signal.SIGINT, "Ctrl-C", 130), (signal.SIGTERM, "SIGTERM", 143), (signal.SIGHUP, "SIGHUP", 129)],
+)
+def test_a_signal_saves_the_run_at_its_step(
+    dataset: DataSet, tmp_path: Path, number: signal.Signals, name: str, code: int
+) -> None:
+    """Every process of the terminal gets the signal, and the data processes go on until the run is saved."""
+    run = tmp_path / "run"
+    ours, theirs = pty.openpty()
+    driver = subprocess.Popen(
+        command(dataset, run),
+        stdin=theirs,
+        stdout=theirs,
+        stderr=theirs,
+        start_new_session=True,
+        preexec_fn=lambda: fcntl.ioctl(0, termios.TIOCSCTTY, 0),
+    )
+    os.close(theirs)
+    try:
+        said = read_until_step(ours)
+        data = psutil.Process(driver.pid).children()
+        os.killpg(driver.pid, number)
+        with contextlib.suppress(OSError):  # the terminal closes with the driver
+            while more := os.read(ours, 4096):
+                said += more.decode()
+        assert driver.wait(timeout=120) == code
+    finally:
+        driver.kill()
+    assert data
+    assert psutil.wait_procs(data, timeout=20)[1] == []
+    newest = Run.open(str(run)).newest()
+    assert f"Stopped by {name} after step {newest.step}, which is saved" in " ".join(said.split())
+    assert Run.open(str(run)).metrics()[-1]["step"] == newest.step
+    assert "Traceback" not in said
+    assert not (run / lock.NAME).exists()
+
+
+def test_data_processes_end_with_a_killed_driver(dataset: DataSet, tmp_path: Path) -> None:
+    with subprocess.Popen(command(dataset, tmp_path / "run"), stdout=subprocess.PIPE, text=True) as driver:
+        assert driver.stdout is not None
+        next(line for line in driver.stdout if line.startswith("step"))
+        data = psutil.Process(driver.pid).children()
+        driver.kill()
+    assert data
+    assert psutil.wait_procs(data, timeout=20)[1] == []
+
+
+@pytest.mark.parametrize("workers", [2, "1:2"])
+def test_several_workers_are_refused(dataset: DataSet, tmp_path: Path, workers: int | str) -> None:
+    config = replace(alone(dataset, tmp_path / "run"), workers=workers)
+    with pytest.raises(UserError, match=f"--workers is {workers}, and --local trains with one worker"):
+        pretrain(config, local=True)
+    assert not (tmp_path / "run").exists()
+
+
+def test_images_that_are_not_ingested_are_refused(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, dataset: DataSet
+) -> None:
+    monkeypatch.setenv("RAYSL_CACHE", str(tmp_path / "cache"))
+    config = replace(alone(dataset, tmp_path / "run"), data="shapes:40")
+    with pytest.raises(UserError, match="which has not been ingested"):
+        pretrain(config, local=True)
+
+
+def test_probes_beside_training_are_refused(dataset: DataSet, tmp_path: Path) -> None:
+    online = OnlineConfig(4, str(dataset.folder), str(dataset.folder))
+    with pytest.raises(UserError, match="--probe-every is 4"):
+        pretrain_and_probe(alone(dataset, tmp_path / "run"), online, local=True)
