@@ -14,7 +14,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 
 from raysl.config import Pretraining
-from raysl.experiment.script import Flags, command, drawn, judged_on, locally, sweep_and_report
+from raysl.experiment.script import Flags, command, drawn, held_out, locally, sweep_and_report
 from raysl.objectives.pirl import Config as Pirl
 from raysl.optim import OptimConfig
 from raysl.storage import Folder
@@ -58,7 +58,7 @@ def main(flags: SweepFlags) -> None:
     )
     config = SweepConfig(
         out=str(Folder(flags.runs) / "sweep"),
-        validation=judged_on(flags, images),
+        validation=held_out(flags, images),
         vary=(
             "method=predict-jigsaw,pirl-jigsaw",
             f"num_permutations={','.join(map(str, flags.permutations))}",

@@ -17,7 +17,7 @@ from dataclasses import dataclass, replace
 from typing import Literal
 
 from raysl.config import Pretraining
-from raysl.experiment.script import Flags, command, drawn, judged_on, locally, sweep_and_report
+from raysl.experiment.script import Flags, command, drawn, held_out, locally, sweep_and_report
 from raysl.objectives.pirl import Config as Pirl
 from raysl.optim import OptimConfig
 from raysl.storage import Folder
@@ -70,7 +70,7 @@ def main(flags: SweepFlags) -> None:
     )
     out = str(Folder(flags.runs) / flags.figure)
     config = replace(
-        settings(flags, images.num_images), out=out, validation=judged_on(flags, images), retry=flags.retry
+        settings(flags, images.num_images), out=out, validation=held_out(flags, images), retry=flags.retry
     )
     sweep_and_report(base, config, flags)
 

@@ -10,6 +10,7 @@ from collections.abc import Callable
 from dataclasses import dataclass, replace
 from typing import Any, TypeVar
 
+import numpy as np
 import tyro
 from rich.console import Console
 
@@ -20,7 +21,8 @@ from raysl.errors import UserError, answered
 from raysl.evaluation.evaluate import probe
 from raysl.evaluation.results import rows_under, tables
 from raysl.ingestion import resolve, splits
-from raysl.ingestion.subset import subset
+from raysl.ingestion.subset import drawn as drawn_indices
+from raysl.ingestion.subset import part, subset
 from raysl.reporting import ReportConfig, check_installed, report
 from raysl.run import jsonl
 from raysl.storage import Folder
@@ -28,6 +30,9 @@ from raysl.training.launch import pretrain
 from raysl.tuning.config import SweepConfig
 from raysl.tuning.results import SweepResults, render
 from raysl.tuning.sweep import sweep
+
+# Largest number of images that the trials of a sweep are compared on.
+_VALIDATION = 5000
 
 
 @dataclass(frozen=True)
@@ -121,20 +126,30 @@ def drawn(flags: Flags, num_images: int) -> DataSet:
     return subset(images, num_images, Folder(flags.runs) / f"images-{num_images}")
 
 
-def judged_on(flags: Flags, images: DataSet) -> str:
-    """Return the test split, or without one the training images; kNN does not count an image's own vote."""
-    train, test = splits(flags.data)
-    return str(images.folder) if train == test else test
+def held_out(flags: Flags, images: DataSet) -> str:
+    """Return images of the train split that `drawn` did not draw, at most 5,000, stored among the runs.
+
+    Returns "" if all were drawn; a sweep then holds out a tenth of what its probes learn from.
+    """
+    everything = resolve(splits(flags.data)[0])
+    if images.num_images == everything.num_images:
+        return ""
+    rest_n = np.setdiff1d(
+        np.arange(everything.num_images), drawn_indices(everything.num_images, images.num_images)
+    )
+    chosen_k = rest_n[drawn_indices(len(rest_n), min(len(rest_n), _VALIDATION))]
+    return str(part(everything, chosen_k, Folder(flags.runs) / f"validation-{images.num_images}").folder)
 
 
 def sweep_and_report(base: Pretraining, config: SweepConfig, flags: Flags) -> None:
-    """Run or complete a sweep, print its table, and write rows and report.
+    """Run or complete a sweep, score the chosen trial once on the test split, print the table, and write the report.
 
     Raises:
         UserError: as `sweep`; or trials have failed (after all others are done and reported).
     """
     check_installed()  # before the sweep, which takes long
-    rows = sweep(base, config)
+    train, test = splits(flags.data)
+    rows = sweep(base, replace(config, test="" if test == train else test))
     Console().print(render(SweepResults.open(config.out)))
     Folder(flags.out).write("rows.jsonl", jsonl(rows))
     print(f"{report(config.out, ReportConfig(out=flags.out))}/index.html")

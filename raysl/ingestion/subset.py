@@ -32,10 +32,18 @@ def subset(dataset: DataSet, num_images: int, folder: Folder, seed: int = 0) -> 
             f"A subset of {num_images} images cannot be drawn from the {dataset.num_images} of "
             f"{str(dataset.folder)!r}. Ask for 1 to {dataset.num_images}."
         )
-    generator = rng.generator("subset", seed)
-    chosen_k = np.sort(generator.choice(dataset.num_images, num_images, replace=False))
+    return part(dataset, drawn(dataset.num_images, num_images, seed), folder)
+
+
+def drawn(of: int, count: int, seed: int = 0) -> npt.NDArray[np.int64]:
+    """Return the sorted indices, int64 (count,), of the images that `subset` draws from a data set of `of` images."""
+    return np.sort(rng.generator("subset", seed).choice(of, count, replace=False))
+
+
+def part(dataset: DataSet, chosen_k: npt.NDArray[np.int64], folder: Folder) -> DataSet:
+    """Copy chosen images with their labels, if there are any; see `relabelled`."""
     labels_k = dataset.labels()[chosen_k] if dataset.has_labels else None
-    source = f"{num_images} images of {dataset.manifest.source}"
+    source = f"{len(chosen_k)} images of {dataset.manifest.source}"
     return relabelled(dataset, chosen_k, labels_k, dataset.manifest.classes, folder, source)
 
 

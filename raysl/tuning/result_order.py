@@ -159,8 +159,8 @@ class InOrder(TrialScheduler):  # type: ignore[misc]
         self._advance(tune_controller)
         active = sum(trial.status in (Trial.RUNNING, Trial.PENDING) for trial in self._trials)
         paused = [n for n in range(len(self._trials)) if n not in self.over and self._may_continue(n)]
-        if paused and active <= self.at_once:
-            # Those that have come farthest first. One more than may run waits for an actor, which is then handed on.
+        if paused and active < self.at_once:
+            # Those that have come farthest first.
             return self._trials[min(paused, key=lambda n: (-len(self.results[n]), n))]
         return next((trial for trial in self._trials if trial.status == Trial.PENDING), None)
 

@@ -10,16 +10,18 @@ from pathlib import Path
 from types import ModuleType
 from typing import Any
 
+import numpy as np
 import pytest
 
 from raysl import ray_cluster
 from raysl.config import Pretraining
+from raysl.dataset import DataSet
 from raysl.errors import UserError
 from raysl.evaluation.results import OLD_ROWS as ROWS
 from raysl.evaluation.results import protocol_hash
 from raysl.experiment import script as scripts
 from raysl.experiment.comparison import ComparisonFlags
-from raysl.experiment.script import Flags, command, drawn, judged_on, locally, pretrain_seeds, probed
+from raysl.experiment.script import Flags, command, drawn, held_out, locally, pretrain_seeds, probed
 from raysl.extraction import FeatureProtocol
 from raysl.ingestion import splits
 from raysl.probes import REESTIMATED
@@ -167,13 +169,16 @@ def test_local_leaves_alone_what_was_asked_for() -> None:
     )
 
 
-def test_without_a_test_split_images_are_judged_on_by_leaving_each_out(tmp_path: Path) -> None:
+def test_sweeps_compare_trials_on_train_images_that_were_not_drawn(tmp_path: Path) -> None:
     dataset = make_dataset(tmp_path / "set", 20)
     flags = Flags(str(dataset.folder), runs=str(tmp_path / "runs"))
     images = drawn(flags, 8)
-    # Of the whole set, the drawn images would be their own neighbours.
-    assert judged_on(flags, images) == str(images.folder)
-    assert judged_on(Flags("shapes:30"), images) == "shapes:1000#test"
+    validation = DataSet.open(held_out(flags, images))
+    seen, judged = (
+        one.read(np.arange(one.num_images)).column("image").to_pylist() for one in (images, validation)
+    )
+    assert len({*seen, *judged}) == len(seen) + len(judged) == 20
+    assert held_out(flags, dataset) == ""
 
 
 def test_splits(tmp_path: Path) -> None:

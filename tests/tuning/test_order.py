@@ -108,7 +108,8 @@ def kill_ten_times(context: Any, address: str, folder: Path, scheduler: str, sea
             assert process.exitcode == 0
             break
         # One or two new results, and a moment more: each driver comes a little farther.
-        wanted, more = len(Notes(folder / "notes.jsonl").scores) + generator.randint(1, 2), generator.random()
+        wanted = len(Notes(folder / "notes.jsonl").scores) + generator.randint(1, 2)
+        more = 0.1 * generator.random()
         while len(Notes(folder / "notes.jsonl").scores) < wanted and process.is_alive():
             time.sleep(0.02)
         time.sleep(more)
