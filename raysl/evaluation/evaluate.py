@@ -84,7 +84,8 @@ def probe(
         folder = _folder_of(config.out, f"{settings.method}, step {at.step}", extraction.Trained(run, at))
     check_writable(folder)
     cache = config.cache or folder / "features"
-    place = _Place(Run(folder), settings.view.image_size, settings.seed, cache, config.low_priority)
+    speed = config.low_priority, config.in_process
+    place = _Place(Run(folder), settings.view.image_size, settings.seed, cache, *speed)
     return _measured(place, sources, train, test, config)
 
 
@@ -117,8 +118,8 @@ def probe_model(
         raise UserError(f"{title} is not a run and has no folder for results. Give one with --out.")
     folder = _folder_of(config.out, title, source)
     check_writable(folder)
-    size = config.image_size or view_size(source)
-    place = _Place(Run(folder), size, config.seed, config.cache or folder / "features", config.low_priority)
+    size, cache = config.image_size or view_size(source), config.cache or folder / "features"
+    place = _Place(Run(folder), size, config.seed, cache, config.low_priority, config.in_process)
     return _measured(place, [source], train, test, config)
 
 
@@ -196,13 +197,15 @@ class _Place:
         seed: seed of the run.
         cache: folder for features.
         low_priority: see `ProbeConfig`.
+        in_process: see `ProbeConfig`.
     """
 
     run: Run
     image_size: int
     seed: int
     cache: Folder
-    low_priority: bool = False
+    low_priority: bool
+    in_process: bool
 
 
 def _measured(
@@ -214,7 +217,8 @@ def _measured(
     """
     ready = config.ready()
     layers = [_layers(source, config.layers) for source in sources]
-    ray_cluster.start()
+    if not config.in_process:
+        ray_cluster.start()
     train, test = (one if isinstance(one, DataSet) else resolve(one) for one in (train, test))
     data = _Data.open(train, test, config, any(needs_labels(probe) for _, probe in ready.values()))
     check_apart(list(ready), data.train, data.test)
@@ -233,7 +237,8 @@ def _measured(
             if isinstance(measure, EncoderProbe):
                 made: Iterable[Row] = measure.examine(_subject(about, source, own, data, place))
             else:
-                made = by_layer(measure, own, *data.frozen(*tables), config.low_priority)
+                frozen = data.frozen(*tables)
+                made = by_layer(measure, own, *frozen, config.low_priority, config.in_process)
             new = _rows(made, measure, about)
             keep(place.run, new)
             rows += new
@@ -340,7 +345,7 @@ def _extract(
     _log.info(
         "Computing the features of the %s ...", " and ".join(("train images", "test images")[-len(sets) :])
     )
-    found = extraction.extract_all(wanted, place.cache, place.low_priority)
+    found = extraction.extract_all(wanted, place.cache, place.low_priority, place.in_process)
     return [(found[i], found[i + len(sets) - 1]) for i in range(0, len(found), len(sets))]
 
 

@@ -35,6 +35,7 @@ class ProbeConfig:
         checkpoint: a checkpoint of the run; None for the newest.
         cache: folder for features; None for one inside of the folder of the results.
         low_priority: compute beside trainers without taking their CPUs.
+        in_process: compute features and probes of features in this process instead of actors and tasks of Ray.
     """
 
     probes: Sequence[str] = ("knn", "linear")
@@ -48,6 +49,7 @@ class ProbeConfig:
     checkpoint: Checkpoint | None = None
     cache: Folder | None = None
     low_priority: bool = False
+    in_process: bool = False
 
     def __post_init__(self) -> None:
         check(self)

@@ -64,9 +64,12 @@ class FeatureProtocol:
 
 
 def extract_all(
-    wanted: Sequence[tuple[Encoder, DataSet, FeatureProtocol]], cache: Folder, low_priority: bool = False
+    wanted: Sequence[tuple[Encoder, DataSet, FeatureProtocol]],
+    cache: Folder,
+    low_priority: bool = False,
+    in_process: bool = False,
 ) -> list[dict[str, FeatureStore]]:
-    """Compute the features of every image by every encoder, in one pass over the images for all layers. Ray must run.
+    """Compute the features of every image by every encoder, in one pass over the images for all layers.
 
     Layers and parts of an earlier call are not computed again.
 
@@ -75,6 +78,7 @@ def extract_all(
         cache: folder of the features. Subfolders are named after encoder, images, layer and size. Averages are kept
             as float32, grids as float16 if their numbers fit.
         low_priority: use one actor that reserves no CPU and yields to all other processes. With GPUs, it has one.
+        in_process: compute in this process instead of actors of Ray, which must run otherwise.
 
     Returns:
         The features by layer, for each of `wanted`.
@@ -101,6 +105,8 @@ def extract_all(
         asked.append(outputs)
         if missing:
             works.append(_Extract(source, dataset, protocol.image_size, tuple(missing)))
+    if in_process:
+        _compute_here(works)
     _complete(works, low_priority)
     for folder, record in records.items():
         write_record(folder, FINISHED, record)
@@ -182,6 +188,14 @@ def _complete(works: Sequence[_Extract], low_priority: bool = False) -> None:
         except Exception:
             if attempt == _ATTEMPTS - 1:
                 raise
+
+
+def _compute_here(works: Sequence[_Extract]) -> None:
+    """Compute the missing parts in this process."""
+    actor = _Actor(works)
+    for number, work in enumerate(works):
+        for part in work.missing():
+            actor.write(number, part)
 
 
 def _compute(works: Sequence[_Extract], parts: Sequence[tuple[int, int, int]], low_priority: bool) -> None:

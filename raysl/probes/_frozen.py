@@ -46,6 +46,7 @@ def by_layer(
     train: Frozen,
     test: Frozen,
     low_priority: bool,
+    in_process: bool = False,
 ) -> list[Row]:
     """Return the rows of a probe for each layer.
 
@@ -55,6 +56,7 @@ def by_layer(
         train: features to learn from.
         test: features to score.
         low_priority: trainers need the CPUs and GPUs, so a task has one thread of the lowest priority.
+        in_process: compute in this process, with its threads, instead of tasks of Ray.
 
     Raises:
         UserError: the features or the labels do not suit the probe, or stored features are damaged.
@@ -63,6 +65,13 @@ def by_layer(
         return []
     sets = (train, test) if isinstance(probe, LabelledProbe) else (test,)
     specs = [extraction.feature_spec(layer, probe.dims) for layer in layers]
+    if in_process:
+        threads = placement.assigned_cpus()
+        found = (
+            _measure(probe, layer, spec, train, test, threads, False)
+            for layer, spec in zip(layers, specs, strict=True)
+        )
+        return [row for rows in found for row in rows]
     machines = placement.machines()
     threads = 1 if low_priority else _threads(machines.for_work, len(layers))
     calls = [

@@ -87,12 +87,14 @@ class Placement:
         gpus_per_worker: GPUs of a trainer.
         share: CPUs of the data tasks of one trainer.
         threads_per_worker: CPU threads of a trainer.
+        slot: CPUs of one machine that are left to a trainer and its data tasks together.
     """
 
     cpus_per_worker: float
     gpus_per_worker: float
     share: DataShare
     threads_per_worker: int
+    slot: float = 1.0
 
     def resources(self) -> dict[str, float]:
         """Return the resources of a worker for Ray Train."""
@@ -151,7 +153,7 @@ def place(
         trainer = float(int(0.75 * slot))
     share = DataShare(min(1.0, trainer), (sum(cpus_n) - trainer * workers) / workers)
     threads = 1 if gpus_per_worker else max(1, round(slot))
-    return Placement(trainer, gpus_per_worker, share, threads)
+    return Placement(trainer, gpus_per_worker, share, threads, _floor(slot))
 
 
 def usual_workers(found: Machines | None = None) -> int:

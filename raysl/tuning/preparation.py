@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Sequence
-from dataclasses import dataclass, replace
+import math
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from dataclasses import dataclass, field, replace
+from typing import Any
 
 import numpy as np
 
@@ -14,7 +16,7 @@ from raysl.dataset import DataSet
 from raysl.errors import UserError
 from raysl.evaluation.evaluate import check_apart
 from raysl.ingestion import resolve
-from raysl.ingestion.subset import relabelled
+from raysl.ingestion.subset import part
 from raysl.model import Model
 from raysl.probes import common_labels
 from raysl.ray_cluster import placement as cluster_placement
@@ -33,40 +35,100 @@ Points = list[tuple[Values, Pretraining]]
 
 
 @dataclass(frozen=True)
+class Task:
+    """What all trials of a sweep share. Picklable.
+
+    Args:
+        base: configuration of every run, except what varies, the seed and the folder.
+        images: pretraining images.
+        out: folder of the sweep; runs are in `trials/NAME/seed-S` inside.
+        train: labelled data that the probe learns from.
+        validation: labelled data that trials are compared on.
+        probe: name of the probe.
+        seeds: seeds of each trial.
+        shares: shares of the schedule at the rungs; the last is 1.
+        trials_at_once: trials at the same time.
+        seeds_at_once: runs of one trial at the same time.
+        placement: CPUs and GPUs of the trainers of a run.
+        keep_rungs: keep the checkpoints of the last two rungs, so that other trials can copy them.
+        known: results of earlier sessions by trial name and rung, which are not measured again.
+        failures: reasons of the trials that failed in earlier sessions, by name.
+        points: values of all trials by number, if they are known before; for the broker.
+        broker: actor that shares streams; see `raysl.tuning.shared_streams`. None without sharing.
+        messages: a `ray.util.queue.Queue` that gets (level, text) of what the runs log; None for no messages.
+    """
+
+    base: Pretraining
+    images: DataSet
+    out: str
+    train: DataSet
+    validation: DataSet
+    probe: str
+    seeds: tuple[int, ...]
+    shares: tuple[float, ...]
+    trials_at_once: int
+    seeds_at_once: int
+    placement: Placement
+    keep_rungs: bool = True
+    known: Mapping[tuple[str, int], Sequence[Mapping[str, Any]]] = field(default_factory=dict)
+    failures: Mapping[str, str] = field(default_factory=dict)
+    points: Sequence[Values] = ()
+    broker: Any = None
+    messages: Any = None
+
+    @property
+    def in_process(self) -> bool:
+        """True if the actor of a trial trains and probes itself, one seed after the other."""
+        return self.base.worker_counts() == (1,) and self.seeds_at_once == 1
+
+    def resources(self) -> dict[str, float]:
+        """Return the resources of the actor of a trial.
+
+        An actor that trains itself takes the CPUs and GPUs of its run, but for those of a shared stream. One that trains
+        through Ray Train takes no CPU, since the trainers ask for theirs, and runs on the head; its share of the head
+        bounds how many there are.
+        """
+        if self.in_process:
+            cpus = self.placement.slot if self.broker is None else self.placement.cpus_per_worker
+            return {"CPU": cpus, "GPU": self.placement.gpus_per_worker}
+        count = self.trials_at_once
+        # Ray Train needs a thousandth of the head for each run.
+        share = max(1e-4, min(1 / (count + 0.5), (1 - 0.002 * count) / count))
+        return {"node:__internal_head__": math.floor(1e4 * share) / 1e4}
+
+    def cost(self) -> dict[str, float]:
+        """Return the CPUs and GPUs that a run holds."""
+        workers, placement = self.base.worker_counts()[0], self.placement
+        cpus = workers * (placement.cpus_per_worker + placement.share.cpus)
+        return {"cpus": cpus, "gpus": workers * placement.gpus_per_worker}
+
+    def until(self, config: Pretraining, rung: int) -> int:
+        """Return the step of a rung, counted from 0; 0 for the rung before the first."""
+        return max(1, round(self.shares[rung] * config.plan(self.images).num_steps)) if rung >= 0 else 0
+
+    @property
+    def times(self) -> tuple[int, ...]:
+        """Whole numbers proportional to the shares, for schedulers that count time."""
+        return tuple(max(i + 1, round(share / self.shares[0])) for i, share in enumerate(self.shares))
+
+
+@dataclass(frozen=True)
 class PreparedSweep:
     """A sweep that has passed all checks.
 
     Args:
-        base: configuration of every run, except what varies.
         config: configuration of the sweep.
         space: its dimensions.
         num_trials: number of trials.
-        images: pretraining images.
-        train: labelled data that the probe learns from.
-        validation: labelled data that trials are compared on.
         test: labelled data that the chosen trial is scored on; None if there is none.
-        trials_at_once: trials at the same time.
-        seeds_at_once: runs of one trial at the same time.
-        placement: CPUs and GPUs of the trainers of a run.
+        task: what its trials share.
     """
 
-    base: Pretraining
     config: SweepConfig
     space: Space
     num_trials: int
-    images: DataSet
-    train: DataSet
-    validation: DataSet
     test: DataSet | None
-    trials_at_once: int
-    seeds_at_once: int
-    placement: Placement
-
-    def cost(self) -> dict[str, float]:
-        """Return the CPUs and GPUs that a run holds."""
-        workers = self.base.worker_counts()[0]
-        cpus = self.placement.cpus_per_worker + self.placement.share.cpus
-        return {"cpus": workers * cpus, "gpus": workers * self.placement.gpus_per_worker}
+    task: Task
 
     def point(self) -> Callable[[int], Values] | None:
         """Return the values of a trial as a function of its number; None where they depend on scores."""
@@ -92,13 +154,12 @@ def check(base: Pretraining, config: SweepConfig) -> tuple[Space, Points]:
             f"--scheduler pbt changes values during a run, and {', '.join(fixed)} cannot change. Vary fields such as "
             "optim.lr or a temperature, or use --scheduler asha."
         )
+    points: Iterable[Values] = space_.ends()
     if config.searcher == "grid":
-        return space_, with_configs(base, space_.grid())
-    if config.searcher == "random" and config.scheduler != "pbt":
-        return space_, with_configs(
-            base, [space_.drawn(config.seed, trial) for trial in range(config.samples)]
-        )
-    return space_, with_configs(base, space_.ends())
+        points = space_.grid()
+    elif config.searcher == "random" and config.scheduler != "pbt":
+        points = [space_.drawn(config.seed, trial) for trial in range(config.samples)]
+    return space_, with_configs(base, points)
 
 
 def prepare(base: Pretraining, config: SweepConfig) -> PreparedSweep:
@@ -117,10 +178,24 @@ def prepare(base: Pretraining, config: SweepConfig) -> PreparedSweep:
     for judged in filter(None, (given, test)):
         common_labels(labelled, judged)
         check_apart([config.probe], labelled, judged)
+    if test and given and test.manifest.fingerprint == given.manifest.fingerprint:
+        raise UserError(
+            f"--validation and --test hold the same images, {config.test!r}. Trials are chosen on --validation, so the "
+            "chosen one would have no honest score. Leave out one of them; without --validation, a tenth of the "
+            "training images is held out."
+        )
     check_models(trials, images)
     shared = share(base, config.max_concurrent, config.gpus_per_worker, num_trials, len(config.seeds))
     train, validation = (labelled, given) if given else hold_out(labelled, Folder(config.out))
-    return PreparedSweep(base, config, space_, num_trials, images, train, validation, test, *shared)
+    task = Task(
+        replace(base, data=str(images.folder)),
+        images,
+        str(Folder(config.out)),
+        *(train, validation, config.probe, config.seeds, config.shares()),
+        *shared,
+        keep_rungs=config.scheduler == "pbt",
+    )
+    return PreparedSweep(config, space_, num_trials, test, task)
 
 
 def check_workers(base: Pretraining) -> None:
@@ -149,15 +224,13 @@ def hold_out(labelled: DataSet, out: Folder) -> tuple[DataSet, DataSet]:
             f"A tenth of the labelled data {str(labelled.folder)!r} cannot be held out for validation: it has {size}. "
             "Give --validation, labelled data on which the trials are compared."
         )
-    labels_n = labelled.labels()
+    labelled.labels()  # Raises, if there are none.
     order_n = rng.generator("validation", labelled.num_images).permutation(labelled.num_images)
-    made = []
-    for name, chosen_n in (("learn", order_n[number:]), ("validation", order_n[:number])):
-        indices = np.sort(chosen_n).astype(np.int64)
-        source = f"{len(indices)} images of {labelled.manifest.source}"
-        classes = labelled.manifest.classes
-        made.append(relabelled(labelled, indices, labels_n[indices], classes, out / "images" / name, source))
-    return made[0], made[1]
+    parts = {"learn": order_n[number:], "validation": order_n[:number]}
+    learn, validation = (
+        part(labelled, np.sort(chosen_n), out / "images" / name) for name, chosen_n in parts.items()
+    )
+    return learn, validation
 
 
 def with_configs(base: Pretraining, points: Iterable[Values]) -> Points:
@@ -230,7 +303,11 @@ def share(
     runs = at_once or _most(placed, num_trials * num_seeds)
     trials = min(runs, num_trials)
     seeds = min(max(1, runs // trials), num_seeds)
-    return trials, seeds, placed(runs if at_once else trials * seeds)
+    placement = placed(runs if at_once else trials * seeds)
+    if workers == 1 and seeds == 1:  # Its data processes are on its machine.
+        cpus = placement.slot - placement.cpus_per_worker
+        placement = replace(placement, share=replace(placement.share, cpus=cpus))
+    return trials, seeds, placement
 
 
 def _most(placed: Callable[[int], Placement], runs: int) -> int:

@@ -18,15 +18,20 @@ from __future__ import annotations
 import contextlib
 import hashlib
 import logging
+import pickle
 import random
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
+from pathlib import Path
 from typing import Any, Protocol
 
 import numpy as np
+from ray.exceptions import RayTaskError
 from ray.tune.experiment import Trial
 from ray.tune.schedulers import ASHAScheduler, FIFOScheduler, MedianStoppingRule, TrialScheduler
 from ray.tune.search import Searcher
+
+from raysl.ray_cluster import user_error
 
 _log = logging.getLogger("raysl.tuning")
 
@@ -42,7 +47,10 @@ class Listener(Protocol):
     def scored(self, trial: int, result: Result) -> None:
         """A trial has a result at its next rung."""
 
-    def failed(self, trial: int, record: Trial) -> None:
+    def retried(self, trial: int, reason: str) -> None:
+        """A trial crashed, and continues from its last checkpoint."""
+
+    def failed(self, trial: int, reason: str) -> None:
         """A trial failed."""
 
     def decided(self, trial: int, rung: int, goes_on: bool, copies: int | None, values: Result) -> None:
@@ -113,8 +121,10 @@ class InOrder(TrialScheduler):  # type: ignore[misc]
         return str(self.inner.debug_string())
 
     def on_trial_add(self, tune_controller: Any, trial: Trial) -> None:
-        if trial.trial_id in self._numbers:
-            return  # It is added again after an error.
+        if trial.trial_id in self._numbers:  # Ray Tune adds it again after an error, to retry it.
+            if self.number(trial) in self._failed:
+                tune_controller._set_trial_status(trial, Trial.ERROR)
+            return
         n = self._numbers[trial.trial_id] = len(self._trials)
         self._trials.append(trial)
         self.results[n], self._delivered[n] = [], 0
@@ -140,12 +150,15 @@ class InOrder(TrialScheduler):  # type: ignore[misc]
             self._advance(tune_controller, current=n)
 
     def on_trial_error(self, tune_controller: Any, trial: Trial) -> None:
-        if trial.should_recover():
-            return
         n = self.number(trial)
+        reason, repeats = _failure(trial)
+        if trial.should_recover() and not repeats:
+            if self._listener:
+                self._listener.retried(n, reason)
+            return
         self._failed.add(n)
         if self._listener:
-            self._listener.failed(n, trial)
+            self._listener.failed(n, reason)
         if not self._together:
             self._advance(tune_controller, current=n)
 
@@ -372,6 +385,17 @@ class Numbered(Searcher):  # type: ignore[misc]
                 searcher.on_trial_result(f"{n:05d}", result)
             last = results[-1] if results and not failed else None
             searcher.on_trial_complete(f"{n:05d}", result=last, error=failed)
+
+
+def _failure(trial: Trial) -> tuple[str, bool]:
+    """Return why a trial failed in a sentence, and whether it would fail again. A crash, as of a machine, may not."""
+    # The file is read on this machine; it reaches the storage later.
+    error = pickle.loads(Path(trial.pickled_error_file).read_bytes())
+    if found := user_error(error):
+        return str(found), True
+    cause = error.as_instanceof_cause() if isinstance(error, RayTaskError) else error
+    last = (str(cause).strip().splitlines() or [""])[-1]
+    return f"{type(cause).__name__}: {last[:300]}", False
 
 
 def _plain(value: Any) -> Any:

@@ -12,13 +12,11 @@ from typing import Any
 
 from raysl.backbone.network import BackboneConfig
 from raysl.config import Pretraining
-from raysl.dataset import DataSet
 from raysl.model import Model
-from raysl.ray_cluster.placement import Placement
 from raysl.stream.plan import Plan
 from raysl.stream.reader import Stream
 from raysl.stream.shared import Subscriber, open_feeds, slots, union
-from raysl.tuning.preparation import PreparedSweep
+from raysl.tuning.preparation import PreparedSweep, Task
 
 # Fields that change which images a step takes or how long it lasts, so that fast runs would wait for slow ones.
 _PREVENT_SHARING = ("batch_size", "backbone", "precision")
@@ -42,35 +40,31 @@ def why_not_shared(prepared: PreparedSweep) -> str:
     """Return why no two runs of a sweep will share a stream; "" where some may."""
     if not prepared.config.share_stream:
         return "--no-share-stream"
-    if prepared.trials_at_once == 1:
+    if prepared.task.trials_at_once == 1:
         return "one trial runs at a time"
     if all(d.path[0] in _PREVENT_SHARING for d in prepared.space.dimensions):
         return f"trials differ in {' and '.join(prepared.space.names)}"
     return ""
 
 
-def open_broker(images: DataSet, workers: int, placement: Placement) -> Any:
+def open_broker(task: Task) -> Any:
     """Start the broker of a sweep, on the machine of the driver."""
     import ray
 
     here = ray.get_runtime_context().get_node_id()
     local = ray.util.scheduling_strategies.NodeAffinitySchedulingStrategy(here, soft=False)
-    return ray.remote(num_cpus=0, scheduling_strategy=local)(StreamBroker).remote(images, workers, placement)
+    return ray.remote(num_cpus=0, scheduling_strategy=local)(StreamBroker).remote(task)
 
 
 class StreamBroker:
     """The streams that runs of a sweep share at the moment.
 
     Args:
-        images: pretraining images.
-        workers: trainers of a run.
-        placement: what each of them gets.
+        task: what the trials of the sweep share.
     """
 
-    def __init__(self, images: DataSet, workers: int, placement: Placement) -> None:
-        self._images = images
-        self._workers = workers
-        self._placement = placement
+    def __init__(self, task: Task) -> None:
+        self._task = task
         self._streams: list[_SharedStream] = []
 
     def subscriber(
@@ -112,22 +106,15 @@ class StreamBroker:
         self._streams = [shared for shared in self._streams if shared.runs]
 
     def _key(self, config: Pretraining, until: int) -> _StreamKey:
-        return config.plan(self._images), until, config.stream.place, config.backbone, config.precision
+        plan = config.plan(self._task.images)
+        return plan, until, config.stream.place, config.backbone, config.precision
 
     def _stream(self, config: Pretraining) -> Stream:
         """Return the stream that a run would have. Its views do not depend on the backbone; a small one is built."""
-        model = Model.of(
-            replace(config, backbone=replace(config.backbone, name="small", weights="")), self._images
-        )
-        return Stream(
-            self._images,
-            config.plan(self._images),
-            model.views(),
-            config.stream,
-            self._placement.share,
-            world=self._workers,
-            schedule=model.schedule(),
-        )
+        images, workers = self._task.images, self._task.base.worker_counts()[0]
+        small = replace(config.backbone, name="small", weights="")
+        model = Model.of(replace(config, backbone=small), images)
+        return model.stream(images, self._task.placement.share, 0, workers)
 
 
 def _register(shared: _SharedStream, run: str, start: int) -> bool:

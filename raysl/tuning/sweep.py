@@ -3,19 +3,19 @@
 from __future__ import annotations
 
 import contextlib
+import itertools
 import json
 import logging
 import os
-import pickle
 import threading
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
 from dataclasses import asdict, replace
-from pathlib import Path
 from typing import TYPE_CHECKING, Any
+from unittest.mock import patch
 
 from raysl import ray_cluster
 from raysl.config import FREE, Pretraining, differences
-from raysl.dataset import DataSet
 from raysl.errors import UserError
 from raysl.evaluation.evaluate import probe
 from raysl.ray_cluster.lock import DriverLock
@@ -25,7 +25,7 @@ from raysl.training.progress_actor import duration
 from raysl.tuning import algorithms
 from raysl.tuning.config import POPULATION, SweepConfig
 from raysl.tuning.journal import FORMAT, Journal
-from raysl.tuning.preparation import PreparedSweep, prepare
+from raysl.tuning.preparation import PreparedSweep, Task, prepare
 from raysl.tuning.results import SweepResults
 from raysl.tuning.space import Space
 
@@ -41,6 +41,8 @@ _MAY_DIFFER = (
 )
 # A name of its own: the folder is deleted whenever a sweep begins or continues.
 _TUNE = "_ray_tune"
+# Crashes of a trial, such as the loss of its machine, before it counts as failed.
+_MAX_FAILURES = 3
 
 
 def sweep(base: Pretraining, config: SweepConfig) -> list[dict[str, Any]]:
@@ -65,12 +67,12 @@ def sweep(base: Pretraining, config: SweepConfig) -> list[dict[str, Any]]:
             journal.add({"event": "retry", "trial": trial})
         _log.info(
             "%d trials of %d seeds, %d at a time; scored by %s at epochs %s.",
-            *(prepared.num_trials, len(config.seeds), prepared.trials_at_once * prepared.seeds_at_once),
+            *(prepared.num_trials, len(config.seeds), prepared.task.trials_at_once * prepared.task.seeds_at_once),
             config.probe,
             ", ".join(f"{base.epochs * share:.3g}" for share in config.shares()),
         )
         _run(prepared, journal)
-        _extras(prepared, journal)
+        _score_extras(prepared, journal)
         rows = SweepResults(journal).rows()
         journal.folder.write_json("table.json", rows)
     return rows
@@ -82,20 +84,20 @@ def _begin(journal: Journal, prepared: PreparedSweep) -> None:
     Raises:
         UserError: another sweep is there.
     """
-    config, base = prepared.config, prepared.base
+    config, task = prepared.config, prepared.task
     # With a population, decisions depend on how many trials there are.
     kept = {
         name: value
         for name, value in asdict(config).items()
         if name not in _MAY_DIFFER or (name == "samples" and config.scheduler in POPULATION)
     }
-    data = {name: getattr(prepared, name) for name in ("images", "train", "validation")}
+    data = {"images": task.images, "train": task.train, "validation": task.validation}
     header = {
         "event": "sweep",
         "format": FORMAT,
         "config": kept,
         "space": [asdict(dimension) for dimension in prepared.space.dimensions],
-        "base": {name: value for name, value in base.to_json().items() if name != "run"},
+        "base": {name: value for name, value in task.base.to_json().items() if name != "run"},
         "data": {name: dataset.manifest.fingerprint for name, dataset in data.items()},
         "uris": {name: str(dataset.folder) for name, dataset in data.items()},
     }
@@ -123,38 +125,25 @@ def _begin(journal: Journal, prepared: PreparedSweep) -> None:
 
 def _run(prepared: PreparedSweep, journal: Journal) -> None:
     """Run all trials through Ray Tune; those that are known are only handed to its scheduler again."""
-    config = prepared.config
     from ray.tune import TuneError
 
     from raysl.tuning.result_order import InOrder, Numbered
     from raysl.tuning.trainable import trainable
 
-    task = _task(prepared, journal)
+    config, task = prepared.config, _with_history(prepared, journal)
     progress = _Progress(prepared, journal)
     inner = algorithms.scheduler(config, prepared.space, task.times)
-    order = InOrder(inner, prepared.num_trials, prepared.trials_at_once, config.seed, progress)
+    order = InOrder(inner, prepared.num_trials, task.trials_at_once, config.seed, progress)
     known = {row["trial"]: row["values"] for row in journal.of("trial") if row["rung"] == 0}
-    numbered = Numbered(
-        prepared.point() or algorithms.searcher(config),
-        order,
-        config.lag,
-        config.seed,
-        known,
-        progress.begun,
-    )
-
+    points = prepared.point() or algorithms.searcher(config)
+    numbered = Numbered(points, order, config.lag, config.seed, known, progress.begun)
     # Files of Ray Tune are made again from the journal.
     journal.folder.delete(_TUNE)
-    ended = threading.Event()
-    listener = threading.Thread(target=_log_messages, args=(task.messages, ended), daemon=True)
-    listener.start()
     try:
-        fit(trainable(task), prepared.space, order, numbered, journal.folder, _TUNE)
+        with _messages_logged(task.messages):
+            fit(trainable(task), prepared.space, order, numbered, journal.folder, _TUNE)
     except TuneError as error:  # Ray Tune wraps what its callbacks and schedulers raise.
         raise ray_cluster.user_error(error) or error from error
-    finally:
-        ended.set()
-        listener.join()
 
 
 def fit(bound: Any, space: Space, order: InOrder, numbered: Numbered, folder: Folder, name: str) -> None:
@@ -178,9 +167,7 @@ def fit(bound: Any, space: Space, order: InOrder, numbered: Numbered, folder: Fo
 
     store, path = filesystem(str(folder))
     settings = {"TUNE_MAX_PENDING_TRIALS_PG": str(order.at_once), "RAY_AIR_NEW_OUTPUT": "0"}
-    before = {variable: os.environ.get(variable) for variable in settings}
-    os.environ.update(settings)
-    try:
+    with patch.dict(os.environ, settings):  # A Tuner that the caller runs later must not find them.
         tune.Tuner(
             bound,
             param_space={d.name: d.domain() for d in space.dimensions},
@@ -199,53 +186,46 @@ def fit(bound: Any, space: Space, order: InOrder, numbered: Numbered, folder: Fo
                 storage_path=path,
                 storage_filesystem=store,
                 verbose=0,
+                failure_config=tune.FailureConfig(_MAX_FAILURES),
                 checkpoint_config=tune.CheckpointConfig(checkpoint_frequency=1),
             ),
         ).fit()
-    finally:
-        # A Tuner that the caller runs later must not find them.
-        for variable, value in before.items():
-            if value is None:
-                del os.environ[variable]
-            else:
-                os.environ[variable] = value
 
 
-def _log_messages(messages: Any, ended: threading.Event) -> None:
-    """Log what the runs of the sweep log, until the sweep ends or the machine with the queue is lost."""
+@contextmanager
+def _messages_logged(messages: Any) -> Iterator[None]:
+    """Log what the runs of the sweep log, unless the machine with the queue is lost."""
     from ray.exceptions import RayError
     from ray.util.queue import Empty
 
-    with contextlib.suppress(RayError):
-        while not ended.is_set():
-            with contextlib.suppress(Empty):
-                level, text = messages.get(timeout=0.5)
-                _log.log(level, "%s", text)
+    ended = threading.Event()
+
+    def listen() -> None:
+        with contextlib.suppress(RayError):
+            while not ended.is_set():
+                with contextlib.suppress(Empty):
+                    level, text = messages.get(timeout=0.5)
+                    _log.log(level, "%s", text)
+
+    thread = threading.Thread(target=listen, daemon=True)
+    thread.start()
+    try:
+        yield
+    finally:
+        ended.set()
+        thread.join()
 
 
-def _task(prepared: PreparedSweep, journal: Journal) -> Any:
+def _with_history(prepared: PreparedSweep, journal: Journal) -> Task:
+    """Return what the trials share, with the results of earlier sessions and with the actors of this one."""
     from ray.util.queue import Queue
 
-    from raysl.tuning.trainable import Task
-
-    config = prepared.config
     by_rung: dict[tuple[str, int], list[dict[str, Any]]] = {}
     for row in journal.of("score"):
         by_rung.setdefault((f"{row['trial']:04d}", row["rung"]), []).append(row)
-    return Task(
-        replace(prepared.base, data=str(prepared.images.folder)),
-        prepared.images,
-        str(journal.folder),
-        str(prepared.train.folder),
-        str(prepared.validation.folder),
-        config.probe,
-        config.seeds,
-        config.shares(),
-        prepared.placement,
-        prepared.trials_at_once,
-        prepared.seeds_at_once,
-        keep_rungs=config.scheduler == "pbt",
-        known={key: rows for key, rows in by_rung.items() if len(rows) == len(config.seeds)},
+    return replace(
+        prepared.task,
+        known={key: rows for key, rows in by_rung.items() if len(rows) == len(prepared.config.seeds)},
         failures={f"{trial:04d}": reason for trial, reason in journal.failures().items()},
         points=[point(n) for n in range(prepared.num_trials)] if (point := prepared.point()) else (),
         broker=_broker(prepared),
@@ -257,14 +237,12 @@ def _broker(prepared: PreparedSweep) -> Any:
     """Return the actor that shares streams; None where no runs can share one."""
     from raysl.tuning.shared_streams import open_broker, why_not_shared
 
-    why = why_not_shared(prepared)
-    if prepared.trials_at_once > 1:
+    why, task = why_not_shared(prepared), prepared.task
+    if task.trials_at_once > 1:
         _log.info(
-            "Each run reads a stream of its own: %s." if why else "Concurrent runs share one stream.",
-            *([why] if why else []),
+            "%s", f"Each run reads a stream of its own: {why}." if why else "Concurrent runs share one stream."
         )
-    workers = prepared.base.worker_counts()[0]
-    return None if why else open_broker(prepared.images, workers, prepared.placement)
+    return None if why else open_broker(task)
 
 
 class _Progress:
@@ -278,22 +256,21 @@ class _Progress:
         self._journal.add_once({"event": "trial", "trial": trial, "rung": 0, "values": dict(values)})
 
     def scored(self, trial: int, result: Mapping[str, Any]) -> None:
-        rung = result["rung"] - 1
         before = len(self._journal.rows)
         for row in json.loads(result["runs"]):
-            facts = {**row, **self._prepared.cost()}
-            self._journal.add_once({**facts, "event": "score", "trial": trial, "rung": rung})
+            facts = {**row, **self._prepared.task.cost()}
+            self._journal.add_once({**facts, "event": "score", "trial": trial, "rung": result["rung"] - 1})
         if len(self._journal.rows) > before:
-            self._log(
-                trial, f"{self._prepared.config.probe} {result['score']:.4f} at epoch {result['epoch']:.3g}"
-            )
+            name = self._prepared.config.probe
+            self._log(trial, f"{name} {result['score']:.4f} at epoch {result['epoch']:.3g}")
 
-    def failed(self, trial: int, record: Any) -> None:
-        if trial in self._journal.failures():
-            return
-        reason = _reason(record)
-        self._journal.add({"event": "failed", "trial": trial, "reason": reason})
-        self._log(trial, f"failed: {reason}")
+    def retried(self, trial: int, reason: str) -> None:
+        _log.warning("trial %d: it continues from its last checkpoint, because it crashed. %s", trial, reason)
+
+    def failed(self, trial: int, reason: str) -> None:
+        if trial not in self._journal.failures():
+            self._journal.add({"event": "failed", "trial": trial, "reason": reason})
+            self._log(trial, f"failed: {reason}")
 
     def decided(
         self, trial: int, rung: int, goes_on: bool, copies: int | None, values: Mapping[str, Any]
@@ -303,9 +280,8 @@ class _Progress:
         row = {"event": "decision", "trial": trial, "rung": rung, "goes_on": goes_on, "copies": copies}
         self._journal.add_once(row)
         if copies is not None and goes_on:
-            self._journal.add_once(
-                {"event": "trial", "trial": trial, "rung": rung + 1, "values": dict(values)}
-            )
+            changed = {"event": "trial", "trial": trial, "rung": rung + 1, "values": dict(values)}
+            self._journal.add_once(changed)
 
     def _log(self, trial: int, what: str) -> None:
         record = SweepResults(self._journal)
@@ -319,69 +295,37 @@ class _Progress:
 
     def _eta(self, record: SweepResults) -> str:
         """Return the time left if every trial that can continue continues to the end."""
-        shares = (0.0, *record.config.shares())
-        rows = list(record.scores.values())
+        task, shares, rows = self._prepared.task, (0.0, *record.config.shares()), list(record.scores.values())
         done = sum(shares[row["rung"] + 1] - shares[row["rung"]] for row in rows)
         if not done:
             return "?"
         left = float(self._prepared.num_trials - len(record.trials))
         left += sum(1.0 - shares[len(record.means(n))] for n in record.trials if record.state(n) == "running")
-        at_once = self._prepared.trials_at_once * self._prepared.seeds_at_once
-        seconds = sum(row["seconds"] for row in rows) / done * left * len(record.config.seeds) / at_once
-        return f"at most {duration(seconds)}"
+        seconds = sum(row["seconds"] for row in rows) / done * left * len(task.seeds)
+        return f"at most {duration(seconds / (task.trials_at_once * task.seeds_at_once))}"
 
 
-def _reason(record: Any) -> str:
-    """Return why a trial of Ray Tune failed. Its files are read on this machine: they reach the storage later."""
-    pickled = Path(record.pickled_error_file or "")
-    if pickled.is_file():
-        error = pickle.loads(pickled.read_bytes())
-        if found := ray_cluster.user_error(error):
-            return str(found)
-        return (str(error).strip().splitlines() or [type(error).__name__])[-1]
-    text = Path(record.error_file).read_text() if record.error_file else ""
-    return (text.strip().splitlines() or ["unknown"])[-1]
-
-
-def _extras(prepared: PreparedSweep, journal: Journal) -> None:
+def _score_extras(prepared: PreparedSweep, journal: Journal) -> None:
     """Score the baselines on the images that trials were compared on, and the chosen trial once on the test images."""
-    results = SweepResults(journal)
+    results, task = SweepResults(journal), prepared.task
     best = results.best()
     if best is None:
         return
-    wanted: list[tuple[str, DataSet, tuple[str, ...], int | None]]
-    wanted = [("baseline", prepared.validation, ("random", "pixels"), None)]
+    wanted = [("baseline", task.validation, ("random", "pixels"), None)]
     if prepared.test is not None:
         wanted.append(("test", prepared.test, ("trained", "random", "pixels"), best))
-    for seed in prepared.config.seeds:
+    for seed, (event, judged, encoders, chosen) in itertools.product(task.seeds, wanted):
+        about = {"seed": seed, "chosen": chosen, "images": judged.manifest.fingerprint}
+        there = [row["encoder"] for row in journal.of(event) if about.items() <= row.items()]
+        left = tuple(encoder for encoder in encoders if encoder not in there)
+        if not left:
+            continue
         run = Run(journal.folder / results.scores[best, seed, results.num_rungs - 1]["run"])
-        for event, judged, encoders, chosen in wanted:
-            images = judged.manifest.fingerprint
-            there = {
-                (row["encoder"], row["seed"], row["chosen"])
-                for row in journal.of(event)
-                if row.get("images", images) == images
-            }
-            left = tuple(encoder for encoder in encoders if (encoder, seed, chosen) not in there)
-            for row in _scored(run, prepared, judged, left) if left else ():
-                score = {
-                    "encoder": row["encoder"],
-                    "seed": seed,
-                    "score": float(row["value"]),
-                    "chosen": chosen,
-                    "images": images,
-                }
-                journal.add({"event": event, **score})
-
-
-def _scored(
-    run: Run, prepared: PreparedSweep, judged: DataSet, encoders: tuple[str, ...]
-) -> list[dict[str, Any]]:
-    """Return the primary rows of the sweep's probe. The features are used once and are not kept."""
-    features = run.folder / "features-baselines"
-    data, names = (str(prepared.train.folder), str(judged.folder)), (prepared.config.probe,)
-    try:
-        rows = probe(run, *data, probes=names, encoders=encoders, cache=features)
-    finally:
-        features.delete()
-    return [row for row in rows if row["primary"]]
+        # The features are used once.
+        cache = run.folder / "features-baselines"
+        try:
+            rows = probe(run, task.train, judged, probes=(task.probe,), encoders=left, cache=cache)
+        finally:
+            cache.delete()
+        for row in filter(lambda row: row["primary"], rows):
+            journal.add({"event": event, **about, "encoder": row["encoder"], "score": float(row["value"])})

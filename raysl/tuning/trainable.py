@@ -1,22 +1,22 @@
 """The trainable of a sweep: a class that Ray Tune runs, and that takes the runs of a trial from rung to rung.
 
 One call of `step` trains every seed of the trial up to the next rung of its schedule, and probes the checkpoint there.
-When it returns, the trainers and the probe have released their CPUs and GPUs; so a trial that Ray Tune stops, pauses or
-lets copy another one leaves nothing behind. Checkpoints of Ray Tune are small records; the weights are in the runs.
+A run with one worker trains inside of the trial's actor, which takes its CPUs and GPUs; so nothing is started at a rung,
+and the actor is used again by the next trial. Runs with several workers train through Ray Train. Either way nothing of
+a run is left when `step` returns; so a trial that Ray Tune stops, pauses or lets copy another one leaves nothing
+behind. Checkpoints of Ray Tune are small records; the weights are in the runs.
 """
 
 from __future__ import annotations
 
-import contextlib
 import json
 import logging
 import math
 import os
 import time
-import traceback
 from collections.abc import Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
-from dataclasses import dataclass, field, replace
+from dataclasses import replace
 from pathlib import Path
 from statistics import mean
 from typing import Any
@@ -25,78 +25,19 @@ from ray import tune
 
 from raysl import checkpoint, ray_cluster
 from raysl.config import Pretraining
-from raysl.dataset import DataSet
 from raysl.errors import UserError
 from raysl.evaluation.evaluate import probe as run_probe
 from raysl.ingestion import resolve
-from raysl.ray_cluster.placement import Placement
 from raysl.run import Run
 from raysl.storage import Folder
 from raysl.stream.shared import Subscriber
 from raysl.training.launch import pretrain
 from raysl.tuning import preparation
 from raysl.tuning.config import check_probe, check_seeds
+from raysl.tuning.preparation import Task
 from raysl.tuning.space import Values, configured, tune_space
 
-ERROR = "error.txt"
-_HEAD = "node:__internal_head__"
 _RECORD = "raysl-trial.json"
-# A crash, such as that of a lost machine, is tried once more; a UserError is not.
-_ATTEMPTS = 2
-
-_log = logging.getLogger("raysl.tuning")
-
-
-@dataclass(frozen=True)
-class Task:
-    """What all trials of a sweep share. Picklable.
-
-    Args:
-        base: configuration of every run, except what varies, the seed and the folder.
-        images: pretraining images.
-        out: folder of the sweep; runs are in `trials/NAME/seed-S` inside.
-        train: labelled data that the probe learns from.
-        validation: labelled data that trials are compared on.
-        probe: name of the probe.
-        seeds: seeds of each trial.
-        shares: shares of the schedule at the rungs; the last is 1.
-        placement: CPUs and GPUs of the trainers of a run.
-        trials_at_once: trials at the same time.
-        seeds_at_once: runs of one trial at the same time.
-        keep_rungs: keep the checkpoints of the last two rungs, so that other trials can copy them.
-        known: results of earlier sessions by trial name and rung, which are not measured again.
-        failures: reasons of the trials that failed in earlier sessions, by name.
-        points: values of all trials by number, if they are known before; for the broker.
-        broker: actor that shares streams; see `raysl.tuning.shared_streams`. None without sharing.
-        messages: a `ray.util.queue.Queue` that gets (level, text) of what the runs log; None for no messages.
-    """
-
-    base: Pretraining
-    images: DataSet
-    out: str
-    train: str
-    validation: str
-    probe: str
-    seeds: tuple[int, ...]
-    shares: tuple[float, ...]
-    placement: Placement
-    trials_at_once: int = 1
-    seeds_at_once: int = 1
-    keep_rungs: bool = True
-    known: Mapping[tuple[str, int], Sequence[Mapping[str, Any]]] = field(default_factory=dict)
-    failures: Mapping[str, str] = field(default_factory=dict)
-    points: Sequence[Values] = ()
-    broker: Any = None
-    messages: Any = None
-
-    def until(self, config: Pretraining, rung: int) -> int:
-        """Return the step of a rung, counted from 0."""
-        return max(1, round(self.shares[rung] * config.plan(self.images).num_steps))
-
-    @property
-    def times(self) -> tuple[int, ...]:
-        """Whole numbers proportional to the shares, for schedulers that count time."""
-        return tuple(max(i + 1, round(share / self.shares[0])) for i, share in enumerate(self.shares))
 
 
 class Trial(tune.Trainable):  # type: ignore[misc]
@@ -114,18 +55,15 @@ class Trial(tune.Trainable):  # type: ignore[misc]
             logger = logging.getLogger("raysl")
             logger.handlers = [_Forward(self)]
             logger.setLevel(logging.INFO)
-        self._begin(config)
+        self.reset_config(config)
 
     def reset_config(self, new_config: Values) -> bool:
-        self._begin(new_config)
-        return True
-
-    def _begin(self, config: Values) -> None:
-        self._values = dict(config)
+        self._values = dict(new_config)
         self._rung = 0
         self._home = f"trials/{self.trial_name}"
-        # The home and the step of the trial whose checkpoint this one copies first.
+        # The home of the trial whose checkpoint this one copies first.
         self._donor = ""
+        return True
 
     def save_checkpoint(self, checkpoint_dir: str) -> None:
         """Write a record of where the trial is."""
@@ -143,14 +81,12 @@ class Trial(tune.Trainable):  # type: ignore[misc]
 
     def step(self) -> dict[str, Any]:
         task, rung = self.task, self._rung
-        known = task.known.get((self.trial_name, rung))
-        if known is None and self.trial_name in task.failures:
-            raise UserError(task.failures[self.trial_name])
-        if known is None:
+        rows = task.known.get((self.trial_name, rung))
+        if rows is None:
+            if reason := task.failures.get(self.trial_name):
+                raise UserError(reason)
             with ThreadPoolExecutor(task.seeds_at_once) as pool:
-                rows: Sequence[Mapping[str, Any]] = list(pool.map(self._climbed, task.seeds))
-        else:
-            rows = known
+                rows = list(pool.map(self._scored, task.seeds))
         self._rung, self._donor = rung + 1, ""
         return {
             "score": mean(row["score"] for row in rows),
@@ -162,53 +98,38 @@ class Trial(tune.Trainable):  # type: ignore[misc]
             "done": self._rung == len(task.shares),
         }
 
-    def _climbed(self, seed: int) -> dict[str, Any]:
-        """Take one run to the next rung and score it, from its newest checkpoint; retry after a crash."""
-        folder = f"{self._home}/seed-{seed}"
+    def _scored(self, seed: int) -> dict[str, Any]:
+        """Take one run from its newest checkpoint to the next rung, and score it."""
         started = time.monotonic()
-        for attempt in range(_ATTEMPTS):
-            try:
-                until, score, loss = self._scored(seed, folder)
-            except UserError as error:
-                raise UserError(str(error)) from None
-            except Exception as error:
-                if attempt == _ATTEMPTS - 1:
-                    raise UserError(_reason(error, Folder(self.task.out) / folder)) from None
-            else:
-                break
-        seconds = round(time.monotonic() - started, 2)
-        return {"seed": seed, "step": until, "score": score, "loss": loss, "seconds": seconds, "run": folder}
-
-    def _scored(self, seed: int, folder: str) -> tuple[int, float, float]:
-        task, rung = self.task, self._rung
-        run_folder = Folder(task.out) / folder
-        config = replace(configured(task.base, self._values), run=str(run_folder), seed=seed)
+        task, rung, home = self.task, self._rung, f"{self._home}/seed-{seed}"
+        folder = Folder(task.out) / home
+        config = replace(configured(task.base, self._values), run=str(folder), seed=seed)
         until = task.until(config, rung)
-        before = task.until(config, rung - 1) if rung else 0
         if self._donor:
-            copy(Folder(task.out) / self._donor / f"seed-{seed}", before, run_folder)
+            copy(Folder(task.out) / self._donor / f"seed-{seed}", task.until(config, rung - 1), folder)
         if task.keep_rungs:
             rungs = tuple(task.until(config, r) for r in range(max(0, rung - 1), rung + 1))
             config = replace(config, save=replace(config.save, keep_steps=rungs))
-        run = self._trained(config, until, before)
+        run = self._trained(config, until)
         # Features of a rung are used once, and are larger than the checkpoint.
-        features = run.folder / f"features-{until}"
+        options = {"cache": run.folder / f"features-{until}", "in_process": task.in_process}
         try:
             rows = run_probe(
-                run, task.train, task.validation, probes=(task.probe,), encoders=("trained",), cache=features
+                run, task.train, task.validation, probes=(task.probe,), encoders=("trained",), **options
             )
         finally:
-            features.delete()
+            options["cache"].delete()
         score = next(float(row["value"]) for row in rows if row["primary"])
         if not math.isfinite(score):
             raise UserError(f"The probe {task.probe!r} gave {score} at step {until}.")
-        return until, score, float(run.metrics_columns(["loss"])["loss"][-1])
+        seconds, loss = round(time.monotonic() - started, 2), float(run.metrics_columns(["loss"])["loss"][-1])
+        return {"seed": seed, "step": until, "score": score, "loss": loss, "seconds": seconds, "run": home}
 
-    def _trained(self, config: Pretraining, until: int, before: int) -> Run:
+    def _trained(self, config: Pretraining, until: int) -> Run:
         task = self.task
-        subscriber = self._subscriber(config, until, before)
+        place = {"placement": task.placement, "subscriber": self._subscriber(config, until)}
         try:
-            run = pretrain(config, until=until, placement=task.placement, subscriber=subscriber)
+            run = pretrain(config, until=until, local=task.in_process, **place)
         finally:
             if task.broker is not None:
                 task.broker.leave.remote(config.run)
@@ -219,7 +140,7 @@ class Trial(tune.Trainable):  # type: ignore[misc]
             )
         return run
 
-    def _subscriber(self, config: Pretraining, until: int, before: int) -> Subscriber | None:
+    def _subscriber(self, config: Pretraining, until: int) -> Subscriber | None:
         """Return the run's place at a shared stream, if there is one."""
         task = self.task
         if task.broker is None:
@@ -227,10 +148,10 @@ class Trial(tune.Trainable):  # type: ignore[misc]
         import ray
 
         found = checkpoint.newest(Run(Folder(config.run)).checkpoints)
-        start = found.step if found else before
         first = int(self.trial_name) + 1
         points = task.points[first : first + task.trials_at_once - 1]
         near = [replace(configured(task.base, point), seed=config.seed) for point in points]
+        start = found.step if found else 0
         place: Subscriber | None = ray.get(task.broker.subscriber.remote(config, until, start, near))
         return place
 
@@ -296,34 +217,24 @@ def tune_trainable(
     given = resolve(validation) if validation else None
     learn, judged = (labelled, given) if given else preparation.hold_out(labelled, Folder(out))
     base = replace(base, data=str(images.folder))
-    data = str(learn.folder), str(judged.folder)
-    return trainable(Task(base, images, str(Folder(out)), *data, probe, seeds, rungs, placement, trials))
+    task = Task(base, images, str(Folder(out)), learn, judged, probe, seeds, rungs, trials, 1, placement)
+    return trainable(task)
 
 
 def trainable(task: Task) -> type[Trial]:
-    """Return the class of the trials of a sweep, for `tune.Tuner`.
-
-    Its actors run on the head of the cluster and take no CPU; the trainers and probes that they start take the CPUs
-    and GPUs of their placement, so an autoscaler sees what they need.
-    """
+    """Return the class of the trials of a sweep, for `tune.Tuner`."""
 
     class Pretrain(Trial):
         @classmethod
         def default_resource_request(cls, config: Values) -> Any:
             # Ray Tune calls this on the driver when it makes a trial.
             configured(task.base, config)
-            return tune.PlacementGroupFactory([{_HEAD: _share(task.trials_at_once)}])
+            return tune.PlacementGroupFactory([task.resources()])
 
     # Ray Tune logs failures in one line each, and its actors stay in the folder of the driver.
     os.environ.update(TUNE_PRINT_ALL_TRIAL_ERRORS="0", RAY_CHDIR_TO_TRIAL_DIR="0")
     Pretrain.task = task
     return Pretrain
-
-
-def _share(at_once: int) -> float:
-    """Return the share of the head that bounds concurrent trials; Ray Train needs a thousandth of it for each run."""
-    share = 1 / (at_once + 0.5) if at_once <= 20 else (1 - 0.002 * at_once) / at_once
-    return max(1e-4, math.floor(1e4 * share) / 1e4)
 
 
 def copy(source: Folder, step: int, target: Folder) -> None:
@@ -343,19 +254,3 @@ def copy(source: Folder, step: int, target: Folder) -> None:
         )
     for name in sorted(found.folder.list(), key=lambda name: name.startswith("manifest-")):
         (there / found.folder.uri.rpartition("/")[2]).write(name, found.folder.read(name))
-
-
-def _reason(error: BaseException, run: Folder) -> str:
-    """Return the cause of an error that came through Ray, in a line; the whole error goes to the folder of the run."""
-    with contextlib.suppress(UserError):
-        run.write(ERROR, "".join(traceback.format_exception(error)).encode())
-    if found := ray_cluster.user_error(error):
-        return str(found)
-    seen: list[BaseException] = []
-    below: BaseException | None = error
-    while below is not None and below not in seen:
-        seen.append(below)
-        cause = getattr(below, "cause", None)
-        below = cause if isinstance(cause, BaseException) else below.__cause__
-    last = (str(seen[-1]).strip().splitlines() or [""])[-1]
-    return f"{type(seen[-1]).__name__}: {last[:200]} The whole error is in {ERROR} of the run."

@@ -37,6 +37,10 @@ def undisturbed(folder: Path, scheduler: str, searcher: str) -> Notes:
     alone = play(folder, scheduler, searcher, 1, "none", Notes())
     if searcher != "optuna":
         assert alone.failures == {3}
+        # A trial whose process was killed continues.
+        ((trial, reason),) = alone.retries
+        assert (trial, (1, 2) in alone.scores) == (1, True)
+        assert "ActorDied" in reason
     assert len(alone.values) == TRIALS
     if scheduler in ("asha", "hyperband"):
         assert len(alone.scores) < 3 * TRIALS - 2

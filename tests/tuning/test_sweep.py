@@ -251,7 +251,8 @@ def test_runs_at_a_time_follow_from_the_cluster(
 ) -> None:
     monkeypatch.setattr(placement, "machines", lambda: machines)
     found = prepare(base(data), config(data, tmp_path, max_concurrent=0, vary=vary, seeds=seeds))
-    assert (found.trials_at_once, found.seeds_at_once, found.placement.cpus_per_worker) == expected
+    task = found.task
+    assert (task.trials_at_once, task.seeds_at_once, task.placement.cpus_per_worker) == expected
 
 
 def test_pbt_changes_only_what_can_change_in_the_middle(data: tuple[str, str], tmp_path: Path) -> None:

@@ -8,12 +8,14 @@ from __future__ import annotations
 import hashlib
 import json
 import os
+import signal
 import time
 from pathlib import Path
 from typing import Any
 
 from ray import tune
 
+from raysl.errors import UserError
 from raysl.storage import Folder
 
 TRIALS, TIMES = 8, (1, 3, 9)
@@ -24,7 +26,10 @@ class Killed(Exception):
 
 
 class Toy(tune.Trainable):  # type: ignore[misc]
-    """A trial whose score depends on its value "x" and its rung. Trial 3 fails at its second rung."""
+    """A trial whose score depends on its value "x" and its rung.
+
+    At their second rungs, trial 3 fails, and the process of trial 1 is killed the first time.
+    """
 
     known: dict[tuple[int, int], float]
     slow: str
@@ -47,7 +52,10 @@ class Toy(tune.Trainable):  # type: ignore[misc]
                 0.1 + {"none": 0.0, "odd": 0.15 * (number % 2), "first": 0.1 * (number < 2)}[self.slow]
             )
             if (number, self.rung) == (3, 2):
-                raise RuntimeError("it failed")
+                raise UserError("it failed")
+            if (number, self.rung) == (1, 2) and not Path(f"{self.log}-died").exists():
+                Path(f"{self.log}-died").touch()
+                os.kill(os.getpid(), signal.SIGKILL)
             score = (1 - (self.x - 0.4) ** 2) * (1 - 0.5**self.rung) + noise / 50
             with open(self.log, "a") as file:
                 file.write(f"{number} {self.rung}\n")
@@ -77,6 +85,7 @@ class Notes:
         self.scores: dict[tuple[int, int], float] = {}
         self.values: dict[int, Any] = {}
         self.failures: set[int] = set()
+        self.retries: list[tuple[int, str]] = []
         self.decisions: dict[tuple[int, int], Any] = {}
         self.kill_after = kill_after
         self._file = None
@@ -94,7 +103,10 @@ class Notes:
         if new and len(self.scores) == self.kill_after:
             raise Killed
 
-    def failed(self, trial: int, record: Any) -> None:
+    def retried(self, trial: int, reason: str) -> None:
+        self.retries.append((trial, reason))
+
+    def failed(self, trial: int, reason: str) -> None:
         self._note("failures", trial, 0, None)
 
     def decided(
