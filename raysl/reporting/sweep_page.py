@@ -4,7 +4,8 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import replace
-from statistics import mean
+from math import sqrt
+from statistics import NormalDist, mean, variance
 from typing import Any
 
 from raysl.reporting.command import command, folded
@@ -58,13 +59,31 @@ def _page(record: SweepResults, drawn: Sequence[Figure], config: ReportConfig) -
 
 
 def _selection(record: SweepResults) -> str:
-    """Return a sentence on what the scores of the table are worth."""
-    tested = record.extras("test").get("trained")
-    if tested:
-        return f"The best trial was then scored once on the test images: {mean(tested):.4f}."
-    return (
+    """Return sentences on what the scores of the table are worth."""
+    told = [
         "The best score is that of a choice among all trials on the same images, and so too high by chance."
-    )
+    ]
+    scores = [record.by_seed(trial, record.num_rungs - 1) for trial in record.trials]
+    variances = [variance(one) for one in scores if len(one) > 1]
+    if len(variances) > 1:
+        deviation, count = sqrt(mean(variances)), len(variances)
+        # Blom's approximation of the expected largest of `count` standard normal numbers.
+        gap = (
+            NormalDist().inv_cdf((count - 0.375) / (count + 0.25))
+            * deviation
+            / sqrt(len(record.config.seeds))
+        )
+        told.append(
+            f"If all {count} finished trials were equal, the best would still be {gap:.4f} above their mean, because "
+            f"seeds differ by ± {deviation:.4f}; a smaller lead shows nothing."
+        )
+    if record.chosen_on_test:
+        told.append(
+            "The trials were chosen on the test split of the source: no score here is that of unseen images."
+        )
+    if tested := record.extras("test").get("trained"):
+        told.append(f"The best trial was then scored once on the test images: {mean(tested):.4f}.")
+    return " ".join(told)
 
 
 def _extras(record: SweepResults) -> list[dict[str, Any]]:

@@ -84,9 +84,9 @@ class Task:
     def resources(self) -> dict[str, float]:
         """Return the resources of the actor of a trial.
 
-        An actor that trains itself takes the CPUs and GPUs of its run, but for those of a shared stream. One that trains
-        through Ray Train takes no CPU, since the trainers ask for theirs, and runs on the head; its share of the head
-        bounds how many there are.
+        An actor that trains itself takes the CPUs and GPUs of its run, but for those of a shared stream. One that
+        trains through Ray Train takes no CPU, since the trainers ask for theirs, and runs on the head; its share of the
+        head bounds how many there are.
         """
         if self.in_process:
             cpus = self.placement.slot if self.broker is None else self.placement.cpus_per_worker

@@ -44,14 +44,12 @@ Result = dict[str, Any]
 class Listener(Protocol):
     """What `InOrder` tells of results, failures and decisions, by trial numbers. A sweep writes it to its journal."""
 
-    def scored(self, trial: int, result: Result) -> None:
-        """A trial has a result at its next rung."""
+    def scored(self, trial: int, result: Result) -> None: ...
 
     def retried(self, trial: int, reason: str) -> None:
         """A trial crashed, and continues from its last checkpoint."""
 
-    def failed(self, trial: int, reason: str) -> None:
-        """A trial failed."""
+    def failed(self, trial: int, reason: str) -> None: ...
 
     def decided(self, trial: int, rung: int, goes_on: bool, copies: int | None, values: Result) -> None:
         """The scheduler decided on a trial after a rung, counted from 0; `values` are those that it continues with."""
@@ -63,23 +61,18 @@ class InOrder(TrialScheduler):  # type: ignore[misc]
     Args:
         inner: any scheduler of Ray Tune.
         num_trials: trials of the sweep.
+        listener: hears of results and decisions.
         at_once: trials that may run at the same time.
         seed: of what the inner scheduler draws.
-        listener: hears of results and decisions.
     """
 
     _supports_buffered_results = False
 
     def __init__(
-        self,
-        inner: TrialScheduler | None,
-        num_trials: int,
-        at_once: int = 1,
-        seed: int = 0,
-        listener: Listener | None = None,
+        self, inner: TrialScheduler, num_trials: int, listener: Listener, at_once: int = 1, seed: int = 0
     ) -> None:
         super().__init__()
-        self.inner = inner or FIFOScheduler()
+        self.inner = inner
         self.num_trials = num_trials
         self.at_once = at_once
         self.over: dict[int, str] = {}
@@ -93,7 +86,7 @@ class InOrder(TrialScheduler):  # type: ignore[misc]
         self._delivered: dict[int, int] = {}
 
     def __getstate__(self) -> dict[str, Any]:
-        # Ray Tune pickles its scheduler, which it never needs back: a sweep continues from its journal.
+        # Ray Tune pickles its scheduler, and never needs it back: a sweep continues from its journal.
         return {**self.__dict__, "_listener": None}
 
     def number(self, trial: Trial) -> int:
@@ -128,7 +121,7 @@ class InOrder(TrialScheduler):  # type: ignore[misc]
         n = self._numbers[trial.trial_id] = len(self._trials)
         self._trials.append(trial)
         self.results[n], self._delivered[n] = [], 0
-        with self._seeded("add", n):
+        with seeded(self._seed, "add", n):
             self.inner.on_trial_add(_View(self, tune_controller), trial)
 
     def on_trial_result(self, tune_controller: Any, trial: Trial, result: Result) -> str:
@@ -153,12 +146,10 @@ class InOrder(TrialScheduler):  # type: ignore[misc]
         n = self.number(trial)
         reason, repeats = _failure(trial)
         if trial.should_recover() and not repeats:
-            if self._listener:
-                self._listener.retried(n, reason)
+            self._listener.retried(n, reason)
             return
         self._failed.add(n)
-        if self._listener:
-            self._listener.failed(n, reason)
+        self._listener.failed(n, reason)
         if not self._together:
             self._advance(tune_controller, current=n)
 
@@ -182,8 +173,7 @@ class InOrder(TrialScheduler):  # type: ignore[misc]
     def _take(self, n: int, result: Result) -> None:
         if len(self.results[n]) < result["training_iteration"]:
             self.results[n].append(dict(result))
-            if self._listener:
-                self._listener.scored(n, result)
+            self._listener.scored(n, result)
         elif result.get("done"):
             self.results[n][-1]["done"] = True
 
@@ -232,7 +222,7 @@ class InOrder(TrialScheduler):  # type: ignore[misc]
             if n not in self.over:
                 self._deliver(controller, n, None)
         for n in left:
-            if self.over.get(n) in ("finished", "failed") or not self._listener:
+            if self.over.get(n) in ("finished", "failed"):
                 continue
             found = self._trials[n].checkpoint
             donor = owners.get(found.path) if found else None
@@ -243,7 +233,7 @@ class InOrder(TrialScheduler):  # type: ignore[misc]
     def _deliver(self, controller: Any, n: int, current: int | None) -> None:
         rung, trial, view = self._delivered[n] + 1, self._trials[n], _View(self, controller)
         self._delivered[n] = rung
-        with self._seeded(n, rung):
+        with seeded(self._seed, n, rung):
             if rung > len(self.results[n]):
                 self.over[n] = "failed"
                 self.inner.on_trial_error(view, trial)
@@ -257,15 +247,10 @@ class InOrder(TrialScheduler):  # type: ignore[misc]
             if decision == TrialScheduler.STOP:
                 self.over.setdefault(n, "stopped")
                 self.inner.on_trial_complete(view, trial, result)
-        if not self._together and self._listener:
+        if not self._together:
             self._listener.decided(n, rung - 1, n not in self.over, None, trial.config)
         if decision == TrialScheduler.STOP and n != current:
             controller.stop_trial(trial)
-
-    @contextmanager
-    def _seeded(self, *what: Any) -> Iterator[None]:
-        with seeded(self._seed, *what):
-            yield
 
 
 class _View:
@@ -352,12 +337,6 @@ class Numbered(Searcher):  # type: ignore[misc]
 
     def save_to_dir(self, checkpoint_dir: str, session_str: str = "default") -> None:
         """Nothing: a sweep continues from its journal."""
-
-    def save(self, checkpoint_path: str) -> None:
-        """Nothing; see `save_to_dir`."""
-
-    def restore(self, checkpoint_path: str) -> None:
-        raise NotImplementedError("a sweep continues from its journal")
 
     def _proposed(self, n: int) -> Result | None:
         if not isinstance(self._points, Searcher):

@@ -74,6 +74,13 @@ class SweepResults:
         return str(uris.get("validation", uris.get("test")))
 
     @property
+    def chosen_on_test(self) -> bool:
+        """True if trials are compared on the test split of a source, as those of raysl 0.1 were."""
+        header = self.journal.header
+        source = str(header.get("sources", {}).get("validation", ""))
+        return "validation" not in header["uris"] or source.endswith("#test")
+
+    @property
     def num_rungs(self) -> int:
         return len(self.config.shares())
 

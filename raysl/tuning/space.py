@@ -5,7 +5,6 @@ from __future__ import annotations
 import ast
 import contextlib
 import dataclasses
-import difflib
 import itertools
 import math
 import re
@@ -18,7 +17,7 @@ import numpy as np
 
 from raysl import fields, methods, rng
 from raysl.config import FREE, Pretraining
-from raysl.errors import UserError
+from raysl.errors import UserError, unknown
 from raysl.fields import Range
 
 Values = dict[str, Any]
@@ -273,23 +272,11 @@ def _resolve(name: str, known: Mapping[str, Field]) -> Field:
             f"The field {name!r} cannot vary: it does not change what is learned, or trials that differ in it cannot "
             "be compared. Seeds are given to --seeds."
         )
-    raise _unknown(name, wanted, list(known))
-
-
-def _unknown(name: str, wanted: str, known: Sequence[str]) -> UserError:
-    """Return the error for an unknown field, with the nearest name by its last part."""
-    group, _, last = wanted.rpartition(".")
-    inside = [field for field in known if field.startswith(f"{group or last}.")]
-    if inside and not group:
-        return UserError(f"{name!r} is a group of fields. Vary one of {', '.join(sorted(inside))}.")
-    by_last: dict[str, list[str]] = {}
-    for field in inside or known:
-        by_last.setdefault(field.rpartition(".")[2], []).append(field)
-    near = difflib.get_close_matches(last, by_last, n=1, cutoff=0.6)
-    hint = f"Did you mean {' or '.join(by_last[near[0]])}? " if near else ""
-    return UserError(
-        f"Unknown field to vary {name!r}. {hint}Fields that can vary: {', '.join(sorted(inside or known))}."
-    )
+    group = wanted.partition(".")[0]
+    inside = [one for one in known if one.startswith(f"{group}.")]
+    if wanted == group and inside:
+        raise UserError(f"{name!r} is a group of fields. Vary one of {', '.join(sorted(inside))}.")
+    raise unknown("field to vary", name, inside or known)
 
 
 def _dimension(field: Field, text: str | None, listed: bool) -> Dimension:

@@ -16,6 +16,7 @@ from unittest.mock import patch
 
 from raysl import ray_cluster
 from raysl.config import FREE, Pretraining, differences
+from raysl.dataset import DataSet
 from raysl.errors import UserError
 from raysl.evaluation.evaluate import probe
 from raysl.ray_cluster.lock import DriverLock
@@ -67,7 +68,11 @@ def sweep(base: Pretraining, config: SweepConfig) -> list[dict[str, Any]]:
             journal.add({"event": "retry", "trial": trial})
         _log.info(
             "%d trials of %d seeds, %d at a time; scored by %s at epochs %s.",
-            *(prepared.num_trials, len(config.seeds), prepared.task.trials_at_once * prepared.task.seeds_at_once),
+            *(
+                prepared.num_trials,
+                len(config.seeds),
+                prepared.task.trials_at_once * prepared.task.seeds_at_once,
+            ),
             config.probe,
             ", ".join(f"{base.epochs * share:.3g}" for share in config.shares()),
         )
@@ -100,6 +105,7 @@ def _begin(journal: Journal, prepared: PreparedSweep) -> None:
         "base": {name: value for name, value in task.base.to_json().items() if name != "run"},
         "data": {name: dataset.manifest.fingerprint for name, dataset in data.items()},
         "uris": {name: str(dataset.folder) for name, dataset in data.items()},
+        "sources": {name: dataset.manifest.source for name, dataset in data.items()},
     }
     header = json.loads(json.dumps(header))
     if not journal.rows:
@@ -110,7 +116,7 @@ def _begin(journal: Journal, prepared: PreparedSweep) -> None:
             f"The sweep at {config.out!r} was begun by raysl 0.1 and cannot be continued by this version; `raysl "
             "report` still reads it. Give another --out."
         )
-    free = {*(f"base.{name}" for name in FREE), "uris"}
+    free = {*(f"base.{name}" for name in FREE), "uris", "sources"}
     changed = [
         name
         for name in differences(journal.header, header)
@@ -133,7 +139,7 @@ def _run(prepared: PreparedSweep, journal: Journal) -> None:
     config, task = prepared.config, _with_history(prepared, journal)
     progress = _Progress(prepared, journal)
     inner = algorithms.scheduler(config, prepared.space, task.times)
-    order = InOrder(inner, prepared.num_trials, task.trials_at_once, config.seed, progress)
+    order = InOrder(inner, prepared.num_trials, progress, task.trials_at_once, config.seed)
     known = {row["trial"]: row["values"] for row in journal.of("trial") if row["rung"] == 0}
     points = prepared.point() or algorithms.searcher(config)
     numbered = Numbered(points, order, config.lag, config.seed, known, progress.begun)
@@ -240,7 +246,8 @@ def _broker(prepared: PreparedSweep) -> Any:
     why, task = why_not_shared(prepared), prepared.task
     if task.trials_at_once > 1:
         _log.info(
-            "%s", f"Each run reads a stream of its own: {why}." if why else "Concurrent runs share one stream."
+            "%s",
+            f"Each run reads a stream of its own: {why}." if why else "Concurrent runs share one stream.",
         )
     return None if why else open_broker(task)
 
@@ -311,6 +318,7 @@ def _score_extras(prepared: PreparedSweep, journal: Journal) -> None:
     best = results.best()
     if best is None:
         return
+    wanted: list[tuple[str, DataSet, tuple[str, ...], int | None]]
     wanted = [("baseline", task.validation, ("random", "pixels"), None)]
     if prepared.test is not None:
         wanted.append(("test", prepared.test, ("trained", "random", "pixels"), best))

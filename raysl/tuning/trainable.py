@@ -1,10 +1,10 @@
 """The trainable of a sweep: a class that Ray Tune runs, and that takes the runs of a trial from rung to rung.
 
 One call of `step` trains every seed of the trial up to the next rung of its schedule, and probes the checkpoint there.
-A run with one worker trains inside of the trial's actor, which takes its CPUs and GPUs; so nothing is started at a rung,
-and the actor is used again by the next trial. Runs with several workers train through Ray Train. Either way nothing of
-a run is left when `step` returns; so a trial that Ray Tune stops, pauses or lets copy another one leaves nothing
-behind. Checkpoints of Ray Tune are small records; the weights are in the runs.
+A run with one worker trains inside of the trial's actor, which takes its CPUs and GPUs; so nothing is started at a
+rung, and the actor is used again by the next trial. Runs with several workers train through Ray Train. Either way
+nothing of a run is left when `step` returns; so a trial that Ray Tune stops, pauses or lets copy another one leaves
+nothing behind. Checkpoints of Ray Tune are small records; the weights are in the runs.
 """
 
 from __future__ import annotations
@@ -14,7 +14,7 @@ import logging
 import math
 import os
 import time
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import replace
 from pathlib import Path
@@ -27,6 +27,7 @@ from raysl import checkpoint, ray_cluster
 from raysl.config import Pretraining
 from raysl.errors import UserError
 from raysl.evaluation.evaluate import probe as run_probe
+from raysl.evaluation.options import ProbeConfig
 from raysl.ingestion import resolve
 from raysl.run import Run
 from raysl.storage import Folder
@@ -112,13 +113,12 @@ class Trial(tune.Trainable):  # type: ignore[misc]
             config = replace(config, save=replace(config.save, keep_steps=rungs))
         run = self._trained(config, until)
         # Features of a rung are used once, and are larger than the checkpoint.
-        options = {"cache": run.folder / f"features-{until}", "in_process": task.in_process}
+        cache = run.folder / f"features-{until}"
+        how = ProbeConfig((task.probe,), encoders=("trained",), cache=cache, in_process=task.in_process)
         try:
-            rows = run_probe(
-                run, task.train, task.validation, probes=(task.probe,), encoders=("trained",), **options
-            )
+            rows = run_probe(run, task.train, task.validation, how)
         finally:
-            options["cache"].delete()
+            cache.delete()
         score = next(float(row["value"]) for row in rows if row["primary"])
         if not math.isfinite(score):
             raise UserError(f"The probe {task.probe!r} gave {score} at step {until}.")
@@ -127,9 +127,9 @@ class Trial(tune.Trainable):  # type: ignore[misc]
 
     def _trained(self, config: Pretraining, until: int) -> Run:
         task = self.task
-        place = {"placement": task.placement, "subscriber": self._subscriber(config, until)}
+        subscriber, local = self._subscriber(config, until), task.in_process
         try:
-            run = pretrain(config, until=until, local=task.in_process, **place)
+            run = pretrain(config, until=until, placement=task.placement, subscriber=subscriber, local=local)
         finally:
             if task.broker is not None:
                 task.broker.leave.remote(config.run)

@@ -218,7 +218,15 @@ def test_a_sweep_of_raysl_0_1_is_read(tmp_path: Path) -> None:
     old["uris"] = {"train": "train", "test": "old test"}
     old["space"] = [{**{k: v for k, v in d.items() if k != "mutable"}, "live": True} for d in old["space"]]
     journal.write_text("".join(json.dumps(row) + "\n" for row in (old, *rows)))
-    assert b"old test" in report(sweep, ReportConfig()).read("index.html")
+    page = report(sweep, ReportConfig()).read("index.html")
+    assert b"old test" in page
+    assert b"chosen on the test split" in page
+
+
+def test_the_page_says_how_far_ahead_the_best_of_equal_trials_would_be(tmp_path: Path) -> None:
+    page = report(written(tmp_path, "lambda=0,0.25,0.5,0.75,1"), ReportConfig()).read("index.html").decode()
+    assert "If all 4 finished trials were equal, the best would still be" in page
+    assert "chosen on the test split" not in page
 
 
 def test_rank_correlation() -> None:

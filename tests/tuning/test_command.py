@@ -47,7 +47,7 @@ def test_flags_of_a_sweep_and_of_its_runs_are_one_list(monkeypatch: pytest.Monke
 @pytest.mark.parametrize(
     ("command", "answer"),
     [
-        (f"{SWEEP} --vary temperatur", "Did you mean pirl.temperature"),
+        (f"{SWEEP} --vary temperatur", "Did you mean 'pirl.temperature'"),
         (f"{SWEEP} --vary lambda=0.5,2", "The trial with pirl.lam=2 could not run"),
         (f"{SWEEP} --vary lambda --epochs", "--epochs"),
         (f"{SWEEP} --vary lambda --sheduler asha", "--sheduler"),

@@ -100,7 +100,7 @@ def test_changed_values_are_moved_back_into_their_intervals() -> None:
 @pytest.mark.parametrize(
     ("values", "answer"),
     [
-        ({"pirl.temperatur": 0.1}, r"Did you mean pirl\.temperature"),
+        ({"pirl.temperatur": 0.1}, r"Did you mean 'pirl\.temperature'"),
         ({"pirl.temperature": lambda: 0.1}, "'pirl.temperature' is a function"),
         ({"pirl.num_negatives": 0.5}, r"whole numbers and was given 0\.5"),
         ({"pirl.temperature": -1.0}, "temperature"),
@@ -120,11 +120,11 @@ def test_numbers_of_numpy_become_plain() -> None:
 @pytest.mark.parametrize(
     ("vary", "answer"),
     [
-        ("temperatur", r"Did you mean pirl\.temperature\?"),
-        ("npid.temperature", r"Did you mean pirl\.temperature\?"),
+        ("temperatur", r"Did you mean 'pirl\.temperature'"),
+        ("npid.temperature", r"Did you mean 'pirl\.temperature'"),
         (
             "jigsaw.num_perms",
-            r"Did you mean jigsaw\.num_permutations\? Fields that can vary: jigsaw\.criterion",
+            r"Did you mean 'jigsaw\.num_permutations'\? Known: jigsaw\.criterion",
         ),
         ("pirl", r"'pirl' is a group of fields. Vary one of pirl\.dim"),
         ("min_scale", "jigsaw.min_scale, view.min_scale"),
@@ -186,7 +186,7 @@ def test_a_space_of_ray_tune_is_read_back() -> None:
 @pytest.mark.parametrize(
     ("name", "domain", "answer"),
     [
-        ("pirl.temperatur", tune.uniform(0, 1), r"Did you mean pirl\.temperature"),
+        ("pirl.temperatur", tune.uniform(0, 1), r"Did you mean 'pirl\.temperature'"),
         ("pirl.temperature", tune.uniform(0.5, 0.1), r"0\.5\.\.0\.1 of 'pirl\.temperature' is empty"),
         ("pirl.temperature", tune.choice([]), "range of 'pirl.temperature' is empty"),
         ("pirl.temperature", tune.randn(0, 1), "'pirl.temperature' has no bounds"),

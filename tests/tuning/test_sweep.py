@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import json
 import runpy
 import subprocess
 import sys
@@ -12,7 +13,9 @@ from typing import Any
 
 import psutil
 import pytest
+from ray import tune
 
+import raysl
 from raysl.checkpoint import SaveConfig
 from raysl.config import Pretraining, ViewConfig
 from raysl.errors import UserError
@@ -175,6 +178,108 @@ def test_the_tuner_of_the_experiment(ray_session: None, tmp_path: Path) -> None:
         assert set(result.config) == {"pirl.temperature", "optim.lr"}
         assert 0 <= result.metrics["score"] <= 1
     assert max(result.metrics["rung"] for result in results) == 3
+
+
+SPACE = {"pirl.temperature": tune.loguniform(0.03, 0.5), "optim.lr": tune.choice([0.03, 0.1])}
+
+
+def fit(data: tuple[str, str], out: Path, callbacks: list[Any], **settings: Any) -> tune.ResultGrid:
+    bound = raysl.tune_trainable(
+        base(data), str(out), param_space=SPACE, validation=data[1], rungs=(1 / 3, 1), max_concurrent=1
+    )
+    run = tune.RunConfig(
+        name="tune",
+        storage_path=str(out),
+        callbacks=callbacks,
+        verbose=0,
+        checkpoint_config=tune.CheckpointConfig(checkpoint_frequency=1),
+    )
+    config = tune.TuneConfig(metric="score", mode="max", **settings)
+    return tune.Tuner(bound, param_space=SPACE, tune_config=config, run_config=run).fit()
+
+
+@pytest.mark.slow
+def test_loggers_get_the_hyperparameters_and_scores_of_hyperopt_and_hyperband(
+    ray_session: None,
+    data: tuple[str, str],
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    pytest.importorskip("hyperopt")
+    mlflow, wandb = pytest.importorskip("mlflow"), pytest.importorskip("wandb")
+    from ray.air.integrations.mlflow import MLflowLoggerCallback
+    from ray.air.integrations.wandb import WandbLoggerCallback
+    from ray.tune.search.hyperopt import HyperOptSearch
+
+    monkeypatch.setenv("WANDB_MODE", "offline")
+    monkeypatch.setenv("MLFLOW_ALLOW_FILE_STORE", "true")
+    store = (tmp_path / "mlruns").as_uri()
+    callbacks = [
+        MLflowLoggerCallback(store, experiment_name="sweep"),
+        WandbLoggerCallback("sweep", mode="offline"),
+    ]
+    results = fit(
+        data,
+        tmp_path / "out",
+        callbacks,
+        num_samples=3,
+        search_alg=HyperOptSearch(random_state_seed=0),
+        scheduler=tune.schedulers.HyperBandScheduler("t", max_t=3),
+    )
+    assert not results.errors
+    wanted = {
+        (result.config["pirl.temperature"], result.config["optim.lr"], result.metrics["score"])
+        for result in results
+    }
+    assert len(wanted) == 3
+    client = mlflow.tracking.MlflowClient(store)
+    runs = client.search_runs([client.get_experiment_by_name("sweep").experiment_id])
+    logged = {
+        (
+            float(run.data.params["pirl.temperature"]),
+            float(run.data.params["optim.lr"]),
+            run.data.metrics["score"],
+        )
+        for run in runs
+    }
+    assert logged == wanted
+    assert {offline(file, wandb) for file in tmp_path.rglob("run-*.wandb")} == wanted
+
+
+def offline(file: Path, wandb: Any) -> tuple[float, float, float]:
+    """Return the temperature, the learning rate and the last score in a file that W&B wrote without a server."""
+    from wandb.proto.wandb_internal_pb2 import Record
+    from wandb.sdk.internal.datastore import DataStore
+
+    store, found = DataStore(), {}
+    store.open_for_scan(str(file))
+    while (row := store.scan_data()) is not None:
+        record = Record()
+        record.ParseFromString(row)
+        for item in (*record.run.config.update, *record.config.update, *record.history.item):
+            found["/".join(item.nested_key) or item.key] = json.loads(item.value_json)
+    return found["pirl.temperature"], found["optim.lr"], found["score"]
+
+
+@pytest.mark.slow
+def test_a_population_of_a_plain_tuner_copies_weights(
+    ray_session: None,
+    data: tuple[str, str],
+    tmp_path: Path,
+) -> None:
+    """Ray Tune's own population based training: the worse trial continues from the weights of the better one."""
+    pbt = tune.schedulers.PopulationBasedTraining(
+        "rung", perturbation_interval=1, hyperparam_mutations=SPACE, quantile_fraction=0.5, synch=True
+    )
+    results = fit(data, tmp_path / "out", [], num_samples=2, scheduler=pbt)
+    assert not results.errors
+    trials = Folder(str(tmp_path / "out" / "trials"))
+    (copied,) = (tmp_path / "out" / "trials").glob("*/from-rung-1/seed-0/checkpoints/*")
+    (donor,) = (name for name in trials.list() if name not in copied.parts)
+    there = tmp_path / "out" / "trials" / donor / "seed-0" / "checkpoints" / copied.name
+    files = sorted(path.name for path in there.iterdir())
+    assert files
+    assert [(copied / name).read_bytes() for name in files] == [(there / name).read_bytes() for name in files]
 
 
 def test_a_sweep_of_raysl_0_1_is_not_continued(

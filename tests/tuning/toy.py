@@ -146,7 +146,7 @@ def play(folder: Path, scheduler: Any, searcher: Any, at_once: int, slow: str, n
     config = SweepConfig("out", ("x",), scheduler=scheduler, searcher=searcher, rungs=3)
     names = {"known": dict(notes.scores), "slow": slow, "log": str(folder / "steps")}
     bound = type("Bound", (Toy,), names)
-    order = InOrder(algorithms.scheduler(config, space, TIMES), TRIALS, at_once, 0, notes)
+    order = InOrder(algorithms.scheduler(config, space, TIMES), TRIALS, notes, at_once)
     fixed = {"random": lambda n: space.drawn(0, n), "grid": lambda n: space.grid()[n]}
     points = fixed.get(searcher) or algorithms.searcher(config)
     numbered = Numbered(points, order, 4, 0, dict(notes.values), notes.begun)
