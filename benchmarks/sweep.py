@@ -1,12 +1,12 @@
-"""Measure the cost of a sweep beside its runs: four trials one after the other, and the same four runs without a sweep.
+"""Measure the cost of a sweep beside its runs: four trials as a sweep, and the same four runs without one.
 
     python benchmarks/sweep.py --out results/sweep/overhead.jsonl
 
-Each round times both, one after the other, in processes of their own: `runs` pretrains and probes the four
-configurations in turn through the Python API, `sweep` is `raysl.tuning.sweep.sweep` over them with one run at a time,
-and `rungs` is the same sweep with three rungs for each trial. The ratio is of times of the same round; the cost of a
-rung is the difference of the two sweeps by their eight more rungs. Besides: seconds from the command `raysl sweep` to
-the checkpoint of the first step of its first trial, and the same of `raysl pretrain`.
+Each round times, in processes of their own: `runs` pretrains and probes the four configurations in turn through the
+Python API, and `sweep` is `raysl.tuning.sweep.sweep` over them, with one and with two runs at a time. The ratio is of
+times of the same round. Besides, in a sweep that saves every step: seconds from the command to the first step
+(`first_step_s`), from the last step before a rung to the first after it (`rung_s`, with the probe), and from the last
+score of a trial to the first step of the next (`next_trial_s`).
 """
 
 from __future__ import annotations
@@ -49,7 +49,7 @@ _SWEEP = """
 from raysl.tuning.config import SweepConfig
 from raysl.tuning.sweep import sweep
 vary = ("temperature=" + ",".join(map(str, TRIALS)),)
-sweep(base("-", 0.1), SweepConfig(out, vary, validation=test, seeds=(0,), max_concurrent=1, rungs=RUNGS))
+sweep(base("-", 0.1), SweepConfig(out, vary, validation=test, seeds=(0,), max_concurrent=AT_ONCE))
 """
 
 
@@ -82,22 +82,19 @@ def main(flags: Flags) -> None:
     rows: list[dict[str, Any]] = []
     for number in range(flags.rounds):
         with tempfile.TemporaryDirectory(prefix="raysl-bench-sweep-") as scratch:
-            arms = {"runs": _RUNS, "sweep": f"RUNGS = 1{_SWEEP}", "rungs": f"RUNGS = 3{_SWEEP}"}
+            arms = {"runs": _RUNS, "sweep": f"AT_ONCE = 1{_SWEEP}", "sweep_2": f"AT_ONCE = 2{_SWEEP}"}
             order = list(arms) if number % 2 == 0 else list(reversed(arms))
             times = {
                 arm: _timed(arms[arm], [data, test, f"{scratch}/{arm}", str(flags.epochs)]) for arm in order
             }
-            first = {
-                arm: _first_step(arm, data, test, f"{scratch}/first-{arm}") for arm in ("pretrain", "sweep")
+            starts = {
+                f"{name}_s": seconds for name, seconds in _starts(data, test, f"{scratch}/starts").items()
             }
         row = {
             "round": number,
-            "runs_s": round(times["runs"], 1),
-            "sweep_s": round(times["sweep"], 1),
+            **{f"{arm}_s": round(seconds, 1) for arm, seconds in times.items()},
             "ratio": round(times["sweep"] / times["runs"], 3),
-            "rung_s": round((times["rungs"] - times["sweep"]) / (2 * len(TRIALS)), 1),
-            "pretrain_first_step_s": round(first["pretrain"], 1),
-            "sweep_first_step_s": round(first["sweep"], 1),
+            **starts,
             "epochs": flags.epochs,
             "cpus": os.cpu_count(),
             "load": round(os.getloadavg()[0], 1),
@@ -117,28 +114,39 @@ def _timed(program: str, arguments: list[str]) -> float:
     return time.perf_counter() - started
 
 
-def _first_step(verb: str, data: str, test: str, out: str) -> float:
-    """Return the seconds from the command to the checkpoint of the first step; the command is then stopped."""
-    command = [sys.executable, "-m", "raysl", verb, "--data", data, "--workers", "1"]
-    command += "--batch-size 128 --pirl.num-negatives 1024 --save.every-steps 1".split()
-    command += (
-        ["--run", out]
-        if verb == "pretrain"
-        else ["--out", out, "--validation", test, "--vary", "temperature=0.2"]
-    )
-    run = Path(out) if verb == "pretrain" else Path(out) / "trials" / "0000" / "seed-0"
+def _starts(data: str, test: str, out: str) -> dict[str, float]:
+    """Return seconds to the first step, over a rung, and from one trial to the next, of a sweep of two trials."""
+    command = [sys.executable, "-m", "raysl", "sweep", "--data", data, "--validation", test, "--out", out]
+    command += "--vary temperature=0.2,0.3 --seeds 0 --rungs 2 --reduction 2 --epochs 0.2 --workers 1".split()
+    command += "--max-concurrent 1 --batch-size 128 --pirl.num-negatives 1024 --save.every-steps 1".split()
+    seen: dict[str, float] = {}
     started = time.perf_counter()
     process = psutil.Popen(command, stdout=subprocess.DEVNULL)
-    while not list(run.glob("checkpoints/step-*/manifest-*")):
+    second = Path(out, "trials", "0001", "seed-0", "checkpoints")
+    while not list(second.glob("step-*/manifest-*")):
         if process.poll() is not None:
-            raise RuntimeError(f"raysl {verb} ended before its first step")
-        time.sleep(0.05)
-    seconds = time.perf_counter() - started
+            raise RuntimeError("raysl sweep ended before its second trial")
+        now, journal = time.perf_counter() - started, Path(out, "sweep.jsonl")
+        for manifest in Path(out).glob("trials/0000/seed-0/checkpoints/step-*/manifest-*"):
+            seen.setdefault(manifest.parent.name, now)
+        scores = journal.read_text().count('"event": "score"') if journal.exists() else 0
+        seen.setdefault(f"score {scores}", now)
+        time.sleep(0.02)
+    next_trial = time.perf_counter() - started - seen["score 2"]
     descendants = process.children(recursive=True)
     process.kill()
     process.wait()
     psutil.wait_procs(descendants, timeout=60)
-    return seconds
+    steps = sorted(name for name in seen if name.startswith("step-"))
+    # The rung is after half of the steps.
+    half = round(len(steps) / 2)
+
+    found = {
+        "first_step": seen[steps[0]],
+        "rung": seen[steps[half]] - seen[steps[half - 1]],
+        "next_trial": next_trial,
+    }
+    return {name: round(seconds, 2) for name, seconds in found.items()}
 
 
 if __name__ == "__main__":
