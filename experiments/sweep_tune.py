@@ -48,6 +48,7 @@ def main(flags: Flags) -> tune.ResultGrid:
             metric="score",
             mode="max",
             num_samples=flags.samples,
+            reuse_actors=True,
             scheduler=tune.schedulers.ASHAScheduler(
                 time_attr="t", max_t=9, grace_period=1, reduction_factor=3
             ),
