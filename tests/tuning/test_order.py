@@ -6,6 +6,7 @@ import json
 import multiprocessing
 import random
 import time
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -65,59 +66,90 @@ def test_decisions_depend_on_results_only(
     )
 
 
-@pytest.mark.slow
-def test_ten_kills_of_the_driver_change_no_decision(tmp_path: Path) -> None:
-    """The driver is killed with -9 at ten random moments, and goes on at another speed."""
+@pytest.fixture
+def context() -> Any:
+    """Drivers begin as copies of a process that has imported all modules, and join a Ray that outlives them."""
+    made = multiprocessing.get_context("forkserver")
+    made.set_forkserver_preload(["tests.tuning.toy", "raysl.tuning.algorithms", "raysl.tuning.result_order"])
+    return made
+
+
+@pytest.fixture
+def cluster() -> Iterator[Any]:
+    """A Ray whose head takes no trials, and two machines of this machine that do."""
     from ray.cluster_utils import Cluster
 
-    # Drivers begin as copies of a process that has imported all modules, and join a Ray that outlives them.
-    context = multiprocessing.get_context("forkserver")
-    context.set_forkserver_preload(
-        ["tests.tuning.toy", "raysl.tuning.algorithms", "raysl.tuning.result_order"]
-    )
-    machine = Cluster(initialize_head=True, head_node_args={"num_cpus": 2})
+    made = Cluster(initialize_head=True, head_node_args={"num_cpus": 0})
     try:
-        for scheduler, searcher in COMBINATIONS:
-            alone = tmp_path / f"{scheduler}-{searcher}-alone"
-            alone.mkdir()
-            process = context.Process(
-                target=drive, args=(machine.address, alone, scheduler, searcher, 1, "none")
-            )
-            process.start()
-            process.join()
-            undisturbed = Notes(alone / "notes.jsonl").outcome()
-            killed = tmp_path / f"{scheduler}-{searcher}-killed"
-            killed.mkdir()
-            moments = kill_ten_times(context, machine.address, killed, scheduler, searcher)
-            outcome = Notes(killed / "notes.jsonl").outcome()
-            equal = outcome == undisturbed
-            row = {"scheduler": scheduler, "searcher": searcher, "killed_after": moments, "equal": equal}
-            print(json.dumps({**row, "results": len(outcome[0]), "decisions": len(outcome[3])}), flush=True)
-            assert len(undisturbed[1]) == TRIALS
-            assert equal
+        for _ in range(2):
+            made.add_node(num_cpus=1)
+        yield made
     finally:
-        machine.shutdown()
+        made.shutdown()
 
 
-def kill_ten_times(context: Any, address: str, folder: Path, scheduler: str, searcher: str) -> list[int]:
-    """Kill drivers of a sweep and let the eleventh finish. Return the number of results at each kill."""
-    generator = random.Random(f"{scheduler} {searcher}")
-    moments = []
+def driven(context: Any, cluster: Any, folder: Path, *settings: Any) -> Any:
+    """Start a driver in a process of its own."""
+    folder.mkdir(exist_ok=True)
+    process = context.Process(target=drive, args=(cluster.address, folder, *settings))
+    process.start()
+    return process
+
+
+def scored(folder: Path) -> int:
+    return len(Notes(folder / "notes.jsonl").scores)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(("scheduler", "searcher"), COMBINATIONS)
+def test_ten_kills_of_the_driver_change_no_decision(
+    scheduler: str, searcher: str, context: Any, cluster: Any, tmp_path: Path
+) -> None:
+    """The driver is killed with -9 at ten random moments, and goes on at another speed."""
+    driven(context, cluster, tmp_path / "alone", scheduler, searcher, 1, "none").join()
+    undisturbed = Notes(tmp_path / "alone" / "notes.jsonl").outcome()
+    generator, moments = random.Random(f"{scheduler} {searcher}"), []
     for kill in range(11):
         speed = generator.choice([1, 2, 3]), generator.choice(["none", "odd", "first"])
-        process = context.Process(target=drive, args=(address, folder, scheduler, searcher, *speed))
-        process.start()
+        process = driven(context, cluster, tmp_path / "killed", scheduler, searcher, *speed)
         if kill == 10:
             process.join()
             assert process.exitcode == 0
             break
         # One or two new results, and a moment more: each driver comes a little farther.
-        wanted = len(Notes(folder / "notes.jsonl").scores) + generator.randint(1, 2)
-        more = 0.1 * generator.random()
-        while len(Notes(folder / "notes.jsonl").scores) < wanted and process.is_alive():
+        wanted, more = scored(tmp_path / "killed") + generator.randint(1, 2), 0.1 * generator.random()
+        while scored(tmp_path / "killed") < wanted and process.is_alive():
             time.sleep(0.02)
         time.sleep(more)
         process.kill()
         process.join()
-        moments.append(len(Notes(folder / "notes.jsonl").scores))
-    return moments
+        moments.append(scored(tmp_path / "killed"))
+    outcome = Notes(tmp_path / "killed" / "notes.jsonl").outcome()
+    row = {
+        "scheduler": scheduler,
+        "searcher": searcher,
+        "killed_after": moments,
+        "equal": outcome == undisturbed,
+    }
+    print(json.dumps({**row, "results": len(outcome[0]), "decisions": len(outcome[3])}), flush=True)
+    assert len(undisturbed[1]) == TRIALS
+    assert outcome == undisturbed
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(("scheduler", "searcher"), [("asha", "optuna"), ("pbt", "random")])
+def test_a_lost_machine_changes_no_decision(
+    scheduler: str, searcher: str, context: Any, cluster: Any, tmp_path: Path
+) -> None:
+    driven(context, cluster, tmp_path / "alone", scheduler, searcher, 1, "none").join()
+    process = driven(context, cluster, tmp_path / "lost", scheduler, searcher, 2, "odd")
+    for wanted in (3, 7):
+        while scored(tmp_path / "lost") < wanted and process.is_alive():
+            time.sleep(0.02)
+        assert process.is_alive()
+        cluster.remove_node(cluster.list_all_nodes()[1], allow_graceful=False)
+        cluster.add_node(num_cpus=1)
+    process.join()
+    assert process.exitcode == 0
+    outcomes = [Notes(tmp_path / name / "notes.jsonl").outcome() for name in ("alone", "lost")]
+    assert outcomes[0] == outcomes[1]

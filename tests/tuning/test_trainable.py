@@ -1,0 +1,89 @@
+"""The trials of a sweep, run by hand in this process: rungs, copies of other trials, and mistakes. Without Ray."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from raysl.checkpoint import SaveConfig
+from raysl.config import Pretraining, ViewConfig
+from raysl.errors import UserError
+from raysl.objectives.pirl import Config as Pirl
+from raysl.ray_cluster.placement import Placement
+from raysl.run import Run
+from raysl.stream.reader import DataShare
+from raysl.training.launch import pretrain
+from raysl.tuning.preparation import Task
+from raysl.tuning.trainable import Trial, trainable
+from tests.data import make_dataset
+
+
+@pytest.fixture(scope="module")
+def task(tmp_path_factory: pytest.TempPathFactory) -> Task:
+    folder = tmp_path_factory.mktemp("sweep")
+    images, validation = make_dataset(folder / "train", 32), make_dataset(folder / "test", 16, seed=1)
+    base = Pretraining(
+        str(images.folder),
+        "-",
+        epochs=2.0,
+        batch_size=16,
+        workers=1,
+        view=ViewConfig(image_size=16, recipe="plain"),
+        save=SaveConfig(every_steps=3),
+        parts={"pirl": Pirl(num_negatives=16, dim=16)},
+    )
+    placement = Placement(1.0, 0.0, DataShare(1.0, 1.0), 1, 2.0)
+    out = str(folder / "out")
+    return Task(base, images, out, images, validation, "knn", (1,), (0.5, 1.0), 1, 1, placement)
+
+
+def trial(task: Task, name: str, **values: Any) -> Trial:
+    named: type[Trial] = type("Named", (trainable(task),), {"trial_name": name})
+    return named({key.replace("__", "."): value for key, value in values.items()})
+
+
+def files(run: Path, step: int) -> dict[str, bytes]:
+    return {path.name: path.read_bytes() for path in (run / "checkpoints" / f"step-{step:09d}").iterdir()}
+
+
+def test_a_trial_climbs_rungs_and_another_continues_from_its_weights(task: Task, tmp_path: Path) -> None:
+    better = trial(task, "0000", optim__lr=0.03)
+    first = better.train()
+    assert (first["rung"], first["t"], first["done"]) == (1, 1, False)
+    better.save_checkpoint(str(tmp_path))
+    other = trial(task, "0001", optim__lr=0.01)
+    other.load_checkpoint(str(tmp_path))
+    assert other.train()["done"]
+    out = Path(task.out)
+    copied, there = (files(out / "trials" / home / "seed-1", 2) for home in ("0001/from-rung-1", "0000"))
+    assert copied
+    assert copied == there
+    # A trial that goes on in another process has the numbers of a run that nothing has interrupted.
+    again = trial(task, "0000", optim__lr=0.03)
+    again.load_checkpoint(str(tmp_path))
+    last = again.train()
+    assert (last["rung"], last["t"], last["done"]) == (2, 2, True)
+    config = replace(task.base, run=str(tmp_path / "alone"), optim=replace(task.base.optim, lr=0.03), seed=1)
+    alone = pretrain(config, local=True, placement=task.placement).newest()
+    assert Run.open(str(out / "trials" / "0000" / "seed-1")).newest().crc32() == alone.crc32()
+
+
+def test_what_is_known_is_not_measured_again(task: Task) -> None:
+    rows = [{"seed": 1, "score": 0.5, "loss": 1.0}]
+    known = replace(task, known={("0002", 0): rows}, failures={"0002": "The loss became nan."})
+    climber = trial(known, "0002", optim__lr=0.03)
+    assert climber.train()["score"] == 0.5
+    with pytest.raises(UserError, match="became nan"):
+        climber.train()
+    assert not (Path(task.out) / "trials" / "0002").exists()
+
+
+def test_the_actor_of_a_trial_asks_for_what_its_run_takes(task: Task) -> None:
+    assert task.resources() == {"CPU": 2.0, "GPU": 0.0}
+    # The trainers of Ray Train ask for theirs, and so do the tasks of a shared stream.
+    several = replace(task, base=replace(task.base, workers=2))
+    assert several.resources().keys() == {"node:__internal_head__"}
+    assert replace(task, broker=object()).resources()["CPU"] == 1.0
