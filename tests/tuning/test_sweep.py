@@ -76,9 +76,9 @@ def test_a_sweep(
     ray_session: None, data: tuple[str, str], tmp_path: Path, caplog: pytest.LogCaptureFixture
 ) -> None:
     """A trial that turns NaN is marked, the others are not affected, and a finished sweep is not run again."""
-    out = tmp_path / "sweep"
+    out, test = tmp_path / "sweep", str(make_dataset(tmp_path / "test", 48, seed=2).folder)
     with caplog.at_level("INFO", "raysl"):
-        rows = sweep(base(data), config(data, out, test=data[1]))
+        rows = sweep(base(data), config(data, out, test=test))
     # Progress of the runs reaches the driver.
     assert any(message.startswith("trial 0: step") for message in caplog.messages)
     assert rows == Folder(str(out)).read_json("table.json")
@@ -92,7 +92,7 @@ def test_a_sweep(
     assert record.extras("baseline").keys() == {"random", "pixels"}
     assert record.extras("test").keys() == {"trained", "random", "pixels"}
     before = (out / NAME).read_bytes()
-    assert sweep(base(data), config(data, out, test=data[1])) == rows
+    assert sweep(base(data), config(data, out, test=test)) == rows
     assert (out / NAME).read_bytes() == before
     with pytest.raises(UserError, match=r"config\.rungs"):
         sweep(base(data), config(data, out, rungs=3))
@@ -317,6 +317,13 @@ def test_every_drawn_point_is_tried_out_before_any_begins(
     wide = config(data, tmp_path, searcher="random", samples=64, vary=("num_negatives=8..500",))
     with pytest.raises(UserError, match="the data set has 96 images"):
         prepare(base(data), wide)
+
+
+def test_the_images_that_choose_are_not_those_that_judge_the_choice(
+    ray_session: None, data: tuple[str, str], tmp_path: Path
+) -> None:
+    with pytest.raises(UserError, match="hold the same images.*Leave out one"):
+        prepare(base(data), config(data, tmp_path, test=data[1]))
 
 
 def test_more_than_fits_is_refused_with_the_sum(
