@@ -155,22 +155,21 @@ class SweepResults:
         for trial in self.trials:
             rung = len(self.means(trial)) - 1
             scores = self.by_seed(trial, rung) if rung >= 0 else []
-            made.append(
-                {
-                    "trial": trial,
-                    "values": self.values(trial, max(rung, 0)),
-                    "state": self.state(trial),
-                    "share": self.config.shares()[rung] if scores else 0.0,
-                    "score": mean(scores) if scores else None,
-                    "spread": spread(scores),
-                    "seeds": dict(zip(map(str, self.config.seeds), scores, strict=False)),
-                    "reason": self.failures.get(trial, ""),
-                }
-            )
-        return sorted(
-            made,
-            key=lambda row: (row["state"] == "failed", -row["share"], -(row["score"] or 0.0), row["trial"]),
+            row: dict[str, Any] = {
+                "trial": trial,
+                "values": self.values(trial, max(rung, 0)),
+                "state": self.state(trial),
+                "share": self.config.shares()[rung] if scores else 0.0,
+                "score": mean(scores) if scores else None,
+                "spread": spread(scores),
+                "seeds": dict(zip(map(str, self.config.seeds), scores, strict=False)),
+                "reason": self.failures.get(trial, ""),
+            }
+            made.append(row)
+        made.sort(
+            key=lambda row: (row["state"] == "failed", -row["share"], -(row["score"] or 0.0), row["trial"])
         )
+        return made
 
     def extras(self, event: str) -> dict[str, list[float]]:
         """Return the scores of "baseline" or "test" rows, by encoder.
@@ -201,32 +200,28 @@ def render(record: SweepResults) -> Table:
     from rich.table import Table
     from rich.text import Text
 
-    rows, probe, epochs = record.rows(), record.config.probe, record.base.epochs
-    names = record.space.names
-    why = "\n".join(f"Trial {row['trial']}: {row['reason']}" for row in rows if row["reason"])
+    rows, probe, names = record.rows(), record.config.probe, record.space.names
+    why = Text("\n".join(f"Trial {row['trial']}: {row['reason']}" for row in rows if row["reason"]))
     title = f"{len(rows)} trials by {probe}"
-    made = Table(title=title, box=box.SIMPLE, caption=Text(why), caption_justify="left", padding=0)
-    made.add_column("trial", justify="right")
+    made = Table(title=title, box=box.SIMPLE, caption=why, caption_justify="left", padding=0)
     shorts = [name.rpartition(".")[2] for name in names]
-    for name, short in zip(names, shorts, strict=True):
-        title = name if shorts.count(short) > 1 else short
-        made.add_column(title.replace("_", "\n"), justify="right", overflow="fold")
-    for name in (probe, "±", "epoch"):
-        made.add_column(name, justify="right")
+    fields = [n if shorts.count(s) > 1 else s for n, s in zip(names, shorts, strict=True)]
+    for column in ("trial", *(field.replace("_", "\n") for field in fields), probe, "±", "epoch"):
+        made.add_column(column, justify="right", overflow="fold")
     made.add_column("", no_wrap=True)
+
+    def add(
+        trial: str, values: Sequence[str], score: float | None, deviation: float | None, *rest: str
+    ) -> None:
+        made.add_row(trial, *values, _number(score), _number(deviation), *rest)
+
     for row in rows:
-        values = [_short(row["values"][name]) for name in names]
-        epoch = f"{epochs * row['share']:.3g}"
-        made.add_row(
-            str(row["trial"]), *values, _number(row["score"]), _number(row["spread"]), epoch, row["state"]
-        )
-    blank = [""] * len(names)
-    for encoder, scores in record.extras("baseline").items():
-        made.add_row("", *blank, _number(mean(scores)), _number(spread(scores)), "", LABELS[encoder])
-    for encoder, scores in record.extras("test").items():
-        made.add_row(
-            "", *blank, _number(mean(scores)), _number(spread(scores)), "", f"test: {LABELS[encoder]}"
-        )
+        values = [f"{v:.3g}" if isinstance(v, float) else shown(v) for v in (row["values"][n] for n in names)]
+        epoch = f"{record.base.epochs * row['share']:.3g}"
+        add(str(row["trial"]), values, row["score"], row["spread"], epoch, row["state"])
+    for event, prefix in (("baseline", ""), ("test", "test: ")):
+        for encoder, scores in record.extras(event).items():
+            add("", [""] * len(names), mean(scores), spread(scores), "", f"{prefix}{LABELS[encoder]}")
     return made
 
 
@@ -235,11 +230,6 @@ LABELS = {"trained": "chosen trial", "random": "untrained", "pixels": "raw pixel
 
 def _number(value: float | None) -> str:
     return "" if value is None else f"{value:.4f}"
-
-
-def _short(value: Any) -> str:
-    """Return a value for the table; the exact one is in the rows."""
-    return f"{value:.3g}" if isinstance(value, float) else shown(value)
 
 
 def spread(scores: Sequence[float]) -> float | None:

@@ -322,7 +322,7 @@ def test_every_drawn_point_is_tried_out_before_any_begins(
 def test_the_images_that_choose_are_not_those_that_judge_the_choice(
     ray_session: None, data: tuple[str, str], tmp_path: Path
 ) -> None:
-    with pytest.raises(UserError, match="hold the same images.*Leave out one"):
+    with pytest.raises(UserError, match=r"hold the same images.*Leave out one"):
         prepare(base(data), config(data, tmp_path, test=data[1]))
 
 
