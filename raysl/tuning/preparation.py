@@ -78,8 +78,12 @@ class Task:
 
     @property
     def in_process(self) -> bool:
-        """True if the actor of a trial trains and probes itself, one seed after the other."""
-        return self.base.worker_counts() == (1,) and self.seeds_at_once == 1
+        """True if the actor of a trial trains and probes itself, one seed after the other.
+
+        Its data processes are forks, which cannot use the clients of object stores that the actor has opened.
+        """
+        one = self.base.worker_counts() == (1,) and self.seeds_at_once == 1
+        return one and self.images.folder.is_local
 
     def resources(self) -> dict[str, float]:
         """Return the resources of the actor of a trial.
