@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import importlib
 import json
 import runpy
 import subprocess
@@ -206,7 +207,8 @@ def test_loggers_get_the_hyperparameters_and_scores_of_hyperopt_and_hyperband(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     pytest.importorskip("hyperopt")
-    mlflow, wandb = pytest.importorskip("mlflow"), pytest.importorskip("wandb")
+    mlflow = pytest.importorskip("mlflow")
+    pytest.importorskip("wandb")
     from ray.air.integrations.mlflow import MLflowLoggerCallback
     from ray.air.integrations.wandb import WandbLoggerCallback
     from ray.tune.search.hyperopt import HyperOptSearch
@@ -243,18 +245,16 @@ def test_loggers_get_the_hyperparameters_and_scores_of_hyperopt_and_hyperband(
         for run in runs
     }
     assert logged == wanted
-    assert {offline(file, wandb) for file in tmp_path.rglob("run-*.wandb")} == wanted
+    assert {offline(file) for file in tmp_path.rglob("run-*.wandb")} == wanted
 
 
-def offline(file: Path, wandb: Any) -> tuple[float, float, float]:
+def offline(file: Path) -> tuple[float, float, float]:
     """Return the temperature, the learning rate and the last score in a file that W&B wrote without a server."""
-    from wandb.proto.wandb_internal_pb2 import Record
-    from wandb.sdk.internal.datastore import DataStore
-
-    store, found = DataStore(), {}
+    store = importlib.import_module("wandb.sdk.internal.datastore").DataStore()
+    found: dict[str, Any] = {}
     store.open_for_scan(str(file))
     while (row := store.scan_data()) is not None:
-        record = Record()
+        record = importlib.import_module("wandb.proto.wandb_internal_pb2").Record()
         record.ParseFromString(row)
         for item in (*record.run.config.update, *record.config.update, *record.history.item):
             found["/".join(item.nested_key) or item.key] = json.loads(item.value_json)
