@@ -100,7 +100,8 @@ class Predict(nn.Module):
         if not isinstance(backbone, Backbone):
             raise UserError("--predict.cells needs a backbone with a spatial map. Use 0.")
         maps_bpdhw = encode_maps(backbone, views_bpchw)
-        return F.adaptive_avg_pool2d(maps_bpdhw.flatten(0, 1), self.cells).view(*views_bpchw.shape[:2], -1)
+        cells = F.adaptive_avg_pool2d(maps_bpdhw.flatten(0, 1), self.cells).flatten(1)
+        return cells.view(*views_bpchw.shape[:2], -1)
 
     def loss(self, outputs: Mapping[str, Tensor], batch: Batch, bank: MemoryBank | None) -> Loss:
         """Compute the cross-entropy, or the dense transform's loss, averaged over the batch and labelled crops."""

@@ -22,7 +22,7 @@ from raysl.run import Run
 from raysl.storage import Folder
 from raysl.stream.reader import DataShare, StreamConfig, _Load
 from raysl.training.worker import Job, Meter, Worker
-from tests.data import make_dataset
+from tests.data import make_clips, make_dataset
 from tests.pretended_cuda import CUDA, Counts, OnDevice, pretended
 
 FEW: dict[str, Any] = {"num_negatives": 32, "dim": 16}
@@ -63,6 +63,13 @@ CASES: dict[str, dict[str, Any]] = {
     "mae": {"backbone": BackboneConfig("timm/vit_tiny_patch16_224", patch_size=8)},
     "cpc-patch_grid": {"backbone": BackboneConfig("small", norm="group"), "view": ViewConfig(64)},
     "multitask-rotation,jigsaw": {},
+    "triplet": {},
+}
+OF_CLIPS: dict[str, dict[str, Any]] = {
+    "predict-frame_order": {"parts": {"predict": {"cells": 2, "hidden": 16}}},
+    "pirl-near_frame": {"parts": {"pirl": FEW}},
+    "triplet-tracking": {},
+    "audio_visual": {"parts": {"audio_visual": {"negatives": "both"}}},
 }
 
 
@@ -90,7 +97,7 @@ def step(dataset: DataSet, tmp_path: Path, name: str, place: Any, on_gpu: bool) 
         batch_size=8,
         workers=1,
         stream=StreamConfig(place=place),
-        **{"view": ViewConfig(32), "backbone": BackboneConfig("small"), **CASES[name]},
+        **{"view": ViewConfig(32), "backbone": BackboneConfig("small"), **(CASES | OF_CLIPS)[name]},
     )
     job = Job(config.to_json(), Run(Folder(str(tmp_path))), dataset, Placement(1.0, 1.0, DataShare(), 1))
     with pretended() if on_gpu else contextlib.nullcontext(Counts()) as counts:
@@ -115,6 +122,15 @@ def step(dataset: DataSet, tmp_path: Path, name: str, place: Any, on_gpu: bool) 
     counts.copies.update(copies)
     counts.waits.update(waits)
     return value, counts
+
+
+@pytest.mark.parametrize("place", ["data", "trainer"])
+@pytest.mark.parametrize("name", OF_CLIPS)
+def test_a_step_with_clips_does_so_too(tmp_path: Path, name: str, place: str) -> None:
+    clips = make_clips(tmp_path / "clips", 40)
+    loss, counts = step(clips, tmp_path, name, place, on_gpu=True)
+    assert math.isfinite(loss)
+    assert (dict(counts.copies), dict(counts.waits)) == ({}, {})
 
 
 # Views are made on the device with "trainer": the transforms and recipes count there.
