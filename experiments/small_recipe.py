@@ -185,6 +185,12 @@ def figure(rows: Sequence[Mapping[str, Any]]) -> bytes:
 
     def draw(axes: Any) -> None:
         for label, by_step in curves.items():
+            if set(by_step) == {0}:  # a baseline
+                height = float(np.mean([y for _, y in by_step[0]]))
+                axes.axhline(
+                    100 * height, linestyle=":" if label == "raw pixels" else "--", color="grey", label=label
+                )
+                continue
             points = [np.mean(found, axis=0) for _, found in sorted(by_step.items())]
             (line,) = axes.plot([x / 60 for x, _ in points], [100 * y for _, y in points], "-", label=label)
             dots = [point for found in by_step.values() for point in found]
@@ -193,9 +199,9 @@ def figure(rows: Sequence[Mapping[str, Any]]) -> bytes:
             )
         axes.set_xlabel("CPU minutes of training")
         axes.set_ylabel("kNN top-1, %")
-        axes.legend(fontsize=7)
+        axes.legend(fontsize=7, loc="center left", bbox_to_anchor=(1, 0.5))
 
-    return drawn(draw)
+    return drawn(draw, width=8)
 
 
 if __name__ == "__main__":

@@ -28,9 +28,9 @@ SMALL_SIDE = 64
 _SAMPLE = 64
 # Every field that `resolve` may choose. A command that is to repeat a run has to name these.
 CHOSEN = frozenset(
-    "backbone.name backbone.norm view.image_size workers batch_size precision optim.lr optim.warmup pirl.head "
-    "pirl.temperature pirl.num_negatives npid.head npid.temperature npid.num_negatives simclr.norm "
-    "simclr.temperature".split()
+    "backbone.name backbone.norm bank.momentum view.image_size workers batch_size precision optim.lr optim.warmup "
+    "pirl.head pirl.temperature pirl.num_negatives npid.head npid.temperature npid.num_negatives simclr.norm "
+    "simclr.temperature jigsaw.grid".split()
 )
 # A step is worth its overhead with this many images; an epoch should have a few steps.
 _STEPS_PER_EPOCH = 4
@@ -163,6 +163,8 @@ def _choices(
         yield Choice("optim.lr", 0.12)
         yield Choice("optim.warmup", 0.05)
     yield from _of_method(method, dataset.num_images)
+    if not photos:
+        yield from _of_short_runs(method)
 
 
 def _batch_size(num_images: int, workers: int | str, most: int) -> Choice:
@@ -188,6 +190,15 @@ def _of_method(name: str, num_images: int) -> Iterator[Choice]:
         yield Choice("simclr.temperature", 0.2)
     elif objective == "cpc":
         yield Choice("backbone.norm", "group")
+
+
+def _of_short_runs(name: str) -> Iterator[Choice]:
+    """Yield what a short run on small images learns more from; see results/recipes."""
+    method = methods.parse(name)
+    if method.objective in ("pirl", "npid"):
+        yield Choice("bank.momentum", 0.0, "in short runs, old embeddings are noise")
+    if method.objective == "pirl" and "jigsaw" in method.transforms:
+        yield Choice("jigsaw.grid", 2, "small images, so larger patches")
 
 
 def _contains(given: Mapping[str, Any], name: str) -> bool:

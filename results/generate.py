@@ -250,6 +250,58 @@ def _interval(of: Sequence[float], scale: float) -> str:
     return f"{scale * mean(of):.1f} ± {scale * half:.1f}"
 
 
+def _recipes(stage: str) -> str:
+    """Return the table of a stage of the search for a recipe: the last step of every run, best first."""
+    file = f"recipes/{stage}.jsonl"
+    lines = []
+    for label in dict.fromkeys(row["label"] for row in rows_of(file)):
+        runs = [row for row in rows_of(file) if row["label"] == label and row["probe"] == "knn"]
+        runs.sort(key=lambda row: row["seed"])
+        last = max(row["step"] for row in runs)
+        of = [row["value"] for row in runs if row["step"] == last]
+        cpu_s, images = (
+            mean(row[name] for row in runs if row["step"] == last) for name in ("cpu_s", "images")
+        )
+        spent = [f"{cpu_s:.0f}", f"{images:,.0f}"] if last else ["", ""]
+        lines.append((mean(of), [label, *spent, percent(of), ", ".join(map(_tenths, of))]))
+    head = ["", "CPU seconds", "images seen", "kNN", "by seed"]
+    return table(head, [cells for _, cells in sorted(lines, key=lambda line: -line[0])])
+
+
+def _gain() -> str:
+    """Return the gain of the chosen recipe over the one before, with the 95 % interval of pairs of a seed."""
+    from raysl.experiment.lectures import Contrast, Measured, Term
+
+    last = [
+        row for row in rows_of("recipes/compare.jsonl") if row["probe"] == "knn" and row["step"] in (200, 270)
+    ]
+    by_seed: dict[int, dict[str, float]] = {}
+    for row in last:
+        by_seed.setdefault(row["seed"], {})[row["label"]] = row["value"]
+    new, old = "pirl-jigsaw, grid 2, bank momentum 0", "pirl-jigsaw, as before"
+    gains = tuple(one[new] - one[old] for one in by_seed.values() if {new, old} <= one.keys())
+    low, high = Measured(Contrast("", (Term(new, "knn"),)), gains).interval() or (0.0, 0.0)
+    return f"{_tenths(mean(gains), '+')} ({_tenths(low, '+')} to {_tenths(high, '+')})"
+
+
+def _rank() -> str:
+    """Return the rank correlation of measures that need no labels with kNN, over the trained runs of both stages."""
+    from scipy.stats import spearmanr
+
+    runs: dict[tuple[Any, ...], dict[str, float]] = {}
+    for stage in ("search", "compare"):
+        for row in rows_of(f"recipes/{stage}.jsonl"):
+            if row["step"]:
+                key = (stage, row["label"], row["seed"], row["step"])
+                runs.setdefault(key, {})["knn" if row["probe"] == "knn" else row["name"]] = row["value"]
+    whole = [run for run in runs.values() if "rankme" in run]
+    lines = []
+    for name in ("rankme", "effective_rank", "alpha_req", "uniformity", "spread"):
+        rho = spearmanr([run[name] for run in whole], [run["knn"] for run in whole])
+        lines.append([name, f"{rho.statistic:+.2f}", f"{rho.pvalue:.3f}", str(len(whole))])
+    return table(["measure", "Spearman's rank correlation with kNN", "p", "runs"], lines)
+
+
 TABLES: dict[str, Callable[[], str]] = {
     "headline": _headline,
     "long-layers": _layers,
@@ -258,9 +310,13 @@ TABLES: dict[str, Callable[[], str]] = {
     "methods-cifar10": lambda: _methods("cifar10"),
     "lectures": _lectures,
     "maps": _maps,
+    "recipes-compare": lambda: _recipes("compare"),
+    "recipes-rank": _rank,
+    "recipes-search": lambda: _recipes("search"),
     "methods-tiny": lambda: _methods("tiny-imagenet-20"),
 }
 VALUES: dict[str, Callable[[], str]] = {
+    "recipes-gain": _gain,
     "headline-pixels": lambda: percent(values(f"{LONG}/rows.jsonl", label="raw pixels", **KNN)[:1], " %"),
 }
 

@@ -38,6 +38,7 @@ def test_small_images_get_the_recipe_of_the_results(small: DataSet) -> None:
     pirl = made.parts["pirl"]
     assert (made.method, made.backbone.name, made.view.image_size) == ("pirl-jigsaw", "small", 32)
     assert (pirl.head, pirl.temperature, pirl.num_negatives) == ("bn", 0.2, 99)
+    assert (made.bank.momentum, made.parts["jigsaw"].grid) == (0.0, 2)
     assert (made.optim.lr, made.optim.warmup) == (0.12, 0.05)
     assert made.batch_size <= 25
     assert made.batch_size % made.worker_counts()[0] == 0
@@ -48,6 +49,7 @@ def test_photos_get_a_resnet_that_the_machine_can_train(photos: DataSet) -> None
     on_cpus, on_gpus = (defaults.resolve(RUN, photos, 1, gpus) for gpus in (False, True))
     assert (on_cpus.backbone.name, on_cpus.view.image_size) == ("resnet18", 96)
     assert (on_gpus.backbone.name, on_gpus.view.image_size) == ("resnet50", 224)
+    assert (on_cpus.bank.momentum, on_cpus.parts["jigsaw"].grid) == (0.5, 3)
 
 
 @pytest.mark.parametrize("given", [{"workers": 3}, {"workers": "1:4"}, {"workers": 0}, {"method": "simclr"}])
