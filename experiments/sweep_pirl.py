@@ -2,9 +2,8 @@
 
 Command:  python experiments/sweep_pirl.py --data DATA --figure lambda --out results/sweep-pirl/lambda --runs RUNS
 Hardware: 2 CPU cores, 24 GB, no GPU; one run at a time.
-Time:     with --epochs 3, 16 minutes for all hyperparameters together (8 trials, 2 seeds, ASHA); with --epochs 3
---images 8000
-          --seeds 0 1 2, about 15 for each figure. With --local, on 1,500 drawn images: about 2 minutes.
+Time:     with --epochs 3 --images 3000 --seeds 0 1 2, 10 to 19 minutes for each figure beside much other work. With
+          --local, on 1,500 drawn images: about 2 minutes.
 Expect:   as in the PIRL paper (arXiv 1912.01991, section 5), the best lambda is in the middle. At this size, more
           negatives and permutations do not help, unlike in the paper. See results/sweep.
 
