@@ -7,6 +7,11 @@ Time:     with --epochs 3 --images 3000 --seeds 0 1 2, 10 to 19 minutes for each
 Expect:   as in the PIRL paper (arXiv 1912.01991, section 5), the best lambda is in the middle. At this size, more
           negatives and permutations do not help, unlike in the paper. See results/sweep.
 
+With --scale full it is the sweep of a laboratory: ResNet-50 on photos of 224 pixels in bf16, by the recipe
+pirl-r50-800ep with fewer epochs. It prints its cost first, and has not been run:
+
+    ray submit cluster.yaml experiments/sweep_pirl.py -- --scale full --data s3://... --runs s3://... --out s3://...
+
 The same command resumes the sweep in RUNS.
 """
 
@@ -15,7 +20,9 @@ from __future__ import annotations
 from dataclasses import dataclass, replace
 from typing import Literal
 
+from raysl import recipes
 from raysl.config import Pretraining
+from raysl.dataset import DataSet
 from raysl.experiment.script import Flags, command, drawn, held_out, locally, sweep_and_report
 from raysl.objectives.pirl import Config as Pirl
 from raysl.optim import OptimConfig
@@ -41,6 +48,11 @@ class SweepFlags(Flags):
         images: number of images of the train split to learn from.
         epochs: visits to every image.
         retry: try the trials again that failed before.
+        scale: "small" for a small backbone and 32 pixels; "full" for ResNet-50 and 224 pixels, on all images unless
+            --images is given, for 30 epochs unless --epochs is.
+        gpu_images_per_s: for the cost of "full": images a second on one GPU. Assumed, for an A10G: `raysl doctor --gpu`
+            measures it.
+        usd_per_gpu_hour: for the cost of "full": the price of one GPU, with its machine.
     """
 
     out: str = "results/sweep-pirl"
@@ -51,13 +63,35 @@ class SweepFlags(Flags):
     images: int = 10_000
     epochs: float = 9
     retry: bool = False
+    scale: Literal["small", "full"] = "small"
+    gpu_images_per_s: float = 460
+    usd_per_gpu_hour: float = 0.49
 
 
 def main(flags: SweepFlags) -> None:
     """Run or complete the sweep, print its table and write its report."""
     flags = locally(flags, data="shapes:1500", samples=2, images=1500, epochs=3)
+    if flags.scale == "full":
+        usual = SweepFlags()
+        flags = replace(
+            flags,
+            images=10**9 if flags.images == usual.images else flags.images,
+            epochs=30 if flags.epochs == usual.epochs else flags.epochs,
+        )
     images = drawn(flags, flags.images)
-    base = Pretraining(
+    if flags.scale == "full":
+        print(cost(flags, images.num_images), flush=True)
+    base = full(flags, images) if flags.scale == "full" else small(flags, images)
+    out = str(Folder(flags.runs) / flags.figure)
+    config = replace(
+        settings(flags, images.num_images), out=out, validation=held_out(flags, images), retry=flags.retry
+    )
+    sweep_and_report(base, config, flags)
+
+
+def small(flags: SweepFlags, images: DataSet) -> Pretraining:
+    """Return the run that is varied at the size of CIFAR-10."""
+    return Pretraining(
         data=str(images.folder),
         run="-",
         epochs=flags.epochs,
@@ -67,11 +101,38 @@ def main(flags: SweepFlags) -> None:
         # For a small backbone and a short run; see results/cifar10. 4096 negatives take twice as long on two cores.
         parts={"pirl": Pirl(temperature=0.2, head="bn", num_negatives=min(1024, images.num_images - 1))},
     )
-    out = str(Folder(flags.runs) / flags.figure)
-    config = replace(
-        settings(flags, images.num_images), out=out, validation=held_out(flags, images), retry=flags.retry
+
+
+def full(flags: SweepFlags, images: DataSet) -> Pretraining:
+    """Return the run that is varied on photos: the published recipe, shorter, with 128 images on each GPU."""
+    recipe = recipes.load("pirl-r50-800ep", str(images.folder), "-")
+    batch_size = 128 * flags.workers
+    pirl = replace(recipe.parts["pirl"], num_negatives=min(32_000, images.num_images - 1))
+    return replace(
+        recipe,
+        epochs=flags.epochs,
+        batch_size=batch_size,
+        workers=flags.workers,
+        precision="bf16",
+        # The recipe's rate is for batches of 1,024.
+        optim=replace(recipe.optim, lr=recipe.optim.lr * batch_size / recipe.batch_size, warmup=0.05),
+        parts={"pirl": pirl},
     )
-    sweep_and_report(base, config, flags)
+
+
+def cost(flags: SweepFlags, num_images: int) -> str:
+    """Return a sentence about the most that a sweep at full scale can cost; ASHA stops most trials earlier."""
+    trials = (
+        flags.samples if flags.figure == "all" else GRIDS.get(flags.figure, str(NEGATIVES)).count(",") + 1
+    )
+    runs = trials * len(flags.seeds)
+    hours = runs * flags.epochs * num_images / flags.gpu_images_per_s / 3600
+    price, speed = flags.usd_per_gpu_hour, flags.gpu_images_per_s
+    return (
+        f"{runs} runs of {flags.epochs:g} epochs of {num_images:,} images take at most {hours:,.0f} hours of a GPU, "
+        f"about ${hours * price:,.0f} at ${price:g} an hour and {speed:g} images/s (both assumed: --usd-per-gpu-hour, "
+        "--gpu-images-per-s)."
+    )
 
 
 def settings(flags: SweepFlags, num_images: int) -> SweepConfig:
