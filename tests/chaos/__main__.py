@@ -216,6 +216,8 @@ def table(rows: list[dict[str, Any]]) -> str:
     ]
     for command in COMMANDS:
         mine = [row for row in rows if row["command"] == command.name]
+        if not mine:
+            continue
         sessions = [session for row in mine for session in row["sessions"]]
         cells = [
             len(mine),

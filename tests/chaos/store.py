@@ -23,7 +23,7 @@ from typing import Any
 from tests.chaos.commands import COMMANDS, Command, write_images
 
 CONDITIONS = ("10 % of requests fail", "30 ms slower", "away for 20 s")
-_BUCKET = "chaos"
+BUCKET = "chaos"
 _BUSY = b"<?xml version='1.0'?><Error><Code>SlowDown</Code><Message>Reduce your rate.</Message></Error>"
 # The request after which the store goes away.
 _AWAY_AFTER, _AWAY_S = 12, 20.0
@@ -95,6 +95,20 @@ class Store:
         finally:
             self.condition = ""
 
+    def open_bucket(self) -> None:
+        """Create the bucket, and point this process and its children to the store."""
+        import boto3
+
+        os.environ |= {
+            "AWS_ENDPOINT_URL": f"http://127.0.0.1:{self.port}",
+            "AWS_ACCESS_KEY_ID": "chaos",
+            "AWS_SECRET_ACCESS_KEY": "chaos",
+            "AWS_DEFAULT_REGION": "us-east-1",
+            "AWS_EC2_METADATA_DISABLED": "true",
+            "AWS_REQUEST_CHECKSUM_CALCULATION": "when_required",
+        }
+        boto3.client("s3").create_bucket(Bucket=BUCKET)
+
 
 def _run(command: Command, places: dict[str, str], out: str) -> dict[str, str]:
     from raysl.__main__ import main
@@ -113,20 +127,10 @@ def table(conditions: Iterable[str] = CONDITIONS) -> Iterator[tuple[str, str, st
     Args:
         conditions: some of `CONDITIONS`.
     """
-    import boto3
-
     from raysl import ray_cluster
 
     store = Store()
-    os.environ |= {
-        "AWS_ENDPOINT_URL": f"http://127.0.0.1:{store.port}",
-        "AWS_ACCESS_KEY_ID": "chaos",
-        "AWS_SECRET_ACCESS_KEY": "chaos",
-        "AWS_DEFAULT_REGION": "us-east-1",
-        "AWS_EC2_METADATA_DISABLED": "true",
-        "AWS_REQUEST_CHECKSUM_CALCULATION": "when_required",
-    }
-    boto3.client("s3").create_bucket(Bucket=_BUCKET)
+    store.open_bucket()
     ray_cluster.start()
     with tempfile.TemporaryDirectory() as folder:
         write_images(Path(folder) / "images")
@@ -135,7 +139,7 @@ def table(conditions: Iterable[str] = CONDITIONS) -> Iterator[tuple[str, str, st
         for number, command in enumerate(COMMANDS):
             expected = _run(command, local, local[command.name])
             for condition in conditions:
-                root = f"s3://{_BUCKET}/{CONDITIONS.index(condition)}"
+                root = f"s3://{BUCKET}/{CONDITIONS.index(condition)}"
                 places = images | {earlier.name: f"{root}/{earlier.name}" for earlier in COMMANDS[:number]}
                 begun = time.monotonic()
                 with store.under(condition):
