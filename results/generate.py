@@ -193,6 +193,10 @@ def _lectures() -> str:
         )
         for row in rows_of(f"{file}.jsonl")
     ]
+    figures = ("lambda", "negatives", "permutations")
+    sources["CIFAR-10, 3,000 images, judged on validation images"] = [
+        row for name in figures for row in rows_of(f"sweep/tune/{name}/rows.jsonl")
+    ]
     found = {data: observations(rows, (FAST["protocol"],)) for data, rows in sources.items()}
     return f"\n\n{page(CLAIMS, found)}\n\n"
 

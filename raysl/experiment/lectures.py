@@ -147,7 +147,8 @@ def observations(rows: Iterable[Mapping[str, Any]], fast_linear: Sequence[str] =
     for row in rows:
         if "seeds" in row:
             (name, value), *_ = row["values"].items()
-            label = f"{name.rpartition('.')[2]}={value:g}"
+            short = name.rpartition(".")[2]
+            label = f"{'lambda' if short == 'lam' else short}={value:g}"
             found[label, "knn", "pooled"] = {int(seed): score for seed, score in row["seeds"].items()}
             continue
         if not ({"label", "arm"} & row.keys() and "name" in row):

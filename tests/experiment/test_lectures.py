@@ -56,7 +56,7 @@ def test_rows_of_probes_sweeps_and_label_noise_become_results() -> None:
         {**probe, "label": "x", "probe": "linear", "name": "top1", "protocol": "slow"},
         {**probe, "label": "x", "probe": "invariance", "name": "closer/jigsaw"},
         {**probe, "arm": "teacher", "noise": 0.75, "probe": "linear", "name": "top1", "protocol": "slow"},
-        {"values": {"pirl.lambda": 0.5}, "seeds": {"1": 0.25}, "state": "finished"},
+        {"values": {"pirl.lam": 0.5}, "seeds": {"1": 0.25}, "state": "finished"},
     ]
     assert observations(rows, ("fast",)) == {
         key: {1: 0.25}
