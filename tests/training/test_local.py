@@ -21,7 +21,7 @@ import psutil
 import pytest
 import torch
 
-from raysl import Callback
+from raysl import Callback, checkpoint
 from raysl.callbacks import Callbacks
 from raysl.config import Pretraining
 from raysl.dataset import SHARDS, DataSet
@@ -141,6 +141,19 @@ def test_a_damaged_shard_is_named(tmp_path: Path) -> None:
     shard.write_bytes(bytes(data))
     with pytest.raises(UserError, match=r"Shard '00001.parquet'.* is damaged"):
         pretrain(alone(damaged, tmp_path / "run"), local=True)
+
+
+def test_damaged_checkpoint_is_an_error_of_the_user(dataset: DataSet, finished: Run, tmp_path: Path) -> None:
+    """The state file of the only checkpoint is cut short."""
+    run = tmp_path / "run"
+    newest = finished.newest()
+    target = run / "checkpoints" / "step-000000008"
+    target.mkdir(parents=True)
+    for name in newest.folder.list():
+        (target / name).write_bytes(newest.folder.read(name))
+    (target / checkpoint.STATE).write_bytes(newest.folder.read(checkpoint.STATE)[:-100])
+    with pytest.raises(UserError, match="damaged"):
+        pretrain(alone(dataset, run), local=True)
 
 
 def test_a_driver_that_lost_its_lock_stops(dataset: DataSet, tmp_path: Path, monkeypatch: Any) -> None:
