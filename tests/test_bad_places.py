@@ -87,10 +87,19 @@ def good() -> Iterator[dict[str, str]]:
 class Forbidden(http.server.BaseHTTPRequestHandler):
     """A store that answers 403, as S3 does to wrong credentials."""
 
+    protocol_version = "HTTP/1.1"
+
     def _refuse(self) -> None:
+        body = (
+            b"<?xml version='1.0'?><Error><Code>AccessDenied</Code><Message>Access Denied</Message></Error>"
+        )
         self.send_response(403)
-        self.send_header("Content-Length", "0")
+        self.send_header("Content-Type", "application/xml")
+        self.send_header("Content-Length", str(len(body)))
+        self.send_header("Connection", "close")
         self.end_headers()
+        if self.command != "HEAD":
+            self.wfile.write(body)
 
     do_GET = do_PUT = do_HEAD = do_POST = do_DELETE = _refuse
 
@@ -187,8 +196,10 @@ def no_ray(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(ray, "shutdown", lambda: None)
 
 
-WRITING = ("a file", "below a file", "forbidden", "read-only", "full", "dead endpoint", "wrong credentials")
-READING = ("absent", "a file", "forbidden", "dead endpoint", "wrong credentials")
+# The client of S3 tries each again for six seconds.
+REMOTE = [pytest.param(kind, marks=pytest.mark.slow) for kind in ("dead endpoint", "wrong credentials")]
+WRITING = ("a file", "below a file", "forbidden", "read-only", "full", *REMOTE)
+READING = ("absent", "a file", "forbidden", *REMOTE)
 
 
 @pytest.mark.parametrize("verb", WRITES)
