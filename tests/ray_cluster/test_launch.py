@@ -87,7 +87,7 @@ def test_a_machine_with_eight_gpus_takes_a_run_of_eight_workers(on_aws: Config) 
     for name, kind in config["available_node_types"].items():
         kind["max_workers"] = int(name == "gpu_8")
     placement, _ = sizes(config, 8)
-    assert placement == Placement(1.0, 1, DataShare(1.0, 11.0), 1)
+    assert placement == Placement(1.0, 1, DataShare(1.0, 11.0), 1, 12.0)
     assert launches(config, groups=[[placement.resources()] * 8]) == ({"gpu_8": 1}, 0)
 
 
@@ -114,7 +114,7 @@ def configured(name: str, on_aws: Config) -> Config:
 def test_a_run_is_given_the_machines_that_it_was_placed_on(name: str, workers: int, on_aws: Config) -> None:
     config = configured(name, on_aws)
     placement, _ = sizes(config, workers)
-    assert placement == Placement(1.0, 1, DataShare(1.0, 7.0), 1)
+    assert placement == Placement(1.0, 1, DataShare(1.0, 7.0), 1, 8.0)
     started, refused = launches(config, groups=[[placement.resources()] * workers])
     assert (started, refused) == ({"gpu_spot": workers}, 0)
 
