@@ -27,6 +27,7 @@ from raysl.experiment.script import command
 from raysl.extraction import Encoder
 from raysl.ingestion import resolve, splits
 from raysl.probes import patches
+from raysl.probes.retrieval import nearest
 from raysl.reporting.retrieval_grid import beside
 from raysl.storage import Folder
 
@@ -80,7 +81,7 @@ def sheet(
         patches.features(encode, views)["pooled"]
         for views in (queries.views_nchw[chosen_q], gallery.views_nchw)
     )
-    cosine_qk, index_qk = patches.nearest(asked_qd, known_nd, flags.k)
+    cosine_qk, index_qk = nearest(asked_qd, known_nd, flags.k)
     notes = [[f"cos {value:.2f}" for value in row] for row in cosine_qk]
     return pictures.pieces_sheet(
         queries.views_nchw[chosen_q], gallery.views_nchw[index_qk], [""] * len(chosen_q), notes

@@ -182,8 +182,9 @@ def rows(flags: LectureFlags, out: Folder) -> list[dict[str, Any]]:
                 label = f"{place}/{method}".removeprefix("/")
                 for size, name in zip(_sizes(flags), ("few", "all"), strict=True):
                     label = label.replace(f"-{size}/", f"-{name}/")
+                steps = (0, run.newest().step) if run else ()
                 for row in rows_of(run) if run else ():
-                    if row["test"] in (judged, "") and row["step"] in (0, run.newest().step):
+                    if row["test"] in (judged, "") and row["step"] in steps:
                         names = {"trained": label, "random": "untrained", "pixels": "raw pixels"}
                         found.append({**row, "label": names[row["encoder"]]})
     for name in ("lambda", "negatives", "permutations", "label_noise"):

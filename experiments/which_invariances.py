@@ -80,7 +80,7 @@ def correlations(runs: Sequence[Run]) -> tuple[list[str], npt.NDArray[np.float64
 
 def _name(row: Mapping[str, Any]) -> str:
     """Return the task of a row that is compared, or its own name."""
-    return row["probe"] if TASKS.get(row["probe"]) == row["name"] else row["name"]
+    return str(row["probe"] if TASKS.get(row["probe"]) == row["name"] else row["name"])
 
 
 def drawn(transforms: Sequence[str], matrix: npt.NDArray[np.float64], networks: int) -> bytes:
