@@ -93,7 +93,6 @@ def run_config(
         from raysl.training import local as in_process
 
         check, workers = in_process.check, False
-        values = values if isinstance(config, Pretraining) else {"workers": 1, **values}
     if isinstance(config, Pretraining):
         made = defaults.replaced(config, values)
         if check is not None:
@@ -104,7 +103,7 @@ def run_config(
         return made
     if config is not None and not isinstance(config, Mapping):
         raise _wrong_type(config, Pretraining)
-    values = {**(config or {}), **values}
+    values = {**({"workers": 1} if local else {}), **(config or {}), **values}
     values |= {"data": uri(values["data"])} if "data" in values else {}
     asked = defaults.check(values)
     if check is not None:

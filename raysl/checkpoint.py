@@ -139,9 +139,12 @@ class Checkpoint:
 
     def _rows(self, name: str, about: Mapping[str, Any], first: int, last: int | None) -> dict[str, Any]:
         """Load a part of the bank, as `MemoryBank.state`, with those of its rows that lie in first .. last - 1."""
-        start = min(max(first, about["first"]), about["last"])
-        stop = max(start, about["last"] if last is None else min(last, about["last"]))
-        rows_nd = torch.empty(stop - start, about["dim"], dtype=getattr(torch, about["dtype"]))
+        try:
+            start = min(max(first, about["first"]), about["last"])
+            stop = max(start, about["last"] if last is None else min(last, about["last"]))
+            rows_nd = torch.empty(stop - start, about["dim"], dtype=getattr(torch, about["dtype"]))
+        except (KeyError, TypeError, AttributeError, RuntimeError) as error:
+            raise self._damaged(name, "its manifest does not describe rows of a bank") from error
         wanted = rows_nd.view(-1).view(torch.uint8).numpy()
         row_bytes = about["dim"] * rows_nd.element_size()
         begin, end = (start - about["first"]) * row_bytes, (stop - about["first"]) * row_bytes

@@ -106,7 +106,7 @@ class Parts(io.RawIOBase):
     def read(self, size: int = -1) -> Any:
         for start, content in self._parts:
             if start <= self._at < start + len(content):
-                found = memoryview(content)[self._at - start :][:size]
+                found = memoryview(content)[self._at - start :][: size if size >= 0 else None]
                 self._at += len(found)
                 return found
         raise ValueError(f"it ends before byte {self._at}")

@@ -272,7 +272,7 @@ class Folder:
         Args:
             name: path inside the folder.
             ranges: (offset, number of bytes) of each part. A part that exceeds the end of the file is shorter.
-            expected: as for `read`.
+            expected: the file was there before, so a file that is missing may appear again; see `read`.
 
         Raises:
             FileNotFoundError: the file does not exist and was not expected.

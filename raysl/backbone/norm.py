@@ -7,6 +7,7 @@ of these adds weights, and "sync" and "joint" do not change the network in eval 
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Iterable, Sequence
 from typing import Any
 
@@ -112,6 +113,7 @@ def forward_jointly(network: nn.Module, graph: fx.Graph, batches: Sequence[Tenso
     return list(_JointInterpreter(network, graph=graph, count=len(batches)).run(_Batches(batches)))
 
 
+@functools.cache
 def prepare_compilation() -> None:
     """Make torch.compile leave `forward_jointly` out.
 

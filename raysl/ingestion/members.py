@@ -105,7 +105,7 @@ class Listing:
         try:
             if suffix.lower() == "cls":
                 label = labels.as_class_of_text(data.decode())
-                if label is not None and not label.isdigit() and wanted != "cls":
+                if label is not None and not label.removeprefix("-").isdigit() and wanted != "cls":
                     raise UserError(
                         f"The member {shown(name)!r} of {self.name!r} holds {label[:80]!r}, and a .cls of WebDataset "
                         "holds the number of a class. Add --label-column cls to take such texts for the names of "

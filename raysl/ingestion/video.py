@@ -101,6 +101,7 @@ def _frames(av: Any, file: BinaryIO, sampling: Sampling) -> Iterator[tuple[float
         if not container.streams.video:
             raise DecodeError("holds no video" + (", only sound" if container.streams.audio else ""))
         stream = container.streams.video[0]
+        aspect = float(stream.sample_aspect_ratio or 1)
         stated_s = float(container.duration or 0) / av.time_base
         start_s, due, last_s = None, 0, 0.0
         for number, frame in enumerate(container.decode(stream)):
@@ -111,14 +112,17 @@ def _frames(av: Any, file: BinaryIO, sampling: Sampling) -> Iterator[tuple[float
             last_s = time_s - start_s
             if last_s * sampling.fps + 1e-4 >= due:
                 due = math.floor(last_s * sampling.fps + 1e-4) + 1
-                yield last_s, _upright(frame, sampling.frame_size)
+                yield last_s, _upright(frame, aspect, sampling.frame_size)
         if stated_s > 2 and last_s < (1 - _MISSING) * stated_s - 1:
             raise DecodeError(f"is cut off: {last_s:.1f} s of {stated_s:.1f} s could be read")
 
 
-def _upright(frame: Any, frame_size: int) -> Pixels:
-    """Return a frame in square pixels, as a player shows it, with its shorter side at most `frame_size`."""
-    aspect = float(frame.sample_aspect_ratio or 1) if hasattr(frame, "sample_aspect_ratio") else 1.0
+def _upright(frame: Any, aspect: float, frame_size: int) -> Pixels:
+    """Return a frame in square pixels, as a player shows it, with its shorter side at most `frame_size`.
+
+    Args:
+        aspect: width of a pixel of the file divided by its height.
+    """
     width, height = frame.width * aspect, float(frame.height)
     factor = min(1.0, frame_size / min(width, height))
     size = max(1, round(width * factor)), max(1, round(height * factor))

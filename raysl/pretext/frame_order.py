@@ -94,8 +94,9 @@ class FrameOrder(OfFrames):
             label = int(right)
         else:
             label = int(draws[1] * self.num_labels)
-            inner = np.sort(between[np.argsort(draws[3 : 3 + len(between)])][: self.num_crops - 2])
-            inner = np.resize(inner, self.num_crops - 2)
+            left = list(between)
+            drawn = [left.pop(int(draw * len(left))) for draw in draws[3 : 1 + self.num_crops] if left]
+            inner = np.resize(np.sort(drawn), self.num_crops - 2)
             frames = np.array([first, *inner, last])[self.orders[label]]
         frames = np.minimum(frames, len(times_n) - 1)
         return (frames[::-1] if draws[7] < 0.5 else frames), label

@@ -31,7 +31,7 @@ def refuse_local(paths: Mapping[str, str]) -> None:
         return
     for flag, path in paths.items():
         folder = Folder(path)
-        if folder.is_local and not _may_be_shared(Path(str(folder))):
+        if folder.is_local and not _may_be_shared(Path(str(folder)).resolve()):
             raise UserError(
                 f"{flag} {path} is on a disk of the head of this cluster, and the workers are other machines, which "
                 f"cannot see it. Use a bucket, such as {flag} s3://bucket/folder, or a network file system. No machine "
@@ -45,6 +45,6 @@ def _may_be_shared(path: Path) -> bool:
         lines = _MOUNTS.read_text().splitlines()
     except OSError:  # not Linux
         return True
-    mounts = {Path(line.split()[1]): line.split()[2] for line in lines}
+    mounts = {Path(line.split()[1].replace("\\040", " ")): line.split()[2] for line in lines}
     kinds = (mounts[parent] for parent in (path, *path.parents) if parent in mounts)
     return next(kinds, "").startswith(_SHARED)

@@ -36,6 +36,10 @@ from raysl.stream.reader import Columns, Stream, load, pieces
 _AHEAD_BYTES = 256 << 20
 # Linux's default of 64 KB would switch between the processes for every piece of that size.
 _PIPE_BYTES = 1 << 20
+_ENDED = (
+    "A data process ended unexpectedly, perhaps because the machine has too little memory. The same command resumes "
+    "from the last checkpoint."
+)
 _STOP_SIGNALS = (signal.SIGINT, signal.SIGTERM, signal.SIGHUP)
 
 
@@ -166,8 +170,11 @@ class _Process:
 
     def run(self, order: tuple[Stream, int, int, int, int]) -> Iterator[Columns]:
         """Yield the columns of `_share(*order)`. Raises as `DataProcesses.columns`."""
-        pickle.dump(order, self._orders)
-        self._orders.flush()
+        try:
+            pickle.dump(order, self._orders)
+            self._orders.flush()
+        except BrokenPipeError as error:
+            raise UserError(_ENDED) from error
         while (columns := self._receive()) is not None:
             yield columns
 
@@ -185,10 +192,7 @@ class _Process:
                 if self._batches.readinto(_bytes(values)) < values.nbytes:
                     raise EOFError
         except (EOFError, pickle.UnpicklingError) as error:
-            raise UserError(
-                "A data process ended unexpectedly, perhaps because the machine has too little memory. The same "
-                "command resumes from the last checkpoint."
-            ) from error
+            raise UserError(_ENDED) from error
         return columns
 
     def kill(self) -> None:
@@ -197,6 +201,8 @@ class _Process:
             os.kill(self._pid, signal.SIGKILL)
             os.waitpid(self._pid, 0)
             self._pid = 0
+            with contextlib.suppress(OSError):  # an order that nobody read
+                self._orders.close()
 
 
 def _pipe() -> tuple[BufferedReader, BufferedWriter]:

@@ -7,6 +7,7 @@ inside its actor.
 
 from __future__ import annotations
 
+import contextlib
 import logging
 import os
 import sys
@@ -73,10 +74,9 @@ def place() -> Placement:
 def _cpus() -> int:
     """Return the number of CPUs that this process may use."""
     cpus = len(os.sched_getaffinity(0)) if sys.platform == "linux" else os.cpu_count() or 1
-    if _CPU_LIMIT.exists():
-        quota, period = _CPU_LIMIT.read_text().split()
-        if quota != "max":
-            cpus = min(cpus, max(1, int(quota) // int(period)))
+    with contextlib.suppress(OSError, ValueError):  # No limit, or "max".
+        quota, period = map(int, _CPU_LIMIT.read_text().split())
+        cpus = min(cpus, max(1, quota // period))
     return cpus
 
 

@@ -9,7 +9,7 @@ from typing import Any
 
 import numpy as np
 
-from raysl import ray_cluster, rng
+from raysl import probes, ray_cluster, rng
 from raysl.backbone.network import BackboneConfig
 from raysl.config import Pretraining
 from raysl.dataset import DataSet
@@ -20,6 +20,7 @@ from raysl.ingestion.subset import part
 from raysl.model import Model
 from raysl.probes import common_labels
 from raysl.ray_cluster import placement as cluster_placement
+from raysl.ray_cluster import shared_paths
 from raysl.ray_cluster.placement import Placement
 from raysl.storage import Folder
 from raysl.tuning import algorithms
@@ -80,10 +81,12 @@ class Task:
     def in_process(self) -> bool:
         """True if the actor of a trial trains and probes itself, one seed after the other.
 
-        Its data processes are forks, which cannot use the clients of object stores that the actor has opened.
+        Its data processes are forks, which cannot use the clients of object stores that the actor has opened. A probe
+        of the network runs in tasks of Ray, which would wait for the CPUs that the actors hold.
         """
         one = self.base.worker_counts() == (1,) and self.seeds_at_once == 1
-        return one and self.images.folder.is_local
+        frozen = not hasattr(probes.load(self.probe)[1], "examine")
+        return one and frozen and self.images.folder.is_local
 
     def resources(self) -> dict[str, float]:
         """Return the resources of the actor of a trial.
@@ -175,6 +178,7 @@ def prepare(base: Pretraining, config: SweepConfig) -> PreparedSweep:
     space_, trials = check(base, config)
     num_trials = len(space_.grid()) if config.searcher == "grid" else config.samples
     ray_cluster.start()
+    shared_paths.refuse_local({"--out": config.out})
     images = resolve(base.data)
     labelled = resolve(config.train) if config.train else images
     given = resolve(config.validation) if config.validation else None
@@ -184,9 +188,9 @@ def prepare(base: Pretraining, config: SweepConfig) -> PreparedSweep:
         check_apart([config.probe], labelled, judged)
     if test and given and test.manifest.fingerprint == given.manifest.fingerprint:
         raise UserError(
-            f"--validation and --test hold the same images, {config.test!r}. Trials are chosen on --validation, so the "
-            "chosen one would have no honest score. Leave out one of them; without --validation, a tenth of the "
-            "training images is held out."
+            f"--validation is {config.validation!r} and --test is {config.test!r}, which hold the same images. Trials "
+            "are chosen on --validation, so the chosen one would have no honest score. Leave out one of them; without "
+            "--validation, a tenth of the training images is held out."
         )
     check_models(trials, images)
     shared = share(base, config.max_concurrent, config.gpus_per_worker, num_trials, len(config.seeds))

@@ -44,12 +44,14 @@ Result = dict[str, Any]
 class Listener(Protocol):
     """What `InOrder` tells of results, failures and decisions, by trial numbers. A sweep writes it to its journal."""
 
-    def scored(self, trial: int, result: Result) -> None: ...
+    def scored(self, trial: int, result: Result) -> None:
+        """A trial got its score at a rung."""
 
     def retried(self, trial: int, reason: str) -> None:
         """A trial crashed, and continues from its last checkpoint."""
 
-    def failed(self, trial: int, reason: str) -> None: ...
+    def failed(self, trial: int, reason: str) -> None:
+        """A trial failed and is not tried again."""
 
     def decided(self, trial: int, rung: int, goes_on: bool, copies: int | None, values: Result) -> None:
         """The scheduler decided on a trial after a rung, counted from 0; `values` are those that it continues with."""
@@ -367,7 +369,10 @@ class Numbered(Searcher):  # type: ignore[misc]
 
 
 def _failure(trial: Trial) -> tuple[str, bool]:
-    """Return why a trial failed in a sentence, and whether it would fail again. A crash, as of a machine, may not."""
+    """Return why a trial failed in a sentence, and True if it would fail again. A crash may not repeat."""
+    if not trial.pickled_error_file:  # Ray stores only the errors of tasks and actors.
+        text = Path(trial.error_file).read_text() if trial.error_file else ""
+        return (text.strip().splitlines() or ["unknown"])[-1][:300], False
     # The file is read on this machine; it reaches the storage later.
     error = pickle.loads(Path(trial.pickled_error_file).read_bytes())
     if found := user_error(error):

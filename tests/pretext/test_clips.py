@@ -64,7 +64,7 @@ def tuples(transform: Any, clips: Clips, epochs: int = 40) -> tuple[Any, Any]:
 
 
 def test_a_tuple_is_right_if_its_middle_lies_between_its_ends(clips: Clips) -> None:
-    frames_n3, label_n = tuples(built("frame_order"), clips)
+    frames_n3, label_n = tuples(built("frame_order"), clips, epochs=200)
     first, middle, last = np.sort(frames_n3[:, [0, 2]]).T[0], frames_n3[:, 1], frames_n3[:, [0, 2]].max(1)
     np.testing.assert_array_equal(label_n == 1, (middle > first) & (middle < last))
     assert 0.45 < label_n.mean() < 0.55

@@ -84,8 +84,9 @@ class Source:
             if kind_of(file.path) == VIDEO:
                 try:
                     yield file, self._layout.label(file.path)
-                except layout.Skip:
-                    continue
+                except layout.Skip as skip:
+                    if skip.args:
+                        self.found.left_out.add(skip.args[0], file.path)
 
     def _unit(self, paths: list[str], labels: list[str | None]) -> Unit:
         runs = [(label, len(list(same))) for label, same in groupby(labels)]
