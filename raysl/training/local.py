@@ -25,6 +25,7 @@ from raysl.callbacks import Callbacks
 from raysl.config import Pretraining
 from raysl.dataset import DataSet
 from raysl.errors import UserError
+from raysl.fields import Checked
 from raysl.ingestion import find
 from raysl.ray_cluster import gpus
 from raysl.ray_cluster import placement as cluster_placement
@@ -41,7 +42,7 @@ _CPU_LIMIT = Path("/sys/fs/cgroup/cpu.max")
 
 
 @dataclass(frozen=True)
-class LocalConfig:
+class LocalConfig(Checked):
     """Where a run is trained.
 
     Args:
