@@ -21,7 +21,6 @@ The columns in `TRUTH` are for probes. Only the procedural set `clips:N` has the
 
 from __future__ import annotations
 
-import io
 from dataclasses import dataclass
 from typing import Any
 
@@ -61,21 +60,6 @@ def thumbnail(pixels_hwc: npt.NDArray[np.uint8]) -> bytes:
     """Return the grey copy of a frame for the column `thumbnails`."""
     grey = Image.fromarray(pixels_hwc).convert("L")
     return grey.resize((THUMBNAIL, THUMBNAIL), Image.Resampling.BOX).tobytes()
-
-
-def decode_normals(data: bytes) -> npt.NDArray[np.float32]:
-    """Return the unit surface normals in a file of the column `normals`: float32 (h, w, 3)."""
-    with Image.open(io.BytesIO(data)) as image:
-        rgb_hw3 = np.asarray(image.convert("RGB")).astype(np.float64)
-    normals_hw3 = rgb_hw3 / 127.5 - 1
-    normals_hw3 /= np.linalg.norm(normals_hw3, axis=2, keepdims=True).clip(1e-6)
-    return normals_hw3.astype(np.float32)
-
-
-def decode_depth(data: bytes) -> npt.NDArray[np.float32]:
-    """Return the depth in a file of the column `depth`, in sides of the frame: float32 (h, w)."""
-    with Image.open(io.BytesIO(data)) as image:
-        return (np.asarray(image) / DEPTH_SCALE).astype(np.float32)
 
 
 @dataclass(frozen=True)

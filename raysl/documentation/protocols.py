@@ -39,9 +39,11 @@ def section(name: str) -> str:
     config_type, probe_type = probes.load(name)
     config = config_type()
     probe = probe_type(config)
-    said = inspect.getdoc(importlib.import_module(config_type.__module__)) or ""
+    module = importlib.import_module(config_type.__module__)
+    said = inspect.getdoc(module) or ""
     flags = [f"{flag} VALUE" for flag in probes.required(name)]
-    command = " ".join(["raysl probe RUN --train DATA --test DATA --probes", name, *flags])
+    usual = " ".join(["raysl probe RUN --train DATA --test DATA --probes", name, *flags])
+    command = getattr(module, "COMMAND", usual)
     facts = [
         f"- Primary metric: `{probe.primary_metric}`; more is better.",
         f"- Version of the protocol: {config_type.version}.",

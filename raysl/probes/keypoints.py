@@ -41,6 +41,8 @@ from raysl.probes._ridge import Moments, Readout, fit
 from raysl.probes._task import device, run_tasks
 from raysl.storage import Folder
 
+COMMAND = "raysl probe RUN --train clips:500#train --test clips:200#test --probes keypoints"
+
 _TESTED = 0.2
 
 

@@ -37,6 +37,8 @@ from raysl.probes._poses import spaced
 from raysl.probes._task import device, run_tasks
 from raysl.stream import decode
 
+COMMAND = "raysl probe RUN --train clips:500#train --test clips:200#test --probes localisation"
+
 _PART_CLIPS = 16
 
 

@@ -41,6 +41,8 @@ from raysl.storage import Folder
 from raysl.stream import decode
 
 IMAGES, NORMALS = "images", "normals"
+COMMAND = "raysl probe RUN --train clips:500#train --test clips:200#test --probes normals"
+
 WITHIN = (11.25, 22.5, 30.0)
 _SHORTEST, _LONGEST = 0.5, 1.5
 # Angles are counted in so many bins, so that the median of any number of pixels takes constant memory.

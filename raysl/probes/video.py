@@ -32,6 +32,8 @@ from raysl.probes.linear import Config as LinearConfig
 from raysl.probes.linear import Linear
 from raysl.stream import decode
 
+COMMAND = "raysl probe RUN --train clips:500#train --test clips:200#test --probes video"
+
 _PART_CLIPS = 16
 
 
