@@ -113,7 +113,7 @@ class Trained(_Network):
         if not copy:
             raise UserError(
                 f"The run {str(self.run.folder)!r} has no moving average of its backbone: its method is "
-                f"{self.run.config().method!r}. Leave 'momentum' out of --encoders, or train byol, moco or dino."
+                f"{self.run.config().method!r}. Leave 'momentum' out of `encoders`, or train byol, moco or dino."
             )
         return f"objective.{copy}."
 
@@ -159,7 +159,7 @@ class RandomBackbone(_Network):
             if self.weights_hash and found != self.weights_hash:
                 raise UserError(
                     f"The weights file {self.config.weights!r} has changed since the run started from it. Put the old "
-                    "file back, or leave the encoder 'random' out of --encoders."
+                    "file back, or leave 'random' out of the argument `encoders` of raysl.probe."
                 )
         return backbone
 

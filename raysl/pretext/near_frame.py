@@ -20,6 +20,8 @@ from raysl.pretext import Chosen, Geometry
 from raysl.pretext._frames import OfFrames
 from raysl.rng import ImageRng
 
+COMMAND = "raysl pretrain --data clips:2000 --run RUN --method pirl-near_frame"
+
 
 @dataclass(frozen=True)
 class Config(Checked):
