@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import math
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
@@ -31,8 +32,6 @@ from raysl.tuning.space import Space, Values, configured, space
 # Without --validation, one labelled image in ten is held out, if the labelled data take no more bytes than this.
 _HELD_OUT = 10
 _MAX_COPY_BYTES = 4 << 30
-
-Points = list[tuple[Values, Pretraining]]
 
 
 @dataclass(frozen=True)
@@ -146,8 +145,10 @@ class PreparedSweep:
         return None
 
 
-def check(base: Pretraining, config: SweepConfig) -> tuple[Space, Points]:
-    """Return the space of a sweep, and the trials that can be known before it begins; needs neither Ray nor data.
+def check(base: Pretraining, config: SweepConfig) -> tuple[Space, list[Values]]:
+    """Return the space of a sweep, and the points at which it is checked; needs neither Ray nor data.
+
+    The points are those of all trials, if they are known before the sweep begins; otherwise corners of the space.
 
     Raises:
         UserError: a package is missing, or the space or a trial is not allowed.
@@ -161,12 +162,14 @@ def check(base: Pretraining, config: SweepConfig) -> tuple[Space, Points]:
             f"--scheduler pbt changes values during a run, and {', '.join(fixed)} cannot change. Vary fields such as "
             "optim.lr or a temperature, or use --scheduler asha."
         )
-    points: Iterable[Values] = space_.ends()
     if config.searcher == "grid":
         points = space_.grid()
     elif config.searcher == "random" and config.scheduler != "pbt":
         points = [space_.drawn(config.seed, trial) for trial in range(config.samples)]
-    return space_, with_configs(base, points)
+    else:
+        points = list(space_.corners())
+    check_points(base, points)
+    return space_, points
 
 
 def prepare(base: Pretraining, config: SweepConfig) -> PreparedSweep:
@@ -175,7 +178,7 @@ def prepare(base: Pretraining, config: SweepConfig) -> PreparedSweep:
     Raises:
         UserError: the sweep cannot run: its space, its data, the cluster or one of its trials is invalid.
     """
-    space_, trials = check(base, config)
+    space_, points = check(base, config)
     num_trials = len(space_.grid()) if config.searcher == "grid" else config.samples
     ray_cluster.start()
     shared_paths.refuse_local({"--out": config.out})
@@ -192,7 +195,7 @@ def prepare(base: Pretraining, config: SweepConfig) -> PreparedSweep:
             "are chosen on --validation, so the chosen one would have no honest score. Leave out one of them; without "
             "--validation, a tenth of the training images is held out."
         )
-    check_models(trials, images)
+    check_points(base, points, images)
     shared = share(base, config.max_concurrent, config.gpus_per_worker, num_trials, len(config.seeds))
     train, validation = (labelled, given) if given else hold_out(labelled, Folder(config.out))
     task = Task(
@@ -224,56 +227,44 @@ def hold_out(labelled: DataSet, out: Folder) -> tuple[DataSet, DataSet]:
         UserError: there are no labels or too few images, or they are too large to be copied.
     """
     number = labelled.num_images // _HELD_OUT
-    if labelled.manifest.num_bytes > _MAX_COPY_BYTES or not number:
-        size = f"{labelled.num_images} images, fewer than {_HELD_OUT}"
-        if number:
-            size = f"{labelled.manifest.num_bytes / 2**30:.1f} GiB, more than {_MAX_COPY_BYTES >> 30}"
+    size = f"{labelled.num_images} images, fewer than {_HELD_OUT}" if not number else ""
+    if labelled.manifest.num_bytes > _MAX_COPY_BYTES:
+        size = f"{labelled.manifest.num_bytes / 2**30:.1f} GiB, more than {_MAX_COPY_BYTES >> 30}"
+    if size:
         raise UserError(
             f"A tenth of the labelled data {str(labelled.folder)!r} cannot be held out for validation: it has {size}. "
             "Give --validation, labelled data on which the trials are compared."
         )
     labelled.labels()  # Raises, if there are none.
     order_n = rng.generator("validation", labelled.num_images).permutation(labelled.num_images)
-    parts = {"learn": order_n[number:], "validation": order_n[:number]}
-    learn, validation = (
-        part(labelled, np.sort(chosen_n), out / "images" / name) for name, chosen_n in parts.items()
-    )
-    return learn, validation
+    learn, validation = np.sort(order_n[number:]), np.sort(order_n[:number])
+    images = out / "images"
+    return part(labelled, learn, images / "learn"), part(labelled, validation, images / "validation")
 
 
-def with_configs(base: Pretraining, points: Iterable[Values]) -> Points:
-    """Return points with their configurations. Raise UserError for one that is not allowed."""
-    made = []
-    for values in points:
-        try:
-            made.append((values, configured(base, values)))
-        except UserError as error:
-            raise _refused(values, error) from error
-    return made
-
-
-def check_models(points: Sequence[tuple[Values, Pretraining]], images: DataSet) -> None:
-    """Build the model and the plan of each point, which finds mistakes that the fields alone do not show.
+def check_points(base: Pretraining, points: Iterable[Values], images: DataSet | None = None) -> None:
+    """Check the configuration at each point; given the images, also its plan and its model.
 
     Raises:
         UserError: a trial at one of the points could not run.
     """
     backbones: set[BackboneConfig] = set()
-    for values, config in points:
-        # Each backbone is built once; heads and transforms do not need a large one.
-        known, light = config.backbone in backbones, replace(config.backbone, name="small", weights="")
-        backbones.add(config.backbone)
+    for values in points:
         try:
-            config.plan(images)
-            Model.of(replace(config, backbone=light) if known else config, images).check()
+            config = configured(base, values)
+            if images is not None:
+                config.plan(images)
+                # Each backbone is built once; heads and transforms do not need a large one.
+                known, light = (
+                    config.backbone in backbones,
+                    replace(config.backbone, name="small", weights=""),
+                )
+                backbones.add(config.backbone)
+                Model.of(replace(config, backbone=light) if known else config, images).check()
         except UserError as error:
-            raise _refused(values, error) from error
-
-
-def _refused(values: Values, error: UserError) -> UserError:
-    return UserError(
-        f"The trial with {described(values)} could not run, so the sweep was not started. {error}"
-    )
+            raise UserError(
+                f"The trial with {described(values)} could not run, so the sweep was not started. {error}"
+            ) from error
 
 
 def share(
@@ -296,6 +287,11 @@ def share(
     """
     found = cluster_placement.machines()
     workers = base.worker_counts()[0]
+    if gpus_per_worker < 1 and workers > 1:
+        raise UserError(
+            f"--gpus-per-worker is {gpus_per_worker} and --workers is {workers}. Trainers of one run cannot share a "
+            "GPU: use --workers 1."
+        )
 
     def placed(count: int) -> Placement:
         try:
@@ -303,12 +299,14 @@ def share(
         except UserError as error:
             raise UserError(f"{count} runs at a time with {workers} workers each: {error}") from error
 
-    if gpus_per_worker < 1 and workers > 1:
-        raise UserError(
-            f"--gpus-per-worker is {gpus_per_worker} and --workers is {workers}. Trainers of one run cannot share a "
-            "GPU: use --workers 1."
-        )
-    runs = at_once or _most(placed, num_trials * num_seeds)
+    def has_room(count: int) -> bool:
+        with contextlib.suppress(UserError):
+            return placed(count).cpus_per_worker >= 1
+        return False
+
+    runs = at_once or 1
+    while not at_once and runs < num_trials * num_seeds and has_room(runs + 1):
+        runs += 1
     trials = min(runs, num_trials)
     seeds = min(max(1, runs // trials), num_seeds)
     placement = placed(runs if at_once else trials * seeds)
@@ -316,18 +314,3 @@ def share(
         cpus = placement.slot - placement.cpus_per_worker
         placement = replace(placement, share=replace(placement.share, cpus=cpus))
     return trials, seeds, placement
-
-
-def _most(placed: Callable[[int], Placement], runs: int) -> int:
-    """Return how many runs have a whole CPU for each trainer."""
-    most = 1
-    placed(1)
-    while most < runs:
-        try:
-            more = placed(most + 1)
-        except UserError:
-            break
-        if more.cpus_per_worker < 1:
-            break
-        most += 1
-    return most

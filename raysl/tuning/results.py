@@ -53,14 +53,11 @@ class SweepResults:
     @cached_property
     def space(self) -> Space:
         known = {field.name for field in dataclasses.fields(Dimension)}
-        rows = self.journal.header["space"]
-        kept = [{name: value for name, value in row.items() if name in known} for row in rows]
-        return Space(
-            tuple(
-                Dimension(**{**row, "path": tuple(row["path"]), "values": tuple(row["values"])})
-                for row in kept
-            )
-        )
+        rows = [
+            {name: value for name, value in row.items() if name in known}
+            for row in self.journal.header["space"]
+        ]
+        return Space(tuple(Dimension(**{**row, "values": tuple(row["values"])}) for row in rows))
 
     @cached_property
     def base(self) -> Pretraining:

@@ -42,7 +42,7 @@ def why_not_shared(prepared: PreparedSweep) -> str:
         return "--no-share-stream"
     if prepared.task.trials_at_once == 1:
         return "one trial runs at a time"
-    if all(d.path[0] in _PREVENT_SHARING for d in prepared.space.dimensions):
+    if all(name.partition(".")[0] in _PREVENT_SHARING for name in prepared.space.names):
         return f"trials differ in {' and '.join(prepared.space.names)}"
     return ""
 

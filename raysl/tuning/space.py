@@ -24,23 +24,8 @@ Values = dict[str, Any]
 
 # Fields that name another run instead of another trial, and fields that trials must share to be comparable.
 _FIXED = (*FREE, "seed", "epochs", "parts")
-
-
-@dataclass(frozen=True)
-class Field:
-    """A field of the configuration that can vary.
-
-    Args:
-        name: dotted name, as on the command line: "pirl.lam".
-        path: keys to its value in the JSON value of a Pretraining.
-        hint: its type.
-        range: the values that its definition lists.
-    """
-
-    name: str
-    path: tuple[str, ...]
-    hint: Any
-    range: Range | None
+# A space with no more corners than this is checked at all of them.
+_MAX_CORNERS = 256
 
 
 @dataclass(frozen=True)
@@ -48,8 +33,7 @@ class Dimension:
     """The values that one field takes: a list, or an interval.
 
     Args:
-        name: dotted name of the field.
-        path: see `Field`.
+        name: dotted name of the field, as on the command line: "pirl.lam".
         values: the choices, in order; empty for an interval.
         low: least value of the interval.
         high: greatest value of the interval.
@@ -59,7 +43,6 @@ class Dimension:
     """
 
     name: str
-    path: tuple[str, ...]
     values: tuple[Any, ...] = ()
     low: float = 0.0
     high: float = 0.0
@@ -72,19 +55,14 @@ class Dimension:
         if self.values:
             return self.values[min(int(share * len(self.values)), len(self.values) - 1)]
         if self.log:
-            return self.rounded(
-                math.exp(math.log(self.low) + share * (math.log(self.high) - math.log(self.low)))
-            )
+            low, high = math.log(self.low), math.log(self.high)
+            return self.rounded(math.exp(low + share * (high - low)))
         return self.rounded(self.low + share * (self.high - self.low))
 
     def rounded(self, value: float) -> float:
         """Return the value inside the interval, as a whole number or with four significant digits."""
         clipped = min(max(value, self.low), self.high)
         return round(clipped) if self.whole else float(f"{clipped:.4g}")
-
-    def ends(self) -> tuple[Any, ...]:
-        """Return the least and the greatest value; all choices of a list."""
-        return self.values or (self.at(0.0), self.at(1.0))
 
     def domain(self) -> Any:
         """Return the domain of Ray Tune with the same values."""
@@ -118,13 +96,9 @@ class Space:
         shares = rng.generator(seed, "sweep", trial).random(len(self.dimensions))
         return {d.name: d.at(float(share)) for d, share in zip(self.dimensions, shares, strict=True)}
 
-    def ends(self) -> Iterator[Values]:
-        """Yield points that hold every end of every dimension; all corners of a space that has few."""
-        ends = [dimension.ends() for dimension in self.dimensions]
-        rows = itertools.product(*ends) if math.prod(map(len, ends)) <= 256 else itertools.zip_longest(*ends)
-        for row in rows:
-            values = [each[0] if value is None else value for each, value in zip(ends, row, strict=True)]
-            yield dict(zip(self.names, values, strict=True))
+    def corners(self) -> Iterator[Values]:
+        """Yield points with the ends of all intervals and all choices; see `corners`."""
+        return corners({d.name: d.values or (d.at(0.0), d.at(1.0)) for d in self.dimensions})
 
     def mutations(self) -> dict[str, Any]:
         """Return the space as PopulationBasedTraining takes it."""
@@ -136,6 +110,15 @@ class Space:
         return {**config, **found}
 
 
+def corners(ends: Mapping[str, Sequence[Any]]) -> Iterator[Values]:
+    """Yield points that hold each of the given values; all combinations where they are few."""
+    columns = list(ends.values())
+    few = math.prod(map(len, columns)) <= _MAX_CORNERS
+    for row in itertools.product(*columns) if few else itertools.zip_longest(*columns):
+        values = [column[0] if value is None else value for column, value in zip(columns, row, strict=True)]
+        yield dict(zip(ends, values, strict=True))
+
+
 def configured(base: Pretraining, values: Mapping[str, Any]) -> Pretraining:
     """Return the base configuration with some fields replaced.
 
@@ -144,19 +127,22 @@ def configured(base: Pretraining, values: Mapping[str, Any]) -> Pretraining:
         values: new values by dotted or short field names, as Ray Tune resolves them.
 
     Raises:
-        UserError: a field does not exist or cannot vary, or a value is not allowed.
+        UserError: a field does not exist, cannot vary or is named twice, or a value is not allowed.
     """
     tree = base.to_json()
     tree["method"] = values.get("method", base.method)
-    known = methods.parse(tree["method"]).config_types()
-    tree["parts"] = {name: part for name, part in tree["parts"].items() if name in known}
-    known_fields = _fields([tree["method"]])
-    for name, value in values.items():
-        field = _resolve(name, known_fields)
-        node = tree
-        for key in field.path[:-1]:
-            node = node.setdefault(key, {})
-        node[field.path[-1]] = _fitting(field, value)
+    parts = methods.parse(tree["method"]).config_types()
+    tree["parts"] = {name: part for name, part in tree["parts"].items() if name in parts}
+    known, seen = _fields([tree["method"]]), list[str]()
+    for given, value in values.items():
+        name = _resolve(given, known)
+        *groups, last = name.split(".")
+        node = tree["parts"] if groups and groups[0] in parts else tree
+        for group in groups:
+            node = node.setdefault(group, {})
+        node[last] = _fitting(name, known[name], value)
+        seen.append(name)
+    _refuse_repeats(seen)
     return Pretraining.from_json(tree)
 
 
@@ -169,189 +155,184 @@ def space(base: Pretraining, vary: Sequence[str], listed: bool) -> Space:
         listed: every dimension must be a list of values, as for a grid.
 
     Raises:
-        UserError: a field does not exist or cannot vary, a range is empty, or a value is of the wrong type.
+        UserError: a field does not exist, cannot vary or is named twice, a range is empty, or a value is of the wrong
+            type.
     """
-    named = dict(text.partition("=")[::2] for text in vary)
-    swept = named.get("method", "")
-    known = _fields(swept.split(",") if swept else [base.method])
+    given = [text.partition("=") for text in vary]
+    method = next((values for name, _, values in given if name == "method" and values), base.method)
+    known = _fields(method.split(","))
     dimensions = []
-    for text in vary:
-        name, equals, values = text.partition("=")
-        dimensions.append(_dimension(_resolve(name, known), values if equals else None, listed))
-    return _without_repeats(dimensions)
-
-
-def _without_repeats(dimensions: Sequence[Dimension]) -> Space:
-    names = [d.name for d in dimensions]
-    for name in names:
-        if names.count(name) > 1:
-            raise UserError(f"The field {name!r} is varied twice. Give it once, with all of its values.")
+    for text, equals, values in given:
+        name = _resolve(text, known)
+        dimensions.append(_dimension(name, known[name], values if equals else None, listed))
+    _refuse_repeats([dimension.name for dimension in dimensions])
     return Space(tuple(dimensions))
 
 
-def tune_space(base: Pretraining, param_space: Mapping[str, Any]) -> Space:
-    """Return the space that the `param_space` of a `tune.Tuner` describes.
+def domain_ends(param_space: Mapping[str, Any]) -> dict[str, Sequence[Any]]:
+    """Return both ends, or all choices, of each domain in the `param_space` of a `tune.Tuner`.
 
     Raises:
-        UserError: a field does not exist or cannot vary, or its domain is a function, unbounded, empty or of another
-            type than the field.
+        UserError: a domain is a function, unbounded or empty.
     """
     from ray.tune.search.sample import Categorical, Domain, Float, Integer
 
-    method = param_space.get("method", base.method)
-    known = _fields([method] if isinstance(method, str) else list(_choices(method)))
-    dimensions = []
+    found: dict[str, Sequence[Any]] = {}
     for name, domain in param_space.items():
-        field = _resolve(name, known)
         if isinstance(domain, (Float, Integer)):
             if not (math.isfinite(domain.lower) and math.isfinite(domain.upper)):
                 raise UserError(
                     f"The domain of {name!r} has no bounds. Use tune.uniform(low, high) or tune.choice."
                 )
             # Tune's upper bounds of whole numbers are exclusive.
-            ends = domain.lower, domain.upper - isinstance(domain, Integer)
-            dimensions.append(_interval(field, *(_fitting(field, end) for end in ends)))
-            continue
-        if isinstance(domain, Domain) and not isinstance(domain, Categorical):
+            low, high = domain.lower, domain.upper - isinstance(domain, Integer)
+            found[name] = (low, high) if low <= high else ()
+        elif isinstance(domain, Domain) and not isinstance(domain, Categorical):
             raise UserError(
                 f"The domain of {name!r} is a function. Use a domain with known values, such as "
                 "tune.uniform(low, high) or tune.choice."
             )
-        dimensions.append(_listed(field, [_fitting(field, value) for value in _choices(domain)]))
-    return _without_repeats(dimensions)
+        elif isinstance(domain, Mapping) and "grid_search" in domain:
+            found[name] = domain["grid_search"]
+        else:
+            found[name] = getattr(domain, "categories", [domain])
+        if not found[name]:
+            raise UserError(
+                f"The domain of {name!r} is empty. Give at least one value, the lower bound first."
+            )
+    return found
 
 
-def _choices(domain: Any) -> Sequence[Any]:
-    """Return the values of a `tune.choice` or `tune.grid_search`, or a value itself."""
-    if isinstance(domain, Mapping):
-        return list(domain.get("grid_search", [domain]))
-    return list(getattr(domain, "categories", [domain]))
+def _refuse_repeats(names: Sequence[str]) -> None:
+    for name in names:
+        if names.count(name) > 1:
+            raise UserError(f"The field {name!r} is varied twice. Give it once, with all of its values.")
 
 
-def _fields(method_names: Sequence[str]) -> dict[str, Field]:
-    """Return the fields that all of these methods have and that can vary, by their dotted names."""
-    found: list[dict[str, Field]] = []
+def _fields(method_names: Sequence[str]) -> dict[str, Any]:
+    """Return the annotated types, by dotted names, of the fields that can vary and that all of the methods have."""
+    found = []
     for method in method_names:
-        here = {field.name: field for field in _walk(Pretraining, "", ())}
-        for part, kind in methods.parse(method).config_types().items():
-            here |= {field.name: field for field in _walk(kind, f"{part}.", ("parts", part))}
+        parts = methods.parse(method).config_types().items()
+        here = dict(_walk(Pretraining, ""))
+        for part, kind in parts:
+            here.update(_walk(kind, f"{part}."))
         found.append(here)
-    return {name: field for name, field in found[0].items() if all(name in other for other in found)}
+    return {name: hint for name, hint in found[0].items() if all(name in other for other in found)}
 
 
-def _walk(kind: type[Any], prefix: str, path: tuple[str, ...]) -> Iterator[Field]:
+def _walk(kind: type[Any], prefix: str) -> Iterator[tuple[str, Any]]:
     for name, hint in fields.hints(kind).items():
-        extras: Sequence[Any] = ()
-        if typing.get_origin(hint) is typing.Annotated:
-            hint, *extras = typing.get_args(hint)
-        if not path and name in _FIXED:
+        plain = _plain(hint)
+        if not prefix and name in _FIXED:
             continue
-        if dataclasses.is_dataclass(hint):
-            yield from _walk(typing.cast(type, hint), f"{prefix}{name}.", (*path, name))
-            continue
-        own = next((extra for extra in extras if isinstance(extra, Range)), None)
-        if own is None and typing.get_origin(hint) is Literal:
-            own = Range(typing.get_args(hint))
-        yield Field(f"{prefix}{name}", (*path, name), hint, Range((False, True)) if hint is bool else own)
+        if dataclasses.is_dataclass(plain):
+            yield from _walk(typing.cast(type, plain), f"{prefix}{name}.")
+        else:
+            yield f"{prefix}{name}", hint
 
 
-def _resolve(name: str, known: Mapping[str, Field]) -> Field:
-    """Return a field by its dotted name, or by the last part of it where only one field has that."""
+def _plain(hint: Any) -> Any:
+    return typing.get_args(hint)[0] if typing.get_origin(hint) is typing.Annotated else hint
+
+
+def _range(hint: Any) -> Range:
+    """Return the values that the definition of a field lists; all values of a bool or a Literal."""
+    plain = _plain(hint)
+    if plain is bool:
+        return Range((False, True))
+    own = next((extra for extra in typing.get_args(hint) if isinstance(extra, Range)), None)
+    return own or Range(typing.get_args(plain) if typing.get_origin(plain) is Literal else ())
+
+
+def _resolve(given: str, known: Mapping[str, Any]) -> str:
+    """Return the dotted name of a field, which may be given by its last part where only one field has that."""
     # `lambda` is a keyword of Python, so the field is named `lam`; both names are accepted.
-    wanted = re.sub(r"(^|\.)lambda$", r"\1lam", name.strip().replace("-", "_"))
+    wanted = re.sub(r"(^|\.)lambda$", r"\1lam", given.strip().replace("-", "_"))
     if wanted in known:
-        return known[wanted]
-    matches = [f for f in known.values() if wanted in (f.name.rpartition(".")[2], f.path[-1])]
+        return wanted
+    matches = sorted(name for name in known if name.rpartition(".")[2] == wanted)
     if len(matches) == 1:
         return matches[0]
     if matches:
-        names = ", ".join(sorted(field.name for field in matches))
-        raise UserError(f"Several fields are named {name!r}. Give the full name of one of them: {names}.")
+        raise UserError(
+            f"Several fields are named {given!r}. Give the full name of one of them: {', '.join(matches)}."
+        )
     if wanted.rpartition(".")[2] in _FIXED:
         raise UserError(
-            f"The field {name!r} cannot vary: it does not change what is learned, or trials that differ in it cannot "
+            f"The field {given!r} cannot vary: it does not change what is learned, or trials that differ in it cannot "
             "be compared. Seeds are given to --seeds."
         )
-    group = wanted.partition(".")[0]
-    inside = [one for one in known if one.startswith(f"{group}.")]
-    if wanted == group and inside:
-        raise UserError(f"{name!r} is a group of fields. Vary one of {', '.join(sorted(inside))}.")
-    raise unknown("field to vary", name, inside or known)
+    inside = [name for name in known if name.startswith(f"{wanted.partition('.')[0]}.")]
+    if "." not in wanted and inside:
+        raise UserError(f"{given!r} is a group of fields. Vary one of {', '.join(sorted(inside))}.")
+    raise unknown("field to vary", given, inside or known)
 
 
-def _dimension(field: Field, text: str | None, listed: bool) -> Dimension:
-    own = field.range
+def _dimension(name: str, hint: Any, text: str | None, listed: bool) -> Dimension:
+    """Return the dimension of `--vary NAME` (text None) or `--vary NAME=TEXT`."""
+    own = _range(hint)
+    values: Sequence[Any] = own.values
     if text is None:
-        if own is None:
+        if not values:
             raise UserError(
-                f"The field {field.name!r} has no list of values in its definition. Give the values, as in "
-                f"--vary {field.name}=A,B,C."
+                f"The field {name!r} has no list of values in its definition. Give the values, as in "
+                f"--vary {name}=A,B,C."
             )
-        if listed or not all(_is_number(value) or value is None for value in own.values):
-            return _listed(field, own.values)
-        numbers = [value for value in own.values if value is not None]
-        return _interval(field, min(numbers), max(numbers))
-    if ".." in text:
+        numbers = [value for value in values if value is not None]
+        if not listed and all(map(_is_number, numbers)):
+            return _interval(name, hint, min(numbers), max(numbers))
+    elif ".." in text:
         if listed:
             raise UserError(
-                f"{field.name}={text} is an interval, and --searcher grid needs a list of values. Write "
-                f"{field.name}=A,B,C, or use --searcher random."
+                f"{name}={text} is an interval, and --searcher grid needs a list of values. Write {name}=A,B,C, or "
+                "use --searcher random."
             )
         low, _, high = text.partition("..")
-        return _interval(field, _parsed(field, low), _parsed(field, high))
-    return _listed(field, [_parsed(field, item) for item in text.split(",") if item.strip()])
+        return _interval(name, hint, _parsed(name, hint, low), _parsed(name, hint, high))
+    else:
+        values = [_parsed(name, hint, item) for item in text.split(",") if item.strip()]
+        if not values:
+            raise UserError(f"The range of {name!r} is empty. Write it as --vary {name}=A,B,C.")
+    return Dimension(name, tuple(dict.fromkeys(values)), log=own.log, mutable=own.mutable)
 
 
-def _listed(field: Field, values: Sequence[Any]) -> Dimension:
-    if not values:
-        raise UserError(f"The range of {field.name!r} is empty. Write it as --vary {field.name}=A,B,C.")
-    return Dimension(field.name, field.path, tuple(dict.fromkeys(values)), **_scale(field))
-
-
-def _interval(field: Field, low: Any, high: Any) -> Dimension:
+def _interval(name: str, hint: Any, low: Any, high: Any) -> Dimension:
     if not (_is_number(low) and _is_number(high) and low < high):
         raise UserError(
-            f"The range {low}..{high} of {field.name!r} is empty. Give two numbers, the lower one first."
+            f"The range {low}..{high} of {name!r} is empty. Give two numbers, the lower one first."
         )
-    scale = _scale(field)
-    scale["log"] = scale["log"] and low > 0
-    return Dimension(field.name, field.path, (), low, high, not fields.has_type(0.5, field.hint), **scale)
-
-
-def _scale(field: Field) -> dict[str, bool]:
-    own = field.range or Range(())
-    return {"log": own.log, "mutable": own.mutable}
+    own, whole = _range(hint), not fields.has_type(0.5, hint)
+    return Dimension(name, (), low, high, whole, own.log and low > 0, own.mutable)
 
 
 def _is_number(value: Any) -> bool:
     return isinstance(value, (int, float)) and not isinstance(value, bool)
 
 
-def _fitting(field: Field, value: Any) -> Any:
+def _fitting(name: str, hint: Any, value: Any) -> Any:
     """Return a value that Ray Tune has resolved, as a plain Python value of the field's type."""
     value = value.item() if isinstance(value, np.generic) else value
     if callable(value):
         raise UserError(
-            f"The value of {field.name!r} is a function. Give a value, or a domain such as tune.uniform(low, high)."
+            f"The value of {name!r} is a function. Give a value, or a domain such as tune.uniform(low, high)."
         )
-    if _is_number(value) and not fields.has_type(value, field.hint):
+    if _is_number(value) and not fields.has_type(value, hint):
         if not math.isfinite(value) or value != int(value):
             raise UserError(
-                f"The field {field.name!r} takes whole numbers and was given {value}. Use tune.randint or tune.choice."
+                f"The field {name!r} takes whole numbers and was given {value}. Use tune.randint or tune.choice."
             )
         return int(value)
     return tuple(value) if isinstance(value, list) else value
 
 
-def _parsed(field: Field, text: str) -> Any:
+def _parsed(name: str, hint: Any, text: str) -> Any:
     """Return a value from the command line, of the field's type. Raise UserError when the text is no such value."""
     text = text.strip()
     read: list[Any] = [{"none": None, "true": True, "false": False}.get(text.lower(), text)]
     with contextlib.suppress(ValueError, SyntaxError):
         read.insert(0, ast.literal_eval(text))
     for value in read:
-        if text and fields.has_type(value, field.hint):
-            return float(value) if _is_number(value) and fields.has_type(0.5, field.hint) else value
-    raise UserError(
-        f"The value {text!r} of {field.name!r} is not allowed: it must be {fields.described(field.hint)}."
-    )
+        if text and fields.has_type(value, hint):
+            return float(value) if _is_number(value) and fields.has_type(0.5, hint) else value
+    raise UserError(f"The value {text!r} of {name!r} is not allowed: it must be {fields.described(hint)}.")

@@ -13,6 +13,7 @@ import json
 import logging
 import math
 import os
+import pickle
 import time
 from collections.abc import Mapping
 from concurrent.futures import ThreadPoolExecutor
@@ -22,6 +23,7 @@ from statistics import mean
 from typing import Any
 
 from ray import tune
+from ray.tune.result import AUTO_RESULT_KEYS, DEFAULT_METRIC
 
 from raysl import checkpoint, ray_cluster
 from raysl.config import Pretraining
@@ -36,9 +38,11 @@ from raysl.training.launch import pretrain
 from raysl.tuning import preparation
 from raysl.tuning.config import check_probe, check_seeds
 from raysl.tuning.preparation import Task
-from raysl.tuning.space import Values, configured, tune_space
+from raysl.tuning.space import Values, configured, corners, domain_ends
 
 _RECORD = "raysl-trial.json"
+# The numbers in each result.
+_METRICS = ("score", "loss", "rung", "t", "epoch")
 
 
 class Trial(tune.Trainable):  # type: ignore[misc]
@@ -56,6 +60,8 @@ class Trial(tune.Trainable):  # type: ignore[misc]
             logger = logging.getLogger("raysl")
             logger.handlers = [_Forward(self)]
             logger.setLevel(logging.INFO)
+        elif self._storage is not None:
+            _check_metrics(self._storage)
         self.reset_config(config)
 
     def reset_config(self, new_config: Values) -> bool:
@@ -156,6 +162,27 @@ class Trial(tune.Trainable):  # type: ignore[misc]
         return place
 
 
+def _check_metrics(storage: Any) -> None:
+    """Raise UserError if the Tuner, its scheduler or its searcher needs a metric that no result has.
+
+    Ray Tune itself compares the names at the first result, after the training, and never those of a scheduler's time.
+    """
+    try:
+        with storage.storage_filesystem.open_input_file(f"{storage.experiment_fs_path}/tuner.pkl") as file:
+            config = pickle.loads(file.read())["_tune_config"]
+    except OSError:  # The folder is on another machine, or no Tuner was used.
+        return
+    asked = [(config, "metric"), (config.scheduler, "metric"), (config.search_alg, "metric")]
+    for one, name in (*asked, (config.scheduler, "_time_attr")):
+        metric = getattr(one, name, None)
+        for wanted in metric if isinstance(metric, list) else [metric]:
+            if wanted not in (None, DEFAULT_METRIC, *_METRICS, *AUTO_RESULT_KEYS):
+                raise UserError(
+                    f"{type(one).__name__} needs the metric {wanted!r}, which the trials do not give. Use one of "
+                    f"{', '.join(_METRICS)}; score is the primary metric of the probe."
+                )
+
+
 class _Forward(logging.Handler):
     """Send what is logged in the actor of a trial to the driver of the sweep."""
 
@@ -207,11 +234,12 @@ def tune_trainable(
     preparation.check_workers(base)
     if not rungs or rungs[-1] != 1 or any(b <= a for a, b in zip((0.0, *rungs), rungs, strict=False)):
         raise UserError(f"rungs is {rungs}; give increasing shares of the schedule, of which the last is 1.")
-    points = preparation.with_configs(base, tune_space(base, param_space or {}).ends())
+    points = list(corners(domain_ends(param_space or {})))
+    preparation.check_points(base, points)
     ray_cluster.start()
     images = resolve(base.data)
     labelled = resolve(train) if train else images
-    preparation.check_models(points, images)
+    preparation.check_points(base, points, images)
     # Ray Tune decides how many trials there are.
     trials, _, placement = preparation.share(base, max_concurrent, gpus_per_worker, 10**6, 1)
     given = resolve(validation) if validation else None

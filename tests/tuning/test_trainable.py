@@ -7,6 +7,8 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from ray import tune
+from ray.tune.execution.experiment_state import StorageContext
 
 from raysl.checkpoint import SaveConfig
 from raysl.config import Pretraining, ViewConfig
@@ -87,3 +89,30 @@ def test_the_actor_of_a_trial_asks_for_what_its_run_takes(task: Task) -> None:
     several = replace(task, base=replace(task.base, workers=2))
     assert several.resources().keys() == {"node:__internal_head__"}
     assert replace(task, broker=object()).resources()["CPU"] == 1.0
+
+
+@pytest.mark.parametrize(
+    ("settings", "answer"),
+    [
+        ({"metric": "accuracy"}, "TuneConfig needs the metric 'accuracy'.*score is the primary metric"),
+        (
+            {"scheduler": tune.schedulers.ASHAScheduler(metric="top1", mode="max")},
+            "AsyncHyperBandScheduler needs the metric 'top1'",
+        ),
+        ({"metric": "score", "scheduler": tune.schedulers.ASHAScheduler("steps")}, "metric 'steps'"),
+    ],
+)
+def test_a_metric_that_no_result_has_is_refused_before_the_training(
+    task: Task, tmp_path: Path, settings: dict[str, Any], answer: str
+) -> None:
+    bound = trainable(task)
+    tune.Tuner(
+        bound,
+        tune_config=tune.TuneConfig(mode="max" if "metric" in settings else None, **settings),
+        run_config=tune.RunConfig(name="tune", storage_path=str(tmp_path)),
+    )
+    # A trial outside of an actor, which Ray Tune itself cannot make.
+    made = object.__new__(bound)
+    made._storage = StorageContext(str(tmp_path), "tune", trial_dir_name="0000")
+    with pytest.raises(UserError, match=answer):
+        made.setup({})

@@ -142,7 +142,7 @@ def play(folder: Path, scheduler: Any, searcher: Any, at_once: int, slow: str, n
 
     os.environ["TUNE_PRINT_ALL_TRIAL_ERRORS"] = "0"
     listed = tuple(i / TRIALS for i in range(TRIALS)) if searcher == "grid" else ()
-    space = Space((Dimension("x", ("x",), listed, 0.0, 1.0, mutable=True),))
+    space = Space((Dimension("x", listed, 0.0, 1.0, mutable=True),))
     config = SweepConfig("out", ("x",), scheduler=scheduler, searcher=searcher, rungs=3)
     names = {"known": dict(notes.scores), "slow": slow, "log": str(folder / "steps")}
     bound = type("Bound", (Toy,), names)
