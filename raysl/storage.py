@@ -33,6 +33,8 @@ T = TypeVar("T")
 PATIENCE_VARIABLE = "RAYSL_STORAGE_RETRY_S"
 _PATIENCE_S = 90.0
 _FIRST_PAUSE_S, _LONGEST_PAUSE_S = 0.25, 10.0
+# How long a file that was there may be absent, if a listing shows other files of its folder.
+_ABSENT_S = 2.0
 # A file for an object store is spooled in memory up to this size, and on disk beyond.
 _SPOOL_BYTES = 64 << 20
 # A file that is written and deleted again to see if a place takes files.
@@ -63,39 +65,41 @@ class StorageError(UserError):
     """A file cannot be read or written, after all retries."""
 
 
-def retry(place: str, doing: str, action: Callable[[], T], *, expected: bool = False) -> T:
+def retry(place: str, doing: str, action: Callable[[], T], *, is_gone: Callable[[], bool] | None = None) -> T:
     """Return `action()`, repeated while it fails for a reason that may pass.
 
     Args:
         place: file or folder, for messages.
         doing: "read", "write", "list" or "delete", for messages.
         action: may be called several times.
-        expected: the file is known to exist, so its absence may pass as well (a file system that is away).
+        is_gone: for a file that was there before, so that its absence may pass as well (a file system that is away):
+            returns True if the file was deleted, and waiting does not help.
 
     Raises:
-        FileNotFoundError: the file does not exist and was not expected.
+        FileNotFoundError: the file does not exist, and `is_gone` is None.
         StorageError: any other failure, or the same failure for longer than `RAYSL_STORAGE_RETRY_S` (90 s).
     """
-    started_s = time.monotonic()
-    pause_s = _FIRST_PAUSE_S
+    patience_s = float(os.environ.get(PATIENCE_VARIABLE, _PATIENCE_S))
+    started_s, pause_s = time.monotonic(), _FIRST_PAUSE_S
     while True:
         try:
             return action()
         except OSError as error:
             absent = isinstance(error, FileNotFoundError | NotADirectoryError)
-            if absent and not expected:
+            if absent and is_gone is None:
                 raise FileNotFoundError(str(error)) from error
             tried_s = time.monotonic() - started_s
-            if not (_may_pass(place, error) or absent) or tried_s + pause_s > _patience_s():
+            if absent and is_gone is not None and tried_s >= _ABSENT_S and is_gone():
+                raise StorageError(
+                    f"Cannot {doing} {place}: the file was deleted; other files of its folder are there. Restore it, "
+                    "and run the same command again."
+                ) from error
+            if not (_may_pass(place, error) or absent) or tried_s + pause_s > patience_s:
                 raise failure(place, doing, error, tried_s) from error
             if pause_s == _FIRST_PAUSE_S:
                 _log.warning("Cannot %s %s (%s). Trying again.", doing, place, _reason(error))
             time.sleep(pause_s)
             pause_s = min(2 * pause_s, _LONGEST_PAUSE_S)
-
-
-def _patience_s() -> float:
-    return float(os.environ.get(PATIENCE_VARIABLE, _PATIENCE_S))
 
 
 def _may_pass(place: str, error: OSError) -> bool:
@@ -162,7 +166,16 @@ class Folder:
             fs, root = filesystem(self.uri)
             return call(fs, f"{root}/{name}".rstrip("/"))
 
-        return retry(path, doing, action, expected=expected)
+        return retry(path, doing, action, is_gone=(lambda: self._lacks(name)) if expected else None)
+
+    def _lacks(self, name: str) -> bool:
+        """Return True if a listing shows other files of the folder of a file, and not the file.
+
+        A file system that is away shows no folder, or an empty one.
+        """
+        above, _, file = f"{self.uri}/{name}".rpartition("/")
+        there = Folder(above).list()
+        return bool(there) and file not in there
 
     def write(self, name: str, data: bytes) -> None:
         """Write one file atomically, and the folders it needs.
@@ -247,7 +260,7 @@ class Folder:
 
         Args:
             name: path inside the folder.
-            expected: the file is known to exist; its absence is retried and then a `StorageError`.
+            expected: the file was there before; if it is missing, it may appear again, and else is a `StorageError`.
 
         Raises:
             FileNotFoundError: the file does not exist.
@@ -284,7 +297,12 @@ class Folder:
                 with fs.open_input_file(path) as stream:
                     return [stream.read_at(length, start) for start, length in ranges]
             try:
-                return [_opened(self.uri, name).read_at(length, start) for start, length in ranges]
+                parts = [_opened(self.uri, name).read_at(length, start) for start, length in ranges]
+                if any(len(part) < length for part, (_, length) in zip(parts, ranges, strict=True)):
+                    # A file that was replaced by a longer one is kept open with the size of the old one.
+                    _opened.cache_clear()
+                    parts = [_opened(self.uri, name).read_at(length, start) for start, length in ranges]
+                return parts
             except OSError:
                 _opened.cache_clear()
                 raise

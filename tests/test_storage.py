@@ -10,6 +10,7 @@ from pathlib import Path
 
 import pytest
 
+from raysl import storage
 from raysl.errors import UserError
 from raysl.storage import Folder, StorageError, failure, filesystem, retry
 
@@ -137,9 +138,23 @@ def test_patience_ends(monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 def test_an_expected_file_is_waited_for() -> None:
-    assert retry("/data/x", "read", flaky([FileNotFoundError("x")]), expected=True) == "done"
+    assert retry("/data/x", "read", flaky([FileNotFoundError("x")]), is_gone=lambda: False) == "done"
     with pytest.raises(FileNotFoundError):
         retry("/data/x", "read", flaky([FileNotFoundError("x")]))
+
+
+def test_a_file_that_was_deleted_is_not_waited_for(folder: Folder, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(storage, "_ABSENT_S", 0.0)
+    folder.write("shards/other", b"1")
+    for read in (folder.read, lambda name, expected: folder.read_ranges(name, [(0, 1)], expected=expected)):
+        with pytest.raises(StorageError, match="shards/gone: the file was deleted"):
+            read("shards/gone", expected=True)
+    # A file system that is away shows an empty folder.
+    monkeypatch.setenv("RAYSL_STORAGE_RETRY_S", "0")
+    folder.delete("shards/other")
+    with pytest.raises(StorageError, match=r"Cannot read .*shards/gone") as raised:
+        folder.read("shards/gone", expected=True)
+    assert "the file was deleted" not in str(raised.value)
 
 
 @pytest.mark.skipif(not hasattr(os, "geteuid") or os.geteuid() == 0, reason="root may read everything")

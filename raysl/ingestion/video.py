@@ -20,6 +20,8 @@ from raysl.stream.formats import DecodeError, package
 Pixels = npt.NDArray[np.uint8]
 # A video that ends this share of its stated length early has been cut off.
 _MISSING = 0.1
+# Shorter gaps in the time stamps of the sound are due to their rounding.
+_GAP_S = 0.05
 
 
 class Sampling(NamedTuple):
@@ -131,6 +133,12 @@ def _upright(frame: Any, aspect: float, frame_size: int) -> Pixels:
     return np.ascontiguousarray(np.rot90(pixels_hwc, round(frame.rotation / 90)))
 
 
+def _silence(count: int) -> Iterator[npt.NDArray[np.int16]]:
+    """Yield samples in small pieces, because a damaged time stamp may ask for hours."""
+    for start in range(0, count, SOUND_HZ):
+        yield np.zeros(min(SOUND_HZ, count - start), np.int16)
+
+
 class _Sound:
     """The sound of a video, read in the order of time: 16 kHz, mono."""
 
@@ -148,11 +156,20 @@ class _Sound:
                 resampler = av.AudioResampler(format="s16", layout="mono", rate=SOUND_HZ)
                 video = container.streams.video[0]
                 start_s = float((video.start_time or 0) * video.time_base)
-                first = True
+                next_s = None
                 for frame in container.decode(container.streams.audio[0]):
+                    time_s = frame.time
+                    if next_s is None:
+                        next_s = time_s or 0.0
+                        self._at = round((next_s - start_s) * SOUND_HZ)
+                    elif time_s is not None and time_s - next_s > _GAP_S:
+                        for part in resampler.resample(None):
+                            yield part.to_ndarray()[0]
+                        resampler = av.AudioResampler(format="s16", layout="mono", rate=SOUND_HZ)
+                        yield from _silence(round((time_s - next_s) * SOUND_HZ))
+                        next_s = time_s
+                    next_s += frame.samples / frame.sample_rate
                     for part in resampler.resample(frame):
-                        if first:
-                            self._at, first = round(((frame.time or 0.0) - start_s) * SOUND_HZ), False
                         yield part.to_ndarray()[0]
                 for part in resampler.resample(None):
                     yield part.to_ndarray()[0]

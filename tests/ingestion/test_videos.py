@@ -154,6 +154,31 @@ def test_a_long_video_becomes_clips_with_their_part_of_the_sound(tmp_path: Path)
     assert rows[1].image == clips.frame(1, 10)
 
 
+def test_a_gap_in_the_sound_is_silent(tmp_path: Path) -> None:
+    with av.open(str(tmp_path / "a.mkv"), "w") as container:
+        stream = container.add_stream("libx264", rate=10)
+        stream.width, stream.height, stream.pix_fmt = 64, 48, "yuv420p"
+        audio = container.add_stream("pcm_s16le", rate=16_000)
+        audio.layout = "mono"
+        for number in range(40):
+            pixels = np.full((48, 64, 3), 6 * number, np.uint8)
+            container.mux(stream.encode(av.VideoFrame.from_ndarray(pixels, format="rgb24")))
+        container.mux(stream.encode(None))
+        for tenth in (*range(10), *range(25, 40)):
+            tone = np.full((1, 1600), 5000, np.int16)
+            frame = av.AudioFrame.from_ndarray(tone, format="s16", layout="mono")
+            frame.sample_rate, frame.pts = 16_000, tenth * 1600
+            container.mux(audio.encode(frame))
+        container.mux(audio.encode(None))
+    clips, bad = clips_of(tmp_path, ReadConfig(fps=10, clip_s=2))
+    assert not bad
+    sound_t = np.concatenate([clips.sound(row) for row in range(2)])
+    assert len(sound_t) == 64_000
+    assert (sound_t[200:15_800] == 5000).all()
+    assert not sound_t[16_200:39_800].any()
+    assert (sound_t[40_200:63_800] == 5000).all()
+
+
 def test_class_folders_splits_and_single_files(tmp_path: Path) -> None:
     for split in ("train", "test"):
         for name in ("jump", "walk"):

@@ -89,3 +89,10 @@ def test_all_labels_are_one_request(store: str, tmp_path: Path, local: DataSet) 
     there = DataSet(Folder(f"s3://{BUCKET}/set"), DataSet.open(str(tmp_path / "set")).manifest)
     np.testing.assert_array_equal(there.labels(), labels)
     assert counts(store)["GET"] == 1
+
+
+def test_a_file_that_was_replaced_is_read_with_its_new_size(store: str, tmp_path: Path) -> None:
+    folder = Folder(f"s3://{BUCKET}")
+    for content in (b"short", b"a longer content", b"12"):
+        (tmp_path / "file").write_bytes(content)
+        assert folder.read_ranges("file", [(0, len(content)), (1, 1)]) == [content, content[1:2]]
