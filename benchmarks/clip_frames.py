@@ -23,8 +23,8 @@ import av
 import numpy as np
 import tyro
 
-from raysl.ingestion.sources import Place, UnitSize, open_source, read
-from raysl.ingestion.video import Sampling, cut
+from raysl.ingestion.sources import Place, Row, UnitSize, open_source, read
+from raysl.ingestion.video import Sampling, clips
 from raysl.stream.decode import decode
 
 _REPEATS = 40
@@ -116,7 +116,7 @@ def memory() -> None:
                 container.mux(stream.encode(frame))
             container.mux(stream.encode(None))
         resident, started = [], time.process_time()
-        for _ in cut(lambda: path.open("rb"), Sampling(_FPS, 8.0, 128)):
+        for _ in clips(Row(None, None, ""), Sampling(_FPS, 8.0, 128), lambda: path.open("rb")):
             pages = int(Path("/proc/self/statm").read_text().split()[1])
             resident.append(pages * os.sysconf("SC_PAGE_SIZE") >> 20)
         print(

@@ -53,12 +53,20 @@ def find(names: Sequence[str], wanted: str, place: str) -> str:
 
 def names_in(schema: pa.Schema, column: str) -> list[str] | None:
     """Return the names of the classes that Hugging Face writes into a schema; None if it has none."""
+    feature = feature_in(schema, column)
     try:
-        feature = json.loads((schema.metadata or {})[b"huggingface"])["info"]["features"][column]
-        feature = feature.get("feature", feature) if isinstance(feature, dict) else feature
-        return [str(name) for name in feature["names"]]
+        return [str(name) for name in feature.get("feature", feature)["names"]]
     except (KeyError, TypeError, ValueError):
         return None
+
+
+def feature_in(schema: pa.Schema, column: str) -> dict[str, Any]:
+    """Return what Hugging Face writes into a schema about a column; empty if it says nothing."""
+    try:
+        feature = json.loads((schema.metadata or {})[b"huggingface"])["info"]["features"][column]
+        return feature if isinstance(feature, dict) else {}
+    except (KeyError, TypeError, ValueError):
+        return {}
 
 
 def as_classes(column: pa.Array, names: list[str] | None = None) -> pa.Array:

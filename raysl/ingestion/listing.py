@@ -262,6 +262,7 @@ class Survey:
         digest: hash that changes when a file is added or removed or an image changes.
         few: the first 100,000 files, which spares small sources a second walk.
         num_files: number of all files.
+        about: the kind of files that count as the images of the layout.
     """
 
     folders: dict[str, Counter[str]] = field(default_factory=dict)
@@ -273,6 +274,7 @@ class Survey:
     digest: str = ""
     few: list[File] = field(default_factory=list)
     num_files: int = 0
+    about: str = IMAGE
 
     def all_files(self) -> list[File] | None:
         """Return all files; None if there are more than are kept."""
@@ -287,7 +289,7 @@ class Survey:
             head: returns the first bytes of a file, to tell its kind if its name does not.
             about: the kind of files that count as the images of the layout.
         """
-        survey = Survey()
+        survey = Survey(about=about)
         files = iter(files)
         survey.few = list(islice(files, _FEW_FILES))
         files = chain(survey.few, files)
@@ -325,7 +327,7 @@ class Survey:
         return OTHER
 
     def is_image(self, path: str) -> bool:
-        return kind_of(path) == IMAGE or path in self.sniffed
+        return kind_of(path) == self.about or path in self.sniffed
 
     def images(self, folder: str = "", direct: bool = False) -> int:
         """Return the number of images below a folder, or directly inside it."""

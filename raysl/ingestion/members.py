@@ -10,7 +10,7 @@ from typing import NamedTuple
 from raysl.errors import UserError
 from raysl.ingestion import labels
 from raysl.ingestion.found import LeftOut, listed, shown
-from raysl.ingestion.listing import HIDDEN, IMAGE, LABEL_TABLES, OTHER, is_hidden, kind_of
+from raysl.ingestion.listing import HIDDEN, IMAGE, LABEL_TABLES, OTHER, VIDEO, is_hidden, kind_of
 from raysl.ingestion.sources import ReadConfig
 from raysl.stream.formats import looks_like_image
 
@@ -38,6 +38,7 @@ class Listing:
         how: "tar", "stream" (a compressed tar, read from its beginning) or "zip".
         name: of the archive, for messages.
         images: in the order of the archive.
+        videos: likewise.
         classes: by the name of a `.cls` or `.json` member without its suffix, the label in it; `.cls` wins.
         in_cls: these names for the `.cls` members.
         unusable: by the same names, why a label is not taken.
@@ -49,6 +50,7 @@ class Listing:
     how: str
     name: str
     images: dict[str, Member] = field(default_factory=dict)
+    videos: dict[str, Member] = field(default_factory=dict)
     classes: dict[str, str | None] = field(default_factory=dict)
     in_cls: set[str] = field(default_factory=set)
     unusable: dict[str, str] = field(default_factory=dict)
@@ -62,7 +64,7 @@ class Listing:
         Args:
             content: returns the content of the member.
         """
-        name, size = _plain(member.name), member.size
+        name, size = plain(member.name), member.size
         if not is_file:
             self.left_out.add("links and devices in archives", name)
         elif name.startswith("/") or ".." in name.split("/"):
@@ -78,10 +80,11 @@ class Listing:
             small = size <= _MOST_LABEL_BYTES and config.labels == "auto"
             if kind == OTHER and looks_like_image(content()[:_HEAD_BYTES]):
                 kind = IMAGE
-            if kind == IMAGE:
-                if self.images.pop(name, None):
+            if kind in (IMAGE, VIDEO):
+                taken = self.images if kind == IMAGE else self.videos
+                if taken.pop(name, None):
                     self.left_out.add("members replaced by later ones of the same name", name)
-                self.images[name] = member
+                taken[name] = member
             elif small and base in LABEL_TABLES:
                 self.tables[name] = content()
             elif small and suffix in _LABELS:
@@ -138,6 +141,6 @@ class Listing:
         return ""
 
 
-def _plain(name: str) -> str:
+def plain(name: str) -> str:
     """Return the name of a member with "/" between its parts, also where Windows wrote "\\"."""
     return (name if "/" in name else name.replace("\\", "/")).removeprefix("./")

@@ -6,15 +6,18 @@ never repeated: a slow or uneven video gives fewer frames with their true times.
 
 from __future__ import annotations
 
+import io
 import math
 from collections.abc import Callable, Iterator
+from functools import partial
 from typing import Any, BinaryIO, NamedTuple
 
 import numpy as np
 import numpy.typing as npt
 
-from raysl.clips import SOUND_HZ, jpeg, thumbnail
+from raysl.clips import COLUMNS, SOUND_HZ, jpeg, thumbnail
 from raysl.ingestion import tracker
+from raysl.ingestion.sources import ReadConfig, Row
 from raysl.stream.formats import DecodeError, package
 
 Pixels = npt.NDArray[np.uint8]
@@ -37,37 +40,35 @@ class Sampling(NamedTuple):
     clip_s: float
     frame_size: int
 
+    @staticmethod
+    def of(config: ReadConfig) -> Sampling:
+        return Sampling(config.fps, config.clip_s, config.frame_size)
 
-class Cut(NamedTuple):
-    """A clip of a video, or the reason why a part of the video is missing.
-
-    Args:
-        start_s: where the clip begins in the video.
-        end_s: where it ends.
-        columns: values of the columns of `raysl.clips`; None with a reason.
-        reason: completes the sentence "The file ...".
-    """
-
-    start_s: float
-    end_s: float
-    columns: dict[str, Any] | None
-    reason: str = ""
+    def facts(self) -> dict[str, Any]:
+        """Return what the manifest says about the clips."""
+        return {"columns": list(COLUMNS), **self._asdict(), "sound_hz": SOUND_HZ}
 
 
-def cut(open_file: Callable[[], BinaryIO], sampling: Sampling) -> Iterator[Cut]:
-    """Yield the clips of a video.
+def clips(row: Row, sampling: Sampling, open_file: Callable[[], BinaryIO] | None = None) -> Iterator[Row]:
+    """Yield the clips of a video, and a row with the reason for a part that cannot be read.
 
     Args:
-        open_file: opens the file for reading; it must be seekable.
+        row: the video, with the bytes of its file as `image`.
         sampling: what is kept.
+        open_file: opens the file for reading, seekable, in place of the bytes in the row.
 
     Raises:
         OSError: the file cannot be read.
     """
+    if open_file is None:
+        if row.image is None:
+            yield row
+            return
+        open_file = partial(io.BytesIO, row.image)
     try:
         av = package("av", "av", "a video")
     except DecodeError as error:
-        yield Cut(0, 0, None, str(error).replace("raysl[images]", "raysl[video]"))
+        yield row._replace(image=None, reason=str(error).replace("raysl[images]", "raysl[video]"))
         return
     frames: list[tuple[float, Pixels]] = []
     found, end_s, why = False, 0.0, ""
@@ -79,7 +80,7 @@ def cut(open_file: Callable[[], BinaryIO], sampling: Sampling) -> Iterator[Cut]:
                 if frames and time_s >= frames[0][0] + sampling.clip_s - 1e-6:
                     if len(frames) > 1:
                         found = True
-                        yield _clip(frames, time_s, sound)
+                        yield _clip(row, frames, time_s, sound)
                     frames = []
                 frames.append((time_s, pixels_hwc))
         except DecodeError as error:
@@ -88,9 +89,10 @@ def cut(open_file: Callable[[], BinaryIO], sampling: Sampling) -> Iterator[Cut]:
             why = f"damaged or cut off{f' after {end_s:.1f} s' if end_s else ''}: {error.strerror or error}"
         if len(frames) > 1:
             found = True
-            yield _clip(frames, end_s, sound)
+            yield _clip(row, frames, end_s, sound)
     if why or not found:
-        yield Cut(end_s, end_s, None, why or ("holds one frame" if frames else "holds no frames"))
+        why = why or ("holds one frame" if frames else "holds no frames")
+        yield row._replace(image=None, reason=why)
 
 
 def _frames(av: Any, file: BinaryIO, sampling: Sampling) -> Iterator[tuple[float, Pixels]]:
@@ -202,15 +204,16 @@ class _Sound:
         return samples
 
 
-def _clip(frames: list[tuple[float, Pixels]], end_s: float, sound: _Sound) -> Cut:
+def _clip(row: Row, frames: list[tuple[float, Pixels]], end_s: float, sound: _Sound) -> Row:
     start_s = frames[0][0]
     samples = sound.between(start_s, end_s)
     thumbnails = [thumbnail(pixels_hwc) for _, pixels_hwc in frames]
-    columns = {
+    columns: dict[str, Any] = {
         "frames": [jpeg(pixels_hwc) for _, pixels_hwc in frames],
         "times": [time_s - start_s for time_s, _ in frames],
         "thumbnails": b"".join(thumbnails),
         "tracks": tracker.track([pixels_hwc for _, pixels_hwc in frames]).ravel(),
         "sound": None if samples is None else samples.astype("<i2").tobytes(),
     }
-    return Cut(start_s, end_s, columns)
+    middle, name = columns["frames"][len(frames) // 2], f"{row.path}#{start_s:.2f}-{end_s:.2f}"
+    return row._replace(image=middle, path=name, clip=columns)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import tracemalloc
 from collections.abc import Sequence
 from pathlib import Path
@@ -9,6 +10,7 @@ from typing import Any
 
 import numpy as np
 import pyarrow as pa
+import pyarrow.parquet as pq
 import pytest
 
 from raysl.clips import COLUMNS, SOUND_HZ, Clips
@@ -17,6 +19,7 @@ from raysl.ingestion.found import Found
 from raysl.ingestion.sources import Place, ReadConfig, Row, UnitSize, open_source, read
 from raysl.ingestion.tracker import track
 from raysl.stream.decode import decode
+from tests.ingestion.reading import jpeg, write_tar
 
 av = pytest.importorskip("av")
 
@@ -194,6 +197,39 @@ def test_class_folders_splits_and_single_files(tmp_path: Path) -> None:
     assert len(clips_of(tmp_path / "train" / "jump" / "a.mp4")[0]) == 1
     with pytest.raises(UserError, match="several splits"):
         open_source(Place(str(tmp_path)))
+
+
+def test_videos_in_archives_and_tables_become_clips(tmp_path: Path) -> None:
+    data = {name: make(tmp_path / "in" / f"{name}.mp4", times=(0, 0.2, 0.4)).read_bytes() for name in "ab"}
+    (tmp_path / "in" / "b.mp4").write_bytes(b"damaged")
+    damaged = {"a": data["a"], "b": b"damaged"}
+    members = {f"{name}.mp4": content for name, content in damaged.items()}
+    labels = {"a.cls": b"1", "b.cls": b"0"}
+    write_tar(tmp_path / "shard.tar", {**members, **labels, "a.jpg": jpeg()})
+    write_tar(tmp_path / "folders.tar", {f"x/{name}": content for name, content in members.items()})
+    struct = [{"bytes": content, "path": None} for content in damaged.values()]
+    feature = {"info": {"features": {"film": {"_type": "Video"}}}}
+    with_feature = pa.schema(
+        {"film": pa.struct({"bytes": pa.binary(), "path": pa.string()}), "label": pa.int64()},
+        metadata={"huggingface": json.dumps(feature)},
+    )
+    pq.write_table(pa.table({"film": struct, "label": [1, 0]}, with_feature), tmp_path / "hf.parquet")
+    pq.write_table(pa.table({"video": list(damaged.values()), "label": [1, 0]}), tmp_path / "plain.parquet")
+    (tmp_path / "in" / "list.csv").write_text("file_name,label\na.mp4,1\nb.mp4,0\n")
+    for source in ("shard.tar", "folders.tar", "hf.parquet", "plain.parquet", "in/list.csv"):
+        one = open_source(Place(str(tmp_path / source)))
+        found, rows = rows_of(tmp_path / source)
+        assert found.noun == "videos"
+        assert one.source.encoded_here
+        assert one.source.clips["columns"] == list(COLUMNS)
+        assert found.classes == ({"x": 2} if source == "folders.tar" else {"0": 1, "1": 1}), source
+        good, bad = rows
+        assert good.path.endswith("#0.00-0.53")
+        assert good.clip is not None
+        assert (bad.image, bad.clip) == (None, None)
+        assert "damaged or cut off" in bad.reason
+    _, (image,) = rows_of(tmp_path / "shard.tar", ReadConfig(image_column="jpg"))
+    assert image.clip is None
 
 
 def _truncated(path: Path, share: float) -> None:

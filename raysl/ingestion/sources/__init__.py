@@ -13,13 +13,13 @@ and gets ingest, resumption, the ledger and `raysl ingest` without another edit.
 from __future__ import annotations
 
 import os
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from dataclasses import dataclass, field
 from enum import IntEnum
 from functools import cache, cached_property
 from pathlib import Path
 from types import ModuleType
-from typing import Annotated, Any, Literal, NamedTuple, Protocol
+from typing import Annotated, Any, Literal, NamedTuple, Protocol, TypeVar
 from urllib.parse import parse_qsl
 
 from raysl import plugins
@@ -30,6 +30,8 @@ from raysl.ingestion.found import Found, LeftOut
 from raysl.ingestion.listing import TABLE, File, Survey, files_below, is_folder, join, read_bytes
 from raysl.ingestion.split_names import by_split
 from raysl.storage import Folder
+
+T = TypeVar("T")
 
 _HEAD_BYTES = 4096
 
@@ -200,6 +202,27 @@ class Source(Protocol):
     def units(self, size: UnitSize) -> Iterator[Unit]:
         """Yield all units in the order of their indices; equal for equal stamps."""
         ...
+
+
+def in_units(items: Iterable[T], size: UnitSize, weigh: Callable[[T], tuple[int, int]]) -> Iterator[list[T]]:
+    """Divide items among units: as many as a unit holds, and at least one.
+
+    Args:
+        items: pieces of a source, in order.
+        size: the most that a unit holds.
+        weigh: returns the images and the bytes of an item.
+    """
+    some: list[T] = []
+    images = num_bytes = 0
+    for item in items:
+        more_images, more_bytes = weigh(item)
+        images, num_bytes = images + more_images, num_bytes + more_bytes
+        if some and (images > size.num_images or num_bytes > size.num_bytes):
+            yield some
+            some, images, num_bytes = [], more_images, more_bytes
+        some.append(item)
+    if some:
+        yield some
 
 
 @dataclass(frozen=True)

@@ -9,6 +9,7 @@ safety.
 from __future__ import annotations
 
 import lzma
+import sys
 import zipfile
 import zlib
 from collections import Counter
@@ -18,26 +19,23 @@ from contextlib import contextmanager
 from dataclasses import replace
 from functools import partial
 from itertools import chain
+from typing import Any
 
 from raysl.errors import UserError
-from raysl.ingestion import labels, layout, metadata, tar
+from raysl.ingestion import labels, layout, metadata, tar, video
 from raysl.ingestion.found import LeftOut, shown
-from raysl.ingestion.listing import (
-    ARCHIVE,
-    IMAGE,
-    File,
-    Survey,
-    stamp,
-)
-from raysl.ingestion.members import MOST_BYTES, Listing, Member
+from raysl.ingestion.listing import ARCHIVE, IMAGE, VIDEO, File, Survey, kind_of, stamp
+from raysl.ingestion.members import MOST_BYTES, Listing, Member, plain
 from raysl.ingestion.sources import (
     Confidence,
     Place,
+    ReadConfig,
     Row,
     Unit,
     UnitSize,
     choose_split,
     files_ending,
+    in_units,
     read_split,
 )
 from raysl.storage import Folder
@@ -50,6 +48,7 @@ SUMMARY = (
 _SUFFIXES = (".tar", ".tgz", ".tar.gz", ".tar.bz2", ".tbz2", ".tar.xz", ".txz", ".tar.zst", ".zip")
 # Damage to a single member of a zip archive.
 _ZIP_DAMAGE = (zipfile.BadZipFile, EOFError, RuntimeError, lzma.LZMAError, zlib.error)
+_WHOLE = UnitSize(sys.maxsize, sys.maxsize)
 # The image of a sample that has several, in this order.
 _PREFERRED = ("jpg", "jpeg", "png", "webp", "image", "img")
 
@@ -116,16 +115,17 @@ def _opened_zip(root: str, path: str) -> Iterator[zipfile.ZipFile]:
 class Source:
     """See `raysl.ingestion.sources.Source`."""
 
-    encoded_here = False
-
     def __init__(self, place: Place) -> None:
         self._place = place
+        self.clips: dict[str, Any] = {}
+        self._sampling: list[float] = []
         self._files, self.found = read_split(place, files_ending(place, _SUFFIXES), ARCHIVE, inner=True)
         self._split = split = self.found.split
         self._listings: list[Listing] | None = None
         # By archive, the classes of its images in its table; None if no archive has one.
         self._class_of: dict[str, dict[str, str]] | None = None
         inner = self._inner_split(place)
+        self.encoded_here = bool(self.clips)
         self.name = str(replace(place, split=split or inner))
 
     def _inner_split(self, place: Place) -> str:
@@ -135,6 +135,7 @@ class Source:
         listings = self._listings
         for listing in listings:
             self.found.left_out.update(listing.left_out)
+        self._choose_kind(place.config)
         if not any(listing.images for listing in listings):
             raise UserError(f"The archives at {place.uri!r} hold no images. They hold {self.found.left_out}.")
         self._choose_images(place.config.image_column)
@@ -144,7 +145,8 @@ class Source:
         tables = dict.fromkeys(name for listing in listings for name in listing.tables)
         images = (File(name, m.size, 0) for listing in listings for name, m in listing.images.items())
         # Names that do not tell are those of images, as their content did.
-        survey = Survey.of(chain(images, (File(name, 0, 0) for name in tables)), lambda _: JPEG)
+        about = VIDEO if self.clips else IMAGE
+        survey = Survey.of(chain(images, (File(name, 0, 0) for name in tables)), lambda _: JPEG, about)
         inner = LeftOut()
         self._layout = layout.recognise(
             survey,
@@ -172,6 +174,21 @@ class Source:
         if not self._split:
             self.found.splits, self.found.split = found.splits, found.split
         return found.split
+
+    def _choose_kind(self, config: ReadConfig) -> None:
+        """Take the videos if there are more of them than images, or if the user names their suffix."""
+        listings = self._listings or []
+        images = sum(len(listing.images) for listing in listings)
+        videos = sum(len(listing.videos) for listing in listings)
+        named = kind_of(f"x.{config.image_column}")
+        if named == VIDEO or (videos > images and named != IMAGE):
+            sampling = video.Sampling.of(config)
+            self.clips, self._sampling, self.found.noun = sampling.facts(), list(sampling), "videos"
+        for listing in listings:
+            others = listing.images if self.clips else listing.videos
+            for name in others:
+                self.found.left_out.add("images" if self.clips else VIDEO, name)
+            listing.images = listing.videos if self.clips else listing.images
 
     def _apply_tables(self, listings: list[Listing], wanted: str) -> None:
         """Label the images of each archive from its own table, or from a table in an archive without images."""
@@ -224,43 +241,39 @@ class Source:
             of_archive = self._layout
             if self._class_of is not None:
                 of_archive = replace(of_archive, class_of=self._class_of.get(listing.path, {}))
-            taken: list[tuple[Member, str | None]] = []
-            num_bytes = 0
-            for name, image in listing.images.items():
-                try:
-                    label = of_archive.label(name)
-                except layout.Skip as skip:
-                    if skip.args:
-                        self.found.left_out.add(skip.args[0], name)
-                    if skip.args or not self._in_members:
-                        continue
-                if self._in_members:
-                    label = listing.classes.get(_key(name, self._first_dot)[0])
-                full = len(taken) >= size.num_images or num_bytes + image.size > size.num_bytes
-                if taken and full and listing.how != "stream":
-                    yield self._unit(listing, taken)
-                    taken, num_bytes = [], 0
-                taken.append((image, label))
-                num_bytes += image.size
-                classes.add((label,), f"{listing.path}/{name}".strip("/"))
-            if taken:
-                yield self._unit(listing, taken)
+            # A compressed archive is read from its beginning, so it is one unit.
+            most = _WHOLE if listing.how == "stream" else size
+            for taken in in_units(self._labelled(listing, of_archive), most, lambda one: (1, one[0].size)):
+                for image, label in taken:
+                    classes.add((label,), f"{listing.path}/{plain(image.name)}".strip("/"))
+                self.found.images += len(taken)
+                spec = {
+                    "root": self._place.uri,
+                    "path": listing.path,
+                    "how": listing.how,
+                    "images": [list(image) for image, _ in taken],
+                    "labels": [label for _, label in taken],
+                    "sampling": self._sampling,
+                }
+                yield Unit(len(taken), spec)
         by_name = not self._in_members and self._class_of is None
         if not by_name and (why := classes.why_none()):
             self.found.labels = f"none, although they are {self.found.labels}: {shown(why)}"
         else:
             self.found.classes = dict(sorted(classes.counts.items())) if by_name else classes.ordered()
 
-    def _unit(self, listing: Listing, taken: list[tuple[Member, str | None]]) -> Unit:
-        self.found.images += len(taken)
-        spec = {
-            "root": self._place.uri,
-            "path": listing.path,
-            "how": listing.how,
-            "images": [list(image) for image, _ in taken],
-            "labels": [label for _, label in taken],
-        }
-        return Unit(len(taken), spec)
+    def _labelled(self, listing: Listing, of_archive: layout.Layout) -> Iterator[tuple[Member, str | None]]:
+        for name, image in listing.images.items():
+            try:
+                label = of_archive.label(name)
+            except layout.Skip as skip:
+                if skip.args:
+                    self.found.left_out.add(skip.args[0], name)
+                if skip.args or not self._in_members:
+                    continue
+            if self._in_members:
+                label = listing.classes.get(_key(name, self._first_dot)[0])
+            yield image, label
 
 
 def _count(listings: list[Listing]) -> str:
@@ -292,8 +305,10 @@ def read(unit: Unit) -> Iterator[Row]:
     contents = {"zip": _read_zip, "stream": _read_stream, "tar": _read_tar}[spec["how"]]
     rows = contents(spec["root"], spec["path"], images)
     for image, label, data in zip(images, spec["labels"], rows, strict=True):
-        path = shown(f"{archive}/{image.name}")
-        yield Row(data, label, path) if isinstance(data, bytes) else Row(None, label, path, data)
+        row = Row(None, label, shown(f"{archive}/{image.name}"))
+        row = row._replace(image=data) if isinstance(data, bytes) else row._replace(reason=data)
+        sampling = spec.get("sampling")
+        yield from video.clips(row, video.Sampling(*sampling)) if sampling else [row]
 
 
 def _read_tar(root: str, path: str, images: list[Member]) -> Iterator[bytes | str]:

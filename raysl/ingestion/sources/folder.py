@@ -1,7 +1,8 @@
-"""A folder of image files at any URI; `raysl.ingestion.layout` recognises its splits and classes.
+"""A folder of image or video files at any URI, or one video; `raysl.ingestion.layout` finds its splits and classes.
 
 Labels come from class folders, or from a file that the layout names: `metadata.csv` or `.jsonl` as Hugging Face's
-ImageFolder has it, or `val_annotations.txt` of Tiny ImageNet.
+ImageFolder has it, or `val_annotations.txt` of Tiny ImageNet. A folder that holds more videos than images is one of
+videos; each becomes clips, see `raysl.ingestion.video`.
 """
 
 from __future__ import annotations
@@ -10,16 +11,18 @@ from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import replace
 from functools import partial
-from itertools import chain, repeat
+from itertools import chain, groupby, repeat
+from typing import Any
 
 from raysl.errors import UserError
-from raysl.ingestion import layout, metadata
-from raysl.ingestion.found import shown
+from raysl.ingestion import layout, metadata, video
+from raysl.ingestion.found import LeftOut, shown
 from raysl.ingestion.labels import Classes
-from raysl.ingestion.listing import files_below, read_bytes
-from raysl.ingestion.sources import Confidence, Place, Row, Unit, UnitSize, choose_split
+from raysl.ingestion.listing import VIDEO, File, Survey, files_below, kind_of, read_bytes
+from raysl.ingestion.sources import Confidence, Place, Row, Unit, UnitSize, choose_split, in_units
+from raysl.storage import Folder
 
-SUMMARY = "a folder of images, in class folders or not: photos/, s3://bucket/photos, photos/#train"
+SUMMARY = "a folder of images or videos, in class folders or not: photos/, s3://bucket/photos, photos/#train, videos/"
 
 # Object stores answer slowly and in parallel: this many threads read at a time, each a few files for one hand-over.
 _READERS = 16
@@ -28,23 +31,44 @@ _MOST_BYTES = 1 << 30
 
 
 def recognise(place: Place) -> Confidence:
-    return Confidence.COULD_BE if place.is_folder and place.survey[0].images() else Confidence.NO
+    there = _holds_videos(place) or (place.is_folder and place.survey[0].images())
+    return Confidence.COULD_BE if there else Confidence.NO
+
+
+def _holds_videos(place: Place) -> bool:
+    if not place.is_folder:
+        return kind_of(place.uri) == VIDEO
+    survey = place.survey[0]
+    return sum(counts[VIDEO] for counts in survey.folders.values()) > survey.images()
 
 
 class Source:
     """See `raysl.ingestion.sources.Source`."""
 
-    encoded_here = False
-
     def __init__(self, place: Place) -> None:
-        self._place = place
-        self._survey, left_out = place.survey
+        self._place, self._root = place, place.uri
+        self._survey, left_out = place.survey if place.is_folder else (Survey(), LeftOut())
+        self.encoded_here = _holds_videos(place)
+        if self.encoded_here:
+            files = files_below(place.uri, follow_links=place.config.follow_links)
+            if not place.is_folder:
+                self._root, _, name = place.uri.rpartition("/")
+                files = (replace(file, path=name) for file in files)
+            self._survey = Survey.of(files, lambda path: b"", about=VIDEO)
         labels = place.config.labels
         self._layout = layout.recognise(
             self._survey, lambda splits: choose_split(place, splits), labels, left_out
         )
         self.found = self._layout.found
-        if labels == "auto":
+        self.clips: dict[str, Any] = {}
+        self._spec: dict[str, Any] = {}
+        if self.encoded_here:
+            sampling = video.Sampling.of(place.config)
+            self.clips, self._spec = sampling.facts(), {"sampling": list(sampling)}
+            self.found.noun = "videos"
+            self.found.layout = self.found.layout.replace("images", "videos")
+            self.found.labels = self.found.labels.replace("image", "video")
+        elif labels == "auto":
             metadata.apply(
                 partial(read_bytes, place.uri), self._survey, self._layout, place.config.label_column
             )
@@ -56,25 +80,15 @@ class Source:
     def units(self, size: UnitSize) -> Iterator[Unit]:
         classes = Classes()
         missing = dict.fromkeys(self._layout.class_of or ())
-        paths: list[str] = []
-        runs: list[tuple[str | None, int]] = []
-        num_bytes = 0
         self.found.images = 0
-        for path, file_bytes, label in self._images():
-            if paths and (len(paths) >= size.num_images or num_bytes + file_bytes > size.num_bytes):
-                yield self._unit(paths, runs)
-                paths, runs, num_bytes = [], [], 0
-            classes.add((label,), path)
-            missing.pop(path, None)
-            if runs and runs[-1][0] == label:
-                runs[-1] = (label, runs[-1][1] + 1)
-            else:
-                runs.append((label, 1))
-            num_bytes += file_bytes
-            paths.append(path)
-            self.found.images += 1
-        if paths:
-            yield self._unit(paths, runs)
+        for some in in_units(self._labelled(), size, lambda one: (1, one[0].num_bytes)):
+            for file, label in some:
+                classes.add((label,), file.path)
+                missing.pop(file.path, None)
+            self.found.images += len(some)
+            runs = [(label, len(list(same))) for label, same in groupby(label for _, label in some)]
+            paths = [file.path for file, _ in some]
+            yield Unit(len(some), {"root": self._root, "paths": paths, "labels": runs, **self._spec})
         if gone := [path for path in missing if layout.join_within(path, self._layout.base)]:
             self.found.left_out.add("labels of files that are not there", gone[0], len(gone))
         if self._layout.class_of is None:
@@ -84,27 +98,27 @@ class Source:
         else:
             self.found.classes = classes.ordered()
 
-    def _images(self) -> Iterator[tuple[str, int, str | None]]:
-        """Yield the path, the size and the label of every image, in the order of the indices."""
-        place = self._place
+    def _labelled(self) -> Iterator[tuple[File, str | None]]:
+        """Yield every image or video with its label, in the order of the indices."""
         files = self._survey.all_files() or files_below(
-            place.uri, follow_links=place.config.follow_links, base=self._layout.base
+            self._root, follow_links=self._place.config.follow_links, base=self._layout.base
         )
         for file in files:
             if self._survey.is_image(file.path):
                 try:
-                    yield file.path, file.num_bytes, self._layout.label(file.path)
+                    yield file, self._layout.label(file.path)
                 except layout.Skip as skip:
                     if skip.args:
                         self.found.left_out.add(skip.args[0], file.path)
-
-    def _unit(self, paths: list[str], runs: list[tuple[str | None, int]]) -> Unit:
-        return Unit(len(paths), {"root": self._place.uri, "paths": paths, "labels": runs})
 
 
 def read(unit: Unit) -> Iterator[Row]:
     root, paths = unit.spec["root"], unit.spec["paths"]
     labels = chain.from_iterable(repeat(label, count) for label, count in unit.spec["labels"])
+    if sampling := unit.spec.get("sampling"):
+        for path, label in zip(paths, labels, strict=True):
+            yield from _clips(root, path, label, video.Sampling(*sampling))
+        return
     few = [paths[start : start + _FILES_AT_ONCE] for start in range(0, len(paths), _FILES_AT_ONCE)]
     with ThreadPoolExecutor(_READERS) as pool:
         for start in range(0, len(few), _READERS):
@@ -125,3 +139,13 @@ def _load(root: str, path: str) -> bytes | str:
     except OSError as error:
         raise UserError(f"Cannot read {root}/{shown(path)}: {error}. Run the same command again.") from error
     return f"is larger than {_MOST_BYTES >> 20} MB" if len(data) > _MOST_BYTES else data
+
+
+def _clips(root: str, path: str, label: str | None, sampling: video.Sampling) -> Iterator[Row]:
+    row = Row(None, label, shown(path))
+    try:
+        yield from video.clips(row, sampling, partial(Folder(root).open, path))
+    except (FileNotFoundError, PermissionError) as error:
+        yield row._replace(reason=f"cannot be read: {type(error).__name__}")
+    except OSError as error:
+        raise UserError(f"Cannot read {root}/{shown(path)}: {error}. Run the same command again.") from error

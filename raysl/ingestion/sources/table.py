@@ -18,10 +18,10 @@ import pyarrow as pa
 import pyarrow.compute as pc
 
 from raysl.errors import UserError
-from raysl.ingestion import labels, tables
+from raysl.ingestion import labels, tables, video
 from raysl.ingestion.found import listed, shown
-from raysl.ingestion.listing import ARCHIVE, IMAGE, TABLE, File, kind_of, read_bytes, stamp
-from raysl.ingestion.sources import Confidence, Place, Row, Unit, UnitSize, files_ending, read_split
+from raysl.ingestion.listing import ARCHIVE, IMAGE, TABLE, VIDEO, File, kind_of, read_bytes, stamp
+from raysl.ingestion.sources import Confidence, Place, Row, Unit, UnitSize, files_ending, in_units, read_split
 from raysl.storage import Folder
 
 SUMMARY = (
@@ -32,6 +32,7 @@ SUMMARY = (
 _BINARY = (".parquet", ".arrow", ".feather")
 # Columns that are taken for the image before the schema is searched for another.
 _IMAGE_NAMES = ("image", "img", "jpg", "png", "jpeg", "webp", "picture", "photo", "bytes")
+_VIDEO_NAMES = ("video", "mp4", "clip", "movie")
 _IN_PARALLEL = 16
 _LONGEST_NAME = 4096
 # How JPEG, PNG, GIF, WebP and data URIs begin in Base64.
@@ -75,6 +76,7 @@ class Columns(NamedTuple):
         names: of the classes that labels are numbers of; None without names.
         is_file_name: `image` holds names of files.
         constant: label of all rows, where a folder such as "label=cat" states it; None if it is a column.
+        is_video: the images are videos.
     """
 
     image: str
@@ -82,12 +84,11 @@ class Columns(NamedTuple):
     names: list[str] | None
     is_file_name: bool
     constant: str | None = None
+    is_video: bool = False
 
 
 class Source:
     """See `raysl.ingestion.sources.Source`."""
-
-    encoded_here = False
 
     def __init__(self, place: Place) -> None:
         self._place = place
@@ -99,6 +100,12 @@ class Source:
         with ThreadPoolExecutor(_IN_PARALLEL) as pool:
             self._columns = list(pool.map(self._columns_of, self._files))
         self._reconcile()
+        self.encoded_here = self._columns[0].is_video
+        self.clips: dict[str, Any] = {}
+        self._sampling: list[float] = []
+        if self.encoded_here:
+            sampling = video.Sampling.of(place.config)
+            self.clips, self._sampling, self.found.noun = sampling.facts(), list(sampling), "videos"
 
     def _where(self, file: File) -> str:
         return file.path or self._place.uri
@@ -107,14 +114,16 @@ class Source:
         config, where = self._place.config, self._where(file)
         with tables.opened(self._place.uri, file.path) as table:
             schema = table.schema
-        image, is_file_name = _image_column(schema, where, config.image_column)
+            image, is_file_name = _image_column(schema, where, config.image_column)
+            is_video = _is_video(table, image, is_file_name)
         parts = dict(part.split("=", 1) for part in file.path.split("/")[:-1] if "=" in part)
         label = ""
         if config.labels != "none":
             label = labels.find([*schema.names, *parts], config.label_column, f"The table {where!r}")
         if label in parts and label not in schema.names:
-            return Columns(image, label, None, is_file_name, unquote(parts[label]))
-        return Columns(image, label, labels.names_in(schema, label) if label else None, is_file_name)
+            return Columns(image, label, None, is_file_name, unquote(parts[label]), is_video)
+        names = labels.names_in(schema, label) if label else None
+        return Columns(image, label, names, is_file_name, is_video=is_video)
 
     def _reconcile(self) -> None:
         """Check that all files have the same columns, and join the names of their classes.
@@ -124,11 +133,8 @@ class Source:
         """
         first = self._columns[0]
         for file, columns in zip(self._files[1:], self._columns[1:], strict=True):
-            if (columns.image, columns.is_file_name, columns.label) != (
-                first.image,
-                first.is_file_name,
-                first.label,
-            ):
+            same = first._replace(names=columns.names, constant=columns.constant)
+            if columns != same:
                 raise UserError(
                     f"The tables {self._where(self._files[0])!r} and {self._where(file)!r} disagree: {_told(first)} in "
                     f"the first, {_told(columns)} in the second. Name the columns that all tables have with "
@@ -156,17 +162,13 @@ class Source:
                 "path": file.path,
                 "columns": list(columns._replace(label=columns.label if classes else "")),
                 "follow_links": self._place.config.follow_links,
+                "sampling": self._sampling,
             }
-            first, rows, num_bytes = 0, 0, 0
-            for group, (group_rows, group_bytes) in enumerate(groups):
-                full = rows + group_rows > size.num_images or num_bytes + group_bytes > size.num_bytes
-                if rows and full:
-                    yield Unit(rows, {**spec, "groups": [first, group]})
-                    first, rows, num_bytes = group, 0, 0
-                rows, num_bytes = rows + group_rows, num_bytes + group_bytes
-                self.found.images += group_rows
-            if rows:
-                yield Unit(rows, {**spec, "groups": [first, len(groups)]})
+            for some in in_units(enumerate(groups), size, lambda group: group[1]):
+                rows = sum(rows for _, (rows, _) in some)
+                self.found.images += rows
+                if rows:
+                    yield Unit(rows, {**spec, "groups": [some[0][0], some[-1][0] + 1]})
 
     def _check_file_names(self) -> None:
         """Raise UserError if tables of file names name a file twice: an image of several classes, or a mistake."""
@@ -261,7 +263,7 @@ def _kind(kind: pa.DataType, names: list[str] | None) -> str:
 
 
 def _told(columns: Columns) -> str:
-    what = "names of files" if columns.is_file_name else "images"
+    what = "names of files" if columns.is_file_name else "videos" if columns.is_video else "images"
     label = f"labels in {columns.label!r}" if columns.label else "no labels"
     return f"{what} in the column {columns.image!r} and {label}"
 
@@ -277,6 +279,17 @@ def _is_encoded(kind: pa.DataType) -> bool:
     return bool(pa.types.is_binary(kind) or pa.types.is_large_binary(kind))
 
 
+def _is_video(table: tables.Table, column: str, is_file_name: bool) -> bool:
+    """Return True if a column holds videos: by the names of files, its feature of Hugging Face, or its name."""
+    if not is_file_name:
+        return (
+            column.lower() in _VIDEO_NAMES or labels.feature_in(table.schema, column).get("_type") == "Video"
+        )
+    batches = (batch for group in range(len(table.groups)) for batch in table.read(group, [column]))
+    names = (name for batch in batches for name in batch.column(column).to_pylist() if name)
+    return kind_of(next(names, "")) == VIDEO
+
+
 def _image_column(schema: pa.Schema, place: str, wanted: str) -> tuple[str, bool]:
     """Return the column of images, and True if it holds names of files."""
     encoded = _encoded_columns(schema)
@@ -290,7 +303,7 @@ def _image_column(schema: pa.Schema, place: str, wanted: str) -> tuple[str, bool
             f"The column {wanted!r}, which --image-column names, holds no images in {place!r}. The columns that may "
             f"are {listed((*encoded, *texts)) or 'none'}."
         )
-    named = [name for name in _IMAGE_NAMES if name in encoded]
+    named = [name for name in (*_IMAGE_NAMES, *_VIDEO_NAMES) if name in encoded]
     if named or len(encoded) == 1:
         return (named or encoded)[0], False
     if (files := tables.file_column(texts)) and not encoded:
@@ -306,7 +319,7 @@ def _image_column(schema: pa.Schema, place: str, wanted: str) -> tuple[str, bool
 
 
 def read(unit: Unit) -> Iterator[Row]:
-    spec, columns = unit.spec, Columns(*unit.spec["columns"])
+    spec, columns, sampling = unit.spec, Columns(*unit.spec["columns"]), unit.spec.get("sampling")
     has_label = columns.label and columns.constant is None
     wanted = list(dict.fromkeys([columns.image, *([columns.label] if has_label else [])]))
     place = f"{spec['path'] or spec['root'].rpartition('/')[2]}, row group"
@@ -314,7 +327,8 @@ def read(unit: Unit) -> Iterator[Row]:
         for group in range(*spec["groups"]):
             row = 0
             for batch in table.read(group, wanted):
-                yield from _rows(batch, columns, spec, f"{place} {group}, row", row)
+                for found in _rows(batch, columns, spec, f"{place} {group}, row", row):
+                    yield from video.clips(found, video.Sampling(*sampling)) if sampling else [found]
                 row += batch.num_rows
 
 
