@@ -32,6 +32,8 @@ from tests.chaos.commands import COMMANDS, Command
 _PATIENCE_S = 300.0
 _LEAVE_WITHIN_S = 20.0
 _DISK_MB = 64
+# The import of torch._dynamo, which optimizers need, makes this empty folder; it has one name for each user.
+_CACHE = "torchinductor_"
 # Secrets in the environment, which no file may hold.
 _SECRETS = ("AWS_SECRET_ACCESS_KEY", "AWS_SESSION_TOKEN", "HF_TOKEN", "WANDB_API_KEY", "GITHUB_TOKEN")
 _PLANTED = b"planted-7c1e40d2"
@@ -106,7 +108,7 @@ class Chaos:
     ) -> dict[str, Any]:
         """Run a command once, with faults if there is a generator, and return what was seen."""
         log = self.work / "round.log"
-        shared = set(os.listdir("/dev/shm"))
+        shared = faults.shared_memory()
         target = self.start(command, out, log)
         struck: list[str] = []
         if rng is not None:
@@ -132,7 +134,7 @@ class Chaos:
             "faults": struck,
             "code": code,
             "processes": left,
-            "shared": sorted(set(os.listdir("/dev/shm")) - shared),
+            "shared": sorted(faults.shared_memory() - shared),
             "traceback": "Traceback (most recent call last)" in text,
         }
 
@@ -152,7 +154,7 @@ class Chaos:
             while sessions[-1]["code"] != 0 and len(sessions) < _SESSIONS + 3:
                 sessions.append(self.session(command, out, None, seconds))
         found = command.result(str(out)) if sessions[-1]["code"] == 0 else {"": "never complete"}
-        files = [path.name for path in self.scratch.iterdir()]
+        files = [path.name for path in self.scratch.iterdir() if not path.name.startswith(_CACHE)]
         files += [path.name for path in out.rglob("*.tmp")]
         written = [*out.rglob("*"), *self.scratch.rglob("*"), self.work / "round.log"]
         files += [
@@ -229,13 +231,30 @@ def table(rows: list[dict[str, Any]]) -> str:
             sum(len(row["files"]) for row in mine) + sum(len(session["shared"]) for session in sessions),
         ]
         lines.append(f"| {command.name} | " + " | ".join(map(str, cells)) + " |")
-    good = [row for row in rows if not row["differs"] and not _left(row)]
+    return "\n".join([*lines, "", *_by_fault(rows)]) + "\n"
+
+
+def _by_fault(rows: list[dict[str, Any]]) -> list[str]:
+    """Return a table of the faults survived / tried by kind and command."""
+    names = [command.name for command in COMMANDS if any(row["command"] == command.name for row in rows)]
     counts, held = (
-        collections.Counter(name for row in some for name in _struck(row)) for some in (rows, good)
+        collections.Counter((name, row["command"]) for row in some for name in _struck(row))
+        for some in (rows, [row for row in rows if not row["differs"] and not _left(row)])
     )
-    lines += ["", "| fault | tried | survived |", "|---|---|---|"]
-    lines += [f"| {name} | {count} | {held[name]} |" for name, count in sorted(counts.items())]
-    return "\n".join([*lines, f"| all | {tried(rows)} | {survived(rows)} |"]) + "\n"
+
+    def cells(label: str, keys: list[tuple[str, str]]) -> str:
+        by_command = [[key for key in keys if key[1] == name] for name in names]
+        sums = [
+            (sum(held[key] for key in some), sum(counts[key] for key in some)) for some in [*by_command, keys]
+        ]
+        return f"| {label} | " + " | ".join(f"{good} / {all_}" if all_ else "" for good, all_ in sums) + " |"
+
+    lines = ["| survived / tried | " + " | ".join(names) + " | all |", "|---" * (len(names) + 2) + "|"]
+    lines += [
+        cells(fault, [key for key in counts if key[0] == fault])
+        for fault in sorted({key[0] for key in counts})
+    ]
+    return [*lines, cells("all", list(counts))]
 
 
 def main() -> int:
@@ -250,6 +269,7 @@ def main() -> int:
     )
     parser.add_argument("--out", type=Path, help="folder for the table and the rounds")
     given = parser.parse_args()
+    faults.alone()
     signal.signal(signal.SIGTERM, lambda *_: sys.exit(143))
     chaos = Chaos(given.work.resolve(), given.seed, [one for one in COMMANDS if one.name in given.commands])
     try:

@@ -97,16 +97,13 @@ class Command(NamedTuple):
         return self.arguments.format(**places).split()
 
 
-_TRAIN = "--method pirl-rotation --view.image-size 16 --batch-size 24 --pirl.num-negatives 32 --workers 1"
+_TRAIN = "--method pirl-rotation --view.image-size 16 --batch-size 24 --pirl.num-negatives 32"
+_RUN = f"pretrain --data {{ingest}} --run {{out}} {_TRAIN} --epochs 12 --save.every-steps 10 --log-every 1"
 # Each uses the undisturbed results of commands before it.
 COMMANDS = (
     Command("ingest", "ingest {images} {out} --shard-images 20", _ingested, 2),
-    Command(
-        "pretrain",
-        f"pretrain --data {{ingest}} --run {{out}} {_TRAIN} --epochs 12 --save.every-steps 10 --log-every 1",
-        _pretrained,
-        5,
-    ),
+    Command("pretrain-local", f"{_RUN} --local", _pretrained, 3),
+    Command("pretrain", f"{_RUN} --workers 2", _pretrained, 5),
     Command("export", "export {pretrain} --format safetensors --out {out}", _exported, 1),
     Command("report", "report {pretrain} --out {out}", _reported, 1),
     Command("features", "features {pretrain} --data {ingest} --layer pooled --out {out}", _extracted, 2),
@@ -114,7 +111,7 @@ COMMANDS = (
     Command(
         "sweep",
         "sweep --data {ingest} --train {ingest} --validation {ingest} --out {out} --vary pirl.temperature=0.1,0.5 "
-        f"--seeds 0 {_TRAIN} --epochs 4",
+        f"--seeds 0 {_TRAIN} --workers 1 --epochs 4",
         _swept,
         3,
     ),

@@ -7,6 +7,7 @@ import os
 import random
 import signal
 import subprocess
+import sys
 import time
 from collections.abc import Callable
 from pathlib import Path
@@ -27,7 +28,11 @@ _KINDS = {
     "k-means worker": "ray::KMeans",
     "trial": "ray::Trial",
     "idle process": "ray::IDLE",
+    "other task or actor": "ray::",
+    # Forked by the driver of a run with --local.
+    "data process": "-m raysl",
 }
+_SHARED, _ALONE = "/dev/shm", "RAYSL_CHAOS_ALONE"
 _SIGNALS = ("SIGTERM", "SIGINT", "SIGHUP")
 
 
@@ -78,8 +83,13 @@ def _kill(target: Target, rng: random.Random) -> str | None:
 
 def _stop(target: Target, rng: random.Random) -> str | None:
     """Stop a random process and continue it after some seconds."""
-    process = rng.choice(processes(target.mark))
-    name = "driver" if process.pid == target.driver.pid else kind(process)
+    by_kind: dict[str, list[psutil.Process]] = {}
+    for process in processes(target.mark):
+        by_kind.setdefault("driver" if process.pid == target.driver.pid else kind(process), []).append(
+            process
+        )
+    name = rng.choice(sorted(by_kind))
+    process = rng.choice(by_kind[name])
     process.suspend()
     time.sleep(_STOPPED_S)
     process.resume()
@@ -136,6 +146,22 @@ def strike(target: Target, rng: random.Random) -> str | None:
         if target.driver.poll() is None:
             return fault(target, rng)
     return None
+
+
+def shared_memory() -> set[str]:
+    return set(os.listdir(_SHARED))
+
+
+def alone() -> None:
+    """Start this program again with mounts and shared memory that no other process sees, where that is possible."""
+    command = ["unshare", "--mount", "--", "sh", "-c", f'mount -t tmpfs none {_SHARED} && exec "$@"', "sh"]
+    if (
+        _ALONE in os.environ
+        or subprocess.run([*command, "true"], capture_output=True, check=False).returncode
+    ):
+        return
+    os.environ[_ALONE] = "1"
+    os.execvp("unshare", [*command, *sys.orig_argv])
 
 
 def leftovers(mark: str, within_s: float) -> list[str]:

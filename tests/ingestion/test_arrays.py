@@ -3,9 +3,11 @@
 from __future__ import annotations
 
 import gzip
+import io
 import os
 import pickle
 import struct
+import zipfile
 from pathlib import Path
 from typing import Any
 
@@ -91,6 +93,24 @@ def test_images_without_labels_and_damaged_files(tmp_path: Path) -> None:
     assert "ends too early" in refused(f"{tmp_path}#train")
     put(tmp_path, "train-images-idx3-ubyte", data=b"no")
     assert "not an IDX file" in refused(f"{tmp_path}#train")
+
+
+@pytest.mark.parametrize("packed", [False, True])
+@pytest.mark.parametrize(
+    ("shape", "answer"),
+    [
+        ((2**31 - 1, 60_000, 60_000), "ends too early for the shape"),
+        ((2**32 - 1, 2**32 - 1, 2**32 - 1), "ends too early for the shape"),
+        ((4, 0, 0), "at least one pixel"),
+    ],
+)
+def test_a_head_of_idx_that_lies_is_refused_before_memory_is_taken(
+    tmp_path: Path, packed: bool, shape: tuple[int, int, int], answer: str
+) -> None:
+    data = struct.pack(">4I", 0x803, *shape) + bytes(100)
+    name = "train-images-idx3-ubyte"
+    put(tmp_path, name + ".gz" * packed, data=gzip.compress(data) if packed else data)
+    assert answer in refused(f"{tmp_path}#train")
 
 
 @pytest.mark.parametrize("keys", [str, str.encode], ids=["str", "bytes"])
@@ -203,3 +223,15 @@ def test_one_image_and_unknown_files(tmp_path: Path) -> None:
     message = refused(tmp_path / "thesis.tex")
     assert "is of no known kind" in message
     assert "WebDataset" in message
+
+
+@pytest.mark.parametrize("shape", [(2**31, 60_000, 60_000, 3), (10**9, 28, 28), (5, 0, 0)])
+def test_an_array_that_claims_more_than_its_file_holds_is_refused(
+    tmp_path: Path, shape: tuple[int, ...]
+) -> None:
+    head = io.BytesIO()
+    header = {"descr": "|u1", "fortran_order": False, "shape": shape}
+    np.lib.format.write_array_header_1_0(head, header)
+    with zipfile.ZipFile(tmp_path / "a.npz", "w") as archive:
+        archive.writestr("images.npy", head.getvalue() + bytes(300))
+    assert "a.npz" in refused(tmp_path / "a.npz") or "'images'" in refused(tmp_path / "a.npz")

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import gzip
 import io
+import math
 import pickle
 import re
 import struct
@@ -22,6 +23,7 @@ from typing import Any
 import numpy as np
 import numpy.typing as npt
 import pyarrow as pa
+from numpy.lib import format as npy
 
 from raysl.errors import UserError
 from raysl.ingestion import labels, png
@@ -29,6 +31,7 @@ from raysl.ingestion.found import Found
 from raysl.ingestion.listing import files_below, is_folder, stamp
 from raysl.ingestion.sources import Confidence, Place, ReadConfig, Row, Unit, UnitSize, choose_split
 from raysl.storage import Folder, filesystem
+from raysl.stream.formats import MAX_PIXELS
 
 SUMMARY = (
     "MNIST's IDX files, CIFAR-10 and -100, NumPy's .npz: mnist/#test, cifar-10-batches-py/#train, images.npz, "
@@ -52,7 +55,10 @@ _NPZ = (
 _PIXELS = ("images", "data", "x")
 _DTYPES = {8: ">u1", 9: ">i1", 11: ">i2", 12: ">i4"}
 _BATCH = 1024
+_BATCH_BYTES = 64 << 20
 _MOST_BYTES = 8 << 30
+# Deflate makes nothing smaller than by this factor.
+_MOST_PACKED = 1032
 
 
 @dataclass(frozen=True)
@@ -261,7 +267,7 @@ class _Shape(tuple[int, ...]):
 
 
 def _bytes(shape: _Shape) -> int:
-    return int(np.prod(shape)) * shape.dtype.itemsize
+    return math.prod(shape) * shape.dtype.itemsize
 
 
 @contextmanager
@@ -283,6 +289,18 @@ def _shape(stream: Any, path: str, axes: int | None = None) -> _Shape:
         raise UserError(f"{path!r} is not {what}. Get it again.")
     shape = _Shape(struct.unpack(f">{head[3]}I", _take(stream, 4 * head[3], path)))
     shape.dtype = np.dtype(_DTYPES[head[2]])
+    # A head may claim any size, so the values are not believed to be there before memory is taken for them.
+    packed = isinstance(stream, gzip.GzipFile)
+    held = stream.fileobj.size() * _MOST_PACKED if packed else stream.size() - stream.tell()
+    if _bytes(shape) > held:
+        raise UserError(
+            f"The IDX file {path!r} ends too early for the shape {tuple(shape)} in its head. Get it again."
+        )
+    if axes == 3 and not 0 < shape[1] * shape[2] <= MAX_PIXELS:
+        raise UserError(
+            f"The IDX file {path!r} says that its images have {shape[1]:,} x {shape[2]:,} pixels. They must have at "
+            f"least one pixel and at most {MAX_PIXELS:,}."
+        )
     return shape
 
 
@@ -342,11 +360,24 @@ def _npz(uri: str) -> Iterator[Any]:
                     "read."
                     " Write their images as PNG files or as Parquet first."
                 )
+            for info in arrays.zip.infolist():
+                if info.filename.endswith(".npy"):
+                    _check_npy(arrays.zip, info)
             yield arrays
     except (zipfile.BadZipFile, ValueError, EOFError, OSError, AttributeError) as error:
         raise UserError(
             f"Cannot read the arrays of {uri!r}: {error}. Write the file again with numpy.savez."
         ) from error
+
+
+def _check_npy(archive: zipfile.ZipFile, info: zipfile.ZipInfo) -> None:
+    """Raise ValueError if an array claims more values than its file holds; NumPy would take memory for all of them."""
+    with archive.open(info) as stream:
+        version = npy.read_magic(stream)
+        read = npy.read_array_header_1_0 if version == (1, 0) else npy.read_array_header_2_0
+        shape, _, dtype = read(stream)
+    if not dtype.hasobject and math.prod(shape) * dtype.itemsize > info.file_size:
+        raise ValueError(f"the head of {info.filename!r} says {shape} values, and the file ends too early")
 
 
 def _pixels(array: npt.NDArray[Any], name: str) -> npt.NDArray[np.uint8]:
@@ -360,7 +391,7 @@ def _pixels(array: npt.NDArray[Any], name: str) -> npt.NDArray[np.uint8]:
         array = array[..., None]
     if array.ndim == 4 and array.shape[3] not in (1, 3) and array.shape[1] in (1, 3):
         array = array.transpose(0, 2, 3, 1)
-    if array.dtype != np.uint8 or array.ndim != 4 or array.shape[3] not in (1, 3):
+    if array.dtype != np.uint8 or array.ndim != 4 or array.shape[3] not in (1, 3) or 0 in array.shape[1:]:
         raise UserError(
             f"The array {name!r} has the type {array.dtype} and the shape {array.shape}. Images must be uint8 from 0 "
             "to 255, of the shape (n, height, width), (n, height, width, 3) or (n, 3, height, width)."
@@ -375,8 +406,9 @@ def _batches(spec: dict[str, Any], count: int) -> Iterator[npt.NDArray[np.uint8]
         with _opened(root, path) as stream:
             _, height, width = _shape(stream, path, 3)
             stream.seek(first * height * width, 1)
-            for start in range(0, count, _BATCH):
-                data = _take(stream, min(_BATCH, count - start) * height * width, path)
+            batch = max(1, min(_BATCH, _BATCH_BYTES // (height * width)))
+            for start in range(0, count, batch):
+                data = _take(stream, min(batch, count - start) * height * width, path)
                 yield np.frombuffer(data, np.uint8).reshape(-1, height, width, 1)
         return
     if spec["how"] == "cifar":
