@@ -13,6 +13,7 @@ from __future__ import annotations
 import argparse
 import collections
 import json
+import math
 import os
 import random
 import shutil
@@ -64,6 +65,10 @@ class Chaos:
         self.scratch = Path("/tmp") / f"chaos-{uuid.uuid4().hex[:6]}"
         self.scratch.mkdir(mode=0o700)
         self.mark = ""
+        self.until_s = math.inf
+
+    def is_over(self) -> bool:
+        return time.monotonic() > self.until_s
 
     def close(self) -> None:
         faults.leftovers(self.mark, 0)
@@ -83,14 +88,14 @@ class Chaos:
         return faults.Target(driver, self.mark, self.disk if self.mounted else None)
 
     def undisturbed(self) -> dict[str, tuple[float, dict[str, str]]]:
-        """Return the duration and result of each command by name. Run those without any, and those before."""
+        """Return the duration and result of each command that is needed, by name. Run those without any."""
         file = self.work / "undisturbed.json"
         known = json.loads(file.read_text()) if file.exists() else {}
         if not self.places["images"].exists():
             commands.write_images(self.places["images"])
-        last = max(COMMANDS.index(command) for command in self.chosen)
-        for command in COMMANDS[: last + 1]:
-            if command.name not in known:
+        needed = {name for one in self.chosen for name in (*one.needs(), one.name)}
+        for command in COMMANDS:
+            if command.name in needed and command.name not in known:
                 shutil.rmtree(self.places[command.name], ignore_errors=True)
                 begun = time.monotonic()
                 log = self.work / f"{command.name}.log"
@@ -115,6 +120,8 @@ class Chaos:
             pause = rng.uniform(0.05, 0.9) * seconds
             for _ in range(rng.randint(1, _STRIKES)):
                 _wait(target, pause)
+                if self.is_over():
+                    break
                 struck += filter(None, [faults.strike(target, rng)])
                 pause = rng.uniform(1, 5)
         code: int | str
@@ -172,11 +179,14 @@ class Chaos:
         }
 
     def rounds(self, num_faults: int, minutes: float) -> list[dict[str, Any]]:
-        """Run rounds until enough faults were tried or the time is over; return all, with those of earlier calls."""
+        """Run rounds until enough faults were tried or the time is over; return all, with those of earlier calls.
+
+        A round that runs at the end of the time is completed without further faults.
+        """
+        self.until_s = time.monotonic() + 60 * minutes
         rows = commands.load(self.journal)
         undisturbed = self.undisturbed()
-        until = time.monotonic() + 60 * minutes
-        while tried(rows) < num_faults and time.monotonic() < until:
+        while tried(rows) < num_faults and not self.is_over():
             rows.append(self.round(len(rows), undisturbed))
             with self.journal.open("a") as file:
                 file.write(json.dumps(rows[-1]) + "\n")
@@ -260,7 +270,7 @@ def _by_fault(rows: list[dict[str, Any]]) -> list[str]:
 def main() -> int:
     parser = argparse.ArgumentParser(prog="python -m tests.chaos", description=__doc__.partition("\n")[0])
     parser.add_argument("--faults", type=int, default=100, help="faults to try")
-    parser.add_argument("--minutes", type=float, default=600, help="begin no round after this time")
+    parser.add_argument("--minutes", type=float, default=600, help="cause no fault after this time")
     parser.add_argument("--seed", type=int, default=0)
     names = [command.name for command in COMMANDS]
     parser.add_argument("--commands", nargs="+", default=names, choices=names, help="commands to disturb")

@@ -93,6 +93,11 @@ class Command(NamedTuple):
     result: Callable[[str], dict[str, str]]
     weight: int
 
+    def needs(self) -> list[str]:
+        """Return the names of the commands that this one uses the results of, directly or not; earlier ones first."""
+        before = [one for one in COMMANDS if f"{{{one.name}}}" in self.arguments]
+        return list(dict.fromkeys(name for one in before for name in (*one.needs(), one.name)))
+
     def argv(self, places: Mapping[str, Path | str]) -> list[str]:
         return self.arguments.format(**places).split()
 
@@ -113,7 +118,7 @@ COMMANDS = (
         "sweep --data {ingest} --train {ingest} --validation {ingest} --out {out} --vary pirl.temperature=0.1,0.5 "
         f"--seeds 0 {_TRAIN} --workers 1 --epochs 4",
         _swept,
-        3,
+        2,
     ),
     Command(
         "probe", "probe {pretrain} --train {ingest} --test {ingest} --probes knn --out {out}", _probed, 1

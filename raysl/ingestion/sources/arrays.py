@@ -7,12 +7,10 @@ transposed, as they are in torchvision.
 
 from __future__ import annotations
 
-import gzip
 import io
 import math
 import pickle
 import re
-import struct
 import zipfile
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -26,12 +24,11 @@ import pyarrow as pa
 from numpy.lib import format as npy
 
 from raysl.errors import UserError
-from raysl.ingestion import labels, png
+from raysl.ingestion import idx, labels, png
 from raysl.ingestion.found import Found
 from raysl.ingestion.listing import files_below, is_folder, stamp
 from raysl.ingestion.sources import Confidence, Place, ReadConfig, Row, Unit, UnitSize, choose_split
-from raysl.storage import Folder, filesystem
-from raysl.stream.formats import MAX_PIXELS
+from raysl.storage import Folder
 
 SUMMARY = (
     "MNIST's IDX files, CIFAR-10 and -100, NumPy's .npz: mnist/#test, cifar-10-batches-py/#train, images.npz, "
@@ -53,12 +50,8 @@ _NPZ = (
     re.compile(r"(?P<what>images|labels|x|y)_(?P<split>train|test|val)", re.IGNORECASE),
 )
 _PIXELS = ("images", "data", "x")
-_DTYPES = {8: ">u1", 9: ">i1", 11: ">i2", 12: ">i4"}
 _BATCH = 1024
-_BATCH_BYTES = 64 << 20
 _MOST_BYTES = 8 << 30
-# Deflate makes nothing smaller than by this factor.
-_MOST_PACKED = 1032
 
 
 @dataclass(frozen=True)
@@ -240,15 +233,7 @@ class Source:
 def _measured(root: str, part: Part) -> tuple[int, npt.NDArray[Any] | None]:
     """Return the number of images of a part, and its labels."""
     if part.how == "idx":
-        with _opened(root, part.path) as stream:
-            count = _shape(stream, part.path, 3)[0]
-        if not part.labels:
-            return count, None
-        with _opened(root, part.labels) as stream:
-            shape = _shape(stream, part.labels)
-            values = np.frombuffer(_take(stream, _bytes(shape), part.labels), shape.dtype).reshape(shape)
-        # QMNIST has eight numbers for each image, the first of which is the class.
-        return count, values.reshape(len(values), -1)[:, 0].astype(np.int64) if len(values) else values
+        return idx.count(root, part.path), idx.labels(root, part.labels) if part.labels else None
     if part.how == "cifar":
         pixels, fine = _cifar(root, part.path)
         return len(pixels), fine
@@ -258,57 +243,6 @@ def _measured(root: str, part: Part) -> tuple[int, npt.NDArray[Any] | None]:
             return count, None
         values = arrays[part.labels]
         return count, values[:, 0] if values.ndim == 2 and values.shape[1] == 1 else values
-
-
-class _Shape(tuple[int, ...]):
-    """The shape of an IDX array, and the type of its values."""
-
-    dtype: np.dtype[Any]
-
-
-def _bytes(shape: _Shape) -> int:
-    return math.prod(shape) * shape.dtype.itemsize
-
-
-@contextmanager
-def _opened(root: str, path: str) -> Iterator[Any]:
-    fs, folder = filesystem(root)
-    try:
-        with fs.open_input_file(f"{folder}/{path}") as raw:
-            yield gzip.GzipFile(fileobj=raw) if path.endswith(".gz") else raw
-    except (EOFError, OSError) as error:
-        raise UserError(f"Cannot read the IDX file {root}/{path}: {error}. Get it again.") from error
-
-
-def _shape(stream: Any, path: str, axes: int | None = None) -> _Shape:
-    """Read the head of an IDX file; images have three axes of uint8."""
-    head = stream.read(4)
-    known = len(head) == 4 and head[:2] == b"\0\0" and head[2] in _DTYPES and head[3] == (axes or head[3])
-    if not known or (axes == 3 and head[2] != 8):
-        what = "an IDX file of images in uint8" if axes == 3 else "an IDX file of integers"
-        raise UserError(f"{path!r} is not {what}. Get it again.")
-    shape = _Shape(struct.unpack(f">{head[3]}I", _take(stream, 4 * head[3], path)))
-    shape.dtype = np.dtype(_DTYPES[head[2]])
-    # A head may claim any size, so the values are not believed to be there before memory is taken for them.
-    packed = isinstance(stream, gzip.GzipFile)
-    held = stream.fileobj.size() * _MOST_PACKED if packed else stream.size() - stream.tell()
-    if _bytes(shape) > held:
-        raise UserError(
-            f"The IDX file {path!r} ends too early for the shape {tuple(shape)} in its head. Get it again."
-        )
-    if axes == 3 and not 0 < shape[1] * shape[2] <= MAX_PIXELS:
-        raise UserError(
-            f"The IDX file {path!r} says that its images have {shape[1]:,} x {shape[2]:,} pixels. They must have at "
-            f"least one pixel and at most {MAX_PIXELS:,}."
-        )
-    return shape
-
-
-def _take(stream: Any, count: int, path: str) -> bytes:
-    data: bytes = stream.read(count)
-    if len(data) < count:
-        raise UserError(f"The IDX file {path!r} ends too early. Get it again.")
-    return data
 
 
 class _Arrays(pickle.Unpickler):
@@ -403,13 +337,7 @@ def _batches(spec: dict[str, Any], count: int) -> Iterator[npt.NDArray[np.uint8]
     """Yield the pixels of a unit, uint8 (b, h, w, c), some at a time."""
     root, path, first = spec["root"], spec["path"], spec["first"]
     if spec["how"] == "idx":
-        with _opened(root, path) as stream:
-            _, height, width = _shape(stream, path, 3)
-            stream.seek(first * height * width, 1)
-            batch = max(1, min(_BATCH, _BATCH_BYTES // (height * width)))
-            for start in range(0, count, batch):
-                data = _take(stream, min(batch, count - start) * height * width, path)
-                yield np.frombuffer(data, np.uint8).reshape(-1, height, width, 1)
+        yield from idx.batches(root, path, first, count)
         return
     if spec["how"] == "cifar":
         pixels, _ = _cifar(root, path)
