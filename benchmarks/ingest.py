@@ -141,7 +141,7 @@ class WithPil(Dataset[tuple[Tensor, Tensor]]):
     def __init__(self, images: Sequence[bytes], views: dict[str, View], length: int) -> None:
         jigsaw: Any = views["transformed"].pretext
         whole = views["image"].source
-        colours = [
+        colors = [
             transforms.ColorJitter(0.4, 0.4, 0.4, 0.2),
             Photometric(0.66),
             transforms.RandomGrayscale(0.2),
@@ -150,10 +150,10 @@ class WithPil(Dataset[tuple[Tensor, Tensor]]):
         ]
         flip = transforms.RandomHorizontalFlip()
         crop = transforms.RandomResizedCrop(whole.size, (whole.min_scale, 1.0))
-        self.whole = transforms.Compose([crop, flip, *colours])
+        self.whole = transforms.Compose([crop, flip, *colors])
         source = transforms.RandomResizedCrop(jigsaw.source.size, (jigsaw.source.min_scale, 1.0))
         self.source = transforms.Compose([source, flip])
-        self.patch = transforms.Compose([transforms.RandomCrop(jigsaw.patch_size), *colours])
+        self.patch = transforms.Compose([transforms.RandomCrop(jigsaw.patch_size), *colors])
         self.grid, self.cell = jigsaw.grid, jigsaw.cell_size
         self.images, self.length = images, length
 

@@ -6,7 +6,7 @@ Time:     about 5 minutes.
 Expect:   the same pixels, for well under the CPU time of separate streams; least where runs have views of their own.
 
 Rows of two kinds, for four runs of pirl-jigsaw that vary in a field of the loss (their views are equal), in the size of
-the permutation set (patches differ, and start from equal crops), in colours (views differ, crops are equal), or in the
+the permutation set (patches differ, and start from equal crops), in colors (views differ, crops are equal), or in the
 size of the crop (whole images differ from the crop on):
 
 `work`: CPU time for an image from its bytes to the views of all runs, in one process, without Ray.
@@ -45,7 +45,7 @@ from raysl.stream.reader import DataShare, Stream
 from raysl.stream.shared import Subscriber, batches, open_feeds, slots, union
 
 RUNS = 4
-VARY = ("loss", "permutations", "colours", "crops")
+VARY = ("loss", "permutations", "colors", "crops")
 
 
 @dataclass(frozen=True)
@@ -105,7 +105,7 @@ def stream(dataset: DataSet, side: int, batch_size: int, images: int, vary: str,
     jigsaw = {"num_permutations": 100 * (run + 1)} if vary == "permutations" else {}
     view = ViewConfig(
         image_size=side,
-        recipe=("pirl", "simclr", "mocov2", "plain")[run] if vary == "colours" else "pirl",
+        recipe=("pirl", "simclr", "mocov2", "plain")[run] if vary == "colors" else "pirl",
         min_scale=(0.08, 0.2, 0.4, 0.6)[run] if vary == "crops" else 0.2,
     )
     parts = {"pirl": Pirl(num_negatives=16), "jigsaw": jigsaw}

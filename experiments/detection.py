@@ -73,12 +73,12 @@ def drawn(folder: Folder) -> Folder:
 def _example(name: str) -> tuple[Image.Image, ElementTree.Element]:
     """Return an image of 64 by 64 pixels with a circle on the left and a square on the right, and its annotations."""
     image_rng = rng.generator("detection boxes", name)
-    image = Image.new("RGB", (64, 64), _colour(image_rng, 0, 128))
+    image = Image.new("RGB", (64, 64), _color(image_rng, 0, 128))
     annotations, draw = ElementTree.Element("annotation"), ImageDraw.Draw(image)
     for shape, paint, start in (("circle", draw.ellipse, 0), ("square", draw.rectangle, 32)):
         side = int(image_rng.integers(16, 31))
         left, top = start + int(image_rng.integers(0, 32 - side)), int(image_rng.integers(0, 64 - side))
-        paint((left, top, left + side - 1, top + side - 1), fill=_colour(image_rng, 128, 256))
+        paint((left, top, left + side - 1, top + side - 1), fill=_color(image_rng, 128, 256))
         shown = ElementTree.SubElement(annotations, "object")
         ElementTree.SubElement(shown, "name").text = shape
         box = ElementTree.SubElement(shown, "bndbox")
@@ -89,7 +89,7 @@ def _example(name: str) -> tuple[Image.Image, ElementTree.Element]:
     return image, annotations
 
 
-def _colour(image_rng: np.random.Generator, low: int, high: int) -> tuple[int, int, int]:
+def _color(image_rng: np.random.Generator, low: int, high: int) -> tuple[int, int, int]:
     red, green, blue = image_rng.integers(low, high, 3).tolist()
     return red, green, blue
 

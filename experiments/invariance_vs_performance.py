@@ -19,7 +19,7 @@ from raysl.experiment.comparison import ComparisonFlags, measured, reported, sma
 from raysl.experiment.script import command
 from raysl.ingestion import resolve, splits
 from raysl.reporting.report_runs import LabelledRow, groups
-from raysl.reporting.run_figures import colours
+from raysl.reporting.run_figures import colors
 from raysl.reporting.tables import estimates
 from raysl.run import Run
 from raysl.storage import Folder
@@ -71,13 +71,13 @@ def scatter(runs: Sequence[Run], train: str, test: str) -> bytes:
         for label in dict.fromkeys(item.label for item in rows)
         if {(label, "pooled", "closer"), (label, "pooled", "top1")} <= cells.keys()
     ]
-    coloured = colours(labels)
+    colored = colors(labels)
 
     def draw(axes: Any) -> None:
         for label in labels:
             x, y = cells[label, "pooled", "closer"], cells[label, "pooled", "top1"]
-            axes.plot(x.values, y.values, ".", color=coloured[label], alpha=0.4)
-            axes.plot(x.mean, y.mean, "o", color=coloured[label], label=label)
+            axes.plot(x.values, y.values, ".", color=colored[label], alpha=0.4)
+            axes.plot(x.mean, y.mean, "o", color=colored[label], label=label)
         axes.set_xlabel("invariance: a transformed image is closer than another one")
         axes.set_ylabel("linear top-1")
         axes.legend(fontsize=8)

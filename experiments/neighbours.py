@@ -3,7 +3,7 @@
 Command:  python experiments/neighbours.py --data DATA --runs RUNS --out OUT
 Hardware: 2 CPU cores, 24 GB, no GPU; 2 Ray Train workers.
 Time:     2 to 4 minutes for each missing run, a minute or two for a probe. With --local: two to three minutes.
-Expect:   neighbours by colour for an untrained network, by layout for prediction, by class for PIRL and supervised.
+Expect:   neighbours by color for an untrained network, by layout for prediction, by class for PIRL and supervised.
 
 The picture is neighbours.png; each run stores its own sheet for `raysl report`, named by step and data sets.
 """

@@ -4,7 +4,7 @@ Command:  python experiments/patches_nearest.py --data DATA --runs RUNS --out OU
           python experiments/patches_nearest.py --data clips:2000 --of frames --methods predict-frame_order --out OUT
 Hardware: 2 CPU cores, 24 GB, no GPU; 2 Ray Train workers.
 Time:     2 to 4 minutes for each missing run, a minute for a probe. With --local: two to three minutes.
-Expect:   patches by colour and texture for an untrained network, by part of the object for relative position; frames by
+Expect:   patches by color and texture for an untrained network, by part of the object for relative position; frames by
           pose for frame order.
 
 Doersch, Gupta and Efros 2015, figure 4; Misra, Zitnick and Hebert 2016: the lectures' figures 4 and 9. The picture is

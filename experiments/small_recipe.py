@@ -188,7 +188,7 @@ def figure(rows: Sequence[Mapping[str, Any]]) -> bytes:
             if set(by_step) == {0}:  # a baseline
                 height = float(np.mean([y for _, y in by_step[0]]))
                 axes.axhline(
-                    100 * height, linestyle=":" if label == "raw pixels" else "--", color="grey", label=label
+                    100 * height, linestyle=":" if label == "raw pixels" else "--", color="gray", label=label
                 )
                 continue
             points = [np.mean(found, axis=0) for _, found in sorted(by_step.items())]

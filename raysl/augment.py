@@ -28,7 +28,7 @@ _ATTEMPTS = 10
 _CHUNK_PIXELS = 1 << 17
 
 # With these binary places, the largest sum of products of each kind stays below 2**24.
-_COLOUR_PLACES = 11
+_COLOR_PLACES = 11
 _SHARPNESS_PLACES = 14
 _BLUR_PLACES = 16
 
@@ -203,10 +203,10 @@ def color_jitter(images_bchw: Tensor, recipe: Recipe, image_rng: ImageRng, side:
         uint8, of the same shape.
     """
     if recipe.jitter or recipe.gray:
-        matrix_b33, pull_b = _colour_map(recipe, image_rng)
+        matrix_b33, pull_b = _color_map(recipe, image_rng)
         planes_bcn = images_bchw.contiguous().flatten(2)
         parts = [
-            _map_colours(planes_bcn[p], matrix_b33[p], pull_b[p]) for p in _chunks(len(pull_b), planes_bcn)
+            _map_colors(planes_bcn[p], matrix_b33[p], pull_b[p]) for p in _chunks(len(pull_b), planes_bcn)
         ]
         images_bchw = torch.cat(parts).view(images_bchw.shape) if parts else images_bchw
     if recipe.photometric:
@@ -269,7 +269,7 @@ def _to_uint8(values: Tensor) -> Tensor:
     return values.clamp_(0, 255).to(torch.int16).to(torch.uint8)
 
 
-def _colour_map(recipe: Recipe, image_rng: ImageRng) -> tuple[Floats, Floats]:
+def _color_map(recipe: Recipe, image_rng: ImageRng) -> tuple[Floats, Floats]:
     """Sample the color map of each image: c becomes matrix_b33 @ c + pull_b * mean luminance."""
     jittered_b = image_rng.uniform_array("jitter", 1)[:, 0] < recipe.jitter
     strengths = np.array([recipe.brightness, recipe.contrast, recipe.saturation, recipe.hue])
@@ -285,16 +285,16 @@ def _colour_map(recipe: Recipe, image_rng: ImageRng) -> tuple[Floats, Floats]:
     return matrix_b33 * (brightness_b * contrast_b)[:, None, None], brightness_b * (1 - contrast_b)
 
 
-def _map_colours(planes_bcn: Tensor, matrix_b33: Floats, pull_b: Floats) -> Tensor:
+def _map_colors(planes_bcn: Tensor, matrix_b33: Floats, pull_b: Floats) -> Tensor:
     """Apply the color maps. Only the final rounding to whole numbers is not exact."""
     device = planes_bcn.device
-    matrices = to_device(_fixed(matrix_b33, _COLOUR_PLACES).astype(np.float32), device)
+    matrices = to_device(_fixed(matrix_b33, _COLOR_PLACES).astype(np.float32), device)
     weights = to_device(torch.tensor(_LUMA_PER_MILLE), device)
     sums = planes_bcn.sum(-1, dtype=torch.int32) * weights
     luminance = sums.sum(-1).double() / (1000 * planes_bcn.shape[2])
-    shift = ((luminance * to_device(pull_b, device) + 0.5) * 2**_COLOUR_PLACES).round()
+    shift = ((luminance * to_device(pull_b, device) + 0.5) * 2**_COLOR_PLACES).round()
     mapped = _matmul(matrices, planes_bcn.float())
-    return _to_uint8(mapped.add_((shift * 2.0**-_COLOUR_PLACES).float()[:, None, None]))
+    return _to_uint8(mapped.add_((shift * 2.0**-_COLOR_PLACES).float()[:, None, None]))
 
 
 def _matmul(matrix_b33: Tensor, planes_bcn: Tensor) -> Tensor:

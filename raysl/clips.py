@@ -5,7 +5,7 @@ clips. The manifest says that the rows are clips and lists their further columns
 
     frames      the frames in the order of time, JPEG
     times       time of each frame in seconds; the clip starts at 0
-    thumbnails  grey copies of the frames, 16 x 16 pixels, one byte each: motion and likeness without decoding
+    thumbnails  gray copies of the frames, 16 x 16 pixels, one byte each: motion and likeness without decoding
     tracks      boxes of the objects that are followed: (objects, frames, 4), see `Clips.tracks`
     sound       samples from second 0 on, 16 kHz, mono, int16, little-endian; null for a clip without sound
 
@@ -57,9 +57,9 @@ def jpeg(pixels_hwc: npt.NDArray[np.uint8]) -> bytes:
 
 
 def thumbnail(pixels_hwc: npt.NDArray[np.uint8]) -> bytes:
-    """Return the grey copy of a frame for the column `thumbnails`."""
-    grey = Image.fromarray(pixels_hwc).convert("L")
-    return grey.resize((THUMBNAIL, THUMBNAIL), Image.Resampling.BOX).tobytes()
+    """Return the gray copy of a frame for the column `thumbnails`."""
+    gray = Image.fromarray(pixels_hwc).convert("L")
+    return gray.resize((THUMBNAIL, THUMBNAIL), Image.Resampling.BOX).tobytes()
 
 
 @dataclass(frozen=True)
@@ -91,7 +91,7 @@ class Clips:
         return self._value("times", row).values.to_numpy()  # type: ignore[no-any-return]
 
     def thumbnails(self, row: int) -> npt.NDArray[np.uint8]:
-        """Return the grey copies of the frames: uint8 (n, 16, 16)."""
+        """Return the gray copies of the frames: uint8 (n, 16, 16)."""
         data = self._value("thumbnails", row).as_py()
         return np.frombuffer(data, np.uint8).reshape(-1, THUMBNAIL, THUMBNAIL)
 

@@ -15,8 +15,8 @@ from raysl.backbone.network import BackboneConfig
 from raysl.checkpoint import SaveConfig
 from raysl.contrastive.bank import BankConfig
 from raysl.dataset import DataSet
-from raysl.errors import UserError, unknown
-from raysl.fields import FROM_DATA, Bounds, Checked, Range, Seed, check
+from raysl.errors import UserError, quoted, unknown
+from raysl.fields import Bounds, Checked, Range, Seed, check
 from raysl.optim import OptimConfig
 from raysl.stream.plan import Plan
 from raysl.stream.reader import StreamConfig
@@ -34,7 +34,7 @@ class ViewConfig(Checked):
             torchvision v2 transform from uint8 (3, h, w) to the same.
     """
 
-    image_size: Annotated[int, Bounds(8, 2048), FROM_DATA] = 32
+    image_size: Annotated[int, Bounds(8, 2048)] = 32
     min_scale: Annotated[float, Bounds(above=0, high=1), Range((0.08, 0.2, 0.4, 0.6), log=True)] = 0.2
     recipe: Annotated[str, Range(("pirl", "pirl+", "simclr", "mocov2", "plain"))] = "pirl"
 
@@ -76,8 +76,8 @@ class Pretraining(Checked):
     run: str
     method: str = "pirl-jigsaw"
     epochs: Annotated[float, Bounds(above=0, high=1e9)] = 10
-    batch_size: Annotated[int, Bounds(1, 1_048_576), Range((64, 128, 256, 512), log=True), FROM_DATA] = 256
-    workers: Annotated[int | str, FROM_DATA] = 2
+    batch_size: Annotated[int, Bounds(1, 1_048_576), Range((64, 128, 256, 512), log=True)] = 256
+    workers: int | str = 2
     seed: Seed = 0
     precision: Literal["fp32", "bf16", "fp16"] = "fp32"
     channels_last: bool = True
@@ -126,8 +126,8 @@ class Pretraining(Checked):
         least, most = (int(given[1]), int(given[2] or given[1])) if given else (0, 0)
         if not 1 <= least <= most:
             raise UserError(
-                f"--workers is {self.workers!r}; it must be a number of at least 1, such as 2, or a range from the "
-                "fewest to the most, such as 1:8."
+                f"--workers is {quoted(self.workers)}; it must be a number of at least 1, such as 2, or a range from "
+                "the fewest to the most, such as 1:8."
             )
         if self.batch_size < least:
             raise UserError(

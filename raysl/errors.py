@@ -9,6 +9,9 @@ import sys
 import threading
 from collections.abc import Iterable, Iterator
 
+# Characters of a value that an error repeats.
+_LONGEST = 80
+
 
 class UserError(Exception):
     """A mistake in the input, the configuration or the machine that the user can fix.
@@ -26,6 +29,12 @@ class Interrupted(KeyboardInterrupt):
     """Ctrl-C during work that was saved. The message says how to resume."""
 
 
+def quoted(value: object) -> str:
+    """Return a value as Python writes it; of a long one the beginning and its length."""
+    text = repr(value)
+    return text if len(text) <= _LONGEST else f"{text[:_LONGEST]}... ({len(text):,} characters)"
+
+
 def unknown(kind: str, name: str, known: Iterable[str]) -> UserError:
     """Return the error for a name that does not exist, with the nearest name that does.
 
@@ -38,7 +47,7 @@ def unknown(kind: str, name: str, known: Iterable[str]) -> UserError:
     by_lower = {known_name.lower(): known_name for known_name in names}
     near = difflib.get_close_matches(name.lower(), by_lower, n=1, cutoff=0.5)
     hint = f"Did you mean {by_lower[near[0]]!r}? " if near else ""
-    return UserError(f"Unknown {kind} {name!r}. {hint}Known: {', '.join(names)}.")
+    return UserError(f"Unknown {kind} {quoted(name)}. {hint}Known: {', '.join(names)}.")
 
 
 @contextlib.contextmanager

@@ -19,9 +19,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Annotated, Any, Literal, Union
 
-import tyro
-
-from raysl.errors import UserError
+from raysl.errors import UserError, quoted
 
 
 @dataclass(frozen=True)
@@ -79,9 +77,6 @@ class Bounds:
         return " and ".join(filter(None, (lower, upper))) + hint
 
 
-# Marks a field whose value `raysl.defaults` chooses where the user gives none.
-FROM_DATA = tyro.conf.arg(help_behavior_hint="(default: chosen from the data)")
-
 Seed = Annotated[int, Bounds(0, 2**63 - 1)]
 """A seed: a whole number that fits in 63 bits."""
 
@@ -94,7 +89,7 @@ class FieldError(UserError):
     """
 
     def __init__(self, flag: str, value: Any, reason: str) -> None:
-        super().__init__(f"{flag} is {value!r}; {reason}.")
+        super().__init__(f"{flag} is {quoted(value)}; {reason}.")
         self.flag, self.value, self.reason = flag, value, reason
 
     def __reduce__(self) -> tuple[Any, ...]:

@@ -115,7 +115,7 @@ def _closer() -> str:
         values(file, label="pirl-jigsaw", name="closer/jigsaw", probe="invariance", layer="heads")
     )
     lines.insert(4, ["pirl-jigsaw, its heads", heads, "", "", "", ""])
-    return table(["", "jigsaw", "rotation", "colours", "holes", "mean"], lines)
+    return table(["", "jigsaw", "rotation", "colors", "holes", "mean"], lines)
 
 
 def _worth() -> str:

@@ -19,7 +19,7 @@ from raysl.storage import Folder
 def make_dataset(
     folder: Path, num_images: int, side: int = 16, rows_per_group: int = 20, seed: int = 0
 ) -> DataSet:
-    """A data set of random PNG images in two shards, with four classes that show in the mean colour."""
+    """A data set of random PNG images in two shards, with four classes that show in the mean color."""
     generator = np.random.default_rng(seed)
     labels = generator.integers(0, 4, num_images)
     (folder / SHARDS).mkdir(parents=True)

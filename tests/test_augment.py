@@ -1,4 +1,4 @@
-"""Crops, flips and colours: ranges, agreement with Pillow, and independence of the batch."""
+"""Crops, flips and colors: ranges, agreement with Pillow, and independence of the batch."""
 
 from __future__ import annotations
 
@@ -90,7 +90,7 @@ class TestRecipes:
         with pytest.raises(UserError, match=r"blur=1\.5"):
             Recipe(blur=1.5)
 
-    def test_plain_and_none_leave_colours_alone(self) -> None:
+    def test_plain_and_none_leave_colors_alone(self) -> None:
         x = images(8)
         for name in ("plain", "none"):
             assert torch.equal(color_jitter(x, recipe(name), image_rng(8)), x)
@@ -110,7 +110,7 @@ def test_an_image_never_depends_on_its_batch_mates(name: str, height: int, width
 
 
 @pytest.mark.parametrize("name", ["pirl", "simclr"])
-def test_colours_are_the_same_in_any_number_of_threads(name: str) -> None:
+def test_colors_are_the_same_in_any_number_of_threads(name: str) -> None:
     x = images(40, 61, 61)
     threads = torch.get_num_threads()
     results = []
@@ -132,12 +132,12 @@ def test_the_source_is_never_written_to() -> None:
     assert torch.equal(x, before)
 
 
-def test_strong_colour_sums_stay_exact() -> None:
+def test_strong_color_sums_stay_exact() -> None:
     """The bound that exactness rests on: 255 * sum |coefficient| * 2**places < 2**24, at the strongest settings."""
     strongest = Recipe(jitter=1, brightness=1, contrast=1, saturation=1, hue=0.5)
-    matrix_b33, pull_b = augment._colour_map(strongest, image_rng(100_000))
+    matrix_b33, pull_b = augment._color_map(strongest, image_rng(100_000))
     largest = 255 * (np.abs(matrix_b33).sum(2).max() + np.abs(pull_b).max()) + 1
-    assert largest * 2**augment._COLOUR_PLACES < 2**24
+    assert largest * 2**augment._COLOR_PLACES < 2**24
 
 
 def test_brightness_contrast_and_saturation_are_pillows() -> None:
@@ -149,11 +149,11 @@ def test_brightness_contrast_and_saturation_are_pillows() -> None:
         (ImageEnhance.Contrast, 0.6, matrix * 0.6, pull + 0.4),
         (ImageEnhance.Color, 0.5, matrix * 0.5 + 0.5 * luma, pull),
     ]:
-        ours = augment._map_colours(x.flatten(2), m, p).view(x.shape)
+        ours = augment._map_colors(x.flatten(2), m, p).view(x.shape)
         assert difference(ours[0], enhancer(pil(x[0])).enhance(strength)) <= 1
 
 
-def test_hue_keeps_luminance_and_gray_loses_colour() -> None:
+def test_hue_keeps_luminance_and_gray_loses_color() -> None:
     x = (images(64) // 2 + 64).clone()
     luma = torch.tensor([0.299, 0.587, 0.114]).view(3, 1, 1)
     turned = color_jitter(x, Recipe(jitter=1, hue=0.1), image_rng(64))
@@ -246,5 +246,5 @@ def test_empty_batches_pass_through() -> None:
 def test_a_recipe_without_some_of_its_parts() -> None:
     whole = recipe("simclr")
     assert recipe("simclr-gray-blur") == replace(whole, gray=0.0, blur=0.0)
-    with pytest.raises(UserError, match="Unknown part of an augmentation recipe 'grey'"):
-        recipe("simclr-grey")
+    with pytest.raises(UserError, match="Unknown part of an augmentation recipe 'gray'"):
+        recipe("simclr-gray")

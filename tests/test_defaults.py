@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import io
+import re
 import shlex
 from pathlib import Path
 from typing import Any
@@ -110,3 +111,14 @@ def test_every_choice_is_listed(method: str, small: DataSet, photos: DataSet) ->
         for gpus in (False, True):
             names = {choice.name for choice in defaults._choices({"method": method}, images, 1, gpus)}
             assert names - {"method"} <= defaults.CHOSEN
+
+
+def test_help_says_which_defaults_are_chosen(capsys: pytest.CaptureFixture[str]) -> None:
+    def chosen(*flags: str) -> int:
+        with pytest.raises(SystemExit):
+            parse([*flags, "--help"], "raysl pretrain")
+        return re.sub(r"[\s│]+", " ", capsys.readouterr().out).count("(default: chosen from the data)")
+
+    of_other_methods = ("npid.", "simclr.")
+    assert chosen() == len([name for name in defaults.CHOSEN if not name.startswith(of_other_methods)])
+    assert chosen("--recipe", "simclr-r50") == 0

@@ -8,6 +8,7 @@ from typing import Annotated, Any, Literal
 
 import pytest
 
+from raysl.errors import unknown
 from raysl.fields import Bounds, Checked, FieldError, Seed, check
 
 
@@ -32,6 +33,15 @@ class ToyConfig(Checked):
 
 def test_values_within_the_bounds_are_accepted() -> None:
     ToyConfig(momentum=1, dim=1, size=4, share=0.99, milestones=(0, 1.0), name="lars", seed=2**63 - 1)
+
+
+def test_an_error_repeats_the_beginning_of_a_long_value() -> None:
+    with pytest.raises(
+        FieldError, match=r"--toy.name is 'x{79}\.\.\. \(402 characters\); it must be one of"
+    ) as caught:
+        ToyConfig(name="x" * 400)  # type: ignore[arg-type]
+    assert len(str(caught.value)) < 200
+    assert len(str(unknown("backbone", "y" * 400, ["small"]))) < 200
 
 
 @pytest.mark.parametrize(

@@ -47,7 +47,7 @@ class Mirror:
 
     num_crops = 1
     num_labels = 2
-    colour: Literal["crops", "source", "none"] = "crops"
+    color: Literal["crops", "source", "none"] = "crops"
 
     def __init__(self, config: Config, geometry: Geometry) -> None:
         self.share = config.share

@@ -25,7 +25,7 @@ class Config:
     pass
 
 class UpsideDown:
-    num_crops, num_labels, colour = 1, 2, "crops"
+    num_crops, num_labels, color = 1, 2, "crops"
 
     def __init__(self, config, geometry):
         self.source = SourceCrop(geometry.image_size, geometry.min_scale)

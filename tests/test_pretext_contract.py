@@ -52,7 +52,7 @@ def test_shapes_types_and_labels(made: Pretext) -> None:
     crops = result.crops_bpchw
     assert crops.dtype == torch.uint8
     assert crops.shape[:3] == (64, made.num_crops, 3)
-    assert made.colour in ("crops", "source", "none")
+    assert made.color in ("crops", "source", "none")
     if made.num_labels == 0:
         assert (result.target is None) == (pretext.dense(made) is None)
     else:
@@ -189,9 +189,9 @@ class TestComposition:
         assert torch.equal(result.target, rotated.target * 5 + cut.target)
         assert len(set(result.target.tolist())) == 20
 
-    def test_source_and_colour_are_those_of_the_last(self) -> None:
+    def test_source_and_color_are_those_of_the_last(self) -> None:
         both, last = (pretext.build(spec, {}, Geometry(64)) for spec in ("rotation+jigsaw", "jigsaw"))
-        assert (both.source, both.num_crops, both.colour) == (last.source, last.num_crops, last.colour)
+        assert (both.source, both.num_crops, both.color) == (last.source, last.num_crops, last.color)
 
     def test_only_the_last_may_cut(self) -> None:
         with pytest.raises(UserError, match="Put it last"):

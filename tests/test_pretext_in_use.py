@@ -53,7 +53,7 @@ class Config:
 
 
 class Brightness:
-    num_crops, num_labels, colour = 1, 0, "source"
+    num_crops, num_labels, color = 1, 0, "source"
 
     def __init__(self, config, geometry):
         self.source = SourceCrop(geometry.image_size, geometry.min_scale)
@@ -198,9 +198,9 @@ def test_a_composition_predicts_the_dense_target_of_its_last(dataset: DataSet) -
     batch = first_batch(network, config, dataset)
     assert batch.targets["transformed"].shape == (12, 2, 8, 8)
     losses_of_steps(network, batch, 1)
-    grey, config = make("predict-colorization+jigsaw")
-    batch = first_batch(grey, config, dataset)
+    gray, config = make("predict-colorization+jigsaw")
+    batch = first_batch(gray, config, dataset)
     assert batch.targets["transformed"].shape == (12,)
-    losses_of_steps(grey, batch, 1)
+    losses_of_steps(gray, batch, 1)
     with pytest.raises(UserError, match="nothing to predict"):
         make("predict-colorization+identity")

@@ -13,11 +13,13 @@ import tyro
 
 from raysl import defaults, methods, plugins, recipes
 from raysl.config import Pretraining
+from raysl.fields import hints as hints_of
 
 _RECIPE = (
     "name of a published training recipe at full scale, such as pirl-r50-800ep; `raysl methods` lists them. Flags that "
     "you give override it."
 )
+_CHOSEN = tyro.conf.arg(help_behavior_hint="(default: chosen from the data)")
 
 
 @dataclass(frozen=True)
@@ -64,8 +66,9 @@ def parse(arguments: Sequence[str], program: str, beside: Mapping[str, type[Any]
     hints = typing.get_type_hints(Pretraining, include_extras=True)
     usual = {f.name: getattr(base, f.name) for f in dataclasses.fields(base) if f.name != "parts"}
     fields: list[Any] = [(name, hints[name]) for name in ("data", "run")]
-    fields += [(name, hints[name], value) for name, value in usual.items() if name not in ("data", "run")]
-    fields += [(name, kind, base.parts.get(name, kind())) for name, kind in kinds.items()]
+    own = [(name, hints[name], value) for name, value in usual.items() if name not in ("data", "run")]
+    own += [(name, kind, base.parts.get(name, kind())) for name, kind in kinds.items()]
+    fields += own if recipe else [_marked(*field) for field in own]
     fields += [(name, Annotated[kind, tyro.conf.OmitArgPrefixes], kind()) for name, kind in beside.items()]
     flags = dataclasses.make_dataclass("Flags", [*fields, ("recipe", str, "")], frozen=True)
     flags.__doc__ = f"{(Pretraining.__doc__ or '').rstrip()}\n        recipe: {_RECIPE}\n    "
@@ -79,6 +82,23 @@ def parse(arguments: Sequence[str], program: str, beside: Mapping[str, type[Any]
     if recipe:
         explicit = values
     return Parsed(explicit, defaults.check(explicit), extra)
+
+
+def _marked(name: str, hint: Any, value: Any, prefix: str = "") -> tuple[str, Any, Any]:
+    """Return a field of flags whose help names the defaults that `raysl.defaults` chooses from the data."""
+    if f"{prefix}{name}" in defaults.CHOSEN:
+        return name, Annotated[hint, _CHOSEN], value
+    if not any(chosen.startswith(f"{name}.") for chosen in defaults.CHOSEN):
+        return name, hint, value
+    inner = [_marked(*field, f"{name}.") for field in _fields(value)]
+    names = {"__module__": hint.__module__, "__doc__": hint.__doc__}
+    kind = dataclasses.make_dataclass(hint.__name__, inner, bases=(hint,), namespace=names, frozen=True)
+    return name, kind, kind(**{field: default for field, _, default in inner})
+
+
+def _fields(config: Any) -> list[tuple[str, Any, Any]]:
+    """Return the name, the type and the value of each field of a dataclass."""
+    return [(name, hint, getattr(config, name)) for name, hint in hints_of(type(config)).items()]
 
 
 def _explicit(

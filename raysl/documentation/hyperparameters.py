@@ -8,6 +8,7 @@ import re
 from collections.abc import Iterator
 from typing import Any
 
+from raysl import defaults
 from raysl.fields import hints, name_typed
 
 
@@ -23,10 +24,7 @@ def hyperparameters(prefix: str, config: Any) -> str:
         prefix: prefix of the flags on the command line.
         config: configuration with the default values.
     """
-    rows = [
-        f"| `--{flag}` | {f'`{default}`' if default else ''} | {described} |"
-        for flag, default, described in _rows(prefix, config)
-    ]
+    rows = [f"| `--{flag}` | {default} | {described} |" for flag, default, described in _rows(prefix, config)]
     return (
         "\n".join(["| flag | default | description |", "|---|---|---|", *rows]) if rows else "There are none."
     )
@@ -42,11 +40,9 @@ def _rows(prefix: str, config: Any) -> Iterator[tuple[str, str, str]]:
             yield f"{flag}.*", "", cell(described[name])
             yield from _rows(flag, value)
         else:
-            yield flag, _default(value), cell(described[name])
-
-
-def _default(value: Any) -> str:
-    return repr(value) if value in ("", ()) else str(value)
+            default = f"`{value!r}`" if value in ("", ()) else f"`{value}`"
+            chosen = flag.replace("-", "_") in defaults.CHOSEN
+            yield flag, "(chosen from the data)" if chosen else default, cell(described[name])
 
 
 def _documented(config_type: type[Any]) -> dict[str, str]:

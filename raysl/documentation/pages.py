@@ -72,7 +72,7 @@ def write_part(place: Folder, name: str, dataset: DataSet) -> None:
     place.write(f"{name}.md", page(name).encode())
     data = io.BytesIO()
     sheet = pictures.views_sheet(dataset, _views(typical_method(name)), count=_IMAGES)
-    # 256 colours are enough, and take a third of the bytes.
+    # 256 colors are enough, and take a third of the bytes.
     sheet.quantize(256).save(data, "PNG", optimize=True)
     place.write(f"{name}.png", data.getvalue())
 
@@ -106,7 +106,7 @@ def page(name: str) -> str:
         rest,
         f"```\n{getattr(_module(name), 'COMMAND', usual)}\n```",
         f"## Views\n\n![Images and their views]({name}.png)\n\n{_SEEN.format(method=method, data=_data(method))}",
-        "## Hyperparameters\n\n" + hyperparameters(name, _load(name)[0]()),
+        "## Hyperparameters\n\n" + hyperparameters(name.replace("_", "-"), _load(name)[0]()),
         "## Combines with\n\n" + _partners(name),
     ]
     used = [r for r in recipes.names() if name in recipes.load(r, "", "").parts]

@@ -204,7 +204,7 @@ def mosaic(crops_pchw: Tensor) -> Image.Image:
 
 
 def _picture(image_chw: Tensor) -> Image.Image:
-    if len(image_chw) == 1:  # a spectrogram: grey, with the low pitches below
+    if len(image_chw) == 1:  # a spectrogram: gray, with the low pitches below
         image_chw = image_chw.flip(1).expand(3, -1, -1)
     return Image.fromarray(np.ascontiguousarray(image_chw.permute(1, 2, 0).cpu().numpy()))
 

@@ -234,8 +234,8 @@ def _arrays(pixels: npt.NDArray[Any]) -> Iterator[bytes]:
             "(h, w, 3) or (b, h, w, 3), or a tensor (3, h, w) or (b, 3, h, w)."
         )
     for pixels_hwc in pixels if pixels.ndim == 4 else [pixels]:
-        grey = pixels_hwc.ndim == 3 and pixels_hwc.shape[-1] == 1
-        yield _file(Image.fromarray(np.ascontiguousarray(pixels_hwc[..., 0] if grey else pixels_hwc)))
+        gray = pixels_hwc.ndim == 3 and pixels_hwc.shape[-1] == 1
+        yield _file(Image.fromarray(np.ascontiguousarray(pixels_hwc[..., 0] if gray else pixels_hwc)))
 
 
 def _file(image: Image.Image) -> bytes:

@@ -131,7 +131,7 @@ def _background(random: Random, grid: tuple[Floats, Floats], num_frames: int) ->
 
 
 def _color(a: npt.NDArray[np.float64], hue: int | None = None) -> Floats:
-    """Return a color that is neither dark nor grey: of any hue, or near one of those of the overtones."""
+    """Return a color that is neither dark nor gray: of any hue, or near one of those of the overtones."""
     turn = a[0] if hue is None else (hue + 0.3 * (a[0] - 0.5)) / len(_OVERTONES_HZ)
     phase = 2 * math.pi * (turn + np.array([0, 1 / 3, 2 / 3]))
     return np.asarray((0.55 + 0.35 * np.cos(phase) + 0.1 * a[1]).astype(np.float32))

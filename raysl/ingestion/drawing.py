@@ -1,6 +1,6 @@
 """Draw the images of the procedural set: one textured object on a cluttered background.
 
-The label is the shape of the object. Position, size, tilt, colours and textures have the same distribution for every
+The label is the shape of the object. Position, size, tilt, colors and textures have the same distribution for every
 shape, so they tell nothing about the label. Light comes from above and objects are tilted by at most 30 degrees, so
 that "up" is visible, as in photographs.
 
@@ -25,7 +25,7 @@ _DISTRACTORS = 3
 _TEXTURES = ("plain", "stripes", "checks", "blobs")
 # Of plain images: the share of the usual saturation, and the texture of each shape in waves per unit of length along x
 # and y in the frame of the object.
-_PLAIN_COLOUR = 0.1
+_PLAIN_COLOR = 0.1
 _SURFACES = (
     *((0.0, 0.0), (0.0, 1.2), (1.2, 0.0), (0.0, 2.2), (2.2, 0.0)),
     *((1.0, 1.0), (1.8, 1.8), (2.2, 1.0), (1.0, 2.2), (0.6, 0.6)),
@@ -124,8 +124,8 @@ def draw(image_rng: ImageRng, size: int, plain: bool = False) -> tuple[npt.NDArr
     return pixels.permute(0, 2, 3, 1).contiguous().numpy(), label_b.tolist()
 
 
-def _colour(image_rng: ImageRng, name: str, luminance_b: Tensor, saturation: float) -> Tensor:
-    """Return colours of random hue around a luminance: float (b, 3)."""
+def _color(image_rng: ImageRng, name: str, luminance_b: Tensor, saturation: float) -> Tensor:
+    """Return colors of random hue around a luminance: float (b, 3)."""
     hue_bc = image_rng.uniform(f"{name}/hue", count=3)
     hue_bc = hue_bc - hue_bc.mean(1, keepdim=True)
     return luminance_b[:, None] + saturation * hue_bc
@@ -182,10 +182,10 @@ def _surface(x_bhw: Tensor, y_bhw: Tensor, label_b: Tensor) -> Tensor:
 def _background(
     image_rng: ImageRng, luminance_b: Tensor, x_bhw: Tensor, y_bhw: Tensor, plain: bool
 ) -> Tensor:
-    """Draw a gradient of two colours with a faint texture and blobs, lit from above: float (b, 3, h, w)."""
-    saturation = 0.55 * (_PLAIN_COLOUR if plain else 1)
-    low_bc = _colour(image_rng, "low", luminance_b - image_rng.uniform("spread", 0, 0.12)[:, 0], saturation)
-    high_bc = _colour(image_rng, "high", luminance_b + image_rng.uniform("spread", 0, 0.12)[:, 0], saturation)
+    """Draw a gradient of two colors with a faint texture and blobs, lit from above: float (b, 3, h, w)."""
+    saturation = 0.55 * (_PLAIN_COLOR if plain else 1)
+    low_bc = _color(image_rng, "low", luminance_b - image_rng.uniform("spread", 0, 0.12)[:, 0], saturation)
+    high_bc = _color(image_rng, "high", luminance_b + image_rng.uniform("spread", 0, 0.12)[:, 0], saturation)
     along_bhw, _ = _turned(x_bhw, y_bhw, image_rng.uniform("gradient", 0, 2 * math.pi)[:, 0])
     image_bchw = _mix(low_bc, high_bc, (0.5 + 0.4 * along_bhw).clamp_(0, 1))
     if plain:
@@ -199,7 +199,7 @@ def _background(
 
 
 def _mix(low_bc: Tensor, high_bc: Tensor, share_bhw: Tensor) -> Tensor:
-    """Mix two colours by the share of the second: float (b, 3, h, w)."""
+    """Mix two colors by the share of the second: float (b, 3, h, w)."""
     return low_bc[:, :, None, None] + (high_bc - low_bc)[:, :, None, None] * share_bhw[:, None]
 
 
@@ -219,8 +219,8 @@ def _distractor(image_bchw: Tensor, image_rng: ImageRng, x_bhw: Tensor, y_bhw: T
     round_b = image_rng.chance("round", 0.5)[:, None, None]
     edge_bhw = torch.where(round_b, torch.hypot(x, y), torch.maximum(x.abs(), y.abs())) - 1
     cover_bhw = _cover(edge_bhw, half_bc.amin(1)) * image_rng.chance("there", 2 / 3)[:, None, None]
-    colour_bc = _colour(image_rng, "colour", image_rng.uniform("luminance", 0.1, 0.9)[:, 0], 0.9)
-    image_bchw += cover_bhw[:, None] * (colour_bc[:, :, None, None] - image_bchw)
+    color_bc = _color(image_rng, "colour", image_rng.uniform("luminance", 0.1, 0.9)[:, 0], 0.9)
+    image_bchw += cover_bhw[:, None] * (color_bc[:, :, None, None] - image_bchw)
 
 
 def _object(
@@ -255,10 +255,10 @@ def _object(
         second_b, texture_bhw = luminance_b - 0.3 * outward_b, _surface(x, y, label_b)
     else:
         second_b, texture_bhw = luminance_b + 0.1 * outward_b, _texture(image_rng, x_bhw, y_bhw)
-    saturation = 0.8 * (_PLAIN_COLOUR if plain else 1)
+    saturation = 0.8 * (_PLAIN_COLOR if plain else 1)
     fill_bchw = _mix(
-        _colour(image_rng, "first", luminance_b, saturation),
-        _colour(image_rng, "second", second_b, saturation),
+        _color(image_rng, "first", luminance_b, saturation),
+        _color(image_rng, "second", second_b, saturation),
         0.5 + 0.5 * texture_bhw,
     )
     fill_bchw -= (0.1 * y.clamp(-1, 1))[:, None]

@@ -32,7 +32,7 @@ class Treated:
         low: smallest value found, for kinds with a scale.
         high: largest value found.
         left_out: pages and frames that were not taken, for `PAGES`.
-        one_colour: images of which all pixels came out equal although the values in the file are not.
+        one_color: images of which all pixels came out equal although the values in the file are not.
     """
 
     count: int
@@ -40,7 +40,7 @@ class Treated:
     low: float = float("inf")
     high: float = float("-inf")
     left_out: int = 0
-    one_colour: int = 0
+    one_color: int = 0
 
     def __add__(self, other: Treated) -> Treated:
         return Treated(
@@ -49,7 +49,7 @@ class Treated:
             min(self.low, other.low),
             max(self.high, other.high),
             self.left_out + other.left_out,
-            self.one_colour + other.one_colour,
+            self.one_color + other.one_color,
         )
 
 
@@ -103,8 +103,8 @@ def _count(picture: Picture, path: str, tally: Tally) -> None:
     if picture.kind:
         low, high = picture.found
         pixels_hwc = np.asarray(picture.rgb)
-        one_colour = low < high and bool((pixels_hwc == pixels_hwc[0, 0]).all())
-        _add(tally, picture.kind, Treated(1, path, low, high, one_colour=int(one_colour)))
+        one_color = low < high and bool((pixels_hwc == pixels_hwc[0, 0]).all())
+        _add(tally, picture.kind, Treated(1, path, low, high, one_color=int(one_color)))
     if picture.left_out:
         _add(tally, PAGES, Treated(1, path, left_out=picture.left_out))
 
@@ -127,7 +127,7 @@ def sentences(tally: Tally, config: DecodeConfig) -> list[str]:
 
 def _sentence(kind: str, treated: Treated, config: DecodeConfig) -> str:
     images = f"{counted(treated.count, 'image')} (the first: {treated.example})"
-    dull = f" {treated.one_colour:,} of them came out in one colour." if treated.one_colour else ""
+    dull = f" {treated.one_color:,} of them came out in one color." if treated.one_color else ""
     if kind == TRANSPARENT:
         return f"{images} with transparent parts: put on {config.background} (--background).{dull}"
     if kind == PAGES:

@@ -14,23 +14,23 @@ import numpy as np
 import numpy.typing as npt
 
 _SIGNATURE = b"\x89PNG\r\n\x1a\n"
-_GREY, _RGB = 0, 2
+_GRAY, _RGB = 0, 2
 
 
 def encode(images_bhwc: npt.NDArray[np.uint8]) -> list[bytes]:
     """Return one PNG file for each image.
 
     Args:
-        images_bhwc: uint8 (b, h, w, c); c = 1 is written as grey, c = 3 as RGB.
+        images_bhwc: uint8 (b, h, w, c); c = 1 is written as gray, c = 3 as RGB.
     """
     b, h, w, c = images_bhwc.shape
-    colour = {1: _GREY, 3: _RGB}[c]
+    color = {1: _GRAY, 3: _RGB}[c]
     filtered = np.empty((b, h, 1 + w * c), np.uint8)
     filtered[:, :, 0] = 2
     rows = images_bhwc.reshape(b, h, w * c)
     filtered[:, 0, 1:] = rows[:, 0]
     np.subtract(rows[:, 1:], rows[:, :-1], out=filtered[:, 1:, 1:])
-    head = _SIGNATURE + _chunk(b"IHDR", struct.pack(">IIBBBBB", w, h, 8, colour, 0, 0, 0))
+    head = _SIGNATURE + _chunk(b"IHDR", struct.pack(">IIBBBBB", w, h, 8, color, 0, 0, 0))
     end = _chunk(b"IEND", b"")
     return [head + _chunk(b"IDAT", _deflate(image)) + end for image in filtered]
 

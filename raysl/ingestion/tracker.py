@@ -13,7 +13,7 @@ import numpy as np
 import numpy.typing as npt
 from PIL import Image
 
-Grey = npt.NDArray[np.float32]
+Gray = npt.NDArray[np.float32]
 
 # The frames are compared with their shorter side in this many pixels.
 _SIDE = 48
@@ -30,13 +30,13 @@ def track(frames_hwc: Sequence[npt.NDArray[np.uint8]]) -> npt.NDArray[np.float32
     height, width = frames_hwc[0].shape[:2]
     scale = _SIDE / min(height, width)
     size = max(_SIDE, round(width * scale)), max(_SIDE, round(height * scale))
-    grey_nhw = np.stack(
+    gray_nhw = np.stack(
         [
             np.asarray(Image.fromarray(frame).convert("L").resize(size, Image.Resampling.BOX), np.float32)
             for frame in frames_hwc
         ]
     )
-    moved_nhw = np.abs(np.diff(grey_nhw, axis=0))
+    moved_nhw = np.abs(np.diff(gray_nhw, axis=0))
     summed = np.lib.stride_tricks.sliding_window_view(moved_nhw, (_PATCH, _PATCH), axis=(1, 2)).mean(
         axis=(3, 4)
     )
@@ -48,7 +48,7 @@ def track(frames_hwc: Sequence[npt.NDArray[np.uint8]]) -> npt.NDArray[np.float32
     for step in (1, -1):
         at = int(number)
         while 0 <= at + step < len(frames_hwc):
-            found = _find(grey_nhw[at], grey_nhw[at + step], places[at].astype(int))
+            found = _find(gray_nhw[at], gray_nhw[at + step], places[at].astype(int))
             if found is None:
                 break
             at += step
@@ -58,7 +58,7 @@ def track(frames_hwc: Sequence[npt.NDArray[np.uint8]]) -> npt.NDArray[np.float32
     return np.asarray(boxes[None], np.float32)
 
 
-def _find(before_hw: Grey, after_hw: Grey, place_2: npt.NDArray[np.int64]) -> tuple[int, int] | None:
+def _find(before_hw: Gray, after_hw: Gray, place_2: npt.NDArray[np.int64]) -> tuple[int, int] | None:
     """Return the place of a patch in another frame; None when nothing near is like it."""
     top, left = place_2
     patch = before_hw[top : top + _PATCH, left : left + _PATCH]

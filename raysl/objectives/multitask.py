@@ -6,8 +6,8 @@ step, and makes only the view of that task. The heads of the other tasks stay un
 decay.
 
 "multitask-rotation,jigsaw" names the tasks; "rotation+jigsaw" among them is one task. Each is predicted as by
-`predict`, with the Config of its own transform. Colorization shows grey images and the other tasks do not:
-`--multitask.grey` makes all views grey (use it with `--relative-position.colour-drop none`, which is then superfluous).
+`predict`, with the Config of its own transform. Colorization shows gray images and the other tasks do not:
+`--multitask.gray` makes all views gray (use it with `--relative-position.color-drop none`, which is then superfluous).
 """
 
 from __future__ import annotations
@@ -37,12 +37,12 @@ class Config(Checked):
 
     Args:
         weights: relative frequency of each task, > 0, in the order of the method's name; empty for round robin.
-        grey: show grey images to every task, as colorization does.
+        gray: show gray images to every task, as colorization does.
         crop_width: width of the projection of each crop, as in `predict`.
     """
 
     weights: Annotated[tuple[float, ...], Bounds(above=0, high=1e9)] = ()
-    grey: bool = False
+    gray: bool = False
     crop_width: Annotated[int, Bounds(1, 65_536)] = 256
 
 
@@ -63,7 +63,7 @@ class Multitask(nn.Module):
             )
         self.turns = Turns(tuple(tasks), config.weights, setup.seed)
         self.views: dict[str, Pretext] = {
-            name: Grayscale(transform) if config.grey else transform for name, transform in tasks.items()
+            name: Grayscale(transform) if config.gray else transform for name, transform in tasks.items()
         }
         one = predict.Config(crop_width=config.crop_width)
         self.heads = nn.ModuleDict(

@@ -69,14 +69,14 @@ class Pretext(Protocol):
         source: the crop of the decoded image that the transform starts from.
         num_crops: P, crops per image.
         num_labels: size of the label set; 0 when there is nothing to predict, or the target is no label.
-        colour: where the color augmentation is applied: "crops" to each crop by itself, "source" to the image before
+        color: where the color augmentation is applied: "crops" to each crop by itself, "source" to the image before
             the transform, "none" nowhere.
     """
 
     source: SourceCrop
     num_crops: int
     num_labels: int
-    colour: Literal["crops", "source", "none"]
+    color: Literal["crops", "source", "none"]
 
     def __init__(self, config: Any, geometry: Geometry) -> None: ...
 
@@ -233,7 +233,7 @@ class Composition:
     Source crop, crops and colors are those of the last transform. The label counts all combinations: with labels a and
     b of two transforms it is a * (number of b) + b; transforms without labels do not count. When the last transform is
     `Dense`, only its target is kept: "rotation+colorization" colors rotated images. The target of a dense transform
-    before the last is dropped: "colorization+jigsaw" is a grey jigsaw.
+    before the last is dropped: "colorization+jigsaw" is a gray jigsaw.
     """
 
     def __init__(self, spec: str, parts: Sequence[Pretext]) -> None:
@@ -241,7 +241,7 @@ class Composition:
         last = self.parts[-1]
         self.source = last.source
         self.num_crops = last.num_crops
-        self.colour: Literal["crops", "source", "none"] = last.colour
+        self.color: Literal["crops", "source", "none"] = last.color
         counts = [part.num_labels for part in self.parts if part.num_labels]
         labelled = counts and not isinstance(last, Dense)
         self.num_labels = int(np.prod(counts, dtype=np.int64)) if labelled else 0
@@ -274,14 +274,14 @@ class Composition:
 
 
 class Grayscale:
-    """A transform with grey crops. Its target is still computed from the colors."""
+    """A transform with gray crops. Its target is still computed from the colors."""
 
     def __init__(self, transform: Pretext) -> None:
         self.of = transform
         self.source = transform.source
         self.num_crops = transform.num_crops
         self.num_labels = transform.num_labels
-        self.colour: Literal["crops", "source", "none"] = transform.colour
+        self.color: Literal["crops", "source", "none"] = transform.color
 
     def transform(self, images_bchw: Tensor, image_rng: ImageRng) -> Transformed:
         """Transform the images and remove the colors of the crops."""

@@ -35,7 +35,7 @@ class DenseTransform:
 
     num_crops = 1
     num_labels = 0
-    colour: Literal["crops", "source", "none"] = "source"
+    color: Literal["crops", "source", "none"] = "source"
 
     def __init__(self, name: str, grid: int, geometry: Geometry) -> None:
         if grid < 4 or grid % 2 or geometry.image_size < grid:

@@ -16,7 +16,7 @@ class OfFrames:
 
     clip_columns: tuple[str, ...] = ("frames", "times")
     num_labels = 0
-    colour: Literal["crops", "source", "none"] = "crops"
+    color: Literal["crops", "source", "none"] = "crops"
     num_crops = 1
     source: SourceCrop
 

@@ -44,7 +44,7 @@ def _moments(clips: Clips, window_s: float, image_rng: ImageRng) -> npt.NDArray[
 class MomentFrame(OfFrames):
     """The frame in the middle of the moment."""
 
-    colour: Literal["crops", "source", "none"] = "source"
+    color: Literal["crops", "source", "none"] = "source"
 
     def __init__(self, source: SourceCrop, window_s: float) -> None:
         self.source = source
@@ -65,7 +65,7 @@ class MomentSound:
 
     clip_columns = ("times", "sound")
     num_labels = 0
-    colour: Literal["crops", "source", "none"] = "none"
+    color: Literal["crops", "source", "none"] = "none"
 
     def __init__(self, window_s: float, moments: int) -> None:
         self.window_s = window_s

@@ -1,7 +1,7 @@
-"""Colorization: show the image in grey; the target is its colors.
+"""Colorization: show the image in gray; the target is its colors.
 
 Zhang, Isola and Efros 2016, "Colorful image colorization": the network sees the lightness L and predicts the colors a
-and b, as a distribution over bins of the ab plane, because the mean of several likely colors is grey. Here it predicts
+and b, as a distribution over bins of the ab plane, because the mean of several likely colors is gray. Here it predicts
 the cells of a coarse grid from pooled features; the paper uses the spatial map. With bins q, the soft assignment p of
 the true color to the bins, w the weight of the nearest bin, and s the output of the head,
 
@@ -67,11 +67,11 @@ class Colorization(DenseTransform):
         self.weights_q = rebalancing(self.bins_q2, config.prior_chroma, config.rebalance)
 
     def transform(self, images_bchw: Tensor, image_rng: ImageRng) -> Transformed:
-        """Return grey crops (b, 1, 3, h, w) and the target a + 128, b + 128, uint8 (b, 2, grid, grid)."""
+        """Return gray crops (b, 1, 3, h, w) and the target a + 128, b + 128, uint8 (b, 2, grid, grid)."""
         light_bchw = _lab.linear(images_bchw)
-        grey_b1hw = _lab.lightness(light_bchw)
+        gray_b1hw = _lab.lightness(light_bchw)
         target_b2gg = _lab.chroma(self.cell_means(light_bchw))
-        return Transformed(grey_b1hw.expand(-1, 3, -1, -1).contiguous()[:, None], target_b2gg)
+        return Transformed(gray_b1hw.expand(-1, 3, -1, -1).contiguous()[:, None], target_b2gg)
 
     def head(self, width: int) -> nn.Module:
         """Build a head that outputs logits of the bins, or a and b, for every cell."""

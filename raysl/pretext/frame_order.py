@@ -45,7 +45,7 @@ class Config(Checked):
         longest_s: longest time between the first and the last frame, in seconds (paper: 60 frames, about 2 s).
         outside_s: shortest time between these two and a wrong frame, in seconds (paper: 15 frames, about 0.5 s).
         positives: share of tuples in the right order, in 0..1 (paper: 0.25).
-        alike: a wrong frame differs from both ends by at least this many grey levels of 255, averaged over a copy of
+        alike: a wrong frame differs from both ends by at least this many gray levels of 255, averaged over a copy of
             16 x 16 pixels. The frame that differs most is taken when none does.
     """
 
@@ -61,7 +61,7 @@ class FrameOrder(OfFrames):
     """Whole frames of one clip, all cut, flipped and colored alike."""
 
     clip_columns = ("frames", "times", "thumbnails")
-    colour: Literal["crops", "source", "none"] = "source"
+    color: Literal["crops", "source", "none"] = "source"
 
     def __init__(self, config: Config, geometry: Geometry) -> None:
         self.config = config
@@ -84,13 +84,13 @@ class FrameOrder(OfFrames):
 
     def _tuple(self, clips: Clips, row: int, draws: Floats) -> tuple[Integers, int]:
         """Return the numbers of the frames in the order of the view, and the label."""
-        times_n, grey_nd = clips.times(row), clips.thumbnails(row).reshape(-1, 256).astype(np.int16)
+        times_n, gray_nd = clips.times(row), clips.thumbnails(row).reshape(-1, 256).astype(np.int16)
         verify = self.config.task == "verify"
-        first, last = self._window(times_n, grey_nd, draws[0], self.num_crops - 1, verify)
+        first, last = self._window(times_n, gray_nd, draws[0], self.num_crops - 1, verify)
         between = np.arange(first + 1, max(last, first + 2))
         if verify:
             right = draws[1] < self.config.positives
-            middle = between if right else self._outside(times_n, grey_nd, first, last)
+            middle = between if right else self._outside(times_n, gray_nd, first, last)
             frames = np.array([first, middle[int(draws[2] * len(middle))], last])
             label = int(right)
         else:
@@ -103,13 +103,13 @@ class FrameOrder(OfFrames):
         return (frames[::-1] if draws[7] < 0.5 else frames), label
 
     def _window(
-        self, times_n: Floats, grey_nd: npt.NDArray[np.int16], draw: float, steps: int, verify: bool
+        self, times_n: Floats, gray_nd: npt.NDArray[np.int16], draw: float, steps: int, verify: bool
     ) -> tuple[int, int]:
         """Return the first and the last frame of a tuple, drawn in proportion to the motion between them."""
         n = len(times_n)
         if n <= steps:
             return 0, max(n - 1, 1)
-        motion_n = np.concatenate([[0], np.cumsum(np.abs(np.diff(grey_nd, axis=0)).mean(axis=1))])
+        motion_n = np.concatenate([[0], np.cumsum(np.abs(np.diff(gray_nd, axis=0)).mean(axis=1))])
         weight_nn = motion_n[None] - motion_n[:, None] + 1e-6
         number_n = np.arange(n)
         allowed_nn = number_n[None] - number_n[:, None] >= steps
@@ -124,7 +124,7 @@ class FrameOrder(OfFrames):
         first, last = divmod(min(place, n * n - 1), n)
         return int(first), int(last)
 
-    def _outside(self, times_n: Floats, grey_nd: npt.NDArray[np.int16], first: int, last: int) -> Integers:
+    def _outside(self, times_n: Floats, gray_nd: npt.NDArray[np.int16], first: int, last: int) -> Integers:
         """Return the frames before the first and after the last that make a wrong tuple."""
         gap = self.config.outside_s - 1e-6
         number_n = np.arange(len(times_n))
@@ -135,7 +135,7 @@ class FrameOrder(OfFrames):
             return np.array([first], np.int64)
         differences = np.min(
             [
-                np.abs(grey_nd[found] - grey_nd[min(end, len(grey_nd) - 1)]).mean(axis=1)
+                np.abs(gray_nd[found] - gray_nd[min(end, len(gray_nd) - 1)]).mean(axis=1)
                 for end in (first, last)
             ],
             axis=0,

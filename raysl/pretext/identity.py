@@ -25,7 +25,7 @@ class Identity:
 
     num_crops = 1
     num_labels = 0
-    colour: Literal["crops", "source", "none"] = "crops"
+    color: Literal["crops", "source", "none"] = "crops"
 
     def __init__(self, config: Config, geometry: Geometry) -> None:
         self.source = SourceCrop(geometry.image_size, geometry.min_scale)

@@ -63,8 +63,8 @@ class Inpainting(DenseTransform):
         cell = torch.arange(images_bchw.shape[-1], device=device) * grid // images_bchw.shape[-1]
         hole_b1hw = missing_bgg[:, cell][:, :, cell][:, None]
         fill = to_device(torch.tensor(_FILL, dtype=torch.uint8), device)[:, None, None]
-        colours_b3gg = (self.cell_means(images_bchw) + 0.5).to(torch.uint8)
-        target_b4gg = torch.cat([colours_b3gg, missing_bgg[:, None].to(torch.uint8) * 255], dim=1)
+        colors_b3gg = (self.cell_means(images_bchw) + 0.5).to(torch.uint8)
+        target_b4gg = torch.cat([colors_b3gg, missing_bgg[:, None].to(torch.uint8) * 255], dim=1)
         return Transformed(torch.where(hole_b1hw, fill, images_bchw)[:, None], target_b4gg)
 
     def _missing(self, image_rng: ImageRng) -> Tensor:
@@ -85,8 +85,8 @@ class Inpainting(DenseTransform):
 
     def loss(self, output: Tensor, target: Tensor) -> Tensor:
         """Compute the squared error of the missing cells of each image, in units of half the range of a pixel."""
-        colours_b3gg, missing_b1gg = target[:, :3] / 127.5 - 1, target[:, 3:] / 255
-        error_b = ((output - colours_b3gg).square() * missing_b1gg).mean(1).sum((1, 2))
+        colors_b3gg, missing_b1gg = target[:, :3] / 127.5 - 1, target[:, 3:] / 255
+        error_b = ((output - colors_b3gg).square() * missing_b1gg).mean(1).sum((1, 2))
         return (error_b / missing_b1gg.sum((1, 2, 3))).mean()
 
     def describe(self) -> dict[str, Any]:

@@ -39,7 +39,7 @@ class Config(Checked):
             them, "max_avg" the average distance, "random" chooses at random.
         permutation_seed: seed of the choice.
         min_scale: smallest share of the image that the source crop shows.
-        per_patch_colour: augment the colors of each patch independently instead of once for the whole crop.
+        per_patch_color: augment the colors of each patch independently instead of once for the whole crop.
         source_size: side of the source crop in pixels, a multiple of the grid. None: image_size * 255 / 224, rounded
             down to a multiple.
         patch_size: side of a patch in pixels. None: 64 / 85 of a cell.
@@ -52,7 +52,7 @@ class Config(Checked):
     criterion: Criterion = "max_min"
     permutation_seed: Seed = 0
     min_scale: Annotated[float, Bounds(above=0, high=1)] = 0.6
-    per_patch_colour: bool = True
+    per_patch_color: bool = True
     source_size: Annotated[int | None, Bounds(8, 2048)] = None
     patch_size: Annotated[int | None, Bounds(_MIN_PATCH, 1024)] = None
 
@@ -67,7 +67,7 @@ class Jigsaw:
         tiles = config.grid**2
         self.grid = config.grid
         self.num_crops = tiles
-        self.colour: Literal["crops", "source", "none"] = "crops" if config.per_patch_colour else "source"
+        self.color: Literal["crops", "source", "none"] = "crops" if config.per_patch_color else "source"
         size, self.patch_size = _sizes(config, geometry)
         self.cell_size = size // config.grid
         self.source = SourceCrop(size, config.min_scale)

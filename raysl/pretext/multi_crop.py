@@ -48,7 +48,7 @@ class MultiCrop:
 
     num_crops = 1
     num_labels = 0
-    colour: Literal["crops", "source", "none"] = "crops"
+    color: Literal["crops", "source", "none"] = "crops"
 
     def __init__(self, config: Config, geometry: Geometry) -> None:
         size = max(8, round(geometry.image_size * 96 / 224)) if config.size is None else config.size

@@ -31,14 +31,14 @@ class Config(Checked):
         grid: patches per side; P = grid * grid.
         overlap: share of a patch's side that overlaps with the next patch, from 0 to below 1.
         min_scale: smallest share of the image that the source crop shows.
-        per_patch_colour: augment the colors of each patch by itself, and not of the source as a whole.
+        per_patch_color: augment the colors of each patch by itself, and not of the source as a whole.
         source_size: largest side of the grid in pixels. None: image_size * 256 / 224.
     """
 
     grid: Annotated[int, Bounds(2, 32)] = 7
     overlap: Annotated[float, Bounds(0, below=1)] = 0.5
     min_scale: Annotated[float, Bounds(above=0, high=1)] = 0.6
-    per_patch_colour: bool = True
+    per_patch_color: bool = True
     source_size: Annotated[int | None, Bounds(8, 2048)] = None
 
 
@@ -50,7 +50,7 @@ class PatchGrid:
     def __init__(self, config: Config, geometry: Geometry) -> None:
         self.columns = config.grid
         self.num_crops = config.grid**2
-        self.colour: Literal["crops", "source", "none"] = "crops" if config.per_patch_colour else "source"
+        self.color: Literal["crops", "source", "none"] = "crops" if config.per_patch_color else "source"
         size = config.source_size
         size = round(geometry.image_size * 256 / 224) if size is None else size
         # Add a little, because 260 / (1 + 5 * 0.45) would round down to patches of 79.

@@ -4,7 +4,7 @@ Doersch, Gupta and Efros 2015, "Unsupervised visual representation learning by c
 3 x 3 grid and one of its eight neighbours. A gap and a jitter keep lines from continuing across patches. Colors are
 dropped, because chromatic aberration of lenses grows towards the border and would reveal the position. At 224 pixels
 the gap is 0.47 of a patch (paper: 0.5); at 32 pixels it is 0.33. Linear ImageNet top-1 of a ResNet-50: 40.4 %
-(MMSelfSup, which turns two of three images grey and does not drop channels).
+(MMSelfSup, which turns two of three images gray and does not drop channels).
 """
 
 from __future__ import annotations
@@ -35,7 +35,7 @@ class Config(Checked):
 
     Args:
         both_orders: put the neighbour first in half of the pairs, with the opposite label.
-        colour_drop: guard against chromatic aberration: "channels" keeps one random channel of each patch and fills the
+        color_drop: guard against chromatic aberration: "channels" keeps one random channel of each patch and fills the
             others with noise, "gray" keeps the luminance, "none" keeps all.
         drop_probability: share of the images with dropped colors, in 0..1.
         min_scale: smallest share of the image that the source crop shows.
@@ -46,7 +46,7 @@ class Config(Checked):
     """
 
     both_orders: bool = False
-    colour_drop: Literal["channels", "gray", "none"] = "channels"
+    color_drop: Literal["channels", "gray", "none"] = "channels"
     drop_probability: Annotated[float, Bounds(0, 1)] = 1.0
     min_scale: Annotated[float, Bounds(above=0, high=1)] = 0.6
     source_size: Annotated[int | None, Bounds(8, 2048)] = None
@@ -80,9 +80,7 @@ class RelativePosition:
             )
         self.source = SourceCrop(size, config.min_scale)
         # Colors are dropped last: a later recipe would mix the channels again.
-        self.colour: Literal["crops", "source", "none"] = (
-            "crops" if config.colour_drop == "none" else "source"
-        )
+        self.color: Literal["crops", "source", "none"] = "crops" if config.color_drop == "none" else "source"
 
     def transform(self, images_bchw: Tensor, image_rng: ImageRng) -> Transformed:
         """Cut two patches (b, 2, 3, s, s); labels are uniform."""
@@ -104,9 +102,9 @@ class RelativePosition:
 
     def _dropped(self, crops_bpchw: Tensor, image_rng: ImageRng) -> Tensor:
         """Drop colors of the patches."""
-        if self.config.colour_drop == "none":
+        if self.config.color_drop == "none":
             return crops_bpchw
-        gray = self.config.colour_drop == "gray"
+        gray = self.config.color_drop == "gray"
         dropped = grayscale(crops_bpchw) if gray else _to_one_channel(crops_bpchw, image_rng)
         chosen_b = image_rng.chance("drop", self.config.drop_probability).to(crops_bpchw.device)
         return torch.where(chosen_b.view(-1, 1, 1, 1, 1), dropped, crops_bpchw)

@@ -37,7 +37,7 @@ class Rotation:
     """An exact rotation by transposing and mirroring: no interpolation reveals the angle."""
 
     num_labels = 4
-    colour: Literal["crops", "source", "none"] = "crops"
+    color: Literal["crops", "source", "none"] = "crops"
 
     def __init__(self, config: Config, geometry: Geometry) -> None:
         self.label_per_crop = config.turns == "all"

@@ -42,7 +42,7 @@ class Tracking(OfFrames):
     """Two square patches of one clip, each colored by itself."""
 
     clip_columns = ("frames", "times", "tracks")
-    colour: Literal["crops", "source", "none"] = "crops"
+    color: Literal["crops", "source", "none"] = "crops"
     num_crops = 2
     example_objective = "triplet"
 

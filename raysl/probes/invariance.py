@@ -81,10 +81,14 @@ class Config(Settings):
 
     def settings(self) -> dict[str, Any]:
         """Return the settings with the hyperparameters of the transforms. Raises UserError if one does not exist."""
-        parts = {part.strip() for spec in self.transforms for part in spec.split("+")}
-        # This name is part of the protocol hash.
-        hyperparameters = {"dials": {name: asdict(pretext.load(name)[0]()) for name in sorted(parts)}}
-        return field_values(self) | hyperparameters
+        parts = sorted({part.strip() for spec in self.transforms for part in spec.split("+")})
+        defaults = {name: asdict(pretext.load(name)[0]()) for name in parts}
+        # These names are part of the protocol hash: "dials", and fields with the spelling of its first version.
+        spelled = {
+            name: {key.replace("color", "colour"): value for key, value in fields.items()}
+            for name, fields in defaults.items()
+        }
+        return field_values(self) | {"dials": spelled}
 
 
 class Invariance:

@@ -214,7 +214,7 @@ def _png(data: bytes) -> Any:
     image = Image.open(io.BytesIO(data))
     if image.mode == "RGB" and not _is_deep(data):
         return np.asarray(image, dtype=np.float32) / 127.5 - 1
-    try:  # Pillow reads colour of 16 bits as 8 bits.
+    try:  # Pillow reads color of 16 bits as 8 bits.
         import imagecodecs
     except ImportError as error:
         raise ValueError(

@@ -32,6 +32,6 @@ def pretraining(data: str, run: str) -> Pretraining:
         optim=_goyal.optim(warmup_epochs=5, warmup_start=0.25),
         parts={
             "predict": predict.Config(crop_width=1000),
-            "jigsaw": jigsaw.Config(num_permutations=2000, criterion="max_avg", per_patch_colour=False),
+            "jigsaw": jigsaw.Config(num_permutations=2000, criterion="max_avg", per_patch_color=False),
         },
     )

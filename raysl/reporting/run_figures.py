@@ -23,11 +23,11 @@ from raysl.storage import Folder
 _LINES = {"untrained": "--", "raw pixels": ":"}
 
 
-def colours(labels: Sequence[str]) -> dict[str, Any]:
-    """Return a colour for each label; baselines without training are grey."""
+def colors(labels: Sequence[str]) -> dict[str, Any]:
+    """Return a color for each label; baselines without training are gray."""
     own = [label for label in dict.fromkeys(labels) if not label.startswith(tuple(_LINES))]
     chosen = colormaps["tab10" if len(own) <= 10 else "tab20"]
-    return {label: chosen(own.index(label) % chosen.N) if label in own else "grey" for label in labels}
+    return {label: chosen(own.index(label) % chosen.N) if label in own else "gray" for label in labels}
 
 
 def per_layer(rows: Sequence[LabelledRow]) -> Iterator[Figure]:
@@ -38,10 +38,10 @@ def per_layer(rows: Sequence[LabelledRow]) -> Iterator[Figure]:
             continue
         name = members[0].row["name"]
         labels = list(dict.fromkeys(item.label for item in members))
-        coloured = colours(labels)
+        colored = colors(labels)
 
-        def draw(axes: Any, found: Any = found, places: Any = places, coloured: Any = coloured) -> None:
-            for label in coloured:
+        def draw(axes: Any, found: Any = found, places: Any = places, colored: Any = colored) -> None:
+            for label in colored:
                 of_label = {
                     layer: cell for (one, layer, _), cell in found.items() if one == label and layer in places
                 }
@@ -57,10 +57,10 @@ def per_layer(rows: Sequence[LabelledRow]) -> Iterator[Figure]:
                     markersize=4,
                     capsize=2,
                     label=label,
-                    color=coloured[label],
+                    color=colored[label],
                 )
                 dots = [(i, value) for i, cell in zip(seen, cells, strict=True) for value in cell.values]
-                axes.plot(*zip(*dots, strict=True), ".", color=coloured[label], alpha=0.4)
+                axes.plot(*zip(*dots, strict=True), ".", color=colored[label], alpha=0.4)
             axes.set_xticks(range(len(places)), places)
             axes.set_ylim(*_limits([value for cell in found.values() for value in cell.values]))
             axes.legend(fontsize=7)
@@ -168,7 +168,7 @@ def _histogram(by_label: Mapping[str, Sequence[Counts]], edges: Sequence[float])
     layer = "pooled" if "pooled" in some else list(some)[-1]
     places = [one.get(place, {}) for one in chain(*by_label.values()) for place in (layer, HEADS)]
     transforms = [name for name in dict.fromkeys(chain(*places)) if name != OTHERS]
-    coloured = colours(list(by_label))
+    colored = colors(list(by_label))
 
     def shares(label: str, place: str, name: str) -> Any:
         counts = np.sum([one[place][name] for one in by_label[label] if name in one.get(place, {})], axis=0)
@@ -181,8 +181,8 @@ def _histogram(by_label: Mapping[str, Sequence[Counts]], edges: Sequence[float])
                 if moved is not None:
                     look = {"fill": True, "alpha": 0.35} if place == HEADS else {}
                     named = f"{label}, heads" if place == HEADS else label
-                    axes.stairs(moved, edges, color=coloured[label], label=named, **look)
-                    axes.stairs(others, edges, color=coloured[label], linestyle=":", alpha=0.7)
+                    axes.stairs(moved, edges, color=colored[label], label=named, **look)
+                    axes.stairs(others, edges, color=colored[label], linestyle=":", alpha=0.7)
             axes.set_xlabel("distance of unit features")
             axes.set_ylabel("share of images")
             axes.legend(fontsize=7)
@@ -215,8 +215,8 @@ def invariance_map(rows: Sequence[LabelledRow]) -> Iterator[Figure]:
                 axes.imshow(means, vmin=0, vmax=1, cmap="RdBu", aspect="auto")
                 for (j, i), value in np.ndenumerate(means):
                     if cell := cells[j][i]:
-                        colour = "white" if abs(value - 0.5) > 0.3 else "black"
-                        axes.text(i, j, _seeds(cell), ha="center", va="center", fontsize=7, color=colour)
+                        color = "white" if abs(value - 0.5) > 0.3 else "black"
+                        axes.text(i, j, _seeds(cell), ha="center", va="center", fontsize=7, color=color)
                 axes.set_xticks(range(len(own)), own, fontsize=7)
                 axes.set_yticks(range(len(names)), [name.partition("/")[2] for name in names], fontsize=7)
 
@@ -289,13 +289,13 @@ def progress(gathered: Sequence[Group]) -> Iterator[Figure]:
         curves = {of: sorted(by_step.items()) for of, by_step in points.items() if len(by_step) > 1}
         if not curves:
             continue
-        name, coloured = members[0].row["name"], colours([label for label, _ in points])
+        name, colored = members[0].row["name"], colors([label for label, _ in points])
 
-        def draw(axes: Any, curves: Any = curves, coloured: Any = coloured) -> None:
+        def draw(axes: Any, curves: Any = curves, colored: Any = colored) -> None:
             named = set()
             for (label, _), curve in curves.items():
                 legend = "" if label in named else label
-                axes.plot(*zip(*curve, strict=True), "o-", markersize=3, label=legend, color=coloured[label])
+                axes.plot(*zip(*curve, strict=True), "o-", markersize=3, label=legend, color=colored[label])
                 named.add(label)
             axes.set_xlabel("step")
             axes.legend(fontsize=7)

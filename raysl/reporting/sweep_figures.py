@@ -108,7 +108,7 @@ def _curve(record: SweepResults, dimension: Dimension) -> Figure:
             axes.plot(*zip(*dots, strict=True), ".", color=line[0].get_color(), alpha=0.4)
         for encoder, scores in record.extras("baseline").items():
             style = {"random": "--", "pixels": ":"}[encoder]
-            axes.axhline(mean(scores), linestyle=style, color="grey", label=LABELS[encoder])
+            axes.axhline(mean(scores), linestyle=style, color="gray", label=LABELS[encoder])
         axis.dress(axes)
         axes.set_ylabel(record.config.probe)
         axes.legend()

@@ -1,6 +1,6 @@
 """Images with more than 8 bits a channel, signed values or floats: the values of the file, and their scale.
 
-Pillow gives the high byte alone for 16-bit colour, and mixes up signed and unsigned values in TIFF. Here the values
+Pillow gives the high byte alone for 16-bit color, and mixes up signed and unsigned values in TIFF. Here the values
 are those of the file. How they become 8 bits is a matter of their kind and never of the brightest pixel of one image:
 
 - "uint16" (and 9 to 15 bits): the full range of the type becomes 0 to 255.
@@ -65,13 +65,13 @@ def deep_values(image: Image.Image, data: bytes, page: int = 0) -> Values | None
         # libtiff has already swapped the bytes, which Pillow 13 does not know for signed and float values.
         image = _reopened(data, page, native)
     if raw_mode == "LA;16B":
-        # Grey and alpha of 16 bits are as many bytes as four channels of 8.
+        # Gray and alpha of 16 bits are as many bytes as four channels of 8.
         quads = np.asarray(_reopened(data, page, "RGBA")).astype(np.uint16)
         return Values(
             quads[:, :, :1] << 8 | quads[:, :, 1:2], "uint16", 65535, quads[:, :, 2].astype(np.uint8)
         )
     if re.fullmatch(r"RGB[AaX]?;16[BLN]", raw_mode):
-        return _wide_colour(image, data, page, raw_mode)
+        return _wide_color(image, data, page, raw_mode)
     tags: dict[int, Any] = dict(image.tag_v2) if image.format == "TIFF" else {}  # type: ignore[attr-defined]
     signed = _first(tags.get(_SAMPLE_FORMAT, 1)) == _SIGNED
     if image.mode == "L" and signed:
@@ -119,7 +119,7 @@ def _reopened(data: bytes, page: int, raw_mode: str) -> Image.Image:
     return image  # type: ignore[no-any-return]
 
 
-def _wide_colour(image: Image.Image, data: bytes, page: int, raw_mode: str) -> Values:
+def _wide_color(image: Image.Image, data: bytes, page: int, raw_mode: str) -> Values:
     order = raw_mode[-1] if raw_mode[-1] in "BL" else _NATIVE
     other = raw_mode[:-1] + ("L" if order == "B" else "B")
     high_hwc = np.asarray(image)
@@ -153,7 +153,7 @@ def _ppm(image: Image.Image, data: bytes) -> Values | None:
 
 
 def _jpeg2000(data: bytes) -> Values | None:
-    """Return the values of JPEG 2000 in colour with more than 8 bits, where Pillow turns white into black.
+    """Return the values of JPEG 2000 in color with more than 8 bits, where Pillow turns white into black.
 
     Raises:
         DecodeError: the package is not installed.
@@ -218,12 +218,12 @@ def tiff_values(page: Any) -> Values:
         or page.dtype.kind not in "uif"
     ):
         raise DecodeError(
-            f"a TIFF page of shape {page.shape}, type {page.dtype} and colours {page.photometric.name}: convert it to "
-            "grey or RGB"
+            f"a TIFF page of shape {page.shape}, type {page.dtype} and colors {page.photometric.name}: convert it to "
+            "gray or RGB"
         )
     if channels == 1 and 0 in page.extrasamples:
         raise DecodeError(
-            f"a TIFF page of {page.samplesperpixel} bands: convert the bands to be seen to grey or RGB"
+            f"a TIFF page of {page.samplesperpixel} bands: convert the bands to be seen to gray or RGB"
         )
     values_hwc = page.asarray().reshape(page.shape)
     if page.ndim == 2:

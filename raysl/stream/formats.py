@@ -41,8 +41,8 @@ _TEXT = re.compile(rb"[\t\n\r -~]+")
 _DAMAGED = {PNG: "PNG", b"GIF8": "GIF", b"II*\0": "TIFF", b"MM\0*": "TIFF"}
 # An SVG drawing has no pixels of its own: its longer side becomes this many.
 _SVG_SIDE = 1024
-# Place of the colour type in a PNG file, behind the bit depth.
-_PNG_COLOUR = 25
+# Place of the color type in a PNG file, behind the bit depth.
+_PNG_COLOR = 25
 # Tags of TIFF (Adobe, TIFF 6.0 and DNG 1.7).
 _SUBFILE, _PHOTOMETRIC, _SUB_IFDS, _DNG_VERSION = 254, 262, 330, 50706
 _SENSOR_MOSAIC = (32803, 34892)
@@ -58,7 +58,7 @@ _REFUSED = (
         "a Radiance HDR image: convert it to float TIFF first, for example with the package imageio",
     ),
     (b"#?RGBE", "a Radiance HDR image: convert it to float TIFF first, for example with the package imageio"),
-    (b"PF\n", "a colour PFM image: convert it to float TIFF first, for example with the package imageio"),
+    (b"PF\n", "a color PFM image: convert it to float TIFF first, for example with the package imageio"),
     (b"P7\n", "a PAM image: convert it to PNG first"),
     (b"gimp xcf", "a GIMP drawing: export it as PNG"),
     (b"\x93NUMPY", "a NumPy array: save it as PNG or TIFF first, for example with the package tifffile"),
@@ -108,9 +108,9 @@ def open_image(data: bytes, name: str = "") -> Image.Image:
         if data.startswith((b"8BPS\0\1", b"8BPS\0\2")):
             return _open_psd(data)
         raise UnknownFormatError(describe(data)) from error
-    if data.startswith(PNG) and data[_PNG_COLOUR] == 0 and "transparency" in image.info:
-        # Pillow scales grey of 2 and 4 bits to 8, and not the key of its transparent level.
-        image.info["transparency"] *= {2: 85, 4: 17}.get(data[_PNG_COLOUR - 1], 1)
+    if data.startswith(PNG) and data[_PNG_COLOR] == 0 and "transparency" in image.info:
+        # Pillow scales gray of 2 and 4 bits to 8, and not the key of its transparent level.
+        image.info["transparency"] *= {2: 85, 4: 17}.get(data[_PNG_COLOR - 1], 1)
     if image.format in ("EPS", "WMF"):
         # Pillow would start another program to draw these.
         raise DecodeError(f"is a drawing in the format {image.format}: draw it as PNG first")

@@ -30,7 +30,7 @@ from raysl.stream.formats import (
     open_image,
 )
 
-_COLOURS = {"white": (255, 255, 255), "black": (0, 0, 0)}
+_COLORS = {"white": (255, 255, 255), "black": (0, 0, 0)}
 # Formats that data sets store as they are, when one opaque image of 8 bits is inside.
 _STORED = ("JPEG", "MPO", "PNG", "WEBP")
 # Further images inside are previews, layers or sizes of the same image.
@@ -53,7 +53,7 @@ class DecodeConfig:
     """How image files become 8-bit RGB.
 
     Args:
-        background: colour behind transparent parts: "white", "black" or "#rrggbb".
+        background: color behind transparent parts: "white", "black" or "#rrggbb".
         range: the values that become 0 and 255 in images of more than 8 bits, signed or float values. Without it,
             16-bit images use the full range of their type, and signed and float images the range of the data set.
         frames: "first" takes the first page or frame of a file, "all" makes each an image of its own.
@@ -70,9 +70,9 @@ class DecodeConfig:
 
     def __post_init__(self) -> None:
         check(self)
-        if self.background not in _COLOURS and not re.fullmatch(r"#[0-9a-fA-F]{6}", self.background):
+        if self.background not in _COLORS and not re.fullmatch(r"#[0-9a-fA-F]{6}", self.background):
             raise UserError(
-                f"--background is {self.background!r} and must be white, black or a colour such as '#80ff00'."
+                f"--background is {self.background!r} and must be white, black or a color such as '#80ff00'."
             )
         if self.range is not None and self.range[0] >= self.range[1]:
             raise UserError(
@@ -80,10 +80,10 @@ class DecodeConfig:
             )
 
     @property
-    def colour(self) -> tuple[int, int, int]:
+    def color(self) -> tuple[int, int, int]:
         """The background as red, green and blue, each 0 to 255."""
-        if self.background in _COLOURS:
-            return _COLOURS[self.background]
+        if self.background in _COLORS:
+            return _COLORS[self.background]
         red, green, blue = bytes.fromhex(self.background[1:])
         return red, green, blue
 
@@ -258,7 +258,7 @@ def _read(image: Image.Image, data: bytes, page: int, config: DecodeConfig, rang
     orientation = 1 if unturned else image.getexif().get(_ORIENTATION, 1)
     if deep is not None:
         return _scaled(deep, orientation, config, ranges)
-    rgb, transparent = _flat(image, config.colour)
+    rgb, transparent = _flat(image, config.color)
     return Picture(
         rgb,
         orientation,
@@ -291,7 +291,7 @@ def _scaled(deep: depth.Values, orientation: int, config: DecodeConfig, ranges: 
     levels_hwc = depth.scaled(deep.values_hwc, *(scale or found))
     pixels_hwc = np.broadcast_to(levels_hwc, (*levels_hwc.shape[:2], 3))
     if deep.alpha_hw is not None:
-        flat = Image.new("RGB", deep.alpha_hw.shape[::-1], config.colour)
+        flat = Image.new("RGB", deep.alpha_hw.shape[::-1], config.color)
         mask = Image.fromarray(np.ascontiguousarray(deep.alpha_hw))
         flat.paste(Image.fromarray(np.ascontiguousarray(pixels_hwc)), mask=mask)
         pixels_hwc = np.asarray(flat)

@@ -55,10 +55,10 @@ class View:
         if images_bchw.ndim == 5:
             return Transformed(self._frames(images_bchw, image_rng), None)
         images_bchw = hflip(images_bchw, image_rng, self.recipe.hflip)
-        if self.pretext.colour == "source":
+        if self.pretext.color == "source":
             images_bchw = self._colored(images_bchw, image_rng, side)
         made = self.pretext.transform(images_bchw, image_rng.named("transform"))
-        if self.pretext.colour != "crops":
+        if self.pretext.color != "crops":
             return made
         crops = made.crops_bpchw
         colored = self._colored(crops.flatten(0, 1), image_rng.repeated(crops.shape[1]), side)
@@ -67,9 +67,9 @@ class View:
     def _frames(self, frames_bpchw: Tensor, image_rng: ImageRng) -> Tensor:
         p = frames_bpchw.shape[1]
         frames = hflip(frames_bpchw.flatten(1, 2), image_rng, self.recipe.hflip).view(frames_bpchw.shape)
-        if self.pretext.colour == "none":
+        if self.pretext.color == "none":
             return frames
-        if self.pretext.colour == "crops":
+        if self.pretext.color == "crops":
             each = image_rng.repeated(p)
         else:  # the same colors for all frames of a clip
             epochs_n, indices_n = (np.repeat(a, p) for a in (image_rng.epochs_b, image_rng.indices_b))

@@ -44,7 +44,7 @@ def test_rows_of_every_encoder_and_probe(ray_session: None, run: tuple[Run, str,
     }
     primary = {(row["encoder"], row["probe"]): row["value"] for row in rows if row["primary"]}
     assert len(primary) == 6
-    # The classes of the tiny set differ in the mean colour, which every encoder shows.
+    # The classes of the tiny set differ in the mean color, which every encoder shows.
     assert primary["pixels", "linear"] > 0.9
     assert rows_of(run[0]) == rows
     again = probe(*run, probes=["knn"], configs={"knn": Knn()}, encoders=["trained"])

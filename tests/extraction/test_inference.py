@@ -72,8 +72,8 @@ def test_every_kind_of_image_is_the_same_image(tmp_path: Path) -> None:
     turned.save(tmp_path / "turned.png", exif=exif)
     with Image.open(tmp_path / "turned.png") as image:
         assert torch.equal(model(image), expected)
-    grey = model(PHOTO[..., 0])
-    assert torch.equal(grey, model(np.repeat(PHOTO[..., :1], 3, axis=2)))
+    gray = model(PHOTO[..., 0])
+    assert torch.equal(gray, model(np.repeat(PHOTO[..., :1], 3, axis=2)))
 
 
 @pytest.mark.parametrize(

@@ -19,9 +19,9 @@ from raysl.ingestion.sources import Place, ReadConfig, Row, UnitSize, open_sourc
 SMALL = UnitSize(3, 1 << 20)
 
 
-def jpeg(grey: int = 0) -> bytes:
+def jpeg(gray: int = 0) -> bytes:
     buffer = io.BytesIO()
-    Image.new("RGB", (8, 8), (grey, grey, grey)).save(buffer, "JPEG")
+    Image.new("RGB", (8, 8), (gray, gray, gray)).save(buffer, "JPEG")
     return buffer.getvalue()
 
 

@@ -11,7 +11,7 @@ ARCHIVES, ARRAYS, OBJECTS = (f"ingestion/test_{name}.py" for name in ("archives"
 # By the first words of each row, in the order of the page, the file and a test of the row.
 ROWS = {
     "JPEG, PNG, WebP of 8 bits": (PIXELS, "ordinary_files_are_stored_as_they_are_and_others_as_equal_pixels"),
-    "grey, one bit": (PIXELS, "colour_spaces_become_rgb"),
+    "gray, one bit": (PIXELS, "color_spaces_become_rgb"),
     "BMP, GIF, TIFF": (PIXELS, "ordinary_files_are_stored_as_they_are_and_others_as_equal_pixels"),
     "transparent parts": (PIXELS, "transparent_parts_show_the_background"),
     "TGA or BMP": (PIXELS, "an_alpha_channel_that_a_program_left_at_zero_is_ignored"),

@@ -78,7 +78,7 @@ def test_a_background_and_its_change(tmp_path: Path) -> None:
     data_set, said = ingested(tmp_path, background="#0a0b0c")
     assert levels(data_set) == [10]
     assert "1 image (the first: a.png) with transparent parts: put on #0a0b0c" in said
-    assert "1 of them came out in one colour" in said
+    assert "1 of them came out in one color" in said
     with pytest.raises(UserError, match="another --background"):
         ingested(tmp_path)
 

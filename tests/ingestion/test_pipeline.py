@@ -47,9 +47,9 @@ def refused(source: object, dest: Path) -> str:
     return str(error.value)
 
 
-def jpeg(grey: int) -> bytes:
+def jpeg(gray: int) -> bytes:
     buffer = io.BytesIO()
-    Image.new("RGB", (8, 8), (grey, grey, grey)).save(buffer, "JPEG")
+    Image.new("RGB", (8, 8), (gray, gray, gray)).save(buffer, "JPEG")
     return buffer.getvalue()
 
 

@@ -72,7 +72,7 @@ def test_raw_pixels_do_not_give_the_label_away() -> None:
         ("shapes:0", "from 1 to"),
         ("shapes:ten", "'ten'"),
         ("shapes:10?size=8", "from 16 to 512"),
-        ("shapes:10?colour=red", "Known: plain, seed, size"),
+        ("shapes:10?color=red", "Known: plain, seed, size"),
         ("shapes:10?seed=-1", "from 0"),
         ("shapes:10#validation", "Known: test, train"),
     ],

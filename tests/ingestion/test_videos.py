@@ -43,7 +43,7 @@ def make(
     rotation: int = 0,
     hz: float = 440.0,
 ) -> Path:
-    """Write a video whose grey level is 10 times the second, with a white mark in the upper left and a tone."""
+    """Write a video whose gray level is 10 times the second, with a white mark in the upper left and a tone."""
     path.parent.mkdir(parents=True, exist_ok=True)
     with av.open(str(path), "w", format="ogg" if path.suffix == ".ogv" else None) as container:
         stream = container.add_stream(codec, rate=30)

@@ -105,15 +105,15 @@ def test_a_prediction_sees_nothing_of_the_rows_that_it_is_about() -> None:
         assert up.tolist() == [False, False, False, False, False, True, True]
 
 
-class Colours(nn.Module):
-    """The mean colour of a patch in place of a backbone."""
+class Colors(nn.Module):
+    """The mean color of a patch in place of a backbone."""
 
     def forward(self, images_bchw: Tensor) -> Tensor:
         return images_bchw.float().mean(dim=(2, 3)) / 255 - 0.5
 
 
 def test_it_learns_whose_patches_follow() -> None:
-    """Each image is of one colour, so that a patch can be told from those of others and not from its own others."""
+    """Each image is of one color, so that a patch can be told from those of others and not from its own others."""
     torch.manual_seed(0)
     transform = pretext.build("patch_grid", {}, Geometry(image_size=16))
     objective = Cpc(
@@ -121,12 +121,12 @@ def test_it_learns_whose_patches_follow() -> None:
         Setup(transform, transform, 3, 64, 0, 0),
     )
     of = batch(4)
-    colour = torch.tensor([[255, 0, 0], [0, 255, 0], [0, 0, 255], [255, 255, 0]], dtype=torch.uint8)
-    of.views["patches"] = colour[:, None, :, None, None].expand(-1, ROWS**2, -1, SIDE, SIDE)
+    color = torch.tensor([[255, 0, 0], [0, 255, 0], [0, 0, 255], [255, 255, 0]], dtype=torch.uint8)
+    of.views["patches"] = color[:, None, :, None, None].expand(-1, ROWS**2, -1, SIDE, SIDE)
     optimizer = torch.optim.Adam(objective.parameters(), lr=1e-2)
     losses = []
     for _ in range(30):
-        losses.append(objective.loss(objective(Colours(), of.views), of, None).loss)
+        losses.append(objective.loss(objective(Colors(), of.views), of, None).loss)
         optimizer.zero_grad()
         losses[-1].backward()  # type: ignore[no-untyped-call]
         optimizer.step()

@@ -99,15 +99,15 @@ class TestTurns:
 
 
 def test_grey_shows_every_task_the_same_kind_of_image() -> None:
-    _, objective = make(*TASKS, grey=True)
-    _, coloured = make(*TASKS)
-    of, plain = batch(objective, TASKS), batch(coloured, TASKS)
+    _, objective = make(*TASKS, gray=True)
+    _, colored = make(*TASKS)
+    of, plain = batch(objective, TASKS), batch(colored, TASKS)
     for task in TASKS:
         red, green, blue = of.views[task].unbind(2)
         assert torch.equal(red, green)
         assert torch.equal(red, blue)
         assert torch.equal(of.targets[task], plain.targets[task])
-    assert torch.equal(of.views["colorization"], plain.views["colorization"]), "grey already"
+    assert torch.equal(of.views["colorization"], plain.views["colorization"]), "gray already"
 
 
 def test_the_method_names_the_tasks() -> None:

@@ -83,10 +83,10 @@ def test_a_tuple_is_right_if_its_middle_lies_between_its_ends(clips: Clips) -> N
 def test_tuples_prefer_motion_and_skip_frames_that_look_alike() -> None:
     import pyarrow as pa
 
-    grey = np.zeros((24, 16, 16), np.uint8)
-    grey[12:] = np.arange(12)[:, None, None] * 20  # still at first, then ever brighter
+    gray = np.zeros((24, 16, 16), np.uint8)
+    gray[12:] = np.arange(12)[:, None, None] * 20  # still at first, then ever brighter
     times = (np.arange(24) / 8).tolist()
-    row = {"times": [times], "thumbnails": [grey.tobytes()]}
+    row = {"times": [times], "thumbnails": [gray.tobytes()]}
     still = Clips(
         pa.table({"times": pa.array(row["times"], COLUMNS["times"]), "thumbnails": row["thumbnails"]})
     )

@@ -1,4 +1,4 @@
-"""Lightness in, colours out."""
+"""Lightness in, colors out."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ from raysl.pretext.colorization import Colorization, Config, rebalancing
 from raysl.rng import ImageRng
 from raysl.stream.views import View
 
-# CIE L*a*b* of sRGB primaries under D65, from any table of colours.
+# CIE L*a*b* of sRGB primaries under D65, from any table of colors.
 KNOWN = {
     (255, 0, 0): (53.24, 80.09, 67.20),
     (0, 255, 0): (87.73, -86.18, 83.18),
@@ -29,8 +29,8 @@ def image_rng(count: int) -> ImageRng:
     return ImageRng(0, np.zeros(count, np.int64), np.arange(count))
 
 
-def plain(colours: list[tuple[int, int, int]], side: int = 32) -> Tensor:
-    return torch.tensor(colours, dtype=torch.uint8)[:, :, None, None].expand(-1, -1, side, side).contiguous()
+def plain(colors: list[tuple[int, int, int]], side: int = 32) -> Tensor:
+    return torch.tensor(colors, dtype=torch.uint8)[:, :, None, None].expand(-1, -1, side, side).contiguous()
 
 
 def transformed(images_bchw: Tensor, config: Config | None = None) -> Transformed:
@@ -40,7 +40,7 @@ def transformed(images_bchw: Tensor, config: Config | None = None) -> Transforme
     )
 
 
-def test_known_colours() -> None:
+def test_known_colors() -> None:
     result = transformed(plain(list(KNOWN)))
     assert result.target is not None
     assert result.target.shape == (len(KNOWN), 2, 8, 8)
@@ -50,16 +50,16 @@ def test_known_colours() -> None:
         assert (found - torch.tensor([a, b])[:, None, None]).abs().max() <= 0.51
 
 
-def test_the_network_sees_no_colour_and_the_target_is_that_of_each_cell() -> None:
+def test_the_network_sees_no_color_and_the_target_is_that_of_each_cell() -> None:
     image = plain([(128, 128, 128)])
     image[0, :, :4, 28:] = torch.tensor([255, 0, 0], dtype=torch.uint8)[:, None, None]
     result = transformed(image)
-    grey = result.crops_bpchw[0, 0]
-    assert torch.equal(grey[0], grey[1])
-    assert torch.equal(grey[0], grey[2])
+    gray = result.crops_bpchw[0, 0]
+    assert torch.equal(gray[0], gray[1])
+    assert torch.equal(gray[0], gray[2])
     assert result.target is not None
-    coloured = (result.target[0] != 128).any(0)
-    assert coloured.nonzero().tolist() == [[0, 7]]
+    colored = (result.target[0] != 128).any(0)
+    assert colored.nonzero().tolist() == [[0, 7]]
 
 
 def test_the_recipe_acts_before_the_target_is_taken() -> None:
@@ -69,7 +69,7 @@ def test_the_recipe_acts_before_the_target_is_taken() -> None:
     assert (target == 128).all()
 
 
-def test_colours_share_the_nearest_bins() -> None:
+def test_colors_share_the_nearest_bins() -> None:
     made = Colorization(Config(), Geometry(32))
     bin_nk, share_nk = made.soft_bins(torch.tensor([[20.0, -30.0], [24.0, -30.0]]))
     assert made.bins_q2[bin_nk[:, 0]].tolist() == [[20, -30], [20, -30]]
@@ -91,7 +91,7 @@ def test_bins_are_those_of_the_screen_and_weighed_by_rarity() -> None:
 
 
 @pytest.mark.parametrize("mode", ["classify", "regress"])
-def test_the_right_colours_cost_least(mode: str) -> None:
+def test_the_right_colors_cost_least(mode: str) -> None:
     made = Colorization(Config(mode="classify" if mode == "classify" else "regress"), Geometry(32))
     target = transformed(plain([(200, 60, 30), (20, 90, 160)])).target
     assert target is not None

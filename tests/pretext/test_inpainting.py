@@ -38,7 +38,7 @@ def test_cells_that_the_target_marks_are_filled_and_nothing_else_changes(mode: s
     assert torch.equal(torch.where(hole[:, None], x, seen), x)
 
 
-def test_the_target_is_the_colour_of_every_cell_before() -> None:
+def test_the_target_is_the_color_of_every_cell_before() -> None:
     x, _, target = transformed(Config())
     cells = x.float().unflatten(3, (8, 4)).unflatten(2, (8, 4)).mean((3, 5))  # type: ignore[no-untyped-call]
     assert (target[:, :3].float() - cells).abs().max() <= 0.501

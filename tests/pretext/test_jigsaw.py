@@ -79,9 +79,9 @@ def test_the_passport_tells_sets_apart() -> None:
     assert facts[0]["permutations_min_hamming"] >= 6
 
 
-def test_where_the_colours_go() -> None:
-    assert Jigsaw(Config(), Geometry(32)).colour == "crops"
-    assert Jigsaw(Config(per_patch_colour=False), Geometry(32)).colour == "source"
+def test_where_the_colors_go() -> None:
+    assert Jigsaw(Config(), Geometry(32)).color == "crops"
+    assert Jigsaw(Config(per_patch_color=False), Geometry(32)).color == "source"
 
 
 @pytest.mark.parametrize(

@@ -24,8 +24,8 @@ def textures(side: int) -> Tensor:
         F.interpolate(torch.randn(IMAGES, 1, n, n, generator=generator), (side, side), mode="bicubic")
         for n in (24, 48)
     ]
-    grey = (128 + 40 * sum(sheets, torch.zeros(()))).clamp(0, 255).to(torch.uint8)
-    return grey.expand(-1, 3, -1, -1).contiguous()
+    gray = (128 + 40 * sum(sheets, torch.zeros(()))).clamp(0, 255).to(torch.uint8)
+    return gray.expand(-1, 3, -1, -1).contiguous()
 
 
 def edge_pixels(crops_bpchw: Tensor) -> Tensor:

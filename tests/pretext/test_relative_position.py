@@ -31,7 +31,7 @@ def coordinates(side: int) -> Tensor:
 
 @pytest.mark.parametrize("both_orders", [False, True])
 def test_the_label_is_the_way_from_the_first_patch_to_the_second(both_orders: bool) -> None:
-    made = RelativePosition(Config(both_orders=both_orders, colour_drop="none"), Geometry(64))
+    made = RelativePosition(Config(both_orders=both_orders, color_drop="none"), Geometry(64))
     crops, label_b = transformed(made, coordinates(made.source.size))
     corner_bp2 = crops[:, :, :2, 0, 0].long()
     pitch = made.patch_size + made.gap
@@ -47,7 +47,7 @@ def test_the_label_is_the_way_from_the_first_patch_to_the_second(both_orders: bo
 
 
 def test_patches_never_touch_and_move_as_far_as_the_jitter() -> None:
-    made = RelativePosition(Config(colour_drop="none"), Geometry(96))
+    made = RelativePosition(Config(color_drop="none"), Geometry(96))
     crops, _ = transformed(made, coordinates(made.source.size))
     corner_bp2 = crops[:, :, :2, 0, 0].long()
     apart = (corner_bp2[:, 1] - corner_bp2[:, 0]).abs().amax(1) - made.patch_size
@@ -72,7 +72,7 @@ def random_images(made: RelativePosition) -> Tensor:
 
 def test_one_channel_of_each_patch_is_kept_and_the_others_are_noise() -> None:
     made = RelativePosition(Config(), Geometry(64))
-    plain = RelativePosition(Config(colour_drop="none"), Geometry(64))
+    plain = RelativePosition(Config(color_drop="none"), Geometry(64))
     x = random_images(made)
     crops, before = transformed(made, x)[0], transformed(plain, x)[0]
     kept_bpc = (crops == before).flatten(3).all(3)
@@ -84,15 +84,15 @@ def test_one_channel_of_each_patch_is_kept_and_the_others_are_noise() -> None:
 
 
 def test_gray_patches_and_how_often() -> None:
-    made = RelativePosition(Config(colour_drop="gray", drop_probability=0.66), Geometry(64))
+    made = RelativePosition(Config(color_drop="gray", drop_probability=0.66), Geometry(64))
     crops, _ = transformed(made, random_images(made))
     gray_b = (crops[:, :, :1] == crops).flatten(1).all(1)
     assert float(gray_b.float().mean()) == pytest.approx(0.66, abs=0.07)
 
 
 def test_the_recipe_does_not_mix_dropped_channels() -> None:
-    assert RelativePosition(Config(), Geometry(64)).colour == "source"
-    assert RelativePosition(Config(colour_drop="none"), Geometry(64)).colour == "crops"
+    assert RelativePosition(Config(), Geometry(64)).color == "source"
+    assert RelativePosition(Config(color_drop="none"), Geometry(64)).color == "crops"
 
 
 @pytest.mark.parametrize(

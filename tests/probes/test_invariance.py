@@ -26,11 +26,11 @@ from tests.extraction.test_feature_tasks import make_run, saved
 
 @dataclass(frozen=True)
 class Stub:
-    """ "colour" is the mean of each channel, which no turn changes; "corner" is one pixel, which betrays the turn where
-    the top left corner has been made white; "chroma" is how far red is from green, which is nothing in grey."""
+    """ "color" is the mean of each channel, which no turn changes; "corner" is one pixel, which betrays the turn where
+    the top left corner has been made white; "chroma" is how far red is from green, which is nothing in gray."""
 
     name: str = "stub"
-    layers: tuple[str, ...] = ("colour", "corner", "chroma")
+    layers: tuple[str, ...] = ("color", "corner", "chroma")
 
     def identity(self) -> dict[str, Any]:
         return {"encoder": "stub"}
@@ -42,7 +42,7 @@ class Stub:
         corners = images_bchw.float()[:, 0, [0, 0, -1, -1], [0, -1, 0, -1]]
         chroma_b = (images_bchw[:, 0].float() - images_bchw[:, 1].float()).abs().mean((1, 2))
         return {
-            "colour": images_bchw.double().mean((2, 3)),
+            "color": images_bchw.double().mean((2, 3)),
             "corner": corners - 60,
             "chroma": chroma_b[:, None],
         }
@@ -60,25 +60,25 @@ def measured(
 
 
 def test_an_invariant_layer_has_distance_zero_and_no_readout(tmp_path: Path) -> None:
-    found, counts = measured(tmp_path, invariance.Config(("rotation",)), "colour", "corner")
-    assert found["colour", "distance/rotation"] == pytest.approx(0, abs=1e-6)
-    assert found["colour", "closer"] == found["colour", "closer/rotation"] == 1
-    assert found["colour", "readout/rotation"] < 0.5
-    assert found["colour", "chance/rotation"] == 0.25
-    assert found["colour", "distance/others"] > 0
+    found, counts = measured(tmp_path, invariance.Config(("rotation",)), "color", "corner")
+    assert found["color", "distance/rotation"] == pytest.approx(0, abs=1e-6)
+    assert found["color", "closer"] == found["color", "closer/rotation"] == 1
+    assert found["color", "readout/rotation"] < 0.5
+    assert found["color", "chance/rotation"] == 0.25
+    assert found["color", "distance/others"] > 0
     assert found["corner", "closer"] < 0.8
     # A quarter is turned by nothing.
-    turned = sum(counts["colour"]["rotation"])
+    turned = sum(counts["color"]["rotation"])
     assert 40 < turned < 80
-    assert counts["colour"]["rotation"] == [turned] + [0] * 39
+    assert counts["color"]["rotation"] == [turned] + [0] * 39
     assert sum(counts["corner"]["others"]) == 80 * 64
 
 
 def test_several_crops_are_compared_by_their_mean_features(tmp_path: Path) -> None:
-    found, _ = measured(tmp_path, invariance.Config(("jigsaw",), readout=Linear("fast", dims=0)), "colour")
-    # Nine patches show the colours of the image.
-    assert found["colour", "closer/jigsaw"] > 0.7
-    assert ("colour", "readout/jigsaw") in found
+    found, _ = measured(tmp_path, invariance.Config(("jigsaw",), readout=Linear("fast", dims=0)), "color")
+    # Nine patches show the colors of the image.
+    assert found["color", "closer/jigsaw"] > 0.7
+    assert ("color", "readout/jigsaw") in found
 
 
 def test_unchanged_images_do_not_count(tmp_path: Path) -> None:
@@ -191,7 +191,7 @@ def test_running_statistics_are_used_only_if_requested(tmp_path: Path, statistic
 
 def test_an_unknown_transform_and_too_few_images_are_refused(tmp_path: Path) -> None:
     dataset = make_dataset(tmp_path / "set", 3)
-    subject = Subject(Stub(), ("colour",), 16, dataset, dataset, 0, Folder(str(tmp_path)))
+    subject = Subject(Stub(), ("color",), 16, dataset, dataset, 0, Folder(str(tmp_path)))
     with pytest.raises(UserError, match="'rotation'"):
         list(invariance.Invariance(invariance.Config(("rotatoin",))).examine(subject))
     with pytest.raises(UserError, match="at least 4"):

@@ -25,7 +25,7 @@ NAMES = ("nose", "tail")
 
 
 def coco(place: Path, count: int = 60) -> str:
-    """Images of a red and a green disc, the key points, on grey; the second is missing in every fifth image."""
+    """Images of a red and a green disc, the key points, on gray; the second is missing in every fifth image."""
     random, images, annotations = np.random.default_rng(0), [], []
     (place / "images").mkdir(parents=True, exist_ok=True)
     for number in range(count):
@@ -33,8 +33,8 @@ def coco(place: Path, count: int = 60) -> str:
         image = Image.new("RGB", (SIDE, SIDE), (60, 60, 60))
         draw = ImageDraw.Draw(image)
         shown = number % 5 > 0
-        for (x, y), colour in ((red, (250, 40, 40)), (green, (40, 250, 40)))[: 1 + shown]:
-            draw.ellipse((x - 5, y - 5, x + 5, y + 5), colour)
+        for (x, y), color in ((red, (250, 40, 40)), (green, (40, 250, 40)))[: 1 + shown]:
+            draw.ellipse((x - 5, y - 5, x + 5, y + 5), color)
         image.save(place / "images" / f"{number}.png")
         images.append({"id": number, "file_name": f"{number}.png"})
         points = [*red.tolist(), 2, *(green.tolist() if shown else (0, 0)), 2 * shown]

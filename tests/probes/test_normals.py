@@ -41,7 +41,7 @@ def png(values: npt.NDArray[np.float64]) -> bytes:
 
 
 def folder(place: Path, train: int = 12, test: int = 4, encoded: bool = False) -> Folder:
-    """Images that show their normals as colours."""
+    """Images that show their normals as colors."""
     made = Folder(str(place))
     for split, numbers in (("train", range(train)), ("test", range(100, 100 + test))):
         for number in numbers:

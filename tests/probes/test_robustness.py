@@ -52,8 +52,8 @@ def test_a_corruption_grows_with_severity_and_each_image_has_its_own_numbers(nam
 
 @pytest.mark.parametrize(("name", "share"), [("gaussian_noise", 0.18), ("shot_noise", (0.5 / 12) ** 0.5)])
 def test_noise_has_the_published_strength(name: str, share: float) -> None:
-    grey = torch.full((4, 3, 64, 64), 128, dtype=torch.uint8)
-    noise = corrupt(name, grey, 3, numbers([0, 1, 2, 3])).float() / 255 - 0.5
+    gray = torch.full((4, 3, 64, 64), 128, dtype=torch.uint8)
+    noise = corrupt(name, gray, 3, numbers([0, 1, 2, 3])).float() / 255 - 0.5
     assert float(noise.std()) == pytest.approx(share, rel=0.04)
     assert float(noise.mean()) == pytest.approx(0, abs=0.01)
 

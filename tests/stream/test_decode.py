@@ -74,7 +74,7 @@ def test_formats(file_format: str, options: dict[str, Any], tolerance: int) -> N
         ("TIFF", "CMYK", 0),
     ],
 )
-def test_colour_modes(file_format: str, mode: str, tolerance: int) -> None:
+def test_color_modes(file_format: str, mode: str, tolerance: int) -> None:
     image = picture().convert(mode)
     shown = image.convert("L") if mode == "LA" else image
     assert off(encoded(image, file_format), shown) <= tolerance

@@ -29,7 +29,7 @@ def ramp(height: int = 24, width: int = 32) -> npt.NDArray[np.uint8]:
     return image
 
 
-GREY = ramp()[..., 0]
+GRAY = ramp()[..., 0]
 
 
 def file(image: Array | Image.Image, file_format: str, **options: Any) -> bytes:
@@ -38,11 +38,11 @@ def file(image: Array | Image.Image, file_format: str, **options: Any) -> bytes:
     return stream.getvalue()
 
 
-def png16(samples_hwc: Array, colour_type: int, *chunks: tuple[bytes, bytes]) -> bytes:
-    """A PNG file of 16 bits, which Pillow does not write in colour."""
+def png16(samples_hwc: Array, color_type: int, *chunks: tuple[bytes, bytes]) -> bytes:
+    """A PNG file of 16 bits, which Pillow does not write in color."""
     height, width = samples_hwc.shape[:2]
     rows = b"".join(b"\0" + row.astype(">u2").tobytes() for row in samples_hwc)
-    return png(struct.pack(">IIBBBBB", width, height, 16, colour_type, 0, 0, 0), rows, *chunks)
+    return png(struct.pack(">IIBBBBB", width, height, 16, color_type, 0, 0, 0), rows, *chunks)
 
 
 def png(head: bytes, rows: bytes, *chunks: tuple[bytes, bytes]) -> bytes:
@@ -74,7 +74,7 @@ def reason(data: bytes, config: DecodeConfig | None = None) -> str:
 
 
 def off(picture: Picture, expected_hwc: Array) -> int:
-    """The largest difference, in levels of 255; grey is compared with each channel."""
+    """The largest difference, in levels of 255; gray is compared with each channel."""
     expected = np.broadcast_to(np.atleast_3d(expected_hwc), picture.pixels_hwc.shape)
     return int(np.abs(picture.pixels_hwc.astype(int) - expected.astype(int)).max())
 
@@ -84,8 +84,8 @@ def off(picture: Picture, expected_hwc: Array) -> int:
     [
         (file(ramp(), "PNG"), ramp(), True),
         (file(ramp(), "WEBP", lossless=True), ramp(), True),
-        (file(GREY, "PNG"), GREY, True),
-        (file(Image.fromarray(GREY > 99), "PNG"), (GREY > 99) * 255, True),
+        (file(GRAY, "PNG"), GRAY, True),
+        (file(Image.fromarray(GRAY > 99), "PNG"), (GRAY > 99) * 255, True),
         (file(ramp(), "BMP"), ramp(), False),
         (file(ramp(), "TIFF", compression="tiff_lzw"), ramp(), False),
         (file(ramp(), "PPM"), ramp(), False),
@@ -102,7 +102,7 @@ def test_ordinary_files_are_stored_as_they_are_and_others_as_equal_pixels(
     assert one(data).ordinary is stored
 
 
-def test_colour_spaces_become_rgb() -> None:
+def test_color_spaces_become_rgb() -> None:
     cmyk = Image.fromarray(ramp()).convert("CMYK")
     assert off(one(file(cmyk, "TIFF")), np.asarray(cmyk.convert("RGB"))) == 0
     photo = file(Image.fromarray(ramp(96, 128)).convert("CMYK"), "JPEG", quality=95)
@@ -147,21 +147,21 @@ def test_transparent_parts_show_the_background(data: bytes, background: str, rgb
     assert not picture.ordinary
 
 
-def test_half_transparent_colours_are_mixed() -> None:
+def test_half_transparent_colors_are_mixed() -> None:
     assert one(file(shape_in_alpha(102), "PNG")).pixels_hwc[16, 16].tolist() == [153] * 3
 
 
-def test_transparent_colours_of_palettes_and_keys() -> None:
+def test_transparent_colors_of_palettes_and_keys() -> None:
     palette = Image.fromarray(ramp()).quantize(16)
     expected = np.where((np.asarray(palette) == 3)[..., None], 255, np.asarray(palette.convert("RGB")))
     assert off(one(file(palette, "PNG", transparency=3)), expected) == 0
-    grey16 = GREY.astype(np.uint16) * 257
-    assert off(one(png16(grey16, 0, (b"tRNS", struct.pack(">H", 0)))), np.where(GREY == 0, 255, GREY)) == 0
+    grey16 = GRAY.astype(np.uint16) * 257
+    assert off(one(png16(grey16, 0, (b"tRNS", struct.pack(">H", 0)))), np.where(GRAY == 0, 255, GRAY)) == 0
     rgb16 = ramp().astype(np.uint16) * 257
     key = struct.pack(">HHH", *rgb16[0, 0])
     expected = np.where((ramp() == ramp()[0, 0]).all(2)[..., None], 255, ramp())
     assert off(one(png16(rgb16, 2, (b"tRNS", key))), expected) == 0
-    # Pillow takes the key of grey of 2 and 4 bits for a level of 255.
+    # Pillow takes the key of gray of 2 and 4 bits for a level of 255.
     for bits, row, levels in (
         (1, b"\x0f", [0] * 4 + [255] * 4),
         (2, b"\x1b", [0, 85, 170, 255]),
@@ -221,24 +221,24 @@ def test_orientation_far_behind_the_start_of_a_jpeg(note: bytes) -> None:
 def test_a_deep_image_is_turned_too() -> None:
     exif = Image.Exif()
     exif[274] = 6
-    assert off(one(file(GREY.astype(np.uint16) * 257, "PNG", exif=exif)), np.rot90(GREY, -1)) == 0
+    assert off(one(file(GRAY.astype(np.uint16) * 257, "PNG", exif=exif)), np.rot90(GRAY, -1)) == 0
 
 
 @pytest.mark.parametrize(
     "data",
     [
-        file(GREY.astype(np.uint16) * 257, "PNG"),
-        file(GREY.astype(np.uint16) * 257, "TIFF"),
-        file(GREY.astype(np.uint16) * 257, "TIFF", compression="tiff_deflate"),
-        pgm(GREY.astype(np.uint16) * 257, 65535),
-        pgm(GREY.astype(np.uint16) * 4, 1020),
-        png16(np.dstack([GREY] * 3).astype(np.uint16) * 257, 2),
+        file(GRAY.astype(np.uint16) * 257, "PNG"),
+        file(GRAY.astype(np.uint16) * 257, "TIFF"),
+        file(GRAY.astype(np.uint16) * 257, "TIFF", compression="tiff_deflate"),
+        pgm(GRAY.astype(np.uint16) * 257, 65535),
+        pgm(GRAY.astype(np.uint16) * 4, 1020),
+        png16(np.dstack([GRAY] * 3).astype(np.uint16) * 257, 2),
     ],
     ids=["PNG", "TIFF", "deflate", "PGM", "PGM of 10 bits", "RGB16"],
 )
 def test_unsigned_values_use_the_full_range_of_their_type(data: bytes) -> None:
     picture = one(data)
-    assert off(picture, GREY) == 0
+    assert off(picture, GRAY) == 0
     assert picture.kind == "uint16"
     assert not picture.ordinary
 
@@ -266,20 +266,20 @@ def test_a_dim_frame_stays_dim() -> None:
     assert (dim.pixels_hwc.max(), dimmer.pixels_hwc.max()) == (10, 2)
 
 
-def test_a_given_range_serves_all_bits_of_deep_colour() -> None:
+def test_a_given_range_serves_all_bits_of_deep_color() -> None:
     twelve_bits = ramp().astype(np.uint16) * 16
     config = DecodeConfig(range=(0, 255 * 16))
     assert off(one(png16(twelve_bits, 2), config), ramp()) == 0
     for data in (file(twelve_bits[..., 0], "PNG"), pgm(twelve_bits[..., 0], 65535)):
-        assert off(one(data, config), GREY) == 0
+        assert off(one(data, config), GRAY) == 0
 
 
 def test_white_is_zero_is_turned_over() -> None:
-    inverted = file(65535 - GREY.astype(np.uint16) * 257, "TIFF", tiffinfo={262: 0})
+    inverted = file(65535 - GRAY.astype(np.uint16) * 257, "TIFF", tiffinfo={262: 0})
     with Image.open(io.BytesIO(inverted)) as opened:
         if opened.tag_v2[262] != 0:  # type: ignore[attr-defined]
             pytest.skip("this Pillow writes no such file")
-    assert off(one(inverted), GREY) == 0
+    assert off(one(inverted), GRAY) == 0
 
 
 @pytest.mark.parametrize(
@@ -391,7 +391,7 @@ def test_a_size_that_a_header_only_claims_is_refused_before_memory_is_taken() ->
         (b"PK\x03\x04....", "ZIP"),
         (b"\0\0\0\x18ftypmp42....", "video"),
         (b"<?xml version='1.0'?><Error><Code>AccessDenied</Code></Error>", "XML"),
-        (b"PF\n1 1\n-1.0\n" + bytes(12), "colour PFM"),
+        (b"PF\n1 1\n-1.0\n" + bytes(12), "color PFM"),
         (b"P7\nWIDTH 1\nHEIGHT 1\n", "PAM"),
     ],
 )

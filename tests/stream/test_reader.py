@@ -38,7 +38,7 @@ def dataset(tmp_path_factory: pytest.TempPathFactory) -> DataSet:
 def views() -> dict[str, View]:
     geometry = Geometry(image_size=32)
     # A label, nothing, and a target of many numbers for each image.
-    names = {"transformed": "jigsaw", "image": "identity", "colours": "colorization"}
+    names = {"transformed": "jigsaw", "image": "identity", "colors": "colorization"}
     return {name: View(build(spec, {}, geometry), recipe("pirl")) for name, spec in names.items()}
 
 

@@ -29,11 +29,11 @@ def dataset(tmp_path_factory: pytest.TempPathFactory) -> DataSet:
     return make_dataset(tmp_path_factory.mktemp("data") / "set", 150)
 
 
-def stream(dataset: DataSet, jigsaw: Jigsaw = Jigsaw(), colours: str = "pirl", place: str = "data") -> Stream:  # noqa: B008
+def stream(dataset: DataSet, jigsaw: Jigsaw = Jigsaw(), colors: str = "pirl", place: str = "data") -> Stream:  # noqa: B008
     geometry = Geometry(image_size=32)
     views = {
-        "transformed": View(build("jigsaw", {"jigsaw": jigsaw}, geometry), recipe(colours)),
-        "image": View(build("identity", {}, geometry), recipe(colours)),
+        "transformed": View(build("jigsaw", {"jigsaw": jigsaw}, geometry), recipe(colors)),
+        "image": View(build("identity", {}, geometry), recipe(colors)),
     }
     plan = replace(Plan.of(dataset, BATCH, seed=3, epochs=2), groups_per_window=2, stretch=2)
     return Stream(dataset, plan, views, StreamConfig("trainer" if place == "trainer" else "data"), SHARE)
@@ -57,12 +57,12 @@ def alone(one: Stream, start: int = 0) -> Prints:
 
 
 def test_equal_views_are_made_once_and_equal_crops_cut_once(dataset: DataSet) -> None:
-    few, all_orders, grey = Jigsaw(num_permutations=100), Jigsaw(), "gray"
+    few, all_orders, gray = Jigsaw(num_permutations=100), Jigsaw(), "gray"
     streams = [
         stream(dataset, few),
         stream(dataset, few),
         stream(dataset, all_orders),
-        stream(dataset, few, grey),
+        stream(dataset, few, gray),
     ]
     assert (
         sorted(name.partition("@")[0] for name in union(streams).views) == ["image"] * 2 + ["transformed"] * 3

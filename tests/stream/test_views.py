@@ -1,4 +1,4 @@
-"""A view: mirror, transform and colours in the right places, the same wherever it is made."""
+"""A view: mirror, transform and colors in the right places, the same wherever it is made."""
 
 from __future__ import annotations
 
@@ -55,12 +55,12 @@ def test_plain_images_are_only_mirrored() -> None:
     assert 30 < int(same.sum()) < 70
 
 
-def test_patches_are_coloured_one_by_one_or_all_alike() -> None:
+def test_patches_are_colored_one_by_one_or_all_alike() -> None:
     gray = Recipe(gray=0.5)
     x = images(50, 36)
 
     def num_gray(per_patch: bool) -> set[int]:
-        config = pretext.load("jigsaw")[0](per_patch_colour=per_patch)
+        config = pretext.load("jigsaw")[0](per_patch_color=per_patch)
         made = View(pretext.build("jigsaw", {"jigsaw": config}, Geometry(32)), gray)
         crops = made(x, image_rng(50)).crops_bpchw
         return set((crops[:, :, 0] == crops[:, :, 1]).flatten(2).all(2).sum(1).tolist())

@@ -28,7 +28,7 @@ def test_a_short_name_takes_the_values_of_the_field_itself() -> None:
     assert lam.values == (0.0, 0.25, 0.5, 0.75, 1.0)
     assert made("num_permutations").dimensions[0].name == "jigsaw.num_permutations"
     assert made("pirl.head").dimensions[0].values == ("linear", "mlp", "bn")
-    assert made("per_patch_colour").dimensions[0].values == (False, True)
+    assert made("per_patch_color").dimensions[0].values == (False, True)
 
 
 def test_values_are_of_the_type_of_the_field() -> None:
