@@ -82,13 +82,12 @@ class Journal:
         self.rows.append(dict(row))
         self._first.setdefault(_key(row), self.rows[-1])
 
-    def add_once(self, row: Mapping[str, Any]) -> None:
-        """Add a row unless the journal has one of the same kind for the same trial, seed and rung."""
-        there = self._first.get(_key(row))
-        if there is None:
-            self.add(row)
-        elif any(there.get(name) != row[name] for name in ("goes_on", "copies", "values") if name in row):
+    def is_new(self, row: Mapping[str, Any]) -> bool:
+        """Return True unless there is a row of the same kind for the same trial, seed and rung."""
+        there = self._first.get(_key(row), row)
+        if any(there.get(name) != row.get(name) for name in ("goes_on", "copies", "values")):
             _log.warning("Trial %s was decided differently before: %s, now %s.", row["trial"], there, row)
+        return there is row
 
     def of(self, event: str) -> list[dict[str, Any]]:
         """Return the rows of one kind."""

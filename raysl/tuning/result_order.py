@@ -15,15 +15,16 @@ Python's and NumPy's global generators are seeded around each call, because sche
 
 from __future__ import annotations
 
-import contextlib
 import hashlib
+import json
 import logging
 import pickle
 import random
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
+from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any, Protocol
+from typing import Any
 
 import numpy as np
 from ray.exceptions import RayTaskError
@@ -39,31 +40,51 @@ _log = logging.getLogger("raysl.tuning")
 PER_RUNG = (FIFOScheduler, ASHAScheduler, MedianStoppingRule)
 
 Result = dict[str, Any]
+Row = dict[str, Any]
 
 
-class Listener(Protocol):
-    """What `InOrder` tells of results, failures and decisions, by trial numbers. A sweep writes it to its journal."""
+@dataclass
+class _Tried:
+    """A trial of a sweep.
 
-    def scored(self, trial: int, result: Result) -> None:
-        """A trial got its score at a rung."""
+    Args:
+        trial: the trial as Ray Tune knows it.
+        results: its results, one for each rung.
+        delivered: number of results that the inner scheduler has got. A failure counts as a result.
+        failed: it failed after its last result.
+        over: "finished", "stopped" or "failed", when the inner scheduler knows of it; "" before.
+    """
 
-    def retried(self, trial: int, reason: str) -> None:
-        """A trial crashed, and continues from its last checkpoint."""
+    trial: Trial
+    results: list[Result] = field(default_factory=list)
+    delivered: int = 0
+    failed: bool = False
+    over: str = ""
 
-    def failed(self, trial: int, reason: str) -> None:
-        """A trial failed and is not tried again."""
+    @property
+    def active(self) -> bool:
+        return self.trial.status in (Trial.RUNNING, Trial.PENDING)
 
-    def decided(self, trial: int, rung: int, goes_on: bool, copies: int | None, values: Result) -> None:
-        """The scheduler decided on a trial after a rung, counted from 0; `values` are those that it continues with."""
+    @property
+    def may_continue(self) -> bool:
+        """True for a paused trial that has had all of its results delivered."""
+        paused = self.trial.status == Trial.PAUSED and not self.over
+        return paused and self.delivered == len(self.results) > 0
+
+    def has(self, rung: int) -> bool:
+        """Return whether there is a result or a failure for a rung, counted from 1."""
+        return len(self.results) + self.failed >= rung
 
 
 class InOrder(TrialScheduler):  # type: ignore[misc]
     """A scheduler that delivers results to another one by trial number; see the module.
 
+    The trials must be named by their numbers, and so must the folders of their checkpoints.
+
     Args:
         inner: any scheduler of Ray Tune.
         num_trials: trials of the sweep.
-        listener: hears of results and decisions.
+        record: gets the values, scores, failures and decisions of all trials, as rows of a journal.
         at_once: trials that may run at the same time.
         seed: of what the inner scheduler draws.
     """
@@ -71,37 +92,29 @@ class InOrder(TrialScheduler):  # type: ignore[misc]
     _supports_buffered_results = False
 
     def __init__(
-        self, inner: TrialScheduler, num_trials: int, listener: Listener, at_once: int = 1, seed: int = 0
+        self,
+        inner: TrialScheduler,
+        num_trials: int,
+        record: Callable[[Row], None],
+        at_once: int = 1,
+        seed: int = 0,
     ) -> None:
         super().__init__()
         self.inner = inner
         self.num_trials = num_trials
+        self.record = record
         self.at_once = at_once
-        self.over: dict[int, str] = {}
-        self.results: dict[int, list[Result]] = {}
+        self.tried: list[_Tried] = []
         self._seed = seed
-        self._listener = listener
-        self._together = type(self.inner) not in PER_RUNG
-        self._trials: list[Trial] = []
-        self._numbers: dict[str, int] = {}
-        self._failed: set[int] = set()
-        self._delivered: dict[int, int] = {}
+        self._together = type(inner) not in PER_RUNG
 
     def __getstate__(self) -> dict[str, Any]:
         # Ray Tune pickles its scheduler, and never needs it back: a sweep continues from its journal.
-        return {**self.__dict__, "_listener": None}
-
-    def number(self, trial: Trial) -> int:
-        """Return the number of a trial: trials are numbered in the order in which they were added."""
-        return self._numbers[trial.trial_id]
+        return {**self.__dict__, "record": None}
 
     def busy(self) -> int:
         """Return how many trials run, or could continue at once."""
-        return sum(
-            self._trials[n].status in (Trial.RUNNING, Trial.PENDING) or self._may_continue(n)
-            for n in range(len(self._trials))
-            if n not in self.over
-        )
+        return sum(not one.over and (one.active or one.may_continue) for one in self.tried)
 
     # What Ray Tune calls.
 
@@ -116,143 +129,123 @@ class InOrder(TrialScheduler):  # type: ignore[misc]
         return str(self.inner.debug_string())
 
     def on_trial_add(self, tune_controller: Any, trial: Trial) -> None:
-        if trial.trial_id in self._numbers:  # Ray Tune adds it again after an error, to retry it.
-            if self.number(trial) in self._failed:
+        n = _number(trial)
+        if n < len(self.tried):  # Ray Tune adds it again after an error, to retry it.
+            if self.tried[n].failed:
                 tune_controller._set_trial_status(trial, Trial.ERROR)
             return
-        n = self._numbers[trial.trial_id] = len(self._trials)
-        self._trials.append(trial)
-        self.results[n], self._delivered[n] = [], 0
+        self.tried.append(_Tried(trial))
         with seeded(self._seed, "add", n):
             self.inner.on_trial_add(_View(self, tune_controller), trial)
 
     def on_trial_result(self, tune_controller: Any, trial: Trial, result: Result) -> str:
-        n = self.number(trial)
+        n = _number(trial)
         self._take(n, result)
-        if self._together:
-            return str(TrialScheduler.PAUSE)
-        self._advance(tune_controller, current=n)
-        if self._delivered[n] < len(self.results[n]):
-            return str(TrialScheduler.PAUSE)
-        return str(TrialScheduler.STOP if n in self.over else TrialScheduler.CONTINUE)
-
-    def on_trial_complete(self, tune_controller: Any, trial: Trial, result: Result) -> None:
-        n = self.number(trial)
-        if n in self.over:
-            return
-        self._take(n, {**result, "done": True})
         if not self._together:
             self._advance(tune_controller, current=n)
+            one = self.tried[n]
+            if one.delivered == len(one.results):
+                return str(TrialScheduler.STOP if one.over else TrialScheduler.CONTINUE)
+        return str(TrialScheduler.PAUSE)
+
+    def on_trial_complete(self, tune_controller: Any, trial: Trial, result: Result) -> None:
+        n = _number(trial)
+        if not self.tried[n].over:
+            self._take(n, {**result, "done": True})
+            if not self._together:
+                self._advance(tune_controller, current=n)
 
     def on_trial_error(self, tune_controller: Any, trial: Trial) -> None:
-        n = self.number(trial)
+        n = _number(trial)
         reason, repeats = _failure(trial)
         if trial.should_recover() and not repeats:
-            self._listener.retried(n, reason)
+            _log.warning("trial %d: it continues from its last checkpoint, because it crashed. %s", n, reason)
             return
-        self._failed.add(n)
-        self._listener.failed(n, reason)
+        self.tried[n].failed = True
+        self.record({"event": "failed", "trial": n, "reason": reason})
         if not self._together:
             self._advance(tune_controller, current=n)
 
     def on_trial_remove(self, tune_controller: Any, trial: Trial) -> None:
-        n = self.number(trial)
-        if n not in self.over:  # The inner scheduler, or the user, stops a trial that is paused.
-            self.over[n] = "stopped"
+        one = self.tried[_number(trial)]
+        if not one.over:  # The inner scheduler, or the user, stops a trial that is paused.
+            one.over = "stopped"
             self.inner.on_trial_remove(_View(self, tune_controller), trial)
 
     def choose_trial_to_run(self, tune_controller: Any) -> Trial | None:
         self._advance(tune_controller)
-        active = sum(trial.status in (Trial.RUNNING, Trial.PENDING) for trial in self._trials)
-        paused = [n for n in range(len(self._trials)) if n not in self.over and self._may_continue(n)]
-        if paused and active < self.at_once:
+        paused = [one for one in self.tried if one.may_continue]
+        if paused and sum(one.active for one in self.tried) < self.at_once:
             # Those that have come farthest first.
-            return self._trials[min(paused, key=lambda n: (-len(self.results[n]), n))]
-        return next((trial for trial in self._trials if trial.status == Trial.PENDING), None)
+            return max(paused, key=lambda one: len(one.results)).trial
+        return next((one.trial for one in self.tried if one.trial.status == Trial.PENDING), None)
 
     # The order.
 
     def _take(self, n: int, result: Result) -> None:
-        if len(self.results[n]) < result["training_iteration"]:
-            self.results[n].append(dict(result))
-            self._listener.scored(n, result)
+        results = self.tried[n].results
+        if len(results) < result["training_iteration"]:
+            results.append(dict(result))
+            for run in json.loads(result["runs"]):
+                self.record({**run, "event": "score", "trial": n, "rung": result["rung"] - 1})
         elif result.get("done"):
-            self.results[n][-1]["done"] = True
-
-    def _may_continue(self, n: int) -> bool:
-        """Return whether a paused trial has had all of its results delivered."""
-        return self._trials[n].status == Trial.PAUSED and self._delivered[n] == len(self.results[n]) > 0
-
-    def _has(self, n: int, rung: int) -> bool:
-        """Return whether a trial has a result or a failure to deliver for a rung, counted from 1."""
-        return len(self.results[n]) + (n in self._failed) >= rung
+            results[-1]["done"] = True
 
     def _advance(self, controller: Any, current: int | None = None) -> None:
-        """Deliver all results whose turn has come."""
-        if self._together:
-            while self._deliver_rung(controller):
-                pass
-            return
-        moved = True
-        while moved:
-            moved = False
-            for n in range(len(self._trials)):
-                while self._turn(n, current):
-                    self._deliver(controller, n, current)
-                    moved = True
+        """Deliver all results whose turn has come, and record what the inner scheduler decides."""
+        delivered = []
+        while ready := [n for n in range(len(self.tried)) if self._turn(n, current)]:
+            # Failures first: a scheduler that compares all trials must know them.
+            n = min(ready, key=lambda n: (not self.tried[n].failed, n))
+            self._deliver(controller, n, current)
+            delivered.append(n)
+        for n in delivered:
+            if self.tried[n].over not in ("finished", "failed") and type(self.inner) is not FIFOScheduler:
+                self._record_decision(n)
 
     def _turn(self, n: int, current: int | None) -> bool:
-        rung = self._delivered[n] + 1
+        one, rung = self.tried[n], self.tried[n].delivered + 1
         # A trial that is still saving what it pauses with is stopped when it has paused.
-        settled = n == current or self._trials[n].status != Trial.RUNNING
-        if n in self.over or not self._has(n, rung) or not settled:
+        settled = n == current or one.trial.status != Trial.RUNNING
+        if one.over or not one.has(rung) or not settled:
             return False
-        return all(m in self.over or self._delivered[m] >= rung for m in range(n))
-
-    def _deliver_rung(self, controller: Any) -> bool:
-        """Deliver the results of the next rung to a scheduler that compares all trials, if all have one."""
-        left = [n for n in range(len(self._trials)) if n not in self.over]
-        if not left or len(self._trials) < self.num_trials:
-            return False
-        rung = min(self._delivered[n] for n in left) + 1
-        settled = (Trial.PAUSED, Trial.TERMINATED, Trial.ERROR)
-        if not all(self._has(n, rung) and self._trials[n].status in settled for n in left):
-            return False
-        owners = {self._trials[n].checkpoint.path: n for n in left if self._trials[n].checkpoint}
-        # Failures first: the scheduler must know them when it compares the others.
-        for n in sorted(left, key=lambda n: (n not in self._failed, n)):
-            if n not in self.over:
-                self._deliver(controller, n, None)
-        for n in left:
-            if self.over.get(n) in ("finished", "failed"):
-                continue
-            found = self._trials[n].checkpoint
-            donor = owners.get(found.path) if found else None
-            copies = donor if donor != n else None
-            self._listener.decided(n, rung - 1, n not in self.over, copies, self._trials[n].config)
-        return True
+        if not self._together:
+            return all(other.over or other.delivered >= rung for other in self.tried[:n])
+        ended = (Trial.PAUSED, Trial.TERMINATED, Trial.ERROR)
+        return len(self.tried) == self.num_trials and all(
+            other.over or other.delivered >= rung or (other.has(rung) and other.trial.status in ended)
+            for other in self.tried
+        )
 
     def _deliver(self, controller: Any, n: int, current: int | None) -> None:
-        rung, trial, view = self._delivered[n] + 1, self._trials[n], _View(self, controller)
-        self._delivered[n] = rung
-        with seeded(self._seed, n, rung):
-            if rung > len(self.results[n]):
-                self.over[n] = "failed"
-                self.inner.on_trial_error(view, trial)
+        one, view = self.tried[n], _View(self, controller)
+        one.delivered += 1
+        with seeded(self._seed, n, one.delivered):
+            if one.delivered > len(one.results):
+                one.over = "failed"
+                self.inner.on_trial_error(view, one.trial)
                 return
-            result = self.results[n][rung - 1]
+            result = one.results[one.delivered - 1]
             if result.get("done"):
-                self.over[n] = "finished"
-                self.inner.on_trial_complete(view, trial, result)
+                one.over = "finished"
+                self.inner.on_trial_complete(view, one.trial, result)
                 return
-            decision = self.inner.on_trial_result(view, trial, result)
-            if decision == TrialScheduler.STOP:
-                self.over.setdefault(n, "stopped")
-                self.inner.on_trial_complete(view, trial, result)
-        if not self._together:
-            self._listener.decided(n, rung - 1, n not in self.over, None, trial.config)
-        if decision == TrialScheduler.STOP and n != current:
-            controller.stop_trial(trial)
+            stops = self.inner.on_trial_result(view, one.trial, result) == TrialScheduler.STOP
+            if stops:
+                one.over = one.over or "stopped"
+                self.inner.on_trial_complete(view, one.trial, result)
+        if stops and n != current:
+            controller.stop_trial(one.trial)
+
+    def _record_decision(self, n: int) -> None:
+        one = self.tried[n]
+        # Population based training hands the checkpoint of another trial to this one.
+        owner = int(Path(one.trial.checkpoint.path).parent.name) if one.trial.checkpoint else n
+        copies, about = (owner if owner != n else None), {"trial": n, "rung": one.delivered - 1}
+        self.record({"event": "decision", **about, "goes_on": not one.over, "copies": copies})
+        if copies is not None and not one.over:
+            about["rung"] += 1
+            self.record({"event": "trial", **about, "values": dict(one.trial.config)})
 
 
 class _View:
@@ -269,10 +262,10 @@ class _View:
         return getattr(self._controller, name)
 
     def get_trials(self) -> list[Trial]:
-        return list(self._order._trials)
+        return [one.trial for one in self._order.tried]
 
     def get_live_trials(self) -> list[Trial]:
-        return [trial for n, trial in enumerate(self._order._trials) if n not in self._order.over]
+        return [one.trial for one in self._order.tried if not one.over]
 
 
 class Numbered(Searcher):  # type: ignore[misc]
@@ -284,7 +277,9 @@ class Numbered(Searcher):  # type: ignore[misc]
         lag: trial n is proposed from the outcomes of trials up to n - lag.
         seed: of what the searcher draws.
         known: values of trials that were begun before. They stay, whatever the searcher would propose now.
-        begun: called with the number and the values of every trial before it begins.
+
+    Attributes:
+        numbers: the number of each trial, by the id that Ray Tune gives it.
     """
 
     def __init__(
@@ -294,7 +289,6 @@ class Numbered(Searcher):  # type: ignore[misc]
         lag: int = 4,
         seed: int = 0,
         known: Mapping[int, Result] | None = None,
-        begun: Callable[[int, Result], None] | None = None,
     ) -> None:
         super().__init__()
         self.numbers: dict[str, int] = {}
@@ -303,12 +297,9 @@ class Numbered(Searcher):  # type: ignore[misc]
         self._lag = lag
         self._seed = seed
         self._known = known or {}
-        self._begun = begun
         self._told = 0
+        # Trials whose values are not what the searcher proposed.
         self._replaced: set[int] = set()
-
-    def __getstate__(self) -> dict[str, Any]:
-        return {**self.__dict__, "_begun": None}
 
     def set_search_properties(self, metric: str | None, mode: str | None, config: Any, **spec: Any) -> bool:
         self._metric, self._mode = metric, mode
@@ -320,17 +311,14 @@ class Numbered(Searcher):  # type: ignore[misc]
         n = len(self.numbers)
         if n >= self._order.num_trials:
             return str(Searcher.FINISHED)
-        if self._order.busy() >= self._order.at_once:
-            return None
-        values = self._proposed(n)
+        values = None if self._order.busy() >= self._order.at_once else self._proposed(n)
         if values is None:
             return None
-        if n in self._known and self._known[n] != values:
+        if self._known.get(n, values) != values:
             _log.warning("Trial %d keeps %s; the searcher now proposes %s.", n, self._known[n], values)
             values = dict(self._known[n])
             self._replaced.add(n)
-        if self._begun is not None:
-            self._begun(n, values)
+        self._order.record({"event": "trial", "trial": n, "rung": 0, "values": values})
         self.numbers[trial_id] = n
         return values
 
@@ -344,28 +332,28 @@ class Numbered(Searcher):  # type: ignore[misc]
         if not isinstance(self._points, Searcher):
             return self._points(n)
         while self._told <= n - self._lag:
-            if self._told not in self._order.over:
+            if not self._order.tried[self._told].over:
                 return None
             self._tell(self._points, self._told)
             self._told += 1
         with seeded(self._seed, "ask", n):
-            values = self._points.suggest(f"{n:05d}")
-        return {name: _plain(value) for name, value in values.items()} if isinstance(values, dict) else None
+            values = self._points.suggest(f"{n:05d}") or {}
+        plain = {k: value.item() if isinstance(value, np.generic) else value for k, value in values.items()}
+        return plain or None
 
     def _tell(self, searcher: Searcher, n: int) -> None:
-        results, failed = self._order.results[n], self._order.over[n] == "failed"
+        one = self._order.tried[n]
+        # The score of other values than the searcher's own would mislead it.
+        lost = one.over == "failed" or n in self._replaced
         with seeded(self._seed, "tell", n):
-            if n in self._replaced:
-                # The score belongs to other values than the searcher's own proposal.
-                searcher.on_trial_complete(f"{n:05d}", error=True)
-                if results and not failed:
-                    with contextlib.suppress(NotImplementedError):
-                        searcher.add_evaluated_point(dict(self._known[n]), results[-1][str(self._metric)])
-                return
-            for result in results:
+            for result in () if n in self._replaced else one.results:
                 searcher.on_trial_result(f"{n:05d}", result)
-            last = results[-1] if results and not failed else None
-            searcher.on_trial_complete(f"{n:05d}", result=last, error=failed)
+            last = one.results[-1] if one.results and not lost else None
+            searcher.on_trial_complete(f"{n:05d}", result=last, error=lost)
+
+
+def _number(trial: Trial) -> int:
+    return int(str(trial))
 
 
 def _failure(trial: Trial) -> tuple[str, bool]:
@@ -382,17 +370,13 @@ def _failure(trial: Trial) -> tuple[str, bool]:
     return f"{type(cause).__name__}: {last[:300]}", False
 
 
-def _plain(value: Any) -> Any:
-    return value.item() if isinstance(value, np.generic) else value
-
-
 @contextmanager
 def seeded(*what: Any) -> Iterator[None]:
     """Make the global generators of Python and NumPy functions of `what` inside the block, and restore them after."""
     before = random.getstate(), np.random.get_state()  # noqa: NPY002
-    digest = hashlib.blake2b(repr(what).encode(), digest_size=4).digest()
-    random.seed(int.from_bytes(digest, "big"))
-    np.random.seed(int.from_bytes(digest, "big"))  # noqa: NPY002
+    seed = int.from_bytes(hashlib.blake2b(repr(what).encode(), digest_size=4).digest(), "big")
+    random.seed(seed)
+    np.random.seed(seed)  # noqa: NPY002
     try:
         yield
     finally:

@@ -8,9 +8,10 @@ import json
 import logging
 import os
 import threading
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import asdict, replace
+from statistics import mean
 from typing import TYPE_CHECKING, Any
 from unittest.mock import patch
 
@@ -137,12 +138,12 @@ def _run(prepared: PreparedSweep, journal: Journal) -> None:
     from raysl.tuning.trainable import trainable
 
     config, task = prepared.config, _with_history(prepared, journal)
-    progress = _Progress(prepared, journal)
     inner = algorithms.scheduler(config, prepared.space, task.times)
-    order = InOrder(inner, prepared.num_trials, progress, task.trials_at_once, config.seed)
+    record = _Recorder(prepared, journal)
+    order = InOrder(inner, prepared.num_trials, record, task.trials_at_once, config.seed)
     known = {row["trial"]: row["values"] for row in journal.of("trial") if row["rung"] == 0}
     points = prepared.point() or algorithms.searcher(config)
-    numbered = Numbered(points, order, config.lag, config.seed, known, progress.begun)
+    numbered = Numbered(points, order, config.lag, config.seed, known)
     # Files of Ray Tune are made again from the journal.
     journal.folder.delete(_TUNE)
     try:
@@ -252,43 +253,26 @@ def _broker(prepared: PreparedSweep) -> Any:
     return None if why else open_broker(task)
 
 
-class _Progress:
-    """Write what `InOrder` hears to the journal, and log one line for each result."""
+class _Recorder:
+    """Write the rows of `InOrder` to the journal, and log one line for each result."""
 
     def __init__(self, prepared: PreparedSweep, journal: Journal) -> None:
         self._prepared = prepared
         self._journal = journal
 
-    def begun(self, trial: int, values: Mapping[str, Any]) -> None:
-        self._journal.add_once({"event": "trial", "trial": trial, "rung": 0, "values": dict(values)})
-
-    def scored(self, trial: int, result: Mapping[str, Any]) -> None:
-        before = len(self._journal.rows)
-        for row in json.loads(result["runs"]):
-            facts = {**row, **self._prepared.task.cost()}
-            self._journal.add_once({**facts, "event": "score", "trial": trial, "rung": result["rung"] - 1})
-        if len(self._journal.rows) > before:
-            name = self._prepared.config.probe
-            self._log(trial, f"{name} {result['score']:.4f} at epoch {result['epoch']:.3g}")
-
-    def retried(self, trial: int, reason: str) -> None:
-        _log.warning("trial %d: it continues from its last checkpoint, because it crashed. %s", trial, reason)
-
-    def failed(self, trial: int, reason: str) -> None:
-        if trial not in self._journal.failures():
-            self._journal.add({"event": "failed", "trial": trial, "reason": reason})
-            self._log(trial, f"failed: {reason}")
-
-    def decided(
-        self, trial: int, rung: int, goes_on: bool, copies: int | None, values: Mapping[str, Any]
-    ) -> None:
-        if self._prepared.config.scheduler == "none":
+    def __call__(self, row: dict[str, Any]) -> None:
+        journal, trial = self._journal, row["trial"]
+        # A trial that is run again may fail again.
+        new = trial not in journal.failures() if row["event"] == "failed" else journal.is_new(row)
+        if not new:
             return
-        row = {"event": "decision", "trial": trial, "rung": rung, "goes_on": goes_on, "copies": copies}
-        self._journal.add_once(row)
-        if copies is not None and goes_on:
-            changed = {"event": "trial", "trial": trial, "rung": rung + 1, "values": dict(values)}
-            self._journal.add_once(changed)
+        journal.add(row)
+        if row["event"] == "failed":
+            self._log(trial, f"failed: {row['reason']}")
+        elif row["event"] == "score" and (scores := SweepResults(journal).by_seed(trial, row["rung"])):
+            config = self._prepared.config
+            epoch = self._prepared.task.base.epochs * config.shares()[row["rung"]]
+            self._log(trial, f"{config.probe} {mean(scores):.4f} at epoch {epoch:.3g}")
 
     def _log(self, trial: int, what: str) -> None:
         record = SweepResults(self._journal)

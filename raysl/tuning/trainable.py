@@ -129,7 +129,8 @@ class Trial(tune.Trainable):  # type: ignore[misc]
         if not math.isfinite(score):
             raise UserError(f"The probe {task.probe!r} gave {score} at step {until}.")
         seconds, loss = round(time.monotonic() - started, 2), float(run.metrics_columns(["loss"])["loss"][-1])
-        return {"seed": seed, "step": until, "score": score, "loss": loss, "seconds": seconds, "run": home}
+        about = {"seed": seed, "step": until, "run": home, "seconds": seconds, **task.cost()}
+        return {**about, "score": score, "loss": loss}
 
     def _trained(self, config: Pretraining, until: int) -> Run:
         task = self.task

@@ -37,16 +37,15 @@ def undisturbed(folder: Path, scheduler: str, searcher: str) -> Notes:
         pytest.importorskip("optuna")
     alone = play(folder, scheduler, searcher, 1, "none", Notes())
     if searcher != "optuna":
-        assert alone.failures == {3}
+        assert [trial for trial, _ in alone.of("failed")] == [3]
         # A trial whose process was killed continues.
-        ((trial, reason),) = alone.retries
-        assert (trial, (1, 2) in alone.scores) == (1, True)
-        assert "ActorDied" in reason
-    assert len(alone.values) == TRIALS
+        assert (folder / "steps-died").exists()
+        assert (1, 1) in alone.of("score")
+    assert sum(rung == 0 for _, rung in alone.of("trial")) == TRIALS
     if scheduler in ("asha", "hyperband"):
-        assert len(alone.scores) < 3 * TRIALS - 2
+        assert len(alone.of("score")) < 3 * TRIALS - 2
     if scheduler == "pbt":
-        assert any(copies is not None for _, copies, _ in alone.decisions.values())
+        assert any(row["copies"] is not None for row in alone.of("decision").values())
     return alone
 
 
@@ -60,7 +59,7 @@ def test_decisions_depend_on_results_only(
     notes = Notes(kill_after=7)
     with pytest.raises(tune.TuneError, match="Killed"):
         play(folder, scheduler, searcher, 3, "odd", notes)
-    assert play(folder, scheduler, searcher, 2, "first", notes).outcome() == alone.outcome()
+    assert play(folder, scheduler, searcher, 2, "first", notes).rows == alone.rows
     assert set((folder / "steps").read_text().splitlines()) == set(
         (tmp_path / "alone" / "steps").read_text().splitlines()
     )
@@ -97,7 +96,7 @@ def driven(context: Any, cluster: Any, folder: Path, *settings: Any) -> Any:
 
 
 def scored(folder: Path) -> int:
-    return len(Notes(folder / "notes.jsonl").scores)
+    return len(Notes(folder / "notes.jsonl").of("score"))
 
 
 @pytest.mark.slow
@@ -107,7 +106,7 @@ def test_ten_kills_of_the_driver_change_no_decision(
 ) -> None:
     """The driver is killed with -9 at ten random moments, and goes on at another speed."""
     driven(context, cluster, tmp_path / "alone", scheduler, searcher, 1, "none").join()
-    undisturbed = Notes(tmp_path / "alone" / "notes.jsonl").outcome()
+    undisturbed = Notes(tmp_path / "alone" / "notes.jsonl")
     generator, moments = random.Random(f"{scheduler} {searcher}"), []
     for kill in range(11):
         speed = generator.choice([1, 2, 3]), generator.choice(["none", "odd", "first"])
@@ -124,16 +123,12 @@ def test_ten_kills_of_the_driver_change_no_decision(
         process.kill()
         process.join()
         moments.append(scored(tmp_path / "killed"))
-    outcome = Notes(tmp_path / "killed" / "notes.jsonl").outcome()
-    row = {
-        "scheduler": scheduler,
-        "searcher": searcher,
-        "killed_after": moments,
-        "equal": outcome == undisturbed,
-    }
-    print(json.dumps({**row, "results": len(outcome[0]), "decisions": len(outcome[3])}), flush=True)
-    assert len(undisturbed[1]) == TRIALS
-    assert outcome == undisturbed
+    killed = Notes(tmp_path / "killed" / "notes.jsonl")
+    row = {"scheduler": scheduler, "searcher": searcher, "kills": len(moments), "killed_after": moments}
+    counts = {f"{event}s": len(killed.of(event)) for event in ("score", "decision")}
+    print(json.dumps({**row, **counts, "equal": killed.rows == undisturbed.rows}), flush=True)
+    assert sum(rung == 0 for _, rung in undisturbed.of("trial")) == TRIALS
+    assert killed.rows == undisturbed.rows
 
 
 @pytest.mark.slow
@@ -151,5 +146,5 @@ def test_a_lost_machine_changes_no_decision(
         cluster.add_node(num_cpus=1)
     process.join()
     assert process.exitcode == 0
-    outcomes = [Notes(tmp_path / name / "notes.jsonl").outcome() for name in ("alone", "lost")]
-    assert outcomes[0] == outcomes[1]
+    alone, lost = (Notes(tmp_path / name / "notes.jsonl").rows for name in ("alone", "lost"))
+    assert lost == alone

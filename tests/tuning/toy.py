@@ -59,7 +59,8 @@ class Toy(tune.Trainable):  # type: ignore[misc]
             score = (1 - (self.x - 0.4) ** 2) * (1 - 0.5**self.rung) + noise / 50
             with open(self.log, "a") as file:
                 file.write(f"{number} {self.rung}\n")
-        return {"score": score, "rung": self.rung, "t": TIMES[self.rung - 1], "done": self.rung == 3}
+        result = {"score": score, "rung": self.rung, "t": TIMES[self.rung - 1], "done": self.rung == 3}
+        return {**result, "runs": json.dumps([{"score": score}])}
 
     def save_checkpoint(self, checkpoint_dir: str) -> None:
         (Path(checkpoint_dir) / "rung.json").write_text(json.dumps(self.rung))
@@ -74,62 +75,35 @@ class Toy(tune.Trainable):  # type: ignore[misc]
 
 
 class Notes:
-    """The part of a journal that a sweep of toys needs.
+    """The rows of a sweep of toys, as a journal keeps them.
 
     Args:
-        file: file of all events, from which a later process continues; none by default.
+        file: file of all rows, from which a later process continues; none by default.
         kill_after: number of scores after which the sweep ends by `Killed`.
     """
 
     def __init__(self, file: Path | None = None, kill_after: int = 0) -> None:
-        self.scores: dict[tuple[int, int], float] = {}
-        self.values: dict[int, Any] = {}
-        self.failures: set[int] = set()
-        self.retries: list[tuple[int, str]] = []
-        self.decisions: dict[tuple[int, int], Any] = {}
+        self.rows: dict[tuple[str, int, int], dict[str, Any]] = {}
         self.kill_after = kill_after
-        self._file = None
-        if file is not None:
-            for line in file.read_text().splitlines() if file.exists() else ():
-                self._apply(*json.loads(line))
-            self._file = file
+        for line in file.read_text().splitlines() if file is not None and file.exists() else ():
+            self._add(json.loads(line))
+        self._file = file
 
-    def begun(self, trial: int, values: dict[str, Any]) -> None:
-        self._note("values", trial, 0, values)
-
-    def scored(self, trial: int, result: dict[str, Any]) -> None:
-        new = (trial, result["rung"]) not in self.scores
-        self._note("scores", trial, result["rung"], result["score"])
-        if new and len(self.scores) == self.kill_after:
-            raise Killed
-
-    def retried(self, trial: int, reason: str) -> None:
-        self.retries.append((trial, reason))
-
-    def failed(self, trial: int, reason: str) -> None:
-        self._note("failures", trial, 0, None)
-
-    def decided(
-        self, trial: int, rung: int, goes_on: bool, copies: int | None, values: dict[str, Any]
-    ) -> None:
-        self._note("decisions", trial, rung, [goes_on, copies, dict(values)])
-
-    def outcome(self) -> Any:
-        return self.scores, self.values, self.failures, self.decisions
-
-    def _note(self, kind: str, trial: int, rung: int, value: Any) -> None:
-        self._apply(kind, trial, rung, value)
+    def __call__(self, row: dict[str, Any]) -> None:
+        before = len(self.of("score"))
+        self._add(row)
         if self._file is not None:
             with self._file.open("a") as file:
-                file.write(json.dumps([kind, trial, rung, value]) + "\n")
+                file.write(json.dumps(row) + "\n")
+        if before < len(self.of("score")) == self.kill_after:
+            raise Killed
 
-    def _apply(self, kind: str, trial: int, rung: int, value: Any) -> None:
-        if kind == "failures":
-            self.failures.add(trial)
-        elif kind == "values":
-            self.values[trial] = value
-        else:
-            getattr(self, kind)[trial, rung] = value
+    def of(self, event: str) -> dict[tuple[int, int], dict[str, Any]]:
+        """Return the rows of one kind by trial and rung, counted from 0. A later row replaces an earlier one."""
+        return {key[1:]: row for key, row in self.rows.items() if key[0] == event}
+
+    def _add(self, row: dict[str, Any]) -> None:
+        self.rows[row["event"], row["trial"], row.get("rung", 0)] = row
 
 
 def play(folder: Path, scheduler: Any, searcher: Any, at_once: int, slow: str, notes: Notes) -> Notes:
@@ -144,14 +118,15 @@ def play(folder: Path, scheduler: Any, searcher: Any, at_once: int, slow: str, n
     listed = tuple(i / TRIALS for i in range(TRIALS)) if searcher == "grid" else ()
     space = Space((Dimension("x", listed, 0.0, 1.0, mutable=True),))
     config = SweepConfig("out", ("x",), scheduler=scheduler, searcher=searcher, rungs=3)
-    names = {"known": dict(notes.scores), "slow": slow, "log": str(folder / "steps")}
+    known = {(trial, rung + 1): row["score"] for (trial, rung), row in notes.of("score").items()}
+    names = {"known": known, "slow": slow, "log": str(folder / "steps")}
     bound = type("Bound", (Toy,), names)
     order = InOrder(algorithms.scheduler(config, space, TIMES), TRIALS, notes, at_once)
     fixed = {"random": lambda n: space.drawn(0, n), "grid": lambda n: space.grid()[n]}
     points = fixed.get(searcher) or algorithms.searcher(config)
-    numbered = Numbered(points, order, 4, 0, dict(notes.values), notes.begun)
-
-    fit(bound, space, order, numbered, Folder(str(folder)), f"tune-{len(notes.scores)}")
+    begun = {trial: row["values"] for (trial, rung), row in notes.of("trial").items() if rung == 0}
+    numbered = Numbered(points, order, 4, 0, begun)
+    fit(bound, space, order, numbered, Folder(str(folder)), f"tune-{len(known)}")
     return notes
 
 
