@@ -12,7 +12,7 @@ from raysl.reporting.command import command, folded
 from raysl.reporting.figure import Figure
 from raysl.reporting.page import ReportConfig, embedded, render
 from raysl.reporting.sweep_figures import figures
-from raysl.tuning.results import LABELS, SweepResults, described, shown, spread
+from raysl.tuning.results import SweepResults, described, number, shown
 
 _BODY = """<p>{{ summary }}</p>
 {% if command %}<h2>Best</h2><p>{{ best }}</p><pre>{{ command }}</pre>{% endif %}
@@ -52,7 +52,13 @@ def _page(record: SweepResults, drawn: Sequence[Figure], config: ReportConfig) -
         command=best and folded(command(replace(best, data="DATA", run="RUN"))),
         names=names,
         probe=sweep.probe,
-        rows=[*(_row(row, names, record.base.epochs) for row in rows), *_extras(record)],
+        rows=[
+            *(_row(row, names, record.base.epochs) for row in rows),
+            *(
+                {"cells": [*[""] * (1 + len(names)), *map(number, scores), ""], "why": label}
+                for label, scores in record.extra_rows("test images: ")
+            ),
+        ],
         figures=embedded(drawn),
         cost=_cost(record, config),
     )
@@ -86,18 +92,6 @@ def _selection(record: SweepResults) -> str:
     return " ".join(told)
 
 
-def _extras(record: SweepResults) -> list[dict[str, Any]]:
-    """Return the rows of the baselines, and of the chosen trial on the test images."""
-    made = []
-    for event, prefix in (("baseline", ""), ("test", "test images: ")):
-        for encoder, scores in record.extras(event).items():
-            blank = [""] * (1 + len(record.space.names))
-            deviation = spread(scores)
-            cells = [*blank, f"{mean(scores):.4f}", "" if deviation is None else f"{deviation:.4f}", ""]
-            made.append({"cells": cells, "why": f"{prefix}{LABELS[encoder]}"})
-    return made
-
-
 def _score(row: dict[str, Any]) -> str:
     spread = "" if row["spread"] is None else f" ± {row['spread']:.4f}"
     return f"{row['score']:.4f}{spread}"
@@ -108,9 +102,8 @@ def _row(row: dict[str, Any], names: Sequence[str], epochs: float) -> dict[str, 
         str(row["trial"]),
         *(shown(row["values"][name]) for name in names),
     ]
-    cells.append("" if row["score"] is None else f"{row['score']:.4f}")
-    cells.append("" if row["spread"] is None else f"{row['spread']:.4f}")
-    return {"cells": [*cells, f"{epochs * row['share']:.3g}"], "why": row["reason"] or row["state"]}
+    cells += [number(row["score"]), number(row["spread"]), f"{epochs * row['share']:.3g}"]
+    return {"cells": cells, "why": row["reason"] or row["state"]}
 
 
 def _cost(record: SweepResults, config: ReportConfig) -> str:

@@ -120,15 +120,7 @@ class Task:
 
 @dataclass(frozen=True)
 class PreparedSweep:
-    """A sweep that has passed all checks.
-
-    Args:
-        config: configuration of the sweep.
-        space: its dimensions.
-        num_trials: number of trials.
-        test: labelled data that the chosen trial is scored on; None if there is none.
-        task: what its trials share.
-    """
+    """A sweep that has passed all checks. The chosen trial is scored on `test`, if that is given."""
 
     config: SweepConfig
     space: Space
@@ -173,11 +165,7 @@ def check(base: Pretraining, config: SweepConfig) -> tuple[Space, list[Values]]:
 
 
 def prepare(base: Pretraining, config: SweepConfig) -> PreparedSweep:
-    """Check a sweep and divide the cluster among its runs.
-
-    Raises:
-        UserError: the sweep cannot run: its space, its data, the cluster or one of its trials is invalid.
-    """
+    """Check a sweep and divide the cluster among its runs. Raise UserError if it cannot run."""
     space_, points = check(base, config)
     num_trials = len(space_.grid()) if config.searcher == "grid" else config.samples
     ray_cluster.start()
@@ -279,8 +267,7 @@ def share(
         base: configuration of a run.
         at_once: runs at the same time; 0 for as many as have a whole CPU for each trainer.
         gpus_per_worker: GPUs of a trainer, where there are GPUs.
-        num_trials: number of trials.
-        num_seeds: number of seeds.
+        num_trials, num_seeds: counts of the whole sweep.
 
     Raises:
         UserError: the cluster can never run so many.

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from functools import cached_property
 from statistics import mean, stdev
@@ -24,11 +24,7 @@ State = Literal["finished", "stopped", "failed", "running"]
 
 @dataclass(frozen=True)
 class SweepResults:
-    """The results of a sweep, finished or not.
-
-    Args:
-        journal: rows of the sweep.
-    """
+    """The results of a sweep, finished or not."""
 
     journal: Journal
 
@@ -66,13 +62,13 @@ class SweepResults:
 
     @property
     def judged_on(self) -> str:
-        """The URI of the images that trials are compared on."""
+        """The URI of the images that trials are compared on. Sweeps of raysl 0.1 have only test images."""
         uris = self.journal.header["uris"]
         return str(uris.get("validation", uris.get("test")))
 
     @property
     def chosen_on_test(self) -> bool:
-        """True if trials are compared on the test split of a source, as those of raysl 0.1 were."""
+        """True if trials are compared on the test split of a source."""
         header = self.journal.header
         source = str(header.get("sources", {}).get("validation", ""))
         return "validation" not in header["uris"] or source.endswith("#test")
@@ -148,25 +144,24 @@ class SweepResults:
         "score" (mean over seeds), "spread" (standard deviation over seeds; None for one seed), "seeds" (score by
         seed) and "reason" (of a failure).
         """
-        made = []
-        for trial in self.trials:
-            rung = len(self.means(trial)) - 1
-            scores = self.by_seed(trial, rung) if rung >= 0 else []
-            row: dict[str, Any] = {
-                "trial": trial,
-                "values": self.values(trial, max(rung, 0)),
-                "state": self.state(trial),
-                "share": self.config.shares()[rung] if scores else 0.0,
-                "score": mean(scores) if scores else None,
-                "spread": spread(scores),
-                "seeds": dict(zip(map(str, self.config.seeds), scores, strict=False)),
-                "reason": self.failures.get(trial, ""),
-            }
-            made.append(row)
-        made.sort(
-            key=lambda row: (row["state"] == "failed", -row["share"], -(row["score"] or 0.0), row["trial"])
+        return sorted(
+            map(self._row, self.trials),
+            key=lambda row: (row["state"] == "failed", -row["share"], -(row["score"] or 0.0), row["trial"]),
         )
-        return made
+
+    def _row(self, trial: int) -> dict[str, Any]:
+        rung = len(self.means(trial)) - 1
+        scores = self.by_seed(trial, rung) if rung >= 0 else []
+        return {
+            "trial": trial,
+            "values": self.values(trial, max(rung, 0)),
+            "state": self.state(trial),
+            "share": self.config.shares()[rung] if scores else 0.0,
+            "score": mean(scores) if scores else None,
+            "spread": spread(scores),
+            "seeds": dict(zip(map(str, self.config.seeds), scores, strict=False)),
+            "reason": self.failures.get(trial, ""),
+        }
 
     def extras(self, event: str) -> dict[str, list[float]]:
         """Return the scores of "baseline" or "test" rows, by encoder.
@@ -179,6 +174,12 @@ class SweepResults:
             if row["chosen"] in (None, self.best()) and row.get("images") == rows[-1].get("images"):
                 found.setdefault(row["encoder"], []).append(float(row["score"]))
         return found
+
+    def extra_rows(self, prefix: str) -> Iterator[tuple[str, tuple[float, float | None]]]:
+        """Yield a label, a mean and a spread for each baseline and, after `prefix`, each score on the test images."""
+        for event, before in (("baseline", ""), ("test", prefix)):
+            for encoder, scores in self.extras(event).items():
+                yield f"{before}{LABELS[encoder]}", (mean(scores), spread(scores))
 
 
 def described(values: Mapping[str, Any]) -> str:
@@ -207,26 +208,22 @@ def render(record: SweepResults) -> Table:
         made.add_column(column, justify="right", overflow="fold")
     made.add_column("", no_wrap=True)
 
-    def add(
-        trial: str, values: Sequence[str], score: float | None, deviation: float | None, *rest: str
-    ) -> None:
-        made.add_row(trial, *values, _number(score), _number(deviation), *rest)
-
     for row in rows:
         values = [f"{v:.3g}" if isinstance(v, float) else shown(v) for v in (row["values"][n] for n in names)]
-        epoch = f"{record.base.epochs * row['share']:.3g}"
-        add(str(row["trial"]), values, row["score"], row["spread"], epoch, row["state"])
-    for event, prefix in (("baseline", ""), ("test", "test: ")):
-        for encoder, scores in record.extras(event).items():
-            add("", [""] * len(names), mean(scores), spread(scores), "", f"{prefix}{LABELS[encoder]}")
+        epoch, scores = f"{record.base.epochs * row['share']:.3g}", (row["score"], row["spread"])
+        made.add_row(str(row["trial"]), *values, *map(number, scores), epoch, row["state"])
+    blank = [""] * (1 + len(names))
+    for label, scores in record.extra_rows("test: "):
+        made.add_row(*blank, *map(number, scores), "", label)
     return made
 
 
 LABELS = {"trained": "chosen trial", "random": "untrained", "pixels": "raw pixels"}
 
 
-def _number(value: float | None) -> str:
-    return "" if value is None else f"{value:.4f}"
+def number(score: float | None) -> str:
+    """Return a score as tables show it."""
+    return "" if score is None else f"{score:.4f}"
 
 
 def spread(scores: Sequence[float]) -> float | None:

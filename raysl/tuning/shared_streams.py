@@ -57,11 +57,7 @@ def open_broker(task: Task) -> Any:
 
 
 class StreamBroker:
-    """The streams that runs of a sweep share at the moment.
-
-    Args:
-        task: what the trials of the sweep share.
-    """
+    """The streams that runs of a sweep share at the moment."""
 
     def __init__(self, task: Task) -> None:
         self._task = task

@@ -38,7 +38,7 @@ _log = logging.getLogger("raysl.tuning")
 
 # Fields of SweepConfig that may differ when a sweep is continued.
 _MAY_DIFFER = (
-    *("out", "samples", "retry", "max_concurrent", "gpus_per_worker", "share_stream"),
+    *("out", "retry", "max_concurrent", "gpus_per_worker", "share_stream"),
     *("train", "validation", "test", "vary"),
 )
 # A name of its own: the folder is deleted whenever a sweep begins or continues.
@@ -92,16 +92,12 @@ def _begin(journal: Journal, prepared: PreparedSweep) -> None:
     """
     config, task = prepared.config, prepared.task
     # With a population, decisions depend on how many trials there are.
-    kept = {
-        name: value
-        for name, value in asdict(config).items()
-        if name not in _MAY_DIFFER or (name == "samples" and config.scheduler in POPULATION)
-    }
+    free = _MAY_DIFFER if config.scheduler in POPULATION else (*_MAY_DIFFER, "samples")
     data = {"images": task.images, "train": task.train, "validation": task.validation}
     header = {
         "event": "sweep",
         "format": FORMAT,
-        "config": kept,
+        "config": {name: value for name, value in asdict(config).items() if name not in free},
         "space": [asdict(dimension) for dimension in prepared.space.dimensions],
         "base": {name: value for name, value in task.base.to_json().items() if name != "run"},
         "data": {name: dataset.manifest.fingerprint for name, dataset in data.items()},
@@ -117,12 +113,9 @@ def _begin(journal: Journal, prepared: PreparedSweep) -> None:
             f"The sweep at {config.out!r} was begun by raysl 0.1 and cannot be continued by this version; `raysl "
             "report` still reads it. Give another --out."
         )
-    free = {*(f"base.{name}" for name in FREE), "uris", "sources"}
-    changed = [
-        name
-        for name in differences(journal.header, header)
-        if not any(name == one or name.startswith(f"{one}.") for one in free)
-    ]
+    places = ("uris.", "sources.", *(f"base.{name}." for name in FREE))
+    names = differences(journal.header, header)
+    changed = [name for name in names if not f"{name}.".startswith(places)]
     if changed:
         raise UserError(
             f"The sweep at {config.out!r} was begun differently; these differ: {', '.join(changed)}. Give the same "
@@ -154,15 +147,7 @@ def _run(prepared: PreparedSweep, journal: Journal) -> None:
 
 
 def fit(bound: Any, space: Space, order: InOrder, numbered: Numbered, folder: Folder, name: str) -> None:
-    """Run all trials by a `tune.Tuner`.
-
-    Args:
-        bound: trainable whose results have "score".
-        space: values of the trials.
-        order: scheduler of the trials.
-        numbered: searcher of the trials, whose names are their numbers.
-        folder: where Ray Tune keeps its files.
-        name: name of the folder inside.
+    """Run all trials by a `tune.Tuner` that keeps its files in the folder `name` inside of `folder`.
 
     Raises:
         tune.TuneError: a callback or a scheduler failed.
@@ -227,30 +212,25 @@ def _with_history(prepared: PreparedSweep, journal: Journal) -> Task:
     """Return what the trials share, with the results of earlier sessions and with the actors of this one."""
     from ray.util.queue import Queue
 
-    by_rung: dict[tuple[str, int], list[dict[str, Any]]] = {}
-    for row in journal.of("score"):
-        by_rung.setdefault((f"{row['trial']:04d}", row["rung"]), []).append(row)
-    return replace(
-        prepared.task,
-        known={key: rows for key, rows in by_rung.items() if len(rows) == len(prepared.config.seeds)},
-        failures={f"{trial:04d}": reason for trial, reason in journal.failures().items()},
-        points=[point(n) for n in range(prepared.num_trials)] if (point := prepared.point()) else (),
-        broker=_broker(prepared),
-        messages=Queue(actor_options={"num_cpus": 0}),
-    )
-
-
-def _broker(prepared: PreparedSweep) -> Any:
-    """Return the actor that shares streams; None where no runs can share one."""
     from raysl.tuning.shared_streams import open_broker, why_not_shared
 
-    why, task = why_not_shared(prepared), prepared.task
+    task, point, why = prepared.task, prepared.point(), why_not_shared(prepared)
     if task.trials_at_once > 1:
-        _log.info(
-            "%s",
-            f"Each run reads a stream of its own: {why}." if why else "Concurrent runs share one stream.",
-        )
-    return None if why else open_broker(task)
+        shared = f"Each run reads a stream of its own: {why}." if why else "Concurrent runs share one stream."
+        _log.info("%s", shared)
+    rows = sorted(journal.of("score"), key=lambda row: (row["trial"], row["rung"]))
+    known = {
+        (f"{trial:04d}", rung): list(found)
+        for (trial, rung), found in itertools.groupby(rows, lambda row: (row["trial"], row["rung"]))
+    }
+    return replace(
+        task,
+        known={key: found for key, found in known.items() if len(found) == len(task.seeds)},
+        failures={f"{trial:04d}": reason for trial, reason in journal.failures().items()},
+        points=[point(n) for n in range(prepared.num_trials)] if point else (),
+        broker=None if why else open_broker(task),
+        messages=Queue(actor_options={"num_cpus": 0}),
+    )
 
 
 class _Recorder:
