@@ -19,7 +19,7 @@ import tempfile
 import time
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 import psutil
 import tyro
@@ -63,6 +63,7 @@ class Flags:
         out: file of rows, to which those of this call are added.
         rounds: of both.
         epochs: of each run; long enough that a run takes minutes, as runs do.
+        arms: what is measured.
     """
 
     data: str = "shapes:10000"
@@ -70,6 +71,7 @@ class Flags:
     out: Path = Path("results/sweep/overhead.jsonl")
     rounds: int = 3
     epochs: float = 4
+    arms: tuple[Literal["runs", "sweep", "sweep_2", "starts"], ...] = ("runs", "sweep", "sweep_2", "starts")
 
 
 def main(flags: Flags) -> None:
@@ -82,19 +84,20 @@ def main(flags: Flags) -> None:
     rows: list[dict[str, Any]] = []
     for number in range(flags.rounds):
         with tempfile.TemporaryDirectory(prefix="raysl-bench-sweep-") as scratch:
-            arms = {"runs": _RUNS, "sweep": f"AT_ONCE = 1{_SWEEP}", "sweep_2": f"AT_ONCE = 2{_SWEEP}"}
-            order = list(arms) if number % 2 == 0 else list(reversed(arms))
+            programs = {"runs": _RUNS, "sweep": f"AT_ONCE = 1{_SWEEP}", "sweep_2": f"AT_ONCE = 2{_SWEEP}"}
+            timed = [arm for arm in programs if arm in flags.arms]
             times = {
-                arm: _timed(arms[arm], [data, test, f"{scratch}/{arm}", str(flags.epochs)]) for arm in order
+                f"{arm}_s": _timed(programs[arm], [data, test, f"{scratch}/{arm}", str(flags.epochs)])
+                for arm in (timed if number % 2 == 0 else reversed(timed))
             }
-            starts = {
-                f"{name}_s": seconds for name, seconds in _starts(data, test, f"{scratch}/starts").items()
-            }
+            if {"runs_s", "sweep_s"} <= times.keys():
+                times["ratio"] = times["sweep_s"] / times["runs_s"]
+            if "starts" in flags.arms:
+                times.update(_starts(data, test, f"{scratch}/starts"))
         row = {
             "round": number,
-            **{f"{arm}_s": round(seconds, 1) for arm, seconds in times.items()},
-            "ratio": round(times["sweep"] / times["runs"], 3),
-            **starts,
+            **{name: round(value, 3 if name == "ratio" else 1) for name, value in times.items()},
+            "data": flags.data,
             "epochs": flags.epochs,
             "cpus": os.cpu_count(),
             "load": round(os.getloadavg()[0], 1),
@@ -141,12 +144,11 @@ def _starts(data: str, test: str, out: str) -> dict[str, float]:
     # The rung is after half of the steps.
     half = round(len(steps) / 2)
 
-    found = {
-        "first_step": seen[steps[0]],
-        "rung": seen[steps[half]] - seen[steps[half - 1]],
-        "next_trial": next_trial,
+    return {
+        "first_step_s": seen[steps[0]],
+        "rung_s": seen[steps[half]] - seen[steps[half - 1]],
+        "next_trial_s": next_trial,
     }
-    return {name: round(seconds, 2) for name, seconds in found.items()}
 
 
 if __name__ == "__main__":
