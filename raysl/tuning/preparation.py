@@ -53,7 +53,6 @@ class Task:
         keep_rungs: keep the checkpoints of the last two rungs, so that other trials can copy them.
         known: results of earlier sessions by trial name and rung, which are not measured again.
         failures: reasons of the trials that failed in earlier sessions, by name.
-        points: values of all trials by number, if they are known before; for the broker.
         broker: actor that shares streams; see `raysl.tuning.shared_streams`. None without sharing.
         messages: a `ray.util.queue.Queue` that gets (level, text) of what the runs log; None for no messages.
     """
@@ -72,7 +71,6 @@ class Task:
     keep_rungs: bool = True
     known: Mapping[tuple[str, int], Sequence[Mapping[str, Any]]] = field(default_factory=dict)
     failures: Mapping[str, str] = field(default_factory=dict)
-    points: Sequence[Values] = ()
     broker: Any = None
     messages: Any = None
 

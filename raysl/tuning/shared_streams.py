@@ -17,6 +17,7 @@ from raysl.stream.plan import Plan
 from raysl.stream.reader import Stream
 from raysl.stream.shared import Subscriber, open_feeds, slots, union
 from raysl.tuning.preparation import PreparedSweep, Task
+from raysl.tuning.space import Values, configured
 
 # Fields that change which images a step takes or how long it lasts, so that fast runs would wait for slow ones.
 _PREVENT_SHARING = ("batch_size", "backbone", "precision")
@@ -47,32 +48,27 @@ def why_not_shared(prepared: PreparedSweep) -> str:
     return ""
 
 
-def open_broker(task: Task) -> Any:
-    """Start the broker of a sweep, on the machine of the driver."""
+def open_broker(task: Task, points: Sequence[Values]) -> Any:
+    """Start the broker of a sweep, on the machine of the driver. `points` has the values of the trials, if known."""
     import ray
 
     here = ray.get_runtime_context().get_node_id()
     local = ray.util.scheduling_strategies.NodeAffinitySchedulingStrategy(here, soft=False)
-    return ray.remote(num_cpus=0, scheduling_strategy=local)(StreamBroker).remote(task)
+    return ray.remote(num_cpus=0, scheduling_strategy=local)(StreamBroker).remote(task, points)
 
 
 class StreamBroker:
     """The streams that runs of a sweep share at the moment."""
 
-    def __init__(self, task: Task) -> None:
+    def __init__(self, task: Task, points: Sequence[Values]) -> None:
         self._task = task
+        self._points = points
         self._streams: list[_SharedStream] = []
 
-    def subscriber(
-        self, config: Pretraining, until: int, start: int, upcoming: Sequence[Pretraining]
-    ) -> Subscriber | None:
-        """Return the place of a run that begins now; None when it should read on its own.
+    def subscriber(self, trial: int, config: Pretraining, start: int, until: int) -> Subscriber | None:
+        """Return the place of a run of a trial that begins now, at the step `start`, and goes to the step `until`.
 
-        Args:
-            config: configuration of the run.
-            until: the step that it goes to.
-            start: the step that it continues from.
-            upcoming: configurations of runs that begin soon.
+        Return None if the run should read on its own.
         """
         run, key, stream = config.run, self._key(config, until), self._stream(config)
         own = slots(stream)
@@ -81,6 +77,8 @@ class StreamBroker:
             if suits and _register(shared, run, start):
                 shared.runs.add(run)
                 return Subscriber(run, shared.feeds, own)
+        soon = self._points[trial + 1 : trial + self._task.trials_at_once]
+        upcoming = [replace(configured(self._task.base, point), seed=config.seed) for point in soon]
         others = [self._stream(other) for other in upcoming if self._key(other, until) == key]
         if not others:
             return None

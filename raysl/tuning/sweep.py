@@ -218,6 +218,7 @@ def _with_history(prepared: PreparedSweep, journal: Journal) -> Task:
     if task.trials_at_once > 1:
         shared = f"Each run reads a stream of its own: {why}." if why else "Concurrent runs share one stream."
         _log.info("%s", shared)
+    points = [point(n) for n in range(prepared.num_trials)] if point else []
     rows = sorted(journal.of("score"), key=lambda row: (row["trial"], row["rung"]))
     known = {
         (f"{trial:04d}", rung): list(found)
@@ -227,8 +228,7 @@ def _with_history(prepared: PreparedSweep, journal: Journal) -> Task:
         task,
         known={key: found for key, found in known.items() if len(found) == len(task.seeds)},
         failures={f"{trial:04d}": reason for trial, reason in journal.failures().items()},
-        points=[point(n) for n in range(prepared.num_trials)] if point else (),
-        broker=None if why else open_broker(task),
+        broker=None if why else open_broker(task, points),
         messages=Queue(actor_options={"num_cpus": 0}),
     )
 

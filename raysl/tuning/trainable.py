@@ -155,11 +155,9 @@ class Trial(tune.Trainable):  # type: ignore[misc]
         import ray
 
         found = checkpoint.newest(Run(Folder(config.run)).checkpoints)
-        first = int(self.trial_name) + 1
-        points = task.points[first : first + task.trials_at_once - 1]
-        near = [replace(configured(task.base, point), seed=config.seed) for point in points]
         start = found.step if found else 0
-        place: Subscriber | None = ray.get(task.broker.subscriber.remote(config, until, start, near))
+        asked = task.broker.subscriber.remote(int(self.trial_name), config, start, until)
+        place: Subscriber | None = ray.get(asked)
         return place
 
 
