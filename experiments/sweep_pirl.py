@@ -32,7 +32,7 @@ from raysl.tuning.config import SweepConfig
 # The grids of the paper; numbers of negatives are limited by the number of images.
 NEGATIVES = (64, 256, 1024, 4096, 8192, 16_000, 32_000)
 GRIDS = {
-    "lambda": "lambda=0,0.25,0.5,0.75,1",
+    "lambda": "lam=0,0.25,0.5,0.75,1",
     "permutations": "num_permutations=1,100,2000,10000,362880",
 }
 
@@ -141,7 +141,7 @@ def settings(flags: SweepFlags, num_images: int) -> SweepConfig:
     if flags.figure == "all":
         hyperparameters = (
             "temperature=0.05..0.5",
-            "lambda=0..1",
+            "lam=0..1",
             f"num_negatives={negatives[0]}..{negatives[-1]}",
             "num_permutations=100..10000",
         )

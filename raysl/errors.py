@@ -4,10 +4,17 @@ from __future__ import annotations
 
 import contextlib
 import difflib
+import functools
+import os
 import signal
 import sys
 import threading
-from collections.abc import Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator
+from types import FrameType
+
+# Ctrl-C, the request to end, and the end of the terminal.
+STOP_SIGNALS = (signal.SIGINT, signal.SIGTERM, signal.SIGHUP)
+_RESUME = "The same command resumes the work."
 
 # Characters of a value that an error repeats.
 _LONGEST = 80
@@ -26,7 +33,9 @@ class Unset(UserError):
 
 
 class Interrupted(KeyboardInterrupt):
-    """Ctrl-C during work that was saved. The message says how to resume."""
+    """A signal has asked the program to stop. The message says how to resume."""
+
+    number = signal.SIGINT
 
 
 def quoted(value: object) -> str:
@@ -52,23 +61,45 @@ def unknown(kind: str, name: str, known: Iterable[str]) -> UserError:
 
 @contextlib.contextmanager
 def answered(program: str) -> Iterator[None]:
-    """Wrap a whole program: print a UserError and exit with 2; print a line after an interruption and exit with 130.
+    """Wrap a whole program: print a UserError and exit with 2; print a line after a signal and exit with 128 + number.
 
-    SIGHUP (the terminal is closed) interrupts as Ctrl-C does, unless it is ignored (nohup).
+    Ctrl-C, SIGTERM and SIGHUP (the terminal is closed) interrupt the program, and the next signal ends it at once. A
+    signal that is ignored, as by nohup, stays ignored.
     """
-    if (
-        threading.current_thread() is threading.main_thread()
-        and signal.getsignal(signal.SIGHUP) == signal.SIG_DFL
-    ):
-        signal.signal(signal.SIGHUP, signal.default_int_handler)
+    before = {number: signal.getsignal(number) for number in STOP_SIGNALS}
+    _on_stop(functools.partial(_interrupt, program))
     try:
         yield
     except UserError as error:
         _leave(f"{program}: {error}", 2)
-    except Interrupted as error:
-        _leave(f"\n{program}: {error}", 130)
-    except KeyboardInterrupt:
-        _leave(f"\n{program}: interrupted. The same command resumes the work.", 130)
+    except KeyboardInterrupt as error:
+        # A signal that arrives in a callback of C may raise a plain KeyboardInterrupt.
+        stop = error if isinstance(error, Interrupted) else Interrupted(f"Interrupted. {_RESUME}")
+        _leave(f"\n{program}: {stop}", 128 + stop.number)
+    finally:
+        if threading.current_thread() is threading.main_thread():
+            for number, handler in before.items():
+                signal.signal(number, handler)
+
+
+def _on_stop(handler: Callable[[int, FrameType | None], object]) -> None:
+    if threading.current_thread() is threading.main_thread():
+        for number in STOP_SIGNALS:
+            if signal.getsignal(number) != signal.SIG_IGN:
+                signal.signal(number, handler)
+
+
+def _interrupt(program: str, number: int, frame: FrameType | None) -> None:
+    _on_stop(functools.partial(_end, program))
+    name = "Ctrl-C" if number == signal.SIGINT else signal.Signals(number).name
+    stop = Interrupted(f"Interrupted by {name}. {_RESUME}")
+    stop.number = signal.Signals(number)
+    raise stop
+
+
+def _end(program: str, number: int, frame: FrameType | None) -> None:
+    os.write(2, f"\n{program}: Ended at once. {_RESUME}\n".encode())
+    os._exit(128 + number)
 
 
 def _leave(message: str, code: int) -> None:

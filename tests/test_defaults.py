@@ -65,7 +65,7 @@ def test_flags_that_repeat_the_values_of_the_classes_stay(photos: DataSet) -> No
     flags = (
         "--method pirl-jigsaw --batch-size 64 --workers 2 --precision fp32 --view.image-size 32 "
         "--backbone.name small --optim.lr 0.03 --optim.warmup 0 --pirl.head linear --pirl.temperature=0.07 "
-        "--pirl.num-negatives 50 --pirl.lambda 0.5"
+        "--pirl.num-negatives 50 --pirl.lam 0.5"
     )
     parsed = parse([*DATA, *flags.split()], "raysl pretrain")
     assert parsed.given["pirl"] == {"head": "linear", "temperature": 0.07, "num_negatives": 50, "lam": 0.5}

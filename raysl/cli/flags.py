@@ -78,7 +78,7 @@ def parse(arguments: Sequence[str], program: str, beside: Mapping[str, type[Any]
     values = {f.name: getattr(given, f.name) for f in dataclasses.fields(given) if f.name != "recipe"}
     extra = {name: values.pop(name) for name in beside}
     typed = {word.partition("=")[0][2:].replace("_", "-") for word in arguments if word.startswith("--")}
-    explicit = _explicit(values, hints | kinds, typed, "")
+    explicit = _explicit(values, typed, "")
     if recipe:
         explicit = values
     return Parsed(explicit, defaults.check(explicit), extra)
@@ -101,29 +101,20 @@ def _fields(config: Any) -> list[tuple[str, Any, Any]]:
     return [(name, hint, getattr(config, name)) for name, hint in hints_of(type(config)).items()]
 
 
-def _explicit(
-    values: Mapping[str, Any], hints: Mapping[str, Any], typed: Collection[str], prefix: str
-) -> dict[str, Any]:
+def _explicit(values: Mapping[str, Any], typed: Collection[str], prefix: str) -> dict[str, Any]:
     """Return the values of typed flags; nested dataclasses become mappings."""
     found: dict[str, Any] = {}
     for name, value in values.items():
         flag = f"{prefix}{name.replace('_', '-')}"
         if dataclasses.is_dataclass(value) and not isinstance(value, type):
             inner = {field.name: getattr(value, field.name) for field in dataclasses.fields(value)}
-            inner_hints = typing.get_type_hints(type(value), include_extras=True)
-            if chosen := _explicit(inner, inner_hints, typed, f"{flag}."):
+            if chosen := _explicit(inner, typed, f"{flag}."):
                 found[name] = chosen
-        elif not {flag, *_aliases(hints.get(name))}.isdisjoint(typed) or (
+        elif flag in typed or (
             isinstance(value, bool) and f"{prefix}no-{flag.removeprefix(prefix)}" in typed
         ):
             found[name] = value
     return found
-
-
-def _aliases(hint: Any) -> set[str]:
-    """Return the aliases of a field from its annotation, such as "pirl.lambda" for `lam`."""
-    extras = typing.get_args(hint)[1:] if typing.get_origin(hint) is Annotated else ()
-    return {alias[2:] for extra in extras for alias in getattr(extra, "aliases", None) or ()}
 
 
 def _peek(arguments: Sequence[str], flag: str, default: str) -> str:

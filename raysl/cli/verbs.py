@@ -214,7 +214,7 @@ def methods(pages: Path | None = None) -> None:
 
 
 def sweep(arguments: Sequence[str]) -> None:
-    """Try values: `raysl sweep --data D --method pirl-jigsaw --vary temperature lambda --out S`."""
+    """Try values: `raysl sweep --data D --method pirl-jigsaw --vary temperature lam --out S`."""
     given, rest = tyro.cli(SweepConfig, prog="raysl sweep", args=list(arguments), return_unknown_args=True)
     flags = parse([*rest, "--run", "-"], "raysl sweep")
     rows = api.sweep(config=given, base=flags.given)

@@ -8,7 +8,7 @@ import logging
 import os
 import tempfile
 from collections.abc import Mapping
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from typing import Annotated, Any
 
 import torch
@@ -59,8 +59,7 @@ class DoctorConfig:
     Args:
         data: a data set made by `raysl ingest`, or any source that it takes.
         method: an objective and a pretext transform, such as pirl-jigsaw.
-        image_size: side of an ordinary view in pixels.
-        backbone: name of the network, such as small or resnet50.
+        view, backbone: as of `raysl pretrain`.
         batch_size: images in the global batch.
         workers: Ray Train workers; 0 for two, or for one if there is one GPU.
         cluster: measure nothing, but show the machines of the cluster, what the run would take, wait for and cost, and
@@ -74,8 +73,8 @@ class DoctorConfig:
 
     data: str = "shapes:2000"
     method: str = "pirl-jigsaw"
-    image_size: Annotated[int, Bounds(8, 2048)] = 32
-    backbone: str = "small"
+    view: ViewConfig = field(default_factory=ViewConfig)
+    backbone: BackboneConfig = field(default_factory=BackboneConfig)
     batch_size: Annotated[int, Bounds(1, 1_048_576)] = 64
     workers: Annotated[int, Bounds(0, 10**6)] = 0
     cluster: bool = False
@@ -192,8 +191,8 @@ def _pretraining(given: DoctorConfig, dataset: DataSet) -> Pretraining:
         epochs=1,
         batch_size=given.batch_size,
         workers=given.workers,
-        view=ViewConfig(image_size=given.image_size),
-        backbone=BackboneConfig(name=given.backbone),
+        view=given.view,
+        backbone=given.backbone,
         parts={method.objective: part},
     )
 
@@ -222,7 +221,9 @@ def _machine(found: Mapping[str, Any], resources: Mapping[str, float], placement
 def _stages(costs: Costs, given: DoctorConfig) -> Table:
     local = given.batch_size // given.workers
     table = Table(
-        title=escape(f"{given.method}, {given.image_size} pixels, {given.workers} workers x {local} images")
+        title=escape(
+            f"{given.method}, {given.view.image_size} pixels, {given.workers} workers x {local} images"
+        )
     )
     for column in ("stage", "us / image", "ms / step of one worker"):
         table.add_column(column, justify="left" if column == "stage" else "right")

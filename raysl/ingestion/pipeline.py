@@ -117,15 +117,11 @@ def ingest(source: Any, dest: str, config: IngestConfig | None = None) -> DataSe
         return done
     destination.check_apart(folder, opened.place)
     journal = Journal(folder)
-    try:
-        listed = _list(opened.source, journal, config)
-        _write_all(opened, listed, journal, config)
-        _scale_all(opened, listed, journal, config)
-        _move_all(journal, config)
-        return _finish(opened.source, listed, journal, config)
-    except KeyboardInterrupt:
-        _log.warning("Interrupted. The same command resumes from the last complete shard.")
-        raise
+    listed = _list(opened.source, journal, config)
+    _write_all(opened, listed, journal, config)
+    _scale_all(opened, listed, journal, config)
+    _move_all(journal, config)
+    return _finish(opened.source, listed, journal, config)
 
 
 def _list(source: Source, journal: Journal, config: IngestConfig) -> Listed:

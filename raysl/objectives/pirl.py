@@ -29,7 +29,6 @@ from typing import Annotated
 
 import torch
 import torch.nn.functional as F
-import tyro
 from torch import Tensor, nn
 
 from raysl.backbone.network import encode_views
@@ -50,12 +49,7 @@ class Config(MemoryConfig):
         lam: lambda, weight of the term of the transformed image, in 0..1; 0 is NPID.
     """
 
-    lam: Annotated[
-        float,
-        tyro.conf.arg(aliases=("--pirl.lambda",)),
-        Bounds(0, 1),
-        Range((0.0, 0.25, 0.5, 0.75, 1.0), mutable=True),
-    ] = 0.5
+    lam: Annotated[float, Bounds(0, 1), Range((0.0, 0.25, 0.5, 0.75, 1.0), mutable=True)] = 0.5
 
 
 class Pirl(nn.Module):

@@ -30,7 +30,7 @@ import numpy as np
 import numpy.typing as npt
 import torch
 
-from raysl.errors import UserError
+from raysl.errors import STOP_SIGNALS, UserError
 from raysl.stream.reader import Columns, Stream, load, pieces
 
 _AHEAD_BYTES = 256 << 20
@@ -40,7 +40,6 @@ _ENDED = (
     "A data process ended unexpectedly, perhaps because the machine has too little memory. The same command resumes "
     "from the last checkpoint."
 )
-_STOP_SIGNALS = (signal.SIGINT, signal.SIGTERM, signal.SIGHUP)
 
 
 class DataProcesses:
@@ -153,7 +152,7 @@ class _Process:
         orders, self._orders = _pipe()
         self._batches, batches = _pipe()
         # Blocked until the child ignores them: otherwise it could run the handlers of this process.
-        before = signal.pthread_sigmask(signal.SIG_BLOCK, _STOP_SIGNALS)
+        before = signal.pthread_sigmask(signal.SIG_BLOCK, STOP_SIGNALS)
         try:
             with warnings.catch_warnings():
                 # Python warns of threads that hold locks; the child takes none that another thread may hold.
@@ -217,7 +216,7 @@ def _pipe() -> tuple[BufferedReader, BufferedWriter]:
 def _serve(orders: BufferedReader, batches: BufferedWriter) -> None:
     """Run the forked process: make the batches that are asked for. It does not return."""
     try:
-        for number in _STOP_SIGNALS:
+        for number in STOP_SIGNALS:
             signal.signal(number, signal.SIG_IGN)
         # Finalizers of objects of the parent must not run here.
         gc.freeze()

@@ -8,7 +8,7 @@ import threading
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 
-from raysl.errors import Interrupted
+from raysl.errors import STOP_SIGNALS, Interrupted
 
 _log = logging.getLogger("raysl.training")
 
@@ -45,7 +45,7 @@ def caught(act: Callable[[], object]) -> Iterator[Signals]:
     if threading.current_thread() is not threading.main_thread():
         yield signals
         return
-    before = {number: signal.getsignal(number) for number in (signal.SIGINT, signal.SIGTERM, signal.SIGHUP)}
+    before = {number: signal.getsignal(number) for number in STOP_SIGNALS}
 
     def restore() -> None:
         for number, handler in before.items():

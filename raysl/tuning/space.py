@@ -7,7 +7,6 @@ import contextlib
 import dataclasses
 import itertools
 import math
-import re
 import typing
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
@@ -247,8 +246,7 @@ def _range(hint: Any) -> Range:
 
 def _resolve(given: str, known: Mapping[str, Any]) -> str:
     """Return the dotted name of a field, which may be given by its last part where only one field has that."""
-    # `lambda` is a keyword of Python, so the field is named `lam`; both names are accepted.
-    wanted = re.sub(r"(^|\.)lambda$", r"\1lam", given.strip().replace("-", "_"))
+    wanted = given.strip().replace("-", "_")
     if wanted in known:
         return wanted
     matches = sorted(name for name in known if name.rpartition(".")[2] == wanted)

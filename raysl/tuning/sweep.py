@@ -158,7 +158,12 @@ def fit(bound: Any, space: Space, order: InOrder, numbered: Numbered, folder: Fo
         return f"{numbered.numbers[trial.trial_id]:04d}"
 
     store, path = filesystem(str(folder))
-    settings = {"TUNE_MAX_PENDING_TRIALS_PG": str(order.at_once), "RAY_AIR_NEW_OUTPUT": "0"}
+    settings = {
+        "TUNE_MAX_PENDING_TRIALS_PG": str(order.at_once),
+        "RAY_AIR_NEW_OUTPUT": "0",
+        # Ray Tune's own handler would end the sweep as if it had finished.
+        "TUNE_DISABLE_SIGINT_HANDLER": "1",
+    }
     with patch.dict(os.environ, settings):  # A Tuner that the caller runs later must not find them.
         tune.Tuner(
             bound,

@@ -116,7 +116,7 @@ def trials(folder: Path) -> str:
     weights = ",".join(f"{number / 15:.3f}" for number in range(15))
     temperatures = ",".join(f"{0.05 * number:.2f}" for number in range(1, 1 + _TRIALS // 15))
     begun = time.perf_counter()
-    sweep = written(folder, f"lambda={weights}", f"temperature={temperatures}", seeds=(0, 1))
+    sweep = written(folder, f"lam={weights}", f"temperature={temperatures}", seeds=(0, 1))
     journal = time.perf_counter()
     rows = SweepResults.open(sweep).rows()
     assert sorted(row["trial"] for row in rows) == list(range(_TRIALS))

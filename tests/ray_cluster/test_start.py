@@ -35,10 +35,10 @@ def test_sigterm_puts_away_and_leaves_a_line() -> None:
     assert done.stdout == "put away\n"
     assert done.stderr.split("\n") == [
         "",
-        "experiment: interrupted. The same command resumes the work.",
+        "experiment: Interrupted by SIGTERM. The same command resumes the work.",
         "",
     ]
-    assert done.returncode == 130
+    assert done.returncode == 143
 
 
 @pytest.mark.parametrize("mode", [None, "token", "tokken"])

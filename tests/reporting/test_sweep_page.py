@@ -88,7 +88,7 @@ def _score(trial: int, seed: int, rung: int, values: dict[str, Any]) -> dict[str
 
 
 def test_the_page_says_it_all_and_the_same_sweep_gives_the_same_bytes(tmp_path: Path) -> None:
-    sweep = written(tmp_path / "sweep", "temperature=0.05,0.1,0.2", "lambda", scheduler="asha", rungs=2)
+    sweep = written(tmp_path / "sweep", "temperature=0.05,0.1,0.2", "lam", scheduler="asha", rungs=2)
     out = report(sweep, ReportConfig(core_hour=2.0))
     names = out.list()
     assert names == [
@@ -116,7 +116,7 @@ def test_fields_that_are_drawn_or_are_no_numbers_have_figures_too(tmp_path: Path
     sweep = written(
         tmp_path / "sweep",
         "temperature=0.03..0.5",
-        "lambda=0..1",
+        "lam=0..1",
         "pirl.head",
         searcher="random",
         samples=6,
@@ -128,7 +128,7 @@ def test_fields_that_are_drawn_or_are_no_numbers_have_figures_too(tmp_path: Path
 
 
 def test_a_sweep_without_a_score_has_a_page(tmp_path: Path) -> None:
-    sweep = written(tmp_path / "sweep", "lambda=0,1", seeds=(0,))
+    sweep = written(tmp_path / "sweep", "lam=0,1", seeds=(0,))
     lines = (tmp_path / "sweep" / "sweep.jsonl").read_bytes().splitlines(keepends=True)
     (tmp_path / "sweep" / "sweep.jsonl").write_bytes(lines[0])
     assert report(sweep, ReportConfig()).list() == ["index.html"]
@@ -136,7 +136,7 @@ def test_a_sweep_without_a_score_has_a_page(tmp_path: Path) -> None:
 
 def test_every_beginning_of_a_sweep_has_a_page(tmp_path: Path) -> None:
     sweep = written(
-        tmp_path / "sweep", "lambda=0,0.5,1", "temperature=0.1,0.2", seeds=(0, 1), scheduler="asha", rungs=2
+        tmp_path / "sweep", "lam=0,0.5,1", "temperature=0.1,0.2", seeds=(0, 1), scheduler="asha", rungs=2
     )
     journal = tmp_path / "sweep" / "sweep.jsonl"
     lines = journal.read_bytes().splitlines(keepends=True)
@@ -151,7 +151,7 @@ def test_no_sweep_is_told(tmp_path: Path) -> None:
 
 
 def test_long_names_may_be_broken_and_are_still_escaped(tmp_path: Path) -> None:
-    folder = report(written(tmp_path, "lambda=0,0.5,1"), ReportConfig(out=str(tmp_path / "out")))
+    folder = report(written(tmp_path, "lam=0,0.5,1"), ReportConfig(out=str(tmp_path / "out")))
     assert b"<th>pirl.<wbr>lam</th>" in folder.read("index.html")
     assert _breakable("<b_c>") == "&lt;b_<wbr>c&gt;"
 
@@ -186,7 +186,7 @@ def test_a_population_is_shown_with_the_values_that_its_scores_had(tmp_path: Pat
         "rungs": 2,
         "seeds": (0,),
     }
-    sweep = written(tmp_path, "lambda=0..1", copies=True, **settings)
+    sweep = written(tmp_path, "lam=0..1", copies=True, **settings)
     record = SweepResults.open(sweep)
     assert record.trials == list(range(8))
     assert [record.values(n, 1)["pirl.lam"] for n in (6, 7)] == [0.123, 0.123]
@@ -195,7 +195,7 @@ def test_a_population_is_shown_with_the_values_that_its_scores_had(tmp_path: Pat
 
 
 def test_baselines_and_the_test_score_are_on_the_page(tmp_path: Path) -> None:
-    sweep = written(tmp_path, "lambda=0,0.5,1", seeds=(0,))
+    sweep = written(tmp_path, "lam=0,0.5,1", seeds=(0,))
     journal = Journal(Folder(sweep))
     facts: dict[str, Any] = {"event": "baseline", "seed": 0, "chosen": None}
     journal.add({**facts, "encoder": "random", "score": 0.1234})
@@ -209,7 +209,7 @@ def test_baselines_and_the_test_score_are_on_the_page(tmp_path: Path) -> None:
 
 
 def test_a_sweep_of_raysl_0_1_is_read(tmp_path: Path) -> None:
-    sweep = written(tmp_path, "lambda=0,0.5,1", seeds=(0,))
+    sweep = written(tmp_path, "lam=0,0.5,1", seeds=(0,))
     journal = tmp_path / "sweep.jsonl"
     old, *rows = map(json.loads, journal.read_text().splitlines())
     old.pop("format")
@@ -224,7 +224,7 @@ def test_a_sweep_of_raysl_0_1_is_read(tmp_path: Path) -> None:
 
 
 def test_the_page_says_how_far_ahead_the_best_of_equal_trials_would_be(tmp_path: Path) -> None:
-    page = report(written(tmp_path, "lambda=0,0.25,0.5,0.75,1"), ReportConfig()).read("index.html").decode()
+    page = report(written(tmp_path, "lam=0,0.25,0.5,0.75,1"), ReportConfig()).read("index.html").decode()
     assert "If all 4 finished trials were equal, the best would still be" in page
     assert "chosen on the test split" not in page
 

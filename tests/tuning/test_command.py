@@ -34,24 +34,22 @@ def test_flags_of_a_sweep_and_of_its_runs_are_one_list(monkeypatch: pytest.Monke
     monkeypatch.setattr("raysl.api.sweep", sweep)
     monkeypatch.setattr("raysl.tuning.results.SweepResults.open", lambda uri: uri)
     monkeypatch.setattr("raysl.tuning.results.render", str)
-    flags = (
-        "--epochs 3 --vary temperature=0.1,0.2 lambda --data D --seeds 0 1 2 --pirl.head bn --test T --out S"
-    )
+    flags = "--epochs 3 --vary temperature=0.1,0.2 lam --data D --seeds 0 1 2 --pirl.head bn --test T --out S"
     main(["sweep", *flags.split()])
     ((given, config),) = seen
     base = defaults.from_fields({**given, "run": "-"})
     assert (base.data, base.epochs, base.parts["pirl"].head) == ("D", 3, "bn")
-    assert config == SweepConfig("S", ("temperature=0.1,0.2", "lambda"), test="T", seeds=(0, 1, 2))
+    assert config == SweepConfig("S", ("temperature=0.1,0.2", "lam"), test="T", seeds=(0, 1, 2))
 
 
 @pytest.mark.parametrize(
     ("command", "answer"),
     [
         (f"{SWEEP} --vary temperatur", "Did you mean 'pirl.temperature'"),
-        (f"{SWEEP} --vary lambda=0.5,2", "The trial with pirl.lam=2 could not run"),
-        (f"{SWEEP} --vary lambda --epochs", "--epochs"),
-        (f"{SWEEP} --vary lambda --sheduler asha", "--sheduler"),
-        (f"{SWEEP} --vary lambda --searcher optuna", "raysl[search]"),
+        (f"{SWEEP} --vary lam=0.5,2", "The trial with pirl.lam=2 could not run"),
+        (f"{SWEEP} --vary lam --epochs", "--epochs"),
+        (f"{SWEEP} --vary lam --sheduler asha", "--sheduler"),
+        (f"{SWEEP} --vary lam --searcher optuna", "raysl[search]"),
         ("report nothing", "Neither a sweep nor a run lies at"),
         ("reproduce nothing", "No run at 'nothing'"),
     ],

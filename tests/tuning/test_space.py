@@ -22,7 +22,7 @@ def made(*vary: str, listed: bool = True, base: Pretraining = BASE) -> Space:
 
 
 def test_a_short_name_takes_the_values_of_the_field_itself() -> None:
-    (temperature, lam) = made("temperature", "lambda").dimensions
+    (temperature, lam) = made("temperature", "lam").dimensions
     assert (temperature.name, lam.name) == ("pirl.temperature", "pirl.lam")
     assert temperature.values == (0.03, 0.05, 0.07, 0.1, 0.15, 0.2, 0.5)
     assert lam.values == (0.0, 0.25, 0.5, 0.75, 1.0)
@@ -38,7 +38,7 @@ def test_values_are_of_the_type_of_the_field() -> None:
 
 
 def test_a_grid_is_every_combination_and_becomes_configurations() -> None:
-    points = made("temperature=0.1,0.2", "lambda=0,1", "optim.lr=0.1")
+    points = made("temperature=0.1,0.2", "lam=0,1", "optim.lr=0.1")
     assert [tuple(p.values()) for p in points.grid()] == [
         (0.1, 0.0, 0.1),
         (0.1, 1.0, 0.1),
@@ -76,7 +76,7 @@ def test_random_points_lie_in_the_interval_and_depend_on_the_number_alone() -> N
 
 
 def test_corners_hold_every_end() -> None:
-    points = made("temperature=0.1..0.2", "lambda=0..1", listed=False)
+    points = made("temperature=0.1..0.2", "lam=0..1", listed=False)
     corners = {tuple(p.values()) for p in points.corners()}
     assert corners == {(0.1, 0.0), (0.1, 1.0), (0.2, 0.0), (0.2, 1.0)}
 
@@ -90,7 +90,7 @@ def test_domains_of_ray_tune_hold_the_same_values() -> None:
 
 
 def test_changed_values_are_moved_back_into_their_intervals() -> None:
-    points = made("temperature=0.1..0.2", "lambda=0,0.5,1", listed=False)
+    points = made("temperature=0.1..0.2", "lam=0,0.5,1", listed=False)
     assert points.clipped({"pirl.temperature": 0.2400001, "pirl.lam": 0.5}) == {
         "pirl.temperature": 0.2,
         "pirl.lam": 0.5,
@@ -158,7 +158,7 @@ def test_a_field_is_given_once() -> None:
 
 
 def test_a_value_that_the_field_does_not_allow_is_named() -> None:
-    points = made("lambda=0.5,2")
+    points = made("lam=0.5,2")
     with pytest.raises(UserError, match=r"pirl.lam is 2"):
         configured(BASE, points.grid()[1])
 

@@ -308,7 +308,7 @@ def test_a_sweep_of_raysl_0_1_is_not_continued(
             "num_negatives=96 could not run.*num-negatives is 96 and the data set has 96",
         ),
         ("jigsaw.grid=2,3", "jigsaw.grid=2 could not run.*with 4 tiles there are 24 permutations"),
-        ("lambda=0.5,1.5", "lam=1.5 could not run"),
+        ("lam=0.5,1.5", "lam=1.5 could not run"),
         ("batch_size=16,128", "batch_size=128 could not run"),
     ],
 )
@@ -348,14 +348,14 @@ def test_more_than_fits_is_refused_with_the_sum(
     [
         (Machines(({"CPU": 2.0},)), ("temperature",), (0,), (1, 1, 1)),
         # On 16 CPUs, eight runs can have two each; two runs have eight.
-        (Machines(({"CPU": 16.0},)), ("temperature", "lambda"), (0,), (8, 1, 1)),
+        (Machines(({"CPU": 16.0},)), ("temperature", "lam"), (0,), (8, 1, 1)),
         (Machines(({"CPU": 16.0},)), ("temperature=0.1,0.2",), (0,), (2, 1, 6)),
         # Seeds of a trial run at a time where there are fewer trials than places.
         (Machines(({"CPU": 16.0},)), ("temperature=0.1,0.2",), (0, 1), (2, 2, 3)),
         # The head takes no work, and three machines of four CPUs can be started.
         (
             Machines(({"CPU": 0.0},), ({"CPU": 4.0},) * 3, 3),
-            ("temperature", "lambda"),
+            ("temperature", "lam"),
             (0,),
             (6, 1, 1),
         ),
