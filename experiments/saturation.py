@@ -18,10 +18,9 @@ from torch import nn
 from raysl.backbone.network import BackboneConfig
 from raysl.backbone.small import SmallBackbone
 from raysl.experiment.comparison import ComparisonFlags, measured, reported, settings, small
-from raysl.experiment.script import command, drawn
+from raysl.experiment.script import command, drawn, pretrained
 from raysl.run import Run
 from raysl.storage import Folder
-from raysl.training.launch import pretrain
 
 
 def narrow() -> nn.Module:
@@ -76,7 +75,7 @@ def run_of(flags: SaturationFlags, method: str, width: str, size: int, seed: int
     images = drawn(flags, size)
     place = Folder(flags.runs) / f"{width}-{size}"
     config = settings(flags, method, seed, str(images.folder), place)
-    return pretrain(replace(config, backbone=BackboneConfig(f"{Path(__file__).absolute()}:{width}")))
+    return pretrained(replace(config, backbone=BackboneConfig(f"{Path(__file__).absolute()}:{width}")), flags)
 
 
 if __name__ == "__main__":

@@ -15,11 +15,10 @@ from dataclasses import dataclass, replace
 
 from raysl.config import Pretraining
 from raysl.experiment.comparison import ComparisonFlags, measured, reported, settings, small
-from raysl.experiment.script import command
+from raysl.experiment.script import command, pretrained
 from raysl.ingestion import splits
 from raysl.run import Run
 from raysl.storage import Folder
-from raysl.training.launch import pretrain
 
 _CROPS = "crops"
 
@@ -61,7 +60,7 @@ def run_of(flags: TransformFlags, method: str, left_out: str, seed: int) -> Run:
     config: Pretraining = settings(flags, method, seed, splits(flags.data)[0], place)
     recipe = flags.recipe if left_out in ("", _CROPS) else f"{flags.recipe}-{left_out}"
     scale = 1.0 if left_out == _CROPS else config.view.min_scale
-    return pretrain(replace(config, view=replace(config.view, recipe=recipe, min_scale=scale)))
+    return pretrained(replace(config, view=replace(config.view, recipe=recipe, min_scale=scale)), flags)
 
 
 if __name__ == "__main__":

@@ -84,7 +84,7 @@ def views_sheet(
         columns.append(
             (f"view: {name}", size, [(mosaic(v), m) for v, m in zip(view.crops_bpchw, marks, strict=True)])
         )
-    return _sheet(columns)
+    return sheet(columns)
 
 
 def _made(table: pa.Table, views: Mapping[str, View], image_rng: ImageRng) -> dict[str, Transformed]:
@@ -123,7 +123,7 @@ def neighbours_sheet(
         cells = zip(_shown(gallery, nearest_qk[:, rank]), cosine_qk[:, rank], strict=True)
         marked = [(picture, f"{name}  cos {cosine:.2f}") for (picture, name), cosine in cells]
         columns.append((f"nearest {rank + 1}", "", marked))
-    return _sheet(columns)
+    return sheet(columns)
 
 
 def pieces_sheet(
@@ -147,7 +147,7 @@ def pieces_sheet(
         notes = [row[rank] for row in found_notes]
         cells = [(_picture(one), note) for one, note in zip(found_qkchw[:, rank], notes, strict=True)]
         columns.append((f"nearest {rank + 1}", "", cells))
-    return _sheet(columns)
+    return sheet(columns)
 
 
 def _shown(dataset: DataSet, indices: npt.NDArray[np.int64]) -> list[tuple[Image.Image, str]]:
@@ -222,7 +222,7 @@ def _fitted(image: Image.Image) -> Image.Image:
     return _resized(image, max(1, round(image.width * factor)), max(1, round(image.height * factor)))
 
 
-def _sheet(columns: Sequence[tuple[str, str, Sequence[tuple[Image.Image, str]]]]) -> Image.Image:
+def sheet(columns: Sequence[tuple[str, str, Sequence[tuple[Image.Image, str]]]]) -> Image.Image:
     """Draw columns of (title, note, cells of a picture and a note)."""
     title_font, note_font = ImageFont.load_default(15), ImageFont.load_default(12)
     rows = len(columns[0][2])

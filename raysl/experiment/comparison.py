@@ -18,7 +18,7 @@ from raysl.clustering.cluster_and_fit import ClusterfitConfig, clusterfit
 from raysl.config import Pretraining, ViewConfig
 from raysl.evaluation.evaluate import check_apart, probe
 from raysl.evaluation.results import ENCODERS, rows_under
-from raysl.experiment.script import Flags
+from raysl.experiment.script import Flags, locally, pretrained
 from raysl.ingestion import resolve, splits
 from raysl.objectives.moco import Config as Moco
 from raysl.objectives.npid import Config as Npid
@@ -31,7 +31,6 @@ from raysl.reporting.report_runs import LabelledRow, groups, labelled_rows
 from raysl.reporting.tables import tables
 from raysl.run import Run, jsonl
 from raysl.storage import Folder
-from raysl.training.launch import pretrain
 
 # Hyperparameters that differ from the papers' because the backbone is small and the run is short.
 PIRL = {"pirl": Pirl(temperature=0.2, head="bn")}
@@ -56,8 +55,13 @@ METHODS: dict[str, dict[str, Any]] = {
     "clusterfit": {},
 }
 # Methods of clips. The order of frames shows in places, which pooled features do not say, and in their comparison.
+# Strong crops and colors would move the frame more than its objects move: see results/video.
 OF_CLIPS: dict[str, dict[str, Any]] = {
-    "predict-frame_order": {"parts": {"predict": Predict(cells=4, hidden=512)}},
+    "predict-frame_order": {
+        "parts": {"predict": Predict(cells=4, hidden=512)},
+        "view": ViewConfig(min_scale=0.8, recipe="plain"),
+        "optim": OptimConfig("adamw", lr=0.004, warmup=0.05),
+    },
 }
 _LOCAL_DATA = "shapes:5000"
 
@@ -89,11 +93,8 @@ L = TypeVar("L", bound=ComparisonFlags)
 
 
 def small(flags: L, local_data: str = _LOCAL_DATA) -> L:
-    """Return the flags for `--local`: one seed, few images, and generated ones unless data are given."""
-    if not flags.local:
-        return flags
-    data = local_data if flags.data == type(flags)().data else flags.data
-    return replace(flags, data=data, seeds=flags.seeds[:1], images=2560)
+    """Return the flags for `--local`: one seed, few images, and generated ones, unless others are given."""
+    return locally(flags, data=local_data, images=2560)
 
 
 def settings(flags: ComparisonFlags, method: str, seed: int, train: str, runs: Folder) -> Pretraining:
@@ -108,6 +109,7 @@ def settings(flags: ComparisonFlags, method: str, seed: int, train: str, runs: F
         name, method = f"clusterfit-{flags.teacher}-{flags.clusters}", flags.teacher
     if method == "distill":
         own["parts"] = {"distill": {"teacher": str(runs / f"supervised-{seed}")}}
+    own.setdefault("optim", OptimConfig(lr=0.12, warmup=0.05))
     return Pretraining(
         data=train,
         run=str(runs / f"{name}-{seed}"),
@@ -116,8 +118,7 @@ def settings(flags: ComparisonFlags, method: str, seed: int, train: str, runs: F
         batch_size=flags.batch_size,
         workers=flags.workers,
         seed=seed,
-        view=ViewConfig(image_size=flags.image_size),
-        optim=OptimConfig(lr=0.12, warmup=0.05),
+        view=replace(own.pop("view", ViewConfig()), image_size=flags.image_size),
         **own,
     )
 
@@ -145,7 +146,7 @@ def run_of(
     train, runs = train or splits(flags.data)[0], runs or Folder(flags.runs)
     config = settings(flags, method, seed, train, runs)
     if method != "clusterfit":
-        return pretrain(config)
+        return pretrained(config, flags)
     teacher = run_of(flags, flags.teacher, seed, train, runs)
     return clusterfit(ClusterfitConfig(teacher=str(teacher.folder), k=flags.clusters), config)
 

@@ -13,11 +13,12 @@ from raysl.extraction.heads import trained_model
 from raysl.model import Model
 from raysl.run import Run
 from raysl.stream.plan import Plan
+from raysl.stream.processes import DataProcesses
 from raysl.stream.reader import Batch, Stream
 
 
 def batches(model: Model, dataset: DataSet, epochs: float, seed: int) -> Iterator[Batch]:
-    """Yield batches of the views of a model on any data set, without a gradient. Ray must be running.
+    """Yield batches of the views of a model on any data set, without a gradient, made by a process beside this one.
 
     Args:
         model: gives the views; it stays in its mode.
@@ -26,8 +27,8 @@ def batches(model: Model, dataset: DataSet, epochs: float, seed: int) -> Iterato
         seed: seed of the views.
     """
     plan = Plan.of(dataset, min(model.config.batch_size, dataset.num_images), seed, epochs)
-    with torch.no_grad():
-        yield from Stream(dataset, plan, model.views(), model.config.stream).batches()
+    with torch.no_grad(), DataProcesses(1) as data:
+        yield from Stream(dataset, plan, model.views(), model.config.stream, source=data.columns).batches()
 
 
 def held_out(run: Run, dataset: DataSet, epochs: float = 4, seed: int = 1) -> dict[str, float]:

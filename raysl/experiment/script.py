@@ -24,7 +24,7 @@ from raysl.ingestion import resolve, splits
 from raysl.ingestion.subset import drawn as drawn_indices
 from raysl.ingestion.subset import part, subset
 from raysl.reporting import ReportConfig, check_installed, report
-from raysl.run import jsonl
+from raysl.run import Run, jsonl
 from raysl.storage import Folder
 from raysl.training.launch import pretrain
 from raysl.tuning.config import SweepConfig
@@ -45,8 +45,9 @@ class Flags:
         runs: folder of the runs, a path or a URI that all machines see; finished runs are not repeated.
         seeds: the experiment is repeated for each seed.
         workers: Ray Train workers of a run.
-        local: make everything so small that it takes about two minutes on two cores. Runs and results go to a temporary
-            folder unless folders are given.
+        local: make everything so small that it takes minutes on two cores, with one seed unless seeds are given, and
+            train in this process instead of on Ray Train. Runs and results go to a temporary folder unless folders are
+            given.
     """
 
     data: str = "shapes:20000"
@@ -77,12 +78,23 @@ def command(experiment: Callable[[F], None], flags: type[F]) -> None:
 
 
 def locally(flags: F, **small: Any) -> F:
-    """Return the flags for `--local`: one seed, and these values for flags that were not given."""
+    """Return the flags for `--local`: the first seed, and these values, for flags that were not given."""
     if not flags.local:
         return flags
     usual = type(flags)()
-    small = {name: value for name, value in small.items() if getattr(flags, name) == getattr(usual, name)}
-    return replace(flags, seeds=flags.seeds[:1], **small)
+    small = {"seeds": usual.seeds[:1], **small}
+    return replace(
+        flags,
+        **{name: value for name, value in small.items() if getattr(flags, name) == getattr(usual, name)},
+    )
+
+
+def pretrained(config: Pretraining, flags: Flags) -> Run:
+    """Pretrain a run; with `--local`, in this process."""
+    if not flags.local:
+        return pretrain(config)
+    resolve(config.data)
+    return pretrain(replace(config, workers=1), local=True)
 
 
 def pretrain_seeds(base: Pretraining, flags: Flags) -> list[dict[str, Any]]:

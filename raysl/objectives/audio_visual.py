@@ -91,8 +91,12 @@ class AudioVisual(nn.Module):
             "sound": MomentSound(config.window_s, 1 if config.negatives == "clips" else 2),
         }
         self.sound_backbone = SoundBackbone(config.sound_width)
-        self.see = nn.Linear(setup.width, config.dim)
-        self.hear = nn.Linear(self.sound_backbone.width, config.dim)
+        # Without BatchNorm all cosines are alike at first, and the loss stays that of guessing for many steps.
+        self.see = nn.Sequential(
+            nn.BatchNorm1d(setup.width, affine=False), nn.Linear(setup.width, config.dim)
+        )
+        width = self.sound_backbone.width
+        self.hear = nn.Sequential(nn.BatchNorm1d(width, affine=False), nn.Linear(width, config.dim))
         if config.form == "fused":
             self.classify: nn.Module = nn.Sequential(
                 nn.Linear(2 * config.dim, config.dim), nn.ReLU(inplace=True), nn.Linear(config.dim, 1)
@@ -124,7 +128,9 @@ class AudioVisual(nn.Module):
                 "The objective 'audio_visual' in the form 'map' needs a backbone with a spatial map."
             )
         maps_bdhw = encode_maps(backbone, frames_bpchw)[:, 0]
-        return self.see(maps_bdhw.movedim(1, -1)).movedim(-1, 1)  # type: ignore[no-any-return]
+        places_bhwd = maps_bdhw.movedim(1, -1)
+        seen: Tensor = self.see(places_bhwd.flatten(0, 2))
+        return seen.view(*places_bhwd.shape[:3], -1).movedim(-1, 1)
 
     def sound_map(self, backbone: nn.Module, frames_bpchw: Tensor, sounds_bpchw: Tensor) -> Tensor:
         """Return how well the sound fits each place of the frame, a cosine in -1..1: (b, h, w).

@@ -36,7 +36,8 @@ def test_runs_differ_in_method_alone(tmp_path: Path) -> None:
 def test_local_draws_images_unless_others_are_named() -> None:
     assert small(ComparisonFlags(local=True)).data == "shapes:5000"
     assert small(ComparisonFlags("mine", seeds=(4, 5), local=True)).data == "mine"
-    assert small(ComparisonFlags(seeds=(4, 5), local=True)).seeds == (4,)
+    assert small(ComparisonFlags(seeds=(4, 5), local=True)).seeds == (4, 5)
+    assert small(ComparisonFlags(local=True)).seeds == (0,)
     assert small(ComparisonFlags()) == ComparisonFlags()
 
 
@@ -93,7 +94,7 @@ def test_clusterfit_has_the_run_of_its_seed_as_teacher(
 ) -> None:
     data = str(make_dataset(tmp_path / "set", 40).folder)
     fitted: list[Any] = []
-    monkeypatch.setattr(comparison, "pretrain", lambda config: Run(Folder(config.run)))
+    monkeypatch.setattr(comparison, "pretrained", lambda config, flags: Run(Folder(config.run)))
     monkeypatch.setattr(comparison, "clusterfit", lambda config, student: fitted.append((config, student)))
     runs = str(tmp_path)
     comparison.trained(

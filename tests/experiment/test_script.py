@@ -163,7 +163,7 @@ def test_drawn_images_are_kept(tmp_path: Path) -> None:
 def test_local_leaves_alone_what_was_asked_for() -> None:
     assert locally(Flags(), data="shapes:9") == Flags()
     small = locally(Flags(seeds=(4, 5), local=True), data="shapes:9", workers=1)
-    assert (small.data, small.seeds, small.workers) == ("shapes:9", (4,), 1)
+    assert (small.data, small.seeds, small.workers) == ("shapes:9", (4, 5), 1)
     assert locally(Flags("mine", workers=4, local=True), data="shapes:9", workers=1) == Flags(
         "mine", workers=4, seeds=(0,), local=True
     )
