@@ -87,6 +87,15 @@ class Checkpoint:
         """Load the state of the network, on the CPU. Raise UserError when it does not match its manifest."""
         return self._load(STATE, self._files())
 
+    def network(self, state: Mapping[str, Any]) -> dict[str, torch.Tensor]:
+        """Return the tensors of the network in a state of this checkpoint. Raise UserError if there are none."""
+        found = state.get("network")
+        if not isinstance(found, dict) or not all(
+            isinstance(value, torch.Tensor) for value in found.values()
+        ):
+            raise self._damaged(STATE, "it holds no network")
+        return found
+
     def backbone_state(self, prefix: str = "backbone.") -> dict[str, torch.Tensor]:
         """Load the state of the backbone, under its own names.
 
@@ -94,10 +103,24 @@ class Checkpoint:
             prefix: what the names of the backbone begin with; a moving copy in an objective has another.
 
         Raises:
-            UserError: the state does not match its manifest.
+            UserError: the state does not match its manifest, or has values that are not finite.
         """
-        network = self.state()["network"]
-        return {name.removeprefix(prefix): v for name, v in network.items() if name.startswith(prefix)}
+        network = self.network(self.state())
+        found = {name.removeprefix(prefix): v for name, v in network.items() if name.startswith(prefix)}
+        if bad := next((name for name, v in found.items() if not v.isfinite().all()), None):
+            raise UserError(
+                f"The checkpoint {str(self.folder)!r} holds values of {bad!r} that are not finite, so its features "
+                "would mean nothing. Use an earlier checkpoint, or train again with a lower --optim.lr."
+            )
+        return found
+
+    def fill(self, module: torch.nn.Module, tensors: Mapping[str, torch.Tensor]) -> None:
+        """Load tensors of this checkpoint into a module. Raise UserError if they do not fit it."""
+        try:
+            module.load_state_dict(tensors)
+        except RuntimeError as error:
+            why = str(error).strip().splitlines()[-1].strip()
+            raise self._damaged(STATE, f"its tensors do not fit the network of the run ({why})") from error
 
     def crc32(self) -> int:
         """Return the checksum of the state of the network, from its manifest."""

@@ -71,6 +71,30 @@ def test_a_round_trip_is_exact(folder: Folder) -> None:
     _assert_equal(found.state(), state)
 
 
+@pytest.mark.parametrize(
+    ("state", "answer"),
+    [
+        ({"step": 1}, "it holds no network"),
+        ({"network": [1, 2]}, "it holds no network"),
+        ({"network": {"backbone.weight": 3.0}}, "it holds no network"),
+        ({"network": {"backbone.weight": torch.zeros(1)}}, "do not fit the network"),
+        ({"network": {"backbone.other": torch.zeros(3, 4)}}, "do not fit the network"),
+        ({"network": {"backbone.weight": torch.full((3, 4), float("nan"))}}, "not finite"),
+    ],
+)
+def test_a_network_that_does_not_fit_or_is_not_finite_is_refused(
+    folder: Folder, state: dict[str, Any], answer: str
+) -> None:
+    """A stranger can make the checksums of such a checkpoint fit."""
+    saver = Saver(folder, SaveConfig(), 0, 1)
+    saver.save(1, state, None)
+    saver.wait()
+    found = checkpoint.newest(folder)
+    assert found is not None
+    with pytest.raises(UserError, match=answer):
+        found.fill(nn.Linear(4, 3, bias=False), found.backbone_state())
+
+
 def _assert_equal(a: Any, b: Any) -> None:
     if isinstance(b, torch.Tensor):
         assert a.dtype == b.dtype

@@ -131,7 +131,7 @@ class Trained(_Network):
     def network(self) -> Backbone:
         """See `Trainable.network`. Raises UserError if the checkpoint is damaged."""
         backbone = networks.build(self.backbone_config())
-        backbone.load_state_dict(self.checkpoint.backbone_state(self._prefix()))
+        self.checkpoint.fill(backbone, self.checkpoint.backbone_state(self._prefix()))
         return backbone
 
 

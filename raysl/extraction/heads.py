@@ -76,5 +76,6 @@ def trained_model(encoder: Trained) -> Model:
             config.without_starting_weights(),
             DataFacts(data["num_images"], data["num_classes"], data["fingerprint"]),
         )
-    model.load_state_dict(encoder.checkpoint.state()["network"])
+    found = encoder.checkpoint
+    found.fill(model, found.network(found.state()))
     return model.eval()

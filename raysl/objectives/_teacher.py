@@ -76,8 +76,8 @@ def load(run: str, step: int = 0) -> Teacher:
             f"The metadata of the run at {run!r} is damaged: {error!r}. Restore {_METADATA} from a copy."
         ) from error
     found = _checkpoint(run, folder / "checkpoints", step)
-    state: dict[str, Tensor] = found.state()["network"]
-    encoder.load_state_dict(found.backbone_state())
+    state = found.network(found.state())
+    found.fill(encoder, found.backbone_state())
     weight_kd = state.get(f"{_CLASSIFIER}weight")
     joins_crops = f"{_PROJECTION}weight" in state
     if weight_kd is None or joins_crops or weight_kd.shape[1] != encoder.width:

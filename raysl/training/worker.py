@@ -115,7 +115,7 @@ class Worker:
             raise self._unseen(f"checkpoint of step {step}")
         # A worker reads only its own rows of the bank.
         state, bank = chosen.load(*((self.bank.first, self.bank.last) if self.bank is not None else (0, 0)))
-        self.model.load_state_dict(state["network"])
+        chosen.fill(self.model, chosen.network(state))
         self.optimizer.load_state_dict(state["optimizer"])
         self.scaler.load_state_dict(state["scaler"])
         if self.bank is not None:
