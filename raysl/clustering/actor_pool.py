@@ -10,7 +10,6 @@ import logging
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from itertools import pairwise
-from types import TracebackType
 from typing import Any
 
 import numpy as np
@@ -74,27 +73,8 @@ def allocate(nodes: Sequence[Mapping[str, float]], actors: int = 0, memory_gb: f
     return Allocation(count, each, 1 if gpus else 0, max(1, min(threads, int(cpus / count))), memory_bytes)
 
 
-@dataclass(frozen=True)
-class Totals:
-    """Statistics of a pass over all actors.
-
-    `moved` is None if an actor does not know it; `busy_s` is that of the slowest actor; `computed` is the mean share of
-    computed distances.
-    """
-
-    counts_k: Integers
-    objective: float
-    moved: int | None
-    busy_s: float
-    computed: float
-
-
-@dataclass(frozen=True)
-class Pass:
-    """References to the results of a running pass: statistics by actor, and sums by actor and chunk."""
-
-    stats: list[Any]
-    sums: list[list[Any]]
+# References of a running pass: for each actor to its statistics, and to its sums of each chunk.
+Pass = list[list[Any]]
 
 
 class ActorPool:
@@ -137,16 +117,11 @@ class ActorPool:
         try:
             self._load()
         except BaseException:
-            self._end()
+            self.__exit__()
             raise
         return self
 
-    def __exit__(
-        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
-    ) -> None:
-        self._end()
-
-    def _end(self) -> None:
+    def __exit__(self, *_: object) -> None:
         import ray
 
         for actor in self._actors:
@@ -201,16 +176,15 @@ class ActorPool:
     def start_pass(self, chunks: Sequence[Any], splits: Splits) -> Pass:
         """Start a pass over all rows."""
         count = len(chunks) + 1
-        made = [actor.accumulate.options(num_returns=count).remote(splits, *chunks) for actor in self._actors]
-        return Pass([refs[0] for refs in made], [refs[1:] for refs in made])
+        return [actor.accumulate.options(num_returns=count).remote(splits, *chunks) for actor in self._actors]
 
-    def totals(self, running: Pass) -> Totals:
-        """Wait for a pass."""
+    def totals(self, running: Pass) -> PassStats:
+        """Wait for a pass, and return its statistics over all actors: the time of the slowest, sums of the others."""
         import ray
 
-        stats: list[PassStats] = ray.get(running.stats)
+        stats: list[PassStats] = ray.get([references[0] for references in running])
         moved = [s.moved for s in stats if s.moved is not None]
-        return Totals(
+        return PassStats(
             np.sum([s.counts_k for s in stats], axis=0),
             sum(s.objective for s in stats),
             sum(moved) if len(moved) == len(stats) else None,
@@ -228,7 +202,7 @@ class ActorPool:
         """
         import ray
 
-        by_chunk = [[sums[chunk] for sums in done.sums] for chunk in range(len(self._chunks))]
+        by_chunk = [[references[1 + chunk] for references in done] for chunk in range(len(self._chunks))]
         if len(self._chunks) == 1:
             sums, (old_kd,) = ray.get(by_chunk[0]), ray.get(list(old))
             return [ray.put(update.means(update.total(sums), counts_k, old_kd, self._shards[0].spherical))]

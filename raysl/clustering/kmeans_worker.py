@@ -78,7 +78,7 @@ class Shard:
 
 @dataclass(frozen=True)
 class PassStats:
-    """Statistics of a pass over a shard.
+    """Statistics of a pass over a shard, or over all.
 
     Args:
         counts_k: rows of each cluster.

@@ -24,11 +24,11 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 
 from raysl import ray_cluster, rng
-from raysl.clustering import seeding, summary, update
-from raysl.clustering.actor_pool import ActorPool, Totals, allocate
+from raysl.clustering import seeding, update
+from raysl.clustering.actor_pool import ActorPool, allocate
 from raysl.clustering.kmeans_worker import Fit
 from raysl.clustering.options import KMeansConfig
-from raysl.clustering.state import State
+from raysl.clustering.state import STATE, State
 from raysl.clustering.update import Integers, Singles, Splits
 from raysl.dataset import DataSet
 from raysl.errors import UserError
@@ -39,17 +39,14 @@ from raysl.storage import Folder
 
 _log = logging.getLogger("raysl.clustering")
 
-HEADER, CENTROIDS, ASSIGNMENTS, SUMMARY = (
-    "clustering.json",
-    "centroids.npy",
-    "assignments.parquet",
-    "summary.json",
-)
+HEADER, SUMMARY = "clustering.json", "summary.json"
+CENTROIDS, ASSIGNMENTS = "centroids.npy", "assignments.parquet"
 # New actor pools, each from the last saved state, before a clustering gives up.
 _POOLS = 4
 _FEW_ROWS = 39
 # Shorter passes are not all saved: writing would take longer than repeating them.
 _SAVE_EVERY_S = 1.0
+_QUANTILES = (0, 5, 25, 50, 75, 95, 100)
 _REMEDY = "Delete the folder of the clustering and run `raysl cluster` again."
 
 
@@ -113,7 +110,9 @@ def fit(features: str, config: KMeansConfig, out: str = "") -> Clustering:
             f"--k is {config.k}, but there are {fitted:,} rows to fit centroids to. There cannot be more clusters than "
             "rows: lower --k, or give more images."
         )
-    folder = Folder(out) if out else store.folder / "_clusters" / _name(config, store)
+    key = rng.key(json.dumps(config.identity(), sort_keys=True), store.identity())
+    name = f"k{config.k}-{key:016x}"[:-8]
+    folder = Folder(out) if out else store.folder / "_clusters" / name
     _start(folder, {"features": store.identity(), "config": config.identity()})
     if folder.exists(SUMMARY):
         _log.info("The clustering at %s is already finished.", folder)
@@ -127,7 +126,7 @@ def fit(features: str, config: KMeansConfig, out: str = "") -> Clustering:
         _log.info("%s rows per cluster are few: below %d, clusters follow the noise.", rows, _FEW_ROWS)
     ray_cluster.start()
     _persist(lambda: _fit(store, config, folder))
-    State.delete(folder)
+    folder.delete(STATE)
     return Clustering(folder)
 
 
@@ -209,11 +208,6 @@ def _start(folder: Folder, header: Mapping[str, Any]) -> None:
         )
 
 
-def _name(config: KMeansConfig, store: FeatureStore) -> str:
-    key = rng.key(json.dumps(config.identity(), sort_keys=True), store.identity())
-    return f"k{config.k}-{key:016x}"[:-8]
-
-
 def _fit(store: FeatureStore, config: KMeansConfig, folder: Folder) -> None:
     state = State.load(folder)
     with _pool(store, config, seeding.fitted_rows(config, store.num_rows)) as pool:
@@ -251,7 +245,18 @@ def _one_start(pool: ActorPool, config: KMeansConfig, state: State, folder: Fold
         generator = rng.generator(config.seed, "kmeans", "splits", state.restart, len(curve))
         splits = update.plan_splits(totals.counts_k, generator)
         chunks = pool.means(running, totals.counts_k, chunks)
-        curve.append(_entry(totals, sum(pool.num_fitted), now_s - before_s))
+        curve.append(
+            {
+                "objective": totals.objective,
+                "moved_share": None if totals.moved is None else totals.moved / sum(pool.num_fitted),
+                "empty": int((totals.counts_k == 0).sum()),
+                "smallest": int(totals.counts_k.min()),
+                "largest": int(totals.counts_k.max()),
+                "computed": totals.computed,
+                "busy_s": totals.busy_s,
+                "wall_s": now_s - before_s,
+            }
+        )
         before_s = now_s
         running = None if _converged(curve, config) else pool.start_pass(chunks, splits)
         if running is None or now_s - saved_s >= _SAVE_EVERY_S:
@@ -270,20 +275,6 @@ def _converged(curve: list[dict[str, Any]], config: KMeansConfig) -> bool:
         return False
     before, now = curve[-2]["objective"], curve[-1]["objective"]
     return bool(before - now <= config.tolerance * abs(before))
-
-
-def _entry(totals: Totals, num_rows: int, wall_s: float) -> dict[str, Any]:
-    """Return the entry of the curve for an iteration that took `wall_s` since the previous one."""
-    return {
-        "objective": totals.objective,
-        "moved_share": None if totals.moved is None else totals.moved / num_rows,
-        "empty": int((totals.counts_k == 0).sum()),
-        "smallest": int(totals.counts_k.min()),
-        "largest": int(totals.counts_k.max()),
-        "computed": totals.computed,
-        "busy_s": totals.busy_s,
-        "wall_s": wall_s,
-    }
 
 
 def _progress(curve: list[dict[str, Any]], config: KMeansConfig, restart: int, pool: ActorPool) -> str:
@@ -345,7 +336,7 @@ def _summary(
         "dim": store.dim,
         "curves": state.curves,
         "restart": state.best_restart(),
-        "sizes": summary.sizes(counts_k),
+        "sizes": sizes(counts_k),
         "overhead_share": max(0.0, 1 - sum(entry["busy_s"] for entry in curve) / walls_s) if walls_s else 0.0,
     }
     labels_n = _labels(store)
@@ -354,7 +345,7 @@ def _summary(
         with Folder(uri).open(name) as stream:
             table = pq.read_table(stream, columns=["index", "cluster"])
         indices_n, clusters_n = (table.column(column).to_numpy() for column in ("index", "cluster"))
-        value["labels"] = summary.agreement(clusters_n, labels_n[indices_n])
+        value["labels"] = agreement(clusters_n, labels_n[indices_n])
     return value
 
 
@@ -367,3 +358,32 @@ def _labels(store: FeatureStore) -> Integers | None:
     if not dataset.has_labels or dataset.manifest.fingerprint != store.metadata.get("fingerprint"):
         return None
     return dataset.labels()
+
+
+def sizes(counts_k: Integers) -> dict[str, Any]:
+    """Return the empty clusters, quantiles of the sizes, and the entropy of the sizes as a share of the maximum."""
+    shares = counts_k[counts_k > 0] / counts_k.sum()
+    entropy = float(-(shares * np.log(shares)).sum())
+    return {
+        "empty": int((counts_k == 0).sum()),
+        "quantiles": {f"{q}%": float(np.percentile(counts_k, q)) for q in _QUANTILES},
+        "entropy_share": entropy / np.log(len(counts_k)) if len(counts_k) > 1 else 1.0,
+    }
+
+
+def agreement(clusters_n: Integers, labels_n: Integers) -> dict[str, float]:
+    """Return the NMI (arithmetic mean of the entropies) and the purity; nothing without scikit-learn.
+
+    Purity is the share of rows with the most frequent label of their cluster.
+    """
+    try:
+        from sklearn.metrics import normalized_mutual_info_score
+        from sklearn.metrics.cluster import contingency_matrix
+    except ImportError:
+        _log.warning("NMI and purity need scikit-learn: install raysl[eval].")
+        return {}
+    table = contingency_matrix(labels_n, clusters_n, sparse=True)
+    return {
+        "nmi": float(normalized_mutual_info_score(labels_n, clusters_n)),
+        "purity": float(table.max(axis=0).sum() / len(labels_n)),
+    }

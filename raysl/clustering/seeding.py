@@ -13,8 +13,11 @@ from raysl.clustering.update import Integers, Singles, unit
 
 def start(pool: ActorPool, config: KMeansConfig, restart: int) -> Singles:
     """Return the initial centroids of a start, float32 (k, d)."""
-    choose = {"rows": random_rows, "k-means++": plus_plus}[config.init]
-    centroids_kd = choose(pool, config, restart)
+    if config.init == "k-means++":
+        centroids_kd = _plus_plus(pool, config, restart)
+    else:
+        generator = rng.generator(config.seed, "kmeans", "rows", restart)
+        centroids_kd = pool.take(_pick(pool, config, generator, config.k))
     return unit(centroids_kd.astype(np.float64)).astype(np.float32) if config.spherical else centroids_kd
 
 
@@ -25,13 +28,7 @@ def fitted_rows(config: KMeansConfig, num_rows: int) -> Fit | None:
     return num_rows, config.max_rows, rng.key(config.seed, "kmeans", "fit")
 
 
-def random_rows(pool: ActorPool, config: KMeansConfig, restart: int) -> Singles:
-    """Choose k rows at random, without replacement."""
-    generator = rng.generator(config.seed, "kmeans", "rows", restart)
-    return pool.take(_pick(pool, config, generator, config.k))
-
-
-def plus_plus(pool: ActorPool, config: KMeansConfig, restart: int) -> Singles:
+def _plus_plus(pool: ActorPool, config: KMeansConfig, restart: int) -> Singles:
     """Choose k rows by k-means++ (Arthur and Vassilvitskii 2007).
 
     The probability of a row is proportional to its squared distance from the nearest centroid so far.

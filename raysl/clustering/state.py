@@ -13,8 +13,8 @@ from raysl.errors import UserError
 from raysl.feature_store.records import read_arrays, write_arrays
 from raysl.storage import Folder
 
-_FILE = "state.npz"
-_REMEDY = f"Delete {_FILE}; the clustering then starts again."
+STATE = "state.npz"
+_REMEDY = f"Delete {STATE}; the clustering then starts again."
 
 
 @dataclass
@@ -51,26 +51,17 @@ class State:
         arrays = {"centroids_kd": self.centroids_kd, "best_kd": self.best_kd}
         progress = json.dumps({"restart": self.restart, "curves": self.curves})
         present = {name: array for name, array in arrays.items() if array is not None}
-        write_arrays(folder, _FILE, {"progress": np.array(progress), **present})
+        write_arrays(folder, STATE, {"progress": np.array(progress), **present})
 
     @staticmethod
     def load(folder: Folder) -> State:
         """Return the state in a folder, or a new one. Raises UserError if it is damaged."""
-        if not folder.exists(_FILE):
+        if not folder.exists(STATE):
             return State()
-        arrays = read_arrays(folder, _FILE, _REMEDY)
+        arrays = read_arrays(folder, STATE, _REMEDY)
         try:
             progress = json.loads(str(arrays["progress"]))
-            return State(
-                int(progress["restart"]),
-                arrays.get("centroids_kd"),
-                progress["curves"],
-                arrays.get("best_kd"),
-            )
+            centroids_kd, best_kd = arrays.get("centroids_kd"), arrays.get("best_kd")
+            return State(int(progress["restart"]), centroids_kd, progress["curves"], best_kd)
         except (ValueError, KeyError, TypeError) as error:
-            raise UserError(f"The file {folder}/{_FILE} is damaged: {error}. {_REMEDY}") from error
-
-    @staticmethod
-    def delete(folder: Folder) -> None:
-        """Delete the state of a finished clustering."""
-        folder.delete(_FILE)
+            raise UserError(f"The file {folder}/{STATE} is damaged: {error}. {_REMEDY}") from error

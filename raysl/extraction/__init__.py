@@ -17,8 +17,7 @@ from raysl.extraction.features import FeaturesConfig, make
 from raysl.extraction.heads import Heads, heads
 from raysl.extraction.inference import SETTINGS, FeatureExtractor, load
 from raysl.extraction.layers import Encode, EncodeMaps, feature_spec
-from raysl.extraction.maps import load_maps
-from raysl.extraction.reestimated import Reestimated
+from raysl.extraction.reestimated import Reestimated, load_maps
 from raysl.extraction.reestimated import load as load_reestimated
 from raysl.feature_store.files import FeatureForm
 from raysl.feature_store.store import FeatureStore

@@ -106,7 +106,10 @@ def extract_all(
         if missing:
             works.append(_Extract(source, dataset, protocol.image_size, tuple(missing)))
     if in_process:
-        _compute_here(works)
+        actor = _Actor(works)
+        for number, work in enumerate(works):
+            for part in work.missing():
+                actor.write(number, part)
     _complete(works, low_priority)
     for folder, record in records.items():
         write_record(folder, FINISHED, record)
@@ -190,14 +193,6 @@ def _complete(works: Sequence[_Extract], low_priority: bool = False) -> None:
                 raise
 
 
-def _compute_here(works: Sequence[_Extract]) -> None:
-    """Compute the missing parts in this process."""
-    actor = _Actor(works)
-    for number, work in enumerate(works):
-        for part in work.missing():
-            actor.write(number, part)
-
-
 def _compute(works: Sequence[_Extract], parts: Sequence[tuple[int, int, int]], low_priority: bool) -> None:
     """Run a pool of actors over parts, each preceded by the number of its work."""
     import ray.data
@@ -274,7 +269,10 @@ class _Actor:
 
     works: Sequence[_Extract]
     low_priority: bool = False
-    device: torch.device = field(default_factory=lambda: _device())
+    # The GPU that Ray has assigned, if there is one.
+    device: torch.device = field(
+        default_factory=lambda: torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    )
     loaded: dict[int, Encode] = field(default_factory=dict)
 
     def __post_init__(self) -> None:
@@ -334,8 +332,3 @@ def _view(work: _Extract, images: list[bytes]) -> Tensor:
             f"An image of the data set at {str(work.dataset.folder)!r} was decoded at ingest and is now damaged: "
             f"{error}. Ingest the source again."
         ) from error
-
-
-def _device() -> torch.device:
-    """Return the GPU that Ray has assigned, or the CPU."""
-    return torch.device("cuda" if torch.cuda.is_available() else "cpu")

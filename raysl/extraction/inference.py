@@ -129,9 +129,8 @@ def load(
         UserError: there is no such network, or the backbone of a weights file is not known.
     """
     if isinstance(source, Run):
-        return FeatureExtractor(
-            Trained(source, source.newest()), str(source.folder), _size(image_size, source), device
-        )
+        encoder: Encoder = Trained(source, source.newest())
+        return FeatureExtractor(encoder, str(source.folder), image_size or view_size(encoder), device)
     name = os.fspath(source).rstrip("/")
     config = BackboneConfig(backbone) if isinstance(backbone, str) else backbone
     if (
@@ -148,10 +147,6 @@ def load(
             )
     encoder = encoders.named(name, config or BackboneConfig(), seed)
     return FeatureExtractor(encoder, name, image_size or view_size(encoder), device)
-
-
-def _size(image_size: int, run: Run) -> int:
-    return image_size or run.config().view.image_size
 
 
 def _stated(name: str) -> tuple[str, BackboneConfig | None, int]:

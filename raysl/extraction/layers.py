@@ -12,6 +12,7 @@ from __future__ import annotations
 import math
 import re
 from collections.abc import Callable, Mapping, Sequence
+from functools import partial
 from typing import Any
 
 import torch
@@ -82,7 +83,9 @@ def frozen(backbone: Backbone, device: torch.device, specs: Sequence[str], by_ba
     features: dict[str, Tensor] = {}
     names = modules(backbone)
     for spec in set(specs) - {POOLED}:
-        backbone.get_submodule(names[layer_of(spec)]).register_forward_hook(_hook(features, spec))
+        layer, _, dims = spec.partition(":")
+        hook = _keep(features, spec, partial(reduce, dims=int(dims or 0)))
+        backbone.get_submodule(names[layer]).register_forward_hook(hook)
 
     def encode(images_bchw: Tensor) -> dict[str, Tensor]:
         pooled = backbone(images_bchw.contiguous(memory_format=torch.channels_last))
@@ -109,7 +112,8 @@ def frozen_maps(backbone: Backbone, device: torch.device, layers: Sequence[str])
     made: dict[str, Tensor] = {}
     names = modules(backbone)
     for layer in set(layers) - {POOLED}:
-        backbone.get_submodule(names[layer]).register_forward_hook(_map_hook(made, layer))
+        hook = _keep(made, layer, partial(_copied_map, layer))
+        backbone.get_submodule(names[layer]).register_forward_hook(hook)
 
     def encode(images_bchw: Tensor) -> dict[str, Tensor]:
         images_bchw = images_bchw.contiguous(memory_format=torch.channels_last)
@@ -130,23 +134,21 @@ def _no_map(layer: str) -> UserError:
     )
 
 
-def _map_hook(made: dict[str, Tensor], layer: str) -> Callable[[nn.Module, Any, Any], None]:
+def _keep(
+    made: dict[str, Tensor], name: str, change: Callable[[Any], Tensor]
+) -> Callable[[nn.Module, Any, Any], None]:
+    """Return a hook that keeps the changed output of a layer: a copy, because the next layer may work in place."""
+
     def hook(module: nn.Module, inputs: Any, output: Any) -> None:
-        if not isinstance(output, Tensor) or output.ndim not in (3, 4):
-            raise _no_map(layer)
-        made[layer] = as_map(output).clone()  # The next layer may work in place.
+        made[name] = change(output)
 
     return hook
 
 
-def _hook(features: dict[str, Tensor], spec: str) -> Callable[[nn.Module, Any, Any], None]:
-    dims = int(spec.partition(":")[2] or 0)
-
-    def hook(module: nn.Module, inputs: Any, output: Any) -> None:
-        # Reduced immediately, because the next layer may work in place.
-        features[spec] = reduce(output, dims)
-
-    return hook
+def _copied_map(layer: str, output: Any) -> Tensor:
+    if not isinstance(output, Tensor) or output.ndim not in (3, 4):
+        raise _no_map(layer)
+    return as_map(output).clone()
 
 
 def reduce(output: Tensor, dims: int) -> Tensor:

@@ -67,16 +67,7 @@ def verified_lines(lines: Iterable[bytes]) -> Iterator[bytes]:
 
 
 def read_record(folder: Folder, name: str, remedy: str) -> dict[str, Any]:
-    """Return a JSON object that `write_record` wrote.
-
-    Args:
-        folder: its folder.
-        name: its file.
-        remedy: what a user does about damage, as a sentence.
-
-    Raises:
-        UserError: the file is damaged.
-    """
+    """Return a JSON object that `write_record` wrote. Raises UserError, which ends with `remedy`, if it is damaged."""
     place = f"{folder}/{name}"
     try:
         value = json.loads(folder.read(name))
@@ -115,16 +106,7 @@ def write_arrays(folder: Folder, name: str, arrays: Mapping[str, npt.NDArray[Any
 
 
 def read_arrays(folder: Folder, name: str, remedy: str) -> dict[str, npt.NDArray[Any]]:
-    """Return the arrays of an npz file.
-
-    Args:
-        folder: its folder.
-        name: its file.
-        remedy: what a user does about damage, as a sentence.
-
-    Raises:
-        UserError: the file is missing or damaged.
-    """
+    """Return the arrays of an npz file. Raises UserError, which ends with `remedy`, if it is missing or damaged."""
     try:
         with np.load(io.BytesIO(folder.read(name)), allow_pickle=False) as file:
             return {key: file[key] for key in file.files}

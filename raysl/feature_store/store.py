@@ -26,8 +26,7 @@ import pyarrow.compute as pc
 import pyarrow.fs as pafs
 import pyarrow.parquet as pq
 
-from raysl.errors import UserError
-from raysl.feature_store import schema
+from raysl.errors import UserError, unknown
 from raysl.feature_store.files import FINISHED, STARTED, Floats, part_file
 from raysl.feature_store.records import read_record
 from raysl.storage import Folder, filesystem, retry
@@ -110,9 +109,9 @@ class FeatureStore:
         metadata, names = _files(folder)
         with ThreadPoolExecutor(_THREADS) as pool:
             footers = list(pool.map(lambda name: _footer(folder, name), names))
-        layer = layer or schema.only_layer(footers[0][0], uri)
+        layer = layer or _only_layer(footers[0][0], uri)
         kinds = [
-            schema.check(kind, layer, f"{uri}/{name}") for (kind, _), name in zip(footers, names, strict=True)
+            _row_kind(kind, layer, f"{uri}/{name}") for (kind, _), name in zip(footers, names, strict=True)
         ]
         has_paths = all("path" in kind.names for kind, _ in footers)
         groups, start = [], 0
@@ -240,7 +239,8 @@ class FeatureStore:
         return column.to_numpy().astype(np.int64)  # type: ignore[no-any-return]
 
     def _numbers(self, piece: Piece, batch: pa.RecordBatch) -> Numbers:
-        column = schema.storage(batch.column(self.layer))
+        column = batch.column(self.layer)
+        column = column.storage if isinstance(column.type, pa.BaseExtensionType) else column
         lengths_b = pc.fill_null(pc.list_value_length(column), 0).to_numpy(zero_copy_only=False)
         odd_b = lengths_b != self.dim
         values = column.flatten()
@@ -328,3 +328,45 @@ def _checked(place: str, read: Callable[[], T]) -> T:
 
 def _damaged(place: str, why: str) -> UserError:
     return UserError(f"The features file {place} is damaged: {why}. {_REMEDY}")
+
+
+def _layers(schema: pa.Schema) -> dict[str, pa.DataType]:
+    """Return the columns of lists of numbers, with the types of the lists."""
+    found = {}
+    for field in schema:
+        kind = field.type.storage_type if isinstance(field.type, pa.BaseExtensionType) else field.type
+        is_list = pa.types.is_list(kind) or pa.types.is_large_list(kind) or pa.types.is_fixed_size_list(kind)
+        if is_list and (pa.types.is_floating(kind.value_type) or pa.types.is_integer(kind.value_type)):
+            found[field.name] = kind
+    return found
+
+
+def _only_layer(schema: pa.Schema, uri: str) -> str:
+    names = list(_layers(schema))
+    if not names:
+        columns = ", ".join(f"{field.name} ({field.type})" for field in schema)
+        raise UserError(
+            f"The features at {uri!r} have no column of lists of numbers, one list for each image. Their columns: "
+            f"{columns}."
+        )
+    if len(names) > 1:
+        raise UserError(
+            f"The features at {uri!r} have several layers: {', '.join(names)}. Choose one with --layer."
+        )
+    return names[0]
+
+
+def _row_kind(schema: pa.Schema, layer: str, place: str) -> tuple[int, int]:
+    """Return the length of the rows, 0 if the schema does not state it, and the bytes of a number in memory."""
+    layers = _layers(schema)
+    if layer not in layers:
+        raise unknown(f"layer of the features at {place}", layer, layers)
+    if "index" not in schema.names or not pa.types.is_integer(schema.field("index").type):
+        found = f"is {schema.field('index').type}" if "index" in schema.names else "is missing"
+        raise UserError(
+            f"The column 'index' of the features file {place} {found}. It must hold the number of every image, an "
+            "integer, by which clusters find their images."
+        )
+    kind = layers[layer]
+    dim = kind.list_size if pa.types.is_fixed_size_list(kind) else 0
+    return dim, 2 if pa.types.is_float16(kind.value_type) else 4

@@ -1,11 +1,11 @@
-"""Sums in float64, empty clusters, and the numbers of the summary."""
+"""Sums in float64, empty clusters, and the numbers of the lloyd."""
 
 from __future__ import annotations
 
 import numpy as np
 import pytest
 
-from raysl.clustering import summary, update
+from raysl.clustering import lloyd, update
 from tests.clustering.blobs import blobs
 
 
@@ -53,12 +53,12 @@ def test_chunks_cover_all_clusters() -> None:
 def test_agreement_with_labels() -> None:
     pytest.importorskip("sklearn")
     labels_n = np.array([0, 0, 1, 1, 2, 2])
-    assert summary.agreement(labels_n + 7, labels_n) == pytest.approx({"nmi": 1, "purity": 1})
-    assert summary.agreement(np.zeros(6, np.int64), labels_n) == pytest.approx({"nmi": 0, "purity": 1 / 3})
+    assert lloyd.agreement(labels_n + 7, labels_n) == pytest.approx({"nmi": 1, "purity": 1})
+    assert lloyd.agreement(np.zeros(6, np.int64), labels_n) == pytest.approx({"nmi": 0, "purity": 1 / 3})
 
 
 def test_sizes() -> None:
-    found = summary.sizes(np.array([4, 4, 0, 4]))
+    found = lloyd.sizes(np.array([4, 4, 0, 4]))
     assert found["empty"] == 1
     assert found["entropy_share"] == pytest.approx(np.log(3) / np.log(4))
     assert found["quantiles"]["100%"] == 4
