@@ -303,7 +303,9 @@ class Saver:
                 if name != STATE:
                     manifest[name] = _write_rows(target, name, value)
                     continue
-                data = _bytes(value)
+                buffer = io.BytesIO()
+                torch.save(value, buffer)
+                data = buffer.getvalue()
                 target.write(name, data)
                 manifest[name] = {"bytes": len(data), "crc32": zlib.crc32(data)}
             write_record(target, _manifest(self.rank, self.world), {"files": manifest})
@@ -345,12 +347,6 @@ def _copy(value: Any) -> Any:
     if isinstance(value, (list, tuple)):
         return type(value)(_copy(item) for item in value)
     return value
-
-
-def _bytes(value: Any) -> bytes:
-    buffer = io.BytesIO()
-    torch.save(value, buffer)
-    return buffer.getvalue()
 
 
 def _write_rows(folder: Folder, name: str, bank: Mapping[str, Any]) -> dict[str, Any]:

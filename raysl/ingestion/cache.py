@@ -33,30 +33,28 @@ def resolve(data: str | Opened, cache: Path | None = None) -> DataSet:
     Raises:
         UserError: as `ingest`.
     """
-    if isinstance(data, str) and DataSet.is_one(data):
-        return DataSet.open(data)
-    opened = open_source(Place.parse(data)) if isinstance(data, str) else data
-    dest = _place(opened, cache)
-    if DataSet.is_one(dest):
-        return DataSet.open(dest)
+    found = find(data, cache)
+    if isinstance(found, DataSet):
+        return found
+    dest = _place(found, cache)
     _log.info(
         "Ingesting %s into %s, once. `raysl ingest` makes a data set at a place of your own.",
-        opened.source.name,
+        found.source.name,
         dest,
     )
-    return ingest(opened, dest)
+    return ingest(found, dest)
 
 
-def find(data: str) -> DataSet | Opened:
+def find(data: str | Opened, cache: Path | None = None) -> DataSet | Opened:
     """Return the data set that `data` names, or the opened source if it has not been ingested into the cache.
 
     Raises:
         UserError: there is neither a data set nor a source.
     """
-    if DataSet.is_one(data):
+    if isinstance(data, str) and DataSet.is_one(data):
         return DataSet.open(data)
-    opened = open_source(Place.parse(data))
-    place = _place(opened, None)
+    opened = open_source(Place.parse(data)) if isinstance(data, str) else data
+    place = _place(opened, cache)
     return DataSet.open(place) if DataSet.is_one(place) else opened
 
 

@@ -41,33 +41,9 @@ def _arrow(x: Tensor, y: Tensor) -> Tensor:
     return torch.minimum(head, _box(x, y - 0.42, 0.26, 0.5))
 
 
-def _circle(x: Tensor, y: Tensor) -> Tensor:
-    return torch.hypot(x, y) - 0.85
-
-
-def _crescent(x: Tensor, y: Tensor) -> Tensor:
-    return torch.maximum(torch.hypot(x, y) - 0.95, 0.72 - torch.hypot(x - 0.45, y + 0.1))
-
-
-def _cross(x: Tensor, y: Tensor) -> Tensor:
-    return torch.minimum(_box(x, y, 0.9, 0.28), _box(x, y, 0.28, 0.9))
-
-
 def _heart(x: Tensor, y: Tensor) -> Tensor:
     point = (x.abs() + (y - 0.12).abs() - 0.74) * math.sqrt(0.5)
     return torch.minimum(point, torch.hypot(x.abs() - 0.37, y + 0.25) - 0.523)
-
-
-def _hourglass(x: Tensor, y: Tensor) -> Tensor:
-    return torch.maximum(y.abs() - 0.85, 0.75 * x.abs() - 0.66 * y.abs() - 0.07)
-
-
-def _ring(x: Tensor, y: Tensor) -> Tensor:
-    return (torch.hypot(x, y) - 0.69).abs() - 0.2
-
-
-def _square(x: Tensor, y: Tensor) -> Tensor:
-    return _box(x, y, 0.72, 0.72)
 
 
 def _star(x: Tensor, y: Tensor) -> Tensor:
@@ -77,21 +53,17 @@ def _star(x: Tensor, y: Tensor) -> Tensor:
     return lines.topk(2, dim=0).values[1]
 
 
-def _triangle(x: Tensor, y: Tensor) -> Tensor:
-    return torch.maximum(y - 0.6, 0.866 * x.abs() - 0.5 * (y + 0.95))
-
-
 _SHAPES: dict[str, Callable[[Tensor, Tensor], Tensor]] = {
     "arrow": _arrow,
-    "circle": _circle,
-    "crescent": _crescent,
-    "cross": _cross,
+    "circle": lambda x, y: torch.hypot(x, y) - 0.85,
+    "crescent": lambda x, y: torch.maximum(torch.hypot(x, y) - 0.95, 0.72 - torch.hypot(x - 0.45, y + 0.1)),
+    "cross": lambda x, y: torch.minimum(_box(x, y, 0.9, 0.28), _box(x, y, 0.28, 0.9)),
     "heart": _heart,
-    "hourglass": _hourglass,
-    "ring": _ring,
-    "square": _square,
+    "hourglass": lambda x, y: torch.maximum(y.abs() - 0.85, 0.75 * x.abs() - 0.66 * y.abs() - 0.07),
+    "ring": lambda x, y: (torch.hypot(x, y) - 0.69).abs() - 0.2,
+    "square": lambda x, y: _box(x, y, 0.72, 0.72),
     "star": _star,
-    "triangle": _triangle,
+    "triangle": lambda x, y: torch.maximum(y - 0.6, 0.866 * x.abs() - 0.5 * (y + 0.95)),
 }
 CLASSES = tuple(_SHAPES)
 

@@ -61,7 +61,7 @@ def merge(tallies: Iterable[Tally]) -> Tally:
     total: Tally = {}
     for tally in tallies:
         for kind, treated in tally.items():
-            total[kind] = total[kind] + treated if kind in total else treated
+            _add(total, kind, treated)
     return total
 
 

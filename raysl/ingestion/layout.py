@@ -187,13 +187,13 @@ def _masks(survey: Survey, base: str, labels: Labels) -> list[str]:
         return named if splits else [name for name in children if name != pictures[0]]
     if not named:
         return []
-    beside = survey.first_names.get(base, []) + [
-        file for name in others for file in survey.names(join(base, name))
+    beside = survey.first_paths.get(base, []) + [
+        file for name in others for file in survey.first_below(join(base, name))
     ]
     stems = {PurePosixPath(file).stem for file in beside}
     masks = []
     for name in named:
-        files = [PurePosixPath(file) for file in survey.names(join(base, name))]
+        files = [PurePosixPath(file) for file in survey.first_below(join(base, name))]
         same = [
             file
             for file in files
@@ -216,7 +216,7 @@ def _image_of_mask(path: str) -> str:
 
 def _masks_beside(survey: Survey, base: str) -> Callable[[str], bool] | None:
     """Return the function that tells masks, if at least a quarter of the files are masks of files beside them."""
-    first = [path for at in survey.first_names if join_within(at, base) for path in survey.first_paths(at)]
+    first = [path for at in survey.first_paths if join_within(at, base) for path in survey.first_paths[at]]
     stems = {str(PurePosixPath(path).with_suffix("")) for path in first}
     if not first or 4 * sum(_image_of_mask(path) in stems for path in first) < len(first):
         return None

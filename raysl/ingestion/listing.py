@@ -242,10 +242,6 @@ def stamp(files: Iterable[File]) -> str:
     return digest.hexdigest()
 
 
-def _name(path: str) -> str:
-    return path.rpartition("/")[2]
-
-
 @dataclass
 class Survey:
     """Counts of the files in every folder of a source, by kind: what a layout is recognised by.
@@ -255,7 +251,7 @@ class Survey:
     Args:
         folders: by folder ("" is the root) the number of files directly inside, by kind.
         examples: by folder and kind the first file.
-        first_names: by folder the names of its first images.
+        first_paths: by folder its first images.
         sniffed: files without a telling name that are images.
         num_bytes: by kind the size of all files.
         tables: files that may hold labels of the images beside them.
@@ -267,7 +263,7 @@ class Survey:
 
     folders: dict[str, Counter[str]] = field(default_factory=dict)
     examples: dict[tuple[str, str], str] = field(default_factory=dict)
-    first_names: dict[str, list[str]] = field(default_factory=dict)
+    first_paths: dict[str, list[str]] = field(default_factory=dict)
     sniffed: set[str] = field(default_factory=set)
     num_bytes: Counter[str] = field(default_factory=Counter)
     tables: set[str] = field(default_factory=set)
@@ -295,7 +291,7 @@ class Survey:
         files = chain(survey.few, files)
         digest = hashlib.blake2b(digest_size=16)
         for file in files:
-            folder, _, _ = file.path.rpartition("/")
+            folder, _, name = file.path.rpartition("/")
             kind = kind_of(file.path) or survey._sniff(file.path, head)
             if about != IMAGE:
                 kind = {about: IMAGE, IMAGE: "images"}.get(kind, kind)
@@ -304,10 +300,10 @@ class Survey:
                 survey.examples[folder, kind] = file.path
             counts[kind] += 1
             if kind == IMAGE and counts[kind] <= _FIRST_NAMES:
-                survey.first_names.setdefault(folder, []).append(_name(file.path))
+                survey.first_paths.setdefault(folder, []).append(file.path)
             survey.num_bytes[kind] += file.num_bytes
             survey.num_files += 1
-            if _name(file.path) in LABEL_TABLES:
+            if name in LABEL_TABLES:
                 survey.tables.add(file.path)
             # A note beside the images that is written to is no reason to ingest them again; a new one is listed.
             matters = kind == IMAGE or file.path in survey.tables
@@ -354,14 +350,10 @@ class Survey:
         below, children = self._tree
         return sorted(name for name in children.get(folder, ()) if below[join(folder, name)])
 
-    def names(self, folder: str) -> list[str]:
-        """Return the names of the first images of a folder and of each folder below it."""
-        below = (at for at in self.first_names if at == folder or at.startswith(f"{folder}/"))
-        return [name for at in below for name in self.first_names[at]]
-
-    def first_paths(self, folder: str) -> list[str]:
-        """Return the paths of the first images directly inside a folder."""
-        return [join(folder, name) for name in self.first_names.get(folder, ())]
+    def first_below(self, folder: str) -> list[str]:
+        """Return the first images of a folder and of each folder below it."""
+        below = (at for at in self.first_paths if at == folder or at.startswith(f"{folder}/"))
+        return [path for at in below for path in self.first_paths[at]]
 
     def first(self, folder: str = "") -> str:
         """Return the first image below a folder."""

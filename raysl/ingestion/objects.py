@@ -59,9 +59,12 @@ def _tables(source: Any) -> tuple[str, Iterator[pa.Table]]:
     if isinstance(source, list | tuple):
         return f"a list of {len(source):,} files", _of_list(source)
     if hasattr(source, "with_format") and hasattr(source, "features"):
-        batches = (batch for batch in source.with_format("arrow").iter(_BATCH_ROWS))
+        batches = source.with_format("arrow").iter(_BATCH_ROWS)
+        if source.features:  # They hold the names of the classes.
+            about = source.features.arrow_schema.metadata
+            batches = (batch.replace_schema_metadata(about) for batch in batches)
         count = f" of {len(source):,} rows" if hasattr(source, "__len__") else ""
-        return f"{kind}{count}", (_with_features(source, batch) for batch in batches)
+        return f"{kind}{count}", batches
     if hasattr(source, "iter_batches") and hasattr(source, "map_batches"):
         return kind, map(_encoded, source.iter_batches(batch_size=_BATCH_ROWS, batch_format="pyarrow"))
     if isinstance(source, dict):
@@ -93,11 +96,6 @@ def _of_list(source: Iterable[Any]) -> Iterator[pa.Table]:
                 [None if label is None else str(label) for _, label in part], pa.string()
             )
         yield pa.table(columns)
-
-
-def _with_features(source: Any, batch: pa.Table) -> pa.Table:
-    """Keep the names of the classes, which Hugging Face writes into the schema."""
-    return batch.replace_schema_metadata(source.features.arrow_schema.metadata) if source.features else batch
 
 
 def _encoded(batch: pa.Table) -> pa.Table:

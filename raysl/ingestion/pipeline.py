@@ -15,14 +15,14 @@ from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field, fields
 from functools import partial
 from itertools import accumulate, chain
-from typing import Annotated, Any, Literal
+from typing import Annotated, Any
 
 import numpy as np
 
 from raysl.dataset import LEDGER, SHARDS, DataSet, Manifest, Shard
 from raysl.errors import UserError
 from raysl.feature_store.records import signed_line
-from raysl.fields import Bounds, check
+from raysl.fields import Bounds
 from raysl.ingestion import destination, images, objects, progress, shard
 from raysl.ingestion.found import counted, shown
 from raysl.ingestion.journal import Header, Journal, Listed
@@ -34,7 +34,7 @@ _log = logging.getLogger("raysl.ingestion")
 
 
 @dataclass(frozen=True)
-class IngestConfig:
+class IngestConfig(ReadConfig):
     """Configuration of ingest.
 
     Args:
@@ -43,15 +43,6 @@ class IngestConfig:
         shard_mb: most megabytes in a shard, for sources that tell sizes before they are read.
         row_group_images: most images in a row group (and at most 4 MB), the unit of reading and shuffling.
         cpus_per_task: logical CPUs that Ray gives to a task; above 1 fewer tasks share the memory of a machine.
-        label_column: column of tables, or field of the JSON in archives, that holds the label; "" to guess it. "cls"
-            takes texts in the .cls members of archives for names of classes.
-        image_column: column of tables, or suffix of the images in archives, to read; "" to guess it.
-        labels: "folders" takes the folders of a tree as classes whatever they are called; "none" ingests without
-            labels; "auto" recognises the layout.
-        follow_links: follow links, and paths in tables, that lead out of the source.
-        fps: most frames of a video that are kept in each second.
-        clip_s: longest clip in seconds; a longer video becomes several.
-        frame_size: largest shorter side of the frames of videos, in pixels.
         decoding: treatment of transparent, high-depth, many-page and large images.
     """
 
@@ -60,17 +51,7 @@ class IngestConfig:
     shard_mb: Annotated[int, Bounds(1, 2**20)] = 256
     row_group_images: Annotated[int, Bounds(1, 2**31 - 1)] = 512
     cpus_per_task: Annotated[float, Bounds(above=0, high=10**5)] = 1.0
-    label_column: str = ""
-    image_column: str = ""
-    labels: Literal["auto", "folders", "none"] = "auto"
-    follow_links: bool = False
-    fps: Annotated[float, Bounds(above=0, high=240)] = 8.0
-    clip_s: Annotated[float, Bounds(0.1, 3600)] = 8.0
-    frame_size: Annotated[int, Bounds(16, 4096)] = 128
     decoding: DecodeConfig = field(default_factory=DecodeConfig)
-
-    def __post_init__(self) -> None:
-        check(self)
 
     def place(self, source: str) -> Place:
         """Return the place of a source, to be read as configured."""
@@ -165,19 +146,13 @@ def _list(source: Source, journal: Journal, config: IngestConfig) -> Listed:
     return listed
 
 
-def _starts(counts: tuple[int, ...]) -> list[int]:
-    """Return the first index of every unit."""
-    return [0, *accumulate(counts)][:-1]
-
-
 def _write_all(opened: Opened, listed: Listed, journal: Journal, config: IngestConfig) -> None:
     """Write every shard that is not yet done."""
     done = set(journal.done())
     pending = [number for number in range(len(listed.counts)) if number not in done]
     write = _writer(opened, listed, journal, config, {})
     seen = sum(listed.counts[number] for number in done)
-    for _ in progress.shown(_each(pending, write, config), "Ingesting", seen, sum(listed.counts)):
-        pass
+    progress.show(_each(pending, write, config), "Ingesting", seen, sum(listed.counts))
 
 
 def _scale_all(opened: Opened, listed: Listed, journal: Journal, config: IngestConfig) -> None:
@@ -189,53 +164,33 @@ def _scale_all(opened: Opened, listed: Listed, journal: Journal, config: IngestC
         for written in with_values
         if any(written.ranges.get(kind) != ranges[kind] for kind in ranges.keys() & written.tally)
     ]
-    write, total = (
-        _writer(opened, listed, journal, config, ranges),
-        sum(listed.counts[number] for number in pending),
-    )
-    for _ in progress.shown(_each(pending, write, config), "Scaling values", 0, total):
-        pass
+    write = _writer(opened, listed, journal, config, ranges)
+    total = sum(listed.counts[number] for number in pending)
+    progress.show(_each(pending, write, config), "Scaling values", 0, total)
 
 
 def _writer(
     opened: Opened, listed: Listed, journal: Journal, config: IngestConfig, ranges: Ranges
 ) -> Callable[[int], tuple[int, int]]:
-    """Return the function that writes the shard of a unit, for tasks."""
-    return partial(
-        _write_unit,
-        kind=opened.kind,
-        journal=journal,
-        classes=listed.classes,
-        bases=_starts(listed.counts),
-        decoding=None if opened.source.encoded_here else config.decoding,
-        ranges=ranges,
-        rows_per_group=config.row_group_images,
-    )
+    """Return the function with which a task writes the shard of a unit; it returns the images, written and bad."""
+    kind, bases = opened.kind, [0, *accumulate(listed.counts)]
+    decoding = None if opened.source.encoded_here else config.decoding
 
+    def write(number: int) -> tuple[int, int]:
+        written = shard.write(
+            journal.dest,
+            number,
+            bases[number],
+            read(kind, journal.unit(number)),
+            decoding=decoding,
+            ranges=ranges,
+            classes=listed.classes,
+            rows_per_group=config.row_group_images,
+        )
+        journal.write_done(written)
+        return written.num_images, len(written.bad)
 
-def _write_unit(
-    number: int,
-    kind: str,
-    journal: Journal,
-    classes: tuple[str, ...],
-    bases: list[int],
-    decoding: DecodeConfig | None,
-    ranges: Ranges,
-    rows_per_group: int,
-) -> tuple[int, int]:
-    """Write a shard in a task. Return how many images it holds, and how many could not be decoded."""
-    written = shard.write(
-        journal.dest,
-        number,
-        bases[number],
-        read(kind, journal.unit(number)),
-        decoding=decoding,
-        ranges=ranges,
-        classes=classes,
-        rows_per_group=rows_per_group,
-    )
-    journal.write_done(written)
-    return written.num_images, len(written.bad)
+    return write
 
 
 def _move_all(journal: Journal, config: IngestConfig) -> None:
@@ -247,16 +202,13 @@ def _move_all(journal: Journal, config: IngestConfig) -> None:
             bases[written.unit] = base
             total += written.num_images
         base += written.num_images
-    move = partial(_move_unit, journal=journal, bases=bases)
-    for _ in progress.shown(_each(list(bases), move, config), "Renumbering", 0, total):
-        pass
 
+    def move(number: int) -> tuple[int, int]:
+        written = journal.written(number)
+        journal.write_done(shard.move(journal.dest, written, bases[number]))
+        return written.num_images, 0
 
-def _move_unit(number: int, journal: Journal, bases: dict[int, int]) -> tuple[int, int]:
-    """Rewrite the indices of a shard in a task."""
-    written = journal.written(number)
-    journal.write_done(shard.move(journal.dest, written, bases[number]))
-    return written.num_images, 0
+    progress.show(_each(list(bases), move, config), "Renumbering", 0, total)
 
 
 def _each(

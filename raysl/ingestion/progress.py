@@ -5,7 +5,7 @@ from __future__ import annotations
 import logging
 import sys
 import time
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable
 
 from rich.console import Console
 from rich.progress import BarColumn, Progress, TaskProgressColumn, TextColumn, TimeRemainingColumn
@@ -14,8 +14,8 @@ _log = logging.getLogger("raysl.ingestion")
 _LINE_EVERY_S = 5.0
 
 
-def shown(steps: Iterable[tuple[int, int]], doing: str, done: int, total: int) -> Iterator[tuple[int, int]]:
-    """Yield steps of work, and show what is done after each.
+def show(steps: Iterable[tuple[int, int]], doing: str, done: int, total: int) -> None:
+    """Take all steps of work, and show what is done after each.
 
     Args:
         steps: (images written, images that could not be decoded) of each.
@@ -33,7 +33,6 @@ def shown(steps: Iterable[tuple[int, int]], doing: str, done: int, total: int) -
     with Progress(*columns, TimeRemainingColumn(), console=Console(stderr=True), disable=quiet) as bar:
         task = bar.add_task(doing, total=total, completed=done, text="")
         for step in steps:
-            yield step
             done, bad, now_s = done + sum(step), bad + step[1], time.monotonic()
             rate = (done - first) / max(now_s - start_s, 1e-9)
             text = f"{done:,}/{total:,} images, {rate:,.0f} images/s, {bad:,} bad"

@@ -47,17 +47,15 @@ _PNG_COLOR = 25
 _SUBFILE, _PHOTOMETRIC, _SUB_IFDS, _DNG_VERSION = 254, 262, 330, 50706
 _SENSOR_MOSAIC = (32803, 34892)
 
+_HDR = "a Radiance HDR image: convert it to float TIFF first, for example with the package imageio"
 _REFUSED = (
     (b"version https://git-lfs", "a Git LFS pointer and not the image itself: run `git lfs pull`"),
     (b"%PDF", "a PDF document: draw its pages as PNG first, for example with pdftoppm"),
     (b"%!PS", "PostScript: draw it as PNG first, for example with Ghostscript"),
     (b"\xc5\xd0\xd3\xc6", "PostScript: draw it as PNG first, for example with Ghostscript"),
     (b"v/1\x01", "an OpenEXR image: convert it to float TIFF first, for example with the package OpenEXR"),
-    (
-        b"#?RADIANCE",
-        "a Radiance HDR image: convert it to float TIFF first, for example with the package imageio",
-    ),
-    (b"#?RGBE", "a Radiance HDR image: convert it to float TIFF first, for example with the package imageio"),
+    (b"#?RADIANCE", _HDR),
+    (b"#?RGBE", _HDR),
     (b"PF\n", "a color PFM image: convert it to float TIFF first, for example with the package imageio"),
     (b"P7\n", "a PAM image: convert it to PNG first"),
     (b"gimp xcf", "a GIMP drawing: export it as PNG"),

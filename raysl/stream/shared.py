@@ -18,6 +18,7 @@ from collections import deque
 from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, replace
+from functools import partial
 from typing import Any
 
 from raysl.stream.reader import Batch, Columns, Stream
@@ -47,25 +48,22 @@ def slots(stream: Stream) -> dict[str, str]:
 def union(streams: Sequence[Stream]) -> Stream:
     """Return a stream with the views of all streams, which must be equal otherwise."""
     views = {slot: stream.views[name] for stream in streams for name, slot in slots(stream).items()}
-    schedule = _Either(tuple((slots(stream), stream.schedule) for stream in streams))
+    schedule = partial(_slots_of, [(slots(stream), stream.schedule) for stream in streams])
     alternates = any(stream.schedule is not None for stream in streams)
     return replace(streams[0], views=views, schedule=schedule if alternates else None)
 
 
-@dataclass(frozen=True)
-class _Either:
-    """Schedule of a shared stream: the keys of the views that any run needs at a step."""
-
-    runs: tuple[tuple[Mapping[str, str], Callable[[int], Collection[str]] | None], ...]
-
-    def __call__(self, step: int) -> list[str]:
-        taken = [
-            slot
-            for slots, schedule in self.runs
-            for name, slot in slots.items()
-            if schedule is None or name in schedule(step)
-        ]
-        return list(dict.fromkeys(taken))
+def _slots_of(
+    runs: Sequence[tuple[Mapping[str, str], Callable[[int], Collection[str]] | None]], step: int
+) -> list[str]:
+    """Return the keys of the views that any run needs at a step: the schedule of a shared stream."""
+    taken = [
+        slot
+        for slots, schedule in runs
+        for name, slot in slots.items()
+        if schedule is None or name in schedule(step)
+    ]
+    return list(dict.fromkeys(taken))
 
 
 class Feed:

@@ -72,7 +72,7 @@ class ReadConfig:
     def __post_init__(self) -> None:
         check(self)
 
-    def __str__(self) -> str:
+    def flags(self) -> str:
         """Return what differs from the defaults, as flags."""
         changed = {name: value for name, value in vars(self).items() if value != getattr(ReadConfig, name)}
         return "".join(f" --{name.replace('_', '-')} {value}" for name, value in changed.items())
@@ -117,7 +117,7 @@ class Place:
         return Place(uri, named or split, config or ReadConfig())
 
     def __str__(self) -> str:
-        return (f"{self.uri}#{self.split}" if self.split else self.uri) + str(self.config)
+        return (f"{self.uri}#{self.split}" if self.split else self.uri) + self.config.flags()
 
     @cached_property
     def is_folder(self) -> bool:

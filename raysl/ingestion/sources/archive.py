@@ -232,7 +232,7 @@ class Source:
         self._first_dot = True
 
     def stamp(self) -> str:
-        return stamp(self._files) + str(self._place.config)
+        return stamp(self._files) + self._place.config.flags()
 
     def units(self, size: UnitSize) -> Iterator[Unit]:
         classes = labels.Classes()

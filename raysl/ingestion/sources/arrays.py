@@ -50,6 +50,7 @@ _NPZ = (
     re.compile(r"(?P<what>images|labels|x|y)_(?P<split>train|test|val)", re.IGNORECASE),
 )
 _PIXELS = ("images", "data", "x")
+_LAYOUTS = {"idx": "IDX files (the MNIST family)", "cifar": "CIFAR in Python's form", "npz": "NumPy arrays"}
 _BATCH = 1024
 _MOST_BYTES = 8 << 30
 
@@ -75,16 +76,10 @@ def recognise(place: Place) -> Confidence:
     if place.uri == "fashion-mnist":
         return Confidence.SIGNATURE
     if not place.is_folder:
-        return (
-            Confidence.IS
-            if place.uri.lower().endswith(".npz") and Folder(place.uri).exists()
-            else Confidence.NO
-        )
-    return (
-        Confidence.SIGNATURE
-        if any(_splits(root, place.config) for root in _roots(place.uri))
-        else Confidence.NO
-    )
+        is_npz = place.uri.lower().endswith(".npz") and Folder(place.uri).exists()
+        return Confidence.IS if is_npz else Confidence.NO
+    found = any(_splits(root, place.config) for root in _roots(place.uri))
+    return Confidence.SIGNATURE if found else Confidence.NO
 
 
 def _roots(uri: str) -> Iterator[str]:
@@ -169,12 +164,7 @@ class Source:
         split = choose_split(place, named)
         self._parts = splits[split]
         self.name = str(replace(place, uri=self._root, split=split))
-        what = {
-            "idx": "IDX files (the MNIST family)",
-            "cifar": "CIFAR in Python's form",
-            "npz": "NumPy arrays",
-        }
-        self.found = Found(what[self._parts[0].how], splits=tuple(named), split=split)
+        self.found = Found(_LAYOUTS[self._parts[0].how], splits=tuple(named), split=split)
         self._files = {file.path: file for file in files_below(self._root, 1, follow_links=True)}
         missing = [name for name in _CIFAR10.get(split, ()) if name not in self._files]
         if self._parts[0].how == "cifar" and "meta" not in self._files and missing:
@@ -260,15 +250,7 @@ def _unpickled(root: str, path: str) -> dict[str, Any]:
     try:
         value = _Arrays(io.BytesIO(Folder(root).read(path)), encoding="latin1").load()
         return {key.decode() if isinstance(key, bytes) else str(key): value[key] for key in value}
-    except (
-        pickle.UnpicklingError,
-        EOFError,
-        KeyError,
-        TypeError,
-        ValueError,
-        AttributeError,
-        IndexError,
-    ) as error:
+    except (pickle.UnpicklingError, EOFError, LookupError, TypeError, ValueError, AttributeError) as error:
         raise UserError(f"Cannot read {root}/{path}: {error}. Unpack the archive again.") from error
 
 

@@ -32,11 +32,13 @@ class Source:
     encoded_here = True
 
     def __init__(self, place: Place) -> None:
-        self._num_images, options, self._split = numbered(place, "shapes", "images", _DEFAULTS, _OPTIONS)
-        self._seed, self._size, self._plain = options["seed"], options["size"], options["plain"]
+        self._num_images, self._options, self._split = numbered(
+            place, "shapes", "images", _DEFAULTS, _OPTIONS
+        )
         self.found = Found("drawn shapes", "the shape that is drawn", ("train", "test"), self._split)
-        plain = "&plain=1" if self._plain else ""
-        self.name = f"shapes:{self._num_images}?seed={self._seed}&size={self._size}{plain}#{self._split}"
+        plain = "&plain=1" if self._options["plain"] else ""
+        named = "seed={seed}&size={size}".format(**self._options)
+        self.name = f"shapes:{self._num_images}?{named}{plain}#{self._split}"
 
     def stamp(self) -> str:
         return self.name
@@ -48,15 +50,7 @@ class Source:
         self.found.images = self._num_images
         for first in range(0, self._num_images, size.num_images):
             count = min(size.num_images, self._num_images - first)
-            spec = {
-                "first": first,
-                "count": count,
-                "seed": self._seed,
-                "size": self._size,
-                "plain": self._plain,
-                "split": self._split,
-            }
-            yield Unit(count, spec)
+            yield Unit(count, {"first": first, "count": count, "split": self._split, **self._options})
 
 
 def read(unit: Unit) -> Iterator[Row]:

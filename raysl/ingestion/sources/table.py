@@ -41,11 +41,8 @@ _BASE64 = ("/9j/", "iVBORw0KGgo", "R0lGOD", "UklGR", "data:image/")
 
 def recognise(place: Place) -> Confidence:
     if not place.is_folder:
-        return (
-            Confidence.IS
-            if place.uri.lower().endswith(tables.SUFFIXES) and Folder(place.uri).exists()
-            else Confidence.NO
-        )
+        is_table = place.uri.lower().endswith(tables.SUFFIXES) and Folder(place.uri).exists()
+        return Confidence.IS if is_table else Confidence.NO
     survey, _ = place.survey
     files = _files(place) if TABLE in survey.others().kinds else []
     if not files or survey.num_bytes[IMAGE] >= sum(file.num_bytes for file in files):
@@ -148,7 +145,7 @@ class Source:
                 )
 
     def stamp(self) -> str:
-        return stamp(self._files) + str(self._place.config)
+        return stamp(self._files) + self._place.config.flags()
 
     def units(self, size: UnitSize) -> Iterator[Unit]:
         self._check_file_names()
