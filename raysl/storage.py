@@ -17,7 +17,7 @@ import tempfile
 import time
 import uuid
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import AbstractContextManager, contextmanager
 from dataclasses import dataclass
 from functools import lru_cache
 from pathlib import Path
@@ -37,8 +37,6 @@ _FIRST_PAUSE_S, _LONGEST_PAUSE_S = 0.25, 10.0
 _ABSENT_S = 2.0
 # A file for an object store is spooled in memory up to this size, and on disk beyond.
 _SPOOL_BYTES = 64 << 20
-# A file that is written and deleted again to see if a place takes files.
-_TRIAL, _TRIAL_BYTES = ".raysl-trial", 64 << 10
 # Errors of a network file system that is away for a moment. Other local errors do not go away by waiting.
 _TRANSIENT = {
     errno.EIO,
@@ -194,15 +192,13 @@ class Folder:
 
         self._try(name, "write", put)
 
-    @contextmanager
-    def writing(self, name: str) -> Iterator[Any]:
+    def writing(self, name: str) -> AbstractContextManager[Any]:
         """Open a file for writing in pieces. It appears complete when the block ends without an error.
 
         Raises:
             StorageError: the disk is full, or the folder cannot be written.
         """
-        with self._local(name) if self.is_local else self._spooled(name) as stream:
-            yield stream
+        return self._local(name) if self.is_local else self._spooled(name)
 
     @contextmanager
     def _local(self, name: str) -> Iterator[Any]:
@@ -241,13 +237,13 @@ class Folder:
         Nothing is left: in a local folder that does not exist yet, the nearest folder above is tried.
         """
         if not self.is_local:
-            self.write(_TRIAL, b"")
-            self.delete(_TRIAL)
+            self.write(".raysl-trial", b"")
+            self.delete(".raysl-trial")
             return
         above = next(path for path in (Path(self.uri), *Path(self.uri).parents) if os.path.lexists(path))
         try:
             with tempfile.TemporaryFile(dir=above, buffering=0) as file:
-                file.write(bytes(_TRIAL_BYTES))
+                file.write(bytes(64 << 10))
         except OSError as error:
             raise failure(self.uri, "write", error) from error
 
@@ -255,12 +251,8 @@ class Folder:
         """Write `value` as indented JSON with sorted keys."""
         self.write(name, (json.dumps(value, indent=1, sort_keys=True) + "\n").encode())
 
-    def read(self, name: str, *, expected: bool = False) -> bytes:
+    def read(self, name: str) -> bytes:
         """Return the content of a file.
-
-        Args:
-            name: path inside the folder.
-            expected: the file was there before; if it is missing, it may appear again, and else is a `StorageError`.
 
         Raises:
             FileNotFoundError: the file does not exist.
@@ -271,7 +263,7 @@ class Folder:
             with fs.open_input_file(path) as stream:
                 return bytes(stream.read())
 
-        return self._try(name, "read", get, expected=expected)
+        return self._try(name, "read", get)
 
     def read_json(self, name: str) -> Any:
         """Return the file parsed as JSON. Raises ValueError if it is not JSON."""
@@ -285,7 +277,7 @@ class Folder:
         Args:
             name: path inside the folder.
             ranges: (offset, number of bytes) of each part. A part that exceeds the end of the file is shorter.
-            expected: the file was there before, so a file that is missing may appear again; see `read`.
+            expected: the file was there before; if it is missing, it may appear again, and else is a `StorageError`.
 
         Raises:
             FileNotFoundError: the file does not exist and was not expected.

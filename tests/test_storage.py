@@ -146,14 +146,13 @@ def test_an_expected_file_is_waited_for() -> None:
 def test_a_file_that_was_deleted_is_not_waited_for(folder: Folder, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(storage, "_ABSENT_S", 0.0)
     folder.write("shards/other", b"1")
-    for read in (folder.read, lambda name, expected: folder.read_ranges(name, [(0, 1)], expected=expected)):
-        with pytest.raises(StorageError, match="shards/gone: the file was deleted"):
-            read("shards/gone", expected=True)
+    with pytest.raises(StorageError, match="shards/gone: the file was deleted"):
+        folder.read_ranges("shards/gone", [(0, 1)])
     # A file system that is away shows an empty folder.
     monkeypatch.setenv("RAYSL_STORAGE_RETRY_S", "0")
     folder.delete("shards/other")
     with pytest.raises(StorageError, match=r"Cannot read .*shards/gone") as raised:
-        folder.read("shards/gone", expected=True)
+        folder.read_ranges("shards/gone", [(0, 1)])
     assert "the file was deleted" not in str(raised.value)
 
 

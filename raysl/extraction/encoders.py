@@ -5,7 +5,7 @@ from __future__ import annotations
 import re
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass
-from typing import Any, Protocol, runtime_checkable
+from typing import Any, Protocol
 
 import torch
 from torch import Tensor
@@ -57,22 +57,14 @@ class Encoder(Protocol):
         ...
 
 
-@runtime_checkable
-class Trainable(Protocol):
+class Trainable:
     """An encoder that is a network, which can be trained further."""
-
-    def network(self) -> Backbone:
-        """Return a new network with its weights, on the CPU."""
-        ...
-
-
-class _Network:
-    """The common part of encoders that are networks."""
 
     def backbone_config(self) -> BackboneConfig:
         raise NotImplementedError
 
     def network(self) -> Backbone:
+        """Return a new network with its weights, on the CPU."""
         raise NotImplementedError
 
     @property
@@ -85,7 +77,7 @@ class _Network:
 
 
 @dataclass(frozen=True)
-class Trained(_Network):
+class Trained(Trainable):
     """The backbone of a run at one of its checkpoints.
 
     Args:
@@ -136,7 +128,7 @@ class Trained(_Network):
 
 
 @dataclass(frozen=True)
-class RandomBackbone(_Network):
+class RandomBackbone(Trainable):
     """An untrained backbone, with the weights that a run with this seed starts from."""
 
     config: BackboneConfig
@@ -172,7 +164,7 @@ def untrained(run: Run) -> RandomBackbone:
 
 
 @dataclass(frozen=True)
-class Weights(_Network):
+class Weights(Trainable):
     """A backbone with the weights in a file. A classifier in the file is ignored.
 
     Args:
@@ -277,7 +269,7 @@ def check_size(encoder: Encoder, image_size: int) -> None:
     if not 1 <= image_size <= MAX_IMAGE_SIZE:
         raise UserError(f"--image-size is {image_size}; it must be between 1 and {MAX_IMAGE_SIZE:,}.")
     encoder = getattr(encoder, "source", encoder)
-    if isinstance(encoder, _Network):
+    if isinstance(encoder, Trainable):
         networks.check_size(encoder.backbone_config(), image_size)
 
 

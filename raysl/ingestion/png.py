@@ -32,12 +32,11 @@ def encode(images_bhwc: npt.NDArray[np.uint8]) -> list[bytes]:
     np.subtract(rows[:, 1:], rows[:, :-1], out=filtered[:, 1:, 1:])
     head = _SIGNATURE + _chunk(b"IHDR", struct.pack(">IIBBBBB", w, h, 8, color, 0, 0, 0))
     end = _chunk(b"IEND", b"")
-    return [head + _chunk(b"IDAT", _deflate(image)) + end for image in filtered]
-
-
-def _deflate(pixels: npt.NDArray[np.uint8]) -> bytes:
-    stream = zlib.compressobj(1, zlib.DEFLATED, zlib.MAX_WBITS, 9, zlib.Z_RLE)
-    return stream.compress(pixels.data) + stream.flush()
+    files = []
+    for image in filtered:
+        stream = zlib.compressobj(1, zlib.DEFLATED, zlib.MAX_WBITS, 9, zlib.Z_RLE)
+        files.append(head + _chunk(b"IDAT", stream.compress(image.data) + stream.flush()) + end)
+    return files
 
 
 def _chunk(kind: bytes, data: bytes) -> bytes:

@@ -30,7 +30,6 @@ from raysl.stream.formats import (
     open_image,
 )
 
-_COLORS = {"white": (255, 255, 255), "black": (0, 0, 0)}
 # Formats that data sets store as they are, when one opaque image of 8 bits is inside.
 _STORED = ("JPEG", "MPO", "PNG", "WEBP")
 # Further images inside are previews, layers or sizes of the same image.
@@ -70,7 +69,7 @@ class DecodeConfig:
 
     def __post_init__(self) -> None:
         check(self)
-        if self.background not in _COLORS and not re.fullmatch(r"#[0-9a-fA-F]{6}", self.background):
+        if not re.fullmatch(r"white|black|#[0-9a-fA-F]{6}", self.background):
             raise UserError(
                 f"--background is {self.background!r} and must be white, black or a color such as '#80ff00'."
             )
@@ -78,14 +77,6 @@ class DecodeConfig:
             raise UserError(
                 f"--range is {self.range[0]:g} {self.range[1]:g} and must be two finite numbers, LOW below HIGH."
             )
-
-    @property
-    def color(self) -> tuple[int, int, int]:
-        """The background as red, green and blue, each 0 to 255."""
-        if self.background in _COLORS:
-            return _COLORS[self.background]
-        red, green, blue = bytes.fromhex(self.background[1:])
-        return red, green, blue
 
 
 class Picture(NamedTuple):
@@ -258,7 +249,7 @@ def _read(image: Image.Image, data: bytes, page: int, config: DecodeConfig, rang
     orientation = 1 if unturned else image.getexif().get(_ORIENTATION, 1)
     if deep is not None:
         return _scaled(deep, orientation, config, ranges)
-    rgb, transparent = _flat(image, config.color)
+    rgb, transparent = _flat(image, config.background)
     return Picture(
         rgb,
         orientation,
@@ -267,7 +258,7 @@ def _read(image: Image.Image, data: bytes, page: int, config: DecodeConfig, rang
     )
 
 
-def _flat(image: Image.Image, background: tuple[int, int, int]) -> tuple[Image.Image, bool]:
+def _flat(image: Image.Image, background: str) -> tuple[Image.Image, bool]:
     """Return an image of 8 bits as RGB in front of the background, and whether any of it is transparent."""
     if image.mode == "RGB" and "transparency" not in image.info:
         return image, False
@@ -291,7 +282,7 @@ def _scaled(deep: depth.Values, orientation: int, config: DecodeConfig, ranges: 
     levels_hwc = depth.scaled(deep.values_hwc, *(scale or found))
     pixels_hwc = np.broadcast_to(levels_hwc, (*levels_hwc.shape[:2], 3))
     if deep.alpha_hw is not None:
-        flat = Image.new("RGB", deep.alpha_hw.shape[::-1], config.color)
+        flat = Image.new("RGB", deep.alpha_hw.shape[::-1], config.background)
         mask = Image.fromarray(np.ascontiguousarray(deep.alpha_hw))
         flat.paste(Image.fromarray(np.ascontiguousarray(pixels_hwc)), mask=mask)
         pixels_hwc = np.asarray(flat)
