@@ -33,7 +33,7 @@ T = TypeVar("T")
 PATIENCE_VARIABLE = "RAYSL_STORAGE_RETRY_S"
 _PATIENCE_S = 90.0
 _FIRST_PAUSE_S, _LONGEST_PAUSE_S = 0.25, 10.0
-# How long a file that was there may be absent, if a listing shows other files of its folder.
+# How long a file that was there may be absent, if a listing shows that its file system is not away.
 _ABSENT_S = 2.0
 # A file for an object store is spooled in memory up to this size, and on disk beyond.
 _SPOOL_BYTES = 64 << 20
@@ -89,8 +89,7 @@ def retry(place: str, doing: str, action: Callable[[], T], *, is_gone: Callable[
             tried_s = time.monotonic() - started_s
             if absent and is_gone is not None and tried_s >= _ABSENT_S and is_gone():
                 raise StorageError(
-                    f"Cannot {doing} {place}: the file was deleted; other files of its folder are there. Restore it, "
-                    "and run the same command again."
+                    f"Cannot {doing} {place}: the file was deleted. Restore it, and run the same command again."
                 ) from error
             if not (_may_pass(place, error) or absent) or tried_s + pause_s > patience_s:
                 raise failure(place, doing, error, tried_s) from error
@@ -167,13 +166,19 @@ class Folder:
         return retry(path, doing, action, is_gone=(lambda: self._lacks(name)) if expected else None)
 
     def _lacks(self, name: str) -> bool:
-        """Return True if a listing shows other files of the folder of a file, and not the file.
+        """Return True if listings show that a file is gone: other files lie in its folder, or beside that folder.
 
-        A file system that is away shows no folder, or an empty one.
+        A file system that is away shows neither.
         """
         above, _, file = f"{self.uri}/{name}".rpartition("/")
-        there = Folder(above).list()
-        return bool(there) and file not in there
+        if there := Folder(above).list():
+            return file not in there
+        higher, _, folder = above.rpartition("/")
+        return (
+            bool(higher.strip(":/"))
+            and not higher.endswith(":/")
+            and Folder(higher).list() not in ([], [folder])
+        )
 
     def write(self, name: str, data: bytes) -> None:
         """Write one file atomically, and the folders it needs.

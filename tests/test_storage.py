@@ -148,9 +148,14 @@ def test_a_file_that_was_deleted_is_not_waited_for(folder: Folder, monkeypatch: 
     folder.write("shards/other", b"1")
     with pytest.raises(StorageError, match="shards/gone: the file was deleted"):
         folder.read_ranges("shards/gone", [(0, 1)])
+    # So is the only file of its folder, if other files lie beside the folder.
+    folder.delete("shards/other")
+    folder.write("manifest.json", b"1")
+    with pytest.raises(StorageError, match="shards/gone: the file was deleted"):
+        folder.read_ranges("shards/gone", [(0, 1)])
     # A file system that is away shows an empty folder.
     monkeypatch.setenv("RAYSL_STORAGE_RETRY_S", "0")
-    folder.delete("shards/other")
+    folder.delete("manifest.json")
     with pytest.raises(StorageError, match=r"Cannot read .*shards/gone") as raised:
         folder.read_ranges("shards/gone", [(0, 1)])
     assert "the file was deleted" not in str(raised.value)

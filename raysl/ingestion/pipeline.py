@@ -280,7 +280,7 @@ def _finish(source: Source, listed: Listed, journal: Journal, config: IngestConf
             tallies += [written.tally] if written.tally else []
     num_bad = kinds.total()
     if not shards:
-        raise _nothing_decoded(name, num_bad, reasons, journal)
+        raise _nothing_decoded(name, counted(num_bad, "video" if clips else "image"), reasons, journal)
     if not num_bad:
         dest.delete(LEDGER)
     # A task that was killed leaves its half-written shard behind.
@@ -318,7 +318,7 @@ def _log_bad(kinds: Counter[str], first: str, dest: Folder, noun: str) -> None:
     )
 
 
-def _nothing_decoded(name: str, num_bad: int, reasons: list[str], journal: Journal) -> UserError:
+def _nothing_decoded(name: str, what: str, reasons: list[str], journal: Journal) -> UserError:
     """Delete what was written for a source of which no image can be decoded, and return the error."""
     dest = journal.dest
     for entry in (LEDGER, SHARDS, objects.FOLDER):
@@ -327,6 +327,6 @@ def _nothing_decoded(name: str, num_bad: int, reasons: list[str], journal: Journ
     if not dest.list():
         dest.delete()
     return UserError(
-        f"None of the {counted(num_bad, 'image')} of {shown(name)!r} can be decoded. The first: {'; '.join(reasons)}. "
+        f"None of the {what} of {shown(name)!r} can be decoded. The first: {'; '.join(reasons)}. "
         "Nothing was written."
     )
