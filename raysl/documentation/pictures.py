@@ -21,8 +21,7 @@ from raysl.model import DataFacts, Model, check_columns
 from raysl.pretext import Transformed
 from raysl.rng import ImageRng
 from raysl.storage import Folder
-from raysl.stream.clip_views import cut_clips
-from raysl.stream.decode import cut, decode
+from raysl.stream.decode import cut, cut_clips, decode
 from raysl.stream.views import View
 
 # Enough images for any number of negatives; the views do not depend on it.

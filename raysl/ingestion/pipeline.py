@@ -10,27 +10,32 @@ from __future__ import annotations
 import hashlib
 import logging
 import os
+import sys
+import time
 from collections import Counter
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass, field, fields
 from functools import partial
 from itertools import accumulate, chain
 from typing import Annotated, Any
 
 import numpy as np
+from rich.console import Console
+from rich.progress import BarColumn, Progress, TaskProgressColumn, TextColumn, TimeRemainingColumn
 
 from raysl.dataset import LEDGER, SHARDS, DataSet, Manifest, Shard
 from raysl.errors import UserError
 from raysl.feature_store.records import signed_line
 from raysl.fields import Bounds
-from raysl.ingestion import destination, images, objects, progress, shard
+from raysl.ingestion import images, objects, shard
 from raysl.ingestion.found import counted, shown
-from raysl.ingestion.journal import Header, Journal, Listed
+from raysl.ingestion.journal import Header, Journal, Listed, check_apart, check_free, finished
 from raysl.ingestion.sources import Opened, Place, ReadConfig, Source, UnitSize, open_source, read, recognised
 from raysl.storage import Folder
 from raysl.stream.pixels import DecodeConfig, Ranges
 
 _log = logging.getLogger("raysl.ingestion")
+_LINE_EVERY_S = 5.0
 
 
 @dataclass(frozen=True)
@@ -85,10 +90,10 @@ def ingest(source: Any, dest: str, config: IngestConfig | None = None) -> DataSe
     elif isinstance(source, Opened):
         opened = source
     else:
-        destination.check_free(folder)
+        check_free(folder)
         opened = objects.opened(source, folder, config.reading)
     name = opened.source.name
-    if (done := destination.finished(folder, name, config.decoding)) is not None:
+    if (done := finished(folder, name, config.decoding)) is not None:
         _log.info(
             "%s is complete: %s images of %s. Delete it to ingest the source again.",
             folder,
@@ -96,7 +101,7 @@ def ingest(source: Any, dest: str, config: IngestConfig | None = None) -> DataSe
             name,
         )
         return done
-    destination.check_apart(folder, opened.place)
+    check_apart(folder, opened.place)
     journal = Journal(folder)
     listed = _list(opened.source, journal, config)
     _write_all(opened, listed, journal, config)
@@ -152,7 +157,7 @@ def _write_all(opened: Opened, listed: Listed, journal: Journal, config: IngestC
     pending = [number for number in range(len(listed.counts)) if number not in done]
     write = _writer(opened, listed, journal, config, {})
     seen = sum(listed.counts[number] for number in done)
-    progress.show(_each(pending, write, config), "Ingesting", seen, sum(listed.counts))
+    _show(_each(pending, write, config), "Ingesting", seen, sum(listed.counts))
 
 
 def _scale_all(opened: Opened, listed: Listed, journal: Journal, config: IngestConfig) -> None:
@@ -166,7 +171,7 @@ def _scale_all(opened: Opened, listed: Listed, journal: Journal, config: IngestC
     ]
     write = _writer(opened, listed, journal, config, ranges)
     total = sum(listed.counts[number] for number in pending)
-    progress.show(_each(pending, write, config), "Scaling values", 0, total)
+    _show(_each(pending, write, config), "Scaling values", 0, total)
 
 
 def _writer(
@@ -208,7 +213,7 @@ def _move_all(journal: Journal, config: IngestConfig) -> None:
         journal.write_done(shard.move(journal.dest, written, bases[number]))
         return written.num_images, 0
 
-    progress.show(_each(list(bases), move, config), "Renumbering", 0, total)
+    _show(_each(list(bases), move, config), "Renumbering", 0, total)
 
 
 def _each(
@@ -330,3 +335,33 @@ def _nothing_decoded(name: str, what: str, reasons: list[str], journal: Journal)
         f"None of the {what} of {shown(name)!r} can be decoded. The first: {'; '.join(reasons)}. "
         "Nothing was written."
     )
+
+
+def _show(steps: Iterable[tuple[int, int]], doing: str, done: int, total: int) -> None:
+    """Take all steps of work, and show what is done after each.
+
+    Args:
+        steps: (images written, images that could not be decoded) of each.
+        doing: name of the work.
+        done: images that were done before.
+        total: images in all.
+    """
+    start_s = line_s = time.monotonic()
+    first, bad = done, 0
+    columns = (TextColumn(doing), BarColumn(), TaskProgressColumn(), TextColumn("{task.fields[text]}"))
+    quiet = not sys.stderr.isatty() or not _log.isEnabledFor(logging.INFO)
+    if quiet and done < total:
+        # The console shows the seconds that pass until the first line of progress.
+        _log.info("%s %s images ...", doing, f"{total - done:,}")
+    with Progress(*columns, TimeRemainingColumn(), console=Console(stderr=True), disable=quiet) as bar:
+        task = bar.add_task(doing, total=total, completed=done, text="")
+        for step in steps:
+            done, bad, now_s = done + sum(step), bad + step[1], time.monotonic()
+            rate = (done - first) / max(now_s - start_s, 1e-9)
+            text = f"{done:,}/{total:,} images, {rate:,.0f} images/s, {bad:,} bad"
+            bar.update(task, completed=done, text=text)
+            if quiet and (
+                now_s - line_s > _LINE_EVERY_S or (done >= total and now_s - start_s > _LINE_EVERY_S)
+            ):
+                line_s = now_s
+                _log.info("%s: %s, %.0f s left", doing, text, max(total - done, 0) / max(rate, 1e-9))

@@ -29,8 +29,7 @@ from raysl.device_copy import copied_beside, to_device
 from raysl.errors import UserError
 from raysl.fields import Checked
 from raysl.rng import ImageRng
-from raysl.stream.clip_views import cut_clips
-from raysl.stream.decode import DecodeError, cut, drawn_as
+from raysl.stream.decode import DecodeError, cut, cut_clips, drawn_as
 from raysl.stream.plan import Plan, Rows
 from raysl.stream.views import View
 

@@ -27,8 +27,8 @@ from raysl.errors import UserError, unknown
 from raysl.fields import Bounds, check
 from raysl.ingestion import foreign
 from raysl.ingestion.found import Found, LeftOut
+from raysl.ingestion.layout import by_split
 from raysl.ingestion.listing import TABLE, File, Survey, files_below, is_folder, join, read_bytes
-from raysl.ingestion.split_names import by_split
 from raysl.storage import Folder
 
 T = TypeVar("T")
