@@ -55,6 +55,13 @@ class Found:
     left_out: LeftOut = field(default_factory=LeftOut)
     noun: str = "images"
 
+    def call_videos(self) -> None:
+        """Write videos for images, but not in the example path."""
+        self.noun = "videos"
+        self.layout = self.layout.replace("images", "videos")
+        text, comma, example = self.labels.partition(", as ")
+        self.labels = text.replace("image", "video") + comma + example
+
     def table(self, name: str) -> str:
         """Return the table that ingest prints before it copies anything."""
         lines = [("source", name), ("layout", self.layout)]

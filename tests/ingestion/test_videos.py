@@ -220,6 +220,7 @@ def test_videos_in_archives_and_tables_become_clips(tmp_path: Path) -> None:
         one = open_source(Place(str(tmp_path / source)))
         found, rows = rows_of(tmp_path / source)
         assert found.noun == "videos"
+        assert "image" not in found.layout + found.labels, source
         assert one.source.encoded_here
         assert one.source.clips["columns"] == list(COLUMNS)
         assert found.classes == ({"x": 2} if source == "folders.tar" else {"0": 1, "1": 1}), source

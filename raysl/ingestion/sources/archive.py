@@ -171,6 +171,8 @@ class Source:
             self.found.labels += (
                 f"; the names of the archives, as {listings[0].name}, are not taken for classes"
             )
+        if self.clips:
+            self.found.call_videos()
         if not self._split:
             self.found.splits, self.found.split = found.splits, found.split
         return found.split
@@ -183,7 +185,7 @@ class Source:
         named = kind_of(f"x.{config.image_column}")
         if named == VIDEO or (videos > images and named != IMAGE):
             sampling = video.Sampling.of(config)
-            self.clips, self._sampling, self.found.noun = sampling.facts(), list(sampling), "videos"
+            self.clips, self._sampling = sampling.facts(), list(sampling)
         for listing in listings:
             others = listing.images if self.clips else listing.videos
             for name in others:

@@ -65,9 +65,7 @@ class Source:
         if self.encoded_here:
             sampling = video.Sampling.of(place.config)
             self.clips, self._spec = sampling.facts(), {"sampling": list(sampling)}
-            self.found.noun = "videos"
-            self.found.layout = self.found.layout.replace("images", "videos")
-            self.found.labels = self.found.labels.replace("image", "video")
+            self.found.call_videos()
         elif labels == "auto":
             metadata.apply(
                 partial(read_bytes, place.uri), self._survey, self._layout, place.config.label_column
