@@ -9,7 +9,7 @@ import re
 import sys
 from collections.abc import Sequence
 
-from raysl import __version__, lazy
+from raysl import __version__, console, lazy
 from raysl.errors import answered, unknown
 from raysl.fields import FieldError
 
@@ -54,9 +54,14 @@ def _run(given: list[str]) -> None:
         return
     if given[0] not in VERBS:
         raise unknown("verb", given[0], VERBS)
-    if not {"-h", "--help"} & set(given):
-        # The first word comes before anything is loaded; errors and results may take a second.
-        print(f"raysl {__version__}: {given[0]} ...", file=sys.stderr, flush=True)
+    if {"-h", "--help"} & set(given):
+        _run_verb(given)
+    else:
+        with console.verb(given[0]):
+            _run_verb(given)
+
+
+def _run_verb(given: list[str]) -> None:
     lazy.install()
     verbs = importlib.import_module("raysl.cli.verbs")
     verb = getattr(verbs, given[0])

@@ -40,6 +40,7 @@ if TYPE_CHECKING:
 _log = logging.getLogger("raysl")
 
 
+@console.announced
 def ingest(
     source: Any,
     dest: PathLike,
@@ -54,7 +55,6 @@ def ingest(
         dest: folder of the data set, a path or a URI.
         config, fields: the configuration; see `IngestConfig`.
     """
-    console.install()
     from raysl.ingestion.pipeline import IngestConfig as Config
     from raysl.ingestion.sources import open_source
 
@@ -67,6 +67,7 @@ def ingest(
     return run(source, os.fspath(dest), settings)
 
 
+@console.announced
 def pretrain(
     data: Data | None = None,
     run: PathLike | None = None,
@@ -93,7 +94,6 @@ def pretrain(
             `pirl={"temperature": 0.1}`. `backbone` may be a function or class that builds an `nn.Module` from
             normalised images (b, 3, s, s) to features (b, width); it must be importable.
     """
-    console.install()
     from raysl.callbacks import Callbacks
     from raysl.evaluation.online import OnlineConfig
 
@@ -104,6 +104,7 @@ def pretrain(
     return pretrain_and_probe(settings, online, Callbacks(callbacks), local=local)
 
 
+@console.announced
 def probe(
     checkpoint: AnyRun,
     train: Data,
@@ -136,7 +137,6 @@ def probe(
     Returns:
         A row for each number: its probe, layer, encoder, name and value.
     """
-    console.install()
     from raysl import probes as kinds
     from raysl.backbone.network import BackboneConfig as Network
 
@@ -179,6 +179,7 @@ def _draw_nearest(source: Encoder, sets: tuple[DataSet, DataSet], config: ProbeC
     _log.info("Nearest images of some test images: %s", grid)
 
 
+@console.announced
 def features(
     checkpoint: AnyRun,
     data: Data | None = None,
@@ -194,7 +195,6 @@ def features(
         out: folder of the features, a path or a URI.
         config, fields: the configuration; see `FeaturesConfig`.
     """
-    console.install()
     from raysl.extraction.features import FeaturesConfig as Config
 
     settings = configure(Config, config, {**given(data=data, out=out), **fields})
@@ -207,6 +207,7 @@ def features(
     return make(uri(checkpoint), settings)
 
 
+@console.announced
 def cluster(
     features: PathLike | FeatureStore,
     k: int | None = None,
@@ -226,7 +227,6 @@ def cluster(
         assign: more features, such as those of validation images, that get the nearest of the same centroids.
         fields: fields of `KMeansConfig`.
     """
-    console.install()
     check_faiss()
     from raysl.clustering import lloyd
     from raysl.clustering.options import KMeansConfig as Config
@@ -241,6 +241,7 @@ def cluster(
     return done
 
 
+@console.announced
 def clusterfit(
     teacher: AnyRun,
     data: Data | None = None,
@@ -262,7 +263,6 @@ def clusterfit(
 
     Returns the run of the last student.
     """
-    console.install()
     check_faiss()
     from raysl.clustering.cluster_and_fit import ClusterfitConfig as Config
 
@@ -273,6 +273,7 @@ def clusterfit(
     return fit(settings, learner)
 
 
+@console.announced
 def sweep(
     data: Data | None = None,
     test: Data | None = None,
@@ -297,7 +298,6 @@ def sweep(
     Returns:
         A row for each trial, the best first.
     """
-    console.install()
     from raysl.tuning.config import SweepConfig as Config
 
     settings = configure(Config, config, {**given(test=test, out=out, vary=vary), **fields})
@@ -311,6 +311,7 @@ def sweep(
     return tuning.sweep(learner, settings)
 
 
+@console.announced
 def report(
     folders: AnyRun | Sequence[AnyRun],
     config: ReportConfig | None = None,
@@ -322,7 +323,6 @@ def report(
         folders: of one sweep, finished or not; or runs.
         config, fields: the configuration; see `ReportConfig`.
     """
-    console.install()
     from raysl.reporting import ReportConfig as Config
     from raysl.reporting import report as write
 
@@ -333,6 +333,7 @@ def report(
     return f"{write(places, configure(Config, config, fields))}/index.html"
 
 
+@console.announced
 def export(run: AnyRun, config: ExportConfig | None = None, **fields: Any) -> str:
     """Write the backbone of a run for other programs, with a model card, and return the folder.
 
@@ -340,7 +341,6 @@ def export(run: AnyRun, config: ExportConfig | None = None, **fields: Any) -> st
         run: the run.
         config, fields: the configuration; see `ExportConfig`.
     """
-    console.install()
     from raysl.model_export import ExportConfig as Config
     from raysl.run import Run
 
@@ -352,6 +352,7 @@ def export(run: AnyRun, config: ExportConfig | None = None, **fields: Any) -> st
         return str(write(opened, settings))
 
 
+@console.announced
 def views(
     data: Data | None = None,
     out: PathLike = "views.png",
@@ -367,7 +368,6 @@ def views(
         images: how many images, at least 1.
         config, fields: the configuration; see `Pretraining`.
     """
-    console.install()
     if not os.fspath(out).lower().endswith(".png"):
         raise UserError(f"The picture {str(out)!r} is not a PNG file. Give --out a name that ends in .png.")
     if images < 1:
@@ -382,6 +382,7 @@ def views(
     return os.fspath(out)
 
 
+@console.announced
 def reproduce(run: AnyRun, config: ReproduceConfig | None = None, **fields: Any) -> Comparison:
     """Train a run again from its metadata and compare losses and weights to the last bit.
 
@@ -389,7 +390,6 @@ def reproduce(run: AnyRun, config: ReproduceConfig | None = None, **fields: Any)
         run: the first run.
         config, fields: the configuration; see `ReproduceConfig`.
     """
-    console.install()
     from raysl.reproduction import ReproduceConfig as Config
     from raysl.run import Run
 
@@ -401,6 +401,7 @@ def reproduce(run: AnyRun, config: ReproduceConfig | None = None, **fields: Any)
     return again(first, settings)
 
 
+@console.announced
 def doctor(config: DoctorConfig | None = None, **fields: Any) -> Report | Fleet | Certificate:
     """Measure what limits the speed of a run on this machine; with `cluster=True`, look at a cluster; with `gpu=True`,
     check the GPUs of this machine.
@@ -408,7 +409,6 @@ def doctor(config: DoctorConfig | None = None, **fields: Any) -> Report | Fleet 
     Args:
         config, fields: the configuration; see `DoctorConfig`.
     """
-    console.install()
     from raysl.diagnostics import DoctorConfig as Config
 
     settings = configure(Config, config, {**fields, **given(data=fields.get("data"))})

@@ -1,4 +1,7 @@
-"""What callers may give to the functions of `raysl.api`, and the forms that the library takes."""
+"""What callers may give to the functions of `raysl.api`, and the forms that the library takes.
+
+Modules that need torch are imported inside of functions, so that a verb prints its first line before.
+"""
 
 from __future__ import annotations
 
@@ -9,11 +12,11 @@ import sys
 from collections.abc import Callable, Mapping, Sequence
 from typing import TYPE_CHECKING, Any, TypeVar
 
-from raysl import console, defaults
-from raysl.config import Pretraining, from_dict
+from raysl import console
 from raysl.errors import UserError
 
 if TYPE_CHECKING:
+    from raysl.config import Pretraining
     from raysl.dataset import DataSet
     from raysl.run import Run
 
@@ -88,6 +91,9 @@ def run_config(
         out: folder of the results, if it is not the run.
         local: whether one worker will train in this process, without Ray.
     """
+    from raysl import defaults
+    from raysl.config import Pretraining
+
     values = _named({**given(data=data, run=run), **fields})
     if local:
         from raysl.training import local as in_process
@@ -114,6 +120,12 @@ def run_config(
 
         return defaults.resolve(values, dataset(asked.data), 1, torch.cuda.is_available())
     start_ray(out or asked.run)
+    return _suited(values, asked)
+
+
+def _suited(values: Mapping[str, Any], asked: Pretraining) -> Pretraining:
+    """Return the configuration of a run that suits its data and the cluster. Ray must have been started."""
+    from raysl import defaults
     from raysl.ray_cluster import placement
 
     if str(values.get("workers", 0)) not in ("0", ""):
@@ -144,6 +156,8 @@ def configure(kind: type[T], config: Any, fields: Mapping[str, Any]) -> T:
     Raises:
         UserError: `config` is of another kind, a field does not exist or lacks a value, or a value is not allowed.
     """
+    from raysl.config import from_dict
+
     if isinstance(config, Mapping):
         config, fields = None, {**config, **fields}
     if config is not None and not isinstance(config, kind):

@@ -1,20 +1,29 @@
 """Print the messages of raysl for a person: plain lines, and how long unfinished work has taken.
 
 Code of the library logs to loggers under "raysl". A message that ends in "..." begins work that may take a while; until
-the next message, the console shows the seconds that have passed.
+the next message, the console shows the seconds that have passed. Between other messages of a verb, it does so when the
+last one is old.
 """
 
 from __future__ import annotations
 
+import functools
 import logging
 import sys
 import threading
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from typing import ParamSpec, TypeVar
+
+import raysl
 
 # How long a terminal and any other output may be silent during work, in seconds.
 _TERMINAL_S, _PLAIN_S = 0.5, 3.0
+# How old another message becomes before a line says that the work goes on, in seconds.
+_OLD_S = 9.0
+P = ParamSpec("P")
+T = TypeVar("T")
 
 
 def install() -> None:
@@ -28,21 +37,53 @@ def install() -> None:
 @contextmanager
 def working(message: str) -> Iterator[None]:
     """Log `message`, which should end in "...", and show the seconds until the block ends."""
+    handlers = [one for one in logging.getLogger("raysl").handlers if isinstance(one, _Handler)]
+    for handler in handlers:
+        handler.depth += 1
     logging.getLogger("raysl").info(message)
     try:
         yield
     finally:
-        for handler in logging.getLogger("raysl").handlers:
-            if isinstance(handler, _Handler):
-                handler.rest()
+        for handler in handlers:
+            handler.depth -= 1
+            handler.rest()
+
+
+@contextmanager
+def verb(name: str) -> Iterator[None]:
+    """Print the first line of a verb, before anything slow is imported, unless that has been done."""
+    install()
+    inside = any(isinstance(one, _Handler) and one.depth for one in logging.getLogger("raysl").handlers)
+    if inside:
+        yield
+    else:
+        with working(f"raysl {raysl.__version__}: {name} ..."):
+            yield
+
+
+def announced(function: Callable[P, T]) -> Callable[P, T]:
+    """Decorate a function of the API that is a verb."""
+
+    @functools.wraps(function)
+    def run(*arguments: P.args, **fields: P.kwargs) -> T:
+        with verb(function.__name__):
+            return function(*arguments, **fields)
+
+    return run
 
 
 class _Handler(logging.Handler):
-    """Print information to standard output, and warnings to standard error."""
+    """Print information to standard output, and warnings to standard error.
+
+    Attributes:
+        depth: number of blocks of `working` around the running code.
+    """
 
     def __init__(self) -> None:
         super().__init__()
+        self.depth = 0
         self._work = ""
+        self._announced = self._open = False
         self._since_s = self._shown_s = 0.0
         self._changed = threading.Event()
         self._thread: threading.Thread | None = None
@@ -51,13 +92,12 @@ class _Handler(logging.Handler):
         try:
             self._end()
             message = record.getMessage()
-            self._since_s = self._shown_s = time.monotonic()
-            if message.endswith("..."):
-                self._begin(message)
-            else:
-                print(
-                    message, file=sys.stderr if record.levelno >= logging.WARNING else sys.stdout, flush=True
-                )
+            self._announced = message.endswith("...")
+            self._open = self._announced and sys.stdout.isatty()
+            stream = sys.stderr if record.levelno >= logging.WARNING else sys.stdout
+            print(message, file=stream, end="" if self._open else "\n", flush=True)
+            if self._announced or self.depth:
+                self._begin(message if self._announced else "Still working ...")
         except BrokenPipeError:
             raise
         except (OSError, ValueError):
@@ -71,18 +111,18 @@ class _Handler(logging.Handler):
         finally:
             self.release()
 
-    def _begin(self, message: str) -> None:
-        self._work = message
-        print(message, end="" if sys.stdout.isatty() else "\n", flush=True)
+    def _begin(self, work: str) -> None:
+        self._work = work
+        self._since_s = self._shown_s = time.monotonic()
         if self._thread is None:
             self._thread = threading.Thread(target=self._watch, name="raysl-console", daemon=True)
             self._thread.start()
         self._changed.set()
 
     def _end(self) -> None:
-        if self._work and sys.stdout.isatty():
+        if self._open:
             print(f"\r{self._work} {time.monotonic() - self._since_s:.0f} s", flush=True)
-        self._work = ""
+        self._work, self._open = "", False
 
     def _watch(self) -> None:
         while True:
@@ -98,8 +138,13 @@ class _Handler(logging.Handler):
                 self.release()
 
     def _show(self, now_s: float) -> None:
+        waited_s = now_s - self._since_s
+        if not self._announced and waited_s < _OLD_S:
+            return
         if sys.stdout.isatty():
-            print(f"\r{self._work} {now_s - self._since_s:.0f} s", end="", flush=True)
-        elif now_s - self._shown_s >= _PLAIN_S:
+            self._open = True
+            print(f"\r{self._work} {waited_s:.0f} s", end="", flush=True)
+        # In a file, the lines become rarer: after 3, 6, 9 ... 30 s, then at least a tenth of the time apart.
+        elif now_s - self._shown_s >= max(_PLAIN_S if self._announced else _OLD_S, min(waited_s / 10, 60)):
             self._shown_s = now_s
-            print(f"{self._work} {now_s - self._since_s:.0f} s", flush=True)
+            print(f"{self._work} {waited_s:.0f} s", flush=True)

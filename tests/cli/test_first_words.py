@@ -74,6 +74,13 @@ def test_a_mistyped_path_is_answered_before_torch_and_ray(command: str) -> None:
     assert not {"torch", "ray"} & set(re.findall(r"'(\w+)'", done.stdout.splitlines()[-1]))
 
 
+def test_a_function_of_python_prints_its_first_line_before_torch_is_loaded() -> None:
+    program = "import sys, raysl; raysl.pretrain; print('torch' in sys.modules); raysl.export('/nowhere')"
+    done = subprocess.run([sys.executable, "-c", program], cwd=ROOT, capture_output=True, text=True)
+    assert done.stdout.startswith("False\nraysl 0.")
+    assert "No run at '/nowhere'" in done.stderr
+
+
 def test_a_reader_that_stops_is_no_error() -> None:
     shell = f"{sys.executable} -m raysl pretrain --help | head -1"
     done = subprocess.run(shell, shell=True, cwd=ROOT, capture_output=True, text=True, check=True)
