@@ -51,8 +51,8 @@ _TRANSIENT = {
 _KEPT_OPEN = ("s3", "gcs", "abfs")
 # What an object store says when waiting does not help.
 _PERMANENT_TEXT = re.compile(
-    r"access.?denied|forbidden|\b40[013]\b|no.?such.?bucket|bucket does not exist|credential|invalid.?access.?key|"
-    r"signature|not authorized|permission|path does not exist|no such file",
+    r"access.?denied|forbidden|\b(301|40[013])\b|too.?skewed|no.?such.?bucket|bucket does not exist|credential|"
+    r"invalid.?access.?key|signature|not authorized|permission|path does not exist|no such file",
     re.IGNORECASE,
 )
 

@@ -121,6 +121,9 @@ def test_a_request_that_fails_for_a_while_is_repeated(place: str, error: OSError
     ("place", "error"),
     [
         ("s3://bucket/x", OSError("AWS Error ACCESS_DENIED during HeadObject operation: HTTP 403")),
+        ("s3://bucket/x", OSError("AWS Error INVALID_ACCESS_KEY_ID during ListObjectsV2 operation: no")),
+        ("s3://bucket/x", OSError("AWS Error REQUEST_TIME_TOO_SKEWED during ListObjectsV2 operation: no")),
+        ("s3://bucket/x", OSError("AWS Error UNKNOWN (HTTP status 301) during HeadObject operation")),
         ("s3://bucket/x", PermissionError("no")),
         ("/data/x", OSError(errno.EACCES, "Permission denied")),
         ("/data/x", OSError(errno.EROFS, "Read-only file system")),

@@ -9,18 +9,18 @@ from __future__ import annotations
 
 import argparse
 import contextlib
+import json
 import os
 import random
 import socket
 import sys
-import tempfile
 import threading
 import time
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from tests.chaos.commands import COMMANDS, Command, write_images
+from tests.chaos.commands import COMMANDS, Command, load, write_images
 
 CONDITIONS = ("10 % of requests fail", "30 ms slower", "away for 20 s")
 BUCKET = "chaos"
@@ -121,56 +121,80 @@ def _run(command: Command, places: dict[str, str], out: str) -> dict[str, str]:
     return command.result(out)
 
 
-def table(conditions: Iterable[str] = CONDITIONS) -> Iterator[tuple[str, str, str, bool]]:
-    """Yield each command, each condition, and a cell: seconds, requests, and if the result is the same.
+def cells(store: Store, work: Path, chosen: Sequence[Command], condition: str) -> Iterator[tuple[str, str]]:
+    """Run commands under a condition, and yield the name of each and its cell: if the result is the same, and the cost.
 
     Args:
-        conditions: some of `CONDITIONS`.
+        store: an open store.
+        work: results on the local disk, kept for later calls.
+        chosen: commands, after those that they need.
+        condition: one of `CONDITIONS`.
     """
-    from raysl import ray_cluster
+    images = {"images": str(work / "images")}
+    if not (work / "images").exists():
+        write_images(work / "images")
+    expected = json.loads((work / "expected.json").read_text()) if (work / "expected.json").exists() else {}
+    local = images | {command.name: str(work / command.name) for command in COMMANDS}
+    root = f"s3://{BUCKET}/{CONDITIONS.index(condition)}"
+    remote = images | {command.name: f"{root}/{command.name}" for command in COMMANDS}
+    for command in chosen:
+        if command.name not in expected:
+            expected[command.name] = _run(command, local, local[command.name])
+            (work / "expected.json").write_text(json.dumps(expected))
+        begun = time.monotonic()
+        with store.under(condition):
+            found = _run(command, remote, remote[command.name])
+            cost = f"{time.monotonic() - begun:.0f} s, {store.requests} requests"
+        cost += f", {store.failed} failed" if store.failed else ""
+        yield command.name, f"{'same' if found == expected[command.name] else f'differs: {found}'} ({cost})"
 
-    store = Store()
-    store.open_bucket()
-    ray_cluster.start()
-    with tempfile.TemporaryDirectory() as folder:
-        write_images(Path(folder) / "images")
-        images = {"images": f"{folder}/images"}
-        local = images | {command.name: f"{folder}/{command.name}" for command in COMMANDS}
-        for number, command in enumerate(COMMANDS):
-            expected = _run(command, local, local[command.name])
-            for condition in conditions:
-                root = f"s3://{BUCKET}/{CONDITIONS.index(condition)}"
-                places = images | {earlier.name: f"{root}/{earlier.name}" for earlier in COMMANDS[:number]}
-                begun = time.monotonic()
-                with store.under(condition):
-                    found = _run(command, places, f"{root}/{command.name}")
-                    cell = f"{time.monotonic() - begun:.0f} s, {store.requests} requests"
-                cell += f", {store.failed} failed" if store.failed else ""
-                same = found == expected
-                yield command.name, condition, f"{'same' if same else f'differs: {found}'} ({cell})", same
+
+def table(rows: Iterable[Mapping[str, str]]) -> str:
+    """Return rows of command, condition and cell as a table in Markdown; a later row replaces an earlier one."""
+    found = {(row["command"], row["condition"]): row["cell"] for row in rows}
+    lines = ["| command | " + " | ".join(CONDITIONS) + " |", "|---" * (1 + len(CONDITIONS)) + "|"]
+    for command in COMMANDS:
+        row = [found.get((command.name, condition), "not run") for condition in CONDITIONS]
+        lines.append(f"| {command.name} | " + " | ".join(row) + " |")
+    return "\n".join(lines) + "\n"
 
 
 def main() -> int:
     parser = argparse.ArgumentParser(
         prog="python -m tests.chaos.store", description=(__doc__ or "").partition("\n")[0]
     )
+    names = [command.name for command in COMMANDS]
+    parser.add_argument("--conditions", nargs="+", default=CONDITIONS, choices=CONDITIONS)
+    parser.add_argument(
+        "--commands",
+        nargs="+",
+        default=names,
+        choices=names,
+        help="commands, with those whose results they need",
+    )
+    parser.add_argument(
+        "--work", type=Path, default=Path("build/chaos-store"), help="folder of local results"
+    )
     parser.add_argument("--out", type=Path, help="folder for the table")
     given = parser.parse_args()
-    cells: dict[str, dict[str, str]] = {}
-    good = True
-    for name, condition, cell, same in table():
-        print(f"{name}, {condition}: {cell}", flush=True)
-        cells.setdefault(name, {})[condition] = cell
-        good &= same
-    lines = ["| command | " + " | ".join(CONDITIONS) + " |", "|---" * (1 + len(CONDITIONS)) + "|"]
-    lines += [
-        f"| {name} | " + " | ".join(row[one] for one in CONDITIONS) + " |" for name, row in cells.items()
-    ]
-    print("\n".join(lines))
+    work = given.work.resolve()
+    work.mkdir(parents=True, exist_ok=True)
+    rows = []
+    store = Store()
+    store.open_bucket()
+    chosen = [command for command in COMMANDS if command.name in given.commands]
+    for condition in given.conditions:
+        for name, cell in cells(store, work, chosen, condition):
+            print(f"{name}, {condition}: {cell}", flush=True)
+            rows.append({"command": name, "condition": condition, "cell": cell})
+            with (work / "cells.jsonl").open("a") as file:
+                file.write(json.dumps(rows[-1]) + "\n")
+    every = load(work / "cells.jsonl")
+    print(table(every))
     if given.out is not None:
         given.out.mkdir(parents=True, exist_ok=True)
-        (given.out / "store.md").write_text("\n".join(lines) + "\n")
-    return 0 if good else 1
+        (given.out / "store.md").write_text(table(every))
+    return 0 if all(row["cell"].startswith("same") for row in rows) else 1
 
 
 if __name__ == "__main__":

@@ -41,7 +41,7 @@ def test_five_minutes_of_chaos(tmp_path: Path) -> None:
     assert done.returncode == 0, done.stdout[-5000:] + done.stderr[-2000:]
 
 
-def test_commands_with_an_object_store_that_fails_or_goes_away() -> None:
-    command = [sys.executable, "-m", "tests.chaos.store"]
+def test_commands_with_an_object_store_that_fails_or_goes_away(tmp_path: Path) -> None:
+    command = [sys.executable, "-m", "tests.chaos.store", "--work", str(tmp_path)]
     done = subprocess.run(command, check=False, capture_output=True, text=True)
     assert done.returncode == 0, done.stdout[-5000:] + done.stderr[-2000:]
