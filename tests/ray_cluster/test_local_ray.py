@@ -113,6 +113,8 @@ def test_a_run_listens_on_loopback_and_asks_for_a_token(tmp_path: Path) -> None:
         assert len(sockets) > 10
         open_to_others = [(str(ip), port) for ip, port in sockets if not _loopback(ip)]
         assert not open_to_others
+        # The ports of the dashboard and of the client server.
+        assert not {8265, 10001} & {port for _, port in sockets}
 
         secret = Path(said["token"][2]).read_text()
         gcs = said["gcs"][0]
