@@ -4,6 +4,8 @@ torchvision    model.pth, a state dict that loads with strict=True into torchvis
 timm           pytorch_model.bin and config.json for `timm.create_model("local-dir:FOLDER")`
 safetensors    model.safetensors, the same state dict, with facts of the run as metadata
 onnx           model.onnx, from images of 0 to 255 to features; it includes the normalisation
+
+The network of the sounds, of a run of `audio_visual`, is a second file: sound.onnx, sound.safetensors, or sound.pth.
 """
 
 from __future__ import annotations
@@ -26,6 +28,7 @@ from raysl.backbone.network import TIMM, Backbone, names
 from raysl.config import Pretraining
 from raysl.errors import UserError
 from raysl.evaluation.results import ENCODERS, KEY, rows_of
+from raysl.extraction.heads import trained_model
 from raysl.feature_store.records import write_record
 from raysl.fields import Bounds, check
 from raysl.reporting.command import command
@@ -68,7 +71,7 @@ def export(run: Run, config: ExportConfig) -> Folder:
     assert isinstance(source, extraction.Trained)
     backbone = source.network().eval()
     form = _usual(pretraining) if config.format == "auto" else config.format
-    files = _FORMATS[form](backbone, pretraining, source.checkpoint.step)
+    files = _FORMATS[form](backbone, pretraining, source.checkpoint.step) | _sound(source, form)
     out = Folder(config.out) if config.out else run.folder / f"export/{form}"
     for name, data in files.items():
         out.write(name, data)
@@ -151,20 +154,39 @@ def _onnx(backbone: Backbone, config: Pretraining, step: int) -> dict[str, bytes
     backbone.graph = None  # Norm "joint" needs it for training only.
     size = config.view.image_size
     images_bchw = torch.zeros(2, 3, size, size)
+    return {"model.onnx": _onnx_file(backbone, images_bchw, "images_bchw")}
+
+
+def _onnx_file(network: nn.Module, example: Tensor, name: str) -> bytes:
     # The exporter writes a local file, but the run may be in an object store.
     with tempfile.TemporaryDirectory() as folder:
         file = Path(folder) / "model.onnx"
         torch.onnx.export(
-            backbone,
-            (images_bchw,),
+            network,
+            (example,),
             file,
-            input_names=["images_bchw"],
+            input_names=[name],
             output_names=["features_bd"],
             dynamic_shapes=({0: torch.export.Dim("b")},),
             external_data=False,
             verbose=False,
         )
-        return {"model.onnx": file.read_bytes()}
+        return file.read_bytes()
+
+
+def _sound(source: extraction.Trained, form: str) -> dict[str, bytes]:
+    """Return the file of the network of the sounds; nothing for methods without sound."""
+    if "audio_visual" not in source.run.config().parts:
+        return {}
+    objective: Any = trained_model(source).objective
+    network: nn.Module = objective.sound_backbone
+    if form == "onnx":
+        sounds_bchw = torch.zeros(2, *objective.views["sound"].shape)
+        return {"sound.onnx": _onnx_file(network, sounds_bchw, "sounds_bchw")}
+    state = network.state_dict()
+    if form == "safetensors":
+        return {"sound.safetensors": _package("safetensors.torch", "safetensors").save(state)}
+    return {"sound.pth": _saved(state)}
 
 
 _FORMATS = {"torchvision": _torchvision, "timm": _timm, "safetensors": _safetensors, "onnx": _onnx}
@@ -230,6 +252,10 @@ Not chosen. State a licence here before you publish these weights, after checkin
 _BASELINES = (
     "`trained` are these weights, `random` is the same backbone before its first step, and `pixels` are the images\n"
     "themselves, with the same probe and protocol."
+)
+_HEARS = (
+    "\n\nThe file `sound.*` is the network of the sounds: `raysl.objectives.audio_visual.SoundBackbone`, from the\n"
+    "spectrograms (b, 1, bands, windows) of `raysl.pretext._sound.spectrogram` to features."
 )
 _OPEN = ("from PIL import Image", "", 'image = Image.open("photo.jpg").convert("RGB")')
 
@@ -303,7 +329,8 @@ def _card(run: Run, backbone: Backbone, step: int, form: str) -> str:
         seed=config.seed,
         size=size,
         short=evaluation_side(size),
-        use=_USE[form].format(**facts, size=size, short=evaluation_side(size), mean=mean, std=std),
+        use=_USE[form].format(**facts, size=size, short=evaluation_side(size), mean=mean, std=std)
+        + (_HEARS if "audio_visual" in config.parts else ""),
         probes=_probes(run, step),
         command=code_block(command(config)),
     )

@@ -19,10 +19,12 @@ from raysl.errors import UserError
 from raysl.evaluation.results import KEY
 from raysl.evaluation.results import OLD_ROWS as ROWS
 from raysl.extraction import Trained
+from raysl.extraction.heads import trained_model
 from raysl.model_export import CARD, ExportConfig, export
+from raysl.objectives.audio_visual import SoundBackbone
 from raysl.run import Run, jsonl
 from raysl.storage import Folder
-from tests.data import make_dataset
+from tests.data import make_clips, make_dataset
 
 # A row of a probe of the trained network; a test adds the step.
 ROW = {**dict.fromkeys(KEY, "x"), "seed": 0, "encoder": "trained", "value": 0.4321, "primary": True}
@@ -154,6 +156,31 @@ def test_onnx_holds_any_backbone_for_any_number_of_images(small: Run) -> None:
     session = reference.ReferenceEvaluator(onnx.load_from_string(out.read("model.onnx")))
     (found,) = session.run(None, {"images_bchw": images().numpy()})
     np.testing.assert_allclose(found, expected(small).numpy(), rtol=1e-4, atol=1e-5)
+
+
+@pytest.mark.parametrize("form", ["safetensors", pytest.param("onnx", marks=pytest.mark.slow)])
+def test_the_network_of_the_sounds_is_a_file_of_its_own(form: Any, tmp_path: Path) -> None:
+    clips = make_clips(tmp_path / "set", 8)
+    parts = {"audio_visual": {"sound_width": 4, "dim": 8}}
+    run = raysl.pretrain(
+        clips, str(tmp_path / "run"), method="audio_visual", epochs=1, batch_size=4, local=True, parts=parts
+    )
+    objective: Any = trained_model(Trained(run, run.newest())).objective
+    network, sounds_bchw = objective.sound_backbone.eval(), torch.rand(3, *objective.views["sound"].shape)
+    out = export(run, ExportConfig(form))
+    if form == "onnx":
+        pytest.importorskip("onnxscript")
+        reference = pytest.importorskip("onnx.reference")
+        onnx = pytest.importorskip("onnx")
+        session = reference.ReferenceEvaluator(onnx.load_from_string(out.read("sound.onnx")))
+        found = torch.from_numpy(session.run(None, {"sounds_bchw": 255 * sounds_bchw.numpy()})[0])
+    else:
+        safetensors = pytest.importorskip("safetensors.torch")
+        other = SoundBackbone(4).eval()
+        other.load_state_dict(safetensors.load(out.read("sound.safetensors")))
+        found = other(255 * sounds_bchw).detach()
+    torch.testing.assert_close(found, network(255 * sounds_bchw).detach(), rtol=1e-4, atol=1e-4)
+    assert "SoundBackbone" in out.read(CARD).decode()
 
 
 def test_the_card_says_what_it_is_and_how_it_was_made(resnet: Run, tmp_path: Path) -> None:

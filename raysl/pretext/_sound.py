@@ -70,6 +70,7 @@ class MomentSound:
     def __init__(self, window_s: float, moments: int) -> None:
         self.window_s = window_s
         self.num_crops = moments
+        self.shape = (1, BANDS, _num_windows(window_s))
         self.source = SourceCrop(BANDS, 1.0)
 
     def choose(self, clips: Clips, image_rng: ImageRng) -> Chosen:
@@ -83,9 +84,8 @@ class MomentSound:
 
     def transform(self, images_bchw: Tensor, image_rng: ImageRng) -> Transformed:
         """Return silence, the sound of a still image."""
-        windows = _num_windows(self.window_s)
         return Transformed(
-            torch.zeros(len(images_bchw), self.num_crops, 1, BANDS, windows, dtype=torch.uint8), None
+            torch.zeros(len(images_bchw), self.num_crops, *self.shape, dtype=torch.uint8), None
         )
 
     def describe(self) -> dict[str, Any]:

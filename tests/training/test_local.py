@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import fcntl
+import json
 import os
 import pty
 import signal
@@ -23,7 +24,8 @@ import torch
 
 from raysl import Callback, checkpoint
 from raysl.callbacks import Callbacks
-from raysl.config import Pretraining
+from raysl.checkpoint import SaveConfig
+from raysl.config import Pretraining, ViewConfig
 from raysl.dataset import SHARDS, DataSet
 from raysl.errors import UserError
 from raysl.evaluation.online import OnlineConfig, pretrain_and_probe
@@ -31,7 +33,7 @@ from raysl.ray_cluster import lock
 from raysl.run import Run
 from raysl.training import local
 from raysl.training.launch import pretrain
-from tests.data import make_dataset
+from tests.data import make_clips, make_dataset
 from tests.training.test_launch import assert_same_end, configuration, read_until_step
 
 pytestmark = pytest.mark.timeout(600)
@@ -218,6 +220,43 @@ def test_data_processes_end_with_a_killed_driver(dataset: DataSet, tmp_path: Pat
         driver.kill()
     assert data
     assert psutil.wait_procs(data, timeout=20)[1] == []
+
+
+@pytest.mark.slow
+def test_a_killed_run_on_clips_resumes_to_the_same_numbers(tmp_path: Path) -> None:
+    clips = make_clips(tmp_path / "set", 24)
+    whole, killed = (
+        Pretraining(
+            str(clips.folder),
+            str(tmp_path / name),
+            "predict-frame_order",
+            epochs=3,
+            batch_size=8,
+            workers=1,
+            log_every=1,
+            view=ViewConfig(image_size=16, recipe="plain"),
+            save=SaveConfig(every_steps=2),
+        )
+        for name in ("whole", "killed")
+    )
+    code = (
+        "import json, os, signal, sys\n"
+        "from raysl import Callback\n"
+        "from raysl.callbacks import Callbacks\n"
+        "from raysl.config import Pretraining\n"
+        "from raysl.training.launch import pretrain\n"
+        "class Killed(Callback):\n"
+        "    def on_log(self, row):\n"
+        "        if row['step'] == 5: os.kill(os.getpid(), signal.SIGKILL)\n"
+        "config = Pretraining.from_json(json.loads(sys.argv[1]))\n"
+        "pretrain(config, local=True, callbacks=Callbacks((Killed(),)))\n"
+    )
+    done = subprocess.run([sys.executable, "-c", code, json.dumps(killed.to_json())], capture_output=True)
+    assert done.returncode == -signal.SIGKILL
+    # A pass over the clips has three steps, so the checkpoint is within the second one.
+    assert Run.open(killed.run).newest().step == 4
+    pretrain(killed, local=True)
+    assert_same_end(killed.run, pretrain(whole, local=True))
 
 
 @pytest.mark.parametrize("workers", [2, "1:2"])
