@@ -21,7 +21,8 @@ import numpy as np
 import torch
 from PIL import Image, ImageDraw
 from rich.console import Console
-from torch.nn.functional import interpolate
+from torch import Tensor
+from torch.nn.functional import grid_sample
 
 from raysl.config import Pretraining, ViewConfig
 from raysl.documentation import pictures
@@ -34,7 +35,8 @@ from raysl.extraction.heads import trained_model
 from raysl.ingestion import resolve, splits
 from raysl.objectives.audio_visual import Config
 from raysl.optim import OptimConfig
-from raysl.probes.localisation import moments
+from raysl.probes._dense import cell_offset
+from raysl.probes.localisation import moments, peaks
 from raysl.run import Run, jsonl
 from raysl.storage import Folder
 
@@ -103,19 +105,24 @@ def maps(run: Run, test: str, count: int = 5) -> Image.Image:
     """Return a sheet of the first clips: frame, spectrogram, and map with the box of what sounds and the peak."""
     model: Any = trained_model(Trained(run, run.newest()))
     size = run.config().view.image_size
+    offset = cell_offset(model.backbone, size)
     one = next(moments(resolve(test), size, 1, model.objective.config.window_s))
     frames_bchw, sounds_bchw = one.frames_bchw[:count], one.sounds_bchw[:count]
     with torch.inference_mode():
-        map_bhw = model.objective.sound_map(model.backbone, frames_bchw[:, None], sounds_bchw[:, None])
-    fine_bhw = interpolate(map_bhw[:, None].float(), (_SIDE, _SIDE), mode="bilinear")[:, 0]
+        map_bhw = model.objective.sound_map(
+            model.backbone, frames_bchw[:, None], sounds_bchw[:, None]
+        ).float()
+    fine_bhw = _over_frame(map_bhw, offset)
     cells = []
-    for frame_chw, fine_hw, box_4 in zip(frames_bchw, fine_bhw, one.boxes_b24[:, 0], strict=False):
+    for frame_chw, fine_hw, peak_2, box_4 in zip(
+        frames_bchw, fine_bhw, peaks(map_bhw, offset), one.boxes_b24[:, 0], strict=False
+    ):
         heat = (fine_hw - fine_hw.min()) / (fine_hw.max() - fine_hw.min()).clamp(min=1e-6)
         plain = pictures.mosaic(frame_chw[None])
         red = Image.new("RGB", plain.size, (255, 40, 0))
         shown = Image.composite(red, plain, Image.fromarray((170 * heat).byte().numpy()).resize(plain.size))
         top, left, height, width = np.asarray(box_4) * plain.width
-        y, x = (place * plain.width / _SIDE for place in divmod(int(fine_hw.argmax()), _SIDE))
+        y, x = peak_2 * plain.width
         draw = ImageDraw.Draw(shown)
         draw.rectangle((left, top, left + width, top + height), outline=(255, 255, 255), width=2)
         draw.ellipse((x - 4, y - 4, x + 4, y + 4), fill=(255, 255, 0), outline=(0, 0, 0))
@@ -130,6 +137,16 @@ def maps(run: Run, test: str, count: int = 5) -> Image.Image:
             ("map", "white: what sounds; dot: peak", cells),
         ]
     )
+
+
+def _over_frame(map_bhw: Tensor, offset: float) -> Tensor:
+    """Return the map where its places look, resized to the picture."""
+    step = 2 / map_bhw.shape[1]
+    # From -1 to 1 over the picture; a place is in the middle of its cell for `grid_sample`.
+    at_n = (torch.arange(_SIDE) + 0.5) * 2 / _SIDE - 1 + (0.5 - offset) * step
+    grid_hw2 = torch.stack(torch.meshgrid(at_n, at_n, indexing="xy"), dim=-1)
+    grid_bhw2 = grid_hw2.expand(len(map_bhw), -1, -1, -1)
+    return grid_sample(map_bhw[:, None], grid_bhw2, padding_mode="border", align_corners=False)[:, 0]
 
 
 if __name__ == "__main__":

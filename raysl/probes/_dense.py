@@ -11,6 +11,7 @@ from torch import Tensor
 
 from raysl import rng
 from raysl.backbone import norm
+from raysl.backbone.network import Backbone
 from raysl.errors import UserError
 from raysl.extraction import EncodeMaps, load_maps
 from raysl.probes import REESTIMATED, Subject
@@ -31,6 +32,27 @@ def encode_maps(subject: Subject, views: Iterator[Tensor], device: torch.device)
     return load_maps(
         subject.encoder, device, subject.layers, wanted if subject.bn_statistics == REESTIMATED else None
     )
+
+
+def cell_offset(backbone: Backbone, size: int) -> float:
+    """Return where in its cell a place of the map looks, as a share of the cell: 0 for the corner, 0.5 for the middle.
+
+    Strided convolutions with odd kernels and padding look at the corner: in a ResNet, place i of a map with stride s
+    sees the surroundings of pixel s * i. A patch embedding looks at the middle. The gradient of the middle row says it.
+
+    Args:
+        backbone: in eval mode.
+        size: side of the images in pixels.
+    """
+    device = backbone.mean.device
+    noise_bchw = 255 * torch.rand(2, 3, size, size, generator=torch.Generator().manual_seed(0))
+    noise_bchw = noise_bchw.to(device).requires_grad_()
+    maps_bdhw = backbone.maps(noise_bchw)
+    row, stride = maps_bdhw.shape[2] // 2, size / maps_bdhw.shape[2]
+    (gradient_bchw,) = torch.autograd.grad(maps_bdhw[:, :, row].square().sum(), noise_bchw)
+    weight_h = gradient_bchw.abs().sum(dim=(0, 1, 3))
+    centre = float((weight_h * torch.arange(size, device=device)).sum() / weight_h.sum())
+    return 0.0 if centre < (row + 0.25) * stride else 0.5
 
 
 def batches(count: int) -> Iterator[slice]:

@@ -33,6 +33,7 @@ from raysl.extraction.heads import trained_model
 from raysl.fields import Bounds
 from raysl.pretext._sound import spectrogram
 from raysl.probes import REESTIMATED, Row, Settings, Subject
+from raysl.probes._dense import cell_offset
 from raysl.probes._poses import spaced
 from raysl.probes._task import device, run_tasks
 from raysl.stream import decode
@@ -50,7 +51,7 @@ class Config(Settings):
         frames: number of frames of each clip, evenly spaced in time; those without the object are left out.
     """
 
-    version: ClassVar[int] = 1
+    version: ClassVar[int] = 2
     frames: Annotated[int, Bounds(1, 10**6)] = 3
 
 
@@ -117,6 +118,7 @@ def measure(model: Any, subject: Subject, config: Config) -> list[Row]:
         count = max(1, norm.STATISTICS_IMAGES // (_PART_CLIPS * config.frames))
         seen = (one.frames_bchw for one in moments(subject.train, size, config.frames, window_s))
         norm.reestimate(model.backbone, (one.to(device()) for one in islice(seen, count)))
+    offset = cell_offset(model.backbone, size)
     maps, boxes = [], []
     for one in moments(subject.test, size, config.frames, window_s):
         with torch.inference_mode():
@@ -127,9 +129,8 @@ def measure(model: Any, subject: Subject, config: Config) -> list[Row]:
         boxes.append(one.boxes_b24)
     if not maps:
         raise UserError("No frame of the test clips shows the object that sounds. Give other clips.")
-    return [
-        Row(name, value, "heads") for name, value in scores(torch.cat(maps), np.concatenate(boxes)).items()
-    ]
+    found = scores(peaks(torch.cat(maps), offset), np.concatenate(boxes))
+    return [Row(name, value, "heads") for name, value in found.items()]
 
 
 def moments(data: DataSet, size: int, frames: int, window_s: float) -> Iterator[Moments]:
@@ -160,19 +161,29 @@ def moments(data: DataSet, size: int, frames: int, window_s: float) -> Iterator[
             yield Moments(decode.squashed(files, size), spectrograms, np.stack(boxes))
 
 
-def scores(map_bhw: Tensor, boxes_b24: npt.NDArray[np.float64]) -> dict[str, float]:
-    """Return the shares of frames whose peak lies in the box of the sounding shape, of the silent one, and baselines.
+def peaks(map_bhw: Tensor, offset: float) -> npt.NDArray[np.float64]:
+    """Return where each map is highest: float (b, 2), y and x as shares of the frame.
 
     The map is resized bilinearly to eight times its side, so that a peak may lie between its cells.
 
     Args:
         map_bhw: similarity of the sound with each place.
+        offset: see `raysl.probes._dense.cell_offset`.
+    """
+    cells_2 = np.array(map_bhw.shape[1:])
+    fine_bhw = interpolate(map_bhw[:, None], scale_factor=8, mode="bilinear")[:, 0]
+    peak_b = fine_bhw.flatten(1).argmax(1).numpy()
+    fine_b2 = np.stack(np.divmod(peak_b, fine_bhw.shape[2]), axis=1)
+    return np.asarray(np.clip(((fine_b2 + 0.5) / 8 - 0.5 + offset) / cells_2, 0, 1))
+
+
+def scores(peaks_b2: npt.NDArray[np.float64], boxes_b24: npt.NDArray[np.float64]) -> dict[str, float]:
+    """Return the shares of frames whose peak lies in the box of the sounding shape, of the silent one, and baselines.
+
+    Args:
+        peaks_b2: see `peaks`.
         boxes_b24: see `Moments`.
     """
-    fine_bhw = interpolate(map_bhw[:, None], scale_factor=8, mode="bilinear")[:, 0]
-    height, width = fine_bhw.shape[1:]
-    peak_b = fine_bhw.flatten(1).argmax(1).numpy()
-    peaks_b2 = np.stack([(peak_b // width + 0.5) / height, (peak_b % width + 0.5) / width], axis=1)
     return {
         "peak_in_box": float(_inside(peaks_b2, boxes_b24[:, 0]).mean()),
         "peak_in_silent_box": float(_inside(peaks_b2, boxes_b24[:, 1]).mean()),

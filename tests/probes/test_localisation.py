@@ -15,6 +15,7 @@ from raysl.errors import Unset, UserError
 from raysl.extraction import RandomBackbone
 from raysl.model import DataFacts, Model
 from raysl.probes import Subject, localisation
+from raysl.probes._dense import cell_offset
 from raysl.storage import Folder
 from tests.data import make_clips, make_dataset
 
@@ -31,7 +32,7 @@ def test_a_peak_is_in_the_box_that_holds_it() -> None:
         maps[number, y, x] = 1
     left, right = [0, 0, 0.5, 0.5], [0, 0.5, 0.5, 0.5]
     boxes = np.array([[left, right], [left, right], [left, [np.nan] * 4], [right, left]])
-    found = localisation.scores(maps, boxes)
+    found = localisation.scores(localisation.peaks(maps, 0.5), boxes)
     assert found["peak_in_box"] == 0.5
     assert found["peak_in_silent_box"] == 0.25
     assert found["chance"] == 0.25
@@ -46,7 +47,7 @@ def test_a_map_that_is_high_in_the_box_is_right(tmp_path: Path) -> None:
         assert sounds.shape[1:3] == (1, 1)
         part = queue.pop(0)
         middles = torch.from_numpy(part[:, 0, :2] + part[:, 0, 2:] / 2)
-        places = (torch.arange(16) + 0.5) / 16
+        places = torch.arange(16) / 16  # convolutions look at the corner of a cell
         y, x = ((places - middles[:, i : i + 1]) ** 2 for i in (0, 1))
         return -(y[:, :, None] + x[:, None])
 
@@ -72,3 +73,11 @@ def test_an_untrained_run_has_rows_and_other_objectives_are_refused(tmp_path: Pa
     wrong = Subject(one.encoder, ("pooled",), 32, images, images, 0, one.folder)
     with pytest.raises(Unset, match="which object sounds"):
         list(localisation.Localisation(localisation.Config()).examine(wrong))
+
+
+@pytest.mark.parametrize(
+    ("name", "offset"), [("small", 0.0), ("resnet18", 0.0), ("timm/vit_tiny_patch16_224", 0.5)]
+)
+def test_a_place_of_the_map_is_what_it_sees(name: str, offset: float) -> None:
+    size = 224 if "224" in name else 64
+    assert cell_offset(RandomBackbone(BackboneConfig(name), 0).network().eval(), size) == offset
