@@ -310,7 +310,9 @@ class Numbered(Searcher):  # type: ignore[misc]
     def suggest(self, trial_id: str) -> Result | str | None:
         n = len(self.numbers)
         if n >= self._order.num_trials:
-            return str(Searcher.FINISHED)
+            # After the end of the search, Ray Tune would start a new actor whenever a paused trial continues.
+            ended = all(one.trial.is_finished() for one in self._order.tried)
+            return str(Searcher.FINISHED) if ended else None
         values = None if self._order.busy() >= self._order.at_once else self._proposed(n)
         if values is None:
             return None

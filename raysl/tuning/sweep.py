@@ -171,7 +171,8 @@ def fit(bound: Any, space: Space, order: InOrder, numbered: Numbered, folder: Fo
             tune_config=tune.TuneConfig(
                 metric="score",
                 mode="max",
-                num_samples=order.num_trials,
+                # One more than there are: the searcher ends the search.
+                num_samples=order.num_trials + 1,
                 scheduler=order,
                 search_alg=numbered,
                 reuse_actors=True,
