@@ -121,7 +121,8 @@ class Source:
         self._sampling: list[float] = []
         self._files, self.found = read_split(place, files_ending(place, _SUFFIXES), ARCHIVE, inner=True)
         self._split = split = self.found.split
-        self._listings: list[Listing] | None = None
+        with ThreadPoolExecutor(8) as pool:
+            self._listings = list(pool.map(lambda file: _list(place, file.path), self._files))
         # By archive, the classes of its images in its table; None if no archive has one.
         self._class_of: dict[str, dict[str, str]] | None = None
         inner = self._inner_split(place)
@@ -129,9 +130,7 @@ class Source:
         self.name = str(replace(place, split=split or inner))
 
     def _inner_split(self, place: Place) -> str:
-        """List the archives, and recognise their classes and splits."""
-        with ThreadPoolExecutor(8) as pool:
-            self._listings = list(pool.map(lambda file: _list(place, file.path), self._files))
+        """Recognise the classes and splits in the archives."""
         listings = self._listings
         for listing in listings:
             self.found.left_out.update(listing.left_out)
@@ -179,7 +178,7 @@ class Source:
 
     def _choose_kind(self, config: ReadConfig) -> None:
         """Take the videos if there are more of them than images, or if the user names their suffix."""
-        listings = self._listings or []
+        listings = self._listings
         images = sum(len(listing.images) for listing in listings)
         videos = sum(len(listing.videos) for listing in listings)
         named = kind_of(f"x.{config.image_column}")
@@ -210,7 +209,7 @@ class Source:
 
     def _choose_images(self, wanted: str) -> None:
         """Decide what the key of a sample is, and take one image of samples that have several."""
-        listings = self._listings or []
+        listings = self._listings
         images = [name for listing in listings for name in listing.images]
         fields = Counter(_key(name, first_dot=True)[1] for name in images)
         samples = len({_key(name, first_dot=True)[0] for name in images})
@@ -239,7 +238,7 @@ class Source:
     def units(self, size: UnitSize) -> Iterator[Unit]:
         classes = labels.Classes()
         self.found.images = 0
-        for listing in self._listings or []:
+        for listing in self._listings:
             of_archive = self._layout
             if self._class_of is not None:
                 of_archive = replace(of_archive, class_of=self._class_of.get(listing.path, {}))
