@@ -31,7 +31,7 @@ _TEXT_ROWS = 4096
 # A small file may claim more than any memory holds. A page is unpacked at once, a batch of rows is copied.
 _MOST_GROUP_BYTES = 8 << 30
 _MOST_RATIO = 1000
-_BATCH_BYTES = 4 << 30
+_BATCH_BYTES, _USUAL_BYTES = 4 << 30, 64 << 20
 
 
 @dataclass(frozen=True)
@@ -59,13 +59,17 @@ class Table:
             yield batch.cast(without_views(batch.schema))
 
     def _batch_rows(self, group: int) -> int:
-        """Return how many rows are read at once. A value of a dictionary may be large and occur in every row."""
+        """Return how many rows are read at once: few of videos.
+
+        A value of a dictionary may be large and occur in every row.
+        """
         metadata = self._file.metadata.row_group(group)
         chunks = [metadata.column(i) for i in range(metadata.num_columns)]
         largest = max(
             (chunk.total_uncompressed_size for chunk in chunks if chunk.has_dictionary_page), default=1
         )
-        return max(1, min(_BATCH_ROWS, _BATCH_BYTES // max(largest, 1)))
+        fitting = int(_USUAL_BYTES * metadata.num_rows / max(metadata.total_byte_size, 1))
+        return max(1, min(_BATCH_ROWS, _BATCH_BYTES // max(largest, 1), fitting))
 
 
 @contextmanager
