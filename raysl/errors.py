@@ -44,19 +44,20 @@ def quoted(value: object) -> str:
     return text if len(text) <= _LONGEST else f"{text[:_LONGEST]}... ({len(text):,} characters)"
 
 
-def unknown(kind: str, name: str, known: Iterable[str]) -> UserError:
+def unknown(kind: str, name: str, known: Iterable[str], listed: Iterable[str] = ()) -> UserError:
     """Return the error for a name that does not exist, with the nearest name that does.
 
     Args:
         kind: kind of thing in the words of the user ("backbone", "pretext transform").
         name: the name that was given.
         known: every name that is accepted.
+        listed: names to print in place of `known`, if these are many.
     """
     names = sorted(known)
     by_lower = {known_name.lower(): known_name for known_name in names}
     near = difflib.get_close_matches(name.lower(), by_lower, n=1, cutoff=0.5)
     hint = f"Did you mean {by_lower[near[0]]!r}? " if near else ""
-    return UserError(f"Unknown {kind} {quoted(name)}. {hint}Known: {', '.join(names)}.")
+    return UserError(f"Unknown {kind} {quoted(name)}. {hint}Known: {', '.join(sorted(listed) or names)}.")
 
 
 @contextlib.contextmanager

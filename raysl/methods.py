@@ -70,7 +70,7 @@ def parse(name: str) -> Method:
     objective, _, transforms = name.strip().partition("-")
     if objective not in objective_names():
         known = [o + t for o in objective_names() for t in ("", *(f"-{name}" for name in pretext.names()))]
-        raise unknown("method", name, known)
+        raise unknown("method", name, known, objective_names())
     for transform in filter(None, _split(transforms)):
         pretext.config_type(transform)
     if "" in _split(transforms):

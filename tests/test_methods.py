@@ -51,7 +51,7 @@ def test_which_objectives_take_a_transform() -> None:
         ("prl-jigsaw", "method 'prl-jigsaw'. Did you mean 'pirl-jigsaw'"),
         ("pirl_jigsaw", "method 'pirl_jigsaw'. Did you mean 'pirl-jigsaw'"),
         ("jigsaw", "method 'jigsaw'. Did you mean '.*jigsaw'"),
-        ("", "method ''. Known: .*pirl-jigsaw"),
+        ("", "method ''. Known: .*pirl, predict"),
         ("pirl-jigsa", "pretext transform 'jigsa'. Did you mean 'jigsaw'"),
         ("pirl-rotation+jigsa", "pretext transform 'jigsa'. Did you mean 'jigsaw'"),
         ("pirl-rotation+", "empty transform"),

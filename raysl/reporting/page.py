@@ -23,7 +23,8 @@ th { border-bottom: 1px solid #888 } tr:nth-child(even) { background: #f4f4f4 } 
 caption { text-align: left; color: #666 } tr.best { font-weight: 600 }
 .wide { overflow-x: auto }
 pre { background: #f4f4f4; padding: .8rem; white-space: pre-wrap } img { max-width: 100% }
-figure { margin: 1.5rem 0 } .figures { display: grid; grid-template-columns: repeat(auto-fit, minmax(26rem, 1fr)) }
+figure { margin: 1.5rem 0 }
+.figures { display: grid; grid-template-columns: repeat(auto-fit, minmax(min(26rem, 100%), 1fr)) }
 </style></head><body>
 <h1>{{ title }}</h1>
 {% macro pictures(figures) %}{% for figure in figures %}<figure><h3>{{ figure.title }}</h3>
