@@ -246,5 +246,5 @@ def test_empty_batches_pass_through() -> None:
 def test_a_recipe_without_some_of_its_parts() -> None:
     whole = recipe("simclr")
     assert recipe("simclr-gray-blur") == replace(whole, gray=0.0, blur=0.0)
-    with pytest.raises(UserError, match="Unknown part of an augmentation recipe 'gray'"):
-        recipe("simclr-gray")
+    with pytest.raises(UserError, match="Unknown part of an augmentation recipe 'grey'"):
+        recipe("simclr-grey")
