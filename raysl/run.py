@@ -39,7 +39,7 @@ from raysl.feature_store.records import (
     write_record,
 )
 from raysl.ray_cluster.versions import versions
-from raysl.storage import Folder, failure
+from raysl.storage import Folder, failure, retry
 
 METADATA = "metadata.json"
 METRICS = "metrics.jsonl"
@@ -294,14 +294,18 @@ class MetricsLog:
 
     def _append(self, lines: bytes) -> None:
         path = Path(str(self._run.folder)) / METRICS
-        size = path.stat().st_size
-        try:
-            with path.open("ab") as file:
-                file.write(lines)
-        except OSError as error:
-            with contextlib.suppress(OSError):
-                os.truncate(path, size)
-            raise failure(str(path), "write", error) from error
+
+        def append() -> None:
+            size = path.stat().st_size
+            try:
+                with path.open("ab") as file:
+                    file.write(lines)
+            except OSError:
+                with contextlib.suppress(OSError):
+                    os.truncate(path, size)
+                raise
+
+        retry(str(path), "write", append, is_gone=lambda: self._run.folder.exists(METADATA))
 
 
 class TensorBoard:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import errno
 import json
 import re
+import threading
 from pathlib import Path
 from typing import Any
 
@@ -125,6 +126,18 @@ def test_a_write_that_fails_leaves_the_rows_of_before(
     assert run.metrics() == [{"step": 1}]
     log.flush()
     assert run.metrics() == [{"step": 1}, {"step": 2}]
+
+
+def test_rows_wait_for_a_file_system_that_is_away(tmp_path: Path) -> None:
+    run = begin(tmp_path)
+    log = MetricsLog(run, 0)
+    log.add({"step": 1})
+    (tmp_path / "run").rename(tmp_path / "aside")
+    back = threading.Timer(0.3, lambda: (tmp_path / "aside").rename(tmp_path / "run"))
+    back.start()
+    log.flush()
+    back.join()
+    assert run.metrics() == [{"step": 1}]
 
 
 def test_an_object_store_holds_rows_in_parts(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -31,6 +31,7 @@ from raysl.objectives import AfterEpoch, AfterStep, Alternates, Loss
 from raysl.ray_cluster.placement import Placement
 from raysl.rng import key
 from raysl.run import METADATA, MetricsLog, Run
+from raysl.storage import StorageError
 from raysl.stream import shared
 from raysl.stream.plan import Plan
 from raysl.stream.reader import Batch, Source, Stream
@@ -146,6 +147,9 @@ class Worker:
         log = MetricsLog(self.job.run, self.step) if self.rank == 0 else None
         try:
             self._loop(log, self._begin(log))
+        except StorageError:
+            log = None  # It was tried for long enough.
+            raise
         finally:
             if log is not None:
                 log.flush()

@@ -12,6 +12,7 @@ from __future__ import annotations
 
 import argparse
 import collections
+import contextlib
 import json
 import math
 import os
@@ -117,7 +118,10 @@ class Chaos:
         target = self.start(command, out, log)
         struck: list[str] = []
         if rng is not None:
-            pause = rng.uniform(0.05, 0.9) * seconds
+            # Half of the sessions are left alone until they have written something: a start takes long, and is dull.
+            if rng.random() < 0.5:
+                _wait_for_writing(target, out, seconds)
+            pause = rng.uniform(0.02, 0.6) * seconds
             for _ in range(rng.randint(1, _STRIKES)):
                 _wait(target, pause)
                 if self.is_over():
@@ -133,7 +137,8 @@ class Chaos:
             target.driver.wait()
         left = faults.leftovers(target.mark, _LEAVE_WITHIN_S)
         text = log.read_text(errors="replace")
-        if code not in (0, -9) or left:
+        traceback = "Traceback (most recent call last)" in text
+        if code not in (0, -9) or left or traceback:
             (self.work / f"{command.name}-{uuid.uuid4().hex[:4]}.log").write_text(
                 f"{struck} {code} {left}\n{text}"
             )
@@ -142,7 +147,7 @@ class Chaos:
             "code": code,
             "processes": left,
             "shared": sorted(faults.shared_memory() - shared),
-            "traceback": "Traceback (most recent call last)" in text,
+            "traceback": traceback,
         }
 
     def round(self, number: int, undisturbed: dict[str, tuple[float, dict[str, str]]]) -> dict[str, Any]:
@@ -200,6 +205,16 @@ def _wait(target: faults.Target, seconds: float) -> None:
         target.driver.wait(seconds)
     except subprocess.TimeoutExpired:
         return
+
+
+def _wait_for_writing(target: faults.Target, out: Path, longest_s: float) -> None:
+    """Wait until the command has written a file, but not longer than it runs."""
+    begun, until_s = time.time(), time.monotonic() + longest_s
+    while target.driver.poll() is None and time.monotonic() < until_s:
+        with contextlib.suppress(OSError):
+            if any(path.stat().st_mtime > begun for path in out.rglob("*")):
+                return
+        time.sleep(0.2)
 
 
 def _struck(row: dict[str, Any]) -> list[str]:
