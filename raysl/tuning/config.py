@@ -72,8 +72,13 @@ class SweepConfig:
         fields.check(self)
         if not self.vary:
             raise UserError("A sweep varies at least one field. Give --vary, for example --vary temperature.")
-        check_seeds(self.seeds)
-        check_probe(self.probe)
+        if not self.seeds or len(set(self.seeds)) < len(self.seeds):
+            raise UserError(f"--seeds is {self.seeds}; give at least one seed, each once.")
+        if flags := " and ".join(probes.required(self.probe)):
+            raise UserError(
+                f"The probe {self.probe!r} needs {flags}, which a sweep does not have. Use knn or linear for the "
+                f"sweep, and {self.probe} on its best run."
+            )
         self._check_combination()
 
     def _check_combination(self) -> None:
@@ -102,19 +107,3 @@ class SweepConfig:
         if self.scheduler in ("median", "pbt"):
             return tuple((i + 1) / count for i in range(count))
         return tuple(float(self.reduction) ** -(count - 1 - i) for i in range(count))
-
-
-def check_seeds(seeds: tuple[int, ...]) -> None:
-    """Raise UserError unless there is at least one seed and none occurs twice."""
-    if not seeds or len(set(seeds)) < len(seeds):
-        raise UserError(f"--seeds is {seeds}; give at least one seed, each once.")
-
-
-def check_probe(name: str) -> None:
-    """Raise UserError for a probe that does not exist or cannot score the trials of a sweep."""
-    flags = " and ".join(probes.required(name))
-    if flags:
-        raise UserError(
-            f"The probe {name!r} needs {flags}, which a sweep does not have. Use knn or linear for the sweep, and "
-            f"{name} on its best run."
-        )

@@ -166,6 +166,24 @@ def prepare(base: Pretraining, config: SweepConfig) -> PreparedSweep:
     """Check a sweep and divide the cluster among its runs. Raise UserError if it cannot run."""
     space_, points = check(base, config)
     num_trials = len(space_.grid()) if config.searcher == "grid" else config.samples
+    task, test = make_task(base, config, points, num_trials, config.shares())
+    # Only population based training copies checkpoints.
+    task = replace(task, keep_rungs=config.scheduler == "pbt")
+    return PreparedSweep(config, space_, num_trials, test, task)
+
+
+def make_task(
+    base: Pretraining,
+    config: SweepConfig,
+    points: Sequence[Values],
+    num_trials: int,
+    shares: tuple[float, ...],
+) -> tuple[Task, DataSet | None]:
+    """Start Ray, open the data, and return what all trials share, and the test images if there are any.
+
+    Raises:
+        UserError: the data, the cluster or a trial at one of the points is invalid.
+    """
     ray_cluster.start()
     shared_paths.refuse_local({"--out": config.out})
     images = resolve(base.data)
@@ -188,11 +206,10 @@ def prepare(base: Pretraining, config: SweepConfig) -> PreparedSweep:
         replace(base, data=str(images.folder)),
         images,
         str(Folder(config.out)),
-        *(train, validation, config.probe, config.seeds, config.shares()),
+        *(train, validation, config.probe, config.seeds, shares),
         *shared,
-        keep_rungs=config.scheduler == "pbt",
     )
-    return PreparedSweep(config, space_, num_trials, test, task)
+    return task, test
 
 
 def check_workers(base: Pretraining) -> None:

@@ -25,18 +25,17 @@ from typing import Any
 from ray import tune
 from ray.tune.result import AUTO_RESULT_KEYS, DEFAULT_METRIC
 
-from raysl import checkpoint, ray_cluster
+from raysl import checkpoint
 from raysl.config import Pretraining
 from raysl.errors import UserError
 from raysl.evaluation.evaluate import probe as run_probe
 from raysl.evaluation.options import ProbeConfig
-from raysl.ingestion import resolve
 from raysl.run import Run
 from raysl.storage import Folder
 from raysl.stream.shared import Subscriber
 from raysl.training.launch import pretrain
 from raysl.tuning import preparation
-from raysl.tuning.config import check_probe, check_seeds
+from raysl.tuning.config import SweepConfig
 from raysl.tuning.preparation import Task
 from raysl.tuning.space import Values, configured, corners, domain_ends
 
@@ -228,23 +227,21 @@ def tune_trainable(
     Raises:
         UserError: an argument or the space is not allowed, or the cluster can never run such a trial.
     """
-    check_seeds(seeds)
-    check_probe(probe)
+    names = tuple(param_space or ()) or ("-",)
+    config = SweepConfig(
+        *(out, names, train, validation),
+        probe=probe,
+        seeds=seeds,
+        max_concurrent=max_concurrent,
+        gpus_per_worker=gpus_per_worker,
+    )
     preparation.check_workers(base)
     if not rungs or rungs[-1] != 1 or any(b <= a for a, b in zip((0.0, *rungs), rungs, strict=False)):
         raise UserError(f"rungs is {rungs}; give increasing shares of the schedule, of which the last is 1.")
     points = list(corners(domain_ends(param_space or {})))
     preparation.check_points(base, points)
-    ray_cluster.start()
-    images = resolve(base.data)
-    labelled = resolve(train) if train else images
-    preparation.check_points(base, points, images)
     # Ray Tune decides how many trials there are.
-    trials, _, placement = preparation.share(base, max_concurrent, gpus_per_worker, 10**6, 1)
-    given = resolve(validation) if validation else None
-    learn, judged = (labelled, given) if given else preparation.hold_out(labelled, Folder(out))
-    base = replace(base, data=str(images.folder))
-    task = Task(base, images, str(Folder(out)), learn, judged, probe, seeds, rungs, trials, 1, placement)
+    task, _ = preparation.make_task(base, config, points, 10**6, rungs)
     return trainable(task)
 
 

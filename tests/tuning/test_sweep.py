@@ -22,12 +22,9 @@ from raysl.checkpoint import SaveConfig
 from raysl.config import Pretraining, ViewConfig
 from raysl.errors import UserError
 from raysl.objectives.pirl import Config as Pirl
-from raysl.ray_cluster import placement
-from raysl.ray_cluster.placement import Machines
 from raysl.storage import Folder
 from raysl.tuning.config import SweepConfig
 from raysl.tuning.journal import NAME, Journal
-from raysl.tuning.preparation import hold_out, prepare
 from raysl.tuning.results import SweepResults
 from raysl.tuning.sweep import sweep
 from tests.data import make_dataset
@@ -290,104 +287,3 @@ def test_a_population_of_a_plain_tuner_copies_weights(
     files = sorted(path.name for path in there.iterdir())
     assert files
     assert [(copied / name).read_bytes() for name in files] == [(there / name).read_bytes() for name in files]
-
-
-def test_a_sweep_of_raysl_0_1_is_not_continued(
-    ray_session: None, data: tuple[str, str], tmp_path: Path
-) -> None:
-    (tmp_path / NAME).write_text('{"event": "sweep", "config": {}}\n')
-    with pytest.raises(UserError, match=r"raysl 0\.1"):
-        sweep(base(data), config(data, tmp_path, vary=("temperature=0.1,0.2",)))
-
-
-@pytest.mark.parametrize(
-    ("vary", "answer"),
-    [
-        (
-            "num_negatives=32,96",
-            "num_negatives=96 could not run.*num-negatives is 96 and the data set has 96",
-        ),
-        ("jigsaw.grid=2,3", "jigsaw.grid=2 could not run.*with 4 tiles there are 24 permutations"),
-        ("lam=0.5,1.5", "lam=1.5 could not run"),
-        ("batch_size=16,128", "batch_size=128 could not run"),
-    ],
-)
-def test_a_value_that_fails_for_some_trials_is_found_before_any_begins(
-    ray_session: None, data: tuple[str, str], tmp_path: Path, vary: str, answer: str
-) -> None:
-    parts = {"pirl": Pirl(num_negatives=32, dim=16), "jigsaw": {"num_permutations": 100}}
-    with pytest.raises(UserError, match=answer):
-        sweep(base(data, parts=parts), config(data, tmp_path / "sweep", vary=(vary,)))
-    assert not (tmp_path / "sweep").exists()
-
-
-def test_every_drawn_point_is_tried_out_before_any_begins(
-    ray_session: None, data: tuple[str, str], tmp_path: Path
-) -> None:
-    wide = config(data, tmp_path, searcher="random", samples=64, vary=("num_negatives=8..500",))
-    with pytest.raises(UserError, match="the data set has 96 images"):
-        prepare(base(data), wide)
-
-
-def test_the_images_that_choose_are_not_those_that_judge_the_choice(
-    ray_session: None, data: tuple[str, str], tmp_path: Path
-) -> None:
-    with pytest.raises(UserError, match=r"hold the same images.*Leave out one"):
-        prepare(base(data), config(data, tmp_path, test=data[1]))
-
-
-def test_more_than_fits_is_refused_with_the_sum(
-    ray_session: None, data: tuple[str, str], tmp_path: Path
-) -> None:
-    with pytest.raises(UserError, match=r"9 runs at a time with 1 workers each: 9 workers .* 2 CPUs"):
-        prepare(base(data), config(data, tmp_path, max_concurrent=9))
-
-
-@pytest.mark.parametrize(
-    ("machines", "vary", "seeds", "expected"),
-    [
-        (Machines(({"CPU": 2.0},)), ("temperature",), (0,), (1, 1, 1)),
-        # On 16 CPUs, eight runs can have two each; two runs have eight.
-        (Machines(({"CPU": 16.0},)), ("temperature", "lam"), (0,), (8, 1, 1)),
-        (Machines(({"CPU": 16.0},)), ("temperature=0.1,0.2",), (0,), (2, 1, 6)),
-        # Seeds of a trial run at a time where there are fewer trials than places.
-        (Machines(({"CPU": 16.0},)), ("temperature=0.1,0.2",), (0, 1), (2, 2, 3)),
-        # The head takes no work, and three machines of four CPUs can be started.
-        (
-            Machines(({"CPU": 0.0},), ({"CPU": 4.0},) * 3, 3),
-            ("temperature", "lam"),
-            (0,),
-            (6, 1, 1),
-        ),
-    ],
-)
-def test_runs_at_a_time_follow_from_the_cluster(
-    monkeypatch: pytest.MonkeyPatch,
-    ray_session: None,
-    data: tuple[str, str],
-    tmp_path: Path,
-    machines: Machines,
-    vary: tuple[str, ...],
-    seeds: tuple[int, ...],
-    expected: tuple[int, int, int],
-) -> None:
-    monkeypatch.setattr(placement, "machines", lambda: machines)
-    found = prepare(base(data), config(data, tmp_path, max_concurrent=0, vary=vary, seeds=seeds))
-    task = found.task
-    assert (task.trials_at_once, task.seeds_at_once, task.placement.cpus_per_worker) == expected
-
-
-def test_pbt_changes_only_what_can_change_in_the_middle(data: tuple[str, str], tmp_path: Path) -> None:
-    changes: dict[str, Any] = {"searcher": "random", "scheduler": "pbt", "vary": ("num_negatives=8,16",)}
-    with pytest.raises(UserError, match=r"pirl\.num_negatives cannot change"):
-        prepare(base(data), config(data, tmp_path, **changes))
-
-
-def test_a_tenth_of_the_labelled_images_is_held_out(tmp_path: Path) -> None:
-    labelled = make_dataset(tmp_path / "all", 60)
-    learn, held = hold_out(labelled, Folder(str(tmp_path / "sweep")))
-    assert (learn.num_images, held.num_images) == (54, 6)
-    again = hold_out(labelled, Folder(str(tmp_path / "other")))
-    assert [part.manifest.fingerprint for part in again] == [
-        part.manifest.fingerprint for part in (learn, held)
-    ]
