@@ -61,9 +61,9 @@ def ingest(
         config: see `IngestConfig`.
     """
     made = api.ingest(source, dest, config)
-    manifest = made.manifest
-    labels = f"{len(manifest.classes)} classes" if manifest.classes else "no labels"
-    print(f"{dest}: {made.num_images:,} images, {labels}, fingerprint {manifest.fingerprint[:12]}.")
+    print(
+        f"Fingerprint {made.manifest.fingerprint[:12]}. Next: raysl pretrain --data {dest} --run runs/first"
+    )
 
 
 @dataclass(frozen=True)
@@ -151,7 +151,7 @@ def cluster(
     summary = done.summary()
     labels = "".join(f", {name} {value:.4f}" for name, value in summary.get("labels", {}).items())
     print(f"Objective {summary['objective_value']:.6g}, {summary['sizes']['empty']} clusters empty{labels}.")
-    print(f"Assignments: {done.assignments}")
+    print(f"The cluster of each image, with its path: pandas.read_parquet({str(done.assignments)!r}).")
 
 
 def clusterfit(arguments: Sequence[str]) -> None:
@@ -223,6 +223,7 @@ def sweep(arguments: Sequence[str]) -> None:
     from raysl.tuning.results import SweepResults, render
 
     Console().print(render(SweepResults.open(given.out)))
+    print(f"`raysl report {given.out}` writes a page of figures.")
     failed = [str(row["trial"]) for row in rows if row["state"] == "failed"]
     if failed:
         again = "give another --out" if given.scheduler in POPULATION else "the same command with --retry"

@@ -43,10 +43,10 @@ def _page(record: SweepResults, drawn: Sequence[Figure], config: ReportConfig) -
         _BODY,
         title=f"{record.base.method}: {', '.join(names)}",
         summary=(
-            f"{len(rows)} trials of {len(sweep.seeds)} seeds, {record.base.epochs:g} epochs, compared by {sweep.probe} "
-            f"on {record.judged_on.rpartition('/')[2]}; searcher {sweep.searcher}, scheduler {sweep.scheduler}. "
-            f"Finished {states.count('finished')}, stopped {states.count('stopped')}, failed "
-            f"{states.count('failed')}. {_selection(record)}"
+            f"{len(rows)} trials, each with seed {' and '.join(map(str, sweep.seeds))}, {record.base.epochs:g} epochs, "
+            f"compared by {sweep.probe} on {record.judged_on.rpartition('/')[2]}; searcher {sweep.searcher}, "
+            f"scheduler {sweep.scheduler}. Finished {states.count('finished')}, "
+            f"stopped {states.count('stopped')}, failed {states.count('failed')}. {_selection(record)}"
         ),
         best=top and f"Trial {top['trial']}: {described(top['values'])}, {_score(top)}.",
         command=best and folded(command(replace(best, data="DATA", run="RUN"))),

@@ -68,12 +68,10 @@ def sweep(base: Pretraining, config: SweepConfig) -> list[dict[str, Any]]:
         for trial in journal.failures() if config.retry else ():
             journal.add({"event": "retry", "trial": trial})
         _log.info(
-            "%d trials of %d seeds, %d at a time; scored by %s at epochs %s.",
-            *(
-                prepared.num_trials,
-                len(config.seeds),
-                prepared.task.trials_at_once * prepared.task.seeds_at_once,
-            ),
+            "%d trials, each with seed %s, %d runs at a time; scored by %s at epochs %s.",
+            prepared.num_trials,
+            " and ".join(map(str, config.seeds)),
+            prepared.task.trials_at_once * prepared.task.seeds_at_once,
             config.probe,
             ", ".join(f"{base.epochs * share:.3g}" for share in config.shares()),
         )
