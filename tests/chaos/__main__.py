@@ -191,6 +191,8 @@ class Chaos:
         self.until_s = time.monotonic() + 60 * minutes
         rows = commands.load(self.journal)
         undisturbed = self.undisturbed()
+        # Faults are tried for a minute at least, however slow the machine is.
+        self.until_s = max(self.until_s, time.monotonic() + 60)
         while tried(rows) < num_faults and not self.is_over():
             rows.append(self.round(len(rows), undisturbed))
             with self.journal.open("a") as file:
