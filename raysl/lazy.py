@@ -12,6 +12,7 @@ from __future__ import annotations
 import __future__
 
 import ast
+import importlib
 import importlib.abc
 import importlib.machinery
 import sys
@@ -59,6 +60,10 @@ class _LazyModule(ModuleType):
 
     def __dir__(self) -> list[str]:
         return sorted({*vars(self), *vars(self)["_statements"].names})
+
+    def __reduce__(self) -> tuple[Any, ...]:
+        # Ray pickles functions that hold modules, and its pickler knows plain modules only.
+        return importlib.import_module, (self.__name__,)
 
 
 class _Statements:

@@ -42,6 +42,8 @@ assert "Heavy" in dir(module) and not hasattr(module, "absent")
 assert module.Heavy.__mro__[1].__module__ == "heavy" and module.other == 1
 import pickle
 assert pickle.loads(pickle.dumps(module.Light)) is module.Light
+from ray import cloudpickle
+assert pickle.loads(cloudpickle.dumps(lambda: module))() is module
 """
     subprocess.run([sys.executable, "-c", program], check=True, cwd=Path(__file__).parents[1])
 

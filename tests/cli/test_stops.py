@@ -34,7 +34,7 @@ VERBS = {
     "cluster": ("{features} --k 50 --tolerance 0 --iterations 300 --out out", "start 1, iteration"),
     "clusterfit": ("--teacher random --data {data} --k 5 --run out --workers 1 --epochs 1", "Round 1"),
     "sweep": (
-        "--data {data} --validation {data} --test {data} --out out --vary optim.lr=0.01,0.1 --workers 1 "
+        "--data {data} --test {test} --out out --vary optim.lr=0.01,0.1 --workers 1 "
         "--epochs 2 --seeds 0 --method predict-rotation --view.image-size 16 --batch-size 16",
         "2 trials",
     ),
@@ -53,8 +53,9 @@ def given(tmp_path_factory: pytest.TempPathFactory) -> dict[str, str]:
     data = make_dataset(folder / "data", 400)
     config = Pretraining(str(data.folder), str(folder / "run"), "predict-rotation", workers=1, epochs=0.2)
     run = pretrain(replace(config, batch_size=16), local=True)
+    test = make_dataset(folder / "test", 40, seed=1)
     features = write(folder / "features", blobs(20_000, dim=32))
-    return {"data": str(data.folder), "run": str(run.folder), "features": features}
+    return {"data": str(data.folder), "test": str(test.folder), "run": str(run.folder), "features": features}
 
 
 @pytest.mark.parametrize(
