@@ -27,6 +27,7 @@ from raysl.experiment.script import command
 from raysl.extraction import Encoder
 from raysl.ingestion import resolve, splits
 from raysl.probes import patches
+from raysl.probes._images import features
 from raysl.probes.retrieval import nearest
 from raysl.reporting.retrieval_grid import beside
 from raysl.storage import Folder
@@ -78,7 +79,7 @@ def sheet(
     )
     chosen_q = np.sort(rng.generator("patches sheet").permutation(len(queries.views_nchw))[: flags.count])
     asked_qd, known_nd = (
-        patches.features(encode, views)["pooled"]
+        features(encode, torch.split(views, 64))["pooled"]
         for views in (queries.views_nchw[chosen_q], gallery.views_nchw)
     )
     cosine_qk, index_qk = nearest(asked_qd, known_nd, flags.k)

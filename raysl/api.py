@@ -158,6 +158,7 @@ def probe(
         image_size=image_size,
         seed=seed,
     )
+    evaluate.check_data(config.ready(), *sets)
     source = named(uri(checkpoint), network, seed)
     start_ray(config.out or (str(source.run.folder) if isinstance(source, Trained) else ""))
     title = f"{uri(checkpoint).rpartition('/')[2]} ({network.name})"

@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import io
+from collections.abc import Mapping, Sequence
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pyarrow as pa
@@ -11,8 +13,10 @@ import pyarrow.parquet as pq
 from PIL import Image
 
 from raysl.dataset import SHARDS, DataSet, Manifest, Shard
+from raysl.evaluation.results import ROWS, keep
 from raysl.ingestion import shard
 from raysl.ingestion.sources import Place, UnitSize, open_source, read
+from raysl.run import Run
 from raysl.storage import Folder
 
 
@@ -65,3 +69,9 @@ def make_clips(folder: Path, count: int, options: str = "size=32&frames=12", spl
     manifest = Manifest(opened.source.name, shards, classes, digest, 0, clips=dict(opened.source.clips))
     labels = [np.array(one.labels, np.int64) for one in written]
     return DataSet.create(Folder(str(folder)), manifest, labels)
+
+
+def write_rows(folder: Folder, rows: Sequence[Mapping[str, Any]]) -> None:
+    """Replace the results of probes in the folder of a run or of a model."""
+    (folder / ROWS).delete()
+    keep(Run(folder), rows)

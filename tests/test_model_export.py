@@ -17,14 +17,13 @@ from raysl.checkpoint import SaveConfig, Saver
 from raysl.config import Pretraining, ViewConfig
 from raysl.errors import UserError
 from raysl.evaluation.results import KEY
-from raysl.evaluation.results import OLD_ROWS as ROWS
 from raysl.extraction import Trained
 from raysl.extraction.heads import trained_model
 from raysl.model_export import CARD, ExportConfig, export
 from raysl.objectives.audio_visual import SoundBackbone
-from raysl.run import Run, jsonl
+from raysl.run import Run
 from raysl.storage import Folder
-from tests.data import make_clips, make_dataset
+from tests.data import make_clips, make_dataset, write_rows
 
 # A row of a probe of the trained network; a test adds the step.
 ROW = {**dict.fromkeys(KEY, "x"), "seed": 0, "encoder": "trained", "value": 0.4321, "primary": True}
@@ -184,7 +183,7 @@ def test_the_network_of_the_sounds_is_a_file_of_its_own(form: Any, tmp_path: Pat
 
 
 def test_the_card_says_what_it_is_and_how_it_was_made(resnet: Run, tmp_path: Path) -> None:
-    resnet.folder.write(ROWS, jsonl([{**ROW, "step": 5}, {**ROW, "step": 4, "value": 0.1234}]))
+    write_rows(resnet.folder, [{**ROW, "step": 5}, {**ROW, "step": 4, "value": 0.1234}])
     out = export(resnet, ExportConfig(out=str(tmp_path), step=5))
     card = out.read(CARD).decode()
     for part in ("pirl-jigsaw", "resnet18", "test-8-16-0", "0.4321", "raysl pretrain", "Licence"):
@@ -194,7 +193,7 @@ def test_the_card_says_what_it_is_and_how_it_was_made(resnet: Run, tmp_path: Pat
 
 def test_names_from_rows_are_no_markup_on_the_card(resnet: Run, tmp_path: Path) -> None:
     row = {**ROW, "step": 5}
-    resnet.folder.write(ROWS, jsonl([{**row, "name": "<b>|\n# owned", "layer": "[a](b)"}]))
+    write_rows(resnet.folder, [{**row, "name": "<b>|\n# owned", "layer": "[a](b)"}])
     card = export(resnet, ExportConfig(out=str(tmp_path), step=5)).read(CARD).decode()
     assert "<b>" not in card
     assert "\n# owned" not in card
@@ -214,7 +213,7 @@ def test_the_card_shows_what_the_baselines_gave(resnet: Run, tmp_path: Path) -> 
         {**baseline, "name": "z", "primary": False, "value": 0.9999},
         {**row, "step": 4, "value": 0.9999},
     ]
-    resnet.folder.write(ROWS, jsonl(rows))
+    write_rows(resnet.folder, rows)
     card = export(resnet, ExportConfig(out=str(tmp_path), step=5)).read(CARD).decode()
     assert "| probe | layer | measure | trained | random | pixels | protocol | train | test |" in card
     assert "| x | x | x | 0.4321 | 0.4567 | 0.2222 | `x` | `x` | `x` |" in card

@@ -21,7 +21,6 @@ from raysl.evaluation.options import ProbeConfig
 from raysl.evaluation.results import (
     MODEL,
     MOMENTUM,
-    OLD_ROWS,
     ROWS,
     check_writable,
     keep,
@@ -83,9 +82,7 @@ def probe(
         at = config.checkpoint or run.newest()
         folder = _folder_of(config.out, f"{settings.method}, step {at.step}", extraction.Trained(run, at))
     check_writable(folder)
-    cache = config.cache or folder / "features"
-    speed = config.low_priority, config.in_process
-    place = _Place(Run(folder), settings.view.image_size, settings.seed, cache, *speed)
+    place = _Place(Run(folder), settings.view.image_size, settings.seed)
     return _measured(place, sources, train, test, config)
 
 
@@ -118,8 +115,7 @@ def probe_model(
         raise UserError(f"{title} is not a run and has no folder for results. Give one with --out.")
     folder = _folder_of(config.out, title, source)
     check_writable(folder)
-    size, cache = config.image_size or view_size(source), config.cache or folder / "features"
-    place = _Place(Run(folder), size, config.seed, cache, config.low_priority, config.in_process)
+    place = _Place(Run(folder), config.image_size or view_size(source), config.seed)
     return _measured(place, [source], train, test, config)
 
 
@@ -170,9 +166,8 @@ def _folder_of(out: str, title: str, source: Encoder) -> Folder:
     """
     folder = Folder(out)
     about = json.loads(json.dumps({"name": title, "identity": source.identity()}))
-    has_rows = folder.exists(ROWS) or folder.exists(OLD_ROWS)
     try:
-        another = has_rows and folder.exists(MODEL) and verified(folder.read_json(MODEL)) != about
+        another = folder.exists(ROWS) and folder.exists(MODEL) and verified(folder.read_json(MODEL)) != about
     except ValueError as error:
         raise UserError(
             f"The file {folder / MODEL} is damaged: {error}. Give --out another folder."
@@ -195,17 +190,11 @@ class _Place:
         run: the folder that gets the rows; it may hold nothing but rows.
         image_size: side of the evaluation view in pixels.
         seed: seed of the run.
-        cache: folder for features.
-        low_priority: see `ProbeConfig`.
-        in_process: see `ProbeConfig`.
     """
 
     run: Run
     image_size: int
     seed: int
-    cache: Folder
-    low_priority: bool
-    in_process: bool
 
 
 def _measured(
@@ -221,7 +210,7 @@ def _measured(
         ray_cluster.start()
     train, test = (one if isinstance(one, DataSet) else resolve(one) for one in (train, test))
     data = _Data.open(train, test, config, any(needs_labels(probe) for _, probe in ready.values()))
-    check_apart(list(ready), data.train, data.test)
+    check_data(ready, data.train, data.test)
     if unseen := data.unseen():
         _log.warning(
             "%s of %s test images show classes that the train set does not have. No probe that learns from labels can "
@@ -229,7 +218,7 @@ def _measured(
             f"{unseen:,}",
             f"{data.test.num_images:,}",
         )
-    found = _extract(sources, layers, ready, data, place)
+    found = _extract(sources, layers, ready, data, place, config)
     rows: list[dict[str, Any]] = []
     for source, own, tables in zip(sources, layers, found, strict=True):
         for name, (protocol, measure) in ready.items():
@@ -251,6 +240,23 @@ def check_apart(names: Sequence[str], train: DataSet, test: DataSet) -> None:
     for name in names:
         if probes.learns(name) and same:
             check_labels(name, np.zeros(0, np.int64), same=True)
+
+
+def check_data(ready: Mapping[str, tuple[Any, Probe]], train: DataSet, test: DataSet) -> None:
+    """Check the data of all probes before anything is computed.
+
+    Args:
+        ready: see `raysl.evaluation.options.ProbeConfig.ready`.
+        train: images to learn from.
+        test: images to score.
+
+    Raises:
+        UserError: the data do not suit a probe, or a probe that learns would be scored on the same images.
+    """
+    check_apart(list(ready), train, test)
+    for _, probe in ready.values():
+        if hasattr(probe, "check_data"):
+            probe.check_data(train, test)
 
 
 def needs_labels(probe: Probe) -> bool:
@@ -332,6 +338,7 @@ def _extract(
     ready: Mapping[str, tuple[Any, Probe]],
     data: _Data,
     place: _Place,
+    config: ProbeConfig,
 ) -> list[tuple[Tables, Tables]]:
     """Return the features of the train and the test set for each encoder, in one pass over the images."""
     measures = [measure for _, measure in ready.values() if not isinstance(measure, EncoderProbe)]
@@ -345,7 +352,8 @@ def _extract(
     _log.info(
         "Computing the features of the %s ...", " and ".join(("train images", "test images")[-len(sets) :])
     )
-    found = extraction.extract_all(wanted, place.cache, place.low_priority, place.in_process)
+    cache = config.cache or place.run.folder / "features"
+    found = extraction.extract_all(wanted, cache, config.low_priority, config.in_process)
     return [(found[i], found[i + len(sets) - 1]) for i in range(0, len(found), len(sets))]
 
 

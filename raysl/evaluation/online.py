@@ -20,7 +20,8 @@ from raysl.checkpoint import Checkpoint
 from raysl.config import Pretraining
 from raysl.dataset import DataSet
 from raysl.errors import Unset, UserError
-from raysl.evaluation.evaluate import check_apart, probe
+from raysl.evaluation.evaluate import check_data, probe
+from raysl.evaluation.options import ProbeConfig
 from raysl.evaluation.results import rows_of, rows_under, shown
 from raysl.fields import Bounds, check
 from raysl.ingestion import resolve
@@ -92,7 +93,7 @@ def pretrain_and_probe(
     _check_defaults(online.probes)
     ray_cluster.start()
     train, test = resolve(online.train), resolve(online.test)
-    check_apart(online.probes, train, test)
+    check_data(ProbeConfig(online.probes).ready(), train, test)
     evaluator = OnlineEvaluator(Run(Folder(config.run)), online, train, test, config.worker_counts()[0])
     evaluator.callbacks = callbacks
     thread = threading.Thread(target=evaluator.follow, daemon=True)

@@ -1,7 +1,6 @@
 """Store, query and print the results of probes.
 
     probes/rows/WRITER.jsonl    one file for each process that adds rows, so that none overwrites another's
-    probes/rows.jsonl           rows of raysl 0.1, which are only read
 
 The first line of a writer's file holds the number and the checksum of the lines that follow. A row carries everything
 that its value depends on, and rows of different protocols never share a table.
@@ -34,7 +33,7 @@ ENCODERS = ("trained", "random", "pixels")
 # The moving average of the backbone, of methods that keep one; it is measured only on request.
 MOMENTUM = "momentum"
 ROWS = "probes/rows"
-OLD_ROWS = "probes/rows.jsonl"
+_OLD_ROWS = "probes/rows.jsonl"
 # In a folder of rows that does not belong to a run: the name and the identity of the model.
 MODEL = "model.json"
 # A row replaces an earlier row that has the same values of these fields.
@@ -67,9 +66,14 @@ def rows_of(run: Run) -> list[dict[str, Any]]:
     """Return all rows that probes have added to a run, the newest of each `KEY`.
 
     Raises:
-        UserError: a file of rows is damaged.
+        UserError: a file of rows is damaged, or was written by raysl 0.1.
     """
-    timed = [(0.0, row) for row in _old_rows(run.folder)]
+    if run.folder.exists(_OLD_ROWS):
+        raise UserError(
+            f"The results of probes in {run.folder / _OLD_ROWS} were written by raysl 0.1, which this version does not "
+            "read. Delete that file and run the same `raysl probe` again."
+        )
+    timed: list[tuple[float, dict[str, Any]]] = []
     folder = run.folder / ROWS
     for name in folder.list():
         if name.endswith(".jsonl"):
@@ -127,20 +131,6 @@ def _read(folder: Folder, name: str) -> Iterator[dict[str, Any]]:
     except (ValueError, KeyError, TypeError) as error:
         raise _damaged(folder, name, error) from error
     yield from rows
-
-
-def _old_rows(folder: Folder) -> Iterator[dict[str, Any]]:
-    try:
-        data = folder.read(OLD_ROWS)
-    except FileNotFoundError:
-        return
-    try:
-        for line in data.splitlines():
-            row = json.loads(line)
-            row["primary"] = row.pop("headline", row.get("primary"))
-            yield _checked(row)
-    except (ValueError, KeyError, TypeError, AttributeError) as error:
-        raise _damaged(folder, OLD_ROWS, error) from error
 
 
 def _checked(row: Any) -> dict[str, Any]:
@@ -277,17 +267,10 @@ def verdicts(rows: Iterable[Mapping[str, Any]]) -> list[str]:
         if row["primary"]:
             members.setdefault(tuple(row[key] for key in _TABLE), []).append(row)
     for (name, *_), found in members.items():
-        best = {
-            encoder: max(
-                (row for row in found if row["encoder"] == encoder),
-                key=lambda row: row["value"],
-                default=None,
-            )
-            for encoder in ENCODERS
-        }
-        trained, others = best["trained"], [best["random"], best["pixels"]]
-        if trained is not None and any(others):
-            sentences.append(_verdict(name, trained, [row for row in others if row]))
+        best = {row["encoder"]: row for row in sorted(found, key=lambda row: float(row["value"]))}
+        others = [best[encoder] for encoder in ENCODERS[1:] if encoder in best]
+        if "trained" in best and others:
+            sentences.append(_verdict(name, best["trained"], others))
     return sentences
 
 

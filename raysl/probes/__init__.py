@@ -14,14 +14,15 @@ the probe needs:
     measure(features_nd)  features of one layer, no labels; see `FeatureProbe`
     examine(subject)      the encoder and the images; see `EncoderProbe`
 
-A class with `learns = True` is refused where the train set and the test set are the same images. A class with
+A method `check_data(train, test)`, if there is one, refuses data sets before features are computed and Ray starts. A
+class with `learns = True` is refused where the train set and the test set are the same images. A class with
 `own_images = True` uses only images that its Config names. A Config may define `settings()`, which returns the JSON
 value that its protocol hash is made of; see `settings`.
 """
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass, fields, is_dataclass
 from typing import Any, Protocol, runtime_checkable
 
@@ -210,6 +211,11 @@ def field_values(config: Any) -> dict[str, Any]:
     return {key: field_values(item) if is_dataclass(item) else item for key, item in values.items()} | version
 
 
+def primary(probe: LabelledProbe, train: Labelled, test: Labelled) -> float:
+    """Return the primary metric of a probe. Raises UserError as `LabelledProbe.run`."""
+    return next(row.value for row in probe.run(train, test) if row.name == probe.primary_metric)
+
+
 def same_images(train: Labelled, test: Labelled) -> bool:
     """Return True if both sets hold the same images, so that an image would find itself."""
     return train is test or bool(train.fingerprint and train.fingerprint == test.fingerprint)
@@ -294,6 +300,22 @@ def check_features(features_nd: Floats, kind: str) -> None:
             f"The features of the {kind} set are not all finite: training has diverged. Probe an earlier checkpoint, "
             "or train again with a lower --optim.lr."
         )
+
+
+def of_each_class(order_n: Integers, labels_n: Integers, most: Callable[[int], int]) -> Integers:
+    """Return some images of each class: int64, sorted indices.
+
+    Args:
+        order_n: int64 (n,), a random order of the images; the first of each class are taken.
+        labels_n: int64 (n,).
+        most: number of images to take of a class, from the number that it has. A smaller number takes some of those of
+            a larger one.
+    """
+    taken = []
+    for c in np.unique(labels_n):
+        members = order_n[labels_n[order_n] == c]
+        taken.append(members[: most(len(members))])
+    return np.sort(np.concatenate(taken))
 
 
 def presence(labels_n: Integers, classes: int) -> Integers:

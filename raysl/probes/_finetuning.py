@@ -10,7 +10,7 @@ import math
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Annotated
 
 import numpy as np
@@ -27,7 +27,8 @@ from raysl.extraction import Trainable
 from raysl.fields import Bounds
 from raysl.optim import OptimConfig
 from raysl.probes import Integers, Row, Settings, Subject, accuracy_rows, check_labels, common_labels, rank
-from raysl.probes._task import decoders, device
+from raysl.probes._task import device
+from raysl.ray_cluster import placement
 from raysl.rng import ImageRng
 from raysl.stream import decode
 
@@ -51,11 +52,11 @@ class FinetuningConfig(Settings):
         optim: as in pretraining; the learning rate is scaled by `batch_size`, even if the train set is smaller.
     """
 
-    epochs: Annotated[int, Bounds(1, 10**6)]
-    batch_size: Annotated[int, Bounds(2, 10**6)]
-    head_lr: Annotated[float, Bounds(1e-9, 1e9)]
-    min_scale: Annotated[float, Bounds(1e-6, 1)]
-    optim: OptimConfig
+    epochs: Annotated[int, Bounds(1, 10**6)] = 100
+    batch_size: Annotated[int, Bounds(2, 10**6)] = 256
+    head_lr: Annotated[float, Bounds(1e-9, 1e9)] = 1.0
+    min_scale: Annotated[float, Bounds(1e-6, 1)] = 0.08
+    optim: OptimConfig = field(default_factory=OptimConfig)
 
 
 class Tuned(nn.Module):
@@ -74,18 +75,18 @@ class Tuned(nn.Module):
         return logits_bc
 
 
-def labels_of(name: str, subject: Subject) -> tuple[Integers, Integers]:
+def labels_of(name: str, train: DataSet, test: DataSet) -> tuple[Integers, Integers]:
     """Return the labels of both sets, numbered as in the train set.
 
     Raises:
         UserError: a set has no images or no labels, the sets are the same, they have no class in common, or the train
             set shows one class.
     """
-    for kind, data in (("train", subject.train), ("test", subject.test)):
+    for kind, data in (("train", train), ("test", test)):
         if not data.num_images:
             raise UserError(f"The {kind} set of the probe has no images. Give a data set that has images.")
-    train_n, test_n = common_labels(subject.train, subject.test)
-    same = subject.train.manifest.fingerprint == subject.test.manifest.fingerprint
+    train_n, test_n = common_labels(train, test)
+    same = train.manifest.fingerprint == test.manifest.fingerprint
     check_labels(name, train_n, same=same)
     return train_n, test_n
 
@@ -115,7 +116,11 @@ def measure(
     train_n, test_n = labels
     classes = int(train_n.max()) + 1
     # Dropout draws from torch's global generator.
-    with torch.random.fork_rng(), ThreadPoolExecutor(decoders()) as threads, _damage_explained():
+    with (
+        torch.random.fork_rng(),
+        ThreadPoolExecutor(placement.assigned_cpus()) as threads,
+        _damage_explained(),
+    ):
         torch.manual_seed(rng.key(subject.seed, "tuning") >> 1)
         network = Tuned(subject.encoder.network(), classes)
         network.to(device(), memory_format=torch.channels_last)  # type: ignore[call-overload]
@@ -230,7 +235,7 @@ def _parts(data: DataSet) -> Iterator[list[bytes]]:
 
 def _views(images: list[bytes], crop: SourceCrop, image_rng: ImageRng, threads: ThreadPoolExecutor) -> Tensor:
     """Return uint8 (b, 3, s, s): a random crop of each image, mirrored at random."""
-    share = max(1, -(-len(images) // decoders()))
+    share = max(1, -(-len(images) // placement.assigned_cpus()))
 
     def cut(first: int) -> Tensor:
         rows = slice(first, first + share)

@@ -27,16 +27,15 @@ import torch
 from PIL import Image
 from torch import Tensor
 
-from raysl.clips import Clips
 from raysl.dataset import DataSet
 from raysl.errors import UserError
+from raysl.probes._images import each_clip, seen_points, spaced
 from raysl.storage import Folder
 from raysl.stream import decode
 
 Points = npt.NDArray[np.float32]
 
 _PADDING = 1.25
-_PART_CLIPS = 64
 # MPII: a scale of 1 is a person of 200 pixels; the reference of PCKh is 0.6 of the diagonal of the head's box.
 _PERSON, _HEAD = 200, 0.6
 _MPII = (
@@ -105,8 +104,8 @@ def read(folder: Folder, file: str, reference: str) -> Figures:
     return Figures(tuple(names), figures)
 
 
-def of_clips(data: DataSet, frames: int) -> Figures | None:
-    """Return the figures of a data set of clips with key points, in whole frames; None for other data.
+def of_clips(data: DataSet, frames: int) -> Figures:
+    """Return the figures of a data set of clips with key points, in whole frames.
 
     The length is the longer side of the box of the key points that are seen.
 
@@ -114,25 +113,13 @@ def of_clips(data: DataSet, frames: int) -> Figures | None:
         data: the clips.
         frames: number of frames of each clip, evenly spaced in time.
     """
-    names = data.manifest.clips.get("keypoints", [])
-    if not names:
-        return None
     figures = []
-    for first in range(0, data.num_images, _PART_CLIPS):
-        rows = np.arange(first, min(first + _PART_CLIPS, data.num_images), dtype=np.int64)
-        clips = Clips(data.read(rows, ("frames", "times", "keypoints")))
-        for row in range(len(clips)):
-            points_nk3 = clips.keypoints(row).copy()
-            points_nk3[points_nk3[..., 2] == 0] = np.nan
-            for number in spaced(clips.num_frames(row), frames):
-                points_k2 = points_nk3[number, :, :2]
-                figures.append(Figure(clips.frame(row, number), None, points_k2, _extent(points_k2)))
-    return Figures(tuple(names), tuple(one for one in figures if one.length > 0))
-
-
-def spaced(count: int, wanted: int) -> list[int]:
-    """Return the numbers of `wanted` of `count` frames, evenly spaced: the middles of equal parts."""
-    return [(2 * part + 1) * count // (2 * min(wanted, count)) for part in range(min(wanted, count))]
+    for _, clips, row in each_clip(data, ("frames", "times", "keypoints")):
+        points_nk2 = seen_points(clips, row)
+        for number in spaced(clips.num_frames(row), frames):
+            points_k2 = points_nk2[number]
+            figures.append(Figure(clips.frame(row, number), None, points_k2, _extent(points_k2)))
+    return Figures(tuple(data.manifest.clips["keypoints"]), tuple(one for one in figures if one.length > 0))
 
 
 def _extent(points_k2: Points) -> float:

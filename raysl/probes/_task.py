@@ -2,16 +2,53 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
-from typing import Any, TypeVar
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from typing import Any, ClassVar, Generic, TypeVar
 
 import torch
 
 from raysl import extraction, ray_cluster
+from raysl.dataset import DataSet
 from raysl.errors import UserError
+from raysl.probes import Row, Subject
 from raysl.ray_cluster import placement
 
+C = TypeVar("C")
 Result = TypeVar("Result")
+
+
+class InTask(Generic[C]):
+    """Base of an `EncoderProbe` of which one Ray task, on a GPU if there are any, computes all rows.
+
+    Attributes:
+        needs: type of the encoders that it measures; others have no rows.
+    """
+
+    needs: ClassVar[type[Any]] = object
+
+    def __init__(self, config: C) -> None:
+        self.config = config
+
+    def check_data(self, train: DataSet, test: DataSet) -> None:
+        """Check the data before anything is computed; see `raysl.evaluation.evaluate.check_data`.
+
+        Raises:
+            UserError: the data do not suit the probe.
+        """
+
+    def rows(self, subject: Subject) -> list[Row]:
+        """Return the rows of all layers, inside of the task. Raises UserError as `EncoderProbe.examine`."""
+        raise NotImplementedError
+
+    def examine(self, subject: Subject) -> Iterator[Row]:
+        """See `EncoderProbe.examine`."""
+        if isinstance(subject.encoder, self.needs):
+            self.check_data(subject.train, subject.test)
+            yield from run_tasks(_rows_of, [(self, subject)])[0]
+
+
+def _rows_of(probe: InTask[Any], subject: Subject) -> list[Row]:
+    return probe.rows(subject)
 
 
 def run_tasks(
@@ -69,8 +106,3 @@ def device() -> torch.device:
     in_task = ray.is_initialized() and ray.get_runtime_context().get_task_id() is not None
     usable = torch.cuda.is_available() and (not in_task or bool(ray.get_gpu_ids()))
     return torch.device("cuda" if usable else "cpu")
-
-
-def decoders() -> int:
-    """Return the number of threads that decode images: one for each CPU of the Ray task, one outside of tasks."""
-    return placement.assigned_cpus()

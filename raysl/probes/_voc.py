@@ -18,6 +18,7 @@ import numpy as np
 import numpy.typing as npt
 
 from raysl.errors import Unset, UserError, unknown
+from raysl.fields import flag, prefix
 from raysl.probes import Settings, field_values
 from raysl.storage import Folder
 from raysl.stream import decode
@@ -45,38 +46,34 @@ class VocSettings(Settings):
     def splits(self) -> tuple[str, str]:
         return self.train_split, self.test_split
 
+    @property
+    def folders(self) -> tuple[Folder, ...]:
+        return tuple(Folder(one) for one in self.data.split(",") if one)
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        # Workers have another working directory.
+        folders = [str(Folder(one.strip())) for one in self.data.split(",") if one.strip()]
+        if len(set(folders)) < len(folders):
+            raise UserError(f"{self._flag} names a folder twice: {self.data!r}. Give every folder once.")
+        object.__setattr__(self, "data", ",".join(folders))
+
+    @property
+    def _flag(self) -> str:
+        return flag(f"{prefix(type(self))}data")
+
     def settings(self) -> dict[str, Any]:
         """Return the settings with the fingerprint of both splits in place of their folder."""
-        return {
-            **field_values(self),
-            "data": fingerprint(self._folders(), self.splits) if self.data else "",
-        }
+        found = fingerprint(self.folders, self.splits) if self.data else ""
+        return {**field_values(self), "data": found}
 
-    def _folders(self) -> tuple[Folder, ...]:
-        return tuple(Folder(one.strip()) for one in self.data.split(",") if one.strip())
-
-    def folders(self, probe: str, wanted: str) -> tuple[Folder, ...]:
-        """Return the folders, made absolute, because workers have another working directory.
-
-        Args:
-            probe: name of the probe, for messages.
-            wanted: the images that it needs, for messages.
-
-        Raises:
-            Unset: no folder is given.
-            UserError: a folder is given twice.
-        """
+    def check_given(self, wanted: str) -> None:
+        """Raise Unset, with the images that the probe needs in words, if no folder is given."""
         if not self.data:
             raise Unset(
-                f"The probe {probe} needs {wanted}. Give --{probe.replace('_', '-')}.data FOLDER, a folder in the "
-                f"layout of PASCAL VOC, with {IMAGES}, {ANNOTATIONS} and {SPLITS}."
+                f"The probe {self._flag[2:-5]} needs {wanted}. Give {self._flag} FOLDER, a folder in the layout of "
+                f"PASCAL VOC, with {IMAGES}, {ANNOTATIONS} and {SPLITS}."
             )
-        folders = self._folders()
-        if len(set(folders)) < len(folders):
-            raise UserError(
-                f"--{probe.replace('_', '-')}.data names a folder twice: {self.data!r}. Give every folder once."
-            )
-        return folders
 
 
 @dataclass(frozen=True)

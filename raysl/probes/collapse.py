@@ -91,8 +91,8 @@ def effective_rank(singular_k: npt.NDArray[Any]) -> float:
 
 
 def rankme(singular_k: npt.NDArray[Any]) -> float:
-    """Return RankMe of a matrix with these singular values, descending; 0 if all are 0."""
-    if singular_k[0] == 0:
+    """Return RankMe of a matrix with these singular values; 0 if all are 0."""
+    if not singular_k.any():
         return 0.0
     share_k = singular_k / singular_k.sum() + _RANKME_EPS
     return float(np.exp(-(share_k * np.log(share_k)).sum()))

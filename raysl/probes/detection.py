@@ -18,7 +18,7 @@ from __future__ import annotations
 import contextlib
 import io
 import math
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass, field
 from typing import Annotated, Any, ClassVar
 
@@ -28,16 +28,16 @@ from torch import Tensor, nn
 from torchvision.models.detection import FasterRCNN
 
 from raysl import optim, rng
+from raysl.dataset import DataSet
 from raysl.errors import UserError
 from raysl.extraction import Trainable
 from raysl.fields import Bounds
 from raysl.optim import OptimConfig
 from raysl.probes import Row, Subject, _detector, _voc
 from raysl.probes._finetuning import LAYER, step
-from raysl.probes._task import device, run_tasks
+from raysl.probes._task import InTask, device
 from raysl.probes._voc import Picture, VocSettings
 from raysl.rng import ImageRng
-from raysl.storage import Folder
 from raysl.stream import decode
 
 # The output of a detector for an image: boxes (n, 4), labels (n,) from 1, and scores (n,).
@@ -77,50 +77,47 @@ class Config(VocSettings):
             raise UserError(f"--detection.width is {self.width}; it must be a multiple of 32, such as 256.")
 
 
-class Detection:
-    """AP (the primary metric), AP50 and AP75, in 0 .. 1; rows have the layer "pooled"."""
+class Detection(InTask[Config]):
+    """AP (the primary metric), AP50 and AP75, in 0 .. 1.
+
+    Rows have the layer "pooled"; there are none for pixels, which cannot be trained.
+    """
 
     primary_metric = "AP"
+    needs = Trainable
     own_images = True
 
-    def __init__(self, config: Config) -> None:
-        self.config = config
+    def check_data(self, train: DataSet, test: DataSet) -> None:
+        """Raise UserError if no folder is given."""
+        self.config.check_given("images with boxes")
 
-    def examine(self, subject: Subject) -> Iterator[Row]:
-        """Yield the scores, the mean loss of the last epoch, and the number of dropped and of clipped boxes.
-
-        Yields nothing for pixels, which cannot be trained. Runs one Ray task, on a GPU if there are any.
+    def rows(self, subject: Subject) -> list[Row]:
+        """Return the scores, the mean loss of the last epoch, and the number of dropped and of clipped boxes.
 
         Raises:
-            UserError: no folder is given, or it is not in the layout (see `raysl.probes._voc.read`), a split has no
-                boxes, the splits share images, the backbone has no maps, training has diverged, or pycocotools is not
-                installed.
+            UserError: a folder is not in the layout (see `raysl.probes._voc.read`), a split has no boxes, the splits
+                share images, the backbone has no maps, training has diverged, or pycocotools is not installed.
         """
-        if not isinstance(subject.encoder, Trainable):
-            return
-        folders = self.config.folders("detection", "images with boxes")
-        (rows,) = run_tasks(_measure, [(subject.encoder, self.config, folders, subject.seed)])
-        yield from rows
-
-
-def _measure(encoder: Trainable, config: Config, folders: tuple[Folder, ...], seed: int) -> list[Row]:
-    _pycocotools()
-    train, test = (_voc.union(folders, split) for split in config.splits)
-    _check(train, test, config)
-    # A class that only the test split has is never detected, and counts as 0.
-    classes = _voc.classes_of(train, test)
-    with torch.random.fork_rng():
-        torch.manual_seed(rng.key(seed, "detection") >> 1)
-        detector = _detector.build(encoder.network(), len(classes), config.sides, config.width).to(device())
-        losses = learn(detector, train, classes, config, seed)
-        scores = score(test, detect(detector, test), classes)
-    found = {
-        **scores,
-        "train_loss": losses[-1],
-        "dropped_boxes": sum(one.dropped for one in (*train, *test)),
-        "clipped_boxes": sum(one.clipped for one in (*train, *test)),
-    }
-    return [Row(name, float(value), LAYER) for name, value in found.items()]
+        assert isinstance(subject.encoder, Trainable)
+        _pycocotools()
+        config, seed = self.config, subject.seed
+        train, test = (_voc.union(config.folders, split) for split in config.splits)
+        _check(train, test, config)
+        # A class that only the test split has is never detected, and counts as 0.
+        classes = _voc.classes_of(train, test)
+        with torch.random.fork_rng():
+            torch.manual_seed(rng.key(seed, "detection") >> 1)
+            network = subject.encoder.network()
+            detector = _detector.build(network, len(classes), config.sides, config.width).to(device())
+            losses = learn(detector, train, classes, config, seed)
+            scores = score(test, detect(detector, test), classes)
+        found = {
+            **scores,
+            "train_loss": losses[-1],
+            "dropped_boxes": sum(one.dropped for one in (*train, *test)),
+            "clipped_boxes": sum(one.clipped for one in (*train, *test)),
+        }
+        return [Row(name, float(value), LAYER) for name, value in found.items()]
 
 
 def _check(train: Sequence[Picture], test: Sequence[Picture], config: Config) -> None:

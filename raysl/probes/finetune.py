@@ -8,18 +8,18 @@ probe plain momentum. On small data sets a few epochs give much the same result.
 
 from __future__ import annotations
 
-from collections.abc import Iterator
 from dataclasses import dataclass, field
 from typing import Annotated, ClassVar
 
 import numpy as np
 
+from raysl.dataset import DataSet
 from raysl.extraction import Trainable
 from raysl.fields import Bounds
 from raysl.optim import OptimConfig
 from raysl.probes import Row, Subject
 from raysl.probes._finetuning import FinetuningConfig, labels_of, measure
-from raysl.probes._task import run_tasks
+from raysl.probes._task import InTask
 
 
 @dataclass(frozen=True)
@@ -28,9 +28,6 @@ class Config(FinetuningConfig):
 
     version: ClassVar[int] = 1
     epochs: Annotated[int, Bounds(1, 10**6)] = 105
-    batch_size: Annotated[int, Bounds(2, 10**6)] = 256
-    head_lr: Annotated[float, Bounds(1e-9, 1e9)] = 1.0
-    min_scale: Annotated[float, Bounds(1e-6, 1)] = 0.08
     optim: OptimConfig = field(
         default_factory=lambda: OptimConfig(
             lr=0.1, weight_decay=0.0, schedule="step", milestones=(30 / 105, 60 / 105, 90 / 105, 100 / 105)
@@ -38,26 +35,22 @@ class Config(FinetuningConfig):
     )
 
 
-class Finetune:
-    """Top-1 of the trained network; its rows have the layer "pooled"."""
+class Finetune(InTask[Config]):
+    """Top-1 of the trained network, other accuracies, and the mean training loss of the last epoch.
+
+    Rows have the layer "pooled"; there are none for pixels, which cannot be trained.
+    """
 
     primary_metric = "top1"
+    needs = Trainable
     learns = True
 
-    def __init__(self, config: Config) -> None:
-        self.config = config
+    def check_data(self, train: DataSet, test: DataSet) -> None:
+        """Raise UserError if the images do not suit the probe; see `labels_of`."""
+        labels_of("finetune", train, test)
 
-    def examine(self, subject: Subject) -> Iterator[Row]:
-        """Yield accuracies and the mean training loss of the last epoch; nothing for pixels, which cannot be trained.
-
-        Runs one Ray task, on a GPU if there are any.
-
-        Raises:
-            UserError: the images do not suit the probe (see `labels_of`), or training has diverged.
-        """
-        if not isinstance(subject.encoder, Trainable):
-            return
-        labels = labels_of("finetune", subject)
+    def rows(self, subject: Subject) -> list[Row]:
+        """Return the rows. Raises UserError if training has diverged, or an image is damaged."""
+        labels = labels_of("finetune", subject.train, subject.test)
         everything_n = np.arange(len(labels[0]), dtype=np.int64)
-        (rows,) = run_tasks(measure, [("finetune", subject, self.config, everything_n, labels)])
-        yield from rows
+        return measure("finetune", subject, self.config, everything_n, labels)

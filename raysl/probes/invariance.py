@@ -35,13 +35,14 @@ from torch import Tensor
 from torch.nn.functional import normalize
 
 from raysl import pretext, rng
+from raysl.dataset import DataSet
 from raysl.errors import UserError
 from raysl.extraction import Heads, heads
 from raysl.feature_store.records import write_record
 from raysl.fields import Bounds
 from raysl.pretext import Geometry, Pretext, Transformed
-from raysl.probes import Integers, Labelled, Row, Settings, Subject, check_features, field_values
-from raysl.probes._task import device, run_tasks
+from raysl.probes import Integers, Labelled, Row, Settings, Subject, check_features, field_values, primary
+from raysl.probes._task import InTask, device
 from raysl.probes.linear import Config as LinearConfig
 from raysl.probes.linear import Linear
 from raysl.rng import ImageRng
@@ -91,7 +92,7 @@ class Config(Settings):
         return field_values(self) | {"dials": spelled}
 
 
-class Invariance:
+class Invariance(InTask[Config]):
     """Distances, the probability `closer` and read-outs of each transform, for every layer.
 
     Names of rows end in the name of the transform. The primary metric, `closer`, is the mean over the transforms: 1 for
@@ -104,25 +105,28 @@ class Invariance:
 
     primary_metric = "closer"
 
-    def __init__(self, config: Config) -> None:
-        self.config = config
+    def check_data(self, train: DataSet, test: DataSet) -> None:
+        """Raise UserError if there are fewer than four images."""
+        if test.num_images < 4:
+            raise UserError(
+                f"The probe invariance compares images and the test set has {test.num_images}. Give at least 4."
+            )
 
     def examine(self, subject: Subject) -> Iterator[Row]:
-        """Yield the rows of all layers. Runs one Ray task, on a GPU if there are any.
+        """Yield the rows. Raises UserError if a transform does not exist or does not suit the size of the view."""
+        self.transforms(subject)
+        yield from super().examine(subject)
 
-        Raises:
-            UserError: a transform does not exist or does not suit the size of the view, there are fewer than four
-                images, or the features are not finite.
-        """
+    def transforms(self, subject: Subject) -> dict[str, Pretext]:
+        """Return the transforms by name. Raises UserError as `examine`."""
         geometry = Geometry(subject.image_size, predicted=True, seed=subject.seed)
-        transforms = {name: pretext.build(name, {}, geometry) for name in self.config.transforms}
-        if subject.test.num_images < 4:
-            raise UserError(
-                f"The probe invariance compares images and the test set has {subject.test.num_images}. Give at least 4."
-            )
-        ((rows, counts),) = run_tasks(_measure, [(subject, self.config, transforms)])
+        return {name: pretext.build(name, {}, geometry) for name in self.config.transforms}
+
+    def rows(self, subject: Subject) -> list[Row]:
+        """Return the rows, and write the histogram. Raises UserError if the features are not finite."""
+        rows, counts = _measure(subject, self.config, self.transforms(subject))
         write_record(subject.folder, HISTOGRAM, {"edges": EDGES.tolist(), "counts": counts})
-        yield from rows
+        return rows
 
 
 def _measure(
@@ -287,7 +291,10 @@ def _readout(name: str, features_nd: Tensor, label_n: Tensor, labels: int, confi
     )
     if len(np.unique(learned.labels_n)) < 2:
         return []
-    return [Row(f"readout/{name}", _top1(learned, judged, config)), Row(f"chance/{name}", 1 / labels)]
+    return [
+        Row(f"readout/{name}", primary(Linear(config), learned, judged)),
+        Row(f"chance/{name}", 1 / labels),
+    ]
 
 
 def _readout_whether(name: str, plain_nd: Tensor, moved_nd: Tensor, config: LinearConfig) -> list[Row]:
@@ -298,13 +305,9 @@ def _readout_whether(name: str, plain_nd: Tensor, moved_nd: Tensor, config: Line
         for rows in (slice(half), slice(half, None))
     )
     return [
-        Row(f"readout_whether/{name}", _top1(learned, judged, config)),
+        Row(f"readout_whether/{name}", primary(Linear(config), learned, judged)),
         Row(f"chance_whether/{name}", 0.5),
     ]
-
-
-def _top1(learned: Labelled, judged: Labelled, config: LinearConfig) -> float:
-    return next(row.value for row in Linear(config).run(learned, judged) if row.name == Linear.primary_metric)
 
 
 def distances(one_nd: Tensor, other_nd: Tensor) -> Doubles:

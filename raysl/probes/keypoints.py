@@ -22,7 +22,7 @@ from __future__ import annotations
 
 import hashlib
 import math
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from functools import lru_cache
 from typing import Annotated, Any, ClassVar, Literal
@@ -32,13 +32,14 @@ from torch import Tensor
 from torch.nn.functional import adaptive_avg_pool2d, interpolate
 
 from raysl import rng
+from raysl.dataset import DataSet
 from raysl.errors import Unset, UserError
 from raysl.fields import Bounds
 from raysl.probes import Row, Settings, Subject, _poses, field_values
-from raysl.probes._dense import batches, check_finite, encode_maps, held_out
+from raysl.probes._images import batches, check_finite, held_out, load_maps
 from raysl.probes._poses import Figure, Figures
 from raysl.probes._ridge import Moments, Readout, fit
-from raysl.probes._task import device, run_tasks
+from raysl.probes._task import InTask, device
 from raysl.storage import Folder
 
 COMMAND = "raysl probe RUN --train clips:500#train --test clips:200#test --probes keypoints"
@@ -77,108 +78,108 @@ class Config(Settings):
     clip_frames: Annotated[int, Bounds(1, 10**6)] = 2
     max_figures: Annotated[int, Bounds(10, 10**7)] = 20_000
 
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        for name in ("train", "test"):  # Workers have another working directory.
+            if file := getattr(self, name):
+                object.__setattr__(self, name, str(Folder(file)))
+
     def settings(self) -> dict[str, Any]:
         """Return the settings with the hashes of the annotations in place of their files, and no folder of images."""
-        held = {name: _hash(value) if value else "" for name, value in vars(self).items() if name in _FILES}
+        held = {
+            name: _hash(file) if file else "" for name, file in (("train", self.train), ("test", self.test))
+        }
         return {**field_values(self), **held, "images": ""}
 
 
-_FILES = ("train", "test")
-
-
-class Keypoints:
+class Keypoints(InTask[Config]):
     """PCK at each threshold, the first of which is the primary metric, and their mean distance."""
 
     def __init__(self, config: Config) -> None:
-        self.config = config
+        super().__init__(config)
         self.own_images = config.train is not None
         self.primary_metric = f"PCK@{config.thresholds[0]:g}"
 
-    def examine(self, subject: Subject) -> Iterator[Row]:
-        """Yield PCK, PCK of each key point at the first threshold, and the mean distance, for each layer.
-
-        Runs one Ray task, on a GPU if there are any.
-
-        Raises:
-            UserError: no file is given, it cannot be read (see `raysl.probes._poses.read`), an image is missing, or a
-                layer has no map.
-        """
-        if not self.config.train and not subject.train.manifest.clips.get("keypoints"):
+    def check_data(self, train: DataSet, test: DataSet) -> None:
+        """Raise UserError if there are neither annotations nor clips with key points, or one set of clips twice."""
+        if self.config.train:
+            return
+        if not train.manifest.clips.get("keypoints"):
             raise Unset(
                 "The probe keypoints needs images with key points, and --train has none. Give --keypoints.train FILE, "
                 "annotations of COCO, MPII or DeepLabCut, or clips that have key points, such as --train clips:500 "
                 "--test clips:200#test."
             )
-        (rows,) = run_tasks(measure, [(subject, self.config)])
-        yield from rows
-
-
-def measure(subject: Subject, config: Config) -> list[Row]:
-    """Return the rows of each layer; see `Keypoints.examine`."""
-    names, train, test, images = _figures(subject, config)
-    place, size = device(), subject.image_size
-    views = (_poses.views(train[some], images, size)[0] for some in batches(len(train)))
-    encode = encode_maps(subject, views, place)
-
-    def seen(figures: Sequence[Figure]) -> tuple[dict[str, Tensor], Tensor, Tensor]:
-        made: dict[str, list[Tensor]] = {}
-        points, lengths = [], []
-        for some in batches(len(figures)):
-            images_bchw, points_bk2, lengths_b = _poses.views(figures[some], images, size)
-            with torch.inference_mode():
-                for layer, map_bdhw in encode(images_bchw.to(place)).items():
-                    made.setdefault(layer, []).append(_resized(map_bdhw.float(), config))
-            points.append(points_bk2)
-            lengths.append(lengths_b)
-        return (
-            {layer: torch.cat(parts) for layer, parts in made.items()},
-            torch.cat(points),
-            torch.cat(lengths),
-        )
-
-    maps_of, points_nk2, _ = seen(train)
-    tested_of, true_nk2, lengths_n = seen(test)
-    check_finite("keypoints", [*maps_of.values(), *tested_of.values()])
-    held_n = torch.tensor(held_out("keypoints", len(train)))
-    mean_k2 = points_nk2.nanmean(0).nan_to_num(0.5)
-    blind = scores(mean_k2.expand_as(true_nk2), true_nk2, lengths_n, names, config.thresholds)
-    rows = []
-    for layer, map_ndhw in maps_of.items():
-        said_nk2 = predicted(map_ndhw, points_nk2, held_n, tested_of[layer], config, mean_k2)
-        found = scores(said_nk2, true_nk2, lengths_n, names, config.thresholds)
-        rows += [Row(name, value, layer) for name, value in found.items()]
-        wanted = f"PCK@{config.thresholds[0]:g}"
-        rows.append(Row(wanted.replace("@", "_without_image@"), blind[wanted], layer))
-    return rows
-
-
-def _figures(
-    subject: Subject, config: Config
-) -> tuple[tuple[str, ...], list[Figure], list[Figure], Folder | None]:
-    """Return the names of the key points, the figures to learn from and to score, and the folder of their images."""
-    if not config.train:
-        found = [_poses.of_clips(one, config.clip_frames) for one in (subject.train, subject.test)]
-        if not all(found) or subject.train.manifest.fingerprint == subject.test.manifest.fingerprint:
+        if (
+            not test.manifest.clips.get("keypoints")
+            or train.manifest.fingerprint == test.manifest.fingerprint
+        ):
             raise UserError(
                 "The probe keypoints learns from the clips of --train and is scored on others. Give --test another "
                 "set of clips with key points, such as clips:200#test."
             )
-        learned, scored = (list(one.figures) for one in found if one)
-        return found[0].names if found[0] else (), _sample(learned, config), scored, None
+
+    def rows(self, subject: Subject) -> list[Row]:
+        """Return PCK, PCK of each key point at the first threshold, and the mean distance, for each layer.
+
+        Raises:
+            UserError: a file cannot be read (see `raysl.probes._poses.read`), an image is missing, or a layer has no
+                map.
+        """
+        config, size = self.config, subject.image_size
+        names, train, test, images = _figures(subject, config)
+        views = (_poses.views(train[some], images, size)[0] for some in batches(len(train)))
+        encode = load_maps(subject, views)
+
+        def seen(figures: Sequence[Figure]) -> tuple[dict[str, Tensor], Tensor, Tensor]:
+            made: dict[str, list[Tensor]] = {}
+            points, lengths = [], []
+            for some in batches(len(figures)):
+                images_bchw, points_bk2, lengths_b = _poses.views(figures[some], images, size)
+                with torch.inference_mode():
+                    for layer, map_bdhw in encode(images_bchw.to(device())).items():
+                        made.setdefault(layer, []).append(_resized(map_bdhw.float(), config))
+                points.append(points_bk2)
+                lengths.append(lengths_b)
+            maps = {layer: torch.cat(parts) for layer, parts in made.items()}
+            return maps, torch.cat(points), torch.cat(lengths)
+
+        maps_of, points_nk2, _ = seen(train)
+        tested_of, true_nk2, lengths_n = seen(test)
+        check_finite("keypoints", [*maps_of.values(), *tested_of.values()])
+        held_n = held_out("keypoints", len(train))
+        mean_k2 = points_nk2.nanmean(0).nan_to_num(0.5)
+        blind = scores(mean_k2.expand_as(true_nk2), true_nk2, lengths_n, names, config.thresholds)
+        without_image = self.primary_metric.replace("@", "_without_image@")
+        rows = []
+        for layer, map_ndhw in maps_of.items():
+            said_nk2 = predicted(map_ndhw, points_nk2, held_n, tested_of[layer], config, mean_k2)
+            found = scores(said_nk2, true_nk2, lengths_n, names, config.thresholds)
+            rows += [Row(name, value, layer) for name, value in found.items()]
+            rows.append(Row(without_image, blind[self.primary_metric], layer))
+        return rows
+
+
+def _figures(
+    subject: Subject, config: Config
+) -> tuple[tuple[str, ...], Sequence[Figure], Sequence[Figure], Folder | None]:
+    """Return the names of the key points, the figures to learn from and to score, and the folder of their images."""
+    if not config.train:
+        seen, unseen = (_poses.of_clips(one, config.clip_frames) for one in (subject.train, subject.test))
+        return seen.names, _sample(seen.figures, config), unseen.figures, None
     folder, file = _split(config.train)
     train = _poses.read(folder, file, config.reference)
     images = Folder(config.images) if _is_full(config.images) else folder / config.images
-    if config.test:
-        test = _poses.read(*_split(config.test), config.reference)
-        if test.names != train.names:
-            raise UserError(
-                f"The annotations {config.train!r} and {config.test!r} name other key points: {train.names} and "
-                f"{test.names}. Give two files of one kind."
-            )
-        learned, scored = list(train.figures), list(test.figures)
-    else:
+    if not config.test:
         learned, scored = _parted(train)
-    return train.names, _sample(learned, config), scored, images
+        return train.names, _sample(learned, config), scored, images
+    test = _poses.read(*_split(config.test), config.reference)
+    if test.names != train.names:
+        raise UserError(
+            f"The annotations {config.train!r} and {config.test!r} name other key points: {train.names} and "
+            f"{test.names}. Give two files of one kind."
+        )
+    return train.names, _sample(train.figures, config), test.figures, images
 
 
 def _sample(figures: Sequence[Figure], config: Config) -> list[Figure]:

@@ -22,24 +22,21 @@ from typing import Annotated, Any, ClassVar
 
 import numpy as np
 import numpy.typing as npt
-import torch
 from torch import Tensor
 
 from raysl import pretext, rng
 from raysl.augment import recipe
-from raysl.backbone import norm
+from raysl.dataset import DataSet
 from raysl.errors import UserError
-from raysl.extraction import load_reestimated
 from raysl.fields import Bounds
 from raysl.pretext import Geometry
-from raysl.probes import REESTIMATED, Row, Settings, Subject, check_features
-from raysl.probes._dense import batches
-from raysl.probes._task import device, run_tasks
+from raysl.probes import Floats, Row, Settings, Subject, check_features
+from raysl.probes._images import batches, features, load
+from raysl.probes._task import InTask
+from raysl.probes.collapse import rankme
 from raysl.rng import ImageRng
 from raysl.stream import decode
 from raysl.stream.views import View
-
-_EPS = 1e-7
 
 
 @dataclass(frozen=True)
@@ -66,67 +63,49 @@ class Config(Settings):
         recipe(self.augmentation)
 
 
-class Lidar:
+class Lidar(InTask[Config]):
     """LiDAR, the primary metric, and its share of the largest possible value."""
 
     primary_metric = "lidar"
 
-    def __init__(self, config: Config) -> None:
-        self.config = config
-
-    def examine(self, subject: Subject) -> Iterator[Row]:
-        """Yield LiDAR of each layer. Runs one Ray task, on a GPU if there are any.
-
-        Raises:
-            UserError: there is only one image, or the features are not finite.
-        """
-        if subject.test.num_images < 2:
+    def check_data(self, train: DataSet, test: DataSet) -> None:
+        """Raise UserError if there is only one image."""
+        if test.num_images < 2:
             raise UserError("The probe lidar compares images and has only one. Give more images.")
-        (rows,) = run_tasks(_measure, [(subject, self.config)])
-        yield from rows
 
+    def rows(self, subject: Subject) -> list[Row]:
+        """Return LiDAR of each layer. Raises UserError if the features are not finite."""
+        config, count = self.config, min(self.config.images, subject.test.num_images)
+        order_n = rng.generator("lidar").permutation(subject.test.num_images)
+        files = subject.test.read(np.sort(order_n[:count]), ("image",)).column("image").to_pylist()
+        encode = load(subject, self._views(subject, files, 0))
+        scatter: dict[str, Scatter] = {}
+        for some in batches(count):
+            made: dict[str, list[Floats]] = {}
+            for number in range(config.views):
+                seen = self._views(subject, files[some], number, some.start)
+                for layer, values_bd in features(encode, seen).items():
+                    made.setdefault(layer, []).append(values_bd)
+            for layer in subject.layers:
+                views_bqd = np.stack(made[layer], 1)
+                check_features(views_bqd.reshape(len(views_bqd), -1), "test")
+                scatter.setdefault(layer, Scatter(views_bqd.shape[2])).add(views_bqd.astype(np.float64))
+        rows = []
+        for layer, found in scatter.items():
+            value, most = found.lidar(config.delta), min(count - 1, len(found.mean_d))
+            rows += [Row("lidar", value, layer), Row("lidar_share", value / most, layer)]
+        return rows
 
-def _measure(subject: Subject, config: Config) -> list[Row]:
-    count = min(config.images, subject.test.num_images)
-    order_n = rng.generator("lidar").permutation(subject.test.num_images)
-    files = subject.test.read(np.sort(order_n[:count]), ("image",)).column("image").to_pylist()
-    place = device()
-    if subject.bn_statistics == REESTIMATED:
-        seen = _views(subject, config, files[: max(2, norm.STATISTICS_IMAGES)], 0)
-        encode = load_reestimated(subject.encoder, seen, place, list(subject.layers))
-    else:
-        encode = subject.encoder.load(place, subject.layers)
-    scatter: dict[str, Scatter] = {}
-    for some in batches(count):
-        made: dict[str, list[Tensor]] = {}
-        for number in range(config.views):
-            (images_bchw,) = _views(subject, config, files[some], number, some.start)
-            with torch.inference_mode():
-                for layer, values_bd in encode(images_bchw.to(place)).items():
-                    made.setdefault(layer, []).append(values_bd.float().cpu())
-        for layer in subject.layers:
-            views_bqd = torch.stack(made[layer], 1).numpy()
-            check_features(views_bqd.reshape(len(views_bqd), -1), "test")
-            scatter.setdefault(layer, Scatter(views_bqd.shape[2])).add(views_bqd.astype(np.float64))
-    rows = []
-    for layer, found in scatter.items():
-        value, most = found.lidar(config.delta), min(count - 1, len(found.mean_d))
-        rows += [Row("lidar", value, layer), Row("lidar_share", value / most, layer)]
-    return rows
-
-
-def _views(
-    subject: Subject, config: Config, files: list[bytes], number: int, start: int = 0
-) -> Iterator[Tensor]:
-    """Yield one augmented view of images, uint8 (b, 3, s, s), in batches."""
-    geometry = Geometry(subject.image_size, min_scale=config.min_scale, seed=subject.seed)
-    view = View(pretext.build("identity", {}, geometry), recipe(config.augmentation))
-    for some in batches(len(files)):
-        indices = np.arange(start + some.start, start + some.stop, dtype=np.int64)
-        image_rng = ImageRng(0, np.full(len(indices), number, np.int64), indices, "lidar")
-        yield view(
-            decode.cut(files[some], {"view": view.source}, image_rng)["view"], image_rng.named("view")
-        ).crops_bpchw[:, 0]
+    def _views(self, subject: Subject, files: list[bytes], number: int, start: int = 0) -> Iterator[Tensor]:
+        """Yield one augmented view of images, uint8 (b, 3, s, s), in batches."""
+        geometry = Geometry(subject.image_size, min_scale=self.config.min_scale, seed=subject.seed)
+        view = View(pretext.build("identity", {}, geometry), recipe(self.config.augmentation))
+        for some in batches(len(files)):
+            indices = np.arange(start + some.start, start + some.stop, dtype=np.int64)
+            image_rng = ImageRng(0, np.full(len(indices), number, np.int64), indices, "lidar")
+            yield view(
+                decode.cut(files[some], {"view": view.source}, image_rng)["view"], image_rng.named("view")
+            ).crops_bpchw[:, 0]
 
 
 class Scatter:
@@ -163,5 +142,4 @@ class Scatter:
         lambda_d = np.linalg.eigvalsh(np.linalg.solve(lower_dd, half_dd.T)).clip(min=0)
         if lambda_d.sum() <= 1e-12:
             return 0.0
-        share_d = lambda_d / lambda_d.sum() + _EPS
-        return float(np.exp(-(share_d * np.log(share_d)).sum()))
+        return rankme(lambda_d)

@@ -33,9 +33,8 @@ from raysl.extraction.heads import trained_model
 from raysl.fields import Bounds
 from raysl.pretext._sound import spectrogram
 from raysl.probes import REESTIMATED, Row, Settings, Subject
-from raysl.probes._dense import cell_offset
-from raysl.probes._poses import spaced
-from raysl.probes._task import device, run_tasks
+from raysl.probes._images import cell_offset, spaced
+from raysl.probes._task import InTask, device
 from raysl.stream import decode
 
 COMMAND = "raysl probe RUN --train clips:500#train --test clips:200#test --probes localisation"
@@ -71,37 +70,28 @@ class Moments:
     boxes_b24: npt.NDArray[np.float64]
 
 
-class Localisation:
+class Localisation(InTask[Config]):
     """Share of frames in which the peak of the map lies in the box of the sounding object, the primary metric."""
 
     primary_metric = "peak_in_box"
+    needs = Trained
 
-    def __init__(self, config: Config) -> None:
-        self.config = config
-
-    def examine(self, subject: Subject) -> Iterator[Row]:
-        """Yield the shares, with the layer "heads". Runs one Ray task, on a GPU if there are any.
-
-        Raises:
-            UserError: the clips do not say what sounds, or the run has no map of sound.
-        """
-        if "sounding" not in subject.test.manifest.clips.get("columns", []):
+    def check_data(self, train: DataSet, test: DataSet) -> None:
+        """Raise UserError if the clips do not say what sounds."""
+        if "sounding" not in test.manifest.clips.get("columns", []):
             raise Unset(
-                f"The probe localisation needs clips that say which object sounds, and {str(subject.test.folder)!r} "
-                "does not. Give --test clips:200#test."
+                f"The probe localisation needs clips that say which object sounds, and {str(test.folder)!r} does not. "
+                "Give --test clips:200#test."
             )
-        if isinstance(subject.encoder, Trained):
-            (rows,) = run_tasks(_measure, [(subject, self.config)])
-            yield from rows
 
-
-def _measure(subject: Subject, config: Config) -> list[Row]:
-    assert isinstance(subject.encoder, Trained)
-    return measure(trained_model(subject.encoder).to(device()), subject, config)
+    def rows(self, subject: Subject) -> list[Row]:
+        """Return the rows of a run. Raises UserError if it has no map of sound."""
+        assert isinstance(subject.encoder, Trained)
+        return measure(trained_model(subject.encoder).to(device()), subject, self.config)
 
 
 def measure(model: Any, subject: Subject, config: Config) -> list[Row]:
-    """Return the rows of a model; see `Localisation.examine`.
+    """Return the rows of a model; see `Localisation.rows`.
 
     Args:
         model: a `raysl.model.Model` in eval mode.
@@ -116,16 +106,14 @@ def measure(model: Any, subject: Subject, config: Config) -> list[Row]:
     size, window_s = subject.image_size, model.objective.config.window_s
     if subject.bn_statistics == REESTIMATED:
         count = max(1, norm.STATISTICS_IMAGES // (_PART_CLIPS * config.frames))
-        seen = (one.frames_bchw for one in moments(subject.train, size, config.frames, window_s))
-        norm.reestimate(model.backbone, (one.to(device()) for one in islice(seen, count)))
+        seen = islice(moments(subject.train, size, config.frames, window_s), count)
+        norm.reestimate(model.backbone, (one.frames_bchw.to(device()) for one in seen))
     offset = cell_offset(model.backbone, size)
     maps, boxes = [], []
     for one in moments(subject.test, size, config.frames, window_s):
         with torch.inference_mode():
-            frames_bpchw, sounds_bpchw = (
-                part.to(device())[:, None] for part in (one.frames_bchw, one.sounds_bchw)
-            )
-            maps.append(model.objective.sound_map(model.backbone, frames_bpchw, sounds_bpchw).float().cpu())
+            views = (part.to(device())[:, None] for part in (one.frames_bchw, one.sounds_bchw))
+            maps.append(model.objective.sound_map(model.backbone, *views).float().cpu())
         boxes.append(one.boxes_b24)
     if not maps:
         raise UserError("No frame of the test clips shows the object that sounds. Give other clips.")
@@ -168,7 +156,7 @@ def peaks(map_bhw: Tensor, offset: float) -> npt.NDArray[np.float64]:
 
     Args:
         map_bhw: similarity of the sound with each place.
-        offset: see `raysl.probes._dense.cell_offset`.
+        offset: see `raysl.probes._images.cell_offset`.
     """
     cells_2 = np.array(map_bhw.shape[1:])
     fine_bhw = interpolate(map_bhw[:, None], scale_factor=8, mode="bilinear")[:, 0]

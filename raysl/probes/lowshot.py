@@ -17,7 +17,7 @@ import numpy as np
 from raysl import rng
 from raysl.errors import UserError
 from raysl.fields import Bounds
-from raysl.probes import Integers, Labelled, Row, Settings, check, presence
+from raysl.probes import Integers, Labelled, Row, Settings, check, of_each_class, presence
 from raysl.probes.svm import Doubles, fitted, one_solver, unit_rows
 
 
@@ -82,10 +82,6 @@ class Lowshot:
 
 
 def chosen(labels_n: Integers, k: int, sample: int) -> Integers:
-    """Return int64 (k * classes,), sorted: k images of each class.
-
-    A smaller k chooses some of those of a larger one.
-    """
+    """Return int64 (k * classes,), sorted: k images of each class."""
     order_n = rng.generator("lowshot", sample).permutation(len(labels_n))
-    picked = [order_n[labels_n[order_n] == c][:k] for c in np.unique(labels_n)]
-    return np.sort(np.concatenate(picked))
+    return of_each_class(order_n, labels_n, lambda count: k)

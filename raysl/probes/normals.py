@@ -18,9 +18,11 @@ is shorter than 0.5 or longer than 1.5, or not finite, has no normal and is not 
 
 from __future__ import annotations
 
+import hashlib
 import io
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
+from functools import lru_cache, partial
 from typing import Annotated, Any, ClassVar
 
 import numpy as np
@@ -29,18 +31,19 @@ from PIL import Image
 from torch import Tensor
 from torch.nn.functional import interpolate, normalize
 
+from raysl.dataset import DataSet
 from raysl.errors import Unset, UserError
 from raysl.extraction import EncodeMaps
 from raysl.fields import Bounds
 from raysl.probes import Row, Settings, Subject, field_values
-from raysl.probes._dense import batches, check_finite, encode_maps, held_out
-from raysl.probes._pairs import Pair, fingerprint, of_columns, pairs
+from raysl.probes._images import batches, check_finite, held_out, load_maps
 from raysl.probes._ridge import Moments, Readout, fit
-from raysl.probes._task import device, run_tasks
+from raysl.probes._task import InTask, device
 from raysl.storage import Folder
 from raysl.stream import decode
 
 IMAGES, NORMALS = "images", "normals"
+_SPLITS = ("train", "test")
 COMMAND = "raysl probe RUN --train clips:500#train --test clips:200#test --probes normals"
 
 WITHIN = (11.25, 22.5, 30.0)
@@ -63,79 +66,139 @@ class Config(Settings):
     data: str | None = None
     side: Annotated[int, Bounds(1, 1024)] = 32
 
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        if self.data:  # Workers have another working directory.
+            object.__setattr__(self, "data", str(Folder(self.data)))
+
     def settings(self) -> dict[str, Any]:
         """Return the settings with the fingerprint of the images in place of their folder."""
-        found = fingerprint(Folder(self.data), (IMAGES, NORMALS)) if self.data else None
+        found = fingerprint(Folder(self.data)) if self.data else None
         return {**field_values(self), "data": found}
 
 
-class Normals:
+class Normals(InTask[Config]):
     """Shares of pixels within 11.25 (the primary metric), 22.5 and 30 degrees, and the mean and median angle."""
 
     primary_metric = "within/11.25"
 
     def __init__(self, config: Config) -> None:
-        self.config = config
+        super().__init__(config)
         self.own_images = config.data is not None
 
-    def examine(self, subject: Subject) -> Iterator[Row]:
-        """Yield the angle statistics of each layer. Runs one Ray task, on a GPU if there are any.
-
-        Raises:
-            UserError: no folder is given, it is not in the layout, a file is damaged, or a layer has no map.
-        """
-        columns = [one.manifest.clips.get("columns", []) for one in (subject.train, subject.test)]
-        if not self.config.data and not all(NORMALS in one for one in columns):
+    def check_data(self, train: DataSet, test: DataSet) -> None:
+        """Raise UserError if there is neither a folder nor clips with normals, or one set of clips twice."""
+        if self.config.data:
+            return
+        if not all(NORMALS in one.manifest.clips.get("columns", []) for one in (train, test)):
             raise Unset(
                 "The probe normals needs images with maps of surface normals, and --train or --test has none. Give "
                 "--normals.data FOLDER, a folder with train/images, train/normals, test/images and test/normals, or "
                 "clips that have normals, such as --train clips:500 --test clips:200#test."
             )
-        (rows,) = run_tasks(measure, [(subject, self.config)])
-        yield from rows
+        if train.manifest.fingerprint == test.manifest.fingerprint:
+            raise UserError(
+                "The probe normals learns from the clips of --train and is scored on others. Give --test another set "
+                "of clips, such as clips:200#test."
+            )
+
+    def rows(self, subject: Subject) -> list[Row]:
+        """Return the angle statistics of each layer.
+
+        Raises:
+            UserError: the folder is not in the layout, a file is damaged, or a layer has no map.
+        """
+        config, size, place = self.config, subject.image_size, device()
+        if config.data:
+            train, test = (pairs(Folder(config.data) / split) for split in _SPLITS)
+        else:
+            train, test = (_pairs_of_clips(one) for one in (subject.train, subject.test))
+        views = (decode.squashed([one.image() for one in train[some]], size) for some in batches(len(train)))
+        encode = load_maps(subject, views)
+        moments: dict[str, tuple[Moments, Moments]] = {}
+        held_n = held_out("normals", len(train)).to(place)
+        for some in batches(len(train)):
+            truth_b3hw = torch.cat([_grid(normals_of(one), config.side) for one in train[some]]).to(place)
+            for layer, map_bdhw in _maps(encode, train[some], size, config.side, place).items():
+                d = map_bdhw.shape[1]
+                parts = moments.setdefault(layer, (Moments(d, 3, place), Moments(d, 3, place)))
+                for part, chosen_b in zip(parts, (~held_n[some], held_n[some]), strict=True):
+                    part.add(*_places(map_bdhw[chosen_b], truth_b3hw[chosen_b]))
+        of_one_layer = next(iter(moments.values()))
+        if not sum(part.rows for part in of_one_layer):
+            raise UserError("No pixel of the training images has a normal. Check train/normals.")
+        readouts = {layer: fit(*parts) for layer, parts in moments.items()}
+        mean_3 = torch.as_tensor(sum(part.targets_dk[-1] for part in of_one_layer)).float()
+        blind, counts_of = _judged(encode, readouts, test, (size, config.side), mean_3)
+        if not blind.sum():
+            raise UserError("No pixel of the test images has a normal. Check test/normals.")
+        rows = []
+        for layer, counts in counts_of.items():
+            rows += [Row(name, value, layer) for name, value in statistics(counts).items()]
+            rows.append(Row("mean_angle_without_image", statistics(blind)["mean_angle"], layer))
+            rows.append(Row("penalty", readouts[layer][1], layer))
+        return rows
 
 
-def measure(subject: Subject, config: Config) -> list[Row]:
-    """Return the rows of each layer; see `Normals.examine`."""
-    train, test = _pairs_of(subject, config)
-    place, size = device(), subject.image_size
-    views = (decode.squashed([one.image() for one in train[some]], size) for some in batches(len(train)))
-    encode = encode_maps(subject, views, place)
-    moments: dict[str, tuple[Moments, Moments]] = {}
-    held = held_out("normals", len(train))
-    for some in batches(len(train)):
-        truth_b3hw = torch.cat([_grid(normals_of(one), config.side) for one in train[some]]).to(place)
-        for layer, map_bdhw in _maps(encode, train[some], size, config.side, place).items():
-            d = map_bdhw.shape[1]
-            parts = moments.setdefault(layer, (Moments(d, 3, place), Moments(d, 3, place)))
-            for kind in (0, 1):
-                chosen = torch.tensor([one == bool(kind) for one in held[some]], device=place)
-                parts[kind].add(*_rows(map_bdhw[chosen], truth_b3hw[chosen]))
-    if not sum(part.rows for part in next(iter(moments.values()))):
-        raise UserError("No pixel of the training images has a normal. Check train/normals.")
-    readouts = {layer: fit(*parts) for layer, parts in moments.items()}
-    mean_3 = sum(part.targets_dk[-1] for part in next(iter(moments.values())))
-    blind, counts_of = _judged(encode, readouts, test, (size, config.side), torch.as_tensor(mean_3).float())
-    if not blind.sum():
-        raise UserError("No pixel of the test images has a normal. Check test/normals.")
-    rows = []
-    for layer, counts in counts_of.items():
-        rows += [Row(name, value, layer) for name, value in statistics(counts).items()]
-        rows.append(Row("mean_angle_without_image", statistics(blind)["mean_angle"], layer))
-        rows.append(Row("penalty", readouts[layer][1], layer))
-    return rows
+@dataclass(frozen=True)
+class Pair:
+    """An image and its map of normals, which are read when they are used.
+
+    Args:
+        image: returns the encoded image.
+        map: returns the content of the map.
+        map_name: name of the map, for messages; its ending is its format.
+    """
+
+    image: Callable[[], bytes]
+    map: Callable[[], bytes]
+    map_name: str
 
 
-def _pairs_of(subject: Subject, config: Config) -> list[list[Pair]]:
-    """Return the images to learn from and those to score, with their normals."""
-    if config.data:
-        return [pairs(Folder(config.data) / split, (IMAGES, NORMALS)) for split in ("train", "test")]
-    if subject.train.manifest.fingerprint == subject.test.manifest.fingerprint:
+def pairs(folder: Folder) -> list[Pair]:
+    """Return the images of a split with their maps of normals, sorted by name.
+
+    Raises:
+        UserError: there are no images, or an image has no map.
+    """
+    images, maps = (
+        {name.rpartition(".")[0] or name: name for name in place.list() if not name.startswith(".")}
+        for place in (folder / IMAGES, folder / NORMALS)
+    )
+    if not images:
+        layout = ", ".join(f"{split}/{name}" for split in _SPLITS for name in (IMAGES, NORMALS))
+        raise UserError(f"There are no images in {str(folder / IMAGES)!r}. Give a folder with {layout}.")
+    if missing := sorted(images.keys() - maps.keys()):
         raise UserError(
-            "The probe normals learns from the clips of --train and is scored on others. Give --test another set of "
-            "clips, such as clips:200#test."
+            f"{len(missing)} images in {str(folder / IMAGES)!r} have no file of their name in {NORMALS!r}, the first "
+            f"being {images[missing[0]]!r}. Add these files, or remove the images."
         )
-    return [of_columns(one, "image", NORMALS) for one in (subject.train, subject.test)]
+    read_image, read_map = (folder / IMAGES).read, (folder / NORMALS).read
+    return [
+        Pair(partial(read_image, images[stem]), partial(read_map, maps[stem]), f"{NORMALS}/{maps[stem]}")
+        for stem in sorted(images)
+    ]
+
+
+def _pairs_of_clips(data: DataSet) -> list[Pair]:
+    """Return the pictures of clips with their maps of normals, in memory; the maps are PNG."""
+    table = data.read(np.arange(data.num_images, dtype=np.int64), ("image", NORMALS))
+    columns = (table.column(name).to_pylist() for name in ("image", NORMALS))
+    return [
+        Pair(partial(bytes, image), partial(bytes, normals), f"{NORMALS} of row {row}")
+        for row, (image, normals) in enumerate(zip(*columns, strict=True))
+    ]
+
+
+@lru_cache(maxsize=8)
+def fingerprint(folder: Folder) -> str:
+    """Return a hash of all files of both splits, without decoding them. Raises UserError as `pairs`."""
+    digest = hashlib.blake2b(digest_size=16)
+    for split in _SPLITS:
+        for one in pairs(folder / split):
+            for part in (split.encode(), one.map_name.encode(), one.image(), one.map()):
+                digest.update(len(part).to_bytes(8, "little") + part)
+    return digest.hexdigest()
 
 
 def _judged(
@@ -180,7 +243,7 @@ def _maps(
     return {layer: one.clone() for layer, one in found.items()}
 
 
-def _rows(map_bdhw: Tensor, truth_b3hw: Tensor) -> tuple[Tensor, Tensor]:
+def _places(map_bdhw: Tensor, truth_b3hw: Tensor) -> tuple[Tensor, Tensor]:
     """Return the features (n, d) and the normals (n, 3) of all places that have a normal."""
     features_nd = map_bdhw.movedim(1, -1).flatten(0, 2)
     truth_n3 = truth_b3hw.movedim(1, -1).flatten(0, 2)
@@ -194,7 +257,7 @@ def normals_of(pair: Pair) -> Tensor:
     Raises:
         UserError: the file is damaged or has another form.
     """
-    data, name = pair.target(), pair.target_name
+    data, name = pair.map(), pair.map_name
     try:
         values_hwc = np.load(io.BytesIO(data)) if name.endswith(".npy") else _png(data)
     except (OSError, ValueError, SyntaxError) as error:

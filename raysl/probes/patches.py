@@ -25,17 +25,13 @@ import numpy.typing as npt
 import torch
 from torch import Tensor
 
-from raysl import extraction, rng
-from raysl.backbone import norm
-from raysl.clips import Clips
+from raysl import rng
 from raysl.dataset import DataSet
 from raysl.errors import Unset, UserError
-from raysl.extraction import Encode
 from raysl.fields import Bounds
-from raysl.probes import REESTIMATED, Floats, Integers, Row, Settings, Subject, check_features, common_labels
-from raysl.probes._dense import batches
-from raysl.probes._poses import spaced
-from raysl.probes._task import device, run_tasks
+from raysl.probes import Floats, Integers, Row, Settings, Subject, check_features, common_labels
+from raysl.probes._images import batches, each_clip, features, load, seen_points, spaced
+from raysl.probes._task import InTask
 from raysl.probes.retrieval import nearest
 from raysl.stream import decode
 
@@ -78,52 +74,51 @@ class Pieces:
     places_n2: npt.NDArray[np.float64]
     points_nk2: npt.NDArray[np.float32] | None = None
 
+    def batches(self) -> Iterator[Tensor]:
+        """Yield the views in batches."""
+        return (self.views_nchw[some] for some in batches(len(self.views_nchw)))
 
-class Patches:
+
+class Patches(InTask[Config]):
     """Precision at each k, the first of which is the primary metric, and distances of places or poses."""
 
     def __init__(self, config: Config) -> None:
-        self.config = config
+        super().__init__(config)
         self.primary_metric = f"precision/k={config.ks[0]}"
 
-    def examine(self, subject: Subject) -> Iterator[Row]:
-        """Yield the rows of each layer. Runs one Ray task, on a GPU if there are any.
-
-        Raises:
-            UserError: frames of images are asked for, there are no labels, or there is only one image.
-        """
-        labels = common_labels(subject.train, subject.test)
-        if self.config.of == "frames" and not (subject.train.manifest.clips and subject.test.manifest.clips):
+    def check_data(self, train: DataSet, test: DataSet) -> None:
+        """Raise UserError if frames of images are asked for, there are no labels, or there is only one image."""
+        common_labels(train, test)
+        if self.config.of == "frames" and not (train.manifest.clips and test.manifest.clips):
             raise Unset(
                 "--patches.of frames needs clips, and the data are images. Give clips, or --patches.of patches."
             )
-        if subject.train.num_images < 2:
+        if train.num_images < 2:
             raise UserError("The probe patches compares images and has only one. Give more images.")
-        (rows,) = run_tasks(measure, [(subject, self.config, labels)])
-        yield from rows
 
-
-def measure(subject: Subject, config: Config, labels: tuple[Integers, Integers]) -> list[Row]:
-    """Return the rows of each layer; see `Patches.examine`."""
-    gallery, queries = (pieces(data, subject.image_size, config) for data in (subject.train, subject.test))
-    same = subject.train.manifest.fingerprint == subject.test.manifest.fingerprint
-    encode = _encoder(subject, gallery)
-    found = [features(encode, one.views_nchw) for one in (gallery, queries)]
-    asked_n, known_n = labels[1][queries.sources_n], labels[0][gallery.sources_n]
-    most = max(1, len(known_n) - config.per_image * same)
-    rows = []
-    for layer in subject.layers:
-        for values, kind in zip(found, ("train", "test"), strict=True):
-            check_features(values[layer], kind)
-        index_nk = neighbours(
-            found[1][layer], found[0][layer], min(max(config.ks), most), queries, gallery, same
-        )
-        for k in config.ks:
-            right_nk = known_n[index_nk[:, :k]] == asked_n[:, None]
-            rows.append(Row(f"precision/k={k}", float(right_nk.mean()), layer))
-        rows.append(Row("chance", _chance(asked_n, known_n), layer))
-        rows += [Row(*item, layer) for item in _distances(queries, gallery, index_nk[:, 0]).items()]
-    return rows
+    def rows(self, subject: Subject) -> list[Row]:
+        """Return the rows of each layer. Raises UserError if the features are not finite."""
+        config, size = self.config, subject.image_size
+        gallery, queries = (pieces(data, size, config) for data in (subject.train, subject.test))
+        same = subject.train.manifest.fingerprint == subject.test.manifest.fingerprint
+        order_n = rng.generator("patches", "statistics").permutation(len(gallery.views_nchw))
+        encode = load(subject, (gallery.views_nchw[order_n[some]] for some in batches(len(order_n))))
+        known_of, asked_of = (features(encode, one.batches()) for one in (gallery, queries))
+        known_n, asked_n = common_labels(subject.train, subject.test)
+        known_n, asked_n = known_n[gallery.sources_n], asked_n[queries.sources_n]
+        k = min(max(config.ks), max(1, len(known_n) - config.per_image * same))
+        rows = []
+        for layer in subject.layers:
+            check_features(known_of[layer], "train")
+            check_features(asked_of[layer], "test")
+            index_nk = neighbours(asked_of[layer], known_of[layer], k, queries, gallery, same)
+            found = {
+                f"precision/k={k}": float((known_n[index_nk[:, :k]] == asked_n[:, None]).mean())
+                for k in config.ks
+            }
+            found |= {"chance": _chance(asked_n, known_n), **_distances(queries, gallery, index_nk[:, 0])}
+            rows += [Row(name, value, layer) for name, value in found.items()]
+        return rows
 
 
 def pieces(data: DataSet, size: int, config: Config) -> Pieces:
@@ -151,36 +146,14 @@ def _frames(data: DataSet, chosen_n: Integers, size: int, config: Config) -> Pie
     has_points = "keypoints" in data.manifest.clips.get("columns", [])
     columns = ["frames", "times", *(["keypoints"] if has_points else [])]
     views, sources, points = [], [], []
-    for first in range(0, len(chosen_n), _PART):
-        clips = Clips(data.read(chosen_n[first : first + _PART], columns))
-        for row in range(len(clips)):
-            numbers = spaced(clips.num_frames(row), config.per_image)
-            views.append(decode.centre([clips.frame(row, number) for number in numbers], size))
-            sources += [chosen_n[first + row]] * len(numbers)
-            if has_points:
-                points_nk3 = clips.keypoints(row)[numbers].copy()
-                points_nk3[points_nk3[..., 2] == 0] = np.nan
-                points.append(points_nk3[..., :2])
+    for index, clips, row in each_clip(data, columns, chosen_n):
+        numbers = spaced(clips.num_frames(row), config.per_image)
+        views.append(decode.centre([clips.frame(row, number) for number in numbers], size))
+        sources += [index] * len(numbers)
+        if has_points:
+            points.append(seen_points(clips, row)[numbers])
     middles_n2 = np.full((len(sources), 2), 0.5)
     return Pieces(torch.cat(views), np.array(sources), middles_n2, np.concatenate(points) if points else None)
-
-
-def _encoder(subject: Subject, gallery: Pieces) -> Encode:
-    if subject.bn_statistics != REESTIMATED:
-        return subject.encoder.load(device(), subject.layers)
-    some = gallery.views_nchw[rng.generator("patches", "statistics").permutation(len(gallery.views_nchw))]
-    views = torch.split(some[: norm.STATISTICS_IMAGES], 64)
-    return extraction.load_reestimated(subject.encoder, views, device(), list(subject.layers))
-
-
-def features(encode: Encode, views_nchw: Tensor) -> dict[str, Floats]:
-    """Return float32 (n, d) of every piece by layer."""
-    made: dict[str, list[Tensor]] = {}
-    for some in batches(len(views_nchw)):
-        with torch.inference_mode():
-            for layer, values_bd in encode(views_nchw[some].to(device())).items():
-                made.setdefault(layer, []).append(values_bd.float().cpu())
-    return {layer: torch.cat(parts).numpy() for layer, parts in made.items()}
 
 
 def neighbours(

@@ -16,16 +16,15 @@ from collections.abc import Iterator
 from dataclasses import dataclass, field
 from typing import Annotated, ClassVar
 
-import numpy as np
-
 from raysl import rng
+from raysl.dataset import DataSet
 from raysl.errors import UserError
 from raysl.extraction import Trainable
 from raysl.fields import Bounds
 from raysl.optim import OptimConfig
-from raysl.probes import Integers, Row, Subject
+from raysl.probes import Integers, Row, Subject, of_each_class
 from raysl.probes._finetuning import FinetuningConfig, labels_of, measure
-from raysl.probes._task import run_tasks
+from raysl.probes._task import InTask, run_tasks
 
 
 @dataclass(frozen=True)
@@ -39,9 +38,6 @@ class Config(FinetuningConfig):
 
     version: ClassVar[int] = 1
     epochs: Annotated[int, Bounds(1, 10**6)] = 70
-    batch_size: Annotated[int, Bounds(2, 10**6)] = 256
-    head_lr: Annotated[float, Bounds(1e-9, 1e9)] = 1.0
-    min_scale: Annotated[float, Bounds(1e-6, 1)] = 0.08
     optim: OptimConfig = field(
         default_factory=lambda: OptimConfig(lr=0.01, weight_decay=0.0, schedule="step", milestones=(30 / 70,))
     )
@@ -53,14 +49,18 @@ class Config(FinetuningConfig):
             raise UserError(f"--semisup.shares is {self.shares}; give each share once.")
 
 
-class Semisup:
+class Semisup(InTask[Config]):
     """Top-1 from a share of the labels. Names end in the share, as top1@1%; rows have the layer "pooled"."""
 
     learns = True
 
     def __init__(self, config: Config) -> None:
-        self.config = config
+        super().__init__(config)
         self.primary_metric = f"top1{_suffix(config.shares[0])}"
+
+    def check_data(self, train: DataSet, test: DataSet) -> None:
+        """Raise UserError if the images do not suit the probe; see `labels_of`."""
+        labels_of("semisup", train, test)
 
     def examine(self, subject: Subject) -> Iterator[Row]:
         """Yield for each share accuracies, the mean training loss of the last epoch and the number of images.
@@ -72,7 +72,7 @@ class Semisup:
         """
         if not isinstance(subject.encoder, Trainable):
             return
-        labels = labels_of("semisup", subject)
+        labels = labels_of("semisup", subject.train, subject.test)
         chosen = [few(labels[0], share, subject.seed) for share in self.config.shares]
         suffixes = [_suffix(share) for share in self.config.shares]
         calls = [
@@ -85,17 +85,9 @@ class Semisup:
 
 
 def few(labels_n: Integers, share: float, seed: int) -> Integers:
-    """Return int64, sorted: indices of a share of the images of each class, at least one.
-
-    A smaller share chooses some of the images of a larger one.
-    """
+    """Return int64, sorted: indices of a share of the images of each class, at least one."""
     order_n = rng.generator("semisup", seed).permutation(len(labels_n))
-    classes, counts = np.unique(labels_n, return_counts=True)
-    picked = [
-        order_n[labels_n[order_n] == c][: max(1, round(share * int(count)))]
-        for c, count in zip(classes, counts, strict=True)
-    ]
-    return np.sort(np.concatenate(picked))
+    return of_each_class(order_n, labels_n, lambda count: max(1, round(share * count)))
 
 
 def _suffix(share: float) -> str:

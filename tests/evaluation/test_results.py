@@ -13,7 +13,7 @@ from rich.console import Console
 
 from raysl.errors import UserError
 from raysl.evaluation import results
-from raysl.evaluation.results import KEY, OLD_ROWS, ROWS, keep, rows_of, shown, tables, verdicts
+from raysl.evaluation.results import KEY, ROWS, keep, rows_of, shown, tables, verdicts
 from raysl.run import Run, jsonl
 from raysl.storage import Folder
 
@@ -63,23 +63,16 @@ def test_a_row_replaces_an_earlier_row_of_the_same_key_in_any_file(run: Run) -> 
     assert len((run.folder / ROWS).list()) == 2
 
 
-def test_rows_of_the_old_format_are_read(run: Run) -> None:
-    old = row(layer="old")
-    old["headline"] = old.pop("primary")
-    run.folder.write(OLD_ROWS, jsonl([old]))
-    keep(run, [row()])
-    assert rows_of(run) == [row(layer="old"), row()]
+def test_rows_of_the_old_format_are_refused(run: Run) -> None:
+    run.folder.write("probes/rows.jsonl", jsonl([row()]))
+    with pytest.raises(UserError, match=r"written by raysl 0\.1.* Delete that file"):
+        rows_of(run)
 
 
 @pytest.mark.parametrize("damage", ["empty", "cut", "cut at a line", "flipped", "not text"])
-@pytest.mark.parametrize("old", [False, True])
-def test_a_damaged_file_is_named(run: Run, damage: str, old: bool) -> None:
+def test_a_damaged_file_is_named(run: Run, damage: str) -> None:
     keep(run, [row(), row(layer="y")])
     folder, (name,) = run.folder / ROWS, (run.folder / ROWS).list()
-    if old:
-        folder, name = run.folder, OLD_ROWS
-        folder.write(name, jsonl([row(), row(layer="y")]))
-        (run.folder / ROWS).delete()
     data = folder.read(name)
     at = data.index(b"0.5") + 1
     spoiled = {
@@ -90,9 +83,6 @@ def test_a_damaged_file_is_named(run: Run, damage: str, old: bool) -> None:
         "not text": b"\xff\xfe\x00" + data,
     }
     folder.write(name, spoiled[damage])
-    if old and damage in ("empty", "cut at a line"):  # the old format has no checksum
-        assert len(rows_of(run)) < 2
-        return
     with pytest.raises(UserError, match=r"are damaged: .* Delete that file"):
         rows_of(run)
 
@@ -110,7 +100,7 @@ def test_a_damaged_file_is_named(run: Run, damage: str, old: bool) -> None:
     ],
 )
 def test_rows_that_no_probe_writes_are_refused(run: Run, wrong: dict[str, Any]) -> None:
-    run.folder.write(OLD_ROWS, jsonl([row(**wrong)]))
+    keep(run, [row(**wrong)])
     with pytest.raises(UserError, match="damaged"):
         rows_of(run)
 

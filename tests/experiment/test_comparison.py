@@ -8,16 +8,15 @@ from typing import Any
 import pytest
 
 from raysl.errors import UserError
-from raysl.evaluation.results import OLD_ROWS as ROWS
 from raysl.evaluation.results import protocol_hash
 from raysl.experiment import comparison
 from raysl.experiment.comparison import METHODS, ComparisonFlags, measured, settings, small
 from raysl.extraction import FeatureProtocol
 from raysl.probes import REESTIMATED
 from raysl.probes.knn import Config as Knn
-from raysl.run import Run, jsonl
+from raysl.run import Run
 from raysl.storage import Folder
-from tests.data import make_dataset
+from tests.data import make_dataset, write_rows
 from tests.evaluation.test_results import row
 from tests.extraction.test_feature_tasks import make_run
 
@@ -51,21 +50,21 @@ def test_what_was_measured_is_not_measured_again(tmp_path: Path, monkeypatch: py
     data = {"train": dataset.manifest.fingerprint, "test": dataset.manifest.fingerprint}
     there = row(probe="knn", protocol=protocol, layer="pooled", **data)
     untrained = {**there, "encoder": "random", "step": 0}
-    run.folder.write(ROWS, jsonl([there, untrained]))
+    write_rows(run.folder, [there, untrained])
     measured([run], flags, ["knn"])
     assert asked == []
     measured([run], flags, ["knn", "linear"])
     measured([run], flags, ["knn"], layers=["all"])
     measured([run], flags, ["knn"], configs={"knn": Knn(ks=(3,))})
     for left in ([there], [{**there, "step": 4}, untrained]):
-        run.folder.write(ROWS, jsonl(left))
+        write_rows(run.folder, left)
         measured([run], flags, ["knn"])
     assert asked == [["linear"], ["knn"], ["knn"], ["knn"], ["knn"]]
-    run.folder.write(ROWS, jsonl([there]))
+    write_rows(run.folder, [there])
     measured([run], flags, ["knn"], encoders=("trained", "pixels"))
     assert len(asked) == 5
     # Learned from other images.
-    run.folder.write(ROWS, jsonl([{**there, "train": "others"}, {**untrained, "train": "others"}]))
+    write_rows(run.folder, [{**there, "train": "others"}, {**untrained, "train": "others"}])
     measured([run], flags, ["knn"])
     assert asked[5:] == [["knn"]]
 

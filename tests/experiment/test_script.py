@@ -17,7 +17,6 @@ from raysl import ray_cluster
 from raysl.config import Pretraining
 from raysl.dataset import DataSet
 from raysl.errors import UserError
-from raysl.evaluation.results import OLD_ROWS as ROWS
 from raysl.evaluation.results import protocol_hash
 from raysl.experiment import script as scripts
 from raysl.experiment.comparison import ComparisonFlags
@@ -28,9 +27,9 @@ from raysl.probes import REESTIMATED
 from raysl.probes.invariance import Config as Invariance
 from raysl.probes.knn import Config as Knn
 from raysl.probes.linear import Config as Linear
-from raysl.run import Run, jsonl
+from raysl.run import Run
 from raysl.storage import Folder
-from tests.data import make_dataset
+from tests.data import make_dataset, write_rows
 from tests.evaluation.test_results import row
 from tests.extraction.test_feature_tasks import make_run
 
@@ -125,11 +124,11 @@ def test_a_run_that_was_probed_is_not_probed_again(tmp_path: Path, monkeypatch: 
     protocol = protocol_hash("knn", Knn(), FeatureProtocol(run.config().view.image_size), REESTIMATED)
     fingerprint = dataset.manifest.fingerprint
     there = row(probe="knn", protocol=protocol, train=fingerprint, test=fingerprint, step=run.newest().step)
-    run.folder.write(ROWS, jsonl([there]))
+    write_rows(run.folder, [there])
     assert probed(run.config(), data, data) == [there]
     assert asked == []
     # Rows of another protocol, as other experiments leave them, are not its own.
-    run.folder.write(ROWS, jsonl([{**there, "protocol": "other"}]))
+    write_rows(run.folder, [{**there, "protocol": "other"}])
     assert probed(run.config(), data, data) == []
     assert asked == [("knn",)]
 
@@ -200,5 +199,5 @@ def test_raw_pixels_are_no_seed_of_the_untrained_backbone_in_the_scatter(tmp_pat
         for of in ({}, {"encoder": "random", "step": 0}, {"encoder": "pixels", "step": 0})
         if (probe, of.get("encoder")) != ("invariance", "pixels")
     ]
-    run.folder.write(ROWS, jsonl(rows))
+    write_rows(run.folder, rows)
     assert module.scatter([run], "t", "u").startswith(b"\x89PNG")

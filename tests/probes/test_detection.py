@@ -129,8 +129,7 @@ def test_a_union_of_folders_adds_the_splits_that_each_has(tmp_path: Path) -> Non
         for split in splits:
             add(tmp_path / place, f"{split}-a", split, [("disc", (1, 1, 9, 9))])
     config = detection.Config(data=f"{tmp_path / 'one'}, {tmp_path / 'two'}")
-    folders = config.folders("detection", "images with boxes")
-    train, test = (_voc.union(folders, split) for split in config.splits)
+    train, test = (_voc.union(config.folders, split) for split in config.splits)
     assert [one.name.rpartition("/")[2] for one in train] == ["trainval-a", "trainval-a"]
     assert len({one.name for one in train}) == 2
     assert [one.name for one in test] == [f"{tmp_path / 'one'}/test-a"]
@@ -138,9 +137,9 @@ def test_a_union_of_folders_adds_the_splits_that_each_has(tmp_path: Path) -> Non
     alone = detection.Config(data=str(tmp_path / "one"))
     assert config.settings()["data"] != alone.settings()["data"]
     with pytest.raises(UserError, match="Unknown split"):
-        _voc.union(folders, "tset")
+        _voc.union(config.folders, "tset")
     with pytest.raises(UserError, match="names a folder twice"):
-        replace(config, data=f"{tmp_path / 'one'},{tmp_path / 'one'}/").folders("detection", "")
+        replace(config, data=f"{tmp_path / 'one'},{tmp_path / 'one'}/")
 
 
 @pytest.mark.parametrize(
@@ -368,35 +367,38 @@ def test_about_half_of_the_images_are_mirrored_in_every_epoch(tmp_path: Path) ->
     assert 8 < sum(kept) < 24
 
 
+def untrained(folder: Path) -> Subject:
+    one = make_dataset(folder / "one", 4)
+    encoder = RandomBackbone(BackboneConfig(), 0)
+    return Subject(encoder, ("pooled",), 16, one, one, 0, Folder(str(folder / "out")))
+
+
 def test_rows_are_deterministic(tmp_path: Path) -> None:
     pytest.importorskip("pycocotools")
     folder = shapes(tmp_path)
-    encoder = RandomBackbone(BackboneConfig(), 0)
-    config = replace(TINY, epochs=2)
-    found = detection._measure(encoder, config, (folder,), 0)
+    config, here = replace(TINY, data=str(folder), epochs=2), untrained(tmp_path)
+    found = detection.Detection(config).rows(here)
     assert [row.name for row in found] == ROWS
     assert all(np.isfinite(row.value) for row in found)
-    assert found == detection._measure(encoder, config, (folder,), 0)
+    assert found == detection.Detection(config).rows(here)
 
 
 def test_unsuitable_splits_are_refused(tmp_path: Path) -> None:
     pytest.importorskip("pycocotools")
-    folder, encoder = shapes(tmp_path, 2, 1), RandomBackbone(BackboneConfig(), 0)
+    folder, here = shapes(tmp_path, 2, 1), untrained(tmp_path)
     add(tmp_path, "none", "nothing", [])
     for splits, message in (
         (("train", "train"), "share 2 images"),
         (("nothing", "test"), "no boxes to learn from"),
         (("train", "nothing"), "no boxes to score"),
     ):
-        config = replace(TINY, train_split=splits[0], test_split=splits[1])
+        config = replace(TINY, data=str(folder), train_split=splits[0], test_split=splits[1])
         with pytest.raises(UserError, match=message):
-            detection._measure(encoder, config, (folder,), 0)
+            detection.Detection(config).rows(here)
 
 
 def test_a_folder_is_required_and_pixels_give_no_rows(tmp_path: Path) -> None:
-    one = make_dataset(tmp_path / "one", 4)
-    encoder = RandomBackbone(BackboneConfig(), 0)
-    here = Subject(encoder, ("pooled",), 16, one, one, 0, Folder(str(tmp_path / "out")))
+    here = untrained(tmp_path)
     with pytest.raises(Unset, match=r"--detection\.data"):
         list(detection.Detection(detection.Config()).examine(here))
     assert not list(detection.Detection(detection.Config()).examine(replace(here, encoder=Pixels())))
@@ -405,9 +407,7 @@ def test_a_folder_is_required_and_pixels_give_no_rows(tmp_path: Path) -> None:
 @pytest.mark.ray
 def test_a_ray_task_returns_rows_and_errors(ray_session: None, tmp_path: Path) -> None:
     pytest.importorskip("pycocotools")
-    encoder, folder = RandomBackbone(BackboneConfig(), 0), shapes(tmp_path / "voc", 2, 1)
-    one = make_dataset(tmp_path / "one", 4)
-    here = Subject(encoder, ("pooled",), 16, one, one, 0, Folder(str(tmp_path / "out")))
+    folder, here = shapes(tmp_path / "voc", 2, 1), untrained(tmp_path)
     config = replace(TINY, data=str(folder), epochs=1)
     found = list(detection.Detection(config).examine(here))
     assert [row.name for row in found] == ROWS

@@ -36,7 +36,7 @@ def subject(folder: Path, train: int = 80, test: int = 40) -> Subject:
 
 def measured(of: Subject, config: finetune.Config = QUICK) -> list[Row]:
     """In this process, without Ray."""
-    labels = _finetuning.labels_of("finetune", of)
+    labels = _finetuning.labels_of("finetune", of.train, of.test)
     return _finetuning.measure("finetune", of, config, np.arange(len(labels[0])), labels)
 
 
@@ -188,7 +188,7 @@ def test_unsuitable_data_are_refused(tmp_path: Path) -> None:
         (replace(here, train=make_dataset(tmp_path / "one", 1)), "at least two classes"),
     ):
         with pytest.raises(UserError, match=message):
-            _finetuning.labels_of("finetune", wrong)
+            _finetuning.labels_of("finetune", wrong.train, wrong.test)
 
 
 def test_divergence_is_refused_with_the_flag(tmp_path: Path) -> None:

@@ -17,6 +17,7 @@ from raysl.backbone.network import BackboneConfig
 from raysl.errors import Unset, UserError
 from raysl.extraction import Pixels, RandomBackbone
 from raysl.probes import Subject, _poses, keypoints
+from raysl.probes._images import spaced
 from raysl.storage import Folder
 from tests.data import make_clips, make_dataset
 
@@ -87,7 +88,7 @@ def test_pixels_that_show_the_points_are_read_out(tmp_path: Path, head: Any) -> 
     config = keypoints.Config(
         train=coco(tmp_path, 300), images="images", head=head, thresholds=(0.2, 0.5), dims=768
     )
-    found = values(keypoints.measure(subject(tmp_path), config))
+    found = values(keypoints.Keypoints(config).rows(subject(tmp_path)))
     # A linear map of a heat map of 16 by 16 cells cannot do better than its cells; the blind mean pose is far below.
     assert found["PCK@0.2"] > 0.8 > 0.4 > found["PCK_without_image@0.2"]
     assert {"PCK@0.5", "PCK@0.2/nose", "PCK@0.2/tail", "mean_distance"} <= set(found)
@@ -95,11 +96,11 @@ def test_pixels_that_show_the_points_are_read_out(tmp_path: Path, head: Any) -> 
 
 def test_each_layer_of_a_network_has_its_rows_and_they_repeat(tmp_path: Path) -> None:
     config = keypoints.Config(train=coco(tmp_path, 120), images="images", thresholds=(0.2,))
-    found = keypoints.measure(subject(tmp_path, pixels=False), config)
+    found = keypoints.Keypoints(config).rows(subject(tmp_path, pixels=False))
     assert {row.layer for row in found} == {"res2", "pooled"}
     for layer in ("res2", "pooled"):
         assert values(found, layer)["PCK@0.2"] > values(found, layer)["PCK_without_image@0.2"]
-    assert found == keypoints.measure(subject_again(tmp_path), config)
+    assert found == keypoints.Keypoints(config).rows(subject_again(tmp_path))
 
 
 def subject_again(tmp_path: Path) -> Subject:
@@ -159,7 +160,7 @@ def test_mpii_and_deeplabcut_are_read(tmp_path: Path) -> None:
 def test_bad_annotations_are_refused(tmp_path: Path) -> None:
     folder, one = Folder(str(tmp_path)), subject(tmp_path)
     with pytest.raises(Unset, match=r"--keypoints\.train FILE"):
-        list(keypoints.Keypoints(keypoints.Config()).examine(one))
+        keypoints.Keypoints(keypoints.Config()).check_data(one.train, one.test)
     with pytest.raises(UserError, match="do not exist"):
         _poses.read(folder, "none.json", "box")
     for name, text, message in (
@@ -174,9 +175,9 @@ def test_bad_annotations_are_refused(tmp_path: Path) -> None:
             _poses.read(folder, name, "box")
     config = keypoints.Config(train=coco(tmp_path))
     with pytest.raises(UserError, match=r"name the image '\d+\.png', .* --keypoints\.images"):
-        keypoints.measure(one, config)
+        keypoints.Keypoints(config).rows(one)
     with pytest.raises(UserError, match=r"no box of the head; use --keypoints\.reference box"):
-        keypoints.measure(one, replace(config, reference="head"))
+        keypoints.Keypoints(replace(config, reference="head")).rows(one)
     first = config.settings()
     coco(tmp_path / "other", 61)
     assert keypoints.Config(train=str(tmp_path / "other" / "points.json")).settings() != first
@@ -185,11 +186,11 @@ def test_bad_annotations_are_refused(tmp_path: Path) -> None:
 def test_clips_bring_their_key_points(tmp_path: Path) -> None:
     train, test = make_clips(tmp_path / "train", 24), make_clips(tmp_path / "test", 8, split="test")
     one = replace(subject(tmp_path, pixels=False), train=train, test=test)
-    found = values(keypoints.measure(one, keypoints.Config()), "res2")
+    found = values(keypoints.Keypoints(keypoints.Config()).rows(one), "res2")
     assert {"PCK@0.1", "PCK@0.1/head", "PCK@0.1/left_foot", "mean_distance"} <= set(found)
     with pytest.raises(UserError, match="is scored on others"):
-        keypoints.measure(replace(one, test=train), keypoints.Config())
+        keypoints.Keypoints(keypoints.Config()).check_data(train, train)
     figures = _poses.of_clips(train, 3)
     assert figures is not None
     assert len(figures.figures) == 72
-    assert _poses.spaced(12, 3) == [2, 6, 10]
+    assert spaced(12, 3) == [2, 6, 10]

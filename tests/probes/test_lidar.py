@@ -50,6 +50,6 @@ def test_the_number_of_views_changes_little_and_layers_have_rows(tmp_path: Path)
     data = make_dataset(tmp_path / "set", 40)
     encoder = RandomBackbone(BackboneConfig(), 0)
     subject = Subject(encoder, ("res2", "pooled"), 16, data, data, 0, Folder(str(tmp_path / "out")))
-    found = {(row.layer, row.name): row.value for row in lidar._measure(subject, lidar.Config(views=4))}
+    found = {(row.layer, row.name): row.value for row in lidar.Lidar(lidar.Config(views=4)).rows(subject)}
     assert set(found) == {(layer, name) for layer in ("res2", "pooled") for name in ("lidar", "lidar_share")}
     assert all(0 < found[layer, "lidar_share"] <= 1 for layer in ("res2", "pooled"))

@@ -15,7 +15,7 @@ from raysl.errors import Unset, UserError
 from raysl.extraction import RandomBackbone
 from raysl.model import DataFacts, Model
 from raysl.probes import Subject, localisation
-from raysl.probes._dense import cell_offset
+from raysl.probes._images import cell_offset
 from raysl.storage import Folder
 from tests.data import make_clips, make_dataset
 
@@ -70,9 +70,8 @@ def test_an_untrained_run_has_rows_and_other_objectives_are_refused(tmp_path: Pa
     with pytest.raises(UserError, match=r"--audio-visual\.form map"):
         localisation.measure(model("predict-rotation"), one, localisation.Config())
     images = make_dataset(tmp_path / "images", 4)
-    wrong = Subject(one.encoder, ("pooled",), 32, images, images, 0, one.folder)
     with pytest.raises(Unset, match="which object sounds"):
-        list(localisation.Localisation(localisation.Config()).examine(wrong))
+        localisation.Localisation(localisation.Config()).check_data(images, images)
 
 
 @pytest.mark.parametrize(

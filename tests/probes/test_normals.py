@@ -81,14 +81,16 @@ def test_statistics_are_those_of_numpy() -> None:
 @pytest.mark.parametrize("encoded", [True, False])
 def test_pixels_that_show_the_normals_are_read_out(tmp_path: Path, encoded: bool) -> None:
     place = folder(tmp_path / "pairs", encoded=encoded)
-    found = {row.name: row.value for row in normals.measure(subject(tmp_path), normals.Config(str(place)))}
+    found = {
+        row.name: row.value for row in normals.Normals(normals.Config(str(place))).rows(subject(tmp_path))
+    }
     assert found["within/11.25"] > 0.95
     assert found["mean_angle"] < 5 < 20 < found["mean_angle_without_image"]
 
 
 def test_maps_of_each_layer_of_a_network_are_read_out(tmp_path: Path) -> None:
     place = folder(tmp_path / "pairs")
-    found = normals.measure(subject(tmp_path, pixels=False), normals.Config(str(place)))
+    found = normals.Normals(normals.Config(str(place))).rows(subject(tmp_path, pixels=False))
     angle = {row.layer: row.value for row in found if row.name == "mean_angle"}
     blind = next(row.value for row in found if row.name == "mean_angle_without_image")
     assert set(angle) == {"res2", "pooled"}
@@ -100,17 +102,17 @@ def test_bad_folders_are_refused(tmp_path: Path) -> None:
     with pytest.raises(Unset, match=r"--normals\.data FOLDER"):
         list(normals.Normals(normals.Config()).examine(one))
     with pytest.raises(UserError, match="no images in"):
-        normals.measure(one, normals.Config(str(place / "train")))
+        normals.Normals(normals.Config(str(place / "train"))).rows(one)
     place.write("test/normals/100.npy", b"no array")
     with pytest.raises(UserError, match=r"normals/100\.npy' cannot be read"):
-        normals.measure(one, normals.Config(str(place)))
+        normals.Normals(normals.Config(str(place))).rows(one)
     np.save(stream := io.BytesIO(), np.zeros((4, 4)))
     place.write("test/normals/100.npy", stream.getvalue())
     with pytest.raises(UserError, match=r"shape \(4, 4\)"):
-        normals.measure(one, normals.Config(str(place)))
+        normals.Normals(normals.Config(str(place))).rows(one)
     place.delete("test/normals/100.npy")
     with pytest.raises(UserError, match=r"1 images .* have no file of their name"):
-        normals.measure(one, normals.Config(str(place)))
+        normals.Normals(normals.Config(str(place))).rows(one)
 
 
 def test_normals_of_16_bits_keep_their_precision() -> None:
@@ -123,8 +125,8 @@ def test_normals_of_16_bits_keep_their_precision() -> None:
 def test_clips_bring_their_normals(tmp_path: Path) -> None:
     train, test = make_clips(tmp_path / "train", 40), make_clips(tmp_path / "test", 10, split="test")
     one = replace(subject(tmp_path, pixels=False), train=train, test=test)
-    found = normals.measure(one, normals.Config())
+    found = normals.Normals(normals.Config()).rows(one)
     angle = {row.layer: row.value for row in found if row.name == "mean_angle"}
     assert angle["res2"] < next(row.value for row in found if row.name == "mean_angle_without_image")
     with pytest.raises(UserError, match="is scored on others"):
-        normals.measure(replace(one, test=train), normals.Config())
+        normals.Normals(normals.Config()).check_data(train, train)

@@ -13,6 +13,7 @@ from raysl.backbone.network import BackboneConfig
 from raysl.errors import Unset, UserError
 from raysl.extraction import Pixels, RandomBackbone
 from raysl.probes import Subject, patches
+from raysl.probes._images import features
 from raysl.storage import Folder
 from raysl.stream import decode
 from tests.data import make_clips, make_dataset
@@ -38,7 +39,7 @@ def test_a_patch_is_the_part_of_the_view_at_its_place(tmp_path: Path) -> None:
 def test_numbers_are_those_of_numpy(tmp_path: Path) -> None:
     one, config = subject(tmp_path), patches.Config(per_image=2, ks=(3,))
     labels = (one.train.labels(), one.test.labels())
-    found = {row.name: row.value for row in patches.measure(one, config, labels)}
+    found = {row.name: row.value for row in patches.Patches(config).rows(one)}
     gallery, queries = (patches.pieces(data, 16, config) for data in (one.train, one.test))
     unit = []
     for pieces in (queries, gallery):
@@ -56,11 +57,11 @@ def test_a_patch_does_not_find_its_own_image_in_one_set_for_both(tmp_path: Path)
     one = subject(tmp_path)
     both = replace(one, test=one.train)
     pieces = patches.pieces(one.train, 16, patches.Config())
-    values = patches.features(Pixels().load(torch.device("cpu"), ("pooled",)), pieces.views_nchw)["pooled"]
+    values = features(Pixels().load(torch.device("cpu"), ("pooled",)), pieces.batches())["pooled"]
     index = patches.neighbours(values, values, 5, pieces, pieces, same=True)
     assert index.shape == (80, 5)
     assert (pieces.sources_n[index] != pieces.sources_n[:, None]).all()
-    assert patches.measure(both, patches.Config(), (one.train.labels(), one.train.labels()))
+    assert patches.Patches(patches.Config()).rows(both)
 
 
 def test_frames_of_the_same_pose(tmp_path: Path) -> None:
@@ -68,8 +69,7 @@ def test_frames_of_the_same_pose(tmp_path: Path) -> None:
     encoder = RandomBackbone(BackboneConfig(), 0)
     config = patches.Config(of="frames", per_image=3)
     one = replace(subject(tmp_path), encoder=encoder, layers=("res2", "pooled"), train=train, test=test)
-    labels = (train.labels(), test.labels())
-    found = patches.measure(one, config, labels)
+    found = patches.Patches(config).rows(one)
     assert {row.layer for row in found} == {"res2", "pooled"}
     names = {row.name for row in found}
     assert names == {"precision/k=5", "precision/k=1", "chance", "pose_distance"}

@@ -63,7 +63,7 @@ def test_accuracies_are_those_of_knn_on_the_corrupted_images(tmp_path: Path) -> 
     subject = Subject(Pixels(), ("pooled",), 16, train, test, 0, Folder(str(tmp_path / "out")))
     config = robustness.Config(corruptions=("contrast", "gaussian_noise"), severities=(5,))
     labels = (train.labels(), test.labels())
-    found = {row.name: row.value for row in robustness.measure(subject, config, labels)}
+    found = {row.name: row.value for row in robustness.Robustness(config).rows(subject)}
     files = [data.read(np.arange(data.num_images)).column("image").to_pylist() for data in (train, test)]
     clean = [decode.centre(one, 16) for one in files]
     contrast = corrupt("contrast", clean[1], 5, numbers(list(range(40))))
@@ -79,9 +79,7 @@ def test_layers_have_rows_by_either_classifier(tmp_path: Path) -> None:
     encoder = RandomBackbone(BackboneConfig(), 0)
     subject = Subject(encoder, ("res2", "pooled"), 16, train, test, 0, Folder(str(tmp_path / "out")))
     config = robustness.Config(classifier="linear", corruptions=("jpeg",), severities=(1,))
-    found = robustness.measure(
-        replace(subject, bn_statistics="reestimated"), config, (train.labels(), test.labels())
-    )
+    found = robustness.Robustness(config).rows(replace(subject, bn_statistics="reestimated"))
     assert {row.layer for row in found} == {"res2", "pooled"}
 
 

@@ -8,13 +8,14 @@ import signal
 import pytest
 
 from raysl.errors import UserError
-from raysl.probes._task import decoders, run_tasks
+from raysl.probes._task import run_tasks
+from raysl.ray_cluster import placement
 
 
 @pytest.mark.ray
 def test_threads_follow_the_cpus_of_the_task(ray_session: None) -> None:
-    assert decoders() == 1
-    assert run_tasks(decoders, [(), ()]) == [1, 1]
+    assert placement.assigned_cpus() == 1
+    assert run_tasks(placement.assigned_cpus, [(), ()]) == [1, 1]
 
 
 def killed() -> None:

@@ -38,11 +38,11 @@ def test_rows_are_those_of_the_linear_probe_on_mean_features(tmp_path: Path) -> 
                 means.append(encode(frames)["res3"].mean(0).numpy())
         sets.append(Labelled(np.stack(means), data.labels()))
     wanted = {row.name: row.value for row in Linear(FEW.linear).run(*sets)}
-    found = video.measure(subject, FEW)
+    found = video.Video(FEW).rows(subject)
     assert {row.name: row.value for row in found if row.layer == "res3"} == wanted
     assert {row.layer for row in found} == {"res3", "pooled"}
-    again = video.measure(replace(subject, bn_statistics="reestimated"), FEW)
+    again = video.Video(FEW).rows(replace(subject, bn_statistics="reestimated"))
     assert {row.layer for row in again} == {"res3", "pooled"}
     images = make_dataset(tmp_path / "images", 4)
     with pytest.raises(Unset, match=r"needs clips, and .* has images"):
-        list(video.Video(FEW).examine(replace(subject, test=images)))
+        video.Video(FEW).check_data(train, images)

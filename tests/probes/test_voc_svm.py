@@ -15,6 +15,7 @@ from raysl.backbone.network import BackboneConfig
 from raysl.errors import Unset, UserError
 from raysl.extraction import Pixels, RandomBackbone
 from raysl.probes import Labelled, Row, Subject, _voc, voc_svm
+from raysl.probes._images import features
 from raysl.probes.svm import Config as SvmConfig
 from raysl.probes.svm import Svm
 from raysl.storage import Folder
@@ -53,7 +54,9 @@ def test_the_ends_of_a_long_image_are_seen(size: tuple[int, int]) -> None:
         image.save(file := io.BytesIO(), "PNG")
         files.append(file.getvalue())
     encode = Pixels().load(torch.device("cpu"), ["pooled"])
-    found_nd = voc_svm._features(encode, [replace(picture(), image=one) for one in files], 16)["pooled"]
+    found_nd = features(encode, voc_svm._views([replace(picture(), image=one) for one in files], 16))[
+        "pooled"
+    ]
     pixels_nd = decode.squashed(files, 16).flatten(1).float().numpy() / 255 - 0.5
     np.testing.assert_allclose(found_nd, pixels_nd, atol=1e-6)
     assert np.abs(found_nd[0] - found_nd[1]).max() > 0.9

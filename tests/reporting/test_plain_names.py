@@ -12,12 +12,12 @@ from hypothesis import strategies as st
 
 from raysl.config import Pretraining
 from raysl.errors import UserError
-from raysl.evaluation.results import KEY, MODEL, OLD_ROWS
+from raysl.evaluation.results import KEY, MODEL
 from raysl.reporting import ReportConfig, report
 from raysl.reporting.plain_names import code_block, code_span, file_name, markdown
 from raysl.run import METRICS, Run, jsonl
 from raysl.storage import Folder
-from tests.data import make_dataset
+from tests.data import make_dataset, write_rows
 
 pytest.importorskip("matplotlib")
 pytest.importorskip("jinja2")
@@ -74,12 +74,12 @@ def runs(tmp_path: Path) -> list[str]:
     base = {**dict.fromkeys(KEY, "x"), "step": 5, "seed": 0, "encoder": "trained", "value": 0.5}
     rows = [{**base, "layer": layer, "name": name, "primary": True} for layer in NASTY for name in ("top1",)]
     rows += [{**base, "name": name, "primary": False} for name in NASTY]
-    run.folder.write(OLD_ROWS, jsonl(rows))
+    write_rows(run.folder, rows)
     run.folder.write(METRICS, jsonl([{"step": 1, "epoch": 1.0, "loss": 2.0}]))
     run.folder.write_json("probes/invariance/trained-x-..-../histogram.json", {})
     model = Folder(str(tmp_path / "model"))
     model.write_json(MODEL, {"name": NASTY[2], "identity": {NASTY[4]: NASTY[5]}})
-    model.write(OLD_ROWS, jsonl(rows))
+    write_rows(model, rows)
     return [str(folder), str(model)]
 
 
@@ -98,7 +98,7 @@ def test_a_report_writes_in_its_folder_only_and_escapes_names(tmp_path: Path, ru
 
 def test_a_probe_whose_name_is_a_path_is_refused(tmp_path: Path, runs: list[str]) -> None:
     row: dict[str, Any] = {**dict.fromkeys(KEY, "x"), "step": 5, "seed": 0, "value": 0.5, "primary": True}
-    Folder(runs[1]).write(OLD_ROWS, jsonl([{**row, "probe": "/../../x"}]))
+    write_rows(Folder(runs[1]), [{**row, "probe": "/../../x"}])
     with pytest.raises(UserError, match="not a word"):
         report(runs, ReportConfig(str(tmp_path / "out"), images=0))
 

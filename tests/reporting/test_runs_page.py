@@ -14,7 +14,6 @@ from raysl.backbone.network import BackboneConfig
 from raysl.config import Pretraining
 from raysl.errors import UserError
 from raysl.evaluation.results import MODEL
-from raysl.evaluation.results import OLD_ROWS as ROWS
 from raysl.extraction import RandomBackbone
 from raysl.objectives.pirl import Config as Pirl
 from raysl.probes.invariance import EDGES
@@ -23,7 +22,7 @@ from raysl.reporting.report_runs import LabelledRow, groups, labelled_rows
 from raysl.reporting.tables import Estimate, estimates, tables
 from raysl.run import METRICS, Run, jsonl
 from raysl.storage import Folder
-from tests.data import make_dataset
+from tests.data import make_dataset, write_rows
 
 pytest.importorskip("matplotlib")
 pytest.importorskip("jinja2")
@@ -84,7 +83,7 @@ def runs(tmp_path: Path) -> list[str]:
                 for i, layer in enumerate(LAYERS)
                 for t in ("jigsaw", "rotation")
             ]
-            run.folder.write(ROWS, jsonl(rows))
+            write_rows(run.folder, rows)
             counts = {name: noise.integers(0, 30, len(EDGES) - 1).tolist() for name in ("jigsaw", "others")}
             value = {"edges": EDGES.tolist(), "counts": {"pooled": counts}}
             if method == "pirl-jigsaw":
@@ -131,7 +130,7 @@ def test_missing_data_only_cost_the_views(tmp_path: Path, runs: list[str]) -> No
 def test_external_models_are_compared_with_runs(tmp_path: Path, runs: list[str]) -> None:
     other = Folder(str(tmp_path / "other"))
     other.write_json(MODEL, {"name": "resnet50.pth", "identity": {"encoder": "weights", "weights": "ab"}})
-    other.write(ROWS, jsonl([row(0.9, encoder="weights")]))
+    write_rows(other, [row(0.9, encoder="weights")])
     (table,) = tables(labelled_rows(groups([*runs, str(other)])))
     assert table.lines[0][0] == "resnet50.pth"
     # There is one kind of untrained backbone, so its label needs no name.
@@ -142,7 +141,7 @@ def test_an_external_untrained_network_is_named_by_its_backbone(tmp_path: Path, 
     other = Folder(str(tmp_path / "other"))
     identity = RandomBackbone(BackboneConfig("resnet18"), 0).identity()
     other.write_json(MODEL, {"name": "random (resnet18)", "identity": identity})
-    other.write(ROWS, jsonl([row(0.1, encoder="random", step=0, weights=None)]))
+    write_rows(other, [row(0.1, encoder="random", step=0, weights=None)])
     (table,) = tables(labelled_rows(groups([*runs, str(other)])))
     assert {"untrained small", "untrained resnet18"} < {label for label, _ in table.lines}
 
@@ -160,19 +159,19 @@ def test_only_seeds_share_a_row(tmp_path: Path, runs: list[str]) -> None:
 
 def test_protocols_and_data_never_share_a_table(runs: list[str]) -> None:
     rows = [row(0.1), row(0.2, protocol="q"), row(0.3, test="v"), row(0.4, train="v"), row(0.5, probe="knn")]
-    Folder(runs[0]).write(ROWS, jsonl(rows))
+    write_rows(Folder(runs[0]), rows)
     assert len(tables(labelled_rows(groups(runs[:1])))) == len(rows)
 
 
 def test_a_table_shows_only_the_newest_step(runs: list[str]) -> None:
-    Folder(runs[0]).write(ROWS, jsonl([row(0.1, step=3), row(0.2, step=5)]))
+    write_rows(Folder(runs[0]), [row(0.1, step=3), row(0.2, step=5)])
     (table,) = tables(labelled_rows(groups(runs[:1])))
     assert table.lines == (("pirl-jigsaw", (Estimate((0.2,)),)),)
 
 
 def test_runs_probed_at_different_steps_do_not_share_a_row(runs: list[str]) -> None:
-    Folder(runs[0]).write(ROWS, jsonl([row(0.1, step=3), row(0.5, probe="knn", step=5)]))
-    Folder(runs[1]).write(ROWS, jsonl([row(0.2, step=5, seed=1), row(0.6, probe="knn", step=5, seed=1)]))
+    write_rows(Folder(runs[0]), [row(0.1, step=3), row(0.5, probe="knn", step=5)])
+    write_rows(Folder(runs[1]), [row(0.2, step=5, seed=1), row(0.6, probe="knn", step=5, seed=1)])
     by_probe = {table.probe: table for table in tables(labelled_rows(groups(runs[:2])))}
     assert [label for label, _ in by_probe["linear"].lines] == ["pirl-jigsaw, step 5", "pirl-jigsaw, step 3"]
     assert by_probe["knn"].lines == (("pirl-jigsaw", (Estimate((0.5, 0.6)),)),)
@@ -186,18 +185,16 @@ def test_a_seed_counts_once(runs: list[str]) -> None:
 
 
 def test_best_is_marked_only_with_several_seeds(runs: list[str]) -> None:
-    Folder(runs[0]).write(ROWS, jsonl([row(0.1), row(0.3, encoder="random", step=0)]))
+    write_rows(Folder(runs[0]), [row(0.1), row(0.3, encoder="random", step=0)])
     assert " best" not in report(runs[0], ReportConfig(images=0)).read("index.html").decode()
 
 
 def test_a_spread_is_never_best(tmp_path: Path, runs: list[str]) -> None:
-    for place, name in ((place, name) for place in runs for name in ("top1/k=16", "top1_std/k=16")):
-        folder = Folder(place)
-        value = 0.3 if "pirl" in place else 0.1
-        kept = folder.read(ROWS) if name != "top1/k=16" else b""
+    for place in runs:
         seed = int(place[-1])
-        one = row(value + seed / 1000, probe="lowshot", name=name, primary="std" not in name, seed=seed)
-        folder.write(ROWS, kept + jsonl([one]))
+        value = (0.3 if "pirl" in place else 0.1) + seed / 1000
+        mean = row(value, probe="lowshot", name="top1/k=16", seed=seed)
+        write_rows(Folder(place), [mean, {**mean, "name": "top1_std/k=16", "primary": False}])
     page = report(runs, ReportConfig(str(tmp_path / "out"), images=0)).read("index.html").decode()
     main, _, others = page.partition("<details>")
     assert " best" in main
