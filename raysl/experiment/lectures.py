@@ -74,13 +74,11 @@ class Claim:
     """A claim of a lecture.
 
     Args:
-        name: short name.
         says: the claim.
         figure: where it is published.
         contrasts: the contrasts that it says are positive.
     """
 
-    name: str
     says: str
     figure: str
     contrasts: tuple[Contrast, ...]

@@ -28,7 +28,7 @@ def results(a: list[float], b: list[float]) -> dict[tuple[str, str, str], dict[i
     ],
 )
 def test_a_verdict_follows_from_the_interval(a: list[float], verdict: str) -> None:
-    claim = Claim("name", "a is better", "figure", (BETTER,))
+    claim = Claim("a is better", "figure", (BETTER,))
     assert judge(claim, results(a, [0.5, 0.5, 0.5]))[0] == verdict
 
 
@@ -41,10 +41,10 @@ def test_the_interval_is_that_of_student() -> None:
 def test_seeds_are_compared_in_pairs_and_all_contrasts_are_needed() -> None:
     found = results([0.1, 0.5, 0.9], [0.08, 0.48, 0.88])
     other = Contrast("b less a", tuple(-term for term in BETTER.terms))
-    assert judge(Claim("", "", "", (BETTER,)), found)[0] == "shows"
-    assert judge(Claim("", "", "", (BETTER, other)), found)[0] == "does not"
+    assert judge(Claim("", "", (BETTER,)), found)[0] == "shows"
+    assert judge(Claim("", "", (BETTER, other)), found)[0] == "does not"
     unknown = Contrast("c less a", (Term("c", "knn"), -Term("a", "knn")))
-    assert judge(Claim("", "", "", (BETTER, unknown)), found)[0] == "cannot tell"
+    assert judge(Claim("", "", (BETTER, unknown)), found)[0] == "cannot tell"
 
 
 def test_rows_of_probes_sweeps_and_label_noise_become_results() -> None:
@@ -74,4 +74,4 @@ def test_rows_of_probes_sweeps_and_label_noise_become_results() -> None:
 def test_every_claim_has_a_line() -> None:
     lines = page(CLAIMS, {"nothing": {}}).splitlines()
     assert all(any(claim.says in line and "not measured" in line for line in lines) for claim in CLAIMS)
-    assert len({claim.name for claim in CLAIMS}) == len(CLAIMS)
+    assert len({claim.says for claim in CLAIMS}) == len(CLAIMS)
