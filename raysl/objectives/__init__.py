@@ -95,6 +95,11 @@ class Objective(Protocol):
         predicts: True when the label of the transform is predicted (covariant use), False when the views are compared
             (invariant use).
         bank_dim: D of the memory bank; 0 when it needs none.
+        moving_backbone: optional, of the class: name of the attribute that holds a moving average of the backbone.
+            Probes measure it as the encoder "momentum".
+        invariant_views: optional, of the class: the names of the views of an image and of its transformed version that
+            the objective learns to embed alike. `forward` returns their embeddings, (b, d) each, under the same names.
+            The probe `invariance` measures them.
     """
 
     views: Mapping[str, Pretext]
@@ -143,16 +148,6 @@ class AfterEpoch(Protocol):
         ...
 
 
-class MovingBackbone(Protocol):
-    """Optional class attribute of an objective that keeps a moving average of the backbone.
-
-    Attributes:
-        moving_backbone: name of the attribute that holds it. Probes measure it as the encoder "momentum".
-    """
-
-    moving_backbone: str
-
-
 @runtime_checkable
 class ViewRecipes(Protocol):
     """Optional part of an objective with different color recipes for its views.
@@ -175,17 +170,6 @@ class Alternates(Protocol):
     def schedule(self) -> Callable[[int], Collection[str]]:
         """Return a pure function from the step to the names of its views. It pickles small."""
         ...
-
-
-class Invariant(Protocol):
-    """Optional class attribute of an objective that learns to embed an image and its transformed version alike.
-
-    Attributes:
-        invariant_views: the names of the views of the image and of its transformed version. `forward` returns their
-            embeddings, (b, d) each, under the same names. The probe `invariance` measures them.
-    """
-
-    invariant_views: tuple[str, str]
 
 
 @runtime_checkable

@@ -8,7 +8,9 @@ import math
 from typing import Literal
 
 import torch
-from torch import nn
+from torch import Tensor, nn
+
+from raysl import collective
 
 HeadName = Literal["linear", "mlp", "bn"]
 NormName = Literal["none", "batch", "layer"]
@@ -69,3 +71,20 @@ def follow(target: nn.Module, online: nn.Module, momentum: float) -> None:
 def rising_momentum(base: float, step: int, num_steps: int) -> float:
     """Return the momentum of a step, which rises from `base` to 1 on a cosine (Grill et al. 2020, section 3.3)."""
     return 1 - (1 - base) * (math.cos(math.pi * min(1.0, step / num_steps)) + 1) / 2
+
+
+def all_cosines(pairs_b2d: Tensor, index_b: Tensor) -> tuple[Tensor, Tensor]:
+    """Compare both views of this worker's images with both views of the images of all workers, with gradient.
+
+    Args:
+        pairs_b2d: unit embeddings.
+        index_b: indices of the images in the data set.
+
+    Returns:
+        Cosines (2 b, k), with both views of an image together on either axis; and bool (2 b, k), True for views of the
+        query's own image, of which a batch at the end of an epoch may contain a second copy.
+    """
+    keys_kd = collective.gather_with_gradient(pairs_b2d).flatten(0, 1)
+    own_bk = index_b[:, None] == collective.gather(index_b).repeat_interleave(2)
+    with torch.autocast(keys_kd.device.type, enabled=False):
+        return pairs_b2d.flatten(0, 1) @ keys_kd.T, own_bk.repeat_interleave(2, dim=0)

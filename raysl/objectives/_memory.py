@@ -60,7 +60,12 @@ def contrast(
         The loss of each query by name, averaged over the batch; and metrics to log.
     """
     memory_bd = bank.lookup(batch.indices_b)
-    scores_qbk = _negatives(config, torch.stack(list(queries.values())), batch, bank)
+    # All queries of an image share their negatives.
+    queries_qbd, k = torch.stack(list(queries.values())), config.num_negatives
+    if config.negatives == "shared":
+        scores_qbk = negatives.shared_scores(bank, queries_qbd, batch.rows, batch.step, k)
+    else:
+        scores_qbk = negatives.own_scores(bank, queries_qbd, batch.rows, k)
     terms: dict[str, Tensor] = {}
     metrics: dict[str, Tensor] = {}
     for (name, query_bd), scores_bk in zip(queries.items(), scores_qbk, strict=True):
@@ -69,13 +74,6 @@ def contrast(
         metrics[f"loss/{name}"] = terms[name].detach()
         metrics[f"similarity/{name}"] = cosine_b.detach().mean()
     return terms, metrics
-
-
-def _negatives(config: MemoryConfig, queries_qbd: Tensor, batch: Batch, bank: MemoryBank) -> Tensor:
-    """Return cosine scores (q, b, k). All queries of an image share their negatives."""
-    if config.negatives == "shared":
-        return negatives.shared_scores(bank, queries_qbd, batch.rows, batch.step, config.num_negatives)
-    return negatives.own_scores(bank, queries_qbd, batch.rows, config.num_negatives)
 
 
 def _term(

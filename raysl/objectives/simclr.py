@@ -24,13 +24,12 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from raysl import collective
 from raysl.backbone.network import encode_views
 from raysl.contrastive import losses
 from raysl.contrastive.bank import MemoryBank
 from raysl.fields import Bounds, Checked, Range
 from raysl.objectives import Loss, Setup
-from raysl.objectives._heads import HeadName, NormName, projection
+from raysl.objectives._heads import HeadName, NormName, all_cosines, projection
 from raysl.stream.reader import Batch
 
 
@@ -79,14 +78,9 @@ class Simclr(nn.Module):
     def loss(self, outputs: Mapping[str, Tensor], batch: Batch, bank: MemoryBank | None) -> Loss:
         """Compute NT-Xent of this worker's queries with the embeddings of all workers, averaged over both views."""
         pairs_b2d = outputs["embeddings"]
-        keys_kd = collective.gather_with_gradient(pairs_b2d).flatten(0, 1)
-        index_b = batch.indices_b
-        own_bk = index_b[:, None] == collective.gather(index_b).repeat_interleave(2)
         cosine_b = (pairs_b2d[:, 0] * pairs_b2d[:, 1]).sum(dim=1)
-        # Queries and keys have the same order: both views of an image together.
-        with torch.autocast(keys_kd.device.type, enabled=False):
-            cosines_qk = pairs_b2d.flatten(0, 1) @ keys_kd.T
-        others_qk = cosines_qk.masked_fill(own_bk.repeat_interleave(2, dim=0), float("-inf"))
+        cosines_qk, own_qk = all_cosines(pairs_b2d, batch.indices_b)
+        others_qk = cosines_qk.masked_fill(own_qk, float("-inf"))
         positive_q = cosine_b.repeat_interleave(2)
         tau = self.config.temperature
         metrics = {

@@ -20,11 +20,11 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from raysl import collective
 from raysl.backbone.network import encode, encode_views
 from raysl.contrastive.bank import MemoryBank
 from raysl.fields import Bounds, Checked, Range
 from raysl.objectives import Loss, Setup
+from raysl.objectives._heads import all_cosines
 from raysl.stream.reader import Batch
 
 
@@ -73,12 +73,7 @@ class Triplet(nn.Module):
     def loss(self, outputs: Mapping[str, Tensor], batch: Batch, bank: MemoryBank | None) -> Loss:
         """Compute the ranking loss of this worker's pairs with the embeddings of all workers as negatives."""
         pairs_b2d = outputs["embeddings"]
-        keys_kd = collective.gather_with_gradient(pairs_b2d).flatten(0, 1)
-        index_b = batch.indices_b
-        own_bk = index_b[:, None] == collective.gather(index_b).repeat_interleave(2)
-        with torch.autocast(keys_kd.device.type, enabled=False):
-            cosines_qk = pairs_b2d.flatten(0, 1) @ keys_kd.T
-        own_qk = own_bk.repeat_interleave(2, dim=0)
+        cosines_qk, own_qk = all_cosines(pairs_b2d, batch.indices_b)
         positive_q = (pairs_b2d[:, 0] * pairs_b2d[:, 1]).sum(dim=1).repeat_interleave(2)
         hinge_qk = F.relu(cosines_qk - positive_q[:, None] + self.config.margin).masked_fill(own_qk, 0)
         if batch.step < self.hard_step:

@@ -28,6 +28,8 @@ from raysl.errors import UserError
 from raysl.pretext._grayscale import grayscale
 from raysl.rng import ImageRng
 
+Color = Literal["crops", "source", "none"]
+
 
 @dataclass(frozen=True)
 class Geometry:
@@ -71,12 +73,14 @@ class Pretext(Protocol):
         num_labels: size of the label set; 0 when there is nothing to predict, or the target is no label.
         color: where the color augmentation is applied: "crops" to each crop by itself, "source" to the image before
             the transform, "none" nowhere.
+        label_per_crop: optional: True when the target is int64 (b, p), and each crop is a sample.
+        columns: optional: crops in a row, when the crops form a grid, row by row.
     """
 
     source: SourceCrop
     num_crops: int
     num_labels: int
-    color: Literal["crops", "source", "none"]
+    color: Color
 
     def __init__(self, config: Any, geometry: Geometry) -> None: ...
 
@@ -89,26 +93,16 @@ class Pretext(Protocol):
         ...
 
 
-@runtime_checkable
-class LabelPerCrop(Protocol):
-    """Optional part of a transform that may have a label for every crop.
+class Plain:
+    """Base of a transform with what most have: one crop, no label, colors changed crop by crop, and no facts."""
 
-    Attributes:
-        label_per_crop: True when the target is int64 (b, p), and each crop is a sample.
-    """
+    num_crops = 1
+    num_labels = 0
+    color: Color = "crops"
 
-    label_per_crop: bool
-
-
-@runtime_checkable
-class OnGrid(Protocol):
-    """Optional part of a transform whose crops form a grid, row by row.
-
-    Attributes:
-        columns: crops in a row.
-    """
-
-    columns: int
+    def describe(self) -> dict[str, Any]:
+        """Return no facts."""
+        return {}
 
 
 @runtime_checkable
@@ -173,14 +167,12 @@ def dense(transform: Pretext) -> Dense | None:
 
 def label_per_crop(transform: Pretext) -> bool:
     """Return whether every crop has a label, int64 (b, p)."""
-    last = _last(transform)
-    return isinstance(last, LabelPerCrop) and last.label_per_crop
+    return bool(getattr(_last(transform), "label_per_crop", False))
 
 
 def columns(transform: Pretext) -> int:
     """Return the number of crops in a row of the grid; 0 when the crops form no grid."""
-    last = _last(transform)
-    return last.columns if isinstance(last, OnGrid) else 0
+    return int(getattr(_last(transform), "columns", 0))
 
 
 def _last(transform: Pretext) -> Pretext:
@@ -241,7 +233,7 @@ class Composition:
         last = self.parts[-1]
         self.source = last.source
         self.num_crops = last.num_crops
-        self.color: Literal["crops", "source", "none"] = last.color
+        self.color: Color = last.color
         counts = [part.num_labels for part in self.parts if part.num_labels]
         labelled = counts and not isinstance(last, Dense)
         self.num_labels = int(np.prod(counts, dtype=np.int64)) if labelled else 0
@@ -281,7 +273,7 @@ class Grayscale:
         self.source = transform.source
         self.num_crops = transform.num_crops
         self.num_labels = transform.num_labels
-        self.color: Literal["crops", "source", "none"] = transform.color
+        self.color: Color = transform.color
 
     def transform(self, images_bchw: Tensor, image_rng: ImageRng) -> Transformed:
         """Transform the images and remove the colors of the crops."""

@@ -6,7 +6,7 @@ other method, so the target is coarse and the decoder has to know the position o
 
 from __future__ import annotations
 
-from typing import Annotated, Literal
+from typing import Annotated
 
 from torch import Tensor, nn
 from torch.nn.functional import adaptive_avg_pool2d
@@ -14,14 +14,14 @@ from torch.nn.functional import adaptive_avg_pool2d
 from raysl.augment import SourceCrop
 from raysl.errors import UserError
 from raysl.fields import Bounds
-from raysl.pretext import Geometry
+from raysl.pretext import Color, Geometry, Plain
 
 Grid = Annotated[int, Bounds(4, 64)]
 
 _CHANNELS = 64
 
 
-class DenseTransform:
+class DenseTransform(Plain):
     """A transform of one crop with a target on a grid of cells.
 
     Args:
@@ -33,9 +33,7 @@ class DenseTransform:
         UserError: the grid is odd, too small or finer than the pixels.
     """
 
-    num_crops = 1
-    num_labels = 0
-    color: Literal["crops", "source", "none"] = "source"
+    color: Color = "source"
 
     def __init__(self, name: str, grid: int, geometry: Geometry) -> None:
         if grid < 4 or grid % 2 or geometry.image_size < grid:

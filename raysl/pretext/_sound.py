@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import functools
-from typing import Any, Literal
 
 import numpy as np
 import numpy.typing as npt
@@ -12,7 +11,7 @@ from torch import Tensor
 
 from raysl.augment import SourceCrop
 from raysl.clips import SOUND_HZ, Clips
-from raysl.pretext import Chosen, Transformed
+from raysl.pretext import Chosen, Color, Plain, Transformed
 from raysl.pretext._frames import OfFrames
 from raysl.rng import ImageRng
 
@@ -44,7 +43,7 @@ def _moments(clips: Clips, window_s: float, image_rng: ImageRng) -> npt.NDArray[
 class MomentFrame(OfFrames):
     """The frame in the middle of the moment."""
 
-    color: Literal["crops", "source", "none"] = "source"
+    color: Color = "source"
 
     def __init__(self, source: SourceCrop, window_s: float) -> None:
         self.source = source
@@ -60,12 +59,11 @@ class MomentFrame(OfFrames):
         return Chosen(np.array(numbers, np.int64)[:, None])
 
 
-class MomentSound:
+class MomentSound(Plain):
     """Spectrograms (b, p, 1, bands, windows) of the moment and, with p = 2, of another moment of the clip."""
 
     clip_columns = ("times", "sound")
-    num_labels = 0
-    color: Literal["crops", "source", "none"] = "none"
+    color: Color = "none"
 
     def __init__(self, window_s: float, moments: int) -> None:
         self.window_s = window_s
@@ -87,10 +85,6 @@ class MomentSound:
         return Transformed(
             torch.zeros(len(images_bchw), self.num_crops, *self.shape, dtype=torch.uint8), None
         )
-
-    def describe(self) -> dict[str, Any]:
-        """Return no facts."""
-        return {}
 
 
 def _num_windows(window_s: float) -> int:

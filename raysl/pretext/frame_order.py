@@ -20,7 +20,7 @@ import torch
 from raysl.augment import SourceCrop
 from raysl.clips import Clips
 from raysl.fields import Bounds, Checked, Range
-from raysl.pretext import Chosen, Geometry
+from raysl.pretext import Chosen, Color, Geometry
 from raysl.pretext._frames import OfFrames
 from raysl.rng import ImageRng
 
@@ -63,7 +63,7 @@ class FrameOrder(OfFrames):
     """Whole frames of one clip, all cut, flipped and colored alike."""
 
     clip_columns = ("frames", "times", "thumbnails")
-    color: Literal["crops", "source", "none"] = "source"
+    color: Color = "source"
 
     def __init__(self, config: Config, geometry: Geometry) -> None:
         self.config = config

@@ -6,12 +6,11 @@ Wu et al. 2018 (NPID), He et al. 2020 (MoCo), Chen et al. 2020 (SimCLR). There i
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import Any, Literal
 
 from torch import Tensor
 
 from raysl.augment import SourceCrop
-from raysl.pretext import Geometry, Transformed
+from raysl.pretext import Geometry, Plain, Transformed
 from raysl.rng import ImageRng
 
 
@@ -20,12 +19,8 @@ class Config:
     """No hyperparameters: the crop follows from the geometry of the run."""
 
 
-class Identity:
+class Identity(Plain):
     """One crop of the size of an ordinary view."""
-
-    num_crops = 1
-    num_labels = 0
-    color: Literal["crops", "source", "none"] = "crops"
 
     def __init__(self, config: Config, geometry: Geometry) -> None:
         self.source = SourceCrop(geometry.image_size, geometry.min_scale)
@@ -33,7 +28,3 @@ class Identity:
     def transform(self, images_bchw: Tensor, image_rng: ImageRng) -> Transformed:
         """Return the images unchanged."""
         return Transformed(images_bchw[:, None], None)
-
-    def describe(self) -> dict[str, Any]:
-        """Return no facts."""
-        return {}

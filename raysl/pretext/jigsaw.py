@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import math
 from dataclasses import dataclass
-from typing import Annotated, Any, Literal
+from typing import Annotated, Any
 
 import torch
 from torch import Tensor
@@ -18,7 +18,7 @@ from raysl.augment import SourceCrop
 from raysl.device_copy import to_device
 from raysl.errors import UserError
 from raysl.fields import Bounds, Checked, Range, Seed
-from raysl.pretext import Geometry, Transformed
+from raysl.pretext import Color, Geometry, Transformed
 from raysl.pretext._permutations import Criterion, permutation_set
 from raysl.pretext._windows import windows
 from raysl.rng import ImageRng
@@ -67,7 +67,7 @@ class Jigsaw:
         tiles = config.grid**2
         self.grid = config.grid
         self.num_crops = tiles
-        self.color: Literal["crops", "source", "none"] = "crops" if config.per_patch_color else "source"
+        self.color: Color = "crops" if config.per_patch_color else "source"
         size, self.patch_size = _sizes(config, geometry)
         self.cell_size = size // config.grid
         self.source = SourceCrop(size, config.min_scale)

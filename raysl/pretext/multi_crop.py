@@ -9,14 +9,14 @@ by `--dino.crops` and `--swav.crops`. There is nothing to predict.
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import Annotated, Any, Literal
+from typing import Annotated, Any
 
 from torch import Tensor
 
 from raysl.augment import SourceCrop
 from raysl.errors import UserError
 from raysl.fields import Bounds, Checked
-from raysl.pretext import Geometry, Transformed
+from raysl.pretext import Geometry, Plain, Transformed
 from raysl.rng import ImageRng
 
 
@@ -43,12 +43,8 @@ class Config(Checked):
             )
 
 
-class MultiCrop:
+class MultiCrop(Plain):
     """One small crop per view; the objective asks for several views."""
-
-    num_crops = 1
-    num_labels = 0
-    color: Literal["crops", "source", "none"] = "crops"
 
     def __init__(self, config: Config, geometry: Geometry) -> None:
         size = max(8, round(geometry.image_size * 96 / 224)) if config.size is None else config.size

@@ -8,7 +8,7 @@ a crop of 260 (`grid` 6, `overlap` 0.55, `source_size` 260). There is no label.
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import Annotated, Any, Literal
+from typing import Annotated, Any
 
 import torch
 from torch import Tensor
@@ -16,7 +16,7 @@ from torch import Tensor
 from raysl.augment import SourceCrop
 from raysl.errors import UserError
 from raysl.fields import Bounds, Checked
-from raysl.pretext import Geometry, Transformed
+from raysl.pretext import Color, Geometry, Plain, Transformed
 from raysl.pretext._windows import windows
 from raysl.rng import ImageRng
 
@@ -42,15 +42,13 @@ class Config(Checked):
     source_size: Annotated[int | None, Bounds(8, 2048)] = None
 
 
-class PatchGrid:
+class PatchGrid(Plain):
     """Patches row by row. The source crop has the size that they cover."""
-
-    num_labels = 0
 
     def __init__(self, config: Config, geometry: Geometry) -> None:
         self.columns = config.grid
         self.num_crops = config.grid**2
-        self.color: Literal["crops", "source", "none"] = "crops" if config.per_patch_color else "source"
+        self.color: Color = "crops" if config.per_patch_color else "source"
         size = config.source_size
         size = round(geometry.image_size * 256 / 224) if size is None else size
         # Add a little, because 260 / (1 + 5 * 0.45) would round down to patches of 79.

@@ -19,7 +19,7 @@ from raysl.augment import SourceCrop
 from raysl.device_copy import to_device
 from raysl.errors import UserError
 from raysl.fields import Bounds, Checked
-from raysl.pretext import Geometry, Transformed
+from raysl.pretext import Color, Geometry, Transformed
 from raysl.pretext._grayscale import grayscale
 from raysl.pretext._windows import windows
 from raysl.rng import ImageRng
@@ -80,7 +80,7 @@ class RelativePosition:
             )
         self.source = SourceCrop(size, config.min_scale)
         # Colors are dropped last: a later recipe would mix the channels again.
-        self.color: Literal["crops", "source", "none"] = "crops" if config.color_drop == "none" else "source"
+        self.color: Color = "crops" if config.color_drop == "none" else "source"
 
     def transform(self, images_bchw: Tensor, image_rng: ImageRng) -> Transformed:
         """Cut two patches (b, 2, 3, s, s); labels are uniform."""

@@ -8,7 +8,7 @@ ImageNet top-1 of a ResNet-50: 48.9 % with predict, 60.2 % with PIRL (400 epochs
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import Any, Literal
+from typing import Literal
 
 import numpy as np
 import torch
@@ -17,7 +17,7 @@ from torch import Tensor
 from raysl.augment import SourceCrop
 from raysl.device_copy import to_device
 from raysl.fields import Checked
-from raysl.pretext import Geometry, Transformed
+from raysl.pretext import Geometry, Plain, Transformed
 from raysl.rng import ImageRng
 
 
@@ -33,11 +33,10 @@ class Config(Checked):
     turns: Literal["one", "all"] = "one"
 
 
-class Rotation:
+class Rotation(Plain):
     """An exact rotation by transposing and mirroring: no interpolation reveals the angle."""
 
     num_labels = 4
-    color: Literal["crops", "source", "none"] = "crops"
 
     def __init__(self, config: Config, geometry: Geometry) -> None:
         self.label_per_crop = config.turns == "all"
@@ -60,7 +59,3 @@ class Rotation:
         # Restore the order by reading: torch writes uint8 images by index slowly.
         crops_bchw = torch.cat(turned).index_select(0, to_device(np.argsort(np.concatenate(rows)), device))
         return Transformed(crops_bchw[:, None], to_device(label_b, device))
-
-    def describe(self) -> dict[str, Any]:
-        """Return no facts."""
-        return {}

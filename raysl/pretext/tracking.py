@@ -9,7 +9,7 @@ with an AlexNet from 100,000 videos: 52.0 % (ensemble), against 54.4 % from Imag
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import Annotated, Literal
+from typing import Annotated
 
 import numpy as np
 import numpy.typing as npt
@@ -42,7 +42,6 @@ class Tracking(OfFrames):
     """Two square patches of one clip, each colored by itself."""
 
     clip_columns = ("frames", "times", "tracks")
-    color: Literal["crops", "source", "none"] = "crops"
     num_crops = 2
     example_objective = "triplet"
 

@@ -28,7 +28,7 @@ from raysl import rng
 from raysl.errors import UserError
 from raysl.fields import Bounds
 from raysl.probes import Floats, Integers, Labelled, Row, Settings, check, presence
-from raysl.probes._span import in_span
+from raysl.probes.linear import in_span
 
 Doubles = npt.NDArray[np.float64]
 

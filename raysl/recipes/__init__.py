@@ -2,7 +2,7 @@
 
 A file `recipes/foo_r50.py` describes the recipe "foo-r50" with
 
-    def pretraining(data: str, run: str) -> Pretraining: ...
+    CONFIG = Pretraining("", "", ...)
 
 Its docstring names the source, the published result, the hardware that it needs, and the differences of raysl. Flags
 beside `--recipe` override its values.
@@ -11,6 +11,7 @@ beside `--recipe` override its values.
 from __future__ import annotations
 
 import inspect
+from dataclasses import replace
 from types import ModuleType
 
 from raysl import plugins
@@ -29,8 +30,8 @@ def load(name: str, data: str, run: str) -> Pretraining:
     Raises:
         UserError: there is no recipe of that name.
     """
-    config: Pretraining = _module(name).pretraining(data, run)
-    return config
+    config: Pretraining = _module(name).CONFIG
+    return replace(config, data=data, run=run)
 
 
 def summary(name: str) -> str:

@@ -17,21 +17,19 @@ from raysl.objectives import predict
 from raysl.pretext import jigsaw
 from raysl.recipes import _goyal
 
-
-def pretraining(data: str, run: str) -> Pretraining:
-    """Return the configuration; the data are the 1,281,167 training images of ImageNet-1k."""
-    return Pretraining(
-        data=data,
-        run=run,
-        method="predict-jigsaw",
-        epochs=_goyal.EPOCHS,
-        batch_size=256,
-        workers=8,
-        view=ViewConfig(image_size=224, recipe="gray"),
-        backbone=BackboneConfig("resnet50"),
-        optim=_goyal.optim(warmup_epochs=5, warmup_start=0.25),
-        parts={
-            "predict": predict.Config(crop_width=1000),
-            "jigsaw": jigsaw.Config(num_permutations=2000, criterion="max_avg", per_patch_color=False),
-        },
-    )
+# The data are the 1,281,167 training images of ImageNet-1k.
+CONFIG = Pretraining(
+    data="",
+    run="",
+    method="predict-jigsaw",
+    epochs=_goyal.EPOCHS,
+    batch_size=256,
+    workers=8,
+    view=ViewConfig(image_size=224, recipe="gray"),
+    backbone=BackboneConfig("resnet50"),
+    optim=_goyal.optim(warmup_epochs=5, warmup_start=0.25),
+    parts={
+        "predict": predict.Config(crop_width=1000),
+        "jigsaw": jigsaw.Config(num_permutations=2000, criterion="max_avg", per_patch_color=False),
+    },
+)

@@ -16,18 +16,16 @@ from raysl.config import Pretraining, ViewConfig
 from raysl.objectives.moco import Config
 from raysl.optim import OptimConfig
 
-
-def pretraining(data: str, run: str) -> Pretraining:
-    """Return the configuration; the data are the 1,281,167 training images of ImageNet-1k."""
-    return Pretraining(
-        data=data,
-        run=run,
-        method="moco",
-        epochs=200,
-        batch_size=256,
-        workers=8,
-        view=ViewConfig(image_size=224, min_scale=0.2, recipe="mocov2"),
-        backbone=BackboneConfig("resnet50"),
-        optim=OptimConfig("sgd", lr=0.03, momentum=0.9, weight_decay=1e-4, schedule="cosine"),
-        parts={"moco": Config(momentum=0.999, queue=65_536, temperature=0.2, dim=128, head="mlp")},
-    )
+# The data are the 1,281,167 training images of ImageNet-1k.
+CONFIG = Pretraining(
+    data="",
+    run="",
+    method="moco",
+    epochs=200,
+    batch_size=256,
+    workers=8,
+    view=ViewConfig(image_size=224, min_scale=0.2, recipe="mocov2"),
+    backbone=BackboneConfig("resnet50"),
+    optim=OptimConfig("sgd", lr=0.03, momentum=0.9, weight_decay=1e-4, schedule="cosine"),
+    parts={"moco": Config(momentum=0.999, queue=65_536, temperature=0.2, dim=128, head="mlp")},
+)

@@ -28,18 +28,16 @@ from raysl.config import Pretraining, ViewConfig
 from raysl.objectives.pirl import Config
 from raysl.optim import OptimConfig
 
-
-def pretraining(data: str, run: str) -> Pretraining:
-    """Return the configuration; the data are the 1,281,167 training images of ImageNet-1k."""
-    return Pretraining(
-        data=data,
-        run=run,
-        method="pirl-jigsaw",
-        epochs=800,
-        batch_size=1024,
-        workers=32,
-        view=ViewConfig(image_size=224, min_scale=0.08, recipe="pirl"),
-        backbone=BackboneConfig("resnet50"),
-        optim=OptimConfig("sgd", lr=0.03, momentum=0.9, weight_decay=1e-4, schedule="cosine"),
-        parts={"pirl": Config(temperature=0.07, num_negatives=32_000, loss="nce", negatives="own", lam=0.5)},
-    )
+# The data are the 1,281,167 training images of ImageNet-1k.
+CONFIG = Pretraining(
+    data="",
+    run="",
+    method="pirl-jigsaw",
+    epochs=800,
+    batch_size=1024,
+    workers=32,
+    view=ViewConfig(image_size=224, min_scale=0.08, recipe="pirl"),
+    backbone=BackboneConfig("resnet50"),
+    optim=OptimConfig("sgd", lr=0.03, momentum=0.9, weight_decay=1e-4, schedule="cosine"),
+    parts={"pirl": Config(temperature=0.07, num_negatives=32_000, loss="nce", negatives="own", lam=0.5)},
+)

@@ -14,17 +14,15 @@ from raysl.backbone.network import BackboneConfig
 from raysl.config import Pretraining, ViewConfig
 from raysl.recipes import _goyal
 
-
-def pretraining(data: str, run: str) -> Pretraining:
-    """Return the configuration; the data are the 1,281,167 training images of ImageNet-1k."""
-    return Pretraining(
-        data=data,
-        run=run,
-        method="predict-rotation",
-        epochs=_goyal.EPOCHS,
-        batch_size=256,
-        workers=8,
-        view=ViewConfig(image_size=224, min_scale=0.08, recipe="plain"),
-        backbone=BackboneConfig("resnet50"),
-        optim=_goyal.optim(),
-    )
+# The data are the 1,281,167 training images of ImageNet-1k.
+CONFIG = Pretraining(
+    data="",
+    run="",
+    method="predict-rotation",
+    epochs=_goyal.EPOCHS,
+    batch_size=256,
+    workers=8,
+    view=ViewConfig(image_size=224, min_scale=0.08, recipe="plain"),
+    backbone=BackboneConfig("resnet50"),
+    optim=_goyal.optim(),
+)

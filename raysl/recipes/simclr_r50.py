@@ -18,20 +18,16 @@ from raysl.config import Pretraining, ViewConfig
 from raysl.objectives.simclr import Config
 from raysl.optim import OptimConfig
 
-
-def pretraining(data: str, run: str) -> Pretraining:
-    """Return the configuration; the data are the 1,281,167 training images of ImageNet-1k."""
-    return Pretraining(
-        data=data,
-        run=run,
-        method="simclr",
-        epochs=800,
-        batch_size=4096,
-        workers=64,
-        view=ViewConfig(image_size=224, min_scale=0.08, recipe="simclr"),
-        backbone=BackboneConfig("resnet50", norm="sync"),
-        optim=OptimConfig(
-            "lars", lr=0.3, momentum=0.9, weight_decay=1e-6, schedule="cosine", warmup=10 / 800
-        ),
-        parts={"simclr": Config(temperature=0.1, dim=128, head="mlp")},
-    )
+# The data are the 1,281,167 training images of ImageNet-1k.
+CONFIG = Pretraining(
+    data="",
+    run="",
+    method="simclr",
+    epochs=800,
+    batch_size=4096,
+    workers=64,
+    view=ViewConfig(image_size=224, min_scale=0.08, recipe="simclr"),
+    backbone=BackboneConfig("resnet50", norm="sync"),
+    optim=OptimConfig("lars", lr=0.3, momentum=0.9, weight_decay=1e-6, schedule="cosine", warmup=10 / 800),
+    parts={"simclr": Config(temperature=0.1, dim=128, head="mlp")},
+)

@@ -9,7 +9,7 @@ import pytest
 import torch
 
 from raysl.probes import Labelled, linear, svm
-from raysl.probes._span import in_span
+from raysl.probes.linear import in_span
 
 
 def drawn(seed: int, count: int, dim: int) -> Labelled:
