@@ -44,7 +44,7 @@ class Callback:
         """Called for every checkpoint that is complete."""
 
     def on_probe(self, rows: Sequence[Mapping[str, Any]]) -> None:
-        """Called with the headline rows of the probes of a step: "step", "probe", "name", "value" and so on."""
+        """Called with the primary metrics of the probes of a step: "step", "probe", "name", "value" and so on."""
 
     def on_end(self, run: Run) -> None:
         """Called when the run has ended, or has been interrupted."""

@@ -76,7 +76,12 @@ def resolve(given: Mapping[str, Any], dataset: DataSet, usual_workers: int, has_
         if not _contains(wanted, choice.name)
     ]
     if choices:
-        _log.info("Chosen for %s; a flag replaces each:", _described(dataset, short_side(dataset)))
+        side = short_side(dataset)
+        _log.info(
+            "Chosen for %s images with a shorter side of about %d pixels; a flag replaces each:",
+            f"{dataset.num_images:,}",
+            side,
+        )
     values: dict[str, Any] = {}
     for choice in choices:
         _log.info("%s", choice)
@@ -133,10 +138,6 @@ def _begun(config: Pretraining, given: Mapping[str, Any], usual_workers: int) ->
     if config.batch_size % usual_workers == 0:
         values["workers"] = usual_workers
     return {**values, **parts} if given.get("method", config.method) == config.method else values
-
-
-def _described(dataset: DataSet, side: int) -> str:
-    return f"{dataset.num_images:,} images with a shorter side of about {side} pixels"
 
 
 def _choices(

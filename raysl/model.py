@@ -11,10 +11,9 @@ import torch
 from torch import Tensor, nn
 
 from raysl import methods, pretext
-from raysl.augment import Recipe, recipe
+from raysl.augment import recipe
 from raysl.backbone import network
 from raysl.backbone.external_weights import load_weights_into
-from raysl.backbone.network import BackboneConfig
 from raysl.config import Pretraining
 from raysl.dataset import DataSet
 from raysl.errors import UserError
@@ -61,7 +60,10 @@ class Model(nn.Module):
         self.config = config
         torch.manual_seed(key(config.seed, "weights") >> 1)
         self.backbone = network.build(config.backbone)
-        self.starting_weights = self._load(config.backbone)
+        weights = config.backbone.weights
+        self.starting_weights = (
+            load_weights_into(self.backbone, weights, config.backbone.name) if weights else ""
+        )
         method = methods.parse(config.method)
         _, objective_type = methods.load_objective(method.objective)
         view = config.view
@@ -89,12 +91,6 @@ class Model(nn.Module):
         check_columns(model.views(), dataset, config.method)
         return model
 
-    def _load(self, config: BackboneConfig) -> str:
-        """Load the weights that training starts from; return a hash of their file, or an empty string."""
-        if not config.weights:
-            return ""
-        return load_weights_into(self.backbone, config.weights, config.name)
-
     def forward(self, views: Mapping[str, Tensor]) -> dict[str, Tensor]:
         """Return the outputs of the objective for uint8 views (b, p, c, h, w)."""
         return self.objective.forward(self.backbone, views)
@@ -102,8 +98,11 @@ class Model(nn.Module):
     def views(self) -> dict[str, View]:
         """Return the views of every image, by name."""
         own = self.objective.recipes if isinstance(self.objective, ViewRecipes) else {}
+        colors = {name: own.get(name, self.config.view.recipe) for name in self.objective.views}
         return {
-            name: View(transform, _colors(own.get(name, self.config.view.recipe)))
+            name: View(
+                transform, OwnAugmentation(colors[name]) if ":" in colors[name] else recipe(colors[name])
+            )
             for name, transform in self.objective.views.items()
         }
 
@@ -179,7 +178,3 @@ def check_columns(views: Mapping[str, View], dataset: DataSet, method: str) -> N
             f"The method {method!r} learns from sound and no clip of {str(dataset.folder)!r} has any. Ingest videos "
             "with an audio track, or give --data clips:500."
         )
-
-
-def _colors(name: str) -> Recipe | OwnAugmentation:
-    return OwnAugmentation(name) if ":" in name else recipe(name)

@@ -60,7 +60,7 @@ def module(room: str, name: str, kind: str) -> ModuleType:
     if name in _added.get(room, {}):
         return _added[room][name]
     if name in _entry_points(room):
-        return _import(_entry_points(room)[name])
+        return import_module(_entry_points(room)[name])
     return importlib.import_module(f"{room}.{name}")
 
 
@@ -107,11 +107,11 @@ def load_module(path_or_name: str) -> ModuleType:
     Raises:
         UserError: it does not exist, cannot be imported, defines none of the three, or its name is taken.
     """
-    found = _import(path_or_name)
+    found = import_module(path_or_name)
     members = [found]
     if hasattr(found, "__path__"):
         infos = [info for info in pkgutil.iter_modules(found.__path__) if not info.name.startswith("_")]
-        members = [_import(f"{found.__name__}.{info.name}") for info in infos]
+        members = [import_module(f"{found.__name__}.{info.name}") for info in infos]
     rooms = {_stem(member): room for member in members if (room := _room(member))}
     if not rooms:
         name = class_name(_stem(found))
@@ -124,11 +124,6 @@ def load_module(path_or_name: str) -> ModuleType:
         if name in rooms:
             _add(rooms[name], name, member)
     return found
-
-
-def import_module(path_or_name: str) -> ModuleType:
-    """Import a Python file or an installed module. Raise UserError when it cannot be imported."""
-    return _import(path_or_name)
 
 
 def trust(name: str) -> None:
@@ -189,14 +184,13 @@ def _room(member: ModuleType) -> str:
 
 
 def _stem(member: ModuleType) -> str:
-    return Path(member.__file__ or "").stem if member.__name__.startswith("raysl_plugin_") else _last(member)
-
-
-def _last(member: ModuleType) -> str:
+    if member.__name__.startswith("raysl_plugin_"):
+        return Path(member.__file__ or "").stem
     return member.__name__.rpartition(".")[2]
 
 
-def _import(path_or_name: str) -> ModuleType:
+def import_module(path_or_name: str) -> ModuleType:
+    """Import a Python file or an installed module. Raise UserError when it cannot be imported."""
     try:
         if _is_file(path_or_name):
             return _import_file(_file(path_or_name).resolve())
@@ -217,6 +211,8 @@ def _is_file(path_or_name: str) -> bool:
 
 
 def _import_file(file: Path) -> ModuleType:
+    from ray import cloudpickle
+
     # The name depends on the path, so that two files of one name do not hide each other.
     digest = hashlib.blake2b(str(file).encode(), digest_size=6).hexdigest()
     name = f"raysl_plugin_{file.stem}_{digest}"
@@ -232,15 +228,9 @@ def _import_file(file: Path) -> ModuleType:
     except BaseException:
         del sys.modules[name]
         raise
-    _pickle_by_value(made)
-    return made
-
-
-def _pickle_by_value(made: ModuleType) -> None:
-    """Let Ray send the classes of a module with their code: its tasks cannot import it by name."""
-    from ray import cloudpickle
-
+    # Ray sends its classes with their code: tasks cannot import them by name.
     cloudpickle.register_pickle_by_value(made)
+    return made
 
 
 @functools.cache

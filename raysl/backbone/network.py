@@ -202,7 +202,10 @@ def build(config: BackboneConfig) -> Backbone:
     Raises:
         UserError: the name does not exist, or has no such stem or norm.
     """
-    norm, joint = _norm(config.norm), config.norm == "joint"
+    norm = (
+        (lambda channels: nn.GroupNorm(channels // 8, channels)) if config.norm == "group" else nn.BatchNorm2d
+    )
+    joint = config.norm == "joint"
     if config.name == "small":
         return Backbone(SmallBackbone(norm), SmallBackbone.width, joint)
     if ":" in config.name or config.name.startswith(TIMM):
@@ -353,9 +356,3 @@ def _remove_head(network: nn.Module) -> int:
     head: nn.Linear = network.get_submodule(linear[-1])  # type: ignore[assignment]
     setattr(holder, child, nn.Identity())
     return head.in_features
-
-
-def _norm(name: str) -> Callable[[int], nn.Module]:
-    if name == "group":
-        return lambda channels: nn.GroupNorm(channels // 8, channels)
-    return nn.BatchNorm2d

@@ -63,16 +63,12 @@ class MemoryBank:
         self.dim = dim
         self.config = config
         self.seed = seed
-        self.first, self.last = self._range(collective.rank(), collective.world())
+        # The rows of this worker: the first, and one past the last.
+        rank, world = (collective.rank(), collective.world()) if config.placement == "sharded" else (0, 1)
+        self.first, self.last = rank * num_images // world, (rank + 1) * num_images // world
         # One row more: updates of rows that belong to other workers go there, so that no step waits for a count.
         self._padded_md = self._initial_rows(device)
         self.rows_nd = self._padded_md[:-1]
-
-    def _range(self, rank: int, world: int) -> tuple[int, int]:
-        """Return the rows of a worker: first, and one past the last."""
-        if self.config.placement == "replicated":
-            return 0, self.num_images
-        return rank * self.num_images // world, (rank + 1) * self.num_images // world
 
     def _initial_rows(self, device: torch.device) -> Tensor:
         """Return this worker's initial rows: uniform in a cube, then scaled to length 1, as in NPID."""

@@ -209,7 +209,9 @@ def _measured(
     if not config.in_process:
         ray_cluster.start()
     train, test = (one if isinstance(one, DataSet) else resolve(one) for one in (train, test))
-    data = _Data.open(train, test, config, any(needs_labels(probe) for _, probe in ready.values()))
+    data = _Data.open(
+        train, test, config, any(isinstance(probe, LabelledProbe) for _, probe in ready.values())
+    )
     check_data(ready, data.train, data.test)
     if unseen := data.unseen():
         _log.warning(
@@ -257,11 +259,6 @@ def check_data(ready: Mapping[str, tuple[Any, Probe]], train: DataSet, test: Dat
     for _, probe in ready.values():
         if hasattr(probe, "check_data"):
             probe.check_data(train, test)
-
-
-def needs_labels(probe: Probe) -> bool:
-    """Return True if a probe needs labelled features. An `EncoderProbe` checks its images itself."""
-    return isinstance(probe, LabelledProbe)
 
 
 @dataclass(frozen=True)
@@ -342,7 +339,11 @@ def _extract(
 ) -> list[tuple[Tables, Tables]]:
     """Return the features of the train and the test set for each encoder, in one pass over the images."""
     measures = [measure for _, measure in ready.values() if not isinstance(measure, EncoderProbe)]
-    sets = [data.train, data.test] if any(needs_labels(measure) for measure in measures) else [data.test]
+    sets = (
+        [data.train, data.test]
+        if any(isinstance(measure, LabelledProbe) for measure in measures)
+        else [data.test]
+    )
     wanted = []
     for source, own in zip(sources, layers, strict=True):
         specs = [extraction.feature_spec(layer, measure.dims) for layer in own for measure in measures]

@@ -129,7 +129,10 @@ def _read(folder: Folder, name: str) -> Iterator[dict[str, Any]]:
         if not all(isinstance(row["time"], float) for row in rows):
             raise ValueError("a row has no time")
     except (ValueError, KeyError, TypeError) as error:
-        raise _damaged(folder, name, error) from error
+        raise UserError(
+            f"The results of probes in {folder / name} are damaged: {error}. Delete that file and run the same "
+            "`raysl probe` again; the results in other files are intact."
+        ) from error
     yield from rows
 
 
@@ -149,13 +152,6 @@ def _checked(row: Any) -> dict[str, Any]:
         if not re.fullmatch(r"[\w-]*", row[name]):
             raise ValueError(f"its {name} {row[name]!r} is not a word")
     return dict(row)
-
-
-def _damaged(folder: Folder, name: str, error: Exception) -> UserError:
-    return UserError(
-        f"The results of probes in {folder / name} are damaged: {error}. Delete that file and run the same "
-        "`raysl probe` again; the results in other files are intact."
-    )
 
 
 def rows_under(

@@ -27,7 +27,7 @@ from raysl.objectives.predict import Config as Predict
 from raysl.objectives.simclr import Config as Simclr
 from raysl.optim import OptimConfig
 from raysl.reporting import ReportConfig, check_installed, report
-from raysl.reporting.report_runs import LabelledRow, groups, labelled_rows
+from raysl.reporting.report_runs import groups, labelled_rows
 from raysl.reporting.tables import tables
 from raysl.run import Run, jsonl
 from raysl.storage import Folder
@@ -222,8 +222,12 @@ def reported(runs: Sequence[Run], flags: Flags, names: Sequence[str], besides: C
     """
     places = [str(run.folder) for run in runs]
     rows = labelled_rows(groups(places))
-    shown = [item for item in rows if item.row["probe"] in names]
-    for one in tables([_headed(item, besides) for item in shown]):
+    shown = [
+        replace(item, row={**item.row, "primary": item.row["primary"] or item.row["name"] in besides})
+        for item in rows
+        if item.row["probe"] in names
+    ]
+    for one in tables(shown):
         printed = Table(title=one.probe, caption=f"{one.caption}; = is a tie with the best")
         printed.add_column("")
         for layer, name in one.columns:
@@ -235,7 +239,3 @@ def reported(runs: Sequence[Run], flags: Flags, names: Sequence[str], besides: C
         Console().print(printed)
     Folder(flags.out).write("rows.jsonl", jsonl({**item.row, "label": item.label} for item in rows))
     print(f"{report(places, ReportConfig(out=flags.out))}/index.html")
-
-
-def _headed(item: LabelledRow, besides: Collection[str]) -> LabelledRow:
-    return replace(item, row={**item.row, "primary": item.row["primary"] or item.row["name"] in besides})

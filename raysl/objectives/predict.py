@@ -78,10 +78,13 @@ class Predict(nn.Module):
             width = config.crop_width
         else:
             self.project = nn.Identity()
-        if self.dense is None:
-            self.classify = _classifier(crops * width, config.hidden, transform.num_labels)
-        else:
+        if self.dense is not None:
             self.decode = self.dense.head(crops * width)
+        elif config.hidden:
+            hidden = nn.Linear(crops * width, config.hidden), nn.ReLU(inplace=True)
+            self.classify: nn.Module = nn.Sequential(*hidden, nn.Linear(config.hidden, transform.num_labels))
+        else:
+            self.classify = nn.Linear(crops * width, transform.num_labels)
 
     def forward(self, backbone: nn.Module, views: Mapping[str, Tensor]) -> dict[str, Tensor]:
         """Compute logits (b, labels), or (b * p, labels) with a label for each crop, or the dense head's output."""
@@ -111,9 +114,3 @@ class Predict(nn.Module):
         label_b = batch.targets["transformed"].flatten()
         correct = (logits_bk.argmax(dim=1) == label_b).float().mean()
         return Loss(F.cross_entropy(logits_bk, label_b), {"accuracy": correct})
-
-
-def _classifier(width: int, hidden: int, num_labels: int) -> nn.Module:
-    if not hidden:
-        return nn.Linear(width, num_labels)
-    return nn.Sequential(nn.Linear(width, hidden), nn.ReLU(inplace=True), nn.Linear(hidden, num_labels))

@@ -169,7 +169,8 @@ def _figures(
         return seen.names, _sample(seen.figures, config), unseen.figures, None
     folder, file = _split(config.train)
     train = _poses.read(folder, file, config.reference)
-    images = Folder(config.images) if _is_full(config.images) else folder / config.images
+    is_full = config.images.startswith("/") or "://" in config.images
+    images = Folder(config.images) if is_full else folder / config.images
     if not config.test:
         learned, scored = _parted(train)
         return train.names, _sample(learned, config), scored, images
@@ -333,7 +334,3 @@ def _hash(file: str) -> str:
 def _split(file: str) -> tuple[Folder, str]:
     place, _, name = str(Folder(file)).rpartition("/")
     return Folder(place or "/"), name
-
-
-def _is_full(path: str) -> bool:
-    return path.startswith("/") or "://" in path

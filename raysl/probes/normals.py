@@ -275,7 +275,8 @@ def normals_of(pair: Pair) -> Tensor:
 def _png(data: bytes) -> Any:
     """Return the vectors (h, w, 3) of an image of 8 or 16 bits."""
     image = Image.open(io.BytesIO(data))
-    if image.mode == "RGB" and not _is_deep(data):
+    is_deep = data[:4] == b"\x89PNG" and data[24] == 16  # The bit depth of a PNG has a fixed place.
+    if image.mode == "RGB" and not is_deep:
         return np.asarray(image, dtype=np.float32) / 127.5 - 1
     try:  # Pillow reads color of 16 bits as 8 bits.
         import imagecodecs
@@ -285,11 +286,6 @@ def _png(data: bytes) -> Any:
         ) from error
     values = imagecodecs.imread(data)
     return values.astype(np.float32) / (np.iinfo(values.dtype).max / 2) - 1
-
-
-def _is_deep(data: bytes) -> bool:
-    """Return True for a PNG of 16 bits: the byte of its bit depth has a fixed place."""
-    return data[:4] == b"\x89PNG" and data[24] == 16
 
 
 def _grid(normals_13hw: Tensor, side: int) -> Tensor:

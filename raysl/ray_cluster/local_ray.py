@@ -104,8 +104,10 @@ def begin(**options: Any) -> None:
     home.tell("RAY_AUTH_TOKEN_PATH", str(token))
     # Ray prefers this variable to the file.
     home.tell("RAY_AUTH_TOKEN", None)
+    # lo on Linux, lo0 on macOS.
+    loopback = next((name for _, name in socket.if_nameindex() if name in ("lo", "lo0")), "lo")
     for name in ("GLOO_SOCKET_IFNAME", "NCCL_SOCKET_IFNAME"):
-        home.tell(name, _loopback_interface())
+        home.tell(name, loopback)
     _read_environment()
     try:
         with _loopback():
@@ -184,11 +186,6 @@ def _remove_left_behind(root: Path) -> None:
             pass  # Its process lives.
         finally:
             os.close(lock)
-
-
-def _loopback_interface() -> str:
-    """Return the name of the loopback interface: lo on Linux, lo0 on macOS."""
-    return next((name for _, name in socket.if_nameindex() if name in ("lo", "lo0")), "lo")
 
 
 @contextmanager

@@ -207,3 +207,11 @@ def layers(rows: Sequence[LabelledRow]) -> list[str]:
     """Return the layers of rows, from the image upwards."""
     seen = dict.fromkeys(item.row["layer"] for item in rows)
     return [layer for layer in _ORDER if layer in seen] + [layer for layer in seen if layer not in _ORDER]
+
+
+def by_protocol(rows: Sequence[LabelledRow]) -> list[tuple[tuple[str, ...], list[LabelledRow]]]:
+    """Return rows in groups that may be compared: the values of `PROTOCOL`, and their rows, sorted."""
+    together: dict[tuple[str, ...], list[LabelledRow]] = {}
+    for item in rows:
+        together.setdefault(tuple(item.row[name] for name in PROTOCOL), []).append(item)
+    return sorted(together.items())

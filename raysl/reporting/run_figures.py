@@ -15,7 +15,7 @@ from raysl.evaluation.results import of_images
 from raysl.feature_store.records import verified
 from raysl.probes.invariance import HEADS, HISTOGRAM, OTHERS
 from raysl.reporting.figure import Figure, drawn, panels
-from raysl.reporting.report_runs import PROTOCOL, Entry, Group, LabelledRow, labels, layers
+from raysl.reporting.report_runs import Entry, Group, LabelledRow, by_protocol, labels, layers
 from raysl.reporting.tables import Estimate, estimates
 from raysl.storage import Folder
 
@@ -32,15 +32,17 @@ def colors(labels: Sequence[str]) -> dict[str, Any]:
 
 def per_layer(rows: Sequence[LabelledRow]) -> Iterator[Figure]:
     """Yield the primary metric by layer, one figure for each probe and protocol."""
-    for key, members in _by_protocol([item for item in rows if item.row["primary"]]):
+    for key, members in by_protocol([item for item in rows if item.row["primary"]]):
         found, places = estimates(members), layers(members)
         if len(places) < 2:
             continue
-        name = members[0].row["name"]
+        name, ylabel = members[0].row["name"], f"{key[0]} {members[0].row['name']}"
         labels = list(dict.fromkeys(item.label for item in members))
         colored = colors(labels)
 
-        def draw(axes: Any, found: Any = found, places: Any = places, colored: Any = colored) -> None:
+        def draw(
+            axes: Any, found: Any = found, places: Any = places, colored: Any = colored, ylabel: str = ylabel
+        ) -> None:
             for label in colored:
                 of_label = {
                     layer: cell for (one, layer, _), cell in found.items() if one == label and layer in places
@@ -64,34 +66,19 @@ def per_layer(rows: Sequence[LabelledRow]) -> Iterator[Figure]:
             axes.set_xticks(range(len(places)), places)
             axes.set_ylim(*_limits([value for cell in found.values() for value in cell.values]))
             axes.legend(fontsize=7)
+            axes.set_ylabel(ylabel)
 
-        draw_named = _with_ylabel(draw, f"{key[0]} {name}")
         text = (
             f"{name} of the probe {key[0]} by layer: means, a dot for each seed, and 95 % confidence intervals for "
             f"three or more seeds, cut at the edges of the picture. {_hashes(key)}"
         )
-        yield Figure(f"layers-{key[0]}-{_short(key)}", f"{key[0]} by layer", text, drawn(draw_named, 8.0))
+        yield Figure(f"layers-{key[0]}-{_short(key)}", f"{key[0]} by layer", text, drawn(draw, 8.0))
 
 
 def _limits(values: Sequence[float]) -> tuple[float, float]:
     """Return limits that show all seeds, but not all of the intervals."""
     room = 0.15 * ((max(values) - min(values)) or abs(values[0]) or 1.0)
     return min(values) - room, max(values) + room
-
-
-def _with_ylabel(draw: Callable[[Any], None], name: str) -> Callable[[Any], None]:
-    def both(axes: Any) -> None:
-        draw(axes)
-        axes.set_ylabel(name)
-
-    return both
-
-
-def _by_protocol(rows: Sequence[LabelledRow]) -> list[tuple[tuple[str, ...], list[LabelledRow]]]:
-    together: dict[tuple[str, ...], list[LabelledRow]] = {}
-    for item in rows:
-        together.setdefault(tuple(item.row[name] for name in PROTOCOL), []).append(item)
-    return sorted(together.items())
 
 
 def _short(key: Sequence[str]) -> str:
@@ -197,7 +184,7 @@ def invariance_map(rows: Sequence[LabelledRow]) -> Iterator[Figure]:
     of_probe = [
         item for item in rows if item.row["probe"] == "invariance" and item.row["name"].startswith("closer/")
     ]
-    for key, members in _by_protocol(of_probe):
+    for key, members in by_protocol(of_probe):
         found, places = estimates(members), layers(members)
         transforms = list(dict.fromkeys(item.row["name"] for item in members))
         if len(places) < 2:
@@ -278,7 +265,7 @@ def progress(gathered: Sequence[Group]) -> Iterator[Figure]:
         for row in entry.rows
         if row["primary"] and row["encoder"] == "trained"
     ]
-    for key, members in _by_protocol(rows):
+    for key, members in by_protocol(rows):
         layer = layers(members)[-1]
         # A line for each seed, because seeds may have been probed at different steps.
         points: dict[tuple[str, int], dict[int, float]] = {}
@@ -291,15 +278,18 @@ def progress(gathered: Sequence[Group]) -> Iterator[Figure]:
             continue
         name, colored = members[0].row["name"], colors([label for label, _ in points])
 
-        def draw(axes: Any, curves: Any = curves, colored: Any = colored) -> None:
+        def draw(
+            axes: Any, curves: Any = curves, colored: Any = colored, ylabel: str = f"{key[0]} {name}"
+        ) -> None:
             named = set()
             for (label, _), curve in curves.items():
                 legend = "" if label in named else label
                 axes.plot(*zip(*curve, strict=True), "o-", markersize=3, label=legend, color=colored[label])
                 named.add(label)
             axes.set_xlabel("step")
+            axes.set_ylabel(ylabel)
             axes.legend(fontsize=7)
 
         text = f"{name} of {key[0]} on {layer} at steps during training, a line for each seed. {_hashes(key)}"
-        png = drawn(_with_ylabel(draw, f"{key[0]} {name}"), 8.0)
+        png = drawn(draw, 8.0)
         yield Figure(f"progress-{key[0]}-{_short(key)}", f"{key[0]} during training", text, png)

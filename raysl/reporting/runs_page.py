@@ -80,7 +80,15 @@ def page(places: Sequence[str], config: ReportConfig) -> tuple[str, list[Figure]
         views=embedded(views),
         unseen=unseen,
         costs=list(_costs(gathered)),
-        runs=[_run(group.label, entry) for group in gathered for entry in group.entries],
+        runs=[
+            {
+                "label": f"{group.label}, seed {entry.seed}",
+                "folder": str(entry.run.folder),
+                "command": folded(command(entry.run.config())) if entry.trained else "",
+            }
+            for group in gathered
+            for entry in group.entries
+        ],
     )
     return text, [*drawn, *sheets, *views]
 
@@ -188,8 +196,3 @@ def _span(entry: Entry) -> tuple[float, float, float]:
     workers_n = np.where(np.isnan(workers_n), config.worker_counts()[-1], workers_n)
     seconds_n = steps_n * config.batch_size / speeds_n
     return float(seconds_n.sum()), float(seconds_n @ workers_n), float(steps_n.sum()) * config.batch_size
-
-
-def _run(label: str, entry: Entry) -> dict[str, str]:
-    line = folded(command(entry.run.config())) if entry.trained else ""
-    return {"label": f"{label}, seed {entry.seed}", "folder": str(entry.run.folder), "command": line}

@@ -6,10 +6,9 @@ import math
 from collections.abc import Sequence
 from dataclasses import dataclass
 from statistics import mean
-from typing import Any
 
 from raysl.evaluation.results import of_images
-from raysl.reporting.report_runs import PROTOCOL, LabelledRow, layers
+from raysl.reporting.report_runs import PROTOCOL, LabelledRow, by_protocol, layers
 
 
 @dataclass(frozen=True)
@@ -89,11 +88,8 @@ def tables(rows: Sequence[LabelledRow], primary: bool = True) -> list[Table]:
     Args:
         primary: take the primary metric of each probe; if False, all other numbers.
     """
-    together: dict[tuple[Any, ...], list[LabelledRow]] = {}
-    for item in rows:
-        if bool(item.row["primary"]) == primary:
-            together.setdefault(tuple(item.row[name] for name in PROTOCOL), []).append(item)
-    return [_table(members) for _, members in sorted(together.items())]
+    chosen = [item for item in rows if bool(item.row["primary"]) == primary]
+    return [_table(members) for _, members in by_protocol(chosen)]
 
 
 def _table(members: Sequence[LabelledRow]) -> Table:

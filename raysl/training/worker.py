@@ -146,7 +146,7 @@ class Worker:
         """
         log = MetricsLog(self.job.run, self.step) if self.rank == 0 else None
         try:
-            self._loop(log, self._begin(log))
+            self._loop(log)
         except StorageError:
             log = None  # It was tried for long enough.
             raise
@@ -154,11 +154,8 @@ class Worker:
             if log is not None:
                 log.flush()
 
-    def _begin(self, log: MetricsLog | None) -> int:
-        """Tell the driver the first step of this worker group. Return the number of lost steps."""
-        return 0 if log is None else self.progress.begin(self.step, self.world, log.reached)
-
-    def _loop(self, log: MetricsLog | None, lost_steps: int) -> None:
+    def _loop(self, log: MetricsLog | None) -> None:
+        lost_steps = 0 if log is None else self.progress.begin(self.step, self.world, log.reached)
         distributed = self.distributed()
         meter = Meter(self.step, self.plan, self.world, lost_steps)
         queue = DeviceQueue(self.device)
@@ -177,7 +174,9 @@ class Worker:
             if last or self.step % self.config.log_every == 0:
                 row = meter.row(self.step, lr)
                 self._check(row["loss"])
-                self._log(log, row)
+                if log is not None:
+                    log.add(row)
+                    self.progress.post(row)
             if last or self.saver.due(self.step, since_s):
                 self._check(collective.mean(loss.loss).item())
                 if log is not None:
@@ -249,11 +248,6 @@ class Worker:
                 "Start a new run (another --run) with a lower --optim.lr, with --optim.clip-norm 1, or with "
                 "--precision fp32."
             )
-
-    def _log(self, log: MetricsLog | None, row: dict[str, Any]) -> None:
-        if log is not None:
-            log.add(row)
-            self.progress.post(row)
 
     def save(self) -> None:
         """Save the network by rank 0, and the bank by rank 0 if it is replicated, otherwise by every worker."""
