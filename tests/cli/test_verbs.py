@@ -67,6 +67,21 @@ def test_mistakes(
     assert list(tmp_path.iterdir()) == []
 
 
+@pytest.mark.parametrize("name", ["keypoints", "normals", "video", "localisation", "detection", "voc_svm"])
+def test_probes_of_other_data_are_refused_before_ray_starts(
+    name: str, tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(ray_cluster, "start", lambda: pytest.fail("Ray starts"))
+    train, test = (make_dataset(tmp_path / f"{seed}", 8, seed=seed).folder for seed in (0, 1))
+    out = tmp_path / "out"
+    data = f"--train {train} --test {test} --out {out}".split()
+    assert re.search(
+        rf"The probe {name}\b.* needs".replace("_", "."),
+        refused(capsys, "probe", "random", "--probes", name, *data),
+    )
+    assert not out.exists()
+
+
 def test_views_makes_the_folder_of_its_picture(
     no_ray: None, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
