@@ -16,7 +16,7 @@ from raysl.errors import UserError
 from raysl.fields import Bounds, check
 from raysl.ingestion import resolve
 from raysl.ray_cluster.versions import versions
-from raysl.run import METADATA, Run
+from raysl.run import METADATA, Run, flattened
 from raysl.storage import Folder
 from raysl.training.launch import pretrain
 
@@ -97,22 +97,15 @@ def _ingredients(metadata: Mapping[str, Any], fingerprint: str) -> list[str]:
     found = []
     if metadata["data"]["fingerprint"] != fingerprint:
         found.append(f"data: fingerprint {metadata['data']['fingerprint'][:12]} then, {fingerprint[:12]} now")
-    now = _flat(json.loads(json.dumps(versions())))
+    now = dict(flattened(json.loads(json.dumps(versions()))))
     for number, session in enumerate(metadata["sessions"]):
-        for name, value in _flat({key: session.get(key) for key in versions()}).items():
+        for name, value in flattened({key: session.get(key) for key in versions()}):
             if value != now.get(name):
                 found.append(f"{name}: {value} in session {number + 1} then, {now.get(name)} now")
     counts = sorted({session["workers"] for session in metadata["sessions"]}, key=str)
     if len(counts) > 1:
         found.append(f"workers: {', '.join(map(str, counts))} in turn then, {counts[-1]} now")
     return found
-
-
-def _flat(value: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:
-    flat: dict[str, Any] = {}
-    for key, item in value.items():
-        flat |= _flat(item, f"{prefix}{key} ") if isinstance(item, Mapping) else {f"{prefix}{key}": item}
-    return flat
 
 
 def _numbers(first: Run, second: Run, steps: int) -> list[str]:

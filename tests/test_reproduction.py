@@ -69,7 +69,7 @@ def test_differences_are_listed(run: Run, tmp_path: Path) -> None:
     found = reproduce(copy, ReproduceConfig(out=str(tmp_path / "again")))
     assert not found.same
     assert any(line.startswith("data: fingerprint another") for line in found.ingredients)
-    assert any(line.startswith("packages torch: 1.0 in session 1") for line in found.ingredients)
+    assert any(line.startswith("packages.torch: 1.0 in session 1") for line in found.ingredients)
     assert len(found.numbers) == 1
     assert found.numbers[0].startswith("loss: 1 then")
     assert "at step 3 first" in found.numbers[0]

@@ -287,9 +287,8 @@ def check(dataset: DataSet, out: str = "") -> Certificate:
         )
         _log.info("No GPU: %s.", not_done["GPU"])
     if torch.cuda.device_count() < 2:
-        not_done["several GPUs"] = (
-            f"gradients and a sharded bank over NCCL need two GPUs; here are {_count()}"
-        )
+        count = torch.cuda.device_count() or "none"
+        not_done["several GPUs"] = f"gradients and a sharded bank over NCCL need two GPUs; here are {count}"
     for name, measure in CHECKS.items():
         _log.info("Checking %s ...", name)
         try:
@@ -310,11 +309,6 @@ def check(dataset: DataSet, out: str = "") -> Certificate:
         Path(out).write_text(json.dumps(asdict(made), indent=1, sort_keys=True) + "\n")
         _log.info("The certificate is in %s.", out)
     return made
-
-
-def _count() -> str:
-    count = torch.cuda.device_count()
-    return "none" if count == 0 else str(count)
 
 
 def _machine() -> dict[str, Any]:

@@ -93,18 +93,14 @@ def survey(workers: int, prices: Mapping[str, float]) -> Fleet:
         found = cluster_placement.machines()
         placement = cluster_placement.place(workers, found)
         more = len(cluster_placement.enough(workers, found, placement.gpus_per_worker)) - len(found.now)
-        started = _started(grows, [autoscaler.type_of(node) for node in alive], found.has_gpus, more)
+        # The machines that the autoscaler would start first for trainers.
+        later = grows.beyond([autoscaler.type_of(node) for node in alive])[0] if grows else ()
+        names = [one.name for one in later if one.resources.get("GPU") or not found.has_gpus]
+        started = dict(Counter(names[:more]))
         waits = placement.busy(workers)
     except UserError as error:
         refused = str(error)
     return Fleet(_kinds(grows, alive, prices), placement, refused, started, waits, _news(grows), _stale())
-
-
-def _started(grows: Growth | None, alive: Sequence[str], gpus: bool, count: int) -> dict[str, int]:
-    """Return the first `count` machines that the autoscaler would start for trainers, by type."""
-    later = grows.beyond(alive)[0] if grows else ()
-    names = [one.name for one in later if one.resources.get("GPU") or not gpus]
-    return dict(Counter(names[:count]))
 
 
 def _kinds(

@@ -5,7 +5,6 @@ from __future__ import annotations
 import importlib
 import inspect
 from functools import cache
-from typing import Any
 
 import torch
 from rich import box
@@ -48,14 +47,8 @@ def describe() -> list[Table]:
     return [parts, grid, why]
 
 
-@cache
-def _transform(name: str, geometry: Geometry) -> Any:
-    return pretext.build(name, {}, geometry)
-
-
-@cache
-def _skeleton(config: network.BackboneConfig) -> network.Backbone:
-    return network.skeleton(config)
+_transform = cache(lambda name, geometry: pretext.build(name, {}, geometry))
+_skeleton = cache(network.skeleton)
 
 
 def combines(objective: str, transform: str) -> str:

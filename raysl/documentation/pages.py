@@ -140,15 +140,13 @@ def _views(method: str) -> dict[str, View]:
         return {"image": View(pretext.build("identity", {}, geometry), recipe(_VIEW.recipe))}
 
 
+_answer = functools.cache(combinations.combines)
+
+
 @functools.cache
 def _data(method: str) -> str:
     """Return the name of the data that shows a method."""
     return CLIPS if any(view.of_clips for view in _views(method).values()) else DATA
-
-
-@functools.cache
-def _answer(objective: str, transform: str) -> str:
-    return combinations.combines(objective, transform)
 
 
 def _module(name: str) -> ModuleType:

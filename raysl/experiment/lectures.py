@@ -19,6 +19,8 @@ from dataclasses import dataclass
 from statistics import mean
 from typing import Any, Literal
 
+from raysl.reporting.tables import Estimate
+
 MIN_SEEDS = 3
 # In shares of 1: half a point of accuracy.
 SMALLEST = 0.005
@@ -98,12 +100,8 @@ class Measured:
 
     def interval(self) -> tuple[float, float] | None:
         """Return the 95 % interval of the mean; None for fewer than two seeds."""
-        if len(self.values) < 2:
-            return None
-        from scipy.stats import sem, t
-
-        half = float(t.ppf(0.975, len(self.values) - 1) * sem(self.values))
-        return mean(self.values) - half, mean(self.values) + half
+        half = Estimate(self.values).half_width
+        return None if half is None else (mean(self.values) - half, mean(self.values) + half)
 
     def verdict(self) -> Verdict:
         """Judge one contrast."""

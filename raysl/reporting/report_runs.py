@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -14,7 +14,7 @@ from raysl.config import FREE
 from raysl.errors import UserError
 from raysl.evaluation.results import MODEL, MOMENTUM, rows_of
 from raysl.feature_store.records import verified
-from raysl.run import METADATA, Run
+from raysl.run import METADATA, Run, flattened
 from raysl.storage import Folder
 
 # Only rows that agree in these fields are compared.
@@ -97,7 +97,7 @@ def _entry(folder: Folder) -> Entry:
         metadata, config, rows = run.metadata(), run.config().to_json(), rows_of(run)
         # Settings that cannot change results are left out, except for the number of workers.
         ignored = {"seed", "method", *FREE} - {"workers"}
-        identity = dict(_flat({key: value for key, value in config.items() if key not in ignored}))
+        identity = _identity({key: value for key, value in config.items() if key not in ignored})
         identity["images"] = metadata["data"]["fingerprint"][:8]
         identity["step"] = max((row["step"] for row in rows if row["encoder"] == "trained"), default=0)
         identity |= _teacher(metadata.get("facts", {}))
@@ -105,7 +105,7 @@ def _entry(folder: Folder) -> Entry:
     if folder.exists(MODEL):
         try:
             model = verified(folder.read_json(MODEL))
-            name, identity = str(model["name"]), dict(_flat(dict(model["identity"])))
+            name, identity = str(model["name"]), _identity(dict(model["identity"]))
         except (ValueError, KeyError, TypeError) as error:
             raise UserError(
                 f"The file {folder}/{MODEL} is damaged: {error!r}. Delete it and run the same `raysl probe` again."
@@ -128,13 +128,9 @@ def _teacher(facts: Mapping[str, Any]) -> dict[str, Any]:
     return {name: value for name, value in values.items() if value is not None}
 
 
-def _flat(value: Mapping[str, Any], prefix: str = "") -> Iterator[tuple[str, Any]]:
-    """Yield dotted names and values, except paths: the teacher of another seed is in another folder."""
-    for key, item in value.items():
-        if isinstance(item, Mapping):
-            yield from _flat(item, f"{prefix}{key}.")
-        elif not (isinstance(item, str) and "/" in item):
-            yield f"{prefix}{key}", item
+def _identity(values: Mapping[str, Any]) -> dict[str, Any]:
+    """Return values under dotted names, without paths: the teacher of another seed is in another folder."""
+    return {name: item for name, item in flattened(values) if not (isinstance(item, str) and "/" in item)}
 
 
 def _label(entry: Entry, others: Sequence[Mapping[str, Any]]) -> str:
