@@ -26,7 +26,9 @@ if TYPE_CHECKING:
     from raysl.clustering.options import KMeansConfig
     from raysl.config import Pretraining
     from raysl.dataset import DataSet
-    from raysl.diagnostics import Certificate, DoctorConfig, Fleet, Report
+    from raysl.diagnostics import DoctorConfig, Report
+    from raysl.diagnostics.gpu_check import Certificate
+    from raysl.diagnostics.machines import Fleet
     from raysl.evaluation.options import ProbeConfig
     from raysl.extraction import Encoder, FeaturesConfig, FeatureStore
     from raysl.ingestion import IngestConfig

@@ -64,19 +64,16 @@ class Callbacks:
 
     @contextmanager
     def following(self, run: Run, step: int) -> Iterator[None]:
-        """Tell of the begin of a run at a step, and of its end after the block."""
-        self.begin(run, step)
-        try:
-            yield
-        finally:
-            self.end()
-
-    def begin(self, run: Run, step: int) -> None:
-        """Tell that a run begins or resumes at a step."""
+        """Tell that a run begins or resumes at a step, and that it has ended after the block."""
         self._run, self._step = run, step
         if self._members:
             self._saved = {found.step for found in checkpoint.complete(run.checkpoints)}
         self._call("on_begin", run)
+        try:
+            yield
+        finally:
+            self.look()
+            self._call("on_end", run)
 
     def log(self, rows: Sequence[Mapping[str, Any]]) -> None:
         """Tell of new rows of metrics, and of checkpoints that have been saved since."""
@@ -100,11 +97,6 @@ class Callbacks:
     def probe(self, rows: Sequence[Mapping[str, Any]]) -> None:
         """Tell of the rows of probes."""
         self._call("on_probe", rows)
-
-    def end(self) -> None:
-        """Tell that the run has ended."""
-        self.look()
-        self._call("on_end", self._run)
 
     def _call(self, name: str, *arguments: Any) -> None:
         for member in list(self._members):

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Annotated, Any, Literal
 
@@ -89,20 +88,16 @@ class Lars(torch.optim.SGD):
         return done
 
 
-def parameter_groups(network: nn.Module, weight_decay: float) -> list[dict[str, object]]:
-    """Return parameter groups: weights with decay, biases and normalisation layers without.
+def build(config: OptimConfig, network: nn.Module) -> torch.optim.Optimizer:
+    """Build the optimiser of a network, without its frozen weights; biases and normalisation layers do not decay.
 
-    Frozen ones are left out.
+    The training loop sets the rate before every step.
     """
     trained = [p for p in network.parameters() if p.requires_grad]
-    decayed: Sequence[nn.Parameter] = [p for p in trained if p.ndim > 1]
-    plain: Sequence[nn.Parameter] = [p for p in trained if p.ndim <= 1]
-    return [{"params": decayed, "weight_decay": weight_decay}, {"params": plain, "weight_decay": 0.0}]
-
-
-def build(config: OptimConfig, network: nn.Module) -> torch.optim.Optimizer:
-    """Build the optimiser of a network. The training loop sets the rate before every step."""
-    groups = parameter_groups(network, config.weight_decay)
+    groups: list[dict[str, Any]] = [
+        {"params": [p for p in trained if p.ndim > 1], "weight_decay": config.weight_decay},
+        {"params": [p for p in trained if p.ndim <= 1], "weight_decay": 0.0},
+    ]
     if config.name == "adamw":
         return torch.optim.AdamW(
             groups, lr=config.lr, fused=any(p.is_cuda for p in network.parameters()) or None

@@ -52,14 +52,13 @@ class Fails(Callback):
 
 def follow(run: Run, *members: Callback) -> None:
     callbacks = Callbacks(members)
-    callbacks.begin(run, 0)
-    callbacks.log(ROWS[:1])
-    saver = Saver(run.checkpoints, SaveConfig(), 0, 1)
-    saver.save(3, {"step": 3}, None)
-    saver.wait()
-    callbacks.log(ROWS[1:])
-    callbacks.probe(SCORES)
-    callbacks.end()
+    with callbacks.following(run, 0):
+        callbacks.log(ROWS[:1])
+        saver = Saver(run.checkpoints, SaveConfig(), 0, 1)
+        saver.save(3, {"step": 3}, None)
+        saver.wait()
+        callbacks.log(ROWS[1:])
+        callbacks.probe(SCORES)
 
 
 def test_callbacks_hear_everything_in_order(run: Run, caplog: pytest.LogCaptureFixture) -> None:

@@ -38,19 +38,6 @@ from raysl.training.worker import Job
 
 _log = logging.getLogger("raysl.diagnostics")
 
-__all__ = [
-    "Certificate",
-    "Costs",
-    "DoctorConfig",
-    "Fleet",
-    "Prediction",
-    "Report",
-    "diagnose",
-    "examine",
-    "look",
-    "predict",
-]
-
 
 @dataclass(frozen=True)
 class DoctorConfig:

@@ -209,9 +209,9 @@ def _measured(
     if not config.in_process:
         ray_cluster.start()
     train, test = (one if isinstance(one, DataSet) else resolve(one) for one in (train, test))
-    data = _Data.open(
-        train, test, config, any(isinstance(probe, LabelledProbe) for _, probe in ready.values())
-    )
+    labelled = any(isinstance(probe, LabelledProbe) for _, probe in ready.values())
+    common = common_labels(train, test) if labelled else (None, None)
+    data = _Data(train, test, config.bn_statistics, *common)
     check_data(ready, data.train, data.test)
     if unseen := data.unseen():
         _log.warning(
@@ -270,11 +270,6 @@ class _Data:
     bn_statistics: str
     train_labels_n: Integers | None
     test_labels_n: Integers | None
-
-    @staticmethod
-    def open(train: DataSet, test: DataSet, config: ProbeConfig, labels: bool) -> _Data:
-        common = common_labels(train, test) if labels else (None, None)
-        return _Data(train, test, config.bn_statistics, *common)
 
     def unseen(self) -> int:
         """Return the number of test images of classes that the train set does not show."""

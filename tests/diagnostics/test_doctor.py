@@ -7,7 +7,8 @@ from pathlib import Path
 
 import pytest
 
-from raysl.diagnostics import Costs, DoctorConfig, examine, predict
+from raysl.diagnostics import DoctorConfig, examine
+from raysl.diagnostics.prediction import Costs, predict
 from raysl.errors import UserError
 from raysl.ray_cluster.placement import Placement
 from raysl.stream.reader import DataShare
