@@ -142,7 +142,6 @@ class MLflowLogger(Callback):
     """Log to MLflow (package mlflow-skinny, extra "loggers").
 
     Args:
-        experiment: name of the experiment.
         tracking_uri: of a server or a folder; by default what the environment says.
     """
 

@@ -62,7 +62,6 @@ def resolve(given: Mapping[str, Any], dataset: DataSet, usual_workers: int, has_
 
     Args:
         given: fields of `Pretraining` and of the method's parts by their names; nested mappings for nested classes.
-        dataset: the images.
         usual_workers: number of workers that suits the machine.
         has_gpus: whether the machine or cluster has GPUs.
     """

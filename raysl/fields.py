@@ -134,7 +134,6 @@ def check(config: Any, prefix: str = "") -> None:
     takes one of its values. A nested dataclass is checked here, unless it is `Checked` and has checked itself.
 
     Args:
-        config: an instance of a dataclass.
         prefix: prefix of the flags in errors, such as "optim.".
     """
     for name, hint in hints(type(config)).items():

@@ -129,15 +129,7 @@ class Model(nn.Module):
         world: int = 1,
         device: torch.device = torch.device("cpu"),
     ) -> Stream:
-        """Return the stream of one training worker.
-
-        Args:
-            dataset: the images.
-            share: CPUs of the data tasks.
-            rank: the worker.
-            world: number of workers.
-            device: device of the tensors of the batches.
-        """
+        """Return the stream of one training worker."""
         return Stream(
             dataset=dataset,
             plan=self.config.plan(dataset),

@@ -87,8 +87,6 @@ class Run:
         """Begin a run, or resume the one in its folder.
 
         Args:
-            config: the configuration.
-            dataset: the images that it trains on.
             facts: what the parts of the method add to the metadata, such as a hash of the permutations.
 
         Raises:
@@ -253,7 +251,6 @@ class MetricsLog:
     and the next session joins them.
 
     Args:
-        run: the run.
         step: the step that the run resumes from; later rows, of an interrupted session, are dropped.
 
     Attributes:

@@ -106,8 +106,7 @@ def parse(data: bytes, file: str) -> dict[str, Tensor]:
     """Return every tensor of a weights file by its dotted name, such as "state_dict.layer1.0.conv1.weight".
 
     Args:
-        data: content of the file.
-        file: its name, for messages.
+        file: name of the file, for messages.
 
     Raises:
         UserError: the file holds no weights that can be loaded safely, or a package is missing.
@@ -230,7 +229,6 @@ def fill(body: nn.Module, state: Mapping[str, Tensor], file: str, name: str) -> 
     file, the average over training (EMA) comes first and a momentum copy is never used; the choice is logged.
 
     Args:
-        body: network without its classifier.
         state: weights by name; see `parse`.
         file: their origin, for messages.
         name: name of the backbone, for messages.

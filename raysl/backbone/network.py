@@ -84,7 +84,6 @@ class Backbone(nn.Module):
 
     Args:
         body: the network alone, under its own names, so that its state dict can be loaded elsewhere.
-        width: number of features.
         joint: compute the statistics of BatchNorm over several batches together; see `forward_jointly`.
     """
 
@@ -178,7 +177,6 @@ def encode_views(backbone: nn.Module, views: Sequence[Tensor]) -> list[Tensor]:
     """Compute features of every crop of several views, in their order or jointly; see `BackboneConfig.norm`.
 
     Args:
-        backbone: the backbone.
         views: uint8 (b, p, c, h, w) each; p, h and w may differ.
 
     Returns:
@@ -239,9 +237,7 @@ def check_size(config: BackboneConfig, image_size: int, flag: str = "--image-siz
     """Raise UserError when a backbone does not take images of a size.
 
     Args:
-        config: the backbone.
         image_size: side of the images in pixels.
-        flag: the flag that sets the size.
     """
     if error := _size_error(config, image_size):
         reason, own_size = error

@@ -46,9 +46,6 @@ class MemoryBank:
     Args:
         num_images: N, number of rows.
         dim: D, size of a row.
-        config: configuration of the bank.
-        seed: seed of the run.
-        device: device of the rows.
     """
 
     def __init__(

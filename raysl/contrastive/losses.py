@@ -40,8 +40,6 @@ def nce(positive_b: Tensor, negatives_bk: Tensor, z: Tensor, num_images: int) ->
     """Compute the noise-contrastive estimation of NPID (Wu et al. 2018, eq. 7): K + 1 binary problems.
 
     Args:
-        positive_b: score of the positive.
-        negatives_bk: scores of the negatives.
         z: the normalisation constant, a scalar; see `estimate_z`.
         num_images: N. The noise is uniform over the data set, Pn = 1 / N.
 

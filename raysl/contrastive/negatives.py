@@ -30,10 +30,7 @@ def shared_scores(bank: MemoryBank, queries_bd: Tensor, rows: Rows, step: int, n
     gathering of b * K rows, but the negatives of a batch are correlated.
 
     Args:
-        bank: the memory bank.
         queries_bd: float (b, d) with gradient; or (q, b, d) for q queries per image, which share the negatives.
-        rows: the images of the queries.
-        step: step of the run.
         num_negatives: K.
 
     Returns:
@@ -55,9 +52,7 @@ def own_scores(bank: MemoryBank, queries_bd: Tensor, rows: Rows, num_negatives: 
     The papers do so; it takes b * K * D numbers of memory.
 
     Args:
-        bank: the memory bank.
         queries_bd: float (b, d) with gradient; or (q, b, d) for q queries per image, which share the negatives.
-        rows: the images of the queries.
         num_negatives: K.
 
     Returns:

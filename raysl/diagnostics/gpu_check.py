@@ -64,7 +64,6 @@ class Bench:
     """The sizes of the checks, and workers that take real training steps without Ray.
 
     Args:
-        dataset: images that the steps are made of.
         on_gpu: use the GPU with the backbone and image size of PIRL's paper; otherwise the CPU, at a small size.
     """
 
@@ -273,7 +272,6 @@ def check(dataset: DataSet, out: str = "") -> Certificate:
     """Run all checks, print their numbers, and write the certificate.
 
     Args:
-        dataset: images that the training steps are made of.
         out: JSON file for the certificate; "" for none.
     """
     on_gpu = torch.cuda.is_available()

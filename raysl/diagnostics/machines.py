@@ -81,7 +81,6 @@ def survey(workers: int, prices: Mapping[str, float]) -> Fleet:
     """Survey the cluster that Ray is connected to.
 
     Args:
-        workers: Ray Train workers of the run.
         prices: US dollars an hour by type of machine; they override the cluster's configuration.
     """
     import ray

@@ -18,12 +18,7 @@ def cell(text: str) -> str:
 
 
 def hyperparameters(prefix: str, config: Any) -> str:
-    """Return the fields of a Config as a table of flags, in Markdown.
-
-    Args:
-        prefix: prefix of the flags on the command line.
-        config: configuration with the default values.
-    """
+    """Return the fields of a Config as a table of flags, in Markdown."""
     rows = [f"| `--{flag}` | {default} | {described} |" for flag, default, described in _rows(prefix, config)]
     return (
         "\n".join(["| flag | default | description |", "|---|---|---|", *rows]) if rows else "There are none."

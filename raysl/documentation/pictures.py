@@ -60,8 +60,6 @@ def views_sheet(
     Args:
         dataset: the data set; the seed determines which images are drawn.
         views: views by name, from `views_of`.
-        seed: seed of the run.
-        count: number of images.
         epoch: epoch of the random choices.
 
     Raises:
@@ -108,8 +106,6 @@ def neighbours_sheet(
     """Draw a row for each query image: the image, then its nearest neighbours with their class and cosine.
 
     Args:
-        queries: data set of the query images.
-        gallery: data set of the neighbours.
         query_q: int64 (q,), indices in `queries`.
         nearest_qk: int64 (q, k), indices in `gallery`, the nearest first; see `raysl.probes.retrieval.nearest`.
         cosine_qk: float32 (q, k).
@@ -136,8 +132,6 @@ def pieces_sheet(
     Args:
         queries_qchw: uint8 (q, 3, h, w).
         found_qkchw: uint8 (q, k, 3, h, w), the nearest first.
-        query_notes: a note for each query.
-        found_notes: k notes for each query.
     """
     columns = [
         ("query", "", [(_picture(one), note) for one, note in zip(queries_qchw, query_notes, strict=True)])

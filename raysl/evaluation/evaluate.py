@@ -97,12 +97,8 @@ def probe_model(
     """Probe an encoder that is not a run, such as published weights, and add the rows to the folder `out`.
 
     Args:
-        source: the encoder; see `raysl.extraction.named`.
         title: name of the model in reports.
-        train: see `probe`.
-        test: see `probe`.
         config: what is probed; its `out` is required and its `encoders` are not used.
-        **changes: see `probe`.
 
     Returns:
         As `probe`.
@@ -249,8 +245,6 @@ def check_data(ready: Mapping[str, tuple[Any, Probe]], train: DataSet, test: Dat
 
     Args:
         ready: see `raysl.evaluation.options.ProbeConfig.ready`.
-        train: images to learn from.
-        test: images to score.
 
     Raises:
         UserError: the data do not suit a probe, or a probe that learns would be scored on the same images.

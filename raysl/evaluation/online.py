@@ -143,8 +143,6 @@ class OnlineEvaluator:
     Args:
         run: the run; it need not have begun.
         online: when and what is probed.
-        train: labelled data to learn from.
-        test: labelled data to score.
         trainers: smallest number of workers that train, each on a GPU if there are any.
 
     Attributes:

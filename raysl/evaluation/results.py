@@ -50,7 +50,6 @@ def protocol_hash(name: str, config: Any, protocol: FeatureProtocol, bn_statisti
     """Return a hash of all settings that a probe's value depends on, apart from encoder, layer and data.
 
     Args:
-        name: name of the probe.
         config: its Config; see `raysl.probes.settings`.
         protocol: how images become features. Its layers are not part of the hash.
         bn_statistics: see `raysl.evaluation.options.ProbeConfig`.
@@ -169,7 +168,6 @@ def rows_under(
 
     Args:
         run: a run of raysl.
-        name: name of the probe.
         train: fingerprint of the train set.
         test: fingerprint of the test set.
         config: Config of the probe; None for its defaults.

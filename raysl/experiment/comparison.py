@@ -217,7 +217,6 @@ def reported(runs: Sequence[Run], flags: Flags, names: Sequence[str], besides: C
     """Print the tables of probes, and write their rows and the report.
 
     Args:
-        names: names of the probes.
         besides: names of numbers to print in addition to the primary metrics.
     """
     places = [str(run.folder) for run in runs]

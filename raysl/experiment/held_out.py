@@ -22,9 +22,7 @@ def batches(model: Model, dataset: DataSet, epochs: float, seed: int) -> Iterato
 
     Args:
         model: gives the views; it stays in its mode.
-        dataset: the rows.
         epochs: visits to every row.
-        seed: seed of the views.
     """
     plan = Plan.of(dataset, min(model.config.batch_size, dataset.num_images), seed, epochs)
     with torch.no_grad(), DataProcesses(1) as data:
@@ -38,7 +36,6 @@ def held_out(run: Run, dataset: DataSet, epochs: float = 4, seed: int = 1) -> di
         run: finished, of an objective without a memory bank.
         dataset: rows of the same kind as those of the run.
         epochs: visits to every row, each with views of its own.
-        seed: seed of the views.
     """
     model = trained_model(Trained(run, run.newest()))
     sums: dict[str, float] = defaultdict(float)

@@ -128,7 +128,6 @@ class AfterStep(Protocol):
         """Update the objective after a step of the optimiser. Every worker calls it once per step.
 
         Args:
-            backbone: the network that is trained.
             step: number of the step that has just been taken, 0-based.
         """
         ...
@@ -142,7 +141,6 @@ class AfterEpoch(Protocol):
         """Update the objective after the step that completes an epoch. Every worker calls it once per epoch.
 
         Args:
-            backbone: the network that is trained.
             epoch: number of the epoch that has ended, 0-based.
         """
         ...

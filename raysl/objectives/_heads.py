@@ -23,8 +23,6 @@ def projection(head: HeadName, width: int, dim: int, norm: NormName = "none") ->
         head: "linear"; "mlp" with one hidden layer as wide as the features; or "bn", linear on features that are
             standardised over the batch. A small backbone first gives all images nearly the same direction, and a short
             run with a high learning rate may never leave it. Standardised features have no such direction.
-        width: number of features.
-        dim: size of the embeddings.
         norm: normalisation of the hidden layer of an "mlp", before its ReLU.
     """
     if head == "linear":
@@ -41,9 +39,6 @@ def mlp(width: int, hidden: int, dim: int, layers: int = 2) -> nn.Sequential:
     """Build a perceptron with BatchNorm and ReLU after each of its hidden layers.
 
     Args:
-        width: number of inputs.
-        hidden: width of the hidden layers.
-        dim: number of outputs.
         layers: linear layers, at least 1.
     """
     widths = [width, *[hidden] * (layers - 1)]

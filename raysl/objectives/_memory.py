@@ -50,10 +50,7 @@ def contrast(
     """Contrast each query with the memory of its image and the same negatives. The bank is not changed.
 
     Args:
-        config: hyperparameters.
         queries: unit embeddings (b, d) with gradient, by name.
-        batch: the images of the queries.
-        bank: the memory of all images.
         z: the normalisation constant of "nce", a scalar. While it is NaN, the first query sets it.
 
     Returns:

@@ -140,7 +140,6 @@ class AudioVisual(nn.Module):
         """Return how well the sound fits each place of the frame, a cosine in -1..1: (b, h, w).
 
         Args:
-            backbone: the backbone of the run.
             frames_bpchw: uint8 (b, 1, 3, s, s), as of the view "frame".
             sounds_bpchw: uint8 (b, p, 1, bands, windows), as of the view "sound"; the first is used.
         """

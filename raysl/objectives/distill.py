@@ -109,7 +109,6 @@ def soft_targets(student: Tensor, teacher: Tensor, temperature: float) -> Tensor
 
     Args:
         student: logits, float32 (..., classes).
-        teacher: logits of the same shape.
         temperature: T, > 0.
 
     Returns:

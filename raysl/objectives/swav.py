@@ -109,9 +109,7 @@ def sinkhorn(scores_nk: Tensor, epsilon: float, iterations: int) -> Tensor:
     """Return the codes of a batch: rows sum to 1, and all columns have nearly equal sums (eq. 5).
 
     Args:
-        scores_nk: scores of the global batch.
         epsilon: smoothness, > 0.
-        iterations: iterations of Sinkhorn-Knopp.
     """
     # The largest score is subtracted, because exp(1 / 0.05) times a large batch may overflow.
     codes_nk = ((scores_nk - scores_nk.max()) / epsilon).exp()

@@ -200,7 +200,6 @@ def build(spec: str, configs: Mapping[str, Any], geometry: Geometry) -> Pretext:
     Args:
         spec: a name, or names joined by "+" and applied from left to right, such as "rotation+jigsaw".
         configs: the Configs of the transforms by name; a missing one has its defaults.
-        geometry: the geometry of the run.
 
     Raises:
         UserError: a name does not exist, the geometry does not suit a transform, or a transform before the last makes

@@ -27,7 +27,6 @@ class DenseTransform(Plain):
     Args:
         name: name of the transform, for errors.
         grid: cells per side, an even number of at least 4.
-        geometry: geometry of the run.
 
     Raises:
         UserError: the grid is odd, too small or finer than the pixels.

@@ -55,7 +55,6 @@ def permutation_set(n: int, count: int, criterion: Criterion, seed: int) -> Perm
     """Choose `count` distinct permutations of `n` tiles. The result is cached in the process.
 
     Args:
-        n: number of tiles.
         count: 1 .. n!; n! lists all permutations in lexicographic order, for any criterion. At most 100,000 for more
             than nine tiles.
         criterion: "max_min" maximises the distance of the nearest pair, "max_avg" that of the average pair; "random"

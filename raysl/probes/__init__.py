@@ -246,8 +246,6 @@ def check(name: str, train: Labelled, test: Labelled, *, several: bool = False, 
 
     Args:
         name: name of the probe, for messages.
-        train: the train set.
-        test: the test set.
         several: the probe accepts images that show several classes.
         learns: the probe learns from the train set, and so refuses to be scored on it.
 

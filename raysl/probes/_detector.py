@@ -82,8 +82,6 @@ def build(backbone: Backbone, classes: int, sides: tuple[int, ...], width: int) 
     """Return the detector. All weights but those of the backbone are drawn from torch's global generator.
 
     Args:
-        backbone: the backbone.
-        classes: number of classes without the background.
         sides: lengths of the shorter side of an image in pixels: random in training, the last one in evaluation.
         width: see `PyramidBackbone`; the box head has four times as many channels.
 

@@ -103,8 +103,6 @@ def measure(
 
     Args:
         name: name of the probe, for messages.
-        subject: the encoder and the images.
-        config: how the network is trained.
         chosen_n: indices of the images to learn from.
         labels: labels of all train and all test images; see `labels_of`.
         suffix: appended to the names of the rows.
@@ -163,11 +161,6 @@ def train(
 
     Args:
         network: maps uint8 images to logits; its parts are `backbone` and `head`.
-        subject: the images.
-        config: how the network is trained.
-        indices_n: indices of train images.
-        labels_n: labels of the same images.
-        threads: threads for decoding.
     """
     images = subject.train.read(indices_n, ("image",)).column("image").to_pylist()
     solvers = [

@@ -51,10 +51,6 @@ def by_layer(
     """Return the rows of a probe for each layer.
 
     Args:
-        probe: the probe.
-        layers: names of layers.
-        train: features to learn from.
-        test: features to score.
         low_priority: trainers need the CPUs and GPUs, so a task has one thread of the lowest priority.
         in_process: compute in this process, with its threads, instead of tasks of Ray.
 

@@ -104,7 +104,6 @@ def each_clip(
     """Yield the clips of a data set: index, some clips in memory, and the row among them.
 
     Args:
-        data: the clips.
         columns: columns to read; see `raysl.clips`.
         chosen_n: int64 (n,), indices of the clips; None for all.
     """

@@ -74,8 +74,6 @@ def read(folder: Folder, file: str, reference: str) -> Figures:
     """Return the annotated figures of a file in its order; figures without an annotated point are left out.
 
     Args:
-        folder: folder of the file.
-        file: its name.
         reference: "box" for the longer side of the box (without one, of the annotated points), or "head" for MPII's
             length of the head.
 
@@ -110,7 +108,6 @@ def of_clips(data: DataSet, frames: int) -> Figures:
     The length is the longer side of the box of the key points that are seen.
 
     Args:
-        data: the clips.
         frames: number of frames of each clip, evenly spaced in time.
     """
     figures = []

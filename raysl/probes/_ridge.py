@@ -36,8 +36,6 @@ class Moments:
     """Sums over rows of features (d) and targets (k), in float64: all that a ridge regression needs.
 
     Args:
-        d: number of features.
-        k: number of targets.
         device: where the sums are kept.
     """
 
@@ -92,9 +90,7 @@ def fit(fitted: Moments, held_out: Moments, penalties: Sequence[float] = PENALTI
     Without fitted or held-out rows the strongest penalty is used.
 
     Args:
-        fitted: rows to fit.
         held_out: rows that choose the penalty.
-        penalties: candidates.
     """
     strongest_first = sorted(penalties, reverse=True)
     best = strongest_first[0]

@@ -57,8 +57,6 @@ def run_tasks(
     """Run one Ray task for each call and return the results in the order of the calls.
 
     Args:
-        work: function of a task.
-        calls: arguments of each task.
         options: options of the tasks for `ray.remote`; by default a GPU each if there are any, else a share of the
             CPUs.
 

@@ -207,7 +207,6 @@ def score(
     Args:
         pictures: the annotated images; at least one box is not difficult.
         found: the detections in each picture; labels count from 1 in the order of `classes`.
-        classes: names of the classes.
 
     Raises:
         UserError: pycocotools is not installed.

@@ -250,8 +250,6 @@ def _layer(
         plain_nd: features of the images, in a random order.
         moved: for each transform features (n, p, d) of the transformed images, labels (n,) of the transform, and bool
             (n,), images that it changed.
-        transforms: the transforms by name.
-        config: the protocol.
     """
     others_nk = to_others(plain_nd, config.others)
     rows = [Row(f"distance/{OTHERS}", float(others_nk.mean()))]
@@ -322,7 +320,6 @@ def to_others(features_nd: Tensor, most: int) -> Doubles:
 
     Args:
         features_nd: features in a random order, so that the next rows are a random sample.
-        most: largest k.
     """
     unit_nd = normalize(features_nd.double(), dim=1)
     shifts = range(1, min(most, len(unit_nd) - 1) + 1)

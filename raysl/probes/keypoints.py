@@ -224,7 +224,6 @@ def predicted(
         points_nk2: their points as shares of the view, NaN where not annotated.
         held_n: bool (n,), the figures that choose the penalty.
         tested_mdhw: maps of the other figures.
-        config: protocol.
         mean_k2: prediction of a point that no figure has.
     """
     shown_nk = points_nk2.isfinite().all(2)
@@ -307,7 +306,6 @@ def scores(
         said_nk2: predictions as shares of the view.
         true_nk2: annotations, NaN where there is none.
         lengths_n: reference length of each figure as a share of the view.
-        names: names of the key points.
         thresholds: shares of the reference length.
 
     Raises:

@@ -86,7 +86,6 @@ def nearest(query_qd: Tensor, train_nd: Tensor, k: int, own: int | None) -> tupl
     Args:
         query_qd: unit vectors.
         train_nd: unit vectors on the same device; n >= k, and n > k if `own` is given.
-        k: number of neighbours.
         own: index in `train_nd` of the first query if the queries are rows of it, else None.
     """
     similar, indices = [], []

@@ -109,11 +109,7 @@ class Lidar(InTask[Config]):
 
 
 class Scatter:
-    """The sums over images that LiDAR is made of, in float64.
-
-    Args:
-        d: number of features.
-    """
+    """The sums over images that LiDAR is made of, in float64."""
 
     def __init__(self, d: int) -> None:
         self.images = self.views = 0

@@ -169,8 +169,6 @@ class Fit:
 
     Args:
         features_nd: standardised features, for their covariance; 2 d of them are used if there are more.
-        classes: number of classes c.
-        config: see `Config`.
     """
 
     def __init__(self, features_nd: Tensor, classes: int, config: Config) -> None:

@@ -95,8 +95,6 @@ def measure(model: Any, subject: Subject, config: Config) -> list[Row]:
 
     Args:
         model: a `raysl.model.Model` in eval mode.
-        subject: the clips.
-        config: see `Config`.
     """
     if getattr(getattr(model.objective, "config", None), "form", "") != "map":
         raise UserError(
@@ -127,7 +125,6 @@ def moments(data: DataSet, size: int, frames: int, window_s: float) -> Iterator[
     Args:
         data: clips that say what sounds.
         size: side in pixels of the whole frame as the network sees it.
-        frames: number of frames of each clip.
         window_s: length of the sound in seconds.
     """
     for first in range(0, data.num_images, _PART_CLIPS):

@@ -162,11 +162,6 @@ def neighbours(
     """Return the k nearest pieces of the gallery, int64 (n, k); none of the own image if both sets are the same.
 
     Args:
-        query_nd: features of the queries.
-        gallery_md: features of the gallery.
-        k: number of neighbours.
-        queries: the pieces asked about.
-        gallery: the pieces that are found.
         same: both come from one data set.
     """
     _, order_nm = nearest(query_nd, gallery_md, len(gallery_md) if same else k)

@@ -92,7 +92,6 @@ def nearest(
     Args:
         query_qd: float32 (q, d), features of the queries.
         gallery_nd: float32 (n, d); n >= k, and n > k if `own_q` is given.
-        k: number of images.
         own_q: int64 (q,), index of each query in the gallery if it must not find itself.
     """
     similar_qn = (

@@ -142,7 +142,6 @@ def choose(train_nd: Doubles, sign_n: Integers, costs: tuple[float, ...]) -> flo
     Args:
         train_nd: float64 (n, d), unit rows.
         sign_n: int64 (n,), 1 or -1, at least two of each. There are three folds, or as many as the rarer sign has.
-        costs: candidates.
     """
     _, selection = _solver()
     folds = int(min(_FOLDS, (sign_n == 1).sum(), (sign_n == -1).sum()))

@@ -80,9 +80,6 @@ def begin(**options: Any) -> None:
     GLOO_SOCKET_IFNAME and NCCL_SOCKET_IFNAME name the loopback interface. `end`, which also runs when this process
     exits, restores them and removes the folder. The next `begin` removes folders that killed processes left behind.
 
-    Args:
-        options: options of `ray.init`.
-
     Raises:
         UserError: the folder for temporary files cannot be used, or its path is too long.
     """

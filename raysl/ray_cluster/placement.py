@@ -135,7 +135,6 @@ def place(
     wait for them.
 
     Args:
-        workers: number of trainers.
         found: the machines; by default `machines()`.
         gpus_per_worker: GPUs of a trainer if there are GPUs; below 1, several trainers share one.
 

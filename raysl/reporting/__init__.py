@@ -30,7 +30,6 @@ def report(folders: str | Sequence[str], config: ReportConfig) -> Folder:
 
     Args:
         folders: the folder of one sweep; or folders of runs, or of other models that `raysl probe` has measured.
-        config: see `ReportConfig`.
 
     Raises:
         UserError: a folder holds neither a sweep nor a run, several sweeps are given, a package is missing, or the

@@ -60,8 +60,6 @@ def render(body: str, title: str, **values: Any) -> str:
 
     Args:
         body: Jinja template of the page's body; its macro `pictures` takes the result of `embedded`.
-        title: title of the page.
-        values: values of the names in the template.
     """
     import jinja2
 

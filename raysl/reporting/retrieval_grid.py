@@ -33,7 +33,6 @@ def sheets(
 
     Args:
         image_size: side of the view in pixels.
-        cache: folder of stored features.
         count: number of test images; the choice depends only on the size of the test set.
 
     Raises:

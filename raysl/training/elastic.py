@@ -43,7 +43,6 @@ def size(counts: Sequence[int], found: Machines, gpus: bool) -> int:
 
     Args:
         counts: allowed numbers of workers, ascending.
-        found: machines of the cluster.
         gpus: a worker needs a GPU; otherwise a whole CPU, together with its data tasks.
     """
     room = sum(int(node.get("GPU" if gpus else "CPU", 0)) for node in found.now)
@@ -57,7 +56,6 @@ def gather(counts: Sequence[int], found: Machines, gpus: bool = False) -> Worker
 
     Args:
         counts: allowed numbers of workers, ascending.
-        found: machines of the cluster.
         gpus: the workers need GPUs, even if there are none now.
 
     Raises:
@@ -76,8 +74,6 @@ class CapacityRequest:
 
     Args:
         most: largest allowed number of workers.
-        group: current worker group.
-        found: machines of the cluster.
     """
 
     def __init__(self, most: int, group: WorkerGroup, found: Machines) -> None:
@@ -99,7 +95,6 @@ class Resizing:
 
     Args:
         counts: allowed numbers of workers, ascending.
-        group: current worker group.
         clock: returns seconds; an argument for tests.
     """
 

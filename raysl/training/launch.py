@@ -58,10 +58,8 @@ def pretrain(
     once.
 
     Args:
-        config: configuration of the run.
         until: stop after this step, with a checkpoint; None for the last step of the schedule.
         placement: resources of the workers; by default they share the whole cluster.
-        callbacks: code that follows the run.
         subscriber: position in a stream shared with other runs; see `raysl.stream.shared`.
         local: train with one worker in this process and without Ray; see `raysl.training.local`.
 

@@ -86,10 +86,7 @@ def train(job: Job, num_steps: int, lock: DriverLock, callbacks: Callbacks, show
 
     Args:
         job: the job; its board is not used.
-        num_steps: steps of the whole run.
         lock: lock on the run; training stops when it is lost.
-        callbacks: code that follows the run.
-        show_every_s: interval between two lines of progress.
 
     Raises:
         UserError: the run cannot go on, as `Worker.train`; or the machine has no more memory.

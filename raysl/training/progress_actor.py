@@ -62,8 +62,6 @@ class Board:
         """Record that a worker group begins at a step: 0, or the step of a checkpoint.
 
         Args:
-            step: first step of the group.
-            workers: number of workers.
             reached: last step in the metrics of earlier sessions.
 
         Returns:
@@ -122,7 +120,6 @@ class ActorProgress(Progress):
     """Progress through a progress actor. Also stops when Ray will drain one of the machines.
 
     Args:
-        board: the actor.
         rank: rank of the worker; only rank 0 asks the actor.
     """
 

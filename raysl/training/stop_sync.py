@@ -20,9 +20,7 @@ class StopSync:
     duration of steps, on which the workers agree too.
 
     Args:
-        step: first step of the session.
         told: returns True if this worker was asked to stop.
-        device: device of the exchanged numbers.
     """
 
     def __init__(self, step: int, told: Callable[[], bool], device: torch.device) -> None:

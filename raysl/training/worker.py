@@ -64,9 +64,6 @@ class Worker:
     """One training worker: its model, optimiser, bank and stream, and the training step.
 
     Args:
-        job: the job.
-        device: device of the network.
-        progress: connection to the driver.
         source: source of the stream; None for Ray Data.
     """
 
