@@ -35,7 +35,7 @@ from raysl.extraction.heads import trained_model
 from raysl.ingestion import resolve, splits
 from raysl.objectives.audio_visual import Config
 from raysl.optim import OptimConfig
-from raysl.probes._dense import cell_offset
+from raysl.probes._images import cell_offset
 from raysl.probes.localisation import moments, peaks
 from raysl.run import Run, jsonl
 from raysl.storage import Folder
