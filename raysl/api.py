@@ -26,9 +26,7 @@ if TYPE_CHECKING:
     from raysl.clustering.options import KMeansConfig
     from raysl.config import Pretraining
     from raysl.dataset import DataSet
-    from raysl.diagnostics import DoctorConfig, Report
-    from raysl.diagnostics.gpu_check import Certificate
-    from raysl.diagnostics.machines import Fleet
+    from raysl.diagnostics import Diagnosis, DoctorConfig
     from raysl.evaluation.options import ProbeConfig
     from raysl.extraction import Encoder, FeaturesConfig, FeatureStore
     from raysl.ingestion import IngestConfig
@@ -405,7 +403,7 @@ def reproduce(run: AnyRun, config: ReproduceConfig | None = None, **fields: Any)
 
 
 @console.announced
-def doctor(config: DoctorConfig | None = None, **fields: Any) -> Report | Fleet | Certificate:
+def doctor(config: DoctorConfig | None = None, **fields: Any) -> Diagnosis:
     """Measure what limits the speed of a run on this machine; with `cluster=True`, look at a cluster; with `gpu=True`,
     check the GPUs of this machine.
 
@@ -413,11 +411,10 @@ def doctor(config: DoctorConfig | None = None, **fields: Any) -> Report | Fleet 
         config, fields: the configuration; see `DoctorConfig`.
     """
     from raysl.diagnostics import DoctorConfig as Config
+    from raysl.diagnostics import diagnose
 
     settings = configure(Config, config, {**fields, **given(data=fields.get("data"))})
     if not settings.cluster:
         dataset(settings.data)
     start_ray()
-    from raysl.diagnostics import diagnose
-
     return diagnose(settings)

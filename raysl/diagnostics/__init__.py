@@ -87,7 +87,7 @@ class DoctorConfig:
         return found
 
 
-def diagnose(given: DoctorConfig) -> Report | Fleet | Certificate:
+def diagnose(given: DoctorConfig) -> Diagnosis:
     """Check the GPUs, look at the cluster or measure a run, as the configuration says. Ray must have been started.
 
     Raises:
@@ -137,6 +137,9 @@ class Report:
     placement: Placement
     costs: Costs
     prediction: Prediction
+
+
+Diagnosis = Report | Fleet | Certificate
 
 
 def examine(given: DoctorConfig) -> Report:
