@@ -42,8 +42,8 @@ class InTask(Generic[C]):
 
     def examine(self, subject: Subject) -> Iterator[Row]:
         """See `EncoderProbe.examine`."""
+        self.check_data(subject.train, subject.test)
         if isinstance(subject.encoder, self.needs):
-            self.check_data(subject.train, subject.test)
             yield from run_tasks(_rows_of, [(self, subject)])[0]
 
 

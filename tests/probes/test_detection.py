@@ -401,7 +401,8 @@ def test_a_folder_is_required_and_pixels_give_no_rows(tmp_path: Path) -> None:
     here = untrained(tmp_path)
     with pytest.raises(Unset, match=r"--detection\.data"):
         list(detection.Detection(detection.Config()).examine(here))
-    assert not list(detection.Detection(detection.Config()).examine(replace(here, encoder=Pixels())))
+    given = detection.Detection(detection.Config(data=str(tmp_path)))
+    assert not list(given.examine(replace(here, encoder=Pixels())))
 
 
 @pytest.mark.ray
