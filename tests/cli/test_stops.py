@@ -20,7 +20,7 @@ from tests.data import make_dataset
 
 SLOW = [pytest.mark.ray, pytest.mark.slow, pytest.mark.timeout(900)]
 SMALL = "--batch-size 16 --view.image-size 16 --view.recipe plain --pirl.num-negatives 32"
-TWO_SETS = "--train {data} --test {data}"
+TWO_SETS = "--train {data} --test {test}"
 PRETRAINS = ".*(begins|resumes)"
 # Each command, and a pattern of the line at which it has begun its work.
 VERBS = {
