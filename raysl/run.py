@@ -195,7 +195,7 @@ class Run:
         """Yield the names of the files of metrics, each with its whole lines."""
         for name in [METRICS] * self.folder.exists(METRICS) + self.metrics_parts():
             data = self.folder.read(name)
-            yield name, verified_lines(io.BytesIO(data[: data.rfind(b"\n") + 1]))
+            yield name, map(_object, verified_lines(io.BytesIO(data[: data.rfind(b"\n") + 1])))
 
     @contextmanager
     def _reading(self, name: str) -> Iterator[None]:
@@ -217,6 +217,13 @@ class Run:
             stream.writelines(map(signed_line, rows))
         for name in self.metrics_parts():
             self.folder.delete(name)
+
+
+def _object(line: bytes) -> bytes:
+    """Return a line of JSON. Raise ValueError if it is no object; Arrow crashes on null."""
+    if not line.lstrip().startswith(b"{"):
+        raise ValueError("a row is no object")
+    return line
 
 
 def _old(uri: str) -> UserError:

@@ -140,6 +140,14 @@ def test_rows_wait_for_a_file_system_that_is_away(tmp_path: Path) -> None:
     assert run.metrics() == [{"step": 1}]
 
 
+@pytest.mark.parametrize("line", ["null", "3", "[]", '"x"'])
+def test_a_row_that_is_no_object_is_damage(tmp_path: Path, line: str) -> None:
+    run = begin(tmp_path)
+    run.folder.write(METRICS, f"{line}\n".encode())
+    with pytest.raises(UserError, match="is damaged: a row is no object"):
+        run.metrics_columns(["loss"])
+
+
 def test_an_object_store_holds_rows_in_parts(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(run_module, "_PART_ROWS", 2)
     run = Run(Folder(f"memory://{tmp_path.name}/run"))

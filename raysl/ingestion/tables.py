@@ -6,6 +6,7 @@ import codecs
 import csv
 import io
 import posixpath
+import re
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
@@ -21,6 +22,8 @@ from raysl.ingestion.found import shown
 from raysl.storage import filesystem, retry
 
 TEXT = (".csv", ".tsv", ".jsonl", ".ndjson")
+# Arrow crashes on such a line.
+_NULL = re.compile(rb"^\s*null\b", re.MULTILINE)
 SUFFIXES = (".parquet", ".arrow", ".feather", *TEXT)
 _FILE_NAMES = (
     "file_name filename file path filepath file_path image_path image_file image_file_name image_filename image img "
@@ -156,6 +159,8 @@ def _read_table(data: bytes, name: str) -> pa.Table:
     if data.startswith((codecs.BOM_UTF16_LE, codecs.BOM_UTF16_BE)):
         data = data.decode("utf-16").encode()
     if name.endswith((".jsonl", ".ndjson")):
+        if _NULL.search(data):
+            raise pa.ArrowInvalid("a line is null, and each must be an object")
         return pajson.read_json(io.BytesIO(data))
     table = pacsv.read_csv(
         io.BytesIO(data),

@@ -213,6 +213,13 @@ def test_tables_of_file_names(tmp_path: Path, name: str, content: str) -> None:
     assert labels(tmp_path / name) == {"photos/a.jpg": "dog", "photos/b c.jpg": "cat"}
 
 
+@pytest.mark.parametrize("first", ["null", "  null", '{"image": "a.jpg"}\nnull', "3", "[]"])
+def test_a_line_of_json_that_is_no_object_is_refused(tmp_path: Path, first: str) -> None:
+    put(tmp_path, "a.jpg")
+    put(tmp_path, "list.jsonl", data=f'{first}\n{{"image": "a.jpg"}}\n'.encode())
+    assert "Cannot read the table" in refused(tmp_path / "list.jsonl")
+
+
 def test_file_names_that_lead_out_of_the_folder(tmp_path: Path) -> None:
     put(tmp_path, "secret.jpg", "other.jpg", "in/a.jpg")
     put(
