@@ -248,6 +248,27 @@ def _maps() -> str:
     return table(["", "untrained", "SimCLR", "gain of a seed"], lines)
 
 
+def _video(task: str, gains: bool = False) -> str:
+    """Return the table of a task on drawn clips: each label in per cent, by seed, and its gain over "untrained"."""
+    rows = [row for row in rows_of("video/rows.jsonl") if row["task"] == task]
+    of = {
+        label: {row["seed"]: row["value"] for row in rows if row["label"] == label}
+        for label in dict.fromkeys(row["label"] for row in rows)
+    }
+    lines = []
+    for label, by_seed in of.items():
+        mean_of = _interval(list(by_seed.values()), 100) if len(by_seed) == 3 else ""
+        cells = [label, ", ".join(_tenths(value) for value in by_seed.values()), mean_of]
+        if gains:
+            # A label may end with a layer, and is compared at the same one.
+            base = of.get("untrained" + label[label.index(",") :] if "," in label else "untrained", by_seed)
+            gain = [value - base[seed] for seed, value in by_seed.items()]
+            cells.append(_interval(gain, 100) if base is not by_seed and len(gain) == 3 else "")
+        lines.append(cells)
+    head = ["", "by seed, %", "mean and 95 % interval"]
+    return table([*head, "gain over untrained"] if gains else head, lines)
+
+
 def _interval(of: Sequence[float], scale: float) -> str:
     """Return the mean of three seeds and half the width of its 95 % interval by Student's t."""
     half = 4.303 * stdev(of) / math.sqrt(3)
@@ -317,6 +338,10 @@ TABLES: dict[str, Callable[[], str]] = {
     "recipes-compare": lambda: _recipes("compare"),
     "recipes-rank": _rank,
     "recipes-search": lambda: _recipes("search"),
+    "video-audio": lambda: _video("audio_visual"),
+    "video-keypoints": lambda: _video("keypoints", gains=True),
+    "video-order": lambda: _video("frame_order"),
+    "video-tracking": lambda: _video("tracking", gains=True),
     "methods-tiny": lambda: _methods("tiny-imagenet-20"),
 }
 VALUES: dict[str, Callable[[], str]] = {

@@ -78,12 +78,15 @@ def relabelled(
                 f"Another data set lies at {str(folder)!r}, {there.manifest.source}. Give another folder."
             )
         return there
-    columns = dataset.read(chosen_k, ("image", "path"))
+    of_clips = dataset.manifest.clips.get("columns", [])
+    columns = dataset.read(chosen_k, ("image", "path", *of_clips))
+    clips = columns.select(of_clips).to_pylist() if of_clips else [None] * len(chosen_k)
     labels = [None] * len(chosen_k) if labels_k is None else [classes[label] for label in labels_k]
     images, paths = (columns.column(name).to_pylist() for name in ("image", "path"))
-    rows = (Row(image, label, path) for image, label, path in zip(images, labels, paths, strict=True))
+    rows = (Row(*one[:3], clip=one[3]) for one in zip(images, labels, paths, clips, strict=True))
     written = shard.write(
         folder, 0, 0, rows, decoding=None, classes=() if labels_k is None else classes, rows_per_group=_GROUP
     )
-    manifest = Manifest(source, (written.shard,), tuple(classes), fingerprint, 0)
+    facts = {**dataset.manifest.clips, "with_sound": written.with_sound} if of_clips else {}
+    manifest = Manifest(source, (written.shard,), tuple(classes), fingerprint, 0, clips=facts)
     return DataSet.create(folder, manifest, [] if labels_k is None else [labels_k])

@@ -24,7 +24,7 @@ from raysl.backbone.network import encode, encode_views
 from raysl.contrastive.bank import MemoryBank
 from raysl.fields import Bounds, Checked, Range
 from raysl.objectives import Loss, Setup
-from raysl.objectives._heads import all_cosines
+from raysl.objectives._heads import all_cosines, projection
 from raysl.stream.reader import Batch
 
 
@@ -58,7 +58,8 @@ class Triplet(nn.Module):
         # A transform of two crops is a pair by itself, as the two patches of a track.
         self.paired = transform.num_crops == 2
         self.views = {"pair": transform} if self.paired else {"b": transform, "a": setup.identity}
-        self.head = nn.Linear(setup.width, config.dim)
+        # Without BatchNorm the embeddings of a small backbone become one point, where the loss stays at the margin.
+        self.head = projection("bn", setup.width, config.dim)
         self.hard_step = round(config.hard_from * setup.num_steps)
 
     def forward(self, backbone: nn.Module, views: Mapping[str, Tensor]) -> dict[str, Tensor]:
@@ -68,7 +69,8 @@ class Triplet(nn.Module):
         else:
             made = encode_views(backbone, [views["b"], views["a"]])
             features_b2d = torch.stack([features.mean(dim=1) for features in made], dim=1)
-        return {"embeddings": F.normalize(self.head(features_b2d).float(), dim=2)}
+        embeddings_qd = F.normalize(self.head(features_b2d.flatten(0, 1)).float(), dim=1)
+        return {"embeddings": embeddings_qd.view(len(features_b2d), 2, -1)}
 
     def loss(self, outputs: Mapping[str, Tensor], batch: Batch, bank: MemoryBank | None) -> Loss:
         """Compute the ranking loss of this worker's pairs with the embeddings of all workers as negatives."""

@@ -9,9 +9,9 @@ import pytest
 
 from raysl.dataset import DataSet
 from raysl.errors import UserError
-from raysl.ingestion.subset import relabelled, subset
+from raysl.ingestion.subset import drawn, relabelled, subset
 from raysl.storage import Folder
-from tests.data import make_dataset
+from tests.data import make_clips, make_dataset
 
 
 def pairs(dataset: DataSet) -> set[tuple[bytes, int]]:
@@ -63,3 +63,13 @@ def test_without_labels(tmp_path: Path) -> None:
     assert subset(made, 2, Folder(str(tmp_path / "two"))).num_images == 2
     with pytest.raises(UserError, match="no labels"):
         made.labels()
+
+
+def test_a_part_of_clips_is_clips(tmp_path: Path) -> None:
+    whole = make_clips(tmp_path / "whole", 6)
+    made = subset(whole, 3, Folder(str(tmp_path / "made")))
+    chosen_k, columns = drawn(6, 3), ("frames", "times", "sound", "keypoints")
+    ours, theirs = made.read(np.arange(3), columns), whole.read(chosen_k, columns)
+    assert ours.select(columns).equals(theirs.select(columns))
+    assert made.manifest.clips["with_sound"] == 3
+    assert made.manifest.clips["columns"] == whole.manifest.clips["columns"]
