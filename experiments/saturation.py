@@ -15,6 +15,7 @@ from pathlib import Path
 
 from torch import nn
 
+from raysl import plugins
 from raysl.backbone.network import BackboneConfig
 from raysl.backbone.small import SmallBackbone
 from raysl.experiment.comparison import ComparisonFlags, measured, reported, settings, small
@@ -79,4 +80,6 @@ def run_of(flags: SaturationFlags, method: str, width: str, size: int, seed: int
 
 
 if __name__ == "__main__":
+    # Before Ray starts: its processes build the backbones of this file too.
+    plugins.trust(plugins.remembered(__file__))
     command(main, SaturationFlags)

@@ -2,7 +2,7 @@
 
 Command:  python experiments/shuffle_and_learn.py --data clips:2000 --images 24000 --runs RUNS --out OUT
 Hardware: 2 CPU cores, 24 GB, no GPU; 2 Ray Train workers.
-Time:     2 to 8 minutes for each missing run, a minute for a probe. With --local: see results/video.
+Time:     2 to 8 minutes for each missing run, a minute for a probe. With --local: five CPU minutes a run, one a probe.
 Expect:   key points from frame order better than from an untrained network; actions need not be.
 
 Shuffle and Learn (Misra, Zitnick and Hebert 2016, arXiv 1603.08561) transfers frame order to poses of people (FLIC and

@@ -2,7 +2,7 @@
 
 Command:  python experiments/tracking.py --data clips:2000 --out OUT
 Hardware: 2 CPU cores, 24 GB, no GPU; 2 Ray Train workers.
-Time:     planned: 5 minutes a seed. With --local, on 1,000 drawn clips: see results/video.
+Time:     planned: 5 minutes a seed. With --local, on 1,000 drawn clips: a CPU minute a seed.
 Expect:   the other patch of a track is nearest more often in the features of the run than in those of the same network
           with random weights.
 

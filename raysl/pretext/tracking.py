@@ -21,7 +21,11 @@ from raysl.pretext import Chosen, Geometry
 from raysl.pretext._frames import OfFrames
 from raysl.rng import ImageRng
 
-COMMAND = "raysl pretrain --data clips:2000 --run RUN --method triplet-tracking"
+COMMAND = (
+    "raysl pretrain --data clips:1000 --run RUN --method triplet-tracking --epochs 10 --batch-size 64 "
+    "--view.image-size 32 --view.recipe mocov2 --backbone.norm group --optim.name adamw --optim.lr 0.008 "
+    "--optim.warmup 0.05"
+)
 
 
 @dataclass(frozen=True)
