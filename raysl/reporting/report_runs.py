@@ -73,6 +73,9 @@ class LabelledRow:
     row: Mapping[str, Any] = field(hash=False)
 
 
+_NAMES = ("backbone.name", "view.recipe")
+
+
 def groups(folders: Sequence[str]) -> list[Group]:
     """Return the folders in groups, sorted by label.
 
@@ -129,8 +132,16 @@ def _teacher(facts: Mapping[str, Any]) -> dict[str, Any]:
 
 
 def _identity(values: Mapping[str, Any]) -> dict[str, Any]:
-    """Return values under dotted names, without paths: the teacher of another seed is in another folder."""
-    return {name: item for name, item in flattened(values) if not (isinstance(item, str) and "/" in item)}
+    """Return values under dotted names, without paths: the teacher of another seed is in another folder.
+
+    Of networks and augmentations that a file or timm defines, the name is kept without the folder.
+    """
+    named = [(name, _short(item) if name in _NAMES else item) for name, item in flattened(values)]
+    return {name: item for name, item in named if not (isinstance(item, str) and "/" in item)}
+
+
+def _short(item: Any) -> Any:
+    return item.rpartition("/")[2] if isinstance(item, str) else item
 
 
 def _label(entry: Entry, others: Sequence[Mapping[str, Any]]) -> str:

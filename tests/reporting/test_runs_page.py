@@ -51,6 +51,16 @@ def test_students_of_different_clusters_do_not_share_a_row(tmp_path: Path) -> No
     ]
 
 
+def test_networks_of_timm_do_not_share_a_row(tmp_path: Path) -> None:
+    dataset = make_dataset(tmp_path / "set", 8)
+    places = [str(tmp_path / name) for name in ("resnet10t", "resnet14t")]
+    for place in places:
+        backbone = BackboneConfig(f"timm/{Path(place).name}")
+        Run.begin(Pretraining(str(dataset.folder), place, batch_size=4, backbone=backbone), dataset, {})
+    labels = [group.label for group in groups(places)]
+    assert labels == [f"pirl-jigsaw (backbone.name={name})" for name in ("resnet10t", "resnet14t")]
+
+
 @pytest.fixture
 def runs(tmp_path: Path) -> list[str]:
     """Two methods with two seeds each, probed at all layers, with histograms."""
