@@ -396,7 +396,8 @@ def reproduce(run: AnyRun, config: ReproduceConfig | None = None, **fields: Any)
 
     settings = configure(Config, config, fields)
     first = Run.open(uri(run))
-    start_ray()
+    if not settings.local:
+        start_ray()
     from raysl.reproduction import reproduce as again
 
     return again(first, settings)

@@ -33,11 +33,13 @@ class ReproduceConfig:
         out: folder of the second run, a path or a URI; default: `again` in the first.
         steps: number of steps; 0 for the steps of the first run's newest checkpoint.
         data: data set; default: the data set of the first run.
+        local: repeat with one worker in this process and without Ray; the numbers are the same.
     """
 
     out: str = ""
     steps: Annotated[int, Bounds(0, 2**63 - 1)] = 0
     data: str = ""
+    local: bool = False
 
     def __post_init__(self) -> None:
         check(self)
@@ -83,11 +85,12 @@ def reproduce(first: Run, config: ReproduceConfig) -> Comparison:
     again = replace(first.config(), run=out, data=config.data or metadata["data"]["uri"])
     # Only the last checkpoint is compared.
     again = replace(again, save=replace(again.save, every_steps=0))
-    ray_cluster.start()
+    if not config.local:
+        ray_cluster.start()
     ingredients = list(_ingredients(metadata, resolve(again.data).manifest.fingerprint))
     for line in ingredients:
         _log.info("differs: %s", line)
-    second = pretrain(again, until=steps)
+    second = pretrain(again, until=steps, local=config.local)
     numbers = list(_numbers(first, second, steps))
     return Comparison(tuple(ingredients), tuple(numbers), steps, second)
 

@@ -17,12 +17,12 @@ from raysl.storage import Folder
 from raysl.training.launch import pretrain
 from tests.data import make_dataset
 
-pytestmark = [pytest.mark.ray, pytest.mark.timeout(600)]
+pytestmark = pytest.mark.timeout(600)
 
 
 @pytest.fixture(scope="module")
-def run(ray_session: None, tmp_path_factory: pytest.TempPathFactory) -> Run:
-    """Return a run that was stopped and resumed."""
+def run(tmp_path_factory: pytest.TempPathFactory) -> Run:
+    """Return a run without Ray that was stopped and resumed."""
     folder = tmp_path_factory.mktemp("reproduce")
     config = Pretraining(
         data=str(make_dataset(folder / "train", 48).folder),
@@ -34,12 +34,14 @@ def run(ray_session: None, tmp_path_factory: pytest.TempPathFactory) -> Run:
         view=ViewConfig(image_size=16, recipe="plain"),
         parts={"pirl": Pirl(num_negatives=32, dim=16)},
     )
-    stopped = pretrain(config, until=4)
+    stopped = pretrain(config, until=4, local=True)
     assert stopped.newest().step == 4
-    return pretrain(config)
+    return pretrain(config, local=True)
 
 
-def test_a_run_in_two_parts_is_reproduced_in_one_to_the_last_bit(run: Run) -> None:
+@pytest.mark.ray
+def test_a_run_in_two_parts_is_reproduced_in_one_to_the_last_bit(ray_session: None, run: Run) -> None:
+    """On Ray, in one part."""
     assert run.newest().step == 6
     found = reproduce(run, ReproduceConfig())
     assert found.same, found.numbers
@@ -66,7 +68,7 @@ def test_differences_are_listed(run: Run, tmp_path: Path) -> None:
     metadata["data"]["fingerprint"] = "another"
     metadata["sessions"][0]["packages"]["torch"] = "1.0"
     copy = edited(run, tmp_path / "copy", metadata, loss=1.0)
-    found = reproduce(copy, ReproduceConfig(out=str(tmp_path / "again")))
+    found = reproduce(copy, ReproduceConfig(out=str(tmp_path / "again"), local=True))
     assert not found.same
     assert any(line.startswith("data: fingerprint another") for line in found.ingredients)
     assert any(line.startswith("packages.torch: 1.0 in session 1") for line in found.ingredients)
@@ -74,4 +76,4 @@ def test_differences_are_listed(run: Run, tmp_path: Path) -> None:
     assert found.numbers[0].startswith("loss: 1 then")
     assert "at step 3 first" in found.numbers[0]
     with pytest.raises(UserError, match="already holds a run"):
-        reproduce(copy, ReproduceConfig(out=str(tmp_path / "again")))
+        reproduce(copy, ReproduceConfig(out=str(tmp_path / "again"), local=True))
