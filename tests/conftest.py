@@ -25,6 +25,15 @@ os.environ.setdefault("OMP_NUM_THREADS", "1")
 os.environ["RAY_worker_niceness"] = "0"  # noqa: SIM112
 
 
+# The files that take longest, which come first: otherwise one process would end with them while the other has nothing to do.
+LONGEST = ("tests/training/", "tests/extraction/", "tests/ray_cluster/", "tests/tuning/", "tests/test_reproduction.py")
+
+
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    """Put the longest files first."""
+    items.sort(key=lambda item: not item.nodeid.startswith(LONGEST))
+
+
 @pytest.fixture(scope="session")
 def ray_session() -> Iterator[None]:
     """A local Ray of two CPUs, shared by every test that asks for it."""
