@@ -1,0 +1,390 @@
+"""Measure raysl beside other programs: the way to the first step, the stream of images, and k-means.
+
+    make bench        # python benchmarks/speed.py --out results/bench
+
+Every arm runs in a process of its own, and the arms of a part take turns, round after round. CPU seconds are those of
+the whole process tree, so other work on the machine disturbs them less than wall time. Ratios compare arms of the same
+round. The rows and a page of medians with their ranges are written to --out, where a change shows as a diff. Peers that
+are not installed are left out.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import platform
+import signal
+import statistics
+import subprocess
+import sys
+import tempfile
+import time
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import suppress
+from dataclasses import dataclass
+from importlib.util import find_spec
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import psutil
+import simplejpeg
+import tyro
+
+Row = dict[str, Any]
+
+# Each script prints "step" when its first step is done.
+_PLAIN_TORCH = """
+import sys
+import torch
+from torch.utils.data import DataLoader, TensorDataset
+from torchvision.models import resnet18
+images = torch.randint(0, 256, (4096, 3, 32, 32), dtype=torch.uint8)
+loader = DataLoader(TensorDataset(images), batch_size=128, num_workers=1)
+network = resnet18(num_classes=128)
+optimizer = torch.optim.SGD(network.parameters(), lr=0.1)
+for (batch,) in loader:
+    network(batch / 255).square().mean().backward()
+    optimizer.step()
+    print("step", flush=True)
+"""
+_RAY_ALONE = """
+import ray, time
+ray.init(log_to_driver=False)
+print("step", flush=True)
+time.sleep(60)
+"""
+_EMPTY_TRAINER = """
+import time
+from ray.train import ScalingConfig
+from ray.train.torch import TorchTrainer
+def loop():
+    print("step", flush=True)
+    time.sleep(60)
+TorchTrainer(loop, scaling_config=ScalingConfig(num_workers=1)).fit()
+"""
+_SECOND_RUN = """
+import sys
+import raysl
+data, folder = sys.argv[1:]
+class Steps(raysl.Callback):
+    def __init__(self, says): self.says = says
+    def on_log(self, row): print(self.says, flush=True)
+def run(name, says, epochs):
+    raysl.pretrain(data, f"{folder}/{name}", epochs=epochs, log_every=1, batch_size=128, workers=1,
+                   method="pirl-jigsaw", backbone={"name": "resnet18"}, callbacks=[Steps(says)])
+run("first", "before", 0.05)
+print("now", flush=True)
+run("second", "step", 50)
+"""
+# Makes two views of each image, as PIRL with Jigsaw does, and prints CPU milliseconds and wall milliseconds an image.
+_STREAM = """
+import sys, time
+import numpy as np, psutil, torch
+from contextlib import ExitStack
+from raysl.config import Pretraining
+from raysl.dataset import DataSet
+from raysl.model import Model
+from raysl.rng import ImageRng
+from raysl.stream.decode import cut
+from raysl.stream.reader import Batch
+arm, data, side, wanted = sys.argv[1], sys.argv[2], int(sys.argv[3]), int(sys.argv[4])
+dataset = DataSet.open(data)
+from raysl.config import ViewConfig
+from raysl.objectives.pirl import Config as Pirl
+config = Pretraining(data, "-", batch_size=128, epochs=1 + wanted * 2 / dataset.num_images, workers=1,
+                     method="pirl-jigsaw", view=ViewConfig(image_size=side),
+                     parts={"pirl": Pirl(num_negatives=128)})
+model = Model.of(config, dataset)
+stream = model.stream(dataset)
+sources = {name: view.source for name, view in stream.views.items()}
+
+def kernels(images, indices, epoch=0):
+    numbers = ImageRng(0, np.full(len(images), epoch), np.asarray(indices, np.int64))
+    return stream.finish(Batch(0, stream.plan.rows(0), None, {}, {}), cut(images, sources, numbers)).views
+
+def kernels_of(items):
+    return kernels([image for _, image in items], [index for index, _ in items])
+
+def stored():
+    table = dataset.read(np.arange(dataset.num_images), ["image"])
+    return table.column("image").to_pylist()
+
+def of_ray(stack):
+    from raysl import ray_cluster
+    ray_cluster.start()
+    return (len(batch.rows) for batch in stream.batches())
+
+def of_local(stack):
+    from dataclasses import replace
+    from raysl.stream.processes import DataProcesses
+    processes = stack.enter_context(DataProcesses(1))
+    return (len(batch.rows) for batch in replace(stream, source=processes.columns).batches())
+
+def of_loader(items):
+    from torch.utils.data import DataLoader
+    def batches():
+        while True:
+            loader = DataLoader(items, batch_size=128, shuffle=True, num_workers=1, collate_fn=kernels_of)
+            yield from (len(next(iter(views.values()))) for views in loader)
+    return batches()
+
+def of_torch(stack):
+    return of_loader(list(enumerate(stored())))
+
+def of_datasets(stack):
+    from datasets import Dataset
+    class Items(torch.utils.data.Dataset):
+        rows = Dataset.from_dict({"image": stored()})
+        def __len__(self): return len(self.rows)
+        def __getitem__(self, index): return index, self.rows[index]["image"]
+    return of_loader(Items())
+
+def of_limit(stack):
+    images = stored()
+    torch.set_num_threads(1)
+    def batches():
+        while True:
+            for start in range(0, len(images) - 128, 128):
+                kernels(images[start : start + 128], range(start, start + 128))
+                yield 128
+    return batches()
+
+def cpu_s():
+    process, total = psutil.Process(), 0.0
+    for one in [process, *process.children(recursive=True)]:
+        try:
+            times = one.cpu_times()
+        except psutil.Error:
+            continue
+        total += times.user + times.system
+    return total
+
+with ExitStack() as stack:
+    batches = iter({"ray": of_ray, "local": of_local, "torch": of_torch, "datasets": of_datasets,
+                    "limit": of_limit}[arm](stack))
+    for _ in range(4):
+        next(batches)
+    before, began, done = cpu_s(), time.perf_counter(), 0
+    while done < wanted:
+        done += next(batches)
+    print(f"{1e3 * (cpu_s() - before) / done} {1e3 * (time.perf_counter() - began) / done}", flush=True)
+    import os; os._exit(0)
+"""
+_STREAM_ARMS = {
+    "ray": "raysl on Ray Data",
+    "local": "raysl --local",
+    "torch": "torch DataLoader with raysl's kernels",
+    "datasets": "Hugging Face datasets, DataLoader, raysl's kernels",
+    "limit": "raysl's kernels alone, files in memory",
+}
+
+
+@dataclass(frozen=True)
+class Flags:
+    """Measure raysl beside other programs.
+
+    Args:
+        out: folder of the rows and the page.
+        rounds: number of rounds of every arm.
+        parts: parts to measure: "start", "stream", "kmeans".
+        sides: image sizes of the stream, in pixels.
+        images: images of one measurement of the stream at 32 pixels; larger images are fewer.
+    """
+
+    out: Path = Path("results/bench")
+    rounds: int = 5
+    parts: tuple[str, ...] = ("start", "stream", "kmeans")
+    sides: tuple[int, ...] = (32, 64, 224)
+    images: int = 20_000
+
+
+def main(flags: Flags) -> None:
+    """Measure all parts, write after each round."""
+    known = {"start": _start, "stream": _stream, "kmeans": _kmeans}
+    rows: list[Row] = []
+    with tempfile.TemporaryDirectory(prefix="raysl-bench-") as scratch:
+        data = {side: _photos(Path(scratch), side) for side in flags.sides}
+        for number in range(flags.rounds):
+            for part in flags.parts:
+                for row in known[part](flags, data, Path(scratch)):
+                    rows.append({"part": part, "round": number, **row, "load": os.getloadavg()[0]})
+                    print(json.dumps(rows[-1]), flush=True)
+                flags.out.mkdir(parents=True, exist_ok=True)
+                (flags.out / "speed.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+                (flags.out / "README.md").write_text(page(rows))
+
+
+def _photos(scratch: Path, side: int) -> Path:
+    """Ingest images with the spectrum of photographs, a half larger than the views that are cut out of them."""
+    from raysl import ingest
+
+    generator = np.random.default_rng(side)
+    count = 4096 if side < 200 else 512
+    (scratch / f"photos-{side}").mkdir()
+    larger = side if side <= 32 else side * 3 // 2
+    height, width = larger, larger if side <= 32 else larger * 4 // 3
+    falloff = 1 / np.maximum(
+        np.hypot(np.fft.fftfreq(height)[:, None], np.fft.rfftfreq(width)[None]), 1 / max(height, width)
+    )
+    for number in range(count):
+        noise = generator.standard_normal((3, height, width))
+        channels = np.fft.irfft2(np.fft.rfft2(noise) * falloff, (height, width))
+        scaled = 128 + 50 * channels / channels.std()
+        pixels_hwc = np.ascontiguousarray(scaled.clip(0, 255).astype(np.uint8).transpose(1, 2, 0))
+        (scratch / f"photos-{side}" / f"{number:05d}.jpg").write_bytes(
+            simplejpeg.encode_jpeg(pixels_hwc, quality=90)
+        )
+    ingest(str(scratch / f"photos-{side}"), str(scratch / f"data-{side}"))
+    return scratch / f"data-{side}"
+
+
+def _start(flags: Flags, data: Mapping[int, Path], scratch: Path) -> Iterator[Row]:
+    """Yield CPU and wall seconds, processes and memory from a command to the end of its first step."""
+    place = Path(tempfile.mkdtemp(dir=scratch))
+    smallest = str(data[min(data)])
+    raysl = [sys.executable, "-m", "raysl", "pretrain", "--data", smallest, "--epochs", "50"]
+    raysl += "--log-every 1 --batch-size 128 --method pirl-jigsaw --backbone.name resnet18".split()
+    arms: dict[str, list[str]] = {
+        "raysl --local": [*raysl, "--run", str(place / "local"), "--local"],
+        "raysl, 1 worker": [*raysl, "--run", str(place / "one"), "--workers", "1"],
+        "raysl, 2 workers": [*raysl, "--run", str(place / "two"), "--workers", "2"],
+        "raysl, second run of a process": [sys.executable, "-c", _SECOND_RUN, smallest, str(place)],
+        "plain torch, one loader process": [sys.executable, "-c", _PLAIN_TORCH],
+        "ray.init alone": [sys.executable, "-c", _RAY_ALONE],
+        "TorchTrainer with an empty loop": [sys.executable, "-c", _EMPTY_TRAINER],
+    }
+    for name, command in arms.items():
+        yield {"arm": name, **_until_step(command)}
+
+
+def _until_step(command: Sequence[str]) -> Row:
+    """Run a command until it prints a line with "step" at its start; measure its tree of processes; kill it."""
+    began, spent = time.perf_counter(), 0.0
+    with subprocess.Popen(
+        command, stdout=subprocess.PIPE, stderr=subprocess.DEVNULL, text=True, start_new_session=True
+    ) as process:
+        tree = psutil.Process(process.pid)
+        try:
+            assert process.stdout is not None
+            for line in process.stdout:
+                if line.startswith("now"):
+                    began, spent = time.perf_counter(), _tree(tree)[0]
+                # An actor's lines begin with its name in brackets.
+                if line.startswith("step") or line.rstrip().endswith("step"):
+                    break
+            else:
+                raise SystemExit(f"{' '.join(command[:4])} ended before its first step.")
+            wall_s = time.perf_counter() - began
+            cpu_s, processes, memory = _tree(tree)
+        finally:
+            for one in [*tree.children(recursive=True), tree]:
+                with suppress(psutil.Error):
+                    one.send_signal(signal.SIGKILL)
+    return {"cpu_s": cpu_s - spent, "wall_s": wall_s, "processes": processes, "memory_gb": memory / 1e9}
+
+
+def _tree(process: psutil.Process) -> tuple[float, int, float]:
+    """Return CPU seconds, number and proportional memory in bytes of a process and its descendants."""
+    cpu_s, memory = 0.0, 0.0
+    every = [process, *process.children(recursive=True)]
+    for one in every:
+        with suppress(psutil.Error):
+            times = one.cpu_times()
+            cpu_s += times.user + times.system
+            memory += one.memory_full_info().pss
+    return cpu_s, len(every), memory
+
+
+def _stream(flags: Flags, data: Mapping[int, Path], scratch: Path) -> Iterator[Row]:
+    """Yield CPU and wall milliseconds for each image of two views."""
+    for side, folder in data.items():
+        images = flags.images * 32 // side if side < 200 else flags.images // 20
+        for arm, name in _STREAM_ARMS.items():
+            if arm == "datasets" and find_spec("datasets") is None:
+                continue
+            command = [sys.executable, "-c", _STREAM, arm, str(folder), str(side), str(images)]
+            done = subprocess.run(command, capture_output=True, text=True)
+            if done.returncode:
+                raise SystemExit(f"{name} failed:\n{done.stderr[-2000:]}")
+            cpu_ms, wall_ms = map(float, done.stdout.split()[-2:])
+            yield {"arm": name, "side": side, "cpu_ms": cpu_ms, "wall_ms": wall_ms}
+
+
+def _kmeans(flags: Flags, data: Mapping[int, Path], scratch: Path) -> Iterator[Row]:
+    """Yield ratios of one iteration of k-means to that of other programs."""
+    out = Path(tempfile.mkdtemp(dir=scratch)) / "kmeans.jsonl"
+    script = Path(__file__).with_name("kmeans.py")
+    command = [sys.executable, str(script), "--sizes", "50000x128x1000", "--rounds", "1", "--out", str(out)]
+    subprocess.run(command, check=True, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
+    found = json.loads(out.read_text())
+    for name in ("raysl/faiss", "raysl/sklearn", "raysl/matmul", "whole/faiss"):
+        if name in found:
+            yield {"arm": name, "ratio": found[name]}
+
+
+def page(rows: Sequence[Row]) -> str:
+    """Return a Markdown page with the medians of all rows."""
+    rounds = 1 + max(row["round"] for row in rows)
+    loads = [row["load"] for row in rows]
+    lines = [
+        "# Speed beside other programs\n",
+        "    make bench\n",
+        f"{rounds} rounds on {os.cpu_count()} cores ({platform.machine()}, Python {platform.python_version()}), load",
+        f"average {min(loads):.1f} to {max(loads):.1f}. Medians, and in brackets the range. CPU seconds are those of",
+        "the whole tree of processes; ratios are of the same round. `benchmarks/speed.py` says what each line does.\n",
+    ]
+    start = [row for row in rows if row["part"] == "start"]
+    if start:
+        lines += [
+            "## From the command to the end of the first step\n",
+            "| | CPU seconds | wall seconds | processes | memory, GB |",
+            "|---|---|---|---|---|",
+        ]
+        for name, found in _by(start, "arm").items():
+            cells = [_spread(found, key, 1) for key in ("cpu_s", "wall_s", "processes", "memory_gb")]
+            lines.append(f"| {name} | {' | '.join(cells)} |")
+        lines.append("")
+    for side, of_side in _by([row for row in rows if row["part"] == "stream"], "side").items():
+        lines += [
+            f"## Stream: two views of each image, {side} pixels\n",
+            "| | CPU ms an image | wall ms an image | CPU beside the DataLoader's |",
+            "|---|---|---|---|",
+        ]
+        loader = {row["round"]: row["cpu_ms"] for row in of_side if row["arm"] == _STREAM_ARMS["torch"]}
+        for name, found in _by(of_side, "arm").items():
+            ratios = [
+                {"ratio": row["cpu_ms"] / loader[row["round"]]} for row in found if row["round"] in loader
+            ]
+            cells = [_spread(found, "cpu_ms", 3), _spread(found, "wall_ms", 3), _spread(ratios, "ratio", 2)]
+            lines.append(f"| {name} | {' | '.join(cells)} |")
+        lines.append("")
+    kmeans = [row for row in rows if row["part"] == "kmeans"]
+    if kmeans:
+        lines += [
+            "## k-means, 50,000 x 128, 1,000 clusters: time of an iteration\n",
+            "| | ratio |",
+            "|---|---|",
+        ]
+        lines += [f"| {name} | {_spread(found, 'ratio', 2)} |" for name, found in _by(kmeans, "arm").items()]
+        lines.append("")
+    return "\n".join(lines).rstrip() + "\n"
+
+
+def _by(rows: Sequence[Row], key: str) -> dict[Any, list[Row]]:
+    found: dict[Any, list[Row]] = {}
+    for row in rows:
+        found.setdefault(row[key], []).append(row)
+    return found
+
+
+def _spread(rows: Sequence[Row], key: str, digits: int) -> str:
+    values = [row[key] for row in rows]
+    if not values:
+        return ""
+    median = f"{statistics.median(values):.{digits}f}"
+    return median if len(values) == 1 else f"{median} ({min(values):.{digits}f}-{max(values):.{digits}f})"
+
+
+if __name__ == "__main__":
+    main(tyro.cli(Flags, description=__doc__))
