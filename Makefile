@@ -1,7 +1,7 @@
 # A new machine needs git, make and python3 with pip. `make demo` shows what raysl does; `make test` tests it.
 # Everything is installed inside this folder, and again only when pyproject.toml or constraints.txt has changed.
 
-.PHONY: demo test test-all quick check format docs chaos cluster-e2e gpu-check clean
+.PHONY: demo test test-all quick check format docs bench chaos cluster-e2e gpu-check clean
 .NOTPARALLEL:
 
 SCRIPTS := $(wildcard experiments/*.py benchmarks/*.py examples/*.py)
@@ -44,6 +44,10 @@ check: .venv/.installed
 	@.venv/bin/ruff format --check .
 	@.venv/bin/ruff check .
 	@.venv/bin/mypy raysl tests $(SCRIPTS)
+
+# About 20 minutes on two quiet cores, and of little worth on a busy machine.
+bench: .venv/.installed
+	@.venv/bin/python benchmarks/speed.py --out results/bench
 
 # About an hour and a half on two quiet cores. `python -m tests.chaos --help` says how to run less.
 chaos: .venv/.installed
