@@ -25,8 +25,14 @@ os.environ.setdefault("OMP_NUM_THREADS", "1")
 os.environ["RAY_worker_niceness"] = "0"  # noqa: SIM112
 
 
-# The files that take longest, which come first: otherwise one process would end with them while the other has nothing to do.
-LONGEST = ("tests/training/", "tests/extraction/", "tests/ray_cluster/", "tests/tuning/", "tests/test_reproduction.py")
+# These files take longest. They come first, or one process would end with them while the other has nothing to do.
+LONGEST = (
+    "tests/training/",
+    "tests/extraction/",
+    "tests/ray_cluster/",
+    "tests/tuning/",
+    "tests/test_reproduction.py",
+)
 
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
