@@ -391,16 +391,14 @@ def reproduce(run: AnyRun, config: ReproduceConfig | None = None, **fields: Any)
         run: the first run.
         config, fields: the configuration; see `ReproduceConfig`.
     """
-    from raysl.reproduction import ReproduceConfig as Config
+    from raysl import reproduction
     from raysl.run import Run
 
-    settings = configure(Config, config, fields)
+    settings = configure(reproduction.ReproduceConfig, config, fields)
     first = Run.open(uri(run))
     if not settings.local:
         start_ray()
-    from raysl.reproduction import reproduce as again
-
-    return again(first, settings)
+    return reproduction.reproduce(first, settings)
 
 
 @console.announced
