@@ -33,7 +33,7 @@ import tyro
 
 Row = dict[str, Any]
 
-# Each script prints "step" when its first step is done.
+# Each script prints "first step done" when it is.
 _PLAIN_TORCH = """
 import sys
 import torch
@@ -46,12 +46,12 @@ optimizer = torch.optim.SGD(network.parameters(), lr=0.1)
 for (batch,) in loader:
     network(batch / 255).square().mean().backward()
     optimizer.step()
-    print("step", flush=True)
+    print("first step done", flush=True)
 """
 _RAY_ALONE = """
 import ray, time
 ray.init(log_to_driver=False)
-print("step", flush=True)
+print("first step done", flush=True)
 time.sleep(60)
 """
 _EMPTY_TRAINER = """
@@ -59,23 +59,27 @@ import time
 from ray.train import ScalingConfig
 from ray.train.torch import TorchTrainer
 def loop():
-    print("step", flush=True)
+    print("first step done", flush=True)
     time.sleep(60)
 TorchTrainer(loop, scaling_config=ScalingConfig(num_workers=1)).fit()
 """
-_SECOND_RUN = """
-import sys
+# A run says so at once, where it would show its progress every five seconds.
+_RUNS = """
+import importlib, sys
 import raysl
-data, folder = sys.argv[1:]
+importlib.import_module("raysl.training.launch").SHOW_EVERY_S = 0.05
+data, folder, workers, local, runs = sys.argv[1:]
 class Steps(raysl.Callback):
     def __init__(self, says): self.says = says
     def on_log(self, row): print(self.says, flush=True)
 def run(name, says, epochs):
-    raysl.pretrain(data, f"{folder}/{name}", epochs=epochs, log_every=1, batch_size=128, workers=1,
-                   method="pirl-jigsaw", backbone={"name": "resnet18"}, callbacks=[Steps(says)])
-run("first", "before", 0.05)
-print("now", flush=True)
-run("second", "step", 50)
+    raysl.pretrain(data, f"{folder}/{name}", epochs=epochs, log_every=1, batch_size=128, workers=int(workers),
+                   local=local == "local", method="pirl-jigsaw", backbone={"name": "resnet18"},
+                   callbacks=[Steps(says)])
+if runs == "2":
+    run("first", "before", 0.05)
+    print("now", flush=True)
+run("last", "first step done", 50)
 """
 # Makes two views of each image, as PIRL with Jigsaw does, and prints CPU milliseconds and wall milliseconds an image.
 _STREAM = """
@@ -124,8 +128,9 @@ def of_local(stack):
 def of_loader(items):
     from torch.utils.data import DataLoader
     def batches():
+        loader = DataLoader(items, batch_size=128, shuffle=True, num_workers=1, collate_fn=kernels_of,
+                            persistent_workers=True)
         while True:
-            loader = DataLoader(items, batch_size=128, shuffle=True, num_workers=1, collate_fn=kernels_of)
             yield from (len(next(iter(views.values()))) for views in loader)
     return batches()
 
@@ -158,6 +163,8 @@ def cpu_s():
         except psutil.Error:
             continue
         total += times.user + times.system
+        if one is process:
+            total += times.children_user + times.children_system
     return total
 
 with ExitStack() as stack:
@@ -243,13 +250,12 @@ def _start(flags: Flags, data: Mapping[int, Path], scratch: Path) -> Iterator[Ro
     """Yield CPU and wall seconds, processes and memory from a command to the end of its first step."""
     place = Path(tempfile.mkdtemp(dir=scratch))
     smallest = str(data[min(data)])
-    raysl = [sys.executable, "-m", "raysl", "pretrain", "--data", smallest, "--epochs", "50"]
-    raysl += "--log-every 1 --batch-size 128 --method pirl-jigsaw --backbone.name resnet18".split()
+    runs = [sys.executable, "-c", _RUNS, smallest]
     arms: dict[str, list[str]] = {
-        "raysl --local": [*raysl, "--run", str(place / "local"), "--local"],
-        "raysl, 1 worker": [*raysl, "--run", str(place / "one"), "--workers", "1"],
-        "raysl, 2 workers": [*raysl, "--run", str(place / "two"), "--workers", "2"],
-        "raysl, second run of a process": [sys.executable, "-c", _SECOND_RUN, smallest, str(place)],
+        "raysl --local": [*runs, str(place / "local"), "1", "local", "1"],
+        "raysl, 1 worker": [*runs, str(place / "one"), "1", "ray", "1"],
+        "raysl, 2 workers": [*runs, str(place / "two"), "2", "ray", "1"],
+        "raysl, second run of a process": [*runs, str(place / "again"), "1", "ray", "2"],
         "plain torch, one loader process": [sys.executable, "-c", _PLAIN_TORCH],
         "ray.init alone": [sys.executable, "-c", _RAY_ALONE],
         "TorchTrainer with an empty loop": [sys.executable, "-c", _EMPTY_TRAINER],
@@ -259,7 +265,7 @@ def _start(flags: Flags, data: Mapping[int, Path], scratch: Path) -> Iterator[Ro
 
 
 def _until_step(command: Sequence[str]) -> Row:
-    """Run a command until it prints a line with "step" at its start; measure its tree of processes; kill it."""
+    """Run a command until its first step is done; measure its tree of processes; kill it."""
     began, spent = time.perf_counter(), 0.0
     with subprocess.Popen(
         command, stdout=subprocess.PIPE, stderr=subprocess.DEVNULL, text=True, start_new_session=True
@@ -271,7 +277,7 @@ def _until_step(command: Sequence[str]) -> Row:
                 if line.startswith("now"):
                     began, spent = time.perf_counter(), _tree(tree)[0]
                 # An actor's lines begin with its name in brackets.
-                if line.startswith("step") or line.rstrip().endswith("step"):
+                if line.rstrip().endswith("first step done"):
                     break
             else:
                 raise SystemExit(f"{' '.join(command[:4])} ended before its first step.")

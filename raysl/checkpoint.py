@@ -120,7 +120,10 @@ class Checkpoint:
             module.load_state_dict(tensors)
         except RuntimeError as error:
             why = str(error).strip().splitlines()[-1].strip()
-            raise self._damaged(STATE, f"its tensors do not fit the network of the run ({why})") from error
+            found = (
+                f"its tensors do not fit the network of the run ({why}), or another version of raysl wrote it"
+            )
+            raise self._damaged(STATE, found) from error
 
     def crc32(self) -> int:
         """Return the checksum of the state of the network, from its manifest."""

@@ -92,7 +92,9 @@ class _Handler(logging.Handler):
         try:
             self._end()
             message = record.getMessage()
-            self._announced = message.endswith("...")
+            # The first line of a verb ends, because what the verb prints comes next.
+            first = message.startswith(f"raysl {raysl.__version__}: ") and sys.stdout.isatty()
+            self._announced = message.endswith("...") and not first
             self._open = self._announced and sys.stdout.isatty()
             stream = sys.stderr if record.levelno >= logging.WARNING else sys.stdout
             print(message, file=stream, end="" if self._open else "\n", flush=True)
@@ -139,9 +141,10 @@ class _Handler(logging.Handler):
 
     def _show(self, now_s: float) -> None:
         waited_s = now_s - self._since_s
-        if not self._announced and waited_s < _OLD_S:
+        # Rich takes the place of standard output while it shows a progress bar, which is a sign of life itself.
+        if not self._announced and (waited_s < _OLD_S or type(sys.stdout).__name__ == "FileProxy"):
             return
-        if sys.stdout.isatty():
+        if self._announced and sys.stdout.isatty():
             self._open = True
             print(f"\r{self._work} {waited_s:.0f} s", end="", flush=True)
         # In a file, the lines become rarer: after 3, 6, 9 ... 30 s, then at least a tenth of the time apart.

@@ -80,7 +80,8 @@ def answered(program: str) -> Iterator[None]:
     finally:
         if threading.current_thread() is threading.main_thread():
             for number, handler in before.items():
-                signal.signal(number, handler)
+                if handler is not None:  # A program in C has set it.
+                    signal.signal(number, handler)
 
 
 def _on_stop(handler: Callable[[int, FrameType | None], object]) -> None:

@@ -74,6 +74,10 @@ def reproduce(first: Run, config: ReproduceConfig) -> Comparison:
         UserError: the first run has no checkpoint, the second cannot run, or its folder holds another run. Different
             images are a difference and not an error.
     """
+    if config.local and first.config().worker_counts() != (1,):
+        raise UserError(
+            f"The run was trained with --workers {first.config().workers}, and --local repeats with one. Omit --local."
+        )
     newest = first.newest()
     steps = min(config.steps, newest.step) if config.steps else newest.step
     metadata = first.metadata()

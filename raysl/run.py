@@ -298,9 +298,13 @@ class MetricsLog:
 
     def _append(self, lines: bytes) -> None:
         path = Path(str(self._run.folder)) / METRICS
+        size = -1
 
         def append() -> None:
-            size = path.stat().st_size
+            nonlocal size
+            if size < 0:
+                size = path.stat().st_size
+            os.truncate(path, size)  # An attempt before may have written a part of a line.
             try:
                 with path.open("ab") as file:
                     file.write(lines)

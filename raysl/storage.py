@@ -294,8 +294,9 @@ class Folder:
                     return [stream.read_at(length, start) for start, length in ranges]
             try:
                 parts = [_opened(self.uri, name).read_at(length, start) for start, length in ranges]
-                if any(len(part) < length for part, (_, length) in zip(parts, ranges, strict=True)):
-                    # A file that was replaced by a longer one is kept open with the size of the old one.
+                short = any(len(part) < length for part, (_, length) in zip(parts, ranges, strict=True))
+                if short and fs.get_file_info([path])[0].size != _opened(self.uri, name).size():
+                    # The file was replaced by a longer one, and is kept open with the size of the old one.
                     _opened.cache_clear()
                     parts = [_opened(self.uri, name).read_at(length, start) for start, length in ranges]
                 return parts

@@ -46,7 +46,7 @@ READS = {
     "features of a run": "features {bad} --data {set} --out {new}",
     "features of data": "features random --data {bad} --out {new}",
     "cluster": "cluster {bad} --k 2 --out {new}",
-    "probe a run": "probe {bad} --train {set} --test {set} --out {new}",
+    "probe a run": "probe {bad} --train {set} --test {set} --probes knn --out {new}",
     "probe on data": "probe {run} --train {bad} --test {set} --out {new}",
     "sweep": f"sweep --data {{bad}} --train {{set}} --validation {{set}} --vary temperature --out {{new}} {_SIZES}",
     "report": "report {bad} --out {new}",

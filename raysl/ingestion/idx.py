@@ -9,6 +9,7 @@ from __future__ import annotations
 import gzip
 import math
 import struct
+import zlib
 from collections.abc import Iterator
 from contextlib import contextmanager
 from typing import Any
@@ -68,7 +69,7 @@ def _opened(root: str, path: str) -> Iterator[Any]:
     try:
         with fs.open_input_file(f"{folder}/{path}") as raw:
             yield gzip.GzipFile(fileobj=raw) if path.endswith(".gz") else raw
-    except (EOFError, OSError) as error:
+    except (EOFError, OSError, zlib.error) as error:
         raise UserError(f"Cannot read the IDX file {root}/{path}: {error}. Get it again.") from error
 
 

@@ -15,7 +15,8 @@ from raysl.backbone.network import BackboneConfig
 from raysl.config import Pretraining
 from raysl.dataset import DataSet
 from raysl.errors import UserError
-from raysl.evaluation.evaluate import check_apart
+from raysl.evaluation.evaluate import check_apart, check_data
+from raysl.evaluation.options import ProbeConfig
 from raysl.ingestion import resolve
 from raysl.ingestion.subset import part
 from raysl.model import Model
@@ -202,6 +203,7 @@ def make_task(
     check_points(base, points, images)
     shared = share(base, config.max_concurrent, config.gpus_per_worker, num_trials, len(config.seeds))
     train, validation = (labelled, given) if given else hold_out(labelled, Folder(config.out))
+    check_data(ProbeConfig((config.probe,)).ready(), train, validation)
     task = Task(
         replace(base, data=str(images.folder)),
         images,

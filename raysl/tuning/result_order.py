@@ -21,7 +21,7 @@ import logging
 import pickle
 import random
 from collections.abc import Callable, Iterator, Mapping
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -339,9 +339,10 @@ class Numbered(Searcher):  # type: ignore[misc]
             self._tell(self._points, self._told)
             self._told += 1
         with seeded(self._seed, "ask", n):
-            values = self._points.suggest(f"{n:05d}") or {}
-        plain = {k: value.item() if isinstance(value, np.generic) else value for k, value in values.items()}
-        return plain or None
+            values = self._points.suggest(f"{n:05d}")
+        if not isinstance(values, dict):  # None, or a word that says that there are no more
+            return None
+        return {k: value.item() if isinstance(value, np.generic) else value for k, value in values.items()}
 
     def _tell(self, searcher: Searcher, n: int) -> None:
         one = self._order.tried[n]
@@ -352,6 +353,9 @@ class Numbered(Searcher):  # type: ignore[misc]
                 searcher.on_trial_result(f"{n:05d}", result)
             last = one.results[-1] if one.results and not lost else None
             searcher.on_trial_complete(f"{n:05d}", result=last, error=lost)
+            if n in self._replaced and one.results and one.over != "failed":
+                with suppress(NotImplementedError):
+                    searcher.add_evaluated_point(dict(self._known[n]), one.results[-1][str(self._metric)])
 
 
 def _number(trial: Trial) -> int:

@@ -13,7 +13,6 @@ from typing import Any
 from raysl.backbone.network import BackboneConfig
 from raysl.config import Pretraining
 from raysl.model import Model
-from raysl.stream.plan import Plan
 from raysl.stream.reader import Stream
 from raysl.stream.shared import Subscriber, open_feeds, slots, union
 from raysl.tuning.preparation import PreparedSweep, Task
@@ -23,8 +22,9 @@ from raysl.tuning.space import Values, configured
 _PREVENT_SHARING = ("batch_size", "backbone", "precision")
 
 
-# Runs share a stream only if these are the same: plan, last step, place of augmentation, backbone and precision.
-_StreamKey = tuple[Plan, int, str, BackboneConfig, str]
+# Runs share a stream only if these are the same: batch size, seed, steps of the run, last step, place of augmentation,
+# backbone and precision. All runs take the same images, so the first three are their plan.
+_StreamKey = tuple[int, int, int, int, str, BackboneConfig, str]
 
 
 @dataclass
@@ -101,7 +101,8 @@ class StreamBroker:
 
     def _key(self, config: Pretraining, until: int) -> _StreamKey:
         plan = config.plan(self._task.images)
-        return plan, until, config.stream.place, config.backbone, config.precision
+        order = plan.batch_size, plan.seed, plan.num_steps
+        return *order, until, config.stream.place, config.backbone, config.precision
 
     def _stream(self, config: Pretraining) -> Stream:
         """Return the stream that a run would have. Its views do not depend on the backbone; a small one is built."""

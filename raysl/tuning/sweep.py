@@ -112,7 +112,13 @@ def _begin(journal: Journal, prepared: PreparedSweep) -> None:
             "report` still reads it. Give another --out."
         )
     places = ("uris.", "sources.", *(f"base.{name}." for name in FREE))
-    names = differences(journal.header, header)
+    # An earlier version wrote a field more of each dimension.
+    known = [
+        {name: row[name] for name in row if name in now}
+        for row, now in zip(journal.header["space"], header["space"], strict=False)
+    ]
+    begun = {**journal.header, "space": [*known, *journal.header["space"][len(known) :]]}
+    names = differences(begun, header)
     changed = [name for name in names if not f"{name}.".startswith(places)]
     if changed:
         raise UserError(

@@ -168,7 +168,7 @@ def _check_metrics(storage: Any) -> None:
     try:
         with storage.storage_filesystem.open_input_file(f"{storage.experiment_fs_path}/tuner.pkl") as file:
             config = pickle.loads(file.read())["_tune_config"]
-    except OSError:  # The folder is on another machine, or no Tuner was used.
+    except Exception:  # The folder or a package of the scheduler is on another machine, or no Tuner was used.
         return
     asked = [(config, "metric"), (config.scheduler, "metric"), (config.search_alg, "metric")]
     for one, name in (*asked, (config.scheduler, "_time_attr")):
@@ -231,7 +231,7 @@ def tune_trainable(
     config = SweepConfig(
         *(out, names, train, validation),
         probe=probe,
-        seeds=seeds,
+        seeds=tuple(seeds),
         max_concurrent=max_concurrent,
         gpus_per_worker=gpus_per_worker,
     )

@@ -8,10 +8,12 @@ transposed, as they are in torchvision.
 from __future__ import annotations
 
 import io
+import lzma
 import math
 import pickle
 import re
 import zipfile
+import zlib
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
@@ -265,6 +267,13 @@ def _cifar(root: str, path: str) -> tuple[npt.NDArray[np.uint8], npt.NDArray[np.
         raise UserError(f"Cannot read {root}/{path}: {error}. Unpack the archive again.") from error
 
 
+# NotImplementedError, a RuntimeError, is an unknown compression; RuntimeError is an encrypted archive.
+_NPZ_DAMAGE = (
+    *(zipfile.BadZipFile, zlib.error, lzma.LZMAError),
+    *(ValueError, EOFError, OSError, AttributeError, RuntimeError),
+)
+
+
 @contextmanager
 def _npz(uri: str) -> Iterator[Any]:
     try:
@@ -280,7 +289,7 @@ def _npz(uri: str) -> Iterator[Any]:
                 if info.filename.endswith(".npy"):
                     _check_npy(arrays.zip, info)
             yield arrays
-    except (zipfile.BadZipFile, ValueError, EOFError, OSError, AttributeError) as error:
+    except _NPZ_DAMAGE as error:
         raise UserError(
             f"Cannot read the arrays of {uri!r}: {error}. Write the file again with numpy.savez."
         ) from error
