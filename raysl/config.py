@@ -59,8 +59,8 @@ class Pretraining(Checked):
         method: an objective and a pretext transform, such as pirl-jigsaw; `raysl methods` lists them.
         epochs: number of passes over the data set; it may be fractional.
         batch_size: images in the global batch, divided over the workers.
-        workers: number of training workers; 0 chooses one for the machine. A range such as 1:8 lets the number change
-            during the run: as many as fit on the cluster and divide the batch evenly.
+        workers: number of training workers; 0 chooses the number for the machine. A range such as 1:8 lets the number
+            change during the run: as many as fit on the cluster and divide the batch evenly.
         seed: random seed of the run.
         precision: precision of the network's arithmetic; weights and losses stay float32.
         channels_last: memory layout of images and weights.

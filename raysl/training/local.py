@@ -46,8 +46,8 @@ class LocalConfig(Checked):
     """Where a run is trained.
 
     Args:
-        local: train with one worker in this process and without Ray, which starts sooner. The numbers are those of one
-            worker on Ray, and the run may go on either way.
+        local: train with one worker in this process and without Ray, which starts sooner. The data must have been
+            ingested. The numbers are those of one worker on Ray, and the run may go on either way.
     """
 
     local: bool = False
