@@ -85,7 +85,6 @@ class _Handler(logging.Handler):
         self._work = ""
         self._announced = self._open = False
         self._since_s = self._shown_s = 0.0
-        self._changed = threading.Event()
         self._thread: threading.Thread | None = None
 
     def emit(self, record: logging.LogRecord) -> None:
@@ -102,6 +101,8 @@ class _Handler(logging.Handler):
                 self._begin(message if self._announced else "Still working ...")
         except BrokenPipeError:
             raise
+        except RuntimeError:  # A signal that is logged arrived while a line was written.
+            pass
         except (OSError, ValueError):
             self.handleError(record)
 
@@ -119,7 +120,6 @@ class _Handler(logging.Handler):
         if self._thread is None:
             self._thread = threading.Thread(target=self._watch, name="raysl-console", daemon=True)
             self._thread.start()
-        self._changed.set()
 
     def _end(self) -> None:
         if self._open:
@@ -127,11 +127,9 @@ class _Handler(logging.Handler):
         self._work, self._open = "", False
 
     def _watch(self) -> None:
+        # No event wakes this thread: its lock would be taken twice when a signal arrives in `emit` and is logged.
         while True:
-            if not self._work:
-                self._changed.wait()
-            self._changed.clear()
-            self._changed.wait(_TERMINAL_S)
+            time.sleep(_TERMINAL_S)
             self.acquire()
             try:
                 if self._work:
