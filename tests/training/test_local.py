@@ -246,8 +246,8 @@ def test_a_killed_run_on_clips_resumes_to_the_same_numbers(tmp_path: Path) -> No
         "from raysl.config import Pretraining\n"
         "from raysl.training.launch import pretrain\n"
         "class Killed(Callback):\n"
-        "    def on_log(self, row):\n"
-        "        if row['step'] == 5: os.kill(os.getpid(), signal.SIGKILL)\n"
+        "    def on_checkpoint(self, saved):\n"
+        "        if saved.step == 4: os.kill(os.getpid(), signal.SIGKILL)\n"
         "config = Pretraining.from_json(json.loads(sys.argv[1]))\n"
         "pretrain(config, local=True, callbacks=Callbacks((Killed(),)))\n"
     )
