@@ -342,21 +342,20 @@ def page(rows: Sequence[Row]) -> str:
     ]
     start = [row for row in rows if row["part"] == "start"]
     if start:
-        lines += [
-            "## From the command to the end of the first step\n",
-            "| | CPU seconds | wall seconds | processes | memory, GB |",
-            "|---|---|---|---|---|",
-        ]
+        lines += _head(
+            "From the command to the end of the first step",
+            "CPU seconds",
+            "wall seconds",
+            "processes",
+            "memory, GB",
+        )
         for name, found in _by(start, "arm").items():
             cells = [_spread(found, key, 1) for key in ("cpu_s", "wall_s", "processes", "memory_gb")]
             lines.append(f"| {name} | {' | '.join(cells)} |")
         lines.append("")
     for side, of_side in _by([row for row in rows if row["part"] == "stream"], "side").items():
-        lines += [
-            f"## Stream: two views of each image, {side} pixels\n",
-            "| | CPU ms an image | wall ms an image | CPU beside the DataLoader's |",
-            "|---|---|---|---|",
-        ]
+        title = f"Stream: two views of each image, {side} pixels"
+        lines += _head(title, "CPU ms an image", "wall ms an image", "CPU beside the DataLoader's")
         loader = {row["round"]: row["cpu_ms"] for row in of_side if row["arm"] == _STREAM_ARMS["torch"]}
         for name, found in _by(of_side, "arm").items():
             ratios = [
@@ -367,14 +366,15 @@ def page(rows: Sequence[Row]) -> str:
         lines.append("")
     kmeans = [row for row in rows if row["part"] == "kmeans"]
     if kmeans:
-        lines += [
-            "## k-means, 50,000 x 128, 1,000 clusters: time of an iteration\n",
-            "| | ratio |",
-            "|---|---|",
-        ]
+        lines += _head("k-means, 50,000 x 128, 1,000 clusters: time of an iteration", "ratio")
         lines += [f"| {name} | {_spread(found, 'ratio', 2)} |" for name, found in _by(kmeans, "arm").items()]
         lines.append("")
     return "\n".join(lines).rstrip() + "\n"
+
+
+def _head(title: str, *columns: str) -> list[str]:
+    """Return the title of a part and the head of its table."""
+    return [f"## {title}\n", f"| | {' | '.join(columns)} |", "|---" * (1 + len(columns)) + "|"]
 
 
 def _by(rows: Sequence[Row], key: str) -> dict[Any, list[Row]]:

@@ -8,19 +8,17 @@ from typing import Any
 import pytest
 
 from raysl import ray_cluster
-from raysl.checkpoint import SaveConfig
-from raysl.config import Pretraining, ViewConfig
 from raysl.errors import UserError
 from raysl.objectives.pirl import Config as Pirl
 from raysl.ray_cluster import placement
 from raysl.ray_cluster.placement import Machines
 from raysl.storage import Folder
-from raysl.tuning.config import SweepConfig
 from raysl.tuning.journal import NAME
 from raysl.tuning.preparation import hold_out, prepare
 from raysl.tuning.sweep import sweep
 from raysl.tuning.trainable import tune_trainable
 from tests.data import make_dataset
+from tests.tuning.small import base, config
 
 
 @pytest.fixture(autouse=True)
@@ -29,42 +27,10 @@ def two_cpus(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(placement, "machines", lambda: Machines(({"CPU": 2.0},)))
 
 
-@pytest.fixture(scope="module")
-def data(tmp_path_factory: pytest.TempPathFactory) -> tuple[str, str]:
-    folder = tmp_path_factory.mktemp("data")
-    train, test = make_dataset(folder / "train", 96), make_dataset(folder / "test", 48, seed=1)
-    return str(train.folder), str(test.folder)
-
-
-def base(data: tuple[str, str], **changes: Any) -> Pretraining:
-    settings: dict[str, Any] = {
-        "epochs": 2,
-        "batch_size": 16,
-        "workers": 1,
-        "view": ViewConfig(image_size=16, recipe="plain"),
-        "save": SaveConfig(every_steps=4),
-        "parts": {"pirl": Pirl(num_negatives=32, dim=16)},
-    }
-    return Pretraining(data[0], "-", **{**settings, **changes})
-
-
-def config(data: tuple[str, str], out: Path, **changes: Any) -> SweepConfig:
-    settings: dict[str, Any] = {
-        "vary": ("optim.lr=0.03,1e30",),
-        "scheduler": "asha",
-        "rungs": 2,
-        "reduction": 2,
-        "seeds": (0,),
-        "max_concurrent": 1,
-        "validation": data[1],
-    }
-    return SweepConfig(out=str(out), **{**settings, **changes})
-
-
 def test_a_sweep_of_raysl_0_1_is_not_continued(data: tuple[str, str], tmp_path: Path) -> None:
     (tmp_path / NAME).write_text('{"event": "sweep", "config": {}}\n')
     with pytest.raises(UserError, match=r"raysl 0\.1"):
-        sweep(base(data), config(data, tmp_path, vary=("temperature=0.1,0.2",)))
+        sweep(base(data[0]), config(data, tmp_path, vary=("temperature=0.1,0.2",)))
 
 
 @pytest.mark.parametrize(
@@ -84,26 +50,26 @@ def test_a_value_that_fails_for_some_trials_is_found_before_any_begins(
 ) -> None:
     parts = {"pirl": Pirl(num_negatives=32, dim=16), "jigsaw": {"num_permutations": 100}}
     with pytest.raises(UserError, match=answer):
-        sweep(base(data, parts=parts), config(data, tmp_path / "sweep", vary=(vary,)))
+        sweep(base(data[0], parts=parts), config(data, tmp_path / "sweep", vary=(vary,)))
     assert not (tmp_path / "sweep").exists()
 
 
 def test_every_drawn_point_is_tried_out_before_any_begins(data: tuple[str, str], tmp_path: Path) -> None:
     wide = config(data, tmp_path, searcher="random", samples=64, vary=("num_negatives=8..500",))
     with pytest.raises(UserError, match="the data set has 96 images"):
-        prepare(base(data), wide)
+        prepare(base(data[0]), wide)
 
 
 def test_the_images_that_choose_are_not_those_that_judge_the_choice(
     data: tuple[str, str], tmp_path: Path
 ) -> None:
     with pytest.raises(UserError, match=r"hold the same images.*Leave out one"):
-        prepare(base(data), config(data, tmp_path, test=data[1]))
+        prepare(base(data[0]), config(data, tmp_path, test=data[1]))
 
 
 def test_more_than_fits_is_refused_with_the_sum(data: tuple[str, str], tmp_path: Path) -> None:
     with pytest.raises(UserError, match=r"9 runs at a time with 1 workers each: 9 workers .* 2 CPUs"):
-        prepare(base(data), config(data, tmp_path, max_concurrent=9))
+        prepare(base(data[0]), config(data, tmp_path, max_concurrent=9))
 
 
 @pytest.mark.parametrize(
@@ -134,7 +100,7 @@ def test_runs_at_a_time_follow_from_the_cluster(
     expected: tuple[int, int, int],
 ) -> None:
     monkeypatch.setattr(placement, "machines", lambda: machines)
-    found = prepare(base(data), config(data, tmp_path, max_concurrent=0, vary=vary, seeds=seeds))
+    found = prepare(base(data[0]), config(data, tmp_path, max_concurrent=0, vary=vary, seeds=seeds))
     task = found.task
     assert (task.trials_at_once, task.seeds_at_once, task.placement.cpus_per_worker) == expected
 
@@ -142,7 +108,7 @@ def test_runs_at_a_time_follow_from_the_cluster(
 def test_pbt_changes_only_what_can_change_in_the_middle(data: tuple[str, str], tmp_path: Path) -> None:
     changes: dict[str, Any] = {"searcher": "random", "scheduler": "pbt", "vary": ("num_negatives=8,16",)}
     with pytest.raises(UserError, match=r"pirl\.num_negatives cannot change"):
-        prepare(base(data), config(data, tmp_path, **changes))
+        prepare(base(data[0]), config(data, tmp_path, **changes))
 
 
 def test_a_tenth_of_the_labelled_images_is_held_out(tmp_path: Path) -> None:
@@ -156,8 +122,8 @@ def test_a_tenth_of_the_labelled_images_is_held_out(tmp_path: Path) -> None:
 
 
 def test_what_the_trials_of_a_plain_tuner_share(data: tuple[str, str], tmp_path: Path) -> None:
-    task = tune_trainable(base(data), str(tmp_path), validation=data[1], seeds=(0, 1), rungs=(0.5, 1)).task
+    task = tune_trainable(base(data[0]), str(tmp_path), validation=data[1], seeds=(0, 1), rungs=(0.5, 1)).task
     assert (task.trials_at_once, task.seeds_at_once, task.keep_rungs) == (1, 1, True)
     assert [task.until(task.base, rung) for rung in range(2)] == [6, 12]
     with pytest.raises(UserError, match="9 runs at a time"):
-        tune_trainable(base(data), str(tmp_path), validation=data[1], max_concurrent=9)
+        tune_trainable(base(data[0]), str(tmp_path), validation=data[1], max_concurrent=9)

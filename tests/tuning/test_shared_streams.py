@@ -10,11 +10,10 @@ from typing import Any
 import pytest
 
 from raysl.backbone.network import BackboneConfig
-from raysl.config import Pretraining, ViewConfig
-from raysl.objectives.pirl import Config as Pirl
 from raysl.stream.reader import DataShare
 from raysl.tuning import shared_streams
 from tests.data import make_dataset
+from tests.tuning.small import base
 
 
 def test_runs_that_take_the_same_steps_share_a_stream(
@@ -22,18 +21,9 @@ def test_runs_that_take_the_same_steps_share_a_stream(
 ) -> None:
     """The second trial takes the place that was kept for it; another seed or schedule has a stream of its own."""
     images = make_dataset(tmp_path / "set", 96)
-    base = Pretraining(
-        str(images.folder),
-        "-",
-        epochs=2,
-        batch_size=16,
-        workers=1,
-        view=ViewConfig(image_size=16, recipe="plain"),
-        backbone=BackboneConfig("small"),
-        parts={"pirl": Pirl(num_negatives=32, dim=16)},
-    )
+    one = base(str(images.folder), backbone=BackboneConfig("small"))
     task: Any = SimpleNamespace(
-        base=base, images=images, trials_at_once=2, placement=SimpleNamespace(share=DataShare())
+        base=one, images=images, trials_at_once=2, placement=SimpleNamespace(share=DataShare())
     )
     opened: list[int] = []
 
@@ -44,11 +34,11 @@ def test_runs_that_take_the_same_steps_share_a_stream(
     monkeypatch.setattr(shared_streams, "open_feeds", open_feeds)
     monkeypatch.setattr(shared_streams, "_register", lambda *_: True)
     broker = shared_streams.StreamBroker(task, [{"pirl.temperature": 0.1}, {"pirl.temperature": 0.2}])
-    first = broker.subscriber(0, replace(base, run="a"), 0, 12)
-    second = broker.subscriber(1, replace(base, run="b"), 0, 12)
+    first = broker.subscriber(0, replace(one, run="a"), 0, 12)
+    second = broker.subscriber(1, replace(one, run="b"), 0, 12)
     assert opened == [2]
     assert first is not None
     assert second is not None
     assert first.feeds == second.feeds
-    assert broker.subscriber(1, replace(base, run="c", seed=1), 0, 12) is None
-    assert broker.subscriber(1, replace(base, run="d", epochs=3), 0, 12) is None
+    assert broker.subscriber(1, replace(one, run="c", seed=1), 0, 12) is None
+    assert broker.subscriber(1, replace(one, run="d", epochs=3), 0, 12) is None

@@ -18,16 +18,13 @@ import pytest
 from ray import tune
 
 import raysl
-from raysl.checkpoint import SaveConfig
-from raysl.config import Pretraining, ViewConfig
 from raysl.errors import UserError
-from raysl.objectives.pirl import Config as Pirl
 from raysl.storage import Folder
-from raysl.tuning.config import SweepConfig
 from raysl.tuning.journal import NAME, Journal
 from raysl.tuning.results import SweepResults
 from raysl.tuning.sweep import sweep
 from tests.data import make_dataset
+from tests.tuning.small import base, config
 
 pytestmark = [pytest.mark.ray, pytest.mark.timeout(1200)]
 
@@ -38,38 +35,6 @@ FLAGS = (
 )
 
 
-@pytest.fixture(scope="module")
-def data(tmp_path_factory: pytest.TempPathFactory) -> tuple[str, str]:
-    folder = tmp_path_factory.mktemp("data")
-    train, test = make_dataset(folder / "train", 96), make_dataset(folder / "test", 48, seed=1)
-    return str(train.folder), str(test.folder)
-
-
-def base(data: tuple[str, str], **changes: Any) -> Pretraining:
-    settings: dict[str, Any] = {
-        "epochs": 2,
-        "batch_size": 16,
-        "workers": 1,
-        "view": ViewConfig(image_size=16, recipe="plain"),
-        "save": SaveConfig(every_steps=4),
-        "parts": {"pirl": Pirl(num_negatives=32, dim=16)},
-    }
-    return Pretraining(data[0], "-", **{**settings, **changes})
-
-
-def config(data: tuple[str, str], out: Path, **changes: Any) -> SweepConfig:
-    settings: dict[str, Any] = {
-        "vary": ("optim.lr=0.03,1e30",),
-        "scheduler": "asha",
-        "rungs": 2,
-        "reduction": 2,
-        "seeds": (0,),
-        "max_concurrent": 1,
-        "validation": data[1],
-    }
-    return SweepConfig(out=str(out), **{**settings, **changes})
-
-
 @pytest.mark.slow
 def test_a_sweep(
     ray_session: None, data: tuple[str, str], tmp_path: Path, caplog: pytest.LogCaptureFixture
@@ -77,7 +42,7 @@ def test_a_sweep(
     """A trial that turns NaN is marked, the others are not affected, and a finished sweep is not run again."""
     out, test = tmp_path / "sweep", str(make_dataset(tmp_path / "test", 48, seed=2).folder)
     with caplog.at_level("INFO", "raysl"):
-        rows = sweep(base(data), config(data, out, test=test))
+        rows = sweep(base(data[0]), config(data, out, test=test))
     # Progress of the runs reaches the driver.
     assert any(message.startswith("trial 0: step") for message in caplog.messages)
     assert rows == Folder(str(out)).read_json("table.json")
@@ -91,12 +56,12 @@ def test_a_sweep(
     assert record.extras("baseline").keys() == {"random", "pixels"}
     assert record.extras("test").keys() == {"trained", "random", "pixels"}
     before = (out / NAME).read_bytes()
-    assert sweep(base(data), config(data, out, test=test)) == rows
+    assert sweep(base(data[0]), config(data, out, test=test)) == rows
     assert (out / NAME).read_bytes() == before
     with pytest.raises(UserError, match=r"config\.rungs"):
-        sweep(base(data), config(data, out, rungs=3))
+        sweep(base(data[0]), config(data, out, rungs=3))
     with pytest.raises(UserError, match=r"base\.epochs"):
-        sweep(base(data, epochs=3), config(data, out))
+        sweep(base(data[0], epochs=3), config(data, out))
 
 
 @pytest.mark.slow
@@ -147,7 +112,7 @@ def test_a_population_copies_weights(ray_session: None, data: tuple[str, str], t
         "scheduler": "pbt",
         "samples": 2,
     }
-    rows = sweep(base(data), config(data, out, **settings))
+    rows = sweep(base(data[0]), config(data, out, **settings))
     assert [row["state"] for row in rows] == ["finished", "finished"]
     results = SweepResults.open(str(out))
     copies = {row["trial"]: row["copies"] for row in results.journal.of("decision") if row["rung"] == 0}
@@ -184,7 +149,7 @@ SPACE = {"pirl.temperature": tune.loguniform(0.03, 0.5), "optim.lr": tune.choice
 
 def fit(data: tuple[str, str], out: Path, callbacks: list[Any], **settings: Any) -> tune.ResultGrid:
     bound = raysl.tune_trainable(
-        base(data), str(out), param_space=SPACE, validation=data[1], rungs=(1 / 3, 1), max_concurrent=1
+        base(data[0]), str(out), param_space=SPACE, validation=data[1], rungs=(1 / 3, 1), max_concurrent=1
     )
     run = tune.RunConfig(
         name="tune",

@@ -11,7 +11,6 @@ from ray import tune
 from ray.tune.execution.experiment_state import StorageContext
 
 from raysl.checkpoint import SaveConfig
-from raysl.config import Pretraining, ViewConfig
 from raysl.errors import UserError
 from raysl.objectives.pirl import Config as Pirl
 from raysl.ray_cluster.placement import Placement
@@ -21,25 +20,19 @@ from raysl.training.launch import pretrain
 from raysl.tuning.preparation import Task
 from raysl.tuning.trainable import Trial, trainable
 from tests.data import make_dataset
+from tests.tuning.small import base
 
 
 @pytest.fixture(scope="module")
 def task(tmp_path_factory: pytest.TempPathFactory) -> Task:
     folder = tmp_path_factory.mktemp("sweep")
     images, validation = make_dataset(folder / "train", 32), make_dataset(folder / "test", 16, seed=1)
-    base = Pretraining(
-        str(images.folder),
-        "-",
-        epochs=2.0,
-        batch_size=16,
-        workers=1,
-        view=ViewConfig(image_size=16, recipe="plain"),
-        save=SaveConfig(every_steps=3),
-        parts={"pirl": Pirl(num_negatives=16, dim=16)},
+    small = base(
+        str(images.folder), save=SaveConfig(every_steps=3), parts={"pirl": Pirl(num_negatives=16, dim=16)}
     )
     placement = Placement(1.0, 0.0, DataShare(1.0, 1.0), 1, 2.0)
     out = str(folder / "out")
-    return Task(base, images, out, images, validation, "knn", (1,), (0.5, 1.0), 1, 1, placement)
+    return Task(small, images, out, images, validation, "knn", (1,), (0.5, 1.0), 1, 1, placement)
 
 
 def trial(task: Task, name: str, **values: Any) -> Trial:
