@@ -35,12 +35,17 @@ def install() -> None:
 
 
 @contextmanager
-def working(message: str) -> Iterator[None]:
-    """Log `message`, which should end in "...", and show the seconds until the block ends."""
+def working(message: str, *, first: bool = False) -> Iterator[None]:
+    """Log `message`, which should end in "...", and show the seconds until the block ends.
+
+    Args:
+        message: a line.
+        first: it is the first line of a verb. On a terminal no seconds are added to it, because the verb prints next.
+    """
     handlers = [one for one in logging.getLogger("raysl").handlers if isinstance(one, _Handler)]
     for handler in handlers:
         handler.depth += 1
-    logging.getLogger("raysl").info(message)
+    logging.getLogger("raysl").info(message, extra={"first": first})
     try:
         yield
     finally:
@@ -57,7 +62,7 @@ def verb(name: str) -> Iterator[None]:
     if inside:
         yield
     else:
-        with working(f"raysl {raysl.__version__}: {name} ..."):
+        with working(f"raysl {raysl.__version__}: {name} ...", first=True):
             yield
 
 
@@ -91,10 +96,10 @@ class _Handler(logging.Handler):
         try:
             self._end()
             message = record.getMessage()
-            # The first line of a verb ends, because what the verb prints comes next.
-            first = message.startswith(f"raysl {raysl.__version__}: ") and sys.stdout.isatty()
-            self._announced = message.endswith("...") and not first
-            self._open = self._announced and sys.stdout.isatty()
+            on_terminal = sys.stdout.isatty()
+            first = getattr(record, "first", False)
+            self._announced = message.endswith("...") and not (first and on_terminal)
+            self._open = self._announced and on_terminal
             stream = sys.stderr if record.levelno >= logging.WARNING else sys.stdout
             print(message, file=stream, end="" if self._open else "\n", flush=True)
             if self._announced or self.depth:
