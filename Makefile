@@ -75,7 +75,7 @@ clean:
 	    echo "make: raysl needs Python 3.11 to 3.14, and $$(python3 --version 2>&1) is what python3 is here." >&2; \
 	    echo "make: install one of them (for example: apt install python3.12) and run the same command again." >&2; \
 	    exit 1; }; }
-	@echo "make: installing raysl and what it needs into .venv (downloads 3 to 4 GB the first time)"
+	@echo "make: installing raysl and what it needs into .venv (downloads 3.3 to 4.3 GB the first time)"
 	@$(UV) pip uninstall --quiet --python .venv/bin/python $(if $(filter gpu,$(FAISS)),faiss-cpu,faiss-gpu)
 	@UV_COMPILE_BYTECODE_TIMEOUT=600 $(UV) pip install --python .venv/bin/python --constraint constraints.txt --compile-bytecode --editable '.[dev,$(FAISS)]'
 	@touch $@

@@ -6,9 +6,10 @@ Time:     planned: 10 minutes a seed. With --local, on 6,000 short clips: six to
 Expect:   correspondence on held-out clips above 90 %, and the peak of the map in the box of the sounding shape in more
           than half of the clips.
 
-Correspondence is the mean of the accuracies of right and wrong pairs (Arandjelovic and Zisserman 2017 and 2018); the
-wrong sounds are those of the other clips of a batch. The probe `localisation` scores the map. The picture map.png shows
-some frames with their sound and the map.
+With --loss binary, correspondence is the mean of the accuracies of right and wrong pairs (Arandjelovic and Zisserman
+2017 and 2018); the wrong sounds are those of the other clips of a batch. With --loss infonce, the number is the share
+of frames that pick their sound among those of a batch. The probe `localisation` scores the map. The picture map.png
+shows some frames with their sound and the map.
 """
 
 from __future__ import annotations
@@ -49,6 +50,7 @@ class SoundFlags(Flags):
 
     Args:
         form: how frame and sound are compared; only "map" says where the sound comes from.
+        loss: "binary" classifies pairs; "infonce" picks the sound of a frame among those of a batch.
         negatives: where wrong sounds come from.
         epochs: visits to every clip.
     """
@@ -58,6 +60,7 @@ class SoundFlags(Flags):
     runs: str = "runs/audio_visual"
     seeds: tuple[int, ...] = (0, 1, 2)
     form: Literal["fused", "distance", "map"] = "map"
+    loss: Literal["binary", "infonce"] = "binary"
     negatives: Literal["clips", "times", "both"] = "clips"
     epochs: float = 40
 
@@ -70,8 +73,9 @@ def main(flags: SoundFlags) -> None:
     for seed in flags.seeds:
         run = pretrained(_config(flags, seed, train), flags)
         scores = held_out(run, resolve(test))
-        print(f"seed {seed}: correspondence {scores['accuracy']:.1%} on held-out clips", flush=True)
-        rows.append({"task": "correspondence", **_about(flags), "seed": seed, **scores})
+        task = "correspondence" if flags.loss == "binary" else "choice of the sound"
+        print(f"seed {seed}: {task} {scores['accuracy']:.1%} on held-out clips", flush=True)
+        rows.append({"task": task, **_about(flags), "seed": seed, **scores})
         if flags.form == "map":
             rows += probe(run, train, test, probes=("localisation",))
             if seed == flags.seeds[0]:
@@ -82,13 +86,13 @@ def main(flags: SoundFlags) -> None:
 
 
 def _about(flags: SoundFlags) -> Mapping[str, object]:
-    return {name: getattr(flags, name) for name in ("data", "form", "negatives", "epochs")}
+    return {name: getattr(flags, name) for name in ("data", "form", "loss", "negatives", "epochs")}
 
 
 def _config(flags: SoundFlags, seed: int, train: str) -> Pretraining:
     return Pretraining(
         train,
-        str(Folder(flags.runs) / f"{flags.form}-{flags.negatives}-{seed}"),
+        str(Folder(flags.runs) / f"{flags.form}-{flags.loss}-{flags.negatives}-{seed}"),
         "audio_visual",
         flags.epochs,
         batch_size=64,
@@ -97,7 +101,7 @@ def _config(flags: SoundFlags, seed: int, train: str) -> Pretraining:
         # A change of colors would hide what the overtone tells.
         view=ViewConfig(image_size=64, min_scale=0.8, recipe="plain"),
         optim=OptimConfig(name="adamw", lr=0.008, warmup=0.05),
-        parts={"audio_visual": Config(form=flags.form, negatives=flags.negatives)},
+        parts={"audio_visual": Config(form=flags.form, loss=flags.loss, negatives=flags.negatives)},
     )
 
 

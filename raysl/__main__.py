@@ -15,8 +15,8 @@ from raysl.fields import FieldError
 
 VERBS = {
     "demo": "ingest, pretrain and probe in a few minutes, with a table and a picture",
-    "ingest": "make a data set from any source of images",
-    "pretrain": "learn a representation from images without labels",
+    "ingest": "make a data set from any source of images or videos",
+    "pretrain": "learn a representation from images or videos without labels",
     "probe": "evaluate the features of a run against the untrained backbone and raw pixels",
     "features": "write the features of every image as Parquet",
     "cluster": "cluster features by k-means",
@@ -48,6 +48,7 @@ def _run(given: list[str]) -> None:
     if not given or given[0] in ("-h", "--help"):
         print("usage: raysl VERB [flags]      `raysl VERB --help` lists the flags of a verb\n")
         print("\n".join(f"  {name:<11}{what}" for name, what in VERBS.items()))
+        print("\n`raysl --version` prints the version.")
         return
     if given[0] in ("-V", "--version"):
         print(f"raysl {__version__}")

@@ -116,6 +116,18 @@ class Model(nn.Module):
                 continue  # the sound has a network of its own
             crop_size = view.pretext.transform(image_bchw, none).crops_bpchw.shape[-1]
             network.check_size(self.config.backbone, crop_size, "--view.image-size")
+        self._check_share()
+
+    def _check_share(self) -> None:
+        """Raise UserError when BatchNorm in the objective would see one image at a time."""
+        config, workers = self.config, self.config.worker_counts()[-1]
+        if config.batch_size > workers or (config.backbone.norm == "sync" and workers > 1):
+            return
+        if any(isinstance(module, nn.BatchNorm1d) for module in self.objective.modules()):
+            raise UserError(
+                f"--batch-size is {config.batch_size}, one image for each of {workers} workers, and {config.method!r} "
+                "has BatchNorm after the backbone, which needs two. Use a larger batch or fewer workers."
+            )
 
     def schedule(self) -> Callable[[int], Collection[str]] | None:
         """Return the function from a step to the names of its views; None where every step takes all views."""

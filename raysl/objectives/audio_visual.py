@@ -9,6 +9,11 @@ Other sounds come from the other clips of the batch, from another moment of the 
 the concatenated embeddings (L3-Net). "distance" classifies the Euclidean distance of unit embeddings (AVE-Net), which
 makes them fit for retrieval. "map" compares the sound with every place of the frame and takes the best (AVOL-Net), and
 so learns where the sound comes from; results/video shows such maps. Correspondence of L3-Net on Flickr-SoundNet: 78 %.
+
+With --audio-visual.loss infonce the frame picks its sound among the others (van den Oord et al. 2018, arXiv 1807.03748,
+eq. 4, over pairs as in Morgado et al. 2021, arXiv 2004.12943):
+
+    L = -log ( exp f(frame, sound) / sum_k exp f(frame, sound_k) ),  f the score of the form, whose scale is learned.
 """
 
 from __future__ import annotations
@@ -23,6 +28,7 @@ from torch import Tensor, nn
 
 from raysl import collective
 from raysl.backbone.network import Backbone, encode, encode_maps
+from raysl.contrastive import losses
 from raysl.contrastive.bank import MemoryBank
 from raysl.errors import UserError
 from raysl.fields import Bounds, Checked
@@ -38,6 +44,9 @@ COMMAND = (
     "--optim.warmup 0.05"
 )
 
+# The logit of a pair that does not count.
+_NEVER = -1e4
+
 
 @dataclass(frozen=True)
 class Config(Checked):
@@ -45,6 +54,7 @@ class Config(Checked):
 
     Args:
         form: "fused", "distance" or "map"; see above.
+        loss: "binary", a classification of each pair, or "infonce", a choice of one sound among all.
         negatives: where the other sounds come from: "clips", "times" of the same clip, or "both".
         dim: D, size of the embeddings (paper: 128).
         window_s: length of the sound in seconds (paper: 1).
@@ -52,6 +62,7 @@ class Config(Checked):
     """
 
     form: Literal["fused", "distance", "map"] = "map"
+    loss: Literal["binary", "infonce"] = "binary"
     negatives: Literal["clips", "times", "both"] = "clips"
     dim: Annotated[int, Bounds(1, 16_384)] = 128
     window_s: Annotated[float, Bounds(0.1, 60)] = 1.0
@@ -148,29 +159,22 @@ class AudioVisual(nn.Module):
         return torch.einsum("bdhw,bd->bhw", seen_bdhw, heard_bd)
 
     def loss(self, outputs: Mapping[str, Tensor], batch: Batch, bank: MemoryBank | None) -> Loss:
-        """Compute the binary cross-entropy of the pairs of this worker's frames, positives and negatives in balance."""
+        """Compute the loss of the pairs of this worker's frames.
+
+        The metric "accuracy" is the mean of the accuracies of right and wrong pairs for "binary", and the share of
+        frames that pick their sound for "infonce".
+        """
         seen, sounds_b2d = outputs["frame"].float(), outputs["sound"].float()
-        index_b = batch.indices_b
         right_b = self._logits(seen, sounds_b2d[:, :1])[:, 0]
         wrong: list[Tensor] = []
         if self.config.negatives != "times":
             sounds_kd = collective.gather_with_gradient(sounds_b2d[:, 0].contiguous())
             logits_bk = self._logits(seen, sounds_kd[None].expand(len(seen), -1, -1))
-            other_bk = index_b[:, None] != collective.gather(index_b)[None]
-            # Softplus of minus infinity is 0: the own sound does not count.
-            wrong.append(
-                F.softplus(logits_bk.masked_fill(~other_bk, -1e4)).sum(1) / other_bk.sum(1).clamp(min=1)
-            )
-            accuracy_b = ((logits_bk < 0) & other_bk).sum(1) / other_bk.sum(1).clamp(min=1)
+            own_bk = batch.indices_b[:, None] == collective.gather(batch.indices_b)[None]
+            wrong.append(logits_bk.masked_fill(own_bk, _NEVER))
         if self.config.negatives != "clips":
-            later_b = self._logits(seen, sounds_b2d[:, 1:])[:, 0]
-            wrong.append(F.softplus(later_b))
-            accuracy_b = (
-                (later_b < 0).float() if len(wrong) == 1 else (accuracy_b + (later_b < 0).float()) / 2
-            )
-        loss_b = (F.softplus(-right_b) + torch.stack(wrong).mean(0)) / 2
-        accuracy = ((right_b > 0).float() + accuracy_b.detach()) / 2
-        return Loss(loss_b.mean(), {"accuracy": accuracy.mean()})
+            wrong.append(self._logits(seen, sounds_b2d[:, 1:]))
+        return (_binary if self.config.loss == "binary" else _info_nce)(right_b, wrong)
 
     def _logits(self, seen: Tensor, sounds_bkd: Tensor) -> Tensor:
         """Return the logits of every frame with k sounds: (b, k)."""
@@ -185,3 +189,24 @@ class AudioVisual(nn.Module):
             squared_bk = (2 - 2 * torch.einsum("bd,bkd->bk", seen, sounds_bkd)).clamp(min=1e-8)
             score_bk = squared_bk.sqrt()
         return self.classify(score_bk[..., None])[..., 0]  # type: ignore[no-any-return]
+
+
+def _binary(right_b: Tensor, wrong: list[Tensor]) -> Loss:
+    """Return the binary cross-entropy, in which right and wrong pairs, and the kinds of wrong ones, weigh the same."""
+    costs, accuracies = [], []
+    for logits_bk in wrong:
+        other_bk = logits_bk > _NEVER
+        count_b = other_bk.sum(1).clamp(min=1)
+        # Softplus of a very negative number is 0: the own sound does not count.
+        costs.append(F.softplus(logits_bk).sum(1) / count_b)
+        accuracies.append(((logits_bk < 0) & other_bk).sum(1) / count_b)
+    loss_b = (F.softplus(-right_b) + torch.stack(costs).mean(0)) / 2
+    accuracy_b = ((right_b > 0).float() + torch.stack(accuracies).mean(0)) / 2
+    return Loss(loss_b.mean(), {"accuracy": accuracy_b.mean()})
+
+
+def _info_nce(right_b: Tensor, wrong: list[Tensor]) -> Loss:
+    """Return InfoNCE over the own sound and all others."""
+    wrong_bk = torch.cat(wrong, dim=1)
+    first_b = (right_b > wrong_bk.amax(dim=1)).float()
+    return Loss(losses.info_nce(right_b, wrong_bk).mean(), {"accuracy": first_b.mean()})

@@ -41,8 +41,9 @@ def batch(objective: AudioVisual, b: int = 4) -> Batch:
 
 @pytest.mark.parametrize("form", FORMS)
 @pytest.mark.parametrize("negatives", NEGATIVES)
-def test_every_parameter_learns_in_every_form(form: str, negatives: str) -> None:
-    backbone, objective = make(form=form, negatives=negatives)
+@pytest.mark.parametrize("loss", ["binary", "infonce"])
+def test_every_parameter_learns_in_every_form(form: str, negatives: str, loss: str) -> None:
+    backbone, objective = make(form=form, negatives=negatives, loss=loss)
     of = batch(objective)
     found = objective.loss(objective.forward(backbone, of.views), of, None)
     found.loss.backward()  # type: ignore[no-untyped-call]
@@ -81,6 +82,23 @@ def test_the_right_sounds_win(form: str) -> None:
     assert float(found.metrics["accuracy"]) == 1
     mixed = objective.loss({"frame": seen, "sound": sound_bd.roll(1, 0)[:, None]}, of, None)
     assert mixed.loss > found.loss + 0.5
+
+
+def test_info_nce_of_frames_and_sounds_equals_its_equation() -> None:
+    """In plain NumPy: the softmax over the sounds of the batch and the other moments of the own clip."""
+    _, objective = make(form="distance", loss="infonce", negatives="both")
+    of, generator = batch(objective, 5), np.random.default_rng(0)
+    seen, sounds = generator.normal(size=(5, 16)), generator.normal(size=(5, 2, 16))
+    outputs = {"frame": torch.from_numpy(seen), "sound": torch.from_numpy(sounds)}
+    found = objective.loss(outputs, of, None)
+    seen /= np.linalg.norm(seen, axis=1, keepdims=True)
+    sounds /= np.linalg.norm(sounds, axis=2, keepdims=True)
+    first = -4 * np.linalg.norm(seen[:, None] - sounds[None, :, 0], axis=2) + 4
+    later = -4 * np.linalg.norm(seen - sounds[:, 1], axis=1) + 4
+    logits = np.concatenate([first, later[:, None]], axis=1)
+    own = first.diagonal()
+    assert found.loss.item() == pytest.approx(np.mean(np.log(np.exp(logits).sum(1)) - own), rel=1e-5)
+    assert found.metrics["accuracy"].item() == pytest.approx(np.mean(own == logits.max(1)))
 
 
 def test_the_map_is_a_cosine_for_each_place() -> None:

@@ -29,6 +29,7 @@ from raysl.config import Pretraining, ViewConfig
 from raysl.dataset import SHARDS, DataSet
 from raysl.errors import UserError
 from raysl.evaluation.online import OnlineConfig, pretrain_and_probe
+from raysl.objectives.pirl import Config as Pirl
 from raysl.ray_cluster import lock
 from raysl.run import Run
 from raysl.training import local
@@ -263,6 +264,17 @@ def test_a_killed_run_on_clips_resumes_to_the_same_numbers(tmp_path: Path) -> No
 def test_several_workers_are_refused(dataset: DataSet, tmp_path: Path, workers: int | str) -> None:
     config = replace(alone(dataset, tmp_path / "run"), workers=workers)
     with pytest.raises(UserError, match=f"--workers is {workers}, and --local trains with one worker"):
+        pretrain(config, local=True)
+    assert not (tmp_path / "run").exists()
+
+
+def test_batchnorm_over_one_image_is_refused(dataset: DataSet, tmp_path: Path) -> None:
+    config = replace(
+        alone(dataset, tmp_path / "run"), batch_size=1, parts={"pirl": Pirl(head="bn", num_negatives=32)}
+    )
+    with pytest.raises(
+        UserError, match="--batch-size is 1, one image for each of 1 workers, and 'pirl-jigsaw'"
+    ):
         pretrain(config, local=True)
     assert not (tmp_path / "run").exists()
 
