@@ -119,11 +119,11 @@ class Model(nn.Module):
         self._check_share()
 
     def _check_share(self) -> None:
-        """Raise UserError when BatchNorm in the objective would see one image at a time."""
+        """Raise UserError when BatchNorm over features would see one image at a time."""
         config, workers = self.config, self.config.worker_counts()[-1]
         if config.batch_size > workers or (config.backbone.norm == "sync" and workers > 1):
             return
-        if any(isinstance(module, nn.BatchNorm1d) for module in self.objective.modules()):
+        if any(isinstance(module, nn.BatchNorm1d) for module in self.modules()):
             raise UserError(
                 f"--batch-size is {config.batch_size}, one image for each of {workers} workers, and {config.method!r} "
                 "has BatchNorm after the backbone, which needs two. Use a larger batch or fewer workers."
