@@ -24,7 +24,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, fields, is_dataclass
-from typing import Any, Protocol, runtime_checkable
+from typing import Any, Final, Protocol, runtime_checkable
 
 import numpy as np
 import numpy.typing as npt
@@ -42,7 +42,8 @@ Floats = npt.NDArray[np.float32]
 Integers = npt.NDArray[np.int64]
 
 # Where BatchNorm takes its statistics from when features are computed.
-KEPT, REESTIMATED = "kept", "reestimated"
+KEPT: Final = "kept"
+REESTIMATED: Final = "reestimated"
 # Test classes are unbalanced when the largest has more than this many times the images of the smallest.
 _UNBALANCED = 2
 
