@@ -109,6 +109,14 @@ COMMANDS = (
     Command("ingest", "ingest {images} {out} --shard-images 20", _ingested, 2),
     Command("pretrain-local", f"{_RUN} --local", _pretrained, 3),
     Command("pretrain", f"{_RUN} --workers 2", _pretrained, 5),
+    Command("clips", "ingest clips:48?seed=0&size=32&frames=12 {out}", _ingested, 1),
+    Command(
+        "pretrain-clips",
+        "pretrain --data {clips} --run {out} --method predict-frame_order --view.image-size 32 --batch-size 12 "
+        "--epochs 12 --save.every-steps 10 --log-every 1 --workers 2",
+        _pretrained,
+        2,
+    ),
     Command("export", "export {pretrain} --format safetensors --out {out}", _exported, 1),
     Command("report", "report {pretrain} --out {out}", _reported, 1),
     Command("features", "features {pretrain} --data {ingest} --layer pooled --out {out}", _extracted, 2),
