@@ -24,6 +24,7 @@ from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass, field
 from pathlib import Path
+from textwrap import shorten
 from typing import Any
 
 import numpy as np
@@ -366,14 +367,14 @@ def _failure(trial: Trial) -> tuple[str, bool]:
     """Return why a trial failed in a sentence, and True if it would fail again. A crash may not repeat."""
     if not trial.pickled_error_file:  # Ray stores only the errors of tasks and actors.
         text = Path(trial.error_file).read_text() if trial.error_file else ""
-        return (text.strip().splitlines() or ["unknown"])[-1][:300], False
+        return shorten((text.strip().splitlines() or ["unknown"])[-1], 300), False
     # The file is read on this machine; it reaches the storage later.
     error = pickle.loads(Path(trial.pickled_error_file).read_bytes())
     if found := user_error(error):
         return str(found), True
     cause = error.as_instanceof_cause() if isinstance(error, RayTaskError) else error
     last = (str(cause).strip().splitlines() or [""])[-1]
-    return f"{type(cause).__name__}: {last[:300]}", False
+    return f"{type(cause).__name__}: {shorten(last, 300)}", False
 
 
 @contextmanager
