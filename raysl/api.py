@@ -81,7 +81,7 @@ def pretrain(
     local: bool = False,
     **fields: Any,
 ) -> Run:
-    """Pretrain a backbone. The same call again continues an interrupted run at the very step.
+    """Pretrain a backbone. The same call again resumes an interrupted run at the exact step.
 
     Args:
         data: images to learn from.
@@ -262,7 +262,8 @@ def clusterfit(
         student: configuration of the student, or fields of `Pretraining`.
         fields: fields of `ClusterfitConfig`, such as `k`.
 
-    Returns the run of the last student.
+    Returns:
+        The run of the last student.
     """
     check_faiss()
     from raysl.clustering.cluster_and_fit import ClusterfitConfig as Config
@@ -301,7 +302,10 @@ def sweep(
     """
     from raysl.tuning.config import SweepConfig as Config
 
-    settings = configure(Config, config, {**given(test=test, out=out, vary=vary), **fields})
+    places = given(
+        train=fields.pop("train", None), validation=fields.pop("validation", None), test=test, out=out
+    )
+    settings = configure(Config, config, {**places, **given(vary=vary), **fields})
     from raysl.tuning import preparation
     from raysl.tuning import sweep as tuning
 

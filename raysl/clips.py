@@ -64,7 +64,8 @@ def thumbnail(pixels_hwc: npt.NDArray[np.uint8]) -> bytes:
 
 @dataclass(frozen=True)
 class Clips:
-    """Rows of a data set of clips, as `DataSet.read` returns them. Each method needs the column of its name.
+    """Rows of a data set of clips, as `DataSet.read` returns them. Each method needs the column of its name; `frame`
+    needs `frames`, and `tracks` and `keypoints` need `times` too.
 
     Args:
         table: the rows.

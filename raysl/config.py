@@ -164,6 +164,18 @@ class Pretraining(Checked):
         """
         return typing.cast(Pretraining, from_dict(Pretraining, value, ""))
 
+    @staticmethod
+    def stored(value: Mapping[str, Any], place: str) -> Pretraining:
+        """Return the configuration that the folder `place` of a run or a sweep holds.
+
+        Raises:
+            UserError: as `from_json`; or it would run code of a stranger.
+        """
+        names = [str(value.get("backbone", {}).get("name", "")), str(value.get("view", {}).get("recipe", ""))]
+        own = [name.rpartition(":")[0] for name in names if ":" in name]
+        plugins.check_trusted([*value.get("plugin", ()), *own], place)
+        return Pretraining.from_json(value)
+
 
 # Fields that may differ when a run resumes: they decide where it runs and how it is kept, not what it computes.
 FREE = ("run", "data", "workers", "stream", "save", "compile", "channels_last", "log_every", "plugin")

@@ -14,6 +14,7 @@ from raysl import methods, pretext
 from raysl.augment import recipe
 from raysl.backbone import network
 from raysl.backbone.external_weights import load_weights_into
+from raysl.backbone.network import BackboneConfig
 from raysl.config import Pretraining
 from raysl.dataset import DataSet
 from raysl.errors import UserError
@@ -106,27 +107,31 @@ class Model(nn.Module):
             for name, transform in self.objective.views.items()
         }
 
-    def check(self) -> None:
-        """Raise UserError when the backbone does not take the images of a view, or a color recipe does not exist."""
+    def check(self, backbone: BackboneConfig | None = None) -> None:
+        """Raise UserError when the backbone does not take the images of a view, or a color recipe does not exist.
+
+        Args:
+            backbone: the one that is checked; by default that of the model.
+        """
         for view in self.views().values():
-            side = view.source.size
-            image_bchw = torch.zeros(1, 3, side, side, dtype=torch.uint8)
-            none = ImageRng(0, np.zeros(1, np.int64), np.zeros(1, np.int64))
             if view.of_clips is not None and "frames" not in view.columns:
                 continue  # the sound has a network of its own
-            crop_size = view.pretext.transform(image_bchw, none).crops_bpchw.shape[-1]
-            network.check_size(self.config.backbone, crop_size, "--view.image-size")
-        self._check_share()
+            side = view.source.size
+            image_bchw = torch.zeros(1, 3, side, side, dtype=torch.uint8)
+            no_rng = ImageRng(0, np.zeros(1, np.int64), np.zeros(1, np.int64))
+            crop_size = view.pretext.transform(image_bchw, no_rng).crops_bpchw.shape[-1]
+            network.check_size(backbone or self.config.backbone, crop_size, "--view.image-size")
+        self._check_batch_norm()
 
-    def _check_share(self) -> None:
+    def _check_batch_norm(self) -> None:
         """Raise UserError when BatchNorm over features would see one image at a time."""
         config, workers = self.config, self.config.worker_counts()[-1]
         if config.batch_size > workers or (config.backbone.norm == "sync" and workers > 1):
             return
         if any(isinstance(module, nn.BatchNorm1d) for module in self.modules()):
             raise UserError(
-                f"--batch-size is {config.batch_size}, one image for each of {workers} workers, and {config.method!r} "
-                "has BatchNorm after the backbone, which needs two. Use a larger batch or fewer workers."
+                f"--batch-size is {config.batch_size}, one image for each worker, and {config.method!r} has BatchNorm "
+                f"after the backbone, which needs two. Give --batch-size {2 * workers} or more."
             )
 
     def schedule(self) -> Callable[[int], Collection[str]] | None:

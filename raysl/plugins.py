@@ -134,16 +134,16 @@ def trust(name: str) -> None:
 
 
 def check_trusted(names_: Iterable[str], run: str) -> None:
-    """Raise UserError when the metadata of a run names a plugin that nobody has trusted: opening a run runs no code.
+    """Raise UserError when a run or sweep names a plugin that nobody has trusted: opening it runs no code.
 
     Args:
         names_: plugins, and modules of backbones.
-        run: folder of the run, for the error.
+        run: folder of the run or sweep, for the error.
     """
     for name in names_:
         if name not in _trusted():
             raise UserError(
-                f"The run at {run!r} uses the code in {name!r}, which would be run now. If you trust it, give --plugin "
+                f"{run!r} uses the code in {name!r}, which would be run now. If you trust it, give --plugin "
                 f"{name} or set {_TRUSTED}={name} in the environment."
             )
 

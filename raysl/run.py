@@ -26,7 +26,7 @@ from typing import Any
 import numpy as np
 import numpy.typing as npt
 
-from raysl import checkpoint, plugins
+from raysl import checkpoint
 from raysl.checkpoint import Checkpoint
 from raysl.config import FREE, Pretraining, differences
 from raysl.dataset import DataSet
@@ -138,14 +138,7 @@ class Run:
 
     def config(self) -> Pretraining:
         """Return the configuration that it was begun with. Raise UserError when that would run code of a stranger."""
-        config = self.metadata()["config"]
-        names = [
-            str(config.get("backbone", {}).get("name", "")),
-            str(config.get("view", {}).get("recipe", "")),
-        ]
-        own = [name.rpartition(":")[0] for name in names if ":" in name]
-        plugins.check_trusted([*config.get("plugin", ()), *own], str(self.folder))
-        return Pretraining.from_json(config)
+        return Pretraining.stored(self.metadata()["config"], str(self.folder))
 
     def newest(self) -> Checkpoint:
         """Return the newest complete checkpoint. Raises UserError when there is none yet."""
@@ -242,7 +235,7 @@ def _same(metadata: Mapping[str, Any], wanted: Mapping[str, Any], dataset: DataS
             "data set it was begun on, or another folder to --run."
         )
     # Read and written again, so that a field that is newer than the run has its default.
-    begun = json.loads(json.dumps(Pretraining.from_json(metadata["config"]).to_json()))
+    begun = json.loads(json.dumps(Pretraining.stored(metadata["config"], place).to_json()))
     changed = [n for n in differences(begun, wanted) if n.split(".")[0] not in FREE]
     if changed:
         raise UserError(

@@ -36,6 +36,7 @@ def test_every_verb_is_a_function_and_every_name_is_typed() -> None:
         (lambda: raysl.pretrain("d"), "lacks 'run'"),
         (lambda: raysl.pretrain(3, "r"), "type int"),  # type: ignore[arg-type]
         (lambda: raysl.ingest("shapes:10", "d", {"shard_image": 1}), "shard_images"),  # type: ignore[arg-type]
+        (lambda: raysl.sweep("d", out="o", vary=("lam",), train=Path("/nowhere")), "'d' does not exist"),
         (lambda: raysl.export("/nowhere", format="onnx"), "No run at '/nowhere'"),
         (lambda: raysl.report([]), "No folder"),
         (lambda: raysl.views("d", "picture.doc"), "ends in .png"),

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import io
+import json
 import os
 import pickle
 import re
@@ -28,6 +29,8 @@ from raysl.reporting import ReportConfig, report
 from raysl.reporting.command import command
 from raysl.run import MetricsLog, Run
 from raysl.storage import Folder
+from raysl.tuning.journal import FORMAT
+from raysl.tuning.results import SweepResults
 from tests.data import make_dataset
 from tests.ingestion.reading import jpeg, opened
 
@@ -182,4 +185,22 @@ def test_arrays_with_objects_are_refused(tmp_path: Path) -> None:
     )
     with pytest.raises(UserError):
         opened(tmp_path / "images" / "x.npy")
+    assert not (tmp_path / "ran").exists()
+
+
+def test_opening_a_sweep_runs_no_code(tmp_path: Path) -> None:
+    plugin = tmp_path / "evil.py"
+    plugin.write_text(f"open({str(tmp_path / 'ran')!r}, 'w')")
+    base = {**Pretraining("data", "-").to_json(), "plugin": [str(plugin)]}
+    header = {
+        "event": "sweep",
+        "format": FORMAT,
+        "base": base,
+        "config": {"seeds": [0]},
+        "space": [],
+        "uris": {},
+    }
+    (tmp_path / "sweep.jsonl").write_text(json.dumps(header) + "\n")
+    with pytest.raises(UserError, match=r"uses the code in .*evil\.py"):
+        _ = SweepResults.open(str(tmp_path)).base
     assert not (tmp_path / "ran").exists()

@@ -33,19 +33,17 @@ from raysl.contrastive.bank import MemoryBank
 from raysl.errors import UserError
 from raysl.fields import Bounds, Checked
 from raysl.objectives import Loss, Setup
+from raysl.objectives._heads import projection
 from raysl.pretext import Pretext
 from raysl.pretext._sound import BANDS, MomentFrame, MomentSound
 from raysl.stream.reader import Batch
 
-# Other colors would hide what they tell about the sound, and with few clips a network learns them by heart.
+# No color augmentation: in the drawn clips the color decides the overtone. Little cropping, so that the box is seen.
 COMMAND = (
     "raysl pretrain --data 'clips:6000?frames=9' --run RUN --method audio_visual --epochs 12 --batch-size 64 "
     "--view.image-size 64 --view.min-scale 0.8 --view.recipe plain --optim.name adamw --optim.lr 0.008 "
     "--optim.warmup 0.05"
 )
-
-# The logit of a pair that does not count.
-_NEVER = -1e4
 
 
 @dataclass(frozen=True)
@@ -100,6 +98,10 @@ class AudioVisual(nn.Module):
     def __init__(self, config: Config, setup: Setup) -> None:
         super().__init__()
         setup.no_transform("audio_visual")
+        if config.sound_width % 4:
+            raise UserError(
+                f"--audio-visual.sound-width is {config.sound_width}; it must be a multiple of 4."
+            )
         self.config = config
         self.views: dict[str, Pretext] = {
             "frame": MomentFrame(setup.identity.source, config.window_s),
@@ -107,11 +109,8 @@ class AudioVisual(nn.Module):
         }
         self.sound_backbone = SoundBackbone(config.sound_width)
         # Without BatchNorm all cosines are alike at first, and the loss stays that of guessing for many steps.
-        self.see = nn.Sequential(
-            nn.BatchNorm1d(setup.width, affine=False), nn.Linear(setup.width, config.dim)
-        )
-        width = self.sound_backbone.width
-        self.hear = nn.Sequential(nn.BatchNorm1d(width, affine=False), nn.Linear(width, config.dim))
+        self.see = projection("bn", setup.width, config.dim)
+        self.hear = projection("bn", self.sound_backbone.width, config.dim)
         if config.form == "fused":
             self.classify: nn.Module = nn.Sequential(
                 nn.Linear(2 * config.dim, config.dim), nn.ReLU(inplace=True), nn.Linear(config.dim, 1)
@@ -164,17 +163,22 @@ class AudioVisual(nn.Module):
         The metric "accuracy" is the mean of the accuracies of right and wrong pairs for "binary", and the share of
         frames that pick their sound for "infonce".
         """
-        seen, sounds_b2d = outputs["frame"].float(), outputs["sound"].float()
-        right_b = self._logits(seen, sounds_b2d[:, :1])[:, 0]
+        with torch.autocast(outputs["frame"].device.type, enabled=False):
+            right_b, wrong = self._scores(outputs["frame"].float(), outputs["sound"].float(), batch)
+        return (_binary if self.config.loss == "binary" else _info_nce)(right_b, wrong)
+
+    def _scores(self, seen: Tensor, sounds_bpd: Tensor, batch: Batch) -> tuple[Tensor, list[Tensor]]:
+        """Return the logits of right pairs (b,), and of each kind of wrong ones (b, k); -inf where a pair is right."""
+        right_b = self._logits(seen, sounds_bpd[:, :1])[:, 0]
         wrong: list[Tensor] = []
         if self.config.negatives != "times":
-            sounds_kd = collective.gather_with_gradient(sounds_b2d[:, 0].contiguous())
+            sounds_kd = collective.gather_with_gradient(sounds_bpd[:, 0].contiguous())
             logits_bk = self._logits(seen, sounds_kd[None].expand(len(seen), -1, -1))
             own_bk = batch.indices_b[:, None] == collective.gather(batch.indices_b)[None]
-            wrong.append(logits_bk.masked_fill(own_bk, _NEVER))
+            wrong.append(logits_bk.masked_fill(own_bk, -torch.inf))
         if self.config.negatives != "clips":
-            wrong.append(self._logits(seen, sounds_b2d[:, 1:]))
-        return (_binary if self.config.loss == "binary" else _info_nce)(right_b, wrong)
+            wrong.append(self._logits(seen, sounds_bpd[:, 1:]))
+        return right_b, wrong
 
     def _logits(self, seen: Tensor, sounds_bkd: Tensor) -> Tensor:
         """Return the logits of every frame with k sounds: (b, k)."""
@@ -195,9 +199,9 @@ def _binary(right_b: Tensor, wrong: list[Tensor]) -> Loss:
     """Return the binary cross-entropy, in which right and wrong pairs, and the kinds of wrong ones, weigh the same."""
     costs, accuracies = [], []
     for logits_bk in wrong:
-        other_bk = logits_bk > _NEVER
+        other_bk = logits_bk.isfinite()
         count_b = other_bk.sum(1).clamp(min=1)
-        # Softplus of a very negative number is 0: the own sound does not count.
+        # Softplus of -inf is 0: the own sound does not count.
         costs.append(F.softplus(logits_bk).sum(1) / count_b)
         accuracies.append(((logits_bk < 0) & other_bk).sum(1) / count_b)
     loss_b = (F.softplus(-right_b) + torch.stack(costs).mean(0)) / 2

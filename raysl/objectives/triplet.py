@@ -57,6 +57,7 @@ class Triplet(nn.Module):
         transform = setup.pretext or setup.identity
         # A transform of two crops is a pair by itself, as the two patches of a track.
         self.paired = transform.num_crops == 2
+        # The ordinary view last: the running statistics of BatchNorm then end on whole images.
         self.views = {"pair": transform} if self.paired else {"b": transform, "a": setup.identity}
         # Without BatchNorm the embeddings of a small backbone become one point, where the loss stays at the margin.
         self.head = projection("bn", setup.width, config.dim)

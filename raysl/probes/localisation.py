@@ -78,11 +78,12 @@ class Localisation(InTask[Config]):
 
     def check_data(self, train: DataSet, test: DataSet) -> None:
         """Raise UserError if the clips do not say what sounds."""
-        if "sounding" not in test.manifest.clips.get("columns", []):
-            raise Unset(
-                f"The probe localisation needs clips that say which object sounds, and {str(test.folder)!r} does not. "
-                "Give --test clips:200#test."
-            )
+        for data in (train, test):
+            if "sounding" not in data.manifest.clips.get("columns", []):
+                raise Unset(
+                    f"The probe localisation needs clips that say which object sounds, and {str(data.folder)!r} does "
+                    "not. Give --train clips:1000#train --test clips:200#test."
+                )
 
     def rows(self, subject: Subject) -> list[Row]:
         """Return the rows of a run. Raises UserError if it has no map of sound."""

@@ -201,7 +201,9 @@ def _room(workers: int, nodes: Sequence[Node], gpus_per_worker: float) -> tuple[
     cpus_n = [node.get("CPU", 0.0) for node in nodes]
     if not gpus_per_worker:
         return cpus_n, [workers] * len(cpus_n)
-    return cpus_n, [int(node.get("GPU", 0) / gpus_per_worker + 1e-6) for node in nodes]
+    # Ray gives a trainer a share of one GPU, and never of two.
+    each = max(1, int(1 / gpus_per_worker + 1e-6))
+    return cpus_n, [int(node.get("GPU", 0) / max(1.0, gpus_per_worker)) * each for node in nodes]
 
 
 def _slots(cpus_n: Sequence[float], most_n: Sequence[int], slot: float) -> int:

@@ -45,7 +45,9 @@ def caught(act: Callable[[], object]) -> Iterator[Signals]:
     if threading.current_thread() is not threading.main_thread():
         yield signals
         return
-    before = {number: signal.getsignal(number) for number in STOP_SIGNALS}
+    handlers = {number: signal.getsignal(number) for number in STOP_SIGNALS}
+    # Programs started by `nohup`, or in the background of a script, ignore a signal and go on ignoring it.
+    before = {n: handler for n, handler in handlers.items() if handler not in (signal.SIG_IGN, None)}
 
     def restore() -> None:
         for number, handler in before.items():

@@ -259,17 +259,23 @@ def check_points(base: Pretraining, points: Iterable[Values], images: DataSet | 
             config = configured(base, values)
             if images is not None:
                 config.plan(images)
-                # Each backbone is built once; heads and transforms do not need a large one.
-                known, light = (
-                    config.backbone in backbones,
-                    replace(config.backbone, name="small", weights=""),
-                )
+                # Each backbone is built once.
+                known = config.backbone in backbones
                 backbones.add(config.backbone)
-                Model.of(replace(config, backbone=light) if known else config, images).check()
+                model = light_model(config, images) if known else Model.of(config, images)
+                model.check(config.backbone)
         except UserError as error:
             raise UserError(
                 f"The trial with {described(values)} could not run, so the sweep was not started. {error}"
             ) from error
+
+
+def light_model(config: Pretraining, images: DataSet) -> Model:
+    """Return a model with the views and heads of a configuration, on a small backbone where the method allows it."""
+    try:
+        return Model.of(replace(config, backbone=replace(config.backbone, name="small", weights="")), images)
+    except UserError:  # the method or a field needs the backbone itself
+        return Model.of(config, images)
 
 
 def share(

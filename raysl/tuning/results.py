@@ -57,8 +57,8 @@ class SweepResults:
 
     @cached_property
     def base(self) -> Pretraining:
-        """The configuration of every run, except what varies."""
-        return Pretraining.from_json({**self.journal.header["base"], "run": "-"})
+        """The configuration of every run, except what varies. Raises UserError if it would run code of a stranger."""
+        return Pretraining.stored({**self.journal.header["base"], "run": "-"}, str(self.journal.folder))
 
     @property
     def judged_on(self) -> str:
@@ -189,7 +189,7 @@ def described(values: Mapping[str, Any]) -> str:
 
 def shown(value: Any) -> str:
     """Return a value as it can be typed on the command line."""
-    return f"{value:g}" if isinstance(value, float) else str(value).lower() if value is None else str(value)
+    return f"{value:g}" if isinstance(value, float) else "none" if value is None else str(value)
 
 
 def render(record: SweepResults) -> Table:

@@ -12,10 +12,9 @@ from typing import Any
 
 from raysl.backbone.network import BackboneConfig
 from raysl.config import Pretraining
-from raysl.model import Model
 from raysl.stream.reader import Stream
 from raysl.stream.shared import Subscriber, open_feeds, slots, union
-from raysl.tuning.preparation import PreparedSweep, Task
+from raysl.tuning.preparation import PreparedSweep, Task, light_model
 from raysl.tuning.space import Values, configured
 
 # Fields that change which images a step takes or how long it lasts, so that fast runs would wait for slow ones.
@@ -105,10 +104,9 @@ class StreamBroker:
         return *order, until, config.stream.place, config.backbone, config.precision
 
     def _stream(self, config: Pretraining) -> Stream:
-        """Return the stream that a run would have. Its views do not depend on the backbone; a small one is built."""
+        """Return the stream that a run would have."""
         images, workers = self._task.images, self._task.base.worker_counts()[0]
-        small = replace(config.backbone, name="small", weights="")
-        model = Model.of(replace(config, backbone=small), images)
+        model = light_model(config, images)
         return model.stream(images, self._task.placement.share, 0, workers)
 
 

@@ -60,8 +60,8 @@ class Dimension:
 
     def rounded(self, value: float) -> float:
         """Return the value inside the interval, as a whole number or with four significant digits."""
-        clipped = min(max(value, self.low), self.high)
-        return round(clipped) if self.whole else float(f"{clipped:.4g}")
+        short = round(value) if self.whole else float(f"{value:.4g}")
+        return min(max(short, self.low), self.high)
 
     def domain(self) -> Any:
         """Return the domain of Ray Tune with the same values."""
@@ -158,8 +158,8 @@ def space(base: Pretraining, vary: Sequence[str], listed: bool) -> Space:
             type.
     """
     given = [text.partition("=") for text in vary]
-    method = next((values for name, _, values in given if name == "method" and values), base.method)
-    known = _fields(method.split(","))
+    varied = next((values for name, _, values in given if name == "method" and values), "")
+    known = _fields(varied.split(",") if varied else [base.method])
     dimensions = []
     for text, equals, values in given:
         name = _resolve(text, known)
@@ -280,7 +280,7 @@ def _dimension(name: str, hint: Any, text: str | None, listed: bool) -> Dimensio
         numbers = [value for value in values if value is not None]
         if not listed and all(map(_is_number, numbers)):
             return _interval(name, hint, min(numbers), max(numbers))
-    elif ".." in text:
+    elif ".." in text and fields.has_type(0, hint):
         if listed:
             raise UserError(
                 f"{name}={text} is an interval, and --searcher grid needs a list of values. Write {name}=A,B,C, or "

@@ -1,4 +1,4 @@
-"""A sweep: Ray Tune runs its trials, its journal makes it continue after any interruption."""
+"""Run the trials of a sweep by Ray Tune, and continue from a journal after any interruption."""
 
 from __future__ import annotations
 

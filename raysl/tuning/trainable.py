@@ -2,9 +2,9 @@
 
 One call of `step` trains every seed of the trial up to the next rung of its schedule, and probes the checkpoint there.
 A run with one worker trains inside of the trial's actor, which takes its CPUs and GPUs; so nothing is started at a
-rung, and the actor is used again by the next trial. Runs with several workers train through Ray Train. Either way
-nothing of a run is left when `step` returns; so a trial that Ray Tune stops, pauses or lets copy another one leaves
-nothing behind. Checkpoints of Ray Tune are small records; the weights are in the runs.
+rung, and the actor is used again by the next trial. Runs with several workers train through Ray Train. Either way no
+process of a run is left when `step` returns, so none is left when Ray Tune stops, pauses or replaces a trial.
+Checkpoints of Ray Tune are small records; the weights are in the runs.
 """
 
 from __future__ import annotations

@@ -11,6 +11,7 @@ import torch
 
 from raysl import pretext
 from raysl.backbone.network import BackboneConfig, build
+from raysl.errors import UserError
 from raysl.objectives import Setup
 from raysl.objectives.audio_visual import AudioVisual, Config
 from raysl.pretext import Geometry
@@ -99,6 +100,23 @@ def test_info_nce_of_frames_and_sounds_equals_its_equation() -> None:
     own = first.diagonal()
     assert found.loss.item() == pytest.approx(np.mean(np.log(np.exp(logits).sum(1)) - own), rel=1e-5)
     assert found.metrics["accuracy"].item() == pytest.approx(np.mean(own == logits.max(1)))
+
+
+def test_the_loss_is_computed_in_float32() -> None:
+    backbone, objective = make(form="map")
+    of = batch(objective)
+    outputs = objective.forward(backbone, of.views)
+    with torch.autocast("cpu", torch.bfloat16):
+        mixed = objective.loss(outputs, of, None).loss
+    assert mixed.dtype == torch.float32
+    assert mixed.item() == objective.loss(outputs, of, None).loss.item()
+
+
+def test_a_width_that_groups_do_not_divide_is_refused() -> None:
+    backbone, _ = make()
+    setup = Setup(None, pretext.build("identity", {}, Geometry(32)), backbone.width, 100, 0, 0)
+    with pytest.raises(UserError, match="sound-width is 6; it must be a multiple of 4"):
+        AudioVisual(Config(sound_width=6), setup)
 
 
 def test_the_map_is_a_cosine_for_each_place() -> None:

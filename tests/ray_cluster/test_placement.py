@@ -123,6 +123,16 @@ def test_what_can_never_run_is_refused(nodes: list[Node], workers: int, answer: 
         cluster_placement.place(workers, Machines(tuple(nodes)))
 
 
+@pytest.mark.parametrize(
+    ("gpus", "share", "most"), [(2, 0.6, 2), (2, 0.4, 4), (4, 0.7, 4), (2, 0.5, 4), (4, 2, 2)]
+)
+def test_a_trainer_has_a_share_of_one_gpu(gpus: int, share: float, most: int) -> None:
+    machine = Machines(({"CPU": 64.0, "GPU": float(gpus)},))
+    assert cluster_placement.place(most, machine, gpus_per_worker=share).gpus_per_worker == share
+    with pytest.raises(UserError, match=f"{most + 1} workers"):
+        cluster_placement.place(most + 1, machine, gpus_per_worker=share)
+
+
 GPU_MACHINE = {"CPU": 4.0, "GPU": 1.0}
 HEAD = {"CPU": 0.0}
 

@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 import pytest
 
 from raysl import ray_cluster
+from raysl.backbone.network import BackboneConfig
 from raysl.errors import UserError
 from raysl.objectives.pirl import Config as Pirl
 from raysl.ray_cluster import placement
@@ -52,6 +54,18 @@ def test_a_value_that_fails_for_some_trials_is_found_before_any_begins(
     with pytest.raises(UserError, match=answer):
         sweep(base(data[0], parts=parts), config(data, tmp_path / "sweep", vary=(vary,)))
     assert not (tmp_path / "sweep").exists()
+
+
+def test_a_method_that_needs_its_backbone_is_swept(data: tuple[str, str], tmp_path: Path) -> None:
+    pytest.importorskip("timm")
+    vit = {"name": "timm/vit_tiny_patch16_224", "patch_size": 4}
+    masked = base(data[0], method="mae", parts={}, backbone=BackboneConfig(**vit))
+    settings = config(data, tmp_path, vary=("optim.lr=0.1,0.2",))
+    assert prepare(masked, settings).num_trials == 2
+    with pytest.raises(UserError, match=r"view\.image_size=18 could not run.* 18 pixels"):
+        prepare(
+            replace(masked, method="simclr", parts={}), replace(settings, vary=("view.image_size=16,18",))
+        )
 
 
 def test_every_drawn_point_is_tried_out_before_any_begins(data: tuple[str, str], tmp_path: Path) -> None:

@@ -61,6 +61,18 @@ def test_methods_can_vary_with_a_field_that_all_of_them_have() -> None:
         made("method=predict-jigsaw,pirl-jigsaw", "temperature")
 
 
+def test_a_method_with_a_comma_in_its_name_and_a_path_with_dots() -> None:
+    base = Pretraining("data", "run", "multitask-rotation,jigsaw")
+    assert made("optim.lr=0.1,0.2", base=base).names == ["optim.lr"]
+    assert made("view.recipe=pirl,../own.py:noisy").dimensions[0].values == ("pirl", "../own.py:noisy")
+
+
+@pytest.mark.parametrize(("low", "high"), [(0.99, 0.99999), (0.030001, 0.123456)])
+def test_rounded_values_stay_in_the_interval(low: float, high: float) -> None:
+    (dimension,) = made(f"optim.momentum={low}..{high}", listed=False).dimensions
+    assert (dimension.rounded(low), dimension.rounded(high)) == (low, high)
+
+
 def test_random_points_lie_in_the_interval_and_depend_on_the_number_alone() -> None:
     points = made("temperature=0.03..0.5", "num_negatives=64..4096", "pirl.head", listed=False)
     drawn = [points.drawn(0, trial) for trial in range(200)]
