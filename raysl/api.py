@@ -55,16 +55,14 @@ def ingest(
         dest: folder of the data set, a path or a URI.
         config, fields: the configuration; see `IngestConfig`.
     """
-    from raysl.ingestion.pipeline import IngestConfig as Config
+    from raysl.ingestion import pipeline
     from raysl.ingestion.sources import open_source
 
-    settings = configure(Config, config, fields)
+    settings = configure(pipeline.IngestConfig, config, fields)
     if isinstance(source, str | os.PathLike):
         source = open_source(settings.place(os.fspath(source)))
     start_ray(os.fspath(dest))
-    from raysl.ingestion.pipeline import ingest as run
-
-    return run(source, os.fspath(dest), settings)
+    return pipeline.ingest(source, os.fspath(dest), settings)
 
 
 @console.announced
@@ -95,13 +93,11 @@ def pretrain(
             normalised images (b, 3, s, s) to features (b, width); it must be importable.
     """
     from raysl.callbacks import Callbacks
-    from raysl.evaluation.online import OnlineConfig
+    from raysl.evaluation import online
 
-    online = OnlineConfig(probe_every, uri(train), uri(test), tuple(probes))
+    probing = online.OnlineConfig(probe_every, uri(train), uri(test), tuple(probes))
     settings = run_config(data, run, config, fields, local=local)
-    from raysl.evaluation.online import pretrain_and_probe
-
-    return pretrain_and_probe(settings, online, Callbacks(callbacks), local=local)
+    return online.pretrain_and_probe(settings, probing, Callbacks(callbacks), local=local)
 
 
 @console.announced
@@ -266,13 +262,11 @@ def clusterfit(
         The run of the last student.
     """
     check_faiss()
-    from raysl.clustering.cluster_and_fit import ClusterfitConfig as Config
+    from raysl.clustering import cluster_and_fit
 
-    settings = configure(Config, config, {"teacher": uri(teacher), **fields})
+    settings = configure(cluster_and_fit.ClusterfitConfig, config, {"teacher": uri(teacher), **fields})
     learner = run_config(data, run, student, {"method": "clusterfit"})
-    from raysl.clustering.cluster_and_fit import clusterfit as fit
-
-    return fit(settings, learner)
+    return cluster_and_fit.clusterfit(settings, learner)
 
 
 @console.announced
@@ -302,10 +296,8 @@ def sweep(
     """
     from raysl.tuning.config import SweepConfig as Config
 
-    places = given(
-        train=fields.pop("train", None), validation=fields.pop("validation", None), test=test, out=out
-    )
-    settings = configure(Config, config, {**places, **given(vary=vary), **fields})
+    places = {name: fields[name] for name in ("train", "validation") if name in fields}
+    settings = configure(Config, config, {**fields, **given(test=test, out=out, vary=vary, **places)})
     from raysl.tuning import preparation
     from raysl.tuning import sweep as tuning
 
@@ -328,14 +320,13 @@ def report(
         folders: of one sweep, finished or not; or runs.
         config, fields: the configuration; see `ReportConfig`.
     """
-    from raysl.reporting import ReportConfig as Config
-    from raysl.reporting import report as write
+    from raysl import reporting
 
     several = isinstance(folders, Sequence) and not isinstance(folders, str)
     places = [uri(one) for one in (folders if several else [folders])]  # type: ignore[union-attr]
     if not places:
         raise UserError("No folder is given. Name a sweep or runs: `raysl report runs/*`.")
-    return f"{write(places, configure(Config, config, fields))}/index.html"
+    return f"{reporting.report(places, configure(reporting.ReportConfig, config, fields))}/index.html"
 
 
 @console.announced
@@ -346,15 +337,13 @@ def export(run: AnyRun, config: ExportConfig | None = None, **fields: Any) -> st
         run: the run.
         config, fields: the configuration; see `ExportConfig`.
     """
-    from raysl.model_export import ExportConfig as Config
+    from raysl import model_export
     from raysl.run import Run
 
-    settings = configure(Config, config, fields)
+    settings = configure(model_export.ExportConfig, config, fields)
     opened = Run.open(uri(run))
     with console.working("Writing the weights ..."):
-        from raysl.model_export import export as write
-
-        return str(write(opened, settings))
+        return str(model_export.export(opened, settings))
 
 
 @console.announced
@@ -413,11 +402,10 @@ def doctor(config: DoctorConfig | None = None, **fields: Any) -> Diagnosis:
     Args:
         config, fields: the configuration; see `DoctorConfig`.
     """
-    from raysl.diagnostics import DoctorConfig as Config
-    from raysl.diagnostics import diagnose
+    from raysl import diagnostics
 
-    settings = configure(Config, config, {**fields, **given(data=fields.get("data"))})
+    settings = configure(diagnostics.DoctorConfig, config, {**fields, **given(data=fields.get("data"))})
     if not settings.cluster:
         dataset(settings.data)
     start_ray()
-    return diagnose(settings)
+    return diagnostics.diagnose(settings)

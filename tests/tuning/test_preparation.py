@@ -58,8 +58,8 @@ def test_a_value_that_fails_for_some_trials_is_found_before_any_begins(
 
 def test_a_method_that_needs_its_backbone_is_swept(data: tuple[str, str], tmp_path: Path) -> None:
     pytest.importorskip("timm")
-    vit = {"name": "timm/vit_tiny_patch16_224", "patch_size": 4}
-    masked = base(data[0], method="mae", parts={}, backbone=BackboneConfig(**vit))
+    vit = BackboneConfig("timm/vit_tiny_patch16_224", patch_size=4)
+    masked = base(data[0], method="mae", parts={}, backbone=vit)
     settings = config(data, tmp_path, vary=("optim.lr=0.1,0.2",))
     assert prepare(masked, settings).num_trials == 2
     with pytest.raises(UserError, match=r"view\.image_size=18 could not run.* 18 pixels"):
