@@ -203,6 +203,16 @@ def newest(folder: Folder) -> Checkpoint | None:
     return next((found for step in reversed(_steps(folder)) if (found := _complete(folder, step))), None)
 
 
+def delete_after(folder: Folder, step: int) -> None:
+    """Delete the checkpoints after `step`, which are incomplete if it is that of the newest one.
+
+    Otherwise a manifest of a killed worker would make a checkpoint seem complete that is being written again.
+    """
+    for later in _steps(folder):
+        if later > step:
+            _delete(folder / _name(later))
+
+
 def _name(step: int) -> str:
     return f"step-{step:09d}"
 
@@ -331,14 +341,15 @@ class Saver:
         for old in _steps(self.folder):
             if old < step and old not in keep:
                 with contextlib.suppress(FileNotFoundError):
-                    self._delete(self.folder / _name(old))
+                    _delete(self.folder / _name(old))
 
-    def _delete(self, checkpoint: Folder) -> None:
-        """Delete the manifests first, so that an interruption leaves no checkpoint that seems complete."""
-        for name in checkpoint.list():
-            if name.startswith("manifest-"):
-                checkpoint.delete(name)
-        checkpoint.delete()
+
+def _delete(checkpoint: Folder) -> None:
+    """Delete the manifests first, so that an interruption leaves no checkpoint that seems complete."""
+    for name in checkpoint.list():
+        if name.startswith("manifest-"):
+            checkpoint.delete(name)
+    checkpoint.delete()
 
 
 def _copy(value: Any) -> Any:

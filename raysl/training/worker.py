@@ -104,8 +104,12 @@ class Worker:
         """
         if not self.job.run.folder.exists(METADATA):
             raise self._unseen("run")
-        found = checkpoint.newest(self.job.run.checkpoints) if self.rank == 0 else None
-        step = int(collective.total(torch.tensor(found.step if found else 0, device=self.device)).item())
+        step = 0
+        if self.rank == 0:
+            found = checkpoint.newest(self.job.run.checkpoints)
+            step = found.step if found else 0
+            checkpoint.delete_after(self.job.run.checkpoints, step)
+        step = int(collective.total(torch.tensor(step, device=self.device)).item())
         if step == 0:
             return
         chosen = next((c for c in checkpoint.complete(self.job.run.checkpoints) if c.step == step), None)

@@ -10,6 +10,7 @@ import torch
 
 from raysl.backbone import network
 from raysl.backbone.network import BackboneConfig
+from raysl.checkpoint import SaveConfig, Saver
 from raysl.config import Pretraining
 from raysl.dataset import DataSet
 from raysl.errors import UserError
@@ -84,6 +85,19 @@ def test_a_run_resumes_without_the_file_that_it_started_from(tmp_path: Path) -> 
     second = Worker(first.job, torch.device("cpu"))
     second.restore()
     assert steps(second, 3) == expected
+
+
+def test_a_manifest_of_a_killed_session_does_not_complete_a_later_checkpoint(tmp_path: Path) -> None:
+    first = Worker(job(tmp_path / "run", make_dataset(tmp_path / "set", 40)), torch.device("cpu"))
+    steps(first, 1)
+    first.save()
+    first.saver.wait()
+    # Worker 1 of two wrote its part of step 2, and worker 0 was killed before it did.
+    killed = Saver(first.job.run.checkpoints, SaveConfig(), 1, 2)
+    killed.save(2, None, None)
+    killed.wait()
+    Worker(first.job, torch.device("cpu")).restore()
+    assert first.job.run.checkpoints.list() == ["step-000000001"]
 
 
 def test_an_objective_acts_after_every_epoch(tmp_path: Path) -> None:
