@@ -40,6 +40,9 @@ _log = logging.getLogger("raysl.tuning")
 # Schedulers that compare a result with results at the same time only, from trials that came before.
 PER_RUNG = (FIFOScheduler, ASHAScheduler, MedianStoppingRule)
 
+# Errors of a trial's actors between two results before the trial counts as failed. A lost machine may make two errors.
+MAX_CRASHES = 6
+
 Result = dict[str, Any]
 Row = dict[str, Any]
 
@@ -53,6 +56,7 @@ class _Tried:
         results: its results, one for each rung.
         delivered: number of results that the inner scheduler has got. A failure counts as a result.
         failed: it failed after its last result.
+        crashes: errors of its actors since its last result.
         over: "finished", "stopped" or "failed", when the inner scheduler knows of it; "" before.
     """
 
@@ -60,6 +64,7 @@ class _Tried:
     results: list[Result] = field(default_factory=list)
     delivered: int = 0
     failed: bool = False
+    crashes: int = 0
     over: str = ""
 
     @property
@@ -106,6 +111,8 @@ class InOrder(TrialScheduler):  # type: ignore[misc]
         self.record = record
         self.at_once = at_once
         self.tried: list[_Tried] = []
+        # Trials that Ray Tune gives up, although they crashed and may continue, with their controllers.
+        self.given_up: dict[Trial, Any] = {}
         self._seed = seed
         self._together = type(inner) not in PER_RUNG
 
@@ -158,9 +165,16 @@ class InOrder(TrialScheduler):  # type: ignore[misc]
 
     def on_trial_error(self, tune_controller: Any, trial: Trial) -> None:
         n = _number(trial)
+        if trial in self.given_up:  # It is queued again.
+            return
         reason, repeats = _failure(trial)
-        if trial.should_recover() and not repeats:
+        self.tried[n].crashes += 1
+        if self.tried[n].crashes <= MAX_CRASHES and not repeats:
             _log.warning("trial %d: it continues from its last checkpoint, because it crashed. %s", n, reason)
+            # A trial that Ray Tune queues again is stopped by now. It gives up a trial that is queued when another
+            # error of the lost actor arrives, such as that of its checkpoint.
+            if trial.status != Trial.ERROR:
+                self.given_up[trial] = tune_controller
             return
         self.tried[n].failed = True
         self.record({"event": "failed", "trial": n, "reason": reason})
@@ -174,6 +188,9 @@ class InOrder(TrialScheduler):  # type: ignore[misc]
             self.inner.on_trial_remove(_View(self, tune_controller), trial)
 
     def choose_trial_to_run(self, tune_controller: Any) -> Trial | None:
+        for trial, controller in self.given_up.items():
+            controller._requeue_trial(trial)
+        self.given_up.clear()
         self._advance(tune_controller)
         paused = [one for one in self.tried if one.may_continue]
         if paused and sum(one.active for one in self.tried) < self.at_once:
@@ -187,6 +204,7 @@ class InOrder(TrialScheduler):  # type: ignore[misc]
         results = self.tried[n].results
         if len(results) < result["training_iteration"]:
             results.append(dict(result))
+            self.tried[n].crashes = 0
             for run in json.loads(result["runs"]):
                 self.record({**run, "event": "score", "trial": n, "rung": result["rung"] - 1})
         elif result.get("done"):
@@ -312,7 +330,7 @@ class Numbered(Searcher):  # type: ignore[misc]
         n = len(self.numbers)
         if n >= self._order.num_trials:
             # After the end of the search, Ray Tune would start a new actor whenever a paused trial continues.
-            ended = all(one.trial.is_finished() for one in self._order.tried)
+            ended = all(one.trial.is_finished() for one in self._order.tried) and not self._order.given_up
             return str(Searcher.FINISHED) if ended else None
         values = None if self._order.busy() >= self._order.at_once else self._proposed(n)
         if values is None:

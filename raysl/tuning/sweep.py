@@ -43,8 +43,6 @@ _MAY_DIFFER = (
 )
 # A name of its own: the folder is deleted whenever a sweep begins or continues.
 _TUNE = "_ray_tune"
-# Crashes of a trial, such as the loss of its machine, before it counts as failed.
-_MAX_FAILURES = 3
 
 
 def sweep(base: Pretraining, config: SweepConfig) -> list[dict[str, Any]]:
@@ -188,7 +186,7 @@ def fit(bound: Any, space: Space, order: InOrder, numbered: Numbered, folder: Fo
                 storage_path=path,
                 storage_filesystem=store,
                 verbose=0,
-                failure_config=tune.FailureConfig(_MAX_FAILURES),
+                failure_config=tune.FailureConfig(-1),  # `InOrder` counts them.
                 checkpoint_config=tune.CheckpointConfig(checkpoint_frequency=1),
             ),
         ).fit()

@@ -8,14 +8,19 @@ import random
 import time
 from collections.abc import Iterator
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
+from unittest.mock import Mock
 
 import pytest
 
 pytest.importorskip("ray.tune")
 
 from ray import tune
+from ray.tune.experiment import Trial
+from ray.tune.schedulers import FIFOScheduler
 
+from raysl.tuning.result_order import MAX_CRASHES, InOrder
 from tests.tuning.toy import TRIALS, Notes, drive, play
 
 pytestmark = [pytest.mark.ray, pytest.mark.timeout(1200)]
@@ -63,6 +68,24 @@ def test_decisions_depend_on_results_only(
     assert set((folder / "steps").read_text().splitlines()) == set(
         (tmp_path / "alone" / "steps").read_text().splitlines()
     )
+
+
+def test_a_second_error_of_a_lost_actor_does_not_end_a_trial() -> None:
+    """Ray Tune queues the trial at the first error, of a step, and gives it up at the second, of a checkpoint."""
+    queued: list[Any] = []
+    controller = SimpleNamespace(_requeue_trial=queued.append)
+    rows: list[dict[str, Any]] = []
+    order = InOrder(FIFOScheduler(), 1, rows.append)
+    trial = Mock(status=Trial.PENDING, pickled_error_file="", error_file="", __str__=lambda _: "0000")
+    order.on_trial_add(controller, trial)
+    order.on_trial_error(controller, trial)
+    trial.status = Trial.ERROR
+    order.choose_trial_to_run(controller)
+    assert queued == [trial]
+    assert not rows
+    for _ in range(MAX_CRASHES):
+        order.on_trial_error(controller, trial)
+    assert [row["event"] for row in rows] == ["failed"]
 
 
 @pytest.fixture
