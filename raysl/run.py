@@ -83,11 +83,8 @@ class Run:
         return Run.open(uri) if folder.exists(METADATA) or folder.exists(_OLD_METADATA) else None
 
     @staticmethod
-    def begin(config: Pretraining, dataset: DataSet, facts: Mapping[str, Any]) -> Run:
-        """Begin a run, or resume the one in its folder.
-
-        Args:
-            facts: what the parts of the method add to the metadata, such as a hash of the permutations.
+    def check(config: Pretraining, dataset: DataSet) -> dict[str, Any] | None:
+        """Return the metadata of the run that a configuration resumes; None if its folder holds no run.
 
         Raises:
             UserError: the folder holds a run with another configuration or other images, or one of raysl 0.1.
@@ -95,15 +92,27 @@ class Run:
         run = Run(Folder(config.run))
         if run.folder.exists(_OLD_METADATA):
             raise _old(config.run)
+        if not run.folder.exists(METADATA):
+            return None
+        metadata = run.metadata()
+        _same(metadata, json.loads(json.dumps(config.to_json())), dataset, config.run)
+        return metadata
+
+    @staticmethod
+    def begin(config: Pretraining, dataset: DataSet, facts: Mapping[str, Any]) -> Run:
+        """Begin a run, or resume the one in its folder.
+
+        Args:
+            facts: what the parts of the method add to the metadata, such as a hash of the permutations.
+
+        Raises:
+            UserError: as `check`.
+        """
+        run, metadata = Run(Folder(config.run)), Run.check(config, dataset)
         session = {"started": time.strftime("%Y-%m-%dT%H:%M:%S%z"), "workers": config.workers, **versions()}
-        wanted = json.loads(json.dumps(config.to_json()))
-        if run.folder.exists(METADATA):
-            metadata = run.metadata()
-            _same(metadata, wanted, dataset, config.run)
-            metadata["sessions"].append(session)
-        else:
+        if metadata is None:
             metadata = {
-                "config": wanted,
+                "config": json.loads(json.dumps(config.to_json())),
                 "facts": json.loads(json.dumps(facts)),
                 "data": {
                     "uri": str(dataset.folder),
@@ -111,8 +120,9 @@ class Run:
                     "num_images": dataset.num_images,
                     "num_classes": len(dataset.manifest.classes),
                 },
-                "sessions": [session],
+                "sessions": [],
             }
+        metadata["sessions"].append(session)
         write_record(run.folder, METADATA, metadata)
         return run
 

@@ -78,28 +78,27 @@ def pretrain(
         group = _first_group(config, placement, local)
     dataset = resolve(config.data)
     plan, facts = checked or _checked(config, dataset)
-    run = Run.begin(config, dataset, facts)
-    end, saved = min(until or plan.num_steps, plan.num_steps), _saved(run)
-    if saved >= end:
-        state = "finished" if saved >= plan.num_steps else "at this step"
-        _log.info("The run at %s is already %s (%d steps).", config.run, state, saved)
-        return run
-    _announce(config, dataset, plan, group, saved)
-    if group.gpus and not local:
-        gpus.check(group.placement.gpus_per_worker, config.precision)
-    board = None if local else progress_actor.open_board()
-    job = Job(config.to_json(), run, dataset, group.placement, board, until, subscriber)
-    begins = "" if local else group.placement.busy(group.workers)
-    told = callbacks or Callbacks(())
-    with (
-        console.working(begins or "Starting the training ..."),
-        DriverLock(run.folder, "run") as lock,
-        told.following(run, saved),
-    ):
-        if local:
-            in_process.train(job, plan.num_steps, lock, told, SHOW_EVERY_S)
-        else:
-            _Attempts(job, counts, end, plan.num_steps, lock, told).run(group)
+    end, told = min(until or plan.num_steps, plan.num_steps), callbacks or Callbacks(())
+    Run.check(config, dataset)
+    # Another driver may still train the run, or begin another one in its folder.
+    with DriverLock(Folder(config.run), "run") as lock:
+        saved = _saved(Run(lock.folder))
+        if saved >= end:
+            state = "finished" if saved >= plan.num_steps else "at this step"
+            _log.info("The run at %s is already %s (%d steps).", config.run, state, saved)
+            return Run(lock.folder)
+        run = Run.begin(config, dataset, facts)
+        _announce(config, dataset, plan, group, saved)
+        if group.gpus and not local:
+            gpus.check(group.placement.gpus_per_worker, config.precision)
+        board = None if local else progress_actor.open_board()
+        job = Job(config.to_json(), run, dataset, group.placement, board, until, subscriber)
+        begins = "" if local else group.placement.busy(group.workers)
+        with console.working(begins or "Starting the training ..."), told.following(run, saved):
+            if local:
+                in_process.train(job, plan.num_steps, lock, told, SHOW_EVERY_S)
+            else:
+                _Attempts(job, counts, end, plan.num_steps, lock, told).run(group)
     return run
 
 

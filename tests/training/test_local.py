@@ -32,6 +32,7 @@ from raysl.evaluation.online import OnlineConfig, pretrain_and_probe
 from raysl.objectives.pirl import Config as Pirl
 from raysl.ray_cluster import lock
 from raysl.run import Run
+from raysl.storage import Folder
 from raysl.training import local
 from raysl.training.launch import pretrain
 from tests.data import make_clips, make_dataset
@@ -166,6 +167,22 @@ def test_a_driver_that_lost_its_lock_stops(dataset: DataSet, tmp_path: Path, mon
     seen = Seen(2, lambda: (tmp_path / "run" / lock.NAME).write_text('{"id": "another"}'))
     with pytest.raises(UserError, match="Another driver has taken over"):
         pretrain(config, callbacks=Callbacks([seen]), local=True)
+
+
+def test_a_driver_that_does_not_train_writes_no_metadata(
+    finished: Run, dataset: DataSet, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    before = finished.metadata()
+    pretrain(alone(dataset, Path(str(finished.folder))), local=True)
+    assert finished.metadata() == before
+    monkeypatch.setattr(lock.DriverLock.__init__, "__defaults__", ("sweep", 0.1))
+    # Another driver has the folder, and has not yet written its own metadata.
+    with (
+        lock.DriverLock(Folder(str(tmp_path)), beat_s=0.01),
+        pytest.raises(UserError, match=r"Another driver, .* works on the run"),
+    ):
+        pretrain(alone(dataset, tmp_path), local=True)
+    assert list(tmp_path.iterdir()) == []
 
 
 def command(dataset: DataSet, run: Path) -> list[str]:
