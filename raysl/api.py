@@ -140,11 +140,12 @@ def probe(
         raise UserError(f"The argument {strange[0]!r} is neither one of `probe` nor one of {tuple(probes)}.")
     configs = {name: configure(kinds.config_type(name), protocols.get(name), {}) for name in probes}
     network = configure(Network, {"name": backbone} if isinstance(backbone, str) else backbone, {})
-    sets = dataset(train), dataset(test)
     from raysl.evaluation import evaluate
     from raysl.evaluation.options import ProbeConfig
     from raysl.extraction import Trained, named
 
+    source = named(uri(checkpoint), network, seed)
+    sets = dataset(train), dataset(test)
     config = ProbeConfig(
         probes,
         layers,
@@ -155,7 +156,6 @@ def probe(
         seed=seed,
     )
     evaluate.check_data(config.ready(), *sets)
-    source = named(uri(checkpoint), network, seed)
     start_ray(config.out or (str(source.run.folder) if isinstance(source, Trained) else ""))
     title = f"{uri(checkpoint).rpartition('/')[2]} ({network.name})"
     rows = evaluate.probe_encoder(source, title, *sets, config)
@@ -195,11 +195,11 @@ def features(
     from raysl.extraction.features import FeaturesConfig as Config
 
     settings = configure(Config, config, {**given(data=data, out=out), **fields})
-    dataset(settings.data)
     from raysl.extraction import named
     from raysl.extraction.features import make
 
     named(uri(checkpoint), settings.backbone, settings.seed)
+    dataset(settings.data)
     start_ray(settings.out)
     return make(uri(checkpoint), settings)
 

@@ -104,7 +104,10 @@ class Pretraining(Checked):
         types_ = methods.parse(self.method).config_types()
         for name in self.parts:
             if name not in types_:
-                raise unknown(f"part of the method {self.method!r}", name, types_)
+                fields = [field.name for field in dataclasses.fields(self)]
+                raise unknown(
+                    f"argument or part of the method {self.method!r}:", name, [*fields, *types_], types_
+                )
         parts = {name: self.parts.get(name, {}) for name in types_}
         for name, part in parts.items():
             if isinstance(part, Mapping):

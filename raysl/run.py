@@ -70,6 +70,8 @@ class Run:
         if run.folder.exists(_OLD_METADATA):
             raise _old(uri)
         if not run.folder.exists(METADATA):
+            if DataSet.is_one(uri):
+                raise UserError(f"{uri!r} is a data set and no run. Give the folder of a run.")
             raise UserError(
                 f"No run at {uri!r}: there is no {METADATA}. Make one with `raysl pretrain --data DATA --run {uri}`."
             )
@@ -93,6 +95,10 @@ class Run:
         if run.folder.exists(_OLD_METADATA):
             raise _old(config.run)
         if not run.folder.exists(METADATA):
+            if DataSet.is_one(config.run):
+                raise UserError(
+                    f"--run is {config.run!r}, which is a data set. Give another folder to --run."
+                )
             return None
         metadata = run.metadata()
         _same(metadata, json.loads(json.dumps(config.to_json())), dataset, config.run)

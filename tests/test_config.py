@@ -72,10 +72,10 @@ def test_parts_are_completed_with_defaults_and_may_be_json_values() -> None:
         ({"optim": {"learning": 1}}, r"'optim\.learning'"),
         ({"bank": {"momentun": 0.5}}, r"'bank\.momentun'. Did you mean 'momentum'"),
         ({"parts": {"pirl": {"temprature": 1}}}, r"'pirl\.temprature'. Did you mean 'temperature'"),
-        ({"parts": {"jigsw": {}}}, "part of the method 'pirl-jigsaw' 'jigsw'. Did you mean 'jigsaw'"),
+        ({"parts": {"jigsw": {}}}, "part of the method 'pirl-jigsaw': 'jigsw'. Did you mean 'jigsaw'"),
         (
             {"method": "predict-rotation", "parts": {"jigsaw": {}}},
-            "part of the method 'predict-rotation' 'jigsaw'",
+            "part of the method 'predict-rotation': 'jigsaw'",
         ),
         ({"method": "pirl-jigsow"}, "'jigsow'. Did you mean 'jigsaw'"),
     ],

@@ -18,6 +18,7 @@ from raysl.errors import UserError
 from raysl.optim import OptimConfig
 from raysl.run import METADATA, METRICS, MetricsLog, Run
 from raysl.storage import Folder
+from tests.data import make_dataset
 
 
 def dataset(fingerprint: str = "f" * 32) -> DataSet:
@@ -205,3 +206,11 @@ def test_rows_are_lines_of_json() -> None:
     rows: list[dict[str, Any]] = [{"step": 1, "loss": 0.5}, {"step": 2}]
     assert [json.loads(line) for line in run_module.jsonl(rows).splitlines()] == rows
     assert run_module.jsonl([]) == b""
+
+
+def test_a_data_set_is_no_run(tmp_path: Path) -> None:
+    images = make_dataset(tmp_path / "set", 10)
+    with pytest.raises(UserError, match="is a data set and no run"):
+        Run.open(str(images.folder))
+    with pytest.raises(UserError, match=r"which is a data set\. Give another folder to --run"):
+        Run.check(Pretraining(str(images.folder), str(images.folder)), images)

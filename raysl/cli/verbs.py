@@ -110,11 +110,12 @@ def probe(arguments: Sequence[str]) -> None:
     rows = api.probe(**values)
     from rich.console import Console
 
+    from raysl.arguments import dataset
     from raysl.evaluation.results import tables, verdicts
 
     for table in tables(rows):
         Console().print(table)
-    print("\n".join(verdicts(rows)))
+    print("\n".join(verdicts(rows, dataset(given.test).num_images)))
 
 
 def features(

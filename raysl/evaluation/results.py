@@ -250,10 +250,14 @@ def _column(row: Mapping[str, Any], several_seeds: bool) -> tuple[int, int, int,
     return order.index(row["encoder"]), row["step"], row["seed"], title
 
 
-def verdicts(rows: Iterable[Mapping[str, Any]]) -> list[str]:
+def verdicts(rows: Iterable[Mapping[str, Any]], num_test: int = 0) -> list[str]:
     """Return a sentence for each probe that says if the trained encoder is better than the baselines.
 
     Each encoder counts with the primary metric of its best layer.
+
+    Args:
+        num_test: number of test images. Accuracies that differ by less than two standard errors, of independent
+            images, are called equal; 0 if unknown.
     """
     sentences = []
     members: dict[tuple[Any, ...], list[Mapping[str, Any]]] = {}
@@ -264,22 +268,32 @@ def verdicts(rows: Iterable[Mapping[str, Any]]) -> list[str]:
         best = {row["encoder"]: row for row in sorted(found, key=lambda row: float(row["value"]))}
         others = [best[encoder] for encoder in ENCODERS[1:] if encoder in best]
         if "trained" in best and others:
-            sentences.append(_verdict(name, best["trained"], others))
+            sentences.append(_verdict(name, best["trained"], others, num_test))
     return sentences
 
 
-def _verdict(name: str, trained: Mapping[str, Any], others: list[Mapping[str, Any]]) -> str:
+def _verdict(name: str, trained: Mapping[str, Any], others: list[Mapping[str, Any]], num_test: int) -> str:
     called = {"random": "the untrained network", "pixels": "raw pixels"}
-    worse = [row for row in others if row["value"] < trained["value"]]
-    texts = [f"{called[row['encoder']]} ({shown(row)})" for row in others]
-    listed = " and ".join(texts)
-    start = f"By {name}, the trained network ({shown(trained)})"
+    texts = {row["encoder"]: f"{called[row['encoder']]} ({shown(row)})" for row in others}
+    margins = {row["encoder"]: _chance(trained, row, num_test) for row in others}
+    worse = [row["encoder"] for row in others if row["value"] + margins[row["encoder"]] < trained["value"]]
+    start, listed = f"By {name}, the trained network ({shown(trained)})", " and ".join(texts.values())
     if len(worse) == len(others):
         return f"{start} is better than {listed}: the run has learned something useful."
-    if not worse:
-        return f"{start} is not better than {listed}: the run has not learned anything that this probe can use yet."
-    better, than = worse[0], next(row for row in others if row["value"] >= trained["value"])
+    if worse:
+        rest = next(text for encoder, text in texts.items() if encoder not in worse)
+        return f"{start} is better than {texts[worse[0]]} and not clearly better than {rest}."
+    if any(row["value"] - margins[row["encoder"]] <= trained["value"] for row in others) and num_test:
+        chance = f"with {num_test:,} test images, a difference of {100 * max(margins.values()):.1f} % may be chance"
+        return f"{start} is not clearly better than {listed}: {chance}."
     return (
-        f"{start} is better than {called[better['encoder']]} ({shown(better)}) and not better than "
-        f"{called[than['encoder']]} ({shown(than)}): the run has learned something, but not enough. Train longer."
+        f"{start} is not better than {listed}: the run has not learned anything that this probe can use yet."
     )
+
+
+def _chance(one: Mapping[str, Any], other: Mapping[str, Any], num_test: int) -> float:
+    """Return two standard errors of the difference of two accuracies; 0 for other measures."""
+    if not num_test or not one["name"].startswith("top"):
+        return 0.0
+    variance: float = sum(row["value"] * (1 - row["value"]) for row in (one, other))
+    return 2 * math.sqrt(variance / num_test)

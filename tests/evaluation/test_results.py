@@ -123,15 +123,20 @@ def test_shares_are_printed_in_per_cent() -> None:
 
 
 def test_a_sentence_says_if_the_run_has_learned_something() -> None:
-    def sentence(trained: float) -> str:
+    def sentence(trained: float, num_test: int = 0) -> str:
         rows = [row(value=trained), row(encoder="random", value=0.3), row(encoder="pixels", value=0.4)]
-        (found,) = verdicts([*rows, row(encoder="pixels", primary=False, value=1.0, name="top5")])
+        (found,) = verdicts([*rows, row(encoder="pixels", primary=False, value=1.0, name="top5")], num_test)
         return found
 
     assert "(46.2 %) is better than the untrained network (30.0 %) and raw pixels (40.0 %)" in sentence(0.462)
     assert "has learned something useful" in sentence(0.462)
-    assert "better than the untrained network (30.0 %) and not better than raw pixels" in sentence(0.35)
+    assert "better than the untrained network (30.0 %) and not clearly better than raw pixels" in sentence(
+        0.35
+    )
     assert "has not learned anything" in sentence(0.2)
+    assert sentence(0.462, 10_000) == sentence(0.462)
+    assert "with 33 test images, a difference of 24.3 % may be chance" in sentence(0.462, 33)
+    assert "has not learned anything" in sentence(0.2, 10_000)
     assert verdicts([row(encoder="weights")]) == []
 
 
