@@ -20,7 +20,7 @@ from collections.abc import Callable, Iterator, Sequence
 from contextlib import AbstractContextManager, contextmanager, suppress
 from dataclasses import dataclass
 from functools import lru_cache
-from pathlib import Path
+from pathlib import Path, PurePosixPath
 from typing import IO, Any, BinaryIO, TypeVar, cast
 from urllib.parse import unquote, urlsplit
 
@@ -51,8 +51,8 @@ _TRANSIENT = {
 _KEPT_OPEN = ("s3", "gcs", "abfs")
 # What an object store says when waiting does not help.
 _PERMANENT_TEXT = re.compile(
-    r"access.?denied|forbidden|\b(301|40[013])\b|too.?skewed|no.?such.?bucket|bucket does not exist|credential|"
-    r"invalid.?access.?key|signature|not authorized|permission|path does not exist|no such file",
+    r"access.?denied|forbidden|\b(301|40[013])\b|too.?skewed|no.?such.?bucket|bucket (does not exist|not found)|"
+    r"credential|invalid.?access.?key|signature|not authorized|permission|path does not exist|no such file",
     re.IGNORECASE,
 )
 
@@ -68,7 +68,7 @@ def retry(place: str, doing: str, action: Callable[[], T], *, is_gone: Callable[
 
     Args:
         place: file or folder, for messages.
-        doing: "read", "write", "list" or "delete", for messages.
+        doing: "open", "read", "write", "list" or "delete", for messages.
         action: may be called several times.
         is_gone: for a file that was there before, so that its absence may pass as well (a file system that is away):
             returns True if the file was deleted, and waiting does not help.
@@ -102,7 +102,13 @@ def retry(place: str, doing: str, action: Callable[[], T], *, is_gone: Callable[
 def _may_pass(place: str, error: OSError) -> bool:
     if "://" not in place:
         return error.errno in _TRANSIENT
-    return not isinstance(error, PermissionError) and not _PERMANENT_TEXT.search(str(error))
+    if isinstance(error, PermissionError):
+        return False
+    # Names of buckets and files may hold "400" or "signature".
+    bucket, _, key = place.partition("://")[2].partition("/")
+    names = "|".join(map(re.escape, (bucket, key, *map(str, PurePosixPath(key).parents))))
+    reason = re.sub(rf"['\"](?:{names})/?['\"]\s*|\S*/\S*", "", str(error))
+    return not _PERMANENT_TEXT.search(reason)
 
 
 def _reason(error: OSError) -> str:
@@ -392,7 +398,7 @@ def filesystem(uri: str) -> tuple[Any, str]:
     """Return the Arrow file system of a URI and the path inside it.
 
     Raises:
-        UserError: neither Arrow nor fsspec knows the scheme, or its package is missing.
+        UserError: neither Arrow nor fsspec knows the scheme, or its package is missing; or the store does not answer.
     """
     # Loaded late, because `raysl VERB --help` imports this module.
     import pyarrow.fs as pafs
@@ -400,7 +406,9 @@ def filesystem(uri: str) -> tuple[Any, str]:
     if "://" not in uri:
         return pafs.LocalFileSystem(), uri
     try:
-        return pafs.FileSystem.from_uri(uri)  # type: ignore[no-any-return]
+        return retry(uri, "open", lambda: pafs.FileSystem.from_uri(uri))  # type: ignore[no-any-return]
+    except StorageError:
+        raise
     except Exception as arrow_error:
         import fsspec
 

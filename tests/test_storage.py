@@ -8,6 +8,7 @@ import pickle
 from collections.abc import Callable
 from pathlib import Path
 
+import pyarrow.fs
 import pytest
 
 from raysl import storage
@@ -110,6 +111,12 @@ def flaky(errors: list[OSError]) -> Callable[[], str]:
     [
         ("s3://bucket/x", OSError("AWS Error SLOW_DOWN during PutObject operation: 503")),
         ("s3://bucket/x", OSError("curlCode: 7, Couldn't connect to server")),
+        (
+            "s3://b/runs/400/y.json",
+            OSError("For key 'runs/400/y.json' in bucket 'b': AWS Error SLOW_DOWN: 503"),
+        ),
+        ("s3://credentials/a 301 b", OSError("For key 'a 301 b' in bucket 'credentials': Couldn't connect")),
+        ("s3://b/signature/x", OSError("Listing 'signature/', then http://b/signature/x/403: time-out")),
         ("/mnt/nfs/x", OSError(errno.ESTALE, "Stale file handle")),
     ],
 )
@@ -124,6 +131,8 @@ def test_a_request_that_fails_for_a_while_is_repeated(place: str, error: OSError
         ("s3://bucket/x", OSError("AWS Error INVALID_ACCESS_KEY_ID during ListObjectsV2 operation: no")),
         ("s3://bucket/x", OSError("AWS Error REQUEST_TIME_TOO_SKEWED during ListObjectsV2 operation: no")),
         ("s3://bucket/x", OSError("AWS Error UNKNOWN (HTTP status 301) during HeadObject operation")),
+        ("s3://bucket/x", OSError("Bucket 'bucket' not found")),
+        ("s3://400/x", OSError("For key 'x' in bucket '400': AWS Error UNKNOWN (HTTP status 400)")),
         ("s3://bucket/x", PermissionError("no")),
         ("/data/x", OSError(errno.EACCES, "Permission denied")),
         ("/data/x", OSError(errno.EROFS, "Read-only file system")),
@@ -132,6 +141,18 @@ def test_a_request_that_fails_for_a_while_is_repeated(place: str, error: OSError
 def test_a_request_that_cannot_succeed_is_one_sentence_at_once(place: str, error: OSError) -> None:
     with pytest.raises(StorageError, match=f"Cannot read {place}"):
         retry(place, "read", flaky([error]))
+
+
+def test_a_store_that_does_not_tell_its_region_is_asked_again(monkeypatch: pytest.MonkeyPatch) -> None:
+    class Arrow:
+        @staticmethod
+        def from_uri(uri: str) -> str:
+            return answer()
+
+    answer = flaky([OSError("When resolving region for bucket 'far': Couldn't connect")])
+
+    monkeypatch.setattr(pyarrow.fs, "FileSystem", Arrow)
+    assert filesystem("s3://far/x") == "done"  # type: ignore[comparison-overlap]
 
 
 def test_patience_ends(monkeypatch: pytest.MonkeyPatch) -> None:
