@@ -38,15 +38,7 @@ _ABSENT_S = 2.0
 # A file for an object store is spooled in memory up to this size, and on disk beyond.
 _SPOOL_BYTES = 64 << 20
 # Errors of a network file system that is away for a moment. Other local errors do not go away by waiting.
-_TRANSIENT = {
-    errno.EIO,
-    errno.ESTALE,
-    errno.ETIMEDOUT,
-    errno.ENOTCONN,
-    errno.EHOSTDOWN,
-    errno.EAGAIN,
-    errno.EBUSY,
-}
+_TRANSIENT = {getattr(errno, name) for name in "EIO ESTALE ETIMEDOUT ENOTCONN EHOSTDOWN EAGAIN EBUSY".split()}
 # Arrow's object stores: opening a file is a request for its size, and an open file holds nothing but this size.
 _KEPT_OPEN = ("s3", "gcs", "abfs")
 # What an object store says when waiting does not help.
@@ -102,13 +94,11 @@ def retry(place: str, doing: str, action: Callable[[], T], *, is_gone: Callable[
 def _may_pass(place: str, error: OSError) -> bool:
     if "://" not in place:
         return error.errno in _TRANSIENT
-    if isinstance(error, PermissionError):
-        return False
     # Names of buckets and files may hold "400" or "signature".
     bucket, _, key = place.partition("://")[2].partition("/")
     names = "|".join(map(re.escape, (bucket, key, *map(str, PurePosixPath(key).parents))))
     reason = re.sub(rf"['\"](?:{names})/?['\"]\s*|\S*/\S*", "", str(error))
-    return not _PERMANENT_TEXT.search(reason)
+    return not isinstance(error, PermissionError) and not _PERMANENT_TEXT.search(reason)
 
 
 def _reason(error: OSError) -> str:
@@ -142,7 +132,7 @@ class Folder:
         uri: a local path (made absolute, because Ray workers have another working directory) or any URI.
 
     Raises:
-        UserError: the path is empty or holds a NUL, or the URI holds a password or a secret key.
+        UserError: the path names no place or holds a NUL, or the URI holds a password or a secret key.
     """
 
     uri: str
@@ -364,8 +354,12 @@ def _unnamed(folder: str) -> BinaryIO | None:
 
 def _normalised(uri: str) -> str:
     """Return an absolute path or a URI without its trailing slash."""
-    if not uri.strip() or "\0" in uri:
-        raise UserError(f"The path {uri!r} is empty or holds a NUL character. Give a local path or a URI.")
+    empty = not uri.strip() or "\0" in uri or re.fullmatch(r"(?!file:///)[^/]*://+", uri)
+    if empty or os.path.expanduser(uri).startswith("~"):
+        raise UserError(
+            f"The path {uri!r} is empty or holds a NUL character, or has no bucket, or begins with the home of an "
+            "unknown user. Give a local path or a URI."
+        )
     if uri.startswith("file://"):
         uri = unquote(urlsplit(uri.replace("?", "%3F").replace("#", "%23")).path)
     if "://" not in uri:
@@ -407,9 +401,7 @@ def filesystem(uri: str) -> tuple[Any, str]:
         return pafs.LocalFileSystem(), uri
     try:
         return retry(uri, "open", lambda: pafs.FileSystem.from_uri(uri))  # type: ignore[no-any-return]
-    except StorageError:
-        raise
-    except Exception as arrow_error:
+    except (ValueError, NotImplementedError, ImportError) as arrow_error:
         import fsspec
 
         try:

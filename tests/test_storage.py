@@ -209,9 +209,9 @@ def test_credentials_in_a_uri_are_refused_and_not_repeated(uri: str) -> None:
     assert "hunter2" not in str(raised.value)
 
 
-@pytest.mark.parametrize("uri", ["", "  ", "a\0b"])
-def test_an_empty_path_is_refused(uri: str) -> None:
-    with pytest.raises(UserError, match="empty or holds a NUL"):
+@pytest.mark.parametrize("uri", ["", "  ", "a\0b", "s3://", "s3:///", "file://", "~no-such-user/x"])
+def test_a_path_that_names_no_place_is_refused(uri: str) -> None:
+    with pytest.raises(UserError, match=r"empty or holds a NUL character, or has no bucket, or begins with"):
         Folder(uri)
 
 

@@ -6,7 +6,6 @@ import math
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from functools import lru_cache
-from pathlib import Path
 from typing import Annotated, Any, Literal
 
 import torch
@@ -17,6 +16,7 @@ from raysl.backbone import norm as norms
 from raysl.backbone.small import SmallBackbone
 from raysl.errors import UserError, unknown
 from raysl.fields import Bounds, Checked
+from raysl.storage import Folder
 
 IMAGENET_MEAN = (0.485, 0.456, 0.406)
 IMAGENET_STD = (0.229, 0.224, 0.225)
@@ -53,7 +53,7 @@ class BackboneConfig(Checked):
         super().__post_init__()
         module, colon, function = self.name.rpartition(":")
         if self.weights and "://" not in self.weights:
-            object.__setattr__(self, "weights", str(Path(self.weights).expanduser().absolute()))
+            object.__setattr__(self, "weights", Folder(self.weights).uri)
         if colon:  # workers have another working directory
             object.__setattr__(self, "name", f"{plugins.remembered(module)}:{function}")
 

@@ -136,7 +136,7 @@ def _is_path(text: str) -> bool:
         return Folder(text).exists()
     try:
         return "://" not in text and Path(text).expanduser().exists()
-    except OSError:  # A name that is longer than a file system takes.
+    except (OSError, RuntimeError):  # A name that is too long, or the home of an unknown user.
         return False
 
 
