@@ -13,7 +13,7 @@ from collections.abc import Callable, Mapping, Sequence
 from typing import TYPE_CHECKING, Any, TypeVar
 
 from raysl import console
-from raysl.errors import UserError
+from raysl.errors import UserError, install
 
 if TYPE_CHECKING:
     from raysl.config import Pretraining
@@ -61,8 +61,8 @@ def check_faiss() -> None:
     """Raise UserError when the package that k-means runs on is missing."""
     if importlib.util.find_spec("faiss") is None:
         raise UserError(
-            "Clustering needs faiss, which is not installed. In the folder of raysl, run `pip install '.[gpu]'` on a "
-            "machine with an NVIDIA GPU, and `pip install '.[cpu]'` elsewhere."
+            f"Clustering needs faiss, which is not installed. {install('cpu')} On a machine with an NVIDIA GPU, "
+            "take the extra 'gpu' instead."
         )
 
 

@@ -21,7 +21,7 @@ from typing import Any
 
 from raysl import checkpoint
 from raysl.checkpoint import Checkpoint
-from raysl.errors import UserError
+from raysl.errors import UserError, install
 from raysl.run import Run, TensorBoard, flattened
 from raysl.storage import Folder
 
@@ -203,6 +203,5 @@ def _package(name: str) -> ModuleType:
         return importlib.import_module(name)
     except ImportError as error:
         raise UserError(
-            f"This logger needs the package {name}, which is not installed. Run `pip install '.[loggers]'` in the "
-            "folder of raysl."
+            f"This logger needs the package {name}, which is not installed. {install('loggers')}"
         ) from error

@@ -5,7 +5,9 @@ from __future__ import annotations
 import contextlib
 import difflib
 import functools
+import importlib.util
 import os
+import shutil
 import signal
 import sys
 import threading
@@ -58,6 +60,14 @@ def unknown(kind: str, name: str, known: Iterable[str], listed: Iterable[str] = 
     near = difflib.get_close_matches(name.lower(), by_lower, n=1, cutoff=0.5)
     hint = f"Did you mean {by_lower[near[0]]!r}? " if near else ""
     return UserError(f"Unknown {kind} {quoted(name)}. {hint}Known: {', '.join(sorted(listed) or names)}.")
+
+
+def install(extra: str) -> str:
+    """Return how to install an extra of raysl for the Python that runs. An environment that uv made has no pip."""
+    uv = "uv" if shutil.which("uv") else ".uv/bin/uv"  # `make` fetches uv into the checkout if there is none.
+    pip = f"{sys.executable} -m pip install"
+    command = pip if importlib.util.find_spec("pip") else f"{uv} pip install --python {sys.executable}"
+    return f"It is in the extra {extra!r}: in the checkout of raysl, run `{command} -e '.[{extra}]'`."
 
 
 @contextlib.contextmanager

@@ -26,7 +26,7 @@ from torch import Tensor, nn
 from raysl import extraction
 from raysl.backbone.network import TIMM, Backbone, names
 from raysl.config import Pretraining
-from raysl.errors import UserError
+from raysl.errors import UserError, install
 from raysl.evaluation.results import ENCODERS, KEY, rows_of
 from raysl.extraction.heads import trained_model
 from raysl.feature_store.records import write_record
@@ -209,8 +209,7 @@ def _package(module: str, name: str) -> Any:
         return importlib.import_module(module)
     except ImportError as error:
         raise UserError(
-            f"This --format needs the package {name}, which is not installed. In the folder of raysl, run "
-            "`pip install '.[export]'`."
+            f"This --format needs the package {name}, which is not installed. {install('export')}"
         ) from error
 
 

@@ -76,18 +76,20 @@ def table(head: Sequence[str], lines: Sequence[Sequence[str]]) -> str:
 def _headline() -> str:
     names = {
         "pirl-jigsaw": "PIRL with Jigsaw",
-        "clusterfit": "ClusterFit, taught by the next row",
+        "clusterfit": "ClusterFit, taught by predicting the permutation",
         "predict-jigsaw": "predicting the Jigsaw permutation",
         "untrained": "untrained network",
         "supervised": "labels, for comparison",
     }
+    file = f"{LONG}/rows.jsonl"
     cells = [
-        [
-            title,
-            *(percent(values(f"{LONG}/rows.jsonl", label=label, **probe), " %") for probe in (KNN, OPTIMUM)),
-        ]
+        [title, *(percent(values(file, label=label, **probe), " %") for probe in (KNN, OPTIMUM))]
         for label, title in names.items()
     ]
+    # Raw pixels are the same for each seed.
+    cells.insert(
+        2, ["raw pixels", percent(values(file, label="raw pixels", **KNN)[:1], " %"), "not measured"]
+    )
     return table(["pretrained by", "kNN", "linear probe"], cells)
 
 

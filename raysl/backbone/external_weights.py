@@ -23,7 +23,7 @@ import torch
 from torch import Tensor, nn
 
 from raysl.backbone.network import TIMM, Backbone
-from raysl.errors import UserError, unknown
+from raysl.errors import UserError, install, unknown
 from raysl.storage import Folder, StorageError
 
 _log = logging.getLogger("raysl.backbone")
@@ -146,8 +146,8 @@ def _safetensors(data: bytes, file: str) -> dict[str, Tensor]:
         import safetensors.torch
     except ImportError as error:
         raise UserError(
-            f"The file {file!r} needs the package safetensors, which is not installed. Install raysl[export], or "
-            "give a file that was written by torch.save."
+            f"The file {file!r} needs the package safetensors, which is not installed. {install('export')} A file "
+            "that was written by torch.save does not need it."
         ) from error
     try:
         state: dict[str, Tensor] = safetensors.torch.load(data)
@@ -403,7 +403,7 @@ def timm_backbone(name: str, patch_size: int = 0) -> Backbone:
         import timm
     except ImportError as error:
         raise UserError(
-            f"The backbone {TIMM + name!r} needs the package timm, which is not installed. Install timm."
+            f"The backbone {TIMM + name!r} needs the package timm, which is not installed. {install('export')}"
         ) from error
     known = timm.list_models(pretrained="." in name)  # With tags, or without.
     if name not in known:

@@ -31,7 +31,7 @@ from raysl.clustering.options import KMeansConfig
 from raysl.clustering.state import STATE, State
 from raysl.clustering.update import Integers, Singles, Splits
 from raysl.dataset import DataSet
-from raysl.errors import UserError
+from raysl.errors import UserError, install
 from raysl.feature_store.records import read_record, signed, write_record
 from raysl.feature_store.store import FeatureStore
 from raysl.ray_cluster import placement
@@ -380,7 +380,7 @@ def agreement(clusters_n: Integers, labels_n: Integers) -> dict[str, float]:
         from sklearn.metrics import normalized_mutual_info_score
         from sklearn.metrics.cluster import contingency_matrix
     except ImportError:
-        _log.warning("NMI and purity need scikit-learn: install raysl[eval].")
+        _log.warning(f"NMI and purity need scikit-learn. {install('eval')}")
         return {}
     table = contingency_matrix(labels_n, clusters_n, sparse=True)
     return {

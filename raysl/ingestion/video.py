@@ -68,7 +68,7 @@ def clips(row: Row, sampling: Sampling, open_file: Callable[[], BinaryIO] | None
     try:
         av = package("av", "av", "a video")
     except DecodeError as error:
-        yield row._replace(image=None, reason=str(error).replace("raysl[images]", "raysl[video]"))
+        yield row._replace(image=None, reason=str(error).replace("'images'", "'video'"))
         return
     frames: list[tuple[float, Pixels]] = []
     found, end_s, why = False, 0.0, ""

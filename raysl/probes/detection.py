@@ -29,7 +29,7 @@ from torchvision.models.detection import FasterRCNN
 
 from raysl import optim, rng
 from raysl.dataset import DataSet
-from raysl.errors import UserError
+from raysl.errors import UserError, install
 from raysl.extraction import Trainable
 from raysl.fields import Bounds
 from raysl.optim import OptimConfig
@@ -268,7 +268,7 @@ def _pycocotools() -> tuple[Any, Any]:
         from pycocotools import coco, cocoeval
     except ImportError as error:
         raise UserError(
-            "The probe detection needs pycocotools, which is not installed: pip install 'raysl[detection]'. The other "
-            "probes do not need it."
+            f"The probe detection needs pycocotools, which is not installed. {install('detection')} The other probes "
+            "do not need it."
         ) from error
     return coco, cocoeval

@@ -25,7 +25,7 @@ import numpy.typing as npt
 import torch
 
 from raysl import rng
-from raysl.errors import UserError
+from raysl.errors import UserError, install
 from raysl.fields import Bounds
 from raysl.probes import Floats, Integers, Labelled, Row, Settings, check, presence
 from raysl.probes.linear import in_span
@@ -109,8 +109,8 @@ def _solver() -> Any:
         from sklearn import model_selection, svm
     except ImportError as error:
         raise UserError(
-            "Support vector machines need scikit-learn, which is not installed: pip install 'raysl[eval]'. The probe "
-            "linear does not need it."
+            f"Support vector machines need scikit-learn, which is not installed. {install('eval')} The probe linear "
+            "does not need it."
         ) from error
     return svm, model_selection
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 import importlib.util
 from collections.abc import Sequence
 
-from raysl.errors import UserError
+from raysl.errors import UserError, install
 from raysl.reporting.page import ReportConfig
 from raysl.reporting.plain_names import file_name
 from raysl.storage import Folder
@@ -18,9 +18,7 @@ def check_installed() -> None:
     """Raise UserError if a package that reports need is missing."""
     missing = [name for name in ("matplotlib", "jinja2", "scipy") if importlib.util.find_spec(name) is None]
     if missing:
-        raise UserError(
-            f"A report needs {' and '.join(missing)}, which is not installed. Install raysl[report]."
-        )
+        raise UserError(f"A report needs {' and '.join(missing)}, not installed here. {install('report')}")
 
 
 def report(folders: str | Sequence[str], config: ReportConfig) -> Folder:

@@ -177,7 +177,7 @@ def package(module: str, distribution: str, what: str) -> ModuleType:
         return importlib.import_module(module)
     except ImportError:
         raise DecodeError(
-            f"is {what}: install the package {distribution} (or raysl[images]) on every machine to read it"
+            f"is {what}: install the package {distribution} (or raysl's extra 'images') on every machine to read it"
         ) from None
 
 

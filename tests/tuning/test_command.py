@@ -49,7 +49,7 @@ def test_flags_of_a_sweep_and_of_its_runs_are_one_list(monkeypatch: pytest.Monke
         (f"{SWEEP} --vary lam=0.5,2", "The trial with pirl.lam=2 could not run"),
         (f"{SWEEP} --vary lam --epochs", "--epochs"),
         (f"{SWEEP} --vary lam --sheduler asha", "--sheduler"),
-        (f"{SWEEP} --vary lam --searcher optuna", "raysl[search]"),
+        (f"{SWEEP} --vary lam --searcher optuna", "the extra 'search'"),
         ("report nothing", "Neither a sweep nor a run lies at"),
         ("reproduce nothing", "No run at 'nothing'"),
     ],
