@@ -67,7 +67,9 @@ class SoundFlags(Flags):
 
 def main(flags: SoundFlags) -> None:
     """Print the correspondence of every seed and the table of the probe, and draw maps of the first seed."""
-    flags = locally(flags, data="clips:6000?frames=9", epochs=12, seeds=flags.seeds)
+    # Another second of the same clip needs clips that are longer than a second.
+    data, epochs = ("clips:6000?frames=9", 12) if flags.negatives == "clips" else ("clips:2000?frames=24", 36)
+    flags = locally(flags, data=data, epochs=epochs, seeds=flags.seeds)
     train, test = splits(flags.data)
     rows = []
     for seed in flags.seeds:
