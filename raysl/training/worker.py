@@ -179,7 +179,7 @@ class Worker:
                     log.add(row)
                     self.progress.post(row)
             if last or self.saver.due(self.step, since_s):
-                self._check(collective.mean(loss.loss).item())
+                self._check(*self._soundness(loss.loss))
                 if log is not None:
                     log.flush()
                 self.save()
@@ -241,13 +241,19 @@ class Worker:
         stream = self.model.stream(self.job.dataset, share, self.rank, self.world, self.device)
         return replace(stream, source=self.source)
 
-    def _check(self, loss: float) -> None:
-        """Raise UserError for a loss that is not finite, so that no checkpoint contains such weights."""
-        if not math.isfinite(loss):
+    def _soundness(self, loss: Tensor) -> list[float]:
+        """Return the mean loss, and 1.0 if all weights are finite. A gradient of NaN leaves its own loss finite."""
+        finite = torch.stack([weight.isfinite().all() for weight in self.model.parameters()]).all()
+        sound: list[float] = collective.mean(torch.stack([loss.detach().float(), finite.float()])).tolist()
+        return sound
+
+    def _check(self, loss: float, finite: float = 1.0) -> None:
+        """Raise UserError for a loss or weights that are not finite, so that no checkpoint contains them."""
+        if not math.isfinite(loss) or finite < 1:
+            what = f"loss became {loss}" if not math.isfinite(loss) else "weights became infinite or NaN"
             raise UserError(
-                f"The loss became {loss} at step {self.step}, so training stopped; the last checkpoint is still valid. "
-                "Start a new run (another --run) with a lower --optim.lr, with --optim.clip-norm 1, or with "
-                "--precision fp32."
+                f"The {what} at step {self.step}, so training stopped; the last checkpoint is still valid. Start a new "
+                "run (another --run) with a lower --optim.lr, with --optim.clip-norm 1, or with --precision fp32."
             )
 
     def save(self) -> None:

@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import math
+from collections.abc import Iterator
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
@@ -18,7 +21,7 @@ from raysl.objectives.pirl import Config as Pirl
 from raysl.ray_cluster.placement import Placement
 from raysl.run import Run
 from raysl.storage import Folder
-from raysl.stream.reader import Batch, DataShare, _Load
+from raysl.stream.reader import Batch, Columns, DataShare, Stream, _Load
 from raysl.training.worker import Job, Worker
 from tests.data import make_dataset
 
@@ -98,6 +101,20 @@ def test_a_manifest_of_a_killed_session_does_not_complete_a_later_checkpoint(tmp
     killed.wait()
     Worker(first.job, torch.device("cpu")).restore()
     assert first.job.run.checkpoints.list() == ["step-000000001"]
+
+
+def test_weights_that_are_not_finite_are_not_saved(tmp_path: Path) -> None:
+    def source(stream: Stream, first: int, end: int) -> Iterator[Columns]:
+        for columns in _Load(stream, first, end)({"id": np.zeros(1, np.int64)}):
+            yield {name: values[0] for name, values in columns.items()}
+
+    settings = replace(job(tmp_path / "run", make_dataset(tmp_path / "set", 40)), until=1)
+    worker = Worker(settings, torch.device("cpu"), source=source)
+    # As when a root of 0 is differentiated: the loss is finite and the gradient is not.
+    next(worker.model.parameters()).register_hook(lambda gradient: gradient * math.nan)  # type: ignore[no-untyped-call]
+    with pytest.raises(UserError, match="The weights became infinite or NaN at step 1, so training stopped"):
+        worker.train()
+    assert worker.job.run.checkpoints.list() == []
 
 
 def test_an_objective_acts_after_every_epoch(tmp_path: Path) -> None:
