@@ -46,11 +46,13 @@ def _here() -> tuple[str, str]:
 
 
 def _recorded(folder: Folder) -> dict[str, Any] | None:
-    if not folder.exists(NAME):
-        return None
     with contextlib.suppress(FileNotFoundError, ValueError):
         return dict(folder.read_json(NAME))
     return None
+
+
+def _named(found: dict[str, Any]) -> str:
+    return f"process {found.get('pid')} on {found.get('host')}"
 
 
 class DriverLock:
@@ -81,7 +83,7 @@ class DriverLock:
         found = _recorded(self.folder)
         if found is not None and not self._gone(found):
             self._watch(found)
-        self._write(0)
+        self._take()
         self._thread = threading.Thread(target=self._renew, daemon=True)
         self._thread.start()
         return self
@@ -104,8 +106,29 @@ class DriverLock:
         found = _recorded(self.folder)
         return found is not None and found.get("id") == self._record["id"]
 
-    def _write(self, beat: int) -> None:
-        self.folder.write_json(NAME, {**self._record, "beat": beat})
+    def _take(self) -> None:
+        """Write the first record. Raises UserError when another driver does so at the same moment."""
+        if self.folder.is_local and not self.folder.exists(NAME):
+            path = Path(self.folder.uri, NAME)
+            mine = path.with_name(f"{NAME}.{self._record['id']}")
+            self._write(0, mine.name)
+            try:
+                os.link(mine, path)  # Of several drivers, one can.
+                return
+            except FileExistsError as error:
+                raise self._refusal(_recorded(self.folder) or {}) from error
+            except OSError:  # This file system has no links.
+                pass
+            finally:
+                mine.unlink()
+        self._write(0)
+        # Another driver that has seen no file, or the same dead driver, may write over this record.
+        time.sleep(self._beat_s / 40)
+        if not self._mine():
+            raise self._refusal(_recorded(self.folder) or {})
+
+    def _write(self, beat: int, name: str = NAME) -> None:
+        self.folder.write_json(name, {**self._record, "beat": beat})
 
     def _renew(self) -> None:
         beat = 0
@@ -132,11 +155,10 @@ class DriverLock:
 
     def _watch(self, found: dict[str, Any]) -> None:
         """Return when the file has not changed for some beats. Raises UserError when it changes."""
-        who = f"process {found.get('pid')} on {found.get('host')}"
         patience_s = _MISSED * self._beat_s
         _log.info(
             "Another driver, %s, has worked on this %s. Watching for %.0f s whether it still does.",
-            who,
+            _named(found),
             self._work,
             patience_s,
         )
@@ -147,7 +169,10 @@ class DriverLock:
             if now is None:
                 return
             if now != found:
-                raise UserError(
-                    f"Another driver, {who}, works on the {self._work} at {str(self.folder)!r}. Wait for it or stop "
-                    "it, and run the same command again; or choose another folder."
-                )
+                raise self._refusal(now)
+
+    def _refusal(self, found: dict[str, Any]) -> UserError:
+        return UserError(
+            f"Another driver, {_named(found)}, works on the {self._work} at {str(self.folder)!r}. Wait for it or stop "
+            "it, and run the same command again; or choose another folder."
+        )

@@ -36,6 +36,25 @@ def test_a_second_driver_is_refused_and_the_first_goes_on(tmp_path: Path) -> Non
     assert folder.list() == []
 
 
+@pytest.mark.parametrize("place", ["{}", "memory://{}"])
+def test_of_two_drivers_that_find_no_file_one_is_refused(tmp_path: Path, place: str) -> None:
+    folder = Folder(place.format(tmp_path))
+
+    class Raced(Folder):
+        def write_json(self, name: str, value: object) -> None:
+            if self.is_local:
+                record(folder)
+            super().write_json(name, value)
+            if not self.is_local:
+                record(folder)
+
+    lock = DriverLock(Raced(str(folder)), beat_s=0.1)
+    with pytest.raises(UserError, match=r"process 1 on elsewhere, works on"), lock:
+        pass
+    assert folder.read_json(NAME)["id"] == "other"
+    assert folder.list() == [NAME]
+
+
 def test_a_driver_that_was_killed_here_is_followed_at_once(tmp_path: Path) -> None:
     folder = Folder(str(tmp_path))
     dead = subprocess.Popen([sys.executable, "-c", ""])
