@@ -203,7 +203,7 @@ class _Attempts:
                     return
                 idle = 0 if saved > before else idle + 1
                 over = idle > MAX_FAILURES or (error is not None and not self.elastic)
-                if over and not stop.received.is_set():
+                if over and (error is not None or not stop.received.is_set()):
                     raise error or UserError(
                         f"Training stopped {idle} times at step {saved} without progress. The same command resumes "
                         "from there."
@@ -246,6 +246,7 @@ class _Attempts:
             with self._followed(group):
                 self._fit(group)
         except TrainingFailedError as error:
+            self._show()
             progress_actor.raise_failure(board)
             if found := ray_cluster.user_error(error):
                 raise found from error
@@ -257,8 +258,8 @@ class _Attempts:
         finally:
             if request is not None:
                 request.take_back()
-        progress_actor.raise_failure(board)
         self._show()
+        progress_actor.raise_failure(board)
         return None
 
     @contextmanager
@@ -303,9 +304,15 @@ class _Attempts:
 
         thread = threading.Thread(target=fit, daemon=True)
         thread.start()
-        # A join without a time-out would hold back the signal handlers of the main thread.
-        while thread.is_alive():
-            thread.join(0.2)
+        try:
+            # A join without a time-out would hold back the signal handlers of the main thread.
+            while thread.is_alive():
+                thread.join(0.2)
+        except BaseException:  # In a notebook the workers would go on, without the lock.
+            self.job.board.fail.remote("Training was interrupted.")
+            self.job.board.dismiss.remote()
+            thread.join(5.0)
+            raise
         if failed:
             raise failed[0]
 

@@ -28,7 +28,10 @@ class Signals:
     def ended(self, step: int) -> BaseException:
         """Return the exception that ends a run which was saved at `step`."""
         name = "Ctrl-C" if self.number == signal.SIGINT else self.number.name
-        message = f"Stopped by {name} after step {step}, which is saved. The same command resumes from there."
+        where = f"after step {step}, which is saved" if step else "before the first checkpoint"
+        message = (
+            f"Stopped by {name} {where}. The same command {'resumes from there' if step else 'begins again'}."
+        )
         if self.number == signal.SIGINT:
             return Interrupted(message)
         _log.info(message)
