@@ -32,6 +32,8 @@ CHOSEN = frozenset(
     "pirl.head pirl.temperature pirl.num_negatives npid.head npid.temperature npid.num_negatives simclr.norm "
     "simclr.temperature jigsaw.grid".split()
 )
+# The fields of these for which it looks at the machine too.
+OF_MACHINE = frozenset("backbone.name view.image_size workers batch_size precision".split())
 # A step is worth its overhead with this many images; an epoch should have a few steps.
 _STEPS_PER_EPOCH = 4
 

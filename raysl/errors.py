@@ -56,7 +56,9 @@ def unknown(kind: str, name: str, known: Iterable[str], listed: Iterable[str] = 
         listed: names to print in place of `known`, if these are many.
     """
     names = sorted(known)
-    by_lower = {known_name.lower(): known_name for known_name in names}
+    # Of a dotted name, the last part is often given alone.
+    by_lower = {known_name.rpartition(".")[2].lower(): known_name for known_name in names}
+    by_lower |= {known_name.lower(): known_name for known_name in names}
     near = difflib.get_close_matches(name.lower(), by_lower, n=1, cutoff=0.5)
     hint = f"Did you mean {by_lower[near[0]]!r}? " if near else ""
     return UserError(f"Unknown {kind} {quoted(name)}. {hint}Known: {', '.join(sorted(listed) or names)}.")

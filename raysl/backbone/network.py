@@ -40,7 +40,8 @@ class BackboneConfig(Checked):
             over each view of all workers' images, in the heads too. "group" is GroupNorm, each image by itself, so that
             gradients do not depend on the number of workers.
         patch_size: side of a patch of a vision transformer of timm in pixels; 0 for the size in its name.
-        weights: file of weights that pretraining starts from, by any reader of `raysl probe`; a path or a URI.
+        weights: file of weights that training starts from, of any kind that `raysl probe` reads; a path or a URI. A
+            network that is named "random" has these weights too; one that is read from another file does not.
     """
 
     name: str = "small"

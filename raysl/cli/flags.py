@@ -19,7 +19,8 @@ _RECIPE = (
     "name of a published training recipe at full scale, such as pirl-r50-800ep; `raysl methods` lists them. Flags that "
     "you give override it."
 )
-_CHOSEN = tyro.conf.arg(help_behavior_hint="(default: chosen from the data)")
+_FOR_DATA = tyro.conf.arg(help_behavior_hint="(default: chosen from the data)")
+_FOR_MACHINE = tyro.conf.arg(help_behavior_hint="(default: chosen from images and machine)")
 
 
 @dataclass(frozen=True)
@@ -87,7 +88,8 @@ def parse(arguments: Sequence[str], program: str, beside: Mapping[str, type[Any]
 def _marked(name: str, hint: Any, value: Any, prefix: str = "") -> tuple[str, Any, Any]:
     """Return a field of flags whose help names the defaults that `raysl.defaults` chooses from the data."""
     if f"{prefix}{name}" in defaults.CHOSEN:
-        return name, Annotated[hint, _CHOSEN], value
+        chosen = _FOR_MACHINE if f"{prefix}{name}" in defaults.OF_MACHINE else _FOR_DATA
+        return name, Annotated[hint, chosen], value
     if not any(chosen.startswith(f"{name}.") for chosen in defaults.CHOSEN):
         return name, hint, value
     inner = [_marked(*field, f"{name}.") for field in _fields(value)]

@@ -6,6 +6,7 @@
 from __future__ import annotations
 
 import dataclasses
+import shlex
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -29,21 +30,24 @@ from raysl.training.local import LocalConfig
 from raysl.tuning.config import POPULATION, SweepConfig
 
 _FLAGS = tyro.conf.arg(name="")  # The fields of a configuration are flags without a prefix.
+# The names are the headings in the help.
+_BESIDE = {"probes_during_training": OnlineConfig, "running_without_ray": LocalConfig}
 _Run = Annotated[tyro.conf.Positional[str], tyro.conf.arg(metavar="RUN")]
 
 
 def pretrain(arguments: Sequence[str]) -> None:
     """Learn a representation: `raysl pretrain --data D --run R --method pirl-jigsaw`."""
-    flags = parse(arguments, "raysl pretrain", {"online": OnlineConfig, "place": LocalConfig})
-    beside = [dataclasses.asdict(flags.beside[name]) for name in ("online", "place")]
+    flags = parse(arguments, "raysl pretrain", dict(_BESIDE))
+    beside = [dataclasses.asdict(flags.beside[name]) for name in _BESIDE]
     run = api.pretrain(**flags.given, **beside[0], **beside[1])
     print(f"The run is at {run.folder}. Next:\n{_next_commands(run)}")
 
 
 def _next_commands(run: Run) -> str:
+    data = shlex.quote(run.config().data)
     return (
         f"  raysl probe {run.folder} --train LABELLED --test LABELLED    measure it\n"
-        f"  raysl features {run.folder} --data DATA --out FEATURES    features of images as Parquet\n"
+        f"  raysl features {run.folder} --data {data} --out FEATURES    features of images as Parquet\n"
         f"  raysl export {run.folder}    weights for timm, torchvision or ONNX"
     )
 
@@ -56,7 +60,9 @@ def ingest(
     """Make a data set from any source of images: `raysl ingest SOURCE DEST`.
 
     Args:
-        source: an image folder, Parquet files, tar shards, IDX files, CIFAR-10, or shapes:N; any path or URI.
+        source: a folder of images or videos; tables of images, or of names of files: Parquet, Arrow, Feather, CSV, TSV,
+            JSON lines, a Hugging Face data set; tar, zip or WebDataset archives; IDX files, CIFAR, .npz arrays; or
+            images and clips that raysl draws, shapes:N and clips:N. Any path or URI; docs/data.md describes each.
         dest: folder of the data set, a path or a URI.
         config: see `IngestConfig`.
     """
@@ -75,8 +81,8 @@ class ProbeFlags:
             --backbone.name and --out), or "random".
         train: labelled data to learn from.
         test: labelled data to score.
-        probes: names of probes, such as knn, linear, svm or collapse; docs/methods/probes.md describes all of them. The
-            protocol of each has its own flags, such as --linear.schedule fast.
+        probes: names of probes: PROBES. docs/methods/probes.md describes them. The protocol of each has its own flags,
+            such as --linear.schedule fast.
         layers: layers to measure; "all" for conv1, res2 to res5 and pooled.
         out: folder of the rows and the features; default: the folder of the run. Required if the model is not a run.
         image_size: side of the view in pixels for a model that is not a run; 0 for 224 for a weights file, else 32.
@@ -104,7 +110,7 @@ def probe(arguments: Sequence[str]) -> None:
     kinds = {name: probes.config_type(name) for name in peek_all(arguments, "--probes", ProbeFlags.probes)}
     fields: list[Any] = [(name, kind, kind()) for name, kind in kinds.items()]
     flags = dataclasses.make_dataclass("Flags", fields, bases=(ProbeFlags,), frozen=True)
-    flags.__doc__ = ProbeFlags.__doc__
+    flags.__doc__ = (ProbeFlags.__doc__ or "").replace("PROBES", ", ".join(probes.names()))
     given: Any = tyro.cli(flags, prog="raysl probe", args=list(arguments))
     values = {field.name: getattr(given, field.name) for field in dataclasses.fields(given)}
     rows = api.probe(**values)

@@ -30,7 +30,7 @@ _log = logging.getLogger("raysl.clustering")
 
 @dataclass(frozen=True)
 class ClusterfitConfig:
-    """Trains a new network on the clusters of another network's features. Takes the flags of `raysl pretrain` for the
+    """Train a new network on the clusters of another network's features. Takes the flags of `raysl pretrain` for the
     student too, except --method.
 
     Args:

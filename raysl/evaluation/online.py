@@ -39,7 +39,7 @@ Rows = Sequence[Mapping[str, Any]]
 
 @dataclass(frozen=True)
 class OnlineConfig:
-    """Online evaluation.
+    """Probe a run while it trains.
 
     Args:
         probe_every: steps between two evaluations of the run while it trains; 0 for none. A checkpoint is saved and

@@ -37,12 +37,12 @@ class FeaturesConfig:
             inside the network. Feature maps are averaged over positions, "res3:9216" into a grid of at most 9,216
             numbers.
         image_size: side of the view in pixels, at most 4096; 0 for that of the run, 224 for a weights file, else 32.
-        dtype: of the numbers. A file with numbers above 65,504 is float32 in either case.
+        dtype: type of the stored numbers. A file with numbers above 65,504 is float32 in either case.
         l2: divide every row by its norm, as ClusterFit does before k-means.
         pca: number of principal components to keep, after --l2; 0 for none.
         pca_of: a folder of features with a projection to apply in place of fitting one: for validation images.
-        backbone: of a weights file, or of "random". "timm/NAME" is a backbone of the package timm.
-        seed: of "random".
+        backbone: backbone of a weights file, or of "random"; "timm/NAME" for a backbone of timm.
+        seed: seed of the weights of "random".
     """
 
     data: str

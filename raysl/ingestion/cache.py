@@ -38,7 +38,7 @@ def resolve(data: str | Opened, cache: Path | None = None) -> DataSet:
         return found
     dest = _place(found, cache)
     _log.info(
-        "Ingesting %s into %s, once. `raysl ingest` makes a data set at a place of your own.",
+        "Ingesting %s into the cache, %s, once. `raysl ingest` makes a data set in a folder that you choose.",
         found.source.name,
         dest,
     )

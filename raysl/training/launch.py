@@ -88,7 +88,7 @@ def pretrain(
             _log.info("The run at %s is already %s (%d steps).", config.run, state, saved)
             return Run(lock.folder)
         run = Run.begin(config, dataset, facts)
-        _announce(config, dataset, plan, group, saved)
+        _announce(config, dataset, plan, group, saved, local)
         if group.gpus and not local:
             gpus.check(group.placement.gpus_per_worker, config.precision)
         board = None if local else progress_actor.open_board()
@@ -114,7 +114,9 @@ def _checked(config: Pretraining, dataset: DataSet) -> tuple[Plan, dict[str, Any
     return config.plan(dataset), model.describe()
 
 
-def _announce(config: Pretraining, dataset: DataSet, plan: Plan, group: WorkerGroup, saved: int) -> None:
+def _announce(
+    config: Pretraining, dataset: DataSet, plan: Plan, group: WorkerGroup, saved: int, local: bool
+) -> None:
     _log.info(
         "%s on %s images %s: %d steps of %d.",
         config.method,
@@ -123,8 +125,13 @@ def _announce(config: Pretraining, dataset: DataSet, plan: Plan, group: WorkerGr
         plan.num_steps,
         config.batch_size,
     )
+    if local:
+        _log.info("One worker trains in this process, without Ray.")
+        return
     described = _described(group, config.worker_counts())
-    _log.info("%s, data tasks with %g CPU.", described, group.placement.share.cpus_per_task)
+    _log.info(
+        "%s; each task that prepares images takes %g CPU.", described, group.placement.share.cpus_per_task
+    )
 
 
 def _first_group(config: Pretraining, placement: Placement | None, local: bool) -> WorkerGroup:

@@ -43,11 +43,12 @@ _CPU_LIMIT = Path("/sys/fs/cgroup/cpu.max")
 
 @dataclass(frozen=True)
 class LocalConfig(Checked):
-    """Where a run is trained.
+    """Train a run without Ray.
 
     Args:
         local: train with one worker in this process and without Ray, which starts sooner. The data must have been
-            ingested. The numbers are those of one worker on Ray, and the run may go on either way.
+            ingested by `raysl ingest`, or be a source that raysl has cached in an earlier run. The numbers are those of
+            one worker on Ray, and the run may go on either way.
     """
 
     local: bool = False

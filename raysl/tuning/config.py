@@ -24,8 +24,9 @@ class SweepConfig:
 
     Args:
         out: folder of the sweep, a path or a URI. The same command again continues the sweep.
-        vary: fields to vary, by their dotted or short names: "temperature" tries the values listed in the field's
-            definition, "temperature=0.05,0.1" these values, and "temperature=0.03..0.5" draws from an interval.
+        vary: fields to vary, by their dotted or short names: "temperature" tries the values that raysl suggests for the
+            field and that the sweep prints when it begins, "temperature=0.05,0.1" these values, and
+            "temperature=0.03..0.5" draws from an interval.
         train: labelled data that the probe learns from; by default the pretraining images.
         validation: labelled data that trials are compared on; by default a tenth of `train`, which the probe then
             does not learn from.
@@ -41,10 +42,11 @@ class SweepConfig:
             pbt.
         reduction: for none, asha and hyperband, each rung is this many times as far as the rung before; asha and
             hyperband let one trial in this many continue.
-        max_concurrent: runs at the same time; 0 means as many as have a whole CPU for each trainer.
+        max_concurrent: largest number of runs at the same time; 0 for as many as leave a whole CPU to each trainer.
         gpus_per_worker: a value below 1 lets several small trainers share a GPU, where there are GPUs.
         share_stream: concurrent runs that read the same images in the same order share one stream.
-        lag: a searcher proposes trial n from the outcomes of trials up to n - lag, so that lag trials run at a time.
+        lag: for optuna, the number of trials that may run at a time. A trial is proposed when all but the last
+            lag - 1 trials before it have ended, and only from their scores, so a repeated sweep proposes the same.
         seed: seed of the searcher and the scheduler.
         retry: run those trials again that failed when the sweep ran before.
     """

@@ -288,7 +288,7 @@ def share(
 
     Args:
         base: configuration of a run.
-        at_once: runs at the same time; 0 for as many as have a whole CPU for each trainer.
+        at_once: runs at the same time; 0 for as many as leave a whole CPU to each trainer.
         gpus_per_worker: GPUs of a trainer, where there are GPUs.
         num_trials, num_seeds: counts of the whole sweep.
 

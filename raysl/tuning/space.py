@@ -49,6 +49,10 @@ class Dimension:
     log: bool = False
     mutable: bool = False
 
+    def __str__(self) -> str:
+        tried = ", ".join(map(str, self.values)) or f"{self.low:g} to {self.high:g}"
+        return f"{self.name} {tried}"
+
     def at(self, share: float) -> Any:
         """Return the value at a share in 0..1 of the way."""
         if self.values:

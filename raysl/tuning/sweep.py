@@ -73,6 +73,7 @@ def sweep(base: Pretraining, config: SweepConfig) -> list[dict[str, Any]]:
             config.probe,
             ", ".join(f"{base.epochs * share:.3g}" for share in config.shares()),
         )
+        _log.info("Tried: %s.", "; ".join(map(str, prepared.space.dimensions)))
         _run(prepared, journal)
         _score_extras(prepared, journal)
         rows = SweepResults(journal).rows()

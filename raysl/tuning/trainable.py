@@ -221,7 +221,7 @@ def tune_trainable(
         probe: name of the probe.
         seeds: every trial runs with each of them.
         rungs: shares of the schedule at which a trial is scored, in (0, 1], increasing; the last is 1.
-        max_concurrent: runs at the same time; 0 for as many as have a whole CPU for each trainer.
+        max_concurrent: runs at the same time; 0 for as many as leave a whole CPU to each trainer.
         gpus_per_worker: below 1, several small trainers share a GPU.
 
     Raises:

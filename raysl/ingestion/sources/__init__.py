@@ -12,6 +12,8 @@ and gets ingest, resumption, the ledger and `raysl ingest` without another edit.
 
 from __future__ import annotations
 
+import contextlib
+import difflib
 import os
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from dataclasses import dataclass, field
@@ -272,9 +274,28 @@ def open_source(place: Place) -> Opened:
         raise UserError(f"The folder {place.uri!r} holds no images. It holds {left_out}. {advice}")
     if there:
         raise UserError(f"The file {place.uri!r} is of no known kind. {recognised()}")
-    raise UserError(
-        f"The source {place.uri!r} does not exist, here or in the folder that $RAYSL_DATA names. {recognised()}"
+    home = os.environ.get("RAYSL_DATA")
+    nor = (
+        f", and neither does {Path(home) / place.uri}, in $RAYSL_DATA"
+        if home and "://" not in place.uri
+        else ""
     )
+    raise UserError(
+        f"The source {place.uri!r} does not exist{nor}. {_nearest(place.uri)}`raysl ingest --help` lists what a source "
+        "may be."
+    )
+
+
+def _nearest(uri: str) -> str:
+    """Return a question that names what lies beside a local path and has nearly its name; "" if nothing does."""
+    path = Path(uri)
+    beside: list[str] = []
+    with contextlib.suppress(
+        OSError, ValueError
+    ):  # There is no such folder, or the name is not one of a file.
+        beside = [] if "://" in uri else os.listdir(path.parent)
+    near = difflib.get_close_matches(path.name, beside, n=1)
+    return f"Did you mean {str(path.parent / near[0])!r}? " if near else ""
 
 
 def read(kind: str, unit: Unit) -> Iterator[Row]:
