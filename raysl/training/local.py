@@ -116,14 +116,17 @@ def train(job: Job, num_steps: int, lock: DriverLock, callbacks: Callbacks, show
 
 @contextmanager
 def _torch(threads: int, on_gpu: bool) -> Iterator[None]:
-    """Set the number of torch's threads, and keep the state of its generators, for the duration of the block."""
-    before = torch.get_num_threads()
+    """Set the number of torch's threads for the duration of the block; then restore its generators and settings."""
+    before, benchmark = torch.get_num_threads(), torch.backends.cudnn.benchmark
+    deterministic = torch.are_deterministic_algorithms_enabled()
     torch.set_num_threads(threads)
     try:
         with torch.random.fork_rng(devices=[0] if on_gpu else []):
             yield
     finally:
         torch.set_num_threads(before)
+        torch.backends.cudnn.benchmark = benchmark
+        torch.use_deterministic_algorithms(deterministic)
 
 
 class _Progress(Progress):

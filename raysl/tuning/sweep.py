@@ -157,6 +157,8 @@ def fit(bound: Any, space: Space, order: InOrder, numbered: Numbered, folder: Fo
     """
     from ray import tune
 
+    from raysl.tuning.trainable import SETTINGS
+
     def number(trial: Any) -> str:
         return f"{numbered.numbers[trial.trial_id]:04d}"
 
@@ -166,6 +168,7 @@ def fit(bound: Any, space: Space, order: InOrder, numbered: Numbered, folder: Fo
         "RAY_AIR_NEW_OUTPUT": "0",
         # Ray Tune's own handler would end the sweep as if it had finished.
         "TUNE_DISABLE_SIGINT_HANDLER": "1",
+        **SETTINGS,
     }
     with patch.dict(os.environ, settings):  # A Tuner that the caller runs later must not find them.
         tune.Tuner(
@@ -203,10 +206,14 @@ def _messages_logged(messages: Any) -> Iterator[None]:
 
     def listen() -> None:
         with contextlib.suppress(RayError):
-            while not ended.is_set():
-                with contextlib.suppress(Empty):
+            while True:
+                last = ended.is_set()
+                try:
                     level, text = messages.get(timeout=0.5)
                     _log.log(level, "%s", text)
+                except Empty:
+                    if last:
+                        return
 
     thread = threading.Thread(target=listen, daemon=True)
     thread.start()

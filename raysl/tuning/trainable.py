@@ -40,6 +40,8 @@ from raysl.tuning.preparation import Task
 from raysl.tuning.space import Values, configured, corners, domain_ends
 
 _RECORD = "raysl-trial.json"
+# Ray Tune logs failures in one line each, and its actors stay in the folder of the driver.
+SETTINGS = {"TUNE_PRINT_ALL_TRIAL_ERRORS": "0", "RAY_CHDIR_TO_TRIAL_DIR": "0"}
 # The numbers in each result.
 _METRICS = ("score", "loss", "rung", "t", "epoch")
 
@@ -212,6 +214,9 @@ def tune_trainable(
     "score" (mean over seeds of the probe's primary metric, higher is better), "rung" (1, 2, ...), "t" (a whole number
     proportional to the steps done), "epoch" and "loss".
 
+    The Tuner needs two environment variables, which are set for this process: TUNE_PRINT_ALL_TRIAL_ERRORS=0 and
+    RAY_CHDIR_TO_TRIAL_DIR=0.
+
     Args:
         base: configuration of every run, except what varies, the seed and the folder.
         out: folder of the runs, a path or a URI.
@@ -242,6 +247,7 @@ def tune_trainable(
     preparation.check_points(base, points)
     # Ray Tune decides how many trials there are.
     task, _ = preparation.make_task(base, config, points, 10**6, rungs)
+    os.environ.update(SETTINGS)
     return trainable(task)
 
 
@@ -255,8 +261,6 @@ def trainable(task: Task) -> type[Trial]:
             configured(task.base, config)
             return tune.PlacementGroupFactory([task.resources()])
 
-    # Ray Tune logs failures in one line each, and its actors stay in the folder of the driver.
-    os.environ.update(TUNE_PRINT_ALL_TRIAL_ERRORS="0", RAY_CHDIR_TO_TRIAL_DIR="0")
     Pretrain.task = task
     return Pretrain
 

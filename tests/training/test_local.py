@@ -92,6 +92,14 @@ def test_a_thread_may_train(finished: Run, dataset: DataSet, tmp_path: Path) -> 
     assert psutil.Process().children() == before
 
 
+def test_settings_of_torch_are_restored() -> None:
+    with local._torch(1, on_gpu=False):
+        torch.use_deterministic_algorithms(True)
+        torch.backends.cudnn.benchmark = True
+    assert not torch.are_deterministic_algorithms_enabled()
+    assert not torch.backends.cudnn.benchmark
+
+
 def test_no_ray_is_imported(dataset: DataSet, tmp_path: Path) -> None:
     code = (
         "import sys; from raysl import pretrain; "

@@ -2,13 +2,18 @@
 
 from __future__ import annotations
 
+import logging
+import os
+import threading
 from dataclasses import replace
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
 from ray import tune
 from ray.tune.execution.experiment_state import StorageContext
+from ray.util.queue import Empty
 
 from raysl.checkpoint import SaveConfig
 from raysl.errors import UserError
@@ -18,7 +23,8 @@ from raysl.run import Run
 from raysl.stream.reader import DataShare
 from raysl.training.launch import pretrain
 from raysl.tuning.preparation import Task
-from raysl.tuning.trainable import Trial, trainable
+from raysl.tuning.sweep import _messages_logged
+from raysl.tuning.trainable import SETTINGS, Trial, trainable
 from tests.data import make_dataset
 from tests.tuning.small import base
 
@@ -82,6 +88,27 @@ def test_the_actor_of_a_trial_asks_for_what_its_run_takes(task: Task) -> None:
     several = replace(task, base=replace(task.base, workers=2))
     assert several.resources().keys() == {"node:__internal_head__"}
     assert replace(task, broker=object()).resources()["CPU"] == 1.0
+
+
+def test_the_environment_stays_as_it_was(task: Task, monkeypatch: pytest.MonkeyPatch) -> None:
+    for name in SETTINGS:
+        monkeypatch.delenv(name, raising=False)
+    trainable(task)
+    assert not SETTINGS.keys() & os.environ.keys()
+
+
+def test_all_messages_of_the_runs_are_logged(caplog: pytest.LogCaptureFixture) -> None:
+    lines, over = [(logging.INFO, f"line {n}") for n in range(3)], threading.Event()
+
+    def get(timeout: float) -> tuple[int, str]:
+        over.wait(30)
+        if not lines:
+            raise Empty
+        return lines.pop(0)
+
+    with caplog.at_level("INFO"), _messages_logged(SimpleNamespace(get=get)):
+        over.set()
+    assert caplog.messages == ["line 0", "line 1", "line 2"]
 
 
 @pytest.mark.parametrize(
