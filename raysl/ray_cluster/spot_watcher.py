@@ -8,12 +8,15 @@ service nothing happens.
 from __future__ import annotations
 
 import json
+import logging
 import subprocess
 import time
 import urllib.request
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from typing import Any
 
+_log = logging.getLogger("raysl.ray_cluster")
 _ASK_EVERY_S = 5.0
 _TIMEOUT_S = 2.0
 AWS = "http://169.254.169.254"
@@ -62,7 +65,7 @@ def watch(
     act: Callable[[float], Any] = drain,
     pause: Callable[[float], Any] = time.sleep,
 ) -> None:
-    """Wait for a notice, act on it, and return.
+    """Wait for a notice, act on it, and return. Go on after an answer that is odd, and act again if that fails.
 
     Args:
         services: functions that return the remaining seconds, or None.
@@ -70,11 +73,23 @@ def watch(
         pause: sleeps for some seconds.
     """
     while True:
-        left = [seconds for service in services if (seconds := service()) is not None]
-        if left:
-            act(min(left))
-            return
+        left = []
+        for service in services:
+            with _logged("The notices of the cloud cannot be read"):
+                left.append(service())
+        if found := [seconds for seconds in left if seconds is not None]:
+            with _logged("Ray cannot drain this machine"):
+                act(min(found))
+                return
         pause(_ASK_EVERY_S)
+
+
+@contextmanager
+def _logged(what: str) -> Iterator[None]:
+    try:
+        yield
+    except Exception as error:
+        _log.warning("%s: %s: %s", what, type(error).__name__, error)
 
 
 if __name__ == "__main__":

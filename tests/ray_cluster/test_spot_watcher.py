@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import subprocess
 import threading
 from collections.abc import Iterator
 from http.server import BaseHTTPRequestHandler, HTTPServer
@@ -60,6 +61,24 @@ def test_both_clouds_are_understood(service: Any) -> None:
     service.answers = ANSWERS
     assert spot_watcher.on_aws(service.place) == 110
     assert spot_watcher.on_google(service.place) == 25
+
+
+def test_an_odd_answer_and_a_failed_drain_do_not_end_it(service: Any) -> None:
+    notice = "/latest/meta-data/spot/instance-action"
+    texts = iter(["<html>", "{}", "[]", '{"action": "stop"}', '{"action": "stop"}'])
+    drained: list[float] = []
+
+    def on_aws() -> float | None:
+        service.answers = {("PUT", "/latest/api/token"): "a token", ("GET", notice): next(texts)}
+        return spot_watcher.on_aws(service.place)
+
+    def act(seconds: float) -> None:
+        drained.append(seconds)
+        if len(drained) == 1:
+            raise subprocess.CalledProcessError(1, "ray drain-node")
+
+    spot_watcher.watch((on_aws,), act, lambda _: None)
+    assert drained == [110, 110]
 
 
 def test_it_asks_until_it_is_told_and_then_drains_once() -> None:
