@@ -56,7 +56,7 @@ chaos: .venv/.installed
 # Skipped, with the reason, where this machine cannot play a cloud: it takes root, namespaces, and the Debian packages
 # openssh-server openssh-client rsync iproute2 sudo screen procps.
 cluster-e2e: .venv/.installed
-	@echo "make: cluster.yaml from up to down on pretended machines (about 10 minutes on two cores)"
+	@echo "make: cluster.yaml from up to down on simulated machines (about 10 minutes on two cores)"
 	@.venv/bin/python -m pytest -s -rs tests/ray_cluster/test_end_to_end.py
 
 # About ten minutes on a machine with a GPU; without one it runs small, and says what it could not do.

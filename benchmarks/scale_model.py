@@ -22,6 +22,8 @@ from raysl.storage import Folder
 from raysl.stream.plan import Plan
 
 GB = 1e9
+# Memory of one GPU.
+GPU_GB = 80
 # Floats of ResNet-50 without its classifier, and of the heads of PIRL (2048 to 128, and 9 x 128 to 128).
 PARAMETERS = 23.5e6 + 2048 * 128 + 9 * 128 * 128
 
@@ -147,13 +149,15 @@ class Size:
 
 def main(costs: Costs) -> None:
     """Prints the tables."""
-    _header("images", "GPUs", "images/s", "days", "bank on a GPU, GB", "checkpoint, s", "k-means, h")
+    _header("images", "GPUs", "images/s", "time", "bank on a GPU, GB", "checkpoint, s", "k-means, h")
     for images in (1.28e6, 1e8, 1e9):
         for gpus in (1, 8, 32, 256):
             one = Size(images, gpus, costs)
             bank = one.bank_bytes / gpus / GB
+            fits = "" if bank < GPU_GB else f" (more than {GPU_GB})"
+            took = f"{one.days:,.1f} days" if one.days >= 1 else f"{24 * one.days:.1f} hours"
             print(
-                f"| {images:,.0f} | {gpus} | {one.images_per_s:,.0f} | {one.days:,.1f} | {bank:,.2f} | "
+                f"| {images:,.0f} | {gpus} | {one.images_per_s:,.0f} | {took} | {bank:,.2f}{fits} | "
                 f"{one.checkpoint_s:,.0f} | {one.kmeans_hours:,.2f} |"
             )
     print()

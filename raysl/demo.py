@@ -97,14 +97,14 @@ def demo(config: DemoConfig) -> None:
 
 def _table(rows: Sequence[Mapping[str, Any]]) -> Table:
     """Return the primary metric of every probe and encoder."""
-    from raysl.evaluation.results import shown
+    from raysl.evaluation.results import TITLES, shown
 
     primary = [row for row in rows if row["primary"]]
     probes = list(dict.fromkeys(row["probe"] for row in primary))
     table = Table("features", *probes)
     for encoder in dict.fromkeys(row["encoder"] for row in primary):
         value = {row["probe"]: shown(row) for row in primary if row["encoder"] == encoder}
-        table.add_row(encoder, *(value.get(probe, "") for probe in probes))
+        table.add_row(TITLES.get(encoder, encoder), *(value.get(probe, "") for probe in probes))
     return table
 
 

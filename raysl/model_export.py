@@ -27,7 +27,7 @@ from raysl import extraction
 from raysl.backbone.network import TIMM, Backbone, names
 from raysl.config import Pretraining
 from raysl.errors import UserError, install
-from raysl.evaluation.results import ENCODERS, KEY, rows_of
+from raysl.evaluation.results import ENCODERS, KEY, TITLES, rows_of
 from raysl.extraction.heads import trained_model
 from raysl.feature_store.records import write_record
 from raysl.fields import Bounds, check
@@ -249,8 +249,8 @@ Not chosen. State a licence here before you publish these weights, after checkin
 """
 
 _BASELINES = (
-    "`trained` are these weights, `random` is the same backbone before its first step, and `pixels` are the images\n"
-    "themselves, with the same probe and protocol."
+    "`trained` are these weights, `untrained` is the same backbone before its first step, and `raw pixels` are the\n"
+    "images themselves, with the same probe and protocol."
 )
 _HEARS = (
     "\n\nThe file `sound.*` is the network of the sounds: `raysl.objectives.audio_visual.SoundBackbone`, from the\n"
@@ -343,7 +343,15 @@ def _probes(run: Run, step: int) -> str:
     if not there:
         return "This checkpoint has no probe results; `raysl probe` adds them."
     values = {_measured(row): row["value"] for row in rows}
-    columns = ("probe", "layer", "measure", *ENCODERS, "protocol", "train", "test")
+    columns = (
+        "probe",
+        "layer",
+        "measure",
+        *(TITLES.get(one, one) for one in ENCODERS),
+        "protocol",
+        "train",
+        "test",
+    )
     lines = [_BASELINES, "", f"| {' | '.join(columns)} |", "|---" * len(columns) + "|"]
     for row in there:
         found = [values.get(_measured({**row, "encoder": encoder})) for encoder in ENCODERS]

@@ -215,7 +215,7 @@ def test_the_card_shows_what_the_baselines_gave(resnet: Run, tmp_path: Path) -> 
     ]
     write_rows(resnet.folder, rows)
     card = export(resnet, ExportConfig(out=str(tmp_path), step=5)).read(CARD).decode()
-    assert "| probe | layer | measure | trained | random | pixels | protocol | train | test |" in card
+    assert "| probe | layer | measure | trained | untrained | raw pixels | protocol | train | test |" in card
     assert "| x | x | x | 0.4321 | 0.4567 | 0.2222 | `x` | `x` | `x` |" in card
     assert "| x | res2 | x | 0.5000 |  |  | `x` | `x` | `x` |" in card
     assert "0.9999" not in card

@@ -119,9 +119,10 @@ def probe(arguments: Sequence[str]) -> None:
     from raysl.arguments import dataset
     from raysl.evaluation.results import tables, verdicts
 
-    for table in tables(rows):
+    train, test = dataset(given.train), dataset(given.test)
+    for table in tables(rows, (train, test)):
         Console().print(table)
-    print("\n".join(verdicts(rows, dataset(given.test).num_images)))
+    print("\n".join(verdicts(rows, test.num_images)))
 
 
 def features(

@@ -18,6 +18,7 @@ import uuid
 import zlib
 from collections.abc import Iterable, Iterator, Mapping
 from functools import lru_cache
+from types import MappingProxyType
 from typing import TYPE_CHECKING, Any
 
 from raysl import extraction, probes
@@ -29,7 +30,11 @@ from raysl.storage import Folder
 if TYPE_CHECKING:
     from rich.table import Table
 
+    from raysl.dataset import DataSet
+
 ENCODERS = ("trained", "random", "pixels")
+# What tables call the encoders.
+TITLES = {"random": "untrained", "pixels": "raw pixels"}
 # The moving average of the backbone, of methods that keep one; it is measured only on request.
 MOMENTUM = "momentum"
 ROWS = "probes/rows"
@@ -193,18 +198,27 @@ def shown(row: Mapping[str, Any]) -> str:
     return f"{100 * row['value']:.1f} %" if _SHARE.match(row["name"]) else f"{row['value']:.4g}"
 
 
-def tables(rows: Iterable[Mapping[str, Any]]) -> list[Table]:
+def tables(rows: Iterable[Mapping[str, Any]], sets: Iterable[DataSet] = ()) -> list[Table]:
     """Return tables of rows: one for each probe, protocol and pair of data sets, with a column for each encoder.
 
     A table of several layers shows the primary metric, or all measures where some layer has no primary metric.
+
+    Args:
+        sets: data sets of the rows; captions tell how large they are.
     """
+    sizes = {one.manifest.fingerprint: _size(one) for one in sets}
     groups: dict[tuple[Any, ...], list[Mapping[str, Any]]] = {}
     for row in rows:
         groups.setdefault(tuple(row[key] for key in _TABLE), []).append(row)
-    return [_table(members) for members in groups.values()]
+    return [_table(members, sizes) for members in groups.values()]
 
 
-def _table(members: list[Mapping[str, Any]]) -> Table:
+def _size(dataset: DataSet) -> str:
+    classes = f", {len(dataset.manifest.classes):,} classes" if dataset.has_labels else ""
+    return f" ({dataset.num_images:,} images{classes})"
+
+
+def _table(members: list[Mapping[str, Any]], sizes: Mapping[str, str]) -> Table:
     from rich.markup import escape
     from rich.table import Table
 
@@ -213,7 +227,9 @@ def _table(members: list[Mapping[str, Any]]) -> Table:
     if len(layers) > 1 and {row["layer"] for row in members if row["primary"]} == set(layers):
         members = [row for row in members if row["primary"]]
     title = f"{name} on {layers[0]} features" if len(layers) == 1 else f"{name} by layer"
-    table = Table(title=escape(title), caption=escape(f"protocol {protocol}, {of_images(train, test)}"))
+    table = Table(
+        title=escape(title), caption=escape(f"protocol {protocol}, {of_images(train, test, sizes)}")
+    )
     several_seeds = len({row["seed"] for row in members}) > 1
     cells = {(row["layer"], row["name"], _column(row, several_seeds)): row for row in members}
     columns = sorted({column for _, _, column in cells})
@@ -228,22 +244,24 @@ def _table(members: list[Mapping[str, Any]]) -> Table:
     return table
 
 
-def of_images(train: str, test: str) -> str:
+def of_images(train: str, test: str, sizes: Mapping[str, str] = MappingProxyType({})) -> str:
     """Return the images that a value depends on, as text.
 
     Args:
         train: fingerprint of the train set; empty if the probe did not see it.
         test: fingerprint of the test set; empty if the protocol names the images.
+        sizes: text to add to a fingerprint.
     """
+    named = {one: f"{one[:8]}{sizes.get(one, '')}" for one in (train, test)}
     if train:
-        return f"train {train[:8]}, test {test[:8]}"
-    return f"images {test[:8]}" if test else "images named by the protocol"
+        return f"train {named[train]}, test {named[test]}"
+    return f"images {named[test]}" if test else "images named by the protocol"
 
 
 def _column(row: Mapping[str, Any], several_seeds: bool) -> tuple[int, int, int, str]:
     """Return the position of the column of a row, and its title."""
     of_run = row["encoder"] in ("trained", MOMENTUM)
-    title = f"{row['encoder']}, step {row['step']}" if of_run else row["encoder"]
+    title = f"{row['encoder']}, step {row['step']}" if of_run else TITLES.get(row["encoder"], row["encoder"])
     if several_seeds:
         title += f", seed {row['seed']}"
     order = (*ENCODERS, MOMENTUM, extraction.Weights.name, row["encoder"])

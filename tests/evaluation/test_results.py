@@ -16,6 +16,7 @@ from raysl.evaluation import results
 from raysl.evaluation.results import KEY, ROWS, keep, rows_of, shown, tables, verdicts
 from raysl.run import Run, jsonl
 from raysl.storage import Folder
+from tests.data import make_dataset
 
 
 def row(**changes: Any) -> dict[str, Any]:
@@ -145,10 +146,17 @@ def test_protocols_and_data_never_share_a_table() -> None:
     assert len(tables(rows)) == len(rows)
 
 
+def test_a_caption_tells_how_large_the_sets_are(tmp_path: Path) -> None:
+    images = make_dataset(tmp_path / "images", 8)
+    (table,) = tables([row(train="0" * 9, test=images.manifest.fingerprint)], [images])
+    test = images.manifest.fingerprint[:8]
+    assert str(table.caption) == f"protocol x, train {'0' * 8}, test {test} (8 images, 4 classes)"
+
+
 def test_a_table_has_a_column_for_each_encoder() -> None:
     rows = [row(), row(encoder="pixels", step=0), row(encoder="random", step=0), row(step=9)]
     (table,) = tables([*rows, row(encoder="from elsewhere", step=0)])
-    headers = ["", "trained, step 5", "trained, step 9", "random", "pixels", "from elsewhere"]
+    headers = ["", "trained, step 5", "trained, step 9", "untrained", "raw pixels", "from elsewhere"]
     assert [column.header for column in table.columns] == headers
     (table,) = tables([row(), row(seed=1)])
     assert [column.header for column in table.columns][1:] == [
