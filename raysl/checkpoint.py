@@ -81,11 +81,11 @@ class Checkpoint:
         """
         files = self._files()
         banks = sorted(name for name in files if name != STATE)
-        return self._load(STATE, files), (self._rows(name, files[name], first, last) for name in banks)
+        return self._load(files), (self._rows(name, files[name], first, last) for name in banks)
 
     def state(self) -> dict[str, Any]:
         """Load the state of the network, on the CPU. Raise UserError when it does not match its manifest."""
-        return self._load(STATE, self._files())
+        return self._load(self._files())
 
     def network(self, state: Mapping[str, Any]) -> dict[str, torch.Tensor]:
         """Return the tensors of the network in a state of this checkpoint. Raise UserError if there are none."""
@@ -145,22 +145,22 @@ class Checkpoint:
             raise self._damaged(STATE, "no manifest names it")
         return files
 
-    def _load(self, name: str, files: Mapping[str, Mapping[str, Any]]) -> dict[str, Any]:
-        num_bytes, crc32 = files[name]["bytes"], files[name]["crc32"]
+    def _load(self, files: Mapping[str, Mapping[str, Any]]) -> dict[str, Any]:
+        num_bytes, crc32 = files[STATE]["bytes"], files[STATE]["crc32"]
         try:
-            data = self.folder.read(name)
+            data = self.folder.read(STATE)
         except OSError as error:
-            raise self._damaged(name, str(error)) from error
+            raise self._damaged(STATE, str(error)) from error
         if len(data) != num_bytes or zlib.crc32(data) != crc32:
             raise self._damaged(
-                name, f"it has {len(data)} bytes and was written with {num_bytes}, or its checksum differs"
+                STATE, f"it has {len(data)} bytes and was written with {num_bytes}, or its checksum differs"
             )
         try:
             loaded = torch.load(io.BytesIO(data), map_location="cpu", weights_only=True)
         except Exception as error:  # Of pickle, zip and torch; a stranger can make checksums fit.
-            raise self._damaged(name, "it holds something other than tensors and plain values") from error
+            raise self._damaged(STATE, "it holds something other than tensors and plain values") from error
         if not isinstance(loaded, dict):
-            raise self._damaged(name, "it holds no state")
+            raise self._damaged(STATE, "it holds no state")
         return loaded
 
     def _rows(self, name: str, about: Mapping[str, Any], first: int, last: int | None) -> dict[str, Any]:

@@ -59,8 +59,9 @@ class Pretraining(Checked):
         method: an objective and a pretext transform, such as pirl-jigsaw; `raysl methods` lists them.
         epochs: number of passes over the data set; it may be fractional.
         batch_size: images in the global batch, divided over the workers.
-        workers: number of training workers; 0 chooses the number for the machine. A range such as 1:8 lets the number
-            change during the run: as many as fit on the cluster and divide the batch evenly.
+        workers: number of training workers, at least 1; only the command and `raysl.pretrain` without `config` also
+            take 0, and choose the number for the machine. A range such as 1:8 lets the number change during the run: as
+            many as fit on the cluster and divide the batch evenly.
         seed: random seed of the run.
         precision: precision of the network's arithmetic; weights and losses stay float32.
         channels_last: memory layout of images and weights.
@@ -191,9 +192,7 @@ def differences(ours: Mapping[str, Any], theirs: Mapping[str, Any], prefix: str 
         a, b = ours.get(key), theirs.get(key)
         if isinstance(a, Mapping) and isinstance(b, Mapping):
             names += differences(a, b, f"{prefix}{key}.")
-        elif a != b and not (
-            isinstance(a, (list, tuple)) and isinstance(b, (list, tuple)) and list(a) == list(b)
-        ):
+        elif a != b:
             names.append(f"{prefix}{key}")
     return names
 
@@ -207,20 +206,19 @@ def from_dict(kind: type[Any], value: Mapping[str, Any], prefix: str) -> Any:
     hints = typing.get_type_hints(kind)
     known = [f.name for f in dataclasses.fields(kind)]
     arguments: dict[str, Any] = {}
+    inside = f"{prefix}." if prefix else ""
     for key, item in value.items():
         if key not in known:
-            raise unknown("configuration key", f"{prefix}.{key}".lstrip("."), known)
+            raise unknown("configuration key", f"{inside}{key}", known)
         hint = hints[key]
         if dataclasses.is_dataclass(hint) and isinstance(item, Mapping):
-            item = from_dict(typing.cast(type, hint), item, f"{prefix}.{key}".lstrip("."))
+            item = from_dict(typing.cast(type, hint), item, f"{inside}{key}")
         elif isinstance(item, list) and _is_tuple(hint):
             item = tuple(item)
         arguments[key] = item
     for f in dataclasses.fields(kind):
         if f.default is f.default_factory is dataclasses.MISSING and f.name not in arguments:
-            raise UserError(
-                f"The configuration lacks {f'{prefix}.{f.name}'.lstrip('.')!r}, which has no default."
-            )
+            raise UserError(f"The configuration lacks {f'{inside}{f.name}'!r}, which has no default.")
     try:
         return kind(**arguments)
     except TypeError as error:

@@ -68,4 +68,4 @@ def check() -> None:
         return
     found = differing(json.loads(wanted), versions())
     if found:
-        raise UserError(f"{socket.gethostname()} runs {', '.join(found)} as the driver does. {MEND}")
+        raise UserError(f"{socket.gethostname()} differs from the driver: it runs {', '.join(found)}. {MEND}")

@@ -53,8 +53,9 @@ class Journal:
         if folder.exists(NAME):
             try:
                 self.rows = [json.loads(line) for line in verified_lines(folder.read(NAME).splitlines())]
-                assert self.rows[0]["event"] == "sweep"
-            except (ValueError, TypeError, KeyError, IndexError, AssertionError) as error:
+                if self.rows[0]["event"] != "sweep":
+                    raise ValueError("the first row does not begin a sweep")
+            except (ValueError, TypeError, KeyError, IndexError) as error:
                 raise UserError(
                     f"The journal {folder}/{NAME} is damaged: {error!r}. Restore it from a copy, or give another "
                     "folder to --out."
