@@ -22,6 +22,7 @@ from raysl.evaluation.results import (
     MODEL,
     MOMENTUM,
     ROWS,
+    TITLES,
     check_writable,
     keep,
     protocol_hash,
@@ -369,9 +370,8 @@ def _rows(found: Iterable[Row], probe: Probe, about: Mapping[str, Any]) -> list[
         made = {**about, "layer": row.layer, "name": row.name, "value": row.value, "primary": primary}
         rows.append(made)
         if primary:
-            _log.info(
-                "%-10s %-8s %-8s %s %s", about["probe"], about["encoder"], row.layer, row.name, shown(made)
-            )
+            encoder = TITLES.get(about["encoder"], about["encoder"])
+            _log.info("%-10s %-10s %-8s %s %s", about["probe"], encoder, row.layer, row.name, shown(made))
     return rows
 
 

@@ -269,7 +269,7 @@ def _classes(survey: Survey, layout: Layout, labels: Labels, choose: Callable[[l
             why = f"the folders are numbered parts with a text for each image, as {example}"
     if why:
         found.layout = found.layout or "a folder of images"
-        found.labels = f"none: {why}{_unused(survey)}"
+        found.labels = f"none, because {why}{_unused(survey)}"
         return
     inner = {name: survey.children(join(base, name)) for name in children}
     found.layout = "class folders" + (f" in the split {found.split!r}" if found.split else "")

@@ -67,7 +67,7 @@ def _use(layout: Layout, folder: str, path: str, table: pa.Table, wanted: str) -
     if why:
         # A table of captions takes nothing from class folders.
         if (column and files_in) or layout.classes_in is None:
-            layout.classes_in, found.layout, found.labels = None, "a folder of images", f"none: {why}"
+            layout.classes_in, found.layout, found.labels = None, "a folder of images", f"none, because {why}"
         return
     found.left_out.kinds.pop(BESIDE_CLASSES, None)
     found.layout = f"images with a table of labels, {shown(path)}"

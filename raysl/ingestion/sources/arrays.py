@@ -216,7 +216,7 @@ class Source:
         source = f"{self._parts[0].labels or self._parts[0].path}"
         if why := refused or classes.why_none():
             has_file = self._parts[0].labels or self._parts[0].how == "cifar"
-            self.found.labels = f"none: {why if has_file else 'there is no file or array of labels'}"
+            self.found.labels = f"none, because {why if has_file else 'there is no file or array of labels'}"
         else:
             self.found.labels = f"the labels in {source}"
             self.found.classes = classes.ordered()

@@ -202,7 +202,7 @@ class Source:
                     "(--label-column names one)"
                 )
             )
-            self.found.labels = f"none: {asked}"
+            self.found.labels = f"none, because {asked}"
             return False
         classes = labels.Classes()
         kinds: dict[str, str] = {}
@@ -219,7 +219,9 @@ class Source:
                 raise UserError(
                     f"The column {column!r}, which --label-column names, {error}. Name another, or use --labels none."
                 ) from error
-            self.found.labels = f"none: the column {column!r} of {shown(self._where(self._files[0]))} {error}"
+            self.found.labels = (
+                f"none, because the column {column!r} of {shown(self._where(self._files[0]))} {error}"
+            )
             return False
         if len(kinds) > 1:
             (one, here), (other, there), *_ = kinds.items()
