@@ -96,7 +96,15 @@ class ActorPool:
         self.num_fitted: list[int] = []
         self._allocation = allocation
         self._shards = [
-            Shard(store, piece, allocation.threads, allocation.memory_bytes, fit, spherical)
+            Shard(
+                store,
+                piece,
+                allocation.threads,
+                allocation.gpus > 0,
+                allocation.memory_bytes,
+                fit,
+                spherical,
+            )
             for piece in pieces
         ]
         self._actors: list[Any] = []
@@ -156,6 +164,13 @@ class ActorPool:
                 free.get("GPU", 0),
             )
         found: list[tuple[int, int, int]] = ray.get(loading)
+        idle = sum(self.call_all("gpu_is_idle")) if self._allocation.gpus else 0
+        if idle:
+            _log.warning(
+                "FAISS cannot use the GPU of %d actors, which therefore compute on CPUs. Install faiss-gpu there, with "
+                "a driver that its CUDA can use.",
+                idle,
+            )
         self.num_fitted = [fitted for fitted, _, _ in found]
         ranges = sorted((low, high) for _, low, high in found)
         if any(a[1] >= b[0] for a, b in pairwise(ranges)):

@@ -11,7 +11,7 @@ import time
 from collections.abc import Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
-from functools import cached_property
+from functools import cache, cached_property
 from typing import Any
 
 import numpy as np
@@ -49,6 +49,7 @@ class Shard:
         store: the features.
         pieces: rows of this worker.
         threads: threads of FAISS.
+        on_gpu: search on the GPU that Ray assigns to this worker.
         memory_bytes: larger shards are read from disk in every pass.
         fit: positions that centroids are fitted to; None for all.
         spherical: whether centroids have norm 1.
@@ -57,6 +58,7 @@ class Shard:
     store: FeatureStore
     pieces: tuple[Piece, ...]
     threads: int
+    on_gpu: bool
     memory_bytes: int
     fit: Fit | None
     spherical: bool
@@ -221,7 +223,11 @@ class KMeansWorker:
         return stats, *(sums_kd[a:b] for a, b in update.chunk_ranges(len(centroids_kd), len(chunks)))
 
     def _search(self, centroids_md: Singles) -> Search:
-        return FaissSearch(centroids_md, self.shard.threads)
+        return FaissSearch(centroids_md, self.shard.threads, self.shard.on_gpu)
+
+    def gpu_is_idle(self) -> bool:
+        """Return True if this worker holds a GPU that FAISS cannot use."""
+        return self.shard.on_gpu and not faiss_gpus()
 
     def mean(self, counts_k: Integers, old_kd: Singles, *sums: Doubles) -> Singles:
         """Return the new centroids of one chunk, from the sums of all actors and the counts over all."""
@@ -267,18 +273,36 @@ class KMeansWorker:
         return self.take(np.array([self.shard.pieces[0].start + inside]))
 
 
-class FaissSearch:
-    """Exact nearest centroids, on the GPU that Ray has assigned or on the CPU."""
+def faiss_gpus() -> int:
+    """Return the number of GPUs that FAISS can use in this process; 0 for its build without GPUs."""
+    import faiss
 
-    def __init__(self, centroids_kd: Singles, threads: int) -> None:
+    return faiss.get_num_gpus() if hasattr(faiss, "get_num_gpus") else 0
+
+
+@cache
+def _gpu_memory() -> Any:
+    """Return FAISS's memory on the GPU, 1.5 GB, which every index of this process uses and must not outlive."""
+    import faiss
+
+    return faiss.StandardGpuResources()
+
+
+class FaissSearch:
+    """Exact nearest centroids.
+
+    Args:
+        on_gpu: search on the first GPU of this process if FAISS can use one.
+    """
+
+    def __init__(self, centroids_kd: Singles, threads: int, on_gpu: bool) -> None:
         import faiss
 
         faiss.omp_set_num_threads(threads)
         self._index: Any = faiss.IndexFlatL2(centroids_kd.shape[1])
-        self.on_gpu = hasattr(faiss, "get_num_gpus") and faiss.get_num_gpus() > 0
+        self.on_gpu = on_gpu and faiss_gpus() > 0
         if self.on_gpu:
-            self._memory = faiss.StandardGpuResources()  # Must outlive the index.
-            self._index = faiss.index_cpu_to_gpu(self._memory, 0, self._index)
+            self._index = faiss.index_cpu_to_gpu(_gpu_memory(), 0, self._index)
         self._index.add(np.ascontiguousarray(centroids_kd))
 
     def __call__(self, rows_bd: Singles, count: int) -> tuple[Singles, Integers]:

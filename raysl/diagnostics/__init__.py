@@ -29,6 +29,7 @@ from raysl.errors import UserError
 from raysl.fields import Bounds, check
 from raysl.ingestion import resolve
 from raysl.model import Model
+from raysl.ray_cluster import gpus
 from raysl.ray_cluster import placement as cluster_placement
 from raysl.ray_cluster.placement import Placement
 from raysl.ray_cluster.versions import versions
@@ -157,6 +158,8 @@ def examine(given: DoctorConfig) -> Report:
     dataset = resolve(given.data)
     config = _pretraining(given, dataset)
     placement = cluster_placement.place(given.workers)
+    if placement.gpus_per_worker:
+        gpus.check(placement.gpus_per_worker, config.precision)
     stream = Model.of(config, dataset).stream(dataset, placement.share, world=given.workers)
     _log.info(_text(_machine(found, resources, placement)))
     with tempfile.TemporaryDirectory() as folder:

@@ -15,7 +15,7 @@ from rich.table import Table
 
 from raysl import ray_cluster
 from raysl.errors import UserError
-from raysl.ray_cluster import autoscaler
+from raysl.ray_cluster import autoscaler, gpus
 from raysl.ray_cluster import placement as cluster_placement
 from raysl.ray_cluster.autoscaler import Growth, NodeType
 from raysl.ray_cluster.placement import Placement
@@ -53,6 +53,7 @@ class Fleet:
         waits: a sentence about what the run would wait for; "" if it could begin.
         news: machines that the autoscaler has requested, and requests that the cloud has refused.
         stale: differences of machines that run other code or packages, by address.
+        unusable: why torch cannot use the GPUs of a machine, by address.
     """
 
     kinds: tuple[Kind, ...]
@@ -62,6 +63,7 @@ class Fleet:
     waits: str
     news: tuple[str, ...]
     stale: Mapping[str, tuple[str, ...]]
+    unusable: Mapping[str, str]
 
     def usd_per_hour(self, counts: Mapping[str, int]) -> float | None:
         """Return the price of a number of machines by type; None if a price is unknown."""
@@ -99,7 +101,9 @@ def survey(workers: int, prices: Mapping[str, float]) -> Fleet:
         waits = placement.busy(workers)
     except UserError as error:
         refused = str(error)
-    return Fleet(_kinds(grows, alive, prices), placement, refused, started, waits, _news(grows), _stale())
+    unusable = {address: why for address, (why, _) in gpus.answers().items() if why}
+    kinds, news = _kinds(grows, alive, prices), _news(grows)
+    return Fleet(kinds, placement, refused, started, waits, news, _stale(), unusable)
 
 
 def _kinds(
@@ -173,6 +177,7 @@ def sentences(fleet: Fleet, workers: int) -> list[str]:
     said += [f"The autoscaler: {line}." for line in fleet.news]
     for address, differences in fleet.stale.items():
         said.append(f"{address} differs from this machine: {', '.join(differences)}.")
+    said += [f"{address}: {why}" for address, why in fleet.unusable.items()]
     machines = sum(kind.there for kind in fleet.kinds)
     said.append(MEND if fleet.stale else f"All {machines} machines run this code and these packages.")
     return said

@@ -34,7 +34,7 @@ from raysl.extraction.layers import Encode
 from raysl.feature_store.files import FINISHED, FeatureForm, Floats, Part, part_file, write_part
 from raysl.feature_store.records import write_record
 from raysl.feature_store.store import FeatureStore
-from raysl.ray_cluster import placement
+from raysl.ray_cluster import gpus, placement
 from raysl.storage import Folder
 from raysl.stream import decode, depth, formats, pixels
 
@@ -269,15 +269,15 @@ class _Actor:
 
     works: Sequence[_Extract]
     low_priority: bool = False
-    # The GPU that Ray has assigned, if there is one.
-    device: torch.device = field(
-        default_factory=lambda: torch.device("cuda" if torch.cuda.is_available() else "cpu")
-    )
     loaded: dict[int, Encode] = field(default_factory=dict)
 
     def __post_init__(self) -> None:
         if self.low_priority:
             os.nice(19)
+
+    @cached_property
+    def device(self) -> torch.device:
+        return gpus.device()
 
     def encode(self, number: int) -> Encode:
         """Return the encoder of a work.

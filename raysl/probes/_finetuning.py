@@ -27,8 +27,8 @@ from raysl.extraction import Trainable
 from raysl.fields import Bounds
 from raysl.optim import OptimConfig
 from raysl.probes import Integers, Row, Settings, Subject, accuracy_rows, check_labels, common_labels, rank
-from raysl.probes._task import device
 from raysl.ray_cluster import placement
+from raysl.ray_cluster.gpus import device
 from raysl.rng import ImageRng
 from raysl.stream import decode
 

@@ -17,7 +17,7 @@ from raysl.errors import UserError
 from raysl.extraction import Encode, EncodeMaps
 from raysl.probes import REESTIMATED, Floats, Integers, Subject
 from raysl.probes._ridge import HELD_OUT
-from raysl.probes._task import device
+from raysl.ray_cluster.gpus import device
 
 _BATCH = 64
 _PART_CLIPS = 64

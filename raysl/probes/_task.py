@@ -5,8 +5,6 @@ from __future__ import annotations
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import Any, ClassVar, Generic, TypeVar
 
-import torch
-
 from raysl import extraction, ray_cluster
 from raysl.dataset import DataSet
 from raysl.errors import UserError
@@ -95,12 +93,3 @@ def _default_resources(tasks: int) -> dict[str, float]:
         most = max(node.get("CPU", 0.0) for node in machines.for_work)
         resources = {"num_cpus": max(resources["num_cpus"], int(500 * most / tasks) / 1000)}
     return resources
-
-
-def device() -> torch.device:
-    """Return the GPU of this process, or the CPU. A Ray task has a GPU only if Ray assigned one to it."""
-    import ray
-
-    in_task = ray.is_initialized() and ray.get_runtime_context().get_task_id() is not None
-    usable = torch.cuda.is_available() and (not in_task or bool(ray.get_gpu_ids()))
-    return torch.device("cuda" if usable else "cpu")

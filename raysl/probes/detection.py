@@ -35,8 +35,9 @@ from raysl.fields import Bounds
 from raysl.optim import OptimConfig
 from raysl.probes import Row, Subject, _detector, _voc
 from raysl.probes._finetuning import LAYER, step
-from raysl.probes._task import InTask, device
+from raysl.probes._task import InTask
 from raysl.probes._voc import Picture, VocSettings
+from raysl.ray_cluster.gpus import device
 from raysl.rng import ImageRng
 from raysl.stream import decode
 

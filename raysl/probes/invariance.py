@@ -42,9 +42,10 @@ from raysl.feature_store.records import write_record
 from raysl.fields import Bounds
 from raysl.pretext import Geometry, Pretext, Transformed
 from raysl.probes import Integers, Labelled, Row, Settings, Subject, check_features, field_values, primary
-from raysl.probes._task import InTask, device
+from raysl.probes._task import InTask
 from raysl.probes.linear import Config as LinearConfig
 from raysl.probes.linear import Linear
+from raysl.ray_cluster.gpus import device
 from raysl.rng import ImageRng
 from raysl.stream import decode
 

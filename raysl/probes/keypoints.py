@@ -39,7 +39,8 @@ from raysl.probes import Row, Settings, Subject, _poses, field_values
 from raysl.probes._images import batches, check_finite, held_out, load_maps
 from raysl.probes._poses import Figure, Figures
 from raysl.probes._ridge import Moments, Readout, fit
-from raysl.probes._task import InTask, device
+from raysl.probes._task import InTask
+from raysl.ray_cluster.gpus import device
 from raysl.storage import Folder
 
 COMMAND = "raysl probe RUN --train clips:500#train --test clips:200#test --probes keypoints"

@@ -17,7 +17,7 @@ from torch.nn.functional import normalize
 
 from raysl.fields import Bounds
 from raysl.probes import Labelled, Row, Settings, accuracy_rows, check, rank, same_images
-from raysl.probes._task import device
+from raysl.ray_cluster.gpus import device
 
 # Similarities of a tile of queries with a tile of train images take 128 MB.
 _TRAIN_TILE = 1 << 16

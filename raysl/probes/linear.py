@@ -27,7 +27,7 @@ from torch.nn.functional import cross_entropy, linear
 from raysl import rng
 from raysl.fields import Bounds
 from raysl.probes import Labelled, Row, Settings, accuracy_rows, check, rank
-from raysl.probes._task import device
+from raysl.ray_cluster.gpus import device
 from raysl.rng import ImageRng
 
 _BATCH = 256

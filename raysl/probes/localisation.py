@@ -34,7 +34,8 @@ from raysl.fields import Bounds
 from raysl.pretext._sound import spectrogram
 from raysl.probes import REESTIMATED, Row, Settings, Subject
 from raysl.probes._images import cell_offset, spaced
-from raysl.probes._task import InTask, device
+from raysl.probes._task import InTask
+from raysl.ray_cluster.gpus import device
 from raysl.stream import decode
 
 COMMAND = "raysl probe RUN --train clips:500#train --test clips:200#test --probes localisation"

@@ -38,7 +38,8 @@ from raysl.fields import Bounds
 from raysl.probes import Row, Settings, Subject, field_values
 from raysl.probes._images import batches, check_finite, held_out, load_maps
 from raysl.probes._ridge import Moments, Readout, fit
-from raysl.probes._task import InTask, device
+from raysl.probes._task import InTask
+from raysl.ray_cluster.gpus import device
 from raysl.storage import Folder
 from raysl.stream import decode
 

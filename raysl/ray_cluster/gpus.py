@@ -1,34 +1,92 @@
-"""Check that torch can use the GPUs that Ray hands out."""
+"""Check that torch can use the GPUs that Ray hands out, and choose the device of a process."""
 
 from __future__ import annotations
 
 import logging
+import os
 import subprocess
+from typing import TYPE_CHECKING
 
 from raysl.errors import UserError
 
+if TYPE_CHECKING:
+    import torch
+
 _log = logging.getLogger("raysl.ray_cluster")
+# Time for the machines to load torch and to answer.
+_ANSWER_S = 120.0
 
 
 def check(gpus_per_worker: float, precision: str) -> None:
-    """Raise UserError if torch cannot use CUDA on a machine where Ray gives a worker a GPU.
+    """Raise UserError if torch cannot use CUDA on a machine that has GPUs for Ray.
 
     Ray counts devices without asking torch. Without this check the workers would be restarted again and again, or
-    would compute on the CPU.
+    would compute on the CPU. Machines that start later are not seen, except the first of a cluster without any.
     """
     import ray
 
-    # Inside a trial of Ray Tune, a task without a strategy would ask the trial's placement group for the GPU.
-    look = ray.remote(num_cpus=0, num_gpus=gpus_per_worker, max_retries=0, scheduling_strategy="DEFAULT")(
-        lambda: (problem(), without_bf16())
-    )
-    found, slow = ray.get(look.remote())
-    if found:
-        raise UserError(found)
-    if slow and precision == "bf16":
-        _log.warning(
-            "%s has no bf16 arithmetic and emulates it slowly; --precision fp16 is faster in a new run.", slow
-        )
+    found = answers()
+    if not found:
+        # Inside a trial of Ray Tune, a task without a strategy would ask the trial's placement group for the GPU.
+        first = ray.remote(num_cpus=0, num_gpus=gpus_per_worker, max_retries=0, scheduling_strategy="DEFAULT")
+        found = {"that started": ray.get(first(_answer).remote())}
+    for machine, (why, slow) in found.items():
+        if why:
+            raise UserError(f"{why} This is so on the machine {machine}.")
+        if slow and precision == "bf16":
+            _log.warning(
+                "%s has no bf16 arithmetic and emulates it slowly; --precision fp16 is faster in a new run.",
+                slow,
+            )
+
+
+def answers() -> dict[str, tuple[str, str]]:
+    """Return `problem()` and `without_bf16()` of each machine with GPUs, by address; without those that do not answer.
+
+    No GPU is taken, so machines on which others work answer too.
+    """
+    import ray
+    from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
+
+    task = ray.remote(num_cpus=0, max_retries=0)(_answer)
+    asked = {}
+    for node in ray.nodes():
+        if node["Alive"] and node["Resources"].get("GPU"):
+            there = NodeAffinitySchedulingStrategy(node["NodeID"], soft=False)
+            asked[task.options(scheduling_strategy=there).remote()] = node["NodeManagerAddress"]
+    done, _ = ray.wait(list(asked), num_returns=len(asked), timeout=_ANSWER_S) if asked else ([], [])
+    found = {}
+    for answer in done:
+        try:
+            found[asked[answer]] = ray.get(answer)
+        except ray.exceptions.RayError:  # The machine has left in the meantime.
+            continue
+    return found
+
+
+def _answer() -> tuple[str, str]:
+    if os.environ.get("CUDA_VISIBLE_DEVICES") == "":
+        # With RAY_ACCEL_ENV_VAR_OVERRIDE_ON_ZERO=1, Ray hides all GPUs from a task that takes none.
+        del os.environ["CUDA_VISIBLE_DEVICES"]
+    return problem(), without_bf16()
+
+
+def device() -> torch.device:
+    """Return the GPU that Ray has assigned to this task or actor, or one that torch finds outside of Ray; else the CPU.
+
+    Raises:
+        UserError: Ray has assigned a GPU that torch cannot use.
+    """
+    import ray
+    import torch
+
+    in_task = ray.is_initialized() and ray.get_runtime_context().get_task_id() is not None
+    assigned = in_task and bool(ray.get_gpu_ids())
+    if assigned and (why := problem()):
+        raise UserError(why)
+    # Ray does not hide the GPUs of a machine from tasks without one.
+    usable = torch.cuda.is_available() and (assigned or not in_task)
+    return torch.device("cuda" if usable else "cpu")
 
 
 def problem() -> str:
@@ -40,8 +98,8 @@ def problem() -> str:
     built = f"for CUDA {torch.version.cuda}" if torch.version.cuda else "without CUDA"
     return (
         f"Ray gives a worker a GPU, but torch {torch.__version__}, built {built}, cannot use it (NVIDIA driver: "
-        f"{driver()}). Install a driver or a torch that match (CUDA 13 needs driver 580 or newer), or start Ray "
-        "with --num-gpus 0 to train on CPUs."
+        f"{driver()}). Install a driver or a torch that match (CUDA 13 needs driver 580 or newer). To compute on "
+        "CPUs, set CUDA_VISIBLE_DEVICES to an empty value, on a cluster before Ray is started there."
     )
 
 

@@ -12,6 +12,7 @@ import os
 import secrets
 import shutil
 import socket
+import sys
 import tempfile
 import time
 from contextlib import contextmanager
@@ -106,6 +107,9 @@ def begin(**options: Any) -> None:
     for name in ("GLOO_SOCKET_IFNAME", "NCCL_SOCKET_IFNAME"):
         home.tell(name, loopback)
     _read_environment()
+    if sys.platform == "darwin":
+        # Ray counts the GPU of an Apple chip, which raysl does not use.
+        options = {"num_gpus": 0, **options}
     try:
         with _loopback():
             ray.init(address="local", include_dashboard=False, _temp_dir=str(home.folder / _RAYS), **options)

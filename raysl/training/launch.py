@@ -89,8 +89,6 @@ def pretrain(
             return Run(lock.folder)
         run = Run.begin(config, dataset, facts)
         _announce(config, dataset, plan, group, saved, local)
-        if group.gpus and not local:
-            gpus.check(group.placement.gpus_per_worker, config.precision)
         board = None if local else progress_actor.open_board()
         job = Job(config.to_json(), run, dataset, group.placement, board, until, subscriber)
         begins = "" if local else group.placement.busy(group.workers)
@@ -98,6 +96,8 @@ def pretrain(
             if local:
                 in_process.train(job, plan.num_steps, lock, told, SHOW_EVERY_S)
             else:
+                if group.gpus:
+                    gpus.check(group.placement.gpus_per_worker, config.precision)
                 _Attempts(job, counts, end, plan.num_steps, lock, told).run(group)
     return run
 

@@ -12,7 +12,7 @@ from raysl import ray_cluster
 from raysl.diagnostics import DoctorConfig, look, machines
 from raysl.diagnostics.machines import Fleet
 from raysl.errors import UserError
-from raysl.ray_cluster import autoscaler
+from raysl.ray_cluster import autoscaler, gpus
 from raysl.ray_cluster.versions import versions
 from tests.ray_cluster.test_autoscaler import CONFIG
 
@@ -28,11 +28,14 @@ def fleet(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> Any:
     monkeypatch.setattr(autoscaler, "LAUNCHED", tmp_path / "bootstrap.yaml")
     monkeypatch.setattr(machines, "_news", lambda _: ("2 gpu_spot are starting",))
 
-    def made(*nodes: dict[str, Any], workers: int, runs: dict[str, Any] | None = None) -> Fleet:
+    def made(
+        *nodes: dict[str, Any], workers: int, runs: dict[str, Any] | None = None, unusable: Any = None
+    ) -> Fleet:
         total = {kind: sum(n["Resources"].get(kind, 0) for n in nodes) for kind in ("CPU", "GPU")}
         monkeypatch.setattr("ray.nodes", lambda: list(nodes))
         monkeypatch.setattr("ray.cluster_resources", lambda: total)
         monkeypatch.setattr("ray.available_resources", lambda: total)
+        monkeypatch.setattr(gpus, "answers", lambda: unusable or {})
         monkeypatch.setattr(ray_cluster, "machine_versions", lambda: runs or {"10.0.0.1": versions()})
         return machines.survey(workers, {"cpu": 0.8})
 
@@ -83,6 +86,13 @@ def test_stale_machines_are_named_with_what_differs(fleet: Any) -> None:
     assert found.stale.keys() == {"10.0.0.2", "10.0.0.3"}
     assert "10.0.0.2 differs from this machine: code 0000000000000000 instead of" in said
     assert "`ray up cluster.yaml`" in said
+
+
+def test_machines_with_gpus_that_torch_cannot_use_are_named(fleet: Any) -> None:
+    answers = {"10.0.0.1": ("", ""), "10.0.0.2": ("Ray gives a worker a GPU, but ...", "")}
+    found = fleet(node("gpu_spot", CPU=8, GPU=1), workers=1, unusable=answers)
+    assert "10.0.0.2: Ray gives a worker a GPU, but ..." in machines.sentences(found, 1)
+    assert not any(said.startswith("10.0.0.1") for said in machines.sentences(found, 1))
 
 
 def test_prices_are_parsed() -> None:

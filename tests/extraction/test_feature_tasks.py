@@ -313,7 +313,7 @@ def test_parts_are_whole_row_groups_and_hold_every_image_once(dataset: DataSet) 
 
 def test_actors_with_a_gpu_decode_on_their_cpus(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(placement, "assigned_cpus", lambda: 3)
-    assert feature_tasks._Actor((), device=torch.device("cuda")).threads._max_workers == 3
+    assert feature_tasks._Actor(()).threads._max_workers == 3
 
 
 def test_actors_leave_half_of_the_cpus() -> None:
