@@ -18,7 +18,7 @@ import traceback
 from collections.abc import Callable, Mapping
 from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 import numpy as np
 import torch
@@ -30,9 +30,11 @@ from raysl.backbone.network import build as build_backbone
 from raysl.checkpoint import SaveConfig
 from raysl.clustering.kmeans_worker import FaissSearch
 from raysl.config import Pretraining, ViewConfig
+from raysl.contrastive.bank import BankConfig
 from raysl.dataset import DataSet
-from raysl.diagnostics.measurement import first_batch
+from raysl.diagnostics.measurement import first_batch, measure_training
 from raysl.ray_cluster import gpus
+from raysl.ray_cluster import placement as cluster_placement
 from raysl.ray_cluster.placement import Placement
 from raysl.ray_cluster.versions import versions
 from raysl.run import Run
@@ -75,7 +77,8 @@ class Bench:
             data=str(dataset.folder),
             run="-",
             method="pirl-jigsaw",
-            epochs=1,
+            # Longer than any check takes, so that no stream ends before.
+            epochs=1000,
             batch_size=min(128 if on_gpu else 8, dataset.num_images),
             workers=1,
             precision="bf16" if on_gpu else "fp32",
@@ -202,6 +205,48 @@ def stream_speed(bench: Bench) -> Numbers:
     return {"images_per_s": rate, "cpus": cpus, "images_per_s_and_cpu": rate / cpus}
 
 
+def training(bench: Bench) -> Numbers:
+    """Train through Ray Data, and measure which shares of the time the trainer waits for images and copies."""
+    import ray
+
+    worker = bench.worker()
+    cpus = max(1.0, ray.cluster_resources().get("CPU", 1.0) - 1)
+    stream = replace(worker._stream(), share=DataShare(1.0, cpus))
+    model, arrivals, waited_s, steps = worker.distributed(), stream.batches(), 0.0, 5 * bench.steps
+    worker.update(model, next(arrivals), 1e-3)
+    bench.finish()
+    started = time.perf_counter()
+    for batch in itertools.islice(arrivals, steps):
+        worker.update(model, batch, 1e-3)
+        waited_s += batch.wait_s
+    bench.finish()
+    wall_s = time.perf_counter() - started
+    columns = next(stream.columns(0, 1))
+    copy_s = bench.seconds(lambda: stream.batch(0, columns))
+    return {
+        "images_per_s": steps * bench.config.batch_size / wall_s,
+        "waiting_share": waited_s / wall_s,
+        "copies_share": copy_s * steps / wall_s,
+    }
+
+
+def several_workers(bench: Bench) -> Numbers:
+    """Measure the step of a worker on each GPU, or of two on the CPU, that exchange gradients and rows of the bank."""
+    count = max(2, torch.cuda.device_count())
+    placement, images = cluster_placement.place(count), bench.config.batch_size
+    found: Numbers = {"workers": count}
+    kinds: tuple[Literal["replicated", "sharded"], ...] = ("replicated", "sharded")
+    for bank in kinds:
+        batch_size = min(images * count, bench.dataset.num_images // count * count)
+        config = replace(bench.config, workers=count, batch_size=batch_size, bank=BankConfig(placement=bank))
+        job = Job(config.to_json(), Run(Folder("-")), bench.dataset, placement)
+        costs = measure_training(job, count, distributed=True)
+        found[f"{bank}_ms"] = 1e3 * costs["step_s"]
+        found[f"{bank}_images_per_s"] = batch_size / costs["step_s"]
+        found["all_reduce_ms"] = 1e3 * costs["all_reduce_s"]
+    return found
+
+
 def views_on_device(bench: Bench) -> Numbers:
     """Compare the losses of views made in data tasks and on the device, and measure making views on the device."""
     losses = {}
@@ -248,18 +293,23 @@ def features(bench: Bench) -> Numbers:
 
 
 def kmeans(bench: Bench) -> Numbers:
-    """Measure the search for the nearest of 1,000 centroids, by FAISS on the GPU if its build has a GPU part."""
+    """Measure the search for the nearest of 1,000 centroids by FAISS on the CPU, and on the GPU if it can."""
     rows, dim, k = (1_000_000, 128, 1000) if bench.device.type == "cuda" else (10_000, 32, 100)
     rows_nd = np.random.default_rng(0).random((rows, dim), np.float32)
-    search = FaissSearch(rows_nd[:k], os.cpu_count() or 1)
-    rate = rows / bench.seconds(lambda: search(rows_nd, 1), times=2)
-    return {"rows_per_s": rate, "on_gpu": search.on_gpu}
+    found: Numbers = {}
+    for name, on_gpu in {"cpu": False, "gpu": True}.items():
+        search = FaissSearch(rows_nd[:k], os.cpu_count() or 1, on_gpu)
+        if search.on_gpu == on_gpu:
+            found[f"{name}_rows_per_s"] = rows / bench.seconds(functools.partial(search, rows_nd, 1), times=2)
+    return found
 
 
 CHECKS: dict[str, Callable[[Bench], Numbers]] = {
     "step": step_speed,
     "profile": profile,
     "stream": stream_speed,
+    "training": training,
+    "several workers": several_workers,
     "views": views_on_device,
     "exactness": repeats,
     "checkpoint": checkpoints,
@@ -288,6 +338,8 @@ def check(dataset: DataSet, out: str = "") -> Certificate:
         count = torch.cuda.device_count() or "none"
         not_done["several GPUs"] = f"gradients and a sharded bank over NCCL need two GPUs; here are {count}"
     for name, measure in CHECKS.items():
+        if name == "several workers" and torch.cuda.device_count() == 1:
+            continue
         _log.info("Checking %s ...", name)
         try:
             checks[name] = measure(bench)
@@ -298,15 +350,34 @@ def check(dataset: DataSet, out: str = "") -> Certificate:
         finally:
             torch.use_deterministic_algorithms(False)
         for label, value in checks.get(name, {}).items():
-            _log.info("  %s: %s", label, f"{value:,.4g}" if isinstance(value, float) else value)
+            _log.info("  %s: %s", label, _shown(value))
     made = Certificate(_machine(), checks, not_done)
     for name, why in not_done.items():
         _log.info("not done: %s (%s)", name, why)
     if out:
         Path(out).parent.mkdir(parents=True, exist_ok=True)
         Path(out).write_text(json.dumps(asdict(made), indent=1, sort_keys=True) + "\n")
-        _log.info("The certificate is in %s.", out)
+        Path(out).with_suffix(".md").write_text(_page(made))
+        _log.info("The certificate is in %s, and beside it as a page (.md).", out)
     return made
+
+
+def _page(made: Certificate) -> str:
+    """Return the certificate as a page in Markdown."""
+    gpu = made.machine.get("gpu")
+    lines = [
+        f"# {gpu['count']} x {gpu['name']}" if gpu else "# A machine without a GPU: speeds say nothing",
+        "",
+    ]
+    lines += ["| check | | |", "|---|---|---|"]
+    for name, numbers in made.checks.items():
+        lines += [f"| {name} | {label} | {_shown(value)} |" for label, value in numbers.items()]
+    lines += ["", "Not done:", "", *(f"- {name}: {why}" for name, why in made.not_done.items())]
+    return "\n".join([*lines, "", "```json", json.dumps(made.machine, indent=1, sort_keys=True), "```", ""])
+
+
+def _shown(value: float | int | str | bool) -> str:
+    return f"{value:,.4g}" if isinstance(value, float) else str(value)
 
 
 def _machine() -> dict[str, Any]:

@@ -39,8 +39,11 @@ def measure_data(stream: Stream) -> dict[str, float]:
     return _answers([task.remote(stream)])[0]
 
 
-def measure_training(job: Job, workers: int) -> dict[str, float]:
+def measure_training(job: Job, workers: int, distributed: bool = False) -> dict[str, float]:
     """Return the seconds of a step and of its exchange of gradients in the slowest of all workers.
+
+    Args:
+        distributed: exchange gradients in the step too, as in training.
 
     Raises:
         UserError: the cluster is busy.
@@ -53,7 +56,9 @@ def measure_training(job: Job, workers: int) -> dict[str, float]:
     task = ray.remote(
         num_cpus=placement.cpus_per_worker, num_gpus=placement.gpus_per_worker, scheduling_strategy="DEFAULT"
     )(_training_costs)
-    found = _answers([task.remote(job, rank, workers, host, store.port) for rank in range(workers)])
+    found = _answers(
+        [task.remote(job, rank, workers, host, store.port, distributed) for rank in range(workers)]
+    )
     return {name: max(one[name] for one in found) for name in found[0]}
 
 
@@ -119,7 +124,9 @@ def _data_costs(stream: Stream) -> dict[str, float]:
     }
 
 
-def _training_costs(job: Job, rank: int, world: int, host: str, port: int) -> dict[str, float]:
+def _training_costs(
+    job: Job, rank: int, world: int, host: str, port: int, distributed: bool
+) -> dict[str, float]:
     device = torch.device("cuda" if job.placement.gpus_per_worker else "cpu")
     torch.set_num_threads(job.placement.threads_per_worker)
     store = TCPStore(host, port, is_master=False, timeout=timedelta(seconds=_START_TIMEOUT_S))
@@ -128,7 +135,8 @@ def _training_costs(job: Job, rank: int, world: int, host: str, port: int) -> di
     try:
         worker = Worker(job, device)
         batch = first_batch(worker)
-        step_s = _together_s(lambda: worker.update(worker.model, batch, lr=1e-3), device)
+        model = worker.distributed() if distributed else worker.model
+        step_s = _together_s(lambda: worker.update(model, batch, lr=1e-3), device)
         gradients = torch.zeros(sum(p.numel() for p in worker.model.parameters()), device=device)
         all_reduce_s = _together_s(lambda: dist.all_reduce(gradients), device) if world > 1 else 0.0
         return {"step_s": step_s, "all_reduce_s": all_reduce_s}
