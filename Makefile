@@ -1,7 +1,7 @@
 # A new machine needs git, make and python3 with pip. `make demo` shows what raysl does; `make test` tests it.
 # Everything is installed inside this folder, and again only when pyproject.toml or constraints.txt has changed.
 
-.PHONY: demo test test-all quick check format docs bench chaos cluster-e2e gpu-check clean
+.PHONY: demo test test-all quick check format docs bench chaos cluster-e2e gpu-check gpu-science clean
 .NOTPARALLEL:
 
 SCRIPTS := $(wildcard experiments/*.py benchmarks/*.py examples/*.py)
@@ -62,6 +62,18 @@ cluster-e2e: .venv/.installed
 # About ten minutes on a machine with a GPU; without one it runs small, and says what it could not do.
 gpu-check: .venv/.installed
 	@.venv/bin/raysl doctor --gpu --out build/gpu-check.json
+
+# PIRL on CIFAR-10: ResNet-18, 200 epochs, kNN every 10 of them, by `make gpu-science CIFAR10=FOLDER`. A call trains for
+# PIECE_S seconds at most and saves; the same call goes on. The folder has the splits train and test in any form that raysl reads.
+PIECE_S := 600
+SCIENCE := pretrain --run build/gpu-science --method pirl-jigsaw --epochs 200 --batch-size 256 --workers 1 --precision bf16 \
+  --view.image-size 32 --backbone.name resnet18 --backbone.stem small --jigsaw.grid 2 --optim.lr 0.12 --optim.warmup 0.05 \
+  --optim.weight-decay 5e-4 --bank.momentum 0.5 --pirl.head bn --pirl.temperature 0.2 --pirl.num-negatives 4096 \
+  --probe-every 1953 --probes knn
+gpu-science: .venv/.installed
+	@test -n "$(CIFAR10)" || { echo "make: give the folder of CIFAR-10: make gpu-science CIFAR10=FOLDER" >&2; exit 1; }
+	@timeout --signal=TERM $(PIECE_S) .venv/bin/raysl $(SCIENCE) \
+	  --data "$(CIFAR10)#train" --train "$(CIFAR10)#train" --test "$(CIFAR10)#test" || test $$? -eq 143 -o $$? -eq 124
 
 clean:
 	rm -rf .venv .uv build dist *.egg-info .pytest_cache .mypy_cache .ruff_cache .hypothesis

@@ -13,6 +13,9 @@ from raysl.cli.flags import peek_all
 from tests.data import make_dataset
 
 PRETRAIN = "pretrain --data nothing --run run"
+# The run of `make gpu-science`, without its data.
+_MAKE = (Path(__file__).parents[2] / "Makefile").read_text()
+SCIENCE = re.sub(r"\\\n", " ", re.findall(r"^SCIENCE := ((?:.*\\\n)*.*)", _MAKE, re.MULTILINE)[0])
 
 
 @pytest.fixture
@@ -45,6 +48,7 @@ def refused(capsys: pytest.CaptureFixture[str], *arguments: str) -> str:
         (f"{PRETRAIN} --optim.name sgdd", "sgdd"),
         ("pretrain --run run", "--data"),
         (PRETRAIN, "'.*nothing' does not exist"),
+        (f"{SCIENCE} --data nothing --train nothing --test nothing", "'.*nothing' does not exist"),
         ("ingest nothing data", "'.*nothing' does not exist"),
         ("demo --workers=-1", "--workers is -1"),
         ("demo --data nothing --out out", "'.*nothing' does not exist"),
