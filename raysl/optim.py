@@ -98,11 +98,14 @@ def build(config: OptimConfig, network: nn.Module) -> torch.optim.Optimizer:
         {"params": [p for p in trained if p.ndim > 1], "weight_decay": config.weight_decay},
         {"params": [p for p in trained if p.ndim <= 1], "weight_decay": 0.0},
     ]
+    fused = any(p.is_cuda for p in network.parameters()) or None
     if config.name == "adamw":
-        return torch.optim.AdamW(
-            groups, lr=config.lr, fused=any(p.is_cuda for p in network.parameters()) or None
-        )
+        return torch.optim.AdamW(groups, lr=config.lr, fused=fused)
     if config.name == "lars":
         return Lars(groups, lr=config.lr, momentum=config.momentum)
-    # Not fused: with tasks that alternate, some weights have no momentum yet, which torch's fused SGD refuses.
-    return torch.optim.SGD(groups, lr=config.lr, momentum=config.momentum)
+    optimizer = torch.optim.SGD(groups, lr=config.lr, momentum=config.momentum, fused=fused)
+    if fused and config.momentum:
+        # Tasks that alternate leave some weights without momentum, which fused SGD refuses. Zeros change nothing.
+        for weight in trained:
+            optimizer.state[weight]["momentum_buffer"] = torch.zeros_like(weight)
+    return optimizer

@@ -91,9 +91,15 @@ def pretended() -> Iterator[Counts]:
     _counts.clear()
     convert = torch.__future__.get_overwrite_module_params_on_conversion()
     torch.__future__.set_overwrite_module_params_on_conversion(True)
-    autocast = torch.autocast
+    autocast, scaler = torch.autocast, torch.amp.GradScaler
+    grouped = torch.optim.Optimizer._group_tensors_by_device_and_dtype
     patches = {
         "autocast": lambda _, *args, **kwargs: autocast("cpu", *args, **kwargs),
+        "amp.GradScaler": lambda _, **kwargs: scaler("cpu", **kwargs),
+        # In C++ all tensors are on the CPU.
+        "optim.Optimizer._group_tensors_by_device_and_dtype": lambda *args, **kwargs: {
+            (CUDA, dtype): group for (_, dtype), group in grouped(*args, **kwargs).items()
+        },
         "cuda.Stream": mock.MagicMock(),
         "cuda.current_stream": mock.MagicMock(),
         "cuda.stream": lambda _: contextlib.nullcontext(),
