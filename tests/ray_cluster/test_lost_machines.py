@@ -6,7 +6,6 @@ In processes of their own, whose Ray has several machines.
 from __future__ import annotations
 
 import importlib
-import logging
 import subprocess
 import sys
 import threading
@@ -27,6 +26,7 @@ from raysl.objectives.pirl import Config as Pirl
 from raysl.run import Run
 from tests.clustering.blobs import blobs, curve, write
 from tests.data import make_dataset
+from tests.training.test_launch import Listener
 
 pytestmark = [pytest.mark.slow, pytest.mark.ray, pytest.mark.timeout(900)]
 KMEANS = KMeansConfig(k=12, iterations=6, tolerance=0, actors=2)
@@ -79,7 +79,8 @@ def training(folder: Path, lose: Callable[[], None]) -> None:
         if line.startswith("step"):
             lose()
 
-    room.pretrain(config, say)
+    Listener(say).__enter__()
+    room.pretrain(config)
     room.pretrain(replace(config, run=str(folder / "usual")))
 
 
@@ -87,18 +88,15 @@ def kmeans(folder: Path, lose: Callable[[], None]) -> None:
     """Clusters twice on two machines, of which the first time one dies between two passes."""
     from raysl.clustering.lloyd import fit
 
-    class Lose(logging.Handler):
-        lines = 0
+    lines: list[str] = []
 
-        def emit(self, record: logging.LogRecord) -> None:
-            self.lines += 1
-            print(record.getMessage(), flush=True)
-            if self.lines == 5:
-                lose()
+    def say(line: str) -> None:
+        lines.append(line)
+        print(line, flush=True)
+        if len(lines) == 5:
+            lose()
 
-    logger = logging.getLogger("raysl.clustering")
-    logger.setLevel(logging.INFO)
-    logger.addHandler(Lose())
+    Listener(say).__enter__()
     fit(str(folder / "features"), KMEANS, str(folder / "disturbed"))
     fit(str(folder / "features"), KMEANS, str(folder / "usual"))
 

@@ -30,6 +30,7 @@ from raysl.stream.plan import Plan
 from raysl.training import elastic
 from raysl.training.elastic import Resizing
 from tests.data import make_dataset
+from tests.training.test_launch import Listener
 
 CPUS = Machines(({"CPU": 0.0}, {"CPU": 2.0}, {"CPU": 1.5}))
 GPUS = Machines(({"CPU": 8.0}, {"CPU": 8.0, "GPU": 2.0}, {"CPU": 4.0, "GPU": 1.0}))
@@ -155,7 +156,7 @@ def scenario(folder: Path) -> None:
     pretrain_room: Any = importlib.import_module("raysl.training.launch")
     elastic_room.RESIZE_AFTER_S = 0.5
     pretrain_room.SHOW_EVERY_S = 0.5
-    pretrain_room.LEAVE_WITHIN_S = 30.0
+    pretrain_room.STOP_WITHIN_S = 30.0
     cluster = Cluster(
         initialize_head=True, head_node_args={"num_cpus": 0, "object_store_memory": 100_000_000}
     )
@@ -165,7 +166,7 @@ def scenario(folder: Path) -> None:
 
     def train(config: Pretraining) -> threading.Thread:
         # Machines are started and stopped in the main thread only.
-        thread = threading.Thread(target=pretrain_room.pretrain, args=(config, lines.put))
+        thread = threading.Thread(target=pretrain_room.pretrain, args=(config,))
         thread.start()
         return thread
 
@@ -199,11 +200,12 @@ def scenario(folder: Path) -> None:
     ray.init(address=cluster.address, log_to_driver=False)
     ray_cluster.start()
     lines: queue.Queue[str] = queue.Queue()
+    Listener(lines.put).__enter__()
     config = configuration(str(folder / "set"), folder / "elastic")
     elastic_run = train(config)
     hear("step")
     machine()
-    hear("Goes on with 3 workers")
+    hear("Continues with 3 workers")
     # As far as a checkpoint: what goes back to one before leaves no row of three workers.
     saved = hear_step() + SAVE_STEPS
     while hear_step() < saved:
@@ -211,7 +213,7 @@ def scenario(folder: Path) -> None:
     one, another = of_trainers()
     drain(one)
     cluster.remove_node(another, allow_graceful=False)
-    hear("Goes on with 1 workers")
+    hear("Continues with 1 worker ")
     elastic_run.join()
     lines.queue.clear()
     machine()
