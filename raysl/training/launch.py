@@ -41,6 +41,8 @@ SHOW_EVERY_S = 5.0
 # Time for a worker group to stop after a request, counted from the request or its last sign of life. Then it is killed:
 # if a machine died unnoticed, two workers may share one machine's CPUs and starve their own data tasks.
 STOP_WITHIN_S = 120.0
+# Time for an exchange between the workers; then they begin again from the newest checkpoint.
+EXCHANGE_WITHIN_S = 1800
 
 
 def pretrain(
@@ -90,7 +92,9 @@ def pretrain(
         run = Run.begin(config, dataset, facts)
         _announce(config, dataset, plan, group, saved, local)
         board = None if local else progress_actor.open_board()
-        job = Job(config.to_json(), run, dataset, group.placement, board, until, subscriber)
+        job = Job(
+            config.to_json(), run, dataset, group.placement, board, until, subscriber, EXCHANGE_WITHIN_S
+        )
         begins = "" if local else group.placement.busy(group.workers)
         with console.working(begins or "Starting the training ..."), told.following(run, saved):
             if local:
@@ -347,7 +351,7 @@ def _trainer(job: Job, workers: int, once: bool, scratch: str) -> Any:
 
     return TorchTrainer(
         lambda: work(job),
-        torch_config=rendezvous.config(),
+        torch_config=rendezvous.config(job.timeout_s),
         scaling_config=ScalingConfig(
             num_workers=workers,
             use_gpu=job.placement.gpus_per_worker > 0,

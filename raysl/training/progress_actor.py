@@ -3,12 +3,18 @@
 from __future__ import annotations
 
 import math
+import os
+import threading
+import time
+from collections.abc import Mapping
 from typing import Any
 
 from raysl.errors import UserError
 
 # Errors of one worker at one step before a run gives up.
 MAX_CRASHES = 3
+# What a worker is doing, for the sentence about workers that wait for each other in vain.
+IMAGES, SAVING, OTHERS = "waits for images", "writes a checkpoint", "waits for the other workers"
 
 
 class Board:
@@ -22,6 +28,10 @@ class Board:
         self._reached = 0
         self._leave = False
         self._trainers: list[Any] = []
+        self._workers = 0
+        # What the workers do that have not ended a step for long.
+        self._stalled: dict[int, str] = {}
+        self._stall = ""
 
     def enlist(self, trainer: Any) -> None:
         """Register a worker by the handle of its actor."""
@@ -51,12 +61,23 @@ class Board:
     def crash(self, step: int, rank: int, trace: str) -> None:
         """Count an error that a restart may solve. An error that one worker repeats at the same step becomes final.
 
-        Each worker counts separately, so that the loss of one worker does not end a large group sooner.
+        Each worker counts separately, so that the loss of one worker does not end a large group sooner. After a stall,
+        the errors of all workers follow from it.
         """
         self._reached = max(self._reached, step)
         times = self._crashes[step, rank] = self._crashes.get((step, rank), 0) + 1
+        stall = stall_sentence(step, self._stalled, self._workers) if self._stalled else ""
+        if stall and stall != self._stall:
+            self._news.append(stall)
+            self._stall = stall
         if times >= MAX_CRASHES:
-            self.fail(f"Training failed {times} times after step {step}, each time with:\n\n{trace}")
+            self.fail(stall or f"Training failed {times} times after step {step}, each time with:\n\n{trace}")
+
+    def stalled(self, rank: int, doing: str) -> None:
+        """Record what a worker does that has not ended a step for long; "" when it has ended one after all."""
+        self._stalled[rank] = doing
+        if not doing:
+            self._stalled.pop(rank)
 
     def begin(self, step: int, workers: int, reached: int) -> int:
         """Record that a worker group begins at a step: 0, or the step of a checkpoint.
@@ -68,7 +89,7 @@ class Board:
             The number of steps after `step` that were done and lost, as far as metrics show.
         """
         lost = max(0, max(self._reached, reached) - step)
-        self._reached = step
+        self._reached, self._workers, self._stalled, self._stall = step, workers, {}, ""
         if step or lost:
             self._news.append(
                 f"Resumed from step {step} with {workers} worker{'s' if workers > 1 else ''}; {lost} steps were lost."
@@ -115,6 +136,9 @@ class Progress:
         """Return True if the worker should save and stop. Every worker must call it at the same step."""
         return False
 
+    def at(self, step: int, doing: str) -> None:
+        """Tell what the worker begins to do after `step` steps: `IMAGES`, `OTHERS` or `SAVING`."""
+
 
 class ActorProgress(Progress):
     """Progress through a progress actor. Also stops when Ray will drain one of the machines.
@@ -127,6 +151,8 @@ class ActorProgress(Progress):
         self._board = board
         self._rank = rank
         self._asked: Any = None
+        self._at = (time.monotonic(), 0, OTHERS)
+        self._told = False
 
     def begin(self, step: int, workers: int, reached: int) -> int:
         import ray
@@ -155,6 +181,64 @@ class ActorProgress(Progress):
             return False
         asked, self._asked = ray.get(self._asked), self._board.asked_to_leave.remote()
         return bool(asked)
+
+    def at(self, step: int, doing: str) -> None:
+        self._at = (time.monotonic(), step, doing)
+
+    def watch(self, timeout_s: float) -> None:
+        """End this process if it waits for the other workers for nearly as long as torch allows, and tell the driver.
+
+        torch itself would end the process when NCCL's time is over, by a signal and without an error in Python.
+        """
+
+        def look() -> None:
+            while not self.is_late(timeout_s, time.monotonic()):
+                time.sleep(timeout_s / 100)
+            os._exit(1)
+
+        threading.Thread(target=look, daemon=True).start()
+
+    def is_late(self, timeout_s: float, now_s: float) -> bool:
+        """Return True if this worker has waited for the others for 95 % of the time. Tell what it does from 90 % on."""
+        import ray
+
+        since_s, step, doing = self._at
+        stalls = now_s - since_s > 0.9 * timeout_s
+        if stalls != self._told:
+            self._board.stalled.remote(self._rank, doing if stalls else "")
+            self._told = stalls
+        late = doing == OTHERS and now_s - since_s > 0.95 * timeout_s
+        if late:
+            ray.get(self._board.crash.remote(step, self._rank, ""))
+        return late
+
+    def close(self) -> None:
+        """End the watch."""
+        self._at = (math.inf, 0, "")
+
+
+def stall_sentence(step: int, stalled: Mapping[int, str], workers: int) -> str:
+    """Return what is known of workers that wait for each other in vain, with the likely causes.
+
+    Args:
+        stalled: what a worker does, by its rank; workers that hang are missing.
+        workers: number of workers.
+    """
+    does = {rank: stalled.get(rank, "does not answer") for rank in range(max(workers, 1 + max(stalled)))}
+    others = [f"worker {rank} {doing}" for rank, doing in does.items() if doing != OTHERS]
+    found = f"After step {step}, the workers waited in vain for each other: "
+    if IMAGES in does.values():
+        return (
+            f"{found}{', '.join(others)}. Its data tasks get no CPU (`ray status`), or the storage is away."
+        )
+    if others:
+        return f"{found}{', '.join(others)}. Look at its machine: at its GPU (`nvidia-smi`), memory and disk."
+    return (
+        f"{found}none is behind the others. The network between the machines is the likely cause: a firewall, or "
+        "NCCL_SOCKET_IFNAME (GLOO_SOCKET_IFNAME on CPUs) that names no interface which all machines share. "
+        "NCCL_DEBUG=INFO and RAYSL_LOG_TO_DRIVER=1 show more. Else a GPU has failed (`nvidia-smi`), or an own "
+        "objective exchanges tensors on some workers only."
+    )
 
 
 def open_board() -> Any:

@@ -21,9 +21,14 @@ from torch.distributed import TCPStore  # type: ignore[attr-defined]
 _listening: Any = None
 
 
-def config() -> TorchConfig:
-    """Return the rendezvous for Ray Train: on loopback if this machine's Ray is on loopback."""
-    return _LoopbackConfig() if _is_loopback(ray.util.get_node_ip_address()) else TorchConfig()
+def config(timeout_s: int) -> TorchConfig:
+    """Return the rendezvous for Ray Train: on loopback if this machine's Ray is on loopback.
+
+    Args:
+        timeout_s: time for an exchange between the workers.
+    """
+    kind = _LoopbackConfig if _is_loopback(ray.util.get_node_ip_address()) else TorchConfig
+    return kind(timeout_s=timeout_s)
 
 
 def listen(host: str) -> Any:

@@ -35,7 +35,7 @@ from raysl.storage import StorageError
 from raysl.stream import shared
 from raysl.stream.plan import Plan
 from raysl.stream.reader import Batch, Source, Stream
-from raysl.training.progress_actor import ActorProgress, Progress
+from raysl.training.progress_actor import IMAGES, OTHERS, SAVING, ActorProgress, Progress
 from raysl.training.stop_sync import StopSync
 
 OUT_OF_MEMORY = "A training worker ran out of GPU memory. Lower --batch-size, or use more GPUs (--workers)."
@@ -49,6 +49,7 @@ class Job:
         board: the progress actor; None without one.
         until: the step to stop after, with a checkpoint; None for the end of the plan.
         subscriber: access to a stream that is shared with other runs; None if the run reads its own stream.
+        timeout_s: time for an exchange between the workers.
     """
 
     config: dict[str, Any]
@@ -58,6 +59,7 @@ class Job:
     board: Any = None
     until: int | None = None
     subscriber: shared.Subscriber | None = None
+    timeout_s: int = 1800
 
 
 class Worker:
@@ -162,7 +164,9 @@ class Worker:
         queue = DeviceQueue(self.device)
         stop_sync = StopSync(self.step, self.progress.asked_to_leave, self.device)
         end = self.plan.num_steps if self.job.until is None else min(self.job.until, self.plan.num_steps)
+        self.progress.at(self.step, IMAGES)
         for batch in shared.batches(self._stream(), self.job.subscriber, self.step, end):
+            self.progress.at(self.step, OTHERS)
             lr = self.config.optim.lr_at(self.step, self.plan.num_steps, self.config.batch_size)
             loss = self.update(distributed, batch, lr)
             self.step += 1
@@ -182,9 +186,12 @@ class Worker:
                 self._check(*self._soundness(loss.loss))
                 if log is not None:
                     log.flush()
+                self.progress.at(self.step, SAVING)
                 self.save()
             if leave:
                 break
+            self.progress.at(self.step, IMAGES)
+        self.progress.at(self.step, SAVING)
         self.saver.wait()
 
     def update(self, model: nn.Module, batch: Batch, lr: float) -> Loss:
@@ -355,8 +362,11 @@ def work(job: Job) -> None:
     job.board.enlist.remote(ray.get_runtime_context().current_actor)
     torch.set_num_threads(job.placement.threads_per_worker)
     worker: Worker | None = None
+    progress = ActorProgress(job.board, collective.rank())
+    if collective.world() > 1:
+        progress.watch(job.timeout_s)
     try:
-        worker = Worker(job, ray.train.torch.get_device(), ActorProgress(job.board, collective.rank()))
+        worker = Worker(job, ray.train.torch.get_device(), progress)
         worker.restore()
         worker.train()
     except UserError as error:
@@ -369,3 +379,5 @@ def work(job: Job) -> None:
         step = worker.step if worker else 0
         ray.get(job.board.crash.remote(step, collective.rank(), traceback.format_exc()))
         raise
+    finally:
+        progress.close()

@@ -131,15 +131,15 @@ class Listener(logging.Handler):
         logging.getLogger("raysl").removeHandler(self)
 
 
-def kill(*titles: str, most: int) -> int:
-    """Kills up to `most` processes of this session's Ray that have one of the titles; returns how many it was."""
-    killed = 0
+def send(*titles: str, number: signal.Signals = signal.SIGKILL, most: int) -> int:
+    """Send a signal to up to `most` processes of this session's Ray with one of the titles; return how many got it."""
+    sent = 0
     for process in psutil.Process(os.getpid()).children(recursive=True):
         with contextlib.suppress(psutil.Error):
-            if killed < most and any(title in " ".join(process.cmdline()) for title in titles):
-                process.send_signal(signal.SIGKILL)
-                killed += 1
-    return killed
+            if sent < most and any(title in " ".join(process.cmdline()) for title in titles):
+                process.send_signal(number)
+                sent += 1
+    return sent
 
 
 def test_killed_data_tasks_and_train_worker(finished: Run, dataset: DataSet, tmp_path: Path) -> None:
@@ -149,14 +149,44 @@ def test_killed_data_tasks_and_train_worker(finished: Run, dataset: DataSet, tmp
 
     def listen(line: str) -> None:
         if line.startswith("step") and not killed:
-            killed["data"] = kill("ray::MapBatches", "ray::IDLE", most=100)
-            killed["trainer"] = kill("RayTrainWorker", most=1)
+            killed["data"] = send("ray::MapBatches", "ray::IDLE", most=100)
+            killed["trainer"] = send("RayTrainWorker", most=1)
 
     with Listener(listen):
         pretrain(config)
     assert killed["data"] > 0
     assert killed["trainer"] == 1
     assert_same_end(config.run, finished)
+
+
+def placement_groups() -> list[str]:
+    """Return the states of the placement groups that hold or ask for resources of this session's Ray."""
+    import ray
+
+    groups = ray.util.placement_group_table().values()
+    return [group["state"] for group in groups if group["state"] != "REMOVED"]
+
+
+@pytest.mark.slow
+def test_a_worker_that_hangs_is_named_and_the_run_goes_on(
+    finished: Run, dataset: DataSet, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(importlib.import_module("raysl.training.launch"), "EXCHANGE_WITHIN_S", 30)
+    config = configuration(dataset, tmp_path / "run")
+    said: list[str] = []
+
+    def listen(line: str) -> None:
+        if line.startswith("step") and not any(line.startswith("step") for line in said):
+            assert send("RayTrainWorker", number=signal.SIGSTOP, most=1) == 1
+        said.append(line)
+
+    with Listener(listen):
+        pretrain(config)
+    # On a busy machine, the new workers may take as long to begin.
+    stall = next(line for line in said if "waited in vain" in line)
+    assert stall.count("does not answer") == 1
+    assert_same_end(config.run, finished)
+    assert placement_groups() == []
 
 
 def test_killed_driver(finished: Run, dataset: DataSet, tmp_path: Path) -> None:
@@ -244,3 +274,4 @@ def test_a_loss_that_is_not_finite_stops_the_run(dataset: DataSet, tmp_path: Pat
     config = configuration(dataset, tmp_path / "run")
     with pytest.raises(UserError, match="loss became nan"):
         pretrain(replace(config, optim=replace(config.optim, lr=1e30)))
+    assert placement_groups() == []

@@ -2,10 +2,13 @@
 
 from __future__ import annotations
 
+import time
+from types import SimpleNamespace
+
 import pytest
 
 from raysl.training import progress_actor
-from raysl.training.progress_actor import Board
+from raysl.training.progress_actor import IMAGES, OTHERS, ActorProgress, Board
 
 
 def test_rows_are_taken_once_and_the_first_failure_stays() -> None:
@@ -43,6 +46,42 @@ def test_trainers_that_have_agreed_to_leave_are_not_ended(monkeypatch: pytest.Mo
     board.dismiss()
     board.dismiss()
     assert ended == ["late"]
+
+
+def test_workers_that_wait_in_vain_tell_what_they_do_and_end(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("ray.get", lambda answer: answer)
+    board = Board()
+    board.begin(0, workers=3, reached=0)
+    called = SimpleNamespace(
+        stalled=SimpleNamespace(remote=board.stalled), crash=SimpleNamespace(remote=board.crash)
+    )
+    one, two = (ActorProgress(called, rank) for rank in range(2))
+    now_s = time.monotonic()
+    one.at(7, OTHERS)
+    two.at(7, IMAGES)
+    assert not one.is_late(1000, now_s + 920)
+    one.at(8, OTHERS)
+    assert not one.is_late(1000, now_s + 10), "it has ended a step after all"
+    assert not one.is_late(1000, now_s + 920)
+    assert not two.is_late(1000, now_s + 9999), "torch does not end a worker that waits for images"
+    assert one.is_late(1000, now_s + 960)
+    (said,) = board.news()
+    assert said.startswith(
+        "After step 8, the workers waited in vain for each other: worker 1 waits for images, "
+    )
+    assert "worker 2 does not answer" in said
+    board.crash(8, 0, "trace: connection closed by peer")
+    assert board.failure() is None
+    board.crash(8, 0, "trace: connection closed by peer")
+    assert board.failure() == said
+    one.close()
+    assert not one.is_late(1000, now_s + 9999)
+
+
+def test_a_stall_of_all_workers_names_the_network() -> None:
+    said = progress_actor.stall_sentence(3, {0: OTHERS, 1: OTHERS}, workers=2)
+    assert "none is behind the others" in said
+    assert "NCCL_SOCKET_IFNAME" in said
 
 
 def test_lost_steps_are_counted_once() -> None:
