@@ -88,7 +88,8 @@ def main(flags: SoundFlags) -> None:
 
 
 def _about(flags: SoundFlags) -> Mapping[str, object]:
-    return {name: getattr(flags, name) for name in ("data", "form", "loss", "negatives", "epochs")}
+    about = {name: getattr(flags, name) for name in ("data", "form", "negatives", "epochs")}
+    return {**about, "objective": flags.loss}  # "loss" is its value
 
 
 def _config(flags: SoundFlags, seed: int, train: str) -> Pretraining:

@@ -341,6 +341,7 @@ TABLES: dict[str, Callable[[], str]] = {
     "recipes-rank": _rank,
     "recipes-search": lambda: _recipes("search"),
     "video-audio": lambda: _video("audio_visual"),
+    "video-infonce": lambda: _video("audio_visual_infonce"),
     "video-keypoints": lambda: _video("keypoints", gains=True),
     "video-order": lambda: _video("frame_order"),
     "video-tracking": lambda: _video("tracking", gains=True),
