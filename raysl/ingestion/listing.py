@@ -193,7 +193,7 @@ def _walk_remote(
 ) -> Iterator[File]:
     import pyarrow.fs as pafs
 
-    found = retry(folder, "list", lambda: fs.get_file_info(pafs.FileSelector(folder)))
+    found = retry(f"{fs.type_name}://{folder}", "list", lambda: fs.get_file_info(pafs.FileSelector(folder)))
     for info in sorted(found, key=lambda info: str(info.base_name)):
         path = prefix + info.base_name
         if is_hidden(info.base_name):

@@ -86,7 +86,7 @@ def opened(root: str, path: str) -> Iterator[Table]:
     place = f"{folder}/{path}".rstrip("/")
     name = place.lower()
     try:
-        with retry(place, "read", lambda: fs.open_input_file(place)) as stream:
+        with retry(f"{root}/{path}".rstrip("/"), "read", lambda: fs.open_input_file(place)) as stream:
             if name.endswith(TEXT):
                 table = read_table(stream.read(), place)
                 yield _checked(_in_memory(table.to_batches(_TEXT_ROWS), table.schema), place)

@@ -63,7 +63,7 @@ def opened(root: str, path: str) -> Iterator[tuple[Any, str]]:
     """
     fs, folder = filesystem(root)
     place = f"{folder}/{path}".rstrip("/")
-    with retry(place, "read", lambda: fs.open_input_file(place)) as stream:
+    with retry(f"{root}/{path}".rstrip("/"), "read", lambda: fs.open_input_file(place)) as stream:
         head = stream.read(8)
         stream.seek(0)
         for magic, (kind, unpack) in _PACKED.items():

@@ -2,17 +2,23 @@
 
 from __future__ import annotations
 
+import itertools
 import os
 import subprocess
 import sys
 from pathlib import Path
+from typing import Any
 
 import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
+from fsspec.implementations.memory import MemoryFileSystem
 
 from raysl.errors import UserError
+from raysl.ingestion import tables, tar
+from raysl.ingestion.listing import files_below
 from raysl.ingestion.sources import Place, UnitSize, open_source, read
+from raysl.storage import Folder
 from tests.ingestion.reading import SMALL, jpeg, labels, opened, put, refused
 
 
@@ -456,3 +462,27 @@ def test_files_are_read_without_torch_which_takes_600_mb(tmp_path: Path) -> None
         "assert 'torch' not in sys.modules"
     )
     subprocess.run([sys.executable, "-c", program], check=True)
+
+
+def test_a_store_that_fails_for_a_moment_is_asked_again(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    place = Folder(f"memory://{tmp_path}")
+    place.write("a.csv", b"image,label\nx.png,cat\n")
+    place.write("b.tar", b"an archive")
+    for name in ("find", "open"):
+        method, turns = getattr(MemoryFileSystem, name), itertools.count()
+
+        def every_second(
+            store: Any, *given: Any, method: Any = method, turns: Any = turns, **named: Any
+        ) -> Any:
+            if next(turns) % 2 == 0:
+                raise OSError("Couldn't connect to server")
+            return method(store, *given, **named)
+
+        monkeypatch.setattr(MemoryFileSystem, name, every_second)
+    assert [file.path for file in files_below(str(place))] == ["a.csv", "b.tar"]
+    with tables.opened(str(place), "a.csv") as table:
+        assert len(table.groups) == 1
+    with tar.opened(str(place), "b.tar") as (stream, kind):
+        assert (stream.read(), kind) == (b"an archive", "")
