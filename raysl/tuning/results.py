@@ -205,8 +205,8 @@ def render(record: SweepResults) -> Table:
     shorts = [name.rpartition(".")[2] for name in names]
     fields = [n if shorts.count(s) > 1 else s for n, s in zip(names, shorts, strict=True)]
     for column in ("trial", *(field.replace("_", "\n") for field in fields), probe, "±", "epoch"):
-        made.add_column(column, justify="right", overflow="fold")
-    made.add_column("", no_wrap=True)
+        made.add_column(column, justify="right", min_width=max(map(len, column.split())))
+    made.add_column("")
 
     for row in rows:
         values = [f"{v:.3g}" if isinstance(v, float) else shown(v) for v in (row["values"][n] for n in names)]
