@@ -119,8 +119,7 @@ def probe(
 
     Args:
         checkpoint: a run (its newest checkpoint), RUN/checkpoints/step-NNN, a file of weights, or "random".
-        train: labelled data that the probes learn from.
-        test: labelled data that they are scored on.
+        train, test: labelled data that the probes learn from, and that they are scored on.
         probes: names of probes; `raysl methods` lists them.
         layers: "all" is conv1, res2 to res5 and pooled.
         out: folder of the rows and features; by default that of the run. Required for weights.
@@ -140,13 +139,14 @@ def probe(
         raise UserError(f"The argument {strange[0]!r} is neither one of `probe` nor one of {tuple(probes)}.")
     configs = {name: configure(kinds.config_type(name), protocols.get(name), {}) for name in probes}
     network = configure(Network, {"name": backbone} if isinstance(backbone, str) else backbone, {})
-    from raysl.evaluation import evaluate
-    from raysl.evaluation.options import ProbeConfig
+    check_source(train)
+    check_source(test)
+    from raysl.evaluation import evaluate, options
     from raysl.extraction import Trained, named
 
     source = named(uri(checkpoint), network, seed)
     sets = dataset(train), dataset(test)
-    config = ProbeConfig(
+    config = options.ProbeConfig(
         probes,
         layers,
         configs=configs,
@@ -195,6 +195,7 @@ def features(
     from raysl.extraction.features import FeaturesConfig as Config
 
     settings = configure(Config, config, {**given(data=data, out=out), **fields})
+    check_source(settings.data)
     from raysl.extraction import named
     from raysl.extraction.features import make
 

@@ -34,7 +34,10 @@ def test_every_verb_is_a_function_and_every_name_is_typed() -> None:
         (lambda: raysl.pretrain("d", "r", temperature=1), "Unknown argument or part of the method"),
         (lambda: raysl.pretrain("d", "r", epoch=2), "Did you mean 'epochs'"),
         (lambda: raysl.load("/nowhere/run"), "There is no checkpoint at '/nowhere/run'"),
-        (lambda: raysl.probe("/nowhere/run", "a", "b", ("knn",)), "There is no checkpoint at '/nowhere/run'"),
+        (
+            lambda: raysl.probe("/nowhere/run", "shapes:9", "shapes:9#test", ("knn",)),
+            "There is no checkpoint at",
+        ),
         (lambda: raysl.pretrain("d", "r", pirl={"temprature": 1}), "'temperature'"),
         (lambda: raysl.pretrain("d"), "lacks 'run'"),
         (lambda: raysl.pretrain(3, "r"), "type int"),  # type: ignore[arg-type]
