@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 import secrets
+import signal
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -23,6 +24,10 @@ os.environ["RAY_ENABLE_UV_RUN_RUNTIME_ENV"] = "0"
 os.environ.setdefault("OMP_NUM_THREADS", "1")
 # At the default of 15, other programs of a busy machine starve the workers, and tests time out.
 os.environ["RAY_worker_niceness"] = "0"  # noqa: SIM112
+# Tests that were started in the background of a script or by nohup ignore these signals, and so would their programs.
+for _number, _handler in ((signal.SIGINT, signal.default_int_handler), (signal.SIGHUP, signal.SIG_DFL)):
+    if signal.getsignal(_number) is signal.SIG_IGN:
+        signal.signal(_number, _handler)
 
 
 # These files take longest. They come first, or one process would end with them while the other has nothing to do.
