@@ -107,6 +107,8 @@ def _frames(av: Any, file: BinaryIO, sampling: Sampling) -> Iterator[tuple[float
         stream = container.streams.video[0]
         aspect = float(stream.sample_aspect_ratio or 1)
         stated_s = float(container.duration or 0) / av.time_base
+        if stream.average_rate:  # FFmpeg takes the duration of a cut AVI file from its size.
+            stated_s = max(stated_s, stream.frames / float(stream.average_rate))
         start_s, due, last_s = None, 0, 0.0
         for number, frame in enumerate(container.decode(stream)):
             time_s = (
