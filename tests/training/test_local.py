@@ -92,7 +92,8 @@ def test_a_thread_may_train(finished: Run, dataset: DataSet, tmp_path: Path) -> 
     assert psutil.Process().children() == before
 
 
-def test_settings_of_torch_are_restored() -> None:
+def test_settings_of_torch_are_restored(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(torch.backends.cudnn, "benchmark", False)
     with local._torch(1, on_gpu=False):
         torch.use_deterministic_algorithms(True)
         torch.backends.cudnn.benchmark = True
