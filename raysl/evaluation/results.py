@@ -299,8 +299,10 @@ def _verdict(name: str, trained: Mapping[str, Any], others: list[Mapping[str, An
     if len(worse) == len(others):
         return f"{start} is better than {listed}: the run has learned something useful."
     if worse:
-        rest = next(text for encoder, text in texts.items() if encoder not in worse)
-        return f"{start} is better than {texts[worse[0]]} and not clearly better than {rest}."
+        rest = next(row for row in others if row["encoder"] not in worse)
+        lost = rest["value"] - margins[rest["encoder"]] > trained["value"]
+        other = f"{'worse' if lost else 'not clearly better'} than {texts[rest['encoder']]}"
+        return f"{start} is better than {texts[worse[0]]} and {other}."
     if any(row["value"] - margins[row["encoder"]] <= trained["value"] for row in others) and num_test:
         chance = f"with {num_test:,} test images, a difference of {100 * max(margins.values()):.1f} % may be chance"
         return f"{start} is not clearly better than {listed}: {chance}."
