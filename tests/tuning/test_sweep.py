@@ -181,7 +181,8 @@ def test_loggers_get_the_hyperparameters_and_scores_of_hyperopt_and_hyperband(
     store = (tmp_path / "mlruns").as_uri()
     callbacks = [
         MLflowLoggerCallback(store, experiment_name="sweep"),
-        WandbLoggerCallback("sweep", mode="offline"),
+        # In the folder of a trial, Ray Tune would copy the last file before W&B has written it.
+        WandbLoggerCallback("sweep", mode="offline", dir=str(tmp_path / "offline")),
     ]
     results = fit(
         data,
