@@ -63,6 +63,26 @@ def loop():
     time.sleep(60)
 TorchTrainer(loop, scaling_config=ScalingConfig(num_workers=1)).fit()
 """
+# Two processes with a loader each; the first that is done says so.
+_TORCHRUN = """
+import torch.distributed
+torch.distributed.init_process_group("gloo")
+""" + _PLAIN_TORCH.replace(
+    "optimizer =", "network = torch.nn.parallel.DistributedDataParallel(network)\noptimizer ="
+)
+# Work that ends is measured whole: the run that it reads was made before.
+_FEATURES = """
+import sys
+import raysl
+raysl.features(sys.argv[1], sys.argv[2], sys.argv[3])
+print("first step done", flush=True)
+"""
+_PROBE = """
+import sys
+import raysl
+raysl.probe(sys.argv[1], sys.argv[2], sys.argv[2], probes=("knn",), out=sys.argv[3])
+print("first step done", flush=True)
+"""
 # A run says so at once, where it would show its progress every five seconds.
 _RUNS = """
 import importlib, sys
@@ -81,108 +101,13 @@ if runs == "2":
     print("now", flush=True)
 run("last", "first step done", 50)
 """
-# Makes two views of each image, as PIRL with Jigsaw does, and prints CPU milliseconds and wall milliseconds an image.
-_STREAM = """
-import sys, time
-import numpy as np, psutil, torch
-from contextlib import ExitStack
-from raysl.config import Pretraining
-from raysl.dataset import DataSet
-from raysl.model import Model
-from raysl.rng import ImageRng
-from raysl.stream.decode import cut
-from raysl.stream.reader import Batch
-arm, data, side, wanted = sys.argv[1], sys.argv[2], int(sys.argv[3]), int(sys.argv[4])
-dataset = DataSet.open(data)
-from raysl.config import ViewConfig
-from raysl.objectives.pirl import Config as Pirl
-config = Pretraining(data, "-", batch_size=128, epochs=1 + wanted * 2 / dataset.num_images, workers=1,
-                     method="pirl-jigsaw", view=ViewConfig(image_size=side),
-                     parts={"pirl": Pirl(num_negatives=128)})
-model = Model.of(config, dataset)
-stream = model.stream(dataset)
-sources = {name: view.source for name, view in stream.views.items()}
-
-def kernels(images, indices, epoch=0):
-    numbers = ImageRng(0, np.full(len(images), epoch), np.asarray(indices, np.int64))
-    return stream.finish(Batch(0, stream.plan.rows(0), None, {}, {}), cut(images, sources, numbers)).views
-
-def kernels_of(items):
-    return kernels([image for _, image in items], [index for index, _ in items])
-
-def stored():
-    table = dataset.read(np.arange(dataset.num_images), ["image"])
-    return table.column("image").to_pylist()
-
-def of_ray(stack):
-    from raysl import ray_cluster
-    ray_cluster.start()
-    return (len(batch.rows) for batch in stream.batches())
-
-def of_local(stack):
-    from dataclasses import replace
-    from raysl.stream.processes import DataProcesses
-    processes = stack.enter_context(DataProcesses(1))
-    return (len(batch.rows) for batch in replace(stream, source=processes.columns).batches())
-
-def of_loader(items):
-    from torch.utils.data import DataLoader
-    def batches():
-        loader = DataLoader(items, batch_size=128, shuffle=True, num_workers=1, collate_fn=kernels_of,
-                            persistent_workers=True)
-        while True:
-            yield from (len(next(iter(views.values()))) for views in loader)
-    return batches()
-
-def of_torch(stack):
-    return of_loader(list(enumerate(stored())))
-
-def of_datasets(stack):
-    from datasets import Dataset
-    class Items(torch.utils.data.Dataset):
-        rows = Dataset.from_dict({"image": stored()})
-        def __len__(self): return len(self.rows)
-        def __getitem__(self, index): return index, self.rows[index]["image"]
-    return of_loader(Items())
-
-def of_limit(stack):
-    images = stored()
-    torch.set_num_threads(1)
-    def batches():
-        while True:
-            for start in range(0, len(images) - 128, 128):
-                kernels(images[start : start + 128], range(start, start + 128))
-                yield 128
-    return batches()
-
-def cpu_s():
-    process, total = psutil.Process(), 0.0
-    for one in [process, *process.children(recursive=True)]:
-        try:
-            times = one.cpu_times()
-        except psutil.Error:
-            continue
-        total += times.user + times.system
-        if one is process:
-            total += times.children_user + times.children_system
-    return total
-
-with ExitStack() as stack:
-    batches = iter({"ray": of_ray, "local": of_local, "torch": of_torch, "datasets": of_datasets,
-                    "limit": of_limit}[arm](stack))
-    for _ in range(4):
-        next(batches)
-    before, began, done = cpu_s(), time.perf_counter(), 0
-    while done < wanted:
-        done += next(batches)
-    print(f"{1e3 * (cpu_s() - before) / done} {1e3 * (time.perf_counter() - began) / done}", flush=True)
-    import os; os._exit(0)
-"""
 _STREAM_ARMS = {
     "ray": "raysl on Ray Data",
     "local": "raysl --local",
     "torch": "torch DataLoader with raysl's kernels",
     "datasets": "Hugging Face datasets, DataLoader, raysl's kernels",
+    "webdataset": "WebDataset, DataLoader, raysl's kernels",
+    "litdata": "LitData, its loader, raysl's kernels",
     "limit": "raysl's kernels alone, files in memory",
 }
 
@@ -228,7 +153,8 @@ def _photos(scratch: Path, side: int) -> Path:
 
     generator = np.random.default_rng(side)
     count = 4096 if side < 200 else 512
-    (scratch / f"photos-{side}").mkdir()
+    for label in ("even", "odd"):
+        (scratch / f"photos-{side}" / label).mkdir(parents=True)
     larger = side if side <= 32 else side * 3 // 2
     height, width = larger, larger if side <= 32 else larger * 4 // 3
     falloff = 1 / np.maximum(
@@ -239,7 +165,8 @@ def _photos(scratch: Path, side: int) -> Path:
         channels = np.fft.irfft2(np.fft.rfft2(noise) * falloff, (height, width))
         scaled = 128 + 50 * channels / channels.std()
         pixels_hwc = np.ascontiguousarray(scaled.clip(0, 255).astype(np.uint8).transpose(1, 2, 0))
-        (scratch / f"photos-{side}" / f"{number:05d}.jpg").write_bytes(
+        label = "odd" if number % 2 else "even"
+        (scratch / f"photos-{side}" / label / f"{number:05d}.jpg").write_bytes(
             simplejpeg.encode_jpeg(pixels_hwc, quality=90)
         )
     ingest(str(scratch / f"photos-{side}"), str(scratch / f"data-{side}"))
@@ -251,17 +178,49 @@ def _start(flags: Flags, data: Mapping[int, Path], scratch: Path) -> Iterator[Ro
     place = Path(tempfile.mkdtemp(dir=scratch))
     smallest = str(data[min(data)])
     runs = [sys.executable, "-c", _RUNS, smallest]
+    trained = _trained(smallest, scratch)
+    torchrun = place / "torchrun.py"
+    torchrun.write_text(_TORCHRUN)
     arms: dict[str, list[str]] = {
         "raysl --local": [*runs, str(place / "local"), "1", "local", "1"],
         "raysl, 1 worker": [*runs, str(place / "one"), "1", "ray", "1"],
         "raysl, 2 workers": [*runs, str(place / "two"), "2", "ray", "1"],
         "raysl, second run of a process": [*runs, str(place / "again"), "1", "ray", "2"],
         "plain torch, one loader process": [sys.executable, "-c", _PLAIN_TORCH],
+        "raysl features, whole": [
+            sys.executable,
+            "-c",
+            _FEATURES,
+            trained,
+            smallest,
+            str(place / "features"),
+        ],
+        "raysl probe with kNN, whole": [
+            sys.executable,
+            "-c",
+            _PROBE,
+            trained,
+            smallest,
+            str(place / "probe"),
+        ],
+        "torchrun, 2 workers with a loader each": [
+            *(sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2"),
+            str(torchrun),
+        ],
         "ray.init alone": [sys.executable, "-c", _RAY_ALONE],
         "TorchTrainer with an empty loop": [sys.executable, "-c", _EMPTY_TRAINER],
     }
     for name, command in arms.items():
         yield {"arm": name, **_until_step(command)}
+
+
+def _trained(data: str, scratch: Path) -> str:
+    """Return the folder of a short run with a backbone for 32 pixels, made once."""
+    import raysl
+
+    run = str(scratch / "trained")
+    raysl.pretrain(data, run, epochs=0.1, batch_size=128, local=True, method="pirl-jigsaw")
+    return run
 
 
 def _until_step(command: Sequence[str]) -> Row:
@@ -291,13 +250,16 @@ def _until_step(command: Sequence[str]) -> Row:
 
 
 def _tree(process: psutil.Process) -> tuple[float, int, float]:
-    """Return CPU seconds, number and proportional memory in bytes of a process and its descendants."""
+    """Return CPU seconds, number and proportional memory in bytes of a process and its descendants.
+
+    The seconds hold those of descendants that have ended and were waited for.
+    """
     cpu_s, memory = 0.0, 0.0
     every = [process, *process.children(recursive=True)]
     for one in every:
         with suppress(psutil.Error):
             times = one.cpu_times()
-            cpu_s += times.user + times.system
+            cpu_s += times.user + times.system + times.children_user + times.children_system
             memory += one.memory_full_info().pss
     return cpu_s, len(every), memory
 
@@ -307,9 +269,10 @@ def _stream(flags: Flags, data: Mapping[int, Path], scratch: Path) -> Iterator[R
     for side, folder in data.items():
         images = flags.images * 32 // side if side < 200 else flags.images // 20
         for arm, name in _STREAM_ARMS.items():
-            if arm == "datasets" and find_spec("datasets") is None:
+            if arm in ("datasets", "webdataset", "litdata") and find_spec(arm) is None:
                 continue
-            command = [sys.executable, "-c", _STREAM, arm, str(folder), str(side), str(images)]
+            script = Path(__file__).with_name("loaders.py")
+            command = [sys.executable, str(script), arm, str(folder), str(side), str(images)]
             done = subprocess.run(command, capture_output=True, text=True)
             if done.returncode:
                 raise SystemExit(f"{name} failed:\n{done.stderr[-2000:]}")

@@ -1,0 +1,210 @@
+"""Make two views of each image, as PIRL with Jigsaw does, through one loader, and print its price.
+
+    python benchmarks/loaders.py torch DATA 32 20000
+
+Prints CPU milliseconds of the whole tree of processes and wall milliseconds for each image. `speed.py` calls it for
+every loader. All loaders shuffle, have one process beside the trainer, and use the kernels of raysl.
+"""
+
+from __future__ import annotations
+
+import io
+import os
+import sys
+import tarfile
+import time
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import ExitStack
+from dataclasses import dataclass, replace
+from functools import cached_property
+from typing import Any
+
+import numpy as np
+import psutil
+import torch
+from torch.utils.data import DataLoader
+
+from raysl.config import Pretraining, ViewConfig
+from raysl.dataset import DataSet
+from raysl.model import Model
+from raysl.objectives.pirl import Config as Pirl
+from raysl.rng import ImageRng
+from raysl.stream.decode import cut
+from raysl.stream.reader import Batch, Stream
+
+_BATCH = 128
+_WARM_UP = 4
+
+
+@dataclass(frozen=True)
+class Views:
+    """The views of PIRL with Jigsaw, and the images that they are made of.
+
+    Args:
+        data: folder of a data set.
+        side: side of the view in pixels.
+        images: number of images that are read, so that the run of the stream is long enough.
+    """
+
+    data: str
+    side: int
+    images: int
+
+    @cached_property
+    def stream(self) -> Stream:
+        """The stream of a run on this data."""
+        dataset = DataSet.open(self.data)
+        config = Pretraining(
+            *(self.data, "-"),
+            batch_size=_BATCH,
+            epochs=1 + self.images * 2 / dataset.num_images,
+            method="pirl-jigsaw",
+            view=ViewConfig(image_size=self.side),
+            parts={"pirl": Pirl(num_negatives=_BATCH)},
+        )
+        return Model.of(config, dataset).stream(dataset)
+
+    def stored(self) -> list[bytes]:
+        """Return the encoded images."""
+        dataset = DataSet.open(self.data)
+        encoded: list[bytes] = (
+            dataset.read(np.arange(dataset.num_images), ["image"]).column("image").to_pylist()
+        )
+        return encoded
+
+    def of(self, items: Sequence[tuple[int, bytes]]) -> Mapping[str, Any]:
+        """Return the views of (index, encoded image) pairs; a `collate_fn`."""
+        sources = {name: view.source for name, view in self.stream.views.items()}
+        indices, images = zip(*items, strict=True)
+        numbers = ImageRng(0, np.zeros(len(images), np.int64), np.asarray(indices, np.int64))
+        batch = Batch(0, self.stream.plan.rows(0), None, {}, {})
+        return self.stream.finish(batch, cut(list(images), sources, numbers)).views
+
+
+class _HuggingFace(torch.utils.data.Dataset[tuple[int, bytes]]):
+    """Rows of Hugging Face `datasets`."""
+
+    def __init__(self, images: list[bytes]) -> None:
+        from datasets import Dataset
+
+        self.rows = Dataset.from_dict({"image": images})
+
+    def __len__(self) -> int:
+        return len(self.rows)
+
+    def __getitem__(self, index: int) -> tuple[int, bytes]:
+        return index, self.rows[index]["image"]
+
+
+def _loaded(views: Views, items: Any, kind: Any = DataLoader, **options: Any) -> Iterator[int]:
+    """Yield the sizes of batches of a DataLoader, epoch after epoch."""
+    if kind is DataLoader:
+        options["persistent_workers"] = True
+    loader = kind(items, batch_size=_BATCH, num_workers=1, collate_fn=views.of, **options)
+    while True:
+        yield from (len(next(iter(found.values()))) for found in loader)
+
+
+def _ray(views: Views, stack: ExitStack) -> Iterator[int]:
+    from raysl import ray_cluster
+
+    ray_cluster.start()
+    return (len(batch.rows) for batch in views.stream.batches())
+
+
+def _local(views: Views, stack: ExitStack) -> Iterator[int]:
+    from raysl.stream.processes import DataProcesses
+
+    processes = stack.enter_context(DataProcesses(1))
+    return (len(batch.rows) for batch in replace(views.stream, source=processes.columns).batches())
+
+
+def _torch(views: Views, stack: ExitStack) -> Iterator[int]:
+    return _loaded(views, list(enumerate(views.stored())), shuffle=True)
+
+
+def _datasets(views: Views, stack: ExitStack) -> Iterator[int]:
+    return _loaded(views, _HuggingFace(views.stored()), shuffle=True)
+
+
+def _webdataset(views: Views, stack: ExitStack) -> Iterator[int]:
+    import webdataset
+
+    shard = f"{views.data}.tar"
+    if not os.path.exists(shard):
+        with tarfile.open(shard, "w") as archive:
+            for index, image in enumerate(views.stored()):
+                entry = tarfile.TarInfo(f"{index}.jpg")
+                entry.size = len(image)
+                archive.addfile(entry, io.BytesIO(image))
+    rows = webdataset.WebDataset(shard, shardshuffle=False).shuffle(1000).to_tuple("__key__", "jpg")
+    return _loaded(views, rows.map(_indexed))
+
+
+def _indexed(row: tuple[str, bytes]) -> tuple[int, bytes]:
+    return int(row[0]), row[1]
+
+
+def _litdata(views: Views, stack: ExitStack) -> Iterator[int]:
+    from litdata import StreamingDataLoader, StreamingDataset
+    from litdata.streaming.writer import BinaryWriter
+
+    folder = f"{views.data}.litdata"
+    if not os.path.exists(folder):
+        os.mkdir(folder)
+        writer = BinaryWriter(folder, chunk_bytes="64MB")
+        for index, image in enumerate(views.stored()):
+            writer.add_item(index, (index, image))
+        writer.done()
+        writer.merge()
+    return _loaded(views, StreamingDataset(folder, shuffle=True), StreamingDataLoader)
+
+
+def _limit(views: Views, stack: ExitStack) -> Iterator[int]:
+    items = list(enumerate(views.stored()))
+    torch.set_num_threads(1)
+    while True:
+        for start in range(0, len(items) - _BATCH, _BATCH):
+            views.of(items[start : start + _BATCH])
+            yield _BATCH
+
+
+_LOADERS = {
+    "ray": _ray,
+    "local": _local,
+    "torch": _torch,
+    "datasets": _datasets,
+    "webdataset": _webdataset,
+    "litdata": _litdata,
+    "limit": _limit,
+}
+
+
+def _cpu_s() -> float:
+    """Return CPU seconds of this process, its descendants, and those that have ended."""
+    process, total = psutil.Process(), 0.0
+    for one in [process, *process.children(recursive=True)]:
+        try:
+            times = one.cpu_times()
+        except psutil.Error:
+            continue
+        total += times.user + times.system + times.children_user + times.children_system
+    return total
+
+
+def main(loader: str, data: str, side: int, images: int) -> None:
+    """Print CPU and wall milliseconds for each image, after some batches that are not counted."""
+    with ExitStack() as stack:
+        batches = iter(_LOADERS[loader](Views(data, side, images), stack))
+        for _ in range(_WARM_UP):
+            next(batches)
+        before, began, done = _cpu_s(), time.perf_counter(), 0
+        while done < images:
+            done += next(batches)
+        print(f"{1e3 * (_cpu_s() - before) / done} {1e3 * (time.perf_counter() - began) / done}", flush=True)
+        # Nobody needs what the loader has prepared.
+        os._exit(0)
+
+
+if __name__ == "__main__":
+    main(sys.argv[1], sys.argv[2], int(sys.argv[3]), int(sys.argv[4]))
