@@ -87,7 +87,7 @@ print("first step done", flush=True)
 _RUNS = """
 import importlib, sys
 import raysl
-importlib.import_module("raysl.training.launch").SHOW_EVERY_S = 0.05
+importlib.import_module("raysl.training.launch").SHOW_EVERY_S = 0.25
 data, folder, workers, local, runs = sys.argv[1:]
 class Steps(raysl.Callback):
     def __init__(self, says): self.says = says
@@ -125,10 +125,10 @@ class Flags:
     """
 
     out: Path = Path("results/bench")
-    rounds: int = 5
+    rounds: int = 3
     parts: tuple[str, ...] = ("start", "stream", "kmeans")
     sides: tuple[int, ...] = (32, 64, 224)
-    images: int = 20_000
+    images: int = 12_000
 
 
 def main(flags: Flags) -> None:

@@ -78,7 +78,8 @@ def begin(**options: Any) -> None:
     """Start Ray on loopback, with a token and a folder of its own.
 
     While it runs, RAY_AUTH_MODE and RAY_AUTH_TOKEN_PATH name its token, RAY_AUTH_TOKEN is unset, and
-    GLOO_SOCKET_IFNAME and NCCL_SOCKET_IFNAME name the loopback interface. `end`, which also runs when this process
+    GLOO_SOCKET_IFNAME and NCCL_SOCKET_IFNAME name the loopback interface, and Ray Train does not watch for reclaimed
+    machines. `end`, which also runs when this process
     exits, restores them and removes the folder. The next `begin` removes folders that killed processes left behind.
 
     Raises:
@@ -106,6 +107,8 @@ def begin(**options: Any) -> None:
     loopback = next((name for _, name in socket.if_nameindex() if name in ("lo", "lo0")), "lo")
     for name in ("GLOO_SOCKET_IFNAME", "NCCL_SOCKET_IFNAME"):
         home.tell(name, loopback)
+    # This machine is not reclaimed, and the watcher is one more process that starts before the first step.
+    home.tell("RAY_TRAIN_ENABLE_PREEMPTION_WATCHER", "0")
     _read_environment()
     if sys.platform == "darwin":
         # Ray counts the GPU of an Apple chip, which raysl does not use.

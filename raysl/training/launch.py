@@ -349,7 +349,18 @@ def _trainer(job: Job, workers: int, once: bool, scratch: str) -> Any:
 
     from raysl.training import rendezvous
 
-    return TorchTrainer(
+    # Each of these starts a process, one after the other, before the first step. Data sets reach the workers without
+    # Ray Train, and a Ray that raysl started ends with this process, so that no placement group outlives it.
+    unneeded = {"DatasetsCallback"}
+    if local_ray.folder():
+        unneeded.add("PlacementGroupCleanerCallback")
+
+    class Trainer(TorchTrainer):  # type: ignore[misc]
+        def _create_default_callbacks(self) -> list[Any]:
+            callbacks: list[Any] = super()._create_default_callbacks()
+            return [callback for callback in callbacks if type(callback).__name__ not in unneeded]
+
+    return Trainer(
         lambda: work(job),
         torch_config=rendezvous.config(job.timeout_s),
         scaling_config=ScalingConfig(
