@@ -246,7 +246,9 @@ def _until_step(command: Sequence[str]) -> Row:
             for one in [*tree.children(recursive=True), tree]:
                 with suppress(psutil.Error):
                     one.send_signal(signal.SIGKILL)
-    return {"cpu_s": cpu_s - spent, "wall_s": wall_s, "processes": processes, "memory_gb": memory / 1e9}
+    # The CPU seconds of a second run are not known: processes of the first one have ended.
+    cpu = {} if spent else {"cpu_s": cpu_s}
+    return {**cpu, "wall_s": wall_s, "processes": processes, "memory_gb": memory / 1e9}
 
 
 def _tree(process: psutil.Process) -> tuple[float, int, float]:
@@ -348,7 +350,7 @@ def _by(rows: Sequence[Row], key: str) -> dict[Any, list[Row]]:
 
 
 def _spread(rows: Sequence[Row], key: str, digits: int) -> str:
-    values = [row[key] for row in rows]
+    values = [row[key] for row in rows if key in row]
     if not values:
         return ""
     median = f"{statistics.median(values):.{digits}f}"

@@ -145,6 +145,7 @@ def probe(
     from raysl.extraction import Trained, named
 
     source = named(uri(checkpoint), network, seed)
+    evaluate.layers_of(source, layers)
     sets = dataset(train), dataset(test)
     config = options.ProbeConfig(
         probes,
@@ -196,10 +197,11 @@ def features(
 
     settings = configure(Config, config, {**given(data=data, out=out), **fields})
     check_source(settings.data)
-    from raysl.extraction import named
+    from raysl.extraction import check_layers, named
     from raysl.extraction.features import make
 
-    named(uri(checkpoint), settings.backbone, settings.seed)
+    source = named(uri(checkpoint), settings.backbone, settings.seed)
+    check_layers(source, (settings.layer,))
     dataset(settings.data)
     start_ray(settings.out)
     return make(uri(checkpoint), settings)

@@ -203,7 +203,7 @@ def import_module(path_or_name: str) -> ModuleType:
 
 
 def _file(path_or_name: str) -> Path:
-    return Path(path_or_name).expanduser()
+    return Path(os.path.expanduser(path_or_name))
 
 
 def _is_file(path_or_name: str) -> bool:

@@ -16,7 +16,7 @@ import sys
 from collections.abc import Callable, Mapping, Sequence
 from functools import cache
 from pathlib import Path
-from statistics import mean, stdev
+from statistics import mean, median, stdev
 from typing import Any
 
 ROOT = Path(__file__).parents[1]
@@ -329,7 +329,50 @@ def _rank() -> str:
     return table(["measure", "Spearman's rank correlation with kNN", "p", "runs"], lines)
 
 
+# What is compared: the arm of raysl, the other arm, and what is measured.
+COMPARED = {
+    "start": (
+        ("raysl --local", "plain torch, one loader process", "cpu_s"),
+        ("raysl, 1 worker", "TorchTrainer with an empty loop", "cpu_s"),
+        ("raysl, 1 worker", "TorchTrainer with an empty loop", "wall_s"),
+        ("raysl, 2 workers", "torchrun, 2 workers with a loader each", "cpu_s"),
+        ("raysl, second run of a process", "raysl, 1 worker", "cpu_s"),
+    ),
+    "stream": tuple(
+        (own, other, "cpu_ms")
+        for own in ("raysl on Ray Data", "raysl --local")
+        for other in (
+            "torch DataLoader with raysl's kernels",
+            "Hugging Face datasets, DataLoader, raysl's kernels",
+            "WebDataset, DataLoader, raysl's kernels",
+            "LitData, its loader, raysl's kernels",
+        )
+    ),
+}
+
+
+def _bench(part: str) -> str:
+    """Return medians of ratios of the same round, with their ranges."""
+    rows = [json.loads(line) for line in (ROOT / "results/bench/speed.jsonl").read_text().splitlines()]
+    found = {(row["arm"], row.get("side"), row["round"]): row for row in rows if row["part"] == part}
+    lines = []
+    for side in sorted({side for _, side, _ in found}, key=str, reverse=True):
+        for own, other, measure in COMPARED[part]:
+            ratios = [
+                row[measure] / found[other, side, number][measure]
+                for (arm, of_side, number), row in found.items()
+                if (arm, of_side) == (own, side) and (other, side, number) in found
+            ]
+            if ratios:
+                around = f"{median(ratios):.2f} ({min(ratios):.2f} to {max(ratios):.2f})"
+                what = f"{side} pixels" if side else {"cpu_s": "CPU time", "wall_s": "time"}[measure]
+                lines.append([own, other, what, around])
+    return table(["", "beside", "of", "ratio"], lines)
+
+
 TABLES: dict[str, Callable[[], str]] = {
+    "bench-start": lambda: _bench("start"),
+    "bench-stream": lambda: _bench("stream"),
     "headline": _headline,
     "long-layers": _layers,
     "long-closer": _closer,

@@ -202,7 +202,7 @@ def _measured(
     The rows of one probe and encoder are stored as soon as they exist, because a later probe may fail.
     """
     ready = config.ready()
-    layers = [_layers(source, config.layers) for source in sources]
+    layers = [layers_of(source, config.layers) for source in sources]
     if not config.in_process:
         ray_cluster.start()
     train, test = (one if isinstance(one, DataSet) else resolve(one) for one in (train, test))
@@ -348,7 +348,7 @@ def _extract(
     return [(found[i], found[i + len(sets) - 1]) for i in range(0, len(found), len(sets))]
 
 
-def _layers(source: Encoder, layers: Sequence[str]) -> tuple[str, ...]:
+def layers_of(source: Encoder, layers: Sequence[str]) -> tuple[str, ...]:
     """Return the requested layers of an encoder; pixels have only "pooled". Raises UserError for an unknown layer."""
     known = source.layers
     if isinstance(source, extraction.Pixels):

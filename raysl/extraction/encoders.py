@@ -273,6 +273,14 @@ def check_size(encoder: Encoder, image_size: int) -> None:
         networks.check_size(encoder.backbone_config(), image_size)
 
 
+def check_layers(encoder: Encoder, layers: Sequence[str]) -> None:
+    """Raise UserError if an encoder lacks a layer. Each may be a grid, such as "res3:9216"."""
+    known = encoder.layers
+    for layer in layers:
+        if not layer_names.is_spec(layer) or layer_names.layer_of(layer) not in known:
+            raise unknown(f"layer of the {encoder.name} encoder", layer, known)
+
+
 def _pixels(images_bchw: Tensor) -> dict[str, Tensor]:
     if images_bchw.shape[2] > _PIXELS_SIZE:
         size = (_PIXELS_SIZE, _PIXELS_SIZE)

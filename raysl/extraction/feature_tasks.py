@@ -26,7 +26,7 @@ from torch import Tensor
 
 from raysl.backbone import external_weights, network
 from raysl.dataset import DataSet
-from raysl.errors import UserError, unknown
+from raysl.errors import UserError
 from raysl.extraction import encoders
 from raysl.extraction import layers as layer_names
 from raysl.extraction.encoders import Encoder
@@ -122,10 +122,7 @@ def describe(source: Encoder, dataset: DataSet, protocol: FeatureProtocol) -> di
     Raises:
         UserError: a layer does not exist, the encoder takes images of another size, or the data set is empty.
     """
-    known = source.layers
-    for layer in protocol.layers:
-        if not layer_names.is_spec(layer) or layer_names.layer_of(layer) not in known:
-            raise unknown(f"layer of the {source.name} encoder", layer, known)
+    encoders.check_layers(source, protocol.layers)
     encoders.check_size(source, protocol.image_size)
     if dataset.num_images == 0:
         raise UserError(

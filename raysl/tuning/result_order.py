@@ -113,12 +113,18 @@ class InOrder(TrialScheduler):  # type: ignore[misc]
         self.tried: list[_Tried] = []
         # Trials that Ray Tune gives up, although they crashed and may continue, with their controllers.
         self.given_up: dict[Trial, Any] = {}
+        self._controller: Any = None
         self._seed = seed
         self._together = type(inner) not in PER_RUNG
 
     def __getstate__(self) -> dict[str, Any]:
         # Ray Tune pickles its scheduler, and never needs it back: a sweep continues from its journal.
-        return {**self.__dict__, "record": None}
+        return {**self.__dict__, "record": None, "_controller": None}
+
+    def kill_trials(self) -> None:
+        """Kill the actors of all trials and give back what they hold; Ray Tune does so only after an error."""
+        if self._controller is not None:
+            self._controller._actor_manager.cleanup()
 
     def busy(self) -> int:
         """Return how many trials run, or could continue at once."""
@@ -137,6 +143,7 @@ class InOrder(TrialScheduler):  # type: ignore[misc]
         return str(self.inner.debug_string())
 
     def on_trial_add(self, tune_controller: Any, trial: Trial) -> None:
+        self._controller = tune_controller
         n = _number(trial)
         if n < len(self.tried):  # Ray Tune adds it again after an error, to retry it.
             if self.tried[n].failed:

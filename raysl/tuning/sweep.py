@@ -170,7 +170,8 @@ def fit(bound: Any, space: Space, order: InOrder, numbered: Numbered, folder: Fo
         "TUNE_DISABLE_SIGINT_HANDLER": "1",
         **SETTINGS,
     }
-    with patch.dict(os.environ, settings):  # A Tuner that the caller runs later must not find them.
+    # A Tuner that the caller runs later must not find the settings.
+    with patch.dict(os.environ, settings), _trials_killed(order):
         tune.Tuner(
             bound,
             param_space={d.name: d.domain() for d in space.dimensions},
@@ -194,6 +195,16 @@ def fit(bound: Any, space: Space, order: InOrder, numbered: Numbered, folder: Fo
                 checkpoint_config=tune.CheckpointConfig(checkpoint_frequency=1),
             ),
         ).fit()
+
+
+@contextmanager
+def _trials_killed(order: InOrder) -> Iterator[None]:
+    """Kill the trials if the block is interrupted. A notebook lives on, and they would keep its CPUs."""
+    try:
+        yield
+    except (KeyboardInterrupt, SystemExit):
+        order.kill_trials()
+        raise
 
 
 @contextmanager

@@ -70,6 +70,17 @@ def test_decisions_depend_on_results_only(
     )
 
 
+def test_ctrl_c_in_a_notebook_kills_the_trials(ray_session: None, tmp_path: Path) -> None:
+    import ray
+
+    with pytest.raises(KeyboardInterrupt):
+        play(tmp_path, "none", "random", 2, "none", Notes(kill_after=2, error=KeyboardInterrupt))
+    deadline = time.monotonic() + 60
+    while ray.available_resources()["CPU"] < ray.cluster_resources()["CPU"]:
+        assert time.monotonic() < deadline, "trials still hold CPUs"
+        time.sleep(0.2)
+
+
 def test_a_second_error_of_a_lost_actor_does_not_end_a_trial() -> None:
     """Ray Tune queues the trial at the first error, of a step, and gives it up at the second, of a checkpoint."""
     queued: list[Any] = []

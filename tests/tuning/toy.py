@@ -79,12 +79,15 @@ class Notes:
 
     Args:
         file: file of all rows, from which a later process continues; none by default.
-        kill_after: number of scores after which the sweep ends by `Killed`.
+        kill_after: number of scores after which the sweep ends by `error`.
     """
 
-    def __init__(self, file: Path | None = None, kill_after: int = 0) -> None:
+    def __init__(
+        self, file: Path | None = None, kill_after: int = 0, error: type[BaseException] = Killed
+    ) -> None:
         self.rows: dict[tuple[str, int, int], dict[str, Any]] = {}
         self.kill_after = kill_after
+        self.error = error
         for line in file.read_text().splitlines() if file is not None and file.exists() else ():
             self._add(json.loads(line))
         self._file = file
@@ -96,7 +99,7 @@ class Notes:
             with self._file.open("a") as file:
                 file.write(json.dumps(row) + "\n")
         if before < len(self.of("score")) == self.kill_after:
-            raise Killed
+            raise self.error
 
     def of(self, event: str) -> dict[tuple[int, int], dict[str, Any]]:
         """Return the rows of one kind by trial and rung, counted from 0. A later row replaces an earlier one."""
