@@ -336,7 +336,7 @@ COMPARED = {
         ("raysl, 1 worker", "TorchTrainer with an empty loop", "cpu_s"),
         ("raysl, 1 worker", "TorchTrainer with an empty loop", "wall_s"),
         ("raysl, 2 workers", "torchrun, 2 workers with a loader each", "cpu_s"),
-        ("raysl, second run of a process", "raysl, 1 worker", "cpu_s"),
+        ("raysl, second run of a process", "raysl, 1 worker", "wall_s"),
     ),
     "stream": tuple(
         (own, other, "cpu_ms")
@@ -356,7 +356,7 @@ def _bench(part: str) -> str:
     rows = [json.loads(line) for line in (ROOT / "results/bench/speed.jsonl").read_text().splitlines()]
     found = {(row["arm"], row.get("side"), row["round"]): row for row in rows if row["part"] == part}
     lines = []
-    for side in sorted({side for _, side, _ in found}, key=str, reverse=True):
+    for side in sorted({side for _, side, _ in found}, key=lambda side: side or 0):
         for own, other, measure in COMPARED[part]:
             ratios = [
                 row[measure] / found[other, side, number][measure]
