@@ -148,8 +148,7 @@ def probe(
     evaluate.layers_of(source, layers)
     sets = dataset(train), dataset(test)
     config = options.ProbeConfig(
-        probes,
-        layers,
+        *(probes, layers),
         configs=configs,
         bn_statistics=bn_statistics,
         out=os.fspath(out),
