@@ -11,6 +11,7 @@ import socket
 import threading
 import time
 from typing import Any
+from unittest.mock import patch
 
 from raysl.errors import UserError
 from raysl.ray_cluster import autoscaler, local_ray, versions
@@ -71,12 +72,17 @@ def start(compare: bool = True) -> None:
     }
     main = threading.current_thread() is threading.main_thread()
     before = signal.getsignal(signal.SIGTERM)
+    on_sigterm = signal.default_int_handler if before == signal.SIG_DFL else before
+    if main:
+        signal.signal(signal.SIGTERM, on_sigterm)
     try:
-        if address:
-            _require_answer(address)
-            ray.init(address=address, runtime_env=_runtime_env(), **logs)
-        else:
-            local_ray.begin(**logs)
+        # While it starts, Ray would handle SIGTERM by ending the process without a word.
+        with patch.object(ray._private.utils, "set_sigterm_handler", lambda handler: None):
+            if address:
+                _require_answer(address)
+                ray.init(address=address, runtime_env=_runtime_env(), **logs)
+            else:
+                local_ray.begin(**logs)
     except UserError:
         raise
     except Exception as error:  # Ray raises plain ones
@@ -86,8 +92,8 @@ def start(compare: bool = True) -> None:
             advice = "Correct RAY_ADDRESS, or unset it to stay on this machine."
         raise UserError(f"Cannot {doing}: {' '.join(str(error).split())} {advice}") from error
     if main:
-        # Ray's own handler prints a trace of C++ and aborts, so nothing would be cleaned up.
-        signal.signal(signal.SIGTERM, signal.default_int_handler if before == signal.SIG_DFL else before)
+        # The handler of a started Ray prints a trace of C++ and aborts, so nothing would be cleaned up.
+        signal.signal(signal.SIGTERM, on_sigterm)
     if address and compare:
         _compare()
 

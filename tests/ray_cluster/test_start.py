@@ -8,6 +8,7 @@ import textwrap
 from collections.abc import Iterator
 from contextlib import contextmanager
 
+import psutil
 import pytest
 
 from raysl import ray_cluster
@@ -39,6 +40,41 @@ def test_sigterm_puts_away_and_leaves_a_line() -> None:
         "",
     ]
     assert done.returncode == 143
+
+
+@pytest.mark.ray
+def test_sigterm_while_ray_starts_leaves_a_line_and_no_process() -> None:
+    program = """
+        import os, signal
+        from ray._private.node import Node
+        from raysl import ray_cluster
+        from raysl.errors import answered
+
+        whole = Node.start_ray_processes
+
+        def started(node):
+            whole(node)
+            print(*[process.process.pid for processes in node.all_processes.values() for process in processes])
+            os.kill(os.getpid(), signal.SIGTERM)
+
+        Node.start_ray_processes = started
+        with answered("experiment"):
+            ray_cluster.start()
+    """
+    done = subprocess.run(
+        [sys.executable, "-c", textwrap.dedent(program)], capture_output=True, text=True, timeout=120
+    )
+    assert (done.returncode, done.stderr.strip()) == (
+        143,
+        "experiment: Interrupted by SIGTERM. The same command resumes the work.",
+    )
+    started = [int(pid) for pid in done.stdout.split()]
+    assert len(started) > 3
+    assert not [
+        process
+        for process in psutil.process_iter(["status"])
+        if process.pid in started and process.info["status"] != psutil.STATUS_ZOMBIE
+    ]
 
 
 @pytest.mark.parametrize("mode", [None, "token", "tokken"])
