@@ -68,13 +68,11 @@ def test_sigterm_while_ray_starts_leaves_a_line_and_no_process() -> None:
         143,
         "experiment: Interrupted by SIGTERM. The same command resumes the work.",
     )
-    started = [int(pid) for pid in done.stdout.split()]
-    assert len(started) > 3
-    assert not [
-        process
-        for process in psutil.process_iter(["status"])
-        if process.pid in started and process.info["status"] != psutil.STATUS_ZOMBIE
-    ]
+    pids = [int(pid) for pid in done.stdout.split()]
+    assert len(pids) > 3
+    left = [process for process in psutil.process_iter() if process.pid in pids]
+    psutil.wait_procs(left, timeout=20)
+    assert not [process for process in left if process.is_running() and process.status() != "zombie"]
 
 
 @pytest.mark.parametrize("mode", [None, "token", "tokken"])
