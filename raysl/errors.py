@@ -85,6 +85,11 @@ def answered(program: str) -> Iterator[None]:
         yield
     except UserError as error:
         _leave(f"{program}: {error}", 2)
+    except Exception as error:
+        if not _is_of_lost_process(error):
+            raise
+        first, *_ = str(error).strip().splitlines() or [type(error).__name__]
+        _leave(f"{program}: A process of Ray was lost. {first} {_RESUME}", 1)
     except KeyboardInterrupt as error:
         # A signal that arrives in a callback of C may raise a plain KeyboardInterrupt.
         stop = error if isinstance(error, Interrupted) else Interrupted(f"Interrupted. {_RESUME}")
@@ -94,6 +99,18 @@ def answered(program: str) -> Iterator[None]:
             for number, handler in before.items():
                 if handler is not None:  # A program in C has set it.
                     signal.signal(number, handler)
+
+
+def _is_of_lost_process(error: Exception) -> bool:
+    """Return True if Ray tells by an error that one of its processes or a machine was lost."""
+    known = sys.modules.get("ray.exceptions")
+    if known is None:
+        return False
+    lost = (
+        *(known.RayActorError, known.NodeDiedError, known.WorkerCrashedError, known.LocalRayletDiedError),
+        *(known.ObjectLostError, known.RaySystemError, known.RpcError),
+    )
+    return isinstance(error, lost) or isinstance(getattr(error, "cause", None), lost)
 
 
 def _on_stop(handler: Callable[[int, FrameType | None], object]) -> None:

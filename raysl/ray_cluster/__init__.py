@@ -200,7 +200,8 @@ def user_error(error: BaseException | None) -> UserError | None:
     while error is not None and id(error) not in seen:
         seen.add(id(error))
         if isinstance(error, UserError):
-            return UserError(str(getattr(error, "cause", error)))
+            inner = getattr(error, "cause", error)
+            return inner if isinstance(inner, UserError) else UserError(str(inner))
         # Ray keeps only the text of an error from a process that refused to start.
         if refused := re.search(r"^raysl\.errors\.UserError: (.+)$", str(error), re.MULTILINE):
             return UserError(refused[1])

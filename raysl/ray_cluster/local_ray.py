@@ -180,6 +180,10 @@ def _remove_left_behind(root: Path) -> None:
         try:
             if folder.is_symlink() or folder.stat().st_uid != os.getuid():
                 continue
+            if (folder / _RAYS).is_dir() and not (folder / _OWNER).exists():
+                # A process of Ray outlived its folder for a moment, and made it again.
+                shutil.rmtree(folder, ignore_errors=True)
+                continue
             lock = os.open(folder / _OWNER, os.O_RDWR | os.O_NOFOLLOW)
         except OSError:
             continue

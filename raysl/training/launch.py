@@ -320,7 +320,7 @@ class _Attempts:
             while thread.is_alive():
                 thread.join(0.2)
         except BaseException:  # In a notebook the workers would go on, without the lock.
-            self.job.board.fail.remote("Training was interrupted.")
+            self.job.board.fail.remote(UserError("Training was interrupted."))
             self.job.board.dismiss.remote()
             thread.join(5.0)
             raise

@@ -23,7 +23,7 @@ class Board:
     def __init__(self) -> None:
         self._rows: list[dict[str, Any]] = []
         self._news: list[str] = []
-        self._failure: str | None = None
+        self._failure: UserError | None = None
         self._crashes: dict[tuple[int, int], int] = {}
         self._reached = 0
         self._leave = False
@@ -54,9 +54,9 @@ class Board:
         self._rows.append(row)
         self._reached = max(self._reached, row["step"])
 
-    def fail(self, message: str) -> None:
+    def fail(self, error: UserError) -> None:
         """Keep the first error that no retry can solve."""
-        self._failure = self._failure or message
+        self._failure = self._failure or error
 
     def crash(self, step: int, rank: int, trace: str) -> None:
         """Count an error that a restart may solve. An error that one worker repeats at the same step becomes final.
@@ -71,7 +71,8 @@ class Board:
             self._news.append(stall)
             self._stall = stall
         if times >= MAX_CRASHES:
-            self.fail(stall or f"Training failed {times} times after step {step}, each time with:\n\n{trace}")
+            often = f"Training failed {times} times after step {step}, each time with:\n\n{trace}"
+            self.fail(UserError(stall or often))
 
     def stalled(self, rank: int, doing: str) -> None:
         """Record what a worker does that has not ended a step for long; "" when it has ended one after all."""
@@ -109,7 +110,7 @@ class Board:
         news, self._news = self._news, []
         return news
 
-    def failure(self) -> str | None:
+    def failure(self) -> UserError | None:
         """Return the first final error, or None."""
         return self._failure
 
@@ -256,9 +257,9 @@ def raise_failure(board: Any) -> None:
     """Raise the UserError that a worker has posted, if any."""
     import ray
 
-    message = ray.get(board.failure.remote())
-    if message:
-        raise UserError(message)
+    failure = ray.get(board.failure.remote())
+    if failure is not None:
+        raise failure
 
 
 def line(row: dict[str, Any], num_steps: int) -> str:

@@ -370,10 +370,10 @@ def work(job: Job) -> None:
         worker.restore()
         worker.train()
     except UserError as error:
-        ray.get(job.board.fail.remote(str(error)))
+        ray.get(job.board.fail.remote(error))
         raise
     except torch.OutOfMemoryError as error:
-        ray.get(job.board.fail.remote(f"{OUT_OF_MEMORY} {error}"))
+        ray.get(job.board.fail.remote(UserError(f"{OUT_OF_MEMORY} {error}")))
         raise
     except Exception:
         step = worker.step if worker else 0

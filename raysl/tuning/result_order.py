@@ -33,7 +33,9 @@ from ray.tune.experiment import Trial
 from ray.tune.schedulers import ASHAScheduler, FIFOScheduler, MedianStoppingRule, TrialScheduler
 from ray.tune.search import Searcher
 
+from raysl.errors import UserError
 from raysl.ray_cluster import user_error
+from raysl.storage import StorageError
 
 _log = logging.getLogger("raysl.tuning")
 
@@ -174,9 +176,11 @@ class InOrder(TrialScheduler):  # type: ignore[misc]
         n = _number(trial)
         if trial in self.given_up:  # It is queued again.
             return
-        reason, repeats = _failure(trial)
+        reason, error = _failure(trial)
+        if isinstance(error, StorageError):  # It is no fault of the trial, and the others meet it too.
+            raise error
         self.tried[n].crashes += 1
-        if self.tried[n].crashes <= MAX_CRASHES and not repeats:
+        if self.tried[n].crashes <= MAX_CRASHES and error is None:
             _log.warning("trial %d: it continues from its last checkpoint, because it crashed. %s", n, reason)
             # A trial that Ray Tune queues again is stopped by now. It gives up a trial that is queued when another
             # error of the lost actor arrives, such as that of its checkpoint.
@@ -388,18 +392,18 @@ def _number(trial: Trial) -> int:
     return int(str(trial))
 
 
-def _failure(trial: Trial) -> tuple[str, bool]:
-    """Return why a trial failed in a sentence, and True if it would fail again. A crash may not repeat."""
+def _failure(trial: Trial) -> tuple[str, UserError | None]:
+    """Return why a trial failed in a sentence, and its UserError, which would repeat; None for a crash."""
     if not trial.pickled_error_file:  # Ray stores only the errors of tasks and actors.
         text = Path(trial.error_file).read_text() if trial.error_file else ""
-        return shorten((text.strip().splitlines() or ["unknown"])[-1], 300), False
+        return shorten((text.strip().splitlines() or ["unknown"])[-1], 300), None
     # The file is read on this machine; it reaches the storage later.
     error = pickle.loads(Path(trial.pickled_error_file).read_bytes())
     if found := user_error(error):
-        return str(found), True
+        return str(found), found
     cause = error.as_instanceof_cause() if isinstance(error, RayTaskError) else error
     last = (str(cause).strip().splitlines() or [""])[-1]
-    return f"{type(cause).__name__}: {shorten(last, 300)}", False
+    return f"{type(cause).__name__}: {shorten(last, 300)}", None
 
 
 @contextmanager

@@ -200,10 +200,13 @@ def test_the_folder_of_a_killed_process_is_removed_and_that_of_a_living_one_is_k
     try:
         folders = [Path(process.stdout.readline().strip()) for process in processes if process.stdout]
         (root / "raysl-of-something-else").mkdir()
+        # A process of Ray that outlived its folder has made it again.
+        (root / "raysl-again" / "r" / "session_1").mkdir(parents=True)
         processes[0].kill()
         processes[0].wait()
         local_ray._remove_left_behind(root)
         assert not folders[0].exists()
+        assert not (root / "raysl-again").exists()
         assert folders[1].exists()
         assert (root / "raysl-of-something-else").exists()
     finally:

@@ -12,7 +12,7 @@ import psutil
 import pytest
 
 from raysl import ray_cluster
-from raysl.errors import UserError
+from raysl.errors import UserError, answered
 
 
 @pytest.mark.ray
@@ -73,6 +73,17 @@ def test_sigterm_while_ray_starts_leaves_a_line_and_no_process() -> None:
     left = [process for process in psutil.process_iter() if process.pid in pids]
     psutil.wait_procs(left, timeout=20)
     assert not [process for process in left if process.is_running() and process.status() != "zombie"]
+
+
+def test_a_lost_process_of_ray_is_a_sentence(capsys: pytest.CaptureFixture[str]) -> None:
+    from ray.exceptions import ActorDiedError
+
+    with pytest.raises(SystemExit) as left, answered("raysl"):
+        raise ActorDiedError()
+    assert left.value.code == 1
+    said = capsys.readouterr().err
+    assert said.startswith("raysl: A process of Ray was lost. The actor died")
+    assert said.endswith("The same command resumes the work.\n")
 
 
 @pytest.mark.parametrize("mode", [None, "token", "tokken"])

@@ -7,6 +7,7 @@ from types import SimpleNamespace
 
 import pytest
 
+from raysl.errors import UserError
 from raysl.training import progress_actor
 from raysl.training.progress_actor import IMAGES, OTHERS, ActorProgress, Board
 
@@ -18,9 +19,9 @@ def test_rows_are_taken_once_and_the_first_failure_stays() -> None:
     assert [row["step"] for row in board.take()] == [1, 2]
     assert board.take() == []
     assert board.failure() is None
-    board.fail("first")
-    board.fail("second")
-    assert board.failure() == "first"
+    board.fail(UserError("first"))
+    board.fail(UserError("second"))
+    assert str(board.failure()) == "first"
 
 
 def test_an_error_that_one_worker_keeps_meeting_is_a_failure() -> None:
@@ -73,7 +74,7 @@ def test_workers_that_wait_in_vain_tell_what_they_do_and_end(monkeypatch: pytest
     board.crash(8, 0, "trace: connection closed by peer")
     assert board.failure() is None
     board.crash(8, 0, "trace: connection closed by peer")
-    assert board.failure() == said
+    assert str(board.failure()) == said
     one.close()
     assert not one.is_late(1000, now_s + 9999)
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import multiprocessing
+import pickle
 import random
 import time
 from collections.abc import Iterator
@@ -20,6 +21,7 @@ from ray import tune
 from ray.tune.experiment import Trial
 from ray.tune.schedulers import FIFOScheduler
 
+from raysl.storage import StorageError
 from raysl.tuning.result_order import MAX_CRASHES, InOrder
 from tests.tuning.toy import TRIALS, Notes, drive, play
 
@@ -79,6 +81,18 @@ def test_ctrl_c_in_a_notebook_kills_the_trials(ray_session: None, tmp_path: Path
     while ray.available_resources()["CPU"] < ray.cluster_resources()["CPU"]:
         assert time.monotonic() < deadline, "trials still hold CPUs"
         time.sleep(0.2)
+
+
+def test_a_full_disk_ends_the_sweep_and_not_the_trial(tmp_path: Path) -> None:
+    """The same command then continues; a trial that failed would need --retry."""
+    rows: list[dict[str, Any]] = []
+    order = InOrder(FIFOScheduler(), 1, rows.append)
+    (tmp_path / "error.pkl").write_bytes(pickle.dumps(StorageError("No space left.")))
+    trial = Mock(pickled_error_file=str(tmp_path / "error.pkl"), __str__=lambda _: "0000")
+    order.on_trial_add(SimpleNamespace(), trial)
+    with pytest.raises(StorageError, match="No space left"):
+        order.on_trial_error(SimpleNamespace(), trial)
+    assert not rows
 
 
 def test_a_second_error_of_a_lost_actor_does_not_end_a_trial() -> None:
