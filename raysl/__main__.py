@@ -2,12 +2,15 @@
 
 from __future__ import annotations
 
+import glob
 import importlib
 import inspect
 import os
 import re
 import sys
+import tempfile
 from collections.abc import Sequence
+from pathlib import Path
 
 from raysl import __version__, console, lazy
 from raysl.errors import answered, unknown
@@ -59,7 +62,16 @@ def _run(given: list[str]) -> None:
         _run_verb(given)
     else:
         with console.verb(given[0]):
+            _remove_left_behind()
             _run_verb(given)
+
+
+def _remove_left_behind() -> None:
+    """Remove the folders of Ray of commands that were killed, also before a verb that needs no Ray."""
+    root = os.environ.get("RAY_TMPDIR") or tempfile.gettempdir()
+    if glob.glob(f"{root}/raysl-*/owner"):
+        local_ray = importlib.import_module("raysl.ray_cluster.local_ray")
+        local_ray.remove_left_behind(Path(root))
 
 
 def _run_verb(given: list[str]) -> None:

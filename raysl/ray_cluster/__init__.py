@@ -11,7 +11,6 @@ import socket
 import threading
 import time
 from typing import Any
-from unittest.mock import patch
 
 from raysl.errors import UserError
 from raysl.ray_cluster import autoscaler, local_ray, versions
@@ -52,6 +51,8 @@ def start(compare: bool = True) -> None:
         UserError: Ray cannot be joined or started, the cluster has no token, or its machines run other code or
             packages.
     """
+    from unittest.mock import patch
+
     import ray
 
     if ray.is_initialized():

@@ -90,7 +90,7 @@ def begin(**options: Any) -> None:
 
     folder = _folder()
     home = _Home(folder, _own(folder))
-    _remove_left_behind(folder.parent)
+    remove_left_behind(folder.parent)
     # A Ray may be left that was shut down without `end`.
     end()
     _home = home
@@ -174,7 +174,7 @@ def _own(folder: Path) -> int:
     return lock
 
 
-def _remove_left_behind(root: Path) -> None:
+def remove_left_behind(root: Path) -> None:
     """Remove this user's folders whose processes were killed."""
     for folder in root.glob(f"{_PREFIX}*"):
         try:

@@ -204,7 +204,7 @@ def test_the_folder_of_a_killed_process_is_removed_and_that_of_a_living_one_is_k
         (root / "raysl-again" / "r" / "session_1").mkdir(parents=True)
         processes[0].kill()
         processes[0].wait()
-        local_ray._remove_left_behind(root)
+        local_ray.remove_left_behind(root)
         assert not folders[0].exists()
         assert not (root / "raysl-again").exists()
         assert folders[1].exists()
