@@ -65,12 +65,10 @@ def start(compare: bool = True) -> None:
         os.environ.setdefault(name, value)
     if address:
         _require_token(address)
-    # Ray Data announces every execution; raysl shows its own progress.
-    logging.getLogger("ray.data").setLevel(logging.ERROR)
-    logs: dict[str, Any] = {
-        "logging_level": logging.ERROR,
-        "log_to_driver": os.environ.get("RAYSL_LOG_TO_DRIVER") == "1",
-    }
+    wordy = os.environ.get("RAYSL_LOG_TO_DRIVER") == "1"
+    # Ray Data announces every execution, and prints a traceback of its own before it raises an error.
+    logging.getLogger("ray.data").setLevel(logging.ERROR if wordy else logging.CRITICAL)
+    logs: dict[str, Any] = {"logging_level": logging.ERROR, "log_to_driver": wordy}
     main = threading.current_thread() is threading.main_thread()
     before = signal.getsignal(signal.SIGTERM)
     on_sigterm = signal.default_int_handler if before == signal.SIG_DFL else before
