@@ -73,8 +73,8 @@ def _exported(uri: str) -> dict[str, str]:
 def _reported(uri: str) -> dict[str, str]:
     folder = Folder(uri)
     page = _CHANGING.sub(b"", folder.read("index.html"))
-    # The page names the folder of the run.
-    page = re.sub(rb"[\w:/.-]*/pretrain\b", b"", page)
+    # The page names the folders of the run and of its data.
+    page = re.sub(rb"[\w:/.-]*/(pretrain|ingest)\b", b"", page)
     return {"page": _digest(page), "files": _digest(folder.list())}
 
 
