@@ -118,7 +118,10 @@ def _run(command: Command, places: dict[str, str], out: str) -> dict[str, str]:
             main(command.argv({**places, "out": out}))
         except SystemExit as end:
             return {"exit": str(end.code)}
-    return command.result(out)
+    found = command.result(out)
+    # The page of a run on the store shows other times and speeds than that of a run on the disk.
+    found.pop("page", None)
+    return found
 
 
 def cells(store: Store, work: Path, chosen: Sequence[Command], condition: str) -> Iterator[tuple[str, str]]:
