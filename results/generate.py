@@ -383,6 +383,7 @@ TABLES: dict[str, Callable[[], str]] = {
     "recipes-compare": lambda: _recipes("compare"),
     "recipes-rank": _rank,
     "recipes-search": lambda: _recipes("search"),
+    "recipes-ten": lambda: _recipes("ten"),
     "video-audio": lambda: _video("audio_visual"),
     "video-infonce": lambda: _video("audio_visual_infonce"),
     "video-keypoints": lambda: _video("keypoints", gains=True),
