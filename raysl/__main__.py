@@ -69,7 +69,7 @@ def _run(given: list[str]) -> None:
 def _remove_left_behind() -> None:
     """Remove the folders of Ray of commands that were killed, also before a verb that needs no Ray."""
     root = os.environ.get("RAY_TMPDIR") or tempfile.gettempdir()
-    if glob.glob(f"{root}/raysl-*/owner"):
+    if glob.glob(f"{glob.escape(root)}/raysl-*/*"):
         local_ray = importlib.import_module("raysl.ray_cluster.local_ray")
         local_ray.remove_left_behind(Path(root))
 

@@ -86,10 +86,11 @@ def answered(program: str) -> Iterator[None]:
     except UserError as error:
         _leave(f"{program}: {error}", 2)
     except Exception as error:
-        if not _is_of_lost_process(error):
+        if not _is_of_lost_process(error) or os.environ.get("RAYSL_LOG_TO_DRIVER") == "1":
             raise
-        first, *_ = str(error).strip().splitlines() or [type(error).__name__]
-        _leave(f"{program}: A process of Ray was lost. {first} {_RESUME}", 1)
+        lines = str(error).strip().splitlines() or [type(error).__name__]
+        why = " ".join(dict.fromkeys((lines[0].strip(), lines[-1].strip())))
+        _leave(f"{program}: A process of Ray was lost. {why} {_RESUME}", 1)
     except KeyboardInterrupt as error:
         # A signal that arrives in a callback of C may raise a plain KeyboardInterrupt.
         stop = error if isinstance(error, Interrupted) else Interrupted(f"Interrupted. {_RESUME}")
@@ -108,8 +109,10 @@ def _is_of_lost_process(error: Exception) -> bool:
         return False
     lost = (
         *(known.RayActorError, known.NodeDiedError, known.WorkerCrashedError, known.LocalRayletDiedError),
-        *(known.ObjectLostError, known.RaySystemError, known.RpcError),
+        *(known.ObjectLostError, known.RpcError),
     )
+    if "creation task" in str(error):  # The code of an actor failed, and would fail again.
+        return False
     return isinstance(error, lost) or isinstance(getattr(error, "cause", None), lost)
 
 

@@ -23,7 +23,8 @@ _ENVIRONMENT = {
     "RAY_USAGE_STATS_ENABLED": "0",
     "RAY_DATA_USE_DATASOURCE_V2": "0",
     "RAY_DATA_DISABLE_PROGRESS_BARS": "1",
-    "RAY_DATA_LOG_LEVEL": "ERROR",
+    # Ray Data prints a traceback of its own before it raises an error.
+    "RAY_DATA_LOG_LEVEL": "CRITICAL",
     "RAY_TRAIN_ENABLE_PRINT_PATCH": "0",
     "RAY_TRAIN_HEALTH_CHECK_INTERVAL_S": "0.5",
     "RAY_ENABLE_UV_RUN_RUNTIME_ENV": "0",
@@ -66,12 +67,13 @@ def start(compare: bool = True) -> None:
     if address:
         _require_token(address)
     wordy = os.environ.get("RAYSL_LOG_TO_DRIVER") == "1"
-    # Ray Data announces every execution, and prints a traceback of its own before it raises an error.
-    logging.getLogger("ray.data").setLevel(logging.ERROR if wordy else logging.CRITICAL)
+    # Ray Data announces every execution; raysl shows its own progress.
+    logging.getLogger("ray.data").setLevel(logging.ERROR)
     logs: dict[str, Any] = {"logging_level": logging.ERROR, "log_to_driver": wordy}
     main = threading.current_thread() is threading.main_thread()
     before = signal.getsignal(signal.SIGTERM)
     on_sigterm = signal.default_int_handler if before == signal.SIG_DFL else before
+    main = main and before is not None  # None is a handler of a program in C.
     if main:
         signal.signal(signal.SIGTERM, on_sigterm)
     try:
@@ -83,8 +85,12 @@ def start(compare: bool = True) -> None:
             else:
                 local_ray.begin(**logs)
     except UserError:
+        if main:
+            signal.signal(signal.SIGTERM, before)
         raise
     except Exception as error:  # Ray raises plain ones
+        if main:
+            signal.signal(signal.SIGTERM, before)
         doing, advice = "start Ray on this machine", "It may be too busy, or lack memory: try again."
         if address:
             doing = f"join the Ray cluster at {address!r}"

@@ -9,6 +9,7 @@ from __future__ import annotations
 import atexit
 import fcntl
 import os
+import re
 import secrets
 import shutil
 import socket
@@ -180,8 +181,7 @@ def remove_left_behind(root: Path) -> None:
         try:
             if folder.is_symlink() or folder.stat().st_uid != os.getuid():
                 continue
-            if (folder / _RAYS).is_dir() and not (folder / _OWNER).exists():
-                # A process of Ray outlived its folder for a moment, and made it again.
+            if _is_made_again(folder):
                 shutil.rmtree(folder, ignore_errors=True)
                 continue
             lock = os.open(folder / _OWNER, os.O_RDWR | os.O_NOFOLLOW)
@@ -194,6 +194,16 @@ def remove_left_behind(root: Path) -> None:
             pass  # Its process lives.
         finally:
             os.close(lock)
+
+
+def _is_made_again(folder: Path) -> bool:
+    """Return True if a process of Ray that outlived its folder made it again: it holds logs of sessions only."""
+    named = re.fullmatch(rf"{_PREFIX}[a-z0-9_]{{8}}", folder.name) is not None
+    return (
+        named
+        and [path.name for path in folder.iterdir()] == [_RAYS]
+        and all(path.name.startswith("session_") for path in (folder / _RAYS).iterdir())
+    )
 
 
 @contextmanager

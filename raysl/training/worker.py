@@ -370,7 +370,7 @@ def work(job: Job) -> None:
         worker.restore()
         worker.train()
     except UserError as error:
-        ray.get(job.board.fail.remote(error))
+        ray.get(job.board.fail.remote(error if type(error) is StorageError else UserError(str(error))))
         raise
     except torch.OutOfMemoryError as error:
         ray.get(job.board.fail.remote(UserError(f"{OUT_OF_MEMORY} {error}")))

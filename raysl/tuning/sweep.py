@@ -203,7 +203,9 @@ def _trials_killed(order: InOrder) -> Iterator[None]:
     try:
         yield
     except (KeyboardInterrupt, SystemExit):
-        order.kill_trials()
+        # A Ray that is lost has no trials to kill.
+        with contextlib.suppress(Exception):
+            order.kill_trials()
         raise
 
 

@@ -32,8 +32,7 @@ from tests.chaos.commands import COMMANDS, Command
 
 # A command that is disturbed and does not end within this time hangs.
 _PATIENCE_S = 300.0
-# Workers of Ray that are starting when the GCS is lost end half a minute later.
-_LEAVE_WITHIN_S = 40.0
+_LEAVE_WITHIN_S = 20.0
 _DISK_MB = 64
 # The import of torch._dynamo, which optimizers need, makes this empty folder; it has one name for each user.
 _CACHE = "torchinductor_"

@@ -201,12 +201,15 @@ def test_the_folder_of_a_killed_process_is_removed_and_that_of_a_living_one_is_k
         folders = [Path(process.stdout.readline().strip()) for process in processes if process.stdout]
         (root / "raysl-of-something-else").mkdir()
         # A process of Ray that outlived its folder has made it again.
-        (root / "raysl-again" / "r" / "session_1").mkdir(parents=True)
+        (root / "raysl-again_12" / "r" / "session_1").mkdir(parents=True)
+        # This one is a user's.
+        (root / "raysl-my_trial" / "r" / "photos").mkdir(parents=True)
         processes[0].kill()
         processes[0].wait()
         local_ray.remove_left_behind(root)
         assert not folders[0].exists()
-        assert not (root / "raysl-again").exists()
+        assert not (root / "raysl-again_12").exists()
+        assert (root / "raysl-my_trial" / "r" / "photos").exists()
         assert folders[1].exists()
         assert (root / "raysl-of-something-else").exists()
     finally:
