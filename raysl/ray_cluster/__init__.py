@@ -84,13 +84,11 @@ def start(compare: bool = True) -> None:
                 ray.init(address=address, runtime_env=_runtime_env(), **logs)
             else:
                 local_ray.begin(**logs)
-    except UserError:
+    except Exception as error:
         if main:
             signal.signal(signal.SIGTERM, before)
-        raise
-    except Exception as error:  # Ray raises plain ones
-        if main:
-            signal.signal(signal.SIGTERM, before)
+        if isinstance(error, UserError):
+            raise
         doing, advice = "start Ray on this machine", "It may be too busy, or lack memory: try again."
         if address:
             doing = f"join the Ray cluster at {address!r}"
