@@ -2,7 +2,7 @@
 
 It is equal for any number of workers: the initial rows depend on the seed and the index, the updates of a step are
 gathered and applied in the order of the global batch, and negatives are sampled from (seed, step) or from (seed,
-epoch, index). The bank is no buffer of the model: DistributedDataParallel would broadcast it at every step.
+epoch, index). The bank is not a buffer of the model, because DistributedDataParallel would broadcast it at every step.
 """
 
 from __future__ import annotations
@@ -20,7 +20,7 @@ from raysl import collective, rng
 from raysl.errors import UserError
 from raysl.fields import Bounds, Checked, Range
 
-# Number of initial rows from one generator; any worker can fill any block.
+# Number of initial rows that one generator draws, so that any worker can fill any block of rows.
 _BLOCK = 4096
 
 
@@ -46,6 +46,9 @@ class MemoryBank:
     Args:
         num_images: N, number of rows.
         dim: D, size of a row.
+        config: configuration of the bank.
+        seed: seed of the initial rows.
+        device: where the rows are.
     """
 
     def __init__(
@@ -63,7 +66,8 @@ class MemoryBank:
         # The rows of this worker: the first, and one past the last.
         rank, world = (collective.rank(), collective.world()) if config.placement == "sharded" else (0, 1)
         self.first, self.last = rank * num_images // world, (rank + 1) * num_images // world
-        # One row more: updates of rows that belong to other workers go there, so that no step waits for a count.
+        # There is one row more than this worker has (m = n + 1). Updates of the rows of other workers go there, so the
+        # host never waits for a GPU to count the rows of this worker.
         self._padded_md = self._initial_rows(device)
         self.rows_nd = self._padded_md[:-1]
 
@@ -124,12 +128,12 @@ class MemoryBank:
         self._padded_md[places] = F.normalize(mixed, dim=1).to(self.rows_nd.dtype)
 
     def _places(self, indices: Tensor) -> tuple[Tensor, Tensor]:
-        """Return True for the images whose rows are here, and the places of the rows; the extra row for the others."""
+        """Return which images have their rows here, and the places of the rows: the extra row for other images."""
         mine = (indices >= self.first) & (indices < self.last)
         return mine, torch.where(mine, indices - self.first, self.last - self.first)
 
     def state(self) -> dict[str, Any]:
-        """Return the state to save: this worker's rows, not copied, and their range."""
+        """Return the state to save: this worker's rows (the tensor itself, not a copy) and their range."""
         return {
             "first": self.first,
             "last": self.last,
@@ -138,7 +142,7 @@ class MemoryBank:
         }
 
     def load(self, parts: Iterable[dict[str, Any]]) -> None:
-        """Restore this worker's rows from the parts that any number of workers saved. Parts are read one by one.
+        """Restore this worker's rows from the parts that any number of workers saved. Read the parts one by one.
 
         Raises:
             UserError: the parts belong to another bank, or rows are missing.

@@ -28,11 +28,11 @@ _PUBLISHED_SIZE = 224
 
 
 class Encoder(Protocol):
-    """Turns images into features. Small and picklable: weights are loaded where they are used.
+    """Turn images into features. An encoder is small and picklable: it loads its weights where they are used.
 
     Attributes:
         name: name in tables.
-        layers: layers it has. Each may be asked for as a grid, such as "res3:9216".
+        layers: layers that it has. `load` also takes each of them as a grid, such as "res3:9216".
     """
 
     @property
@@ -42,14 +42,14 @@ class Encoder(Protocol):
     def layers(self) -> tuple[str, ...]: ...
 
     def identity(self) -> dict[str, Any]:
-        """Return a JSON value; encoders with equal identities give equal features."""
+        """Return a JSON value that identifies the features: encoders with equal values give equal features."""
         ...
 
     def load(self, device: torch.device, layers: Sequence[str], by_batch: bool = False) -> Encode:
         """Return the function from uint8 images (b, 3, s, s) on the device to float features (b, d) by layer.
 
         Args:
-            device: where it computes.
+            device: where the function computes.
             layers: layers and grids.
             by_batch: whether BatchNorm uses the statistics of each batch, as in training. Features then depend on
                 the other images of the batch.
@@ -97,7 +97,7 @@ class Trained(Trainable):
         self._prefix()
 
     def _prefix(self) -> str:
-        """Return what the names of the backbone begin with in the state of the network."""
+        """Return the prefix of the backbone's names in the state of the network."""
         if self.name == "trained":
             return "backbone."
         method = methods.parse(self.run.config().method)
@@ -144,7 +144,7 @@ class RandomBackbone(Trainable):
 
     def network(self) -> Backbone:
         with torch.random.fork_rng(devices=[]):
-            torch.manual_seed(rng.key(self.seed, "weights") >> 1)  # As raysl.model.Model starts.
+            torch.manual_seed(rng.key(self.seed, "weights") >> 1)  # As in raysl.model.Model.
             backbone = networks.build(self.config)
         if self.config.weights:
             found = external_weights.load_weights_into(backbone, self.config.weights, self.config.name)
@@ -198,7 +198,7 @@ class Weights(Trainable):
 
 @dataclass(frozen=True)
 class Pixels:
-    """The raw pixels in -0.5 .. 0.5. Views above 32 pixels are resized to 32, which gives 3,072 features."""
+    """The raw pixels, scaled to -0.5 .. 0.5. Views above 32 pixels are resized to 32, which gives 3,072 features."""
 
     name: str = "pixels"
     layers: tuple[str, ...] = (POOLED,)
@@ -212,13 +212,13 @@ class Pixels:
 
 
 def named(name: str, config: BackboneConfig, seed: int = 0) -> Encoder:
-    """Return the encoder that a user names.
+    """Return the encoder that a user has named.
 
     Args:
         name: folder of a run, for its newest checkpoint; `RUN/checkpoints/step-NNN` for another; a weights file;
             "random" for an untrained backbone; "pixels".
         config: the backbone of a weights file, or of "random".
-        seed: of "random".
+        seed: seed of "random".
 
     Raises:
         UserError: there is nothing of this kind, or the run has no complete checkpoint.
@@ -260,7 +260,7 @@ def view_size(source: Encoder) -> int:
 
 
 def stages(encoder: Encoder) -> tuple[str, ...]:
-    """Return the layers for the depths of an encoder, from the first: the stages that it has, and "pooled"."""
+    """Return layers of an encoder by depth, the shallowest first: the stages that it has, then "pooled"."""
     return (*(stage for stage in STAGES if stage in encoder.layers), POOLED)
 
 

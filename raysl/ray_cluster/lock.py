@@ -2,7 +2,7 @@
 
     driver.json     {"id", "host", "scope", "pid", "beat"}, present while a driver works
 
-Clocks of machines are never compared: a driver that finds the file watches whether it changes.
+A driver that finds the file watches whether it changes, and so never compares the clocks of two machines.
 """
 
 from __future__ import annotations
@@ -37,7 +37,7 @@ def held_here(folder: Folder) -> bool:
 def _here() -> tuple[str, str]:
     """Return the host name, and the scope in which process ids are unique: this boot and PID namespace.
 
-    Containers may share a host name, and then see each other's processes or not.
+    Containers that share a host name may or may not see each other's processes.
     """
     with contextlib.suppress(OSError):
         boot = Path("/proc/sys/kernel/random/boot_id").read_text().strip()
@@ -113,7 +113,7 @@ class DriverLock:
             mine = path.with_name(f"{NAME}.{self._record['id']}")
             self._write(0, mine.name)
             try:
-                os.link(mine, path)  # Of several drivers, one can.
+                os.link(mine, path)  # Only one of several drivers succeeds.
                 return
             except FileExistsError as error:
                 raise self._refusal(_recorded(self.folder) or {}) from error
@@ -122,7 +122,7 @@ class DriverLock:
             finally:
                 mine.unlink()
         self._write(0)
-        # Another driver that has seen no file, or the same dead driver, may write over this record.
+        # Another driver that saw no file either, or the record of the same dead driver, may overwrite this record.
         time.sleep(self._beat_s / 40)
         if not self._mine():
             raise self._refusal(_recorded(self.folder) or {})
@@ -133,7 +133,7 @@ class DriverLock:
     def _renew(self) -> None:
         beat = 0
         while not self._done.wait(self._beat_s):
-            # A storage that does not answer now may do so at the next beat.
+            # Storage that does not answer now may answer at the next beat.
             with contextlib.suppress(OSError, ValueError, UserError):
                 if not self._mine():
                     self.lost.set()
@@ -157,7 +157,7 @@ class DriverLock:
         """Return when the file has not changed for some beats. Raises UserError when it changes."""
         patience_s = _MISSED * self._beat_s
         _log.info(
-            "Another driver, %s, has worked on this %s. Watching for %.0f s whether it still does.",
+            "Another driver, %s, has worked on this %s. Waiting for %.0f s to see whether it still does.",
             _named(found),
             self._work,
             patience_s,

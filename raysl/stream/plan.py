@@ -6,9 +6,10 @@ and the start of the next, so nothing is dropped, padded or repeated, and every 
 Within an epoch, the row groups are permuted, consecutive groups form windows, and the rows of each window are permuted.
 A window is read at once, so reading is sequential and remote storage is read about once per epoch.
 
-`stretch` steps share `stretch * batch_size` consecutive positions, divided into `LANES` parts. The batch of a step
-takes rows from every lane, so it mixes distant windows. Worker r of W takes part r of each batch, which lies in its own
-lanes, so that workers rarely read the same window. Neither the batch nor its order depends on W.
+`stretch` steps share `stretch * batch_size` consecutive positions, divided into `LANES` equal parts, the lanes (fewer
+if `LANES` does not divide the batch size). The batch of a step takes rows from every lane, so it mixes distant windows.
+Worker r of W takes part r of each batch, which lies in its own lanes, so workers rarely read the same window. Neither
+the batch nor its order depends on W.
 """
 
 from __future__ import annotations
@@ -37,7 +38,7 @@ class Rows:
 
     Args:
         indices_b: int64 (b,), indices into the data set.
-        epochs_b: int64 (b,), the epoch of each visit.
+        epochs_b: int64 (b,), the epoch in which each is read.
     """
 
     indices_b: Integers
@@ -49,7 +50,7 @@ class Rows:
 
 @dataclass(frozen=True, eq=False)
 class Plan:
-    """The order of the images of a run. Compared by identity, because the list of row groups may be long.
+    """The order of the images of a run. Plans are compared by identity, because the list of row groups may be long.
 
     Args:
         row_group_starts: int64 (groups + 1,), see `DataSet.row_group_starts`.
@@ -89,7 +90,7 @@ class Plan:
         window_rows = min(WINDOW_ROWS, WINDOW_BYTES / bytes_per_row)
         groups_per_window = max(1, round(window_rows / rows_per_group))
         stretch = math.ceil(LANES * groups_per_window * rows_per_group / batch_size)
-        # At most an epoch, or the lanes of a small data set would lie in different epochs.
+        # A stretch is at most an epoch; otherwise the lanes of a small data set would lie in different epochs.
         stretch = max(1, min(stretch, dataset.num_images // batch_size))
         steps = num_steps(dataset.num_images, batch_size, epochs)
         return Plan(starts, batch_size, seed, groups_per_window, stretch, steps)
@@ -110,7 +111,7 @@ class Plan:
         return self.locate(self.positions(step, rank, world))
 
     def positions(self, step: int, rank: int = 0, world: int = 1) -> Integers:
-        """Return positions in the stream, int64 (batch_size / world,). Arguments as `rows`."""
+        """Return positions in the stream, int64 (batch_size / world,). The arguments are those of `rows`."""
         local = self.batch_size // world
         if local * world != self.batch_size:
             raise UserError(

@@ -16,11 +16,13 @@ EXCHANGE_EVERY_S = 2.0
 class StopSync:
     """Agree among the workers, about every `EXCHANGE_EVERY_S` seconds, whether to stop and when they last saved.
 
-    If a worker stopped alone, the others would wait for its gradients. The steps of the exchanges follow from the
-    duration of steps, on which the workers agree too.
+    If a worker stopped alone, the others would wait for its gradients. The workers also agree on how long a step takes,
+    and compute from it the step of the next exchange.
 
     Args:
+        step: the step at which the workers begin.
         told: returns True if this worker was asked to stop.
+        device: where the exchanged numbers are.
     """
 
     def __init__(self, step: int, told: Callable[[], bool], device: torch.device) -> None:
@@ -31,7 +33,7 @@ class StopSync:
         self._since = time.perf_counter()
 
     def settle(self, step: int, since_save_s: float) -> tuple[bool, float]:
-        """Exchange the state if it is time. Every worker must call it after every step.
+        """Exchange the state with the other workers if it is time. Every worker must call this after every step.
 
         Returns:
             True if any worker was asked to stop, and the mean of their seconds since the last save; False and 0 at

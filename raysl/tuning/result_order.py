@@ -1,14 +1,14 @@
 """Ray Tune's schedulers and searchers, with results delivered in an order that does not depend on time.
 
-A sweep that is killed starts again with a new Tuner, and gets the results that are known from its journal at once. It
-decides as an uninterrupted sweep if decisions depend on results and not on which trial was faster:
+A sweep that was killed continues with a new Tuner, which gets at once the results that the journal holds. It makes the
+decisions of an uninterrupted sweep if these depend on the results only, and not on which trial was faster:
 
 - `InOrder` wraps a scheduler. A result of trial n at rung r is delivered when all trials with lower numbers have had
   their result at r delivered, or are over. Schedulers that compare the whole population (population based training,
-  HyperBand and all others that are not in `PER_RUNG`) get the results of a rung when all trials have one, by number.
-  A trial that waits is paused; it then holds no actor.
-- `Numbered` wraps a searcher. Trial n is proposed when the outcomes of trials up to n - lag are known, and the searcher
-  hears of them by number.
+  HyperBand and all others that are not in `PER_RUNG`) get the results of a rung when all trials have one, in order of
+  trial number. A trial that waits for its turn is paused and holds no actor.
+- `Numbered` wraps a searcher. It proposes trial n when the outcomes of trials up to n - lag are known, and the searcher
+  gets these outcomes in order of trial number.
 
 Python's and NumPy's global generators are seeded around each call, because schedulers and searchers draw from them.
 """
@@ -39,10 +39,10 @@ from raysl.storage import StorageError
 
 _log = logging.getLogger("raysl.tuning")
 
-# Schedulers that compare a result with results at the same time only, from trials that came before.
+# Schedulers that compare a result only with those that earlier trials had at the same rung.
 PER_RUNG = (FIFOScheduler, ASHAScheduler, MedianStoppingRule)
 
-# Errors of a trial's actors between two results before the trial counts as failed. A lost machine may make two errors.
+# Errors of a trial's actors between two results that it may survive. A lost machine may cause two errors.
 MAX_CRASHES = 6
 
 Result = dict[str, Any]
@@ -57,9 +57,9 @@ class _Tried:
         trial: the trial as Ray Tune knows it.
         results: its results, one for each rung.
         delivered: number of results that the inner scheduler has got. A failure counts as a result.
-        failed: it failed after its last result.
+        failed: whether the trial failed after its last result.
         crashes: errors of its actors since its last result.
-        over: "finished", "stopped" or "failed", when the inner scheduler knows of it; "" before.
+        over: "finished", "stopped" or "failed", once the inner scheduler knows that the trial is over; "" before.
     """
 
     trial: Trial
@@ -85,16 +85,16 @@ class _Tried:
 
 
 class InOrder(TrialScheduler):  # type: ignore[misc]
-    """A scheduler that delivers results to another one by trial number; see the module.
+    """A scheduler that delivers results to another one in the order of trial numbers; see the module.
 
-    The trials must be named by their numbers, and so must the folders of their checkpoints.
+    The names of the trials and of their checkpoint folders must be the trial numbers.
 
     Args:
         inner: any scheduler of Ray Tune.
         num_trials: trials of the sweep.
         record: gets the values, scores, failures and decisions of all trials, as rows of a journal.
         at_once: trials that may run at the same time.
-        seed: of what the inner scheduler draws.
+        seed: seed of the random numbers that the inner scheduler draws.
     """
 
     _supports_buffered_results = False
@@ -113,14 +113,14 @@ class InOrder(TrialScheduler):  # type: ignore[misc]
         self.record = record
         self.at_once = at_once
         self.tried: list[_Tried] = []
-        # Trials that Ray Tune gives up, although they crashed and may continue, with their controllers.
+        # Crashed trials that may continue, but that Ray Tune gives up; each with its controller.
         self.given_up: dict[Trial, Any] = {}
         self._controller: Any = None
         self._seed = seed
         self._together = type(inner) not in PER_RUNG
 
     def __getstate__(self) -> dict[str, Any]:
-        # Ray Tune pickles its scheduler, and never needs it back: a sweep continues from its journal.
+        # Ray Tune pickles its scheduler, but a sweep continues from its journal, so nothing unpickles it.
         return {**self.__dict__, "record": None, "_controller": None}
 
     def kill_trials(self) -> None:
@@ -129,10 +129,10 @@ class InOrder(TrialScheduler):  # type: ignore[misc]
             self._controller._actor_manager.cleanup()
 
     def busy(self) -> int:
-        """Return how many trials run, or could continue at once."""
+        """Return the number of trials that run or that could continue now."""
         return sum(not one.over and (one.active or one.may_continue) for one in self.tried)
 
-    # What Ray Tune calls.
+    # Methods that Ray Tune calls.
 
     @property
     def metric(self) -> str | None:
@@ -147,7 +147,7 @@ class InOrder(TrialScheduler):  # type: ignore[misc]
     def on_trial_add(self, tune_controller: Any, trial: Trial) -> None:
         self._controller = tune_controller
         n = _number(trial)
-        if n < len(self.tried):  # Ray Tune adds it again after an error, to retry it.
+        if n < len(self.tried):  # Ray Tune adds a trial again after an error, to retry it.
             if self.tried[n].failed:
                 tune_controller._set_trial_status(trial, Trial.ERROR)
             return
@@ -174,16 +174,16 @@ class InOrder(TrialScheduler):  # type: ignore[misc]
 
     def on_trial_error(self, tune_controller: Any, trial: Trial) -> None:
         n = _number(trial)
-        if trial in self.given_up:  # It is queued again.
+        if trial in self.given_up:  # `choose_trial_to_run` queues it again, and Ray Tune then calls this too.
             return
         reason, error = _failure(trial)
-        if isinstance(error, StorageError):  # It is no fault of the trial, and the others meet it too.
+        if isinstance(error, StorageError):  # The trial is not at fault, and the others would fail too.
             raise error
         self.tried[n].crashes += 1
         if self.tried[n].crashes <= MAX_CRASHES and error is None:
             _log.warning("trial %d: it continues from its last checkpoint, because it crashed. %s", n, reason)
-            # A trial that Ray Tune queues again is stopped by now. It gives up a trial that is queued when another
-            # error of the lost actor arrives, such as that of its checkpoint.
+            # If Ray Tune queues the trial again, it has set this status. Otherwise it gives the trial up: it does
+            # so when a second error of a lost actor, such as that of its checkpoint, reaches a trial in the queue.
             if trial.status != Trial.ERROR:
                 self.given_up[trial] = tune_controller
             return
@@ -194,7 +194,7 @@ class InOrder(TrialScheduler):  # type: ignore[misc]
 
     def on_trial_remove(self, tune_controller: Any, trial: Trial) -> None:
         one = self.tried[_number(trial)]
-        if not one.over:  # The inner scheduler, or the user, stops a trial that is paused.
+        if not one.over:  # The inner scheduler, or the user, has stopped a paused trial.
             one.over = "stopped"
             self.inner.on_trial_remove(_View(self, tune_controller), trial)
 
@@ -205,7 +205,7 @@ class InOrder(TrialScheduler):  # type: ignore[misc]
         self._advance(tune_controller)
         paused = [one for one in self.tried if one.may_continue]
         if paused and sum(one.active for one in self.tried) < self.at_once:
-            # Those that have come farthest first.
+            # The trial that has come farthest continues first.
             return max(paused, key=lambda one: len(one.results)).trial
         return next((one.trial for one in self.tried if one.trial.status == Trial.PENDING), None)
 
@@ -225,7 +225,7 @@ class InOrder(TrialScheduler):  # type: ignore[misc]
         """Deliver all results whose turn has come, and record what the inner scheduler decides."""
         delivered = []
         while ready := [n for n in range(len(self.tried)) if self._turn(n, current)]:
-            # Failures first: a scheduler that compares all trials must know them.
+            # Failures come first: a scheduler that compares all trials must know them.
             n = min(ready, key=lambda n: (not self.tried[n].failed, n))
             self._deliver(controller, n, current)
             delivered.append(n)
@@ -235,7 +235,7 @@ class InOrder(TrialScheduler):  # type: ignore[misc]
 
     def _turn(self, n: int, current: int | None) -> bool:
         one, rung = self.tried[n], self.tried[n].delivered + 1
-        # A trial that is still saving what it pauses with is stopped when it has paused.
+        # A trial that is to pause runs until it has saved. Its result waits for that, because the result may stop it.
         settled = n == current or one.trial.status != Trial.RUNNING
         if one.over or not one.has(rung) or not settled:
             return False
@@ -269,7 +269,7 @@ class InOrder(TrialScheduler):  # type: ignore[misc]
 
     def _record_decision(self, n: int) -> None:
         one = self.tried[n]
-        # Population based training hands the checkpoint of another trial to this one.
+        # Population based training may have given this trial the checkpoint of another one.
         owner = int(Path(one.trial.checkpoint.path).parent.name) if one.trial.checkpoint else n
         copies, about = (owner if owner != n else None), {"trial": n, "rung": one.delivered - 1}
         self.record({"event": "decision", **about, "goes_on": not one.over, "copies": copies})
@@ -279,7 +279,7 @@ class InOrder(TrialScheduler):  # type: ignore[misc]
 
 
 class _View:
-    """The controller of Ray Tune as the inner scheduler sees it: trials by number, and live until they are over."""
+    """The controller of Ray Tune as the inner scheduler sees it: trials in order of number, live until over."""
 
     # Population based training refuses to work beside a searcher; `Numbered` is one.
     search_alg = None
@@ -299,14 +299,14 @@ class _View:
 
 
 class Numbered(Searcher):  # type: ignore[misc]
-    """A searcher that proposes trials by number; see the module.
+    """A searcher that proposes trials in the order of their numbers; see the module.
 
     Args:
         points: any searcher of Ray Tune, or a function from the number of a trial to its values.
         order: the scheduler of the same Tuner.
         lag: trial n is proposed from the outcomes of trials up to n - lag.
-        seed: of what the searcher draws.
-        known: values of trials that were begun before. They stay, whatever the searcher would propose now.
+        seed: seed of the random numbers that the searcher draws.
+        known: values of trials that an earlier session began. They stay, whatever the searcher would propose now.
 
     Attributes:
         numbers: the number of each trial, by the id that Ray Tune gives it.
@@ -340,7 +340,7 @@ class Numbered(Searcher):  # type: ignore[misc]
     def suggest(self, trial_id: str) -> Result | str | None:
         n = len(self.numbers)
         if n >= self._order.num_trials:
-            # After the end of the search, Ray Tune would start a new actor whenever a paused trial continues.
+            # If the search ended now, Ray Tune would start a new actor whenever a paused trial continues.
             ended = all(one.trial.is_finished() for one in self._order.tried) and not self._order.given_up
             return str(Searcher.FINISHED) if ended else None
         values = None if self._order.busy() >= self._order.at_once else self._proposed(n)
@@ -355,10 +355,10 @@ class Numbered(Searcher):  # type: ignore[misc]
         return values
 
     def on_trial_complete(self, trial_id: str, result: Result | None = None, error: bool = False) -> None:
-        """Nothing: the searcher is told by number, before it proposes."""
+        """Do nothing: the searcher gets results in the order of trial numbers, before it proposes."""
 
     def save_to_dir(self, checkpoint_dir: str, session_str: str = "default") -> None:
-        """Nothing: a sweep continues from its journal."""
+        """Do nothing: a sweep continues from its journal."""
 
     def _proposed(self, n: int) -> Result | None:
         if not isinstance(self._points, Searcher):
@@ -370,13 +370,13 @@ class Numbered(Searcher):  # type: ignore[misc]
             self._told += 1
         with seeded(self._seed, "ask", n):
             values = self._points.suggest(f"{n:05d}")
-        if not isinstance(values, dict):  # None, or a word that says that there are no more
+        if not isinstance(values, dict):  # None for "not now", or a word that says that the search has ended
             return None
         return {k: value.item() if isinstance(value, np.generic) else value for k, value in values.items()}
 
     def _tell(self, searcher: Searcher, n: int) -> None:
         one = self._order.tried[n]
-        # The score of other values than the searcher's own would mislead it.
+        # Scores of values that the searcher did not propose would mislead it.
         lost = one.over == "failed" or n in self._replaced
         with seeded(self._seed, "tell", n):
             for result in () if n in self._replaced else one.results:
@@ -393,11 +393,11 @@ def _number(trial: Trial) -> int:
 
 
 def _failure(trial: Trial) -> tuple[str, UserError | None]:
-    """Return why a trial failed in a sentence, and its UserError, which would repeat; None for a crash."""
+    """Return a sentence on why a trial failed, and the UserError that a retry would raise again; None for a crash."""
     if not trial.pickled_error_file:  # Ray stores only the errors of tasks and actors.
         text = Path(trial.error_file).read_text() if trial.error_file else ""
         return shorten((text.strip().splitlines() or ["unknown"])[-1], 300), None
-    # The file is read on this machine; it reaches the storage later.
+    # Ray Tune writes the file on this machine, and copies it to the storage later.
     error = pickle.loads(Path(trial.pickled_error_file).read_bytes())
     if found := user_error(error):
         return str(found), found
@@ -408,7 +408,7 @@ def _failure(trial: Trial) -> tuple[str, UserError | None]:
 
 @contextmanager
 def seeded(*what: Any) -> Iterator[None]:
-    """Make the global generators of Python and NumPy functions of `what` inside the block, and restore them after."""
+    """Seed the global generators of Python and NumPy from `what` inside the block, and restore them after it."""
     before = random.getstate(), np.random.get_state()  # noqa: NPY002
     seed = int.from_bytes(hashlib.blake2b(repr(what).encode(), digest_size=4).digest(), "big")
     random.seed(seed)

@@ -41,7 +41,7 @@ _MAY_DIFFER = (
     *("out", "retry", "max_concurrent", "gpus_per_worker", "share_stream"),
     *("train", "validation", "test", "vary"),
 )
-# A name of its own: the folder is deleted whenever a sweep begins or continues.
+# Folder inside the sweep's for the files of Ray Tune. It is deleted whenever a sweep begins or continues.
 _TUNE = "_ray_tune"
 
 
@@ -82,10 +82,10 @@ def sweep(base: Pretraining, config: SweepConfig) -> list[dict[str, Any]]:
 
 
 def _begin(journal: Journal, prepared: PreparedSweep) -> None:
-    """Write the first row, or compare it with the one that is there.
+    """Write the first row of the journal, or compare this sweep with the one that the first row describes.
 
     Raises:
-        UserError: another sweep is there.
+        UserError: the first row describes another sweep.
     """
     config, task = prepared.config, prepared.task
     # With a population, decisions depend on how many trials there are.
@@ -111,7 +111,7 @@ def _begin(journal: Journal, prepared: PreparedSweep) -> None:
             "report` still reads it. Give another --out."
         )
     places = ("uris.", "sources.", *(f"base.{name}." for name in FREE))
-    # An earlier version wrote a field more of each dimension.
+    # An earlier version wrote one more field for each dimension.
     known = [
         {name: row[name] for name in row if name in now}
         for row, now in zip(journal.header["space"], header["space"], strict=False)
@@ -127,7 +127,7 @@ def _begin(journal: Journal, prepared: PreparedSweep) -> None:
 
 
 def _run(prepared: PreparedSweep, journal: Journal) -> None:
-    """Run all trials through Ray Tune; those that are known are only handed to its scheduler again."""
+    """Run all trials with Ray Tune. Its scheduler gets the results in the journal again without training."""
     from ray.tune import TuneError
 
     from raysl.tuning.result_order import InOrder, Numbered
@@ -140,7 +140,7 @@ def _run(prepared: PreparedSweep, journal: Journal) -> None:
     known = {row["trial"]: row["values"] for row in journal.of("trial") if row["rung"] == 0}
     points = prepared.point() or algorithms.searcher(config)
     numbered = Numbered(points, order, config.lag, config.seed, known)
-    # Files of Ray Tune are made again from the journal.
+    # Ray Tune starts anew; the journal holds all that a sweep needs to continue.
     journal.folder.delete(_TUNE)
     try:
         with _messages_logged(task.messages):
@@ -150,7 +150,7 @@ def _run(prepared: PreparedSweep, journal: Journal) -> None:
 
 
 def fit(bound: Any, space: Space, order: InOrder, numbered: Numbered, folder: Folder, name: str) -> None:
-    """Run all trials by a `tune.Tuner` that keeps its files in the folder `name` inside of `folder`.
+    """Run all trials with a `tune.Tuner` that keeps its files in the folder `name` inside `folder`.
 
     Raises:
         tune.TuneError: a callback or a scheduler failed.
@@ -178,7 +178,7 @@ def fit(bound: Any, space: Space, order: InOrder, numbered: Numbered, folder: Fo
             tune_config=tune.TuneConfig(
                 metric="score",
                 mode="max",
-                # One more than there are: the searcher ends the search.
+                # One more than there are, because the searcher ends the search.
                 num_samples=order.num_trials + 1,
                 scheduler=order,
                 search_alg=numbered,
@@ -191,7 +191,7 @@ def fit(bound: Any, space: Space, order: InOrder, numbered: Numbered, folder: Fo
                 storage_path=path,
                 storage_filesystem=store,
                 verbose=0,
-                failure_config=tune.FailureConfig(-1),  # `InOrder` counts them.
+                failure_config=tune.FailureConfig(-1),  # No limit: `InOrder` counts the failures.
                 checkpoint_config=tune.CheckpointConfig(checkpoint_frequency=1),
             ),
         ).fit()
@@ -211,7 +211,7 @@ def _trials_killed(order: InOrder) -> Iterator[None]:
 
 @contextmanager
 def _messages_logged(messages: Any) -> Iterator[None]:
-    """Log what the runs of the sweep log, unless the machine with the queue is lost."""
+    """Log here what the runs of the sweep log. Stop doing so if the machine with the queue is lost."""
     from ray.exceptions import RayError
     from ray.util.queue import Empty
 
@@ -238,7 +238,7 @@ def _messages_logged(messages: Any) -> Iterator[None]:
 
 
 def _with_history(prepared: PreparedSweep, journal: Journal) -> Task:
-    """Return what the trials share, with the results of earlier sessions and with the actors of this one."""
+    """Return what the trials share, with the results of earlier sessions and the actors of this session."""
     from ray.util.queue import Queue
 
     from raysl.tuning.shared_streams import open_broker, why_not_shared
@@ -271,7 +271,7 @@ class _Recorder:
 
     def __call__(self, row: dict[str, Any]) -> None:
         journal, trial = self._journal, row["trial"]
-        # A trial that is run again may fail again.
+        # A retried trial may fail again, and that failure is a new row.
         new = trial not in journal.failures() if row["event"] == "failed" else journal.is_new(row)
         if not new:
             return
@@ -322,7 +322,7 @@ def _score_extras(prepared: PreparedSweep, journal: Journal) -> None:
         if not left:
             continue
         run = Run(journal.folder / results.scores[best, seed, results.num_rungs - 1]["run"])
-        # The features are used once.
+        # The features are used only once, so they are deleted.
         cache = run.folder / "features-baselines"
         try:
             rows = probe(run, task.train, judged, probes=(task.probe,), encoders=left, cache=cache)
