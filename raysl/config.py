@@ -59,9 +59,9 @@ class Pretraining(Checked):
         method: an objective and a pretext transform, such as pirl-jigsaw; `raysl methods` lists them.
         epochs: number of passes over the data set; it may be fractional.
         batch_size: images in the global batch, divided over the workers.
-        workers: number of training workers, at least 1; only the command and `raysl.pretrain` without `config` also
-            take 0, and choose the number for the machine. A range such as 1:8 lets the number change during the run: as
-            many as fit on the cluster and divide the batch evenly.
+        workers: number of training workers. 0 lets the command, and `raysl.pretrain` without `config`, choose the
+            number for the machine. A range such as 1:8 lets the number change during the run: as many as fit on the
+            cluster and divide the batch evenly.
         seed: random seed of the run.
         precision: precision of the network's arithmetic; weights and losses stay float32.
         channels_last: memory layout of images and weights.

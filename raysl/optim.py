@@ -17,7 +17,7 @@ class OptimConfig(Checked):
     """Configuration of the optimiser.
 
     Args:
-        name: "sgd" with momentum; "lars", for batches of thousands of images (see `Lars`); or "adamw".
+        name: "sgd" with momentum; "lars", for batches of thousands of images; or "adamw".
         lr: learning rate for 256 images, > 0; it is scaled linearly with the global batch (patches do not count).
         momentum: momentum of SGD and LARS, from 0 to below 1.
         weight_decay: weight decay; biases and normalisation layers have none.

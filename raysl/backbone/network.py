@@ -31,17 +31,17 @@ class BackboneConfig(Checked):
 
     Args:
         name: "small" (for two CPU cores and small images); a torchvision classifier such as "resnet50"; "timm/NAME" for
-            a network of timm; or "MODULE:FUNCTION" or "FILE.py:FUNCTION" for a function that returns an
-            `nn.Module` from normalised images (b, 3, s, s) to features (b, width). The classification layer is removed.
+            a network of timm; or "MODULE:FUNCTION" or "FILE.py:FUNCTION" for a function that returns an `nn.Module`
+            from normalised images (b, 3, s, s) to features (b, width). The classification layer is removed.
         stem: "standard" keeps the 7x7 stride-2 convolution and the max-pool; "small" replaces them by a 3x3
             convolution, for images of 64 pixels or less. Only for ResNets.
-        norm: "batch" is BatchNorm over each view of one worker's images, as published: patches and images pass one
-            after the other, with separate statistics. "joint" computes the statistics over all views together, "sync"
-            over each view of all workers' images, in the heads too. "group" is GroupNorm, each image by itself, so that
-            gradients do not depend on the number of workers.
+        norm: "batch" is BatchNorm over each view of one worker's images, as published: patches and images pass through
+            the network one after the other, with separate statistics. "joint" computes the statistics over all views
+            together, "sync" over each view of all workers' images, in the heads too. "group" is GroupNorm, each image
+            by itself, so that gradients do not depend on the number of workers.
         patch_size: side of a patch of a vision transformer of timm in pixels; 0 for the size in its name.
-        weights: file of weights that training starts from, of any kind that `raysl probe` reads; a path or a URI. A
-            network that is named "random" has these weights too; one that is read from another file does not.
+        weights: file of weights that training starts from, of any kind that `raysl probe` reads; a path or a URI. The
+            network "random" starts from them too; a probed weights file replaces them.
     """
 
     name: str = "small"

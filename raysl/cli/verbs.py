@@ -84,10 +84,10 @@ class ProbeFlags:
         probes: names of probes: PROBES. docs/methods/probes.md describes them. The protocol of each has its own flags,
             such as --linear.schedule fast.
         layers: layers to measure; "all" for conv1, res2 to res5 and pooled.
-        out: folder of the rows and the features; default: the folder of the run. Required if the model is not a run.
-        image_size: side of the view in pixels for a model that is not a run; 0 for 224 for a weights file, else 32.
+        out: folder for the results and features; default: the folder of the run. Required if the model is not a run.
+        image_size: side of the view in pixels, for a model that is not a run; 0 means 224 for a weights file, else 32.
         backbone: backbone of a weights file, or of "random"; "timm/NAME" for a backbone of timm.
-        seed: seed of "random", and of probes of weights.
+        seed: seed of "random", and of the probes of a weights file.
         bn_statistics: statistics of BatchNorm: "reestimated" on unlabelled train images, or "kept" from training.
     """
 

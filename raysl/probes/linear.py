@@ -10,7 +10,7 @@ learning"), used by PIRL and VISSL: SGD with Nesterov momentum 0.9, batches of 2
 drops. Two differences: images are evaluation views, not random crops, and features are standardised one by one over the
 train set, not by a BatchNorm over channels.
 
-A layer is pooled to a grid of at most 9,216 features, as there; see `raysl.extraction.encoders`.
+A layer is pooled to a grid of at most 9,216 features, as there; see `raysl.extraction.layers`.
 """
 
 from __future__ import annotations
@@ -71,7 +71,7 @@ class Config(Settings):
         weight_decays: for "optimum": candidates for w in mean cross-entropy + w / 2 * |weights|^2.
         held_out: for "optimum": share of the train images, chosen at random, that selects the weight decay.
         max_iterations: largest number of iterations of L-BFGS in each fit.
-        tolerance: a fit stops when no entry of the gradient, in the coordinates of `Fit`, is larger.
+        tolerance: a fit stops when no entry of the gradient, in rescaled coordinates (see `Fit`), is larger.
     """
 
     version: ClassVar[int] = 2

@@ -34,14 +34,14 @@ from raysl.training.worker import Job, work
 
 _log = logging.getLogger("raysl.training")
 
-# Restarts of the workers without progress before a run gives up. Each resumes from the newest checkpoint.
+# Number of restarts of the workers without progress before a run gives up. Each resumes from the newest checkpoint.
 MAX_FAILURES = 8
 # Interval between two lines of progress. Every row is in metrics.jsonl.
 SHOW_EVERY_S = 5.0
 # Time for a worker group to stop after a request, counted from the request or its last sign of life. Then it is killed:
 # if a machine died unnoticed, two workers may share one machine's CPUs and starve their own data tasks.
 STOP_WITHIN_S = 120.0
-# Time for an exchange between the workers; then they begin again from the newest checkpoint.
+# Longest time for an exchange between the workers; after it they begin again from the newest checkpoint.
 EXCHANGE_WITHIN_S = 1800
 
 
@@ -56,12 +56,13 @@ def pretrain(
 ) -> Run:
     """Run pretraining to its end, or resume an interrupted run.
 
-    In the main thread, Ctrl-C, SIGTERM and SIGHUP save the run at the step it has reached. A second signal stops at
-    once.
+    In the main thread, Ctrl-C, SIGTERM and SIGHUP save the run at its current step; a second signal stops at once.
 
     Args:
+        config: configuration of the run.
         until: stop after this step, with a checkpoint; None for the last step of the schedule.
         placement: resources of the workers; by default they share the whole cluster.
+        callbacks: code that follows the run; see `raysl.callbacks`.
         subscriber: position in a stream shared with other runs; see `raysl.stream.shared`.
         local: train with one worker in this process and without Ray; see `raysl.training.local`.
 
@@ -70,12 +71,12 @@ def pretrain(
 
     Raises:
         UserError: the configuration, the data or the machine has to be fixed. Nothing is half-written.
-        Interrupted: Ctrl-C; the run is saved.
-        SystemExit: SIGTERM or SIGHUP; the run is saved.
+        Interrupted: the user pressed Ctrl-C; the run is saved.
+        SystemExit: SIGTERM or SIGHUP arrived; the run is saved.
     """
     counts = config.worker_counts()
     with console.working("Preparing the run ..."):
-        # What needs no Ray is checked before Ray starts.
+        # Check what can be checked without Ray before Ray starts.
         checked = _checked(config, DataSet.open(config.data)) if DataSet.is_one(config.data) else None
         group = _first_group(config, placement, local)
     dataset = resolve(config.data)
@@ -110,7 +111,7 @@ def _checked(config: Pretraining, dataset: DataSet) -> tuple[Plan, dict[str, Any
     """Return the plan of a run, and the facts for its metadata.
 
     Raises:
-        UserError: a mistake that only the data set reveals.
+        UserError: the data set reveals a mistake in the configuration.
     """
     resumes = bool(config.backbone.weights) and _saved(Run(Folder(config.run))) > 0
     model = Model.of(config.without_starting_weights() if resumes else config, dataset)
@@ -244,7 +245,7 @@ class _Attempts:
         """Run Ray Train once and show its progress.
 
         Returns:
-            The reason of a failure that another attempt may overcome; None if the attempt came to its end.
+            The reason for a failure that another attempt may overcome; None if the attempt came to its end.
 
         Raises:
             UserError: no other attempt would succeed.
@@ -319,7 +320,7 @@ class _Attempts:
             # A join without a time-out would hold back the signal handlers of the main thread.
             while thread.is_alive():
                 thread.join(0.2)
-        except BaseException:  # In a notebook the workers would go on, without the lock.
+        except BaseException:  # In a notebook, the workers would train on without the lock.
             self.job.board.fail.remote(UserError("Training was interrupted."))
             self.job.board.dismiss.remote()
             thread.join(5.0)
@@ -349,8 +350,9 @@ def _trainer(job: Job, workers: int, once: bool, scratch: str) -> Any:
 
     from raysl.training import rendezvous
 
-    # Each of these starts a process, one after the other, before the first step. Data sets reach the workers without
-    # Ray Train, and a Ray that raysl started ends with this process, so that no placement group outlives it.
+    # Callbacks that raysl does not need. Each starts a process before the first step, one after the other. Data sets
+    # reach the workers without Ray Train. A Ray that raysl started ends with this process, so no placement group
+    # outlives it.
     unneeded = {"DatasetsCallback"}
     if local_ray.folder():
         unneeded.add("PlacementGroupCleanerCallback")
@@ -369,7 +371,7 @@ def _trainer(job: Job, workers: int, once: bool, scratch: str) -> Any:
             resources_per_worker=job.placement.resources(),
         ),
         run_config=RunConfig(
-            # For Ray's own bookkeeping only: raysl keeps its checkpoints in the folder of the run.
+            # Only for Ray's own bookkeeping: raysl keeps its checkpoints in the folder of the run.
             name=f"raysl-{uuid.uuid4().hex[:8]}",
             storage_path=scratch,
             failure_config=FailureConfig(0, controller_failure_limit=0, max_preemption_failures=0)

@@ -19,14 +19,14 @@ POPULATION = ("pbt", "hyperband")
 
 @dataclass(frozen=True)
 class SweepConfig:
-    """Try values of fields, with several seeds each, and compare them by a probe at equal epochs. Takes the flags of
-    `raysl pretrain` except --run: --data, --method, --epochs, --workers, --pirl.head and so on.
+    """Try values of hyperparameters, with several seeds each, and compare them by a probe at equal epochs. Takes the
+    flags of `raysl pretrain` except --run: --data, --method, --epochs, --workers, --pirl.head and so on.
 
     Args:
         out: folder of the sweep, a path or a URI. The same command again continues the sweep.
-        vary: fields to vary, by their dotted or short names: "temperature" tries the values that raysl suggests for the
-            field and that the sweep prints when it begins, "temperature=0.05,0.1" these values, and
-            "temperature=0.03..0.5" draws from an interval.
+        vary: hyperparameters to vary, by their dotted or short names: "temperature" tries the values that raysl
+            suggests, which the sweep prints when it begins; "temperature=0.05,0.1" tries these; and
+            with "temperature=0.03..0.5" the searcher draws from an interval.
         train: labelled data that the probe learns from; by default the pretraining images.
         validation: labelled data that trials are compared on; by default a tenth of `train`, which the probe then
             does not learn from.
@@ -34,13 +34,13 @@ class SweepConfig:
         probe: probe whose primary metric is the score; higher is better.
         seeds: every trial runs once with each seed; trials are compared by the mean.
         searcher: "grid" tries all combinations, "random" draws, and "optuna" proposes values from the scores so far.
-        samples: number of trials of all searchers except "grid". A continued sweep may ask for more.
+        samples: number of trials, for every searcher but "grid". A continued sweep may ask for more.
         scheduler: "none" runs every trial to its end; "asha" and "median" stop trials that are behind earlier ones;
             "hyperband" halves brackets of trials; "pbt" lets the worst quarter continue from checkpoints of the best
             quarter with changed values.
         rungs: number of times that a trial is scored; 0 means 1 for none, 3 for asha and hyperband, 4 for median and
             pbt.
-        reduction: for none, asha and hyperband, each rung is this many times as far as the rung before; asha and
+        reduction: for none, asha and hyperband, each rung has this many times the epochs of the rung before; asha and
             hyperband let one trial in this many continue.
         max_concurrent: largest number of runs at the same time; 0 for as many as leave a whole CPU to each trainer.
         gpus_per_worker: a value below 1 lets several small trainers share a GPU, where there are GPUs.
@@ -48,7 +48,7 @@ class SweepConfig:
         lag: for optuna, the number of trials that may run at a time. A trial is proposed when all but the last
             lag - 1 trials before it have ended, and only from their scores, so a repeated sweep proposes the same.
         seed: seed of the searcher and the scheduler.
-        retry: run those trials again that failed when the sweep ran before.
+        retry: run again the trials that failed in an earlier session of the sweep.
     """
 
     out: str

@@ -182,8 +182,8 @@ class InOrder(TrialScheduler):  # type: ignore[misc]
         self.tried[n].crashes += 1
         if self.tried[n].crashes <= MAX_CRASHES and error is None:
             _log.warning("trial %d: it continues from its last checkpoint, because it crashed. %s", n, reason)
-            # If Ray Tune queues the trial again, it has set this status. Otherwise it gives the trial up: it does
-            # so when a second error of a lost actor, such as that of its checkpoint, reaches a trial in the queue.
+            # If Ray Tune queues the trial again, it has set this status by now. Otherwise it gives the trial up: a
+            # second error of the lost actor, such as that of its checkpoint, has reached a trial in the queue.
             if trial.status != Trial.ERROR:
                 self.given_up[trial] = tune_controller
             return
