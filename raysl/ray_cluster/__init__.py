@@ -10,6 +10,8 @@ import signal
 import socket
 import threading
 import time
+from collections.abc import Iterator
+from contextlib import contextmanager
 from typing import Any
 
 from raysl.errors import UserError
@@ -23,7 +25,7 @@ _ENVIRONMENT = {
     "RAY_USAGE_STATS_ENABLED": "0",
     "RAY_DATA_USE_DATASOURCE_V2": "0",
     "RAY_DATA_DISABLE_PROGRESS_BARS": "1",
-    # Ray Data prints a traceback of its own before it raises an error.
+    # Ray Data announces every execution, and prints a traceback of its own before it raises an error.
     "RAY_DATA_LOG_LEVEL": "CRITICAL",
     "RAY_TRAIN_ENABLE_PRINT_PATCH": "0",
     "RAY_TRAIN_HEALTH_CHECK_INTERVAL_S": "0.5",
@@ -52,8 +54,6 @@ def start(compare: bool = True) -> None:
         UserError: Ray cannot be joined or started, the cluster has no token, or its machines run other code or
             packages.
     """
-    from unittest.mock import patch
-
     import ray
 
     if ray.is_initialized():
@@ -62,43 +62,59 @@ def start(compare: bool = True) -> None:
     if address == "local":
         address = ""
     grows = _GROWING if address and autoscaler.growth() is not None else {}
-    for name, value in {**_ENVIRONMENT, **grows}.items():
+    wordy = os.environ.get("RAYSL_LOG_TO_DRIVER") == "1"
+    shown = {"RAY_DATA_LOG_LEVEL": "ERROR"} if wordy else {}
+    for name, value in {**_ENVIRONMENT, **grows, **shown}.items():
         os.environ.setdefault(name, value)
+    # Ray Data reads the variable when it is imported, which may have been before.
+    logging.getLogger("ray.data").setLevel(os.environ["RAY_DATA_LOG_LEVEL"])
     if address:
         _require_token(address)
-    wordy = os.environ.get("RAYSL_LOG_TO_DRIVER") == "1"
-    # Ray Data announces every execution; raysl shows its own progress.
-    logging.getLogger("ray.data").setLevel(logging.ERROR)
     logs: dict[str, Any] = {"logging_level": logging.ERROR, "log_to_driver": wordy}
-    main = threading.current_thread() is threading.main_thread()
-    before = signal.getsignal(signal.SIGTERM)
-    on_sigterm = signal.default_int_handler if before == signal.SIG_DFL else before
-    main = main and before is not None  # None is a handler of a program in C.
-    if main:
-        signal.signal(signal.SIGTERM, on_sigterm)
     try:
-        # While it starts, Ray would handle SIGTERM by ending the process without a word.
-        with patch.object(ray._private.utils, "set_sigterm_handler", lambda handler: None):
+        with _sigterm_interrupts():
             if address:
                 _require_answer(address)
                 ray.init(address=address, runtime_env=_runtime_env(), **logs)
             else:
                 local_ray.begin(**logs)
-    except Exception as error:
-        if main:
-            signal.signal(signal.SIGTERM, before)
-        if isinstance(error, UserError):
-            raise
+    except UserError:
+        raise
+    except Exception as error:  # Ray raises plain ones
         doing, advice = "start Ray on this machine", "It may be too busy, or lack memory: try again."
         if address:
             doing = f"join the Ray cluster at {address!r}"
             advice = "Correct RAY_ADDRESS, or unset it to stay on this machine."
         raise UserError(f"Cannot {doing}: {' '.join(str(error).split())} {advice}") from error
-    if main:
-        # The handler of a started Ray prints a trace of C++ and aborts, so nothing would be cleaned up.
-        signal.signal(signal.SIGTERM, on_sigterm)
     if address and compare:
         _compare()
+
+
+@contextmanager
+def _sigterm_interrupts() -> Iterator[None]:
+    """Make SIGTERM interrupt this process as Ctrl-C does, or call the program's own handler, from the start of Ray on.
+
+    Ray would end the process without a word while it starts; once started, it would print a trace of C++ and abort. If
+    the start fails, the handler is put back.
+    """
+    from unittest.mock import patch
+
+    import ray
+
+    before = signal.getsignal(signal.SIGTERM)
+    # Handlers belong to the main thread; None is a handler of a program in C.
+    if threading.current_thread() is not threading.main_thread() or before is None:
+        yield
+        return
+    own = signal.default_int_handler if before == signal.SIG_DFL else before
+    signal.signal(signal.SIGTERM, own)
+    try:
+        with patch.object(ray._private.utils, "set_sigterm_handler", lambda handler: None):
+            yield
+    except BaseException:
+        signal.signal(signal.SIGTERM, before)
+        raise
+    signal.signal(signal.SIGTERM, own)
 
 
 def _require_token(address: str) -> None:

@@ -78,10 +78,10 @@ _home: _Home | None = None
 def begin(**options: Any) -> None:
     """Start Ray on loopback, with a token and a folder of its own.
 
-    While it runs, RAY_AUTH_MODE and RAY_AUTH_TOKEN_PATH name its token, RAY_AUTH_TOKEN is unset, and
-    GLOO_SOCKET_IFNAME and NCCL_SOCKET_IFNAME name the loopback interface, and Ray Train does not watch for reclaimed
-    machines. `end`, which also runs when this process
-    exits, restores them and removes the folder. The next `begin` removes folders that killed processes left behind.
+    While it runs, RAY_AUTH_MODE and RAY_AUTH_TOKEN_PATH name its token, RAY_AUTH_TOKEN is unset, GLOO_SOCKET_IFNAME and
+    NCCL_SOCKET_IFNAME name the loopback interface, and Ray Train does not watch for reclaimed machines. `end`, which
+    also runs when this process exits, restores them and removes the folder. The next `begin` removes folders that
+    killed processes left behind.
 
     Raises:
         UserError: the folder for temporary files cannot be used, or its path is too long.

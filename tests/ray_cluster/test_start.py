@@ -86,6 +86,17 @@ def test_a_lost_process_of_ray_is_a_sentence(capsys: pytest.CaptureFixture[str])
     assert said.endswith("The same command resumes the work.\n")
 
 
+def test_an_error_that_would_repeat_keeps_its_traceback() -> None:
+    from ray.exceptions import ActorDiedError, RaySystemError
+
+    unpickled = RaySystemError(ImportError("no module"))
+    begun = ActorDiedError()
+    begun.error_msg = "The actor died because of an error raised in its creation task, ValueError: bad"
+    for error in (unpickled, begun):
+        with pytest.raises(type(error)), answered("raysl"):
+            raise error
+
+
 @pytest.mark.parametrize("mode", [None, "token", "tokken"])
 def test_a_cluster_is_not_joined_without_a_token(monkeypatch: pytest.MonkeyPatch, mode: str | None) -> None:
     with _no_token(monkeypatch, mode), pytest.raises(UserError, match=r"10\.0\.0\.1.*get-auth-token"):
