@@ -67,7 +67,7 @@ def start(compare: bool = True) -> None:
     for name, value in {**_ENVIRONMENT, **grows, **shown}.items():
         os.environ.setdefault(name, value)
     # Ray Data reads the variable when it is imported, which may have been before.
-    logging.getLogger("ray.data").setLevel(os.environ["RAY_DATA_LOG_LEVEL"])
+    logging.getLogger("ray.data").setLevel(os.environ.get("RAY_DATA_LOG_LEVEL", "CRITICAL"))
     if address:
         _require_token(address)
     logs: dict[str, Any] = {"logging_level": logging.ERROR, "log_to_driver": wordy}
