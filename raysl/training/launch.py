@@ -315,15 +315,16 @@ class _Attempts:
                 failed.append(error)
 
         thread = threading.Thread(target=fit, daemon=True)
-        thread.start()
         try:
+            thread.start()
             # A join without a time-out would hold back the signal handlers of the main thread.
             while thread.is_alive():
                 thread.join(0.2)
         except BaseException:  # In a notebook, the workers would train on without the lock.
             self.job.board.fail.remote(UserError("Training was interrupted."))
             self.job.board.dismiss.remote()
-            thread.join(5.0)
+            if thread.is_alive():
+                thread.join(5.0)
             raise
         if failed:
             raise failed[0]

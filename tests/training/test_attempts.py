@@ -93,6 +93,30 @@ def test_an_interrupt_that_is_not_a_request_to_save_kills_the_workers(
     assert attempts.board.failure()
 
 
+def test_an_interrupt_while_the_thread_of_ray_train_starts_kills_the_workers(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    enlisted, killed, start = threading.Event(), threading.Event(), threading.Thread.start
+
+    def fit() -> None:
+        attempts.board.enlist("a worker")
+        enlisted.set()
+        assert killed.wait(30)
+
+    def interrupted(thread: threading.Thread) -> None:
+        start(thread)
+        if thread.name.endswith("(fit)"):
+            assert enlisted.wait(30)
+            raise KeyboardInterrupt
+
+    monkeypatch.setattr(ray, "kill", lambda _: killed.set())
+    monkeypatch.setattr(threading.Thread, "start", interrupted)
+    attempts = Attempts(tmp_path, fit, monkeypatch)
+    with pytest.raises(KeyboardInterrupt):
+        attempts.run()
+    assert killed.is_set()
+
+
 def test_rows_before_a_failure_reach_the_callbacks(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     def fit() -> None:
         attempts.board.post(
