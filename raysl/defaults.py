@@ -117,7 +117,9 @@ def check(given: Mapping[str, Any]) -> Pretraining:
 def replaced(config: Pretraining, fields: Mapping[str, Any]) -> Pretraining:
     """Return a configuration with other values for some fields; parts of another method get their defaults."""
     values = {field.name: getattr(config, field.name) for field in dataclasses.fields(config)}
-    parts = values.pop("parts") if fields.get("method", config.method) == config.method else {}
+    parts = values.pop("parts")
+    if fields.get("method", config.method) != config.method:
+        parts = {}
     nested = {
         name: value for name, value in {**values, **parts}.items() if isinstance(fields.get(name), Mapping)
     }

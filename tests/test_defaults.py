@@ -105,6 +105,14 @@ def test_the_command_of_a_run_repeats_it(method: str, small: DataSet, photos: Da
         assert defaults.resolve(given, images, 1, True).to_json() == plain.to_json()
 
 
+def test_another_method_gets_the_default_values_of_its_parts() -> None:
+    pirl = Pretraining("data", "run", "pirl-jigsaw", batch_size=16)
+    changed = defaults.replaced(pirl, {"method": "simclr", "simclr": {"temperature": 0.4}})
+    expected = {"method": "simclr", "batch_size": 16, "simclr": {"temperature": 0.4}}
+    assert changed == defaults.from_fields({"data": "data", "run": "run", **expected})
+    assert defaults.replaced(pirl, {"pirl": {"lam": 0.25}}).to_json()["parts"]["pirl"]["lam"] == 0.25
+
+
 @pytest.mark.parametrize("method", ["pirl-jigsaw", "npid", "simclr", "cpc-patch_grid", "predict-rotation"])
 def test_every_choice_is_listed(method: str, small: DataSet, photos: DataSet) -> None:
     for images in (small, photos):
