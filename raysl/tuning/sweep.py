@@ -32,7 +32,8 @@ from raysl.tuning.results import SweepResults
 from raysl.tuning.space import Space
 
 if TYPE_CHECKING:
-    from raysl.tuning.result_order import InOrder, Numbered
+    from raysl.tuning.ordered_scheduler import OrderedScheduler
+    from raysl.tuning.ordered_searcher import OrderedSearcher
 
 _log = logging.getLogger("raysl.tuning")
 
@@ -130,26 +131,34 @@ def _run(prepared: PreparedSweep, journal: Journal) -> None:
     """Run all trials with Ray Tune. Its scheduler gets the results in the journal again without training."""
     from ray.tune import TuneError
 
-    from raysl.tuning.result_order import InOrder, Numbered
+    from raysl.tuning.ordered_scheduler import OrderedScheduler
+    from raysl.tuning.ordered_searcher import OrderedSearcher
     from raysl.tuning.trainable import trainable
 
     config, task = prepared.config, _with_history(prepared, journal)
     inner = algorithms.scheduler(config, prepared.space, task.times)
     record = _Recorder(prepared, journal)
-    order = InOrder(inner, prepared.num_trials, record, task.trials_at_once, config.seed)
+    scheduler = OrderedScheduler(inner, prepared.num_trials, record, task.trials_at_once, config.seed)
     known = {row["trial"]: row["values"] for row in journal.of("trial") if row["rung"] == 0}
-    points = prepared.point() or algorithms.searcher(config)
-    numbered = Numbered(points, order, config.lag, config.seed, known)
+    source = prepared.point() or algorithms.searcher(config)
+    searcher = OrderedSearcher(source, scheduler, config.lag, config.seed, known)
     # Ray Tune starts anew; the journal holds all that a sweep needs to continue.
     journal.folder.delete(_TUNE)
     try:
         with _messages_logged(task.messages):
-            fit(trainable(task), prepared.space, order, numbered, journal.folder, _TUNE)
+            fit(trainable(task), prepared.space, scheduler, searcher, journal.folder, _TUNE)
     except TuneError as error:  # Ray Tune wraps what its callbacks and schedulers raise.
         raise ray_cluster.user_error(error) or error from error
 
 
-def fit(bound: Any, space: Space, order: InOrder, numbered: Numbered, folder: Folder, name: str) -> None:
+def fit(
+    trainable: Any,
+    space: Space,
+    scheduler: OrderedScheduler,
+    searcher: OrderedSearcher,
+    folder: Folder,
+    name: str,
+) -> None:
     """Run all trials with a `tune.Tuner` that keeps its files in the folder `name` inside `folder`.
 
     Raises:
@@ -160,28 +169,28 @@ def fit(bound: Any, space: Space, order: InOrder, numbered: Numbered, folder: Fo
     from raysl.tuning.trainable import SETTINGS
 
     def number(trial: Any) -> str:
-        return f"{numbered.numbers[trial.trial_id]:04d}"
+        return f"{searcher.numbers[trial.trial_id]:04d}"
 
     store, path = filesystem(str(folder))
     settings = {
-        "TUNE_MAX_PENDING_TRIALS_PG": str(order.at_once),
+        "TUNE_MAX_PENDING_TRIALS_PG": str(scheduler.at_once),
         "RAY_AIR_NEW_OUTPUT": "0",
         # Ray Tune's own handler would end the sweep as if it had finished.
         "TUNE_DISABLE_SIGINT_HANDLER": "1",
         **SETTINGS,
     }
     # A Tuner that the caller runs later must not find the settings.
-    with patch.dict(os.environ, settings), _trials_killed(order):
+    with patch.dict(os.environ, settings), _trials_killed(scheduler):
         tune.Tuner(
-            bound,
+            trainable,
             param_space={d.name: d.domain() for d in space.dimensions},
             tune_config=tune.TuneConfig(
                 metric="score",
                 mode="max",
                 # One more than there are, because the searcher ends the search.
-                num_samples=order.num_trials + 1,
-                scheduler=order,
-                search_alg=numbered,
+                num_samples=scheduler.num_trials + 1,
+                scheduler=scheduler,
+                search_alg=searcher,
                 reuse_actors=True,
                 trial_name_creator=number,
                 trial_dirname_creator=number,
@@ -191,21 +200,21 @@ def fit(bound: Any, space: Space, order: InOrder, numbered: Numbered, folder: Fo
                 storage_path=path,
                 storage_filesystem=store,
                 verbose=0,
-                failure_config=tune.FailureConfig(-1),  # No limit: `InOrder` counts the failures.
+                failure_config=tune.FailureConfig(-1),  # No limit: `OrderedScheduler` counts the failures.
                 checkpoint_config=tune.CheckpointConfig(checkpoint_frequency=1),
             ),
         ).fit()
 
 
 @contextmanager
-def _trials_killed(order: InOrder) -> Iterator[None]:
+def _trials_killed(scheduler: OrderedScheduler) -> Iterator[None]:
     """Kill the trials if the block is interrupted. A notebook lives on, and they would keep its CPUs."""
     try:
         yield
     except (KeyboardInterrupt, SystemExit):
         # A Ray that is lost has no trials to kill.
         with contextlib.suppress(Exception):
-            order.kill_trials()
+            scheduler.kill_trials()
         raise
 
 
@@ -263,7 +272,7 @@ def _with_history(prepared: PreparedSweep, journal: Journal) -> Task:
 
 
 class _Recorder:
-    """Write the rows of `InOrder` to the journal, and log one line for each result."""
+    """Write the rows of `OrderedScheduler` to the journal, and log one line for each result."""
 
     def __init__(self, prepared: PreparedSweep, journal: Journal) -> None:
         self._prepared = prepared

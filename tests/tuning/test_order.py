@@ -4,25 +4,18 @@ from __future__ import annotations
 
 import json
 import multiprocessing
-import pickle
 import random
 import time
 from collections.abc import Iterator
 from pathlib import Path
-from types import SimpleNamespace
 from typing import Any
-from unittest.mock import Mock
 
 import pytest
 
 pytest.importorskip("ray.tune")
 
 from ray import tune
-from ray.tune.experiment import Trial
-from ray.tune.schedulers import FIFOScheduler
 
-from raysl.storage import StorageError
-from raysl.tuning.result_order import MAX_CRASHES, InOrder
 from tests.tuning.toy import TRIALS, Notes, drive, play
 
 pytestmark = [pytest.mark.ray, pytest.mark.timeout(1200)]
@@ -83,41 +76,13 @@ def test_ctrl_c_in_a_notebook_kills_the_trials(ray_session: None, tmp_path: Path
         time.sleep(0.2)
 
 
-def test_a_full_disk_ends_the_sweep_and_not_the_trial(tmp_path: Path) -> None:
-    """The same command then continues; a trial that failed would need --retry."""
-    rows: list[dict[str, Any]] = []
-    order = InOrder(FIFOScheduler(), 1, rows.append)
-    (tmp_path / "error.pkl").write_bytes(pickle.dumps(StorageError("No space left.")))
-    trial = Mock(pickled_error_file=str(tmp_path / "error.pkl"), __str__=lambda _: "0000")
-    order.on_trial_add(SimpleNamespace(), trial)
-    with pytest.raises(StorageError, match="No space left"):
-        order.on_trial_error(SimpleNamespace(), trial)
-    assert not rows
-
-
-def test_a_second_error_of_a_lost_actor_does_not_end_a_trial() -> None:
-    """Ray Tune queues the trial at the first error, of a step, and gives it up at the second, of a checkpoint."""
-    queued: list[Any] = []
-    controller = SimpleNamespace(_requeue_trial=queued.append)
-    rows: list[dict[str, Any]] = []
-    order = InOrder(FIFOScheduler(), 1, rows.append)
-    trial = Mock(status=Trial.PENDING, pickled_error_file="", error_file="", __str__=lambda _: "0000")
-    order.on_trial_add(controller, trial)
-    order.on_trial_error(controller, trial)
-    trial.status = Trial.ERROR
-    order.choose_trial_to_run(controller)
-    assert queued == [trial]
-    assert not rows
-    for _ in range(MAX_CRASHES):
-        order.on_trial_error(controller, trial)
-    assert [row["event"] for row in rows] == ["failed"]
-
-
 @pytest.fixture
 def context() -> Any:
     """Drivers begin as copies of a process that has imported all modules, and join a Ray that outlives them."""
     made = multiprocessing.get_context("forkserver")
-    made.set_forkserver_preload(["tests.tuning.toy", "raysl.tuning.algorithms", "raysl.tuning.result_order"])
+    made.set_forkserver_preload(
+        ["tests.tuning.toy", "raysl.tuning.algorithms", "raysl.tuning.ordered_searcher"]
+    )
     return made
 
 

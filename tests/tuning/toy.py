@@ -113,7 +113,8 @@ def play(folder: Path, scheduler: Any, searcher: Any, at_once: int, slow: str, n
     """Run the sweep of toys, with what is known from before."""
     from raysl.tuning import algorithms
     from raysl.tuning.config import SweepConfig
-    from raysl.tuning.result_order import InOrder, Numbered
+    from raysl.tuning.ordered_scheduler import OrderedScheduler
+    from raysl.tuning.ordered_searcher import OrderedSearcher
     from raysl.tuning.space import Dimension, Space
     from raysl.tuning.sweep import fit
 
@@ -124,12 +125,18 @@ def play(folder: Path, scheduler: Any, searcher: Any, at_once: int, slow: str, n
     known = {(trial, rung + 1): row["score"] for (trial, rung), row in notes.of("score").items()}
     names = {"known": known, "slow": slow, "log": str(folder / "steps")}
     bound = type("Bound", (Toy,), names)
-    order = InOrder(algorithms.scheduler(config, space, TIMES), TRIALS, notes, at_once)
+    ordered = OrderedScheduler(algorithms.scheduler(config, space, TIMES), TRIALS, notes, at_once)
     fixed = {"random": lambda n: space.drawn(0, n), "grid": lambda n: space.grid()[n]}
-    points = fixed.get(searcher) or algorithms.searcher(config)
+    source = fixed.get(searcher) or algorithms.searcher(config)
     begun = {trial: row["values"] for (trial, rung), row in notes.of("trial").items() if rung == 0}
-    numbered = Numbered(points, order, 4, 0, begun)
-    fit(bound, space, order, numbered, Folder(str(folder)), f"tune-{len(known)}")
+    fit(
+        bound,
+        space,
+        ordered,
+        OrderedSearcher(source, ordered, 4, 0, begun),
+        Folder(str(folder)),
+        f"tune-{len(known)}",
+    )
     return notes
 
 
