@@ -181,8 +181,8 @@ class Pretraining(Checked):
         return Pretraining.from_json(value)
 
 
-# Fields that may differ when a run resumes: they decide where it runs and how it is kept, not what it computes.
-FREE = ("run", "data", "workers", "stream", "save", "compile", "channels_last", "log_every", "plugin")
+# Fields that may change when a run resumes: they decide where it runs and how it is kept, not what it computes.
+MAY_CHANGE = ("run", "data", "workers", "stream", "save", "compile", "channels_last", "log_every", "plugin")
 
 
 def differences(ours: Mapping[str, Any], theirs: Mapping[str, Any], prefix: str = "") -> list[str]:

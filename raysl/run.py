@@ -28,7 +28,7 @@ import numpy.typing as npt
 
 from raysl import checkpoint
 from raysl.checkpoint import Checkpoint
-from raysl.config import FREE, Pretraining, differences
+from raysl.config import MAY_CHANGE, Pretraining, differences
 from raysl.dataset import DataSet
 from raysl.errors import UserError
 from raysl.feature_store.records import (
@@ -252,7 +252,7 @@ def _same(metadata: Mapping[str, Any], wanted: Mapping[str, Any], dataset: DataS
         )
     # Read and written again, so that a field that is newer than the run has its default.
     begun = json.loads(json.dumps(Pretraining.stored(metadata["config"], place).to_json()))
-    changed = [n for n in differences(begun, wanted) if n.split(".")[0] not in FREE]
+    changed = [n for n in differences(begun, wanted) if n.split(".")[0] not in MAY_CHANGE]
     if changed:
         raise UserError(
             f"The run at {place!r} was begun with another configuration; these differ: {', '.join(changed)}. Give the "

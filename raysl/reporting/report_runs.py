@@ -10,7 +10,7 @@ from typing import Any
 import numpy as np
 import numpy.typing as npt
 
-from raysl.config import FREE
+from raysl.config import MAY_CHANGE
 from raysl.errors import UserError
 from raysl.evaluation.results import MODEL, MOMENTUM, rows_of
 from raysl.feature_store.records import verified
@@ -99,7 +99,7 @@ def _entry(folder: Folder) -> Entry:
     if folder.exists(METADATA):
         metadata, config, rows = run.metadata(), run.config().to_json(), rows_of(run)
         # Settings that cannot change results are left out, except for the number of workers.
-        ignored = {"seed", "method", *FREE} - {"workers"}
+        ignored = {"seed", "method", *MAY_CHANGE} - {"workers"}
         identity = _identity({key: value for key, value in config.items() if key not in ignored})
         identity["images"] = metadata["data"]["fingerprint"][:8]
         identity["step"] = max((row["step"] for row in rows if row["encoder"] == "trained"), default=0)

@@ -15,6 +15,12 @@ Scheduler = Literal["none", "asha", "median", "pbt", "hyperband"]
 _RUNGS = {"none": 1, "asha": 3, "median": 4, "pbt": 4, "hyperband": 3}
 # Schedulers that compare all trials at every rung, so that the number of trials is fixed.
 POPULATION = ("pbt", "hyperband")
+# Fields that may change when a sweep continues. In the place of the last four, the journal compares the images, the
+# labels and the values themselves.
+_MAY_CHANGE = (
+    *("out", "retry", "max_concurrent", "gpus_per_worker", "share_stream"),
+    *("train", "validation", "test", "vary"),
+)
 
 
 @dataclass(frozen=True)
@@ -98,6 +104,11 @@ class SweepConfig:
             )
         if self.rungs == 1:
             raise UserError(f"--scheduler {self.scheduler} needs at least --rungs 2; --rungs is 1.")
+
+    def may_change(self) -> tuple[str, ...]:
+        """Return the fields that may change when the sweep continues; those of a run are in `raysl.config`."""
+        # With a population, decisions depend on how many trials there are.
+        return _MAY_CHANGE if self.scheduler in POPULATION else (*_MAY_CHANGE, "samples")
 
     def shares(self) -> tuple[float, ...]:
         """Return the share of a run's schedule that is done at each rung; the last is 1.

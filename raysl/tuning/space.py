@@ -15,14 +15,14 @@ from typing import Any, Literal
 import numpy as np
 
 from raysl import fields, methods, rng
-from raysl.config import FREE, Pretraining
+from raysl.config import MAY_CHANGE, Pretraining
 from raysl.errors import UserError, unknown
 from raysl.fields import Range
 
 Values = dict[str, Any]
 
 # Fields that name another run instead of another trial, and fields that trials must share to be comparable.
-_FIXED = (*FREE, "seed", "epochs", "parts")
+_FIXED = (*MAY_CHANGE, "seed", "epochs", "parts")
 # A space with no more corners than this is checked at all of them.
 _MAX_CORNERS = 256
 

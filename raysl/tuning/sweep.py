@@ -16,7 +16,7 @@ from typing import TYPE_CHECKING, Any
 from unittest.mock import patch
 
 from raysl import ray_cluster
-from raysl.config import FREE, Pretraining, differences
+from raysl.config import MAY_CHANGE, Pretraining, differences
 from raysl.dataset import DataSet
 from raysl.errors import UserError
 from raysl.evaluation.evaluate import probe
@@ -25,7 +25,7 @@ from raysl.run import Run
 from raysl.storage import Folder, filesystem
 from raysl.training.progress_actor import duration
 from raysl.tuning import algorithms
-from raysl.tuning.config import POPULATION, SweepConfig
+from raysl.tuning.config import SweepConfig
 from raysl.tuning.journal import FORMAT, Journal
 from raysl.tuning.preparation import PreparedSweep, Task, prepare
 from raysl.tuning.results import SweepResults
@@ -37,11 +37,6 @@ if TYPE_CHECKING:
 
 _log = logging.getLogger("raysl.tuning")
 
-# Fields of SweepConfig that may differ when a sweep is continued.
-_MAY_DIFFER = (
-    *("out", "retry", "max_concurrent", "gpus_per_worker", "share_stream"),
-    *("train", "validation", "test", "vary"),
-)
 # Folder inside the sweep's for the files of Ray Tune. It is deleted whenever a sweep begins or continues.
 _TUNE = "_ray_tune"
 
@@ -89,13 +84,11 @@ def _begin(journal: Journal, prepared: PreparedSweep) -> None:
         UserError: the first row describes another sweep.
     """
     config, task = prepared.config, prepared.task
-    # With a population, decisions depend on how many trials there are.
-    free = _MAY_DIFFER if config.scheduler in POPULATION else (*_MAY_DIFFER, "samples")
     data = {"images": task.images, "train": task.train, "validation": task.validation}
     header = {
         "event": "sweep",
         "format": FORMAT,
-        "config": {name: value for name, value in asdict(config).items() if name not in free},
+        "config": {name: value for name, value in asdict(config).items() if name not in config.may_change()},
         "space": [asdict(dimension) for dimension in prepared.space.dimensions],
         "base": {name: value for name, value in task.base.to_json().items() if name != "run"},
         "data": {name: dataset.manifest.fingerprint for name, dataset in data.items()},
@@ -111,7 +104,7 @@ def _begin(journal: Journal, prepared: PreparedSweep) -> None:
             f"The sweep at {config.out!r} was begun by raysl 0.1 and cannot be continued by this version; `raysl "
             "report` still reads it. Give another --out."
         )
-    places = ("uris.", "sources.", *(f"base.{name}." for name in FREE))
+    places = ("uris.", "sources.", *(f"base.{name}." for name in MAY_CHANGE))
     # An earlier version wrote one more field for each dimension.
     known = [
         {name: row[name] for name in row if name in now}

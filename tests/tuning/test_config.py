@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 from typing import Any
 
 import pytest
@@ -19,6 +20,12 @@ def test_every_trial_is_scored_at_the_same_shares_of_one_schedule() -> None:
     assert made(scheduler="median").shares() == (0.25, 0.5, 0.75, 1.0)
     assert made().shares() == (1.0,)
     assert made(rungs=2, reduction=4).shares() == (0.25, 1.0)
+
+
+def test_what_may_change_between_sessions_are_fields() -> None:
+    assert set(made().may_change()) <= {field.name for field in dataclasses.fields(SweepConfig)}
+    assert "samples" in made(scheduler="asha").may_change()
+    assert "samples" not in made(scheduler="pbt").may_change()
 
 
 @pytest.mark.parametrize(
