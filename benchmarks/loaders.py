@@ -8,6 +8,7 @@ every loader. All loaders shuffle, have one process beside the trainer, and use 
 
 from __future__ import annotations
 
+import importlib
 import io
 import os
 import sys
@@ -161,6 +162,36 @@ def _litdata(views: Views, stack: ExitStack) -> Iterator[int]:
     return _loaded(views, StreamingDataset(folder, shuffle=True), StreamingDataLoader)
 
 
+def _streaming(views: Views, stack: ExitStack) -> Iterator[int]:
+    from streaming import MDSWriter, StreamingDataset
+
+    folder = f"{views.data}.mds"
+    if not os.path.exists(folder):
+        with MDSWriter(out=folder, columns={"index": "int", "image": "bytes"}) as writer:
+            for index, image in enumerate(views.stored()):
+                writer.write({"index": index, "image": image})
+
+    class Rows(StreamingDataset):  # type: ignore[misc]
+        def __getitem__(self, at: int) -> tuple[int, bytes]:
+            row = super().__getitem__(at)
+            return row["index"], row["image"]
+
+    return _loaded(views, Rows(local=folder, shuffle=True, batch_size=_BATCH))
+
+
+def _grain(views: Views, stack: ExitStack) -> Iterator[int]:
+    from absl import flags
+    from grain import python as grain
+
+    flags.FLAGS(["loaders"])  # Its processes read flags of absl, which must have been parsed.
+    # A class of a script cannot be pickled if it has a lock, as a `cached_property` does; a class of a module can.
+    views = importlib.import_module("loaders").Views(views.data, views.side, views.images)
+    rows = grain.MapDataset.source(list(enumerate(views.stored()))).shuffle(0).repeat()
+    batches = rows.batch(_BATCH, batch_fn=views.of).to_iter_dataset()
+    for found in batches.mp_prefetch(grain.MultiprocessingOptions(num_workers=1)):
+        yield len(next(iter(found.values())))
+
+
 def _limit(views: Views, stack: ExitStack) -> Iterator[int]:
     items = list(enumerate(views.stored()))
     torch.set_num_threads(1)
@@ -177,6 +208,8 @@ _LOADERS = {
     "datasets": _datasets,
     "webdataset": _webdataset,
     "litdata": _litdata,
+    "streaming": _streaming,
+    "grain": _grain,
     "limit": _limit,
 }
 
@@ -204,7 +237,9 @@ def main(loader: str, data: str, side: int, images: int) -> None:
         while done < images:
             done += next(batches)
         print(f"{1e3 * (_cpu_s() - before) / done} {1e3 * (time.perf_counter() - began) / done}", flush=True)
-        # Nobody needs what the loader has prepared.
+        # Nobody needs what the loader has prepared, and some processes of loaders live on without their parent.
+        for process in psutil.Process().children(recursive=True):
+            process.kill()
         os._exit(0)
 
 

@@ -108,8 +108,12 @@ _STREAM_ARMS = {
     "datasets": "Hugging Face datasets, DataLoader, raysl's kernels",
     "webdataset": "WebDataset, DataLoader, raysl's kernels",
     "litdata": "LitData, its loader, raysl's kernels",
+    "streaming": "MosaicML Streaming, DataLoader, raysl's kernels",
+    "grain": "Grain, its loader, raysl's kernels",
     "limit": "raysl's kernels alone, files in memory",
 }
+# Arms that need a package of the same name, which may be missing.
+_OTHER_PROGRAMS = ("datasets", "webdataset", "litdata", "streaming", "grain")
 
 
 @dataclass(frozen=True)
@@ -271,7 +275,7 @@ def _stream(flags: Flags, data: Mapping[int, Path], scratch: Path) -> Iterator[R
     for side, folder in data.items():
         images = flags.images * 32 // side if side < 200 else flags.images // 20
         for arm, name in _STREAM_ARMS.items():
-            if arm in ("datasets", "webdataset", "litdata") and find_spec(arm) is None:
+            if arm in _OTHER_PROGRAMS and find_spec(arm) is None:
                 continue
             script = Path(__file__).with_name("loaders.py")
             command = [sys.executable, str(script), arm, str(folder), str(side), str(images)]
