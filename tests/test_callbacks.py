@@ -74,8 +74,8 @@ def test_what_is_no_callback_is_refused() -> None:
 
 
 def test_tensorboard(run: Run, tmp_path: Path) -> None:
-    follow(run, TensorBoardLogger(str(tmp_path / "board")))
-    events = b"".join(file.read_bytes() for file in (tmp_path / "board").iterdir())
+    follow(run, TensorBoardLogger(str(tmp_path / "tensorboard")))
+    events = b"".join(file.read_bytes() for file in (tmp_path / "tensorboard").iterdir())
     assert b"probe/knn/top1/k_20" in events
     assert b"loss" in events
 

@@ -31,7 +31,7 @@ from raysl.storage import Folder
 from raysl.training.launch import pretrain
 
 ERROR = "probes/error.txt"
-BOARD = "tensorboard/probes"
+TENSORBOARD = "tensorboard/probes"
 _log = logging.getLogger("raysl.evaluation")
 _LOOK_EVERY_S = 5.0
 Rows = Sequence[Mapping[str, Any]]
@@ -266,10 +266,10 @@ class OnlineEvaluator:
             self.callbacks.probe(now)
         if self.run.folder.is_local:
             # A session of TensorBoard hides earlier events from its step on, and the newest checkpoint may come first.
-            board = TensorBoard(self.run.folder / BOARD, step)
+            tensorboard = TensorBoard(self.run.folder / TENSORBOARD, step)
             for row in sorted(later, key=lambda row: int(row["step"])):
-                board.add({"step": row["step"], _name(row): row["value"]})
-            board.flush()
+                tensorboard.add({"step": row["step"], _name(row): row["value"]})
+            tensorboard.flush()
 
     def _into_metrics(self) -> None:
         """Write the primary metrics into the rows of metrics.jsonl of their steps."""

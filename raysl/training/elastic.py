@@ -33,8 +33,8 @@ def machines() -> Machines:
     import ray
 
     # Ray Train's own watcher uses this call; there is no public one without a dashboard.
-    leaving = ray._private.state.state.get_draining_nodes()
-    staying = [n["Resources"] for n in ray.nodes() if n["Alive"] and n["NodeID"] not in leaving]
+    draining = ray._private.state.state.get_draining_nodes()
+    staying = [n["Resources"] for n in ray.nodes() if n["Alive"] and n["NodeID"] not in draining]
     return replace(cluster_placement.machines(), now=tuple(staying))
 
 
@@ -102,13 +102,13 @@ class Resizing:
         self, counts: Sequence[int], group: WorkerGroup, clock: Callable[[], float] = time.monotonic
     ) -> None:
         self._counts = counts
-        self._team = group
+        self._group = group
         self._clock = clock
         self._since: float | None = None
 
     def due(self, found: Machines) -> bool:
         """Return True if another number of workers has fitted for `RESIZE_AFTER_S`. Call it regularly."""
-        if (size(self._counts, found, self._team.gpus) or self._counts[0]) == self._team.workers:
+        if (size(self._counts, found, self._group.gpus) or self._counts[0]) == self._group.workers:
             self._since = None
             return False
         self._since = self._clock() if self._since is None else self._since

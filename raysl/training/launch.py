@@ -81,7 +81,7 @@ def pretrain(
         group = _first_group(config, placement, local)
     dataset = resolve(config.data)
     plan, facts = checked or _checked(config, dataset)
-    end, told = min(until or plan.num_steps, plan.num_steps), callbacks or Callbacks(())
+    end, callbacks = min(until or plan.num_steps, plan.num_steps), callbacks or Callbacks(())
     Run.check(config, dataset)
     # Another driver may still train the run, or begin another one in its folder.
     with DriverLock(Folder(config.run), "run") as lock:
@@ -92,18 +92,18 @@ def pretrain(
             return Run(lock.folder)
         run = Run.begin(config, dataset, facts)
         _announce(config, dataset, plan, group, saved, local)
-        board = None if local else progress_actor.open_board()
+        actor = None if local else progress_actor.start_progress_actor()
         job = Job(
-            config.to_json(), run, dataset, group.placement, board, until, subscriber, EXCHANGE_WITHIN_S
+            config.to_json(), run, dataset, group.placement, actor, until, subscriber, EXCHANGE_WITHIN_S
         )
         begins = "" if local else group.placement.busy(group.workers)
-        with console.working(begins or "Starting the training ..."), told.following(run, saved):
+        with console.working(begins or "Starting the training ..."), callbacks.following(run, saved):
             if local:
-                in_process.train(job, plan.num_steps, lock, told, SHOW_EVERY_S)
+                in_process.train(job, plan.num_steps, lock, callbacks, SHOW_EVERY_S)
             else:
                 if group.gpus:
                     gpus.check(group.placement.gpus_per_worker, config.precision)
-                _Attempts(job, counts, end, plan.num_steps, lock, told).run(group)
+                _Attempts(job, counts, end, plan.num_steps, lock, callbacks).run(group)
     return run
 
 
@@ -202,9 +202,9 @@ class _Attempts:
         """Run attempts until the last step is saved."""
         import ray
 
-        board = self.job.board
+        actor = self.job.progress_actor
         idle, saved = 0, _saved(self.job.run)
-        with signals.caught(lambda: board.ask_to_leave.remote(True)) as stop:
+        with signals.caught(lambda: actor.request_stop.remote(True)) as stop:
             while True:
                 self.lock.check()
                 error = self._attempt(group)
@@ -220,7 +220,7 @@ class _Attempts:
                         f"Training stopped {idle} times at step {saved} without progress. The same command resumes "
                         "from there."
                     )
-                ray.get(board.ask_to_leave.remote(stop.received.is_set()))
+                ray.get(actor.request_stop.remote(stop.received.is_set()))
                 group = self._next(group, stop.received)
                 if stop.received.is_set():
                     raise stop.ended(saved)
@@ -252,14 +252,14 @@ class _Attempts:
         """
         from ray.train import TrainingFailedError
 
-        board = self.job.board
+        actor = self.job.progress_actor
         request = CapacityRequest(self.counts[-1], group, elastic.machines()) if self.elastic else None
         try:
             with self._followed(group):
                 self._fit(group)
         except TrainingFailedError as error:
             self._show()
-            progress_actor.raise_failure(board)
+            progress_actor.raise_failure(actor)
             if found := ray_cluster.user_error(error):
                 raise found from error
             return UserError(
@@ -271,13 +271,13 @@ class _Attempts:
             if request is not None:
                 request.take_back()
         self._show()
-        progress_actor.raise_failure(board)
+        progress_actor.raise_failure(actor)
         return None
 
     @contextmanager
     def _followed(self, group: WorkerGroup) -> Iterator[None]:
         """Show progress in a thread during the block; ask the workers to stop when their number should change."""
-        board = self.job.board
+        actor = self.job.progress_actor
         resizing = Resizing(self.counts, group)
         done = threading.Event()
 
@@ -288,9 +288,9 @@ class _Attempts:
                 if self._show() or not due:
                     heard_s = time.monotonic()
                 if due:
-                    board.ask_to_leave.remote(True)
+                    actor.request_stop.remote(True)
                 if self.lock.lost.is_set() or time.monotonic() - heard_s > STOP_WITHIN_S:
-                    board.dismiss.remote()
+                    actor.kill_workers.remote()
 
         thread = threading.Thread(target=follow, daemon=True)
         thread.start()
@@ -310,7 +310,7 @@ class _Attempts:
                     prefix="raysl-train-", dir=local_ray.folder(), ignore_cleanup_errors=True
                 ) as scratch:
                     job = replace(self.job, placement=group.placement)
-                    _trainer(job, group.workers, self.elastic, scratch).fit()
+                    _trainer(job, group.workers, not self.elastic, scratch).fit()
             except BaseException as error:
                 failed.append(error)
 
@@ -321,8 +321,8 @@ class _Attempts:
             while thread.is_alive():
                 thread.join(0.2)
         except BaseException:  # In a notebook, the workers would train on without the lock.
-            self.job.board.fail.remote(UserError("Training was interrupted."))
-            self.job.board.dismiss.remote()
+            self.job.progress_actor.fail.remote(UserError("Training was interrupted."))
+            self.job.progress_actor.kill_workers.remote()
             if thread.is_alive():
                 thread.join(5.0)
             raise
@@ -330,22 +330,23 @@ class _Attempts:
             raise failed[0]
 
     def _show(self) -> bool:
-        """Log the news and the newest row of metrics; return True if there were any."""
+        """Log the messages and the newest row of metrics; return True if there were any."""
         import ray
 
-        news, rows = ray.get([self.job.board.news.remote(), self.job.board.take.remote()])
-        for line in news:
+        actor = self.job.progress_actor
+        messages, rows = ray.get([actor.take_messages.remote(), actor.take_rows.remote()])
+        for line in messages:
             _log.info(line)
-        if news and not rows:
+        if messages and not rows:
             _log.info("Waiting for the first steps ...")
         for row in rows[-1:]:
             _log.info(progress_actor.line(row, self.num_steps))
         self.callbacks.log(rows)
-        return bool(news or rows)
+        return bool(messages or rows)
 
 
-def _trainer(job: Job, workers: int, once: bool, scratch: str) -> Any:
-    """Return a trainer of Ray Train. With `once`, it does not restart the workers by itself."""
+def _trainer(job: Job, workers: int, restarts: bool, scratch: str) -> Any:
+    """Return a trainer of Ray Train. With `restarts`, Ray Train itself restarts workers that were lost."""
     from ray.train import FailureConfig, LoggingConfig, RunConfig, ScalingConfig
     from ray.train.torch import TorchTrainer
 
@@ -375,9 +376,9 @@ def _trainer(job: Job, workers: int, once: bool, scratch: str) -> Any:
             # Only for Ray's own bookkeeping: raysl keeps its checkpoints in the folder of the run.
             name=f"raysl-{uuid.uuid4().hex[:8]}",
             storage_path=scratch,
-            failure_config=FailureConfig(0, controller_failure_limit=0, max_preemption_failures=0)
-            if once
-            else FailureConfig(MAX_FAILURES, controller_failure_limit=3),
+            failure_config=FailureConfig(MAX_FAILURES, controller_failure_limit=3)
+            if restarts
+            else FailureConfig(0, controller_failure_limit=0, max_preemption_failures=0),
             logging_config=LoggingConfig(log_level="ERROR"),
         ),
     )

@@ -34,7 +34,7 @@ from raysl.ray_cluster.placement import Machines, Placement
 from raysl.storage import Folder
 from raysl.stream.processes import DataProcesses
 from raysl.training import progress_actor, signals
-from raysl.training.progress_actor import Board, Progress
+from raysl.training.progress_actor import Progress, ProgressActor
 from raysl.training.worker import OUT_OF_MEMORY, Job, Worker
 
 _log = logging.getLogger("raysl.training")
@@ -86,7 +86,7 @@ def train(job: Job, num_steps: int, lock: DriverLock, callbacks: Callbacks, show
     """Train in this thread until the last step of the job is saved, or until this process is told to stop.
 
     Args:
-        job: the job; its board is not used.
+        job: the job; its progress actor is not used.
         lock: lock on the run; training stops when it is lost.
 
     Raises:
@@ -99,7 +99,7 @@ def train(job: Job, num_steps: int, lock: DriverLock, callbacks: Callbacks, show
     share = job.placement.share
     progress = _Progress(num_steps, lock, callbacks, show_every_s)
     with (
-        signals.caught(progress.leave.set) as stop,
+        signals.caught(progress.stop.set) as stop,
         DataProcesses(max(1, round(share.cpus / share.cpus_per_task))) as data,
         _torch(job.placement.threads_per_worker, on_gpu),
     ):
@@ -133,37 +133,38 @@ class _Progress(Progress):
     """Shows the progress of the worker, and stops it.
 
     Attributes:
-        leave: event that asks the worker to save and stop.
+        stop: event that asks the worker to save and stop.
     """
 
     def __init__(self, num_steps: int, lock: DriverLock, callbacks: Callbacks, show_every_s: float) -> None:
-        self.leave = threading.Event()
+        self.stop = threading.Event()
         self._num_steps = num_steps
         self._lock = lock
         self._callbacks = callbacks
         self._show_every_s = show_every_s
         self._shown_s = time.monotonic()
-        self._board = Board()
+        # An object of this process, and not an actor.
+        self._state = ProgressActor()
 
     def begin(self, step: int, workers: int, reached: int) -> int:
-        lost = self._board.begin(step, workers, reached)
-        for line in self._board.news():
+        lost = self._state.begin(step, workers, reached)
+        for line in self._state.take_messages():
             _log.info(line)
         return lost
 
     def post(self, row: dict[str, Any]) -> None:
-        self._board.post(row)
+        self._state.post(row)
         self._callbacks.log([row])
         if time.monotonic() - self._shown_s > self._show_every_s:
             self.show()
 
     def show(self) -> None:
         """Log the newest row of metrics that has not been shown."""
-        for row in self._board.take()[-1:]:
+        for row in self._state.take_rows()[-1:]:
             _log.info(progress_actor.line(row, self._num_steps))
         self._shown_s = time.monotonic()
 
-    def asked_to_leave(self) -> bool:
+    def stop_requested(self) -> bool:
         if self._lock.lost.is_set():
             self._lock.check()
-        return self.leave.is_set()
+        return self.stop.is_set()

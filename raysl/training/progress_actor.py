@@ -17,37 +17,37 @@ MAX_CRASHES = 3
 IMAGES, SAVING, OTHERS = "waits for images", "writes a checkpoint", "waits for the other workers"
 
 
-class Board:
+class ProgressActor:
     """An actor on the driver's machine. Workers post to it and never wait for it."""
 
     def __init__(self) -> None:
         self._rows: list[dict[str, Any]] = []
-        self._news: list[str] = []
+        self._messages: list[str] = []
         self._failure: UserError | None = None
         self._crashes: dict[tuple[int, int], int] = {}
         self._reached = 0
-        self._leave = False
-        self._trainers: list[Any] = []
-        self._workers = 0
+        self._stop_requested = False
+        self._workers: list[Any] = []
+        self._num_workers = 0
         # What the workers do that have not ended a step for long.
         self._stalled: dict[int, str] = {}
         self._stall = ""
 
-    def enlist(self, trainer: Any) -> None:
-        """Register a worker by the handle of its actor."""
-        self._trainers.append(trainer)
+    def register(self, worker: Any) -> None:
+        """Add a worker, by the handle of its actor, to those that `kill_workers` kills."""
+        self._workers.append(worker)
 
-    def leaving(self) -> None:
-        """Record that the workers have agreed on a step to stop at; from now on `dismiss` does nothing."""
-        self._trainers = []
+    def stop_agreed(self) -> None:
+        """Record that the workers have agreed on a step to stop at; from now on `kill_workers` does nothing."""
+        self._workers = []
 
-    def dismiss(self) -> None:
+    def kill_workers(self) -> None:
         """Kill the workers that have not agreed to stop, as if their machines had died."""
         import ray
 
-        for trainer in self._trainers:
-            ray.kill(trainer)
-        self._trainers = []
+        for worker in self._workers:
+            ray.kill(worker)
+        self._workers = []
 
     def post(self, row: dict[str, Any]) -> None:
         """Add a row of metrics."""
@@ -66,9 +66,9 @@ class Board:
         """
         self._reached = max(self._reached, step)
         times = self._crashes[step, rank] = self._crashes.get((step, rank), 0) + 1
-        stall = stall_sentence(step, self._stalled, self._workers) if self._stalled else ""
+        stall = stall_sentence(step, self._stalled, self._num_workers) if self._stalled else ""
         if stall and stall != self._stall:
-            self._news.append(stall)
+            self._messages.append(stall)
             self._stall = stall
         if times >= MAX_CRASHES:
             often = f"Training failed {times} times after step {step}, each time with:\n\n{trace}"
@@ -90,83 +90,83 @@ class Board:
             The number of steps after `step` that were done and lost, as far as metrics show.
         """
         lost = max(0, max(self._reached, reached) - step)
-        self._reached, self._workers, self._stalled, self._stall = step, workers, {}, ""
+        self._reached, self._num_workers, self._stalled, self._stall = step, workers, {}, ""
         if step or lost:
-            self._news.append(
+            self._messages.append(
                 f"Resumed from step {step} with {workers} worker{'s' if workers > 1 else ''}; {lost} steps were lost."
             )
         return lost
 
-    def ask_to_leave(self, leave: bool) -> None:
+    def request_stop(self, stop: bool) -> None:
         """Set or withdraw the request that the workers save and stop, as soon as they have agreed on a step."""
-        self._leave = leave
+        self._stop_requested = stop
 
-    def asked_to_leave(self) -> bool:
+    def stop_requested(self) -> bool:
         """Return True if the workers were asked to stop."""
-        return self._leave
+        return self._stop_requested
 
-    def news(self) -> list[str]:
+    def take_messages(self) -> list[str]:
         """Return the messages since the last call."""
-        news, self._news = self._news, []
-        return news
+        messages, self._messages = self._messages, []
+        return messages
 
     def failure(self) -> UserError | None:
         """Return the first final error, or None."""
         return self._failure
 
-    def take(self) -> list[dict[str, Any]]:
+    def take_rows(self) -> list[dict[str, Any]]:
         """Return the rows of metrics since the last call."""
         rows, self._rows = self._rows, []
         return rows
 
 
 class Progress:
-    """What a worker tells its driver and asks it. This one has no driver."""
+    """What a worker reports to its driver and asks it. This one has no driver."""
 
     def begin(self, step: int, workers: int, reached: int) -> int:
-        """Tell the first step of a worker group; see `Board.begin`."""
+        """Report the first step of a worker group; see `ProgressActor.begin`."""
         return 0
 
     def post(self, row: dict[str, Any]) -> None:
-        """Tell a row of metrics."""
+        """Report a row of metrics."""
 
-    def leaving(self) -> None:
-        """Tell that the workers have agreed on a step to stop at."""
+    def stop_agreed(self) -> None:
+        """Report that the workers have agreed on a step to stop at."""
 
-    def asked_to_leave(self) -> bool:
+    def stop_requested(self) -> bool:
         """Return True if the worker should save and stop. Every worker must call it at the same step."""
         return False
 
     def at(self, step: int, doing: str) -> None:
-        """Tell what the worker begins to do after `step` steps: `IMAGES`, `OTHERS` or `SAVING`."""
+        """Report what the worker begins to do after `step` steps: `IMAGES`, `OTHERS` or `SAVING`."""
 
 
-class ActorProgress(Progress):
+class RemoteProgress(Progress):
     """Progress through a progress actor. Also stops when Ray will drain one of the machines.
 
     Args:
         rank: rank of the worker; only rank 0 asks the actor.
     """
 
-    def __init__(self, board: Any, rank: int) -> None:
-        self._board = board
+    def __init__(self, actor: Any, rank: int) -> None:
+        self._actor = actor
         self._rank = rank
-        self._asked: Any = None
+        self._answer: Any = None
         self._at = (time.monotonic(), 0, OTHERS)
-        self._told = False
+        self._stall_reported = False
 
     def begin(self, step: int, workers: int, reached: int) -> int:
         import ray
 
-        return int(ray.get(self._board.begin.remote(step, workers, reached)))
+        return int(ray.get(self._actor.begin.remote(step, workers, reached)))
 
     def post(self, row: dict[str, Any]) -> None:
-        self._board.post.remote(row)
+        self._actor.post.remote(row)
 
-    def leaving(self) -> None:
-        self._board.leaving.remote()
+    def stop_agreed(self) -> None:
+        self._actor.stop_agreed.remote()
 
-    def asked_to_leave(self) -> bool:
+    def stop_requested(self) -> bool:
         import ray
         import ray.train
 
@@ -176,12 +176,12 @@ class ActorProgress(Progress):
         if self._rank > 0:
             return False
         # Look at the answer to the previous request, so that training never waits for the driver's machine.
-        if self._asked is None:
-            self._asked = self._board.asked_to_leave.remote()
-        if not ray.wait([self._asked], timeout=0)[0]:
+        if self._answer is None:
+            self._answer = self._actor.stop_requested.remote()
+        if not ray.wait([self._answer], timeout=0)[0]:
             return False
-        asked, self._asked = ray.get(self._asked), self._board.asked_to_leave.remote()
-        return bool(asked)
+        requested, self._answer = ray.get(self._answer), self._actor.stop_requested.remote()
+        return bool(requested)
 
     def at(self, step: int, doing: str) -> None:
         self._at = (time.monotonic(), step, doing)
@@ -200,17 +200,17 @@ class ActorProgress(Progress):
         threading.Thread(target=look, daemon=True).start()
 
     def is_late(self, timeout_s: float, now_s: float) -> bool:
-        """Return True if this worker has waited for the others for 95 % of the time. Tell what it does from 90 % on."""
+        """Return True if this worker has waited for the others for 95 % of the time. Report its work from 90 % on."""
         import ray
 
         since_s, step, doing = self._at
         stalls = now_s - since_s > 0.9 * timeout_s
-        if stalls != self._told:
-            self._board.stalled.remote(self._rank, doing if stalls else "")
-            self._told = stalls
+        if stalls != self._stall_reported:
+            self._actor.stalled.remote(self._rank, doing if stalls else "")
+            self._stall_reported = stalls
         late = doing == OTHERS and now_s - since_s > 0.95 * timeout_s
         if late:
-            ray.get(self._board.crash.remote(step, self._rank, ""))
+            ray.get(self._actor.crash.remote(step, self._rank, ""))
         return late
 
     def close(self) -> None:
@@ -242,7 +242,7 @@ def stall_sentence(step: int, stalled: Mapping[int, str], workers: int) -> str:
     )
 
 
-def open_board() -> Any:
+def start_progress_actor() -> Any:
     """Start a progress actor."""
     import ray
 
@@ -250,14 +250,14 @@ def open_board() -> Any:
     # The actor stays on the driver's machine, because machines of workers may be reclaimed. A soft affinity would not
     # hold on a head without CPUs.
     near = ray.util.scheduling_strategies.NodeAffinitySchedulingStrategy(here, soft=False)
-    return ray.remote(num_cpus=0, scheduling_strategy=near)(Board).remote()
+    return ray.remote(num_cpus=0, scheduling_strategy=near)(ProgressActor).remote()
 
 
-def raise_failure(board: Any) -> None:
+def raise_failure(actor: Any) -> None:
     """Raise the UserError that a worker has posted, if any."""
     import ray
 
-    failure = ray.get(board.failure.remote())
+    failure = ray.get(actor.failure.remote())
     if failure is not None:
         raise failure
 

@@ -21,18 +21,18 @@ class StopSync:
 
     Args:
         step: the step at which the workers begin.
-        told: returns True if this worker was asked to stop.
+        stop_requested: returns True if this worker was asked to stop.
         device: where the exchanged numbers are.
     """
 
-    def __init__(self, step: int, told: Callable[[], bool], device: torch.device) -> None:
-        self._told = told
+    def __init__(self, step: int, stop_requested: Callable[[], bool], device: torch.device) -> None:
+        self._stop_requested = stop_requested
         self._device = device
         self._steps = 1
         self._next = step + 1
         self._since = time.perf_counter()
 
-    def settle(self, step: int, since_save_s: float) -> tuple[bool, float]:
+    def exchange(self, step: int, since_save_s: float) -> tuple[bool, float]:
         """Exchange the state with the other workers if it is time. Every worker must call this after every step.
 
         Returns:
@@ -42,9 +42,10 @@ class StopSync:
         if step < self._next:
             return False, 0.0
         now = time.perf_counter()
-        mine = torch.tensor([float(self._told()), since_save_s, now - self._since], device=self._device)
-        told, since_s, took_s = collective.mean(mine).tolist()
+        requested = float(self._stop_requested())
+        mine = torch.tensor([requested, since_save_s, now - self._since], device=self._device)
+        requested, since_s, took_s = collective.mean(mine).tolist()
         # At most twice as many steps as before, in case the first ones were fast by chance.
         self._steps = max(1, min(2 * self._steps, round(EXCHANGE_EVERY_S * self._steps / took_s)))
         self._next, self._since = step + self._steps, now
-        return told > 0, since_s
+        return requested > 0, since_s

@@ -35,7 +35,7 @@ from raysl.storage import StorageError
 from raysl.stream import shared
 from raysl.stream.plan import Plan
 from raysl.stream.reader import Batch, Source, Stream
-from raysl.training.progress_actor import IMAGES, OTHERS, SAVING, ActorProgress, Progress
+from raysl.training.progress_actor import IMAGES, OTHERS, SAVING, Progress, RemoteProgress
 from raysl.training.stop_sync import StopSync
 
 OUT_OF_MEMORY = "A training worker ran out of GPU memory. Lower --batch-size, or use more GPUs (--workers)."
@@ -46,7 +46,7 @@ class Job:
     """Everything a worker needs to train; it is sent to the worker by pickle.
 
     Args:
-        board: the progress actor; None without one.
+        progress_actor: the actor that the workers post to; None without one.
         until: the step to stop after, with a checkpoint; None for the end of the plan.
         subscriber: access to a stream that is shared with other runs; None if the run reads its own stream.
         timeout_s: time for an exchange between the workers.
@@ -56,7 +56,7 @@ class Job:
     run: Run
     dataset: DataSet
     placement: Placement
-    board: Any = None
+    progress_actor: Any = None
     until: int | None = None
     subscriber: shared.Subscriber | None = None
     timeout_s: int = 1800
@@ -162,7 +162,7 @@ class Worker:
         distributed = self.distributed()
         meter = Meter(self.step, self.plan, self.world, lost_steps)
         queue = DeviceQueue(self.device)
-        stop_sync = StopSync(self.step, self.progress.asked_to_leave, self.device)
+        stop_sync = StopSync(self.step, self.progress.stop_requested, self.device)
         end = self.plan.num_steps if self.job.until is None else min(self.job.until, self.plan.num_steps)
         self.progress.at(self.step, IMAGES)
         for batch in shared.batches(self._stream(), self.job.subscriber, self.step, end):
@@ -172,10 +172,10 @@ class Worker:
             self.step += 1
             queue.limit()
             meter.add(batch, loss)
-            leave, since_s = stop_sync.settle(self.step, self.saver.since_s)
-            if leave:
-                self.progress.leaving()
-            last = leave or self.step == end
+            stops, since_s = stop_sync.exchange(self.step, self.saver.since_s)
+            if stops:
+                self.progress.stop_agreed()
+            last = stops or self.step == end
             if last or self.step % self.config.log_every == 0:
                 row = meter.row(self.step, lr)
                 self._check(row["loss"])
@@ -188,7 +188,7 @@ class Worker:
                     log.flush()
                 self.progress.at(self.step, SAVING)
                 self.save()
-            if leave:
+            if stops:
                 break
             self.progress.at(self.step, IMAGES)
         self.progress.at(self.step, SAVING)
@@ -357,12 +357,12 @@ def work(job: Job) -> None:
     import ray
     import ray.train.torch
 
-    if ray.get(job.board.failure.remote()):
+    if ray.get(job.progress_actor.failure.remote()):
         return
-    job.board.enlist.remote(ray.get_runtime_context().current_actor)
+    job.progress_actor.register.remote(ray.get_runtime_context().current_actor)
     torch.set_num_threads(job.placement.threads_per_worker)
     worker: Worker | None = None
-    progress = ActorProgress(job.board, collective.rank())
+    progress = RemoteProgress(job.progress_actor, collective.rank())
     if collective.world() > 1:
         progress.watch(job.timeout_s)
     try:
@@ -370,14 +370,16 @@ def work(job: Job) -> None:
         worker.restore()
         worker.train()
     except UserError as error:
-        ray.get(job.board.fail.remote(error if type(error) is StorageError else UserError(str(error))))
+        ray.get(
+            job.progress_actor.fail.remote(error if type(error) is StorageError else UserError(str(error)))
+        )
         raise
     except torch.OutOfMemoryError as error:
-        ray.get(job.board.fail.remote(UserError(f"{OUT_OF_MEMORY} {error}")))
+        ray.get(job.progress_actor.fail.remote(UserError(f"{OUT_OF_MEMORY} {error}")))
         raise
     except Exception:
         step = worker.step if worker else 0
-        ray.get(job.board.crash.remote(step, collective.rank(), traceback.format_exc()))
+        ray.get(job.progress_actor.crash.remote(step, collective.rank(), traceback.format_exc()))
         raise
     finally:
         progress.close()

@@ -15,8 +15,8 @@ Scheduler = Literal["none", "asha", "median", "pbt", "hyperband"]
 _RUNGS = {"none": 1, "asha": 3, "median": 4, "pbt": 4, "hyperband": 3}
 # Schedulers that compare all trials at every rung, so that the number of trials is fixed.
 POPULATION = ("pbt", "hyperband")
-# Fields that may change when a sweep continues. In the place of the last four, the journal compares the images, the
-# labels and the values themselves.
+# Fields that may change when a sweep continues. In the place of `train`, `validation` and `vary`, the journal compares
+# the images and the values that they stand for.
 _MAY_CHANGE = (
     *("out", "retry", "max_concurrent", "gpus_per_worker", "share_stream"),
     *("train", "validation", "test", "vary"),

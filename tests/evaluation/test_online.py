@@ -97,7 +97,7 @@ def test_remaining_checkpoints_are_probed_after_the_last_step(
         {"step": 5, "probe/knn/top1": 0.5},
     ]
     assert caplog.messages == ["Probes of step 4: knn/top1 40.0 %", "Probes of step 5: knn/top1 50.0 %"]
-    assert run.folder.exists(online.BOARD)
+    assert run.folder.exists(online.TENSORBOARD)
     assert evaluator.finish() == []
     assert len(asked) == 2
 

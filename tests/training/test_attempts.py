@@ -23,7 +23,7 @@ from raysl.storage import Folder
 from raysl.stream.reader import DataShare
 from raysl.training import launch
 from raysl.training.elastic import WorkerGroup
-from raysl.training.progress_actor import Board
+from raysl.training.progress_actor import ProgressActor
 from raysl.training.worker import Job
 from tests.data import make_dataset
 
@@ -31,7 +31,7 @@ GROUP = WorkerGroup(1, Placement(1, 0, DataShare(), 1))
 
 
 class Rows(Callback):
-    """Keeps the rows of metrics that it is told."""
+    """Keeps the rows of metrics that it gets."""
 
     def __init__(self) -> None:
         self.rows: list[Mapping[str, Any]] = []
@@ -41,19 +41,19 @@ class Rows(Callback):
 
 
 class Attempts:
-    """A run whose attempt calls a function; methods of its board are called in this process.
+    """A run whose attempt calls a function; methods of its progress actor are called in this process.
 
     Attributes:
-        board: the board.
+        actor: the progress actor.
         callback: what follows the run.
     """
 
     def __init__(self, folder: Path, fit: Callable[[], None], patch: pytest.MonkeyPatch) -> None:
-        self.board, self.callback = Board(), Rows()
+        self.actor, self.callback = ProgressActor(), Rows()
         remote = SimpleNamespace(
             **{
-                name: SimpleNamespace(remote=getattr(self.board, name))
-                for name in dir(Board)
+                name: SimpleNamespace(remote=getattr(self.actor, name))
+                for name in dir(ProgressActor)
                 if not name.startswith("_")
             }
         )
@@ -76,9 +76,9 @@ def test_an_interrupt_that_is_not_a_request_to_save_kills_the_workers(
     killed, ended = threading.Event(), threading.Event()
 
     def fit() -> None:
-        attempts.board.enlist("a worker")
+        attempts.actor.register("a worker")
         _thread.interrupt_main()  # Ctrl-C, which asks the workers to save
-        while not attempts.board.asked_to_leave():
+        while not attempts.actor.stop_requested():
             pass
         _thread.interrupt_main()
         assert killed.wait(30)
@@ -90,23 +90,23 @@ def test_an_interrupt_that_is_not_a_request_to_save_kills_the_workers(
         attempts.run()
     assert ended.is_set()
     # Ray Train starts the workers again, and they end at once.
-    assert attempts.board.failure()
+    assert attempts.actor.failure()
 
 
 def test_an_interrupt_while_the_thread_of_ray_train_starts_kills_the_workers(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    enlisted, killed, start = threading.Event(), threading.Event(), threading.Thread.start
+    registered, killed, start = threading.Event(), threading.Event(), threading.Thread.start
 
     def fit() -> None:
-        attempts.board.enlist("a worker")
-        enlisted.set()
+        attempts.actor.register("a worker")
+        registered.set()
         assert killed.wait(30)
 
     def interrupted(thread: threading.Thread) -> None:
         start(thread)
         if thread.name.endswith("(fit)"):
-            assert enlisted.wait(30)
+            assert registered.wait(30)
             raise KeyboardInterrupt
 
     monkeypatch.setattr(ray, "kill", lambda _: killed.set())
@@ -119,7 +119,7 @@ def test_an_interrupt_while_the_thread_of_ray_train_starts_kills_the_workers(
 
 def test_rows_before_a_failure_reach_the_callbacks(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     def fit() -> None:
-        attempts.board.post(
+        attempts.actor.post(
             {"step": 1, "loss": 1.0, "eta_s": 0, "epoch": 0, "images_per_s": 1, "wait_share": 0}
         )
         raise TrainingFailedError("a worker ended")
@@ -130,10 +130,10 @@ def test_rows_before_a_failure_reach_the_callbacks(tmp_path: Path, monkeypatch: 
     assert [row["step"] for row in attempts.callback.rows] == [1]
 
 
-def test_a_failure_after_ctrl_c_is_told(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_failure_after_ctrl_c_is_reported(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     def fit() -> None:
         _thread.interrupt_main()
-        while not attempts.board.asked_to_leave():
+        while not attempts.actor.stop_requested():
             pass
         raise TrainingFailedError("a worker ended")
 
@@ -147,7 +147,7 @@ def test_ctrl_c_before_the_first_checkpoint_does_not_claim_one(
 ) -> None:
     def fit() -> None:
         _thread.interrupt_main()
-        while not attempts.board.asked_to_leave():
+        while not attempts.actor.stop_requested():
             pass
 
     attempts = Attempts(tmp_path, fit, monkeypatch)

@@ -1,4 +1,4 @@
-"""What the driver hears from the trainers, and how it is shown."""
+"""What the driver hears from the workers, and how it is shown."""
 
 from __future__ import annotations
 
@@ -9,54 +9,54 @@ import pytest
 
 from raysl.errors import UserError
 from raysl.training import progress_actor
-from raysl.training.progress_actor import IMAGES, OTHERS, ActorProgress, Board
+from raysl.training.progress_actor import IMAGES, OTHERS, ProgressActor, RemoteProgress
 
 
 def test_rows_are_taken_once_and_the_first_failure_stays() -> None:
-    board = Board()
-    board.post({"step": 1})
-    board.post({"step": 2})
-    assert [row["step"] for row in board.take()] == [1, 2]
-    assert board.take() == []
-    assert board.failure() is None
-    board.fail(UserError("first"))
-    board.fail(UserError("second"))
-    assert str(board.failure()) == "first"
+    actor = ProgressActor()
+    actor.post({"step": 1})
+    actor.post({"step": 2})
+    assert [row["step"] for row in actor.take_rows()] == [1, 2]
+    assert actor.take_rows() == []
+    assert actor.failure() is None
+    actor.fail(UserError("first"))
+    actor.fail(UserError("second"))
+    assert str(actor.failure()) == "first"
 
 
 def test_an_error_that_one_worker_keeps_meeting_is_a_failure() -> None:
-    board = Board()
+    actor = ProgressActor()
     for rank in range(8):
-        board.crash(5, rank, "lost a neighbour")
-    board.crash(6, 0, "trace")
-    assert board.failure() is None
-    board.crash(5, 0, "trace")
-    board.crash(5, 0, "trace")
-    assert "3 times after step 5" in str(board.failure())
+        actor.crash(5, rank, "lost a neighbour")
+    actor.crash(6, 0, "trace")
+    assert actor.failure() is None
+    actor.crash(5, 0, "trace")
+    actor.crash(5, 0, "trace")
+    assert "3 times after step 5" in str(actor.failure())
 
 
-def test_trainers_that_have_agreed_to_leave_are_not_ended(monkeypatch: pytest.MonkeyPatch) -> None:
-    ended: list[str] = []
-    monkeypatch.setattr("ray.kill", ended.append)
-    board = Board()
-    board.enlist("early")
-    board.leaving()
-    board.dismiss()
-    assert ended == []
-    board.enlist("late")
-    board.dismiss()
-    board.dismiss()
-    assert ended == ["late"]
+def test_workers_that_have_agreed_to_stop_are_not_killed(monkeypatch: pytest.MonkeyPatch) -> None:
+    killed: list[str] = []
+    monkeypatch.setattr("ray.kill", killed.append)
+    actor = ProgressActor()
+    actor.register("early")
+    actor.stop_agreed()
+    actor.kill_workers()
+    assert killed == []
+    actor.register("late")
+    actor.kill_workers()
+    actor.kill_workers()
+    assert killed == ["late"]
 
 
 def test_workers_that_wait_in_vain_tell_what_they_do_and_end(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr("ray.get", lambda answer: answer)
-    board = Board()
-    board.begin(0, workers=3, reached=0)
+    actor = ProgressActor()
+    actor.begin(0, workers=3, reached=0)
     called = SimpleNamespace(
-        stalled=SimpleNamespace(remote=board.stalled), crash=SimpleNamespace(remote=board.crash)
+        stalled=SimpleNamespace(remote=actor.stalled), crash=SimpleNamespace(remote=actor.crash)
     )
-    one, two = (ActorProgress(called, rank) for rank in range(2))
+    one, two = (RemoteProgress(called, rank) for rank in range(2))
     now_s = time.monotonic()
     one.at(7, OTHERS)
     two.at(7, IMAGES)
@@ -66,15 +66,15 @@ def test_workers_that_wait_in_vain_tell_what_they_do_and_end(monkeypatch: pytest
     assert not one.is_late(1000, now_s + 920)
     assert not two.is_late(1000, now_s + 9999), "torch does not end a worker that waits for images"
     assert one.is_late(1000, now_s + 960)
-    (said,) = board.news()
+    (said,) = actor.take_messages()
     assert said.startswith(
         "After step 8, the workers waited in vain for each other: worker 1 waits for images, "
     )
     assert "worker 2 does not answer" in said
-    board.crash(8, 0, "trace: connection closed by peer")
-    assert board.failure() is None
-    board.crash(8, 0, "trace: connection closed by peer")
-    assert str(board.failure()) == said
+    actor.crash(8, 0, "trace: connection closed by peer")
+    assert actor.failure() is None
+    actor.crash(8, 0, "trace: connection closed by peer")
+    assert str(actor.failure()) == said
     one.close()
     assert not one.is_late(1000, now_s + 9999)
 
@@ -86,13 +86,13 @@ def test_a_stall_of_all_workers_names_the_network() -> None:
 
 
 def test_lost_steps_are_counted_once() -> None:
-    board = Board()
-    assert board.begin(0, workers=2, reached=0) == 0
-    assert board.news() == []
-    board.post({"step": 9})
-    assert board.begin(4, workers=3, reached=8) == 5
-    assert board.news() == ["Resumed from step 4 with 3 workers; 5 steps were lost."]
-    assert board.begin(4, workers=3, reached=4) == 0
+    actor = ProgressActor()
+    assert actor.begin(0, workers=2, reached=0) == 0
+    assert actor.take_messages() == []
+    actor.post({"step": 9})
+    assert actor.begin(4, workers=3, reached=8) == 5
+    assert actor.take_messages() == ["Resumed from step 4 with 3 workers; 5 steps were lost."]
+    assert actor.begin(4, workers=3, reached=4) == 0
 
 
 def test_a_row_as_a_line() -> None:
