@@ -35,6 +35,8 @@ _OWNER = "owner"
 _RAYS = "r"
 # The longest path that Ray creates; process ids have up to seven digits.
 _LONGEST = f"{_RAYS}/session_2026-01-01_00-00-00_000000_1234567/sockets/plasma_store"
+# When the GCS of this machine is lost, nothing brings it back. Ray would wait 60 s for it before its processes end.
+_GCS_LOST_AFTER_S = 15
 # Ray's processes may still write logs for a moment after shutdown.
 _REMOVE_WITHIN_S = 5.0
 
@@ -79,9 +81,9 @@ def begin(**options: Any) -> None:
     """Start Ray on loopback, with a token and a folder of its own.
 
     While it runs, RAY_AUTH_MODE and RAY_AUTH_TOKEN_PATH name its token, RAY_AUTH_TOKEN is unset, GLOO_SOCKET_IFNAME and
-    NCCL_SOCKET_IFNAME name the loopback interface, and Ray Train does not watch for reclaimed machines. `end`, which
-    also runs when this process exits, restores them and removes the folder. The next `begin` removes folders that
-    killed processes left behind.
+    NCCL_SOCKET_IFNAME name the loopback interface, Ray Train does not watch for reclaimed machines, and all processes
+    end 15 s after the loss of Ray's GCS. `end`, which also runs when this process exits, restores them and removes the
+    folder. The next `begin` removes folders that killed processes left behind.
 
     Raises:
         UserError: the folder for temporary files cannot be used, or its path is too long.
@@ -110,6 +112,8 @@ def begin(**options: Any) -> None:
         home.tell(name, loopback)
     # This machine is not reclaimed, and the watcher is one more process that starts before the first step.
     home.tell("RAY_TRAIN_ENABLE_PREEMPTION_WATCHER", "0")
+    if (lost := "RAY_gcs_rpc_server_reconnect_timeout_s") not in os.environ:
+        home.tell(lost, str(_GCS_LOST_AFTER_S))
     _read_environment()
     if sys.platform == "darwin":
         # Ray counts the GPU of an Apple chip, which raysl does not use.

@@ -32,7 +32,8 @@ from tests.chaos.commands import COMMANDS, Command
 
 # A command that is disturbed and does not end within this time hangs.
 _PATIENCE_S = 300.0
-_LEAVE_WITHIN_S = 20.0
+# The processes of Ray end 15 s after the loss of its GCS.
+_LEAVE_WITHIN_S = 30.0
 _DISK_MB = 64
 # The import of torch._dynamo, which optimizers need, makes this empty folder; it has one name for each user.
 _CACHE = "torchinductor_"

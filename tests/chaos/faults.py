@@ -50,7 +50,7 @@ def processes(mark: str) -> list[psutil.Process]:
 def kind(process: psutil.Process) -> str:
     with contextlib.suppress(psutil.Error):
         line = " ".join(process.cmdline())
-        return next((name for name, part in _KINDS.items() if part in line), line[:60])
+        return next((name for name, part in _KINDS.items() if part in line), line[-60:].strip() or line[:60])
     return "gone"
 
 
