@@ -1,4 +1,4 @@
-"""Time k-means of raysl, FAISS and scikit-learn, and the matrix-multiply peak, in turns on one machine.
+"""Time k-means of raysl, FAISS, scikit-learn and fastkmeans, and the matrix-multiply peak, in turns on one machine.
 
     python benchmarks/kmeans.py --out results/kmeans.jsonl
 
@@ -50,6 +50,18 @@ def run(iterations):
     KMeans(k, init=start, n_init=1, max_iter=iterations, tol=0, algorithm="lloyd").fit(x)
     return time.perf_counter() - began
 # Set-up and the last assignment are in both runs.
+times = [(run(1 + iterations) - run(1)) / iterations]
+"""
+# It chooses its first centroids by itself, and works with torch.
+_FASTKMEANS = """
+import torch
+from fastkmeans import FastKMeans
+torch.set_num_threads(threads)
+def run(iterations):
+    began = time.perf_counter()
+    FastKMeans(d, k, niter=iterations, tol=0, gpu=False).train(x)
+    return time.perf_counter() - began
+run(1)
 times = [(run(1 + iterations) - run(1)) / iterations]
 """
 _MATMUL = """
@@ -122,7 +134,12 @@ def measure(folder: Path, n: int, d: int, k: int, flags: Flags) -> dict[str, Any
     for number in range(flags.rounds):
         curve, about = raysl(folder, k, flags, flags.iterations, number)
         seconds.setdefault("raysl", []).append(statistics.median(row["wall_s"] for row in curve))
-        for name, arm in (("faiss", _FAISS), ("sklearn", _SKLEARN), ("matmul", _MATMUL)):
+        for name, arm in (
+            ("faiss", _FAISS),
+            ("sklearn", _SKLEARN),
+            ("fastkmeans", _FASTKMEANS),
+            ("matmul", _MATMUL),
+        ):
             other = elsewhere(folder, arm, flags)
             if other is not None:
                 seconds.setdefault(name, []).append(other)

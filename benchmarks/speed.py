@@ -293,7 +293,7 @@ def _kmeans(flags: Flags, data: Mapping[int, Path], scratch: Path) -> Iterator[R
     command = [sys.executable, str(script), "--sizes", "50000x128x1000", "--rounds", "1", "--out", str(out)]
     subprocess.run(command, check=True, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
     found = json.loads(out.read_text())
-    for name in ("raysl/faiss", "raysl/sklearn", "raysl/matmul", "whole/faiss"):
+    for name in ("raysl/faiss", "raysl/sklearn", "raysl/fastkmeans", "raysl/matmul", "whole/faiss"):
         if name in found:
             yield {"arm": name, "ratio": found[name]}
 
