@@ -142,9 +142,9 @@ def probe(
     check_source(train)
     check_source(test)
     from raysl.evaluation import evaluate, options
-    from raysl.extraction import Trained, named
+    from raysl.extraction import Trained, encoder_by_name
 
-    source = named(uri(checkpoint), network, seed)
+    source = encoder_by_name(uri(checkpoint), network, seed)
     evaluate.layers_of(source, layers)
     sets = dataset(train), dataset(test)
     config = options.ProbeConfig(
@@ -196,10 +196,10 @@ def features(
 
     settings = configure(Config, config, {**given(data=data, out=out), **fields})
     check_source(settings.data)
-    from raysl.extraction import check_layers, named
+    from raysl.extraction import check_layers, encoder_by_name
     from raysl.extraction.features import make
 
-    source = named(uri(checkpoint), settings.backbone, settings.seed)
+    source = encoder_by_name(uri(checkpoint), settings.backbone, settings.seed)
     check_layers(source, (settings.layer,))
     dataset(settings.data)
     start_ray(settings.out)

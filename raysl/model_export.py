@@ -67,7 +67,7 @@ def export(run: Run, config: ExportConfig) -> Folder:
     """
     where = "" if config.step is None else f"/checkpoints/step-{config.step:09d}"
     pretraining = run.config()
-    source = extraction.named(f"{run.folder}{where}", pretraining.backbone)
+    source = extraction.encoder_by_name(f"{run.folder}{where}", pretraining.backbone)
     assert isinstance(source, extraction.Trained)
     backbone = source.network().eval()
     form = _usual(pretraining) if config.format == "auto" else config.format

@@ -28,7 +28,7 @@ from raysl.evaluation.results import (
     protocol_hash,
     shown,
 )
-from raysl.extraction import Encoder, FeatureProtocol, FeatureStore, Reestimated, Trainable, view_size
+from raysl.extraction import Encoder, FeatureProtocol, FeatureStore, NetworkEncoder, Reestimated, view_size
 from raysl.feature_store.records import verified, write_record
 from raysl.ingestion import resolve
 from raysl.probes import (
@@ -143,7 +143,7 @@ def folder_of(source: Encoder, config: ProbeConfig) -> Folder:
 
 def frozen_encoder(source: Encoder, train: DataSet, image_size: int, bn_statistics: str) -> Encoder:
     """Return the encoder of frozen features, by default with BatchNorm statistics of the train set."""
-    if bn_statistics == probes.KEPT or not isinstance(source, Trainable):
+    if bn_statistics == probes.KEPT or not isinstance(source, NetworkEncoder):
         return source
     return Reestimated(source, train, image_size)
 

@@ -57,7 +57,7 @@ class Encoder(Protocol):
         ...
 
 
-class Trainable:
+class NetworkEncoder:
     """An encoder that is a network, which can be trained further."""
 
     def backbone_config(self) -> BackboneConfig:
@@ -77,7 +77,7 @@ class Trainable:
 
 
 @dataclass(frozen=True)
-class Trained(Trainable):
+class Trained(NetworkEncoder):
     """The backbone of a run at one of its checkpoints.
 
     Args:
@@ -121,14 +121,14 @@ class Trained(Trainable):
         }
 
     def network(self) -> Backbone:
-        """See `Trainable.network`. Raises UserError if the checkpoint is damaged."""
+        """See `NetworkEncoder.network`. Raises UserError if the checkpoint is damaged."""
         backbone = networks.build(self.backbone_config())
         self.checkpoint.fill(backbone, self.checkpoint.backbone_state(self._prefix()))
         return backbone
 
 
 @dataclass(frozen=True)
-class RandomBackbone(Trainable):
+class RandomBackbone(NetworkEncoder):
     """An untrained backbone, with the weights that a run with this seed starts from."""
 
     config: BackboneConfig
@@ -164,7 +164,7 @@ def untrained(run: Run) -> RandomBackbone:
 
 
 @dataclass(frozen=True)
-class Weights(Trainable):
+class Weights(NetworkEncoder):
     """A backbone with the weights in a file. A classifier in the file is ignored.
 
     Args:
@@ -190,7 +190,7 @@ class Weights(Trainable):
         return {"encoder": self.name, "backbone": asdict(self.config), "weights": digest}
 
     def network(self) -> Backbone:
-        """See `Trainable.network`. Raises UserError if the file does not hold the weights of this backbone."""
+        """See `NetworkEncoder.network`. Raises UserError if the file does not hold the weights of this backbone."""
         backbone = networks.build(self.config)
         external_weights.load_weights_into(backbone, self.file, self.config.name)
         return backbone
@@ -211,7 +211,7 @@ class Pixels:
         return _pixels
 
 
-def named(name: str, config: BackboneConfig, seed: int = 0) -> Encoder:
+def encoder_by_name(name: str, config: BackboneConfig, seed: int = 0) -> Encoder:
     """Return the encoder that a user has named.
 
     Args:
@@ -269,7 +269,7 @@ def check_size(encoder: Encoder, image_size: int) -> None:
     if not 1 <= image_size <= MAX_IMAGE_SIZE:
         raise UserError(f"--image-size is {image_size}; it must be between 1 and {MAX_IMAGE_SIZE:,}.")
     encoder = getattr(encoder, "source", encoder)
-    if isinstance(encoder, Trainable):
+    if isinstance(encoder, NetworkEncoder):
         networks.check_size(encoder.backbone_config(), image_size)
 
 

@@ -76,7 +76,7 @@ def make(checkpoint: str, config: FeaturesConfig) -> FeatureStore:
     Raises:
         UserError: the checkpoint, the layer or the data cannot be used, or the folder holds other features.
     """
-    source = encoders.named(checkpoint, config.backbone, config.seed)
+    source = encoders.encoder_by_name(checkpoint, config.backbone, config.seed)
     ray_cluster.start()
     dataset = resolve(config.data)
     protocol = FeatureProtocol(config.image_size or encoders.view_size(source), (config.layer,))

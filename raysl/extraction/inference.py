@@ -141,12 +141,12 @@ def load(
         name, stated, stated_size = _stated(name)
         config, image_size = config or stated, image_size or stated_size
         if config is None:
-            encoders.named(name, BackboneConfig(), seed)  # It refuses a file that does not exist.
+            encoders.encoder_by_name(name, BackboneConfig(), seed)  # It refuses a file that does not exist.
             raise UserError(
                 f"The backbone of the weights file {name!r} is not known. Give its name, such as "
                 "raysl.load(FILE, 'resnet50') or 'timm/vit_small_patch16_224'."
             )
-    encoder = encoders.named(name, config or BackboneConfig(), seed)
+    encoder = encoders.encoder_by_name(name, config or BackboneConfig(), seed)
     return FeatureExtractor(encoder, name, image_size or view_size(encoder), device)
 
 

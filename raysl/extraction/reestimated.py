@@ -19,7 +19,7 @@ from torch import Tensor
 from raysl import rng
 from raysl.backbone import norm
 from raysl.dataset import DataSet
-from raysl.extraction.encoders import Encoder, Trainable
+from raysl.extraction.encoders import Encoder, NetworkEncoder
 from raysl.extraction.layers import POOLED, Encode, EncodeMaps, frozen, frozen_maps
 from raysl.stream import decode
 
@@ -35,7 +35,7 @@ def load(source: Encoder, views: Iterable[Tensor], device: torch.device, layers:
         device: where the network runs.
         layers: see `Encoder.load`.
     """
-    if not isinstance(source, Trainable):
+    if not isinstance(source, NetworkEncoder):
         return source.load(device, layers)
     network = source.network().to(device)
     norm.reestimate(network, (images_bchw.to(device) for images_bchw in views))
@@ -55,7 +55,7 @@ def load_maps(
         layers: layers of the encoder; see `raysl.extraction.layers.frozen_maps`.
         views: batches of uint8 images that BatchNorm takes its statistics from; None keeps those of training.
     """
-    if not isinstance(source, Trainable):
+    if not isinstance(source, NetworkEncoder):
         return lambda images_bchw: {POOLED: images_bchw.float() / 255 - 0.5}
     network = source.network().to(device)
     if views is not None:

@@ -94,7 +94,7 @@ class Subject:
     """The input of an `EncoderProbe`. Small and picklable. Ray runs.
 
     Args:
-        encoder: turns images into features; a `raysl.extraction.Trainable` can also be trained.
+        encoder: turns images into features; a `raysl.extraction.NetworkEncoder` can also be trained.
         layers: the requested layers.
         image_size: side of the evaluation view in pixels.
         train: images to learn from.

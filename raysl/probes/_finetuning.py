@@ -23,7 +23,7 @@ from raysl.augment import SourceCrop, hflip
 from raysl.backbone.network import Backbone
 from raysl.dataset import DataSet
 from raysl.errors import UserError
-from raysl.extraction import Trainable
+from raysl.extraction import NetworkEncoder
 from raysl.fields import Bounds
 from raysl.optim import OptimConfig
 from raysl.probes import Integers, Row, Settings, Subject, accuracy_rows, check_labels, common_labels, rank
@@ -110,7 +110,7 @@ def measure(
     Raises:
         UserError: training has diverged, or an image is damaged.
     """
-    assert isinstance(subject.encoder, Trainable)
+    assert isinstance(subject.encoder, NetworkEncoder)
     train_n, test_n = labels
     classes = int(train_n.max()) + 1
     # Dropout draws from torch's global generator.

@@ -30,7 +30,7 @@ from torchvision.models.detection import FasterRCNN
 from raysl import optim, rng
 from raysl.dataset import DataSet
 from raysl.errors import UserError, install
-from raysl.extraction import Trainable
+from raysl.extraction import NetworkEncoder
 from raysl.fields import Bounds
 from raysl.optim import OptimConfig
 from raysl.probes import Row, Subject, _detector, _voc
@@ -85,7 +85,7 @@ class Detection(InTask[Config]):
     """
 
     primary_metric = "AP"
-    needs = Trainable
+    needs = NetworkEncoder
     own_images = True
 
     def check_data(self, train: DataSet, test: DataSet) -> None:
@@ -99,7 +99,7 @@ class Detection(InTask[Config]):
             UserError: a folder is not in the layout (see `raysl.probes._voc.read`), a split has no boxes, the splits
                 share images, the backbone has no maps, training has diverged, or pycocotools is not installed.
         """
-        assert isinstance(subject.encoder, Trainable)
+        assert isinstance(subject.encoder, NetworkEncoder)
         _pycocotools()
         config, seed = self.config, subject.seed
         train, test = (_voc.union(config.folders, split) for split in config.splits)

@@ -14,7 +14,7 @@ from typing import Annotated, ClassVar
 import numpy as np
 
 from raysl.dataset import DataSet
-from raysl.extraction import Trainable
+from raysl.extraction import NetworkEncoder
 from raysl.fields import Bounds
 from raysl.optim import OptimConfig
 from raysl.probes import Row, Subject
@@ -42,7 +42,7 @@ class Finetune(InTask[Config]):
     """
 
     primary_metric = "top1"
-    needs = Trainable
+    needs = NetworkEncoder
     learns = True
 
     def check_data(self, train: DataSet, test: DataSet) -> None:

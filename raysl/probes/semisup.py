@@ -19,7 +19,7 @@ from typing import Annotated, ClassVar
 from raysl import rng
 from raysl.dataset import DataSet
 from raysl.errors import UserError
-from raysl.extraction import Trainable
+from raysl.extraction import NetworkEncoder
 from raysl.fields import Bounds
 from raysl.optim import OptimConfig
 from raysl.probes import Integers, Row, Subject, of_each_class
@@ -70,7 +70,7 @@ class Semisup(InTask[Config]):
         Raises:
             UserError: the images do not suit the probe (see `labels_of`), or training has diverged.
         """
-        if not isinstance(subject.encoder, Trainable):
+        if not isinstance(subject.encoder, NetworkEncoder):
             return
         labels = labels_of("semisup", subject.train, subject.test)
         chosen = [few(labels[0], share, subject.seed) for share in self.config.shares]

@@ -15,7 +15,7 @@ from raysl.dataset import DataSet
 from raysl.errors import UserError
 from raysl.evaluation.evaluate import probe, probe_model
 from raysl.evaluation.results import protocol_hash, rows_of, tables
-from raysl.extraction import FeatureProtocol, named
+from raysl.extraction import FeatureProtocol, encoder_by_name
 from raysl.probes import common_labels
 from raysl.probes.collapse import Config as Collapse
 from raysl.probes.invariance import Config as Invariance
@@ -95,7 +95,7 @@ def test_a_run_in_a_read_only_folder_is_probed_into_another(
     assert rows_of(source) == before
     assert (out / "features").list()
     with pytest.raises(UserError, match="holds results of another model"):
-        probe_model(named("random", BackboneConfig()), "x", train, test, out=str(out))
+        probe_model(encoder_by_name("random", BackboneConfig()), "x", train, test, out=str(out))
 
 
 @pytest.mark.ray
@@ -148,7 +148,7 @@ def test_features_can_be_shared_by_runs(ray_session: None, run: tuple[Run, str, 
 def test_rows_are_kept_though_a_later_probe_fails(
     ray_session: None, run: tuple[Run, str, str], tmp_path: Path
 ) -> None:
-    source, out = named("random", BackboneConfig()), str(tmp_path / "rows")
+    source, out = encoder_by_name("random", BackboneConfig()), str(tmp_path / "rows")
     configs = {"lowshot": Lowshot(ks=(100,))}
     names = ["knn", "lowshot", "collapse"]
     with pytest.raises(UserError, match=r"--lowshot\.ks begins with 100"):
@@ -231,7 +231,7 @@ def test_a_model_that_is_not_a_run_has_rows_in_its_own_folder(
     ray_session: None, run: tuple[Run, str, str], tmp_path: Path
 ) -> None:
     out = str(tmp_path / "rows")
-    source = named("random", BackboneConfig())
+    source = encoder_by_name("random", BackboneConfig())
     rows = probe_model(source, "random (small)", *run[1:], probes=["knn"], out=out, image_size=16)
     assert {row["encoder"] for row in rows} == {"random"}
     assert rows_of(Run(Folder(out))) == rows

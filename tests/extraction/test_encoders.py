@@ -13,7 +13,7 @@ from torchvision import models
 from raysl.backbone import external_weights
 from raysl.backbone.network import Backbone, BackboneConfig
 from raysl.errors import UserError
-from raysl.extraction import RandomBackbone, Trained, Weights, layers, named, stages
+from raysl.extraction import RandomBackbone, Trained, Weights, encoder_by_name, layers, stages
 from raysl.model_export import ExportConfig, export
 from tests.data import make_dataset
 from tests.extraction.test_feature_tasks import make_run
@@ -78,7 +78,7 @@ def test_a_file_of_weights_is_what_torchvision_makes_of_it(tmp_path: Path) -> No
     file = tmp_path / "resnet18.pth"
     wrapped = {f"module.{name}": value for name, value in network.state_dict().items()}
     torch.save({"state_dict": wrapped, "epoch": 90}, file)
-    encoder = named(str(file), RESNET)
+    encoder = encoder_by_name(str(file), RESNET)
     assert isinstance(encoder, Weights)
     mean, std = torch.tensor([0.485, 0.456, 0.406]), torch.tensor([0.229, 0.224, 0.225])
     network.fc = torch.nn.Identity()
@@ -99,13 +99,13 @@ def test_a_file_of_weights_is_what_timm_makes_of_it(tmp_path: Path) -> None:
     torch.save(network.state_dict(), file)
     mean, std = torch.tensor([0.485, 0.456, 0.406]), torch.tensor([0.229, 0.224, 0.225])
     network.reset_classifier(0)
-    encoder = named(str(file), BackboneConfig(name="timm/resnet18d"))
+    encoder = encoder_by_name(str(file), BackboneConfig(name="timm/resnet18d"))
     with torch.inference_mode():
         found = encoder.load(CPU, ("pooled",))(IMAGES)["pooled"]
         expected = network((IMAGES / 255 - mean[:, None, None]) / std[:, None, None])
     np.testing.assert_allclose(found, expected, rtol=1e-3, atol=1e-4)
     with pytest.raises(UserError, match="resnet18d"):
-        named(str(file), BackboneConfig(name="timm/resnet18dd")).load(CPU, ("pooled",))
+        encoder_by_name(str(file), BackboneConfig(name="timm/resnet18dd")).load(CPU, ("pooled",))
 
 
 def test_a_file_of_weights_is_found_from_another_working_directory(
@@ -114,7 +114,7 @@ def test_a_file_of_weights_is_found_from_another_working_directory(
     """Ray workers have another working directory."""
     torch.save(models.resnet18().state_dict(), tmp_path / "weights.pth")
     monkeypatch.chdir(tmp_path)
-    encoder = named("weights.pth", RESNET)
+    encoder = encoder_by_name("weights.pth", RESNET)
     monkeypatch.chdir("/")
     assert isinstance(encoder, Weights)
     encoder.network()
@@ -167,42 +167,42 @@ def test_a_stage_is_the_same_layer_by_the_names_of_timm(tmp_path: Path) -> None:
 
 def test_an_untrained_backbone_of_timm() -> None:
     timm = pytest.importorskip("timm")
-    encoder = named("random", BackboneConfig(name="timm/resnet18"), seed=3)
+    encoder = encoder_by_name("random", BackboneConfig(name="timm/resnet18"), seed=3)
     assert isinstance(encoder, RandomBackbone)
     assert stages(encoder) == stages(RandomBackbone(RESNET, seed=3))
     one, other = encoder.network().body.state_dict(), encoder.network().body.state_dict()
     assert all(torch.equal(one[key], other[key]) for key in one)
     assert set(one) == set(timm.create_model("resnet18", num_classes=0).state_dict())
     with pytest.raises(UserError, match="resnet18"):
-        _ = named("random", BackboneConfig(name="timm/resnet181")).layers
+        _ = encoder_by_name("random", BackboneConfig(name="timm/resnet181")).layers
 
 
 def test_weights_of_another_network_are_named(tmp_path: Path) -> None:
     file = tmp_path / "weights.pth"
     torch.save(models.resnet18().state_dict(), file)
     with pytest.raises(UserError, match=r"lacks .* weights of the backbone 'resnet34'"):
-        named(str(file), BackboneConfig(name="resnet34")).load(CPU, ("pooled",))
+        encoder_by_name(str(file), BackboneConfig(name="resnet34")).load(CPU, ("pooled",))
     with pytest.raises(UserError, match="do not fit"):
-        named(str(file), BackboneConfig(name="resnet18", stem="small")).load(CPU, ("pooled",))
+        encoder_by_name(str(file), BackboneConfig(name="resnet18", stem="small")).load(CPU, ("pooled",))
     torch.save(models.resnet34().state_dict(), file)
     with pytest.raises(UserError, match="weights more than the backbone 'resnet18'"):
-        named(str(file), RESNET).load(CPU, ("pooled",))
+        encoder_by_name(str(file), RESNET).load(CPU, ("pooled",))
     file.write_bytes(b"no weights")
     with pytest.raises(UserError, match="no weights"):
-        named(str(file), RESNET).load(CPU, ("pooled",))
+        encoder_by_name(str(file), RESNET).load(CPU, ("pooled",))
     with pytest.raises(UserError, match="There is no checkpoint at"):
-        named(str(tmp_path / "nothing"), RESNET)
+        encoder_by_name(str(tmp_path / "nothing"), RESNET)
     with pytest.raises(UserError, match="There is no checkpoint at"):
-        named(str(tmp_path), RESNET)
+        encoder_by_name(str(tmp_path), RESNET)
 
 
 def test_a_run_and_each_of_its_checkpoints(tmp_path: Path) -> None:
     run, _ = make_run(make_dataset(tmp_path / "set", 40), tmp_path / "run")
-    newest = named(str(run.folder), RESNET)
-    assert newest.identity() == named(f"{run.folder}/checkpoints/step-000000005", RESNET).identity()
+    newest = encoder_by_name(str(run.folder), RESNET)
+    assert newest.identity() == encoder_by_name(f"{run.folder}/checkpoints/step-000000005", RESNET).identity()
     assert stages(newest) == ("conv1", "res2", "res3", "res4", "pooled")
     with pytest.raises(UserError, match="step-000000005"):
-        named(f"{run.folder}/checkpoints/step-000000006", RESNET)
+        encoder_by_name(f"{run.folder}/checkpoints/step-000000006", RESNET)
 
 
 def test_the_moving_average_of_a_backbone_is_an_encoder(tmp_path: Path) -> None:
