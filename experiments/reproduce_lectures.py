@@ -178,7 +178,7 @@ def rows(flags: LectureFlags, out: Folder) -> list[dict[str, Any]]:
     for place, methods in _places(flags).items():
         for method in methods:
             for seed in flags.seeds:
-                run = Run.existing(settings(flags, method, seed, train, Folder(f"{flags.runs}/{place}")).run)
+                run = Run.find(settings(flags, method, seed, train, Folder(f"{flags.runs}/{place}")).run)
                 label = f"{place}/{method}".removeprefix("/")
                 for size, name in zip(_sizes(flags), ("few", "all"), strict=True):
                     label = label.replace(f"-{size}/", f"-{name}/")

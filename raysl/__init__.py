@@ -11,7 +11,7 @@ from typing import Any
 
 __version__ = "0.2.0"
 
-_API = (
+_FUNCTIONS = (
     *(
         "ingest",
         "pretrain",
@@ -26,9 +26,8 @@ _API = (
     ),
     *("reproduce", "doctor"),
 )
-# The module of each name.
-_HOMES = {
-    **dict.fromkeys(_API, "raysl.api"),
+_MODULE_OF = {
+    **dict.fromkeys(_FUNCTIONS, "raysl.api"),
     "BackboneConfig": "raysl.backbone.network",
     "BankConfig": "raysl.contrastive.bank",
     "Callback": "raysl.callbacks",
@@ -57,16 +56,16 @@ _HOMES = {
     "WandbLogger": "raysl.callbacks",
 }
 
-__all__ = ["__version__", *sorted(_HOMES)]
+__all__ = ["__version__", *sorted(_MODULE_OF)]
 
 
 def __getattr__(name: str) -> Any:
-    if name not in _HOMES:
+    if name not in _MODULE_OF:
         raise AttributeError(f"module 'raysl' has no attribute {name!r}")
-    value = getattr(importlib.import_module(_HOMES[name]), name)
+    value = getattr(importlib.import_module(_MODULE_OF[name]), name)
     globals()[name] = value
     return value
 
 
 def __dir__() -> list[str]:
-    return sorted({*globals(), *_HOMES})
+    return sorted({*globals(), *_MODULE_OF})

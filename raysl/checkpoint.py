@@ -26,8 +26,8 @@ from raysl.fields import Bounds, Checked
 from raysl.storage import Folder
 
 STATE = "state.pt"
-# What a manifest says about a file.
-_UNITS = ("bytes", "crc32")
+# Integers that a manifest holds for every file.
+_REQUIRED = ("bytes", "crc32")
 # Rows of a bank are written and read in chunks with a checksum each, and other threads run between them.
 _CHUNK_BYTES = 16 << 20
 
@@ -57,8 +57,8 @@ class Checkpoint:
 
     Args:
         folder: its folder.
-        step: steps that were done when it was taken.
-        world: workers that wrote it.
+        step: number of steps done when it was saved.
+        world: number of workers that wrote it.
     """
 
     folder: Folder
@@ -79,13 +79,13 @@ class Checkpoint:
         Raises:
             UserError: a file is missing or does not match its manifest; for a part, when it is read.
         """
-        files = self._files()
+        files = self._read_manifests()
         banks = sorted(name for name in files if name != STATE)
-        return self._load(files), (self._rows(name, files[name], first, last) for name in banks)
+        return self._read_state(files), (self._read_rows(name, files[name], first, last) for name in banks)
 
     def state(self) -> dict[str, Any]:
         """Load the state of the network, on the CPU. Raise UserError when it does not match its manifest."""
-        return self._load(self._files())
+        return self._read_state(self._read_manifests())
 
     def network(self, state: Mapping[str, Any]) -> dict[str, torch.Tensor]:
         """Return the tensors of the network in a state of this checkpoint. Raise UserError if there are none."""
@@ -127,17 +127,18 @@ class Checkpoint:
 
     def crc32(self) -> int:
         """Return the checksum of the state of the network, from its manifest."""
-        return int(self._files()[STATE]["crc32"])
+        return int(self._read_manifests()[STATE]["crc32"])
 
-    def _files(self) -> dict[str, dict[str, Any]]:
+    def _read_manifests(self) -> dict[str, dict[str, Any]]:
         """Read sizes and checksums from the manifests of all workers, by file."""
         files: dict[str, dict[str, Any]] = {}
         for rank in range(self.world):
-            name = _manifest(rank, self.world)
+            name = _manifest_name(rank, self.world)
             try:
                 listed = verified(self.folder.read_json(name))["files"]
                 files |= {
-                    key: {**about, **{u: int(about[u]) for u in _UNITS}} for key, about in listed.items()
+                    key: {**entry, **{field: int(entry[field]) for field in _REQUIRED}}
+                    for key, entry in listed.items()
                 }
             except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
                 raise self._damaged(name, str(error)) from error
@@ -145,7 +146,7 @@ class Checkpoint:
             raise self._damaged(STATE, "no manifest names it")
         return files
 
-    def _load(self, files: Mapping[str, Mapping[str, Any]]) -> dict[str, Any]:
+    def _read_state(self, files: Mapping[str, Mapping[str, Any]]) -> dict[str, Any]:
         num_bytes, crc32 = files[STATE]["bytes"], files[STATE]["crc32"]
         try:
             data = self.folder.read(STATE)
@@ -157,34 +158,36 @@ class Checkpoint:
             )
         try:
             loaded = torch.load(io.BytesIO(data), map_location="cpu", weights_only=True)
-        except Exception as error:  # Of pickle, zip and torch; a stranger can make checksums fit.
+        except (
+            Exception
+        ) as error:  # pickle, zip and torch raise many kinds; a forged file may have a valid checksum
             raise self._damaged(STATE, "it holds something other than tensors and plain values") from error
         if not isinstance(loaded, dict):
             raise self._damaged(STATE, "it holds no state")
         return loaded
 
-    def _rows(self, name: str, about: Mapping[str, Any], first: int, last: int | None) -> dict[str, Any]:
+    def _read_rows(self, name: str, entry: Mapping[str, Any], first: int, last: int | None) -> dict[str, Any]:
         """Load a part of the bank, as `MemoryBank.state`, with those of its rows that lie in first .. last - 1."""
         try:
-            start = min(max(first, about["first"]), about["last"])
-            stop = max(start, about["last"] if last is None else min(last, about["last"]))
-            rows_nd = torch.empty(stop - start, about["dim"], dtype=getattr(torch, about["dtype"]))
+            start = min(max(first, entry["first"]), entry["last"])
+            stop = max(start, entry["last"] if last is None else min(last, entry["last"]))
+            rows_nd = torch.empty(stop - start, entry["dim"], dtype=getattr(torch, entry["dtype"]))
         except (KeyError, TypeError, AttributeError, RuntimeError) as error:
             raise self._damaged(name, "its manifest does not describe rows of a bank") from error
         wanted = rows_nd.view(-1).view(torch.uint8).numpy()
-        row_bytes = about["dim"] * rows_nd.element_size()
-        begin, end = (start - about["first"]) * row_bytes, (stop - about["first"]) * row_bytes
+        row_bytes = entry["dim"] * rows_nd.element_size()
+        begin, end = (start - entry["first"]) * row_bytes, (stop - entry["first"]) * row_bytes
         for number in range(begin // _CHUNK_BYTES, -(-end // _CHUNK_BYTES) if begin < end else 0):
-            at = number * _CHUNK_BYTES
+            offset = number * _CHUNK_BYTES
             try:
-                (chunk,) = self.folder.read_ranges(name, [(at, _CHUNK_BYTES)], expected=False)
+                (chunk,) = self.folder.read_ranges(name, [(offset, _CHUNK_BYTES)], expected=False)
             except OSError as error:
                 raise self._damaged(name, str(error)) from error
-            if zlib.crc32(chunk) != about["chunks"][number]:
-                raise self._damaged(name, f"the checksum of its rows from byte {at} on differs")
-            piece = chunk[max(begin - at, 0) : end - at]
-            wanted[max(at - begin, 0) :][: len(piece)] = np.frombuffer(piece, np.uint8)
-        return {"first": start, "last": stop, "num_images": about["num_images"], "rows_nd": rows_nd}
+            if zlib.crc32(chunk) != entry["chunks"][number]:
+                raise self._damaged(name, f"the checksum of its rows from byte {offset} on differs")
+            piece = chunk[max(begin - offset, 0) : end - offset]
+            wanted[max(offset - begin, 0) :][: len(piece)] = np.frombuffer(piece, np.uint8)
+        return {"first": start, "last": stop, "num_images": entry["num_images"], "rows_nd": rows_nd}
 
     def _damaged(self, name: str, why: str) -> UserError:
         return UserError(
@@ -204,20 +207,20 @@ def newest(folder: Folder) -> Checkpoint | None:
 
 
 def delete_after(folder: Folder, step: int) -> None:
-    """Delete the checkpoints after `step`, which are incomplete if it is that of the newest one.
+    """Delete the checkpoints after `step`. After the newest complete checkpoint, all others are incomplete.
 
-    Otherwise a manifest of a killed worker would make a checkpoint seem complete that is being written again.
+    If they stayed, the manifest of a killed worker could make a checkpoint seem complete while it is written again.
     """
     for later in _steps(folder):
         if later > step:
-            _delete(folder / _name(later))
+            _delete(folder / _folder_name(later))
 
 
-def _name(step: int) -> str:
+def _folder_name(step: int) -> str:
     return f"step-{step:09d}"
 
 
-def _manifest(rank: int, world: int) -> str:
+def _manifest_name(rank: int, world: int) -> str:
     return f"manifest-{rank:04d}-of-{world:04d}.json"
 
 
@@ -227,12 +230,12 @@ def _steps(folder: Folder) -> list[int]:
 
 
 def _complete(folder: Folder, step: int) -> Checkpoint | None:
-    names = set((folder / _name(step)).list())
+    names = set((folder / _folder_name(step)).list())
     # A killed worker may have left a temporary file beside its manifest.
     found = [re.fullmatch(r"manifest-\d{4,}-of-(\d{4,})\.json", name) for name in names]
     for world in sorted({int(match[1]) for match in found if match}):
-        if all(_manifest(rank, world) in names for rank in range(world)):
-            return Checkpoint(folder / _name(step), step, world)
+        if all(_manifest_name(rank, world) in names for rank in range(world)):
+            return Checkpoint(folder / _folder_name(step), step, world)
     return None
 
 
@@ -244,7 +247,7 @@ class Saver:
         config: when to save and what to keep.
         rank: this worker.
         world: number of workers.
-        clock: returns seconds; a test may replace it.
+        clock: returns seconds; an argument for tests.
     """
 
     def __init__(
@@ -308,9 +311,9 @@ class Saver:
 
     def _write(self, step: int, files: Mapping[str, Any]) -> None:
         try:
-            target = self.folder / _name(step)
+            target = self.folder / _folder_name(step)
             # A killed session may have left a manifest of the files that are now overwritten.
-            target.delete(_manifest(self.rank, self.world))
+            target.delete(_manifest_name(self.rank, self.world))
             manifest: dict[str, dict[str, Any]] = {}
             for name, value in files.items():
                 if name != STATE:
@@ -321,7 +324,7 @@ class Saver:
                 data = buffer.getvalue()
                 target.write(name, data)
                 manifest[name] = {"bytes": len(data), "crc32": zlib.crc32(data)}
-            write_record(target, _manifest(self.rank, self.world), {"files": manifest})
+            write_record(target, _manifest_name(self.rank, self.world), {"files": manifest})
             self._delete_old(step)
         except BaseException as error:
             self._error = error
@@ -341,7 +344,7 @@ class Saver:
         for old in _steps(self.folder):
             if old < step and old not in keep:
                 with contextlib.suppress(FileNotFoundError):
-                    _delete(self.folder / _name(old))
+                    _delete(self.folder / _folder_name(old))
 
 
 def _delete(checkpoint: Folder) -> None:
@@ -364,7 +367,7 @@ def _copy(value: Any) -> Any:
 
 
 def _write_rows(folder: Folder, name: str, bank: Mapping[str, Any]) -> dict[str, Any]:
-    """Write the rows of a part of the bank, and return what the manifest says about the file.
+    """Write the rows of a part of the bank, and return the entry of the file in the manifest.
 
     Writing and checksums of a chunk do not hold Python's lock, and no second copy of the rows is made.
     """
@@ -377,6 +380,6 @@ def _write_rows(folder: Folder, name: str, bank: Mapping[str, Any]) -> dict[str,
             stream.write(chunk)
             chunks.append(zlib.crc32(chunk))
             crc32 = zlib.crc32(chunk, crc32)
-    about = {"bytes": len(data), "crc32": crc32, "chunks": chunks}
-    about |= {key: bank[key] for key in ("first", "last", "num_images")}
-    return {**about, "dim": rows_nd.shape[1], "dtype": str(rows_nd.dtype)}
+    entry = {"bytes": len(data), "crc32": crc32, "chunks": chunks}
+    entry |= {key: bank[key] for key in ("first", "last", "num_images")}
+    return {**entry, "dim": rows_nd.shape[1], "dtype": str(rows_nd.dtype)}

@@ -96,38 +96,39 @@ class Pretraining(Checked):
 
     def __post_init__(self) -> None:
         super().__post_init__()
-        object.__setattr__(self, "plugin", tuple(plugins.remembered(one) for one in self.plugin))
-        for one in self.plugin:
-            plugins.trust(one)
-            plugins.load_module(one)
-        for one in (*self.backbone.modules(), *self.view.modules()):
-            plugins.trust(one)
-        types_ = methods.parse(self.method).config_types()
+        object.__setattr__(self, "plugin", tuple(plugins.remembered(module) for module in self.plugin))
+        for module in self.plugin:
+            plugins.trust(module)
+            plugins.load_module(module)
+        for module in (*self.backbone.modules(), *self.view.modules()):
+            plugins.trust(module)
+        config_types = methods.parse(self.method).config_types()
         for name in self.parts:
-            if name not in types_:
+            if name not in config_types:
                 fields = [field.name for field in dataclasses.fields(self)]
                 raise unknown(
-                    f"argument or part of the method {self.method!r}:", name, [*fields, *types_], types_
+                    f"argument or part of the method {self.method!r}:",
+                    name,
+                    [*fields, *config_types],
+                    config_types,
                 )
-        parts = {name: self.parts.get(name, {}) for name in types_}
+        parts = {name: self.parts.get(name, {}) for name in config_types}
         for name, part in parts.items():
             if isinstance(part, Mapping):
-                parts[name] = from_dict(types_[name], part, name)
+                parts[name] = from_dict(config_types[name], part, name)
             check(parts[name], f"{name}.")
         object.__setattr__(self, "parts", parts)
         self.worker_counts()
 
     def worker_counts(self) -> tuple[int, ...]:
-        """Return the numbers of workers that the run may have, in order: one, or those of a range that divide the
-        batch.
-
+        """Return the numbers of workers that the run may have, ascending: of a range, those that divide the batch.
         Every worker takes an equal part of the same global batch, so the learning rate is the same for all numbers.
 
         Raises:
             UserError: workers is neither a number nor a range, or no number of them can share the batch.
         """
-        given = re.fullmatch(r"(\d+)(?::(\d+))?", str(self.workers))
-        least, most = (int(given[1]), int(given[2] or given[1])) if given else (0, 0)
+        match = re.fullmatch(r"(\d+)(?::(\d+))?", str(self.workers))
+        least, most = (int(match[1]), int(match[2] or match[1])) if match else (0, 0)
         if not 1 <= least <= most:
             raise UserError(
                 f"--workers is {quoted(self.workers)}; it must be a number of at least 1, such as 2, or a range from "
@@ -140,9 +141,9 @@ class Pretraining(Checked):
             )
         counts = tuple(w for w in range(least, min(most, self.batch_size) + 1) if self.batch_size % w == 0)
         if not counts:
-            some = f"{least} workers cannot" if least == most else f"no {least} to {most} workers can"
+            workers = f"{least} workers cannot" if least == most else f"no {least} to {most} workers can"
             raise UserError(
-                f"--batch-size is {self.batch_size}, which {some} share equally. Use a multiple of {least}."
+                f"--batch-size is {self.batch_size}, which {workers} share equally. Use a multiple of {least}."
             )
         return counts
 
@@ -173,7 +174,7 @@ class Pretraining(Checked):
         """Return the configuration that the folder `place` of a run or a sweep holds.
 
         Raises:
-            UserError: as `from_json`; or it would run code of a stranger.
+            UserError: as `from_json`; or it needs a plugin that is not trusted.
         """
         names = [str(value.get("backbone", {}).get("name", "")), str(value.get("view", {}).get("recipe", ""))]
         own = [name.rpartition(":")[0] for name in names if ":" in name]
@@ -206,19 +207,19 @@ def from_dict(kind: type[Any], value: Mapping[str, Any], prefix: str) -> Any:
     hints = typing.get_type_hints(kind)
     known = [f.name for f in dataclasses.fields(kind)]
     arguments: dict[str, Any] = {}
-    inside = f"{prefix}." if prefix else ""
+    dotted = f"{prefix}." if prefix else ""
     for key, item in value.items():
         if key not in known:
-            raise unknown("configuration key", f"{inside}{key}", known)
+            raise unknown("configuration key", f"{dotted}{key}", known)
         hint = hints[key]
         if dataclasses.is_dataclass(hint) and isinstance(item, Mapping):
-            item = from_dict(typing.cast(type, hint), item, f"{inside}{key}")
+            item = from_dict(typing.cast(type, hint), item, f"{dotted}{key}")
         elif isinstance(item, list) and _is_tuple(hint):
             item = tuple(item)
         arguments[key] = item
     for f in dataclasses.fields(kind):
         if f.default is f.default_factory is dataclasses.MISSING and f.name not in arguments:
-            raise UserError(f"The configuration lacks {f'{inside}{f.name}'!r}, which has no default.")
+            raise UserError(f"The configuration lacks {f'{dotted}{f.name}'!r}, which has no default.")
     try:
         return kind(**arguments)
     except TypeError as error:

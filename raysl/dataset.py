@@ -37,7 +37,7 @@ from raysl.parquet_parts import Parts, metadata, spans
 from raysl.storage import Folder
 
 MANIFEST = "manifest.json"
-LEDGER = "bad_images.jsonl"
+BAD_IMAGES = "bad_images.jsonl"
 LABELS = "labels.parquet"
 SHARDS = "shards"
 FORMAT = 1
@@ -78,7 +78,7 @@ class Manifest:
         classes: names of the classes in label order; empty if the images have no labels.
         fingerprint: hash of every image's bytes and label, in order. Two data sets with the same fingerprint hold
             the same images under the same indices.
-        num_bad: images of the source that could not be decoded and are listed in the ledger.
+        num_bad: images of the source that could not be decoded; bad_images.jsonl lists them.
         format: version of this layout.
         decoding: how the image files were decoded: the configuration, the range of values of each kind that has one,
             and how many images are stored in another form than their files; a JSON value.
@@ -186,7 +186,7 @@ class DataSet:
             UserError: it cannot be written.
         """
         if manifest.classes:
-            column = np.concatenate([labels_n.astype(np.int32) for labels_n in labels])
+            column = np.concatenate([part.astype(np.int32) for part in labels])
             stream = io.BytesIO()
             pq.write_table(pa.table({"label": column}), stream, compression="zstd")
             folder.write(LABELS, stream.getvalue())
@@ -209,7 +209,7 @@ class DataSet:
         return np.concatenate([[0], np.cumsum(sizes, dtype=np.int64)])
 
     @cached_property
-    def _first_groups(self) -> npt.NDArray[np.int64]:
+    def _shard_starts(self) -> npt.NDArray[np.int64]:
         """int64 (shards + 1,): the number of the first row group of every shard, and of all row groups."""
         sizes = [len(shard.row_groups) for shard in self.manifest.shards]
         return np.concatenate([[0], np.cumsum(sizes, dtype=np.int64)])
@@ -232,15 +232,15 @@ class DataSet:
         if not len(indices):
             raise ValueError("read() needs at least one index")
         groups = np.searchsorted(self.row_group_starts, indices, side="right") - 1
-        needed, place = np.unique(groups, return_inverse=True)
+        needed, group_of = np.unique(groups, return_inverse=True)
         parts = list(self._row_groups(needed, columns))
         starts = np.cumsum([0, *(part.num_rows for part in parts)])[:-1]
-        offsets = starts[place] + indices - self.row_group_starts[groups]
+        offsets = starts[group_of] + indices - self.row_group_starts[groups]
         return pa.concat_tables(parts).take(pa.array(offsets))
 
     def _row_groups(self, groups: npt.NDArray[np.int64], columns: Sequence[str]) -> Iterator[pa.Table]:
         """Yield the content of row groups, given in ascending order."""
-        shards = np.searchsorted(self._first_groups, groups, side="right") - 1
+        shards = np.searchsorted(self._shard_starts, groups, side="right") - 1
         pieces: list[tuple[int, npt.NDArray[np.int64]]] = []
         for number in np.unique(shards):
             inside = groups[shards == number]
@@ -255,12 +255,12 @@ class DataSet:
                 pieces += [(int(number), part[start : start + _GROUPS_AT_ONCE]) for start in starts]
         if self.folder.is_local:
             for number, part in pieces:
-                yield from self._of_shard(number, part, columns)
+                yield from self._read_shard(number, part, columns)
             return
         with ThreadPoolExecutor(_REQUESTS_AT_ONCE) as pool:
             # The footers first, so that no two threads ask for the same one.
             list(pool.map(self._metadata, np.unique(shards).tolist()))
-            for tables in pool.map(lambda piece: list(self._of_shard(piece[0], piece[1], columns)), pieces):
+            for tables in pool.map(lambda piece: list(self._read_shard(piece[0], piece[1], columns)), pieces):
                 yield from tables
 
     def _metadata(self, number: int) -> pq.FileMetaData:
@@ -275,7 +275,7 @@ class DataSet:
         except (pa.ArrowException, ValueError) as error:
             raise self._damaged(shard.file, str(error)) from error
 
-    def _of_shard(
+    def _read_shard(
         self, number: int, groups: npt.NDArray[np.int64], columns: Sequence[str]
     ) -> Iterator[pa.Table]:
         """Yield the content of row groups of one shard, read with one request for neighbouring ones."""
@@ -283,16 +283,16 @@ class DataSet:
         wanted = ["index", *(name for name in columns if name != "label" or self.has_labels)]
         footer = self._metadata(number)
         stored = footer.schema.to_arrow_schema().names
-        there = [name for name in wanted if name in stored]
-        inside = (groups - self._first_groups[number]).tolist()
-        ranges = spans(footer, inside, there)
+        present = [name for name in wanted if name in stored]
+        inside = (groups - self._shard_starts[number]).tolist()
+        ranges = spans(footer, inside, present)
         contents = (self.folder / SHARDS).read_ranges(shard.file, ranges)
         parts = [(start, content) for (start, _), content in zip(ranges, contents, strict=True)]
         try:
             file = pq.ParquetFile(
                 Parts(shard.num_bytes, parts), metadata=footer, page_checksum_verification=True
             )
-            table = file.read_row_groups(inside, columns=there).select(there)
+            table = file.read_row_groups(inside, columns=present).select(present)
         except (OSError, pa.ArrowException, ValueError, KeyError) as error:
             raise self._damaged(shard.file, str(error)) from error
         row = 0
@@ -303,7 +303,7 @@ class DataSet:
             found = part.column("index")[0].as_py()
             if found != first:
                 raise self._damaged(shard.file, f"a row group starts at index {found} and not at {first}")
-            if "path" in wanted and "path" not in there:
+            if "path" in wanted and "path" not in present:
                 # Data sets written before raysl 0.2 have no paths.
                 part = part.append_column("path", part.column("index").cast(pa.string())).select(wanted)
             yield part
@@ -355,18 +355,18 @@ class DataSet:
         )
 
     def bad_images(self) -> list[dict[str, str]]:
-        """Return the ledger: {"path", "reason"} for every source image that could not be decoded.
+        """Return {"path", "reason"} for every source image that could not be decoded.
 
         Raises:
-            UserError: the ledger is damaged.
+            UserError: bad_images.jsonl is damaged.
         """
-        if not self.folder.exists(LEDGER):
+        if not self.folder.exists(BAD_IMAGES):
             return []
         try:
-            return [json.loads(line) for line in verified_lines(self.folder.read(LEDGER).splitlines())]
+            return [json.loads(line) for line in verified_lines(self.folder.read(BAD_IMAGES).splitlines())]
         except ValueError as error:
             raise UserError(
-                f"The file {self.folder}/{LEDGER} is damaged: {error}. Delete it, or ingest the source again; the "
+                f"The file {self.folder}/{BAD_IMAGES} is damaged: {error}. Delete it, or ingest the source again; the "
                 "images do not depend on it."
             ) from error
 

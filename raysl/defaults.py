@@ -67,7 +67,7 @@ def resolve(given: Mapping[str, Any], dataset: DataSet, usual_workers: int, has_
         usual_workers: number of workers that suits the machine.
         has_gpus: whether the machine or cluster has GPUs.
     """
-    begun = Run.existing(str(given["run"])) if given.get("run") not in (None, "-") else None
+    begun = Run.find(str(given["run"])) if given.get("run") not in (None, "-") else None
     wanted = {name: value for name, value in given.items() if name != "workers" or value not in (0, "0")}
     if begun is not None:
         return from_fields(_merged(_begun(begun.config(), wanted, usual_workers), wanted))

@@ -1,4 +1,4 @@
-"""The model of a run: the backbone and the heads of its method, the views that it needs, and the stream of them."""
+"""Build the model of a run, the backbone with the heads of its method, and the stream of the views that it needs."""
 
 from __future__ import annotations
 
@@ -98,11 +98,11 @@ class Model(nn.Module):
 
     def views(self) -> dict[str, View]:
         """Return the views of every image, by name."""
-        own = self.objective.recipes if isinstance(self.objective, ViewRecipes) else {}
-        colors = {name: own.get(name, self.config.view.recipe) for name in self.objective.views}
+        own_recipes = self.objective.recipes if isinstance(self.objective, ViewRecipes) else {}
+        recipes = {name: own_recipes.get(name, self.config.view.recipe) for name in self.objective.views}
         return {
             name: View(
-                transform, OwnAugmentation(colors[name]) if ":" in colors[name] else recipe(colors[name])
+                transform, OwnAugmentation(recipes[name]) if ":" in recipes[name] else recipe(recipes[name])
             )
             for name, transform in self.objective.views.items()
         }
@@ -111,11 +111,11 @@ class Model(nn.Module):
         """Raise UserError when the backbone does not take the images of a view, or a color recipe does not exist.
 
         Args:
-            backbone: the one that is checked; by default that of the model.
+            backbone: the backbone to check; by default that of the model.
         """
         for view in self.views().values():
             if view.of_clips is not None and "frames" not in view.columns:
-                continue  # the sound has a network of its own
+                continue  # sound has its own network
             side = view.source.size
             image_bchw = torch.zeros(1, 3, side, side, dtype=torch.uint8)
             no_rng = ImageRng(0, np.zeros(1, np.int64), np.zeros(1, np.int64))

@@ -5,7 +5,7 @@ metrics.jsonl           one row each `log_every` steps; in an object store, newe
 tensorboard/            the same, for TensorBoard
 checkpoints/            see `checkpoint`
 driver.json             while a driver trains it; see raysl.ray_cluster.lock
-features/, probes/      what the probes found
+features/, probes/      features and rows of the probes
 """
 
 from __future__ import annotations
@@ -49,13 +49,13 @@ _PART = re.compile(r"metrics-\d{6}\.jsonl")
 _PART_ROWS = 5000
 # Rows that are read at a time.
 _BLOCK_ROWS = 50_000
-# Columns of metrics that are no charts.
+# Columns of metrics that TensorBoard does not show.
 _NO_CHART = ("step", "epoch", "over_steps", "workers", "lost_steps", "eta_s", "wait_s")
 
 
 @dataclass(frozen=True)
 class Run:
-    """A run that has begun. It holds its folder only, and pickles."""
+    """A run that has begun. It holds only its folder and can be pickled."""
 
     folder: Folder
 
@@ -68,7 +68,7 @@ class Run:
         """
         run = Run(Folder(uri))
         if run.folder.exists(_OLD_METADATA):
-            raise _old(uri)
+            raise _old_format_error(uri)
         if not run.folder.exists(METADATA):
             if DataSet.is_one(uri):
                 raise UserError(f"{uri!r} is a data set and no run. Give the folder of a run.")
@@ -79,7 +79,7 @@ class Run:
         return run
 
     @staticmethod
-    def existing(uri: str) -> Run | None:
+    def find(uri: str) -> Run | None:
         """Return the run at `uri`, or None when there is none yet."""
         folder = Folder(uri)
         return Run.open(uri) if folder.exists(METADATA) or folder.exists(_OLD_METADATA) else None
@@ -93,7 +93,7 @@ class Run:
         """
         run = Run(Folder(config.run))
         if run.folder.exists(_OLD_METADATA):
-            raise _old(config.run)
+            raise _old_format_error(config.run)
         if not run.folder.exists(METADATA):
             if DataSet.is_one(config.run):
                 raise UserError(
@@ -101,7 +101,7 @@ class Run:
                 )
             return None
         metadata = run.metadata()
-        _same(metadata, json.loads(json.dumps(config.to_json())), dataset, config.run)
+        _check_same(metadata, json.loads(json.dumps(config.to_json())), dataset, config.run)
         return metadata
 
     @staticmethod
@@ -141,7 +141,7 @@ class Run:
         try:
             metadata = verified(self.folder.read_json(METADATA))
             if "trunk" in metadata["config"]:
-                raise _old(str(self.folder))
+                raise _old_format_error(str(self.folder))
             dict(metadata["config"]), list(metadata["sessions"])
             data = metadata["data"]
             str(data["fingerprint"]), int(data["num_images"]), int(data["num_classes"])
@@ -153,7 +153,7 @@ class Run:
         return metadata
 
     def config(self) -> Pretraining:
-        """Return the configuration that it was begun with. Raise UserError when that would run code of a stranger."""
+        """Return the configuration of the run. Raises UserError if it needs a plugin that is not trusted."""
         return Pretraining.stored(self.metadata()["config"], str(self.folder))
 
     def newest(self) -> Checkpoint:
@@ -164,9 +164,9 @@ class Run:
         return found
 
     def metrics(self) -> list[dict[str, Any]]:
-        """Return the rows of metrics.jsonl and its parts; none before the first was written.
+        """Return the rows of metrics.jsonl and its parts; none before the first is written.
 
-        A last line without its end, which a crash may leave, is no row.
+        An incomplete last line, which a crash may leave, is ignored.
 
         Raises:
             UserError: a file is damaged.
@@ -201,10 +201,10 @@ class Run:
         return {name: table[name].to_numpy() for name in names}
 
     def _metrics_files(self) -> Iterator[tuple[str, Iterator[bytes]]]:
-        """Yield the names of the files of metrics, each with its whole lines."""
+        """Yield the name and the complete lines of each file of metrics."""
         for name in [METRICS] * self.folder.exists(METRICS) + self.metrics_parts():
             data = self.folder.read(name)
-            yield name, map(_object, verified_lines(io.BytesIO(data[: data.rfind(b"\n") + 1])))
+            yield name, map(_checked_object, verified_lines(io.BytesIO(data[: data.rfind(b"\n") + 1])))
 
     @contextmanager
     def _reading(self, name: str) -> Iterator[None]:
@@ -228,34 +228,34 @@ class Run:
             self.folder.delete(name)
 
 
-def _object(line: bytes) -> bytes:
+def _checked_object(line: bytes) -> bytes:
     """Return a line of JSON. Raise ValueError if it is no object; Arrow crashes on null."""
     if not line.lstrip().startswith(b"{"):
         raise ValueError("a row is no object")
     return line
 
 
-def _old(uri: str) -> UserError:
+def _old_format_error(uri: str) -> UserError:
     return UserError(
         f"The run at {uri!r} was made by raysl 0.1, whose format raysl 0.2 does not read. Train it again in another "
         "folder, or use it with raysl 0.1."
     )
 
 
-def _same(metadata: Mapping[str, Any], wanted: Mapping[str, Any], dataset: DataSet, place: str) -> None:
+def _check_same(metadata: Mapping[str, Any], wanted: Mapping[str, Any], dataset: DataSet, uri: str) -> None:
     fingerprint = metadata["data"]["fingerprint"]
     if fingerprint != dataset.manifest.fingerprint:
         raise UserError(
-            f"The run at {place!r} was begun on images with fingerprint {fingerprint[:12]} and the data set at "
+            f"The run at {uri!r} was begun on images with fingerprint {fingerprint[:12]} and the data set at "
             f"{str(dataset.folder)!r} has {dataset.manifest.fingerprint[:12]}: the images or labels differ. Give the "
             "data set it was begun on, or another folder to --run."
         )
-    # Read and written again, so that a field that is newer than the run has its default.
-    begun = json.loads(json.dumps(Pretraining.stored(metadata["config"], place).to_json()))
-    changed = [n for n in differences(begun, wanted) if n.split(".")[0] not in MAY_CHANGE]
+    # Parse and write it again, so that a field that is newer than the run has its default.
+    begun = json.loads(json.dumps(Pretraining.stored(metadata["config"], uri).to_json()))
+    changed = [name for name in differences(begun, wanted) if name.split(".")[0] not in MAY_CHANGE]
     if changed:
         raise UserError(
-            f"The run at {place!r} was begun with another configuration; these differ: {', '.join(changed)}. Give the "
+            f"The run at {uri!r} was begun with another configuration; these differ: {', '.join(changed)}. Give the "
             "same values to go on with it, or another folder to --run for a new run."
         )
 
@@ -270,7 +270,7 @@ class MetricsLog:
         step: the step that the run resumes from; later rows, of an interrupted session, are dropped.
 
     Attributes:
-        reached: the last step of the rows that were there; 0 without any.
+        reached: the last step of the rows that the folder held before; 0 if it held none.
     """
 
     def __init__(self, run: Run, step: int) -> None:
@@ -313,7 +313,7 @@ class MetricsLog:
             nonlocal size
             if size < 0:
                 size = path.stat().st_size
-            os.truncate(path, size)  # An attempt before may have written a part of a line.
+            os.truncate(path, size)  # An earlier attempt may have written part of a line.
             try:
                 with path.open("ab") as file:
                     file.write(lines)
@@ -339,10 +339,10 @@ class TensorBoard:
         from tensorboardX.event_file_writer import EventsWriter
         from tensorboardX.proto.event_pb2 import Event, SessionLog
 
-        self._place = str(folder)
+        self._folder = str(folder)
         with self._writing():
-            Path(self._place).mkdir(parents=True, exist_ok=True)
-            self._events = EventsWriter(f"{self._place}/events")
+            Path(self._folder).mkdir(parents=True, exist_ok=True)
+            self._events = EventsWriter(f"{self._folder}/events")
             self._events.write_event(Event(step=step, session_log=SessionLog(status=SessionLog.START)))
 
     def add(self, row: Mapping[str, Any]) -> None:
@@ -377,7 +377,7 @@ class TensorBoard:
         try:
             yield
         except OSError as error:
-            raise failure(self._place, "write", error) from error
+            raise failure(self._folder, "write", error) from error
 
 
 def flattened(values: Mapping[str, Any], prefix: str = "") -> Iterator[tuple[str, Any]]:

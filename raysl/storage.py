@@ -33,11 +33,11 @@ T = TypeVar("T")
 PATIENCE_VARIABLE = "RAYSL_STORAGE_RETRY_S"
 _PATIENCE_S = 90.0
 _FIRST_PAUSE_S, _LONGEST_PAUSE_S = 0.25, 10.0
-# How long a file that was there may be absent, if a listing shows that its file system is not away.
+# How long to wait for a missing file to appear again, while its file system answers.
 _ABSENT_S = 2.0
 # A file for an object store is spooled in memory up to this size, and on disk beyond.
 _SPOOL_BYTES = 64 << 20
-# Errors of a network file system that is away for a moment. Other local errors do not go away by waiting.
+# Errors of a network file system that does not answer for a moment. Waiting does not help against other local errors.
 _TRANSIENT = {getattr(errno, name) for name in "EIO ESTALE ETIMEDOUT ENOTCONN EHOSTDOWN EAGAIN EBUSY".split()}
 # Arrow's object stores: opening a file is a request for its size, and an open file holds nothing but this size.
 _KEPT_OPEN = ("s3", "gcs", "abfs")
@@ -62,8 +62,8 @@ def retry(place: str, doing: str, action: Callable[[], T], *, is_gone: Callable[
         place: file or folder, for messages.
         doing: "open", "read", "write", "list" or "delete", for messages.
         action: may be called several times.
-        is_gone: for a file that was there before, so that its absence may pass as well (a file system that is away):
-            returns True if the file was deleted, and waiting does not help.
+        is_gone: for a file that existed before; it may be absent only because its file system does not answer. Returns
+            True if the file was deleted, so that waiting does not help.
 
     Raises:
         FileNotFoundError: the file does not exist, and `is_gone` is None.
@@ -132,7 +132,7 @@ class Folder:
         uri: a local path (made absolute, because Ray workers have another working directory) or any URI.
 
     Raises:
-        UserError: the path names no place or holds a NUL, or the URI holds a password or a secret key.
+        UserError: the path is empty or holds a NUL, or the URI holds a password or a secret key.
     """
 
     uri: str
@@ -151,7 +151,7 @@ class Folder:
         """True if ordinary file calls can open the folder."""
         return "://" not in self.uri
 
-    def _try(self, name: str, doing: str, call: Callable[[Any, str], T], *, expected: bool = False) -> T:
+    def _retried(self, name: str, doing: str, call: Callable[[Any, str], T], *, expected: bool = False) -> T:
         """Return `call(filesystem, path)` for a file or folder inside, with retries."""
         path = f"{self.uri}/{name}".rstrip("/")
 
@@ -159,20 +159,17 @@ class Folder:
             fs, root = filesystem(self.uri)
             return call(fs, f"{root}/{name}".rstrip("/"))
 
-        return retry(path, doing, action, is_gone=(lambda: self._lacks(name)) if expected else None)
+        return retry(path, doing, action, is_gone=(lambda: self._is_deleted(name)) if expected else None)
 
-    def _lacks(self, name: str) -> bool:
-        """Return True if listings show that a file is gone: other files lie in its folder, or beside that folder.
-
-        A file system that is away shows neither.
-        """
-        above, _, file = f"{self.uri}/{name}".rpartition("/")
-        higher, _, folder = above.rpartition("/")
+    def _is_deleted(self, name: str) -> bool:
+        """Return True if a file was deleted: its file system still lists other files in its folder, or beside it."""
+        parent, _, file = f"{self.uri}/{name}".rpartition("/")
+        grandparent, _, folder = parent.rpartition("/")
         with suppress(StorageError):  # Not everyone who may read a file may list its folder.
-            if there := Folder(above).list():
-                return file not in there
-            if higher.strip(":/") and not higher.endswith(":/"):
-                return Folder(higher).list() not in ([], [folder])
+            if siblings := Folder(parent).list():
+                return file not in siblings
+            if grandparent.strip(":/") and not grandparent.endswith(":/"):
+                return Folder(grandparent).list() not in ([], [folder])
         return False
 
     def write(self, name: str, data: bytes) -> None:
@@ -190,7 +187,7 @@ class Folder:
             with fs.open_output_stream(path) as stream:
                 stream.write(data)
 
-        self._try(name, "write", put)
+        self._retried(name, "write", put)
 
     def writing(self, name: str) -> AbstractContextManager[Any]:
         """Open a file for writing in pieces. It appears complete when the block ends without an error.
@@ -198,15 +195,15 @@ class Folder:
         Raises:
             StorageError: the disk is full, or the folder cannot be written.
         """
-        return self._local(name) if self.is_local else self._spooled(name)
+        return self._write_local(name) if self.is_local else self._write_spooled(name)
 
     @contextmanager
-    def _local(self, name: str) -> Iterator[Any]:
+    def _write_local(self, name: str) -> Iterator[Any]:
         path = f"{self.uri}/{name}"
         part = f"{path}.{uuid.uuid4().hex[:8]}.tmp"
         try:
             os.makedirs(os.path.dirname(path), exist_ok=True)
-            with _unnamed(os.path.dirname(path)) or open(part, "wb") as stream:
+            with _open_unnamed(os.path.dirname(path)) or open(part, "wb") as stream:
                 yield stream
                 stream.flush()
                 if not os.path.exists(part):
@@ -220,7 +217,7 @@ class Folder:
                 os.unlink(part)
 
     @contextmanager
-    def _spooled(self, name: str) -> Iterator[Any]:
+    def _write_spooled(self, name: str) -> Iterator[Any]:
         with tempfile.SpooledTemporaryFile(_SPOOL_BYTES) as spool:
             yield spool
 
@@ -229,7 +226,7 @@ class Folder:
                 with fs.open_output_stream(path) as stream:
                     shutil.copyfileobj(cast(IO[bytes], spool), stream, 1 << 20)
 
-            self._try(name, "write", upload)
+            self._retried(name, "write", upload)
 
     def check_writable(self) -> None:
         """Raise StorageError unless files can be written here, before long work whose result would be lost.
@@ -263,7 +260,7 @@ class Folder:
             with fs.open_input_file(path) as stream:
                 return bytes(stream.read())
 
-        return self._try(name, "read", get)
+        return self._retried(name, "read", get)
 
     def read_json(self, name: str) -> Any:
         """Return the file parsed as JSON. Raises ValueError if it is not JSON."""
@@ -277,7 +274,7 @@ class Folder:
         Args:
             name: path inside the folder.
             ranges: (offset, number of bytes) of each part. A part that exceeds the end of the file is shorter.
-            expected: the file was there before; if it is missing, it may appear again, and else is a `StorageError`.
+            expected: the file existed before. If it is missing, wait for it to appear again, then raise StorageError.
 
         Raises:
             FileNotFoundError: the file does not exist and was not expected.
@@ -300,11 +297,11 @@ class Folder:
                 _opened.cache_clear()
                 raise
 
-        return self._try(name, "read", get, expected=expected)
+        return self._retried(name, "read", get, expected=expected)
 
     def open(self, name: str) -> BinaryIO:
         """Open a seekable file for reading. Raises FileNotFoundError if it does not exist."""
-        return cast(BinaryIO, self._try(name, "read", lambda fs, path: fs.open_input_file(path)))
+        return cast(BinaryIO, self._retried(name, "read", lambda fs, path: fs.open_input_file(path)))
 
     def exists(self, name: str = "") -> bool:
         """Return True if the file or folder exists."""
@@ -312,7 +309,7 @@ class Folder:
         def look(fs: Any, path: str) -> bool:
             return bool(fs.get_file_info([path])[0].type.name != "NotFound")
 
-        return self._try(name, "read", look)
+        return self._retried(name, "read", look)
 
     def list(self) -> list[str]:
         """Return the sorted names of the files and folders directly inside; none if the folder does not exist."""
@@ -324,7 +321,7 @@ class Folder:
             return sorted(info.base_name for info in found)
 
         try:
-            return self._try("", "list", look)
+            return self._retried("", "list", look)
         except FileNotFoundError:
             # Another process created the folder between two system calls of Arrow, or a file has its name.
             return []
@@ -339,10 +336,10 @@ class Folder:
             elif kind == "File":
                 fs.delete_file(path)
 
-        self._try(name, "delete", remove)
+        self._retried(name, "delete", remove)
 
 
-def _unnamed(folder: str) -> BinaryIO | None:
+def _open_unnamed(folder: str) -> BinaryIO | None:
     """Open a new file without a name, which vanishes when this process is killed; None where that is not possible."""
     if not os.path.isdir("/proc/self/fd"):
         return None

@@ -29,7 +29,7 @@ from raysl.clustering.lloyd import Clustering
 from raysl.clustering.state import State
 from raysl.config import Pretraining
 from raysl.contrastive.bank import BankConfig, MemoryBank
-from raysl.dataset import LEDGER, SHARDS, DataSet, Manifest, Shard, parquet_writer
+from raysl.dataset import BAD_IMAGES, SHARDS, DataSet, Manifest, Shard, parquet_writer
 from raysl.errors import UserError
 from raysl.evaluation.results import KEY, MODEL, ROWS, keep, rows_of
 from raysl.extraction.inference import SETTINGS, load
@@ -212,7 +212,7 @@ KINDS = [
          lambda r: digest(SweepJournal(Folder(f"{r}/sweep")).rows), {"absent": "a new sweep"}),
     Kind("ingest journal", "ingest", "ingest/_journal/source.json",
          lambda r: digest(Journal(Folder(f"{r}/ingest")).header()), {"absent": "starts again"}),
-    Kind("bad images", "ingest", f"set/{LEDGER}", lambda r: digest(DataSet.open(f"{r}/set").bad_images()),
+    Kind("bad images", "ingest", f"set/{BAD_IMAGES}", lambda r: digest(DataSet.open(f"{r}/set").bad_images()),
          {"absent": "none", "empty": "none"}),
     Kind("probed model", "report", f"probed/{MODEL}", lambda r: digest(groups([f"{r}/probed"]))),
     Kind("driver lock", "pretrain", f"run/{NAME}", lock,

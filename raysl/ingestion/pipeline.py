@@ -23,7 +23,7 @@ import numpy as np
 from rich.console import Console
 from rich.progress import BarColumn, Progress, TaskProgressColumn, TextColumn, TimeRemainingColumn
 
-from raysl.dataset import LEDGER, SHARDS, DataSet, Manifest, Shard
+from raysl.dataset import BAD_IMAGES, SHARDS, DataSet, Manifest, Shard
 from raysl.errors import UserError
 from raysl.feature_store.records import signed_line
 from raysl.fields import Bounds
@@ -253,7 +253,7 @@ def _run(batch: dict[str, Any], numbers: list[int], work: Callable[[int], tuple[
 
 
 def _finish(source: Source, listed: Listed, journal: Journal, config: IngestConfig) -> DataSet:
-    """Write the ledger and then the manifest, and delete the journal."""
+    """Write bad_images.jsonl and then the manifest, and delete the journal."""
     dest, name = journal.dest, source.name
     clips, with_sound = dict(getattr(source, "clips", {})), 0
     done = len(journal.done())
@@ -269,10 +269,10 @@ def _finish(source: Source, listed: Listed, journal: Journal, config: IngestConf
     reasons: list[str] = []
     kinds: Counter[str] = Counter()
     unlabelled = ""
-    with dest.writing(LEDGER) as ledger:
+    with dest.writing(BAD_IMAGES) as bad_images:
         for written in journal.all_written():
             for path, reason in written.bad:
-                ledger.write(signed_line({"path": path, "reason": reason}))
+                bad_images.write(signed_line({"path": path, "reason": reason}))
                 kinds[reason.partition(":")[0]] += 1
                 if len(reasons) < 3:
                     reasons.append(f"{path}: {reason}")
@@ -287,7 +287,7 @@ def _finish(source: Source, listed: Listed, journal: Journal, config: IngestConf
     if not shards:
         raise _nothing_decoded(name, counted(num_bad, "video" if clips else "image"), reasons, journal)
     if not num_bad:
-        dest.delete(LEDGER)
+        dest.delete(BAD_IMAGES)
     # A task that was killed leaves its half-written shard behind.
     for stray in set((dest / SHARDS).list()) - {entry.file for entry in shards}:
         dest.delete(f"{SHARDS}/{stray}")
@@ -319,14 +319,14 @@ def _log_bad(kinds: Counter[str], first: str, dest: Folder, noun: str) -> None:
     counts = ", ".join(f"{count:,} {kind!r}" for kind, count in kinds.most_common(5))
     bad = counted(kinds.total(), noun)
     _log.info(
-        "%s could not be decoded (%s); %s/%s lists all. The first: %s", bad, counts, dest, LEDGER, first
+        "%s could not be decoded (%s); %s/%s lists all. The first: %s", bad, counts, dest, BAD_IMAGES, first
     )
 
 
 def _nothing_decoded(name: str, what: str, reasons: list[str], journal: Journal) -> UserError:
     """Delete what was written for a source of which no image can be decoded, and return the error."""
     dest = journal.dest
-    for entry in (LEDGER, SHARDS, objects.FOLDER):
+    for entry in (BAD_IMAGES, SHARDS, objects.FOLDER):
         dest.delete(entry)
     journal.delete()
     if not dest.list():

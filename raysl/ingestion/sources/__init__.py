@@ -7,7 +7,7 @@ A file `sources/foo.py` describes one kind with
     class Source                                the opened source; see `Source`
     def read(unit: Unit) -> Iterator[Row]       the rows of a unit, in a worker
 
-and gets ingest, resumption, the ledger and `raysl ingest` without another edit.
+and gets ingest, resumption, the list of bad images and `raysl ingest` without another edit.
 """
 
 from __future__ import annotations
