@@ -17,7 +17,7 @@ from raysl import ray_cluster
 from raysl.errors import UserError
 from raysl.ray_cluster import autoscaler, gpus
 from raysl.ray_cluster import placement as cluster_placement
-from raysl.ray_cluster.autoscaler import Growth, NodeType
+from raysl.ray_cluster.autoscaler import Capacity, NodeType
 from raysl.ray_cluster.placement import Placement
 from raysl.ray_cluster.versions import MEND, differing, versions
 
@@ -87,7 +87,7 @@ def survey(workers: int, prices: Mapping[str, float]) -> Fleet:
     """
     import ray
 
-    grows = autoscaler.growth()
+    capacity = autoscaler.capacity()
     alive = [node for node in ray.nodes() if node["Alive"]]
     placement, refused, started, waits = None, "", {}, ""
     try:
@@ -95,22 +95,22 @@ def survey(workers: int, prices: Mapping[str, float]) -> Fleet:
         placement = cluster_placement.place(workers, found)
         more = len(cluster_placement.enough(workers, found, placement.gpus_per_worker)) - len(found.now)
         # The machines that the autoscaler would start first for trainers.
-        later = grows.beyond([autoscaler.type_of(node) for node in alive])[0] if grows else ()
+        later = capacity.beyond([autoscaler.type_of(node) for node in alive])[0] if capacity else ()
         names = [one.name for one in later if one.resources.get("GPU") or not found.has_gpus]
         started = dict(Counter(names[:more]))
         waits = placement.busy(workers)
     except UserError as error:
         refused = str(error)
     unusable = {address: why for address, (why, _) in gpus.answers().items() if why}
-    kinds, news = _kinds(grows, alive, prices), _news(grows)
+    kinds, news = _kinds(capacity, alive, prices), _news(capacity)
     return Fleet(kinds, placement, refused, started, waits, news, _stale(), unusable)
 
 
 def _kinds(
-    grows: Growth | None, alive: Sequence[Mapping[str, Any]], prices: Mapping[str, float]
+    capacity: Capacity | None, alive: Sequence[Mapping[str, Any]], prices: Mapping[str, float]
 ) -> tuple[Kind, ...]:
     counts = Counter(autoscaler.type_of(node) or "machine" for node in alive)
-    types = {one.name: one for one in (grows.head, *grows.types)} if grows else {}
+    types = {one.name: one for one in (capacity.head, *capacity.types)} if capacity else {}
     for node in alive:
         name = autoscaler.type_of(node) or "machine"
         types.setdefault(name, NodeType(name, node["Resources"], 0))
@@ -135,9 +135,9 @@ def _stale() -> dict[str, tuple[str, ...]]:
     return {address: differences for address, differences in found.items() if differences}
 
 
-def _news(grows: Growth | None) -> tuple[str, ...]:
+def _news(capacity: Capacity | None) -> tuple[str, ...]:
     """Return the autoscaler's messages about machines that are starting or that the cloud refused."""
-    if grows is None:
+    if capacity is None:
         return ()
     import ray
     from ray.autoscaler.v2.sdk import get_cluster_status

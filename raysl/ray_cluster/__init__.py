@@ -61,10 +61,10 @@ def start(compare: bool = True) -> None:
     address = os.environ.get("RAY_ADDRESS") or ("auto" if autoscaler.launched_here() else "")
     if address == "local":
         address = ""
-    grows = _GROWING if address and autoscaler.growth() is not None else {}
+    scaling = _GROWING if address and autoscaler.capacity() is not None else {}
     wordy = os.environ.get("RAYSL_LOG_TO_DRIVER") == "1"
     shown = {"RAY_DATA_LOG_LEVEL": "ERROR"} if wordy else {}
-    for name, value in {**_ENVIRONMENT, **grows, **shown}.items():
+    for name, value in {**_ENVIRONMENT, **scaling, **shown}.items():
         os.environ.setdefault(name, value)
     # Ray Data reads the variable when it is imported, which may have been before.
     logging.getLogger("ray.data").setLevel(os.environ.get("RAY_DATA_LOG_LEVEL", "CRITICAL"))

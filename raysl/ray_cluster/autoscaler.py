@@ -54,7 +54,7 @@ class NodeType:
 
 
 @dataclass(frozen=True)
-class Growth:
+class Capacity:
     """The capacity that a cluster can grow to.
 
     Args:
@@ -68,7 +68,7 @@ class Growth:
     head: NodeType
 
     @staticmethod
-    def of(config: Mapping[str, Any]) -> Growth:
+    def of(config: Mapping[str, Any]) -> Capacity:
         """Return the capacity for an autoscaler configuration that Ray resolved from a cluster.yaml or a RayCluster."""
         kinds = config["available_node_types"]
         # Ray prefers types of higher priority, and among equal ones the smallest that fits.
@@ -76,7 +76,7 @@ class Growth:
         most = int(config.get("max_workers", 0))
         made = {name: NodeType.of(name, kinds[name], most) for name in order}
         head = made.pop(config["head_node_type"])
-        return Growth(tuple(made.values()), most, head)
+        return Capacity(tuple(made.values()), most, head)
 
     def beyond(self, alive: Sequence[str]) -> tuple[tuple[NodeType, ...], int]:
         """Return the machines that could still start, in the order of preference, and their maximum number.
@@ -99,26 +99,26 @@ def launched_here() -> bool:
     return os.path.exists(LAUNCHED.expanduser())  # False as well in a home that may not be read.
 
 
-def growth() -> Growth | None:
+def capacity() -> Capacity | None:
     """Return the capacity of the cluster whose head runs this process; None without an autoscaler."""
     if launched_here():
         import yaml
 
-        return Growth.of(yaml.safe_load(LAUNCHED.expanduser().read_text()))
+        return Capacity.of(yaml.safe_load(LAUNCHED.expanduser().read_text()))
     name = os.environ.get("RAY_CLUSTER_NAME")
     if name and _NAMESPACE.exists():
         return _of_kuberay(name, _NAMESPACE.read_text().strip())
     return None
 
 
-def _of_kuberay(name: str, namespace: str) -> Growth | None:
+def _of_kuberay(name: str, namespace: str) -> Capacity | None:
     """Return the capacity of a RayCluster; None without an autoscaler, or if this pod may not read it."""
     from ray.autoscaler._private.kuberay.autoscaling_config import AutoscalingConfigProducer
 
     producer = AutoscalingConfigProducer(name, namespace)
     try:
         cluster = producer.kubernetes_api_client.get(f"rayclusters/{name}")
-        return Growth.of(producer()) if cluster["spec"].get("enableInTreeAutoscaling") else None
+        return Capacity.of(producer()) if cluster["spec"].get("enableInTreeAutoscaling") else None
     except OSError:  # also the base class of the errors of requests
         return None
 

@@ -61,11 +61,11 @@ def machines() -> Machines:
     import ray
 
     alive = [node for node in ray.nodes() if node["Alive"]]
-    grows = autoscaler.growth()
+    capacity = autoscaler.capacity()
     now = tuple(dict(node["Resources"]) for node in alive)
-    if grows is None:
+    if capacity is None:
         return Machines(now)
-    later, room = grows.beyond([autoscaler.type_of(node) for node in alive])
+    later, room = capacity.beyond([autoscaler.type_of(node) for node in alive])
     return Machines(now, tuple(one.resources for one in later), room)
 
 

@@ -26,8 +26,8 @@ def refuse_local(paths: Mapping[str, str]) -> None:
     Raises:
         UserError: a path is on a disk of this machine.
     """
-    grows = autoscaler.growth()
-    if grows is None or grows.head.resources.get("CPU") or not grows.types:
+    capacity = autoscaler.capacity()
+    if capacity is None or capacity.head.resources.get("CPU") or not capacity.types:
         return
     for flag, path in paths.items():
         folder = Folder(path)

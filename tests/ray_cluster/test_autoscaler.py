@@ -9,7 +9,7 @@ import pytest
 import yaml
 
 from raysl.ray_cluster import autoscaler
-from raysl.ray_cluster.autoscaler import Growth
+from raysl.ray_cluster.autoscaler import Capacity
 
 CONFIG: dict[str, Any] = {
     "max_workers": 4,
@@ -29,19 +29,19 @@ CONFIG: dict[str, Any] = {
 
 
 def test_preferred_types_come_first_and_the_head_never() -> None:
-    found = Growth.of(CONFIG)
+    found = Capacity.of(CONFIG)
     assert [one.name for one in found.types] == ["gpu_spot", "cpu", "gpu_ondemand"]
     assert found.types[2].resources == {"CPU": 8, "GPU": 1}
     assert (found.head.name, found.head.resources) == ("head", {"CPU": 0})
 
 
 def test_prices_are_labels() -> None:
-    found = Growth.of(CONFIG)
+    found = Capacity.of(CONFIG)
     assert [one.usd_per_hour for one in (found.head, *found.types)] == [0.2, 0.5, None, None]
 
 
 def test_what_is_there_counts_against_its_type_and_against_all() -> None:
-    found = Growth.of(CONFIG)
+    found = Capacity.of(CONFIG)
 
     def beyond(*alive: str) -> tuple[list[str], int]:
         later, room = found.beyond(alive)
@@ -56,10 +56,10 @@ def test_what_is_there_counts_against_its_type_and_against_all() -> None:
 def test_the_head_of_a_launched_cluster_knows(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
     monkeypatch.setattr(autoscaler, "LAUNCHED", tmp_path / "bootstrap.yaml")
     monkeypatch.delenv("RAY_CLUSTER_NAME", raising=False)
-    assert autoscaler.growth() is None
+    assert autoscaler.capacity() is None
     (tmp_path / "bootstrap.yaml").write_text(yaml.safe_dump(CONFIG))
     assert autoscaler.launched_here()
-    assert autoscaler.growth() == Growth.of(CONFIG)
+    assert autoscaler.capacity() == Capacity.of(CONFIG)
 
 
 def test_the_type_of_a_machine_is_its_label() -> None:

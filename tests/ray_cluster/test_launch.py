@@ -11,7 +11,7 @@ import yaml
 
 from raysl.errors import UserError
 from raysl.ray_cluster import placement as cluster_placement
-from raysl.ray_cluster.autoscaler import Growth
+from raysl.ray_cluster.autoscaler import Capacity
 from raysl.ray_cluster.placement import Machines, Placement
 from raysl.stream.reader import DataShare
 from tests.ray_cluster.autoscaling import ROOT, Config, aws, bootstrapped, launches, prepared, read
@@ -99,7 +99,7 @@ def test_the_driver_of_google_is_one_that_torch_can_use() -> None:
 
 def sizes(config: Config, workers: int) -> tuple[Placement, Machines]:
     """The placement of a run on the empty cluster, as raysl computes it on the head."""
-    found = Growth.of(config)
+    found = Capacity.of(config)
     later, room = found.beyond([])
     machines = Machines(({"CPU": 0.0},), tuple(one.resources for one in later), room)
     return cluster_placement.place(workers, machines), machines

@@ -12,7 +12,7 @@ import pytest
 
 from raysl.ray_cluster import autoscaler
 from raysl.ray_cluster import placement as cluster_placement
-from raysl.ray_cluster.autoscaler import Growth
+from raysl.ray_cluster.autoscaler import Capacity
 from raysl.ray_cluster.placement import Machines, Placement
 from raysl.stream.reader import DataShare
 from tests.ray_cluster.autoscaling import Config, launches, read
@@ -109,7 +109,7 @@ def test_pods_are_what_ray_needs(name: str) -> None:
 @pytest.mark.parametrize("name", MANIFESTS)
 def test_a_run_starts_the_pods_that_it_was_placed_on(name: str) -> None:
     config = autoscaling(name)
-    later, room = Growth.of(config).beyond([])
+    later, room = Capacity.of(config).beyond([])
     machines = Machines(({"CPU": 0.0},), tuple(one.resources for one in later), room)
     placement = cluster_placement.place(4, machines)
     assert placement == Placement(1.0, 1, DataShare(1.0, 6.0), 1, 7.0)
@@ -134,7 +134,7 @@ def test_the_driver_in_a_head_pod_reads_the_cluster_that_it_is_part_of(
     monkeypatch.setattr(autoscaler, "LAUNCHED", tmp_path / "none.yaml")
     monkeypatch.setenv("RAY_CLUSTER_NAME", "raysl")
     monkeypatch.setattr(node_provider.KubernetesHttpApiClient, "get", get)
-    found = autoscaler.growth()
+    found = autoscaler.capacity()
     assert found is not None
     assert {one.name: one.most for one in found.types} == {"cpu": 4, "gpu": 8}
     assert set(asked) == {"rayclusters/raysl"}

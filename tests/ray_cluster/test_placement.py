@@ -171,7 +171,7 @@ def test_a_cluster_that_grows_is_divided_as_it_will_be(
         ([{"CPU": 2.0}], "9 workers .* on the 2 CPUs that this cluster could have: it has room for 8"),
     ],
 )
-def test_what_no_growth_can_take_is_refused(later: list[Node], answer: str) -> None:
+def test_what_no_capacity_can_take_is_refused(later: list[Node], answer: str) -> None:
     with pytest.raises(UserError, match=answer):
         cluster_placement.place(9, Machines((HEAD,), tuple(later), 8))
 

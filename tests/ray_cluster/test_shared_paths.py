@@ -9,7 +9,7 @@ import pytest
 
 from raysl.errors import UserError
 from raysl.ray_cluster import autoscaler, shared_paths
-from raysl.ray_cluster.autoscaler import Growth
+from raysl.ray_cluster.autoscaler import Capacity
 from raysl.ray_cluster.shared_paths import refuse_local
 
 WORKER: dict[str, Any] = {"resources": {"CPU": 8, "GPU": 1}, "max_workers": 8}
@@ -17,8 +17,8 @@ WORKER: dict[str, Any] = {"resources": {"CPU": 8, "GPU": 1}, "max_workers": 8}
 
 def grow(monkeypatch: pytest.MonkeyPatch, head_cpus: int) -> None:
     kinds = {"head": {"resources": {"CPU": head_cpus}}, "gpu": WORKER}
-    growth = Growth.of({"available_node_types": kinds, "head_node_type": "head", "max_workers": 8})
-    monkeypatch.setattr(autoscaler, "growth", lambda: growth)
+    capacity = Capacity.of({"available_node_types": kinds, "head_node_type": "head", "max_workers": 8})
+    monkeypatch.setattr(autoscaler, "capacity", lambda: capacity)
 
 
 def test_a_folder_of_a_head_without_work_is_refused(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
@@ -41,5 +41,5 @@ def test_local_paths_are_taken_where_the_head_works_or_nothing_grows(
 ) -> None:
     grow(monkeypatch, head_cpus=4)
     refuse_local({"--run": str(tmp_path)})
-    monkeypatch.setattr(autoscaler, "growth", lambda: None)
+    monkeypatch.setattr(autoscaler, "capacity", lambda: None)
     refuse_local({"--run": str(tmp_path)})
