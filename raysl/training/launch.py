@@ -8,7 +8,7 @@ import threading
 import time
 import uuid
 from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass, replace
 from typing import Any
 
@@ -207,7 +207,7 @@ class _Attempts:
         with signals.caught(lambda: actor.request_stop.remote(True)) as stop:
             while True:
                 self.lock.check()
-                error = self._attempt(group)
+                error = self._attempt(group, stop.received)
                 if self.lock.lost.is_set():
                     self.lock.check()
                 before, saved = saved, _saved(self.job.run)
@@ -241,8 +241,8 @@ class _Attempts:
             _log.info("Continues with %s.", _described(group, self.counts))
         return group
 
-    def _attempt(self, group: WorkerGroup) -> UserError | None:
-        """Run Ray Train once and show its progress.
+    def _attempt(self, group: WorkerGroup, stopped: threading.Event) -> UserError | None:
+        """Run Ray Train once and show its progress. While `stopped` is set, ask the workers to stop.
 
         Returns:
             The reason for a failure that another attempt may overcome; None if the attempt came to its end.
@@ -255,7 +255,7 @@ class _Attempts:
         actor = self.job.progress_actor
         request = CapacityRequest(self.counts[-1], group, elastic.machines()) if self.elastic else None
         try:
-            with self._followed(group):
+            with self._followed(group, stopped):
                 self._fit(group)
         except TrainingFailedError as error:
             self._show()
@@ -275,8 +275,10 @@ class _Attempts:
         return None
 
     @contextmanager
-    def _followed(self, group: WorkerGroup) -> Iterator[None]:
-        """Show progress in a thread during the block; ask the workers to stop when their number should change."""
+    def _followed(self, group: WorkerGroup, stopped: threading.Event) -> Iterator[None]:
+        """Show progress in a thread during the block. Ask the workers to stop if `stopped` or to change their number."""
+        from ray.exceptions import RayError
+
         actor = self.job.progress_actor
         resizing = Resizing(self.counts, group)
         done = threading.Event()
@@ -284,13 +286,15 @@ class _Attempts:
         def follow() -> None:
             heard_s = time.monotonic()
             while not done.wait(SHOW_EVERY_S):
-                due = self.elastic and resizing.due(elastic.machines())
-                if self._show() or not due:
-                    heard_s = time.monotonic()
-                if due:
-                    actor.request_stop.remote(True)
-                if self.lock.lost.is_set() or time.monotonic() - heard_s > STOP_WITHIN_S:
-                    actor.kill_workers.remote()
+                with suppress(RayError):  # If Ray itself is lost, the attempt ends with the error.
+                    due = self.elastic and resizing.due(elastic.machines())
+                    if self._show() or not due:
+                        heard_s = time.monotonic()
+                    # The actor forgets the request of the signal if its process dies.
+                    if due or stopped.is_set():
+                        actor.request_stop.remote(True)
+                    if self.lock.lost.is_set() or time.monotonic() - heard_s > STOP_WITHIN_S:
+                        actor.kill_workers.remote()
 
         thread = threading.Thread(target=follow, daemon=True)
         thread.start()

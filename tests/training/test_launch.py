@@ -144,18 +144,22 @@ def send(*titles: str, number: signal.Signals = signal.SIGKILL, most: int) -> in
 
 
 def test_killed_data_tasks_and_train_worker(finished: Run, dataset: DataSet, tmp_path: Path) -> None:
-    """Every process that runs, or has run, a data task dies at once; then a trainer, whose group starts again."""
+    """Every process that runs, or has run, a data task dies at once; then the actor that tells the progress, and a
+    trainer, whose group starts again.
+    """
     config = configuration(dataset, tmp_path / "run")
     killed: dict[str, int] = {}
 
     def listen(line: str) -> None:
         if line.startswith("step") and not killed:
             killed["data"] = send("ray::MapBatches", "ray::IDLE", most=100)
+            killed["progress"] = send("ray::ProgressActor", most=1)
             killed["trainer"] = send("RayTrainWorker", most=1)
 
     with Listener(listen):
         pretrain(config)
     assert killed["data"] > 0
+    assert killed["progress"] == 1
     assert killed["trainer"] == 1
     assert_same_end(config.run, finished)
 
