@@ -282,13 +282,13 @@ def sweep(
     base: Pretraining | Mapping[str, Any] | None = None,
     **fields: Any,
 ) -> list[dict[str, Any]]:
-    """Try values of fields and seeds, compared by a probe. The same call again continues an interrupted sweep.
+    """Compare hyperparameters by a probe, with several seeds. The same call again continues an interrupted sweep.
 
     Args:
         data: images to learn from.
         test: labelled images on which the chosen trial is scored once. Trials are compared on `validation`.
         out: folder of the sweep, a path or a URI.
-        vary: fields to vary, such as "temperature" or "temperature=0.05,0.1".
+        vary: hyperparameters to vary, such as "temperature" or "temperature=0.05,0.1".
         config: the configuration of the sweep.
         base: configuration of every run, or fields of `Pretraining`.
         fields: fields of `SweepConfig`.
