@@ -276,7 +276,7 @@ class _Attempts:
 
     @contextmanager
     def _followed(self, group: WorkerGroup, stopped: threading.Event) -> Iterator[None]:
-        """Show progress in a thread during the block. Ask the workers to stop on `stopped`, or to change their number."""
+        """Show progress in a thread during the block, and ask the workers to stop for `stopped` or a new size."""
         from ray.exceptions import RayError
 
         actor = self.job.progress_actor
