@@ -53,7 +53,7 @@ class FeatureProtocol:
     """How an image becomes features.
 
     Args:
-        image_size: side in pixels of the evaluation view; see `raysl.stream.decode.centre`.
+        image_size: side in pixels of the evaluation view; see `raysl.stream.decode.evaluation_views`.
         layers: feature specs; see `raysl.extraction.layers`.
         version: increases when the same settings change their meaning.
     """
@@ -323,7 +323,7 @@ class _Actor:
 def _view(work: _Extract, images: list[bytes]) -> Tensor:
     """Return the evaluation view of encoded images."""
     try:
-        return decode.centre(images, work.image_size)
+        return decode.evaluation_views(images, work.image_size)
     except decode.DecodeError as error:
         raise UserError(
             f"An image of the data set at {str(work.dataset.folder)!r} was decoded at ingest and is now damaged: "

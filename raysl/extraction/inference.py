@@ -101,7 +101,7 @@ class FeatureExtractor:
 
     def _view(self, images: list[bytes]) -> Tensor:
         try:
-            return decode.centre(images, self.image_size)
+            return decode.evaluation_views(images, self.image_size)
         except decode.DecodeError as error:
             raise UserError(f"An image cannot be decoded: {error}. Remove it.") from error
 

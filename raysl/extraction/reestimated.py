@@ -101,4 +101,4 @@ class Reestimated:
         chosen_n = np.sort(order_n[: norm.STATISTICS_IMAGES])
         images = self.images.read(chosen_n, ("image",)).column("image").to_pylist()
         for some in np.array_split(np.arange(len(images)), math.ceil(len(images) / _BATCH)):
-            yield decode.centre([images[i] for i in some], self.image_size)
+            yield decode.evaluation_views([images[i] for i in some], self.image_size)

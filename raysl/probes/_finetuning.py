@@ -214,7 +214,7 @@ def predict(network: nn.Module, subject: Subject, threads: ThreadPoolExecutor) -
     with torch.inference_mode():
         for images in _parts(subject.test):
             batches = [images[first : first + _BATCH] for first in range(0, len(images), _BATCH)]
-            views = threads.map(lambda batch: decode.centre(batch, size), batches)
+            views = threads.map(lambda batch: decode.evaluation_views(batch, size), batches)
             scores += [network(images_bchw.to(place)).float().cpu() for images_bchw in views]
     return torch.cat(scores)
 

@@ -199,7 +199,7 @@ class _Sample:
     def views(self, transform: Pretext) -> Iterator[Transformed]:
         """Yield the views of all images, in batches of about equal size."""
         for some in np.array_split(np.arange(len(self.images)), math.ceil(len(self.images) / _BATCH)):
-            images_bchw = decode.centre([self.images[i] for i in some], transform.source.size)
+            images_bchw = decode.evaluation_views([self.images[i] for i in some], transform.source.size)
             image_rng = ImageRng(self.seed, np.zeros_like(some), self.indices_n[some], "invariance")
             yield transform.transform(images_bchw, image_rng)
 

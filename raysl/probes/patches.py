@@ -134,7 +134,9 @@ def pieces(data: DataSet, size: int, config: Config) -> Pieces:
     cut = []
     for first in range(0, len(chosen_n), _PART):
         files = data.read(chosen_n[first : first + _PART], ("image",)).column("image").to_pylist()
-        for image_chw, row in zip(decode.centre(files, size), chosen_n[first : first + _PART], strict=True):
+        for image_chw, row in zip(
+            decode.evaluation_views(files, size), chosen_n[first : first + _PART], strict=True
+        ):
             for top, left in drawn[row]:
                 patch = image_chw[None, :, top : top + side, left : left + side]
                 cut.append(torch.nn.functional.interpolate(patch, (size, size), mode="bilinear"))
@@ -148,7 +150,7 @@ def _frames(data: DataSet, chosen_n: Integers, size: int, config: Config) -> Pie
     views, sources, points = [], [], []
     for index, clips, row in each_clip(data, columns, chosen_n):
         numbers = spaced(clips.num_frames(row), config.per_image)
-        views.append(decode.centre([clips.frame(row, number) for number in numbers], size))
+        views.append(decode.evaluation_views([clips.frame(row, number) for number in numbers], size))
         sources += [index] * len(numbers)
         if has_points:
             points.append(seen_points(clips, row)[numbers])

@@ -116,6 +116,6 @@ def _views(
     """Yield images in the evaluation view, corrupted if there is a name, uint8 (b, 3, size, size)."""
     for some in batches(len(indices_k)):
         files = data.read(indices_k[some], ("image",)).column("image").to_pylist()
-        images_bchw = decode.centre(files, size)
+        images_bchw = decode.evaluation_views(files, size)
         numbers = ImageRng(0, np.zeros(len(files), np.int64), indices_k[some], "robustness")
         yield corrupt(name, images_bchw, severity, numbers) if name else images_bchw

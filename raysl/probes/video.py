@@ -81,7 +81,7 @@ class Video(InTask[Config]):
         for index, clips, row in each_clip(data, ("frames", "times")):
             numbers = spaced(clips.num_frames(row), self.config.frames)
             try:
-                yield decode.centre([clips.frame(row, number) for number in numbers], size)
+                yield decode.evaluation_views([clips.frame(row, number) for number in numbers], size)
             except decode.DecodeError as error:
                 raise UserError(
                     f"A frame of clip {index} of {str(data.folder)!r} cannot be decoded: {error}. Ingest the source "

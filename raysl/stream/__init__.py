@@ -1,2 +1,2 @@
-"""From the data set to batches of views: which images when (`plan`), their pixels (`decode`), through Ray Data
-(`reader`)."""
+"""Turn a data set into batches of views: choose the images of each step (`plan`), decode and crop them (`decode`), and
+stream the batches through Ray Data (`reader`)."""

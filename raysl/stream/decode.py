@@ -1,4 +1,4 @@
-"""From encoded images and clips to square crops: decode each image once, then cut and resize every crop of it.
+"""Turn encoded images and clips into square crops: decode each image once, then cut and resize every crop of it.
 
 Resizing is bilinear with antialiasing, as in Pillow: a triangle as wide as the reduction, clipped at the box. The
 pixels of a crop depend on its image and box alone.
@@ -19,21 +19,9 @@ from raysl.augment import SourceCrop
 from raysl.clips import Clips
 from raysl.pretext import Chosen
 from raysl.rng import ImageRng
-from raysl.stream.formats import DecodeError
+from raysl.stream.formats import DecodeError as DecodeError
 from raysl.stream.pixels import DecodeConfig, pictures
 from raysl.stream.views import View
-
-__all__ = [
-    "DecodeError",
-    "centre",
-    "cut",
-    "cut_clips",
-    "decode",
-    "drawn_as",
-    "evaluation_side",
-    "resized",
-    "squashed",
-]
 
 _DEFAULT = DecodeConfig()
 # The evaluation view of an image that is longer than this many times its shorter side shows only the middle.
@@ -66,7 +54,7 @@ def cut(images: Sequence[bytes], crops: Mapping[str, SourceCrop], image_rng: Ima
 
     Args:
         images: encoded files, of any sizes.
-        crops: by the name of the view; the boxes of a view come from `image_rng.named(drawn_as(name))`.
+        crops: by the name of the view; the boxes of a view come from `image_rng.named(rng_name(name))`.
         image_rng: random numbers of the b images.
 
     Returns:
@@ -78,18 +66,18 @@ def cut(images: Sequence[bytes], crops: Mapping[str, SourceCrop], image_rng: Ima
     decoded = [decode(data) for data in images]
     sizes_b2 = np.array([image.shape[1:] for image in decoded], dtype=np.int64).reshape(-1, 2)
     # Variants of a view may start from the same crop.
-    known: dict[tuple[str, SourceCrop], Tensor] = {}
+    done: dict[tuple[str, SourceCrop], Tensor] = {}
     for name, crop in crops.items():
-        if (drawn_as(name), crop) in known:
+        if (rng_name(name), crop) in done:
             continue
-        boxes_b4 = crop.boxes(sizes_b2[:, 0], sizes_b2[:, 1], image_rng.named(drawn_as(name))).tolist()
+        boxes_b4 = crop.boxes(sizes_b2[:, 0], sizes_b2[:, 1], image_rng.named(rng_name(name))).tolist()
         parts = [
             resized(image[None, :, top : top + height, left : left + width], crop.size, crop.size)
             for image, (top, left, height, width) in zip(decoded, boxes_b4, strict=True)
         ]
         empty = torch.empty(0, 3, crop.size, crop.size, dtype=torch.uint8)
-        known[drawn_as(name), crop] = torch.cat(parts) if parts else empty
-    return {name: known[drawn_as(name), crop] for name, crop in crops.items()}
+        done[rng_name(name), crop] = torch.cat(parts) if parts else empty
+    return {name: done[rng_name(name), crop] for name, crop in crops.items()}
 
 
 def cut_clips(
@@ -103,7 +91,7 @@ def cut_clips(
 
     Args:
         table: rows of the data set with the columns of the views.
-        views: views by name; a view chooses with `image_rng.named(drawn_as(name))`.
+        views: views by name; a view chooses with `image_rng.named(rng_name(name))`.
         image_rng: random numbers of the b rows.
         finished: views of the sound are added here, by name.
         targets: targets are added here, by the name of the view.
@@ -115,19 +103,19 @@ def cut_clips(
         DecodeError: a frame is damaged.
     """
     clips = Clips(table)
-    known: dict[tuple[int, int], Tensor] = {}
+    decoded: dict[tuple[int, int], Tensor] = {}
     crops: dict[str, Tensor] = {}
     for name, view in views.items():
         if view.of_clips is None:
             continue
-        own_rng = image_rng.named(drawn_as(name))
+        own_rng = image_rng.named(rng_name(name))
         chosen = view.of_clips.choose(clips, own_rng)
         if chosen.target is not None:
             targets[name] = chosen.target
         if chosen.crops_bpchw is not None:
             finished[name] = chosen.crops_bpchw
         else:
-            crops[name] = _cut(clips, chosen, view.source, own_rng, known)
+            crops[name] = _cut(clips, chosen, view.source, own_rng, decoded)
     return crops
 
 
@@ -136,7 +124,7 @@ def _cut(
     chosen: Chosen,
     source: SourceCrop,
     image_rng: ImageRng,
-    known: dict[tuple[int, int], Tensor],
+    decoded: dict[tuple[int, int], Tensor],
 ) -> Tensor:
     """Decode the chosen frames that are not known yet, and cut and resize them."""
     assert chosen.frames_bp is not None
@@ -144,9 +132,9 @@ def _cut(
     crops_bpchw = torch.empty(b, p, 3, source.size, source.size, dtype=torch.uint8)
 
     def frame(row: int, number: int) -> Tensor:
-        if (row, number) not in known:
-            known[row, number] = decode(clips.frame(row, number))
-        return known[row, number]
+        if (row, number) not in decoded:
+            decoded[row, number] = decode(clips.frame(row, number))
+        return decoded[row, number]
 
     sizes_b2 = np.array([frame(row, int(chosen.frames_bp[row, 0])).shape[1:] for row in range(b)], np.int64)
     sizes_b2 = sizes_b2.reshape(-1, 2)
@@ -154,7 +142,7 @@ def _cut(
         boxes_b4 = source.boxes(sizes_b2[:, 0], sizes_b2[:, 1], image_rng)
         boxes_bp4 = np.broadcast_to(boxes_b4[:, None], (b, p, 4))
     else:
-        boxes_bp4 = _inside(chosen.boxes_bp4, sizes_b2)
+        boxes_bp4 = _rounded_boxes(chosen.boxes_bp4, sizes_b2)
     for row in range(b):
         for crop in range(p):
             top, left, height, width = boxes_bp4[row, crop].tolist()
@@ -164,15 +152,15 @@ def _cut(
     return crops_bpchw
 
 
-def _inside(boxes_bp4: np.ndarray, sizes_b2: np.ndarray) -> np.ndarray:
+def _rounded_boxes(boxes_bp4: np.ndarray, sizes_b2: np.ndarray) -> np.ndarray:
     """Round boxes to pixels and move them into their frames, at least 2 x 2 pixels large."""
     sides = np.clip(np.rint(boxes_bp4[..., 2:]).astype(np.int64), 2, sizes_b2[:, None])
     corners = np.clip(np.rint(boxes_bp4[..., :2]).astype(np.int64), 0, sizes_b2[:, None] - sides)
     return np.concatenate([corners, sides], axis=-1)
 
 
-def drawn_as(name: str) -> str:
-    """Return the name under which a view draws its random numbers: without a variant, as in "transformed@variant"."""
+def rng_name(name: str) -> str:
+    """Return the name of a view for its random numbers: without its variant, as "transformed" for "transformed@..."."""
     return name.partition("@")[0]
 
 
@@ -183,12 +171,12 @@ def resized(image_1chw: Tensor, height: int, width: int) -> Tensor:
     return interpolate(image_1chw, (height, width), mode="bilinear", antialias=True)
 
 
-def centre(images: Sequence[bytes], size: int) -> Tensor:
-    """Return the evaluation view: the shorter side resized to size * 256 / 224, then the square in the middle.
+def evaluation_views(images: Sequence[bytes], size: int) -> Tensor:
+    """Return the evaluation view of each image: its shorter side resized to size * 256 / 224, then a central square.
 
     The pixels are those of torchvision's Resize and CenterCrop on an image of Pillow, and so of timm's evaluation
-    transform with bilinear interpolation. An image that already is size x size stays as it is. Memory is bounded: of an
-    image more than 16 times as long as wide, the rest of its length is cut off before the resize.
+    transform with bilinear interpolation. An image that already is size x size stays as it is. To bound the memory, the
+    ends of an image more than 16 times as long as wide are cut off before it is resized.
 
     Returns:
         uint8 (b, 3, size, size).
@@ -198,7 +186,7 @@ def centre(images: Sequence[bytes], size: int) -> Tensor:
     """
 
     def view(image: Tensor) -> Tensor:
-        image = _middle(image)
+        image = _trimmed(image)
         height, width = image.shape[1:]
         if (height, width) == (size, size):
             return image
@@ -209,16 +197,16 @@ def centre(images: Sequence[bytes], size: int) -> Tensor:
         cropped_hwc = np.array(picture.crop((left, top, left + size, top + size)))
         return torch.from_numpy(cropped_hwc).permute(2, 0, 1)
 
-    return _each(images, size, view)
+    return _decode_each(images, size, view)
 
 
 def evaluation_side(size: int) -> int:
-    """Return the shorter side in pixels that `centre` resizes an image to, for a square of `size` pixels."""
+    """Return the shorter side in pixels that `evaluation_views` resizes an image to, for a square of `size` pixels."""
     return round(size * 256 / 224)
 
 
-def _middle(image_chw: Tensor) -> Tensor:
-    """Return an image without the ends that lie far outside of the square in its middle."""
+def _trimmed(image_chw: Tensor) -> Tensor:
+    """Cut the ends off an image that is far longer than the square in its middle."""
     height, width = image_chw.shape[1:]
     longest = _LONGEST * min(height, width)
     # Both ends lose the same number of pixels, so that the middle stays where it is.
@@ -235,10 +223,10 @@ def squashed(images: Sequence[bytes], size: int) -> Tensor:
     Raises:
         DecodeError: an image is damaged.
     """
-    return _each(images, size, lambda image: resized(image[None], size, size)[0])
+    return _decode_each(images, size, lambda image: resized(image[None], size, size)[0])
 
 
-def _each(images: Sequence[bytes], size: int, view: Callable[[Tensor], Tensor]) -> Tensor:
+def _decode_each(images: Sequence[bytes], size: int, view: Callable[[Tensor], Tensor]) -> Tensor:
     out = torch.empty(len(images), 3, size, size, dtype=torch.uint8)
     for row, data in zip(out, images, strict=True):
         row.copy_(view(decode(data)))

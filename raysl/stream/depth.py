@@ -1,7 +1,7 @@
-"""Images with more than 8 bits a channel, signed values or floats: the values of the file, and their scale.
+"""Read images with more than 8 bits a channel, signed values or floats, and scale their values to 8 bits.
 
-Pillow gives the high byte alone for 16-bit color, and mixes up signed and unsigned values in TIFF. Here the values
-are those of the file. How they become 8 bits is a matter of their kind and never of the brightest pixel of one image:
+Pillow reads only the high byte of 16-bit color, and mixes up signed and unsigned values in TIFF. This module returns
+the values that the file holds. Their scale depends on their kind and never on the brightest pixel of an image:
 
 - "uint16" (and 9 to 15 bits): the full range of the type becomes 0 to 255.
 - "int8", "int16", "int32", "uint32", "float" and the like: a range that holds for all images of the kind.
@@ -99,7 +99,7 @@ def _first(value: Any) -> int:
 
 
 def _raw_mode(image: Image.Image) -> str:
-    """Return how Pillow unpacks the rows of an image; "" where that is not said."""
+    """Return the mode in which Pillow unpacks the rows of an image; "" if it is unknown."""
     if not getattr(image, "tile", None):
         return ""
     args = image.tile[0].args  # type: ignore[attr-defined]
@@ -107,7 +107,7 @@ def _raw_mode(image: Image.Image) -> str:
 
 
 def _reopened(data: bytes, page: int, raw_mode: str) -> Image.Image:
-    """Open a page again, to be unpacked in another way."""
+    """Open a page again and unpack it in another mode."""
     image: Any = Image.open(io.BytesIO(data))
     if page:
         image.seek(page)
@@ -133,7 +133,7 @@ def _wide_color(image: Image.Image, data: bytes, page: int, raw_mode: str) -> Va
 
 
 def _ppm(image: Image.Image, data: bytes) -> Values | None:
-    """Portable maps of 9 to 16 bits, whose header says the largest value; and portable float maps."""
+    """Return the values of a portable map of 9 to 16 bits, whose header states the largest value, or of floats."""
     tile = image.tile[0]  # type: ignore[attr-defined]
     if image.mode == "F":
         return Values(np.asarray(image)[:, :, None], "float")
@@ -173,7 +173,7 @@ def _jpeg2000(data: bytes) -> Values | None:
 
 
 def _without_nodata(values_hwc: npt.NDArray[Any], nodata: Any) -> npt.NDArray[Any]:
-    """Put NaN where a map (GDAL) says that there is no value."""
+    """Replace the number that a GDAL file uses for missing values by NaN."""
     try:
         absent = float(str(nodata).strip("\0 "))
     except ValueError:
@@ -183,7 +183,7 @@ def _without_nodata(values_hwc: npt.NDArray[Any], nodata: Any) -> npt.NDArray[An
 
 
 def read_by_pillow(tags: Any) -> bool:
-    """Return whether Pillow reads a TIFF page right that it opens: not so where each channel is stored by itself."""
+    """Return whether Pillow reads a TIFF page correctly, which it does not if each channel is stored separately."""
     bits = tags.get(_BITS, (1,))
     if tags.get(_PHOTOMETRIC) in (0, 1) and 0 in tags.get(_EXTRA, ()):
         return False  # Bands of a sensor, of which Pillow takes the first.
@@ -191,14 +191,14 @@ def read_by_pillow(tags: Any) -> bool:
 
 
 def tiff_pages(data: bytes) -> Any:
-    """Open a TIFF file of which Pillow does not know the types. Pages are read with `tiff_values`.
+    """Open a TIFF file whose types Pillow does not know. Read its pages with `tiff_values`.
 
     Raises:
         DecodeError: the package is not installed.
     """
     what = "a TIFF image of a type that Pillow cannot read (64 bits, or several channels of signed or float values)"
     tifffile = package("tifffile", "tifffile", what)
-    # The ledger tells of damage; the package would log a line for each damaged tag.
+    # Damage is listed in bad_images.jsonl; the package would log a line for each damaged tag.
     logging.getLogger("tifffile").setLevel(logging.CRITICAL)
     return tifffile.TiffFile(io.BytesIO(data)).pages
 
@@ -256,10 +256,7 @@ def extremes(values_hwc: npt.NDArray[Any]) -> tuple[float, float]:
 
 
 def scaled(values: npt.NDArray[Any], low: float, high: float) -> npt.NDArray[np.uint8]:
-    """Return values as uint8: `low` and less become 0, `high` and more 255, and NaN becomes 0 as `low` does.
-
-    All become 0 when `low` is not below `high`.
-    """
+    """Scale values to uint8: `low`, less and NaN become 0, `high` and more 255. If `low` >= `high`, all become 0."""
     out = np.zeros(values.shape, np.uint8)
     if not low < high:
         return out

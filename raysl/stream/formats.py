@@ -1,7 +1,7 @@
 """Tell what a file is by its content, and open it with Pillow or with the optional package that reads its format.
 
-The packages are those of the extra `images`. A file that none of them reads is refused by the name of its format, with
-the package or the step that helps.
+The packages are those of the extra `images`. The error for a file that none of them reads names its format, and the
+package or the step that helps.
 """
 
 from __future__ import annotations
@@ -76,7 +76,7 @@ class DecodeError(Exception):
 
 
 class UnknownFormatError(DecodeError):
-    """Nothing here reads the format of the file."""
+    """No reader here knows the format of the file."""
 
 
 def open_image(data: bytes, name: str = "") -> Image.Image:
@@ -87,7 +87,7 @@ def open_image(data: bytes, name: str = "") -> Image.Image:
         name: its name, which tells camera raw files from TIFF where the content does not.
 
     Raises:
-        DecodeError: the file is of a kind that is not read here; the message names the kind and what helps.
+        DecodeError: the format is not supported; the message names it and what helps.
     """
     if not data:
         raise DecodeError("the file is empty")
@@ -128,10 +128,7 @@ def is_tiff(data: bytes) -> bool:
 
 
 def looks_like_image(head: bytes) -> bool:
-    """Return whether a file that begins with `head` (some kilobytes) is an image of a known format.
-
-    For files of which the name does not tell.
-    """
+    """Return whether a file that begins with `head` (some kilobytes) is an image, if its name does not tell."""
     if head.startswith((JPEG, PNG, b"GIF8", b"8BPS", *_TIFF, *_RAW, *_JXL)) or _is_heif(head) or _svg(head):
         return True
     try:
@@ -142,7 +139,7 @@ def looks_like_image(head: bytes) -> bool:
 
 
 def describe(data: bytes) -> str:
-    """Return what a file is that cannot be read, from its content or its first kilobyte."""
+    """Say what an unreadable file is, from its content or its first kilobyte."""
     for magic, what in _REFUSED:
         if data.startswith(magic):
             return f"is {what}"
@@ -182,7 +179,7 @@ def package(module: str, distribution: str, what: str) -> ModuleType:
 
 
 def _is_heif(data: bytes) -> bool:
-    """Return whether a file is HEIF with HEVC inside. AVIF is of the same family and Pillow reads it."""
+    """Return whether a file is HEIF with HEVC inside. Pillow reads AVIF, which has the same container."""
     if data[4:8] != b"ftyp":
         return False
     brands = data[8 : min(int.from_bytes(data[:4], "big"), 256)]
@@ -228,7 +225,7 @@ def _open_raw(data: bytes) -> Image.Image:
 
 
 def _svg(data: bytes) -> bytes | None:
-    """Return the text of an SVG drawing; None when the file is none."""
+    """Return the text of an SVG drawing; None if the file is something else."""
     if data[:2] == b"\x1f\x8b":
         try:
             data = gzip.GzipFile(fileobj=io.BytesIO(data)).read(1 << 24)

@@ -1,7 +1,7 @@
-"""From the bytes of an image file to 8-bit RGB: the one place that decides what becomes of each kind of file.
+"""Turn the bytes of an image file into 8-bit RGB. Only this module decides how each kind of file is read.
 
-`pictures` reads files from outside, under a `DecodeConfig`; the table "Images" in docs/data.md says what becomes of
-what. Ingest stores every image in a form that reads the same under any configuration (`Picture.ordinary`).
+`pictures` reads files of users under a `DecodeConfig`; the table "Images" in docs/data.md lists the treatment of each
+kind. Ingest stores every image in a form that reads the same under any configuration (`Picture.ordinary`).
 """
 
 from __future__ import annotations
@@ -34,12 +34,12 @@ from raysl.stream.formats import (
 _STORED = ("JPEG", "MPO", "PNG", "WEBP")
 # Further images inside are previews, layers or sizes of the same image.
 _ONE_IMAGE = ("JPEG", "MPO", "PSD", "ICO", "CUR", "ICNS", "DDS")
-# Many programs write 0 into the fourth byte of a pixel of these and mean nothing by it.
+# Many programs write 0 into the fourth byte of a pixel of these formats although it is opaque.
 _ALPHA_OFTEN_UNUSED = ("TGA", "BMP", "DIB")
 _LONGEST_REASON = 200
 _ORIENTATION, _SUBFILE = 274, 254
-# Where Pillow keeps what may hold the orientation of a PNG file.
-_NOTES = {"exif", "Raw profile type exif", "XML:com.adobe.xmp", "xmp"}
+# Entries of Pillow's `info` that may hold the orientation of a PNG file.
+_ORIENTATION_KEYS = {"exif", "Raw profile type exif", "XML:com.adobe.xmp", "xmp"}
 _REDUCED_OR_MASK = 0b101
 # Markers of JPEG (ITU-T T.81, table B.1).
 _START_OF_SCAN, _APP1 = 0xDA, 0xE1
@@ -134,7 +134,7 @@ def pictures(
             yield Picture(pixels_hwc, ordinary=True)
             return
         readers = _readers(data, config, ranges or {}, name)
-    except Exception as error:  # Pillow's plugins raise whatever the damage leads them to.
+    except Exception as error:  # On damaged files, Pillow's plugins raise errors of many kinds.
         yield _as_decode_error(error)
         return
     if not readers:
@@ -158,7 +158,7 @@ def _as_decode_error(error: Exception) -> DecodeError:
 
 
 def plain_jpeg(data: bytes, max_pixels: int) -> npt.NDArray[np.uint8] | None:
-    """Decode a JPEG file that needs nothing but decoding; None when Pillow should look at it.
+    """Decode a JPEG file that needs nothing but decoding; None if it needs Pillow.
 
     Returns:
         uint8 (h, w, 3).
@@ -168,23 +168,27 @@ def plain_jpeg(data: bytes, max_pixels: int) -> npt.NDArray[np.uint8] | None:
     """
     if data[:3] != JPEG:
         return None
-    at, marker = 2, 0
+    offset, marker = 2, 0
     try:
         while marker != _START_OF_SCAN:
-            if data[at] != 0xFF:
+            if data[offset] != 0xFF:
                 return None  # Damage that Pillow may forgive, and else says more about.
-            marker = data[at + 1]
+            marker = data[offset + 1]
             if marker in _WITHOUT_SIZE:
-                at += 1 if marker == 0xFF else 2
+                offset += 1 if marker == 0xFF else 2
                 continue
-            end = at + 2 + (data[at + 2] << 8 | data[at + 3])
+            end = offset + 2 + (data[offset + 2] << 8 | data[offset + 3])
             if marker in _FRAMES:
-                check_size(data[at + 7] << 8 | data[at + 8], data[at + 5] << 8 | data[at + 6], max_pixels)
+                check_size(
+                    data[offset + 7] << 8 | data[offset + 8],
+                    data[offset + 5] << 8 | data[offset + 6],
+                    max_pixels,
+                )
             elif marker == _APP1 and (
-                data.startswith(b"Exif", at + 4) or data.find(b"tiff:Orientation", at, end) >= 0
+                data.startswith(b"Exif", offset + 4) or data.find(b"tiff:Orientation", offset, end) >= 0
             ):
                 return None
-            at = end
+            offset = end
     except IndexError:
         return None  # Damage, as above.
     try:
@@ -194,7 +198,7 @@ def plain_jpeg(data: bytes, max_pixels: int) -> npt.NDArray[np.uint8] | None:
 
 
 def _readers(data: bytes, config: DecodeConfig, ranges: Ranges, name: str) -> list[Callable[[], Picture]]:
-    """Return a function for each image that is to be taken from a file."""
+    """Return a function for each image of a file that the configuration takes; the function reads the image."""
     try:
         image = open_image(data, name)
     except UnknownFormatError:
@@ -220,7 +224,7 @@ def _readers(data: bytes, config: DecodeConfig, ranges: Ranges, name: str) -> li
 def _numbered(picture: Picture, number: int, pages: int, taken: int) -> Picture:
     if pages == 1:
         return picture
-    # The next page takes the place of this one in Pillow's image.
+    # Pillow's image object will hold the next page, so the pixels of this one are kept as an array.
     pixels_hwc = picture.pixels_hwc
     return picture._replace(
         rgb=pixels_hwc, orientation=1, ordinary=False, page=number + 1, left_out=pages - taken
@@ -244,8 +248,8 @@ def _pages(image: Image.Image) -> list[int]:
 def _read(image: Image.Image, data: bytes, page: int, config: DecodeConfig, ranges: Ranges) -> Picture:
     deep = depth.deep_values(image, data, page)
     image.load()
-    # Formats whose decoder turns the image itself keep the note in EXIF. Most PNG files have none.
-    unturned = image.format == "JXL" or (image.format == "PNG" and not image.info.keys() & _NOTES)
+    # Formats whose decoder turns the image itself still state the orientation in EXIF. Most PNG files have none.
+    unturned = image.format == "JXL" or (image.format == "PNG" and not image.info.keys() & _ORIENTATION_KEYS)
     orientation = 1 if unturned else image.getexif().get(_ORIENTATION, 1)
     if deep is not None:
         return _scaled(deep, orientation, config, ranges)
@@ -290,7 +294,7 @@ def _scaled(deep: depth.Values, orientation: int, config: DecodeConfig, ranges: 
 
 
 def _tiff_readers(data: bytes, config: DecodeConfig, ranges: Ranges) -> list[Callable[[], Picture]]:
-    """As `_readers`, for TIFF files that Pillow does not read."""
+    """Return the functions of `_readers` for a TIFF file that Pillow does not read."""
     pages = [page for page in depth.tiff_pages(data) if not page.subfiletype & _REDUCED_OR_MASK]
     taken = pages if config.frames == "all" else pages[:1]
 

@@ -2,7 +2,7 @@
 
 The processes are forked, so they start at once and share the memory of imported libraries, as those of torch's
 DataLoader do on Linux. Each takes every n-th piece of the plan and sends its batches through a pipe. A process that is
-a piece ahead, or has sent its share of `_AHEAD_BYTES`, waits until its pipe is read.
+a piece ahead, or has sent its share of `_PREFETCH_BYTES`, waits until its pipe is read.
 
 The processes ignore the stop signals of a terminal, since a run needs batches until it has saved. They end when the
 pipes are closed, which also happens when this process is killed.
@@ -33,7 +33,7 @@ import torch
 from raysl.errors import STOP_SIGNALS, UserError
 from raysl.stream.reader import Columns, Stream, load, pieces
 
-_AHEAD_BYTES = 256 << 20
+_PREFETCH_BYTES = 256 << 20
 # Linux's default of 64 KB would switch between the processes for every piece of that size.
 _PIPE_BYTES = 1 << 20
 _ENDED = (
@@ -82,42 +82,45 @@ class DataProcesses:
             self._start()
         count = len(self._processes) or 1
         if self._processes:
-            sources = [one.run((stream, start, end, n, count)) for n, one in enumerate(self._processes)]
+            sources = [
+                process.run((stream, start, end, number, count))
+                for number, process in enumerate(self._processes)
+            ]
         else:
-            sources = [_share(stream, start, end, 0, 1)]
-        # While one process is read, the others make their pieces.
-        ahead = stream.plan.stretch if count > 1 else 0
-        arrivals = [_Ahead(source, ahead, _AHEAD_BYTES // count) for source in sources]
+            sources = [_load_share(stream, start, end, 0, 1)]
+        # While the batches of a process are taken, the others make their pieces.
+        max_batches = stream.plan.stretch if count > 1 else 0
+        prefetchers = [_Prefetcher(source, max_batches, _PREFETCH_BYTES // count) for source in sources]
         try:
-            for number, piece in enumerate(pieces(stream.plan, start, end)):
+            for piece_number, piece in enumerate(pieces(stream.plan, start, end)):
                 for _ in piece:
-                    yield arrivals[number % count].take()
+                    yield prefetchers[piece_number % count].take()
         except BaseException:  # Also when the caller takes no more.
             self._kill()
             raise
         finally:
-            for arrival in arrivals:
-                arrival.close()
+            for prefetcher in prefetchers:
+                prefetcher.close()
 
 
-def _share(stream: Stream, start: int, end: int, number: int, count: int) -> Iterator[Columns]:
-    """Make the batches of every piece with this number modulo `count`."""
+def _load_share(stream: Stream, start: int, end: int, number: int, count: int) -> Iterator[Columns]:
+    """Yield the batches of the pieces whose number modulo `count` is `number`."""
     return load(stream, itertools.islice(pieces(stream.plan, start, end), number, None, count))
 
 
-class _Ahead:
+class _Prefetcher:
     """A thread that reads from an iterator in advance.
 
     Args:
         source: the iterator.
-        most: number of batches to hold, at least two.
-        most_bytes: bytes of them, likewise.
+        max_batches: number of batches to hold, at least two.
+        max_bytes: size of the batches to hold; two are held in any case.
     """
 
-    def __init__(self, source: Iterator[Columns], most: int, most_bytes: int) -> None:
+    def __init__(self, source: Iterator[Columns], max_batches: int, max_bytes: int) -> None:
         self._source = source
-        self._most = most
-        self._most_bytes = most_bytes
+        self._max_batches = max_batches
+        self._max_bytes = max_bytes
         self._queue: queue.Queue[Columns | BaseException] = queue.Queue(2)
         self._thread = threading.Thread(target=self._read, daemon=True)
         self._thread.start()
@@ -127,12 +130,12 @@ class _Ahead:
             for columns in self._source:
                 self._queue.put(columns)
                 size = sum(values.nbytes for values in columns.values())
-                self._queue.maxsize = max(2, min(self._most, self._most_bytes // max(1, size)))
+                self._queue.maxsize = max(2, min(self._max_batches, self._max_bytes // max(1, size)))
         except BaseException as error:
             self._queue.put(error)
 
     def take(self) -> Columns:
-        """Return the next batch, or raise the error in its place."""
+        """Return the next batch, or raise the error of the iterator."""
         found = self._queue.get()
         if isinstance(found, BaseException):
             raise found
@@ -149,7 +152,7 @@ class _Process:
     """A forked process that makes the batches of the steps it is sent."""
 
     def __init__(self) -> None:
-        orders, self._orders = _pipe()
+        requests, self._requests = _pipe()
         self._batches, batches = _pipe()
         # Blocked until the child ignores them: otherwise it could run the handlers of this process.
         before = signal.pthread_sigmask(signal.SIG_BLOCK, STOP_SIGNALS)
@@ -159,19 +162,19 @@ class _Process:
                 warnings.simplefilter("ignore", DeprecationWarning)
                 self._pid = os.fork()
             if self._pid == 0:
-                self._orders.close()
+                self._requests.close()
                 self._batches.close()
-                _serve(orders, batches)
+                _serve(requests, batches)
         finally:
             signal.pthread_sigmask(signal.SIG_SETMASK, before)
-        orders.close()
+        requests.close()
         batches.close()
 
-    def run(self, order: tuple[Stream, int, int, int, int]) -> Iterator[Columns]:
+    def run(self, request: tuple[Stream, int, int, int, int]) -> Iterator[Columns]:
         """Yield the columns of `_share(*order)`. Raises as `DataProcesses.columns`."""
         try:
-            pickle.dump(order, self._orders)
-            self._orders.flush()
+            pickle.dump(request, self._requests)
+            self._requests.flush()
         except BrokenPipeError as error:
             raise UserError(_ENDED) from error
         while (columns := self._receive()) is not None:
@@ -200,8 +203,8 @@ class _Process:
             os.kill(self._pid, signal.SIGKILL)
             os.waitpid(self._pid, 0)
             self._pid = 0
-            with contextlib.suppress(OSError):  # an order that nobody read
-                self._orders.close()
+            with contextlib.suppress(OSError):  # a request that the process has not read
+                self._requests.close()
 
 
 def _pipe() -> tuple[BufferedReader, BufferedWriter]:
@@ -213,7 +216,7 @@ def _pipe() -> tuple[BufferedReader, BufferedWriter]:
     return os.fdopen(read, "rb"), os.fdopen(write, "wb")
 
 
-def _serve(orders: BufferedReader, batches: BufferedWriter) -> None:
+def _serve(requests: BufferedReader, batches: BufferedWriter) -> None:
     """Run the forked process: make the batches that are asked for. It does not return."""
     try:
         for number in STOP_SIGNALS:
@@ -223,29 +226,29 @@ def _serve(orders: BufferedReader, batches: BufferedWriter) -> None:
         # OpenMP's threads do not survive a fork, and one thread is what a data task of Ray has.
         torch.set_num_threads(1)
         while True:
-            order = pickle.load(orders)
+            request = pickle.load(requests)
             try:
-                for columns in _share(*order):
-                    _send(batches, columns)
-                _answer(batches, None)
+                for columns in _load_share(*request):
+                    _send_columns(batches, columns)
+                _send(batches, None)
             except UserError as error:
-                _answer(batches, error)
+                _send(batches, error)
             except BrokenPipeError:
                 raise
             except Exception:
-                _answer(batches, traceback.format_exc())
+                _send(batches, traceback.format_exc())
     finally:
         os._exit(0)
 
 
-def _send(batches: BufferedWriter, columns: Columns) -> None:
-    _answer(batches, {name: (values.shape, values.dtype) for name, values in columns.items()})
+def _send_columns(batches: BufferedWriter, columns: Columns) -> None:
+    _send(batches, {name: (values.shape, values.dtype) for name, values in columns.items()})
     for values in columns.values():
         batches.write(_bytes(np.ascontiguousarray(values)))
     batches.flush()
 
 
-def _answer(batches: BufferedWriter, value: Any) -> None:
+def _send(batches: BufferedWriter, value: Any) -> None:
     pickle.dump(value, batches)
     batches.flush()
 

@@ -29,7 +29,7 @@ from raysl.device_copy import copied_beside, to_device
 from raysl.errors import UserError
 from raysl.fields import Checked
 from raysl.rng import ImageRng
-from raysl.stream.decode import DecodeError, cut, cut_clips, drawn_as
+from raysl.stream.decode import DecodeError, cut, cut_clips, rng_name
 from raysl.stream.plan import Plan, Rows
 from raysl.stream.views import View
 
@@ -45,7 +45,7 @@ _REMOTE_TASK_BYTES = 32 << 20
 # Batches whose columns change from step to step are pickled into one column, because Arrow needs fixed columns.
 _PACKED = "packed"
 # Shortest time between two steps of the loop of Ray Data's executor.
-_LOOP_S = 0.01
+_LOOP_PERIOD_S = 0.01
 
 
 @dataclass(frozen=True)
@@ -148,44 +148,44 @@ class Stream:
         Raises:
             UserError: a shard of the data set is damaged.
         """
-        last = self.last(end_step)
-        arrivals = self.columns(start_step, last)
-        for step in range(start_step, last):
+        end = self.end(end_step)
+        arrivals = self.columns(start_step, end)
+        for step in range(start_step, end):
             started = time.perf_counter()
             batch = self.batch(step, next(arrivals))
             batch.wait_s = time.perf_counter() - started
             yield batch
 
-    def last(self, end_step: int | None = None) -> int:
+    def end(self, end_step: int | None = None) -> int:
         """Return the end of the stream (exclusive): `end_step`, but at most the end of the plan."""
         return self.plan.num_steps if end_step is None else min(end_step, self.plan.num_steps)
 
-    def columns(self, start_step: int, last: int) -> Iterator[Columns]:
+    def columns(self, start_step: int, end_step: int) -> Iterator[Columns]:
         """Yield the batches as the data tasks send them: read-only arrays "index", "label", "view/NAME" and so on.
 
         `batch` makes a `Batch` of them. Raises as `batches` does.
         """
         if self.source is not None:
-            yield from self.source(replace(self, source=None), start_step, last)
+            yield from self.source(replace(self, source=None), start_step, end_step)
             return
         opener = ThreadPoolExecutor(1)
         try:
-            opened = opener.submit(self._open, start_step, last) if start_step < last else None
+            opened = opener.submit(self._open, start_step, end_step) if start_step < end_step else None
             while opened is not None:
                 step, end, rows = opened.result()
                 opened = None
                 for row in rows:
                     step += 1
-                    # By then the last tasks of this pipeline have CPUs, and those of the next one take what they leave.
-                    if opened is None and end < last and end - step <= self._lead:
-                        opened = opener.submit(self._open, end, last)
+                    # The last tasks of this pipeline have their CPUs now; tasks of the next pipeline use the others.
+                    if opened is None and end < end_step and end - step <= self._steps_ahead:
+                        opened = opener.submit(self._open, end, end_step)
                     columns = {name: values[0] for name, values in row.items()}
                     yield pickle.loads(bytes(columns[_PACKED])) if _PACKED in columns else columns
         finally:
             opener.shutdown(wait=False, cancel_futures=True)
 
     @property
-    def _lead(self) -> int:
+    def _steps_ahead(self) -> int:
         """Steps before the end of a pipeline at which the next one starts."""
         return self.task_steps * (1 + max(1, int(self.share.cpus / self.share.cpus_per_task)))
 
@@ -198,9 +198,9 @@ class Stream:
         task_images = _REMOTE_TASK_BYTES * self.dataset.num_images / max(1, self.dataset.manifest.num_bytes)
         return self.plan.stretch * max(1, round(task_images / images))
 
-    def _open(self, step: int, last: int) -> tuple[int, int, Iterator[Any]]:
+    def _open(self, step: int, end_step: int) -> tuple[int, int, Iterator[Any]]:
         """Start a pipeline and wait for its first batch; return its first step, its end and its rows."""
-        end = min(last, (step // self.task_steps + SEGMENT) * self.task_steps)
+        end = min(end_step, (step // self.task_steps + SEGMENT) * self.task_steps)
         rows = iter(self._pipeline(step, end).iter_batches(batch_size=1, prefetch_batches=2))
         return step, end, itertools.chain([next(rows)], rows)
 
@@ -221,16 +221,16 @@ class Stream:
         context.target_max_block_size = BLOCK_BYTES
         # Let tasks buffer all of their output; otherwise only the first could run.
         context._max_num_blocks_in_streaming_gen_buffer = 64
-        context.custom_execution_callback_classes = [_Pause]
+        context.custom_execution_callback_classes = [_SlowLoop]
         context.enable_progress_bars = False
         context.print_on_execution_start = False
-        # Batches of another machine would cross the network. That is still better than waiting for CPUs of this one.
-        here = {"ray.io/node-id": ray.get_runtime_context().get_node_id()}
+        # Batches that another machine makes cross the network, which is still better than waiting for CPUs of this one.
+        this_node = {"ray.io/node-id": ray.get_runtime_context().get_node_id()}
         return tasks.map_batches(
             _Load(self, step, end),
             batch_size=None,
             num_cpus=self.share.cpus_per_task,
-            label_selector=here,
+            label_selector=this_node,
             fallback_strategy=[{"label_selector": {}}],
         )
 
@@ -252,7 +252,7 @@ class Stream:
         return self.finish(batch, parts["crop"])
 
     def _to_device(self, values: npt.NDArray[Any]) -> Tensor:
-        # Ray returns read-only views of its object store, which torch does not take.
+        # Ray returns read-only views of its object store, of which torch makes no tensors.
         owned = values if values.flags.writeable else values.copy()
         return copied_beside(torch.from_numpy(owned), self.device)
 
@@ -260,14 +260,14 @@ class Stream:
         """Make the views of a batch from its source crops, on the device of the crops."""
         image_rng = ImageRng(self.plan.seed, batch.rows.epochs_b, batch.rows.indices_b)
         for name, crops_bchw in crops.items():
-            made = self.views[name](crops_bchw, image_rng.named(drawn_as(name)).to(crops_bchw.device))
+            made = self.views[name](crops_bchw, image_rng.named(rng_name(name)).to(crops_bchw.device))
             batch.views[name] = made.crops_bpchw
             if made.target is not None:
                 batch.targets[name] = made.target
         return batch
 
 
-class _Pause:
+class _SlowLoop:
     """Limit the loop of Ray Data's executor to a hundred steps a second.
 
     The loop waits for tasks with new output. A task ahead of the trainer always has some, so the wait returns at once,
@@ -278,7 +278,7 @@ class _Pause:
         self.last = 0.0
 
     def on_execution_step(self, executor: object) -> None:
-        time.sleep(max(0.0, self.last + _LOOP_S - time.perf_counter()))
+        time.sleep(max(0.0, self.last + _LOOP_PERIOD_S - time.perf_counter()))
         self.last = time.perf_counter()
 
     def before_execution_starts(self, executor: object) -> None: ...
@@ -289,7 +289,7 @@ class _Pause:
 
 
 @functools.lru_cache(maxsize=2)
-def _loaded(pickled: bytes) -> Any:
+def _unpickled(pickled: bytes) -> Any:
     import ray.cloudpickle
 
     return ray.cloudpickle.loads(pickled)
@@ -307,11 +307,11 @@ class _Load:
         # A process that runs many tasks unpickles the stream once: the manifest of 100 M images takes 2.6 s.
         import ray.cloudpickle
 
-        return type(self)._of, (ray.cloudpickle.dumps((self.stream, self.start, self.end)),)
+        return type(self)._from_pickle, (ray.cloudpickle.dumps((self.stream, self.start, self.end)),)
 
     @classmethod
-    def _of(cls, pickled: bytes) -> Any:
-        return cls(*_loaded(pickled))
+    def _from_pickle(cls, pickled: bytes) -> Any:
+        return cls(*_unpickled(pickled))
 
     def __call__(self, task: Columns) -> Iterator[Columns]:
         length = self.stream.task_steps
@@ -348,30 +348,30 @@ def load(stream: Stream, parts: Iterable[range]) -> Iterator[Columns]:
         for steps in parts:
             before, reading = reading, reader.submit(_read, stream, steps)
             if before is not None:
-                yield from _made(stream, *before.result())
+                yield from _columns_of_steps(stream, *before.result())
         if reading is not None:
-            yield from _made(stream, *reading.result())
+            yield from _columns_of_steps(stream, *reading.result())
 
 
 def _read(stream: Stream, steps: range) -> tuple[range, list[Rows], pa.Table]:
     rows = [stream.plan.rows(step, stream.rank, stream.world) for step in steps]
-    indices = np.concatenate([one.indices_b for one in rows])
+    indices = np.concatenate([step_rows.indices_b for step_rows in rows])
     return steps, rows, stream.dataset.read(indices, stream.read_columns)
 
 
-def _made(stream: Stream, steps: range, rows: list[Rows], table: pa.Table) -> Iterator[Columns]:
+def _columns_of_steps(stream: Stream, steps: range, rows: list[Rows], table: pa.Table) -> Iterator[Columns]:
     offset = 0
-    for step, one in zip(steps, rows, strict=True):
-        part = table.slice(offset, len(one))
-        offset += len(one)
-        columns: Columns = {"index": one.indices_b}
+    for step, step_rows in zip(steps, rows, strict=True):
+        part = table.slice(offset, len(step_rows))
+        offset += len(step_rows)
+        columns: Columns = {"index": step_rows.indices_b}
         if "label" in part.column_names:
             columns["label"] = part.column("label").to_numpy()
-        columns.update(_pixels(stream, part, one, stream.views_of(step)))
+        columns.update(_view_columns(stream, part, step_rows, stream.views_of(step)))
         yield columns
 
 
-def _pixels(stream: Stream, table: pa.Table, rows: Rows, views: Mapping[str, View]) -> Columns:
+def _view_columns(stream: Stream, table: pa.Table, rows: Rows, views: Mapping[str, View]) -> Columns:
     image_rng = ImageRng(stream.plan.seed, rows.epochs_b, rows.indices_b)
     sources = {name: view.source for name, view in views.items() if view.of_clips is None}
     batch = Batch(0, rows, None, {}, {})

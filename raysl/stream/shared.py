@@ -27,7 +27,7 @@ from raysl.stream.reader import Batch, Columns, Stream
 _WINDOW_SHARE = 1 / 8
 _WINDOW_BYTES = 256 << 20
 _LEAST_BATCHES = 6
-_ANSWERS = 64  # concurrent requests to a feed
+_MAX_REQUESTS = 64  # simultaneous requests to a feed
 PATIENCE_S = 30.0  # longest wait for a slow run
 _AHEAD = 2  # batches that a run requests in advance; fewer than a window holds
 
@@ -89,66 +89,66 @@ class Feed:
         self._end = end
         self._window_bytes = window_bytes
         self._patience_s = patience_s
-        self._turn = threading.Condition()
+        self._changed = threading.Condition()
         # References by step and slot. A step is kept until every run has it and the window is full.
-        self._held: dict[int, dict[str, Any]] = {}
-        self._room = _LEAST_BATCHES
+        self._batches: dict[int, dict[str, Any]] = {}
+        self._max_batches = _LEAST_BATCHES
         self._next = start
         # Newest step that each run has requested.
-        self._asked: dict[str, int] = {}
+        self._requested: dict[str, int] = {}
         self._thread: threading.Thread | None = None
-        self._ended = False
+        self._failed = False
 
     def expect(self, run: str, start: int) -> bool:
         """Keep the batches from `start` on for a run; return False if they are already dropped."""
-        with self._turn:
-            there = not self._ended and self._oldest() <= start <= self._next
-            if there:
-                self._asked[run] = start - 1
-            return there
+        with self._changed:
+            available = not self._failed and self._oldest() <= start <= self._next
+            if available:
+                self._requested[run] = start - 1
+            return available
 
     def leave(self, run: str) -> None:
         """Stop waiting for a run."""
-        with self._turn:
-            self._asked.pop(run, None)
-            self._turn.notify_all()
+        with self._changed:
+            self._requested.pop(run, None)
+            self._changed.notify_all()
 
     def take(self, run: str, step: int, names: Sequence[str]) -> list[Any] | None:
         """Wait for a batch and return references to its parts; None if the run should use its own stream."""
-        with self._turn:
-            self._asked[run] = step
+        with self._changed:
+            self._requested[run] = step
             if self._thread is None:
                 self._thread = threading.Thread(target=self._read, daemon=True)
                 self._thread.start()
-            self._turn.notify_all()
+            self._changed.notify_all()
             deadline = time.monotonic() + self._patience_s
-            while step not in self._held:
+            while step not in self._batches:
                 near = self._oldest() <= step <= self._next + _AHEAD
-                if self._ended or not near or run not in self._asked:
+                if self._failed or not near or run not in self._requested:
                     self.leave(run)
                     return None
-                self._turn.wait(max(0.0, deadline - time.monotonic()))
+                self._changed.wait(max(0.0, deadline - time.monotonic()))
                 if time.monotonic() >= deadline:
-                    self._let_go()
+                    self._drop_slowest()
                     deadline = time.monotonic() + self._patience_s
-            return [self._held[step][name] for name in names]
+            return [self._batches[step][name] for name in names]
 
     def _oldest(self) -> int:
-        return min(self._held, default=self._next)
+        return min(self._batches, default=self._next)
 
     def _full(self) -> bool:
         """Drop batches that every run has, and return True if the window is still full."""
-        slowest = min(self._asked.values(), default=self._oldest() - 1)
-        while len(self._held) >= self._room and self._oldest() <= slowest:
-            del self._held[self._oldest()]
-        return len(self._held) >= self._room
+        slowest = min(self._requested.values(), default=self._oldest() - 1)
+        while len(self._batches) >= self._max_batches and self._oldest() <= slowest:
+            del self._batches[self._oldest()]
+        return len(self._batches) >= self._max_batches
 
-    def _let_go(self) -> None:
+    def _drop_slowest(self) -> None:
         """Drop the slowest runs if they keep the window full."""
         if self._full():
-            slowest = min(self._asked.values())
-            self._asked = {run: step for run, step in self._asked.items() if step > slowest}
-            self._turn.notify_all()
+            slowest = min(self._requested.values())
+            self._requested = {run: step for run, step in self._requested.items() if step > slowest}
+            self._changed.notify_all()
 
     def _read(self) -> None:
         import ray
@@ -158,17 +158,17 @@ class Feed:
                 parts = _parts(columns)
                 size = sum(values.nbytes for values in columns.values())
                 references = {name: ray.put(part) for name, part in parts.items()}
-                with self._turn:
-                    self._room = max(_LEAST_BATCHES, self._window_bytes // max(1, size))
-                    self._turn.wait_for(lambda: not self._full())
-                    self._held[self._next] = references
+                with self._changed:
+                    self._max_batches = max(_LEAST_BATCHES, self._window_bytes // max(1, size))
+                    self._changed.wait_for(lambda: not self._full())
+                    self._batches[self._next] = references
                     self._next += 1
-                    self._turn.notify_all()
+                    self._changed.notify_all()
         finally:
             # After an error, the runs' own streams report it to the user.
-            with self._turn:
-                self._ended = self._next < self._end
-                self._turn.notify_all()
+            with self._changed:
+                self._failed = self._next < self._end
+                self._changed.notify_all()
 
 
 def _parts(columns: Columns) -> dict[str, Columns]:
@@ -221,28 +221,28 @@ def batches(
     """
     step = start_step
     if subscriber is not None and len(subscriber.feeds) == stream.world:
-        for batch in _fed(stream, subscriber, start_step, stream.last(end_step)):
+        for batch in _batches_from_feed(stream, subscriber, start_step, stream.end(end_step)):
             yield batch
             step = batch.step + 1
     yield from stream.batches(step, end_step)
 
 
-def _fed(stream: Stream, subscriber: Subscriber, start_step: int, last: int) -> Iterator[Batch]:
+def _batches_from_feed(stream: Stream, subscriber: Subscriber, start_step: int, end: int) -> Iterator[Batch]:
     """Yield batches from the feed until it has no more for this run."""
     pool = ThreadPoolExecutor(1)
 
-    def ask(step: int) -> Any:
+    def request(step: int) -> Any:
         return pool.submit(subscriber.take, stream.rank, step, list(stream.views_of(step)))
 
     try:
-        asked = deque(ask(step) for step in range(start_step, min(start_step + _AHEAD, last)))
-        for step in range(start_step, last):
+        requests = deque(request(step) for step in range(start_step, min(start_step + _AHEAD, end)))
+        for step in range(start_step, end):
             started = time.perf_counter()
-            columns = asked.popleft().result()
+            columns = requests.popleft().result()
             if columns is None:
                 return
-            if step + _AHEAD < last:
-                asked.append(ask(step + _AHEAD))
+            if step + _AHEAD < end:
+                requests.append(request(step + _AHEAD))
             batch = stream.batch(step, columns)
             batch.wait_s = time.perf_counter() - started
             yield batch
@@ -258,18 +258,18 @@ def open_feeds(streams: Sequence[Stream], start: int, end: int) -> tuple[Any, ..
     """
     import ray
 
-    one = union(streams)
-    one = replace(one, share=replace(one.share, cpus=one.share.cpus * len(streams)))
-    actor = ray.remote(num_cpus=0, max_concurrency=_ANSWERS)(Feed)
+    shared = union(streams)
+    shared = replace(shared, share=replace(shared.share, cpus=shared.share.cpus * len(streams)))
+    actor = ray.remote(num_cpus=0, max_concurrency=_MAX_REQUESTS)(Feed)
     alive = [node for node in ray.nodes() if node["Alive"]]
     # Avoid a head node without CPUs, and spread the feeds of several seeds.
     working = [node for node in alive if node["Resources"].get("CPU")] or alive
 
     def feed(rank: int) -> Any:
-        node = working[(rank + one.plan.seed) % len(working)]
+        node = working[(rank + shared.plan.seed) % len(working)]
         near = ray.util.scheduling_strategies.NodeAffinitySchedulingStrategy(node["NodeID"], soft=True)
-        store = node["Resources"]["object_store_memory"] / one.world
+        store = node["Resources"]["object_store_memory"] / shared.world
         window = int(min(_WINDOW_BYTES, _WINDOW_SHARE * store))
-        return actor.options(scheduling_strategy=near).remote(replace(one, rank=rank), start, end, window)
+        return actor.options(scheduling_strategy=near).remote(replace(shared, rank=rank), start, end, window)
 
-    return tuple(feed(rank) for rank in range(one.world))
+    return tuple(feed(rank) for rank in range(shared.world))

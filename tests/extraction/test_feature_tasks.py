@@ -41,7 +41,7 @@ from raysl.objectives.pirl import Config as Pirl
 from raysl.ray_cluster import placement
 from raysl.run import Run
 from raysl.storage import Folder
-from raysl.stream.decode import centre
+from raysl.stream.decode import evaluation_views
 from tests.data import make_dataset
 
 SEEN = FeatureProtocol(image_size=16)
@@ -100,7 +100,7 @@ def parts_of(store: FeatureStore) -> list[tuple[int, int]]:
 
 def views(dataset: DataSet) -> torch.Tensor:
     images = dataset.read(np.arange(dataset.num_images), ("image",)).column("image").to_pylist()
-    return centre(images, 16)
+    return evaluation_views(images, 16)
 
 
 def direct(network: Model, dataset: DataSet) -> Any:

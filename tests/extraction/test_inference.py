@@ -17,7 +17,7 @@ from raysl.backbone.network import BackboneConfig
 from raysl.errors import UserError
 from raysl.extraction import Pixels, Weights, load
 from raysl.model_export import ExportConfig, export
-from raysl.stream.decode import centre
+from raysl.stream.decode import evaluation_views
 from tests.data import make_dataset
 from tests.extraction.test_feature_tasks import direct, make_run, views
 
@@ -49,7 +49,7 @@ def test_a_run_gives_the_features_of_its_probes(tmp_path: Path) -> None:
 
 def test_every_kind_of_image_is_the_same_image(tmp_path: Path) -> None:
     model = load("pixels", image_size=16)
-    expected = Pixels().load(torch.device("cpu"), ["pooled"])(centre([png(PHOTO)], 16))["pooled"]
+    expected = Pixels().load(torch.device("cpu"), ["pooled"])(evaluation_views([png(PHOTO)], 16))["pooled"]
     (tmp_path / "photo.png").write_bytes(png(PHOTO))
     same: list[Any] = [
         png(PHOTO),
@@ -96,7 +96,7 @@ def test_an_exported_run(tmp_path: Path) -> None:
     run, _ = make_run(make_dataset(tmp_path / "set", 40), tmp_path / "run")
     out = export(run, ExportConfig("safetensors"))
     weights = Weights(f"{out}/model.safetensors", run.config().backbone)
-    view = centre([png(PHOTO)], 16)
+    view = evaluation_views([png(PHOTO)], 16)
     expected = weights.load(torch.device("cpu"), ["pooled"])(view)["pooled"]
     for place in (str(out), f"{out}/model.safetensors"):
         model = load(place)

@@ -117,7 +117,7 @@ def test_learning_rate_follows_the_schedule(tmp_path: Path, monkeypatch: pytest.
 def test_an_epoch_shows_every_image_and_mirrors_half(tmp_path: Path) -> None:
     here = subject(tmp_path, 32, 8)
     files = here.train.read(np.arange(32), ("image",)).column("image").to_pylist()
-    plain_nchw = decode.centre(files, 16)  # images are of that size
+    plain_nchw = decode.evaluation_views(files, 16)  # images are of that size
     mirrored = []
     # With crops of at least the whole area.
     for images in taught(here, replace(QUICK, min_scale=1.0)):
@@ -139,7 +139,7 @@ def test_scoring_uses_the_evaluation_view_and_does_not_change_the_network(tmp_pa
     assert all(torch.equal(value, before[name]) for name, value in network.state_dict().items())
     files = here.test.read(np.arange(12), ("image",)).column("image").to_pylist()
     with torch.inference_mode():
-        torch.testing.assert_close(found_nc, network.eval()(decode.centre(files, 16)))
+        torch.testing.assert_close(found_nc, network.eval()(decode.evaluation_views(files, 16)))
 
 
 def test_two_images_are_enough_to_learn_from(tmp_path: Path) -> None:

@@ -85,7 +85,7 @@ def test_unchanged_images_do_not_count(tmp_path: Path) -> None:
     found, counts = measured(tmp_path, invariance.Config(("rotation",)), "corner")
     dataset = DataSet.open(str(tmp_path / "set"))
     encoded = dataset.read(np.arange(80), ("image",)).column("image").to_pylist()
-    image_bchw = decode.centre(encoded, 16)
+    image_bchw = decode.evaluation_views(encoded, 16)
     view = build("rotation", {}, Geometry(16, predicted=True)).transform(
         image_bchw, ImageRng(0, np.zeros(80, np.int64), np.arange(80), "invariance")
     )
@@ -158,8 +158,10 @@ def test_heads_are_compared_by_the_transform_that_they_were_trained_with(tmp_pat
     encoded = dataset.read(np.arange(40), ("image",)).column("image").to_pylist()
     image_rng = ImageRng(3, np.zeros(40, np.int64), np.arange(40), "invariance")
     views = {
-        "image": decode.centre(encoded, image.source.size)[:, None],
-        "transformed": patches.transform(decode.centre(encoded, patches.source.size), image_rng).crops_bpchw,
+        "image": decode.evaluation_views(encoded, image.source.size)[:, None],
+        "transformed": patches.transform(
+            decode.evaluation_views(encoded, patches.source.size), image_rng
+        ).crops_bpchw,
     }
     with torch.inference_mode():  # in one batch, as in training
         made = {name: unit_bd.double().numpy() for name, unit_bd in network.train()(views).items()}

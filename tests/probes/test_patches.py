@@ -28,7 +28,7 @@ def test_a_patch_is_the_part_of_the_view_at_its_place(tmp_path: Path) -> None:
     data = subject(tmp_path).train
     found = patches.pieces(data, 16, patches.Config(share=0.5, per_image=3))
     assert found.views_nchw.shape == (120, 3, 16, 16)
-    views = decode.centre(data.read(np.arange(40)).column("image").to_pylist(), 16)
+    views = decode.evaluation_views(data.read(np.arange(40)).column("image").to_pylist(), 16)
     for n in (0, 50, 119):
         top, left = (found.places_n2[n] * 16 - 4).round().astype(int)
         part = views[found.sources_n[n]][None, :, top : top + 8, left : left + 8]

@@ -65,7 +65,7 @@ def test_accuracies_are_those_of_knn_on_the_corrupted_images(tmp_path: Path) -> 
     labels = (train.labels(), test.labels())
     found = {row.name: row.value for row in robustness.Robustness(config).rows(subject)}
     files = [data.read(np.arange(data.num_images)).column("image").to_pylist() for data in (train, test)]
-    clean = [decode.centre(one, 16) for one in files]
+    clean = [decode.evaluation_views(one, 16) for one in files]
     contrast = corrupt("contrast", clean[1], 5, numbers(list(range(40))))
     known, dull = ((one.flatten(1) / 255 - 0.5).numpy() for one in (clean[0], contrast))
     wanted = next(Knn(KnnConfig()).run(Labelled(known, labels[0]), Labelled(dull, labels[1]))).value

@@ -34,7 +34,7 @@ def test_rows_are_those_of_the_linear_probe_on_mean_features(tmp_path: Path) -> 
         means = []
         for row in range(len(clips)):
             with torch.inference_mode():
-                frames = decode.centre([clips.frame(row, n) for n in (2, 6, 10)], 32)
+                frames = decode.evaluation_views([clips.frame(row, n) for n in (2, 6, 10)], 32)
                 means.append(encode(frames)["res3"].mean(0).numpy())
         sets.append(Labelled(np.stack(means), data.labels()))
     wanted = {row.name: row.value for row in Linear(FEW.linear).run(*sets)}

@@ -60,7 +60,7 @@ def test_the_ends_of_a_long_image_are_seen(size: tuple[int, int]) -> None:
     pixels_nd = decode.squashed(files, 16).flatten(1).float().numpy() / 255 - 0.5
     np.testing.assert_allclose(found_nd, pixels_nd, atol=1e-6)
     assert np.abs(found_nd[0] - found_nd[1]).max() > 0.9
-    assert torch.equal(*decode.centre(files, 16))
+    assert torch.equal(*decode.evaluation_views(files, 16))
 
 
 @pytest.mark.ray

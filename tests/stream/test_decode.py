@@ -14,7 +14,7 @@ from torchvision import transforms
 
 from raysl.augment import SourceCrop
 from raysl.rng import ImageRng
-from raysl.stream.decode import DecodeError, centre, cut, decode, evaluation_side, squashed
+from raysl.stream.decode import DecodeError, cut, decode, evaluation_side, evaluation_views, squashed
 
 
 def picture(width: int = 40, height: int = 30) -> Image.Image:
@@ -148,7 +148,7 @@ def test_views_are_cut_independently() -> None:
 
 def test_nothing_to_cut() -> None:
     assert cut([], {"a": SourceCrop(16, 0.1)}, image_rng(0))["a"].shape == (0, 3, 16, 16)
-    assert centre([], 16).shape == squashed([], 16).shape == (0, 3, 16, 16)
+    assert evaluation_views([], 16).shape == squashed([], 16).shape == (0, 3, 16, 16)
 
 
 @pytest.mark.parametrize("size", [(300, 200), (200, 301), (33, 32), (20, 20), (257, 131)])
@@ -158,11 +158,11 @@ def test_centre_is_the_evaluation_view_of_torchvision(size: tuple[int, int], sid
     theirs = transforms.Compose(
         [transforms.Resize(short), transforms.CenterCrop(side), transforms.PILToTensor()]
     )
-    assert torch.equal(centre([encoded(picture(*size))], side)[0], theirs(picture(*size)))
+    assert torch.equal(evaluation_views([encoded(picture(*size))], side)[0], theirs(picture(*size)))
 
 
 def test_centre_leaves_an_image_of_the_right_size_alone() -> None:
-    out = centre([encoded(picture(32, 32)), encoded(picture(50, 40))], 32)
+    out = evaluation_views([encoded(picture(32, 32)), encoded(picture(50, 40))], 32)
     assert out.shape == (2, 3, 32, 32)
     assert (out[0].permute(1, 2, 0).numpy() == np.asarray(picture(32, 32))).all()
 
@@ -172,7 +172,9 @@ def test_of_an_extreme_shape_the_middle_is_seen(size: tuple[int, int]) -> None:
     long = max(size)
     black_ends = np.where(abs(np.arange(long) - long / 2) < long / 6, 130, 0).astype(np.uint8)
     row = Image.fromarray(np.broadcast_to(black_ends, (min(size), long)).copy())
-    out = centre([encoded(row if size[0] > size[1] else row.transpose(Image.Transpose.TRANSPOSE))], 224)
+    out = evaluation_views(
+        [encoded(row if size[0] > size[1] else row.transpose(Image.Transpose.TRANSPOSE))], 224
+    )
     assert out.shape == (1, 3, 224, 224)
     assert int(out.min()) == int(out.max()) == 130
 
