@@ -27,7 +27,7 @@ from urllib.parse import parse_qsl
 from raysl import plugins
 from raysl.errors import UserError, unknown
 from raysl.fields import Bounds, check
-from raysl.ingestion import foreign
+from raysl.ingestion import unsupported
 from raysl.ingestion.found import Found, LeftOut
 from raysl.ingestion.layout import by_split
 from raysl.ingestion.listing import TABLE, File, Survey, files_below, is_folder, join, read_bytes
@@ -39,7 +39,7 @@ _HEAD_BYTES = 4096
 
 
 class Confidence(IntEnum):
-    """How sure a kind is that a place is of this kind. The highest confidence wins."""
+    """How well a source matches a kind. The kind with the highest value reads it."""
 
     NO = 0
     COULD_BE = 1
@@ -187,7 +187,7 @@ class Source(Protocol):
         name: names the source fully, with the split that is read; equal for equal sources.
         encoded_here: `read` encodes the images itself, so that they need no check.
         found: what was recognised. Its classes and counts are complete once `units` is exhausted.
-        clips: for a source of clips, facts for the manifest; they list the columns under "columns".
+        clips: for a source of clips, metadata for the manifest; they list the columns under "columns".
     """
 
     name: str
@@ -258,7 +258,7 @@ def open_source(place: Place) -> Opened:
         best = max(sure, key=lambda name: int(sure[name]))
         there = Folder(place.uri).exists()
         survey = place.survey[0] if place.is_folder else None
-        if there and (refused := foreign.refusal(place.uri, survey, bool(sure[best]))):
+        if there and (refused := unsupported.refusal(place.uri, survey, bool(sure[best]))):
             raise UserError(f"The source {place.uri!r} {refused}.")
         if sure[best]:
             return Opened(best, place, _kinds()[best].Source(place))
