@@ -180,18 +180,18 @@ class TensorBoardLogger(Callback):
     """Log to a local folder for TensorBoard. A run in a local folder does so by itself; this is for object stores."""
 
     def __init__(self, folder: str) -> None:
-        self._board = TensorBoard(Folder(folder), 0)
+        self._tensorboard = TensorBoard(Folder(folder), 0)
 
     def on_begin(self, run: Run) -> None:
-        self._board.add_hyperparameters(run.metadata()["config"])
+        self._tensorboard.add_hyperparameters(run.metadata()["config"])
 
     def on_log(self, row: Mapping[str, Any]) -> None:
-        self._board.add(row)
-        self._board.flush()
+        self._tensorboard.add(row)
+        self._tensorboard.flush()
 
     def on_probe(self, rows: Sequence[Mapping[str, Any]]) -> None:
-        self._board.add({"step": rows[0]["step"], **_scores(rows)})
-        self._board.flush()
+        self._tensorboard.add({"step": rows[0]["step"], **_scores(rows)})
+        self._tensorboard.flush()
 
 
 def _scores(rows: Sequence[Mapping[str, Any]]) -> dict[str, float]:

@@ -280,15 +280,15 @@ class MetricsLog:
         self._rows: list[Mapping[str, Any]] = []
         self._part = 1
         self._written_at = time.monotonic()
-        self._board = TensorBoard(run.folder / "tensorboard", step + 1) if run.folder.is_local else None
-        if self._board is not None and step == 0:
-            self._board.add_hyperparameters(run.metadata()["config"])
+        self._tensorboard = TensorBoard(run.folder / "tensorboard", step + 1) if run.folder.is_local else None
+        if self._tensorboard is not None and step == 0:
+            self._tensorboard.add_hyperparameters(run.metadata()["config"])
 
     def add(self, row: Mapping[str, Any]) -> None:
         """Add a row; it reaches the file within ten seconds, or at `flush`."""
         self._rows.append(row)
-        if self._board is not None:
-            self._board.add(row)
+        if self._tensorboard is not None:
+            self._tensorboard.add(row)
         if time.monotonic() - self._written_at > 10.0:
             self.flush()
 
@@ -301,8 +301,8 @@ class MetricsLog:
             self._run.folder.write(f"metrics-{self._part:06d}.jsonl", signed_lines(self._rows))
             if len(self._rows) >= _PART_ROWS:
                 self._part, self._rows = self._part + 1, []
-        if self._board is not None:
-            self._board.flush()
+        if self._tensorboard is not None:
+            self._tensorboard.flush()
         self._written_at = time.monotonic()
 
     def _append(self, lines: bytes) -> None:

@@ -141,7 +141,7 @@ def test_labels_are_balanced(made: Pretext) -> None:
 
 
 @pytest.mark.parametrize("name", pretext.names())
-def test_the_dials_are_documented_and_have_defaults(name: str) -> None:
+def test_the_hyperparameters_are_documented_and_have_defaults(name: str) -> None:
     config_type, transform_type = pretext.load(name)
     config: Any = config_type()
     assert dataclasses.is_dataclass(config)

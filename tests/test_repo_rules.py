@@ -31,7 +31,7 @@ ROOMS = (
 # A file may outgrow 400 lines by a little while it is being split, and no more.
 MAX_FILE_LINES = 420
 MAX_FUNCTION_LINES = 60
-RECEIPT = ("Command:", "Hardware:", "Time:", "Expect:")
+STATED = ("Command:", "Hardware:", "Time:", "Expect:")
 
 # Put together from parts, so that this file does not break its own rule.
 REGISTRIES = ("pypi" + ".org", "python" + "hosted", "npm" + "js", "deb." + "debian", "/sim" + "ple/")
@@ -156,8 +156,8 @@ def test_every_ray_task_states_its_scheduling_strategy() -> None:
         )
 
 
-def test_experiments_open_with_a_receipt() -> None:
+def test_experiments_state_command_hardware_time_and_what_to_expect() -> None:
     for file in sorted((ROOT / "experiments").glob("*.py")):
         docstring = ast.get_docstring(_tree(file)) or ""
-        missing = [word for word in RECEIPT if word not in docstring]
+        missing = [word for word in STATED if word not in docstring]
         assert not missing, f"{file.relative_to(ROOT)}: its docstring lacks {', '.join(missing)}"

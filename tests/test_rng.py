@@ -1,4 +1,4 @@
-"""Draws: the numbers of an image depend on (seed, epoch, index, name) and on nothing else."""
+"""The random numbers of an image depend on (seed, epoch, index, name) and on nothing else."""
 
 from __future__ import annotations
 

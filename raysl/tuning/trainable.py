@@ -70,7 +70,7 @@ class Trial(tune.Trainable):  # type: ignore[misc]
         self._rung = 0
         self._home = f"trials/{self.trial_name}"
         # The home of the trial whose checkpoint this one copies first.
-        self._donor = ""
+        self._source = ""
         return True
 
     def save_checkpoint(self, checkpoint_dir: str) -> None:
@@ -85,7 +85,7 @@ class Trial(tune.Trainable):  # type: ignore[misc]
         if record["trial"] == self.trial_name and record["values"] == json.loads(json.dumps(self._values)):
             self._home = record["home"]
         else:
-            self._home, self._donor = f"trials/{self.trial_name}/from-rung-{self._rung}", record["home"]
+            self._home, self._source = f"trials/{self.trial_name}/from-rung-{self._rung}", record["home"]
 
     def step(self) -> dict[str, Any]:
         task, rung = self.task, self._rung
@@ -95,7 +95,7 @@ class Trial(tune.Trainable):  # type: ignore[misc]
                 raise UserError(reason)
             with ThreadPoolExecutor(task.seeds_at_once) as pool:
                 rows = list(pool.map(self._scored, task.seeds))
-        self._rung, self._donor = rung + 1, ""
+        self._rung, self._source = rung + 1, ""
         return {
             "score": mean(row["score"] for row in rows),
             "loss": mean(row["loss"] for row in rows),
@@ -113,8 +113,8 @@ class Trial(tune.Trainable):  # type: ignore[misc]
         folder = Folder(task.out) / home
         config = replace(configured(task.base, self._values), run=str(folder), seed=seed)
         until = task.until(config, rung)
-        if self._donor:
-            copy(Folder(task.out) / self._donor / f"seed-{seed}", task.until(config, rung - 1), folder)
+        if self._source:
+            copy(Folder(task.out) / self._source / f"seed-{seed}", task.until(config, rung - 1), folder)
         if task.keep_rungs:
             rungs = tuple(task.until(config, r) for r in range(max(0, rung - 1), rung + 1))
             config = replace(config, save=replace(config.save, keep_steps=rungs))

@@ -14,7 +14,7 @@ from raysl.objectives import pirl
 from raysl.objectives.npid import Config, Npid
 from tests.objectives.setups import N, batch, setup
 
-DIALS = {"num_negatives": 12, "dim": 16}
+HYPERPARAMETERS = {"num_negatives": 12, "dim": 16}
 
 
 def bank() -> MemoryBank:
@@ -25,7 +25,7 @@ def bank() -> MemoryBank:
 @pytest.mark.parametrize("mode", ["shared", "own"])
 @pytest.mark.parametrize("loss", ["infonce", "nce", "paper_h"])
 def test_it_is_pirl_with_lambda_0(loss: Any, mode: Any, head: Any) -> None:
-    hyperparameters = {**DIALS, "loss": loss, "negatives": mode, "head": head}
+    hyperparameters = {**HYPERPARAMETERS, "loss": loss, "negatives": mode, "head": head}
     backbone, of_pirl = setup("rotation")
     theirs = pirl.Pirl(pirl.Config(lam=0, **hyperparameters), of_pirl)
     ours = Npid(Config(**hyperparameters), setup()[1])
@@ -49,7 +49,7 @@ def test_it_is_pirl_with_lambda_0(loss: Any, mode: Any, head: Any) -> None:
 
 def test_every_parameter_gets_a_gradient_from_one_view() -> None:
     backbone, of_npid = setup()
-    objective = Npid(Config(**DIALS), of_npid)  # type: ignore[arg-type]
+    objective = Npid(Config(**HYPERPARAMETERS), of_npid)  # type: ignore[arg-type]
     assert list(objective.views) == ["image"]
     of = batch(objective)
     objective.loss(objective(backbone, of.views), of, bank()).loss.backward()  # type: ignore[no-untyped-call]
@@ -58,7 +58,7 @@ def test_every_parameter_gets_a_gradient_from_one_view() -> None:
 
 def test_z_is_set_by_the_first_batch() -> None:
     backbone, of_npid = setup()
-    objective = Npid(Config(loss="nce", **DIALS), of_npid)  # type: ignore[arg-type]
+    objective = Npid(Config(loss="nce", **HYPERPARAMETERS), of_npid)  # type: ignore[arg-type]
     of = batch(objective)
     assert objective.z.isnan()
     objective.loss(objective(backbone, of.views), of, bank())
@@ -67,7 +67,7 @@ def test_z_is_set_by_the_first_batch() -> None:
 
 def test_it_takes_no_transform() -> None:
     with pytest.raises(UserError, match="'npid' takes no pretext transform"):
-        Npid(Config(**DIALS), setup("rotation")[1])  # type: ignore[arg-type]
+        Npid(Config(**HYPERPARAMETERS), setup("rotation")[1])  # type: ignore[arg-type]
 
 
 def test_negatives_are_other_images() -> None:

@@ -70,7 +70,7 @@ def test_default_size_of_the_set(grid: int, predicted: bool, count: int) -> None
     assert made.num_labels == count == made.describe()["num_permutations"]
 
 
-def test_the_passport_tells_sets_apart() -> None:
+def test_the_metadata_tell_sets_apart() -> None:
     facts = [
         Jigsaw(Config(num_permutations=20, permutation_seed=s), Geometry(32)).describe() for s in (0, 0, 1)
     ]

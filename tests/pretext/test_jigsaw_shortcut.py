@@ -20,11 +20,11 @@ IMAGES, TRAINED = 1200, 600
 
 def textures(side: int) -> Tensor:
     generator = torch.Generator().manual_seed(0)
-    sheets = [
+    noise = [
         F.interpolate(torch.randn(IMAGES, 1, n, n, generator=generator), (side, side), mode="bicubic")
         for n in (24, 48)
     ]
-    gray = (128 + 40 * sum(sheets, torch.zeros(()))).clamp(0, 255).to(torch.uint8)
+    gray = (128 + 40 * sum(noise, torch.zeros(()))).clamp(0, 255).to(torch.uint8)
     return gray.expand(-1, 3, -1, -1).contiguous()
 
 

@@ -63,17 +63,17 @@ def written(folder: Path, *vary: str, copies: bool = False, **changes: Any) -> s
                     {**_score(trial, seed, rung, values), "event": "score", "trial": trial, "rung": rung}
                 )
             goes_on = config.scheduler != "asha" or trial % 2 == 0
-            donor = 0 if copies and trial > 5 else None
+            source = 0 if copies and trial > 5 else None
             decision = {
                 "event": "decision",
                 "trial": trial,
                 "rung": rung,
                 "goes_on": goes_on,
-                "copies": donor,
+                "copies": source,
             }
             if config.scheduler != "none" and rung < len(config.shares()) - 1:
                 journal.add(decision)
-                if donor is not None:
+                if source is not None:
                     changed = {**values, "pirl.lam": 0.123}
                     journal.add({"event": "trial", "trial": trial, "rung": rung + 1, "values": changed})
             if not goes_on:

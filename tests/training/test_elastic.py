@@ -49,7 +49,7 @@ def test_as_many_as_fit_and_divide_the_batch(found: Machines, gpus: bool, expect
     assert elastic.size((1, 2, 4, 8), found, gpus) == expected
 
 
-def test_a_team_is_placed_on_what_there_is() -> None:
+def test_a_group_is_placed_on_what_there_is() -> None:
     group = elastic.gather((1, 2, 4), GPUS)
     assert (group.workers, group.gpus) == (2, True)
     assert elastic.gather((1, 2, 3), CPUS).workers == 3
@@ -114,11 +114,11 @@ def test_two_workers_three_one(tmp_path: Path) -> None:
     rows, fixed_rows = run.metrics(), fixed.metrics()
     assert [row["step"] for row in rows] == list(range(1, 321))
     sizes = [row["workers"] for row in rows]
-    legs = [now for before, now in zip([0, *sizes], sizes, strict=False) if now != before]
+    attempts = [now for before, now in zip([0, *sizes], sizes, strict=False) if now != before]
     # Until Ray sees that a machine has died, there may seem to be room for two.
-    assert legs in ([2, 3, 1], [2, 3, 2, 1])
+    assert attempts in ([2, 3, 1], [2, 3, 2, 1])
     # A machine that comes, or goes with notice, costs no step; one that dies, fewer than lie between two checkpoints.
-    assert all(row["workers"] == legs[2] for row in rows if row.get("lost_steps"))
+    assert all(row["workers"] == attempts[2] for row in rows if row.get("lost_steps"))
     assert sum(row.get("lost_steps", 0) for row in rows) <= SAVE_STEPS
     assert not any(row.get("lost_steps") for row in fixed_rows)
     assert_each_index_once_in_each_epoch(dataset, run, sizes)

@@ -116,12 +116,12 @@ def test_a_population_copies_weights(ray_session: None, data: tuple[str, str], t
     assert [row["state"] for row in rows] == ["finished", "finished"]
     results = SweepResults.open(str(out))
     copies = {row["trial"]: row["copies"] for row in results.journal.of("decision") if row["rung"] == 0}
-    ((trial, donor),) = [(trial, donor) for trial, donor in copies.items() if donor is not None]
-    assert results.means(donor)[0] >= results.means(trial)[0]
+    ((trial, source),) = [(trial, source) for trial, source in copies.items() if source is not None]
+    assert results.means(source)[0] >= results.means(trial)[0]
     assert results.values(trial, 1) != results.values(trial, 0)
     there, copied = (
         out / "trials" / home / "seed-0" / "checkpoints" / "step-000000006"
-        for home in (f"{donor:04d}", f"{trial:04d}/from-rung-1")
+        for home in (f"{source:04d}", f"{trial:04d}/from-rung-1")
     )
     files = sorted(path.name for path in there.iterdir())
     assert files
@@ -248,8 +248,8 @@ def test_a_population_of_a_plain_tuner_copies_weights(
     assert not results.errors
     trials = Folder(str(tmp_path / "out" / "trials"))
     (copied,) = (tmp_path / "out" / "trials").glob("*/from-rung-1/seed-0/checkpoints/step-000000004")
-    (donor,) = (name for name in trials.list() if name not in copied.parts)
-    there = tmp_path / "out" / "trials" / donor / "seed-0" / "checkpoints" / copied.name
+    (source,) = (name for name in trials.list() if name not in copied.parts)
+    there = tmp_path / "out" / "trials" / source / "seed-0" / "checkpoints" / copied.name
     files = sorted(path.name for path in there.iterdir())
     assert files
     assert [(copied / name).read_bytes() for name in files] == [(there / name).read_bytes() for name in files]
