@@ -322,7 +322,7 @@ def main(flags: Flags) -> None:
     ray_cluster.start()
     dataset = resolve(flags.data)
     contest = Contest(dataset, flags)
-    facts = {
+    common = {
         "images_in_set": dataset.num_images,
         "image_size": flags.image_size,
         "batch_size": flags.batch_size,
@@ -341,7 +341,7 @@ def main(flags: Flags) -> None:
         for name in NAMES if number % 2 == 0 else reversed(NAMES):
             load = os.getloadavg()[0]
             one[name] = measured = contest.run(name)
-            rows.append({**facts, "round": number, "contestant": name, "load": load, **vars(measured)})
+            rows.append({**common, "round": number, "contestant": name, "load": load, **vars(measured)})
         rounds.append(one)
         if flags.out is not None:
             flags.out.parent.mkdir(parents=True, exist_ok=True)

@@ -24,7 +24,7 @@ import tyro
 
 from raysl.config import Pretraining
 from raysl.contrastive.bank import BankConfig, MemoryBank
-from raysl.model import DataFacts, Model
+from raysl.model import DatasetInfo, Model
 from raysl.rng import ImageRng
 from raysl.stream.plan import Rows
 from raysl.stream.reader import Batch
@@ -64,7 +64,7 @@ def main(flags: Flags) -> None:
                 # The criterion is slow for large sets, and cost does not depend on which orders they hold.
                 parts={"jigsaw": {"num_permutations": size, "criterion": "max_avg"}},
             )
-            network = Model(config, DataFacts(NUM_IMAGES))
+            network = Model(config, DatasetInfo(NUM_IMAGES))
             rows.append({"objective": objective, "num_permutations": size, "weights": weights(network)})
             stages.append(step(config, network, flags.batch_size))
     taken_s = [[cpu_s(stage, flags.steps) for stage in stages] for _ in range(flags.rounds + 1)][1:]

@@ -109,7 +109,7 @@ def _config(flags: SoundFlags, seed: int, train: str) -> Pretraining:
 
 
 def maps(run: Run, test: str, count: int = 5) -> Image.Image:
-    """Return a sheet of the first clips: frame, spectrogram, and map with the box of what sounds and the peak."""
+    """Return a grid of the first clips: frame, spectrogram, and map with the box of what sounds and the peak."""
     model: Any = trained_model(Trained(run, run.newest()))
     size = run.config().view.image_size
     offset = cell_offset(model.backbone, size)
@@ -137,7 +137,7 @@ def maps(run: Run, test: str, count: int = 5) -> Image.Image:
         cells.append((shown, f"cosine {float(fine_hw.max()):.2f}, {'in' if inside else 'out'}"))
     plain_cells = [(pictures.mosaic(frame_chw[None]), "") for frame_chw in frames_bchw]
     sound_cells = [(pictures.mosaic(sound_chw[None]), "low pitches below") for sound_chw in sounds_bchw]
-    return pictures.sheet(
+    return pictures.grid(
         [
             ("frame", "", plain_cells),
             ("sound", "one second", sound_cells),

@@ -55,13 +55,13 @@ def main(flags: StudentFlags) -> None:
             for arm, run in networks(flags, runs / f"{method}-{seed}", method, seed).items():
                 for data in (flags.data, *flags.probes):
                     found = probe(run, *splits(data), encoders=("trained",))
-                    facts = {
+                    common = {
                         "arm": arm,
                         "teacher": method,
                         "seed": seed,
                         "data": data.rstrip("/").split("/")[-1],
                     }
-                    rows += [{**row, **facts} for row in found if row["primary"]]
+                    rows += [{**row, **common} for row in found if row["primary"]]
                     Folder(flags.out).write("rows.jsonl", jsonl(rows))
     for row in rows:
         print(

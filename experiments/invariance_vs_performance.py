@@ -56,9 +56,9 @@ def scatter(runs: Sequence[Run], train: str, test: str) -> bytes:
 
     rows = []
     for group in groups([str(run.folder) for run in runs]):
-        for entry in group.entries:
+        for member in group.runs:
             for name in ("linear", "invariance"):
-                kept = rows_under(entry.run, name, train, test, step=entry.run.newest().step)
+                kept = rows_under(member.run, name, train, test, step=member.run.newest().step)
                 names = {"trained": group.label, "random": "untrained"}  # pixels have no invariance
                 rows += [
                     LabelledRow(names[row["encoder"]], row)

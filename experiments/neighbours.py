@@ -5,7 +5,7 @@ Hardware: 2 CPU cores, 24 GB, no GPU; 2 Ray Train workers.
 Time:     2 to 4 minutes for each missing run, a minute or two for a probe. With --local: two to three minutes.
 Expect:   neighbours by color for an untrained network, by layout for prediction, by class for PIRL and supervised.
 
-The picture is neighbours.png; each run stores its own sheet for `raysl report`, named by step and data sets.
+The picture is neighbours.png; each run stores its own grid for `raysl report`, named by step and data sets.
 """
 
 from __future__ import annotations
@@ -24,7 +24,7 @@ from raysl.storage import Folder
 
 @dataclass(frozen=True)
 class NeighbourFlags(ComparisonFlags):
-    """Pretrain missing runs, score retrieval, and draw the sheets of the first seed.
+    """Pretrain missing runs, score retrieval, and draw the grids of the first seed.
 
     Args:
         count: number of query images.
@@ -47,11 +47,11 @@ def main(flags: NeighbourFlags) -> None:
     last = [extraction.Trained(run, run.newest()) for run in first]
     encoders: list[Encoder] = [extraction.untrained(first[0]), *last]
     size, cache = flags.image_size, Folder(flags.runs) / "features"
-    sheets = retrieval_grid.sheets(encoders, train, test, size, cache, flags.count, flags.k)
-    for source, sheet in zip(last, sheets[1:], strict=True):
-        retrieval_grid.keep(sheet, source.run.folder, source, train, test)
-    named = dict(zip(["untrained", *flags.methods], sheets, strict=True))
-    Folder(flags.out).write("neighbours.png", pictures.png(retrieval_grid.beside(named)))
+    grids = retrieval_grid.grids(encoders, train, test, size, cache, flags.count, flags.k)
+    for source, grid in zip(last, grids[1:], strict=True):
+        retrieval_grid.keep(grid, source.run.folder, source, train, test)
+    named = dict(zip(["untrained", *flags.methods], grids, strict=True))
+    Folder(flags.out).write("neighbours.png", pictures.png(retrieval_grid.side_by_side(named)))
     reported(runs, flags, ["retrieval"])
 
 

@@ -29,7 +29,7 @@ from raysl.ingestion import resolve, splits
 from raysl.probes import patches
 from raysl.probes._images import features
 from raysl.probes.retrieval import nearest
-from raysl.reporting.retrieval_grid import beside
+from raysl.reporting.retrieval_grid import side_by_side
 from raysl.storage import Folder
 
 
@@ -64,16 +64,16 @@ def main(flags: NearestFlags) -> None:
         *(extraction.Trained(run, run.newest()) for run in first),
     ]
     train, test = (patches.pieces(resolve(part), flags.image_size, config) for part in splits(flags.data))
-    sheets = [sheet(source, train, test, flags) for source in encoders]
-    named = dict(zip(["untrained", *flags.methods], sheets, strict=True))
-    Folder(flags.out).write("nearest.png", pictures.png(beside(named)))
+    grids = [grid(source, train, test, flags) for source in encoders]
+    named = dict(zip(["untrained", *flags.methods], grids, strict=True))
+    Folder(flags.out).write("nearest.png", pictures.png(side_by_side(named)))
     reported(runs, flags, ["patches"], besides=("place_distance", "pose_distance"))
 
 
-def sheet(
+def grid(
     source: Encoder, gallery: patches.Pieces, queries: patches.Pieces, flags: NearestFlags
 ) -> Image.Image:
-    """Return the sheet of an encoder: some queries and the nearest pieces of each, with their cosine."""
+    """Return the grid of an encoder: some queries and the nearest pieces of each, with their cosine."""
     encode = extraction.load_reestimated(
         source, torch.split(gallery.views_nchw[:2048], 64), torch.device("cpu"), ["pooled"]
     )
@@ -84,7 +84,7 @@ def sheet(
     )
     cosine_qk, index_qk = nearest(asked_qd, known_nd, flags.k)
     notes = [[f"cos {value:.2f}" for value in row] for row in cosine_qk]
-    return pictures.pieces_sheet(
+    return pictures.pieces_grid(
         queries.views_nchw[chosen_q], gallery.views_nchw[index_qk], [""] * len(chosen_q), notes
     )
 

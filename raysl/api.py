@@ -373,8 +373,8 @@ def views(
     opened = dataset(settings.data)
     from raysl.documentation import pictures
 
-    sheet = pictures.views_sheet(opened, pictures.views_of(settings, opened), settings.seed, images)
-    pictures.save(sheet, os.fspath(out))
+    grid = pictures.views_grid(opened, pictures.views_of(settings, opened), settings.seed, images)
+    pictures.save(grid, os.fspath(out))
     return os.fspath(out)
 
 

@@ -83,7 +83,7 @@ class Manifest:
         decoding: how the image files were decoded: the configuration, the range of values of each kind that has one,
             and how many images are stored in another form than their files; a JSON value.
         labels_checksum: CRC-32 of the labels file; None without labels, or in data sets written before raysl 0.2.
-        clips: facts of a data set of clips, with the names of their columns under "columns"; empty for images.
+        clips: metadata of a data set of clips, with the names of their columns under "columns"; empty for images.
     """
 
     source: str

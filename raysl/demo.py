@@ -80,9 +80,9 @@ def demo(config: DemoConfig) -> None:
         *(f"{images.num_images:,}" for images in (dataset, judged)),
     )
     settings = _settings(config, dataset, out, config.workers or placement.usual_workers())
-    sheet = out / "views.png"
+    grid = out / "views.png"
     views = Model.of(settings, dataset).views()
-    pictures.save(pictures.views_sheet(dataset, views, settings.seed), str(sheet))
+    pictures.save(pictures.views_grid(dataset, views, settings.seed), str(grid))
     run = pretrain(settings)
     # On the images that it learns from, kNN leaves each image out of its own vote; a classifier cannot.
     probes = ("knn",) if train == test else ("knn", "linear")
@@ -90,7 +90,7 @@ def demo(config: DemoConfig) -> None:
         rows = probe(run, dataset, judged, probes=probes)
     console.print(_table(rows))
     console.print("\n".join(verdicts(rows, judged.num_images)), markup=False)
-    console.print(f"\nWhat the method sees:  {sheet}", soft_wrap=True, highlight=False)
+    console.print(f"\nWhat the method sees:  {grid}", soft_wrap=True, highlight=False)
     console.print(f"The run:               {run.folder}", soft_wrap=True, highlight=False)
     console.print("\nNext, your own images: raysl pretrain --data PHOTOS --run runs/first", highlight=False)
 

@@ -28,8 +28,8 @@ from raysl.stream.views import View
 
 
 @dataclass(frozen=True)
-class DataFacts:
-    """Facts of a data set that its model depends on.
+class DatasetInfo:
+    """What a model depends on of its data set.
 
     Args:
         num_images: number of images N.
@@ -42,9 +42,9 @@ class DataFacts:
     fingerprint: str = ""
 
     @staticmethod
-    def of(dataset: DataSet) -> DataFacts:
-        """Return the facts of a data set."""
-        return DataFacts(dataset.num_images, len(dataset.manifest.classes), dataset.manifest.fingerprint)
+    def of(dataset: DataSet) -> DatasetInfo:
+        """Read the values of a data set."""
+        return DatasetInfo(dataset.num_images, len(dataset.manifest.classes), dataset.manifest.fingerprint)
 
 
 class Model(nn.Module):
@@ -56,7 +56,7 @@ class Model(nn.Module):
         UserError: the method, the backbone and the data do not fit together.
     """
 
-    def __init__(self, config: Pretraining, data: DataFacts) -> None:
+    def __init__(self, config: Pretraining, data: DatasetInfo) -> None:
         super().__init__()
         self.config = config
         torch.manual_seed(key(config.seed, "weights") >> 1)
@@ -88,7 +88,7 @@ class Model(nn.Module):
     @staticmethod
     def of(config: Pretraining, dataset: DataSet) -> Model:
         """Return the model of a run on a data set. Raises UserError when the two do not fit together."""
-        model = Model(config, DataFacts.of(dataset))
+        model = Model(config, DatasetInfo.of(dataset))
         check_columns(model.views(), dataset, config.method)
         return model
 

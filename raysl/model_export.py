@@ -2,7 +2,7 @@
 
 torchvision    model.pth, a state dict that loads with strict=True into torchvision's network without its head
 timm           pytorch_model.bin and config.json for `timm.create_model("local-dir:FOLDER")`
-safetensors    model.safetensors, the same state dict, with facts of the run as metadata
+safetensors    model.safetensors, the same state dict, with method, backbone and step as metadata
 onnx           model.onnx, from images of 0 to 255 to features; it includes the normalisation
 
 The network of the sounds, of a run of `audio_visual`, is a second file: sound.onnx, sound.safetensors, or sound.pth.
@@ -127,7 +127,7 @@ def _timm(backbone: Backbone, config: Pretraining, step: int) -> dict[str, bytes
 def _safetensors(backbone: Backbone, config: Pretraining, step: int) -> dict[str, bytes]:
     safetensors = _package("safetensors.torch", "safetensors")
     state = {name: value.contiguous() for name, value in backbone.body.state_dict().items()}
-    facts = {
+    metadata = {
         "method": config.method,
         "backbone": config.backbone.name,
         "stem": config.backbone.stem,
@@ -136,10 +136,10 @@ def _safetensors(backbone: Backbone, config: Pretraining, step: int) -> dict[str
         "step": str(step),
         "format": "pt",
     }
-    return {"model.safetensors": _with_sorted_facts(safetensors.save(state, facts))}
+    return {"model.safetensors": _with_sorted_metadata(safetensors.save(state, metadata))}
 
 
-def _with_sorted_facts(data: bytes) -> bytes:
+def _with_sorted_metadata(data: bytes) -> bytes:
     """Sort the metadata of a safetensors file, whose order is random, so that equal runs give equal files."""
     size = int.from_bytes(data[:8], "little")
     header = json.loads(data[8 : 8 + size])
@@ -307,7 +307,7 @@ def _card(run: Run, backbone: Backbone, step: int, form: str) -> str:
     config, data = run.config(), run.metadata()["data"]
     # The last identity has replaced the head.
     idle = [name for name, module in backbone.body.named_modules() if isinstance(module, nn.Identity)]
-    facts = {
+    names = {
         "name": config.backbone.name,
         "stem": config.backbone.stem,
         "norm": config.backbone.norm,
@@ -328,7 +328,7 @@ def _card(run: Run, backbone: Backbone, step: int, form: str) -> str:
         seed=config.seed,
         size=size,
         short=evaluation_side(size),
-        use=_USE[form].format(**facts, size=size, short=evaluation_side(size), mean=mean, std=std)
+        use=_USE[form].format(**names, size=size, short=evaluation_side(size), mean=mean, std=std)
         + (_HEARS if "audio_visual" in config.parts else ""),
         probes=_probes(run, step),
         command=code_block(command(config)),

@@ -87,8 +87,8 @@ def test_a_file_is_found_by_its_name_and_remembered_with_the_run(file: Path) -> 
     assert set(config.parts) == {"predict", "upside_down"}
     # A worker is another process, which has the configuration only.
     code = (
-        "import json, sys; from raysl.config import Pretraining; from raysl.model import DataFacts, Model; "
-        "c = Pretraining.from_json(json.loads(sys.argv[1])); print(Model(c, DataFacts(64)).objective.classify)"
+        "import json, sys; from raysl.config import Pretraining; from raysl.model import DatasetInfo, Model; "
+        "c = Pretraining.from_json(json.loads(sys.argv[1])); print(Model(c, DatasetInfo(64)).objective.classify)"
     )
     import json
 

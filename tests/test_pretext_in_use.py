@@ -21,9 +21,9 @@ from raysl.config import Pretraining, ViewConfig
 from raysl.contrastive.bank import BankConfig, MemoryBank
 from raysl.dataset import DataSet
 from raysl.documentation import combinations, pages
-from raysl.documentation.pictures import views_sheet
+from raysl.documentation.pictures import views_grid
 from raysl.errors import UserError
-from raysl.model import DataFacts, Model
+from raysl.model import DatasetInfo, Model
 from raysl.objectives import pirl
 from raysl.storage import Folder
 from raysl.stream.plan import Plan
@@ -59,8 +59,8 @@ class Brightness:
         self.source = SourceCrop(geometry.image_size, geometry.min_scale)
         self.darkest = config.darkest
 
-    def transform(self, images_bchw, draws):
-        factor_b1 = draws.uniform("factor", self.darkest, 1.0)
+    def transform(self, images_bchw, image_rng):
+        factor_b1 = image_rng.uniform("factor", self.darkest, 1.0)
         crops_bchw = (images_bchw * factor_b1[:, :, None, None]).byte()
         return Transformed(crops_bchw[:, None], factor_b1.half())
 
@@ -91,7 +91,7 @@ def make(method: str, place: Literal["data", "trainer"] = "data") -> tuple[Model
     config = Pretraining(
         "-", "-", method, view=view, backbone=backbone, stream=StreamConfig(place), parts=parts
     )
-    return Model(config, DataFacts(60, 4)), config
+    return Model(config, DatasetInfo(60, 4)), config
 
 
 def first_batch(network: Model, config: Pretraining, dataset: DataSet) -> Batch:
@@ -182,8 +182,8 @@ def test_a_new_file_is_all_that_a_new_transform_needs(
             (12, 1),
         )
         assert np.isfinite(losses_of_steps(network, batch, 2)).all()
-    sheet = views_sheet(dataset, network.views(), count=2)
-    assert sheet.width > 400
+    grid = views_grid(dataset, network.views(), count=2)
+    assert grid.width > 400
     page = pages.page(brightness)
     assert "Brightness: the image made darker; the target is by how much." in page
     assert "--method predict-brightness" in page

@@ -15,7 +15,7 @@ from raysl.cli.flags import parse_pretraining
 from raysl.config import Pretraining
 from raysl.contrastive.bank import BankConfig, MemoryBank
 from raysl.errors import UserError
-from raysl.model import DataFacts, Model
+from raysl.model import DatasetInfo, Model
 from raysl.objectives import AfterStep
 from raysl.pretext import jigsaw
 from raysl.rng import ImageRng
@@ -138,7 +138,7 @@ def test_a_step_at_full_geometry(name: str) -> None:
         # As many orders, which take no minute to choose.
         part: jigsaw.Config = replace(config.parts["jigsaw"], criterion="random")
         config = replace(config, parts={**config.parts, "jigsaw": part})
-    network = Model(config, DataFacts(IMAGENET, 1000))
+    network = Model(config, DatasetInfo(IMAGENET, 1000))
     assert weights(network.backbone) == RESNET50
     assert weights(network.objective) == HEADS[name]  # type: ignore[arg-type]
     of = batch(network, config, 2)

@@ -188,7 +188,7 @@ class ViewsFlags:
 
 
 def views(arguments: Sequence[str]) -> None:
-    """Draw the views of a method: `raysl views --data D --method pirl-jigsaw --out sheet.png`."""
+    """Draw the views of a method: `raysl views --data D --method pirl-jigsaw --out views.png`."""
     given, rest = tyro.cli(ViewsFlags, prog="raysl views", args=list(arguments), return_unknown_args=True)
     flags = parse([*rest, "--run", "-"], "raysl views")
     picture = api.views(out=given.out, images=given.images, **flags.given)

@@ -391,10 +391,10 @@ def _machine() -> dict[str, Any]:
         else None,
     }
     if torch.cuda.is_available():
-        facts = torch.cuda.get_device_properties(0)
+        gpu = torch.cuda.get_device_properties(0)
         found["gpu"] = {
-            "name": facts.name,
-            "memory_gib": facts.total_memory / 2**30,
+            "name": gpu.name,
+            "memory_gib": gpu.total_memory / 2**30,
             "count": torch.cuda.device_count(),
         }
         found["driver"] = gpus.driver()

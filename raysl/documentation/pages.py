@@ -17,7 +17,7 @@ from raysl.dataset import DataSet
 from raysl.documentation import combinations, pictures, protocols
 from raysl.documentation.hyperparameters import cell, hyperparameters
 from raysl.errors import Unset
-from raysl.model import DataFacts, Model
+from raysl.model import DatasetInfo, Model
 from raysl.storage import Folder
 from raysl.stream.views import View
 
@@ -71,9 +71,9 @@ def write_part(place: Folder, name: str, dataset: DataSet) -> None:
     """Write the page and the picture of one objective or transform."""
     place.write(f"{name}.md", page(name).encode())
     data = io.BytesIO()
-    sheet = pictures.views_sheet(dataset, _views(typical_method(name)), count=_IMAGES)
+    grid = pictures.views_grid(dataset, _views(typical_method(name)), count=_IMAGES)
     # 256 colors are enough, and take a third of the bytes.
-    sheet.quantize(256).save(data, "PNG", optimize=True)
+    grid.quantize(256).save(data, "PNG", optimize=True)
     place.write(f"{name}.png", data.getvalue())
 
 
@@ -134,7 +134,7 @@ def _views(method: str) -> dict[str, View]:
     backbone = methods.example_backbone(methods.parse(method).objective)
     config = Pretraining("", "", method, view=_VIEW, backbone=backbone)
     try:
-        return Model(config, DataFacts(_NUM_IMAGES, _NUM_CLASSES)).views()
+        return Model(config, DatasetInfo(_NUM_IMAGES, _NUM_CLASSES)).views()
     except Unset:
         geometry = pretext.Geometry(_VIEW.image_size, _VIEW.min_scale)
         return {"image": View(pretext.build("identity", {}, geometry), recipe(_VIEW.recipe))}

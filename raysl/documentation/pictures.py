@@ -17,7 +17,7 @@ from raysl import rng
 from raysl.config import Pretraining
 from raysl.dataset import DataSet
 from raysl.errors import UserError
-from raysl.model import DataFacts, Model, check_columns
+from raysl.model import DatasetInfo, Model, check_columns
 from raysl.pretext import Transformed
 from raysl.rng import ImageRng
 from raysl.storage import Folder
@@ -39,17 +39,17 @@ def views_of(config: Pretraining, dataset: DataSet) -> Mapping[str, View]:
     Raises:
         UserError: the method does not exist, or does not work with these images.
     """
-    facts = DataFacts.of(dataset)
+    info = DatasetInfo.of(dataset)
     try:
-        views = Model(config, replace(facts, num_images=max(facts.num_images, _ENOUGH))).views()
+        views = Model(config, replace(info, num_images=max(info.num_images, _ENOUGH))).views()
     except UserError:
         # An objective with a label for each image needs the right number of images.
-        views = Model(config, facts).views()
+        views = Model(config, info).views()
     check_columns(views, dataset, config.method)
     return views
 
 
-def views_sheet(
+def views_grid(
     dataset: DataSet, views: Mapping[str, View], seed: int = 0, count: int = 8, epoch: int = 0
 ) -> Image.Image:
     """Draw a row for each image: the image, then each view as the network receives it.
@@ -81,7 +81,7 @@ def views_sheet(
         columns.append(
             (f"view: {name}", size, [(mosaic(v), m) for v, m in zip(view.crops_bpchw, marks, strict=True)])
         )
-    return sheet(columns)
+    return grid(columns)
 
 
 def _made(table: pa.Table, views: Mapping[str, View], image_rng: ImageRng) -> dict[str, Transformed]:
@@ -96,7 +96,7 @@ def _made(table: pa.Table, views: Mapping[str, View], image_rng: ImageRng) -> di
     return {name: replace(made[name], target=targets.get(name, made[name].target)) for name in views}
 
 
-def neighbours_sheet(
+def neighbours_grid(
     queries: DataSet,
     gallery: DataSet,
     query_q: npt.NDArray[np.int64],
@@ -118,10 +118,10 @@ def neighbours_sheet(
         cells = zip(_shown(gallery, nearest_qk[:, rank]), cosine_qk[:, rank], strict=True)
         marked = [(picture, f"{name}  cos {cosine:.2f}") for (picture, name), cosine in cells]
         columns.append((f"nearest {rank + 1}", "", marked))
-    return sheet(columns)
+    return grid(columns)
 
 
-def pieces_sheet(
+def pieces_grid(
     queries_qchw: Tensor,
     found_qkchw: Tensor,
     query_notes: Sequence[str],
@@ -140,7 +140,7 @@ def pieces_sheet(
         notes = [row[rank] for row in found_notes]
         cells = [(_picture(one), note) for one, note in zip(found_qkchw[:, rank], notes, strict=True)]
         columns.append((f"nearest {rank + 1}", "", cells))
-    return sheet(columns)
+    return grid(columns)
 
 
 def _shown(dataset: DataSet, indices: npt.NDArray[np.int64]) -> list[tuple[Image.Image, str]]:
@@ -151,20 +151,20 @@ def _shown(dataset: DataSet, indices: npt.NDArray[np.int64]) -> list[tuple[Image
     return [(_picture(decode(row["image"])), name) for row, name in zip(rows, names, strict=True)]
 
 
-def save(sheet: Image.Image, file: str) -> None:
+def save(picture: Image.Image, file: str) -> None:
     """Write a picture as PNG to a path or a URI, atomically; make missing folders.
 
     Raises:
         UserError: the file cannot be written.
     """
     folder, _, name = file.rpartition("/")
-    Folder(folder or ("/" if file.startswith("/") else ".")).write(name, png(sheet))
+    Folder(folder or ("/" if file.startswith("/") else ".")).write(name, png(picture))
 
 
-def png(sheet: Image.Image) -> bytes:
+def png(picture: Image.Image) -> bytes:
     """Return the picture as a PNG file."""
     data = io.BytesIO()
-    sheet.save(data, "PNG")
+    picture.save(data, "PNG")
     return data.getvalue()
 
 
@@ -187,13 +187,13 @@ def mosaic(crops_pchw: Tensor) -> Image.Image:
     factor = room / max(height, width)
     factor = math.floor(factor) if factor >= 1 else factor
     height, width = max(1, round(height * factor)), max(1, round(width * factor))
-    sheet = Image.new(
+    grid = Image.new(
         "RGB", (columns * (width + gap) - gap, rows * (height + gap) - gap), _MAT if gap else _PAPER
     )
     for i, crop in enumerate(crops_pchw):
         place = (i % columns * (width + gap), i // columns * (height + gap))
-        sheet.paste(_resized(_picture(crop), width, height), place)
-    return sheet
+        grid.paste(_resized(_picture(crop), width, height), place)
+    return grid
 
 
 def _picture(image_chw: Tensor) -> Image.Image:
@@ -215,14 +215,14 @@ def _fitted(image: Image.Image) -> Image.Image:
     return _resized(image, max(1, round(image.width * factor)), max(1, round(image.height * factor)))
 
 
-def sheet(columns: Sequence[tuple[str, str, Sequence[tuple[Image.Image, str]]]]) -> Image.Image:
+def grid(columns: Sequence[tuple[str, str, Sequence[tuple[Image.Image, str]]]]) -> Image.Image:
     """Draw columns of (title, note, cells of a picture and a note)."""
     title_font, note_font = ImageFont.load_default(15), ImageFont.load_default(12)
     rows = len(columns[0][2])
     head = _MARGIN + _TITLE + _NOTE
     row_height = _CELL + _NOTE + _MARGIN
-    sheet = Image.new("RGB", (_MARGIN + len(columns) * (_CELL + _MARGIN), head + rows * row_height), _PAPER)
-    draw = ImageDraw.Draw(sheet)
+    grid = Image.new("RGB", (_MARGIN + len(columns) * (_CELL + _MARGIN), head + rows * row_height), _PAPER)
+    draw = ImageDraw.Draw(grid)
     for c, (title, note, cells) in enumerate(columns):
         left = _MARGIN + c * (_CELL + _MARGIN)
         draw.text((left, _MARGIN), title, _INK, title_font)
@@ -231,6 +231,6 @@ def sheet(columns: Sequence[tuple[str, str, Sequence[tuple[Image.Image, str]]]])
             top = head + r * row_height
             shown = _fitted(picture)
             place = (left + (_CELL - shown.width) // 2, top + (_CELL - shown.height) // 2)
-            sheet.paste(shown, place)
+            grid.paste(shown, place)
             draw.text((left, top + _CELL + 3), mark, _FAINT, note_font)
-    return sheet
+    return grid

@@ -44,13 +44,13 @@ def section(name: str) -> str:
     flags = [f"{flag} VALUE" for flag in probes.required(name)]
     usual = " ".join(["raysl probe RUN --train DATA --test DATA --probes", name, *flags])
     command = getattr(module, "COMMAND", usual)
-    facts = [
+    lines = [
         f"- Primary metric: `{probe.primary_metric}`; more is better.",
         f"- Version of the protocol: {config_type.version}.",
         f"- Needs: {needs(probe)}.{_LEARNS if probes.learns(name) else ''}",
     ]
     table = hyperparameters(name.replace("_", "-"), config)
-    return "\n\n".join([f"## {name}", said, f"```\n{command}\n```", "\n".join(facts), table])
+    return "\n\n".join([f"## {name}", said, f"```\n{command}\n```", "\n".join(lines), table])
 
 
 def needs(probe: Probe) -> str:

@@ -83,8 +83,8 @@ def probe(
         at = config.checkpoint or run.newest()
         folder = _folder_of(config.out, f"{settings.method}, step {at.step}", extraction.Trained(run, at))
     check_writable(folder)
-    place = _Place(Run(folder), settings.view.image_size, settings.seed)
-    return _measured(place, sources, train, test, config)
+    context = _Context(Run(folder), settings.view.image_size, settings.seed)
+    return _measured(context, sources, train, test, config)
 
 
 def probe_model(
@@ -112,8 +112,8 @@ def probe_model(
         raise UserError(f"{title} is not a run and has no folder for results. Give one with --out.")
     folder = _folder_of(config.out, title, source)
     check_writable(folder)
-    place = _Place(Run(folder), config.image_size or view_size(source), config.seed)
-    return _measured(place, [source], train, test, config)
+    context = _Context(Run(folder), config.image_size or view_size(source), config.seed)
+    return _measured(context, [source], train, test, config)
 
 
 def probe_encoder(
@@ -180,7 +180,7 @@ def _folder_of(out: str, title: str, source: Encoder) -> Folder:
 
 
 @dataclass(frozen=True)
-class _Place:
+class _Context:
     """Where results go, and the settings that come from the run.
 
     Args:
@@ -195,7 +195,11 @@ class _Place:
 
 
 def _measured(
-    place: _Place, sources: Sequence[Encoder], train: DataSet | str, test: DataSet | str, config: ProbeConfig
+    context: _Context,
+    sources: Sequence[Encoder],
+    train: DataSet | str,
+    test: DataSet | str,
+    config: ProbeConfig,
 ) -> list[dict[str, Any]]:
     """Return the rows of every encoder and probe.
 
@@ -217,18 +221,18 @@ def _measured(
             f"{unseen:,}",
             f"{data.test.num_images:,}",
         )
-    found = _extract(sources, layers, ready, data, place, config)
+    found = _extract(sources, layers, ready, data, context, config)
     rows: list[dict[str, Any]] = []
     for source, own, tables in zip(sources, layers, found, strict=True):
         for name, (protocol, measure) in ready.items():
-            about = _about(name, protocol, measure, source, data, place)
+            about = _about(name, protocol, measure, source, data, context)
             if isinstance(measure, EncoderProbe):
-                made: Iterable[Row] = measure.examine(_subject(about, source, own, data, place))
+                made: Iterable[Row] = measure.examine(_subject(about, source, own, data, context))
             else:
                 frozen = data.frozen(*tables)
                 made = by_layer(measure, own, *frozen, config.low_priority, config.in_process)
             new = _rows(made, measure, about)
-            keep(place.run, new)
+            keep(context.run, new)
             rows += new
     return rows
 
@@ -292,7 +296,7 @@ class _Data:
 
 
 def _about(
-    name: str, protocol: Any, measure: Probe, source: Encoder, data: _Data, place: _Place
+    name: str, protocol: Any, measure: Probe, source: Encoder, data: _Data, context: _Context
 ) -> dict[str, Any]:
     """Return everything that the rows of a probe and encoder depend on."""
     identity = source.identity()
@@ -302,20 +306,20 @@ def _about(
         "probe": name,
         "encoder": source.name,
         "step": identity.get("step", 0),
-        "seed": place.seed if seeded else 0,
+        "seed": context.seed if seeded else 0,
         "weights": identity.get("crc32", identity.get("weights")),
-        "protocol": protocol_hash(name, protocol, FeatureProtocol(place.image_size), data.bn_statistics),
+        "protocol": protocol_hash(name, protocol, FeatureProtocol(context.image_size), data.bn_statistics),
         **data.fingerprints(measure),
     }
 
 
 def _subject(
-    about: Mapping[str, Any], source: Encoder, layers: tuple[str, ...], data: _Data, place: _Place
+    about: Mapping[str, Any], source: Encoder, layers: tuple[str, ...], data: _Data, context: _Context
 ) -> Subject:
     own = f"{source.name}-{about['step']}-{about['test'][:8]}-{about['protocol']}"
-    folder = place.run.folder / f"probes/{about['probe']}/{own}"
+    folder = context.run.folder / f"probes/{about['probe']}/{own}"
     return Subject(
-        source, layers, place.image_size, data.train, data.test, place.seed, folder, data.bn_statistics
+        source, layers, context.image_size, data.train, data.test, context.seed, folder, data.bn_statistics
     )
 
 
@@ -324,7 +328,7 @@ def _extract(
     layers: Sequence[tuple[str, ...]],
     ready: Mapping[str, tuple[Any, Probe]],
     data: _Data,
-    place: _Place,
+    context: _Context,
     config: ProbeConfig,
 ) -> list[tuple[Tables, Tables]]:
     """Return the features of the train and the test set for each encoder, in one pass over the images."""
@@ -337,13 +341,13 @@ def _extract(
     wanted = []
     for source, own in zip(sources, layers, strict=True):
         specs = [extraction.feature_spec(layer, measure.dims) for layer in own for measure in measures]
-        protocol = FeatureProtocol(place.image_size, tuple(dict.fromkeys(specs)))
-        encoder = frozen_encoder(source, data.train, place.image_size, data.bn_statistics)
+        protocol = FeatureProtocol(context.image_size, tuple(dict.fromkeys(specs)))
+        encoder = frozen_encoder(source, data.train, context.image_size, data.bn_statistics)
         wanted += [(encoder, dataset, protocol) for dataset in sets]
     _log.info(
         "Computing the features of the %s ...", " and ".join(("train images", "test images")[-len(sets) :])
     )
-    cache = config.cache or place.run.folder / "features"
+    cache = config.cache or context.run.folder / "features"
     found = extraction.extract_all(wanted, cache, config.low_priority, config.in_process)
     return [(found[i], found[i + len(sets) - 1]) for i in range(0, len(found), len(sets))]
 

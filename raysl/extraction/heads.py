@@ -11,7 +11,7 @@ from torch import Tensor
 from raysl import methods
 from raysl.backbone import norm
 from raysl.extraction.encoders import Encoder, Trained
-from raysl.model import DataFacts, Model
+from raysl.model import DatasetInfo, Model
 from raysl.pretext import Pretext
 
 
@@ -74,7 +74,7 @@ def trained_model(encoder: Trained) -> Model:
         # The checkpoint holds all weights.
         model = Model(
             config.without_starting_weights(),
-            DataFacts(data["num_images"], data["num_classes"], data["fingerprint"]),
+            DatasetInfo(data["num_images"], data["num_classes"], data["fingerprint"]),
         )
     found = encoder.checkpoint
     found.fill(model, found.network(found.state()))

@@ -87,6 +87,6 @@ def relabelled(
     written = shard.write(
         folder, 0, 0, rows, decoding=None, classes=() if labels_k is None else classes, rows_per_group=_GROUP
     )
-    facts = {**dataset.manifest.clips, "with_sound": written.with_sound} if of_clips else {}
-    manifest = Manifest(source, (written.shard,), tuple(classes), fingerprint, 0, clips=facts)
+    metadata = {**dataset.manifest.clips, "with_sound": written.with_sound} if of_clips else {}
+    manifest = Manifest(source, (written.shard,), tuple(classes), fingerprint, 0, clips=metadata)
     return DataSet.create(folder, manifest, [] if labels_k is None else [labels_k])

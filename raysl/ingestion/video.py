@@ -44,7 +44,7 @@ class Sampling(NamedTuple):
     def of(config: ReadConfig) -> Sampling:
         return Sampling(config.fps, config.clip_s, config.frame_size)
 
-    def facts(self) -> dict[str, Any]:
+    def metadata(self) -> dict[str, Any]:
         """Return what the manifest says about the clips."""
         return {"columns": list(COLUMNS), **self._asdict(), "sound_hz": SOUND_HZ}
 

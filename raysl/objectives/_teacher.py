@@ -29,12 +29,12 @@ class Teacher:
     Args:
         network: the backbone and the classifier.
         method: the method that trained it, such as "predict-rotation".
-        facts: JSON for the run's metadata: run, step and checksum of the weights.
+        metadata: JSON for the run's metadata: run, step and checksum of the weights.
     """
 
     network: nn.ModuleList
     method: str
-    facts: dict[str, Any]
+    metadata: dict[str, Any]
 
     @property
     def num_classes(self) -> int:
@@ -88,8 +88,8 @@ def load(run: str, step: int = 0) -> Teacher:
         )
     classify = nn.Linear(weight_kd.shape[1], weight_kd.shape[0])
     classify.load_state_dict({name: state[f"{_CLASSIFIER}{name}"] for name in ("weight", "bias")})
-    facts = {"run": str(folder), "method": method, "step": found.step, "crc32": found.crc32()}
-    return Teacher(nn.ModuleList([encoder, classify]).eval().requires_grad_(False), method, facts)
+    metadata = {"run": str(folder), "method": method, "step": found.step, "crc32": found.crc32()}
+    return Teacher(nn.ModuleList([encoder, classify]).eval().requires_grad_(False), method, metadata)
 
 
 def _checkpoint(run: str, folder: Folder, step: int) -> Checkpoint:

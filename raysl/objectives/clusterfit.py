@@ -65,7 +65,7 @@ class Clusterfit(nn.Module):
         setup.no_transform("clusterfit")
         self.views = {"image": setup.identity}
         table = Assignments.read(config.labels, setup.num_images, setup.fingerprint)
-        self.facts = table.facts
+        self.metadata = table.metadata
         # No buffer: the table is read again when a run resumes, and not saved with every checkpoint.
         self.labels_n = table.clusters_n
         self.classify = nn.Linear(setup.width, table.num_clusters)
@@ -83,7 +83,7 @@ class Clusterfit(nn.Module):
 
     def describe(self) -> dict[str, Any]:
         """Return the metadata of the table, the number of clusters, and a hash of the ids."""
-        return self.facts
+        return self.metadata
 
 
 @dataclass(frozen=True)
@@ -93,12 +93,12 @@ class Assignments:
     Args:
         clusters_n: int64 (n,), in 0 .. K - 1, in the order of the images.
         num_clusters: K.
-        facts: JSON for the run's metadata.
+        metadata: JSON for the run's metadata.
     """
 
     clusters_n: npt.NDArray[np.int64]
     num_clusters: int
-    facts: dict[str, Any]
+    metadata: dict[str, Any]
 
     @staticmethod
     def read(uri: str, num_images: int, fingerprint: str = "") -> Assignments:
@@ -136,8 +136,8 @@ class Assignments:
                 "again."
             )
         digest = hashlib.blake2b(clusters_n.tobytes(), digest_size=8).hexdigest()
-        facts = {"labels": named, "num_clusters": num_clusters, "labels_digest": digest}
-        return Assignments(clusters_n, num_clusters, facts)
+        metadata = {"labels": named, "num_clusters": num_clusters, "labels_digest": digest}
+        return Assignments(clusters_n, num_clusters, metadata)
 
 
 def _read(uri: str) -> tuple[pa.Table, dict[str, str]]:

@@ -101,7 +101,7 @@ class Distill(nn.Module):
 
     def describe(self) -> dict[str, Any]:
         """Return run, step and checksum of the teacher."""
-        return {"teacher": self.teacher.facts}
+        return {"teacher": self.teacher.metadata}
 
 
 def soft_targets(student: Tensor, teacher: Tensor, temperature: float) -> Tensor:

@@ -27,7 +27,7 @@ _COLUMNS = ("step", "epoch", "loss", "images_per_s", "over_steps", "workers")
 
 
 @dataclass(frozen=True)
-class Entry:
+class ReportRun:
     """A run, or an external model that was probed.
 
     Args:
@@ -54,15 +54,15 @@ class Entry:
 
 @dataclass(frozen=True)
 class Group:
-    """Entries that differ only in seed and folder.
+    """Runs that differ only in seed and folder.
 
     Args:
         label: the method, and the fields that distinguish the group from others of that method.
-        entries: sorted by seed.
+        runs: sorted by seed.
     """
 
     label: str
-    entries: tuple[Entry, ...]
+    runs: tuple[ReportRun, ...]
 
 
 @dataclass(frozen=True)
@@ -82,11 +82,11 @@ def groups(folders: Sequence[str]) -> list[Group]:
     Raises:
         UserError: a folder holds neither a run nor a probed model, or is damaged.
     """
-    entries = [_entry(Folder(folder)) for folder in dict.fromkeys(folder.rstrip("/") for folder in folders)]
-    entries.sort(key=lambda entry: (entry.name, entry.seed, str(entry.run.folder)))
-    gathered: dict[str, list[Entry]] = {}
-    for entry in entries:
-        gathered.setdefault(json.dumps([entry.name, entry.identity], sort_keys=True), []).append(entry)
+    runs = [_loaded(Folder(folder)) for folder in dict.fromkeys(folder.rstrip("/") for folder in folders)]
+    runs.sort(key=lambda member: (member.name, member.seed, str(member.run.folder)))
+    gathered: dict[str, list[ReportRun]] = {}
+    for member in runs:
+        gathered.setdefault(json.dumps([member.name, member.identity], sort_keys=True), []).append(member)
     of_name: dict[str, list[Mapping[str, Any]]] = {}
     for members in gathered.values():
         of_name.setdefault(members[0].name, []).append(members[0].identity)
@@ -94,7 +94,7 @@ def groups(folders: Sequence[str]) -> list[Group]:
     return sorted(made, key=lambda group: group.label)
 
 
-def _entry(folder: Folder) -> Entry:
+def _loaded(folder: Folder) -> ReportRun:
     run = Run(folder)
     if folder.exists(METADATA):
         metadata, config, rows = run.metadata(), run.config().to_json(), rows_of(run)
@@ -104,7 +104,7 @@ def _entry(folder: Folder) -> Entry:
         identity["images"] = metadata["data"]["fingerprint"][:8]
         identity["step"] = max((row["step"] for row in rows if row["encoder"] == "trained"), default=0)
         identity |= _teacher(metadata.get("facts", {}))
-        return Entry(run, config["method"], config["seed"], identity, rows, run.metrics_columns(_COLUMNS))
+        return ReportRun(run, config["method"], config["seed"], identity, rows, run.metrics_columns(_COLUMNS))
     if folder.exists(MODEL):
         try:
             model = verified(folder.read_json(MODEL))
@@ -113,7 +113,7 @@ def _entry(folder: Folder) -> Entry:
             raise UserError(
                 f"The file {folder}/{MODEL} is damaged: {error!r}. Delete it and run the same `raysl probe` again."
             ) from error
-        return Entry(run, name, 0, identity, rows_of(run))
+        return ReportRun(run, name, 0, identity, rows_of(run))
     raise UserError(
         f"Neither a sweep nor a run lies at {str(folder)!r}: there is no sweep.jsonl, no {METADATA} and no {MODEL}. "
         "Give folders that `raysl sweep`, `raysl pretrain` or `raysl probe --out` has made."
@@ -144,11 +144,11 @@ def _short(item: Any) -> Any:
     return item.rpartition("/")[2] if isinstance(item, str) else item
 
 
-def _label(entry: Entry, others: Sequence[Mapping[str, Any]]) -> str:
+def _label(member: ReportRun, others: Sequence[Mapping[str, Any]]) -> str:
     names = sorted({name for other in others for name in other})
     differing = [name for name in names if len({json.dumps(other.get(name)) for other in others}) > 1]
-    short = ", ".join(f"{name.removeprefix('parts.')}={entry.identity.get(name)}" for name in differing)
-    return f"{entry.name} ({short})" if differing else entry.name
+    short = ", ".join(f"{name.removeprefix('parts.')}={member.identity.get(name)}" for name in differing)
+    return f"{member.name} ({short})" if differing else member.name
 
 
 def labelled_rows(gathered: Sequence[Group]) -> list[LabelledRow]:
@@ -160,12 +160,12 @@ def labelled_rows(gathered: Sequence[Group]) -> list[LabelledRow]:
     label_of = labels(gathered)
     made: list[LabelledRow] = []
     for group in gathered:
-        newest = [(entry, row) for entry in group.entries for row in _newest(entry.rows)]
+        newest = [(member, row) for member in group.runs for row in _newest(member.rows)]
         steps: dict[tuple[Any, ...], set[int]] = {}
         for _, row in newest:
             steps.setdefault(_measurement(row), set()).add(row["step"])
-        for entry, row in newest:
-            label = label_of(row["encoder"], group, entry)
+        for member, row in newest:
+            label = label_of(row["encoder"], group, member)
             if row["encoder"] == "trained" and len(steps[_measurement(row)]) > 1:
                 label = f"{label}, step {row['step']}"
             made.append(LabelledRow(label, row))
@@ -183,30 +183,30 @@ def _newest(rows: Sequence[Mapping[str, Any]]) -> list[Mapping[str, Any]]:
     return [row for row in rows if row["step"] == newest[_measurement(row)]]
 
 
-def labels(gathered: Sequence[Group]) -> Callable[[str, Group, Entry], str]:
+def labels(gathered: Sequence[Group]) -> Callable[[str, Group, ReportRun], str]:
     """Return a function that labels the results of an encoder.
 
     An untrained backbone is named by its kind if the report has several.
     """
     backbones = {
-        _backbone(entry)
+        _backbone(member)
         for group in gathered
-        for entry in group.entries
-        if any(row["encoder"] == "random" for row in entry.rows)
+        for member in group.runs
+        if any(row["encoder"] == "random" for row in member.rows)
     }
 
-    def label_of(encoder: str, group: Group, entry: Entry) -> str:
+    def label_of(encoder: str, group: Group, member: ReportRun) -> str:
         if encoder == "pixels":
             return "raw pixels"
         if encoder == "random":
-            return f"untrained {_backbone(entry)}" if len(backbones) > 1 else "untrained"
+            return f"untrained {_backbone(member)}" if len(backbones) > 1 else "untrained"
         return f"{group.label}, moving average" if encoder == MOMENTUM else group.label
 
     return label_of
 
 
-def _backbone(entry: Entry) -> str:
-    parts = [entry.identity.get(f"backbone.{name}", "") for name in ("name", "stem", "norm")]
+def _backbone(member: ReportRun) -> str:
+    parts = [member.identity.get(f"backbone.{name}", "") for name in ("name", "stem", "norm")]
     return " ".join(str(part) for part in parts if part not in ("", "standard", "batch"))
 
 

@@ -1,4 +1,4 @@
-"""Draw retrieval sheets: some test images, each with its nearest train images in the features of an encoder."""
+"""Draw retrieval grids: some test images, each with its nearest train images in the features of an encoder."""
 
 from __future__ import annotations
 
@@ -15,12 +15,12 @@ from raysl.probes.retrieval import nearest
 from raysl.reporting.plain_names import file_name
 from raysl.storage import Folder
 
-# Folder of the sheets, in the folder of a run.
-SHEETS = "probes/retrieval"
+# Folder of the grids, in the folder of a run.
+GRIDS = "probes/retrieval"
 _LAYER = "pooled"
 
 
-def sheets(
+def grids(
     encoders: Sequence[Encoder],
     train: DataSet,
     test: DataSet,
@@ -29,7 +29,7 @@ def sheets(
     count: int = 6,
     k: int = 5,
 ) -> list[Image.Image]:
-    """Return a sheet for each encoder: `count` test images, and the `k` nearest train images of each. Ray must run.
+    """Return a grid for each encoder: `count` test images, and the `k` nearest train images of each. Ray must run.
 
     Args:
         image_size: side of the view in pixels.
@@ -49,37 +49,37 @@ def sheets(
     made = []
     for gallery, asked in zip(found[::2], found[1::2], strict=True):
         cosine_qk, index_qk = nearest(asked[_LAYER].load()[chosen], gallery[_LAYER].load(), k, own)
-        made.append(pictures.neighbours_sheet(test, train, chosen, index_qk, cosine_qk))
+        made.append(pictures.neighbours_grid(test, train, chosen, index_qk, cosine_qk))
     return made
 
 
 def draw(folder: Folder, source: Encoder, train: DataSet, test: DataSet, image_size: int) -> str:
-    """Draw the sheet of one encoder into the folder of its rows and return its path. See `sheets`."""
-    (sheet,) = sheets([source], train, test, image_size, folder / "features")
-    return keep(sheet, folder, source, train, test)
+    """Draw the grid of one encoder into the folder of its rows and return its path. See `grids`."""
+    (grid,) = grids([source], train, test, image_size, folder / "features")
+    return keep(grid, folder, source, train, test)
 
 
-def keep(sheet: Image.Image, folder: Folder, source: Encoder, train: DataSet, test: DataSet) -> str:
-    """Write a sheet into the folder of an encoder's rows, where a report looks for it, and return its path."""
+def keep(grid: Image.Image, folder: Folder, source: Encoder, train: DataSet, test: DataSet) -> str:
+    """Write a grid into the folder of an encoder's rows, where a report looks for it, and return its path."""
     step = source.identity().get("step", 0)
     file = name(step, train.manifest.fingerprint, test.manifest.fingerprint)
-    (folder / SHEETS).write(file, pictures.png(sheet))
-    return str(folder / SHEETS / file)
+    (folder / GRIDS).write(file, pictures.png(grid))
+    return str(folder / GRIDS / file)
 
 
 def name(step: int, train: str, test: str) -> str:
-    """Return the file name of a sheet: the step and the fingerprints of the train and test sets."""
+    """Return the file name of a grid: the step and the fingerprints of the train and test sets."""
     return file_name(f"step-{step}-train-{train[:8]}-test-{test[:8]}") + ".png"
 
 
-def beside(named: Mapping[str, Image.Image]) -> Image.Image:
-    """Return sheets next to each other, each below its name."""
+def side_by_side(named: Mapping[str, Image.Image]) -> Image.Image:
+    """Return grids next to each other, each below its name."""
     head = 36
-    width, height = sum(sheet.width for sheet in named.values()), max(s.height for s in named.values())
+    width, height = sum(grid.width for grid in named.values()), max(s.height for s in named.values())
     joined = Image.new("RGB", (width, height + head), "white")
     draw, left = ImageDraw.Draw(joined), 0
-    for name, sheet in named.items():
+    for name, grid in named.items():
         draw.text((left + 16, 10), name, "black", ImageFont.load_default(20))
-        joined.paste(sheet, (left, head))
-        left += sheet.width
+        joined.paste(grid, (left, head))
+        left += grid.width
     return joined

@@ -15,7 +15,7 @@ from raysl.evaluation.results import of_images
 from raysl.feature_store.records import verified
 from raysl.probes.invariance import HEADS, HISTOGRAM, OTHERS
 from raysl.reporting.figure import Figure, drawn, panels
-from raysl.reporting.report_runs import Entry, Group, LabelledRow, by_protocol, labels, layers
+from raysl.reporting.report_runs import Group, LabelledRow, ReportRun, by_protocol, labels, layers
 from raysl.reporting.tables import Estimate, estimates
 from raysl.storage import Folder
 
@@ -103,12 +103,12 @@ def histograms(gathered: Sequence[Group]) -> Iterator[Figure]:
     edges: list[float] = []
     label_of = labels(gathered)
     for group in gathered:
-        for entry in group.entries:
-            for (encoder, test, protocol), (step, value) in _newest_histograms(entry).items():
+        for member in group.runs:
+            for (encoder, test, protocol), (step, value) in _newest_histograms(member).items():
                 if encoder != "pixels":
                     edges = value["edges"]
                     by_step = together.setdefault((test, protocol), {})
-                    of_label = by_step.setdefault(label_of(encoder, group, entry), {})
+                    of_label = by_step.setdefault(label_of(encoder, group, member), {})
                     of_label.setdefault(step, []).append(value["counts"])
     for (test, protocol), by_label in sorted(together.items()):
         # As in tables: runs that were probed at different steps are not seeds of one measurement.
@@ -127,9 +127,9 @@ def histograms(gathered: Sequence[Group]) -> Iterator[Figure]:
         yield Figure(f"invariance-{protocol}-{test}", "Invariance", text, png)
 
 
-def _newest_histograms(entry: Entry) -> dict[tuple[str, str, str], tuple[int, dict[str, Any]]]:
+def _newest_histograms(member: ReportRun) -> dict[tuple[str, str, str], tuple[int, dict[str, Any]]]:
     """Return (step, histogram) of the newest step by (encoder, test set, protocol)."""
-    folder = entry.run.folder / "probes/invariance"
+    folder = member.run.folder / "probes/invariance"
     newest: dict[tuple[str, str, str], tuple[int, str]] = {}
     for name in folder.list():
         parts = name.rsplit("-", 3)
@@ -226,24 +226,24 @@ def _seeds(cell: Estimate) -> str:
     return f"{cell.mean:.2f}\n± {(max(cell.values) - min(cell.values)) / 2:.2f}"
 
 
-def _curve(entry: Entry) -> tuple[npt.NDArray[np.float64], npt.NDArray[np.float64]]:
-    """Return the epochs and losses of the metrics of an entry."""
-    losses_n = entry.metrics.get("loss", np.empty(0))
+def _curve(member: ReportRun) -> tuple[npt.NDArray[np.float64], npt.NDArray[np.float64]]:
+    """Return the epochs and losses of the metrics of a run."""
+    losses_n = member.metrics.get("loss", np.empty(0))
     there_n = ~np.isnan(losses_n)
-    return entry.metrics.get("epoch", losses_n)[there_n], losses_n[there_n]
+    return member.metrics.get("epoch", losses_n)[there_n], losses_n[there_n]
 
 
 def losses(gathered: Sequence[Group]) -> Iterator[Figure]:
     """Yield training curves: a panel for each group, because losses of different methods have no common scale."""
-    shown = [group for group in gathered if any(_curve(entry)[0].size for entry in group.entries)]
+    shown = [group for group in gathered if any(_curve(member)[0].size for member in group.runs)]
 
     def panel(group: Group) -> Callable[[Any], None]:
         def draw(axes: Any) -> None:
-            for entry in group.entries:
-                epochs_n, losses_n = _curve(entry)
+            for member in group.runs:
+                epochs_n, losses_n = _curve(member)
                 # A line needs two points; a single row of metrics is drawn as a marker.
                 marker = "o" if len(epochs_n) == 1 else ""
-                axes.plot(epochs_n, losses_n, linewidth=1, marker=marker, label=f"seed {entry.seed}")
+                axes.plot(epochs_n, losses_n, linewidth=1, marker=marker, label=f"seed {member.seed}")
             axes.set_xlabel("epoch")
             axes.set_ylabel("loss")
             axes.legend(fontsize=7)
@@ -261,8 +261,8 @@ def progress(gathered: Sequence[Group]) -> Iterator[Figure]:
     rows = [
         LabelledRow(group.label, row)
         for group in gathered
-        for entry in group.entries
-        for row in entry.rows
+        for member in group.runs
+        for row in member.rows
         if row["primary"] and row["encoder"] == "trained"
     ]
     for key, members in by_protocol(rows):

@@ -16,7 +16,7 @@ from raysl.reporting import retrieval_grid, run_figures
 from raysl.reporting.command import command, folded
 from raysl.reporting.figure import Figure
 from raysl.reporting.page import ReportConfig, embedded, render
-from raysl.reporting.report_runs import Entry, Group, LabelledRow, groups, labelled_rows
+from raysl.reporting.report_runs import Group, LabelledRow, ReportRun, groups, labelled_rows
 from raysl.reporting.tables import Estimate, Table, tables
 from raysl.training.progress_actor import duration
 
@@ -33,11 +33,11 @@ _BODY = """<p>{{ summary }}</p>
 <p>Means over seeds ± half the width of their 95 % confidence interval. “Best” marks the highest mean of a column; “=”
 marks a tie with it (no significant difference by Welch's t test at 5 %, without correction for multiple comparisons).
 A single seed has neither. Results of different protocols or images never share a table.</p>
-{% for one in headlines %}<h3>{{ one.probe }}</h3>{{ table(one) }}{% endfor %}
+{% for one in primary_tables %}<h3>{{ one.probe }}</h3>{{ table(one) }}{% endfor %}
 {% if others %}<details><summary>All other numbers</summary>
 {% for one in others %}<h3>{{ one.probe }}</h3>{{ table(one) }}{% endfor %}</details>{% endif %}
 {{ pictures(figures) }}
-{% if sheets %}<h2>Nearest images</h2>{{ pictures(sheets) }}{% endif %}
+{% if grids %}<h2>Nearest images</h2>{{ pictures(grids) }}{% endif %}
 {% if views or unseen %}<h2>What each method saw</h2>{{ pictures(views) }}<p>{{ unseen }}</p>{% endif %}
 <h2>Cost</h2>
 <table><tr><th></th><th>runs</th><th>images</th><th>wall time</th><th>worker-hours</th><th>images/s</th></tr>
@@ -66,35 +66,35 @@ def page(places: Sequence[str], config: ReportConfig) -> tuple[str, list[Figure]
         *run_figures.progress(gathered),
         *run_figures.losses(gathered),
     ]
-    sheets = list(_sheets(gathered))
+    grids = list(_grids(gathered))
     views, unseen = _views(gathered, config.images)
     primary = tables(rows)
     text = render(
         _BODY,
         title=f"{len(gathered)} representations" if len(gathered) > 1 else gathered[0].label,
         summary=_summary(gathered, rows),
-        headlines=[_shown(table) for table in primary],
+        primary_tables=[_shown(table) for table in primary],
         others=[_shown(table) for table in tables(rows, primary=False)],
         figures=embedded(drawn),
-        sheets=embedded(sheets),
+        grids=embedded(grids),
         views=embedded(views),
         unseen=unseen,
         costs=list(_costs(gathered)),
         runs=[
             {
-                "label": f"{group.label}, seed {entry.seed}",
-                "folder": str(entry.run.folder),
-                "command": folded(command(entry.run.config())) if entry.trained else "",
+                "label": f"{group.label}, seed {member.seed}",
+                "folder": str(member.run.folder),
+                "command": folded(command(member.run.config())) if member.trained else "",
             }
             for group in gathered
-            for entry in group.entries
+            for member in group.runs
         ],
     )
-    return text, [*drawn, *sheets, *views]
+    return text, [*drawn, *grids, *views]
 
 
 def _summary(gathered: Sequence[Group], rows: Sequence[LabelledRow]) -> str:
-    count = sum(len(group.entries) for group in gathered)
+    count = sum(len(group.runs) for group in gathered)
     folders, rows_of_table = (_count(n, what) for n, what in ((count, "folder"), (len(gathered), "row")))
     text = f"{folders} in {rows_of_table}; runs that differ only in seed and folder share a row."
     bare = [group.label for group in gathered if not any(item.label == group.label for item in rows)]
@@ -133,40 +133,40 @@ def _cell(table: Table, column: int, cell: Estimate) -> str:
     return f"{cell} =" if table.tied(column, cell) else str(cell)
 
 
-def _sheets(gathered: Sequence[Group]) -> Iterator[Figure]:
+def _grids(gathered: Sequence[Group]) -> Iterator[Figure]:
     for group in gathered:
-        for entry in group.entries:
-            folder = entry.run.folder / retrieval_grid.SHEETS
+        for member in group.runs:
+            folder = member.run.folder / retrieval_grid.GRIDS
             for name in _newest(folder.list()):
-                title = f"{group.label}, seed {entry.seed}: {name.removesuffix('.png')}"
+                title = f"{group.label}, seed {member.seed}: {name.removesuffix('.png')}"
                 text = "A query image, and the nearest images by the cosine of their features."
                 yield Figure(f"nearest-{_short(title)}", title, text, folder.read(name))
 
 
 def _newest(names: Sequence[str]) -> list[str]:
-    """Return the sheet of the newest step for each pair of data sets. See `raysl.reporting.retrieval_grid.name`."""
+    """Return the grid of the newest step for each pair of data sets. See `raysl.reporting.retrieval_grid.name`."""
     steps: dict[str, int] = {}
-    for sheet in filter(None, (re.fullmatch(r"step-(\d+)(-.+\.png)", name) for name in names)):
-        steps[sheet[2]] = max(steps.get(sheet[2], 0), int(sheet[1]))
+    for grid in filter(None, (re.fullmatch(r"step-(\d+)(-.+\.png)", name) for name in names)):
+        steps[grid[2]] = max(steps.get(grid[2], 0), int(grid[1]))
     return [f"step-{step}{data}" for data, step in steps.items()]
 
 
 def _views(gathered: Sequence[Group], count: int) -> tuple[list[Figure], str]:
-    """Return a sheet for each group of runs, and a sentence about the groups that could not be drawn."""
+    """Return a grid for each group of runs, and a sentence about the groups that could not be drawn."""
     made, absent = [], []
     for group in gathered:
-        entry = group.entries[0]
-        if count < 1 or not entry.trained:
+        member = group.runs[0]
+        if count < 1 or not member.trained:
             continue
-        config = entry.run.config()
+        config = member.run.config()
         try:
-            dataset = DataSet.open(entry.run.metadata()["data"]["uri"])
-            sheet = pictures.views_sheet(dataset, pictures.views_of(config, dataset), config.seed, count)
+            dataset = DataSet.open(member.run.metadata()["data"]["uri"])
+            grid = pictures.views_grid(dataset, pictures.views_of(config, dataset), config.seed, count)
         except (UserError, OSError) as error:
             absent.append(f"The views of {group.label} are not drawn: {error}")
             continue
         text = f"Images of the data set and the views that {config.method} makes of them in epoch 0."
-        made.append(Figure(f"views-{_short(group.label)}", group.label, text, pictures.png(sheet)))
+        made.append(Figure(f"views-{_short(group.label)}", group.label, text, pictures.png(grid)))
     return made, " ".join(absent)
 
 
@@ -176,21 +176,21 @@ def _short(title: str) -> str:
 
 def _costs(gathered: Sequence[Group]) -> Iterator[list[str]]:
     for group in gathered:
-        spans = [_span(entry) for entry in group.entries if entry.trained]
+        spans = [_span(member) for member in group.runs if member.trained]
         wall_s, worker_s, images = (
             (sum(values) for values in zip(*spans, strict=True)) if spans else (0, 0, 0)
         )
         if wall_s:
-            cells = [f"{len(group.entries)}", f"{int(images):,}", duration(wall_s), f"{worker_s / 3600:.2f}"]
+            cells = [f"{len(group.runs)}", f"{int(images):,}", duration(wall_s), f"{worker_s / 3600:.2f}"]
             yield [group.label, *cells, f"{images / wall_s:.0f}"]
 
 
-def _span(entry: Entry) -> tuple[float, float, float]:
+def _span(member: ReportRun) -> tuple[float, float, float]:
     """Return seconds, seconds times workers, and images of the rows of metrics that have a speed."""
-    config = entry.run.config()
-    there_n = entry.metrics["images_per_s"] > 0
+    config = member.run.config()
+    there_n = member.metrics["images_per_s"] > 0
     speeds_n, steps_n, over_steps_n, workers_n = (
-        entry.metrics[name][there_n] for name in ("images_per_s", "step", "over_steps", "workers")
+        member.metrics[name][there_n] for name in ("images_per_s", "step", "over_steps", "workers")
     )
     steps_n = np.where(np.isnan(over_steps_n), np.diff(steps_n, prepend=0), over_steps_n)
     workers_n = np.where(np.isnan(workers_n), config.worker_counts()[-1], workers_n)

@@ -19,40 +19,40 @@ _MOST_PAIRS = 6
 _STATES = {"finished": "-", "stopped": ":", "failed": "--", "running": "-"}
 
 
-def figures(record: SweepResults) -> Iterator[Figure]:
+def figures(results: SweepResults) -> Iterator[Figure]:
     """Yield all figures that the sweep has data for."""
-    if not record.scored(0):
+    if not results.scored(0):
         return
-    dimensions = record.space.dimensions
+    dimensions = results.space.dimensions
     for dimension in dimensions:
-        yield _curve(record, dimension)
+        yield _curve(results, dimension)
     for one, other in list(itertools.combinations(dimensions, 2))[:_MOST_PAIRS]:
-        yield _pair(record, one, other)
+        yield _pair(results, one, other)
     if len(dimensions) > 1:
-        yield _parallel(record)
-    if record.num_rungs > 1:
-        yield _learning(record, record.base.epochs)
-        yield from _early(record)
+        yield _parallel(results)
+    if results.num_rungs > 1:
+        yield _learning(results, results.base.epochs)
+        yield from _early(results)
 
 
-def _value(record: SweepResults, trial: int, dimension: Dimension, rung: int) -> Any:
+def _value(results: SweepResults, trial: int, dimension: Dimension, rung: int) -> Any:
     """Return the value of a trial on its way to a rung."""
-    return record.values(trial, rung)[dimension.name]
+    return results.values(trial, rung)[dimension.name]
 
 
-def _last(record: SweepResults, trial: int) -> int:
+def _last(results: SweepResults, trial: int) -> int:
     """Return the last rung at which the trial was scored."""
-    return len(record.means(trial)) - 1
+    return len(results.means(trial)) - 1
 
 
 class _Axis:
     """Places of the values of a dimension on an axis: themselves where they are numbers, else 0, 1, 2, ..."""
 
-    def __init__(self, record: SweepResults, dimension: Dimension) -> None:
+    def __init__(self, results: SweepResults, dimension: Dimension) -> None:
         seen = [
-            _value(record, n, dimension, rung)
-            for n in record.trials
-            for rung in range(max(1, _last(record, n) + 1))
+            _value(results, n, dimension, rung)
+            for n in results.trials
+            for rung in range(max(1, _last(results, n) + 1))
         ]
         self.name = dimension.name
         self.listed = bool(dimension.values)
@@ -87,17 +87,17 @@ def _plain(axis: Any) -> None:
     axis.set_minor_locator(NullLocator())
 
 
-def _curve(record: SweepResults, dimension: Dimension) -> Figure:
-    axis = _Axis(record, dimension)
-    last = record.num_rungs - 1
+def _curve(results: SweepResults, dimension: Dimension) -> Figure:
+    axis = _Axis(results, dimension)
+    last = results.num_rungs - 1
     rungs = {last: "at the end"} if last == 0 else {0: "at the first rung, all trials", last: "at the end"}
 
     def draw(axes: Any) -> None:
         for rung, label in rungs.items():
             groups: dict[float, list[float]] = {}
-            for trial in record.scored(rung):
-                place = axis.place(_value(record, trial, dimension, rung))
-                groups.setdefault(place, []).extend(record.by_seed(trial, rung))
+            for trial in results.scored(rung):
+                place = axis.place(_value(results, trial, dimension, rung))
+                groups.setdefault(place, []).extend(results.by_seed(trial, rung))
             if not groups:
                 continue
             places = sorted(groups)
@@ -106,28 +106,28 @@ def _curve(record: SweepResults, dimension: Dimension) -> Figure:
             line = axes.errorbar(places, means, spreads, marker="o", capsize=3, label=label)
             dots = [(p, score) for p in places for score in groups[p]]
             axes.plot(*zip(*dots, strict=True), ".", color=line[0].get_color(), alpha=0.4)
-        for encoder, scores in record.extras("baseline").items():
+        for encoder, scores in results.extras("baseline").items():
             style = {"random": "--", "pixels": ":"}[encoder]
             axes.axhline(mean(scores), linestyle=style, color="gray", label=LABELS[encoder])
         axis.dress(axes)
-        axes.set_ylabel(record.config.probe)
+        axes.set_ylabel(results.config.probe)
         axes.legend()
 
     text = (
-        f"Mean and standard deviation of {record.config.probe} over the {len(record.config.seeds)} seeds and all "
+        f"Mean and standard deviation of {results.config.probe} over the {len(results.config.seeds)} seeds and all "
         "other fields; a dot is one run."
     )
     return Figure(f"curve-{dimension.name}", dimension.name, text, drawn(draw))
 
 
-def _pair(record: SweepResults, one: Dimension, other: Dimension) -> Figure:
+def _pair(results: SweepResults, one: Dimension, other: Dimension) -> Figure:
     """A heat map of the end where both have few values, else dots for all trials at the first rung."""
-    x, y = _Axis(record, one), _Axis(record, other)
+    x, y = _Axis(results, one), _Axis(results, other)
     listed = x.listed and y.listed
-    rung = record.num_rungs - 1 if listed else 0
+    rung = results.num_rungs - 1 if listed else 0
     points = [
-        (_value(record, n, one, rung), _value(record, n, other, rung), record.means(n)[rung])
-        for n in record.scored(rung)
+        (_value(results, n, one, rung), _value(results, n, other, rung), results.means(n)[rung])
+        for n in results.scored(rung)
     ]
 
     def heat(axes: Any) -> None:
@@ -147,7 +147,7 @@ def _pair(record: SweepResults, one: Dimension, other: Dimension) -> Figure:
     def dots(axes: Any) -> None:
         xs, ys = [x.place(a) for a, _, _ in points], [y.place(b) for _, b, _ in points]
         dots_drawn = axes.scatter(xs, ys, c=[score for _, _, score in points], cmap="viridis")
-        axes.figure.colorbar(dots_drawn, label=record.config.probe)
+        axes.figure.colorbar(dots_drawn, label=results.config.probe)
         x.dress(axes)
         if y.log:
             axes.set_yscale("log")
@@ -158,28 +158,28 @@ def _pair(record: SweepResults, one: Dimension, other: Dimension) -> Figure:
         axes.set_xlabel(one.name)
         axes.set_ylabel(other.name)
 
-    text = f"Mean {record.config.probe} at the end; what is empty was stopped, failed, or not tried."
+    text = f"Mean {results.config.probe} at the end; what is empty was stopped, failed, or not tried."
     if not listed:
-        text = f"A dot is a trial, with its mean {record.config.probe} at the first rung, where all can be compared."
+        text = f"A dot is a trial, with its mean {results.config.probe} at the first rung, where all can be compared."
     return Figure(f"pair-{one.name}-{other.name}", f"{one.name} and {other.name}", text, drawn(draw))
 
 
-def _parallel(record: SweepResults) -> Figure:
-    axes_of = [_Axis(record, d) for d in record.space.dimensions]
-    trials = record.scored(0)
-    scores = {n: record.means(n)[-1] for n in trials}
+def _parallel(results: SweepResults) -> Figure:
+    axes_of = [_Axis(results, d) for d in results.space.dimensions]
+    trials = results.scored(0)
+    scores = {n: results.means(n)[-1] for n in trials}
     low, high = min(scores.values()), max(scores.values())
 
     def draw(axes: Any) -> None:
         for n in sorted(trials, key=lambda n: scores[n]):
             shares = [
-                axis.share(_value(record, n, d, _last(record, n)))
-                for axis, d in zip(axes_of, record.space.dimensions, strict=True)
+                axis.share(_value(results, n, d, _last(results, n)))
+                for axis, d in zip(axes_of, results.space.dimensions, strict=True)
             ]
             share = (scores[n] - low) / ((high - low) or 1.0)
-            style = _STATES[record.state(n)]
+            style = _STATES[results.state(n)]
             axes.plot([*shares, share], style, color=colormaps["viridis"](share), alpha=0.8)
-        axes.set_xticks(range(len(axes_of) + 1), [*(axis.name for axis in axes_of), record.config.probe])
+        axes.set_xticks(range(len(axes_of) + 1), [*(axis.name for axis in axes_of), results.config.probe])
         for i, axis in enumerate(axes_of):
             axes.text(i, -0.06, shown(axis.values[0]), ha="center", fontsize=8)
             axes.text(i, 1.03, shown(axis.values[-1]), ha="center", fontsize=8)
@@ -192,45 +192,45 @@ def _parallel(record: SweepResults) -> Figure:
     return Figure("parallel", "All fields together", text, drawn(draw, 8.0))
 
 
-def _learning(record: SweepResults, epochs: float) -> Figure:
-    at = [epochs * share for share in record.config.shares()]
+def _learning(results: SweepResults, epochs: float) -> Figure:
+    at = [epochs * share for share in results.config.shares()]
 
     def draw(axes: Any) -> None:
-        for n in record.scored(0):
-            scores = record.means(n)
-            by_seed = [record.by_seed(n, rung) for rung in range(len(scores))]
-            style = _STATES[record.state(n)]
+        for n in results.scored(0):
+            scores = results.means(n)
+            by_seed = [results.by_seed(n, rung) for rung in range(len(scores))]
+            style = _STATES[results.state(n)]
             (line,) = axes.plot(
                 at[: len(scores)], scores, style, marker="o", markersize=3, label=f"trial {n}"
             )
             lows, highs = [min(values) for values in by_seed], [max(values) for values in by_seed]
             axes.fill_between(at[: len(scores)], lows, highs, color=line.get_color(), alpha=0.12)
-        axes.set_xscale("log" if record.config.scheduler in ("none", "asha") else "linear")
+        axes.set_xscale("log" if results.config.scheduler in ("none", "asha") else "linear")
         axes.set_xticks(at, [f"{epoch:.3g}" for epoch in at])
         axes.minorticks_off()
         axes.set_xlabel("epoch")
-        axes.set_ylabel(record.config.probe)
-        if len(record.trials) <= 16:
+        axes.set_ylabel(results.config.probe)
+        if len(results.trials) <= 16:
             axes.legend(fontsize=7, ncols=2)
 
     text = "The mean over seeds, and the range of them; every trial is on the schedule of the whole run."
     return Figure("learning", "Learning curves", text, drawn(draw, 8.0))
 
 
-def _early(record: SweepResults) -> Iterator[Figure]:
+def _early(results: SweepResults) -> Iterator[Figure]:
     """Yield figures of how well the first rung predicts the last: by the probe, and by the training loss."""
-    scores, last = record.scores, record.num_rungs - 1
+    scores, last = results.scores, results.num_rungs - 1
     ended = [(trial, seed) for trial, seed, rung in scores if rung == last and (trial, seed, 0) in scores]
     if len(ended) < 3:
         return
     ys = [scores[trial, seed, last]["score"] for trial, seed in ended]
-    for name, key, label in (("probe", "score", record.config.probe), ("loss", "loss", "training loss")):
+    for name, key, label in (("probe", "score", results.config.probe), ("loss", "loss", "training loss")):
         xs = [scores[trial, seed, 0][key] for trial, seed in ended]
 
         def draw(axes: Any, xs: Any = xs, label: str = label) -> None:
             axes.plot(xs, ys, "o", alpha=0.7)
             axes.set_xlabel(f"{label} at the first rung")
-            axes.set_ylabel(f"{record.config.probe} at the end")
+            axes.set_ylabel(f"{results.config.probe} at the end")
 
         text = (
             f"Rank correlation (Spearman) over {len(ended)} runs that came to the end: "

@@ -29,47 +29,47 @@ _BODY = """<p>{{ summary }}</p>
 
 def page(sweep: str, config: ReportConfig) -> tuple[str, list[Figure]]:
     """Return the page of the sweep at `sweep`, and its figures. Raise UserError when it is missing or damaged."""
-    record = SweepResults.open(sweep)
-    drawn = list(figures(record))
-    return _page(record, drawn, config), drawn
+    results = SweepResults.open(sweep)
+    drawn = list(figures(results))
+    return _page(results, drawn, config), drawn
 
 
-def _page(record: SweepResults, drawn: Sequence[Figure], config: ReportConfig) -> str:
-    rows, names, sweep = record.rows(), record.space.names, record.config
+def _page(results: SweepResults, drawn: Sequence[Figure], config: ReportConfig) -> str:
+    rows, names, sweep = results.rows(), results.space.names, results.config
     states = [row["state"] for row in rows]
-    best = record.best_config()
-    top = next((row for row in rows if row["trial"] == record.best()), None)
+    best = results.best_config()
+    top = next((row for row in rows if row["trial"] == results.best()), None)
     return render(
         _BODY,
-        title=f"{record.base.method}: {', '.join(names)}",
+        title=f"{results.base.method}: {', '.join(names)}",
         summary=(
-            f"{len(rows)} trials, each with seed {' and '.join(map(str, sweep.seeds))}, {record.base.epochs:g} epochs, "
-            f"compared by {sweep.probe} on {record.judged_on.rpartition('/')[2]}; searcher {sweep.searcher}, "
-            f"scheduler {sweep.scheduler}. Finished {states.count('finished')}, "
-            f"stopped {states.count('stopped')}, failed {states.count('failed')}. {_selection(record)}"
+            f"{len(rows)} trials, each with seed {' and '.join(map(str, sweep.seeds))}, "
+            f"{results.base.epochs:g} epochs, compared by {sweep.probe} on {results.judged_on.rpartition('/')[2]}; "
+            f"searcher {sweep.searcher}, scheduler {sweep.scheduler}. Finished {states.count('finished')}, "
+            f"stopped {states.count('stopped')}, failed {states.count('failed')}. {_selection(results)}"
         ),
         best=top and f"Trial {top['trial']}: {described(top['values'])}, {_score(top)}.",
         command=best and folded(command(replace(best, data="DATA", run="RUN"))),
         names=names,
         probe=sweep.probe,
         rows=[
-            *(_row(row, names, record.base.epochs) for row in rows),
+            *(_row(row, names, results.base.epochs) for row in rows),
             *(
                 {"cells": [*[""] * (1 + len(names)), *map(number, scores), ""], "why": label}
-                for label, scores in record.extra_rows("test images: ")
+                for label, scores in results.extra_rows("test images: ")
             ),
         ],
         figures=embedded(drawn),
-        cost=_cost(record, config),
+        cost=_cost(results, config),
     )
 
 
-def _selection(record: SweepResults) -> str:
+def _selection(results: SweepResults) -> str:
     """Return sentences on what the scores of the table are worth."""
     told = [
         "The best score is that of a choice among all trials on the same images, and so too high by chance."
     ]
-    scores = [record.by_seed(trial, record.num_rungs - 1) for trial in record.trials]
+    scores = [results.by_seed(trial, results.num_rungs - 1) for trial in results.trials]
     variances = [variance(one) for one in scores if len(one) > 1]
     if len(variances) > 1:
         deviation, count = sqrt(mean(variances)), len(variances)
@@ -77,17 +77,17 @@ def _selection(record: SweepResults) -> str:
         gap = (
             NormalDist().inv_cdf((count - 0.375) / (count + 0.25))
             * deviation
-            / sqrt(len(record.config.seeds))
+            / sqrt(len(results.config.seeds))
         )
         told.append(
             f"If all {count} finished trials were equal, the best would still be {gap:.4f} above their mean, because "
             f"seeds differ by ± {deviation:.4f}; a smaller lead shows nothing."
         )
-    if record.chosen_on_test:
+    if results.chosen_on_test:
         told.append(
             "The trials were chosen on the test split of the source: no score here is that of unseen images."
         )
-    if tested := record.extras("test").get("trained"):
+    if tested := results.extras("test").get("trained"):
         told.append(f"The best trial was then scored once on the test images: {mean(tested):.4f}.")
     return " ".join(told)
 
@@ -106,9 +106,9 @@ def _row(row: dict[str, Any], names: Sequence[str], epochs: float) -> dict[str, 
     return {"cells": cells, "why": row["reason"] or row["state"]}
 
 
-def _cost(record: SweepResults, config: ReportConfig) -> str:
+def _cost(results: SweepResults, config: ReportConfig) -> str:
     """Return the core-hours and GPU-hours that the runs held, without those of sessions that were killed."""
-    rows = record.journal.of("score")
+    rows = results.journal.of("score")
     cores = sum(row["seconds"] * row["cpus"] for row in rows) / 3600
     gpus = sum(row["seconds"] * row["gpus"] for row in rows) / 3600
     hours = sum(row["seconds"] for row in rows) / 3600

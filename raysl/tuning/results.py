@@ -30,7 +30,7 @@ class SweepResults:
 
     @staticmethod
     def open(uri: str) -> SweepResults:
-        """Return the record of the sweep at `uri`. Raise UserError when there is none, or its journal is damaged."""
+        """Return the results of the sweep at `uri`. Raise UserError when there is none, or its journal is damaged."""
         folder = Folder(uri)
         if not folder.exists(NAME):
             raise UserError(
@@ -192,13 +192,13 @@ def shown(value: Any) -> str:
     return f"{value:g}" if isinstance(value, float) else "none" if value is None else str(value)
 
 
-def render(record: SweepResults) -> Table:
+def render(results: SweepResults) -> Table:
     """Return the rows of a sweep as a table: one line a trial, the baselines, and the reasons of failures."""
     from rich import box
     from rich.table import Table
     from rich.text import Text
 
-    rows, probe, names = record.rows(), record.config.probe, record.space.names
+    rows, probe, names = results.rows(), results.config.probe, results.space.names
     why = Text("\n".join(f"Trial {row['trial']}: {row['reason']}" for row in rows if row["reason"]))
     title = f"{len(rows)} trials by {probe}"
     made = Table(title=title, box=box.SIMPLE, caption=why, caption_justify="left", padding=0)
@@ -210,10 +210,10 @@ def render(record: SweepResults) -> Table:
 
     for row in rows:
         values = [f"{v:.3g}" if isinstance(v, float) else shown(v) for v in (row["values"][n] for n in names)]
-        epoch, scores = f"{record.base.epochs * row['share']:.3g}", (row["score"], row["spread"])
+        epoch, scores = f"{results.base.epochs * row['share']:.3g}", (row["score"], row["spread"])
         made.add_row(str(row["trial"]), *values, *map(number, scores), epoch, row["state"])
     blank = [""] * (1 + len(names))
-    for label, scores in record.extra_rows("test: "):
+    for label, scores in results.extra_rows("test: "):
         made.add_row(*blank, *map(number, scores), "", label)
     return made
 

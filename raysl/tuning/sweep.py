@@ -286,23 +286,29 @@ class _Recorder:
             self._log(trial, f"{config.probe} {mean(scores):.4f} at epoch {epoch:.3g}")
 
     def _log(self, trial: int, what: str) -> None:
-        record = SweepResults(self._journal)
-        best = record.best()
-        top = f"best {record.means(best)[-1]:.4f} (trial {best})" if best is not None else "none finished"
-        over = sum(record.state(n) != "running" for n in record.trials)
+        results = SweepResults(self._journal)
+        best = results.best()
+        top = f"best {results.means(best)[-1]:.4f} (trial {best})" if best is not None else "none finished"
+        over = sum(results.state(n) != "running" for n in results.trials)
         _log.info(
             "trial %d: %s | %s | %d of %d trials over | ETA %s",
-            *(trial, what, top, over, self._prepared.num_trials, self._eta(record)),
+            *(trial, what, top, over, self._prepared.num_trials, self._eta(results)),
         )
 
-    def _eta(self, record: SweepResults) -> str:
+    def _eta(self, results: SweepResults) -> str:
         """Return the time left if every trial that can continue continues to the end."""
-        task, shares, rows = self._prepared.task, (0.0, *record.config.shares()), list(record.scores.values())
+        task, shares, rows = (
+            self._prepared.task,
+            (0.0, *results.config.shares()),
+            list(results.scores.values()),
+        )
         done = sum(shares[row["rung"] + 1] - shares[row["rung"]] for row in rows)
         if not done:
             return "?"
-        left = float(self._prepared.num_trials - len(record.trials))
-        left += sum(1.0 - shares[len(record.means(n))] for n in record.trials if record.state(n) == "running")
+        left = float(self._prepared.num_trials - len(results.trials))
+        left += sum(
+            1.0 - shares[len(results.means(n))] for n in results.trials if results.state(n) == "running"
+        )
         seconds = sum(row["seconds"] for row in rows) / done * left * len(task.seeds)
         return f"at most {duration(seconds / (task.trials_at_once * task.seeds_at_once))}"
 

@@ -277,7 +277,7 @@ def test_damaged_files_are_named(usual: Clustering, tmp_path: Path, name: str, r
 def labels(done: Clustering) -> list[Any]:
     """Return what the objective ClusterFit learns from."""
     read = Assignments.read(done.assignments, len(X))
-    return [read.clusters_n.tolist(), read.num_clusters, read.facts]
+    return [read.clusters_n.tolist(), read.num_clusters, read.metadata]
 
 
 def shown(value: Any) -> str:

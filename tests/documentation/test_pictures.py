@@ -1,4 +1,4 @@
-"""The sheet shows the pixels that the network gets."""
+"""The grid shows the pixels that the network gets."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ import torch
 
 from raysl.augment import recipe
 from raysl.config import Pretraining
-from raysl.documentation.pictures import mosaic, neighbours_sheet, views_of, views_sheet
+from raysl.documentation.pictures import mosaic, neighbours_grid, views_grid, views_of
 from raysl.errors import UserError
 from raysl.objectives.clusterfit import Config
 from raysl.pretext import Geometry, build
@@ -38,30 +38,30 @@ def test_mosaic_keeps_the_order_of_the_crops_and_their_pixels() -> None:
     assert (pitch - 4) % 9 == 0
 
 
-def test_sheet_holds_the_crops_of_the_stream(tmp_path: Path) -> None:
+def test_grid_holds_the_crops_of_the_stream(tmp_path: Path) -> None:
     dataset = make_dataset(tmp_path / "set", 3, side=32)
     indices = np.arange(3)
     image_rng = ImageRng(4, np.full(3, 2), indices)
     files = dataset.read(indices).column("image").to_pylist()
-    sheet = np.asarray(views_sheet(dataset, views(), seed=4, count=3, epoch=2))
+    grid = np.asarray(views_grid(dataset, views(), seed=4, count=3, epoch=2))
     for name, view in views().items():
         crops = cut(files, {name: view.source}, image_rng)[name]
         made = view(crops, image_rng.named(name)).crops_bpchw
         for r in range(3):
-            assert contains(sheet, np.asarray(mosaic(made[r])))
+            assert contains(grid, np.asarray(mosaic(made[r])))
 
 
-def contains(sheet: np.ndarray, picture: np.ndarray) -> bool:
-    """Whether the picture stands somewhere in the sheet, pixel for pixel."""
+def contains(grid: np.ndarray, picture: np.ndarray) -> bool:
+    """Whether the picture stands somewhere in the grid, pixel for pixel."""
     height, width = picture.shape[:2]
-    corner = (sheet[: -height + 1, : -width + 1] == picture[0, 0]).all(-1)
-    return any(np.array_equal(sheet[y : y + height, x : x + width], picture) for y, x in np.argwhere(corner))
+    corner = (grid[: -height + 1, : -width + 1] == picture[0, 0]).all(-1)
+    return any(np.array_equal(grid[y : y + height, x : x + width], picture) for y, x in np.argwhere(corner))
 
 
 @pytest.mark.parametrize("side", [16, 300])
-def test_sheet_has_a_size_for_people_whatever_the_size_of_the_images(tmp_path: Path, side: int) -> None:
+def test_grid_has_a_size_for_people_whatever_the_size_of_the_images(tmp_path: Path, side: int) -> None:
     dataset = make_dataset(tmp_path / "set", 5, side=side)
-    small, large = (views_sheet(dataset, views(size), count=9) for size in (32, 224))
+    small, large = (views_grid(dataset, views(size), count=9) for size in (32, 224))
     assert small.size == large.size
     assert 800 <= small.width <= 1200
 
@@ -79,10 +79,10 @@ def test_views_of_few_images_and_of_labels_for_each(tmp_path: Path) -> None:
         views_of(fitted, make_dataset(tmp_path / "other", 4, side=32))
 
 
-def test_a_sheet_of_neighbours_shows_the_images_that_were_found(tmp_path: Path) -> None:
+def test_a_grid_of_neighbours_shows_the_images_that_were_found(tmp_path: Path) -> None:
     gallery, queries = make_dataset(tmp_path / "set", 9), make_dataset(tmp_path / "other", 4, seed=1)
     nearest_qk, cosine_qk = np.array([[8, 0], [3, 5]]), np.ones((2, 2), np.float32)
-    sheet = np.asarray(neighbours_sheet(queries, gallery, np.array([3, 1]), nearest_qk, cosine_qk))
+    grid = np.asarray(neighbours_grid(queries, gallery, np.array([3, 1]), nearest_qk, cosine_qk))
     for dataset, indices in ((queries, [3, 1]), (gallery, [8, 0, 3, 5])):
         for data in dataset.read(np.array(indices)).column("image").to_pylist():
-            assert contains(sheet, np.asarray(mosaic(decode(data)[None])))
+            assert contains(grid, np.asarray(mosaic(decode(data)[None])))

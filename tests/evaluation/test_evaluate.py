@@ -215,8 +215,8 @@ def test_retrieval_draws_a_grid_of_its_nearest_images(
     ):
         command([name, "--train", train, "--test", test, "--probes", "retrieval", *flags])
         step = {row["step"] for row in rows_of(Run(folder)) if row["encoder"] in ("trained", name)}
-        sheet = retrieval_grid.name(step.pop(), *prints)
-        with Image.open(BytesIO((folder / retrieval_grid.SHEETS).read(sheet))) as picture:
+        grid = retrieval_grid.name(step.pop(), *prints)
+        with Image.open(BytesIO((folder / retrieval_grid.GRIDS).read(grid))) as picture:
             assert min(picture.size) > 100
 
 

@@ -36,15 +36,15 @@ def test_labels_are_not_kept_with_every_checkpoint(tmp_path: Path) -> None:
     assert set(objective.state_dict()) == {"classify.weight", "classify.bias"}
 
 
-def test_what_the_table_says_goes_to_the_passport(tmp_path: Path) -> None:
+def test_what_the_table_says_goes_to_the_metadata(tmp_path: Path) -> None:
     place = clusters(tmp_path / "labels.parquet", IDS, K="8", teacher="runs/first", fingerprint="abc")
     objective = Clusterfit(Config(place), replace(setup()[1], fingerprint="abc"))
     assert objective.classify.out_features == 8
-    facts = objective.describe()
-    assert facts["labels"] == {"K": "8", "teacher": "runs/first", "fingerprint": "abc"}
-    assert facts["num_clusters"] == 8
+    metadata = objective.describe()
+    assert metadata["labels"] == {"K": "8", "teacher": "runs/first", "fingerprint": "abc"}
+    assert metadata["num_clusters"] == 8
     other = Assignments.read(clusters(tmp_path / "other.parquet", IDS[::-1]), N)
-    assert other.facts["labels_digest"] != facts["labels_digest"]
+    assert other.metadata["labels_digest"] != metadata["labels_digest"]
 
 
 def test_a_folder_of_parts_is_one_table(tmp_path: Path) -> None:

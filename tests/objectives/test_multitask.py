@@ -15,7 +15,7 @@ from raysl import pretext
 from raysl.backbone.network import Backbone, BackboneConfig, build
 from raysl.config import Pretraining, ViewConfig
 from raysl.errors import UserError
-from raysl.model import DataFacts, Model
+from raysl.model import DatasetInfo, Model
 from raysl.objectives import Setup
 from raysl.objectives.multitask import Config, Multitask, Turns
 from raysl.objectives.predict import Predict
@@ -118,7 +118,7 @@ def test_the_method_names_the_tasks() -> None:
         parts={"multitask": {"weights": [1, 2]}, "jigsaw": {"num_permutations": 10}},
         view=ViewConfig(image_size=32),
     )
-    network = Model(config, DataFacts(64))
+    network = Model(config, DatasetInfo(64))
     assert list(network.views()) == ["relative_position", "rotation+jigsaw"]
     assert network.describe()["rotation+jigsaw"]["parts"][1]["num_permutations"] == 10
     schedule = network.schedule()

@@ -13,7 +13,7 @@ from raysl.backbone.network import BackboneConfig
 from raysl.config import Pretraining, ViewConfig
 from raysl.errors import Unset, UserError
 from raysl.extraction import RandomBackbone
-from raysl.model import DataFacts, Model
+from raysl.model import DatasetInfo, Model
 from raysl.probes import Subject, localisation
 from raysl.probes._images import cell_offset
 from raysl.storage import Folder
@@ -63,7 +63,7 @@ def test_an_untrained_run_has_rows_and_other_objectives_are_refused(tmp_path: Pa
 
     def model(method: str) -> Model:
         config = Pretraining("-", "-", method, view=ViewConfig(image_size=32))
-        return Model(config, DataFacts.of(one.train)).eval()
+        return Model(config, DatasetInfo.of(one.train)).eval()
 
     found = localisation.measure(model("audio_visual"), one, localisation.Config(frames=2))
     assert {row.name for row in found} == {"peak_in_box", "peak_in_silent_box", "chance", "middle_in_box"}

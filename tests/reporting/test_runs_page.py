@@ -45,7 +45,7 @@ def test_students_of_different_clusters_do_not_share_a_row(tmp_path: Path) -> No
         config = Pretraining(str(dataset.folder), folder, "clusterfit", batch_size=4, seed=seed, parts=parts)
         Run.begin(config, dataset, {"num_clusters": k, "labels": {"objective": "predict-jigsaw"}})
         places.append(folder)
-    assert [(group.label, len(group.entries)) for group in groups(places)] == [
+    assert [(group.label, len(group.runs)) for group in groups(places)] == [
         ("clusterfit (K=100)", 1),
         ("clusterfit (K=300)", 2),
     ]
@@ -121,10 +121,10 @@ def test_the_page_has_all_parts_and_equal_runs_give_equal_bytes(tmp_path: Path, 
     assert {name: again.read(name) for name in names} == {name: out.read(name) for name in names}
 
 
-def test_only_the_newest_retrieval_sheet_is_shown(runs: list[str]) -> None:
-    sheets = Folder(runs[0]) / retrieval_grid.SHEETS
+def test_only_the_newest_retrieval_grid_is_shown(runs: list[str]) -> None:
+    grids = Folder(runs[0]) / retrieval_grid.GRIDS
     for step, test in ((2, "b"), (5, "b"), (2, "c")):
-        sheets.write(retrieval_grid.name(step, "a", test), b"PNG")
+        grids.write(retrieval_grid.name(step, "a", test), b"PNG")
     page = report(runs[0], ReportConfig(images=0)).read("index.html").decode()
     shown = [f"step-{step}-train-a-test-{test}" in page for step, test in ((2, "b"), (5, "b"), (2, "c"))]
     assert shown == [False, True, True]
@@ -164,7 +164,7 @@ def test_only_seeds_share_a_row(tmp_path: Path, runs: list[str]) -> None:
     labels = [group.label for group in groups([*runs, place])]
     assert labels[2] == "predict-jigsaw"
     assert all("pirl.temperature=" in label for label in labels[:2])
-    assert [len(group.entries) for group in groups(runs)] == [2, 2]
+    assert [len(group.runs) for group in groups(runs)] == [2, 2]
 
 
 def test_protocols_and_data_never_share_a_table(runs: list[str]) -> None:

@@ -184,7 +184,7 @@ class Source:
         named = kind_of(f"x.{config.image_column}")
         if named == VIDEO or (videos > images and named != IMAGE):
             sampling = video.Sampling.of(config)
-            self.clips, self._sampling = sampling.facts(), list(sampling)
+            self.clips, self._sampling = sampling.metadata(), list(sampling)
         for listing in listings:
             others = listing.images if self.clips else listing.videos
             for name in others:

@@ -64,7 +64,7 @@ class Source:
         self._spec: dict[str, Any] = {}
         if self.encoded_here:
             sampling = video.Sampling.of(place.config)
-            self.clips, self._spec = sampling.facts(), {"sampling": list(sampling)}
+            self.clips, self._spec = sampling.metadata(), {"sampling": list(sampling)}
             self.found.call_videos()
         elif labels == "auto":
             metadata.apply(

@@ -102,7 +102,7 @@ class Source:
         self._sampling: list[float] = []
         if self.encoded_here:
             sampling = video.Sampling.of(place.config)
-            self.clips, self._sampling, self.found.noun = sampling.facts(), list(sampling), "videos"
+            self.clips, self._sampling, self.found.noun = sampling.metadata(), list(sampling), "videos"
 
     def _where(self, file: File) -> str:
         return file.path or self._place.uri
