@@ -48,7 +48,7 @@ class MemoryBank:
         dim: D, size of a row.
         config: configuration of the bank.
         seed: seed of the initial rows.
-        device: where the rows are.
+        device: device of the rows.
     """
 
     def __init__(
@@ -98,9 +98,9 @@ class MemoryBank:
         indices_b = indices_b.to(self.rows_nd.device)
         if self.config.placement == "replicated" or collective.world() == 1:
             return self.rows_nd[indices_b].float()
-        asked = indices_b if shared else collective.gather(indices_b)
-        mine, places = self._places(asked)
-        rows = torch.where(mine[:, None], self._padded_md[places].float(), 0.0)
+        wanted = indices_b if shared else collective.gather(indices_b)
+        is_local, rows_here = self._local_rows(wanted)
+        rows = torch.where(is_local[:, None], self._padded_md[rows_here].float(), 0.0)
         # One worker has the row and the others add zeros, so the sum is exact.
         rows = collective.total(rows)
         start = 0 if shared else collective.rank() * len(indices_b)
@@ -121,16 +121,16 @@ class MemoryBank:
         embeddings = collective.gather(embeddings_bd.detach().float().to(device))
         ordered, order = torch.sort(indices, stable=True)
         last = order[torch.searchsorted(ordered, indices, right=True) - 1]
-        _, places = self._places(indices)
+        _, rows_here = self._local_rows(indices)
         momentum = self.config.momentum
-        mixed = momentum * self._padded_md[places].float() + (1 - momentum) * embeddings[last]
+        mixed = momentum * self._padded_md[rows_here].float() + (1 - momentum) * embeddings[last]
         # An index that occurs twice writes the same row twice.
-        self._padded_md[places] = F.normalize(mixed, dim=1).to(self.rows_nd.dtype)
+        self._padded_md[rows_here] = F.normalize(mixed, dim=1).to(self.rows_nd.dtype)
 
-    def _places(self, indices: Tensor) -> tuple[Tensor, Tensor]:
-        """Return which images have their rows here, and the places of the rows: the extra row for other images."""
-        mine = (indices >= self.first) & (indices < self.last)
-        return mine, torch.where(mine, indices - self.first, self.last - self.first)
+    def _local_rows(self, indices: Tensor) -> tuple[Tensor, Tensor]:
+        """Return which images have their rows on this worker, and the number of each row; for others the extra row."""
+        is_local = (indices >= self.first) & (indices < self.last)
+        return is_local, torch.where(is_local, indices - self.first, self.last - self.first)
 
     def state(self) -> dict[str, Any]:
         """Return the state to save: this worker's rows (the tensor itself, not a copy) and their range."""

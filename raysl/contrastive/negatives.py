@@ -26,8 +26,8 @@ def shared_scores(bank: MemoryBank, queries_bd: Tensor, rows: Rows, step: int, n
     """Compute scores with one set of negatives for the whole global batch of a step.
 
     K + 1 distinct images are sampled from (seed, step), equal on every worker. Each query leaves out its own image, or
-    the last one when its own is not among them, and so has exactly K negatives. This is one matrix product and no
-    gathering of b * K rows, but the negatives of a batch are correlated.
+    the last image if its own is not among them, and so has exactly K negatives. This takes one matrix product and
+    gathers no b * K rows, but the negatives of a batch are correlated.
 
     Args:
         queries_bd: float (b, d) with gradient; or (q, b, d) for q queries per image, which share the negatives.
@@ -46,10 +46,10 @@ def shared_scores(bank: MemoryBank, queries_bd: Tensor, rows: Rows, step: int, n
         return (queries_bd.float() @ keys_kd.T).masked_fill(own_bk, float("-inf"))
 
 
-def own_scores(bank: MemoryBank, queries_bd: Tensor, rows: Rows, num_negatives: int) -> Tensor:
-    """Compute scores with negatives of each image alone, uniform over the other images, with replacement.
+def per_image_scores(bank: MemoryBank, queries_bd: Tensor, rows: Rows, num_negatives: int) -> Tensor:
+    """Compute scores with separate negatives for each image, uniform over the other images, with replacement.
 
-    The papers do so; it takes b * K * D numbers of memory.
+    As in the papers. Needs memory for b * K * D numbers.
 
     Args:
         queries_bd: float (b, d) with gradient; or (q, b, d) for q queries per image, which share the negatives.

@@ -42,10 +42,10 @@ def mlp(width: int, hidden: int, dim: int, layers: int = 2) -> nn.Sequential:
         layers: linear layers, at least 1.
     """
     widths = [width, *[hidden] * (layers - 1)]
-    made: list[nn.Module] = []
+    modules: list[nn.Module] = []
     for before, after in itertools.pairwise(widths):
-        made += [nn.Linear(before, after), nn.BatchNorm1d(after), nn.ReLU(inplace=True)]
-    return nn.Sequential(*made, nn.Linear(widths[-1], dim))
+        modules += [nn.Linear(before, after), nn.BatchNorm1d(after), nn.ReLU(inplace=True)]
+    return nn.Sequential(*modules, nn.Linear(widths[-1], dim))
 
 
 def frozen_copy(module: nn.Module) -> nn.Module:
@@ -54,13 +54,13 @@ def frozen_copy(module: nn.Module) -> nn.Module:
 
 
 @torch.no_grad()
-def follow(target: nn.Module, online: nn.Module, momentum: float) -> None:
+def ema_update(target: nn.Module, online: nn.Module, momentum: float) -> None:
     """Move the parameters of a momentum encoder: target <- momentum * target + (1 - momentum) * online.
 
     BatchNorm statistics stay the target's own.
     """
-    for mean, current in zip(target.parameters(), online.parameters(), strict=True):
-        mean.lerp_(current, 1 - momentum)
+    for slow, fast in zip(target.parameters(), online.parameters(), strict=True):
+        slow.lerp_(fast, 1 - momentum)
 
 
 def rising_momentum(base: float, step: int, num_steps: int) -> float:

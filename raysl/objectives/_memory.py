@@ -62,7 +62,7 @@ def contrast(
     if config.negatives == "shared":
         scores_qbk = negatives.shared_scores(bank, queries_qbd, batch.rows, batch.step, k)
     else:
-        scores_qbk = negatives.own_scores(bank, queries_qbd, batch.rows, k)
+        scores_qbk = negatives.per_image_scores(bank, queries_qbd, batch.rows, k)
     terms: dict[str, Tensor] = {}
     metrics: dict[str, Tensor] = {}
     for (name, query_bd), scores_bk in zip(queries.items(), scores_qbk, strict=True):

@@ -26,7 +26,7 @@ from raysl.backbone.network import encode_views
 from raysl.contrastive.bank import MemoryBank
 from raysl.fields import Bounds, Range
 from raysl.objectives import Loss, Setup
-from raysl.objectives._heads import follow, frozen_copy, mlp, rising_momentum
+from raysl.objectives._heads import ema_update, frozen_copy, mlp, rising_momentum
 from raysl.objectives._two_views import TwoViews, TwoViewsConfig
 from raysl.stream.reader import Batch
 
@@ -78,5 +78,5 @@ class Byol(TwoViews):
     def after_step(self, backbone: nn.Module, step: int) -> None:
         """Move the target network: equation 1."""
         momentum = rising_momentum(self.config.momentum, step, self.num_steps)
-        follow(self.target_backbone, backbone, momentum)
-        follow(self.target_projector, self.projector, momentum)
+        ema_update(self.target_backbone, backbone, momentum)
+        ema_update(self.target_projector, self.projector, momentum)

@@ -32,7 +32,7 @@ from raysl.backbone.network import encode_views
 from raysl.contrastive.bank import MemoryBank
 from raysl.fields import Bounds, Checked, Range
 from raysl.objectives import Loss, Setup
-from raysl.objectives._heads import follow, frozen_copy, rising_momentum
+from raysl.objectives._heads import ema_update, frozen_copy, rising_momentum
 from raysl.stream.reader import Batch
 
 _Temperature = Annotated[float, Bounds(above=0, high=100)]
@@ -116,8 +116,8 @@ class Dino(nn.Module):
     def after_step(self, backbone: nn.Module, step: int) -> None:
         """Move the teacher, and set its temperature for the next step."""
         momentum = rising_momentum(self.config.momentum, step, self.num_steps)
-        follow(self.teacher_backbone, backbone, momentum)
-        follow(self.teacher_head, self.head, momentum)
+        ema_update(self.teacher_backbone, backbone, momentum)
+        ema_update(self.teacher_head, self.head, momentum)
         self.temperature.fill_(self._temperature(step + 1))
 
     def _temperature(self, step: int) -> float:

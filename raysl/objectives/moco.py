@@ -33,7 +33,7 @@ from raysl.contrastive import losses
 from raysl.contrastive.bank import MemoryBank
 from raysl.fields import Bounds, Checked, Range
 from raysl.objectives import Loss, Setup
-from raysl.objectives._heads import HeadName, follow, frozen_copy, projection
+from raysl.objectives._heads import HeadName, ema_update, frozen_copy, projection
 from raysl.stream.reader import Batch
 
 
@@ -121,8 +121,8 @@ class Moco(nn.Module):
 
     def after_step(self, backbone: nn.Module, step: int) -> None:
         """Move the key network: equation 2."""
-        follow(self.key_backbone, backbone, self.config.momentum)
-        follow(self.key_head, self.head, self.config.momentum)
+        ema_update(self.key_backbone, backbone, self.config.momentum)
+        ema_update(self.key_head, self.head, self.config.momentum)
 
     def get_extra_state(self) -> dict[str, Tensor]:
         """Return the queue, which is saved with the network."""

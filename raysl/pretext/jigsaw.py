@@ -82,8 +82,8 @@ class Jigsaw:
         device, image_rng = images_bchw.device, image_rng.to(torch.device("cpu"))
         label_b = image_rng.integers("order", self.num_labels)[:, 0]
         order_bp = torch.from_numpy(self.permutations.order_kp[label_b.numpy()]).long()
-        free = self.cell_size - self.patch_size + 1
-        offset_bp2 = image_rng.integers("offset", free, 2 * self.num_crops).view(-1, self.num_crops, 2)
+        num_offsets = self.cell_size - self.patch_size + 1
+        offset_bp2 = image_rng.integers("offset", num_offsets, 2 * self.num_crops).view(-1, self.num_crops, 2)
         # The offset belongs to the cell, so that every permutation has the same patches.
         offset_bp2 = offset_bp2.gather(1, order_bp[..., None].expand(-1, -1, 2))
         top_bp = order_bp // self.grid * self.cell_size + offset_bp2[..., 0]

@@ -1,1 +1,1 @@
-"""Training on the workers of a run: the story of one of them, and what they and the driver tell each other."""
+"""Train a run: the loop of a worker, and the messages between the workers and their driver."""

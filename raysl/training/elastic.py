@@ -43,7 +43,7 @@ def size(counts: Sequence[int], found: Machines, gpus: bool) -> int:
 
     Args:
         counts: allowed numbers of workers, ascending.
-        gpus: a worker needs a GPU; otherwise a whole CPU, together with its data tasks.
+        gpus: whether a worker needs a GPU; otherwise it and its data tasks need a whole CPU.
     """
     room = sum(int(node.get("GPU" if gpus else "CPU", 0)) for node in found.now)
     return max((count for count in counts if count <= room), default=0)
@@ -56,7 +56,7 @@ def gather(counts: Sequence[int], found: Machines, gpus: bool = False) -> Worker
 
     Args:
         counts: allowed numbers of workers, ascending.
-        gpus: the workers need GPUs, even if there are none now.
+        gpus: whether the workers need GPUs, even if there are none now.
 
     Raises:
         UserError: the cluster can never run the smallest number of workers.
@@ -68,9 +68,9 @@ def gather(counts: Sequence[int], found: Machines, gpus: bool = False) -> Worker
 
 
 class CapacityRequest:
-    """Ask the autoscaler for the machines of a larger worker group, and hold them until the request is taken back.
+    """Ask the autoscaler for the machines of a larger worker group, and reserve them until `take_back`.
 
-    GPUs only: a request for CPUs could take CPUs that are reserved for data loading.
+    Only GPUs are requested: a request for CPUs could take CPUs that are reserved for data loading.
 
     Args:
         most: largest allowed number of workers.

@@ -1,8 +1,8 @@
 """Train with one worker in this process, without Ray: `--local`.
 
 The worker, the order of the images, the functions of the stream and the checkpoints are those of a run on Ray with one
-worker, so the numbers are the same to the last bit, and a run may go on either way. A trial of a sweep trains like this
-inside its actor.
+worker, so the numbers are the same to the last bit, and a run may continue with or without Ray. A trial of a sweep
+trains like this inside its actor.
 """
 
 from __future__ import annotations
@@ -83,7 +83,7 @@ def _cpus() -> int:
 
 
 def train(job: Job, num_steps: int, lock: DriverLock, callbacks: Callbacks, show_every_s: float) -> None:
-    """Train in this thread until the last step of the job is saved, or until this process is told to stop.
+    """Train in this thread until the last step of the job is saved, or until this process is asked to stop.
 
     Args:
         job: the job; its progress actor is not used.
@@ -101,7 +101,7 @@ def train(job: Job, num_steps: int, lock: DriverLock, callbacks: Callbacks, show
     with (
         signals.caught(progress.stop.set) as stop,
         DataProcesses(max(1, round(share.cpus / share.cpus_per_task))) as data,
-        _torch(job.placement.threads_per_worker, on_gpu),
+        _torch_settings(job.placement.threads_per_worker, on_gpu),
     ):
         try:
             worker = Worker(job, torch.device("cuda" if on_gpu else "cpu"), progress, data.columns)
@@ -115,7 +115,7 @@ def train(job: Job, num_steps: int, lock: DriverLock, callbacks: Callbacks, show
 
 
 @contextmanager
-def _torch(threads: int, on_gpu: bool) -> Iterator[None]:
+def _torch_settings(threads: int, on_gpu: bool) -> Iterator[None]:
     """Set the number of torch's threads for the duration of the block; then restore its generators and settings."""
     before, benchmark = torch.get_num_threads(), torch.backends.cudnn.benchmark
     deterministic = torch.are_deterministic_algorithms_enabled()
@@ -130,7 +130,7 @@ def _torch(threads: int, on_gpu: bool) -> Iterator[None]:
 
 
 class _Progress(Progress):
-    """Shows the progress of the worker, and stops it.
+    """Show the progress of the worker, and stop it.
 
     Attributes:
         stop: event that asks the worker to save and stop.

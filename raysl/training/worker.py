@@ -105,7 +105,7 @@ class Worker:
             UserError: this worker cannot read the folder of the run.
         """
         if not self.job.run.folder.exists(METADATA):
-            raise self._unseen("run")
+            raise self._not_found("run")
         step = 0
         if self.rank == 0:
             found = checkpoint.newest(self.job.run.checkpoints)
@@ -116,7 +116,7 @@ class Worker:
             return
         chosen = next((c for c in checkpoint.complete(self.job.run.checkpoints) if c.step == step), None)
         if chosen is None:
-            raise self._unseen(f"checkpoint of step {step}")
+            raise self._not_found(f"checkpoint of step {step}")
         # A worker reads only its own rows of the bank.
         state, bank = chosen.load(*((self.bank.first, self.bank.last) if self.bank is not None else (0, 0)))
         chosen.fill(self.model, chosen.network(state))
@@ -126,14 +126,14 @@ class Worker:
             self.bank.load(bank)
         self.step = step
 
-    def _unseen(self, what: str) -> UserError:
+    def _not_found(self, what: str) -> UserError:
         return UserError(
             f"A worker cannot find the {what} in {str(self.job.run.folder)!r}. All machines must be able to read "
             "--run: use storage that they share, such as s3://bucket/run."
         )
 
     def state(self) -> dict[str, Any]:
-        """Return the state to save besides the bank. Random numbers have none: they follow from seed and step."""
+        """Return the state to save besides the bank. Random numbers need no state: they follow from seed and step."""
         return {
             "network": self.model.state_dict(),
             "optimizer": self.optimizer.state_dict(),
@@ -151,7 +151,7 @@ class Worker:
         try:
             self._loop(log)
         except StorageError:
-            log = None  # It was tried for long enough.
+            log = None  # The write was retried for long enough; a flush would only retry it again.
             raise
         finally:
             if log is not None:
@@ -183,7 +183,7 @@ class Worker:
                     log.add(row)
                     self.progress.post(row)
             if last or self.saver.due(self.step, since_s):
-                self._check(*self._soundness(loss.loss))
+                self._check(*self._loss_and_finite(loss.loss))
                 if log is not None:
                     log.flush()
                 self.progress.at(self.step, SAVING)
@@ -248,11 +248,11 @@ class Worker:
         stream = self.model.stream(self.job.dataset, share, self.rank, self.world, self.device)
         return replace(stream, source=self.source)
 
-    def _soundness(self, loss: Tensor) -> list[float]:
+    def _loss_and_finite(self, loss: Tensor) -> list[float]:
         """Return the mean loss, and 1.0 if all weights are finite. A gradient of NaN leaves its own loss finite."""
         finite = torch.stack([weight.isfinite().all() for weight in self.model.parameters()]).all()
-        sound: list[float] = collective.mean(torch.stack([loss.detach().float(), finite.float()])).tolist()
-        return sound
+        values: list[float] = collective.mean(torch.stack([loss.detach().float(), finite.float()])).tolist()
+        return values
 
     def _check(self, loss: float, finite: float = 1.0) -> None:
         """Raise UserError for a loss or weights that are not finite, so that no checkpoint contains them."""
@@ -265,8 +265,8 @@ class Worker:
 
     def save(self) -> None:
         """Save the network by rank 0, and the bank by rank 0 if it is replicated, otherwise by every worker."""
-        mine = self.rank == 0 or self.config.bank.placement == "sharded"
-        bank = self.bank.state() if self.bank is not None and mine else None
+        writes_bank = self.rank == 0 or self.config.bank.placement == "sharded"
+        bank = self.bank.state() if self.bank is not None and writes_bank else None
         self.saver.save(self.step, self.state() if self.rank == 0 else None, bank)
 
 

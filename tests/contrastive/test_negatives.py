@@ -59,13 +59,13 @@ def test_shared_negatives_depend_on_seed_and_step_alone(bank: MemoryBank) -> Non
 
 @pytest.mark.parametrize("count", [1, 12, N - 1])
 def test_own_negatives_are_k_other_images_for_each(bank: MemoryBank, count: int) -> None:
-    scores_bk = negatives.own_scores(bank, NAMES.expand(N, D), rows(*range(N)), count)
+    scores_bk = negatives.per_image_scores(bank, NAMES.expand(N, D), rows(*range(N)), count)
     assert scores_bk.shape == (N, count)
     assert all(own not in met for own, met in enumerate(drawn(bank, scores_bk, N)))
 
 
 def test_own_negatives_are_uniform_over_the_others(bank: MemoryBank) -> None:
-    met = drawn(bank, negatives.own_scores(bank, NAMES[None], rows(7), 39_000), 1)[0]
+    met = drawn(bank, negatives.per_image_scores(bank, NAMES[None], rows(7), 39_000), 1)[0]
     counts = np.bincount(met, minlength=N)
     assert counts[7] == 0
     np.testing.assert_allclose(np.delete(counts, 7), 1000, atol=150)
@@ -73,7 +73,9 @@ def test_own_negatives_are_uniform_over_the_others(bank: MemoryBank) -> None:
 
 def test_own_negatives_depend_on_seed_epoch_and_index_alone(bank: MemoryBank) -> None:
     def met(*indices: int, epoch: int = 0) -> Tensor:
-        return negatives.own_scores(bank, NAMES.expand(len(indices), D), rows(*indices, epoch=epoch), 12)
+        return negatives.per_image_scores(
+            bank, NAMES.expand(len(indices), D), rows(*indices, epoch=epoch), 12
+        )
 
     assert torch.equal(met(1, 2, 3)[1], met(2)[0])
     assert not torch.equal(met(2), met(2, epoch=1))
@@ -87,7 +89,7 @@ def test_several_queries_of_an_image_meet_the_same_negatives(bank: MemoryBank, m
     if mode == "shared":
         scores_qbk = negatives.shared_scores(bank, queries_qbd, batch, 0, 12)
     else:
-        scores_qbk = negatives.own_scores(bank, queries_qbd, batch, 12)
+        scores_qbk = negatives.per_image_scores(bank, queries_qbd, batch, 12)
     assert torch.equal(scores_qbk[1], 2 * scores_qbk[0])
 
 
@@ -99,7 +101,7 @@ def test_scores_keep_float32_under_autocast(mode: str) -> None:
     def scores() -> Tensor:
         if mode == "shared":
             return negatives.shared_scores(bank, queries_bd, rows(1, 2, 3), 0, 12)
-        return negatives.own_scores(bank, queries_bd, rows(1, 2, 3), 12)
+        return negatives.per_image_scores(bank, queries_bd, rows(1, 2, 3), 12)
 
     with torch.autocast("cpu", torch.bfloat16):
         found = scores()

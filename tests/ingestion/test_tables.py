@@ -30,7 +30,7 @@ def table(values: Any, names: list[str] | None = None, column: str = "label") ->
 
 def write(path: Path, values: Any, names: list[str] | None = None, column: str = "label") -> Path:
     path.parent.mkdir(parents=True, exist_ok=True)
-    pq.write_table(table(values, names, column), path, row_group_size=2)
+    pq.write_table(table(values, names, column), path, row_group_size=max(2, len(values) // 10))
     return path
 
 

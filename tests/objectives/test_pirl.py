@@ -76,7 +76,7 @@ def test_the_loss_is_equation_5_against_the_bank(loss: Any, mode: Any) -> None:
         if mode == "shared":
             scores = negatives.shared_scores(bank, query, of.rows, of.step, K)
         else:
-            scores = negatives.own_scores(bank, query, of.rows, K)
+            scores = negatives.per_image_scores(bank, query, of.rows, K)
         positive_b, negatives_bk = (query * bank.rows_nd[of.indices_b]).sum(dim=1) / 0.2, scores / 0.2
         if loss == "infonce":
             terms[name] = losses.info_nce(positive_b, negatives_bk).mean()

@@ -94,7 +94,7 @@ def test_a_thread_may_train(finished: Run, dataset: DataSet, tmp_path: Path) -> 
 
 def test_settings_of_torch_are_restored(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(torch.backends.cudnn, "benchmark", False)
-    with local._torch(1, on_gpu=False):
+    with local._torch_settings(1, on_gpu=False):
         torch.use_deterministic_algorithms(True)
         torch.backends.cudnn.benchmark = True
     assert not torch.are_deterministic_algorithms_enabled()
