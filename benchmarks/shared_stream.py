@@ -12,7 +12,7 @@ size of the crop (whole images differ from the crop on):
 `work`: CPU time for an image from its bytes to the views of all runs, in one process, without Ray.
 `streams`: four readers, processes of their own as trainers are, take all batches and drop them, at the same time.
 With `own`, each has a stream of its own; with `shared`, all sit at one. CPU seconds are of all processes of Ray; the
-start of Ray and of the readers is left out, that of a feed counts.
+start of Ray and of the readers is left out, that of the shared stream counts.
 
 Rounds take the arms in turns.
 """
@@ -42,7 +42,7 @@ from raysl.objectives.pirl import Config as Pirl
 from raysl.stream import reader
 from raysl.stream.plan import Plan
 from raysl.stream.reader import DataShare, Stream
-from raysl.stream.shared import Subscriber, batches, open_feeds, slots, union
+from raysl.stream.shared import Subscriber, batches, start_actors, union, view_keys
 
 RUNS = 4
 VARY = ("loss", "permutations", "colors", "crops")
@@ -150,18 +150,27 @@ def measure(streams: list[Stream], share: bool) -> dict[str, Any]:
 
     readers = [ray.remote(num_cpus=0)(Reader).remote() for _ in streams]
     ray.get([reader.ready.remote() for reader in readers])
-    feeds: tuple[Any, ...] = ()
+    actors: tuple[Any, ...] = ()
     meter = CpuMeter()
     started = time.perf_counter()
     if share:
-        feeds = open_feeds(streams, 0, streams[0].plan.num_steps)
-    seats = [Subscriber(str(i), feeds, slots(each)) if feeds else None for i, each in enumerate(streams)]
-    ray.get([feed.expect.remote(subscriber.run, 0) for feed in feeds for subscriber in seats if subscriber])
-    pixels = ray.get([r.read.remote(*each) for r, *each in zip(readers, streams, seats, strict=True)])
+        actors = start_actors(streams, 0, streams[0].plan.num_steps)
+    subscribers = [
+        Subscriber(str(i), actors, view_keys(each)) if actors else None for i, each in enumerate(streams)
+    ]
+    ray.get(
+        [
+            actor.expect.remote(subscriber.run, 0)
+            for actor in actors
+            for subscriber in subscribers
+            if subscriber
+        ]
+    )
+    pixels = ray.get([r.read.remote(*each) for r, *each in zip(readers, streams, subscribers, strict=True)])
     wall_s = time.perf_counter() - started
     cpu_s = meter.stop()
-    for feed in feeds:
-        ray.kill(feed)
+    for actor in actors:
+        ray.kill(actor)
     return {"cpu_s": round(cpu_s, 1), "wall_s": round(wall_s, 1), "pixels": pixels}
 
 

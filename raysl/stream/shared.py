@@ -1,11 +1,11 @@
 """Share one stream between several runs that read the same images in the same order.
 
-A `Feed` is an actor that reads one `Stream` with the views of all runs, and makes equal views once. It keeps a window
-of batches in Ray's object store, from which each run takes its views. Pixels depend only on (seed, epoch, index, name
-of the view), so they are equal to those of the run's own stream.
+A `StreamActor` reads one `Stream` with the views of all runs, and makes equal views once. It keeps a window of batches
+in Ray's object store, from which each run takes its views. Pixels depend only on (seed, epoch, index, name of the
+view), so they are equal to those of the run's own stream.
 
-The feed waits for its slowest run, for at most `PATIENCE_S` seconds. A run that is dropped, asks for a step outside of
-the window, or loses its feed continues with its own stream at the same step.
+The actor waits for its slowest run, for at most `PATIENCE_S` seconds. A run that is dropped, asks for a step outside of
+the window, or loses its actor continues with its own stream at the same step.
 """
 
 from __future__ import annotations
@@ -23,16 +23,16 @@ from typing import Any
 
 from raysl.stream.reader import Batch, Columns, Stream
 
-# Size of a feed's window: a share of Ray's object store, its upper limit, and its least number of batches.
+# Size of an actor's window: a share of Ray's object store, its upper limit, and its least number of batches.
 _WINDOW_SHARE = 1 / 8
 _WINDOW_BYTES = 256 << 20
 _LEAST_BATCHES = 6
-_MAX_REQUESTS = 64  # simultaneous requests to a feed
+_MAX_REQUESTS = 64  # simultaneous requests to an actor
 PATIENCE_S = 30.0  # longest wait for a slow run
 _AHEAD = 2  # batches that a run requests in advance; fewer than a window holds
 
 
-def slots(stream: Stream) -> dict[str, str]:
+def view_keys(stream: Stream) -> dict[str, str]:
     """Return the key of each view in a shared stream; equal views of different runs have equal keys."""
 
     def content(name: str) -> Any:
@@ -47,26 +47,26 @@ def slots(stream: Stream) -> dict[str, str]:
 
 def union(streams: Sequence[Stream]) -> Stream:
     """Return a stream with the views of all streams, which must be equal otherwise."""
-    views = {slot: stream.views[name] for stream in streams for name, slot in slots(stream).items()}
-    schedule = partial(_slots_of, [(slots(stream), stream.schedule) for stream in streams])
+    views = {key: stream.views[name] for stream in streams for name, key in view_keys(stream).items()}
+    schedule = partial(_keys_of, [(view_keys(stream), stream.schedule) for stream in streams])
     alternates = any(stream.schedule is not None for stream in streams)
     return replace(streams[0], views=views, schedule=schedule if alternates else None)
 
 
-def _slots_of(
+def _keys_of(
     runs: Sequence[tuple[Mapping[str, str], Callable[[int], Collection[str]] | None]], step: int
 ) -> list[str]:
     """Return the keys of the views that any run needs at a step: the schedule of a shared stream."""
     taken = [
-        slot
-        for slots, schedule in runs
-        for name, slot in slots.items()
+        key
+        for view_keys, schedule in runs
+        for name, key in view_keys.items()
         if schedule is None or name in schedule(step)
     ]
     return list(dict.fromkeys(taken))
 
 
-class Feed:
+class StreamActor:
     """Actor that serves a shared stream to the workers of one rank.
 
     Args:
@@ -90,7 +90,7 @@ class Feed:
         self._window_bytes = window_bytes
         self._patience_s = patience_s
         self._changed = threading.Condition()
-        # References by step and slot. A step is kept until every run has it and the window is full.
+        # References by step and key. A step is kept until every run has it and the window is full.
         self._batches: dict[int, dict[str, Any]] = {}
         self._max_batches = _LEAST_BATCHES
         self._next = start
@@ -172,11 +172,11 @@ class Feed:
 
 
 def _parts(columns: Columns) -> dict[str, Columns]:
-    """Return the columns of each view by its slot; columns without a view are under ""."""
+    """Return the columns of each view by its key; columns without a view are under ""."""
     parts: dict[str, Columns] = {"": {}}
     for column, values in columns.items():
-        kind, _, slot = column.partition("/")
-        parts.setdefault(slot, {})[kind] = values
+        kind, _, key = column.partition("/")
+        parts.setdefault(key, {})[kind] = values
     return parts
 
 
@@ -186,23 +186,23 @@ class Subscriber:
 
     Args:
         run: unique name of the run.
-        feeds: the actors by rank.
-        slots: result of `slots` for the run's stream.
+        actors: the actors by rank.
+        view_keys: result of `view_keys` for the run's stream.
     """
 
     run: str
-    feeds: tuple[Any, ...]
-    slots: Mapping[str, str]
+    actors: tuple[Any, ...]
+    view_keys: Mapping[str, str]
 
     def take(self, rank: int, step: int, names: Collection[str]) -> Columns | None:
         """Return the columns of views of a batch; None if the run should use its own stream."""
         import ray
 
-        wanted = ["", *(self.slots[name] for name in names)]
+        wanted = ["", *(self.view_keys[name] for name in names)]
         try:
-            references = ray.get(self.feeds[rank].take.remote(self.run, step, wanted))
+            references = ray.get(self.actors[rank].take.remote(self.run, step, wanted))
             found = references and dict(zip(("", *names), ray.get(references), strict=True))
-        except ray.exceptions.RayError:  # the feed or its objects are lost
+        except ray.exceptions.RayError:  # the actor or its objects are lost
             return None
         if not found:
             return None
@@ -220,15 +220,15 @@ def batches(
         UserError: a shard of the data set is damaged.
     """
     step = start_step
-    if subscriber is not None and len(subscriber.feeds) == stream.world:
-        for batch in _batches_from_feed(stream, subscriber, start_step, stream.end(end_step)):
+    if subscriber is not None and len(subscriber.actors) == stream.world:
+        for batch in _batches_from_actor(stream, subscriber, start_step, stream.end(end_step)):
             yield batch
             step = batch.step + 1
     yield from stream.batches(step, end_step)
 
 
-def _batches_from_feed(stream: Stream, subscriber: Subscriber, start_step: int, end: int) -> Iterator[Batch]:
-    """Yield batches from the feed until it has no more for this run."""
+def _batches_from_actor(stream: Stream, subscriber: Subscriber, start_step: int, end: int) -> Iterator[Batch]:
+    """Yield batches from the actor until it has no more for this run."""
     pool = ThreadPoolExecutor(1)
 
     def request(step: int) -> Any:
@@ -247,12 +247,12 @@ def _batches_from_feed(stream: Stream, subscriber: Subscriber, start_step: int, 
             batch.wait_s = time.perf_counter() - started
             yield batch
     finally:
-        subscriber.feeds[stream.rank].leave.remote(subscriber.run)
+        subscriber.actors[stream.rank].leave.remote(subscriber.run)
         pool.shutdown(wait=False, cancel_futures=True)
 
 
-def open_feeds(streams: Sequence[Stream], start: int, end: int) -> tuple[Any, ...]:
-    """Start a feed for each rank that serves steps start .. end - 1 of these streams with the CPUs of all of them.
+def start_actors(streams: Sequence[Stream], start: int, end: int) -> tuple[Any, ...]:
+    """Start an actor for each rank that serves steps start .. end - 1 of these streams with the CPUs of all of them.
 
     The caller kills the actors when the runs end.
     """
@@ -260,16 +260,16 @@ def open_feeds(streams: Sequence[Stream], start: int, end: int) -> tuple[Any, ..
 
     shared = union(streams)
     shared = replace(shared, share=replace(shared.share, cpus=shared.share.cpus * len(streams)))
-    actor = ray.remote(num_cpus=0, max_concurrency=_MAX_REQUESTS)(Feed)
+    remote = ray.remote(num_cpus=0, max_concurrency=_MAX_REQUESTS)(StreamActor)
     alive = [node for node in ray.nodes() if node["Alive"]]
-    # Avoid a head node without CPUs, and spread the feeds of several seeds.
+    # Avoid a head node without CPUs, and spread the actors of several seeds.
     working = [node for node in alive if node["Resources"].get("CPU")] or alive
 
-    def feed(rank: int) -> Any:
+    def actor(rank: int) -> Any:
         node = working[(rank + shared.plan.seed) % len(working)]
         near = ray.util.scheduling_strategies.NodeAffinitySchedulingStrategy(node["NodeID"], soft=True)
         store = node["Resources"]["object_store_memory"] / shared.world
         window = int(min(_WINDOW_BYTES, _WINDOW_SHARE * store))
-        return actor.options(scheduling_strategy=near).remote(replace(shared, rank=rank), start, end, window)
+        return remote.options(scheduling_strategy=near).remote(replace(shared, rank=rank), start, end, window)
 
-    return tuple(feed(rank) for rank in range(shared.world))
+    return tuple(actor(rank) for rank in range(shared.world))

@@ -13,7 +13,7 @@ from typing import Any
 from raysl.backbone.network import BackboneConfig
 from raysl.config import Pretraining
 from raysl.stream.reader import Stream
-from raysl.stream.shared import Subscriber, open_feeds, slots, union
+from raysl.stream.shared import Subscriber, start_actors, union, view_keys
 from raysl.tuning.preparation import PreparedSweep, Task, light_model
 from raysl.tuning.space import Values, configured
 
@@ -28,11 +28,11 @@ _StreamKey = tuple[int, int, int, int, str, BackboneConfig, str]
 
 @dataclass
 class _SharedStream:
-    """A feed for every rank, and its runs."""
+    """An actor for every rank, and its runs."""
 
     key: _StreamKey
-    slots: frozenset[str]
-    feeds: tuple[Any, ...]
+    view_keys: frozenset[str]
+    actors: tuple[Any, ...]
     runs: set[str] = field(default_factory=set)
 
 
@@ -70,22 +70,24 @@ class StreamBroker:
         Return None if the run should read on its own.
         """
         run, key, stream = config.run, self._key(config, until), self._stream(config)
-        own = slots(stream)
+        own = view_keys(stream)
         for shared in self._streams:
-            suits = shared.key == key and shared.slots.issuperset(own.values())
+            suits = shared.key == key and shared.view_keys.issuperset(own.values())
             if suits and _register(shared, run, start):
                 shared.runs.add(run)
-                return Subscriber(run, shared.feeds, own)
+                return Subscriber(run, shared.actors, own)
         soon = self._points[trial + 1 : trial + self._task.trials_at_once]
         upcoming = [replace(configured(self._task.base, point), seed=config.seed) for point in soon]
         others = [self._stream(other) for other in upcoming if self._key(other, until) == key]
         if not others:
             return None
         streams = [stream, *others]
-        shared = _SharedStream(key, frozenset(union(streams).views), open_feeds(streams, start, until), {run})
+        shared = _SharedStream(
+            key, frozenset(union(streams).views), start_actors(streams, start, until), {run}
+        )
         self._streams.append(shared)
         _register(shared, run, start)
-        return Subscriber(run, shared.feeds, own)
+        return Subscriber(run, shared.actors, own)
 
     def leave(self, run: str) -> None:
         """Give the place of a run back, if it has one."""
@@ -94,8 +96,8 @@ class StreamBroker:
         for shared in self._streams:
             if run in shared.runs:
                 shared.runs.remove(run)
-                for feed in shared.feeds:
-                    feed.leave.remote(run) if shared.runs else ray.kill(feed)
+                for actor in shared.actors:
+                    actor.leave.remote(run) if shared.runs else ray.kill(actor)
         self._streams = [shared for shared in self._streams if shared.runs]
 
     def _key(self, config: Pretraining, until: int) -> _StreamKey:
@@ -111,17 +113,17 @@ class StreamBroker:
 
 
 def _register(shared: _SharedStream, run: str, start: int) -> bool:
-    """Register a run with every feed of a shared stream.
+    """Register a run with every actor of a shared stream.
 
-    Return False, and register nothing, if a feed has already dropped the first batch of the run.
+    Return False, and register nothing, if an actor has already dropped the first batch of the run.
     """
     import ray
 
     try:
-        there = all(ray.get([feed.expect.remote(run, start) for feed in shared.feeds]))
+        there = all(ray.get([actor.expect.remote(run, start) for actor in shared.actors]))
     except ray.exceptions.RayError:
         return False
     if not there:
-        for feed in shared.feeds:
-            feed.leave.remote(run)
+        for actor in shared.actors:
+            actor.leave.remote(run)
     return there

@@ -106,8 +106,8 @@ def test_a_shared_stream_carries_views_of_clips(dataset: DataSet) -> None:
     batch = batch_of(union, 2)
     for one in streams:
         own = batch_of(one, 2)
-        for name, slot in shared.slots(one).items():
-            assert torch.equal(batch.views[slot], own.views[name])
+        for name, key in shared.view_keys(one).items():
+            assert torch.equal(batch.views[key], own.views[name])
 
 
 @pytest.mark.parametrize("method", METHODS)

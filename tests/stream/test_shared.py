@@ -16,7 +16,7 @@ from raysl.pretext.jigsaw import Config as Jigsaw
 from raysl.stream import shared
 from raysl.stream.plan import Plan
 from raysl.stream.reader import Stream, StreamConfig
-from raysl.stream.shared import Feed, Subscriber, batches, slots, union
+from raysl.stream.shared import StreamActor, Subscriber, batches, union, view_keys
 from raysl.stream.views import View
 from tests.data import make_dataset
 from tests.stream.test_reader import BATCH, SHARE, InTurn, fingerprints
@@ -40,16 +40,16 @@ def stream(dataset: DataSet, jigsaw: Jigsaw = Jigsaw(), colors: str = "pirl", pl
 
 
 def opened(streams: list[Stream], start: int = 0, patience_s: float = 60) -> tuple[Any, list[Subscriber]]:
-    """A feed that holds six batches, and a seat at it for each of the streams."""
+    """An actor that holds six batches, and a subscriber for each of the streams."""
     import ray
 
     one = union(streams)
-    feed = ray.remote(num_cpus=0, max_concurrency=16)(Feed).remote(
+    actor = ray.remote(num_cpus=0, max_concurrency=16)(StreamActor).remote(
         one, start, one.plan.num_steps, 1, patience_s
     )
-    seats = [Subscriber(str(i), (feed,), slots(each)) for i, each in enumerate(streams)]
-    assert all(ray.get([feed.expect.remote(subscriber.run, start) for subscriber in seats]))
-    return feed, seats
+    subscribers = [Subscriber(str(i), (actor,), view_keys(each)) for i, each in enumerate(streams)]
+    assert all(ray.get([actor.expect.remote(subscriber.run, start) for subscriber in subscribers]))
+    return actor, subscribers
 
 
 def alone(one: Stream, start: int = 0) -> Prints:
@@ -78,8 +78,8 @@ def test_runs_in_lock_step_get_what_they_would_alone(dataset: DataSet, ray_sessi
     few, coarse = Jigsaw(num_permutations=100), Jigsaw(grid=2, min_scale=0.3)
     streams = [stream(dataset, few, place=place), stream(dataset, coarse, "gray", place)]
     streams[1] = replace(streams[1], schedule=InTurn())
-    _, seats = opened(streams)
-    together = [batches(one, subscriber) for one, subscriber in zip(streams, seats, strict=True)]
+    _, subscribers = opened(streams)
+    together = [batches(one, subscriber) for one, subscriber in zip(streams, subscribers, strict=True)]
     pairs = [tuple(map(fingerprints, pair)) for pair in zip(*together, strict=True)]
     assert [first for first, _ in pairs] == alone(stream(dataset, few))
     assert [second for _, second in pairs] == alone(replace(streams[1], config=StreamConfig("data")))
@@ -91,8 +91,8 @@ def test_a_run_that_falls_silent_keeps_nobody_waiting_and_can_go_on(
 ) -> None:
     one = stream(dataset)
     expected = alone(one)
-    _, seats = opened([one, one, one], patience_s=0.2)
-    slow, quick = (batches(one, subscriber) for subscriber in seats[:2])  # the third never comes
+    _, subscribers = opened([one, one, one], patience_s=0.2)
+    slow, quick = (batches(one, subscriber) for subscriber in subscribers[:2])  # the third never comes
     seen = [fingerprints(next(slow)) for _ in range(3)]
     assert [fingerprints(batch) for batch in quick] == expected
     assert seen + [fingerprints(batch) for batch in slow] == expected
@@ -103,38 +103,38 @@ def test_the_window_is_bounded_and_nobody_is_more_than_that_ahead(
     dataset: DataSet, ray_session: None
 ) -> None:
     one = union([stream(dataset)])
-    feed = Feed(one, 0, one.plan.num_steps, window_bytes=1, patience_s=60)
+    actor = StreamActor(one, 0, one.plan.num_steps, window_bytes=1, patience_s=60)
     names = ["", *one.views]
-    assert feed.expect("slow", 0)
-    assert feed.expect("quick", 0)
-    assert all(feed.take("quick", step, names) for step in range(6))
-    assert feed.take("slow", 0, names) is not None
-    assert feed.take("quick", 6, names) is not None  # there is room since the slow one has come
-    assert not feed.expect("late", 0)
-    assert feed.take("late", 0, names) is None
-    assert feed.take("far", 12, names) is None
+    assert actor.expect("slow", 0)
+    assert actor.expect("quick", 0)
+    assert all(actor.take("quick", step, names) for step in range(6))
+    assert actor.take("slow", 0, names) is not None
+    assert actor.take("quick", 6, names) is not None  # there is room since the slow one has come
+    assert not actor.expect("late", 0)
+    assert actor.take("late", 0, names) is None
+    assert actor.take("far", 12, names) is None
 
 
 @pytest.mark.ray
 def test_a_run_from_another_step_reads_on_its_own(dataset: DataSet, ray_session: None) -> None:
     one = stream(dataset)
-    feed, (subscriber,) = opened([one])
+    actor, (subscriber,) = opened([one])
     assert [fingerprints(batch) for batch in batches(one, subscriber, 9)] == alone(one, 9)
-    del feed
+    del actor
 
 
 @pytest.mark.ray
-def test_a_feed_that_dies_is_not_missed(dataset: DataSet, ray_session: None) -> None:
+def test_an_actor_that_dies_is_not_missed(dataset: DataSet, ray_session: None) -> None:
     import ray
 
     def read() -> Iterator[list[tuple[int, int, str]]]:
         for batch in batches(one, subscriber):
             yield fingerprints(batch)
             if batch.step == 4:
-                ray.kill(feed)
+                ray.kill(actor)
 
     one = stream(dataset)
-    feed, (subscriber,) = opened([one])
+    actor, (subscriber,) = opened([one])
     assert list(read()) == alone(one)
 
 
@@ -150,8 +150,9 @@ def test_damaged_shard_is_told_by_the_own_stream(tmp_path: Path, ray_session: No
         list(batches(one, subscriber))
 
 
-def test_a_seat_of_another_number_of_workers_is_not_taken(dataset: DataSet, ray_session: None) -> None:
+@pytest.mark.ray
+def test_a_subscriber_of_another_number_of_workers_is_not_taken(dataset: DataSet, ray_session: None) -> None:
     half = replace(stream(dataset), world=2)
-    subscriber = Subscriber("run", (None,), slots(half))
+    subscriber = Subscriber("run", (None,), view_keys(half))
     expected = fingerprints(next(half.batches()))
     assert fingerprints(next(shared.batches(half, subscriber))) == expected

@@ -27,11 +27,11 @@ def test_runs_that_take_the_same_steps_share_a_stream(
     )
     opened: list[int] = []
 
-    def open_feeds(streams: Any, start: int, until: int) -> tuple[str, ...]:
+    def start_actors(streams: Any, start: int, until: int) -> tuple[str, ...]:
         opened.append(len(streams))
-        return (f"feed {len(opened)}",)
+        return (f"actor {len(opened)}",)
 
-    monkeypatch.setattr(shared_streams, "open_feeds", open_feeds)
+    monkeypatch.setattr(shared_streams, "start_actors", start_actors)
     monkeypatch.setattr(shared_streams, "_register", lambda *_: True)
     broker = shared_streams.StreamBroker(task, [{"pirl.temperature": 0.1}, {"pirl.temperature": 0.2}])
     first = broker.subscriber(0, replace(one, run="a"), 0, 12)
@@ -39,6 +39,6 @@ def test_runs_that_take_the_same_steps_share_a_stream(
     assert opened == [2]
     assert first is not None
     assert second is not None
-    assert first.feeds == second.feeds
+    assert first.actors == second.actors
     assert broker.subscriber(1, replace(one, run="c", seed=1), 0, 12) is None
     assert broker.subscriber(1, replace(one, run="d", epochs=3), 0, 12) is None
