@@ -27,8 +27,7 @@ from raysl.extraction import NetworkEncoder
 from raysl.fields import Bounds
 from raysl.optim import OptimConfig
 from raysl.probes import Integers, Row, Settings, Subject, accuracy_rows, check_labels, common_labels, rank
-from raysl.ray_cluster import placement
-from raysl.ray_cluster.gpus import device
+from raysl.ray_cluster import gpus, placement
 from raysl.rng import ImageRng
 from raysl.stream import decode
 
@@ -121,7 +120,7 @@ def measure(
     ):
         torch.manual_seed(rng.key(subject.seed, "tuning") >> 1)
         network = Tuned(subject.encoder.network(), classes)
-        network.to(device(), memory_format=torch.channels_last)  # type: ignore[call-overload]
+        network.to(gpus.device(), memory_format=torch.channels_last)  # type: ignore[call-overload]
         losses = train(network, subject, config, chosen_n, train_n[chosen_n], threads)
         scores_nc = predict(network, subject, threads)
     if not torch.isfinite(scores_nc).all() or not math.isfinite(losses[-1]):
@@ -169,17 +168,19 @@ def train(
     ]
     size = min(config.batch_size, len(images))
     batches = len(images) // size
-    crop, place = SourceCrop(subject.image_size, config.min_scale), device()
+    crop, device = SourceCrop(subject.image_size, config.min_scale), gpus.device()
     network.train()
     losses = []
     for epoch in range(config.epochs):
         order_n = rng.generator("tuning", subject.seed, epoch).permutation(len(images))
-        found = torch.zeros((), device=place)
+        found = torch.zeros((), device=device)
         for batch in range(batches):
             rows_b = order_n[batch * size : (batch + 1) * size]
             image_rng = ImageRng(subject.seed, np.full(size, epoch), indices_n[rows_b], "tuning")
             images_bchw = _views([images[row] for row in rows_b], crop, image_rng, threads)
-            loss = cross_entropy(network(images_bchw.to(place)), torch.from_numpy(labels_n[rows_b]).to(place))
+            loss = cross_entropy(
+                network(images_bchw.to(device)), torch.from_numpy(labels_n[rows_b]).to(device)
+            )
             rate = config.optim.lr_at(epoch * batches + batch, config.epochs * batches, config.batch_size)
             step(network, loss, solvers, rate, config.optim.clip_norm)
             found += loss.detach()
@@ -209,13 +210,13 @@ def step(
 def predict(network: nn.Module, subject: Subject, threads: ThreadPoolExecutor) -> Tensor:
     """Return logits (n, classes) of the evaluation views of all test images."""
     network.eval()
-    size, place = subject.image_size, device()
+    size, device = subject.image_size, gpus.device()
     scores = []
     with torch.inference_mode():
         for images in _parts(subject.test):
             batches = [images[first : first + _BATCH] for first in range(0, len(images), _BATCH)]
             views = threads.map(lambda batch: decode.evaluation_views(batch, size), batches)
-            scores += [network(images_bchw.to(place)).float().cpu() for images_bchw in views]
+            scores += [network(images_bchw.to(device)).float().cpu() for images_bchw in views]
     return torch.cat(scores)
 
 

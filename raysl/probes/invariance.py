@@ -1,4 +1,4 @@
-"""Invariance: how far the features of an image move when it is transformed, and what they tell about the transform.
+"""Invariance: how far the features of an image move when it is transformed, and whether they predict the transform.
 
 The distance between f(I) and f(t(I)), both of unit length, is in 0 .. 2. It is measured on the features of every layer,
 so that methods without heads have it too. If t makes several crops, f(t(I)) is the unit vector of their mean features
@@ -45,7 +45,7 @@ from raysl.probes import Integers, Labelled, Row, Settings, Subject, check_featu
 from raysl.probes._task import InTask
 from raysl.probes.linear import Config as LinearConfig
 from raysl.probes.linear import Linear
-from raysl.ray_cluster.gpus import device
+from raysl.ray_cluster import gpus
 from raysl.rng import ImageRng
 from raysl.stream import decode
 
@@ -133,16 +133,16 @@ class Invariance(InTask[Config]):
 def _measure(
     subject: Subject, config: Config, transforms: Mapping[str, Pretext]
 ) -> tuple[list[Row], dict[str, Any]]:
-    sample, place = _Sample.draw(subject, config.max_images), device()
+    sample, device = _Sample.draw(subject, config.max_images), gpus.device()
     by_batch = config.statistics == "batch"
-    encode = subject.encoder.load(place, subject.layers, by_batch)
+    encode = subject.encoder.load(device, subject.layers, by_batch)
 
     def seen(transform: Pretext) -> _Seen:
         made: dict[str, list[Tensor]] = {layer: [] for layer in subject.layers}
         labels: list[Tensor] = []
         for view in sample.views(transform):
             labels += [view.target] if transform.num_labels and view.target is not None else []
-            found = encode(view.crops_bpchw.flatten(0, 1).to(place))
+            found = encode(view.crops_bpchw.flatten(0, 1).to(device))
             for layer, values in made.items():
                 values.append(found[layer].float().cpu().view(*view.crops_bpchw.shape[:2], -1))
         features_of = {layer: torch.cat(values) for layer, values in made.items()}
@@ -161,8 +161,8 @@ def _measure(
         }
         found_rows, counts[layer] = _layer(plain[layer][:, 0], of_layer, transforms, config)
         rows += [Row(row.name, row.value, layer) for row in found_rows]
-    if (compared := heads(subject.encoder, place, by_batch)) is not None:
-        found_rows, counts[HEADS] = _heads(compared, sample, place, config)
+    if (compared := heads(subject.encoder, device, by_batch)) is not None:
+        found_rows, counts[HEADS] = _heads(compared, sample, device, config)
         rows += found_rows
     return rows, counts
 
@@ -216,13 +216,13 @@ class _Sample:
 
 
 def _heads(
-    compared: Heads, sample: _Sample, place: torch.device, config: Config
+    compared: Heads, sample: _Sample, device: torch.device, config: Config
 ) -> tuple[list[Row], dict[str, list[int]]]:
     """Return rows and histograms of the heads of a method, for the transform that it was trained with."""
     pairs = zip(sample.views(compared.image), sample.views(compared.transformed), strict=True)
     with torch.inference_mode():
         found = [
-            compared.embed(image.crops_bpchw.to(place), transformed.crops_bpchw.to(place))
+            compared.embed(image.crops_bpchw.to(device), transformed.crops_bpchw.to(device))
             for image, transformed in pairs
         ]
     image_nd, transformed_nd = (torch.cat(parts).cpu() for parts in zip(*found, strict=True))

@@ -17,7 +17,7 @@ from torch.nn.functional import normalize
 
 from raysl.fields import Bounds
 from raysl.probes import Labelled, Row, Settings, accuracy_rows, check, rank, same_images
-from raysl.ray_cluster.gpus import device
+from raysl.ray_cluster import gpus
 
 # Similarities of a tile of queries with a tile of train images take 128 MB.
 _TRAIN_TILE = 1 << 16
@@ -53,16 +53,16 @@ class Knn:
         check("knn", train, test)
         own = same_images(train, test)
         k = min(max(self.config.ks), len(train.labels_n) - own)
-        place = device()
-        train_nd = normalize(torch.from_numpy(train.features_nd).to(place), dim=1)
-        labels_n, test_labels_n = torch.from_numpy(train.labels_n).to(place), torch.from_numpy(test.labels_n)
+        device = gpus.device()
+        train_nd = normalize(torch.from_numpy(train.features_nd).to(device), dim=1)
+        labels_n, test_labels_n = torch.from_numpy(train.labels_n).to(device), torch.from_numpy(test.labels_n)
         classes = int(labels_n.max()) + 1
         ranks: dict[str, list[Tensor]] = {}
         for first in range(0, len(test_labels_n), _QUERY_TILE):
             rows = slice(first, first + _QUERY_TILE)
-            query_qd = normalize(torch.from_numpy(test.features_nd[rows]).to(place), dim=1)
+            query_qd = normalize(torch.from_numpy(test.features_nd[rows]).to(device), dim=1)
             similar_qk, index_qk = nearest(query_qd, train_nd, k, first if own else None)
-            wanted_q = test_labels_n[rows].to(place)
+            wanted_q = test_labels_n[rows].to(device)
             for suffix, scores_qc in self._scores(similar_qk, labels_n[index_qk], classes):
                 ranks.setdefault(suffix, []).append(rank(scores_qc, wanted_q))
         for suffix, parts in ranks.items():

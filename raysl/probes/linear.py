@@ -27,7 +27,7 @@ from torch.nn.functional import cross_entropy, linear
 from raysl import rng
 from raysl.fields import Bounds
 from raysl.probes import Labelled, Row, Settings, accuracy_rows, check, rank
-from raysl.ray_cluster.gpus import device
+from raysl.ray_cluster import gpus
 from raysl.rng import ImageRng
 
 _BATCH = 256
@@ -100,14 +100,14 @@ class Linear:
         indices = np.arange(len(train.labels_n), dtype=np.int64)
         held_n = ImageRng(0, np.zeros_like(indices), indices).chance("held out", self.config.held_out).numpy()
         order_n = np.argsort(held_n, kind="stable")
-        place = device()
-        train_nd = torch.from_numpy(train.features_nd[order_n]).to(place)
-        labels_n = torch.from_numpy(train.labels_n[order_n]).to(place)
+        device = gpus.device()
+        train_nd = torch.from_numpy(train.features_nd[order_n]).to(device)
+        labels_n = torch.from_numpy(train.labels_n[order_n]).to(device)
         std_d, mean_d = torch.std_mean(train_nd, dim=0, correction=0)
         # A constant feature is dropped; dividing it by its rounding errors would make it count.
         scale_d = torch.where(std_d > 1e-6 * (mean_d.abs() + 1), 1 / std_d, 0.0)
         train_nd.sub_(mean_d).mul_(scale_d)
-        test_nd = (torch.from_numpy(test.features_nd).to(place) - mean_d).mul_(scale_d)
+        test_nd = (torch.from_numpy(test.features_nd).to(device) - mean_d).mul_(scale_d)
         if self.config.schedule == "optimum":
             train_nd, test_nd = in_span(train_nd, test_nd)
             weight_decay, solution = self._optimum(train_nd, labels_n, int((~held_n).sum()))
@@ -115,7 +115,7 @@ class Linear:
             schedule = SCHEDULES[self.config.schedule]
             weight_decay, solution = schedule.weight_decay, descend(train_nd, labels_n, schedule)
         test_labels_n = torch.from_numpy(test.labels_n)
-        rank_n = rank(solution.scores(test_nd), test_labels_n.to(place))
+        rank_n = rank(solution.scores(test_nd), test_labels_n.to(device))
         yield from accuracy_rows(rank_n, test_labels_n, solution.classes)
         yield Row("weight_decay", weight_decay)
 

@@ -145,7 +145,7 @@ def moments(data: DataSet, size: int, frames: int, window_s: float) -> Iterator[
                 boxes.append(tracks_kn4[[sounding, 1 - sounding], number] / np.tile(sides_2, 2))
         if files:
             spectrograms = torch.from_numpy(np.stack(sounds))[:, None]
-            yield Moments(decode.squashed(files, size), spectrograms, np.stack(boxes))
+            yield Moments(decode.resized_to_square(files, size), spectrograms, np.stack(boxes))
 
 
 def peaks(map_bhw: Tensor, offset: float) -> npt.NDArray[np.float64]:

@@ -39,7 +39,7 @@ from raysl.probes import Row, Settings, Subject, field_values
 from raysl.probes._images import batches, check_finite, held_out, load_maps
 from raysl.probes._ridge import Moments, Readout, fit
 from raysl.probes._task import InTask
-from raysl.ray_cluster.gpus import device
+from raysl.ray_cluster import gpus
 from raysl.storage import Folder
 from raysl.stream import decode
 
@@ -109,20 +109,23 @@ class Normals(InTask[Config]):
         Raises:
             UserError: the folder is not in the layout, a file is damaged, or a layer has no map.
         """
-        config, size, place = self.config, subject.image_size, device()
+        config, size, device = self.config, subject.image_size, gpus.device()
         if config.data:
             train, test = (pairs(Folder(config.data) / split) for split in _SPLITS)
         else:
             train, test = (_pairs_of_clips(one) for one in (subject.train, subject.test))
-        views = (decode.squashed([one.image() for one in train[some]], size) for some in batches(len(train)))
+        views = (
+            decode.resized_to_square([one.image() for one in train[some]], size)
+            for some in batches(len(train))
+        )
         encode = load_maps(subject, views)
         moments: dict[str, tuple[Moments, Moments]] = {}
-        held_n = held_out("normals", len(train)).to(place)
+        held_n = held_out("normals", len(train)).to(device)
         for some in batches(len(train)):
-            truth_b3hw = torch.cat([_grid(normals_of(one), config.side) for one in train[some]]).to(place)
-            for layer, map_bdhw in _maps(encode, train[some], size, config.side, place).items():
+            truth_b3hw = torch.cat([_grid(normals_of(one), config.side) for one in train[some]]).to(device)
+            for layer, map_bdhw in _maps(encode, train[some], size, config.side, device).items():
                 d = map_bdhw.shape[1]
-                parts = moments.setdefault(layer, (Moments(d, 3, place), Moments(d, 3, place)))
+                parts = moments.setdefault(layer, (Moments(d, 3, device), Moments(d, 3, device)))
                 for part, chosen_b in zip(parts, (~held_n[some], held_n[some]), strict=True):
                     part.add(*_places(map_bdhw[chosen_b], truth_b3hw[chosen_b]))
         of_one_layer = next(iter(moments.values()))
@@ -230,10 +233,10 @@ def _judged(
 
 
 def _maps(
-    encode: EncodeMaps, some: Sequence[Pair], size: int, side: int, place: torch.device
+    encode: EncodeMaps, some: Sequence[Pair], size: int, side: int, device: torch.device
 ) -> dict[str, Tensor]:
     """Return the maps of images by layer, float (b, d, side, side)."""
-    images_bchw = decode.squashed([one.image() for one in some], size).to(place)
+    images_bchw = decode.resized_to_square([one.image() for one in some], size).to(device)
     with torch.inference_mode():
         made = encode(images_bchw)
         found = {

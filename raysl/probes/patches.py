@@ -11,7 +11,7 @@ place_distance: for patches, the mean distance between the place of a patch in i
 pose_distance: for frames with key points, the mean distance between the points of a frame and those of the nearest,
     after both are centred, divided by that of random pairs. Below 1, frames of the same pose are near.
 
-Queries come from the test set, neighbours from the train set. experiments/patches_nearest.py draws the sheets.
+Queries come from the test set, neighbours from the train set. experiments/patches_nearest.py draws them.
 """
 
 from __future__ import annotations

@@ -81,7 +81,7 @@ class VocSvm(InTask[Config]):
 def _views(pictures: Sequence[Picture], size: int) -> Iterator[Tensor]:
     """Yield batches of images, uint8 (b, 3, size, size), each resized to a square."""
     for first in range(0, len(pictures), _BATCH):
-        yield decode.squashed([one.image for one in pictures[first : first + _BATCH]], size)
+        yield decode.resized_to_square([one.image for one in pictures[first : first + _BATCH]], size)
 
 
 def shown(pictures: Sequence[Picture], classes: Sequence[str]) -> Integers:

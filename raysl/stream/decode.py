@@ -214,7 +214,7 @@ def _trimmed(image_chw: Tensor) -> Tensor:
     return image_chw[:, top : height - top, left : width - left]
 
 
-def squashed(images: Sequence[bytes], size: int) -> Tensor:
+def resized_to_square(images: Sequence[bytes], size: int) -> Tensor:
     """Return the whole of every image, of any shape: both sides resized to `size`.
 
     Returns:

@@ -247,8 +247,8 @@ def test_layers_of_one_call_are_those_of_calls_alone_and_are_shared(
 ) -> None:
     run, _ = make_run(dataset, tmp_path / "run")
     trained, cache = Trained(run, run.newest()), Folder(str(tmp_path / "cache"))
-    taps = ("res3", "res3:768", "conv1", "pooled")
-    tables = extract(trained, dataset, FeatureProtocol(16, taps), cache)
+    layers = ("res3", "res3:768", "conv1", "pooled")
+    tables = extract(trained, dataset, FeatureProtocol(16, layers), cache)
     assert {layer: table.load().shape[1] for layer, table in tables.items()} == {
         "res3": 96,
         "res3:768": 96 * 2 * 2,

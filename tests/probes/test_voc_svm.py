@@ -57,7 +57,7 @@ def test_the_ends_of_a_long_image_are_seen(size: tuple[int, int]) -> None:
     found_nd = features(encode, voc_svm._views([replace(picture(), image=one) for one in files], 16))[
         "pooled"
     ]
-    pixels_nd = decode.squashed(files, 16).flatten(1).float().numpy() / 255 - 0.5
+    pixels_nd = decode.resized_to_square(files, 16).flatten(1).float().numpy() / 255 - 0.5
     np.testing.assert_allclose(found_nd, pixels_nd, atol=1e-6)
     assert np.abs(found_nd[0] - found_nd[1]).max() > 0.9
     assert torch.equal(*decode.evaluation_views(files, 16))
@@ -74,7 +74,9 @@ def test_scores_are_those_of_svm_on_the_same_features(ray_session: None, tmp_pat
     sets = []
     for split in ("train", "test"):
         pictures = _voc.read(folder, split)
-        pixels_nd = decode.squashed([one.image for one in pictures], 16).flatten(1).float() / 255 - 0.5
+        pixels_nd = (
+            decode.resized_to_square([one.image for one in pictures], 16).flatten(1).float() / 255 - 0.5
+        )
         sets.append(Labelled(pixels_nd.numpy(), voc_svm.shown(pictures, ["disc", "square"])))
     assert sets[1].labels_n[-1].tolist() == [-1, 0]
     (wanted,) = Svm(config.svm).run(*sets)

@@ -14,7 +14,7 @@ from torchvision import transforms
 
 from raysl.augment import SourceCrop
 from raysl.rng import ImageRng
-from raysl.stream.decode import DecodeError, cut, decode, evaluation_side, evaluation_views, squashed
+from raysl.stream.decode import DecodeError, cut, decode, evaluation_side, evaluation_views, resized_to_square
 
 
 def picture(width: int = 40, height: int = 30) -> Image.Image:
@@ -148,7 +148,7 @@ def test_views_are_cut_independently() -> None:
 
 def test_nothing_to_cut() -> None:
     assert cut([], {"a": SourceCrop(16, 0.1)}, image_rng(0))["a"].shape == (0, 3, 16, 16)
-    assert evaluation_views([], 16).shape == squashed([], 16).shape == (0, 3, 16, 16)
+    assert evaluation_views([], 16).shape == resized_to_square([], 16).shape == (0, 3, 16, 16)
 
 
 @pytest.mark.parametrize("size", [(300, 200), (200, 301), (33, 32), (20, 20), (257, 131)])
@@ -179,9 +179,9 @@ def test_of_an_extreme_shape_the_middle_is_seen(size: tuple[int, int]) -> None:
     assert int(out.min()) == int(out.max()) == 130
 
 
-def test_squashed_shows_the_whole_image_as_pillow_resizes_it() -> None:
+def test_resized_to_square_shows_the_whole_image_as_pillow_resizes_it() -> None:
     sizes = [(300, 200), (20, 301), (32, 32), (1, 2)]
-    found = squashed([encoded(picture(*size)) for size in sizes], 32)
+    found = resized_to_square([encoded(picture(*size)) for size in sizes], 32)
     for ours, size in zip(found.permute(0, 2, 3, 1).numpy().astype(np.int64), sizes, strict=True):
         expected = np.asarray(picture(*size).resize((32, 32), Image.Resampling.BILINEAR))
         assert np.abs(ours - expected).max() <= (0 if size == (32, 32) else 2)

@@ -32,7 +32,7 @@ def view(spec: str, recipe_name: str, image_size: int = 32) -> View:
 
 @pytest.mark.parametrize("recipe_name", sorted(RECIPES))
 @pytest.mark.parametrize("spec", [*pretext.names(), "rotation+jigsaw"])
-def test_a_view_is_a_pure_function_of_image_and_draws(spec: str, recipe_name: str) -> None:
+def test_a_view_is_a_pure_function_of_image_and_random_numbers(spec: str, recipe_name: str) -> None:
     made = view(spec, recipe_name)
     x = images(12, made.source.size)
     together = made(x, image_rng(12))
