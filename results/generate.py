@@ -19,6 +19,10 @@ from pathlib import Path
 from statistics import mean, median, stdev
 from typing import Any
 
+from scipy.stats import spearmanr
+
+from raysl.experiment.lectures import Contrast, Measured, Term
+
 ROOT = Path(__file__).parents[1]
 FILES = sorted({ROOT / "README.md", *ROOT.glob("docs/*.md"), *ROOT.glob("results/**/*.md")})
 _PART = re.compile(r"(<!-- numbers: ([\w-]+) -->)(.*?)(<!-- end -->)", re.DOTALL)
@@ -35,8 +39,12 @@ LONG = "evaluation/tiny-imagenet-20-long"
 @cache
 def rows_of(name: str) -> tuple[Row, ...]:
     """Return the rows of a file under results/; lines that hold a checksum are left out."""
-    lines = (ROOT / "results" / name).read_text().splitlines()
-    return tuple(row for row in map(json.loads, lines) if "value" in row or "score" in row)
+    return tuple(row for row in lines_of(name) if "value" in row or "score" in row)
+
+
+def lines_of(name: str) -> list[Row]:
+    """Return the lines of a JSON Lines file under results/."""
+    return [json.loads(line) for line in (ROOT / "results" / name).read_text().splitlines()]
 
 
 def values(file: str, **wanted: Any) -> list[float]:
@@ -297,8 +305,6 @@ def _recipes(stage: str) -> str:
 
 def _gain() -> str:
     """Return the gain of the chosen recipe over the one before, with the 95 % interval of pairs of a seed."""
-    from raysl.experiment.lectures import Contrast, Measured, Term
-
     last = [
         row for row in rows_of("recipes/compare.jsonl") if row["probe"] == "knn" and row["step"] in (200, 270)
     ]
@@ -313,8 +319,6 @@ def _gain() -> str:
 
 def _rank() -> str:
     """Return the rank correlation of measures that need no labels with kNN, over the trained runs of both stages."""
-    from scipy.stats import spearmanr
-
     runs: dict[tuple[Any, ...], dict[str, float]] = {}
     for stage in ("search", "compare"):
         for row in rows_of(f"recipes/{stage}.jsonl"):
@@ -353,8 +357,8 @@ COMPARED = {
 
 def _bench(part: str) -> str:
     """Return medians of ratios of the same round, with their ranges."""
-    rows = [json.loads(line) for line in (ROOT / "results/bench/speed.jsonl").read_text().splitlines()]
-    found = {(row["arm"], row.get("side"), row["round"]): row for row in rows if row["part"] == part}
+    rows = [row for row in lines_of("bench/speed.jsonl") if row["part"] == part]
+    found = {(row["arm"], row.get("side"), row["round"]): row for row in rows}
     lines = []
     for side in sorted({side for _, side, _ in found}, key=lambda side: side or 0):
         for own, other, measure in COMPARED[part]:
@@ -393,6 +397,7 @@ TABLES: dict[str, Callable[[], str]] = {
 }
 VALUES: dict[str, Callable[[], str]] = {
     "recipes-gain": _gain,
+    "sweep-next-trial": lambda: f"{lines_of('sweep/overhead.jsonl')[-1]['next_trial_s']} s",
     "headline-pixels": lambda: percent(values(f"{LONG}/rows.jsonl", label="raw pixels", **KNN)[:1], " %"),
 }
 
