@@ -15,7 +15,7 @@ from dataclasses import dataclass, field
 from statistics import mean
 from typing import Any
 
-from raysl.evaluation.results import rows_under
+from raysl.evaluation.results import rows_of_probe
 from raysl.experiment.comparison import METHODS, ComparisonFlags, measured, run_of
 from raysl.experiment.script import command, locally
 from raysl.ingestion import resolve, splits
@@ -45,7 +45,7 @@ def main(flags: CompareFlags) -> None:
             measured([run], flags, names)
             # Other experiments may have probed more layers of these runs.
             step = run.newest().step
-            found = [row for name in names for row in rows_under(run, name, seen, judged, step=step)]
+            found = [row for name in names for row in rows_of_probe(run, name, seen, judged, step=step)]
             about = {"method": method, "images": flags.images}
             rows += [{**row, **about} for row in found if row["layer"] == "pooled"]
             Folder(flags.out).write("rows.jsonl", jsonl(rows))

@@ -14,7 +14,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from typing import Any
 
-from raysl.evaluation.results import rows_under
+from raysl.evaluation.results import rows_of_probe
 from raysl.experiment.comparison import ComparisonFlags, measured, reported, small, trained
 from raysl.experiment.script import command
 from raysl.ingestion import resolve, splits
@@ -58,7 +58,7 @@ def scatter(runs: Sequence[Run], train: str, test: str) -> bytes:
     for group in groups([str(run.folder) for run in runs]):
         for member in group.runs:
             for name in ("linear", "invariance"):
-                kept = rows_under(member.run, name, train, test, step=member.run.newest().step)
+                kept = rows_of_probe(member.run, name, train, test, step=member.run.newest().step)
                 names = {"trained": group.label, "random": "untrained"}  # pixels have no invariance
                 rows += [
                     LabelledRow(names[row["encoder"]], row)

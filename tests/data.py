@@ -13,7 +13,7 @@ import pyarrow.parquet as pq
 from PIL import Image
 
 from raysl.dataset import SHARDS, DataSet, Manifest, Shard
-from raysl.evaluation.results import ROWS, keep
+from raysl.evaluation.results import ROWS, add_rows
 from raysl.ingestion import shard
 from raysl.ingestion.sources import Place, UnitSize, open_source, read
 from raysl.run import Run
@@ -74,4 +74,4 @@ def make_clips(folder: Path, count: int, options: str = "size=32&frames=12", spl
 def write_rows(folder: Folder, rows: Sequence[Mapping[str, Any]]) -> None:
     """Replace the results of probes in the folder of a run or of a model."""
     (folder / ROWS).delete()
-    keep(Run(folder), rows)
+    add_rows(Run(folder), rows)

@@ -31,7 +31,7 @@ from raysl.config import Pretraining
 from raysl.contrastive.bank import BankConfig, MemoryBank
 from raysl.dataset import BAD_IMAGES, SHARDS, DataSet, Manifest, Shard, parquet_writer
 from raysl.errors import UserError
-from raysl.evaluation.results import KEY, MODEL, ROWS, keep, rows_of
+from raysl.evaluation.results import KEY, MODEL, ROWS, add_rows, rows_of
 from raysl.extraction.inference import SETTINGS, load
 from raysl.extraction.pca import Projection
 from raysl.feature_store.files import FINISHED, FeatureForm, part_file, write_part
@@ -99,7 +99,7 @@ def make(root: Path) -> None:
     run = Run.begin(config, DataSet.open(str(root / "set")), {})
     run.write_metrics([{"step": step, "epoch": 1.0, "loss": 1 / step} for step in range(1, 9)])
     row = {**dict.fromkeys(KEY, "x"), "step": 1, "seed": 0, "value": 0.5, "primary": True}
-    keep(run, [{**row, "name": f"n{i}"} for i in range(4)])
+    add_rows(run, [{**row, "name": f"n{i}"} for i in range(4)])
     (written,) = (run.folder / ROWS).list()
     shutil.move(f"{run.folder}/{ROWS}/{written}", f"{run.folder}/{ROWS}/w.jsonl")
     saver = Saver(run.checkpoints, SaveConfig(), 0, 1)

@@ -23,8 +23,8 @@ from raysl.evaluation.results import (
     MOMENTUM,
     ROWS,
     TITLES,
+    add_rows,
     check_writable,
-    keep,
     protocol_hash,
     shown,
 )
@@ -74,17 +74,19 @@ def probe(
         UserError: a probe, a layer or an encoder does not exist, there is no checkpoint, the results cannot be written,
             or the data do not suit the probes. Rows of earlier probes are kept.
     """
-    config = _changed(config, changes)
+    config = _with_changes(config, changes)
     run = Run.open(run) if isinstance(run, str) else run
     settings = run.config()
     sources = [_encoder(run, name, config.checkpoint) for name in dict.fromkeys(config.encoders)]
     folder = run.folder
     if config.out:
-        at = config.checkpoint or run.newest()
-        folder = _folder_of(config.out, f"{settings.method}, step {at.step}", extraction.Trained(run, at))
+        checkpoint = config.checkpoint or run.newest()
+        folder = _folder_of(
+            config.out, f"{settings.method}, step {checkpoint.step}", extraction.Trained(run, checkpoint)
+        )
     check_writable(folder)
     context = _Context(Run(folder), settings.view.image_size, settings.seed)
-    return _measured(context, sources, train, test, config)
+    return _run_probes(context, sources, train, test, config)
 
 
 def probe_model(
@@ -107,13 +109,13 @@ def probe_model(
     Raises:
         UserError: as `probe`, or `out` is empty or holds results of another model.
     """
-    config = _changed(config, changes)
+    config = _with_changes(config, changes)
     if not config.out:
         raise UserError(f"{title} is not a run and has no folder for results. Give one with --out.")
     folder = _folder_of(config.out, title, source)
     check_writable(folder)
     context = _Context(Run(folder), config.image_size or view_size(source), config.seed)
-    return _measured(context, [source], train, test, config)
+    return _run_probes(context, [source], train, test, config)
 
 
 def probe_encoder(
@@ -148,8 +150,8 @@ def frozen_encoder(source: Encoder, train: DataSet, image_size: int, bn_statisti
     return Reestimated(source, train, image_size)
 
 
-def _changed(config: ProbeConfig | None, changes: Mapping[str, Any]) -> ProbeConfig:
-    known = [one.name for one in fields(ProbeConfig)]
+def _with_changes(config: ProbeConfig | None, changes: Mapping[str, Any]) -> ProbeConfig:
+    known = [field.name for field in fields(ProbeConfig)]
     for name in changes:
         if name not in known:
             raise unknown("option of probe", name, known)
@@ -162,20 +164,20 @@ def _folder_of(out: str, title: str, source: Encoder) -> Folder:
     Raises UserError if it belongs to another model.
     """
     folder = Folder(out)
-    about = json.loads(json.dumps({"name": title, "identity": source.identity()}))
+    model = json.loads(json.dumps({"name": title, "identity": source.identity()}))
     try:
-        another = folder.exists(ROWS) and folder.exists(MODEL) and verified(folder.read_json(MODEL)) != about
+        is_other = folder.exists(ROWS) and folder.exists(MODEL) and verified(folder.read_json(MODEL)) != model
     except ValueError as error:
         raise UserError(
             f"The file {folder / MODEL} is damaged: {error}. Give --out another folder."
         ) from error
-    if folder.exists(METADATA) or another:
+    if folder.exists(METADATA) or is_other:
         raise UserError(
             f"The folder {out!r} is a run, or holds results of another model than {title!r}. Give --out a folder that "
             "is empty or does not exist."
         )
     # Written before the rows, so that rows always have an owner.
-    write_record(folder, MODEL, about)
+    write_record(folder, MODEL, model)
     return folder
 
 
@@ -194,7 +196,7 @@ class _Context:
     seed: int
 
 
-def _measured(
+def _run_probes(
     context: _Context,
     sources: Sequence[Encoder],
     train: DataSet | str,
@@ -209,7 +211,9 @@ def _measured(
     layers = [layers_of(source, config.layers) for source in sources]
     if not config.in_process:
         ray_cluster.start()
-    train, test = (one if isinstance(one, DataSet) else resolve(one) for one in (train, test))
+    train, test = (
+        data_set if isinstance(data_set, DataSet) else resolve(data_set) for data_set in (train, test)
+    )
     labelled = any(isinstance(probe, LabelledProbe) for _, probe in ready.values())
     common = common_labels(train, test) if labelled else (None, None)
     data = _Data(train, test, config.bn_statistics, *common)
@@ -223,16 +227,18 @@ def _measured(
         )
     found = _extract(sources, layers, ready, data, context, config)
     rows: list[dict[str, Any]] = []
-    for source, own, tables in zip(sources, layers, found, strict=True):
+    for source, own_layers, tables in zip(sources, layers, found, strict=True):
         for name, (protocol, measure) in ready.items():
-            about = _about(name, protocol, measure, source, data, context)
+            identity = _row_identity(name, protocol, measure, source, data, context)
             if isinstance(measure, EncoderProbe):
-                made: Iterable[Row] = measure.examine(_subject(about, source, own, data, context))
+                results: Iterable[Row] = measure.examine(
+                    _subject(identity, source, own_layers, data, context)
+                )
             else:
                 frozen = data.frozen(*tables)
-                made = by_layer(measure, own, *frozen, config.low_priority, config.in_process)
-            new = _rows(made, measure, about)
-            keep(context.run, new)
+                results = by_layer(measure, own_layers, *frozen, config.low_priority, config.in_process)
+            new = _stored_rows(results, measure, identity)
+            add_rows(context.run, new)
             rows += new
     return rows
 
@@ -295,7 +301,7 @@ class _Data:
         )
 
 
-def _about(
+def _row_identity(
     name: str, protocol: Any, measure: Probe, source: Encoder, data: _Data, context: _Context
 ) -> dict[str, Any]:
     """Return everything that the rows of a probe and encoder depend on."""
@@ -366,16 +372,18 @@ def layers_of(source: Encoder, layers: Sequence[str]) -> tuple[str, ...]:
     return tuple(dict.fromkeys(expanded))
 
 
-def _rows(found: Iterable[Row], probe: Probe, about: Mapping[str, Any]) -> list[dict[str, Any]]:
+def _stored_rows(found: Iterable[Row], probe: Probe, identity: Mapping[str, Any]) -> list[dict[str, Any]]:
     """Return the rows of one probe on one encoder, with everything that they depend on."""
     rows = []
     for row in found:
         primary = row.name == probe.primary_metric
-        made = {**about, "layer": row.layer, "name": row.name, "value": row.value, "primary": primary}
-        rows.append(made)
+        stored = {**identity, "layer": row.layer, "name": row.name, "value": row.value, "primary": primary}
+        rows.append(stored)
         if primary:
-            encoder = TITLES.get(about["encoder"], about["encoder"])
-            _log.info("%-10s %-10s %-8s %s %s", about["probe"], encoder, row.layer, row.name, shown(made))
+            encoder = TITLES.get(identity["encoder"], identity["encoder"])
+            _log.info(
+                "%-10s %-10s %-8s %s %s", identity["probe"], encoder, row.layer, row.name, shown(stored)
+            )
     return rows
 
 

@@ -22,7 +22,7 @@ from raysl.dataset import DataSet
 from raysl.errors import Unset, UserError
 from raysl.evaluation.evaluate import check_data, probe
 from raysl.evaluation.options import ProbeConfig
-from raysl.evaluation.results import rows_of, rows_under, shown
+from raysl.evaluation.results import rows_of, rows_of_probe, shown
 from raysl.fields import Bounds, check
 from raysl.ingestion import resolve
 from raysl.ray_cluster import lock, placement
@@ -89,7 +89,7 @@ def pretrain_and_probe(
             f"--probe-every is {online.probe_every}, and these probes run on Ray, which --local does not start. Omit "
             "one of the two; `raysl probe RUN` measures the run afterwards."
         )
-    config = saving(config, online)
+    config = with_checkpoints(config, online)
     _check_defaults(online.probes)
     ray_cluster.start()
     train, test = resolve(online.train), resolve(online.test)
@@ -101,7 +101,7 @@ def pretrain_and_probe(
     try:
         run = pretrain(config, callbacks=callbacks)
     finally:
-        evaluator.over.set()
+        evaluator.training_ended.set()
     thread.join()
     evaluator.finish()
     return run
@@ -118,7 +118,7 @@ def _check_defaults(names: Sequence[str]) -> None:
             )
 
 
-def saving(config: Pretraining, online: OnlineConfig) -> Pretraining:
+def with_checkpoints(config: Pretraining, online: OnlineConfig) -> Pretraining:
     """Return the configuration with checkpoints at the steps of the probes.
 
     Raises:
@@ -138,7 +138,7 @@ def saving(config: Pretraining, online: OnlineConfig) -> Pretraining:
 
 
 class OnlineEvaluator:
-    """Probes the checkpoints of a run.
+    """Probe the checkpoints of a run.
 
     Args:
         run: the run; it need not have begun.
@@ -157,7 +157,7 @@ class OnlineEvaluator:
         self.train = train
         self.test = test
         self.trainers = trainers
-        self.over = threading.Event()
+        self.training_ended = threading.Event()
         self.callbacks: Callbacks | None = None
         self._failed: set[int] = set()
         self._waiting_at = -1
@@ -168,7 +168,7 @@ class OnlineEvaluator:
         os.setpriority(os.PRIO_PROCESS, threading.get_native_id(), 19)
         # A probe of an encoder starts tasks of its own, which would take CPUs or GPUs from the trainers.
         names = [name for name in self.online.probes if not hasattr(probes.load(name)[1], "examine")]
-        while names and not self.over.wait(_LOOK_EVERY_S):
+        while names and not self.training_ended.wait(_LOOK_EVERY_S):
             if not lock.held_here(self.run.folder):
                 continue  # The run has not begun, and the folder may hold another run.
             due = [found for found in self.due(names, self._rows()) if found.step not in self._failed]
@@ -182,26 +182,28 @@ class OnlineEvaluator:
             The steps that remained.
         """
         names, rows = self.online.probes, self._rows()
-        left = {found.step: found for found in self.due(names, rows)}
+        remaining = {found.step: found for found in self.due(names, rows)}
         last = self.run.newest()
-        if _lacking(last.step, names, rows):
-            left[last.step] = last
-        for step in sorted(left):
-            self._probe(left[step], names, low_priority=False)
-        self._into_metrics()
-        return sorted(left)
+        if _missing(last.step, names, rows):
+            remaining[last.step] = last
+        for step in sorted(remaining):
+            self._probe(remaining[step], names, low_priority=False)
+        self._add_to_metrics()
+        return sorted(remaining)
 
     def due(self, names: Sequence[str], rows: Rows) -> list[Checkpoint]:
         """Return the checkpoints at steps to probe that lack a row of one of these probes, oldest first."""
         every = self.online.probe_every
         saved = [found for found in checkpoint.complete(self.run.checkpoints) if found.step % every == 0]
-        return [found for found in saved if _lacking(found.step, names, rows)]
+        return [found for found in saved if _missing(found.step, names, rows)]
 
     def _rows(self) -> list[dict[str, Any]]:
         """Return all rows of the trained backbone by these probes, with default protocols on these data sets."""
         data = self.train.manifest.fingerprint, self.test.manifest.fingerprint
         stored = rows_of(self.run)
-        found = [row for name in self.online.probes for row in rows_under(self.run, name, *data, rows=stored)]
+        found = [
+            row for name in self.online.probes for row in rows_of_probe(self.run, name, *data, rows=stored)
+        ]
         return [row for row in found if (row["encoder"], row["layer"]) == ("trained", "pooled")]
 
     def _has_room(self, step: int) -> bool:
@@ -221,19 +223,19 @@ class OnlineEvaluator:
 
     def _probe(self, found: Checkpoint, names: Sequence[str], low_priority: bool) -> None:
         """Run the probes that have no row at this checkpoint. A probe that fails does not stop the next."""
-        before = left = _lacking(found.step, names, self._rows())
+        wanted = missing = _missing(found.step, names, self._rows())
         cache = self.run.folder / f"features-{found.step}"
         try:
-            while left and not self._succeeds(found, left, cache, low_priority):
+            while missing and not self._try_probes(found, missing, cache, low_priority):
                 # Probes run in this order, so the first without rows is the one that failed.
-                left = _lacking(found.step, left, self._rows())[1:]
+                missing = _missing(found.step, missing, self._rows())[1:]
         finally:
             # The features are used once, and are larger than the checkpoint.
             cache.delete()
-        self._report(found.step, before)
+        self._report(found.step, wanted)
 
-    def _succeeds(self, found: Checkpoint, names: Sequence[str], cache: Folder, low_priority: bool) -> bool:
-        """Probe a checkpoint; log an error and return False if that fails."""
+    def _try_probes(self, found: Checkpoint, names: Sequence[str], cache: Folder, low_priority: bool) -> bool:
+        """Probe a checkpoint. Log an error and return False if it fails."""
         try:
             probe(
                 self.run,
@@ -256,35 +258,35 @@ class OnlineEvaluator:
 
     def _report(self, step: int, names: Sequence[str]) -> None:
         """Log the primary metrics of some probes at a step, and write them for TensorBoard."""
-        later = [row for row in self._rows() if row["primary"] and row["step"] >= step]
-        now = [row for row in later if row["step"] == step and row["probe"] in names]
-        if not now:
+        rows = [row for row in self._rows() if row["primary"] and row["step"] >= step]
+        new = [row for row in rows if row["step"] == step and row["probe"] in names]
+        if not new:
             return
-        line = ", ".join(f"{_name(row).removeprefix('probe/')} {shown(row)}" for row in now)
+        line = ", ".join(f"{_metric_name(row).removeprefix('probe/')} {shown(row)}" for row in new)
         _log.info("Probes of step %d: %s", step, line)
         if self.callbacks is not None:
-            self.callbacks.probe(now)
+            self.callbacks.probe(new)
         if self.run.folder.is_local:
             # A session of TensorBoard hides earlier events from its step on, and the newest checkpoint may come first.
             tensorboard = TensorBoard(self.run.folder / TENSORBOARD, step)
-            for row in sorted(later, key=lambda row: int(row["step"])):
-                tensorboard.add({"step": row["step"], _name(row): row["value"]})
+            for row in sorted(rows, key=lambda row: int(row["step"])):
+                tensorboard.add({"step": row["step"], _metric_name(row): row["value"]})
             tensorboard.flush()
 
-    def _into_metrics(self) -> None:
+    def _add_to_metrics(self) -> None:
         """Write the primary metrics into the rows of metrics.jsonl of their steps."""
         metrics = {row["step"]: row for row in self.run.metrics()}
         for row in self._rows():
             if row["primary"]:
-                metrics.setdefault(row["step"], {"step": row["step"]})[_name(row)] = row["value"]
+                metrics.setdefault(row["step"], {"step": row["step"]})[_metric_name(row)] = row["value"]
         self.run.write_metrics(metrics[step] for step in sorted(metrics))
 
 
-def _lacking(step: int, names: Sequence[str], rows: Rows) -> list[str]:
+def _missing(step: int, names: Sequence[str], rows: Rows) -> list[str]:
     """Return the probes that have no row at a step."""
     done = {row["probe"] for row in rows if row["step"] == step}
     return [name for name in names if name not in done]
 
 
-def _name(row: Mapping[str, Any]) -> str:
+def _metric_name(row: Mapping[str, Any]) -> str:
     return f"probe/{row['probe']}/{row['name']}"

@@ -33,7 +33,7 @@ if TYPE_CHECKING:
     from raysl.dataset import DataSet
 
 ENCODERS = ("trained", "random", "pixels")
-# What tables call the encoders.
+# Names of the encoders in tables.
 TITLES = {"random": "untrained", "pixels": "raw pixels"}
 # The moving average of the backbone, of methods that keep one; it is measured only on request.
 MOMENTUM = "momentum"
@@ -43,7 +43,7 @@ _OLD_ROWS = "probes/rows.jsonl"
 MODEL = "model.json"
 # A row replaces an earlier row that has the same values of these fields.
 KEY = ("probe", "name", "layer", "encoder", "step", "seed", "protocol", "train", "test")
-_TABLE = ("probe", "protocol", "train", "test")
+_TABLE_KEY = ("probe", "protocol", "train", "test")
 # Measures that are shares of 1, which people read as per cent.
 _SHARE = re.compile(
     r"(top\d|balanced|mAP|AP|PCK(_without_image)?|within|peak_in|middle_in|precision|closer|readout|chance|constant)"
@@ -86,7 +86,7 @@ def rows_of(run: Run) -> list[dict[str, Any]]:
     return list({_key(row): row for _, row in timed}.values())
 
 
-def keep(run: Run, rows: Iterable[Mapping[str, Any]]) -> None:
+def add_rows(run: Run, rows: Iterable[Mapping[str, Any]]) -> None:
     """Add rows to a run. Any number of processes may do so at once.
 
     Raises:
@@ -152,13 +152,13 @@ def _checked(row: Any) -> dict[str, Any]:
     if not isinstance(row.get("weights"), str | int | float | None):
         raise ValueError("its weights are neither a name nor a number")
     # A report takes the names of its files from these.
-    for name in _TABLE:
+    for name in _TABLE_KEY:
         if not re.fullmatch(r"[\w-]*", row[name]):
             raise ValueError(f"its {name} {row[name]!r} is not a word")
     return dict(row)
 
 
-def rows_under(
+def rows_of_probe(
     run: Run,
     name: str,
     train: str,
@@ -194,7 +194,7 @@ def rows_under(
 
 
 def shown(row: Mapping[str, Any]) -> str:
-    """Return the value of a row as people read it: shares in per cent with one decimal, the rest with four digits."""
+    """Return the value of a row as text: a share in per cent with one decimal, other values with four digits."""
     return f"{100 * row['value']:.1f} %" if _SHARE.match(row["name"]) else f"{row['value']:.4g}"
 
 
@@ -209,7 +209,7 @@ def tables(rows: Iterable[Mapping[str, Any]], sets: Iterable[DataSet] = ()) -> l
     sizes = {one.manifest.fingerprint: _size(one) for one in sets}
     groups: dict[tuple[Any, ...], list[Mapping[str, Any]]] = {}
     for row in rows:
-        groups.setdefault(tuple(row[key] for key in _TABLE), []).append(row)
+        groups.setdefault(tuple(row[key] for key in _TABLE_KEY), []).append(row)
     return [_table(members, sizes) for members in groups.values()]
 
 
@@ -222,13 +222,13 @@ def _table(members: list[Mapping[str, Any]], sizes: Mapping[str, str]) -> Table:
     from rich.markup import escape
     from rich.table import Table
 
-    name, protocol, train, test = (members[0][key] for key in _TABLE)
+    name, protocol, train, test = (members[0][key] for key in _TABLE_KEY)
     layers = list(dict.fromkeys(row["layer"] for row in members))
     if len(layers) > 1 and {row["layer"] for row in members if row["primary"]} == set(layers):
         members = [row for row in members if row["primary"]]
     title = f"{name} on {layers[0]} features" if len(layers) == 1 else f"{name} by layer"
     table = Table(
-        title=escape(title), caption=escape(f"protocol {protocol}, {of_images(train, test, sizes)}")
+        title=escape(title), caption=escape(f"protocol {protocol}, {describe_images(train, test, sizes)}")
     )
     several_seeds = len({row["seed"] for row in members}) > 1
     cells = {(row["layer"], row["name"], _column(row, several_seeds)): row for row in members}
@@ -244,7 +244,7 @@ def _table(members: list[Mapping[str, Any]], sizes: Mapping[str, str]) -> Table:
     return table
 
 
-def of_images(train: str, test: str, sizes: Mapping[str, str] = MappingProxyType({})) -> str:
+def describe_images(train: str, test: str, sizes: Mapping[str, str] = MappingProxyType({})) -> str:
     """Return the images that a value depends on, as text.
 
     Args:
@@ -281,7 +281,7 @@ def verdicts(rows: Iterable[Mapping[str, Any]], num_test: int = 0) -> list[str]:
     members: dict[tuple[Any, ...], list[Mapping[str, Any]]] = {}
     for row in rows:
         if row["primary"]:
-            members.setdefault(tuple(row[key] for key in _TABLE), []).append(row)
+            members.setdefault(tuple(row[key] for key in _TABLE_KEY), []).append(row)
     for (name, *_), found in members.items():
         best = {row["encoder"]: row for row in sorted(found, key=lambda row: float(row["value"]))}
         others = [best[encoder] for encoder in ENCODERS[1:] if encoder in best]
@@ -293,7 +293,7 @@ def verdicts(rows: Iterable[Mapping[str, Any]], num_test: int = 0) -> list[str]:
 def _verdict(name: str, trained: Mapping[str, Any], others: list[Mapping[str, Any]], num_test: int) -> str:
     called = {"random": "the untrained network", "pixels": "raw pixels"}
     texts = {row["encoder"]: f"{called[row['encoder']]} ({shown(row)})" for row in others}
-    margins = {row["encoder"]: _chance(trained, row, num_test) for row in others}
+    margins = {row["encoder"]: _margin(trained, row, num_test) for row in others}
     worse = [row["encoder"] for row in others if row["value"] + margins[row["encoder"]] < trained["value"]]
     start, listed = f"By {name}, the trained network ({shown(trained)})", " and ".join(texts.values())
     if len(worse) == len(others):
@@ -311,7 +311,7 @@ def _verdict(name: str, trained: Mapping[str, Any], others: list[Mapping[str, An
     )
 
 
-def _chance(one: Mapping[str, Any], other: Mapping[str, Any], num_test: int) -> float:
+def _margin(one: Mapping[str, Any], other: Mapping[str, Any], num_test: int) -> float:
     """Return two standard errors of the difference of two accuracies; 0 for other measures."""
     if not num_test or not one["name"].startswith("top"):
         return 0.0

@@ -17,7 +17,7 @@ from raysl.backbone.network import BackboneConfig
 from raysl.clustering.cluster_and_fit import ClusterfitConfig, clusterfit
 from raysl.config import Pretraining, ViewConfig
 from raysl.evaluation.evaluate import check_apart, probe
-from raysl.evaluation.results import ENCODERS, rows_under
+from raysl.evaluation.results import ENCODERS, rows_of_probe
 from raysl.experiment.script import Flags, locally, pretrained
 from raysl.ingestion import resolve, splits
 from raysl.objectives.moco import Config as Moco
@@ -205,7 +205,7 @@ def _known(
     """
     stages = extraction.stages(extraction.Trained(run, run.newest()))
     wanted = {one for layer in layers for one in (stages if layer == "all" else [layer])}
-    found = rows_under(run, name, *data, config, run.newest().step)
+    found = rows_of_probe(run, name, *data, config, run.newest().step)
     return all(
         {row["layer"] for row in found if row["encoder"] == encoder} >= wanted
         for encoder in encoders

@@ -19,7 +19,7 @@ from raysl.config import Pretraining
 from raysl.dataset import DataSet
 from raysl.errors import UserError, answered
 from raysl.evaluation.evaluate import probe
-from raysl.evaluation.results import rows_under, tables
+from raysl.evaluation.results import rows_of_probe, tables
 from raysl.ingestion import resolve, splits
 from raysl.ingestion.subset import drawn as drawn_indices
 from raysl.ingestion.subset import part, subset
@@ -126,7 +126,7 @@ def probed(config: Pretraining, train: str, test: str) -> list[dict[str, Any]]:
     # Scored on its own training images, a classifier would only show how well it memorizes.
     names = ("knn",) if train == test else ("knn", "linear")
     seen, judged = (resolve(split).manifest.fingerprint for split in (train, test))
-    there = [rows_under(run, name, seen, judged, step=run.newest().step) for name in names]
+    there = [rows_of_probe(run, name, seen, judged, step=run.newest().step) for name in names]
     return [row for rows in there for row in rows] if all(there) else probe(run, train, test, probes=names)
 
 

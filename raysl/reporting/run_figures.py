@@ -11,7 +11,7 @@ import numpy.typing as npt
 from matplotlib import colormaps
 
 from raysl.errors import UserError
-from raysl.evaluation.results import of_images
+from raysl.evaluation.results import describe_images
 from raysl.feature_store.records import verified
 from raysl.probes.invariance import HEADS, HISTOGRAM, OTHERS
 from raysl.reporting.figure import Figure, drawn, panels
@@ -86,7 +86,7 @@ def _short(key: Sequence[str]) -> str:
 
 
 def _hashes(key: Sequence[str]) -> str:
-    return f"Protocol {key[1]}, {of_images(key[2], key[3])}."
+    return f"Protocol {key[1]}, {describe_images(key[2], key[3])}."
 
 
 Counts = Mapping[str, Mapping[str, Sequence[int]]]

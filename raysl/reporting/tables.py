@@ -7,7 +7,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from statistics import mean
 
-from raysl.evaluation.results import of_images
+from raysl.evaluation.results import describe_images
 from raysl.reporting.report_runs import PROTOCOL, LabelledRow, by_protocol, layers
 
 
@@ -103,7 +103,7 @@ def _table(members: Sequence[LabelledRow]) -> Table:
         for label in dict.fromkeys(item.label for item in members)
     ]
     lines.sort(key=lambda line: (-(line[1][-1].mean if line[1][-1] else -math.inf), line[0]))
-    return Table(probe, f"protocol {protocol}, {of_images(train, test)}", columns, tuple(lines))
+    return Table(probe, f"protocol {protocol}, {describe_images(train, test)}", columns, tuple(lines))
 
 
 def estimates(rows: Sequence[LabelledRow]) -> dict[tuple[str, str, str], Estimate]:

@@ -20,7 +20,7 @@ import numpy as np
 
 from raysl.config import Pretraining
 from raysl.dataset import SHARDS, DataSet, Manifest, Shard, parquet_writer
-from raysl.evaluation.results import KEY, keep, rows_of
+from raysl.evaluation.results import KEY, add_rows, rows_of
 from raysl.run import Run
 from raysl.storage import Folder
 from tests.data import make_dataset
@@ -129,7 +129,7 @@ def trials(folder: Path) -> str:
 def _write_rows(uri: str, writer: int) -> None:
     for number in range(_ROWS):
         row = {**dict.fromkeys(KEY, "x"), "name": f"{writer}/{number}", "step": 1, "seed": 0}
-        keep(Run(Folder(uri)), [{**row, "value": 0.5, "primary": True}])
+        add_rows(Run(Folder(uri)), [{**row, "value": 0.5, "primary": True}])
 
 
 def writers(folder: Path) -> str:

@@ -16,8 +16,8 @@ from raysl.config import Pretraining, ViewConfig
 from raysl.dataset import DataSet
 from raysl.errors import UserError
 from raysl.evaluation import online
-from raysl.evaluation.online import ERROR, OnlineConfig, OnlineEvaluator, pretrain_and_probe, saving
-from raysl.evaluation.results import keep, protocol_hash, rows_of
+from raysl.evaluation.online import ERROR, OnlineConfig, OnlineEvaluator, pretrain_and_probe, with_checkpoints
+from raysl.evaluation.results import add_rows, protocol_hash, rows_of
 from raysl.extraction import FeatureProtocol
 from raysl.objectives.pirl import Config as Pirl
 from raysl.probes.knn import Config
@@ -73,7 +73,7 @@ def fake_probe(run: Run, asked: list[Any], fails: tuple[int, ...] = ()) -> Any:
         asked.append((checkpoint.step, low_priority))
         if checkpoint.step in fails:
             raise RuntimeError("the probe broke")
-        keep(run, [row(checkpoint.step)])
+        add_rows(run, [row(checkpoint.step)])
         return [row(checkpoint.step)]
 
     return probe
@@ -86,7 +86,7 @@ def test_remaining_checkpoints_are_probed_after_the_last_step(
     asked: list[Any] = []
     monkeypatch.setattr(online, "probe", fake_probe(run, asked))
     others = [row(4, **{name: "other"}) for name in ("protocol", "train", "test", "layer", "encoder")]
-    keep(run, [row(2), *others])
+    add_rows(run, [row(2), *others])
     evaluator = evaluator_of(run)
     assert [at.step for at in evaluator.due(["knn"], evaluator._rows())] == [4]
     assert evaluator.finish() == [4, 5]
@@ -113,7 +113,7 @@ def test_the_newest_checkpoint_is_probed_while_the_run_trains(
 
     def probe(run: Run, *arguments: Any, **rest: Any) -> list[dict[str, Any]]:
         if len(asked) == 1:
-            evaluator.over.set()
+            evaluator.training_ended.set()
         return fake_probe(run, asked)(run, *arguments, **rest)  # type: ignore[no-any-return]
 
     monkeypatch.setattr(online, "probe", probe)
@@ -163,10 +163,10 @@ def test_probes_after_a_failing_probe_are_run(
                 FeatureProtocol(run.config().view.image_size),
                 probes.REESTIMATED,
             )
-            keep(run, [row(options["checkpoint"].step, probe=name, protocol=protocol)])
+            add_rows(run, [row(options["checkpoint"].step, probe=name, protocol=protocol)])
 
     monkeypatch.setattr(online, "probe", probe)
-    keep(run, [row(2), row(4)])
+    add_rows(run, [row(2), row(4)])
     evaluator = evaluator_of(run, ("knn", "svm", "linear"))
     assert evaluator.finish() == [2, 4, 5]
     first = [(2, ["svm", "linear"]), (2, ["linear"]), (4, ["svm", "linear"]), (4, ["linear"])]
@@ -180,11 +180,11 @@ def test_probes_after_a_failing_probe_are_run(
 
 def test_checkpoints_are_saved_where_probes_are() -> None:
     config = Pretraining("data", "run")
-    assert saving(config, OnlineConfig(6, "a", "b")).save == SaveConfig(every_steps=6, keep_every=6)
+    assert with_checkpoints(config, OnlineConfig(6, "a", "b")).save == SaveConfig(every_steps=6, keep_every=6)
     often = Pretraining("data", "run", save=SaveConfig(every_steps=3))
-    assert saving(often, OnlineConfig(6, "a", "b")).save == SaveConfig(every_steps=3, keep_every=6)
+    assert with_checkpoints(often, OnlineConfig(6, "a", "b")).save == SaveConfig(every_steps=3, keep_every=6)
     with pytest.raises(UserError, match=r"--save\.every-steps is 3"):
-        saving(often, OnlineConfig(4, "a", "b"))
+        with_checkpoints(often, OnlineConfig(4, "a", "b"))
 
 
 def test_mistakes_are_refused_at_once() -> None:

@@ -13,7 +13,7 @@ from rich.console import Console
 
 from raysl.errors import UserError
 from raysl.evaluation import results
-from raysl.evaluation.results import KEY, ROWS, keep, rows_of, shown, tables, verdicts
+from raysl.evaluation.results import KEY, ROWS, add_rows, rows_of, shown, tables, verdicts
 from raysl.run import Run, jsonl
 from raysl.storage import Folder
 from tests.data import make_dataset
@@ -29,9 +29,9 @@ def run(tmp_path: Path) -> Run:
     return Run(Folder(str(tmp_path)))
 
 
-def add_rows(run: Run, process: int, count: int) -> None:
+def add_rows_one_by_one(run: Run, process: int, count: int) -> None:
     for number in range(count):
-        keep(run, [row(layer=f"{process}-{number}")])
+        add_rows(run, [row(layer=f"{process}-{number}")])
 
 
 def printed(*rows: dict[str, Any]) -> str:
@@ -43,7 +43,7 @@ def printed(*rows: dict[str, Any]) -> str:
 
 def test_rows_of_several_processes_are_all_kept(run: Run) -> None:
     context = multiprocessing.get_context("fork")
-    processes = [context.Process(target=add_rows, args=(run, number, 20)) for number in range(4)]
+    processes = [context.Process(target=add_rows_one_by_one, args=(run, number, 20)) for number in range(4)]
     for process in processes:
         process.start()
     for process in processes:
@@ -54,12 +54,12 @@ def test_rows_of_several_processes_are_all_kept(run: Run) -> None:
 
 def test_a_row_replaces_an_earlier_row_of_the_same_key_in_any_file(run: Run) -> None:
     context = multiprocessing.get_context("fork")
-    keep(run, [row(), row(layer="y")])
-    process = context.Process(target=keep, args=(run, [row(value=0.7)]))
+    add_rows(run, [row(), row(layer="y")])
+    process = context.Process(target=add_rows, args=(run, [row(value=0.7)]))
     process.start()
     process.join(60)
     assert {one["layer"]: one["value"] for one in rows_of(run)} == {"x": 0.7, "y": 0.5}
-    keep(run, [row(value=0.8)])
+    add_rows(run, [row(value=0.8)])
     assert {one["layer"]: one["value"] for one in rows_of(run)} == {"x": 0.8, "y": 0.5}
     assert len((run.folder / ROWS).list()) == 2
 
@@ -72,7 +72,7 @@ def test_rows_of_the_old_format_are_refused(run: Run) -> None:
 
 @pytest.mark.parametrize("damage", ["empty", "cut", "cut at a line", "flipped", "not text"])
 def test_a_damaged_file_is_named(run: Run, damage: str) -> None:
-    keep(run, [row(), row(layer="y")])
+    add_rows(run, [row(), row(layer="y")])
     folder, (name,) = run.folder / ROWS, (run.folder / ROWS).list()
     data = folder.read(name)
     at = data.index(b"0.5") + 1
@@ -101,7 +101,7 @@ def test_a_damaged_file_is_named(run: Run, damage: str) -> None:
     ],
 )
 def test_rows_that_no_probe_writes_are_refused(run: Run, wrong: dict[str, Any]) -> None:
-    keep(run, [row(**wrong)])
+    add_rows(run, [row(**wrong)])
     with pytest.raises(UserError, match="damaged"):
         rows_of(run)
 
@@ -179,7 +179,7 @@ def test_a_folder_that_cannot_be_written_is_refused_with_the_flag(tmp_path: Path
 
 
 def test_files_of_rows_are_lines_of_json(run: Run) -> None:
-    keep(run, [row()])
+    add_rows(run, [row()])
     (name,) = (run.folder / ROWS).list()
     header, *lines = (run.folder / ROWS).read(name).splitlines()
     assert json.loads(header)["rows"] == len(lines) == 1
