@@ -16,7 +16,7 @@ import numpy as np
 import pyarrow as pa
 
 from raysl.clustering import update
-from raysl.clustering.kmeans_worker import Fit, KMeansWorker, PassStats, Shard, check_unique
+from raysl.clustering.kmeans_worker import KMeansWorker, PassStats, SampleArguments, Shard, check_unique
 from raysl.clustering.update import Integers, Singles, Splits
 from raysl.errors import UserError
 from raysl.feature_store.store import FeatureStore
@@ -66,11 +66,13 @@ def allocate(nodes: Sequence[Mapping[str, float]], actors: int = 0, memory_gb: f
             f"{count} actors cannot run on this cluster, which has {cpus:g} CPUs and {gpus} GPUs: at most {most} can. "
             "Use fewer actors, or omit --actors."
         )
-    each = min(threads / 2, int(500 * cpus / count) / 1000)
+    cpus_per_actor = min(threads / 2, int(500 * cpus / count) / 1000)
     memory = min((node.get("memory", 4e9) for node in workers), default=4e9)
-    on_one = -(-count // max(1, len(workers)))
-    memory_bytes = int(memory_gb * 1e9 if memory_gb else memory / 2 / on_one)
-    return Allocation(count, each, 1 if gpus else 0, max(1, min(threads, int(cpus / count))), memory_bytes)
+    actors_per_machine = -(-count // max(1, len(workers)))
+    memory_bytes = int(memory_gb * 1e9 if memory_gb else memory / 2 / actors_per_machine)
+    return Allocation(
+        count, cpus_per_actor, 1 if gpus else 0, max(1, min(threads, int(cpus / count))), memory_bytes
+    )
 
 
 # References of a running pass: for each actor to its statistics, and to its sums of each chunk.
@@ -89,7 +91,12 @@ class ActorPool:
     """
 
     def __init__(
-        self, store: FeatureStore, allocation: Allocation, spherical: bool, fit: Fit | None, k: int
+        self,
+        store: FeatureStore,
+        allocation: Allocation,
+        spherical: bool,
+        fit: SampleArguments | None,
+        k: int,
     ) -> None:
         pieces = store.shards(min(allocation.actors, store.num_rows))
         self.store = store

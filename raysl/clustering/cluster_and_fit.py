@@ -73,9 +73,9 @@ def clusterfit(config: ClusterfitConfig, student: Pretraining) -> Run:
     """Do all rounds. Finished steps are skipped, and interrupted ones resume.
 
     Args:
-        config: of teacher and clusters.
-        student: its run is the folder of everything, its data are clustered and learned from, and its seed is that of
-            the clustering too. Its method and parts are ignored.
+        config: configuration of the teacher and of the clusters.
+        student: configuration of the student. Its run is the folder of all files, its data are clustered and learned
+            from, and its seed is also that of the clustering. Its method and parts are ignored.
 
     Returns:
         The run of the last student. Its metadata names teacher, K, objective and fingerprint.
@@ -85,24 +85,24 @@ def clusterfit(config: ClusterfitConfig, student: Pretraining) -> Run:
     """
     teacher, backbone = config.teacher, config.teacher_backbone
     for number in range(1, config.rounds + 1):
-        place = Folder(student.run) / f"round-{number}"
+        folder = Folder(student.run) / f"round-{number}"
         _log.info("Round %d of %d: features of %s.", number, config.rounds, teacher)
-        wanted = FeaturesConfig(
+        features_config = FeaturesConfig(
             data=student.data,
-            out=str(place / "features"),
+            out=str(folder / "features"),
             layer=config.layer,
             l2=config.l2,
             pca=config.pca,
             backbone=backbone,
         )
-        store = make(teacher, wanted)
-        clusters = lloyd.fit(str(store.folder), config.clustering(student.seed), str(place / "clusters"))
-        learned = replace(
+        store = make(teacher, features_config)
+        clusters = lloyd.fit(str(store.folder), config.clustering(student.seed), str(folder / "clusters"))
+        student_config = replace(
             student,
-            run=str(place / "run"),
+            run=str(folder / "run"),
             method="clusterfit",
             parts={"clusterfit": {"labels": clusters.assignments}},
         )
-        run = pretrain(learned)
+        run = pretrain(student_config)
         teacher = str(run.folder)
     return run

@@ -2,9 +2,9 @@
 
 A row keeps a lower bound of its distance to all centroids but its own. When centroids move, the bound decreases by the
 largest movement (Hamerly, "Making k-means even faster", SDM 2010). While the distance to its own centroid is below the
-bound, no other centroid needs a look. With many clusters that bound soon becomes useless, because a few centroids move
-far in every pass while most hardly move. So these few are compared with every row, and the bound decreases by the
-largest movement of the others. benchmarks/kmeans.py measures the savings.
+bound, no other centroid needs to be compared. With many clusters the bound soon becomes useless, because a few
+centroids move far in every pass while most hardly move. So these few are compared with every row, and the bound
+decreases by the largest movement of the others. benchmarks/kmeans.py measures the savings.
 """
 
 from __future__ import annotations
@@ -50,7 +50,7 @@ class Bounds:
 
 
 class Assigner:
-    """Assigns all rows once, block by block.
+    """Assign all rows once, block by block.
 
     Args:
         before: results of the previous pass over the same rows, if any.
@@ -96,14 +96,14 @@ class Assigner:
         cost, count, decrease = min(costs)
         return (order_k[:count], decrease) if cost <= 1 - _MIN_SAVED else nothing
 
-    def assign(self, place: int, rows_bd: Singles) -> Integers:
+    def assign(self, first: int, rows_bd: Singles) -> Integers:
         """Return the nearest centroid of every row of a block, int64 (b,).
 
         Args:
-            place: place of the first row among all.
+            first: number of the first row of the block among all rows.
             rows_bd: float32.
         """
-        part = slice(place, place + len(rows_bd))
+        part = slice(first, first + len(rows_bd))
         rounding = _ROUNDING * (float(np.einsum("bd,bd->b", rows_bd, rows_bd).max()) + self.square)
         if np.isinf(self.decrease):
             nearest_b, own_b, other_b = self._all(rows_bd, rounding)
@@ -115,7 +115,7 @@ class Assigner:
         return nearest_b
 
     def _all(self, rows_bd: Singles, rounding: float) -> tuple[Integers, Singles, Singles]:
-        """Return the nearest, its distance, and a lower bound of all others, from the distances to all centroids."""
+        """Compute all distances. Return the nearest centroids, their distances, and lower bounds for all others."""
         two = self.other_n is not None and len(self.centroids_kd) > 1
         squared_bm, nearest_bm = self.search(rows_bd, 2 if two else 1)
         self.computed += len(rows_bd) * len(self.centroids_kd)
@@ -124,7 +124,7 @@ class Assigner:
         return nearest_bm[:, 0], own_b, other_b
 
     def _some(self, part: slice, rows_bd: Singles, rounding: float) -> tuple[Integers, Singles, Singles]:
-        """Return the same as `_all` from the distances to the own centroid and the far ones, where these suffice."""
+        """Return the same as `_all`, from the distances to the previous and the far centroids where these suffice."""
         assert self.before is not None
         assert self.before.other_n is not None
         nearest_b = self.before.assigned_n[part].astype(np.int64)

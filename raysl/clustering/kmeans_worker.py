@@ -27,8 +27,8 @@ from raysl.feature_store.store import FeatureStore, Piece
 # Size of the float32 rows that are searched together. The fixed memory of an actor is a small multiple of it.
 _BLOCK_BYTES = 64 << 20
 
-# Number of rows, number to choose, and key: arguments of `sample`.
-Fit = tuple[int, int, int]
+# Arguments of `sample`: number of rows, number to choose, and key.
+SampleArguments = tuple[int, int, int]
 
 
 class SeedingLost(RuntimeError):
@@ -60,7 +60,7 @@ class Shard:
     threads: int
     on_gpu: bool
     memory_bytes: int
-    fit: Fit | None
+    fit: SampleArguments | None
     spherical: bool
 
     @property
@@ -80,7 +80,7 @@ class Shard:
 
 @dataclass(frozen=True)
 class PassStats:
-    """Statistics of a pass over a shard, or over all.
+    """Statistics of a pass over a shard, or over all shards.
 
     Args:
         counts_k: rows of each cluster.
@@ -141,7 +141,7 @@ class KMeansWorker:
 
     @cached_property
     def _chosen(self) -> Integers | None:
-        """Places in the shard of the fitted rows; None for all."""
+        """Numbers of the fitted rows in the shard; None for all."""
         if self.shard.fit is None:
             return None
         chosen = sample(*self.shard.fit) - self.shard.pieces[0].start
@@ -159,7 +159,7 @@ class KMeansWorker:
         return self._chosen[low:high] - first
 
     def _blocks(self) -> Iterator[tuple[int, Singles]]:
-        """Yield the shard in blocks: the place of the first row, and float32 (b, d)."""
+        """Yield the shard in blocks: the number of the first row in the shard, and float32 (b, d)."""
         most = max(1, _BLOCK_BYTES // (4 * self.shard.store.dim))
         kept_nd = self._loaded[1]
         parts = iter([kept_nd]) if kept_nd is not None else self._read_ahead()
@@ -180,13 +180,13 @@ class KMeansWorker:
                 yield rows_bd
 
     def _fitted_blocks(self) -> Iterator[tuple[int, Singles]]:
-        """Yield the fitted rows only, with their places among these."""
-        place = 0
+        """Yield only the fitted rows in blocks: the number of the first among the fitted rows, and float32 (b, d)."""
+        start = 0
         for first, rows_bd in self._blocks():
             fitted_bd = rows_bd[self._fitted(first, first + len(rows_bd))]
             if len(fitted_bd):
-                yield place, fitted_bd
-            place += len(fitted_bd)
+                yield start, fitted_bd
+            start += len(fitted_bd)
 
     def take(self, positions_n: Integers) -> Singles:
         """Return the rows at positions in this shard, float32 (n, d)."""
@@ -212,8 +212,8 @@ class KMeansWorker:
         centroids_kd = update.assemble(chunks, splits, self.shard.spherical)
         assigner = Assigner(self._bounds, centroids_kd, self._num_fitted, self._search)
         sums_kd = np.zeros(centroids_kd.shape)
-        for place, rows_bd in self._fitted_blocks():
-            update.add_rows(sums_kd, rows_bd, assigner.assign(place, rows_bd))
+        for start, rows_bd in self._fitted_blocks():
+            update.add_rows(sums_kd, rows_bd, assigner.assign(start, rows_bd))
         self._bounds = assigner.bounds()
         counts_k = np.bincount(assigner.assigned_n, minlength=len(centroids_kd))
         total = update.objective(square, centroids_kd, sums_kd, counts_k)
@@ -245,7 +245,7 @@ class KMeansWorker:
                 columns["path"] = paths.slice(first, len(rows_bd))
             yield pa.table({**columns, "cluster": nearest_b1[:, 0], "distance": np.sqrt(squared_b1[:, 0])})
 
-    def closer(self, number: int, centroids_md: Singles) -> float:
+    def add_centroids(self, number: int, centroids_md: Singles) -> float:
         """Add centroids to k-means++; return the sum of the squared distances to the nearest so far.
 
         Raises:
@@ -257,20 +257,20 @@ class KMeansWorker:
         if seen != number:
             raise SeedingLost
         search = self._search(centroids_md)
-        for place, rows_bd in self._fitted_blocks():
-            part = squared_n[place : place + len(rows_bd)]
+        for start, rows_bd in self._fitted_blocks():
+            part = squared_n[start : start + len(rows_bd)]
             np.minimum(part, search(rows_bd, 1)[0][:, 0], out=part)
         self._seeding = (number + 1, squared_n)
         return float(squared_n.sum())
 
-    def draw(self, target: float) -> Singles:
+    def draw_row(self, target: float) -> Singles:
         """Return the row at which the running sum of squared distances passes `target`, float32 (1, d)."""
         squared_n = self._seeding[1]
         if not len(squared_n):
             raise SeedingLost
-        place = min(int(np.searchsorted(np.cumsum(squared_n), target, side="right")), len(squared_n) - 1)
-        inside = place if self._chosen is None else int(self._chosen[place])
-        return self.take(np.array([self.shard.pieces[0].start + inside]))
+        position = min(int(np.searchsorted(np.cumsum(squared_n), target, side="right")), len(squared_n) - 1)
+        row = position if self._chosen is None else int(self._chosen[position])
+        return self.take(np.array([self.shard.pieces[0].start + row]))
 
 
 def faiss_gpus() -> int:
@@ -282,7 +282,7 @@ def faiss_gpus() -> int:
 
 @cache
 def _gpu_memory() -> Any:
-    """Return FAISS's memory on the GPU, 1.5 GB, which every index of this process uses and must not outlive."""
+    """Return FAISS's memory on the GPU, 1.5 GB. Every index of this process uses it, so it lives as long as they do."""
     import faiss
 
     return faiss.StandardGpuResources()

@@ -26,7 +26,7 @@ import pyarrow.parquet as pq
 from raysl import ray_cluster, rng
 from raysl.clustering import seeding, update
 from raysl.clustering.actor_pool import ActorPool, allocate
-from raysl.clustering.kmeans_worker import Fit
+from raysl.clustering.kmeans_worker import SampleArguments
 from raysl.clustering.options import KMeansConfig
 from raysl.clustering.state import STATE, State
 from raysl.clustering.update import Integers, Singles, Splits
@@ -67,7 +67,7 @@ class Clustering:
 
     def centroids(self) -> Singles:
         """Return the centroids, float32 (k, dim). Raises UserError if the file is missing or damaged."""
-        place = f"{self.folder}/{CENTROIDS}"
+        file = f"{self.folder}/{CENTROIDS}"
         try:
             data = self.folder.read(CENTROIDS)
             expected = self.summary().get("centroids_crc32", zlib.crc32(data))
@@ -75,9 +75,9 @@ class Clustering:
                 raise ValueError("its checksum does not match")
             return np.load(io.BytesIO(data), allow_pickle=False)  # type: ignore[no-any-return]
         except FileNotFoundError as error:
-            raise UserError(f"The file {place} is missing. {_REMEDY}") from error
+            raise UserError(f"The file {file} is missing. {_REMEDY}") from error
         except (ValueError, EOFError) as error:
-            raise UserError(f"The file {place} is damaged: {error}. {_REMEDY}") from error
+            raise UserError(f"The file {file} is damaged: {error}. {_REMEDY}") from error
 
     @staticmethod
     def open(uri: str) -> Clustering:
@@ -97,7 +97,7 @@ def fit(features: str, config: KMeansConfig, out: str = "") -> Clustering:
 
     Args:
         features: a folder of `raysl features`, or of Parquet files as in `raysl.feature_store.store`.
-        config: of the clustering.
+        config: configuration of the clustering.
         out: folder of the result, a path or a URI; by default a folder inside the features, named after the config.
 
     Raises:
@@ -113,7 +113,7 @@ def fit(features: str, config: KMeansConfig, out: str = "") -> Clustering:
     key = rng.key(json.dumps(config.identity(), sort_keys=True), store.identity())
     name = f"k{config.k}-{key:016x}"[:-8]
     folder = Folder(out) if out else store.folder / "_clusters" / name
-    _start(folder, {"features": store.identity(), "config": config.identity()})
+    _check_header(folder, {"features": store.identity(), "config": config.identity()})
     if folder.exists(SUMMARY):
         _log.info("The clustering at %s is already finished.", folder)
         return Clustering(folder)
@@ -125,7 +125,7 @@ def fit(features: str, config: KMeansConfig, out: str = "") -> Clustering:
         rows = f"{fitted / config.k:.1f}"
         _log.info("%s rows per cluster are few: below %d, clusters follow the noise.", rows, _FEW_ROWS)
     ray_cluster.start()
-    _persist(lambda: _fit(store, config, folder))
+    _with_retries(lambda: _fit(store, config, folder))
     folder.delete(STATE)
     return Clustering(folder)
 
@@ -134,8 +134,8 @@ def assign(clustering: Clustering, features: str, out: str, config: KMeansConfig
     """Write the nearest centroid of every row of other features, such as those of validation images.
 
     Args:
-        clustering: finished.
-        features: of the same network and layer.
+        clustering: a finished clustering.
+        features: folder of features of the same network and layer.
         out: the Parquet file to write, a path or a URI.
         config: only `layer`, `actors` and `memory_gb` are used.
 
@@ -159,12 +159,12 @@ def assign(clustering: Clustering, features: str, out: str, config: KMeansConfig
         with _pool(store, config, None) as pool:
             _write_assignments(pool, centroids_kd, out, {"K": str(len(centroids_kd))})
 
-    _persist(work)
+    _with_retries(work)
     return out
 
 
-def _persist(work: Callable[[], None]) -> None:
-    """Do the work, again with a new pool when more was lost than Ray restarts by itself."""
+def _with_retries(work: Callable[[], None]) -> None:
+    """Do the work. Repeat it with a new pool if Ray could not restart an actor that was lost."""
     import ray
 
     for attempt in range(_POOLS):
@@ -172,16 +172,16 @@ def _persist(work: Callable[[], None]) -> None:
             work()
             return
         except (ray.exceptions.RayError, ray.exceptions.RayTaskError) as error:
-            found = ray_cluster.user_error(error)
-            if found is not None:
-                raise found from None
+            user_error = ray_cluster.user_error(error)
+            if user_error is not None:
+                raise user_error from None
             if attempt == _POOLS - 1:
                 raise
             why = str(error).strip().splitlines()[-1]
             _log.warning("An actor was lost (%s). Resuming from the last iteration with new actors.", why)
 
 
-def _pool(store: FeatureStore, config: KMeansConfig, rows: Fit | None) -> ActorPool:
+def _pool(store: FeatureStore, config: KMeansConfig, rows: SampleArguments | None) -> ActorPool:
     found = placement.machines()
     # A requested number of actors may need machines that the autoscaler has yet to start.
     nodes = (*found.now, *found.later[: found.room]) if config.actors else found.for_work
@@ -192,7 +192,7 @@ def _pool(store: FeatureStore, config: KMeansConfig, rows: Fit | None) -> ActorP
     )
 
 
-def _start(folder: Folder, header: Mapping[str, Any]) -> None:
+def _check_header(folder: Folder, header: Mapping[str, Any]) -> None:
     """Write the header, or compare it with an existing one."""
     header = json.loads(json.dumps(header))
     if not folder.exists(HEADER):
@@ -212,16 +212,16 @@ def _fit(store: FeatureStore, config: KMeansConfig, folder: Folder) -> None:
     state = State.load(folder)
     with _pool(store, config, seeding.fitted_rows(config, store.num_rows)) as pool:
         while state.restart < config.restarts:
-            _one_start(pool, config, state, folder)
+            _fit_start(pool, config, state, folder)
             state.finish_restart(config.restarts)
             state.save(folder)
         assert state.best_kd is not None
         buffer = io.BytesIO()
         np.save(buffer, state.best_kd, allow_pickle=False)
         folder.write(CENTROIDS, buffer.getvalue())
-        place = str(folder / ASSIGNMENTS)
-        counts_k, total = _write_assignments(pool, state.best_kd, place, _origin(store, config))
-        value = _summary(store, config, state, counts_k, place)
+        table_uri = str(folder / ASSIGNMENTS)
+        counts_k, total = _write_assignments(pool, state.best_kd, table_uri, _origin(store, config))
+        value = _summary(store, config, state, counts_k, table_uri)
         value |= {"objective_value": total, "fitted_rows": sum(pool.num_fitted)}
         write_record(folder, SUMMARY, {**value, "centroids_crc32": zlib.crc32(buffer.getvalue())})
     empty = int((counts_k == 0).sum())
@@ -230,10 +230,10 @@ def _fit(store: FeatureStore, config: KMeansConfig, folder: Folder) -> None:
     )
 
 
-def _one_start(pool: ActorPool, config: KMeansConfig, state: State, folder: Folder) -> None:
+def _fit_start(pool: ActorPool, config: KMeansConfig, state: State, folder: Folder) -> None:
     """Iterate until the centroids of the start no longer move, or the iterations are used up."""
     if state.centroids_kd is None:
-        state.centroids_kd = seeding.start(pool, config, state.restart)
+        state.centroids_kd = seeding.initial_centroids(pool, config, state.restart)
         state.save(folder)
     curve = state.curves[state.restart]
     chunks, splits = pool.scatter(state.centroids_kd), Splits()
@@ -260,7 +260,7 @@ def _one_start(pool: ActorPool, config: KMeansConfig, state: State, folder: Fold
         before_s = now_s
         running = None if _converged(curve, config) else pool.start_pass(chunks, splits)
         if running is None or now_s - saved_s >= _SAVE_EVERY_S:
-            # Written while the actors work on the next pass.
+            # Save while the actors work on the next pass.
             state.centroids_kd = pool.gather(chunks, splits)
             state.save(folder)
             saved_s = now_s
@@ -305,14 +305,14 @@ def _origin(store: FeatureStore, config: KMeansConfig) -> dict[str, str]:
 
 
 def _write_assignments(
-    pool: ActorPool, centroids_kd: Singles, place: str, metadata: Mapping[str, str]
+    pool: ActorPool, centroids_kd: Singles, table_uri: str, metadata: Mapping[str, str]
 ) -> tuple[Integers, float]:
     """Write the table block by block; return the sizes of the clusters and the sum of squared distances."""
     paths = [("path", pa.string())] if pool.store.has_paths else []
     columns = [("index", pa.int64()), *paths, ("cluster", pa.int64()), ("distance", pa.float32())]
     schema = pa.schema(columns, metadata=signed(metadata))
     counts_k, total = np.zeros(len(centroids_kd), np.int64), 0.0
-    uri, _, name = place.rpartition("/")
+    uri, _, name = table_uri.rpartition("/")
     with (
         Folder(uri).writing(name) as stream,
         pq.ParquetWriter(stream, schema, write_page_checksum=True) as writer,
@@ -325,7 +325,7 @@ def _write_assignments(
 
 
 def _summary(
-    store: FeatureStore, config: KMeansConfig, state: State, counts_k: Integers, place: str
+    store: FeatureStore, config: KMeansConfig, state: State, counts_k: Integers, table_uri: str
 ) -> dict[str, Any]:
     curve = [entry for curve in state.curves for entry in curve]
     walls_s = sum(entry["wall_s"] for entry in curve)
@@ -341,7 +341,7 @@ def _summary(
     }
     labels_n = _labels(store)
     if labels_n is not None:
-        uri, _, name = place.rpartition("/")
+        uri, _, name = table_uri.rpartition("/")
         with Folder(uri).open(name) as stream:
             table = pq.read_table(stream, columns=["index", "cluster"])
         indices_n, clusters_n = (table.column(column).to_numpy() for column in ("index", "cluster"))

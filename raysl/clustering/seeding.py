@@ -6,22 +6,22 @@ import numpy as np
 
 from raysl import rng
 from raysl.clustering.actor_pool import ActorPool
-from raysl.clustering.kmeans_worker import Fit, sample
+from raysl.clustering.kmeans_worker import SampleArguments, sample
 from raysl.clustering.options import KMeansConfig
 from raysl.clustering.update import Integers, Singles, unit
 
 
-def start(pool: ActorPool, config: KMeansConfig, restart: int) -> Singles:
+def initial_centroids(pool: ActorPool, config: KMeansConfig, restart: int) -> Singles:
     """Return the initial centroids of a start, float32 (k, d)."""
     if config.init == "k-means++":
         centroids_kd = _plus_plus(pool, config, restart)
     else:
         generator = rng.generator(config.seed, "kmeans", "rows", restart)
-        centroids_kd = pool.take(_pick(pool, config, generator, config.k))
+        centroids_kd = pool.take(_random_positions(pool, config, generator, config.k))
     return unit(centroids_kd.astype(np.float64)).astype(np.float32) if config.spherical else centroids_kd
 
 
-def fitted_rows(config: KMeansConfig, num_rows: int) -> Fit | None:
+def fitted_rows(config: KMeansConfig, num_rows: int) -> SampleArguments | None:
     """Return the rows to fit centroids to, as arguments of `kmeans_worker.sample`; None for all."""
     if not config.max_rows or config.max_rows >= num_rows:
         return None
@@ -34,21 +34,23 @@ def _plus_plus(pool: ActorPool, config: KMeansConfig, restart: int) -> Singles:
     The probability of a row is proportional to its squared distance from the nearest centroid so far.
     """
     generator = rng.generator(config.seed, "kmeans", "plus-plus", restart)
-    chosen = [pool.take(_pick(pool, config, generator, 1))]
+    chosen = [pool.take(_random_positions(pool, config, generator, 1))]
     for number in range(config.k - 1):
-        sums = np.array(pool.call_all("closer", number, chosen[-1]))
+        sums = np.array(pool.call_all("add_centroids", number, chosen[-1]))
         if sums.sum() == 0:  # Every row is a centroid already.
-            chosen.append(pool.take(_pick(pool, config, generator, config.k - len(chosen))))
+            chosen.append(pool.take(_random_positions(pool, config, generator, config.k - len(chosen))))
             break
         target = generator.random() * sums.sum()
         ends = np.cumsum(sums)
         actor = min(int(np.searchsorted(ends, target, side="right")), len(sums) - 1)
-        chosen.append(pool.call(actor, "draw", target - (ends[actor] - sums[actor])))
+        chosen.append(pool.call(actor, "draw_row", target - (ends[actor] - sums[actor])))
     return np.concatenate(chosen)
 
 
-def _pick(pool: ActorPool, config: KMeansConfig, generator: np.random.Generator, count: int) -> Integers:
+def _random_positions(
+    pool: ActorPool, config: KMeansConfig, generator: np.random.Generator, count: int
+) -> Integers:
     """Choose the positions of `count` of the fitted rows, without replacement."""
     fit = fitted_rows(config, pool.store.num_rows)
-    places = generator.choice(sum(pool.num_fitted), count, replace=False).astype(np.int64)
-    return places if fit is None else sample(*fit)[places]
+    chosen = generator.choice(sum(pool.num_fitted), count, replace=False).astype(np.int64)
+    return chosen if fit is None else sample(*fit)[chosen]

@@ -19,7 +19,7 @@ _REMEDY = f"Delete {STATE}; the clustering then starts again."
 
 @dataclass
 class State:
-    """Written atomically between two iterations.
+    """The progress after an iteration, written atomically.
 
     Args:
         restart: number of the current start.

@@ -1,7 +1,7 @@
 """The step from assignments to centroids: pure functions on arrays, the same in the driver and in every actor.
 
-Centroids travel in chunks. A chunk holds the old centroid of an empty cluster; the splits name the cluster that gives
-it half of its rows, and whoever assembles the chunks carries them out.
+Centroids are sent in chunks. For an empty cluster a chunk holds the old centroid; the splits name the cluster that
+gives it half of its rows, and `assemble` applies them.
 """
 
 from __future__ import annotations

@@ -1,4 +1,4 @@
-"""Names and format of the files of features, and how they are written."""
+"""Name and write the files of features."""
 
 from __future__ import annotations
 

@@ -1,4 +1,7 @@
-"""JSON objects and arrays on disk with checksums, so that damage is never used silently."""
+"""Write and read JSON objects and arrays with checksums, so that damage is never used silently.
+
+A "signed" line or table carries a CRC-32: it shows damage, not forgery.
+"""
 
 from __future__ import annotations
 
