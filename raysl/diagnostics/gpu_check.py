@@ -49,7 +49,7 @@ Numbers = dict[str, float | int | str | bool]
 
 @dataclass(frozen=True)
 class Certificate:
-    """What was measured, on which machine.
+    """The measurements of a machine with GPUs, or with CPUs only.
 
     Args:
         machine: names of the processor and the GPU, memory, and versions of drivers and packages.

@@ -19,7 +19,7 @@ from raysl.ray_cluster import autoscaler, gpus
 from raysl.ray_cluster import placement as cluster_placement
 from raysl.ray_cluster.autoscaler import Capacity, NodeType
 from raysl.ray_cluster.placement import Placement
-from raysl.ray_cluster.versions import MEND, differing, versions
+from raysl.ray_cluster.versions import REMEDY, differing, versions
 
 
 @dataclass(frozen=True)
@@ -179,7 +179,7 @@ def sentences(fleet: Fleet, workers: int) -> list[str]:
         said.append(f"{address} differs from this machine: {', '.join(differences)}.")
     said += [f"{address}: {why}" for address, why in fleet.unusable.items()]
     machines = sum(kind.there for kind in fleet.kinds)
-    said.append(MEND if fleet.stale else f"All {machines} machines run this code and these packages.")
+    said.append(REMEDY if fleet.stale else f"All {machines} machines run this code and these packages.")
     return said
 
 

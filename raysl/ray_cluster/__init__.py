@@ -181,7 +181,7 @@ def _compare() -> None:
     if stale:
         ray.shutdown()
         raise UserError(
-            f"Machines of the cluster run other code or packages than this driver: {'; '.join(stale)}. {versions.MEND}"
+            f"Machines of the cluster run other code or packages than this driver: {'; '.join(stale)}. {versions.REMEDY}"
         )
 
 

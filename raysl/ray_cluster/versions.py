@@ -22,7 +22,7 @@ from raysl.errors import UserError
 PACKAGES = ("torch", "torchvision", "ray", "numpy", "pyarrow", "pillow")
 # Holds the versions of the driver as JSON, for worker processes; empty if nothing should be compared.
 WANTED = "RAYSL_VERSIONS"
-MEND = (
+REMEDY = (
     "`ray up cluster.yaml` copies this code to all machines and restarts Ray there; `ray job submit --working-dir .` "
     "sends it with one job. Packages are part of the machines' image."
 )
@@ -68,4 +68,6 @@ def check() -> None:
         return
     found = differing(json.loads(wanted), versions())
     if found:
-        raise UserError(f"{socket.gethostname()} differs from the driver: it runs {', '.join(found)}. {MEND}")
+        raise UserError(
+            f"{socket.gethostname()} differs from the driver: it runs {', '.join(found)}. {REMEDY}"
+        )

@@ -64,7 +64,7 @@ class _Axis:
         return float(value) if self.numeric else float(self.values.index(value))
 
     def share(self, value: Any) -> float:
-        """Where the value lies between the least and the greatest, in 0..1."""
+        """Return where the value lies between the least and the greatest, in 0..1."""
         places = [np.log(self.place(v)) if self.log else self.place(v) for v in self.values]
         here = np.log(self.place(value)) if self.log else self.place(value)
         return float((here - min(places)) / ((max(places) - min(places)) or 1.0))
@@ -121,7 +121,7 @@ def _curve(results: SweepResults, dimension: Dimension) -> Figure:
 
 
 def _pair(results: SweepResults, one: Dimension, other: Dimension) -> Figure:
-    """A heat map of the end where both have few values, else dots for all trials at the first rung."""
+    """Draw a heat map of the end if both have few values, else dots for all trials at the first rung."""
     x, y = _Axis(results, one), _Axis(results, other)
     listed = x.listed and y.listed
     rung = results.num_rungs - 1 if listed else 0

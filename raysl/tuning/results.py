@@ -166,7 +166,7 @@ class SweepResults:
     def extras(self, event: str) -> dict[str, list[float]]:
         """Return the scores of "baseline" or "test" rows, by encoder.
 
-        Those of "test" are of the best trial, on the test images that were given last.
+        Rows of "test" hold scores of the best trial on the test images that were given last.
         """
         found: dict[str, list[float]] = {}
         rows = self.journal.of(event)

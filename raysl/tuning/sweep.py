@@ -135,7 +135,7 @@ def _run(prepared: PreparedSweep, journal: Journal) -> None:
     known = {row["trial"]: row["values"] for row in journal.of("trial") if row["rung"] == 0}
     source = prepared.point() or algorithms.searcher(config)
     searcher = OrderedSearcher(source, scheduler, config.lag, config.seed, known)
-    # Ray Tune starts anew; the journal holds all that a sweep needs to continue.
+    # Ray Tune starts from nothing; the journal holds all that a sweep needs to continue.
     journal.folder.delete(_TUNE)
     try:
         with _messages_logged(task.messages):

@@ -186,20 +186,20 @@ def test_work_on_an_empty_cluster_is_planned_for_the_machine_that_comes_first() 
 def test_the_user_error_inside_an_error_is_found() -> None:
     try:
         try:
-            raise UserError("mend this")
+            raise UserError("fix this")
         except UserError as inner:
             raise RuntimeError("a worker died") from inner
     except RuntimeError as error:
         found = ray_cluster.user_error(error)
-    assert str(found) == "mend this"
+    assert str(found) == "fix this"
     assert ray_cluster.user_error(RuntimeError("else")) is None
 
 
 def test_the_reason_why_a_process_refused_to_start_is_found_in_what_ray_says() -> None:
     died = RuntimeError(
-        "Worker exit detail: Failed.\nraysl.errors.UserError: host runs code 1, not 2. Mend it.\n"
+        "Worker exit detail: Failed.\nraysl.errors.UserError: host runs code 1, not 2. Fix it.\n"
     )
-    assert str(ray_cluster.user_error(died)) == "host runs code 1, not 2. Mend it."
+    assert str(ray_cluster.user_error(died)) == "host runs code 1, not 2. Fix it."
 
 
 @pytest.mark.parametrize("address", ["", "10.0.0.1:6379"])

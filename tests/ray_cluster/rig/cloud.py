@@ -81,7 +81,7 @@ def _start(ec2: Any, instance: dict[str, Any], endpoint: str, region: str) -> No
 
 
 def as_aws_does() -> None:
-    """Mends two answers of moto that differ from those of AWS."""
+    """Correct two answers of moto that differ from those of AWS."""
     get = instances.InstanceResponse._get_param
     body = serialize.S3Serializer._serialize_body
 
