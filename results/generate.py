@@ -21,6 +21,7 @@ from typing import Any
 
 from scipy.stats import spearmanr
 
+from raysl.experiment.claims import CLAIMS
 from raysl.experiment.lectures import Contrast, Measured, Term, observations, page
 
 ROOT = Path(__file__).parents[1]
@@ -180,8 +181,6 @@ def _by_seed(of: Sequence[float]) -> str:
 
 def _lectures() -> str:
     """Return the page of the lectures' claims, by data set."""
-    from raysl.experiment.claims import CLAIMS
-
     sources = {
         "CIFAR-10": _lecture_rows("cifar10", "images=9083a61a"),
         "Tiny ImageNet": _lecture_rows("tiny-imagenet-20", "images=0f890900"),
