@@ -181,7 +181,8 @@ def _compare() -> None:
     if stale:
         ray.shutdown()
         raise UserError(
-            f"Machines of the cluster run other code or packages than this driver: {'; '.join(stale)}. {versions.REMEDY}"
+            f"Machines of the cluster run other code or packages than this driver: {'; '.join(stale)}. "
+            f"{versions.REMEDY}"
         )
 
 
