@@ -336,10 +336,10 @@ def _preference(prefix: str) -> int:
 
 
 def _left_over(body: nn.Module, own: Mapping[str, Tensor]) -> list[str]:
-    """Return the names that a deeper or wider network of the same family has and `body` has not.
+    """Return unexpected names of weights: they show that the file holds a deeper or wider network of the same family.
 
-    These are names inside children of `body`, or inside one more of a numbered row such as layer1 to layer4. Names
-    of a classifier are not among them.
+    Such a name lies inside a child of `body`, or in a further stage, such as layer5 after layer1 to layer4. Names of
+    a classifier are ignored.
     """
     # Older files hold some buffers that are no longer saved.
     known = {*body.state_dict(), *(key for key, _ in body.named_buffers())}
