@@ -50,9 +50,9 @@ def ray_session() -> Iterator[None]:
     """A local Ray of two CPUs, shared by every test that asks for it."""
     from raysl.ray_cluster import local_ray
 
-    local_ray.begin(num_cpus=2, object_store_memory=300_000_000, log_to_driver=False)
+    local_ray.start(num_cpus=2, object_store_memory=300_000_000, log_to_driver=False)
     yield
-    local_ray.end()
+    local_ray.stop()
 
 
 @pytest.fixture(scope="session")

@@ -93,15 +93,15 @@ def survey(workers: int, prices: Mapping[str, float]) -> Fleet:
     try:
         found = cluster_placement.machines()
         placement = cluster_placement.place(workers, found)
-        more = len(cluster_placement.enough(workers, found, placement.gpus_per_worker)) - len(found.now)
+        more = len(cluster_placement.machines_for(workers, found, placement.gpus_per_worker)) - len(found.now)
         # The machines that the autoscaler would start first for trainers.
-        later = capacity.beyond([autoscaler.type_of(node) for node in alive])[0] if capacity else ()
+        later = capacity.remaining([autoscaler.type_of(node) for node in alive])[0] if capacity else ()
         names = [one.name for one in later if one.resources.get("GPU") or not found.has_gpus]
         started = dict(Counter(names[:more]))
         waits = placement.busy(workers)
     except UserError as error:
         refused = str(error)
-    unusable = {address: why for address, (why, _) in gpus.answers().items() if why}
+    unusable = {address: why for address, (why, _) in gpus.check_machines().items() if why}
     kinds, news = _kinds(capacity, alive, prices), _news(capacity)
     return Fleet(kinds, placement, refused, started, waits, news, _stale(), unusable)
 

@@ -44,7 +44,7 @@ _JOIN_WITHIN_S = 30.0
 def start(compare: bool = True) -> None:
     """Join the cluster named by RAY_ADDRESS or launched on this machine by `ray up`; otherwise start Ray here.
 
-    A Ray that is started here belongs to this process alone; see `local_ray.begin`. SIGTERM then interrupts this
+    A Ray that is started here belongs to this process alone; see `local_ray.start`. SIGTERM then interrupts this
     process as Ctrl-C does, unless the program has a handler of its own.
 
     Args:
@@ -62,40 +62,40 @@ def start(compare: bool = True) -> None:
     if address == "local":
         address = ""
     scaling = _GROWING if address and autoscaler.capacity() is not None else {}
-    wordy = os.environ.get("RAYSL_LOG_TO_DRIVER") == "1"
-    shown = {"RAY_DATA_LOG_LEVEL": "ERROR"} if wordy else {}
-    for name, value in {**_ENVIRONMENT, **scaling, **shown}.items():
+    log_to_driver = os.environ.get("RAYSL_LOG_TO_DRIVER") == "1"
+    levels = {"RAY_DATA_LOG_LEVEL": "ERROR"} if log_to_driver else {}
+    for name, value in {**_ENVIRONMENT, **scaling, **levels}.items():
         os.environ.setdefault(name, value)
     # Ray Data reads the variable when it is imported, which may have been before.
     logging.getLogger("ray.data").setLevel(os.environ.get("RAY_DATA_LOG_LEVEL", "CRITICAL"))
     if address:
         _require_token(address)
-    logs: dict[str, Any] = {"logging_level": logging.ERROR, "log_to_driver": wordy}
+    logs: dict[str, Any] = {"logging_level": logging.ERROR, "log_to_driver": log_to_driver}
     try:
         with _sigterm_interrupts():
             if address:
-                _require_answer(address)
+                _require_reachable(address)
                 ray.init(address=address, runtime_env=_runtime_env(), **logs)
             else:
-                local_ray.begin(**logs)
+                local_ray.start(**logs)
     except UserError:
         raise
-    except Exception as error:  # Ray raises plain ones
+    except Exception as error:  # Ray raises errors of many kinds
         doing, advice = "start Ray on this machine", "It may be too busy, or lack memory: try again."
         if address:
             doing = f"join the Ray cluster at {address!r}"
             advice = "Correct RAY_ADDRESS, or unset it to stay on this machine."
         raise UserError(f"Cannot {doing}: {' '.join(str(error).split())} {advice}") from error
     if address and compare:
-        _compare()
+        _require_same_versions()
 
 
 @contextmanager
 def _sigterm_interrupts() -> Iterator[None]:
     """Make SIGTERM interrupt this process as Ctrl-C does, or call the program's own handler, from the start of Ray on.
 
-    Ray would end the process without a word while it starts; once started, it would print a trace of C++ and abort. If
-    the start fails, the handler is put back.
+    Ray would end the process without a message while it starts; once started, it would print a C++ trace and abort. If
+    the start fails, the previous handler is restored.
     """
     from unittest.mock import patch
 
@@ -140,7 +140,7 @@ def _require_token(address: str) -> None:
         )
 
 
-def _require_answer(address: str) -> None:
+def _require_reachable(address: str) -> None:
     """Raise UserError if nothing answers at `address`. Ray itself would try for a quarter of an hour."""
     host, _, port = address.removeprefix("ray://").rpartition(":")
     if not (host and port.isdigit()):
@@ -161,14 +161,16 @@ def _require_answer(address: str) -> None:
 
 def _runtime_env() -> dict[str, Any]:
     """Return the environment of worker processes, also on machines that start later."""
-    told = {name: os.environ[name] for name in _ENVIRONMENT if name.startswith(("RAY_DATA_", "RAY_TRAIN_"))}
+    variables = {
+        name: os.environ[name] for name in _ENVIRONMENT if name.startswith(("RAY_DATA_", "RAY_TRAIN_"))
+    }
     return {
-        "env_vars": {**told, versions.WANTED: json.dumps(versions.versions())},
+        "env_vars": {**variables, versions.WANTED: json.dumps(versions.versions())},
         "worker_process_setup_hook": "raysl.ray_cluster.versions.check",
     }
 
 
-def _compare() -> None:
+def _require_same_versions() -> None:
     """Raise UserError if machines run other code or packages. `versions.check` finds machines that start later."""
     import ray
 

@@ -72,13 +72,13 @@ class Capacity:
         """Return the capacity for an autoscaler configuration that Ray resolved from a cluster.yaml or a RayCluster."""
         kinds = config["available_node_types"]
         # Ray prefers types of higher priority, and among equal ones the smallest that fits.
-        order = sorted(kinds, key=lambda name: (-kinds[name].get("priority", 0), _size(kinds[name])))
+        order = sorted(kinds, key=lambda name: (-kinds[name].get("priority", 0), _machine_size(kinds[name])))
         most = int(config.get("max_workers", 0))
         made = {name: NodeType.of(name, kinds[name], most) for name in order}
         head = made.pop(config["head_node_type"])
         return Capacity(tuple(made.values()), most, head)
 
-    def beyond(self, alive: Sequence[str]) -> tuple[tuple[NodeType, ...], int]:
+    def remaining(self, alive: Sequence[str]) -> tuple[tuple[NodeType, ...], int]:
         """Return the machines that could still start, in the order of preference, and their maximum number.
 
         Args:
@@ -89,7 +89,7 @@ class Capacity:
         return tuple(later), max(0, self.most - len(there))
 
 
-def _size(kind: Mapping[str, Any]) -> tuple[float, float]:
+def _machine_size(kind: Mapping[str, Any]) -> tuple[float, float]:
     resources = kind.get("resources", {})
     return float(resources.get("GPU", 0)), float(resources.get("CPU", 0))
 

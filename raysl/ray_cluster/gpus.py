@@ -25,22 +25,22 @@ def check(gpus_per_worker: float, precision: str) -> None:
     """
     import ray
 
-    found = answers()
+    found = check_machines()
     if not found:
         # Inside a trial of Ray Tune, a task without a strategy would ask the trial's placement group for the GPU.
         first = ray.remote(num_cpus=0, num_gpus=gpus_per_worker, max_retries=0, scheduling_strategy="DEFAULT")
-        found = {"that started": ray.get(first(_answer).remote())}
-    for machine, (why, slow) in found.items():
-        if why:
-            raise UserError(f"{why} This is so on the machine {machine}.")
-        if slow and precision == "bf16":
+        found = {"that started": ray.get(first(_check_this_machine).remote())}
+    for machine, (reason, slow_gpu) in found.items():
+        if reason:
+            raise UserError(f"{reason} This is so on the machine {machine}.")
+        if slow_gpu and precision == "bf16":
             _log.warning(
                 "%s has no bf16 arithmetic and emulates it slowly; --precision fp16 is faster in a new run.",
-                slow,
+                slow_gpu,
             )
 
 
-def answers() -> dict[str, tuple[str, str]]:
+def check_machines() -> dict[str, tuple[str, str]]:
     """Return `problem()` and `without_bf16()` of each machine with GPUs, by address; without those that do not answer.
 
     No GPU is taken, so machines on which others work answer too.
@@ -48,7 +48,7 @@ def answers() -> dict[str, tuple[str, str]]:
     import ray
     from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
 
-    task = ray.remote(num_cpus=0, max_retries=0)(_answer)
+    task = ray.remote(num_cpus=0, max_retries=0)(_check_this_machine)
     asked = {}
     for node in ray.nodes():
         if node["Alive"] and node["Resources"].get("GPU"):
@@ -64,7 +64,7 @@ def answers() -> dict[str, tuple[str, str]]:
     return found
 
 
-def _answer() -> tuple[str, str]:
+def _check_this_machine() -> tuple[str, str]:
     if os.environ.get("CUDA_VISIBLE_DEVICES") == "":
         # With RAY_ACCEL_ENV_VAR_OVERRIDE_ON_ZERO=1, Ray hides all GPUs from a task that takes none.
         del os.environ["CUDA_VISIBLE_DEVICES"]

@@ -30,11 +30,11 @@ if TYPE_CHECKING:
 _PATH_BYTES = 103
 _PREFIX = "raysl-"
 # Locked by the process that the folder belongs to, as long as it lives.
-_OWNER = "owner"
+_LOCK = "owner"
 # Ray opens its own folder to everybody (mode 777), so it lies inside the private one.
-_RAYS = "r"
+_RAY_FOLDER = "r"
 # The longest path that Ray creates; process ids have up to seven digits.
-_LONGEST = f"{_RAYS}/session_2026-01-01_00-00-00_000000_1234567/sockets/plasma_store"
+_LONGEST = f"{_RAY_FOLDER}/session_2026-01-01_00-00-00_000000_1234567/sockets/plasma_store"
 # When the GCS of this machine is lost, nothing brings it back. Ray would wait 60 s for it before its processes end.
 _GCS_LOST_AFTER_S = 15
 # Ray's processes may still write logs for a moment after shutdown.
@@ -46,11 +46,11 @@ class _Home:
     """The folder of a Ray, and the environment to restore afterwards."""
 
     folder: Path
-    owner: int
+    lock: int
     process: int = field(default_factory=os.getpid)
     before: dict[str, str | None] = field(default_factory=dict)
 
-    def tell(self, name: str, value: str | None) -> None:
+    def set_variable(self, name: str, value: str | None) -> None:
         """Set or remove an environment variable, which Ray's processes inherit."""
         self.before.setdefault(name, os.environ.get(name))
         if value is None:
@@ -58,14 +58,11 @@ class _Home:
         else:
             os.environ[name] = value
 
-    def put_away(self) -> None:
+    def clean_up(self) -> None:
         """Remove the folder and restore the environment."""
         for name, value in self.before.items():
-            if value is None:
-                os.environ.pop(name, None)
-            else:
-                os.environ[name] = value
-        os.close(self.owner)
+            self.set_variable(name, value)
+        os.close(self.lock)
         until_s = time.monotonic() + _REMOVE_WITHIN_S
         while self.folder.exists():
             shutil.rmtree(self.folder, ignore_errors=True)
@@ -77,13 +74,13 @@ class _Home:
 _home: _Home | None = None
 
 
-def begin(**options: Any) -> None:
+def start(**options: Any) -> None:
     """Start Ray on loopback, with a token and a folder of its own.
 
     While it runs, RAY_AUTH_MODE and RAY_AUTH_TOKEN_PATH name its token, RAY_AUTH_TOKEN is unset, GLOO_SOCKET_IFNAME and
     NCCL_SOCKET_IFNAME name the loopback interface, Ray Train does not watch for reclaimed machines, and all processes
-    end 15 s after the loss of Ray's GCS. `end`, which also runs when this process exits, restores them and removes the
-    folder. The next `begin` removes folders that killed processes left behind.
+    end 15 s after the loss of Ray's GCS. `stop`, which also runs when this process exits, restores them and removes the
+    folder. The next `start` removes folders that killed processes left behind.
 
     Raises:
         UserError: the folder for temporary files cannot be used, or its path is too long.
@@ -92,42 +89,44 @@ def begin(**options: Any) -> None:
     import ray
 
     folder = _folder()
-    home = _Home(folder, _own(folder))
+    home = _Home(folder, _lock_folder(folder))
     remove_left_behind(folder.parent)
-    # A Ray may be left that was shut down without `end`.
-    end()
+    # A Ray may be left that was shut down without `stop`.
+    stop()
     _home = home
     # Registered after Ray's exit handler, and therefore called before it.
-    atexit.register(end)
+    atexit.register(stop)
     token = home.folder / "token"
     with os.fdopen(os.open(token, os.O_WRONLY | os.O_CREAT | os.O_EXCL, 0o600), "w") as file:
         file.write(secrets.token_hex(32))
-    home.tell("RAY_AUTH_MODE", "token")
-    home.tell("RAY_AUTH_TOKEN_PATH", str(token))
+    home.set_variable("RAY_AUTH_MODE", "token")
+    home.set_variable("RAY_AUTH_TOKEN_PATH", str(token))
     # Ray prefers this variable to the file.
-    home.tell("RAY_AUTH_TOKEN", None)
+    home.set_variable("RAY_AUTH_TOKEN", None)
     # lo on Linux, lo0 on macOS.
     loopback = next((name for _, name in socket.if_nameindex() if name in ("lo", "lo0")), "lo")
     for name in ("GLOO_SOCKET_IFNAME", "NCCL_SOCKET_IFNAME"):
-        home.tell(name, loopback)
+        home.set_variable(name, loopback)
     # This machine is not reclaimed, and the watcher is one more process that starts before the first step.
-    home.tell("RAY_TRAIN_ENABLE_PREEMPTION_WATCHER", "0")
+    home.set_variable("RAY_TRAIN_ENABLE_PREEMPTION_WATCHER", "0")
     if (lost := "RAY_gcs_rpc_server_reconnect_timeout_s") not in os.environ:
-        home.tell(lost, str(_GCS_LOST_AFTER_S))
+        home.set_variable(lost, str(_GCS_LOST_AFTER_S))
     _read_environment()
     if sys.platform == "darwin":
         # Ray counts the GPU of an Apple chip, which raysl does not use.
         options = {"num_gpus": 0, **options}
     try:
         with _loopback():
-            ray.init(address="local", include_dashboard=False, _temp_dir=str(home.folder / _RAYS), **options)
+            ray.init(
+                address="local", include_dashboard=False, _temp_dir=str(home.folder / _RAY_FOLDER), **options
+            )
     except BaseException:
-        end()
+        stop()
         raise
 
 
-def end() -> None:
-    """Stop the Ray that `begin` started and remove its folder. Do nothing without one."""
+def stop() -> None:
+    """Stop the Ray that `start` started and remove its folder. Do nothing without one."""
     global _home
     import ray
 
@@ -136,13 +135,13 @@ def end() -> None:
     if home is None or home.process != os.getpid():
         return
     ray.shutdown()
-    home.put_away()
+    home.clean_up()
     _read_environment()
-    atexit.unregister(end)
+    atexit.unregister(stop)
 
 
 def folder() -> Path | None:
-    """Return the private folder of the Ray that `begin` started, which is removed even after a kill; else None."""
+    """Return the private folder of the Ray that `start` started, which is removed even after a kill; else None."""
     return _home.folder if _home is not None else None
 
 
@@ -169,13 +168,13 @@ def _folder() -> Path:
     return folder
 
 
-def _own(folder: Path) -> int:
+def _lock_folder(folder: Path) -> int:
     """Lock the folder for the life of this process, and return the open lock."""
     # Locked before it has its name, so that no other process finds it unlocked.
-    new = folder / f"{_OWNER}.new"
+    new = folder / f"{_LOCK}.new"
     lock = os.open(new, os.O_RDWR | os.O_CREAT | os.O_EXCL, 0o600)
     fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
-    new.rename(folder / _OWNER)
+    new.rename(folder / _LOCK)
     return lock
 
 
@@ -185,10 +184,10 @@ def remove_left_behind(root: Path) -> None:
         try:
             if folder.is_symlink() or folder.stat().st_uid != os.getuid():
                 continue
-            if _is_made_again(folder):
+            if _is_recreated(folder):
                 shutil.rmtree(folder, ignore_errors=True)
                 continue
-            lock = os.open(folder / _OWNER, os.O_RDWR | os.O_NOFOLLOW)
+            lock = os.open(folder / _LOCK, os.O_RDWR | os.O_NOFOLLOW)
         except OSError:
             continue
         try:
@@ -200,13 +199,13 @@ def remove_left_behind(root: Path) -> None:
             os.close(lock)
 
 
-def _is_made_again(folder: Path) -> bool:
+def _is_recreated(folder: Path) -> bool:
     """Return True if a process of Ray that outlived its folder made it again: it holds logs of sessions only."""
     named = re.fullmatch(rf"{_PREFIX}[a-z0-9_]{{8}}", folder.name) is not None
     return (
         named
-        and [path.name for path in folder.iterdir()] == [_RAYS]
-        and all(path.name.startswith("session_") for path in (folder / _RAYS).iterdir())
+        and [path.name for path in folder.iterdir()] == [_RAY_FOLDER]
+        and all(path.name.startswith("session_") for path in (folder / _RAY_FOLDER).iterdir())
     )
 
 

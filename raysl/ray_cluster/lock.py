@@ -30,7 +30,7 @@ _MISSED = 4
 
 def held_here(folder: Folder) -> bool:
     """Return True if this process holds the lock of the folder."""
-    found = _recorded(folder) or {}
+    found = _read_record(folder) or {}
     return (found.get("host"), found.get("scope"), found.get("pid")) == (*_here(), os.getpid())
 
 
@@ -45,13 +45,13 @@ def _here() -> tuple[str, str]:
     return socket.gethostname(), ""
 
 
-def _recorded(folder: Folder) -> dict[str, Any] | None:
+def _read_record(folder: Folder) -> dict[str, Any] | None:
     with contextlib.suppress(FileNotFoundError, ValueError):
         return dict(folder.read_json(NAME))
     return None
 
 
-def _named(found: dict[str, Any]) -> str:
+def _describe(found: dict[str, Any]) -> str:
     return f"process {found.get('pid')} on {found.get('host')}"
 
 
@@ -80,10 +80,10 @@ class DriverLock:
         self.lost = threading.Event()
 
     def __enter__(self) -> DriverLock:
-        found = _recorded(self.folder)
-        if found is not None and not self._gone(found):
-            self._watch(found)
-        self._take()
+        found = _read_record(self.folder)
+        if found is not None and not self._has_ended(found):
+            self._wait_until_stale(found)
+        self._acquire()
         self._thread = threading.Thread(target=self._renew, daemon=True)
         self._thread.start()
         return self
@@ -91,22 +91,22 @@ class DriverLock:
     def __exit__(self, *_: object) -> None:
         self._done.set()
         self._thread.join()
-        if self._mine():
+        if self._is_mine():
             self.folder.delete(NAME)
 
     def check(self) -> None:
         """Raise UserError if another driver has taken over, or the file was deleted."""
-        if not self._mine():
+        if not self._is_mine():
             raise UserError(
                 f"Another driver has taken over the {self._work} at {str(self.folder)!r}, or {NAME} was deleted. This "
                 "driver stops; everything it has written is kept, and the other one resumes from there."
             )
 
-    def _mine(self) -> bool:
-        found = _recorded(self.folder)
+    def _is_mine(self) -> bool:
+        found = _read_record(self.folder)
         return found is not None and found.get("id") == self._record["id"]
 
-    def _take(self) -> None:
+    def _acquire(self) -> None:
         """Write the first record. Raises UserError when another driver does so at the same moment."""
         if self.folder.is_local and not self.folder.exists(NAME):
             path = Path(self.folder.uri, NAME)
@@ -116,7 +116,7 @@ class DriverLock:
                 os.link(mine, path)  # Only one of several drivers succeeds.
                 return
             except FileExistsError as error:
-                raise self._refusal(_recorded(self.folder) or {}) from error
+                raise self._held_error(_read_record(self.folder) or {}) from error
             except OSError:  # This file system has no links.
                 pass
             finally:
@@ -124,8 +124,8 @@ class DriverLock:
         self._write(0)
         # Another driver that saw no file either, or the record of the same dead driver, may overwrite this record.
         time.sleep(self._beat_s / 40)
-        if not self._mine():
-            raise self._refusal(_recorded(self.folder) or {})
+        if not self._is_mine():
+            raise self._held_error(_read_record(self.folder) or {})
 
     def _write(self, beat: int, name: str = NAME) -> None:
         self.folder.write_json(name, {**self._record, "beat": beat})
@@ -135,13 +135,13 @@ class DriverLock:
         while not self._done.wait(self._beat_s):
             # Storage that does not answer now may answer at the next beat.
             with contextlib.suppress(OSError, ValueError, UserError):
-                if not self._mine():
+                if not self._is_mine():
                     self.lost.set()
                     return
                 beat += 1
                 self._write(beat)
 
-    def _gone(self, found: dict[str, Any]) -> bool:
+    def _has_ended(self, found: dict[str, Any]) -> bool:
         """Return True if the driver ran in this PID namespace and has ended; False if that cannot be known."""
         if not found.get("scope") or (found.get("host"), found.get("scope")) != _here():
             return False
@@ -153,26 +153,26 @@ class DriverLock:
             return False
         return False
 
-    def _watch(self, found: dict[str, Any]) -> None:
+    def _wait_until_stale(self, found: dict[str, Any]) -> None:
         """Return when the file has not changed for some beats. Raises UserError when it changes."""
         patience_s = _MISSED * self._beat_s
         _log.info(
             "Another driver, %s, has worked on this %s. Waiting for %.0f s to see whether it still does.",
-            _named(found),
+            _describe(found),
             self._work,
             patience_s,
         )
         deadline = time.monotonic() + patience_s
         while time.monotonic() < deadline:
             time.sleep(self._beat_s / 4)
-            now = _recorded(self.folder)
+            now = _read_record(self.folder)
             if now is None:
                 return
             if now != found:
-                raise self._refusal(now)
+                raise self._held_error(now)
 
-    def _refusal(self, found: dict[str, Any]) -> UserError:
+    def _held_error(self, found: dict[str, Any]) -> UserError:
         return UserError(
-            f"Another driver, {_named(found)}, works on the {self._work} at {str(self.folder)!r}. Wait for it or stop "
-            "it, and run the same command again; or choose another folder."
+            f"Another driver, {_describe(found)}, works on the {self._work} at {str(self.folder)!r}. Wait for it or "
+            "stop it, and run the same command again; or choose another folder."
         )

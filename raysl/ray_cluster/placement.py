@@ -65,7 +65,7 @@ def machines() -> Machines:
     now = tuple(dict(node["Resources"]) for node in alive)
     if capacity is None:
         return Machines(now)
-    later, room = capacity.beyond([autoscaler.type_of(node) for node in alive])
+    later, room = capacity.remaining([autoscaler.type_of(node) for node in alive])
     return Machines(now, tuple(one.resources for one in later), room)
 
 
@@ -143,10 +143,10 @@ def place(
     """
     found = found or machines()
     gpus_per_worker = gpus_per_worker if found.has_gpus else 0
-    nodes = enough(workers, found, gpus_per_worker)
-    cpus_n, most_n = _room(workers, nodes, gpus_per_worker)
+    nodes = machines_for(workers, found, gpus_per_worker)
+    cpus_n, most_n = _capacity_of(workers, nodes, gpus_per_worker)
     sizes = {cpus / k for cpus in cpus_n for k in range(1, workers + 1)} | {0.25}
-    slot = max(size for size in sizes if size > 0 and _slots(cpus_n, most_n, size) >= workers)
+    slot = max(size for size in sizes if size > 0 and _num_slots(cpus_n, most_n, size) >= workers)
     trainer = _floor(slot / 2) if slot < 2 else 1.0
     if not gpus_per_worker and slot >= 4:
         trainer = float(int(0.75 * slot))
@@ -164,19 +164,19 @@ def usual_workers(found: Machines | None = None) -> int:
     return max(1, min(2, gpus))
 
 
-def enough(workers: int, found: Machines, gpus_per_worker: float) -> tuple[Node, ...]:
+def machines_for(workers: int, found: Machines, gpus_per_worker: float) -> tuple[Node, ...]:
     """Return the running machines and the fewest more that have room for every worker.
 
     Raises:
         UserError: there is not enough room even with all of them.
     """
     grown = (*found.now, *found.for_trainers())
-    cpus_n, most_n = _room(workers, grown, gpus_per_worker)
-    could = "could have" if len(grown) > len(found.now) else "has"
+    cpus_n, most_n = _capacity_of(workers, grown, gpus_per_worker)
+    verb = "could have" if len(grown) > len(found.now) else "has"
     if gpus_per_worker and sum(most_n) < workers:
         gpus = sum(int(node.get("GPU", 0)) for node in grown)
         raise UserError(
-            f"{workers} workers need {workers * gpus_per_worker:g} GPUs and the cluster {could} {gpus}. "
+            f"{workers} workers need {workers * gpus_per_worker:g} GPUs and the cluster {verb} {gpus}. "
             + (
                 f"Use --workers {sum(most_n)}, or a larger cluster."
                 if any(most_n)
@@ -184,19 +184,21 @@ def enough(workers: int, found: Machines, gpus_per_worker: float) -> tuple[Node,
             )
         )
     # At most four trainers share a core; more would only wait for each other.
-    fit = _slots(cpus_n, most_n, 0.25)
+    fit = _num_slots(cpus_n, most_n, 0.25)
     if fit < workers:
         raise UserError(
             f"{workers} workers and their data tasks can never run on the {sum(cpus_n):g} CPUs that this cluster "
-            f"{could}: it has room for {fit}. Use fewer workers, or a larger cluster."
+            f"{verb}: it has room for {fit}. Use fewer workers, or a larger cluster."
         )
-    slot = _ROOMY_CPUS if _slots(cpus_n, most_n, _ROOMY_CPUS) >= workers else 0.25
+    slot = _ROOMY_CPUS if _num_slots(cpus_n, most_n, _ROOMY_CPUS) >= workers else 0.25
     counts = range(len(found.now), len(grown))
-    few = bisect.bisect_left(counts, workers, key=lambda n: _slots(cpus_n[:n], most_n[:n], slot))
-    return grown[: len(found.now) + few]
+    num_new = bisect.bisect_left(counts, workers, key=lambda n: _num_slots(cpus_n[:n], most_n[:n], slot))
+    return grown[: len(found.now) + num_new]
 
 
-def _room(workers: int, nodes: Sequence[Node], gpus_per_worker: float) -> tuple[list[float], list[int]]:
+def _capacity_of(
+    workers: int, nodes: Sequence[Node], gpus_per_worker: float
+) -> tuple[list[float], list[int]]:
     """Return the CPUs of each machine, and the number of trainers that fit on its GPUs."""
     cpus_n = [node.get("CPU", 0.0) for node in nodes]
     if not gpus_per_worker:
@@ -206,7 +208,7 @@ def _room(workers: int, nodes: Sequence[Node], gpus_per_worker: float) -> tuple[
     return cpus_n, [int(node.get("GPU", 0) / max(1.0, gpus_per_worker)) * each for node in nodes]
 
 
-def _slots(cpus_n: Sequence[float], most_n: Sequence[int], slot: float) -> int:
+def _num_slots(cpus_n: Sequence[float], most_n: Sequence[int], slot: float) -> int:
     """Return the number of slots of `slot` CPUs on the machines, at most `most_n` on each."""
     # The margin is for rounding: a third of a machine fits three times.
     return sum(min(most, int(cpus / slot + 1e-6)) for cpus, most in zip(cpus_n, most_n, strict=True))

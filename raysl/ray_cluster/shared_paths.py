@@ -10,7 +10,7 @@ from raysl.ray_cluster import autoscaler
 from raysl.storage import Folder
 
 _MOUNTS = Path("/proc/self/mounts")
-# Beginnings of the names of file systems that several machines may share.
+# Prefixes of the names of file systems that several machines may share.
 _SHARED = (
     *("nfs", "lustre", "ceph", "cifs", "smb", "gpfs", "beegfs", "fuse", "9p", "glusterfs", "weka", "pvfs"),
     *("afs", "ocfs", "gfs"),

@@ -23,22 +23,20 @@ AWS = "http://169.254.169.254"
 GOOGLE = "http://metadata.google.internal"
 
 
-def on_aws(place: str = AWS) -> float | None:
+def on_aws(url: str = AWS) -> float | None:
     """Return the seconds until AWS reclaims this machine; None without a notice or outside AWS."""
-    token = _ask(f"{place}/latest/api/token", "PUT", {"X-aws-ec2-metadata-token-ttl-seconds": "60"})
+    token = _ask(f"{url}/latest/api/token", "PUT", {"X-aws-ec2-metadata-token-ttl-seconds": "60"})
     if token is None:
         return None
-    answer = _ask(
-        f"{place}/latest/meta-data/spot/instance-action", "GET", {"X-aws-ec2-metadata-token": token}
-    )
+    answer = _ask(f"{url}/latest/meta-data/spot/instance-action", "GET", {"X-aws-ec2-metadata-token": token})
     if answer is None or json.loads(answer)["action"] == "hibernate":
         return None
     return 110.0
 
 
-def on_google(place: str = GOOGLE) -> float | None:
+def on_google(url: str = GOOGLE) -> float | None:
     """Return the seconds until Google reclaims this machine; None without a notice or outside Google Cloud."""
-    answer = _ask(f"{place}/computeMetadata/v1/instance/preempted", "GET", {"Metadata-Flavor": "Google"})
+    answer = _ask(f"{url}/computeMetadata/v1/instance/preempted", "GET", {"Metadata-Flavor": "Google"})
     return 25.0 if answer == "TRUE" else None
 
 
@@ -56,8 +54,8 @@ def _ask(url: str, method: str, headers: dict[str, str]) -> str | None:
 def drain(seconds: float) -> None:
     """Tell Ray to drain this machine: Ray starts no more work here and notifies the running work."""
     command = ["ray", "drain-node", "--reason", "DRAIN_NODE_REASON_PREEMPTION"]
-    said = ["--reason-message", "The cloud reclaims this machine."]
-    subprocess.run([*command, *said, "--deadline-remaining-seconds", str(int(seconds))], check=True)
+    message = ["--reason-message", "The cloud reclaims this machine."]
+    subprocess.run([*command, *message, "--deadline-remaining-seconds", str(int(seconds))], check=True)
 
 
 def watch(
@@ -65,7 +63,7 @@ def watch(
     act: Callable[[float], Any] = drain,
     pause: Callable[[float], Any] = time.sleep,
 ) -> None:
-    """Wait for a notice, act on it, and return. Go on after an answer that is odd, and act again if that fails.
+    """Wait for a notice, act on it, and return. Log an answer that cannot be read, and repeat an action that fails.
 
     Args:
         services: functions that return the remaining seconds, or None.
@@ -73,11 +71,11 @@ def watch(
         pause: sleeps for some seconds.
     """
     while True:
-        left = []
+        remaining_s = []
         for service in services:
             with _logged("The notices of the cloud cannot be read"):
-                left.append(service())
-        if found := [seconds for seconds in left if seconds is not None]:
+                remaining_s.append(service())
+        if found := [seconds for seconds in remaining_s if seconds is not None]:
             with _logged("Ray cannot drain this machine"):
                 act(min(found))
                 return

@@ -48,12 +48,15 @@ def code_hash() -> str:
 
 def differing(ours: Mapping[str, Any], theirs: Mapping[str, Any]) -> list[str]:
     """Return the differences between two machines, such as "torch 2.8.0 instead of 2.9.1"."""
-    flat = [{**one["packages"], "python": one["python"], "code": one["code"]} for one in (ours, theirs)]
-    names = sorted(flat[0].keys() | flat[1].keys())
+    values = [
+        {**machine["packages"], "python": machine["python"], "code": machine["code"]}
+        for machine in (ours, theirs)
+    ]
+    names = sorted(values[0].keys() | values[1].keys())
     return [
-        f"{name} {flat[1].get(name, 'none')} instead of {flat[0].get(name, 'none')}"
+        f"{name} {values[1].get(name, 'none')} instead of {values[0].get(name, 'none')}"
         for name in names
-        if flat[0].get(name) != flat[1].get(name)
+        if values[0].get(name) != values[1].get(name)
     ]
 
 

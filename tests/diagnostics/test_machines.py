@@ -35,7 +35,7 @@ def fleet(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> Any:
         monkeypatch.setattr("ray.nodes", lambda: list(nodes))
         monkeypatch.setattr("ray.cluster_resources", lambda: total)
         monkeypatch.setattr("ray.available_resources", lambda: total)
-        monkeypatch.setattr(gpus, "answers", lambda: unusable or {})
+        monkeypatch.setattr(gpus, "check_machines", lambda: unusable or {})
         monkeypatch.setattr(ray_cluster, "machine_versions", lambda: runs or {"10.0.0.1": versions()})
         return machines.survey(workers, {"cpu": 0.8})
 

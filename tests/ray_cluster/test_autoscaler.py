@@ -43,14 +43,14 @@ def test_prices_are_labels() -> None:
 def test_what_is_there_counts_against_its_type_and_against_all() -> None:
     found = Capacity.of(CONFIG)
 
-    def beyond(*alive: str) -> tuple[list[str], int]:
-        later, room = found.beyond(alive)
+    def remaining(*alive: str) -> tuple[list[str], int]:
+        later, room = found.remaining(alive)
         return [one.name for one in later], room
 
     spot, cpu, ondemand = "gpu_spot", "cpu", "gpu_ondemand"
-    assert beyond() == ([spot] * 3 + [cpu] * 2 + [ondemand] * 3, 4)
-    assert beyond(spot, cpu, "by hand", "head") == ([spot] * 2 + [cpu] + [ondemand] * 3, 2)
-    assert beyond(*[spot] * 4)[1] == 0
+    assert remaining() == ([spot] * 3 + [cpu] * 2 + [ondemand] * 3, 4)
+    assert remaining(spot, cpu, "by hand", "head") == ([spot] * 2 + [cpu] + [ondemand] * 3, 2)
+    assert remaining(*[spot] * 4)[1] == 0
 
 
 def test_the_head_of_a_launched_cluster_knows(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:

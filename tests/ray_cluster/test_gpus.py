@@ -87,7 +87,7 @@ PROGRAM = """
     from raysl.training.launch import pretrain
 
     folder = sys.argv[1]
-    local_ray.begin(num_cpus=2, num_gpus=1, log_to_driver=False)
+    local_ray.start(num_cpus=2, num_gpus=1, log_to_driver=False)
     data = ingest("shapes:64", f"{folder}/data")
     parts, view = {"pirl": {"num_negatives": 16}}, ViewConfig(image_size=16)
     config = Pretraining(

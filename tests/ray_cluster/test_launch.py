@@ -100,7 +100,7 @@ def test_the_driver_of_google_is_one_that_torch_can_use() -> None:
 def sizes(config: Config, workers: int) -> tuple[Placement, Machines]:
     """The placement of a run on the empty cluster, as raysl computes it on the head."""
     found = Capacity.of(config)
-    later, room = found.beyond([])
+    later, room = found.remaining([])
     machines = Machines(({"CPU": 0.0},), tuple(one.resources for one in later), room)
     return cluster_placement.place(workers, machines), machines
 

@@ -175,7 +175,7 @@ def test_a_temporary_folder_with_a_long_path_is_refused(
     long.mkdir()
     monkeypatch.setenv("RAY_TMPDIR", str(long))
     with pytest.raises(UserError, match="Set RAY_TMPDIR to a shorter path"):
-        local_ray.begin()
+        local_ray.start()
     assert not list(long.iterdir())
 
 
@@ -183,7 +183,7 @@ OWNER = """
 import sys, time
 from raysl.ray_cluster import local_ray
 folder = local_ray._folder()
-lock = local_ray._own(folder)
+lock = local_ray._lock_folder(folder)
 print(folder, flush=True)
 time.sleep(100)
 """

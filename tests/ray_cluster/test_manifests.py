@@ -109,7 +109,7 @@ def test_pods_are_what_ray_needs(name: str) -> None:
 @pytest.mark.parametrize("name", MANIFESTS)
 def test_a_run_starts_the_pods_that_it_was_placed_on(name: str) -> None:
     config = autoscaling(name)
-    later, room = Capacity.of(config).beyond([])
+    later, room = Capacity.of(config).remaining([])
     machines = Machines(({"CPU": 0.0},), tuple(one.resources for one in later), room)
     placement = cluster_placement.place(4, machines)
     assert placement == Placement(1.0, 1, DataShare(1.0, 6.0), 1, 7.0)

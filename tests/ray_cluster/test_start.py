@@ -128,7 +128,7 @@ def _no_token(monkeypatch: pytest.MonkeyPatch, mode: str | None) -> Iterator[Non
 
     with monkeypatch.context() as patch:
         patch.setattr("ray.is_initialized", lambda: False)
-        patch.setattr(ray_cluster, "_require_answer", fails)
+        patch.setattr(ray_cluster, "_require_reachable", fails)
         patch.setattr("ray._raylet.AuthenticationTokenLoader", Loader)
         patch.setattr(ray_cluster, "_ENVIRONMENT", {})
         patch.setenv("RAY_ADDRESS", "10.0.0.1:6379")
