@@ -31,7 +31,7 @@ _ROUNDING = 4e-6
 
 
 @dataclass(frozen=True)
-class Bounds:
+class HamerlyBounds:
     """Results of a pass that the next pass needs.
 
     Args:
@@ -60,7 +60,11 @@ class Assigner:
     """
 
     def __init__(
-        self, before: Bounds | None, centroids_kd: Singles, num_rows: int, index: Callable[[Singles], Search]
+        self,
+        before: HamerlyBounds | None,
+        centroids_kd: Singles,
+        num_rows: int,
+        index: Callable[[Singles], Search],
     ) -> None:
         self.before = before
         self.centroids_kd = centroids_kd
@@ -161,7 +165,7 @@ class Assigner:
         winner_b = np.where(wins_b, np.sqrt(np.maximum(rival2_b, 0)), own_b)
         return np.where(wins_b, rival_b, nearest_b), winner_b, np.minimum(other_b, beside_b)
 
-    def bounds(self) -> Bounds:
+    def bounds(self) -> HamerlyBounds:
         """Return the results for the next pass, after all blocks."""
         moved = None if self.before is None else int((self.assigned_n != self.before.assigned_n).sum())
-        return Bounds(self.centroids_kd, self.assigned_n, self.own_n, self.other_n, moved)
+        return HamerlyBounds(self.centroids_kd, self.assigned_n, self.own_n, self.other_n, moved)

@@ -19,7 +19,7 @@ import numpy.typing as npt
 import pyarrow as pa
 
 from raysl.clustering import update
-from raysl.clustering.hamerly import Assigner, Bounds, Search
+from raysl.clustering.hamerly import Assigner, HamerlyBounds, Search
 from raysl.clustering.update import Doubles, Integers, Singles, Splits
 from raysl.errors import UserError
 from raysl.feature_store.store import FeatureStore, Piece
@@ -102,7 +102,7 @@ class KMeansWorker:
 
     def __init__(self, shard: Shard) -> None:
         self.shard = shard
-        self._bounds: Bounds | None = None
+        self._bounds: HamerlyBounds | None = None
         self._seeding: tuple[int, Doubles] = (0, np.empty(0))
 
     def load(self) -> tuple[int, int, int]:

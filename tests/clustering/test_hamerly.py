@@ -7,7 +7,7 @@ import numpy.typing as npt
 import pytest
 
 from raysl.clustering import update
-from raysl.clustering.hamerly import Assigner, Bounds, Search
+from raysl.clustering.hamerly import Assigner, HamerlyBounds, Search
 from raysl.clustering.update import Integers, Singles
 from tests.clustering.blobs import blobs
 
@@ -30,8 +30,8 @@ def squares(rows_bd: Singles, centroids_md: Singles) -> npt.NDArray[np.float64]:
 
 
 def one_pass(
-    before: Bounds | None, rows_nd: Singles, centroids_kd: Singles, block: int
-) -> tuple[Bounds, float]:
+    before: HamerlyBounds | None, rows_nd: Singles, centroids_kd: Singles, block: int
+) -> tuple[HamerlyBounds, float]:
     """Assign all rows in blocks; return the bounds, and the share of the distances that were computed."""
     assigner = Assigner(before, centroids_kd, len(rows_nd), index)
     for place in range(0, len(rows_nd), block):
@@ -40,7 +40,7 @@ def one_pass(
     return assigner.bounds(), assigner.computed / (len(rows_nd) * len(centroids_kd))
 
 
-def check(bounds: Bounds, rows_nd: Singles, centroids_kd: Singles) -> None:
+def check(bounds: HamerlyBounds, rows_nd: Singles, centroids_kd: Singles) -> None:
     """Check that every row has its nearest centroid, up to rounding, and that no other is nearer than its bound."""
     squared_nk = squares(rows_nd, centroids_kd)
     chosen_n = squared_nk[np.arange(len(rows_nd)), bounds.assigned_n]
