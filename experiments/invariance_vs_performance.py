@@ -52,7 +52,7 @@ def scatter(runs: Sequence[Run], train: str, test: str) -> bytes:
         train: fingerprint of the train set of the linear probe.
         test: fingerprint of the test set of both probes.
     """
-    from raysl.reporting.figure import drawn
+    from raysl.reporting.figure import plot_png
 
     rows = []
     for group in groups([str(run.folder) for run in runs]):
@@ -82,7 +82,7 @@ def scatter(runs: Sequence[Run], train: str, test: str) -> bytes:
         axes.set_ylabel("linear top-1")
         axes.legend(fontsize=8)
 
-    return drawn(draw)
+    return plot_png(draw)
 
 
 if __name__ == "__main__":

@@ -174,7 +174,7 @@ def _cpu_s() -> float:
 
 def figure(rows: Sequence[Mapping[str, Any]]) -> bytes:
     """Return a PNG of kNN against CPU time: a line for each name, the mean over seeds, and a dot for each seed."""
-    from raysl.reporting.figure import drawn
+    from raysl.reporting.figure import plot_png
 
     curves: dict[str, dict[int, list[tuple[float, float]]]] = {}
     for row in rows:
@@ -201,7 +201,7 @@ def figure(rows: Sequence[Mapping[str, Any]]) -> bytes:
         axes.set_ylabel("kNN top-1, %")
         axes.legend(fontsize=7, loc="center left", bbox_to_anchor=(1, 0.5))
 
-    return drawn(draw, width=8)
+    return plot_png(draw, width=8)
 
 
 if __name__ == "__main__":

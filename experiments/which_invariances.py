@@ -87,7 +87,7 @@ def drawn(transforms: Sequence[str], matrix: npt.NDArray[np.float64], networks: 
     """Return the map as PNG."""
     from scipy.stats import t
 
-    from raysl.reporting.figure import drawn as figure
+    from raysl.reporting.figure import plot_png as figure
 
     freedom = max(1, networks - 2)
     bound = t.ppf(0.975, freedom) / np.sqrt(freedom + t.ppf(0.975, freedom) ** 2)

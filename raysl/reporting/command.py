@@ -30,7 +30,7 @@ def command(config: Pretraining) -> str:
     return " ".join(shlex.quote(word) for word in words)
 
 
-def folded(line: str) -> str:
+def wrapped(line: str) -> str:
     """Return a command broken into several lines, which a shell reads as one."""
     kept = re.sub(" (?!--)", "\0", line)  # a flag and its value stay together
     text = textwrap.fill(kept, 90, break_long_words=False, break_on_hyphens=False)
@@ -39,18 +39,18 @@ def folded(line: str) -> str:
 
 def _flags(value: Any, default: Any, prefix: str) -> Iterator[str]:
     for name, hint in hints(type(value)).items():
-        ours, theirs = getattr(value, name), getattr(default, name)
+        own, other = getattr(value, name), getattr(default, name)
         if name in ("data", "run", "method", "parts"):
             continue
-        if dataclasses.is_dataclass(ours):
-            yield from _flags(ours, theirs, f"{prefix}{name}.")
+        if dataclasses.is_dataclass(own):
+            yield from _flags(own, other, f"{prefix}{name}.")
             continue
-        if ours == theirs and f"{prefix}{name}" not in defaults.CHOSEN:
+        if own == other and f"{prefix}{name}" not in defaults.CHOSEN:
             continue
         flag = f"{prefix}{name_typed(name, hint)}".replace("_", "-")
-        if isinstance(ours, bool):
+        if isinstance(own, bool):
             head, _, tail = flag.rpartition(".")
-            yield f"--{flag}" if ours else f"--{head}{'.' if head else ''}no-{tail}"
+            yield f"--{flag}" if own else f"--{head}{'.' if head else ''}no-{tail}"
         else:
             yield f"--{flag}"
-            yield from map(str, ours) if isinstance(ours, tuple) else [str(ours)]
+            yield from map(str, own) if isinstance(own, tuple) else [str(own)]

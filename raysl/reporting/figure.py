@@ -33,18 +33,18 @@ class Figure:
     png: bytes
 
 
-def drawn(draw: Callable[[Any], None], width: float = 6.4) -> bytes:
+def plot_png(draw: Callable[[Any], None], width: float = 6.4) -> bytes:
     """Return a PNG of one pair of axes that `draw` fills."""
 
-    def one(canvas: Canvas) -> None:
+    def fill(canvas: Canvas) -> None:
         axes = canvas.add_subplot()
         axes.grid(alpha=0.3)
         draw(axes)
 
-    return _png(one, width, 4.0)
+    return _png(fill, width, 4.0)
 
 
-def panels(draws: Mapping[str, Callable[[Any], None]], shared: bool = False) -> bytes:
+def panels_png(draws: Mapping[str, Callable[[Any], None]], shared: bool = False) -> bytes:
     """Return a PNG of several pairs of axes, three in a row, each with a title.
 
     Args:
@@ -54,7 +54,7 @@ def panels(draws: Mapping[str, Callable[[Any], None]], shared: bool = False) -> 
     columns = min(_COLUMNS, len(draws))
     lines = math.ceil(len(draws) / columns)
 
-    def all_of_them(canvas: Canvas) -> None:
+    def fill(canvas: Canvas) -> None:
         grid = canvas.subplots(lines, columns, squeeze=False, sharex=shared, sharey=shared).flatten()
         for axes, (title, draw) in zip(grid, draws.items(), strict=False):
             axes.grid(alpha=0.3)
@@ -63,7 +63,7 @@ def panels(draws: Mapping[str, Callable[[Any], None]], shared: bool = False) -> 
         for axes in grid[len(draws) :]:
             axes.set_visible(False)
 
-    return _png(all_of_them, 3.4 * columns + 0.8, 2.8 * lines + 0.3)
+    return _png(fill, 3.4 * columns + 0.8, 2.8 * lines + 0.3)
 
 
 def _png(draw: Callable[[Canvas], None], width: float, height: float) -> bytes:

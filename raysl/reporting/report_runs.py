@@ -19,11 +19,11 @@ from raysl.storage import Folder
 
 # Only rows that agree in these fields are compared.
 PROTOCOL = ("probe", "protocol", "train", "test")
-_ORDER = ("conv1", "res2", "res3", "res4", "res5", "pooled", "heads")
-
-
+_LAYER_ORDER = ("conv1", "res2", "res3", "res4", "res5", "pooled", "heads")
 # Columns of metrics that reports show.
 _COLUMNS = ("step", "epoch", "loss", "images_per_s", "over_steps", "workers")
+# Settings whose value may be the path of a user's file; a report keeps only the name behind the path.
+_FILE_NAMES = ("backbone.name", "view.recipe")
 
 
 @dataclass(frozen=True)
@@ -71,9 +71,6 @@ class LabelledRow:
 
     label: str
     row: Mapping[str, Any] = field(hash=False)
-
-
-_NAMES = ("backbone.name", "view.recipe")
 
 
 def groups(folders: Sequence[str]) -> list[Group]:
@@ -136,7 +133,7 @@ def _identity(values: Mapping[str, Any]) -> dict[str, Any]:
 
     Of networks and augmentations that a file or timm defines, the name is kept without the folder.
     """
-    named = [(name, _short(item) if name in _NAMES else item) for name, item in flattened(values)]
+    named = [(name, _short(item) if name in _FILE_NAMES else item) for name, item in flattened(values)]
     return {name: item for name, item in named if not (isinstance(item, str) and "/" in item)}
 
 
@@ -213,7 +210,9 @@ def _backbone(member: ReportRun) -> str:
 def layers(rows: Sequence[LabelledRow]) -> list[str]:
     """Return the layers of rows, from the image upwards."""
     seen = dict.fromkeys(item.row["layer"] for item in rows)
-    return [layer for layer in _ORDER if layer in seen] + [layer for layer in seen if layer not in _ORDER]
+    return [layer for layer in _LAYER_ORDER if layer in seen] + [
+        layer for layer in seen if layer not in _LAYER_ORDER
+    ]
 
 
 def by_protocol(rows: Sequence[LabelledRow]) -> list[tuple[tuple[str, ...], list[LabelledRow]]]:

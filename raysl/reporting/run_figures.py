@@ -14,7 +14,7 @@ from raysl.errors import UserError
 from raysl.evaluation.results import describe_images
 from raysl.feature_store.records import verified
 from raysl.probes.invariance import HEADS, HISTOGRAM, OTHERS
-from raysl.reporting.figure import Figure, drawn, panels
+from raysl.reporting.figure import Figure, panels_png, plot_png
 from raysl.reporting.report_runs import Group, LabelledRow, ReportRun, by_protocol, labels, layers
 from raysl.reporting.tables import Estimate, estimates
 from raysl.storage import Folder
@@ -72,7 +72,7 @@ def per_layer(rows: Sequence[LabelledRow]) -> Iterator[Figure]:
             f"{name} of the probe {key[0]} by layer: means, a dot for each seed, and 95 % confidence intervals for "
             f"three or more seeds, cut at the edges of the picture. {_hashes(key)}"
         )
-        yield Figure(f"layers-{key[0]}-{_short(key)}", f"{key[0]} by layer", text, drawn(draw, 8.0))
+        yield Figure(f"layers-{key[0]}-{_short(key)}", f"{key[0]} by layer", text, plot_png(draw, 8.0))
 
 
 def _limits(values: Sequence[float]) -> tuple[float, float]:
@@ -176,7 +176,7 @@ def _histogram(by_label: Mapping[str, Sequence[Counts]], edges: Sequence[float])
 
         return draw
 
-    return panels({name: panel(name) for name in transforms}), layer
+    return panels_png({name: panel(name) for name in transforms}), layer
 
 
 def invariance_map(rows: Sequence[LabelledRow]) -> Iterator[Figure]:
@@ -215,7 +215,7 @@ def invariance_map(rows: Sequence[LabelledRow]) -> Iterator[Figure]:
             f"{_hashes(key)}"
         )
         labels = [label for label in dict.fromkeys(item.label for item in members) if label != "raw pixels"]
-        png = panels({label: panel(label) for label in labels})
+        png = panels_png({label: panel(label) for label in labels})
         yield Figure(f"invariance-map-{_short(key)}", "Transforms and layers", text, png)
 
 
@@ -252,7 +252,7 @@ def losses(gathered: Sequence[Group]) -> Iterator[Figure]:
 
     if shown:
         text = "Training loss, averaged between two rows of metrics; a line is a run."
-        png = panels({group.label: panel(group) for group in shown})
+        png = panels_png({group.label: panel(group) for group in shown})
         yield Figure("training", "Training", text, png)
 
 
@@ -291,5 +291,5 @@ def progress(gathered: Sequence[Group]) -> Iterator[Figure]:
             axes.legend(fontsize=7)
 
         text = f"{name} of {key[0]} on {layer} at steps during training, a line for each seed. {_hashes(key)}"
-        png = drawn(draw, 8.0)
+        png = plot_png(draw, 8.0)
         yield Figure(f"progress-{key[0]}-{_short(key)}", f"{key[0]} during training", text, png)

@@ -13,14 +13,14 @@ from raysl.dataset import DataSet
 from raysl.documentation import pictures
 from raysl.errors import UserError
 from raysl.reporting import retrieval_grid, run_figures
-from raysl.reporting.command import command, folded
+from raysl.reporting.command import command, wrapped
 from raysl.reporting.figure import Figure
 from raysl.reporting.page import ReportConfig, embedded, render
 from raysl.reporting.report_runs import Group, LabelledRow, ReportRun, groups, labelled_rows
 from raysl.reporting.tables import Estimate, Table, tables
 from raysl.training.progress_actor import duration
 
-# Names of numbers of which the highest is the best; a spread such as top1_std is not among them.
+# Names of measures whose highest value is the best; a spread such as top1_std has no best value.
 _BETTER_IF_MORE = re.compile(r"(top\d+|m?AP\d*|effective_rank|closer|precision)([/@,].*)?")
 
 _BODY = """<p>{{ summary }}</p>
@@ -84,7 +84,7 @@ def page(places: Sequence[str], config: ReportConfig) -> tuple[str, list[Figure]
             {
                 "label": f"{group.label}, seed {member.seed}",
                 "folder": str(member.run.folder),
-                "command": folded(command(member.run.config())) if member.trained else "",
+                "command": wrapped(command(member.run.config())) if member.trained else "",
             }
             for group in gathered
             for member in group.runs

@@ -1,4 +1,4 @@
-"""The figures of a sweep. Each is a function of its journal alone, so the same sweep gives the same picture."""
+"""Draw the figures of a sweep. Each depends only on the journal, so the same sweep gives the same picture."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ import numpy as np
 from matplotlib import colormaps
 from matplotlib.ticker import LogLocator, NullLocator, StrMethodFormatter
 
-from raysl.reporting.figure import Figure, drawn
+from raysl.reporting.figure import Figure, plot_png
 from raysl.tuning.results import LABELS, SweepResults, shown
 from raysl.tuning.space import Dimension
 
@@ -36,7 +36,7 @@ def figures(results: SweepResults) -> Iterator[Figure]:
 
 
 def _value(results: SweepResults, trial: int, dimension: Dimension, rung: int) -> Any:
-    """Return the value of a trial on its way to a rung."""
+    """Return the value of a dimension that a trial had at a rung."""
     return results.values(trial, rung)[dimension.name]
 
 
@@ -46,7 +46,7 @@ def _last(results: SweepResults, trial: int) -> int:
 
 
 class _Axis:
-    """Places of the values of a dimension on an axis: themselves where they are numbers, else 0, 1, 2, ..."""
+    """An axis for a dimension. Numbers lie at their value, other values at 0, 1, 2, ..."""
 
     def __init__(self, results: SweepResults, dimension: Dimension) -> None:
         seen = [
@@ -69,19 +69,19 @@ class _Axis:
         here = np.log(self.place(value)) if self.log else self.place(value)
         return float((here - min(places)) / ((max(places) - min(places)) or 1.0))
 
-    def dress(self, axes: Any) -> None:
+    def apply_to(self, axes: Any) -> None:
         axes.set_xlabel(self.name)
         if self.log:
             axes.set_xscale("log")
             _plain(axes.xaxis)
-        # Values that were drawn lie anywhere, and their names would lie on one another.
+        # Sampled values lie anywhere, and their labels would overlap.
         if not self.numeric or (self.listed and len(self.values) <= 8):
             axes.set_xticks([self.place(v) for v in self.values], [shown(v) for v in self.values])
             axes.minorticks_off()
 
 
 def _plain(axis: Any) -> None:
-    """Ticks of a logarithmic axis at 1, 2, 5, 10, ..., as people write numbers."""
+    """Set the ticks of a logarithmic axis to 1, 2, 5, 10, ..., written as plain numbers."""
     axis.set_major_locator(LogLocator(subs=(1.0, 2.0, 5.0)))
     axis.set_major_formatter(StrMethodFormatter("{x:g}"))
     axis.set_minor_locator(NullLocator())
@@ -109,7 +109,7 @@ def _curve(results: SweepResults, dimension: Dimension) -> Figure:
         for encoder, scores in results.extras("baseline").items():
             style = {"random": "--", "pixels": ":"}[encoder]
             axes.axhline(mean(scores), linestyle=style, color="gray", label=LABELS[encoder])
-        axis.dress(axes)
+        axis.apply_to(axes)
         axes.set_ylabel(results.config.probe)
         axes.legend()
 
@@ -117,7 +117,7 @@ def _curve(results: SweepResults, dimension: Dimension) -> Figure:
         f"Mean and standard deviation of {results.config.probe} over the {len(results.config.seeds)} seeds and all "
         "other fields; a dot is one run."
     )
-    return Figure(f"curve-{dimension.name}", dimension.name, text, drawn(draw))
+    return Figure(f"curve-{dimension.name}", dimension.name, text, plot_png(draw))
 
 
 def _pair(results: SweepResults, one: Dimension, other: Dimension) -> Figure:
@@ -148,7 +148,7 @@ def _pair(results: SweepResults, one: Dimension, other: Dimension) -> Figure:
         xs, ys = [x.place(a) for a, _, _ in points], [y.place(b) for _, b, _ in points]
         dots_drawn = axes.scatter(xs, ys, c=[score for _, _, score in points], cmap="viridis")
         axes.figure.colorbar(dots_drawn, label=results.config.probe)
-        x.dress(axes)
+        x.apply_to(axes)
         if y.log:
             axes.set_yscale("log")
             _plain(axes.yaxis)
@@ -161,7 +161,7 @@ def _pair(results: SweepResults, one: Dimension, other: Dimension) -> Figure:
     text = f"Mean {results.config.probe} at the end; what is empty was stopped, failed, or not tried."
     if not listed:
         text = f"A dot is a trial, with its mean {results.config.probe} at the first rung, where all can be compared."
-    return Figure(f"pair-{one.name}-{other.name}", f"{one.name} and {other.name}", text, drawn(draw))
+    return Figure(f"pair-{one.name}-{other.name}", f"{one.name} and {other.name}", text, plot_png(draw))
 
 
 def _parallel(results: SweepResults) -> Figure:
@@ -189,7 +189,7 @@ def _parallel(results: SweepResults) -> Figure:
         axes.set_yticks([])
 
     text = "A line is a trial, at the score of the last rung it was at; dotted lines were stopped before the end."
-    return Figure("parallel", "All fields together", text, drawn(draw, 8.0))
+    return Figure("parallel", "All fields together", text, plot_png(draw, 8.0))
 
 
 def _learning(results: SweepResults, epochs: float) -> Figure:
@@ -214,7 +214,7 @@ def _learning(results: SweepResults, epochs: float) -> Figure:
             axes.legend(fontsize=7, ncols=2)
 
     text = "The mean over seeds, and the range of them; every trial is on the schedule of the whole run."
-    return Figure("learning", "Learning curves", text, drawn(draw, 8.0))
+    return Figure("learning", "Learning curves", text, plot_png(draw, 8.0))
 
 
 def _early(results: SweepResults) -> Iterator[Figure]:
@@ -237,7 +237,7 @@ def _early(results: SweepResults) -> Iterator[Figure]:
             f"{rank_correlation(xs, ys):+.2f}. Runs that were stopped are not included, so it is lower than over all "
             "runs."
         )
-        yield Figure(f"early-{name}", f"How the {label} predicts the end", text, drawn(draw))
+        yield Figure(f"early-{name}", f"How the {label} predicts the end", text, plot_png(draw))
 
 
 def rank_correlation(xs: Sequence[float], ys: Sequence[float]) -> float:

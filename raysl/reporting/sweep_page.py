@@ -1,4 +1,4 @@
-"""The page of a sweep: figures, table, costs, and the best configuration as a command to paste."""
+"""Write the page of a sweep: figures, a table, costs, and the best configuration as a command to paste."""
 
 from __future__ import annotations
 
@@ -8,7 +8,7 @@ from math import sqrt
 from statistics import NormalDist, mean, variance
 from typing import Any
 
-from raysl.reporting.command import command, folded
+from raysl.reporting.command import command, wrapped
 from raysl.reporting.figure import Figure
 from raysl.reporting.page import ReportConfig, embedded, render
 from raysl.reporting.sweep_figures import figures
@@ -27,9 +27,9 @@ _BODY = """<p>{{ summary }}</p>
 """
 
 
-def page(sweep: str, config: ReportConfig) -> tuple[str, list[Figure]]:
-    """Return the page of the sweep at `sweep`, and its figures. Raise UserError when it is missing or damaged."""
-    results = SweepResults.open(sweep)
+def page(folder: str, config: ReportConfig) -> tuple[str, list[Figure]]:
+    """Return the page of the sweep in a folder, and its figures. Raises UserError if it is missing or damaged."""
+    results = SweepResults.open(folder)
     drawn = list(figures(results))
     return _page(results, drawn, config), drawn
 
@@ -38,7 +38,7 @@ def _page(results: SweepResults, drawn: Sequence[Figure], config: ReportConfig) 
     rows, names, sweep = results.rows(), results.space.names, results.config
     states = [row["state"] for row in rows]
     best = results.best_config()
-    top = next((row for row in rows if row["trial"] == results.best()), None)
+    best_row = next((row for row in rows if row["trial"] == results.best()), None)
     return render(
         _BODY,
         title=f"{results.base.method}: {', '.join(names)}",
@@ -48,8 +48,8 @@ def _page(results: SweepResults, drawn: Sequence[Figure], config: ReportConfig) 
             f"searcher {sweep.searcher}, scheduler {sweep.scheduler}. Finished {states.count('finished')}, "
             f"stopped {states.count('stopped')}, failed {states.count('failed')}. {_selection(results)}"
         ),
-        best=top and f"Trial {top['trial']}: {described(top['values'])}, {_score(top)}.",
-        command=best and folded(command(replace(best, data="DATA", run="RUN"))),
+        best=best_row and f"Trial {best_row['trial']}: {described(best_row['values'])}, {_score(best_row)}.",
+        command=best and wrapped(command(replace(best, data="DATA", run="RUN"))),
         names=names,
         probe=sweep.probe,
         rows=[
@@ -65,12 +65,12 @@ def _page(results: SweepResults, drawn: Sequence[Figure], config: ReportConfig) 
 
 
 def _selection(results: SweepResults) -> str:
-    """Return sentences on what the scores of the table are worth."""
-    told = [
+    """Return sentences that say how far the scores of the table can be trusted."""
+    sentences = [
         "The best score is that of a choice among all trials on the same images, and so too high by chance."
     ]
     scores = [results.by_seed(trial, results.num_rungs - 1) for trial in results.trials]
-    variances = [variance(one) for one in scores if len(one) > 1]
+    variances = [variance(of_trial) for of_trial in scores if len(of_trial) > 1]
     if len(variances) > 1:
         deviation, count = sqrt(mean(variances)), len(variances)
         # Blom's approximation of the expected largest of `count` standard normal numbers.
@@ -79,17 +79,17 @@ def _selection(results: SweepResults) -> str:
             * deviation
             / sqrt(len(results.config.seeds))
         )
-        told.append(
+        sentences.append(
             f"If all {count} finished trials were equal, the best would still be {gap:.4f} above their mean, because "
             f"seeds differ by ± {deviation:.4f}; a smaller lead shows nothing."
         )
     if results.chosen_on_test:
-        told.append(
+        sentences.append(
             "The trials were chosen on the test split of the source: no score here is that of unseen images."
         )
     if tested := results.extras("test").get("trained"):
-        told.append(f"The best trial was then scored once on the test images: {mean(tested):.4f}.")
-    return " ".join(told)
+        sentences.append(f"The best trial was then scored once on the test images: {mean(tested):.4f}.")
+    return " ".join(sentences)
 
 
 def _score(row: dict[str, Any]) -> str:

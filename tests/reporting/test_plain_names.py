@@ -104,7 +104,7 @@ def test_a_probe_whose_name_is_a_path_is_refused(tmp_path: Path, runs: list[str]
 
 
 def test_a_figure_with_a_formula_in_its_name_is_drawn(tmp_path: Path) -> None:
-    from raysl.reporting.figure import panels
+    from raysl.reporting.figure import panels_png
 
-    png = panels({name: lambda axes: axes.plot([0, 1], [0, 1], label=r"$\frac$") for name in NASTY})
+    png = panels_png({name: lambda axes: axes.plot([0, 1], [0, 1], label=r"$\frac$") for name in NASTY})
     assert png.startswith(b"\x89PNG")

@@ -17,7 +17,7 @@ from raysl.errors import UserError
 from raysl.objectives.pirl import Config as Pirl
 from raysl.optim import OptimConfig
 from raysl.reporting import ReportConfig, report
-from raysl.reporting.command import command, folded
+from raysl.reporting.command import command, wrapped
 from raysl.reporting.page import _breakable
 from raysl.reporting.sweep_figures import rank_correlation
 from raysl.storage import Folder
@@ -168,7 +168,7 @@ def test_the_command_of_a_configuration_gives_it_back() -> None:
         optim=OptimConfig(lr=0.12, milestones=(0.5, 0.9)),
         parts={"pirl": Pirl(lam=0.25, num_negatives=64), "jigsaw": {"num_permutations": 100}},
     )
-    shown = folded(command(config))
+    shown = wrapped(command(config))
     assert "\n" in shown
     assert max(map(len, shown.splitlines())) < 100
     words = shlex.split(shown.replace("\\\n", ""))
