@@ -40,8 +40,8 @@ class SaveConfig(Checked):
         every_steps: steps between checkpoints; 0 for none by steps.
         every_minutes: minutes between checkpoints, checked every few seconds; 0 for none by time.
         keep_last: number of newest checkpoints to keep.
-        keep_every: also keep checkpoints at multiples of this step; 0 for none.
-        keep_steps: also keep checkpoints at these steps.
+        keep_every: also keep the checkpoints whose step is a multiple of this number; 0 for none.
+        keep_steps: also keep the checkpoints of these steps.
     """
 
     every_steps: Annotated[int, Bounds(low=0)] = 0

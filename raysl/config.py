@@ -24,14 +24,16 @@ from raysl.stream.reader import StreamConfig
 
 @dataclass(frozen=True)
 class ViewConfig(Checked):
-    """Configuration of the views.
+    """The views: the augmented versions of an image that the network trains on.
 
     Args:
         image_size: side of a training image in pixels; the sizes of jigsaw patches follow from it.
-        min_scale: smallest share of the image's area that an ordinary view shows, in 0..1 (PIRL at 224 pixels: 0.08).
+        min_scale: smallest share of the image's area that a random crop shows, above 0 and at most 1 (PIRL at 224
+            pixels: 0.08). A pretext transform may have a smallest share of its own.
         recipe: color augmentation: pirl, pirl+, simclr, mocov2, npid, byol_a, byol_b, gray (for jigsaws), plain, none;
-            one of these without parts, such as simclr-gray-blur; or MODULE:NAME or FILE.py:NAME of a function or a
-            torchvision v2 transform from uint8 (3, h, w) to the same.
+            a name followed by the steps to leave out, such as simclr-gray-blur for simclr without gray and without
+            blur; or MODULE:NAME or FILE.py:NAME of a function or a torchvision v2 transform that takes and returns a
+            uint8 tensor (3, h, w).
     """
 
     image_size: Annotated[int, Bounds(8, 2048)] = 32
@@ -54,17 +56,20 @@ class Pretraining(Checked):
     """Pretrain a backbone on images without labels, or resume an unfinished run.
 
     Args:
-        data: a data set made by `raysl ingest`, or a source that it reads, which is first ingested into the cache.
+        data: a data set made by `raysl ingest`, or any source that it reads, which is first ingested into
+            ~/.cache/raysl or $RAYSL_CACHE.
         run: folder of the run, a path or a URI. The same command again continues an unfinished run.
-        method: an objective and a pretext transform, such as pirl-jigsaw; `raysl methods` lists them.
+        method: an objective and a pretext transform, such as pirl-jigsaw; `raysl methods` lists them. It decides which
+            objective and transform have flags; help lists them for the method that is given.
         epochs: number of passes over the data set; it may be fractional.
         batch_size: images in the global batch, divided over the workers.
-        workers: number of training workers. 0 lets the command, and `raysl.pretrain` without `config`, choose the
-            number for the machine. A range such as 1:8 lets the number change during the run: as many as fit on the
+        workers: number of training workers. 0 chooses the number for the machine (in Python, if `raysl.pretrain` gets
+            no `config`). A range such as 1:8 lets the number change during the run: as many workers as fit on the
             cluster and divide the batch evenly.
         seed: random seed of the run.
         precision: precision of the network's arithmetic; weights and losses stay float32.
-        channels_last: memory layout of images and weights.
+        channels_last: store images and weights in memory with the channels last (NHWC), which most devices compute
+            faster.
         compile: run the network through torch.compile.
         deterministic: on a GPU use only algorithms whose results repeat bit for bit; they are slower.
         log_every: steps between rows of metrics.jsonl.

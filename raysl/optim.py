@@ -18,14 +18,15 @@ class OptimConfig(Checked):
 
     Args:
         name: "sgd" with momentum; "lars", for batches of thousands of images; or "adamw".
-        lr: learning rate for 256 images, > 0; it is scaled linearly with the global batch (patches do not count).
+        lr: learning rate for a global batch of 256 images, > 0; it is scaled linearly with the batch size. Jigsaw
+            patches do not count as images.
         momentum: momentum of SGD and LARS, from 0 to below 1.
         weight_decay: weight decay; biases and normalisation layers have none.
         schedule: "cosine" from lr to lr / 1000, or "step": a factor of 0.1 at each milestone.
-        milestones: milestones of "step" as shares of the run, in 0..1.
-        warmup: share of the run in which the rate rises linearly, from 0 to below 1.
-        warmup_start: first rate of the warm-up as a share of the full rate, in 0..1.
-        clip_norm: largest norm of the gradient; 0 for no limit.
+        milestones: milestones of "step" as fractions of the training steps, 0 to 1.
+        warmup: fraction of the training steps in which the learning rate rises linearly, from 0 to below 1.
+        warmup_start: learning rate at the start of the warm-up, as a fraction of the full rate, 0 to 1.
+        clip_norm: scale the gradient down to this norm where its norm is larger; 0 for no limit.
     """
 
     name: Literal["sgd", "lars", "adamw"] = "sgd"

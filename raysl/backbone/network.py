@@ -35,13 +35,14 @@ class BackboneConfig(Checked):
             from normalised images (b, 3, s, s) to features (b, width). The classification layer is removed.
         stem: "standard" keeps the 7x7 stride-2 convolution and the max-pool; "small" replaces them by a 3x3
             convolution, for images of 64 pixels or less. Only for ResNets.
-        norm: "batch" is BatchNorm over each view of one worker's images, as published: patches and images pass through
-            the network one after the other, with separate statistics. "joint" computes the statistics over all views
-            together, "sync" over each view of all workers' images, in the heads too. "group" is GroupNorm, each image
-            by itself, so that gradients do not depend on the number of workers.
+        norm: "batch" is BatchNorm as in the papers: each worker computes the statistics of its own images, separately
+            for each view (patches, whole images). "joint" computes them over all views together, "sync" for each view
+            over the images of all workers, also in the projection heads. "group" is GroupNorm, which normalises each
+            image by itself, so that gradients do not depend on the number of workers.
         patch_size: side of a patch of a vision transformer of timm in pixels; 0 for the size in its name.
-        weights: file of weights that training starts from, of any kind that `raysl probe` reads; a path or a URI. The
-            network "random" starts from them too; a probed weights file replaces them.
+        weights: file of weights that training starts from, in any format that `raysl probe` reads; a path or a URI. The
+            untrained network "random" then has these weights too. If the checkpoint of a command is itself a weights
+            file, this flag has no effect.
     """
 
     name: str = "small"

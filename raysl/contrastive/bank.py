@@ -26,13 +26,14 @@ _BLOCK = 4096
 
 @dataclass(frozen=True)
 class BankConfig(Checked):
-    """Configuration of the memory bank.
+    """The memory bank, which stores one embedding for each image.
 
     Args:
-        momentum: weight of the old row in an update, in 0..1 (PIRL and NPID: 0.5).
+        momentum: weight of the stored embedding when it is updated, 0 to 1 (PIRL and NPID: 0.5); 0 replaces it by the
+            new embedding.
         placement: "replicated" keeps all rows on every worker; "sharded" keeps 1/W of the rows on each of W workers and
             exchanges rows at every step. Both give the same results.
-        dtype: type of the stored rows; scores are always computed in float32.
+        dtype: type of the stored embeddings; scores are always computed in float32.
     """
 
     momentum: Annotated[float, Bounds(0, 1, hint="PIRL uses 0.5"), Range((0.0, 0.5, 0.9, 0.99))] = 0.5

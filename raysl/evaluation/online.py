@@ -42,10 +42,10 @@ class OnlineConfig:
     """Probe a run while it trains.
 
     Args:
-        probe_every: steps between two evaluations of the run while it trains; 0 for none. A checkpoint is saved and
-            kept at each of them.
+        probe_every: steps between two evaluations of the run while it trains; 0 for none. Each evaluation saves a
+            checkpoint, which is kept.
         train: labelled data that the probes learn from.
-        test: labelled data that they are scored on.
+        test: labelled data that the probes are scored on.
         probes: names of probes, run with their default protocols. A probe with a required setting, such as detection,
             cannot be used.
     """

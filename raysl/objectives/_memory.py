@@ -23,11 +23,13 @@ class MemoryConfig(Checked):
 
     Args:
         temperature: softmax temperature tau, > 0; scores are divided by it.
-        num_negatives: K, negatives of each image; less than the number of images (papers: 4,096 to 32,000 of 1.28 M).
-        loss: "infonce" is a softmax over the K + 1 scores; "nce" is the K + 1 binary problems of NPID; "paper_h" is
-            equations 3 and 4 of PIRL with one softmax.
+        num_negatives: K, number of negatives for each image, less than the number of images (papers: 4,096 to 32,000
+            for 1.28 million images).
+        loss: "infonce" is a softmax over the K + 1 scores; "nce" is noise-contrastive estimation with K + 1 binary
+            decisions, as in NPID; "paper_h" is equations 3 and 4 of PIRL, with probabilities from one softmax over the
+            K + 1 scores.
         negatives: "shared" samples one set of negatives per step; "own" samples a set for each image, as the papers do.
-        dim: D, size of the embeddings.
+        dim: D, number of dimensions of the embeddings.
         head: "linear" as in the papers; "mlp" with one hidden layer; "bn", linear on standardised features, which
             is recommended for short runs of small backbones.
     """

@@ -32,17 +32,19 @@ class Config(Checked):
     """Hyperparameters of the jigsaw.
 
     Args:
-        grid: cells per side; P = grid * grid.
-        num_permutations: size of the permutation set. None: all permutations when views are compared, 100 (or all, if
-            fewer) when the permutation is predicted.
+        grid: cells per side; a jigsaw has grid * grid patches.
+        num_permutations: size of the permutation set. None: all permutations for methods that compare views, such as
+            pirl-jigsaw; 100 (or all, if fewer) for methods that predict the permutation, such as predict-jigsaw.
         criterion: rule that chooses the permutations: "max_min" maximises the smallest Hamming distance between two of
             them, "max_avg" the average distance, "random" chooses at random.
-        permutation_seed: seed of the choice.
-        min_scale: smallest share of the image that the source crop shows.
+        permutation_seed: seed of the random choices of `criterion`.
+        min_scale: smallest share of the image's area that the crop shows from which the patches are cut (the source
+            crop).
         per_patch_color: augment the colors of each patch independently instead of once for the whole crop.
         source_size: side of the source crop in pixels, a multiple of the grid. None: image_size * 255 / 224, rounded
-            down to a multiple.
-        patch_size: side of a patch in pixels. None: 64 / 85 of a cell.
+            down to a multiple; the papers use 255 for images of 224 pixels.
+        patch_size: side of a patch in pixels. None: 64 / 85 of the side of a cell, as in the papers, which cut patches
+            of 64 pixels from cells of 85.
     """
 
     grid: Annotated[int, Bounds(2, 16), Range((2, 3))] = 3

@@ -50,11 +50,11 @@ _LOOP_PERIOD_S = 0.01
 
 @dataclass(frozen=True)
 class StreamConfig(Checked):
-    """Configuration of the stream of images.
+    """The stream: reading, decoding and augmenting images.
 
     Args:
-        place: where the views are made from the source crops: "data" in the Ray Data tasks, "trainer" on the training
-            device. Both give identical pixels.
+        place: where decoded crops become views: "data" in the Ray Data tasks, "trainer" on the training device. Both
+            give identical pixels.
     """
 
     place: Literal["data", "trainer"] = "data"

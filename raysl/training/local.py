@@ -47,8 +47,8 @@ class LocalConfig(Checked):
 
     Args:
         local: train with one worker in this process and without Ray, which starts sooner. The data must have been
-            ingested by `raysl ingest`, or be a source that raysl has cached in an earlier run. The numbers are those of
-            one worker on Ray, and the run may go on either way.
+            ingested by `raysl ingest`, or be a source that raysl has cached in an earlier run. The results equal those
+            of one worker on Ray, bit for bit, and a run may continue with or without Ray.
     """
 
     local: bool = False
