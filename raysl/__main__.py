@@ -17,18 +17,18 @@ from raysl.errors import answered, unknown
 from raysl.fields import FieldError
 
 VERBS = {
-    "demo": "ingest, pretrain and probe in a few minutes, with a table and a picture",
+    "demo": "ingest, pretrain and probe in a few minutes; print scores and draw the views",
     "ingest": "make a data set from any source of images or videos",
     "pretrain": "learn a representation from images or videos without labels",
     "probe": "evaluate the features of a run against the untrained backbone and raw pixels",
     "features": "write the features of every image as Parquet",
     "cluster": "cluster features by k-means",
-    "clusterfit": "cluster features and train a new network on the clusters",
+    "clusterfit": "cluster the features of a network and train a new network on the clusters",
     "sweep": "search hyperparameters, scored by a probe",
-    "report": "write a page of a sweep or of several runs: figures, tables, costs",
+    "report": "write an HTML page of a sweep or of several runs: figures, tables, costs",
     "export": "write the backbone for torchvision, timm, safetensors or ONNX, with a model card",
     "reproduce": "train a run again from its metadata and list differences",
-    "views": "draw the views of a method",
+    "views": "draw the views, the augmented images that a method trains on",
     "methods": "list objectives, pretext transforms and their combinations",
     "doctor": "show versions and resources, measure each stage, and name the bottleneck",
 }

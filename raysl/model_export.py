@@ -48,7 +48,7 @@ class ExportConfig:
     Args:
         format: format of the weights; "auto" is timm for networks that timm has, and safetensors for others.
         out: folder of the files; default: `export/FORMAT` in the run.
-        step: step of the checkpoint; default: the newest.
+        step: step of the checkpoint to export; None for the newest.
     """
 
     format: Literal["auto", "torchvision", "timm", "safetensors", "onnx"] = "auto"

@@ -61,8 +61,8 @@ def ingest(
 
     Args:
         source: a folder of images or videos; tables of images, or of names of files: Parquet, Arrow, Feather, CSV, TSV,
-            JSON lines, a Hugging Face data set; tar, zip or WebDataset archives; IDX files, CIFAR, .npz arrays; or
-            images and clips that raysl draws, shapes:N and clips:N. Any path or URI; docs/data.md describes each.
+            JSON lines, a Hugging Face data set; tar, zip or WebDataset archives; IDX files, CIFAR, .npz arrays; or N
+            images or clips that raysl generates, shapes:N or clips:N. Any path or URI; docs/data.md describes each.
         dest: folder of the data set, a path or a URI.
         config: see `IngestConfig`.
     """
@@ -79,16 +79,18 @@ class ProbeFlags:
     Args:
         checkpoint: folder of a run (its newest checkpoint), RUN/checkpoints/step-NNN, a weights file (with
             --backbone.name and --out), or "random".
-        train: labelled data to learn from.
-        test: labelled data to score.
-        probes: names of probes: PROBES. docs/methods/probes.md describes them. The protocol of each has its own flags,
-            such as --linear.schedule fast.
-        layers: layers to measure; "all" for conv1, res2 to res5 and pooled.
+        train: labelled data that the probes learn from.
+        test: labelled data on which the probes are scored.
+        probes: names of probes: PROBES. docs/methods/probes.md describes them. Each probe has flags of its own, such as
+            --linear.schedule fast; help lists them for the probes that are given.
+        layers: layers to measure: "pooled", the output of the backbone; "all" adds the stages of a ResNet, conv1 and
+            res2 to res5.
         out: folder for the results and features; default: the folder of the run. Required if the model is not a run.
         image_size: side of the view in pixels, for a model that is not a run; 0 means 224 for a weights file, else 32.
         backbone: backbone of a weights file, or of "random"; "timm/NAME" for a backbone of timm.
         seed: seed of "random", and of the probes of a weights file.
-        bn_statistics: statistics of BatchNorm: "reestimated" on unlabelled train images, or "kept" from training.
+        bn_statistics: statistics of BatchNorm: "reestimated" on whole train images, without labels, or "kept" from
+            training, which often mixes whole images and patches.
     """
 
     checkpoint: Annotated[tyro.conf.Positional[str], tyro.conf.arg(metavar="RUN|CKPT")]
@@ -129,7 +131,7 @@ def features(
     checkpoint: Annotated[tyro.conf.Positional[str], tyro.conf.arg(metavar="CKPT")],
     config: Annotated[FeaturesConfig, _FLAGS],
 ) -> None:
-    """Write the features of every image as Parquet: `raysl features CKPT --data D --layer res5 --out F`.
+    """Write the features of every image as Parquet: `raysl features CKPT --data D --out F`.
 
     Args:
         checkpoint: folder of a run (its newest checkpoint), RUN/checkpoints/step-NNN, a weights file (with
@@ -152,7 +154,7 @@ def cluster(
     Args:
         features: a folder that `raysl features` made.
         config: see `KMeansConfig`.
-        out: folder of the result; default: a folder inside the features.
+        out: folder of the result; default: a folder in FEATURES, which the command prints.
         assign: more features to assign to the same centroids, such as those of validation images.
     """
     done = api.cluster(features, None, out, config, assign=assign)
@@ -243,7 +245,7 @@ def report(
     folders: Annotated[tyro.conf.Positional[tuple[str, ...]], tyro.conf.arg(metavar="SWEEP|RUNS")],
     config: Annotated[ReportConfig, _FLAGS],
 ) -> None:
-    """Write a page of figures and tables: `raysl report SWEEP`, `raysl report RUNS...`.
+    """Write an HTML page of figures and tables: `raysl report SWEEP`, `raysl report RUNS...`.
 
     Args:
         folders: folder of a sweep, finished or not; or folders of runs, which are compared.
@@ -291,7 +293,7 @@ def doctor(arguments: Sequence[str]) -> None:
 
 
 def demo(arguments: Sequence[str]) -> None:
-    """Show the whole story: `raysl demo`."""
+    """Run a small experiment end to end: `raysl demo`."""
     from raysl import demo as story
 
     story.demo(tyro.cli(story.DemoConfig, prog="raysl demo", args=list(arguments)))

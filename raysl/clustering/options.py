@@ -18,19 +18,19 @@ class KMeansConfig:
 
     Args:
         k: number of clusters.
-        iterations: maximum number of iterations of each start.
-        tolerance: stop when an iteration lowers the objective by at most this share, 0 to 1; 0 waits until it no
+        iterations: maximum number of iterations after each initialization.
+        tolerance: stop when an iteration lowers the objective by at most this fraction, 0 to 1; with 0, stop when it no
             longer falls.
         init: initial centroids: "rows" takes k random rows, as FAISS does; "k-means++" (Arthur and Vassilvitskii
             2007) needs k passes over the rows.
         spherical: keep centroids at norm 1, so that rows go to the centroid with the largest cosine.
-        restarts: number of starts, of which the one with the lowest objective is kept.
+        restarts: number of initializations; the result with the lowest objective is kept.
         seed: seed of all randomness.
         max_rows: maximum number of rows to fit centroids to, chosen at random; 0 for all. All rows are assigned.
         layer: layer to cluster, if the features have several.
-        actors: number of actors that share the rows; 0 to fit the cluster.
-        memory_gb: memory for the rows of an actor; larger shards are read again in every iteration. 0 for a share of
-            the machine's memory.
+        actors: number of Ray actors that share the rows; 0 for as many as suit the machines.
+        memory_gb: memory in GB for the rows of each actor; an actor whose rows need more reads them from disk in every
+            iteration. 0 for a share of the machine's memory.
     """
 
     k: Annotated[int, Bounds(1, 2**31 - 1)]

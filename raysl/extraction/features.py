@@ -32,15 +32,17 @@ class FeaturesConfig:
 
     Args:
         data: a data set, or any source of `raysl ingest`.
-        out: folder of the features, a path or a URI. The same command completes interrupted features.
-        layer: "pooled" is the output of the backbone, conv1 and res2 to res5 are the stages of a ResNet; or a name
-            inside the network. Feature maps are averaged over positions, "res3:9216" into a grid of at most 9,216
-            numbers.
+        out: folder of the features, a path or a URI. The same command continues an interrupted extraction.
+        layer: "pooled" is the output of the backbone, conv1 and res2 to res5 are the stages of a ResNet; or the name of
+            a module of the network. Feature maps are averaged over all positions; "res3:9216" instead averages them
+            into a grid with at most 9216 numbers in total.
         image_size: side of the view in pixels, at most 4096; 0 for that of the run, 224 for a weights file, else 32.
-        dtype: type of the stored numbers. A file with numbers above 65,504 is float32 in either case.
+        dtype: type of the stored numbers. A file with numbers above 65504, the largest float16, is stored as float32 in
+            either case.
         l2: divide every row by its norm, as ClusterFit does before k-means.
         pca: number of principal components to keep, after --l2; 0 for none.
-        pca_of: a folder of features with a projection to apply in place of fitting one: for validation images.
+        pca_of: a folder of features that were written with --pca. Its principal components are used instead of new
+            ones, for example for validation images.
         backbone: backbone of a weights file, or of "random"; "timm/NAME" for a backbone of timm.
         seed: seed of the weights of "random".
     """

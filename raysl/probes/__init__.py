@@ -120,7 +120,8 @@ class LabelledProbe(Protocol):
 
     Attributes:
         primary_metric: name of the row that stands for the probe in tables; more is better.
-        dims: largest number of features of a layer, kept as a grid of places; 0 for the mean over places.
+        dims: maximum number of features of a layer, whose feature map is averaged into a grid; 0 for the mean over all
+            positions.
     """
 
     primary_metric: str

@@ -59,7 +59,7 @@ class Config(Settings):
         reference: length that distances are compared with: "box", or "head" for MPII's .mat.
         thresholds: PCK is given at each, the one of the primary metric first.
         head: "regression" of coordinates from the whole map, or "heatmap" from each place.
-        dims: for "regression": largest number of features of a layer, kept as a grid of places.
+        dims: for "regression": maximum number of features of a layer, whose feature map is averaged into a grid.
         side: for "heatmap": side of the grid in cells.
         sigma: for "heatmap": standard deviation of the Gaussians as a share of the view.
         clip_frames: number of frames of each clip, evenly spaced.

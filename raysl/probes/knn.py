@@ -29,9 +29,9 @@ class Config(Settings):
     """Protocol of k-nearest-neighbour classification.
 
     Args:
-        ks: numbers of neighbours k, the one of the primary metric first; it is clamped to the number of train images.
-            Others that are larger than that are left out.
-        temperatures: softmax temperatures T, the one of the primary metric first.
+        ks: values of k, the number of neighbours. The first is that of the primary metric and is lowered to the number
+            of train images if it is larger; other values that are larger are left out.
+        temperatures: softmax temperatures T; the first is that of the primary metric.
     """
 
     version: ClassVar[int] = 1

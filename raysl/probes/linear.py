@@ -65,13 +65,14 @@ class Config(Settings):
     """Protocol of the linear probe.
 
     Args:
-        schedule: "optimum" for L-BFGS; the others are SGD, as on ImageNet, Places205 and iNaturalist 2018; "fast" is a
-            quarter of "imagenet".
-        dims: largest number of features of a layer, kept as a grid of places; 0 for the mean over places.
+        schedule: "optimum" for L-BFGS; the others are SGD with the published schedules for ImageNet, Places205 and
+            iNaturalist 2018; "fast" has a quarter of the epochs of "imagenet".
+        dims: maximum number of features of a layer, whose feature map is averaged into a grid; 0 for the mean over all
+            positions.
         weight_decays: for "optimum": candidates for w in mean cross-entropy + w / 2 * |weights|^2.
-        held_out: for "optimum": share of the train images, chosen at random, that selects the weight decay.
-        max_iterations: largest number of iterations of L-BFGS in each fit.
-        tolerance: a fit stops when no entry of the gradient, in rescaled coordinates (see `Fit`), is larger.
+        held_out: for "optimum": share of the train images, chosen at random, on which the weight decay is selected.
+        max_iterations: maximum number of iterations of L-BFGS in each fit.
+        tolerance: a fit stops when every entry of the gradient, in rescaled coordinates, is at most this large.
     """
 
     version: ClassVar[int] = 2

@@ -30,7 +30,8 @@ class Config(Settings):
             left out.
         samples: number of random samples of the train set.
         cost: C of the machines.
-        dims: largest number of features of a layer, kept as a grid of places; 0 for the mean over places.
+        dims: maximum number of features of a layer, whose feature map is averaged into a grid; 0 for the mean over all
+            positions.
     """
 
     version: ClassVar[int] = 1

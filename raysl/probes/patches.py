@@ -47,7 +47,7 @@ class Config(Settings):
         share: side of a patch as a share of the side of the evaluation view; it is enlarged to the view.
         per_image: number of patches of each image, or of frames of each clip.
         max_images: largest number of images or clips of either set, sampled at random.
-        ks: numbers of neighbours, the one of the primary metric first.
+        ks: values of k, the number of neighbours; the first is that of the primary metric.
     """
 
     version: ClassVar[int] = 1

@@ -43,7 +43,8 @@ class Config(Settings):
 
     Args:
         costs: candidates for C.
-        dims: largest number of features of a layer, kept as a grid of places; 0 for the mean over places.
+        dims: maximum number of features of a layer, whose feature map is averaged into a grid; 0 for the mean over all
+            positions.
         max_images: largest number of train images, sampled at random; VOC07 has 5,011.
     """
 

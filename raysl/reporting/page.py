@@ -41,8 +41,8 @@ class ReportConfig:
     Args:
         out: folder for index.html and the figures; default: `report` in the folder of the sweep or run, and for
             several runs `report` in the working directory.
-        core_hour: price of a CPU for an hour, in any currency; used for sweeps.
-        gpu_hour: price of a GPU for an hour; used for sweeps.
+        core_hour: price of a CPU core per hour, in any currency; used for sweeps.
+        gpu_hour: price of a GPU per hour, in the same currency; used for sweeps.
         images: number of images whose views are drawn for each method; 0 draws none.
     """
 
