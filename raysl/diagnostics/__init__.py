@@ -45,18 +45,19 @@ class DoctorConfig:
     """Measure the stages of a run and name its bottleneck, or survey a cluster with --cluster.
 
     Args:
-        data: a data set made by `raysl ingest`, or any source that it takes.
+        data: a data set made by `raysl ingest`, or any source that it reads; shapes:2000 generates 2,000 images.
         method: an objective and a pretext transform, such as pirl-jigsaw.
         view, backbone: as of `raysl pretrain`.
         batch_size: images in the global batch.
-        workers: Ray Train workers; 0 for two, or for one if there is one GPU.
-        cluster: measure nothing, but show the machines of the cluster, what the run would take, wait for and cost, and
-            machines that run other code or packages.
-        gpu: check and measure the GPUs of this machine with the steps of a PIRL ResNet-50 at 224 pixels instead; other
-            fields but data and out do not matter. Without a GPU, the checks run small and say what they could not do.
-        out: file for the JSON certificate of `gpu`.
-        prices: US dollars an hour by type of machine, such as gpu_spot=0.49; they override the prices in cluster.yaml.
-            Machines that were not started by an autoscaler have the type "machine".
+        workers: number of Ray Train workers; 0 means 1 if there is exactly one GPU, else 2.
+        cluster: measure nothing, but show the machines of the cluster, which of them the run would use, which it would
+            wait for, what it would cost, and which machines run other code or packages.
+        gpu: instead check and measure the GPUs of this machine with training steps of PIRL, ResNet-50 at 224 pixels. Of
+            the other flags, only --data and --out have an effect. Without a GPU, the checks run at a small size and
+            list what they could not check.
+        out: file for the results of --gpu (a certificate, in JSON).
+        prices: US dollars per hour for each type of machine, such as gpu_spot=0.49; they override the prices in
+            cluster.yaml. Machines that were not started by an autoscaler have the type "machine".
     """
 
     data: str = "shapes:2000"

@@ -30,29 +30,33 @@ class SweepConfig:
 
     Args:
         out: folder of the sweep, a path or a URI. The same command again continues the sweep.
-        vary: hyperparameters to vary, by their dotted or short names: "temperature" tries the values that raysl
-            suggests, which the sweep prints when it begins; "temperature=0.05,0.1" tries these; and
-            with "temperature=0.03..0.5" the searcher draws from an interval.
+        vary: hyperparameters to vary, by their dotted or short names: "temperature" tries values that raysl suggests
+            and prints at the start; "temperature=0.05,0.1" tries these two; "temperature=0.03..0.5" lets the searcher
+            choose values in this interval.
         train: labelled data that the probe learns from; by default the pretraining images.
-        validation: labelled data that trials are compared on; by default a tenth of `train`, which the probe then
-            does not learn from.
+        validation: labelled data that trials are compared on; by default a tenth of --train, which is then held out of
+            the data that the probe learns from.
         test: labelled data on which the chosen trial is scored once, at the end; none by default.
         probe: probe whose primary metric is the score; higher is better.
         seeds: every trial runs once with each seed; trials are compared by the mean.
-        searcher: "grid" tries all combinations, "random" draws, and "optuna" proposes values from the scores so far.
-        samples: number of trials, for every searcher but "grid". A continued sweep may ask for more.
+        searcher: "grid" tries all combinations, "random" chooses values at random, "optuna" chooses them from the
+            scores so far.
+        samples: number of trials, for every searcher but "grid". You may raise it when you continue a sweep, except
+            with the schedulers "hyperband" and "pbt".
         scheduler: "none" runs every trial to its end; "asha" and "median" stop trials that are behind earlier ones;
-            "hyperband" halves brackets of trials; "pbt" lets the worst quarter continue from checkpoints of the best
-            quarter with changed values.
-        rungs: number of times that a trial is scored; 0 means 1 for none, 3 for asha and hyperband, 4 for median and
-            pbt.
-        reduction: for none, asha and hyperband, each rung has this many times the epochs of the rung before; asha and
-            hyperband let one trial in this many continue.
-        max_concurrent: largest number of runs at the same time; 0 for as many as leave a whole CPU to each trainer.
+            "hyperband" runs several groups of trials and stops part of each group at every rung; "pbt" lets the worst
+            quarter of the trials continue from checkpoints of the best quarter with changed values.
+        rungs: number of times that a trial is scored (rungs); 0 means 1 with the scheduler "none", 3 with "asha" and
+            "hyperband", 4 with "median" and "pbt".
+        reduction: for "none", "asha" and "hyperband": factor between the epochs of one rung and of the next. With a
+            reduction of 3, "asha" and "hyperband" let a third of the trials continue at each rung.
+        max_concurrent: maximum number of runs at the same time; 0 for as many as possible with a whole CPU for each
+            trainer.
         gpus_per_worker: a value below 1 lets several small trainers share a GPU, where there are GPUs.
-        share_stream: concurrent runs that read the same images in the same order share one stream.
-        lag: for optuna, the number of trials that may run at a time. A trial is proposed when all but the last
-            lag - 1 trials before it have ended, and only from their scores, so a repeated sweep proposes the same.
+        share_stream: read, decode and augment images once for concurrent runs that need the same images in the same
+            order.
+        lag: for optuna, the maximum number of trials at a time. The values of a trial depend only on the scores of the
+            trials that are at least this many places before it, so a repeated sweep chooses the same values.
         seed: seed of the searcher and the scheduler.
         retry: run again the trials that failed in an earlier session of the sweep.
     """
