@@ -43,11 +43,14 @@ class IngestConfig(ReadConfig):
     """Configuration of ingest.
 
     Args:
-        split: split of the source to read; the same as "#split" behind its name.
-        shard_images: most images in a shard. Shards are the units of work and of resumption.
-        shard_mb: most megabytes in a shard, for sources that tell sizes before they are read.
-        row_group_images: most images in a row group (and at most 4 MB), the unit of reading and shuffling.
-        cpus_per_task: logical CPUs that Ray gives to a task; above 1 fewer tasks share the memory of a machine.
+        split: split of the source to read; the same as appending "#SPLIT" to SOURCE.
+        shard_images: maximum number of images in a shard. One task writes one shard; an interrupted ingest keeps
+            complete shards.
+        shard_mb: maximum size of a shard in megabytes, for sources whose file sizes are known before they are read.
+        row_group_images: maximum number of images in a row group, which also holds at most 4 MB; data are read and
+            shuffled by row groups.
+        cpus_per_task: logical CPUs that Ray gives to a task. If a machine runs out of memory, raise it, so that fewer
+            tasks run at once.
         decoding: treatment of transparent, high-depth, many-page and large images.
     """
 

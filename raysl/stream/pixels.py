@@ -53,10 +53,13 @@ class DecodeConfig:
 
     Args:
         background: color behind transparent parts: "white", "black" or "#rrggbb".
-        range: the values that become 0 and 255 in images of more than 8 bits, signed or float values. Without it,
-            16-bit images use the full range of their type, and signed and float images the range of the data set.
-        frames: "first" takes the first page or frame of a file, "all" makes each an image of its own.
-        max_pixels: files with more pixels are refused before they are decoded, at most 178,956,970.
+        range: the lowest and the highest value, which become 0 and 255, in images of more than 8 bits and of signed or
+            float values. Without it, 16-bit images use the full range of their type, and signed and float images the
+            range of the data set.
+        frames: "first" takes the first page or frame of a TIFF, GIF or other image file, "all" stores each as an image
+            of its own.
+        max_pixels: images with more pixels are listed as bad and not decoded. The maximum, 178,956,970, is Pillow's
+            limit.
 
     Raises:
         UserError: a value is not allowed.

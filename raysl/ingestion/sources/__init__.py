@@ -53,14 +53,14 @@ class ReadConfig:
 
     Args:
         label_column: column of tables, or field of the JSON in archives, that holds the label; "" to guess it. "cls"
-            takes texts in the .cls members of archives for names of classes.
+            reads a text in a .cls member of an archive as the name of a class.
         image_column: column of tables, or suffix of the images in archives, to read; "" to guess it.
-        labels: "folders" takes the folders of a tree as classes whatever they are called; "none" ingests without
-            labels; "auto" recognises the layout.
-        follow_links: follow links, and paths in tables, that lead out of the source.
-        fps: most frames of a video that are kept in each second.
-        clip_s: longest clip in seconds; a longer video becomes several.
-        frame_size: largest shorter side of the frames of videos, in pixels.
+        labels: "folders" makes each folder a class, whatever its name; "none" ingests without labels; "auto" recognises
+            the layout.
+        follow_links: follow links, and paths in tables, that point outside the source.
+        fps: maximum number of frames that are kept of each second of a video.
+        clip_s: maximum length of a clip in seconds; a longer video is cut into several clips.
+        frame_size: maximum size of the shorter side of a video's frames in pixels; larger frames are scaled down.
     """
 
     label_column: str = ""
