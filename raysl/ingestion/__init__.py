@@ -1,7 +1,7 @@
 """Ingest: any source of images becomes an indexed data set.
 
-`ingest` makes one at a place of the user's choice, `resolve` opens one or makes it in the cache, `splits` names what to
-learn from and what to be judged on. The kinds of source are the files of `sources/`.
+`ingest` makes a data set in a folder that the user chooses, `resolve` opens a data set or makes it in the cache, and
+`splits` names the splits to learn from and to be scored on. Each file of `sources/` reads one kind of source.
 """
 
 from raysl.ingestion.cache import find, resolve, splits

@@ -1,4 +1,4 @@
-"""What ingest finds in a source: its layout, its labels, and what it leaves out."""
+"""Describe for the user what ingest finds in a source: its layout, its labels, and what it leaves out."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ _CLASSES_SHOWN = 6
 
 
 class LeftOut:
-    """Counts of what is left out, by kind, each with its first path."""
+    """Number of entries that are left out, by kind, each kind with its first path."""
 
     def __init__(self) -> None:
         self.kinds: dict[str, tuple[int, str]] = {}
@@ -33,17 +33,17 @@ class LeftOut:
 
 @dataclass
 class Found:
-    """What a source was understood to be. Complete once its units are listed.
+    """Summary of a source for the user. Complete once its units are listed.
 
     Args:
-        layout: the form of the source, as "class folders".
-        labels: one sentence: where the labels come from, or why there are none, with the path that decided it.
+        layout: layout of the source, such as "class folders".
+        labels: a sentence that says where the labels come from, or why there are none, with the path that decided it.
         splits: all splits that the source holds.
         split: the split that is read; "" without splits.
         classes: number of images of each class, in the order of the class numbers; empty without labels.
         images: number of images listed.
-        left_out: what is not read.
-        noun: what the source holds, in the plural.
+        left_out: files and folders that are not read.
+        noun: kind of the entries in the plural, "images" or "videos".
     """
 
     layout: str
@@ -56,7 +56,7 @@ class Found:
     noun: str = "images"
 
     def call_videos(self) -> None:
-        """Write videos for images, but not in the example path."""
+        """Replace "images" by "videos" in the texts, but not in the example path."""
         self.noun = "videos"
         self.layout = self.layout.replace("images", "videos")
         text, comma, example = self.labels.partition(", as ")
@@ -95,7 +95,7 @@ def shown(path: str) -> str:
 
 
 def listed(names: Sequence[str], most: int = 20) -> str:
-    """Return names for a message, the first of them where there are many."""
+    """Return names for a message; if there are many, only the first."""
     more = f", ... ({len(names):,} in all)" if len(names) > most else ""
     return ", ".join(shown(name) for name in names[:most]) + more
 

@@ -54,26 +54,24 @@ _NUMBER = re.compile(r"\d{5,}")
 
 @dataclass
 class Layout:
-    """What becomes of the images of a tree.
+    """How the images of a tree of folders are read.
 
     Args:
-        found: for people; complete but for the counts of the images.
-        base: folder that is read; "" is the root.
-        without: folders below it that are not read.
-        classes_in: folder in which the class folders lie; None if folders are no classes.
+        found: summary for the user; only the counts of the images are missing.
+        base: folder to read; "" is the root.
+        excluded: folders below it that are not read.
+        classes_in: folder that holds the class folders; None if folders are no classes.
         inner_split: split inside of every class folder; "" if there is none.
-        class_of: class of an image by its path, for layouts that name them in a file.
-        strays: images directly inside `classes_in` are left out.
+        class_of: class of an image by its path, for layouts whose classes are in a file.
         masks_beside: returns True for masks of files beside them, as 0001_mask.png of 0001.png; None if there are none.
     """
 
     found: Found
     base: str = ""
-    without: set[str] = field(default_factory=set)
+    excluded: set[str] = field(default_factory=set)
     classes_in: str | None = None
     inner_split: str = ""
     class_of: dict[str, str] | None = None
-    strays: bool = False
     masks_beside: Callable[[str], bool] | None = None
 
     def label(self, path: str) -> str | None:
@@ -83,9 +81,7 @@ class Layout:
             Skip: the image is not read. Its argument is the reason, unless the image is counted elsewhere.
         """
         folder = path.rpartition("/")[0]
-        if (self.base and not join_within(folder, self.base)) or any(
-            join_within(folder, out) for out in self.without
-        ):
+        if not is_within(folder, self.base) or any(is_within(folder, other) for other in self.excluded):
             raise Skip
         if self.masks_beside and self.masks_beside(path):
             raise Skip(_OTHER_PICTURES)
@@ -106,9 +102,9 @@ class Skip(Exception):
     """The image is not read."""
 
 
-def join_within(folder: str, above: str) -> bool:
-    """Return True if a folder is `above` or lies below it."""
-    return not above or folder == above or folder.startswith(f"{above}/")
+def is_within(folder: str, parent: str) -> bool:
+    """Return True if a folder is `parent` or lies below it."""
+    return not parent or folder == parent or folder.startswith(f"{parent}/")
 
 
 def recognise(
@@ -118,11 +114,11 @@ def recognise(
 
     Args:
         choose: returns the split to take of those that the source holds, or raises UserError.
-        labels: "folders" takes the first folders as classes whatever they are called, "none" none.
+        labels: "folders" takes the first folders as classes, whatever their names; "none" takes no labels.
         left_out: what the listing has left out.
 
     Raises:
-        UserError: the split is not there, or there are several and none was named.
+        UserError: the split does not exist, or there are several splits and none was named.
     """
     found = Found("", left_out=left_out)
     layout = Layout(found)
@@ -164,12 +160,12 @@ def _descend(survey: Survey, layout: Layout, labels: Labels) -> None:
 
 
 def _without_masks(survey: Survey, layout: Layout, labels: Labels) -> list[str]:
-    """Return the folders with images inside the base, and leave folders of masks out."""
+    """Exclude the folders of masks inside the base, and return the names of the others that hold images."""
     masks = _masks(survey, layout.base, labels)
     for name in masks:
         where = join(layout.base, name)
-        if where not in layout.without:
-            layout.without.add(where)
+        if where not in layout.excluded:
+            layout.excluded.add(where)
             layout.found.left_out.add(_OTHER_PICTURES, survey.first(where), survey.images(where))
     return [name for name in survey.children(layout.base) if name not in masks]
 
@@ -177,9 +173,9 @@ def _without_masks(survey: Survey, layout: Layout, labels: Labels) -> list[str]:
 def _masks(survey: Survey, base: str, labels: Labels) -> list[str]:
     """Return the folders inside the base that hold masks or other pictures of the same images.
 
-    A name is not enough, because a class may be called "surgical mask": the folder lies beside a folder called like
-    images, or its files are named after images outside of it and are not JPEG, which does not keep the values of masks.
-    Thumbnails may be JPEG.
+    A name is not enough, because a class may be called "surgical mask". The folder must lie beside a folder named like
+    images; or its files must be named after images outside of it and not be JPEG, which does not keep the values of
+    masks. Thumbnails may be JPEG.
     """
     if labels == "folders":
         return []
@@ -211,7 +207,7 @@ def _masks(survey: Survey, base: str, labels: Labels) -> list[str]:
 
 
 def _image_of_mask(path: str) -> str:
-    """Return the path without suffix of the image that a file is the mask of by its name; "" if it is none."""
+    """Return the image, without its suffix, to which a mask belongs by its name; "" if the file is no mask."""
     file = PurePosixPath(path)
     stem = _SUFFIX.sub("", file.stem)
     return (
@@ -220,8 +216,8 @@ def _image_of_mask(path: str) -> str:
 
 
 def _masks_beside(survey: Survey, base: str) -> Callable[[str], bool] | None:
-    """Return the function that tells masks, if at least a quarter of the files are masks of files beside them."""
-    first = [path for at in survey.first_paths if join_within(at, base) for path in survey.first_paths[at]]
+    """Return the function that recognises masks, if at least a quarter of the files are masks of files beside them."""
+    first = [path for at in survey.first_paths if is_within(at, base) for path in survey.first_paths[at]]
     stems = {str(PurePosixPath(path).with_suffix("")) for path in first}
     if not first or 4 * sum(_image_of_mask(path) in stems for path in first) < len(first):
         return None
@@ -231,7 +227,7 @@ def _masks_beside(survey: Survey, base: str) -> Callable[[str], bool] | None:
 
 
 def _splits(survey: Survey, base: str, labels: Labels) -> tuple[list[str], list[str]]:
-    """Return the folders inside the base that are splits, and other folders with images; none and none without."""
+    """Return the splits inside the base, and the other folders with images; nothing of either without splits."""
     masks = _masks(survey, base, labels)
     children = [name for name in survey.children(base) if name not in masks]
     for strictly in (True, False):
@@ -290,7 +286,7 @@ def _classes(survey: Survey, layout: Layout, labels: Labels, choose: Callable[[l
     inside_classes = sum(
         counts[IMAGE] > 0
         and folder.count("/") > (base.count("/") + 1 if base else 0)
-        and join_within(folder, base)
+        and is_within(folder, base)
         for folder, counts in survey.folders.items()
     )
     if inside_classes and not layout.inner_split:
@@ -310,7 +306,7 @@ def _has_text(survey: Survey, base: str, children: list[str]) -> bool:
 
 
 def _unused(survey: Survey) -> str:
-    """Return the sentence about annotations and tables that are not used; "" without any."""
+    """Return a sentence about annotations and tables that are not used; "" without any."""
     for (_, kind), path in survey.examples.items():
         if kind == NOTES and re.search(
             r"(coco|annotations?|instances|labels)[^/]*\.(json|xml)$", path.lower()
@@ -333,7 +329,7 @@ def is_split(name: str, strictly: bool = True) -> bool:
     """Return True if a folder or a file is named like a split, such as "train", "Test", "val2017", "training_set".
 
     Args:
-        strictly: do not take names that only end like a split, such as "seg_train".
+        strictly: reject names that only end like a split, such as "seg_train".
     """
     return bool(_IS_SPLIT.fullmatch(name) or (not strictly and _ENDS_AS_SPLIT.fullmatch(name)))
 

@@ -49,7 +49,7 @@ _HIDDEN_PART = re.compile(
     r"@eaDir|#recycle|#snapshot)(?:/|$))|~$"
 )
 HIDDEN = "hidden files and folders"
-_LINK_NOWHERE = "links that lead nowhere"
+_BROKEN_LINKS = "links that lead nowhere"
 _NOT_FILES = "pipes, sockets and devices"
 
 # Files that hold the labels of images beside them, see `raysl.ingestion.metadata`.
@@ -61,9 +61,9 @@ class File:
     """A file of a source.
 
     Args:
-        path: below the root that was listed, with "/" between its parts; "" if the root is the file itself.
-        num_bytes: its size.
-        mtime_ns: time of its last change, in nanoseconds; 0 if the file system does not know it.
+        path: path below the listed root, with "/" between its parts; "" if the root is the file itself.
+        num_bytes: size of the file.
+        mtime_ns: time of the last change, in nanoseconds; 0 if the file system does not know it.
     """
 
     path: str
@@ -72,7 +72,7 @@ class File:
 
 
 def is_hidden(path: str) -> bool:
-    """Return True for what systems and editors leave behind, and for names that start with a dot."""
+    """Return True for files that systems and editors leave behind, and for names that start with a dot."""
     return bool(_HIDDEN_PART.search(path))
 
 
@@ -165,7 +165,7 @@ class _LocalWalk:
         try:
             info = os.stat(entry.path)
         except OSError:
-            self._left_out.add(_LINK_NOWHERE, path)
+            self._left_out.add(_BROKEN_LINKS, path)
             return False
         target = os.path.realpath(entry.path)
         if not self._follow and os.path.commonpath([self._root, target]) != self._root:
@@ -205,7 +205,7 @@ def _walk_remote(
 
 
 def _remote_file(path: str, info: pafs.FileInfo) -> File:
-    # Arrow says None for a size or a time that an object store does not give.
+    # Arrow returns None for a size or a time that an object store does not know.
     return File(path, info.size or 0, info.mtime_ns or 0)
 
 
@@ -226,7 +226,7 @@ def read_bytes(root: str, path: str, limit: int = -1) -> bytes:
     """
     if "://" not in root:
         with open(os.path.join(root, path) if path else root, "rb", buffering=0) as file:
-            # To read a given number of bytes, Python takes as much memory first, and most files are smaller.
+            # Python allocates the requested number of bytes before it reads, and most files are smaller.
             small = limit < 0 or os.fstat(file.fileno()).st_size <= limit
             return file.read() if small else file.read(limit)
     fs, folder = filesystem(root)
@@ -244,19 +244,19 @@ def stamp(files: Iterable[File]) -> str:
 
 @dataclass
 class Survey:
-    """Counts of the files in every folder of a source, by kind: what a layout is recognised by.
+    """Counts of the files in every folder of a source, by kind, from which a layout is recognised.
 
-    Memory is that of the folders and of the first 100,000 files.
+    It keeps the folders and the first 100,000 files in memory.
 
     Args:
-        folders: by folder ("" is the root) the number of files directly inside, by kind.
-        examples: by folder and kind the first file.
-        first_paths: by folder its first images.
-        sniffed: files without a telling name that are images.
-        num_bytes: by kind the size of all files.
+        folders: number of files directly inside each folder ("" is the root), by kind.
+        examples: the first file of each folder and kind.
+        first_paths: the first images of each folder.
+        sniffed: images that were recognised by their content, because their names do not tell.
+        num_bytes: size of all files, by kind.
         tables: files that may hold labels of the images beside them.
         digest: hash that changes when a file is added or removed or an image changes.
-        few: the first 100,000 files, which spares small sources a second walk.
+        first_files: the first 100,000 files, so that small sources are walked only once.
         num_files: number of all files.
         about: the kind of files that count as the images of the layout.
     """
@@ -268,13 +268,13 @@ class Survey:
     num_bytes: Counter[str] = field(default_factory=Counter)
     tables: set[str] = field(default_factory=set)
     digest: str = ""
-    few: list[File] = field(default_factory=list)
+    first_files: list[File] = field(default_factory=list)
     num_files: int = 0
     about: str = IMAGE
 
     def all_files(self) -> list[File] | None:
         """Return all files; None if there are more than are kept."""
-        return self.few if self.num_files == len(self.few) else None
+        return self.first_files if self.num_files == len(self.first_files) else None
 
     @staticmethod
     def of(files: Iterable[File], head: Callable[[str], bytes], about: str = IMAGE) -> Survey:
@@ -282,13 +282,13 @@ class Survey:
 
         Args:
             files: of the source.
-            head: returns the first bytes of a file, to tell its kind if its name does not.
+            head: returns the first bytes of a file, which show its kind if its name does not.
             about: the kind of files that count as the images of the layout.
         """
         survey = Survey(about=about)
         files = iter(files)
-        survey.few = list(islice(files, _FEW_FILES))
-        files = chain(survey.few, files)
+        survey.first_files = list(islice(files, _FEW_FILES))
+        files = chain(survey.first_files, files)
         digest = hashlib.blake2b(digest_size=16)
         for file in files:
             folder, _, name = file.path.rpartition("/")
@@ -305,7 +305,7 @@ class Survey:
             survey.num_files += 1
             if name in LABEL_TABLES:
                 survey.tables.add(file.path)
-            # A note beside the images that is written to is no reason to ingest them again; a new one is listed.
+            # A changed text file beside the images does not require another ingest, so only its name is hashed.
             matters = kind == IMAGE or file.path in survey.tables
             times = (file.num_bytes, file.mtime_ns) if matters else (0, 0)
             line = f"{file.path}\0{times[0]}\0{times[1]}\n"

@@ -22,7 +22,7 @@ _LABELS = ("cls", "json")
 
 
 class Member(NamedTuple):
-    """An image in an archive: its name, where its content begins (in a stream its number), and its size."""
+    """A member of an archive: its name, the offset of its content (in a stream its number), and its size."""
 
     name: str
     offset: int
@@ -31,23 +31,26 @@ class Member(NamedTuple):
 
 @dataclass
 class Listing:
-    """What an archive holds.
+    """The members of an archive, by kind.
+
+    A sample is named by the name of its members without the suffix.
 
     Args:
-        path: of the archive below the source.
-        how: "tar", "stream" (a compressed tar, read from its beginning) or "zip".
-        name: of the archive, for messages.
-        images: in the order of the archive.
-        videos: likewise.
-        classes: by the name of a `.cls` or `.json` member without its suffix, the label in it; `.cls` wins.
-        in_cls: these names for the `.cls` members.
-        unusable: by the same names, why a label is not taken.
-        no_label: why a `.json` member has no label, for the first that has none.
-        tables: by name, the content of the files that may hold labels, see `raysl.ingestion.metadata`.
+        path: path of the archive below the source.
+        format: "tar", "stream" (a compressed tar, read from its beginning) or "zip".
+        name: name of the archive, for messages.
+        images: images by name, in the order of the archive.
+        videos: videos by name, in the order of the archive.
+        classes: label in the `.cls` or `.json` member of each sample; `.cls` wins.
+        in_cls: samples with a `.cls` member.
+        unusable: why the label of a sample cannot be used, by sample.
+        no_label: why a `.json` member has no label, for the first such member.
+        tables: content of the files that may hold labels, by name; see `raysl.ingestion.metadata`.
+        left_out: members that are not read.
     """
 
     path: str
-    how: str
+    format: str
     name: str
     images: dict[str, Member] = field(default_factory=dict)
     videos: dict[str, Member] = field(default_factory=dict)
@@ -59,7 +62,7 @@ class Listing:
     left_out: LeftOut = field(default_factory=LeftOut)
 
     def take(self, member: Member, is_file: bool, content: Callable[[], bytes], config: ReadConfig) -> None:
-        """Take a member, or count it as left out.
+        """Add a member to its kind, or count it as left out.
 
         Args:
             content: returns the content of the member.
@@ -123,7 +126,7 @@ class Listing:
             self.unusable[stem] = f"{shown(name)} is damaged: {error}"
 
     def _take_json(self, stem: str, data: bytes, wanted: str, name: str) -> str:
-        """Take the label in the JSON of a sample. Return why it has none, or "".
+        """Read the label in the JSON of a sample. Return why it has none, or "".
 
         Raises:
             NoClassesError, ValueError: it has a label that is no class.

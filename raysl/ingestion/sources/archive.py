@@ -243,7 +243,7 @@ class Source:
             if self._class_of is not None:
                 of_archive = replace(of_archive, class_of=self._class_of.get(listing.path, {}))
             # A compressed archive is read from its beginning, so it is one unit.
-            most = _WHOLE if listing.how == "stream" else size
+            most = _WHOLE if listing.format == "stream" else size
             for taken in in_units(self._labelled(listing, of_archive), most, lambda one: (1, one[0].size)):
                 for image, label in taken:
                     classes.add((label,), f"{listing.path}/{plain(image.name)}".strip("/"))
@@ -251,7 +251,7 @@ class Source:
                 spec = {
                     "root": self._place.uri,
                     "path": listing.path,
-                    "how": listing.how,
+                    "how": listing.format,
                     "images": [list(image) for image, _ in taken],
                     "labels": [label for _, label in taken],
                     "sampling": self._sampling,
@@ -278,9 +278,9 @@ class Source:
 
 
 def _count(listings: list[Listing]) -> str:
-    packed = ", compressed" if any(listing.how == "stream" for listing in listings) else ""
+    packed = ", compressed" if any(listing.format == "stream" for listing in listings) else ""
     if len(listings) == 1:
-        return f"one {'zip' if listings[0].how == 'zip' else 'tar'} archive{packed}"
+        return f"one {'zip' if listings[0].format == 'zip' else 'tar'} archive{packed}"
     return f"{len(listings):,} archives{packed}"
 
 

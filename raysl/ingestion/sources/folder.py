@@ -87,7 +87,7 @@ class Source:
             runs = [(label, len(list(same))) for label, same in groupby(label for _, label in some)]
             paths = [file.path for file, _ in some]
             yield Unit(len(some), {"root": self._root, "paths": paths, "labels": runs, **self._spec})
-        if gone := [path for path in missing if layout.join_within(path, self._layout.base)]:
+        if gone := [path for path in missing if layout.is_within(path, self._layout.base)]:
             self.found.left_out.add("labels of files that are not there", gone[0], len(gone))
         if self._layout.class_of is None:
             self.found.classes = dict(sorted(classes.counts.items()))
