@@ -42,7 +42,7 @@ from raysl.probes import (
     check_labels,
     common_labels,
 )
-from raysl.probes._frozen import Frozen, by_layer
+from raysl.probes._frozen import StoredFeatures, measure_layers
 from raysl.run import METADATA, Run
 from raysl.storage import Folder
 
@@ -236,7 +236,7 @@ def _run_probes(
                 )
             else:
                 frozen = data.frozen(*tables)
-                results = by_layer(measure, own_layers, *frozen, config.low_priority, config.in_process)
+                results = measure_layers(measure, own_layers, *frozen, config.low_priority, config.in_process)
             new = _stored_rows(results, measure, identity)
             add_rows(context.run, new)
             rows += new
@@ -293,11 +293,11 @@ class _Data:
         train = "" if train_unused else self.train.manifest.fingerprint
         return {"train": train, "test": self.test.manifest.fingerprint}
 
-    def frozen(self, train: Tables, test: Tables) -> tuple[Frozen, Frozen]:
+    def frozen(self, train: Tables, test: Tables) -> tuple[StoredFeatures, StoredFeatures]:
         """Return the features of both sets with their labels."""
         return (
-            Frozen(train, self.train_labels_n, self.train.manifest.fingerprint),
-            Frozen(test, self.test_labels_n, self.test.manifest.fingerprint),
+            StoredFeatures(train, self.train_labels_n, self.train.manifest.fingerprint),
+            StoredFeatures(test, self.test_labels_n, self.test.manifest.fingerprint),
         )
 
 

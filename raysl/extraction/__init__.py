@@ -13,7 +13,7 @@ from raysl.extraction.encoders import (
     untrained,
     view_size,
 )
-from raysl.extraction.feature_tasks import FeatureProtocol, extract_all, pool
+from raysl.extraction.feature_tasks import FeatureProtocol, actor_resources, extract_all
 from raysl.extraction.features import FeaturesConfig, make
 from raysl.extraction.heads import Heads, heads
 from raysl.extraction.inference import SETTINGS, FeatureExtractor, load
@@ -40,6 +40,7 @@ __all__ = [
     "Reestimated",
     "Trained",
     "Weights",
+    "actor_resources",
     "check_layers",
     "encoder_by_name",
     "extract_all",
@@ -49,7 +50,6 @@ __all__ = [
     "load_maps",
     "load_reestimated",
     "make",
-    "pool",
     "stages",
     "untrained",
     "view_size",

@@ -1,7 +1,7 @@
 """Compute frozen features of data sets with a pool of Ray actors. Features are kept in parts, so a pass is resumable.
 
 Images are seen as in the evaluation: no augmentation, the centre of the image, batch normalisation in evaluation mode.
-Only ranges of indices travel through Ray; images are read where they are encoded, and features are written there.
+Only ranges of indices are sent through Ray; actors read the images that they encode, and write their features.
 """
 
 from __future__ import annotations
@@ -38,7 +38,7 @@ from raysl.ray_cluster import gpus, placement
 from raysl.storage import Folder
 from raysl.stream import decode, depth, formats, pixels
 
-# Of averaged layers, and of grids, which are large.
+# Form of averaged layers, and form of grids, which are large.
 _FORMS = (FeatureForm("float32"), FeatureForm("float16"))
 # Packages that decode images and compute networks.
 _PACKAGES = ("torch", "torchvision", "timm", "pillow", "simplejpeg")
@@ -87,7 +87,7 @@ def extract_all(
         UserError: a layer does not exist, an encoder takes images of another size, a data set is empty or damaged, a
             checkpoint is damaged, or the cache cannot be written.
     """
-    works, asked = [], []
+    extractions, requested = [], []
     records: dict[Folder, dict[str, Any]] = {}
     for source, dataset, protocol in wanted:
         about = describe(source, dataset, protocol)
@@ -102,18 +102,20 @@ def extract_all(
             if output.folder not in records and not output.folder.exists(FINISHED):
                 records[output.folder] = {**record, "parts": _parts(dataset), "layers": [layer]}
                 missing.append(output)
-        asked.append(outputs)
+        requested.append(outputs)
         if missing:
-            works.append(_Extract(source, dataset, protocol.image_size, tuple(missing)))
+            extractions.append(_Extraction(source, dataset, protocol.image_size, tuple(missing)))
     if in_process:
-        actor = _Actor(works)
-        for number, work in enumerate(works):
-            for part in work.missing():
+        actor = _Actor(extractions)
+        for number, extraction in enumerate(extractions):
+            for part in extraction.missing():
                 actor.write(number, part)
-    _complete(works, low_priority)
+    _compute_missing(extractions, low_priority)
     for folder, record in records.items():
         write_record(folder, FINISHED, record)
-    return [{output.layer: FeatureStore.open(str(output.folder)) for output in outputs} for outputs in asked]
+    return [
+        {output.layer: FeatureStore.open(str(output.folder)) for output in outputs} for outputs in requested
+    ]
 
 
 def describe(source: Encoder, dataset: DataSet, protocol: FeatureProtocol) -> dict[str, Any]:
@@ -132,7 +134,7 @@ def describe(source: Encoder, dataset: DataSet, protocol: FeatureProtocol) -> di
         "encoder": source.identity(),
         "fingerprint": dataset.manifest.fingerprint,
         "protocol": asdict(protocol),
-        "code": _code(),
+        "code": _code_hash(),
     }
 
 
@@ -141,12 +143,12 @@ def compute(
 ) -> list[Part]:
     """Compute the parts of one layer that are missing in a folder, with paths, and return all parts."""
     (layer,) = protocol.layers
-    work = _Extract(source, dataset, protocol.image_size, (_Output(layer, folder, form),), True)
-    _complete([work])
-    return work.parts
+    extraction = _Extraction(source, dataset, protocol.image_size, (_Output(layer, folder, form),), True)
+    _compute_missing([extraction])
+    return extraction.parts
 
 
-def _code() -> str:
+def _code_hash() -> str:
     """Return a hash of the code and the packages that make features, and of their format on disk."""
     modules = (decode, pixels, depth, formats, network, encoders, layer_names, external_weights)
     source = "".join(inspect.getsource(module) for module in modules)
@@ -174,14 +176,16 @@ def _parts(dataset: DataSet) -> list[Part]:
     return parts
 
 
-def _complete(works: Sequence[_Extract], low_priority: bool = False) -> None:
+def _compute_missing(extractions: Sequence[_Extraction], low_priority: bool = False) -> None:
     """Compute the missing parts, and again those that were lost with an actor or a node."""
     for attempt in range(_ATTEMPTS):
-        missing = [(number, *part) for number, work in enumerate(works) for part in work.missing()]
+        missing = [
+            (number, *part) for number, extraction in enumerate(extractions) for part in extraction.missing()
+        ]
         if not missing:
             return
         try:
-            _compute(works, missing, low_priority)
+            _run_pool(extractions, missing, low_priority)
             return
         except UserError:
             raise
@@ -190,12 +194,14 @@ def _complete(works: Sequence[_Extract], low_priority: bool = False) -> None:
                 raise
 
 
-def _compute(works: Sequence[_Extract], parts: Sequence[tuple[int, int, int]], low_priority: bool) -> None:
-    """Run a pool of actors over parts, each preceded by the number of its work."""
+def _run_pool(
+    extractions: Sequence[_Extraction], parts: Sequence[tuple[int, int, int]], low_priority: bool
+) -> None:
+    """Run a pool of actors over parts, each preceded by the number of its extraction."""
     import ray.data
     from ray.util.annotations import RayDeprecationWarning
 
-    size, resources = pool(placement.machines().totals())
+    size, resources = actor_resources(placement.machines().totals())
     if low_priority:
         size, resources = 1, {**resources, "num_cpus": 0.0}
     # Items need no read tasks, which would wait for CPUs that the actors hold.
@@ -207,10 +213,10 @@ def _compute(works: Sequence[_Extract], parts: Sequence[tuple[int, int, int]], l
         warnings.simplefilter("ignore", RayDeprecationWarning)
         done = items.map_batches(
             _Actor,
-            fn_constructor_args=(works, low_priority),
+            fn_constructor_args=(extractions, low_priority),
             batch_size=1,  # One part; Ray requires a number where actors use GPUs.
             compute=ray.data.ActorPoolStrategy(min_size=1, max_size=min(size, len(parts))),
-            # Ray would restart an actor from arguments that may be lost; `_complete` retries instead.
+            # Ray would restart an actor from arguments that may be lost; `_compute_missing` retries instead.
             ray_remote_args_fn=lambda: {"max_restarts": 0, "max_task_retries": 0},
             **resources,
         )
@@ -219,8 +225,8 @@ def _compute(works: Sequence[_Extract], parts: Sequence[tuple[int, int, int]], l
         raise UserError(errors[0])
 
 
-def pool(resources: Mapping[str, float]) -> tuple[int, dict[str, float]]:
-    """Return the number of extraction actors and the resources of each: together half of the CPUs.
+def actor_resources(resources: Mapping[str, float]) -> tuple[int, dict[str, float]]:
+    """Return the number of extraction actors and the resources of each; together they take half of the CPUs.
 
     Args:
         resources: {"CPU": n, "GPU": n} of the cluster.
@@ -241,7 +247,7 @@ class _Output:
 
 
 @dataclass(frozen=True)
-class _Extract:
+class _Extraction:
     """An encoder, its images, and the outputs for its features, with or without the paths of the images."""
 
     source: Encoder
@@ -262,9 +268,9 @@ class _Extract:
 
 @dataclass
 class _Actor:
-    """Holds encoders and turns ranges of indices into files of features."""
+    """Hold encoders, and turn ranges of indices into files of features."""
 
-    works: Sequence[_Extract]
+    extractions: Sequence[_Extraction]
     low_priority: bool = False
     loaded: dict[int, Encode] = field(default_factory=dict)
 
@@ -277,13 +283,14 @@ class _Actor:
         return gpus.device()
 
     def encode(self, number: int) -> Encode:
-        """Return the encoder of a work.
-
+        """Return the encoder of an extraction.
         It is not loaded in the constructor, where Ray would restart the actor and hide the error.
         """
         if number not in self.loaded:
-            work = self.works[number]
-            self.loaded[number] = work.source.load(self.device, [output.layer for output in work.outputs])
+            extraction = self.extractions[number]
+            self.loaded[number] = extraction.source.load(
+                self.device, [output.layer for output in extraction.outputs]
+            )
         return self.loaded[number]
 
     @cached_property
@@ -302,30 +309,30 @@ class _Actor:
         return {"error": np.array([error], dtype=object)}
 
     def write(self, number: int, part: Part) -> None:
-        """Compute one part of a work and write its files."""
-        work, encode = self.works[number], self.encode(number)
-        columns = ("image", "path") if work.with_paths else ("image",)
-        table = work.dataset.read(np.arange(*part, dtype=np.int64), columns)
+        """Compute one part of an extraction and write its files."""
+        extraction, encode = self.extractions[number], self.encode(number)
+        columns = ("image", "path") if extraction.with_paths else ("image",)
+        table = extraction.dataset.read(np.arange(*part, dtype=np.int64), columns)
         images = table.column("image").to_pylist()
         batches = [images[i : i + _BATCH] for i in range(0, len(images), _BATCH)]
-        made: dict[str, list[Floats]] = {output.layer: [] for output in work.outputs}
-        for pixels_bchw in self.threads.map(partial(_view, work), batches):
+        made: dict[str, list[Floats]] = {output.layer: [] for output in extraction.outputs}
+        for pixels_bchw in self.threads.map(partial(_evaluation_views, extraction), batches):
             with torch.inference_mode():
                 features = encode(pixels_bchw.to(self.device))
             for layer, values in made.items():
                 values.append(features[layer].float().cpu().numpy())
-        paths = table.column("path") if work.with_paths else None
-        for output in work.outputs:
+        paths = table.column("path") if extraction.with_paths else None
+        for output in extraction.outputs:
             rows_nd = np.concatenate(made.pop(output.layer))
             write_part(output.folder, part, output.layer, rows_nd, output.form, paths)
 
 
-def _view(work: _Extract, images: list[bytes]) -> Tensor:
+def _evaluation_views(extraction: _Extraction, images: list[bytes]) -> Tensor:
     """Return the evaluation view of encoded images."""
     try:
-        return decode.evaluation_views(images, work.image_size)
+        return decode.evaluation_views(images, extraction.image_size)
     except decode.DecodeError as error:
         raise UserError(
-            f"An image of the data set at {str(work.dataset.folder)!r} was decoded at ingest and is now damaged: "
+            f"An image of the data set at {str(extraction.dataset.folder)!r} was decoded at ingest and is now damaged: "
             f"{error}. Ingest the source again."
         ) from error

@@ -33,11 +33,11 @@ SETTINGS = "raysl.json"
 
 
 class FeatureExtractor:
-    """Turns images into features exactly as the probes do: short side resized, centre crop, uint8.
+    """Turn images into features exactly as the probes do: short side resized, centre crop, uint8.
 
     Attributes:
         name: origin of the network.
-        layers: names of the layers it has. `layer="res3:9216"` asks for a grid of at most 9,216 numbers.
+        layers: names of its layers. `layer="res3:9216"` asks for a grid of at most 9,216 numbers.
         image_size: side of the view in pixels.
     """
 
@@ -91,7 +91,7 @@ class FeatureExtractor:
     def _views(self, images: Any) -> Iterator[Tensor]:
         """Yield batches of views, uint8 (b, 3, s, s)."""
         batch: list[bytes] = []
-        for image in _each(images):
+        for image in _image_files(images):
             batch.append(image)
             if len(batch) == _BATCH:
                 yield self._view(batch)
@@ -138,7 +138,7 @@ def load(
         and not Folder(name).exists(METADATA)
         and "/checkpoints/step-" not in name
     ):
-        name, stated, stated_size = _stated(name)
+        name, stated, stated_size = _find_settings(name)
         config, image_size = config or stated, image_size or stated_size
         if config is None:
             encoders.encoder_by_name(name, BackboneConfig(), seed)  # It refuses a file that does not exist.
@@ -150,7 +150,7 @@ def load(
     return FeatureExtractor(encoder, name, image_size or view_size(encoder), device)
 
 
-def _stated(name: str) -> tuple[str, BackboneConfig | None, int]:
+def _find_settings(name: str) -> tuple[str, BackboneConfig | None, int]:
     """Return the weights file of a folder or file, and the backbone and image size that are stated with it."""
     folder = Folder(name)
     inside = set(folder.list())
@@ -194,7 +194,7 @@ def _from_safetensors(name: str) -> tuple[BackboneConfig, int] | None:
     return BackboneConfig(stated["backbone"], **parts), int(stated.get("image_size", 0))
 
 
-def _each(images: Any) -> Iterator[bytes]:
+def _image_files(images: Any) -> Iterator[bytes]:
     """Yield every image as the bytes of an image file. Arrays become PNG, which is lossless."""
     if isinstance(images, bytes):
         yield images
@@ -207,14 +207,16 @@ def _each(images: Any) -> Iterator[bytes]:
                 f"The image {os.fspath(images)!r} cannot be read: {error}. Check its path."
             ) from error
     elif isinstance(images, Image.Image):
-        yield _file(ImageOps.exif_transpose(images))
+        yield _encode_image(ImageOps.exif_transpose(images))
     elif isinstance(images, Tensor):
-        yield from _arrays(images.movedim(-3, -1).cpu().numpy() if images.ndim >= 3 else images.cpu().numpy())
+        yield from _array_files(
+            images.movedim(-3, -1).cpu().numpy() if images.ndim >= 3 else images.cpu().numpy()
+        )
     elif isinstance(images, np.ndarray):
-        yield from _arrays(images)
+        yield from _array_files(images)
     elif isinstance(images, Iterable):
         for image in images:
-            yield from _each(image)
+            yield from _image_files(image)
     else:
         raise UserError(
             f"A {type(images).__name__} is no image. Give a PIL image, a path, a uint8 array (h, w, 3), or a list of "
@@ -222,7 +224,7 @@ def _each(images: Any) -> Iterator[bytes]:
         )
 
 
-def _arrays(pixels: npt.NDArray[Any]) -> Iterator[bytes]:
+def _array_files(pixels: npt.NDArray[Any]) -> Iterator[bytes]:
     is_image = pixels.ndim == 2 or (pixels.ndim in (3, 4) and pixels.shape[-1] in (1, 3))
     if pixels.dtype != np.uint8 or not is_image or 0 in pixels.shape:
         raise UserError(
@@ -231,10 +233,10 @@ def _arrays(pixels: npt.NDArray[Any]) -> Iterator[bytes]:
         )
     for pixels_hwc in pixels if pixels.ndim == 4 else [pixels]:
         gray = pixels_hwc.ndim == 3 and pixels_hwc.shape[-1] == 1
-        yield _file(Image.fromarray(np.ascontiguousarray(pixels_hwc[..., 0] if gray else pixels_hwc)))
+        yield _encode_image(Image.fromarray(np.ascontiguousarray(pixels_hwc[..., 0] if gray else pixels_hwc)))
 
 
-def _file(image: Image.Image) -> bytes:
+def _encode_image(image: Image.Image) -> bytes:
     """Return an image as a file of a format that keeps its mode."""
     buffer = io.BytesIO()
     if image.mode in ("CMYK", "F", "YCbCr", "LAB"):

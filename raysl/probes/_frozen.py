@@ -16,12 +16,12 @@ from raysl.probes import FeatureProbe, Integers, Labelled, LabelledProbe, Row
 from raysl.probes._task import run_tasks
 from raysl.ray_cluster import placement
 
-# A probe holds the features as they are read, in an order of its own, and in a form of its own.
+# A probe may hold the features three times: as they are read, in its own order, and in its own format.
 _COPIES = 3
 
 
 @dataclass(frozen=True)
-class Frozen:
+class StoredFeatures:
     """The stored features and the labels of a data set.
 
     Args:
@@ -40,11 +40,11 @@ class Frozen:
         return Labelled(self.tables[spec].load(), self.labels_n, self.fingerprint)
 
 
-def by_layer(
+def measure_layers(
     probe: LabelledProbe | FeatureProbe,
     layers: Sequence[str],
-    train: Frozen,
-    test: Frozen,
+    train: StoredFeatures,
+    test: StoredFeatures,
     low_priority: bool,
     in_process: bool = False,
 ) -> list[Row]:
@@ -69,16 +69,16 @@ def by_layer(
         )
         return [row for rows in found for row in rows]
     machines = placement.machines()
-    threads = 1 if low_priority else _threads(machines.for_work, len(layers))
+    threads = 1 if low_priority else _threads_per_task(machines.for_work, len(layers))
     calls = [
         (probe, layer, spec, train, test, threads, low_priority)
         for layer, spec in zip(layers, specs, strict=True)
     ]
-    _, share = extraction.pool(machines.totals())
+    _, share = extraction.actor_resources(machines.totals())
     options: dict[str, Any] = {
         **({"num_cpus": 0.0} if low_priority else share),
         # Two tasks that do not fit into a machine together wait for each other.
-        "memory": min(_bytes(specs, sets), _room(machines.for_work, share["num_cpus"])),
+        "memory": min(_needed_bytes(specs, sets), _largest_memory(machines.for_work, share["num_cpus"])),
         "scheduling_strategy": "SPREAD",
     }
     if low_priority:
@@ -86,19 +86,19 @@ def by_layer(
     return [row for rows in run_tasks(_measure, calls, options) for row in rows]
 
 
-def _threads(nodes: Iterable[Mapping[str, float]], tasks: int) -> int:
+def _threads_per_task(nodes: Iterable[Mapping[str, float]], tasks: int) -> int:
     """Return the threads of each task if the tasks are spread over idle machines."""
     cpus = [node["CPU"] for node in nodes if node.get("CPU")]
     return max(1, int(max(cpus) / math.ceil(tasks / len(cpus))))
 
 
-def _room(nodes: Iterable[Mapping[str, float]], cpus: float) -> float:
+def _largest_memory(nodes: Iterable[Mapping[str, float]], cpus: float) -> float:
     """Return the memory of the largest machine that has so many CPUs, in bytes."""
     working = [node for node in nodes if node.get("CPU", 0.0) >= max(cpus, 1e-3)]
     return max((node.get("memory", 0.0) for node in working), default=0.0)
 
 
-def _bytes(specs: Iterable[str], sets: Iterable[Frozen]) -> int:
+def _needed_bytes(specs: Iterable[str], sets: Iterable[StoredFeatures]) -> int:
     """Return the memory that a probe of the largest layer needs, in bytes."""
     return max(sum(_COPIES * 4 * one.tables[spec].num_values for one in sets) for spec in specs)
 
@@ -107,8 +107,8 @@ def _measure(
     probe: LabelledProbe | FeatureProbe,
     layer: str,
     spec: str,
-    train: Frozen,
-    test: Frozen,
+    train: StoredFeatures,
+    test: StoredFeatures,
     threads: int,
     low_priority: bool,
 ) -> list[Row]:

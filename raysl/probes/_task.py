@@ -73,8 +73,8 @@ def run_tasks(
         results: list[Result] = ray.get(running)
     except BaseException as error:  # After an interrupt, too, the tasks would go on in the cluster.
         # Only running tasks are cancelled: Ray aborts the driver if a task ends at the moment of its cancellation.
-        for one in ray.wait(running, num_returns=len(running), timeout=0)[1]:
-            ray.cancel(one)
+        for task_reference in ray.wait(running, num_returns=len(running), timeout=0)[1]:
+            ray.cancel(task_reference)
         if isinstance(error, OutOfMemoryError | WorkerCrashedError):
             raise UserError(
                 "The process of a probe was killed, most likely because it needed more memory than its machine has. "
@@ -88,7 +88,7 @@ def run_tasks(
 def _default_resources(tasks: int) -> dict[str, float]:
     """Return a GPU for each task; without GPUs, half of a machine divided by the number of tasks."""
     machines = placement.machines()
-    _, resources = extraction.pool(machines.totals())
+    _, resources = extraction.actor_resources(machines.totals())
     if "num_gpus" not in resources:
         most = max(node.get("CPU", 0.0) for node in machines.for_work)
         resources = {"num_cpus": max(resources["num_cpus"], int(500 * most / tasks) / 1000)}

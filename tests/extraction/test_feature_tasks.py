@@ -28,10 +28,10 @@ from raysl.extraction import (
     RandomBackbone,
     Trained,
     Weights,
+    actor_resources,
     encoders,
     extract_all,
     feature_tasks,
-    pool,
     untrained,
 )
 from raysl.extraction.feature_tasks import describe
@@ -317,6 +317,6 @@ def test_actors_with_a_gpu_decode_on_their_cpus(monkeypatch: pytest.MonkeyPatch)
 
 
 def test_actors_leave_half_of_the_cpus() -> None:
-    assert pool({"CPU": 2}) == (2, {"num_cpus": 0.5})
-    assert pool({"CPU": 1}) == (1, {"num_cpus": 0.5})
-    assert pool({"CPU": 16, "GPU": 2}) == (2, {"num_cpus": 4.0, "num_gpus": 1})
+    assert actor_resources({"CPU": 2}) == (2, {"num_cpus": 0.5})
+    assert actor_resources({"CPU": 1}) == (1, {"num_cpus": 0.5})
+    assert actor_resources({"CPU": 16, "GPU": 2}) == (2, {"num_cpus": 4.0, "num_gpus": 1})

@@ -16,7 +16,7 @@ from raysl.feature_store.files import FeatureForm, part_file, write_part
 from raysl.feature_store.store import FeatureStore
 from raysl.probes import Floats, Labelled, Row
 from raysl.probes import _frozen as frozen
-from raysl.probes._frozen import Frozen, by_layer
+from raysl.probes._frozen import StoredFeatures, measure_layers
 from raysl.probes.collapse import Collapse
 from raysl.probes.collapse import Config as CollapseConfig
 from raysl.probes.knn import Config as KnnConfig
@@ -41,7 +41,7 @@ class Traced:
         yield Row("threads", torch.get_num_threads())
 
 
-def make(folder: Path, images: int, seed: int) -> Frozen:
+def make(folder: Path, images: int, seed: int) -> StoredFeatures:
     """Drawn features of two layers, in two parts."""
     image_rng = np.random.default_rng(seed)
     parts, tables = ((0, images // 2), (images // 2, images)), {}
@@ -51,22 +51,24 @@ def make(folder: Path, images: int, seed: int) -> Frozen:
             values_nd = image_rng.normal(size=(end - first, dim)).astype(np.float32)
             write_part(place, (first, end), layer, values_nd, FeatureForm())
         tables[layer] = FeatureStore.open(str(place))
-    return Frozen(tables, image_rng.integers(0, 4, images), f"set {seed}")
+    return StoredFeatures(tables, image_rng.integers(0, 4, images), f"set {seed}")
 
 
-def traced(sets: tuple[Frozen, Frozen], low_priority: bool) -> dict[str, float]:
-    return {row.name: row.value for row in by_layer(Traced(), ["pooled"], *sets, low_priority)}
+def traced(sets: tuple[StoredFeatures, StoredFeatures], low_priority: bool) -> dict[str, float]:
+    return {row.name: row.value for row in measure_layers(Traced(), ["pooled"], *sets, low_priority)}
 
 
 @pytest.fixture
-def sets(tmp_path: Path) -> tuple[Frozen, Frozen]:
+def sets(tmp_path: Path) -> tuple[StoredFeatures, StoredFeatures]:
     return make(tmp_path / "train", 60, 0), make(tmp_path / "test", 20, 1)
 
 
 @pytest.mark.ray
-def test_rows_equal_those_of_the_driver(ray_session: None, sets: tuple[Frozen, Frozen]) -> None:
+def test_rows_equal_those_of_the_driver(
+    ray_session: None, sets: tuple[StoredFeatures, StoredFeatures]
+) -> None:
     knn, collapse = Knn(KnnConfig(ks=(3, 1))), Collapse(CollapseConfig())
-    found = [by_layer(one, list(LAYERS), *sets, False) for one in (knn, collapse)]
+    found = [measure_layers(one, list(LAYERS), *sets, False) for one in (knn, collapse)]
     for layer in LAYERS:
         train, test = (
             Labelled(one.tables[layer].load(), np.asarray(one.labels_n), one.fingerprint) for one in sets
@@ -78,11 +80,13 @@ def test_rows_equal_those_of_the_driver(ray_session: None, sets: tuple[Frozen, F
             for row, other in zip(of_layer, wanted, strict=True):
                 assert replace(row, value=0.0) == Row(other.name, 0.0, layer)
                 assert row.value == pytest.approx(other.value, rel=1e-5)
-    assert by_layer(knn, [], *sets, False) == []
+    assert measure_layers(knn, [], *sets, False) == []
 
 
 @pytest.mark.ray
-def test_low_priority_does_not_outlast_its_task(ray_session: None, sets: tuple[Frozen, Frozen]) -> None:
+def test_low_priority_does_not_outlast_its_task(
+    ray_session: None, sets: tuple[StoredFeatures, StoredFeatures]
+) -> None:
     usual = os.getpriority(os.PRIO_PROCESS, 0)
     low, after = traced(sets, low_priority=True), traced(sets, low_priority=False)
     assert os.getpid() not in (low["pid"], after["pid"])
@@ -91,32 +95,32 @@ def test_low_priority_does_not_outlast_its_task(ray_session: None, sets: tuple[F
 
 
 @pytest.mark.ray
-def test_damaged_features_are_named(ray_session: None, sets: tuple[Frozen, Frozen]) -> None:
+def test_damaged_features_are_named(ray_session: None, sets: tuple[StoredFeatures, StoredFeatures]) -> None:
     for one in sets:
         one.tables["pooled"].folder.write(part_file((0, len(np.asarray(one.labels_n)) // 2)), b"not parquet")
     with pytest.raises(UserError, match="damaged"):
-        by_layer(Knn(KnnConfig()), ["pooled"], *sets, False)
+        measure_layers(Knn(KnnConfig()), ["pooled"], *sets, False)
 
 
 def test_layers_share_machines_evenly() -> None:
     machine = {"CPU": 8.0}
-    assert frozen._threads([machine], 1) == 8
-    assert frozen._threads([machine], 5) == 1
-    assert frozen._threads([{"CPU": 0.0}, machine, machine, machine], 5) == 4
+    assert frozen._threads_per_task([machine], 1) == 8
+    assert frozen._threads_per_task([machine], 5) == 1
+    assert frozen._threads_per_task([{"CPU": 0.0}, machine, machine, machine], 5) == 4
 
 
 def test_memory_is_asked_of_machines_that_take_work() -> None:
     head, small, large = {"CPU": 0.0, "memory": 9e9}, {"CPU": 2.0, "memory": 1e9}, {"CPU": 8.0, "memory": 4e9}
-    assert frozen._room([head, large, small], 0.5) == 4e9
+    assert frozen._largest_memory([head, large, small], 0.5) == 4e9
     # Work beside trainers asks for no CPU, and a machine without a number of CPUs has none.
-    assert frozen._room([head, {"memory": 9e9}, small], 0.0) == 1e9
+    assert frozen._largest_memory([head, {"memory": 9e9}, small], 0.0) == 1e9
     # One that has too few CPUs for a task cannot lend it its memory.
-    assert frozen._room([small, {"CPU": 0.25, "memory": 9e9}], 0.5) == 1e9
+    assert frozen._largest_memory([small, {"CPU": 0.25, "memory": 9e9}], 0.5) == 1e9
 
 
 @pytest.mark.parametrize("low_priority", [True, False])
 def test_a_task_asks_for_no_more_memory_than_a_machine_that_takes_work_has(
-    sets: tuple[Frozen, Frozen], low_priority: bool, monkeypatch: pytest.MonkeyPatch
+    sets: tuple[StoredFeatures, StoredFeatures], low_priority: bool, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     asked: list[dict[str, float]] = []
 
@@ -131,6 +135,6 @@ def test_a_task_asks_for_no_more_memory_than_a_machine_that_takes_work_has(
     assert asked[0]["memory"] == 100
 
 
-def test_memory_is_that_of_the_largest_layer(sets: tuple[Frozen, Frozen]) -> None:
-    assert frozen._bytes(["pooled", "res2"], sets) == 3 * 4 * 12 * (60 + 20)
-    assert frozen._bytes(["pooled"], sets[1:]) == 3 * 4 * 6 * 20
+def test_memory_is_that_of_the_largest_layer(sets: tuple[StoredFeatures, StoredFeatures]) -> None:
+    assert frozen._needed_bytes(["pooled", "res2"], sets) == 3 * 4 * 12 * (60 + 20)
+    assert frozen._needed_bytes(["pooled"], sets[1:]) == 3 * 4 * 6 * 20
