@@ -84,11 +84,11 @@ def table(head: Sequence[str], lines: Sequence[Sequence[str]]) -> str:
 
 def _headline() -> str:
     names = {
-        "pirl-jigsaw": "PIRL with Jigsaw",
-        "clusterfit": "ClusterFit, taught by predicting the permutation",
-        "predict-jigsaw": "predicting the Jigsaw permutation",
+        "pirl-jigsaw": "PIRL with Jigsaw (pirl-jigsaw)",
+        "clusterfit": "ClusterFit, with predict-jigsaw as teacher",
+        "predict-jigsaw": "Jigsaw, predicting the permutation (predict-jigsaw)",
         "untrained": "untrained network",
-        "supervised": "labels, for comparison",
+        "supervised": "network trained with labels, for comparison",
     }
     file = f"{LONG}/rows.jsonl"
     cells = [
@@ -99,7 +99,7 @@ def _headline() -> str:
     cells.insert(
         2, ["raw pixels", percent(values(file, label="raw pixels", **KNN)[:1], " %"), "not measured"]
     )
-    return table(["pretrained by", "kNN", "linear probe"], cells)
+    return table(["features", "kNN top-1", "linear probe top-1"], cells)
 
 
 def _layers() -> str:
@@ -111,7 +111,7 @@ def _layers() -> str:
         ]
         for label in labels
     ]
-    return table(["", *LAYERS], lines)
+    return table(["method", *LAYERS], lines)
 
 
 def _closer() -> str:
@@ -126,7 +126,7 @@ def _closer() -> str:
         values(file, label="pirl-jigsaw", name="closer/jigsaw", probe="invariance", layer="heads")
     )
     lines.insert(4, ["pirl-jigsaw, its heads", heads, "", "", "", ""])
-    return table(["", "jigsaw", "rotation", "colors", "holes", "mean"], lines)
+    return table(["method", "jigsaw", "rotation", "colors", "holes", "mean"], lines)
 
 
 def _worth() -> str:
@@ -253,7 +253,7 @@ def _maps() -> str:
         )
         gain = [one - other for one, other in zip(simclr, untrained, strict=True)]
         lines.append([title, *(_interval(of, scale) for of in (untrained, simclr, gain))])
-    return table(["", "untrained", "SimCLR", "gain of a seed"], lines)
+    return table(["measure", "untrained", "SimCLR", "gain of SimCLR, same seed"], lines)
 
 
 def _video(task: str, gains: bool = False) -> str:
@@ -273,7 +273,7 @@ def _video(task: str, gains: bool = False) -> str:
             gain = [value - base[seed] for seed, value in by_seed.items()]
             cells.append(_interval(gain, 100) if base is not by_seed and len(gain) == 3 else "")
         lines.append(cells)
-    head = ["", "by seed, %", "mean and 95 % interval"]
+    head = ["features", "by seed, %", "mean and 95 % interval"]
     return table([*head, "gain over untrained"] if gains else head, lines)
 
 
@@ -296,8 +296,10 @@ def _recipes(stage: str) -> str:
             mean(row[name] for row in runs if row["step"] == last) for name in ("cpu_s", "images")
         )
         spent = [f"{cpu_s:.0f}", f"{images:,.0f}"] if last else ["", ""]
-        lines.append((mean(of), [label, *spent, percent(of), ", ".join(map(_tenths, of))]))
-    head = ["", "CPU seconds", "images seen", "kNN", "by seed"]
+        title = label.replace("as before", "grid 3, bank momentum 0.5")
+        lines.append((mean(of), [title, *spent, percent(of), ", ".join(map(_tenths, of))]))
+    cpu = "planned CPU seconds" if stage == "ten" else "CPU seconds"
+    head = ["features", cpu, "images seen", "kNN top-1, %", "by seed"]
     return table(head, [cells for _, cells in sorted(lines, key=lambda line: -line[0])])
 
 
@@ -328,7 +330,7 @@ def _rank() -> str:
     for name in ("rankme", "effective_rank", "alpha_req", "uniformity", "spread"):
         rho = spearmanr([run[name] for run in whole], [run["knn"] for run in whole])
         lines.append([name, f"{rho.statistic:+.2f}", f"{rho.pvalue:.3f}", str(len(whole))])
-    return table(["measure", "Spearman's rank correlation with kNN", "p", "runs"], lines)
+    return table(["measure", "Spearman's rank correlation with kNN", "p", "trained networks"], lines)
 
 
 # What is compared: the arm of raysl, the other arm, and what is measured.
@@ -367,9 +369,10 @@ def _bench(part: str) -> str:
             ]
             if ratios:
                 around = f"{median(ratios):.2f} ({min(ratios):.2f} to {max(ratios):.2f})"
-                what = f"{side} pixels" if side else {"cpu_s": "CPU time", "wall_s": "time"}[measure]
-                lines.append([own, other, what, around])
-    return table(["", "beside", "of", "ratio"], lines)
+                cell = f"{side} pixels" if side else {"cpu_s": "CPU time", "wall_s": "wall time"}[measure]
+                lines.append([own, other, cell, around])
+    what = "measure" if part == "start" else "image size"
+    return table(["program", "compared with", what, "ratio"], lines)
 
 
 TABLES: dict[str, Callable[[], str]] = {

@@ -27,10 +27,10 @@ PIRL, PREDICT, CLUSTERFIT, UNTRAINED = "pirl-jigsaw", "predict-jigsaw", "cluster
 TEACHER, STUDENT = "teacher, noise ", "ClusterFit, noise "
 CLAIMS = (
     _claim(
-        "What predicts a transform loses at the last layer what it gained before",
+        "Networks that predict a transform gain at a middle layer (res2) and lose it at the last layer",
         "PIRL, figure 6",
         Contrast(
-            "gain of predict-jigsaw over the untrained backbone, res2 less pooled, linear",
+            "gain of predict-jigsaw over the untrained backbone, res2 minus pooled, linear",
             _less(_gain(PREDICT, "res2"), _gain(PREDICT, "pooled")),
         ),
     ),
@@ -38,32 +38,32 @@ CLAIMS = (
         "PIRL gains most at the last layer",
         "PIRL, figure 6",
         Contrast(
-            "gain of PIRL over the untrained backbone, pooled less res2, linear",
+            "gain of PIRL over the untrained backbone, pooled minus res2, linear",
             _less(_gain(PIRL, "pooled"), _gain(PIRL, "res2")),
         ),
-        _more("PIRL less predict-jigsaw at the pooled layer, linear", PIRL, PREDICT, "linear by layer"),
+        _more("PIRL minus predict-jigsaw at the pooled layer, linear", PIRL, PREDICT, "linear by layer"),
     ),
     _claim(
-        "Features of PIRL are invariant to the jigsaw, those that predict it are not",
+        "Features of PIRL are invariant to the jigsaw; features that predict the jigsaw are not",
         "PIRL, figure 5",
-        _more("PIRL less untrained", PIRL, UNTRAINED, "invariance/jigsaw"),
-        _more("untrained less predict-jigsaw", UNTRAINED, PREDICT, "invariance/jigsaw"),
+        _more("PIRL minus untrained", PIRL, UNTRAINED, "invariance/jigsaw"),
+        _more("untrained minus predict-jigsaw", UNTRAINED, PREDICT, "invariance/jigsaw"),
     ),
     _claim(
-        "Prediction, clustering, PIRL: more invariance goes with more accuracy",
+        "From prediction to clustering to PIRL, both invariance and accuracy grow",
         "lecture 10-2",
-        _more("ClusterFit less predict-jigsaw, linear", CLUSTERFIT, PREDICT, "linear"),
-        _more("PIRL less ClusterFit, linear", PIRL, CLUSTERFIT, "linear"),
-        _more("ClusterFit less predict-jigsaw, invariance", CLUSTERFIT, PREDICT, "invariance"),
-        _more("PIRL less ClusterFit, invariance", PIRL, CLUSTERFIT, "invariance"),
+        _more("ClusterFit minus predict-jigsaw, linear", CLUSTERFIT, PREDICT, "linear"),
+        _more("PIRL minus ClusterFit, linear", PIRL, CLUSTERFIT, "linear"),
+        _more("ClusterFit minus predict-jigsaw, invariance", CLUSTERFIT, PREDICT, "invariance"),
+        _more("PIRL minus ClusterFit, invariance", PIRL, CLUSTERFIT, "invariance"),
     ),
     _claim(
         "Pretraining helps most with the fewest labels",
         "PIRL, table 3",
-        _more("PIRL less untrained, top-1 with 1 % of the labels", PIRL, UNTRAINED, "top1@1%"),
-        _more("PIRL less predict-jigsaw, top-1 with 1 % of the labels", PIRL, PREDICT, "top1@1%"),
+        _more("PIRL minus untrained, top-1 with 1 % of the labels", PIRL, UNTRAINED, "top1@1%"),
+        _more("PIRL minus predict-jigsaw, top-1 with 1 % of the labels", PIRL, PREDICT, "top1@1%"),
         Contrast(
-            "gain of PIRL with 1 % less that with 10 % of the labels",
+            "gain of PIRL with 1 % of the labels minus its gain with 10 %",
             _less(
                 (Term(PIRL, "top1@1%"), -Term(UNTRAINED, "top1@1%")),
                 (Term(PIRL, "top1@10%"), -Term(UNTRAINED, "top1@10%")),
@@ -73,13 +73,13 @@ CLAIMS = (
     _claim(
         "A detector is better from PIRL than from untrained weights",
         "PIRL, table 1",
-        _more("PIRL less untrained, AP75", PIRL, UNTRAINED, "AP75"),
+        _more("PIRL minus untrained, AP75", PIRL, UNTRAINED, "AP75"),
     ),
     _claim(
         "PIRL loses less than prediction when it learns from other images",
         "PIRL, table 4",
         Contrast(
-            "loss of predict-jigsaw less that of PIRL, linear",
+            "loss of predict-jigsaw minus loss of PIRL, linear",
             _less(
                 (Term(PREDICT, "linear"), -Term(f"uncurated/{PREDICT}", "linear")),
                 (Term(PIRL, "linear"), -Term(f"uncurated/{PIRL}", "linear")),
@@ -91,7 +91,7 @@ CLAIMS = (
         "Doersch and Zisserman 2017, table 1",
         *(
             _more(
-                f"both less {name}, linear",
+                f"both tasks minus {name} alone, linear",
                 "multitask-relative_position,colorization",
                 f"predict-{name}",
                 "linear by layer",
@@ -102,36 +102,36 @@ CLAIMS = (
     _claim(
         "PIRL gains from more permutations",
         "PIRL, figure 9",
-        _more("all less 1, kNN", "num_permutations=362880", "num_permutations=1", "knn"),
+        _more("all permutations minus 1, kNN", "num_permutations=362880", "num_permutations=1", "knn"),
     ),
     _claim(
         "PIRL gains from more negatives",
         "PIRL, figure 10",
-        _more("4,096 less 64, kNN", "num_negatives=4096", "num_negatives=64", "knn"),
+        _more("4,096 negatives minus 64, kNN", "num_negatives=4096", "num_negatives=64", "knn"),
     ),
     _claim(
         "The best lambda is in the middle",
         "PIRL, figure 8",
-        _more("0.5 less 0, kNN", "lambda=0.5", "lambda=0", "knn"),
-        _more("0.5 less 1, kNN", "lambda=0.5", "lambda=1", "knn"),
+        _more("lambda 0.5 minus 0, kNN", "lambda=0.5", "lambda=0", "knn"),
+        _more("lambda 0.5 minus 1, kNN", "lambda=0.5", "lambda=1", "knn"),
     ),
     _claim(
         "ClusterFit is better than its teacher",
         "ClusterFit, table 4",
-        _more("ClusterFit less predict-jigsaw, linear", CLUSTERFIT, PREDICT, "linear"),
-        _more("ClusterFit less predict-jigsaw, kNN", CLUSTERFIT, PREDICT, "knn"),
+        _more("ClusterFit minus predict-jigsaw, linear", CLUSTERFIT, PREDICT, "linear"),
+        _more("ClusterFit minus predict-jigsaw, kNN", CLUSTERFIT, PREDICT, "knn"),
     ),
     _claim(
         "ClusterFit suffers less from wrong labels than its teacher",
         "ClusterFit, figure 3",
         _more(
-            "ClusterFit less teacher with 75 % wrong labels, linear",
+            "ClusterFit minus teacher with 75 % wrong labels, linear",
             f"{STUDENT}0.75",
             f"{TEACHER}0.75",
             "linear",
         ),
         Contrast(
-            "loss of the teacher less that of ClusterFit from 0 to 75 % wrong labels, linear",
+            "loss of the teacher minus loss of ClusterFit from 0 to 75 % wrong labels, linear",
             _less(
                 (Term(f"{TEACHER}0", "linear"), -Term(f"{TEACHER}0.75", "linear")),
                 (Term(f"{STUDENT}0", "linear"), -Term(f"{STUDENT}0.75", "linear")),
@@ -141,31 +141,31 @@ CLAIMS = (
     _claim(
         "Jigsaw is a better transform for PIRL than rotation, and both together are best",
         "PIRL, section 5",
-        _more("jigsaw less rotation, kNN", PIRL, "pirl-rotation", "knn"),
-        _more("both less jigsaw, kNN", "pirl-rotation+jigsaw", PIRL, "knn"),
+        _more("jigsaw minus rotation, kNN", PIRL, "pirl-rotation", "knn"),
+        _more("both transforms minus jigsaw, kNN", "pirl-rotation+jigsaw", PIRL, "knn"),
     ),
     _claim(
         "Comparing a transform is better than predicting it",
         "PIRL, table 2",
-        _more("jigsaw: PIRL less prediction, kNN", PIRL, PREDICT, "knn"),
-        _more("rotation: PIRL less prediction, kNN", "pirl-rotation", "predict-rotation", "knn"),
+        _more("jigsaw: PIRL minus prediction, kNN", PIRL, PREDICT, "knn"),
+        _more("rotation: PIRL minus prediction, kNN", "pirl-rotation", "predict-rotation", "knn"),
     ),
     _claim(
         "Longer training on the same images still helps",
         "lecture 10-2, open question",
-        _more("PIRL less PIRL with a tenth of the steps, kNN", PIRL, f"short/{PIRL}", "knn"),
+        _more("PIRL minus PIRL with a tenth of the steps, kNN", PIRL, f"short/{PIRL}", "knn"),
     ),
     _claim(
         "A wider network and more different images still help, for as many steps",
         "lecture 10-2, open question; Goyal et al. 2019, figure 2",
         _more(
-            "twice the width less the usual, kNN",
+            "twice the width minus the usual, kNN",
             f"saturation/wide-all/{PIRL}",
             f"saturation/usual-all/{PIRL}",
             "knn",
         ),
         _more(
-            "all images less a fifth of them, kNN",
+            "all images minus a fifth of them, kNN",
             f"saturation/usual-all/{PIRL}",
             f"saturation/usual-few/{PIRL}",
             "knn",
@@ -175,13 +175,13 @@ CLAIMS = (
         "SimCLR needs random crops most, then changes of color",
         "lecture 10-2, open question; SimCLR, figure 5",
         _more(
-            "without color jitter less without crops, kNN",
+            "without color jitter minus without crops, kNN",
             "transforms/without-jitter/simclr",
             "transforms/without-crops/simclr",
             "knn",
         ),
         _more(
-            "all less without color jitter, kNN",
+            "all augmentations minus without color jitter, kNN",
             "transforms/all/simclr",
             "transforms/without-jitter/simclr",
             "knn",

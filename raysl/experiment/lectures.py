@@ -25,6 +25,11 @@ MIN_SEEDS = 3
 # In shares of 1: half a point of accuracy.
 SMALLEST = 0.005
 Verdict = Literal["shows", "does not", "cannot tell"]
+_PRINTED: Mapping[Verdict, str] = {
+    "shows": "confirmed",
+    "does not": "contradicted",
+    "cannot tell": "inconclusive",
+}
 # The value of a measure by seed, by (label, measure, layer).
 Observations = Mapping[tuple[str, str, str], Mapping[int, float]]
 
@@ -178,7 +183,7 @@ def page(claims: Sequence[Claim], found: Mapping[str, Observations]) -> str:
         found: results by the name of a data set.
     """
     lines = [
-        "| claim | published | data | verdict | measured, in points, with the 95 % interval |",
+        "| claim | source | data | verdict | measured, in points, with the 95 % interval |",
         f"|{'---|' * 5}",
     ]
     for claim in claims:
@@ -186,13 +191,16 @@ def page(claims: Sequence[Claim], found: Mapping[str, Observations]) -> str:
             verdict, measured = judge(claim, results)
             if any(one.values for one in measured):
                 why = "<br>".join(map(str, measured))
-                lines.append(f"| {claim.says} | {claim.figure} | {data} | **{verdict}** | {why} |")
+                lines.append(f"| {claim.says} | {claim.figure} | {data} | **{_PRINTED[verdict]}** | {why} |")
         if not any(one.values for results in found.values() for one in judge(claim, results)[1]):
-            lines.append(f"| {claim.says} | {claim.figure} | | **cannot tell** | not measured |")
+            lines.append(
+                f"| {claim.says} | {claim.figure} | | **{_PRINTED['cannot tell']}** | not measured |"
+            )
     counts = [one for claim in claims for results in found.values() for one in judge(claim, results)[1]]
     decided = sum(len(one.values) >= MIN_SEEDS for one in counts)
     lines += [
         "",
-        f"{decided} intervals have at least {MIN_SEEDS} seeds; about {decided / 20:.1f} of them miss by chance.",
+        f"{decided} of the intervals have at least {MIN_SEEDS} seeds. One 95 % interval in 20 misses the true value by "
+        f"chance; of {decided}, about {decided / 20:.1f}.",
     ]
     return "\n".join(lines)
