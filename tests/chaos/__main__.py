@@ -32,8 +32,8 @@ from tests.chaos.commands import COMMANDS, Command
 
 # A command that is disturbed and does not end within this time hangs.
 _PATIENCE_S = 300.0
-# The processes of Ray end 15 s after the loss of its GCS.
-_LEAVE_WITHIN_S = 30.0
+# The processes of Ray end 15 s after the loss of its GCS, later on a busy machine.
+_LEAVE_WITHIN_S = 60.0
 _DISK_MB = 64
 # The import of torch._dynamo, which optimizers need, makes this empty folder; it has one name for each user.
 _CACHE = "torchinductor_"
@@ -136,7 +136,7 @@ class Chaos:
             code = "hangs"
             target.driver.kill()
             target.driver.wait()
-        left = faults.leftovers(target.mark, _LEAVE_WITHIN_S)
+        left, waited_s = faults.leftovers(target.mark, _LEAVE_WITHIN_S)
         text = log.read_text(errors="replace")
         traceback = "Traceback (most recent call last)" in text
         if code not in (0, -9) or left or traceback:
@@ -147,6 +147,7 @@ class Chaos:
             "faults": struck,
             "code": code,
             "processes": left,
+            "processes_ended_after_s": round(waited_s, 1),
             "shared": sorted(faults.shared_memory() - shared),
             "traceback": traceback,
         }
@@ -241,8 +242,9 @@ def survived(rows: list[dict[str, Any]]) -> int:
 def table(rows: list[dict[str, Any]]) -> str:
     """Return the results as two tables in Markdown: by command, and by fault."""
     lines = [
-        "| command | rounds | faults | same result | hangs | tracebacks | processes left | files left |",
-        "|---|---|---|---|---|---|---|---|",
+        "| command | rounds | faults | same result | hangs | tracebacks | processes left | longest until they end, s | "
+        "files left |",
+        "|---|---|---|---|---|---|---|---|---|",
     ]
     for command in COMMANDS:
         mine = [row for row in rows if row["command"] == command.name]
@@ -256,6 +258,7 @@ def table(rows: list[dict[str, Any]]) -> str:
             sum(session["code"] == "hangs" for session in sessions),
             sum(session["traceback"] for session in sessions),
             sum(len(session["processes"]) for session in sessions),
+            f"{max(session.get('processes_ended_after_s', 0) for session in sessions):.0f}",
             sum(len(row["files"]) for row in mine) + sum(len(session["shared"]) for session in sessions),
         ]
         lines.append(f"| {command.name} | " + " | ".join(map(str, cells)) + " |")

@@ -164,16 +164,17 @@ def alone() -> None:
     os.execvp("unshare", [*command, *sys.orig_argv])
 
 
-def leftovers(mark: str, within_s: float) -> list[str]:
-    """Return the kinds of processes that are left after some seconds, and kill them."""
-    until = time.monotonic() + within_s
-    while (left := processes(mark)) and time.monotonic() < until:
+def leftovers(mark: str, within_s: float) -> tuple[list[str], float]:
+    """Return the kinds of processes that are left after some seconds, and the seconds waited. Kill those left."""
+    begun = time.monotonic()
+    while (left := processes(mark)) and time.monotonic() < begun + within_s:
         time.sleep(0.5)
+    waited_s = time.monotonic() - begun
     names = [kind(process) for process in left]
     for process in left:
         with contextlib.suppress(psutil.Error):
             process.kill()
-    return names
+    return names, waited_s
 
 
 def mount(folder: Path, megabytes: int) -> bool:
