@@ -28,7 +28,9 @@ class LeftOut:
     def __str__(self) -> str:
         """Return every kind with its count and its first path, or "nothing"."""
         parts = sorted(self.kinds.items(), key=lambda item: -item[1][0])
-        return "; ".join(f"{count:,} {kind} ({shown(first)})" for kind, (count, first) in parts) or "nothing"
+        return (
+            "; ".join(f"{count:,} {kind} ({printable(first)})" for kind, (count, first) in parts) or "nothing"
+        )
 
 
 @dataclass
@@ -72,7 +74,7 @@ class Found:
         lines.append(("labels", self.labels))
         kinds = sorted(self.left_out.kinds.items(), key=lambda item: -item[1][0])
         lines += [
-            ("left out" if i == 0 else "", f"{count:,} {kind}, as {shown(first)}")
+            ("left out" if i == 0 else "", f"{count:,} {kind}, as {printable(first)}")
             for i, (kind, (count, first)) in enumerate(kinds)
         ]
         return "\n".join(f"  {key:<9} {text}" for key, text in lines)
@@ -81,12 +83,12 @@ class Found:
 def _classes(counts: dict[str, int]) -> str:
     if not counts:
         return ""
-    few = ", ".join(f"{shown(name)} {count:,}" for name, count in list(counts.items())[:_CLASSES_SHOWN])
+    few = ", ".join(f"{printable(name)} {count:,}" for name, count in list(counts.items())[:_CLASSES_SHOWN])
     more = f", ... ({min(counts.values()):,} to {max(counts.values()):,} images each)"
     return f" in {counted(len(counts), 'class')}: {few}{more if len(counts) > _CLASSES_SHOWN else ''}"
 
 
-def shown(path: str) -> str:
+def printable(path: str) -> str:
     """Return a path as text that every terminal and file takes: bytes that are not UTF-8 become escapes."""
     if path.isascii() and path.isprintable():
         return path
@@ -97,7 +99,7 @@ def shown(path: str) -> str:
 def listed(names: Sequence[str], most: int = 20) -> str:
     """Return names for a message; if there are many, only the first."""
     more = f", ... ({len(names):,} in all)" if len(names) > most else ""
-    return ", ".join(shown(name) for name in names[:most]) + more
+    return ", ".join(printable(name) for name in names[:most]) + more
 
 
 def counted(count: int, noun: str) -> str:

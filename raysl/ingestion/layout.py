@@ -14,7 +14,7 @@ from dataclasses import dataclass, field
 from pathlib import PurePosixPath
 from typing import Literal
 
-from raysl.ingestion.found import Found, LeftOut, shown
+from raysl.ingestion.found import Found, LeftOut, printable
 from raysl.ingestion.listing import IMAGE, NOTES, TABLE, Survey, join
 
 Labels = Literal["auto", "folders", "none"]
@@ -244,8 +244,8 @@ def _classes(survey: Survey, layout: Layout, labels: Labels, choose: Callable[[l
     children = _without_masks(survey, layout, labels)
     direct = survey.images(base, direct=True)
     inside = sum(survey.images(join(base, name)) for name in children)
-    example = shown(survey.first(join(base, children[0]) if children else base))
-    where = f"{shown(base)!r}" if base else "the source"
+    example = printable(survey.first(join(base, children[0]) if children else base))
+    where = f"{printable(base)!r}" if base else "the source"
     why = ""
     if labels == "none":
         why = "--labels none was given"
@@ -254,11 +254,11 @@ def _classes(survey: Survey, layout: Layout, labels: Labels, choose: Callable[[l
     elif labels == "auto":
         if direct and 2 * direct >= inside:
             why = (
-                f"{direct:,} images lie beside the folders in {where} ({shown(survey.examples[base, IMAGE])}), so the "
-                "folders are not taken for classes; --labels folders takes them and leaves those images out"
+                f"{direct:,} images lie beside the folders in {where} ({printable(survey.examples[base, IMAGE])}), so "
+                "the folders are not taken for classes; --labels folders takes them and leaves those images out"
             )
         elif len(children) == 1 and _GENERIC.fullmatch(children[0]):
-            why = f"the only folder is called {shown(children[0])!r}, as {example}"
+            why = f"the only folder is called {printable(children[0])!r}, as {example}"
         elif all("JPEGImages" in survey.children(join(base, name)) for name in children):
             why = f"the folders are years or parts of Pascal VOC, as {example}"
         elif all(_NUMBER.fullmatch(name) for name in children) and _has_text(survey, base, children):
@@ -276,9 +276,9 @@ def _classes(survey: Survey, layout: Layout, labels: Labels, choose: Callable[[l
         found.splits = tuple(sorted({one for names in inner.values() for one in names}))
         found.split = layout.inner_split = choose(list(found.splits))
         found.layout = "class folders with splits inside"
-        example = shown(survey.first(join(join(base, children[0]), found.split)) or example)
+        example = printable(survey.first(join(join(base, children[0]), found.split)) or example)
     if base and base != found.split:
-        found.layout += f", in {shown(base)}/"
+        found.layout += f", in {printable(base)}/"
     layout.classes_in = base
     if direct:
         found.left_out.add(BESIDE_CLASSES, survey.examples[base, IMAGE], direct)
@@ -311,16 +311,16 @@ def _unused(survey: Survey) -> str:
         if kind == NOTES and re.search(
             r"(coco|annotations?|instances|labels)[^/]*\.(json|xml)$", path.lower()
         ):
-            return f". The annotations in {shown(path)} are not used: {_OBJECTS}"
+            return f". The annotations in {printable(path)} are not used: {_OBJECTS}"
     for folder, counts in survey.folders.items():
         notes = counts[NOTES] or counts["text files"]
         if notes and re.search(r"/(annotations?|labels)/", f"/{folder.lower()}/"):
-            return f". The annotations in {shown(folder)}/ are not used: {_OBJECTS}"
+            return f". The annotations in {printable(folder)}/ are not used: {_OBJECTS}"
     table = next((path for (_, kind), path in survey.examples.items() if kind == TABLE), "")
     if not table:
         return ""
     return (
-        f". If {shown(table)} holds labels, give that table as the source, with --image-column and --label-column "
+        f". If {printable(table)} holds labels, give that table as the source, with --image-column and --label-column "
         "where its columns have names of their own"
     )
 

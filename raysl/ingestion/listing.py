@@ -14,7 +14,7 @@ from itertools import chain, islice
 from typing import TYPE_CHECKING
 
 from raysl.errors import UserError
-from raysl.ingestion.found import LINKS_AGAIN, LINKS_OUT, LeftOut, shown
+from raysl.ingestion.found import LINKS_AGAIN, LINKS_OUT, LeftOut, printable
 from raysl.storage import Folder, filesystem, retry
 from raysl.stream.formats import EXTENSIONS, looks_like_image
 
@@ -139,7 +139,7 @@ class _LocalWalk:
                 found = sorted(entries, key=lambda entry: entry.name)
         except PermissionError:
             raise UserError(
-                f"The folder {shown(folder)!r} may not be read. Give yourself access to it, or move it out of the "
+                f"The folder {printable(folder)!r} may not be read. Give yourself access to it, or move it out of the "
                 "source."
             ) from None
         above = (*above, (info.st_dev, info.st_ino))
@@ -183,8 +183,9 @@ class _LocalWalk:
         if self._outside:
             path, target = self._outside[0]
             raise UserError(
-                f"{len(self._outside):,} {LINKS_OUT} {shown(self._root)!r} were found, the first being "
-                f"{shown(path)!r} to {shown(target)!r}. Add --follow-links to read what they lead to, or remove them."
+                f"{len(self._outside):,} {LINKS_OUT} {printable(self._root)!r} were found, the first being "
+                f"{printable(path)!r} to {printable(target)!r}. Add --follow-links to read what they lead to, or "
+                "remove them."
             )
 
 

@@ -9,7 +9,7 @@ from typing import NamedTuple
 
 from raysl.errors import UserError
 from raysl.ingestion import labels
-from raysl.ingestion.found import LeftOut, listed, shown
+from raysl.ingestion.found import LeftOut, listed, printable
 from raysl.ingestion.listing import HIDDEN, IMAGE, LABEL_TABLES, OTHER, VIDEO, is_hidden, kind_of
 from raysl.ingestion.sources import ReadConfig
 from raysl.stream.formats import looks_like_image
@@ -113,17 +113,17 @@ class Listing:
                 label = labels.as_class_of_text(data.decode())
                 if label is not None and not label.removeprefix("-").isdigit() and wanted != "cls":
                     raise UserError(
-                        f"The member {shown(name)!r} of {self.name!r} holds {label[:80]!r}, and a .cls of WebDataset "
-                        "holds the number of a class. Add --label-column cls to take such texts for the names of "
-                        "classes, or --labels none."
+                        f"The member {printable(name)!r} of {self.name!r} holds {label[:80]!r}, and a .cls of "
+                        "WebDataset holds the number of a class. Add --label-column cls to take such texts for the "
+                        "names of classes, or --labels none."
                     )
                 self.classes[stem] = label
             elif reason := self._take_json(stem, data, wanted, name):
-                self.no_label = self.no_label or f"{shown(name)} {reason}"
+                self.no_label = self.no_label or f"{printable(name)} {reason}"
         except labels.NoClassesError as error:
-            self.unusable[stem] = f"{shown(name)} {error}"
+            self.unusable[stem] = f"{printable(name)} {error}"
         except ValueError as error:
-            self.unusable[stem] = f"{shown(name)} is damaged: {error}"
+            self.unusable[stem] = f"{printable(name)} is damaged: {error}"
 
     def _take_json(self, stem: str, data: bytes, wanted: str, name: str) -> str:
         """Read the label in the JSON of a sample. Return why it has none, or "".

@@ -11,7 +11,7 @@ from collections.abc import Callable
 import pyarrow as pa
 
 from raysl.ingestion import labels
-from raysl.ingestion.found import listed, shown
+from raysl.ingestion.found import listed, printable
 from raysl.ingestion.layout import BESIDE_CLASSES, Layout
 from raysl.ingestion.listing import LABEL_TABLES, Survey, join
 from raysl.ingestion.tables import file_column, normal, read_table
@@ -49,11 +49,11 @@ def _use(layout: Layout, folder: str, path: str, table: pa.Table, wanted: str) -
         column, files_in, prefix = labels.find(names, wanted, path), file_column(names), ""
     why = ""
     if is_tiny and not column:
-        why = f"{shown(path)} has one column; its lines must be the name of a file, a tab and its class"
+        why = f"{printable(path)} has one column; its lines must be the name of a file, a tab and its class"
     elif not column:
-        why = f"no column of {shown(path)} is named like a label; its columns are {listed(names)} (--label-column)"
+        why = f"no column of {printable(path)} is named like a label; its columns are {listed(names)} (--label-column)"
     elif not files_in:
-        why = f"{shown(path)} has no column file_name; its columns are {listed(names)}"
+        why = f"{printable(path)} has no column file_name; its columns are {listed(names)}"
     else:
         files = [
             join(folder, prefix + normal(str(file))) if file else ""
@@ -63,15 +63,15 @@ def _use(layout: Layout, folder: str, path: str, table: pa.Table, wanted: str) -
             classes = labels.as_classes(table.column(column).combine_chunks()).to_pylist()
             layout.class_of = _by_file(files, classes)
         except labels.NoClassesError as error:
-            why = f"the column {column!r} of {shown(path)} {error}"
+            why = f"the column {column!r} of {printable(path)} {error}"
     if why:
         # A table of captions takes nothing from class folders.
         if (column and files_in) or layout.classes_in is None:
             layout.classes_in, found.layout, found.labels = None, "a folder of images", f"none, because {why}"
         return
     found.left_out.kinds.pop(BESIDE_CLASSES, None)
-    found.layout = f"images with a table of labels, {shown(path)}"
-    found.labels = f"the {'second column' if is_tiny else f'column {column!r}'} of {shown(path)}"
+    found.layout = f"images with a table of labels, {printable(path)}"
+    found.labels = f"the {'second column' if is_tiny else f'column {column!r}'} of {printable(path)}"
 
 
 def _by_file(files: list[str], classes: list[str | None]) -> dict[str, str]:
@@ -80,7 +80,7 @@ def _by_file(files: list[str], classes: list[str | None]) -> dict[str, str]:
     for file, name in zip(files, classes, strict=True):
         if name is not None and class_of.setdefault(file, name) != name:
             raise labels.NoClassesError(
-                f"names {shown(file)} as {class_of[file]!r} and as {name!r}, and a data set "
+                f"names {printable(file)} as {class_of[file]!r} and as {name!r}, and a data set "
                 "holds one class for each image"
             )
     return class_of

@@ -28,7 +28,7 @@ from raysl.errors import UserError
 from raysl.feature_store.records import signed_line
 from raysl.fields import Bounds
 from raysl.ingestion import images, objects, shard
-from raysl.ingestion.found import counted, shown
+from raysl.ingestion.found import counted, printable
 from raysl.ingestion.journal import Header, Journal, Listed, check_apart, check_free, finished
 from raysl.ingestion.sources import Opened, Place, ReadConfig, Source, UnitSize, open_source, read, recognised
 from raysl.storage import Folder
@@ -78,8 +78,8 @@ def ingest(source: Any, dest: str, config: IngestConfig | None = None) -> DataSe
     the same indices and the same fingerprint on any number of CPUs.
 
     Args:
-        source: a path or a name, with "#split" if it has splits, see `recognised`; a source that is opened; or a list
-            of files, a Hugging Face dataset or a Ray Dataset, see `raysl.ingestion.objects`.
+        source: a path or a name, with "#split" if it has splits, see `recognised`; an opened source; or a list of
+            files, a Hugging Face dataset or a Ray Dataset, see `raysl.ingestion.objects`.
         dest: folder at any URI; new, empty, or left by an earlier ingest of the same source.
 
     Raises:
@@ -109,7 +109,7 @@ def ingest(source: Any, dest: str, config: IngestConfig | None = None) -> DataSe
     listed = _list(opened.source, journal, config)
     _write_all(opened, listed, journal, config)
     _scale_all(opened, listed, journal, config)
-    _move_all(journal, config)
+    _renumber_all(journal, config)
     return _finish(opened.source, listed, journal, config)
 
 
@@ -158,9 +158,9 @@ def _write_all(opened: Opened, listed: Listed, journal: Journal, config: IngestC
     """Write every shard that is not yet done."""
     done = set(journal.done())
     pending = [number for number in range(len(listed.counts)) if number not in done]
-    write = _writer(opened, listed, journal, config, {})
+    write = _write_function(opened, listed, journal, config, {})
     seen = sum(listed.counts[number] for number in done)
-    _show(_each(pending, write, config), "Ingesting", seen, sum(listed.counts))
+    _show_progress(_run_tasks(pending, write, config), "Ingesting", seen, sum(listed.counts))
 
 
 def _scale_all(opened: Opened, listed: Listed, journal: Journal, config: IngestConfig) -> None:
@@ -172,23 +172,23 @@ def _scale_all(opened: Opened, listed: Listed, journal: Journal, config: IngestC
         for written in with_values
         if any(written.ranges.get(kind) != ranges[kind] for kind in ranges.keys() & written.tally)
     ]
-    write = _writer(opened, listed, journal, config, ranges)
+    write = _write_function(opened, listed, journal, config, ranges)
     total = sum(listed.counts[number] for number in pending)
-    _show(_each(pending, write, config), "Scaling values", 0, total)
+    _show_progress(_run_tasks(pending, write, config), "Scaling values", 0, total)
 
 
-def _writer(
+def _write_function(
     opened: Opened, listed: Listed, journal: Journal, config: IngestConfig, ranges: Ranges
 ) -> Callable[[int], tuple[int, int]]:
-    """Return the function with which a task writes the shard of a unit; it returns the images, written and bad."""
-    kind, bases = opened.kind, [0, *accumulate(listed.counts)]
+    """Return the function that writes the shard of a unit in a task, and returns the numbers of good and bad images."""
+    kind, first_indices = opened.kind, [0, *accumulate(listed.counts)]
     decoding = None if opened.source.encoded_here else config.decoding
 
     def write(number: int) -> tuple[int, int]:
         written = shard.write(
             journal.dest,
             number,
-            bases[number],
+            first_indices[number],
             read(kind, journal.unit(number)),
             decoding=decoding,
             ranges=ranges,
@@ -201,28 +201,28 @@ def _writer(
     return write
 
 
-def _move_all(journal: Journal, config: IngestConfig) -> None:
+def _renumber_all(journal: Journal, config: IngestConfig) -> None:
     """Rewrite the index column of every shard that starts at another index than the listing promised."""
-    bases: dict[int, int] = {}
-    base, total = 0, 0
+    first_indices: dict[int, int] = {}
+    first_index, total = 0, 0
     for written in journal.all_written():
-        if written.base != base and written.num_images:
-            bases[written.unit] = base
+        if written.base != first_index and written.num_images:
+            first_indices[written.unit] = first_index
             total += written.num_images
-        base += written.num_images
+        first_index += written.num_images
 
     def move(number: int) -> tuple[int, int]:
         written = journal.written(number)
-        journal.write_done(shard.move(journal.dest, written, bases[number]))
+        journal.write_done(shard.move(journal.dest, written, first_indices[number]))
         return written.num_images, 0
 
-    _show(_each(list(bases), move, config), "Renumbering", 0, total)
+    _show_progress(_run_tasks(list(first_indices), move, config), "Renumbering", 0, total)
 
 
-def _each(
+def _run_tasks(
     numbers: list[int], work: Callable[[int], tuple[int, int]], config: IngestConfig
 ) -> Iterator[tuple[int, int]]:
-    """Do the work for every number in tasks of their own; yield (images, bad) as each is done.
+    """Do the work for every number in a separate task; yield (images, bad) as each task ends.
 
     Raises:
         UserError: a task raised one.
@@ -232,7 +232,7 @@ def _each(
     if not numbers:
         return
     tasks = ray.data.range(len(numbers), override_num_blocks=len(numbers)).map_batches(
-        partial(_run, numbers=numbers, work=work), batch_size=None, num_cpus=config.cpus_per_task
+        partial(_run_task, numbers=numbers, work=work), batch_size=None, num_cpus=config.cpus_per_task
     )
     tasks.context.enable_progress_bars = False
     for row in tasks.iter_rows():
@@ -241,7 +241,9 @@ def _each(
         yield row["images"], row["bad"]
 
 
-def _run(batch: dict[str, Any], numbers: list[int], work: Callable[[int], tuple[int, int]]) -> dict[str, Any]:
+def _run_task(
+    batch: dict[str, Any], numbers: list[int], work: Callable[[int], tuple[int, int]]
+) -> dict[str, Any]:
     """Run one Ray Data task. A UserError is returned as a value: an exception would arrive wrapped, or be retried."""
     rows = []
     for i in batch["id"]:
@@ -335,13 +337,13 @@ def _nothing_decoded(name: str, what: str, reasons: list[str], journal: Journal)
     if not dest.list():
         dest.delete()
     return UserError(
-        f"None of the {what} of {shown(name)!r} can be decoded. The first: {'; '.join(reasons)}. "
+        f"None of the {what} of {printable(name)!r} can be decoded. The first: {'; '.join(reasons)}. "
         "Nothing was written."
     )
 
 
-def _show(steps: Iterable[tuple[int, int]], doing: str, done: int, total: int) -> None:
-    """Take all steps of work, and show what is done after each.
+def _show_progress(steps: Iterable[tuple[int, int]], doing: str, done: int, total: int) -> None:
+    """Run all steps of work, and show the progress after each.
 
     Args:
         steps: (images written, images that could not be decoded) of each.

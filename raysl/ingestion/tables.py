@@ -18,7 +18,7 @@ import pyarrow.json as pajson
 import pyarrow.parquet as pq
 
 from raysl.errors import UserError
-from raysl.ingestion.found import shown
+from raysl.ingestion.found import printable
 from raysl.storage import filesystem, retry
 
 TEXT = (".csv", ".tsv", ".jsonl", ".ndjson")
@@ -97,7 +97,8 @@ def opened(root: str, path: str) -> Iterator[Table]:
     except (pa.ArrowException, OSError, OverflowError) as error:
         kind = "Parquet file" if name.endswith(".parquet") else "table"
         raise UserError(
-            f"Cannot read the {kind} {shown(place)!r}: {error}. Download or copy it again, then run the same command."
+            f"Cannot read the {kind} {printable(place)!r}: {error}. Download or copy it again, then run the same "
+            "command."
         ) from error
 
 
@@ -117,8 +118,8 @@ def _checked(table: Table, place: str) -> Table:
 def _check_names(names: list[str], place: str) -> None:
     if twice := sorted({name for name in names if names.count(name) > 1}):
         raise UserError(
-            f"The table {shown(place)!r} has several columns called {twice[0]!r}. Rename them, so that each has a name "
-            "of its own."
+            f"The table {printable(place)!r} has several columns called {twice[0]!r}. Rename them, so that each has a "
+            "name of its own."
         )
 
 
@@ -147,7 +148,7 @@ def read_table(data: bytes, path: str) -> pa.Table:
         return table.cast(without_views(table.schema))
     except (pa.ArrowException, OSError, UnicodeDecodeError) as error:
         raise UserError(
-            f"Cannot read the table {shown(path)!r}: {error}. Correct it or remove it."
+            f"Cannot read the table {printable(path)!r}: {error}. Correct it or remove it."
         ) from error
 
 
@@ -213,8 +214,8 @@ def _parquet(stream: Any, place: str) -> Table:
             1 << 28
         ):
             raise UserError(
-                f"The Parquet file {shown(place)!r} unpacks {packed:,} bytes to {group.total_byte_size:,} in one row "
-                "group, which may not fit into memory. Write it again with smaller row groups."
+                f"The Parquet file {printable(place)!r} unpacks {packed:,} bytes to {group.total_byte_size:,} in one "
+                "row group, which may not fit into memory. Write it again with smaller row groups."
             )
         groups.append((group.num_rows, group.total_byte_size))
     return Table(file.schema_arrow, groups, file)

@@ -19,7 +19,7 @@ from typing import Any
 import pyarrow as pa
 
 from raysl.errors import UserError
-from raysl.ingestion.found import shown
+from raysl.ingestion.found import printable
 from raysl.storage import filesystem, retry
 
 # How compressed files begin, and how they are opened.
@@ -109,8 +109,10 @@ def members(root: str, path: str) -> Iterator[tuple[tarfile.TarInfo, Any]]:
 
 def _damaged(root: str, path: str, count: int, last: str, error: BaseException) -> UserError:
     """Return the error for an archive that is damaged after `count` members, of which `last` is the last."""
-    where = f"after {count} members, the last of which is {shown(last)!r}" if count else "at its beginning"
+    where = (
+        f"after {count} members, the last of which is {printable(last)!r}" if count else "at its beginning"
+    )
     return UserError(
-        f"The archive {shown(f'{root}/{path}'.rstrip('/'))!r} is damaged {where}: {error}. Nothing of it is used. "
+        f"The archive {printable(f'{root}/{path}'.rstrip('/'))!r} is damaged {where}: {error}. Nothing of it is used. "
         "Download or copy it again, then run the same command."
     )

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from raysl.ingestion.found import shown
+from raysl.ingestion.found import printable
 from raysl.ingestion.listing import Survey, kind_of
 
 _AS_FOLDER = "write its images as files in class folders, or as Parquet with the columns image and label"
@@ -61,7 +61,7 @@ def refusal(uri: str, survey: Survey | None, recognised: bool) -> str:
         if log := next((log for log in _LOGS if any(log in at.split("/") for at in survey.folders)), ""):
             return f"holds {log}/, so it is {_LOGS[log]} {_AS_FOLDER}"
         path = next((path for path in survey.examples.values() if _suffix(path) in _FORMS), "")
-        return f"holds {shown(path)}, {_FORMS[_suffix(path)]}" if path and not recognised else ""
+        return f"holds {printable(path)}, {_FORMS[_suffix(path)]}" if path and not recognised else ""
     if recognised:
         return ""
     if what := (_FORMS | _LISTS).get(_suffix(uri)):

@@ -1,4 +1,4 @@
-"""Ingest as a whole: indices, ledger, fingerprint, interruption, refusals."""
+"""Ingest as a whole: indices, bad images, fingerprint, interruption, refusals."""
 
 from __future__ import annotations
 
@@ -212,14 +212,14 @@ def test_two_ingests_into_one_place_do_not_delete_what_one_has_finished(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     source, out = photos(tmp_path / "in"), tmp_path / "out"
-    move = pipeline._move_all
+    move = pipeline._renumber_all
 
     def another_finishes_first(journal: Journal, *others: Any) -> None:
         move(journal, *others)
-        monkeypatch.setattr(pipeline, "_move_all", move)
+        monkeypatch.setattr(pipeline, "_renumber_all", move)
         ingest(source, out)
 
-    monkeypatch.setattr(pipeline, "_move_all", another_finishes_first)
+    monkeypatch.setattr(pipeline, "_renumber_all", another_finishes_first)
     assert "another process" in refused(source, out)
     assert DataSet.open(str(out)).read(np.arange(7)).num_rows == 7
 

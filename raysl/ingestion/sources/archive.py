@@ -23,7 +23,7 @@ from typing import Any
 
 from raysl.errors import UserError
 from raysl.ingestion import labels, layout, metadata, tar, video
-from raysl.ingestion.found import LeftOut, shown
+from raysl.ingestion.found import LeftOut, printable
 from raysl.ingestion.listing import ARCHIVE, IMAGE, VIDEO, File, Survey, kind_of, stamp
 from raysl.ingestion.members import MOST_BYTES, Listing, Member, plain
 from raysl.ingestion.sources import (
@@ -66,7 +66,7 @@ def recognise(place: Place) -> Confidence:
 
 
 def _list(place: Place, path: str) -> Listing:
-    name = shown(path or place.uri)
+    name = printable(path or place.uri)
     with tar.opened(place.uri, path) as (_, packed):
         if packed == "zip":
             return _list_zip(place, path)
@@ -79,14 +79,14 @@ def _list(place: Place, path: str) -> Listing:
 
 
 def _list_zip(place: Place, path: str) -> Listing:
-    listing = Listing(path, "zip", shown(path or place.uri))
+    listing = Listing(path, "zip", printable(path or place.uri))
     with _opened_zip(place.uri, path) as archive:
         for info in archive.infolist():
             if info.is_dir():
                 continue
             if info.flag_bits & 1:
                 raise UserError(
-                    f"The archive {shown(path or place.uri)!r} is encrypted. Unpack it and ingest the folder."
+                    f"The archive {printable(path or place.uri)!r} is encrypted. Unpack it and ingest the folder."
                 )
             linked = (info.external_attr >> 16) & 0o170000 == 0o120000
             member = Member(info.filename, -1, info.file_size)
@@ -107,7 +107,7 @@ def _opened_zip(root: str, path: str) -> Iterator[zipfile.ZipFile]:
             yield archive
     except (*_ZIP_DAMAGE, OSError, ValueError) as error:  # Arrow's streams raise ValueError at a false place.
         raise UserError(
-            f"Cannot read the archive {shown(f'{root}/{path}'.rstrip('/'))!r}: {error}. Download or copy it again, "
+            f"Cannot read the archive {printable(f'{root}/{path}'.rstrip('/'))!r}: {error}. Download or copy it again, "
             "then run the same command."
         ) from error
 
@@ -165,7 +165,7 @@ class Source:
         self.found.labels = "; ".join(filter(None, (found.labels, why or no_label)))
         if self._in_members:
             self.found.layout = f"{_count(listings)}: samples with labels (WebDataset)"
-            self.found.labels = f"the .cls or .json of each sample, as {shown(example)}"
+            self.found.labels = f"the .cls or .json of each sample, as {printable(example)}"
         elif len(listings) > 1 and found.labels.startswith("none"):
             self.found.labels += (
                 f"; the names of the archives, as {listings[0].name}, are not taken for classes"
@@ -259,7 +259,7 @@ class Source:
                 yield Unit(len(taken), spec)
         by_name = not self._in_members and self._class_of is None
         if not by_name and (why := classes.why_none()):
-            self.found.labels = f"none, although they are {self.found.labels}: {shown(why)}"
+            self.found.labels = f"none, although they are {self.found.labels}: {printable(why)}"
         else:
             self.found.classes = dict(sorted(classes.counts.items())) if by_name else classes.ordered()
 
@@ -296,7 +296,9 @@ def _take_fields(listing: Listing) -> None:
     for stem, label in list(listing.classes.items()):
         sample = _key(f"{stem}.", first_dot=True)[0]
         if sample != stem and listing.classes.setdefault(sample, label) != label:
-            listing.unusable[sample] = f"{shown(sample)} has several labels, one of them in {shown(stem)}"
+            listing.unusable[sample] = (
+                f"{printable(sample)} has several labels, one of them in {printable(stem)}"
+            )
 
 
 def read(unit: Unit) -> Iterator[Row]:
@@ -306,7 +308,7 @@ def read(unit: Unit) -> Iterator[Row]:
     contents = {"zip": _read_zip, "stream": _read_stream, "tar": _read_tar}[spec["how"]]
     rows = contents(spec["root"], spec["path"], images)
     for image, label, data in zip(images, spec["labels"], rows, strict=True):
-        row = Row(None, label, shown(f"{archive}/{image.name}"))
+        row = Row(None, label, printable(f"{archive}/{image.name}"))
         row = row._replace(image=data) if isinstance(data, bytes) else row._replace(reason=data)
         sampling = spec.get("sampling")
         yield from video.clips(row, video.Sampling(*sampling)) if sampling else [row]
@@ -319,8 +321,8 @@ def _read_tar(root: str, path: str, images: list[Member]) -> Iterator[bytes | st
             data = bytes(stream.read(image.size))
             if len(data) < image.size:
                 raise UserError(
-                    f"The archive {shown(f'{root}/{path}'.rstrip('/'))!r} ends inside of {shown(image.name)!r}, "
-                    "although it was whole when it was listed. Run the same command again."
+                    f"The archive {printable(f'{root}/{path}'.rstrip('/'))!r} ends inside of "
+                    f"{printable(image.name)!r}, although it was whole when it was listed. Run the same command again."
                 )
             yield data
 

@@ -16,7 +16,7 @@ from typing import Any
 
 from raysl.errors import UserError
 from raysl.ingestion import layout, metadata, video
-from raysl.ingestion.found import LeftOut, shown
+from raysl.ingestion.found import LeftOut, printable
 from raysl.ingestion.labels import Classes
 from raysl.ingestion.listing import VIDEO, File, Survey, files_below, kind_of, read_bytes
 from raysl.ingestion.sources import Confidence, Place, Row, Unit, UnitSize, choose_split, in_units
@@ -92,7 +92,7 @@ class Source:
         if self._layout.class_of is None:
             self.found.classes = dict(sorted(classes.counts.items()))
         elif why := classes.why_none():
-            self.found.labels = f"none, although they are {self.found.labels}: {shown(why)}"
+            self.found.labels = f"none, although they are {self.found.labels}: {printable(why)}"
         else:
             self.found.classes = classes.ordered()
 
@@ -125,7 +125,7 @@ def read(unit: Unit) -> Iterator[Row]:
             )
             for path, image in zip(chain(*few[start : start + _READERS]), chain(*loaded), strict=True):
                 reason = image if isinstance(image, str) else ""
-                yield Row(None if reason else image, next(labels), shown(path), reason)  # type: ignore[arg-type]
+                yield Row(None if reason else image, next(labels), printable(path), reason)  # type: ignore[arg-type]
 
 
 def _load(root: str, path: str) -> bytes | str:
@@ -135,15 +135,19 @@ def _load(root: str, path: str) -> bytes | str:
     except (FileNotFoundError, PermissionError) as error:
         return f"cannot be read: {type(error).__name__}"
     except OSError as error:
-        raise UserError(f"Cannot read {root}/{shown(path)}: {error}. Run the same command again.") from error
+        raise UserError(
+            f"Cannot read {root}/{printable(path)}: {error}. Run the same command again."
+        ) from error
     return f"is larger than {_MOST_BYTES >> 20} MB" if len(data) > _MOST_BYTES else data
 
 
 def _clips(root: str, path: str, label: str | None, sampling: video.Sampling) -> Iterator[Row]:
-    row = Row(None, label, shown(path))
+    row = Row(None, label, printable(path))
     try:
         yield from video.clips(row, sampling, partial(Folder(root).open, path))
     except (FileNotFoundError, PermissionError) as error:
         yield row._replace(reason=f"cannot be read: {type(error).__name__}")
     except OSError as error:
-        raise UserError(f"Cannot read {root}/{shown(path)}: {error}. Run the same command again.") from error
+        raise UserError(
+            f"Cannot read {root}/{printable(path)}: {error}. Run the same command again."
+        ) from error

@@ -19,7 +19,7 @@ import pyarrow.compute as pc
 
 from raysl.errors import UserError
 from raysl.ingestion import labels, tables, video
-from raysl.ingestion.found import listed, shown
+from raysl.ingestion.found import listed, printable
 from raysl.ingestion.listing import ARCHIVE, IMAGE, TABLE, VIDEO, File, kind_of, read_bytes, stamp
 from raysl.ingestion.sources import Confidence, Place, Row, Unit, UnitSize, files_ending, in_units, read_split
 from raysl.storage import Folder
@@ -183,8 +183,9 @@ class Source:
                                 place = posixpath.normpath(posixpath.join(folder, place))
                             if place in seen:
                                 raise UserError(
-                                    f"The table {self._where(file)!r} names the file {shown(name)!r} in several rows. "
-                                    "A data set holds an image once and with one class: keep one row for each file."
+                                    f"The table {self._where(file)!r} names the file {printable(name)!r} in several "
+                                    "rows. A data set holds an image once and with one class: keep one row for each "
+                                    "file."
                                 )
                             seen.add(place)
 
@@ -198,8 +199,8 @@ class Source:
                 "--labels none was given"
                 if self._place.config.labels == "none"
                 else (
-                    f"no column of {shown(self._where(self._files[0]))} is named like a label; its columns are {names} "
-                    "(--label-column names one)"
+                    f"no column of {printable(self._where(self._files[0]))} is named like a label; its columns are "
+                    f"{names} (--label-column names one)"
                 )
             )
             self.found.labels = f"none, because {asked}"
@@ -220,7 +221,7 @@ class Source:
                     f"The column {column!r}, which --label-column names, {error}. Name another, or use --labels none."
                 ) from error
             self.found.labels = (
-                f"none, because the column {column!r} of {shown(self._where(self._files[0]))} {error}"
+                f"none, because the column {column!r} of {printable(self._where(self._files[0]))} {error}"
             )
             return False
         if len(kinds) > 1:
@@ -231,9 +232,9 @@ class Source:
             )
         classes.names = list(dict.fromkeys(name for columns in self._columns for name in columns.names or ()))
         if why := classes.why_none():
-            self.found.labels = f"none, although there is a column {column!r}: {shown(why)}"
+            self.found.labels = f"none, although there is a column {column!r}: {printable(why)}"
             return False
-        self.found.labels = f"the column {column!r} of {shown(self._where(self._files[0]))}"
+        self.found.labels = f"the column {column!r} of {printable(self._where(self._files[0]))}"
         self.found.classes = classes.ordered()
         return True
 
@@ -368,19 +369,24 @@ def _from_file(spec: dict[str, Any], name: str | None, label: str | None) -> Row
         return Row(
             None,
             label,
-            f"{shown(name[:40])}...",
+            f"{printable(name[:40])}...",
             "is no name of a file: write images in Base64 as bytes first",
         )
     if name.startswith(("http://", "https://")):
         return Row(
-            None, label, shown(name), "is on the web: download the images first, for example with img2dataset"
+            None,
+            label,
+            printable(name),
+            "is on the web: download the images first, for example with img2dataset",
         )
     name = tables.normal(name)
     outside = name.startswith(("/", "../")) or "://" in name or "\0" in name
     if outside and not spec["follow_links"]:
-        return Row(None, label, shown(name), "lies outside of the table's folder: --follow-links reads it")
+        return Row(
+            None, label, printable(name), "lies outside of the table's folder: --follow-links reads it"
+        )
     folder = _folder_of(spec["root"], spec["path"])
     try:
-        return Row(read_bytes("" if name.startswith("/") else folder, name), label, shown(name))
+        return Row(read_bytes("" if name.startswith("/") else folder, name), label, printable(name))
     except (FileNotFoundError, PermissionError, NotADirectoryError, IsADirectoryError, ValueError) as error:
-        return Row(None, label, shown(name), f"cannot be read: {type(error).__name__}")
+        return Row(None, label, printable(name), f"cannot be read: {type(error).__name__}")
