@@ -197,13 +197,13 @@ def features(
     settings = configure(Config, config, {**given(data=data, out=out), **fields})
     check_source(settings.data)
     from raysl.extraction import check_layers, encoder_by_name
-    from raysl.extraction.features import make
+    from raysl.extraction.features import compute_features
 
     source = encoder_by_name(uri(checkpoint), settings.backbone, settings.seed)
     check_layers(source, (settings.layer,))
     dataset(settings.data)
     start_ray(settings.out)
-    return make(uri(checkpoint), settings)
+    return compute_features(uri(checkpoint), settings)
 
 
 @console.announced

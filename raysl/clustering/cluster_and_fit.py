@@ -19,7 +19,7 @@ from raysl.clustering import lloyd
 from raysl.clustering.options import Init, KMeansConfig
 from raysl.config import Pretraining
 from raysl.errors import UserError
-from raysl.extraction.features import MAX_COMPONENTS, FeaturesConfig, make
+from raysl.extraction.features import MAX_COMPONENTS, FeaturesConfig, compute_features
 from raysl.fields import Bounds, check
 from raysl.run import Run
 from raysl.storage import Folder
@@ -81,7 +81,7 @@ def clusterfit(config: ClusterfitConfig, student: Pretraining) -> Run:
         The run of the last student. Its metadata names teacher, K, objective and fingerprint.
 
     Raises:
-        UserError: see `extraction.make`, `lloyd.fit` and `pretrain`.
+        UserError: see `extraction.compute_features`, `lloyd.fit` and `pretrain`.
     """
     teacher, backbone = config.teacher, config.teacher_backbone
     for number in range(1, config.rounds + 1):
@@ -95,7 +95,7 @@ def clusterfit(config: ClusterfitConfig, student: Pretraining) -> Run:
             pca=config.pca,
             backbone=backbone,
         )
-        store = make(teacher, features_config)
+        store = compute_features(teacher, features_config)
         clusters = lloyd.fit(str(store.folder), config.clustering(student.seed), str(folder / "clusters"))
         student_config = replace(
             student,

@@ -14,7 +14,7 @@ from raysl.extraction.encoders import (
     view_size,
 )
 from raysl.extraction.feature_tasks import FeatureProtocol, actor_resources, extract_all
-from raysl.extraction.features import FeaturesConfig, make
+from raysl.extraction.features import FeaturesConfig, compute_features
 from raysl.extraction.heads import Heads, heads
 from raysl.extraction.inference import SETTINGS, FeatureExtractor, load
 from raysl.extraction.layers import Encode, EncodeMaps, feature_spec
@@ -42,6 +42,7 @@ __all__ = [
     "Weights",
     "actor_resources",
     "check_layers",
+    "compute_features",
     "encoder_by_name",
     "extract_all",
     "feature_spec",
@@ -49,7 +50,6 @@ __all__ = [
     "load",
     "load_maps",
     "load_reestimated",
-    "make",
     "stages",
     "untrained",
     "view_size",

@@ -70,7 +70,7 @@ class FeaturesConfig:
             )
 
 
-def make(checkpoint: str, config: FeaturesConfig) -> FeatureStore:
+def compute_features(checkpoint: str, config: FeaturesConfig) -> FeatureStore:
     """Compute the features of a data set, resume an interrupted pass, or return finished features.
 
     Memory does not grow with the number of images. `_features.json` in the folder describes the origin of the features.
@@ -105,14 +105,18 @@ def make(checkpoint: str, config: FeaturesConfig) -> FeatureStore:
 
 
 def _is_finished(folder: Folder, about: dict[str, Any]) -> bool:
-    """Compare the features in a folder with those that are wanted; in a new folder, write which are wanted."""
+    """Return True if a folder holds the wanted features, finished. In a new folder, write which features are wanted.
+
+    Raises:
+        UserError: the folder holds other features.
+    """
     finished = folder.exists(FINISHED)
     name = FINISHED if finished else STARTED
     if not folder.exists(name):
         write_record(folder, STARTED, about)
         return False
     found = read_record(folder, name, "Delete the folder and run the same command again.")
-    # Finished features stay valid with a later version; two halves by different versions would not match.
+    # Finished features stay valid in a later version of raysl; two halves from different versions would not match.
     compared = [key for key in about if not (finished and key == "code")]
     if differ := [key for key in compared if found.get(key) != about[key]]:
         raise UserError(
@@ -125,12 +129,12 @@ def _is_finished(folder: Folder, about: dict[str, Any]) -> bool:
 def _reduced(
     source: Encoder, dataset: DataSet, protocol: FeatureProtocol, config: FeaturesConfig, folder: Folder
 ) -> list[Part]:
-    """Compute features and their projection, by way of a folder of whole rows that is deleted at the end."""
+    """Compute whole rows into a folder, project them, and delete the folder."""
     layer = protocol.layers[0]
-    place = folder / _UNREDUCED
-    parts = compute(source, dataset, protocol, FeatureForm("float32", config.l2), place)
-    write_record(place, FINISHED, {"parts": parts})
-    whole = FeatureStore.open(str(place), layer)
+    whole_folder = folder / _UNREDUCED
+    parts = compute(source, dataset, protocol, FeatureForm("float32", config.l2), whole_folder)
+    write_record(whole_folder, FINISHED, {"parts": parts})
+    whole = FeatureStore.open(str(whole_folder), layer)
     try:
         if config.pca_of or folder.exists(pca.FILE):
             projection = pca.Projection.load(config.pca_of or str(folder))
@@ -150,7 +154,7 @@ def _reduced(
 
 
 def _teacher(checkpoint: str, source: Encoder) -> str:
-    """Return one line that names the network and identifies its weights."""
+    """Return a line that names the network and identifies its weights."""
     if isinstance(source, Trained):
         return f"{source.run.folder} step {source.checkpoint.step} crc32 {source.checkpoint.crc32():08x}"
     identity = source.identity()

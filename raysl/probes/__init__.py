@@ -302,24 +302,24 @@ def check_features(features_nd: Floats, kind: str) -> None:
         )
 
 
-def of_each_class(order_n: Integers, labels_n: Integers, most: Callable[[int], int]) -> Integers:
+def sample_each_class(order_n: Integers, labels_n: Integers, count_of: Callable[[int], int]) -> Integers:
     """Return some images of each class: int64, sorted indices.
 
     Args:
         order_n: int64 (n,), a random order of the images; the first of each class are taken.
         labels_n: int64 (n,).
-        most: number of images to take of a class, from the number that it has. A smaller number takes some of those of
-            a larger one.
+        count_of: returns the number of images to take of a class, from the number that it has. A smaller number takes
+            a subset of the images of a larger one.
     """
     taken = []
     for c in np.unique(labels_n):
         members = order_n[labels_n[order_n] == c]
-        taken.append(members[: most(len(members))])
+        taken.append(members[: count_of(len(members))])
     return np.sort(np.concatenate(taken))
 
 
-def presence(labels_n: Integers, classes: int) -> Integers:
-    """Return labels of either form (see `Labelled`) as int64 (n, classes)."""
+def multi_hot(labels_n: Integers, classes: int) -> Integers:
+    """Return labels of either form of `Labelled.labels_n` as int64 (n, classes)."""
     if labels_n.ndim == 2:
         return labels_n
     shown_nc: Integers = (labels_n[:, None] == np.arange(classes)).astype(np.int64)

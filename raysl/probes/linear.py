@@ -31,8 +31,8 @@ from raysl.ray_cluster import gpus
 from raysl.rng import ImageRng
 
 _BATCH = 256
-# The projection pays if there are fewer images than this share of the number of features.
-_FEW = 0.75
+# The projection saves time if there are fewer images for each feature than this.
+_MAX_IMAGES_PER_FEATURE = 0.75
 
 
 @dataclass(frozen=True)
@@ -120,28 +120,28 @@ class Linear:
         yield from accuracy_rows(rank_n, test_labels_n, solution.classes)
         yield Row("weight_decay", weight_decay)
 
-    def _optimum(self, train_nd: Tensor, labels_n: Tensor, fitted: int) -> tuple[float, Solution]:
+    def _optimum(self, train_nd: Tensor, labels_n: Tensor, num_fitted: int) -> tuple[float, Solution]:
         """Return the weight decay that is best on the held-out images (the stronger of equals), and the solution.
 
         Args:
             train_nd: standardised features.
             labels_n: int64 (n,).
-            fitted: number of images, the first ones, that are not held out.
+            num_fitted: number of images, the first ones, that are not held out.
         """
         fit = Fit(train_nd, int(labels_n.max()) + 1, self.config)
         strongest_first = sorted(self.config.weight_decays, reverse=True)
         best = solution = fit.zero()
-        chosen, most = strongest_first[0], -1
-        if fitted < len(labels_n) and int((labels_n[:fitted].bincount() > 0).sum()) > 1:
+        chosen, best_right = strongest_first[0], -1
+        if num_fitted < len(labels_n) and int((labels_n[:num_fitted].bincount() > 0).sum()) > 1:
             for weight_decay in strongest_first:
                 # Each fit starts from the previous solution.
-                solution = fit(train_nd[:fitted], labels_n[:fitted], weight_decay, solution)
-                right = int((rank(solution.scores(train_nd[fitted:]), labels_n[fitted:]) == 0).sum())
-                if right < most:
+                solution = fit(train_nd[:num_fitted], labels_n[:num_fitted], weight_decay, solution)
+                right = int((rank(solution.scores(train_nd[num_fitted:]), labels_n[num_fitted:]) == 0).sum())
+                if right < best_right:
                     # Weaker decays take longer and overfit more.
                     break
-                if right > most:
-                    chosen, most, best = weight_decay, right, solution
+                if right > best_right:
+                    chosen, best_right, best = weight_decay, right, solution
         return chosen, fit(train_nd, labels_n, chosen, best)
 
 
@@ -196,8 +196,8 @@ class Fit:
     def __call__(
         self, features_nd: Tensor, labels_n: Tensor, weight_decay: float, start: Solution
     ) -> Solution:
-        back_dd = self._coordinates(weight_decay)
-        point_dc = (back_dd @ start.weights_cd.T).requires_grad_()
+        upper_dd = self._coordinates(weight_decay)
+        point_dc = (upper_dd @ start.weights_cd.T).requires_grad_()
         bias_c = start.bias_c.clone().requires_grad_()
         solver = torch.optim.LBFGS(
             [point_dc, bias_c],
@@ -210,7 +210,7 @@ class Fit:
         )
 
         def current() -> Solution:
-            weights_dc = torch.linalg.solve_triangular(back_dd, point_dc, upper=True)
+            weights_dc = torch.linalg.solve_triangular(upper_dd, point_dc, upper=True)
             # Classes first: MKL takes 25 times as long for the gradient of weights (d, c).
             return Solution(weights_dc.T.contiguous(), bias_c)
 
@@ -260,7 +260,7 @@ def in_span(train_nd: Tensor, test_md: Tensor) -> tuple[Tensor, Tensor]:
         train_nd: (n, d), floating point.
         test_md: (m, d), of the same dtype. Its part outside of the span is lost; no such classifier depends on it.
     """
-    if len(train_nd) > _FEW * train_nd.shape[1]:
+    if len(train_nd) > _MAX_IMAGES_PER_FEATURE * train_nd.shape[1]:
         return train_nd, test_md
     basis_dn, _ = torch.linalg.qr(train_nd.T)
     return train_nd @ basis_dn, test_md @ basis_dn

@@ -17,7 +17,7 @@ import numpy as np
 from raysl import rng
 from raysl.errors import UserError
 from raysl.fields import Bounds
-from raysl.probes import Integers, Labelled, Row, Settings, check, of_each_class, presence
+from raysl.probes import Integers, Labelled, Row, Settings, check, multi_hot, sample_each_class
 from raysl.probes.svm import Doubles, fitted, one_solver, unit_rows
 
 
@@ -75,7 +75,7 @@ class Lowshot:
     def _predicted(self, train_nd: Doubles, labels_n: Integers, test_nd: Doubles) -> Integers:
         """Return int64 (n,): for each test image the class of the machine with the highest score."""
         classes = np.unique(labels_n)
-        sign_nc = 2 * presence(labels_n, int(classes[-1]) + 1)[:, classes] - 1
+        sign_nc = 2 * multi_hot(labels_n, int(classes[-1]) + 1)[:, classes] - 1
         with one_solver():
             scores = [fitted(train_nd, sign_nc[:, c], self.config.cost, test_nd) for c in range(len(classes))]
         best_n: Integers = classes[np.argmax(scores, axis=0)]
@@ -85,4 +85,4 @@ class Lowshot:
 def chosen(labels_n: Integers, k: int, sample: int) -> Integers:
     """Return int64 (k * classes,), sorted: k images of each class."""
     order_n = rng.generator("lowshot", sample).permutation(len(labels_n))
-    return of_each_class(order_n, labels_n, lambda count: k)
+    return sample_each_class(order_n, labels_n, lambda count: k)

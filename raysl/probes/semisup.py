@@ -22,7 +22,7 @@ from raysl.errors import UserError
 from raysl.extraction import NetworkEncoder
 from raysl.fields import Bounds
 from raysl.optim import OptimConfig
-from raysl.probes import Integers, Row, Subject, of_each_class
+from raysl.probes import Integers, Row, Subject, sample_each_class
 from raysl.probes._finetuning import FinetuningConfig, labels_of, measure
 from raysl.probes._task import InTask, run_tasks
 
@@ -87,7 +87,7 @@ class Semisup(InTask[Config]):
 def few(labels_n: Integers, share: float, seed: int) -> Integers:
     """Return int64, sorted: indices of a share of the images of each class, at least one."""
     order_n = rng.generator("semisup", seed).permutation(len(labels_n))
-    return of_each_class(order_n, labels_n, lambda count: max(1, round(share * count)))
+    return sample_each_class(order_n, labels_n, lambda count: max(1, round(share * count)))
 
 
 def _suffix(share: float) -> str:

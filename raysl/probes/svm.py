@@ -27,7 +27,7 @@ import torch
 from raysl import rng
 from raysl.errors import UserError, install
 from raysl.fields import Bounds
-from raysl.probes import Floats, Integers, Labelled, Row, Settings, check, presence
+from raysl.probes import Floats, Integers, Labelled, Row, Settings, check, multi_hot
 from raysl.probes.linear import in_span
 
 Doubles = npt.NDArray[np.float64]
@@ -71,8 +71,8 @@ class Svm:
         kept_n = np.sort(rng.generator("svm").permutation(len(train.labels_n))[: self.config.max_images])
         units = unit_rows(train.features_nd[kept_n]), unit_rows(test.features_nd)
         train_nd, test_nd = (one.numpy() for one in in_span(*map(torch.from_numpy, units)))
-        shown_nc = presence(train.labels_n, classes)[kept_n]
-        wanted_nc = presence(test.labels_n, classes)
+        shown_nc = multi_hot(train.labels_n, classes)[kept_n]
+        wanted_nc = multi_hot(test.labels_n, classes)
         judged = [c for c in range(classes) if (wanted_nc[:, c] == 1).any()]
         if not judged:
             raise UserError("No image of the test set shows a class. Give a test set with labels.")

@@ -11,7 +11,7 @@ import pytest
 
 from raysl.dataset import DataSet
 from raysl.errors import UserError
-from raysl.extraction import FeaturesConfig, FeatureStore, feature_tasks, features, make
+from raysl.extraction import FeaturesConfig, FeatureStore, compute_features, feature_tasks, features
 from raysl.feature_store.files import FINISHED, STARTED, part_file
 from tests.data import make_dataset
 
@@ -26,7 +26,7 @@ def dataset(tmp_path_factory: pytest.TempPathFactory) -> DataSet:
 @pytest.fixture(scope="module")
 def plain(ray_session: None, dataset: DataSet, tmp_path_factory: pytest.TempPathFactory) -> FeatureStore:
     """Features of the third stage with default options."""
-    return make("random", config(dataset, tmp_path_factory.mktemp("plain") / "f"))
+    return compute_features("random", config(dataset, tmp_path_factory.mktemp("plain") / "f"))
 
 
 def config(dataset: DataSet, out: Path, **changes: Any) -> FeaturesConfig:
@@ -46,7 +46,7 @@ def test_rows_by_index_with_their_origin(plain: FeatureStore, dataset: DataSet) 
 
 
 def test_half_precision_and_length(plain: FeatureStore, dataset: DataSet, tmp_path: Path) -> None:
-    made = make("random", config(dataset, tmp_path, dtype="float16", l2=True))
+    made = compute_features("random", config(dataset, tmp_path, dtype="float16", l2=True))
     expected = plain.load()
     expected /= np.linalg.norm(expected, axis=1, keepdims=True) + 1e-5
     np.testing.assert_allclose(made.load(), expected, rtol=2e-3, atol=1e-6)
@@ -56,7 +56,7 @@ def test_half_precision_and_length(plain: FeatureStore, dataset: DataSet, tmp_pa
 def test_components_and_projections_of_other_features(
     plain: FeatureStore, dataset: DataSet, tmp_path: Path
 ) -> None:
-    made = make("random", config(dataset, tmp_path / "a", pca=5)).load()
+    made = compute_features("random", config(dataset, tmp_path / "a", pca=5)).load()
     centred = plain.load() - plain.load().mean(axis=0)
     expected = np.linalg.svd(centred, full_matrices=False)
     np.testing.assert_allclose(
@@ -64,13 +64,13 @@ def test_components_and_projections_of_other_features(
     )
     assert not (tmp_path / "a" / "unreduced").exists()
     assert FeatureStore.open(str(tmp_path / "a")).has_paths
-    again = make("random", config(dataset, tmp_path / "b", pca_of=str(tmp_path / "a")))
+    again = compute_features("random", config(dataset, tmp_path / "b", pca_of=str(tmp_path / "a")))
     np.testing.assert_array_equal(again.load(), made)
     with pytest.raises(UserError, match="at most"):
-        make("random", config(dataset, tmp_path / "c", pca=200))
+        compute_features("random", config(dataset, tmp_path / "c", pca=200))
     assert not list((tmp_path / "c").iterdir())
     with pytest.raises(UserError, match="rows of 96 numbers and these have 48"):
-        make("random", config(dataset, tmp_path / "d", layer="res2", pca_of=str(tmp_path / "a")))
+        compute_features("random", config(dataset, tmp_path / "d", layer="res2", pca_of=str(tmp_path / "a")))
 
 
 def test_existing_parts_are_kept(
@@ -78,20 +78,20 @@ def test_existing_parts_are_kept(
 ) -> None:
     monkeypatch.setattr(feature_tasks, "_PART_IMAGES", 40)
     settings = config(dataset, tmp_path)
-    table = make("pixels", config(dataset, tmp_path, layer="pooled"))
+    table = compute_features("pixels", config(dataset, tmp_path, layer="pooled"))
     with pytest.raises(UserError, match=r"these differ: encoder, protocol"):
-        make("random", settings)
+        compute_features("random", settings)
     table.folder.delete(FINISHED)
     first, second = (table.folder / group.file for group in table.groups)
     Path(str(second)).unlink()
     written = Path(str(first)).stat().st_mtime_ns
     assert not table.folder.exists(FINISHED)
     assert table.folder.exists(STARTED)
-    again = make("pixels", config(dataset, tmp_path, layer="pooled"))
+    again = compute_features("pixels", config(dataset, tmp_path, layer="pooled"))
     assert Path(str(first)).stat().st_mtime_ns == written
     assert len(again.load()) == 80
     monkeypatch.setattr(features, "compute", None)
-    assert make("pixels", config(dataset, tmp_path, layer="pooled")) == again
+    assert compute_features("pixels", config(dataset, tmp_path, layer="pooled")) == again
 
 
 def test_options_that_exclude_each_other(dataset: DataSet, tmp_path: Path) -> None:

@@ -271,7 +271,7 @@ def test_a_bad_train_set_is_refused(name: str) -> None:
 @labelled_probe
 def test_images_of_several_classes_are_accepted_or_refused(name: str) -> None:
     def several(data: Labelled) -> Labelled:
-        return Labelled(data.features_nd, probes.presence(data.labels_n, 6), data.fingerprint)
+        return Labelled(data.features_nd, probes.multi_hot(data.labels_n, 6), data.fingerprint)
 
     rows_or_refusal(
         lambda: rows(name, several(blobs(100, 0)), several(blobs(60, 1))), "can show several classes"

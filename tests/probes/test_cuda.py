@@ -11,6 +11,7 @@ import torch
 from raysl.backbone.network import BackboneConfig
 from raysl.extraction.encoders import RandomBackbone
 from raysl.probes import Labelled, knn, linear
+from raysl.ray_cluster import gpus
 from tests.pretended_cuda import CUDA, OnDevice, pretended
 
 PROBES: dict[str, Any] = {
@@ -33,8 +34,7 @@ def test_a_probe_gives_the_results_of_the_cpu(name: str, tile: int, monkeypatch:
     monkeypatch.setattr(knn, "_TRAIN_TILE", tile)
     train, test = labelled(200, 0), labelled(60, 1)
     expected = {row.name: row.value for row in PROBES[name].run(train, test)}
-    for room in (knn, linear):
-        monkeypatch.setattr(room, "device", lambda: CUDA)
+    monkeypatch.setattr(gpus, "device", lambda: CUDA)
     with pretended() as counts:
         found = {row.name: row.value for row in PROBES[name].run(train, test)}
     assert counts.copies, "the features are copied to the device"

@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 
 from raysl.errors import UserError
-from raysl.probes import Labelled, presence, retrieval
+from raysl.probes import Labelled, multi_hot, retrieval
 
 
 def random_set(n: int, seed: int, fingerprint: str = "") -> Labelled:
@@ -63,7 +63,7 @@ def test_a_query_does_not_find_itself() -> None:
 def test_images_that_share_a_class_are_right() -> None:
     train, test = random_set(60, 0), random_set(30, 1)
     plain = values(train, test)
-    one, other = (Labelled(x.features_nd, presence(x.labels_n, 4)) for x in (train, test))
+    one, other = (Labelled(x.features_nd, multi_hot(x.labels_n, 4)) for x in (train, test))
     assert values(one, other) == plain
     one.labels_n[:, 0] = other.labels_n[:, 0] = 1
     assert values(one, other)["mAP"] == 1
