@@ -1,8 +1,8 @@
 """The functions of `import raysl`, one for each verb of the command line.
 
 Data may be given as a path, a URI, a name such as "shapes:1000", or a `DataSet`; a run as a path, a URI or a `Run`.
-What a configuration class holds may be given as keyword arguments, as an object of the class, or both, where the
-arguments win. Before it begins, a function raises a `UserError` for values, data or a machine that do not suit it.
+Give the fields of a configuration as keyword arguments, as an object of its class, or both; keyword arguments win.
+Every function first checks its values, the data and the machine, and raises a `UserError` if they do not fit.
 """
 
 from __future__ import annotations
@@ -85,9 +85,10 @@ def pretrain(
         data: images to learn from.
         run: folder of the run, a path or a URI.
         config: the whole configuration.
-        callbacks: code that follows the run; see `raysl.callbacks`.
+        callbacks: objects whose methods are called during the run; see `raysl.callbacks`.
         probe_every: steps between two evaluations of the run while it trains; 0 for none.
-        train, test, probes, local: data and probes of these evaluations; train in this process, without Ray.
+        train, test, probes: data and probes of these evaluations.
+        local: train in this process, without Ray.
         fields: fields of `Pretraining`, and by their names the configurations of the method's parts, as in
             `pirl={"temperature": 0.1}`. `backbone` may be a function or class that builds an `nn.Module` from
             normalised images (b, 3, s, s) to features (b, width); it must be importable.
@@ -119,7 +120,7 @@ def probe(
 
     Args:
         checkpoint: a run (its newest checkpoint), RUN/checkpoints/step-NNN, a file of weights, or "random".
-        train, test: labelled data that the probes learn from, and that they are scored on.
+        train, test: labelled data that the probes learn from, and labelled data that they are scored on.
         probes: names of probes; `raysl methods` lists them.
         layers: "all" is conv1, res2 to res5 and pooled.
         out: folder of the rows and features; by default that of the run. Required for weights.
@@ -132,12 +133,12 @@ def probe(
     Returns:
         A row for each number: its probe, layer, encoder, name and value.
     """
-    from raysl import probes as kinds
+    from raysl import probes as all_probes
     from raysl.backbone.network import BackboneConfig as Network
 
-    if strange := sorted(set(protocols) - set(probes)):
-        raise UserError(f"The argument {strange[0]!r} is neither one of `probe` nor one of {tuple(probes)}.")
-    configs = {name: configure(kinds.config_type(name), protocols.get(name), {}) for name in probes}
+    if extra := sorted(set(protocols) - set(probes)):
+        raise UserError(f"The argument {extra[0]!r} is neither one of `probe` nor one of {tuple(probes)}.")
+    configs = {name: configure(all_probes.config_type(name), protocols.get(name), {}) for name in probes}
     network = configure(Network, {"name": backbone} if isinstance(backbone, str) else backbone, {})
     check_source(train)
     check_source(test)
@@ -145,8 +146,8 @@ def probe(
     from raysl.extraction import Trained, encoder_by_name
 
     source = encoder_by_name(uri(checkpoint), network, seed)
-    evaluate.layers_of(source, layers)
-    sets = dataset(train), dataset(test)
+    evaluate.layers_of(source, layers)  # Raises UserError for an unknown layer.
+    data_sets = dataset(train), dataset(test)
     config = options.ProbeConfig(
         *(probes, layers),
         configs=configs,
@@ -155,15 +156,15 @@ def probe(
         image_size=image_size,
         seed=seed,
     )
-    evaluate.check_data(config.ready(), *sets)
+    evaluate.check_data(config.ready(), *data_sets)
     start_ray(config.out or (str(source.run.folder) if isinstance(source, Trained) else ""))
     title = f"{uri(checkpoint).rpartition('/')[2]} ({network.name})"
-    rows = evaluate.probe_encoder(source, title, *sets, config)
-    _draw_nearest(source, sets, config)
+    rows = evaluate.probe_encoder(source, title, *data_sets, config)
+    _draw_nearest(source, data_sets, config)
     return rows
 
 
-def _draw_nearest(source: Encoder, sets: tuple[DataSet, DataSet], config: ProbeConfig) -> None:
+def _draw_nearest(source: Encoder, data_sets: tuple[DataSet, DataSet], config: ProbeConfig) -> None:
     if "retrieval" not in config.probes:
         return
     from raysl.evaluation import evaluate
@@ -171,8 +172,8 @@ def _draw_nearest(source: Encoder, sets: tuple[DataSet, DataSet], config: ProbeC
     from raysl.reporting import retrieval_grid
 
     size = config.image_size or view_size(source)
-    drawn = evaluate.frozen_encoder(source, sets[0], size, config.bn_statistics)
-    grid = retrieval_grid.draw(evaluate.folder_of(source, config), drawn, *sets, size)
+    drawn = evaluate.frozen_encoder(source, data_sets[0], size, config.bn_statistics)
+    grid = retrieval_grid.draw(evaluate.folder_of(source, config), drawn, *data_sets, size)
     _log.info("Nearest images of some test images: %s", grid)
 
 
@@ -222,7 +223,7 @@ def cluster(
         features: a folder that `features` made.
         k: number of clusters.
         out: folder of the result; by default one inside the features, named by the configuration.
-        config: what is computed.
+        config: configuration of the clustering.
         assign: more features, such as those of validation images, that get the nearest of the same centroids.
         fields: fields of `KMeansConfig`.
     """
@@ -233,7 +234,7 @@ def cluster(
     settings = configure(Config, config, {**given(k=k), **fields})
     done = lloyd.fit(uri(features), settings, os.fspath(out))
     for more in map(uri, assign):
-        # Named after the whole place: many folders of features are called "features".
+        # Named after the whole path, because many folders of features are called "features".
         name = re.sub(r"\W+", "-", more).strip("-")
         table = lloyd.assign(done, more, str(done.folder / f"assignments-{name}.parquet"), settings)
         _log.info("The clusters of %s are in %s.", more, table)
@@ -255,8 +256,8 @@ def clusterfit(
     Args:
         teacher: a run, RUN/checkpoints/step-NNN, a file of weights, or "random".
         data: the images, for teacher and student.
-        run: folder of everything that is made.
-        config: of teacher and clusters.
+        run: folder of all results.
+        config: configuration of the teacher and of the clusters.
         student: configuration of the student, or fields of `Pretraining`.
         fields: fields of `ClusterfitConfig`, such as `k`.
 
@@ -298,8 +299,8 @@ def sweep(
     """
     from raysl.tuning.config import SweepConfig as Config
 
-    places = {name: fields[name] for name in ("train", "validation") if name in fields}
-    settings = configure(Config, config, {**fields, **given(test=test, out=out, vary=vary, **places)})
+    labelled_data = {name: fields[name] for name in ("train", "validation") if name in fields}
+    settings = configure(Config, config, {**fields, **given(test=test, out=out, vary=vary, **labelled_data)})
     from raysl.tuning import preparation
     from raysl.tuning import sweep as tuning
 
@@ -316,19 +317,19 @@ def report(
     config: ReportConfig | None = None,
     **fields: Any,
 ) -> str:
-    """Write one page about a sweep, or about runs side by side, and return its place.
+    """Write one page about a sweep, or about runs side by side, and return its path or URI.
 
     Args:
-        folders: of one sweep, finished or not; or runs.
+        folders: the folder of one sweep, finished or not; or folders of runs.
         config, fields: the configuration; see `ReportConfig`.
     """
     from raysl import reporting
 
-    several = isinstance(folders, Sequence) and not isinstance(folders, str)
-    places = [uri(one) for one in (folders if several else [folders])]  # type: ignore[union-attr]
-    if not places:
+    is_list = isinstance(folders, Sequence) and not isinstance(folders, str)
+    uris = [uri(folder) for folder in (folders if is_list else [folders])]  # type: ignore[union-attr]
+    if not uris:
         raise UserError("No folder is given. Name a sweep or runs: `raysl report runs/*`.")
-    return f"{reporting.report(places, configure(reporting.ReportConfig, config, fields))}/index.html"
+    return f"{reporting.report(uris, configure(reporting.ReportConfig, config, fields))}/index.html"
 
 
 @console.announced
@@ -368,6 +369,7 @@ def views(
         raise UserError(f"The picture {str(out)!r} is not a PNG file. Give --out a name that ends in .png.")
     if images < 1:
         raise UserError(f"images is {images}; it must be at least 1.")
+    # Nothing is trained, so a run that the caller names is not used.
     fields = {name: value for name, value in fields.items() if name != "run"}
     settings = run_config(data, "-", config, fields, workers=False)
     opened = dataset(settings.data)
