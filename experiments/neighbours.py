@@ -49,7 +49,7 @@ def main(flags: NeighbourFlags) -> None:
     size, cache = flags.image_size, Folder(flags.runs) / "features"
     grids = retrieval_grid.grids(encoders, train, test, size, cache, flags.count, flags.k)
     for source, grid in zip(last, grids[1:], strict=True):
-        retrieval_grid.keep(grid, source.run.folder, source, train, test)
+        retrieval_grid.save(grid, source.run.folder, source, train, test)
     named = dict(zip(["untrained", *flags.methods], grids, strict=True))
     Folder(flags.out).write("neighbours.png", pictures.png(retrieval_grid.side_by_side(named)))
     reported(runs, flags, ["retrieval"])

@@ -47,8 +47,10 @@ def grids(
     own = chosen if train.manifest.fingerprint == test.manifest.fingerprint else None
     k = min(k, train.num_images - (own is not None))
     made = []
-    for gallery, asked in zip(found[::2], found[1::2], strict=True):
-        cosine_qk, index_qk = nearest(asked[_LAYER].load()[chosen], gallery[_LAYER].load(), k, own)
+    for train_features, test_features in zip(found[::2], found[1::2], strict=True):
+        cosine_qk, index_qk = nearest(
+            test_features[_LAYER].load()[chosen], train_features[_LAYER].load(), k, own
+        )
         made.append(pictures.neighbours_grid(test, train, chosen, index_qk, cosine_qk))
     return made
 
@@ -56,18 +58,18 @@ def grids(
 def draw(folder: Folder, source: Encoder, train: DataSet, test: DataSet, image_size: int) -> str:
     """Draw the grid of one encoder into the folder of its rows and return its path. See `grids`."""
     (grid,) = grids([source], train, test, image_size, folder / "features")
-    return keep(grid, folder, source, train, test)
+    return save(grid, folder, source, train, test)
 
 
-def keep(grid: Image.Image, folder: Folder, source: Encoder, train: DataSet, test: DataSet) -> str:
+def save(grid: Image.Image, folder: Folder, source: Encoder, train: DataSet, test: DataSet) -> str:
     """Write a grid into the folder of an encoder's rows, where a report looks for it, and return its path."""
     step = source.identity().get("step", 0)
-    file = name(step, train.manifest.fingerprint, test.manifest.fingerprint)
+    file = grid_name(step, train.manifest.fingerprint, test.manifest.fingerprint)
     (folder / GRIDS).write(file, pictures.png(grid))
     return str(folder / GRIDS / file)
 
 
-def name(step: int, train: str, test: str) -> str:
+def grid_name(step: int, train: str, test: str) -> str:
     """Return the file name of a grid: the step and the fingerprints of the train and test sets."""
     return file_name(f"step-{step}-train-{train[:8]}-test-{test[:8]}") + ".png"
 

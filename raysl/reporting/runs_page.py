@@ -144,7 +144,7 @@ def _grids(gathered: Sequence[Group]) -> Iterator[Figure]:
 
 
 def _newest(names: Sequence[str]) -> list[str]:
-    """Return the grid of the newest step for each pair of data sets. See `raysl.reporting.retrieval_grid.name`."""
+    """Return the grid of the newest step for each pair of data sets. See `raysl.reporting.retrieval_grid.grid_name`."""
     steps: dict[str, int] = {}
     for grid in filter(None, (re.fullmatch(r"step-(\d+)(-.+\.png)", name) for name in names)):
         steps[grid[2]] = max(steps.get(grid[2], 0), int(grid[1]))

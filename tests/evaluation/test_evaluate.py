@@ -161,7 +161,7 @@ def test_rows_are_kept_though_a_later_probe_fails(
 def test_a_retrieval_grid_has_a_name_of_its_own() -> None:
     one, other = "1" * 32, "2" * 32
     asked = [(5, one, other), (9, one, other), (5, one, one), (5, other, other)]
-    assert len({retrieval_grid.name(*each) for each in asked}) == 4
+    assert len({retrieval_grid.grid_name(*each) for each in asked}) == 4
 
 
 def with_classes(dataset: DataSet, *classes: str) -> DataSet:
@@ -215,7 +215,7 @@ def test_retrieval_draws_a_grid_of_its_nearest_images(
     ):
         command([name, "--train", train, "--test", test, "--probes", "retrieval", *flags])
         step = {row["step"] for row in rows_of(Run(folder)) if row["encoder"] in ("trained", name)}
-        grid = retrieval_grid.name(step.pop(), *prints)
+        grid = retrieval_grid.grid_name(step.pop(), *prints)
         with Image.open(BytesIO((folder / retrieval_grid.GRIDS).read(grid))) as picture:
             assert min(picture.size) > 100
 

@@ -124,7 +124,7 @@ def test_the_page_has_all_parts_and_equal_runs_give_equal_bytes(tmp_path: Path, 
 def test_only_the_newest_retrieval_grid_is_shown(runs: list[str]) -> None:
     grids = Folder(runs[0]) / retrieval_grid.GRIDS
     for step, test in ((2, "b"), (5, "b"), (2, "c")):
-        grids.write(retrieval_grid.name(step, "a", test), b"PNG")
+        grids.write(retrieval_grid.grid_name(step, "a", test), b"PNG")
     page = report(runs[0], ReportConfig(images=0)).read("index.html").decode()
     shown = [f"step-{step}-train-a-test-{test}" in page for step, test in ((2, "b"), (5, "b"), (2, "c"))]
     assert shown == [False, True, True]
