@@ -298,16 +298,23 @@ def _kmeans(flags: Flags, data: Mapping[int, Path], scratch: Path) -> Iterator[R
             yield {"arm": name, "ratio": found[name]}
 
 
+_START = """In "second run of a process", the same Python process trains again; its CPU time is not measured. "whole"
+measures a command from its start to its end."""
+_KMEANS = """raysl, faiss and sklearn compute all distances; matmul is only the matrix product of the distances; whole is
+the mean iteration of a complete clustering by raysl, which skips most distances."""
+
+
 def page(rows: Sequence[Row]) -> str:
     """Return a Markdown page with the medians of all rows."""
     rounds = 1 + max(row["round"] for row in rows)
     loads = [row["load"] for row in rows]
     lines = [
-        "# Speed beside other programs\n",
+        "# Speed compared with other programs\n",
         "    make bench\n",
         f"{rounds} rounds on {os.cpu_count()} cores ({platform.machine()}, Python {platform.python_version()}), load",
-        f"average {min(loads):.1f} to {max(loads):.1f}. Medians, and in brackets the range. CPU seconds are those of",
-        "the whole tree of processes; ratios are of the same round. `benchmarks/speed.py` says what each line does.\n",
+        f"average {min(loads):.1f} to {max(loads):.1f}. Cells are medians, with the range in brackets. CPU time is",
+        "that of a program with all its child processes; ratios are of the same round. `benchmarks/speed.py` has",
+        "the programs.\n",
     ]
     start = [row for row in rows if row["part"] == "start"]
     if start:
@@ -317,6 +324,7 @@ def page(rows: Sequence[Row]) -> str:
             "wall seconds",
             "processes",
             "memory, GB",
+            note=_START,
         )
         for name, found in _by(start, "arm").items():
             cells = [_spread(found, key, 1) for key in ("cpu_s", "wall_s", "processes", "memory_gb")]
@@ -324,7 +332,7 @@ def page(rows: Sequence[Row]) -> str:
         lines.append("")
     for side, of_side in _by([row for row in rows if row["part"] == "stream"], "side").items():
         title = f"Stream: two views of each image, {side} pixels"
-        lines += _head(title, "CPU ms an image", "wall ms an image", "CPU beside the DataLoader's")
+        lines += _head(title, "CPU ms per image", "wall ms per image", "CPU, ratio to torch DataLoader")
         loader = {row["round"]: row["cpu_ms"] for row in of_side if row["arm"] == _STREAM_ARMS["torch"]}
         for name, found in _by(of_side, "arm").items():
             ratios = [
@@ -335,15 +343,22 @@ def page(rows: Sequence[Row]) -> str:
         lines.append("")
     kmeans = [row for row in rows if row["part"] == "kmeans"]
     if kmeans:
-        lines += _head("k-means, 50,000 x 128, 1,000 clusters: time of an iteration", "ratio")
+        title = "k-means, 50,000 rows of 128 numbers, 1,000 clusters: ratios of the time of an iteration"
+        lines += _head(title, "ratio", note=_KMEANS)
         lines += [f"| {name} | {_spread(found, 'ratio', 2)} |" for name, found in _by(kmeans, "arm").items()]
         lines.append("")
     return "\n".join(lines).rstrip() + "\n"
 
 
-def _head(title: str, *columns: str) -> list[str]:
-    """Return the title of a part and the head of its table."""
-    return [f"## {title}\n", f"| | {' | '.join(columns)} |", "|---" * (1 + len(columns)) + "|"]
+def _head(title: str, *columns: str, note: str = "") -> list[str]:
+    """Return the title of a part, a note and the head of its table."""
+    notes = [f"{note}\n"] if note else []
+    return [
+        f"## {title}\n",
+        *notes,
+        f"| program | {' | '.join(columns)} |",
+        "|---" * (1 + len(columns)) + "|",
+    ]
 
 
 def _by(rows: Sequence[Row], key: str) -> dict[Any, list[Row]]:
