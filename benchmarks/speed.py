@@ -300,8 +300,8 @@ def _kmeans(flags: Flags, data: Mapping[int, Path], scratch: Path) -> Iterator[R
 
 _START = """In "second run of a process", the same Python process trains again; its CPU time is not measured. "whole"
 measures a command from its start to its end."""
-_KMEANS = """raysl, faiss and sklearn compute all distances; matmul is only the matrix product of the distances; whole is
-the mean iteration of a complete clustering by raysl, which skips most distances."""
+_KMEANS = """raysl, faiss and sklearn compute all distances; matmul is only the matrix product of the distances; whole
+is the mean iteration of a complete clustering by raysl, which skips most distances."""
 
 
 def page(rows: Sequence[Row]) -> str:
