@@ -120,7 +120,7 @@ def probe(
 
     Args:
         checkpoint: a run (its newest checkpoint), RUN/checkpoints/step-NNN, a file of weights, or "random".
-        train, test: labelled data that the probes learn from, and labelled data that they are scored on.
+        train, test: labelled data that the probes learn from, and labelled data on which the probes are scored.
         probes: names of probes; `raysl methods` lists them.
         layers: "all" is conv1, res2 to res5 and pooled.
         out: folder of the rows and features; by default that of the run. Required for weights.

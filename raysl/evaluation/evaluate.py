@@ -61,8 +61,9 @@ def probe(
 
     Args:
         run: a run with at least one complete checkpoint, or its folder.
-        train: labelled data to learn from; a path, a URI or another source that `raysl.ingestion.resolve` accepts.
-        test: labelled data to score. Probes without labels use only these images.
+        train: labelled data that the probes learn from; a path, a URI or another source that `raysl.ingestion.resolve`
+            accepts.
+        test: labelled data on which the probes are scored. Probes without labels use only these images.
         config: what is probed; see `ProbeConfig`.
         **changes: fields of `ProbeConfig` that replace those of `config`.
 

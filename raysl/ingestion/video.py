@@ -32,8 +32,8 @@ class Sampling(NamedTuple):
 
     Args:
         fps: most frames per second that are kept.
-        clip_s: longest clip in seconds; a longer video becomes several.
-        frame_size: largest shorter side of the frames, in pixels.
+        clip_s: maximum length of a clip in seconds; a longer video is cut into several clips.
+        frame_size: maximum size of the shorter side of the frames in pixels.
     """
 
     fps: float

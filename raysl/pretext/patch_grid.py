@@ -28,7 +28,7 @@ class Config(Checked):
     """Hyperparameters of the patch grid.
 
     Args:
-        grid: patches per side; P = grid * grid.
+        grid: patches per side; an image has grid * grid patches.
         overlap: share of a patch's side that overlaps with the next patch, from 0 to below 1.
         min_scale: smallest share of the image that the source crop shows.
         per_patch_color: augment the colors of each patch by itself, and not of the source as a whole.
