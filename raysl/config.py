@@ -127,6 +127,7 @@ class Pretraining(Checked):
 
     def worker_counts(self) -> tuple[int, ...]:
         """Return the numbers of workers that the run may have, ascending: of a range, those that divide the batch.
+
         Every worker takes an equal part of the same global batch, so the learning rate is the same for all numbers.
 
         Raises:

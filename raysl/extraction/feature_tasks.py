@@ -284,6 +284,7 @@ class _Actor:
 
     def encode(self, number: int) -> Encode:
         """Return the encoder of an extraction.
+
         It is not loaded in the constructor, where Ray would restart the actor and hide the error.
         """
         if number not in self.loaded:

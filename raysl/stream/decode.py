@@ -126,7 +126,7 @@ def _cut(
     image_rng: ImageRng,
     decoded: dict[tuple[int, int], Tensor],
 ) -> Tensor:
-    """Decode the chosen frames that are not known yet, and cut and resize them."""
+    """Decode the chosen frames that are not in `decoded` yet, and cut and resize them."""
     assert chosen.frames_bp is not None
     b, p = chosen.frames_bp.shape
     crops_bpchw = torch.empty(b, p, 3, source.size, source.size, dtype=torch.uint8)

@@ -171,7 +171,7 @@ class _Process:
         batches.close()
 
     def run(self, request: tuple[Stream, int, int, int, int]) -> Iterator[Columns]:
-        """Yield the columns of `_share(*order)`. Raises as `DataProcesses.columns`."""
+        """Yield the columns of `_load_share(*request)`. Raises as `DataProcesses.columns`."""
         try:
             pickle.dump(request, self._requests)
             self._requests.flush()

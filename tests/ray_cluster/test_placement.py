@@ -210,7 +210,7 @@ def test_a_ray_that_does_not_start_is_told(monkeypatch: pytest.MonkeyPatch, addr
     monkeypatch.setattr(ray_cluster, "_ENVIRONMENT", {})
     monkeypatch.setattr("ray.is_initialized", lambda: False)
     monkeypatch.setattr("ray.init", fails)
-    # `begin` would end the Ray of the other tests.
+    # `start` would stop the Ray of the other tests.
     monkeypatch.setattr("raysl.ray_cluster.local_ray.start", fails)
     monkeypatch.setenv("RAY_ADDRESS", address)
     with pytest.raises(UserError, match=rf"{address or 'on this machine'}.*no answer"):
