@@ -11,7 +11,7 @@ size of the crop (whole images differ from the crop on):
 
 `work`: CPU time for an image from its bytes to the views of all runs, in one process, without Ray.
 `streams`: four readers, processes of their own as trainers are, take all batches and drop them, at the same time.
-With `own`, each has a stream of its own; with `shared`, all sit at one. CPU seconds are of all processes of Ray; the
+With `own`, each has a stream of its own; with `shared`, all share one. CPU seconds are of all processes of Ray; the
 start of Ray and of the readers is left out, that of the shared stream counts.
 
 Rounds take the arms in turns.

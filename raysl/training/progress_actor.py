@@ -250,7 +250,8 @@ def start_progress_actor() -> Any:
     # The actor stays on the driver's machine, because machines of workers may be reclaimed. A soft affinity would not
     # hold on a head without CPUs.
     near = ray.util.scheduling_strategies.NodeAffinitySchedulingStrategy(here, soft=False)
-    # If its process dies, a new one takes over. Requests to stop are repeated; what it has counted is lost.
+    # If its process dies, a new one takes over. Requests to stop are repeated; its counts are lost, and so are the
+    # handles of the workers: it cannot kill them until they start again.
     options = {"num_cpus": 0, "max_restarts": -1, "max_task_retries": -1, "scheduling_strategy": near}
     return ray.remote(**options)(ProgressActor).remote()
 
