@@ -40,7 +40,7 @@ PROGRAM = """
     done, found = threading.Event(), set()
 
     def look():
-        while not done.wait(0.1):
+        while not done.wait(0.5):
             for process in [psutil.Process(), *psutil.Process().children(recursive=True)]:
                 try:
                     sockets = process.net_connections(kind="inet")

@@ -202,8 +202,9 @@ def test_killed_driver(finished: Run, dataset: DataSet, tmp_path: Path) -> None:
     checkpoints = Run(Folder(str(run))).checkpoints
     deadline = time.monotonic() + 300
     while checkpoint.newest(checkpoints) is None:
-        assert driver.poll() is None, "the driver ended before it could be killed"
         assert time.monotonic() < deadline
+        with contextlib.suppress(subprocess.TimeoutExpired):
+            pytest.fail(f"the driver ended, with {driver.wait(0.1)}, before it could be killed")
     descendants = psutil.Process(driver.pid).children(recursive=True)
     driver.kill()
     driver.wait()
