@@ -205,10 +205,12 @@ def test_killed_driver(finished: Run, dataset: DataSet, tmp_path: Path) -> None:
         assert time.monotonic() < deadline
         with contextlib.suppress(subprocess.TimeoutExpired):
             pytest.fail(f"the driver ended, with {driver.wait(0.1)}, before it could be killed")
-    descendants = psutil.Process(driver.pid).children(recursive=True)
+    # Agents of Ray, which only report, may outlive the others by a minute.
+    others = psutil.Process(driver.pid).children(recursive=True)
+    others = [process for process in others if not process.name().endswith("Agent")]
     driver.kill()
     driver.wait()
-    psutil.wait_procs(descendants, timeout=60)
+    psutil.wait_procs(others, timeout=60)
     subprocess.run(command, check=True, stdout=subprocess.DEVNULL)
     assert_same_end(str(run), finished)
 
