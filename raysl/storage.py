@@ -19,12 +19,13 @@ import uuid
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import AbstractContextManager, contextmanager, suppress
 from dataclasses import dataclass
-from functools import lru_cache
+from functools import lru_cache, partial
 from pathlib import Path, PurePosixPath
 from typing import IO, Any, BinaryIO, TypeVar, cast
 from urllib.parse import unquote, urlsplit
 
 from raysl.errors import UserError
+from raysl.remote_file import RemoteFile
 
 _log = logging.getLogger("raysl.storage")
 T = TypeVar("T")
@@ -300,8 +301,15 @@ class Folder:
         return self._retried(name, "read", get, expected=expected)
 
     def open(self, name: str) -> BinaryIO:
-        """Open a seekable file for reading. Raises FileNotFoundError if it does not exist."""
-        return cast(BinaryIO, self._retried(name, "read", lambda fs, path: fs.open_input_file(path)))
+        """Open a seekable file for reading. Raises FileNotFoundError if it does not exist.
+
+        Reads of a remote file are repeated like requests, and raise StorageError in the end.
+        """
+        if self.is_local:
+            return cast(BinaryIO, self._retried(name, "read", lambda fs, path: fs.open_input_file(path)))
+        fs, root = filesystem(self.uri)
+        path, place = f"{root}/{name}".rstrip("/"), f"{self.uri}/{name}".rstrip("/")
+        return cast(BinaryIO, RemoteFile(lambda: fs.open_input_file(path), partial(retry, place, "read")))
 
     def exists(self, name: str = "") -> bool:
         """Return True if the file or folder exists."""

@@ -18,7 +18,7 @@ FILES = sorted(LIBRARY.rglob("*.py"))
 # From the bottom up: a room (a file or folder directly inside raysl/) imports only rooms that stand before it.
 ROOMS = (
     *("lazy", "console", "errors", "plugins", "device_copy", "rng", "fields"),
-    *("storage", "parquet_parts", "feature_store", "dataset", "clips"),
+    *("remote_file", "storage", "parquet_parts", "feature_store", "dataset", "clips"),
     *("collective", "augment", "own_augmentation", "pretext"),
     *("stream", "contrastive", "backbone", "optim", "checkpoint"),
     *("ingestion", "objectives", "methods"),

@@ -18,7 +18,7 @@ import numpy as np
 import numpy.typing as npt
 
 from raysl.errors import UserError
-from raysl.storage import filesystem
+from raysl.storage import Folder
 from raysl.stream.formats import MAX_PIXELS
 
 _DTYPES = {8: ">u1", 9: ">i1", 11: ">i2", 12: ">i4"}
@@ -65,9 +65,8 @@ def _bytes(shape: _Shape) -> int:
 
 @contextmanager
 def _opened(root: str, path: str) -> Iterator[Any]:
-    fs, folder = filesystem(root)
     try:
-        with fs.open_input_file(f"{folder}/{path}") as raw:
+        with Folder(root).open(path) as raw:
             yield gzip.GzipFile(fileobj=raw) if path.endswith(".gz") else raw
     except (EOFError, OSError, zlib.error) as error:
         raise UserError(f"Cannot read the IDX file {root}/{path}: {error}. Get it again.") from error

@@ -224,15 +224,15 @@ def read_bytes(root: str, path: str, limit: int = -1) -> bytes:
 
     Raises:
         OSError: it cannot be read.
+        StorageError: a remote store does not answer for long, or refuses.
     """
     if "://" not in root:
         with open(os.path.join(root, path) if path else root, "rb", buffering=0) as file:
             # Python allocates the requested number of bytes before it reads, and most files are smaller.
             small = limit < 0 or os.fstat(file.fileno()).st_size <= limit
             return file.read() if small else file.read(limit)
-    fs, folder = filesystem(root)
-    with fs.open_input_file(f"{folder}/{path}".rstrip("/")) as stream:
-        return bytes(stream.read() if limit < 0 else stream.read(limit))
+    with Folder(root).open(path) as stream:
+        return stream.read(limit)
 
 
 def stamp(files: Iterable[File]) -> str:

@@ -19,7 +19,7 @@ import pyarrow.parquet as pq
 
 from raysl.errors import UserError
 from raysl.ingestion.found import printable
-from raysl.storage import filesystem, retry
+from raysl.storage import Folder
 
 TEXT = (".csv", ".tsv", ".jsonl", ".ndjson")
 # Arrow crashes on such a line.
@@ -82,11 +82,10 @@ def opened(root: str, path: str) -> Iterator[Table]:
     Raises:
         UserError: it is damaged, or claims to hold more than any memory.
     """
-    fs, folder = filesystem(root)
-    place = f"{folder}/{path}".rstrip("/")
+    place = f"{root}/{path}".rstrip("/")
     name = place.lower()
     try:
-        with retry(f"{root}/{path}".rstrip("/"), "read", lambda: fs.open_input_file(place)) as stream:
+        with Folder(root).open(path) as stream:
             if name.endswith(TEXT):
                 table = read_table(stream.read(), place)
                 yield _checked(_in_memory(table.to_batches(_TEXT_ROWS), table.schema), place)

@@ -20,7 +20,7 @@ import pyarrow as pa
 
 from raysl.errors import UserError
 from raysl.ingestion.found import printable
-from raysl.storage import filesystem, retry
+from raysl.storage import Folder
 
 # How compressed files begin, and how they are opened.
 _PACKED: dict[bytes, tuple[str, Callable[[Any], Any]]] = {
@@ -61,9 +61,7 @@ def opened(root: str, path: str) -> Iterator[tuple[Any, str]]:
     Raises:
         UserError: it cannot be read.
     """
-    fs, folder = filesystem(root)
-    place = f"{folder}/{path}".rstrip("/")
-    with retry(f"{root}/{path}".rstrip("/"), "read", lambda: fs.open_input_file(place)) as stream:
+    with Folder(root).open(path) as stream:
         head = stream.read(8)
         stream.seek(0)
         for magic, (kind, unpack) in _PACKED.items():
