@@ -185,7 +185,7 @@ class Folder:
             return
 
         def put(fs: Any, path: str) -> None:
-            with fs.open_output_stream(path) as stream:
+            with fs.open_output_stream(path, compression=None) as stream:
                 stream.write(data)
 
         self._retried(name, "write", put)
@@ -224,7 +224,7 @@ class Folder:
 
             def upload(fs: Any, path: str) -> None:
                 spool.seek(0)
-                with fs.open_output_stream(path) as stream:
+                with fs.open_output_stream(path, compression=None) as stream:
                     shutil.copyfileobj(cast(IO[bytes], spool), stream, 1 << 20)
 
             self._retried(name, "write", upload)

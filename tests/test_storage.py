@@ -40,6 +40,13 @@ def test_what_is_written_can_be_read(folder: Folder) -> None:
         assert stream.read() == b"23"
 
 
+def test_the_name_of_a_file_does_not_change_its_content(folder: Folder) -> None:
+    folder.write("x.gz", b"123")
+    with folder.writing("y.gz") as stream:
+        stream.write(b"123")
+    assert folder.read("x.gz") == folder.read("y.gz") == b"123"
+
+
 def test_writing_again_replaces(folder: Folder) -> None:
     folder.write("x", b"old")
     with folder.writing("x") as stream:
