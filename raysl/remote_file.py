@@ -45,6 +45,10 @@ class RemoteFile(io.RawIOBase):
             with suppress(OSError):
                 file.close()
 
+    def size(self) -> int:
+        """Return the number of bytes, as files of Arrow do."""
+        return self._num_bytes
+
     def readable(self) -> bool:
         return True
 

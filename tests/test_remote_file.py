@@ -57,6 +57,7 @@ def opened(monkeypatch: pytest.MonkeyPatch) -> Callable[..., Any]:
 def test_reads_are_those_of_a_file_in_memory(opened: Callable[..., Any]) -> None:
     data = bytes(range(256)) * 4
     (file, store), expected = opened(data), io.BytesIO(data)
+    assert file.size() == len(data)
     for offset, whence, size in ((10, 0, 5), (3, 1, 0), (-20, 2, 100), (0, 0, -1), (2000, 0, 4), (5, 0, 7)):
         assert file.seek(offset, whence) == expected.seek(offset, whence)
         assert file.read(size) == expected.read(size)
