@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import bz2
 import gzip
+import io
 import lzma
 import tarfile
 import zlib
@@ -29,6 +30,7 @@ _PACKED: dict[bytes, tuple[str, Callable[[Any], Any]]] = {
     b"\xfd7zXZ\0": ("xz", lzma.LZMAFile),
     b"\x28\xb5\x2f\xfd": ("zstd", lambda stream: pa.CompressedInputStream(stream, "zstd")),
 }
+_AHEAD_BYTES = 1 << 20
 # Bytes behind the end mark that must be zeros; tar pads archives to 10 kB.
 _AFTER_END = 1 << 20
 _DAMAGE = (tarfile.TarError, EOFError, OSError, lzma.LZMAError, zlib.error, ValueError, OverflowError)
@@ -61,7 +63,9 @@ def opened(root: str, path: str) -> Iterator[tuple[Any, str]]:
     Raises:
         UserError: it cannot be read.
     """
-    with Folder(root).open(path) as stream:
+    with Folder(root).open(path) as file:
+        # Archives are read in small pieces, one after the other, and each read of a remote file is a request.
+        stream: Any = io.BufferedReader(file, _AHEAD_BYTES) if isinstance(file, io.RawIOBase) else file
         head = stream.read(8)
         stream.seek(0)
         for magic, (kind, unpack) in _PACKED.items():
