@@ -1,0 +1,108 @@
+"""Every kind of source is read from a store that fails at every other request as from the disk."""
+
+from __future__ import annotations
+
+import gzip
+import io
+import struct
+import tarfile
+import zipfile
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pyarrow as pa
+import pyarrow.parquet as pq
+import pytest
+
+from raysl import storage
+from raysl.remote_file import RemoteFile
+from raysl.storage import Folder
+from tests.ingestion.reading import noise, opened, put
+
+IMAGES = {f"{'cat' if n % 2 else 'dog'}/{n}.png": noise(n) for n in range(7)}
+
+
+def _folder(place: Path) -> None:
+    for name, data in IMAGES.items():
+        put(place, name, data=data)
+
+
+def _tar(place: Path, name: str, mode: Any) -> None:
+    with tarfile.open(place / name, mode) as archive:
+        for member, data in IMAGES.items():
+            info = tarfile.TarInfo(member)
+            info.size = len(data)
+            archive.addfile(info, io.BytesIO(data))
+
+
+def _zip(place: Path) -> None:
+    with zipfile.ZipFile(place / "a.zip", "w") as archive:
+        for name, data in IMAGES.items():
+            archive.writestr(name, data)
+
+
+def _parquet(place: Path) -> None:
+    table = pa.table({"image": list(IMAGES.values()), "label": [name[:3] for name in IMAGES]})
+    pq.write_table(table, place / "a.parquet", row_group_size=3)
+
+
+def _csv(place: Path) -> None:
+    _folder(place)
+    lines = ["path,label", *(f"{name},{name[:3]}" for name in IMAGES)]
+    (place / "table.csv").write_text("\n".join(lines))
+
+
+def _idx(place: Path) -> None:
+    pixels = np.arange(7 * 8 * 8, dtype=np.uint8).reshape(7, 8, 8)
+    for name, array in (("images-idx3", pixels), ("labels-idx1", np.arange(7, dtype=np.uint8) % 2)):
+        head = struct.pack(f">BBBB{array.ndim}I", 0, 0, 8, array.ndim, *array.shape)
+        (place / f"train-{name}-ubyte.gz").write_bytes(gzip.compress(head + array.tobytes()))
+
+
+def _npz(place: Path) -> None:
+    pixels = np.arange(7 * 8 * 8, dtype=np.uint8).reshape(7, 8, 8)
+    np.savez_compressed(place / "a.npz", images=pixels, labels=np.arange(7) % 2)
+
+
+@pytest.mark.parametrize(
+    ("write", "name"),
+    [
+        pytest.param(_folder, "", id="folder"),
+        pytest.param(lambda place: _tar(place, "a.tar", "w"), "", id="tar"),
+        pytest.param(lambda place: _tar(place, "a.tar.gz", "w:gz"), "", id="tar.gz"),
+        pytest.param(_zip, "", id="zip"),
+        pytest.param(_parquet, "", id="parquet"),
+        pytest.param(_csv, "/table.csv", id="csv"),
+        pytest.param(_idx, "", id="idx"),
+        pytest.param(_npz, "/a.npz", id="npz"),
+    ],
+)
+def test_reads_that_fail_are_repeated(
+    write: Callable[[Path], None], name: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    write(tmp_path)
+    remote = Folder(f"memory://{tmp_path}")
+    for file in tmp_path.rglob("*"):
+        if file.is_file():
+            remote.write(str(file.relative_to(tmp_path)), file.read_bytes())
+    calls, call = [0], RemoteFile._call
+
+    def fails_at_every_other(file: RemoteFile, function: Callable[[Any], Any]) -> Any:
+        def checked(arrow_file: Any) -> Any:
+            calls[0] += 1
+            if calls[0] % 2:
+                raise OSError("AWS Error SLOW_DOWN during GetObject operation")
+            return function(arrow_file)
+
+        return call(file, checked)
+
+    monkeypatch.setattr(RemoteFile, "_call", fails_at_every_other)
+    monkeypatch.setattr(storage, "_FIRST_PAUSE_S", 0.0)
+    found, rows = opened(f"{remote}{name}")
+    assert calls[0] > 1
+    expected, expected_rows = opened(f"{tmp_path}{name}")
+    assert rows == expected_rows
+    assert len(rows) == 7
+    assert found.classes == expected.classes
