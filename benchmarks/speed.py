@@ -126,6 +126,7 @@ class Flags:
         parts: parts to measure: "start", "stream", "kmeans".
         sides: image sizes of the stream, in pixels.
         images: images of one measurement of the stream at 32 pixels; larger images are fewer.
+        loaders: loaders of the stream to measure, such as "torch" and "grain"; empty for all.
     """
 
     out: Path = Path("results/bench")
@@ -133,6 +134,7 @@ class Flags:
     parts: tuple[str, ...] = ("start", "stream", "kmeans")
     sides: tuple[int, ...] = (32, 64, 224)
     images: int = 12_000
+    loaders: tuple[str, ...] = ()
 
 
 def main(flags: Flags) -> None:
@@ -275,7 +277,7 @@ def _stream(flags: Flags, data: Mapping[int, Path], scratch: Path) -> Iterator[R
     for side, folder in data.items():
         images = flags.images * 32 // side if side < 200 else flags.images // 20
         for arm, name in _STREAM_ARMS.items():
-            if arm in _OTHER_PROGRAMS and find_spec(arm) is None:
+            if (flags.loaders and arm not in flags.loaders) or (arm in _OTHER_PROGRAMS and find_spec(arm) is None):
                 continue
             script = Path(__file__).with_name("loaders.py")
             command = [sys.executable, str(script), arm, str(folder), str(side), str(images)]
