@@ -24,7 +24,7 @@ test-all: .venv/.installed
 	@.venv/bin/python -m pytest
 
 # Under a minute on two cores once mypy has its cache: lint, types, and tests of pure functions.
-QUICK := tests/contrastive tests/pretext tests/stream/test_plan.py tests/test_storage.py tests/test_rng.py tests/test_optim.py tests/test_repo_rules.py
+QUICK := tests/contrastive tests/pretext tests/stream/test_plan.py tests/storage/test_storage.py tests/test_rng.py tests/test_optim.py tests/test_repo_rules.py
 quick: .venv/.installed
 	@.venv/bin/ruff format --check .
 	@.venv/bin/ruff check .

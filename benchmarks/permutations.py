@@ -24,9 +24,9 @@ import tyro
 
 from raysl.config import Pretraining
 from raysl.contrastive.bank import BankConfig, MemoryBank
+from raysl.dataset import Rows
 from raysl.model import DatasetInfo, Model
 from raysl.rng import ImageRng
-from raysl.stream.plan import Rows
 from raysl.stream.reader import Batch
 
 SIZES = {"pirl": (1, 10, 100, 1000, 362_880), "predict": (10, 100, 1000, 10_000)}

@@ -18,9 +18,9 @@ from typing import Any, Literal
 
 import numpy as np
 
-from raysl import checkpoint, defaults, rng
+from raysl import checkpoint, rng
 from raysl.checkpoint import SaveConfig
-from raysl.config import Pretraining
+from raysl.config import Pretraining, defaults
 from raysl.dataset import DataSet
 from raysl.evaluation.evaluate import probe
 from raysl.experiment.script import Flags, command, locally

@@ -20,13 +20,13 @@ from __future__ import annotations
 from dataclasses import dataclass, replace
 from typing import Literal
 
-from raysl import recipes
 from raysl.config import Pretraining
 from raysl.dataset import DataSet
 from raysl.experiment.script import Flags, command, drawn, held_out, locally, sweep_and_report
 from raysl.objectives.pirl import Config as Pirl
 from raysl.optim import OptimConfig
 from raysl.storage import Folder
+from raysl.training import recipes
 from raysl.tuning.config import SweepConfig
 
 # The grids of the paper; numbers of negatives are limited by the number of images.

@@ -12,7 +12,8 @@ import tempfile
 from collections.abc import Sequence
 from pathlib import Path
 
-from raysl import __version__, console, lazy
+from raysl import __version__, console
+from raysl.cli import lazy
 from raysl.errors import answered, unknown
 from raysl.fields import FieldError
 

@@ -21,9 +21,9 @@ import numpy as np
 import torch
 
 from raysl.errors import UserError
-from raysl.feature_store.records import verified, write_record
 from raysl.fields import Bounds, Checked
 from raysl.storage import Folder
+from raysl.storage.records import verified, write_record
 
 STATE = "state.pt"
 # Integers that a manifest holds for every file.

@@ -10,16 +10,16 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
-from raysl import methods, pretext
+from raysl import pretext
 from raysl.augment import recipe
+from raysl.augment.own_augmentation import OwnAugmentation
 from raysl.backbone import network
 from raysl.backbone.external_weights import load_weights_into
 from raysl.backbone.network import BackboneConfig
-from raysl.config import Pretraining
+from raysl.config import Pretraining, methods
 from raysl.dataset import DataSet
 from raysl.errors import UserError
 from raysl.objectives import Alternates, Describes, Objective, Setup, ViewRecipes
-from raysl.own_augmentation import OwnAugmentation
 from raysl.pretext import Geometry
 from raysl.rng import ImageRng, key
 from raysl.stream.plan import num_steps

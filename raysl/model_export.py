@@ -26,15 +26,15 @@ from torch import Tensor, nn
 from raysl import extraction
 from raysl.backbone.network import TIMM, Backbone, names
 from raysl.config import Pretraining
+from raysl.config.command import command
+from raysl.documentation.plain_names import code_block, code_span, markdown
 from raysl.errors import UserError, install
 from raysl.evaluation.results import ENCODERS, KEY, TITLES, rows_of
 from raysl.extraction.heads import trained_model
-from raysl.feature_store.records import write_record
 from raysl.fields import Bounds, check
-from raysl.reporting.command import command
-from raysl.reporting.plain_names import code_block, code_span, markdown
 from raysl.run import Run
 from raysl.storage import Folder
+from raysl.storage.records import write_record
 from raysl.stream.decode import evaluation_side
 
 CARD = "README.md"

@@ -14,7 +14,7 @@ import numpy as np
 import numpy.typing as npt
 import torch
 
-from raysl.device_copy import to_device
+from raysl.communication.device_copy import to_device
 
 Integers = npt.NDArray[np.int64]
 

@@ -36,7 +36,7 @@ LONGEST = (
     "tests/extraction/",
     "tests/ray_cluster/",
     "tests/tuning/",
-    "tests/test_reproduction.py",
+    "tests/training/test_reproduction.py",
 )
 
 

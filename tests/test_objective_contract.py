@@ -10,14 +10,15 @@ import pytest
 import torch
 from torch import Tensor, nn
 
-from raysl import methods, pretext
+from raysl import pretext
 from raysl.backbone.network import Backbone, build
+from raysl.config import methods
 from raysl.contrastive.bank import BankConfig, MemoryBank
+from raysl.dataset import Rows
 from raysl.documentation import combinations
 from raysl.objectives import Setup
 from raysl.pretext import Geometry
 from raysl.rng import ImageRng
-from raysl.stream.plan import Rows
 from raysl.stream.reader import Batch
 from tests.objectives.setups import given
 

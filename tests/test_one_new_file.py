@@ -164,8 +164,8 @@ CONTRACTS = (
     "tests/stream/test_views.py",
     "tests/documentation",
     "tests/probes/test_contract.py",
-    "tests/test_config.py",
-    "tests/test_methods.py",
+    "tests/config/test_config.py",
+    "tests/config/test_methods.py",
     "tests/test_repo_rules.py",
 )
 

@@ -14,11 +14,12 @@ from torch import Tensor, nn
 from torchvision.transforms import v2
 
 import raysl
-from raysl import UserError, arguments
+from raysl import UserError
+from raysl.api import arguments
+from raysl.augment.own_augmentation import OwnAugmentation, name_of
 from raysl.config import Pretraining, ViewConfig
 from raysl.extraction import RandomBackbone
 from raysl.model import Model
-from raysl.own_augmentation import OwnAugmentation, name_of
 from raysl.rng import ImageRng
 from raysl.run import Run
 from tests.data import make_dataset

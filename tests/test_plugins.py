@@ -9,8 +9,8 @@ from pathlib import Path
 
 import pytest
 
-from raysl import methods, plugins, pretext
-from raysl.config import Pretraining
+from raysl import plugins, pretext
+from raysl.config import Pretraining, methods
 from raysl.errors import UserError
 from raysl.training.launch import pretrain
 from tests.data import make_dataset

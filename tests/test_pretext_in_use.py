@@ -14,10 +14,10 @@ import numpy as np
 import pytest
 import torch
 
-from raysl import methods, pretext
+from raysl import pretext
 from raysl.backbone.network import BackboneConfig
 from raysl.cli.flags import parse_pretraining
-from raysl.config import Pretraining, ViewConfig
+from raysl.config import Pretraining, ViewConfig, methods
 from raysl.contrastive.bank import BankConfig, MemoryBank
 from raysl.dataset import DataSet
 from raysl.documentation import combinations, pages

@@ -21,14 +21,14 @@ import torch
 from raysl.backbone.external_weights import parse, read_file
 from raysl.checkpoint import SaveConfig, Saver
 from raysl.config import Pretraining
+from raysl.config.command import command
 from raysl.errors import UserError
-from raysl.feature_store.records import write_record
 from raysl.model import Model
 from raysl.model_export import ExportConfig, export
 from raysl.reporting import ReportConfig, report
-from raysl.reporting.command import command
 from raysl.run import MetricsLog, Run
 from raysl.storage import Folder
+from raysl.storage.records import write_record
 from raysl.tuning.journal import FORMAT
 from raysl.tuning.results import SweepResults
 from tests.data import make_dataset

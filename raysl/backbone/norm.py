@@ -15,7 +15,7 @@ import torch
 from torch import Tensor, fx, nn
 from torch.nn.modules.batchnorm import _BatchNorm
 
-from raysl import collective
+from raysl.communication import collective
 from raysl.errors import UserError
 
 

@@ -11,9 +11,10 @@ from typing import Annotated, Any
 
 import tyro
 
-from raysl import defaults, methods, plugins, recipes
-from raysl.config import Pretraining
+from raysl import plugins
+from raysl.config import Pretraining, defaults, methods
 from raysl.fields import hints as hints_of
+from raysl.training import recipes
 
 _RECIPE = (
     "name of a published training recipe at full scale, such as pirl-r50-800ep; `raysl methods` lists them. Flags that "
@@ -28,7 +29,7 @@ class Parsed:
     """The flags of a run.
 
     Args:
-        given: fields from flags or a recipe; see `raysl.defaults.resolve`.
+        given: fields from flags or a recipe; see `raysl.config.defaults.resolve`.
         config: the same, completed with the defaults of the classes.
         beside: the additional dataclasses of `parse`, by name.
     """
@@ -86,7 +87,7 @@ def parse(arguments: Sequence[str], program: str, beside: Mapping[str, type[Any]
 
 
 def _marked(name: str, hint: Any, value: Any, prefix: str = "") -> tuple[str, Any, Any]:
-    """Return a field of flags whose help names the defaults that `raysl.defaults` chooses from the data."""
+    """Return a field of flags whose help names the defaults that `raysl.config.defaults` chooses from the data."""
     if f"{prefix}{name}" in defaults.CHOSEN:
         chosen = _FOR_MACHINE if f"{prefix}{name}" in defaults.OF_MACHINE else _FOR_DATA
         return name, Annotated[hint, chosen], value

@@ -15,7 +15,7 @@ from typing import Annotated, Any, Literal
 import tyro
 
 from raysl import api
-from raysl.arguments import dataset
+from raysl.api.arguments import dataset
 from raysl.backbone.network import BackboneConfig
 from raysl.cli.flags import parse, peek_all
 from raysl.clustering.options import KMeansConfig
@@ -24,9 +24,9 @@ from raysl.extraction.features import FeaturesConfig
 from raysl.ingestion.pipeline import IngestConfig
 from raysl.model_export import ExportConfig
 from raysl.reporting.page import ReportConfig
-from raysl.reproduction import ReproduceConfig
 from raysl.run import Run
 from raysl.training.local import LocalConfig
+from raysl.training.reproduction import ReproduceConfig
 from raysl.tuning.config import POPULATION, SweepConfig
 
 _FLAGS = tyro.conf.arg(name="")  # The fields of a configuration are flags without a prefix.
@@ -118,7 +118,7 @@ def probe(arguments: Sequence[str]) -> None:
     rows = api.probe(**values)
     from rich.console import Console
 
-    from raysl.arguments import dataset
+    from raysl.api.arguments import dataset
     from raysl.evaluation.results import tables, verdicts
 
     train, test = dataset(given.train), dataset(given.test)
@@ -212,8 +212,8 @@ def methods(pages: Path | None = None) -> None:
     from rich.console import Console
     from rich.table import Table
 
-    from raysl import recipes
     from raysl.documentation.combinations import describe
+    from raysl.training import recipes
 
     listed = Table("recipe", "description", title="Recipes: raysl pretrain --recipe RECIPE")
     for name in recipes.names():
@@ -294,6 +294,6 @@ def doctor(arguments: Sequence[str]) -> None:
 
 def demo(arguments: Sequence[str]) -> None:
     """Run a small experiment end to end: `raysl demo`."""
-    from raysl import demo as story
+    from raysl.cli import demo as story
 
     story.demo(tyro.cli(story.DemoConfig, prog="raysl demo", args=list(arguments)))

@@ -19,7 +19,7 @@ from raysl.clustering import update
 from raysl.clustering.kmeans_worker import KMeansWorker, PassStats, SampleArguments, Shard, check_unique
 from raysl.clustering.update import Integers, Singles, Splits
 from raysl.errors import UserError
-from raysl.feature_store.store import FeatureStore
+from raysl.storage.feature_store import FeatureStore
 
 _log = logging.getLogger("raysl.clustering")
 # Restarts that Ray gives an actor, and retries of a call, before the driver starts a new pool.

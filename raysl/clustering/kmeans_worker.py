@@ -22,7 +22,7 @@ from raysl.clustering import update
 from raysl.clustering.hamerly import Assigner, HamerlyBounds, Search
 from raysl.clustering.update import Doubles, Integers, Singles, Splits
 from raysl.errors import UserError
-from raysl.feature_store.store import FeatureStore, Piece
+from raysl.storage.feature_store import FeatureStore, Piece
 
 # Size of the float32 rows that are searched together. The fixed memory of an actor is a small multiple of it.
 _BLOCK_BYTES = 64 << 20

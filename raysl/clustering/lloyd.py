@@ -32,10 +32,10 @@ from raysl.clustering.state import STATE, State
 from raysl.clustering.update import Integers, Singles, Splits
 from raysl.dataset import DataSet
 from raysl.errors import UserError, install
-from raysl.feature_store.records import read_record, signed, write_record
-from raysl.feature_store.store import FeatureStore
+from raysl.storage.feature_store import FeatureStore
 from raysl.ray_cluster import placement
 from raysl.storage import Folder
+from raysl.storage.records import read_record, signed, write_record
 
 _log = logging.getLogger("raysl.clustering")
 
@@ -96,7 +96,7 @@ def fit(features: str, config: KMeansConfig, out: str = "") -> Clustering:
     outside of arithmetic, and NMI and purity if the images have labels.
 
     Args:
-        features: a folder of `raysl features`, or of Parquet files as in `raysl.feature_store.store`.
+        features: a folder of `raysl features`, or of Parquet files as in `raysl.storage.feature_store`.
         config: configuration of the clustering.
         out: folder of the result, a path or a URI; by default a folder inside the features, named after the config.
 

@@ -10,8 +10,8 @@ import numpy as np
 
 from raysl.clustering.update import Singles
 from raysl.errors import UserError
-from raysl.feature_store.records import read_arrays, write_arrays
 from raysl.storage import Folder
+from raysl.storage.records import read_arrays, write_arrays
 
 STATE = "state.npz"
 _REMEDY = f"Delete {STATE}; the clustering then starts again."

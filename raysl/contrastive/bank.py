@@ -16,7 +16,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from raysl import collective, rng
+from raysl import rng
+from raysl.communication import collective
 from raysl.errors import UserError
 from raysl.fields import Bounds, Checked, Range
 

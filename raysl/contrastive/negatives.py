@@ -6,11 +6,11 @@ import torch
 from torch import Tensor
 
 from raysl import rng
+from raysl.communication.device_copy import to_device
 from raysl.contrastive.bank import MemoryBank
-from raysl.device_copy import to_device
+from raysl.dataset import Rows
 from raysl.errors import UserError
 from raysl.rng import ImageRng
-from raysl.stream.plan import Rows
 
 
 def check(num_negatives: int, num_images: int, objective: str) -> None:

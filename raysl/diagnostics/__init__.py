@@ -16,9 +16,9 @@ from rich.console import Console
 from rich.markup import escape
 from rich.table import Table
 
-from raysl import methods, ray_cluster
+from raysl import ray_cluster
 from raysl.backbone.network import BackboneConfig
-from raysl.config import Pretraining, ViewConfig
+from raysl.config import Pretraining, ViewConfig, methods
 from raysl.dataset import DataSet
 from raysl.diagnostics import gpu_check, machines
 from raysl.diagnostics.gpu_check import Certificate

@@ -15,7 +15,8 @@ import torch
 import torch.distributed as dist
 from torch.distributed import TCPStore  # type: ignore[attr-defined]
 
-from raysl import collective, ray_cluster
+from raysl import ray_cluster
+from raysl.communication import collective
 from raysl.errors import UserError
 from raysl.rng import ImageRng
 from raysl.stream.decode import DecodeError, cut, decode

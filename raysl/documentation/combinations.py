@@ -10,8 +10,9 @@ import torch
 from rich import box
 from rich.table import Column, Table
 
-from raysl import methods, objectives, pretext
+from raysl import objectives, pretext
 from raysl.backbone import network
+from raysl.config import methods
 from raysl.errors import Unset, UserError
 from raysl.objectives import Setup
 from raysl.pretext import Geometry

@@ -8,7 +8,7 @@ import re
 from collections.abc import Iterator
 from typing import Any
 
-from raysl import defaults
+from raysl.config import defaults
 from raysl.fields import hints, name_typed
 
 

@@ -10,9 +10,9 @@ from pathlib import Path
 from types import ModuleType
 from typing import Any
 
-from raysl import methods, objectives, pretext, recipes
+from raysl import objectives, pretext
 from raysl.augment import recipe
-from raysl.config import Pretraining, ViewConfig
+from raysl.config import Pretraining, ViewConfig, methods
 from raysl.dataset import DataSet
 from raysl.documentation import combinations, pictures, protocols
 from raysl.documentation.hyperparameters import cell, hyperparameters
@@ -20,6 +20,7 @@ from raysl.errors import Unset
 from raysl.model import DatasetInfo, Model
 from raysl.storage import Folder
 from raysl.stream.views import View
+from raysl.training import recipes
 
 # Images of the pictures; a data set of photographs would need a licence.
 DATA, CLIPS = "shapes:64?size=96", "clips:64?size=96"

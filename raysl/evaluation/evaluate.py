@@ -29,7 +29,6 @@ from raysl.evaluation.results import (
     shown,
 )
 from raysl.extraction import Encoder, FeatureProtocol, FeatureStore, NetworkEncoder, Reestimated, view_size
-from raysl.feature_store.records import verified, write_record
 from raysl.ingestion import resolve
 from raysl.probes import (
     EncoderProbe,
@@ -45,6 +44,7 @@ from raysl.probes import (
 from raysl.probes._frozen import StoredFeatures, measure_layers
 from raysl.run import METADATA, Run
 from raysl.storage import Folder
+from raysl.storage.records import verified, write_record
 
 _log = logging.getLogger("raysl.evaluation")
 Tables = Mapping[str, FeatureStore]

@@ -15,7 +15,6 @@ from dataclasses import dataclass, replace
 from typing import Annotated, Any
 
 from raysl import checkpoint, probes, ray_cluster
-from raysl.callbacks import Callbacks
 from raysl.checkpoint import Checkpoint
 from raysl.config import Pretraining
 from raysl.dataset import DataSet
@@ -27,6 +26,7 @@ from raysl.fields import Bounds, check
 from raysl.ingestion import resolve
 from raysl.ray_cluster import lock, placement
 from raysl.run import Run, TensorBoard
+from raysl.run.callbacks import Callbacks
 from raysl.storage import Folder
 from raysl.training.launch import pretrain
 

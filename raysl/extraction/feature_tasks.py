@@ -30,12 +30,12 @@ from raysl.errors import UserError
 from raysl.extraction import encoders
 from raysl.extraction import layers as layer_names
 from raysl.extraction.encoders import Encoder
+from raysl.storage.feature_files import FINISHED, FeatureForm, Floats, Part, part_file, write_part
+from raysl.storage.feature_store import FeatureStore
 from raysl.extraction.layers import Encode
-from raysl.feature_store.files import FINISHED, FeatureForm, Floats, Part, part_file, write_part
-from raysl.feature_store.records import write_record
-from raysl.feature_store.store import FeatureStore
 from raysl.ray_cluster import gpus, placement
 from raysl.storage import Folder
+from raysl.storage.records import write_record
 from raysl.stream import decode, depth, formats, pixels
 
 # Form of averaged layers, and form of grids, which are large.

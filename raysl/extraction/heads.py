@@ -8,8 +8,8 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from raysl import methods
 from raysl.backbone import norm
+from raysl.config import methods
 from raysl.extraction.encoders import Encoder, Trained
 from raysl.model import DatasetInfo, Model
 from raysl.pretext import Pretext

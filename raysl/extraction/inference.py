@@ -21,9 +21,9 @@ from raysl.extraction import encoders
 from raysl.extraction import layers as layer_names
 from raysl.extraction.encoders import Encoder, Trained, view_size
 from raysl.extraction.layers import POOLED, Encode
-from raysl.feature_store.records import verified
 from raysl.run import METADATA, Run
 from raysl.storage import Folder
+from raysl.storage.records import verified
 from raysl.stream import decode
 
 _BATCH = 128

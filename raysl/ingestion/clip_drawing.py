@@ -14,7 +14,7 @@ from typing import Any, NamedTuple
 import numpy as np
 import numpy.typing as npt
 
-from raysl.clips import SOUND_HZ
+from raysl.dataset.clips import SOUND_HZ
 
 Floats = npt.NDArray[Any]
 Random = Callable[[str, int], npt.NDArray[np.float64]]

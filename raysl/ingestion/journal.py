@@ -18,12 +18,12 @@ from typing import Any
 
 from raysl.dataset import MANIFEST, SHARDS, DataSet
 from raysl.errors import UserError
-from raysl.feature_store.records import read_record, write_record
 from raysl.ingestion.images import Treated, settings
 from raysl.ingestion.objects import FOLDER as OBJECTS
 from raysl.ingestion.shard import Written
 from raysl.ingestion.sources import Place, Unit
 from raysl.storage import Folder
+from raysl.storage.records import read_record, write_record
 from raysl.stream.pixels import DecodeConfig
 
 JOURNAL = "_journal"

@@ -25,13 +25,13 @@ from rich.progress import BarColumn, Progress, TaskProgressColumn, TextColumn, T
 
 from raysl.dataset import BAD_IMAGES, SHARDS, DataSet, Manifest, Shard
 from raysl.errors import UserError
-from raysl.feature_store.records import signed_line
 from raysl.fields import Bounds
 from raysl.ingestion import images, objects, shard
 from raysl.ingestion.found import counted, printable
 from raysl.ingestion.journal import Header, Journal, Listed, check_apart, check_free, finished
 from raysl.ingestion.sources import Opened, Place, ReadConfig, Source, UnitSize, open_source, read, recognised
 from raysl.storage import Folder
+from raysl.storage.records import signed_line
 from raysl.stream.pixels import DecodeConfig, Ranges
 
 _log = logging.getLogger("raysl.ingestion")

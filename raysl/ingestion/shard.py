@@ -16,13 +16,13 @@ from typing import Any
 import pyarrow as pa
 import pyarrow.parquet as pq
 
-from raysl.clips import COLUMNS, TRUTH
 from raysl.dataset import SHARDS, Shard, parquet_writer
+from raysl.dataset.clips import COLUMNS, TRUTH
 from raysl.errors import UserError
 from raysl.ingestion.images import Tally, stored
 from raysl.ingestion.sources import Row
-from raysl.parquet_parts import footer
 from raysl.storage import Folder
+from raysl.storage.parquet_parts import footer
 from raysl.stream.pixels import DecodeConfig, Ranges
 
 _ROW_GROUP_BYTES = 4 << 20

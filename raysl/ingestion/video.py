@@ -15,7 +15,7 @@ from typing import Any, BinaryIO, NamedTuple
 import numpy as np
 import numpy.typing as npt
 
-from raysl.clips import COLUMNS, SOUND_HZ, jpeg, thumbnail
+from raysl.dataset.clips import COLUMNS, SOUND_HZ, jpeg, thumbnail
 from raysl.ingestion import tracker
 from raysl.ingestion.sources import ReadConfig, Row
 from raysl.stream.formats import DecodeError, package

@@ -10,7 +10,7 @@ from typing import Literal
 import torch
 from torch import Tensor, nn
 
-from raysl import collective
+from raysl.communication import collective
 
 HeadName = Literal["linear", "mlp", "bn"]
 NormName = Literal["none", "batch", "layer"]

@@ -9,7 +9,7 @@ from typing import Annotated, Literal
 import torch
 from torch import Tensor
 
-from raysl import collective
+from raysl.communication import collective
 from raysl.contrastive import losses, negatives
 from raysl.contrastive.bank import MemoryBank
 from raysl.fields import Bounds, Checked, Range

@@ -26,8 +26,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from raysl import collective
 from raysl.backbone.network import Backbone, encode, encode_maps
+from raysl.communication import collective
 from raysl.contrastive import losses
 from raysl.contrastive.bank import MemoryBank
 from raysl.errors import UserError

@@ -22,7 +22,7 @@ from typing import Annotated
 import torch
 from torch import Tensor
 
-from raysl import collective
+from raysl.communication import collective
 from raysl.contrastive.bank import MemoryBank
 from raysl.fields import Bounds, Range
 from raysl.objectives import Loss

@@ -30,13 +30,13 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from raysl.backbone.network import encode
+from raysl.communication.device_copy import to_device
 from raysl.contrastive.bank import MemoryBank
-from raysl.device_copy import to_device
 from raysl.errors import Unset, UserError
-from raysl.feature_store.records import is_damaged
 from raysl.fields import Checked
 from raysl.objectives import Loss, Setup
 from raysl.storage import Folder, filesystem
+from raysl.storage.records import is_damaged
 from raysl.stream.reader import Batch
 
 # One command extracts the features, clusters them and trains the network.

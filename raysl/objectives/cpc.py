@@ -28,9 +28,9 @@ from torch import Tensor, nn
 
 from raysl import pretext
 from raysl.backbone.network import encode
+from raysl.communication.device_copy import to_device
 from raysl.contrastive import losses
 from raysl.contrastive.bank import MemoryBank
-from raysl.device_copy import to_device
 from raysl.errors import UserError
 from raysl.fields import Bounds, Checked
 from raysl.objectives import Loss, Setup

@@ -27,8 +27,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from raysl import collective
 from raysl.backbone.network import encode
+from raysl.communication import collective
 from raysl.contrastive import losses
 from raysl.contrastive.bank import MemoryBank
 from raysl.fields import Bounds, Checked, Range

@@ -25,8 +25,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from raysl import collective
 from raysl.backbone.network import encode_views
+from raysl.communication import collective
 from raysl.contrastive.bank import MemoryBank
 from raysl.fields import Bounds, Checked, Range
 from raysl.objectives import Loss, Setup

@@ -25,7 +25,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from raysl import collective
+from raysl.communication import collective
 from raysl.contrastive.bank import MemoryBank
 from raysl.fields import Bounds, Range
 from raysl.objectives import Loss

@@ -23,7 +23,7 @@ from torch import Tensor, nn
 
 from raysl import plugins
 from raysl.augment import SourceCrop
-from raysl.clips import Clips
+from raysl.dataset.clips import Clips
 from raysl.errors import UserError
 from raysl.pretext._grayscale import grayscale
 from raysl.rng import ImageRng
@@ -144,7 +144,7 @@ class OfClips(Protocol):
     of one frame.
 
     Attributes:
-        clip_columns: the columns of `raysl.clips` that are read.
+        clip_columns: the columns of `raysl.dataset.clips` that are read.
     """
 
     clip_columns: tuple[str, ...]

@@ -5,7 +5,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from raysl.device_copy import to_device
+from raysl.communication.device_copy import to_device
 
 
 def grayscale(images: Tensor) -> Tensor:

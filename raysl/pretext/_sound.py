@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 
 from raysl.augment import SourceCrop
-from raysl.clips import SOUND_HZ, Clips
+from raysl.dataset.clips import SOUND_HZ, Clips
 from raysl.pretext import Chosen, Color, Plain, Transformed
 from raysl.pretext._frames import OfFrames
 from raysl.rng import ImageRng

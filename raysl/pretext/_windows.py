@@ -6,7 +6,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from raysl.device_copy import to_device
+from raysl.communication.device_copy import to_device
 
 
 def windows(images_bchw: Tensor, top_bp: Tensor, left_bp: Tensor, size: int) -> Tensor:

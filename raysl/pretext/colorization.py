@@ -22,7 +22,7 @@ from typing import Annotated, Any, Literal
 import torch
 from torch import Tensor, nn
 
-from raysl.device_copy import to_device
+from raysl.communication.device_copy import to_device
 from raysl.fields import Bounds, Checked
 from raysl.pretext import Geometry, Transformed, _lab
 from raysl.pretext._dense import DenseTransform, Grid

@@ -18,7 +18,7 @@ import numpy.typing as npt
 import torch
 
 from raysl.augment import SourceCrop
-from raysl.clips import Clips
+from raysl.dataset.clips import Clips
 from raysl.fields import Bounds, Checked, Range
 from raysl.pretext import Chosen, Color, Geometry
 from raysl.pretext._frames import OfFrames

@@ -20,7 +20,7 @@ from typing import Annotated, Any, Literal
 import torch
 from torch import Tensor, nn
 
-from raysl.device_copy import to_device
+from raysl.communication.device_copy import to_device
 from raysl.fields import Bounds, Checked, Range
 from raysl.pretext import Geometry, Transformed
 from raysl.pretext._dense import DenseTransform, Grid

@@ -14,7 +14,7 @@ from typing import Annotated
 import numpy as np
 
 from raysl.augment import SourceCrop
-from raysl.clips import Clips
+from raysl.dataset.clips import Clips
 from raysl.fields import Bounds, Checked, Range
 from raysl.pretext import Chosen, Geometry
 from raysl.pretext._frames import OfFrames

@@ -16,7 +16,7 @@ import torch
 from torch import Tensor
 
 from raysl.augment import SourceCrop
-from raysl.device_copy import to_device
+from raysl.communication.device_copy import to_device
 from raysl.errors import UserError
 from raysl.fields import Bounds, Checked
 from raysl.pretext import Color, Geometry, Transformed

@@ -15,7 +15,7 @@ import torch
 from torch import Tensor
 
 from raysl.augment import SourceCrop
-from raysl.device_copy import to_device
+from raysl.communication.device_copy import to_device
 from raysl.fields import Checked
 from raysl.pretext import Geometry, Plain, Transformed
 from raysl.rng import ImageRng

@@ -15,7 +15,7 @@ import numpy as np
 import numpy.typing as npt
 
 from raysl.augment import SourceCrop
-from raysl.clips import Clips
+from raysl.dataset.clips import Clips
 from raysl.fields import Bounds, Checked, Range
 from raysl.pretext import Chosen, Geometry
 from raysl.pretext._frames import OfFrames

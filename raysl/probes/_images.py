@@ -11,8 +11,8 @@ from torch import Tensor
 from raysl import extraction, rng
 from raysl.backbone import norm
 from raysl.backbone.network import Backbone
-from raysl.clips import Clips
 from raysl.dataset import DataSet
+from raysl.dataset.clips import Clips
 from raysl.errors import UserError
 from raysl.extraction import Encode, EncodeMaps
 from raysl.probes import REESTIMATED, Floats, Integers, Subject
@@ -104,7 +104,7 @@ def each_clip(
     """Yield the clips of a data set: index, some clips in memory, and the row among them.
 
     Args:
-        columns: columns to read; see `raysl.clips`.
+        columns: columns to read; see `raysl.dataset.clips`.
         chosen_n: int64 (n,), indices of the clips; None for all.
     """
     indices_n = np.arange(data.num_images, dtype=np.int64) if chosen_n is None else chosen_n

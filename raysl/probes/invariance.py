@@ -38,7 +38,6 @@ from raysl import pretext, rng
 from raysl.dataset import DataSet
 from raysl.errors import UserError
 from raysl.extraction import Heads, heads
-from raysl.feature_store.records import write_record
 from raysl.fields import Bounds
 from raysl.pretext import Geometry, Pretext, Transformed
 from raysl.probes import Integers, Labelled, Row, Settings, Subject, check_features, field_values, primary
@@ -47,6 +46,7 @@ from raysl.probes.linear import Config as LinearConfig
 from raysl.probes.linear import Linear
 from raysl.ray_cluster import gpus
 from raysl.rng import ImageRng
+from raysl.storage.records import write_record
 from raysl.stream import decode
 
 Doubles = npt.NDArray[np.float64]

@@ -3,8 +3,8 @@
 Arandjelovic and Zisserman 2018, "Objects that sound" (arXiv 1712.06651), section 4: a network that was trained for
 audio-visual correspondence compares the sound with every place of a frame, and the place of the largest similarity is
 where it hears the sound. They show pictures; Senocak et al. 2018 and later work score it against boxes. Here a peak is
-right if it lies in the box of the sounding object, which the drawn clips know (see `raysl.clips`). A shape that is
-silent is in every frame too, so that finding objects is not enough: `peak_in_silent_box` counts these.
+right if it lies in the box of the sounding object, which the drawn clips know (see `raysl.dataset.clips`). A silent
+shape is in every frame too, so that finding objects is not enough: `peak_in_silent_box` counts these.
 
 The probe takes runs of `audio_visual` with `--audio-visual.form map`, and yields nothing for other encoders. `chance`
 is the mean share of the frame that the box covers, and `middle_in_box` the share of boxes that hold the middle of the
@@ -25,8 +25,8 @@ from torch import Tensor
 from torch.nn.functional import interpolate
 
 from raysl.backbone import norm
-from raysl.clips import Clips
 from raysl.dataset import DataSet
+from raysl.dataset.clips import Clips
 from raysl.errors import Unset, UserError
 from raysl.extraction import Trained
 from raysl.extraction.heads import trained_model

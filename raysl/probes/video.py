@@ -5,7 +5,7 @@ convolutional neural networks"; Simonyan and Zisserman 2014 average 25 frames): 
 is encoded in the evaluation view, and their features are averaged. The classifier is that of the probe `linear`. The
 order of the frames is lost, so the probe measures what frames show and not how they move.
 
---train and --test are data sets of clips; see `raysl.clips`.
+--train and --test are data sets of clips; see `raysl.dataset.clips`.
 """
 
 from __future__ import annotations

@@ -5,9 +5,9 @@ from __future__ import annotations
 import importlib.util
 from collections.abc import Sequence
 
+from raysl.documentation.plain_names import file_name
 from raysl.errors import UserError, install
 from raysl.reporting.page import ReportConfig
-from raysl.reporting.plain_names import file_name
 from raysl.storage import Folder
 from raysl.tuning.journal import NAME as JOURNAL
 

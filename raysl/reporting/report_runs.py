@@ -13,9 +13,9 @@ import numpy.typing as npt
 from raysl.config import MAY_CHANGE
 from raysl.errors import UserError
 from raysl.evaluation.results import MODEL, MOMENTUM, rows_of
-from raysl.feature_store.records import verified
 from raysl.run import METADATA, Run, flattened
 from raysl.storage import Folder
+from raysl.storage.records import verified
 
 # Only rows that agree in these fields are compared.
 PROTOCOL = ("probe", "protocol", "train", "test")

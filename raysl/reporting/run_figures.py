@@ -12,12 +12,12 @@ from matplotlib import colormaps
 
 from raysl.errors import UserError
 from raysl.evaluation.results import describe_images
-from raysl.feature_store.records import verified
 from raysl.probes.invariance import HEADS, HISTOGRAM, OTHERS
 from raysl.reporting.figure import Figure, panels_png, plot_png
 from raysl.reporting.report_runs import Group, LabelledRow, ReportRun, by_protocol, labels, layers
 from raysl.reporting.tables import Estimate, estimates
 from raysl.storage import Folder
+from raysl.storage.records import verified
 
 # Baselines without training.
 _LINES = {"untrained": "--", "raw pixels": ":"}

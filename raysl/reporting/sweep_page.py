@@ -8,7 +8,7 @@ from math import sqrt
 from statistics import NormalDist, mean, variance
 from typing import Any
 
-from raysl.reporting.command import command, wrapped
+from raysl.config.command import command, wrapped
 from raysl.reporting.figure import Figure
 from raysl.reporting.page import ReportConfig, embedded, render
 from raysl.reporting.sweep_figures import figures

@@ -16,7 +16,7 @@ from torch import Tensor
 from torch.nn.functional import interpolate
 
 from raysl.augment import SourceCrop
-from raysl.clips import Clips
+from raysl.dataset.clips import Clips
 from raysl.pretext import Chosen
 from raysl.rng import ImageRng
 from raysl.stream.formats import DecodeError as DecodeError

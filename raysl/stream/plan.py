@@ -22,7 +22,7 @@ import numpy as np
 import numpy.typing as npt
 
 from raysl import rng
-from raysl.dataset import DataSet
+from raysl.dataset import DataSet, Rows
 from raysl.errors import UserError
 
 Integers = npt.NDArray[np.int64]
@@ -30,22 +30,6 @@ Integers = npt.NDArray[np.int64]
 LANES = 8
 WINDOW_ROWS = 1024
 WINDOW_BYTES = 8 << 20
-
-
-@dataclass(frozen=True)
-class Rows:
-    """Rows of a data set to be read together.
-
-    Args:
-        indices_b: int64 (b,), indices into the data set.
-        epochs_b: int64 (b,), the epoch in which each is read.
-    """
-
-    indices_b: Integers
-    epochs_b: Integers
-
-    def __len__(self) -> int:
-        return len(self.indices_b)
 
 
 @dataclass(frozen=True, eq=False)

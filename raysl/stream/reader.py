@@ -24,13 +24,13 @@ import pyarrow as pa
 import torch
 from torch import Tensor
 
-from raysl.dataset import DataSet
-from raysl.device_copy import copied_beside, to_device
+from raysl.communication.device_copy import copied_beside, to_device
+from raysl.dataset import DataSet, Rows
 from raysl.errors import UserError
 from raysl.fields import Checked
 from raysl.rng import ImageRng
 from raysl.stream.decode import DecodeError, cut, cut_clips, rng_name
-from raysl.stream.plan import Plan, Rows
+from raysl.stream.plan import Plan
 from raysl.stream.views import View
 
 Columns = dict[str, npt.NDArray[Any]]

@@ -8,7 +8,7 @@ import numpy as np
 from torch import Tensor
 
 from raysl.augment import Recipe, SourceCrop, color_jitter, hflip
-from raysl.own_augmentation import OwnAugmentation
+from raysl.augment.own_augmentation import OwnAugmentation
 from raysl.pretext import OfClips, Pretext, Transformed, of_clips
 from raysl.rng import ImageRng
 

@@ -13,7 +13,6 @@ from dataclasses import dataclass, replace
 from typing import Any
 
 from raysl import checkpoint, console, ray_cluster
-from raysl.callbacks import Callbacks
 from raysl.config import Pretraining
 from raysl.dataset import DataSet
 from raysl.errors import UserError
@@ -24,6 +23,7 @@ from raysl.ray_cluster import placement as cluster_placement
 from raysl.ray_cluster.lock import DriverLock
 from raysl.ray_cluster.placement import Placement
 from raysl.run import Run
+from raysl.run.callbacks import Callbacks
 from raysl.storage import Folder
 from raysl.stream.plan import Plan
 from raysl.stream.shared import Subscriber
@@ -62,7 +62,7 @@ def pretrain(
         config: configuration of the run.
         until: stop after this step, with a checkpoint; None for the last step of the schedule.
         placement: resources of the workers; by default they share the whole cluster.
-        callbacks: code that follows the run; see `raysl.callbacks`.
+        callbacks: code that follows the run; see `raysl.run.callbacks`.
         subscriber: position in a stream shared with other runs; see `raysl.stream.shared`.
         local: train with one worker in this process and without Ray; see `raysl.training.local`.
 

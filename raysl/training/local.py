@@ -21,7 +21,6 @@ from typing import Any
 
 import torch
 
-from raysl.callbacks import Callbacks
 from raysl.config import Pretraining
 from raysl.dataset import DataSet
 from raysl.errors import UserError
@@ -31,6 +30,7 @@ from raysl.ray_cluster import gpus
 from raysl.ray_cluster import placement as cluster_placement
 from raysl.ray_cluster.lock import DriverLock
 from raysl.ray_cluster.placement import Machines, Placement
+from raysl.run.callbacks import Callbacks
 from raysl.storage import Folder
 from raysl.stream.processes import DataProcesses
 from raysl.training import progress_actor, signals

@@ -7,7 +7,7 @@ from collections.abc import Callable
 
 import torch
 
-from raysl import collective
+from raysl.communication import collective
 
 # Interval between two exchanges. Ray drains a machine that gets SIGTERM for 30 s.
 EXCHANGE_EVERY_S = 2.0

@@ -19,9 +19,10 @@ import torch
 from torch import Tensor, nn
 from torch.nn.parallel import DistributedDataParallel
 
-from raysl import checkpoint, collective, optim
+from raysl import checkpoint, optim
 from raysl.backbone import norm
 from raysl.checkpoint import Saver
+from raysl.communication import collective
 from raysl.config import Pretraining
 from raysl.contrastive.bank import MemoryBank
 from raysl.dataset import DataSet

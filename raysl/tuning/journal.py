@@ -21,8 +21,8 @@ from collections.abc import Callable, Mapping
 from typing import Any
 
 from raysl.errors import UserError
-from raysl.feature_store.records import signed_lines, verified_lines
 from raysl.storage import Folder
+from raysl.storage.records import signed_lines, verified_lines
 
 NAME = "sweep.jsonl"
 # Of the rows above. Sweeps of raysl 0.1 have no such number.

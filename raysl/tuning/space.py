@@ -14,8 +14,8 @@ from typing import Any, Literal
 
 import numpy as np
 
-from raysl import fields, methods, rng
-from raysl.config import MAY_CHANGE, Pretraining
+from raysl import fields, rng
+from raysl.config import MAY_CHANGE, Pretraining, methods
 from raysl.errors import UserError, unknown
 from raysl.fields import Range
 

@@ -14,10 +14,10 @@ from torch import Tensor, nn
 from torch.multiprocessing.spawn import start_processes
 from torch.nn.parallel import DistributedDataParallel
 
-from raysl import collective
 from raysl.backbone import network as networks
 from raysl.backbone import norm
 from raysl.backbone.network import Backbone, BackboneConfig, encode, encode_views
+from raysl.communication import collective
 from raysl.errors import UserError
 
 WORLD, BATCH, STEPS = 2, 8, 3

@@ -15,7 +15,7 @@ from PIL import Image
 from raysl.clustering.lloyd import Clustering
 from raysl.dataset import DataSet
 from raysl.evaluation.results import rows_of
-from raysl.feature_store.store import FeatureStore
+from raysl.storage.feature_store import FeatureStore
 from raysl.run import Run
 from raysl.storage import Folder
 from raysl.tuning.results import SweepResults

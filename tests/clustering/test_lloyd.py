@@ -23,10 +23,10 @@ from raysl.clustering.lloyd import Clustering, assign, fit
 from raysl.clustering.options import KMeansConfig
 from raysl.clustering.state import State
 from raysl.errors import UserError
-from raysl.feature_store.files import FINISHED, FeatureForm, write_part
-from raysl.feature_store.records import write_record
+from raysl.storage.feature_files import FINISHED, FeatureForm, write_part
 from raysl.objectives.clusterfit import Assignments
 from raysl.storage import Folder
+from raysl.storage.records import write_record
 from tests.clustering.blobs import blobs, curve, write
 from tests.clustering.blobs import lloyd as reference
 from tests.data import make_dataset

@@ -9,7 +9,7 @@ import pytest
 import torch
 import torch.nn.functional as F
 
-from raysl import collective
+from raysl.communication import collective
 from raysl.contrastive.bank import BankConfig, MemoryBank
 from raysl.errors import UserError
 

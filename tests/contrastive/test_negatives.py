@@ -10,8 +10,8 @@ from torch import Tensor
 
 from raysl.contrastive import negatives
 from raysl.contrastive.bank import BankConfig, MemoryBank
+from raysl.dataset import Rows
 from raysl.errors import UserError
-from raysl.stream.plan import Rows
 
 N = D = 40
 

@@ -8,8 +8,9 @@ from pathlib import Path
 import pytest
 from PIL import Image
 
-from raysl import methods, pretext
+from raysl import pretext
 from raysl.cli.flags import parse_pretraining
+from raysl.config import methods
 from raysl.documentation import pages
 from raysl.storage import Folder
 from tests.data import make_dataset

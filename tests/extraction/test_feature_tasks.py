@@ -34,8 +34,8 @@ from raysl.extraction import (
     feature_tasks,
     untrained,
 )
+from raysl.storage.feature_files import FINISHED, part_file
 from raysl.extraction.feature_tasks import describe
-from raysl.feature_store.files import FINISHED, part_file
 from raysl.model import Model
 from raysl.objectives.pirl import Config as Pirl
 from raysl.ray_cluster import placement

@@ -12,7 +12,7 @@ import pytest
 from raysl.dataset import DataSet
 from raysl.errors import UserError
 from raysl.extraction import FeaturesConfig, FeatureStore, compute_features, feature_tasks, features
-from raysl.feature_store.files import FINISHED, STARTED, part_file
+from raysl.storage.feature_files import FINISHED, STARTED, part_file
 from tests.data import make_dataset
 
 pytestmark = pytest.mark.ray

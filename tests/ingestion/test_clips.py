@@ -8,8 +8,8 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from raysl.clips import COLUMNS, DEPTH_SCALE, SOUND_HZ, TRUTH, Clips
 from raysl.dataset import DataSet
+from raysl.dataset.clips import COLUMNS, DEPTH_SCALE, SOUND_HZ, TRUTH, Clips
 from raysl.errors import UserError
 from raysl.ingestion.clip_drawing import ACTIONS, KEYPOINTS, KINDS
 from raysl.ingestion.sources import Place, UnitSize, open_source, read

@@ -17,8 +17,8 @@ import pyarrow.parquet as pq
 import pytest
 
 from raysl import storage
-from raysl.remote_file import RemoteFile
 from raysl.storage import Folder
+from raysl.storage.remote_file import RemoteFile
 from tests.ingestion.reading import noise, opened, put
 
 IMAGES = {f"{'cat' if n % 2 else 'dog'}/{n}.png": noise(n) for n in range(7)}

@@ -13,7 +13,7 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
 
-from raysl.clips import COLUMNS, SOUND_HZ, Clips
+from raysl.dataset.clips import COLUMNS, SOUND_HZ, Clips
 from raysl.errors import UserError
 from raysl.ingestion.found import Found
 from raysl.ingestion.sources import Place, ReadConfig, Row, UnitSize, open_source, read

@@ -15,10 +15,10 @@ import torch
 from raysl import pretext
 from raysl.backbone.network import Backbone, BackboneConfig, build
 from raysl.checkpoint import SaveConfig, Saver
+from raysl.dataset import Rows
 from raysl.objectives import Setup
 from raysl.pretext import Geometry, jigsaw
 from raysl.storage import Folder
-from raysl.stream.plan import Rows
 from raysl.stream.reader import Batch
 
 N = 64

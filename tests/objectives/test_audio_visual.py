@@ -11,11 +11,11 @@ import torch
 
 from raysl import pretext
 from raysl.backbone.network import BackboneConfig, build
+from raysl.dataset import Rows
 from raysl.errors import UserError
 from raysl.objectives import Setup
 from raysl.objectives.audio_visual import AudioVisual, Config
 from raysl.pretext import Geometry
-from raysl.stream.plan import Rows
 from raysl.stream.reader import Batch
 
 FORMS = ("fused", "distance", "map")

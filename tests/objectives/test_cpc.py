@@ -11,11 +11,11 @@ from torch import Tensor, nn
 
 from raysl import pretext
 from raysl.backbone.network import Backbone, BackboneConfig, build
+from raysl.dataset import Rows
 from raysl.errors import UserError
 from raysl.objectives import Setup
 from raysl.objectives.cpc import Config, Cpc
 from raysl.pretext import Geometry
-from raysl.stream.plan import Rows
 from raysl.stream.reader import Batch
 
 ROWS, SIDE = 7, 4

@@ -14,6 +14,7 @@ from torch import Tensor
 from raysl import pretext
 from raysl.backbone.network import Backbone, BackboneConfig, build
 from raysl.config import Pretraining, ViewConfig
+from raysl.dataset import Rows
 from raysl.errors import UserError
 from raysl.model import DatasetInfo, Model
 from raysl.objectives import Setup
@@ -21,7 +22,6 @@ from raysl.objectives.multitask import Config, Multitask, Turns
 from raysl.objectives.predict import Predict
 from raysl.pretext import Geometry
 from raysl.rng import ImageRng
-from raysl.stream.plan import Rows
 from raysl.stream.reader import Batch
 
 TASKS = ("rotation", "colorization", "rotation+jigsaw")

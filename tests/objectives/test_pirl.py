@@ -15,11 +15,11 @@ from raysl import pretext
 from raysl.backbone.network import Backbone, BackboneConfig, build
 from raysl.contrastive import losses, negatives
 from raysl.contrastive.bank import BankConfig, MemoryBank
+from raysl.dataset import Rows
 from raysl.errors import UserError
 from raysl.objectives import Loss, Setup
 from raysl.objectives.pirl import Config, Pirl
 from raysl.pretext import Geometry, jigsaw
-from raysl.stream.plan import Rows
 from raysl.stream.reader import Batch
 
 N, D, K = 64, 16, 12

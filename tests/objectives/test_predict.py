@@ -10,11 +10,11 @@ from torch import nn
 
 from raysl import pretext
 from raysl.backbone.network import Backbone, BackboneConfig, build
+from raysl.dataset import Rows
 from raysl.errors import UserError
 from raysl.objectives import Setup
 from raysl.objectives.predict import Config, Predict
 from raysl.pretext import Geometry, jigsaw, rotation
-from raysl.stream.plan import Rows
 from raysl.stream.reader import Batch
 
 

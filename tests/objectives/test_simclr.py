@@ -12,8 +12,8 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from raysl.backbone.network import Backbone
+from raysl.dataset import Rows
 from raysl.objectives.simclr import Config, Simclr
-from raysl.stream.plan import Rows
 from raysl.stream.reader import Batch
 from tests.objectives.setups import batch, setup
 

@@ -8,10 +8,10 @@ import torch
 import torch.nn.functional as F
 
 from raysl import pretext
+from raysl.dataset import Rows
 from raysl.objectives import Setup
 from raysl.objectives.triplet import Config, Triplet
 from raysl.pretext import Geometry
-from raysl.stream.plan import Rows
 from raysl.stream.reader import Batch
 
 

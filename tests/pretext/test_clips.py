@@ -10,7 +10,7 @@ import pytest
 import torch
 
 from raysl import pretext
-from raysl.clips import COLUMNS, TRUTH, Clips
+from raysl.dataset.clips import COLUMNS, TRUTH, Clips
 from raysl.errors import UserError
 from raysl.ingestion.sources import Place, UnitSize, open_source, read
 from raysl.pretext import Chosen, Geometry, OfClips, _sound

@@ -12,8 +12,8 @@ import pytest
 import torch
 
 from raysl.errors import UserError
-from raysl.feature_store.files import FeatureForm, part_file, write_part
-from raysl.feature_store.store import FeatureStore
+from raysl.storage.feature_files import FeatureForm, part_file, write_part
+from raysl.storage.feature_store import FeatureStore
 from raysl.probes import Floats, Labelled, Row
 from raysl.probes import _frozen as frozen
 from raysl.probes._frozen import StoredFeatures, measure_layers

@@ -10,7 +10,7 @@ import pytest
 import torch
 
 from raysl.backbone.network import BackboneConfig
-from raysl.clips import Clips
+from raysl.dataset.clips import Clips
 from raysl.errors import Unset
 from raysl.extraction import RandomBackbone
 from raysl.probes import Labelled, Subject, video

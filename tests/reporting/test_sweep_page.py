@@ -13,11 +13,11 @@ import pytest
 from raysl import rng
 from raysl.cli.flags import parse_pretraining
 from raysl.config import Pretraining, ViewConfig
+from raysl.config.command import command, wrapped
 from raysl.errors import UserError
 from raysl.objectives.pirl import Config as Pirl
 from raysl.optim import OptimConfig
 from raysl.reporting import ReportConfig, report
-from raysl.reporting.command import command, wrapped
 from raysl.reporting.page import _breakable
 from raysl.reporting.sweep_figures import rank_correlation
 from raysl.storage import Folder

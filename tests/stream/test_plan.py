@@ -13,10 +13,10 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from raysl.dataset import DataSet, Manifest, Shard
+from raysl.dataset import DataSet, Manifest, Rows, Shard
 from raysl.errors import UserError
 from raysl.storage import Folder
-from raysl.stream.plan import Plan, Rows
+from raysl.stream.plan import Plan
 
 Integers = npt.NDArray[np.int64]
 

@@ -9,11 +9,11 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from raysl import parquet_parts, storage
+from raysl import storage
 from raysl.augment import recipe
 from raysl.dataset import DataSet
 from raysl.pretext import Geometry, build
-from raysl.storage import Folder
+from raysl.storage import Folder, parquet_parts
 from raysl.stream.plan import Plan
 from raysl.stream.reader import Columns, Stream, _Load
 from raysl.stream.views import View

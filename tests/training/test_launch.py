@@ -28,10 +28,10 @@ import torch
 from raysl import checkpoint
 from raysl.checkpoint import SaveConfig
 from raysl.config import Pretraining, ViewConfig
+from raysl.config.command import command as written
 from raysl.dataset import DataSet
 from raysl.errors import UserError
 from raysl.objectives.pirl import Config as Pirl
-from raysl.reporting.command import command as written
 from raysl.run import Run
 from raysl.storage import Folder
 from raysl.training.launch import pretrain

@@ -23,7 +23,6 @@ import pytest
 import torch
 
 from raysl import Callback, checkpoint
-from raysl.callbacks import Callbacks
 from raysl.checkpoint import SaveConfig
 from raysl.config import Pretraining, ViewConfig
 from raysl.dataset import SHARDS, DataSet
@@ -32,6 +31,7 @@ from raysl.evaluation.online import OnlineConfig, pretrain_and_probe
 from raysl.objectives.pirl import Config as Pirl
 from raysl.ray_cluster import lock
 from raysl.run import Run
+from raysl.run.callbacks import Callbacks
 from raysl.storage import Folder
 from raysl.training import local
 from raysl.training.launch import pretrain
@@ -269,7 +269,7 @@ def test_a_killed_run_on_clips_resumes_to_the_same_numbers(tmp_path: Path) -> No
     code = (
         "import json, os, signal, sys\n"
         "from raysl import Callback\n"
-        "from raysl.callbacks import Callbacks\n"
+        "from raysl.run.callbacks import Callbacks\n"
         "from raysl.config import Pretraining\n"
         "from raysl.training.launch import pretrain\n"
         "class Killed(Callback):\n"

@@ -7,8 +7,9 @@ from typing import Any
 
 import pytest
 
-from raysl import defaults, ray_cluster
+from raysl import ray_cluster
 from raysl.__main__ import main
+from raysl.config import defaults
 from raysl.tuning.config import SweepConfig
 
 SWEEP = "sweep --data shapes:50 --test shapes:60 --out sweep"

@@ -170,7 +170,7 @@ class Row(NamedTuple):
         image: encoded bytes; None if they cannot be read, and then `reason` says why.
         label: name of its class; None for an image without a label.
         path: where a user finds it in the source.
-        clip: values of the columns of a clip, by name; see `raysl.clips`. None for an image.
+        clip: values of the columns of a clip, by name; see `raysl.dataset.clips`. None for an image.
     """
 
     image: bytes | None

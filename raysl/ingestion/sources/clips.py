@@ -1,7 +1,7 @@
 """A procedural video set: moving shapes with tones and an articulated figure, in any number, without a download.
 
 Each clip is a pure function of (seed, split, index); see `raysl.ingestion.clip_drawing`. The class is the action of the
-figure. Tracks, the sounding object, key points, depth and normals are columns; see `raysl.clips`.
+figure. Tracks, the sounding object, key points, depth and normals are columns; see `raysl.dataset.clips`.
 """
 
 from __future__ import annotations
@@ -15,7 +15,7 @@ import numpy as np
 import numpy.typing as npt
 from PIL import Image
 
-from raysl.clips import COLUMNS, DEPTH_SCALE, TRUTH, jpeg, thumbnail
+from raysl.dataset.clips import COLUMNS, DEPTH_SCALE, TRUTH, jpeg, thumbnail
 from raysl.ingestion import png
 from raysl.ingestion.clip_drawing import ACTIONS, KEYPOINTS, KINDS, Drawn, draw
 from raysl.ingestion.found import Found

@@ -1,0 +1,424 @@
+"""The functions of `import raysl`, one for each verb of the command line.
+
+Data may be given as a path, a URI, a name such as "shapes:1000", or a `DataSet`; a run as a path, a URI or a `Run`.
+Give the fields of a configuration as keyword arguments, as an object of its class, or both; keyword arguments win.
+Every function first checks its values, the data and the machine, and raises a `UserError` if they do not fit.
+"""
+
+from __future__ import annotations
+
+import functools
+import logging
+import os
+import re
+from collections.abc import Mapping, Sequence
+from typing import TYPE_CHECKING, Any, Literal
+
+from raysl import console
+from raysl.api.arguments import (
+    check_faiss,
+    check_source,
+    configure,
+    dataset,
+    given,
+    run_config,
+    start_ray,
+    uri,
+)
+from raysl.errors import UserError
+
+if TYPE_CHECKING:
+    from raysl.api.arguments import AnyRun, Data, PathLike
+    from raysl.clustering.cluster_and_fit import ClusterfitConfig
+    from raysl.clustering.lloyd import Clustering
+    from raysl.clustering.options import KMeansConfig
+    from raysl.config import Pretraining
+    from raysl.dataset import DataSet
+    from raysl.diagnostics import Diagnosis, DoctorConfig
+    from raysl.evaluation.options import ProbeConfig
+    from raysl.extraction import Encoder, FeaturesConfig, FeatureStore
+    from raysl.ingestion import IngestConfig
+    from raysl.model_export import ExportConfig
+    from raysl.reporting import ReportConfig
+    from raysl.run import Run
+    from raysl.run.callbacks import Callback
+    from raysl.training.reproduction import Comparison, ReproduceConfig
+    from raysl.tuning.config import SweepConfig
+
+
+_log = logging.getLogger("raysl")
+
+
+@console.announced
+def ingest(
+    source: Any,
+    dest: PathLike,
+    config: IngestConfig | None = None,
+    **fields: Any,
+) -> DataSet:
+    """Make a data set of any source of images. The same call again resumes an interrupted ingest.
+
+    Args:
+        source: an image folder, tables, archives, arrays or "shapes:N", as a path or a URI; or a list of files or of
+            (file, label) pairs, a `datasets.Dataset` or a `ray.data.Dataset`.
+        dest: folder of the data set, a path or a URI.
+        config, fields: the configuration; see `IngestConfig`.
+    """
+    from raysl.ingestion import pipeline
+    from raysl.ingestion.sources import open_source
+
+    settings = configure(pipeline.IngestConfig, config, fields)
+    if isinstance(source, str | os.PathLike):
+        source = open_source(settings.place(os.fspath(source)))
+    start_ray(os.fspath(dest))
+    return pipeline.ingest(source, os.fspath(dest), settings)
+
+
+@console.announced
+def pretrain(
+    data: Data | None = None,
+    run: PathLike | None = None,
+    config: Pretraining | None = None,
+    *,
+    callbacks: Sequence[Callback] = (),
+    probe_every: int = 0,
+    train: Data = "",
+    test: Data = "",
+    probes: Sequence[str] = ("knn",),
+    local: bool = False,
+    **fields: Any,
+) -> Run:
+    """Pretrain a backbone. The same call again resumes an interrupted run at the exact step.
+
+    Args:
+        data: images to learn from.
+        run: folder of the run, a path or a URI.
+        config: the whole configuration.
+        callbacks: objects whose methods are called during the run; see `raysl.run.callbacks`.
+        probe_every: steps between two evaluations of the run while it trains; 0 for none.
+        train, test, probes: data and probes of these evaluations.
+        local: train in this process, without Ray.
+        fields: fields of `Pretraining`, and by their names the configurations of the method's parts, as in
+            `pirl={"temperature": 0.1}`. `backbone` may be a function or class that builds an `nn.Module` from
+            normalised images (b, 3, s, s) to features (b, width); it must be importable.
+    """
+    from raysl.evaluation import online
+    from raysl.run.callbacks import Callbacks
+
+    probing = online.OnlineConfig(probe_every, uri(train), uri(test), tuple(probes))
+    settings = run_config(data, run, config, fields, local=local)
+    return online.pretrain_and_probe(settings, probing, Callbacks(callbacks), local=local)
+
+
+@console.announced
+def probe(
+    checkpoint: AnyRun,
+    train: Data,
+    test: Data,
+    probes: Sequence[str] = ("knn", "linear"),
+    *,
+    layers: Sequence[str] = ("pooled",),
+    out: PathLike = "",
+    image_size: int = 0,
+    backbone: Any = None,
+    seed: int = 0,
+    bn_statistics: Literal["reestimated", "kept"] = "reestimated",
+    **protocols: Any,
+) -> list[dict[str, Any]]:
+    """Measure a run beside its untrained backbone and raw pixels, or measure weights from elsewhere.
+
+    Args:
+        checkpoint: a run (its newest checkpoint), RUN/checkpoints/step-NNN, a file of weights, or "random".
+        train, test: labelled data that the probes learn from, and labelled data on which the probes are scored.
+        probes: names of probes; `raysl methods` lists them.
+        layers: "all" is conv1, res2 to res5 and pooled.
+        out: folder of the rows and features; by default that of the run. Required for weights.
+        image_size: side of the view in pixels, for weights only; 0 for 224 for a file of weights and 32 otherwise.
+        backbone: a `BackboneConfig`, a mapping of its fields or a name, for weights only.
+        seed: seed of "random", and of what a probe of weights draws.
+        bn_statistics: see `raysl.evaluation.options.ProbeConfig`.
+        protocols: the configuration of a probe by its name, as in `linear={"schedule": "fast"}`.
+
+    Returns:
+        A row for each number: its probe, layer, encoder, name and value.
+    """
+    from raysl import probes as all_probes
+    from raysl.backbone.network import BackboneConfig as Network
+
+    if extra := sorted(set(protocols) - set(probes)):
+        raise UserError(f"The argument {extra[0]!r} is neither one of `probe` nor one of {tuple(probes)}.")
+    configs = {name: configure(all_probes.config_type(name), protocols.get(name), {}) for name in probes}
+    network = configure(Network, {"name": backbone} if isinstance(backbone, str) else backbone, {})
+    check_source(train)
+    check_source(test)
+    from raysl.evaluation import evaluate, options
+    from raysl.extraction import Trained, encoder_by_name
+
+    source = encoder_by_name(uri(checkpoint), network, seed)
+    evaluate.layers_of(source, layers)  # Raises UserError for an unknown layer.
+    data_sets = dataset(train), dataset(test)
+    config = options.ProbeConfig(
+        *(probes, layers),
+        configs=configs,
+        bn_statistics=bn_statistics,
+        out=os.fspath(out),
+        image_size=image_size,
+        seed=seed,
+    )
+    evaluate.check_data(config.ready(), *data_sets)
+    start_ray(config.out or (str(source.run.folder) if isinstance(source, Trained) else ""))
+    title = f"{uri(checkpoint).rpartition('/')[2]} ({network.name})"
+    rows = evaluate.probe_encoder(source, title, *data_sets, config)
+    _draw_nearest(source, data_sets, config)
+    return rows
+
+
+def _draw_nearest(source: Encoder, data_sets: tuple[DataSet, DataSet], config: ProbeConfig) -> None:
+    if "retrieval" not in config.probes:
+        return
+    from raysl.evaluation import evaluate
+    from raysl.extraction import view_size
+    from raysl.reporting import retrieval_grid
+
+    size = config.image_size or view_size(source)
+    drawn = evaluate.frozen_encoder(source, data_sets[0], size, config.bn_statistics)
+    grid = retrieval_grid.draw(evaluate.folder_of(source, config), drawn, *data_sets, size)
+    _log.info("Nearest images of some test images: %s", grid)
+
+
+@console.announced
+def features(
+    checkpoint: AnyRun,
+    data: Data | None = None,
+    out: PathLike | None = None,
+    config: FeaturesConfig | None = None,
+    **fields: Any,
+) -> FeatureStore:
+    """Write the features of every image as Parquet. The same call again completes what was interrupted.
+
+    Args:
+        checkpoint: a run, RUN/checkpoints/step-NNN, a file of weights, "random" or "pixels".
+        data: the images.
+        out: folder of the features, a path or a URI.
+        config, fields: the configuration; see `FeaturesConfig`.
+    """
+    from raysl.extraction.features import FeaturesConfig as Config
+
+    settings = configure(Config, config, {**given(data=data, out=out), **fields})
+    check_source(settings.data)
+    from raysl.extraction import check_layers, encoder_by_name
+    from raysl.extraction.features import compute_features
+
+    source = encoder_by_name(uri(checkpoint), settings.backbone, settings.seed)
+    check_layers(source, (settings.layer,))
+    dataset(settings.data)
+    start_ray(settings.out)
+    return compute_features(uri(checkpoint), settings)
+
+
+@console.announced
+def cluster(
+    features: PathLike | FeatureStore,
+    k: int | None = None,
+    out: PathLike = "",
+    config: KMeansConfig | None = None,
+    *,
+    assign: Sequence[PathLike | FeatureStore] = (),
+    **fields: Any,
+) -> Clustering:
+    """Cluster features by k-means. The same call again resumes an interrupted clustering.
+
+    Args:
+        features: a folder that `features` made.
+        k: number of clusters.
+        out: folder of the result; by default one inside the features, named by the configuration.
+        config: configuration of the clustering.
+        assign: more features, such as those of validation images, that get the nearest of the same centroids.
+        fields: fields of `KMeansConfig`.
+    """
+    check_faiss()
+    from raysl.clustering import lloyd
+    from raysl.clustering.options import KMeansConfig as Config
+
+    settings = configure(Config, config, {**given(k=k), **fields})
+    done = lloyd.fit(uri(features), settings, os.fspath(out))
+    for more in map(uri, assign):
+        # Named after the whole path, because many folders of features are called "features".
+        name = re.sub(r"\W+", "-", more).strip("-")
+        table = lloyd.assign(done, more, str(done.folder / f"assignments-{name}.parquet"), settings)
+        _log.info("The clusters of %s are in %s.", more, table)
+    return done
+
+
+@console.announced
+def clusterfit(
+    teacher: AnyRun,
+    data: Data | None = None,
+    run: PathLike | None = None,
+    config: ClusterfitConfig | None = None,
+    *,
+    student: Pretraining | Mapping[str, Any] | None = None,
+    **fields: Any,
+) -> Run:
+    """Train a new network to predict the clusters of another network's features (Yan et al. 2020, ClusterFit).
+
+    Args:
+        teacher: a run, RUN/checkpoints/step-NNN, a file of weights, or "random".
+        data: the images, for teacher and student.
+        run: folder of all results.
+        config: configuration of the teacher and of the clusters.
+        student: configuration of the student, or fields of `Pretraining`.
+        fields: fields of `ClusterfitConfig`, such as `k`.
+
+    Returns:
+        The run of the last student.
+    """
+    check_faiss()
+    from raysl.clustering import cluster_and_fit
+
+    settings = configure(cluster_and_fit.ClusterfitConfig, config, {"teacher": uri(teacher), **fields})
+    learner = run_config(data, run, student, {"method": "clusterfit"})
+    return cluster_and_fit.clusterfit(settings, learner)
+
+
+@console.announced
+def sweep(
+    data: Data | None = None,
+    test: Data | None = None,
+    out: PathLike | None = None,
+    vary: Sequence[str] | None = None,
+    config: SweepConfig | None = None,
+    *,
+    base: Pretraining | Mapping[str, Any] | None = None,
+    **fields: Any,
+) -> list[dict[str, Any]]:
+    """Compare hyperparameters by a probe, with several seeds. The same call again continues an interrupted sweep.
+
+    Args:
+        data: images to learn from.
+        test: labelled images on which the chosen trial is scored once. Trials are compared on `validation`.
+        out: folder of the sweep, a path or a URI.
+        vary: hyperparameters to vary, such as "temperature" or "temperature=0.05,0.1".
+        config: the configuration of the sweep.
+        base: configuration of every run, or fields of `Pretraining`.
+        fields: fields of `SweepConfig`.
+
+    Returns:
+        A row for each trial, the best first.
+    """
+    from raysl.tuning.config import SweepConfig as Config
+
+    labelled_data = {name: fields[name] for name in ("train", "validation") if name in fields}
+    settings = configure(Config, config, {**fields, **given(test=test, out=out, vary=vary, **labelled_data)})
+    from raysl.tuning import preparation
+    from raysl.tuning import sweep as tuning
+
+    check = functools.partial(preparation.check, config=settings)
+    learner = run_config(data, "-", base, {}, check=check, out=settings.out)
+    for labelled in filter(None, (settings.train, settings.validation, settings.test)):
+        check_source(labelled)
+    return tuning.sweep(learner, settings)
+
+
+@console.announced
+def report(
+    folders: AnyRun | Sequence[AnyRun],
+    config: ReportConfig | None = None,
+    **fields: Any,
+) -> str:
+    """Write one page about a sweep, or about runs side by side, and return its path or URI.
+
+    Args:
+        folders: the folder of one sweep, finished or not; or folders of runs.
+        config, fields: the configuration; see `ReportConfig`.
+    """
+    from raysl import reporting
+
+    is_list = isinstance(folders, Sequence) and not isinstance(folders, str)
+    uris = [uri(folder) for folder in (folders if is_list else [folders])]  # type: ignore[union-attr]
+    if not uris:
+        raise UserError("No folder is given. Name a sweep or runs: `raysl report runs/*`.")
+    return f"{reporting.report(uris, configure(reporting.ReportConfig, config, fields))}/index.html"
+
+
+@console.announced
+def export(run: AnyRun, config: ExportConfig | None = None, **fields: Any) -> str:
+    """Write the backbone of a run for other programs, with a model card, and return the folder.
+
+    Args:
+        run: the run.
+        config, fields: the configuration; see `ExportConfig`.
+    """
+    from raysl import model_export
+    from raysl.run import Run
+
+    settings = configure(model_export.ExportConfig, config, fields)
+    opened = Run.open(uri(run))
+    with console.working("Writing the weights ..."):
+        return str(model_export.export(opened, settings))
+
+
+@console.announced
+def views(
+    data: Data | None = None,
+    out: PathLike = "views.png",
+    images: int = 8,
+    config: Pretraining | None = None,
+    **fields: Any,
+) -> str:
+    """Draw the views that a method makes of some images, and return the path or URI of the picture.
+
+    Args:
+        data: the images.
+        out: a PNG file, as a path or a URI.
+        images: how many images, at least 1.
+        config, fields: the configuration; see `Pretraining`.
+    """
+    if not os.fspath(out).lower().endswith(".png"):
+        raise UserError(f"The picture {str(out)!r} is not a PNG file. Give --out a name that ends in .png.")
+    if images < 1:
+        raise UserError(f"images is {images}; it must be at least 1.")
+    # Nothing is trained, so a run that the caller names is not used.
+    fields = {name: value for name, value in fields.items() if name != "run"}
+    settings = run_config(data, "-", config, fields, workers=False)
+    opened = dataset(settings.data)
+    from raysl.documentation import pictures
+
+    grid = pictures.views_grid(opened, pictures.views_of(settings, opened), settings.seed, images)
+    pictures.save(grid, os.fspath(out))
+    return os.fspath(out)
+
+
+@console.announced
+def reproduce(run: AnyRun, config: ReproduceConfig | None = None, **fields: Any) -> Comparison:
+    """Train a run again from its metadata and compare losses and weights to the last bit.
+
+    Args:
+        run: the first run.
+        config, fields: the configuration; see `ReproduceConfig`.
+    """
+    from raysl.run import Run
+    from raysl.training import reproduction
+
+    settings = configure(reproduction.ReproduceConfig, config, fields)
+    first = Run.open(uri(run))
+    if not settings.local:
+        start_ray()
+    return reproduction.reproduce(first, settings)
+
+
+@console.announced
+def doctor(config: DoctorConfig | None = None, **fields: Any) -> Diagnosis:
+    """Measure what limits the speed of a run on this machine; with `cluster=True`, look at a cluster; with `gpu=True`,
+    check the GPUs of this machine.
+
+    Args:
+        config, fields: the configuration; see `DoctorConfig`.
+    """
+    from raysl import diagnostics
+
+    settings = configure(diagnostics.DoctorConfig, config, {**fields, **given(data=fields.get("data"))})
+    if not settings.cluster:
+        dataset(settings.data)
+    start_ray()
+    return diagnostics.diagnose(settings)

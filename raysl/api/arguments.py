@@ -1,0 +1,227 @@
+"""What callers may give to the functions of `raysl.api`, and the forms that the library takes.
+
+Modules that need torch are imported inside of functions, so that a verb prints its first line before.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import importlib.util
+import os
+import sys
+from collections.abc import Callable, Mapping, Sequence
+from typing import TYPE_CHECKING, Any, TypeVar
+
+from raysl import console
+from raysl.errors import UserError, install
+
+if TYPE_CHECKING:
+    from raysl.config import Pretraining
+    from raysl.dataset import DataSet
+    from raysl.run import Run
+
+    PathLike = str | os.PathLike[str]
+    Data = PathLike | DataSet
+    AnyRun = PathLike | Run
+
+T = TypeVar("T")
+
+
+def dataset(data: Data) -> DataSet:
+    """Open a data set. A source that is not one yet is ingested into the cache first, for which Ray starts.
+
+    Raises:
+        UserError: nothing lies there, or it is not a source of images.
+    """
+    from raysl.dataset import DataSet
+
+    if isinstance(data, DataSet):
+        return data
+    from raysl.ingestion.cache import find
+
+    found = find(uri(data))
+    if isinstance(found, DataSet):
+        return found
+    start_ray()
+    from raysl.ingestion import resolve
+
+    return resolve(found)
+
+
+def check_source(data: Data) -> None:
+    """Raise UserError unless a data set or a source of images lies at `data`."""
+    from raysl.dataset import DataSet
+    from raysl.ingestion.sources import Place, open_source
+
+    if not isinstance(data, DataSet) and not DataSet.is_one(uri(data)):
+        open_source(Place.parse(uri(data)))
+
+
+def check_faiss() -> None:
+    """Raise UserError when the package that k-means runs on is missing."""
+    if importlib.util.find_spec("faiss") is None:
+        raise UserError(
+            f"Clustering needs faiss, which is not installed. {install('cpu')} On a machine with an NVIDIA GPU, "
+            "take the extra 'gpu' instead."
+        )
+
+
+def run_config(
+    data: Data | None,
+    run: PathLike | None,
+    config: Pretraining | Mapping[str, Any] | None,
+    fields: Mapping[str, Any],
+    workers: bool = True,
+    check: Callable[[Pretraining], object] | None = None,
+    out: str = "",
+    local: bool = False,
+) -> Pretraining:
+    """Return the configuration of a run, checked before Ray starts.
+
+    An object is taken as it is, with `fields` in the place of some values. Of a mapping, what it leaves open is chosen
+    from the data and the machine. Names that are not fields of `Pretraining` are parts of its method, as in
+    `pirl={"temperature": 0.1}`.
+
+    Args:
+        data: images, unless `config` or `fields` name them.
+        run: folder of the run, likewise.
+        config, fields: an object or a mapping of fields, and fields that replace some of them.
+        workers: whether workers will train, so that Ray is started and asked what the cluster has.
+        check: more checks of the configuration as given, before any data are opened or Ray starts.
+        out: folder of the results, if it is not the run.
+        local: whether one worker will train in this process, without Ray.
+    """
+    from raysl.config import Pretraining, defaults
+
+    values = _named({**given(data=data, run=run), **fields})
+    if local:
+        from raysl.training import local as in_process
+
+        check, workers = in_process.check, False
+    if isinstance(config, Pretraining):
+        made = defaults.replaced(config, values)
+        if check is not None:
+            check(made)
+        dataset(made.data)
+        if workers:
+            start_ray(out or made.run)
+        return made
+    if config is not None and not isinstance(config, Mapping):
+        raise _wrong_type(config, Pretraining)
+    values = {**({"workers": 1} if local else {}), **(config or {}), **values}
+    values |= {"data": uri(values["data"])} if "data" in values else {}
+    asked = defaults.check(values)
+    if check is not None:
+        check(asked)
+    check_source(asked.data)
+    if not workers:
+        import torch
+
+        return _resolved(values, asked.data, 1, torch.cuda.is_available())
+    start_ray(out or asked.run)
+    return _suited(values, asked)
+
+
+def _suited(values: Mapping[str, Any], asked: Pretraining) -> Pretraining:
+    """Return the configuration of a run that suits its data and the cluster. Ray must have been started."""
+    from raysl.ray_cluster import placement
+
+    if str(values.get("workers", 0)) not in ("0", ""):
+        # Before a source is ingested, which takes its time.
+        placement.place(asked.worker_counts()[0])
+    machines = placement.machines()
+    return _resolved(values, asked.data, placement.usual_workers(machines), machines.has_gpus)
+
+
+def _resolved(values: Mapping[str, Any], data: str, usual_workers: int, has_gpus: bool) -> Pretraining:
+    """Return the configuration of a run; one that exists keeps what it was begun with."""
+    from raysl.config import defaults
+
+    images = dataset(data)
+    begun = Run.find(str(values["run"])) if values.get("run") not in (None, "-") else None
+    if begun is not None:
+        return defaults.resume(begun.config(), values, usual_workers)
+    return defaults.resolve(values, images, usual_workers, has_gpus)
+
+
+def _named(fields: Mapping[str, Any]) -> dict[str, Any]:
+    """Return fields in which a backbone or an augmentation of the user is replaced by its importable name."""
+    values, view = dict(fields), fields.get("view")
+    if callable(values.get("backbone")):
+        from raysl.backbone.network import config_of
+
+        values["backbone"] = config_of(values["backbone"])
+    if isinstance(view, Mapping) and callable(view.get("recipe")):
+        from raysl.augment.own_augmentation import name_of
+
+        values["view"] = {**view, "recipe": name_of(view["recipe"])}
+    return values
+
+
+def configure(kind: type[T], config: Any, fields: Mapping[str, Any]) -> T:
+    """Return a configuration from an object or a mapping, in which `fields` replace values.
+
+    Raises:
+        UserError: `config` is of another kind, a field does not exist or lacks a value, or a value is not allowed.
+    """
+    from raysl.config import from_dict
+
+    if isinstance(config, Mapping):
+        config, fields = None, {**config, **fields}
+    if config is not None and not isinstance(config, kind):
+        raise _wrong_type(config, kind)
+    if config is None:
+        return from_dict(kind, fields, "")  # type: ignore[no-any-return]
+    if not fields:
+        return config
+    whole = {f.name: getattr(config, f.name) for f in dataclasses.fields(config)}  # type: ignore[arg-type]
+    for name, value in fields.items():
+        if isinstance(value, Mapping) and dataclasses.is_dataclass(whole.get(name)):
+            value = {**dataclasses.asdict(whole[name]), **value}
+        whole[name] = value
+    return from_dict(kind, whole, "")  # type: ignore[no-any-return]
+
+
+def _wrong_type(config: Any, kind: type[Any]) -> UserError:
+    return UserError(
+        f"The configuration is of type {type(config).__name__}; it must be a {kind.__name__} or a mapping of its "
+        "fields."
+    )
+
+
+def given(**values: Any) -> dict[str, Any]:
+    """Return the values that are not None; paths, data sets and runs as text."""
+    there = {name: value for name, value in values.items() if value is not None}
+    return {name: value if isinstance(value, int | Sequence) else uri(value) for name, value in there.items()}
+
+
+def uri(place: Any) -> str:
+    """Return the place of a path, a data set, a run or a table of features."""
+    if isinstance(place, str | os.PathLike):
+        return os.fspath(place)
+    folder = getattr(place, "folder", None)
+    if folder is None:
+        raise UserError(
+            f"A value of type {type(place).__name__} is given where a path, a data set or a run is expected. Give "
+            "images in memory, a Hugging Face or Ray data set, or a list of files to raysl.ingest first."
+        )
+    return str(folder)
+
+
+def start_ray(*results: str) -> None:
+    """Start or join Ray, and say so, unless that has been done.
+
+    Args:
+        results: folders of results, or "" for none. Ray starts only if files can be written there.
+
+    Raises:
+        UserError: a folder cannot be written, or Ray cannot be started.
+    """
+    from raysl import ray_cluster
+    from raysl.storage import Folder
+
+    for folder in filter(None, results):
+        Folder(folder).check_writable()
+    if "ray" not in sys.modules or not sys.modules["ray"].is_initialized():
+        with console.working("Starting Ray ..."):
+            ray_cluster.start()

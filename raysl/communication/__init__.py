@@ -1,0 +1,1 @@
+"""Tensors between workers, and from the host to a GPU."""

@@ -1,0 +1,237 @@
+"""Choose what a user leaves open: image size, backbone, batch, learning rate and more, from the images and the machine.
+
+Small images get the recipe behind the numbers in results/ (raysl.experiment.comparison). Photos get a ResNet, as large
+as the machine allows. The configuration with all choices made is what a run stores in its metadata.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import io
+import logging
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+from PIL import Image
+
+from raysl.config import Pretraining, from_dict, methods
+from raysl.dataset import DataSet
+
+_log = logging.getLogger("raysl.config.defaults")
+
+# Images with a shorter side up to this many pixels are small.
+SMALL_SIDE = 64
+_SAMPLE = 64
+# Every field that `resolve` may choose. A command that is to repeat a run has to name these.
+CHOSEN = frozenset(
+    "backbone.name backbone.norm bank.momentum view.image_size workers batch_size precision optim.lr optim.warmup "
+    "pirl.head pirl.temperature pirl.num_negatives npid.head npid.temperature npid.num_negatives simclr.norm "
+    "simclr.temperature jigsaw.grid".split()
+)
+# The fields of these for which it looks at the machine too.
+OF_MACHINE = frozenset("backbone.name view.image_size workers batch_size precision".split())
+# A step is worth its overhead with this many images; an epoch should have a few steps.
+_STEPS_PER_EPOCH = 4
+
+
+@dataclass(frozen=True)
+class Choice:
+    """A value that was chosen for a field.
+
+    Args:
+        name: dotted name of the field, such as "view.image_size".
+        value: the value.
+        reason: why, as the end of a sentence; empty when the value needs none.
+    """
+
+    name: str
+    value: Any
+    reason: str = ""
+
+    def __str__(self) -> str:
+        reason = f" ({self.reason})" if self.reason else ""
+        return f"  --{self.name.replace('_', '-')} {self.value}{reason}"
+
+
+def resolve(given: Mapping[str, Any], dataset: DataSet, usual_workers: int, has_gpus: bool) -> Pretraining:
+    """Return the configuration of a new run: what is given, and for the rest what suits the images and the machine.
+
+    Args:
+        given: fields of `Pretraining` and of the method's parts by their names; nested mappings for nested classes.
+        usual_workers: number of workers that suits the machine.
+        has_gpus: whether the machine or cluster has GPUs.
+    """
+    wanted = _without_usual(given)
+    choices = [
+        choice
+        for choice in _choices(wanted, dataset, usual_workers, has_gpus)
+        if not _contains(wanted, choice.name)
+    ]
+    if choices:
+        side = short_side(dataset)
+        _log.info(
+            "Chosen for %s images with a shorter side of about %d pixels; a flag replaces each:",
+            f"{dataset.num_images:,}",
+            side,
+        )
+    values: dict[str, Any] = {}
+    for choice in choices:
+        _log.info("%s", choice)
+        _put(values, choice.name, choice.value)
+    return from_fields(_merged(values, wanted))
+
+
+def resume(begun: Pretraining, given: Mapping[str, Any], usual_workers: int) -> Pretraining:
+    """Return the configuration of a run that exists: what it was begun with, and what is given now."""
+    wanted = _without_usual(given)
+    return from_fields(_merged(_begun(begun, wanted, usual_workers), wanted))
+
+
+def _without_usual(given: Mapping[str, Any]) -> dict[str, Any]:
+    """Leave out a number of workers that is 0, which stands for the usual number."""
+    return {name: value for name, value in given.items() if name != "workers" or value not in (0, "0")}
+
+
+def from_fields(fields: Mapping[str, Any]) -> Pretraining:
+    """Return a configuration from fields of `Pretraining` and of parts, such as {"pirl": {"temperature": 0.1}}."""
+    known = {field.name for field in dataclasses.fields(Pretraining)}
+    own = {name: value for name, value in fields.items() if name in known}
+    parts = {name: value for name, value in fields.items() if name not in known}
+    if parts:
+        own["parts"] = {**own.get("parts", {}), **parts}
+    made: Pretraining = from_dict(Pretraining, own, "")
+    return made
+
+
+def check(given: Mapping[str, Any]) -> Pretraining:
+    """Return the configuration with the values of the classes for what is not given, without data or machine.
+
+    Raises:
+        UserError: a value that is given is not allowed.
+    """
+    wanted = {name: value for name, value in given.items() if name != "workers" or value not in (0, "0")}
+    least = str(wanted.get("workers", 1)).partition(":")[0]
+    # The batch that will be chosen can be shared by the workers.
+    batch = {"batch_size": 256 * int(least)} if least.isdecimal() and int(least) else {}
+    return from_fields({**batch, **wanted})
+
+
+def replaced(config: Pretraining, fields: Mapping[str, Any]) -> Pretraining:
+    """Return a configuration with other values for some fields; parts of another method get their defaults."""
+    values = {field.name: getattr(config, field.name) for field in dataclasses.fields(config)}
+    parts = values.pop("parts")
+    if fields.get("method", config.method) != config.method:
+        parts = {}
+    nested = {
+        name: value for name, value in {**values, **parts}.items() if isinstance(fields.get(name), Mapping)
+    }
+    plain = {name: dataclasses.asdict(value) for name, value in nested.items()}
+    return from_fields(_merged({**values, **parts, **plain}, fields)) if fields else config
+
+
+def short_side(dataset: DataSet) -> int:
+    """Return the median of the shorter sides of the first images, in pixels."""
+    indices = np.arange(min(_SAMPLE, dataset.num_images), dtype=np.int64)
+    files = dataset.read(indices, ("image",)).column("image").to_pylist()
+    return int(np.median([min(Image.open(io.BytesIO(file)).size) for file in files]))
+
+
+def _begun(config: Pretraining, given: Mapping[str, Any], usual_workers: int) -> dict[str, Any]:
+    """Return the values that an unfinished run goes on with where none is given."""
+    values = config.to_json()
+    parts = values.pop("parts")
+    if config.batch_size % usual_workers == 0:
+        values["workers"] = usual_workers
+    return {**values, **parts} if given.get("method", config.method) == config.method else values
+
+
+def _choices(
+    given: Mapping[str, Any], dataset: DataSet, usual_workers: int, has_gpus: bool
+) -> Iterator[Choice]:
+    photos = short_side(dataset) > SMALL_SIDE
+    method = given.get("method", "pirl-jigsaw")
+    yield Choice("method", method)
+    if not photos:
+        yield Choice("backbone.name", "small")
+        yield Choice("view.image_size", 32)
+    elif has_gpus:
+        yield Choice("backbone.name", "resnet50")
+        yield Choice("view.image_size", 224)
+    else:
+        yield Choice("backbone.name", "resnet18")
+        yield Choice("view.image_size", 96, "without a GPU, 224 pixels take five times as long")
+    workers = given.get("workers", usual_workers)
+    yield Choice("workers", workers)
+    if has_gpus:
+        yield Choice("precision", "bf16", "there are GPUs")
+    yield _batch_size(dataset.num_images, workers, most=64 if photos and not has_gpus else 256)
+    if given.get("optim", {}).get("name", "sgd") == "sgd":
+        yield Choice("optim.lr", 0.12)
+        yield Choice("optim.warmup", 0.05)
+    yield from _of_method(method, dataset.num_images)
+    if not photos:
+        yield from _of_short_runs(method)
+
+
+def _batch_size(num_images: int, workers: int | str, most: int) -> Choice:
+    """Return the largest power of two that leaves a few steps in an epoch, times what the workers divide."""
+    least = int(str(workers).partition(":")[0])
+    size = most
+    while size > 2 * least and size > num_images // _STEPS_PER_EPOCH:
+        size //= 2
+    size = max(least, size - size % least)
+    return Choice("batch_size", size, "few images" if size < most else "")
+
+
+def _of_method(name: str, num_images: int) -> Iterator[Choice]:
+    """Yield what the results use for an objective, and negatives that the data set has."""
+    objective = methods.parse(name).objective
+    if objective in ("pirl", "npid"):
+        yield Choice(f"{objective}.head", "bn")
+        yield Choice(f"{objective}.temperature", 0.2)
+        negatives = min(4096, max(1, num_images - 1))
+        yield Choice(f"{objective}.num_negatives", negatives, "few images" if negatives < 4096 else "")
+    elif objective == "simclr":
+        yield Choice("simclr.norm", "batch")
+        yield Choice("simclr.temperature", 0.2)
+    elif objective == "cpc":
+        yield Choice("backbone.norm", "group")
+
+
+def _of_short_runs(name: str) -> Iterator[Choice]:
+    """Yield what a short run on small images learns more from; see results/recipes."""
+    method = methods.parse(name)
+    if method.objective in ("pirl", "npid"):
+        yield Choice("bank.momentum", 0.0, "in short runs, old embeddings are noise")
+    if method.objective == "pirl" and "jigsaw" in method.transforms:
+        yield Choice("jigsaw.grid", 2, "small images, so larger patches")
+
+
+def _contains(given: Mapping[str, Any], name: str) -> bool:
+    first, _, rest = name.partition(".")
+    if first not in given:
+        # Parts may be given as a field of their own.
+        return "parts" in given and first != "parts" and _contains(given["parts"], name)
+    value = given[first]
+    if not rest:
+        return True
+    return _contains(value, rest) if isinstance(value, Mapping) else True
+
+
+def _put(values: dict[str, Any], name: str, value: Any) -> None:
+    first, _, rest = name.partition(".")
+    if rest:
+        _put(values.setdefault(first, {}), rest, value)
+    else:
+        values[first] = value
+
+
+def _merged(base: Mapping[str, Any], over: Mapping[str, Any]) -> dict[str, Any]:
+    """Return nested mappings, in which the values of `over` win."""
+    merged = dict(base)
+    for name, value in over.items():
+        both = isinstance(value, Mapping) and isinstance(merged.get(name), Mapping)
+        merged[name] = _merged(merged[name], value) if both else value
+    return merged

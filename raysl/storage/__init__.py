@@ -1,0 +1,419 @@
+"""Read and write files at any URI: a local path, `s3://`, `gs://`, `hf://`, or anything Arrow or fsspec can open.
+
+Writes are atomic. A local file is written beside its destination and renamed; for an object store the file is
+spooled locally and uploaded when it is complete. A request that fails for a while (a time-out, a lost connection, an
+overloaded store) is repeated with growing pauses; only then a `UserError` names the file and the time spent.
+"""
+
+from __future__ import annotations
+
+import errno
+import json
+import logging
+import os
+import re
+import shutil
+import tempfile
+import time
+import uuid
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import AbstractContextManager, contextmanager, suppress
+from dataclasses import dataclass
+from functools import lru_cache, partial
+from pathlib import Path, PurePosixPath
+from typing import IO, Any, BinaryIO, TypeVar, cast
+from urllib.parse import unquote, urlsplit
+
+from raysl.errors import UserError
+from raysl.storage.remote_file import RemoteFile
+
+_log = logging.getLogger("raysl.storage")
+T = TypeVar("T")
+
+# How long a failing request is repeated, in seconds; the environment variable replaces the default.
+PATIENCE_VARIABLE = "RAYSL_STORAGE_RETRY_S"
+_PATIENCE_S = 90.0
+_FIRST_PAUSE_S, _LONGEST_PAUSE_S = 0.25, 10.0
+# How long to wait for a missing file to appear again, while its file system answers.
+_ABSENT_S = 2.0
+# A file for an object store is spooled in memory up to this size, and on disk beyond.
+_SPOOL_BYTES = 64 << 20
+# Errors of a network file system that does not answer for a moment. Waiting does not help against other local errors.
+_TRANSIENT = {getattr(errno, name) for name in "EIO ESTALE ETIMEDOUT ENOTCONN EHOSTDOWN EAGAIN EBUSY".split()}
+# Arrow's object stores: opening a file is a request for its size, and an open file holds nothing but this size.
+_KEPT_OPEN = ("s3", "gcs", "abfs")
+# What an object store says when waiting does not help.
+_PERMANENT_TEXT = re.compile(
+    r"access.?denied|forbidden|\b(301|40[013])\b|too.?skewed|no.?such.?bucket|bucket (does not exist|not found)|"
+    r"credential|invalid.?access.?key|signature|not authorized|permission|path does not exist|no such file",
+    re.IGNORECASE,
+)
+
+_SECRET_QUERY = re.compile(r"[?&][^=&]*(secret|token|password|key)[^=&]*=", re.IGNORECASE)
+
+
+class StorageError(UserError):
+    """A file cannot be read or written, after all retries."""
+
+
+def retry(place: str, doing: str, action: Callable[[], T], *, is_gone: Callable[[], bool] | None = None) -> T:
+    """Return `action()`, repeated while it fails for a reason that may pass.
+
+    Args:
+        place: file or folder, for messages.
+        doing: "open", "read", "write", "list" or "delete", for messages.
+        action: may be called several times.
+        is_gone: for a file that existed before; it may be absent only because its file system does not answer. Returns
+            True if the file was deleted, so that waiting does not help.
+
+    Raises:
+        FileNotFoundError: the file does not exist, and `is_gone` is None.
+        StorageError: any other failure, or the same failure for longer than `RAYSL_STORAGE_RETRY_S` (90 s).
+    """
+    patience_s = float(os.environ.get(PATIENCE_VARIABLE, _PATIENCE_S))
+    started_s, pause_s = time.monotonic(), _FIRST_PAUSE_S
+    while True:
+        try:
+            return action()
+        except OSError as error:
+            absent = isinstance(error, FileNotFoundError | NotADirectoryError)
+            if absent and is_gone is None:
+                raise FileNotFoundError(str(error)) from error
+            tried_s = time.monotonic() - started_s
+            if absent and is_gone is not None and tried_s >= _ABSENT_S and is_gone():
+                raise StorageError(
+                    f"Cannot {doing} {place}: the file was deleted. Restore it, and run the same command again."
+                ) from error
+            if not (_may_pass(place, error) or absent) or tried_s + pause_s > patience_s:
+                raise failure(place, doing, error, tried_s) from error
+            if pause_s == _FIRST_PAUSE_S:
+                _log.warning("Cannot %s %s (%s). Trying again.", doing, place, _reason(error))
+            time.sleep(pause_s)
+            pause_s = min(2 * pause_s, _LONGEST_PAUSE_S)
+
+
+def _may_pass(place: str, error: OSError) -> bool:
+    if "://" not in place:
+        return error.errno in _TRANSIENT
+    # Names of buckets and files may hold "400" or "signature".
+    bucket, _, key = place.partition("://")[2].partition("/")
+    names = "|".join(map(re.escape, (bucket, key, *map(str, PurePosixPath(key).parents))))
+    reason = re.sub(rf"['\"](?:{names})/?['\"]\s*|\S*/\S*", "", str(error))
+    return not isinstance(error, PermissionError) and not _PERMANENT_TEXT.search(reason)
+
+
+def _reason(error: OSError) -> str:
+    return " ".join((error.strerror or str(error)).split())[:300]
+
+
+def failure(place: str, doing: str, error: OSError, tried_s: float = 0.0) -> StorageError:
+    """Return the error that tells a user why `place` could not be read or written."""
+    if error.errno in (errno.ENOSPC, errno.EDQUOT) or "No space left" in str(error):
+        return StorageError(
+            f"No space left to {doing} {place}. The previous version is intact. Free some space, for example by "
+            "deleting old checkpoints, and run the same command again: it resumes from the last complete state."
+        )
+    advice = "Check that it exists and that you have permission."
+    if tried_s >= 1:
+        advice = f"Tried for {tried_s:.0f} s. The same command resumes once the storage answers."
+    elif "://" in place:
+        advice = "Check the address, the bucket and your credentials."
+    elif error.errno == errno.EROFS:
+        advice = "The file system is read-only. Choose another folder."
+    elif isinstance(error, IsADirectoryError | NotADirectoryError | FileExistsError):
+        advice = "A file and a folder have the same name. Choose another folder, or move the obstacle away."
+    return StorageError(f"Cannot {doing} {place}: {_reason(error)}. {advice}")
+
+
+@dataclass(frozen=True)
+class Folder:
+    """A folder at a URI. Cheap to make and to pickle; nothing is created before something is written.
+
+    Args:
+        uri: a local path (made absolute, because Ray workers have another working directory) or any URI.
+
+    Raises:
+        UserError: the path is empty or holds a NUL, or the URI holds a password or a secret key.
+    """
+
+    uri: str
+
+    def __post_init__(self) -> None:
+        object.__setattr__(self, "uri", _normalised(self.uri))
+
+    def __str__(self) -> str:
+        return self.uri
+
+    def __truediv__(self, name: str) -> Folder:
+        return Folder(f"{self.uri}/{name}")
+
+    @property
+    def is_local(self) -> bool:
+        """True if ordinary file calls can open the folder."""
+        return "://" not in self.uri
+
+    def _retried(self, name: str, doing: str, call: Callable[[Any, str], T], *, expected: bool = False) -> T:
+        """Return `call(filesystem, path)` for a file or folder inside, with retries."""
+        path = f"{self.uri}/{name}".rstrip("/")
+
+        def action() -> T:
+            fs, root = filesystem(self.uri)
+            return call(fs, f"{root}/{name}".rstrip("/"))
+
+        return retry(path, doing, action, is_gone=(lambda: self._is_deleted(name)) if expected else None)
+
+    def _is_deleted(self, name: str) -> bool:
+        """Return True if a file was deleted: its file system still lists other files in its folder, or beside it."""
+        parent, _, file = f"{self.uri}/{name}".rpartition("/")
+        grandparent, _, folder = parent.rpartition("/")
+        with suppress(StorageError):  # Not everyone who may read a file may list its folder.
+            if siblings := Folder(parent).list():
+                return file not in siblings
+            if grandparent.strip(":/") and not grandparent.endswith(":/"):
+                return Folder(grandparent).list() not in ([], [folder])
+        return False
+
+    def write(self, name: str, data: bytes) -> None:
+        """Write one file atomically, and the folders it needs.
+
+        Raises:
+            StorageError: the disk is full, or the folder cannot be written.
+        """
+        if self.is_local:
+            with self.writing(name) as stream:
+                stream.write(data)
+            return
+
+        def put(fs: Any, path: str) -> None:
+            with fs.open_output_stream(path, compression=None) as stream:
+                stream.write(data)
+
+        self._retried(name, "write", put)
+
+    def writing(self, name: str) -> AbstractContextManager[Any]:
+        """Open a file for writing in pieces. It appears complete when the block ends without an error.
+
+        Raises:
+            StorageError: the disk is full, or the folder cannot be written.
+        """
+        return self._write_local(name) if self.is_local else self._write_spooled(name)
+
+    @contextmanager
+    def _write_local(self, name: str) -> Iterator[Any]:
+        path = f"{self.uri}/{name}"
+        part = f"{path}.{uuid.uuid4().hex[:8]}.tmp"
+        try:
+            os.makedirs(os.path.dirname(path), exist_ok=True)
+            with _open_unnamed(os.path.dirname(path)) or open(part, "wb") as stream:
+                yield stream
+                stream.flush()
+                if not os.path.exists(part):
+                    # With a descriptor, Python calls linkat, which follows the link to the file.
+                    os.link(f"/proc/self/fd/{stream.fileno()}", part, src_dir_fd=stream.fileno())
+            os.replace(part, path)
+        except OSError as error:
+            raise failure(path, "write", error) from error
+        finally:
+            if os.path.exists(part):
+                os.unlink(part)
+
+    @contextmanager
+    def _write_spooled(self, name: str) -> Iterator[Any]:
+        with tempfile.SpooledTemporaryFile(_SPOOL_BYTES) as spool:
+            yield spool
+
+            def upload(fs: Any, path: str) -> None:
+                spool.seek(0)
+                with fs.open_output_stream(path, compression=None) as stream:
+                    shutil.copyfileobj(cast(IO[bytes], spool), stream, 1 << 20)
+
+            self._retried(name, "write", upload)
+
+    def check_writable(self) -> None:
+        """Raise StorageError unless files can be written here, before long work whose result would be lost.
+
+        Nothing is left: in a local folder that does not exist yet, the nearest folder above is tried.
+        """
+        if not self.is_local:
+            self.write(".raysl-trial", b"")
+            self.delete(".raysl-trial")
+            return
+        above = next(path for path in (Path(self.uri), *Path(self.uri).parents) if os.path.lexists(path))
+        try:
+            with tempfile.TemporaryFile(dir=above, buffering=0) as file:
+                file.write(bytes(64 << 10))
+        except OSError as error:
+            raise failure(self.uri, "write", error) from error
+
+    def write_json(self, name: str, value: object) -> None:
+        """Write `value` as indented JSON with sorted keys."""
+        self.write(name, (json.dumps(value, indent=1, sort_keys=True) + "\n").encode())
+
+    def read(self, name: str) -> bytes:
+        """Return the content of a file.
+
+        Raises:
+            FileNotFoundError: the file does not exist.
+            StorageError: it cannot be read.
+        """
+
+        def get(fs: Any, path: str) -> bytes:
+            with fs.open_input_file(path) as stream:
+                return bytes(stream.read())
+
+        return self._retried(name, "read", get)
+
+    def read_json(self, name: str) -> Any:
+        """Return the file parsed as JSON. Raises ValueError if it is not JSON."""
+        return json.loads(self.read(name))
+
+    def read_ranges(
+        self, name: str, ranges: Sequence[tuple[int, int]], *, expected: bool = True
+    ) -> list[bytes]:
+        """Return parts of a file that does not change, with one request for each.
+
+        Args:
+            name: path inside the folder.
+            ranges: (offset, number of bytes) of each part. A part that exceeds the end of the file is shorter.
+            expected: the file existed before. If it is missing, wait for it to appear again, then raise StorageError.
+
+        Raises:
+            FileNotFoundError: the file does not exist and was not expected.
+            StorageError: it cannot be read.
+        """
+
+        def get(fs: Any, path: str) -> list[bytes]:
+            if fs.type_name not in _KEPT_OPEN:
+                with fs.open_input_file(path) as stream:
+                    return [stream.read_at(length, start) for start, length in ranges]
+            try:
+                parts = [_opened(self.uri, name).read_at(length, start) for start, length in ranges]
+                short = any(len(part) < length for part, (_, length) in zip(parts, ranges, strict=True))
+                if short and fs.get_file_info([path])[0].size != _opened(self.uri, name).size():
+                    # The file was replaced by a longer one, and is kept open with the size of the old one.
+                    _opened.cache_clear()
+                    parts = [_opened(self.uri, name).read_at(length, start) for start, length in ranges]
+                return parts
+            except OSError:
+                _opened.cache_clear()
+                raise
+
+        return self._retried(name, "read", get, expected=expected)
+
+    def open(self, name: str) -> BinaryIO:
+        """Open a seekable file for reading. Raises FileNotFoundError if it does not exist.
+
+        Reads of a remote file are repeated like requests, and raise StorageError in the end.
+        """
+        if self.is_local:
+            return cast(BinaryIO, self._retried(name, "read", lambda fs, path: fs.open_input_file(path)))
+        fs, root = filesystem(self.uri)
+        path, place = f"{root}/{name}".rstrip("/"), f"{self.uri}/{name}".rstrip("/")
+        return cast(BinaryIO, RemoteFile(lambda: fs.open_input_file(path), partial(retry, place, "read")))
+
+    def exists(self, name: str = "") -> bool:
+        """Return True if the file or folder exists."""
+
+        def look(fs: Any, path: str) -> bool:
+            return bool(fs.get_file_info([path])[0].type.name != "NotFound")
+
+        return self._retried(name, "read", look)
+
+    def list(self) -> list[str]:
+        """Return the sorted names of the files and folders directly inside; none if the folder does not exist."""
+
+        def look(fs: Any, path: str) -> list[str]:
+            import pyarrow.fs as pafs
+
+            found = fs.get_file_info(pafs.FileSelector(path, allow_not_found=True))
+            return sorted(info.base_name for info in found)
+
+        try:
+            return self._retried("", "list", look)
+        except FileNotFoundError:
+            # Another process created the folder between two system calls of Arrow, or a file has its name.
+            return []
+
+    def delete(self, name: str = "") -> None:
+        """Delete a file, or a folder and everything in it; a missing one is fine."""
+
+        def remove(fs: Any, path: str) -> None:
+            kind = fs.get_file_info([path])[0].type.name
+            if kind == "Directory":
+                fs.delete_dir(path)
+            elif kind == "File":
+                fs.delete_file(path)
+
+        self._retried(name, "delete", remove)
+
+
+def _open_unnamed(folder: str) -> BinaryIO | None:
+    """Open a new file without a name, which vanishes when this process is killed; None where that is not possible."""
+    if not os.path.isdir("/proc/self/fd"):
+        return None
+    try:
+        return os.fdopen(os.open(folder, os.O_TMPFILE | os.O_RDWR, 0o666), "w+b")
+    except OSError:
+        return None
+
+
+def _normalised(uri: str) -> str:
+    """Return an absolute path or a URI without its trailing slash."""
+    empty = not uri.strip() or "\0" in uri or re.fullmatch(r"(?!file:///)[^/]*://+", uri)
+    if empty or os.path.expanduser(uri).startswith("~"):
+        raise UserError(
+            f"The path {uri!r} is empty or holds a NUL character, or has no bucket, or begins with the home of an "
+            "unknown user. Give a local path or a URI."
+        )
+    if uri.startswith("file://"):
+        uri = unquote(urlsplit(uri.replace("?", "%3F").replace("#", "%23")).path)
+    if "://" not in uri:
+        return str(Path(uri).expanduser().absolute())
+    refuse_credentials(uri)
+    return uri.rstrip("/")
+
+
+def refuse_credentials(uri: str) -> None:
+    """Raise UserError if a URI holds a password or a secret, which would end up in metadata and logs."""
+    scheme, _, rest = uri.partition("://")
+    user, has_user, _ = rest.partition("/")[0].rpartition("@")
+    if (has_user and ":" in user) or _SECRET_QUERY.search(rest):
+        place = rest.partition("?")[0].rpartition("@")[2]
+        raise UserError(
+            f"The URI of {scheme}://{place} holds credentials, which would be written to run metadata and reports. "
+            "Give them in the environment instead, such as AWS_ACCESS_KEY_ID and AWS_SECRET_ACCESS_KEY."
+        )
+
+
+@lru_cache(maxsize=4096)
+def _opened(uri: str, name: str) -> Any:
+    fs, root = filesystem(uri)
+    return fs.open_input_file(f"{root}/{name}")
+
+
+# Opening an object store asks it for its region, and a folder is opened for every file.
+@lru_cache(maxsize=256)
+def filesystem(uri: str) -> tuple[Any, str]:
+    """Return the Arrow file system of a URI and the path inside it.
+
+    Raises:
+        UserError: neither Arrow nor fsspec knows the scheme, or its package is missing; or the store does not answer.
+    """
+    # Loaded late, because `raysl VERB --help` imports this module.
+    import pyarrow.fs as pafs
+
+    if "://" not in uri:
+        return pafs.LocalFileSystem(), uri
+    try:
+        return retry(uri, "open", lambda: pafs.FileSystem.from_uri(uri))  # type: ignore[no-any-return]
+    except (ValueError, NotImplementedError, ImportError) as arrow_error:
+        import fsspec
+
+        try:
+            fs, path = fsspec.core.url_to_fs(uri)
+        except (ValueError, ImportError) as error:
+            raise UserError(
+                f"Cannot open {uri!r}: Arrow says {arrow_error}; fsspec says {error}. Give a local path, or a URI "
+                "whose scheme Arrow or an installed fsspec package knows (s3://, gs://, hf://, https://)."
+            ) from error
+        return pafs.PyFileSystem(pafs.FSSpecHandler(fs)), path

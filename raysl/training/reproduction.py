@@ -1,0 +1,149 @@
+"""Repeat a run from its metadata and list the differences: first of data, code and packages, then of numbers."""
+
+from __future__ import annotations
+
+import json
+import logging
+from collections.abc import Mapping
+from dataclasses import dataclass, replace
+from typing import Annotated, Any
+
+import torch
+
+from raysl import checkpoint, ray_cluster
+from raysl.checkpoint import Checkpoint
+from raysl.errors import UserError
+from raysl.fields import Bounds, check
+from raysl.ingestion import resolve
+from raysl.ray_cluster.versions import versions
+from raysl.run import METADATA, Run, flattened
+from raysl.storage import Folder
+from raysl.training.launch import pretrain
+
+_log = logging.getLogger("raysl.training.reproduction")
+# Columns of metrics that depend on the machine and its load.
+_TIMES = ("images_per_s", "wait_s", "wait_share", "eta_s")
+
+
+@dataclass(frozen=True)
+class ReproduceConfig:
+    """Repeat a run from its metadata and compare the two.
+
+    Args:
+        out: folder of the second run, a path or a URI; default: `again` in the first.
+        steps: number of steps; 0 for the steps of the first run's newest checkpoint.
+        data: data set; default: the data set of the first run.
+        local: repeat with one worker in this process and without Ray; the numbers are the same.
+    """
+
+    out: str = ""
+    steps: Annotated[int, Bounds(0, 2**63 - 1)] = 0
+    data: str = ""
+    local: bool = False
+
+    def __post_init__(self) -> None:
+        check(self)
+
+
+@dataclass(frozen=True)
+class Comparison:
+    """Comparison of a repeated run with the first.
+
+    Args:
+        ingredients: differences of data, code, packages and workers.
+        numbers: differences of metrics and weights.
+        steps: number of steps of both.
+        run: the second run.
+    """
+
+    ingredients: tuple[str, ...]
+    numbers: tuple[str, ...]
+    steps: int
+    run: Run
+
+    @property
+    def same(self) -> bool:
+        """True if all numbers are equal to the last bit."""
+        return not self.numbers
+
+
+def reproduce(first: Run, config: ReproduceConfig) -> Comparison:
+    """Repeat `first` and compare all metrics and the weights.
+
+    Raises:
+        UserError: the first run has no checkpoint, the second cannot run, or its folder holds another run. Different
+            images are a difference and not an error.
+    """
+    if config.local and first.config().worker_counts() != (1,):
+        raise UserError(
+            f"The run was trained with --workers {first.config().workers}, and --local repeats with one. Omit --local."
+        )
+    newest = first.newest()
+    steps = min(config.steps, newest.step) if config.steps else newest.step
+    metadata = first.metadata()
+    out = config.out or str(first.folder / "again")
+    if not config.out:
+        Folder(out).delete()  # The rest of an earlier comparison.
+    elif Folder(out).exists(METADATA):
+        raise UserError(f"--out is {out!r}, which already holds a run. Give a new folder.")
+    again = replace(first.config(), run=out, data=config.data or metadata["data"]["uri"])
+    # Only the last checkpoint is compared.
+    again = replace(again, save=replace(again.save, every_steps=0))
+    if not config.local:
+        ray_cluster.start()
+    ingredients = list(_ingredients(metadata, resolve(again.data).manifest.fingerprint))
+    for line in ingredients:
+        _log.info("differs: %s", line)
+    second = pretrain(again, until=steps, local=config.local)
+    numbers = list(_numbers(first, second, steps))
+    return Comparison(tuple(ingredients), tuple(numbers), steps, second)
+
+
+def _ingredients(metadata: Mapping[str, Any], fingerprint: str) -> list[str]:
+    """Return the differences of data, code and packages. Sessions of the first run may differ from each other."""
+    found = []
+    if metadata["data"]["fingerprint"] != fingerprint:
+        found.append(f"data: fingerprint {metadata['data']['fingerprint'][:12]} then, {fingerprint[:12]} now")
+    now = dict(flattened(json.loads(json.dumps(versions()))))
+    for number, session in enumerate(metadata["sessions"]):
+        for name, value in flattened({key: session.get(key) for key in versions()}):
+            if value != now.get(name):
+                found.append(f"{name}: {value} in session {number + 1} then, {now.get(name)} now")
+    counts = sorted({session["workers"] for session in metadata["sessions"]}, key=str)
+    if len(counts) > 1:
+        found.append(f"workers: {', '.join(map(str, counts))} in turn then, {counts[-1]} now")
+    return found
+
+
+def _numbers(first: Run, second: Run, steps: int) -> list[str]:
+    """Return for each metric that differs its first step and its greatest difference; then for the weights."""
+    theirs = {row["step"]: row for row in first.metrics() if row["step"] <= steps}
+    found: dict[str, str] = {}
+    greatest: dict[str, float] = {}
+    for row in second.metrics():
+        before = theirs.get(row["step"], {})
+        if before.get("over_steps") != row["over_steps"]:
+            continue  # After an interruption, a row is a mean over other steps.
+        for name in sorted(row.keys() & before.keys() - {*_TIMES}):
+            ours, old = row[name], before[name]
+            if ours != old:
+                relative = abs(ours - old) / max(abs(old), 1e-12)
+                greatest[name] = max(greatest.get(name, 0.0), relative)
+                found.setdefault(name, f"{name}: {old:.6g} then, {ours:.6g} now at step {row['step']} first")
+    lines = [f"{line}; at most {greatest[name]:.1e} of it" for name, line in found.items()]
+    at = next((c for c in checkpoint.complete(first.checkpoints) if c.step == steps), None)
+    return lines if at is None else [*lines, *_weights(at, second.newest())]
+
+
+def _weights(then: Checkpoint, now: Checkpoint) -> list[str]:
+    """Return the number of tensors that differ, and the first of them. Equal tensors may be in different files."""
+    before, after = then.state()["network"], now.state()["network"]
+    # A constant that was never set is NaN in both runs.
+    changed = [
+        name for name in before if not torch.equal(before[name].nan_to_num(), after[name].nan_to_num())
+    ]
+    if not changed:
+        return []
+    return [
+        f"weights: {len(changed)} of {len(before)} tensors differ at step {now.step}, the first {changed[0]!r}"
+    ]

@@ -1,0 +1,70 @@
+"""`import raysl`: every name is there, and what callers give is checked before anything starts."""
+
+from __future__ import annotations
+
+import ast
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+import raysl
+from raysl import UserError
+from raysl.__main__ import VERBS
+from raysl.api import arguments
+from raysl.config import Pretraining
+from tests.data import make_dataset
+
+NOT_IN_PYTHON = {"demo", "methods"}
+
+
+def test_every_verb_is_a_function_and_every_name_is_typed() -> None:
+    assert set(VERBS) - NOT_IN_PYTHON <= set(raysl.__all__) <= set(dir(raysl))
+    stub = ast.parse(Path(raysl.__file__).with_suffix(".pyi").read_text())
+    typed = {alias.name for node in stub.body if isinstance(node, ast.ImportFrom) for alias in node.names}
+    assert typed == set(raysl.__all__) - {"__version__"}
+    for name in typed:
+        assert getattr(raysl, name).__name__ == name
+    assert f'version = "{raysl.__version__}"' in (Path(__file__).parents[2] / "pyproject.toml").read_text()
+
+
+@pytest.mark.parametrize(
+    ("call", "answer"),
+    [
+        (lambda: raysl.pretrain("/nowhere", "run"), "'/nowhere' does not exist"),
+        (lambda: raysl.pretrain("d", "r", temperature=1), "Unknown argument or part of the method"),
+        (lambda: raysl.pretrain("d", "r", epoch=2), "Did you mean 'epochs'"),
+        (lambda: raysl.load("/nowhere/run"), "There is no checkpoint at '/nowhere/run'"),
+        (
+            lambda: raysl.probe("/nowhere/run", "shapes:9", "shapes:9#test", ("knn",)),
+            "There is no checkpoint at",
+        ),
+        (lambda: raysl.pretrain("d", "r", pirl={"temprature": 1}), "'temperature'"),
+        (lambda: raysl.pretrain("d"), "lacks 'run'"),
+        (lambda: raysl.pretrain(3, "r"), "type int"),  # type: ignore[arg-type]
+        (lambda: raysl.ingest("shapes:10", "d", {"shard_image": 1}), "shard_images"),  # type: ignore[arg-type]
+        (lambda: raysl.sweep("d", out="o", vary=("lam",), train=Path("/nowhere")), "'d' does not exist"),
+        (lambda: raysl.export("/nowhere", format="onnx"), "No run at '/nowhere'"),
+        (lambda: raysl.report([]), "No folder"),
+        (lambda: raysl.views("d", "picture.doc"), "ends in .png"),
+        (lambda: raysl.probe("random", "a", "b", ("knn",), linear={}), "'linear' is neither"),
+    ],
+)
+def test_mistakes_are_one_clear_error(call: Any, answer: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(arguments, "start_ray", lambda: pytest.fail("Ray starts before the checks"))
+    with pytest.raises(UserError, match=answer):
+        call()
+
+
+def test_a_configuration_is_an_object_fields_or_both(tmp_path: Path) -> None:
+    data = make_dataset(tmp_path / "set", 10)
+    config = Pretraining(
+        str(data.folder), "run", view=raysl.ViewConfig(16), parts={"pirl": {"temperature": 0.1}}
+    )
+    fields = {"view": {"min_scale": 0.5}, "jigsaw": {"grid": 2}}
+    again = arguments.run_config(data, tmp_path / "run", config, fields, workers=False)
+    assert (again.view.image_size, again.view.min_scale, again.parts["jigsaw"].grid) == (16, 0.5, 2)
+    assert (again.run, again.parts["pirl"].temperature) == (str(tmp_path / "run"), 0.1)
+    chosen = arguments.run_config(data, "-", None, {"pirl": {"temperature": 0.1}}, workers=False)
+    assert (chosen.parts["pirl"].temperature, chosen.parts["pirl"].head) == (0.1, "bn")
+    assert arguments.dataset(data) is data

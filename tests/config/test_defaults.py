@@ -1,0 +1,129 @@
+"""What a user leaves open is chosen from the images and the machine; what is given stays."""
+
+from __future__ import annotations
+
+import io
+import re
+import shlex
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+from PIL import Image
+
+from raysl.cli.flags import parse
+from raysl.config import Pretraining, defaults, differences
+from raysl.config.command import command
+from raysl.dataset import DataSet
+from tests.data import make_dataset
+
+DATA, RUN = ["--data", "d", "--run", "r"], {"data": "d", "run": "-"}
+
+
+@pytest.fixture
+def small(tmp_path: Path) -> DataSet:
+    return make_dataset(tmp_path / "small", 100)
+
+
+@pytest.fixture
+def photos(small: DataSet, monkeypatch: pytest.MonkeyPatch) -> DataSet:
+    monkeypatch.setattr(defaults, "short_side", lambda _: 375)
+    return small
+
+
+def test_small_images_get_the_recipe_of_the_results(small: DataSet) -> None:
+    made = defaults.resolve(RUN, small, 2, False)
+    pirl = made.parts["pirl"]
+    assert (made.method, made.backbone.name, made.view.image_size) == ("pirl-jigsaw", "small", 32)
+    assert (pirl.head, pirl.temperature, pirl.num_negatives) == ("bn", 0.2, 99)
+    assert (made.bank.momentum, made.parts["jigsaw"].grid) == (0.0, 2)
+    assert (made.optim.lr, made.optim.warmup) == (0.12, 0.05)
+    assert made.batch_size <= 25
+    assert made.batch_size % made.worker_counts()[0] == 0
+    made.plan(small)
+
+
+def test_photos_get_a_resnet_that_the_machine_can_train(photos: DataSet) -> None:
+    on_cpus, on_gpus = (defaults.resolve(RUN, photos, 1, gpus) for gpus in (False, True))
+    assert (on_cpus.backbone.name, on_cpus.view.image_size) == ("resnet18", 96)
+    assert (on_gpus.backbone.name, on_gpus.view.image_size) == ("resnet50", 224)
+    assert (on_cpus.bank.momentum, on_cpus.parts["jigsaw"].grid) == (0.5, 3)
+
+
+@pytest.mark.parametrize("given", [{"workers": 3}, {"workers": "1:4"}, {"workers": 0}, {"method": "simclr"}])
+def test_the_rest_fits_what_is_given(given: dict[str, Any], small: DataSet) -> None:
+    made = defaults.resolve({**RUN, **given}, small, 2, False)
+    assert made.workers == (given.get("workers") or 2)
+    assert made.method == given.get("method", "pirl-jigsaw")
+
+
+def test_flags_that_repeat_the_values_of_the_classes_stay(photos: DataSet) -> None:
+    """Losses depend on the configuration alone, so equal configurations give equal losses, to the last bit."""
+    flags = (
+        "--method pirl-jigsaw --batch-size 64 --workers 2 --precision fp32 --view.image-size 32 "
+        "--backbone.name small --optim.lr 0.03 --optim.warmup 0 --pirl.head linear --pirl.temperature=0.07 "
+        "--pirl.num-negatives 50 --pirl.lam 0.5"
+    )
+    parsed = parse([*DATA, *flags.split()], "raysl pretrain")
+    assert parsed.given["pirl"] == {"head": "linear", "temperature": 0.07, "num_negatives": 50, "lam": 0.5}
+    expected = Pretraining("d", "r", batch_size=64, parts={"pirl": {"num_negatives": 50}})
+    assert defaults.resolve({**parsed.given, "run": "-"}, photos, 4, True).to_json() == (
+        expected.to_json() | {"run": "-"}
+    )
+
+
+def test_switches_and_recipes_count_as_given() -> None:
+    assert parse([*DATA, "--no-channels-last"], "raysl").given["channels_last"] is False
+    flags = parse([*DATA, "--recipe", "pirl-r50-800ep", "--optim.lr", "0.1"], "raysl")
+    assert {"backbone", "optim", "view", "pirl", "batch_size"} <= set(flags.given)
+    assert (flags.config.backbone.name, flags.config.optim.lr) == ("resnet50", 0.1)
+
+
+def test_an_unfinished_run_keeps_what_it_was_begun_with(small: DataSet, tmp_path: Path) -> None:
+    given = {"data": str(small.folder), "run": str(tmp_path / "run"), "pirl": {"temperature": 0.5}}
+    first = defaults.resolve(given, small, 2, False)
+    again = defaults.resume(first, {name: given[name] for name in ("data", "run")}, 1)
+    assert differences(first.to_json(), again.to_json()) == ["workers"]
+
+
+def test_the_side_of_images_is_measured(small: DataSet) -> None:
+    file = small.read(np.arange(1), ("image",)).column("image")[0].as_py()
+    assert defaults.short_side(small) == min(Image.open(io.BytesIO(file)).size)
+
+
+@pytest.mark.parametrize("method", ["pirl-jigsaw", "npid", "simclr", "predict-rotation"])
+def test_the_command_of_a_run_repeats_it(method: str, small: DataSet, photos: DataSet) -> None:
+    """Values that equal those of the classes are named too, or others would be chosen for them."""
+    plain = Pretraining(str(small.folder), "run", method, batch_size=16)
+    words = shlex.split(command(plain))[2:]
+    given = parse(words, "raysl pretrain").given
+    for images in (small, photos):
+        assert defaults.resolve(given, images, 1, True).to_json() == plain.to_json()
+
+
+def test_another_method_gets_the_default_values_of_its_parts() -> None:
+    pirl = Pretraining("data", "run", "pirl-jigsaw", batch_size=16)
+    changed = defaults.replaced(pirl, {"method": "simclr", "simclr": {"temperature": 0.4}})
+    expected = {"method": "simclr", "batch_size": 16, "simclr": {"temperature": 0.4}}
+    assert changed == defaults.from_fields({"data": "data", "run": "run", **expected})
+    assert defaults.replaced(pirl, {"pirl": {"lam": 0.25}}).to_json()["parts"]["pirl"]["lam"] == 0.25
+
+
+@pytest.mark.parametrize("method", ["pirl-jigsaw", "npid", "simclr", "cpc-patch_grid", "predict-rotation"])
+def test_every_choice_is_listed(method: str, small: DataSet, photos: DataSet) -> None:
+    for images in (small, photos):
+        for gpus in (False, True):
+            names = {choice.name for choice in defaults._choices({"method": method}, images, 1, gpus)}
+            assert names - {"method"} <= defaults.CHOSEN
+
+
+def test_help_says_which_defaults_are_chosen(capsys: pytest.CaptureFixture[str]) -> None:
+    def chosen(*flags: str) -> int:
+        with pytest.raises(SystemExit):
+            parse([*flags, "--help"], "raysl pretrain")
+        return re.sub(r"[\s│]+", " ", capsys.readouterr().out).count("(default: chosen from")
+
+    of_other_methods = ("npid.", "simclr.")
+    assert chosen() == len([name for name in defaults.CHOSEN if not name.startswith(of_other_methods)])
+    assert chosen("--recipe", "simclr-r50") == 0
