@@ -277,7 +277,9 @@ def _stream(flags: Flags, data: Mapping[int, Path], scratch: Path) -> Iterator[R
     for side, folder in data.items():
         images = flags.images * 32 // side if side < 200 else flags.images // 20
         for arm, name in _STREAM_ARMS.items():
-            if (flags.loaders and arm not in flags.loaders) or (arm in _OTHER_PROGRAMS and find_spec(arm) is None):
+            if (flags.loaders and arm not in flags.loaders) or (
+                arm in _OTHER_PROGRAMS and find_spec(arm) is None
+            ):
                 continue
             script = Path(__file__).with_name("loaders.py")
             command = [sys.executable, str(script), arm, str(folder), str(side), str(images)]

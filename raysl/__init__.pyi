@@ -13,10 +13,6 @@ from raysl.api import reproduce as reproduce
 from raysl.api import sweep as sweep
 from raysl.api import views as views
 from raysl.backbone.network import BackboneConfig as BackboneConfig
-from raysl.callbacks import Callback as Callback
-from raysl.callbacks import MLflowLogger as MLflowLogger
-from raysl.callbacks import TensorBoardLogger as TensorBoardLogger
-from raysl.callbacks import WandbLogger as WandbLogger
 from raysl.checkpoint import SaveConfig as SaveConfig
 from raysl.clustering.cluster_and_fit import ClusterfitConfig as ClusterfitConfig
 from raysl.clustering.options import KMeansConfig as KMeansConfig
@@ -33,9 +29,13 @@ from raysl.ingestion.pipeline import IngestConfig as IngestConfig
 from raysl.model_export import ExportConfig as ExportConfig
 from raysl.optim import OptimConfig as OptimConfig
 from raysl.reporting.page import ReportConfig as ReportConfig
-from raysl.reproduction import ReproduceConfig as ReproduceConfig
 from raysl.run import Run as Run
+from raysl.run.callbacks import Callback as Callback
+from raysl.run.callbacks import MLflowLogger as MLflowLogger
+from raysl.run.callbacks import TensorBoardLogger as TensorBoardLogger
+from raysl.run.callbacks import WandbLogger as WandbLogger
 from raysl.stream.reader import StreamConfig as StreamConfig
+from raysl.training.reproduction import ReproduceConfig as ReproduceConfig
 from raysl.tuning.config import SweepConfig as SweepConfig
 from raysl.tuning.trainable import tune_trainable as tune_trainable
 

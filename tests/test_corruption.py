@@ -32,8 +32,6 @@ from raysl.contrastive.bank import BankConfig, MemoryBank
 from raysl.dataset import BAD_IMAGES, SHARDS, DataSet, Manifest, Shard, parquet_writer
 from raysl.errors import UserError
 from raysl.evaluation.results import KEY, MODEL, ROWS, add_rows, rows_of
-from raysl.storage.feature_files import FINISHED, FeatureForm, part_file, write_part
-from raysl.storage.feature_store import FeatureStore
 from raysl.extraction.inference import SETTINGS, load
 from raysl.extraction.pca import Projection
 from raysl.ingestion.journal import Header, Journal
@@ -43,6 +41,8 @@ from raysl.ray_cluster.lock import NAME, DriverLock
 from raysl.reporting.report_runs import groups
 from raysl.run import METRICS, Run
 from raysl.storage import Folder
+from raysl.storage.feature_files import FINISHED, FeatureForm, part_file, write_part
+from raysl.storage.feature_store import FeatureStore
 from raysl.storage.parquet_parts import footer
 from raysl.storage.records import signed, signed_lines, write_record
 from raysl.tuning.journal import Journal as SweepJournal

@@ -32,9 +32,9 @@ from raysl.clustering.state import STATE, State
 from raysl.clustering.update import Integers, Singles, Splits
 from raysl.dataset import DataSet
 from raysl.errors import UserError, install
-from raysl.storage.feature_store import FeatureStore
 from raysl.ray_cluster import placement
 from raysl.storage import Folder
+from raysl.storage.feature_store import FeatureStore
 from raysl.storage.records import read_record, signed, write_record
 
 _log = logging.getLogger("raysl.clustering")

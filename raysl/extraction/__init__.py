@@ -13,8 +13,6 @@ from raysl.extraction.encoders import (
     untrained,
     view_size,
 )
-from raysl.storage.feature_files import FeatureForm
-from raysl.storage.feature_store import FeatureStore
 from raysl.extraction.feature_tasks import FeatureProtocol, actor_resources, extract_all
 from raysl.extraction.features import FeaturesConfig, compute_features
 from raysl.extraction.heads import Heads, heads
@@ -22,6 +20,8 @@ from raysl.extraction.inference import SETTINGS, FeatureExtractor, load
 from raysl.extraction.layers import Encode, EncodeMaps, feature_spec
 from raysl.extraction.reestimated import Reestimated, load_maps
 from raysl.extraction.reestimated import load as load_reestimated
+from raysl.storage.feature_files import FeatureForm
+from raysl.storage.feature_store import FeatureStore
 
 __all__ = [
     "SETTINGS",

@@ -30,11 +30,11 @@ from raysl.errors import UserError
 from raysl.extraction import encoders
 from raysl.extraction import layers as layer_names
 from raysl.extraction.encoders import Encoder
-from raysl.storage.feature_files import FINISHED, FeatureForm, Floats, Part, part_file, write_part
-from raysl.storage.feature_store import FeatureStore
 from raysl.extraction.layers import Encode
 from raysl.ray_cluster import gpus, placement
 from raysl.storage import Folder
+from raysl.storage.feature_files import FINISHED, FeatureForm, Floats, Part, part_file, write_part
+from raysl.storage.feature_store import FeatureStore
 from raysl.storage.records import write_record
 from raysl.stream import decode, depth, formats, pixels
 

@@ -13,12 +13,12 @@ from raysl.dataset import DataSet
 from raysl.errors import UserError
 from raysl.extraction import encoders, pca
 from raysl.extraction.encoders import MAX_IMAGE_SIZE, Encoder, Trained
-from raysl.storage.feature_files import FINISHED, STARTED, FeatureForm, Part
-from raysl.storage.feature_store import FeatureStore
 from raysl.extraction.feature_tasks import FeatureProtocol, compute, describe
 from raysl.fields import Bounds, Seed, check
 from raysl.ingestion import resolve
 from raysl.storage import Folder
+from raysl.storage.feature_files import FINISHED, STARTED, FeatureForm, Part
+from raysl.storage.feature_store import FeatureStore
 from raysl.storage.records import read_record, write_record
 
 _log = logging.getLogger("raysl.extraction")

@@ -11,9 +11,9 @@ import numpy.typing as npt
 
 from raysl import ray_cluster
 from raysl.errors import UserError
+from raysl.storage import Folder
 from raysl.storage.feature_files import FeatureForm, part_file, write_part
 from raysl.storage.feature_store import FeatureStore, Piece
-from raysl.storage import Folder
 from raysl.storage.records import read_arrays, write_arrays
 
 Doubles = npt.NDArray[np.float64]

@@ -27,8 +27,8 @@ import pyarrow.fs as pafs
 import pyarrow.parquet as pq
 
 from raysl.errors import UserError, unknown
-from raysl.storage.feature_files import FINISHED, STARTED, Floats, part_file
 from raysl.storage import Folder, filesystem, retry
+from raysl.storage.feature_files import FINISHED, STARTED, Floats, part_file
 from raysl.storage.records import read_record
 
 Numbers = npt.NDArray[np.floating[Any]]

@@ -15,9 +15,9 @@ from PIL import Image
 from raysl.clustering.lloyd import Clustering
 from raysl.dataset import DataSet
 from raysl.evaluation.results import rows_of
-from raysl.storage.feature_store import FeatureStore
 from raysl.run import Run
 from raysl.storage import Folder
+from raysl.storage.feature_store import FeatureStore
 from raysl.tuning.results import SweepResults
 
 # Parts of a report that hold the time of day or a speed.

@@ -23,9 +23,9 @@ from raysl.clustering.lloyd import Clustering, assign, fit
 from raysl.clustering.options import KMeansConfig
 from raysl.clustering.state import State
 from raysl.errors import UserError
-from raysl.storage.feature_files import FINISHED, FeatureForm, write_part
 from raysl.objectives.clusterfit import Assignments
 from raysl.storage import Folder
+from raysl.storage.feature_files import FINISHED, FeatureForm, write_part
 from raysl.storage.records import write_record
 from tests.clustering.blobs import blobs, curve, write
 from tests.clustering.blobs import lloyd as reference

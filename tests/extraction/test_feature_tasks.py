@@ -34,13 +34,13 @@ from raysl.extraction import (
     feature_tasks,
     untrained,
 )
-from raysl.storage.feature_files import FINISHED, part_file
 from raysl.extraction.feature_tasks import describe
 from raysl.model import Model
 from raysl.objectives.pirl import Config as Pirl
 from raysl.ray_cluster import placement
 from raysl.run import Run
 from raysl.storage import Folder
+from raysl.storage.feature_files import FINISHED, part_file
 from raysl.stream.decode import evaluation_views
 from tests.data import make_dataset
 

@@ -12,8 +12,6 @@ import pytest
 import torch
 
 from raysl.errors import UserError
-from raysl.storage.feature_files import FeatureForm, part_file, write_part
-from raysl.storage.feature_store import FeatureStore
 from raysl.probes import Floats, Labelled, Row
 from raysl.probes import _frozen as frozen
 from raysl.probes._frozen import StoredFeatures, measure_layers
@@ -24,6 +22,8 @@ from raysl.probes.knn import Knn
 from raysl.ray_cluster import placement
 from raysl.ray_cluster.placement import Machines
 from raysl.storage import Folder
+from raysl.storage.feature_files import FeatureForm, part_file, write_part
+from raysl.storage.feature_store import FeatureStore
 
 LAYERS = {"res2": 12, "pooled": 6}
 

@@ -15,9 +15,9 @@ import pyarrow.parquet as pq
 import pytest
 
 from raysl.errors import UserError
+from raysl.storage import Folder
 from raysl.storage.feature_files import FINISHED, STARTED, FeatureForm, part_file, write_part
 from raysl.storage.feature_store import FeatureStore
-from raysl.storage import Folder
 from raysl.storage.records import write_record
 from tests.clustering.blobs import blobs, write
 
