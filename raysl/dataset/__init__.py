@@ -49,12 +49,7 @@ _REQUESTS_AT_ONCE = 16
 
 @dataclass(frozen=True)
 class Rows:
-    """Rows of a data set to be read together.
-
-    Args:
-        indices_b: int64 (b,), indices into the data set.
-        epochs_b: int64 (b,), the epoch in which each is read.
-    """
+    """Rows of a data set to be read together: their indices and the epoch in which each is read, int64 (b,)."""
 
     indices_b: npt.NDArray[np.int64]
     epochs_b: npt.NDArray[np.int64]
@@ -65,13 +60,8 @@ class Rows:
 
 @dataclass(frozen=True)
 class Shard:
-    """One Parquet file of the data set.
-
-    Args:
-        file: name inside `shards/`.
-        row_groups: number of images in each row group, in order.
-        num_bytes: size of the file.
-        checksum: CRC-32 of the Parquet footer, see `footer`; None in data sets written before raysl 0.2.
+    """A Parquet file in `shards/`, with the number of images in each row group and the CRC-32 of its footer, which is
+    None in data sets written before raysl 0.2.
     """
 
     file: str
@@ -90,12 +80,10 @@ class Manifest:
 
     Args:
         source: the ingested source, as the user named it.
-        shards: in index order.
         classes: names of the classes in label order; empty if the images have no labels.
         fingerprint: hash of every image's bytes and label, in order. Two data sets with the same fingerprint hold
             the same images under the same indices.
         num_bad: images of the source that could not be decoded; bad_images.jsonl lists them.
-        format: version of this layout.
         decoding: how the image files were decoded: the configuration, the range of values of each kind that has one,
             and how many images are stored in another form than their files; a JSON value.
         labels_checksum: CRC-32 of the labels file; None without labels, or in data sets written before raysl 0.2.
@@ -121,22 +109,20 @@ class Manifest:
         return sum(shard.num_bytes for shard in self.shards)
 
     def to_json(self) -> dict[str, Any]:
-        """Return a JSON value that `from_json` turns back into an equal manifest."""
         return asdict(self)
 
     @staticmethod
     def from_json(value: dict[str, Any]) -> Manifest:
         """Parse a manifest. Raises KeyError, TypeError or ValueError if a field is missing or malformed."""
-        shards = tuple(
-            Shard(
-                str(s["file"]), tuple(int(n) for n in s["row_groups"]), int(s["num_bytes"]), s.get("checksum")
-            )
-            for s in value["shards"]
-        )
         return Manifest(
             source=str(value["source"]),
-            shards=shards,
-            classes=tuple(str(name) for name in value["classes"]),
+            shards=tuple(
+                Shard(
+                    str(s["file"]), tuple(map(int, s["row_groups"])), int(s["num_bytes"]), s.get("checksum")
+                )
+                for s in value["shards"]
+            ),
+            classes=tuple(map(str, value["classes"])),
             fingerprint=str(value["fingerprint"]),
             num_bad=int(value["num_bad"]),
             format=int(value["format"]),
@@ -197,9 +183,6 @@ class DataSet:
 
         Args:
             labels: int64 arrays that together hold the label of every image; ignored without classes.
-
-        Raises:
-            UserError: it cannot be written.
         """
         if manifest.classes:
             column = np.concatenate([part.astype(np.int32) for part in labels])
@@ -261,12 +244,8 @@ class DataSet:
         for number in np.unique(shards):
             inside = groups[shards == number]
             # Of a remote store, row groups that are not neighbours are read at the same time.
-            parts = (
-                [inside]
-                if self.folder.is_local
-                else np.split(inside, np.flatnonzero(np.diff(inside) > 1) + 1)
-            )
-            for part in parts:
+            gaps = np.flatnonzero((np.diff(inside) > 1) & (not self.folder.is_local))
+            for part in np.split(inside, gaps + 1):
                 starts = range(0, len(part), _GROUPS_AT_ONCE)
                 pieces += [(int(number), part[start : start + _GROUPS_AT_ONCE]) for start in starts]
         if self.folder.is_local:
@@ -280,7 +259,6 @@ class DataSet:
                 yield from tables
 
     def _metadata(self, number: int) -> pq.FileMetaData:
-        """Return the metadata of a shard. Raise UserError if it is damaged."""
         shard = self.manifest.shards[number]
         try:
             found = metadata(self.folder / SHARDS, shard.file, shard.num_bytes, shard.checksum)
@@ -304,10 +282,9 @@ class DataSet:
         ranges = spans(footer, inside, present)
         contents = (self.folder / SHARDS).read_ranges(shard.file, ranges)
         parts = [(start, content) for (start, _), content in zip(ranges, contents, strict=True)]
+        known = Parts(shard.num_bytes, parts)
         try:
-            file = pq.ParquetFile(
-                Parts(shard.num_bytes, parts), metadata=footer, page_checksum_verification=True
-            )
+            file = pq.ParquetFile(known, metadata=footer, page_checksum_verification=True)
             table = file.read_row_groups(inside, columns=present).select(present)
         except (OSError, pa.ArrowException, ValueError, KeyError) as error:
             raise self._damaged(shard.file, str(error)) from error

@@ -66,9 +66,6 @@ def thumbnail(pixels_hwc: npt.NDArray[np.uint8]) -> bytes:
 class Clips:
     """Rows of a data set of clips, as `DataSet.read` returns them. Each method needs the column of its name; `frame`
     needs `frames`, and `tracks` and `keypoints` need `times` too.
-
-    Args:
-        table: the rows.
     """
 
     table: pa.Table

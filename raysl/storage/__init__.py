@@ -17,7 +17,7 @@ import tempfile
 import time
 import uuid
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import AbstractContextManager, contextmanager, suppress
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from functools import lru_cache, partial
 from pathlib import Path, PurePosixPath
@@ -60,9 +60,7 @@ def retry(place: str, doing: str, action: Callable[[], T], *, is_gone: Callable[
     """Return `action()`, repeated while it fails for a reason that may pass.
 
     Args:
-        place: file or folder, for messages.
         doing: "open", "read", "write", "list" or "delete", for messages.
-        action: may be called several times.
         is_gone: for a file that existed before; it may be absent only because its file system does not answer. Returns
             True if the file was deleted, so that waiting does not help.
 
@@ -179,46 +177,20 @@ class Folder:
         Raises:
             StorageError: the disk is full, or the folder cannot be written.
         """
-        if self.is_local:
-            with self.writing(name) as stream:
-                stream.write(data)
-            return
+        with self.writing(name) as stream:
+            stream.write(data)
 
-        def put(fs: Any, path: str) -> None:
-            with fs.open_output_stream(path, compression=None) as stream:
-                stream.write(data)
-
-        self._retried(name, "write", put)
-
-    def writing(self, name: str) -> AbstractContextManager[Any]:
+    @contextmanager
+    def writing(self, name: str) -> Iterator[Any]:
         """Open a file for writing in pieces. It appears complete when the block ends without an error.
 
         Raises:
             StorageError: the disk is full, or the folder cannot be written.
         """
-        return self._write_local(name) if self.is_local else self._write_spooled(name)
-
-    @contextmanager
-    def _write_local(self, name: str) -> Iterator[Any]:
-        path = f"{self.uri}/{name}"
-        part = f"{path}.{uuid.uuid4().hex[:8]}.tmp"
-        try:
-            os.makedirs(os.path.dirname(path), exist_ok=True)
-            with _open_unnamed(os.path.dirname(path)) or open(part, "wb") as stream:
+        if self.is_local:
+            with _written_local(f"{self.uri}/{name}") as stream:
                 yield stream
-                stream.flush()
-                if not os.path.exists(part):
-                    # With a descriptor, Python calls linkat, which follows the link to the file.
-                    os.link(f"/proc/self/fd/{stream.fileno()}", part, src_dir_fd=stream.fileno())
-            os.replace(part, path)
-        except OSError as error:
-            raise failure(path, "write", error) from error
-        finally:
-            if os.path.exists(part):
-                os.unlink(part)
-
-    @contextmanager
-    def _write_spooled(self, name: str) -> Iterator[Any]:
+            return
         with tempfile.SpooledTemporaryFile(_SPOOL_BYTES) as spool:
             yield spool
 
@@ -273,7 +245,6 @@ class Folder:
         """Return parts of a file that does not change, with one request for each.
 
         Args:
-            name: path inside the folder.
             ranges: (offset, number of bytes) of each part. A part that exceeds the end of the file is shorter.
             expected: the file existed before. If it is missing, wait for it to appear again, then raise StorageError.
 
@@ -282,17 +253,20 @@ class Folder:
             StorageError: it cannot be read.
         """
 
+        def parts_of(file: Any) -> list[bytes]:
+            return [file.read_at(length, start) for start, length in ranges]
+
         def get(fs: Any, path: str) -> list[bytes]:
             if fs.type_name not in _KEPT_OPEN:
                 with fs.open_input_file(path) as stream:
-                    return [stream.read_at(length, start) for start, length in ranges]
+                    return parts_of(stream)
             try:
-                parts = [_opened(self.uri, name).read_at(length, start) for start, length in ranges]
-                short = any(len(part) < length for part, (_, length) in zip(parts, ranges, strict=True))
+                parts = parts_of(_opened(self.uri, name))
+                short = sum(map(len, parts)) < sum(length for _, length in ranges)
                 if short and fs.get_file_info([path])[0].size != _opened(self.uri, name).size():
                     # The file was replaced by a longer one, and is kept open with the size of the old one.
                     _opened.cache_clear()
-                    parts = [_opened(self.uri, name).read_at(length, start) for start, length in ranges]
+                    parts = parts_of(_opened(self.uri, name))
                 return parts
             except OSError:
                 _opened.cache_clear()
@@ -313,11 +287,8 @@ class Folder:
 
     def exists(self, name: str = "") -> bool:
         """Return True if the file or folder exists."""
-
-        def look(fs: Any, path: str) -> bool:
-            return bool(fs.get_file_info([path])[0].type.name != "NotFound")
-
-        return self._retried(name, "read", look)
+        kind = self._retried(name, "read", lambda fs, path: fs.get_file_info([path])[0].type.name)
+        return bool(kind != "NotFound")
 
     def list(self) -> list[str]:
         """Return the sorted names of the files and folders directly inside; none if the folder does not exist."""
@@ -347,14 +318,31 @@ class Folder:
         self._retried(name, "delete", remove)
 
 
+@contextmanager
+def _written_local(path: str) -> Iterator[Any]:
+    part = f"{path}.{uuid.uuid4().hex[:8]}.tmp"
+    try:
+        os.makedirs(os.path.dirname(path), exist_ok=True)
+        with _open_unnamed(os.path.dirname(path)) or open(part, "wb") as stream:
+            yield stream
+            stream.flush()
+            if not os.path.exists(part):
+                # With a descriptor, Python calls linkat, which follows the link to the file.
+                os.link(f"/proc/self/fd/{stream.fileno()}", part, src_dir_fd=stream.fileno())
+        os.replace(part, path)
+    except OSError as error:
+        raise failure(path, "write", error) from error
+    finally:
+        if os.path.exists(part):
+            os.unlink(part)
+
+
 def _open_unnamed(folder: str) -> BinaryIO | None:
     """Open a new file without a name, which vanishes when this process is killed; None where that is not possible."""
-    if not os.path.isdir("/proc/self/fd"):
-        return None
-    try:
-        return os.fdopen(os.open(folder, os.O_TMPFILE | os.O_RDWR, 0o666), "w+b")
-    except OSError:
-        return None
+    with suppress(OSError):
+        if os.path.isdir("/proc/self/fd"):
+            return os.fdopen(os.open(folder, os.O_TMPFILE | os.O_RDWR, 0o666), "w+b")
+    return None
 
 
 def _normalised(uri: str) -> str:

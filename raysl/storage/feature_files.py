@@ -37,7 +37,6 @@ class FeatureForm:
 
 
 def part_file(part: Part) -> str:
-    """Return the name of the file of a part."""
     return f"features-{part[0]:010d}-{part[1]:010d}.parquet"
 
 

@@ -15,7 +15,8 @@ import hashlib
 import json
 from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
+from functools import partial
 from itertools import pairwise
 from typing import Any, TypeVar
 
@@ -23,7 +24,6 @@ import numpy as np
 import numpy.typing as npt
 import pyarrow as pa
 import pyarrow.compute as pc
-import pyarrow.fs as pafs
 import pyarrow.parquet as pq
 
 from raysl.errors import UserError, unknown
@@ -76,9 +76,7 @@ class FeatureStore:
     """Features of one layer in a folder. Small and picklable: it holds no rows.
 
     Args:
-        folder: folder of the Parquet files.
-        layer: column of the features.
-        dim: numbers in a row.
+        layer: column of the features, each a list of `dim` numbers.
         itemsize: bytes of a number in memory: 2 for float16, 4 otherwise.
         has_paths: whether every file has the column `path`.
         groups: all row groups, in the order of positions.
@@ -95,11 +93,7 @@ class FeatureStore:
 
     @staticmethod
     def open(uri: str, layer: str = "") -> FeatureStore:
-        """Find the features at `uri`. Reads the footers of the files only.
-
-        Args:
-            uri: folder of the files.
-            layer: column of the features; may be omitted if there is only one.
+        """Find the features in the folder `uri`, of the only layer if none is named. Reads only the footers of files.
 
         Raises:
             UserError: the features are missing, unfinished, damaged or empty, have no such layer or no column
@@ -108,15 +102,15 @@ class FeatureStore:
         folder = Folder(uri)
         metadata, names = _files(folder)
         with ThreadPoolExecutor(_THREADS) as pool:
-            footers = list(pool.map(lambda name: _footer(folder, name), names))
-        layer = layer or _only_layer(footers[0][0], uri)
+            schemas, footers = zip(*pool.map(partial(_footer, folder), names), strict=True)
+        layer = layer or _only_layer(schemas[0], uri)
         kinds = [
-            _row_kind(kind, layer, f"{uri}/{name}") for (kind, _), name in zip(footers, names, strict=True)
+            _row_kind(schema, layer, f"{uri}/{name}") for schema, name in zip(schemas, names, strict=True)
         ]
-        has_paths = all("path" in kind.names for kind, _ in footers)
+        has_paths = all("path" in schema.names for schema in schemas)
         groups, start = [], 0
-        for name, (_, footer) in zip(names, footers, strict=True):
-            if footer.num_rows == 0:
+        for name, footer in zip(names, footers, strict=True):
+            if not footer.num_rows:
                 raise UserError(
                     f"The features file {uri}/{name} has no rows. Delete it, or make the features again."
                 )
@@ -132,7 +126,7 @@ class FeatureStore:
                 f"The features at {uri!r} have rows of different lengths: {dims[first]} in {first}, {dims[odd]} in "
                 f"{odd}. Give features of one layer of one network."
             )
-        return FeatureStore(folder, layer, dims[first], itemsize, has_paths, tuple(groups), metadata)
+        return replace(store, dim=dims[first])
 
     @property
     def num_rows(self) -> int:
@@ -181,11 +175,7 @@ class FeatureStore:
                 yield Piece(group, low, high)
 
     def batches(self, piece: Piece, num_bytes: int = 4 << 20) -> Iterator[tuple[Integers, Numbers]]:
-        """Yield a piece in batches: indices, int64 (b,), and rows, float16 or float32 (b, dim).
-
-        Args:
-            piece: rows to read.
-            num_bytes: approximate size of a batch. Reading takes a small multiple of it.
+        """Yield a piece in batches of about `num_bytes`: indices, int64 (b,), and rows, float16 or float32 (b, dim).
 
         Raises:
             UserError: the file is damaged, or a row or an index is missing or of another kind.
@@ -198,10 +188,8 @@ class FeatureStore:
         """Return the paths of the images of some pieces; None if the features have none."""
         if not self.has_paths:
             return None
-        columns = [
-            batch.column("path") for piece in pieces for batch in self._slices(piece, 1 << 16, ["path"])
-        ]
-        return pa.chunked_array(columns).cast(pa.string())
+        batches = (batch for piece in pieces for batch in self._slices(piece, 1 << 16, ["path"]))
+        return pa.chunked_array([batch.column("path") for batch in batches]).cast(pa.string())
 
     def _slices(self, piece: Piece, num_rows: int, columns: list[str]) -> Iterator[pa.RecordBatch]:
         place = 0
@@ -284,7 +272,7 @@ class FeatureStore:
 def _files(folder: Folder) -> tuple[dict[str, Any], list[str]]:
     """Return the metadata of a folder of features, and the names of its files."""
     fs, path = filesystem(str(folder))
-    if retry(str(folder), "read", lambda: fs.get_file_info([path])[0]).type == pafs.FileType.File:
+    if retry(str(folder), "read", lambda: fs.get_file_info([path])[0].is_file):
         raise UserError(
             f"{str(folder)!r} is a file. Give the folder that holds the Parquet files of the features."
         )

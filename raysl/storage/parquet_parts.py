@@ -12,6 +12,7 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 
 from raysl.storage import Folder
+from raysl.storage.remote_file import Seekable
 
 # Unused bytes that are read to save a request, which costs a remote store as much as a megabyte or two.
 _GAP_BYTES = 256 << 10
@@ -20,11 +21,7 @@ _TAIL_BYTES = 64 << 10
 
 
 def footer(file: BinaryIO) -> bytes:
-    """Return the footer of an open Parquet file: its metadata, their length and the magic bytes at the end.
-
-    Raises:
-        ValueError: the file does not end like a Parquet file.
-    """
+    """Return the footer of an open Parquet file: its metadata, their length and the magic bytes. Raises ValueError."""
     size = file.seek(0, 2)
     file.seek(max(size - 8, 0))
     end = file.read(8)
@@ -39,14 +36,7 @@ def footer(file: BinaryIO) -> bytes:
 def metadata(folder: Folder, name: str, num_bytes: int, checksum: int | None) -> pq.FileMetaData:
     """Return the metadata of a file. A process reads many row groups of one file, and the footer only once.
 
-    Args:
-        folder: folder of the file.
-        name: name of the file.
-        num_bytes: size of the file.
-        checksum: CRC-32 of the footer; None if it is not known.
-
-    Raises:
-        ValueError: the footer is damaged.
+    Raises ValueError if the CRC-32 of the footer is not `checksum`, unless that is None, or if it is damaged otherwise.
     """
 
     def tail(length: int) -> bytes:
@@ -78,30 +68,12 @@ def spans(metadata: pq.FileMetaData, groups: Iterable[int], columns: Sequence[st
     return found
 
 
-class Parts(io.RawIOBase):
-    """A file of which some parts are in memory.
+class Parts(Seekable):
+    """A file of which some parts are in memory, each with its offset."""
 
-    Args:
-        parts: (offset, content) of each part.
-    """
-
-    def __init__(self, size: int, parts: Sequence[tuple[int, bytes]]) -> None:
-        self._size = size
+    def __init__(self, num_bytes: int, parts: Sequence[tuple[int, bytes]]) -> None:
+        super().__init__(num_bytes)
         self._parts = parts
-        self._at = 0
-
-    def readable(self) -> bool:
-        return True
-
-    def seekable(self) -> bool:
-        return True
-
-    def tell(self) -> int:
-        return self._at
-
-    def seek(self, offset: int, whence: int = 0) -> int:
-        self._at = offset + (0, self._at, self._size)[whence]
-        return self._at
 
     def read(self, size: int = -1) -> Any:
         for start, content in self._parts:

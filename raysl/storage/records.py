@@ -28,11 +28,7 @@ def write_record(folder: Folder, name: str, value: dict[str, Any]) -> None:
 
 
 def verified(value: Any) -> dict[str, Any]:
-    """Return a JSON object without its checksum, which files that people wrote may lack.
-
-    Raises:
-        ValueError: it is no object, or its checksum does not match.
-    """
+    """Return a JSON object without its checksum, if it has one. Raises ValueError if it is damaged."""
     if not isinstance(value, dict):
         raise ValueError("it holds no JSON object")
     if "checksum" in value and value.pop("checksum") != _checksum(value):
@@ -54,8 +50,7 @@ def signed_lines(rows: Iterable[Mapping[str, Any]]) -> bytes:
 def verified_lines(lines: Iterable[bytes]) -> Iterator[bytes]:
     """Yield lines of `signed_lines` without their checksums, which files that people wrote may lack.
 
-    Raises:
-        ValueError: a checksum does not match, or is missing in some lines only.
+    Raises ValueError if a checksum does not match, or is missing in some lines only.
     """
     signed_before = None
     for line in lines:

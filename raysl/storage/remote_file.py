@@ -1,4 +1,4 @@
-"""A file of an object store, as a Python file whose reads are repeated while the store does not answer."""
+"""Files for reading: of a known size, and of an object store, whose reads are repeated while it does not answer."""
 
 from __future__ import annotations
 
@@ -8,42 +8,12 @@ from contextlib import suppress
 from typing import Any
 
 
-class RemoteFile(io.RawIOBase):
-    """A seekable file for reading. After a read that fails, the file is opened again.
+class Seekable(io.RawIOBase):
+    """A file for reading of a known size. A subclass reads at `_at`, and moves it."""
 
-    Each read is one request, so that readers of Parquet decide on the size of the requests.
-
-    Args:
-        open_file: opens the file of Arrow; may be called several times.
-        repeat: returns what a function returns, and calls it again after errors that may pass.
-
-    Raises:
-        FileNotFoundError, StorageError: what `repeat` raises in the end; see `raysl.storage.retry`.
-    """
-
-    def __init__(self, open_file: Callable[[], Any], repeat: Callable[[Callable[[], Any]], Any]) -> None:
+    def __init__(self, num_bytes: int) -> None:
         super().__init__()
-        self._open_file = open_file
-        self._repeat = repeat
-        self._file: Any = None
-        self._at = 0
-        self._num_bytes = int(repeat(lambda: self._call(lambda file: file.size())))
-
-    def _call(self, function: Callable[[Any], Any]) -> Any:
-        """Return `function(file)`; forget the file after an error."""
-        try:
-            if self._file is None:
-                self._file = self._open_file()
-            return function(self._file)
-        except OSError:
-            self._forget()
-            raise
-
-    def _forget(self) -> None:
-        file, self._file = self._file, None
-        if file is not None:
-            with suppress(OSError):
-                file.close()
+        self._num_bytes, self._at = num_bytes, 0
 
     def size(self) -> int:
         """Return the number of bytes, as files of Arrow do."""
@@ -62,15 +32,50 @@ class RemoteFile(io.RawIOBase):
         self._at = max(0, offset + (0, self._at, self._num_bytes)[whence])
         return self._at
 
+
+class RemoteFile(Seekable):
+    """A seekable file for reading. After a read that fails, the file is opened again.
+
+    Each read is one request, so that readers of Parquet decide on the size of the requests.
+
+    Args:
+        open_file: opens the file of Arrow; may be called several times.
+        repeat: returns what a function returns, and calls it again after errors that may pass.
+
+    Raises:
+        FileNotFoundError, StorageError: what `repeat` raises in the end; see `raysl.storage.retry`.
+    """
+
+    def __init__(self, open_file: Callable[[], Any], repeat: Callable[[Callable[[], Any]], Any]) -> None:
+        self._open_file = open_file
+        self._repeat = repeat
+        self._file: Any = None
+        super().__init__(int(repeat(lambda: self._call(lambda file: file.size()))))
+
+    def _call(self, function: Callable[[Any], Any]) -> Any:
+        """Return `function(file)`; forget the file after an error."""
+        try:
+            if self._file is None:
+                self._file = self._open_file()
+            return function(self._file)
+        except OSError:
+            self._forget()
+            raise
+
+    def _forget(self) -> None:
+        file, self._file = self._file, None
+        if file is not None:
+            with suppress(OSError):
+                file.close()
+
     def read(self, size: int | None = -1) -> bytes:
         if self.closed:
             raise ValueError("read of a closed file")
         left = max(0, self._num_bytes - self._at)
         length = left if size is None or size < 0 else min(size, left)
-        at = self._at
-        data = (
-            bytes(self._repeat(lambda: self._call(lambda file: file.read_at(length, at)))) if length else b""
-        )
+        if not length:
+            return b""
+        data = bytes(self._repeat(lambda: self._call(lambda file: file.read_at(length, self._at))))
         self._at += len(data)
         return data
 

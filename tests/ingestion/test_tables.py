@@ -39,10 +39,7 @@ def test_hugging_face_layout(tmp_path: Path) -> None:
     assert found.classes == {"cat": 2, "dog": 3, "emu": 0}
     assert [row.label for row in rows] == ["dog", "cat", "dog", "dog", "cat"]
     assert rows[2] == Row(
-        jpeg(2),
-        "dog",
-        "x.parquet, row group 1, row 0 (2.jpg)",
-        "the image column has no bytes in this row",
+        jpeg(2), "dog", "x.parquet, row group 1, row 0 (2.jpg)", "the image column has no bytes in this row"
     )
     assert found.labels == f"the column 'label' of {tmp_path / 'x.parquet'}"
 
