@@ -30,14 +30,14 @@ _MOST_PACKED = 1032
 def count(root: str, path: str) -> int:
     """Return the number of images in a file."""
     with _opened(root, path) as stream:
-        return _shape(stream, path, 3)[0]
+        return _head(stream, path, 3)[0][0]
 
 
 def labels(root: str, path: str) -> npt.NDArray[Any]:
     """Return the labels in a file, int64 (n,)."""
     with _opened(root, path) as stream:
-        shape = _shape(stream, path)
-        values = np.frombuffer(_take(stream, _bytes(shape), path), shape.dtype).reshape(shape)
+        shape, dtype = _head(stream, path)
+        values = np.frombuffer(_take(stream, math.prod(shape) * dtype.itemsize, path), dtype).reshape(shape)
     # QMNIST has eight numbers for each image, the first of which is the class.
     return values.reshape(len(values), -1)[:, 0].astype(np.int64) if len(values) else values
 
@@ -45,22 +45,12 @@ def labels(root: str, path: str) -> npt.NDArray[Any]:
 def batches(root: str, path: str, first: int, count: int) -> Iterator[npt.NDArray[np.uint8]]:
     """Yield the pixels of some images, uint8 (b, h, w, 1), some at a time."""
     with _opened(root, path) as stream:
-        _, height, width = _shape(stream, path, 3)
+        _, height, width = _head(stream, path, 3)[0]
         stream.seek(first * height * width, 1)
         batch = max(1, min(_BATCH, _BATCH_BYTES // (height * width)))
         for start in range(0, count, batch):
             data = _take(stream, min(batch, count - start) * height * width, path)
             yield np.frombuffer(data, np.uint8).reshape(-1, height, width, 1)
-
-
-class _Shape(tuple[int, ...]):
-    """The shape of an IDX array, and the type of its values."""
-
-    dtype: np.dtype[Any]
-
-
-def _bytes(shape: _Shape) -> int:
-    return math.prod(shape) * shape.dtype.itemsize
 
 
 @contextmanager
@@ -72,28 +62,26 @@ def _opened(root: str, path: str) -> Iterator[Any]:
         raise UserError(f"Cannot read the IDX file {root}/{path}: {error}. Get it again.") from error
 
 
-def _shape(stream: Any, path: str, axes: int | None = None) -> _Shape:
-    """Read the head of an IDX file; images have three axes of uint8."""
+def _head(stream: Any, path: str, axes: int | None = None) -> tuple[tuple[int, ...], np.dtype[Any]]:
+    """Return the shape and the type of the values of an IDX file; images have three axes of uint8."""
     head = stream.read(4)
     known = len(head) == 4 and head[:2] == b"\0\0" and head[2] in _DTYPES and head[3] == (axes or head[3])
     if not known or (axes == 3 and head[2] != 8):
         what = "an IDX file of images in uint8" if axes == 3 else "an IDX file of integers"
         raise UserError(f"{path!r} is not {what}. Get it again.")
-    shape = _Shape(struct.unpack(f">{head[3]}I", _take(stream, 4 * head[3], path)))
-    shape.dtype = np.dtype(_DTYPES[head[2]])
-    # A head may claim any size, so the values are not believed to be there before memory is taken for them.
+    shape, dtype = struct.unpack(f">{head[3]}I", _take(stream, 4 * head[3], path)), np.dtype(_DTYPES[head[2]])
     packed = isinstance(stream, gzip.GzipFile)
     held = stream.fileobj.size() * _MOST_PACKED if packed else stream.size() - stream.tell()
-    if _bytes(shape) > held:
+    if math.prod(shape) * dtype.itemsize > held:
         raise UserError(
-            f"The IDX file {path!r} ends too early for the shape {tuple(shape)} in its head. Get it again."
+            f"The IDX file {path!r} ends too early for the shape {shape} in its head. Get it again."
         )
     if axes == 3 and not 0 < shape[1] * shape[2] <= MAX_PIXELS:
         raise UserError(
             f"The IDX file {path!r} says that its images have {shape[1]:,} x {shape[2]:,} pixels. They must have at "
             f"least one pixel and at most {MAX_PIXELS:,}."
         )
-    return shape
+    return shape, dtype
 
 
 def _take(stream: Any, count: int, path: str) -> bytes:

@@ -8,10 +8,9 @@ from __future__ import annotations
 
 import hashlib
 import zlib
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass, field, replace
 from itertools import chain
-from typing import Any
 
 import pyarrow as pa
 import pyarrow.parquet as pq
@@ -20,7 +19,7 @@ from raysl.dataset import SHARDS, Shard, parquet_writer
 from raysl.dataset.clips import COLUMNS, TRUTH
 from raysl.errors import UserError
 from raysl.ingestion.images import Tally, stored
-from raysl.ingestion.sources import Row
+from raysl.ingestion.sources import Row, UnitSize, in_units
 from raysl.storage import Folder
 from raysl.storage.parquet_parts import footer
 from raysl.stream.pixels import DecodeConfig, Ranges
@@ -33,10 +32,8 @@ class Written:
     """The result of a unit; a JSON value.
 
     Args:
-        unit: its number.
         base: index of its first image.
         row_groups: images in every row group; empty if no image could be decoded, and then there is no shard.
-        num_bytes: size of the shard.
         checksum: CRC-32 of the shard's footer.
         digest: hash of every image's label and bytes, in order.
         labels: label of every image, an index of the classes; empty if the source has no labels.
@@ -73,42 +70,30 @@ def _file(unit: int) -> str:
     return f"{unit:05d}.parquet"
 
 
-@dataclass
-class _Group:
-    """Images of the row group that is being collected."""
+def _hash_into(digest: hashlib.blake2b, group: list[Row], labels: list[int | None]) -> None:
+    """Add the labels, the images and the clips of a row group to a hash."""
+    for row, label in zip(group, labels, strict=True):
+        image = row.image or b""
+        digest.update(f"{label} {len(image)} ".encode())
+        digest.update(image)
+    for clip in (row.clip for row in group if row.clip):
+        for part in (*clip["frames"], clip["sound"] or b"", repr(clip["times"]).encode()):
+            digest.update(f"{len(part)} ".encode())
+            digest.update(part)
 
-    images: list[bytes] = field(default_factory=list)
-    paths: list[str] = field(default_factory=list)
-    labels: list[int | None] = field(default_factory=list)
-    clips: list[Mapping[str, Any]] = field(default_factory=list)
-    num_bytes: int = 0
 
-    @property
-    def first_unlabelled(self) -> str:
-        return next((p for p, label in zip(self.paths, self.labels, strict=True) if label is None), "")
-
-    def hash_into(self, digest: hashlib.blake2b) -> None:
-        """Add the labels, the images and the clips to a hash."""
-        for image, label in zip(self.images, self.labels, strict=True):
-            digest.update(f"{label} {len(image)} ".encode())
-            digest.update(image)
-        for clip in self.clips:
-            for part in (*clip["frames"], clip["sound"] or b"", repr(clip["times"]).encode()):
-                digest.update(f"{len(part)} ".encode())
-                digest.update(part)
-
-    def table(self, first: int, labelled: bool) -> pa.Table:
-        columns = {
-            "index": pa.array(range(first, first + len(self.images)), pa.int64()),
-            "image": pa.array(self.images, pa.binary()),
-            "path": pa.array(self.paths, pa.string()),
-        }
-        if labelled:
-            columns["label"] = pa.array(self.labels, pa.int64())
-        for name in self.clips[0] if self.clips else ():
-            kind = (COLUMNS | TRUTH)[name]
-            columns[name] = pa.array([clip[name] for clip in self.clips], kind)
-        return pa.table(columns)
+def _table(group: list[Row], labels: list[int | None], first: int) -> pa.Table:
+    columns = {
+        "index": pa.array(range(first, first + len(group)), pa.int64()),
+        "image": pa.array([row.image for row in group], pa.binary()),
+        "path": pa.array([row.path for row in group], pa.string()),
+    }
+    if labels:
+        columns["label"] = pa.array(labels, pa.int64())
+    clips = [row.clip for row in group if row.clip]
+    for name in clips[0] if clips else ():
+        columns[name] = pa.array([clip[name] for clip in clips], (COLUMNS | TRUTH)[name])
+    return pa.table(columns)
 
 
 def write(
@@ -133,8 +118,7 @@ def write(
     Raises:
         UserError: the shard cannot be written, or the source is damaged.
     """
-    bad, sizes = list[tuple[str, str]](), list[int]()
-    labels: list[int | None] = []
+    bad, sizes, labels = list[tuple[str, str]](), list[int](), list[int | None]()
     unlabelled, with_sound = "", 0
     numbers = {name: number for number, name in enumerate(classes)}
     tally: Tally = {}
@@ -143,15 +127,17 @@ def write(
         rows = chain.from_iterable(stored(row, decoding, ranges or {}, tally) for row in rows)
     name, writer = f"{SHARDS}/{_file(unit)}", None
     with dest.writing(name) as stream:
-        for group in _groups(rows, bad, numbers, rows_per_group):
-            group.hash_into(digest)
-            table = group.table(base + sum(sizes), bool(classes))
+        for group in _groups(rows, bad, rows_per_group):
+            of_group = [None if row.label is None else numbers.get(row.label) for row in group]
+            _hash_into(digest, group, of_group)
+            table = _table(group, of_group if classes else [], base + sum(sizes))
             writer = writer or parquet_writer(stream, table.schema)
-            writer.write_table(table, row_group_size=table.num_rows)
-            sizes.append(table.num_rows)
-            labels += group.labels
-            with_sound += sum(clip["sound"] is not None for clip in group.clips)
-            unlabelled = unlabelled or group.first_unlabelled
+            writer.write_table(table, row_group_size=len(group))
+            sizes.append(len(group))
+            labels += of_group
+            with_sound += sum(row.clip is not None and row.clip["sound"] is not None for row in group)
+            if classes and not unlabelled and None in of_group:
+                unlabelled = group[of_group.index(None)].path
         if writer:
             writer.close()
         num_bytes = stream.tell()
@@ -165,7 +151,7 @@ def write(
         checksum=_checksum(dest, name) if sizes else 0,
         digest=digest.hexdigest(),
         labels=() if unlabelled or not classes else tuple(label for label in labels if label is not None),
-        unlabelled=unlabelled if classes else "",
+        unlabelled=unlabelled,
         bad=tuple(bad),
         tally=tally,
         ranges=dict(ranges or {}),
@@ -173,32 +159,24 @@ def write(
     )
 
 
-def _groups(
-    rows: Iterable[Row], bad: list[tuple[str, str]], numbers: Mapping[str, int], rows_per_group: int
-) -> Iterator[_Group]:
-    """Yield one row group after the other; rows without an image are added to `bad`."""
-    group = _Group()
-    for row in rows:
-        if row.image is None:
-            bad.append((row.path, row.reason))
-            continue
-        num_bytes = len(row.image) + (_clip_bytes(row.clip) if row.clip else 0)
-        full = len(group.images) >= rows_per_group or group.num_bytes + num_bytes > _ROW_GROUP_BYTES
-        if group.images and full:
-            yield group
-            group = _Group()
-        group.images.append(row.image)
-        group.paths.append(row.path)
-        group.labels.append(None if row.label is None else numbers.get(row.label))
-        group.num_bytes += num_bytes
-        if row.clip:
-            group.clips.append(row.clip)
-    if group.images:
-        yield group
+def _groups(rows: Iterable[Row], bad: list[tuple[str, str]], rows_per_group: int) -> Iterator[list[Row]]:
+    """Return one row group after the other; rows without an image are added to `bad`."""
+
+    def with_image() -> Iterator[Row]:
+        for row in rows:
+            if row.image is None:
+                bad.append((row.path, row.reason))
+            else:
+                yield row
+
+    return in_units(
+        with_image(), UnitSize(rows_per_group, _ROW_GROUP_BYTES), lambda row: (1, _num_bytes(row))
+    )
 
 
-def _clip_bytes(clip: Mapping[str, Any]) -> int:
-    return sum(map(len, clip["frames"])) + len(clip["sound"] or b"")
+def _num_bytes(row: Row) -> int:
+    of_clip = sum(map(len, row.clip["frames"])) + len(row.clip["sound"] or b"") if row.clip else 0
+    return len(row.image or b"") + of_clip
 
 
 def _checksum(dest: Folder, name: str) -> int:

@@ -39,12 +39,7 @@ _BATCH_BYTES, _USUAL_BYTES = 4 << 30, 64 << 20
 
 @dataclass(frozen=True)
 class Table:
-    """An opened table.
-
-    Args:
-        schema: of its columns.
-        groups: rows and bytes of each group of rows.
-    """
+    """An opened table, with the rows and bytes of each group of rows."""
 
     schema: pa.Schema
     groups: list[tuple[int, int]]
@@ -62,12 +57,10 @@ class Table:
             yield batch.cast(without_views(batch.schema))
 
     def _batch_rows(self, group: int) -> int:
-        """Return how many rows are read at once: few of videos.
-
-        A value of a dictionary may be large and occur in every row.
-        """
+        """Return how many rows are read at once: few of videos."""
         metadata = self._file.metadata.row_group(group)
         chunks = [metadata.column(i) for i in range(metadata.num_columns)]
+        # A value of a dictionary may be large and occur in every row.
         largest = max(
             (chunk.total_uncompressed_size for chunk in chunks if chunk.has_dictionary_page), default=1
         )
@@ -77,22 +70,18 @@ class Table:
 
 @contextmanager
 def opened(root: str, path: str) -> Iterator[Table]:
-    """Open a table.
-
-    Raises:
-        UserError: it is damaged, or claims to hold more than any memory.
-    """
+    """Open a table. Raises UserError if it is damaged, or claims to hold more than any memory."""
     place = f"{root}/{path}".rstrip("/")
     name = place.lower()
     try:
         with Folder(root).open(path) as stream:
             if name.endswith(TEXT):
-                table = read_table(stream.read(), place)
-                yield _checked(_in_memory(table.to_batches(_TEXT_ROWS), table.schema), place)
-            elif name.endswith((".arrow", ".feather")):
-                yield _checked(_arrow(stream), place)
+                text = read_table(stream.read(), place)
+                table = _in_memory(text.to_batches(_TEXT_ROWS), text.schema)
             else:
-                yield _checked(_parquet(stream, place), place)
+                table = _arrow(stream) if name.endswith((".arrow", ".feather")) else _parquet(stream, place)
+            _check_names(table.schema.names, place)
+            yield replace(table, schema=without_views(table.schema))
     except (pa.ArrowException, OSError, OverflowError) as error:
         kind = "Parquet file" if name.endswith(".parquet") else "table"
         raise UserError(
@@ -104,14 +93,8 @@ def opened(root: str, path: str) -> Iterator[Table]:
 def without_views(schema: pa.Schema) -> pa.Schema:
     """Return a schema with the ordinary types of texts and bytes, for the files of polars."""
     plain = {pa.string_view(): pa.string(), pa.binary_view(): pa.binary()}
-    return pa.schema(
-        [field.with_type(plain.get(field.type, field.type)) for field in schema], schema.metadata
-    )
-
-
-def _checked(table: Table, place: str) -> Table:
-    _check_names(table.schema.names, place)
-    return replace(table, schema=without_views(table.schema))
+    fields = [field.with_type(plain.get(field.type, field.type)) for field in schema]
+    return pa.schema(fields, schema.metadata)
 
 
 def _check_names(names: list[str], place: str) -> None:
@@ -130,17 +113,11 @@ def file_column(names: Sequence[str]) -> str:
 
 def normal(name: str) -> str:
     """Return the name of a file without ".", and with "/" between its parts where Windows wrote "\\"."""
-    if "://" in name:
-        return name
-    return posixpath.normpath(name.replace("\\", "/") if "/" not in name else name)
+    return name if "://" in name else posixpath.normpath(name if "/" in name else name.replace("\\", "/"))
 
 
 def read_table(data: bytes, path: str) -> pa.Table:
-    """Return a table of text: CSV, TSV or JSON lines by the end of its name, or Parquet.
-
-    Raises:
-        UserError: it is damaged, or several columns have one name.
-    """
+    """Return a table of text: CSV, TSV or JSON lines by the end of its name, or Parquet."""
     try:
         table = _read_table(data, path.lower())
         _check_names(table.column_names, path)
@@ -209,9 +186,7 @@ def _parquet(stream: Any, place: str) -> Table:
     for number in range(file.metadata.num_row_groups):
         group = file.metadata.row_group(number)
         packed = max(sum(group.column(i).total_compressed_size for i in range(group.num_columns)), 1)
-        if group.total_byte_size > _MOST_GROUP_BYTES or group.total_byte_size > _MOST_RATIO * packed + (
-            1 << 28
-        ):
+        if group.total_byte_size > min(_MOST_GROUP_BYTES, _MOST_RATIO * packed + (1 << 28)):
             raise UserError(
                 f"The Parquet file {printable(place)!r} unpacks {packed:,} bytes to {group.total_byte_size:,} in one "
                 "row group, which may not fit into memory. Write it again with smaller row groups."
