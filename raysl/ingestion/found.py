@@ -25,12 +25,13 @@ class LeftOut:
         for kind, (count, first) in other.kinds.items():
             self.add(kind, first, count)
 
+    def sorted(self) -> list[tuple[str, int, str]]:
+        """Return every kind with its count and its first path, the most frequent first."""
+        kinds = [(kind, count, printable(first)) for kind, (count, first) in self.kinds.items()]
+        return sorted(kinds, key=lambda one: -one[1])
+
     def __str__(self) -> str:
-        """Return every kind with its count and its first path, or "nothing"."""
-        parts = sorted(self.kinds.items(), key=lambda item: -item[1][0])
-        return (
-            "; ".join(f"{count:,} {kind} ({printable(first)})" for kind, (count, first) in parts) or "nothing"
-        )
+        return "; ".join(f"{count:,} {kind} ({first})" for kind, count, first in self.sorted()) or "nothing"
 
 
 @dataclass
@@ -43,8 +44,6 @@ class Found:
         splits: all splits that the source holds.
         split: the split that is read; "" without splits.
         classes: number of images of each class, in the order of the class numbers; empty without labels.
-        images: number of images listed.
-        left_out: files and folders that are not read.
         noun: kind of the entries in the plural, "images" or "videos".
     """
 
@@ -70,13 +69,9 @@ class Found:
         if self.splits:
             others = ", ".join(split for split in self.splits if split != self.split)
             lines.append(("split", self.split + (f"  (not read: {others})" if others else "")))
-        lines.append((self.noun, f"{self.images:,}{_classes(self.classes)}"))
-        lines.append(("labels", self.labels))
-        kinds = sorted(self.left_out.kinds.items(), key=lambda item: -item[1][0])
-        lines += [
-            ("left out" if i == 0 else "", f"{count:,} {kind}, as {printable(first)}")
-            for i, (kind, (count, first)) in enumerate(kinds)
-        ]
+        lines += [(self.noun, f"{self.images:,}{_classes(self.classes)}"), ("labels", self.labels)]
+        left_out = [f"{count:,} {kind}, as {first}" for kind, count, first in self.left_out.sorted()]
+        lines += [("" if i else "left out", text) for i, text in enumerate(left_out)]
         return "\n".join(f"  {key:<9} {text}" for key, text in lines)
 
 
@@ -104,6 +99,5 @@ def listed(names: Sequence[str], most: int = 20) -> str:
 
 def counted(count: int, noun: str) -> str:
     """Return a number with its noun, as "1 image" or "2 classes"."""
-    if count == 1:
-        return f"1 {noun}"
-    return f"{count:,} {noun}{'es' if noun.endswith('s') else 's'}"
+    plural = "" if count == 1 else "es" if noun.endswith("s") else "s"
+    return f"{count:,} {noun}{plural}"

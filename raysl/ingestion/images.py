@@ -29,8 +29,7 @@ class Treated:
     Args:
         count: number of images; for `PAGES` of files that hold more images than were taken.
         example: the first of them.
-        low: smallest value found, for kinds with a scale.
-        high: largest value found.
+        low, high: smallest and largest value found, for kinds with a scale.
         left_out: pages and frames that were not taken, for `PAGES`.
         one_color: images of which all pixels came out equal although the values in the file are not.
     """
@@ -80,7 +79,6 @@ def stored(row: Row, config: DecodeConfig, ranges: Ranges, tally: Tally) -> Iter
     """Yield what a data set stores for an image file: one row, or one for each page or frame.
 
     Args:
-        row: with the bytes of the file.
         ranges: see `ranges_of`; a kind that is not there is scaled by each image alone, for the time being.
         tally: the images that were changed are added.
     """
@@ -93,10 +91,7 @@ def stored(row: Row, config: DecodeConfig, ranges: Ranges, tally: Tally) -> Iter
             continue
         path = f"{row.path}#{picture.page}" if picture.page and config.frames == "all" else row.path
         _count(picture, path, tally)
-        if picture.ordinary:
-            yield row
-        else:
-            yield row._replace(image=_encoded(picture), path=path)
+        yield row if picture.ordinary else row._replace(image=_encoded(picture), path=path)
 
 
 def _count(picture: Picture, path: str, tally: Tally) -> None:
@@ -115,9 +110,8 @@ def _add(tally: Tally, kind: str, treated: Treated) -> None:
 
 def _encoded(picture: Picture) -> bytes:
     pixels_hwc = picture.pixels_hwc
-    if (pixels_hwc == pixels_hwc[:, :, :1]).all():
-        pixels_hwc = pixels_hwc[:, :, :1]
-    return png.encode(pixels_hwc[None])[0]
+    gray_hwc = pixels_hwc[:, :, :1]
+    return png.encode((gray_hwc if (pixels_hwc == gray_hwc).all() else pixels_hwc)[None])[0]
 
 
 def sentences(tally: Tally, config: DecodeConfig) -> list[str]:
@@ -152,13 +146,10 @@ def _sentence(kind: str, treated: Treated, config: DecodeConfig) -> str:
 
 def record(tally: Tally, config: DecodeConfig) -> dict[str, Any]:
     """Return what the manifest says about the rule and the images under it; a JSON value."""
-    ranges = {kind: list(found) for kind, found in ranges_of(tally, config).items()}
     counts = {kind: treated.count for kind, treated in sorted(tally.items())}
-    return {**settings(config), "ranges": ranges, "changed": counts}
+    return {**settings(config), "ranges": ranges_of(tally, config), "changed": counts}
 
 
 def settings(config: DecodeConfig) -> dict[str, Any]:
     """Return the configuration as a JSON value."""
-    value = asdict(config)
-    value["range"] = None if config.range is None else [float(bound) for bound in config.range]
-    return value
+    return asdict(config) | {"range": config.range and [float(bound) for bound in config.range]}

@@ -32,13 +32,8 @@ _PARALLEL = 16
 
 @dataclass(frozen=True)
 class Header:
-    """What must be equal for an ingest to resume another.
-
-    Args:
-        source: full name of the source.
-        stamp: hash of its listing.
-        shape: sizes of shards and row groups.
-        decoding: how images are decoded.
+    """What must be equal for an ingest to resume another: `stamp` is the hash of the listing, `shape` holds
+    the sizes of shards and row groups, and `decoding` says how images are decoded.
     """
 
     source: str
@@ -49,12 +44,8 @@ class Header:
 
 @dataclass(frozen=True)
 class Listed:
-    """The complete listing.
-
-    Args:
-        counts: images in every unit, as listed.
-        classes: names of the classes; empty without labels.
-        labels: where the labels come from, or why there are none.
+    """The complete listing: the number of images in every unit, the names of the classes, empty without labels, and a
+    text that says where the labels come from, or why there are none.
     """
 
     counts: tuple[int, ...]
@@ -74,10 +65,10 @@ class Journal:
 
     def header(self) -> Header | None:
         """Return the header of the ingest that is under way; None if there is none."""
-        value = self._json("source.json")
-        return value and Header(
-            value["source"], value["stamp"], tuple(value["shape"]), value.get("decoding", {})
-        )
+        if not self._folder.exists("source.json"):
+            return None
+        value = self._read("source.json")
+        return Header(value["source"], value["stamp"], tuple(value["shape"]), value.get("decoding", {}))
 
     def start(self, header: Header) -> None:
         """Delete the journal and start a new one."""
@@ -86,9 +77,9 @@ class Journal:
 
     def listed(self) -> Listed | None:
         """Return the listing; None if it was not completed."""
-        value = self._json("listing.json")
-        if value is None:
+        if not self._folder.exists("listing.json"):
             return None
+        value = self._read("listing.json")
         return Listed(tuple(value["counts"]), tuple(value["classes"]), value["labels"])
 
     def write_listed(self, listed: Listed) -> None:
@@ -132,11 +123,7 @@ class Journal:
             self._folder.delete(name)
         self.dest.delete(JOURNAL)
 
-    def _json(self, name: str) -> Any:
-        return self._read(name) if self._folder.exists(name) else None
-
     def _read(self, name: str) -> dict[str, Any]:
-        """Return a file of the journal. Raises UserError if it is damaged."""
         return read_record(self._folder, name, f"Delete the folder {self.dest} and ingest again.")
 
 
@@ -155,13 +142,13 @@ def finished(dest: Folder, name: str, decoding: DecodeConfig) -> DataSet | None:
                 f"{str(dest)!r} already holds a data set of another source, {data_set.manifest.source!r}, and not "
                 f"of {name!r}. Choose another destination, or delete that folder."
             )
-        made_with = {key: data_set.manifest.decoding.get(key) for key in settings(decoding)}
-        if made_with != settings(decoding):
-            changed = [key for key, value in settings(decoding).items() if made_with[key] != value]
-            raise UserError(
-                f"{str(dest)!r} already holds this source, ingested with another --{changed[0].replace('_', '-')}: "
-                f"{made_with[changed[0]]}. Choose another destination, or delete that folder."
-            )
+        made_with = data_set.manifest.decoding
+        for key, value in settings(decoding).items():
+            if made_with.get(key) != value:
+                raise UserError(
+                    f"{str(dest)!r} already holds this source, ingested with another --{key.replace('_', '-')}: "
+                    f"{made_with.get(key)}. Choose another destination, or delete that folder."
+                )
         # An interruption between the last two steps leaves the journal behind.
         Journal(dest).delete()
         return data_set
@@ -184,10 +171,9 @@ def finished(dest: Folder, name: str, decoding: DecodeConfig) -> DataSet | None:
 
 def check_free(dest: Folder) -> None:
     """Raise UserError if a folder cannot take the rows of an object."""
-    others = set(dest.list()) - {JOURNAL, OBJECTS, SHARDS}
-    if others:
+    if others := set(dest.list()) - {JOURNAL, OBJECTS, SHARDS}:
         raise UserError(
-            f"The destination {str(dest)!r} is not empty: it holds {sorted(others)[0]!r}. Choose a new folder."
+            f"The destination {str(dest)!r} is not empty: it holds {min(others)!r}. Choose a new folder."
         )
 
 

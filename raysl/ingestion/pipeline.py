@@ -61,10 +61,6 @@ class IngestConfig(ReadConfig):
     cpus_per_task: Annotated[float, Bounds(above=0, high=10**5)] = 1.0
     decoding: DecodeConfig = field(default_factory=DecodeConfig)
 
-    def place(self, source: str) -> Place:
-        """Return the place of a source, to be read as configured."""
-        return Place.parse(source, self.split, self.reading)
-
     @property
     def reading(self) -> ReadConfig:
         """The fields that say how a source is read."""
@@ -89,7 +85,7 @@ def ingest(source: Any, dest: str, config: IngestConfig | None = None) -> DataSe
     config = config or IngestConfig()
     folder = Folder(dest)
     if isinstance(source, str | os.PathLike):
-        opened = open_source(config.place(os.fspath(source)))
+        opened = open_source(Place.parse(os.fspath(source), config.split, config.reading))
     elif isinstance(source, Opened):
         opened = source
     else:
@@ -97,11 +93,9 @@ def ingest(source: Any, dest: str, config: IngestConfig | None = None) -> DataSe
         opened = objects.opened(source, folder, config.reading)
     name = opened.source.name
     if (done := finished(folder, name, config.decoding)) is not None:
+        count = f"{done.num_images:,}"
         _log.info(
-            "%s is complete: %s images of %s. Delete it to ingest the source again.",
-            folder,
-            f"{done.num_images:,}",
-            name,
+            "%s is complete: %s images of %s. Delete it to ingest the source again.", folder, count, name
         )
         return done
     check_apart(folder, opened.place)
@@ -125,15 +119,14 @@ def _list(source: Source, journal: Journal, config: IngestConfig) -> Listed:
                 _log.info("Resuming %s: %s.", journal.dest, done)
                 return listed
         elif journal.header() is not None:
-            _log.warning(
-                "The source or the settings have changed: %s starts from the beginning.", journal.dest
-            )
+            changed = "The source or the settings have changed: %s starts from the beginning."
+            _log.warning(changed, journal.dest)
         units = source.units(size)
         first = next(units, None)
         if first is None:
+            left_out = source.found.left_out
             raise UserError(
-                f"The source {source.name!r} holds no images. It holds {source.found.left_out}. "
-                f"{recognised()}"
+                f"The source {source.name!r} holds no images. It holds {left_out}. {recognised()}"
             )
         journal.start(header)
         journal.dest.delete(SHARDS)
@@ -222,11 +215,7 @@ def _renumber_all(journal: Journal, config: IngestConfig) -> None:
 def _run_tasks(
     numbers: list[int], work: Callable[[int], tuple[int, int]], config: IngestConfig
 ) -> Iterator[tuple[int, int]]:
-    """Do the work for every number in a separate task; yield (images, bad) as each task ends.
-
-    Raises:
-        UserError: a task raised one.
-    """
+    """Do the work for every number in a separate task; yield (images, bad) as each task ends."""
     import ray.data
 
     if not numbers:
@@ -322,10 +311,8 @@ def _finish(source: Source, listed: Listed, journal: Journal, config: IngestConf
 def _log_bad(kinds: Counter[str], first: str, dest: Folder, noun: str) -> None:
     """Log how many images or videos could not be decoded, by reason."""
     counts = ", ".join(f"{count:,} {kind!r}" for kind, count in kinds.most_common(5))
-    bad = counted(kinds.total(), noun)
-    _log.info(
-        "%s could not be decoded (%s); %s/%s lists all. The first: %s", bad, counts, dest, BAD_IMAGES, first
-    )
+    what = f"{counted(kinds.total(), noun)} could not be decoded ({counts})"
+    _log.info("%s; %s/%s lists all. The first: %s", what, dest, BAD_IMAGES, first)
 
 
 def _nothing_decoded(name: str, what: str, reasons: list[str], journal: Journal) -> UserError:
@@ -343,13 +330,9 @@ def _nothing_decoded(name: str, what: str, reasons: list[str], journal: Journal)
 
 
 def _show_progress(steps: Iterable[tuple[int, int]], doing: str, done: int, total: int) -> None:
-    """Run all steps of work, and show the progress after each.
+    """Run all steps of work, each (images written, images that could not be decoded), and show the progress after each.
 
-    Args:
-        steps: (images written, images that could not be decoded) of each.
-        doing: name of the work.
-        done: images that were done before.
-        total: images in all.
+    `done` images of `total` were done before.
     """
     start_s = line_s = time.monotonic()
     first, bad = done, 0
@@ -365,8 +348,7 @@ def _show_progress(steps: Iterable[tuple[int, int]], doing: str, done: int, tota
             rate = (done - first) / max(now_s - start_s, 1e-9)
             text = f"{done:,}/{total:,} images, {rate:,.0f} images/s, {bad:,} bad"
             bar.update(task, completed=done, text=text)
-            if quiet and (
-                now_s - line_s > _LINE_EVERY_S or (done >= total and now_s - start_s > _LINE_EVERY_S)
-            ):
+            since_s = start_s if done >= total else line_s
+            if quiet and now_s - since_s > _LINE_EVERY_S:
                 line_s = now_s
                 _log.info("%s: %s, %.0f s left", doing, text, max(total - done, 0) / max(rate, 1e-9))
