@@ -10,6 +10,7 @@ from pathlib import Path
 
 from raysl.dataset import DataSet
 from raysl.errors import UserError
+from raysl.ingestion.found import unreadable
 from raysl.ingestion.pipeline import ingest
 from raysl.ingestion.sources import Opened, Place, open_source
 from raysl.storage import Folder
@@ -37,20 +38,13 @@ def resolve(data: str | Opened, cache: Path | None = None) -> DataSet:
     if isinstance(found, DataSet):
         return found
     dest = _place(found, cache)
-    _log.info(
-        "Ingesting %s into the cache, %s, once. `raysl ingest` makes a data set in a folder that you choose.",
-        found.source.name,
-        dest,
-    )
+    advice = "`raysl ingest` makes a data set in a folder that you choose."
+    _log.info("Ingesting %s into the cache, %s, once. %s", found.source.name, dest, advice)
     return ingest(found, dest)
 
 
 def find(data: str | Opened, cache: Path | None = None) -> DataSet | Opened:
-    """Return the data set that `data` names, or the opened source if it has not been ingested into the cache.
-
-    Raises:
-        UserError: there is neither a data set nor a source.
-    """
+    """Return the data set that `data` names, or the opened source if it has not been ingested into the cache."""
     if isinstance(data, str) and DataSet.is_one(data):
         return DataSet.open(data)
     opened = open_source(Place.parse(data)) if isinstance(data, str) else data
@@ -64,9 +58,7 @@ def _place(opened: Opened, cache: Path | None) -> str:
     try:
         key = hashlib.blake2b(f"{source.name}\n{source.stamp()}".encode(), digest_size=8).hexdigest()
     except OSError as error:
-        raise UserError(
-            f"Cannot read the source {source.name!r}: {error}. Check the path and your access."
-        ) from error
+        raise unreadable(source.name, error) from error
     root = Folder(str(cache or os.environ.get("RAYSL_CACHE") or Path.home() / ".cache" / "raysl"))
     # The readable part is for people who clean up the cache.
     stem = re.sub(r"\W+", "-", source.name.rstrip("/").rpartition("/")[2]).strip("-")[:40]

@@ -5,6 +5,8 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 
+from raysl.errors import UserError
+
 # Kinds of entries that are left out. Files of other kinds are named by `raysl.ingestion.listing.kind_of`.
 LINKS_OUT = "links out of the source"
 LINKS_AGAIN = "links to folders that are read already"
@@ -101,3 +103,7 @@ def counted(count: int, noun: str) -> str:
     """Return a number with its noun, as "1 image" or "2 classes"."""
     plural = "" if count == 1 else "es" if noun.endswith("s") else "s"
     return f"{count:,} {noun}{plural}"
+
+
+def unreadable(name: str, error: OSError) -> UserError:
+    return UserError(f"Cannot read the source {name!r}: {error}. Check the path and your access.")

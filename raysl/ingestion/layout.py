@@ -11,6 +11,7 @@ import re
 from collections import Counter
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass, field
+from itertools import chain
 from pathlib import PurePosixPath
 from typing import Literal
 
@@ -40,6 +41,7 @@ _OBJECTS = (
     "they name any number of objects in an image (Pascal VOC, COCO, YOLO), "
     "and a data set holds one class for each image"
 )
+_NOTES_OF_OBJECTS = re.compile(r"(coco|annotations?|instances|labels)[^/]*\.(json|xml)$")
 _OTHER_PICTURES = "masks or other pictures of the same images"
 BESIDE_CLASSES = "images beside the class folders"
 _TRAIN = re.compile(r"train", re.IGNORECASE)
@@ -49,6 +51,7 @@ _IS_SPLIT = re.compile(rf"({_SPLIT})[ _-]?(set|data|images?|\d+|[ab])?", re.IGNO
 _ENDS_AS_SPLIT = re.compile(rf".*[ _-]({_SPLIT})", re.IGNORECASE)
 # "data-00000-of-00002.arrow" is how Hugging Face names the files of every split.
 _NUMBERED = re.compile(r"(?!data-|part-|shard-)([A-Za-z]\w*?)-\d+-of-\d+")
+_STEM_OF_SPLIT = re.compile(r"(.*(?:train|test|val|valid|validation))\.\w+")
 _NUMBER = re.compile(r"\d{5,}")
 
 
@@ -75,11 +78,7 @@ class Layout:
     masks_beside: Callable[[str], bool] | None = None
 
     def label(self, path: str) -> str | None:
-        """Return the class of an image.
-
-        Raises:
-            Skip: the image is not read. Its argument is the reason, unless the image is counted elsewhere.
-        """
+        """Return the class of an image. Raises Skip if it is not read, with the reason if it is still to be counted."""
         folder = path.rpartition("/")[0]
         if not is_within(folder, self.base) or any(is_within(folder, other) for other in self.excluded):
             raise Skip
@@ -91,9 +90,7 @@ class Layout:
             return None
         rest = path[len(self.classes_in) + 1 :] if self.classes_in else path
         name, *deeper = rest.split("/")
-        if not deeper:
-            raise Skip
-        if self.inner_split and deeper[0] != self.inner_split:
+        if not deeper or (self.inner_split and deeper[0] != self.inner_split):
             raise Skip
         return name
 
@@ -116,9 +113,6 @@ def recognise(
         choose: returns the split to take of those that the source holds, or raises UserError.
         labels: "folders" takes the first folders as classes, whatever their names; "none" takes no labels.
         left_out: what the listing has left out.
-
-    Raises:
-        UserError: the split does not exist, or there are several splits and none was named.
     """
     found = Found("", left_out=left_out)
     layout = Layout(found)
@@ -130,8 +124,7 @@ def recognise(
         for name in beside:
             where = join(layout.base, name)
             left_out.add("images in folders beside the splits", survey.first(where), survey.images(where))
-        stray = survey.images(layout.base, direct=True)
-        if stray:
+        if stray := survey.images(layout.base, direct=True):
             left_out.add("images beside the splits", survey.examples[layout.base, IMAGE], stray)
         layout.base = join(layout.base, found.split)
         _descend(survey, layout, labels)
@@ -188,19 +181,15 @@ def _masks(survey: Survey, base: str, labels: Labels) -> list[str]:
         return named if splits else [name for name in children if name != pictures[0]]
     if not named:
         return []
-    beside = survey.first_paths.get(base, []) + [
-        file for name in others for file in survey.first_below(join(base, name))
-    ]
+    beside = chain(
+        survey.first_paths.get(base, []), *(survey.first_below(join(base, name)) for name in others)
+    )
     stems = {PurePosixPath(file).stem for file in beside}
     masks = []
     for name in named:
         files = [PurePosixPath(file) for file in survey.first_below(join(base, name))]
-        same = [
-            file
-            for file in files
-            if (file.suffix.lower() not in _JPEG or _THUMBNAILS.fullmatch(name))
-            and (file.stem in stems or _SUFFIX.sub("", file.stem) in stems)
-        ]
+        kept = [file for file in files if file.suffix.lower() not in _JPEG or _THUMBNAILS.fullmatch(name)]
+        same = [file for file in kept if file.stem in stems or _SUFFIX.sub("", file.stem) in stems]
         if 2 * len(same) > len(files):
             masks.append(name)
     return masks
@@ -210,9 +199,8 @@ def _image_of_mask(path: str) -> str:
     """Return the image, without its suffix, to which a mask belongs by its name; "" if the file is no mask."""
     file = PurePosixPath(path)
     stem = _SUFFIX.sub("", file.stem)
-    return (
-        str(file.with_name(stem)) if stem not in (file.stem, "") and file.suffix.lower() not in _JPEG else ""
-    )
+    is_mask = stem not in (file.stem, "") and file.suffix.lower() not in _JPEG
+    return str(file.with_name(stem)) if is_mask else ""
 
 
 def _masks_beside(survey: Survey, base: str) -> Callable[[str], bool] | None:
@@ -267,14 +255,12 @@ def _classes(survey: Survey, layout: Layout, labels: Labels, choose: Callable[[l
         found.layout = found.layout or "a folder of images"
         found.labels = f"none, because {why}{_unused(survey)}"
         return
-    inner = {name: survey.children(join(base, name)) for name in children}
+    inner = [survey.children(join(base, name)) for name in children]
+    inner_splits = sorted(set(chain(*inner)))
     found.layout = "class folders" + (f" in the split {found.split!r}" if found.split else "")
-    if (
-        all(names and all(is_split(one) for one in names) for names in inner.values())
-        and len({one for names in inner.values() for one in names}) > 1
-    ):
-        found.splits = tuple(sorted({one for names in inner.values() for one in names}))
-        found.split = layout.inner_split = choose(list(found.splits))
+    if all(inner) and all(map(is_split, inner_splits)) and len(inner_splits) > 1:
+        found.splits = tuple(inner_splits)
+        found.split = layout.inner_split = choose(inner_splits)
         found.layout = "class folders with splits inside"
         example = printable(survey.first(join(join(base, children[0]), found.split)) or example)
     if base and base != found.split:
@@ -283,12 +269,9 @@ def _classes(survey: Survey, layout: Layout, labels: Labels, choose: Callable[[l
     if direct:
         found.left_out.add(BESIDE_CLASSES, survey.examples[base, IMAGE], direct)
     found.labels = f"the folder of each image, as {example}"
-    inside_classes = sum(
-        counts[IMAGE] > 0
-        and folder.count("/") > (base.count("/") + 1 if base else 0)
-        and is_within(folder, base)
-        for folder, counts in survey.folders.items()
-    )
+    depth = base.count("/") + 1 if base else 0
+    deeper = [at for at in survey.folders if at.count("/") > depth and is_within(at, base)]
+    inside_classes = sum(survey.images(at, direct=True) > 0 for at in deeper)
     if inside_classes and not layout.inner_split:
         found.labels = (
             f"the first folder of each image, as {example}; the folders inside class folders ({inside_classes:,}) give "
@@ -299,18 +282,15 @@ def _classes(survey: Survey, layout: Layout, labels: Labels, choose: Callable[[l
 def _has_text(survey: Survey, base: str, children: list[str]) -> bool:
     """Return True if there is a text or a JSON file for most images, as img2dataset writes."""
     folders = [join(base, name) for name in children]
-    notes = sum(
-        max(survey.folders.get(at, Counter())[kind] for kind in ("text files", NOTES)) for at in folders
-    )
-    return 2 * notes >= sum(survey.images(at) for at in folders)
+    counts = [survey.folders.get(at, Counter()) for at in folders]
+    notes = sum(max(count["text files"], count[NOTES]) for count in counts)
+    return 2 * notes >= sum(map(survey.images, folders))
 
 
 def _unused(survey: Survey) -> str:
     """Return a sentence about annotations and tables that are not used; "" without any."""
     for (_, kind), path in survey.examples.items():
-        if kind == NOTES and re.search(
-            r"(coco|annotations?|instances|labels)[^/]*\.(json|xml)$", path.lower()
-        ):
+        if kind == NOTES and _NOTES_OF_OBJECTS.search(path.lower()):
             return f". The annotations in {printable(path)} are not used: {_OBJECTS}"
     for folder, counts in survey.folders.items():
         notes = counts[NOTES] or counts["text files"]
@@ -326,11 +306,7 @@ def _unused(survey: Survey) -> str:
 
 
 def is_split(name: str, strictly: bool = True) -> bool:
-    """Return True if a folder or a file is named like a split, such as "train", "Test", "val2017", "training_set".
-
-    Args:
-        strictly: reject names that only end like a split, such as "seg_train".
-    """
+    """Return True for a name like "train", "Test" or "training_set", and, if not strictly, for one like "seg_train"."""
     return bool(_IS_SPLIT.fullmatch(name) or (not strictly and _ENDS_AS_SPLIT.fullmatch(name)))
 
 
@@ -340,16 +316,13 @@ def by_split(paths: Iterable[str]) -> dict[str, list[str]]:
     "train-00000-of-00002.parquet", "imagenet-train-000017.tar" and "train/0000.parquet" are of the split "train".
     "mytrain.parquet" and "mytest.parquet" are two splits, too.
     """
-    paths = list(paths)
     splits = {path: _split_of(path) for path in paths}
-    stems = {
-        path: re.fullmatch(r"(.*(?:train|test|val|valid|validation))\.\w+", path.rpartition("/")[2])
-        for path in paths
-    }
-    if not any(splits.values()) and all(stems.values()):
-        splits = {path: match[1] for path, match in stems.items() if match}
+    if not any(splits.values()):
+        stems = {path: _STEM_OF_SPLIT.fullmatch(path.rpartition("/")[2]) for path in splits}
+        if all(stems.values()):
+            splits = {path: match[1] for path, match in stems.items() if match}
     found: dict[str, list[str]] = {}
-    for path in sorted(paths, key=lambda path: splits[path]):
+    for path in sorted(splits, key=splits.__getitem__):
         found.setdefault(splits[path], []).append(path)
     return found
 

@@ -8,6 +8,7 @@ import re
 import stat
 from collections import Counter
 from collections.abc import Callable, Iterable, Iterator
+from contextlib import suppress
 from dataclasses import dataclass, field
 from functools import cached_property
 from itertools import chain, islice
@@ -23,6 +24,7 @@ if TYPE_CHECKING:
 
 IMAGE, TABLE, ARCHIVE = "image", "tables", "archives"
 NOTES, VIDEO = "JSON and XML files", "videos"
+_Inode = tuple[int, int]
 _FEW_FILES = 100_000
 # Bytes at the beginning of a file that tell whether it is an image.
 _HEAD_BYTES = 4096
@@ -58,12 +60,8 @@ LABEL_TABLES = ("metadata.csv", "metadata.jsonl", "metadata.parquet", "val_annot
 
 @dataclass(frozen=True, slots=True)
 class File:
-    """A file of a source.
-
-    Args:
-        path: path below the listed root, with "/" between its parts; "" if the root is the file itself.
-        num_bytes: size of the file.
-        mtime_ns: time of the last change, in nanoseconds; 0 if the file system does not know it.
+    """A file of a source. Its path is relative to the listed root, or "" if the root is the file itself. Its time is 0
+    if the file system does not know it.
     """
 
     path: str
@@ -97,17 +95,16 @@ def files_below(
 
     Raises:
         UserError: a folder may not be read, or a link leads out of the source.
-        StorageError: the source cannot be read.
     """
     left_out = LeftOut() if left_out is None else left_out
-    root = Folder(uri).uri
+    root, prefix = Folder(uri).uri, join(base, "")
     if "://" not in root:
         if os.path.isfile(root):
             info = os.stat(root)
             yield File("", info.st_size, info.st_mtime_ns)
         elif os.path.isdir(root):
             walk = _LocalWalk(os.path.realpath(root), left_out, follow_links)
-            yield from walk.below(os.path.join(root, base), f"{base}/" if base else "", depth, ())
+            yield from walk.below(os.path.join(root, base), prefix, depth, ())
             walk.refuse_links_out()
         return
     fs, folder = filesystem(root)
@@ -116,8 +113,7 @@ def files_below(
     if info.is_file:
         yield _remote_file("", info)
     elif info.type.name == "Directory":
-        start = f"{folder}/{base}" if base else folder
-        yield from _walk_remote(fs, start, f"{base}/" if base else "", depth, left_out)
+        yield from _walk_remote(fs, f"{folder}/{base}" if base else folder, prefix, depth, left_out)
 
 
 class _LocalWalk:
@@ -127,12 +123,10 @@ class _LocalWalk:
         self._root = root
         self._left_out = left_out
         self._follow = follow_links
-        self._followed: set[tuple[int, int]] = set()
+        self._followed: set[_Inode] = set()
         self._outside: list[tuple[str, str]] = []
 
-    def below(
-        self, folder: str, prefix: str, depth: int, above: tuple[tuple[int, int], ...]
-    ) -> Iterator[File]:
+    def below(self, folder: str, prefix: str, depth: int, above: tuple[_Inode, ...]) -> Iterator[File]:
         try:
             info = os.stat(folder)
             with os.scandir(folder) as entries:
@@ -161,7 +155,7 @@ class _LocalWalk:
             else:
                 self._left_out.add(_NOT_FILES, path)
 
-    def _may_follow(self, entry: os.DirEntry[str], path: str, above: tuple[tuple[int, int], ...]) -> bool:
+    def _may_follow(self, entry: os.DirEntry[str], path: str, above: tuple[_Inode, ...]) -> bool:
         try:
             info = os.stat(entry.path)
         except OSError:
@@ -220,12 +214,7 @@ def is_folder(uri: str) -> bool:
 
 
 def read_bytes(root: str, path: str, limit: int = -1) -> bytes:
-    """Return the first `limit` bytes of a file of a source, or all of it.
-
-    Raises:
-        OSError: it cannot be read.
-        StorageError: a remote store does not answer for long, or refuses.
-    """
+    """Return the first `limit` bytes of a file of a source, or all of it. Raises OSError or StorageError."""
     if "://" not in root:
         with open(os.path.join(root, path) if path else root, "rb", buffering=0) as file:
             # Python allocates the requested number of bytes before it reads, and most files are smaller.
@@ -239,8 +228,12 @@ def stamp(files: Iterable[File]) -> str:
     """Return a hash that changes when a file is added, removed, renamed, resized or written to."""
     digest = hashlib.blake2b(digest_size=16)
     for file in files:
-        digest.update(f"{file.path}\0{file.num_bytes}\0{file.mtime_ns}\n".encode("utf-8", "surrogateescape"))
+        digest.update(_line(file))
     return digest.hexdigest()
+
+
+def _line(file: File) -> bytes:
+    return f"{file.path}\0{file.num_bytes}\0{file.mtime_ns}\n".encode("utf-8", "surrogateescape")
 
 
 @dataclass
@@ -258,7 +251,6 @@ class Survey:
         tables: files that may hold labels of the images beside them.
         digest: hash that changes when a file is added or removed or an image changes.
         first_files: the first 100,000 files, so that small sources are walked only once.
-        num_files: number of all files.
         about: the kind of files that count as the images of the layout.
     """
 
@@ -279,19 +271,11 @@ class Survey:
 
     @staticmethod
     def of(files: Iterable[File], head: Callable[[str], bytes], about: str = IMAGE) -> Survey:
-        """Count files.
-
-        Args:
-            files: of the source.
-            head: returns the first bytes of a file, which show its kind if its name does not.
-            about: the kind of files that count as the images of the layout.
-        """
-        survey = Survey(about=about)
+        """Count files. `head` returns the first bytes of a file, which show its kind if its name does not."""
         files = iter(files)
-        survey.first_files = list(islice(files, _FEW_FILES))
-        files = chain(survey.first_files, files)
+        survey = Survey(first_files=list(islice(files, _FEW_FILES)), about=about)
         digest = hashlib.blake2b(digest_size=16)
-        for file in files:
+        for file in chain(survey.first_files, files):
             folder, _, name = file.path.rpartition("/")
             kind = kind_of(file.path) or survey._sniff(file.path, head)
             if about != IMAGE:
@@ -308,19 +292,15 @@ class Survey:
                 survey.tables.add(file.path)
             # A changed text file beside the images does not require another ingest, so only its name is hashed.
             matters = kind == IMAGE or file.path in survey.tables
-            times = (file.num_bytes, file.mtime_ns) if matters else (0, 0)
-            line = f"{file.path}\0{times[0]}\0{times[1]}\n"
-            digest.update(line.encode("utf-8", "surrogateescape"))
+            digest.update(_line(file if matters else File(file.path, 0, 0)))
         survey.digest = digest.hexdigest()
         return survey
 
     def _sniff(self, path: str, head: Callable[[str], bytes]) -> str:
-        try:
+        with suppress(OSError):
             if looks_like_image(head(path)):
                 self.sniffed.add(path)
                 return IMAGE
-        except OSError:
-            pass
         return OTHER
 
     def is_image(self, path: str) -> bool:
@@ -328,9 +308,7 @@ class Survey:
 
     def images(self, folder: str = "", direct: bool = False) -> int:
         """Return the number of images below a folder, or directly inside it."""
-        if direct:
-            return self.folders.get(folder, Counter())[IMAGE]
-        return self._tree[0][folder]
+        return self.folders.get(folder, Counter())[IMAGE] if direct else self._tree[0][folder]
 
     @cached_property
     def _tree(self) -> tuple[Counter[str], dict[str, set[str]]]:
@@ -358,15 +336,8 @@ class Survey:
 
     def first(self, folder: str = "") -> str:
         """Return the first image below a folder."""
-        start = f"{folder}/" if folder else ""
-        return next(
-            (
-                path
-                for (at, kind), path in self.examples.items()
-                if kind == IMAGE and f"{at}/".startswith(start)
-            ),
-            "",
-        )
+        images = ((f"{at}/", path) for (at, kind), path in self.examples.items() if kind == IMAGE)
+        return next((path for at, path in images if at.startswith(join(folder, ""))), "")
 
     def others(self) -> LeftOut:
         """Return the files that are not images."""

@@ -27,7 +27,7 @@ from raysl.dataset import BAD_IMAGES, SHARDS, DataSet, Manifest, Shard
 from raysl.errors import UserError
 from raysl.fields import Bounds
 from raysl.ingestion import images, objects, shard
-from raysl.ingestion.found import counted, printable
+from raysl.ingestion.found import counted, printable, unreadable
 from raysl.ingestion.journal import Header, Journal, Listed, check_apart, check_free, finished
 from raysl.ingestion.sources import Opened, Place, ReadConfig, Source, UnitSize, open_source, read, recognised
 from raysl.storage import Folder
@@ -137,9 +137,7 @@ def _list(source: Source, journal: Journal, config: IngestConfig) -> Listed:
             if number % 50 == 49:
                 _log.info("Listed %s images so far.", f"{sum(counts):,}")
     except OSError as error:
-        raise UserError(
-            f"Cannot read the source {source.name!r}: {error}. Check the path and your access."
-        ) from error
+        raise unreadable(source.name, error) from error
     found = source.found
     _log.info("Found:\n%s", found.table(source.name))
     listed = Listed(tuple(counts), tuple(found.classes), found.labels)

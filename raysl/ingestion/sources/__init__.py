@@ -12,7 +12,6 @@ and gets ingest, resumption, the list of bad images and `raysl ingest` without a
 
 from __future__ import annotations
 
-import contextlib
 import difflib
 import os
 from collections.abc import Callable, Iterable, Iterator, Mapping
@@ -28,7 +27,7 @@ from raysl import plugins
 from raysl.errors import UserError, unknown
 from raysl.fields import Bounds, check
 from raysl.ingestion import unsupported
-from raysl.ingestion.found import Found, LeftOut
+from raysl.ingestion.found import Found, LeftOut, unreadable
 from raysl.ingestion.layout import by_split
 from raysl.ingestion.listing import TABLE, File, Survey, files_below, is_folder, join, read_bytes
 from raysl.storage import Folder
@@ -87,7 +86,6 @@ class Place:
     Args:
         uri: absolute local path, URI, or a name such as "shapes:1000".
         split: "train", "test" or another split of the source; "" if none was named.
-        config: how it is read.
     """
 
     uri: str
@@ -111,11 +109,9 @@ class Place:
             raise UserError(
                 f"The source {source!r} names the split {named!r} and the configuration says {split!r}. Name one."
             )
-        at_home = Path(os.environ.get("RAYSL_DATA", ".")) / uri
-        if not _is_path(uri) and _is_path(str(at_home)):
-            uri = str(at_home)
-        if _is_path(uri):
-            uri = Folder(uri).uri
+        for path in (uri, str(Path(os.environ.get("RAYSL_DATA", ".")) / uri)):
+            if _is_path(path):
+                return Place(Folder(path).uri, named or split, config or ReadConfig())
         return Place(uri, named or split, config or ReadConfig())
 
     def __str__(self) -> str:
@@ -152,11 +148,8 @@ class UnitSize:
 
 @dataclass(frozen=True)
 class Unit:
-    """A piece of a source that one task reads and that becomes one shard.
-
-    Args:
-        num_images: images in it according to the listing; if fewer are read, later shards are renumbered.
-        spec: a JSON value that says what to read, for the kind of the source alone.
+    """A piece of a source that one task reads and that becomes one shard. `spec` is a JSON value for the kind of the
+    source alone. If fewer images are read than were listed, later shards are renumbered.
     """
 
     num_images: int
@@ -207,13 +200,7 @@ class Source(Protocol):
 
 
 def in_units(items: Iterable[T], size: UnitSize, weigh: Callable[[T], tuple[int, int]]) -> Iterator[list[T]]:
-    """Divide items among units: as many as a unit holds, and at least one.
-
-    Args:
-        items: pieces of a source, in order.
-        size: the most that a unit holds.
-        weigh: returns the images and the bytes of an item.
-    """
+    """Divide items among units: as many as fit, at least one. `weigh` returns the images and the bytes of an item."""
     some: list[T] = []
     images = num_bytes = 0
     for item in items:
@@ -229,8 +216,6 @@ def in_units(items: Iterable[T], size: UnitSize, weigh: Callable[[T], tuple[int,
 
 @dataclass(frozen=True)
 class Opened:
-    """A source and its kind."""
-
     kind: str
     place: Place
     source: Source
@@ -243,16 +228,11 @@ def _kinds() -> dict[str, ModuleType]:
 
 def recognised() -> str:
     """Return what can be ingested, as one sentence."""
-    summaries = (kind.SUMMARY for kind in _kinds().values())
-    return f"A source is one of: {'; '.join(summaries)}."
+    return f"A source is one of: {'; '.join(kind.SUMMARY for kind in _kinds().values())}."
 
 
 def open_source(place: Place) -> Opened:
-    """Recognise and open a source.
-
-    Raises:
-        UserError: nothing is there, no kind recognises it, or it cannot be opened.
-    """
+    """Recognise and open a source. Raises UserError if no kind recognises it, or if it cannot be opened."""
     try:
         sure = {name: kind.recognise(place) for name, kind in _kinds().items()}
         best = max(sure, key=lambda name: int(sure[name]))
@@ -263,9 +243,7 @@ def open_source(place: Place) -> Opened:
         if sure[best]:
             return Opened(best, place, _kinds()[best].Source(place))
     except OSError as error:
-        raise UserError(
-            f"Cannot read the source {str(place)!r}: {error}. Check the path and your access."
-        ) from error
+        raise unreadable(str(place), error) from error
     if place.is_folder:
         left_out = place.survey[1]
         left_out.update(place.survey[0].others())
@@ -274,12 +252,9 @@ def open_source(place: Place) -> Opened:
         raise UserError(f"The folder {place.uri!r} holds no images. It holds {left_out}. {advice}")
     if there:
         raise UserError(f"The file {place.uri!r} is of no known kind. {recognised()}")
-    home = os.environ.get("RAYSL_DATA")
-    nor = (
-        f", and neither does {Path(home) / place.uri}, in $RAYSL_DATA"
-        if home and "://" not in place.uri
-        else ""
-    )
+    home, nor = os.environ.get("RAYSL_DATA"), ""
+    if home and "://" not in place.uri:
+        nor = f", and neither does {Path(home) / place.uri}, in $RAYSL_DATA"
     raise UserError(
         f"The source {place.uri!r} does not exist{nor}. {_nearest(place.uri)}`raysl ingest --help` lists what a source "
         "may be."
@@ -289,11 +264,10 @@ def open_source(place: Place) -> Opened:
 def _nearest(uri: str) -> str:
     """Return a question that names what lies beside a local path and has nearly its name; "" if nothing does."""
     path = Path(uri)
-    beside: list[str] = []
-    with contextlib.suppress(
-        OSError, ValueError
-    ):  # There is no such folder, or the name is not one of a file.
+    try:
         beside = [] if "://" in uri else os.listdir(path.parent)
+    except (OSError, ValueError):  # There is no such folder, or the name is not one of a file.
+        return ""
     near = difflib.get_close_matches(path.name, beside, n=1)
     return f"Did you mean {str(path.parent / near[0])!r}? " if near else ""
 
@@ -301,9 +275,7 @@ def _nearest(uri: str) -> str:
 def read(kind: str, unit: Unit) -> Iterator[Row]:
     """Yield the rows of a unit, with memory bounded by a row group and not by the unit.
 
-    Raises:
-        UserError: a file of the source is damaged beyond the single image.
-        OSError: a file of the source cannot be read.
+    Raises UserError if a file of the source is damaged beyond the single image, and OSError if it cannot be read.
     """
     rows: Iterator[Row] = _kinds()[kind].read(unit)
     return rows
@@ -323,9 +295,6 @@ def read_split(place: Place, files: list[File], kind: str, inner: bool = False) 
     Args:
         kind: kind of the files in `raysl.ingestion.listing`.
         inner: without splits in the names of files, the split may be one inside of them.
-
-    Raises:
-        UserError: as `choose_split`.
     """
     by_path = {file.path: file for file in files}
     splits = by_split(by_path)
@@ -348,19 +317,18 @@ def read_split(place: Place, files: list[File], kind: str, inner: bool = False) 
 def choose_split(place: Place, splits: list[str]) -> str:
     """Return the split to take of those that the source holds.
 
-    Raises:
-        UserError: the split that was named is not there, or none was named and there are several.
+    Raises UserError if the split that was named is not there, or none was named and there are several.
     """
     known = ", ".join(splits) or "none"
-    same = [split for split in splits if split.lower() == place.split.lower()]
-    if place.split and place.split not in splits and len(same) == 1:
-        return same[0]
     if place.split and place.split not in splits:
+        same = [split for split in splits if split.lower() == place.split.lower()]
+        if len(same) == 1:
+            return same[0]
         raise UserError(f"The source {place.uri!r} has no split {place.split!r}. Its splits: {known}.")
     if not place.split and len(splits) > 1:
+        example = f"{place.uri}#{splits[-1]}"
         raise UserError(
-            f"The source {place.uri!r} holds several splits: {known}. Name one, as in "
-            f"{place.uri + '#' + splits[-1]!r}."
+            f"The source {place.uri!r} holds several splits: {known}. Name one, as in {example!r}."
         )
     return place.split or "".join(splits)
 
@@ -370,14 +338,7 @@ def numbered(
 ) -> tuple[int, dict[str, int], str]:
     """Parse the name of a drawn set, such as "shapes:1000?seed=3#test": its size, its options and its split.
 
-    Args:
-        kind: the part of the name before ":".
-        noun: what is drawn, for messages.
-        defaults: default of every option.
-        bounds: smallest and largest value of every option.
-
-    Raises:
-        UserError: an option does not exist, a value is out of bounds, or there is no such split.
+    `noun` says what is drawn; every option has a default, and a smallest and a largest value.
     """
     count, _, query = place.uri.partition(":")[2].partition("?")
     example = f"{kind}:500?" + "&".join(f"{name}={value}" for name, value in defaults.items())
