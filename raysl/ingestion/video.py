@@ -28,25 +28,17 @@ _GAP_S = 0.05
 
 
 class Sampling(NamedTuple):
-    """How a video becomes clips.
-
-    Args:
-        fps: most frames per second that are kept.
-        clip_s: maximum length of a clip in seconds; a longer video is cut into several clips.
-        frame_size: maximum size of the shorter side of the frames in pixels.
-    """
+    """How a video becomes clips; see `ReadConfig`."""
 
     fps: float
     clip_s: float
     frame_size: int
 
-    @staticmethod
-    def of(config: ReadConfig) -> Sampling:
-        return Sampling(config.fps, config.clip_s, config.frame_size)
 
-    def metadata(self) -> dict[str, Any]:
-        """Return what the manifest says about the clips."""
-        return {"columns": list(COLUMNS), **self._asdict(), "sound_hz": SOUND_HZ}
+def sampled(config: ReadConfig) -> tuple[dict[str, Any], list[float]]:
+    """Return what the manifest says about the clips, and the values of a Sampling."""
+    sampling = Sampling(config.fps, config.clip_s, config.frame_size)
+    return {"columns": list(COLUMNS), **sampling._asdict(), "sound_hz": SOUND_HZ}, list(sampling)
 
 
 def clips(row: Row, sampling: Sampling, open_file: Callable[[], BinaryIO] | None = None) -> Iterator[Row]:
@@ -54,11 +46,7 @@ def clips(row: Row, sampling: Sampling, open_file: Callable[[], BinaryIO] | None
 
     Args:
         row: the video, with the bytes of its file as `image`.
-        sampling: what is kept.
         open_file: opens the file for reading, seekable, in place of the bytes in the row.
-
-    Raises:
-        OSError: the file cannot be read.
     """
     if open_file is None:
         if row.image is None:
@@ -96,11 +84,7 @@ def clips(row: Row, sampling: Sampling, open_file: Callable[[], BinaryIO] | None
 
 
 def _frames(av: Any, file: BinaryIO, sampling: Sampling) -> Iterator[tuple[float, Pixels]]:
-    """Yield (time, pixels) of the frames that are kept, upright and resized.
-
-    Raises:
-        DecodeError: the file holds no video, or ends early.
-    """
+    """Yield (time, pixels) of the frames that are kept, upright and resized. Raises DecodeError."""
     with av.open(file) as container:
         if not container.streams.video:
             raise DecodeError("holds no video" + (", only sound" if container.streams.audio else ""))
@@ -111,9 +95,9 @@ def _frames(av: Any, file: BinaryIO, sampling: Sampling) -> Iterator[tuple[float
             stated_s = max(stated_s, stream.frames / float(stream.average_rate))
         start_s, due, last_s = None, 0, 0.0
         for number, frame in enumerate(container.decode(stream)):
-            time_s = (
-                frame.time if frame.time is not None else number / float(stream.average_rate or sampling.fps)
-            )
+            time_s = frame.time
+            if time_s is None:
+                time_s = number / float(stream.average_rate or sampling.fps)
             start_s = time_s if start_s is None else start_s
             last_s = time_s - start_s
             if last_s * sampling.fps + 1e-4 >= due:
@@ -126,8 +110,7 @@ def _frames(av: Any, file: BinaryIO, sampling: Sampling) -> Iterator[tuple[float
 def _upright(frame: Any, aspect: float, frame_size: int) -> Pixels:
     """Return a frame in square pixels, as a player shows it, with its shorter side at most `frame_size`.
 
-    Args:
-        aspect: width of a pixel of the file divided by its height.
+    `aspect` is the width of a pixel of the file divided by its height.
     """
     width, height = frame.width * aspect, float(frame.height)
     factor = min(1.0, frame_size / min(width, height))
@@ -181,10 +164,7 @@ class _Sound:
             return  # the rest of the clip is silent
 
     def between(self, start_s: float, end_s: float) -> npt.NDArray[np.int16] | None:
-        """Return the samples of a part, silent where there are none; None for a video without sound.
-
-        The parts must be asked for in the order of time.
-        """
+        """Return the samples of the next part, silent where there are none; None for a video without sound."""
         first, end = round(start_s * SOUND_HZ), round(end_s * SOUND_HZ)
         while self._at + len(self._have) < end:
             chunk = next(self._chunks, None)
@@ -209,12 +189,12 @@ class _Sound:
 def _clip(row: Row, frames: list[tuple[float, Pixels]], end_s: float, sound: _Sound) -> Row:
     start_s = frames[0][0]
     samples = sound.between(start_s, end_s)
-    thumbnails = [thumbnail(pixels_hwc) for _, pixels_hwc in frames]
+    pixels = [pixels_hwc for _, pixels_hwc in frames]
     columns: dict[str, Any] = {
-        "frames": [jpeg(pixels_hwc) for _, pixels_hwc in frames],
+        "frames": [*map(jpeg, pixels)],
         "times": [time_s - start_s for time_s, _ in frames],
-        "thumbnails": b"".join(thumbnails),
-        "tracks": tracker.track([pixels_hwc for _, pixels_hwc in frames]).ravel(),
+        "thumbnails": b"".join(map(thumbnail, pixels)),
+        "tracks": tracker.track(pixels).ravel(),
         "sound": None if samples is None else samples.astype("<i2").tobytes(),
     }
     middle, name = columns["frames"][len(frames) // 2], f"{row.path}#{start_s:.2f}-{end_s:.2f}"

@@ -9,6 +9,7 @@ safety.
 from __future__ import annotations
 
 import lzma
+import stat
 import sys
 import zipfile
 import zlib
@@ -66,11 +67,11 @@ def recognise(place: Place) -> Confidence:
 
 
 def _list(place: Place, path: str) -> Listing:
-    name = printable(path or place.uri)
     with tar.opened(place.uri, path) as (_, packed):
-        if packed == "zip":
-            return _list_zip(place, path)
-    listing = Listing(path, "stream" if packed else "tar", name)
+        listing = Listing(path, {"": "tar", "zip": "zip"}.get(packed, "stream"), printable(path or place.uri))
+    if packed == "zip":
+        _list_zip(place, listing)
+        return listing
     for number, (member, content) in enumerate(tar.members(place.uri, path)):
         if not member.isdir():
             entry = Member(member.name, number if packed else member.offset_data, member.size)
@@ -78,20 +79,18 @@ def _list(place: Place, path: str) -> Listing:
     return listing
 
 
-def _list_zip(place: Place, path: str) -> Listing:
-    listing = Listing(path, "zip", printable(path or place.uri))
-    with _opened_zip(place.uri, path) as archive:
+def _list_zip(place: Place, listing: Listing) -> None:
+    with _opened_zip(place.uri, listing.path) as archive:
         for info in archive.infolist():
             if info.is_dir():
                 continue
             if info.flag_bits & 1:
                 raise UserError(
-                    f"The archive {printable(path or place.uri)!r} is encrypted. Unpack it and ingest the folder."
+                    f"The archive {listing.name!r} is encrypted. Unpack it and ingest the folder."
                 )
-            linked = (info.external_attr >> 16) & 0o170000 == 0o120000
+            linked = stat.S_ISLNK(info.external_attr >> 16)
             member = Member(info.filename, -1, info.file_size)
             listing.take(member, not linked, partial(_content, archive, info), place.config)
-    return listing
 
 
 def _content(archive: zipfile.ZipFile, member: zipfile.ZipInfo) -> bytes:
@@ -154,7 +153,7 @@ class Source:
             inner,
         )
         if place.config.labels == "auto":
-            self._apply_tables(listings, place.config.label_column)
+            self._apply_tables(place.config.label_column)
         self.found.left_out.update(inner)
         found = self._layout.found
         why = next((why for listing in listings for why in listing.unusable.values()), "")
@@ -167,9 +166,8 @@ class Source:
             self.found.layout = f"{_count(listings)}: samples with labels (WebDataset)"
             self.found.labels = f"the .cls or .json of each sample, as {printable(example)}"
         elif len(listings) > 1 and found.labels.startswith("none"):
-            self.found.labels += (
-                f"; the names of the archives, as {listings[0].name}, are not taken for classes"
-            )
+            example = listings[0].name
+            self.found.labels += f"; the names of the archives, as {example}, are not taken for classes"
         if self.clips:
             self.found.call_videos()
         if not self._split:
@@ -183,19 +181,19 @@ class Source:
         videos = sum(len(listing.videos) for listing in listings)
         named = kind_of(f"x.{config.image_column}")
         if named == VIDEO or (videos > images and named != IMAGE):
-            sampling = video.Sampling.of(config)
-            self.clips, self._sampling = sampling.metadata(), list(sampling)
+            self.clips, self._sampling = video.sampled(config)
         for listing in listings:
-            others = listing.images if self.clips else listing.videos
-            for name in others:
+            if self.clips:
+                listing.images, listing.videos = listing.videos, listing.images
+            for name in listing.videos:
                 self.found.left_out.add("images" if self.clips else VIDEO, name)
-            listing.images = listing.videos if self.clips else listing.images
 
-    def _apply_tables(self, listings: list[Listing], wanted: str) -> None:
+    def _apply_tables(self, wanted: str) -> None:
         """Label the images of each archive from its own table, or from a table in an archive without images."""
-        shared = {name: data for one in listings if not one.images for name, data in one.tables.items()}
+        without = [listing for listing in self._listings if not listing.images]
+        shared = {name: data for listing in without for name, data in listing.tables.items()}
         layouts = {}
-        for listing in listings:
+        for listing in self._listings:
             tables = listing.tables or shared
             if listing.images and tables:
                 one = replace(self._layout, found=replace(self._layout.found))
@@ -237,9 +235,8 @@ class Source:
 
     def units(self, size: UnitSize) -> Iterator[Unit]:
         classes = labels.Classes()
-        self.found.images = 0
+        of_archive, self.found.images = self._layout, 0
         for listing in self._listings:
-            of_archive = self._layout
             if self._class_of is not None:
                 of_archive = replace(of_archive, class_of=self._class_of.get(listing.path, {}))
             # A compressed archive is read from its beginning, so it is one unit.
@@ -296,9 +293,8 @@ def _take_fields(listing: Listing) -> None:
     for stem, label in list(listing.classes.items()):
         sample = _key(f"{stem}.", first_dot=True)[0]
         if sample != stem and listing.classes.setdefault(sample, label) != label:
-            listing.unusable[sample] = (
-                f"{printable(sample)} has several labels, one of them in {printable(stem)}"
-            )
+            several = f"{printable(sample)} has several labels, one of them in {printable(stem)}"
+            listing.unusable[sample] = several
 
 
 def read(unit: Unit) -> Iterator[Row]:
@@ -308,9 +304,8 @@ def read(unit: Unit) -> Iterator[Row]:
     contents = {"zip": _read_zip, "stream": _read_stream, "tar": _read_tar}[spec["how"]]
     rows = contents(spec["root"], spec["path"], images)
     for image, label, data in zip(images, spec["labels"], rows, strict=True):
-        row = Row(None, label, printable(f"{archive}/{image.name}"))
-        row = row._replace(image=data) if isinstance(data, bytes) else row._replace(reason=data)
-        sampling = spec.get("sampling")
+        path, sampling = printable(f"{archive}/{image.name}"), spec.get("sampling")
+        row = Row(data, label, path) if isinstance(data, bytes) else Row(None, label, path, data)
         yield from video.clips(row, video.Sampling(*sampling)) if sampling else [row]
 
 

@@ -61,15 +61,13 @@ class Source:
         )
         self.found = self._layout.found
         self.clips: dict[str, Any] = {}
-        self._spec: dict[str, Any] = {}
+        self._sampling: list[float] = []
         if self.encoded_here:
-            sampling = video.Sampling.of(place.config)
-            self.clips, self._spec = sampling.metadata(), {"sampling": list(sampling)}
+            self.clips, self._sampling = video.sampled(place.config)
             self.found.call_videos()
         elif labels == "auto":
-            metadata.apply(
-                partial(read_bytes, place.uri), self._survey, self._layout, place.config.label_column
-            )
+            read = partial(read_bytes, place.uri)
+            metadata.apply(read, self._survey, self._layout, place.config.label_column)
         self.name = str(replace(place, split=self.found.split))
 
     def stamp(self) -> str:
@@ -86,7 +84,8 @@ class Source:
             self.found.images += len(some)
             runs = [(label, len(list(same))) for label, same in groupby(label for _, label in some)]
             paths = [file.path for file, _ in some]
-            yield Unit(len(some), {"root": self._root, "paths": paths, "labels": runs, **self._spec})
+            spec = {"root": self._root, "paths": paths, "labels": runs, "sampling": self._sampling}
+            yield Unit(len(some), spec)
         if gone := [path for path in missing if layout.is_within(path, self._layout.base)]:
             self.found.left_out.add("labels of files that are not there", gone[0], len(gone))
         if self._layout.class_of is None:
@@ -123,31 +122,30 @@ def read(unit: Unit) -> Iterator[Row]:
             loaded = pool.map(
                 lambda some: [_load(root, path) for path in some], few[start : start + _READERS]
             )
-            for path, image in zip(chain(*few[start : start + _READERS]), chain(*loaded), strict=True):
-                reason = image if isinstance(image, str) else ""
-                yield Row(None if reason else image, next(labels), printable(path), reason)  # type: ignore[arg-type]
+            for row in chain(*loaded):
+                yield row._replace(label=next(labels))
 
 
-def _load(root: str, path: str) -> bytes | str:
-    """Return the content of an image file, or the reason why it cannot be read."""
+def _load(root: str, path: str) -> Row:
+    """Return an image without its label, or the reason why it cannot be read."""
     try:
         data = read_bytes(root, path, _MOST_BYTES + 1)
-    except (FileNotFoundError, PermissionError) as error:
-        return f"cannot be read: {type(error).__name__}"
     except OSError as error:
-        raise UserError(
-            f"Cannot read {root}/{printable(path)}: {error}. Run the same command again."
-        ) from error
-    return f"is larger than {_MOST_BYTES >> 20} MB" if len(data) > _MOST_BYTES else data
+        return _unread(root, path, error)
+    if len(data) > _MOST_BYTES:
+        return Row(None, None, printable(path), f"is larger than {_MOST_BYTES >> 20} MB")
+    return Row(data, None, printable(path))
 
 
 def _clips(root: str, path: str, label: str | None, sampling: video.Sampling) -> Iterator[Row]:
-    row = Row(None, label, printable(path))
     try:
-        yield from video.clips(row, sampling, partial(Folder(root).open, path))
-    except (FileNotFoundError, PermissionError) as error:
-        yield row._replace(reason=f"cannot be read: {type(error).__name__}")
+        yield from video.clips(Row(None, label, printable(path)), sampling, partial(Folder(root).open, path))
     except OSError as error:
-        raise UserError(
-            f"Cannot read {root}/{printable(path)}: {error}. Run the same command again."
-        ) from error
+        yield _unread(root, path, error)._replace(label=label)
+
+
+def _unread(root: str, path: str, error: OSError) -> Row:
+    """Return the reason why a file cannot be read. Raises UserError if the same command may be able to later."""
+    if isinstance(error, FileNotFoundError | PermissionError):
+        return Row(None, None, printable(path), f"cannot be read: {type(error).__name__}")
+    raise UserError(f"Cannot read {root}/{printable(path)}: {error}. Run the same command again.") from error

@@ -68,12 +68,10 @@ class Columns(NamedTuple):
     """The columns of a file.
 
     Args:
-        image: of the images.
-        label: of the labels; "" for none.
+        label: column of the labels; "" for none.
         names: of the classes that labels are numbers of; None without names.
-        is_file_name: `image` holds names of files.
+        is_file_name: the column `image` holds names of files.
         constant: label of all rows, where a folder such as "label=cat" states it; None if it is a column.
-        is_video: the images are videos.
     """
 
     image: str
@@ -101,8 +99,8 @@ class Source:
         self.clips: dict[str, Any] = {}
         self._sampling: list[float] = []
         if self.encoded_here:
-            sampling = video.Sampling.of(place.config)
-            self.clips, self._sampling, self.found.noun = sampling.metadata(), list(sampling), "videos"
+            self.clips, self._sampling = video.sampled(place.config)
+            self.found.noun = "videos"
 
     def _where(self, file: File) -> str:
         return file.path or self._place.uri
@@ -123,25 +121,19 @@ class Source:
         return Columns(image, label, names, is_file_name, is_video=is_video)
 
     def _reconcile(self) -> None:
-        """Check that all files have the same columns, and join the names of their classes.
-
-        Raises:
-            UserError: two files disagree; both are named.
-        """
+        """Raise UserError, which names two files, if not all files have the same columns."""
         first = self._columns[0]
         for file, columns in zip(self._files[1:], self._columns[1:], strict=True):
-            same = first._replace(names=columns.names, constant=columns.constant)
-            if columns != same:
+            disagree = f"The tables {self._where(self._files[0])!r} and {self._where(file)!r} disagree"
+            if columns != first._replace(names=columns.names, constant=columns.constant):
                 raise UserError(
-                    f"The tables {self._where(self._files[0])!r} and {self._where(file)!r} disagree: {_told(first)} in "
-                    f"the first, {_told(columns)} in the second. Name the columns that all tables have with "
-                    "--image-column and --label-column, use --labels none, or ingest them apart."
+                    f"{disagree}: {_told(first)} in the first, {_told(columns)} in the second. Name the columns that "
+                    "all tables have with --image-column and --label-column, use --labels none, or ingest them apart."
                 )
             if (columns.names is None) != (first.names is None):
                 raise UserError(
-                    f"The tables {self._where(self._files[0])!r} and {self._where(file)!r} disagree: one names its "
-                    f"classes in the column {first.label!r} and the other does not. Write them alike, or ingest them "
-                    "apart."
+                    f"{disagree}: one names its classes in the column {first.label!r} and the other does not. Write "
+                    "them alike, or ingest them apart."
                 )
 
     def stamp(self) -> str:
@@ -191,27 +183,23 @@ class Source:
 
     def _count_classes(self) -> bool:
         """Read the column of labels of all files; return True if it holds classes."""
-        column = self._columns[0].label
+        column, first = self._columns[0].label, printable(self._where(self._files[0]))
         if not column:
             with tables.opened(self._place.uri, self._files[0].path) as table:
                 names = listed(table.schema.names)
-            asked = (
-                "--labels none was given"
-                if self._place.config.labels == "none"
-                else (
-                    f"no column of {printable(self._where(self._files[0]))} is named like a label; its columns are "
-                    f"{names} (--label-column names one)"
-                )
+            self.found.labels = (
+                f"none, because no column of {first} is named like a label; its columns are {names} (--label-column "
+                "names one)"
             )
-            self.found.labels = f"none, because {asked}"
+            if self._place.config.labels == "none":
+                self.found.labels = "none, because --labels none was given"
             return False
         classes = labels.Classes()
         kinds: dict[str, str] = {}
         try:
             with ThreadPoolExecutor(_IN_PARALLEL) as pool:
-                for file, (values, kind) in zip(
-                    self._files, pool.map(self._labels_of, self._files, self._columns), strict=True
-                ):
+                found = pool.map(self._labels_of, self._files, self._columns)
+                for file, (values, kind) in zip(self._files, found, strict=True):
                     classes.add(values, self._where(file))
                     if kind:
                         kinds.setdefault(kind, self._where(file))
@@ -220,9 +208,7 @@ class Source:
                 raise UserError(
                     f"The column {column!r}, which --label-column names, {error}. Name another, or use --labels none."
                 ) from error
-            self.found.labels = (
-                f"none, because the column {column!r} of {printable(self._where(self._files[0]))} {error}"
-            )
+            self.found.labels = f"none, because the column {column!r} of {first} {error}"
             return False
         if len(kinds) > 1:
             (one, here), (other, there), *_ = kinds.items()
@@ -234,7 +220,7 @@ class Source:
         if why := classes.why_none():
             self.found.labels = f"none, although there is a column {column!r}: {printable(why)}"
             return False
-        self.found.labels = f"the column {column!r} of {printable(self._where(self._files[0]))}"
+        self.found.labels = f"the column {column!r} of {first}"
         self.found.classes = classes.ordered()
         return True
 
@@ -247,9 +233,8 @@ class Source:
             for group in range(len(table.groups)):
                 for batch in table.read(group, [columns.label]):
                     found += labels.as_classes(batch.column(columns.label), columns.names).to_pylist()
-            return found, "" if not any(found) else _kind(
-                table.schema.field(columns.label).type, columns.names
-            )
+            kind = table.schema.field(columns.label).type
+            return found, _kind(kind, columns.names) if any(found) else ""
 
 
 def _kind(kind: pa.DataType, names: list[str] | None) -> str:
@@ -257,9 +242,8 @@ def _kind(kind: pa.DataType, names: list[str] | None) -> str:
         kind = kind.value_type
     if pa.types.is_boolean(kind):
         return "truth values"
-    return (
-        "numbers" if names is None and (pa.types.is_integer(kind) or pa.types.is_floating(kind)) else "names"
-    )
+    is_number = pa.types.is_integer(kind) or pa.types.is_floating(kind)
+    return "numbers" if is_number and names is None else "names"
 
 
 def _told(columns: Columns) -> str:
@@ -282,9 +266,8 @@ def _is_encoded(kind: pa.DataType) -> bool:
 def _is_video(table: tables.Table, column: str, is_file_name: bool) -> bool:
     """Return True if a column holds videos: by the names of files, its feature of Hugging Face, or its name."""
     if not is_file_name:
-        return (
-            column.lower() in _VIDEO_NAMES or labels.feature_in(table.schema, column).get("_type") == "Video"
-        )
+        feature = labels.feature_in(table.schema, column).get("_type")
+        return column.lower() in _VIDEO_NAMES or feature == "Video"
     batches = (batch for group in range(len(table.groups)) for batch in table.read(group, [column]))
     names = (name for batch in batches for name in batch.column(column).to_pylist() if name)
     return kind_of(next(names, "")) == VIDEO
@@ -366,25 +349,16 @@ def _from_file(spec: dict[str, Any], name: str | None, label: str | None) -> Row
     if not name:
         return Row(None, label, spec["path"], "the table names no file in this row")
     if len(name) > _LONGEST_NAME or (len(name) > 64 and name.startswith(_BASE64)):
-        return Row(
-            None,
-            label,
-            f"{printable(name[:40])}...",
-            "is no name of a file: write images in Base64 as bytes first",
-        )
+        why = "is no name of a file: write images in Base64 as bytes first"
+        return Row(None, label, f"{printable(name[:40])}...", why)
     if name.startswith(("http://", "https://")):
-        return Row(
-            None,
-            label,
-            printable(name),
-            "is on the web: download the images first, for example with img2dataset",
-        )
+        why = "is on the web: download the images first, for example with img2dataset"
+        return Row(None, label, printable(name), why)
     name = tables.normal(name)
     outside = name.startswith(("/", "../")) or "://" in name or "\0" in name
     if outside and not spec["follow_links"]:
-        return Row(
-            None, label, printable(name), "lies outside of the table's folder: --follow-links reads it"
-        )
+        why = "lies outside of the table's folder: --follow-links reads it"
+        return Row(None, label, printable(name), why)
     folder = _folder_of(spec["root"], spec["path"])
     try:
         return Row(read_bytes("" if name.startswith("/") else folder, name), label, printable(name))
