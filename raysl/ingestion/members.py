@@ -36,17 +36,13 @@ class Listing:
     A sample is named by the name of its members without the suffix.
 
     Args:
-        path: path of the archive below the source.
         format: "tar", "stream" (a compressed tar, read from its beginning) or "zip".
-        name: name of the archive, for messages.
-        images: images by name, in the order of the archive.
-        videos: videos by name, in the order of the archive.
+        images, videos: by name, in the order of the archive.
         classes: label in the `.cls` or `.json` member of each sample; `.cls` wins.
         in_cls: samples with a `.cls` member.
         unusable: why the label of a sample cannot be used, by sample.
         no_label: why a `.json` member has no label, for the first such member.
         tables: content of the files that may hold labels, by name; see `raysl.ingestion.metadata`.
-        left_out: members that are not read.
     """
 
     path: str
@@ -62,11 +58,7 @@ class Listing:
     left_out: LeftOut = field(default_factory=LeftOut)
 
     def take(self, member: Member, is_file: bool, content: Callable[[], bytes], config: ReadConfig) -> None:
-        """Add a member to its kind, or count it as left out.
-
-        Args:
-            content: returns the content of the member.
-        """
+        """Add a member to its kind, or count it as left out."""
         name, size = plain(member.name), member.size
         if not is_file:
             self.left_out.add("links and devices in archives", name)
@@ -96,11 +88,7 @@ class Listing:
                 self.left_out.add(kind, name)
 
     def _take_label(self, name: str, data: bytes, wanted: str) -> None:
-        """Read the label in a `.cls` or `.json` member.
-
-        Raises:
-            UserError: a `.cls` holds no number, and names are not asked for.
-        """
+        """Read the label in a `.cls` or `.json` member. Raises UserError for an unexpected name in a `.cls`."""
         stem, _, suffix = name.rpartition(".")
         if suffix.lower() == "cls":
             self.in_cls.add(stem)
@@ -126,11 +114,7 @@ class Listing:
             self.unusable[stem] = f"{printable(name)} is damaged: {error}"
 
     def _take_json(self, stem: str, data: bytes, wanted: str, name: str) -> str:
-        """Read the label in the JSON of a sample. Return why it has none, or "".
-
-        Raises:
-            NoClassesError, ValueError: it has a label that is no class.
-        """
+        """Read the label in the JSON of a sample. Return why it has none, or "". Raises as `labels.as_class`."""
         try:
             value = json.loads(data)
         except (ValueError, RecursionError) as error:

@@ -25,9 +25,6 @@ def apply(read: Callable[[str], bytes], survey: Survey, layout: Layout, wanted: 
     Args:
         read: returns the content of a file of the source.
         wanted: the column of labels that the user named; "" to guess.
-
-    Raises:
-        UserError: the table cannot be read, or the named column is not in it.
     """
     for folder in dict.fromkeys((layout.base, "")):
         for name in LABEL_TABLES:
@@ -41,12 +38,11 @@ def _use(layout: Layout, folder: str, path: str, table: pa.Table, wanted: str) -
     """Take the labels of a table, or say why it has none."""
     found, names = layout.found, table.column_names
     is_tiny = path.endswith(_TINY)
-    if is_tiny and len(names) < 2:
-        column, files_in, prefix = "", "", ""
-    elif is_tiny:
-        column, files_in, prefix = names[1], names[0], "images/"
+    if is_tiny:
+        files_in, column, *_ = [*names, "", ""]
+        prefix = "images/"
     else:
-        column, files_in, prefix = labels.find(names, wanted, path), file_column(names), ""
+        files_in, column, prefix = file_column(names), labels.find(names, wanted, path), ""
     why = ""
     if is_tiny and not column:
         why = f"{printable(path)} has one column; its lines must be the name of a file, a tab and its class"
@@ -55,10 +51,8 @@ def _use(layout: Layout, folder: str, path: str, table: pa.Table, wanted: str) -
     elif not files_in:
         why = f"{printable(path)} has no column file_name; its columns are {listed(names)}"
     else:
-        files = [
-            join(folder, prefix + normal(str(file))) if file else ""
-            for file in table.column(files_in).to_pylist()
-        ]
+        there = table.column(files_in).to_pylist()
+        files = [join(folder, prefix + normal(str(file))) if file else "" for file in there]
         try:
             classes = labels.as_classes(table.column(column).combine_chunks()).to_pylist()
             layout.class_of = _by_file(files, classes)

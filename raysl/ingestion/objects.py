@@ -33,9 +33,6 @@ def opened(source: Any, dest: Folder, config: ReadConfig) -> Opened:
             of encoded images, of pixels (uint8) or of paths.
         dest: destination of the ingest.
         config: how the rows are read; files may lie anywhere.
-
-    Raises:
-        UserError: the object is of another kind, or empty.
     """
     name, tables = _tables(source)
     writer = None
@@ -87,14 +84,13 @@ def _of_list(source: Iterable[Any]) -> Iterator[pa.Table]:
             )
     for start in range(0, len(pairs), 65536):
         part = pairs[start : start + 65536]
-        files = [
-            name if "://" in name else os.path.abspath(name) for name in (os.fspath(path) for path, _ in part)
-        ]
-        columns: dict[str, Any] = {"file_name": files}
+        names = [os.fspath(path) for path, _ in part]
+        columns: dict[str, Any] = {
+            "file_name": [name if "://" in name else os.path.abspath(name) for name in names]
+        }
         if any(label is not None for _, label in pairs):
-            columns["label"] = pa.array(
-                [None if label is None else str(label) for _, label in part], pa.string()
-            )
+            classes = [None if label is None else str(label) for _, label in part]
+            columns["label"] = pa.array(classes, pa.string())
         yield pa.table(columns)
 
 
@@ -102,11 +98,8 @@ def _encoded(batch: pa.Table) -> pa.Table:
     """Encode columns of pixels as PNG."""
     for number, column in enumerate(batch.schema):
         if isinstance(column.type, pa.ExtensionType):
-            arrays = [
-                np.asarray(value)
-                for value in batch.column(number).combine_chunks().to_numpy(zero_copy_only=False)
-            ]
-            files = [_png(pixels, column.name) for pixels in arrays]
+            arrays = batch.column(number).combine_chunks().to_numpy(zero_copy_only=False)
+            files = [_png(np.asarray(pixels), column.name) for pixels in arrays]
             batch = batch.set_column(number, column.name, pa.array(files, pa.binary()))
     return batch
 

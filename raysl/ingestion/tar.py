@@ -57,12 +57,7 @@ class _StrictInfo(tarfile.TarInfo):
 
 @contextmanager
 def opened(root: str, path: str) -> Iterator[tuple[Any, str]]:
-    """Open the file of an archive, unpacked if it is compressed; yield it with the kind of compression: "" for none, or
-    "zip".
-
-    Raises:
-        UserError: it cannot be read.
-    """
+    """Open the file of an archive, unpacked if it is compressed; yield it with the kind of compression, "" or "zip"."""
     with Folder(root).open(path) as file:
         # Archives are read in small pieces, one after the other, and each read of a remote file is a request.
         stream: Any = io.BufferedReader(file, _AHEAD_BYTES) if isinstance(file, io.RawIOBase) else file
@@ -78,10 +73,8 @@ def opened(root: str, path: str) -> Iterator[tuple[Any, str]]:
 def members(root: str, path: str) -> Iterator[tuple[tarfile.TarInfo, Any]]:
     """Yield every member of an archive in order, with a function that reads its content.
 
-    The content must be read before the next member is asked for.
-
-    Raises:
-        UserError: the archive is damaged or cut off; the message names the last member before the damage.
+    The content must be read before the next member is asked for. Raises UserError, which names the last member before
+    the damage, if the archive is damaged or cut off.
     """
     count, last = 0, ""
 
@@ -102,8 +95,7 @@ def members(root: str, path: str) -> Iterator[tuple[tarfile.TarInfo, Any]]:
                     count, last = count + 1, member.name
                 if not packed:
                     stream.seek(archive.offset)
-                after = archive.fileobj.read(_AFTER_END)
-                if any(after):
+                if any(archive.fileobj.read(_AFTER_END)):
                     raise _DamagedError("data follow its end mark, so several archives were joined")
     except _DAMAGE as error:
         raise _damaged(root, path, count, last, error) from error

@@ -17,8 +17,9 @@ import zlib
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
+from itertools import chain
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 import numpy as np
 import numpy.typing as npt
@@ -59,19 +60,12 @@ _MOST_BYTES = 8 << 30
 
 @dataclass(frozen=True)
 class Part:
-    """A file, or the arrays of one split in a file.
+    """A file, or the arrays of one split in a file."""
 
-    Args:
-        how: "idx", "cifar" or "npz".
-        path: of the file with the images.
-        labels: of the file or the array with the labels; "" for none.
-        images: name of the array of images, for "npz".
-    """
-
-    how: str
+    how: Literal["idx", "cifar", "npz"]
     path: str
-    labels: str = ""
-    images: str = ""
+    labels: str = ""  # path of a file, or name of an array; "" for none
+    images: str = ""  # name of an array
 
 
 def recognise(place: Place) -> Confidence:
@@ -102,22 +96,18 @@ def _splits(root: str, config: ReadConfig) -> dict[str, list[Part]]:
     there = {file.path for file in files_below(root, 1, follow_links=config.follow_links)}
     if "meta" in there and there & {"train", "test"}:
         return {split: [Part("cifar", split)] for split in ("test", "train") if split in there}
-    if any(file in there for files in _CIFAR10.values() for file in files):
-        return {
-            split: [Part("cifar", file) for file in files]
-            for split, files in _CIFAR10.items()
-            if there & set(files)
-        }
-    files: dict[str, dict[str, str]] = {}
+    cifar10 = {split: files for split, files in _CIFAR10.items() if there & set(files)}
+    if cifar10:
+        return {split: [Part("cifar", file) for file in files] for split, files in cifar10.items()}
+    splits: dict[str, dict[str, str]] = {}
     # Sorted, so that a file comes before its packed copy.
     for path in sorted(there):
         if match := _IDX.fullmatch(path):
             split = "test" if match["split"] == "t10k" else match["split"]
-            files.setdefault(split, {}).setdefault(match["what"], path)
+            splits.setdefault(split, {}).setdefault(match["what"], path)
+    with_images = {split: found for split, found in splits.items() if "images" in found}
     return {
-        split: [Part("idx", found["images"], found.get("labels", ""))]
-        for split, found in files.items()
-        if "images" in found
+        split: [Part("idx", found["images"], found.get("labels", ""))] for split, found in with_images.items()
     }
 
 
@@ -126,24 +116,21 @@ def _npz_splits(uri: str) -> dict[str, list[Part]]:
         names = list(arrays.files)
     splits: dict[str, dict[str, str]] = {}
     for name in names:
-        match = next((found for found in (pattern.fullmatch(name) for pattern in _NPZ) if found), None)
-        if match:
+        if match := _NPZ[0].fullmatch(name) or _NPZ[1].fullmatch(name):
             what = "images" if match["what"].lower() in _PIXELS else "labels"
             splits.setdefault((match["split"] or "").lower(), {}).setdefault(what, name)
-    parts = {
-        split: [Part("npz", "", found.get("labels", ""), found["images"])]
-        for split, found in splits.items()
-        if "images" in found
-    }
-    if not parts and len(names) == 1:
-        return {"": [Part("npz", "", "", names[0])]}
-    if not parts:
+    splits = {split: found for split, found in splits.items() if "images" in found}
+    if not splits and len(names) == 1:
+        splits = {"": {"images": names[0]}}
+    if not splits:
         raise UserError(
             f"The arrays of {uri!r} are called {', '.join(names)}; those of images must be called images, x or data, "
             "and those of labels labels, y or targets, with a split such as train_images or x_train where there are "
             "some."
         )
-    return parts
+    return {
+        split: [Part("npz", "", found.get("labels", ""), found["images"])] for split, found in splits.items()
+    }
 
 
 class Source:
@@ -199,9 +186,8 @@ class Source:
             names: list[str | None] = [None] * count
             if values is not None and self._config.labels != "none":
                 if len(values) != count:
-                    raise UserError(
-                        f"{self.name!r} has {count} images but {len(values)} labels. Get the files again."
-                    )
+                    mismatch = f"{count} images but {len(values)} labels"
+                    raise UserError(f"{self.name!r} has {mismatch}. Get the files again.")
                 try:
                     column = pa.array(list(values) if values.ndim > 1 else values)
                     names = labels.as_classes(column, self._names).to_pylist()
@@ -213,12 +199,11 @@ class Source:
                 self.found.images += end - first
                 spec = {**vars(part), "root": self._root, "first": first, "names": names[first:end]}
                 yield Unit(end - first, spec)
-        source = f"{self._parts[0].labels or self._parts[0].path}"
         if why := refused or classes.why_none():
             has_file = self._parts[0].labels or self._parts[0].how == "cifar"
             self.found.labels = f"none, because {why if has_file else 'there is no file or array of labels'}"
         else:
-            self.found.labels = f"the labels in {source}"
+            self.found.labels = f"the labels in {self._parts[0].labels or self._parts[0].path}"
             self.found.classes = classes.ordered()
 
 
@@ -241,9 +226,8 @@ class _Arrays(pickle.Unpickler):
     """Unpickles NumPy arrays and nothing that could run code."""
 
     def find_class(self, module: str, name: str) -> Any:
-        if module in ("numpy", "numpy.core.multiarray", "numpy._core.multiarray") and name in (
-            *("_reconstruct", "ndarray", "dtype"),
-        ):
+        of_numpy = module in ("numpy", "numpy.core.multiarray", "numpy._core.multiarray")
+        if of_numpy and name in ("_reconstruct", "ndarray", "dtype"):
             return super().find_class(module, name)
         raise pickle.UnpicklingError(f"it asks for {module}.{name}, which is no part of CIFAR")
 
@@ -282,17 +266,15 @@ def _npz(uri: str) -> Iterator[Any]:
             if size > _MOST_BYTES:
                 raise UserError(
                     f"The arrays of {uri!r} take {size >> 30} GB of memory, and at most {_MOST_BYTES >> 30} GB are "
-                    "read."
-                    " Write their images as PNG files or as Parquet first."
+                    "read. Write their images as PNG files or as Parquet first."
                 )
             for info in arrays.zip.infolist():
                 if info.filename.endswith(".npy"):
                     _check_npy(arrays.zip, info)
             yield arrays
     except _NPZ_DAMAGE as error:
-        raise UserError(
-            f"Cannot read the arrays of {uri!r}: {error}. Write the file again with numpy.savez."
-        ) from error
+        advice = "Write the file again with numpy.savez."
+        raise UserError(f"Cannot read the arrays of {uri!r}: {error}. {advice}") from error
 
 
 def _check_npy(archive: zipfile.ZipFile, info: zipfile.ZipInfo) -> None:
@@ -341,9 +323,7 @@ def _batches(spec: dict[str, Any], count: int) -> Iterator[npt.NDArray[np.uint8]
 
 def read(unit: Unit) -> Iterator[Row]:
     spec = unit.spec
-    names, number = spec["names"], 0
     name = spec["path"] or spec["root"].rpartition("/")[2]
-    for pixels in _batches(spec, len(names)):
-        for image in png.encode(pixels):
-            yield Row(image, names[number], f"{name}, image {spec['first'] + number}")
-            number += 1
+    images = chain.from_iterable(map(png.encode, _batches(spec, len(spec["names"]))))
+    for number, (image, label) in enumerate(zip(images, spec["names"], strict=True), start=spec["first"]):
+        yield Row(image, label, f"{name}, image {number}")
