@@ -75,14 +75,18 @@ class Lars(torch.optim.SGD):
         """Take one step. It changes the gradients."""
         decays = [group["weight_decay"] for group in self.param_groups]
         for group, decay in zip(self.param_groups, decays, strict=True):
-            for weight in group["params"]:
-                if weight.ndim > 1 and weight.grad is not None:
-                    length = weight.norm()
-                    scale = self.TRUST * length / (weight.grad.norm() + decay * length).clamp(min=1e-12)
-                    # A weight of norm 0 would stay 0, so it takes an ordinary step.
-                    scale = torch.where(length > 0, scale, torch.ones_like(scale))
-                    weight.grad.add_(weight, alpha=decay).mul_(scale)
-                    group["weight_decay"] = 0.0  # the gradient contains it
+            weights = [w for w in group["params"] if w.ndim > 1 and w.grad is not None]
+            if not weights:
+                continue
+            gradients = [weight.grad for weight in weights]
+            # Of all weights at once: on a GPU, a few kernels, and one for each weight that scales its gradient.
+            lengths_w, steep_w = (torch.stack(torch._foreach_norm(many)) for many in (weights, gradients))
+            scales_w = self.TRUST * lengths_w / (steep_w + decay * lengths_w).clamp(min=1e-12)
+            # A weight of norm 0 would stay 0, so it takes an ordinary step.
+            scales_w = torch.where(lengths_w > 0, scales_w, 1.0)
+            torch._foreach_add_(gradients, weights, alpha=decay)
+            torch._foreach_mul_(gradients, scales_w.unbind())
+            group["weight_decay"] = 0.0  # the gradients contain it
         done = super().step(closure)
         for group, decay in zip(self.param_groups, decays, strict=True):
             group["weight_decay"] = decay

@@ -104,3 +104,42 @@ def test_lars_is_its_equation() -> None:
         torch.testing.assert_close(layer.weight.detach(), weight)
         torch.testing.assert_close(layer.bias.detach(), bias)
     assert [group["weight_decay"] for group in optimizer.param_groups] == [0.1, 0.0]
+
+
+def _one_weight_at_a_time(optimizer: torch.optim.Optimizer) -> None:
+    """Scale the gradients of LARS as its equation says, in a loop over the weights."""
+    for group in optimizer.param_groups:
+        decay = group["weight_decay"]
+        for weight in group["params"]:
+            if weight.ndim > 1 and weight.grad is not None:
+                length = weight.norm()
+                scale = 0.001 * length / (weight.grad.norm() + decay * length).clamp(min=1e-12)
+                scale = torch.where(length > 0, scale, torch.ones_like(scale))
+                weight.grad.add_(weight, alpha=decay).mul_(scale)
+                group["weight_decay"] = 0.0
+
+
+@pytest.mark.parametrize("weight_decay", [0.0, 1e-6, 0.1])
+def test_lars_takes_all_weights_at_once_and_has_the_numbers_of_a_loop(weight_decay: float) -> None:
+    weights = []
+    for looped in (True, False):
+        torch.manual_seed(0)
+        network = networks.build(networks.BackboneConfig()).to(memory_format=torch.channels_last)  # type: ignore[call-overload]
+        with torch.no_grad():
+            next(network.parameters()).zero_()  # A weight of norm 0 takes an ordinary step.
+        config = OptimConfig("lars", lr=0.3, momentum=0.9, weight_decay=weight_decay)
+        optimizer = optim.build(config, network)
+        for step in range(3):
+            torch.manual_seed(step + 1)
+            network(torch.randint(0, 256, (4, 3, 32, 32), dtype=torch.uint8)).square().mean().backward()
+            if step == 2:
+                next(network.parameters()).grad = None
+            if looped:
+                _one_weight_at_a_time(optimizer)
+                torch.optim.SGD.step(optimizer)
+                optimizer.param_groups[0]["weight_decay"] = weight_decay
+            else:
+                optimizer.step()
+            optimizer.zero_grad()
+        weights.append([p.detach().clone() for p in network.parameters()])
+    assert all(torch.equal(a, b) for a, b in zip(*weights, strict=True))
