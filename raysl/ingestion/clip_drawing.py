@@ -38,27 +38,19 @@ _OVERTONES_HZ = (3200.0, 4200.0, 5400.0, 7000.0)
 
 
 class Drawn(NamedTuple):
-    """A clip and everything that is known about it.
-
-    Args:
-        frames_nhwc: uint8, RGB.
-        sound_t: int16 at 16 kHz.
-        tracks_kn4: float32; both shapes, then the figure: top, left, height, width in pixels, NaN out of the frame.
-        sounding: the shape that sounds, 0 or 1.
-        kind: number of its kind.
-        action: number of the action of the figure.
-        keypoints_np3: float32; x, y in pixels, and 1 where the point is seen.
-        depth_hw: float32, of the middle frame, in sides of the frame.
-        normals_hw3: float32 unit vectors of the middle frame.
-    """
+    """A clip and everything that is known about it. Floats are float32."""
 
     frames_nhwc: npt.NDArray[np.uint8]
     sound_t: npt.NDArray[np.int16]
+    # Of both shapes, then the figure: top, left, height, width in pixels, NaN out of the frame.
     tracks_kn4: Floats
+    # The shape that sounds, 0 or 1, the number of its kind, and the number of the action of the figure.
     sounding: int
     kind: int
     action: int
+    # x, y in pixels, and 1 where the point is seen.
     keypoints_np3: Floats
+    # Of the middle frame: in sides of the frame, and unit vectors.
     depth_hw: Floats
     normals_hw3: Floats
 
@@ -73,25 +65,16 @@ class _Surface:
 
 
 def draw(random: Random, size: int, num_frames: int, rate: float) -> Drawn:
-    """Draw a clip.
-
-    Args:
-        random: function of a name and a count n that returns n numbers in [0, 1).
-        size: side of the frames in pixels.
-        num_frames: number of frames.
-        rate: frames per second.
-    """
+    """Draw a clip of square frames, `rate` in a second. `random` returns n numbers in [0, 1) for a name and n."""
     time_n = np.arange(num_frames) / rate
     axis = (np.arange(size, dtype=np.float32) + 0.5) / size
     x, y = np.meshgrid(axis, axis)
     grid = x[None], y[None]
     layers = [_background(random, grid, num_frames)]
-    kinds = np.argsort(random("kinds", len(KINDS)))[:2]
+    kinds = np.argsort(random("kinds", len(KINDS)))[:2].tolist()
     paths = [_path(random, i, time_n) for i in range(2)]
-    hues = np.argsort(random("hues", len(_OVERTONES_HZ)))[:2]
-    shapes = [
-        _shape(random, f"shape {i}", int(kinds[i]), int(hues[i]), paths[i], time_n, size) for i in range(2)
-    ]
+    hues = np.argsort(random("hues", len(_OVERTONES_HZ)))[:2].tolist()
+    shapes = [_shape(random, f"shape {i}", kinds[i], hues[i], paths[i], time_n, size) for i in range(2)]
     action = int(random("action", 1)[0] * len(ACTIONS))
     points_np2 = _pose(random, action, time_n)
     figure = _figure(random, points_np2, grid)
@@ -105,10 +88,10 @@ def draw(random: Random, size: int, num_frames: int, rate: float) -> Drawn:
     middle = num_frames // 2
     return Drawn(
         pixels,
-        _sound(random, int(kinds[sounding]), int(hues[sounding]), paths[sounding][:, 1], rate),
+        _sound(random, kinds[sounding], hues[sounding], paths[sounding][:, 1], rate),
         tracks,
         sounding,
-        int(kinds[sounding]),
+        kinds[sounding],
         action,
         _seen(points_np2, top, size),
         depth[middle],
@@ -134,7 +117,7 @@ def _color(a: npt.NDArray[np.float64], hue: int | None = None) -> Floats:
     """Return a color that is neither dark nor gray: of any hue, or near one of those of the overtones."""
     turn = a[0] if hue is None else (hue + 0.3 * (a[0] - 0.5)) / len(_OVERTONES_HZ)
     phase = 2 * math.pi * (turn + np.array([0, 1 / 3, 2 / 3]))
-    return np.asarray((0.55 + 0.35 * np.cos(phase) + 0.1 * a[1]).astype(np.float32))
+    return (0.55 + 0.35 * np.cos(phase) + 0.1 * a[1]).astype(np.float32)
 
 
 def _path(random: Random, number: int, time_n: npt.NDArray[np.float64]) -> Floats:
@@ -144,18 +127,11 @@ def _path(random: Random, number: int, time_n: npt.NDArray[np.float64]) -> Float
     middle = 0.5 + (0.18 + 0.06 * a[0]) * np.array([math.cos(side), math.sin(side)])
     angle, reach = 2 * math.pi * a[1], 0.15 + 0.07 * a[2]
     along = (2 * time_n / max(time_n[-1], 1e-9) - 1)[:, None]
-    way = middle + along * reach * np.array([math.cos(angle), math.sin(angle)])
-    return np.asarray(way.astype(np.float32))
+    return (middle + along * reach * np.array([math.cos(angle), math.sin(angle)])).astype(np.float32)
 
 
 def _shape(
-    random: Random,
-    name: str,
-    kind: int,
-    hue: int,
-    path_n2: Floats,
-    time_n: npt.NDArray[np.float64],
-    size: int,
+    random: Random, name: str, kind: int, hue: int, path_n2: Floats, time_n: Floats, size: int
 ) -> _Surface:
     """Draw a shape in a window that moves with it, which is much quicker than in whole frames."""
     a = random(name, 12)
@@ -185,9 +161,8 @@ def _shape(
 
 
 def _empty(shape: tuple[int, ...]) -> _Surface:
-    return _Surface(
-        np.zeros(shape, np.float32), np.full(shape, 9, np.float32), np.zeros((*shape, 3), np.float32)
-    )
+    alpha, depth, color = np.zeros(shape), np.full(shape, 9), np.zeros((*shape, 3))
+    return _Surface(*(values.astype(np.float32) for values in (alpha, depth, color)))
 
 
 def _outline(kind: int, angle: Floats) -> Floats:
@@ -214,12 +189,8 @@ def _pose(random: Random, action: int, time_n: npt.NDArray[np.float64]) -> Float
     phase = 2 * math.pi * (a[2] + time_n * (0.35 + 0.25 * a[3]))
     swing, rest = np.sin(phase), np.zeros_like(phase)
     up = (1 - np.cos(phase)) / 2
-    arms, elbows, hips, knees = (
-        [rest + 0.25, rest - 0.25],
-        [rest, rest],
-        [rest + 0.12, rest - 0.12],
-        [rest, rest],
-    )
+    arms, elbows = [rest + 0.25, rest - 0.25], [rest, rest]
+    hips, knees = [rest + 0.12, rest - 0.12], [rest, rest]
     x, y = 0.5 + 0.25 * (a[4] - 0.5) + rest, 0.55 + 0.06 * (a[5] - 0.5) + rest
     name = ACTIONS[action]
     if name == "walk":
@@ -262,9 +233,8 @@ def _figure(random: Random, points_np2: Floats, grid: tuple[Floats, Floats]) -> 
     left, right = _color(a[1:4]), 0.7 * _color(a[1:4])
     parts = [(points_np2[:, 0], points_np2[:, 0], _HEAD_RADIUS * height, left)]
     for i, (start, end) in enumerate(_LIMBS):
-        parts.append(
-            (points_np2[:, start], points_np2[:, end], _LIMB_RADIUS * height, left if i in _LEFT else right)
-        )
+        paint = left if i in _LEFT else right
+        parts.append((points_np2[:, start], points_np2[:, end], _LIMB_RADIUS * height, paint))
     shape = (len(points_np2), *grid[0].shape[1:])
     window, grid = _window(points_np2, (_HEAD_RADIUS + _LIMB_RADIUS) * height, grid)
     inside = (shape[0], *grid[0].shape[1:])
@@ -322,15 +292,11 @@ def _normals(depth_nhw: Floats, top_nhw: npt.NDArray[np.int8], size: int) -> Flo
     """Return unit normals (n, h, w, 3) from differences of the depth between pixels of the same object."""
     slopes = []
     for axis in (2, 1):
-        ahead = np.diff(depth_nhw, axis=axis) * size
         same = np.diff(top_nhw, axis=axis) == 0
-        ahead = np.where(same, ahead, 0)
-        pad = [(0, 0)] * 3
-        pad[axis] = (1, 0)
-        before, n_before = np.pad(ahead, pad), np.pad(same, pad)
-        pad[axis] = (0, 1)
-        after, n_after = np.pad(ahead, pad), np.pad(same, pad)
-        slopes.append((before + after) / np.maximum(n_before.astype(np.float32) + n_after, 1))
+        ahead = np.where(same, np.diff(depth_nhw, axis=axis) * size, 0)
+        before, after = ([(0, 0)] * axis + [one] + [(0, 0)] * (2 - axis) for one in ((1, 0), (0, 1)))
+        count = np.pad(same, before).astype(np.float32) + np.pad(same, after)
+        slopes.append((np.pad(ahead, before) + np.pad(ahead, after)) / np.maximum(count, 1))
     normals = np.stack([*slopes, np.ones_like(slopes[0])], axis=-1)
     return np.asarray((normals / np.linalg.norm(normals, axis=-1, keepdims=True)).astype(np.float32))
 

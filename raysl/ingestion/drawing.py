@@ -69,15 +69,9 @@ CLASSES = tuple(_SHAPES)
 
 
 def draw(image_rng: ImageRng, size: int, plain: bool = False) -> tuple[npt.NDArray[np.uint8], list[int]]:
-    """Draw one image for each index of `image_rng`.
+    """Draw an image for each index of `image_rng`: uint8 (b, size, size, 3), RGB, and its label, an index of `CLASSES`.
 
-    Args:
-        image_rng: random numbers of b images.
-        size: side of the images in pixels.
-        plain: draw nearly without color on a plain background, and give every shape a texture of its own.
-
-    Returns:
-        uint8 (b, size, size, 3), RGB, and the label of each image, an index of `CLASSES`.
+    `plain` draws nearly without color on a plain background, and gives every shape a texture of its own.
     """
     label_b = image_rng.integers("label", len(CLASSES))[:, 0]
     centres = (torch.arange(size) + 0.5) * (2 / size) - 1
@@ -91,7 +85,7 @@ def draw(image_rng: ImageRng, size: int, plain: bool = False) -> tuple[npt.NDArr
     image_bchw = _background(image_rng.named("background"), ground_b, x_bhw, y_bhw, plain)
     for k in range(0 if plain else _DISTRACTORS):
         _distractor(image_bchw, image_rng.named(f"distractor{k}"), x_bhw, y_bhw)
-    _object(image_bchw, image_rng.named("object"), object_b, label_b, x_bhw, y_bhw, plain)
+    _object(image_bchw, image_rng.named("object"), object_b, label_b, (x_bhw, y_bhw), plain)
     pixels = image_bchw.clamp_(0, 1).mul_(255).round_().to(torch.uint8)
     return pixels.permute(0, 2, 3, 1).contiguous().numpy(), label_b.tolist()
 
@@ -134,9 +128,8 @@ def _texture(image_rng: ImageRng, x_bhw: Tensor, y_bhw: Tensor) -> Tensor:
             wave = wave * _wave(v * frequency_b[at, None, None]) * 2
         texture_bhw[at] = (wave * 3).clamp_(-1, 1)
     at = (kind_b == _TEXTURES.index("blobs")).nonzero()[:, 0]
-    some = ImageRng(
-        image_rng.seed, image_rng.epochs_b[at.numpy()], image_rng.indices_b[at.numpy()], image_rng.name
-    )
+    epochs_b, indices_b = image_rng.epochs_b[at.numpy()], image_rng.indices_b[at.numpy()]
+    some = ImageRng(image_rng.seed, epochs_b, indices_b, image_rng.name)
     texture_bhw[at] = (_blobs(some, 1, 8, x_bhw.shape[-1])[:, 0] * 1.6).clamp_(-1, 1)
     return texture_bhw
 
@@ -151,22 +144,20 @@ def _surface(x_bhw: Tensor, y_bhw: Tensor, label_b: Tensor) -> Tensor:
     return texture_bhw
 
 
-def _background(
-    image_rng: ImageRng, luminance_b: Tensor, x_bhw: Tensor, y_bhw: Tensor, plain: bool
-) -> Tensor:
+def _background(rng: ImageRng, luminance_b: Tensor, x_bhw: Tensor, y_bhw: Tensor, plain: bool) -> Tensor:
     """Draw a gradient of two colors with a faint texture and blobs, lit from above: float (b, 3, h, w)."""
     saturation = 0.55 * (_PLAIN_COLOR if plain else 1)
-    low_bc = _color(image_rng, "low", luminance_b - image_rng.uniform("spread", 0, 0.12)[:, 0], saturation)
-    high_bc = _color(image_rng, "high", luminance_b + image_rng.uniform("spread", 0, 0.12)[:, 0], saturation)
-    along_bhw, _ = _turned(x_bhw, y_bhw, image_rng.uniform("gradient", 0, 2 * math.pi)[:, 0])
+    spread_b = rng.uniform("spread", 0, 0.12)[:, 0]
+    low_bc = _color(rng, "low", luminance_b - spread_b, saturation)
+    high_bc = _color(rng, "high", luminance_b + spread_b, saturation)
+    along_bhw, _ = _turned(x_bhw, y_bhw, rng.uniform("gradient", 0, 2 * math.pi)[:, 0])
     image_bchw = _mix(low_bc, high_bc, (0.5 + 0.4 * along_bhw).clamp_(0, 1))
     if plain:
         return image_bchw - (0.07 * y_bhw)[:, None]
-    strength_b = image_rng.uniform("strength", 0, 0.14)[:, 0, None, None]
-    light_bhw = strength_b * _texture(image_rng, x_bhw, y_bhw) - 0.07 * y_bhw
-    amount_b = image_rng.uniform("amount", 0.02, 0.16)[:, :, None, None]
-    image_bchw += light_bhw[:, None]
-    image_bchw += amount_b * _blobs(image_rng.named("clutter"), 3, 5, x_bhw.shape[-1])
+    strength_b = rng.uniform("strength", 0, 0.14)[:, 0, None, None]
+    image_bchw += (strength_b * _texture(rng, x_bhw, y_bhw) - 0.07 * y_bhw)[:, None]
+    amount_b = rng.uniform("amount", 0.02, 0.16)[:, :, None, None]
+    image_bchw += amount_b * _blobs(rng.named("clutter"), 3, 5, x_bhw.shape[-1])
     return image_bchw
 
 
@@ -197,19 +188,19 @@ def _distractor(image_bchw: Tensor, image_rng: ImageRng, x_bhw: Tensor, y_bhw: T
 
 def _object(
     image_bchw: Tensor,
-    image_rng: ImageRng,
+    rng: ImageRng,
     luminance_b: Tensor,
     label_b: Tensor,
-    x_bhw: Tensor,
-    y_bhw: Tensor,
+    grid: tuple[Tensor, Tensor],
     plain: bool,
 ) -> None:
     """Draw the object and its shadow."""
-    scale_b = image_rng.uniform("scale", 0.42, 0.8)[:, 0]
+    x_bhw, y_bhw = grid
+    scale_b = rng.uniform("scale", 0.42, 0.8)[:, 0]
     reach_b = 1.05 - 0.85 * scale_b
-    at_bc = image_rng.uniform("at", -1, 1, 2) * reach_b[:, None]
-    tilt_b = image_rng.uniform("tilt", -math.pi / 6, math.pi / 6)[:, 0]
-    stretch_b = image_rng.uniform("stretch", 0.88, 1.12)[:, 0]
+    at_bc = rng.uniform("at", -1, 1, 2) * reach_b[:, None]
+    tilt_b = rng.uniform("tilt", -math.pi / 6, math.pi / 6)[:, 0]
+    stretch_b = rng.uniform("stretch", 0.88, 1.12)[:, 0]
 
     x, y = _turned(x_bhw - at_bc[:, 0, None, None], y_bhw - at_bc[:, 1, None, None], tilt_b)
     x, y = x / (scale_b * stretch_b)[:, None, None], y / scale_b[:, None, None]
@@ -220,18 +211,15 @@ def _object(
     # The shadow has the same edge, wider and softer, a little further down.
     drop_hw = max(1, round(x.shape[-1] / 20))
     shadow_bhw = F.pad((0.12 - edge_bhw).clamp_(0, 0.3), (0, 0, drop_hw, 0))[:, :-drop_hw]
-    image_bchw -= (image_rng.uniform("shadow", 0.2, 0.8)[:, 0, None, None] * shadow_bhw)[:, None]
+    image_bchw -= (rng.uniform("shadow", 0.2, 0.8)[:, 0, None, None] * shadow_bhw)[:, None]
 
     outward_b = (luminance_b - 0.5).sign()
     if plain:  # Stripes are to be seen without color.
         second_b, texture_bhw = luminance_b - 0.3 * outward_b, _surface(x, y, label_b)
     else:
-        second_b, texture_bhw = luminance_b + 0.1 * outward_b, _texture(image_rng, x_bhw, y_bhw)
+        second_b, texture_bhw = luminance_b + 0.1 * outward_b, _texture(rng, x_bhw, y_bhw)
     saturation = 0.8 * (_PLAIN_COLOR if plain else 1)
-    fill_bchw = _mix(
-        _color(image_rng, "first", luminance_b, saturation),
-        _color(image_rng, "second", second_b, saturation),
-        0.5 + 0.5 * texture_bhw,
-    )
+    first_bc = _color(rng, "first", luminance_b, saturation)
+    fill_bchw = _mix(first_bc, _color(rng, "second", second_b, saturation), 0.5 + 0.5 * texture_bhw)
     fill_bchw -= (0.1 * y.clamp(-1, 1))[:, None]
     image_bchw += _cover(edge_bhw, scale_b)[:, None] * (fill_bchw - image_bchw)

@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 import re
 from collections import Counter
-from collections.abc import Iterable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -166,9 +166,8 @@ class Classes:
         The order is the source's where it names its classes, else that of the numbers or of the alphabet.
         """
         named = dict.fromkeys(self.names)
-        others = sorted(
-            self.counts.keys() - named.keys(), key=_numeric if all(map(_is_number, self.counts)) else str
-        )
+        order: Callable[[str], Any] = int if all(map(_is_number, self.counts)) else str
+        others = sorted(self.counts.keys() - named.keys(), key=order)
         return {name: self.counts[name] for name in (*named, *others)}
 
     def why_none(self) -> str:
@@ -185,7 +184,3 @@ class Classes:
 
 def _is_number(name: str) -> bool:
     return name.isascii() and name.isdigit()
-
-
-def _numeric(name: str) -> int:
-    return int(name)

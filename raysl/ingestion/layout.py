@@ -181,9 +181,8 @@ def _masks(survey: Survey, base: str, labels: Labels) -> list[str]:
         return named if splits else [name for name in children if name != pictures[0]]
     if not named:
         return []
-    beside = chain(
-        survey.first_paths.get(base, []), *(survey.first_below(join(base, name)) for name in others)
-    )
+    deeper = [survey.first_below(join(base, name)) for name in others]
+    beside = chain(survey.first_paths.get(base, []), *deeper)
     stems = {PurePosixPath(file).stem for file in beside}
     masks = []
     for name in named:

@@ -85,9 +85,8 @@ def _of_list(source: Iterable[Any]) -> Iterator[pa.Table]:
     for start in range(0, len(pairs), 65536):
         part = pairs[start : start + 65536]
         names = [os.fspath(path) for path, _ in part]
-        columns: dict[str, Any] = {
-            "file_name": [name if "://" in name else os.path.abspath(name) for name in names]
-        }
+        files = [name if "://" in name else os.path.abspath(name) for name in names]
+        columns: dict[str, Any] = {"file_name": files}
         if any(label is not None for _, label in pairs):
             classes = [None if label is None else str(label) for _, label in part]
             columns["label"] = pa.array(classes, pa.string())

@@ -93,10 +93,8 @@ def ingest(source: Any, dest: str, config: IngestConfig | None = None) -> DataSe
         opened = objects.opened(source, folder, config.reading)
     name = opened.source.name
     if (done := finished(folder, name, config.decoding)) is not None:
-        count = f"{done.num_images:,}"
-        _log.info(
-            "%s is complete: %s images of %s. Delete it to ingest the source again.", folder, count, name
-        )
+        what = f"{done.num_images:,} images of {name}"
+        _log.info("%s is complete: %s. Delete it to ingest the source again.", folder, what)
         return done
     check_apart(folder, opened.place)
     journal = Journal(folder)
@@ -218,9 +216,9 @@ def _run_tasks(
 
     if not numbers:
         return
-    tasks = ray.data.range(len(numbers), override_num_blocks=len(numbers)).map_batches(
-        partial(_run_task, numbers=numbers, work=work), batch_size=None, num_cpus=config.cpus_per_task
-    )
+    run = partial(_run_task, numbers=numbers, work=work)
+    tasks = ray.data.range(len(numbers), override_num_blocks=len(numbers))
+    tasks = tasks.map_batches(run, batch_size=None, num_cpus=config.cpus_per_task)
     tasks.context.enable_progress_bars = False
     for row in tasks.iter_rows():
         if row["error"]:
@@ -289,17 +287,16 @@ def _finish(source: Source, listed: Listed, journal: Journal, config: IngestConf
     classes = () if unlabelled else listed.classes
     decoding = images.record(tally, config.decoding)
     clips |= {"with_sound": with_sound} if clips else {}
-    manifest = Manifest(
-        name, tuple(shards), classes, digest.hexdigest(), num_bad, decoding=decoding, clips=clips
-    )
+    fingerprint = digest.hexdigest()
+    manifest = Manifest(name, tuple(shards), classes, fingerprint, num_bad, decoding=decoding, clips=clips)
     made = DataSet.create(dest, manifest, labels)
     journal.delete()
     dest.delete(objects.FOLDER)
     if num_bad:
         _log_bad(kinds, reasons[0], dest, "video" if clips else "image")
-    origin = (
-        f"none, although they are {listed.labels}: {unlabelled} has none" if unlabelled else listed.labels
-    )
+    origin = listed.labels
+    if unlabelled:
+        origin = f"none, although they are {origin}: {unlabelled} has none"
     of_classes = f" in {counted(len(classes), 'class')}" if classes else ""
     count = counted(manifest.num_images, "clip" if clips else "image")
     _log.info("Ingested %s%s into %s; labels: %s.", count, of_classes, dest, origin)

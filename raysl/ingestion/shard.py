@@ -169,9 +169,8 @@ def _groups(rows: Iterable[Row], bad: list[tuple[str, str]], rows_per_group: int
             else:
                 yield row
 
-    return in_units(
-        with_image(), UnitSize(rows_per_group, _ROW_GROUP_BYTES), lambda row: (1, _num_bytes(row))
-    )
+    size = UnitSize(rows_per_group, _ROW_GROUP_BYTES)
+    return in_units(with_image(), size, lambda row: (1, _num_bytes(row)))
 
 
 def _num_bytes(row: Row) -> int:

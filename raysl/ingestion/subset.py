@@ -60,7 +60,6 @@ def relabelled(
     Args:
         chosen_k: int64 (k,), indices in the data set, in their new order.
         labels_k: int64 (k,), numbers of `classes`; None for no labels.
-        classes: their names.
         folder: place of the new data set; if it is there already, it is opened.
         source: description for people.
 
@@ -84,9 +83,8 @@ def relabelled(
     labels = [None] * len(chosen_k) if labels_k is None else [classes[label] for label in labels_k]
     images, paths = (columns.column(name).to_pylist() for name in ("image", "path"))
     rows = (Row(*one[:3], clip=one[3]) for one in zip(images, labels, paths, clips, strict=True))
-    written = shard.write(
-        folder, 0, 0, rows, decoding=None, classes=() if labels_k is None else classes, rows_per_group=_GROUP
-    )
+    named = () if labels_k is None else classes
+    written = shard.write(folder, 0, 0, rows, decoding=None, classes=named, rows_per_group=_GROUP)
     metadata = {**dataset.manifest.clips, "with_sound": written.with_sound} if of_clips else {}
     manifest = Manifest(source, (written.shard,), tuple(classes), fingerprint, 0, clips=metadata)
     return DataSet.create(folder, manifest, [] if labels_k is None else [labels_k])

@@ -61,9 +61,8 @@ class Table:
         metadata = self._file.metadata.row_group(group)
         chunks = [metadata.column(i) for i in range(metadata.num_columns)]
         # A value of a dictionary may be large and occur in every row.
-        largest = max(
-            (chunk.total_uncompressed_size for chunk in chunks if chunk.has_dictionary_page), default=1
-        )
+        sizes = [chunk.total_uncompressed_size for chunk in chunks if chunk.has_dictionary_page]
+        largest = max(sizes, default=1)
         fitting = int(_USUAL_BYTES * metadata.num_rows / max(metadata.total_byte_size, 1))
         return max(1, min(_BATCH_ROWS, _BATCH_BYTES // max(largest, 1), fitting))
 

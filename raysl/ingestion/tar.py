@@ -103,9 +103,8 @@ def members(root: str, path: str) -> Iterator[tuple[tarfile.TarInfo, Any]]:
 
 def _damaged(root: str, path: str, count: int, last: str, error: BaseException) -> UserError:
     """Return the error for an archive that is damaged after `count` members, of which `last` is the last."""
-    where = (
-        f"after {count} members, the last of which is {printable(last)!r}" if count else "at its beginning"
-    )
+    after = f"after {count} members, the last of which is {printable(last)!r}"
+    where = after if count else "at its beginning"
     return UserError(
         f"The archive {printable(f'{root}/{path}'.rstrip('/'))!r} is damaged {where}: {error}. Nothing of it is used. "
         "Download or copy it again, then run the same command."

@@ -30,16 +30,11 @@ def track(frames_hwc: Sequence[npt.NDArray[np.uint8]]) -> npt.NDArray[np.float32
     height, width = frames_hwc[0].shape[:2]
     scale = _SIDE / min(height, width)
     size = max(_SIDE, round(width * scale)), max(_SIDE, round(height * scale))
-    gray_nhw = np.stack(
-        [
-            np.asarray(Image.fromarray(frame).convert("L").resize(size, Image.Resampling.BOX), np.float32)
-            for frame in frames_hwc
-        ]
-    )
+    gray = [Image.fromarray(frame).convert("L").resize(size, Image.Resampling.BOX) for frame in frames_hwc]
+    gray_nhw = np.stack([np.asarray(frame, np.float32) for frame in gray])
     moved_nhw = np.abs(np.diff(gray_nhw, axis=0))
-    summed = np.lib.stride_tricks.sliding_window_view(moved_nhw, (_PATCH, _PATCH), axis=(1, 2)).mean(
-        axis=(3, 4)
-    )
+    windows = np.lib.stride_tricks.sliding_window_view(moved_nhw, (_PATCH, _PATCH), axis=(1, 2))
+    summed = windows.mean(axis=(3, 4))
     if summed.size == 0 or summed.max() < 1:
         return np.zeros((0, len(frames_hwc), 4), np.float32)
     number, top, left = np.unravel_index(int(summed.argmax()), summed.shape)

@@ -56,11 +56,9 @@ def write_part(
         rows_nd = rows_nd / (np.linalg.norm(rows_nd, axis=1, keepdims=True) + _EPSILON)
     # Feature maps of deep untrained networks exceed half precision, where they would become infinite.
     dtype = "float32" if np.abs(rows_nd).max() > _LARGEST_HALF else form.dtype
-    columns[layer] = pa.FixedSizeListArray.from_arrays(
-        pa.array(rows_nd.astype(dtype).ravel()), rows_nd.shape[1]
-    )
+    values = pa.array(rows_nd.astype(dtype).ravel())
+    columns[layer] = pa.FixedSizeListArray.from_arrays(values, rows_nd.shape[1])
     with folder.writing(part_file(part)) as stream:
         # Compression and dictionaries cost time and save no space on such numbers.
-        pq.write_table(
-            pa.table(columns), stream, compression="none", use_dictionary=["path"], write_page_checksum=True
-        )
+        settings = {"compression": "none", "use_dictionary": ["path"], "write_page_checksum": True}
+        pq.write_table(pa.table(columns), stream, **settings)

@@ -104,9 +104,8 @@ class FeatureStore:
         with ThreadPoolExecutor(_THREADS) as pool:
             schemas, footers = zip(*pool.map(partial(_footer, folder), names), strict=True)
         layer = layer or _only_layer(schemas[0], uri)
-        kinds = [
-            _row_kind(schema, layer, f"{uri}/{name}") for schema, name in zip(schemas, names, strict=True)
-        ]
+        places = [f"{uri}/{name}" for name in names]
+        kinds = [_row_kind(*found, layer) for found in zip(schemas, places, strict=True)]
         has_paths = all("path" in schema.names for schema in schemas)
         groups, start = [], 0
         for name, footer in zip(names, footers, strict=True):
@@ -344,7 +343,7 @@ def _only_layer(schema: pa.Schema, uri: str) -> str:
     return names[0]
 
 
-def _row_kind(schema: pa.Schema, layer: str, place: str) -> tuple[int, int]:
+def _row_kind(schema: pa.Schema, place: str, layer: str) -> tuple[int, int]:
     """Return the length of the rows, 0 if the schema does not state it, and the bytes of a number in memory."""
     layers = _layers(schema)
     if layer not in layers:

@@ -146,12 +146,8 @@ class Source:
         about = VIDEO if self.clips else IMAGE
         survey = Survey.of(chain(images, (File(name, 0, 0) for name in tables)), lambda _: JPEG, about)
         inner = LeftOut()
-        self._layout = layout.recognise(
-            survey,
-            lambda splits: choose_split(replace(place, split="") if self._split else place, splits),
-            place.config.labels,
-            inner,
-        )
+        choose = partial(choose_split, replace(place, split="") if self._split else place)
+        self._layout = layout.recognise(survey, choose, place.config.labels, inner)
         if place.config.labels == "auto":
             self._apply_tables(place.config.label_column)
         self.found.left_out.update(inner)

@@ -105,10 +105,8 @@ def _splits(root: str, config: ReadConfig) -> dict[str, list[Part]]:
         if match := _IDX.fullmatch(path):
             split = "test" if match["split"] == "t10k" else match["split"]
             splits.setdefault(split, {}).setdefault(match["what"], path)
-    with_images = {split: found for split, found in splits.items() if "images" in found}
-    return {
-        split: [Part("idx", found["images"], found.get("labels", ""))] for split, found in with_images.items()
-    }
+    found = {split: files for split, files in splits.items() if "images" in files}
+    return {split: [Part("idx", files["images"], files.get("labels", ""))] for split, files in found.items()}
 
 
 def _npz_splits(uri: str) -> dict[str, list[Part]]:
@@ -128,9 +126,7 @@ def _npz_splits(uri: str) -> dict[str, list[Part]]:
             "and those of labels labels, y or targets, with a split such as train_images or x_train where there are "
             "some."
         )
-    return {
-        split: [Part("npz", "", found.get("labels", ""), found["images"])] for split, found in splits.items()
-    }
+    return {split: [Part("npz", "", one.get("labels", ""), one["images"])] for split, one in splits.items()}
 
 
 class Source:

@@ -43,9 +43,8 @@ class Source:
 
     def __init__(self, place: Place) -> None:
         self._count, self._options, self._split = numbered(place, "clips", "clips", _DEFAULTS, _OPTIONS)
-        self.found = Found(
-            "drawn clips", "the action of the figure", ("train", "test"), self._split, noun="clips"
-        )
+        splits = ("train", "test")
+        self.found = Found("drawn clips", "the action of the figure", splits, self._split, noun="clips")
         options = "&".join(f"{name}={value}" for name, value in self._options.items())
         self.name = f"clips:{self._count}?{options}#{self._split}"
         self.clips = {

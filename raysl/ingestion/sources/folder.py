@@ -55,10 +55,8 @@ class Source:
                 self._root, _, name = place.uri.rpartition("/")
                 files = (replace(file, path=name) for file in files)
             self._survey = Survey.of(files, lambda path: b"", about=VIDEO)
-        labels = place.config.labels
-        self._layout = layout.recognise(
-            self._survey, lambda splits: choose_split(place, splits), labels, left_out
-        )
+        labels, choose = place.config.labels, partial(choose_split, place)
+        self._layout = layout.recognise(self._survey, choose, labels, left_out)
         self.found = self._layout.found
         self.clips: dict[str, Any] = {}
         self._sampling: list[float] = []
@@ -97,10 +95,8 @@ class Source:
 
     def _labelled(self) -> Iterator[tuple[File, str | None]]:
         """Yield every image or video with its label, in the order of the indices."""
-        files = self._survey.all_files() or files_below(
-            self._root, follow_links=self._place.config.follow_links, base=self._layout.base
-        )
-        for file in files:
+        follow, base = self._place.config.follow_links, self._layout.base
+        for file in self._survey.all_files() or files_below(self._root, follow_links=follow, base=base):
             if self._survey.is_image(file.path):
                 try:
                     yield file, self._layout.label(file.path)
@@ -119,10 +115,8 @@ def read(unit: Unit) -> Iterator[Row]:
     few = [paths[start : start + _FILES_AT_ONCE] for start in range(0, len(paths), _FILES_AT_ONCE)]
     with ThreadPoolExecutor(_READERS) as pool:
         for start in range(0, len(few), _READERS):
-            loaded = pool.map(
-                lambda some: [_load(root, path) for path in some], few[start : start + _READERS]
-            )
-            for row in chain(*loaded):
+            some = few[start : start + _READERS]
+            for row in chain(*pool.map(lambda paths: [_load(root, path) for path in paths], some)):
                 yield row._replace(label=next(labels))
 
 

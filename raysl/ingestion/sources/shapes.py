@@ -32,13 +32,11 @@ class Source:
     encoded_here = True
 
     def __init__(self, place: Place) -> None:
-        self._num_images, self._options, self._split = numbered(
-            place, "shapes", "images", _DEFAULTS, _OPTIONS
-        )
+        self._count, self._options, self._split = numbered(place, "shapes", "images", _DEFAULTS, _OPTIONS)
         self.found = Found("drawn shapes", "the shape that is drawn", ("train", "test"), self._split)
         plain = "&plain=1" if self._options["plain"] else ""
         named = "seed={seed}&size={size}".format(**self._options)
-        self.name = f"shapes:{self._num_images}?{named}{plain}#{self._split}"
+        self.name = f"shapes:{self._count}?{named}{plain}#{self._split}"
 
     def stamp(self) -> str:
         return self.name
@@ -46,10 +44,10 @@ class Source:
     def units(self, size: UnitSize) -> Iterator[Unit]:
         from raysl.ingestion.drawing import CLASSES
 
-        self.found.classes = dict.fromkeys(CLASSES, self._num_images // len(CLASSES))
-        self.found.images = self._num_images
-        for first in range(0, self._num_images, size.num_images):
-            count = min(size.num_images, self._num_images - first)
+        self.found.classes = dict.fromkeys(CLASSES, self._count // len(CLASSES))
+        self.found.images = self._count
+        for first in range(0, self._count, size.num_images):
+            count = min(size.num_images, self._count - first)
             yield Unit(count, {"first": first, "count": count, "split": self._split, **self._options})
 
 
