@@ -68,9 +68,6 @@ def _place(opened: Opened, cache: Path | None) -> str:
 def splits(data: str) -> tuple[str, str]:
     """Return the images to learn from and to test on: the splits "train" and "test" if the source has them, or all of
     it for both. Of drawn sets, others are for testing: a thousand images, or two hundred clips.
-
-    Args:
-        data: as `resolve` takes it, without a split.
     """
     kind, _, rest = data.partition(":")
     if kind in _DRAWN_TESTS:

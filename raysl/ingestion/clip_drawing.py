@@ -117,7 +117,7 @@ def _color(a: npt.NDArray[np.float64], hue: int | None = None) -> Floats:
     """Return a color that is neither dark nor gray: of any hue, or near one of those of the overtones."""
     turn = a[0] if hue is None else (hue + 0.3 * (a[0] - 0.5)) / len(_OVERTONES_HZ)
     phase = 2 * math.pi * (turn + np.array([0, 1 / 3, 2 / 3]))
-    return (0.55 + 0.35 * np.cos(phase) + 0.1 * a[1]).astype(np.float32)
+    return np.asarray(0.55 + 0.35 * np.cos(phase) + 0.1 * a[1], np.float32)
 
 
 def _path(random: Random, number: int, time_n: npt.NDArray[np.float64]) -> Floats:
@@ -127,7 +127,7 @@ def _path(random: Random, number: int, time_n: npt.NDArray[np.float64]) -> Float
     middle = 0.5 + (0.18 + 0.06 * a[0]) * np.array([math.cos(side), math.sin(side)])
     angle, reach = 2 * math.pi * a[1], 0.15 + 0.07 * a[2]
     along = (2 * time_n / max(time_n[-1], 1e-9) - 1)[:, None]
-    return (middle + along * reach * np.array([math.cos(angle), math.sin(angle)])).astype(np.float32)
+    return np.asarray(middle + along * reach * np.array([math.cos(angle), math.sin(angle)]), np.float32)
 
 
 def _shape(

@@ -38,25 +38,16 @@ class LeftOut:
 
 @dataclass
 class Found:
-    """Summary of a source for the user. Complete once its units are listed.
+    """Summary of a source for the user. Complete once its units are listed."""
 
-    Args:
-        layout: layout of the source, such as "class folders".
-        labels: a sentence that says where the labels come from, or why there are none, with the path that decided it.
-        splits: all splits that the source holds.
-        split: the split that is read; "" without splits.
-        classes: number of images of each class, in the order of the class numbers; empty without labels.
-        noun: kind of the entries in the plural, "images" or "videos".
-    """
-
-    layout: str
-    labels: str = ""
-    splits: tuple[str, ...] = ()
-    split: str = ""
-    classes: dict[str, int] = field(default_factory=dict)
+    layout: str  # such as "class folders"
+    labels: str = ""  # where the labels come from, or why there are none, with the path that decided it
+    splits: tuple[str, ...] = ()  # all that the source holds
+    split: str = ""  # the one that is read; "" without splits
+    classes: dict[str, int] = field(default_factory=dict)  # images of each, in the order of their numbers
     images: int = 0
     left_out: LeftOut = field(default_factory=LeftOut)
-    noun: str = "images"
+    noun: str = "images"  # kind of the entries, or "videos"
 
     def call_videos(self) -> None:
         """Replace "images" by "videos" in the texts, but not in the example path."""

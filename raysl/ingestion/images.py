@@ -24,22 +24,14 @@ TRANSPARENT, PAGES, FULL_RANGE = "transparent", "pages", "uint16"
 
 @dataclass(frozen=True)
 class Treated:
-    """Images of one kind that were changed when they were ingested.
+    """Images of one kind that were changed when they were ingested."""
 
-    Args:
-        count: number of images; for `PAGES` of files that hold more images than were taken.
-        example: the first of them.
-        low, high: smallest and largest value found, for kinds with a scale.
-        left_out: pages and frames that were not taken, for `PAGES`.
-        one_color: images of which all pixels came out equal although the values in the file are not.
-    """
-
-    count: int
-    example: str
-    low: float = float("inf")
+    count: int  # for `PAGES` of files that hold more images than were taken
+    example: str  # the first of them
+    low: float = float("inf")  # smallest and largest value found, for kinds with a scale
     high: float = float("-inf")
-    left_out: int = 0
-    one_color: int = 0
+    left_out: int = 0  # pages and frames that were not taken, for `PAGES`
+    one_color: int = 0  # images of which all pixels came out equal although the values in the file are not
 
     def __add__(self, other: Treated) -> Treated:
         return Treated(

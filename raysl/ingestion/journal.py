@@ -32,25 +32,21 @@ _PARALLEL = 16
 
 @dataclass(frozen=True)
 class Header:
-    """What must be equal for an ingest to resume another: `stamp` is the hash of the listing, `shape` holds
-    the sizes of shards and row groups, and `decoding` says how images are decoded.
-    """
+    """What must be equal for an ingest to resume another."""
 
     source: str
-    stamp: str
-    shape: tuple[int, ...]
-    decoding: dict[str, Any]
+    stamp: str  # hash of its listing
+    shape: tuple[int, ...]  # sizes of shards and row groups
+    decoding: dict[str, Any]  # how images are decoded
 
 
 @dataclass(frozen=True)
 class Listed:
-    """The complete listing: the number of images in every unit, the names of the classes, empty without labels, and a
-    text that says where the labels come from, or why there are none.
-    """
+    """The complete listing."""
 
-    counts: tuple[int, ...]
-    classes: tuple[str, ...]
-    labels: str
+    counts: tuple[int, ...]  # images in every unit
+    classes: tuple[str, ...]  # names; empty without labels
+    labels: str  # where the labels come from, or why there are none
 
 
 @dataclass(frozen=True)
@@ -128,11 +124,7 @@ class Journal:
 
 
 def finished(dest: Folder, name: str, decoding: DecodeConfig) -> DataSet | None:
-    """Return the data set at `dest` if it is finished; None if `dest` is free for this source.
-
-    Raises:
-        UserError: `dest` holds something else.
-    """
+    """Return the data set at `dest` if it is finished; None if `dest` is free. Raises UserError for anything else."""
     if not dest.exists():
         return None
     if dest.exists(MANIFEST):

@@ -32,19 +32,13 @@ class NoClassesError(Exception):
 
 
 def find(names: Sequence[str], wanted: str, place: str) -> str:
-    """Return the column of labels; "" if no column is named like one.
+    """Return the column of labels: the one that the user named, or one with a known name; "" if there is none.
 
-    Args:
-        wanted: the column that the user named; "" to guess.
-        place: file, for messages.
-
-    Raises:
-        UserError: the named column does not exist.
+    Raises UserError, which names the place, if the named column does not exist.
     """
     if wanted and wanted not in names:
-        raise UserError(
-            f"{place} has no column {wanted!r}, which --label-column names. Its columns are {listed(names)}."
-        )
+        missing = f"{place} has no column {wanted!r}, which --label-column names"
+        raise UserError(f"{missing}. Its columns are {listed(names)}.")
     if wanted:
         return wanted
     lower = {name.lower(): name for name in reversed(names)}
@@ -73,12 +67,9 @@ def as_classes(column: pa.Array, names: list[str] | None = None) -> pa.Array:
     """Return the class of each row: a string, or null for a row without a label (null, NaN, -1, "").
 
     Args:
-        column: of integers, whole floats, booleans, strings, dictionaries of these, or lists of one of these.
+        column: of integers, whole floats, booleans, strings, dictionaries of these, or lists of one of these; other
+            values raise NoClassesError.
         names: of the classes that integers are indices of; None to name them after the integers.
-
-    Raises:
-        NoClassesError: the values are of another kind.
-        UserError: an integer has no name.
     """
     kind = column.type
     if pa.types.is_dictionary(kind):
@@ -140,17 +131,11 @@ def as_class_of_text(text: str) -> str | None:
 
 @dataclass
 class Classes:
-    """The classes of a source, counted while its labels are read.
-
-    Args:
-        counts: images of each class.
-        names: of the classes in the order of their numbers, where the source says them.
-        unlabelled: path of the first image without a label; "" if there is none.
-    """
+    """The classes of a source, counted while its labels are read."""
 
     counts: Counter[str] = field(default_factory=Counter)
-    names: list[str] = field(default_factory=list)
-    unlabelled: str = ""
+    names: list[str] = field(default_factory=list)  # in the order of the numbers, where the source says them
+    unlabelled: str = ""  # path of the first image without a label; "" if there is none
 
     def add(self, labels: Iterable[str | None], first: str) -> None:
         """Count labels; `first` names the file or the image that they are of."""
@@ -161,10 +146,7 @@ class Classes:
                 self.counts[label] += 1
 
     def ordered(self) -> dict[str, int]:
-        """Return the number of images of each class, in the order of the class numbers.
-
-        The order is the source's where it names its classes, else that of the numbers or of the alphabet.
-        """
+        """Return the images of each class, in the order of the source where it names its classes, or else sorted."""
         named = dict.fromkeys(self.names)
         order: Callable[[str], Any] = int if all(map(_is_number, self.counts)) else str
         others = sorted(self.counts.keys() - named.keys(), key=order)

@@ -57,25 +57,17 @@ _NUMBER = re.compile(r"\d{5,}")
 
 @dataclass
 class Layout:
-    """How the images of a tree of folders are read.
+    """How the images of a tree of folders are read."""
 
-    Args:
-        found: summary for the user; only the counts of the images are missing.
-        base: folder to read; "" is the root.
-        excluded: folders below it that are not read.
-        classes_in: folder that holds the class folders; None if folders are no classes.
-        inner_split: split inside of every class folder; "" if there is none.
-        class_of: class of an image by its path, for layouts whose classes are in a file.
-        masks_beside: returns True for masks of files beside them, as 0001_mask.png of 0001.png; None if there are none.
-    """
-
-    found: Found
-    base: str = ""
-    excluded: set[str] = field(default_factory=set)
-    classes_in: str | None = None
-    inner_split: str = ""
-    class_of: dict[str, str] | None = None
-    masks_beside: Callable[[str], bool] | None = None
+    found: Found  # only the counts of the images are missing
+    base: str = ""  # folder to read; "" is the root
+    excluded: set[str] = field(default_factory=set)  # folders below it that are not read
+    classes_in: str | None = None  # folder that holds the class folders; None if folders are no classes
+    inner_split: str = ""  # split inside of every class folder; "" if there is none
+    class_of: dict[str, str] | None = None  # class of an image by its path, for classes in a file
+    masks_beside: Callable[[str], bool] | None = (
+        None  # recognises 0001_mask.png of 0001.png; None without such
+    )
 
     def label(self, path: str) -> str | None:
         """Return the class of an image. Raises Skip if it is not read, with the reason if it is still to be counted."""

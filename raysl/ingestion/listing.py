@@ -238,32 +238,22 @@ def _line(file: File) -> bytes:
 
 @dataclass
 class Survey:
-    """Counts of the files in every folder of a source, by kind, from which a layout is recognised.
+    """Counts of the files in every folder of a source, by kind, from which a layout is recognised."""
 
-    It keeps the folders and the first 100,000 files in memory.
-
-    Args:
-        folders: number of files directly inside each folder ("" is the root), by kind.
-        examples: the first file of each folder and kind.
-        first_paths: the first images of each folder.
-        sniffed: images that were recognised by their content, because their names do not tell.
-        num_bytes: size of all files, by kind.
-        tables: files that may hold labels of the images beside them.
-        digest: hash that changes when a file is added or removed or an image changes.
-        first_files: the first 100,000 files, so that small sources are walked only once.
-        about: the kind of files that count as the images of the layout.
-    """
-
-    folders: dict[str, Counter[str]] = field(default_factory=dict)
-    examples: dict[tuple[str, str], str] = field(default_factory=dict)
-    first_paths: dict[str, list[str]] = field(default_factory=dict)
-    sniffed: set[str] = field(default_factory=set)
-    num_bytes: Counter[str] = field(default_factory=Counter)
-    tables: set[str] = field(default_factory=set)
-    digest: str = ""
-    first_files: list[File] = field(default_factory=list)
+    folders: dict[str, Counter[str]] = field(
+        default_factory=dict
+    )  # files inside each, by kind; "" is the root
+    examples: dict[tuple[str, str], str] = field(
+        default_factory=dict
+    )  # the first file of each folder and kind
+    first_paths: dict[str, list[str]] = field(default_factory=dict)  # the first images of each folder
+    sniffed: set[str] = field(default_factory=set)  # recognised by their content: their names do not tell
+    num_bytes: Counter[str] = field(default_factory=Counter)  # of all files, by kind
+    tables: set[str] = field(default_factory=set)  # files that may hold labels of the images beside them
+    digest: str = ""  # changes when a file is added or removed or an image changes
+    first_files: list[File] = field(default_factory=list)  # so that small sources are walked only once
     num_files: int = 0
-    about: str = IMAGE
+    about: str = IMAGE  # the kind of files that count as the images of the layout
 
     def all_files(self) -> list[File] | None:
         """Return all files; None if there are more than are kept."""

@@ -31,30 +31,18 @@ class Member(NamedTuple):
 
 @dataclass
 class Listing:
-    """The members of an archive, by kind.
-
-    A sample is named by the name of its members without the suffix.
-
-    Args:
-        format: "tar", "stream" (a compressed tar, read from its beginning) or "zip".
-        images, videos: by name, in the order of the archive.
-        classes: label in the `.cls` or `.json` member of each sample; `.cls` wins.
-        in_cls: samples with a `.cls` member.
-        unusable: why the label of a sample cannot be used, by sample.
-        no_label: why a `.json` member has no label, for the first such member.
-        tables: content of the files that may hold labels, by name; see `raysl.ingestion.metadata`.
-    """
+    """The members of an archive, by kind. A sample is named by the name of its members without the suffix."""
 
     path: str
-    format: str
+    format: str  # "tar", "stream" (a compressed tar, read from its beginning) or "zip"
     name: str
-    images: dict[str, Member] = field(default_factory=dict)
+    images: dict[str, Member] = field(default_factory=dict)  # by name, in the order of the archive
     videos: dict[str, Member] = field(default_factory=dict)
-    classes: dict[str, str | None] = field(default_factory=dict)
-    in_cls: set[str] = field(default_factory=set)
-    unusable: dict[str, str] = field(default_factory=dict)
-    no_label: str = ""
-    tables: dict[str, bytes] = field(default_factory=dict)
+    classes: dict[str, str | None] = field(default_factory=dict)  # label in `.cls` or `.json`, by sample
+    in_cls: set[str] = field(default_factory=set)  # samples with a `.cls` member, which wins
+    unusable: dict[str, str] = field(default_factory=dict)  # why the label of a sample cannot be used
+    no_label: str = ""  # why the first `.json` member without a label has none
+    tables: dict[str, bytes] = field(default_factory=dict)  # see `raysl.ingestion.metadata`
     left_out: LeftOut = field(default_factory=LeftOut)
 
     def take(self, member: Member, is_file: bool, content: Callable[[], bytes], config: ReadConfig) -> None:

@@ -39,7 +39,7 @@ def _use(layout: Layout, folder: str, path: str, table: pa.Table, wanted: str) -
     found, names = layout.found, table.column_names
     is_tiny = path.endswith(_TINY)
     if is_tiny:
-        files_in, column, *_ = [*names, "", ""]
+        files_in, column = (list(names) + ["", ""])[:2]
         prefix = "images/"
     else:
         files_in, column, prefix = file_column(names), labels.find(names, wanted, path), ""

@@ -61,6 +61,10 @@ class IngestConfig(ReadConfig):
     cpus_per_task: Annotated[float, Bounds(above=0, high=10**5)] = 1.0
     decoding: DecodeConfig = field(default_factory=DecodeConfig)
 
+    def place(self, source: str) -> Place:
+        """Return the place of a source, to be read as configured."""
+        return Place.parse(source, self.split, self.reading)
+
     @property
     def reading(self) -> ReadConfig:
         """The fields that say how a source is read."""
@@ -85,7 +89,7 @@ def ingest(source: Any, dest: str, config: IngestConfig | None = None) -> DataSe
     config = config or IngestConfig()
     folder = Folder(dest)
     if isinstance(source, str | os.PathLike):
-        opened = open_source(Place.parse(os.fspath(source), config.split, config.reading))
+        opened = open_source(config.place(os.fspath(source)))
     elif isinstance(source, Opened):
         opened = source
     else:

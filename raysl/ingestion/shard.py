@@ -29,33 +29,22 @@ _ROW_GROUP_BYTES = 4 << 20
 
 @dataclass(frozen=True)
 class Written:
-    """The result of a unit; a JSON value.
-
-    Args:
-        base: index of its first image.
-        row_groups: images in every row group; empty if no image could be decoded, and then there is no shard.
-        checksum: CRC-32 of the shard's footer.
-        digest: hash of every image's label and bytes, in order.
-        labels: label of every image, an index of the classes; empty if the source has no labels.
-        unlabelled: path of the first image without a label, if the source has labels.
-        bad: (path, reason) of every image that could not be decoded.
-        tally: the images that are stored in another form than their files.
-        ranges: by kind of values, the range that became 0 to 255.
-        with_sound: number of clips with sound.
-    """
+    """The result of a unit; a JSON value."""
 
     unit: int
-    base: int
-    row_groups: tuple[int, ...]
+    base: int  # index of its first image
+    row_groups: tuple[
+        int, ...
+    ]  # images in each; empty if no image could be decoded, and then there is no shard
     num_bytes: int
-    checksum: int
-    digest: str
-    labels: tuple[int, ...]
-    unlabelled: str
-    bad: tuple[tuple[str, str], ...]
-    tally: Tally = field(default_factory=dict)
-    ranges: dict[str, tuple[float, float]] = field(default_factory=dict)
-    with_sound: int = 0
+    checksum: int  # CRC-32 of the shard's footer
+    digest: str  # hash of every image's label and bytes, in order
+    labels: tuple[int, ...]  # of every image, an index of the classes; empty if the source has no labels
+    unlabelled: str  # path of the first image without a label, if the source has labels
+    bad: tuple[tuple[str, str], ...]  # path and reason of every image that could not be decoded
+    tally: Tally = field(default_factory=dict)  # the images that are stored in another form than their files
+    ranges: dict[str, tuple[float, float]] = field(default_factory=dict)  # by kind, what became 0 to 255
+    with_sound: int = 0  # number of clips with sound
 
     @property
     def num_images(self) -> int:
@@ -114,9 +103,6 @@ def write(
         decoding: how to decode every image and store those that are not ordinary; None stores all as they are.
         classes: names of the classes in label order; empty to write no labels.
         ranges: by kind of values, the range that becomes 0 to 255; see `raysl.ingestion.images.ranges_of`.
-
-    Raises:
-        UserError: the shard cannot be written, or the source is damaged.
     """
     bad, sizes, labels = list[tuple[str, str]](), list[int](), list[int | None]()
     unlabelled, with_sound = "", 0
@@ -184,11 +170,7 @@ def _checksum(dest: Folder, name: str) -> int:
 
 
 def move(dest: Folder, written: Written, base: int) -> Written:
-    """Rewrite the index column of a shard so that it starts at `base`.
-
-    Raises:
-        UserError: the shard cannot be read or written.
-    """
+    """Rewrite the index column of a shard so that it starts at `base`."""
     name = f"{SHARDS}/{_file(written.unit)}"
     try:
         with dest.open(name) as old, pq.ParquetFile(old, page_checksum_verification=True) as file:

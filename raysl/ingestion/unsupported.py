@@ -53,9 +53,7 @@ _LOGS = {
 def refusal(uri: str, survey: Survey | None, recognised: bool) -> str:
     """Return what a source is and the way to convert it, as the end of a sentence; "" if it is of no kind known here.
 
-    Args:
-        survey: the files of a folder; None for a file.
-        recognised: raysl reads sources of this kind, unless a log beside its files says which are valid.
+    A source that is recognised is refused only if it is a folder with a log that says which of its files are valid.
     """
     if survey is not None:
         if log := next((log for log in _LOGS if any(log in at.split("/") for at in survey.folders)), ""):

@@ -182,11 +182,7 @@ class Folder:
 
     @contextmanager
     def writing(self, name: str) -> Iterator[Any]:
-        """Open a file for writing in pieces. It appears complete when the block ends without an error.
-
-        Raises:
-            StorageError: the disk is full, or the folder cannot be written.
-        """
+        """Open a file for writing in pieces. It appears complete when the block ends without an error."""
         if self.is_local:
             with _written_local(f"{self.uri}/{name}") as stream:
                 yield stream
@@ -222,12 +218,7 @@ class Folder:
         self.write(name, (json.dumps(value, indent=1, sort_keys=True) + "\n").encode())
 
     def read(self, name: str) -> bytes:
-        """Return the content of a file.
-
-        Raises:
-            FileNotFoundError: the file does not exist.
-            StorageError: it cannot be read.
-        """
+        """Return the content of a file. Raises FileNotFoundError if it does not exist, or else StorageError."""
 
         def get(fs: Any, path: str) -> bytes:
             with fs.open_input_file(path) as stream:

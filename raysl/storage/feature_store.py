@@ -73,23 +73,15 @@ class Piece:
 
 @dataclass(frozen=True)
 class FeatureStore:
-    """Features of one layer in a folder. Small and picklable: it holds no rows.
-
-    Args:
-        layer: column of the features, each a list of `dim` numbers.
-        itemsize: bytes of a number in memory: 2 for float16, 4 otherwise.
-        has_paths: whether every file has the column `path`.
-        groups: all row groups, in the order of positions.
-        metadata: content of _features.json; empty for files of other programs.
-    """
+    """Features of one layer in a folder. Small and picklable: it holds no rows."""
 
     folder: Folder
-    layer: str
-    dim: int
-    itemsize: int
-    has_paths: bool
-    groups: tuple[RowGroup, ...]
-    metadata: dict[str, Any]
+    layer: str  # column of the features
+    dim: int  # numbers in a row
+    itemsize: int  # bytes of a number in memory: 2 for float16, 4 otherwise
+    has_paths: bool  # whether every file has the column `path`
+    groups: tuple[RowGroup, ...]  # all row groups, in the order of positions
+    metadata: dict[str, Any]  # content of _features.json; empty for files of other programs
 
     @staticmethod
     def open(uri: str, layer: str = "") -> FeatureStore:

@@ -81,15 +81,10 @@ class ReadConfig:
 
 @dataclass(frozen=True)
 class Place:
-    """A source as the user named it.
+    """A source as the user named it."""
 
-    Args:
-        uri: absolute local path, URI, or a name such as "shapes:1000".
-        split: "train", "test" or another split of the source; "" if none was named.
-    """
-
-    uri: str
-    split: str = ""
+    uri: str  # absolute local path, URI, or a name such as "shapes:1000"
+    split: str = ""  # "train", "test" or another split of the source; "" if none was named
     config: ReadConfig = field(default_factory=ReadConfig)
 
     @staticmethod
@@ -157,36 +152,24 @@ class Unit:
 
 
 class Row(NamedTuple):
-    """An image of a source.
+    """An image of a source."""
 
-    Args:
-        image: encoded bytes; None if they cannot be read, and then `reason` says why.
-        label: name of its class; None for an image without a label.
-        path: where a user finds it in the source.
-        clip: values of the columns of a clip, by name; see `raysl.dataset.clips`. None for an image.
-    """
-
-    image: bytes | None
-    label: str | None
-    path: str
+    image: bytes | None  # encoded; None if it cannot be read, and then `reason` says why
+    label: str | None  # name of its class; None for an image without a label
+    path: str  # where a user finds it in the source
     reason: str = ""
-    clip: Mapping[str, Any] | None = None
+    clip: Mapping[str, Any] | None = None  # columns of a clip, see `raysl.dataset.clips`; None for an image
 
 
 class Source(Protocol):
-    """An opened source. Opening raises UserError when the place is damaged or the split is not there.
+    """An opened source. Opening raises UserError when the place is damaged or the split is not there."""
 
-    Attributes:
-        name: names the source fully, with the split that is read; equal for equal sources.
-        encoded_here: `read` encodes the images itself, so that they need no check.
-        found: what was recognised. Its classes and counts are complete once `units` is exhausted.
-        clips: for a source of clips, metadata for the manifest; they list the columns under "columns".
-    """
-
-    name: str
-    encoded_here: bool
-    found: Found
-    clips: Mapping[str, Any] = {}
+    name: str  # names the source fully, with the split that is read; equal for equal sources
+    encoded_here: bool  # `read` encodes the images itself, so that they need no check
+    found: Found  # its classes and counts are complete once `units` is exhausted
+    clips: Mapping[
+        str, Any
+    ] = {}  # of a source of clips, metadata for the manifest, with the names of "columns"
 
     def __init__(self, place: Place) -> None: ...
 
@@ -290,11 +273,9 @@ def files_ending(place: Place, suffixes: tuple[str, ...]) -> list[File]:
 
 
 def read_split(place: Place, files: list[File], kind: str, inner: bool = False) -> tuple[list[File], Found]:
-    """Return the files of the split that is read, and what was found, in which all other files are left out.
+    """Return the files of the split that is read, and what was found, in which files of other kinds are left out.
 
-    Args:
-        kind: kind of the files in `raysl.ingestion.listing`.
-        inner: without splits in the names of files, the split may be one inside of them.
+    If `inner`, and no name of a file tells a split, the split may be one inside of the files.
     """
     by_path = {file.path: file for file in files}
     splits = by_split(by_path)
@@ -315,10 +296,7 @@ def read_split(place: Place, files: list[File], kind: str, inner: bool = False) 
 
 
 def choose_split(place: Place, splits: list[str]) -> str:
-    """Return the split to take of those that the source holds.
-
-    Raises UserError if the split that was named is not there, or none was named and there are several.
-    """
+    """Return the split to take of those that the source holds. Raises UserError if that is not decided."""
     known = ", ".join(splits) or "none"
     if place.split and place.split not in splits:
         same = [split for split in splits if split.lower() == place.split.lower()]

@@ -65,20 +65,13 @@ def _files(place: Place) -> list[File]:
 
 
 class Columns(NamedTuple):
-    """The columns of a file.
-
-    Args:
-        label: column of the labels; "" for none.
-        names: of the classes that labels are numbers of; None without names.
-        is_file_name: the column `image` holds names of files.
-        constant: label of all rows, where a folder such as "label=cat" states it; None if it is a column.
-    """
+    """The columns of a file."""
 
     image: str
-    label: str
-    names: list[str] | None
-    is_file_name: bool
-    constant: str | None = None
+    label: str  # "" for none
+    names: list[str] | None  # of the classes that labels are numbers of; None without names
+    is_file_name: bool  # the column `image` holds names of files
+    constant: str | None = None  # label of all rows, where a folder such as "label=cat" states it
     is_video: bool = False
 
 
