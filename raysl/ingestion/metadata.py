@@ -36,10 +36,11 @@ def apply(read: Callable[[str], bytes], survey: Survey, layout: Layout, wanted: 
 
 def _use(layout: Layout, folder: str, path: str, table: pa.Table, wanted: str) -> None:
     """Take the labels of a table, or say why it has none."""
-    found, names = layout.found, table.column_names
+    found = layout.found
+    names: list[str] = table.column_names
     is_tiny = path.endswith(_TINY)
     if is_tiny:
-        files_in, column = (list(names) + ["", ""])[:2]
+        files_in, column = [*names, "", ""][:2]
         prefix = "images/"
     else:
         files_in, column, prefix = file_column(names), labels.find(names, wanted, path), ""
