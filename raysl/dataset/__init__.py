@@ -36,6 +36,8 @@ from raysl.storage import Folder
 from raysl.storage.parquet_parts import Parts, metadata, spans
 from raysl.storage.records import verified, verified_lines, write_record
 
+Integers = npt.NDArray[np.int64]
+
 MANIFEST = "manifest.json"
 BAD_IMAGES = "bad_images.jsonl"
 LABELS = "labels.parquet"
@@ -51,8 +53,8 @@ _REQUESTS_AT_ONCE = 16
 class Rows:
     """Rows of a data set to be read together: their indices and the epoch in which each is read, int64 (b,)."""
 
-    indices_b: npt.NDArray[np.int64]
-    epochs_b: npt.NDArray[np.int64]
+    indices_b: Integers
+    epochs_b: Integers
 
     def __len__(self) -> int:
         return len(self.indices_b)
@@ -69,6 +71,11 @@ class Shard:
     num_bytes: int
     checksum: int | None = None
 
+    @staticmethod
+    def from_json(value: dict[str, Any]) -> Shard:
+        groups = tuple(map(int, value["row_groups"]))
+        return Shard(str(value["file"]), groups, int(value["num_bytes"]), value.get("checksum"))
+
     @property
     def num_images(self) -> int:
         return sum(self.row_groups)
@@ -78,27 +85,20 @@ class Shard:
 class Manifest:
     """The content of a data set.
 
-    Args:
-        source: the ingested source, as the user named it.
-        classes: names of the classes in label order; empty if the images have no labels.
-        fingerprint: hash of every image's bytes and label, in order. Two data sets with the same fingerprint hold
-            the same images under the same indices.
-        num_bad: images of the source that could not be decoded; bad_images.jsonl lists them.
-        decoding: how the image files were decoded: the configuration, the range of values of each kind that has one,
-            and how many images are stored in another form than their files; a JSON value.
-        labels_checksum: CRC-32 of the labels file; None without labels, or in data sets written before raysl 0.2.
-        clips: metadata of a data set of clips, with the names of their columns under "columns"; empty for images.
+    The fingerprint is a hash of every image's bytes and label, in order: two data sets with the same fingerprint hold
+    the same images under the same indices. `decoding` says how the image files were decoded: the configuration, the
+    range of values of each kind that has one, and how many images are stored in another form than their files.
     """
 
-    source: str
+    source: str  # as the user named it
     shards: tuple[Shard, ...]
-    classes: tuple[str, ...]
+    classes: tuple[str, ...]  # names in label order; empty if the images have no labels
     fingerprint: str
-    num_bad: int
+    num_bad: int  # images of the source that could not be decoded; bad_images.jsonl lists them
     format: int = FORMAT
     decoding: dict[str, Any] = field(default_factory=dict)
-    labels_checksum: int | None = None
-    clips: dict[str, Any] = field(default_factory=dict)
+    labels_checksum: int | None = None  # CRC-32; None without labels, or if written before raysl 0.2
+    clips: dict[str, Any] = field(default_factory=dict)  # of clips, with the names of their "columns"
 
     @property
     def num_images(self) -> int:
@@ -116,12 +116,7 @@ class Manifest:
         """Parse a manifest. Raises KeyError, TypeError or ValueError if a field is missing or malformed."""
         return Manifest(
             source=str(value["source"]),
-            shards=tuple(
-                Shard(
-                    str(s["file"]), tuple(map(int, s["row_groups"])), int(s["num_bytes"]), s.get("checksum")
-                )
-                for s in value["shards"]
-            ),
+            shards=tuple(map(Shard.from_json, value["shards"])),
             classes=tuple(map(str, value["classes"])),
             fingerprint=str(value["fingerprint"]),
             num_bad=int(value["num_bad"]),
@@ -178,7 +173,7 @@ class DataSet:
         return DataSet(folder, manifest)
 
     @staticmethod
-    def create(folder: Folder, manifest: Manifest, labels: Iterable[npt.NDArray[np.int64]]) -> DataSet:
+    def create(folder: Folder, manifest: Manifest, labels: Iterable[Integers]) -> DataSet:
         """Complete a data set whose shards are written, and open it.
 
         Args:
@@ -202,18 +197,18 @@ class DataSet:
         return bool(self.manifest.classes)
 
     @cached_property
-    def row_group_starts(self) -> npt.NDArray[np.int64]:
+    def row_group_starts(self) -> Integers:
         """int64 (groups + 1,): the first index of every row group, and the number of images at the end."""
         sizes = [n for shard in self.manifest.shards for n in shard.row_groups]
         return np.concatenate([[0], np.cumsum(sizes, dtype=np.int64)])
 
     @cached_property
-    def _shard_starts(self) -> npt.NDArray[np.int64]:
+    def _shard_starts(self) -> Integers:
         """int64 (shards + 1,): the number of the first row group of every shard, and of all row groups."""
         sizes = [len(shard.row_groups) for shard in self.manifest.shards]
         return np.concatenate([[0], np.cumsum(sizes, dtype=np.int64)])
 
-    def read(self, indices: npt.NDArray[np.int64], columns: Sequence[str] = ("image", "label")) -> pa.Table:
+    def read(self, indices: Integers, columns: Sequence[str] = ("image", "label")) -> pa.Table:
         """Return rows in the order of `indices`. Each row group that holds one of them is read once.
 
         Args:
@@ -237,10 +232,10 @@ class DataSet:
         offsets = starts[group_of] + indices - self.row_group_starts[groups]
         return pa.concat_tables(parts).take(pa.array(offsets))
 
-    def _row_groups(self, groups: npt.NDArray[np.int64], columns: Sequence[str]) -> Iterator[pa.Table]:
+    def _row_groups(self, groups: Integers, columns: Sequence[str]) -> Iterator[pa.Table]:
         """Yield the content of row groups, given in ascending order."""
         shards = np.searchsorted(self._shard_starts, groups, side="right") - 1
-        pieces: list[tuple[int, npt.NDArray[np.int64]]] = []
+        pieces: list[tuple[int, Integers]] = []
         for number in np.unique(shards):
             inside = groups[shards == number]
             # Of a remote store, row groups that are not neighbours are read at the same time.
@@ -269,9 +264,7 @@ class DataSet:
         except (pa.ArrowException, ValueError) as error:
             raise self._damaged(shard.file, str(error)) from error
 
-    def _read_shard(
-        self, number: int, groups: npt.NDArray[np.int64], columns: Sequence[str]
-    ) -> Iterator[pa.Table]:
+    def _read_shard(self, number: int, groups: Integers, columns: Sequence[str]) -> Iterator[pa.Table]:
         """Yield the content of row groups of one shard, read with one request for neighbouring ones."""
         shard = self.manifest.shards[number]
         wanted = ["index", *(name for name in columns if name != "label" or self.has_labels)]
@@ -301,12 +294,8 @@ class DataSet:
                 part = part.append_column("path", part.column("index").cast(pa.string())).select(wanted)
             yield part
 
-    def labels(self) -> npt.NDArray[np.int64]:
-        """Return the label of every image: int64 (n,).
-
-        Raises:
-            UserError: the data set has none, or a file of it is damaged.
-        """
+    def labels(self) -> Integers:
+        """Return the label of every image: int64 (n,). Raises UserError if there are none, or if a file is damaged."""
         if not self.has_labels:
             raise UserError(
                 f"The data set at {str(self.folder)!r} has no labels, and here they are needed. Give a data set whose "
@@ -325,14 +314,11 @@ class DataSet:
             )
         return pq.read_table(io.BytesIO(data)).column("label").to_numpy().astype(np.int64)  # type: ignore[no-any-return]
 
-    def paths(self, indices: npt.NDArray[np.int64] | None = None) -> list[str]:
+    def paths(self, indices: Integers | None = None) -> list[str]:
         """Return the path of every image in its source, or its key in an archive or a table.
 
         Args:
             indices: int64 (b,), as for `read`; None for all images, in index order.
-
-        Raises:
-            UserError: as for `read`.
         """
         column = self._column("path") if indices is None else self.read(indices, ("path",)).column("path")
         return column.to_pylist()  # type: ignore[no-any-return]
@@ -348,15 +334,11 @@ class DataSet:
         )
 
     def bad_images(self) -> list[dict[str, str]]:
-        """Return {"path", "reason"} for every source image that could not be decoded.
-
-        Raises:
-            UserError: bad_images.jsonl is damaged.
-        """
-        if not self.folder.exists(BAD_IMAGES):
-            return []
+        """Return {"path", "reason"} for every source image that could not be decoded."""
         try:
             return [json.loads(line) for line in verified_lines(self.folder.read(BAD_IMAGES).splitlines())]
+        except FileNotFoundError:
+            return []
         except ValueError as error:
             raise UserError(
                 f"The file {self.folder}/{BAD_IMAGES} is damaged: {error}. Delete it, or ingest the source again; the "
@@ -368,11 +350,5 @@ def parquet_writer(stream: object, schema: pa.Schema) -> pq.ParquetWriter:
     """Open a shard for writing."""
     # Small JPEG files share their headers: zstd makes CIFAR-10 three times smaller. Statistics of the images would
     # copy the largest into the footer.
-    return pq.ParquetWriter(
-        stream,
-        schema,
-        compression="zstd",
-        use_dictionary=False,
-        write_statistics=["index"],
-        write_page_checksum=True,
-    )
+    settings = {"use_dictionary": False, "write_statistics": ["index"], "write_page_checksum": True}
+    return pq.ParquetWriter(stream, schema, compression="zstd", **settings)

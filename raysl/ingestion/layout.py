@@ -19,6 +19,8 @@ from raysl.ingestion.found import Found, LeftOut, printable
 from raysl.ingestion.listing import IMAGE, NOTES, TABLE, Survey, join
 
 Labels = Literal["auto", "folders", "none"]
+# Returns the split to take of those that the source holds, or raises UserError.
+Choose = Callable[[list[str]], str]
 
 # Folders of pictures that are not the images: masks, depths, and what tools write beside the images.
 _MASK = (
@@ -65,9 +67,7 @@ class Layout:
     classes_in: str | None = None  # folder that holds the class folders; None if folders are no classes
     inner_split: str = ""  # split inside of every class folder; "" if there is none
     class_of: dict[str, str] | None = None  # class of an image by its path, for classes in a file
-    masks_beside: Callable[[str], bool] | None = (
-        None  # recognises 0001_mask.png of 0001.png; None without such
-    )
+    masks_beside: Callable[[str], bool] | None = None  # True for 0001_mask.png beside 0001.png
 
     def label(self, path: str) -> str | None:
         """Return the class of an image. Raises Skip if it is not read, with the reason if it is still to be counted."""
@@ -96,13 +96,10 @@ def is_within(folder: str, parent: str) -> bool:
     return not parent or folder == parent or folder.startswith(f"{parent}/")
 
 
-def recognise(
-    survey: Survey, choose: Callable[[list[str]], str], labels: Labels, left_out: LeftOut
-) -> Layout:
+def recognise(survey: Survey, choose: Choose, labels: Labels, left_out: LeftOut) -> Layout:
     """Return the layout of a tree.
 
     Args:
-        choose: returns the split to take of those that the source holds, or raises UserError.
         labels: "folders" takes the first folders as classes, whatever their names; "none" takes no labels.
         left_out: what the listing has left out.
     """
@@ -217,7 +214,7 @@ def _splits(survey: Survey, base: str, labels: Labels) -> tuple[list[str], list[
     return [], []
 
 
-def _classes(survey: Survey, layout: Layout, labels: Labels, choose: Callable[[list[str]], str]) -> None:
+def _classes(survey: Survey, layout: Layout, labels: Labels, choose: Choose) -> None:
     """Decide where the labels come from."""
     found, base = layout.found, layout.base
     children = _without_masks(survey, layout, labels)

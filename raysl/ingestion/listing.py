@@ -12,15 +12,12 @@ from contextlib import suppress
 from dataclasses import dataclass, field
 from functools import cached_property
 from itertools import chain, islice
-from typing import TYPE_CHECKING
+from typing import Any
 
 from raysl.errors import UserError
 from raysl.ingestion.found import LINKS_AGAIN, LINKS_OUT, LeftOut, printable
 from raysl.storage import Folder, filesystem, retry
 from raysl.stream.formats import EXTENSIONS, looks_like_image
-
-if TYPE_CHECKING:
-    import pyarrow.fs as pafs
 
 IMAGE, TABLE, ARCHIVE = "image", "tables", "archives"
 NOTES, VIDEO = "JSON and XML files", "videos"
@@ -183,9 +180,7 @@ class _LocalWalk:
             )
 
 
-def _walk_remote(
-    fs: pafs.FileSystem, folder: str, prefix: str, depth: int, left_out: LeftOut
-) -> Iterator[File]:
+def _walk_remote(fs: Any, folder: str, prefix: str, depth: int, left_out: LeftOut) -> Iterator[File]:
     import pyarrow.fs as pafs
 
     found = retry(f"{fs.type_name}://{folder}", "list", lambda: fs.get_file_info(pafs.FileSelector(folder)))
@@ -199,7 +194,7 @@ def _walk_remote(
             yield from _walk_remote(fs, info.path, f"{path}/", depth - 1, left_out)
 
 
-def _remote_file(path: str, info: pafs.FileInfo) -> File:
+def _remote_file(path: str, info: Any) -> File:
     # Arrow returns None for a size or a time that an object store does not know.
     return File(path, info.size or 0, info.mtime_ns or 0)
 
@@ -240,12 +235,8 @@ def _line(file: File) -> bytes:
 class Survey:
     """Counts of the files in every folder of a source, by kind, from which a layout is recognised."""
 
-    folders: dict[str, Counter[str]] = field(
-        default_factory=dict
-    )  # files inside each, by kind; "" is the root
-    examples: dict[tuple[str, str], str] = field(
-        default_factory=dict
-    )  # the first file of each folder and kind
+    folders: dict[str, Counter[str]] = field(default_factory=dict)  # files in each, by kind; "" is the root
+    examples: dict[tuple[str, str], str] = field(default_factory=dict)  # first file of each folder and kind
     first_paths: dict[str, list[str]] = field(default_factory=dict)  # the first images of each folder
     sniffed: set[str] = field(default_factory=set)  # recognised by their content: their names do not tell
     num_bytes: Counter[str] = field(default_factory=Counter)  # of all files, by kind

@@ -36,6 +36,8 @@ from raysl.stream.pixels import DecodeConfig, Ranges
 
 _log = logging.getLogger("raysl.ingestion")
 _LINE_EVERY_S = 5.0
+# What a task does with the unit of a number; returns how many images were written and how many are bad.
+Work = Callable[[int], tuple[int, int]]
 
 
 @dataclass(frozen=True)
@@ -126,10 +128,8 @@ def _list(source: Source, journal: Journal, config: IngestConfig) -> Listed:
         units = source.units(size)
         first = next(units, None)
         if first is None:
-            left_out = source.found.left_out
-            raise UserError(
-                f"The source {source.name!r} holds no images. It holds {left_out}. {recognised()}"
-            )
+            others = source.found.left_out
+            raise UserError(f"The source {source.name!r} holds no images. It holds {others}. {recognised()}")
         journal.start(header)
         journal.dest.delete(SHARDS)
         counts = []
@@ -172,8 +172,8 @@ def _scale_all(opened: Opened, listed: Listed, journal: Journal, config: IngestC
 
 def _write_function(
     opened: Opened, listed: Listed, journal: Journal, config: IngestConfig, ranges: Ranges
-) -> Callable[[int], tuple[int, int]]:
-    """Return the function that writes the shard of a unit in a task, and returns the numbers of good and bad images."""
+) -> Work:
+    """Return the function that writes the shard of a unit in a task."""
     kind, first_indices = opened.kind, [0, *accumulate(listed.counts)]
     decoding = None if opened.source.encoded_here else config.decoding
 
@@ -212,9 +212,7 @@ def _renumber_all(journal: Journal, config: IngestConfig) -> None:
     _show_progress(_run_tasks(list(first_indices), move, config), "Renumbering", 0, total)
 
 
-def _run_tasks(
-    numbers: list[int], work: Callable[[int], tuple[int, int]], config: IngestConfig
-) -> Iterator[tuple[int, int]]:
+def _run_tasks(numbers: list[int], work: Work, config: IngestConfig) -> Iterator[tuple[int, int]]:
     """Do the work for every number in a separate task; yield (images, bad) as each task ends."""
     import ray.data
 
@@ -230,9 +228,7 @@ def _run_tasks(
         yield row["images"], row["bad"]
 
 
-def _run_task(
-    batch: dict[str, Any], numbers: list[int], work: Callable[[int], tuple[int, int]]
-) -> dict[str, Any]:
+def _run_task(batch: dict[str, Any], numbers: list[int], work: Work) -> dict[str, Any]:
     """Run one Ray Data task. A UserError is returned as a value: an exception would arrive wrapped, or be retried."""
     rows = []
     for i in batch["id"]:

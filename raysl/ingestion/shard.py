@@ -33,9 +33,7 @@ class Written:
 
     unit: int
     base: int  # index of its first image
-    row_groups: tuple[
-        int, ...
-    ]  # images in each; empty if no image could be decoded, and then there is no shard
+    row_groups: tuple[int, ...]  # images in each; empty if none could be decoded: then there is no shard
     num_bytes: int
     checksum: int  # CRC-32 of the shard's footer
     digest: str  # hash of every image's label and bytes, in order

@@ -153,9 +153,8 @@ class FeatureStore:
             UserError: there are more shards than rows.
         """
         if count > self.num_rows:
-            raise UserError(
-                f"{count} actors cannot share {self.num_rows} rows: a shard would be empty. Use fewer actors."
-            )
+            share = f"{count} actors cannot share {self.num_rows} rows"
+            raise UserError(f"{share}: a shard would be empty. Use fewer actors.")
         edges = [self.num_rows * i // count for i in range(count + 1)]
         return [tuple(self._between(a, b)) for a, b in pairwise(edges)]
 

@@ -34,16 +34,10 @@ class Seekable(io.RawIOBase):
 
 
 class RemoteFile(Seekable):
-    """A seekable file for reading. After a read that fails, the file is opened again.
+    """A seekable file for reading. After a read that fails, the file of Arrow is opened again.
 
-    Each read is one request, so that readers of Parquet decide on the size of the requests.
-
-    Args:
-        open_file: opens the file of Arrow; may be called several times.
-        repeat: returns what a function returns, and calls it again after errors that may pass.
-
-    Raises:
-        FileNotFoundError, StorageError: what `repeat` raises in the end; see `raysl.storage.retry`.
+    Each read is one request, so that readers of Parquet decide on the size of the requests. `repeat` calls a function
+    again after errors that may pass; see `raysl.storage.retry`.
     """
 
     def __init__(self, open_file: Callable[[], Any], repeat: Callable[[Callable[[], Any]], Any]) -> None:

@@ -167,9 +167,7 @@ class Source(Protocol):
     name: str  # names the source fully, with the split that is read; equal for equal sources
     encoded_here: bool  # `read` encodes the images itself, so that they need no check
     found: Found  # its classes and counts are complete once `units` is exhausted
-    clips: Mapping[
-        str, Any
-    ] = {}  # of a source of clips, metadata for the manifest, with the names of "columns"
+    clips: Mapping[str, Any] = {}  # metadata of clips for the manifest, with the names of their "columns"
 
     def __init__(self, place: Place) -> None: ...
 
@@ -304,10 +302,8 @@ def choose_split(place: Place, splits: list[str]) -> str:
             return same[0]
         raise UserError(f"The source {place.uri!r} has no split {place.split!r}. Its splits: {known}.")
     if not place.split and len(splits) > 1:
-        example = f"{place.uri}#{splits[-1]}"
-        raise UserError(
-            f"The source {place.uri!r} holds several splits: {known}. Name one, as in {example!r}."
-        )
+        one = f"{place.uri}#{splits[-1]}"
+        raise UserError(f"The source {place.uri!r} holds several splits: {known}. Name one, as in {one!r}.")
     return place.split or "".join(splits)
 
 
