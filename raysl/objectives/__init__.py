@@ -4,7 +4,7 @@ A file `objectives/foo.py` describes the objective `foo` with
 
     @dataclass(frozen=True)
     class Config(Checked): ...           its hyperparameters
-    class Foo(nn.Module): ...            the objective; see `Objective`
+    class Foo(nn.Module): ...            the objective; see `Objective`, and `Base`
 
 A method is an objective and, where it needs one, a pretext transform: "pirl-jigsaw", "predict-rotation", "npid". An
 objective with the class attribute `several = True` takes several transforms: "multitask-rotation,jigsaw".
@@ -18,10 +18,10 @@ from typing import Any, Protocol, runtime_checkable
 
 from torch import Tensor, nn
 
-from raysl.contrastive.bank import MemoryBank
+from raysl.contrastive.bank import MemoryBank as MemoryBank
 from raysl.errors import UserError
 from raysl.pretext import Pretext
-from raysl.stream.reader import Batch
+from raysl.stream.reader import Batch as Batch
 
 
 @dataclass(frozen=True)
@@ -118,6 +118,17 @@ class Objective(Protocol):
     def loss(self, outputs: Mapping[str, Tensor], batch: Batch, bank: MemoryBank | None) -> Loss:
         """Compute the loss of a batch. It may use collectives: every worker calls it once per step."""
         ...
+
+
+class Base(nn.Module):
+    """Base of an objective with what most have: views that are compared with each other, and no memory bank."""
+
+    predicts = False
+    bank_dim = 0
+
+    def __init__(self, config: Any, setup: Setup) -> None:
+        super().__init__()
+        self.config = config
 
 
 @runtime_checkable

@@ -11,10 +11,9 @@ from torch import Tensor
 
 from raysl.communication import collective
 from raysl.contrastive import losses, negatives
-from raysl.contrastive.bank import MemoryBank
 from raysl.fields import Bounds, Checked, Range
-from raysl.objectives._heads import HeadName
-from raysl.stream.reader import Batch
+from raysl.objectives import Base, Batch, MemoryBank, Setup
+from raysl.objectives._heads import HeadName, projection
 
 
 @dataclass(frozen=True)
@@ -46,43 +45,62 @@ class MemoryConfig(Checked):
     head: HeadName = "linear"
 
 
-def contrast(
-    config: MemoryConfig, queries: Mapping[str, Tensor], batch: Batch, bank: MemoryBank, z: Tensor
-) -> tuple[dict[str, Tensor], dict[str, Tensor]]:
-    """Contrast each query with the memory of its image and the same negatives. The bank is not changed.
+class WithMemory(Base):
+    """Base of an objective that contrasts queries with the memory bank: the head of the image, and the constant z.
 
-    Args:
-        queries: unit embeddings (b, d) with gradient, by name.
-        z: the normalisation constant of "nce", a scalar. While it is NaN, the first query sets it.
-
-    Returns:
-        The loss of each query by name, averaged over the batch; and metrics to log.
+    Raises:
+        UserError: the data set has fewer other images than negatives.
     """
-    memory_bd = bank.lookup(batch.indices_b)
-    # All queries of an image share their negatives.
-    queries_qbd, k = torch.stack(list(queries.values())), config.num_negatives
-    if config.negatives == "shared":
-        scores_qbk = negatives.shared_scores(bank, queries_qbd, batch.rows, batch.step, k)
-    else:
-        scores_qbk = negatives.per_image_scores(bank, queries_qbd, batch.rows, k)
-    terms: dict[str, Tensor] = {}
-    metrics: dict[str, Tensor] = {}
-    for (name, query_bd), scores_bk in zip(queries.items(), scores_qbk, strict=True):
-        cosine_b = (query_bd * memory_bd).sum(dim=1)
-        terms[name] = _term(config, cosine_b / config.temperature, scores_bk / config.temperature, bank, z)
-        metrics[f"loss/{name}"] = terms[name].detach()
-        metrics[f"similarity/{name}"] = cosine_b.detach().mean()
-    return terms, metrics
 
+    z: Tensor
 
-def _term(
-    config: MemoryConfig, positive_b: Tensor, negatives_bk: Tensor, bank: MemoryBank, z: Tensor
-) -> Tensor:
-    if config.loss == "infonce":
-        return losses.info_nce(positive_b, negatives_bk).mean()
-    if config.loss == "paper_h":
-        return losses.paper_h(positive_b, negatives_bk).mean()
-    # Without a branch: the host would wait for the device to read z.
-    estimate = collective.mean(losses.estimate_z(positive_b, negatives_bk, bank.num_images))
-    z.copy_(torch.where(z.isnan(), estimate, z))
-    return losses.nce(positive_b, negatives_bk, z, bank.num_images).mean()
+    def __init__(self, name: str, config: MemoryConfig, setup: Setup) -> None:
+        super().__init__(config, setup)
+        negatives.check(config.num_negatives, setup.num_images, name)
+        self.bank_dim = config.dim
+        self.image_head = projection(config.head, setup.width, config.dim)
+        # The normalisation constant of "nce": NaN until the first batch sets it, while the bank holds random vectors.
+        # It is saved, because a later batch would give another value.
+        self.register_buffer("z", torch.tensor(float("nan")))
+
+    def contrast(
+        self, queries: Mapping[str, Tensor], batch: Batch, bank: MemoryBank | None
+    ) -> tuple[dict[str, Tensor], dict[str, Tensor]]:
+        """Contrast each query with the memory of its image and the same negatives. The bank is not changed.
+
+        Args:
+            queries: unit embeddings (b, d) with gradient, by name. The first sets z.
+
+        Returns:
+            The loss of each query by name, averaged over the batch; and metrics to log.
+        """
+        assert bank is not None
+        memory_bd = bank.lookup(batch.indices_b)
+        # All queries of an image share their negatives.
+        queries_qbd, k, tau = (
+            torch.stack(list(queries.values())),
+            self.config.num_negatives,
+            self.config.temperature,
+        )
+        if self.config.negatives == "shared":
+            scores_qbk = negatives.shared_scores(bank, queries_qbd, batch.rows, batch.step, k)
+        else:
+            scores_qbk = negatives.per_image_scores(bank, queries_qbd, batch.rows, k)
+        terms: dict[str, Tensor] = {}
+        metrics: dict[str, Tensor] = {}
+        for (name, query_bd), scores_bk in zip(queries.items(), scores_qbk, strict=True):
+            cosine_b = (query_bd * memory_bd).sum(dim=1)
+            terms[name] = self._term(cosine_b / tau, scores_bk / tau, bank.num_images)
+            metrics[f"loss/{name}"] = terms[name].detach()
+            metrics[f"similarity/{name}"] = cosine_b.detach().mean()
+        return terms, metrics
+
+    def _term(self, positive_b: Tensor, negatives_bk: Tensor, num_images: int) -> Tensor:
+        if self.config.loss == "infonce":
+            return losses.info_nce(positive_b, negatives_bk).mean()
+        if self.config.loss == "paper_h":
+            return losses.paper_h(positive_b, negatives_bk).mean()
+        # Without a branch: the host would wait for the device to read z.
+        estimate = collective.mean(losses.estimate_z(positive_b, negatives_bk, num_images))
+        self.z.copy_(torch.where(self.z.isnan(), estimate, self.z))
+        return losses.nce(positive_b, negatives_bk, self.z, num_images).mean()

@@ -10,7 +10,7 @@ from torch import Tensor, nn
 
 from raysl.backbone.network import encode_views
 from raysl.fields import Bounds, Checked
-from raysl.objectives import Setup
+from raysl.objectives import Base, Setup
 from raysl.objectives._heads import mlp
 
 
@@ -40,15 +40,11 @@ class ProjectedConfig(TwoViewsConfig):
     hidden: Annotated[int, Bounds(1, 65_536)] = 512
 
 
-class TwoViews(nn.Module):
+class TwoViews(Base):
     """Base of an objective with the views "a", which the method's transform may change, and "b"."""
 
-    predicts = False
-    bank_dim = 0
-
     def __init__(self, config: Any, setup: Setup) -> None:
-        super().__init__()
-        self.config = config
+        super().__init__(config, setup)
         self.views = {"a": setup.pretext or setup.identity, "b": setup.identity}
         self.recipes = {view: name for view, name in (("a", config.recipe_a), ("b", config.recipe_b)) if name}
 

@@ -29,14 +29,12 @@ from torch import Tensor, nn
 from raysl.backbone.network import Backbone, encode, encode_maps
 from raysl.communication import collective
 from raysl.contrastive import losses
-from raysl.contrastive.bank import MemoryBank
 from raysl.errors import UserError
 from raysl.fields import Bounds, Checked
-from raysl.objectives import Loss, Setup
+from raysl.objectives import Base, Batch, Loss, MemoryBank, Setup
 from raysl.objectives._heads import projection
 from raysl.pretext import Pretext
 from raysl.pretext._sound import BANDS, MomentFrame, MomentSound
-from raysl.stream.reader import Batch
 
 # No color augmentation: in the drawn clips the color decides the overtone. Little cropping, so that the box is seen.
 COMMAND = (
@@ -89,20 +87,16 @@ class SoundBackbone(nn.Module):
         return maps.mean(dim=3).flatten(1)
 
 
-class AudioVisual(nn.Module):
+class AudioVisual(Base):
     """The sound network, an embedding of each side, and the classifier of the pair."""
 
-    predicts = False
-    bank_dim = 0
-
     def __init__(self, config: Config, setup: Setup) -> None:
-        super().__init__()
+        super().__init__(config, setup)
         setup.no_transform("audio_visual")
         if config.sound_width % 4:
             raise UserError(
                 f"--audio-visual.sound-width is {config.sound_width}; it must be a multiple of 4."
             )
-        self.config = config
         self.views: dict[str, Pretext] = {
             "frame": MomentFrame(setup.identity.source, config.window_s),
             "sound": MomentSound(config.window_s, 1 if config.negatives == "clips" else 2),

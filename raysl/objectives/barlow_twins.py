@@ -23,11 +23,9 @@ import torch
 from torch import Tensor
 
 from raysl.communication import collective
-from raysl.contrastive.bank import MemoryBank
 from raysl.fields import Bounds, Range
-from raysl.objectives import Loss
+from raysl.objectives import Batch, Loss, MemoryBank
 from raysl.objectives._two_views import Projected, ProjectedConfig
-from raysl.stream.reader import Batch
 
 
 @dataclass(frozen=True)

@@ -23,12 +23,10 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from raysl.backbone.network import encode_views
-from raysl.contrastive.bank import MemoryBank
 from raysl.fields import Bounds, Range
-from raysl.objectives import Loss, Setup
+from raysl.objectives import Batch, Loss, MemoryBank, Setup
 from raysl.objectives._heads import ema_update, frozen_copy, mlp, rising_momentum
 from raysl.objectives._two_views import TwoViews, TwoViewsConfig
-from raysl.stream.reader import Batch
 
 
 @dataclass(frozen=True)

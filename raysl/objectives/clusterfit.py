@@ -31,13 +31,11 @@ from torch import Tensor, nn
 
 from raysl.backbone.network import encode
 from raysl.communication.device_copy import to_device
-from raysl.contrastive.bank import MemoryBank
 from raysl.errors import Unset, UserError
 from raysl.fields import Checked
-from raysl.objectives import Loss, Setup
+from raysl.objectives import Base, Batch, Loss, MemoryBank, Setup
 from raysl.storage import Folder, filesystem
 from raysl.storage.records import is_damaged
-from raysl.stream.reader import Batch
 
 # One command extracts the features, clusters them and trains the network.
 COMMAND = "raysl clusterfit --teacher TEACHER --k 1000 --data DATA --run RUN"
@@ -54,14 +52,11 @@ class Config(Checked):
     labels: str = ""
 
 
-class Clusterfit(nn.Module):
+class Clusterfit(Base):
     """A linear classifier of the cluster ids."""
 
-    predicts = False
-    bank_dim = 0
-
     def __init__(self, config: Config, setup: Setup) -> None:
-        super().__init__()
+        super().__init__(config, setup)
         setup.no_transform("clusterfit")
         self.views = {"image": setup.identity}
         table = Assignments.read(config.labels, setup.num_images, setup.fingerprint)

@@ -30,11 +30,9 @@ from raysl import pretext
 from raysl.backbone.network import encode
 from raysl.communication.device_copy import to_device
 from raysl.contrastive import losses
-from raysl.contrastive.bank import MemoryBank
 from raysl.errors import UserError
 from raysl.fields import Bounds, Checked
-from raysl.objectives import Loss, Setup
-from raysl.stream.reader import Batch
+from raysl.objectives import Base, Batch, Loss, MemoryBank, Setup
 
 COMMAND = "raysl pretrain --data DATA --run RUN --method cpc-patch_grid --backbone.norm group"
 
@@ -75,14 +73,11 @@ class Config(Checked):
             )
 
 
-class Cpc(nn.Module):
+class Cpc(Base):
     """Context networks, predictions of the rows below, and their contrastive loss."""
 
-    predicts = False
-    bank_dim = 0
-
     def __init__(self, config: Config, setup: Setup) -> None:
-        super().__init__()
+        super().__init__(config, setup)
         transform = setup.transform("cpc", "patch_grid")
         self.columns = pretext.columns(transform)
         if not self.columns:
@@ -95,7 +90,6 @@ class Cpc(nn.Module):
                 f"--cpc.farthest is {config.farthest} and the grid has {self.rows} rows, so it must be at most "
                 f"{self.rows - 1}. Lower it, or raise --patch-grid.grid."
             )
-        self.config = config
         self.views = {"patches": transform}
         self.norm = nn.LayerNorm(setup.width) if config.norm == "layer" else nn.Identity()
         self.target = nn.Linear(setup.width, config.dim)

@@ -29,11 +29,9 @@ from torch import Tensor, nn
 
 from raysl.backbone.network import encode_views
 from raysl.communication import collective
-from raysl.contrastive.bank import MemoryBank
 from raysl.fields import Bounds, Checked, Range
-from raysl.objectives import Loss, Setup
+from raysl.objectives import Base, Batch, Loss, MemoryBank, Setup
 from raysl.objectives._heads import ema_update, frozen_copy, rising_momentum
-from raysl.stream.reader import Batch
 
 _Temperature = Annotated[float, Bounds(above=0, high=100)]
 
@@ -69,18 +67,15 @@ class Config(Checked):
     bottleneck: Annotated[int, Bounds(1, 16_384)] = 128
 
 
-class Dino(nn.Module):
+class Dino(Base):
     """The student's head, the teacher, and the center of its outputs."""
 
-    predicts = False
-    bank_dim = 0
     moving_backbone = "teacher_backbone"
     center_k: Tensor
     temperature: Tensor
 
     def __init__(self, config: Config, setup: Setup) -> None:
-        super().__init__()
-        self.config = config
+        super().__init__(config, setup)
         self.num_steps = setup.num_steps
         small = {f"small_{i}": setup.pretext for i in range(config.crops)} if setup.pretext else {}
         # Ordinary views last: the running statistics of BatchNorm then end on whole images.
@@ -122,7 +117,7 @@ class Dino(nn.Module):
 
     def _temperature(self, step: int) -> float:
         """Return tau_t of a step."""
-        config = self.config
+        config: Config = self.config
         rise = config.teacher_temperature - config.first_temperature
         return config.first_temperature + rise * min(1.0, step / max(1.0, config.warmup * self.num_steps))
 

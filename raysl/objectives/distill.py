@@ -23,11 +23,9 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from raysl.backbone.network import encode
-from raysl.contrastive.bank import MemoryBank
 from raysl.errors import Unset, UserError
 from raysl.fields import Bounds, Checked, Range
-from raysl.objectives import Loss, Setup, _teacher
-from raysl.stream.reader import Batch
+from raysl.objectives import Base, Batch, Loss, MemoryBank, Setup, _teacher
 
 COMMAND = "raysl pretrain --data DATA --run RUN --method distill --distill.teacher TEACHER"
 
@@ -51,19 +49,15 @@ class Config(Checked):
     alpha: Annotated[float, Bounds(0, 1), Range((0.1, 0.5, 0.9, 1.0), mutable=True)] = 1.0
 
 
-class Distill(nn.Module):
+class Distill(Base):
     """A linear classifier that learns the teacher's prediction for the same view."""
 
-    predicts = False
-    bank_dim = 0
-
     def __init__(self, config: Config, setup: Setup) -> None:
-        super().__init__()
+        super().__init__(config, setup)
         if not config.teacher:
             raise Unset(
                 "The objective 'distill' needs a teacher: give the folder of a trained run with --distill.teacher."
             )
-        self.config = config
         self.views = {"image": setup.pretext or setup.identity}
         self.teacher = _teacher.load(config.teacher, config.step)
         _, _, transforms = self.teacher.method.partition("-")

@@ -23,11 +23,9 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from raysl.backbone.network import BackboneConfig
-from raysl.contrastive.bank import MemoryBank
 from raysl.errors import UserError
 from raysl.fields import Bounds, Checked, Range
-from raysl.objectives import Loss, Setup
-from raysl.stream.reader import Batch
+from raysl.objectives import Base, Batch, Loss, MemoryBank, Setup
 
 COMMAND = (
     "raysl pretrain --data DATA --run RUN --method mae --backbone.name timm/vit_tiny_patch16_224 "
@@ -52,16 +50,14 @@ class Config(Checked):
     standardise: bool = True
 
 
-class Mae(nn.Module):
+class Mae(Base):
     """The decoder, and the loss of the masked patches."""
 
-    predicts = False
-    bank_dim = 0
     example_backbone = BackboneConfig("timm/vit_tiny_patch16_224", patch_size=4)
     recipes = {"image": "plain"}  # noqa: RUF012
 
     def __init__(self, config: Config, setup: Setup) -> None:
-        super().__init__()
+        super().__init__(config, setup)
         setup.no_transform("mae")
         body: Any = getattr(setup.backbone, "body", setup.backbone)
         if not all(hasattr(body, name) for name in ("patch_embed", "blocks", "_pos_embed")):
@@ -71,7 +67,6 @@ class Mae(nn.Module):
             )
         if config.dim % 32:
             raise UserError(f"--mae.dim is {config.dim}; it must be a multiple of 32.")
-        self.config = config
         self.patch = int(body.patch_embed.patch_size[0])
         side = setup.identity.source.size
         if side % self.patch:

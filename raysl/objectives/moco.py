@@ -30,11 +30,9 @@ from torch import Tensor, nn
 from raysl.backbone.network import encode
 from raysl.communication import collective
 from raysl.contrastive import losses
-from raysl.contrastive.bank import MemoryBank
 from raysl.fields import Bounds, Checked, Range
-from raysl.objectives import Loss, Setup
+from raysl.objectives import Base, Batch, Loss, MemoryBank, Setup
 from raysl.objectives._heads import HeadName, ema_update, frozen_copy, projection
-from raysl.stream.reader import Batch
 
 
 @dataclass(frozen=True)
@@ -60,16 +58,13 @@ class Config(Checked):
     head: HeadName = "mlp"
 
 
-class Moco(nn.Module):
+class Moco(Base):
     """The head of the query, the key network, and the queue."""
 
-    predicts = False
-    bank_dim = 0
     moving_backbone = "key_backbone"
 
     def __init__(self, config: Config, setup: Setup) -> None:
-        super().__init__()
-        self.config = config
+        super().__init__(config, setup)
         self.views = {"query": setup.pretext or setup.identity, "key": setup.identity}
         self.head = projection(config.head, setup.width, config.dim)
         self.key_backbone = frozen_copy(setup.backbone)

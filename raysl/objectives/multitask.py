@@ -21,12 +21,10 @@ import torch
 from torch import Tensor, nn
 
 from raysl import rng
-from raysl.contrastive.bank import MemoryBank
 from raysl.errors import UserError
 from raysl.fields import Bounds, Checked
-from raysl.objectives import Loss, Setup, predict
+from raysl.objectives import Base, Batch, Loss, MemoryBank, Setup, predict
 from raysl.pretext import Grayscale, Pretext
-from raysl.stream.reader import Batch
 
 COMMAND = "raysl pretrain --data DATA --run RUN --method multitask-relative_position,colorization"
 
@@ -46,15 +44,14 @@ class Config(Checked):
     crop_width: Annotated[int, Bounds(1, 65_536)] = 256
 
 
-class Multitask(nn.Module):
+class Multitask(Base):
     """One `predict` for each task, and the schedule of the tasks."""
 
     predicts = True
-    bank_dim = 0
     several = True
 
     def __init__(self, config: Config, setup: Setup) -> None:
-        super().__init__()
+        super().__init__(config, setup)
         tasks = setup.tasks or {"transformed": setup.transform("multitask", "rotation,jigsaw")}
         if len(config.weights) not in (0, len(tasks)):
             raise UserError(

@@ -20,17 +20,12 @@ from __future__ import annotations
 from collections.abc import Mapping
 from dataclasses import dataclass
 
-import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
 from raysl.backbone.network import encode
-from raysl.contrastive import negatives
-from raysl.contrastive.bank import MemoryBank
-from raysl.objectives import Loss, Setup
-from raysl.objectives._heads import projection
-from raysl.objectives._memory import MemoryConfig, contrast
-from raysl.stream.reader import Batch
+from raysl.objectives import Batch, Loss, MemoryBank, Setup
+from raysl.objectives._memory import MemoryConfig, WithMemory
 
 
 @dataclass(frozen=True)
@@ -38,22 +33,13 @@ class Config(MemoryConfig):
     """Hyperparameters of NPID: those of a contrast with the memory bank."""
 
 
-class Npid(nn.Module):
+class Npid(WithMemory):
     """The head f, and its contrast with the memory bank."""
 
-    predicts = False
-    z: Tensor
-
     def __init__(self, config: Config, setup: Setup) -> None:
-        super().__init__()
-        negatives.check(config.num_negatives, setup.num_images, "npid")
+        super().__init__("npid", config, setup)
         setup.no_transform("npid")
-        self.config = config
-        self.bank_dim = config.dim
         self.views = {"image": setup.identity}
-        self.image_head = projection(config.head, setup.width, config.dim)
-        # NaN until the first batch sets it. It is saved, because a later bank is no longer noise.
-        self.register_buffer("z", torch.tensor(float("nan")))
 
     def forward(self, backbone: nn.Module, views: Mapping[str, Tensor]) -> dict[str, Tensor]:
         """Compute unit embeddings (b, d)."""
@@ -62,6 +48,5 @@ class Npid(nn.Module):
 
     def loss(self, outputs: Mapping[str, Tensor], batch: Batch, bank: MemoryBank | None) -> Loss:
         """Compute the NCE, averaged over the batch, with the bank of before this step."""
-        assert bank is not None
-        terms, metrics = contrast(self.config, {"image": outputs["image"]}, batch, bank, self.z)
+        terms, metrics = self.contrast({"image": outputs["image"]}, batch, bank)
         return Loss(terms["image"], metrics, bank_update_bd=outputs["image"].detach())

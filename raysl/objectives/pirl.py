@@ -27,18 +27,14 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Annotated
 
-import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
 from raysl.backbone.network import encode_views
-from raysl.contrastive import negatives
-from raysl.contrastive.bank import MemoryBank
 from raysl.fields import Bounds, Range
-from raysl.objectives import Loss, Setup
+from raysl.objectives import Batch, Loss, MemoryBank, Setup
 from raysl.objectives._heads import projection
-from raysl.objectives._memory import MemoryConfig, contrast
-from raysl.stream.reader import Batch
+from raysl.objectives._memory import MemoryConfig, WithMemory
 
 
 @dataclass(frozen=True)
@@ -53,26 +49,17 @@ class Config(MemoryConfig):
     lam: Annotated[float, Bounds(0, 1), Range((0.0, 0.25, 0.5, 0.75, 1.0), mutable=True)] = 0.5
 
 
-class Pirl(nn.Module):
+class Pirl(WithMemory):
     """Heads f and g, and the two-term loss with the memory bank."""
 
-    predicts = False
     invariant_views = ("image", "transformed")
-    z: Tensor
 
     def __init__(self, config: Config, setup: Setup) -> None:
-        super().__init__()
-        negatives.check(config.num_negatives, setup.num_images, "pirl")
+        super().__init__("pirl", config, setup)
         transform = setup.transform("pirl")
-        self.config = config
-        self.bank_dim = config.dim
         # Patches first, so that whole images update the running statistics of BatchNorm last.
         self.views = {"transformed": transform, "image": setup.identity}
-        self.image_head = projection(config.head, setup.width, config.dim)
         self.transformed_head = _TransformedHead(config, setup.width, transform.num_crops)
-        # The normalisation constant of "nce": NaN until the first batch sets it, while the bank holds random vectors.
-        # It is saved, because a later batch would give another value.
-        self.register_buffer("z", torch.tensor(float("nan")))
 
     def forward(self, backbone: nn.Module, views: Mapping[str, Tensor]) -> dict[str, Tensor]:
         """Compute unit embeddings (b, d): g of the transformed image, f of the image."""
@@ -85,10 +72,9 @@ class Pirl(nn.Module):
 
     def loss(self, outputs: Mapping[str, Tensor], batch: Batch, bank: MemoryBank | None) -> Loss:
         """Compute equation 5, averaged over the batch, with the bank as it was before this step."""
-        assert bank is not None
         # The transformed images come first and set z.
         queries = {name: outputs[name] for name in ("transformed", "image")}
-        terms, metrics = contrast(self.config, queries, batch, bank, self.z)
+        terms, metrics = self.contrast(queries, batch, bank)
         lam = self.config.lam
         # A term of weight 0 stays in the graph: DistributedDataParallel needs a gradient for every head.
         loss = lam * terms["transformed"] + (1 - lam) * terms["image"]

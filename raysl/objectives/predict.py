@@ -23,11 +23,9 @@ from torch import Tensor, nn
 
 from raysl import pretext
 from raysl.backbone.network import Backbone, encode, encode_maps
-from raysl.contrastive.bank import MemoryBank
 from raysl.errors import UserError
 from raysl.fields import Bounds, Checked
-from raysl.objectives import Loss, Setup
-from raysl.stream.reader import Batch
+from raysl.objectives import Base, Batch, Loss, MemoryBank, Setup
 
 
 @dataclass(frozen=True)
@@ -48,14 +46,13 @@ class Config(Checked):
     hidden: Annotated[int, Bounds(0, 65_536)] = 0
 
 
-class Predict(nn.Module):
+class Predict(Base):
     """A classifier of the transform's label from the features of all crops, or the head of a dense transform."""
 
     predicts = True
-    bank_dim = 0
 
     def __init__(self, config: Config, setup: Setup) -> None:
-        super().__init__()
+        super().__init__(config, setup)
         transform = setup.transform("predict")
         self.dense = pretext.dense(transform)
         if self.dense is None and transform.num_labels < 2:

@@ -26,11 +26,9 @@ from torch import Tensor, nn
 
 from raysl.backbone.network import encode_views
 from raysl.contrastive import losses
-from raysl.contrastive.bank import MemoryBank
 from raysl.fields import Bounds, Checked, Range
-from raysl.objectives import Loss, Setup
+from raysl.objectives import Base, Batch, Loss, MemoryBank, Setup
 from raysl.objectives._heads import HeadName, NormName, all_cosines, projection
-from raysl.stream.reader import Batch
 
 
 @dataclass(frozen=True)
@@ -55,15 +53,11 @@ class Config(Checked):
     norm: NormName = "none"
 
 
-class Simclr(nn.Module):
+class Simclr(Base):
     """One head for two views, and the loss between them."""
 
-    predicts = False
-    bank_dim = 0
-
     def __init__(self, config: Config, setup: Setup) -> None:
-        super().__init__()
-        self.config = config
+        super().__init__(config, setup)
         # The ordinary view last: the running statistics of BatchNorm then end on whole images.
         self.views = {"b": setup.pretext or setup.identity, "a": setup.identity}
         self.head = projection(config.head, setup.width, config.dim, config.norm)

@@ -17,11 +17,9 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from raysl.backbone.network import encode
-from raysl.contrastive.bank import MemoryBank
 from raysl.errors import UserError
 from raysl.fields import Bounds, Checked
-from raysl.objectives import Loss, Setup
-from raysl.stream.reader import Batch
+from raysl.objectives import Base, Batch, Loss, MemoryBank, Setup
 
 
 @dataclass(frozen=True)
@@ -35,14 +33,11 @@ class Config(Checked):
     label_smoothing: Annotated[float, Bounds(0, below=1)] = 0.0
 
 
-class Supervised(nn.Module):
+class Supervised(Base):
     """A linear classifier of the labels."""
 
-    predicts = False
-    bank_dim = 0
-
     def __init__(self, config: Config, setup: Setup) -> None:
-        super().__init__()
+        super().__init__(config, setup)
         setup.no_transform("supervised")
         if setup.num_classes < 2:
             raise UserError(
@@ -50,7 +45,6 @@ class Supervised(nn.Module):
                 f"{setup.num_classes}. Ingest a source with labels, such as one folder per class, or choose an "
                 "objective without labels; `raysl methods` lists them."
             )
-        self.config = config
         self.views = {"image": setup.identity}
         self.classify = nn.Linear(setup.width, setup.num_classes)
 

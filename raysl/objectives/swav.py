@@ -27,11 +27,9 @@ from torch import Tensor, nn
 
 from raysl.backbone.network import encode_views
 from raysl.communication import collective
-from raysl.contrastive.bank import MemoryBank
 from raysl.fields import Bounds, Checked, Range
-from raysl.objectives import Loss, Setup
+from raysl.objectives import Base, Batch, Loss, MemoryBank, Setup
 from raysl.objectives._heads import mlp
-from raysl.stream.reader import Batch
 
 
 @dataclass(frozen=True)
@@ -59,15 +57,11 @@ class Config(Checked):
     hidden: Annotated[int, Bounds(1, 65_536)] = 512
 
 
-class Swav(nn.Module):
+class Swav(Base):
     """A projector, the prototypes, and the swapped prediction of codes."""
 
-    predicts = False
-    bank_dim = 0
-
     def __init__(self, config: Config, setup: Setup) -> None:
-        super().__init__()
-        self.config = config
+        super().__init__(config, setup)
         small = {f"small_{i}": setup.pretext for i in range(config.crops)} if setup.pretext else {}
         # Ordinary views last: the running statistics of BatchNorm then end on whole images.
         self.views = {**small, "b": setup.identity, "a": setup.identity}

@@ -21,11 +21,9 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from raysl.backbone.network import encode, encode_views
-from raysl.contrastive.bank import MemoryBank
 from raysl.fields import Bounds, Checked, Range
-from raysl.objectives import Loss, Setup
+from raysl.objectives import Base, Batch, Loss, MemoryBank, Setup
 from raysl.objectives._heads import all_cosines, projection
-from raysl.stream.reader import Batch
 
 
 @dataclass(frozen=True)
@@ -45,15 +43,11 @@ class Config(Checked):
     hard_from: Annotated[float, Bounds(0, 1)] = 0.3
 
 
-class Triplet(nn.Module):
+class Triplet(Base):
     """An embedding of both views, and the ranking loss between them."""
 
-    predicts = False
-    bank_dim = 0
-
     def __init__(self, config: Config, setup: Setup) -> None:
-        super().__init__()
-        self.config = config
+        super().__init__(config, setup)
         transform = setup.pretext or setup.identity
         # A transform of two crops is a pair by itself, as the two patches of a track.
         self.paired = transform.num_crops == 2

@@ -26,11 +26,9 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from raysl.communication import collective
-from raysl.contrastive.bank import MemoryBank
 from raysl.fields import Bounds, Range
-from raysl.objectives import Loss
+from raysl.objectives import Batch, Loss, MemoryBank
 from raysl.objectives._two_views import Projected, ProjectedConfig
-from raysl.stream.reader import Batch
 
 _Weight = Annotated[float, Bounds(0, 1e6), Range((1.0, 5.0, 25.0), log=True, mutable=True)]
 
