@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
+import argparse
 import dataclasses
-import itertools
 import typing
 from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass
@@ -62,9 +62,10 @@ def parse(arguments: Sequence[str], program: str, beside: Mapping[str, type[Any]
     beside = beside or {}
     for plugin in peek_all(arguments, "--plugin", ()):
         plugins.load_module(plugin)
-    recipe = _peek(arguments, "--recipe", "")
+    recipe = next(iter(peek_all(arguments, "--recipe", ())), "")
     base = recipes.load(recipe, "", "") if recipe else Pretraining("", "")
-    kinds = methods.parse(_peek(arguments, "--method", base.method)).config_types()
+    method = next(iter(peek_all(arguments, "--method", ())), base.method)
+    kinds = methods.parse(method).config_types()
     hints = typing.get_type_hints(Pretraining, include_extras=True)
     usual = {f.name: getattr(base, f.name) for f in dataclasses.fields(base) if f.name != "parts"}
     fields: list[Any] = [(name, hints[name]) for name in ("data", "run")]
@@ -74,15 +75,12 @@ def parse(arguments: Sequence[str], program: str, beside: Mapping[str, type[Any]
     fields += [(name, Annotated[kind, tyro.conf.OmitArgPrefixes], kind()) for name, kind in beside.items()]
     flags = dataclasses.make_dataclass("Flags", [*fields, ("recipe", str, "")], frozen=True)
     flags.__doc__ = f"{(Pretraining.__doc__ or '').rstrip()}\n        recipe: {_RECIPE}\n    "
-    given: Any = tyro.cli(
-        flags, prog=program, args=list(arguments), description=_first_line(Pretraining.__doc__)
-    )
+    first_line = (Pretraining.__doc__ or "").partition("\n")[0]
+    given: Any = tyro.cli(flags, prog=program, args=list(arguments), description=first_line)
     values = {f.name: getattr(given, f.name) for f in dataclasses.fields(given) if f.name != "recipe"}
     extra = {name: values.pop(name) for name in beside}
     typed = {word.partition("=")[0][2:].replace("_", "-") for word in arguments if word.startswith("--")}
-    explicit = _explicit(values, typed, "")
-    if recipe:
-        explicit = values
+    explicit = values if recipe else _explicit(values, typed, "")
     return Parsed(explicit, defaults.check(explicit), extra)
 
 
@@ -93,15 +91,11 @@ def _marked(name: str, hint: Any, value: Any, prefix: str = "") -> tuple[str, An
         return name, Annotated[hint, chosen], value
     if not any(chosen.startswith(f"{name}.") for chosen in defaults.CHOSEN):
         return name, hint, value
-    inner = [_marked(*field, f"{name}.") for field in _fields(value)]
+    members = [(member, kind, getattr(value, member)) for member, kind in hints_of(type(value)).items()]
+    inner = [_marked(*member, f"{name}.") for member in members]
     names = {"__module__": hint.__module__, "__doc__": hint.__doc__}
     kind = dataclasses.make_dataclass(hint.__name__, inner, bases=(hint,), namespace=names, frozen=True)
     return name, kind, kind(**{field: default for field, _, default in inner})
-
-
-def _fields(config: Any) -> list[tuple[str, Any, Any]]:
-    """Return the name, the type and the value of each field of a dataclass."""
-    return [(name, hint, getattr(config, name)) for name, hint in hints_of(type(config)).items()]
 
 
 def _explicit(values: Mapping[str, Any], typed: Collection[str], prefix: str) -> dict[str, Any]:
@@ -120,29 +114,10 @@ def _explicit(values: Mapping[str, Any], typed: Collection[str], prefix: str) ->
     return found
 
 
-def _peek(arguments: Sequence[str], flag: str, default: str) -> str:
-    """Return the value of a flag before parsing: the method decides which flags there are."""
-    for i, argument in enumerate(arguments):
-        if argument.startswith(flag + "="):
-            return argument.partition("=")[2]
-        if argument == flag and i + 1 < len(arguments):
-            return arguments[i + 1]
-    return default
-
-
 def peek_all(arguments: Sequence[str], flag: str, default: Sequence[str]) -> list[str]:
-    """Return the distinct values of a flag that takes several."""
-    words = [word for argument in arguments for word in _split(argument, flag)]
-    if flag not in words:
-        return list(default)
-    after = words[words.index(flag) + 1 :]
-    return list(dict.fromkeys(itertools.takewhile(lambda value: not value.startswith("-"), after)))
-
-
-def _split(argument: str, flag: str) -> list[str]:
-    """Split FLAG=VALUE into two words."""
-    return [flag, argument.partition("=")[2]] if argument.startswith(flag + "=") else [argument]
-
-
-def _first_line(docstring: str | None) -> str:
-    return (docstring or "").strip().splitlines()[0]
+    """Return the distinct values of a flag before parsing, because they decide which other flags there are."""
+    parser = argparse.ArgumentParser(add_help=False, allow_abbrev=False)
+    parser.add_argument(flag, dest="values", nargs="*", default=default)
+    # In --flag=A B, argparse would take A alone.
+    words = [w for one in arguments for w in (one.split("=", 1) if one.startswith(f"{flag}=") else [one])]
+    return list(dict.fromkeys(parser.parse_known_args(words)[0].values))

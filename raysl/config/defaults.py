@@ -64,29 +64,31 @@ def resolve(given: Mapping[str, Any], dataset: DataSet, usual_workers: int, has_
         has_gpus: whether the machine or cluster has GPUs.
     """
     wanted = _without_usual(given)
-    choices = [
-        choice
-        for choice in _choices(wanted, dataset, usual_workers, has_gpus)
-        if not _contains(wanted, choice.name)
-    ]
+    offered = _choices(wanted, dataset, usual_workers, has_gpus)
+    choices = [choice for choice in offered if not _contains(wanted, choice.name)]
     if choices:
-        side = short_side(dataset)
         _log.info(
             "Chosen for %s images with a shorter side of about %d pixels; a flag replaces each:",
-            f"{dataset.num_images:,}",
-            side,
+            *(f"{dataset.num_images:,}", short_side(dataset)),
         )
     values: dict[str, Any] = {}
     for choice in choices:
         _log.info("%s", choice)
-        _put(values, choice.name, choice.value)
+        group, _, last = choice.name.rpartition(".")
+        (values.setdefault(group, {}) if group else values)[last] = choice.value
     return from_fields(_merged(values, wanted))
 
 
 def resume(begun: Pretraining, given: Mapping[str, Any], usual_workers: int) -> Pretraining:
     """Return the configuration of a run that exists: what it was begun with, and what is given now."""
     wanted = _without_usual(given)
-    return from_fields(_merged(_begun(begun, wanted, usual_workers), wanted))
+    values = begun.to_json()
+    parts = values.pop("parts")
+    if begun.batch_size % usual_workers == 0:
+        values["workers"] = usual_workers
+    if wanted.get("method", begun.method) == begun.method:
+        values |= parts
+    return from_fields(_merged(values, wanted))
 
 
 def _without_usual(given: Mapping[str, Any]) -> dict[str, Any]:
@@ -111,7 +113,7 @@ def check(given: Mapping[str, Any]) -> Pretraining:
     Raises:
         UserError: a value that is given is not allowed.
     """
-    wanted = {name: value for name, value in given.items() if name != "workers" or value not in (0, "0")}
+    wanted = _without_usual(given)
     least = str(wanted.get("workers", 1)).partition(":")[0]
     # The batch that will be chosen can be shared by the workers.
     batch = {"batch_size": 256 * int(least)} if least.isdecimal() and int(least) else {}
@@ -120,15 +122,16 @@ def check(given: Mapping[str, Any]) -> Pretraining:
 
 def replaced(config: Pretraining, fields: Mapping[str, Any]) -> Pretraining:
     """Return a configuration with other values for some fields; parts of another method get their defaults."""
+    if not fields:
+        return config
     values = {field.name: getattr(config, field.name) for field in dataclasses.fields(config)}
     parts = values.pop("parts")
-    if fields.get("method", config.method) != config.method:
-        parts = {}
-    nested = {
-        name: value for name, value in {**values, **parts}.items() if isinstance(fields.get(name), Mapping)
-    }
-    plain = {name: dataclasses.asdict(value) for name, value in nested.items()}
-    return from_fields(_merged({**values, **parts, **plain}, fields)) if fields else config
+    if fields.get("method", config.method) == config.method:
+        values |= parts
+    for name, value in values.items():
+        if isinstance(fields.get(name), Mapping):
+            values[name] = dataclasses.asdict(value)
+    return from_fields(_merged(values, fields))
 
 
 def short_side(dataset: DataSet) -> int:
@@ -136,15 +139,6 @@ def short_side(dataset: DataSet) -> int:
     indices = np.arange(min(_SAMPLE, dataset.num_images), dtype=np.int64)
     files = dataset.read(indices, ("image",)).column("image").to_pylist()
     return int(np.median([min(Image.open(io.BytesIO(file)).size) for file in files]))
-
-
-def _begun(config: Pretraining, given: Mapping[str, Any], usual_workers: int) -> dict[str, Any]:
-    """Return the values that an unfinished run goes on with where none is given."""
-    values = config.to_json()
-    parts = values.pop("parts")
-    if config.batch_size % usual_workers == 0:
-        values["workers"] = usual_workers
-    return {**values, **parts} if given.get("method", config.method) == config.method else values
 
 
 def _choices(
@@ -214,18 +208,7 @@ def _contains(given: Mapping[str, Any], name: str) -> bool:
     if first not in given:
         # Parts may be given as a field of their own.
         return "parts" in given and first != "parts" and _contains(given["parts"], name)
-    value = given[first]
-    if not rest:
-        return True
-    return _contains(value, rest) if isinstance(value, Mapping) else True
-
-
-def _put(values: dict[str, Any], name: str, value: Any) -> None:
-    first, _, rest = name.partition(".")
-    if rest:
-        _put(values.setdefault(first, {}), rest, value)
-    else:
-        values[first] = value
+    return not rest or not isinstance(given[first], Mapping) or _contains(given[first], rest)
 
 
 def _merged(base: Mapping[str, Any], over: Mapping[str, Any]) -> dict[str, Any]:

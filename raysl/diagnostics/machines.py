@@ -74,9 +74,9 @@ class Fleet:
         return sum((prices[name] or 0.0) * count for name, count in counts.items())
 
     @property
-    def there(self) -> dict[str, int]:
+    def there(self) -> Counter[str]:
         """Number of running machines by type."""
-        return {kind.name: kind.there for kind in self.kinds}
+        return Counter({kind.name: kind.there for kind in self.kinds})
 
 
 def survey(workers: int, prices: Mapping[str, float]) -> Fleet:
@@ -102,8 +102,14 @@ def survey(workers: int, prices: Mapping[str, float]) -> Fleet:
     except UserError as error:
         refused = str(error)
     unusable = {address: why for address, (why, _) in gpus.check_machines().items() if why}
+    here = versions()
+    differences = {
+        address: tuple(differing(here, theirs)) if theirs else ("raysl does not start there",)
+        for address, theirs in ray_cluster.machine_versions().items()
+    }
+    stale = {address: found for address, found in differences.items() if found}
     kinds, news = _kinds(capacity, alive, prices), _news(capacity)
-    return Fleet(kinds, placement, refused, started, waits, news, _stale(), unusable)
+    return Fleet(kinds, placement, refused, started, waits, news, stale, unusable)
 
 
 def _kinds(
@@ -114,25 +120,11 @@ def _kinds(
     for node in alive:
         name = autoscaler.type_of(node) or "machine"
         types.setdefault(name, NodeType(name, node["Resources"], 0))
-    return tuple(
-        Kind(
-            name,
-            one.resources,
-            counts[name],
-            max(one.most, counts[name]),
-            prices.get(name, one.usd_per_hour),
-        )
-        for name, one in types.items()
-    )
-
-
-def _stale() -> dict[str, tuple[str, ...]]:
-    here = versions()
-    found = {
-        address: tuple(differing(here, theirs)) if theirs else ("raysl does not start there",)
-        for address, theirs in ray_cluster.machine_versions().items()
-    }
-    return {address: differences for address, differences in found.items() if differences}
+    made = []
+    for name, one in types.items():
+        there, price = counts[name], prices.get(name, one.usd_per_hour)
+        made.append(Kind(name, one.resources, there, max(one.most, there), price))
+    return tuple(made)
 
 
 def _news(capacity: Capacity | None) -> tuple[str, ...]:
@@ -190,16 +182,11 @@ def _taken(fleet: Fleet, placement: Placement, workers: int) -> str:
     )
     if fleet.started:
         asked = ", ".join(f"{count} {name}" for name, count in fleet.started.items())
-        total = Counter(fleet.there) + Counter(fleet.started)
-        takes += (
-            f" {asked} would be started for it; the cluster would cost {_price(fleet.usd_per_hour(total))}."
-        )
+        price = _price(fleet.usd_per_hour(fleet.there + Counter(fleet.started)))
+        takes += f" {asked} would be started for it; the cluster would cost {price}."
     return f"{takes} {fleet.waits}".rstrip()
 
 
 def _price(usd: float | None) -> str:
-    return (
-        f"${usd:.2f} an hour"
-        if usd is not None
-        else "an unknown amount (give it with --prices TYPE=USD_PER_HOUR)"
-    )
+    known = f"${usd:.2f} an hour" if usd is not None else ""
+    return known or "an unknown amount (give it with --prices TYPE=USD_PER_HOUR)"

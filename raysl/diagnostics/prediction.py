@@ -2,8 +2,7 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
-from typing import Literal
+from dataclasses import asdict, dataclass
 
 from raysl.ray_cluster.placement import Placement
 
@@ -30,15 +29,8 @@ class Costs:
     step_s: float
     all_reduce_s: float
 
-    @property
-    def data_us(self) -> float:
-        """Microseconds per image in a data task."""
-        return self.read_us + self.decode_us + self.crop_us + self.augment_us + self.transfer_us
 
-
-Limit = Literal["read", "decode", "crop", "augment", "transfer", "step", "all-reduce"]
-
-_ADVICE: dict[Limit, str] = {
+_ADVICE = {
     "read": "Bring the data set nearer to the machines (`raysl ingest` copies it), or add CPUs for data tasks.",
     "decode": "Ingest a copy of the images that is not much larger than the views, or add CPUs for data tasks.",
     "crop": "Ingest a copy of the images that is not much larger than the views, or add CPUs for data tasks.",
@@ -64,7 +56,7 @@ class Prediction:
     data: float
     training: float
     together: float
-    limit: Limit
+    limit: str
     advice: str
 
     @property
@@ -77,24 +69,18 @@ def predict(costs: Costs, placement: Placement, workers: int, batch_size: int, c
     share = placement.share
     # Ray runs as many tasks as fit, and always one.
     tasks = workers * max(1, int(share.cpus / share.cpus_per_task + 1e-6))
+    stages = {
+        name.removesuffix("_us"): value for name, value in asdict(costs).items() if name.endswith("_us")
+    }
+    data_us = sum(stages.values())
     # A task is one thread, even if it reserves more or less than one CPU.
-    data = 1e6 * min(tasks, cpus) / costs.data_us
+    data = 1e6 * min(tasks, cpus) / data_us
     training = batch_size / (costs.step_s + costs.all_reduce_s)
-    stages: dict[Limit, float] = {
-        "read": costs.read_us,
-        "decode": costs.decode_us,
-        "crop": costs.crop_us,
-        "augment": costs.augment_us,
-        "transfer": costs.transfer_us,
-    }
     threads = placement.threads_per_worker * workers / batch_size * 1e6
-    steps: dict[Limit, float] = {
-        "step": threads * costs.step_s,
-        "all-reduce": threads * costs.all_reduce_s,
-    }
+    steps = {"step": threads * costs.step_s, "all-reduce": threads * costs.all_reduce_s}
     together = float("inf")
     if not placement.gpus_per_worker:
-        together = 1e6 * cpus / (costs.data_us + sum(steps.values()))
+        together = 1e6 * cpus / (data_us + sum(steps.values()))
     if together <= min(data, training):
         candidates, why = {**stages, **steps}, "Data tasks and trainers share the cores"
     elif data < training:
