@@ -104,6 +104,7 @@ def pretended() -> Iterator[Counts]:
         "cuda.current_stream": mock.MagicMock(),
         "cuda.stream": lambda _: contextlib.nullcontext(),
         "cuda.Event": mock.MagicMock(),
+        "cuda.mem_get_info": lambda _: (1 << 30, 1 << 30),
     }
     try:
         with contextlib.ExitStack() as stack:

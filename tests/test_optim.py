@@ -106,7 +106,7 @@ def test_lars_is_its_equation() -> None:
     assert [group["weight_decay"] for group in optimizer.param_groups] == [0.1, 0.0]
 
 
-def _one_weight_at_a_time(optimizer: torch.optim.Optimizer) -> None:
+def _one_weight_at_a_time(optimizer: torch.optim.SGD) -> None:
     """Scale the gradients of LARS as its equation says, in a loop over the weights."""
     for group in optimizer.param_groups:
         decay = group["weight_decay"]
@@ -124,11 +124,12 @@ def test_lars_takes_all_weights_at_once_and_has_the_numbers_of_a_loop(weight_dec
     weights = []
     for looped in (True, False):
         torch.manual_seed(0)
-        network = networks.build(networks.BackboneConfig()).to(memory_format=torch.channels_last)  # type: ignore[call-overload]
+        network = networks.build(networks.BackboneConfig()).to(memory_format=torch.channels_last)
         with torch.no_grad():
             next(network.parameters()).zero_()  # A weight of norm 0 takes an ordinary step.
         config = OptimConfig("lars", lr=0.3, momentum=0.9, weight_decay=weight_decay)
         optimizer = optim.build(config, network)
+        assert isinstance(optimizer, torch.optim.SGD)
         for step in range(3):
             torch.manual_seed(step + 1)
             network(torch.randint(0, 256, (4, 3, 32, 32), dtype=torch.uint8)).square().mean().backward()

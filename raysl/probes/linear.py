@@ -25,8 +25,8 @@ from torch import Tensor
 from torch.nn.functional import cross_entropy, linear
 
 from raysl import rng
-from raysl.fields import Bounds
-from raysl.probes import Labelled, Row, Settings, accuracy_rows, check, rank
+from raysl.fields import Bounds, Checked
+from raysl.probes import Floats, Labelled, Row, Settings, accuracy_rows, check, rank
 from raysl.ray_cluster import gpus
 from raysl.rng import ImageRng
 
@@ -84,6 +84,42 @@ class Config(Settings):
     tolerance: Annotated[float, Bounds(1e-12, 1)] = 1e-4
 
 
+@dataclass(frozen=True)
+class Tiling(Checked):
+    """Choose how many rows of features lie on a GPU at a time. No flag, because results differ by rounding only.
+
+    Args:
+        share: features that take a larger share of the GPU's memory stay in the memory of the host, and are sent in
+            tiles of an eighth of this share whenever they are needed.
+    """
+
+    share: Annotated[float, Bounds(above=0, high=0.9, hint="scores and gradients need memory too")] = 0.5
+
+    def rows(self, features_nd: Floats, device: torch.device) -> int:
+        """Return the rows of a tile, at least 1; all rows if they fit, and on the CPU."""
+        if device.type == "cpu":
+            return len(features_nd)
+        allowed_bytes = self.share * torch.cuda.mem_get_info(device)[1]
+        if features_nd.nbytes <= allowed_bytes:
+            return len(features_nd)
+        return max(1, int(allowed_bytes / 8 / features_nd[0].nbytes))
+
+
+TILING = Tiling()
+
+
+@dataclass(frozen=True)
+class Tiles:
+    """Send features to a device in tiles of rows."""
+
+    device: torch.device
+    rows: int
+
+    def __call__(self, features_nd: Tensor) -> Iterator[Tensor]:
+        """Yield tiles (rows, d) on the device; no copies of what is there already."""
+        return (tile_nd.to(self.device) for tile_nd in torch.split(features_nd, self.rows))
+
+
 class Linear:
     """Logistic regression; the primary metric is top-1."""
 
@@ -102,25 +138,29 @@ class Linear:
         held_n = ImageRng(0, np.zeros_like(indices), indices).chance("held out", self.config.held_out).numpy()
         order_n = np.argsort(held_n, kind="stable")
         device = gpus.device()
-        train_nd = torch.from_numpy(train.features_nd[order_n]).to(device)
+        tiles = Tiles(device, TILING.rows(train.features_nd, device))
+        home = device if tiles.rows == len(order_n) else torch.device("cpu")
+        train_nd = torch.from_numpy(train.features_nd[order_n]).to(home)
         labels_n = torch.from_numpy(train.labels_n[order_n]).to(device)
         std_d, mean_d = torch.std_mean(train_nd, dim=0, correction=0)
         # A constant feature is dropped; dividing it by its rounding errors would make it count.
         scale_d = torch.where(std_d > 1e-6 * (mean_d.abs() + 1), 1 / std_d, 0.0)
         train_nd.sub_(mean_d).mul_(scale_d)
-        test_nd = (torch.from_numpy(test.features_nd).to(device) - mean_d).mul_(scale_d)
+        test_nd = (torch.from_numpy(test.features_nd).to(home) - mean_d).mul_(scale_d)
         if self.config.schedule == "optimum":
             train_nd, test_nd = in_span(train_nd, test_nd)
-            weight_decay, solution = self._optimum(train_nd, labels_n, int((~held_n).sum()))
+            weight_decay, solution = self._optimum(train_nd, labels_n, int((~held_n).sum()), tiles)
         else:
             schedule = SCHEDULES[self.config.schedule]
             weight_decay, solution = schedule.weight_decay, descend(train_nd, labels_n, schedule)
         test_labels_n = torch.from_numpy(test.labels_n)
-        rank_n = rank(solution.scores(test_nd), test_labels_n.to(device))
+        rank_n = rank(solution.scores(test_nd, tiles), test_labels_n.to(device))
         yield from accuracy_rows(rank_n, test_labels_n, solution.classes)
         yield Row("weight_decay", weight_decay)
 
-    def _optimum(self, train_nd: Tensor, labels_n: Tensor, num_fitted: int) -> tuple[float, Solution]:
+    def _optimum(
+        self, train_nd: Tensor, labels_n: Tensor, num_fitted: int, tiles: Tiles
+    ) -> tuple[float, Solution]:
         """Return the weight decay that is best on the held-out images (the stronger of equals), and the solution.
 
         Args:
@@ -128,7 +168,7 @@ class Linear:
             labels_n: int64 (n,).
             num_fitted: number of images, the first ones, that are not held out.
         """
-        fit = Fit(train_nd, int(labels_n.max()) + 1, self.config)
+        fit = Fit(train_nd, int(labels_n.max()) + 1, self.config, tiles)
         strongest_first = sorted(self.config.weight_decays, reverse=True)
         best = solution = fit.zero()
         chosen, best_right = strongest_first[0], -1
@@ -136,7 +176,8 @@ class Linear:
             for weight_decay in strongest_first:
                 # Each fit starts from the previous solution.
                 solution = fit(train_nd[:num_fitted], labels_n[:num_fitted], weight_decay, solution)
-                right = int((rank(solution.scores(train_nd[num_fitted:]), labels_n[num_fitted:]) == 0).sum())
+                scores_nc = solution.scores(train_nd[num_fitted:], tiles)
+                right = int((rank(scores_nc, labels_n[num_fitted:]) == 0).sum())
                 if right < best_right:
                     # Weaker decays take longer and overfit more.
                     break
@@ -156,10 +197,9 @@ class Solution:
     def classes(self) -> int:
         return len(self.bias_c)
 
-    def scores(self, features_nd: Tensor) -> Tensor:
-        """Return logits (n, c)."""
-        scores_nc: Tensor = linear(features_nd, self.weights_cd, self.bias_c)
-        return scores_nc
+    def scores(self, features_nd: Tensor, tiles: Tiles) -> Tensor:
+        """Return logits (n, c), computed in tiles."""
+        return torch.cat([linear(tile_nd, self.weights_cd, self.bias_c) for tile_nd in tiles(features_nd)])
 
 
 class Fit:
@@ -170,13 +210,15 @@ class Fit:
 
     Args:
         features_nd: standardised features, for their covariance; 2 d of them are used if there are more.
+        tiles: how features are sent to the device, where loss and gradient are summed over tiles.
     """
 
-    def __init__(self, features_nd: Tensor, classes: int, config: Config) -> None:
-        some_nd = features_nd[:: max(1, len(features_nd) // (2 * features_nd.shape[1]))]
+    def __init__(self, features_nd: Tensor, classes: int, config: Config, tiles: Tiles) -> None:
+        some_nd = features_nd[:: max(1, len(features_nd) // (2 * features_nd.shape[1]))].to(tiles.device)
         self._curvature_dd = (some_nd.T @ some_nd).double() / (len(some_nd) * classes)
         self._classes = classes
         self._config = config
+        self._tiles = tiles
 
     def zero(self) -> Solution:
         """Return the starting point of a first fit."""
@@ -217,10 +259,19 @@ class Fit:
         def loss() -> Tensor:
             solver.zero_grad()
             now = current()
-            decay = weight_decay / 2 * now.weights_cd.square().sum()
-            value = cross_entropy(now.scores(features_nd), labels_n) + decay
-            value.backward()  # type: ignore[no-untyped-call]
-            return value
+            # A tile is freed after its own backward pass, which stops at the weights.
+            weights_cd = now.weights_cd.detach().requires_grad_()
+            value = torch.zeros((), device=weights_cd.device)
+            labels = torch.split(labels_n, self._tiles.rows)
+            for tile_nd, tile_n in zip(self._tiles(features_nd), labels, strict=True):
+                scores_nc = linear(tile_nd, weights_cd, bias_c)
+                part = cross_entropy(scores_nc, tile_n) * (len(tile_n) / len(labels_n))
+                part.backward()  # type: ignore[no-untyped-call]
+                value += part.detach()
+            decay = weight_decay / 2 * weights_cd.square().sum()
+            decay.backward()  # type: ignore[no-untyped-call]
+            now.weights_cd.backward(weights_cd.grad)  # type: ignore[no-untyped-call]
+            return value + decay.detach()
 
         solver.step(loss)  # type: ignore[no-untyped-call]
         found = current()
@@ -228,10 +279,10 @@ class Fit:
 
 
 def descend(features_nd: Tensor, labels_n: Tensor, schedule: Sgd) -> Solution:
-    """Return the classifier after a schedule of SGD from zero weights."""
-    classes = int(labels_n.max()) + 1
-    weights_cd = features_nd.new_zeros(classes, features_nd.shape[1], requires_grad=True)
-    bias_c = features_nd.new_zeros(classes, requires_grad=True)
+    """Return the classifier after a schedule of SGD from zero weights, on the device of the labels."""
+    classes, device = int(labels_n.max()) + 1, labels_n.device
+    weights_cd = torch.zeros(classes, features_nd.shape[1], device=device, requires_grad=True)
+    bias_c = torch.zeros(classes, device=device, requires_grad=True)
     groups = [
         {"params": [weights_cd], "weight_decay": schedule.weight_decay},
         {"params": [bias_c], "weight_decay": 0.0},
@@ -242,8 +293,9 @@ def descend(features_nd: Tensor, labels_n: Tensor, schedule: Sgd) -> Solution:
         order_n = torch.from_numpy(rng.generator("linear probe", epoch).permutation(len(labels_n)))
         for rows_b in torch.split(order_n.to(features_nd.device), _BATCH):
             solver.zero_grad()
-            scores_bc = linear(features_nd[rows_b], weights_cd, bias_c)
-            cross_entropy(scores_bc, labels_n[rows_b]).backward()  # type: ignore[no-untyped-call]
+            features_bd, labels_b = features_nd[rows_b].to(device), labels_n[rows_b.to(device)]
+            scores_bc = linear(features_bd, weights_cd, bias_c)
+            cross_entropy(scores_bc, labels_b).backward()  # type: ignore[no-untyped-call]
             solver.step()
         drops.step()
     return Solution(weights_cd.detach(), bias_c.detach())

@@ -30,8 +30,12 @@ def labelled(n: int, seed: int) -> Labelled:
 
 @pytest.mark.parametrize("name", PROBES)
 @pytest.mark.parametrize("tile", [1 << 16, 50])
-def test_a_probe_gives_the_results_of_the_cpu(name: str, tile: int, monkeypatch: pytest.MonkeyPatch) -> None:
+@pytest.mark.parametrize("share", [0.5, 1e-6])  # of 1 GiB; the features take 9,600 bytes
+def test_a_probe_gives_the_results_of_the_cpu(
+    name: str, tile: int, share: float, monkeypatch: pytest.MonkeyPatch
+) -> None:
     monkeypatch.setattr(knn, "_TRAIN_TILE", tile)
+    monkeypatch.setattr(linear, "TILING", linear.Tiling(share))
     train, test = labelled(200, 0), labelled(60, 1)
     expected = {row.name: row.value for row in PROBES[name].run(train, test)}
     monkeypatch.setattr(gpus, "device", lambda: CUDA)
