@@ -41,19 +41,12 @@ class SweepResults:
     @cached_property
     def config(self) -> SweepConfig:
         """The configuration of the sweep, without the places of its data."""
-        known = {field.name for field in dataclasses.fields(SweepConfig)}
-        settings = {name: value for name, value in self.journal.header["config"].items() if name in known}
-        settings["seeds"] = tuple(settings["seeds"])
+        settings = _known(SweepConfig, self.journal.header["config"])
         return SweepConfig(str(self.journal.folder), tuple(self.space.names), **settings)
 
     @cached_property
     def space(self) -> Space:
-        known = {field.name for field in dataclasses.fields(Dimension)}
-        rows = [
-            {name: value for name, value in row.items() if name in known}
-            for row in self.journal.header["space"]
-        ]
-        return Space(tuple(Dimension(**{**row, "values": tuple(row["values"])}) for row in rows))
+        return Space(tuple(Dimension(**_known(Dimension, row)) for row in self.journal.header["space"]))
 
     @cached_property
     def base(self) -> Pretraining:
@@ -110,8 +103,7 @@ class SweepResults:
 
     def means(self, trial: int) -> list[float]:
         """Return the means over seeds at the rungs that the trial has reached."""
-        found = [self.by_seed(trial, rung) for rung in range(self.num_rungs)]
-        return [mean(scores) for scores in found if scores]
+        return [mean(scores) for rung in range(self.num_rungs) if (scores := self.by_seed(trial, rung))]
 
     def scored(self, rung: int) -> list[int]:
         """Return the trials that have a score at a rung."""
@@ -144,24 +136,23 @@ class SweepResults:
         "score" (mean over seeds), "spread" (standard deviation over seeds; None for one seed), "seeds" (score by
         seed) and "reason" (of a failure).
         """
-        return sorted(
-            map(self._row, self.trials),
-            key=lambda row: (row["state"] == "failed", -row["share"], -(row["score"] or 0.0), row["trial"]),
-        )
-
-    def _row(self, trial: int) -> dict[str, Any]:
-        rung = len(self.means(trial)) - 1
-        scores = self.by_seed(trial, rung) if rung >= 0 else []
-        return {
-            "trial": trial,
-            "values": self.values(trial, max(rung, 0)),
-            "state": self.state(trial),
-            "share": self.config.shares()[rung] if scores else 0.0,
-            "score": mean(scores) if scores else None,
-            "spread": spread(scores),
-            "seeds": dict(zip(map(str, self.config.seeds), scores, strict=False)),
-            "reason": self.failures.get(trial, ""),
-        }
+        rows: list[dict[str, Any]] = []
+        for trial in self.trials:
+            rung = len(self.means(trial)) - 1
+            scores = self.by_seed(trial, rung) if rung >= 0 else []
+            rows.append(
+                {
+                    "trial": trial,
+                    "values": self.values(trial, max(rung, 0)),
+                    "state": self.state(trial),
+                    "share": self.config.shares()[rung] if scores else 0.0,
+                    "score": mean(scores) if scores else None,
+                    "spread": spread(scores),
+                    "seeds": dict(zip(map(str, self.config.seeds), scores, strict=False)),
+                    "reason": self.failures.get(trial, ""),
+                }
+            )
+        return sorted(rows, key=lambda row: (row["state"] == "failed", -row["share"], -(row["score"] or 0.0)))
 
     def extras(self, event: str) -> dict[str, list[float]]:
         """Return the scores of "baseline" or "test" rows, by encoder.
@@ -180,6 +171,12 @@ class SweepResults:
         for event, before in (("baseline", ""), ("test", prefix)):
             for encoder, scores in self.extras(event).items():
                 yield f"{before}{LABELS[encoder]}", (mean(scores), spread(scores))
+
+
+def _known(kind: type[Any], stored: Mapping[str, Any]) -> dict[str, Any]:
+    """Return the stored values of the fields that a dataclass has in this version, with tuples for lists."""
+    there = {field.name: stored[field.name] for field in dataclasses.fields(kind) if field.name in stored}
+    return {name: tuple(value) if isinstance(value, list) else value for name, value in there.items()}
 
 
 def described(values: Mapping[str, Any]) -> str:

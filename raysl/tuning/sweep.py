@@ -172,43 +172,35 @@ def fit(
         "TUNE_DISABLE_SIGINT_HANDLER": "1",
         **SETTINGS,
     }
+    tune_config = tune.TuneConfig(
+        metric="score",
+        mode="max",
+        # One more than there are, because the searcher ends the search.
+        num_samples=scheduler.num_trials + 1,
+        scheduler=scheduler,
+        search_alg=searcher,
+        reuse_actors=True,
+        trial_name_creator=number,
+        trial_dirname_creator=number,
+    )
+    run_config = tune.RunConfig(
+        name=name,
+        storage_path=path,
+        storage_filesystem=store,
+        verbose=0,
+        failure_config=tune.FailureConfig(-1),  # No limit: `OrderedScheduler` counts the failures.
+        checkpoint_config=tune.CheckpointConfig(checkpoint_frequency=1),
+    )
+    param_space = {d.name: d.domain() for d in space.dimensions}
     # A Tuner that the caller runs later must not find the settings.
-    with patch.dict(os.environ, settings), _trials_killed(scheduler):
-        tune.Tuner(
-            trainable,
-            param_space={d.name: d.domain() for d in space.dimensions},
-            tune_config=tune.TuneConfig(
-                metric="score",
-                mode="max",
-                # One more than there are, because the searcher ends the search.
-                num_samples=scheduler.num_trials + 1,
-                scheduler=scheduler,
-                search_alg=searcher,
-                reuse_actors=True,
-                trial_name_creator=number,
-                trial_dirname_creator=number,
-            ),
-            run_config=tune.RunConfig(
-                name=name,
-                storage_path=path,
-                storage_filesystem=store,
-                verbose=0,
-                failure_config=tune.FailureConfig(-1),  # No limit: `OrderedScheduler` counts the failures.
-                checkpoint_config=tune.CheckpointConfig(checkpoint_frequency=1),
-            ),
-        ).fit()
-
-
-@contextmanager
-def _trials_killed(scheduler: OrderedScheduler) -> Iterator[None]:
-    """Kill the trials if the block is interrupted. A notebook lives on, and they would keep its CPUs."""
-    try:
-        yield
-    except (KeyboardInterrupt, SystemExit):
-        # A Ray that is lost has no trials to kill.
-        with contextlib.suppress(Exception):
-            scheduler.kill_trials()
-        raise
+    with patch.dict(os.environ, settings):
+        tuner = tune.Tuner(trainable, param_space=param_space, tune_config=tune_config, run_config=run_config)
+        try:
+            tuner.fit()
+        except (KeyboardInterrupt, SystemExit):  # A notebook lives on, and the trials would keep its CPUs.
+            with contextlib.suppress(Exception):  # A Ray that is lost has no trials to kill.
+                scheduler.kill_trials()
+            raise
 
 
 @contextmanager
@@ -297,18 +289,14 @@ class _Recorder:
 
     def _eta(self, results: SweepResults) -> str:
         """Return the time left if every trial that can continue continues to the end."""
-        task, shares, rows = (
-            self._prepared.task,
-            (0.0, *results.config.shares()),
-            list(results.scores.values()),
-        )
+        task, rows = self._prepared.task, results.scores.values()
+        shares = (0.0, *results.config.shares())
         done = sum(shares[row["rung"] + 1] - shares[row["rung"]] for row in rows)
         if not done:
             return "?"
+        running = [n for n in results.trials if results.state(n) == "running"]
         left = float(self._prepared.num_trials - len(results.trials))
-        left += sum(
-            1.0 - shares[len(results.means(n))] for n in results.trials if results.state(n) == "running"
-        )
+        left += sum(1.0 - shares[len(results.means(n))] for n in running)
         seconds = sum(row["seconds"] for row in rows) / done * left * len(task.seeds)
         return f"at most {duration(seconds / (task.trials_at_once * task.seeds_at_once))}"
 

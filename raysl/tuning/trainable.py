@@ -22,6 +22,7 @@ from pathlib import Path
 from statistics import mean
 from typing import Any
 
+import ray
 from ray import tune
 from ray.tune.result import AUTO_RESULT_KEYS, DEFAULT_METRIC
 
@@ -32,7 +33,6 @@ from raysl.evaluation.evaluate import probe as run_probe
 from raysl.evaluation.options import ProbeConfig
 from raysl.run import Run
 from raysl.storage import Folder
-from raysl.stream.shared import Subscriber
 from raysl.training.launch import pretrain
 from raysl.tuning import preparation
 from raysl.tuning.config import SweepConfig
@@ -134,8 +134,13 @@ class Trial(tune.Trainable):  # type: ignore[misc]
         return {**about, "score": score, "loss": loss}
 
     def _trained(self, config: Pretraining, until: int) -> Run:
-        task = self.task
-        subscriber, local = self._subscriber(config, until), task.in_process
+        """Train a run up to a step, with its place at a shared stream if there is one."""
+        task, subscriber = self.task, None
+        if task.broker is not None:
+            found = checkpoint.newest(Run(Folder(config.run)).checkpoints)
+            start, number = found.step if found else 0, int(self.trial_name)
+            subscriber = ray.get(task.broker.subscriber.remote(number, config, start, until))
+        local = task.in_process
         try:
             run = pretrain(config, until=until, placement=task.placement, subscriber=subscriber, local=local)
         finally:
@@ -147,19 +152,6 @@ class Trial(tune.Trainable):  # type: ignore[misc]
                 "Another program has trained it further. Give the sweep a folder of its own."
             )
         return run
-
-    def _subscriber(self, config: Pretraining, until: int) -> Subscriber | None:
-        """Return the run's place at a shared stream, if there is one."""
-        task = self.task
-        if task.broker is None:
-            return None
-        import ray
-
-        found = checkpoint.newest(Run(Folder(config.run)).checkpoints)
-        start = found.step if found else 0
-        asked = task.broker.subscriber.remote(int(self.trial_name), config, start, until)
-        place: Subscriber | None = ray.get(asked)
-        return place
 
 
 def _check_metrics(storage: Any) -> None:
