@@ -5,6 +5,7 @@ from __future__ import annotations
 import bz2
 import gzip
 import io
+import json
 import lzma
 import tarfile
 import zipfile
@@ -15,7 +16,7 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
 
-from tests.ingestion.reading import jpeg, labels, noise, opened, put, refused, write_tar
+from tests.ingestion.reading import jpeg, labels, noise, opened, put, refused, write_tar, write_zip
 
 
 def test_samples_by_key_with_labels_in_cls(tmp_path: Path) -> None:
@@ -34,10 +35,8 @@ def test_samples_by_key_with_labels_in_cls(tmp_path: Path) -> None:
 
 def test_labels_in_json(tmp_path: Path) -> None:
     for name, label in (("a", 3), ("b", "cat")):
-        write_tar(
-            tmp_path / f"{name}.tar",
-            {"0.jpg": jpeg(), "0.json": f'{{"label": {label!r}}}'.replace("'", '"').encode()},
-        )
+        members = {"0.jpg": jpeg(), "0.json": json.dumps({"label": label}).encode()}
+        write_tar(tmp_path / f"{name}.tar", members)
         assert labels(tmp_path / f"{name}.tar") == {f"{name}.tar/0.jpg": str(label)}
     write_tar(tmp_path / "c.tar", {"0.jpg": jpeg(), "0.json": b'{"caption": "x", "breed": "pug"}'})
     found, _ = opened(tmp_path / "c.tar")
@@ -65,10 +64,8 @@ def test_a_sample_without_a_label(tmp_path: Path) -> None:
     ],
 )
 def test_labels_of_every_type(tmp_path: Path, label: dict[str, bytes], name: str) -> None:
-    write_tar(
-        tmp_path / "a.tar", {"0.jpg": jpeg(), **{f"0.{suffix}": data for suffix, data in label.items()}}
-    )
-    assert labels(tmp_path / "a.tar") == {"a.tar/0.jpg": name}
+    members = {"0.jpg": jpeg(), **{f"0.{suffix}": data for suffix, data in label.items()}}
+    assert labels(write_tar(tmp_path / "a.tar", members)) == {"a.tar/0.jpg": name}
 
 
 def test_names_in_cls_only_where_they_are_asked_for(tmp_path: Path) -> None:
@@ -106,8 +103,7 @@ def test_labels_in_fields_with_names_of_their_own(tmp_path: Path) -> None:
 
 
 def test_an_empty_zip(tmp_path: Path) -> None:
-    zipfile.ZipFile(tmp_path / "a.zip", "w").close()
-    assert "Cannot read the archive" in refused(tmp_path / "a.zip")
+    assert "Cannot read the archive" in refused(write_zip(tmp_path / "a.zip", {}))
 
 
 def test_names_in_archives(tmp_path: Path) -> None:
@@ -117,9 +113,7 @@ def test_names_in_archives(tmp_path: Path) -> None:
             info.size = len(noise(seed))
             archive.addfile(info, io.BytesIO(noise(seed)))
     (tmp_path / "twice.tar.gz").write_bytes(gzip.compress((tmp_path / "twice.tar").read_bytes()))
-    with zipfile.ZipFile(tmp_path / "windows.zip", "w") as zipped:
-        zipped.writestr("cat\\0.png", noise(1))
-        zipped.writestr("dog\\1.png", noise(2))
+    write_zip(tmp_path / "windows.zip", {"cat\\0.png": noise(1), "dog\\1.png": noise(2)})
     for name in ("twice.tar", "twice.tar.gz"):
         found, rows = opened(tmp_path / name)
         assert [row.image for row in rows] == [noise(2)]
@@ -128,12 +122,9 @@ def test_names_in_archives(tmp_path: Path) -> None:
 
 
 def test_content_decides_and_not_the_name(tmp_path: Path) -> None:
-    write_tar(tmp_path / "tar.zip", {"photo": noise(1), "README": b"x"})
-    with zipfile.ZipFile(tmp_path / "zip.tar", "w") as zipped:
-        zipped.writestr("photo", noise(1))
-        zipped.writestr("README", b"x")
-    for name in ("tar.zip", "zip.tar"):
-        found, rows = opened(tmp_path / name)
+    members = {"photo": noise(1), "README": b"x"}
+    for path in (write_tar(tmp_path / "tar.zip", members), write_zip(tmp_path / "zip.tar", members)):
+        found, rows = opened(path)
         assert [row.image for row in rows] == [noise(1)]
         assert found.left_out.kinds == {"files of unknown kind": (1, "README")}
 
@@ -145,14 +136,8 @@ def test_a_table_of_labels_in_an_archive(tmp_path: Path) -> None:
 
 
 def test_folders_inside_are_classes_and_splits(tmp_path: Path) -> None:
-    names = (
-        "train/cat/1.jpg",
-        "train/dog/1.jpg",
-        "test/cat/2.jpg",
-        "__MACOSX/train/cat/._1.jpg",
-        "train/notes.txt",
-    )
-    write_tar(tmp_path / "a.tar", {name: jpeg() for name in names})
+    names = "train/cat/1.jpg train/dog/1.jpg test/cat/2.jpg __MACOSX/train/cat/._1.jpg train/notes.txt"
+    write_tar(tmp_path / "a.tar", dict.fromkeys(names.split(), jpeg()))
     assert "test, train" in refused(tmp_path / "a.tar")
     assert labels(f"{tmp_path}/a.tar#train") == {
         "a.tar/train/cat/1.jpg": "cat",
@@ -187,11 +172,8 @@ def test_splits_by_the_names_of_archives(tmp_path: Path) -> None:
 
 
 def test_img2dataset(tmp_path: Path) -> None:
-    members = {
-        f"{i:09d}.{kind}": jpeg() if kind == "jpg" else b'{"caption": "x"}'
-        for i in range(3)
-        for kind in ("jpg", "json", "txt")
-    }
+    sample = {"jpg": jpeg(), "json": b'{"caption": "x"}', "txt": b"x"}
+    members = {f"{i:09d}.{kind}": data for i in range(3) for kind, data in sample.items()}
     write_tar(tmp_path / "00000.tar", members)
     pq.write_table(pa.table({"url": ["u"] * 3, "caption": ["x"] * 3}), tmp_path / "00000.parquet")
     put(tmp_path, "00000_stats.json", data=b"{}")
@@ -212,9 +194,8 @@ PACKED: dict[str, Callable[[bytes], bytes]] = {
 
 @pytest.mark.parametrize("name", PACKED)
 def test_compressed_by_content(tmp_path: Path, name: str) -> None:
-    plain = write_tar(
-        tmp_path / "in" / "x", {f"{c}/{i}.png": noise(i) for c in ("cat", "dog") for i in range(4)}
-    )
+    members = {f"{name}/{i}.png": noise(i) for name in ("cat", "dog") for i in range(4)}
+    plain = write_tar(tmp_path / "in" / "x", members)
     (tmp_path / name).write_bytes(PACKED[name](plain.read_bytes()))
     found, rows = opened(tmp_path / name)
     assert "compressed" in found.layout
@@ -248,9 +229,8 @@ def test_damaged_archives_are_never_shorter_data_sets(
     path.write_bytes(damage(bytearray(path.read_bytes()), at))
     message = refused(path)
     assert says in message
-    assert any(
-        f"after {count} members, the last of which is '{count - 1}.png'" in message for count in (3, 4, 6)
-    )
+    last = [f"after {count} members, the last of which is '{count - 1}.png'" for count in (3, 4, 6)]
+    assert any(one in message for one in last)
 
 
 def test_members_that_are_no_files_of_the_archive(tmp_path: Path) -> None:
@@ -259,11 +239,8 @@ def test_members_that_are_no_files_of_the_archive(tmp_path: Path) -> None:
             info = tarfile.TarInfo(name)
             info.size = len(jpeg())
             archive.addfile(info, io.BytesIO(jpeg()))
-        for name, kind in (
-            ("link.jpg", tarfile.SYMTYPE),
-            ("hard.jpg", tarfile.LNKTYPE),
-            ("null.jpg", tarfile.CHRTYPE),
-        ):
+        kinds = {"link.jpg": tarfile.SYMTYPE, "hard.jpg": tarfile.LNKTYPE, "null.jpg": tarfile.CHRTYPE}
+        for name, kind in kinds.items():
             info = tarfile.TarInfo(name)
             info.type, info.linkname = kind, "/etc/passwd"
             archive.addfile(info)
@@ -285,15 +262,8 @@ def test_archives_without_images(tmp_path: Path) -> None:
 
 
 def test_zip(tmp_path: Path) -> None:
-    with zipfile.ZipFile(tmp_path / "a.zip", "w", zipfile.ZIP_DEFLATED) as archive:
-        for name in (
-            "birds/cat/1.jpg",
-            "birds/dog/2.jpg",
-            "__MACOSX/birds/._x.jpg",
-            "birds/readme.txt",
-            "../up.jpg",
-        ):
-            archive.writestr(name, jpeg())
+    names = "birds/cat/1.jpg birds/dog/2.jpg __MACOSX/birds/._x.jpg birds/readme.txt ../up.jpg"
+    write_zip(tmp_path / "a.zip", dict.fromkeys(names.split(), jpeg()))
     found, rows = opened(tmp_path / "a.zip")
     assert [(row.path, row.image, row.label) for row in rows] == [
         ("a.zip/birds/cat/1.jpg", jpeg(), "cat"),
@@ -306,9 +276,7 @@ def test_zip(tmp_path: Path) -> None:
 
 
 def test_a_damaged_member_of_a_zip_is_a_row_with_a_reason(tmp_path: Path) -> None:
-    with zipfile.ZipFile(tmp_path / "a.zip", "w") as archive:
-        archive.writestr("1.png", noise(1))
-        archive.writestr("2.png", noise(2))
+    write_zip(tmp_path / "a.zip", {"1.png": noise(1), "2.png": noise(2)}, zipfile.ZIP_STORED)
     data = bytearray((tmp_path / "a.zip").read_bytes())
     data[200] ^= 1
     (tmp_path / "a.zip").write_bytes(data)

@@ -35,10 +35,8 @@ def test_class_folders_in_sorted_order(tmp_path: Path) -> None:
         ("zebra/0.PNG", "zebra"),
         ("zebra/1.jpg", "zebra"),
     ]
-    said = (
-        "the first folder of each image, as ape/5.jpeg; the folders inside class folders (1) give no labels"
-    )
-    assert found.labels == said
+    assert found.labels.startswith("the first folder of each image, as ape/5.jpeg; the folders inside class")
+    assert found.labels.endswith("inside class folders (1) give no labels")
     assert found.left_out.kinds["hidden files and folders"][0] == 2
     assert found.left_out.kinds["empty folders"] == (1, "empty")
 
@@ -125,15 +123,8 @@ def test_one_split_is_read(tmp_path: Path, names: list[str], expected: dict[str,
 
 
 def test_what_systems_and_editors_leave_behind(tmp_path: Path) -> None:
-    put(
-        tmp_path,
-        "a/0.jpg",
-        "b/1.jpg",
-        "@eaDir/0.jpg",
-        "$RECYCLE.BIN/0.jpg",
-        "System Volume Information/0.jpg",
-        "a/0.jpg~",
-    )
+    put(tmp_path, "a/0.jpg", "b/1.jpg", "@eaDir/0.jpg", "$RECYCLE.BIN/0.jpg", "a/0.jpg~")
+    put(tmp_path, "System Volume Information/0.jpg")
     found, rows = opened(tmp_path)
     assert [row.path for row in rows] == ["a/0.jpg", "b/1.jpg"]
     assert found.left_out.kinds["hidden files and folders"][0] == 4
@@ -152,11 +143,8 @@ def test_tiny_imagenet(tmp_path: Path) -> None:
     put(tmp_path, "train/n01/images/n01_0.JPEG", "train/n02/images/n02_0.JPEG", "test/images/t_0.JPEG")
     put(tmp_path, "train/n01/n01_boxes.txt", "wnids.txt", data=b"n01\n")
     put(tmp_path, "val/images/val_0.JPEG", "val/images/val_1.JPEG")
-    put(
-        tmp_path,
-        "val/val_annotations.txt",
-        data=b"val_0.JPEG\tn02\t0\t0\t9\t9\nval_1.JPEG\tn01\t0\t0\t9\t9\n",
-    )
+    table = b"val_0.JPEG\tn02\t0\t0\t9\t9\nval_1.JPEG\tn01\t0\t0\t9\t9\n"
+    put(tmp_path, "val/val_annotations.txt", data=table)
     assert set(labels(f"{tmp_path}#train").values()) == {"n01", "n02"}
     assert labels(f"{tmp_path}#val") == {"val/images/val_0.JPEG": "n02", "val/images/val_1.JPEG": "n01"}
     assert labels(f"{tmp_path}#test") == {"test/images/t_0.JPEG": None}
@@ -164,9 +152,7 @@ def test_tiny_imagenet(tmp_path: Path) -> None:
 
 def test_ilsvrc(tmp_path: Path) -> None:
     root = "ILSVRC/Data/CLS-LOC/"
-    put(
-        tmp_path, f"{root}train/n1/a.JPEG", f"{root}train/n2/b.JPEG", f"{root}val/c.JPEG", f"{root}val/d.JPEG"
-    )
+    put(tmp_path / root, "train/n1/a.JPEG", "train/n2/b.JPEG", "val/c.JPEG", "val/d.JPEG")
     put(tmp_path, "ILSVRC/Annotations/CLS-LOC/val/c.xml", data=b"<annotation/>")
     assert set(labels(f"{tmp_path}#train").values()) == {"n1", "n2"}
     found, rows = opened(f"{tmp_path}#val")
@@ -177,11 +163,7 @@ def test_ilsvrc(tmp_path: Path) -> None:
 @pytest.mark.parametrize(
     ("image", "mask", "note"),
     [
-        (
-            "VOCdevkit/VOC2012/JPEGImages/{}.jpg",
-            "VOCdevkit/VOC2012/SegmentationClass/{}.png",
-            "Annotations/{}.xml",
-        ),
+        ("{voc}JPEGImages/{}.jpg", "{voc}SegmentationClass/{}.png", "{voc}Annotations/{}.xml"),
         ("images/{}.jpg", "masks/{}.png", "labels/{}.txt"),
         ("train/images/{}.jpg", "", "train/labels/{}.txt"),
         ("images/train/{}.jpg", "", "labels/train/{}.txt"),
@@ -190,12 +172,12 @@ def test_ilsvrc(tmp_path: Path) -> None:
     ids=["VOC", "masks", "YOLO by split", "YOLO", "COCO"],
 )
 def test_layouts_with_several_objects_in_an_image(tmp_path: Path, image: str, mask: str, note: str) -> None:
-    where = "VOCdevkit/VOC2012/" if image.startswith("VOC") else ""
+    voc = "VOCdevkit/VOC2012/"
     for i in range(2):
-        put(tmp_path, image.format(i), *([mask.format(i)] if mask else []))
-        put(tmp_path, where + note.format(i), data=b"1 .5 .5 1 1")
+        put(tmp_path, image.format(i, voc=voc), *([mask.format(i, voc=voc)] if mask else []))
+        put(tmp_path, note.format(i, voc=voc), data=b"1 .5 .5 1 1")
     found, rows = opened(tmp_path)
-    assert [row.path for row in rows] == [image.format(0), image.format(1)]
+    assert [row.path for row in rows] == [image.format(i, voc=voc) for i in range(2)]
     assert not found.classes
     assert "any number of objects in an image" in found.labels
     assert ("masks or other pictures of the same images" in found.left_out.kinds) == bool(mask)
@@ -227,10 +209,8 @@ def test_hugging_face_metadata(tmp_path: Path) -> None:
         "train/deep/c.jpg": "cat",
     }
     found, _ = opened(f"{tmp_path}#test")
-    assert (
-        "no column of test/metadata.jsonl is named like a label; its columns are file_name, text"
-        in found.labels
-    )
+    why = "no column of test/metadata.jsonl is named like a label; its columns are file_name, text"
+    assert why in found.labels
     assert labels(f"{tmp_path}#test", label_column="text") == {"test/d.jpg": "a dog"}
     put(tmp_path, "train/e.jpg")
     found, _ = opened(f"{tmp_path}#train")
@@ -243,10 +223,7 @@ def test_hugging_face_metadata(tmp_path: Path) -> None:
     [
         ("file_name;label\n./0.jpg;a\n1.jpg; b\n", ["a", "b"]),
         ("image_file_name,label\n0.jpg,a\n1.jpg,b\n", ["a", "b"]),
-        (
-            "name,label\n0.jpg,a\n1.jpg,b\n",
-            "metadata.csv has no column file_name; its columns are name, label",
-        ),
+        ("name,label\n0.jpg,a\n1.jpg,b\n", "has no column file_name; its columns are name, label"),
         ("file_name,label\n0.jpg,a\n0.jpg,b\n1.jpg,b\n", "names 0.jpg as 'a' and as 'b'"),
     ],
 )
@@ -464,21 +441,17 @@ def test_files_are_read_without_torch_which_takes_600_mb(tmp_path: Path) -> None
     subprocess.run([sys.executable, "-c", program], check=True)
 
 
-def test_a_store_that_fails_for_a_moment_is_asked_again(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_a_store_that_fails_once_is_asked_again(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     place = Folder(f"memory://{tmp_path}")
     place.write("a.csv", b"image,label\nx.png,cat\n")
     place.write("b.tar", b"an archive")
     for name in ("find", "open"):
         method, turns = getattr(MemoryFileSystem, name), itertools.count()
 
-        def every_second(
-            store: Any, *given: Any, method: Any = method, turns: Any = turns, **named: Any
-        ) -> Any:
+        def every_second(*given: Any, method: Any = method, turns: Any = turns, **named: Any) -> Any:
             if next(turns) % 2 == 0:
                 raise OSError("Couldn't connect to server")
-            return method(store, *given, **named)
+            return method(*given, **named)
 
         monkeypatch.setattr(MemoryFileSystem, name, every_second)
     assert [file.path for file in files_below(str(place))] == ["a.csv", "b.tar"]

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import gzip
 import json
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -12,7 +13,6 @@ import pyarrow.feather
 import pyarrow.parquet as pq
 import pytest
 
-from raysl.ingestion.sources import Row
 from tests.ingestion.reading import jpeg, labels, opened, put, refused
 
 
@@ -38,9 +38,7 @@ def test_hugging_face_layout(tmp_path: Path) -> None:
     found, rows = opened(write(tmp_path / "x.parquet", [1, 0, 1, 1, 0], ["cat", "dog", "emu"]))
     assert found.classes == {"cat": 2, "dog": 3, "emu": 0}
     assert [row.label for row in rows] == ["dog", "cat", "dog", "dog", "cat"]
-    assert rows[2] == Row(
-        jpeg(2), "dog", "x.parquet, row group 1, row 0 (2.jpg)", "the image column has no bytes in this row"
-    )
+    assert rows[2][:3] == (jpeg(2), "dog", "x.parquet, row group 1, row 0 (2.jpg)")
     assert found.labels == f"the column 'label' of {tmp_path / 'x.parquet'}"
 
 
@@ -115,17 +113,14 @@ def test_columns_are_guessed_or_named(tmp_path: Path) -> None:
 
 
 def test_a_label_without_a_name_is_refused(tmp_path: Path) -> None:
-    assert "names 1 classes and has an image with label 1" in refused(
-        write(tmp_path / "x.parquet", [1], ["cat"])
-    )
+    path = write(tmp_path / "x.parquet", [1], ["cat"])
+    assert "names 1 classes and has an image with label 1" in refused(path)
 
 
-@pytest.mark.parametrize(
-    "layout", ["{}-00000-of-00001.parquet", "{}.parquet", "data/{}/0000.parquet", "my{}.parquet"]
-)
+@pytest.mark.parametrize("layout", ["{}-00000-of-00001", "{}", "data/{}/0000", "my{}"])
 def test_splits_by_name(tmp_path: Path, layout: str) -> None:
-    write(tmp_path / layout.format("train"), [0, 1, 2])
-    write(tmp_path / layout.format("test"), [3])
+    write(tmp_path / f"{layout.format('train')}.parquet", [0, 1, 2])
+    write(tmp_path / f"{layout.format('test')}.parquet", [3])
     mine = "my" if layout.startswith("my") else ""
     assert f"{mine}test, {mine}train" in refused(tmp_path)
     assert list(labels(f"{tmp_path}#{mine}test").values()) == ["3"]
@@ -142,35 +137,25 @@ def test_files_of_one_split_are_joined_by_the_names_of_classes(tmp_path: Path) -
 
 
 @pytest.mark.parametrize(
-    ("first", "second", "says"),
+    ("second", "says"),
     [
-        (
-            table([0, 1]),
-            table([0, 1], column="other"),
-            "labels in 'label' in the first, images in the column 'image' and no",
-        ),
-        (table([0, 1]), pa.table({"image": ["a.png"], "label": [0]}), "names of files in the column 'image'"),
-        (table([0, 1]), table(["cat", "dog"]), "holds numbers in the first and names in the second"),
-        (
-            table([0, 1]),
-            table([0, 1], ["cat", "dog"]),
-            "one names its classes in the column 'label' and the other",
-        ),
+        (table([0, 1], column="x"), "labels in 'label' in the first, images in the column 'image' and no"),
+        (pa.table({"image": ["a.png"], "label": [0]}), "names of files in the column 'image'"),
+        (table(["cat", "dog"]), "holds numbers in the first and names in the second"),
+        (table([0, 1], ["cat", "dog"]), "one names its classes in the column 'label' and the other"),
     ],
     ids=["no label", "other image", "other type", "no names"],
 )
-def test_files_that_disagree_are_both_named(
-    tmp_path: Path, first: pa.Table, second: pa.Table, says: str
-) -> None:
-    pq.write_table(first, tmp_path / "a.parquet")
+def test_files_that_disagree_are_both_named(tmp_path: Path, second: pa.Table, says: str) -> None:
+    write(tmp_path / "a.parquet", [0, 1])
     pq.write_table(second, tmp_path / "b.parquet")
     message = refused(tmp_path)
     assert "The tables 'a.parquet' and 'b.parquet' disagree" in message
     assert says in message
 
 
-def save_to_disk(made: pa.Table, path: Path) -> None:
-    with pa.OSFile(str(path), "wb") as sink, pa.ipc.new_stream(sink, made.schema) as writer:
+def write_arrow(made: pa.Table, path: Path, new: Callable[..., Any] = pa.ipc.new_file) -> None:
+    with pa.OSFile(str(path), "wb") as sink, new(sink, made.schema) as writer:
         writer.write_table(made, max_chunksize=2)
 
 
@@ -178,11 +163,10 @@ def save_to_disk(made: pa.Table, path: Path) -> None:
 def test_arrow(tmp_path: Path, name: str) -> None:
     made = table([1, 0, 1, 1, 0], ["cat", "dog"])
     if name.startswith("data"):
-        save_to_disk(made, tmp_path / name)
+        write_arrow(made, tmp_path / name, pa.ipc.new_stream)
         put(tmp_path, "dataset_info.json", "state.json", data=b"{}")
     elif name.endswith("arrow"):
-        with pa.OSFile(str(tmp_path / name), "wb") as sink, pa.ipc.new_file(sink, made.schema) as writer:
-            writer.write_table(made, max_chunksize=2)
+        write_arrow(made, tmp_path / name)
     else:
         pyarrow.feather.write_feather(made, tmp_path / name)
     found, rows = opened(tmp_path)
@@ -198,10 +182,7 @@ def test_arrow(tmp_path: Path, name: str) -> None:
     [
         ("list.csv", "file_name,label\nphotos/a.jpg,dog\nphotos/b c.jpg,cat\n"),
         ("list.tsv", "path\tclass\nphotos/a.jpg\tdog\nphotos/b c.jpg\tcat\n"),
-        (
-            "list.jsonl",
-            '{"image": "photos/a.jpg", "label": "dog"}\n{"image": "photos/b c.jpg", "label": "cat"}\n',
-        ),
+        ("list.jsonl", '{"img": "photos/a.jpg", "y": "dog"}\n{"img": "photos/b c.jpg", "y": "cat"}\n'),
     ],
 )
 def test_tables_of_file_names(tmp_path: Path, name: str, content: str) -> None:
@@ -219,11 +200,8 @@ def test_a_line_of_json_that_is_no_object_is_refused(tmp_path: Path, first: str)
 
 def test_file_names_that_lead_out_of_the_folder(tmp_path: Path) -> None:
     put(tmp_path, "secret.jpg", "other.jpg", "in/a.jpg")
-    put(
-        tmp_path,
-        "in/list.csv",
-        data=f"path,label\na.jpg,0\n../secret.jpg,1\n{tmp_path}/other.jpg,1\ngone.jpg,0\n".encode(),
-    )
+    text = f"path,label\na.jpg,0\n../secret.jpg,1\n{tmp_path}/other.jpg,1\ngone.jpg,0\n"
+    put(tmp_path, "in/list.csv", data=text.encode())
     _, rows = opened(tmp_path / "in" / "list.csv")
     assert [bool(row.image) for row in rows] == [True, False, False, False]
     assert "--follow-links" in rows[1].reason
@@ -333,26 +311,19 @@ def test_save_to_disk_of_several_splits(tmp_path: Path) -> None:
     for split in ("train", "test"):
         (tmp_path / split).mkdir()
         for name, column in (("data-00000-of-00001", "image"), ("cache-1", "indices")):
-            table = pa.table({column: [jpeg(len(split))]})
-            with (
-                pa.OSFile(f"{tmp_path}/{split}/{name}.arrow", "wb") as sink,
-                pa.ipc.new_stream(sink, table.schema) as out,
-            ):
-                out.write_table(table)
+            made = pa.table({column: [jpeg(len(split))]})
+            write_arrow(made, tmp_path / split / f"{name}.arrow", pa.ipc.new_stream)
     assert [row.image for row in opened(f"{tmp_path}#test")[1]] == [jpeg(4)]
 
 
 @pytest.mark.parametrize("name", ["x.arrow", "x.parquet"])
 def test_types_of_polars(tmp_path: Path, name: str) -> None:
-    kinds = {"image": pa.binary_view(), "label": pa.string_view()}
-    table = pa.table(
-        {key: pa.array([value], kinds[key]) for key, value in {"image": jpeg(), "label": "a"}.items()}
-    )
+    image, label = pa.array([jpeg()], pa.binary_view()), pa.array(["a"], pa.string_view())
+    made = pa.table({"image": image, "label": label})
     if name.endswith(".arrow"):
-        with pa.OSFile(f"{tmp_path}/{name}", "wb") as sink, pa.ipc.new_file(sink, table.schema) as out:
-            out.write_table(table)
+        write_arrow(made, tmp_path / name)
     else:
-        pq.write_table(table, tmp_path / name)
+        pq.write_table(made, tmp_path / name)
     assert [(row.image, row.label) for row in opened(tmp_path)[1]] == [(jpeg(), "a")]
 
 
@@ -363,10 +334,8 @@ def test_damaged_files(tmp_path: Path) -> None:
 
 
 def test_a_parquet_bomb_is_refused_by_its_footer(tmp_path: Path) -> None:
-    zeros = pa.array([bytes(1 << 20)] * 600)
-    pq.write_table(
-        pa.table({"image": zeros}), tmp_path / "x.parquet", compression="zstd", use_dictionary=False
-    )
+    zeros = pa.table({"image": pa.array([bytes(1 << 20)] * 600)})
+    pq.write_table(zeros, tmp_path / "x.parquet", compression="zstd", use_dictionary=False)
     assert (tmp_path / "x.parquet").stat().st_size < 1 << 20
     assert "may not fit into memory" in refused(tmp_path / "x.parquet")
 
