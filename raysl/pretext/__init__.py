@@ -25,7 +25,7 @@ from raysl import plugins
 from raysl.augment import SourceCrop
 from raysl.dataset.clips import Clips
 from raysl.errors import UserError
-from raysl.pretext._grayscale import grayscale
+from raysl.pretext._colors import grayscale
 from raysl.rng import ImageRng
 
 Color = Literal["crops", "source", "none"]
@@ -94,11 +94,19 @@ class Pretext(Protocol):
 
 
 class Plain:
-    """Base of a transform with what most have: one crop, no label, colors changed crop by crop, and no facts."""
+    """Base of a transform with what most have: one crop of an ordinary view, no label, new colors crop by crop."""
 
     num_crops = 1
     num_labels = 0
     color: Color = "crops"
+
+    def __init__(self, config: Any, geometry: Geometry) -> None:
+        self.config = config
+        self.source = SourceCrop(geometry.image_size, geometry.min_scale)
+
+    def transform(self, images_bchw: Tensor, image_rng: ImageRng) -> Transformed:
+        """Return the images unchanged."""
+        return Transformed(images_bchw[:, None], None)
 
     def describe(self) -> dict[str, Any]:
         """Return no facts."""
@@ -152,6 +160,16 @@ class OfClips(Protocol):
     def choose(self, clips: Clips, image_rng: ImageRng) -> Chosen:
         """Choose what the view shows of each clip. A pure function."""
         ...
+
+
+class OfFrames(Plain):
+    """Base of a transform that shows whole frames, or parts of them. A still image is a clip of equal frames."""
+
+    clip_columns: tuple[str, ...] = ("frames", "times")
+
+    def transform(self, images_bchw: Tensor, image_rng: ImageRng) -> Transformed:
+        """Return the image as every frame."""
+        return Transformed(images_bchw[:, None].expand(-1, self.num_crops, -1, -1, -1).contiguous(), None)
 
 
 def of_clips(transform: Pretext) -> OfClips | None:

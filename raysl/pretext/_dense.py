@@ -6,12 +6,11 @@ other method, so the target is coarse and the decoder has to know the position o
 
 from __future__ import annotations
 
-from typing import Annotated
+from typing import Annotated, Any
 
 from torch import Tensor, nn
 from torch.nn.functional import adaptive_avg_pool2d
 
-from raysl.augment import SourceCrop
 from raysl.errors import UserError
 from raysl.fields import Bounds
 from raysl.pretext import Color, Geometry, Plain
@@ -26,7 +25,7 @@ class DenseTransform(Plain):
 
     Args:
         name: name of the transform, for errors.
-        grid: cells per side, an even number of at least 4.
+        config: its hyperparameters; `grid`, the cells per side, is an even number of at least 4.
 
     Raises:
         UserError: the grid is odd, too small or finer than the pixels.
@@ -34,7 +33,9 @@ class DenseTransform(Plain):
 
     color: Color = "source"
 
-    def __init__(self, name: str, grid: int, geometry: Geometry) -> None:
+    def __init__(self, name: str, config: Any, geometry: Geometry) -> None:
+        super().__init__(config, geometry)
+        grid: int = config.grid
         if grid < 4 or grid % 2 or geometry.image_size < grid:
             raise UserError(
                 f"--{name}.grid is {grid} and --view.image-size is {geometry.image_size}. The grid must be an even "
@@ -42,7 +43,6 @@ class DenseTransform(Plain):
                 "grid such as 8."
             )
         self.grid = grid
-        self.source = SourceCrop(geometry.image_size, geometry.min_scale)
 
     def cell_means(self, values_bchw: Tensor) -> Tensor:
         """Return the mean of every cell, float64 (b, c, grid, grid). It is exact, so it is equal on every device.

@@ -11,8 +11,7 @@ from torch import Tensor
 
 from raysl.augment import SourceCrop
 from raysl.dataset.clips import SOUND_HZ, Clips
-from raysl.pretext import Chosen, Color, Plain, Transformed
-from raysl.pretext._frames import OfFrames
+from raysl.pretext import Chosen, Color, OfFrames, Plain, Transformed
 from raysl.rng import ImageRng
 
 # Windows of 32 ms, 100 in a second, in 64 bands on the mel scale: the decibels from -90 to 0 become 0 to 255.

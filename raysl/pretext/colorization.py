@@ -24,7 +24,7 @@ from torch import Tensor, nn
 
 from raysl.communication.device_copy import to_device
 from raysl.fields import Bounds, Checked
-from raysl.pretext import Geometry, Transformed, _lab
+from raysl.pretext import Geometry, Transformed, _colors
 from raysl.pretext._dense import DenseTransform, Grid
 from raysl.rng import ImageRng
 
@@ -61,16 +61,15 @@ class Colorization(DenseTransform):
     """The lightness in all three channels, with the mean color of each cell as the target."""
 
     def __init__(self, config: Config, geometry: Geometry) -> None:
-        super().__init__("colorization", config.grid, geometry)
-        self.config = config
-        self.bins_q2 = _lab.gamut(config.step)
+        super().__init__("colorization", config, geometry)
+        self.bins_q2 = _colors.gamut(config.step)
         self.weights_q = rebalancing(self.bins_q2, config.prior_chroma, config.rebalance)
 
     def transform(self, images_bchw: Tensor, image_rng: ImageRng) -> Transformed:
         """Return gray crops (b, 1, 3, h, w) and the target a + 128, b + 128, uint8 (b, 2, grid, grid)."""
-        light_bchw = _lab.linear(images_bchw)
-        gray_b1hw = _lab.lightness(light_bchw)
-        target_b2gg = _lab.chroma(self.cell_means(light_bchw))
+        light_bchw = _colors.linear(images_bchw)
+        gray_b1hw = _colors.lightness(light_bchw)
+        target_b2gg = _colors.chroma(self.cell_means(light_bchw))
         return Transformed(gray_b1hw.expand(-1, 3, -1, -1).contiguous()[:, None], target_b2gg)
 
     def head(self, width: int) -> nn.Module:

@@ -20,8 +20,7 @@ import torch
 from raysl.augment import SourceCrop
 from raysl.dataset.clips import Clips
 from raysl.fields import Bounds, Checked, Range
-from raysl.pretext import Chosen, Color, Geometry
-from raysl.pretext._frames import OfFrames
+from raysl.pretext import Chosen, Color, Geometry, OfFrames
 from raysl.rng import ImageRng
 
 # The order shows in places, which pooled features do not say, and in the comparison of the frames. At 32 pixels, the

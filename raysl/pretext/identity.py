@@ -7,11 +7,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
-from torch import Tensor
-
-from raysl.augment import SourceCrop
-from raysl.pretext import Geometry, Plain, Transformed
-from raysl.rng import ImageRng
+from raysl.pretext import Plain
 
 
 @dataclass(frozen=True)
@@ -21,10 +17,3 @@ class Config:
 
 class Identity(Plain):
     """One crop of the size of an ordinary view."""
-
-    def __init__(self, config: Config, geometry: Geometry) -> None:
-        self.source = SourceCrop(geometry.image_size, geometry.min_scale)
-
-    def transform(self, images_bchw: Tensor, image_rng: ImageRng) -> Transformed:
-        """Return the images unchanged."""
-        return Transformed(images_bchw[:, None], None)

@@ -51,8 +51,7 @@ class Inpainting(DenseTransform):
     """The image with missing cells filled, and the mean color of every cell as the target."""
 
     def __init__(self, config: Config, geometry: Geometry) -> None:
-        super().__init__("inpainting", config.grid, geometry)
-        self.config = config
+        super().__init__("inpainting", config, geometry)
         self.block = _block_cells(config)
 
     def transform(self, images_bchw: Tensor, image_rng: ImageRng) -> Transformed:

@@ -14,13 +14,12 @@ from typing import Annotated, Any
 import torch
 from torch import Tensor
 
-from raysl.augment import SourceCrop
+from raysl.augment import SourceCrop, windows
 from raysl.communication.device_copy import to_device
 from raysl.errors import UserError
 from raysl.fields import Bounds, Checked, Range, Seed
 from raysl.pretext import Color, Geometry, Transformed
 from raysl.pretext._permutations import Criterion, permutation_set
-from raysl.pretext._windows import windows
 from raysl.rng import ImageRng
 
 _MIN_PATCH = 4

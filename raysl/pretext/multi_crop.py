@@ -11,13 +11,10 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import Annotated, Any
 
-from torch import Tensor
-
 from raysl.augment import SourceCrop
 from raysl.errors import UserError
 from raysl.fields import Bounds, Checked
-from raysl.pretext import Geometry, Plain, Transformed
-from raysl.rng import ImageRng
+from raysl.pretext import Geometry, Plain
 
 
 @dataclass(frozen=True)
@@ -49,10 +46,6 @@ class MultiCrop(Plain):
     def __init__(self, config: Config, geometry: Geometry) -> None:
         size = max(8, round(geometry.image_size * 96 / 224)) if config.size is None else config.size
         self.source = SourceCrop(size, config.min_scale, config.max_scale)
-
-    def transform(self, images_bchw: Tensor, image_rng: ImageRng) -> Transformed:
-        """Return the crops unchanged."""
-        return Transformed(images_bchw[:, None], None)
 
     def describe(self) -> dict[str, Any]:
         """Return the side of a crop in pixels."""

@@ -13,11 +13,9 @@ from typing import Annotated
 
 import numpy as np
 
-from raysl.augment import SourceCrop
 from raysl.dataset.clips import Clips
 from raysl.fields import Bounds, Checked, Range
-from raysl.pretext import Chosen, Geometry
-from raysl.pretext._frames import OfFrames
+from raysl.pretext import Chosen, OfFrames
 from raysl.rng import ImageRng
 
 COMMAND = "raysl pretrain --data clips:2000 --run RUN --method pirl-near_frame"
@@ -39,16 +37,12 @@ class NearFrame(OfFrames):
 
     example_objective = "pirl"
 
-    def __init__(self, config: Config, geometry: Geometry) -> None:
-        self.within_s = config.within_s
-        self.source = SourceCrop(geometry.image_size, geometry.min_scale)
-
     def choose(self, clips: Clips, image_rng: ImageRng) -> Chosen:
         """Draw a frame from each clip."""
         draws_b = image_rng.uniform_array("frame", 1)[:, 0]
         frames = []
         for row, draw in enumerate(draws_b):
             times_n = clips.times(row)
-            near = np.flatnonzero(np.abs(times_n - times_n[len(times_n) // 2]) <= self.within_s + 1e-6)
+            near = np.flatnonzero(np.abs(times_n - times_n[len(times_n) // 2]) <= self.config.within_s + 1e-6)
             frames.append(near[int(draw * len(near))])
         return Chosen(np.array(frames, np.int64)[:, None])

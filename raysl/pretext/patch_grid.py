@@ -13,11 +13,10 @@ from typing import Annotated, Any
 import torch
 from torch import Tensor
 
-from raysl.augment import SourceCrop
+from raysl.augment import SourceCrop, windows
 from raysl.errors import UserError
 from raysl.fields import Bounds, Checked
 from raysl.pretext import Color, Geometry, Plain, Transformed
-from raysl.pretext._windows import windows
 from raysl.rng import ImageRng
 
 _MIN_PATCH = 4

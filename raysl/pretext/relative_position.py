@@ -15,13 +15,12 @@ from typing import Annotated, Any, Literal
 import torch
 from torch import Tensor
 
-from raysl.augment import SourceCrop
+from raysl.augment import SourceCrop, windows
 from raysl.communication.device_copy import to_device
 from raysl.errors import UserError
 from raysl.fields import Bounds, Checked
 from raysl.pretext import Color, Geometry, Transformed
-from raysl.pretext._grayscale import grayscale
-from raysl.pretext._windows import windows
+from raysl.pretext._colors import grayscale
 from raysl.rng import ImageRng
 
 _MIN_PATCH = 4

@@ -14,7 +14,6 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from raysl.augment import SourceCrop
 from raysl.communication.device_copy import to_device
 from raysl.fields import Checked
 from raysl.pretext import Geometry, Plain, Transformed
@@ -39,9 +38,9 @@ class Rotation(Plain):
     num_labels = 4
 
     def __init__(self, config: Config, geometry: Geometry) -> None:
+        super().__init__(config, geometry)
         self.label_per_crop = config.turns == "all"
         self.num_crops = 4 if self.label_per_crop else 1
-        self.source = SourceCrop(geometry.image_size, geometry.min_scale)
 
     def transform(self, images_bchw: Tensor, image_rng: ImageRng) -> Transformed:
         """Rotate each image counter-clockwise by 90 degrees times its label."""

@@ -14,11 +14,9 @@ from typing import Annotated
 import numpy as np
 import numpy.typing as npt
 
-from raysl.augment import SourceCrop
 from raysl.dataset.clips import Clips
 from raysl.fields import Bounds, Checked, Range
-from raysl.pretext import Chosen, Geometry
-from raysl.pretext._frames import OfFrames
+from raysl.pretext import Chosen, OfFrames
 from raysl.rng import ImageRng
 
 COMMAND = (
@@ -48,10 +46,6 @@ class Tracking(OfFrames):
     clip_columns = ("frames", "times", "tracks")
     num_crops = 2
     example_objective = "triplet"
-
-    def __init__(self, config: Config, geometry: Geometry) -> None:
-        self.config = config
-        self.source = SourceCrop(geometry.image_size, geometry.min_scale)
 
     def choose(self, clips: Clips, image_rng: ImageRng) -> Chosen:
         """Draw an object and two times from each clip. Without a track, take the whole of two frames."""

@@ -1,4 +1,4 @@
-"""Convert 8-bit sRGB to CIE L*a*b* (D65) in exact steps: equal on every device and for every batch size.
+"""Convert 8-bit sRGB to gray and to CIE L*a*b* (D65) in exact steps: equal on every device and for every batch size.
 
 The 8-bit form is that of OpenCV, which VISSL and the ImageNet benchmarks of colorization use: L * 255 / 100, a + 128,
 b + 128.
@@ -37,6 +37,13 @@ _WEIGHTS = torch.from_numpy(np.rint(_RELATIVE[1] * 2**_WEIGHT_BITS).astype(np.in
 _LIGHTNESS = torch.from_numpy(
     np.rint((116 * _curve(np.linspace(0, 1, 2**_WEIGHT_BITS)) - 16) * 2.55).astype(np.uint8)
 )
+
+
+def grayscale(images: Tensor) -> Tensor:
+    """Return the luminance of uint8 images (..., 3, h, w) in all three channels. Gray images stay unchanged."""
+    per_mille = to_device(torch.tensor((299, 587, 114), dtype=torch.int32), images.device)[:, None, None]
+    luminance = (images * per_mille).sum(-3, keepdim=True, dtype=torch.int32).add_(500) // 1000
+    return luminance.to(torch.uint8).expand_as(images).contiguous()
 
 
 def linear(images_bchw: Tensor) -> Tensor:
