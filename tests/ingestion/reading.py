@@ -42,9 +42,9 @@ def put(folder: Path, *names: str, data: bytes | None = None) -> None:
         path.write_bytes(jpeg() if data is None else data)
 
 
-def write_tar(path: Path, members: Mapping[str, bytes]) -> Path:
+def write_tar(path: Path, members: Mapping[str, bytes], mode: Any = "w") -> Path:
     path.parent.mkdir(parents=True, exist_ok=True)
-    with tarfile.open(path, "w") as archive:
+    with tarfile.open(path, mode) as archive:
         for name, data in members.items():
             info = tarfile.TarInfo(name)
             info.size = len(data)

@@ -24,11 +24,7 @@ def test_a_list_of_files(tmp_path: Path) -> None:
     assert not plain.has_labels
     labelled = ingest([(Path(files[0]), 1), (files[1], 0)], str(tmp_path / "labelled"))
     assert labelled.labels().tolist() == [1, 0]
-    assert sorted(path.name for path in (tmp_path / "labelled").iterdir()) == [
-        "labels.parquet",
-        "manifest.json",
-        "shards",
-    ]
+    assert labelled.folder.list() == ["labels.parquet", "manifest.json", "shards"]
 
 
 def test_a_ray_dataset(tmp_path: Path) -> None:
@@ -39,10 +35,8 @@ def test_a_ray_dataset(tmp_path: Path) -> None:
     made = ingest(encoded, str(tmp_path / "encoded"))
     assert made.read(np.arange(2))["image"].to_pylist() == [jpeg(0), jpeg(1)]
     assert made.manifest.classes == ("a", "b")
-    pixels = ray.data.from_items(
-        [{"image": np.full((4, 5, 3), 9 * i, np.uint8), "label": i} for i in range(2)]
-    )
-    made = ingest(pixels, str(tmp_path / "pixels"))
+    pixels = [{"image": np.full((4, 5, 3), 9 * i, np.uint8), "label": i} for i in range(2)]
+    made = ingest(ray.data.from_items(pixels), str(tmp_path / "pixels"))
     image = decode(made.read(np.array([1]))["image"][0].as_py())
     assert image.shape == (3, 4, 5)
     assert (image == 9).all()
@@ -50,9 +44,8 @@ def test_a_ray_dataset(tmp_path: Path) -> None:
 
 def test_a_hugging_face_dataset(tmp_path: Path) -> None:
     datasets = pytest.importorskip("datasets")
-    features = datasets.Features(
-        {"image": datasets.Image(), "label": datasets.ClassLabel(names=["cat", "dog"])}
-    )
+    classes = datasets.ClassLabel(names=["cat", "dog"])
+    features = datasets.Features({"image": datasets.Image(), "label": classes})
     put(tmp_path, "file.jpg", data=jpeg(3))
     images = [{"bytes": jpeg(1), "path": None}, {"bytes": jpeg(2), "path": None}, str(tmp_path / "file.jpg")]
     rows = datasets.Dataset.from_dict({"image": images, "label": [1, 0, 1]}, features)
@@ -63,7 +56,6 @@ def test_a_hugging_face_dataset(tmp_path: Path) -> None:
 
 
 def test_other_objects_are_refused(tmp_path: Path) -> None:
-
     for source, says in (
         ({"train": []}, "one of its values"),
         (42, "type builtins.int"),

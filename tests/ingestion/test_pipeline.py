@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import io
 import logging
 import os
 import shutil
@@ -13,7 +12,6 @@ import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
-from PIL import Image
 
 from raysl.dataset import DataSet, Manifest
 from raysl.errors import UserError
@@ -22,6 +20,7 @@ from raysl.ingestion.journal import Journal
 from raysl.ingestion.shard import move, write
 from raysl.ingestion.sources import Row
 from raysl.storage import Folder
+from tests.ingestion.reading import jpeg
 
 pytestmark = [pytest.mark.ray, pytest.mark.usefixtures("ray_session")]
 
@@ -45,12 +44,6 @@ def refused(source: object, dest: Path) -> str:
     with pytest.raises(UserError) as error:
         ingest(source, dest)
     return str(error.value)
-
-
-def jpeg(gray: int) -> bytes:
-    buffer = io.BytesIO()
-    Image.new("RGB", (8, 8), (gray, gray, gray)).save(buffer, "JPEG")
-    return buffer.getvalue()
 
 
 def photos(folder: Path, bad: tuple[int, ...] = (), count: int = 7) -> Path:
@@ -84,11 +77,7 @@ def test_a_folder_becomes_a_data_set(tmp_path: Path) -> None:
     rows = data_set.read(np.array([4, 0]))
     assert rows["label"].to_pylist() == [1, 0]
     assert rows["image"].to_pylist() == [jpeg(20), jpeg(0)]
-    assert sorted(path.name for path in (tmp_path / "out").iterdir()) == [
-        "labels.parquet",
-        "manifest.json",
-        "shards",
-    ]
+    assert data_set.folder.list() == ["labels.parquet", "manifest.json", "shards"]
     assert data_set.paths(np.array([4, 0])) == ["odd/1.jpg", "even/0.jpg"]
     assert data_set.labels().tolist() == [0, 0, 0, 0, 1, 1, 1]
     assert DataSet.open(str(tmp_path / "out")) == data_set
@@ -174,7 +163,7 @@ def test_an_interrupted_ingest_resumes(tmp_path: Path, said: pytest.LogCaptureFi
     assert_sound(data_set)
 
 
-def test_an_interrupted_ingest_of_a_source_that_changed_starts_again(
+def test_an_ingest_of_a_source_that_changed_starts_again(
     tmp_path: Path, said: pytest.LogCaptureFixture
 ) -> None:
     source, out, _ = stopped(tmp_path)
@@ -251,9 +240,7 @@ def test_no_image_at_all_can_be_decoded(tmp_path: Path) -> None:
     assert ingest(photos(tmp_path / "in"), tmp_path / "out").num_images == 7
 
 
-def test_a_source_by_name_is_ingested_once_and_again_when_it_changes(
-    tmp_path: Path, said: pytest.LogCaptureFixture
-) -> None:
+def test_a_source_is_ingested_again_when_it_changes(tmp_path: Path, said: pytest.LogCaptureFixture) -> None:
     source, cache = photos(tmp_path / "in"), tmp_path / "cache"
     first = resolve(str(source), cache)
     assert "once" in said.messages[0]

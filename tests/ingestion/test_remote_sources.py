@@ -3,10 +3,7 @@
 from __future__ import annotations
 
 import gzip
-import io
 import struct
-import tarfile
-import zipfile
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -19,7 +16,7 @@ import pytest
 from raysl import storage
 from raysl.storage import Folder
 from raysl.storage.remote_file import RemoteFile
-from tests.ingestion.reading import noise, opened, put
+from tests.ingestion.reading import noise, opened, put, write_tar, write_zip
 
 IMAGES = {f"{'cat' if n % 2 else 'dog'}/{n}.png": noise(n) for n in range(7)}
 
@@ -27,20 +24,6 @@ IMAGES = {f"{'cat' if n % 2 else 'dog'}/{n}.png": noise(n) for n in range(7)}
 def _folder(place: Path) -> None:
     for name, data in IMAGES.items():
         put(place, name, data=data)
-
-
-def _tar(place: Path, name: str, mode: Any) -> None:
-    with tarfile.open(place / name, mode) as archive:
-        for member, data in IMAGES.items():
-            info = tarfile.TarInfo(member)
-            info.size = len(data)
-            archive.addfile(info, io.BytesIO(data))
-
-
-def _zip(place: Path) -> None:
-    with zipfile.ZipFile(place / "a.zip", "w") as archive:
-        for name, data in IMAGES.items():
-            archive.writestr(name, data)
 
 
 def _parquet(place: Path) -> None:
@@ -70,9 +53,9 @@ def _npz(place: Path) -> None:
     ("write", "name"),
     [
         pytest.param(_folder, "", id="folder"),
-        pytest.param(lambda place: _tar(place, "a.tar", "w"), "", id="tar"),
-        pytest.param(lambda place: _tar(place, "a.tar.gz", "w:gz"), "", id="tar.gz"),
-        pytest.param(_zip, "", id="zip"),
+        pytest.param(lambda place: write_tar(place / "a.tar", IMAGES), "", id="tar"),
+        pytest.param(lambda place: write_tar(place / "a.tar.gz", IMAGES, "w:gz"), "", id="tar.gz"),
+        pytest.param(lambda place: write_zip(place / "a.zip", IMAGES), "", id="zip"),
         pytest.param(_parquet, "", id="parquet"),
         pytest.param(_csv, "/table.csv", id="csv"),
         pytest.param(_idx, "", id="idx"),
@@ -80,7 +63,7 @@ def _npz(place: Path) -> None:
     ],
 )
 def test_reads_that_fail_are_repeated(
-    write: Callable[[Path], None], name: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    write: Callable[[Path], object], name: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     write(tmp_path)
     remote = Folder(f"memory://{tmp_path}")

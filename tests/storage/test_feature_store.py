@@ -222,10 +222,8 @@ def test_numbers_beyond_half_precision_are_kept(tmp_path: Path) -> None:
     small_nd, large_nd = np.full((2, 3), 65504, np.float32), np.full((2, 3), -204653, np.float32)
     for part, values_nd in zip(parts, (small_nd, large_nd), strict=True):
         write_part(folder, part, "res4:3", values_nd, FeatureForm("float16"))
-    stored = [
-        pq.read_schema(f"{tmp_path}/{part_file(part)}").field("res4:3").type.value_type for part in parts
-    ]
-    assert [str(kind) for kind in stored] == ["halffloat", "float"]
+    schemas = [pq.read_schema(f"{tmp_path}/{part_file(part)}") for part in parts]
+    assert [str(schema.field("res4:3").type.value_type) for schema in schemas] == ["halffloat", "float"]
     store = FeatureStore.open(str(folder))
     np.testing.assert_array_equal(store.load(), np.concatenate([small_nd, large_nd]))
     assert store.itemsize == 4

@@ -16,13 +16,11 @@ from raysl.errors import UserError
 from raysl.storage import Folder, StorageError, failure, filesystem, retry
 
 
-@pytest.fixture(params=["path", "file", "fsspec"])
+@pytest.fixture(params=["", "file://", "memory://"], ids=["path", "file", "fsspec"])
 def folder(request: pytest.FixtureRequest, tmp_path: Path) -> Folder:
     """One folder, named in three ways."""
     place = tmp_path / "a b" / "é"
-    return Folder(
-        {"path": str(place), "file": f"file://{place}", "fsspec": f"memory://{place}"}[request.param]
-    )
+    return Folder(f"{request.param}{place}")
 
 
 def test_what_is_written_can_be_read(folder: Folder) -> None:
