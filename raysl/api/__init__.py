@@ -7,11 +7,11 @@ Every function first checks its values, the data and the machine, and raises a `
 
 from __future__ import annotations
 
-import functools
 import logging
 import os
 import re
 from collections.abc import Mapping, Sequence
+from functools import partial
 from typing import TYPE_CHECKING, Any, Literal
 
 from raysl import console
@@ -35,8 +35,7 @@ if TYPE_CHECKING:
     from raysl.config import Pretraining
     from raysl.dataset import DataSet
     from raysl.diagnostics import Diagnosis, DoctorConfig
-    from raysl.evaluation.options import ProbeConfig
-    from raysl.extraction import Encoder, FeaturesConfig, FeatureStore
+    from raysl.extraction import FeaturesConfig, FeatureStore
     from raysl.ingestion import IngestConfig
     from raysl.model_export import ExportConfig
     from raysl.reporting import ReportConfig
@@ -45,17 +44,11 @@ if TYPE_CHECKING:
     from raysl.training.reproduction import Comparison, ReproduceConfig
     from raysl.tuning.config import SweepConfig
 
-
 _log = logging.getLogger("raysl")
 
 
 @console.announced
-def ingest(
-    source: Any,
-    dest: PathLike,
-    config: IngestConfig | None = None,
-    **fields: Any,
-) -> DataSet:
+def ingest(source: Any, dest: PathLike, config: IngestConfig | None = None, **fields: Any) -> DataSet:
     """Make a data set of any source of images. The same call again resumes an interrupted ingest.
 
     Args:
@@ -149,10 +142,10 @@ def probe(
         raise UserError(f"The argument {extra[0]!r} is neither one of `probe` nor one of {tuple(probes)}.")
     configs = {name: configure(all_probes.config_type(name), protocols.get(name), {}) for name in probes}
     network = configure(Network, {"name": backbone} if isinstance(backbone, str) else backbone, {})
-    check_source(train)
-    check_source(test)
+    for labelled in (train, test):
+        check_source(labelled)
     from raysl.evaluation import evaluate, options
-    from raysl.extraction import Trained, encoder_by_name
+    from raysl.extraction import Trained, encoder_by_name, view_size
 
     source = encoder_by_name(uri(checkpoint), network, seed)
     evaluate.layers_of(source, layers)  # Raises UserError for an unknown layer.
@@ -169,21 +162,14 @@ def probe(
     start_ray(config.out or (str(source.run.folder) if isinstance(source, Trained) else ""))
     title = f"{uri(checkpoint).rpartition('/')[2]} ({network.name})"
     rows = evaluate.probe_encoder(source, title, *data_sets, config)
-    _draw_nearest(source, data_sets, config)
+    if "retrieval" in probes:
+        from raysl.reporting import retrieval_grid
+
+        size = image_size or view_size(source)
+        drawn = evaluate.frozen_encoder(source, data_sets[0], size, bn_statistics)
+        grid = retrieval_grid.draw(evaluate.folder_of(source, config), drawn, *data_sets, size)
+        _log.info("Nearest images of some test images: %s", grid)
     return rows
-
-
-def _draw_nearest(source: Encoder, data_sets: tuple[DataSet, DataSet], config: ProbeConfig) -> None:
-    if "retrieval" not in config.probes:
-        return
-    from raysl.evaluation import evaluate
-    from raysl.extraction import view_size
-    from raysl.reporting import retrieval_grid
-
-    size = config.image_size or view_size(source)
-    drawn = evaluate.frozen_encoder(source, data_sets[0], size, config.bn_statistics)
-    grid = retrieval_grid.draw(evaluate.folder_of(source, config), drawn, *data_sets, size)
-    _log.info("Nearest images of some test images: %s", grid)
 
 
 @console.announced
@@ -232,9 +218,8 @@ def cluster(
         features: a folder that `features` made.
         k: number of clusters.
         out: folder of the result; by default one inside the features, named by the configuration.
-        config: configuration of the clustering.
+        config, fields: the configuration; see `KMeansConfig`.
         assign: more features, such as those of validation images, that get the nearest of the same centroids.
-        fields: fields of `KMeansConfig`.
     """
     check_faiss()
     from raysl.clustering import lloyd
@@ -266,9 +251,8 @@ def clusterfit(
         teacher: a run, RUN/checkpoints/step-NNN, a file of weights, or "random".
         data: the images, for teacher and student.
         run: folder of all results.
-        config: configuration of the teacher and of the clusters.
+        config, fields: the configuration of teacher and clusters, such as `k`; see `ClusterfitConfig`.
         student: configuration of the student, or fields of `Pretraining`.
-        fields: fields of `ClusterfitConfig`, such as `k`.
 
     Returns:
         The run of the last student.
@@ -277,8 +261,7 @@ def clusterfit(
     from raysl.clustering import cluster_and_fit
 
     settings = configure(cluster_and_fit.ClusterfitConfig, config, {"teacher": uri(teacher), **fields})
-    learner = run_config(data, run, student, {"method": "clusterfit"})
-    return cluster_and_fit.clusterfit(settings, learner)
+    return cluster_and_fit.clusterfit(settings, run_config(data, run, student, {"method": "clusterfit"}))
 
 
 @console.announced
@@ -299,9 +282,8 @@ def sweep(
         test: labelled images on which the chosen trial is scored once. Trials are compared on `validation`.
         out: folder of the sweep, a path or a URI.
         vary: hyperparameters to vary, such as "temperature" or "temperature=0.05,0.1".
-        config: the configuration of the sweep.
+        config, fields: the configuration of the sweep; see `SweepConfig`.
         base: configuration of every run, or fields of `Pretraining`.
-        fields: fields of `SweepConfig`.
 
     Returns:
         A row for each trial, the best first.
@@ -313,7 +295,7 @@ def sweep(
     from raysl.tuning import preparation
     from raysl.tuning import sweep as tuning
 
-    check = functools.partial(preparation.check, config=settings)
+    check = partial(preparation.check, config=settings)
     learner = run_config(data, "-", base, {}, check=check, out=settings.out)
     for labelled in filter(None, (settings.train, settings.validation, settings.test)):
         check_source(labelled)
@@ -321,11 +303,7 @@ def sweep(
 
 
 @console.announced
-def report(
-    folders: AnyRun | Sequence[AnyRun],
-    config: ReportConfig | None = None,
-    **fields: Any,
-) -> str:
+def report(folders: AnyRun | Sequence[AnyRun], config: ReportConfig | None = None, **fields: Any) -> str:
     """Write one page about a sweep, or about runs side by side, and return its path or URI.
 
     Args:
@@ -334,8 +312,8 @@ def report(
     """
     from raysl import reporting
 
-    is_list = isinstance(folders, Sequence) and not isinstance(folders, str)
-    uris = [uri(folder) for folder in (folders if is_list else [folders])]  # type: ignore[union-attr]
+    several = isinstance(folders, Sequence) and not isinstance(folders, str)
+    uris = [uri(folder) for folder in (folders if several else [folders])]  # type: ignore[union-attr]
     if not uris:
         raise UserError("No folder is given. Name a sweep or runs: `raysl report runs/*`.")
     return f"{reporting.report(uris, configure(reporting.ReportConfig, config, fields))}/index.html"
@@ -352,8 +330,7 @@ def export(run: AnyRun, config: ExportConfig | None = None, **fields: Any) -> st
     from raysl import model_export
     from raysl.run import Run
 
-    settings = configure(model_export.ExportConfig, config, fields)
-    opened = Run.open(uri(run))
+    settings, opened = configure(model_export.ExportConfig, config, fields), Run.open(uri(run))
     with console.working("Writing the weights ..."):
         return str(model_export.export(opened, settings))
 
@@ -378,8 +355,7 @@ def views(
         raise UserError(f"The picture {str(out)!r} is not a PNG file. Give --out a name that ends in .png.")
     if images < 1:
         raise UserError(f"images is {images}; it must be at least 1.")
-    # Nothing is trained, so a run that the caller names is not used.
-    fields = {name: value for name, value in fields.items() if name != "run"}
+    fields.pop("run", None)  # Nothing is trained, so a run that the caller names is not used.
     settings = run_config(data, "-", config, fields, workers=False)
     opened = dataset(settings.data)
     from raysl.documentation import pictures

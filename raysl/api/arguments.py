@@ -136,6 +136,7 @@ def _suited(values: Mapping[str, Any], asked: Pretraining) -> Pretraining:
 def _resolved(values: Mapping[str, Any], data: str, usual_workers: int, has_gpus: bool) -> Pretraining:
     """Return the configuration of a run; one that exists keeps what it was begun with."""
     from raysl.config import defaults
+    from raysl.run import Run
 
     images = dataset(data)
     begun = Run.find(str(values["run"])) if values.get("run") not in (None, "-") else None

@@ -4,14 +4,10 @@ from __future__ import annotations
 
 import base64
 import re
-from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Annotated, Any
+from typing import Annotated, Any
 
 from raysl.fields import Bounds, check
-
-if TYPE_CHECKING:
-    from raysl.reporting.figure import Figure
 
 _BASE = """<!doctype html>
 <html lang="en"><head><meta charset="utf-8"><meta name="viewport" content="width=device-width">
@@ -28,7 +24,7 @@ figure { margin: 1.5rem 0 }
 </style></head><body>
 <h1>{{ title }}</h1>
 {% macro pictures(figures) %}{% for figure in figures %}<figure><h3>{{ figure.title }}</h3>
-<img alt="{{ figure.title }}" src="data:image/png;base64,{{ figure.data }}">
+<img alt="{{ figure.title }}" src="data:image/png;base64,{{ figure.png | base64 }}">
 <figcaption>{{ figure.text }}</figcaption></figure>
 {% endfor %}{% endmacro %}
 """
@@ -59,13 +55,13 @@ def render(body: str, title: str, **values: Any) -> str:
     """Return an HTML page.
 
     Args:
-        body: Jinja template of the page's body; its macro `pictures` takes the result of `embedded`.
+        body: Jinja template of the page's body; its macro `pictures` takes figures.
     """
     import jinja2
 
     # Blocks end without a new line, so that a table row is one line.
     environment = jinja2.Environment(autoescape=True, trim_blocks=True)
-    environment.filters["breakable"] = _breakable
+    environment.filters |= {"breakable": _breakable, "base64": lambda data: base64.b64encode(data).decode()}
     return environment.from_string(f"{_BASE}{body}</body></html>\n").render(title=title, **values)
 
 
@@ -74,8 +70,3 @@ def _breakable(name: str) -> Any:
     import markupsafe
 
     return markupsafe.Markup(re.sub(r"([._/])", r"\1<wbr>", str(markupsafe.escape(name))))
-
-
-def embedded(figures: Sequence[Figure]) -> list[dict[str, str]]:
-    """Return figures for the template, with pictures in base64."""
-    return [{"title": f.title, "text": f.text, "data": base64.b64encode(f.png).decode()} for f in figures]

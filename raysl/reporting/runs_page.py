@@ -15,7 +15,7 @@ from raysl.documentation import pictures
 from raysl.errors import UserError
 from raysl.reporting import retrieval_grid, run_figures
 from raysl.reporting.figure import Figure
-from raysl.reporting.page import ReportConfig, embedded, render
+from raysl.reporting.page import ReportConfig, render
 from raysl.reporting.report_runs import Group, LabelledRow, ReportRun, groups, labelled_rows
 from raysl.reporting.tables import Estimate, Table, tables
 from raysl.training.progress_actor import duration
@@ -68,16 +68,15 @@ def page(places: Sequence[str], config: ReportConfig) -> tuple[str, list[Figure]
     ]
     grids = list(_grids(gathered))
     views, unseen = _views(gathered, config.images)
-    primary = tables(rows)
     text = render(
         _BODY,
         title=f"{len(gathered)} representations" if len(gathered) > 1 else gathered[0].label,
         summary=_summary(gathered, rows),
-        primary_tables=[_shown(table) for table in primary],
+        primary_tables=[_shown(table) for table in tables(rows)],
         others=[_shown(table) for table in tables(rows, primary=False)],
-        figures=embedded(drawn),
-        grids=embedded(grids),
-        views=embedded(views),
+        figures=drawn,
+        grids=grids,
+        views=views,
         unseen=unseen,
         costs=list(_costs(gathered)),
         runs=[
@@ -94,17 +93,15 @@ def page(places: Sequence[str], config: ReportConfig) -> tuple[str, list[Figure]
 
 
 def _summary(gathered: Sequence[Group], rows: Sequence[LabelledRow]) -> str:
-    count = sum(len(group.runs) for group in gathered)
-    folders, rows_of_table = (_count(n, what) for n, what in ((count, "folder"), (len(gathered), "row")))
-    text = f"{folders} in {rows_of_table}; runs that differ only in seed and folder share a row."
+    folders, lines = sum(len(group.runs) for group in gathered), len(gathered)
+    text = (
+        f"{folders} folder{'s' * (folders != 1)} in {lines} row{'s' * (lines != 1)}; runs that differ only in seed and "
+        "folder share a row."
+    )
     bare = [group.label for group in gathered if not any(item.label == group.label for item in rows)]
     if bare:
         text += f" Not probed yet (use `raysl probe`): {', '.join(bare)}."
     return text
-
-
-def _count(n: int, what: str) -> str:
-    return f"{n} {what}" if n == 1 else f"{n} {what}s"
 
 
 def _shown(table: Table) -> dict[str, Any]:
@@ -117,12 +114,8 @@ def _shown(table: Table) -> dict[str, Any]:
         seeds = max((len(cell.values) for cell in cells if cell), default=0)
         lines.append({"label": label, "cells": shown, "seeds": seeds})
     caption = table.caption + (f", layer {table.columns[0][0]}" if one_layer and not one_name else "")
-    return {
-        "probe": table.probe,
-        "caption": caption,
-        "columns": [" ".join(names) for names in parts],
-        "lines": lines,
-    }
+    columns = [" ".join(names) for names in parts]
+    return {"probe": table.probe, "caption": caption, "columns": columns, "lines": lines}
 
 
 def _cell(table: Table, column: int, cell: Estimate) -> str:
@@ -177,9 +170,7 @@ def _short(title: str) -> str:
 def _costs(gathered: Sequence[Group]) -> Iterator[list[str]]:
     for group in gathered:
         spans = [_span(member) for member in group.runs if member.trained]
-        wall_s, worker_s, images = (
-            (sum(values) for values in zip(*spans, strict=True)) if spans else (0, 0, 0)
-        )
+        wall_s, worker_s, images = np.sum([(0.0, 0.0, 0.0), *spans], axis=0)
         if wall_s:
             cells = [f"{len(group.runs)}", f"{int(images):,}", duration(wall_s), f"{worker_s / 3600:.2f}"]
             yield [group.label, *cells, f"{images / wall_s:.0f}"]

@@ -10,7 +10,7 @@ from typing import Any
 
 from raysl.config.command import command, wrapped
 from raysl.reporting.figure import Figure
-from raysl.reporting.page import ReportConfig, embedded, render
+from raysl.reporting.page import ReportConfig, render
 from raysl.reporting.sweep_figures import figures
 from raysl.tuning.results import SweepResults, described, number, shown
 
@@ -31,15 +31,11 @@ def page(folder: str, config: ReportConfig) -> tuple[str, list[Figure]]:
     """Return the page of the sweep in a folder, and its figures. Raises UserError if it is missing or damaged."""
     results = SweepResults.open(folder)
     drawn = list(figures(results))
-    return _page(results, drawn, config), drawn
-
-
-def _page(results: SweepResults, drawn: Sequence[Figure], config: ReportConfig) -> str:
     rows, names, sweep = results.rows(), results.space.names, results.config
     states = [row["state"] for row in rows]
     best = results.best_config()
     best_row = next((row for row in rows if row["trial"] == results.best()), None)
-    return render(
+    text = render(
         _BODY,
         title=f"{results.base.method}: {', '.join(names)}",
         summary=(
@@ -59,9 +55,10 @@ def _page(results: SweepResults, drawn: Sequence[Figure], config: ReportConfig) 
                 for label, scores in results.extra_rows("test images: ")
             ),
         ],
-        figures=embedded(drawn),
+        figures=drawn,
         cost=_cost(results, config),
     )
+    return text, drawn
 
 
 def _selection(results: SweepResults) -> str:
@@ -74,11 +71,8 @@ def _selection(results: SweepResults) -> str:
     if len(variances) > 1:
         deviation, count = sqrt(mean(variances)), len(variances)
         # Blom's approximation of the expected largest of `count` standard normal numbers.
-        gap = (
-            NormalDist().inv_cdf((count - 0.375) / (count + 0.25))
-            * deviation
-            / sqrt(len(results.config.seeds))
-        )
+        largest = NormalDist().inv_cdf((count - 0.375) / (count + 0.25))
+        gap = largest * deviation / sqrt(len(results.config.seeds))
         sentences.append(
             f"If all {count} finished trials were equal, the best would still be {gap:.4f} above their mean, because "
             f"seeds differ by ± {deviation:.4f}; a smaller lead shows nothing."
@@ -98,10 +92,7 @@ def _score(row: dict[str, Any]) -> str:
 
 
 def _row(row: dict[str, Any], names: Sequence[str], epochs: float) -> dict[str, Any]:
-    cells = [
-        str(row["trial"]),
-        *(shown(row["values"][name]) for name in names),
-    ]
+    cells = [str(row["trial"]), *(shown(row["values"][name]) for name in names)]
     cells += [number(row["score"]), number(row["spread"]), f"{epochs * row['share']:.3g}"]
     return {"cells": cells, "why": row["reason"] or row["state"]}
 
