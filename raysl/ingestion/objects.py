@@ -65,9 +65,8 @@ def _tables(source: Any) -> tuple[str, Iterator[pa.Table]]:
     if hasattr(source, "iter_batches") and hasattr(source, "map_batches"):
         return kind, map(_encoded, source.iter_batches(batch_size=_BATCH_ROWS, batch_format="pyarrow"))
     if isinstance(source, dict):
-        raise UserError(
-            f"The source is of the type {kind}. Give one of its values, as in source[{next(iter(source), '')!r}]."
-        )
+        key = next(iter(source), "")
+        raise UserError(f"The source is of the type {kind}. Give one of its values, as in source[{key!r}].")
     raise UserError(
         f"The source is of the type {kind}. Give a path, a list of files or of (file, label) pairs, a datasets.Dataset "
         "or a ray.data.Dataset."

@@ -185,7 +185,6 @@ def move(dest: Folder, written: Written, base: int) -> Written:
                 writer.close()
                 num_bytes = int(stream.tell())
     except (pa.ArrowException, FileNotFoundError) as error:
-        raise UserError(
-            f"The shard {dest}/{name} is damaged: {error}. Delete {dest} and ingest again."
-        ) from error
+        damage = f"The shard {dest}/{name} is damaged: {error}"
+        raise UserError(f"{damage}. Delete {dest} and ingest again.") from error
     return replace(written, base=base, num_bytes=num_bytes, checksum=_checksum(dest, name))

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import hashlib
 from collections.abc import Sequence
+from itertools import repeat
 
 import numpy as np
 import numpy.typing as npt
@@ -19,14 +20,7 @@ _GROUP = 512
 
 
 def subset(dataset: DataSet, num_images: int, folder: Folder, seed: int = 0) -> DataSet:
-    """Draw images without replacement, and give them new indices in the same order.
-
-    Args:
-        folder: place of the new data set; if it is there already, it is opened.
-
-    Raises:
-        UserError: there are not so many images, or as `relabelled`.
-    """
+    """Draw images without replacement, and give them new indices in the same order; see `relabelled`."""
     if not 1 <= num_images <= dataset.num_images:
         raise UserError(
             f"A subset of {num_images} images cannot be drawn from the {dataset.num_images} of "
@@ -73,16 +67,15 @@ def relabelled(
     if DataSet.is_one(str(folder)):
         there = DataSet.open(str(folder))
         if there.manifest.fingerprint != fingerprint:
-            raise UserError(
-                f"Another data set lies at {str(folder)!r}, {there.manifest.source}. Give another folder."
-            )
+            other = f"{str(folder)!r}, {there.manifest.source}"
+            raise UserError(f"Another data set lies at {other}. Give another folder.")
         return there
     of_clips = dataset.manifest.clips.get("columns", [])
     columns = dataset.read(chosen_k, ("image", "path", *of_clips))
     clips = columns.select(of_clips).to_pylist() if of_clips else [None] * len(chosen_k)
     labels = [None] * len(chosen_k) if labels_k is None else [classes[label] for label in labels_k]
     images, paths = (columns.column(name).to_pylist() for name in ("image", "path"))
-    rows = (Row(*one[:3], clip=one[3]) for one in zip(images, labels, paths, clips, strict=True))
+    rows = map(Row, images, labels, paths, repeat(""), clips)
     named = () if labels_k is None else classes
     written = shard.write(folder, 0, 0, rows, decoding=None, classes=named, rows_per_group=_GROUP)
     metadata = {**dataset.manifest.clips, "with_sound": written.with_sound} if of_clips else {}

@@ -122,9 +122,8 @@ def read_table(data: bytes, path: str) -> pa.Table:
         _check_names(table.column_names, path)
         return table.cast(without_views(table.schema))
     except (pa.ArrowException, OSError, UnicodeDecodeError) as error:
-        raise UserError(
-            f"Cannot read the table {printable(path)!r}: {error}. Correct it or remove it."
-        ) from error
+        why = f"Cannot read the table {printable(path)!r}: {error}"
+        raise UserError(f"{why}. Correct it or remove it.") from error
 
 
 def _read_table(data: bytes, name: str) -> pa.Table:

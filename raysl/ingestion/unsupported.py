@@ -13,21 +13,14 @@ _UNPACK = "archive: unpack it"
 _FORMS = {
     ".mds": f"an MDS data set of mosaicml-streaming: with its StreamingDataset {_AS_FOLDER}",
     ".beton": f"an FFCV data set: with ffcv's Loader {_AS_FOLDER}",
-    ".tfrecord": _TFRECORD,
-    ".tfrecords": _TFRECORD,
-    ".tfrec": _TFRECORD,
-    ".mdb": f"an LMDB database: with the package lmdb {_AS_FOLDER}",
-    ".lmdb": f"an LMDB database: with the package lmdb {_AS_FOLDER}",
-    ".h5": _HDF5,
-    ".hdf5": _HDF5,
+    **dict.fromkeys((".tfrecord", ".tfrecords", ".tfrec"), _TFRECORD),
+    **dict.fromkeys((".mdb", ".lmdb"), f"an LMDB database: with the package lmdb {_AS_FOLDER}"),
+    **dict.fromkeys((".h5", ".hdf5"), _HDF5),
     ".rec": f"an MXNet RecordIO file: with mxnet.recordio {_AS_FOLDER}",
     ".mat": f"a MATLAB file: with scipy.io.loadmat {_AS_FOLDER}, or save its arrays with numpy.savez",
     ".npy": "a NumPy array: save it with numpy.savez under the name images, and its labels under the name labels",
     ".lance": f"a Lance data set: with the package pylance {_AS_FOLDER}",
-    ".pt": _PICKLED,
-    ".pth": _PICKLED,
-    ".pkl": _PICKLED,
-    ".pickle": _PICKLED,
+    **dict.fromkeys((".pt", ".pth", ".pkl", ".pickle"), _PICKLED),
     ".bin": f"a binary file without a header, as of STL-10 or CIFAR: with torchvision.datasets {_AS_FOLDER}",
     ".dcm": f"a DICOM image: with the package pydicom {_AS_FOLDER}",
     ".7z": f"a 7z {_UNPACK}",
@@ -38,10 +31,8 @@ _AS_CSV = "write its list of images beside them as CSV with the columns file_nam
 _LISTS = {
     ".json": f"a JSON file: {_AS_CSV}",
     ".txt": f"a text file: {_AS_CSV}",
-    ".xlsx": f"a spreadsheet: {_AS_CSV}",
-    ".xls": f"a spreadsheet: {_AS_CSV}",
-    ".sqlite": f"a database: {_AS_CSV}",
-    ".db": f"a database: {_AS_CSV}",
+    **dict.fromkeys((".xlsx", ".xls"), f"a spreadsheet: {_AS_CSV}"),
+    **dict.fromkeys((".sqlite", ".db"), f"a database: {_AS_CSV}"),
 }
 # Folders that tell which of the Parquet files beside them are valid.
 _LOGS = {

@@ -41,7 +41,7 @@ _SPOOL_BYTES = 64 << 20
 # Errors of a network file system that does not answer for a moment. Waiting does not help against other local errors.
 _TRANSIENT = {getattr(errno, name) for name in "EIO ESTALE ETIMEDOUT ENOTCONN EHOSTDOWN EAGAIN EBUSY".split()}
 # Arrow's object stores: opening a file is a request for its size, and an open file holds nothing but this size.
-_KEPT_OPEN = ("s3", "gcs", "abfs")
+KEPT_OPEN = ("s3", "gcs", "abfs")
 # What an object store says when waiting does not help.
 _PERMANENT_TEXT = re.compile(
     r"access.?denied|forbidden|\b(301|40[013])\b|too.?skewed|no.?such.?bucket|bucket (does not exist|not found)|"
@@ -172,11 +172,7 @@ class Folder:
         return False
 
     def write(self, name: str, data: bytes) -> None:
-        """Write one file atomically, and the folders it needs.
-
-        Raises:
-            StorageError: the disk is full, or the folder cannot be written.
-        """
+        """Write one file atomically, and the folders it needs. Raises StorageError if that is not possible."""
         with self.writing(name) as stream:
             stream.write(data)
 
@@ -248,7 +244,7 @@ class Folder:
             return [file.read_at(length, start) for start, length in ranges]
 
         def get(fs: Any, path: str) -> list[bytes]:
-            if fs.type_name not in _KEPT_OPEN:
+            if fs.type_name not in KEPT_OPEN:
                 with fs.open_input_file(path) as stream:
                     return parts_of(stream)
             try:
@@ -266,10 +262,7 @@ class Folder:
         return self._retried(name, "read", get, expected=expected)
 
     def open(self, name: str) -> BinaryIO:
-        """Open a seekable file for reading. Raises FileNotFoundError if it does not exist.
-
-        Reads of a remote file are repeated like requests, and raise StorageError in the end.
-        """
+        """Open a seekable file for reading; reads of a remote file are repeated. Raises as `read`."""
         if self.is_local:
             return cast(BinaryIO, self._retried(name, "read", lambda fs, path: fs.open_input_file(path)))
         fs, root = filesystem(self.uri)
@@ -373,11 +366,7 @@ def _opened(uri: str, name: str) -> Any:
 # Opening an object store asks it for its region, and a folder is opened for every file.
 @lru_cache(maxsize=256)
 def filesystem(uri: str) -> tuple[Any, str]:
-    """Return the Arrow file system of a URI and the path inside it.
-
-    Raises:
-        UserError: neither Arrow nor fsspec knows the scheme, or its package is missing; or the store does not answer.
-    """
+    """Return the Arrow file system of a URI and the path inside it. Raises UserError if it cannot be opened."""
     # Loaded late, because `raysl VERB --help` imports this module.
     import pyarrow.fs as pafs
 

@@ -147,11 +147,7 @@ class FeatureStore:
         return rows_nd
 
     def shards(self, count: int) -> list[tuple[Piece, ...]]:
-        """Divide the rows into `count` ranges of positions that differ by at most one row in length.
-
-        Raises:
-            UserError: there are more shards than rows.
-        """
+        """Divide the rows into `count` ranges of positions that differ by at most one row in length."""
         if count > self.num_rows:
             share = f"{count} actors cannot share {self.num_rows} rows"
             raise UserError(f"{share}: a shard would be empty. Use fewer actors.")
@@ -165,11 +161,7 @@ class FeatureStore:
                 yield Piece(group, low, high)
 
     def batches(self, piece: Piece, num_bytes: int = 4 << 20) -> Iterator[tuple[Integers, Numbers]]:
-        """Yield a piece in batches of about `num_bytes`: indices, int64 (b,), and rows, float16 or float32 (b, dim).
-
-        Raises:
-            UserError: the file is damaged, or a row or an index is missing or of another kind.
-        """
+        """Yield a piece in batches of about `num_bytes`: indices, int64 (b,), and rows, float16 or float32 (b, dim)."""
         num_rows = max(1, num_bytes // (4 * self.dim))
         for batch in self._slices(piece, num_rows, ["index", self.layer]):
             yield self._indices(piece, batch.column("index")), self._numbers(piece, batch)

@@ -258,8 +258,7 @@ def read(kind: str, unit: Unit) -> Iterator[Row]:
 
     Raises UserError if a file of the source is damaged beyond the single image, and OSError if it cannot be read.
     """
-    rows: Iterator[Row] = _kinds()[kind].read(unit)
-    return rows
+    return _kinds()[kind].read(unit)  # type: ignore[no-any-return]
 
 
 def files_ending(place: Place, suffixes: tuple[str, ...]) -> list[File]:
