@@ -35,7 +35,8 @@ if TYPE_CHECKING:
     from raysl.config import Pretraining
     from raysl.dataset import DataSet
     from raysl.diagnostics import Diagnosis, DoctorConfig
-    from raysl.extraction import FeaturesConfig, FeatureStore
+    from raysl.evaluation.options import ProbeConfig
+    from raysl.extraction import Encoder, FeaturesConfig, FeatureStore
     from raysl.ingestion import IngestConfig
     from raysl.model_export import ExportConfig
     from raysl.reporting import ReportConfig
@@ -145,7 +146,7 @@ def probe(
     for labelled in (train, test):
         check_source(labelled)
     from raysl.evaluation import evaluate, options
-    from raysl.extraction import Trained, encoder_by_name, view_size
+    from raysl.extraction import Trained, encoder_by_name
 
     source = encoder_by_name(uri(checkpoint), network, seed)
     evaluate.layers_of(source, layers)  # Raises UserError for an unknown layer.
@@ -162,14 +163,21 @@ def probe(
     start_ray(config.out or (str(source.run.folder) if isinstance(source, Trained) else ""))
     title = f"{uri(checkpoint).rpartition('/')[2]} ({network.name})"
     rows = evaluate.probe_encoder(source, title, *data_sets, config)
-    if "retrieval" in probes:
-        from raysl.reporting import retrieval_grid
-
-        size = image_size or view_size(source)
-        drawn = evaluate.frozen_encoder(source, data_sets[0], size, bn_statistics)
-        grid = retrieval_grid.draw(evaluate.folder_of(source, config), drawn, *data_sets, size)
-        _log.info("Nearest images of some test images: %s", grid)
+    _draw_nearest(source, data_sets, config)
     return rows
+
+
+def _draw_nearest(source: Encoder, data_sets: tuple[DataSet, DataSet], config: ProbeConfig) -> None:
+    if "retrieval" not in config.probes:
+        return
+    from raysl.evaluation import evaluate
+    from raysl.extraction import view_size
+    from raysl.reporting import retrieval_grid
+
+    size = config.image_size or view_size(source)
+    drawn = evaluate.frozen_encoder(source, data_sets[0], size, config.bn_statistics)
+    grid = retrieval_grid.draw(evaluate.folder_of(source, config), drawn, *data_sets, size)
+    _log.info("Nearest images of some test images: %s", grid)
 
 
 @console.announced

@@ -4,6 +4,9 @@ from __future__ import annotations
 
 from raysl.experiment.lectures import Claim, Contrast, Term
 
+PIRL, PREDICT, CLUSTERFIT, UNTRAINED = "pirl-jigsaw", "predict-jigsaw", "clusterfit", "untrained"
+TEACHER, STUDENT = "teacher, noise ", "ClusterFit, noise "
+
 
 def _claim(says: str, figure: str, *contrasts: Contrast) -> Claim:
     return Claim(says, figure, contrasts)
@@ -11,35 +14,35 @@ def _claim(says: str, figure: str, *contrasts: Contrast) -> Claim:
 
 def _more(says: str, better: str, worse: str, measure: str) -> Contrast:
     """Return the contrast of one result of two methods at the pooled layer."""
-    return Contrast(says, (Term(better, measure), -Term(worse, measure)))
+    return Contrast(says, _difference(better, worse, measure))
 
 
-def _gain(label: str, layer: str) -> tuple[Term, Term]:
-    """Return the terms of the gain over the untrained backbone at a layer."""
-    return Term(label, "linear by layer", layer), -Term("untrained", "linear by layer", layer)
+def _change(says: str, first: tuple[Term, ...], second: tuple[Term, ...]) -> Contrast:
+    """Return the contrast of two differences."""
+    return Contrast(says, (*first, *(-term for term in second)))
 
 
-def _less(first: tuple[Term, ...], second: tuple[Term, ...]) -> tuple[Term, ...]:
-    return (*first, *(-term for term in second))
+def _difference(better: str, worse: str, measure: str, layer: str = "pooled") -> tuple[Term, ...]:
+    return Term(better, measure, layer), -Term(worse, measure, layer)
 
 
-PIRL, PREDICT, CLUSTERFIT, UNTRAINED = "pirl-jigsaw", "predict-jigsaw", "clusterfit", "untrained"
-TEACHER, STUDENT = "teacher, noise ", "ClusterFit, noise "
 CLAIMS = (
     _claim(
         "Networks that predict a transform gain at a middle layer (res2) and lose it at the last layer",
         "PIRL, figure 6",
-        Contrast(
+        _change(
             "gain of predict-jigsaw over the untrained backbone, res2 minus pooled, linear",
-            _less(_gain(PREDICT, "res2"), _gain(PREDICT, "pooled")),
+            _difference(PREDICT, UNTRAINED, "linear by layer", "res2"),
+            _difference(PREDICT, UNTRAINED, "linear by layer"),
         ),
     ),
     _claim(
         "PIRL gains most at the last layer",
         "PIRL, figure 6",
-        Contrast(
+        _change(
             "gain of PIRL over the untrained backbone, pooled minus res2, linear",
-            _less(_gain(PIRL, "pooled"), _gain(PIRL, "res2")),
+            _difference(PIRL, UNTRAINED, "linear by layer"),
+            _difference(PIRL, UNTRAINED, "linear by layer", "res2"),
         ),
         _more("PIRL minus predict-jigsaw at the pooled layer, linear", PIRL, PREDICT, "linear by layer"),
     ),
@@ -62,12 +65,10 @@ CLAIMS = (
         "PIRL, table 3",
         _more("PIRL minus untrained, top-1 with 1 % of the labels", PIRL, UNTRAINED, "top1@1%"),
         _more("PIRL minus predict-jigsaw, top-1 with 1 % of the labels", PIRL, PREDICT, "top1@1%"),
-        Contrast(
+        _change(
             "gain of PIRL with 1 % of the labels minus its gain with 10 %",
-            _less(
-                (Term(PIRL, "top1@1%"), -Term(UNTRAINED, "top1@1%")),
-                (Term(PIRL, "top1@10%"), -Term(UNTRAINED, "top1@10%")),
-            ),
+            _difference(PIRL, UNTRAINED, "top1@1%"),
+            _difference(PIRL, UNTRAINED, "top1@10%"),
         ),
     ),
     _claim(
@@ -78,12 +79,10 @@ CLAIMS = (
     _claim(
         "PIRL loses less than prediction when it learns from other images",
         "PIRL, table 4",
-        Contrast(
+        _change(
             "loss of predict-jigsaw minus loss of PIRL, linear",
-            _less(
-                (Term(PREDICT, "linear"), -Term(f"uncurated/{PREDICT}", "linear")),
-                (Term(PIRL, "linear"), -Term(f"uncurated/{PIRL}", "linear")),
-            ),
+            _difference(PREDICT, f"uncurated/{PREDICT}", "linear"),
+            _difference(PIRL, f"uncurated/{PIRL}", "linear"),
         ),
     ),
     _claim(
@@ -130,12 +129,10 @@ CLAIMS = (
             f"{TEACHER}0.75",
             "linear",
         ),
-        Contrast(
+        _change(
             "loss of the teacher minus loss of ClusterFit from 0 to 75 % wrong labels, linear",
-            _less(
-                (Term(f"{TEACHER}0", "linear"), -Term(f"{TEACHER}0.75", "linear")),
-                (Term(f"{STUDENT}0", "linear"), -Term(f"{STUDENT}0.75", "linear")),
-            ),
+            _difference(f"{TEACHER}0", f"{TEACHER}0.75", "linear"),
+            _difference(f"{STUDENT}0", f"{STUDENT}0.75", "linear"),
         ),
     ),
     _claim(

@@ -171,46 +171,19 @@ def measured(
         start = extraction.untrained(run)
         own = [name for name in encoders if name == "trained" or start not in starts]
         starts.add(start)
-        missing = [
-            name
-            for name in names
-            if not _known(run, name, (configs or {}).get(name), (seen, judged), layers, own)
-        ]
+        stages = extraction.stages(extraction.Trained(run, run.newest()))
+        wanted = {one for layer in layers for one in (stages if layer == "all" else [layer])}
+
+        missing = []
+        for name in names:
+            found = rows_of_probe(run, name, seen, judged, (configs or {}).get(name), run.newest().step)
+            layers_of = {one: {row["layer"] for row in found if row["encoder"] == one} for one in own}
+            # Pixels may have none of the layers.
+            if not all(layers_of[encoder] >= wanted for encoder in own if encoder != "pixels"):
+                missing.append(name)
         if missing:
-            cache = Folder(flags.runs) / "features"
-            probe(
-                run,
-                train,
-                test,
-                probes=missing,
-                layers=layers,
-                encoders=own,
-                configs=configs or {},
-                cache=cache,
-            )
-
-
-def _known(
-    run: Run,
-    name: str,
-    config: Any,
-    data: tuple[str, str],
-    layers: Sequence[str],
-    encoders: Sequence[str],
-) -> bool:
-    """Return True if the probe has rows for all layers and encoders; pixels may have none.
-
-    Args:
-        data: fingerprints of the train and the test set.
-    """
-    stages = extraction.stages(extraction.Trained(run, run.newest()))
-    wanted = {one for layer in layers for one in (stages if layer == "all" else [layer])}
-    found = rows_of_probe(run, name, *data, config, run.newest().step)
-    return all(
-        {row["layer"] for row in found if row["encoder"] == encoder} >= wanted
-        for encoder in encoders
-        if encoder != "pixels"
-    )
+            how: dict[str, Any] = {"layers": layers, "encoders": own, "configs": configs or {}}
+            probe(run, train, test, probes=missing, cache=Folder(flags.runs) / "features", **how)
 
 
 def reported(runs: Sequence[Run], flags: Flags, names: Sequence[str], besides: Collection[str] = ()) -> None:

@@ -15,7 +15,7 @@ from __future__ import annotations
 
 import re
 from collections.abc import Iterable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from statistics import mean
 from typing import Any, Literal
 
@@ -25,11 +25,7 @@ MIN_SEEDS = 3
 # In shares of 1: half a point of accuracy.
 SMALLEST = 0.005
 Verdict = Literal["shows", "does not", "cannot tell"]
-_PRINTED: Mapping[Verdict, str] = {
-    "shows": "confirmed",
-    "does not": "contradicted",
-    "cannot tell": "inconclusive",
-}
+_PRINTED = {"shows": "confirmed", "does not": "contradicted", "cannot tell": "inconclusive"}
 # The value of a measure by seed, by (label, measure, layer).
 Observations = Mapping[tuple[str, str, str], Mapping[int, float]]
 
@@ -51,7 +47,7 @@ class Term:
     sign: int = 1
 
     def __neg__(self) -> Term:
-        return Term(self.label, self.measure, self.layer, -self.sign)
+        return replace(self, sign=-self.sign)
 
 
 @dataclass(frozen=True)
@@ -68,23 +64,14 @@ class Contrast:
 
     def by_seed(self, found: Observations) -> dict[int, float]:
         """Return the value for each seed that has all results."""
-        sets = [found.get((term.label, term.measure, term.layer), {}) for term in self.terms]
-        seeds = sorted(set.intersection(*(set(one) for one in sets)))
-        return {
-            seed: sum(term.sign * one[seed] for term, one in zip(self.terms, sets, strict=True))
-            for seed in seeds
-        }
+        results = [(term.sign, found.get((term.label, term.measure, term.layer), {})) for term in self.terms]
+        seeds = sorted(set.intersection(*(set(by_seed) for _, by_seed in results)))
+        return {seed: sum(sign * by_seed[seed] for sign, by_seed in results) for seed in seeds}
 
 
 @dataclass(frozen=True)
 class Claim:
-    """A claim of a lecture.
-
-    Args:
-        says: the claim.
-        figure: where it is published.
-        contrasts: the contrasts that it says are positive.
-    """
+    """A claim of a lecture, where it is published, and the contrasts that it says are positive."""
 
     says: str
     figure: str
@@ -93,12 +80,7 @@ class Claim:
 
 @dataclass(frozen=True)
 class Measured:
-    """A contrast with its values.
-
-    Args:
-        contrast: the contrast.
-        values: one value for each seed.
-    """
+    """A contrast, and its value for each seed."""
 
     contrast: Contrast
     values: tuple[float, ...]
@@ -154,11 +136,9 @@ def observations(rows: Iterable[Mapping[str, Any]], fast_linear: Sequence[str] =
             continue
         if not ({"label", "arm"} & row.keys() and "name" in row):
             continue
-        label = (
-            f"{row['arm']}, noise {row['noise']:g}" if "noise" in row else row.get("arm", row.get("label"))
-        )
-        measure = _measure(row, fast_linear)
-        if measure:
+        label = row.get("arm", row.get("label"))
+        label += f", noise {row['noise']:g}" if "noise" in row else ""
+        if measure := _measure(row, fast_linear):
             found.setdefault((label, measure, row["layer"]), {})[row["seed"]] = row["value"]
     return found
 
@@ -186,18 +166,17 @@ def page(claims: Sequence[Claim], found: Mapping[str, Observations]) -> str:
         "| claim | source | data | verdict | measured, in points, with the 95 % interval |",
         f"|{'---|' * 5}",
     ]
+    decided = 0
     for claim in claims:
-        for data, results in found.items():
-            verdict, measured = judge(claim, results)
-            if any(one.values for one in measured):
-                why = "<br>".join(map(str, measured))
-                lines.append(f"| {claim.says} | {claim.figure} | {data} | **{_PRINTED[verdict]}** | {why} |")
-        if not any(one.values for results in found.values() for one in judge(claim, results)[1]):
-            lines.append(
-                f"| {claim.says} | {claim.figure} | | **{_PRINTED['cannot tell']}** | not measured |"
-            )
-    counts = [one for claim in claims for results in found.values() for one in judge(claim, results)[1]]
-    decided = sum(len(one.values) >= MIN_SEEDS for one in counts)
+        judged = {data: judge(claim, results) for data, results in found.items()}
+        decided += sum(len(one.values) >= MIN_SEEDS for _, all_of in judged.values() for one in all_of)
+        rows = [
+            f"{data} | **{_PRINTED[verdict]}** | {'<br>'.join(map(str, measured))}"
+            for data, (verdict, measured) in judged.items()
+            if any(one.values for one in measured)
+        ]
+        rows = rows or [f"| **{_PRINTED['cannot tell']}** | not measured"]
+        lines += [f"| {claim.says} | {claim.figure} | {row} |" for row in rows]
     lines += [
         "",
         f"{decided} of the intervals have at least {MIN_SEEDS} seeds. One 95 % interval in 20 misses the true value by "
