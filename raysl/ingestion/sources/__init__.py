@@ -307,19 +307,19 @@ def choose_split(place: Place, splits: list[str]) -> str:
 
 
 def numbered(
-    place: Place, kind: str, noun: str, defaults: dict[str, int], bounds: dict[str, tuple[int, int]]
+    place: Place, kind: str, noun: str, known: dict[str, tuple[int, int, int]]
 ) -> tuple[int, dict[str, int], str]:
     """Parse the name of a drawn set, such as "shapes:1000?seed=3#test": its size, its options and its split.
 
-    `noun` says what is drawn; every option has a default, and a smallest and a largest value.
+    `noun` says what is drawn; every known option has a default, a smallest and a largest value.
     """
     count, _, query = place.uri.partition(":")[2].partition("?")
-    example = f"{kind}:500?" + "&".join(f"{name}={value}" for name, value in defaults.items())
-    options = dict(defaults)
+    options = {name: default for name, (default, _, _) in known.items()}
+    example = f"{kind}:500?" + "&".join(f"{name}={value}" for name, value in options.items())
     for name, value in parse_qsl(query, keep_blank_values=True):
         if name not in options:
             raise unknown(f"option of {kind}", name, options)
-        options[name] = _integer(name, value, bounds[name], place, example)
+        options[name] = _integer(name, value, known[name][1:], place, example)
     split = place.split or "train"
     if split not in ("train", "test"):
         raise unknown(f"split of {kind}", split, ["train", "test"])

@@ -26,8 +26,8 @@ if TYPE_CHECKING:
 
 SUMMARY = "drawn clips with sound: clips:500, clips:100#test, clips:500?seed=3&size=64&frames=24"
 
-_OPTIONS = {"seed": (0, 2**62), "size": (32, 256), "frames": (2, 240)}
-_DEFAULTS = {"seed": 0, "size": 64, "frames": 24}
+# Default, smallest and largest value of each.
+_OPTIONS = {"seed": (0, 0, 2**62), "size": (64, 32, 256), "frames": (24, 2, 240)}
 _RATE = 8.0
 _UNIT_CLIPS = 256
 
@@ -42,7 +42,7 @@ class Source:
     encoded_here = True
 
     def __init__(self, place: Place) -> None:
-        self._count, self._options, self._split = numbered(place, "clips", "clips", _DEFAULTS, _OPTIONS)
+        self._count, self._options, self._split = numbered(place, "clips", "clips", _OPTIONS)
         splits = ("train", "test")
         self.found = Found("drawn clips", "the action of the figure", splits, self._split, noun="clips")
         options = "&".join(f"{name}={value}" for name, value in self._options.items())

@@ -16,8 +16,8 @@ from raysl.ingestion.sources import Confidence, Place, Row, Unit, UnitSize, numb
 
 SUMMARY = "drawn images: shapes:100000, shapes:10000#test, shapes:100000?seed=3&size=64&plain=1"
 
-_OPTIONS = {"seed": (0, 2**62), "size": (16, 512), "plain": (0, 1)}
-_DEFAULTS = {"seed": 0, "size": 32, "plain": 0}
+# Default, smallest and largest value of each.
+_OPTIONS = {"seed": (0, 0, 2**62), "size": (32, 16, 512), "plain": (0, 0, 1)}
 # The size of a batch is fixed because the last bit of a float may depend on it.
 _BATCH_PIXELS = 256 * 32 * 32
 
@@ -32,11 +32,10 @@ class Source:
     encoded_here = True
 
     def __init__(self, place: Place) -> None:
-        self._count, self._options, self._split = numbered(place, "shapes", "images", _DEFAULTS, _OPTIONS)
+        self._count, self._options, self._split = numbered(place, "shapes", "images", _OPTIONS)
         self.found = Found("drawn shapes", "the shape that is drawn", ("train", "test"), self._split)
-        plain = "&plain=1" if self._options["plain"] else ""
-        named = "seed={seed}&size={size}".format(**self._options)
-        self.name = f"shapes:{self._count}?{named}{plain}#{self._split}"
+        options = "seed={seed}&size={size}".format(**self._options) + "&plain=1" * self._options["plain"]
+        self.name = f"shapes:{self._count}?{options}#{self._split}"
 
     def stamp(self) -> str:
         return self.name
