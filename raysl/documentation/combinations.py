@@ -26,25 +26,25 @@ _TITLE = "Methods: OBJECTIVE or OBJECTIVE-TRANSFORM; with '+' one transform afte
 def describe() -> list[Table]:
     """Return tables of the parts, of the combinations, and of the reasons why others do not combine."""
     parts = Table("part", "name", "description", title="Parts, one file each", show_lines=False)
-    for name in methods.objective_names():
-        parts.add_row("objective", name, _summary(f"{objectives.__name__}.{name}"))
-    for name in pretext.names():
-        parts.add_row("transform", name, _summary(f"{pretext.__name__}.{name}"))
-    transforms = ("", *pretext.names())
+    rooms = (("objective", objectives, methods.objective_names()), ("transform", pretext, pretext.names()))
+    for kind, room, names in rooms:
+        for name in names:
+            docstring = inspect.getdoc(importlib.import_module(f"{room.__name__}.{name}")) or ""
+            parts.add_row(kind, name, " ".join(docstring.partition("\n\n")[0].split()))
     # Fits 80 columns with every name whole.
     columns = (Column(name, overflow="fold") for name in methods.objective_names())
     first = Column("transform", no_wrap=True)
     grid = Table(first, *columns, title=_TITLE, box=box.SIMPLE_HEAD, padding=(0, 1, 0, 0), pad_edge=False)
     reasons: dict[str, list[str]] = {}
-    for transform in transforms:
+    for transform in ("", *pretext.names()):
         answers = {name: combines(name, transform) for name in methods.objective_names()}
         grid.add_row(transform or "(none)", *("yes" if a == "yes" else "-" for a in answers.values()))
         for objective, answer in answers.items():
             if answer != "yes":
                 reasons.setdefault(answer, []).append(f"{objective}-{transform}".rstrip("-"))
     why = Table("why not", "methods", title="What does not combine")
-    for reason, names in reasons.items():
-        why.add_row(reason, ", ".join(names))
+    for reason, refused in reasons.items():
+        why.add_row(reason, ", ".join(refused))
     return [parts, grid, why]
 
 
@@ -73,8 +73,3 @@ def combines(objective: str, transform: str) -> str:
     except UserError as error:
         return str(error).partition(". ")[0]
     return "yes"
-
-
-def _summary(module: str) -> str:
-    docstring = inspect.getdoc(importlib.import_module(module)) or ""
-    return " ".join(docstring.partition("\n\n")[0].split())

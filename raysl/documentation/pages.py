@@ -169,13 +169,9 @@ def _partners(name: str) -> str:
         answers = {f"{name}-{t}".rstrip("-"): _answer(name, t) for t in ("", *pretext.names())}
     else:
         answers = {f"{o}-{name}": _answer(o, name) for o in methods.objective_names()}
-    lines = ["Methods: " + ", ".join(f"`{m}`" for m, answer in answers.items() if answer == "yes") + "."]
-    reasons: dict[str, list[str]] = {}
+    reasons: dict[str, list[str]] = {"yes": []}
     for method, answer in answers.items():
         reasons.setdefault(answer, []).append(f"`{method}`")
-    lines += [
-        f"- not {', '.join(found)}: {reason.rstrip('.')}."
-        for reason, found in reasons.items()
-        if reason != "yes"
-    ]
-    return "\n".join([lines[0], *([""] if lines[1:] else []), *lines[1:]])
+    text = f"Methods: {', '.join(reasons.pop('yes'))}."
+    refused = [f"- not {', '.join(found)}: {reason.rstrip('.')}." for reason, found in reasons.items()]
+    return "\n".join([text, "", *refused]) if refused else text

@@ -30,6 +30,8 @@ _CELL = 192
 _MARGIN = 16
 _TITLE = 26
 _NOTE = 20
+# A title, a note, and cells of a picture and a note.
+Column = tuple[str, str, Sequence[tuple[Image.Image, str]]]
 _PAPER, _INK, _FAINT, _MAT = (255, 255, 255), (33, 37, 41), (134, 142, 150), (233, 236, 239)
 
 
@@ -78,9 +80,8 @@ def views_grid(
         b, p, _, height, width = view.crops_bpchw.shape
         size = f"{width} x {height} pixels" if p == 1 else f"{p} crops of {width} x {height}"
         marks = [""] * b if view.target is None else [_mark(target) for target in view.target]
-        columns.append(
-            (f"view: {name}", size, [(mosaic(v), m) for v, m in zip(view.crops_bpchw, marks, strict=True)])
-        )
+        cells = list(zip(map(mosaic, view.crops_bpchw), marks, strict=True))
+        columns.append((f"view: {name}", size, cells))
     return grid(columns)
 
 
@@ -133,14 +134,15 @@ def pieces_grid(
         queries_qchw: uint8 (q, 3, h, w).
         found_qkchw: uint8 (q, k, 3, h, w), the nearest first.
     """
-    columns = [
-        ("query", "", [(_picture(one), note) for one, note in zip(queries_qchw, query_notes, strict=True)])
+
+    def column(title: str, pieces: Tensor, notes: Sequence[str]) -> Column:
+        return title, "", list(zip(map(_picture, pieces), notes, strict=True))
+
+    ranks = range(found_qkchw.shape[1])
+    nearest = [
+        column(f"nearest {k + 1}", found_qkchw[:, k], [notes[k] for notes in found_notes]) for k in ranks
     ]
-    for rank in range(found_qkchw.shape[1]):
-        notes = [row[rank] for row in found_notes]
-        cells = [(_picture(one), note) for one, note in zip(found_qkchw[:, rank], notes, strict=True)]
-        columns.append((f"nearest {rank + 1}", "", cells))
-    return grid(columns)
+    return grid([column("query", queries_qchw, query_notes), *nearest])
 
 
 def _shown(dataset: DataSet, indices: npt.NDArray[np.int64]) -> list[tuple[Image.Image, str]]:
@@ -182,17 +184,13 @@ def mosaic(crops_pchw: Tensor) -> Image.Image:
     columns = math.ceil(math.sqrt(len(crops_pchw)))
     rows = math.ceil(len(crops_pchw) / columns)
     gap = 4 if len(crops_pchw) > 1 else 0
-    height, width = crops_pchw.shape[2:]
     room = (_CELL - gap * (columns - 1)) / columns
-    factor = room / max(height, width)
-    factor = math.floor(factor) if factor >= 1 else factor
-    height, width = max(1, round(height * factor)), max(1, round(width * factor))
-    grid = Image.new(
-        "RGB", (columns * (width + gap) - gap, rows * (height + gap) - gap), _MAT if gap else _PAPER
-    )
-    for i, crop in enumerate(crops_pchw):
-        place = (i % columns * (width + gap), i // columns * (height + gap))
-        grid.paste(_resized(_picture(crop), width, height), place)
+    fitted = [_fitted(_picture(crop), room) for crop in crops_pchw]
+    width, height = fitted[0].size
+    whole = columns * (width + gap) - gap, rows * (height + gap) - gap
+    grid = Image.new("RGB", whole, _MAT if gap else _PAPER)
+    for i, crop in enumerate(fitted):
+        grid.paste(crop, (i % columns * (width + gap), i // columns * (height + gap)))
     return grid
 
 
@@ -202,20 +200,16 @@ def _picture(image_chw: Tensor) -> Image.Image:
     return Image.fromarray(np.ascontiguousarray(image_chw.permute(1, 2, 0).cpu().numpy()))
 
 
-def _resized(image: Image.Image, width: int, height: int) -> Image.Image:
-    """Enlarge to sharp squares, or reduce smoothly."""
+def _fitted(image: Image.Image, side: float = _CELL) -> Image.Image:
+    """Fit an image into a square: enlarge by a whole number to sharp squares, or reduce smoothly."""
+    factor = side / max(image.size)
+    factor = math.floor(factor) if factor >= 1 else factor
+    width, height = (max(1, round(length * factor)) for length in image.size)
     method = Image.Resampling.NEAREST if width >= image.width else Image.Resampling.LANCZOS
     return image.resize((width, height), method)
 
 
-def _fitted(image: Image.Image) -> Image.Image:
-    """Fit an image into a cell: enlarge by a whole number, or reduce."""
-    factor = _CELL / max(image.size)
-    factor = math.floor(factor) if factor >= 1 else factor
-    return _resized(image, max(1, round(image.width * factor)), max(1, round(image.height * factor)))
-
-
-def grid(columns: Sequence[tuple[str, str, Sequence[tuple[Image.Image, str]]]]) -> Image.Image:
+def grid(columns: Sequence[Column]) -> Image.Image:
     """Draw columns of (title, note, cells of a picture and a note)."""
     title_font, note_font = ImageFont.load_default(15), ImageFont.load_default(12)
     rows = len(columns[0][2])
