@@ -32,6 +32,7 @@ from raysl.clustering.kmeans_worker import FaissSearch
 from raysl.config import Pretraining, ViewConfig
 from raysl.contrastive.bank import BankConfig
 from raysl.dataset import DataSet
+from raysl.diagnostics.compilation import advice, compiled_step
 from raysl.diagnostics.measurement import first_batch, measure_training
 from raysl.ray_cluster import gpus
 from raysl.ray_cluster import placement as cluster_placement
@@ -112,14 +113,11 @@ class Bench:
 
 
 def step_speed(bench: Bench) -> Numbers:
-    """Measure a PIRL step in each precision, in bf16 also through torch.compile, against a plain loop."""
+    """Measure a PIRL step in each precision, against a plain loop."""
     found: Numbers = {}
     images = bench.config.batch_size
-    kinds: dict[str, dict[str, Any]] = {"fp32": {"precision": "fp32"}, "bf16": {"precision": "bf16"}}
-    if bench.device.type == "cuda":
-        kinds["bf16_compiled"] = {"precision": "bf16", "compile": True}
-    for name, changes in kinds.items():
-        worker = bench.worker(**changes)
+    for name in ("fp32", "bf16"):
+        worker = bench.worker(precision=name)
         model, batch = worker.distributed(), first_batch(worker)
         step_s = bench.seconds(functools.partial(worker.update, model, batch, 1e-3))
         found[f"{name}_ms"] = 1e3 * step_s
@@ -306,6 +304,7 @@ def kmeans(bench: Bench) -> Numbers:
 
 CHECKS: dict[str, Callable[[Bench], Numbers]] = {
     "step": step_speed,
+    "compile": compiled_step,
     "profile": profile,
     "stream": stream_speed,
     "training": training,
@@ -354,6 +353,8 @@ def check(dataset: DataSet, out: str = "") -> Certificate:
     made = Certificate(_machine(), checks, not_done)
     for name, why in not_done.items():
         _log.info("not done: %s (%s)", name, why)
+    if on_gpu and (said := advice(checks, bench.config.precision)):
+        _log.info("%s", said)
     if out:
         Path(out).parent.mkdir(parents=True, exist_ok=True)
         Path(out).write_text(json.dumps(asdict(made), indent=1, sort_keys=True) + "\n")
@@ -369,6 +370,8 @@ def _page(made: Certificate) -> str:
         f"# {gpu['count']} x {gpu['name']}" if gpu else "# A machine without a GPU: speeds say nothing",
         "",
     ]
+    if gpu and (said := advice(made.checks, "bf16")):
+        lines += [said, ""]
     lines += ["| check | | |", "|---|---|---|"]
     for name, numbers in made.checks.items():
         lines += [f"| {name} | {label} | {_shown(value)} |" for label, value in numbers.items()]

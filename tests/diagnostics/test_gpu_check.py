@@ -8,8 +8,26 @@ from pathlib import Path
 import pytest
 import torch
 
-from raysl.diagnostics import gpu_check
+from raysl.diagnostics import compilation, gpu_check
 from tests.data import make_dataset
+
+
+@pytest.mark.parametrize(
+    ("eager_s", "compiled_s", "flag"),
+    [(0.05, 0.04, "--compile"), (0.05, 0.0499, "--no-compile"), (0.04, 0.05, "--no-compile")],
+)
+def test_the_flag_is_that_of_the_faster_step(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, eager_s: float, compiled_s: float, flag: str
+) -> None:
+    bench = gpu_check.Bench(make_dataset(tmp_path / "set", 40, side=32), on_gpu=False)
+    measured = iter([eager_s, compiled_s])
+    monkeypatch.setattr(bench, "seconds", lambda _: next(measured))
+    found = compilation.compiled_step(bench)
+    assert (found["flag"], found["faster"]) == (flag, "compiled" if flag == "--compile" else "eager")
+    on_gpu = gpu_check.Certificate({"gpu": {"count": 1, "name": "X1"}}, {"compile": found})
+    assert f"Use {flag}: a step takes" in gpu_check._page(on_gpu)
+    assert f"| compile | flag | {flag} |" in gpu_check._page(on_gpu)
+    assert "Use --" not in gpu_check._page(gpu_check.Certificate({}, {"compile": found}))
 
 
 @pytest.mark.ray
