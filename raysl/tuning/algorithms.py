@@ -21,13 +21,7 @@ def check_installed(name: str) -> None:
 
 
 def scheduler(config: SweepConfig, points: Space, times: tuple[int, ...]) -> Any:
-    """Return the scheduler that a sweep asks for.
-
-    Args:
-        config: configuration of the sweep.
-        points: its space.
-        times: the time of each rung, as trials report it under "t".
-    """
+    """Return the scheduler that a sweep asks for. `times` are those of the rungs, as trials report them under "t"."""
     from ray.tune import schedulers as made
 
     if config.scheduler == "asha":
@@ -37,13 +31,9 @@ def scheduler(config: SweepConfig, points: Space, times: tuple[int, ...]) -> Any
     if config.scheduler == "hyperband":
         return made.HyperBandScheduler("t", max_t=times[-1], reduction_factor=config.reduction)
     if config.scheduler == "pbt":
+        how = {"hyperparam_mutations": points.mutations(), "custom_explore_fn": points.clipped}
         return made.PopulationBasedTraining(
-            "rung",
-            perturbation_interval=1,
-            hyperparam_mutations=points.mutations(),
-            custom_explore_fn=points.clipped,
-            log_config=False,
-            synch=True,
+            "rung", perturbation_interval=1, log_config=False, synch=True, **how
         )
     return made.FIFOScheduler()
 

@@ -15,7 +15,7 @@ from raysl.backbone.network import BackboneConfig
 from raysl.config import Pretraining
 from raysl.dataset import DataSet
 from raysl.errors import UserError
-from raysl.evaluation.evaluate import check_apart, check_data
+from raysl.evaluation.evaluate import check_apart, check_data, probe
 from raysl.evaluation.options import ProbeConfig
 from raysl.ingestion import resolve
 from raysl.ingestion.subset import part
@@ -24,6 +24,7 @@ from raysl.probes import common_labels
 from raysl.ray_cluster import placement as cluster_placement
 from raysl.ray_cluster import shared_paths
 from raysl.ray_cluster.placement import Placement
+from raysl.run import Run
 from raysl.storage import Folder
 from raysl.tuning import algorithms
 from raysl.tuning.config import SweepConfig
@@ -110,6 +111,22 @@ class Task:
     def until(self, config: Pretraining, rung: int) -> int:
         """Return the step of a rung, counted from 0; 0 for the rung before the first."""
         return max(1, round(self.shares[rung] * config.plan(self.images).num_steps)) if rung >= 0 else 0
+
+    def scored(
+        self, run: Run, judged: DataSet, encoders: Sequence[str], name: str, **how: Any
+    ) -> list[dict[str, Any]]:
+        """Probe a run and return the rows of the primary metric.
+
+        The features in `features-NAME` are larger than a checkpoint and are used only once, so they are deleted.
+        """
+        cache = run.folder / f"features-{name}"
+        try:
+            rows = probe(
+                run, self.train, judged, probes=(self.probe,), encoders=tuple(encoders), cache=cache, **how
+            )
+        finally:
+            cache.delete()
+        return [row for row in rows if row["primary"]]
 
     @property
     def times(self) -> tuple[int, ...]:
@@ -204,14 +221,9 @@ def make_task(
     shared = share(base, config.max_concurrent, config.gpus_per_worker, num_trials, len(config.seeds))
     train, validation = (labelled, given) if given else hold_out(labelled, Folder(config.out))
     check_data(ProbeConfig((config.probe,)).ready(), train, validation)
-    task = Task(
-        replace(base, data=str(images.folder)),
-        images,
-        str(Folder(config.out)),
-        *(train, validation, config.probe, config.seeds, shares),
-        *shared,
-    )
-    return task, test
+    base = replace(base, data=str(images.folder))
+    where = images, str(Folder(config.out)), train, validation
+    return Task(base, *where, config.probe, config.seeds, shares, *shared), test
 
 
 def check_workers(base: Pretraining) -> None:
@@ -284,16 +296,8 @@ def share(
     """Return the trials at a time, the seeds of each at a time, and what the trainers of a run get.
 
     The trainers of all runs are placed together, as if they were one large run, on the machines of the cluster and
-    those that it can grow to; so runs never wait for each other's CPUs. Trials come before seeds.
-
-    Args:
-        base: configuration of a run.
-        at_once: runs at the same time; 0 for as many as leave a whole CPU to each trainer.
-        gpus_per_worker: GPUs of a trainer, where there are GPUs.
-        num_trials, num_seeds: counts of the whole sweep.
-
-    Raises:
-        UserError: the cluster can never run so many.
+    those that it can grow to; so runs never wait for each other's CPUs. Trials come before seeds. With `at_once` 0, as
+    many run as leave a whole CPU to each trainer. Raises UserError if the cluster can never run so many.
     """
     found = cluster_placement.machines()
     workers = base.worker_counts()[0]

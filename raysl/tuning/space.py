@@ -123,11 +123,7 @@ def corners(ends: Mapping[str, Sequence[Any]]) -> Iterator[Values]:
 
 
 def configured(base: Pretraining, values: Mapping[str, Any]) -> Pretraining:
-    """Return the base configuration with some fields replaced.
-
-    Args:
-        base: supplies all other fields.
-        values: new values by dotted or short field names, as Ray Tune resolves them.
+    """Return the base configuration with values of Ray Tune for some fields, by dotted or short names.
 
     Raises:
         UserError: a field does not exist, cannot vary or is named twice, or a value is not allowed.
@@ -150,12 +146,7 @@ def configured(base: Pretraining, values: Mapping[str, Any]) -> Pretraining:
 
 
 def space(base: Pretraining, vary: Sequence[str], listed: bool) -> Space:
-    """Return the space that `--vary` describes.
-
-    Args:
-        base: what does not vary.
-        vary: see `SweepConfig.vary`.
-        listed: every dimension must be a list of values, as for a grid.
+    """Return the space that `--vary` describes. If it is `listed`, all dimensions are lists of values, as for a grid.
 
     Raises:
         UserError: a field does not exist, cannot vary or is named twice, a range is empty, or a value is of the wrong
@@ -164,12 +155,10 @@ def space(base: Pretraining, vary: Sequence[str], listed: bool) -> Space:
     given = [text.partition("=") for text in vary]
     varied = next((values for name, _, values in given if name == "method" and values), "")
     known = _fields(varied.split(",") if varied else [base.method])
-    dimensions = []
-    for text, equals, values in given:
-        name = _resolve(text, known)
-        dimensions.append(_dimension(name, known[name], values if equals else None, listed))
-    _refuse_repeats([dimension.name for dimension in dimensions])
-    return Space(tuple(dimensions))
+    named = [(_resolve(text, known), values if equals else None) for text, equals, values in given]
+    space_ = Space(tuple(_dimension(name, known[name], values, listed) for name, values in named))
+    _refuse_repeats(space_.names)
+    return space_
 
 
 def domain_ends(param_space: Mapping[str, Any]) -> dict[str, Sequence[Any]]:
@@ -216,9 +205,8 @@ def _fields(method_names: Sequence[str]) -> dict[str, Any]:
     """Return the annotated types, by dotted names, of the fields that can vary and that all of the methods have."""
     found = []
     for method in method_names:
-        parts = methods.parse(method).config_types().items()
         here = dict(_walk(Pretraining, ""))
-        for part, kind in parts:
+        for part, kind in methods.parse(method).config_types().items():
             here.update(_walk(kind, f"{part}."))
         found.append(here)
     return {name: hint for name, hint in found[0].items() if all(name in other for other in found)}

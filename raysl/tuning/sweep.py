@@ -19,7 +19,6 @@ from raysl import ray_cluster
 from raysl.config import MAY_CHANGE, Pretraining, differences
 from raysl.dataset import DataSet
 from raysl.errors import UserError
-from raysl.evaluation.evaluate import probe
 from raysl.ray_cluster.lock import DriverLock
 from raysl.run import Run
 from raysl.storage import Folder, filesystem
@@ -42,14 +41,7 @@ _TUNE = "_ray_tune"
 
 
 def sweep(base: Pretraining, config: SweepConfig) -> list[dict[str, Any]]:
-    """Run a sweep to its end, or continue one that was interrupted.
-
-    Args:
-        base: configuration of every run, except what varies, the seed and the folder.
-        config: configuration of the sweep.
-
-    Returns:
-        A row for each trial, the best first; see `SweepResults.rows`.
+    """Run a sweep to its end, or continue one that was interrupted. Return the rows of `SweepResults.rows`.
 
     Raises:
         UserError: the sweep cannot run, and no trial has begun; or the journal can no longer be written, or another
@@ -106,12 +98,9 @@ def _begin(journal: Journal, prepared: PreparedSweep) -> None:
         )
     places = ("uris.", "sources.", *(f"base.{name}." for name in MAY_CHANGE))
     # An earlier version wrote one more field for each dimension.
-    known = [
-        {name: row[name] for name in row if name in now}
-        for row, now in zip(journal.header["space"], header["space"], strict=False)
-    ]
-    begun = {**journal.header, "space": [*known, *journal.header["space"][len(known) :]]}
-    names = differences(begun, header)
+    fields = header["space"][0]
+    dimensions = [{name: row[name] for name in row if name in fields} for row in journal.header["space"]]
+    names = differences({**journal.header, "space": dimensions}, header)
     changed = [name for name in names if not f"{name}.".startswith(places)]
     if changed:
         raise UserError(
@@ -314,15 +303,8 @@ def _score_extras(prepared: PreparedSweep, journal: Journal) -> None:
     for seed, (event, judged, encoders, chosen) in itertools.product(task.seeds, wanted):
         about = {"seed": seed, "chosen": chosen, "images": judged.manifest.fingerprint}
         there = [row["encoder"] for row in journal.of(event) if about.items() <= row.items()]
-        left = tuple(encoder for encoder in encoders if encoder not in there)
-        if not left:
+        if not (left := [encoder for encoder in encoders if encoder not in there]):
             continue
         run = Run(journal.folder / results.scores[best, seed, results.num_rungs - 1]["run"])
-        # The features are used only once, so they are deleted.
-        cache = run.folder / "features-baselines"
-        try:
-            rows = probe(run, task.train, judged, probes=(task.probe,), encoders=left, cache=cache)
-        finally:
-            cache.delete()
-        for row in filter(lambda row: row["primary"], rows):
+        for row in task.scored(run, judged, left, "baselines"):
             journal.add({"event": event, **about, "encoder": row["encoder"], "score": float(row["value"])})

@@ -29,8 +29,6 @@ from ray.tune.result import AUTO_RESULT_KEYS, DEFAULT_METRIC
 from raysl import checkpoint
 from raysl.config import Pretraining
 from raysl.errors import UserError
-from raysl.evaluation.evaluate import probe as run_probe
-from raysl.evaluation.options import ProbeConfig
 from raysl.run import Run
 from raysl.storage import Folder
 from raysl.training.launch import pretrain
@@ -119,14 +117,8 @@ class Trial(tune.Trainable):  # type: ignore[misc]
             rungs = tuple(task.until(config, r) for r in range(max(0, rung - 1), rung + 1))
             config = replace(config, save=replace(config.save, keep_steps=rungs))
         run = self._trained(config, until)
-        # Features of a rung are used once, and are larger than the checkpoint.
-        cache = run.folder / f"features-{until}"
-        how = ProbeConfig((task.probe,), encoders=("trained",), cache=cache, in_process=task.in_process)
-        try:
-            rows = run_probe(run, task.train, task.validation, how)
-        finally:
-            cache.delete()
-        score = next(float(row["value"]) for row in rows if row["primary"])
+        rows = task.scored(run, task.validation, ("trained",), str(until), in_process=task.in_process)
+        score = float(rows[0]["value"])
         if not math.isfinite(score):
             raise UserError(f"The probe {task.probe!r} gave {score} at step {until}.")
         seconds, loss = round(time.monotonic() - started, 2), float(run.metrics_columns(["loss"])["loss"][-1])
@@ -225,13 +217,8 @@ def tune_trainable(
         UserError: an argument or the space is not allowed, or the cluster can never run such a trial.
     """
     names = tuple(param_space or ()) or ("-",)
-    config = SweepConfig(
-        *(out, names, train, validation),
-        probe=probe,
-        seeds=tuple(seeds),
-        max_concurrent=max_concurrent,
-        gpus_per_worker=gpus_per_worker,
-    )
+    how: dict[str, Any] = {"max_concurrent": max_concurrent, "gpus_per_worker": gpus_per_worker}
+    config = SweepConfig(out, names, train, validation, probe=probe, seeds=tuple(seeds), **how)
     preparation.check_workers(base)
     if not rungs or rungs[-1] != 1 or any(b <= a for a, b in zip((0.0, *rungs), rungs, strict=False)):
         raise UserError(f"rungs is {rungs}; give increasing shares of the schedule, of which the last is 1.")
