@@ -75,10 +75,8 @@ def demo(config: DemoConfig) -> None:
         raise UserError(
             f"The demo measures with labels and {config.data!r} has none. Use `raysl pretrain` on it."
         )
-    _log.info(
-        "%s images to learn from, without labels; %s to test on.",
-        *(f"{images.num_images:,}" for images in (dataset, judged)),
-    )
+    counts = (f"{images.num_images:,}" for images in (dataset, judged))
+    _log.info("%s images to learn from, without labels; %s to test on.", *counts)
     settings = _settings(config, dataset, out, config.workers or placement.usual_workers())
     grid = out / "views.png"
     views = Model.of(settings, dataset).views()

@@ -2,13 +2,12 @@
 
 from __future__ import annotations
 
-import dataclasses
 import io
 import logging
 import os
 import tempfile
 from collections.abc import Mapping
-from dataclasses import dataclass, field, replace
+from dataclasses import asdict, dataclass, field, replace
 from typing import Annotated, Any
 
 import torch
@@ -103,23 +102,16 @@ def diagnose(given: DoctorConfig) -> Diagnosis:
 def look(given: DoctorConfig) -> Fleet:
     """Show the machines of the cluster, what a run would take of them, and machines that run other code.
 
-    Args:
-        given: the run; only its workers and prices matter.
-
     Raises:
         UserError: there is no cluster, or a price is malformed.
     """
     prices = given.price_list()
     ray_cluster.start(compare=False)
-    given = _with_workers(given)
-    fleet = machines.survey(given.workers, prices)
-    for part in (_text(machines.table(fleet)), *machines.sentences(fleet, given.workers)):
+    workers = given.workers or cluster_placement.usual_workers()
+    fleet = machines.survey(workers, prices)
+    for part in (_text(machines.table(fleet)), *machines.sentences(fleet, workers)):
         _log.info(part)
     return fleet
-
-
-def _with_workers(given: DoctorConfig) -> DoctorConfig:
-    return replace(given, workers=given.workers or cluster_placement.usual_workers())
 
 
 @dataclass(frozen=True)
@@ -153,7 +145,7 @@ def examine(given: DoctorConfig) -> Report:
     ray_cluster.start()
     import ray
 
-    given = _with_workers(given)
+    given = replace(given, workers=given.workers or cluster_placement.usual_workers())
     resources: dict[str, float] = ray.cluster_resources()
     found = versions()
     dataset = resolve(given.data)
@@ -168,7 +160,7 @@ def examine(given: DoctorConfig) -> Report:
         costs = Costs(**measure_data(stream), **measure_training(job, given.workers))
     prediction = predict(costs, placement, given.workers, given.batch_size, resources.get("CPU", 1.0))
     _log.info(_text(_stages(costs, given)))
-    _log.info(_sentence(prediction))
+    _log.info("%s", prediction)
     return Report(found, resources, placement, costs, prediction)
 
 
@@ -178,17 +170,10 @@ def _pretraining(given: DoctorConfig, dataset: DataSet) -> Pretraining:
     config_type, _ = methods.load_objective(method.objective)
     wanted = getattr(config_type(), "num_negatives", 0)
     part = {"num_negatives": max(1, dataset.num_images // 2)} if wanted >= dataset.num_images else {}
-    return Pretraining(
-        data=given.data,
-        run="-",
-        method=given.method,
-        epochs=1,
-        batch_size=given.batch_size,
-        workers=given.workers,
-        view=given.view,
-        backbone=given.backbone,
-        parts={method.objective: part},
-    )
+    own = {
+        name: getattr(given, name) for name in ("data", "method", "batch_size", "workers", "view", "backbone")
+    }
+    return Pretraining(run="-", epochs=1, parts={method.objective: part}, **own)
 
 
 def _machine(found: Mapping[str, Any], resources: Mapping[str, float], placement: Placement) -> Table:
@@ -202,42 +187,28 @@ def _machine(found: Mapping[str, Any], resources: Mapping[str, float], placement
     gib = 2.0**30
     memory, objects = resources.get("memory", 0) / gib, resources.get("object_store_memory", 0) / gib
     table.add_row("memory", f"{memory:.1f} GiB for tasks, {objects:.1f} GiB for objects")
-    share = placement.share
-    table.add_row(
-        "each trainer",
-        f"{placement.cpus_per_worker:g} CPUs, {placement.gpus_per_worker:g} GPUs, "
-        f"{placement.threads_per_worker} threads",
-    )
+    cpus, share = placement.cpus_per_worker, placement.share
+    trainer = f"{cpus:g} CPUs, {placement.gpus_per_worker:g} GPUs, {placement.threads_per_worker} threads"
+    table.add_row("each trainer", trainer)
     table.add_row("its data tasks", f"{share.cpus:g} CPUs, {share.cpus_per_task:g} each")
     return table
 
 
 def _stages(costs: Costs, given: DoctorConfig) -> Table:
-    local = given.batch_size // given.workers
-    table = Table(
-        title=escape(
-            f"{given.method}, {given.view.image_size} pixels, {given.workers} workers x {local} images"
-        )
-    )
+    local, size = given.batch_size // given.workers, given.view.image_size
+    title = f"{given.method}, {size} pixels, {given.workers} workers x {local} images"
+    table = Table(title=escape(title))
     for column in ("stage", "us / image", "ms / step of one worker"):
         table.add_column(column, justify="left" if column == "stage" else "right")
-    values = {f.name.rpartition("_")[0]: getattr(costs, f.name) for f in dataclasses.fields(costs)}
-    for name, value in values.items():
+    for field_name, value in asdict(costs).items():
+        name = field_name.rpartition("_")[0]
         us = value * 1e6 / local if name in ("step", "all_reduce") else value
         table.add_row(name.replace("_", "-"), f"{us:,.0f}", f"{us * local / 1000:,.1f}")
     return table
 
 
-def _sentence(prediction: Prediction) -> str:
-    together = "" if prediction.together == float("inf") else f", {prediction.together:,.0f} on shared cores"
-    return (
-        f"Data tasks can make {prediction.data:,.0f} images/s and trainers take {prediction.training:,.0f}{together}: "
-        f"expect about {prediction.images_per_s:,.0f} images/s. {prediction.advice}"
-    )
-
-
 def _text(table: Table) -> str:
     console = Console(file=io.StringIO(), width=100)
-    console.print(table)
-    text: str = console.file.getvalue()  # type: ignore[attr-defined]
-    return text
+    with console.capture() as captured:
+        console.print(table)
+    return captured.get()

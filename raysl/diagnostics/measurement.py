@@ -53,13 +53,10 @@ def measure_training(job: Job, workers: int, distributed: bool = False) -> dict[
 
     host = ray.util.get_node_ip_address()
     store = rendezvous.listen(host)
-    placement = job.placement
-    task = ray.remote(
-        num_cpus=placement.cpus_per_worker, num_gpus=placement.gpus_per_worker, scheduling_strategy="DEFAULT"
-    )(_training_costs)
-    found = _answers(
-        [task.remote(job, rank, workers, host, store.port, distributed) for rank in range(workers)]
-    )
+    held = {"num_cpus": job.placement.cpus_per_worker, "num_gpus": job.placement.gpus_per_worker}
+    task = ray.remote(scheduling_strategy="DEFAULT", **held)(_training_costs)
+    asked = [task.remote(job, rank, workers, host, store.port, distributed) for rank in range(workers)]
+    found = _answers(asked)
     return {name: max(one[name] for one in found) for name in found[0]}
 
 
@@ -96,9 +93,8 @@ def _data_costs(stream: Stream) -> dict[str, float]:
 
     plan = stream.plan
     rows = plan.rows(0, 0, stream.world)
-    piece = np.concatenate(
-        [plan.rows(s, 0, stream.world).indices_b for s in range(min(plan.stretch, plan.num_steps))]
-    )
+    steps = range(min(plan.stretch, plan.num_steps))
+    piece = np.concatenate([plan.rows(step, 0, stream.world).indices_b for step in steps])
     images = stream.dataset.read(rows.indices_b, ["image"]).column("image").to_pylist()
     sources = {name: view.source for name, view in stream.views_of(0).items()}
     image_rng = ImageRng(plan.seed, rows.epochs_b, rows.indices_b)
@@ -152,11 +148,8 @@ def first_batch(worker: Worker) -> Batch:
     rows = plan.rows(0, worker.rank, worker.world)
     table = worker.job.dataset.read(rows.indices_b)
     image_rng = ImageRng(plan.seed, rows.epochs_b, rows.indices_b)
-    crops = cut(
-        table.column("image").to_pylist(),
-        {name: v.source for name, v in stream.views_of(0).items()},
-        image_rng,
-    )
+    sources = {name: view.source for name, view in stream.views_of(0).items()}
+    crops = cut(table.column("image").to_pylist(), sources, image_rng)
     labels = torch.tensor(table.column("label").to_numpy()) if "label" in table.column_names else None
     batch = Batch(0, rows, labels.to(worker.device) if labels is not None else None, {}, {})
     return stream.finish(batch, {name: crop.to(worker.device) for name, crop in crops.items()})

@@ -63,6 +63,13 @@ class Prediction:
     def images_per_s(self) -> float:
         return min(self.data, self.training, self.together)
 
+    def __str__(self) -> str:
+        together = "" if self.together == float("inf") else f", {self.together:,.0f} on shared cores"
+        return (
+            f"Data tasks can make {self.data:,.0f} images/s and trainers take {self.training:,.0f}{together}: "
+            f"expect about {self.images_per_s:,.0f} images/s. {self.advice}"
+        )
+
 
 def predict(costs: Costs, placement: Placement, workers: int, batch_size: int, cpus: float) -> Prediction:
     """Predict the speed of a run."""
