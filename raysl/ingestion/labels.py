@@ -13,7 +13,7 @@ import pyarrow as pa
 import pyarrow.compute as pc
 
 from raysl.errors import UserError
-from raysl.ingestion.found import listed
+from raysl.ingestion.found import Found, listed, printable
 
 # Columns that are taken for the label, the first that is there.
 LABEL_NAMES = (
@@ -84,9 +84,9 @@ def as_classes(column: pa.Array, names: list[str] | None = None) -> pa.Array:
     if pa.types.is_floating(kind) or pa.types.is_decimal(kind):
         column = column.cast(pa.float64())
         column = pc.if_else(pc.is_finite(column), column, None)
-        if pc.any(pc.not_equal(column, pc.floor(column))).as_py():
-            example = column.filter(pc.not_equal(column, pc.floor(column)))[0].as_py()
-            raise NoClassesError(f"holds fractions, such as {example:g}")
+        fractions = column.filter(pc.not_equal(column, pc.floor(column)))
+        if len(fractions):
+            raise NoClassesError(f"holds fractions, such as {fractions[0].as_py():g}")
         if pc.any(pc.greater(pc.abs(column), float(1 << 53))).as_py():
             raise NoClassesError("holds numbers above 2^53, which floats do not count exactly")
         return as_classes(column.cast(pa.int64()), names)
@@ -151,6 +151,15 @@ class Classes:
         order: Callable[[str], Any] = int if all(map(_is_number, self.counts)) else str
         others = sorted(self.counts.keys() - named.keys(), key=order)
         return {name: self.counts[name] for name in (*named, *others)}
+
+    def settle(self, found: Found, of_folders: bool) -> None:
+        """Write the classes into `found`, or why a table or the labels beside the images give none."""
+        if of_folders:
+            found.classes = dict(sorted(self.counts.items()))
+        elif why := self.why_none():
+            found.labels = f"none, although they are {found.labels}: {printable(why)}"
+        else:
+            found.classes = self.ordered()
 
     def why_none(self) -> str:
         """Return why these are no classes for every image; "" if they are."""

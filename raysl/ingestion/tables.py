@@ -56,6 +56,12 @@ class Table:
         for batch in batches:
             yield batch.cast(without_views(batch.schema))
 
+    def column(self, name: str) -> Iterator[pa.Array]:
+        """Yield the values of a column, a few rows at a time."""
+        for group in range(len(self.groups)):
+            for batch in self.read(group, [name]):
+                yield batch.column(name)
+
     def _batch_rows(self, group: int) -> int:
         """Return how many rows are read at once: few of videos."""
         metadata = self._file.metadata.row_group(group)

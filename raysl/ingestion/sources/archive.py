@@ -25,7 +25,7 @@ from typing import Any
 from raysl.errors import UserError
 from raysl.ingestion import labels, layout, metadata, tar, video
 from raysl.ingestion.found import LeftOut, printable
-from raysl.ingestion.listing import ARCHIVE, IMAGE, VIDEO, File, Survey, kind_of, stamp
+from raysl.ingestion.listing import ARCHIVE, IMAGE, VIDEO, File, Survey, join, kind_of, stamp
 from raysl.ingestion.members import MOST_BYTES, Listing, Member, plain
 from raysl.ingestion.sources import (
     Confidence,
@@ -203,10 +203,9 @@ class Source:
 
     def _choose_images(self, wanted: str) -> None:
         """Decide what the key of a sample is, and take one image of samples that have several."""
-        listings = self._listings
-        images = [name for listing in listings for name in listing.images]
-        fields = Counter(_key(name, first_dot=True)[1] for name in images)
-        samples = len({_key(name, first_dot=True)[0] for name in images})
+        keys = [_key(name, first_dot=True) for listing in self._listings for name in listing.images]
+        fields = Counter(suffix for _, suffix in keys)
+        samples = len({key for key, _ in keys})
         often = samples > 1 and all(2 * count >= samples for count in fields.values())
         # Dots that are no fields of samples belong to names such as 2023.01.05.jpg.
         self._first_dot = often or not any("." in one for one in fields)
@@ -215,11 +214,11 @@ class Source:
                 f"No image in {self._place.uri!r} has the suffix {wanted!r}, which --image-column names. The suffixes "
                 f"are {', '.join(sorted(fields)[:20])}."
             )
-        if not wanted and (not often or len(images) <= samples):
+        if not wanted and (not often or len(keys) <= samples):
             return
         chosen = wanted.lower() or next((name for name in _PREFERRED if name in fields), min(fields))
         what = f"other images of the samples (.{chosen} is taken; --image-column names another)"
-        for listing in listings:
+        for listing in self._listings:
             for name in list(listing.images):
                 if _key(name, first_dot=True)[1] != chosen:
                     del listing.images[name]
@@ -250,11 +249,7 @@ class Source:
                     "sampling": self._sampling,
                 }
                 yield Unit(len(taken), spec)
-        by_name = not self._in_members and self._class_of is None
-        if not by_name and (why := classes.why_none()):
-            self.found.labels = f"none, although they are {self.found.labels}: {printable(why)}"
-        else:
-            self.found.classes = dict(sorted(classes.counts.items())) if by_name else classes.ordered()
+        classes.settle(self.found, not self._in_members and self._class_of is None)
 
     def _labelled(self, listing: Listing, of_archive: layout.Layout) -> Iterator[tuple[Member, str | None]]:
         for name, image in listing.images.items():
@@ -281,7 +276,7 @@ def _key(name: str, first_dot: bool) -> tuple[str, str]:
     """Return the key of a member and its suffix, split at the first or at the last dot of its name."""
     folder, _, base = name.rpartition("/")
     stem, _, suffix = base.partition(".") if first_dot else base.rpartition(".")
-    return (f"{folder}/{stem}" if folder else stem), suffix.lower()
+    return join(folder, stem), suffix.lower()
 
 
 def _take_fields(listing: Listing) -> None:

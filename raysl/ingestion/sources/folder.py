@@ -86,12 +86,7 @@ class Source:
             yield Unit(len(some), spec)
         if gone := [path for path in missing if layout.is_within(path, self._layout.base)]:
             self.found.left_out.add("labels of files that are not there", gone[0], len(gone))
-        if self._layout.class_of is None:
-            self.found.classes = dict(sorted(classes.counts.items()))
-        elif why := classes.why_none():
-            self.found.labels = f"none, although they are {self.found.labels}: {printable(why)}"
-        else:
-            self.found.classes = classes.ordered()
+        classes.settle(self.found, self._layout.class_of is None)
 
     def _labelled(self) -> Iterator[tuple[File, str | None]]:
         """Yield every image or video with its label, in the order of the indices."""

@@ -11,6 +11,7 @@ import posixpath
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import replace
+from itertools import chain
 from typing import Any, NamedTuple
 from urllib.parse import unquote
 
@@ -160,19 +161,17 @@ class Source:
                 continue
             folder = _folder_of(self._place.uri, file.path)
             with tables.opened(self._place.uri, file.path) as table:
-                for group in range(len(table.groups)):
-                    for batch in table.read(group, [columns.image]):
-                        for name in filter(None, batch.column(columns.image).to_pylist()):
-                            place = tables.normal(name)
-                            if "://" not in place:
-                                place = posixpath.normpath(posixpath.join(folder, place))
-                            if place in seen:
-                                raise UserError(
-                                    f"The table {self._where(file)!r} names the file {printable(name)!r} in several "
-                                    "rows. A data set holds an image once and with one class: keep one row for each "
-                                    "file."
-                                )
-                            seen.add(place)
+                names = chain.from_iterable(values.to_pylist() for values in table.column(columns.image))
+                for name in filter(None, names):
+                    place = tables.normal(name)
+                    if "://" not in place:
+                        place = posixpath.normpath(posixpath.join(folder, place))
+                    if place in seen:
+                        raise UserError(
+                            f"The table {self._where(file)!r} names the file {printable(name)!r} in several rows. A "
+                            "data set holds an image once and with one class: keep one row for each file."
+                        )
+                    seen.add(place)
 
     def _count_classes(self) -> bool:
         """Read the column of labels of all files; return True if it holds classes."""
@@ -223,9 +222,8 @@ class Source:
         with tables.opened(self._place.uri, file.path) as table:
             if columns.constant is not None:
                 return [columns.constant] * sum(rows for rows, _ in table.groups), "names"
-            for group in range(len(table.groups)):
-                for batch in table.read(group, [columns.label]):
-                    found += labels.as_classes(batch.column(columns.label), columns.names).to_pylist()
+            for values in table.column(columns.label):
+                found += labels.as_classes(values, columns.names).to_pylist()
             kind = table.schema.field(columns.label).type
             return found, _kind(kind, columns.names) if any(found) else ""
 
@@ -261,8 +259,7 @@ def _is_video(table: tables.Table, column: str, is_file_name: bool) -> bool:
     if not is_file_name:
         feature = labels.feature_in(table.schema, column).get("_type")
         return column.lower() in _VIDEO_NAMES or feature == "Video"
-    batches = (batch for group in range(len(table.groups)) for batch in table.read(group, [column]))
-    names = (name for batch in batches for name in batch.column(column).to_pylist() if name)
+    names = (name for values in table.column(column) for name in values.to_pylist() if name)
     return kind_of(next(names, "")) == VIDEO
 
 
