@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 import difflib
 import functools
+import importlib
 import importlib.util
 import os
 import shutil
@@ -13,6 +14,7 @@ import sys
 import threading
 from collections.abc import Callable, Iterable, Iterator
 from types import FrameType
+from typing import Any
 
 # Ctrl-C, the request to end, and the end of the terminal.
 STOP_SIGNALS = (signal.SIGINT, signal.SIGTERM, signal.SIGHUP)
@@ -70,6 +72,22 @@ def install(extra: str) -> str:
     pip = f"{sys.executable} -m pip install"
     command = pip if importlib.util.find_spec("pip") else f"{uv} pip install --python {sys.executable}"
     return f"It is in the extra {extra!r}: in the checkout of raysl, run `{command} -e '.[{extra}]'`."
+
+
+def package(module: str, what: str, extra: str, more: str = "") -> Any:
+    """Import a module of an optional package; raise UserError, which says how to install it, if that fails.
+
+    Args:
+        what: what needs the package, the subject of the sentence.
+        extra: the extra of raysl that holds the package.
+        more: added to the error.
+    """
+    try:
+        return importlib.import_module(module)
+    except ImportError as error:
+        raise UserError(
+            f"{what} needs the package {module.partition('.')[0]}, which is not installed. {install(extra)}{more}"
+        ) from error
 
 
 @contextlib.contextmanager

@@ -10,7 +10,6 @@ The network of the sounds, of a run of `audio_visual`, is a second file: sound.o
 
 from __future__ import annotations
 
-import importlib
 import io
 import json
 import re
@@ -28,7 +27,7 @@ from raysl.backbone.network import TIMM, Backbone, names
 from raysl.config import Pretraining
 from raysl.config.command import command
 from raysl.documentation.plain_names import code_block, code_span, markdown
-from raysl.errors import UserError, install
+from raysl.errors import UserError, package
 from raysl.evaluation.results import ENCODERS, KEY, TITLES, rows_of
 from raysl.extraction.heads import trained_model
 from raysl.fields import Bounds, check
@@ -125,7 +124,7 @@ def _timm(backbone: Backbone, config: Pretraining, step: int) -> dict[str, bytes
 
 
 def _safetensors(backbone: Backbone, config: Pretraining, step: int) -> dict[str, bytes]:
-    safetensors = _package("safetensors.torch", "safetensors")
+    safetensors = package("safetensors.torch", "This --format", "export")
     state = {name: value.contiguous() for name, value in backbone.body.state_dict().items()}
     metadata = {
         "method": config.method,
@@ -149,8 +148,8 @@ def _with_sorted_metadata(data: bytes) -> bytes:
 
 
 def _onnx(backbone: Backbone, config: Pretraining, step: int) -> dict[str, bytes]:
-    _package("onnx", "onnx")
-    _package("onnxscript", "onnxscript")
+    package("onnx", "This --format", "export")
+    package("onnxscript", "This --format", "export")
     backbone.graph = None  # Norm "joint" needs it for training only.
     size = config.view.image_size
     images_bchw = torch.zeros(2, 3, size, size)
@@ -185,7 +184,7 @@ def _sound(source: extraction.Trained, form: str) -> dict[str, bytes]:
         return {"sound.onnx": _onnx_file(network, sounds_bchw, "sounds_bchw")}
     state = network.state_dict()
     if form == "safetensors":
-        return {"sound.safetensors": _package("safetensors.torch", "safetensors").save(state)}
+        return {"sound.safetensors": package("safetensors.torch", "This --format", "export").save(state)}
     return {"sound.pth": _saved(state)}
 
 
@@ -202,15 +201,6 @@ def _no_layout(form: str, config: Pretraining, why: str) -> UserError:
         f"--format {form} does not support the backbone of this run: {config.backbone.name!r} is {why}. Use --format "
         "safetensors or onnx."
     )
-
-
-def _package(module: str, name: str) -> Any:
-    try:
-        return importlib.import_module(module)
-    except ImportError as error:
-        raise UserError(
-            f"This --format needs the package {name}, which is not installed. {install('export')}"
-        ) from error
 
 
 def _saved(state: dict[str, Tensor]) -> bytes:

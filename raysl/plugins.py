@@ -202,6 +202,27 @@ def import_module(path_or_name: str) -> ModuleType:
         ) from error
 
 
+def importable_name(made: Any) -> str:
+    """Return "MODULE:NAME" of a function or class; "" for an object, or one of a script, notebook or function."""
+    module, name = getattr(made, "__module__", ""), getattr(made, "__qualname__", "")
+    return "" if module == "__main__" or not name.isidentifier() else f"{module}:{name}"
+
+
+def function(name: str, kind: str, instance: bool = False) -> Any:
+    """Import the function or class "MODULE:NAME" or "FILE.py:NAME". Raise UserError if there is none.
+
+    Args:
+        kind: what it is, for the error.
+        instance: return an instance of a class, made without arguments.
+    """
+    module, _, attribute = name.rpartition(":")
+    found = getattr(import_module(module), attribute, None)
+    found = found() if instance and isinstance(found, type) else found
+    if not callable(found):
+        raise UserError(f"The {kind} {name!r} does not exist: {module!r} has no function {attribute!r}.")
+    return found
+
+
 def _file(path_or_name: str) -> Path:
     return Path(os.path.expanduser(path_or_name))
 

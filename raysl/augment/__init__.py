@@ -18,11 +18,10 @@ import torch
 from torch import Tensor
 from torch.nn.functional import pad
 
+from raysl.arrays import Float64s, Int64s
 from raysl.communication.device_copy import to_device
 from raysl.errors import UserError, unknown
-from raysl.rng import ImageRng, Integers
-
-Floats = npt.NDArray[np.float64]
+from raysl.rng import ImageRng
 
 _ATTEMPTS = 10
 _CHUNK_PIXELS = 1 << 17
@@ -69,7 +68,7 @@ class SourceCrop:
                 "1 pixel, 0 < min_scale <= max_scale <= 1 and 0 < min_ratio <= max_ratio."
             )
 
-    def boxes(self, heights_b: Integers, widths_b: Integers, image_rng: ImageRng) -> Integers:
+    def boxes(self, heights_b: Int64s, widths_b: Int64s, image_rng: ImageRng) -> Int64s:
         """Sample boxes: area uniform in the scales, ratio log-uniform, the first of ten attempts that fits.
 
         When none fits, take the largest centred box with an allowed ratio (as torchvision's RandomResizedCrop).
@@ -248,12 +247,12 @@ def color_jitter(images_bchw: Tensor, recipe: Recipe, image_rng: ImageRng, side:
     return images_bchw
 
 
-def _selected(image_rng: ImageRng, name: str, probability: float) -> Integers:
+def _selected(image_rng: ImageRng, name: str, probability: float) -> Int64s:
     """Return the rows of the images that are selected with the given probability."""
     return np.flatnonzero(image_rng.uniform_array(name, 1)[:, 0] < probability)
 
 
-def _changed(images_bchw: Tensor, rows: Integers, change: Callable[[Tensor, Integers], Tensor]) -> Tensor:
+def _changed(images_bchw: Tensor, rows: Int64s, change: Callable[[Tensor, Int64s], Tensor]) -> Tensor:
     """Return the batch with `change(images, rows)` applied to the images at `rows`."""
     if not len(rows):
         return images_bchw
@@ -272,7 +271,7 @@ def _chunks(count: int, images: Tensor) -> list[slice]:
     return [slice(start, start + step) for start in range(0, count, step)]
 
 
-def _fixed(values: Floats, places: int) -> Floats:
+def _fixed(values: Float64s, places: int) -> Float64s:
     """Round to multiples of 2**-places, so that float32 sums of products with whole numbers are exact."""
     return np.rint(values * 2.0**places) * 2.0**-places
 
@@ -288,7 +287,7 @@ def _to_uint8(values: Tensor) -> Tensor:
     return values.clamp_(0, 255).to(torch.int16).to(torch.uint8)
 
 
-def _color_map(recipe: Recipe, image_rng: ImageRng) -> tuple[Floats, Floats]:
+def _color_map(recipe: Recipe, image_rng: ImageRng) -> tuple[Float64s, Float64s]:
     """Sample the color map of each image: c becomes matrix_b33 @ c + pull_b * mean luminance."""
     jittered_b = image_rng.uniform_array("jitter", 1)[:, 0] < recipe.jitter
     strengths = np.array([recipe.brightness, recipe.contrast, recipe.saturation, recipe.hue])
@@ -304,7 +303,7 @@ def _color_map(recipe: Recipe, image_rng: ImageRng) -> tuple[Floats, Floats]:
     return matrix_b33 * (brightness_b * contrast_b)[:, None, None], brightness_b * (1 - contrast_b)
 
 
-def _map_colors(planes_bcn: Tensor, matrix_b33: Floats, pull_b: Floats) -> Tensor:
+def _map_colors(planes_bcn: Tensor, matrix_b33: Float64s, pull_b: Float64s) -> Tensor:
     """Apply the color maps. Only the final rounding to whole numbers is not exact."""
     device = planes_bcn.device
     matrices = to_device(_fixed(matrix_b33, _COLOR_PLACES).astype(np.float32), device)
@@ -324,7 +323,7 @@ def _matmul(matrix_b33: Tensor, planes_bcn: Tensor) -> Tensor:
     return red + green + blue
 
 
-def _photometric_block(images_bchw: Tensor, u_b3: Floats) -> Tensor:
+def _photometric_block(images_bchw: Tensor, u_b3: Float64s) -> Tensor:
     """Apply posterize, sharpness, solarize and autocontrast, as VISSL's ImgPilRandomPhotometric.
 
     Overwrites the images.
@@ -339,7 +338,7 @@ def _photometric_block(images_bchw: Tensor, u_b3: Floats) -> Tensor:
     return _autocontrast(images_bchw)
 
 
-def _sharpen(images_bchw: Tensor, factor_b: Floats) -> None:
+def _sharpen(images_bchw: Tensor, factor_b: Float64s) -> None:
     """Apply PIL's ImageEnhance.Sharpness in place. A factor above 1 sharpens, below 1 smooths.
 
     The smoothing kernel is 3 x 3 with weight 5 in the middle and 1 around, divided by 13. The border is unchanged.
@@ -363,14 +362,14 @@ def _autocontrast(images_bchw: Tensor) -> Tensor:
     return planes_bcn.float().mul_(scale).add_(shift).to(torch.int16).to(torch.uint8).view(images_bchw.shape)
 
 
-def _gaussian(sigma_b1: Floats, radius: int) -> Floats:
+def _gaussian(sigma_b1: Float64s, radius: int) -> Float64s:
     """Return (b, radius + 1) weights by the distance from the middle. With both sides they sum to 1."""
     far = np.exp(-0.5 * (np.arange(1, radius + 1) / sigma_b1) ** 2)
     far = _fixed(far / (1 + 2 * far.sum(1, keepdims=True)), _BLUR_PLACES)
     return np.concatenate([1 - 2 * far.sum(1, keepdims=True), far], axis=1)
 
 
-def _blur(images_bchw: Tensor, weights_bk: Floats) -> Tensor:
+def _blur(images_bchw: Tensor, weights_bk: Float64s) -> Tensor:
     """Convolve rows, then columns, each rounded to whole numbers. The border is repeated outwards."""
     radius = weights_bk.shape[1] - 1
     x = pad(images_bchw.float(), (radius,) * 4, mode="replicate")

@@ -64,24 +64,15 @@ def name_of(function: Callable[..., Any]) -> str:
     Raises:
         UserError: workers cannot import it: it is an object, or is defined in a script, a notebook or another function.
     """
-    module, name = getattr(function, "__module__", ""), getattr(function, "__qualname__", "")
-    if not name or module == "__main__" or not name.isidentifier():
-        raise UserError(
-            f"The augmentation {name or type(function).__name__!r} cannot be imported by workers. Define it at the top "
-            "level of a module, and give 'MODULE:NAME' or 'FILE.py:NAME'."
-        )
-    return f"{module}:{name}"
+    if name := plugins.importable_name(function):
+        return name
+    raise UserError(
+        f"The augmentation {getattr(function, '__qualname__', '') or type(function).__name__!r} cannot be imported by "
+        "workers. Define it at the top level of a module, and give 'MODULE:NAME' or 'FILE.py:NAME'."
+    )
 
 
 @lru_cache(maxsize=16)
 def _callable(name: str) -> Callable[[Tensor], Any]:
     """Import the callable; of a class, an instance without arguments."""
-    module, _, attribute = name.rpartition(":")
-    found = getattr(plugins.import_module(module), attribute, None)
-    if isinstance(found, type):
-        found = found()
-    if not callable(found):
-        raise UserError(
-            f"The augmentation {name!r} does not exist: {module!r} has no function {attribute!r}."
-        )
-    return found  # type: ignore[no-any-return]
+    return plugins.function(name, "augmentation", instance=True)  # type: ignore[no-any-return]

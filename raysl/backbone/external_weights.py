@@ -23,7 +23,7 @@ import torch
 from torch import Tensor, nn
 
 from raysl.backbone.network import TIMM, Backbone
-from raysl.errors import UserError, install, unknown
+from raysl.errors import UserError, package, unknown
 from raysl.storage import Folder, StorageError
 
 _log = logging.getLogger("raysl.backbone")
@@ -142,15 +142,10 @@ def safetensors_metadata(data: bytes) -> dict[str, str]:
 
 
 def _safetensors(data: bytes, file: str) -> dict[str, Tensor]:
+    more = " A file that was written by torch.save does not need it."
+    safetensors = package("safetensors.torch", f"The file {file!r}", "export", more)
     try:
-        import safetensors.torch
-    except ImportError as error:
-        raise UserError(
-            f"The file {file!r} needs the package safetensors, which is not installed. {install('export')} A file "
-            "that was written by torch.save does not need it."
-        ) from error
-    try:
-        state: dict[str, Tensor] = safetensors.torch.load(data)
+        state: dict[str, Tensor] = safetensors.load(data)
     except Exception as error:  # The package has its own exception class for damage.
         raise UserError(
             f"The safetensors file {file!r} is damaged: {_plain(error)}. Download it again."
@@ -399,12 +394,7 @@ def timm_backbone(name: str, patch_size: int = 0) -> Backbone:
     Raises:
         UserError: timm is not installed, or has no such network.
     """
-    try:
-        import timm
-    except ImportError as error:
-        raise UserError(
-            f"The backbone {TIMM + name!r} needs the package timm, which is not installed. {install('export')}"
-        ) from error
+    timm = package("timm", f"The backbone {TIMM + name!r}", "export")
     known = timm.list_models(pretrained="." in name)  # With tags, or without.
     if name not in known:
         raise unknown("backbone of timm", name, known)

@@ -72,13 +72,13 @@ def config_of(factory: Callable[[], nn.Module]) -> BackboneConfig:
     Raises:
         UserError: it is an instance of a module, or is defined in a script, a notebook or another function.
     """
-    module, name = getattr(factory, "__module__", ""), getattr(factory, "__qualname__", "")
-    if isinstance(factory, nn.Module) or not name or module == "__main__" or not name.isidentifier():
-        raise UserError(
-            f"The backbone {name or type(factory).__name__!r} cannot be built again by workers and probes. Give "
-            "the function or class that builds it, and define it at the top level of a module that can be imported."
-        )
-    return BackboneConfig(f"{module}:{name}")
+    if not isinstance(factory, nn.Module) and (name := plugins.importable_name(factory)):
+        return BackboneConfig(name)
+    raise UserError(
+        f"The backbone {getattr(factory, '__qualname__', '') or type(factory).__name__!r} cannot be built again by "
+        "workers and probes. Give the function or class that builds it, and define it at the top level of a module "
+        "that can be imported."
+    )
 
 
 class Backbone(nn.Module):
@@ -309,11 +309,7 @@ def _timm(config: BackboneConfig, joint: bool) -> Backbone:
 
 def _own(name: str, joint: bool) -> Backbone:
     """Build a backbone of the user, from "MODULE:FUNCTION" or "FILE.py:FUNCTION"."""
-    module, _, function = name.rpartition(":")
-    factory = getattr(plugins.import_module(module), function, None)
-    if not callable(factory):
-        raise UserError(f"The backbone {name!r} does not exist: {module!r} has no function {function!r}.")
-    body = factory()
+    body = plugins.function(name, "backbone")()
     if not isinstance(body, nn.Module):
         raise UserError(
             f"The backbone {name!r} returns {type(body).__name__}; it must return a torch.nn.Module without arguments."

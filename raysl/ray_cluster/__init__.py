@@ -10,9 +10,9 @@ import signal
 import socket
 import threading
 import time
-from collections.abc import Iterator
-from contextlib import contextmanager
-from typing import Any
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager, suppress
+from typing import Any, TypeVar
 
 from raysl.errors import UserError
 from raysl.ray_cluster import autoscaler, local_ray, versions
@@ -39,6 +39,7 @@ _GROWING = {"RAY_TRAIN_WORKER_GROUP_START_TIMEOUT_S": "1200"}
 _ANSWER_S = 60.0
 # Time for the address of a cluster to accept a connection.
 _JOIN_WITHIN_S = 30.0
+T = TypeVar("T")
 
 
 def start(compare: bool = True) -> None:
@@ -191,29 +192,46 @@ def _require_same_versions() -> None:
 def machine_versions() -> dict[str, dict[str, Any]]:
     """Return the versions on each machine by address; {} for a machine without raysl or without an answer."""
     import ray
-    from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
 
-    task = ray.remote(versions.versions)
+    nodes = [node for node in ray.nodes() if node["Alive"]]
     # The tasks only report their versions; this process compares them.
-    uncompared = {"env_vars": {versions.WANTED: ""}}
-    asked = {}
-    for node in ray.nodes():
-        if node["Alive"]:
-            there = NodeAffinitySchedulingStrategy(node["NodeID"], soft=False)
-            answer = task.options(
-                num_cpus=0, max_retries=0, runtime_env=uncompared, scheduling_strategy=there
-            ).remote()
-            asked[answer] = node["NodeID"], node["NodeManagerAddress"]
-    done, _ = ray.wait(list(asked), num_returns=len(asked), timeout=_ANSWER_S)
-    found: dict[tuple[str, str], dict[str, Any]] = {machine: {} for machine in asked.values()}
-    for answer in done:
-        try:
-            found[asked[answer]] = ray.get(answer)
-        except ray.exceptions.RayError:
-            continue
+    found = ask(nodes, versions.versions, _ANSWER_S, runtime_env={"env_vars": {versions.WANTED: ""}})
     # A machine that has left in the meantime cannot answer.
     alive = {node["NodeID"] for node in ray.nodes() if node["Alive"]}
-    return {address: theirs for (machine, address), theirs in found.items() if theirs or machine in alive}
+    return {
+        node["NodeManagerAddress"]: found.get(node["NodeID"], {})
+        for node in nodes
+        if node["NodeID"] in found or node["NodeID"] in alive
+    }
+
+
+def ask(
+    nodes: Sequence[Mapping[str, Any]], question: Callable[[], T], within_s: float, **options: Any
+) -> dict[str, T]:
+    """Run a function on machines, without taking CPUs or GPUs, and return the answers in time by the machine's id.
+
+    Args:
+        nodes: entries of `ray.nodes()`.
+        options: further options of the tasks.
+    """
+    import ray
+    from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
+
+    task = ray.remote(num_cpus=0, max_retries=0, **options)(question)
+    asked = {
+        task.options(
+            scheduling_strategy=NodeAffinitySchedulingStrategy(machine, soft=False)
+        ).remote(): machine
+        for machine in (node["NodeID"] for node in nodes)
+    }
+    done, _ = ray.wait(list(asked), num_returns=len(asked), timeout=within_s) if asked else ([], [])
+    found = {}
+    for answer in done:
+        with suppress(
+            ray.exceptions.RayError
+        ):  # The machine has left in the meantime, or the function fails there.
+            found[asked[answer]] = ray.get(answer)
+    return found
 
 
 def user_error(error: BaseException | None) -> UserError | None:

@@ -7,6 +7,7 @@ import os
 import subprocess
 from typing import TYPE_CHECKING
 
+from raysl import ray_cluster
 from raysl.errors import UserError
 
 if TYPE_CHECKING:
@@ -46,22 +47,10 @@ def check_machines() -> dict[str, tuple[str, str]]:
     No GPU is taken, so machines on which others work answer too.
     """
     import ray
-    from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
 
-    task = ray.remote(num_cpus=0, max_retries=0)(_check_this_machine)
-    asked = {}
-    for node in ray.nodes():
-        if node["Alive"] and node["Resources"].get("GPU"):
-            there = NodeAffinitySchedulingStrategy(node["NodeID"], soft=False)
-            asked[task.options(scheduling_strategy=there).remote()] = node["NodeManagerAddress"]
-    done, _ = ray.wait(list(asked), num_returns=len(asked), timeout=_ANSWER_S) if asked else ([], [])
-    found = {}
-    for answer in done:
-        try:
-            found[asked[answer]] = ray.get(answer)
-        except ray.exceptions.RayError:  # The machine has left in the meantime.
-            continue
-    return found
+    nodes = [node for node in ray.nodes() if node["Alive"] and node["Resources"].get("GPU")]
+    found = ray_cluster.ask(nodes, _check_this_machine, _ANSWER_S)
+    return {node["NodeManagerAddress"]: found[node["NodeID"]] for node in nodes if node["NodeID"] in found}
 
 
 def _check_this_machine() -> tuple[str, str]:

@@ -11,17 +11,15 @@ A callback that fails is reported once and left out from then on; the run contin
 
 from __future__ import annotations
 
-import importlib
 import logging
 import re
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from types import ModuleType
 from typing import Any
 
 from raysl import checkpoint
 from raysl.checkpoint import Checkpoint
-from raysl.errors import UserError, install
+from raysl.errors import UserError, package
 from raysl.run import Run, TensorBoard, flattened
 from raysl.storage import Folder
 
@@ -118,7 +116,7 @@ class WandbLogger(Callback):
     """
 
     def __init__(self, **options: Any) -> None:
-        self._wandb = _package("wandb")
+        self._wandb = package("wandb", "This logger", "loggers")
         self._options = options
         self._session: Any = None
 
@@ -146,7 +144,7 @@ class MLflowLogger(Callback):
     """
 
     def __init__(self, experiment: str = "raysl", tracking_uri: str = "") -> None:
-        self._mlflow = _package("mlflow")
+        self._mlflow = package("mlflow", "This logger", "loggers")
         if tracking_uri:
             self._mlflow.set_tracking_uri(tracking_uri)
         self._client = self._mlflow.MlflowClient()
@@ -196,12 +194,3 @@ class TensorBoardLogger(Callback):
 
 def _scores(rows: Sequence[Mapping[str, Any]]) -> dict[str, float]:
     return {f"probe/{row['probe']}/{row['name']}": float(row["value"]) for row in rows}
-
-
-def _package(name: str) -> ModuleType:
-    try:
-        return importlib.import_module(name)
-    except ImportError as error:
-        raise UserError(
-            f"This logger needs the package {name}, which is not installed. {install('loggers')}"
-        ) from error

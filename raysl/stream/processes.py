@@ -27,7 +27,6 @@ from io import BufferedReader, BufferedWriter
 from typing import Any
 
 import numpy as np
-import numpy.typing as npt
 import torch
 
 from raysl.errors import STOP_SIGNALS, UserError
@@ -182,20 +181,14 @@ class _Process:
 
     def _receive(self) -> Columns | None:
         try:
-            head = pickle.load(self._batches)
-            if isinstance(head, UserError):
-                raise head
-            if isinstance(head, str):
-                raise UserError(f"A data process failed:\n\n{head}")
-            if head is None:
-                return None
-            columns = {name: np.empty(shape, dtype) for name, (shape, dtype) in head.items()}
-            for values in columns.values():
-                if self._batches.readinto(_bytes(values)) < values.nbytes:
-                    raise EOFError
+            received: Columns | UserError | str | None = pickle.load(self._batches)
         except (EOFError, pickle.UnpicklingError) as error:
             raise UserError(_ENDED) from error
-        return columns
+        if isinstance(received, UserError):
+            raise received
+        if isinstance(received, str):
+            raise UserError(f"A data process failed:\n\n{received}")
+        return received
 
     def kill(self) -> None:
         """End the process."""
@@ -229,7 +222,7 @@ def _serve(requests: BufferedReader, batches: BufferedWriter) -> None:
             request = pickle.load(requests)
             try:
                 for columns in _load_share(*request):
-                    _send_columns(batches, columns)
+                    _send(batches, {name: np.ascontiguousarray(values) for name, values in columns.items()})
                 _send(batches, None)
             except UserError as error:
                 _send(batches, error)
@@ -241,17 +234,6 @@ def _serve(requests: BufferedReader, batches: BufferedWriter) -> None:
         os._exit(0)
 
 
-def _send_columns(batches: BufferedWriter, columns: Columns) -> None:
-    _send(batches, {name: (values.shape, values.dtype) for name, values in columns.items()})
-    for values in columns.values():
-        batches.write(_bytes(np.ascontiguousarray(values)))
-    batches.flush()
-
-
 def _send(batches: BufferedWriter, value: Any) -> None:
-    pickle.dump(value, batches)
+    pickle.dump(value, batches, protocol=5)  # Writes and reads arrays without a copy.
     batches.flush()
-
-
-def _bytes(values: npt.NDArray[Any]) -> memoryview:
-    return values.reshape(-1).view(np.uint8).data
