@@ -33,6 +33,7 @@ from raysl.config import Pretraining, ViewConfig
 from raysl.contrastive.bank import BankConfig
 from raysl.dataset import DataSet
 from raysl.diagnostics.compilation import advice, compiled_step
+from raysl.diagnostics.decoding import decoding
 from raysl.diagnostics.measurement import first_batch, measure_training
 from raysl.ray_cluster import gpus
 from raysl.ray_cluster import placement as cluster_placement
@@ -306,6 +307,7 @@ CHECKS: dict[str, Callable[[Bench], Numbers]] = {
     "step": step_speed,
     "compile": compiled_step,
     "profile": profile,
+    "decode": decoding,
     "stream": stream_speed,
     "training": training,
     "several workers": several_workers,

@@ -8,7 +8,7 @@ from pathlib import Path
 import pytest
 import torch
 
-from raysl.diagnostics import compilation, gpu_check
+from raysl.diagnostics import compilation, decoding, gpu_check
 from tests.data import make_dataset
 
 
@@ -28,6 +28,14 @@ def test_the_flag_is_that_of_the_faster_step(
     assert f"Use {flag}: a step takes" in gpu_check._page(on_gpu)
     assert f"| compile | flag | {flag} |" in gpu_check._page(on_gpu)
     assert "Use --" not in gpu_check._page(gpu_check.Certificate({}, {"compile": found}))
+
+
+def test_torchvision_decodes_as_the_stream_does_on_the_cpu(tmp_path: Path) -> None:
+    found = decoding.decoding(gpu_check.Bench(make_dataset(tmp_path / "set", 40, side=32), on_gpu=False))
+    assert found["mean_difference"] == found["largest_difference"] == 0, "both are libjpeg-turbo"
+    assert found["resizes_bytes_on_device"] is True
+    assert float(found["cores_replaced"]) > 0
+    assert 60_000 < len(decoding.photo(0)) < 200_000
 
 
 @pytest.mark.ray
