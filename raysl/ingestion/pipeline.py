@@ -151,7 +151,7 @@ def _write_all(opened: Opened, listed: Listed, journal: Journal, config: IngestC
     """Write every shard that is not yet done."""
     done = set(journal.done())
     pending = [number for number in range(len(listed.counts)) if number not in done]
-    write = _write_function(opened, listed, journal, config, {})
+    write = _writer(opened, listed, journal, config, {})
     seen = sum(listed.counts[number] for number in done)
     _show_progress(_run_tasks(pending, write, config), "Ingesting", seen, sum(listed.counts))
 
@@ -165,14 +165,12 @@ def _scale_all(opened: Opened, listed: Listed, journal: Journal, config: IngestC
         for written in with_values
         if any(written.ranges.get(kind) != ranges[kind] for kind in ranges.keys() & written.tally)
     ]
-    write = _write_function(opened, listed, journal, config, ranges)
+    write = _writer(opened, listed, journal, config, ranges)
     total = sum(listed.counts[number] for number in pending)
     _show_progress(_run_tasks(pending, write, config), "Scaling values", 0, total)
 
 
-def _write_function(
-    opened: Opened, listed: Listed, journal: Journal, config: IngestConfig, ranges: Ranges
-) -> Work:
+def _writer(opened: Opened, listed: Listed, journal: Journal, config: IngestConfig, ranges: Ranges) -> Work:
     """Return the function that writes the shard of a unit in a task."""
     kind, first_indices = opened.kind, [0, *accumulate(listed.counts)]
     decoding = None if opened.source.encoded_here else config.decoding

@@ -69,10 +69,8 @@ def test_boxes_and_key_points_lie_on_their_objects(clips: Clips) -> None:
         near = np.zeros(moved.shape, bool)
         for top, left, height, width in clips.tracks(row)[:, [0, 9]].reshape(-1, 4):
             if not np.isnan(top):
-                near[
-                    max(0, int(top) - 2) : int(top + height) + 2,
-                    max(0, int(left) - 2) : int(left + width) + 2,
-                ] = True
+                rows = slice(max(0, int(top) - 2), int(top + height) + 2)
+                near[rows, max(0, int(left) - 2) : int(left + width) + 2] = True
         assert moved.sum() > 20
         assert moved.numpy()[near].sum() == moved.sum()
         points = clips.keypoints(row)

@@ -23,9 +23,7 @@ from tests.ingestion.reading import SMALL, jpeg, labels, opened, put, refused
 
 
 def test_class_folders_in_sorted_order(tmp_path: Path) -> None:
-    put(
-        tmp_path, "zebra/1.jpg", "zebra/0.PNG", "ape/5.jpeg", "ape/.hidden.jpg", ".git/x.jpg", "ape/old/7.jpg"
-    )
+    put(tmp_path, "zebra/1.jpg", "zebra/0.PNG", "ape/5.jpeg", "ape/old/7.jpg", "ape/.hidden.jpg", ".git/x")
     (tmp_path / "empty").mkdir()
     found, rows = opened(tmp_path)
     assert found.classes == {"ape": 2, "zebra": 2}

@@ -163,9 +163,7 @@ def test_an_interrupted_ingest_resumes(tmp_path: Path, said: pytest.LogCaptureFi
     assert_sound(data_set)
 
 
-def test_an_ingest_of_a_source_that_changed_starts_again(
-    tmp_path: Path, said: pytest.LogCaptureFixture
-) -> None:
+def test_a_source_that_changed_starts_again(tmp_path: Path, said: pytest.LogCaptureFixture) -> None:
     source, out, _ = stopped(tmp_path)
     (source / "2.parquet").unlink()
     said.clear()

@@ -25,9 +25,8 @@ def test_an_image_does_not_depend_on_its_unit_or_on_the_size_of_the_set() -> Non
 
 
 def test_seeds_and_splits_differ() -> None:
-    images = [
-        row.image for source in ("shapes:50", "shapes:50#test", "shapes:50?seed=1") for row in rows(source)
-    ]
+    sources = ("shapes:50", "shapes:50#test", "shapes:50?seed=1")
+    images = [row.image for source in sources for row in rows(source)]
     assert len(set(images)) == 150
 
 
