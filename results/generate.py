@@ -352,12 +352,17 @@ COMPARED = {
             "LitData, its loader, raysl's kernels",
         )
     ),
+    "more-loaders": (
+        ("raysl on Ray Data", "MosaicML Streaming, DataLoader, raysl's kernels", "cpu_ms"),
+        ("raysl --local", "MosaicML Streaming, DataLoader, raysl's kernels", "cpu_ms"),
+        ("Grain, its loader, raysl's kernels", "torch DataLoader with raysl's kernels", "cpu_ms"),
+    ),
 }
 
 
-def _bench(part: str) -> str:
+def _bench(part: str, file: str = "speed") -> str:
     """Return medians of ratios of the same round, with their ranges."""
-    rows = [row for row in lines_of("bench/speed.jsonl") if row["part"] == part]
+    rows = [row for row in lines_of(f"bench/{file}.jsonl") if file != "speed" or row["part"] == part]
     found = {(row["arm"], row.get("side"), row["round"]): row for row in rows}
     lines = []
     for side in sorted({side for _, side, _ in found}, key=lambda side: side or 0):
@@ -378,6 +383,7 @@ def _bench(part: str) -> str:
 TABLES: dict[str, Callable[[], str]] = {
     "bench-start": lambda: _bench("start"),
     "bench-stream": lambda: _bench("stream"),
+    "bench-more-loaders": lambda: _bench("more-loaders", "more-loaders"),
     "headline": _headline,
     "long-layers": _layers,
     "long-closer": _closer,
