@@ -7,16 +7,15 @@ from itertools import chain, product
 from typing import Any
 
 import numpy as np
-import numpy.typing as npt
 from matplotlib import colormaps
 
+from raysl.arrays import Float64s
 from raysl.errors import UserError
 from raysl.evaluation.results import describe_images
 from raysl.probes.invariance import HEADS, HISTOGRAM, OTHERS
 from raysl.reporting.figure import Figure, panels_png, plot_png
 from raysl.reporting.report_runs import Group, LabelledRow, ReportRun, by_protocol, labels, layers
-from raysl.reporting.tables import Estimate, estimates
-from raysl.storage import Folder
+from raysl.reporting.tables import estimates
 from raysl.storage.records import verified
 
 # Baselines without training.
@@ -37,34 +36,28 @@ def per_layer(rows: Sequence[LabelledRow]) -> Iterator[Figure]:
         if len(places) < 2:
             continue
         name, ylabel = members[0].row["name"], f"{key[0]} {members[0].row['name']}"
-        labels = list(dict.fromkeys(item.label for item in members))
-        colored = colors(labels)
+        colored = colors([item.label for item in members])
 
         def draw(
             axes: Any, found: Any = found, places: Any = places, colored: Any = colored, ylabel: str = ylabel
         ) -> None:
-            for label in colored:
-                of_label = {
-                    layer: cell for (one, layer, _), cell in found.items() if one == label and layer in places
-                }
+            for label, color in colored.items():
+                of_label = {layer: cell for (one, layer, _), cell in found.items() if one == label}
                 seen = [i for i, layer in enumerate(places) if layer in of_label]
                 cells = [of_label[places[i]] for i in seen]
-                axes.errorbar(
-                    seen,
-                    [cell.mean for cell in cells],
-                    # The interval of two seeds may be ten times as wide as the whole picture.
-                    [(cell.half_width or 0.0) if len(cell.values) > 2 else 0.0 for cell in cells],
-                    fmt=next((line for name, line in _LINES.items() if label.startswith(name)), "-"),
-                    marker="o",
-                    markersize=4,
-                    capsize=2,
-                    label=label,
-                    color=colored[label],
-                )
+                means = [cell.mean for cell in cells]
+                # The interval of two seeds may be ten times as wide as the whole picture.
+                spreads = [(cell.half_width or 0.0) if len(cell.values) > 2 else 0.0 for cell in cells]
+                line = next((line for start, line in _LINES.items() if label.startswith(start)), "-")
+                look = {"fmt": line, "marker": "o", "markersize": 4, "capsize": 2}
+                axes.errorbar(seen, means, spreads, label=label, color=color, **look)
                 dots = [(i, value) for i, cell in zip(seen, cells, strict=True) for value in cell.values]
-                axes.plot(*zip(*dots, strict=True), ".", color=colored[label], alpha=0.4)
+                axes.plot(*zip(*dots, strict=True), ".", color=color, alpha=0.4)
             axes.set_xticks(range(len(places)), places)
-            axes.set_ylim(*_limits([value for cell in found.values() for value in cell.values]))
+            values = [value for cell in found.values() for value in cell.values]
+            # All seeds are shown, but not all of the intervals.
+            room = 0.15 * ((max(values) - min(values)) or abs(values[0]) or 1.0)
+            axes.set_ylim(min(values) - room, max(values) + room)
             axes.legend(fontsize=7)
             axes.set_ylabel(ylabel)
 
@@ -73,12 +66,6 @@ def per_layer(rows: Sequence[LabelledRow]) -> Iterator[Figure]:
             f"three or more seeds, cut at the edges of the picture. {_hashes(key)}"
         )
         yield Figure(f"layers-{key[0]}-{_short(key)}", f"{key[0]} by layer", text, plot_png(draw, 8.0))
-
-
-def _limits(values: Sequence[float]) -> tuple[float, float]:
-    """Return limits that show all seeds, but not all of the intervals."""
-    room = 0.15 * ((max(values) - min(values)) or abs(values[0]) or 1.0)
-    return min(values) - room, max(values) + room
 
 
 def _short(key: Sequence[str]) -> str:
@@ -121,8 +108,7 @@ def histograms(gathered: Sequence[Group]) -> Iterator[Figure]:
         text = (
             f"Distribution of the distance between the unit features ({layer}) of an image and of its transformed "
             "copy, over all seeds. Filled: distance between the embeddings of the heads. Dotted: distance between "
-            "different images. "
-            f"Protocol {protocol}, images {test}."
+            f"different images. Protocol {protocol}, images {test}."
         )
         yield Figure(f"invariance-{protocol}-{test}", "Invariance", text, png)
 
@@ -134,19 +120,18 @@ def _newest_histograms(member: ReportRun) -> dict[tuple[str, str, str], tuple[in
     for name in folder.list():
         parts = name.rsplit("-", 3)
         if len(parts) == 4 and parts[1].isdecimal() and (folder / name).exists(HISTOGRAM):
-            encoder, step, test, protocol = parts
+            encoder, at_step, test, protocol = parts
             key = encoder, test, protocol
-            newest[key] = max(newest.get(key, (-1, "")), (int(step), name))
-    return {key: (step, _read_histogram(folder / name)) for key, (step, name) in newest.items()}
-
-
-def _read_histogram(folder: Folder) -> dict[str, Any]:
-    try:
-        return verified(folder.read_json(HISTOGRAM))
-    except ValueError as error:
-        raise UserError(
-            f"The file {folder}/{HISTOGRAM} is damaged: {error}. Delete it and run `raysl probe` again."
-        ) from error
+            newest[key] = max(newest.get(key, (-1, "")), (int(at_step), name))
+    found = {}
+    for key, (step, name) in newest.items():
+        try:
+            found[key] = step, verified((folder / name).read_json(HISTOGRAM))
+        except ValueError as error:
+            raise UserError(
+                f"The file {folder / name}/{HISTOGRAM} is damaged: {error}. Delete it and run `raysl probe` again."
+            ) from error
+    return found
 
 
 def _histogram(by_label: Mapping[str, Sequence[Counts]], edges: Sequence[float]) -> tuple[bytes, str]:
@@ -181,10 +166,8 @@ def _histogram(by_label: Mapping[str, Sequence[Counts]], edges: Sequence[float])
 
 def invariance_map(rows: Sequence[LabelledRow]) -> Iterator[Figure]:
     """Yield the invariance of each layer to each transform, a panel for each label; one figure for each protocol."""
-    of_probe = [
-        item for item in rows if item.row["probe"] == "invariance" and item.row["name"].startswith("closer/")
-    ]
-    for key, members in by_protocol(of_probe):
+    shown = [i for i in rows if i.row["probe"] == "invariance" and i.row["name"].startswith("closer/")]
+    for key, members in by_protocol(shown):
         found, places = estimates(members), layers(members)
         transforms = list(dict.fromkeys(item.row["name"] for item in members))
         if len(places) < 2:
@@ -203,7 +186,9 @@ def invariance_map(rows: Sequence[LabelledRow]) -> Iterator[Figure]:
                 for (j, i), value in np.ndenumerate(means):
                     if cell := cells[j][i]:
                         color = "white" if abs(value - 0.5) > 0.3 else "black"
-                        axes.text(i, j, _seeds(cell), ha="center", va="center", fontsize=7, color=color)
+                        half = (max(cell.values) - min(cell.values)) / 2
+                        text = f"{value:.2f}\n± {half:.2f}" if len(cell.values) > 1 else f"{value:.2f}"
+                        axes.text(i, j, text, ha="center", va="center", fontsize=7, color=color)
                 axes.set_xticks(range(len(own)), own, fontsize=7)
                 axes.set_yticks(range(len(names)), [name.partition("/")[2] for name in names], fontsize=7)
 
@@ -219,14 +204,7 @@ def invariance_map(rows: Sequence[LabelledRow]) -> Iterator[Figure]:
         yield Figure(f"invariance-map-{_short(key)}", "Transforms and layers", text, png)
 
 
-def _seeds(cell: Estimate) -> str:
-    """Return the mean, and below it half the range of the seeds."""
-    if len(cell.values) < 2:
-        return f"{cell.mean:.2f}"
-    return f"{cell.mean:.2f}\n± {(max(cell.values) - min(cell.values)) / 2:.2f}"
-
-
-def _curve(member: ReportRun) -> tuple[npt.NDArray[np.float64], npt.NDArray[np.float64]]:
+def _curve(member: ReportRun) -> tuple[Float64s, Float64s]:
     """Return the epochs and losses of the metrics of a run."""
     losses_n = member.metrics.get("loss", np.empty(0))
     there_n = ~np.isnan(losses_n)
@@ -278,9 +256,9 @@ def progress(gathered: Sequence[Group]) -> Iterator[Figure]:
             continue
         name, colored = members[0].row["name"], colors([label for label, _ in points])
 
-        def draw(
-            axes: Any, curves: Any = curves, colored: Any = colored, ylabel: str = f"{key[0]} {name}"
-        ) -> None:
+        ylabel = f"{key[0]} {name}"
+
+        def draw(axes: Any, curves: Any = curves, colored: Any = colored, ylabel: str = ylabel) -> None:
             named = set()
             for (label, _), curve in curves.items():
                 legend = "" if label in named else label

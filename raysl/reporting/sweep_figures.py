@@ -35,11 +35,6 @@ def figures(results: SweepResults) -> Iterator[Figure]:
         yield from _early(results)
 
 
-def _value(results: SweepResults, trial: int, dimension: Dimension, rung: int) -> Any:
-    """Return the value of a dimension that a trial had at a rung."""
-    return results.values(trial, rung)[dimension.name]
-
-
 def _last(results: SweepResults, trial: int) -> int:
     """Return the last rung at which the trial was scored."""
     return len(results.means(trial)) - 1
@@ -49,14 +44,11 @@ class _Axis:
     """An axis for a dimension. Numbers lie at their value, other values at 0, 1, 2, ..."""
 
     def __init__(self, results: SweepResults, dimension: Dimension) -> None:
-        seen = [
-            _value(results, n, dimension, rung)
-            for n in results.trials
-            for rung in range(max(1, _last(results, n) + 1))
-        ]
+        rungs = [(n, rung) for n in results.trials for rung in range(max(1, _last(results, n) + 1))]
+        seen = {results.values(n, rung)[dimension.name] for n, rung in rungs}
         self.name = dimension.name
         self.listed = bool(dimension.values)
-        self.values = list(dimension.values) or sorted(set(seen))
+        self.values = list(dimension.values) or sorted(seen)
         self.numeric = all(isinstance(v, (int, float)) and not isinstance(v, bool) for v in self.values)
         self.log = dimension.log and self.numeric and all(v > 0 for v in self.values)
 
@@ -96,7 +88,7 @@ def _curve(results: SweepResults, dimension: Dimension) -> Figure:
         for rung, label in rungs.items():
             groups: dict[float, list[float]] = {}
             for trial in results.scored(rung):
-                place = axis.place(_value(results, trial, dimension, rung))
+                place = axis.place(results.values(trial, rung)[dimension.name])
                 groups.setdefault(place, []).extend(results.by_seed(trial, rung))
             if not groups:
                 continue
@@ -125,10 +117,8 @@ def _pair(results: SweepResults, one: Dimension, other: Dimension) -> Figure:
     x, y = _Axis(results, one), _Axis(results, other)
     listed = x.listed and y.listed
     rung = results.num_rungs - 1 if listed else 0
-    points = [
-        (_value(results, n, one, rung), _value(results, n, other, rung), results.means(n)[rung])
-        for n in results.scored(rung)
-    ]
+    values = {n: results.values(n, rung) for n in results.scored(rung)}
+    points = [(at[one.name], at[other.name], results.means(n)[rung]) for n, at in values.items()]
 
     def heat(axes: Any) -> None:
         cells = np.full((len(y.values), len(x.values)), np.nan)
@@ -136,9 +126,8 @@ def _pair(results: SweepResults, one: Dimension, other: Dimension) -> Figure:
             here = [score for a, b, score in points if (a, b) == (x.values[i], y.values[j])]
             if here:
                 cells[j, i] = mean(here)
-                axes.text(
-                    i, j, f"{cells[j, i]:.3f}", ha="center", va="center", bbox={"fc": "white", "ec": "none"}
-                )
+                box = {"fc": "white", "ec": "none"}
+                axes.text(i, j, f"{cells[j, i]:.3f}", ha="center", va="center", bbox=box)
         axes.grid(visible=False)
         axes.imshow(cells, origin="lower", aspect="auto", cmap="viridis")
         axes.set_xticks(range(len(x.values)), [shown(v) for v in x.values])
@@ -172,19 +161,16 @@ def _parallel(results: SweepResults) -> Figure:
 
     def draw(axes: Any) -> None:
         for n in sorted(trials, key=lambda n: scores[n]):
-            shares = [
-                axis.share(_value(results, n, d, _last(results, n)))
-                for axis, d in zip(axes_of, results.space.dimensions, strict=True)
-            ]
+            values = results.values(n, _last(results, n))
+            shares = [axis.share(values[axis.name]) for axis in axes_of]
             share = (scores[n] - low) / ((high - low) or 1.0)
             style = _STATES[results.state(n)]
             axes.plot([*shares, share], style, color=colormaps["viridis"](share), alpha=0.8)
         axes.set_xticks(range(len(axes_of) + 1), [*(axis.name for axis in axes_of), results.config.probe])
-        for i, axis in enumerate(axes_of):
-            axes.text(i, -0.06, shown(axis.values[0]), ha="center", fontsize=8)
-            axes.text(i, 1.03, shown(axis.values[-1]), ha="center", fontsize=8)
-        axes.text(len(axes_of), -0.06, f"{low:.3f}", ha="center", fontsize=8)
-        axes.text(len(axes_of), 1.03, f"{high:.3f}", ha="center", fontsize=8)
+        ends = [(shown(axis.values[0]), shown(axis.values[-1])) for axis in axes_of]
+        for i, (least, greatest) in enumerate([*ends, (f"{low:.3f}", f"{high:.3f}")]):
+            axes.text(i, -0.06, least, ha="center", fontsize=8)
+            axes.text(i, 1.03, greatest, ha="center", fontsize=8)
         axes.set_ylim(-0.1, 1.1)
         axes.set_yticks([])
 
@@ -200,11 +186,10 @@ def _learning(results: SweepResults, epochs: float) -> Figure:
             scores = results.means(n)
             by_seed = [results.by_seed(n, rung) for rung in range(len(scores))]
             style = _STATES[results.state(n)]
-            (line,) = axes.plot(
-                at[: len(scores)], scores, style, marker="o", markersize=3, label=f"trial {n}"
-            )
-            lows, highs = [min(values) for values in by_seed], [max(values) for values in by_seed]
-            axes.fill_between(at[: len(scores)], lows, highs, color=line.get_color(), alpha=0.12)
+            epochs_n = at[: len(scores)]
+            (line,) = axes.plot(epochs_n, scores, style, marker="o", markersize=3, label=f"trial {n}")
+            lows, highs = list(map(min, by_seed)), list(map(max, by_seed))
+            axes.fill_between(epochs_n, lows, highs, color=line.get_color(), alpha=0.12)
         axes.set_xscale("log" if results.config.scheduler in ("none", "asha") else "linear")
         axes.set_xticks(at, [f"{epoch:.3g}" for epoch in at])
         axes.minorticks_off()
