@@ -17,7 +17,7 @@ FILES = sorted(LIBRARY.rglob("*.py"))
 
 # From the bottom up: a room (a file or folder directly inside raysl/) imports only rooms that stand before it.
 ROOMS = (
-    *("console", "errors", "plugins", "fields", "communication", "rng", "storage", "dataset"),
+    *("arrays", "console", "errors", "plugins", "fields", "communication", "rng", "storage", "dataset"),
     *("augment", "pretext", "stream", "contrastive", "backbone", "optim", "checkpoint"),
     *("ingestion", "objectives", "config", "model", "ray_cluster", "run", "training"),
     *("extraction", "clustering", "probes", "evaluation", "documentation"),

@@ -15,9 +15,10 @@ from typing import Any
 import numpy as np
 import pyarrow as pa
 
+from raysl.arrays import Float32s, Int64s
 from raysl.clustering import update
 from raysl.clustering.kmeans_worker import KMeansWorker, PassStats, SampleArguments, Shard, check_unique
-from raysl.clustering.update import Integers, Singles, Splits
+from raysl.clustering.update import Splits
 from raysl.errors import UserError
 from raysl.storage.feature_store import FeatureStore
 
@@ -183,13 +184,13 @@ class ActorPool:
         if any(a[1] >= b[0] for a, b in pairwise(ranges)):
             check_unique(self.store, self.call_all("indices"))
 
-    def scatter(self, centroids_kd: Singles) -> list[Any]:
+    def scatter(self, centroids_kd: Float32s) -> list[Any]:
         """Return references to the chunks of the centroids."""
         import ray
 
         return [ray.put(np.ascontiguousarray(centroids_kd[a:b])) for a, b in self._chunks]
 
-    def gather(self, chunks: Sequence[Any], splits: Splits) -> Singles:
+    def gather(self, chunks: Sequence[Any], splits: Splits) -> Float32s:
         """Return the centroids of the chunks after the splits, float32 (k, d)."""
         import ray
 
@@ -214,7 +215,7 @@ class ActorPool:
             float(np.average([s.computed for s in stats], weights=self.num_fitted)),
         )
 
-    def means(self, done: Pass, counts_k: Integers, old: Sequence[Any]) -> list[Any]:
+    def means(self, done: Pass, counts_k: Int64s, old: Sequence[Any]) -> list[Any]:
         """Return references to the chunks of the new centroids.
 
         Args:
@@ -233,7 +234,7 @@ class ActorPool:
             for actor, (a, b), old_chunk, sums in zip(self._actors, self._chunks, old, by_chunk, strict=True)
         ]
 
-    def take(self, positions_n: Integers) -> Singles:
+    def take(self, positions_n: Int64s) -> Float32s:
         """Return rows by position, in the given order, float32 (n, d)."""
         import ray
 
@@ -245,7 +246,7 @@ class ActorPool:
             out_nd[owner_n == i] = ray.get(reference)
         return out_nd
 
-    def assign(self, centroids_kd: Singles) -> Iterator[pa.Table]:
+    def assign(self, centroids_kd: Float32s) -> Iterator[pa.Table]:
         """Yield the assignments of all rows in blocks, in the order of positions."""
         import ray
 

@@ -15,10 +15,10 @@ from dataclasses import dataclass
 import numpy as np
 import numpy.typing as npt
 
-from raysl.clustering.update import Integers, Singles
+from raysl.arrays import Float32s, Int64s
 
 # Squared distances (b, m) in float32, and numbers (b, m), of the m nearest centroids.
-Search = Callable[[Singles, int], tuple[Singles, Integers]]
+Search = Callable[[Float32s, int], tuple[Float32s, Int64s]]
 
 # Shares of the centroids that may be compared with every row.
 _SHARES = (0.0, 1 / 64, 1 / 32, 1 / 16, 1 / 8, 1 / 4)
@@ -42,10 +42,10 @@ class HamerlyBounds:
         moved: rows in another cluster than in the pass before; None if unknown.
     """
 
-    centroids_kd: Singles
+    centroids_kd: Float32s
     assigned_n: npt.NDArray[np.int32]
-    own_n: Singles
-    other_n: Singles | None
+    own_n: Float32s
+    other_n: Float32s | None
     moved: int | None
 
 
@@ -62,9 +62,9 @@ class Assigner:
     def __init__(
         self,
         before: HamerlyBounds | None,
-        centroids_kd: Singles,
+        centroids_kd: Float32s,
         num_rows: int,
-        index: Callable[[Singles], Search],
+        index: Callable[[Float32s], Search],
     ) -> None:
         self.before = before
         self.centroids_kd = centroids_kd
@@ -79,7 +79,7 @@ class Assigner:
         self.search_far = index(centroids_kd[self.far_m]) if len(self.far_m) else None
         self.computed = 0
 
-    def _far(self) -> tuple[Integers, float]:
+    def _far(self) -> tuple[Int64s, float]:
         """Return the centroids to compare with every row, and the largest movement of the others.
 
         The movement is infinite if bounds would save too little.
@@ -100,7 +100,7 @@ class Assigner:
         cost, count, decrease = min(costs)
         return (order_k[:count], decrease) if cost <= 1 - _MIN_SAVED else nothing
 
-    def assign(self, first: int, rows_bd: Singles) -> Integers:
+    def assign(self, first: int, rows_bd: Float32s) -> Int64s:
         """Return the nearest centroid of every row of a block, int64 (b,).
 
         Args:
@@ -118,7 +118,7 @@ class Assigner:
             self.other_n[part] = other_b
         return nearest_b
 
-    def _all(self, rows_bd: Singles, rounding: float) -> tuple[Integers, Singles, Singles]:
+    def _all(self, rows_bd: Float32s, rounding: float) -> tuple[Int64s, Float32s, Float32s]:
         """Compute all distances. Return the nearest centroids, their distances, and lower bounds for all others."""
         two = self.other_n is not None and len(self.centroids_kd) > 1
         squared_bm, nearest_bm = self.search(rows_bd, 2 if two else 1)
@@ -127,7 +127,7 @@ class Assigner:
         other_b = np.sqrt(np.maximum(squared_bm[:, 1] - rounding, 0)) if two else np.full_like(own_b, np.inf)
         return nearest_bm[:, 0], own_b, other_b
 
-    def _some(self, part: slice, rows_bd: Singles, rounding: float) -> tuple[Integers, Singles, Singles]:
+    def _some(self, part: slice, rows_bd: Float32s, rounding: float) -> tuple[Int64s, Float32s, Float32s]:
         """Return the same as `_all`, from the distances to the previous and the far centroids where these suffice."""
         assert self.before is not None
         assert self.before.other_n is not None
@@ -145,8 +145,8 @@ class Assigner:
         return nearest_b, own_b, other_b
 
     def _with_far(
-        self, rows_bd: Singles, nearest_b: Integers, own_b: Singles, other_b: Singles, rounding: float
-    ) -> tuple[Integers, Singles, Singles]:
+        self, rows_bd: Float32s, nearest_b: Int64s, own_b: Float32s, other_b: Float32s, rounding: float
+    ) -> tuple[Int64s, Float32s, Float32s]:
         """Add the distances to the far centroids. `other_b` bounds all others except these and the own."""
         assert self.search_far is not None
         squared_b2, place_b2 = self.search_far(rows_bd, min(2, len(self.far_m)))

@@ -10,11 +10,9 @@ from collections.abc import Sequence
 from itertools import pairwise
 
 import numpy as np
-import numpy.typing as npt
 
-Doubles = npt.NDArray[np.float64]
-Singles = npt.NDArray[np.float32]
-Integers = npt.NDArray[np.int64]
+from raysl.arrays import Float32s, Float64s, Int64s
+
 # (empty cluster, cluster to split), in order.
 Splits = tuple[tuple[int, int], ...]
 
@@ -28,7 +26,7 @@ def chunk_ranges(k: int, chunks: int) -> list[tuple[int, int]]:
     return list(pairwise(edges))
 
 
-def add_rows(sums_kd: Doubles, rows_bd: Singles, nearest_b: Integers) -> None:
+def add_rows(sums_kd: Float64s, rows_bd: Float32s, nearest_b: Int64s) -> None:
     """Add each row to the sum of its cluster, in float64."""
     k = len(sums_kd)
     order = np.argsort(nearest_b, kind="stable")
@@ -43,7 +41,7 @@ def add_rows(sums_kd: Doubles, rows_bd: Singles, nearest_b: Integers) -> None:
         sums_kd[present] += np.add.reduceat(rows_bd[order].astype(np.float64), starts[present], axis=0)
 
 
-def objective(square: float, centroids_kd: Singles, sums_kd: Doubles, counts_k: Integers) -> float:
+def objective(square: float, centroids_kd: Float32s, sums_kd: Float64s, counts_k: Int64s) -> float:
     """Return the sum of the squared distances of rows to their centroids, in float64, without reading the rows.
 
     Args:
@@ -57,12 +55,12 @@ def objective(square: float, centroids_kd: Singles, sums_kd: Doubles, counts_k: 
     return float(square - 2 * crossed + counts_k @ lengths_k)
 
 
-def total(sums: Sequence[Doubles]) -> Doubles:
+def total(sums: Sequence[Float64s]) -> Float64s:
     """Return the sums over all actors, added in the order of the actors."""
     return np.sum(sums, axis=0) if len(sums) > 1 else sums[0]
 
 
-def means(sums_kd: Doubles, counts_k: Integers, old_kd: Singles, spherical: bool) -> Singles:
+def means(sums_kd: Float64s, counts_k: Int64s, old_kd: Float32s, spherical: bool) -> Float32s:
     """Return the centroids of a chunk, float32 (k, d). An empty cluster keeps its old centroid."""
     new_kd = sums_kd / np.maximum(counts_k, 1)[:, None]
     if spherical:
@@ -71,13 +69,13 @@ def means(sums_kd: Doubles, counts_k: Integers, old_kd: Singles, spherical: bool
     return new_kd.astype(np.float32)
 
 
-def unit(rows_nd: Doubles) -> Doubles:
+def unit(rows_nd: Float64s) -> Float64s:
     """Return rows scaled to norm 1. Rows of zeros stay unchanged."""
     lengths_n = np.sqrt(np.einsum("nd,nd->n", rows_nd, rows_nd))
     return rows_nd / np.where(lengths_n == 0, 1, lengths_n)[:, None]
 
 
-def plan_splits(counts_k: Integers, generator: np.random.Generator) -> Splits:
+def plan_splits(counts_k: Int64s, generator: np.random.Generator) -> Splits:
     """Choose a cluster to split for each empty one, with a probability proportional to its size minus one.
 
     The rule of FAISS (Clustering.cpp, split_clusters) with another order of draws. Each split halves the size for later
@@ -96,7 +94,7 @@ def plan_splits(counts_k: Integers, generator: np.random.Generator) -> Splits:
     return tuple(splits)
 
 
-def assemble(chunks: Sequence[Singles], splits: Splits, spherical: bool) -> Singles:
+def assemble(chunks: Sequence[Float32s], splits: Splits, spherical: bool) -> Float32s:
     """Return all centroids after the splits, float32 (k, d)."""
     centroids_kd = np.concatenate(chunks)
     sign_d = np.where(np.arange(centroids_kd.shape[1]) % 2 == 0, 1, -1)

@@ -30,6 +30,8 @@ import pyarrow as pa
 import simplejpeg
 from PIL import Image
 
+from raysl.arrays import Float32s, Float64s, Uint8s
+
 COLUMNS: dict[str, pa.DataType] = {
     "frames": pa.list_(pa.binary()),
     "times": pa.list_(pa.float64()),
@@ -49,14 +51,14 @@ DEPTH_SCALE = 10_000
 THUMBNAIL = 16
 
 
-def jpeg(pixels_hwc: npt.NDArray[np.uint8]) -> bytes:
+def jpeg(pixels_hwc: Uint8s) -> bytes:
     """Return a frame for the column `frames`."""
     return simplejpeg.encode_jpeg(  # type: ignore[no-any-return]
         np.ascontiguousarray(pixels_hwc), quality=95, colorspace="RGB", colorsubsampling="444"
     )
 
 
-def thumbnail(pixels_hwc: npt.NDArray[np.uint8]) -> bytes:
+def thumbnail(pixels_hwc: Uint8s) -> bytes:
     """Return the gray copy of a frame for the column `thumbnails`."""
     gray = Image.fromarray(pixels_hwc).convert("L")
     return gray.resize((THUMBNAIL, THUMBNAIL), Image.Resampling.BOX).tobytes()
@@ -84,16 +86,16 @@ class Clips:
         """Return the number of frames of a clip, from the column `times`."""
         return len(self._value("times", row))
 
-    def times(self, row: int) -> npt.NDArray[np.float64]:
+    def times(self, row: int) -> Float64s:
         """Return the time of each frame in seconds: float64 (n,)."""
         return self._value("times", row).values.to_numpy()  # type: ignore[no-any-return]
 
-    def thumbnails(self, row: int) -> npt.NDArray[np.uint8]:
+    def thumbnails(self, row: int) -> Uint8s:
         """Return the gray copies of the frames: uint8 (n, 16, 16)."""
         data = self._value("thumbnails", row).as_py()
         return np.frombuffer(data, np.uint8).reshape(-1, THUMBNAIL, THUMBNAIL)
 
-    def tracks(self, row: int) -> npt.NDArray[np.float32]:
+    def tracks(self, row: int) -> Float32s:
         """Return the boxes of followed objects: float32 (objects, n, 4), with top, left, height and width in pixels.
 
         A box is NaN in frames where its object is not seen. A clip may have no tracks.
@@ -106,7 +108,7 @@ class Clips:
         data = self._value("sound", row).as_py()
         return np.frombuffer(data or b"", "<i2").astype(np.int16)
 
-    def keypoints(self, row: int) -> npt.NDArray[np.float32]:
+    def keypoints(self, row: int) -> Float32s:
         """Return the key points of the figure: float32 (n, points, 3), with x, y and 1 where the point is seen."""
         values = self._value("keypoints", row).values.to_numpy()
         return values.reshape(self.num_frames(row), -1, 3)  # type: ignore[no-any-return]

@@ -14,6 +14,7 @@ from typing import Any
 import numpy as np
 
 from raysl import extraction, probes, ray_cluster
+from raysl.arrays import Int64s
 from raysl.checkpoint import Checkpoint
 from raysl.dataset import DataSet
 from raysl.errors import UserError, unknown
@@ -33,7 +34,6 @@ from raysl.ingestion import resolve
 from raysl.probes import (
     EncoderProbe,
     FeatureProbe,
-    Integers,
     LabelledProbe,
     Probe,
     Row,
@@ -274,8 +274,8 @@ class _Data:
     train: DataSet
     test: DataSet
     bn_statistics: str
-    train_labels_n: Integers | None
-    test_labels_n: Integers | None
+    train_labels_n: Int64s | None
+    test_labels_n: Int64s | None
 
     def unseen(self) -> int:
         """Return the number of test images of classes that the train set does not show."""

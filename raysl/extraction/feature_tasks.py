@@ -24,6 +24,7 @@ import numpy.typing as npt
 import torch
 from torch import Tensor
 
+from raysl.arrays import Float32s
 from raysl.backbone import external_weights, network
 from raysl.dataset import DataSet
 from raysl.errors import UserError
@@ -33,7 +34,7 @@ from raysl.extraction.encoders import Encoder
 from raysl.extraction.layers import Encode
 from raysl.ray_cluster import gpus, placement
 from raysl.storage import Folder
-from raysl.storage.feature_files import FINISHED, FeatureForm, Floats, Part, part_file, write_part
+from raysl.storage.feature_files import FINISHED, FeatureForm, Part, part_file, write_part
 from raysl.storage.feature_store import FeatureStore
 from raysl.storage.records import write_record
 from raysl.stream import decode, depth, formats, pixels
@@ -316,7 +317,7 @@ class _Actor:
         table = extraction.dataset.read(np.arange(*part, dtype=np.int64), columns)
         images = table.column("image").to_pylist()
         batches = [images[i : i + _BATCH] for i in range(0, len(images), _BATCH)]
-        made: dict[str, list[Floats]] = {output.layer: [] for output in extraction.outputs}
+        made: dict[str, list[Float32s]] = {output.layer: [] for output in extraction.outputs}
         for pixels_bchw in self.threads.map(partial(_evaluation_views, extraction), batches):
             with torch.inference_mode():
                 features = encode(pixels_bchw.to(self.device))

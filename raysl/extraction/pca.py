@@ -7,16 +7,14 @@ from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
-import numpy.typing as npt
 
 from raysl import ray_cluster
+from raysl.arrays import Float64s
 from raysl.errors import UserError
 from raysl.storage import Folder
 from raysl.storage.feature_files import FeatureForm, part_file, write_part
 from raysl.storage.feature_store import FeatureStore, Piece
 from raysl.storage.records import read_arrays, write_arrays
-
-Doubles = npt.NDArray[np.float64]
 
 FILE = "_pca.npz"
 # Of a task, so that tasks of a small machine can run beside other work.
@@ -33,8 +31,8 @@ class Projection:
         variance: share of the variance that is kept.
     """
 
-    mean_d: Doubles
-    components_dm: Doubles
+    mean_d: Float64s
+    components_dm: Float64s
     variance: float
 
     def save(self, folder: Folder) -> None:

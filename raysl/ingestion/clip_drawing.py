@@ -14,10 +14,11 @@ from typing import Any, NamedTuple
 import numpy as np
 import numpy.typing as npt
 
+from raysl.arrays import Float64s, Uint8s
 from raysl.dataset.clips import SOUND_HZ
 
-Floats = npt.NDArray[Any]
-Random = Callable[[str, int], npt.NDArray[np.float64]]
+Array = npt.NDArray[Any]
+Random = Callable[[str, int], Float64s]
 
 ACTIONS = ("walk", "wave", "jump", "squat", "kick")
 KINDS = ("disc", "square", "triangle", "star", "cross", "ellipse", "hexagon", "flower")
@@ -40,28 +41,28 @@ _OVERTONES_HZ = (3200.0, 4200.0, 5400.0, 7000.0)
 class Drawn(NamedTuple):
     """A clip and everything that is known about it. Floats are float32."""
 
-    frames_nhwc: npt.NDArray[np.uint8]
+    frames_nhwc: Uint8s
     sound_t: npt.NDArray[np.int16]
     # Of both shapes, then the figure: top, left, height, width in pixels, NaN out of the frame.
-    tracks_kn4: Floats
+    tracks_kn4: Array
     # The shape that sounds, 0 or 1, the number of its kind, and the number of the action of the figure.
     sounding: int
     kind: int
     action: int
     # x, y in pixels, and 1 where the point is seen.
-    keypoints_np3: Floats
+    keypoints_np3: Array
     # Of the middle frame: in sides of the frame, and unit vectors.
-    depth_hw: Floats
-    normals_hw3: Floats
+    depth_hw: Array
+    normals_hw3: Array
 
 
 @dataclass
 class _Surface:
     """An object in all frames: where it is, how near, and its color before shading."""
 
-    alpha_nhw: Floats
-    depth_nhw: Floats
-    color_nhw3: Floats
+    alpha_nhw: Array
+    depth_nhw: Array
+    color_nhw3: Array
 
 
 def draw(random: Random, size: int, num_frames: int, rate: float) -> Drawn:
@@ -99,7 +100,7 @@ def draw(random: Random, size: int, num_frames: int, rate: float) -> Drawn:
     )
 
 
-def _background(random: Random, grid: tuple[Floats, Floats], num_frames: int) -> _Surface:
+def _background(random: Random, grid: tuple[Array, Array], num_frames: int) -> _Surface:
     x, y = grid
     a = random("background", 12)
     depth = 3 + (a[0] - 0.5) * (x - 0.5) + (a[1] - 0.5) * (y - 0.5)
@@ -113,14 +114,14 @@ def _background(random: Random, grid: tuple[Floats, Floats], num_frames: int) ->
     )
 
 
-def _color(a: npt.NDArray[np.float64], hue: int | None = None) -> Floats:
+def _color(a: Float64s, hue: int | None = None) -> Array:
     """Return a color that is neither dark nor gray: of any hue, or near one of those of the overtones."""
     turn = a[0] if hue is None else (hue + 0.3 * (a[0] - 0.5)) / len(_OVERTONES_HZ)
     phase = 2 * math.pi * (turn + np.array([0, 1 / 3, 2 / 3]))
     return np.asarray(0.55 + 0.35 * np.cos(phase) + 0.1 * a[1], np.float32)
 
 
-def _path(random: Random, number: int, time_n: npt.NDArray[np.float64]) -> Floats:
+def _path(random: Random, number: int, time_n: Float64s) -> Array:
     """Return the centre of a shape in each frame, (n, 2): a straight way. The two shapes keep to opposite sides."""
     side = 2 * math.pi * (random("side", 1)[0] + number / 2)
     a = random(f"path {number}", 3)
@@ -131,7 +132,7 @@ def _path(random: Random, number: int, time_n: npt.NDArray[np.float64]) -> Float
 
 
 def _shape(
-    random: Random, name: str, kind: int, hue: int, path_n2: Floats, time_n: Floats, size: int
+    random: Random, name: str, kind: int, hue: int, path_n2: Array, time_n: Array, size: int
 ) -> _Surface:
     """Draw a shape in a window that moves with it, which is much quicker than in whole frames."""
     a = random(name, 12)
@@ -165,7 +166,7 @@ def _empty(shape: tuple[int, ...]) -> _Surface:
     return _Surface(*(values.astype(np.float32) for values in (alpha, depth, color)))
 
 
-def _outline(kind: int, angle: Floats) -> Floats:
+def _outline(kind: int, angle: Array) -> Array:
     """Return the radius of a shape of size 1 in each direction."""
     name = KINDS[kind]
     if name in ("square", "triangle", "hexagon"):
@@ -182,7 +183,7 @@ def _outline(kind: int, angle: Floats) -> Floats:
     return np.ones_like(angle)
 
 
-def _pose(random: Random, action: int, time_n: npt.NDArray[np.float64]) -> Floats:
+def _pose(random: Random, action: int, time_n: Float64s) -> Array:
     """Return the key points of the figure, (n, points, 2), in sides of the frame."""
     a = random("pose", 8)
     height, side = 0.5 + 0.12 * a[0], 1.0 if a[1] < 0.5 else -1.0
@@ -211,7 +212,7 @@ def _pose(random: Random, action: int, time_n: npt.NDArray[np.float64]) -> Float
     points = np.zeros((len(time_n), len(KEYPOINTS), 2))
     points[:, 2] = np.stack([x, y], 1)
 
-    def step(start: int, end: int, angle: npt.NDArray[np.float64], length: float) -> None:
+    def step(start: int, end: int, angle: Float64s, length: float) -> None:
         direction = np.stack([side * np.sin(angle), np.cos(angle)], 1)
         points[:, end] = points[:, start] + length * height * direction
 
@@ -226,7 +227,7 @@ def _pose(random: Random, action: int, time_n: npt.NDArray[np.float64]) -> Float
     return points.astype(np.float32)
 
 
-def _figure(random: Random, points_np2: Floats, grid: tuple[Floats, Floats]) -> _Surface:
+def _figure(random: Random, points_np2: Array, grid: tuple[Array, Array]) -> _Surface:
     a = random("figure", 6)
     height = float(np.abs(points_np2[0, 1] - points_np2[0, 2]).max()) / 0.36
     base = 1.0 + 1.2 * float(a[0])
@@ -254,8 +255,8 @@ def _figure(random: Random, points_np2: Floats, grid: tuple[Floats, Floats]) -> 
 
 
 def _window(
-    points_np2: Floats, margin: float, grid: tuple[Floats, Floats]
-) -> tuple[tuple[slice, slice, slice], tuple[Floats, Floats]]:
+    points_np2: Array, margin: float, grid: tuple[Array, Array]
+) -> tuple[tuple[slice, slice, slice], tuple[Array, Array]]:
     """Return the part of the frames that holds all points, and its grid. It makes drawing quick."""
     size = grid[0].shape[-1]
     low = np.floor((points_np2.min(axis=(0, 1)) - margin) * size).astype(int).clip(0, size - 1)
@@ -264,7 +265,7 @@ def _window(
     return window, (grid[0][window], grid[1][window])
 
 
-def _to_segment(start_n2: Floats, end_n2: Floats, grid: tuple[Floats, Floats]) -> Floats:
+def _to_segment(start_n2: Array, end_n2: Array, grid: tuple[Array, Array]) -> Array:
     """Return the distance of every pixel to a segment, (n, h, w)."""
     x, y = grid[0] - start_n2[:, 0, None, None], grid[1] - start_n2[:, 1, None, None]
     dx, dy = ((end_n2 - start_n2)[:, i, None, None] for i in range(2))
@@ -272,7 +273,7 @@ def _to_segment(start_n2: Floats, end_n2: Floats, grid: tuple[Floats, Floats]) -
     return np.asarray(np.hypot(x - share * dx, y - share * dy))
 
 
-def _compose(layers: list[_Surface]) -> tuple[Floats, Floats, npt.NDArray[np.int8]]:
+def _compose(layers: list[_Surface]) -> tuple[Array, Array, npt.NDArray[np.int8]]:
     """Paint the layers from far to near. Return the colors, the depth and the number of the nearest layer."""
     near = [float(np.min(layer.depth_nhw)) for layer in layers[1:]]
     order = [0, *(1 + np.argsort(near)[::-1])]
@@ -288,7 +289,7 @@ def _compose(layers: list[_Surface]) -> tuple[Floats, Floats, npt.NDArray[np.int
     return color, depth, top
 
 
-def _normals(depth_nhw: Floats, top_nhw: npt.NDArray[np.int8], size: int) -> Floats:
+def _normals(depth_nhw: Array, top_nhw: npt.NDArray[np.int8], size: int) -> Array:
     """Return unit normals (n, h, w, 3) from differences of the depth between pixels of the same object."""
     slopes = []
     for axis in (2, 1):
@@ -301,7 +302,7 @@ def _normals(depth_nhw: Floats, top_nhw: npt.NDArray[np.int8], size: int) -> Flo
     return np.asarray((normals / np.linalg.norm(normals, axis=-1, keepdims=True)).astype(np.float32))
 
 
-def _boxes(alpha_nhw: Floats) -> Floats:
+def _boxes(alpha_nhw: Array) -> Array:
     """Return the box of an object in every frame, (n, 4); NaN where it is out of the frame."""
     boxes = np.full((len(alpha_nhw), 4), np.nan, np.float32)
     for n, covered in enumerate(alpha_nhw >= 0.5):
@@ -311,7 +312,7 @@ def _boxes(alpha_nhw: Floats) -> Floats:
     return boxes
 
 
-def _seen(points_np2: Floats, top_nhw: npt.NDArray[np.int8], size: int) -> Floats:
+def _seen(points_np2: Array, top_nhw: npt.NDArray[np.int8], size: int) -> Array:
     """Return the key points in pixels, with 1 where the figure is the nearest object there."""
     pixels = points_np2 * size
     place = np.floor(pixels).astype(np.int64)
@@ -322,7 +323,7 @@ def _seen(points_np2: Floats, top_nhw: npt.NDArray[np.int8], size: int) -> Float
     return np.concatenate([pixels, seen[..., None]], axis=-1).astype(np.float32)
 
 
-def _sound(random: Random, kind: int, hue: int, height_n: Floats, rate: float) -> npt.NDArray[np.int16]:
+def _sound(random: Random, kind: int, hue: int, height_n: Array, rate: float) -> npt.NDArray[np.int16]:
     """Return the tone of a shape: its kind decides the pitch, which rises with the shape, its color an overtone."""
     a = random("sound", 2)
     length = round(len(height_n) / rate * SOUND_HZ)

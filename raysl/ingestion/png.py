@@ -11,13 +11,14 @@ import struct
 import zlib
 
 import numpy as np
-import numpy.typing as npt
+
+from raysl.arrays import Uint8s
 
 _SIGNATURE = b"\x89PNG\r\n\x1a\n"
 _GRAY, _RGB = 0, 2
 
 
-def encode(images_bhwc: npt.NDArray[np.uint8]) -> list[bytes]:
+def encode(images_bhwc: Uint8s) -> list[bytes]:
     """Return one PNG file for each image.
 
     Args:

@@ -10,10 +10,11 @@ from __future__ import annotations
 from collections.abc import Sequence
 
 import numpy as np
-import numpy.typing as npt
 from PIL import Image
 
-Gray = npt.NDArray[np.float32]
+from raysl.arrays import Float32s, Int64s, Uint8s
+
+Gray = Float32s
 
 # The frames are compared with their shorter side in this many pixels.
 _SIDE = 48
@@ -22,7 +23,7 @@ _PATCH, _REACH = _SIDE // 3, _SIDE // 8
 _LIKE = 0.6
 
 
-def track(frames_hwc: Sequence[npt.NDArray[np.uint8]]) -> npt.NDArray[np.float32]:
+def track(frames_hwc: Sequence[Uint8s]) -> Float32s:
     """Return the track of a clip: float32 (1, n, 4) with top, left, height and width in pixels, NaN where it is lost.
 
     (0, n, 4) for a clip in which nothing moves.
@@ -53,7 +54,7 @@ def track(frames_hwc: Sequence[npt.NDArray[np.uint8]]) -> npt.NDArray[np.float32
     return np.asarray(boxes[None], np.float32)
 
 
-def _find(before_hw: Gray, after_hw: Gray, place_2: npt.NDArray[np.int64]) -> tuple[int, int] | None:
+def _find(before_hw: Gray, after_hw: Gray, place_2: Int64s) -> tuple[int, int] | None:
     """Return the place of a patch in another frame; None when nothing near is like it."""
     top, left = place_2
     patch = before_hw[top : top + _PATCH, left : left + _PATCH]

@@ -15,12 +15,13 @@ from typing import Any, BinaryIO, NamedTuple
 import numpy as np
 import numpy.typing as npt
 
+from raysl.arrays import Uint8s
 from raysl.dataset.clips import COLUMNS, SOUND_HZ, jpeg, thumbnail
 from raysl.ingestion import tracker
 from raysl.ingestion.sources import ReadConfig, Row
 from raysl.stream.formats import DecodeError, package
 
-Pixels = npt.NDArray[np.uint8]
+Pixels = Uint8s
 # A video that ends this share of its stated length early has been cut off.
 _MISSING = 0.1
 # Shorter gaps in the time stamps of the sound are due to their rounding.

@@ -23,12 +23,12 @@ from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
-import numpy.typing as npt
 import pyarrow as pa
 import pyarrow.parquet as pq
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from raysl.arrays import Int64s
 from raysl.backbone.network import encode
 from raysl.communication.device_copy import to_device
 from raysl.errors import Unset, UserError
@@ -91,7 +91,7 @@ class Assignments:
         metadata: JSON for the run's metadata.
     """
 
-    clusters_n: npt.NDArray[np.int64]
+    clusters_n: Int64s
     num_clusters: int
     metadata: dict[str, Any]
 
@@ -166,7 +166,7 @@ def _read(uri: str) -> tuple[pa.Table, dict[str, str]]:
     return table, {key: named[key] for key in ("teacher", "K", "objective", "fingerprint") if key in named}
 
 
-def _by_index(uri: str, table: pa.Table, num_images: int) -> npt.NDArray[np.int64]:
+def _by_index(uri: str, table: pa.Table, num_images: int) -> Int64s:
     index, cluster = (table.column(name).to_numpy().astype(np.int64) for name in ("index", "cluster"))
     inside = index[(index >= 0) & (index < num_images)]
     missing = num_images - len(np.unique(inside))

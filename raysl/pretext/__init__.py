@@ -17,11 +17,11 @@ from dataclasses import dataclass, replace
 from typing import Any, Literal, Protocol, runtime_checkable
 
 import numpy as np
-import numpy.typing as npt
 import torch
 from torch import Tensor, nn
 
 from raysl import plugins
+from raysl.arrays import Float64s, Int64s
 from raysl.augment import SourceCrop
 from raysl.dataset.clips import Clips
 from raysl.errors import UserError
@@ -138,8 +138,8 @@ class Chosen:
         target: as `Transformed.target`.
     """
 
-    frames_bp: npt.NDArray[np.int64] | None = None
-    boxes_bp4: npt.NDArray[np.float64] | None = None
+    frames_bp: Int64s | None = None
+    boxes_bp4: Float64s | None = None
     crops_bpchw: Tensor | None = None
     target: Tensor | None = None
 

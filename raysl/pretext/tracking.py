@@ -12,8 +12,8 @@ from dataclasses import dataclass
 from typing import Annotated
 
 import numpy as np
-import numpy.typing as npt
 
+from raysl.arrays import Float64s, Int64s
 from raysl.dataset.clips import Clips
 from raysl.fields import Bounds, Checked, Range
 from raysl.pretext import Chosen, OfFrames
@@ -56,9 +56,7 @@ class Tracking(OfFrames):
             np.array([boxes for _, boxes in found], np.float64).reshape(-1, 2, 4),
         )
 
-    def _patches(
-        self, clips: Clips, row: int, draws: npt.NDArray[np.float64]
-    ) -> tuple[npt.NDArray[np.int64], npt.NDArray[np.float64]]:
+    def _patches(self, clips: Clips, row: int, draws: Float64s) -> tuple[Int64s, Float64s]:
         times_n, tracks_kn4 = clips.times(row), clips.tracks(row).astype(np.float64)
         seen_kn = ~np.isnan(tracks_kn4[..., 0])
         usable = np.flatnonzero(seen_kn.sum(axis=1) >= 2)

@@ -27,19 +27,16 @@ from dataclasses import dataclass, fields, is_dataclass
 from typing import Any, Final, Protocol, runtime_checkable
 
 import numpy as np
-import numpy.typing as npt
 import torch
 from torch import Tensor
 
 from raysl import plugins
+from raysl.arrays import Float32s, Int64s
 from raysl.dataset import DataSet
 from raysl.errors import UserError
 from raysl.extraction import Encoder
 from raysl.fields import Checked, FieldError, flag, prefix
 from raysl.storage import Folder
-
-Floats = npt.NDArray[np.float32]
-Integers = npt.NDArray[np.int64]
 
 # Where BatchNorm takes its statistics from when features are computed.
 KEPT: Final = "kept"
@@ -69,8 +66,8 @@ class Labelled:
         fingerprint: fingerprint of the data set; empty if it has none.
     """
 
-    features_nd: Floats
-    labels_n: Integers
+    features_nd: Float32s
+    labels_n: Int64s
     fingerprint: str = ""
 
 
@@ -143,7 +140,7 @@ class FeatureProbe(Protocol):
     primary_metric: str
     dims: int
 
-    def measure(self, features_nd: Floats) -> Iterator[Row]:
+    def measure(self, features_nd: Float32s) -> Iterator[Row]:
         """Measure the features of the test images, float32 (n, d).
 
         Raises:
@@ -223,7 +220,7 @@ def same_images(train: Labelled, test: Labelled) -> bool:
     return train is test or bool(train.fingerprint and train.fingerprint == test.fingerprint)
 
 
-def common_labels(train: DataSet, test: DataSet) -> tuple[Integers, Integers]:
+def common_labels(train: DataSet, test: DataSet) -> tuple[Int64s, Int64s]:
     """Return the labels of both sets, int64 (n,), numbered as in the train set; classes are matched by name.
 
     A class that only the test set has gets a number above the numbers of the train set.
@@ -269,7 +266,7 @@ def check(name: str, train: Labelled, test: Labelled, *, several: bool = False, 
     check_labels(name, train.labels_n, same=learns and same_images(train, test))
 
 
-def check_labels(name: str, train_labels_n: Integers, *, same: bool) -> None:
+def check_labels(name: str, train_labels_n: Int64s, *, same: bool) -> None:
     """Raise UserError if the train set shows one class, or is the `same` as the test set of a probe that learns."""
     if same:
         raise UserError(
@@ -284,7 +281,7 @@ def check_labels(name: str, train_labels_n: Integers, *, same: bool) -> None:
         )
 
 
-def check_features(features_nd: Floats, kind: str) -> None:
+def check_features(features_nd: Float32s, kind: str) -> None:
     """Raise UserError if there are no features, or if they are not finite.
 
     Args:
@@ -302,7 +299,7 @@ def check_features(features_nd: Floats, kind: str) -> None:
         )
 
 
-def sample_each_class(order_n: Integers, labels_n: Integers, count_of: Callable[[int], int]) -> Integers:
+def sample_each_class(order_n: Int64s, labels_n: Int64s, count_of: Callable[[int], int]) -> Int64s:
     """Return some images of each class: int64, sorted indices.
 
     Args:
@@ -318,11 +315,11 @@ def sample_each_class(order_n: Integers, labels_n: Integers, count_of: Callable[
     return np.sort(np.concatenate(taken))
 
 
-def multi_hot(labels_n: Integers, classes: int) -> Integers:
+def multi_hot(labels_n: Int64s, classes: int) -> Int64s:
     """Return labels of either form of `Labelled.labels_n` as int64 (n, classes)."""
     if labels_n.ndim == 2:
         return labels_n
-    shown_nc: Integers = (labels_n[:, None] == np.arange(classes)).astype(np.int64)
+    shown_nc: Int64s = (labels_n[:, None] == np.arange(classes)).astype(np.int64)
     return shown_nc
 
 

@@ -12,12 +12,12 @@ import io
 from collections.abc import Callable
 
 import numpy as np
-import numpy.typing as npt
 import torch
 from PIL import Image
 from torch import Tensor
 from torchvision.transforms import functional
 
+from raysl.arrays import Int64s
 from raysl.rng import ImageRng
 
 SEVERITIES = 5
@@ -64,7 +64,7 @@ def _gaussian_noise(images_bchw: Tensor, level: int, image_rng: ImageRng) -> Ten
 
 def _shot_noise(images_bchw: Tensor, level: int, image_rng: ImageRng) -> Tensor:
     seed_b = image_rng.integers("seed", 2**31)[:, 0].tolist()
-    made: list[npt.NDArray[np.int64]] = [
+    made: list[Int64s] = [
         np.random.default_rng(seed).poisson(image.numpy() / 255 * _SHOTS[level])
         for seed, image in zip(seed_b, images_bchw, strict=True)
     ]

@@ -19,6 +19,7 @@ from torch import Tensor, nn
 from torch.nn.functional import cross_entropy
 
 from raysl import optim, rng
+from raysl.arrays import Int64s
 from raysl.augment import SourceCrop, hflip
 from raysl.backbone.network import Backbone
 from raysl.dataset import DataSet
@@ -26,7 +27,7 @@ from raysl.errors import UserError
 from raysl.extraction import NetworkEncoder
 from raysl.fields import Bounds
 from raysl.optim import OptimConfig
-from raysl.probes import Integers, Row, Settings, Subject, accuracy_rows, check_labels, common_labels, rank
+from raysl.probes import Row, Settings, Subject, accuracy_rows, check_labels, common_labels, rank
 from raysl.ray_cluster import gpus, placement
 from raysl.rng import ImageRng
 from raysl.stream import decode
@@ -74,7 +75,7 @@ class Tuned(nn.Module):
         return logits_bc
 
 
-def labels_of(name: str, train: DataSet, test: DataSet) -> tuple[Integers, Integers]:
+def labels_of(name: str, train: DataSet, test: DataSet) -> tuple[Int64s, Int64s]:
     """Return the labels of both sets, numbered as in the train set.
 
     Raises:
@@ -94,8 +95,8 @@ def measure(
     name: str,
     subject: Subject,
     config: FinetuningConfig,
-    chosen_n: Integers,
-    labels: tuple[Integers, Integers],
+    chosen_n: Int64s,
+    labels: tuple[Int64s, Int64s],
     suffix: str = "",
 ) -> list[Row]:
     """Train on some of the train images and return accuracies and the mean training loss of the last epoch.
@@ -152,8 +153,8 @@ def train(
     network: nn.Module,
     subject: Subject,
     config: FinetuningConfig,
-    indices_n: Integers,
-    labels_n: Integers,
+    indices_n: Int64s,
+    labels_n: Int64s,
     threads: ThreadPoolExecutor,
 ) -> list[float]:
     """Train a network in place and return the mean loss of every epoch.

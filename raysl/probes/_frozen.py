@@ -11,8 +11,9 @@ from typing import Any
 import torch
 
 from raysl import extraction
+from raysl.arrays import Int64s
 from raysl.extraction import FeatureStore
-from raysl.probes import FeatureProbe, Integers, Labelled, LabelledProbe, Row
+from raysl.probes import FeatureProbe, Labelled, LabelledProbe, Row
 from raysl.probes._task import run_tasks
 from raysl.ray_cluster import placement
 
@@ -31,7 +32,7 @@ class StoredFeatures:
     """
 
     tables: Mapping[str, FeatureStore]
-    labels_n: Integers | None
+    labels_n: Int64s | None
     fingerprint: str
 
     def load(self, spec: str) -> Labelled:

@@ -9,13 +9,14 @@ import torch
 from torch import Tensor
 
 from raysl import extraction, rng
+from raysl.arrays import Float32s, Int64s
 from raysl.backbone import norm
 from raysl.backbone.network import Backbone
 from raysl.dataset import DataSet
 from raysl.dataset.clips import Clips
 from raysl.errors import UserError
 from raysl.extraction import Encode, EncodeMaps
-from raysl.probes import REESTIMATED, Floats, Integers, Subject
+from raysl.probes import REESTIMATED, Subject
 from raysl.probes._ridge import HELD_OUT
 from raysl.ray_cluster.gpus import device
 
@@ -55,7 +56,7 @@ def _enough(views: Iterable[Tensor]) -> Iterator[Tensor]:
 
 def features(
     encode: Encode, views: Iterable[Tensor], reduced: Callable[[Tensor], Tensor] = lambda values_bd: values_bd
-) -> dict[str, Floats]:
+) -> dict[str, Float32s]:
     """Return the features of all images by layer or grid, float32 (n, d).
 
     Args:
@@ -99,7 +100,7 @@ def batches(count: int) -> Iterator[slice]:
 
 
 def each_clip(
-    data: DataSet, columns: Sequence[str], chosen_n: Integers | None = None
+    data: DataSet, columns: Sequence[str], chosen_n: Int64s | None = None
 ) -> Iterator[tuple[int, Clips, int]]:
     """Yield the clips of a data set: index, some clips in memory, and the row among them.
 
@@ -114,7 +115,7 @@ def each_clip(
         yield from ((index, clips, row) for row, index in enumerate(some_n.tolist()))
 
 
-def seen_points(clips: Clips, row: int) -> Floats:
+def seen_points(clips: Clips, row: int) -> Float32s:
     """Return the key points of the figure of a clip: float32 (n, points, 2), NaN where a point is not seen."""
     points_nk3 = clips.keypoints(row)
     return np.where(points_nk3[..., 2:] == 0, np.float32(np.nan), points_nk3[..., :2])

@@ -22,18 +22,16 @@ from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
-import numpy.typing as npt
 import torch
 from PIL import Image
 from torch import Tensor
 
+from raysl.arrays import Float32s
 from raysl.dataset import DataSet
 from raysl.errors import UserError, install
 from raysl.probes._images import each_clip, seen_points, spaced
 from raysl.storage import Folder
 from raysl.stream import decode
-
-Points = npt.NDArray[np.float32]
 
 _PADDING = 1.25
 # MPII: a scale of 1 is a person of 200 pixels; the reference of PCKh is 0.6 of the diagonal of the head's box.
@@ -58,7 +56,7 @@ class Figure:
 
     image: str | bytes
     square: tuple[float, float, float] | None
-    points_k2: Points
+    points_k2: Float32s
     length: float
 
 
@@ -119,7 +117,7 @@ def of_clips(data: DataSet, frames: int) -> Figures:
     return Figures(tuple(data.manifest.clips["keypoints"]), tuple(one for one in figures if one.length > 0))
 
 
-def _extent(points_k2: Points) -> float:
+def _extent(points_k2: Float32s) -> float:
     """Return the longer side in pixels of the box of the annotated points; 0 without any."""
     shown_k2 = points_k2[np.isfinite(points_k2).all(1)]
     return float(np.ptp(shown_k2, axis=0).max()) if len(shown_k2) else 0.0

@@ -29,18 +29,18 @@ from dataclasses import asdict, dataclass, field
 from typing import Annotated, Any, ClassVar, Literal
 
 import numpy as np
-import numpy.typing as npt
 import torch
 from torch import Tensor
 from torch.nn.functional import normalize
 
 from raysl import pretext, rng
+from raysl.arrays import Bools, Float64s, Int64s
 from raysl.dataset import DataSet
 from raysl.errors import UserError
 from raysl.extraction import Heads, heads
 from raysl.fields import Bounds
 from raysl.pretext import Geometry, Pretext, Transformed
-from raysl.probes import Integers, Labelled, Row, Settings, Subject, check_features, field_values, primary
+from raysl.probes import Labelled, Row, Settings, Subject, check_features, field_values, primary
 from raysl.probes._task import InTask
 from raysl.probes.linear import Config as LinearConfig
 from raysl.probes.linear import Linear
@@ -48,9 +48,6 @@ from raysl.ray_cluster import gpus
 from raysl.rng import ImageRng
 from raysl.storage.records import write_record
 from raysl.stream import decode
-
-Doubles = npt.NDArray[np.float64]
-Booleans = npt.NDArray[np.bool_]
 
 HISTOGRAM = "histogram.json"
 OTHERS = "others"
@@ -179,7 +176,7 @@ class _Seen:
 
     features_of: dict[str, Tensor]
     label_n: Tensor | None
-    changed_n: Booleans
+    changed_n: Bools
 
 
 @dataclass(frozen=True)
@@ -187,7 +184,7 @@ class _Sample:
     """A sample of encoded images in a random order, and their indices."""
 
     images: list[bytes]
-    indices_n: Integers
+    indices_n: Int64s
     seed: int
 
     @staticmethod
@@ -203,7 +200,7 @@ class _Sample:
             image_rng = ImageRng(self.seed, np.zeros_like(some), self.indices_n[some], "invariance")
             yield transform.transform(images_bchw, image_rng)
 
-    def changed(self, transform: Pretext, whole: Pretext) -> Booleans:
+    def changed(self, transform: Pretext, whole: Pretext) -> Bools:
         """Return bool (n,): images whose view differs from the whole image; all, if no view differs."""
         parts = [
             (one.crops_bpchw != other.crops_bpchw).flatten(1).any(1)
@@ -211,7 +208,7 @@ class _Sample:
             else torch.ones(len(one.crops_bpchw), dtype=torch.bool)
             for one, other in zip(self.views(transform), self.views(whole), strict=True)
         ]
-        changed_n: Booleans = torch.cat(parts).numpy()
+        changed_n: Bools = torch.cat(parts).numpy()
         return changed_n if changed_n.any() else ~changed_n
 
 
@@ -241,7 +238,7 @@ def _heads(
 
 def _layer(
     plain_nd: Tensor,
-    moved: Mapping[str, tuple[Tensor, Tensor | None, Booleans]],
+    moved: Mapping[str, tuple[Tensor, Tensor | None, Bools]],
     transforms: Mapping[str, Pretext],
     config: Config,
 ) -> tuple[list[Row], dict[str, list[int]]]:
@@ -272,7 +269,7 @@ def _layer(
     return rows, counts
 
 
-def _moved(name: str, distance_n: Doubles, others_nk: Doubles) -> list[Row]:
+def _moved(name: str, distance_n: Float64s, others_nk: Float64s) -> list[Row]:
     """Return the rows of the distances of one transform; `closer` is the last."""
     return [
         Row(f"distance/{name}", float(distance_n.mean())),
@@ -309,14 +306,14 @@ def _readout_whether(name: str, plain_nd: Tensor, moved_nd: Tensor, config: Line
     ]
 
 
-def distances(one_nd: Tensor, other_nd: Tensor) -> Doubles:
+def distances(one_nd: Tensor, other_nd: Tensor) -> Float64s:
     """Return float64 (n,) in 0 .. 2, the distances between the unit vectors of rows."""
     one, other = normalize(one_nd.double(), dim=1), normalize(other_nd.double(), dim=1)
-    distance_n: Doubles = (one - other).norm(dim=1).numpy()
+    distance_n: Float64s = (one - other).norm(dim=1).numpy()
     return distance_n
 
 
-def to_others(features_nd: Tensor, most: int) -> Doubles:
+def to_others(features_nd: Tensor, most: int) -> Float64s:
     """Return float64 (n, k): distances of each row to the next k rows; k is `most`, or all others if there are fewer.
 
     Args:
@@ -327,13 +324,13 @@ def to_others(features_nd: Tensor, most: int) -> Doubles:
     return np.stack([(unit_nd - unit_nd.roll(-shift, 0)).norm(dim=1).numpy() for shift in shifts], axis=1)
 
 
-def histogram(found: Doubles) -> list[int]:
+def histogram(found: Float64s) -> list[int]:
     """Return the number of distances in each of the 40 bins of `EDGES`."""
     counts: list[int] = np.histogram(found.clip(0, 2), EDGES)[0].tolist()
     return counts
 
 
-def closer(distance_n: Doubles, others_nk: Doubles) -> float:
+def closer(distance_n: Float64s, others_nk: Float64s) -> float:
     """Return the share of other images that are farther from an image than its transformed copy; equal ones count half.
 
     A network that maps all images to one point has 0.5.

@@ -25,12 +25,13 @@ import numpy.typing as npt
 from torch import Tensor
 
 from raysl import pretext, rng
+from raysl.arrays import Float32s, Float64s
 from raysl.augment import recipe
 from raysl.dataset import DataSet
 from raysl.errors import UserError
 from raysl.fields import Bounds
 from raysl.pretext import Geometry
-from raysl.probes import Floats, Row, Settings, Subject, check_features
+from raysl.probes import Row, Settings, Subject, check_features
 from raysl.probes._images import batches, features, load
 from raysl.probes._task import InTask
 from raysl.probes.collapse import rankme
@@ -81,7 +82,7 @@ class Lidar(InTask[Config]):
         encode = load(subject, self._views(subject, files, 0))
         scatter: dict[str, Scatter] = {}
         for some in batches(count):
-            made: dict[str, list[Floats]] = {}
+            made: dict[str, list[Float32s]] = {}
             for number in range(config.views):
                 seen = self._views(subject, files[some], number, some.start)
                 for layer, values_bd in features(encode, seen).items():
@@ -117,7 +118,7 @@ class Scatter:
         self.means_dd: npt.NDArray[Any] = np.zeros((d, d))
         self.within_dd: npt.NDArray[Any] = np.zeros((d, d))
 
-    def add(self, views_bqd: npt.NDArray[np.float64]) -> None:
+    def add(self, views_bqd: Float64s) -> None:
         """Add images with q views each."""
         mean_bd = views_bqd.mean(1)
         apart_nd = (views_bqd - mean_bd[:, None]).reshape(-1, views_bqd.shape[2])

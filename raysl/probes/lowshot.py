@@ -15,10 +15,11 @@ from typing import Annotated, ClassVar
 import numpy as np
 
 from raysl import rng
+from raysl.arrays import Float64s, Int64s
 from raysl.errors import UserError
 from raysl.fields import Bounds
-from raysl.probes import Integers, Labelled, Row, Settings, check, multi_hot, sample_each_class
-from raysl.probes.svm import Doubles, fitted, one_solver, unit_rows
+from raysl.probes import Labelled, Row, Settings, check, multi_hot, sample_each_class
+from raysl.probes.svm import fitted, one_solver, unit_rows
 
 
 @dataclass(frozen=True)
@@ -72,17 +73,17 @@ class Lowshot:
             yield Row(f"top1/k={k}", float(np.mean(found)))
             yield Row(f"top1_std/k={k}", float(np.std(found, ddof=1)))
 
-    def _predicted(self, train_nd: Doubles, labels_n: Integers, test_nd: Doubles) -> Integers:
+    def _predicted(self, train_nd: Float64s, labels_n: Int64s, test_nd: Float64s) -> Int64s:
         """Return int64 (n,): for each test image the class of the machine with the highest score."""
         classes = np.unique(labels_n)
         sign_nc = 2 * multi_hot(labels_n, int(classes[-1]) + 1)[:, classes] - 1
         with one_solver():
             scores = [fitted(train_nd, sign_nc[:, c], self.config.cost, test_nd) for c in range(len(classes))]
-        best_n: Integers = classes[np.argmax(scores, axis=0)]
+        best_n: Int64s = classes[np.argmax(scores, axis=0)]
         return best_n
 
 
-def chosen(labels_n: Integers, k: int, sample: int) -> Integers:
+def chosen(labels_n: Int64s, k: int, sample: int) -> Int64s:
     """Return int64 (k * classes,), sorted: k images of each class."""
     order_n = rng.generator("lowshot", sample).permutation(len(labels_n))
     return sample_each_class(order_n, labels_n, lambda count: k)

@@ -21,15 +21,15 @@ from dataclasses import dataclass
 from typing import Annotated, Any, ClassVar, Literal
 
 import numpy as np
-import numpy.typing as npt
 import torch
 from torch import Tensor
 
 from raysl import rng
+from raysl.arrays import Float32s, Float64s, Int64s
 from raysl.dataset import DataSet
 from raysl.errors import Unset, UserError
 from raysl.fields import Bounds
-from raysl.probes import Floats, Integers, Row, Settings, Subject, check_features, common_labels
+from raysl.probes import Row, Settings, Subject, check_features, common_labels
 from raysl.probes._images import batches, each_clip, features, load, seen_points, spaced
 from raysl.probes._task import InTask
 from raysl.probes.retrieval import nearest
@@ -70,9 +70,9 @@ class Pieces:
     """
 
     views_nchw: Tensor
-    sources_n: Integers
-    places_n2: npt.NDArray[np.float64]
-    points_nk2: npt.NDArray[np.float32] | None = None
+    sources_n: Int64s
+    places_n2: Float64s
+    points_nk2: Float32s | None = None
 
     def batches(self) -> Iterator[Tensor]:
         """Yield the views in batches."""
@@ -144,7 +144,7 @@ def pieces(data: DataSet, size: int, config: Config) -> Pieces:
     return Pieces(torch.cat(cut), np.repeat(chosen_n, config.per_image), places_n2)
 
 
-def _frames(data: DataSet, chosen_n: Integers, size: int, config: Config) -> Pieces:
+def _frames(data: DataSet, chosen_n: Int64s, size: int, config: Config) -> Pieces:
     has_points = "keypoints" in data.manifest.clips.get("columns", [])
     columns = ["frames", "times", *(["keypoints"] if has_points else [])]
     views, sources, points = [], [], []
@@ -159,8 +159,8 @@ def _frames(data: DataSet, chosen_n: Integers, size: int, config: Config) -> Pie
 
 
 def neighbours(
-    query_nd: Floats, gallery_md: Floats, k: int, queries: Pieces, gallery: Pieces, same: bool
-) -> Integers:
+    query_nd: Float32s, gallery_md: Float32s, k: int, queries: Pieces, gallery: Pieces, same: bool
+) -> Int64s:
     """Return the k nearest pieces of the gallery, int64 (n, k); none of the own image if both sets are the same.
 
     Args:
@@ -174,14 +174,14 @@ def neighbours(
     return np.stack(kept)
 
 
-def _chance(asked_n: Integers, known_n: Integers) -> float:
+def _chance(asked_n: Int64s, known_n: Int64s) -> float:
     """Return the precision of random neighbours."""
     classes = int(max(asked_n.max(), known_n.max())) + 1
     shares = (np.bincount(one, minlength=classes) / len(one) for one in (asked_n, known_n))
     return float(np.multiply(*shares).sum())
 
 
-def _distances(queries: Pieces, gallery: Pieces, nearest_n: Integers) -> dict[str, float]:
+def _distances(queries: Pieces, gallery: Pieces, nearest_n: Int64s) -> dict[str, float]:
     """Return distances of place or of pose to the nearest, relative to random pairs."""
     random_n = rng.generator("patches", "pairs").integers(0, len(gallery.sources_n), len(nearest_n))
     if queries.points_nk2 is not None and gallery.points_nk2 is not None:

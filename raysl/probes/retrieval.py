@@ -18,9 +18,10 @@ from torch import Tensor
 from torch.nn.functional import normalize
 
 from raysl import rng
+from raysl.arrays import Float32s, Int64s
 from raysl.errors import UserError
 from raysl.fields import Bounds
-from raysl.probes import Floats, Integers, Labelled, Row, Settings, check, same_images
+from raysl.probes import Labelled, Row, Settings, check, same_images
 
 _TILE = 256
 
@@ -85,8 +86,8 @@ class Retrieval:
 
 
 def nearest(
-    query_qd: Floats, gallery_nd: Floats, k: int, own_q: Integers | None = None
-) -> tuple[Floats, Integers]:
+    query_qd: Float32s, gallery_nd: Float32s, k: int, own_q: Int64s | None = None
+) -> tuple[Float32s, Int64s]:
     """Return cosines and indices, both (q, k), of the k nearest images, the nearest first, for a retrieval grid.
 
     Args:

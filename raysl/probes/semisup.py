@@ -17,12 +17,13 @@ from dataclasses import dataclass, field
 from typing import Annotated, ClassVar
 
 from raysl import rng
+from raysl.arrays import Int64s
 from raysl.dataset import DataSet
 from raysl.errors import UserError
 from raysl.extraction import NetworkEncoder
 from raysl.fields import Bounds
 from raysl.optim import OptimConfig
-from raysl.probes import Integers, Row, Subject, sample_each_class
+from raysl.probes import Row, Subject, sample_each_class
 from raysl.probes._finetuning import FinetuningConfig, labels_of, measure
 from raysl.probes._task import InTask, run_tasks
 
@@ -84,7 +85,7 @@ class Semisup(InTask[Config]):
             yield Row(f"images{suffix}", len(chosen_n), rows[0].layer)
 
 
-def few(labels_n: Integers, share: float, seed: int) -> Integers:
+def few(labels_n: Int64s, share: float, seed: int) -> Int64s:
     """Return int64, sorted: indices of a share of the images of each class, at least one."""
     order_n = rng.generator("semisup", seed).permutation(len(labels_n))
     return sample_each_class(order_n, labels_n, lambda count: max(1, round(share * count)))

@@ -21,16 +21,14 @@ from dataclasses import dataclass
 from typing import Annotated, Any, ClassVar
 
 import numpy as np
-import numpy.typing as npt
 import torch
 
 from raysl import rng
+from raysl.arrays import Float32s, Float64s, Int64s
 from raysl.errors import UserError, install
 from raysl.fields import Bounds
-from raysl.probes import Floats, Integers, Labelled, Row, Settings, check, multi_hot
+from raysl.probes import Labelled, Row, Settings, check, multi_hot
 from raysl.probes.linear import in_span
-
-Doubles = npt.NDArray[np.float64]
 
 _FOLDS = 3
 _LENGTH_FLOOR = 1e-5
@@ -86,7 +84,7 @@ class Svm:
             found = [precision(c) for c in judged]
         yield Row("mAP", float(np.mean(found)))
 
-    def _scores(self, train_nd: Doubles, sign_n: Integers, test_nd: Doubles) -> Doubles:
+    def _scores(self, train_nd: Float64s, sign_n: Int64s, test_nd: Float64s) -> Float64s:
         """Return float64 (n,): scores of the test images with the best cost; 0 if no train image shows the class."""
         fewest = min((sign_n == 1).sum(), (sign_n == -1).sum())
         if not fewest:
@@ -130,14 +128,14 @@ def machine(cost: float) -> Any:
     )
 
 
-def unit_rows(features_nd: Floats) -> Doubles:
+def unit_rows(features_nd: Float32s) -> Float64s:
     """Return float64 (n, d): every row divided by its length plus 1e-5."""
     wide_nd = features_nd.astype(np.float64)
     wide_nd /= np.linalg.norm(wide_nd, axis=1, keepdims=True) + _LENGTH_FLOOR
     return wide_nd
 
 
-def choose(train_nd: Doubles, sign_n: Integers, costs: tuple[float, ...]) -> float:
+def choose(train_nd: Float64s, sign_n: Int64s, costs: tuple[float, ...]) -> float:
     """Return the cost with the best average precision in cross-validation, the smallest of equals.
 
     Args:
@@ -157,9 +155,9 @@ def choose(train_nd: Doubles, sign_n: Integers, costs: tuple[float, ...]) -> flo
     return max(found, key=lambda cost: found[cost])
 
 
-def fitted(train_nd: Doubles, sign_n: Integers, cost: float, test_nd: Doubles) -> Doubles:
+def fitted(train_nd: Float64s, sign_n: Int64s, cost: float, test_nd: Float64s) -> Float64s:
     """Return float64 (n,): scores of the test images by a machine with one cost."""
-    scores_n: Doubles = machine(cost).fit(train_nd, sign_n).decision_function(test_nd)
+    scores_n: Float64s = machine(cost).fit(train_nd, sign_n).decision_function(test_nd)
     return scores_n
 
 
@@ -173,7 +171,7 @@ def one_solver() -> Iterator[None]:
         yield
 
 
-def average_precision(scores_n: Doubles, shown_n: Integers) -> float:
+def average_precision(scores_n: Float64s, shown_n: Int64s) -> float:
     """Return the area under the envelope of precision over recall: at a recall, the best precision at it or a higher
     one.
 

@@ -17,9 +17,10 @@ import numpy as np
 from torch import Tensor
 
 from raysl import extraction
+from raysl.arrays import Int64s
 from raysl.dataset import DataSet
 from raysl.errors import UserError
-from raysl.probes import Integers, Labelled, Row, Subject, _voc
+from raysl.probes import Labelled, Row, Subject, _voc
 from raysl.probes._images import features, load
 from raysl.probes._task import InTask
 from raysl.probes._voc import Picture, VocSettings
@@ -84,7 +85,7 @@ def _views(pictures: Sequence[Picture], size: int) -> Iterator[Tensor]:
         yield decode.resized_to_square([one.image for one in pictures[first : first + _BATCH]], size)
 
 
-def shown(pictures: Sequence[Picture], classes: Sequence[str]) -> Integers:
+def shown(pictures: Sequence[Picture], classes: Sequence[str]) -> Int64s:
     """Return the labels of images, int64 (n, c); see `raysl.probes.Labelled`."""
     shown_nc = np.zeros((len(pictures), len(classes)), dtype=np.int64)
     for row_c, one in zip(shown_nc, pictures, strict=True):

@@ -6,13 +6,12 @@ from dataclasses import dataclass
 from typing import Any, Literal
 
 import numpy as np
-import numpy.typing as npt
 import pyarrow as pa
 import pyarrow.parquet as pq
 
+from raysl.arrays import Float32s
 from raysl.storage import Folder
 
-Floats = npt.NDArray[np.float32]
 # First image of a file, and the image after its last.
 Part = tuple[int, int]
 
@@ -44,7 +43,7 @@ def write_part(
     folder: Folder,
     part: Part,
     layer: str,
-    rows_nd: Floats,
+    rows_nd: Float32s,
     form: FeatureForm,
     paths: pa.Array | pa.ChunkedArray | None = None,
 ) -> None:

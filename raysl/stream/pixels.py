@@ -13,10 +13,10 @@ from functools import partial
 from typing import Annotated, Literal, NamedTuple
 
 import numpy as np
-import numpy.typing as npt
 import simplejpeg
 from PIL import Image
 
+from raysl.arrays import Uint8s
 from raysl.errors import UserError
 from raysl.fields import Bounds, check
 from raysl.stream import depth
@@ -97,7 +97,7 @@ class Picture(NamedTuple):
         left_out: how many other pages or frames of the file were not taken.
     """
 
-    rgb: Image.Image | npt.NDArray[np.uint8]
+    rgb: Image.Image | Uint8s
     orientation: int = 1
     ordinary: bool = False
     kind: str = ""
@@ -107,7 +107,7 @@ class Picture(NamedTuple):
     left_out: int = 0
 
     @property
-    def pixels_hwc(self) -> npt.NDArray[np.uint8]:
+    def pixels_hwc(self) -> Uint8s:
         """uint8 (h, w, 3), RGB, upright. Ingest checks most images without asking for it."""
         pixels_hwc = np.asarray(self.rgb)
         if self.orientation == 1 and pixels_hwc.flags.writeable and pixels_hwc.flags.c_contiguous:
@@ -160,7 +160,7 @@ def _as_decode_error(error: Exception) -> DecodeError:
     return DecodeError(f"damaged: {kind}{str(error)[:_LONGEST_REASON]}")
 
 
-def plain_jpeg(data: bytes, max_pixels: int) -> npt.NDArray[np.uint8] | None:
+def plain_jpeg(data: bytes, max_pixels: int) -> Uint8s | None:
     """Decode a JPEG file that needs nothing but decoding; None if it needs Pillow.
 
     Returns:
@@ -313,7 +313,7 @@ def _tiff_readers(data: bytes, config: DecodeConfig, ranges: Ranges) -> list[Cal
     return [partial(read, number) for number in range(len(taken))]
 
 
-def upright(pixels_hwc: npt.NDArray[np.uint8], orientation: int) -> npt.NDArray[np.uint8]:
+def upright(pixels_hwc: Uint8s, orientation: int) -> Uint8s:
     """Turn an image as the orientation of EXIF (1 to 8) says; a copy that owns its memory.
 
     Returns:

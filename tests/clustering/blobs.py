@@ -12,11 +12,12 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 
 from raysl import rng
+from raysl.arrays import Float32s, Float64s
 from raysl.clustering import update
 from raysl.clustering.options import KMeansConfig
 
 
-def blobs(num_rows: int, dim: int = 6, centres: int = 8, seed: int = 0) -> npt.NDArray[np.float32]:
+def blobs(num_rows: int, dim: int = 6, centres: int = 8, seed: int = 0) -> Float32s:
     """Return normal clouds around some centres, float32 (num_rows, dim)."""
     generator = np.random.default_rng(seed)
     middle = generator.normal(size=(centres, dim)) * 3
@@ -37,8 +38,8 @@ def write(folder: Path, rows_nd: npt.NDArray[Any], files: int = 2, rows_per_grou
 
 
 def lloyd(
-    rows_nd: npt.NDArray[np.float32], start_kd: npt.NDArray[np.float32], config: KMeansConfig, iterations: int
-) -> tuple[list[float], npt.NDArray[np.float64]]:
+    rows_nd: Float32s, start_kd: Float32s, config: KMeansConfig, iterations: int
+) -> tuple[list[float], Float64s]:
     """Return the objective of each iteration and the last centroids, in float64. Empty clusters split as in raysl."""
     x, c = rows_nd.astype(np.float64), start_kd.astype(np.float64)
     objectives = []

@@ -3,19 +3,18 @@
 from __future__ import annotations
 
 import numpy as np
-import numpy.typing as npt
 import pytest
 
+from raysl.arrays import Float32s, Float64s, Int64s
 from raysl.clustering import update
 from raysl.clustering.hamerly import Assigner, HamerlyBounds, Search
-from raysl.clustering.update import Integers, Singles
 from tests.clustering.blobs import blobs
 
 
-def index(centroids_md: Singles) -> Search:
+def index(centroids_md: Float32s) -> Search:
     """Brute force in float64."""
 
-    def search(rows_bd: Singles, count: int) -> tuple[Singles, Integers]:
+    def search(rows_bd: Float32s, count: int) -> tuple[Float32s, Int64s]:
         squared_bm = squares(rows_bd, centroids_md)
         nearest_bm = np.argsort(squared_bm, axis=1, kind="stable")[:, :count]
         return np.take_along_axis(squared_bm, nearest_bm, 1).astype(np.float32), nearest_bm
@@ -23,14 +22,14 @@ def index(centroids_md: Singles) -> Search:
     return search
 
 
-def squares(rows_bd: Singles, centroids_md: Singles) -> npt.NDArray[np.float64]:
+def squares(rows_bd: Float32s, centroids_md: Float32s) -> Float64s:
     """Return squared distances, float64 (b, m)."""
     difference_bmd = rows_bd[:, None].astype(np.float64) - centroids_md[None]
     return np.einsum("bmd,bmd->bm", difference_bmd, difference_bmd)  # type: ignore[no-any-return]
 
 
 def one_pass(
-    before: HamerlyBounds | None, rows_nd: Singles, centroids_kd: Singles, block: int
+    before: HamerlyBounds | None, rows_nd: Float32s, centroids_kd: Float32s, block: int
 ) -> tuple[HamerlyBounds, float]:
     """Assign all rows in blocks; return the bounds, and the share of the distances that were computed."""
     assigner = Assigner(before, centroids_kd, len(rows_nd), index)
@@ -40,7 +39,7 @@ def one_pass(
     return assigner.bounds(), assigner.computed / (len(rows_nd) * len(centroids_kd))
 
 
-def check(bounds: HamerlyBounds, rows_nd: Singles, centroids_kd: Singles) -> None:
+def check(bounds: HamerlyBounds, rows_nd: Float32s, centroids_kd: Float32s) -> None:
     """Check that every row has its nearest centroid, up to rounding, and that no other is nearer than its bound."""
     squared_nk = squares(rows_nd, centroids_kd)
     chosen_n = squared_nk[np.arange(len(rows_nd)), bounds.assigned_n]

@@ -6,16 +6,16 @@ import math
 from typing import Any
 
 import numpy as np
-import numpy.typing as npt
 import pytest
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from raysl.arrays import Float64s
 from raysl.contrastive import losses
 
 N = 20_000
-Array = npt.NDArray[np.float64]
+Array = Float64s
 
 
 def scores(b: int = 5, k: int = 7, absent: bool = True, scale: float = 3.0) -> tuple[Tensor, Tensor]:

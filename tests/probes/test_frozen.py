@@ -11,8 +11,9 @@ import numpy as np
 import pytest
 import torch
 
+from raysl.arrays import Float32s
 from raysl.errors import UserError
-from raysl.probes import Floats, Labelled, Row
+from raysl.probes import Labelled, Row
 from raysl.probes import _frozen as frozen
 from raysl.probes._frozen import StoredFeatures, measure_layers
 from raysl.probes.collapse import Collapse
@@ -34,7 +35,7 @@ class Traced:
     primary_metric = "pid"
     dims = 0
 
-    def measure(self, features_nd: Floats) -> Iterator[Row]:
+    def measure(self, features_nd: Float32s) -> Iterator[Row]:
         """Yields the process, its niceness and its threads."""
         yield Row("pid", os.getpid())
         yield Row("nice", os.getpriority(os.PRIO_PROCESS, 0))

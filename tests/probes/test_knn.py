@@ -3,13 +3,10 @@
 from __future__ import annotations
 
 import numpy as np
-import numpy.typing as npt
 import pytest
 
 from raysl.errors import UserError
 from raysl.probes import Labelled, Row, knn
-
-Floats = npt.NDArray[np.float32]
 
 
 def random_set(n: int, classes: int, seed: int) -> Labelled:

@@ -12,9 +12,9 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
-import numpy.typing as npt
 import pytest
 
+from raysl.arrays import Int64s
 from raysl.augment import recipe
 from raysl.dataset import DataSet
 from raysl.pretext import Geometry, build
@@ -39,7 +39,7 @@ class Pretended(Stream):
 
     def _pipeline(self, step: int, end: int) -> Any:
         class Rows:
-            def iter_batches(self, **_: Any) -> Iterator[dict[str, npt.NDArray[np.int64]]]:
+            def iter_batches(self, **_: Any) -> Iterator[dict[str, Int64s]]:
                 for one in range(step, end):
                     yield {"index": np.full((1, 16), one)}
 

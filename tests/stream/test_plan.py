@@ -8,17 +8,15 @@ from dataclasses import replace
 from typing import Any
 
 import numpy as np
-import numpy.typing as npt
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from raysl.arrays import Int64s
 from raysl.dataset import DataSet, Manifest, Rows, Shard
 from raysl.errors import UserError
 from raysl.storage import Folder
 from raysl.stream.plan import Plan
-
-Integers = npt.NDArray[np.int64]
 
 
 def dataset(*row_groups: int, bytes_per_row: int = 1000) -> DataSet:
@@ -90,7 +88,7 @@ def test_any_step_can_be_the_first() -> None:
         np.testing.assert_array_equal(found.epochs_b, steps[step].epochs_b)
 
 
-def orders(of: Plan) -> list[Integers]:
+def orders(of: Plan) -> list[Int64s]:
     visits = whole_run(of)
     return [visits.indices_b[visits.epochs_b == epoch] for epoch in range(3)]
 
