@@ -22,16 +22,6 @@ from raysl.rng import ImageRng
 
 SEVERITIES = 5
 
-_NOISE = (0.08, 0.12, 0.18, 0.26, 0.38)
-_SHOTS = (60.0, 25.0, 12.0, 5.0, 3.0)
-_IMPULSES = (0.03, 0.06, 0.09, 0.17, 0.27)
-_BLUR = (0.4 / 32, 0.6 / 32, 0.7 / 32, 0.8 / 32, 1 / 32)
-_PIXELS = (0.6, 0.5, 0.4, 0.3, 0.25)
-_QUALITY = (25, 18, 15, 10, 7)
-_CONTRAST = (0.4, 0.3, 0.2, 0.1, 0.05)
-_BRIGHTER = (0.1, 0.2, 0.3, 0.4, 0.5)
-_SATURATION = (0.3, 0.1, 2.0, 5.0, 20.0)
-
 
 def corrupt(name: str, images_bchw: Tensor, severity: int, image_rng: ImageRng) -> Tensor:
     """Return corrupted images, uint8 (b, 3, s, s).
@@ -42,8 +32,8 @@ def corrupt(name: str, images_bchw: Tensor, severity: int, image_rng: ImageRng) 
         severity: 1 to 5.
         image_rng: random numbers of the b images.
     """
-    numbers = image_rng.named(f"{name}/{severity}")
-    return CORRUPTIONS[name](images_bchw, severity - 1, numbers)
+    change, strengths = CORRUPTIONS[name]
+    return change(images_bchw, strengths[severity - 1], image_rng.named(f"{name}/{severity}"))
 
 
 def _stored(shares_bchw: Tensor) -> Tensor:
@@ -58,34 +48,34 @@ def _normal(images_bchw: Tensor, image_rng: ImageRng) -> Tensor:
     return ((-2 * first.log()).sqrt() * (2 * torch.pi * second).cos()).view(images_bchw.shape).float()
 
 
-def _gaussian_noise(images_bchw: Tensor, level: int, image_rng: ImageRng) -> Tensor:
-    return _stored(images_bchw / 255 + _NOISE[level] * _normal(images_bchw, image_rng))
+def _gaussian_noise(images_bchw: Tensor, strength: float, image_rng: ImageRng) -> Tensor:
+    return _stored(images_bchw / 255 + strength * _normal(images_bchw, image_rng))
 
 
-def _shot_noise(images_bchw: Tensor, level: int, image_rng: ImageRng) -> Tensor:
+def _shot_noise(images_bchw: Tensor, strength: float, image_rng: ImageRng) -> Tensor:
     seed_b = image_rng.integers("seed", 2**31)[:, 0].tolist()
     made: list[Int64s] = [
-        np.random.default_rng(seed).poisson(image.numpy() / 255 * _SHOTS[level])
+        np.random.default_rng(seed).poisson(image.numpy() / 255 * strength)
         for seed, image in zip(seed_b, images_bchw, strict=True)
     ]
-    return _stored(torch.from_numpy(np.stack(made)) / _SHOTS[level])
+    return _stored(torch.from_numpy(np.stack(made)) / strength)
 
 
-def _impulse_noise(images_bchw: Tensor, level: int, image_rng: ImageRng) -> Tensor:
+def _impulse_noise(images_bchw: Tensor, strength: float, image_rng: ImageRng) -> Tensor:
     drawn = torch.from_numpy(image_rng.uniform_array("where", images_bchw[0].numel())).view(images_bchw.shape)
-    half = _IMPULSES[level] / 2
+    half = strength / 2
     return torch.where(drawn < half, 0, torch.where(drawn < 2 * half, 255, images_bchw)).to(torch.uint8)
 
 
-def _gaussian_blur(images_bchw: Tensor, level: int, image_rng: ImageRng) -> Tensor:
-    sigma = _BLUR[level] * images_bchw.shape[-1]
+def _gaussian_blur(images_bchw: Tensor, strength: float, image_rng: ImageRng) -> Tensor:
+    sigma = strength * images_bchw.shape[-1]
     radius = min(max(1, round(3 * sigma)), images_bchw.shape[-1] - 1)
     return functional.gaussian_blur(images_bchw, [2 * radius + 1] * 2, [sigma] * 2)  # type: ignore[no-any-return]
 
 
-def _pixelate(images_bchw: Tensor, level: int, image_rng: ImageRng) -> Tensor:
+def _pixelate(images_bchw: Tensor, strength: float, image_rng: ImageRng) -> Tensor:
     side = images_bchw.shape[-1]
-    few = max(1, int(side * _PIXELS[level]))
+    few = max(1, int(side * strength))
 
     def one(image: Image.Image) -> Image.Image:
         return image.resize((few, few), Image.Resampling.BOX).resize((side, side), Image.Resampling.NEAREST)
@@ -93,9 +83,9 @@ def _pixelate(images_bchw: Tensor, level: int, image_rng: ImageRng) -> Tensor:
     return _each(images_bchw, one)
 
 
-def _jpeg(images_bchw: Tensor, level: int, image_rng: ImageRng) -> Tensor:
+def _jpeg(images_bchw: Tensor, strength: float, image_rng: ImageRng) -> Tensor:
     def one(image: Image.Image) -> Image.Image:
-        image.save(stream := io.BytesIO(), "JPEG", quality=_QUALITY[level])
+        image.save(stream := io.BytesIO(), "JPEG", quality=int(strength))
         return Image.open(stream)
 
     return _each(images_bchw, one)
@@ -110,37 +100,38 @@ def _each(images_bchw: Tensor, change: Callable[[Image.Image], Image.Image]) -> 
     return torch.from_numpy(np.stack(made)).permute(0, 3, 1, 2).contiguous()
 
 
-def _contrast(images_bchw: Tensor, level: int, image_rng: ImageRng) -> Tensor:
+def _contrast(images_bchw: Tensor, strength: float, image_rng: ImageRng) -> Tensor:
     mean_bc11 = (images_bchw / 255).mean((2, 3), keepdim=True)
-    return _stored((images_bchw / 255 - mean_bc11) * _CONTRAST[level] + mean_bc11)
+    return _stored((images_bchw / 255 - mean_bc11) * strength + mean_bc11)
 
 
-def _brightness(images_bchw: Tensor, level: int, image_rng: ImageRng) -> Tensor:
+def _brightness(images_bchw: Tensor, strength: float, image_rng: ImageRng) -> Tensor:
     """Raise the value of HSV: all channels by the factor of the largest."""
     share_bchw = images_bchw / 255
     value_b1hw = share_bchw.amax(1, keepdim=True)
-    raised_b1hw = (value_b1hw + _BRIGHTER[level]).clamp(max=1)
+    raised_b1hw = (value_b1hw + strength).clamp(max=1)
     return _stored(torch.where(value_b1hw > 0, share_bchw / value_b1hw.clamp(min=1e-6), 1) * raised_b1hw)
 
 
-def _saturate(images_bchw: Tensor, level: int, image_rng: ImageRng) -> Tensor:
+def _saturate(images_bchw: Tensor, strength: float, image_rng: ImageRng) -> Tensor:
     """Scale the saturation of HSV, at most to 1."""
     share_bchw = images_bchw / 255
     value_b1hw = share_bchw.amax(1, keepdim=True)
     saturation_b1hw = 1 - share_bchw.amin(1, keepdim=True) / value_b1hw.clamp(min=1e-6)
-    wanted_b1hw = (saturation_b1hw * _SATURATION[level]).clamp(max=1)
+    wanted_b1hw = (saturation_b1hw * strength).clamp(max=1)
     factor_b1hw = torch.where(saturation_b1hw > 0, wanted_b1hw / saturation_b1hw.clamp(min=1e-6), 1)
     return _stored(value_b1hw - (value_b1hw - share_bchw) * factor_b1hw)
 
 
-CORRUPTIONS: dict[str, Callable[[Tensor, int, ImageRng], Tensor]] = {
-    "gaussian_noise": _gaussian_noise,
-    "shot_noise": _shot_noise,
-    "impulse_noise": _impulse_noise,
-    "gaussian_blur": _gaussian_blur,
-    "pixelate": _pixelate,
-    "jpeg": _jpeg,
-    "contrast": _contrast,
-    "brightness": _brightness,
-    "saturate": _saturate,
+# The function of each corruption, and its strength at each severity.
+CORRUPTIONS: dict[str, tuple[Callable[[Tensor, float, ImageRng], Tensor], tuple[float, ...]]] = {
+    "gaussian_noise": (_gaussian_noise, (0.08, 0.12, 0.18, 0.26, 0.38)),
+    "shot_noise": (_shot_noise, (60.0, 25.0, 12.0, 5.0, 3.0)),
+    "impulse_noise": (_impulse_noise, (0.03, 0.06, 0.09, 0.17, 0.27)),
+    "gaussian_blur": (_gaussian_blur, (0.4 / 32, 0.6 / 32, 0.7 / 32, 0.8 / 32, 1 / 32)),
+    "pixelate": (_pixelate, (0.6, 0.5, 0.4, 0.3, 0.25)),
+    "jpeg": (_jpeg, (25, 18, 15, 10, 7)),
+    "contrast": (_contrast, (0.4, 0.3, 0.2, 0.1, 0.05)),
+    "brightness": (_brightness, (0.1, 0.2, 0.3, 0.4, 0.5)),
+    "saturate": (_saturate, (0.3, 0.1, 2.0, 5.0, 20.0)),
 }

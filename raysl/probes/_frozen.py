@@ -63,18 +63,16 @@ def measure_layers(
     sets = (train, test) if isinstance(probe, LabelledProbe) else (test,)
     specs = [extraction.feature_spec(layer, probe.dims) for layer in layers]
     if in_process:
-        threads = placement.assigned_cpus()
-        found = (
-            _measure(probe, layer, spec, train, test, threads, False)
-            for layer, spec in zip(layers, specs, strict=True)
-        )
-        return [row for rows in found for row in rows]
-    machines = placement.machines()
-    threads = 1 if low_priority else _threads_per_task(machines.for_work, len(layers))
+        threads, low_priority = placement.assigned_cpus(), False
+    else:
+        machines = placement.machines()
+        threads = 1 if low_priority else _threads_per_task(machines.for_work, len(layers))
     calls = [
         (probe, layer, spec, train, test, threads, low_priority)
         for layer, spec in zip(layers, specs, strict=True)
     ]
+    if in_process:
+        return [row for call in calls for row in _measure(*call)]
     _, share = extraction.actor_resources(machines.totals())
     options: dict[str, Any] = {
         **({"num_cpus": 0.0} if low_priority else share),
