@@ -12,7 +12,7 @@ import torch
 from raysl.diagnostics.measurement import first_batch
 
 if TYPE_CHECKING:
-    from raysl.diagnostics.gpu_check import Bench, Numbers
+    from raysl.diagnostics.bench import Bench, Numbers
 
 # Compiling takes minutes at the start of a run, and smaller differences are within the noise of a measurement.
 _LEAST_GAIN = 1.02

@@ -19,7 +19,7 @@ from torchvision.io import ImageReadMode, decode_jpeg
 from raysl.stream.decode import decode
 
 if TYPE_CHECKING:
-    from raysl.diagnostics.gpu_check import Bench, Numbers
+    from raysl.diagnostics.bench import Bench, Numbers
 
 _HEIGHT, _WIDTH = 375, 500  # the usual size in ImageNet
 
