@@ -53,13 +53,7 @@ class SaveConfig(Checked):
 
 @dataclass(frozen=True)
 class Checkpoint:
-    """A complete checkpoint.
-
-    Args:
-        folder: its folder.
-        step: number of steps done when it was saved.
-        world: number of workers that wrote it.
-    """
+    """A complete checkpoint, after `step` steps, by `world` workers."""
 
     folder: Folder
     step: int
@@ -158,9 +152,7 @@ class Checkpoint:
             )
         try:
             loaded = torch.load(io.BytesIO(data), map_location="cpu", weights_only=True)
-        except (
-            Exception
-        ) as error:  # pickle, zip and torch raise many kinds; a forged file may have a valid checksum
+        except Exception as error:  # of many kinds; a forged file may have a valid checksum
             raise self._damaged(STATE, "it holds something other than tensors and plain values") from error
         if not isinstance(loaded, dict):
             raise self._damaged(STATE, "it holds no state")
@@ -243,10 +235,6 @@ class Saver:
     """Write the checkpoints of one worker in a thread, one at a time, and delete old ones.
 
     Args:
-        folder: folder of the checkpoints.
-        config: when to save and what to keep.
-        rank: this worker.
-        world: number of workers.
         clock: returns seconds; an argument for tests.
     """
 

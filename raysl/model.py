@@ -29,13 +29,7 @@ from raysl.stream.views import View
 
 @dataclass(frozen=True)
 class DatasetInfo:
-    """What a model depends on of its data set.
-
-    Args:
-        num_images: number of images N.
-        num_classes: number of classes; 0 without labels.
-        fingerprint: fingerprint of the data set; empty if unknown.
-    """
+    """What a model depends on of its data set, which may have no labels and an unknown fingerprint."""
 
     num_images: int
     num_classes: int = 0

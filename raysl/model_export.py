@@ -272,12 +272,7 @@ _USE = {
         "transform = timm.data.create_transform(**timm.data.resolve_model_data_config(model))",
         "features = model(transform(image)[None])",
     ),
-    "safetensors": _python(
-        "import raysl",
-        "",
-        'model = raysl.load(".")',
-        'features = model("photo.jpg")',
-    ),
+    "safetensors": _python("import raysl", "", 'model = raysl.load(".")', 'features = model("photo.jpg")'),
     "onnx": _python(
         "import numpy as np",
         "import onnxruntime",
@@ -297,13 +292,8 @@ def _card(run: Run, backbone: Backbone, step: int, form: str) -> str:
     config, data = run.config(), run.metadata()["data"]
     # The last identity has replaced the head.
     idle = [name for name, module in backbone.body.named_modules() if isinstance(module, nn.Identity)]
-    names = {
-        "name": config.backbone.name,
-        "stem": config.backbone.stem,
-        "norm": config.backbone.norm,
-        "head": "".join(idle[-1:]),
-    }
     size = config.view.image_size
+    pixels = {"size": size, "short": evaluation_side(size)}
     mean, std = (
         [round(value / 255, 6) for value in each.flatten().tolist()] for each in (backbone.mean, backbone.std)
     )
@@ -316,9 +306,10 @@ def _card(run: Run, backbone: Backbone, step: int, form: str) -> str:
         images=data["num_images"],
         fingerprint=code_span(data["fingerprint"]),
         seed=config.seed,
-        size=size,
-        short=evaluation_side(size),
-        use=_USE[form].format(**names, size=size, short=evaluation_side(size), mean=mean, std=std)
+        **pixels,
+        use=_USE[form].format(
+            name=config.backbone.name, head="".join(idle[-1:]), **pixels, mean=mean, std=std
+        )
         + (_HEARS if "audio_visual" in config.parts else ""),
         probes=_probes(run, step),
         command=code_block(command(config)),
@@ -333,15 +324,8 @@ def _probes(run: Run, step: int) -> str:
     if not there:
         return "This checkpoint has no probe results; `raysl probe` adds them."
     values = {_measured(row): row["value"] for row in rows}
-    columns = (
-        "probe",
-        "layer",
-        "measure",
-        *(TITLES.get(one, one) for one in ENCODERS),
-        "protocol",
-        "train",
-        "test",
-    )
+    encoders = [TITLES.get(one, one) for one in ENCODERS]
+    columns = ("probe", "layer", "measure", *encoders, "protocol", "train", "test")
     lines = [_BASELINES, "", f"| {' | '.join(columns)} |", "|---" * len(columns) + "|"]
     for row in there:
         found = [values.get(_measured({**row, "encoder": encoder})) for encoder in ENCODERS]

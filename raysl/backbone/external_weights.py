@@ -225,8 +225,7 @@ def fill(body: nn.Module, state: Mapping[str, Tensor], file: str, name: str) -> 
 
     Args:
         state: weights by name; see `parse`.
-        file: their origin, for messages.
-        name: name of the backbone, for messages.
+        file, name: the file and the backbone, for messages.
 
     Raises:
         UserError: weights are missing, left over, not finite, or of another shape.

@@ -43,15 +43,7 @@ class BankConfig(Checked):
 
 
 class MemoryBank:
-    """The rows of all images, on this worker or sharded over all workers.
-
-    Args:
-        num_images: N, number of rows.
-        dim: D, size of a row.
-        config: configuration of the bank.
-        seed: seed of the initial rows.
-        device: device of the rows.
-    """
+    """The rows (n, d) of all images, on this worker or sharded over all workers; `seed` gives the initial rows."""
 
     def __init__(
         self,

@@ -59,7 +59,6 @@ class DriverLock:
     """The right to write to a run or a sweep, for the duration of a `with` block.
 
     Args:
-        folder: folder of the run or the sweep.
         work: "run" or "sweep", for messages.
         beat_s: seconds between two renewals.
 

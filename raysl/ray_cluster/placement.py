@@ -122,11 +122,7 @@ class Placement:
         return ""
 
 
-def place(
-    workers: int,
-    found: Machines | None = None,
-    gpus_per_worker: float = 1,
-) -> Placement:
+def place(workers: int, found: Machines | None = None, gpus_per_worker: float = 1) -> Placement:
     """Divide the cluster among `workers` trainers and their data tasks.
 
     Each trainer gets a slot of CPUs on one machine and leaves a part of it to data tasks. With GPUs it takes one GPU

@@ -63,13 +63,7 @@ def watch(
     act: Callable[[float], Any] = drain,
     pause: Callable[[float], Any] = time.sleep,
 ) -> None:
-    """Wait for a notice, act on it, and return. Log an answer that cannot be read, and repeat an action that fails.
-
-    Args:
-        services: functions that return the remaining seconds, or None.
-        act: called with the remaining seconds.
-        pause: sleeps for some seconds.
-    """
+    """Wait for a notice, act on it, and return. Log an answer that cannot be read, and repeat an action that fails."""
     while True:
         remaining_s = []
         for service in services:

@@ -215,14 +215,7 @@ def _trimmed(image_chw: Tensor) -> Tensor:
 
 
 def resized_to_square(images: Sequence[bytes], size: int) -> Tensor:
-    """Return the whole of every image, of any shape: both sides resized to `size`.
-
-    Returns:
-        uint8 (b, 3, size, size).
-
-    Raises:
-        DecodeError: an image is damaged.
-    """
+    """Return the whole of every image, both sides resized: uint8 (b, 3, size, size). Raises as `evaluation_views`."""
     return _decode_each(images, size, lambda image: resized(image[None], size, size)[0])
 
 

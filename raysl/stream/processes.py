@@ -45,9 +45,6 @@ class DataProcesses:
     """Data processes that serve one stream after another, for the duration of a `with` block.
 
     They are best started before large tensors exist: memory that this process changes after a fork is held twice.
-
-    Args:
-        count: number of processes.
     """
 
     def __init__(self, count: int) -> None:
@@ -108,13 +105,7 @@ def _load_share(stream: Stream, start: int, end: int, number: int, count: int) -
 
 
 class _Prefetcher:
-    """A thread that reads from an iterator in advance.
-
-    Args:
-        source: the iterator.
-        max_batches: number of batches to hold, at least two.
-        max_bytes: size of the batches to hold; two are held in any case.
-    """
+    """A thread that reads from an iterator in advance, within limits of number and size; two batches in any case."""
 
     def __init__(self, source: Iterator[Columns], max_batches: int, max_bytes: int) -> None:
         self._source = source

@@ -71,10 +71,7 @@ class StreamActor:
 
     Args:
         stream: result of `union`.
-        start: first step.
         end: step to stop before.
-        window_bytes: size of the window.
-        patience_s: longest wait for a slow run.
     """
 
     def __init__(

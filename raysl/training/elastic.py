@@ -39,10 +39,9 @@ def machines() -> Machines:
 
 
 def size(counts: Sequence[int], found: Machines, gpus: bool) -> int:
-    """Return the largest number of workers that fits now; 0 if not even the smallest fits.
+    """Return the largest of the ascending `counts` of workers that fits now; 0 if not even the smallest fits.
 
     Args:
-        counts: allowed numbers of workers, ascending.
         gpus: whether a worker needs a GPU; otherwise it and its data tasks need a whole CPU.
     """
     room = sum(int(node.get("GPU" if gpus else "CPU", 0)) for node in found.now)
@@ -52,11 +51,8 @@ def size(counts: Sequence[int], found: Machines, gpus: bool) -> int:
 def gather(counts: Sequence[int], found: Machines, gpus: bool = False) -> WorkerGroup:
     """Return the largest worker group that fits now.
 
-    If not even the smallest fits, its workers share CPUs, or wait for machines that the cluster can start.
-
-    Args:
-        counts: allowed numbers of workers, ascending.
-        gpus: whether the workers need GPUs, even if there are none now.
+    If not even the smallest fits, its workers share CPUs, or wait for machines that the cluster can start. With `gpus`
+    they need GPUs, even if there are none now.
 
     Raises:
         UserError: the cluster can never run the smallest number of workers.
@@ -71,9 +67,6 @@ class CapacityRequest:
     """Ask the autoscaler for the machines of a larger worker group, and reserve them until `take_back`.
 
     Only GPUs are requested: a request for CPUs could take CPUs that are reserved for data loading.
-
-    Args:
-        most: largest allowed number of workers.
     """
 
     def __init__(self, most: int, group: WorkerGroup, found: Machines) -> None:
@@ -91,12 +84,7 @@ class CapacityRequest:
 
 
 class Resizing:
-    """Decide when a worker group should stop in favour of one of another size.
-
-    Args:
-        counts: allowed numbers of workers, ascending.
-        clock: returns seconds; an argument for tests.
-    """
+    """Decide when a worker group should stop in favour of one of another size. `clock` is an argument for tests."""
 
     def __init__(
         self, counts: Sequence[int], group: WorkerGroup, clock: Callable[[], float] = time.monotonic

@@ -175,15 +175,7 @@ class _Attempts:
 
     An attempt ends at the last step, or when the workers stop with a checkpoint because the number of workers can
     change, because a machine will be reclaimed, or because this process got a signal. Ray restarts a group of fixed
-    size that lost a worker; for an elastic run the loss ends the attempt.
-
-    Args:
-        job: the job, without the placement of an attempt.
-        counts: allowed numbers of workers, ascending.
-        end: step to stop after.
-        num_steps: steps of the whole run.
-        lock: lock on the run, without which no attempt begins.
-        callbacks: code that follows the run.
+    size that lost a worker; for an elastic run the loss ends the attempt. No attempt begins without the lock.
     """
 
     job: Job

@@ -83,11 +83,7 @@ def _cpus() -> int:
 
 
 def train(job: Job, num_steps: int, lock: DriverLock, callbacks: Callbacks, show_every_s: float) -> None:
-    """Train in this thread until the last step of the job is saved, or until this process is asked to stop.
-
-    Args:
-        job: the job; its progress actor is not used.
-        lock: lock on the run; training stops when it is lost.
+    """Train in this thread until the last step of the job is saved, the lock is lost or this process is asked to stop.
 
     Raises:
         UserError: the run cannot go on, as `Worker.train`; or the machine has no more memory.
@@ -130,11 +126,7 @@ def _torch_settings(threads: int, on_gpu: bool) -> Iterator[None]:
 
 
 class _Progress(Progress):
-    """Show the progress of the worker, and stop it.
-
-    Attributes:
-        stop: event that asks the worker to save and stop.
-    """
+    """Show the progress of the worker, and stop it by the event `stop`."""
 
     def __init__(self, num_steps: int, lock: DriverLock, callbacks: Callbacks, show_every_s: float) -> None:
         self.stop = threading.Event()

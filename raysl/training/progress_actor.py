@@ -142,11 +142,7 @@ class Progress:
 
 
 class RemoteProgress(Progress):
-    """Progress through a progress actor. Also stops when Ray will drain one of the machines.
-
-    Args:
-        rank: rank of the worker; only rank 0 asks the actor.
-    """
+    """Progress through a progress actor, which only rank 0 asks. Also stops when Ray will drain one of the machines."""
 
     def __init__(self, actor: Any, rank: int) -> None:
         self._actor = actor
@@ -223,7 +219,6 @@ def stall_sentence(step: int, stalled: Mapping[int, str], workers: int) -> str:
 
     Args:
         stalled: what a worker does, by its rank; workers that hang are missing.
-        workers: number of workers.
     """
     does = {rank: stalled.get(rank, "does not answer") for rank in range(max(workers, 1 + max(stalled)))}
     others = [f"worker {rank} {doing}" for rank, doing in does.items() if doing != OTHERS]

@@ -22,11 +22,7 @@ _listening: Any = None
 
 
 def config(timeout_s: int) -> TorchConfig:
-    """Return the rendezvous for Ray Train: on loopback if this machine's Ray is on loopback.
-
-    Args:
-        timeout_s: time for an exchange between the workers.
-    """
+    """Return the rendezvous for Ray Train: on loopback if this machine's Ray is on loopback."""
     kind = _LoopbackConfig if _is_loopback(ray.util.get_node_ip_address()) else TorchConfig
     return kind(timeout_s=timeout_s)
 
@@ -38,9 +34,8 @@ def listen(host: str) -> Any:
     family = socket.AF_INET6 if ":" in host else socket.AF_INET
     listener = socket.create_server((host, 0), family=family, backlog=socket.SOMAXCONN)
     port = listener.getsockname()[1]
-    # The store closes it.
-    descriptor = listener.detach()
-    return TCPStore(host, port, is_master=True, wait_for_workers=False, master_listen_fd=descriptor)
+    # The store closes the detached socket.
+    return TCPStore(host, port, is_master=True, wait_for_workers=False, master_listen_fd=listener.detach())
 
 
 def _is_loopback(host: str) -> bool:

@@ -47,14 +47,7 @@ class ReproduceConfig:
 
 @dataclass(frozen=True)
 class Comparison:
-    """Comparison of a repeated run with the first.
-
-    Args:
-        ingredients: differences of data, code, packages and workers.
-        numbers: differences of metrics and weights.
-        steps: number of steps of both.
-        run: the second run.
-    """
+    """What differs between a repeated run and the first: ingredients (data, code, packages, workers) and numbers."""
 
     ingredients: tuple[str, ...]
     numbers: tuple[str, ...]

@@ -64,18 +64,10 @@ class Job:
 
 
 class Worker:
-    """One training worker: its model, optimiser, bank and stream, and the training step.
-
-    Args:
-        source: source of the stream; None for Ray Data.
-    """
+    """One training worker: its model, optimiser, bank and stream (from Ray Data without `source`), and the step."""
 
     def __init__(
-        self,
-        job: Job,
-        device: torch.device,
-        progress: Progress | None = None,
-        source: Source | None = None,
+        self, job: Job, device: torch.device, progress: Progress | None = None, source: Source | None = None
     ) -> None:
         self.job = job
         self.progress = progress or Progress()
@@ -339,14 +331,11 @@ class Meter:
         per_step_s = (time.perf_counter() - self._started_at) / done
         row: dict[str, Any] = {"step": step, "epoch": step * self._plan.batch_size / self._plan.num_images}
         row.update(zip(names, values[:-1], strict=True))
-        # The number of averaged steps: fewer in the first row after a restart.
-        row["over_steps"] = self._steps
-        row["workers"] = self._world
+        # The number of averaged steps is less in the first row after a restart.
+        row |= {"over_steps": self._steps, "workers": self._world}
         if self._lost_steps:
             row["lost_steps"], self._lost_steps = self._lost_steps, 0
-        row["lr"] = lr
-        row["images_per_s"] = self._steps * self._plan.batch_size / wall_s
-        row["wait_s"] = values[-1]
+        row |= {"lr": lr, "images_per_s": self._steps * self._plan.batch_size / wall_s, "wait_s": values[-1]}
         row["wait_share"] = min(1.0, values[-1] / wall_s)
         row["eta_s"] = (self._plan.num_steps - step) * per_step_s
         self._reset()
