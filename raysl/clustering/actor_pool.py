@@ -81,15 +81,7 @@ Pass = list[list[Any]]
 
 
 class ActorPool:
-    """k-means workers that share the rows. A context manager that ends them.
-
-    Args:
-        store: the features.
-        allocation: number and resources of the actors.
-        spherical: whether centroids have norm 1.
-        fit: positions that centroids are fitted to; None for all.
-        k: number of clusters.
-    """
+    """k-means workers that share the rows. A context manager that ends them.; for `spherical` and `fit` see `Shard`."""
 
     def __init__(
         self,
@@ -103,17 +95,9 @@ class ActorPool:
         self.store = store
         self.num_fitted: list[int] = []
         self._allocation = allocation
+        threads, on_gpu, memory_bytes = allocation.threads, allocation.gpus > 0, allocation.memory_bytes
         self._shards = [
-            Shard(
-                store,
-                piece,
-                allocation.threads,
-                allocation.gpus > 0,
-                allocation.memory_bytes,
-                fit,
-                spherical,
-            )
-            for piece in pieces
+            Shard(store, piece, threads, on_gpu, memory_bytes, fit, spherical) for piece in pieces
         ]
         self._actors: list[Any] = []
         is_small = 8 * k * store.dim * len(pieces) <= _SMALL_BYTES
@@ -216,13 +200,7 @@ class ActorPool:
         )
 
     def means(self, done: Pass, counts_k: Int64s, old: Sequence[Any]) -> list[Any]:
-        """Return references to the chunks of the new centroids.
-
-        Args:
-            done: a finished pass.
-            counts_k: rows of each cluster over all actors.
-            old: chunks of the centroids of the pass.
-        """
+        """Return references to the chunks of the new centroids, from a finished pass over the chunks `old`."""
         import ray
 
         by_chunk = [[references[1 + chunk] for references in done] for chunk in range(len(self._chunks))]

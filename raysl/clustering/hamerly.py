@@ -54,8 +54,6 @@ class Assigner:
 
     Args:
         before: results of the previous pass over the same rows, if any.
-        centroids_kd: centroids of this pass.
-        num_rows: rows of all blocks together.
         index: makes the search among some centroids.
     """
 
@@ -101,12 +99,7 @@ class Assigner:
         return (order_k[:count], decrease) if cost <= 1 - _MIN_SAVED else nothing
 
     def assign(self, first: int, rows_bd: Float32s) -> Int64s:
-        """Return the nearest centroid of every row of a block, int64 (b,).
-
-        Args:
-            first: number of the first row of the block among all rows.
-            rows_bd: float32.
-        """
+        """Return the nearest centroid of every row of a block, int64 (b,); `first` is the number of its first row."""
         part = slice(first, first + len(rows_bd))
         rounding = _ROUNDING * (float(np.einsum("bd,bd->b", rows_bd, rows_bd).max()) + self.square)
         if np.isinf(self.decrease):

@@ -46,9 +46,6 @@ def objective(square: float, centroids_kd: Float32s, sums_kd: Float64s, counts_k
 
     Args:
         square: sum of the squares of all numbers in the rows.
-        centroids_kd: the centroids.
-        sums_kd: sum of the rows of each cluster.
-        counts_k: number of rows of each cluster.
     """
     lengths_k = np.einsum("kd,kd->k", centroids_kd, centroids_kd, dtype=np.float64)
     crossed = np.einsum("kd,kd->", centroids_kd, sums_kd, dtype=np.float64)

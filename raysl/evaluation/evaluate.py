@@ -184,13 +184,7 @@ def _folder_of(out: str, title: str, source: Encoder) -> Folder:
 
 @dataclass(frozen=True)
 class _Context:
-    """Where results go, and the settings that come from the run.
-
-    Args:
-        run: the folder that gets the rows; it may hold nothing but rows.
-        image_size: side of the evaluation view in pixels.
-        seed: seed of the run.
-    """
+    """The folder that gets the rows, which may hold nothing but rows, and the settings that come from the run."""
 
     run: Run
     image_size: int
@@ -253,10 +247,7 @@ def check_apart(names: Sequence[str], train: DataSet, test: DataSet) -> None:
 
 
 def check_data(ready: Mapping[str, tuple[Any, Probe]], train: DataSet, test: DataSet) -> None:
-    """Check the data of all probes before anything is computed.
-
-    Args:
-        ready: see `raysl.evaluation.options.ProbeConfig.ready`.
+    """Check the data of all probes before anything is computed; for `ready` see `ProbeConfig.ready`.
 
     Raises:
         UserError: the data do not suit a probe, or a probe that learns would be scored on the same images.

@@ -36,8 +36,6 @@ def heads(encoder: Encoder, device: torch.device, by_batch: bool = False) -> Hea
     """Return the heads of a run with an objective that compares views; None for other runs and other encoders.
 
     Args:
-        encoder: any.
-        device: where the heads compute.
         by_batch: see `Encoder.load`; for each view separately.
 
     Raises:

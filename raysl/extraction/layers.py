@@ -71,8 +71,6 @@ def frozen(backbone: Backbone, device: torch.device, specs: Sequence[str], by_ba
     """Return the function from images to features by a frozen backbone.
 
     Args:
-        backbone: with its weights.
-        device: where it computes.
         specs: layers and grids.
         by_batch: whether BatchNorm uses the statistics of each batch, as in training, and not the running ones.
     """
@@ -99,11 +97,6 @@ def frozen_maps(backbone: Backbone, device: torch.device, layers: Sequence[str])
 
     The map of "pooled" is the one before pooling. The patch tokens of a transformer are a map of its patches, without
     the class token and registers.
-
-    Args:
-        backbone: with its weights.
-        device: where it computes.
-        layers: names of layers.
 
     Raises:
         UserError: when the function is called, if a layer has no map.

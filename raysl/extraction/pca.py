@@ -37,12 +37,8 @@ class Projection:
 
     def save(self, folder: Folder) -> None:
         """Write the projection beside the features."""
-        arrays = {
-            "mean_d": self.mean_d,
-            "components_dm": self.components_dm,
-            "variance": np.array(self.variance),
-        }
-        write_arrays(folder, FILE, arrays)
+        arrays = {"mean_d": self.mean_d, "components_dm": self.components_dm}
+        write_arrays(folder, FILE, {**arrays, "variance": np.array(self.variance)})
 
     @staticmethod
     def load(uri: str) -> Projection:
@@ -128,11 +124,7 @@ def _project(
     store: FeatureStore, pieces: Sequence[Piece], projection: Projection, form: FeatureForm, folder: Folder
 ) -> None:
     for piece in pieces:
-        rows_nm = np.concatenate(
-            [
-                (rows_bd - projection.mean_d) @ projection.components_dm
-                for _, rows_bd in store.batches(piece, 32 << 20)
-            ]
-        )
-        paths = store.paths([piece])
-        write_part(folder, _part(piece), store.layer, rows_nm.astype(np.float32), form, paths)
+        batches = (rows_bd for _, rows_bd in store.batches(piece, 32 << 20))
+        made = [(rows_bd - projection.mean_d) @ projection.components_dm for rows_bd in batches]
+        rows_nm = np.concatenate(made).astype(np.float32)
+        write_part(folder, _part(piece), store.layer, rows_nm, form, store.paths([piece]))

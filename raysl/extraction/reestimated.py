@@ -32,8 +32,6 @@ def load(source: Encoder, views: Iterable[Tensor], device: torch.device, layers:
     Args:
         source: any encoder; raw pixels have no statistics and read no view.
         views: at least one batch, uint8 (b, 3, s, s), all of about the same size.
-        device: where the network runs.
-        layers: see `Encoder.load`.
     """
     if not isinstance(source, NetworkEncoder):
         return source.load(device, layers)
@@ -50,9 +48,7 @@ def load_maps(
     The map of raw pixels is the image, in -0.5 .. 0.5.
 
     Args:
-        source: any encoder.
-        device: where it computes.
-        layers: layers of the encoder; see `raysl.extraction.layers.frozen_maps`.
+        layers: see `raysl.extraction.layers.frozen_maps`.
         views: batches of uint8 images that BatchNorm takes its statistics from; None keeps those of training.
     """
     if not isinstance(source, NetworkEncoder):

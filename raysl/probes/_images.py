@@ -57,11 +57,9 @@ def _enough(views: Iterable[Tensor]) -> Iterator[Tensor]:
 def features(
     encode: Encode, views: Iterable[Tensor], reduced: Callable[[Tensor], Tensor] = lambda values_bd: values_bd
 ) -> dict[str, Float32s]:
-    """Return the features of all images by layer or grid, float32 (n, d).
+    """Return the features of all images by layer or grid, float32 (n, d), of batches uint8 (b, 3, s, s).
 
     Args:
-        encode: see `load`.
-        views: batches of images, uint8 (b, 3, s, s).
         reduced: function of the features of a batch.
     """
     made: dict[str, list[Tensor]] = {}
