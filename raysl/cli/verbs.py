@@ -37,9 +37,9 @@ _Run = Annotated[tyro.conf.Positional[str], tyro.conf.arg(metavar="RUN")]
 
 def pretrain(arguments: Sequence[str]) -> None:
     """Learn a representation: `raysl pretrain --data D --run R --method pirl-jigsaw`."""
-    flags = parse(arguments, "raysl pretrain", dict(_BESIDE))
-    beside = [dataclasses.asdict(flags.beside[name]) for name in _BESIDE]
-    run = api.pretrain(**flags.given, **beside[0], **beside[1])
+    flags = parse(arguments, "raysl pretrain", _BESIDE)
+    probing, local = (dataclasses.asdict(flags.beside[name]) for name in _BESIDE)
+    run = api.pretrain(**flags.given, **probing, **local)
     print(f"The run is at {run.folder}. Next:\n{_next_commands(run)}")
 
 
@@ -67,9 +67,8 @@ def ingest(
         config: see `IngestConfig`.
     """
     made = api.ingest(source, dest, config)
-    print(
-        f"Fingerprint {made.manifest.fingerprint[:12]}. Next: raysl pretrain --data {dest} --run runs/first"
-    )
+    fingerprint = made.manifest.fingerprint[:12]
+    print(f"Fingerprint {fingerprint}. Next: raysl pretrain --data {dest} --run runs/first")
 
 
 @dataclass(frozen=True)
@@ -118,7 +117,6 @@ def probe(arguments: Sequence[str]) -> None:
     rows = api.probe(**values)
     from rich.console import Console
 
-    from raysl.api.arguments import dataset
     from raysl.evaluation.results import tables, verdicts
 
     train, test = dataset(given.train), dataset(given.test)

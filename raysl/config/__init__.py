@@ -111,13 +111,9 @@ class Pretraining(Checked):
         config_types = methods.parse(self.method).config_types()
         for name in self.parts:
             if name not in config_types:
-                fields = [field.name for field in dataclasses.fields(self)]
-                raise unknown(
-                    f"argument or part of the method {self.method!r}:",
-                    name,
-                    [*fields, *config_types],
-                    config_types,
-                )
+                known = [*(field.name for field in dataclasses.fields(self)), *config_types]
+                kind = f"argument or part of the method {self.method!r}:"
+                raise unknown(kind, name, known, config_types)
         parts = {name: self.parts.get(name, {}) for name in config_types}
         for name, part in parts.items():
             if isinstance(part, Mapping):
@@ -164,8 +160,7 @@ class Pretraining(Checked):
 
     def to_json(self) -> dict[str, Any]:
         """Return a JSON value from which `from_json` makes an equal configuration."""
-        value: dict[str, Any] = dataclasses.asdict(self)
-        return value
+        return dataclasses.asdict(self)
 
     @staticmethod
     def from_json(value: Mapping[str, Any]) -> Pretraining:

@@ -68,11 +68,8 @@ def command(experiment: Callable[[F], None], flags: type[F]) -> None:
         given, usual = tyro.cli(flags), flags()
         if given.local:
             scratch = tempfile.mkdtemp(prefix="raysl-local-")
-            given = replace(
-                given,
-                runs=f"{scratch}/runs" if given.runs == usual.runs else given.runs,
-                out=f"{scratch}/out" if given.out == usual.out else given.out,
-            )
+            runs = f"{scratch}/runs" if given.runs == usual.runs else given.runs
+            given = replace(given, runs=runs, out=f"{scratch}/out" if given.out == usual.out else given.out)
         ray_cluster.start()
         experiment(given)
 
@@ -83,10 +80,8 @@ def locally(flags: F, **small: Any) -> F:
         return flags
     usual = type(flags)()
     small = {"seeds": usual.seeds[:1], **small}
-    return replace(
-        flags,
-        **{name: value for name, value in small.items() if getattr(flags, name) == getattr(usual, name)},
-    )
+    left = {name: new for name, new in small.items() if getattr(flags, name) == getattr(usual, name)}
+    return replace(flags, **left)
 
 
 def pretrained(config: Pretraining, flags: Flags) -> Run:
@@ -146,9 +141,8 @@ def held_out(flags: Flags, images: DataSet) -> str:
     everything = resolve(splits(flags.data)[0])
     if images.num_images == everything.num_images:
         return ""
-    rest_n = np.setdiff1d(
-        np.arange(everything.num_images), drawn_indices(everything.num_images, images.num_images)
-    )
+    total = everything.num_images
+    rest_n = np.setdiff1d(np.arange(total), drawn_indices(total, images.num_images))
     chosen_k = rest_n[drawn_indices(len(rest_n), min(len(rest_n), _VALIDATION))]
     return str(part(everything, chosen_k, Folder(flags.runs) / f"validation-{images.num_images}").folder)
 

@@ -21,7 +21,7 @@ _LAYER_ORDER = ("conv1", "res2", "res3", "res4", "res5", "pooled", "heads")
 # Columns of metrics that reports show.
 _COLUMNS = ("step", "epoch", "loss", "images_per_s", "over_steps", "workers")
 # Settings whose value may be the path of a user's file; a report keeps only the name behind the path.
-_FILE_NAMES = ("backbone.name", "view.recipe")
+_FILE_NAMES = {"backbone.name", "view.recipe"}
 
 
 @dataclass(frozen=True)
@@ -131,12 +131,10 @@ def _identity(values: Mapping[str, Any]) -> dict[str, Any]:
 
     Of networks and augmentations that a file or timm defines, the name is kept without the folder.
     """
-    named = [(name, _short(item) if name in _FILE_NAMES else item) for name, item in flattened(values)]
-    return {name: item for name, item in named if not (isinstance(item, str) and "/" in item)}
-
-
-def _short(item: Any) -> Any:
-    return item.rpartition("/")[2] if isinstance(item, str) else item
+    named = dict(flattened(values))
+    for name in named.keys() & _FILE_NAMES:
+        named[name] = str(named[name]).rpartition("/")[2]
+    return {name: item for name, item in named.items() if not (isinstance(item, str) and "/" in item)}
 
 
 def _label(member: ReportRun, others: Sequence[Mapping[str, Any]]) -> str:
@@ -183,12 +181,8 @@ def labels(gathered: Sequence[Group]) -> Callable[[str, Group, ReportRun], str]:
 
     An untrained backbone is named by its kind if the report has several.
     """
-    backbones = {
-        _backbone(member)
-        for group in gathered
-        for member in group.runs
-        if any(row["encoder"] == "random" for row in member.rows)
-    }
+    members = [member for group in gathered for member in group.runs]
+    backbones = {_backbone(one) for one in members if any(row["encoder"] == "random" for row in one.rows)}
 
     def label_of(encoder: str, group: Group, member: ReportRun) -> str:
         if encoder == "pixels":
@@ -208,9 +202,8 @@ def _backbone(member: ReportRun) -> str:
 def layers(rows: Sequence[LabelledRow]) -> list[str]:
     """Return the layers of rows, from the image upwards."""
     seen = dict.fromkeys(item.row["layer"] for item in rows)
-    return [layer for layer in _LAYER_ORDER if layer in seen] + [
-        layer for layer in seen if layer not in _LAYER_ORDER
-    ]
+    known = [layer for layer in _LAYER_ORDER if layer in seen]
+    return known + [layer for layer in seen if layer not in known]
 
 
 def by_protocol(rows: Sequence[LabelledRow]) -> list[tuple[tuple[str, ...], list[LabelledRow]]]:
