@@ -193,7 +193,8 @@ def test_the_suite_of_a_copy_with_new_files_is_green(tmp_path: Path) -> None:
             [
                 sys.executable,
                 "-c",
-                "from raysl import pretext, methods; print(pretext.names(), methods.objective_names())",
+                "from raysl import pretext; from raysl.config import methods; "
+                "print(pretext.names(), methods.objective_names())",
             ],
             cwd=tmp_path,
             env={**os.environ, "PYTHONPATH": str(tmp_path)},

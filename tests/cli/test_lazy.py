@@ -30,7 +30,7 @@ def test_a_name_runs_only_what_it_needs(tmp_path: Path) -> None:
     (package / "heavy.py").write_text("class Base: pass\nthing = 1\n")
     program = f"""
 import sys, raysl
-from raysl import lazy
+from raysl.cli import lazy
 lazy.install()
 raysl.__path__.append({str(package)!r})
 sys.path.append({str(package)!r})
@@ -51,7 +51,7 @@ assert pickle.loads(cloudpickle.dumps(lambda: module))() is module
 def test_every_module_of_the_library_can_be_completed() -> None:
     program = """
 import importlib, pkgutil, raysl
-from raysl import lazy
+from raysl.cli import lazy
 lazy.install()
 for found in pkgutil.walk_packages(raysl.__path__, "raysl."):
     if found.name == "raysl.__main__":
