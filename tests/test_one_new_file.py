@@ -123,8 +123,9 @@ from typing import Annotated, ClassVar
 
 import numpy as np
 
+from raysl.arrays import Float32s
 from raysl.fields import Bounds
-from raysl.probes import Floats, Row, Settings, check_features
+from raysl.probes import Row, Settings, check_features
 
 
 @dataclass(frozen=True)
@@ -148,7 +149,7 @@ class Norms:
     def __init__(self, config: Config) -> None:
         self.config = config
 
-    def measure(self, features_nd: Floats) -> Iterator[Row]:
+    def measure(self, features_nd: Float32s) -> Iterator[Row]:
         """Yield the mean length."""
         check_features(features_nd, "test")
         lengths_n = np.linalg.norm(features_nd.astype(np.float64), axis=1) / features_nd.shape[1] ** 0.5
@@ -172,7 +173,7 @@ CONTRACTS = (
 
 @pytest.mark.slow
 def test_the_suite_of_a_copy_with_new_files_is_green(tmp_path: Path) -> None:
-    for name in ("raysl", "tests", "docs"):
+    for name in ("raysl", "tests", "docs", "results"):
         shutil.copytree(ROOT / name, tmp_path / name, ignore=shutil.ignore_patterns("__pycache__"))
     for name in ("README.md", "pyproject.toml", "CONTRIBUTING.md"):
         shutil.copy(ROOT / name, tmp_path / name)
