@@ -9,6 +9,7 @@ import pytest
 import torch
 
 from raysl.diagnostics import compilation, decoding, gpu_check
+from raysl.diagnostics.bench import Bench
 from tests.data import make_dataset
 
 
@@ -19,7 +20,7 @@ from tests.data import make_dataset
 def test_the_flag_is_that_of_the_faster_step(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, eager_s: float, compiled_s: float, flag: str
 ) -> None:
-    bench = gpu_check.Bench(make_dataset(tmp_path / "set", 40, side=32), on_gpu=False)
+    bench = Bench(make_dataset(tmp_path / "set", 40, side=32), on_gpu=False)
     measured = iter([eager_s, compiled_s])
     monkeypatch.setattr(bench, "seconds", lambda _: next(measured))
     found = compilation.compiled_step(bench)
@@ -31,7 +32,7 @@ def test_the_flag_is_that_of_the_faster_step(
 
 
 def test_torchvision_decodes_as_the_stream_does_on_the_cpu(tmp_path: Path) -> None:
-    found = decoding.decoding(gpu_check.Bench(make_dataset(tmp_path / "set", 40, side=32), on_gpu=False))
+    found = decoding.decoding(Bench(make_dataset(tmp_path / "set", 40, side=32), on_gpu=False))
     assert found["mean_difference"] == found["largest_difference"] == 0, "both are libjpeg-turbo"
     assert found["resizes_bytes_on_device"] is True
     assert float(found["cores_replaced"]) > 0
