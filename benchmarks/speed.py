@@ -63,6 +63,17 @@ def loop():
     time.sleep(60)
 TorchTrainer(loop, scaling_config=ScalingConfig(num_workers=1)).fit()
 """
+# The second of two trainers in a process, which is what Ray Train itself takes to start again.
+_EMPTY_AGAIN = (
+    """
+from ray.train import ScalingConfig
+from ray.train.torch import TorchTrainer
+def nothing(): pass
+TorchTrainer(nothing, scaling_config=ScalingConfig(num_workers=1)).fit()
+print("now", flush=True)
+"""
+    + _EMPTY_TRAINER
+)
 # Two processes with a loader each; the first that is done says so.
 _TORCHRUN = """
 import torch.distributed
@@ -127,6 +138,7 @@ class Flags:
         sides: image sizes of the stream, in pixels.
         images: images of one measurement of the stream at 32 pixels; larger images are fewer.
         loaders: loaders of the stream to measure, such as "torch" and "grain"; empty for all.
+        starts: starts to measure whose names hold one of these words; empty for all.
     """
 
     out: Path = Path("results/bench")
@@ -135,6 +147,7 @@ class Flags:
     sides: tuple[int, ...] = (32, 64, 224)
     images: int = 12_000
     loaders: tuple[str, ...] = ()
+    starts: tuple[str, ...] = ()
 
 
 def main(flags: Flags) -> None:
@@ -192,6 +205,7 @@ def _start(flags: Flags, data: Mapping[int, Path], scratch: Path) -> Iterator[Ro
         "raysl, 1 worker": [*runs, str(place / "one"), "1", "ray", "1"],
         "raysl, 2 workers": [*runs, str(place / "two"), "2", "ray", "1"],
         "raysl, second run of a process": [*runs, str(place / "again"), "1", "ray", "2"],
+        "raysl --local, second run of a process": [*runs, str(place / "local-again"), "1", "local", "2"],
         "plain torch, one loader process": [sys.executable, "-c", _PLAIN_TORCH],
         "raysl features, whole": [
             sys.executable,
@@ -215,9 +229,11 @@ def _start(flags: Flags, data: Mapping[int, Path], scratch: Path) -> Iterator[Ro
         ],
         "ray.init alone": [sys.executable, "-c", _RAY_ALONE],
         "TorchTrainer with an empty loop": [sys.executable, "-c", _EMPTY_TRAINER],
+        "TorchTrainer with an empty loop, second of a process": [sys.executable, "-c", _EMPTY_AGAIN],
     }
     for name, command in arms.items():
-        yield {"arm": name, **_until_step(command)}
+        if not flags.starts or any(word in name for word in flags.starts):
+            yield {"arm": name, **_until_step(command)}
 
 
 def _trained(data: str, scratch: Path) -> str:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import argparse
 import dataclasses
+import itertools
 import typing
 from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass
@@ -120,4 +121,6 @@ def peek_all(arguments: Sequence[str], flag: str, default: Sequence[str]) -> lis
     parser.add_argument(flag, dest="values", nargs="*", default=default)
     # In --flag=A B, argparse would take A alone.
     words = [w for one in arguments for w in (one.split("=", 1) if one.startswith(f"{flag}=") else [one])]
-    return list(dict.fromkeys(parser.parse_known_args(words)[0].values))
+    values = parser.parse_known_args(words)[0].values
+    # argparse takes a flag of another parser that has a space, as in --data=/my photos, for a value.
+    return list(dict.fromkeys(itertools.takewhile(lambda value: not value.startswith("-"), values)))

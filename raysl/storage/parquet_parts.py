@@ -41,8 +41,9 @@ def metadata(folder: Folder, name: str, num_bytes: int, checksum: int | None) ->
 
     Raises ValueError if the CRC-32 of the footer is not `checksum`, unless that is None, or if it is damaged otherwise.
     """
-    with suppress(OSError, pa.ArrowException, ValueError):
-        return _fragment(folder, name, num_bytes, checksum).metadata
+    with suppress(OSError, pa.ArrowException):
+        if (found := _fragment(folder, name, num_bytes, checksum)) is not None:
+            return found.metadata
 
     def tail(length: int) -> bytes:
         length = min(length, num_bytes)
@@ -60,12 +61,13 @@ def metadata(folder: Folder, name: str, num_bytes: int, checksum: int | None) ->
 def _fragment(folder: Folder, name: str, num_bytes: int, checksum: int | None) -> Any:
     """Return a file of an object store whose size Arrow does not ask for, with its metadata.
 
-    Raises OSError, ArrowException or ValueError where that is not possible, whatever the reason. The caller then reads
-    the file in another way, which tries again, and tells damage from a store that does not answer.
+    Return None for other file systems, and for a file whose footer is damaged or was written by another version of
+    Arrow, so that its checksum differs. Raises OSError or ArrowException where the store does not answer.
+    In all these cases the caller reads the file in another way, which tries again, and says what is damaged.
     """
     fs, root = filesystem(str(folder))
     if fs.type_name not in KEPT_OPEN:
-        raise ValueError("the file system does not read files of known size in fewer requests")
+        return None
     import pyarrow.dataset as ds
 
     # Arrow reads several files at a time by this number of threads.
@@ -79,11 +81,7 @@ def _fragment(folder: Folder, name: str, num_bytes: int, checksum: int | None) -
     # Arrow keeps the content of the footer and not its bytes, but writes the same bytes again.
     again = io.BytesIO()
     found.metadata.write_metadata_file(again)
-    if checksum not in (None, zlib.crc32(again.getvalue()[4:])):
-        raise ValueError(
-            "the checksum of the footer is not the one in the manifest, or another Arrow wrote it"
-        )
-    return found
+    return found if checksum in (None, zlib.crc32(again.getvalue()[4:])) else None
 
 
 def row_groups(
@@ -100,9 +98,9 @@ def row_groups(
         OSError, ArrowException, ValueError, KeyError: the file is damaged.
         StorageError: it cannot be read.
     """
-    with suppress(OSError, pa.ArrowException, ValueError):
-        found = _fragment(folder, name, num_bytes, checksum)
-        return found.subset(row_group_ids=groups).to_table(columns=columns)
+    with suppress(OSError, pa.ArrowException):
+        if (found := _fragment(folder, name, num_bytes, checksum)) is not None:
+            return found.subset(row_group_ids=groups).to_table(columns=columns)
     footer = metadata(folder, name, num_bytes, checksum)
     ranges = spans(footer, groups, columns)
     contents = folder.read_ranges(name, ranges)

@@ -103,6 +103,7 @@ def test_views_makes_the_folder_of_its_picture(
         (["RUN"], ["knn"]),
         (["--probes", "svm", "knn", "svm", "--train", "x"], ["svm", "knn"]),
         (["RUN", "--probes=svm", "--train", "x"], ["svm"]),
+        (["--probes", "svm", "--train=/my photos"], ["svm"]),
     ],
 )
 def test_flags_of_several_values_are_seen_before_all_are_parsed(
