@@ -33,7 +33,7 @@ import pyarrow.parquet as pq
 from raysl.arrays import Int64s
 from raysl.errors import UserError
 from raysl.storage import Folder
-from raysl.storage.parquet_parts import REQUESTS_AT_ONCE, metadata, row_groups
+from raysl.storage.parquet_parts import Parts, metadata, spans
 from raysl.storage.records import verified, verified_lines, write_record
 
 MANIFEST = "manifest.json"
@@ -43,6 +43,8 @@ SHARDS = "shards"
 FORMAT = 1
 # Row groups of one shard that are read at a time; more would hold many images twice in memory.
 _GROUPS_AT_ONCE = 16
+# Requests to a remote store at a time.
+_REQUESTS_AT_ONCE = 16
 
 
 @dataclass(frozen=True)
@@ -243,7 +245,7 @@ class DataSet:
             for number, part in pieces:
                 yield from self._read_shard(number, part, columns)
             return
-        with ThreadPoolExecutor(REQUESTS_AT_ONCE) as pool:
+        with ThreadPoolExecutor(_REQUESTS_AT_ONCE) as pool:
             # The footers first, so that no two threads ask for the same one.
             list(pool.map(self._metadata, np.unique(shards).tolist()))
             for tables in pool.map(lambda piece: list(self._read_shard(piece[0], piece[1], columns)), pieces):
@@ -268,9 +270,13 @@ class DataSet:
         stored = footer.schema.to_arrow_schema().names
         present = [name for name in wanted if name in stored]
         inside = (groups - self._shard_starts[number]).tolist()
-        place = self.folder / SHARDS, shard.file, shard.num_bytes, shard.checksum
+        ranges = spans(footer, inside, present)
+        contents = (self.folder / SHARDS).read_ranges(shard.file, ranges)
+        parts = [(start, content) for (start, _), content in zip(ranges, contents, strict=True)]
+        known = Parts(shard.num_bytes, parts)
         try:
-            table = row_groups(*place, inside, present)
+            file = pq.ParquetFile(known, metadata=footer, page_checksum_verification=True)
+            table = file.read_row_groups(inside, columns=present).select(present)
         except (OSError, pa.ArrowException, ValueError, KeyError) as error:
             raise self._damaged(shard.file, str(error)) from error
         row = 0

@@ -5,22 +5,19 @@ from __future__ import annotations
 import io
 import zlib
 from collections.abc import Iterable, Sequence
-from contextlib import suppress
 from functools import lru_cache
 from typing import Any, BinaryIO
 
 import pyarrow as pa
 import pyarrow.parquet as pq
 
-from raysl.storage import KEPT_OPEN, Folder, filesystem
+from raysl.storage import Folder
 from raysl.storage.remote_file import Seekable
 
 # Unused bytes that are read to save a request, which costs a remote store as much as a megabyte or two.
 _GAP_BYTES = 256 << 10
 # The end of a shard, which holds most footers whole.
 _TAIL_BYTES = 64 << 10
-# Requests to a remote store at a time.
-REQUESTS_AT_ONCE = 16
 
 
 def footer(file: BinaryIO) -> bytes:
@@ -41,9 +38,6 @@ def metadata(folder: Folder, name: str, num_bytes: int, checksum: int | None) ->
 
     Raises ValueError if the CRC-32 of the footer is not `checksum`, unless that is None, or if it is damaged otherwise.
     """
-    with suppress(OSError, pa.ArrowException):
-        if (found := _fragment(folder, name, num_bytes, checksum)) is not None:
-            return found.metadata
 
     def tail(length: int) -> bytes:
         length = min(length, num_bytes)
@@ -55,58 +49,6 @@ def metadata(folder: Folder, name: str, num_bytes: int, checksum: int | None) ->
     if checksum not in (None, zlib.crc32(end)):
         raise ValueError("the checksum of its footer is not the one in the manifest")
     return pq.read_metadata(pa.BufferReader(b"PAR1" + end))
-
-
-@lru_cache(maxsize=4096)
-def _fragment(folder: Folder, name: str, num_bytes: int, checksum: int | None) -> Any:
-    """Return a file of an object store whose size Arrow does not ask for, with its metadata.
-
-    Return None for other file systems, and for a file whose footer is damaged or was written by another version of
-    Arrow, so that its checksum differs. Raises OSError or ArrowException where the store does not answer.
-    In all these cases the caller reads the file in another way, which tries again, and says what is damaged.
-    """
-    fs, root = filesystem(str(folder))
-    if fs.type_name not in KEPT_OPEN:
-        return None
-    import pyarrow.dataset as ds
-
-    # Arrow reads several files at a time by this number of threads.
-    pa.set_io_thread_count(max(pa.io_thread_count(), REQUESTS_AT_ONCE))
-    few_requests = pa.CacheOptions(hole_size_limit=_GAP_BYTES, range_size_limit=1 << 40, lazy=False)
-    options = ds.ParquetFragmentScanOptions(
-        pre_buffer=True, cache_options=few_requests, page_checksum_verification=True
-    )
-    form = ds.ParquetFileFormat(default_fragment_scan_options=options)
-    found = form.make_fragment(f"{root}/{name}", fs, file_size=num_bytes)
-    # Arrow keeps the content of the footer and not its bytes, but writes the same bytes again.
-    again = io.BytesIO()
-    found.metadata.write_metadata_file(again)
-    return found if checksum in (None, zlib.crc32(again.getvalue()[4:])) else None
-
-
-def row_groups(
-    folder: Folder,
-    name: str,
-    num_bytes: int,
-    checksum: int | None,
-    groups: Sequence[int],
-    columns: Sequence[str],
-) -> pa.Table:
-    """Return columns of row groups of a file, with one request for neighbouring ones; the checksums of pages match.
-
-    Raises:
-        OSError, ArrowException, ValueError, KeyError: the file is damaged.
-        StorageError: it cannot be read.
-    """
-    with suppress(OSError, pa.ArrowException):
-        if (found := _fragment(folder, name, num_bytes, checksum)) is not None:
-            return found.subset(row_group_ids=groups).to_table(columns=columns)
-    footer = metadata(folder, name, num_bytes, checksum)
-    ranges = spans(footer, groups, columns)
-    contents = folder.read_ranges(name, ranges)
-    parts = [(start, content) for (start, _), content in zip(ranges, contents, strict=True)]
-    file = pq.ParquetFile(Parts(num_bytes, parts), metadata=footer, page_checksum_verification=True)
-    return file.read_row_groups(groups, columns=columns).select(columns)
 
 
 def spans(metadata: pq.FileMetaData, groups: Iterable[int], columns: Sequence[str]) -> list[tuple[int, int]]:
