@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import argparse
 import dataclasses
 import itertools
 import typing
@@ -117,10 +116,9 @@ def _explicit(values: Mapping[str, Any], typed: Collection[str], prefix: str) ->
 
 def peek_all(arguments: Sequence[str], flag: str, default: Sequence[str]) -> list[str]:
     """Return the distinct values of a flag before parsing, because they decide which other flags there are."""
-    parser = argparse.ArgumentParser(add_help=False, allow_abbrev=False)
-    parser.add_argument(flag, dest="values", nargs="*", default=default)
-    # In --flag=A B, argparse would take A alone.
     words = [w for one in arguments for w in (one.split("=", 1) if one.startswith(f"{flag}=") else [one])]
-    values = parser.parse_known_args(words)[0].values
-    # argparse takes a flag of another parser that has a space, as in --data=/my photos, for a value.
-    return list(dict.fromkeys(itertools.takewhile(lambda value: not value.startswith("-"), values)))
+    if flag not in words:
+        return list(default)
+    # Of a flag that is given twice, the last one counts.
+    after = words[len(words) - words[::-1].index(flag) :]
+    return list(dict.fromkeys(itertools.takewhile(lambda value: not value.startswith("-"), after)))

@@ -81,7 +81,7 @@ Pass = list[list[Any]]
 
 
 class ActorPool:
-    """k-means workers that share the rows. A context manager that ends them.; for `spherical` and `fit` see `Shard`."""
+    """k-means workers that share the rows; see `Shard` for `spherical` and `fit`. A context manager that ends them."""
 
     def __init__(
         self,

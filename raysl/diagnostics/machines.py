@@ -188,5 +188,6 @@ def _taken(fleet: Fleet, placement: Placement, workers: int) -> str:
 
 
 def _price(usd: float | None) -> str:
-    known = f"${usd:.2f} an hour" if usd is not None else ""
-    return known or "an unknown amount (give it with --prices TYPE=USD_PER_HOUR)"
+    if usd is None:
+        return "an unknown amount (give it with --prices TYPE=USD_PER_HOUR)"
+    return f"${usd:.2f} an hour"

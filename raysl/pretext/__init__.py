@@ -104,10 +104,6 @@ class Plain:
         self.config = config
         self.source = SourceCrop(geometry.image_size, geometry.min_scale)
 
-    def transform(self, images_bchw: Tensor, image_rng: ImageRng) -> Transformed:
-        """Return the images unchanged."""
-        return Transformed(images_bchw[:, None], None)
-
     def describe(self) -> dict[str, Any]:
         """Return no facts."""
         return {}

@@ -7,7 +7,10 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
-from raysl.pretext import Plain
+from torch import Tensor
+
+from raysl.pretext import Plain, Transformed
+from raysl.rng import ImageRng
 
 
 @dataclass(frozen=True)
@@ -17,3 +20,7 @@ class Config:
 
 class Identity(Plain):
     """One crop of the size of an ordinary view."""
+
+    def transform(self, images_bchw: Tensor, image_rng: ImageRng) -> Transformed:
+        """Return the images unchanged."""
+        return Transformed(images_bchw[:, None], None)

@@ -14,7 +14,8 @@ from typing import Annotated, Any
 from raysl.augment import SourceCrop
 from raysl.errors import UserError
 from raysl.fields import Bounds, Checked
-from raysl.pretext import Geometry, Plain
+from raysl.pretext import Geometry
+from raysl.pretext.identity import Identity
 
 
 @dataclass(frozen=True)
@@ -40,7 +41,7 @@ class Config(Checked):
             )
 
 
-class MultiCrop(Plain):
+class MultiCrop(Identity):
     """One small crop per view; the objective asks for several views."""
 
     def __init__(self, config: Config, geometry: Geometry) -> None:

@@ -227,9 +227,8 @@ def ask(
     done, _ = ray.wait(list(asked), num_returns=len(asked), timeout=within_s) if asked else ([], [])
     found = {}
     for answer in done:
-        with suppress(
-            ray.exceptions.RayError
-        ):  # The machine has left in the meantime, or the function fails there.
+        # The machine has left in the meantime, or the function fails there.
+        with suppress(ray.exceptions.RayError):
             found[asked[answer]] = ray.get(answer)
     return found
 
