@@ -37,12 +37,12 @@ from raysl.extraction.pca import Projection
 from raysl.ingestion.journal import Header, Journal
 from raysl.model_export import ExportConfig, export
 from raysl.objectives.clusterfit import Assignments
-from raysl.ray_cluster.lock import NAME, DriverLock
 from raysl.reporting.report_runs import groups
 from raysl.run import METRICS, Run
 from raysl.storage import Folder
 from raysl.storage.feature_files import FINISHED, FeatureForm, part_file, write_part
 from raysl.storage.feature_store import FeatureStore
+from raysl.storage.lock import NAME, DriverLock
 from raysl.storage.parquet_parts import footer
 from raysl.storage.records import signed, signed_lines, write_record
 from raysl.tuning.journal import Journal as SweepJournal

@@ -24,10 +24,10 @@ from raysl.evaluation.options import ProbeConfig
 from raysl.evaluation.results import rows_of, rows_of_probe, shown
 from raysl.fields import Bounds, check
 from raysl.ingestion import resolve
-from raysl.ray_cluster import lock, placement
+from raysl.ray_cluster import placement
 from raysl.run import Run, TensorBoard
 from raysl.run.callbacks import Callbacks
-from raysl.storage import Folder
+from raysl.storage import Folder, lock
 from raysl.training.launch import pretrain
 
 ERROR = "probes/error.txt"

@@ -40,7 +40,7 @@ def resolve(data: str | Opened, cache: Path | None = None) -> DataSet:
     dest = _place(found, cache)
     advice = "`raysl ingest` makes a data set in a folder that you choose."
     _log.info("Ingesting %s into the cache, %s, once. %s", found.source.name, dest, advice)
-    return ingest(found, dest)
+    return ingest(found, dest, wait=True)
 
 
 def find(data: str | Opened, cache: Path | None = None) -> DataSet | Opened:

@@ -31,6 +31,7 @@ from raysl.ingestion.found import counted, printable, unreadable
 from raysl.ingestion.journal import Header, Journal, Listed, check_apart, check_free, finished
 from raysl.ingestion.sources import Opened, Place, ReadConfig, Source, UnitSize, open_source, read, recognised
 from raysl.storage import Folder
+from raysl.storage.lock import DriverLock
 from raysl.storage.records import signed_line
 from raysl.stream.pixels import DecodeConfig, Ranges
 
@@ -73,7 +74,7 @@ class IngestConfig(ReadConfig):
         return ReadConfig(**{field.name: getattr(self, field.name) for field in fields(ReadConfig)})
 
 
-def ingest(source: Any, dest: str, config: IngestConfig | None = None) -> DataSet:
+def ingest(source: Any, dest: str, config: IngestConfig | None = None, wait: bool = False) -> DataSet:
     """Make a data set of a source. Ray must be running.
 
     An interrupted ingest resumes from its last complete shard; a finished one returns at once. The same source gets
@@ -83,31 +84,50 @@ def ingest(source: Any, dest: str, config: IngestConfig | None = None) -> DataSe
         source: a path or a name, with "#split" if it has splits, see `recognised`; an opened source; or a list of
             files, a Hugging Face dataset or a Ray Dataset, see `raysl.ingestion.objects`.
         dest: folder at any URI; new, empty, or left by an earlier ingest of the same source.
+        wait: wait for another process that ingests into the same folder.
 
     Raises:
         UserError: the source is missing, empty, of no known kind or holds no image that can be decoded; the
-            destination holds something else or cannot be written.
+            destination holds something else, cannot be written, or another process ingests into it and `wait` is
+            False.
     """
     config = config or IngestConfig()
     folder = Folder(dest)
     if isinstance(source, str | os.PathLike):
-        opened = open_source(config.place(os.fspath(source)))
-    elif isinstance(source, Opened):
-        opened = source
+        source = open_source(config.place(os.fspath(source)))
+    if isinstance(source, Opened):
+        if (done := _finished(source, folder, config)) is not None:
+            return done
+        check_apart(folder, source.place)
     else:
         check_free(folder)
-        opened = objects.opened(source, folder, config.reading)
+    try:
+        with DriverLock(folder, "data set", wait=wait) as lock:
+            opened = source if isinstance(source, Opened) else objects.opened(source, folder, config.reading)
+            done = _finished(opened, folder, config)  # by another process, in the meantime
+            return done or _ingest(opened, Journal(folder), config, lock)
+    except UserError:
+        if not folder.list():
+            folder.delete()
+        raise
+
+
+def _finished(opened: Opened, folder: Folder, config: IngestConfig) -> DataSet | None:
+    """Return the data set if it is complete already."""
     name = opened.source.name
-    if (done := finished(folder, name, config.decoding)) is not None:
+    done = finished(folder, name, config.decoding)
+    if done is not None:
         what = f"{done.num_images:,} images of {name}"
         _log.info("%s is complete: %s. Delete it to ingest the source again.", folder, what)
-        return done
-    check_apart(folder, opened.place)
-    journal = Journal(folder)
+    return done
+
+
+def _ingest(opened: Opened, journal: Journal, config: IngestConfig, lock: DriverLock) -> DataSet:
     listed = _list(opened.source, journal, config)
     _write_all(opened, listed, journal, config)
     _scale_all(opened, listed, journal, config)
     _renumber_all(journal, config)
+    lock.check()
     return _finish(opened.source, listed, journal, config)
 
 
@@ -247,8 +267,8 @@ def _finish(source: Source, listed: Listed, journal: Journal, config: IngestConf
     done = len(journal.done())
     if done < len(listed.counts):
         raise UserError(
-            f"The journal of {dest} holds {done} of {len(listed.counts)} shards at the end: another process was "
-            "ingesting into the same folder, or files were deleted. Run the same command again, and one at a time."
+            f"The journal of {dest} holds {done} of {len(listed.counts)} shards at the end: files were deleted. Run "
+            "the same command again."
         )
     shards: list[Shard] = []
     digest = hashlib.blake2b(digest_size=16)
@@ -314,8 +334,6 @@ def _nothing_decoded(name: str, what: str, reasons: list[str], journal: Journal)
     for entry in (BAD_IMAGES, SHARDS, objects.FOLDER):
         dest.delete(entry)
     journal.delete()
-    if not dest.list():
-        dest.delete()
     return UserError(
         f"None of the {what} of {printable(name)!r} can be decoded. The first: {'; '.join(reasons)}. "
         "Nothing was written."

@@ -4,7 +4,7 @@ metadata.json           configuration, versions, code hash, data fingerprint, an
 metrics.jsonl           one row each `log_every` steps; in an object store, newer rows are in metrics-NNNNNN.jsonl
 tensorboard/            the same, for TensorBoard
 checkpoints/            see `checkpoint`
-driver.json             while a driver trains it; see raysl.ray_cluster.lock
+driver.json             while a driver trains it; see raysl.storage.lock
 features/, probes/      features and rows of the probes
 """
 

@@ -20,11 +20,11 @@ from raysl.ingestion import resolve
 from raysl.model import Model
 from raysl.ray_cluster import gpus, local_ray, shared_paths
 from raysl.ray_cluster import placement as cluster_placement
-from raysl.ray_cluster.lock import DriverLock
 from raysl.ray_cluster.placement import Placement
 from raysl.run import Run
 from raysl.run.callbacks import Callbacks
 from raysl.storage import Folder
+from raysl.storage.lock import DriverLock
 from raysl.stream.plan import Plan
 from raysl.stream.shared import Subscriber
 from raysl.training import elastic, progress_actor, signals

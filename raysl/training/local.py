@@ -28,10 +28,10 @@ from raysl.fields import Checked
 from raysl.ingestion import find
 from raysl.ray_cluster import gpus
 from raysl.ray_cluster import placement as cluster_placement
-from raysl.ray_cluster.lock import DriverLock
 from raysl.ray_cluster.placement import Machines, Placement
 from raysl.run.callbacks import Callbacks
 from raysl.storage import Folder
+from raysl.storage.lock import DriverLock
 from raysl.stream.processes import DataProcesses
 from raysl.training import progress_actor, signals
 from raysl.training.progress_actor import Progress, ProgressActor

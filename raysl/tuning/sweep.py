@@ -19,9 +19,9 @@ from raysl import ray_cluster
 from raysl.config import MAY_CHANGE, Pretraining, differences
 from raysl.dataset import DataSet
 from raysl.errors import UserError
-from raysl.ray_cluster.lock import DriverLock
 from raysl.run import Run
 from raysl.storage import Folder, filesystem
+from raysl.storage.lock import DriverLock
 from raysl.training.progress_actor import duration
 from raysl.tuning import algorithms
 from raysl.tuning.config import SweepConfig

@@ -14,7 +14,7 @@ import numpy as np
 import pytest
 
 from raysl.config import Pretraining
-from raysl.ray_cluster import lock
+from raysl.storage import lock
 from raysl.training.launch import pretrain
 from tests.clustering.blobs import write
 from tests.data import make_dataset

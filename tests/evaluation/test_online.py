@@ -21,9 +21,9 @@ from raysl.evaluation.results import add_rows, protocol_hash, rows_of
 from raysl.extraction import FeatureProtocol
 from raysl.objectives.pirl import Config as Pirl
 from raysl.probes.knn import Config
-from raysl.ray_cluster import lock, placement
+from raysl.ray_cluster import placement
 from raysl.run import Run, jsonl
-from raysl.storage import Folder
+from raysl.storage import Folder, lock
 from tests.data import make_dataset
 from tests.extraction.test_feature_tasks import make_run
 

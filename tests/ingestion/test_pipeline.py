@@ -5,6 +5,8 @@ from __future__ import annotations
 import logging
 import os
 import shutil
+from collections.abc import Callable
+from concurrent.futures import Future, ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
@@ -16,10 +18,10 @@ import pytest
 from raysl.dataset import DataSet, Manifest
 from raysl.errors import UserError
 from raysl.ingestion import IngestConfig, pipeline, resolve
-from raysl.ingestion.journal import Journal
 from raysl.ingestion.shard import move, write
 from raysl.ingestion.sources import Row
-from raysl.storage import Folder
+from raysl.storage import Folder, lock
+from raysl.storage.lock import DriverLock
 from tests.ingestion.reading import jpeg
 
 pytestmark = [pytest.mark.ray, pytest.mark.usefixtures("ray_session")]
@@ -195,20 +197,46 @@ def test_what_was_found_is_said_before_and_after(tmp_path: Path, said: pytest.Lo
     assert "labels: none, although there is a column 'label'" in said.messages[-1]
 
 
-def test_two_ingests_into_one_place_do_not_delete_what_one_has_finished(
+def before_the_end(monkeypatch: pytest.MonkeyPatch, action: Callable[[], None]) -> None:
+    """Do something while an ingest has written all shards and has not ended; drivers look often for each other."""
+    move = pipeline._renumber_all
+
+    def renumber_all(*given: Any) -> None:
+        monkeypatch.setattr(pipeline, "_renumber_all", move)
+        action()
+        move(*given)
+
+    monkeypatch.setattr(pipeline, "_renumber_all", renumber_all)
+    monkeypatch.setattr(DriverLock.__init__, "__defaults__", ("sweep", 0.1, False))
+
+
+def test_a_second_ingest_into_one_place_is_refused(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    source, out, said = photos(tmp_path / "in"), tmp_path / "out", []
+    before_the_end(monkeypatch, lambda: said.append(refused(source, out)))
+    assert ingest(source, out).read(np.arange(7)).num_rows == 7
+    assert "works on the data set" in said[0]
+    assert not (out / lock.NAME).exists()
+
+
+def test_two_commands_that_need_the_same_source_ingest_it_once(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, said: pytest.LogCaptureFixture
+) -> None:
+    source, cache = str(photos(tmp_path / "in")), tmp_path / "cache"
+    with ThreadPoolExecutor(1) as pool:
+        second: list[Future[DataSet]] = []
+        before_the_end(monkeypatch, lambda: second.append(pool.submit(resolve, source, cache)))
+        first = resolve(source, cache)
+        assert second[0].result(timeout=60).folder == first.folder
+    assert said.text.count("Ingested 7 images") == 1
+
+
+def test_an_ingest_whose_place_was_taken_over_ends_without_a_manifest(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     source, out = photos(tmp_path / "in"), tmp_path / "out"
-    move = pipeline._renumber_all
-
-    def another_finishes_first(journal: Journal, *others: Any) -> None:
-        move(journal, *others)
-        monkeypatch.setattr(pipeline, "_renumber_all", move)
-        ingest(source, out)
-
-    monkeypatch.setattr(pipeline, "_renumber_all", another_finishes_first)
-    assert "another process" in refused(source, out)
-    assert DataSet.open(str(out)).read(np.arange(7)).num_rows == 7
+    before_the_end(monkeypatch, lambda: Folder(str(out)).write_json(lock.NAME, {"id": "another"}))
+    assert "taken over" in refused(source, out)
+    assert not DataSet.is_one(str(out))
 
 
 def test_refusals_touch_nothing(tmp_path: Path) -> None:

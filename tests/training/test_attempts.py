@@ -15,11 +15,11 @@ from ray.train import TrainingFailedError
 
 from raysl import Callback
 from raysl.errors import UserError
-from raysl.ray_cluster.lock import DriverLock
 from raysl.ray_cluster.placement import Placement
 from raysl.run import Run
 from raysl.run.callbacks import Callbacks
 from raysl.storage import Folder
+from raysl.storage.lock import DriverLock
 from raysl.stream.reader import DataShare
 from raysl.training import launch
 from raysl.training.elastic import WorkerGroup

@@ -29,10 +29,9 @@ from raysl.dataset import SHARDS, DataSet
 from raysl.errors import UserError
 from raysl.evaluation.online import OnlineConfig, pretrain_and_probe
 from raysl.objectives.pirl import Config as Pirl
-from raysl.ray_cluster import lock
 from raysl.run import Run
 from raysl.run.callbacks import Callbacks
-from raysl.storage import Folder
+from raysl.storage import Folder, lock
 from raysl.training import local
 from raysl.training.launch import pretrain
 from tests.data import make_clips, make_dataset
@@ -171,7 +170,7 @@ def test_damaged_checkpoint_is_an_error_of_the_user(dataset: DataSet, finished: 
 
 def test_a_driver_that_lost_its_lock_stops(dataset: DataSet, tmp_path: Path, monkeypatch: Any) -> None:
     monkeypatch.setattr(lock, "BEAT_S", 0.01)
-    monkeypatch.setattr(lock.DriverLock.__init__, "__defaults__", ("sweep", 0.01))
+    monkeypatch.setattr(lock.DriverLock.__init__, "__defaults__", ("sweep", 0.01, False))
     config = replace(alone(dataset, tmp_path / "run"), epochs=500)
     seen = Seen(2, lambda: (tmp_path / "run" / lock.NAME).write_text('{"id": "another"}'))
     with pytest.raises(UserError, match="Another driver has taken over"):
@@ -184,7 +183,7 @@ def test_a_driver_that_does_not_train_writes_no_metadata(
     before = finished.metadata()
     pretrain(alone(dataset, Path(str(finished.folder))), local=True)
     assert finished.metadata() == before
-    monkeypatch.setattr(lock.DriverLock.__init__, "__defaults__", ("sweep", 0.1))
+    monkeypatch.setattr(lock.DriverLock.__init__, "__defaults__", ("sweep", 0.1, False))
     # Another driver has the folder, and has not yet written its own metadata.
     with (
         lock.DriverLock(Folder(str(tmp_path)), beat_s=0.01),

@@ -13,8 +13,8 @@ from typing import Any
 import pytest
 
 from raysl.errors import UserError
-from raysl.ray_cluster.lock import NAME, DriverLock, held_here
 from raysl.storage import Folder
+from raysl.storage.lock import NAME, DriverLock, held_here
 from raysl.tuning.journal import NAME as JOURNAL
 from raysl.tuning.journal import Journal
 

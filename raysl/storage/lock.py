@@ -1,4 +1,4 @@
-"""Allow one driver at a time for a run or a sweep: a distributed lock, kept as a file that its driver renews.
+"""Allow one driver at a time for a run, a sweep or a data set: a distributed lock, a file that its driver renews.
 
     driver.json     {"id", "host", "scope", "pid", "beat"}, present while a driver works
 
@@ -20,7 +20,7 @@ from typing import Any
 from raysl.errors import UserError
 from raysl.storage import Folder
 
-_log = logging.getLogger("raysl.ray_cluster")
+_log = logging.getLogger("raysl.storage")
 
 NAME = "driver.json"
 BEAT_S = 10.0
@@ -55,34 +55,41 @@ def _describe(found: dict[str, Any]) -> str:
     return f"process {found.get('pid')} on {found.get('host')}"
 
 
+class _HeldError(UserError):
+    """Another driver holds the lock."""
+
+
 class DriverLock:
-    """The right to write to a run or a sweep, for the duration of a `with` block.
+    """The right to write to a folder, for the duration of a `with` block.
 
     Args:
-        work: "run" or "sweep", for messages.
+        work: "run", "sweep" or "data set", for messages.
         beat_s: seconds between two renewals.
+        wait: wait for another driver until it has ended.
 
     Attributes:
         lost: set when another driver has taken over.
 
     Raises:
-        UserError: on entering, another driver holds the lock.
+        UserError: on entering, another driver holds the lock, and `wait` is False.
     """
 
-    def __init__(self, folder: Folder, work: str = "sweep", beat_s: float = BEAT_S) -> None:
+    def __init__(
+        self, folder: Folder, work: str = "sweep", beat_s: float = BEAT_S, wait: bool = False
+    ) -> None:
         self.folder = folder
         self._work = work
         self._beat_s = beat_s
+        self._wait = wait
+        self._told = False
         host, scope = _here()
         self._record = {"id": uuid.uuid4().hex, "host": host, "scope": scope, "pid": os.getpid()}
         self._done = threading.Event()
         self.lost = threading.Event()
 
     def __enter__(self) -> DriverLock:
-        found = _read_record(self.folder)
-        if found is not None and not self._has_ended(found):
-            self._wait_until_stale(found)
-        self._acquire()
+        while not self._entered():
+            time.sleep(self._beat_s / 10)
         self._thread = threading.Thread(target=self._renew, daemon=True)
         self._thread.start()
         return self
@@ -92,6 +99,19 @@ class DriverLock:
         self._thread.join()
         if self._is_mine():
             self.folder.delete(NAME)
+
+    def _entered(self) -> bool:
+        """Take the lock; return False if another driver holds it and this one waits."""
+        try:
+            found = _read_record(self.folder)
+            if found is not None and not self._has_ended(found):
+                self._wait_until_stale(found)
+            self._acquire()
+        except _HeldError:
+            if not self._wait:
+                raise
+            return False
+        return True
 
     def check(self) -> None:
         """Raise UserError if another driver has taken over, or the file was deleted."""
@@ -155,23 +175,27 @@ class DriverLock:
     def _wait_until_stale(self, found: dict[str, Any]) -> None:
         """Return when the file has not changed for some beats. Raises UserError when it changes."""
         patience_s = _MISSED * self._beat_s
-        _log.info(
-            "Another driver, %s, has worked on this %s. Waiting for %.0f s to see whether it still does.",
-            _describe(found),
-            self._work,
-            patience_s,
-        )
+        if not self._told:
+            self._told = True
+            _log.info(
+                "Another driver, %s, has worked on this %s. %s",
+                _describe(found),
+                self._work,
+                "Waiting until it has ended."
+                if self._wait
+                else f"Waiting for {patience_s:.0f} s to see whether it still does.",
+            )
         deadline = time.monotonic() + patience_s
         while time.monotonic() < deadline:
-            time.sleep(self._beat_s / 4)
+            time.sleep(self._beat_s / 10)
             now = _read_record(self.folder)
             if now is None:
                 return
             if now != found:
                 raise self._held_error(now)
 
-    def _held_error(self, found: dict[str, Any]) -> UserError:
-        return UserError(
+    def _held_error(self, found: dict[str, Any]) -> _HeldError:
+        return _HeldError(
             f"Another driver, {_describe(found)}, works on the {self._work} at {str(self.folder)!r}. Wait for it or "
             "stop it, and run the same command again; or choose another folder."
         )
