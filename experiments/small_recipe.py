@@ -18,8 +18,7 @@ from typing import Any, Literal
 
 import numpy as np
 
-from raysl import checkpoint, rng
-from raysl.checkpoint import SaveConfig
+from raysl import rng
 from raysl.config import Pretraining, defaults
 from raysl.dataset import DataSet
 from raysl.evaluation.evaluate import probe
@@ -28,7 +27,8 @@ from raysl.ingestion import resolve, splits
 from raysl.ingestion.subset import relabelled
 from raysl.optim import OptimConfig
 from raysl.run import jsonl
-from raysl.storage import Folder
+from raysl.storage import Folder, checkpoint
+from raysl.storage.checkpoint import SaveConfig
 from raysl.training.launch import pretrain
 
 Fields = Mapping[str, Any]

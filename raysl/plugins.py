@@ -27,6 +27,10 @@ from raysl.errors import UserError, unknown
 
 OBJECTIVES, PRETEXT, PROBES = ROOMS = ("raysl.objectives", "raysl.pretext", "raysl.probes")
 
+# A second package of raysl with files of a room.
+EXPERIMENTAL = "raysl.experimental"
+_PACKAGES = {OBJECTIVES: (OBJECTIVES, EXPERIMENTAL)}
+
 _TRUSTED = "RAYSL_PLUGINS"
 
 # Modules that `load_module` has added: room -> name -> module.
@@ -39,9 +43,19 @@ def names(room: str) -> list[str]:
     Args:
         room: dotted name of its package, such as "raysl.pretext".
     """
-    package = importlib.import_module(room)
-    inside = (info.name for info in pkgutil.iter_modules(package.__path__) if not info.name.startswith("_"))
+    inside = [name for package in _PACKAGES.get(room, (room,)) for name in _files(package)]
     return sorted({*inside, *_entry_points(room), *_added.get(room, {})})
+
+
+def is_experimental(room: str, name: str) -> bool:
+    """Return True if a file of a room is one of `raysl.experimental`, whose use is not shown yet."""
+    return EXPERIMENTAL in _PACKAGES.get(room, ()) and name in _files(EXPERIMENTAL)
+
+
+def _files(package: str) -> list[str]:
+    """Return the names of the public files of a package."""
+    path = importlib.import_module(package).__path__
+    return [info.name for info in pkgutil.iter_modules(path) if not info.name.startswith("_")]
 
 
 def module(room: str, name: str, kind: str) -> ModuleType:
@@ -61,7 +75,8 @@ def module(room: str, name: str, kind: str) -> ModuleType:
         return _added[room][name]
     if name in _entry_points(room):
         return import_module(_entry_points(room)[name])
-    return importlib.import_module(f"{room}.{name}")
+    package = EXPERIMENTAL if is_experimental(room, name) else room
+    return importlib.import_module(f"{package}.{name}")
 
 
 def config_type(room: str, name: str, kind: str) -> type[Any]:

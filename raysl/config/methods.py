@@ -45,6 +45,11 @@ def objective_names() -> list[str]:
     return plugins.names(plugins.OBJECTIVES)
 
 
+def is_experimental(objective: str) -> bool:
+    """Return True if the use of an objective is not shown yet; see `raysl.experimental`."""
+    return plugins.is_experimental(plugins.OBJECTIVES, objective)
+
+
 def objective_config_type(name: str) -> type[Any]:
     """Return the Config of an objective. Raises UserError when there is none of that name."""
     return plugins.config_type(plugins.OBJECTIVES, name, "objective")

@@ -10,7 +10,7 @@ import torch
 from rich import box
 from rich.table import Column, Table
 
-from raysl import objectives, pretext
+from raysl import pretext
 from raysl.backbone import network
 from raysl.config import methods
 from raysl.errors import Unset, UserError
@@ -26,11 +26,11 @@ _TITLE = "Methods: OBJECTIVE or OBJECTIVE-TRANSFORM; with '+' one transform afte
 def describe() -> list[Table]:
     """Return tables of the parts, of the combinations, and of the reasons why others do not combine."""
     parts = Table("part", "name", "description", title="Parts, one file each", show_lines=False)
-    rooms = (("objective", objectives, methods.objective_names()), ("transform", pretext, pretext.names()))
-    for kind, room, names in rooms:
-        for name in names:
-            docstring = inspect.getdoc(importlib.import_module(f"{room.__name__}.{name}")) or ""
-            parts.add_row(kind, name, " ".join(docstring.partition("\n\n")[0].split()))
+    for name in methods.objective_names():
+        kind = "experimental objective" if methods.is_experimental(name) else "objective"
+        parts.add_row(kind, name, summary(methods.load_objective(name)[1]))
+    for name in pretext.names():
+        parts.add_row("transform", name, summary(pretext.load(name)[1]))
     # Fits 80 columns with every name whole.
     columns = (Column(name, overflow="fold") for name in methods.objective_names())
     first = Column("transform", no_wrap=True)
@@ -46,6 +46,12 @@ def describe() -> list[Table]:
     for reason, refused in reasons.items():
         why.add_row(reason, ", ".join(refused))
     return [parts, grid, why]
+
+
+def summary(part: type[object]) -> str:
+    """Return the first paragraph of the file that defines a class, in one line."""
+    docstring = inspect.getdoc(importlib.import_module(part.__module__)) or ""
+    return " ".join(docstring.partition("\n\n")[0].split())
 
 
 _transform = cache(lambda name, geometry: pretext.build(name, {}, geometry))

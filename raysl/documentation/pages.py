@@ -10,7 +10,7 @@ from pathlib import Path
 from types import ModuleType
 from typing import Any
 
-from raysl import objectives, pretext
+from raysl import pretext
 from raysl.augment import recipe
 from raysl.config import Pretraining, ViewConfig, methods
 from raysl.dataset import DataSet
@@ -31,6 +31,11 @@ _NUM_IMAGES, _NUM_CLASSES = 1_000_000, 10
 _INTRODUCTION = (
     "A method is an objective and, if it needs one, a transform, joined by name as in `pirl-jigsaw`.\n"
     "These pages are generated from the code by `raysl methods --pages docs/methods`."
+)
+
+_EXPERIMENTAL = (
+    "Experimental: `results/` has no run in which this objective learns better features than the untrained backbone. "
+    "It may change or be removed in any version."
 )
 
 PROBES = "probes"
@@ -82,9 +87,7 @@ def index() -> str:
     """Return the index page in Markdown."""
     lines = ["# Methods", "", _INTRODUCTION, ""]
     for title, parts in (("Objectives", methods.objective_names()), ("Transforms", pretext.names())):
-        rows = [
-            f"| [{name}]({name}.md) | {cell(_docstring(name).partition(chr(10) * 2)[0])} |" for name in parts
-        ]
+        rows = [f"| [{name}]({name}.md) | {_status(name)}{cell(_summary(name))} |" for name in parts]
         lines += [f"## {title}", "", "| name | description |", "|---|---|", *rows, ""]
     rows = [f"| `{name}` | {cell(recipes.summary(name))} |" for name in recipes.names()]
     lines += ["## Recipes", "", "`raysl pretrain --recipe NAME` is a published run at full scale.", ""]
@@ -104,6 +107,7 @@ def page(name: str) -> str:
     sections = [
         f"# {name}",
         summary,
+        _EXPERIMENTAL if methods.is_experimental(name) else "",
         rest,
         f"```\n{getattr(_module(name), 'COMMAND', usual)}\n```",
         f"## Views\n\n![Images and their views]({name}.png)\n\n{_SEEN.format(method=method, data=_data(method))}",
@@ -151,12 +155,19 @@ def _data(method: str) -> str:
 
 
 def _module(name: str) -> ModuleType:
-    package = objectives if name in methods.objective_names() else pretext
-    return importlib.import_module(f"{package.__name__}.{name}")
+    return importlib.import_module(_load(name)[1].__module__)
 
 
 def _load(name: str) -> tuple[Any, Any]:
     return methods.load_objective(name) if name in methods.objective_names() else pretext.load(name)
+
+
+def _status(name: str) -> str:
+    return "Experimental. " if methods.is_experimental(name) else ""
+
+
+def _summary(name: str) -> str:
+    return _docstring(name).partition("\n\n")[0]
 
 
 def _docstring(name: str) -> str:

@@ -14,8 +14,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import Annotated, Any
 
-from raysl import checkpoint, probes, ray_cluster
-from raysl.checkpoint import Checkpoint
+from raysl import probes, ray_cluster
 from raysl.config import Pretraining
 from raysl.dataset import DataSet
 from raysl.errors import Unset, UserError
@@ -27,7 +26,8 @@ from raysl.ingestion import resolve
 from raysl.ray_cluster import placement
 from raysl.run import Run, TensorBoard
 from raysl.run.callbacks import Callbacks
-from raysl.storage import Folder, lock
+from raysl.storage import Folder, checkpoint, lock
+from raysl.storage.checkpoint import Checkpoint
 from raysl.training.launch import pretrain
 
 ERROR = "probes/error.txt"

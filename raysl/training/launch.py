@@ -12,8 +12,8 @@ from contextlib import contextmanager, suppress
 from dataclasses import dataclass, replace
 from typing import Any
 
-from raysl import checkpoint, console, ray_cluster
-from raysl.config import Pretraining
+from raysl import console, ray_cluster
+from raysl.config import Pretraining, methods
 from raysl.dataset import DataSet
 from raysl.errors import UserError
 from raysl.ingestion import resolve
@@ -23,7 +23,7 @@ from raysl.ray_cluster import placement as cluster_placement
 from raysl.ray_cluster.placement import Placement
 from raysl.run import Run
 from raysl.run.callbacks import Callbacks
-from raysl.storage import Folder
+from raysl.storage import Folder, checkpoint
 from raysl.storage.lock import DriverLock
 from raysl.stream.plan import Plan
 from raysl.stream.shared import Subscriber
@@ -130,6 +130,11 @@ def _announce(
         plan.num_steps,
         config.batch_size,
     )
+    objective = methods.parse(config.method).objective
+    if methods.is_experimental(objective):
+        _log.warning(
+            "%s is experimental: no result shows its use, and it may change or be removed.", objective
+        )
     if local:
         _log.info("One worker trains in this process, without Ray.")
         return

@@ -12,7 +12,8 @@ import torch
 from raysl import pretext
 from raysl.backbone.network import BackboneConfig, build
 from raysl.errors import UserError
-from raysl.objectives import barlow_twins, byol, dino, mae, swav, vicreg
+from raysl.experimental import barlow_twins, dino, mae, swav
+from raysl.objectives import byol, vicreg
 from raysl.objectives._heads import rising_momentum
 from raysl.pretext import Geometry
 from tests.objectives.setups import batch, setup

@@ -13,8 +13,8 @@ from raysl import pretext
 from raysl.backbone.network import Backbone, BackboneConfig, build
 from raysl.dataset import Rows
 from raysl.errors import UserError
+from raysl.experimental.cpc import Config, Cpc
 from raysl.objectives import Setup
-from raysl.objectives.cpc import Config, Cpc
 from raysl.pretext import Geometry
 from raysl.stream.reader import Batch
 
