@@ -18,7 +18,8 @@ from typing import Any, Literal
 
 import numpy as np
 
-from raysl import rng
+from raysl import checkpoint, rng
+from raysl.checkpoint import SaveConfig
 from raysl.config import Pretraining, defaults
 from raysl.dataset import DataSet
 from raysl.evaluation.evaluate import probe
@@ -27,8 +28,7 @@ from raysl.ingestion import resolve, splits
 from raysl.ingestion.subset import relabelled
 from raysl.optim import OptimConfig
 from raysl.run import jsonl
-from raysl.storage import Folder, checkpoint
-from raysl.storage.checkpoint import SaveConfig
+from raysl.storage import Folder
 from raysl.training.launch import pretrain
 
 Fields = Mapping[str, Any]

@@ -45,7 +45,7 @@ _MODULE_OF = {
     "ReportConfig": "raysl.reporting.page",
     "ReproduceConfig": "raysl.training.reproduction",
     "Run": "raysl.run",
-    "SaveConfig": "raysl.storage.checkpoint",
+    "SaveConfig": "raysl.checkpoint",
     "StreamConfig": "raysl.stream.reader",
     "SweepConfig": "raysl.tuning.config",
     "load": "raysl.extraction.inference",

@@ -13,6 +13,7 @@ from raysl.api import reproduce as reproduce
 from raysl.api import sweep as sweep
 from raysl.api import views as views
 from raysl.backbone.network import BackboneConfig as BackboneConfig
+from raysl.checkpoint import SaveConfig as SaveConfig
 from raysl.clustering.cluster_and_fit import ClusterfitConfig as ClusterfitConfig
 from raysl.clustering.options import KMeansConfig as KMeansConfig
 from raysl.config import Pretraining as Pretraining
@@ -33,7 +34,6 @@ from raysl.run.callbacks import Callback as Callback
 from raysl.run.callbacks import MLflowLogger as MLflowLogger
 from raysl.run.callbacks import TensorBoardLogger as TensorBoardLogger
 from raysl.run.callbacks import WandbLogger as WandbLogger
-from raysl.storage.checkpoint import SaveConfig as SaveConfig
 from raysl.stream.reader import StreamConfig as StreamConfig
 from raysl.training.reproduction import ReproduceConfig as ReproduceConfig
 from raysl.tuning.config import SweepConfig as SweepConfig

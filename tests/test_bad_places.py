@@ -18,10 +18,10 @@ import numpy as np
 import pytest
 
 from raysl.__main__ import main
+from raysl.checkpoint import SaveConfig, Saver
 from raysl.config import Pretraining, ViewConfig
 from raysl.model import Model
 from raysl.run import Run
-from raysl.storage.checkpoint import SaveConfig, Saver
 from tests.data import make_dataset
 from tests.test_corruption import make
 

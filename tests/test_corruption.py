@@ -24,6 +24,7 @@ from PIL import Image
 from raysl import rng
 from raysl.backbone.external_weights import parse, read_file
 from raysl.backbone.network import BackboneConfig, build
+from raysl.checkpoint import SaveConfig, Saver
 from raysl.clustering.lloyd import Clustering
 from raysl.clustering.state import State
 from raysl.config import Pretraining
@@ -39,7 +40,6 @@ from raysl.objectives.clusterfit import Assignments
 from raysl.reporting.report_runs import groups
 from raysl.run import METRICS, Run
 from raysl.storage import Folder
-from raysl.storage.checkpoint import SaveConfig, Saver
 from raysl.storage.feature_files import FINISHED, FeatureForm, part_file, write_part
 from raysl.storage.feature_store import FeatureStore
 from raysl.storage.lock import NAME, DriverLock

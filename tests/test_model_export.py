@@ -13,6 +13,7 @@ from torch import Tensor, nn
 
 import raysl
 from raysl.backbone.network import IMAGENET_MEAN, IMAGENET_STD, Backbone, BackboneConfig, build
+from raysl.checkpoint import SaveConfig, Saver
 from raysl.config import Pretraining, ViewConfig
 from raysl.errors import UserError
 from raysl.evaluation.results import KEY
@@ -22,7 +23,6 @@ from raysl.model_export import CARD, ExportConfig, export
 from raysl.objectives.audio_visual import SoundBackbone
 from raysl.run import Run
 from raysl.storage import Folder
-from raysl.storage.checkpoint import SaveConfig, Saver
 from tests.data import make_clips, make_dataset, write_rows
 
 # A row of a probe of the trained network; a test adds the step.

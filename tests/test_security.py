@@ -19,6 +19,7 @@ import pytest
 import torch
 
 from raysl.backbone.external_weights import parse, read_file
+from raysl.checkpoint import SaveConfig, Saver
 from raysl.config import Pretraining
 from raysl.config.command import command
 from raysl.errors import UserError
@@ -27,7 +28,6 @@ from raysl.model_export import ExportConfig, export
 from raysl.reporting import ReportConfig, report
 from raysl.run import MetricsLog, Run
 from raysl.storage import Folder
-from raysl.storage.checkpoint import SaveConfig, Saver
 from raysl.storage.records import write_record
 from raysl.tuning.journal import FORMAT
 from raysl.tuning.results import SweepResults
@@ -78,7 +78,7 @@ def test_code_in_a_checkpoint_does_not_run(tmp_path: Path) -> None:
     (checkpoint / "state.pt").write_bytes(data)
     manifest = {"files": {"state.pt": {"bytes": len(data), "crc32": zlib.crc32(data)}}}
     write_record(Folder(str(checkpoint)), "manifest-0000-of-0001.json", manifest)
-    from raysl.storage.checkpoint import newest
+    from raysl.checkpoint import newest
 
     found = newest(Folder(str(tmp_path)))
     assert found is not None

@@ -12,13 +12,13 @@ from typing import Annotated, Any, Literal
 
 from raysl import plugins
 from raysl.backbone.network import BackboneConfig
+from raysl.checkpoint import SaveConfig
 from raysl.config import methods
 from raysl.contrastive.bank import BankConfig
 from raysl.dataset import DataSet
 from raysl.errors import UserError, quoted, unknown
 from raysl.fields import Bounds, Checked, Range, Seed, check
 from raysl.optim import OptimConfig
-from raysl.storage.checkpoint import SaveConfig
 from raysl.stream.plan import Plan
 from raysl.stream.reader import StreamConfig
 

@@ -26,6 +26,7 @@ import torch.nn.functional as F
 from torch import nn
 
 from raysl.backbone.network import build as build_backbone
+from raysl.checkpoint import SaveConfig
 from raysl.clustering.kmeans_worker import FaissSearch
 from raysl.contrastive.bank import BankConfig
 from raysl.dataset import DataSet
@@ -38,7 +39,6 @@ from raysl.ray_cluster import placement as cluster_placement
 from raysl.ray_cluster.versions import versions
 from raysl.run import Run
 from raysl.storage import Folder
-from raysl.storage.checkpoint import SaveConfig
 from raysl.stream.reader import Batch, DataShare, StreamConfig
 from raysl.training.worker import Job
 

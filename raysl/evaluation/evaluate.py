@@ -15,6 +15,7 @@ import numpy as np
 
 from raysl import extraction, probes, ray_cluster
 from raysl.arrays import Int64s
+from raysl.checkpoint import Checkpoint
 from raysl.dataset import DataSet
 from raysl.errors import UserError, unknown
 from raysl.evaluation.options import ProbeConfig
@@ -43,7 +44,6 @@ from raysl.probes import (
 from raysl.probes._frozen import StoredFeatures, measure_layers
 from raysl.run import METADATA, Run
 from raysl.storage import Folder
-from raysl.storage.checkpoint import Checkpoint
 from raysl.storage.records import verified, write_record
 
 _log = logging.getLogger("raysl.evaluation")

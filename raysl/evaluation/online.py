@@ -14,7 +14,8 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import Annotated, Any
 
-from raysl import probes, ray_cluster
+from raysl import checkpoint, probes, ray_cluster
+from raysl.checkpoint import Checkpoint
 from raysl.config import Pretraining
 from raysl.dataset import DataSet
 from raysl.errors import Unset, UserError
@@ -26,8 +27,7 @@ from raysl.ingestion import resolve
 from raysl.ray_cluster import placement
 from raysl.run import Run, TensorBoard
 from raysl.run.callbacks import Callbacks
-from raysl.storage import Folder, checkpoint, lock
-from raysl.storage.checkpoint import Checkpoint
+from raysl.storage import Folder, lock
 from raysl.training.launch import pretrain
 
 ERROR = "probes/error.txt"

@@ -7,12 +7,12 @@ from dataclasses import dataclass, field
 from typing import Annotated, Any, Literal
 
 from raysl import probes
+from raysl.checkpoint import Checkpoint
 from raysl.errors import unknown
 from raysl.evaluation.results import ENCODERS, MOMENTUM
 from raysl.fields import Bounds, Seed, check
 from raysl.probes import Probe
 from raysl.storage import Folder
-from raysl.storage.checkpoint import Checkpoint
 
 
 @dataclass(frozen=True)

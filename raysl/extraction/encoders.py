@@ -11,17 +11,17 @@ import torch
 from torch import Tensor
 from torch.nn.functional import interpolate
 
-from raysl import rng
+from raysl import checkpoint, rng
 from raysl.backbone import external_weights
 from raysl.backbone import network as networks
 from raysl.backbone.network import Backbone, BackboneConfig
+from raysl.checkpoint import Checkpoint
 from raysl.config import methods
 from raysl.errors import UserError, unknown
 from raysl.extraction import layers as layer_names
 from raysl.extraction.layers import POOLED, STAGES, Encode
 from raysl.run import METADATA, Run
-from raysl.storage import Folder, StorageError, checkpoint
-from raysl.storage.checkpoint import Checkpoint
+from raysl.storage import Folder, StorageError
 
 MAX_IMAGE_SIZE = 4096
 _PIXELS_SIZE = 32

@@ -8,12 +8,12 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from raysl import plugins
+from raysl import checkpoint, plugins
 from raysl.backbone import network as networks
 from raysl.backbone.network import BackboneConfig, encode
+from raysl.checkpoint import Checkpoint
 from raysl.errors import UserError
-from raysl.storage import Folder, checkpoint
-from raysl.storage.checkpoint import Checkpoint
+from raysl.storage import Folder
 
 # The file that `raysl.run` writes; this room may not import that one.
 _METADATA = "metadata.json"

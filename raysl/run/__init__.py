@@ -23,13 +23,14 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from raysl import checkpoint
 from raysl.arrays import Float64s
+from raysl.checkpoint import Checkpoint
 from raysl.config import MAY_CHANGE, Pretraining, differences
 from raysl.dataset import DataSet
 from raysl.errors import UserError
 from raysl.ray_cluster.versions import versions
-from raysl.storage import Folder, checkpoint, failure, retry
-from raysl.storage.checkpoint import Checkpoint
+from raysl.storage import Folder, failure, retry
 from raysl.storage.records import (
     signed_line,
     signed_lines,

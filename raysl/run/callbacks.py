@@ -17,10 +17,11 @@ from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from typing import Any
 
+from raysl import checkpoint
+from raysl.checkpoint import Checkpoint
 from raysl.errors import UserError, package
 from raysl.run import Run, TensorBoard, flattened
-from raysl.storage import Folder, checkpoint
-from raysl.storage.checkpoint import Checkpoint
+from raysl.storage import Folder
 
 _log = logging.getLogger("raysl.run.callbacks")
 

@@ -12,7 +12,7 @@ from contextlib import contextmanager, suppress
 from dataclasses import dataclass, replace
 from typing import Any
 
-from raysl import console, ray_cluster
+from raysl import checkpoint, console, ray_cluster
 from raysl.config import Pretraining, methods
 from raysl.dataset import DataSet
 from raysl.errors import UserError
@@ -23,7 +23,7 @@ from raysl.ray_cluster import placement as cluster_placement
 from raysl.ray_cluster.placement import Placement
 from raysl.run import Run
 from raysl.run.callbacks import Callbacks
-from raysl.storage import Folder, checkpoint
+from raysl.storage import Folder
 from raysl.storage.lock import DriverLock
 from raysl.stream.plan import Plan
 from raysl.stream.shared import Subscriber

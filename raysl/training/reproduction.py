@@ -10,14 +10,14 @@ from typing import Annotated, Any
 
 import torch
 
-from raysl import ray_cluster
+from raysl import checkpoint, ray_cluster
+from raysl.checkpoint import Checkpoint
 from raysl.errors import UserError
 from raysl.fields import Bounds, check
 from raysl.ingestion import resolve
 from raysl.ray_cluster.versions import versions
 from raysl.run import METADATA, Run, flattened
-from raysl.storage import Folder, checkpoint
-from raysl.storage.checkpoint import Checkpoint
+from raysl.storage import Folder
 from raysl.training.launch import pretrain
 
 _log = logging.getLogger("raysl.training.reproduction")

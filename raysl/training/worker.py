@@ -19,8 +19,9 @@ import torch
 from torch import Tensor, nn
 from torch.nn.parallel import DistributedDataParallel
 
-from raysl import optim
+from raysl import checkpoint, optim
 from raysl.backbone import norm
+from raysl.checkpoint import Saver
 from raysl.communication import collective
 from raysl.config import Pretraining
 from raysl.contrastive.bank import MemoryBank
@@ -31,8 +32,7 @@ from raysl.objectives import AfterEpoch, AfterStep, Alternates, Loss
 from raysl.ray_cluster.placement import Placement
 from raysl.rng import key
 from raysl.run import METADATA, MetricsLog, Run
-from raysl.storage import StorageError, checkpoint
-from raysl.storage.checkpoint import Saver
+from raysl.storage import StorageError
 from raysl.stream import shared
 from raysl.stream.plan import Plan
 from raysl.stream.reader import Batch, Source, Stream

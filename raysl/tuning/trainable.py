@@ -26,10 +26,11 @@ import ray
 from ray import tune
 from ray.tune.result import AUTO_RESULT_KEYS, DEFAULT_METRIC
 
+from raysl import checkpoint
 from raysl.config import Pretraining
 from raysl.errors import UserError
 from raysl.run import Run
-from raysl.storage import Folder, checkpoint
+from raysl.storage import Folder
 from raysl.training.launch import pretrain
 from raysl.tuning import preparation
 from raysl.tuning.config import SweepConfig

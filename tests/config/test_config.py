@@ -12,6 +12,7 @@ import pytest
 
 from raysl import config, fields, pretext
 from raysl.backbone.network import BackboneConfig
+from raysl.checkpoint import SaveConfig
 from raysl.config import Pretraining, ViewConfig, methods
 from raysl.contrastive.bank import BankConfig
 from raysl.errors import UserError
@@ -19,7 +20,6 @@ from raysl.fields import FieldError
 from raysl.objectives import pirl, predict
 from raysl.optim import OptimConfig
 from raysl.pretext import jigsaw, rotation
-from raysl.storage.checkpoint import SaveConfig
 from raysl.stream.reader import StreamConfig
 
 

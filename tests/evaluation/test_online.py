@@ -11,6 +11,7 @@ import pytest
 
 from raysl import probes, ray_cluster
 from raysl.backbone.network import build
+from raysl.checkpoint import SaveConfig, Saver
 from raysl.config import Pretraining, ViewConfig
 from raysl.dataset import DataSet
 from raysl.errors import UserError
@@ -23,7 +24,6 @@ from raysl.probes.knn import Config
 from raysl.ray_cluster import placement
 from raysl.run import Run, jsonl
 from raysl.storage import Folder, lock
-from raysl.storage.checkpoint import SaveConfig, Saver
 from tests.data import make_dataset
 from tests.extraction.test_feature_tasks import make_run
 

@@ -14,6 +14,7 @@ import pytest
 import torch
 
 from raysl.backbone.network import BackboneConfig
+from raysl.checkpoint import SaveConfig, Saver
 from raysl.config import Pretraining, ViewConfig
 from raysl.dataset import SHARDS, DataSet
 from raysl.errors import UserError
@@ -39,7 +40,6 @@ from raysl.objectives.pirl import Config as Pirl
 from raysl.ray_cluster import placement
 from raysl.run import Run
 from raysl.storage import Folder
-from raysl.storage.checkpoint import SaveConfig, Saver
 from raysl.storage.feature_files import FINISHED, part_file
 from raysl.stream.decode import evaluation_views
 from tests.data import make_dataset

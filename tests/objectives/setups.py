@@ -14,11 +14,11 @@ import torch
 
 from raysl import pretext
 from raysl.backbone.network import Backbone, BackboneConfig, build
+from raysl.checkpoint import SaveConfig, Saver
 from raysl.dataset import Rows
 from raysl.objectives import Setup
 from raysl.pretext import Geometry, jigsaw
 from raysl.storage import Folder
-from raysl.storage.checkpoint import SaveConfig, Saver
 from raysl.stream.reader import Batch
 
 N = 64

@@ -17,13 +17,13 @@ from typing import Any
 import numpy as np
 import pytest
 
+from raysl.checkpoint import SaveConfig
 from raysl.clustering.lloyd import Clustering
 from raysl.clustering.options import KMeansConfig
 from raysl.config import Pretraining, ViewConfig
 from raysl.contrastive.bank import BankConfig
 from raysl.objectives.pirl import Config as Pirl
 from raysl.run import Run
-from raysl.storage.checkpoint import SaveConfig
 from tests.clustering.blobs import blobs, curve, write
 from tests.data import make_dataset
 from tests.training.test_launch import Listener

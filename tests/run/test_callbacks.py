@@ -9,8 +9,8 @@ from typing import Any
 import pytest
 
 from raysl import Callback, Pretraining, Run, TensorBoardLogger, UserError
+from raysl.checkpoint import Checkpoint, SaveConfig, Saver
 from raysl.run.callbacks import Callbacks, MLflowLogger, WandbLogger
-from raysl.storage.checkpoint import Checkpoint, SaveConfig, Saver
 from tests.run.test_run import dataset
 
 ROWS = [{"step": 2, "loss": 0.5, "lr": 0.1}, {"step": 4, "loss": 0.25, "lr": 0.1}]

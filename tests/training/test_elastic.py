@@ -17,6 +17,7 @@ import pytest
 import torch
 
 from raysl.backbone.network import BackboneConfig
+from raysl.checkpoint import SaveConfig
 from raysl.config import Pretraining, ViewConfig
 from raysl.contrastive.bank import BankConfig
 from raysl.dataset import DataSet
@@ -25,7 +26,6 @@ from raysl.objectives.pirl import Config as Pirl
 from raysl.optim import OptimConfig
 from raysl.ray_cluster.placement import Machines
 from raysl.run import Run
-from raysl.storage.checkpoint import SaveConfig
 from raysl.stream.plan import Plan
 from raysl.training import elastic
 from raysl.training.elastic import Resizing

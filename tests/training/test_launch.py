@@ -25,14 +25,15 @@ import psutil
 import pytest
 import torch
 
+from raysl import checkpoint
+from raysl.checkpoint import SaveConfig
 from raysl.config import Pretraining, ViewConfig
 from raysl.config.command import command as written
 from raysl.dataset import DataSet
 from raysl.errors import UserError
 from raysl.objectives.pirl import Config as Pirl
 from raysl.run import Run
-from raysl.storage import Folder, checkpoint
-from raysl.storage.checkpoint import SaveConfig
+from raysl.storage import Folder
 from raysl.training.launch import pretrain
 from tests.data import make_dataset
 

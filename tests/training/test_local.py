@@ -22,7 +22,8 @@ import psutil
 import pytest
 import torch
 
-from raysl import Callback
+from raysl import Callback, checkpoint
+from raysl.checkpoint import SaveConfig
 from raysl.config import Pretraining, ViewConfig
 from raysl.dataset import SHARDS, DataSet
 from raysl.errors import UserError
@@ -30,8 +31,7 @@ from raysl.evaluation.online import OnlineConfig, pretrain_and_probe
 from raysl.objectives.pirl import Config as Pirl
 from raysl.run import Run
 from raysl.run.callbacks import Callbacks
-from raysl.storage import Folder, checkpoint, lock
-from raysl.storage.checkpoint import SaveConfig
+from raysl.storage import Folder, lock
 from raysl.training import local
 from raysl.training.launch import pretrain
 from tests.data import make_clips, make_dataset

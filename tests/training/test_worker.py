@@ -13,6 +13,7 @@ import torch
 
 from raysl.backbone import network
 from raysl.backbone.network import BackboneConfig
+from raysl.checkpoint import SaveConfig, Saver
 from raysl.config import Pretraining
 from raysl.dataset import DataSet
 from raysl.errors import UserError
@@ -20,7 +21,6 @@ from raysl.objectives.pirl import Config as Pirl
 from raysl.ray_cluster.placement import Placement
 from raysl.run import Run
 from raysl.storage import Folder
-from raysl.storage.checkpoint import SaveConfig, Saver
 from raysl.stream.reader import Batch, Columns, DataShare, Stream, _Load
 from raysl.training.worker import Job, Worker
 from tests.data import make_dataset

@@ -5,9 +5,9 @@ from __future__ import annotations
 from pathlib import Path
 from typing import Any
 
+from raysl.checkpoint import SaveConfig
 from raysl.config import Pretraining, ViewConfig
 from raysl.objectives.pirl import Config as Pirl
-from raysl.storage.checkpoint import SaveConfig
 from raysl.tuning.config import SweepConfig
 
 

@@ -15,11 +15,11 @@ from ray import tune
 from ray.tune.execution.experiment_state import StorageContext
 from ray.util.queue import Empty
 
+from raysl.checkpoint import SaveConfig
 from raysl.errors import UserError
 from raysl.objectives.pirl import Config as Pirl
 from raysl.ray_cluster.placement import Placement
 from raysl.run import Run
-from raysl.storage.checkpoint import SaveConfig
 from raysl.stream.reader import DataShare
 from raysl.training.launch import pretrain
 from raysl.tuning.preparation import Task

@@ -10,9 +10,10 @@ import pytest
 import torch
 from torch import nn
 
+from raysl import checkpoint
+from raysl.checkpoint import STATE, SaveConfig, Saver
 from raysl.errors import UserError
-from raysl.storage import Folder, checkpoint, failure
-from raysl.storage.checkpoint import STATE, SaveConfig, Saver
+from raysl.storage import Folder, failure
 
 
 @pytest.fixture
