@@ -81,16 +81,20 @@ class Checkpoint:
         """Load the state of the network, on the CPU. Raise UserError when it does not match its manifest."""
         return self._read_state(self._read_manifests())
 
-    def network(self, state: Mapping[str, Any]) -> dict[str, torch.Tensor]:
-        """Return the tensors of the network in a state of this checkpoint. Raise UserError if there are none."""
+    def network(self, state: Mapping[str, Any]) -> dict[str, Any]:
+        """Return the state dict of the network in a state of this checkpoint. Raise UserError if there is none.
+
+        Its values are tensors, and what modules add to them by `get_extra_state`.
+        """
         found = state.get("network")
         if not isinstance(found, dict) or not all(
-            isinstance(value, torch.Tensor) for value in found.values()
+            isinstance(value, torch.Tensor) or str(name).endswith("_extra_state")
+            for name, value in found.items()
         ):
             raise self._damaged(STATE, "it holds no network")
         return found
 
-    def backbone_state(self, prefix: str = "backbone.") -> dict[str, torch.Tensor]:
+    def backbone_state(self, prefix: str = "backbone.") -> dict[str, Any]:
         """Load the state of the backbone, under its own names.
 
         Args:
@@ -101,14 +105,15 @@ class Checkpoint:
         """
         network = self.network(self.state())
         found = {name.removeprefix(prefix): v for name, v in network.items() if name.startswith(prefix)}
-        if bad := next((name for name, v in found.items() if not v.isfinite().all()), None):
+        tensors = {name: v for name, v in found.items() if isinstance(v, torch.Tensor)}
+        if bad := next((name for name, v in tensors.items() if not v.isfinite().all()), None):
             raise UserError(
                 f"The checkpoint {str(self.folder)!r} holds values of {bad!r} that are not finite, so its features "
                 "would mean nothing. Use an earlier checkpoint, or train again with a lower --optim.lr."
             )
         return found
 
-    def fill(self, module: torch.nn.Module, tensors: Mapping[str, torch.Tensor]) -> None:
+    def fill(self, module: torch.nn.Module, tensors: Mapping[str, Any]) -> None:
         """Load tensors of this checkpoint into a module. Raise UserError if they do not fit it."""
         try:
             module.load_state_dict(tensors)

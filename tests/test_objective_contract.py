@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -12,6 +13,7 @@ from torch import Tensor, nn
 
 from raysl import pretext
 from raysl.backbone.network import Backbone, build
+from raysl.checkpoint import SaveConfig, Saver, complete
 from raysl.config import methods
 from raysl.contrastive.bank import BankConfig, MemoryBank
 from raysl.dataset import Rows
@@ -19,6 +21,7 @@ from raysl.documentation import combinations
 from raysl.objectives import Setup
 from raysl.pretext import Geometry
 from raysl.rng import ImageRng
+from raysl.storage import Folder
 from raysl.stream.reader import Batch
 from tests.objectives.setups import given
 
@@ -103,13 +106,19 @@ def test_what_it_remembers_are_unit_vectors_without_gradient(name: str) -> None:
         torch.testing.assert_close(bank_update_bd.norm(dim=1), torch.ones(3))
 
 
-def test_its_state_makes_another_one_equal(name: str) -> None:
+def test_its_checkpoint_makes_another_one_equal(name: str, tmp_path: Path) -> None:
     backbone, objective = make(name)
     bank = MemoryBank(N, objective.bank_dim, BankConfig(), seed=0) if objective.bank_dim else None
     of = batch(objective, 2)
     objective.loss(objective.forward(backbone, of.views), of, bank)
-    _, other = make(name, seed=1)
-    other.load_state_dict(objective.state_dict())
+    model = nn.ModuleDict({"backbone": backbone, "objective": objective})
+    saver = Saver(Folder(str(tmp_path)), SaveConfig(), 0, 1)
+    saver.save(1, {"network": model.state_dict()}, None)
+    saver.wait()
+    (saved,) = complete(saver.folder)
+    other_backbone, other = make(name, seed=1)
+    saved.fill(nn.ModuleDict({"backbone": other_backbone, "objective": other}), saved.network(saved.state()))
+    saved.fill(other_backbone, saved.backbone_state())
     backbone.eval(), objective.eval(), other.eval()
     torch.manual_seed(0)
     ours = objective.forward(backbone, of.views)
@@ -118,3 +127,4 @@ def test_its_state_makes_another_one_equal(name: str) -> None:
     assert ours.keys() == theirs.keys()
     for output in ours:
         assert torch.equal(ours[output], theirs[output])
+    torch.testing.assert_close(other.state_dict(), objective.state_dict(), rtol=0, atol=0, equal_nan=True)
