@@ -108,6 +108,11 @@ class Model(nn.Module):
             backbone: the backbone to check; by default that of the model.
         """
         for view in self.views().values():
+            if view.of_clips is not None and self.config.stream.decode == "gpu":
+                raise UserError(
+                    f"--stream.decode gpu is for images, and the method {self.config.method!r} learns from clips. Give "
+                    "--stream.decode data."
+                )
             if view.of_clips is not None and "frames" not in view.columns:
                 continue  # sound has its own network
             side = view.source.size

@@ -186,6 +186,13 @@ class Pretraining(Checked):
 
 # Fields that may change when a run resumes: they decide where it runs and how it is kept, not what it computes.
 MAY_CHANGE = ("run", "data", "workers", "stream", "save", "compile", "channels_last", "log_every", "plugin")
+# Fields inside of these that change the pixels.
+_FIXED_INSIDE = ("stream.decode",)
+
+
+def may_change(name: str) -> bool:
+    """Return True if the field of this dotted name may change when a run resumes."""
+    return name.partition(".")[0] in MAY_CHANGE and name not in _FIXED_INSIDE
 
 
 def differences(ours: Mapping[str, Any], theirs: Mapping[str, Any], prefix: str = "") -> list[str]:

@@ -1,12 +1,11 @@
 """Measure how fast this machine decodes JPEG files: one CPU core as the stream does, and the training device.
 
-The stream does not decode on a GPU. The numbers say whether it should: how many CPU cores a GPU would replace, and how
-much the pixels differ. Torchvision 0.29 has deprecated this decoder in favor of TorchCodec's.
+The numbers say whether a run should have `--stream.decode gpu`: how many CPU cores the GPU replaces, and how much the
+pixels differ.
 """
 
 from __future__ import annotations
 
-import warnings
 from typing import TYPE_CHECKING
 
 import numpy as np
@@ -14,9 +13,9 @@ import simplejpeg
 import torch
 from torch import Tensor
 from torch.nn.functional import interpolate
-from torchvision.io import ImageReadMode, decode_jpeg
 
 from raysl.stream.decode import decode
+from raysl.stream.gpu_decode import decode_on
 
 if TYPE_CHECKING:
     from raysl.diagnostics.bench import Bench, Numbers
@@ -27,13 +26,9 @@ _HEIGHT, _WIDTH = 375, 500  # the usual size in ImageNet
 def decoding(bench: Bench) -> Numbers:
     """Measure decoding of drawn photographs in images per second, and the mean difference of a pixel, 0 to 255."""
     files = [photo(number) for number in range(bench.config.batch_size)]
-    encoded = [torch.frombuffer(bytearray(file), dtype=torch.uint8) for file in files]
 
     def on_device() -> list[Tensor]:
-        with warnings.catch_warnings():
-            warnings.simplefilter("ignore", DeprecationWarning)
-            found: list[Tensor] = decode_jpeg(encoded, ImageReadMode.RGB, device=bench.device)
-        return found
+        return decode_on(files, bench.device)
 
     def on_cpu() -> list[Tensor]:
         return [decode(file) for file in files]

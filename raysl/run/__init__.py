@@ -26,7 +26,7 @@ from typing import Any
 from raysl import checkpoint
 from raysl.arrays import Float64s
 from raysl.checkpoint import Checkpoint
-from raysl.config import MAY_CHANGE, Pretraining, differences
+from raysl.config import Pretraining, differences, may_change
 from raysl.dataset import DataSet
 from raysl.errors import UserError
 from raysl.ray_cluster.versions import versions
@@ -250,7 +250,7 @@ def _check_same(metadata: Mapping[str, Any], wanted: Mapping[str, Any], dataset:
         )
     # Parse and write it again, so that a field that is newer than the run has its default.
     begun = json.loads(json.dumps(Pretraining.stored(metadata["config"], uri).to_json()))
-    changed = [name for name in differences(begun, wanted) if name.split(".")[0] not in MAY_CHANGE]
+    changed = [name for name in differences(begun, wanted) if not may_change(name)]
     if changed:
         raise UserError(
             f"The run at {uri!r} was begun with another configuration; these differ: {', '.join(changed)}. Give the "

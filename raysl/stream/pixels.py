@@ -169,13 +169,23 @@ def plain_jpeg(data: bytes, max_pixels: int) -> Uint8s | None:
     Raises:
         DecodeError: it has more pixels than allowed.
     """
-    if data[:3] != JPEG:
+    if not is_plain_jpeg(data, max_pixels):
         return None
+    try:
+        return simplejpeg.decode_jpeg(data)  # type: ignore[no-any-return]
+    except ValueError:
+        return None  # CMYK, or damage that Pillow may forgive, and else says more about.
+
+
+def is_plain_jpeg(data: bytes, max_pixels: int) -> bool:
+    """Return True if the header of a JPEG file is whole and asks for no rotation. Raises as `plain_jpeg`."""
+    if data[:3] != JPEG:
+        return False
     offset, marker = 2, 0
     try:
         while marker != _START_OF_SCAN:
             if data[offset] != 0xFF:
-                return None  # Damage that Pillow may forgive, and else says more about.
+                return False
             marker = data[offset + 1]
             if marker in _WITHOUT_SIZE:
                 offset += 1 if marker == 0xFF else 2
@@ -190,14 +200,11 @@ def plain_jpeg(data: bytes, max_pixels: int) -> Uint8s | None:
             elif marker == _APP1 and (
                 data.startswith(b"Exif", offset + 4) or data.find(b"tiff:Orientation", offset, end) >= 0
             ):
-                return None
+                return False
             offset = end
     except IndexError:
-        return None  # Damage, as above.
-    try:
-        return simplejpeg.decode_jpeg(data)  # type: ignore[no-any-return]
-    except ValueError:
-        return None  # CMYK, or damage as above.
+        return False
+    return True
 
 
 def _readers(data: bytes, config: DecodeConfig, ranges: Ranges, name: str) -> list[Callable[[], Picture]]:

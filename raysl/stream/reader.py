@@ -29,7 +29,8 @@ from raysl.dataset import DataSet, Rows
 from raysl.errors import UserError
 from raysl.fields import Checked
 from raysl.rng import ImageRng
-from raysl.stream.decode import DecodeError, cut, cut_clips, rng_name
+from raysl.stream import gpu_decode
+from raysl.stream.decode import DecodeError, cut, cut_clips, cut_decoded, rng_name
 from raysl.stream.plan import Plan
 from raysl.stream.views import View
 
@@ -40,9 +41,10 @@ BLOCK_BYTES = 4 << 20
 # Tasks of one Ray Data execution. Listing them takes half a second; they cover hundreds of thousands of photos, or
 # millions of small images.
 SEGMENT = 512
-# A data task that reads a remote store covers so many encoded bytes, and reads the next stretch while it decodes one.
+# A data task that reads a remote store covers at least two stretches of the plan, and so many encoded bytes. It reads
+# the next stretch while it decodes one, and waits only for the first.
 _REMOTE_TASK_BYTES = 32 << 20
-# Batches whose columns change from step to step are pickled into one column, because Arrow needs fixed columns.
+# Batches whose columns or lengths change from step to step are pickled into one column: Arrow needs fixed columns.
 _PACKED = "packed"
 # Shortest time between two steps of the loop of Ray Data's executor.
 _LOOP_PERIOD_S = 0.01
@@ -55,9 +57,12 @@ class StreamConfig(Checked):
     Args:
         place: where decoded crops become views: "data" in the Ray Data tasks, "trainer" on the training device. Both
             give identical pixels.
+        decode: "data": data tasks decode the files, on CPUs; "gpu": they send the files, and the GPU of the trainer
+            decodes them and makes the views. Pixels then differ by a level or two, so a run cannot change it.
     """
 
     place: Literal["data", "trainer"] = "data"
+    decode: Literal["data", "gpu"] = "data"
 
 
 @dataclass(frozen=True)
@@ -191,12 +196,12 @@ class Stream:
 
     @functools.cached_property
     def task_steps(self) -> int:
-        """Steps of a data task: one stretch of the plan, or several if they are short and the data is remote."""
+        """Steps of a data task: one stretch of the plan, or several if the data is remote."""
         if self.dataset.folder.is_local:
             return self.plan.stretch
         images = self.plan.stretch * self.plan.batch_size // self.world
         task_images = _REMOTE_TASK_BYTES * self.dataset.num_images / max(1, self.dataset.manifest.num_bytes)
-        return self.plan.stretch * max(1, round(task_images / images))
+        return self.plan.stretch * max(2, round(task_images / images))
 
     def _open(self, step: int, end_step: int) -> tuple[int, int, Iterator[Any]]:
         """Start a pipeline and wait for its first batch; return its first step, its end and its rows."""
@@ -249,7 +254,26 @@ class Stream:
                 parts[kind][name] = self._to_device(values)
         labels = self._to_device(columns["label"]) if "label" in columns else None
         batch = Batch(step, expected, labels, parts["view"], parts["target"])
-        return self.finish(batch, parts["crop"])
+        crops = self._decoded(step, columns, expected) if gpu_decode.FILES in columns else parts["crop"]
+        return self.finish(batch, crops)
+
+    def _decoded(self, step: int, columns: Columns, rows: Rows) -> dict[str, Tensor]:
+        """Decode the files of a batch on the device, and cut the source crops of its views."""
+        sources = {name: view.source for name, view in self.views_of(step).items()}
+        image_rng = ImageRng(self.plan.seed, rows.epochs_b, rows.indices_b)
+        try:
+            return cut_decoded(
+                gpu_decode.decode_on(gpu_decode.unpack(columns), self.device), sources, image_rng
+            )
+        except DecodeError as error:
+            raise self.damaged(error) from error
+
+    def damaged(self, error: DecodeError) -> UserError:
+        """Return the error for an image that could be decoded when it was ingested."""
+        return UserError(
+            f"An image in the data set {str(self.dataset.folder)!r} cannot be decoded, although it could when "
+            f"the data was ingested: {error}. A shard file is damaged; run `raysl ingest` again."
+        )
 
     def _to_device(self, values: npt.NDArray[Any]) -> Tensor:
         # Ray returns read-only views of its object store, of which torch makes no tensors.
@@ -320,7 +344,7 @@ class _Load:
             first = max(self.start, (self.start // length + int(number)) * length)
             parts += pieces(self.stream.plan, first, min(self.end, first - first % length + length))
         for columns in load(self.stream, parts):
-            if self.stream.schedule is not None:
+            if self.stream.schedule is not None or self.stream.config.decode == "gpu":
                 columns = {_PACKED: np.array(pickle.dumps(columns, protocol=5), dtype=object)}
             # A batch is one row of Ray Data, which is never split. With images as rows, the trainer would have to
             # put batches together.
@@ -372,6 +396,8 @@ def _columns_of_steps(stream: Stream, steps: range, rows: list[Rows], table: pa.
 
 
 def _view_columns(stream: Stream, table: pa.Table, rows: Rows, views: Mapping[str, View]) -> Columns:
+    if stream.config.decode == "gpu":
+        return gpu_decode.pack(table.column("image").to_pylist())
     image_rng = ImageRng(stream.plan.seed, rows.epochs_b, rows.indices_b)
     sources = {name: view.source for name, view in views.items() if view.of_clips is None}
     batch = Batch(0, rows, None, {}, {})
@@ -379,10 +405,7 @@ def _view_columns(stream: Stream, table: pa.Table, rows: Rows, views: Mapping[st
         crops = cut(table.column("image").to_pylist(), sources, image_rng) if sources else {}
         crops |= cut_clips(table, views, image_rng, batch.views, batch.targets)
     except DecodeError as error:
-        raise UserError(
-            f"An image in the data set {str(stream.dataset.folder)!r} cannot be decoded, although it could when "
-            f"the data was ingested: {error}. A shard file is damaged; run `raysl ingest` again."
-        ) from error
+        raise stream.damaged(error) from error
     if stream.config.place == "trainer":
         columns = {f"crop/{name}": crops_bchw.numpy() for name, crops_bchw in crops.items()}
         made = batch

@@ -79,6 +79,10 @@ def pretrain(
         # Check what can be checked without Ray before Ray starts.
         checked = _checked(config, DataSet.open(config.data)) if DataSet.is_one(config.data) else None
         group = _first_group(config, placement, local)
+        if config.stream.decode == "gpu" and not group.gpus:
+            raise UserError(
+                "--stream.decode gpu needs a GPU for each worker, and there is none. Leave it out."
+            )
     dataset = resolve(config.data)
     plan, facts = checked or _checked(config, dataset)
     end, callbacks = min(until or plan.num_steps, plan.num_steps), callbacks or Callbacks(())

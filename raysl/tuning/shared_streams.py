@@ -40,6 +40,8 @@ def why_not_shared(prepared: PreparedSweep) -> str:
     """Return why no two runs of a sweep will share a stream; "" where some may."""
     if not prepared.config.share_stream:
         return "--no-share-stream"
+    if prepared.task.base.stream.decode == "gpu":
+        return "the trainers decode"
     if prepared.task.trials_at_once == 1:
         return "one trial runs at a time"
     if all(name.partition(".")[0] in _PREVENT_SHARING for name in prepared.space.names):

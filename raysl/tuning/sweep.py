@@ -16,7 +16,7 @@ from typing import TYPE_CHECKING, Any
 from unittest.mock import patch
 
 from raysl import ray_cluster
-from raysl.config import MAY_CHANGE, Pretraining, differences
+from raysl.config import Pretraining, differences, may_change
 from raysl.dataset import DataSet
 from raysl.errors import UserError
 from raysl.run import Run
@@ -96,12 +96,15 @@ def _begin(journal: Journal, prepared: PreparedSweep) -> None:
             f"The sweep at {config.out!r} was begun by raysl 0.1 and cannot be continued by this version; `raysl "
             "report` still reads it. Give another --out."
         )
-    places = ("uris.", "sources.", *(f"base.{name}." for name in MAY_CHANGE))
     # An earlier version wrote one more field for each dimension.
     fields = header["space"][0]
     dimensions = [{name: row[name] for name in row if name in fields} for row in journal.header["space"]]
-    names = differences({**journal.header, "space": dimensions}, header)
-    changed = [name for name in names if not f"{name}.".startswith(places)]
+    # Parse and write it again, so that a field that is newer than the sweep has its default.
+    begun = Pretraining.stored({**journal.header["base"], "run": ""}, config.out).to_json()
+    begun = {name: value for name, value in json.loads(json.dumps(begun)).items() if name != "run"}
+    names = differences({**journal.header, "space": dimensions, "base": begun}, header)
+    base = {name for name in names if name.startswith("base.") and may_change(name.removeprefix("base."))}
+    changed = [name for name in names if name not in base and not name.startswith(("uris.", "sources."))]
     if changed:
         raise UserError(
             f"The sweep at {config.out!r} was begun differently; these differ: {', '.join(changed)}. Give the same "

@@ -45,7 +45,12 @@ def views() -> dict[str, View]:
 def stream(dataset: DataSet, rank: int = 0, world: int = 1, place: str = "data", epochs: float = 2) -> Stream:
     # Small pieces, so that the run takes ten data tasks.
     plan = replace(Plan.of(dataset, BATCH, seed=3, epochs=epochs), groups_per_window=2, stretch=2)
-    config = StreamConfig(place="trainer" if place == "trainer" else "data")
+    configs = {
+        "data": StreamConfig(),
+        "trainer": StreamConfig(place="trainer"),
+        "gpu": StreamConfig(decode="gpu"),
+    }
+    config = configs[place]
     return Stream(dataset, plan, views(), config, SHARE, rank, world)
 
 
@@ -97,10 +102,12 @@ def test_starts_at_any_step(dataset: DataSet, alone: list[list[tuple[int, int, s
     assert whole(dataset, 2, start=7) == alone[7:]
 
 
+@pytest.mark.parametrize("place", ["trainer", "gpu"])
 def test_views_made_on_the_trainer_are_the_same(
-    dataset: DataSet, alone: list[list[tuple[int, int, str]]]
+    dataset: DataSet, alone: list[list[tuple[int, int, str]]], place: str
 ) -> None:
-    assert whole(dataset, 1, start=15, place="trainer") == alone[15:]
+    """Also with files that the trainer decodes: PNG is decoded by its CPU."""
+    assert whole(dataset, 1, start=15, place=place) == alone[15:]
 
 
 def test_the_settings_of_ray_data_stay_as_the_program_has_them(alone: object) -> None:
