@@ -380,7 +380,19 @@ def _bench(part: str, file: str = "speed") -> str:
     return table(["program", "compared with", what, "ratio"], lines)
 
 
+def _second_run() -> str:
+    """Return the seconds of a second run in one process, from its call to its first step."""
+    rows = lines_of("bench/second-run.jsonl")
+    lines = []
+    for arm in dict.fromkeys(row["arm"] for row in rows):
+        seconds = [row["wall_s"] for row in rows if row["arm"] == arm]
+        program = arm.partition(", second")[0]
+        lines.append([program, f"{median(seconds):.1f} ({min(seconds):.1f} to {max(seconds):.1f})"])
+    return table(["program", "seconds"], lines)
+
+
 TABLES: dict[str, Callable[[], str]] = {
+    "bench-second-run": _second_run,
     "bench-start": lambda: _bench("start"),
     "bench-stream": lambda: _bench("stream"),
     "bench-more-loaders": lambda: _bench("more-loaders", "more-loaders"),
