@@ -22,8 +22,8 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
-from raysl.backbone.network import TIMM, Backbone
-from raysl.errors import UserError, package, unknown
+from raysl.backbone.network import Backbone
+from raysl.errors import UserError, package
 from raysl.storage import Folder, StorageError
 
 _log = logging.getLogger("raysl.backbone")
@@ -364,42 +364,3 @@ def _beginnings(state: Mapping[str, Tensor]) -> list[str]:
 def _some(keys: list[str]) -> str:
     more = f" and {len(keys) - _SHOWN} more" if len(keys) > _SHOWN else ""
     return (", ".join(map(repr, keys[:_SHOWN])) or "nothing") + more
-
-
-def _timm_body(name: str, options: dict[str, int]) -> Any:
-    """Build a network of timm; a vision transformer takes images of any size that its patches divide."""
-    import timm
-
-    try:
-        return timm.create_model(name, pretrained=False, num_classes=0, dynamic_img_size=True, **options)
-    except TypeError:
-        try:
-            return timm.create_model(name, pretrained=False, num_classes=0, **options)
-        except TypeError as error:
-            raise UserError(
-                f"--backbone.patch-size is {options.get('patch_size')} and the backbone {TIMM + name!r} has no "
-                "patches. Use 0, or a vision transformer."
-            ) from error
-
-
-def timm_backbone(name: str, patch_size: int = 0) -> Backbone:
-    """Build a backbone of timm that normalises images as its published weights expect.
-
-    Args:
-        name: name in timm, or NAME.TAG: weights with another tag may expect another normalisation, as those of
-            "vit_small_patch16_224" and "vit_small_patch16_224.dino".
-        patch_size: side of a patch of a vision transformer in pixels; 0 for the size in its name.
-
-    Raises:
-        UserError: timm is not installed, or has no such network.
-    """
-    timm = package("timm", f"The backbone {TIMM + name!r}", "export")
-    known = timm.list_models(pretrained="." in name)  # With tags, or without.
-    if name not in known:
-        raise unknown("backbone of timm", name, known)
-    body = _timm_body(name, {"patch_size": patch_size} if patch_size else {})
-    # If the head begins with layers of its own, `num_features` is the width of its input.
-    made = Backbone(body, int(getattr(body, "head_hidden_size", body.num_features)))
-    for buffer, constants in ((made.mean, "mean"), (made.std, "std")):
-        buffer.copy_(torch.tensor(body.pretrained_cfg[constants]).view(1, 3, 1, 1) * 255)
-    return made

@@ -14,7 +14,7 @@ from torch import Tensor, nn
 from raysl import plugins
 from raysl.backbone import norm as norms
 from raysl.backbone.small import SmallBackbone
-from raysl.errors import UserError, unknown
+from raysl.errors import UserError, package, unknown
 from raysl.fields import Bounds, Checked
 from raysl.storage import Folder
 
@@ -300,11 +300,48 @@ def _classifier(config: BackboneConfig, norm: Callable[[int], nn.Module]) -> nn.
 
 
 def _timm(config: BackboneConfig, joint: bool) -> Backbone:
-    from raysl.backbone.external_weights import timm_backbone
-
     made = timm_backbone(config.name.removeprefix(TIMM), config.patch_size)
     made.graph = norms.trace(made.body) if joint else None
     return made
+
+
+def timm_backbone(name: str, patch_size: int = 0) -> Backbone:
+    """Build a backbone of timm that normalises images as its published weights expect.
+
+    Args:
+        name: name in timm, or NAME.TAG: weights with another tag may expect another normalisation, as those of
+            "vit_small_patch16_224" and "vit_small_patch16_224.dino".
+        patch_size: side of a patch of a vision transformer in pixels; 0 for the size in its name.
+
+    Raises:
+        UserError: timm is not installed, or has no such network.
+    """
+    timm = package("timm", f"The backbone {TIMM + name!r}", "export")
+    known = timm.list_models(pretrained="." in name)  # With tags, or without.
+    if name not in known:
+        raise unknown("backbone of timm", name, known)
+    body = _timm_body(name, {"patch_size": patch_size} if patch_size else {})
+    # If the head begins with layers of its own, `num_features` is the width of its input.
+    made = Backbone(body, int(getattr(body, "head_hidden_size", body.num_features)))
+    for buffer, constants in ((made.mean, "mean"), (made.std, "std")):
+        buffer.copy_(torch.tensor(body.pretrained_cfg[constants]).view(1, 3, 1, 1) * 255)
+    return made
+
+
+def _timm_body(name: str, options: dict[str, int]) -> Any:
+    """Build a network of timm; a vision transformer takes images of any size that its patches divide."""
+    import timm
+
+    try:
+        return timm.create_model(name, pretrained=False, num_classes=0, dynamic_img_size=True, **options)
+    except TypeError:
+        try:
+            return timm.create_model(name, pretrained=False, num_classes=0, **options)
+        except TypeError as error:
+            raise UserError(
+                f"--backbone.patch-size is {options.get('patch_size')} and the backbone {TIMM + name!r} has no "
+                "patches. Use 0, or a vision transformer."
+            ) from error
 
 
 def _own(name: str, joint: bool) -> Backbone:

@@ -17,7 +17,7 @@ import torch
 from torch import Tensor, nn
 from torchvision import models
 
-from raysl.backbone import external_weights
+from raysl.backbone import external_weights, network
 from raysl.backbone.external_weights import load_weights_into
 from raysl.backbone.network import BackboneConfig, build
 from raysl.errors import UserError
@@ -292,9 +292,9 @@ def test_only_safe_readers_are_used() -> None:
 
 def test_a_tag_of_timm_decides_the_normalisation() -> None:
     pytest.importorskip("timm")
-    dino = external_weights.timm_backbone("vit_small_patch16_224.dino")
+    dino = network.timm_backbone("vit_small_patch16_224.dino")
     assert (dino.mean.flatten() / 255).tolist() == pytest.approx((0.485, 0.456, 0.406))
-    plain = external_weights.timm_backbone("vit_tiny_patch16_224")
+    plain = network.timm_backbone("vit_tiny_patch16_224")
     assert plain.mean.flatten().tolist() == plain.std.flatten().tolist() == [127.5] * 3
     with pytest.raises(UserError, match=r"vit_small_patch16_224\.dina"):
-        external_weights.timm_backbone("vit_small_patch16_224.dina")
+        network.timm_backbone("vit_small_patch16_224.dina")

@@ -10,7 +10,7 @@ import pytest
 import torch
 from torchvision import models
 
-from raysl.backbone import external_weights
+from raysl.backbone import network
 from raysl.backbone.network import Backbone, BackboneConfig
 from raysl.errors import UserError
 from raysl.extraction import RandomBackbone, Trained, Weights, encoder_by_name, layers, stages
@@ -126,7 +126,7 @@ def test_a_file_of_weights_is_found_from_another_working_directory(
 
 def test_width_of_a_backbone_of_timm() -> None:
     pytest.importorskip("timm")
-    mobile = external_weights.timm_backbone("mobilenetv3_small_050").eval()
+    mobile = network.timm_backbone("mobilenetv3_small_050").eval()
     with torch.inference_mode():
         assert mobile(IMAGES).shape == (3, mobile.width)
 
