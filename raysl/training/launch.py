@@ -79,10 +79,6 @@ def pretrain(
         # Check what can be checked without Ray before Ray starts.
         checked = _checked(config, DataSet.open(config.data)) if DataSet.is_one(config.data) else None
         group = _first_group(config, placement, local)
-        if config.stream.decode == "gpu" and not group.gpus:
-            raise UserError(
-                "--stream.decode gpu needs a GPU for each worker, and there is none. Leave it out."
-            )
     dataset = resolve(config.data)
     plan, facts = checked or _checked(config, dataset)
     end, callbacks = min(until or plan.num_steps, plan.num_steps), callbacks or Callbacks(())
@@ -149,6 +145,14 @@ def _announce(
 
 
 def _first_group(config: Pretraining, placement: Placement | None, local: bool) -> WorkerGroup:
+    """Return the first worker group. Raise UserError if it has no GPU and the run needs one."""
+    group = _group(config, placement, local)
+    if config.stream.decode == "gpu" and not group.gpus:
+        raise UserError("--stream.decode gpu needs a GPU for each worker, and there is none. Leave it out.")
+    return group
+
+
+def _group(config: Pretraining, placement: Placement | None, local: bool) -> WorkerGroup:
     """Start Ray and return the first worker group; or check that this process can train, and return its worker."""
     if local:
         in_process.check(config)
