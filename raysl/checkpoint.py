@@ -117,8 +117,8 @@ class Checkpoint:
         """Load tensors of this checkpoint into a module. Raise UserError if they do not fit it."""
         try:
             module.load_state_dict(tensors)
-        except RuntimeError as error:
-            why = str(error).strip().splitlines()[-1].strip()
+        except (RuntimeError, KeyError, TypeError, AttributeError) as error:  # also of extra states
+            why = (str(error).strip().splitlines() or [type(error).__name__])[-1].strip()
             found = (
                 f"its tensors do not fit the network of the run ({why}), or another version of raysl wrote it"
             )

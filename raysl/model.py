@@ -110,8 +110,7 @@ class Model(nn.Module):
         for view in self.views().values():
             if view.of_clips is not None and self.config.stream.decode == "gpu":
                 raise UserError(
-                    f"--stream.decode gpu is for images, and the method {self.config.method!r} learns from clips. Give "
-                    "--stream.decode data."
+                    f"--stream.decode gpu is for images, and {self.config.method!r} learns from clips. Leave it out."
                 )
             if view.of_clips is not None and "frames" not in view.columns:
                 continue  # sound has its own network

@@ -49,7 +49,8 @@ def names(room: str) -> list[str]:
 
 def is_experimental(room: str, name: str) -> bool:
     """Return True if a file of a room is one of `raysl.experimental`, whose use is not shown yet."""
-    return EXPERIMENTAL in _PACKAGES.get(room, ()) and name in _files(EXPERIMENTAL)
+    outside = name in _entry_points(room)
+    return not outside and EXPERIMENTAL in _PACKAGES.get(room, ()) and name in _files(EXPERIMENTAL)
 
 
 def _files(package: str) -> list[str]:

@@ -7,6 +7,7 @@ does not, so the host prepares the next step while the device computes.
 from __future__ import annotations
 
 import functools
+from collections.abc import Callable
 from typing import Any
 
 import numpy.typing as npt
@@ -36,13 +37,19 @@ def copied_beside(values: Tensor, device: torch.device) -> Tensor:
     """
     if device.type != "cuda":
         return values.to(device)
+    return made_beside(lambda: [values.pin_memory().to(device, non_blocking=True)], device)[0]
+
+
+def made_beside(make: Callable[[], list[Tensor]], device: torch.device) -> list[Tensor]:
+    """Return tensors that `make` puts on a GPU while it computes; later work on the GPU waits for them."""
     side, compute = _side_stream(device), torch.cuda.current_stream(device)
     with torch.cuda.stream(side):
-        copy = values.pin_memory().to(device, non_blocking=True)
+        made = make()
     compute.wait_stream(side)
     # The memory belongs to the side stream and may be used again only when the computation has finished.
-    copy.record_stream(compute)
-    return copy
+    for tensor in made:
+        tensor.record_stream(compute)
+    return made
 
 
 @functools.cache

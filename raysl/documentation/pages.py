@@ -34,8 +34,8 @@ _INTRODUCTION = (
 )
 
 _EXPERIMENTAL = (
-    "Experimental: `results/` has no run in which this objective learns better features than the untrained backbone. "
-    "It may change or be removed in any version."
+    "Experimental: `results/` has no run of this objective that is better by kNN than the untrained backbone. It may "
+    "change or be removed in any version."
 )
 
 PROBES = "probes"

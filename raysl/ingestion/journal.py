@@ -22,7 +22,8 @@ from raysl.ingestion.images import Treated, settings
 from raysl.ingestion.objects import FOLDER as OBJECTS
 from raysl.ingestion.shard import Written
 from raysl.ingestion.sources import Place, Unit
-from raysl.storage import Folder, lock
+from raysl.storage import Folder
+from raysl.storage.lock import is_lock
 from raysl.storage.records import read_record, write_record
 from raysl.stream.pixels import DecodeConfig
 
@@ -146,7 +147,7 @@ def finished(dest: Folder, name: str, decoding: DecodeConfig) -> DataSet | None:
         return data_set
     if dest.is_local and Path(str(dest)).is_file():
         raise UserError(f"The destination {str(dest)!r} is a file. Name a folder.")
-    content = [name for name in dest.list() if not name.endswith(".tmp") and not name.startswith(lock.NAME)]
+    content = [name for name in dest.list() if not name.endswith(".tmp") and not is_lock(name)]
     header = Journal(dest).header()
     if header is None and set(content) - {JOURNAL, OBJECTS}:
         raise UserError(
@@ -163,7 +164,8 @@ def finished(dest: Folder, name: str, decoding: DecodeConfig) -> DataSet | None:
 
 def check_free(dest: Folder) -> None:
     """Raise UserError if a folder cannot take the rows of an object."""
-    if others := set(dest.list()) - {JOURNAL, OBJECTS, SHARDS, lock.NAME}:
+    own = {JOURNAL, OBJECTS, SHARDS}
+    if others := {name for name in dest.list() if name not in own and not is_lock(name)}:
         raise UserError(
             f"The destination {str(dest)!r} is not empty: it holds {min(others)!r}. Choose a new folder."
         )

@@ -14,6 +14,7 @@ import sys
 import time
 from collections import Counter
 from collections.abc import Callable, Iterable, Iterator
+from contextlib import suppress
 from dataclasses import dataclass, field, fields
 from functools import partial
 from itertools import accumulate, chain
@@ -101,14 +102,18 @@ def ingest(source: Any, dest: str, config: IngestConfig | None = None, wait: boo
         check_apart(folder, source.place)
     else:
         check_free(folder)
+    is_new = not folder.exists()
     try:
         with DriverLock(folder, "data set", wait=wait) as lock:
+            if not isinstance(source, Opened):
+                check_free(folder)  # again: another process may have written here in the meantime
             opened = source if isinstance(source, Opened) else objects.opened(source, folder, config.reading)
-            done = _finished(opened, folder, config)  # by another process, in the meantime
+            done = _finished(opened, folder, config)  # by another process
             return done or _ingest(opened, Journal(folder), config, lock)
     except UserError:
-        if not folder.list():
-            folder.delete()
+        if is_new and folder.is_local:
+            with suppress(OSError):  # It is not empty.
+                os.rmdir(str(folder))
         raise
 
 
@@ -124,9 +129,9 @@ def _finished(opened: Opened, folder: Folder, config: IngestConfig) -> DataSet |
 
 def _ingest(opened: Opened, journal: Journal, config: IngestConfig, lock: DriverLock) -> DataSet:
     listed = _list(opened.source, journal, config)
-    _write_all(opened, listed, journal, config)
-    _scale_all(opened, listed, journal, config)
-    _renumber_all(journal, config)
+    _write_all(opened, listed, journal, config, lock)
+    _scale_all(opened, listed, journal, config, lock)
+    _renumber_all(journal, config, lock)
     lock.check()
     return _finish(opened.source, listed, journal, config)
 
@@ -167,16 +172,20 @@ def _list(source: Source, journal: Journal, config: IngestConfig) -> Listed:
     return listed
 
 
-def _write_all(opened: Opened, listed: Listed, journal: Journal, config: IngestConfig) -> None:
+def _write_all(
+    opened: Opened, listed: Listed, journal: Journal, config: IngestConfig, lock: DriverLock
+) -> None:
     """Write every shard that is not yet done."""
     done = set(journal.done())
     pending = [number for number in range(len(listed.counts)) if number not in done]
     write = _writer(opened, listed, journal, config, {})
     seen = sum(listed.counts[number] for number in done)
-    _show_progress(_run_tasks(pending, write, config), "Ingesting", seen, sum(listed.counts))
+    _show_progress(_run_tasks(pending, write, config, lock), "Ingesting", seen, sum(listed.counts))
 
 
-def _scale_all(opened: Opened, listed: Listed, journal: Journal, config: IngestConfig) -> None:
+def _scale_all(
+    opened: Opened, listed: Listed, journal: Journal, config: IngestConfig, lock: DriverLock
+) -> None:
     """Write the shards that hold signed or float values again, now that the range of all of them is known."""
     with_values = [written for written in journal.all_written() if written.tally]
     ranges = images.ranges_of(images.merge(written.tally for written in with_values), config.decoding)
@@ -187,7 +196,7 @@ def _scale_all(opened: Opened, listed: Listed, journal: Journal, config: IngestC
     ]
     write = _writer(opened, listed, journal, config, ranges)
     total = sum(listed.counts[number] for number in pending)
-    _show_progress(_run_tasks(pending, write, config), "Scaling values", 0, total)
+    _show_progress(_run_tasks(pending, write, config, lock), "Scaling values", 0, total)
 
 
 def _writer(opened: Opened, listed: Listed, journal: Journal, config: IngestConfig, ranges: Ranges) -> Work:
@@ -212,7 +221,7 @@ def _writer(opened: Opened, listed: Listed, journal: Journal, config: IngestConf
     return write
 
 
-def _renumber_all(journal: Journal, config: IngestConfig) -> None:
+def _renumber_all(journal: Journal, config: IngestConfig, lock: DriverLock) -> None:
     """Rewrite the index column of every shard that starts at another index than the listing promised."""
     first_indices: dict[int, int] = {}
     first_index, total = 0, 0
@@ -227,11 +236,17 @@ def _renumber_all(journal: Journal, config: IngestConfig) -> None:
         journal.write_done(shard.move(journal.dest, written, first_indices[number]))
         return written.num_images, 0
 
-    _show_progress(_run_tasks(list(first_indices), move, config), "Renumbering", 0, total)
+    _show_progress(_run_tasks(list(first_indices), move, config, lock), "Renumbering", 0, total)
 
 
-def _run_tasks(numbers: list[int], work: Work, config: IngestConfig) -> Iterator[tuple[int, int]]:
-    """Do the work for every number in a separate task; yield (images, bad) as each task ends."""
+def _run_tasks(
+    numbers: list[int], work: Work, config: IngestConfig, lock: DriverLock
+) -> Iterator[tuple[int, int]]:
+    """Do the work for every number in a separate task; yield (images, bad) as each task ends.
+
+    Raises:
+        UserError: a task failed, or another process has taken over.
+    """
     import ray.data
 
     if not numbers:
@@ -243,6 +258,8 @@ def _run_tasks(numbers: list[int], work: Work, config: IngestConfig) -> Iterator
     for row in tasks.iter_rows():
         if row["error"]:
             raise UserError(row["error"])
+        if lock.lost.is_set():
+            lock.check()
         yield row["images"], row["bad"]
 
 
@@ -267,8 +284,8 @@ def _finish(source: Source, listed: Listed, journal: Journal, config: IngestConf
     done = len(journal.done())
     if done < len(listed.counts):
         raise UserError(
-            f"The journal of {dest} holds {done} of {len(listed.counts)} shards at the end: files were deleted. Run "
-            "the same command again."
+            f"The journal of {dest} holds {done} of {len(listed.counts)} shards at the end: files were deleted, or "
+            "another process wrote here. Run the same command again."
         )
     shards: list[Shard] = []
     digest = hashlib.blake2b(digest_size=16)

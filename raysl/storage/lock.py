@@ -10,6 +10,7 @@ from __future__ import annotations
 import contextlib
 import logging
 import os
+import re
 import socket
 import threading
 import time
@@ -26,6 +27,12 @@ NAME = "driver.json"
 BEAT_S = 10.0
 # Beats that a driver may miss before another takes over.
 _MISSED = 4
+_SAY_EVERY_S = 60.0
+
+
+def is_lock(name: str) -> bool:
+    """Return True if a file is a lock, or the beginning of one that a killed process left."""
+    return re.fullmatch(rf"{re.escape(NAME)}(\.[0-9a-f]{{32}})?", name) is not None
 
 
 def held_here(folder: Folder) -> bool:
@@ -81,7 +88,7 @@ class DriverLock:
         self._work = work
         self._beat_s = beat_s
         self._wait = wait
-        self._told = False
+        self._quiet_until_s = 0.0
         host, scope = _here()
         self._record = {"id": uuid.uuid4().hex, "host": host, "scope": scope, "pid": os.getpid()}
         self._done = threading.Event()
@@ -118,7 +125,7 @@ class DriverLock:
         if not self._is_mine():
             raise UserError(
                 f"Another driver has taken over the {self._work} at {str(self.folder)!r}, or {NAME} was deleted. This "
-                "driver stops; everything it has written is kept, and the other one resumes from there."
+                "driver stops, and the other one resumes from what it has written."
             )
 
     def _is_mine(self) -> bool:
@@ -139,7 +146,7 @@ class DriverLock:
             except OSError:  # This file system has no links.
                 pass
             finally:
-                mine.unlink()
+                mine.unlink(missing_ok=True)
         self._write(0)
         # Another driver that saw no file either, or the record of the same dead driver, may overwrite this record.
         time.sleep(self._beat_s / 40)
@@ -175,24 +182,27 @@ class DriverLock:
     def _wait_until_stale(self, found: dict[str, Any]) -> None:
         """Return when the file has not changed for some beats. Raises UserError when it changes."""
         patience_s = _MISSED * self._beat_s
-        if not self._told:
-            self._told = True
-            _log.info(
-                "Another driver, %s, has worked on this %s. %s",
-                _describe(found),
-                self._work,
-                "Waiting until it has ended."
-                if self._wait
-                else f"Waiting for {patience_s:.0f} s to see whether it still does.",
-            )
+        self._say(found, patience_s)
         deadline = time.monotonic() + patience_s
         while time.monotonic() < deadline:
             time.sleep(self._beat_s / 10)
             now = _read_record(self.folder)
-            if now is None:
+            if now is None or self._has_ended(now):
                 return
             if now != found:
                 raise self._held_error(now)
+
+    def _say(self, found: dict[str, Any], patience_s: float) -> None:
+        """Say once a minute that this driver waits, and for what."""
+        if time.monotonic() < self._quiet_until_s:
+            return
+        self._quiet_until_s = time.monotonic() + _SAY_EVERY_S
+        until = "Waiting until it has finished."
+        if not self._wait:
+            until = f"Waiting for {patience_s:.0f} s to see whether it still does."
+        _log.info(
+            "Another driver, %s, works on the %s at %s. %s", _describe(found), self._work, self.folder, until
+        )
 
     def _held_error(self, found: dict[str, Any]) -> _HeldError:
         return _HeldError(

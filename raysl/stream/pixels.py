@@ -44,6 +44,7 @@ _REDUCED_OR_MASK = 0b101
 # Markers of JPEG (ITU-T T.81, table B.1).
 _START_OF_SCAN, _APP1 = 0xDA, 0xE1
 _FRAMES = {*range(0xC0, 0xD0)} - {0xC4, 0xC8, 0xCC}
+_COMMON_FRAMES = (0xC0, 0xC1, 0xC2)
 _WITHOUT_SIZE = {0x01, *range(0xD0, 0xD9), 0xFF}
 
 
@@ -160,6 +161,19 @@ def _as_decode_error(error: Exception) -> DecodeError:
     return DecodeError(f"damaged: {kind}{str(error)[:_LONGEST_REASON]}")
 
 
+class JpegHeader(NamedTuple):
+    """What the header of a JPEG file says: the marker of its frame, the bits of a channel, and the channels."""
+
+    frame: int
+    bits: int
+    channels: int
+
+    @property
+    def is_common(self) -> bool:
+        """True for gray or YCbCr of 8 bits, Huffman-coded, sequential or progressive, as nearly all files are."""
+        return self.frame in _COMMON_FRAMES and self.bits == 8 and self.channels in (1, 3)
+
+
 def plain_jpeg(data: bytes, max_pixels: int) -> Uint8s | None:
     """Decode a JPEG file that needs nothing but decoding; None if it needs Pillow.
 
@@ -169,7 +183,7 @@ def plain_jpeg(data: bytes, max_pixels: int) -> Uint8s | None:
     Raises:
         DecodeError: it has more pixels than allowed.
     """
-    if not is_plain_jpeg(data, max_pixels):
+    if plain_header(data, max_pixels) is None:
         return None
     try:
         return simplejpeg.decode_jpeg(data)  # type: ignore[no-any-return]
@@ -177,15 +191,16 @@ def plain_jpeg(data: bytes, max_pixels: int) -> Uint8s | None:
         return None  # CMYK, or damage that Pillow may forgive, and else says more about.
 
 
-def is_plain_jpeg(data: bytes, max_pixels: int) -> bool:
-    """Return True if the header of a JPEG file is whole and asks for no rotation. Raises as `plain_jpeg`."""
+def plain_header(data: bytes, max_pixels: int) -> JpegHeader | None:
+    """Read the header of a JPEG file; None if it is not whole, or asks for a rotation. Raises as `plain_jpeg`."""
     if data[:3] != JPEG:
-        return False
+        return None
     offset, marker = 2, 0
+    header = JpegHeader(0, 0, 0)
     try:
         while marker != _START_OF_SCAN:
             if data[offset] != 0xFF:
-                return False
+                return None
             marker = data[offset + 1]
             if marker in _WITHOUT_SIZE:
                 offset += 1 if marker == 0xFF else 2
@@ -197,14 +212,15 @@ def is_plain_jpeg(data: bytes, max_pixels: int) -> bool:
                     data[offset + 5] << 8 | data[offset + 6],
                     max_pixels,
                 )
+                header = JpegHeader(marker, data[offset + 4], data[offset + 9])
             elif marker == _APP1 and (
                 data.startswith(b"Exif", offset + 4) or data.find(b"tiff:Orientation", offset, end) >= 0
             ):
-                return False
+                return None
             offset = end
     except IndexError:
-        return False
-    return True
+        return None
+    return header
 
 
 def _readers(data: bytes, config: DecodeConfig, ranges: Ranges, name: str) -> list[Callable[[], Picture]]:

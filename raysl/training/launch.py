@@ -148,7 +148,10 @@ def _first_group(config: Pretraining, placement: Placement | None, local: bool) 
     """Return the first worker group. Raise UserError if it has no GPU and the run needs one."""
     group = _group(config, placement, local)
     if config.stream.decode == "gpu" and not group.gpus:
-        raise UserError("--stream.decode gpu needs a GPU for each worker, and there is none. Leave it out.")
+        raise UserError(
+            "--stream.decode gpu needs a GPU for each worker, and there is none. Train on GPUs, or begin a new run "
+            "without it."
+        )
     return group
 
 

@@ -8,7 +8,7 @@ import json
 import logging
 import os
 import threading
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import asdict, replace
 from statistics import mean
@@ -99,9 +99,9 @@ def _begin(journal: Journal, prepared: PreparedSweep) -> None:
     # An earlier version wrote one more field for each dimension.
     fields = header["space"][0]
     dimensions = [{name: row[name] for name in row if name in fields} for row in journal.header["space"]]
-    # Parse and write it again, so that a field that is newer than the sweep has its default.
-    begun = Pretraining.stored({**journal.header["base"], "run": ""}, config.out).to_json()
-    begun = {name: value for name, value in json.loads(json.dumps(begun)).items() if name != "run"}
+    # A field that is newer than the sweep had its default.
+    defaults = json.loads(json.dumps(Pretraining("", "", method=task.base.method).to_json()))
+    begun = _filled(journal.header["base"], {name: defaults[name] for name in header["base"]})
     names = differences({**journal.header, "space": dimensions, "base": begun}, header)
     base = {name for name in names if name.startswith("base.") and may_change(name.removeprefix("base."))}
     changed = [name for name in names if name not in base and not name.startswith(("uris.", "sources."))]
@@ -110,6 +110,15 @@ def _begin(journal: Journal, prepared: PreparedSweep) -> None:
             f"The sweep at {config.out!r} was begun differently; these differ: {', '.join(changed)}. Give the same "
             "values to continue it, or another --out for a new sweep."
         )
+
+
+def _filled(value: Mapping[str, Any], defaults: Mapping[str, Any]) -> dict[str, Any]:
+    """Return a JSON value with the fields that it lacks, also of the values inside."""
+    made = {**defaults, **value}
+    for key, inner in defaults.items():
+        if isinstance(inner, Mapping) and isinstance(value.get(key), Mapping):
+            made[key] = _filled(value[key], inner)
+    return made
 
 
 def _run(prepared: PreparedSweep, journal: Journal) -> None:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import logging
 import os
 import shutil
+import threading
 from collections.abc import Callable
 from concurrent.futures import Future, ThreadPoolExecutor
 from pathlib import Path
@@ -224,7 +225,19 @@ def test_two_commands_that_need_the_same_source_ingest_it_once(
     source, cache = str(photos(tmp_path / "in")), tmp_path / "cache"
     with ThreadPoolExecutor(1) as pool:
         second: list[Future[DataSet]] = []
-        before_the_end(monkeypatch, lambda: second.append(pool.submit(resolve, source, cache)))
+        waits = threading.Event()
+        wait = DriverLock._wait_until_stale
+
+        def watched(lock: DriverLock, found: dict[str, Any]) -> None:
+            waits.set()
+            wait(lock, found)
+
+        def begin_second() -> None:
+            second.append(pool.submit(resolve, source, cache))
+            assert waits.wait(30)
+
+        monkeypatch.setattr(DriverLock, "_wait_until_stale", watched)
+        before_the_end(monkeypatch, begin_second)
         first = resolve(source, cache)
         assert second[0].result(timeout=60).folder == first.folder
     assert said.text.count("Ingested 7 images") == 1
@@ -237,6 +250,30 @@ def test_an_ingest_whose_place_was_taken_over_ends_without_a_manifest(
     before_the_end(monkeypatch, lambda: Folder(str(out)).write_json(lock.NAME, {"id": "another"}))
     assert "taken over" in refused(source, out)
     assert not DataSet.is_one(str(out))
+
+
+def test_an_object_is_not_taken_for_what_another_process_wrote_meanwhile(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    files, out = sorted(photos(tmp_path / "in").rglob("*.jpg")), tmp_path / "out"
+    enter = DriverLock._acquire
+
+    def another_ends_first(lock: DriverLock) -> None:
+        monkeypatch.setattr(DriverLock, "_acquire", enter)
+        pipeline.ingest([str(file) for file in files], str(out))
+        enter(lock)
+
+    monkeypatch.setattr(DriverLock, "_acquire", another_ends_first)
+    with pytest.raises(UserError, match="not empty"):
+        pipeline.ingest([str(file) for file in reversed(files)], str(out))
+    assert DataSet.open(str(out)).num_images == 7
+    assert not (out / "_source").exists()
+
+
+def test_an_empty_folder_of_the_user_stays(tmp_path: Path) -> None:
+    (tmp_path / "out").mkdir()
+    refused(photos(tmp_path / "in", bad=tuple(range(7))), tmp_path / "out")
+    assert list((tmp_path / "out").iterdir()) == []
 
 
 def test_refusals_touch_nothing(tmp_path: Path) -> None:

@@ -14,7 +14,7 @@ import pytest
 
 from raysl.errors import UserError
 from raysl.storage import Folder
-from raysl.storage.lock import NAME, DriverLock, held_here
+from raysl.storage.lock import NAME, DriverLock, held_here, is_lock
 from raysl.tuning.journal import NAME as JOURNAL
 from raysl.tuning.journal import Journal
 
@@ -125,3 +125,36 @@ def test_a_driver_that_was_taken_over_from_writes_no_more(tmp_path: Path) -> Non
             journal.add({"event": "trial"})
     assert folder.read(JOURNAL) == before
     assert folder.read_json(NAME)["id"] == "other"
+
+
+def test_one_that_waits_enters_when_the_other_has_ended(
+    tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    folder, waits, entered = Folder(str(tmp_path)), threading.Event(), threading.Event()
+
+    class Watched(DriverLock):
+        def _wait_until_stale(self, found: dict[str, Any]) -> None:
+            waits.set()
+            super()._wait_until_stale(found)
+
+    def second() -> None:
+        with Watched(folder, "data set", 0.02, wait=True):
+            entered.set()
+
+    with caplog.at_level("INFO"), DriverLock(folder, "data set", 0.01) as lock:
+        thread = threading.Thread(target=second)
+        thread.start()
+        assert waits.wait(30)
+        lock.check()
+        assert not entered.is_set()
+    thread.join(30)
+    assert entered.is_set()
+    assert "Waiting until it has finished" in caplog.text
+    assert folder.list() == []
+
+
+def test_what_a_killed_process_leaves_is_known_as_a_lock() -> None:
+    assert is_lock(NAME)
+    assert is_lock(f"{NAME}.{'0' * 32}")
+    assert not is_lock(f"{NAME}.bak")
+    assert not is_lock("driver.jsonl")

@@ -20,7 +20,7 @@ from raysl.model import DatasetInfo, Model
 from raysl.pretext import Geometry, build
 from raysl.run import Run
 from raysl.stream import gpu_decode
-from raysl.stream.decode import DecodeError, decode
+from raysl.stream.decode import DecodeError, decode, resized, resized_in_float
 from raysl.stream.plan import Plan
 from raysl.stream.reader import Batch, Stream, StreamConfig, load
 from raysl.stream.views import View
@@ -67,11 +67,15 @@ def test_gray_files_get_three_channels() -> None:
 def test_files_that_need_more_than_decoding_are_those_of_the_cpu() -> None:
     exif = Image.Exif()
     exif[274] = 6  # turned by a quarter
-    files = [encoded(picture(), "JPEG", exif=exif), encoded(picture()), encoded(picture(), "JPEG")]
-    turned, png, plain = gpu_decode.decode_on(files, CPU)
-    assert torch.equal(turned, decode(files[0]))
-    assert torch.equal(png, decode(files[1]))
-    assert turned.shape == (3, 40, 30)
+    others = [
+        encoded(picture(), "JPEG", exif=exif),
+        encoded(picture()),
+        encoded(picture().convert("CMYK"), "JPEG"),
+    ]
+    *found, plain = gpu_decode.decode_on([*others, encoded(picture(), "JPEG")], CPU)
+    for pixels, file in zip(found, others, strict=True):
+        assert torch.equal(pixels, decode(file))
+    assert found[0].shape == (3, 40, 30)
     assert plain.shape == (3, 30, 40)
 
 
@@ -84,7 +88,35 @@ def test_files_arrive_as_they_were() -> None:
 def test_a_damaged_file_is_named_so() -> None:
     file = encoded(picture(), "JPEG")
     with pytest.raises(DecodeError, match="damaged"):
-        gpu_decode.decode_on([file[: len(file) // 2]], CPU)
+        gpu_decode.decode_on([file, file[: len(file) // 2]], CPU)
+
+
+def test_a_file_that_the_decoder_refuses_is_decoded_by_the_cpu(monkeypatch: pytest.MonkeyPatch) -> None:
+    def refuse(*_: object, **__: object) -> None:
+        raise RuntimeError("Unknown chroma subsampling")
+
+    monkeypatch.setattr(gpu_decode, "decode_jpeg", refuse)
+    files = [encoded(picture(), "JPEG"), encoded(picture(20, 20), "JPEG")]
+    for pixels, file in zip(gpu_decode.decode_on(files, CPU), files, strict=True):
+        assert torch.equal(pixels, decode(file))
+
+
+@pytest.mark.parametrize("error", [torch.OutOfMemoryError("full"), RuntimeError("CUDA error: no driver")])
+def test_an_error_of_the_gpu_is_no_damaged_file(error: RuntimeError, monkeypatch: pytest.MonkeyPatch) -> None:
+    def fail(*_: object, **__: object) -> None:
+        raise error
+
+    monkeypatch.setattr(gpu_decode, "decode_jpeg", fail)
+    with pytest.raises(RuntimeError, match=str(error)):
+        gpu_decode.decode_on([encoded(picture(), "JPEG")], CPU)
+
+
+def test_a_gpu_resizes_as_the_cpu_does() -> None:
+    image_1chw = decode(encoded(picture(120, 90)))[None]
+    for height, width in ((32, 32), (200, 150)):
+        ours, theirs = resized_in_float(image_1chw, height, width), resized(image_1chw, height, width)
+        assert ours.dtype == torch.uint8
+        assert (ours.int() - theirs.int()).abs().max() <= 1
 
 
 def test_a_run_cannot_change_where_it_decodes(tmp_path: Path) -> None:

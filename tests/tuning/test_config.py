@@ -9,6 +9,7 @@ import pytest
 
 from raysl.errors import UserError
 from raysl.tuning.config import SweepConfig
+from raysl.tuning.sweep import _filled
 
 
 def made(**changes: Any) -> SweepConfig:
@@ -47,3 +48,13 @@ def test_what_may_change_between_sessions_are_fields() -> None:
 def test_what_is_refused(changes: dict[str, Any], answer: str) -> None:
     with pytest.raises(UserError, match=answer):
         SweepConfig(**{"out": "out", "vary": ("temperature",), "searcher": "random", **changes})
+
+
+def test_a_field_that_is_newer_than_a_sweep_has_its_default() -> None:
+    defaults = {"stream": {"place": "data", "decode": "data"}, "epochs": 1, "parts": {}}
+    begun = {"stream": {"place": "trainer"}, "epochs": 2, "parts": {"pirl": {"dim": 8}}}
+    assert _filled(begun, defaults) == {
+        "stream": {"place": "trainer", "decode": "data"},
+        "epochs": 2,
+        "parts": {"pirl": {"dim": 8}},
+    }
