@@ -246,6 +246,8 @@ def described(hint: Any) -> str:
         return "one of " + ", ".join(map(str, inner))
     words = {int: "a whole number", float: "a number", bool: "true or false", str: "a text", Path: "a path"}
     words |= {types.NoneType: "none", tuple: "a list of values"}
+    if dataclasses.is_dataclass(hint):
+        return f"a {getattr(hint, '__name__', hint)} or a mapping of its fields"
     return words.get(origin or hint, re.sub(r"^.*\.", "", str(hint)))
 
 

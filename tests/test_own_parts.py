@@ -68,8 +68,10 @@ def test_an_own_augmentation_has_its_place_in_the_metadata(tmp_path: Path) -> No
 def test_an_augmentation_that_cannot_be_used_is_refused(name: str, answer: str) -> None:
     with pytest.raises(UserError, match=answer):
         OwnAugmentation(name)(torch.zeros(1, 3, 4, 4, dtype=torch.uint8), rng([0]))
-    with pytest.raises(UserError, match="cannot be imported by workers"):
+    with pytest.raises(UserError, match=r"'MODULE:NAME' or 'FILE\.py:NAME'"):
         name_of(NOISY)
+    with pytest.raises(UserError, match="cannot be imported by workers"):
+        name_of(lambda image_chw: image_chw)
 
 
 def test_training_starts_from_weights_in_a_file(tmp_path: Path) -> None:

@@ -124,7 +124,7 @@ def probe(
     Args:
         checkpoint: a run (its newest checkpoint), RUN/checkpoints/step-NNN, a file of weights, or "random".
         train, test: labelled data that the probes learn from, and labelled data on which the probes are scored.
-        probes: names of probes; `raysl methods` lists them.
+        probes: a name, or names, of probes; `raysl methods` lists them.
         layers: "all" is conv1, res2 to res5 and pooled.
         out: folder of the rows and features; by default that of the run. Required for weights.
         image_size: side of the view in pixels, for weights only; 0 for 224 for a file of weights and 32 otherwise.
@@ -139,6 +139,7 @@ def probe(
     from raysl import probes as all_probes
     from raysl.backbone.network import BackboneConfig as Network
 
+    probes, layers = ([given] if isinstance(given, str) else given for given in (probes, layers))
     if extra := sorted(set(protocols) - set(probes)):
         raise UserError(f"The argument {extra[0]!r} is neither one of `probe` nor one of {tuple(probes)}.")
     configs = {name: configure(all_probes.config_type(name), protocols.get(name), {}) for name in probes}
@@ -151,14 +152,8 @@ def probe(
     source = encoder_by_name(uri(checkpoint), network, seed)
     evaluate.layers_of(source, layers)  # Raises UserError for an unknown layer.
     data_sets = dataset(train), dataset(test)
-    config = options.ProbeConfig(
-        *(probes, layers),
-        configs=configs,
-        bn_statistics=bn_statistics,
-        out=os.fspath(out),
-        image_size=image_size,
-        seed=seed,
-    )
+    choices: dict[str, Any] = {"bn_statistics": bn_statistics, "image_size": image_size, "seed": seed}
+    config = options.ProbeConfig(probes, layers, configs=configs, out=os.fspath(out), **choices)
     evaluate.check_data(config.ready(), *data_sets)
     start_ray(config.out or (str(source.run.folder) if isinstance(source, Trained) else ""))
     title = f"{uri(checkpoint).rpartition('/')[2]} ({network.name})"

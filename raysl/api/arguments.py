@@ -146,8 +146,12 @@ def _resolved(values: Mapping[str, Any], data: str, usual_workers: int, has_gpus
 
 
 def _named(fields: Mapping[str, Any]) -> dict[str, Any]:
-    """Return fields in which a backbone or an augmentation of the user is replaced by its importable name."""
+    """Return fields in which the name of a backbone is a mapping, and a backbone or an augmentation of the user is
+    replaced by its importable name.
+    """
     values, view = dict(fields), fields.get("view")
+    if isinstance(values.get("backbone"), str):
+        values["backbone"] = {"name": values["backbone"]}
     if callable(values.get("backbone")):
         from raysl.backbone.network import config_of
 

@@ -66,9 +66,14 @@ def name_of(function: Callable[..., Any]) -> str:
     """
     if name := plugins.importable_name(function):
         return name
+    if not hasattr(function, "__qualname__"):
+        raise UserError(
+            f"The augmentation is an object of the type {type(function).__name__!r}, which does not know its name. "
+            "Give the name of the variable at the top level of a module, as 'MODULE:NAME' or 'FILE.py:NAME'."
+        )
     raise UserError(
-        f"The augmentation {getattr(function, '__qualname__', '') or type(function).__name__!r} cannot be imported by "
-        "workers. Define it at the top level of a module, and give 'MODULE:NAME' or 'FILE.py:NAME'."
+        f"The augmentation {function.__qualname__!r} cannot be imported by workers. Define it at the top level of a "
+        "module, and give 'MODULE:NAME' or 'FILE.py:NAME'."
     )
 
 

@@ -113,7 +113,7 @@ class Pretraining(Checked):
             if name not in config_types:
                 known = [*(field.name for field in dataclasses.fields(self)), *config_types]
                 kind = f"argument or part of the method {self.method!r}:"
-                raise unknown(kind, name, known, config_types)
+                raise unknown(kind, name, known)
         parts = {name: self.parts.get(name, {}) for name in config_types}
         for name, part in parts.items():
             if isinstance(part, Mapping):

@@ -16,6 +16,7 @@ from typing import Any
 import numpy as np
 from PIL import Image
 
+from raysl.backbone.network import TIMM
 from raysl.config import Pretraining, from_dict, methods
 from raysl.dataset import DataSet
 
@@ -147,7 +148,9 @@ def _choices(
     photos = short_side(dataset) > SMALL_SIDE
     method = given.get("method", "pirl-jigsaw")
     yield Choice("method", method)
-    if not photos:
+    if str(_backbone_name(given)).startswith(TIMM):
+        yield Choice("view.image_size", 224, "most networks of timm are made for it")
+    elif not photos:
         yield Choice("backbone.name", "small")
         yield Choice("view.image_size", 32)
     elif has_gpus:
@@ -167,6 +170,11 @@ def _choices(
     yield from _of_method(method, dataset.num_images)
     if not photos:
         yield from _of_short_runs(method)
+
+
+def _backbone_name(given: Mapping[str, Any]) -> Any:
+    backbone = given.get("backbone", {})
+    return backbone.get("name", "") if isinstance(backbone, Mapping) else getattr(backbone, "name", "")
 
 
 def _batch_size(num_images: int, workers: int | str, most: int) -> Choice:

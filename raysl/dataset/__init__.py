@@ -132,6 +132,10 @@ class DataSet:
     folder: Folder
     manifest: Manifest
 
+    def __repr__(self) -> str:
+        classes = f" in {len(self.manifest.classes)} classes" if self.manifest.classes else ""
+        return f"DataSet({str(self.folder)!r}: {self.num_images:,} images{classes})"
+
     @staticmethod
     def is_one(uri: str) -> bool:
         """Return True if there is a finished data set at `uri`."""

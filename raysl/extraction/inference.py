@@ -5,7 +5,7 @@ from __future__ import annotations
 import io
 import json
 import os
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Mapping
 from typing import Any
 
 import numpy as np
@@ -16,6 +16,7 @@ from torch import Tensor
 
 from raysl.backbone import external_weights
 from raysl.backbone.network import TIMM, BackboneConfig, names
+from raysl.config import from_dict
 from raysl.errors import UserError, unknown
 from raysl.extraction import encoders
 from raysl.extraction import layers as layer_names
@@ -108,7 +109,7 @@ class FeatureExtractor:
 
 def load(
     source: str | os.PathLike[str] | Run,
-    backbone: BackboneConfig | str | None = None,
+    backbone: BackboneConfig | Mapping[str, Any] | str | None = None,
     *,
     image_size: int = 0,
     seed: int = 0,
@@ -119,8 +120,8 @@ def load(
     Args:
         source: a run (its newest checkpoint) or its folder, RUN/checkpoints/step-NNN, a folder of `raysl export`, a
             weights file, "random" or "pixels".
-        backbone: name or configuration of the backbone of a weights file, or of "random". An exported folder, a
-            safetensors file of raysl and a folder of timm state it themselves.
+        backbone: name or configuration of the backbone of a weights file, or of "random", or a mapping of its fields.
+            An exported folder, a safetensors file of raysl and a folder of timm state it themselves.
         image_size: side of the view in pixels; 0 for that of the run, 224 for a weights file, else 32.
         seed: of "random".
         device: such as "cuda:1"; "" for the first GPU, or the CPU if there is none.
@@ -132,7 +133,8 @@ def load(
         encoder: Encoder = Trained(source, source.newest())
         return FeatureExtractor(encoder, str(source.folder), image_size or view_size(encoder), device)
     name = os.fspath(source).rstrip("/")
-    config = BackboneConfig(backbone) if isinstance(backbone, str) else backbone
+    backbone = {"name": backbone} if isinstance(backbone, str) else backbone
+    config = from_dict(BackboneConfig, backbone, "backbone") if isinstance(backbone, Mapping) else backbone
     if (
         name not in ("random", "pixels")
         and not Folder(name).exists(METADATA)

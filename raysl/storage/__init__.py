@@ -118,6 +118,8 @@ def failure(place: str, doing: str, error: OSError, tried_s: float = 0.0) -> Sto
         advice = "Check the address, the bucket and your credentials."
     elif error.errno == errno.EROFS:
         advice = "The file system is read-only. Choose another folder."
+    elif os.path.isdir(place) and doing in ("open", "read"):
+        advice = "Name a file in it."
     elif isinstance(error, IsADirectoryError | NotADirectoryError | FileExistsError):
         advice = "A file and a folder have the same name. Choose another folder, or move the obstacle away."
     return StorageError(f"Cannot {doing} {place}: {_reason(error)}. {advice}")

@@ -48,6 +48,11 @@ def test_every_verb_is_a_function_and_every_name_is_typed() -> None:
         (lambda: raysl.report([]), "No folder"),
         (lambda: raysl.views("d", "picture.doc"), "ends in .png"),
         (lambda: raysl.probe("random", "a", "b", ("knn",), linear={}), "'linear' is neither"),
+        (
+            lambda: raysl.probe("/nowhere/run", "shapes:9", "shapes:9#test", "knn"),
+            "There is no checkpoint at",
+        ),
+        (lambda: raysl.pretrain("d", "r", backbone=3), "BackboneConfig or a mapping of its fields"),
     ],
 )
 def test_mistakes_are_one_clear_error(call: Any, answer: str, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -51,6 +51,14 @@ def test_photos_get_a_resnet_that_the_machine_can_train(photos: DataSet) -> None
     assert (on_cpus.bank.momentum, on_cpus.parts["jigsaw"].grid) == (0.5, 3)
 
 
+def test_networks_of_timm_get_images_of_the_size_that_they_are_made_for(
+    photos: DataSet, small: DataSet
+) -> None:
+    for images in (photos, small):
+        made = defaults.resolve({**RUN, "backbone": {"name": "timm/convnext_atto"}}, images, 1, False)
+        assert (made.backbone.name, made.view.image_size) == ("timm/convnext_atto", 224)
+
+
 @pytest.mark.parametrize("given", [{"workers": 3}, {"workers": "1:4"}, {"workers": 0}, {"method": "simclr"}])
 def test_the_rest_fits_what_is_given(given: dict[str, Any], small: DataSet) -> None:
     made = defaults.resolve({**RUN, **given}, small, 2, False)

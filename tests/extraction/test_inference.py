@@ -126,3 +126,9 @@ def test_an_untrained_backbone() -> None:
     model = load("random", "resnet18", image_size=32, seed=1)
     assert torch.equal(model(PHOTO), load("random", "resnet18", image_size=32, seed=1)(PHOTO))
     assert not torch.equal(model(PHOTO), load("random", "resnet18", image_size=32)(PHOTO))
+
+
+def test_a_backbone_is_a_name_or_a_mapping_of_fields() -> None:
+    assert load("random", "small").image_size == load("random", {"name": "small"}).image_size
+    with pytest.raises(UserError, match=r"backbone\.nam"):
+        load("random", {"nam": "small"})
