@@ -7,6 +7,7 @@ from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
+from raysl import checkpoint
 from raysl.arrays import Float64s
 from raysl.config import MAY_CHANGE
 from raysl.errors import UserError
@@ -97,7 +98,7 @@ def _loaded(folder: Folder) -> ReportRun:
         ignored = {"seed", "method", *MAY_CHANGE} - {"workers"}
         identity = _identity({key: value for key, value in config.items() if key not in ignored})
         identity["images"] = metadata["data"]["fingerprint"][:8]
-        identity["step"] = max((row["step"] for row in rows if row["encoder"] == "trained"), default=0)
+        identity["step"] = _step(run, rows)
         identity |= _teacher(metadata.get("facts", {}))
         return ReportRun(run, config["method"], config["seed"], identity, rows, run.metrics_columns(_COLUMNS))
     if folder.exists(MODEL):
@@ -113,6 +114,13 @@ def _loaded(folder: Folder) -> ReportRun:
         f"Neither a sweep nor a run lies at {str(folder)!r}: there is no sweep.jsonl, no {METADATA} and no {MODEL}. "
         "Give folders that `raysl sweep`, `raysl pretrain` or `raysl probe --out` has made."
     )
+
+
+def _step(run: Run, rows: Sequence[Mapping[str, Any]]) -> int:
+    """Return the newest step that was probed; that of the newest checkpoint if none was, and 0 before the first."""
+    probed = [int(row["step"]) for row in rows if row["encoder"] == "trained"]
+    newest = None if probed else checkpoint.newest(run.checkpoints)
+    return newest.step if newest else max(probed, default=0)
 
 
 def _teacher(facts: Mapping[str, Any]) -> dict[str, Any]:

@@ -11,6 +11,7 @@ import pytest
 
 from raysl import rng
 from raysl.backbone.network import BackboneConfig
+from raysl.checkpoint import SaveConfig, Saver
 from raysl.config import Pretraining
 from raysl.errors import UserError
 from raysl.evaluation.results import MODEL
@@ -165,6 +166,22 @@ def test_only_seeds_share_a_row(tmp_path: Path, runs: list[str]) -> None:
     assert labels[2] == "predict-jigsaw"
     assert all("pirl.temperature=" in label for label in labels[:2])
     assert [len(group.runs) for group in groups(runs)] == [2, 2]
+
+
+def test_a_run_that_was_not_probed_is_named_by_the_step_of_its_newest_checkpoint(
+    tmp_path: Path, runs: list[str]
+) -> None:
+    dataset, place = make_dataset(tmp_path / "again", 8), str(tmp_path / "bare")
+    run = Run.begin(Pretraining(str(dataset.folder), place, batch_size=4), dataset, {})
+    assert "pirl-jigsaw (step=0)" in [group.label for group in groups([*runs, place])]
+    saver = Saver(run.checkpoints, SaveConfig(), 0, 1)
+    saver.save(10, {"network": {}}, None)
+    saver.wait()
+    run.folder.write(METRICS, jsonl([{"step": 10, "epoch": 5, "loss": 0.2, "images_per_s": 10.0}]))
+    page = report([*runs, place], ReportConfig(str(tmp_path / "out"), images=0)).read("index.html").decode()
+    assert "Not probed yet (use `raysl probe`): pirl-jigsaw (step=10)." in page
+    assert "<td>pirl-jigsaw (step=10)</td>" in page
+    assert "step=0" not in page
 
 
 def test_protocols_and_data_never_share_a_table(runs: list[str]) -> None:
