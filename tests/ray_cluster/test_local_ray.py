@@ -11,7 +11,9 @@ import tempfile
 import textwrap
 import uuid
 from collections.abc import Iterator
+from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
+from functools import partial
 from pathlib import Path
 
 import pytest
@@ -118,9 +120,13 @@ def test_a_run_listens_on_loopback_and_asks_for_a_token(tmp_path: Path) -> None:
 
         secret = Path(said["token"][2]).read_text()
         gcs = said["gcs"][0]
-        assert not _answered(gcs, {**environment, "RAY_AUTH_MODE": "disabled"})
-        assert not _answered(gcs, {**environment, "RAY_AUTH_MODE": "token", "RAY_AUTH_TOKEN": "0" * 64})
-        assert _answered(gcs, {**environment, "RAY_AUTH_MODE": "token", "RAY_AUTH_TOKEN": secret})
+        clients = [
+            {**environment, "RAY_AUTH_MODE": "disabled"},
+            {**environment, "RAY_AUTH_MODE": "token", "RAY_AUTH_TOKEN": "0" * 64},
+            {**environment, "RAY_AUTH_MODE": "token", "RAY_AUTH_TOKEN": secret},
+        ]
+        with ThreadPoolExecutor(len(clients)) as pool:
+            assert list(pool.map(partial(_answered, gcs), clients)) == [False, False, True]
         logs = Path(said["token"][2]).parent.rglob("*.*")
         assert not [log for log in logs if log.is_file() and secret in log.read_text(errors="replace")]
         out, _ = running.communicate("\n", timeout=60)

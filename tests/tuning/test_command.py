@@ -7,10 +7,12 @@ from typing import Any
 
 import pytest
 
-from raysl import ray_cluster
+from raysl import api, ray_cluster
 from raysl.__main__ import main
-from raysl.config import defaults
+from raysl.config import Pretraining, defaults
+from raysl.ray_cluster.placement import Machines
 from raysl.tuning.config import SweepConfig
+from tests.data import make_dataset
 
 SWEEP = "sweep --data shapes:50 --test shapes:60 --out sweep"
 
@@ -41,6 +43,23 @@ def test_flags_of_a_sweep_and_of_its_runs_are_one_list(monkeypatch: pytest.Monke
     base = defaults.from_fields({**given, "run": "-"})
     assert (base.data, base.epochs, base.parts["pirl"].head) == ("D", 3, "bn")
     assert config == SweepConfig("S", ("temperature=0.1,0.2", "lam"), test="T", seeds=(0, 1, 2))
+
+
+def test_fields_that_trials_vary_are_not_listed_as_chosen(
+    monkeypatch: pytest.MonkeyPatch, tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    tried: list[Pretraining] = []
+    monkeypatch.setattr("raysl.api.arguments.start_ray", lambda *places: None)
+    monkeypatch.setattr("raysl.ray_cluster.placement.machines", lambda: Machines(({"CPU": 2.0},)))
+    monkeypatch.setattr("raysl.tuning.sweep.sweep", lambda base, config: tried.append(base) or [])
+    images = make_dataset(tmp_path / "images", 40)
+    with caplog.at_level("INFO", "raysl"):
+        api.sweep(images, out=tmp_path / "out", vary=("temperature=0.1,0.2", "optim.lr=0.1,0.3"))
+    lines = "\n".join(caplog.messages)
+    assert "--pirl.head bn" in lines
+    assert "--pirl.temperature" not in lines
+    assert "--optim.lr" not in lines
+    assert (tried[0].parts["pirl"].temperature, tried[0].optim.lr) == (0.2, 0.12)
 
 
 @pytest.mark.parametrize(
