@@ -11,7 +11,6 @@ import logging
 import os
 import re
 from collections.abc import Mapping, Sequence
-from functools import partial
 from typing import TYPE_CHECKING, Any, Literal
 
 from raysl import console
@@ -298,8 +297,10 @@ def sweep(
     from raysl.tuning import preparation
     from raysl.tuning import sweep as tuning
 
-    check = partial(preparation.check, config=settings)
-    learner = run_config(data, "-", base, {}, check=check, out=settings.out)
+    def varied(asked: Pretraining) -> list[str]:
+        return preparation.check(asked, settings)[0].names
+
+    learner = run_config(data, "-", base, {}, check=varied, out=settings.out)
     for labelled in filter(None, (settings.train, settings.validation, settings.test)):
         check_source(labelled)
     return tuning.sweep(learner, settings)

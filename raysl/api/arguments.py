@@ -72,7 +72,7 @@ def run_config(
     config: Pretraining | Mapping[str, Any] | None,
     fields: Mapping[str, Any],
     workers: bool = True,
-    check: Callable[[Pretraining], object] | None = None,
+    check: Callable[[Pretraining], Sequence[str] | None] | None = None,
     out: str = "",
     local: bool = False,
 ) -> Pretraining:
@@ -87,7 +87,8 @@ def run_config(
         run: folder of the run, likewise.
         config, fields: an object or a mapping of fields, and fields that replace some of them.
         workers: whether workers will train, so that Ray is started and asked what the cluster has.
-        check: more checks of the configuration as given, before any data are opened or Ray starts.
+        check: more checks of the configuration as given, before any data are opened or Ray starts. It may return the
+            dotted names of fields that trials vary; they are not listed among the fields that were chosen.
         out: folder of the results, if it is not the run.
         local: whether one worker will train in this process, without Ray.
     """
@@ -111,18 +112,17 @@ def run_config(
     values = {**({"workers": 1} if local else {}), **(config or {}), **values}
     values |= {"data": uri(values["data"])} if "data" in values else {}
     asked = defaults.check(values)
-    if check is not None:
-        check(asked)
+    varied = (check and check(asked)) or ()
     check_source(asked.data)
     if not workers:
         import torch
 
-        return _resolved(values, asked.data, 1, torch.cuda.is_available())
+        return _resolved(values, asked.data, 1, torch.cuda.is_available(), varied)
     start_ray(out or asked.run)
-    return _suited(values, asked)
+    return _suited(values, asked, varied)
 
 
-def _suited(values: Mapping[str, Any], asked: Pretraining) -> Pretraining:
+def _suited(values: Mapping[str, Any], asked: Pretraining, varied: Sequence[str]) -> Pretraining:
     """Return the configuration of a run that suits its data and the cluster. Ray must have been started."""
     from raysl.ray_cluster import placement
 
@@ -130,10 +130,12 @@ def _suited(values: Mapping[str, Any], asked: Pretraining) -> Pretraining:
         # Before a source is ingested, which takes its time.
         placement.place(asked.worker_counts()[0])
     machines = placement.machines()
-    return _resolved(values, asked.data, placement.usual_workers(machines), machines.has_gpus)
+    return _resolved(values, asked.data, placement.usual_workers(machines), machines.has_gpus, varied)
 
 
-def _resolved(values: Mapping[str, Any], data: str, usual_workers: int, has_gpus: bool) -> Pretraining:
+def _resolved(
+    values: Mapping[str, Any], data: str, usual_workers: int, has_gpus: bool, varied: Sequence[str]
+) -> Pretraining:
     """Return the configuration of a run; one that exists keeps what it was begun with."""
     from raysl.config import defaults
     from raysl.run import Run
@@ -142,7 +144,7 @@ def _resolved(values: Mapping[str, Any], data: str, usual_workers: int, has_gpus
     begun = Run.find(str(values["run"])) if values.get("run") not in (None, "-") else None
     if begun is not None:
         return defaults.resume(begun.config(), values, usual_workers)
-    return defaults.resolve(values, images, usual_workers, has_gpus)
+    return defaults.resolve(values, images, usual_workers, has_gpus, varied)
 
 
 def _named(fields: Mapping[str, Any]) -> dict[str, Any]:

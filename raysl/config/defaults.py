@@ -9,7 +9,7 @@ from __future__ import annotations
 import dataclasses
 import io
 import logging
-from collections.abc import Iterator, Mapping
+from collections.abc import Collection, Iterator, Mapping
 from dataclasses import dataclass
 from typing import Any
 
@@ -56,25 +56,34 @@ class Choice:
         return f"  --{self.name.replace('_', '-')} {self.value}{reason}"
 
 
-def resolve(given: Mapping[str, Any], dataset: DataSet, usual_workers: int, has_gpus: bool) -> Pretraining:
+def resolve(
+    given: Mapping[str, Any],
+    dataset: DataSet,
+    usual_workers: int,
+    has_gpus: bool,
+    varied: Collection[str] = (),
+) -> Pretraining:
     """Return the configuration of a new run: what is given, and for the rest what suits the images and the machine.
 
     Args:
         given: fields of `Pretraining` and of the method's parts by their names; nested mappings for nested classes.
         usual_workers: number of workers that suits the machine.
         has_gpus: whether the machine or cluster has GPUs.
+        varied: dotted names of the fields that trials vary; they are chosen too, but not listed.
     """
     wanted = _without_usual(given)
     offered = _choices(wanted, dataset, usual_workers, has_gpus)
     choices = [choice for choice in offered if not _contains(wanted, choice.name)]
-    if choices:
+    listed = [choice for choice in choices if choice.name not in varied]
+    if listed:
         _log.info(
             "Chosen for %s images with a shorter side of about %d pixels; a flag replaces each:",
             *(f"{dataset.num_images:,}", short_side(dataset)),
         )
+    for choice in listed:
+        _log.info("%s", choice)
     values: dict[str, Any] = {}
     for choice in choices:
-        _log.info("%s", choice)
         group, _, last = choice.name.rpartition(".")
         (values.setdefault(group, {}) if group else values)[last] = choice.value
     return from_fields(_merged(values, wanted))

@@ -51,7 +51,7 @@ def test_fields_that_trials_vary_are_not_listed_as_chosen(
     tried: list[Pretraining] = []
     monkeypatch.setattr("raysl.api.arguments.start_ray", lambda *places: None)
     monkeypatch.setattr("raysl.ray_cluster.placement.machines", lambda: Machines(({"CPU": 2.0},)))
-    monkeypatch.setattr("raysl.tuning.sweep.sweep", lambda base, config: tried.append(base) or [])
+    monkeypatch.setattr("raysl.tuning.sweep.sweep", lambda base, config: tried.append(base))
     images = make_dataset(tmp_path / "images", 40)
     with caplog.at_level("INFO", "raysl"):
         api.sweep(images, out=tmp_path / "out", vary=("temperature=0.1,0.2", "optim.lr=0.1,0.3"))
