@@ -289,16 +289,13 @@ def _recipes(stage: str) -> str:
     lines = []
     for label in dict.fromkeys(row["label"] for row in rows_of(file)):
         runs = [row for row in rows_of(file) if row["label"] == label and row["probe"] == "knn"]
-        runs.sort(key=lambda row: row["seed"])
-        last = max(row["step"] for row in runs)
-        of = [row["value"] for row in runs if row["step"] == last]
-        cpu_s, images = (
-            mean(row[name] for row in runs if row["step"] == last) for name in ("cpu_s", "images")
-        )
-        spent = [f"{cpu_s:.0f}", f"{images:,.0f}"] if last else ["", ""]
+        last = {row["seed"]: row for row in sorted(runs, key=lambda row: row["step"])}
+        of = [last[seed]["value"] for seed in sorted(last)]
+        cpu_s, images = (mean(row[name] for row in last.values()) for name in ("cpu_s", "images"))
+        spent = [f"{cpu_s:.0f}", f"{images:,.0f}"] if images else ["", ""]
         title = label.replace("as before", "grid 3, bank momentum 0.5")
         lines.append((mean(of), [title, *spent, percent(of), ", ".join(map(_tenths, of))]))
-    cpu = "planned CPU seconds" if stage == "ten" else "CPU seconds"
+    cpu = "planned CPU seconds" if stage in ("ten", "thirty") else "CPU seconds"
     head = ["features", cpu, "images seen", "kNN top-1, %", "by seed"]
     return table(head, [cells for _, cells in sorted(lines, key=lambda line: -line[0])])
 
@@ -407,6 +404,7 @@ TABLES: dict[str, Callable[[], str]] = {
     "recipes-rank": _rank,
     "recipes-search": lambda: _recipes("search"),
     "recipes-ten": lambda: _recipes("ten"),
+    "recipes-thirty": lambda: _recipes("thirty"),
     "video-audio": lambda: _video("audio_visual"),
     "video-infonce": lambda: _video("audio_visual_infonce"),
     "video-keypoints": lambda: _video("keypoints", gains=True),
@@ -416,6 +414,7 @@ TABLES: dict[str, Callable[[], str]] = {
 }
 VALUES: dict[str, Callable[[], str]] = {
     "recipes-gain": _gain,
+    "recipes-half-hour": lambda: percent(values("recipes/thirty.jsonl", **{**KNN, "step": 11671}), " %"),
     "sweep-next-trial": lambda: f"{lines_of('sweep/overhead.jsonl')[-1]['next_trial_s']} s",
     "headline-pixels": lambda: percent(values(f"{LONG}/rows.jsonl", label="raw pixels", **KNN)[:1], " %"),
 }
