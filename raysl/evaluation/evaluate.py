@@ -342,9 +342,9 @@ def _extract(
         protocol = FeatureProtocol(context.image_size, tuple(dict.fromkeys(specs)))
         encoder = frozen_encoder(source, data.train, context.image_size, data.bn_statistics)
         wanted += [(encoder, dataset, protocol) for dataset in sets]
-    _log.info(
-        "Computing the features of the %s ...", " and ".join(("train images", "test images")[-len(sets) :])
-    )
+    # Not "test images": a sweep scores trials on images that it has held out of the train images.
+    named = (f"{data.train.num_images:,} images to learn from", f"{data.test.num_images:,} images to score")
+    _log.info("Computing the features of %s ...", " and ".join(named[-len(sets) :]))
     cache = config.cache or context.run.folder / "features"
     found = extraction.extract_all(wanted, cache, config.low_priority, config.in_process)
     return [(found[i], found[i + len(sets) - 1]) for i in range(0, len(found), len(sets))]

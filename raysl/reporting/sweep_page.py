@@ -4,8 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import replace
-from math import sqrt
-from statistics import NormalDist, mean, variance
+from statistics import mean
 from typing import Any
 
 from raysl.config.command import command, wrapped
@@ -66,13 +65,8 @@ def _selection(results: SweepResults) -> str:
     sentences = [
         "The best score is that of a choice among all trials on the same images, and so too high by chance."
     ]
-    scores = [results.by_seed(trial, results.num_rungs - 1) for trial in results.trials]
-    variances = [variance(of_trial) for of_trial in scores if len(of_trial) > 1]
-    if len(variances) > 1:
-        deviation, count = sqrt(mean(variances)), len(variances)
-        # Blom's approximation of the expected largest of `count` standard normal numbers.
-        largest = NormalDist().inv_cdf((count - 0.375) / (count + 0.25))
-        gap = largest * deviation / sqrt(len(results.config.seeds))
+    if found := results.by_chance():
+        count, deviation, gap = found
         sentences.append(
             f"If all {count} finished trials were equal, the best would still be {gap:.4f} above their mean, because "
             f"seeds differ by ± {deviation:.4f}; a smaller lead shows nothing."

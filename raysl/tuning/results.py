@@ -6,7 +6,8 @@ import dataclasses
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from functools import cached_property
-from statistics import mean, stdev
+from math import sqrt
+from statistics import NormalDist, mean, stdev, variance
 from typing import TYPE_CHECKING, Any, Literal
 
 from raysl.config import Pretraining
@@ -17,7 +18,7 @@ from raysl.tuning.journal import NAME, Journal
 from raysl.tuning.space import Dimension, Space, Values, configured
 
 if TYPE_CHECKING:
-    from rich.table import Table
+    from rich.console import RenderableType
 
 State = Literal["finished", "stopped", "failed", "running"]
 
@@ -65,6 +66,15 @@ class SweepResults:
         header = self.journal.header
         source = str(header.get("sources", {}).get("validation", ""))
         return "validation" not in header["uris"] or source.endswith("#test")
+
+    @property
+    def judged(self) -> str:
+        """What the images are that trials are compared on, in words."""
+        uris = self.journal.header["uris"]
+        source = self.journal.header.get("sources", {}).get("validation") or self.judged_on.rpartition("/")[2]
+        held_out = self.judged_on.endswith("/images/validation") and uris["train"].endswith("/images/learn")
+        kind = "test" if self.chosen_on_test else "held-out validation" if held_out else "validation"
+        return f"{kind} images ({source})"
 
     @property
     def num_rungs(self) -> int:
@@ -129,6 +139,22 @@ class SweepResults:
         values = self.values(best, self.num_rungs - 1)
         return dataclasses.replace(configured(self.base, values), seed=self.config.seeds[0])
 
+    def by_chance(self) -> tuple[int, float, float] | None:
+        """Return how far the best of equally good trials would be ahead; None for fewer than two, or with one seed.
+
+        Returns:
+            The number of finished trials, the standard deviation between seeds, and the expected lead of the best over
+            the mean of all.
+        """
+        scores = [self.by_seed(trial, self.num_rungs - 1) for trial in self.trials]
+        variances = [variance(of_trial) for of_trial in scores if len(of_trial) > 1]
+        if len(variances) < 2:
+            return None
+        deviation, count = sqrt(mean(variances)), len(variances)
+        # Blom's approximation of the expected largest of `count` standard normal numbers.
+        largest = NormalDist().inv_cdf((count - 0.375) / (count + 0.25))
+        return count, deviation, largest * deviation / sqrt(len(self.config.seeds))
+
     def rows(self) -> list[dict[str, Any]]:
         """Return a row for each trial: those that came farthest first, and among them the best.
 
@@ -189,15 +215,34 @@ def shown(value: Any) -> str:
     return f"{value:g}" if isinstance(value, float) else "none" if value is None else str(value)
 
 
-def render(results: SweepResults) -> Table:
-    """Return the rows of a sweep as a table: one line a trial, the baselines, and the reasons of failures."""
+def lead(results: SweepResults) -> str:
+    """Return a sentence that says how far the best trial is ahead, and if that may be chance; empty for one trial."""
+    best = results.best()
+    means = [results.means(n)[-1] for n in results.trials if results.state(n) == "finished"]
+    if best is None or len(means) < 2:
+        return ""
+    ahead = max(means) - mean(means)
+    text = f"Trial {best} is {number(ahead)} ahead of the mean of the {len(means)} finished trials"
+    found = results.by_chance()
+    if found is None:
+        return f"{text}; this may be chance, which trials of one seed cannot show."
+    _, deviation, gap = found
+    equal = f"the best of equal trials would be {number(gap)} ahead on average, because seeds differ by ±"
+    if ahead <= gap:
+        return f"{text}, which may be chance: {equal} {number(deviation)}."
+    return f"{text}; by chance, {equal} {number(deviation)}, and more seeds would show if the rest is real."
+
+
+def render(results: SweepResults) -> RenderableType:
+    """Return a table of one line a trial, the baselines and the reasons of failures; and the sentence `lead`."""
     from rich import box
+    from rich.console import Group
     from rich.table import Table
     from rich.text import Text
 
     rows, probe, names = results.rows(), results.config.probe, results.space.names
     why = Text("\n".join(f"Trial {row['trial']}: {row['reason']}" for row in rows if row["reason"]))
-    title = f"{len(rows)} trials by {probe}"
+    title = Text(f"{len(rows)} trials by {probe} on {results.judged}")
     made = Table(title=title, box=box.SIMPLE, caption=why, caption_justify="left", padding=0)
     shorts = [name.rpartition(".")[2] for name in names]
     fields = [n if shorts.count(s) > 1 else s for n, s in zip(names, shorts, strict=True)]
@@ -212,7 +257,7 @@ def render(results: SweepResults) -> Table:
     blank = [""] * (1 + len(names))
     for label, scores in results.extra_rows("test: "):
         made.add_row(*blank, *map(number, scores), "", label)
-    return made
+    return Group(made, *filter(None, [Text(lead(results))]))
 
 
 LABELS = {"trained": "chosen trial", "random": "untrained", "pixels": "raw pixels"}

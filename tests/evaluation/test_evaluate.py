@@ -54,6 +54,16 @@ def test_rows_of_every_encoder_and_probe(ray_session: None, run: tuple[Run, str,
     assert len(rows_of(run[0])) > len(rows)
 
 
+def test_images_that_a_sweep_scores_are_not_called_test_images(
+    run: tuple[Run, str, str], tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    with caplog.at_level("INFO", "raysl"):
+        cache = Folder(str(tmp_path))
+        probe(*run, probes=["knn"], encoders=["pixels"], in_process=True, cache=cache)
+    assert "Computing the features of 120 images to learn from and 60 images to score ..." in caplog.messages
+    assert "test images" not in caplog.text
+
+
 @pytest.mark.ray
 def test_bn_statistics_are_part_of_the_protocol(ray_session: None, run: tuple[Run, str, str]) -> None:
     made = {

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import io
 import json
 import shlex
 from dataclasses import asdict
@@ -9,6 +10,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from rich.console import Console
 
 from raysl import rng
 from raysl.cli.flags import parse_pretraining
@@ -23,7 +25,7 @@ from raysl.reporting.sweep_figures import rank_correlation
 from raysl.storage import Folder
 from raysl.tuning.config import SweepConfig
 from raysl.tuning.journal import FORMAT, Journal
-from raysl.tuning.results import SweepResults
+from raysl.tuning.results import SweepResults, render
 from raysl.tuning.space import space
 
 pytest.importorskip("matplotlib")
@@ -227,6 +229,41 @@ def test_the_page_says_how_far_ahead_the_best_of_equal_trials_would_be(tmp_path:
     page = report(written(tmp_path, "lam=0,0.25,0.5,0.75,1"), ReportConfig()).read("index.html").decode()
     assert "If all 4 finished trials were equal, the best would still be" in page
     assert "chosen on the test split" not in page
+
+
+@pytest.mark.parametrize(
+    ("vary", "seeds", "answer"),
+    [
+        (
+            "lam=0,0.25,0.5,0.75,1",
+            (0, 1),
+            "of the 4 finished trials; by chance, the best of equal trials would be",
+        ),
+        (
+            "lam=0.498,0.499,0.5,0.501",
+            (1, 2),
+            "which may be chance: the best of equal trials would be 0.0043",
+        ),
+        ("lam=0,0.5,1", (0,), "of the 2 finished trials; this may be chance, which trials of one seed"),
+        ("lam=0.5,1", (0, 1), "finished"),  # One trial has failed, so none is ahead of another.
+    ],
+)
+def test_the_table_says_on_what_images_and_how_far_the_best_is_ahead(
+    vary: str, seeds: tuple[int, ...], answer: str, tmp_path: Path
+) -> None:
+    results = SweepResults.open(written(tmp_path, vary, seeds=seeds))
+    console = Console(width=400, file=io.StringIO())
+    console.print(render(results))
+    printed = console.file.getvalue()  # type: ignore[attr-defined]
+    assert "trials by knn on validation images (held out)" in " ".join(printed.split())
+    assert answer in printed
+    assert ("ahead" in printed) == (len(results.scored(0)) > 1)
+    assert "test" not in printed
+    uris = {"train": "s3://out/images/learn", "validation": "s3://out/images/validation"}
+    results.journal.header.update(uris=uris, sources={"validation": "20 images of shapes:200#train"})
+    assert results.judged == "held-out validation images (20 images of shapes:200#train)"
+    results.journal.header.update(sources={"validation": "shapes:200#test"})
+    assert results.judged == "test images (shapes:200#test)"
 
 
 def test_rank_correlation() -> None:
