@@ -349,7 +349,7 @@ class _Attempts:
         messages, rows = ray.get([actor.take_messages.remote(), actor.take_rows.remote()])
         for line in messages:
             _log.info(line)
-        if messages and not rows:
+        if messages and not rows and not messages[-1].startswith("step "):
             _log.info("Waiting for the first steps ...")
         for row in rows[-1:]:
             _log.info(progress_actor.line(row, self.num_steps))

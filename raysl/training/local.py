@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import contextlib
 import logging
+import math
 import os
 import sys
 import threading
@@ -134,7 +135,7 @@ class _Progress(Progress):
         self._lock = lock
         self._callbacks = callbacks
         self._show_every_s = show_every_s
-        self._shown_s = time.monotonic()
+        self._shown_s = -math.inf  # The first row is shown at once.
         # An object of this process, and not an actor.
         self._state = ProgressActor()
 
@@ -149,6 +150,9 @@ class _Progress(Progress):
         self._callbacks.log([row])
         if time.monotonic() - self._shown_s > self._show_every_s:
             self.show()
+
+    def say(self, message: str) -> None:
+        _log.info(message)
 
     def show(self) -> None:
         """Log the newest row of metrics that has not been shown."""

@@ -54,6 +54,10 @@ class ProgressActor:
         self._rows.append(row)
         self._reached = max(self._reached, row["step"])
 
+    def say(self, message: str) -> None:
+        """Add a message."""
+        self._messages.append(message)
+
     def fail(self, error: UserError) -> None:
         """Keep the first error that no retry can solve."""
         self._failure = self._failure or error
@@ -130,6 +134,9 @@ class Progress:
     def post(self, row: dict[str, Any]) -> None:
         """Report a row of metrics."""
 
+    def say(self, message: str) -> None:
+        """Report a line for the user."""
+
     def stop_agreed(self) -> None:
         """Report that the workers have agreed on a step to stop at."""
 
@@ -158,6 +165,9 @@ class RemoteProgress(Progress):
 
     def post(self, row: dict[str, Any]) -> None:
         self._actor.post.remote(row)
+
+    def say(self, message: str) -> None:
+        self._actor.say.remote(message)
 
     def stop_agreed(self) -> None:
         self._actor.stop_agreed.remote()
@@ -267,6 +277,15 @@ def line(row: dict[str, Any], num_steps: int) -> str:
         f"step {row['step']:>5}/{num_steps}  epoch {row['epoch']:5.1f}  {row['images_per_s']:6.0f} images/s  "
         f"waits {row['wait_share']:3.0%}  loss {row['loss']:7.4f}  ETA {eta}"
     )
+
+
+def first_line(step: int, num_steps: int, with_loss: int) -> str:
+    """Return a line of text for the first step of a worker group, if it has no row of metrics.
+
+    Args:
+        with_loss: the step of the first row.
+    """
+    return f"step {step:>5}/{num_steps}  the loss follows at step {with_loss}"
 
 
 def duration(seconds: float) -> str:

@@ -65,6 +65,17 @@ def configuration(dataset: DataSet, run: Path) -> Pretraining:
     )
 
 
+def test_the_first_step_has_a_line_before_the_first_row(
+    ray_session: None, dataset: DataSet, tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    config = replace(configuration(dataset, tmp_path / "run"), log_every=10)
+    with caplog.at_level("INFO", "raysl"):
+        run = pretrain(config, until=4)
+    assert "step     1/18  the loss follows at step 4" in caplog.messages
+    assert "Waiting for the first steps ..." not in caplog.messages
+    assert [row["step"] for row in run.metrics()] == [4]
+
+
 def losses(run: str) -> dict[int, float]:
     return {row["step"]: row["loss"] for row in Run.open(run).metrics()}
 

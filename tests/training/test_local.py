@@ -132,6 +132,20 @@ def test_callbacks_follow(dataset: DataSet, tmp_path: Path) -> None:
     assert seen.saved == [4, 8, 9]
 
 
+def test_the_first_step_has_a_line_before_the_first_row(
+    dataset: DataSet, finished: Run, tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    config = replace(alone(dataset, tmp_path / "run"), log_every=10)
+    with caplog.at_level("INFO", "raysl"):
+        run = pretrain(config, local=True)
+    lines = [line for line in caplog.messages if line.startswith("step ")]
+    assert lines[0] == "step     1/18  the loss follows at step 10"
+    assert [line.split()[1] for line in lines] == ["1/18", "10/18", "18/18"]
+    rows, of_steps = run.metrics(), [row["loss"] for row in finished.metrics()]
+    assert [row["step"] for row in rows] == [10, 18]
+    assert [row["loss"] for row in rows] == pytest.approx([np.mean(of_steps[:10]), np.mean(of_steps[10:])])
+
+
 def test_a_killed_data_process_is_an_error_of_one_sentence(dataset: DataSet, tmp_path: Path) -> None:
     config = replace(alone(dataset, tmp_path / "run"), epochs=20)
     before = psutil.Process().children()
