@@ -295,7 +295,7 @@ def _recipes(stage: str) -> str:
         spent = [f"{cpu_s:.0f}", f"{images:,.0f}"] if images else ["", ""]
         title = label.replace("as before", "grid 3, bank momentum 0.5")
         lines.append((mean(of), [title, *spent, percent(of), ", ".join(map(_tenths, of))]))
-    cpu = "planned CPU seconds" if stage in ("ten", "thirty") else "CPU seconds"
+    cpu = "planned CPU seconds" if stage in ("search-more", "ten", "thirty") else "CPU seconds"
     head = ["features", cpu, "images seen", "kNN top-1, %", "by seed"]
     return table(head, [cells for _, cells in sorted(lines, key=lambda line: -line[0])])
 
@@ -403,6 +403,7 @@ TABLES: dict[str, Callable[[], str]] = {
     "recipes-compare": lambda: _recipes("compare"),
     "recipes-rank": _rank,
     "recipes-search": lambda: _recipes("search"),
+    "recipes-search-more": lambda: _recipes("search-more"),
     "recipes-ten": lambda: _recipes("ten"),
     "recipes-thirty": lambda: _recipes("thirty"),
     "video-audio": lambda: _video("audio_visual"),
