@@ -14,10 +14,10 @@ FAISS := $(shell nvidia-smi -L >/dev/null 2>&1 && echo gpu || echo cpu)
 demo: .venv/.installed
 	@.venv/bin/raysl demo
 
-# Three processes share the test files, each with a Ray of its own: while Ray starts in one, the others work.
+# Two processes share the test files, each with a Ray of its own: while Ray starts in one, the other works.
 test: .venv/.installed
 	@echo "make: running the tests, without the slow ones"
-	@.venv/bin/python -m pytest -m "not slow" -n 3 --dist loadfile --no-loadscope-reorder
+	@.venv/bin/python -m pytest -m "not slow" -n 2 --dist loadfile --no-loadscope-reorder
 
 test-all: .venv/.installed
 	@echo "make: running all tests"
