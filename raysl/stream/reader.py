@@ -41,8 +41,7 @@ BLOCK_BYTES = 4 << 20
 # Tasks of one Ray Data execution. Listing them takes half a second; they cover hundreds of thousands of photos, or
 # millions of small images.
 SEGMENT = 512
-# A data task that reads a remote store covers at least two stretches of the plan, and so many encoded bytes. It reads
-# the next stretch while it decodes one, and waits only for the first.
+# A data task that reads a remote store covers so many encoded bytes, and reads the next stretch while it decodes one.
 _REMOTE_TASK_BYTES = 32 << 20
 # Batches whose columns or lengths change from step to step are pickled into one column: Arrow needs fixed columns.
 _PACKED = "packed"
@@ -196,12 +195,12 @@ class Stream:
 
     @functools.cached_property
     def task_steps(self) -> int:
-        """Steps of a data task: one stretch of the plan, or several if the data is remote."""
+        """Steps of a data task: one stretch of the plan, or several if they are short and the data is remote."""
         if self.dataset.folder.is_local:
             return self.plan.stretch
         images = self.plan.stretch * self.plan.batch_size // self.world
         task_images = _REMOTE_TASK_BYTES * self.dataset.num_images / max(1, self.dataset.manifest.num_bytes)
-        return self.plan.stretch * max(2, round(task_images / images))
+        return self.plan.stretch * max(1, round(task_images / images))
 
     def _open(self, step: int, end_step: int) -> tuple[int, int, Iterator[Any]]:
         """Start a pipeline and wait for its first batch; return its first step, its end and its rows."""

@@ -81,10 +81,6 @@ def test_batches_from_a_remote_store_are_the_same(store: str, local: DataSet) ->
 def test_a_task_of_a_remote_store_covers_several_short_stretches(local: DataSet) -> None:
     assert stream(local).task_steps == 2
     assert stream(remote(local)).task_steps > 2
-    # Two stretches of large images: a task reads the second while it decodes the first.
-    shards = tuple(replace(shard, num_bytes=10**12) for shard in local.manifest.shards)
-    large = DataSet(Folder(f"s3://{BUCKET}/set"), replace(local.manifest, shards=shards))
-    assert stream(large).task_steps == 4
 
 
 def test_all_labels_are_one_request(store: str, tmp_path: Path, local: DataSet) -> None:
