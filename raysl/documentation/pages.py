@@ -87,7 +87,10 @@ def index() -> str:
     """Return the index page in Markdown."""
     lines = ["# Methods", "", _INTRODUCTION, ""]
     for title, parts in (("Objectives", methods.objective_names()), ("Transforms", pretext.names())):
-        rows = [f"| [{name}]({name}.md) | {_status(name)}{cell(_summary(name))} |" for name in parts]
+        rows = [
+            f"| [{name}]({name}.md) | {_status(name)}{cell(combinations.summary(_load(name)[1]))} |"
+            for name in parts
+        ]
         lines += [f"## {title}", "", "| name | description |", "|---|---|", *rows, ""]
     rows = [f"| `{name}` | {cell(recipes.summary(name))} |" for name in recipes.names()]
     lines += ["## Recipes", "", "`raysl pretrain --recipe NAME` is a published run at full scale.", ""]
@@ -164,10 +167,6 @@ def _load(name: str) -> tuple[Any, Any]:
 
 def _status(name: str) -> str:
     return "Experimental. " if methods.is_experimental(name) else ""
-
-
-def _summary(name: str) -> str:
-    return _docstring(name).partition("\n\n")[0]
 
 
 def _docstring(name: str) -> str:
