@@ -26,7 +26,6 @@ from torch import Tensor
 from torch.nn.functional import grid_sample
 
 from raysl.config import Pretraining, ViewConfig
-from raysl.documentation import pictures
 from raysl.evaluation.evaluate import probe
 from raysl.evaluation.results import tables
 from raysl.experiment.held_out import held_out
@@ -38,6 +37,7 @@ from raysl.objectives.audio_visual import Config
 from raysl.optim import OptimConfig
 from raysl.probes._images import cell_offset
 from raysl.probes.localisation import moments, peaks
+from raysl.reporting import pictures
 from raysl.run import Run, jsonl
 from raysl.storage import Folder
 

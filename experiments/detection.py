@@ -18,12 +18,12 @@ import numpy as np
 from PIL import Image, ImageDraw
 
 from raysl import rng
-from raysl.documentation import pictures
 from raysl.errors import UserError
 from raysl.experiment.comparison import ComparisonFlags, measured, reported, small, trained
 from raysl.experiment.script import command
 from raysl.probes import _voc
 from raysl.probes.detection import Config as Detection
+from raysl.reporting import pictures
 from raysl.storage import Folder
 
 

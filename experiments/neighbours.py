@@ -13,12 +13,11 @@ from __future__ import annotations
 from dataclasses import dataclass
 
 from raysl import extraction
-from raysl.documentation import pictures
 from raysl.experiment.comparison import ComparisonFlags, measured, reported, small, trained
 from raysl.experiment.script import command
 from raysl.extraction import Encoder
 from raysl.ingestion import resolve, splits
-from raysl.reporting import retrieval_grid
+from raysl.reporting import pictures, retrieval_grid
 from raysl.storage import Folder
 
 

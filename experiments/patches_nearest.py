@@ -21,7 +21,6 @@ import torch
 from PIL import Image
 
 from raysl import extraction, rng
-from raysl.documentation import pictures
 from raysl.experiment.comparison import ComparisonFlags, measured, reported, small, trained
 from raysl.experiment.script import command
 from raysl.extraction import Encoder
@@ -29,6 +28,7 @@ from raysl.ingestion import resolve, splits
 from raysl.probes import patches
 from raysl.probes._images import features
 from raysl.probes.retrieval import nearest
+from raysl.reporting import pictures
 from raysl.reporting.retrieval_grid import side_by_side
 from raysl.storage import Folder
 

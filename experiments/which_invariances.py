@@ -17,8 +17,8 @@ from dataclasses import dataclass, replace
 from typing import Any
 
 import numpy as np
+from numpy.typing import NDArray
 
-from raysl.arrays import Float64s
 from raysl.evaluation.results import rows_of
 from raysl.experiment.comparison import ComparisonFlags, measured, reported, small, trained
 from raysl.experiment.script import command
@@ -56,7 +56,7 @@ def main(flags: MapFlags) -> None:
     Folder(flags.out).write("map.png", drawn(*correlations(runs)))
 
 
-def correlations(runs: Sequence[Run]) -> tuple[list[str], Float64s, int]:
+def correlations(runs: Sequence[Run]) -> tuple[list[str], NDArray[np.float64], int]:
     """Return the transforms, Spearman's correlations (transforms, tasks), and the number of networks."""
     from scipy.stats import spearmanr
 
@@ -83,7 +83,7 @@ def _name(row: Mapping[str, Any]) -> str:
     return str(row["probe"] if TASKS.get(row["probe"]) == row["name"] else row["name"])
 
 
-def drawn(transforms: Sequence[str], matrix: Float64s, networks: int) -> bytes:
+def drawn(transforms: Sequence[str], matrix: NDArray[np.float64], networks: int) -> bytes:
     """Return the map as PNG."""
     from scipy.stats import t
 

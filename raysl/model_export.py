@@ -26,11 +26,11 @@ from raysl import extraction
 from raysl.backbone.network import TIMM, Backbone, names
 from raysl.config import Pretraining
 from raysl.config.command import command
-from raysl.documentation.plain_names import code_block, code_span, markdown
 from raysl.errors import UserError, package
 from raysl.evaluation.results import ENCODERS, KEY, TITLES, rows_of
 from raysl.extraction.heads import trained_model
 from raysl.fields import Bounds, check
+from raysl.reporting.plain_names import code_block, code_span, markdown
 from raysl.run import Run
 from raysl.storage import Folder
 from raysl.storage.records import write_record

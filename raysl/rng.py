@@ -13,8 +13,8 @@ from dataclasses import dataclass, replace
 import numpy as np
 import numpy.typing as npt
 import torch
+from numpy.typing import NDArray
 
-from raysl.arrays import Float64s, Int64s
 from raysl.communication.device_copy import to_device
 
 _GOLDEN = np.uint64(0x9E3779B97F4A7C15)
@@ -50,8 +50,8 @@ class ImageRng:
     """
 
     seed: int
-    epochs_b: Int64s
-    indices_b: Int64s
+    epochs_b: NDArray[np.int64]
+    indices_b: NDArray[np.int64]
     name: str = ""
     device: torch.device = torch.device("cpu")
 
@@ -91,7 +91,7 @@ class ImageRng:
             counter_n = np.arange(1, count + 1, dtype=np.uint64) * _GOLDEN
             return _mix(image_b[:, None] + counter_n[None, :])
 
-    def uniform_array(self, name: str, count: int) -> Float64s:
+    def uniform_array(self, name: str, count: int) -> NDArray[np.float64]:
         """Return float64 (b, count), uniform in [0, 1)."""
         return (self._bits(name, count) >> np.uint64(11)).astype(np.float64) * 2.0**-53
 

@@ -17,9 +17,9 @@ from raysl.checkpoint import SaveConfig, Saver, complete
 from raysl.config import methods
 from raysl.contrastive.bank import BankConfig, MemoryBank
 from raysl.dataset import Rows
-from raysl.documentation import combinations
 from raysl.objectives import Setup
 from raysl.pretext import Geometry
+from raysl.reporting import combinations
 from raysl.rng import ImageRng
 from raysl.storage import Folder
 from raysl.stream.reader import Batch

@@ -20,11 +20,11 @@ from raysl.cli.flags import parse_pretraining
 from raysl.config import Pretraining, ViewConfig, methods
 from raysl.contrastive.bank import BankConfig, MemoryBank
 from raysl.dataset import DataSet
-from raysl.documentation import combinations, pages
-from raysl.documentation.pictures import views_grid
 from raysl.errors import UserError
 from raysl.model import DatasetInfo, Model
 from raysl.objectives import pirl
+from raysl.reporting import combinations, method_pages
+from raysl.reporting.pictures import views_grid
 from raysl.storage import Folder
 from raysl.stream.plan import Plan
 from raysl.stream.reader import Batch, Stream, StreamConfig, _Load
@@ -184,12 +184,12 @@ def test_a_new_file_is_all_that_a_new_transform_needs(
         assert np.isfinite(losses_of_steps(network, batch, 2)).all()
     grid = views_grid(dataset, network.views(), count=2)
     assert grid.width > 400
-    page = pages.page(brightness)
+    page = method_pages.page(brightness)
     assert "Brightness: the image made darker; the target is by how much." in page
     assert "--method predict-brightness" in page
     assert "| `--brightness.darkest` | `0.5` | smallest factor. |" in page
-    assert f"[{brightness}]({brightness}.md)" in pages.index()
-    pages.write_part(Folder(str(tmp_path)), brightness, dataset)
+    assert f"[{brightness}]({brightness}.md)" in method_pages.index()
+    method_pages.write_part(Folder(str(tmp_path)), brightness, dataset)
     assert (tmp_path / "brightness.png").read_bytes().startswith(b"\x89PNG")
 
 

@@ -17,10 +17,10 @@ FILES = sorted(LIBRARY.rglob("*.py"))
 
 # From the bottom up: a room (a file or folder directly inside raysl/) imports only rooms that stand before it.
 ROOMS = (
-    *("arrays", "console", "errors", "plugins", "fields", "communication", "rng", "storage", "dataset"),
+    *("console", "errors", "plugins", "fields", "communication", "rng", "storage", "dataset"),
     *("augment", "pretext", "stream", "contrastive", "backbone", "optim", "checkpoint"),
     *("ingestion", "objectives", "experimental", "config", "model", "ray_cluster", "run", "training"),
-    *("extraction", "clustering", "probes", "evaluation", "documentation"),
+    *("extraction", "clustering", "probes", "evaluation"),
     *("tuning", "reporting", "model_export", "experiment", "diagnostics", "api", "cli"),
     *("__init__", "__main__"),
 )

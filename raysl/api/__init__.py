@@ -362,7 +362,7 @@ def views(
     fields.pop("run", None)  # Nothing is trained, so a run that the caller names is not used.
     settings = run_config(data, "-", config, fields, workers=False)
     opened = dataset(settings.data)
-    from raysl.documentation import pictures
+    from raysl.reporting import pictures
 
     grid = pictures.views_grid(opened, pictures.views_of(settings, opened), settings.seed, images)
     pictures.save(grid, os.fspath(out))

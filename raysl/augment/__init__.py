@@ -15,10 +15,10 @@ from typing import Any
 import numpy as np
 import numpy.typing as npt
 import torch
+from numpy.typing import NDArray
 from torch import Tensor
 from torch.nn.functional import pad
 
-from raysl.arrays import Float64s, Int64s
 from raysl.communication.device_copy import to_device
 from raysl.errors import UserError, unknown
 from raysl.rng import ImageRng
@@ -68,7 +68,9 @@ class SourceCrop:
                 "1 pixel, 0 < min_scale <= max_scale <= 1 and 0 < min_ratio <= max_ratio."
             )
 
-    def boxes(self, heights_b: Int64s, widths_b: Int64s, image_rng: ImageRng) -> Int64s:
+    def boxes(
+        self, heights_b: NDArray[np.int64], widths_b: NDArray[np.int64], image_rng: ImageRng
+    ) -> NDArray[np.int64]:
         """Sample boxes: area uniform in the scales, ratio log-uniform, the first of ten attempts that fits.
 
         When none fits, take the largest centred box with an allowed ratio (as torchvision's RandomResizedCrop).
@@ -247,12 +249,14 @@ def color_jitter(images_bchw: Tensor, recipe: Recipe, image_rng: ImageRng, side:
     return images_bchw
 
 
-def _selected(image_rng: ImageRng, name: str, probability: float) -> Int64s:
+def _selected(image_rng: ImageRng, name: str, probability: float) -> NDArray[np.int64]:
     """Return the rows of the images that are selected with the given probability."""
     return np.flatnonzero(image_rng.uniform_array(name, 1)[:, 0] < probability)
 
 
-def _changed(images_bchw: Tensor, rows: Int64s, change: Callable[[Tensor, Int64s], Tensor]) -> Tensor:
+def _changed(
+    images_bchw: Tensor, rows: NDArray[np.int64], change: Callable[[Tensor, NDArray[np.int64]], Tensor]
+) -> Tensor:
     """Return the batch with `change(images, rows)` applied to the images at `rows`."""
     if not len(rows):
         return images_bchw
@@ -271,7 +275,7 @@ def _chunks(count: int, images: Tensor) -> list[slice]:
     return [slice(start, start + step) for start in range(0, count, step)]
 
 
-def _fixed(values: Float64s, places: int) -> Float64s:
+def _fixed(values: NDArray[np.float64], places: int) -> NDArray[np.float64]:
     """Round to multiples of 2**-places, so that float32 sums of products with whole numbers are exact."""
     return np.rint(values * 2.0**places) * 2.0**-places
 
@@ -287,7 +291,7 @@ def _to_uint8(values: Tensor) -> Tensor:
     return values.clamp_(0, 255).to(torch.int16).to(torch.uint8)
 
 
-def _color_map(recipe: Recipe, image_rng: ImageRng) -> tuple[Float64s, Float64s]:
+def _color_map(recipe: Recipe, image_rng: ImageRng) -> tuple[NDArray[np.float64], NDArray[np.float64]]:
     """Sample the color map of each image: c becomes matrix_b33 @ c + pull_b * mean luminance."""
     jittered_b = image_rng.uniform_array("jitter", 1)[:, 0] < recipe.jitter
     strengths = np.array([recipe.brightness, recipe.contrast, recipe.saturation, recipe.hue])
@@ -303,7 +307,7 @@ def _color_map(recipe: Recipe, image_rng: ImageRng) -> tuple[Float64s, Float64s]
     return matrix_b33 * (brightness_b * contrast_b)[:, None, None], brightness_b * (1 - contrast_b)
 
 
-def _map_colors(planes_bcn: Tensor, matrix_b33: Float64s, pull_b: Float64s) -> Tensor:
+def _map_colors(planes_bcn: Tensor, matrix_b33: NDArray[np.float64], pull_b: NDArray[np.float64]) -> Tensor:
     """Apply the color maps. Only the final rounding to whole numbers is not exact."""
     device = planes_bcn.device
     matrices = to_device(_fixed(matrix_b33, _COLOR_PLACES).astype(np.float32), device)
@@ -323,7 +327,7 @@ def _matmul(matrix_b33: Tensor, planes_bcn: Tensor) -> Tensor:
     return red + green + blue
 
 
-def _photometric_block(images_bchw: Tensor, u_b3: Float64s) -> Tensor:
+def _photometric_block(images_bchw: Tensor, u_b3: NDArray[np.float64]) -> Tensor:
     """Apply posterize, sharpness, solarize and autocontrast, as VISSL's ImgPilRandomPhotometric.
 
     Overwrites the images.
@@ -338,7 +342,7 @@ def _photometric_block(images_bchw: Tensor, u_b3: Float64s) -> Tensor:
     return _autocontrast(images_bchw)
 
 
-def _sharpen(images_bchw: Tensor, factor_b: Float64s) -> None:
+def _sharpen(images_bchw: Tensor, factor_b: NDArray[np.float64]) -> None:
     """Apply PIL's ImageEnhance.Sharpness in place. A factor above 1 sharpens, below 1 smooths.
 
     The smoothing kernel is 3 x 3 with weight 5 in the middle and 1 around, divided by 13. The border is unchanged.
@@ -362,14 +366,14 @@ def _autocontrast(images_bchw: Tensor) -> Tensor:
     return planes_bcn.float().mul_(scale).add_(shift).to(torch.int16).to(torch.uint8).view(images_bchw.shape)
 
 
-def _gaussian(sigma_b1: Float64s, radius: int) -> Float64s:
+def _gaussian(sigma_b1: NDArray[np.float64], radius: int) -> NDArray[np.float64]:
     """Return (b, radius + 1) weights by the distance from the middle. With both sides they sum to 1."""
     far = np.exp(-0.5 * (np.arange(1, radius + 1) / sigma_b1) ** 2)
     far = _fixed(far / (1 + 2 * far.sum(1, keepdims=True)), _BLUR_PLACES)
     return np.concatenate([1 - 2 * far.sum(1, keepdims=True), far], axis=1)
 
 
-def _blur(images_bchw: Tensor, weights_bk: Float64s) -> Tensor:
+def _blur(images_bchw: Tensor, weights_bk: NDArray[np.float64]) -> Tensor:
     """Convolve rows, then columns, each rounded to whole numbers. The border is repeated outwards."""
     radius = weights_bk.shape[1] - 1
     x = pad(images_bchw.float(), (radius,) * 4, mode="replicate")

@@ -57,12 +57,12 @@ def demo(config: DemoConfig) -> None:
     """
     console_log.install()
     start_ray()
-    from raysl.documentation import pictures
     from raysl.evaluation.evaluate import probe
     from raysl.evaluation.results import verdicts
     from raysl.ingestion import resolve, splits
     from raysl.model import Model
     from raysl.ray_cluster import placement
+    from raysl.reporting import pictures
     from raysl.training.launch import pretrain
 
     console = Console()

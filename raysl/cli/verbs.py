@@ -202,15 +202,15 @@ def methods(pages: Path | None = None) -> None:
         pages: folder to write pages of documentation to, instead of the list.
     """
     if pages is not None:
-        from raysl.documentation import pages as documents
+        from raysl.reporting import method_pages
 
-        documents.write(pages, dataset(documents.DATA), dataset(documents.CLIPS))
-        print(f"{pages}: {len(documents.names())} pages with pictures of the views.")
+        method_pages.write(pages, dataset(method_pages.DATA), dataset(method_pages.CLIPS))
+        print(f"{pages}: {len(method_pages.names())} pages with pictures of the views.")
         return
     from rich.console import Console
     from rich.table import Table
 
-    from raysl.documentation.combinations import describe
+    from raysl.reporting.combinations import describe
     from raysl.training import recipes
 
     listed = Table("recipe", "description", title="Recipes: raysl pretrain --recipe RECIPE")

@@ -14,8 +14,8 @@ from typing import Any
 
 import numpy as np
 import pyarrow as pa
+from numpy.typing import NDArray
 
-from raysl.arrays import Float32s, Int64s
 from raysl.clustering import update
 from raysl.clustering.kmeans_worker import KMeansWorker, PassStats, SampleArguments, Shard, check_unique
 from raysl.clustering.update import Splits
@@ -168,13 +168,13 @@ class ActorPool:
         if any(a[1] >= b[0] for a, b in pairwise(ranges)):
             check_unique(self.store, self.call_all("indices"))
 
-    def scatter(self, centroids_kd: Float32s) -> list[Any]:
+    def scatter(self, centroids_kd: NDArray[np.float32]) -> list[Any]:
         """Return references to the chunks of the centroids."""
         import ray
 
         return [ray.put(np.ascontiguousarray(centroids_kd[a:b])) for a, b in self._chunks]
 
-    def gather(self, chunks: Sequence[Any], splits: Splits) -> Float32s:
+    def gather(self, chunks: Sequence[Any], splits: Splits) -> NDArray[np.float32]:
         """Return the centroids of the chunks after the splits, float32 (k, d)."""
         import ray
 
@@ -199,7 +199,7 @@ class ActorPool:
             float(np.average([s.computed for s in stats], weights=self.num_fitted)),
         )
 
-    def means(self, done: Pass, counts_k: Int64s, old: Sequence[Any]) -> list[Any]:
+    def means(self, done: Pass, counts_k: NDArray[np.int64], old: Sequence[Any]) -> list[Any]:
         """Return references to the chunks of the new centroids, from a finished pass over the chunks `old`."""
         import ray
 
@@ -212,7 +212,7 @@ class ActorPool:
             for actor, (a, b), old_chunk, sums in zip(self._actors, self._chunks, old, by_chunk, strict=True)
         ]
 
-    def take(self, positions_n: Int64s) -> Float32s:
+    def take(self, positions_n: NDArray[np.int64]) -> NDArray[np.float32]:
         """Return rows by position, in the given order, float32 (n, d)."""
         import ray
 
@@ -224,7 +224,7 @@ class ActorPool:
             out_nd[owner_n == i] = ray.get(reference)
         return out_nd
 
-    def assign(self, centroids_kd: Float32s) -> Iterator[pa.Table]:
+    def assign(self, centroids_kd: NDArray[np.float32]) -> Iterator[pa.Table]:
         """Yield the assignments of all rows in blocks, in the order of positions."""
         import ray
 

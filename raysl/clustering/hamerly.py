@@ -14,11 +14,10 @@ from dataclasses import dataclass
 
 import numpy as np
 import numpy.typing as npt
-
-from raysl.arrays import Float32s, Int64s
+from numpy.typing import NDArray
 
 # Squared distances (b, m) in float32, and numbers (b, m), of the m nearest centroids.
-Search = Callable[[Float32s, int], tuple[Float32s, Int64s]]
+Search = Callable[[NDArray[np.float32], int], tuple[NDArray[np.float32], NDArray[np.int64]]]
 
 # Shares of the centroids that may be compared with every row.
 _SHARES = (0.0, 1 / 64, 1 / 32, 1 / 16, 1 / 8, 1 / 4)
@@ -42,10 +41,10 @@ class HamerlyBounds:
         moved: rows in another cluster than in the pass before; None if unknown.
     """
 
-    centroids_kd: Float32s
+    centroids_kd: NDArray[np.float32]
     assigned_n: npt.NDArray[np.int32]
-    own_n: Float32s
-    other_n: Float32s | None
+    own_n: NDArray[np.float32]
+    other_n: NDArray[np.float32] | None
     moved: int | None
 
 
@@ -60,9 +59,9 @@ class Assigner:
     def __init__(
         self,
         before: HamerlyBounds | None,
-        centroids_kd: Float32s,
+        centroids_kd: NDArray[np.float32],
         num_rows: int,
-        index: Callable[[Float32s], Search],
+        index: Callable[[NDArray[np.float32]], Search],
     ) -> None:
         self.before = before
         self.centroids_kd = centroids_kd
@@ -77,7 +76,7 @@ class Assigner:
         self.search_far = index(centroids_kd[self.far_m]) if len(self.far_m) else None
         self.computed = 0
 
-    def _far(self) -> tuple[Int64s, float]:
+    def _far(self) -> tuple[NDArray[np.int64], float]:
         """Return the centroids to compare with every row, and the largest movement of the others.
 
         The movement is infinite if bounds would save too little.
@@ -98,7 +97,7 @@ class Assigner:
         cost, count, decrease = min(costs)
         return (order_k[:count], decrease) if cost <= 1 - _MIN_SAVED else nothing
 
-    def assign(self, first: int, rows_bd: Float32s) -> Int64s:
+    def assign(self, first: int, rows_bd: NDArray[np.float32]) -> NDArray[np.int64]:
         """Return the nearest centroid of every row of a block, int64 (b,); `first` is the number of its first row."""
         part = slice(first, first + len(rows_bd))
         rounding = _ROUNDING * (float(np.einsum("bd,bd->b", rows_bd, rows_bd).max()) + self.square)
@@ -111,7 +110,9 @@ class Assigner:
             self.other_n[part] = other_b
         return nearest_b
 
-    def _all(self, rows_bd: Float32s, rounding: float) -> tuple[Int64s, Float32s, Float32s]:
+    def _all(
+        self, rows_bd: NDArray[np.float32], rounding: float
+    ) -> tuple[NDArray[np.int64], NDArray[np.float32], NDArray[np.float32]]:
         """Compute all distances. Return the nearest centroids, their distances, and lower bounds for all others."""
         two = self.other_n is not None and len(self.centroids_kd) > 1
         squared_bm, nearest_bm = self.search(rows_bd, 2 if two else 1)
@@ -120,7 +121,9 @@ class Assigner:
         other_b = np.sqrt(np.maximum(squared_bm[:, 1] - rounding, 0)) if two else np.full_like(own_b, np.inf)
         return nearest_bm[:, 0], own_b, other_b
 
-    def _some(self, part: slice, rows_bd: Float32s, rounding: float) -> tuple[Int64s, Float32s, Float32s]:
+    def _some(
+        self, part: slice, rows_bd: NDArray[np.float32], rounding: float
+    ) -> tuple[NDArray[np.int64], NDArray[np.float32], NDArray[np.float32]]:
         """Return the same as `_all`, from the distances to the previous and the far centroids where these suffice."""
         assert self.before is not None
         assert self.before.other_n is not None
@@ -138,8 +141,13 @@ class Assigner:
         return nearest_b, own_b, other_b
 
     def _with_far(
-        self, rows_bd: Float32s, nearest_b: Int64s, own_b: Float32s, other_b: Float32s, rounding: float
-    ) -> tuple[Int64s, Float32s, Float32s]:
+        self,
+        rows_bd: NDArray[np.float32],
+        nearest_b: NDArray[np.int64],
+        own_b: NDArray[np.float32],
+        other_b: NDArray[np.float32],
+        rounding: float,
+    ) -> tuple[NDArray[np.int64], NDArray[np.float32], NDArray[np.float32]]:
         """Add the distances to the far centroids. `other_b` bounds all others except these and the own."""
         assert self.search_far is not None
         squared_b2, place_b2 = self.search_far(rows_bd, min(2, len(self.far_m)))

@@ -17,8 +17,8 @@ from typing import Any
 import numpy as np
 import numpy.typing as npt
 import pyarrow as pa
+from numpy.typing import NDArray
 
-from raysl.arrays import Float32s, Float64s, Int64s
 from raysl.clustering import update
 from raysl.clustering.hamerly import Assigner, HamerlyBounds, Search
 from raysl.clustering.update import Splits
@@ -36,7 +36,7 @@ class SeedingLost(RuntimeError):
     """The actor was restarted between two steps of k-means++, which has to start again."""
 
 
-def sample(total: int, count: int, key: int) -> Int64s:
+def sample(total: int, count: int, key: int) -> NDArray[np.int64]:
     """Choose `count` of `total` positions without replacement: int64 (count,), sorted, the same for equal arguments."""
     generator = np.random.Generator(np.random.Philox(key=key))
     return np.sort(generator.choice(total, count, replace=False, shuffle=False)).astype(np.int64)
@@ -91,7 +91,7 @@ class PassStats:
         computed: computed distances, as a share of rows times clusters; see `hamerly`.
     """
 
-    counts_k: Int64s
+    counts_k: NDArray[np.int64]
     objective: float
     moved: int | None
     busy_s: float
@@ -104,7 +104,7 @@ class KMeansWorker:
     def __init__(self, shard: Shard) -> None:
         self.shard = shard
         self._bounds: HamerlyBounds | None = None
-        self._seeding: tuple[int, Float64s] = (0, np.empty(0))
+        self._seeding: tuple[int, NDArray[np.float64]] = (0, np.empty(0))
 
     def load(self) -> tuple[int, int, int]:
         """Read and check the shard; return the number of fitted rows, and the smallest and largest index.
@@ -116,12 +116,12 @@ class KMeansWorker:
         check_unique(self.shard.store, [indices_n])
         return self._num_fitted, int(indices_n.min()), int(indices_n.max())
 
-    def indices(self) -> Int64s:
+    def indices(self) -> NDArray[np.int64]:
         """Return the indices of the rows, int64 (n,)."""
         return self._loaded[0]
 
     @cached_property
-    def _loaded(self) -> tuple[Int64s, npt.NDArray[Any] | None, float]:
+    def _loaded(self) -> tuple[NDArray[np.int64], npt.NDArray[Any] | None, float]:
         """Indices, rows if they are kept in memory, and the sum of the squares of the fitted rows."""
         shard = self.shard
         dtype = np.float16 if shard.store.itemsize == 2 else np.float32
@@ -141,7 +141,7 @@ class KMeansWorker:
         return indices_n, kept_nd, square
 
     @cached_property
-    def _chosen(self) -> Int64s | None:
+    def _chosen(self) -> NDArray[np.int64] | None:
         """Numbers of the fitted rows in the shard; None for all."""
         if self.shard.fit is None:
             return None
@@ -152,14 +152,14 @@ class KMeansWorker:
     def _num_fitted(self) -> int:
         return self.shard.num_rows if self._chosen is None else len(self._chosen)
 
-    def _fitted(self, first: int, end: int) -> slice | Int64s:
+    def _fitted(self, first: int, end: int) -> slice | NDArray[np.int64]:
         """Return which of the rows `first` to `end` of the shard are fitted."""
         if self._chosen is None:
             return slice(None)
         low, high = np.searchsorted(self._chosen, [first, end])
         return self._chosen[low:high] - first
 
-    def _blocks(self) -> Iterator[tuple[int, Float32s]]:
+    def _blocks(self) -> Iterator[tuple[int, NDArray[np.float32]]]:
         """Yield the shard in blocks: the number of the first row in the shard, and float32 (b, d)."""
         most = max(1, _BLOCK_BYTES // (4 * self.shard.store.dim))
         kept_nd = self._loaded[1]
@@ -180,7 +180,7 @@ class KMeansWorker:
                 ahead = reader.submit(next, batches, None)
                 yield rows_bd
 
-    def _fitted_blocks(self) -> Iterator[tuple[int, Float32s]]:
+    def _fitted_blocks(self) -> Iterator[tuple[int, NDArray[np.float32]]]:
         """Yield only the fitted rows in blocks: the number of the first among the fitted rows, and float32 (b, d)."""
         start = 0
         for first, rows_bd in self._blocks():
@@ -189,7 +189,7 @@ class KMeansWorker:
                 yield start, fitted_bd
             start += len(fitted_bd)
 
-    def take(self, positions_n: Int64s) -> Float32s:
+    def take(self, positions_n: NDArray[np.int64]) -> NDArray[np.float32]:
         """Return the rows at positions in this shard, float32 (n, d)."""
         start = self.shard.pieces[0].start
         kept_nd = self._loaded[1]
@@ -202,7 +202,9 @@ class KMeansWorker:
             out_nd[inside_n] = rows_bd[places_n[inside_n]]
         return out_nd
 
-    def accumulate(self, splits: Splits, *chunks: Float32s) -> tuple[PassStats | Float64s, ...]:
+    def accumulate(
+        self, splits: Splits, *chunks: NDArray[np.float32]
+    ) -> tuple[PassStats | NDArray[np.float64], ...]:
         """Assign every fitted row to its nearest centroid.
 
         Returns:
@@ -223,18 +225,20 @@ class KMeansWorker:
         stats = PassStats(counts_k, total, self._bounds.moved, busy_s, computed)
         return stats, *(sums_kd[a:b] for a, b in update.chunk_ranges(len(centroids_kd), len(chunks)))
 
-    def _search(self, centroids_md: Float32s) -> Search:
+    def _search(self, centroids_md: NDArray[np.float32]) -> Search:
         return FaissSearch(centroids_md, self.shard.threads, self.shard.on_gpu)
 
     def gpu_is_idle(self) -> bool:
         """Return True if this worker holds a GPU that FAISS cannot use."""
         return self.shard.on_gpu and not faiss_gpus()
 
-    def mean(self, counts_k: Int64s, old_kd: Float32s, *sums: Float64s) -> Float32s:
+    def mean(
+        self, counts_k: NDArray[np.int64], old_kd: NDArray[np.float32], *sums: NDArray[np.float64]
+    ) -> NDArray[np.float32]:
         """Return the new centroids of one chunk, from the sums of all actors and the counts over all."""
         return update.means(update.total(sums), counts_k, old_kd, self.shard.spherical)
 
-    def assign(self, centroids_kd: Float32s) -> Iterator[pa.Table]:
+    def assign(self, centroids_kd: NDArray[np.float32]) -> Iterator[pa.Table]:
         """Yield a table with a row for every row of the shard: index, path if known, cluster, distance."""
         search = self._search(centroids_kd)
         indices_n = self._loaded[0]
@@ -246,7 +250,7 @@ class KMeansWorker:
                 columns["path"] = paths.slice(first, len(rows_bd))
             yield pa.table({**columns, "cluster": nearest_b1[:, 0], "distance": np.sqrt(squared_b1[:, 0])})
 
-    def add_centroids(self, number: int, centroids_md: Float32s) -> float:
+    def add_centroids(self, number: int, centroids_md: NDArray[np.float32]) -> float:
         """Add centroids to k-means++; return the sum of the squared distances to the nearest so far.
 
         Raises:
@@ -264,7 +268,7 @@ class KMeansWorker:
         self._seeding = (number + 1, squared_n)
         return float(squared_n.sum())
 
-    def draw_row(self, target: float) -> Float32s:
+    def draw_row(self, target: float) -> NDArray[np.float32]:
         """Return the row at which the running sum of squared distances passes `target`, float32 (1, d)."""
         squared_n = self._seeding[1]
         if not len(squared_n):
@@ -296,7 +300,7 @@ class FaissSearch:
         on_gpu: search on the first GPU of this process if FAISS can use one.
     """
 
-    def __init__(self, centroids_kd: Float32s, threads: int, on_gpu: bool) -> None:
+    def __init__(self, centroids_kd: NDArray[np.float32], threads: int, on_gpu: bool) -> None:
         import faiss
 
         faiss.omp_set_num_threads(threads)
@@ -306,13 +310,15 @@ class FaissSearch:
             self._index = faiss.index_cpu_to_gpu(_gpu_memory(), 0, self._index)
         self._index.add(np.ascontiguousarray(centroids_kd))
 
-    def __call__(self, rows_bd: Float32s, count: int) -> tuple[Float32s, Int64s]:
+    def __call__(
+        self, rows_bd: NDArray[np.float32], count: int
+    ) -> tuple[NDArray[np.float32], NDArray[np.int64]]:
         """Return squared distances, float32 (b, count), and numbers, int64 (b, count), of the nearest, in order."""
         squared_bm, nearest_bm = self._index.search(np.ascontiguousarray(rows_bd), count)
         return np.maximum(squared_bm, 0), nearest_bm
 
 
-def check_unique(store: FeatureStore, parts: Sequence[Int64s]) -> None:
+def check_unique(store: FeatureStore, parts: Sequence[NDArray[np.int64]]) -> None:
     """Raise UserError if an index occurs twice."""
     values, counts = np.unique(np.concatenate(parts), return_counts=True)
     if (counts > 1).any():

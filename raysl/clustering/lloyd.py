@@ -22,9 +22,9 @@ from typing import Any
 import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
+from numpy.typing import NDArray
 
 from raysl import ray_cluster, rng
-from raysl.arrays import Float32s, Int64s
 from raysl.clustering import seeding, update
 from raysl.clustering.actor_pool import ActorPool, allocate
 from raysl.clustering.kmeans_worker import SampleArguments
@@ -66,7 +66,7 @@ class Clustering:
         """Return the quality of the clustering; see `fit`. Raises UserError if the file is damaged."""
         return read_record(self.folder, SUMMARY, _REMEDY)
 
-    def centroids(self) -> Float32s:
+    def centroids(self) -> NDArray[np.float32]:
         """Return the centroids, float32 (k, dim). Raises UserError if the file is missing or damaged."""
         file = f"{self.folder}/{CENTROIDS}"
         try:
@@ -306,8 +306,8 @@ def _origin(store: FeatureStore, config: KMeansConfig) -> dict[str, str]:
 
 
 def _write_assignments(
-    pool: ActorPool, centroids_kd: Float32s, table_uri: str, metadata: Mapping[str, str]
-) -> tuple[Int64s, float]:
+    pool: ActorPool, centroids_kd: NDArray[np.float32], table_uri: str, metadata: Mapping[str, str]
+) -> tuple[NDArray[np.int64], float]:
     """Write the table block by block; return the sizes of the clusters and the sum of squared distances."""
     paths = [("path", pa.string())] if pool.store.has_paths else []
     columns = [("index", pa.int64()), *paths, ("cluster", pa.int64()), ("distance", pa.float32())]
@@ -326,7 +326,7 @@ def _write_assignments(
 
 
 def _summary(
-    store: FeatureStore, config: KMeansConfig, state: State, counts_k: Int64s, table_uri: str
+    store: FeatureStore, config: KMeansConfig, state: State, counts_k: NDArray[np.int64], table_uri: str
 ) -> dict[str, Any]:
     curve = [entry for curve in state.curves for entry in curve]
     walls_s = sum(entry["wall_s"] for entry in curve)
@@ -350,7 +350,7 @@ def _summary(
     return value
 
 
-def _labels(store: FeatureStore) -> Int64s | None:
+def _labels(store: FeatureStore) -> NDArray[np.int64] | None:
     """Return the labels of the images by index, int64, if they are known and the data set still exists."""
     data = store.metadata.get("data")
     if not data or not DataSet.is_one(data):
@@ -361,7 +361,7 @@ def _labels(store: FeatureStore) -> Int64s | None:
     return dataset.labels()
 
 
-def sizes(counts_k: Int64s) -> dict[str, Any]:
+def sizes(counts_k: NDArray[np.int64]) -> dict[str, Any]:
     """Return the empty clusters, quantiles of the sizes, and the entropy of the sizes as a share of the maximum."""
     shares = counts_k[counts_k > 0] / counts_k.sum()
     entropy = float(-(shares * np.log(shares)).sum())
@@ -372,7 +372,7 @@ def sizes(counts_k: Int64s) -> dict[str, Any]:
     }
 
 
-def agreement(clusters_n: Int64s, labels_n: Int64s) -> dict[str, float]:
+def agreement(clusters_n: NDArray[np.int64], labels_n: NDArray[np.int64]) -> dict[str, float]:
     """Return the NMI (arithmetic mean of the entropies) and the purity; nothing without scikit-learn.
 
     Purity is the share of rows with the most frequent label of their cluster.

@@ -3,16 +3,16 @@
 from __future__ import annotations
 
 import numpy as np
+from numpy.typing import NDArray
 
 from raysl import rng
-from raysl.arrays import Float32s, Int64s
 from raysl.clustering.actor_pool import ActorPool
 from raysl.clustering.kmeans_worker import SampleArguments, sample
 from raysl.clustering.options import KMeansConfig
 from raysl.clustering.update import unit
 
 
-def initial_centroids(pool: ActorPool, config: KMeansConfig, restart: int) -> Float32s:
+def initial_centroids(pool: ActorPool, config: KMeansConfig, restart: int) -> NDArray[np.float32]:
     """Return the initial centroids of a start, float32 (k, d)."""
     if config.init == "k-means++":
         centroids_kd = _plus_plus(pool, config, restart)
@@ -29,7 +29,7 @@ def fitted_rows(config: KMeansConfig, num_rows: int) -> SampleArguments | None:
     return num_rows, config.max_rows, rng.key(config.seed, "kmeans", "fit")
 
 
-def _plus_plus(pool: ActorPool, config: KMeansConfig, restart: int) -> Float32s:
+def _plus_plus(pool: ActorPool, config: KMeansConfig, restart: int) -> NDArray[np.float32]:
     """Choose k rows by k-means++ (Arthur and Vassilvitskii 2007).
 
     The probability of a row is proportional to its squared distance from the nearest centroid so far.
@@ -50,7 +50,7 @@ def _plus_plus(pool: ActorPool, config: KMeansConfig, restart: int) -> Float32s:
 
 def _random_positions(
     pool: ActorPool, config: KMeansConfig, generator: np.random.Generator, count: int
-) -> Int64s:
+) -> NDArray[np.int64]:
     """Choose the positions of `count` of the fitted rows, without replacement."""
     fit = fitted_rows(config, pool.store.num_rows)
     chosen = generator.choice(sum(pool.num_fitted), count, replace=False).astype(np.int64)

@@ -7,8 +7,8 @@ from dataclasses import dataclass, field
 from typing import Any
 
 import numpy as np
+from numpy.typing import NDArray
 
-from raysl.arrays import Float32s
 from raysl.errors import UserError
 from raysl.storage import Folder
 from raysl.storage.records import read_arrays, write_arrays
@@ -29,9 +29,9 @@ class State:
     """
 
     restart: int = 0
-    centroids_kd: Float32s | None = None
+    centroids_kd: NDArray[np.float32] | None = None
     curves: list[list[dict[str, Any]]] = field(default_factory=lambda: [[]])
-    best_kd: Float32s | None = None
+    best_kd: NDArray[np.float32] | None = None
 
     def best_restart(self) -> int:
         """Return the number of the start with the lowest final objective."""

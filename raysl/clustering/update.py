@@ -10,8 +10,7 @@ from collections.abc import Sequence
 from itertools import pairwise
 
 import numpy as np
-
-from raysl.arrays import Float32s, Float64s, Int64s
+from numpy.typing import NDArray
 
 # (empty cluster, cluster to split), in order.
 Splits = tuple[tuple[int, int], ...]
@@ -26,7 +25,9 @@ def chunk_ranges(k: int, chunks: int) -> list[tuple[int, int]]:
     return list(pairwise(edges))
 
 
-def add_rows(sums_kd: Float64s, rows_bd: Float32s, nearest_b: Int64s) -> None:
+def add_rows(
+    sums_kd: NDArray[np.float64], rows_bd: NDArray[np.float32], nearest_b: NDArray[np.int64]
+) -> None:
     """Add each row to the sum of its cluster, in float64."""
     k = len(sums_kd)
     order = np.argsort(nearest_b, kind="stable")
@@ -41,7 +42,12 @@ def add_rows(sums_kd: Float64s, rows_bd: Float32s, nearest_b: Int64s) -> None:
         sums_kd[present] += np.add.reduceat(rows_bd[order].astype(np.float64), starts[present], axis=0)
 
 
-def objective(square: float, centroids_kd: Float32s, sums_kd: Float64s, counts_k: Int64s) -> float:
+def objective(
+    square: float,
+    centroids_kd: NDArray[np.float32],
+    sums_kd: NDArray[np.float64],
+    counts_k: NDArray[np.int64],
+) -> float:
     """Return the sum of the squared distances of rows to their centroids, in float64, without reading the rows.
 
     Args:
@@ -52,12 +58,14 @@ def objective(square: float, centroids_kd: Float32s, sums_kd: Float64s, counts_k
     return float(square - 2 * crossed + counts_k @ lengths_k)
 
 
-def total(sums: Sequence[Float64s]) -> Float64s:
+def total(sums: Sequence[NDArray[np.float64]]) -> NDArray[np.float64]:
     """Return the sums over all actors, added in the order of the actors."""
     return np.sum(sums, axis=0) if len(sums) > 1 else sums[0]
 
 
-def means(sums_kd: Float64s, counts_k: Int64s, old_kd: Float32s, spherical: bool) -> Float32s:
+def means(
+    sums_kd: NDArray[np.float64], counts_k: NDArray[np.int64], old_kd: NDArray[np.float32], spherical: bool
+) -> NDArray[np.float32]:
     """Return the centroids of a chunk, float32 (k, d). An empty cluster keeps its old centroid."""
     new_kd = sums_kd / np.maximum(counts_k, 1)[:, None]
     if spherical:
@@ -66,13 +74,13 @@ def means(sums_kd: Float64s, counts_k: Int64s, old_kd: Float32s, spherical: bool
     return new_kd.astype(np.float32)
 
 
-def unit(rows_nd: Float64s) -> Float64s:
+def unit(rows_nd: NDArray[np.float64]) -> NDArray[np.float64]:
     """Return rows scaled to norm 1. Rows of zeros stay unchanged."""
     lengths_n = np.sqrt(np.einsum("nd,nd->n", rows_nd, rows_nd))
     return rows_nd / np.where(lengths_n == 0, 1, lengths_n)[:, None]
 
 
-def plan_splits(counts_k: Int64s, generator: np.random.Generator) -> Splits:
+def plan_splits(counts_k: NDArray[np.int64], generator: np.random.Generator) -> Splits:
     """Choose a cluster to split for each empty one, with a probability proportional to its size minus one.
 
     The rule of FAISS (Clustering.cpp, split_clusters) with another order of draws. Each split halves the size for later
@@ -91,7 +99,7 @@ def plan_splits(counts_k: Int64s, generator: np.random.Generator) -> Splits:
     return tuple(splits)
 
 
-def assemble(chunks: Sequence[Float32s], splits: Splits, spherical: bool) -> Float32s:
+def assemble(chunks: Sequence[NDArray[np.float32]], splits: Splits, spherical: bool) -> NDArray[np.float32]:
     """Return all centroids after the splits, float32 (k, d)."""
     centroids_kd = np.concatenate(chunks)
     sign_d = np.where(np.arange(centroids_kd.shape[1]) % 2 == 0, 1, -1)

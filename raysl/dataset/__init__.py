@@ -29,8 +29,8 @@ from typing import Any
 import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
+from numpy.typing import NDArray
 
-from raysl.arrays import Int64s
 from raysl.errors import UserError
 from raysl.storage import Folder
 from raysl.storage.parquet_parts import Parts, metadata, spans
@@ -51,8 +51,8 @@ _REQUESTS_AT_ONCE = 16
 class Rows:
     """Rows of a data set to be read together: their indices and the epoch in which each is read, int64 (b,)."""
 
-    indices_b: Int64s
-    epochs_b: Int64s
+    indices_b: NDArray[np.int64]
+    epochs_b: NDArray[np.int64]
 
     def __len__(self) -> int:
         return len(self.indices_b)
@@ -175,7 +175,7 @@ class DataSet:
         return DataSet(folder, manifest)
 
     @staticmethod
-    def create(folder: Folder, manifest: Manifest, labels: Iterable[Int64s]) -> DataSet:
+    def create(folder: Folder, manifest: Manifest, labels: Iterable[NDArray[np.int64]]) -> DataSet:
         """Complete a data set whose shards are written, and open it.
 
         Args:
@@ -199,18 +199,18 @@ class DataSet:
         return bool(self.manifest.classes)
 
     @cached_property
-    def row_group_starts(self) -> Int64s:
+    def row_group_starts(self) -> NDArray[np.int64]:
         """int64 (groups + 1,): the first index of every row group, and the number of images at the end."""
         sizes = [n for shard in self.manifest.shards for n in shard.row_groups]
         return np.concatenate([[0], np.cumsum(sizes, dtype=np.int64)])
 
     @cached_property
-    def _shard_starts(self) -> Int64s:
+    def _shard_starts(self) -> NDArray[np.int64]:
         """int64 (shards + 1,): the number of the first row group of every shard, and of all row groups."""
         sizes = [len(shard.row_groups) for shard in self.manifest.shards]
         return np.concatenate([[0], np.cumsum(sizes, dtype=np.int64)])
 
-    def read(self, indices: Int64s, columns: Sequence[str] = ("image", "label")) -> pa.Table:
+    def read(self, indices: NDArray[np.int64], columns: Sequence[str] = ("image", "label")) -> pa.Table:
         """Return rows in the order of `indices`. Each row group that holds one of them is read once.
 
         Args:
@@ -234,10 +234,10 @@ class DataSet:
         offsets = starts[group_of] + indices - self.row_group_starts[groups]
         return pa.concat_tables(parts).take(pa.array(offsets))
 
-    def _row_groups(self, groups: Int64s, columns: Sequence[str]) -> Iterator[pa.Table]:
+    def _row_groups(self, groups: NDArray[np.int64], columns: Sequence[str]) -> Iterator[pa.Table]:
         """Yield the content of row groups, given in ascending order."""
         shards = np.searchsorted(self._shard_starts, groups, side="right") - 1
-        pieces: list[tuple[int, Int64s]] = []
+        pieces: list[tuple[int, NDArray[np.int64]]] = []
         for number in np.unique(shards):
             inside = groups[shards == number]
             # Of a remote store, row groups that are not neighbours are read at the same time.
@@ -266,7 +266,9 @@ class DataSet:
         except (pa.ArrowException, ValueError) as error:
             raise self._damaged(shard.file, str(error)) from error
 
-    def _read_shard(self, number: int, groups: Int64s, columns: Sequence[str]) -> Iterator[pa.Table]:
+    def _read_shard(
+        self, number: int, groups: NDArray[np.int64], columns: Sequence[str]
+    ) -> Iterator[pa.Table]:
         """Yield the content of row groups of one shard, read with one request for neighbouring ones."""
         shard = self.manifest.shards[number]
         wanted = ["index", *(name for name in columns if name != "label" or self.has_labels)]
@@ -296,7 +298,7 @@ class DataSet:
                 part = part.append_column("path", part.column("index").cast(pa.string())).select(wanted)
             yield part
 
-    def labels(self) -> Int64s:
+    def labels(self) -> NDArray[np.int64]:
         """Return the label of every image: int64 (n,). Raises UserError if there are none, or if a file is damaged."""
         if not self.has_labels:
             raise UserError(
@@ -316,7 +318,7 @@ class DataSet:
             )
         return pq.read_table(io.BytesIO(data)).column("label").to_numpy().astype(np.int64)  # type: ignore[no-any-return]
 
-    def paths(self, indices: Int64s | None = None) -> list[str]:
+    def paths(self, indices: NDArray[np.int64] | None = None) -> list[str]:
         """Return the path of every image in its source, or its key in an archive or a table.
 
         Args:

@@ -28,9 +28,8 @@ import numpy as np
 import numpy.typing as npt
 import pyarrow as pa
 import simplejpeg
+from numpy.typing import NDArray
 from PIL import Image
-
-from raysl.arrays import Float32s, Float64s, Uint8s
 
 COLUMNS: dict[str, pa.DataType] = {
     "frames": pa.list_(pa.binary()),
@@ -51,14 +50,14 @@ DEPTH_SCALE = 10_000
 THUMBNAIL = 16
 
 
-def jpeg(pixels_hwc: Uint8s) -> bytes:
+def jpeg(pixels_hwc: NDArray[np.uint8]) -> bytes:
     """Return a frame for the column `frames`."""
     return simplejpeg.encode_jpeg(  # type: ignore[no-any-return]
         np.ascontiguousarray(pixels_hwc), quality=95, colorspace="RGB", colorsubsampling="444"
     )
 
 
-def thumbnail(pixels_hwc: Uint8s) -> bytes:
+def thumbnail(pixels_hwc: NDArray[np.uint8]) -> bytes:
     """Return the gray copy of a frame for the column `thumbnails`."""
     gray = Image.fromarray(pixels_hwc).convert("L")
     return gray.resize((THUMBNAIL, THUMBNAIL), Image.Resampling.BOX).tobytes()
@@ -86,16 +85,16 @@ class Clips:
         """Return the number of frames of a clip, from the column `times`."""
         return len(self._value("times", row))
 
-    def times(self, row: int) -> Float64s:
+    def times(self, row: int) -> NDArray[np.float64]:
         """Return the time of each frame in seconds: float64 (n,)."""
         return self._value("times", row).values.to_numpy()  # type: ignore[no-any-return]
 
-    def thumbnails(self, row: int) -> Uint8s:
+    def thumbnails(self, row: int) -> NDArray[np.uint8]:
         """Return the gray copies of the frames: uint8 (n, 16, 16)."""
         data = self._value("thumbnails", row).as_py()
         return np.frombuffer(data, np.uint8).reshape(-1, THUMBNAIL, THUMBNAIL)
 
-    def tracks(self, row: int) -> Float32s:
+    def tracks(self, row: int) -> NDArray[np.float32]:
         """Return the boxes of followed objects: float32 (objects, n, 4), with top, left, height and width in pixels.
 
         A box is NaN in frames where its object is not seen. A clip may have no tracks.
@@ -108,7 +107,7 @@ class Clips:
         data = self._value("sound", row).as_py()
         return np.frombuffer(data or b"", "<i2").astype(np.int16)
 
-    def keypoints(self, row: int) -> Float32s:
+    def keypoints(self, row: int) -> NDArray[np.float32]:
         """Return the key points of the figure: float32 (n, points, 3), with x, y and 1 where the point is seen."""
         values = self._value("keypoints", row).values.to_numpy()
         return values.reshape(self.num_frames(row), -1, 3)  # type: ignore[no-any-return]

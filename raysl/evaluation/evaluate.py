@@ -12,9 +12,9 @@ from dataclasses import dataclass, fields, replace
 from typing import Any
 
 import numpy as np
+from numpy.typing import NDArray
 
 from raysl import extraction, probes, ray_cluster
-from raysl.arrays import Int64s
 from raysl.checkpoint import Checkpoint
 from raysl.dataset import DataSet
 from raysl.errors import UserError, unknown
@@ -265,8 +265,8 @@ class _Data:
     train: DataSet
     test: DataSet
     bn_statistics: str
-    train_labels_n: Int64s | None
-    test_labels_n: Int64s | None
+    train_labels_n: NDArray[np.int64] | None
+    test_labels_n: NDArray[np.int64] | None
 
     def unseen(self) -> int:
         """Return the number of test images of classes that the train set does not show."""

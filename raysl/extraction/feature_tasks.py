@@ -22,9 +22,9 @@ from typing import Any
 import numpy as np
 import numpy.typing as npt
 import torch
+from numpy.typing import NDArray
 from torch import Tensor
 
-from raysl.arrays import Float32s
 from raysl.backbone import external_weights, network
 from raysl.dataset import DataSet
 from raysl.errors import UserError
@@ -317,7 +317,7 @@ class _Actor:
         table = extraction.dataset.read(np.arange(*part, dtype=np.int64), columns)
         images = table.column("image").to_pylist()
         batches = [images[i : i + _BATCH] for i in range(0, len(images), _BATCH)]
-        made: dict[str, list[Float32s]] = {output.layer: [] for output in extraction.outputs}
+        made: dict[str, list[NDArray[np.float32]]] = {output.layer: [] for output in extraction.outputs}
         for pixels_bchw in self.threads.map(partial(_evaluation_views, extraction), batches):
             with torch.inference_mode():
                 features = encode(pixels_bchw.to(self.device))

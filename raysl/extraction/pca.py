@@ -7,9 +7,9 @@ from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
+from numpy.typing import NDArray
 
 from raysl import ray_cluster
-from raysl.arrays import Float64s
 from raysl.errors import UserError
 from raysl.storage import Folder
 from raysl.storage.feature_files import FeatureForm, part_file, write_part
@@ -31,8 +31,8 @@ class Projection:
         variance: share of the variance that is kept.
     """
 
-    mean_d: Float64s
-    components_dm: Float64s
+    mean_d: NDArray[np.float64]
+    components_dm: NDArray[np.float64]
     variance: float
 
     def save(self, folder: Folder) -> None:

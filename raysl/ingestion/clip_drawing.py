@@ -13,12 +13,12 @@ from typing import Any, NamedTuple
 
 import numpy as np
 import numpy.typing as npt
+from numpy.typing import NDArray
 
-from raysl.arrays import Float64s, Uint8s
 from raysl.dataset.clips import SOUND_HZ
 
 Array = npt.NDArray[Any]
-Random = Callable[[str, int], Float64s]
+Random = Callable[[str, int], NDArray[np.float64]]
 
 ACTIONS = ("walk", "wave", "jump", "squat", "kick")
 KINDS = ("disc", "square", "triangle", "star", "cross", "ellipse", "hexagon", "flower")
@@ -41,7 +41,7 @@ _OVERTONES_HZ = (3200.0, 4200.0, 5400.0, 7000.0)
 class Drawn(NamedTuple):
     """A clip and everything that is known about it. Floats are float32."""
 
-    frames_nhwc: Uint8s
+    frames_nhwc: NDArray[np.uint8]
     sound_t: npt.NDArray[np.int16]
     # Of both shapes, then the figure: top, left, height, width in pixels, NaN out of the frame.
     tracks_kn4: Array
@@ -114,14 +114,14 @@ def _background(random: Random, grid: tuple[Array, Array], num_frames: int) -> _
     )
 
 
-def _color(a: Float64s, hue: int | None = None) -> Array:
+def _color(a: NDArray[np.float64], hue: int | None = None) -> Array:
     """Return a color that is neither dark nor gray: of any hue, or near one of those of the overtones."""
     turn = a[0] if hue is None else (hue + 0.3 * (a[0] - 0.5)) / len(_OVERTONES_HZ)
     phase = 2 * math.pi * (turn + np.array([0, 1 / 3, 2 / 3]))
     return np.asarray(0.55 + 0.35 * np.cos(phase) + 0.1 * a[1], np.float32)
 
 
-def _path(random: Random, number: int, time_n: Float64s) -> Array:
+def _path(random: Random, number: int, time_n: NDArray[np.float64]) -> Array:
     """Return the centre of a shape in each frame, (n, 2): a straight way. The two shapes keep to opposite sides."""
     side = 2 * math.pi * (random("side", 1)[0] + number / 2)
     a = random(f"path {number}", 3)
@@ -183,7 +183,7 @@ def _outline(kind: int, angle: Array) -> Array:
     return np.ones_like(angle)
 
 
-def _pose(random: Random, action: int, time_n: Float64s) -> Array:
+def _pose(random: Random, action: int, time_n: NDArray[np.float64]) -> Array:
     """Return the key points of the figure, (n, points, 2), in sides of the frame."""
     a = random("pose", 8)
     height, side = 0.5 + 0.12 * a[0], 1.0 if a[1] < 0.5 else -1.0
@@ -212,7 +212,7 @@ def _pose(random: Random, action: int, time_n: Float64s) -> Array:
     points = np.zeros((len(time_n), len(KEYPOINTS), 2))
     points[:, 2] = np.stack([x, y], 1)
 
-    def step(start: int, end: int, angle: Float64s, length: float) -> None:
+    def step(start: int, end: int, angle: NDArray[np.float64], length: float) -> None:
         direction = np.stack([side * np.sin(angle), np.cos(angle)], 1)
         points[:, end] = points[:, start] + length * height * direction
 

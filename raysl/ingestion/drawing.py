@@ -13,11 +13,12 @@ from __future__ import annotations
 import math
 from collections.abc import Callable
 
+import numpy as np
 import torch
 import torch.nn.functional as F
+from numpy.typing import NDArray
 from torch import Tensor
 
-from raysl.arrays import Uint8s
 from raysl.rng import ImageRng
 
 _DISTRACTORS = 3
@@ -67,7 +68,7 @@ _SHAPES: dict[str, Callable[[Tensor, Tensor], Tensor]] = {
 CLASSES = tuple(_SHAPES)
 
 
-def draw(image_rng: ImageRng, size: int, plain: bool = False) -> tuple[Uint8s, list[int]]:
+def draw(image_rng: ImageRng, size: int, plain: bool = False) -> tuple[NDArray[np.uint8], list[int]]:
     """Draw an image for each index of `image_rng`: uint8 (b, size, size, 3), RGB, and its label, an index of `CLASSES`.
 
     `plain` draws nearly without color on a plain background, and gives every shape a texture of its own.

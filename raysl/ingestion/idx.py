@@ -16,8 +16,8 @@ from typing import Any
 
 import numpy as np
 import numpy.typing as npt
+from numpy.typing import NDArray
 
-from raysl.arrays import Uint8s
 from raysl.errors import UserError
 from raysl.storage import Folder
 from raysl.stream.formats import MAX_PIXELS
@@ -43,7 +43,7 @@ def labels(root: str, path: str) -> npt.NDArray[Any]:
     return values.reshape(len(values), -1)[:, 0].astype(np.int64) if len(values) else values
 
 
-def batches(root: str, path: str, first: int, count: int) -> Iterator[Uint8s]:
+def batches(root: str, path: str, first: int, count: int) -> Iterator[NDArray[np.uint8]]:
     """Yield the pixels of some images, uint8 (b, h, w, 1), some at a time."""
     with _opened(root, path) as stream:
         _, height, width = _head(stream, path, 3)[0]

@@ -11,14 +11,13 @@ import struct
 import zlib
 
 import numpy as np
-
-from raysl.arrays import Uint8s
+from numpy.typing import NDArray
 
 _SIGNATURE = b"\x89PNG\r\n\x1a\n"
 _GRAY, _RGB = 0, 2
 
 
-def encode(images_bhwc: Uint8s) -> list[bytes]:
+def encode(images_bhwc: NDArray[np.uint8]) -> list[bytes]:
     """Return one PNG file for each image.
 
     Args:

@@ -7,9 +7,9 @@ from collections.abc import Sequence
 from itertools import repeat
 
 import numpy as np
+from numpy.typing import NDArray
 
 from raysl import rng
-from raysl.arrays import Int64s
 from raysl.dataset import DataSet, Manifest
 from raysl.errors import UserError
 from raysl.ingestion import shard
@@ -29,12 +29,12 @@ def subset(dataset: DataSet, num_images: int, folder: Folder, seed: int = 0) -> 
     return part(dataset, drawn(dataset.num_images, num_images, seed), folder)
 
 
-def drawn(of: int, count: int, seed: int = 0) -> Int64s:
+def drawn(of: int, count: int, seed: int = 0) -> NDArray[np.int64]:
     """Return the sorted indices, int64 (count,), of the images that `subset` draws from a data set of `of` images."""
     return np.sort(rng.generator("subset", seed).choice(of, count, replace=False))
 
 
-def part(dataset: DataSet, chosen_k: Int64s, folder: Folder) -> DataSet:
+def part(dataset: DataSet, chosen_k: NDArray[np.int64], folder: Folder) -> DataSet:
     """Copy chosen images with their labels, if there are any; see `relabelled`."""
     labels_k = dataset.labels()[chosen_k] if dataset.has_labels else None
     source = f"{len(chosen_k)} images of {dataset.manifest.source}"
@@ -43,8 +43,8 @@ def part(dataset: DataSet, chosen_k: Int64s, folder: Folder) -> DataSet:
 
 def relabelled(
     dataset: DataSet,
-    chosen_k: Int64s,
-    labels_k: Int64s | None,
+    chosen_k: NDArray[np.int64],
+    labels_k: NDArray[np.int64] | None,
     classes: Sequence[str],
     folder: Folder,
     source: str,

@@ -10,11 +10,10 @@ from __future__ import annotations
 from collections.abc import Sequence
 
 import numpy as np
+from numpy.typing import NDArray
 from PIL import Image
 
-from raysl.arrays import Float32s, Int64s, Uint8s
-
-Gray = Float32s
+Gray = NDArray[np.float32]
 
 # The frames are compared with their shorter side in this many pixels.
 _SIDE = 48
@@ -23,7 +22,7 @@ _PATCH, _REACH = _SIDE // 3, _SIDE // 8
 _LIKE = 0.6
 
 
-def track(frames_hwc: Sequence[Uint8s]) -> Float32s:
+def track(frames_hwc: Sequence[NDArray[np.uint8]]) -> NDArray[np.float32]:
     """Return the track of a clip: float32 (1, n, 4) with top, left, height and width in pixels, NaN where it is lost.
 
     (0, n, 4) for a clip in which nothing moves.
@@ -54,7 +53,7 @@ def track(frames_hwc: Sequence[Uint8s]) -> Float32s:
     return np.asarray(boxes[None], np.float32)
 
 
-def _find(before_hw: Gray, after_hw: Gray, place_2: Int64s) -> tuple[int, int] | None:
+def _find(before_hw: Gray, after_hw: Gray, place_2: NDArray[np.int64]) -> tuple[int, int] | None:
     """Return the place of a patch in another frame; None when nothing near is like it."""
     top, left = place_2
     patch = before_hw[top : top + _PATCH, left : left + _PATCH]

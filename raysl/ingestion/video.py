@@ -14,14 +14,14 @@ from typing import Any, BinaryIO, NamedTuple
 
 import numpy as np
 import numpy.typing as npt
+from numpy.typing import NDArray
 
-from raysl.arrays import Uint8s
 from raysl.dataset.clips import COLUMNS, SOUND_HZ, jpeg, thumbnail
 from raysl.ingestion import tracker
 from raysl.ingestion.sources import ReadConfig, Row
 from raysl.stream.formats import DecodeError, package
 
-Pixels = Uint8s
+Pixels = NDArray[np.uint8]
 # A video that ends this share of its stated length early has been cut off.
 _MISSING = 0.1
 # Shorter gaps in the time stamps of the sound are due to their rounding.

@@ -26,9 +26,9 @@ import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
 import torch.nn.functional as F
+from numpy.typing import NDArray
 from torch import Tensor, nn
 
-from raysl.arrays import Int64s
 from raysl.backbone.network import encode
 from raysl.communication.device_copy import to_device
 from raysl.errors import Unset, UserError
@@ -91,7 +91,7 @@ class Assignments:
         metadata: JSON for the run's metadata.
     """
 
-    clusters_n: Int64s
+    clusters_n: NDArray[np.int64]
     num_clusters: int
     metadata: dict[str, Any]
 
@@ -166,7 +166,7 @@ def _read(uri: str) -> tuple[pa.Table, dict[str, str]]:
     return table, {key: named[key] for key in ("teacher", "K", "objective", "fingerprint") if key in named}
 
 
-def _by_index(uri: str, table: pa.Table, num_images: int) -> Int64s:
+def _by_index(uri: str, table: pa.Table, num_images: int) -> NDArray[np.int64]:
     index, cluster = (table.column(name).to_numpy().astype(np.int64) for name in ("index", "cluster"))
     inside = index[(index >= 0) & (index < num_images)]
     missing = num_images - len(np.unique(inside))

@@ -18,10 +18,10 @@ from typing import Any, Literal, Protocol, runtime_checkable
 
 import numpy as np
 import torch
+from numpy.typing import NDArray
 from torch import Tensor, nn
 
 from raysl import plugins
-from raysl.arrays import Float64s, Int64s
 from raysl.augment import SourceCrop
 from raysl.dataset.clips import Clips
 from raysl.errors import UserError
@@ -134,8 +134,8 @@ class Chosen:
         target: as `Transformed.target`.
     """
 
-    frames_bp: Int64s | None = None
-    boxes_bp4: Float64s | None = None
+    frames_bp: NDArray[np.int64] | None = None
+    boxes_bp4: NDArray[np.float64] | None = None
     crops_bpchw: Tensor | None = None
     target: Tensor | None = None
 

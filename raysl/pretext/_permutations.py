@@ -13,13 +13,13 @@ from dataclasses import dataclass
 from typing import Any, Literal
 
 import numpy as np
+from numpy.typing import NDArray
 
-from raysl.arrays import Int64s, Uint8s
 from raysl.errors import UserError, unknown
 from raysl.rng import generator
 
 Criterion = Literal["max_min", "max_avg", "random"]
-Permutations = Uint8s
+Permutations = NDArray[np.uint8]
 
 # All permutations of nine tiles can be listed. With more tiles, sets are chosen from a random sample.
 _MAX_LISTED_TILES = 9
@@ -82,7 +82,7 @@ def permutation_set(n: int, count: int, criterion: Criterion, seed: int) -> Perm
     return _described(candidates[_greedy(candidates, count, criterion, int(rng.integers(len(candidates))))])
 
 
-def _unrank(ranks: Int64s, n: int) -> Permutations:
+def _unrank(ranks: NDArray[np.int64], n: int) -> Permutations:
     """Return the permutations of lexicographic ranks, uint8 (k, n), by the digits of their factorial-base numbers."""
     orders = np.zeros((len(ranks), n), dtype=np.uint8)
     for position in range(n - 1, -1, -1):
@@ -102,7 +102,7 @@ def _candidates(n: int, rng: np.random.Generator) -> Permutations:
     return sample[np.sort(first)[:_SAMPLE]]
 
 
-def _greedy(candidates: Permutations, count: int, criterion: Criterion, first: int) -> Int64s:
+def _greedy(candidates: Permutations, count: int, criterion: Criterion, first: int) -> NDArray[np.int64]:
     """Return the rows of the chosen candidates. Each candidate has a cost, which every chosen one updates."""
     columns = np.ascontiguousarray(candidates.T)
     chosen = np.empty(count, dtype=np.int64)

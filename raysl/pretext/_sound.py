@@ -7,9 +7,9 @@ import functools
 import numpy as np
 import numpy.typing as npt
 import torch
+from numpy.typing import NDArray
 from torch import Tensor
 
-from raysl.arrays import Float64s, Uint8s
 from raysl.augment import SourceCrop
 from raysl.dataset.clips import SOUND_HZ, Clips
 from raysl.pretext import Chosen, Color, OfFrames, Plain, Transformed
@@ -20,7 +20,7 @@ _WINDOW, _HOP, BANDS = 512, 160, 64
 _LOWEST_DB = -90.0
 
 
-def _moments(clips: Clips, window_s: float, image_rng: ImageRng) -> Float64s:
+def _moments(clips: Clips, window_s: float, image_rng: ImageRng) -> NDArray[np.float64]:
     """Return the second at which the sound of a moment begins, (b, 2): the moment, and another one of the clip.
 
     All views of a clip draw the same. The other moment does not overlap the first where the clip is long enough.
@@ -91,7 +91,7 @@ def _num_windows(window_s: float) -> int:
     return max(1, round(window_s * SOUND_HZ / _HOP))
 
 
-def spectrogram(sound_t: npt.NDArray[np.int16], start_s: float, window_s: float) -> Uint8s:
+def spectrogram(sound_t: npt.NDArray[np.int16], start_s: float, window_s: float) -> NDArray[np.uint8]:
     """Return the log-mel spectrogram of a part of the sound; the lowest band comes first.
 
     Args:
@@ -114,7 +114,7 @@ def spectrogram(sound_t: npt.NDArray[np.int16], start_s: float, window_s: float)
 
 
 @functools.cache
-def _mel_bands() -> Float64s:
+def _mel_bands() -> NDArray[np.float64]:
     """Return triangular filters, equally wide on the mel scale: (bands, frequencies)."""
     edges_mel = np.linspace(0, 2595 * np.log10(1 + SOUND_HZ / 2 / 700), BANDS + 2)
     edges_hz = 700 * (10 ** (edges_mel / 2595) - 1)

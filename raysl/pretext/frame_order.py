@@ -16,8 +16,8 @@ from typing import Annotated, Any, Literal
 import numpy as np
 import numpy.typing as npt
 import torch
+from numpy.typing import NDArray
 
-from raysl.arrays import Float64s, Int64s
 from raysl.augment import SourceCrop
 from raysl.dataset.clips import Clips
 from raysl.fields import Bounds, Checked, Range
@@ -81,7 +81,7 @@ class FrameOrder(OfFrames):
         frames_bp = np.array([frames for frames, _ in picked], np.int64).reshape(-1, self.num_crops)
         return Chosen(frames_bp, target=torch.tensor([label for _, label in picked], dtype=torch.int64))
 
-    def _tuple(self, clips: Clips, row: int, draws: Float64s) -> tuple[Int64s, int]:
+    def _tuple(self, clips: Clips, row: int, draws: NDArray[np.float64]) -> tuple[NDArray[np.int64], int]:
         """Return the numbers of the frames in the order of the view, and the label."""
         times_n, gray_nd = clips.times(row), clips.thumbnails(row).reshape(-1, 256).astype(np.int16)
         verify = self.config.task == "verify"
@@ -102,7 +102,12 @@ class FrameOrder(OfFrames):
         return (frames[::-1] if draws[7] < 0.5 else frames), label
 
     def _window(
-        self, times_n: Float64s, gray_nd: npt.NDArray[np.int16], draw: float, steps: int, verify: bool
+        self,
+        times_n: NDArray[np.float64],
+        gray_nd: npt.NDArray[np.int16],
+        draw: float,
+        steps: int,
+        verify: bool,
     ) -> tuple[int, int]:
         """Return the first and the last frame of a tuple, drawn in proportion to the motion between them."""
         n = len(times_n)
@@ -123,7 +128,9 @@ class FrameOrder(OfFrames):
         first, last = divmod(min(place, n * n - 1), n)
         return int(first), int(last)
 
-    def _outside(self, times_n: Float64s, gray_nd: npt.NDArray[np.int16], first: int, last: int) -> Int64s:
+    def _outside(
+        self, times_n: NDArray[np.float64], gray_nd: npt.NDArray[np.int16], first: int, last: int
+    ) -> NDArray[np.int64]:
         """Return the frames before the first and after the last that make a wrong tuple."""
         gap = self.config.outside_s - 1e-6
         number_n = np.arange(len(times_n))

@@ -12,8 +12,8 @@ from dataclasses import dataclass
 from typing import Annotated
 
 import numpy as np
+from numpy.typing import NDArray
 
-from raysl.arrays import Float64s, Int64s
 from raysl.dataset.clips import Clips
 from raysl.fields import Bounds, Checked, Range
 from raysl.pretext import Chosen, OfFrames
@@ -56,7 +56,9 @@ class Tracking(OfFrames):
             np.array([boxes for _, boxes in found], np.float64).reshape(-1, 2, 4),
         )
 
-    def _patches(self, clips: Clips, row: int, draws: Float64s) -> tuple[Int64s, Float64s]:
+    def _patches(
+        self, clips: Clips, row: int, draws: NDArray[np.float64]
+    ) -> tuple[NDArray[np.int64], NDArray[np.float64]]:
         times_n, tracks_kn4 = clips.times(row), clips.tracks(row).astype(np.float64)
         seen_kn = ~np.isnan(tracks_kn4[..., 0])
         usable = np.flatnonzero(seen_kn.sum(axis=1) >= 2)

@@ -28,10 +28,10 @@ from typing import Any, Final, Protocol, runtime_checkable
 
 import numpy as np
 import torch
+from numpy.typing import NDArray
 from torch import Tensor
 
 from raysl import plugins
-from raysl.arrays import Float32s, Int64s
 from raysl.dataset import DataSet
 from raysl.errors import UserError
 from raysl.extraction import Encoder
@@ -66,8 +66,8 @@ class Labelled:
         fingerprint: fingerprint of the data set; empty if it has none.
     """
 
-    features_nd: Float32s
-    labels_n: Int64s
+    features_nd: NDArray[np.float32]
+    labels_n: NDArray[np.int64]
     fingerprint: str = ""
 
 
@@ -140,7 +140,7 @@ class FeatureProbe(Protocol):
     primary_metric: str
     dims: int
 
-    def measure(self, features_nd: Float32s) -> Iterator[Row]:
+    def measure(self, features_nd: NDArray[np.float32]) -> Iterator[Row]:
         """Measure the features of the test images, float32 (n, d).
 
         Raises:
@@ -220,7 +220,7 @@ def same_images(train: Labelled, test: Labelled) -> bool:
     return train is test or bool(train.fingerprint and train.fingerprint == test.fingerprint)
 
 
-def common_labels(train: DataSet, test: DataSet) -> tuple[Int64s, Int64s]:
+def common_labels(train: DataSet, test: DataSet) -> tuple[NDArray[np.int64], NDArray[np.int64]]:
     """Return the labels of both sets, int64 (n,), numbered as in the train set; classes are matched by name.
 
     A class that only the test set has gets a number above the numbers of the train set.
@@ -266,7 +266,7 @@ def check(name: str, train: Labelled, test: Labelled, *, several: bool = False, 
     check_labels(name, train.labels_n, same=learns and same_images(train, test))
 
 
-def check_labels(name: str, train_labels_n: Int64s, *, same: bool) -> None:
+def check_labels(name: str, train_labels_n: NDArray[np.int64], *, same: bool) -> None:
     """Raise UserError if the train set shows one class, or is the `same` as the test set of a probe that learns."""
     if same:
         raise UserError(
@@ -281,7 +281,7 @@ def check_labels(name: str, train_labels_n: Int64s, *, same: bool) -> None:
         )
 
 
-def check_features(features_nd: Float32s, kind: str) -> None:
+def check_features(features_nd: NDArray[np.float32], kind: str) -> None:
     """Raise UserError if there are no features, or if they are not finite.
 
     Args:
@@ -299,7 +299,9 @@ def check_features(features_nd: Float32s, kind: str) -> None:
         )
 
 
-def sample_each_class(order_n: Int64s, labels_n: Int64s, count_of: Callable[[int], int]) -> Int64s:
+def sample_each_class(
+    order_n: NDArray[np.int64], labels_n: NDArray[np.int64], count_of: Callable[[int], int]
+) -> NDArray[np.int64]:
     """Return some images of each class: int64, sorted indices.
 
     Args:
@@ -315,11 +317,11 @@ def sample_each_class(order_n: Int64s, labels_n: Int64s, count_of: Callable[[int
     return np.sort(np.concatenate(taken))
 
 
-def multi_hot(labels_n: Int64s, classes: int) -> Int64s:
+def multi_hot(labels_n: NDArray[np.int64], classes: int) -> NDArray[np.int64]:
     """Return labels of either form of `Labelled.labels_n` as int64 (n, classes)."""
     if labels_n.ndim == 2:
         return labels_n
-    shown_nc: Int64s = (labels_n[:, None] == np.arange(classes)).astype(np.int64)
+    shown_nc: NDArray[np.int64] = (labels_n[:, None] == np.arange(classes)).astype(np.int64)
     return shown_nc
 
 

@@ -13,11 +13,11 @@ from collections.abc import Callable
 
 import numpy as np
 import torch
+from numpy.typing import NDArray
 from PIL import Image
 from torch import Tensor
 from torchvision.transforms import functional
 
-from raysl.arrays import Int64s
 from raysl.rng import ImageRng
 
 SEVERITIES = 5
@@ -54,7 +54,7 @@ def _gaussian_noise(images_bchw: Tensor, strength: float, image_rng: ImageRng) -
 
 def _shot_noise(images_bchw: Tensor, strength: float, image_rng: ImageRng) -> Tensor:
     seed_b = image_rng.integers("seed", 2**31)[:, 0].tolist()
-    made: list[Int64s] = [
+    made: list[NDArray[np.int64]] = [
         np.random.default_rng(seed).poisson(image.numpy() / 255 * strength)
         for seed, image in zip(seed_b, images_bchw, strict=True)
     ]

@@ -15,11 +15,11 @@ from typing import Annotated
 
 import numpy as np
 import torch
+from numpy.typing import NDArray
 from torch import Tensor, nn
 from torch.nn.functional import cross_entropy
 
 from raysl import optim, rng
-from raysl.arrays import Int64s
 from raysl.augment import SourceCrop, hflip
 from raysl.backbone.network import Backbone
 from raysl.dataset import DataSet
@@ -75,7 +75,7 @@ class Tuned(nn.Module):
         return logits_bc
 
 
-def labels_of(name: str, train: DataSet, test: DataSet) -> tuple[Int64s, Int64s]:
+def labels_of(name: str, train: DataSet, test: DataSet) -> tuple[NDArray[np.int64], NDArray[np.int64]]:
     """Return the labels of both sets, numbered as in the train set.
 
     Raises:
@@ -95,8 +95,8 @@ def measure(
     name: str,
     subject: Subject,
     config: FinetuningConfig,
-    chosen_n: Int64s,
-    labels: tuple[Int64s, Int64s],
+    chosen_n: NDArray[np.int64],
+    labels: tuple[NDArray[np.int64], NDArray[np.int64]],
     suffix: str = "",
 ) -> list[Row]:
     """Train on some of the train images and return accuracies and the mean training loss of the last epoch.
@@ -153,8 +153,8 @@ def train(
     network: nn.Module,
     subject: Subject,
     config: FinetuningConfig,
-    indices_n: Int64s,
-    labels_n: Int64s,
+    indices_n: NDArray[np.int64],
+    labels_n: NDArray[np.int64],
     threads: ThreadPoolExecutor,
 ) -> list[float]:
     """Train a network in place and return the mean loss of every epoch.

@@ -8,10 +8,11 @@ from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import Any
 
+import numpy as np
 import torch
+from numpy.typing import NDArray
 
 from raysl import extraction
-from raysl.arrays import Int64s
 from raysl.extraction import FeatureStore
 from raysl.probes import FeatureProbe, Labelled, LabelledProbe, Row
 from raysl.probes._task import run_tasks
@@ -32,7 +33,7 @@ class StoredFeatures:
     """
 
     tables: Mapping[str, FeatureStore]
-    labels_n: Int64s | None
+    labels_n: NDArray[np.int64] | None
     fingerprint: str
 
     def load(self, spec: str) -> Labelled:

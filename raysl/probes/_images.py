@@ -6,10 +6,10 @@ from collections.abc import Callable, Iterable, Iterator, Sequence
 
 import numpy as np
 import torch
+from numpy.typing import NDArray
 from torch import Tensor
 
 from raysl import extraction, rng
-from raysl.arrays import Float32s, Int64s
 from raysl.backbone import norm
 from raysl.backbone.network import Backbone
 from raysl.dataset import DataSet
@@ -56,7 +56,7 @@ def _enough(views: Iterable[Tensor]) -> Iterator[Tensor]:
 
 def features(
     encode: Encode, views: Iterable[Tensor], reduced: Callable[[Tensor], Tensor] = lambda values_bd: values_bd
-) -> dict[str, Float32s]:
+) -> dict[str, NDArray[np.float32]]:
     """Return the features of all images by layer or grid, float32 (n, d), of batches uint8 (b, 3, s, s).
 
     Args:
@@ -98,7 +98,7 @@ def batches(count: int) -> Iterator[slice]:
 
 
 def each_clip(
-    data: DataSet, columns: Sequence[str], chosen_n: Int64s | None = None
+    data: DataSet, columns: Sequence[str], chosen_n: NDArray[np.int64] | None = None
 ) -> Iterator[tuple[int, Clips, int]]:
     """Yield the clips of a data set: index, some clips in memory, and the row among them.
 
@@ -113,7 +113,7 @@ def each_clip(
         yield from ((index, clips, row) for row, index in enumerate(some_n.tolist()))
 
 
-def seen_points(clips: Clips, row: int) -> Float32s:
+def seen_points(clips: Clips, row: int) -> NDArray[np.float32]:
     """Return the key points of the figure of a clip: float32 (n, points, 2), NaN where a point is not seen."""
     points_nk3 = clips.keypoints(row)
     return np.where(points_nk3[..., 2:] == 0, np.float32(np.nan), points_nk3[..., :2])

@@ -23,10 +23,10 @@ from typing import Any
 
 import numpy as np
 import torch
+from numpy.typing import NDArray
 from PIL import Image
 from torch import Tensor
 
-from raysl.arrays import Float32s
 from raysl.dataset import DataSet
 from raysl.errors import UserError, install
 from raysl.probes._images import each_clip, seen_points, spaced
@@ -56,7 +56,7 @@ class Figure:
 
     image: str | bytes
     square: tuple[float, float, float] | None
-    points_k2: Float32s
+    points_k2: NDArray[np.float32]
     length: float
 
 
@@ -117,7 +117,7 @@ def of_clips(data: DataSet, frames: int) -> Figures:
     return Figures(tuple(data.manifest.clips["keypoints"]), tuple(one for one in figures if one.length > 0))
 
 
-def _extent(points_k2: Float32s) -> float:
+def _extent(points_k2: NDArray[np.float32]) -> float:
     """Return the longer side in pixels of the box of the annotated points; 0 without any."""
     shown_k2 = points_k2[np.isfinite(points_k2).all(1)]
     return float(np.ptp(shown_k2, axis=0).max()) if len(shown_k2) else 0.0

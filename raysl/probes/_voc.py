@@ -15,8 +15,8 @@ from typing import Any
 from xml.etree import ElementTree
 
 import numpy as np
+from numpy.typing import NDArray
 
-from raysl.arrays import Bools, Float32s, Float64s
 from raysl.errors import Unset, UserError, unknown
 from raysl.fields import flag, prefix
 from raysl.probes import Settings, field_values
@@ -94,9 +94,9 @@ class Picture:
     name: str
     image: bytes
     size: tuple[int, int]
-    boxes_n4: Float32s
+    boxes_n4: NDArray[np.float32]
     classes: tuple[str, ...]
-    difficult_n: Bools
+    difficult_n: NDArray[np.bool_]
     dropped: int = 0
     clipped: int = 0
 
@@ -212,11 +212,11 @@ def _text(one: ElementTree.Element, path: str) -> str:
     return text
 
 
-def clipped(boxes_n4: Float64s, height: int, width: int) -> Float32s:
+def clipped(boxes_n4: NDArray[np.float64], height: int, width: int) -> NDArray[np.float32]:
     """Return boxes clipped to their image. Raises ValueError if a number is not finite."""
     if not np.isfinite(boxes_n4).all():
         raise ValueError("a box is not finite")
-    inside_n4: Float32s = boxes_n4.clip(0, (width, height, width, height)).astype(np.float32)
+    inside_n4: NDArray[np.float32] = boxes_n4.clip(0, (width, height, width, height)).astype(np.float32)
     return inside_n4
 
 

@@ -25,9 +25,9 @@ from typing import Annotated, Any, ClassVar
 
 import numpy as np
 import numpy.typing as npt
+from numpy.typing import NDArray
 
 from raysl import rng
-from raysl.arrays import Float32s, Float64s
 from raysl.errors import UserError
 from raysl.fields import Bounds
 from raysl.probes import Row, Settings, check_features
@@ -58,13 +58,13 @@ class Collapse:
     def __init__(self, config: Config) -> None:
         self.config = config
 
-    def measure(self, features_nd: Float32s) -> Iterator[Row]:
+    def measure(self, features_nd: NDArray[np.float32]) -> Iterator[Row]:
         """Yield the measures, and the effective rank as a share of the largest possible rank."""
         check_features(features_nd, "test")
         if len(features_nd) < 2:
             raise UserError("The probe collapse compares images and has only one. Give more images.")
         chosen = rng.generator("collapse").permutation(len(features_nd))[: self.config.max_images]
-        wide_nd: Float64s = features_nd[np.sort(chosen)].astype(np.float64)
+        wide_nd: NDArray[np.float64] = features_nd[np.sort(chosen)].astype(np.float64)
         unit_nd = wide_nd / np.maximum(np.linalg.norm(wide_nd, axis=1, keepdims=True), 1e-12)
         centred_k = np.linalg.svd(wide_nd - wide_nd.mean(0), compute_uv=False)
         if centred_k[0] <= _ROUNDING * np.linalg.norm(wide_nd):
@@ -106,7 +106,7 @@ def alpha_req(eigenvalues_k: npt.NDArray[Any]) -> float | None:
     return float(-slope)
 
 
-def uniformity(unit_nd: Float64s) -> float:
+def uniformity(unit_nd: NDArray[np.float64]) -> float:
     """Return the uniformity of unit vectors (n, d), over all pairs of two."""
     n = len(unit_nd)
     close_nn = np.exp(-2 * (2 - 2 * (unit_nd @ unit_nd.T)))

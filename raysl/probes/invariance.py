@@ -30,11 +30,11 @@ from typing import Annotated, Any, ClassVar, Literal
 
 import numpy as np
 import torch
+from numpy.typing import NDArray
 from torch import Tensor
 from torch.nn.functional import normalize
 
 from raysl import pretext, rng
-from raysl.arrays import Bools, Float64s, Int64s
 from raysl.dataset import DataSet
 from raysl.errors import UserError
 from raysl.extraction import Heads, heads
@@ -176,7 +176,7 @@ class _Seen:
 
     features_of: dict[str, Tensor]
     label_n: Tensor | None
-    changed_n: Bools
+    changed_n: NDArray[np.bool_]
 
 
 @dataclass(frozen=True)
@@ -184,7 +184,7 @@ class _Sample:
     """A sample of encoded images in a random order, and their indices."""
 
     images: list[bytes]
-    indices_n: Int64s
+    indices_n: NDArray[np.int64]
     seed: int
 
     @staticmethod
@@ -200,7 +200,7 @@ class _Sample:
             image_rng = ImageRng(self.seed, np.zeros_like(some), self.indices_n[some], "invariance")
             yield transform.transform(images_bchw, image_rng)
 
-    def changed(self, transform: Pretext, whole: Pretext) -> Bools:
+    def changed(self, transform: Pretext, whole: Pretext) -> NDArray[np.bool_]:
         """Return bool (n,): images whose view differs from the whole image; all, if no view differs."""
         parts = [
             (one.crops_bpchw != other.crops_bpchw).flatten(1).any(1)
@@ -208,7 +208,7 @@ class _Sample:
             else torch.ones(len(one.crops_bpchw), dtype=torch.bool)
             for one, other in zip(self.views(transform), self.views(whole), strict=True)
         ]
-        changed_n: Bools = torch.cat(parts).numpy()
+        changed_n: NDArray[np.bool_] = torch.cat(parts).numpy()
         return changed_n if changed_n.any() else ~changed_n
 
 
@@ -238,7 +238,7 @@ def _heads(
 
 def _layer(
     plain_nd: Tensor,
-    moved: Mapping[str, tuple[Tensor, Tensor | None, Bools]],
+    moved: Mapping[str, tuple[Tensor, Tensor | None, NDArray[np.bool_]]],
     transforms: Mapping[str, Pretext],
     config: Config,
 ) -> tuple[list[Row], dict[str, list[int]]]:
@@ -269,7 +269,7 @@ def _layer(
     return rows, counts
 
 
-def _moved(name: str, distance_n: Float64s, others_nk: Float64s) -> list[Row]:
+def _moved(name: str, distance_n: NDArray[np.float64], others_nk: NDArray[np.float64]) -> list[Row]:
     """Return the rows of the distances of one transform; `closer` is the last."""
     return [
         Row(f"distance/{name}", float(distance_n.mean())),
@@ -306,14 +306,14 @@ def _readout_whether(name: str, plain_nd: Tensor, moved_nd: Tensor, config: Line
     ]
 
 
-def distances(one_nd: Tensor, other_nd: Tensor) -> Float64s:
+def distances(one_nd: Tensor, other_nd: Tensor) -> NDArray[np.float64]:
     """Return float64 (n,) in 0 .. 2, the distances between the unit vectors of rows."""
     one, other = normalize(one_nd.double(), dim=1), normalize(other_nd.double(), dim=1)
-    distance_n: Float64s = (one - other).norm(dim=1).numpy()
+    distance_n: NDArray[np.float64] = (one - other).norm(dim=1).numpy()
     return distance_n
 
 
-def to_others(features_nd: Tensor, most: int) -> Float64s:
+def to_others(features_nd: Tensor, most: int) -> NDArray[np.float64]:
     """Return float64 (n, k): distances of each row to the next k rows; k is `most`, or all others if there are fewer.
 
     Args:
@@ -324,13 +324,13 @@ def to_others(features_nd: Tensor, most: int) -> Float64s:
     return np.stack([(unit_nd - unit_nd.roll(-shift, 0)).norm(dim=1).numpy() for shift in shifts], axis=1)
 
 
-def histogram(found: Float64s) -> list[int]:
+def histogram(found: NDArray[np.float64]) -> list[int]:
     """Return the number of distances in each of the 40 bins of `EDGES`."""
     counts: list[int] = np.histogram(found.clip(0, 2), EDGES)[0].tolist()
     return counts
 
 
-def closer(distance_n: Float64s, others_nk: Float64s) -> float:
+def closer(distance_n: NDArray[np.float64], others_nk: NDArray[np.float64]) -> float:
     """Return the share of other images that are farther from an image than its transformed copy; equal ones count half.
 
     A network that maps all images to one point has 0.5.

@@ -22,10 +22,10 @@ from typing import Annotated, Any, ClassVar
 
 import numpy as np
 import numpy.typing as npt
+from numpy.typing import NDArray
 from torch import Tensor
 
 from raysl import pretext, rng
-from raysl.arrays import Float32s, Float64s
 from raysl.augment import recipe
 from raysl.dataset import DataSet
 from raysl.errors import UserError
@@ -82,7 +82,7 @@ class Lidar(InTask[Config]):
         encode = load(subject, self._views(subject, files, 0))
         scatter: dict[str, Scatter] = {}
         for some in batches(count):
-            made: dict[str, list[Float32s]] = {}
+            made: dict[str, list[NDArray[np.float32]]] = {}
             for number in range(config.views):
                 seen = self._views(subject, files[some], number, some.start)
                 for layer, values_bd in features(encode, seen).items():
@@ -118,7 +118,7 @@ class Scatter:
         self.means_dd: npt.NDArray[Any] = np.zeros((d, d))
         self.within_dd: npt.NDArray[Any] = np.zeros((d, d))
 
-    def add(self, views_bqd: Float64s) -> None:
+    def add(self, views_bqd: NDArray[np.float64]) -> None:
         """Add images with q views each."""
         mean_bd = views_bqd.mean(1)
         apart_nd = (views_bqd - mean_bd[:, None]).reshape(-1, views_bqd.shape[2])

@@ -21,11 +21,11 @@ from typing import Annotated, ClassVar, Literal
 
 import numpy as np
 import torch
+from numpy.typing import NDArray
 from torch import Tensor
 from torch.nn.functional import cross_entropy, linear
 
 from raysl import rng
-from raysl.arrays import Float32s
 from raysl.fields import Bounds, Checked
 from raysl.probes import Labelled, Row, Settings, accuracy_rows, check, rank
 from raysl.ray_cluster import gpus
@@ -96,7 +96,7 @@ class Tiling(Checked):
 
     share: Annotated[float, Bounds(above=0, high=0.9, hint="scores and gradients need memory too")] = 0.5
 
-    def rows(self, features_nd: Float32s, device: torch.device) -> int:
+    def rows(self, features_nd: NDArray[np.float32], device: torch.device) -> int:
         """Return the rows of a tile, at least 1; all rows if they fit, and on the CPU."""
         if device.type == "cpu":
             return len(features_nd)

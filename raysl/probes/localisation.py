@@ -20,10 +20,10 @@ from typing import Annotated, Any, ClassVar
 
 import numpy as np
 import torch
+from numpy.typing import NDArray
 from torch import Tensor
 from torch.nn.functional import interpolate
 
-from raysl.arrays import Bools, Float64s
 from raysl.backbone import norm
 from raysl.dataset import DataSet
 from raysl.dataset.clips import Clips
@@ -68,7 +68,7 @@ class Moments:
 
     frames_bchw: Tensor
     sounds_bchw: Tensor
-    boxes_b24: Float64s
+    boxes_b24: NDArray[np.float64]
 
 
 class Localisation(InTask[Config]):
@@ -148,7 +148,7 @@ def moments(data: DataSet, size: int, frames: int, window_s: float) -> Iterator[
             yield Moments(decode.resized_to_square(files, size), spectrograms, np.stack(boxes))
 
 
-def peaks(map_bhw: Tensor, offset: float) -> Float64s:
+def peaks(map_bhw: Tensor, offset: float) -> NDArray[np.float64]:
     """Return where each map is highest: float (b, 2), y and x as shares of the frame.
 
     The map is resized bilinearly to eight times its side, so that a peak may lie between its cells.
@@ -164,7 +164,7 @@ def peaks(map_bhw: Tensor, offset: float) -> Float64s:
     return np.asarray(np.clip(((fine_b2 + 0.5) / 8 - 0.5 + offset) / cells_2, 0, 1))
 
 
-def scores(peaks_b2: Float64s, boxes_b24: Float64s) -> dict[str, float]:
+def scores(peaks_b2: NDArray[np.float64], boxes_b24: NDArray[np.float64]) -> dict[str, float]:
     """Return the shares of frames whose peak lies in the box of the sounding shape, of the silent one, and baselines.
 
     Args:
@@ -179,8 +179,8 @@ def scores(peaks_b2: Float64s, boxes_b24: Float64s) -> dict[str, float]:
     }
 
 
-def _inside(points_b2: Float64s, boxes_b4: Float64s) -> Bools:
+def _inside(points_b2: NDArray[np.float64], boxes_b4: NDArray[np.float64]) -> NDArray[np.bool_]:
     """Return whether each point, y and x, lies in its box; False for a box that is NaN."""
     offset_b2 = points_b2 - boxes_b4[:, :2]
-    within: Bools = np.all((offset_b2 >= 0) & (offset_b2 <= boxes_b4[:, 2:]), axis=1)
+    within: NDArray[np.bool_] = np.all((offset_b2 >= 0) & (offset_b2 <= boxes_b4[:, 2:]), axis=1)
     return within

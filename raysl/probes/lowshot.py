@@ -13,9 +13,9 @@ from dataclasses import dataclass
 from typing import Annotated, ClassVar
 
 import numpy as np
+from numpy.typing import NDArray
 
 from raysl import rng
-from raysl.arrays import Float64s, Int64s
 from raysl.errors import UserError
 from raysl.fields import Bounds
 from raysl.probes import Labelled, Row, Settings, check, multi_hot, sample_each_class
@@ -73,17 +73,19 @@ class Lowshot:
             yield Row(f"top1/k={k}", float(np.mean(found)))
             yield Row(f"top1_std/k={k}", float(np.std(found, ddof=1)))
 
-    def _predicted(self, train_nd: Float64s, labels_n: Int64s, test_nd: Float64s) -> Int64s:
+    def _predicted(
+        self, train_nd: NDArray[np.float64], labels_n: NDArray[np.int64], test_nd: NDArray[np.float64]
+    ) -> NDArray[np.int64]:
         """Return int64 (n,): for each test image the class of the machine with the highest score."""
         classes = np.unique(labels_n)
         sign_nc = 2 * multi_hot(labels_n, int(classes[-1]) + 1)[:, classes] - 1
         with one_solver():
             scores = [fitted(train_nd, sign_nc[:, c], self.config.cost, test_nd) for c in range(len(classes))]
-        best_n: Int64s = classes[np.argmax(scores, axis=0)]
+        best_n: NDArray[np.int64] = classes[np.argmax(scores, axis=0)]
         return best_n
 
 
-def chosen(labels_n: Int64s, k: int, sample: int) -> Int64s:
+def chosen(labels_n: NDArray[np.int64], k: int, sample: int) -> NDArray[np.int64]:
     """Return int64 (k * classes,), sorted: k images of each class."""
     order_n = rng.generator("lowshot", sample).permutation(len(labels_n))
     return sample_each_class(order_n, labels_n, lambda count: k)

@@ -22,10 +22,10 @@ from typing import Annotated, Any, ClassVar, Literal
 
 import numpy as np
 import torch
+from numpy.typing import NDArray
 from torch import Tensor
 
 from raysl import rng
-from raysl.arrays import Float32s, Float64s, Int64s
 from raysl.dataset import DataSet
 from raysl.errors import Unset, UserError
 from raysl.fields import Bounds
@@ -70,9 +70,9 @@ class Pieces:
     """
 
     views_nchw: Tensor
-    sources_n: Int64s
-    places_n2: Float64s
-    points_nk2: Float32s | None = None
+    sources_n: NDArray[np.int64]
+    places_n2: NDArray[np.float64]
+    points_nk2: NDArray[np.float32] | None = None
 
     def batches(self) -> Iterator[Tensor]:
         """Yield the views in batches."""
@@ -144,7 +144,7 @@ def pieces(data: DataSet, size: int, config: Config) -> Pieces:
     return Pieces(torch.cat(cut), np.repeat(chosen_n, config.per_image), places_n2)
 
 
-def _frames(data: DataSet, chosen_n: Int64s, size: int, config: Config) -> Pieces:
+def _frames(data: DataSet, chosen_n: NDArray[np.int64], size: int, config: Config) -> Pieces:
     has_points = "keypoints" in data.manifest.clips.get("columns", [])
     columns = ["frames", "times", *(["keypoints"] if has_points else [])]
     views, sources, points = [], [], []
@@ -159,8 +159,13 @@ def _frames(data: DataSet, chosen_n: Int64s, size: int, config: Config) -> Piece
 
 
 def neighbours(
-    query_nd: Float32s, gallery_md: Float32s, k: int, queries: Pieces, gallery: Pieces, same: bool
-) -> Int64s:
+    query_nd: NDArray[np.float32],
+    gallery_md: NDArray[np.float32],
+    k: int,
+    queries: Pieces,
+    gallery: Pieces,
+    same: bool,
+) -> NDArray[np.int64]:
     """Return the k nearest pieces of the gallery, int64 (n, k); none of the own image if both sets are the same.
 
     Args:
@@ -174,14 +179,14 @@ def neighbours(
     return np.stack(kept)
 
 
-def _chance(asked_n: Int64s, known_n: Int64s) -> float:
+def _chance(asked_n: NDArray[np.int64], known_n: NDArray[np.int64]) -> float:
     """Return the precision of random neighbours."""
     classes = int(max(asked_n.max(), known_n.max())) + 1
     shares = (np.bincount(one, minlength=classes) / len(one) for one in (asked_n, known_n))
     return float(np.multiply(*shares).sum())
 
 
-def _distances(queries: Pieces, gallery: Pieces, nearest_n: Int64s) -> dict[str, float]:
+def _distances(queries: Pieces, gallery: Pieces, nearest_n: NDArray[np.int64]) -> dict[str, float]:
     """Return distances of place or of pose to the nearest, relative to random pairs."""
     random_n = rng.generator("patches", "pairs").integers(0, len(gallery.sources_n), len(nearest_n))
     if queries.points_nk2 is not None and gallery.points_nk2 is not None:

@@ -14,11 +14,11 @@ from typing import Annotated, ClassVar
 
 import numpy as np
 import torch
+from numpy.typing import NDArray
 from torch import Tensor
 from torch.nn.functional import normalize
 
 from raysl import rng
-from raysl.arrays import Float32s, Int64s
 from raysl.errors import UserError
 from raysl.fields import Bounds
 from raysl.probes import Labelled, Row, Settings, check, same_images
@@ -86,8 +86,11 @@ class Retrieval:
 
 
 def nearest(
-    query_qd: Float32s, gallery_nd: Float32s, k: int, own_q: Int64s | None = None
-) -> tuple[Float32s, Int64s]:
+    query_qd: NDArray[np.float32],
+    gallery_nd: NDArray[np.float32],
+    k: int,
+    own_q: NDArray[np.int64] | None = None,
+) -> tuple[NDArray[np.float32], NDArray[np.int64]]:
     """Return cosines and indices, both (q, k), of the k nearest images, the nearest first, for a retrieval grid.
 
     Args:

@@ -14,10 +14,10 @@ from dataclasses import dataclass
 from typing import Annotated, ClassVar, Literal
 
 import numpy as np
+from numpy.typing import NDArray
 from torch import Tensor
 
 from raysl import rng
-from raysl.arrays import Int64s
 from raysl.dataset import DataSet
 from raysl.errors import UserError, unknown
 from raysl.fields import Bounds
@@ -106,13 +106,13 @@ def _rows(layer: str, values: dict[str, list[float]]) -> Iterator[Row]:
         yield Row(f"top1/{name}", value, layer)
 
 
-def _sample(count: int, most: int) -> Int64s:
+def _sample(count: int, most: int) -> NDArray[np.int64]:
     """Return the indices of a random sample, sorted: int64 (k,)."""
     return np.sort(rng.generator("robustness").permutation(count)[:most]).astype(np.int64)
 
 
 def _views(
-    data: DataSet, indices_k: Int64s, size: int, name: str = "", severity: int = 0
+    data: DataSet, indices_k: NDArray[np.int64], size: int, name: str = "", severity: int = 0
 ) -> Iterator[Tensor]:
     """Yield images in the evaluation view, corrupted if there is a name, uint8 (b, 3, size, size)."""
     for some in batches(len(indices_k)):

@@ -16,8 +16,10 @@ from collections.abc import Iterator
 from dataclasses import dataclass, field
 from typing import Annotated, ClassVar
 
+import numpy as np
+from numpy.typing import NDArray
+
 from raysl import rng
-from raysl.arrays import Int64s
 from raysl.dataset import DataSet
 from raysl.errors import UserError
 from raysl.extraction import NetworkEncoder
@@ -85,7 +87,7 @@ class Semisup(InTask[Config]):
             yield Row(f"images{suffix}", len(chosen_n), rows[0].layer)
 
 
-def few(labels_n: Int64s, share: float, seed: int) -> Int64s:
+def few(labels_n: NDArray[np.int64], share: float, seed: int) -> NDArray[np.int64]:
     """Return int64, sorted: indices of a share of the images of each class, at least one."""
     order_n = rng.generator("semisup", seed).permutation(len(labels_n))
     return sample_each_class(order_n, labels_n, lambda count: max(1, round(share * count)))

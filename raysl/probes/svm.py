@@ -22,9 +22,9 @@ from typing import Annotated, Any, ClassVar
 
 import numpy as np
 import torch
+from numpy.typing import NDArray
 
 from raysl import rng
-from raysl.arrays import Float32s, Float64s, Int64s
 from raysl.errors import UserError, install
 from raysl.fields import Bounds
 from raysl.probes import Labelled, Row, Settings, check, multi_hot
@@ -84,7 +84,9 @@ class Svm:
             found = [precision(c) for c in judged]
         yield Row("mAP", float(np.mean(found)))
 
-    def _scores(self, train_nd: Float64s, sign_n: Int64s, test_nd: Float64s) -> Float64s:
+    def _scores(
+        self, train_nd: NDArray[np.float64], sign_n: NDArray[np.int64], test_nd: NDArray[np.float64]
+    ) -> NDArray[np.float64]:
         """Return float64 (n,): scores of the test images with the best cost; 0 if no train image shows the class."""
         fewest = min((sign_n == 1).sum(), (sign_n == -1).sum())
         if not fewest:
@@ -128,14 +130,14 @@ def machine(cost: float) -> Any:
     )
 
 
-def unit_rows(features_nd: Float32s) -> Float64s:
+def unit_rows(features_nd: NDArray[np.float32]) -> NDArray[np.float64]:
     """Return float64 (n, d): every row divided by its length plus 1e-5."""
     wide_nd = features_nd.astype(np.float64)
     wide_nd /= np.linalg.norm(wide_nd, axis=1, keepdims=True) + _LENGTH_FLOOR
     return wide_nd
 
 
-def choose(train_nd: Float64s, sign_n: Int64s, costs: tuple[float, ...]) -> float:
+def choose(train_nd: NDArray[np.float64], sign_n: NDArray[np.int64], costs: tuple[float, ...]) -> float:
     """Return the cost with the best average precision in cross-validation, the smallest of equals.
 
     Args:
@@ -155,9 +157,11 @@ def choose(train_nd: Float64s, sign_n: Int64s, costs: tuple[float, ...]) -> floa
     return max(found, key=lambda cost: found[cost])
 
 
-def fitted(train_nd: Float64s, sign_n: Int64s, cost: float, test_nd: Float64s) -> Float64s:
+def fitted(
+    train_nd: NDArray[np.float64], sign_n: NDArray[np.int64], cost: float, test_nd: NDArray[np.float64]
+) -> NDArray[np.float64]:
     """Return float64 (n,): scores of the test images by a machine with one cost."""
-    scores_n: Float64s = machine(cost).fit(train_nd, sign_n).decision_function(test_nd)
+    scores_n: NDArray[np.float64] = machine(cost).fit(train_nd, sign_n).decision_function(test_nd)
     return scores_n
 
 
@@ -171,7 +175,7 @@ def one_solver() -> Iterator[None]:
         yield
 
 
-def average_precision(scores_n: Float64s, shown_n: Int64s) -> float:
+def average_precision(scores_n: NDArray[np.float64], shown_n: NDArray[np.int64]) -> float:
     """Return the area under the envelope of precision over recall: at a recall, the best precision at it or a higher
     one.
 

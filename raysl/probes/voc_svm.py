@@ -14,10 +14,10 @@ from dataclasses import dataclass, field, replace
 from typing import ClassVar
 
 import numpy as np
+from numpy.typing import NDArray
 from torch import Tensor
 
 from raysl import extraction
-from raysl.arrays import Int64s
 from raysl.dataset import DataSet
 from raysl.errors import UserError
 from raysl.probes import Labelled, Row, Subject, _voc
@@ -85,7 +85,7 @@ def _views(pictures: Sequence[Picture], size: int) -> Iterator[Tensor]:
         yield decode.resized_to_square([one.image for one in pictures[first : first + _BATCH]], size)
 
 
-def shown(pictures: Sequence[Picture], classes: Sequence[str]) -> Int64s:
+def shown(pictures: Sequence[Picture], classes: Sequence[str]) -> NDArray[np.int64]:
     """Return the labels of images, int64 (n, c); see `raysl.probes.Labelled`."""
     shown_nc = np.zeros((len(pictures), len(classes)), dtype=np.int64)
     for row_c, one in zip(shown_nc, pictures, strict=True):

@@ -1,13 +1,13 @@
-"""Write the report of a sweep, or of runs next to each other, from the files in their folders."""
+"""Write what people read: the report of a sweep or of runs, and the pages of the methods with their pictures."""
 
 from __future__ import annotations
 
 import importlib.util
 from collections.abc import Sequence
 
-from raysl.documentation.plain_names import file_name
 from raysl.errors import UserError, install
 from raysl.reporting.page import ReportConfig
+from raysl.reporting.plain_names import file_name
 from raysl.storage import Folder
 from raysl.tuning.journal import NAME as JOURNAL
 

@@ -7,8 +7,10 @@ from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
+import numpy as np
+from numpy.typing import NDArray
+
 from raysl import checkpoint
-from raysl.arrays import Float64s
 from raysl.config import MAY_CHANGE
 from raysl.errors import UserError
 from raysl.evaluation.results import MODEL, MOMENTUM, rows_of
@@ -43,7 +45,7 @@ class ReportRun:
     seed: int
     identity: Mapping[str, Any]
     rows: Sequence[Mapping[str, Any]]
-    metrics: Mapping[str, Float64s] = field(default_factory=dict)
+    metrics: Mapping[str, NDArray[np.float64]] = field(default_factory=dict)
 
     @property
     def trained(self) -> bool:

@@ -9,10 +9,10 @@ from PIL import Image, ImageDraw, ImageFont
 
 from raysl import extraction, rng
 from raysl.dataset import DataSet
-from raysl.documentation import pictures
-from raysl.documentation.plain_names import file_name
 from raysl.extraction import Encoder, FeatureProtocol
 from raysl.probes.retrieval import nearest
+from raysl.reporting import pictures
+from raysl.reporting.plain_names import file_name
 from raysl.storage import Folder
 
 # Folder of the grids, in the folder of a run.

@@ -8,8 +8,8 @@ from typing import Any
 
 import numpy as np
 from matplotlib import colormaps
+from numpy.typing import NDArray
 
-from raysl.arrays import Float64s
 from raysl.errors import UserError
 from raysl.evaluation.results import describe_images
 from raysl.probes.invariance import HEADS, HISTOGRAM, OTHERS
@@ -204,7 +204,7 @@ def invariance_map(rows: Sequence[LabelledRow]) -> Iterator[Figure]:
         yield Figure(f"invariance-map-{_short(key)}", "Transforms and layers", text, png)
 
 
-def _curve(member: ReportRun) -> tuple[Float64s, Float64s]:
+def _curve(member: ReportRun) -> tuple[NDArray[np.float64], NDArray[np.float64]]:
     """Return the epochs and losses of the metrics of a run."""
     losses_n = member.metrics.get("loss", np.empty(0))
     there_n = ~np.isnan(losses_n)

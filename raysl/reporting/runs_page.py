@@ -11,9 +11,8 @@ import numpy as np
 
 from raysl.config.command import command, wrapped
 from raysl.dataset import DataSet
-from raysl.documentation import pictures
 from raysl.errors import UserError
-from raysl.reporting import retrieval_grid, run_figures
+from raysl.reporting import pictures, retrieval_grid, run_figures
 from raysl.reporting.figure import Figure
 from raysl.reporting.page import ReportConfig, render
 from raysl.reporting.report_runs import Group, LabelledRow, ReportRun, groups, labelled_rows

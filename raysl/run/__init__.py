@@ -23,8 +23,10 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+import numpy as np
+from numpy.typing import NDArray
+
 from raysl import checkpoint
-from raysl.arrays import Float64s
 from raysl.checkpoint import Checkpoint
 from raysl.config import Pretraining, differences, may_change
 from raysl.dataset import DataSet
@@ -177,7 +179,7 @@ class Run:
             with self._reading(name):
                 yield from map(json.loads, lines)
 
-    def metrics_columns(self, names: Sequence[str]) -> dict[str, Float64s]:
+    def metrics_columns(self, names: Sequence[str]) -> dict[str, NDArray[np.float64]]:
         """Return columns of all metrics as float64 (n,), with NaN where a row has no such value.
 
         A million rows need 100 bytes each, while they are read; as dictionaries they would need ten times as much.

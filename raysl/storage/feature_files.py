@@ -8,8 +8,8 @@ from typing import Any, Literal
 import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
+from numpy.typing import NDArray
 
-from raysl.arrays import Float32s
 from raysl.storage import Folder
 
 # First image of a file, and the image after its last.
@@ -43,7 +43,7 @@ def write_part(
     folder: Folder,
     part: Part,
     layer: str,
-    rows_nd: Float32s,
+    rows_nd: NDArray[np.float32],
     form: FeatureForm,
     paths: pa.Array | pa.ChunkedArray | None = None,
 ) -> None:

@@ -25,8 +25,8 @@ import numpy.typing as npt
 import pyarrow as pa
 import pyarrow.compute as pc
 import pyarrow.parquet as pq
+from numpy.typing import NDArray
 
-from raysl.arrays import Float32s, Int64s
 from raysl.errors import UserError, unknown
 from raysl.storage import Folder, filesystem, retry
 from raysl.storage.feature_files import FINISHED, STARTED, part_file
@@ -135,7 +135,7 @@ class FeatureStore:
         text = json.dumps([value, self.layer], sort_keys=True)
         return hashlib.blake2b(text.encode(), digest_size=8).hexdigest()
 
-    def load(self) -> Float32s:
+    def load(self) -> NDArray[np.float32]:
         """Return all rows in the order of positions, float32 (n, dim). Raises UserError if a file is damaged."""
         rows_nd = np.empty((self.num_rows, self.dim), np.float32)
         (pieces,) = self.shards(1)
@@ -160,7 +160,7 @@ class FeatureStore:
             if low < high:
                 yield Piece(group, low, high)
 
-    def batches(self, piece: Piece, num_bytes: int = 4 << 20) -> Iterator[tuple[Int64s, Numbers]]:
+    def batches(self, piece: Piece, num_bytes: int = 4 << 20) -> Iterator[tuple[NDArray[np.int64], Numbers]]:
         """Yield a piece in batches of about `num_bytes`: indices, int64 (b,), and rows, float16 or float32 (b, dim)."""
         num_rows = max(1, num_bytes // (4 * self.dim))
         for batch in self._slices(piece, num_rows, ["index", self.layer]):
@@ -200,7 +200,7 @@ class FeatureStore:
         while (batch := _checked(place, lambda: next(batches, None))) is not None:
             yield batch
 
-    def _indices(self, piece: Piece, column: pa.Array) -> Int64s:
+    def _indices(self, piece: Piece, column: pa.Array) -> NDArray[np.int64]:
         if column.null_count or (len(column) and pc.min(column).as_py() < 0):
             raise UserError(
                 f"The column 'index' of {self.folder}/{piece.group.file} has nulls or negative numbers. It must "
@@ -240,7 +240,7 @@ class FeatureStore:
             )
         return len(row)
 
-    def check(self, piece: Piece, indices_b: Int64s, rows_bd: Numbers) -> None:
+    def check(self, piece: Piece, indices_b: NDArray[np.int64], rows_bd: Numbers) -> None:
         """Raise UserError if a row holds NaN, an infinity, or a number with a square that does not fit float32."""
         bad_b = ~(np.abs(rows_bd).max(axis=1).astype(np.float64) < _LARGEST)
         if bad_b.any():

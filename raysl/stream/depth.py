@@ -17,9 +17,9 @@ from typing import Any, NamedTuple
 
 import numpy as np
 import numpy.typing as npt
+from numpy.typing import NDArray
 from PIL import Image
 
-from raysl.arrays import Uint8s
 from raysl.stream.formats import DecodeError, package
 
 # Tags of TIFF.
@@ -44,7 +44,7 @@ class Values(NamedTuple):
     values_hwc: npt.NDArray[Any]
     kind: str
     full: float | None = None
-    alpha_hw: Uint8s | None = None
+    alpha_hw: NDArray[np.uint8] | None = None
 
 
 def deep_values(image: Image.Image, data: bytes, page: int = 0) -> Values | None:
@@ -256,7 +256,7 @@ def extremes(values_hwc: npt.NDArray[Any]) -> tuple[float, float]:
     return low, high
 
 
-def scaled(values: npt.NDArray[Any], low: float, high: float) -> Uint8s:
+def scaled(values: npt.NDArray[Any], low: float, high: float) -> NDArray[np.uint8]:
     """Scale values to uint8: `low`, less and NaN become 0, `high` and more 255. If `low` >= `high`, all become 0."""
     out = np.zeros(values.shape, np.uint8)
     if not low < high:

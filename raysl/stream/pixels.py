@@ -14,9 +14,9 @@ from typing import Annotated, Literal, NamedTuple
 
 import numpy as np
 import simplejpeg
+from numpy.typing import NDArray
 from PIL import Image
 
-from raysl.arrays import Uint8s
 from raysl.errors import UserError
 from raysl.fields import Bounds, check
 from raysl.stream import depth
@@ -98,7 +98,7 @@ class Picture(NamedTuple):
         left_out: how many other pages or frames of the file were not taken.
     """
 
-    rgb: Image.Image | Uint8s
+    rgb: Image.Image | NDArray[np.uint8]
     orientation: int = 1
     ordinary: bool = False
     kind: str = ""
@@ -108,7 +108,7 @@ class Picture(NamedTuple):
     left_out: int = 0
 
     @property
-    def pixels_hwc(self) -> Uint8s:
+    def pixels_hwc(self) -> NDArray[np.uint8]:
         """uint8 (h, w, 3), RGB, upright. Ingest checks most images without asking for it."""
         pixels_hwc = np.asarray(self.rgb)
         if self.orientation == 1 and pixels_hwc.flags.writeable and pixels_hwc.flags.c_contiguous:
@@ -174,7 +174,7 @@ class JpegHeader(NamedTuple):
         return self.frame in _COMMON_FRAMES and self.bits == 8 and self.channels in (1, 3)
 
 
-def plain_jpeg(data: bytes, max_pixels: int) -> Uint8s | None:
+def plain_jpeg(data: bytes, max_pixels: int) -> NDArray[np.uint8] | None:
     """Decode a JPEG file that needs nothing but decoding; None if it needs Pillow.
 
     Returns:
@@ -336,7 +336,7 @@ def _tiff_readers(data: bytes, config: DecodeConfig, ranges: Ranges) -> list[Cal
     return [partial(read, number) for number in range(len(taken))]
 
 
-def upright(pixels_hwc: Uint8s, orientation: int) -> Uint8s:
+def upright(pixels_hwc: NDArray[np.uint8], orientation: int) -> NDArray[np.uint8]:
     """Turn an image as the orientation of EXIF (1 to 8) says; a copy that owns its memory.
 
     Returns:

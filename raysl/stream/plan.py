@@ -19,9 +19,9 @@ from dataclasses import dataclass, field
 from functools import lru_cache
 
 import numpy as np
+from numpy.typing import NDArray
 
 from raysl import rng
-from raysl.arrays import Int64s
 from raysl.dataset import DataSet, Rows
 from raysl.errors import UserError
 
@@ -43,7 +43,7 @@ class Plan:
         num_steps: steps of the run.
     """
 
-    row_group_starts: Int64s = field(repr=False)
+    row_group_starts: NDArray[np.int64] = field(repr=False)
     batch_size: int
     seed: int
     groups_per_window: int
@@ -92,7 +92,7 @@ class Plan:
         """
         return self.locate(self.positions(step, rank, world))
 
-    def positions(self, step: int, rank: int = 0, world: int = 1) -> Int64s:
+    def positions(self, step: int, rank: int = 0, world: int = 1) -> NDArray[np.int64]:
         """Return positions in the stream, int64 (batch_size / world,). The arguments are those of `rows`."""
         local = self.batch_size // world
         if local * world != self.batch_size:
@@ -109,7 +109,7 @@ class Plan:
         lane, row = np.divmod(within_batch, rows_per_lane)
         return first_step * self.batch_size + (lane * steps + step - first_step) * rows_per_lane + row
 
-    def locate(self, positions: Int64s) -> Rows:
+    def locate(self, positions: NDArray[np.int64]) -> Rows:
         """Return the images at positions of the stream."""
         epochs, offsets = np.divmod(positions, self.num_images)
         indices = np.empty_like(positions)
@@ -118,7 +118,7 @@ class Plan:
             indices[here] = self._locate_in_epoch(int(epoch), offsets[here])
         return Rows(indices, epochs)
 
-    def _locate_in_epoch(self, epoch: int, offsets: Int64s) -> Int64s:
+    def _locate_in_epoch(self, epoch: int, offsets: NDArray[np.int64]) -> NDArray[np.int64]:
         _, starts = _epoch_order(self, epoch)
         window_starts = starts[:: self.groups_per_window]
         window_of = np.searchsorted(window_starts, offsets, side="right") - 1
@@ -137,7 +137,7 @@ def num_steps(num_images: int, batch_size: int, epochs: float) -> int:
 
 
 @lru_cache(maxsize=4)
-def _epoch_order(plan: Plan, epoch: int) -> tuple[Int64s, Int64s]:
+def _epoch_order(plan: Plan, epoch: int) -> tuple[NDArray[np.int64], NDArray[np.int64]]:
     """Return the row groups in the order of the epoch, and the offset in the epoch where each starts."""
     groups = rng.generator(plan.seed, "row groups", epoch).permutation(len(plan.row_group_starts) - 1)
     sizes = np.diff(plan.row_group_starts)[groups]
@@ -145,7 +145,7 @@ def _epoch_order(plan: Plan, epoch: int) -> tuple[Int64s, Int64s]:
 
 
 @lru_cache(maxsize=64)
-def _window_rows(plan: Plan, epoch: int, window: int) -> Int64s:
+def _window_rows(plan: Plan, epoch: int, window: int) -> NDArray[np.int64]:
     """Return the indices of one window in the order of the epoch."""
     groups, _ = _epoch_order(plan, epoch)
     first = window * plan.groups_per_window

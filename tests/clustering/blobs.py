@@ -10,14 +10,14 @@ import numpy as np
 import numpy.typing as npt
 import pyarrow as pa
 import pyarrow.parquet as pq
+from numpy.typing import NDArray
 
 from raysl import rng
-from raysl.arrays import Float32s, Float64s
 from raysl.clustering import update
 from raysl.clustering.options import KMeansConfig
 
 
-def blobs(num_rows: int, dim: int = 6, centres: int = 8, seed: int = 0) -> Float32s:
+def blobs(num_rows: int, dim: int = 6, centres: int = 8, seed: int = 0) -> NDArray[np.float32]:
     """Return normal clouds around some centres, float32 (num_rows, dim)."""
     generator = np.random.default_rng(seed)
     middle = generator.normal(size=(centres, dim)) * 3
@@ -38,8 +38,8 @@ def write(folder: Path, rows_nd: npt.NDArray[Any], files: int = 2, rows_per_grou
 
 
 def lloyd(
-    rows_nd: Float32s, start_kd: Float32s, config: KMeansConfig, iterations: int
-) -> tuple[list[float], Float64s]:
+    rows_nd: NDArray[np.float32], start_kd: NDArray[np.float32], config: KMeansConfig, iterations: int
+) -> tuple[list[float], NDArray[np.float64]]:
     """Return the objective of each iteration and the last centroids, in float64. Empty clusters split as in raysl."""
     x, c = rows_nd.astype(np.float64), start_kd.astype(np.float64)
     objectives = []

@@ -4,17 +4,17 @@ from __future__ import annotations
 
 import numpy as np
 import pytest
+from numpy.typing import NDArray
 
-from raysl.arrays import Float32s, Float64s, Int64s
 from raysl.clustering import update
 from raysl.clustering.hamerly import Assigner, HamerlyBounds, Search
 from tests.clustering.blobs import blobs
 
 
-def index(centroids_md: Float32s) -> Search:
+def index(centroids_md: NDArray[np.float32]) -> Search:
     """Brute force in float64."""
 
-    def search(rows_bd: Float32s, count: int) -> tuple[Float32s, Int64s]:
+    def search(rows_bd: NDArray[np.float32], count: int) -> tuple[NDArray[np.float32], NDArray[np.int64]]:
         squared_bm = squares(rows_bd, centroids_md)
         nearest_bm = np.argsort(squared_bm, axis=1, kind="stable")[:, :count]
         return np.take_along_axis(squared_bm, nearest_bm, 1).astype(np.float32), nearest_bm
@@ -22,14 +22,14 @@ def index(centroids_md: Float32s) -> Search:
     return search
 
 
-def squares(rows_bd: Float32s, centroids_md: Float32s) -> Float64s:
+def squares(rows_bd: NDArray[np.float32], centroids_md: NDArray[np.float32]) -> NDArray[np.float64]:
     """Return squared distances, float64 (b, m)."""
     difference_bmd = rows_bd[:, None].astype(np.float64) - centroids_md[None]
     return np.einsum("bmd,bmd->bm", difference_bmd, difference_bmd)  # type: ignore[no-any-return]
 
 
 def one_pass(
-    before: HamerlyBounds | None, rows_nd: Float32s, centroids_kd: Float32s, block: int
+    before: HamerlyBounds | None, rows_nd: NDArray[np.float32], centroids_kd: NDArray[np.float32], block: int
 ) -> tuple[HamerlyBounds, float]:
     """Assign all rows in blocks; return the bounds, and the share of the distances that were computed."""
     assigner = Assigner(before, centroids_kd, len(rows_nd), index)
@@ -39,7 +39,7 @@ def one_pass(
     return assigner.bounds(), assigner.computed / (len(rows_nd) * len(centroids_kd))
 
 
-def check(bounds: HamerlyBounds, rows_nd: Float32s, centroids_kd: Float32s) -> None:
+def check(bounds: HamerlyBounds, rows_nd: NDArray[np.float32], centroids_kd: NDArray[np.float32]) -> None:
     """Check that every row has its nearest centroid, up to rounding, and that no other is nearer than its bound."""
     squared_nk = squares(rows_nd, centroids_kd)
     chosen_n = squared_nk[np.arange(len(rows_nd)), bounds.assigned_n]

@@ -6,10 +6,10 @@ import pytest
 
 from raysl.config import methods
 from raysl.config.methods import Method
-from raysl.documentation import combinations
 from raysl.errors import UserError
 from raysl.objectives import pirl, predict
 from raysl.pretext import jigsaw, rotation
+from raysl.reporting import combinations
 
 
 def test_names_are_taken_apart() -> None:

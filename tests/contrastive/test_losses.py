@@ -9,13 +9,13 @@ import numpy as np
 import pytest
 import torch
 import torch.nn.functional as F
+from numpy.typing import NDArray
 from torch import Tensor
 
-from raysl.arrays import Float64s
 from raysl.contrastive import losses
 
 N = 20_000
-Array = Float64s
+Array = NDArray[np.float64]
 
 
 def scores(b: int = 5, k: int = 7, absent: bool = True, scale: float = 3.0) -> tuple[Tensor, Tensor]:

@@ -10,8 +10,8 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
+from numpy.typing import NDArray
 
-from raysl.arrays import Float32s
 from raysl.errors import UserError
 from raysl.probes import Labelled, Row
 from raysl.probes import _frozen as frozen
@@ -35,7 +35,7 @@ class Traced:
     primary_metric = "pid"
     dims = 0
 
-    def measure(self, features_nd: Float32s) -> Iterator[Row]:
+    def measure(self, features_nd: NDArray[np.float32]) -> Iterator[Row]:
         """Yields the process, its niceness and its threads."""
         yield Row("pid", os.getpid())
         yield Row("nice", os.getpriority(os.PRIO_PROCESS, 0))

@@ -9,9 +9,9 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
+from numpy.typing import NDArray
 from PIL import Image
 
-from raysl.arrays import Float64s
 from raysl.backbone.network import BackboneConfig
 from raysl.errors import Unset, UserError
 from raysl.extraction import Pixels, RandomBackbone
@@ -22,7 +22,7 @@ from tests.data import make_clips, make_dataset
 SIDE = 32
 
 
-def sphere(seed: int) -> Float64s:
+def sphere(seed: int) -> NDArray[np.float64]:
     """Normals (h, w, 3) of a ball on nothing: zeros around it."""
     random = np.random.default_rng(seed)
     y, x = np.mgrid[0:SIDE, 0:SIDE]
@@ -30,11 +30,11 @@ def sphere(seed: int) -> Float64s:
     across, down = (x - centre[0]) / radius, (y - centre[1]) / radius
     inside = across**2 + down**2 < 0.9
     towards = np.sqrt(np.clip(1 - across**2 - down**2, 0, None))
-    found: Float64s = np.stack([across, down, towards], -1) * inside[..., None]
+    found: NDArray[np.float64] = np.stack([across, down, towards], -1) * inside[..., None]
     return found
 
 
-def png(values: Float64s) -> bytes:
+def png(values: NDArray[np.float64]) -> bytes:
     stream = io.BytesIO()
     Image.fromarray(np.round((values + 1) * 127.5).astype(np.uint8)).save(stream, "PNG")
     return stream.getvalue()

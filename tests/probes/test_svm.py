@@ -6,8 +6,8 @@ import sys
 
 import numpy as np
 import pytest
+from numpy.typing import NDArray
 
-from raysl.arrays import Float32s, Float64s
 from raysl.errors import UserError
 from raysl.probes import Labelled, lowshot, svm
 
@@ -67,7 +67,7 @@ def test_equals_scikit_learn_used_directly() -> None:
     costs = (0.01, 1.0, 100.0)
     (row,) = svm.Svm(svm.Config(costs=costs)).run(train, test)
 
-    def unit(x: Float32s) -> Float64s:
+    def unit(x: NDArray[np.float32]) -> NDArray[np.float64]:
         wide = x.astype(np.float64)
         return wide / (np.linalg.norm(wide, axis=1, keepdims=True) + 1e-5)  # type: ignore[no-any-return]
 

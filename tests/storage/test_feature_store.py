@@ -12,8 +12,8 @@ import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
+from numpy.typing import NDArray
 
-from raysl.arrays import Float32s
 from raysl.errors import UserError
 from raysl.storage import Folder
 from raysl.storage.feature_files import FINISHED, STARTED, FeatureForm, part_file, write_part
@@ -162,7 +162,7 @@ def test_missing_unfinished_and_empty_features(tmp_path: Path) -> None:
         FeatureStore.open(str(tmp_path / "half" / "000.parquet"))
 
 
-def made(folder: Path, rows_nd: Float32s) -> str:
+def made(folder: Path, rows_nd: NDArray[np.float32]) -> str:
     """Write features as raysl does, in two parts, with paths."""
     parts = [(0, 50), (50, 100)]
     for first, end in parts:

@@ -13,8 +13,8 @@ from typing import Any
 
 import numpy as np
 import pytest
+from numpy.typing import NDArray
 
-from raysl.arrays import Int64s
 from raysl.augment import recipe
 from raysl.dataset import DataSet
 from raysl.pretext import Geometry, build
@@ -39,7 +39,7 @@ class Pretended(Stream):
 
     def _pipeline(self, step: int, end: int) -> Any:
         class Rows:
-            def iter_batches(self, **_: Any) -> Iterator[dict[str, Int64s]]:
+            def iter_batches(self, **_: Any) -> Iterator[dict[str, NDArray[np.int64]]]:
                 for one in range(step, end):
                     yield {"index": np.full((1, 16), one)}
 

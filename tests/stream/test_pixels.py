@@ -11,9 +11,9 @@ from typing import Any
 import numpy as np
 import numpy.typing as npt
 import pytest
+from numpy.typing import NDArray
 from PIL import Image, ImageCms
 
-from raysl.arrays import Uint8s
 from raysl.errors import UserError
 from raysl.stream.formats import PNG, DecodeError
 from raysl.stream.pixels import DecodeConfig, Picture, pictures
@@ -21,7 +21,7 @@ from raysl.stream.pixels import DecodeConfig, Picture, pictures
 Array = npt.NDArray[Any]
 
 
-def ramp(height: int = 24, width: int = 32) -> Uint8s:
+def ramp(height: int = 24, width: int = 32) -> NDArray[np.uint8]:
     """An image without symmetry: red grows to the right, green downwards, blue fills the top left."""
     image = np.zeros((height, width, 3), np.uint8)
     image[..., 0] = np.linspace(0, 255, width)
@@ -117,7 +117,7 @@ def test_color_spaces_become_rgb() -> None:
     assert np.abs(one(file(lab, "TIFF")).pixels_hwc.astype(int) - ramp()).mean() < 6
 
 
-def shape_in_alpha(levels: int = 255) -> Uint8s:
+def shape_in_alpha(levels: int = 255) -> NDArray[np.uint8]:
     """A square that shows in the alpha channel alone, with noise hidden around it."""
     noise = np.random.default_rng(0).integers(0, 256, (32, 32, 4)).astype(np.uint8)
     noise[..., 3] = 0
@@ -325,7 +325,7 @@ def test_nan_and_absent_values_become_low() -> None:
     assert picture.pixels_hwc[0, :4, 0].tolist() == [0, 255, 0, 0]
 
 
-def flat(k: int) -> Uint8s:
+def flat(k: int) -> NDArray[np.uint8]:
     return np.full((8, 8, 3), (50 * k, 90, 255 - 50 * k), np.uint8)
 
 

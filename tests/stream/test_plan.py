@@ -11,8 +11,8 @@ import numpy as np
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from numpy.typing import NDArray
 
-from raysl.arrays import Int64s
 from raysl.dataset import DataSet, Manifest, Rows, Shard
 from raysl.errors import UserError
 from raysl.storage import Folder
@@ -88,7 +88,7 @@ def test_any_step_can_be_the_first() -> None:
         np.testing.assert_array_equal(found.epochs_b, steps[step].epochs_b)
 
 
-def orders(of: Plan) -> list[Int64s]:
+def orders(of: Plan) -> list[NDArray[np.int64]]:
     visits = whole_run(of)
     return [visits.indices_b[visits.epochs_b == epoch] for epoch in range(3)]
 

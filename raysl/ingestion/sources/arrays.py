@@ -25,8 +25,8 @@ import numpy as np
 import numpy.typing as npt
 import pyarrow as pa
 from numpy.lib import format as npy
+from numpy.typing import NDArray
 
-from raysl.arrays import Int64s, Uint8s
 from raysl.errors import UserError
 from raysl.ingestion import idx, labels, png
 from raysl.ingestion.found import Found
@@ -237,7 +237,7 @@ def _unpickled(root: str, path: str) -> dict[str, Any]:
         raise UserError(f"Cannot read {root}/{path}: {error}. Unpack the archive again.") from error
 
 
-def _cifar(root: str, path: str) -> tuple[Uint8s, Int64s | None]:
+def _cifar(root: str, path: str) -> tuple[NDArray[np.uint8], NDArray[np.int64] | None]:
     """Return the pixels of a batch, uint8 (n, 32, 32, 3), and its labels, the fine ones of CIFAR-100."""
     batch = _unpickled(root, path)
     values = batch.get("fine_labels", batch.get("labels"))
@@ -284,7 +284,7 @@ def _check_npy(archive: zipfile.ZipFile, info: zipfile.ZipInfo) -> None:
         raise ValueError(f"the head of {info.filename!r} says {shape} values, and the file ends too early")
 
 
-def _pixels(array: npt.NDArray[Any], name: str) -> Uint8s:
+def _pixels(array: npt.NDArray[Any], name: str) -> NDArray[np.uint8]:
     """Return images as uint8 (n, h, w, c), where c is 1 or 3."""
     if array.ndim == 3 and array.shape[2] in (3, 4) and min(array.shape[:2]) >= 8:
         raise UserError(
@@ -303,7 +303,7 @@ def _pixels(array: npt.NDArray[Any], name: str) -> Uint8s:
     return array
 
 
-def _batches(spec: dict[str, Any], count: int) -> Iterator[Uint8s]:
+def _batches(spec: dict[str, Any], count: int) -> Iterator[NDArray[np.uint8]]:
     """Yield the pixels of a unit, uint8 (b, h, w, c), some at a time."""
     root, path, first = spec["root"], spec["path"], spec["first"]
     if spec["how"] == "idx":

@@ -12,9 +12,9 @@ from functools import partial
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
+from numpy.typing import NDArray
 from PIL import Image
 
-from raysl.arrays import Float64s
 from raysl.dataset.clips import COLUMNS, DEPTH_SCALE, TRUTH, jpeg, thumbnail
 from raysl.ingestion import png
 from raysl.ingestion.clip_drawing import ACTIONS, KEYPOINTS, KINDS, Drawn, draw
@@ -80,7 +80,7 @@ def read(unit: Unit) -> Iterator[Row]:
         yield Row(frames[len(frames) // 2], ACTIONS[drawn.action], f"clips, clip {index}", clip=columns)
 
 
-def _numbers(one: ImageRng, name: str, count: int) -> Float64s:
+def _numbers(one: ImageRng, name: str, count: int) -> NDArray[np.float64]:
     return one.uniform_array(name, count)[0]  # type: ignore[no-any-return]
 
 

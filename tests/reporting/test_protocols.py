@@ -11,10 +11,10 @@ from typing import Any
 import pytest
 
 from raysl import probes
-from raysl.documentation import pages, protocols
+from raysl.reporting import method_pages, protocols
 from raysl.storage import Folder
 from tests.data import make_clips, make_dataset
-from tests.documentation.test_pages import AGAIN, FOLDER
+from tests.reporting.test_pages import AGAIN, FOLDER
 
 ONE_FILE = '''
 """Width: how many numbers a feature has."""
@@ -58,7 +58,7 @@ def fields(config: Any) -> Iterator[tuple[str, str]]:
 
 def test_the_committed_page_is_up_to_date() -> None:
     """A probe that is new need not be in it yet."""
-    head, *sections = (FOLDER / f"{pages.PROBES}.md").read_text().rstrip("\n").split("\n\n## ")
+    head, *sections = (FOLDER / f"{method_pages.PROBES}.md").read_text().rstrip("\n").split("\n\n## ")
     new_head, *new = protocols.page().rstrip("\n").split("\n\n## ")
     assert (head, set(sections) - set(new)) == (new_head, set()), AGAIN
 
@@ -104,7 +104,7 @@ def test_a_new_file_has_its_section(tmp_path: Path, monkeypatch: pytest.MonkeyPa
 
 
 def test_it_is_written_with_the_others(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(pages, "names", list)
-    pages.write(tmp_path, make_dataset(tmp_path / "set", 2), make_clips(tmp_path / "clips", 3))
-    assert Folder(str(tmp_path)).read(f"{pages.PROBES}.md").decode() == protocols.page()
+    monkeypatch.setattr(method_pages, "names", list)
+    method_pages.write(tmp_path, make_dataset(tmp_path / "set", 2), make_clips(tmp_path / "clips", 3))
+    assert Folder(str(tmp_path)).read(f"{method_pages.PROBES}.md").decode() == protocols.page()
     assert (tmp_path / "README.md").exists()

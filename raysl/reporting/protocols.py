@@ -6,8 +6,8 @@ import importlib
 import inspect
 
 from raysl import probes
-from raysl.documentation.hyperparameters import hyperparameters
 from raysl.probes import EncoderProbe, FeatureProbe, LabelledProbe, Probe
+from raysl.reporting.hyperparameters import hyperparameters
 
 _INTRODUCTION = """A probe measures a frozen representation. Tables and sweeps show one of its numbers, the primary
 metric. The same probe is run on the untrained backbone and on raw pixels, for comparison. A value depends on its

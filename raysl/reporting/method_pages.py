@@ -14,10 +14,10 @@ from raysl import pretext
 from raysl.augment import recipe
 from raysl.config import Pretraining, ViewConfig, methods
 from raysl.dataset import DataSet
-from raysl.documentation import combinations, pictures, protocols
-from raysl.documentation.hyperparameters import cell, hyperparameters
 from raysl.errors import Unset
 from raysl.model import DatasetInfo, Model
+from raysl.reporting import combinations, pictures, protocols
+from raysl.reporting.hyperparameters import cell, hyperparameters
 from raysl.storage import Folder
 from raysl.stream.views import View
 from raysl.training import recipes

@@ -11,7 +11,7 @@ from PIL import Image
 from raysl import pretext
 from raysl.cli.flags import parse_pretraining
 from raysl.config import methods
-from raysl.documentation import pages
+from raysl.reporting import method_pages
 from raysl.storage import Folder
 from tests.data import make_dataset
 
@@ -21,20 +21,20 @@ AGAIN = "make the pages again: .venv/bin/raysl methods --pages docs/methods"
 
 # A new file changes the lists of partners on other pages too. Its author makes the pages again; until then they are not
 # compared.
-NEW = [name for name in pages.names() if not (FOLDER / f"{name}.md").exists()]
+NEW = [name for name in method_pages.names() if not (FOLDER / f"{name}.md").exists()]
 compared = pytest.mark.skipif(bool(NEW), reason=f"no pages of {', '.join(NEW)}; {AGAIN}")
 
 
 @compared
-@pytest.mark.parametrize("name", pages.names())
+@pytest.mark.parametrize("name", method_pages.names())
 def test_the_committed_page_is_what_the_code_says(name: str) -> None:
     file = FOLDER / f"{name}.md"
     assert file.exists(), AGAIN
-    assert file.read_text() == pages.page(name), AGAIN
+    assert file.read_text() == method_pages.page(name), AGAIN
 
 
 @compared
-@pytest.mark.parametrize("name", pages.names())
+@pytest.mark.parametrize("name", method_pages.names())
 def test_a_page_has_a_picture_of_a_modest_size(name: str) -> None:
     file = FOLDER / f"{name}.png"
     assert file.exists(), AGAIN
@@ -44,32 +44,34 @@ def test_a_page_has_a_picture_of_a_modest_size(name: str) -> None:
 
 @compared
 def test_the_index_lists_all_and_there_are_no_others() -> None:
-    assert (FOLDER / "README.md").read_text() == pages.index(), AGAIN
-    kept = {f"{name}.{kind}" for name in pages.names() for kind in ("md", "png")}
-    assert {file.name for file in FOLDER.iterdir()} == kept | {"README.md", f"{pages.PROBES}.md"}, AGAIN
-    assert f"({pages.PROBES}.md)" in pages.index()
+    assert (FOLDER / "README.md").read_text() == method_pages.index(), AGAIN
+    kept = {f"{name}.{kind}" for name in method_pages.names() for kind in ("md", "png")}
+    assert {file.name for file in FOLDER.iterdir()} == kept | {"README.md", f"{method_pages.PROBES}.md"}, (
+        AGAIN
+    )
+    assert f"({method_pages.PROBES}.md)" in method_pages.index()
 
 
 def test_a_page_says_what_its_part_is_and_does() -> None:
-    page = pages.page("jigsaw")
+    page = method_pages.page("jigsaw")
     assert page.startswith("# jigsaw\n\nJigsaw: shuffle tiles of the image")
     assert "--method predict-jigsaw\n" in page
     assert "| `--jigsaw.num-permutations` | `None` | size of the permutation set." in page
     assert "`pirl-jigsaw`" in page
     assert "not `npid-jigsaw`" in page
     assert "- `--recipe pirl-r50-800ep`: PIRL with a jigsaw" in page
-    assert "`--pirl.lam`" in pages.page("pirl")
-    assert "| `--frame-order.task` | `verify` |" in pages.page("frame_order")
+    assert "`--pirl.lam`" in method_pages.page("pirl")
+    assert "| `--frame-order.task` | `verify` |" in method_pages.page("frame_order")
     # From the Config that this one is made from.
     assert (
         "| `--pirl.temperature` | (chosen from the data) | softmax temperature tau, > 0; scores are divided by it. |"
-        in pages.page("pirl")
+        in method_pages.page("pirl")
     )
 
 
 @pytest.mark.parametrize("name", [*methods.objective_names(), *pretext.names()])
 def test_the_command_of_a_page_can_be_typed(name: str) -> None:
-    command = pages.page(name).partition("```\n")[2].partition("\n```")[0]
+    command = method_pages.page(name).partition("```\n")[2].partition("\n```")[0]
     verb, *words = shlex.split(command)[1:]
     if verb == "clusterfit":
         words = ["--method", "clusterfit", *words[4:]]  # less --teacher and --k, which are not of the student
@@ -80,7 +82,7 @@ def test_the_command_of_a_page_can_be_typed(name: str) -> None:
 
 def test_pages_are_written_with_pictures(tmp_path: Path) -> None:
     place = Folder(str(tmp_path / "new"))
-    pages.write_part(place, "rotation", make_dataset(tmp_path / "set", 20, side=32))
+    method_pages.write_part(place, "rotation", make_dataset(tmp_path / "set", 20, side=32))
     assert {file.name for file in (tmp_path / "new").iterdir()} == {"rotation.md", "rotation.png"}
-    assert (tmp_path / "new" / "rotation.md").read_text() == pages.page("rotation")
+    assert (tmp_path / "new" / "rotation.md").read_text() == method_pages.page("rotation")
     assert Image.open(tmp_path / "new" / "rotation.png").size[0] > 400

@@ -10,10 +10,10 @@ import torch
 
 from raysl.augment import recipe
 from raysl.config import Pretraining
-from raysl.documentation.pictures import mosaic, neighbours_grid, views_grid, views_of
 from raysl.errors import UserError
 from raysl.objectives.clusterfit import Config
 from raysl.pretext import Geometry, build
+from raysl.reporting.pictures import mosaic, neighbours_grid, views_grid, views_of
 from raysl.rng import ImageRng
 from raysl.stream.decode import cut, decode
 from raysl.stream.views import View

@@ -1,1 +1,0 @@
-"""Show the methods: tables, pictures of views, and pages of documentation."""
