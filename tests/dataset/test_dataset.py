@@ -43,8 +43,14 @@ def test_the_manifest_survives_a_round_trip(tmp_path: Path) -> None:
     assert pickle.loads(pickle.dumps(data_set)) == data_set
 
 
-@pytest.mark.parametrize("indices", [[0], [14, 0, 7], [3, 3, 9, 3], list(range(14, -1, -1))])
-def test_rows_come_in_the_order_that_was_asked_for(tmp_path: Path, indices: list[int]) -> None:
+@pytest.mark.parametrize("copied_bytes", [0, 1 << 20], ids=["large images", "small images"])
+@pytest.mark.parametrize(
+    "indices", [[0], [14, 0, 7], [3, 3, 9, 3], [4, 5, 6, 12, 13, 2], list(range(14, -1, -1))]
+)
+def test_rows_come_in_the_order_that_was_asked_for(
+    tmp_path: Path, indices: list[int], copied_bytes: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("raysl.dataset._COPIED_BYTES", copied_bytes)
     rows = make(tmp_path).read(np.array(indices))
     assert rows.column_names == ["index", "image", "label"]
     assert rows["index"].to_pylist() == indices
