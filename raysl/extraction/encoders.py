@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import difflib
 import re
 from collections.abc import Sequence
+from contextlib import suppress
 from dataclasses import asdict, dataclass
 from typing import Any, Protocol
 
@@ -247,10 +249,22 @@ def encoder_by_name(name: str, config: BackboneConfig, seed: int = 0) -> Encoder
         Folder(place or "/").open(file).close()
     except (OSError, StorageError) as error:
         raise UserError(
-            f"There is no checkpoint at {name!r} ({error}). Give the folder of a run, RUN/checkpoints/step-NNN, a "
-            "weights file together with --backbone.name, 'random' or 'pixels'."
+            f"There is no checkpoint at {name!r} ({error}). {_near_run(name)}Give the folder of a run, "
+            "RUN/checkpoints/step-NNN, a weights file together with --backbone.name, 'random' or 'pixels'."
         ) from error
     return weights
+
+
+def _near_run(name: str) -> str:
+    """Return a sentence that names a run whose folder has a similar name, beside the one that is missing or in runs/."""
+    place, _, last = name.rpartition("/")
+    for folder in dict.fromkeys((place or ".", "runs")):
+        with suppress(OSError, StorageError):
+            runs = [found for found in Folder(folder).list() if Folder(f"{folder}/{found}").exists(METADATA)]
+            near = difflib.get_close_matches(last, runs, n=1)
+            if near:
+                return f"Did you mean {near[0] if folder == '.' else f'{folder}/{near[0]}'!r}? "
+    return ""
 
 
 def view_size(source: Encoder) -> int:

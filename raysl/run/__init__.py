@@ -254,9 +254,14 @@ def _check_same(metadata: Mapping[str, Any], wanted: Mapping[str, Any], dataset:
     begun = json.loads(json.dumps(Pretraining.stored(metadata["config"], uri).to_json()))
     changed = [name for name in differences(begun, wanted) if not may_change(name)]
     if changed:
+        longer = (
+            " The learning rate depends on the epochs, so a run cannot become longer. For a new run that starts from its "
+            f"weights, run `raysl export {uri} --format safetensors`, then give the new run "
+            f"--backbone.weights {uri}/export/safetensors/model.safetensors."
+        )
         raise UserError(
             f"The run at {uri!r} was begun with another configuration; these differ: {', '.join(changed)}. Give the "
-            "same values to go on with it, or another folder to --run for a new run."
+            f"same values to go on with it, or another folder to --run for a new run.{longer * ('epochs' in changed)}"
         )
 
 
