@@ -21,10 +21,12 @@ from dataclasses import dataclass, replace
 from typing import Literal
 
 from raysl.config import Pretraining
+from raysl.contrastive.bank import BankConfig
 from raysl.dataset import DataSet
 from raysl.experiment.script import Flags, command, drawn, held_out, locally, sweep_and_report
 from raysl.objectives.pirl import Config as Pirl
 from raysl.optim import OptimConfig
+from raysl.pretext.jigsaw import Config as Jigsaw
 from raysl.storage import Folder
 from raysl.training import recipes
 from raysl.tuning.config import SweepConfig
@@ -34,7 +36,20 @@ NEGATIVES = (64, 256, 1024, 4096, 8192, 16_000, 32_000)
 GRIDS = {
     "lambda": "lam=0,0.25,0.5,0.75,1",
     "permutations": "num_permutations=1,100,2000,10000,362880",
+    "chosen": "lam=0.5",
 }
+# The search for the recipe of small images, around the recipe that results/recipes chose one factor at a time.
+RECIPE = (
+    *(
+        "jigsaw.grid=2,3",
+        "bank.momentum=0,0.5",
+        "temperature=0.05..0.5",
+        "lam=0.1..0.9",
+        "pirl.head=linear,bn",
+    ),
+    *("optim.lr=0.03..0.5", "optim.warmup=0,0.05,0.2", "view.min_scale=0.08..0.6"),
+    *("view.recipe=pirl,simclr,mocov2,plain", "num_negatives=64..4096"),
+)
 
 
 @dataclass(frozen=True)
@@ -42,9 +57,9 @@ class SweepFlags(Flags):
     """Sweep PIRL and write the table and the report.
 
     Args:
-        figure: one of the paper's three ablations, or all four hyperparameters together, drawn at random and stopped by
-            ASHA.
-        samples: number of trials of "all".
+        figure: one of the paper's three ablations; "all" four hyperparameters together, drawn at random and stopped by
+            ASHA; or "recipe", ten hyperparameters in the same way, and "chosen", the one trial to compare them with.
+        samples: number of trials of "all" and "recipe".
         images: number of images of the train split to learn from.
         epochs: visits to every image.
         retry: try the trials again that failed before.
@@ -58,7 +73,7 @@ class SweepFlags(Flags):
     out: str = "results/sweep-pirl"
     runs: str = "runs/sweep-pirl"
     workers: int = 1
-    figure: Literal["all", "lambda", "negatives", "permutations"] = "all"
+    figure: Literal["all", "lambda", "negatives", "permutations", "recipe", "chosen"] = "all"
     samples: int = 8
     images: int = 10_000
     epochs: float = 9
@@ -91,6 +106,7 @@ def main(flags: SweepFlags) -> None:
 
 def small(flags: SweepFlags, images: DataSet) -> Pretraining:
     """Return the run that is varied at the size of CIFAR-10."""
+    chosen = {"jigsaw": Jigsaw(grid=2), "bank": BankConfig(momentum=0)}
     return Pretraining(
         data=str(images.folder),
         run="-",
@@ -99,7 +115,10 @@ def small(flags: SweepFlags, images: DataSet) -> Pretraining:
         workers=flags.workers,
         optim=OptimConfig(lr=0.12, warmup=0.05),
         # For a small backbone and a short run; see results/cifar10. 4096 negatives take twice as long on two cores.
-        parts={"pirl": Pirl(temperature=0.2, head="bn", num_negatives=min(1024, images.num_images - 1))},
+        parts={
+            "pirl": Pirl(temperature=0.2, head="bn", num_negatives=min(1024, images.num_images - 1)),
+            **(chosen if flags.figure in ("recipe", "chosen") else {}),
+        },
     )
 
 
@@ -122,9 +141,8 @@ def full(flags: SweepFlags, images: DataSet) -> Pretraining:
 
 def cost(flags: SweepFlags, num_images: int) -> str:
     """Return a sentence about the most that a sweep at full scale can cost; ASHA stops most trials earlier."""
-    trials = (
-        flags.samples if flags.figure == "all" else GRIDS.get(flags.figure, str(NEGATIVES)).count(",") + 1
-    )
+    drawn_at_random = flags.figure in ("all", "recipe")
+    trials = flags.samples if drawn_at_random else GRIDS.get(flags.figure, str(NEGATIVES)).count(",") + 1
     runs = trials * len(flags.seeds)
     hours = runs * flags.epochs * num_images / flags.gpu_images_per_s / 3600
     price, speed = flags.usd_per_gpu_hour, flags.gpu_images_per_s
@@ -138,8 +156,8 @@ def cost(flags: SweepFlags, num_images: int) -> str:
 def settings(flags: SweepFlags, num_images: int) -> SweepConfig:
     """Return the configuration of the sweep."""
     negatives = [count for count in NEGATIVES if count < num_images]
-    if flags.figure == "all":
-        hyperparameters = (
+    if flags.figure in ("all", "recipe"):
+        of_paper = (
             "temperature=0.05..0.5",
             "lam=0..1",
             f"num_negatives={negatives[0]}..{negatives[-1]}",
@@ -147,7 +165,7 @@ def settings(flags: SweepFlags, num_images: int) -> SweepConfig:
         )
         return SweepConfig(
             "-",
-            hyperparameters,
+            RECIPE if flags.figure == "recipe" else of_paper,
             seeds=flags.seeds,
             searcher="random",
             samples=flags.samples,
@@ -156,7 +174,7 @@ def settings(flags: SweepFlags, num_images: int) -> SweepConfig:
         )
     grids = {**GRIDS, "negatives": f"num_negatives={','.join(map(str, negatives))}"}
     vary = (grids[flags.figure],)
-    if flags.local:
+    if flags.local and flags.figure != "chosen":
         name, _, values = vary[0].partition("=")
         vary = (f"{name}={','.join(values.split(',')[1:3])}",)
     return SweepConfig("-", vary, seeds=flags.seeds)
