@@ -11,12 +11,15 @@ from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import Annotated, ClassVar
 
+import numpy as np
 import torch
+from numpy.typing import NDArray
 from torch import Tensor
 from torch.nn.functional import normalize
 
 from raysl.fields import Bounds
-from raysl.probes import Labelled, Row, Settings, accuracy_rows, check, rank, same_images
+from raysl.probes import Labelled, Row, Settings, _tiles, accuracy_rows, check, rank, same_images
+from raysl.probes._tiles import Tiles
 from raysl.ray_cluster import gpus
 
 # Similarities of a tile of queries with a tile of train images take 128 MB.
@@ -54,14 +57,14 @@ class Knn:
         own = same_images(train, test)
         k = min(max(self.config.ks), len(train.labels_n) - own)
         device = gpus.device()
-        train_nd = normalize(torch.from_numpy(train.features_nd).to(device), dim=1)
+        gallery = Gallery.of(train.features_nd, device)
         labels_n, test_labels_n = torch.from_numpy(train.labels_n).to(device), torch.from_numpy(test.labels_n)
         classes = int(labels_n.max()) + 1
         ranks: dict[str, list[Tensor]] = {}
-        for first in range(0, len(test_labels_n), _QUERY_TILE):
-            rows = slice(first, first + _QUERY_TILE)
+        for first in range(0, len(test_labels_n), gallery.queries):
+            rows = slice(first, first + gallery.queries)
             query_qd = normalize(torch.from_numpy(test.features_nd[rows]).to(device), dim=1)
-            similar_qk, index_qk = nearest(query_qd, train_nd, k, first if own else None)
+            similar_qk, index_qk = gallery.nearest(query_qd, k, first if own else None)
             wanted_q = test_labels_n[rows].to(device)
             for suffix, scores_qc in self._scores(similar_qk, labels_n[index_qk], classes):
                 ranks.setdefault(suffix, []).append(rank(scores_qc, wanted_q))
@@ -80,26 +83,50 @@ class Knn:
                 yield _suffix(k, temperature), sums_qc.log()
 
 
-def nearest(query_qd: Tensor, train_nd: Tensor, k: int, own: int | None) -> tuple[Tensor, Tensor]:
-    """Return cosines and indices, both (q, k), of the k nearest train images, the nearest first.
+@dataclass(frozen=True)
+class Gallery:
+    """Train images in which the nearest are looked for.
 
     Args:
-        query_qd: unit vectors.
-        train_nd: unit vectors on the same device; n >= k, and n > k if `own` is given.
-        own: index in `train_nd` of the first query if the queries are rows of it, else None.
+        train_nd: their features; unit vectors, unless they are too large for the GPU and lie in the memory of the host.
+        tiles: how they are sent to the device.
+        queries: number of queries at a time; many, if all train images are sent again for each time.
     """
-    similar, indices = [], []
-    for first in range(0, len(train_nd), _TRAIN_TILE):
-        similar_qn = query_qd @ train_nd[first : first + _TRAIN_TILE].T
-        if own is not None and -len(query_qd) < own - first < similar_qn.shape[1]:
-            similar_qn.diagonal(own - first).fill_(-torch.inf)
-        top = similar_qn.topk(min(k, similar_qn.shape[1]))
-        similar.append(top.values)
-        indices.append(top.indices + first)
-    if len(similar) == 1:
-        return similar[0], indices[0]
-    best = torch.cat(similar, 1).topk(k)
-    return best.values, torch.cat(indices, 1).gather(1, best.indices)
+
+    train_nd: Tensor
+    tiles: Tiles
+    queries: int
+
+    @classmethod
+    def of(cls, features_nd: NDArray[np.float32], device: torch.device) -> Gallery:
+        """Put features on the device, if they fit there."""
+        train_nd, rows = torch.from_numpy(features_nd), _tiles.TILING.rows(features_nd, device)
+        if rows == len(train_nd):
+            return cls(normalize(train_nd.to(device), dim=1), Tiles(device, _TRAIN_TILE), _QUERY_TILE)
+        return cls(train_nd, Tiles(device, min(rows, _TRAIN_TILE)), 16 * _QUERY_TILE)
+
+    def nearest(self, query_qd: Tensor, k: int, own: int | None) -> tuple[Tensor, Tensor]:
+        """Return cosines and indices, both (q, k), of the k nearest train images, the nearest first.
+
+        Args:
+            query_qd: unit vectors, on the device.
+            k: at most the number of train images, and less than that if `own` is given.
+            own: index among the train images of the first query if the queries are train images, else None.
+        """
+        similar, indices, first = [], [], 0
+        for tile_nd in self.tiles(self.train_nd):
+            unit_nd = tile_nd if self.train_nd.device == tile_nd.device else normalize(tile_nd, dim=1)
+            similar_qn = query_qd @ unit_nd.T
+            if own is not None and -len(query_qd) < own - first < similar_qn.shape[1]:
+                similar_qn.diagonal(own - first).fill_(-torch.inf)
+            top = similar_qn.topk(min(k, similar_qn.shape[1]))
+            similar.append(top.values)
+            indices.append(top.indices + first)
+            first += len(tile_nd)
+        if len(similar) == 1:
+            return similar[0], indices[0]
+        best = torch.cat(similar, 1).topk(k)
+        return best.values, torch.cat(indices, 1).gather(1, best.indices)
 
 
 def _suffix(k: int, temperature: float) -> str:

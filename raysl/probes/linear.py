@@ -21,13 +21,13 @@ from typing import Annotated, ClassVar, Literal
 
 import numpy as np
 import torch
-from numpy.typing import NDArray
 from torch import Tensor
 from torch.nn.functional import cross_entropy, linear
 
 from raysl import rng
-from raysl.fields import Bounds, Checked
-from raysl.probes import Labelled, Row, Settings, accuracy_rows, check, rank
+from raysl.fields import Bounds
+from raysl.probes import Labelled, Row, Settings, _tiles, accuracy_rows, check, rank
+from raysl.probes._tiles import Tiles
 from raysl.ray_cluster import gpus
 from raysl.rng import ImageRng
 
@@ -85,42 +85,6 @@ class Config(Settings):
     tolerance: Annotated[float, Bounds(1e-12, 1)] = 1e-4
 
 
-@dataclass(frozen=True)
-class Tiling(Checked):
-    """Choose how many rows of features lie on a GPU at a time. No flag, because results differ by rounding only.
-
-    Args:
-        share: features that take a larger share of the GPU's memory stay in the memory of the host, and are sent in
-            tiles of an eighth of this share whenever they are needed.
-    """
-
-    share: Annotated[float, Bounds(above=0, high=0.9, hint="scores and gradients need memory too")] = 0.5
-
-    def rows(self, features_nd: NDArray[np.float32], device: torch.device) -> int:
-        """Return the rows of a tile, at least 1; all rows if they fit, and on the CPU."""
-        if device.type == "cpu":
-            return len(features_nd)
-        allowed_bytes = self.share * torch.cuda.mem_get_info(device)[1]
-        if features_nd.nbytes <= allowed_bytes:
-            return len(features_nd)
-        return max(1, int(allowed_bytes / 8 / features_nd[0].nbytes))
-
-
-TILING = Tiling()
-
-
-@dataclass(frozen=True)
-class Tiles:
-    """Send features to a device in tiles of rows."""
-
-    device: torch.device
-    rows: int
-
-    def __call__(self, features_nd: Tensor) -> Iterator[Tensor]:
-        """Yield tiles (rows, d) on the device; no copies of what is there already."""
-        return (tile_nd.to(self.device) for tile_nd in torch.split(features_nd, self.rows))
-
-
 class Linear:
     """Logistic regression; the primary metric is top-1."""
 
@@ -139,7 +103,7 @@ class Linear:
         held_n = ImageRng(0, np.zeros_like(indices), indices).chance("held out", self.config.held_out).numpy()
         order_n = np.argsort(held_n, kind="stable")
         device = gpus.device()
-        tiles = Tiles(device, TILING.rows(train.features_nd, device))
+        tiles = Tiles(device, _tiles.TILING.rows(train.features_nd, device))
         home = device if tiles.rows == len(order_n) else torch.device("cpu")
         train_nd = torch.from_numpy(train.features_nd[order_n]).to(home)
         labels_n = torch.from_numpy(train.labels_n[order_n]).to(device)

@@ -10,7 +10,7 @@ import torch
 
 from raysl.backbone.network import BackboneConfig
 from raysl.extraction.encoders import RandomBackbone
-from raysl.probes import Labelled, knn, linear
+from raysl.probes import Labelled, _tiles, knn, linear
 from raysl.ray_cluster import gpus
 from tests.pretended_cuda import CUDA, OnDevice, pretended
 
@@ -35,7 +35,7 @@ def test_a_probe_gives_the_results_of_the_cpu(
     name: str, tile: int, share: float, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(knn, "_TRAIN_TILE", tile)
-    monkeypatch.setattr(linear, "TILING", linear.Tiling(share))
+    monkeypatch.setattr(_tiles, "TILING", _tiles.Tiling(share))
     train, test = labelled(200, 0), labelled(60, 1)
     expected = {row.name: row.value for row in PROBES[name].run(train, test)}
     monkeypatch.setattr(gpus, "device", lambda: CUDA)

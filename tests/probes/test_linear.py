@@ -10,10 +10,10 @@ import torch
 from torch import Tensor
 
 from raysl.errors import UserError
-from raysl.probes import Labelled, linear
+from raysl.probes import Labelled, _tiles, linear
 
 # All rows in one tile.
-WHOLE = linear.Tiles(torch.device("cpu"), 1 << 30)
+WHOLE = _tiles.Tiles(torch.device("cpu"), 1 << 30)
 
 
 def blobs(n: int, classes: int = 4, seed: int = 0, dim: int = 10) -> Labelled:
@@ -200,7 +200,7 @@ def test_one_tile_has_the_bits_of_the_plain_equation_and_several_are_close(weigh
     features_nd, labels_n = standardised(blobs(601))
     found = {}
     for rows in (len(labels_n), 150):
-        fit = linear.Fit(features_nd, 4, linear.Config(), linear.Tiles(torch.device("cpu"), rows))
+        fit = linear.Fit(features_nd, 4, linear.Config(), _tiles.Tiles(torch.device("cpu"), rows))
         found[rows] = fit(features_nd, labels_n, weight_decay, fit.zero())
     whole, tiled = found.values()
     plain = _fitted_without_tiles(features_nd, labels_n, weight_decay)
@@ -215,8 +215,8 @@ def test_the_tiles_are_those_of_a_gpu_that_is_too_small(monkeypatch: pytest.Monk
     rows = {}
     for num_bytes in (10**6, 800_000, 799_999):
         monkeypatch.setattr(torch.cuda, "mem_get_info", lambda _, total=num_bytes: (0, total))
-        rows[num_bytes] = linear.TILING.rows(features_nd, gpu)
+        rows[num_bytes] = _tiles.TILING.rows(features_nd, gpu)
     assert rows == {10**6: 1000, 800_000: 1000, 799_999: 124}
-    assert linear.TILING.rows(features_nd, torch.device("cpu")) == 1000
+    assert _tiles.TILING.rows(features_nd, torch.device("cpu")) == 1000
     with pytest.raises(UserError, match=r"between|at most"):
-        linear.Tiling(share=1.0)
+        _tiles.Tiling(share=1.0)
