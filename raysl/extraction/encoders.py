@@ -256,7 +256,7 @@ def encoder_by_name(name: str, config: BackboneConfig, seed: int = 0) -> Encoder
 
 
 def _near_run(name: str) -> str:
-    """Return a sentence that names a run whose folder has a similar name, beside the one that is missing or in runs/."""
+    """Return a sentence that names a run of a similar name, in the same folder or in runs/; "" if there is none."""
     place, _, last = name.rpartition("/")
     for folder in dict.fromkeys((place or ".", "runs")):
         with suppress(OSError, StorageError):

@@ -255,8 +255,8 @@ def _check_same(metadata: Mapping[str, Any], wanted: Mapping[str, Any], dataset:
     changed = [name for name in differences(begun, wanted) if not may_change(name)]
     if changed:
         longer = (
-            " The learning rate depends on the epochs, so a run cannot become longer. For a new run that starts from its "
-            f"weights, run `raysl export {uri} --format safetensors`, then give the new run "
+            " The learning rate depends on the epochs, so a run cannot become longer. For a new run that starts from "
+            f"its weights, run `raysl export {uri} --format safetensors`, and give the new run "
             f"--backbone.weights {uri}/export/safetensors/model.safetensors."
         )
         raise UserError(
