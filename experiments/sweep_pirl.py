@@ -106,7 +106,7 @@ def main(flags: SweepFlags) -> None:
 
 def small(flags: SweepFlags, images: DataSet) -> Pretraining:
     """Return the run that is varied at the size of CIFAR-10."""
-    chosen = {"jigsaw": Jigsaw(grid=2), "bank": BankConfig(momentum=0)}
+    chosen = flags.figure in ("recipe", "chosen")
     return Pretraining(
         data=str(images.folder),
         run="-",
@@ -117,8 +117,9 @@ def small(flags: SweepFlags, images: DataSet) -> Pretraining:
         # For a small backbone and a short run; see results/cifar10. 4096 negatives take twice as long on two cores.
         parts={
             "pirl": Pirl(temperature=0.2, head="bn", num_negatives=min(1024, images.num_images - 1)),
-            **(chosen if flags.figure in ("recipe", "chosen") else {}),
+            **({"jigsaw": Jigsaw(grid=2)} if chosen else {}),
         },
+        bank=BankConfig(momentum=0) if chosen else BankConfig(),
     )
 
 
