@@ -14,7 +14,7 @@ from raysl import probes
 from raysl.reporting import method_pages, protocols
 from raysl.storage import Folder
 from tests.data import make_clips, make_dataset
-from tests.reporting.test_pages import AGAIN, FOLDER
+from tests.reporting.test_method_pages import AGAIN, FOLDER
 
 ONE_FILE = '''
 """Width: how many numbers a feature has."""
