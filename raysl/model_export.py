@@ -30,9 +30,9 @@ from raysl.errors import UserError, package
 from raysl.evaluation.results import ENCODERS, KEY, TITLES, rows_of
 from raysl.extraction.heads import trained_model
 from raysl.fields import Bounds, check
-from raysl.reporting.plain_names import code_block, code_span, markdown
 from raysl.run import Run
 from raysl.storage import Folder
+from raysl.storage.plain_names import code_block, code_span, markdown
 from raysl.storage.records import write_record
 from raysl.stream.decode import evaluation_side
 

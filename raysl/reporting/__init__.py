@@ -7,8 +7,8 @@ from collections.abc import Sequence
 
 from raysl.errors import UserError, install
 from raysl.reporting.page import ReportConfig
-from raysl.reporting.plain_names import file_name
 from raysl.storage import Folder
+from raysl.storage.plain_names import file_name
 from raysl.tuning.journal import NAME as JOURNAL
 
 __all__ = ["ReportConfig", "check_installed", "report"]

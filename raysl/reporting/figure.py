@@ -21,7 +21,7 @@ class Figure:
     """A picture and its description.
 
     Args:
-        name: name of its file without the ending; `raysl.reporting.plain_names.file_name` makes it safe.
+        name: name of its file without the ending; `raysl.storage.plain_names.file_name` makes it safe.
         title: heading above the picture.
         text: description of what it shows, with the numbers.
         png: the picture.

@@ -14,9 +14,9 @@ from raysl.config import Pretraining
 from raysl.errors import UserError
 from raysl.evaluation.results import KEY, MODEL
 from raysl.reporting import ReportConfig, report
-from raysl.reporting.plain_names import code_block, code_span, file_name, markdown
 from raysl.run import METRICS, Run, jsonl
 from raysl.storage import Folder
+from raysl.storage.plain_names import code_block, code_span, file_name, markdown
 from tests.data import make_dataset, write_rows
 
 pytest.importorskip("matplotlib")
