@@ -118,6 +118,7 @@ def test_a_missing_key_is_named() -> None:
         ({"view": {"min_scale": 0.0}}, r"view\.min.scale is 0"),
         ({"parts": {"pirl": {"temperature": 0.0}}}, r"pirl\.temperature is 0"),
         ({"parts": {"pirl": {"lam": 1.5}}}, r"pirl\.lam is 1\.5"),
+        ({"parts": {"bank": {"momentum": 0}}}, r"'bank', which is an argument of its own: bank="),
         ({"parts": {"pirl": {"dim": 0}}}, r"pirl\.dim is 0"),
         ({"parts": {"pirl": {"loss": "info_nce"}}}, r"pirl\.loss is 'info_nce'.*did you mean 'infonce'"),
         ({"parts": {"pirl": {"negatives": "mine"}}}, r"pirl\.negatives is 'mine'"),
