@@ -24,7 +24,6 @@ from dataclasses import dataclass
 from typing import Annotated, Any, ClassVar
 
 import numpy as np
-import numpy.typing as npt
 from numpy.typing import NDArray
 
 from raysl import rng
@@ -80,7 +79,7 @@ class Collapse:
         yield Row("uniformity", uniformity(unit_nd))
 
 
-def effective_rank(singular_k: npt.NDArray[Any]) -> float:
+def effective_rank(singular_k: NDArray[Any]) -> float:
     """Return the effective rank of a matrix with these singular values, descending; 0 if all are 0."""
     if singular_k[0] == 0:
         return 0.0
@@ -89,7 +88,7 @@ def effective_rank(singular_k: npt.NDArray[Any]) -> float:
     return float(np.exp(-(share_k * np.log(share_k)).sum()))
 
 
-def rankme(singular_k: npt.NDArray[Any]) -> float:
+def rankme(singular_k: NDArray[Any]) -> float:
     """Return RankMe of a matrix with these singular values; 0 if all are 0."""
     if not singular_k.any():
         return 0.0
@@ -97,7 +96,7 @@ def rankme(singular_k: npt.NDArray[Any]) -> float:
     return float(np.exp(-(share_k * np.log(share_k)).sum()))
 
 
-def alpha_req(eigenvalues_k: npt.NDArray[Any]) -> float | None:
+def alpha_req(eigenvalues_k: NDArray[Any]) -> float | None:
     """Return the exponent of the power law of descending eigenvalues; None if fewer than three exceed rounding."""
     kept_k = eigenvalues_k[eigenvalues_k > _ROUNDING**2 * eigenvalues_k[0]]
     if len(kept_k) < 3:

@@ -22,7 +22,7 @@ from raysl.probes import Labelled, Row, Settings, _tiles, accuracy_rows, check, 
 from raysl.probes._tiles import Tiles
 from raysl.ray_cluster import gpus
 
-# Similarities of a tile of queries with a tile of train images take 128 MB.
+# Similarities of a tile of queries with a tile of train images take 128 MB; 2 GB if the train images are sent in tiles.
 _TRAIN_TILE = 1 << 16
 _QUERY_TILE = 1 << 9
 
@@ -88,12 +88,15 @@ class Gallery:
     """Train images in which the nearest are looked for.
 
     Args:
-        train_nd: their features; unit vectors, unless they are too large for the GPU and lie in the memory of the host.
+        train_nd: their features.
+        resident: the features are unit vectors on the device. Otherwise they lie in the memory of the host, because
+            they are too large for the GPU.
         tiles: how they are sent to the device.
-        queries: number of queries at a time; many, if all train images are sent again for each time.
+        queries: number of queries at a time; many, if all train images are sent for each time.
     """
 
     train_nd: Tensor
+    resident: bool
     tiles: Tiles
     queries: int
 
@@ -101,9 +104,14 @@ class Gallery:
     def of(cls, features_nd: NDArray[np.float32], device: torch.device) -> Gallery:
         """Put features on the device, if they fit there."""
         train_nd, rows = torch.from_numpy(features_nd), _tiles.TILING.rows(features_nd, device)
-        if rows == len(train_nd):
-            return cls(normalize(train_nd.to(device), dim=1), Tiles(device, _TRAIN_TILE), _QUERY_TILE)
-        return cls(train_nd, Tiles(device, min(rows, _TRAIN_TILE)), 16 * _QUERY_TILE)
+        if rows < len(train_nd):
+            return cls(train_nd, False, Tiles(device, min(rows, _TRAIN_TILE)), 16 * _QUERY_TILE)
+        unit_nd = torch.empty(train_nd.shape, device=device)
+        tiles = Tiles(device, _TRAIN_TILE)
+        # Tile by tile, since the raw features of all images may not fit beside the unit vectors.
+        for number, tile_nd in enumerate(tiles(train_nd)):
+            unit_nd[number * _TRAIN_TILE :][: len(tile_nd)] = normalize(tile_nd, dim=1)
+        return cls(unit_nd, True, tiles, _QUERY_TILE)
 
     def nearest(self, query_qd: Tensor, k: int, own: int | None) -> tuple[Tensor, Tensor]:
         """Return cosines and indices, both (q, k), of the k nearest train images, the nearest first.
@@ -113,20 +121,22 @@ class Gallery:
             k: at most the number of train images, and less than that if `own` is given.
             own: index among the train images of the first query if the queries are train images, else None.
         """
-        similar, indices, first = [], [], 0
+        best, index, first = None, None, 0
         for tile_nd in self.tiles(self.train_nd):
-            unit_nd = tile_nd if self.train_nd.device == tile_nd.device else normalize(tile_nd, dim=1)
-            similar_qn = query_qd @ unit_nd.T
+            similar_qn = query_qd @ (tile_nd if self.resident else normalize(tile_nd, dim=1)).T
             if own is not None and -len(query_qd) < own - first < similar_qn.shape[1]:
                 similar_qn.diagonal(own - first).fill_(-torch.inf)
             top = similar_qn.topk(min(k, similar_qn.shape[1]))
-            similar.append(top.values)
-            indices.append(top.indices + first)
+            found, where = top.values, top.indices + first
+            if best is not None and index is not None:
+                found, where = torch.cat([best, found], 1), torch.cat([index, where], 1)
+                top = found.topk(min(k, found.shape[1]))
+                found, where = top.values, where.gather(1, top.indices)
+            best, index = found, where
             first += len(tile_nd)
-        if len(similar) == 1:
-            return similar[0], indices[0]
-        best = torch.cat(similar, 1).topk(k)
-        return best.values, torch.cat(indices, 1).gather(1, best.indices)
+        assert best is not None
+        assert index is not None
+        return best, index
 
 
 def _suffix(k: int, temperature: float) -> str:

@@ -21,7 +21,6 @@ from dataclasses import dataclass
 from typing import Annotated, Any, ClassVar
 
 import numpy as np
-import numpy.typing as npt
 from numpy.typing import NDArray
 from torch import Tensor
 
@@ -114,9 +113,9 @@ class Scatter:
 
     def __init__(self, d: int) -> None:
         self.images = self.views = 0
-        self.mean_d: npt.NDArray[Any] = np.zeros(d)
-        self.means_dd: npt.NDArray[Any] = np.zeros((d, d))
-        self.within_dd: npt.NDArray[Any] = np.zeros((d, d))
+        self.mean_d: NDArray[Any] = np.zeros(d)
+        self.means_dd: NDArray[Any] = np.zeros((d, d))
+        self.within_dd: NDArray[Any] = np.zeros((d, d))
 
     def add(self, views_bqd: NDArray[np.float64]) -> None:
         """Add images with q views each."""

@@ -36,6 +36,7 @@ def test_a_probe_gives_the_results_of_the_cpu(
 ) -> None:
     monkeypatch.setattr(knn, "_TRAIN_TILE", tile)
     monkeypatch.setattr(_tiles, "TILING", _tiles.Tiling(share))
+    monkeypatch.setattr(knn, "_QUERY_TILE", 2)
     train, test = labelled(200, 0), labelled(60, 1)
     expected = {row.name: row.value for row in PROBES[name].run(train, test)}
     monkeypatch.setattr(gpus, "device", lambda: CUDA)
@@ -43,6 +44,19 @@ def test_a_probe_gives_the_results_of_the_cpu(
         found = {row.name: row.value for row in PROBES[name].run(train, test)}
     assert counts.copies, "the features are copied to the device"
     assert found == pytest.approx(expected, abs=0.02)
+
+
+@pytest.mark.parametrize("share", [0.5, 1e-6])
+def test_an_image_is_not_its_own_neighbour_in_any_tile(share: float, monkeypatch: pytest.MonkeyPatch) -> None:
+    train = labelled(200, 0)
+    expected = {row.name: row.value for row in PROBES["knn"].run(train, train)}
+    monkeypatch.setattr(knn, "_TRAIN_TILE", 50)
+    monkeypatch.setattr(knn, "_QUERY_TILE", 3)
+    monkeypatch.setattr(_tiles, "TILING", _tiles.Tiling(share))
+    monkeypatch.setattr(gpus, "device", lambda: CUDA)
+    with pretended():
+        found = {row.name: row.value for row in PROBES["knn"].run(train, train)}
+    assert found == pytest.approx(expected, abs=1e-9)
 
 
 @pytest.mark.parametrize("layers", [("pooled",), ("res3:768", "res4")])
