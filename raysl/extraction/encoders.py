@@ -257,13 +257,13 @@ def encoder_by_name(name: str, config: BackboneConfig, seed: int = 0) -> Encoder
 
 def _near_run(name: str) -> str:
     """Return a sentence that names a run of a similar name, in the same folder or in runs/; "" if there is none."""
-    place, _, last = name.rpartition("/")
-    for folder in dict.fromkeys((place or ".", "runs")):
+    place, slash, last = name.rpartition("/")
+    for folder in dict.fromkeys((place or slash or ".", "runs")):
         with suppress(OSError, StorageError):
-            runs = [found for found in Folder(folder).list() if Folder(f"{folder}/{found}").exists(METADATA)]
-            near = difflib.get_close_matches(last, runs, n=1)
-            if near:
-                return f"Did you mean {near[0] if folder == '.' else f'{folder}/{near[0]}'!r}? "
+            for near in difflib.get_close_matches(last, Folder(folder).list(), n=3):
+                run = near if folder == "." else f"{folder.rstrip('/')}/{near}"
+                if Folder(run).exists(METADATA):
+                    return f"Did you mean {run!r}? "
     return ""
 
 

@@ -16,6 +16,7 @@ import itertools
 import json
 import os
 import re
+import shlex
 import time
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
@@ -254,10 +255,11 @@ def _check_same(metadata: Mapping[str, Any], wanted: Mapping[str, Any], dataset:
     begun = json.loads(json.dumps(Pretraining.stored(metadata["config"], uri).to_json()))
     changed = [name for name in differences(begun, wanted) if not may_change(name)]
     if changed:
+        weights = shlex.quote(f"{uri}/export/safetensors/model.safetensors")
         longer = (
-            " The learning rate depends on the epochs, so a run cannot become longer. For a new run that starts from "
-            f"its weights, run `raysl export {uri} --format safetensors`, and give the new run "
-            f"--backbone.weights {uri}/export/safetensors/model.safetensors."
+            " The learning rate depends on the epochs, so those of a run cannot change. For a new run that starts from "
+            f"its weights, run `raysl export {shlex.quote(uri)} --format safetensors`, and give the new run "
+            f"--backbone.weights {weights}."
         )
         raise UserError(
             f"The run at {uri!r} was begun with another configuration; these differ: {', '.join(changed)}. Give the "

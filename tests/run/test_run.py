@@ -59,6 +59,8 @@ def test_another_configuration_is_refused_and_the_fields_are_named(tmp_path: Pat
         begin(tmp_path, seed=1, optim=OptimConfig(lr=1.0))
     with pytest.raises(UserError, match=r"parts\.pirl\.lam"):
         begin(tmp_path, parts={"pirl": {"lam": 0.1}})
+    with pytest.raises(UserError, match=r"these differ: epochs\..*--backbone\.weights .*/model\.safetensors"):
+        begin(tmp_path, epochs=5)
     assert run.folder.read(METADATA) == before
 
 
