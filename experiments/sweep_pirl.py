@@ -1,9 +1,10 @@
 """Sweep temperature, lambda, negatives and permutations of PIRL on images of the size of CIFAR-10, scored by kNN.
 
 Command:  python experiments/sweep_pirl.py --data DATA --figure lambda --out results/sweep-pirl/lambda --runs RUNS
-Hardware: 2 CPU cores, 24 GB, no GPU; one run at a time.
-Time:     with --epochs 3 --images 3000 --seeds 0 1 2, 10 to 19 minutes for each figure beside much other work. With
-          --local, on 1,500 drawn images: about 2 minutes.
+Hardware: 2 CPU cores, 24 GB, no GPU.
+Time:     with --epochs 3 --images 3000 --seeds 0 1 2, 10 to 19 minutes for each figure beside much other work. "recipe"
+          with --epochs 9 --images 5000 --samples 16 --seeds 0 1 2 --max-concurrent 2 --no-share-stream: TIME minutes.
+          With --local, on 1,500 drawn images: about 2 minutes.
 Expect:   as in the PIRL paper (arXiv 1912.01991, section 5), the best lambda is in the middle. At this size, more
           negatives and permutations do not help, unlike in the paper. See results/sweep.
 
@@ -18,11 +19,12 @@ The same command resumes the sweep in RUNS.
 from __future__ import annotations
 
 from dataclasses import dataclass, replace
-from typing import Any, Literal
+from typing import Literal
 
 from raysl.config import Pretraining
 from raysl.contrastive.bank import BankConfig
 from raysl.dataset import DataSet
+from raysl.errors import UserError
 from raysl.experiment.script import Flags, command, drawn, held_out, locally, sweep_and_report
 from raysl.objectives.pirl import Config as Pirl
 from raysl.optim import OptimConfig
@@ -40,15 +42,15 @@ GRIDS = {
 }
 # The search for the recipe of small images, around the recipe that results/recipes chose one factor at a time.
 RECIPE = (
-    *(
-        "jigsaw.grid=2,3",
-        "bank.momentum=0,0.5",
-        "temperature=0.05..0.5",
-        "lam=0.1..0.9",
-        "pirl.head=linear,bn",
-    ),
-    *("optim.lr=0.03..0.5", "optim.warmup=0,0.05,0.2", "view.min_scale=0.08..0.6"),
-    *("view.recipe=pirl,simclr,mocov2,plain", "num_negatives=64..4096"),
+    "jigsaw.grid=2,3",
+    "bank.momentum=0,0.5",
+    "temperature=0.05..0.5",
+    "lam=0.1..0.9",
+    "pirl.head=linear,bn",
+    "optim.lr=0.03..0.5",
+    "optim.warmup=0,0.05,0.2",
+    "view.min_scale=0.08..0.6",
+    "view.recipe=pirl,simclr,mocov2,plain",
 )
 
 
@@ -57,12 +59,16 @@ class SweepFlags(Flags):
     """Sweep PIRL and write the table and the report.
 
     Args:
-        figure: one of the paper's three ablations; "all" four hyperparameters together, drawn at random and stopped by
-            ASHA; or "recipe", ten hyperparameters in the same way, and "chosen", the one trial to compare them with.
+        figure: "lambda", "negatives" or "permutations" for an ablation of the paper; "all" for its four
+            hyperparameters, drawn at random and stopped by ASHA; "recipe" for ten in the same way, and "chosen" for the
+            one trial to compare them with. The last two need --scale small.
         samples: number of trials of "all" and "recipe".
         images: number of images of the train split to learn from.
         epochs: visits to every image.
         retry: try the trials again that failed before.
+        max_concurrent: maximum number of runs at a time; 0 for as many as possible. On two cores, two runs of one
+            thread are faster than one of two; for that, give 2 and --no-share-stream.
+        share_stream: make the views once for concurrent runs that need the same images.
         scale: "small" for a small backbone and 32 pixels; "full" for ResNet-50 and 224 pixels, on all images unless
             --images is given, for 30 epochs unless --epochs is.
         gpu_images_per_s: for the cost of "full": images a second on one GPU. Assumed, for an A10G: `raysl doctor --gpu`
@@ -78,6 +84,8 @@ class SweepFlags(Flags):
     images: int = 10_000
     epochs: float = 9
     retry: bool = False
+    max_concurrent: int = 0
+    share_stream: bool = True
     scale: Literal["small", "full"] = "small"
     gpu_images_per_s: float = 460
     usd_per_gpu_hour: float = 0.49
@@ -87,6 +95,10 @@ def main(flags: SweepFlags) -> None:
     """Run or complete the sweep, print its table and write its report."""
     flags = locally(flags, data="shapes:1500", samples=2, images=1500, epochs=3)
     if flags.scale == "full":
+        if flags.figure in ("recipe", "chosen"):
+            raise UserError(
+                f"--figure {flags.figure} is for small images. Give --scale small, or another figure."
+            )
         usual = SweepFlags()
         flags = replace(
             flags,
@@ -99,7 +111,12 @@ def main(flags: SweepFlags) -> None:
     base = full(flags, images) if flags.scale == "full" else small(flags, images)
     out = str(Folder(flags.runs) / flags.figure)
     config = replace(
-        settings(flags, images.num_images), out=out, validation=held_out(flags, images), retry=flags.retry
+        settings(flags, images.num_images),
+        out=out,
+        validation=held_out(flags, images),
+        retry=flags.retry,
+        max_concurrent=flags.max_concurrent,
+        share_stream=flags.share_stream,
     )
     sweep_and_report(base, config, flags)
 
@@ -157,8 +174,6 @@ def cost(flags: SweepFlags, num_images: int) -> str:
 def settings(flags: SweepFlags, num_images: int) -> SweepConfig:
     """Return the configuration of the sweep."""
     negatives = [count for count in NEGATIVES if count < num_images]
-    # Two trials of one thread use two cores better than one trial of two.
-    two: dict[str, Any] = {"max_concurrent": 2, "share_stream": False} if flags.scale == "small" else {}
     if flags.figure in ("all", "recipe"):
         of_paper = (
             "temperature=0.05..0.5",
@@ -166,22 +181,22 @@ def settings(flags: SweepFlags, num_images: int) -> SweepConfig:
             f"num_negatives={negatives[0]}..{negatives[-1]}",
             "num_permutations=100..10000",
         )
+        of_recipe = (*RECIPE, f"num_negatives={negatives[0]}..{min(4096, negatives[-1])}")
         return SweepConfig(
             "-",
-            RECIPE if flags.figure == "recipe" else of_paper,
+            of_recipe if flags.figure == "recipe" else of_paper,
             seeds=flags.seeds,
             searcher="random",
             samples=flags.samples,
             scheduler="asha",
             rungs=2 if flags.local else 3,
-            **two,
         )
     grids = {**GRIDS, "negatives": f"num_negatives={','.join(map(str, negatives))}"}
     vary = (grids[flags.figure],)
     if flags.local and flags.figure != "chosen":
         name, _, values = vary[0].partition("=")
         vary = (f"{name}={','.join(values.split(',')[1:3])}",)
-    return SweepConfig("-", vary, seeds=flags.seeds, **two)
+    return SweepConfig("-", vary, seeds=flags.seeds)
 
 
 if __name__ == "__main__":
