@@ -326,17 +326,19 @@ is the mean iteration of a complete clustering by raysl, which skips most distan
 
 def page(rows: Sequence[Row]) -> str:
     """Return a Markdown page with the medians of all rows."""
-    rounds = ", ".join(
-        f"{part} {1 + max(row['round'] for row in found)}" for part, found in _by(rows, "part").items()
-    )
-    loads = [row["load"] for row in rows]
+    parts = []
+    for part, found in _by(rows, "part").items():
+        loads = [row["load"] for row in found]
+        rounds = 1 + max(row["round"] for row in found)
+        parts.append(f"{part}: {rounds} rounds, load average {min(loads):.1f} to {max(loads):.1f}")
     lines = [
         "# Speed compared with other programs\n",
         "    make bench\n",
-        f"On {os.cpu_count()} cores ({platform.machine()}, Python {platform.python_version()}), load average",
-        f"{min(loads):.1f} to {max(loads):.1f}. Rounds: {rounds}. Cells are medians, with the range in brackets. CPU",
-        "time is that of a program with all its child processes; ratios are of the same round. `benchmarks/speed.py`",
-        "has the programs.\n",
+        f"On {os.cpu_count()} cores ({platform.machine()}, Python {platform.python_version()}).\n",
+        *(f"- {part}" for part in parts),
+        "\nCells are medians, with the range in brackets. CPU time is that of a program with all its child processes;",
+        "ratios are of the same round. Parts that were measured by calls of their own may be from different machines.",
+        "`benchmarks/speed.py` has the programs.\n",
     ]
     start = [row for row in rows if row["part"] == "start"]
     if start:

@@ -11,7 +11,6 @@ import hashlib
 from dataclasses import dataclass, replace
 
 import numpy as np
-import numpy.typing as npt
 import torch
 from numpy.typing import NDArray
 
@@ -31,7 +30,7 @@ def generator(*parts: int | str) -> np.random.Generator:
     return np.random.Generator(np.random.Philox(key=key(*parts)))
 
 
-def _mix(x: npt.NDArray[np.uint64]) -> npt.NDArray[np.uint64]:
+def _mix(x: NDArray[np.uint64]) -> NDArray[np.uint64]:
     x = (x ^ (x >> np.uint64(30))) * np.uint64(0xBF58476D1CE4E5B9)
     x = (x ^ (x >> np.uint64(27))) * np.uint64(0x94D049BB133111EB)
     return x ^ (x >> np.uint64(31))
@@ -81,7 +80,7 @@ class ImageRng:
             indices_b=np.repeat(self.indices_b, count) + (slots << np.int64(40)),
         )
 
-    def _bits(self, name: str, count: int) -> npt.NDArray[np.uint64]:
+    def _bits(self, name: str, count: int) -> NDArray[np.uint64]:
         """Return uint64 (b, count), uniform over all 64-bit numbers."""
         base = np.uint64(key(self.seed, f"{self.name}/{name}"))
         with np.errstate(over="ignore"):

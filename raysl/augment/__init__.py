@@ -13,7 +13,6 @@ from dataclasses import dataclass, replace
 from typing import Any
 
 import numpy as np
-import numpy.typing as npt
 import torch
 from numpy.typing import NDArray
 from torch import Tensor
@@ -280,7 +279,7 @@ def _fixed(values: NDArray[np.float64], places: int) -> NDArray[np.float64]:
     return np.rint(values * 2.0**places) * 2.0**-places
 
 
-def _column(values_b: npt.NDArray[Any], like: Tensor, dtype: torch.dtype = torch.float32) -> Tensor:
+def _column(values_b: NDArray[Any], like: Tensor, dtype: torch.dtype = torch.float32) -> Tensor:
     """Return one value per image in a shape that broadcasts with (b, 3, h, w)."""
     return to_device(torch.from_numpy(values_b).to(dtype), like.device)[:, None, None, None]
 

@@ -13,7 +13,6 @@ from collections.abc import Callable
 from dataclasses import dataclass
 
 import numpy as np
-import numpy.typing as npt
 from numpy.typing import NDArray
 
 # Squared distances (b, m) in float32, and numbers (b, m), of the m nearest centroids.
@@ -42,7 +41,7 @@ class HamerlyBounds:
     """
 
     centroids_kd: NDArray[np.float32]
-    assigned_n: npt.NDArray[np.int32]
+    assigned_n: NDArray[np.int32]
     own_n: NDArray[np.float32]
     other_n: NDArray[np.float32] | None
     moved: int | None

@@ -15,7 +15,6 @@ from functools import cache, cached_property
 from typing import Any
 
 import numpy as np
-import numpy.typing as npt
 import pyarrow as pa
 from numpy.typing import NDArray
 
@@ -121,7 +120,7 @@ class KMeansWorker:
         return self._loaded[0]
 
     @cached_property
-    def _loaded(self) -> tuple[NDArray[np.int64], npt.NDArray[Any] | None, float]:
+    def _loaded(self) -> tuple[NDArray[np.int64], NDArray[Any] | None, float]:
         """Indices, rows if they are kept in memory, and the sum of the squares of the fitted rows."""
         shard = self.shard
         dtype = np.float16 if shard.store.itemsize == 2 else np.float32
@@ -170,7 +169,7 @@ class KMeansWorker:
                 yield first + i, np.ascontiguousarray(rows_nd[i : i + most], np.float32)
             first += len(rows_nd)
 
-    def _read_ahead(self) -> Iterator[npt.NDArray[Any]]:
+    def _read_ahead(self) -> Iterator[NDArray[Any]]:
         """Yield the shard from disk; each batch is read during the work on the previous one."""
         store = self.shard.store
         batches = (rows for piece in self.shard.pieces for _, rows in store.batches(piece, _BLOCK_BYTES // 4))

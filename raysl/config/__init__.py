@@ -113,7 +113,9 @@ class Pretraining(Checked):
             if name not in config_types:
                 known = [*(field.name for field in dataclasses.fields(self)), *config_types]
                 if name in known:
-                    raise UserError(f"`parts` has an entry {name!r}, which is an argument of its own: {name}=...")
+                    raise UserError(
+                        f"`parts` has an entry {name!r}, which is an argument of its own: {name}=..."
+                    )
                 kind = f"argument or part of the method {self.method!r}:"
                 raise unknown(kind, name, known)
         parts = {name: self.parts.get(name, {}) for name in config_types}

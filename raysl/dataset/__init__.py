@@ -45,7 +45,7 @@ FORMAT = 1
 _GROUPS_AT_ONCE = 16
 # Requests to a remote store at a time.
 _REQUESTS_AT_ONCE = 16
-# Rows of row groups with more bytes for each run of rows are not copied.
+# If row groups hold at least this many bytes for each run of consecutive rows, these rows are not copied.
 _COPIED_BYTES = 32768
 
 
@@ -221,7 +221,7 @@ class DataSet:
                 if the images have none. "index" always comes first.
 
         Returns:
-            A table with b rows.
+            A table with b rows. Large rows are no copies: the table then keeps their row groups in memory.
 
         Raises:
             UserError: a shard is damaged, or is not the one that the manifest describes.
@@ -235,11 +235,11 @@ class DataSet:
         starts = np.cumsum([0, *(part.num_rows for part in parts)])[:-1]
         offsets = starts[group_of] + indices - self.row_group_starts[groups]
         table = pa.concat_tables(parts)
-        runs = np.split(offsets, np.flatnonzero(np.diff(offsets) != 1) + 1)
-        if table.nbytes < _COPIED_BYTES * len(runs):
+        edges = np.flatnonzero(np.diff(offsets) != 1) + 1
+        if table.nbytes < _COPIED_BYTES * (len(edges) + 1):
             return table.take(pa.array(offsets))
-        # `take` copies all row groups twice, which for photos takes longer than to read them.
-        return pa.concat_tables([table.slice(int(run[0]), len(run)) for run in runs])
+        # `take` copies all row groups first, which for photos takes longer than to read them.
+        return pa.concat_tables([table.slice(int(run[0]), len(run)) for run in np.split(offsets, edges)])
 
     def _row_groups(self, groups: NDArray[np.int64], columns: Sequence[str]) -> Iterator[pa.Table]:
         """Yield the content of row groups, given in ascending order."""

@@ -25,7 +25,6 @@ from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
-import numpy.typing as npt
 import pyarrow as pa
 import simplejpeg
 from numpy.typing import NDArray
@@ -102,7 +101,7 @@ class Clips:
         values = self._value("tracks", row).values.to_numpy()
         return values.reshape(-1, self.num_frames(row), 4)  # type: ignore[no-any-return]
 
-    def sound(self, row: int) -> npt.NDArray[np.int16]:
+    def sound(self, row: int) -> NDArray[np.int16]:
         """Return the samples of the sound, int16 (t,) at 16 kHz; empty for a clip without sound."""
         data = self._value("sound", row).as_py()
         return np.frombuffer(data or b"", "<i2").astype(np.int16)

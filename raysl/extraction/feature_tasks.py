@@ -20,7 +20,6 @@ from importlib import metadata
 from typing import Any
 
 import numpy as np
-import numpy.typing as npt
 import torch
 from numpy.typing import NDArray
 from torch import Tensor
@@ -300,7 +299,7 @@ class _Actor:
         # Decoding is the slow part beside an accelerator; without one there is an actor for every CPU.
         return ThreadPoolExecutor(placement.assigned_cpus())
 
-    def __call__(self, batch: dict[str, npt.NDArray[Any]]) -> dict[str, npt.NDArray[Any]]:
+    def __call__(self, batch: dict[str, NDArray[Any]]) -> dict[str, NDArray[Any]]:
         error = ""
         for number, first, end in batch["part"].tolist():
             try:

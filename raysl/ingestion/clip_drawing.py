@@ -12,12 +12,11 @@ from dataclasses import dataclass
 from typing import Any, NamedTuple
 
 import numpy as np
-import numpy.typing as npt
 from numpy.typing import NDArray
 
 from raysl.dataset.clips import SOUND_HZ
 
-Array = npt.NDArray[Any]
+Array = NDArray[Any]
 Random = Callable[[str, int], NDArray[np.float64]]
 
 ACTIONS = ("walk", "wave", "jump", "squat", "kick")
@@ -42,7 +41,7 @@ class Drawn(NamedTuple):
     """A clip and everything that is known about it. Floats are float32."""
 
     frames_nhwc: NDArray[np.uint8]
-    sound_t: npt.NDArray[np.int16]
+    sound_t: NDArray[np.int16]
     # Of both shapes, then the figure: top, left, height, width in pixels, NaN out of the frame.
     tracks_kn4: Array
     # The shape that sounds, 0 or 1, the number of its kind, and the number of the action of the figure.
@@ -273,7 +272,7 @@ def _to_segment(start_n2: Array, end_n2: Array, grid: tuple[Array, Array]) -> Ar
     return np.asarray(np.hypot(x - share * dx, y - share * dy))
 
 
-def _compose(layers: list[_Surface]) -> tuple[Array, Array, npt.NDArray[np.int8]]:
+def _compose(layers: list[_Surface]) -> tuple[Array, Array, NDArray[np.int8]]:
     """Paint the layers from far to near. Return the colors, the depth and the number of the nearest layer."""
     near = [float(np.min(layer.depth_nhw)) for layer in layers[1:]]
     order = [0, *(1 + np.argsort(near)[::-1])]
@@ -289,7 +288,7 @@ def _compose(layers: list[_Surface]) -> tuple[Array, Array, npt.NDArray[np.int8]
     return color, depth, top
 
 
-def _normals(depth_nhw: Array, top_nhw: npt.NDArray[np.int8], size: int) -> Array:
+def _normals(depth_nhw: Array, top_nhw: NDArray[np.int8], size: int) -> Array:
     """Return unit normals (n, h, w, 3) from differences of the depth between pixels of the same object."""
     slopes = []
     for axis in (2, 1):
@@ -312,7 +311,7 @@ def _boxes(alpha_nhw: Array) -> Array:
     return boxes
 
 
-def _seen(points_np2: Array, top_nhw: npt.NDArray[np.int8], size: int) -> Array:
+def _seen(points_np2: Array, top_nhw: NDArray[np.int8], size: int) -> Array:
     """Return the key points in pixels, with 1 where the figure is the nearest object there."""
     pixels = points_np2 * size
     place = np.floor(pixels).astype(np.int64)
@@ -323,7 +322,7 @@ def _seen(points_np2: Array, top_nhw: npt.NDArray[np.int8], size: int) -> Array:
     return np.concatenate([pixels, seen[..., None]], axis=-1).astype(np.float32)
 
 
-def _sound(random: Random, kind: int, hue: int, height_n: Array, rate: float) -> npt.NDArray[np.int16]:
+def _sound(random: Random, kind: int, hue: int, height_n: Array, rate: float) -> NDArray[np.int16]:
     """Return the tone of a shape: its kind decides the pitch, which rises with the shape, its color an overtone."""
     a = random("sound", 2)
     length = round(len(height_n) / rate * SOUND_HZ)

@@ -15,7 +15,6 @@ from contextlib import contextmanager
 from typing import Any
 
 import numpy as np
-import numpy.typing as npt
 from numpy.typing import NDArray
 
 from raysl.errors import UserError
@@ -34,7 +33,7 @@ def count(root: str, path: str) -> int:
         return _head(stream, path, 3)[0][0]
 
 
-def labels(root: str, path: str) -> npt.NDArray[Any]:
+def labels(root: str, path: str) -> NDArray[Any]:
     """Return the labels in a file, int64 (n,)."""
     with _opened(root, path) as stream:
         shape, dtype = _head(stream, path)

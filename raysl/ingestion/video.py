@@ -13,7 +13,6 @@ from functools import partial
 from typing import Any, BinaryIO, NamedTuple
 
 import numpy as np
-import numpy.typing as npt
 from numpy.typing import NDArray
 
 from raysl.dataset.clips import COLUMNS, SOUND_HZ, jpeg, thumbnail
@@ -121,7 +120,7 @@ def _upright(frame: Any, aspect: float, frame_size: int) -> Pixels:
     return np.ascontiguousarray(np.rot90(pixels_hwc, round(frame.rotation / 90)))
 
 
-def _silence(count: int) -> Iterator[npt.NDArray[np.int16]]:
+def _silence(count: int) -> Iterator[NDArray[np.int16]]:
     """Yield samples in small pieces, because a damaged time stamp may ask for hours."""
     for start in range(0, count, SOUND_HZ):
         yield np.zeros(min(SOUND_HZ, count - start), np.int16)
@@ -136,7 +135,7 @@ class _Sound:
         self._at = 0  # number of the first sample in `_have`, from the beginning of the video
         self.there = False
 
-    def _read(self, av: Any, file: BinaryIO) -> Iterator[npt.NDArray[np.int16]]:
+    def _read(self, av: Any, file: BinaryIO) -> Iterator[NDArray[np.int16]]:
         try:
             with av.open(file) as container:
                 if not container.streams.audio:
@@ -164,7 +163,7 @@ class _Sound:
         except av.error.FFmpegError:
             return  # the rest of the clip is silent
 
-    def between(self, start_s: float, end_s: float) -> npt.NDArray[np.int16] | None:
+    def between(self, start_s: float, end_s: float) -> NDArray[np.int16] | None:
         """Return the samples of the next part, silent where there are none; None for a video without sound."""
         first, end = round(start_s * SOUND_HZ), round(end_s * SOUND_HZ)
         while self._at + len(self._have) < end:

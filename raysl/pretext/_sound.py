@@ -5,7 +5,6 @@ from __future__ import annotations
 import functools
 
 import numpy as np
-import numpy.typing as npt
 import torch
 from numpy.typing import NDArray
 from torch import Tensor
@@ -91,7 +90,7 @@ def _num_windows(window_s: float) -> int:
     return max(1, round(window_s * SOUND_HZ / _HOP))
 
 
-def spectrogram(sound_t: npt.NDArray[np.int16], start_s: float, window_s: float) -> NDArray[np.uint8]:
+def spectrogram(sound_t: NDArray[np.int16], start_s: float, window_s: float) -> NDArray[np.uint8]:
     """Return the log-mel spectrogram of a part of the sound; the lowest band comes first.
 
     Args:

@@ -14,7 +14,6 @@ from itertools import permutations
 from typing import Annotated, Any, Literal
 
 import numpy as np
-import numpy.typing as npt
 import torch
 from numpy.typing import NDArray
 
@@ -104,7 +103,7 @@ class FrameOrder(OfFrames):
     def _window(
         self,
         times_n: NDArray[np.float64],
-        gray_nd: npt.NDArray[np.int16],
+        gray_nd: NDArray[np.int16],
         draw: float,
         steps: int,
         verify: bool,
@@ -129,7 +128,7 @@ class FrameOrder(OfFrames):
         return int(first), int(last)
 
     def _outside(
-        self, times_n: NDArray[np.float64], gray_nd: npt.NDArray[np.int16], first: int, last: int
+        self, times_n: NDArray[np.float64], gray_nd: NDArray[np.int16], first: int, last: int
     ) -> NDArray[np.int64]:
         """Return the frames before the first and after the last that make a wrong tuple."""
         gap = self.config.outside_s - 1e-6

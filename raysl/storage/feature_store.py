@@ -21,7 +21,6 @@ from itertools import pairwise
 from typing import Any, TypeVar
 
 import numpy as np
-import numpy.typing as npt
 import pyarrow as pa
 import pyarrow.compute as pc
 import pyarrow.parquet as pq
@@ -32,7 +31,7 @@ from raysl.storage import Folder, filesystem, retry
 from raysl.storage.feature_files import FINISHED, STARTED, part_file
 from raysl.storage.records import read_record
 
-Numbers = npt.NDArray[np.floating[Any]]
+Numbers = NDArray[np.floating[Any]]
 T = TypeVar("T")
 
 # Squares of larger numbers, summed over a row, do not fit float32.

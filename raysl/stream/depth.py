@@ -16,7 +16,6 @@ import sys
 from typing import Any, NamedTuple
 
 import numpy as np
-import numpy.typing as npt
 from numpy.typing import NDArray
 from PIL import Image
 
@@ -41,7 +40,7 @@ class Values(NamedTuple):
         alpha_hw: uint8 (h, w), 255 where the image is opaque; None without transparency.
     """
 
-    values_hwc: npt.NDArray[Any]
+    values_hwc: NDArray[Any]
     kind: str
     full: float | None = None
     alpha_hw: NDArray[np.uint8] | None = None
@@ -173,7 +172,7 @@ def _jpeg2000(data: bytes) -> Values | None:
     return Values(values_hwc[:, :, :3], "uint16", full, alpha_hw)
 
 
-def _without_nodata(values_hwc: npt.NDArray[Any], nodata: Any) -> npt.NDArray[Any]:
+def _without_nodata(values_hwc: NDArray[Any], nodata: Any) -> NDArray[Any]:
     """Replace the number that a GDAL file uses for missing values by NaN."""
     try:
         absent = float(str(nodata).strip("\0 "))
@@ -246,7 +245,7 @@ def tiff_values(page: Any) -> Values:
     return Values(values_hwc, kind, full, alpha_hw)
 
 
-def extremes(values_hwc: npt.NDArray[Any]) -> tuple[float, float]:
+def extremes(values_hwc: NDArray[Any]) -> tuple[float, float]:
     """Return the smallest and the largest finite value; (inf, -inf) when there is none."""
     low, high = np.inf, -np.inf
     for block in _blocks(values_hwc):
@@ -256,7 +255,7 @@ def extremes(values_hwc: npt.NDArray[Any]) -> tuple[float, float]:
     return low, high
 
 
-def scaled(values: npt.NDArray[Any], low: float, high: float) -> NDArray[np.uint8]:
+def scaled(values: NDArray[Any], low: float, high: float) -> NDArray[np.uint8]:
     """Scale values to uint8: `low`, less and NaN become 0, `high` and more 255. If `low` >= `high`, all become 0."""
     out = np.zeros(values.shape, np.uint8)
     if not low < high:
@@ -268,7 +267,7 @@ def scaled(values: npt.NDArray[Any], low: float, high: float) -> NDArray[np.uint
     return out
 
 
-def _blocks(values: npt.NDArray[Any]) -> list[npt.NDArray[Any]]:
+def _blocks(values: NDArray[Any]) -> list[NDArray[Any]]:
     """Split an array into pieces of rows, so that floats of 64 bits exist for one piece at a time."""
     rows = max(1, _BLOCK_VALUES // max(1, values[0].size)) if len(values) else 1
     return [values[first : first + rows] for first in range(0, len(values), rows)]

@@ -7,7 +7,6 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
-import numpy.typing as npt
 import pyarrow as pa
 import pyarrow.parquet as pq
 from numpy.typing import NDArray
@@ -26,7 +25,7 @@ def blobs(num_rows: int, dim: int = 6, centres: int = 8, seed: int = 0) -> NDArr
     )
 
 
-def write(folder: Path, rows_nd: npt.NDArray[Any], files: int = 2, rows_per_group: int = 30) -> str:
+def write(folder: Path, rows_nd: NDArray[Any], files: int = 2, rows_per_group: int = 30) -> str:
     """Write Parquet files of features, in which row i has index i; return their folder."""
     folder.mkdir(parents=True, exist_ok=True)
     for number, part in enumerate(np.array_split(np.arange(len(rows_nd)), files)):

@@ -9,7 +9,6 @@ import zlib
 from typing import Any
 
 import numpy as np
-import numpy.typing as npt
 import pytest
 from numpy.typing import NDArray
 from PIL import Image, ImageCms
@@ -18,7 +17,7 @@ from raysl.errors import UserError
 from raysl.stream.formats import PNG, DecodeError
 from raysl.stream.pixels import DecodeConfig, Picture, pictures
 
-Array = npt.NDArray[Any]
+Array = NDArray[Any]
 
 
 def ramp(height: int = 24, width: int = 32) -> NDArray[np.uint8]:

@@ -22,7 +22,6 @@ from pathlib import Path
 from typing import Any, Literal
 
 import numpy as np
-import numpy.typing as npt
 import pyarrow as pa
 from numpy.lib import format as npy
 from numpy.typing import NDArray
@@ -204,7 +203,7 @@ class Source:
             self.found.classes = classes.ordered()
 
 
-def _measured(root: str, part: Part) -> tuple[int, npt.NDArray[Any] | None]:
+def _measured(root: str, part: Part) -> tuple[int, NDArray[Any] | None]:
     """Return the number of images of a part, and its labels."""
     if part.how == "idx":
         return idx.count(root, part.path), idx.labels(root, part.labels) if part.labels else None
@@ -284,7 +283,7 @@ def _check_npy(archive: zipfile.ZipFile, info: zipfile.ZipInfo) -> None:
         raise ValueError(f"the head of {info.filename!r} says {shape} values, and the file ends too early")
 
 
-def _pixels(array: npt.NDArray[Any], name: str) -> NDArray[np.uint8]:
+def _pixels(array: NDArray[Any], name: str) -> NDArray[np.uint8]:
     """Return images as uint8 (n, h, w, c), where c is 1 or 3."""
     if array.ndim == 3 and array.shape[2] in (3, 4) and min(array.shape[:2]) >= 8:
         raise UserError(
