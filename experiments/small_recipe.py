@@ -55,8 +55,17 @@ VARIANTS: dict[str, Fields] = {
     "head mlp": _pirl(head="mlp"),
     "learning rate 0.3": {**CHOSEN, "optim": {"lr": 0.3}},
 }
+# The best of sixteen trials of `sweep_pirl.py --figure recipe`; see results/recipes.
+SWEPT: Fields = {
+    "pirl": {"temperature": 0.09, "head": "bn", "num_negatives": 286, "lam": 0.24},
+    "jigsaw": {"grid": 2},
+    "bank": {"momentum": 0.5},
+    "view": {"min_scale": 0.21},
+    "optim": {"lr": 0.06, "warmup": 0.2},
+}
 METHODS: dict[str, Fields] = {
     "pirl-jigsaw": CHOSEN,
+    "pirl-jigsaw, swept": SWEPT,
     "pirl-jigsaw, as before": PIRL,
     "simclr": {"method": "simclr", "simclr": {"temperature": 0.2, "norm": "batch"}},
     "moco": {"method": "moco", "moco": {"momentum": 0.99, "queue": 2048}},
