@@ -95,7 +95,9 @@ def _curve(results: SweepResults, dimension: Dimension) -> Figure:
             places = sorted(groups)
             means = [mean(groups[p]) for p in places]
             spreads = [stdev(groups[p]) if len(groups[p]) > 1 else 0.0 for p in places]
-            line = axes.errorbar(places, means, spreads, marker="o", capsize=3, label=label)
+            # Neighbours among sampled values differ in all other fields, so no line joins them.
+            joined = "o-" if axis.listed else "o"
+            line = axes.errorbar(places, means, spreads, fmt=joined, capsize=3, label=label)
             dots = [(p, score) for p in places for score in groups[p]]
             axes.plot(*zip(*dots, strict=True), ".", color=line[0].get_color(), alpha=0.4)
         for encoder, scores in results.extras("baseline").items():
@@ -166,7 +168,9 @@ def _parallel(results: SweepResults) -> Figure:
             share = (scores[n] - low) / ((high - low) or 1.0)
             style = _STATES[results.state(n)]
             axes.plot([*shares, share], style, color=colormaps["viridis"](share), alpha=0.8)
-        axes.set_xticks(range(len(axes_of) + 1), [*(axis.name for axis in axes_of), results.config.probe])
+        names = [*(axis.name for axis in axes_of), results.config.probe]
+        slant: dict[str, Any] = {"rotation": 25, "ha": "right"} if len(names) > 5 else {}
+        axes.set_xticks(range(len(names)), names, **slant)
         ends = [(shown(axis.values[0]), shown(axis.values[-1])) for axis in axes_of]
         for i, (least, greatest) in enumerate([*ends, (f"{low:.3f}", f"{high:.3f}")]):
             axes.text(i, -0.06, least, ha="center", fontsize=8)
@@ -182,6 +186,7 @@ def _learning(results: SweepResults, epochs: float) -> Figure:
     at = [epochs * share for share in results.config.shares()]
 
     def draw(axes: Any) -> None:
+        axes.set_prop_cycle(color=colormaps["tab20"](range(20)))
         for n in results.scored(0):
             scores = results.means(n)
             by_seed = [results.by_seed(n, rung) for rung in range(len(scores))]
