@@ -300,6 +300,45 @@ def _recipes(stage: str) -> str:
     return table(head, [cells for _, cells in sorted(lines, key=lambda line: -line[0])])
 
 
+# The recipe that "chosen" names, in the fields that the sweep varies.
+CHOSEN = {
+    "jigsaw.grid": 2,
+    "bank.momentum": 0.0,
+    "pirl.temperature": 0.2,
+    "pirl.lam": 0.5,
+    "pirl.head": "bn",
+    "optim.lr": 0.12,
+    "optim.warmup": 0.05,
+    "view.min_scale": 0.2,
+    "view.recipe": "pirl",
+    "pirl.num_negatives": 1024,
+}
+
+
+def _swept() -> str:
+    """Return the trials of the search on Ray Tune that came to their end, and the recipe to compare with."""
+    of_sweep = [row for row in lines_of("recipes/sweep/rows.jsonl") if row["state"] == "finished"]
+    (chosen,) = lines_of("recipes/sweep/chosen.jsonl")
+    tests = lines_of("recipes/sweep/test.jsonl")
+    lines = []
+    for row in [*of_sweep, {**chosen, "trial": "chosen", "values": CHOSEN}]:
+        name = "swept" if row is of_sweep[0] else row["trial"]
+        on_test = [test["score"] for test in tests if (test["trial"], test["encoder"]) == (name, "trained")]
+        fields = [
+            f"{value:g}" if isinstance(value, float) else str(value) for value in row["values"].values()
+        ]
+        scores = [percent(list(row["seeds"].values())), percent(on_test) if on_test else ""]
+        lines.append((row["score"], [str(row["trial"]), *fields, *scores]))
+    for encoder, title in (("pixels", "raw pixels"), ("random", "untrained")):
+        of = [test["score"] for test in tests if (test["trial"], test["encoder"]) == ("swept", encoder)]
+        lines.append(
+            (0.0, [title, *[""] * (len(CHOSEN) + 1), percent(of if encoder == "random" else of[:1])])
+        )
+    head = ["trial", *(name.rpartition(".")[2].replace("_", " ") for name in CHOSEN)]
+    head += ["kNN, validation images, %", "kNN, test images, %"]
+    return table(head, [cells for _, cells in sorted(lines, key=lambda line: -line[0])])
+
+
 def _gain() -> str:
     """Return the gain of the chosen recipe over the one before, with the 95 % interval of pairs of a seed."""
     last = [
@@ -404,6 +443,7 @@ TABLES: dict[str, Callable[[], str]] = {
     "recipes-rank": _rank,
     "recipes-search": lambda: _recipes("search"),
     "recipes-search-more": lambda: _recipes("search-more"),
+    "recipes-sweep": _swept,
     "recipes-ten": lambda: _recipes("ten"),
     "recipes-thirty": lambda: _recipes("thirty"),
     "video-audio": lambda: _video("audio_visual"),
