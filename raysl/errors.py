@@ -22,6 +22,8 @@ _RESUME = "The same command resumes the work."
 
 # Characters of a value that an error repeats.
 _LONGEST = 80
+# Of more names than the first, only the nearest are listed.
+_MOST_LISTED, _NEAREST = 150, 10
 
 
 class UserError(Exception):
@@ -61,9 +63,15 @@ def unknown(kind: str, name: str, known: Iterable[str], listed: Iterable[str] = 
     # Of a dotted name, the last part is often given alone.
     by_lower = {known_name.rpartition(".")[2].lower(): known_name for known_name in names}
     by_lower |= {known_name.lower(): known_name for known_name in names}
-    near = difflib.get_close_matches(name.lower(), by_lower, n=1, cutoff=0.5)
+    given = name.lower()
+    begun = [lower for lower in by_lower if len(given) > 2 and lower.startswith(given)]
+    near = sorted(begun, key=len)[:1] or difflib.get_close_matches(given, by_lower, n=1, cutoff=0.5)
     hint = f"Did you mean {by_lower[near[0]]!r}? " if near else ""
-    return UserError(f"Unknown {kind} {quoted(name)}. {hint}Known: {', '.join(sorted(listed) or names)}.")
+    shown = sorted(listed) or names
+    if len(shown) > _MOST_LISTED:
+        nearest = difflib.get_close_matches(given, shown, n=_NEAREST, cutoff=0)
+        shown = [*sorted(nearest), f"and {len(shown) - len(nearest):,} others"]
+    return UserError(f"Unknown {kind} {quoted(name)}. {hint}Known: {', '.join(shown)}.")
 
 
 def install(extra: str) -> str:

@@ -109,7 +109,9 @@ def run_config(
         return made
     if config is not None and not isinstance(config, Mapping):
         raise _wrong_type(config, Pretraining)
-    values = {**({"workers": 1} if local else {}), **(config or {}), **values}
+    values = {**(config or {}), **values}
+    if local and values.get("workers", 0) in (0, "0"):
+        values["workers"] = 1
     values |= {"data": uri(values["data"])} if "data" in values else {}
     asked = defaults.check(values)
     varied = (check and check(asked)) or ()

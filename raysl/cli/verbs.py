@@ -46,9 +46,9 @@ def pretrain(arguments: Sequence[str]) -> None:
 def _next_commands(run: Run) -> str:
     data = shlex.quote(run.config().data)
     return (
-        f"  raysl probe {run.folder} --train LABELLED --test LABELLED    measure it\n"
+        f"  raysl probe {run.folder} --train LABELLED --test OTHERS    measure it\n"
         f"  raysl features {run.folder} --data {data} --out FEATURES    features of images as Parquet\n"
-        f"  raysl export {run.folder}    weights for timm, torchvision or ONNX"
+        f"  raysl export {run.folder}    weights for other programs"
     )
 
 

@@ -74,6 +74,11 @@ def parse(name: str) -> Method:
     """
     objective, _, transforms = name.strip().partition("-")
     if objective not in objective_names():
+        if {*name.split("+")} <= {*pretext.names()}:
+            raise UserError(
+                f"The method {name!r} lacks an objective. Write 'predict-{name}' to predict what the transform did, or "
+                f"'pirl-{name}' for features that do not depend on it; `raysl methods` lists what fits together."
+            )
         known = [o + t for o in objective_names() for t in ("", *(f"-{name}" for name in pretext.names()))]
         raise unknown("method", name, known, objective_names())
     for transform in filter(None, _split(transforms)):

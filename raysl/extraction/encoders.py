@@ -2,10 +2,8 @@
 
 from __future__ import annotations
 
-import difflib
 import re
 from collections.abc import Sequence
-from contextlib import suppress
 from dataclasses import asdict, dataclass
 from typing import Any, Protocol
 
@@ -24,6 +22,7 @@ from raysl.extraction import layers as layer_names
 from raysl.extraction.layers import POOLED, STAGES, Encode
 from raysl.run import METADATA, Run
 from raysl.storage import Folder, StorageError
+from raysl.storage.similar import similar_folder
 
 MAX_IMAGE_SIZE = 4096
 _PIXELS_SIZE = 32
@@ -249,22 +248,10 @@ def encoder_by_name(name: str, config: BackboneConfig, seed: int = 0) -> Encoder
         Folder(place or "/").open(file).close()
     except (OSError, StorageError) as error:
         raise UserError(
-            f"There is no checkpoint at {name!r} ({error}). {_near_run(name)}Give the folder of a run, "
+            f"There is no checkpoint at {name!r} ({error}). {similar_folder(name, METADATA)}Give the folder of a run, "
             "RUN/checkpoints/step-NNN, a weights file together with --backbone.name, 'random' or 'pixels'."
         ) from error
     return weights
-
-
-def _near_run(name: str) -> str:
-    """Return a sentence that names a run of a similar name, in the same folder or in runs/; "" if there is none."""
-    place, slash, last = name.rpartition("/")
-    for folder in dict.fromkeys((place or slash or ".", "runs")):
-        with suppress(OSError, StorageError):
-            for near in difflib.get_close_matches(last, Folder(folder).list(), n=3):
-                run = near if folder == "." else f"{folder.rstrip('/')}/{near}"
-                if Folder(run).exists(METADATA):
-                    return f"Did you mean {run!r}? "
-    return ""
 
 
 def view_size(source: Encoder) -> int:

@@ -230,8 +230,9 @@ def _array_files(pixels: npt.NDArray[Any]) -> Iterator[bytes]:
     is_image = pixels.ndim == 2 or (pixels.ndim in (3, 4) and pixels.shape[-1] in (1, 3))
     if pixels.dtype != np.uint8 or not is_image or 0 in pixels.shape:
         raise UserError(
-            f"An array of {pixels.dtype} with shape {pixels.shape} is no image. Give uint8 in 0 .. 255: an array "
-            "(h, w, 3) or (b, h, w, 3), or a tensor (3, h, w) or (b, 3, h, w)."
+            f"Images are given as {pixels.dtype}, of shape {pixels.shape} with the channels last. Give uint8 in 0 .. "
+            "255: an array (h, w, 3) or (b, h, w, 3), or a tensor (3, h, w) or (b, 3, h, w). Of floats in 0 .. 1, give "
+            "(255 * images).round() as uint8."
         )
     for pixels_hwc in pixels if pixels.ndim == 4 else [pixels]:
         gray = pixels_hwc.ndim == 3 and pixels_hwc.shape[-1] == 1

@@ -17,6 +17,7 @@ from raysl.evaluation.results import MODEL, MOMENTUM, rows_of
 from raysl.run import METADATA, Run, flattened
 from raysl.storage import Folder
 from raysl.storage.records import verified
+from raysl.storage.similar import similar_folder
 
 # Only rows that agree in these fields are compared.
 PROTOCOL = ("probe", "protocol", "train", "test")
@@ -114,7 +115,8 @@ def _loaded(folder: Folder) -> ReportRun:
         return ReportRun(run, name, 0, identity, rows_of(run))
     raise UserError(
         f"Neither a sweep nor a run lies at {str(folder)!r}: there is no sweep.jsonl, no {METADATA} and no {MODEL}. "
-        "Give folders that `raysl sweep`, `raysl pretrain` or `raysl probe --out` has made."
+        f"{similar_folder(str(folder), METADATA)}Give folders that `raysl sweep`, `raysl pretrain` or `raysl probe "
+        "--out` has made."
     )
 
 

@@ -34,13 +34,8 @@ from raysl.dataset import DataSet
 from raysl.errors import UserError
 from raysl.ray_cluster.versions import versions
 from raysl.storage import Folder, failure, retry
-from raysl.storage.records import (
-    signed_line,
-    signed_lines,
-    verified,
-    verified_lines,
-    write_record,
-)
+from raysl.storage.records import signed_line, signed_lines, verified, verified_lines, write_record
+from raysl.storage.similar import similar_folder
 
 METADATA = "metadata.json"
 METRICS = "metrics.jsonl"
@@ -74,7 +69,8 @@ class Run:
             if DataSet.is_one(uri):
                 raise UserError(f"{uri!r} is a data set and no run. Give the folder of a run.")
             raise UserError(
-                f"No run at {uri!r}: there is no {METADATA}. Make one with `raysl pretrain --data DATA --run {uri}`."
+                f"No run at {uri!r}: there is no {METADATA}. {similar_folder(uri, METADATA)}Runs are made by "
+                "`raysl pretrain --data DATA --run RUN`."
             )
         run.metadata()
         return run

@@ -63,8 +63,8 @@ def check(config: Pretraining) -> None:
         )
     if not isinstance(find(config.data), DataSet):
         raise UserError(
-            f"--data is {config.data!r}, which has not been ingested; that takes Ray, which --local does not start. "
-            f"Run `raysl ingest {config.data} DEST` and give --data DEST, or omit --local."
+            f"--data is {config.data!r}, which has not been ingested, or has changed since; ingestion takes Ray, which "
+            f"--local does not start. Run `raysl ingest {config.data} DEST` and give --data DEST, or omit --local."
         )
     Folder(config.run).check_writable()
 

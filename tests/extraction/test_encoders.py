@@ -16,6 +16,7 @@ from raysl.backbone.network import Backbone, BackboneConfig
 from raysl.errors import UserError
 from raysl.extraction import RandomBackbone, Trained, Weights, encoder_by_name, layers, stages
 from raysl.model_export import ExportConfig, export
+from raysl.run import Run
 from tests.data import make_dataset
 from tests.extraction.test_feature_tasks import make_run
 
@@ -199,8 +200,10 @@ def test_weights_of_another_network_are_named(tmp_path: Path) -> None:
 
 def test_a_run_and_each_of_its_checkpoints(tmp_path: Path) -> None:
     run, _ = make_run(make_dataset(tmp_path / "set", 40), tmp_path / "run")
-    with pytest.raises(UserError, match=re.escape(f"Did you mean {str(tmp_path / 'run')!r}?")):
-        encoder_by_name(str(tmp_path / "rum"), RESNET)
+    hint = re.escape(f"Did you mean {str(tmp_path / 'run')!r}?")
+    for open_it in (lambda name: encoder_by_name(name, RESNET), Run.open):
+        with pytest.raises(UserError, match=hint):
+            open_it(str(tmp_path / "rum"))
     newest = encoder_by_name(str(run.folder), RESNET)
     assert newest.identity() == encoder_by_name(f"{run.folder}/checkpoints/step-000000005", RESNET).identity()
     assert stages(newest) == ("conv1", "res2", "res3", "res4", "pooled")
