@@ -42,7 +42,9 @@ def test_an_error_repeats_the_beginning_of_a_long_value() -> None:
         ToyConfig(name="x" * 400)  # type: ignore[arg-type]
     assert len(str(caught.value)) < 200
     assert len(str(unknown("backbone", "y" * 400, ["small"]))) < 200
-    assert "Did you mean 'pirl-r50-800ep'?" in str(unknown("recipe", "pirl-r50", ["npid-r50", "pirl-r50-800ep"]))
+    assert "Did you mean 'pirl-r50-800ep'?" in str(
+        unknown("recipe", "pirl-r50", ["npid-r50", "pirl-r50-800ep"])
+    )
     many = str(unknown("backbone", "vit_tinny", [f"vit_{number}" for number in range(500)]))
     assert "and 490 others" in many
     assert len(many) < 400
