@@ -99,7 +99,7 @@ def _config(flags: SoundFlags, seed: int, train: str) -> Pretraining:
         "audio_visual",
         flags.epochs,
         batch_size=64,
-        workers=flags.workers,
+        workers=flags.run_workers,
         seed=seed,
         # A change of colors would hide what the overtone tells.
         view=ViewConfig(image_size=64, min_scale=0.8, recipe="plain"),

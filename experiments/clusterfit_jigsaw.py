@@ -18,12 +18,11 @@ from typing import Any
 from raysl.clustering.cluster_and_fit import ClusterfitConfig, clusterfit
 from raysl.config import Pretraining
 from raysl.evaluation.evaluate import probe
-from raysl.experiment.script import Flags, command, locally
+from raysl.experiment.script import Flags, command, locally, pretrained
 from raysl.ingestion import splits
 from raysl.optim import OptimConfig
 from raysl.run import Run, jsonl
 from raysl.storage import Folder
-from raysl.training.launch import pretrain
 
 
 @dataclass(frozen=True)
@@ -77,16 +76,18 @@ def networks(flags: StudentFlags, place: Folder, method: str, seed: int) -> dict
         run=str(place / "teacher"),
         method=method,
         epochs=flags.epochs,
-        workers=flags.workers,
+        workers=flags.run_workers,
         seed=seed,
         optim=OptimConfig(lr=0.12),
     )
-    made = {"teacher": pretrain(common)}
-    made["twice as long"] = pretrain(replace(common, run=str(place / "twice"), epochs=2 * flags.epochs))
+    made = {"teacher": pretrained(common, flags)}
+    made["twice as long"] = pretrained(
+        replace(common, run=str(place / "twice"), epochs=2 * flags.epochs), flags
+    )
     for k in flags.ks:
         student = replace(common, run=str(place / f"k{k}"), method="clusterfit", parts={}, seed=seed + 1000)
         made[f"ClusterFit K={k}"] = clusterfit(
-            ClusterfitConfig(teacher=str(made["teacher"].folder), k=k), student
+            ClusterfitConfig(teacher=str(made["teacher"].folder), k=k), student, local=flags.in_process
         )
     return made
 

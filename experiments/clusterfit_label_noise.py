@@ -25,13 +25,12 @@ from raysl.clustering.cluster_and_fit import ClusterfitConfig, clusterfit
 from raysl.config import Pretraining
 from raysl.dataset import DataSet
 from raysl.evaluation.evaluate import probe
-from raysl.experiment.script import Flags, command, locally
+from raysl.experiment.script import Flags, command, locally, pretrained
 from raysl.ingestion import resolve, splits
 from raysl.ingestion.subset import relabelled
 from raysl.optim import OptimConfig
 from raysl.run import Run, jsonl
 from raysl.storage import Folder
-from raysl.training.launch import pretrain
 
 ARMS = ("teacher", "distillation", "ClusterFit")
 
@@ -81,17 +80,20 @@ def networks(flags: NoiseFlags, place: Folder, data: str, seed: int) -> tuple[Ru
         run=str(place / "teacher"),
         method="supervised",
         epochs=flags.epochs,
-        workers=flags.workers,
+        workers=flags.run_workers,
         seed=seed,
         optim=OptimConfig(lr=0.12),
     )
-    teacher = pretrain(common)
+    teacher = pretrained(common, flags)
     to_teacher = {"distill": {"teacher": str(teacher.folder)}}
-    distilled = pretrain(
-        replace(common, run=str(place / "distilled"), method="distill", parts=to_teacher, seed=seed + 1000)
+    distilled = pretrained(
+        replace(common, run=str(place / "distilled"), method="distill", parts=to_teacher, seed=seed + 1000),
+        flags,
     )
     fresh = replace(common, run=str(place / "clusterfit"), method="clusterfit", parts={}, seed=seed + 1000)
-    student = clusterfit(ClusterfitConfig(teacher=str(teacher.folder), k=flags.k), fresh)
+    student = clusterfit(
+        ClusterfitConfig(teacher=str(teacher.folder), k=flags.k), fresh, local=flags.in_process
+    )
     return teacher, distilled, student
 
 

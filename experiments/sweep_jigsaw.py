@@ -51,7 +51,7 @@ def main(flags: SweepFlags) -> None:
         method="pirl-jigsaw",
         epochs=flags.epochs,
         batch_size=128,
-        workers=flags.workers,
+        workers=flags.run_workers,
         optim=OptimConfig(lr=0.12, warmup=0.05),
         # For a small backbone and a short run; see results/cifar10.
         parts={"pirl": Pirl(temperature=0.2, head="bn", num_negatives=min(4096, images.num_images - 1))},

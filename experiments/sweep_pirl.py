@@ -129,7 +129,7 @@ def small(flags: SweepFlags, images: DataSet) -> Pretraining:
         run="-",
         epochs=flags.epochs,
         batch_size=128,
-        workers=flags.workers,
+        workers=flags.run_workers,
         optim=OptimConfig(lr=0.12, warmup=0.05),
         # For a small backbone and a short run; see results/cifar10. 4096 negatives take twice as long on two cores.
         parts={
@@ -143,13 +143,13 @@ def small(flags: SweepFlags, images: DataSet) -> Pretraining:
 def full(flags: SweepFlags, images: DataSet) -> Pretraining:
     """Return the run that is varied on photos: the published recipe, shorter, with 128 images on each GPU."""
     recipe = recipes.load("pirl-r50-800ep", str(images.folder), "-")
-    batch_size = 128 * flags.workers
+    batch_size = 128 * flags.run_workers
     pirl = replace(recipe.parts["pirl"], num_negatives=min(32_000, images.num_images - 1))
     return replace(
         recipe,
         epochs=flags.epochs,
         batch_size=batch_size,
-        workers=flags.workers,
+        workers=flags.run_workers,
         precision="bf16",
         # The recipe's rate is for batches of 1,024.
         optim=replace(recipe.optim, lr=recipe.optim.lr * batch_size / recipe.batch_size, warmup=0.05),

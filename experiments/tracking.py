@@ -58,7 +58,7 @@ def main(flags: TrackingFlags) -> None:
             "triplet-tracking",
             flags.epochs,
             batch_size=64,
-            workers=flags.workers,
+            workers=flags.run_workers,
             seed=seed,
             view=ViewConfig(image_size=32, recipe="mocov2"),
             backbone=BackboneConfig(norm="group"),

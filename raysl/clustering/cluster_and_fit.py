@@ -69,13 +69,14 @@ class ClusterfitConfig:
         )
 
 
-def clusterfit(config: ClusterfitConfig, student: Pretraining) -> Run:
+def clusterfit(config: ClusterfitConfig, student: Pretraining, *, local: bool = False) -> Run:
     """Do all rounds. Finished steps are skipped, and interrupted ones resume.
 
     Args:
         config: configuration of the teacher and of the clusters.
         student: configuration of the student. Its run is the folder of all files, its data are clustered and learned
             from, and its seed is also that of the clustering. Its method and parts are ignored.
+        local: train the students in this process; see `pretrain`.
 
     Returns:
         The run of the last student. Its metadata names teacher, K, objective and fingerprint.
@@ -103,6 +104,6 @@ def clusterfit(config: ClusterfitConfig, student: Pretraining) -> Run:
             method="clusterfit",
             parts={"clusterfit": {"labels": clusters.assignments}},
         )
-        run = pretrain(student_config)
+        run = pretrain(student_config, local=local)
         teacher = str(run.folder)
     return run

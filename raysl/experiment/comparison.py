@@ -116,7 +116,7 @@ def settings(flags: ComparisonFlags, method: str, seed: int, train: str, runs: F
         method=method,
         epochs=flags.images / resolve(train).num_images,
         batch_size=flags.batch_size,
-        workers=flags.workers,
+        workers=flags.run_workers,
         seed=seed,
         view=replace(own.pop("view", ViewConfig()), image_size=flags.image_size),
         **own,
@@ -148,7 +148,9 @@ def run_of(
     if method != "clusterfit":
         return pretrained(config, flags)
     teacher = run_of(flags, flags.teacher, seed, train, runs)
-    return clusterfit(ClusterfitConfig(teacher=str(teacher.folder), k=flags.clusters), config)
+    return clusterfit(
+        ClusterfitConfig(teacher=str(teacher.folder), k=flags.clusters), config, local=flags.in_process
+    )
 
 
 def measured(

@@ -44,7 +44,7 @@ class Flags:
         out: folder of rows and figures, a path or a URI.
         runs: folder of the runs, a path or a URI that all machines see; finished runs are not repeated.
         seeds: the experiment is repeated for each seed.
-        workers: Ray Train workers of a run.
+        workers: Ray Train workers of a run; 0 trains in this process, without Ray Train.
         local: make everything so small that it takes minutes on two cores, with one seed unless seeds are given, and
             train in this process instead of on Ray Train. Runs and results go to a temporary folder unless folders are
             given.
@@ -56,6 +56,16 @@ class Flags:
     seeds: tuple[int, ...] = (0, 1)
     workers: int = 2
     local: bool = False
+
+    @property
+    def in_process(self) -> bool:
+        """Whether runs train in this process, without Ray Train."""
+        return self.local or self.workers == 0
+
+    @property
+    def run_workers(self) -> int:
+        """Number of workers of a run."""
+        return max(1, self.workers)
 
 
 F = TypeVar("F", bound=Flags)
@@ -85,8 +95,8 @@ def locally(flags: F, **small: Any) -> F:
 
 
 def pretrained(config: Pretraining, flags: Flags) -> Run:
-    """Pretrain a run; with `--local`, in this process."""
-    if not flags.local:
+    """Pretrain a run; with `--local` or no workers, in this process."""
+    if not flags.in_process:
         return pretrain(config)
     resolve(config.data)
     return pretrain(replace(config, workers=1), local=True)
@@ -102,22 +112,22 @@ def pretrain_seeds(base: Pretraining, flags: Flags) -> list[dict[str, Any]]:
     rows: list[dict[str, Any]] = []
     for seed in flags.seeds:
         run = str(Folder(flags.runs) / f"{base.method}-{seed}")
-        config = replace(base, data=train, run=run, seed=seed, workers=flags.workers)
-        rows += probed(config, train, test)
+        config = replace(base, data=train, run=run, seed=seed, workers=flags.run_workers)
+        rows += probed(config, train, test, flags)
         Folder(flags.out).write("rows.jsonl", jsonl(rows))
     for found in tables(rows):
         Console().print(found)
     return rows
 
 
-def probed(config: Pretraining, train: str, test: str) -> list[dict[str, Any]]:
+def probed(config: Pretraining, train: str, test: str, flags: Flags) -> list[dict[str, Any]]:
     """Train and probe a run as far as that is not done, and return its rows.
 
     Raises:
         UserError: the folder holds another run; or as `pretrain` and `probe`.
     """
     print(f"{config.method}, seed {config.seed}: {config.run}", flush=True)
-    run = pretrain(config)
+    run = pretrained(config, flags)
     # Scored on its own training images, a classifier would only show how well it memorizes.
     names = ("knn",) if train == test else ("knn", "linear")
     seen, judged = (resolve(split).manifest.fingerprint for split in (train, test))

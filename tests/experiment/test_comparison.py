@@ -94,11 +94,14 @@ def test_clusterfit_has_the_run_of_its_seed_as_teacher(
     data = str(make_dataset(tmp_path / "set", 40).folder)
     fitted: list[Any] = []
     monkeypatch.setattr(comparison, "pretrained", lambda config, flags: Run(Folder(config.run)))
-    monkeypatch.setattr(comparison, "clusterfit", lambda config, student: fitted.append((config, student)))
+    monkeypatch.setattr(
+        comparison, "clusterfit", lambda config, student, local: fitted.append((config, student, local))
+    )
     runs = str(tmp_path)
     comparison.trained(
         ComparisonFlags(data, runs=runs, methods=("clusterfit",), seeds=(3,), teacher="predict-rotation"), []
     )
-    ((config, student),) = fitted
+    ((config, student, local),) = fitted
+    assert not local
     assert (config.teacher, config.k) == (f"{runs}/predict-rotation-3", 300)
     assert (student.run, student.seed) == (f"{runs}/clusterfit-predict-rotation-300-3", 3)

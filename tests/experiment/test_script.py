@@ -125,18 +125,18 @@ def test_a_run_that_was_probed_is_not_probed_again(tmp_path: Path, monkeypatch: 
     fingerprint = dataset.manifest.fingerprint
     there = row(probe="knn", protocol=protocol, train=fingerprint, test=fingerprint, step=run.newest().step)
     write_rows(run.folder, [there])
-    assert probed(run.config(), data, data) == [there]
+    assert probed(run.config(), data, data, Flags()) == [there]
     assert asked == []
     # Rows of another protocol, as other experiments leave them, are not its own.
     write_rows(run.folder, [{**there, "protocol": "other"}])
-    assert probed(run.config(), data, data) == []
+    assert probed(run.config(), data, data, Flags()) == []
     assert asked == [("knn",)]
 
 
 def test_every_seed_has_a_run_of_its_own(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     runs: list[Pretraining] = []
 
-    def one(config: Pretraining, train: str, test: str) -> list[dict[str, Any]]:
+    def one(config: Pretraining, train: str, test: str, flags: Flags) -> list[dict[str, Any]]:
         runs.append(config)
         return [{"seed": config.seed}]
 
@@ -157,6 +157,17 @@ def test_drawn_images_are_kept(tmp_path: Path) -> None:
     assert drawn(flags, 8).num_images == 8
     assert drawn(flags, 8) == drawn(replace(flags, out="elsewhere"), 8)
     assert drawn(flags, 30) == dataset
+
+
+@pytest.mark.parametrize("flags", [Flags(workers=0), Flags(local=True)])
+def test_runs_train_in_this_process(flags: Flags, monkeypatch: pytest.MonkeyPatch) -> None:
+    asked: list[Any] = []
+    monkeypatch.setattr(
+        scripts, "pretrain", lambda config, local=False: asked.append((config.workers, local))
+    )
+    monkeypatch.setattr(scripts, "resolve", lambda data: None)
+    scripts.pretrained(Pretraining("set", "run", workers=flags.run_workers), flags)
+    assert asked == [(1, True)]
 
 
 def test_local_leaves_alone_what_was_asked_for() -> None:
