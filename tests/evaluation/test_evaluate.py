@@ -64,10 +64,9 @@ def test_images_that_a_sweep_scores_are_not_called_test_images(
     assert "test images" not in caplog.text
 
 
-@pytest.mark.ray
-def test_bn_statistics_are_part_of_the_protocol(ray_session: None, run: tuple[Run, str, str]) -> None:
+def test_bn_statistics_are_part_of_the_protocol(run: tuple[Run, str, str]) -> None:
     made = {
-        statistics: probe(*run, probes=["collapse"], bn_statistics=statistics)
+        statistics: probe(*run, in_process=True, probes=["collapse"], bn_statistics=statistics)
         for statistics in ("reestimated", "kept")
     }
     protocols = {name: {row["protocol"] for row in rows} for name, rows in made.items()}
@@ -83,9 +82,8 @@ def test_bn_statistics_are_part_of_the_protocol(ray_session: None, run: tuple[Ru
     assert values["kept"]["trained"] != values["reestimated"]["trained"]
 
 
-@pytest.mark.ray
 def test_a_run_in_a_read_only_folder_is_probed_into_another(
-    ray_session: None, run: tuple[Run, str, str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    run: tuple[Run, str, str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     source, train, test = run
     out = Folder(str(tmp_path / "out"))
@@ -99,8 +97,10 @@ def test_a_run_in_a_read_only_folder_is_probed_into_another(
     monkeypatch.setattr(Folder, "write", refuse)
     before = rows_of(source)
     with pytest.raises(UserError, match="--out FOLDER"):
-        probe(source, train, test, probes=["knn"])
-    rows = probe(str(source.folder), train, test, probes=["knn"], encoders=["trained"], out=str(out))
+        probe(source, train, test, in_process=True, probes=["knn"])
+    rows = probe(
+        str(source.folder), train, test, in_process=True, probes=["knn"], encoders=["trained"], out=str(out)
+    )
     assert rows_of(Run(out)) == rows
     assert rows_of(source) == before
     assert (out / "features").list()
@@ -108,12 +108,12 @@ def test_a_run_in_a_read_only_folder_is_probed_into_another(
         probe_model(encoder_by_name("random", BackboneConfig()), "x", train, test, out=str(out))
 
 
-@pytest.mark.ray
-def test_all_layers_by_probes_of_every_kind(ray_session: None, run: tuple[Run, str, str]) -> None:
+def test_all_layers_by_probes_of_every_kind(run: tuple[Run, str, str]) -> None:
     configs = {"invariance": Invariance(("rotation",)), "linear": Linear("fast")}
     names = ["linear", "collapse", "invariance"]
     rows = probe(
         *run,
+        in_process=True,
         probes=names,
         layers=["all"],
         configs=configs,
@@ -137,35 +137,32 @@ def test_all_layers_by_probes_of_every_kind(ray_session: None, run: tuple[Run, s
     assert {of["others"] for of in sums.values()} == {60 * 59}
 
 
-@pytest.mark.ray
-def test_probes_without_labels_take_data_without_labels(
-    ray_session: None, run: tuple[Run, str, str], tmp_path: Path
-) -> None:
+def test_probes_without_labels_take_data_without_labels(run: tuple[Run, str, str], tmp_path: Path) -> None:
     plain = with_classes(make_dataset(tmp_path / "plain", 30))
     place = str(plain.folder)
-    assert probe(run[0], place, place, probes=["collapse"], encoders=["trained"])
+    assert probe(run[0], place, place, in_process=True, probes=["collapse"], encoders=["trained"])
     with pytest.raises(UserError, match="no labels"):
-        probe(run[0], place, place, probes=["collapse", "knn"], encoders=["trained"])
+        probe(run[0], place, place, in_process=True, probes=["collapse", "knn"], encoders=["trained"])
 
 
-@pytest.mark.ray
-def test_features_can_be_shared_by_runs(ray_session: None, run: tuple[Run, str, str], tmp_path: Path) -> None:
-    probe(*run, probes=["knn"], encoders=["pixels"], cache=Folder(str(tmp_path)))
+def test_features_can_be_shared_by_runs(run: tuple[Run, str, str], tmp_path: Path) -> None:
+    probe(*run, in_process=True, probes=["knn"], encoders=["pixels"], cache=Folder(str(tmp_path)))
     assert len(list(tmp_path.iterdir())) == 2
 
 
-@pytest.mark.ray
-def test_rows_are_kept_though_a_later_probe_fails(
-    ray_session: None, run: tuple[Run, str, str], tmp_path: Path
-) -> None:
+def test_rows_are_kept_though_a_later_probe_fails(run: tuple[Run, str, str], tmp_path: Path) -> None:
     source, out = encoder_by_name("random", BackboneConfig()), str(tmp_path / "rows")
     configs = {"lowshot": Lowshot(ks=(100,))}
     names = ["knn", "lowshot", "collapse"]
     with pytest.raises(UserError, match=r"--lowshot\.ks begins with 100"):
-        probe_model(source, "random", *run[1:], probes=names, out=out, image_size=16, configs=configs)
+        probe_model(
+            source, "random", *run[1:], in_process=True, probes=names, out=out, image_size=16, configs=configs
+        )
     kept = rows_of(Run(Folder(out)))
     assert {row["probe"] for row in kept} == {"knn"}
-    assert kept == probe_model(source, "random", *run[1:], probes=["knn"], out=out, image_size=16)
+    assert kept == probe_model(
+        source, "random", *run[1:], in_process=True, probes=["knn"], out=out, image_size=16
+    )
 
 
 def test_a_retrieval_grid_has_a_name_of_its_own() -> None:
@@ -206,10 +203,9 @@ def test_unknown_names_are_answered_with_the_nearest(run: tuple[Run, str, str]) 
         probe(*run, bn_statistics="keep")
 
 
-@pytest.mark.ray
-def test_an_unknown_layer_is_answered_with_the_nearest(ray_session: None, run: tuple[Run, str, str]) -> None:
+def test_an_unknown_layer_is_answered_with_the_nearest(run: tuple[Run, str, str]) -> None:
     with pytest.raises(UserError, match="'res3'"):
-        probe(*run, probes=["invariance"], layers=["rse3"], encoders=["trained"])
+        probe(*run, in_process=True, probes=["invariance"], layers=["rse3"], encoders=["trained"])
 
 
 @pytest.mark.ray
@@ -236,19 +232,20 @@ def test_a_run_without_a_checkpoint_is_refused(run: tuple[Run, str, str], tmp_pa
         probe(str(tmp_path), *run[1:])
 
 
-@pytest.mark.ray
 def test_a_model_that_is_not_a_run_has_rows_in_its_own_folder(
-    ray_session: None, run: tuple[Run, str, str], tmp_path: Path
+    run: tuple[Run, str, str], tmp_path: Path
 ) -> None:
     out = str(tmp_path / "rows")
     source = encoder_by_name("random", BackboneConfig())
-    rows = probe_model(source, "random (small)", *run[1:], probes=["knn"], out=out, image_size=16)
+    rows = probe_model(
+        source, "random (small)", *run[1:], in_process=True, probes=["knn"], out=out, image_size=16
+    )
     assert {row["encoder"] for row in rows} == {"random"}
     assert rows_of(Run(Folder(out))) == rows
     assert tables(rows)
     # The view is that of the run, so it shares a table with the run's own untrained backbone.
     cache = Folder(str(tmp_path / "features"))
-    own = probe(*run, probes=["knn"], encoders=["random"], cache=cache, low_priority=True)
+    own = probe(*run, in_process=True, probes=["knn"], encoders=["random"], cache=cache, low_priority=True)
     assert {(row["name"], row["value"], row["protocol"]) for row in rows} == {
         (row["name"], row["value"], row["protocol"]) for row in own
     }

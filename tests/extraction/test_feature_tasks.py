@@ -82,16 +82,16 @@ def saved(run: Run, network: Model) -> None:
     saver.wait()
 
 
-def one(*asked: Any) -> FeatureStore:
+def one(*asked: Any, **how: bool) -> FeatureStore:
     """Return the features of the only layer."""
-    (table,) = extract(*asked).values()
+    (table,) = extract(*asked, **how).values()
     return table
 
 
 def extract(
-    source: Encoder, dataset: DataSet, protocol: FeatureProtocol, cache: Folder
+    source: Encoder, dataset: DataSet, protocol: FeatureProtocol, cache: Folder, in_process: bool = True
 ) -> dict[str, FeatureStore]:
-    return extract_all([(source, dataset, protocol)], cache)[0]
+    return extract_all([(source, dataset, protocol)], cache, in_process=in_process)[0]
 
 
 def parts_of(store: FeatureStore) -> list[tuple[int, int]]:
@@ -111,14 +111,13 @@ def direct(network: Model, dataset: DataSet) -> Any:
 @pytest.mark.ray
 def test_equal_to_a_direct_call_of_the_network(ray_session: None, dataset: DataSet, tmp_path: Path) -> None:
     run, network = make_run(dataset, tmp_path / "run")
-    cache = Folder(str(tmp_path / "cache"))
-    trained = one(Trained(run, run.newest()), dataset, SEEN, cache)
+    encoders = (Trained(run, run.newest()), untrained(run), Pixels())
+    made = extract_all([(one, dataset, SEEN) for one in encoders], Folder(str(tmp_path / "cache")))
+    trained, random, pixels = (layers["pooled"] for layers in made)
     assert len(trained.groups) > 2
     np.testing.assert_allclose(trained.load(), direct(network, dataset), rtol=1e-4, atol=1e-5)
-    random = one(untrained(run), dataset, SEEN, cache)
     begun = Model.of(run.config(), dataset)
     np.testing.assert_allclose(random.load(), direct(begun, dataset), rtol=1e-4, atol=1e-5)
-    pixels = one(Pixels(), dataset, SEEN, cache)
     expected = views(dataset).flatten(1).float() / 255 - 0.5
     np.testing.assert_allclose(pixels.load(), expected.numpy(), atol=1e-6)
 
@@ -173,22 +172,21 @@ def test_existing_features_are_not_computed_again(
     table.folder.delete(lost)
     kept = sorted(set(table.folder.list()))
     with pytest.raises(UserError, match="trap"):
-        one(stub, dataset, SEEN, cache)
+        one(stub, dataset, SEEN, cache, in_process=False)
     assert table.folder.list() == kept
     (tmp_path / "trap").unlink()
     before = {name: table.folder.read(name) for name in kept}
-    np.testing.assert_allclose(one(stub, dataset, SEEN, cache).load(), means(dataset), rtol=1e-5)
+    np.testing.assert_allclose(
+        one(stub, dataset, SEEN, cache, in_process=False).load(), means(dataset), rtol=1e-5
+    )
     assert {name: table.folder.read(name) for name in kept} == before
     assert {lost, FINISHED} <= set(table.folder.list())
 
 
-@pytest.mark.ray
-def test_the_same_images_in_other_row_groups_have_the_same_features(
-    ray_session: None, dataset: DataSet, tmp_path: Path
-) -> None:
+def test_the_same_images_in_other_row_groups_have_the_same_features(dataset: DataSet, tmp_path: Path) -> None:
     other, cache = make_dataset(tmp_path / "other", 100, rows_per_group=7), Folder(str(tmp_path / "cache"))
     assert feature_tasks._parts(other) != feature_tasks._parts(dataset)
-    both = extract_all([(Pixels(), dataset, SEEN), (Pixels(), other, SEEN)], cache)
+    both = extract_all([(Pixels(), dataset, SEEN), (Pixels(), other, SEEN)], cache, in_process=True)
     later = extract(Pixels(), other, SEEN, cache)
     assert both[0] == both[1] == later
     assert later["pooled"].load().shape == (100, 768)
@@ -197,15 +195,18 @@ def test_the_same_images_in_other_row_groups_have_the_same_features(
 @pytest.mark.ray
 def test_an_actor_that_dies_costs_its_part_only(ray_session: None, dataset: DataSet, tmp_path: Path) -> None:
     (tmp_path / "trap").touch()
-    table = one(Stub(str(tmp_path / "trap"), crash=True), dataset, SEEN, Folder(str(tmp_path / "cache")))
+    table = one(
+        Stub(str(tmp_path / "trap"), crash=True),
+        dataset,
+        SEEN,
+        Folder(str(tmp_path / "cache")),
+        in_process=False,
+    )
     assert not (tmp_path / "trap").exists()
     np.testing.assert_allclose(table.load(), means(dataset), rtol=1e-5)
 
 
-@pytest.mark.ray
-def test_other_images_weights_or_views_have_other_features(
-    ray_session: None, dataset: DataSet, tmp_path: Path
-) -> None:
+def test_other_images_weights_or_views_have_other_features(dataset: DataSet, tmp_path: Path) -> None:
     cache, other = Folder(str(tmp_path / "cache")), make_dataset(tmp_path / "other", 30, seed=1)
     run, _ = make_run(dataset, tmp_path / "run")
     tables = [
@@ -218,8 +219,7 @@ def test_other_images_weights_or_views_have_other_features(
     assert len({str(table.folder) for table in tables}) == len(tables)
 
 
-@pytest.mark.ray
-def test_a_damaged_checkpoint_or_shard_is_named(ray_session: None, dataset: DataSet, tmp_path: Path) -> None:
+def test_a_damaged_checkpoint_or_shard_is_named(dataset: DataSet, tmp_path: Path) -> None:
     run, _ = make_run(dataset, tmp_path / "run")
     state = tmp_path / "run" / "checkpoints" / "step-000000005" / "state.pt"
     state.write_bytes(state.read_bytes()[:-1])
@@ -232,8 +232,7 @@ def test_a_damaged_checkpoint_or_shard_is_named(ray_session: None, dataset: Data
         one(Pixels(), broken, SEEN, cache)
 
 
-@pytest.mark.ray
-def test_a_damaged_part_is_named(ray_session: None, dataset: DataSet, tmp_path: Path) -> None:
+def test_a_damaged_part_is_named(dataset: DataSet, tmp_path: Path) -> None:
     table = one(Pixels(), dataset, SEEN, Folder(str(tmp_path)))
     name = next(name for name in table.folder.list() if name.endswith(".parquet"))
     table.folder.write(name, table.folder.read(name)[:-7])
@@ -241,10 +240,7 @@ def test_a_damaged_part_is_named(ray_session: None, dataset: DataSet, tmp_path: 
         table.load()
 
 
-@pytest.mark.ray
-def test_layers_of_one_call_are_those_of_calls_alone_and_are_shared(
-    ray_session: None, dataset: DataSet, tmp_path: Path
-) -> None:
+def test_layers_of_one_call_are_those_of_calls_alone_and_are_shared(dataset: DataSet, tmp_path: Path) -> None:
     run, _ = make_run(dataset, tmp_path / "run")
     trained, cache = Trained(run, run.newest()), Folder(str(tmp_path / "cache"))
     layers = ("res3", "res3:768", "conv1", "pooled")
