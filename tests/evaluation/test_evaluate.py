@@ -50,7 +50,7 @@ def test_rows_of_every_encoder_and_probe(ray_session: None, run: tuple[Run, str,
     again = probe(*run, probes=["knn"], configs={"knn": Knn()}, encoders=["trained"])
     assert sorted(rows_of(run[0]), key=str) == sorted(rows, key=str)
     assert again == [row for row in rows if row["probe"] == "knn" and row["encoder"] == "trained"]
-    probe(*run, probes=["knn"], configs={"knn": Knn(ks=(3,))}, encoders=["trained"])
+    probe(*run, probes=["knn"], configs={"knn": Knn(ks=(3,))}, encoders=["trained"], in_process=True)
     assert len(rows_of(run[0])) > len(rows)
 
 

@@ -82,9 +82,11 @@ def saved(run: Run, network: Model) -> None:
     saver.wait()
 
 
-def one(*asked: Any, **how: bool) -> FeatureStore:
+def one(
+    source: Encoder, dataset: DataSet, protocol: FeatureProtocol, cache: Folder, in_process: bool = True
+) -> FeatureStore:
     """Return the features of the only layer."""
-    (table,) = extract(*asked, **how).values()
+    (table,) = extract(source, dataset, protocol, cache, in_process).values()
     return table
 
 

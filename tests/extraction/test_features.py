@@ -29,6 +29,18 @@ def plain(ray_session: None, dataset: DataSet, tmp_path_factory: pytest.TempPath
     return compute_features("random", config(dataset, tmp_path_factory.mktemp("plain") / "f"))
 
 
+@pytest.fixture
+def without_actors(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Compute in this process, which takes less time than to start actors."""
+
+    def here(extractions: Any, parts: Any, low_priority: bool) -> None:
+        actor = feature_tasks._Actor(extractions)
+        for number, first, end in parts:
+            actor.write(number, (first, end))
+
+    monkeypatch.setattr(feature_tasks, "_run_pool", here)
+
+
 def config(dataset: DataSet, out: Path, **changes: Any) -> FeaturesConfig:
     values = {"layer": "res3", "image_size": 16, **changes}
     return FeaturesConfig(data=str(dataset.folder), out=str(out), **values)
@@ -45,6 +57,7 @@ def test_rows_by_index_with_their_origin(plain: FeatureStore, dataset: DataSet) 
     assert (plain.num_rows, plain.dim, plain.layer) == (80, 96, "res3")
 
 
+@pytest.mark.usefixtures("without_actors")
 def test_half_precision_and_length(plain: FeatureStore, dataset: DataSet, tmp_path: Path) -> None:
     made = compute_features("random", config(dataset, tmp_path, dtype="float16", l2=True))
     expected = plain.load()
@@ -53,6 +66,7 @@ def test_half_precision_and_length(plain: FeatureStore, dataset: DataSet, tmp_pa
     assert made.itemsize == 2
 
 
+@pytest.mark.usefixtures("without_actors")
 def test_components_and_projections_of_other_features(
     plain: FeatureStore, dataset: DataSet, tmp_path: Path
 ) -> None:
@@ -73,6 +87,7 @@ def test_components_and_projections_of_other_features(
         compute_features("random", config(dataset, tmp_path / "d", layer="res2", pca_of=str(tmp_path / "a")))
 
 
+@pytest.mark.usefixtures("without_actors")
 def test_existing_parts_are_kept(
     ray_session: None, dataset: DataSet, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
