@@ -3,7 +3,8 @@
     python benchmarks/loaders.py torch DATA 32 20000
 
 Prints CPU milliseconds of the whole tree of processes and wall milliseconds for each image. `speed.py` calls it for
-every loader. All loaders shuffle, have one process beside the trainer, and use the kernels of raysl.
+every loader. All loaders shuffle, have one process beside the trainer, and use the kernels of raysl; but DALI has one
+thread in the trainer's process, and kernels of its own.
 """
 
 from __future__ import annotations
@@ -25,10 +26,12 @@ import psutil
 import torch
 from torch.utils.data import DataLoader
 
+from raysl.augment import Recipe, SourceCrop
 from raysl.config import Pretraining, ViewConfig
 from raysl.dataset import DataSet
 from raysl.model import Model
 from raysl.objectives.pirl import Config as Pirl
+from raysl.pretext.jigsaw import Jigsaw
 from raysl.rng import ImageRng
 from raysl.stream.decode import cut
 from raysl.stream.reader import Batch, Stream
@@ -36,6 +39,9 @@ from raysl.stream.reader import Batch, Stream
 _BATCH = 128
 # Part of the images that pass before the measurement: processes start while the first ones do.
 _WARM_UP = 0.4
+# Kernels of 3 x 3: an image as it is, and smoothed as for PIL's ImageEnhance.Sharpness.
+_SAME = np.pad([[1.0]], 1)
+_SMOOTH = np.array([[1, 1, 1], [1, 5, 1], [1, 1, 1]]) / 13
 
 
 @dataclass(frozen=True)
@@ -195,6 +201,134 @@ def _grain(views: Views, stack: ExitStack) -> Iterator[int]:
         yield len(next(iter(found.values())))
 
 
+def _dali(views: Views, stack: ExitStack) -> Iterator[int]:
+    from nvidia.dali import pipeline_def
+
+    # Of the two batches of the queue, the trainer has one, so one is ahead.
+    options = {
+        "batch_size": _BATCH,
+        "num_threads": 1,
+        "device_id": None,
+        "prefetch_queue_depth": 2,
+        "seed": 0,
+    }
+    pipeline = pipeline_def(_dali_pipeline, enable_conditionals=True)(views, **options)
+    while True:
+        image, _patches = (torch.utils.dlpack.from_dlpack(made.as_tensor()) for made in pipeline.run())
+        yield len(image)
+
+
+def _dali_pipeline(views: Views) -> tuple[Any, Any]:
+    """Make both views of an image by kernels of DALI: uint8 (p, h, w, c), one image and the patches."""
+    from nvidia.dali import fn
+
+    whole, (jigsaw, _) = views.stream.views["image"], _jigsaw_and_recipe(views)
+    side, patch, count = whole.source.size, jigsaw.patch_size, jigsaw.num_crops
+    inputs = fn.external_source(_dali_inputs(views), num_outputs=20, no_copy=True)
+    encoded, corners, of_image, of_patches = inputs[0], inputs[1], inputs[2:11], inputs[11:]
+    decoded = fn.decoders.image(encoded)
+    image = _dali_crop(decoded, whole.source, of_image[0])
+    image = fn.reshape(image, shape=[1, side, side, 3], layout="FHWC")
+    crop = _dali_crop(decoded, jigsaw.source, of_patches[0])
+    # The patches lie one below the other in one image, which is in memory the same as a sequence of them.
+    patches = fn.multi_paste(
+        *[crop] * count,
+        in_anchors=corners,
+        shapes=np.full((count, 2), patch, np.int32),
+        out_anchors=np.array([(patch * slot, 0) for slot in range(count)], np.int32),
+        output_size=[patch * count, patch],
+    )
+    patches = fn.reshape(patches, shape=[count, patch, patch, 3], layout="FHWC")
+    return _dali_colors(image, *of_image[1:]), _dali_colors(patches, *of_patches[1:])
+
+
+def _dali_crop(decoded: Any, source: SourceCrop, flipped: Any) -> Any:
+    from nvidia.dali import fn
+
+    crop = fn.random_resized_crop(
+        decoded,
+        size=[source.size, source.size],
+        random_area=[source.min_scale, source.max_scale],
+        random_aspect_ratio=[source.min_ratio, source.max_ratio],
+    )
+    return fn.flip(crop, horizontal=flipped)
+
+
+def _dali_colors(images: Any, *numbers: Any) -> Any:
+    """Change the colors of a sequence of images, each by numbers of its own, as recipe `pirl` does."""
+    from nvidia.dali import fn, types
+
+    chosen, brightness, contrast, saturation, hue, kernel, mask, threshold = numbers
+    images = fn.color_twist(
+        images,
+        brightness=fn.per_frame(brightness),
+        contrast=fn.per_frame(contrast),
+        saturation=fn.per_frame(saturation),
+        hue=fn.per_frame(hue),
+    )
+    if chosen:  # for all patches of an image, because DALI has no condition for one of them
+        images = fn.filter(images & mask, fn.per_frame(kernel))
+        full = types.Constant(255, dtype=types.UINT8)
+        images = images ^ ((images >= threshold) * full)
+        low = fn.reductions.min(images, axis_names="HW", keep_dims=True)
+        high = fn.reductions.max(images, axis_names="HW", keep_dims=True)
+        # A channel with a single value is unchanged.
+        span = (high - low) + (high == low) * full
+        images = fn.cast_like((images - low * (high > low)) * (255.0 / span), images)
+    return images
+
+
+def _dali_inputs(views: Views) -> Iterator[tuple[Any, ...]]:
+    """Yield the encoded images of a batch, the corners of their patches, and the numbers of both views."""
+    jigsaw, recipe = _jigsaw_and_recipe(views)
+    encoded = [np.frombuffer(image, np.uint8) for image in views.stored()]
+    generator = np.random.default_rng(0)
+    free = jigsaw.cell_size - jigsaw.patch_size + 1
+    while True:
+        shuffled = generator.permutation(len(encoded))
+        for start in range(0, len(encoded) - _BATCH + 1, _BATCH):
+            labels_b = generator.integers(0, jigsaw.num_labels, _BATCH)
+            cells_bp = jigsaw.permutations.order_kp[labels_b].astype(np.int32)
+            corners_bp2 = np.stack([cells_bp // jigsaw.grid, cells_bp % jigsaw.grid], -1) * jigsaw.cell_size
+            corners_bp2 += generator.integers(0, free, corners_bp2.shape, np.int32)
+            yield (
+                [encoded[row] for row in shuffled[start : start + _BATCH]],
+                corners_bp2,
+                *_dali_numbers(generator, recipe, 1),
+                *_dali_numbers(generator, recipe, jigsaw.num_crops),
+            )
+
+
+def _jigsaw_and_recipe(views: Views) -> tuple[Jigsaw, Recipe]:
+    view = views.stream.views["transformed"]
+    assert isinstance(view.pretext, Jigsaw)
+    assert isinstance(view.recipe, Recipe)
+    return view.pretext, view.recipe
+
+
+def _dali_numbers(generator: np.random.Generator, recipe: Recipe, crops: int) -> list[Any]:
+    """Return the random numbers of a view: two for each image, whether to flip and the photometric block, then colors.
+
+    Recipe `pirl` always has jitter, and neither blur nor a further solarization.
+    """
+    shape = (_BATCH, crops)
+    changes = np.array([recipe.brightness, recipe.contrast, recipe.saturation, 360 * recipe.hue])
+    jitter = generator.uniform(-1, 1, (4, *shape)) * changes[:, None, None] + [[[1]], [[1]], [[1]], [[0]]]
+    jitter[2][generator.random(shape) < recipe.gray] = 0
+    sharp = generator.uniform(0.1, 1.9, shape)[..., None, None]
+    kernels = sharp * _SAME + (1 - sharp) * _SMOOTH
+    masks = (256 - 2 ** (8 - generator.integers(4, 9, shape))).astype(np.uint8)
+    thresholds = generator.integers(0, 257, shape, np.int16)
+    flipped, chosen = generator.random((2, _BATCH))
+    return [
+        (flipped < recipe.hflip).astype(np.int32),
+        chosen < recipe.photometric,
+        *jitter.astype(np.float32),
+        kernels.astype(np.float32),
+        *(values.reshape(*shape, 1, 1, 1) for values in (masks, thresholds)),
+    ]
+
+
 def _limit(views: Views, stack: ExitStack) -> Iterator[int]:
     items = list(enumerate(views.stored()))
     torch.set_num_threads(1)
@@ -213,6 +347,7 @@ _LOADERS = {
     "litdata": _litdata,
     "streaming": _streaming,
     "grain": _grain,
+    "dali": _dali,
     "limit": _limit,
 }
 

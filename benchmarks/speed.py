@@ -121,10 +121,12 @@ _STREAM_ARMS = {
     "litdata": "LitData, its loader, raysl's kernels",
     "streaming": "MosaicML Streaming, DataLoader, raysl's kernels",
     "grain": "Grain, its loader, raysl's kernels",
+    "dali": "DALI on the CPU, its own kernels",
     "limit": "raysl's kernels alone, files in memory",
 }
-# Arms that need a package of the same name, which may be missing.
-_OTHER_PROGRAMS = ("datasets", "webdataset", "litdata", "streaming", "grain")
+# Packages that arms need, and that may be missing.
+_OTHER_PROGRAMS = {arm: arm for arm in ("datasets", "webdataset", "litdata", "streaming", "grain")}
+_OTHER_PROGRAMS["dali"] = "nvidia.dali"
 
 
 @dataclass(frozen=True)
@@ -198,6 +200,7 @@ def _start(flags: Flags, data: Mapping[int, Path], scratch: Path) -> Iterator[Ro
     smallest = str(data[min(data)])
     runs = [sys.executable, "-c", _RUNS, smallest]
     trained = _trained(smallest, scratch)
+    features, probe = str(place / "features"), str(place / "probe")
     torchrun = place / "torchrun.py"
     torchrun.write_text(_TORCHRUN)
     arms: dict[str, list[str]] = {
@@ -207,22 +210,8 @@ def _start(flags: Flags, data: Mapping[int, Path], scratch: Path) -> Iterator[Ro
         "raysl, second run of a process": [*runs, str(place / "again"), "1", "ray", "2"],
         "raysl --local, second run of a process": [*runs, str(place / "local-again"), "1", "local", "2"],
         "plain torch, one loader process": [sys.executable, "-c", _PLAIN_TORCH],
-        "raysl features, whole": [
-            sys.executable,
-            "-c",
-            _FEATURES,
-            trained,
-            smallest,
-            str(place / "features"),
-        ],
-        "raysl probe with kNN, whole": [
-            sys.executable,
-            "-c",
-            _PROBE,
-            trained,
-            smallest,
-            str(place / "probe"),
-        ],
+        "raysl features, whole": [sys.executable, "-c", _FEATURES, trained, smallest, features],
+        "raysl probe with kNN, whole": [sys.executable, "-c", _PROBE, trained, smallest, probe],
         "torchrun, 2 workers with a loader each": [
             *(sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2"),
             str(torchrun),
@@ -293,9 +282,7 @@ def _stream(flags: Flags, data: Mapping[int, Path], scratch: Path) -> Iterator[R
     for side, folder in data.items():
         images = flags.images * 32 // side if side < 200 else flags.images // 20
         for arm, name in _STREAM_ARMS.items():
-            if (flags.loaders and arm not in flags.loaders) or (
-                arm in _OTHER_PROGRAMS and find_spec(arm) is None
-            ):
+            if (flags.loaders and arm not in flags.loaders) or not _installed(arm):
                 continue
             script = Path(__file__).with_name("loaders.py")
             command = [sys.executable, str(script), arm, str(folder), str(side), str(images)]
@@ -304,6 +291,14 @@ def _stream(flags: Flags, data: Mapping[int, Path], scratch: Path) -> Iterator[R
                 raise SystemExit(f"{name} failed:\n{done.stderr[-2000:]}")
             cpu_ms, wall_ms = map(float, done.stdout.split()[-2:])
             yield {"arm": name, "side": side, "cpu_ms": cpu_ms, "wall_ms": wall_ms}
+
+
+def _installed(arm: str) -> bool:
+    """Return whether the package of an arm of the stream is there, without importing it."""
+    try:
+        return arm not in _OTHER_PROGRAMS or find_spec(_OTHER_PROGRAMS[arm]) is not None
+    except ModuleNotFoundError:  # the package that holds it is missing too
+        return False
 
 
 def _kmeans(flags: Flags, data: Mapping[int, Path], scratch: Path) -> Iterator[Row]:
