@@ -22,6 +22,7 @@ from raysl.api.arguments import (
     given,
     run_config,
     start_ray,
+    unseen,
     uri,
 )
 from raysl.errors import UserError
@@ -63,6 +64,8 @@ def ingest(source: Any, dest: PathLike, config: IngestConfig | None = None, **fi
     settings = configure(pipeline.IngestConfig, config, fields)
     if isinstance(source, str | os.PathLike):
         source = open_source(settings.place(os.fspath(source)))
+        if (done := pipeline.complete(source, os.fspath(dest), settings)) is not None:
+            return done
     start_ray(os.fspath(dest))
     return pipeline.ingest(source, os.fspath(dest), settings)
 
@@ -360,7 +363,7 @@ def views(
     if images < 1:
         raise UserError(f"images is {images}; it must be at least 1.")
     fields.pop("run", None)  # Nothing is trained, so a run that the caller names is not used.
-    settings = run_config(data, "-", config, fields, workers=False)
+    settings = run_config(data, "-", config, fields, workers=False, check=unseen)
     opened = dataset(settings.data)
     from raysl.reporting import pictures
 

@@ -149,6 +149,15 @@ def _resolved(
     return defaults.resolve(values, images, usual_workers, has_gpus, varied)
 
 
+def unseen(asked: Pretraining) -> list[str]:
+    """Return the fields that are chosen for a run and do not change its views: `raysl views` does not list them."""
+    from raysl import pretext
+    from raysl.config import defaults
+
+    seen = {"view", *pretext.names()}
+    return [name for name in defaults.CHOSEN if name.partition(".")[0] not in seen]
+
+
 def _named(fields: Mapping[str, Any]) -> dict[str, Any]:
     """Return fields in which the name of a backbone is a mapping, and a backbone or an augmentation of the user is
     replaced by its importable name.

@@ -44,6 +44,8 @@ def test_help_loads_no_heavy_package(verb: str) -> None:
         ("pretrain --data d --run r --methd pirl", "--method"),
         ("pretrain --data d --run r --method pril-jigsaw", "Did you mean 'pirl-jigsaw'"),
         ("pretrain --data d --run r --pirl.temperature 0", "temperature is 0.0"),
+        ("pretrain --data d --run r --backbone resnet18 --pirl.temperature 0", "temperature is 0.0"),
+        ("pretrain --data d --run r --optim=sgdd", "--optim.name"),
         ("sweep --data d --test t --out o --vary temperature --seeds 0 0", "each once"),
         ("probe run --train a --test b --probes knm", "Did you mean 'knn'"),
         ("cluster features --k 0", "k is 0"),

@@ -93,6 +93,8 @@ def test_views_makes_the_folder_of_its_picture(
     views = f"views --data {data.folder} --pirl.num-negatives 8 --images 2 --out"
     picture = tmp_path / "new" / "views.png"
     main([*views.split(), str(picture)])
+    listed = re.findall(r"^  --(\S+)", capsys.readouterr().out, re.MULTILINE)
+    assert listed == ["method", "view.image-size", "jigsaw.grid"]
     assert picture.read_bytes().startswith(b"\x89PNG")
     assert "Cannot write" in refused(capsys, *views.split(), str(picture / "below.png"))
 
