@@ -208,12 +208,11 @@ def methods(pages: Path | None = None) -> None:
         print(f"{pages}: {len(method_pages.names())} pages with pictures of the views.")
         return
     from rich.console import Console
-    from rich.table import Table
 
-    from raysl.reporting.combinations import describe
+    from raysl.reporting.combinations import describe, listing
     from raysl.training import recipes
 
-    listed = Table("recipe", "description", title="Recipes: raysl pretrain --recipe RECIPE")
+    listed = listing("Recipes: raysl pretrain --recipe RECIPE", "recipe", "description")
     for name in recipes.names():
         listed.add_row(name, recipes.summary(name))
     console = Console()

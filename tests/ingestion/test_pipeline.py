@@ -16,6 +16,7 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
 
+from raysl import api
 from raysl.dataset import DataSet, Manifest
 from raysl.errors import UserError
 from raysl.ingestion import IngestConfig, pipeline, resolve
