@@ -27,7 +27,7 @@ from raysl.storage import Folder
 from raysl.storage.lock import DriverLock
 from raysl.stream.plan import Plan
 from raysl.stream.shared import Subscriber
-from raysl.training import elastic, progress_actor, signals
+from raysl.training import elastic, guessing, progress_actor, signals
 from raysl.training import local as in_process
 from raysl.training.elastic import CapacityRequest, Resizing, WorkerGroup
 from raysl.training.worker import Job, work
@@ -104,6 +104,8 @@ def pretrain(
                 if group.gpus:
                     gpus.check(group.placement.gpus_per_worker, config.precision)
                 _Attempts(job, counts, end, plan.num_steps, lock, callbacks).run(group)
+        if end == plan.num_steps and "chance" in facts:
+            guessing.warn(run, config, facts["chance"])
     return run
 
 
