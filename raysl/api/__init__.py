@@ -15,6 +15,7 @@ from typing import TYPE_CHECKING, Any, Literal
 
 from raysl import console
 from raysl.api.arguments import (
+    check_checkpoint,
     check_faiss,
     check_source,
     configure,
@@ -148,6 +149,7 @@ def probe(
     network = configure(Network, {"name": backbone} if isinstance(backbone, str) else backbone, {})
     for labelled in (train, test):
         check_source(labelled)
+    check_checkpoint(checkpoint)
     from raysl.evaluation import evaluate, options
     from raysl.extraction import Trained, encoder_by_name
 
@@ -197,6 +199,7 @@ def features(
 
     settings = configure(Config, config, {**given(data=data, out=out), **fields})
     check_source(settings.data)
+    check_checkpoint(checkpoint)
     from raysl.extraction import check_layers, encoder_by_name
     from raysl.extraction.features import compute_features
 
@@ -263,6 +266,7 @@ def clusterfit(
         The run of the last student.
     """
     check_faiss()
+    check_checkpoint(teacher)
     from raysl.clustering import cluster_and_fit
 
     settings = configure(cluster_and_fit.ClusterfitConfig, config, {"teacher": uri(teacher), **fields})
@@ -301,11 +305,12 @@ def sweep(
     from raysl.tuning import sweep as tuning
 
     def varied(asked: Pretraining) -> list[str]:
-        return preparation.check(asked, settings)[0].names
+        names = preparation.check(asked, settings)[0].names
+        for data in filter(None, (asked.data, settings.train, settings.validation, settings.test)):
+            check_source(data)
+        return names
 
     learner = run_config(data, "-", base, {}, check=varied, out=settings.out)
-    for labelled in filter(None, (settings.train, settings.validation, settings.test)):
-        check_source(labelled)
     return tuning.sweep(learner, settings)
 
 
