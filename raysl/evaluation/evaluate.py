@@ -17,7 +17,7 @@ from numpy.typing import NDArray
 from raysl import extraction, probes, ray_cluster
 from raysl.checkpoint import Checkpoint
 from raysl.dataset import DataSet
-from raysl.errors import UserError, unknown
+from raysl.errors import UserError, counted, unknown
 from raysl.evaluation.options import ProbeConfig
 from raysl.evaluation.results import (
     MODEL,
@@ -343,7 +343,8 @@ def _extract(
         encoder = frozen_encoder(source, data.train, context.image_size, data.bn_statistics)
         wanted += [(encoder, dataset, protocol) for dataset in sets]
     # Not "test images": a sweep scores trials on images that it has held out of the train images.
-    named = (f"{data.train.num_images:,} images to learn from", f"{data.test.num_images:,} images to score")
+    sizes = [counted(one.num_images, "image") for one in (data.train, data.test)]
+    named = (f"{sizes[0]} to learn from", f"{sizes[1]} to score")
     _log.info("Computing the features of %s ...", " and ".join(named[-len(sets) :]))
     cache = config.cache or context.run.folder / "features"
     found = extraction.extract_all(wanted, cache, config.low_priority, config.in_process)

@@ -22,7 +22,7 @@ from types import MappingProxyType
 from typing import TYPE_CHECKING, Any
 
 from raysl import extraction, probes
-from raysl.errors import UserError
+from raysl.errors import UserError, counted
 from raysl.extraction import FeatureProtocol
 from raysl.run import Run, jsonl
 from raysl.storage import Folder
@@ -214,8 +214,8 @@ def tables(rows: Iterable[Mapping[str, Any]], sets: Iterable[DataSet] = ()) -> l
 
 
 def _size(dataset: DataSet) -> str:
-    classes = f", {len(dataset.manifest.classes):,} classes" if dataset.has_labels else ""
-    return f" ({dataset.num_images:,} images{classes})"
+    classes = f", {counted(len(dataset.manifest.classes), 'class')}" if dataset.has_labels else ""
+    return f" ({counted(dataset.num_images, 'image')}{classes})"
 
 
 def _table(members: list[Mapping[str, Any]], sizes: Mapping[str, str]) -> Table:
@@ -304,7 +304,7 @@ def _verdict(name: str, trained: Mapping[str, Any], others: list[Mapping[str, An
     elif len(found["worse"]) == len(others):
         listed += ": the run has not learned anything that this probe can use yet"
     elif not found["better"] and num_test:
-        listed += f": with {num_test:,} test images, a difference of {100 * max(margins):.1f} % may be chance"
+        listed += f": with {counted(num_test, 'test image')}, a difference of {100 * max(margins):.1f} % may be chance"
     return f"By {name}, the trained network ({shown(trained)}) is {listed}."
 
 

@@ -25,10 +25,10 @@ from rich.console import Console
 from rich.progress import BarColumn, Progress, TaskProgressColumn, TextColumn, TimeRemainingColumn
 
 from raysl.dataset import BAD_IMAGES, SHARDS, DataSet, Manifest, Shard
-from raysl.errors import UserError
+from raysl.errors import UserError, counted
 from raysl.fields import Bounds
 from raysl.ingestion import images, objects, shard
-from raysl.ingestion.found import counted, printable, unreadable
+from raysl.ingestion.found import printable, unreadable
 from raysl.ingestion.journal import Header, Journal, Listed, check_apart, check_free, finished
 from raysl.ingestion.sources import Opened, Place, ReadConfig, Source, UnitSize, open_source, read, recognised
 from raysl.storage import Folder

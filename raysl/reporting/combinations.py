@@ -20,9 +20,7 @@ from raysl.pretext import Geometry
 # A run large enough that only the parts themselves can refuse it.
 _IMAGE_SIZE, _NUM_IMAGES, _NUM_CLASSES, _WIDTH = 96, 1_000_000, 10, 8
 
-_TITLE = (
-    "Methods: OBJECTIVE or OBJECTIVE-TRANSFORM; with '+' one transform after the other, with ',' several tasks"
-)
+_TITLE = "Methods: OBJECTIVE or OBJECTIVE-TRANSFORM; with '+' one transform after the other, with ',' several tasks"
 
 
 def describe() -> list[Table]:

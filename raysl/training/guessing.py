@@ -14,10 +14,13 @@ _log = logging.getLogger("raysl.training")
 _LAST, _BELOW = 0.1, 0.01
 
 
-def warn(run: Run, config: Pretraining, chance: float) -> None:
-    """Log a line if the loss of the last steps of a finished run is not below the loss of equal scores, `chance`."""
+def warn(run: Run, config: Pretraining, chance: float, num_steps: int) -> None:
+    """Log a line if a run has ended and the loss of its last steps is not below `chance`, the loss of equal scores."""
     rows = run.metrics_columns(("step", "loss"))
-    loss = float(np.nanmean(rows["loss"][rows["step"] > (1 - _LAST) * np.nanmax(rows["step"])]))
+    late = rows["step"] > (1 - _LAST) * num_steps
+    if num_steps not in rows["step"]:
+        return
+    loss = float(np.nanmean(rows["loss"][late]))
     if loss < (1 - _BELOW) * chance:
         return
     uses_bank = config.method.partition("-")[0] in ("pirl", "npid")
