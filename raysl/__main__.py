@@ -79,6 +79,8 @@ def _run_verb(given: list[str]) -> None:
     lazy.install()
     verbs = importlib.import_module("raysl.cli.verbs")
     verb = getattr(verbs, given[0])
+    # A backbone and an optimiser may be given by their names alone, as in Python.
+    given = [re.sub(r"^--(teacher-backbone|backbone|optim)(?==|$)", r"--\1.name", word) for word in given]
     try:
         if "arguments" in inspect.signature(verb).parameters:
             verb(given[1:])

@@ -50,6 +50,12 @@ def quoted(value: object) -> str:
     return text if len(text) <= _LONGEST else f"{text[:_LONGEST]}... ({len(text):,} characters)"
 
 
+def counted(count: int, noun: str) -> str:
+    """Return a number with its noun, as "1 image" or "2 classes"."""
+    plural = "" if count == 1 else "es" if noun.endswith("s") else "s"
+    return f"{count:,} {noun}{plural}"
+
+
 def unknown(kind: str, name: str, known: Iterable[str], listed: Iterable[str] = ()) -> UserError:
     """Return the error for a name that does not exist, with the nearest name that does.
 

@@ -15,6 +15,7 @@ from typing import TYPE_CHECKING, Any, Literal
 
 from raysl import console
 from raysl.api.arguments import (
+    check_checkpoint,
     check_faiss,
     check_source,
     configure,
@@ -22,6 +23,7 @@ from raysl.api.arguments import (
     given,
     run_config,
     start_ray,
+    unseen,
     uri,
 )
 from raysl.errors import UserError
@@ -63,6 +65,8 @@ def ingest(source: Any, dest: PathLike, config: IngestConfig | None = None, **fi
     settings = configure(pipeline.IngestConfig, config, fields)
     if isinstance(source, str | os.PathLike):
         source = open_source(settings.place(os.fspath(source)))
+        if (done := pipeline.complete(source, os.fspath(dest), settings)) is not None:
+            return done
     start_ray(os.fspath(dest))
     return pipeline.ingest(source, os.fspath(dest), settings)
 
@@ -145,6 +149,7 @@ def probe(
     network = configure(Network, {"name": backbone} if isinstance(backbone, str) else backbone, {})
     for labelled in (train, test):
         check_source(labelled)
+    check_checkpoint(checkpoint)
     from raysl.evaluation import evaluate, options
     from raysl.extraction import Trained, encoder_by_name
 
@@ -194,6 +199,7 @@ def features(
 
     settings = configure(Config, config, {**given(data=data, out=out), **fields})
     check_source(settings.data)
+    check_checkpoint(checkpoint)
     from raysl.extraction import check_layers, encoder_by_name
     from raysl.extraction.features import compute_features
 
@@ -260,6 +266,7 @@ def clusterfit(
         The run of the last student.
     """
     check_faiss()
+    check_checkpoint(teacher)
     from raysl.clustering import cluster_and_fit
 
     settings = configure(cluster_and_fit.ClusterfitConfig, config, {"teacher": uri(teacher), **fields})
@@ -298,11 +305,12 @@ def sweep(
     from raysl.tuning import sweep as tuning
 
     def varied(asked: Pretraining) -> list[str]:
-        return preparation.check(asked, settings)[0].names
+        names = preparation.check(asked, settings)[0].names
+        for data in filter(None, (asked.data, settings.train, settings.validation, settings.test)):
+            check_source(data)
+        return names
 
     learner = run_config(data, "-", base, {}, check=varied, out=settings.out)
-    for labelled in filter(None, (settings.train, settings.validation, settings.test)):
-        check_source(labelled)
     return tuning.sweep(learner, settings)
 
 
@@ -360,7 +368,7 @@ def views(
     if images < 1:
         raise UserError(f"images is {images}; it must be at least 1.")
     fields.pop("run", None)  # Nothing is trained, so a run that the caller names is not used.
-    settings = run_config(data, "-", config, fields, workers=False)
+    settings = run_config(data, "-", config, fields, workers=False, check=unseen)
     opened = dataset(settings.data)
     from raysl.reporting import pictures
 

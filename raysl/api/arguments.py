@@ -57,6 +57,13 @@ def check_source(data: Data) -> None:
         open_source(Place.parse(uri(data)))
 
 
+def check_checkpoint(checkpoint: AnyRun) -> None:
+    """Raise UserError unless a run, a checkpoint or a file lies at `checkpoint`, before torch is loaded."""
+    from raysl.extraction.encoders import find_checkpoint
+
+    find_checkpoint(uri(checkpoint))
+
+
 def check_faiss() -> None:
     """Raise UserError when the package that k-means runs on is missing."""
     if importlib.util.find_spec("faiss") is None:
@@ -92,7 +99,9 @@ def run_config(
         out: folder of the results, if it is not the run.
         local: whether one worker will train in this process, without Ray.
     """
+    from raysl.backbone import external_weights
     from raysl.config import Pretraining, defaults
+    from raysl.run import Run
 
     values = _named({**given(data=data, run=run), **fields})
     if local:
@@ -116,6 +125,8 @@ def run_config(
     asked = defaults.check(values)
     varied = (check and check(asked)) or ()
     check_source(asked.data)
+    if asked.backbone.weights and not Run.find(asked.run):
+        external_weights.read_file(asked.backbone.weights)  # Raises UserError.
     if not workers:
         import torch
 
@@ -147,6 +158,15 @@ def _resolved(
     if begun is not None:
         return defaults.resume(begun.config(), values, usual_workers)
     return defaults.resolve(values, images, usual_workers, has_gpus, varied)
+
+
+def unseen(asked: Pretraining) -> list[str]:
+    """Return the fields that are chosen for a run and do not change its views: `raysl views` does not list them."""
+    from raysl import pretext
+    from raysl.config import defaults
+
+    seen = {"view", *pretext.names()}
+    return [name for name in defaults.CHOSEN if name.partition(".")[0] not in seen]
 
 
 def _named(fields: Mapping[str, Any]) -> dict[str, Any]:

@@ -16,7 +16,7 @@ from raysl import console as console_log
 from raysl.api.arguments import start_ray
 from raysl.config import Pretraining, ViewConfig
 from raysl.dataset import DataSet
-from raysl.errors import UserError
+from raysl.errors import UserError, counted
 from raysl.fields import Bounds, Seed, check
 from raysl.optim import OptimConfig
 
@@ -75,8 +75,8 @@ def demo(config: DemoConfig) -> None:
         raise UserError(
             f"The demo measures with labels and {config.data!r} has none. Use `raysl pretrain` on it."
         )
-    counts = (f"{images.num_images:,}" for images in (dataset, judged))
-    _log.info("%s images to learn from, without labels; %s to test on.", *counts)
+    counts = counted(dataset.num_images, "image"), f"{judged.num_images:,}"
+    _log.info("%s to learn from, without labels; %s to test on.", *counts)
     settings = _settings(config, dataset, out, config.workers or placement.usual_workers())
     grid = out / "views.png"
     views = Model.of(settings, dataset).views()

@@ -19,6 +19,7 @@ from raysl.api.arguments import dataset
 from raysl.backbone.network import BackboneConfig
 from raysl.cli.flags import parse, peek_all
 from raysl.clustering.options import KMeansConfig
+from raysl.errors import counted
 from raysl.evaluation.online import OnlineConfig
 from raysl.extraction.features import FeaturesConfig
 from raysl.ingestion.pipeline import IngestConfig
@@ -137,7 +138,9 @@ def features(
         config: see `FeaturesConfig`.
     """
     store = api.features(checkpoint, config=config)
-    print(f"{store.folder}: {store.num_rows:,} rows, for pandas.read_parquet({str(store.folder)!r}).")
+    print(
+        f"{store.folder}: {counted(store.num_rows, 'row')}, for pandas.read_parquet({str(store.folder)!r})."
+    )
     print(f"`raysl cluster {store.folder} --k K` clusters them.")
 
 
@@ -192,7 +195,7 @@ def views(arguments: Sequence[str]) -> None:
     given, rest = tyro.cli(ViewsFlags, prog="raysl views", args=list(arguments), return_unknown_args=True)
     flags = parse([*rest, "--run", "-"], "raysl views")
     picture = api.views(out=given.out, images=given.images, **flags.given)
-    print(f"{picture}: {given.images} images as {flags.config.method} sees them.")
+    print(f"{picture}: {counted(given.images, 'image')} as {flags.config.method} sees them.")
 
 
 def methods(pages: Path | None = None) -> None:
@@ -208,12 +211,11 @@ def methods(pages: Path | None = None) -> None:
         print(f"{pages}: {len(method_pages.names())} pages with pictures of the views.")
         return
     from rich.console import Console
-    from rich.table import Table
 
-    from raysl.reporting.combinations import describe
+    from raysl.reporting.combinations import describe, listing
     from raysl.training import recipes
 
-    listed = Table("recipe", "description", title="Recipes: raysl pretrain --recipe RECIPE")
+    listed = listing("Recipes: raysl pretrain --recipe RECIPE", "recipe", "description")
     for name in recipes.names():
         listed.add_row(name, recipes.summary(name))
     console = Console()
@@ -275,7 +277,7 @@ def reproduce(run: _Run, config: Annotated[ReproduceConfig, _FLAGS]) -> None:
         print(f"differs: {line}")
     if not found.same:
         raise SystemExit(1)
-    print(f"The first {found.steps} steps gave the same numbers and weights, to the last bit.")
+    print(f"The first {counted(found.steps, 'step')} gave the same numbers and weights, to the last bit.")
 
 
 def doctor(arguments: Sequence[str]) -> None:

@@ -19,6 +19,7 @@ from PIL import Image
 from raysl.backbone.network import TIMM
 from raysl.config import Pretraining, from_dict, methods
 from raysl.dataset import DataSet
+from raysl.errors import counted
 
 _log = logging.getLogger("raysl.config.defaults")
 
@@ -77,8 +78,8 @@ def resolve(
     listed = [choice for choice in choices if choice.name not in varied]
     if listed:
         _log.info(
-            "Chosen for %s images with a shorter side of about %d pixels; a flag replaces each:",
-            *(f"{dataset.num_images:,}", short_side(dataset)),
+            "Chosen for %s with a shorter side of about %d pixels; a flag replaces each:",
+            *(counted(dataset.num_images, "image"), short_side(dataset)),
         )
     for choice in listed:
         _log.info("%s", choice)

@@ -9,7 +9,7 @@ from raysl import rng
 from raysl.communication.device_copy import to_device
 from raysl.contrastive.bank import MemoryBank
 from raysl.dataset import Rows
-from raysl.errors import UserError
+from raysl.errors import UserError, counted
 from raysl.rng import ImageRng
 
 
@@ -17,8 +17,8 @@ def check(num_negatives: int, num_images: int, objective: str) -> None:
     """Raise UserError, with the flag of the objective, unless the data set has `num_negatives` other images."""
     if not 1 <= num_negatives < num_images:
         raise UserError(
-            f"--{objective}.num-negatives is {num_negatives} and the data set has {num_images} images. Negatives are "
-            f"other images, so there can be 1 to {num_images - 1}."
+            f"--{objective}.num-negatives is {num_negatives} and the data set has {counted(num_images, 'image')}. "
+            f"Negatives are other images, so there can be 1 to {num_images - 1}."
         )
 
 

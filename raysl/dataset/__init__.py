@@ -31,7 +31,7 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 from numpy.typing import NDArray
 
-from raysl.errors import UserError
+from raysl.errors import UserError, counted
 from raysl.storage import Folder
 from raysl.storage.parquet_parts import Parts, metadata, spans
 from raysl.storage.records import verified, verified_lines, write_record
@@ -135,8 +135,8 @@ class DataSet:
     manifest: Manifest
 
     def __repr__(self) -> str:
-        classes = f" in {len(self.manifest.classes)} classes" if self.manifest.classes else ""
-        return f"DataSet({str(self.folder)!r}: {self.num_images:,} images{classes})"
+        classes = f" in {counted(len(self.manifest.classes), 'class')}" if self.manifest.classes else ""
+        return f"DataSet({str(self.folder)!r}: {counted(self.num_images, 'image')}{classes})"
 
     @staticmethod
     def is_one(uri: str) -> bool:

@@ -17,7 +17,8 @@ from numpy.typing import NDArray
 from raysl import extraction, probes, ray_cluster
 from raysl.checkpoint import Checkpoint
 from raysl.dataset import DataSet
-from raysl.errors import UserError, unknown
+from raysl.errors import UserError, counted, unknown
+from raysl.evaluation.apart import check_apart, same_set, warn_of_same, warn_of_shared
 from raysl.evaluation.options import ProbeConfig
 from raysl.evaluation.results import (
     MODEL,
@@ -38,7 +39,6 @@ from raysl.probes import (
     Probe,
     Row,
     Subject,
-    check_labels,
     common_labels,
 )
 from raysl.probes._frozen import StoredFeatures, measure_layers
@@ -209,10 +209,12 @@ def _run_probes(
     train, test = (
         data_set if isinstance(data_set, DataSet) else resolve(data_set) for data_set in (train, test)
     )
-    labelled = any(isinstance(probe, LabelledProbe) for _, probe in ready.values())
+    labelled = [name for name, (_, probe) in ready.items() if isinstance(probe, LabelledProbe)]
     common = common_labels(train, test) if labelled else (None, None)
     data = _Data(train, test, config.bn_statistics, *common)
     check_data(ready, data.train, data.test)
+    if labelled and same_set(train, test):
+        warn_of_same(labelled)
     if unseen := data.unseen():
         _log.warning(
             "%s of %s test images show classes that the train set does not have. No probe that learns from labels can "
@@ -222,6 +224,9 @@ def _run_probes(
         )
     found = _extract(sources, layers, ready, data, context, config)
     rows: list[dict[str, Any]] = []
+    for source, tables in zip(sources, found, strict=True):
+        if isinstance(source, extraction.Pixels) and labelled and not same_set(train, test):
+            warn_of_shared(*(next(iter(one.values())) for one in tables))
     for source, own_layers, tables in zip(sources, layers, found, strict=True):
         for name, (protocol, measure) in ready.items():
             identity = _row_identity(name, protocol, measure, source, data, context)
@@ -236,14 +241,6 @@ def _run_probes(
             add_rows(context.run, new)
             rows += new
     return rows
-
-
-def check_apart(names: Sequence[str], train: DataSet, test: DataSet) -> None:
-    """Raise UserError if a probe that learns would be scored on the images that it learns from."""
-    same = train.manifest.fingerprint == test.manifest.fingerprint
-    for name in names:
-        if probes.learns(name) and same:
-            check_labels(name, np.zeros(0, np.int64), same=True)
 
 
 def check_data(ready: Mapping[str, tuple[Any, Probe]], train: DataSet, test: DataSet) -> None:
@@ -343,7 +340,8 @@ def _extract(
         encoder = frozen_encoder(source, data.train, context.image_size, data.bn_statistics)
         wanted += [(encoder, dataset, protocol) for dataset in sets]
     # Not "test images": a sweep scores trials on images that it has held out of the train images.
-    named = (f"{data.train.num_images:,} images to learn from", f"{data.test.num_images:,} images to score")
+    sizes = [counted(one.num_images, "image") for one in (data.train, data.test)]
+    named = (f"{sizes[0]} to learn from", f"{sizes[1]} to score")
     _log.info("Computing the features of %s ...", " and ".join(named[-len(sets) :]))
     cache = config.cache or context.run.folder / "features"
     found = extraction.extract_all(wanted, cache, config.low_priority, config.in_process)

@@ -22,7 +22,7 @@ from types import MappingProxyType
 from typing import TYPE_CHECKING, Any
 
 from raysl import extraction, probes
-from raysl.errors import UserError
+from raysl.errors import UserError, counted
 from raysl.extraction import FeatureProtocol
 from raysl.run import Run, jsonl
 from raysl.storage import Folder
@@ -214,8 +214,8 @@ def tables(rows: Iterable[Mapping[str, Any]], sets: Iterable[DataSet] = ()) -> l
 
 
 def _size(dataset: DataSet) -> str:
-    classes = f", {len(dataset.manifest.classes):,} classes" if dataset.has_labels else ""
-    return f" ({dataset.num_images:,} images{classes})"
+    classes = f", {counted(len(dataset.manifest.classes), 'class')}" if dataset.has_labels else ""
+    return f" ({counted(dataset.num_images, 'image')}{classes})"
 
 
 def _table(members: list[Mapping[str, Any]], sizes: Mapping[str, str]) -> Table:
@@ -292,23 +292,20 @@ def verdicts(rows: Iterable[Mapping[str, Any]], num_test: int = 0) -> list[str]:
 
 def _verdict(name: str, trained: Mapping[str, Any], others: list[Mapping[str, Any]], num_test: int) -> str:
     called = {"random": "the untrained network", "pixels": "raw pixels"}
-    texts = {row["encoder"]: f"{called[row['encoder']]} ({shown(row)})" for row in others}
-    margins = {row["encoder"]: _margin(trained, row, num_test) for row in others}
-    worse = [row["encoder"] for row in others if row["value"] + margins[row["encoder"]] < trained["value"]]
-    start, listed = f"By {name}, the trained network ({shown(trained)})", " and ".join(texts.values())
-    if len(worse) == len(others):
-        return f"{start} is better than {listed}: the run has learned something useful."
-    if worse:
-        rest = next(row for row in others if row["encoder"] not in worse)
-        lost = rest["value"] - margins[rest["encoder"]] > trained["value"]
-        other = f"{'worse' if lost else 'not clearly better'} than {texts[rest['encoder']]}"
-        return f"{start} is better than {texts[worse[0]]} and {other}."
-    if any(row["value"] - margins[row["encoder"]] <= trained["value"] for row in others) and num_test:
-        chance = f"with {num_test:,} test images, a difference of {100 * max(margins.values()):.1f} % may be chance"
-        return f"{start} is not clearly better than {listed}: {chance}."
-    return (
-        f"{start} is not better than {listed}: the run has not learned anything that this probe can use yet."
-    )
+    margins = [_margin(trained, row, num_test) for row in others]
+    found: dict[str, list[str]] = {"better": [], "not clearly better": [], "worse": []}
+    for row, margin in zip(others, margins, strict=True):
+        ahead = trained["value"] - row["value"]
+        how = "better" if ahead > margin else "worse" if ahead < -margin else "not clearly better"
+        found[how].append(f"{called[row['encoder']]} ({shown(row)})")
+    listed = " and ".join(f"{how} than {' and '.join(texts)}" for how, texts in found.items() if texts)
+    if len(found["better"]) == len(others):
+        listed += ": the run has learned something useful"
+    elif len(found["worse"]) == len(others):
+        listed += ": the run has not learned anything that this probe can use yet"
+    elif not found["better"] and num_test:
+        listed += f": with {counted(num_test, 'test image')}, a difference of {100 * max(margins):.1f} % may be chance"
+    return f"By {name}, the trained network ({shown(trained)}) is {listed}."
 
 
 def _margin(one: Mapping[str, Any], other: Mapping[str, Any], num_test: int) -> float:

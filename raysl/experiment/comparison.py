@@ -16,7 +16,8 @@ from raysl import extraction
 from raysl.backbone.network import BackboneConfig
 from raysl.clustering.cluster_and_fit import ClusterfitConfig, clusterfit
 from raysl.config import Pretraining, ViewConfig
-from raysl.evaluation.evaluate import check_apart, probe
+from raysl.evaluation.apart import check_apart
+from raysl.evaluation.evaluate import probe
 from raysl.evaluation.results import ENCODERS, rows_of_probe
 from raysl.experiment.script import Flags, locally, pretrained
 from raysl.ingestion import resolve, splits

@@ -229,10 +229,22 @@ def encoder_by_name(name: str, config: BackboneConfig, seed: int = 0) -> Encoder
         return RandomBackbone(config, seed)
     if name == "pixels":
         return Pixels()
+    found = find_checkpoint(name)
+    return Trained(*found) if found else Weights(name.rstrip("/"), config)
+
+
+def find_checkpoint(name: str) -> tuple[Run, Checkpoint] | None:
+    """Return the run and the checkpoint that a user has named; None for a file, "random" or "pixels". Without torch.
+
+    Raises:
+        UserError: as `encoder_by_name`.
+    """
+    if name in ("random", "pixels"):
+        return None
     name = name.rstrip("/")
     if Folder(name).exists(METADATA):
         run = Run.open(name)
-        return Trained(run, run.newest())
+        return run, run.newest()
     inside = re.fullmatch(r"(.+)/checkpoints/step-(\d+)", name)
     if inside:
         run = Run.open(inside[1])
@@ -241,9 +253,8 @@ def encoder_by_name(name: str, config: BackboneConfig, seed: int = 0) -> Encoder
             raise unknown(
                 f"checkpoint of the run {inside[1]!r}", f"step-{inside[2]}", (f"step-{s:09d}" for s in steps)
             )
-        return Trained(run, steps[int(inside[2])])
-    weights = Weights(name, config)
-    place, _, file = weights.file.rpartition("/")
+        return run, steps[int(inside[2])]
+    place, _, file = str(Folder(name)).rpartition("/")
     try:
         Folder(place or "/").open(file).close()
     except (OSError, StorageError) as error:
@@ -251,7 +262,7 @@ def encoder_by_name(name: str, config: BackboneConfig, seed: int = 0) -> Encoder
             f"There is no checkpoint at {name!r} ({error}). {similar_folder(name, METADATA)}Give the folder of a run, "
             "RUN/checkpoints/step-NNN, a weights file together with --backbone.name, 'random' or 'pixels'."
         ) from error
-    return weights
+    return None
 
 
 def view_size(source: Encoder) -> int:

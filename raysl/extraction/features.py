@@ -10,7 +10,7 @@ from typing import Annotated, Any, Literal
 from raysl import console, ray_cluster
 from raysl.backbone.network import BackboneConfig
 from raysl.dataset import DataSet
-from raysl.errors import UserError
+from raysl.errors import UserError, counted
 from raysl.extraction import encoders, pca
 from raysl.extraction.encoders import MAX_IMAGE_SIZE, Encoder, Trained
 from raysl.extraction.feature_tasks import FeatureProtocol, compute, describe
@@ -89,7 +89,7 @@ def compute_features(checkpoint: str, config: FeaturesConfig) -> FeatureStore:
     if _is_finished(folder, about):
         _log.info("The features at %s are already there.", folder)
         return FeatureStore.open(str(folder))
-    what = f"{config.layer} features of {dataset.num_images:,} images"
+    what = f"{config.layer} features of {counted(dataset.num_images, 'image')}"
     with console.working(f"Computing {what} by {checkpoint}, to {folder} ..."):
         if config.pca or config.pca_of:
             parts = _reduced(source, dataset, protocol, config, folder)

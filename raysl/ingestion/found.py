@@ -2,10 +2,11 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 
-from raysl.errors import UserError
+from raysl.errors import UserError, counted
 
 # Kinds of entries that are left out. Files of other kinds are named by `raysl.ingestion.listing.kind_of`.
 LINKS_OUT = "links out of the source"
@@ -33,7 +34,10 @@ class LeftOut:
         return sorted(kinds, key=lambda one: -one[1])
 
     def __str__(self) -> str:
-        return "; ".join(f"{count:,} {kind} ({first})" for kind, count, first in self.sorted()) or "nothing"
+        return (
+            "; ".join(f"{of_kind(kind, count)} ({first})" for kind, count, first in self.sorted())
+            or "nothing"
+        )
 
 
 @dataclass
@@ -63,9 +67,15 @@ class Found:
             others = ", ".join(split for split in self.splits if split != self.split)
             lines.append(("split", self.split + (f"  (not read: {others})" if others else "")))
         lines += [(self.noun, f"{self.images:,}{_classes(self.classes)}"), ("labels", self.labels)]
-        left_out = [f"{count:,} {kind}, as {first}" for kind, count, first in self.left_out.sorted()]
+        left_out = [f"{of_kind(kind, count)}, as {first}" for kind, count, first in self.left_out.sorted()]
         lines += [("" if i else "left out", text) for i, text in enumerate(left_out)]
         return "\n".join(f"  {key:<9} {text}" for key, text in lines)
+
+
+def of_kind(kind: str, count: int) -> str:
+    """Return a kind of entries with its number, as "1 text file"."""
+    single = count == 1 and " and " not in kind and not kind.startswith("data ") and " that lead" not in kind
+    return f"{count:,} {re.sub(r's(?= |$)', '', kind, count=1) if single else kind}"
 
 
 def _classes(counts: dict[str, int]) -> str:
@@ -88,12 +98,6 @@ def listed(names: Sequence[str], most: int = 20) -> str:
     """Return names for a message; if there are many, only the first."""
     more = f", ... ({len(names):,} in all)" if len(names) > most else ""
     return ", ".join(printable(name) for name in names[:most]) + more
-
-
-def counted(count: int, noun: str) -> str:
-    """Return a number with its noun, as "1 image" or "2 classes"."""
-    plural = "" if count == 1 else "es" if noun.endswith("s") else "s"
-    return f"{count:,} {noun}{plural}"
 
 
 def unreadable(name: str, error: OSError) -> UserError:

@@ -12,8 +12,8 @@ from typing import Any
 
 import numpy as np
 
+from raysl.errors import counted
 from raysl.ingestion import png
-from raysl.ingestion.found import counted
 from raysl.ingestion.sources import Row
 from raysl.stream.formats import DecodeError
 from raysl.stream.pixels import DecodeConfig, Picture, Ranges, pictures

@@ -15,12 +15,12 @@ from itertools import chain, islice
 from typing import Any
 
 from raysl.errors import UserError
-from raysl.ingestion.found import LINKS_AGAIN, LINKS_OUT, LeftOut, printable
+from raysl.ingestion.found import LINKS_AGAIN, LINKS_OUT, LeftOut, of_kind, printable
 from raysl.storage import Folder, filesystem, retry
 from raysl.stream.formats import EXTENSIONS, looks_like_image
 
 IMAGE, TABLE, ARCHIVE = "image", "tables", "archives"
-NOTES, VIDEO = "JSON and XML files", "videos"
+NOTES, VIDEO = "JSON or XML files", "videos"
 _Inode = tuple[int, int]
 _FEW_FILES = 100_000
 # Bytes at the beginning of a file that tell whether it is an image.
@@ -174,7 +174,7 @@ class _LocalWalk:
         if self._outside:
             path, target = self._outside[0]
             raise UserError(
-                f"{len(self._outside):,} {LINKS_OUT} {printable(self._root)!r} were found, the first being "
+                f"The source {printable(self._root)!r} holds {of_kind(LINKS_OUT, len(self._outside))}, the first being "
                 f"{printable(path)!r} to {printable(target)!r}. Add --follow-links to read what they lead to, or "
                 "remove them."
             )

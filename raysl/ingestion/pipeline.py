@@ -25,10 +25,10 @@ from rich.console import Console
 from rich.progress import BarColumn, Progress, TaskProgressColumn, TextColumn, TimeRemainingColumn
 
 from raysl.dataset import BAD_IMAGES, SHARDS, DataSet, Manifest, Shard
-from raysl.errors import UserError
+from raysl.errors import UserError, counted
 from raysl.fields import Bounds
 from raysl.ingestion import images, objects, shard
-from raysl.ingestion.found import counted, printable, unreadable
+from raysl.ingestion.found import printable, unreadable
 from raysl.ingestion.journal import Header, Journal, Listed, check_apart, check_free, finished
 from raysl.ingestion.sources import Opened, Place, ReadConfig, Source, UnitSize, open_source, read, recognised
 from raysl.storage import Folder
@@ -97,7 +97,7 @@ def ingest(source: Any, dest: str, config: IngestConfig | None = None, wait: boo
     if isinstance(source, str | os.PathLike):
         source = open_source(config.place(os.fspath(source)))
     if isinstance(source, Opened):
-        if (done := _finished(source, folder, config)) is not None:
+        if (done := complete(source, dest, config)) is not None:
             return done
         check_apart(folder, source.place)
     else:
@@ -108,7 +108,7 @@ def ingest(source: Any, dest: str, config: IngestConfig | None = None, wait: boo
             if not isinstance(source, Opened):
                 check_free(folder)  # again: another process may have written here in the meantime
             opened = source if isinstance(source, Opened) else objects.opened(source, folder, config.reading)
-            done = _finished(opened, folder, config)  # by another process
+            done = complete(opened, dest, config)  # by another process
             return done or _ingest(opened, Journal(folder), config, lock)
     except UserError:
         if is_new and folder.is_local:
@@ -117,13 +117,13 @@ def ingest(source: Any, dest: str, config: IngestConfig | None = None, wait: boo
         raise
 
 
-def _finished(opened: Opened, folder: Folder, config: IngestConfig) -> DataSet | None:
-    """Return the data set if it is complete already."""
+def complete(opened: Opened, dest: str, config: IngestConfig) -> DataSet | None:
+    """Return the data set of a source, and say so, if an earlier ingest has completed it. Ray need not run."""
     name = opened.source.name
-    done = finished(folder, name, config.decoding)
+    done = finished(Folder(dest), name, config.decoding)
     if done is not None:
-        what = f"{done.num_images:,} images of {name}"
-        _log.info("%s is complete: %s. Delete it to ingest the source again.", folder, what)
+        what = f"{counted(done.num_images, 'clip' if done.manifest.clips else 'image')} of {name}"
+        _log.info("%s is complete: %s. Delete it to ingest the source again.", done.folder, what)
     return done
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Annotated, Literal
@@ -58,6 +59,9 @@ class WithMemory(Base):
         super().__init__(config, setup)
         negatives.check(config.num_negatives, setup.num_images, name)
         self.bank_dim = config.dim
+        # The binary decisions of "nce", and the negatives of "paper_h", add the same.
+        k = config.num_negatives
+        self.chance = math.log1p(k) + (0.0 if config.loss == "infonce" else k * math.log1p(1 / k))
         self.image_head = projection(config.head, setup.width, config.dim)
         # The normalisation constant of "nce": NaN until the first batch sets it, while the bank holds random vectors.
         # It is saved, because a later batch would give another value.

@@ -19,6 +19,7 @@ as in the papers ("shuffling BN"). With one worker this does nothing; use `--bac
 
 from __future__ import annotations
 
+import math
 from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Annotated, Any
@@ -67,6 +68,7 @@ class Moco(Base):
         super().__init__(config, setup)
         self.views = {"query": setup.pretext or setup.identity, "key": setup.identity}
         self.head = projection(config.head, setup.width, config.dim)
+        self.chance = math.log1p(config.queue)
         self.key_backbone = frozen_copy(setup.backbone)
         self.key_head = frozen_copy(self.head)
         self.shuffles = any(isinstance(module, nn.BatchNorm2d) for module in self.key_backbone.modules())

@@ -14,6 +14,7 @@ pooled features, and its own loss.
 
 from __future__ import annotations
 
+import math
 from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Annotated
@@ -62,6 +63,8 @@ class Predict(Base):
                 "pirl."
             )
         self.views = {"transformed": transform}
+        if self.dense is None:
+            self.chance = math.log(transform.num_labels)
         # With a label for each crop, every crop is a sample.
         self.per_crop = pretext.label_per_crop(transform)
         crops = 1 if self.per_crop else transform.num_crops

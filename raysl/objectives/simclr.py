@@ -16,6 +16,7 @@ simclr`.
 
 from __future__ import annotations
 
+import math
 from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Annotated
@@ -61,6 +62,7 @@ class Simclr(Base):
         # The ordinary view last: the running statistics of BatchNorm then end on whole images.
         self.views = {"b": setup.pretext or setup.identity, "a": setup.identity}
         self.head = projection(config.head, setup.width, config.dim, config.norm)
+        self.chance = math.log(2 * setup.batch_size - 1)
 
     def forward(self, backbone: nn.Module, views: Mapping[str, Tensor]) -> dict[str, Tensor]:
         """Compute unit embeddings of both views, (b, 2, d)."""

@@ -24,28 +24,27 @@ _TITLE = "Methods: OBJECTIVE or OBJECTIVE-TRANSFORM; with '+' one transform afte
 
 
 def describe() -> list[Table]:
-    """Return tables of the parts, of the combinations, and of the reasons why others do not combine."""
-    parts = Table("part", "name", "description", title="Parts, one file each", show_lines=False)
+    """Return tables of the objectives, of the transforms, and of the methods that they make. They fit 80 columns."""
+    usual = listing("Objectives, one file each", "objective", "description")
+    experimental = listing("Experimental objectives", "objective", "description")
+    combined = listing(_TITLE, "objective", "alone", "with a transform")
     for name in methods.objective_names():
-        kind = "experimental objective" if methods.is_experimental(name) else "objective"
-        parts.add_row(kind, name, summary(methods.load_objective(name)[1]))
+        (experimental if methods.is_experimental(name) else usual).add_row(
+            name, summary(methods.load_objective(name)[1])
+        )
+        fitting = [transform for transform in pretext.names() if combines(name, transform) == "yes"]
+        every = "every one" if len(fitting) == len(pretext.names()) else ", ".join(fitting)
+        combined.add_row(name, "yes" if combines(name, "") == "yes" else "no", every or "none")
+    transforms = listing("Transforms, one file each", "transform", "description")
     for name in pretext.names():
-        parts.add_row("transform", name, summary(pretext.load(name)[1]))
-    # Fits 80 columns with every name whole.
-    columns = (Column(name, overflow="fold") for name in methods.objective_names())
-    first = Column("transform", no_wrap=True)
-    grid = Table(first, *columns, title=_TITLE, box=box.SIMPLE_HEAD, padding=(0, 1, 0, 0), pad_edge=False)
-    reasons: dict[str, list[str]] = {}
-    for transform in ("", *pretext.names()):
-        answers = {name: combines(name, transform) for name in methods.objective_names()}
-        grid.add_row(transform or "(none)", *("yes" if a == "yes" else "-" for a in answers.values()))
-        for objective, answer in answers.items():
-            if answer != "yes":
-                reasons.setdefault(answer, []).append(f"{objective}-{transform}".rstrip("-"))
-    why = Table("why not", "methods", title="What does not combine")
-    for reason, refused in reasons.items():
-        why.add_row(reason, ", ".join(refused))
-    return [parts, grid, why]
+        transforms.add_row(name, summary(pretext.load(name)[1]))
+    return [usual, experimental, transforms, combined]
+
+
+def listing(title: str, name: str, *others: str) -> Table:
+    """Return an empty table without a frame, whose first column is never broken."""
+    first = Column(name, no_wrap=True)
+    return Table(first, *others, title=title, title_justify="left", box=box.SIMPLE_HEAD, pad_edge=False)
 
 
 def summary(part: type[object]) -> str:

@@ -23,7 +23,7 @@ from numpy.typing import NDArray
 
 from raysl import rng
 from raysl.dataset import DataSet, Rows
-from raysl.errors import UserError
+from raysl.errors import UserError, counted
 
 LANES = 8
 WINDOW_ROWS = 1024
@@ -63,8 +63,8 @@ class Plan:
             raise UserError(f"--batch-size is {batch_size}; it must be at least 1.")
         if batch_size > dataset.num_images:
             raise UserError(
-                f"--batch-size is {batch_size} and the data set has {dataset.num_images} images; the batch must not be "
-                "larger than the data set."
+                f"--batch-size is {batch_size} and the data set has {counted(dataset.num_images, 'image')}; the "
+                "batch must not be larger than the data set."
             )
         starts = dataset.row_group_starts
         rows_per_group = dataset.num_images / (len(starts) - 1)

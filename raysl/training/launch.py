@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import logging
+import math
 import tempfile
 import threading
 import time
@@ -15,7 +16,7 @@ from typing import Any
 from raysl import checkpoint, console, ray_cluster
 from raysl.config import Pretraining, methods
 from raysl.dataset import DataSet
-from raysl.errors import UserError
+from raysl.errors import UserError, counted
 from raysl.ingestion import resolve
 from raysl.model import Model
 from raysl.ray_cluster import gpus, local_ray, shared_paths
@@ -27,7 +28,7 @@ from raysl.storage import Folder
 from raysl.storage.lock import DriverLock
 from raysl.stream.plan import Plan
 from raysl.stream.shared import Subscriber
-from raysl.training import elastic, progress_actor, signals
+from raysl.training import elastic, guessing, progress_actor, signals
 from raysl.training import local as in_process
 from raysl.training.elastic import CapacityRequest, Resizing, WorkerGroup
 from raysl.training.worker import Job, work
@@ -71,8 +72,7 @@ def pretrain(
 
     Raises:
         UserError: the configuration, the data or the machine has to be fixed. Nothing is half-written.
-        Interrupted: the user pressed Ctrl-C; the run is saved.
-        SystemExit: SIGTERM or SIGHUP arrived; the run is saved.
+        Interrupted, SystemExit: Ctrl-C, or SIGTERM or SIGHUP, arrived; the run is saved.
     """
     counts = config.worker_counts()
     with console.working("Preparing the run ..."):
@@ -88,7 +88,7 @@ def pretrain(
         saved = _saved(Run(lock.folder))
         if saved >= end:
             state = "finished" if saved >= plan.num_steps else "at this step"
-            _log.info("The run at %s is already %s (%d steps).", config.run, state, saved)
+            _log.info("The run at %s is already %s (%s).", config.run, state, counted(saved, "step"))
             return Run(lock.folder)
         run = Run.begin(config, dataset, facts)
         _announce(config, dataset, plan, group, saved, local)
@@ -104,6 +104,7 @@ def pretrain(
                 if group.gpus:
                     gpus.check(group.placement.gpus_per_worker, config.precision)
                 _Attempts(job, counts, end, plan.num_steps, lock, callbacks).run(group)
+        guessing.warn(run, config, facts.get("chance", math.inf), plan.num_steps)
     return run
 
 
@@ -123,11 +124,11 @@ def _announce(
     config: Pretraining, dataset: DataSet, plan: Plan, group: WorkerGroup, saved: int, local: bool
 ) -> None:
     _log.info(
-        "%s on %s images %s: %d steps of %d.",
+        "%s on %s %s: %s of %d.",
         config.method,
-        f"{dataset.num_images:,}",
+        counted(dataset.num_images, "image"),
         f"resumes from step {saved}" if saved else "begins",
-        plan.num_steps,
+        counted(plan.num_steps, "step"),
         config.batch_size,
     )
     objective = methods.parse(config.method).objective
@@ -172,11 +173,10 @@ def _group(config: Pretraining, placement: Placement | None, local: bool) -> Wor
 
 def _described(group: WorkerGroup, counts: Sequence[int]) -> str:
     placement = group.placement
-    plural = "s" if group.workers > 1 else ""
     gpus_each = f" and {placement.gpus_per_worker:g} GPU" if placement.gpus_per_worker else ""
     share = f"{placement.cpus_per_worker:g} CPU{gpus_each} each"
     among = f" (of {', '.join(map(str, counts))}, which divide the batch)" if len(counts) > 1 else ""
-    return f"{group.workers} worker{plural}{among} with {share}"
+    return f"{counted(group.workers, 'worker')}{among} with {share}"
 
 
 def _saved(run: Run) -> int:

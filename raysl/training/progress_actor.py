@@ -9,7 +9,7 @@ import time
 from collections.abc import Mapping
 from typing import Any
 
-from raysl.errors import UserError
+from raysl.errors import UserError, counted
 
 # Errors of one worker at one step before a run gives up.
 MAX_CRASHES = 3
@@ -96,9 +96,8 @@ class ProgressActor:
         lost = max(0, max(self._reached, reached) - step)
         self._reached, self._num_workers, self._stalled, self._stall = step, workers, {}, ""
         if step or lost:
-            self._messages.append(
-                f"Resumed from step {step} with {workers} worker{'s' if workers > 1 else ''}; {lost} steps were lost."
-            )
+            were = f"{counted(lost, 'step')} {'was' if lost == 1 else 'were'}"
+            self._messages.append(f"Resumed from step {step} with {counted(workers, 'worker')}; {were} lost.")
         return lost
 
     def request_stop(self, stop: bool) -> None:

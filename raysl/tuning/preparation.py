@@ -15,7 +15,8 @@ from raysl.backbone.network import BackboneConfig
 from raysl.config import Pretraining
 from raysl.dataset import DataSet
 from raysl.errors import UserError
-from raysl.evaluation.evaluate import check_apart, check_data, probe
+from raysl.evaluation.apart import check_apart
+from raysl.evaluation.evaluate import check_data, probe
 from raysl.evaluation.options import ProbeConfig
 from raysl.ingestion import resolve
 from raysl.ingestion.subset import part

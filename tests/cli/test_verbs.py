@@ -86,13 +86,15 @@ def test_probes_of_other_data_are_refused_before_ray_starts(
     assert not out.exists()
 
 
-def test_views_makes_the_folder_of_its_picture(
-    no_ray: None, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+def test_views_makes_the_folder_of_its_picture_and_lists_what_changes_it(
+    no_ray: None, tmp_path: Path, capsys: pytest.CaptureFixture[str], caplog: pytest.LogCaptureFixture
 ) -> None:
+    caplog.set_level("INFO", "raysl")
     data = make_dataset(tmp_path / "set", 40)
     views = f"views --data {data.folder} --pirl.num-negatives 8 --images 2 --out"
     picture = tmp_path / "new" / "views.png"
     main([*views.split(), str(picture)])
+    assert re.findall(r"  --(\S+)", caplog.text) == ["method", "view.image-size", "jigsaw.grid"]
     assert picture.read_bytes().startswith(b"\x89PNG")
     assert "Cannot write" in refused(capsys, *views.split(), str(picture / "below.png"))
 

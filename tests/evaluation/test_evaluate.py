@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from io import BytesIO
 from pathlib import Path
 
@@ -16,6 +17,7 @@ from raysl.errors import UserError
 from raysl.evaluation.evaluate import probe, probe_model
 from raysl.evaluation.results import protocol_hash, rows_of, tables
 from raysl.extraction import FeatureProtocol, encoder_by_name
+from raysl.ingestion.subset import subset
 from raysl.probes import common_labels
 from raysl.probes.collapse import Config as Collapse
 from raysl.probes.invariance import Config as Invariance
@@ -62,6 +64,20 @@ def test_images_that_a_sweep_scores_are_not_called_test_images(
         probe(*run, probes=["knn"], encoders=["pixels"], in_process=True, cache=cache)
     assert "Computing the features of 120 images to learn from and 60 images to score ..." in caplog.messages
     assert "test images" not in caplog.text
+
+
+def test_shared_images_are_told(
+    run: tuple[Run, str, str], tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    def said(test: str) -> str:
+        caplog.clear()
+        probe(run[0], run[1], test, probes=["knn"], encoders=["pixels"], in_process=True)
+        return caplog.text
+
+    assert "knn compares each image with the others" in said(run[1])
+    assert not re.search("share|others", said(run[2]))
+    some = subset(DataSet.open(run[1]), 40, Folder(str(tmp_path / "some")))
+    assert "40 of 40 test images are also in the train set" in said(str(some.folder))
 
 
 def test_bn_statistics_are_part_of_the_protocol(run: tuple[Run, str, str]) -> None:

@@ -256,7 +256,7 @@ def test_archives_without_images(tmp_path: Path) -> None:
     write_tar(tmp_path / "a.tar", {f"{i:06d}.ten": b"x" for i in range(3)})
     assert "hold no images. They hold 3 members called .ten (000000.ten)" in refused(tmp_path / "a.tar")
     write_tar(tmp_path / "b.tar", {"n01.tar": b"x"})
-    assert "They hold 1 archives (n01.tar)" in refused(tmp_path / "b.tar")
+    assert "They hold 1 archive (n01.tar)" in refused(tmp_path / "b.tar")
     put(tmp_path, "c.tar", data=b"no archive at all, but words" * 50)
     assert "is damaged at its beginning" in refused(tmp_path / "c.tar")
 

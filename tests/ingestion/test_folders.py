@@ -298,7 +298,9 @@ def test_files_without_a_telling_name_are_looked_at(tmp_path: Path) -> None:
 def test_a_folder_without_images_is_told_what_it_holds(tmp_path: Path) -> None:
     assert "holds no images. It holds nothing" in refused(tmp_path)
     put(tmp_path, "a.txt", "b.txt", "c.wav", data=b"x")
-    assert "It holds 2 text files (a.txt); 1 audio files (c.wav)" in refused(tmp_path)
+    said = refused(tmp_path)
+    assert "It holds 2 text files (a.txt); 1 audio file (c.wav). A source is one of" in said
+    assert len(said) < 500 + len(str(tmp_path))
 
 
 def test_names_that_are_not_utf_8(tmp_path: Path) -> None:
@@ -341,7 +343,7 @@ def test_links(tmp_path: Path) -> None:
     }
     os.symlink(tmp_path / "store", source / "b")
     message = refused(source)
-    assert "1 links out of the source" in message
+    assert "1 link out of the source" in message
     assert "'b' to" in message
     assert "--follow-links" in message
     assert len(opened(source, follow_links=True)[1]) == 4
@@ -410,7 +412,7 @@ def test_the_table_of_what_was_found(tmp_path: Path) -> None:
             "  split     train  (not read: test)",
             "  images    3 in 2 classes: cat 2, dog 1",
             "  labels    the folder of each image, as train/cat/1.jpg",
-            "  left out  1 text files, as train/cat/notes.txt",
+            "  left out  1 text file, as train/cat/notes.txt",
         ]
     )
 

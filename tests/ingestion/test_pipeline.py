@@ -16,6 +16,7 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
 
+from raysl import api
 from raysl.dataset import DataSet, Manifest
 from raysl.errors import UserError
 from raysl.ingestion import IngestConfig, pipeline, resolve
@@ -108,12 +109,16 @@ def test_the_same_images_have_the_same_fingerprint(tmp_path: Path) -> None:
     assert ingest(tmp_path / "in", tmp_path / "c").manifest.fingerprint != first.manifest.fingerprint
 
 
-def test_a_finished_data_set_is_left_alone(tmp_path: Path, said: pytest.LogCaptureFixture) -> None:
+def test_a_finished_data_set_is_left_alone_and_ray_does_not_start(
+    tmp_path: Path, said: pytest.LogCaptureFixture, monkeypatch: pytest.MonkeyPatch
+) -> None:
     ingest(photos(tmp_path / "in"), tmp_path / "out")
     before = snapshot(tmp_path / "out")
     said.clear()
     ingest(tmp_path / "in", tmp_path / "out")
     assert "is complete: 7 images" in said.messages[0]
+    monkeypatch.setattr(api, "start_ray", lambda *_: pytest.fail("Ray starts for nothing"))
+    assert api.ingest(tmp_path / "in", tmp_path / "out").num_images == 7
     assert "already holds a data set of another source" in refused(photos(tmp_path / "in2"), tmp_path / "out")
     assert snapshot(tmp_path / "out") == before
 

@@ -29,6 +29,7 @@ from raysl.dataset import SHARDS, DataSet
 from raysl.errors import UserError
 from raysl.evaluation.online import OnlineConfig, pretrain_and_probe
 from raysl.objectives.pirl import Config as Pirl
+from raysl.optim import OptimConfig
 from raysl.run import Run
 from raysl.run.callbacks import Callbacks
 from raysl.storage import Folder, lock
@@ -72,6 +73,16 @@ def test_a_run_that_is_half_on_ray_has_the_same_numbers(
     pretrain(config, until=8, placement=local.place())
     pretrain(config, local=True)
     assert_same_end(config.run, finished)
+
+
+@pytest.mark.parametrize("lr", [1e-6, 0.1])
+def test_a_run_whose_loss_is_that_of_a_guess_says_so(
+    lr: float, dataset: DataSet, tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    config = replace(alone(dataset, tmp_path / "run"), optim=OptimConfig(lr=lr), epochs=10)
+    pretrain(config, local=True)
+    found = [line for line in caplog.messages if "guessing would give 3.497" in line]
+    assert len(found) == (lr == 1e-6)
 
 
 def test_a_thread_may_train(finished: Run, dataset: DataSet, tmp_path: Path) -> None:

@@ -2,7 +2,7 @@
 
 A file `sources/foo.py` describes one kind with
 
-    SUMMARY = "..."                             how a user names such a source, in one line
+    SUMMARY = "..."                             what such a source is, in a few words
     def recognise(place: Place) -> Confidence   tells whether a place is of this kind
     class Source                                the opened source; see `Source`
     def read(unit: Unit) -> Iterator[Row]       the rows of a unit, in a worker
@@ -209,7 +209,8 @@ def _kinds() -> dict[str, ModuleType]:
 
 def recognised() -> str:
     """Return what can be ingested, as one sentence."""
-    return f"A source is one of: {'; '.join(kind.SUMMARY for kind in _kinds().values())}."
+    kinds = "; ".join(sorted(kind.SUMMARY for kind in _kinds().values()))
+    return f"A source is one of: {kinds}. docs/data.md has examples."
 
 
 def open_source(place: Place) -> Opened:

@@ -42,9 +42,7 @@ from raysl.ingestion.sources import (
 from raysl.storage import Folder
 from raysl.stream.formats import JPEG
 
-SUMMARY = (
-    "tar and zip archives, WebDataset shards: shard-000000.tar, photos.tar.gz, photos.zip, s3://bucket/shards"
-)
+SUMMARY = "tar and zip archives, WebDataset shards"
 
 _SUFFIXES = (".tar", ".tgz", ".tar.gz", ".tar.bz2", ".tbz2", ".tar.xz", ".txz", ".tar.zst", ".zip")
 # Damage to a single member of a zip archive.

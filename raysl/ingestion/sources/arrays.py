@@ -33,10 +33,7 @@ from raysl.ingestion.listing import files_below, is_folder, stamp
 from raysl.ingestion.sources import Confidence, Place, ReadConfig, Row, Unit, UnitSize, choose_split
 from raysl.storage import Folder
 
-SUMMARY = (
-    "MNIST's IDX files, CIFAR-10 and -100, NumPy's .npz: mnist/#test, cifar-10-batches-py/#train, images.npz, "
-    "fashion-mnist#train (as Debian's dataset-fashion-mnist installs it)"
-)
+SUMMARY = "IDX files as of MNIST, CIFAR-10 and -100, .npz arrays"
 
 FASHION_MNIST = Path("/usr/share/datasets/fashion-mnist")
 _FASHION_CLASSES = (

@@ -24,7 +24,7 @@ from raysl.ingestion.sources import Confidence, Place, Row, Unit, UnitSize, numb
 if TYPE_CHECKING:
     from raysl.rng import ImageRng
 
-SUMMARY = "drawn clips with sound: clips:500, clips:100#test, clips:500?seed=3&size=64&frames=24"
+SUMMARY = "clips:N for drawn clips"
 
 # Default, smallest and largest value of each.
 _OPTIONS = {"seed": (0, 0, 2**62), "size": (64, 32, 256), "frames": (24, 2, 240)}

@@ -14,7 +14,7 @@ from raysl.ingestion import png
 from raysl.ingestion.found import Found
 from raysl.ingestion.sources import Confidence, Place, Row, Unit, UnitSize, numbered
 
-SUMMARY = "drawn images: shapes:100000, shapes:10000#test, shapes:100000?seed=3&size=64&plain=1"
+SUMMARY = "shapes:N for drawn images"
 
 # Default, smallest and largest value of each.
 _OPTIONS = {"seed": (0, 0, 2**62), "size": (32, 16, 512), "plain": (0, 0, 1)}

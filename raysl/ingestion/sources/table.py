@@ -25,10 +25,7 @@ from raysl.ingestion.listing import ARCHIVE, IMAGE, TABLE, VIDEO, File, kind_of,
 from raysl.ingestion.sources import Confidence, Place, Row, Unit, UnitSize, files_ending, in_units, read_split
 from raysl.storage import Folder
 
-SUMMARY = (
-    "tables of images: Parquet, Arrow, Feather, save_to_disk of Hugging Face, or CSV, TSV and JSON lines with names of "
-    "files: images.parquet, cifar10/#train, hf://datasets/uoft-cs/cifar10#train, photos/list.csv"
-)
+SUMMARY = "tables of images or of names of files (Parquet, Arrow, Feather, CSV, TSV, JSON lines)"
 
 _BINARY = (".parquet", ".arrow", ".feather")
 # Columns that are taken for the image before the schema is searched for another.
