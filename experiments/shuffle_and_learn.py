@@ -16,7 +16,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass, field, replace
 from typing import Any
 
-from raysl.evaluation.evaluate import check_apart
+from raysl.evaluation.apart import check_apart
 from raysl.experiment.comparison import ComparisonFlags, measured, reported, settings
 from raysl.experiment.held_out import held_out
 from raysl.experiment.script import command, locally, pretrained
