@@ -17,7 +17,7 @@ from torch.distributed import TCPStore  # type: ignore[attr-defined]
 
 from raysl import ray_cluster
 from raysl.communication import collective
-from raysl.errors import UserError
+from raysl.errors import UserError, explained
 from raysl.rng import ImageRng
 from raysl.stream.decode import DecodeError, cut, decode
 from raysl.stream.reader import Batch, Stream
@@ -98,13 +98,9 @@ def _data_costs(stream: Stream) -> dict[str, float]:
     images = stream.dataset.read(rows.indices_b, ["image"]).column("image").to_pylist()
     sources = {name: view.source for name, view in stream.views_of(0).items()}
     image_rng = ImageRng(plan.seed, rows.epochs_b, rows.indices_b)
-    try:
+    what = f"An image of the data set at {str(stream.dataset.folder)!r} cannot be decoded"
+    with explained(what, "A shard is damaged; ingest the source again.", DecodeError):
         crops = cut(images, sources, image_rng)
-    except DecodeError as error:
-        raise UserError(
-            f"An image of the data set at {str(stream.dataset.folder)!r} cannot be decoded: {error}. A shard is "
-            "damaged; ingest the source again."
-        ) from error
 
     def views() -> dict[str, torch.Tensor]:
         return stream.finish(Batch(0, rows, None, {}, {}), crops).views

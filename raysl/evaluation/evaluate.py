@@ -17,7 +17,7 @@ from numpy.typing import NDArray
 from raysl import extraction, probes, ray_cluster
 from raysl.checkpoint import Checkpoint
 from raysl.dataset import DataSet
-from raysl.errors import UserError, unknown
+from raysl.errors import UserError, explained, unknown
 from raysl.evaluation.options import ProbeConfig
 from raysl.evaluation.results import (
     MODEL,
@@ -166,12 +166,8 @@ def _folder_of(out: str, title: str, source: Encoder) -> Folder:
     """
     folder = Folder(out)
     model = json.loads(json.dumps({"name": title, "identity": source.identity()}))
-    try:
+    with explained(f"The file {folder / MODEL} is damaged", "Give --out another folder.", ValueError):
         is_other = folder.exists(ROWS) and folder.exists(MODEL) and verified(folder.read_json(MODEL)) != model
-    except ValueError as error:
-        raise UserError(
-            f"The file {folder / MODEL} is damaged: {error}. Give --out another folder."
-        ) from error
     if folder.exists(METADATA) or is_other:
         raise UserError(
             f"The folder {out!r} is a run, or holds results of another model than {title!r}. Give --out a folder that "
