@@ -121,8 +121,7 @@ def _loaded(folder: Folder) -> ReportRun:
 def _step(run: Run, rows: Sequence[Mapping[str, Any]]) -> int:
     """Return the newest step that was probed; that of the newest checkpoint if none was, and 0 before the first."""
     probed = [int(row["step"]) for row in rows if row["encoder"] == "trained"]
-    newest = None if probed else checkpoint.newest(run.checkpoints)
-    return newest.step if newest else max(probed, default=0)
+    return max(probed) if probed else checkpoint.newest_step(run.checkpoints)
 
 
 def _teacher(facts: Mapping[str, Any]) -> dict[str, Any]:

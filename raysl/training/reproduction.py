@@ -124,7 +124,7 @@ def _numbers(first: Run, second: Run, steps: int) -> list[str]:
                 greatest[name] = max(greatest.get(name, 0.0), relative)
                 found.setdefault(name, f"{name}: {old:.6g} then, {ours:.6g} now at step {row['step']} first")
     lines = [f"{line}; at most {greatest[name]:.1e} of it" for name, line in found.items()]
-    at = next((c for c in checkpoint.complete(first.checkpoints) if c.step == steps), None)
+    at = checkpoint.of_step(first.checkpoints, steps)
     return lines if at is None else [*lines, *_weights(at, second.newest())]
 
 
