@@ -11,6 +11,7 @@ from datetime import timedelta
 from typing import Any
 
 import numpy as np
+import ray
 import torch
 import torch.distributed as dist
 from torch.distributed import TCPStore  # type: ignore[attr-defined]
@@ -34,8 +35,6 @@ def measure_data(stream: Stream) -> dict[str, float]:
     Raises:
         UserError: a shard is damaged, or the cluster is busy.
     """
-    import ray
-
     task = ray.remote(num_cpus=stream.share.cpus_per_task, scheduling_strategy="DEFAULT")(_data_costs)
     return _answers([task.remote(stream)])[0]
 
@@ -49,8 +48,6 @@ def measure_training(job: Job, workers: int, distributed: bool = False) -> dict[
     Raises:
         UserError: the cluster is busy.
     """
-    import ray
-
     host = ray.util.get_node_ip_address()
     store = rendezvous.listen(host)
     held = {"num_cpus": job.placement.cpus_per_worker, "num_gpus": job.placement.gpus_per_worker}
@@ -61,8 +58,6 @@ def measure_training(job: Job, workers: int, distributed: bool = False) -> dict[
 
 
 def _answers(tasks: Sequence[Any]) -> list[dict[str, float]]:
-    import ray
-
     try:
         found: list[dict[str, float]] = ray.get(list(tasks), timeout=_START_TIMEOUT_S)
         return found
@@ -89,8 +84,6 @@ def _seconds(stage: Callable[[], object]) -> float:
 
 
 def _data_costs(stream: Stream) -> dict[str, float]:
-    import ray
-
     plan = stream.plan
     rows = plan.rows(0, 0, stream.world)
     steps = range(min(plan.stretch, plan.num_steps))
