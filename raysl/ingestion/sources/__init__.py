@@ -25,7 +25,7 @@ from urllib.parse import parse_qsl
 
 from raysl import plugins
 from raysl.errors import UserError, unknown
-from raysl.fields import Bounds, check
+from raysl.fields import Bounds, CheckedTop
 from raysl.ingestion import unsupported
 from raysl.ingestion.found import Found, LeftOut, unreadable
 from raysl.ingestion.layout import by_split
@@ -47,7 +47,7 @@ class Confidence(IntEnum):
 
 
 @dataclass(frozen=True)
-class ReadConfig:
+class ReadConfig(CheckedTop):
     """Configuration of how a source is read.
 
     Args:
@@ -69,9 +69,6 @@ class ReadConfig:
     fps: Annotated[float, Bounds(above=0, high=240)] = 8.0
     clip_s: Annotated[float, Bounds(0.1, 3600)] = 8.0
     frame_size: Annotated[int, Bounds(16, 4096)] = 128
-
-    def __post_init__(self) -> None:
-        check(self)
 
     def flags(self) -> str:
         """Return what differs from the defaults, as flags."""
