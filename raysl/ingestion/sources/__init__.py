@@ -29,12 +29,10 @@ from raysl.fields import Bounds, CheckedTop
 from raysl.ingestion import unsupported
 from raysl.ingestion.found import Found, LeftOut, unreadable
 from raysl.ingestion.layout import by_split
-from raysl.ingestion.listing import TABLE, File, Survey, files_below, is_folder, join, read_bytes
+from raysl.ingestion.listing import HEAD_BYTES, TABLE, File, Survey, files_below, is_folder, join, read_bytes
 from raysl.storage import Folder
 
 T = TypeVar("T")
-
-_HEAD_BYTES = 4096
 
 
 class Confidence(IntEnum):
@@ -118,7 +116,7 @@ class Place:
         """All files below the folder, counted, and what cannot be read of it."""
         left_out = LeftOut()
         files = files_below(self.uri, left_out=left_out, follow_links=self.config.follow_links)
-        return Survey.of(files, lambda path: read_bytes(self.uri, path, _HEAD_BYTES)), left_out
+        return Survey.of(files, lambda path: read_bytes(self.uri, path, HEAD_BYTES)), left_out
 
 
 def _is_path(text: str) -> bool:
