@@ -160,10 +160,7 @@ def _with_changes(config: ProbeConfig | None, changes: Mapping[str, Any]) -> Pro
 
 
 def _folder_of(out: str, title: str, source: Encoder) -> Folder:
-    """Return the folder of a model's results, with its `model.json`.
-
-    Raises UserError if it belongs to another model.
-    """
+    """Return the folder of a model's results, with its `model.json`. Raise UserError if it is another model's."""
     folder = Folder(out)
     model = json.loads(json.dumps({"name": title, "identity": source.identity()}))
     with explained(f"The file {folder / MODEL} is damaged", "Give --out another folder.", ValueError):
@@ -194,10 +191,7 @@ def _run_probes(
     test: DataSet | str,
     config: ProbeConfig,
 ) -> list[dict[str, Any]]:
-    """Return the rows of every encoder and probe.
-
-    The rows of one probe and encoder are stored as soon as they exist, because a later probe may fail.
-    """
+    """Return the rows of every encoder and probe. Each is stored as soon as it exists: a later probe may fail."""
     ready = config.ready()
     layers = [layers_of(source, config.layers) for source in sources]
     if not config.in_process:
