@@ -195,12 +195,18 @@ class Checkpoint:
 
 def complete(folder: Folder) -> list[Checkpoint]:
     """Return the complete checkpoints in a folder, oldest first."""
-    return [found for step in _steps(folder) if (found := _complete(folder, step))]
+    return [found for step in _steps(folder) if (found := of_step(folder, step))]
 
 
 def newest(folder: Folder) -> Checkpoint | None:
     """Return the newest complete checkpoint, or None."""
-    return next((found for step in reversed(_steps(folder)) if (found := _complete(folder, step))), None)
+    return next((found for step in reversed(_steps(folder)) if (found := of_step(folder, step))), None)
+
+
+def newest_step(folder: Folder) -> int:
+    """Return the step of the newest complete checkpoint; 0 without one."""
+    found = newest(folder)
+    return found.step if found else 0
 
 
 def delete_after(folder: Folder, step: int) -> None:
@@ -226,7 +232,8 @@ def _steps(folder: Folder) -> list[int]:
     return sorted(int(found[1]) for name in folder.list() if (found := re.fullmatch(r"step-(\d{9,})", name)))
 
 
-def _complete(folder: Folder, step: int) -> Checkpoint | None:
+def of_step(folder: Folder, step: int) -> Checkpoint | None:
+    """Return the checkpoint of a step if it is complete."""
     names = set((folder / _folder_name(step)).list())
     # A killed worker may have left a temporary file beside its manifest.
     found = [re.fullmatch(r"manifest-\d{4,}-of-(\d{4,})\.json", name) for name in names]

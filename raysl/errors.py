@@ -80,6 +80,17 @@ def unknown(kind: str, name: str, known: Iterable[str], listed: Iterable[str] = 
     return UserError(f"Unknown {kind} {quoted(name)}. {hint}Known: {', '.join(shown)}.")
 
 
+@contextlib.contextmanager
+def explained(
+    what: str, remedy: str, *kinds: type[Exception], show: Callable[[object], str] = str
+) -> Iterator[None]:
+    """Turn errors of some kinds inside the block into a UserError: what has failed, the error, and what to do."""
+    try:
+        yield
+    except kinds as error:
+        raise UserError(f"{what}: {show(error)}. {remedy}") from error
+
+
 def install(extra: str) -> str:
     """Return how to install an extra of raysl for the Python that runs. An environment that uv made has no pip."""
     uv = "uv" if shutil.which("uv") else ".uv/bin/uv"  # `make` fetches uv into the checkout if there is none.

@@ -113,6 +113,13 @@ class Checked:
         check(self, prefix(type(self)))
 
 
+class CheckedTop:
+    """Base of a configuration dataclass whose flags have no prefix: a new instance checks its fields."""
+
+    def __post_init__(self) -> None:
+        check(self)
+
+
 def prefix(kind: type[Any]) -> str:
     """Return the prefix of a class's flags: the module's name for a `Config`, otherwise the name without "Config"."""
     name = kind.__name__

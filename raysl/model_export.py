@@ -29,7 +29,7 @@ from raysl.config.command import command
 from raysl.errors import UserError, package
 from raysl.evaluation.results import ENCODERS, KEY, TITLES, rows_of
 from raysl.extraction.heads import trained_model
-from raysl.fields import Bounds, check
+from raysl.fields import Bounds, CheckedTop
 from raysl.run import Run
 from raysl.storage import Folder
 from raysl.storage.plain_names import code_block, code_span, markdown
@@ -41,7 +41,7 @@ _RESNETS = re.compile(r"(wide_)?resne(x)?t\d+(_\w+)?")
 
 
 @dataclass(frozen=True)
-class ExportConfig:
+class ExportConfig(CheckedTop):
     """Export the backbone of a run for other programs.
 
     Args:
@@ -53,9 +53,6 @@ class ExportConfig:
     format: Literal["auto", "torchvision", "timm", "safetensors", "onnx"] = "auto"
     out: str = ""
     step: Annotated[int | None, Bounds(0, 2**63 - 1)] = None
-
-    def __post_init__(self) -> None:
-        check(self)
 
 
 def export(run: Run, config: ExportConfig) -> Folder:

@@ -30,6 +30,11 @@ def generator(*parts: int | str) -> np.random.Generator:
     return np.random.Generator(np.random.Philox(key=key(*parts)))
 
 
+def sample(count: int, most: int, *parts: int | str) -> NDArray[np.int64]:
+    """Return at most `most` of the numbers below `count`, sorted, chosen by the generator of the parts."""
+    return np.sort(generator(*parts).permutation(count)[:most])
+
+
 def _mix(x: NDArray[np.uint64]) -> NDArray[np.uint64]:
     x = (x ^ (x >> np.uint64(30))) * np.uint64(0xBF58476D1CE4E5B9)
     x = (x ^ (x >> np.uint64(27))) * np.uint64(0x94D049BB133111EB)

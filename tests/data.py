@@ -19,6 +19,17 @@ from raysl.ingestion.sources import Place, UnitSize, open_source, read
 from raysl.run import Run
 from raysl.storage import Folder
 
+# What shows an image upright, by its orientation in EXIF; 1 is upright.
+TURNS = {
+    2: Image.Transpose.FLIP_LEFT_RIGHT,
+    3: Image.Transpose.ROTATE_180,
+    4: Image.Transpose.FLIP_TOP_BOTTOM,
+    5: Image.Transpose.TRANSPOSE,
+    6: Image.Transpose.ROTATE_270,
+    7: Image.Transpose.TRANSVERSE,
+    8: Image.Transpose.ROTATE_90,
+}
+
 
 def make_dataset(
     folder: Path, num_images: int, side: int = 16, rows_per_group: int = 20, seed: int = 0

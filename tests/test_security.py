@@ -9,7 +9,6 @@ import pickle
 import re
 import shlex
 import stat
-import tarfile
 import zlib
 from pathlib import Path
 from typing import Any
@@ -32,7 +31,7 @@ from raysl.storage.records import write_record
 from raysl.tuning.journal import FORMAT
 from raysl.tuning.results import SweepResults
 from tests.data import make_dataset
-from tests.ingestion.reading import jpeg, opened
+from tests.ingestion.reading import jpeg, opened, write_odd_tar
 
 ROOT = Path(__file__).parents[1]
 
@@ -89,20 +88,7 @@ def test_code_in_a_checkpoint_does_not_run(tmp_path: Path) -> None:
 
 def test_names_in_archives_are_no_paths(tmp_path: Path) -> None:
     """Nothing is unpacked, and links and devices are not opened."""
-    with tarfile.open(tmp_path / "a.tar", "w") as archive:
-        for name in ("../../out.jpg", "/etc/raysl.jpg", "ok.jpg"):
-            member = tarfile.TarInfo(name)
-            member.size = len(jpeg())
-            archive.addfile(member, io.BytesIO(jpeg()))
-        for name, kind in (
-            ("link.jpg", tarfile.SYMTYPE),
-            ("hard.jpg", tarfile.LNKTYPE),
-            ("null.jpg", tarfile.CHRTYPE),
-        ):
-            member = tarfile.TarInfo(name)
-            member.type, member.linkname = kind, "/etc/passwd"
-            archive.addfile(member)
-    _, rows = opened(tmp_path / "a.tar")
+    _, rows = opened(write_odd_tar(tmp_path / "a.tar", "../../out.jpg", "/etc/raysl.jpg", "ok.jpg"))
     assert all(row.image in (None, jpeg()) for row in rows)
     assert {row.path for row in rows if row.image} <= {
         "a.tar/../../out.jpg",

@@ -284,12 +284,6 @@ def _column(values_b: NDArray[Any], like: Tensor, dtype: torch.dtype = torch.flo
     return to_device(torch.from_numpy(values_b).to(dtype), like.device)[:, None, None, None]
 
 
-def _to_uint8(values: Tensor) -> Tensor:
-    """Round float values to which 0.5 has been added. It overwrites them."""
-    # torch's conversion from float32 to uint8 is not vectorised and four times slower than through int16.
-    return values.clamp_(0, 255).to(torch.int16).to(torch.uint8)
-
-
 def _color_map(recipe: Recipe, image_rng: ImageRng) -> tuple[NDArray[np.float64], NDArray[np.float64]]:
     """Sample the color map of each image: c becomes matrix_b33 @ c + pull_b * mean luminance."""
     jittered_b = image_rng.uniform_array("jitter", 1)[:, 0] < recipe.jitter
@@ -315,7 +309,9 @@ def _map_colors(planes_bcn: Tensor, matrix_b33: NDArray[np.float64], pull_b: NDA
     luminance = sums.sum(-1).double() / (1000 * planes_bcn.shape[2])
     shift = ((luminance * to_device(pull_b, device) + 0.5) * 2**_COLOR_PLACES).round()
     mapped = _matmul(matrices, planes_bcn.float())
-    return _to_uint8(mapped.add_((shift * 2.0**-_COLOR_PLACES).float()[:, None, None]))
+    rounded = mapped.add_((shift * 2.0**-_COLOR_PLACES).float()[:, None, None]).clamp_(0, 255)
+    # torch's conversion from float32 to uint8 is not vectorised and four times slower than through int16.
+    return rounded.to(torch.int16).to(torch.uint8)
 
 
 def _matmul(matrix_b33: Tensor, planes_bcn: Tensor) -> Tensor:

@@ -16,7 +16,7 @@ from torch import Tensor, fx, nn
 from torch.nn.modules.batchnorm import _BatchNorm
 
 from raysl.communication import collective
-from raysl.errors import UserError
+from raysl.errors import explained
 
 
 def synchronise(network: nn.Module, device: torch.device) -> None:
@@ -92,12 +92,9 @@ def trace(network: nn.Module) -> fx.Graph:
     Raises:
         UserError: the operations depend on values that are known only at run time.
     """
-    try:
+    what = f"The backbone {type(network).__name__} cannot be used with --backbone.norm joint"
+    with explained(what, "Use batch.", fx.proxy.TraceError, TypeError):
         return fx.Tracer().trace(network)
-    except (fx.proxy.TraceError, TypeError) as error:
-        raise UserError(
-            f"The backbone {type(network).__name__} cannot be used with --backbone.norm joint: {error}. Use batch."
-        ) from error
 
 
 def forward_jointly(network: nn.Module, graph: fx.Graph, batches: Sequence[Tensor]) -> list[Tensor]:

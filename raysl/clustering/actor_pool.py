@@ -14,6 +14,7 @@ from typing import Any
 
 import numpy as np
 import pyarrow as pa
+import ray
 from numpy.typing import NDArray
 
 from raysl.clustering import update
@@ -104,8 +105,6 @@ class ActorPool:
         self._chunks = update.chunk_ranges(k, 1 if is_small else len(pieces))
 
     def __enter__(self) -> ActorPool:
-        import ray
-
         make = ray.remote(KMeansWorker).options(
             num_cpus=self._allocation.cpus,
             num_gpus=self._allocation.gpus,
@@ -122,15 +121,11 @@ class ActorPool:
         return self
 
     def __exit__(self, *_: object) -> None:
-        import ray
-
         for actor in self._actors:
             ray.kill(actor)
         self._actors = []
 
     def _load(self) -> None:
-        import ray
-
         loading = [actor.load.remote() for actor in self._actors]
         largest = max(self._shards, key=lambda shard: shard.num_bytes)
         memory = f"the {self._allocation.memory_bytes / 1e6:,.0f} MB of an actor"
@@ -170,14 +165,10 @@ class ActorPool:
 
     def scatter(self, centroids_kd: NDArray[np.float32]) -> list[Any]:
         """Return references to the chunks of the centroids."""
-        import ray
-
         return [ray.put(np.ascontiguousarray(centroids_kd[a:b])) for a, b in self._chunks]
 
     def gather(self, chunks: Sequence[Any], splits: Splits) -> NDArray[np.float32]:
         """Return the centroids of the chunks after the splits, float32 (k, d)."""
-        import ray
-
         return update.assemble(ray.get(list(chunks)), splits, self._shards[0].spherical)
 
     def start_pass(self, chunks: Sequence[Any], splits: Splits) -> Pass:
@@ -187,8 +178,6 @@ class ActorPool:
 
     def totals(self, running: Pass) -> PassStats:
         """Wait for a pass, and return its statistics over all actors: the time of the slowest, sums of the others."""
-        import ray
-
         stats: list[PassStats] = ray.get([references[0] for references in running])
         moved = [s.moved for s in stats if s.moved is not None]
         return PassStats(
@@ -201,8 +190,6 @@ class ActorPool:
 
     def means(self, done: Pass, counts_k: NDArray[np.int64], old: Sequence[Any]) -> list[Any]:
         """Return references to the chunks of the new centroids, from a finished pass over the chunks `old`."""
-        import ray
-
         by_chunk = [[references[1 + chunk] for references in done] for chunk in range(len(self._chunks))]
         if len(self._chunks) == 1:
             sums, (old_kd,) = ray.get(by_chunk[0]), ray.get(list(old))
@@ -214,8 +201,6 @@ class ActorPool:
 
     def take(self, positions_n: NDArray[np.int64]) -> NDArray[np.float32]:
         """Return rows by position, in the given order, float32 (n, d)."""
-        import ray
-
         starts = [shard.pieces[0].start for shard in self._shards]
         owner_n = np.searchsorted(starts, positions_n, side="right") - 1
         asked = {i: self._actors[i].take.remote(positions_n[owner_n == i]) for i in np.unique(owner_n)}
@@ -226,8 +211,6 @@ class ActorPool:
 
     def assign(self, centroids_kd: NDArray[np.float32]) -> Iterator[pa.Table]:
         """Yield the assignments of all rows in blocks, in the order of positions."""
-        import ray
-
         reference = ray.put(centroids_kd)
         streams = [
             actor.assign.options(num_returns="streaming", _generator_backpressure_num_objects=4).remote(
@@ -241,12 +224,8 @@ class ActorPool:
 
     def call_all(self, method: str, *arguments: Any) -> list[Any]:
         """Return the answers of all actors to a call."""
-        import ray
-
         return ray.get([getattr(actor, method).remote(*arguments) for actor in self._actors])  # type: ignore[no-any-return]
 
     def call(self, actor: int, method: str, *arguments: Any) -> Any:
         """Return the answer of one actor to a call."""
-        import ray
-
         return ray.get(getattr(self._actors[actor], method).remote(*arguments))

@@ -5,7 +5,7 @@ from __future__ import annotations
 from dataclasses import asdict, dataclass
 from typing import Annotated, Any, Literal
 
-from raysl.fields import Bounds, Seed, check
+from raysl.fields import Bounds, CheckedTop, Seed
 
 Init = Literal["rows", "k-means++"]
 # Where the clustering runs, and not what it computes: it may resume with other values.
@@ -13,7 +13,7 @@ _PLACEMENT = ("actors", "memory_gb")
 
 
 @dataclass(frozen=True)
-class KMeansConfig:
+class KMeansConfig(CheckedTop):
     """Lloyd's k-means; every row is assigned exactly in every iteration.
 
     Args:
@@ -44,9 +44,6 @@ class KMeansConfig:
     layer: str = ""
     actors: Annotated[int, Bounds(0, 10**5)] = 0
     memory_gb: Annotated[float, Bounds(0, 10**6)] = 0
-
-    def __post_init__(self) -> None:
-        check(self)
 
     def identity(self) -> dict[str, Any]:
         """Return a JSON value of the settings that decide the result."""

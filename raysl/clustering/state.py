@@ -9,7 +9,7 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from raysl.errors import UserError
+from raysl.errors import explained
 from raysl.storage import Folder
 from raysl.storage.records import read_arrays, write_arrays
 
@@ -59,9 +59,7 @@ class State:
         if not folder.exists(STATE):
             return State()
         arrays = read_arrays(folder, STATE, _REMEDY)
-        try:
+        with explained(f"The file {folder}/{STATE} is damaged", _REMEDY, ValueError, KeyError, TypeError):
             progress = json.loads(str(arrays["progress"]))
             centroids_kd, best_kd = arrays.get("centroids_kd"), arrays.get("best_kd")
             return State(int(progress["restart"]), centroids_kd, progress["curves"], best_kd)
-        except (ValueError, KeyError, TypeError) as error:
-            raise UserError(f"The file {folder}/{STATE} is damaged: {error}. {_REMEDY}") from error

@@ -16,7 +16,7 @@ from raysl.checkpoint import SaveConfig
 from raysl.config import methods
 from raysl.contrastive.bank import BankConfig
 from raysl.dataset import DataSet
-from raysl.errors import UserError, quoted, unknown
+from raysl.errors import UserError, explained, quoted, unknown
 from raysl.fields import Bounds, Checked, Range, Seed, check
 from raysl.optim import OptimConfig
 from raysl.stream.plan import Plan
@@ -233,13 +233,9 @@ def from_dict(kind: type[Any], value: Mapping[str, Any], prefix: str) -> Any:
     for f in dataclasses.fields(kind):
         if f.default is f.default_factory is dataclasses.MISSING and f.name not in arguments:
             raise UserError(f"The configuration lacks {f'{dotted}{f.name}'!r}, which has no default.")
-    try:
+    what = f"The configuration {prefix or 'of the run'!r} holds a value of the wrong kind"
+    with explained(what, "`raysl pretrain --help` says what each may be.", TypeError):
         return kind(**arguments)
-    except TypeError as error:
-        raise UserError(
-            f"The configuration {prefix or 'of the run'!r} holds a value of the wrong kind: {error}. `raysl pretrain "
-            "--help` says what each may be."
-        ) from error
 
 
 def _is_tuple(hint: Any) -> bool:

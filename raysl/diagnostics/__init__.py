@@ -25,7 +25,7 @@ from raysl.diagnostics.machines import Fleet
 from raysl.diagnostics.measurement import measure_data, measure_training
 from raysl.diagnostics.prediction import Costs, Prediction, predict
 from raysl.errors import UserError
-from raysl.fields import Bounds, check
+from raysl.fields import Bounds, CheckedTop
 from raysl.ingestion import resolve
 from raysl.model import Model
 from raysl.ray_cluster import gpus
@@ -40,7 +40,7 @@ _log = logging.getLogger("raysl.diagnostics")
 
 
 @dataclass(frozen=True)
-class DoctorConfig:
+class DoctorConfig(CheckedTop):
     """Measure the stages of a run and name its bottleneck, or survey a cluster with --cluster.
 
     Args:
@@ -69,9 +69,6 @@ class DoctorConfig:
     gpu: bool = False
     out: str = ""
     prices: tuple[str, ...] = ()
-
-    def __post_init__(self) -> None:
-        check(self)
 
     def price_list(self) -> dict[str, float]:
         """Return the prices by type. Raise UserError if one is not TYPE=NUMBER."""

@@ -21,6 +21,7 @@ from pathlib import Path
 from typing import Any, Literal
 
 import numpy as np
+import ray
 import torch
 import torch.nn.functional as F
 from torch import nn
@@ -139,8 +140,6 @@ def profile(bench: Bench) -> Numbers:
 
 def stream_speed(bench: Bench) -> Numbers:
     """Measure the stream through Ray Data, in images per second and per CPU of its tasks."""
-    import ray
-
     cpus = max(1.0, ray.cluster_resources().get("CPU", 1.0) - 1)
     stream = replace(bench.worker()._stream(), share=DataShare(1.0, cpus))
     arrivals = stream.batches()
@@ -153,8 +152,6 @@ def stream_speed(bench: Bench) -> Numbers:
 
 def training(bench: Bench) -> Numbers:
     """Train through Ray Data, and measure which shares of the time the trainer waits for images and copies."""
-    import ray
-
     worker = bench.worker()
     cpus = max(1.0, ray.cluster_resources().get("CPU", 1.0) - 1)
     stream = replace(worker._stream(), share=DataShare(1.0, cpus))

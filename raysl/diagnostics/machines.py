@@ -10,6 +10,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
+import ray
 from rich.markup import escape
 from rich.table import Table
 
@@ -85,8 +86,6 @@ def survey(workers: int, prices: Mapping[str, float]) -> Fleet:
     Args:
         prices: US dollars an hour by type of machine; they override the cluster's configuration.
     """
-    import ray
-
     capacity = autoscaler.capacity()
     alive = [node for node in ray.nodes() if node["Alive"]]
     placement, refused, started, waits = None, "", {}, ""
@@ -131,7 +130,6 @@ def _news(capacity: Capacity | None) -> tuple[str, ...]:
     """Return the autoscaler's messages about machines that are starting or that the cloud refused."""
     if capacity is None:
         return ()
-    import ray
     from ray.autoscaler.v2.sdk import get_cluster_status
 
     status = get_cluster_status(ray.get_runtime_context().gcs_address)

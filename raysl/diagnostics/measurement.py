@@ -11,13 +11,14 @@ from datetime import timedelta
 from typing import Any
 
 import numpy as np
+import ray
 import torch
 import torch.distributed as dist
 from torch.distributed import TCPStore  # type: ignore[attr-defined]
 
 from raysl import ray_cluster
 from raysl.communication import collective
-from raysl.errors import UserError
+from raysl.errors import UserError, explained
 from raysl.rng import ImageRng
 from raysl.stream.decode import DecodeError, cut, decode
 from raysl.stream.reader import Batch, Stream
@@ -34,8 +35,6 @@ def measure_data(stream: Stream) -> dict[str, float]:
     Raises:
         UserError: a shard is damaged, or the cluster is busy.
     """
-    import ray
-
     task = ray.remote(num_cpus=stream.share.cpus_per_task, scheduling_strategy="DEFAULT")(_data_costs)
     return _answers([task.remote(stream)])[0]
 
@@ -49,8 +48,6 @@ def measure_training(job: Job, workers: int, distributed: bool = False) -> dict[
     Raises:
         UserError: the cluster is busy.
     """
-    import ray
-
     host = ray.util.get_node_ip_address()
     store = rendezvous.listen(host)
     held = {"num_cpus": job.placement.cpus_per_worker, "num_gpus": job.placement.gpus_per_worker}
@@ -61,8 +58,6 @@ def measure_training(job: Job, workers: int, distributed: bool = False) -> dict[
 
 
 def _answers(tasks: Sequence[Any]) -> list[dict[str, float]]:
-    import ray
-
     try:
         found: list[dict[str, float]] = ray.get(list(tasks), timeout=_START_TIMEOUT_S)
         return found
@@ -89,8 +84,6 @@ def _seconds(stage: Callable[[], object]) -> float:
 
 
 def _data_costs(stream: Stream) -> dict[str, float]:
-    import ray
-
     plan = stream.plan
     rows = plan.rows(0, 0, stream.world)
     steps = range(min(plan.stretch, plan.num_steps))
@@ -98,13 +91,9 @@ def _data_costs(stream: Stream) -> dict[str, float]:
     images = stream.dataset.read(rows.indices_b, ["image"]).column("image").to_pylist()
     sources = {name: view.source for name, view in stream.views_of(0).items()}
     image_rng = ImageRng(plan.seed, rows.epochs_b, rows.indices_b)
-    try:
+    what = f"An image of the data set at {str(stream.dataset.folder)!r} cannot be decoded"
+    with explained(what, "A shard is damaged; ingest the source again.", DecodeError):
         crops = cut(images, sources, image_rng)
-    except DecodeError as error:
-        raise UserError(
-            f"An image of the data set at {str(stream.dataset.folder)!r} cannot be decoded: {error}. A shard is "
-            "damaged; ingest the source again."
-        ) from error
 
     def views() -> dict[str, torch.Tensor]:
         return stream.finish(Batch(0, rows, None, {}, {}), crops).views

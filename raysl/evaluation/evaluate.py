@@ -17,7 +17,7 @@ from numpy.typing import NDArray
 from raysl import extraction, probes, ray_cluster
 from raysl.checkpoint import Checkpoint
 from raysl.dataset import DataSet
-from raysl.errors import UserError, counted, unknown
+from raysl.errors import UserError, counted, explained, unknown
 from raysl.evaluation.apart import check_apart, same_set, warn_of_same, warn_of_shared
 from raysl.evaluation.options import ProbeConfig
 from raysl.evaluation.results import (
@@ -160,18 +160,11 @@ def _with_changes(config: ProbeConfig | None, changes: Mapping[str, Any]) -> Pro
 
 
 def _folder_of(out: str, title: str, source: Encoder) -> Folder:
-    """Return the folder of a model's results, with its `model.json`.
-
-    Raises UserError if it belongs to another model.
-    """
+    """Return the folder of a model's results, with its `model.json`. Raise UserError if it is another model's."""
     folder = Folder(out)
     model = json.loads(json.dumps({"name": title, "identity": source.identity()}))
-    try:
+    with explained(f"The file {folder / MODEL} is damaged", "Give --out another folder.", ValueError):
         is_other = folder.exists(ROWS) and folder.exists(MODEL) and verified(folder.read_json(MODEL)) != model
-    except ValueError as error:
-        raise UserError(
-            f"The file {folder / MODEL} is damaged: {error}. Give --out another folder."
-        ) from error
     if folder.exists(METADATA) or is_other:
         raise UserError(
             f"The folder {out!r} is a run, or holds results of another model than {title!r}. Give --out a folder that "
@@ -198,10 +191,7 @@ def _run_probes(
     test: DataSet | str,
     config: ProbeConfig,
 ) -> list[dict[str, Any]]:
-    """Return the rows of every encoder and probe.
-
-    The rows of one probe and encoder are stored as soon as they exist, because a later probe may fail.
-    """
+    """Return the rows of every encoder and probe. Each is stored as soon as it exists: a later probe may fail."""
     ready = config.ready()
     layers = [layers_of(source, config.layers) for source in sources]
     if not config.in_process:

@@ -11,7 +11,7 @@ import os
 import threading
 import traceback
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from typing import Annotated, Any
 
 from raysl import checkpoint, probes, ray_cluster
@@ -94,8 +94,9 @@ def pretrain_and_probe(
     ray_cluster.start()
     train, test = resolve(online.train), resolve(online.test)
     check_data(ProbeConfig(online.probes).ready(), train, test)
-    evaluator = OnlineEvaluator(Run(Folder(config.run)), online, train, test, config.worker_counts()[0])
-    evaluator.callbacks = callbacks
+    evaluator = OnlineEvaluator(
+        Run(Folder(config.run)), online, train, test, config.worker_counts()[0], callbacks
+    )
     thread = threading.Thread(target=evaluator.follow, daemon=True)
     thread.start()
     try:
@@ -137,6 +138,7 @@ def with_checkpoints(config: Pretraining, online: OnlineConfig) -> Pretraining:
     return replace(config, save=replace(config.save, **values))
 
 
+@dataclass
 class OnlineEvaluator:
     """Probe the checkpoints of a run.
 
@@ -144,23 +146,18 @@ class OnlineEvaluator:
         run: the run; it need not have begun.
         online: when and what is probed.
         trainers: smallest number of workers that train, each on a GPU if there are any.
-
-    Attributes:
-        over: event that is set when the trainers have ended.
+        training_ended: set when the trainers have ended.
     """
 
-    def __init__(
-        self, run: Run, online: OnlineConfig, train: DataSet, test: DataSet, trainers: int = 1
-    ) -> None:
-        self.run = run
-        self.online = online
-        self.train = train
-        self.test = test
-        self.trainers = trainers
-        self.training_ended = threading.Event()
-        self.callbacks: Callbacks | None = None
-        self._failed: set[int] = set()
-        self._waiting_at = -1
+    run: Run
+    online: OnlineConfig
+    train: DataSet
+    test: DataSet
+    trainers: int = 1
+    callbacks: Callbacks | None = None
+    training_ended: threading.Event = field(default_factory=threading.Event)
+    _failed: set[int] = field(default_factory=set)
+    _waiting_at: int = -1
 
     def follow(self) -> None:
         """Probe the newest checkpoint that is due, repeatedly, until the trainers have ended."""

@@ -26,7 +26,7 @@ from torch import Tensor
 
 from raysl.backbone import external_weights, network
 from raysl.dataset import DataSet
-from raysl.errors import UserError
+from raysl.errors import UserError, explained
 from raysl.extraction import encoders
 from raysl.extraction import layers as layer_names
 from raysl.extraction.encoders import Encoder
@@ -330,10 +330,6 @@ class _Actor:
 
 def _evaluation_views(extraction: _Extraction, images: list[bytes]) -> Tensor:
     """Return the evaluation view of encoded images."""
-    try:
+    what = f"An image of the data set at {str(extraction.dataset.folder)!r} was decoded at ingest and is now damaged"
+    with explained(what, "Ingest the source again.", decode.DecodeError):
         return decode.evaluation_views(images, extraction.image_size)
-    except decode.DecodeError as error:
-        raise UserError(
-            f"An image of the data set at {str(extraction.dataset.folder)!r} was decoded at ingest and is now damaged: "
-            f"{error}. Ingest the source again."
-        ) from error

@@ -17,7 +17,7 @@ from torch import Tensor
 from raysl.backbone import external_weights
 from raysl.backbone.network import TIMM, BackboneConfig, names
 from raysl.config import from_dict
-from raysl.errors import UserError, unknown
+from raysl.errors import UserError, explained, unknown
 from raysl.extraction import encoders
 from raysl.extraction import layers as layer_names
 from raysl.extraction.encoders import Encoder, Trained, view_size
@@ -101,10 +101,8 @@ class FeatureExtractor:
             yield self._view(batch)
 
     def _view(self, images: list[bytes]) -> Tensor:
-        try:
+        with explained("An image cannot be decoded", "Remove it.", decode.DecodeError):
             return decode.evaluation_views(images, self.image_size)
-        except decode.DecodeError as error:
-            raise UserError(f"An image cannot be decoded: {error}. Remove it.") from error
 
 
 def load(
@@ -202,12 +200,8 @@ def _image_files(images: Any) -> Iterator[bytes]:
         yield images
     elif isinstance(images, str | os.PathLike):
         place, _, name = str(Folder(os.fspath(images))).rpartition("/")
-        try:
+        with explained(f"The image {os.fspath(images)!r} cannot be read", "Check its path.", OSError):
             yield Folder(place or "/").read(name)
-        except OSError as error:
-            raise UserError(
-                f"The image {os.fspath(images)!r} cannot be read: {error}. Check its path."
-            ) from error
     elif isinstance(images, Image.Image):
         yield _encode_image(ImageOps.exif_transpose(images))
     elif isinstance(images, Tensor):

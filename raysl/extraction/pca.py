@@ -10,7 +10,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from raysl import ray_cluster
-from raysl.errors import UserError
+from raysl.errors import UserError, explained
 from raysl.storage import Folder
 from raysl.storage.feature_files import FeatureForm, part_file, write_part
 from raysl.storage.feature_store import FeatureStore, Piece
@@ -45,10 +45,8 @@ class Projection:
         """Return the projection of a folder of features. Raises UserError if it is missing or damaged."""
         remedy = "Give features that were made with --pca; if they are damaged, delete the folder and make them again."
         arrays = read_arrays(Folder(uri), FILE, remedy)
-        try:
+        with explained(f"The file {uri}/{FILE} is damaged", remedy, KeyError, TypeError, ValueError):
             return Projection(arrays["mean_d"], arrays["components_dm"], float(arrays["variance"]))
-        except (KeyError, TypeError, ValueError) as error:
-            raise UserError(f"The file {uri}/{FILE} is damaged: {error}. {remedy}") from error
 
 
 def fit(store: FeatureStore, dim: int) -> Projection:

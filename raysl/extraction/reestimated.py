@@ -93,8 +93,7 @@ class Reestimated:
         return load(self.source, self._views(), device, layers)
 
     def _views(self) -> Iterator[Tensor]:
-        order_n = rng.generator("bn statistics").permutation(self.images.num_images)
-        chosen_n = np.sort(order_n[: norm.STATISTICS_IMAGES])
+        chosen_n = rng.sample(self.images.num_images, norm.STATISTICS_IMAGES, "bn statistics")
         images = self.images.read(chosen_n, ("image",)).column("image").to_pylist()
         for some in np.array_split(np.arange(len(images)), math.ceil(len(images) / _BATCH)):
             yield decode.evaluation_views([images[i] for i in some], self.image_size)

@@ -17,7 +17,7 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from raysl.errors import UserError
+from raysl.errors import UserError, explained
 from raysl.storage import Folder
 from raysl.stream.formats import MAX_PIXELS
 
@@ -55,11 +55,9 @@ def batches(root: str, path: str, first: int, count: int) -> Iterator[NDArray[np
 
 @contextmanager
 def _opened(root: str, path: str) -> Iterator[Any]:
-    try:
+    with explained(f"Cannot read the IDX file {root}/{path}", "Get it again.", EOFError, OSError, zlib.error):
         with Folder(root).open(path) as raw:
             yield gzip.GzipFile(fileobj=raw) if path.endswith(".gz") else raw
-    except (EOFError, OSError, zlib.error) as error:
-        raise UserError(f"Cannot read the IDX file {root}/{path}: {error}. Get it again.") from error
 
 
 def _head(stream: Any, path: str, axes: int | None = None) -> tuple[tuple[int, ...], np.dtype[Any]]:

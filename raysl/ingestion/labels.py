@@ -148,7 +148,8 @@ class Classes:
     def ordered(self) -> dict[str, int]:
         """Return the images of each class, in the order of the source where it names its classes, or else sorted."""
         named = dict.fromkeys(self.names)
-        order: Callable[[str], Any] = int if all(map(_is_number, self.counts)) else str
+        is_number = all(name.isascii() and name.isdigit() for name in self.counts)
+        order: Callable[[str], Any] = int if is_number else str
         others = sorted(self.counts.keys() - named.keys(), key=order)
         return {name: self.counts[name] for name in (*named, *others)}
 
@@ -171,7 +172,3 @@ class Classes:
         if many > _MOST_CLASSES or (many > _FEW_IMAGES and 2 * many > self.counts.total()):
             return f"it has {many:,} values in {self.counts.total():,} rows, which are names of images and not classes"
         return ""
-
-
-def _is_number(name: str) -> bool:
-    return name.isascii() and name.isdigit()

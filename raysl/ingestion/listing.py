@@ -24,7 +24,7 @@ NOTES, VIDEO = "JSON or XML files", "videos"
 _Inode = tuple[int, int]
 _FEW_FILES = 100_000
 # Bytes at the beginning of a file that tell whether it is an image.
-_HEAD_BYTES = 4096
+HEAD_BYTES = 4096
 _FIRST_NAMES = 20
 _KINDS = {
     "text files": ".txt .md .rst .log .py .m .ipynb .sh .html .htm .css .js .yaml .yml .cfg .ini .toml .names .license",
@@ -113,15 +113,15 @@ def files_below(
         yield from _walk_remote(fs, f"{folder}/{base}" if base else folder, prefix, depth, left_out)
 
 
+@dataclass
 class _LocalWalk:
     """A walk over the folders of a local disk."""
 
-    def __init__(self, root: str, left_out: LeftOut, follow_links: bool) -> None:
-        self._root = root
-        self._left_out = left_out
-        self._follow = follow_links
-        self._followed: set[_Inode] = set()
-        self._outside: list[tuple[str, str]] = []
+    root: str
+    left_out: LeftOut
+    follow_links: bool
+    _followed: set[_Inode] = field(default_factory=set)
+    _outside: list[tuple[str, str]] = field(default_factory=list)
 
     def below(self, folder: str, prefix: str, depth: int, above: tuple[_Inode, ...]) -> Iterator[File]:
         try:
@@ -135,11 +135,11 @@ class _LocalWalk:
             ) from None
         above = (*above, (info.st_dev, info.st_ino))
         if not found and prefix:
-            self._left_out.add("empty folders", prefix.rstrip("/"))
+            self.left_out.add("empty folders", prefix.rstrip("/"))
         for entry in found:
             path = prefix + entry.name
             if is_hidden(entry.name):
-                self._left_out.add(HIDDEN, path)
+                self.left_out.add(HIDDEN, path)
                 continue
             if entry.is_symlink() and not self._may_follow(entry, path, above):
                 continue
@@ -150,22 +150,22 @@ class _LocalWalk:
                 if depth > 1:
                     yield from self.below(entry.path, f"{path}/", depth - 1, above)
             else:
-                self._left_out.add(_NOT_FILES, path)
+                self.left_out.add(_NOT_FILES, path)
 
     def _may_follow(self, entry: os.DirEntry[str], path: str, above: tuple[_Inode, ...]) -> bool:
         try:
             info = os.stat(entry.path)
         except OSError:
-            self._left_out.add(_BROKEN_LINKS, path)
+            self.left_out.add(_BROKEN_LINKS, path)
             return False
         target = os.path.realpath(entry.path)
-        if not self._follow and os.path.commonpath([self._root, target]) != self._root:
+        if not self.follow_links and os.path.commonpath([self.root, target]) != self.root:
             self._outside.append((path, target))
             return False
         if stat.S_ISDIR(info.st_mode):
             key = (info.st_dev, info.st_ino)
             if key in above or key in self._followed:
-                self._left_out.add(LINKS_AGAIN, path)
+                self.left_out.add(LINKS_AGAIN, path)
                 return False
             self._followed.add(key)
         return True
@@ -174,7 +174,7 @@ class _LocalWalk:
         if self._outside:
             path, target = self._outside[0]
             raise UserError(
-                f"The source {printable(self._root)!r} holds {of_kind(LINKS_OUT, len(self._outside))}, the first being "
+                f"The source {printable(self.root)!r} holds {of_kind(LINKS_OUT, len(self._outside))}, the first being "
                 f"{printable(path)!r} to {printable(target)!r}. Add --follow-links to read what they lead to, or "
                 "remove them."
             )

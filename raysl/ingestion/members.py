@@ -10,14 +10,13 @@ from typing import NamedTuple
 from raysl.errors import UserError
 from raysl.ingestion import labels
 from raysl.ingestion.found import LeftOut, listed, printable
-from raysl.ingestion.listing import HIDDEN, IMAGE, LABEL_TABLES, OTHER, VIDEO, is_hidden, kind_of
+from raysl.ingestion.listing import HEAD_BYTES, HIDDEN, IMAGE, LABEL_TABLES, OTHER, VIDEO, is_hidden, kind_of
 from raysl.ingestion.sources import ReadConfig
 from raysl.stream.formats import looks_like_image
 
 # Larger members are not taken into memory.
 MOST_BYTES = 1 << 30
 _MOST_LABEL_BYTES = 1 << 24
-_HEAD_BYTES = 4096
 _LABELS = ("cls", "json")
 
 
@@ -61,7 +60,7 @@ class Listing:
             suffix = base.rpartition(".")[2].lower()
             kind = kind_of(name) or (f"members called .{suffix}" if "." in base else OTHER)
             small = size <= _MOST_LABEL_BYTES and config.labels == "auto"
-            if kind == OTHER and looks_like_image(content()[:_HEAD_BYTES]):
+            if kind == OTHER and looks_like_image(content()[:HEAD_BYTES]):
                 kind = IMAGE
             if kind in (IMAGE, VIDEO):
                 taken = self.images if kind == IMAGE else self.videos

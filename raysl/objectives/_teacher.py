@@ -12,7 +12,7 @@ from raysl import checkpoint, plugins
 from raysl.backbone import network as networks
 from raysl.backbone.network import BackboneConfig, encode
 from raysl.checkpoint import Checkpoint
-from raysl.errors import UserError
+from raysl.errors import UserError, explained
 from raysl.storage import Folder
 
 # The file that `raysl.run` writes; this room may not import that one.
@@ -66,15 +66,12 @@ def load(run: str, step: int = 0) -> Teacher:
         raise UserError(
             f"There is no run at {run!r} to load a teacher from: {_METADATA} is missing. Give the folder of a run."
         )
-    try:
+    what = f"The metadata of the run at {run!r} is damaged"
+    with explained(what, f"Restore {_METADATA} from a copy.", ValueError, KeyError, TypeError, show=repr):
         config = folder.read_json(_METADATA)["config"]
         backbone = BackboneConfig(**config["backbone"])
         plugins.check_trusted(backbone.modules(), run)
         method, encoder = str(config["method"]), networks.build(backbone)
-    except (ValueError, KeyError, TypeError) as error:
-        raise UserError(
-            f"The metadata of the run at {run!r} is damaged: {error!r}. Restore {_METADATA} from a copy."
-        ) from error
     found = _checkpoint(run, folder / "checkpoints", step)
     state = found.network(found.state())
     found.fill(encoder, found.backbone_state())

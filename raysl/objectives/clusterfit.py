@@ -31,7 +31,7 @@ from torch import Tensor, nn
 
 from raysl.backbone.network import encode
 from raysl.communication.device_copy import to_device
-from raysl.errors import Unset, UserError
+from raysl.errors import Unset, UserError, explained
 from raysl.fields import Checked
 from raysl.objectives import Base, Batch, Loss, MemoryBank, Setup
 from raysl.storage import Folder, filesystem
@@ -138,15 +138,12 @@ class Assignments:
 def _read(uri: str) -> tuple[pa.Table, dict[str, str]]:
     """Read the two columns and the metadata of a table."""
     fs, path = filesystem(Folder(uri).uri)
-    try:
+    what = f"The table {uri!r} (--clusterfit.labels) cannot be read"
+    remedy = "Give a Parquet file, or a folder of them, with the integer columns index and cluster."
+    with explained(what, remedy, OSError, pa.ArrowException):
         table = pq.read_table(
             path, columns=["index", "cluster"], filesystem=fs, page_checksum_verification=True
         )
-    except (OSError, pa.ArrowException) as error:
-        raise UserError(
-            f"The table {uri!r} (--clusterfit.labels) cannot be read: {error}. Give a Parquet file, or a folder of "
-            "them, with the integer columns index and cluster."
-        ) from error
     for name in ("index", "cluster"):
         column = table.column(name) if name in table.column_names else None
         if column is None or not pa.types.is_integer(column.type) or column.null_count:

@@ -27,7 +27,7 @@ from torchvision.ops import MultiScaleRoIAlign
 from torchvision.ops.feature_pyramid_network import FeaturePyramidNetwork, LastLevelMaxPool
 
 from raysl.backbone.network import Backbone
-from raysl.errors import UserError
+from raysl.errors import UserError, explained
 
 # Sides of anchors in pixels; the finest map has the first ones.
 ANCHORS = (32, 64, 128, 256, 512)
@@ -113,14 +113,11 @@ def stages(backbone: Backbone) -> dict[str, int]:
     """
     body = backbone.body.eval()
     candidates = list(_candidates(body))
-    try:
+    what = "The probe detection needs a backbone that takes images of many sizes, and this one does not"
+    remedy = "Probe a convolutional backbone, such as resnet50, or a vision transformer of timm."
+    with explained(what, remedy, AssertionError, RuntimeError, ValueError):
         with torch.no_grad():
             made = maps(body, candidates, torch.zeros(1, 3, _EMPTY_SIDE, _EMPTY_SIDE))
-    except (AssertionError, RuntimeError, ValueError) as error:
-        raise UserError(
-            f"The probe detection needs a backbone that takes images of many sizes, and this one does not: {error}. "
-            "Probe a convolutional backbone, such as resnet50, or a vision transformer of timm."
-        ) from error
     # The last map of each size is used.
     by_side = {made[name].shape[2]: name for name in made if _is_map(made[name])}
     sides = sorted(by_side, reverse=True)[:_MOST_MAPS]

@@ -9,7 +9,6 @@ from __future__ import annotations
 import math
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
-from contextlib import contextmanager
 from dataclasses import dataclass, field
 from typing import Annotated
 
@@ -23,7 +22,7 @@ from raysl import optim, rng
 from raysl.augment import SourceCrop, hflip
 from raysl.backbone.network import Backbone
 from raysl.dataset import DataSet
-from raysl.errors import UserError
+from raysl.errors import UserError, explained
 from raysl.extraction import NetworkEncoder
 from raysl.fields import Bounds
 from raysl.optim import OptimConfig
@@ -37,6 +36,7 @@ LAYER = "pooled"
 _MIRROR_CHANCE = 0.5
 _PART_IMAGES = 1024
 _BATCH = 128
+_DAMAGED = "An image of the train set or the test set can no longer be decoded"
 
 
 @dataclass(frozen=True)
@@ -117,7 +117,7 @@ def measure(
     with (
         torch.random.fork_rng(),
         ThreadPoolExecutor(placement.assigned_cpus()) as threads,
-        _damage_explained(),
+        explained(_DAMAGED, "A shard is damaged; ingest the source again.", decode.DecodeError),
     ):
         torch.manual_seed(rng.key(subject.seed, "tuning") >> 1)
         network = Tuned(subject.encoder.network(), classes)
@@ -135,18 +135,6 @@ def measure(
         Row("train_loss", losses[-1]),
     ]
     return [Row(row.name + suffix, row.value, LAYER) for row in rows]
-
-
-@contextmanager
-def _damage_explained() -> Iterator[None]:
-    """Turn a decoding error into a UserError."""
-    try:
-        yield
-    except decode.DecodeError as error:
-        raise UserError(
-            f"An image of the train set or the test set can no longer be decoded: {error}. A shard is damaged; ingest "
-            "the source again."
-        ) from error
 
 
 def train(

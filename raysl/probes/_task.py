@@ -42,11 +42,7 @@ class InTask(Generic[C]):
         """See `EncoderProbe.examine`."""
         self.check_data(subject.train, subject.test)
         if isinstance(subject.encoder, self.needs):
-            yield from run_tasks(_rows_of, [(self, subject)])[0]
-
-
-def _rows_of(probe: InTask[Any], subject: Subject) -> list[Row]:
-    return probe.rows(subject)
+            yield from run_tasks(type(self).rows, [(self, subject)])[0]
 
 
 def run_tasks(

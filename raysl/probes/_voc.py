@@ -17,7 +17,7 @@ from xml.etree import ElementTree
 import numpy as np
 from numpy.typing import NDArray
 
-from raysl.errors import Unset, UserError, unknown
+from raysl.errors import Unset, UserError, explained, unknown
 from raysl.fields import flag, prefix
 from raysl.probes import Settings, field_values
 from raysl.storage import Folder
@@ -163,34 +163,25 @@ def _listed(folder: Folder, split: str) -> list[tuple[str, str]]:
 
 def _files(folder: Folder, name: str, file: str) -> tuple[bytes, bytes]:
     """Return an encoded image and its annotations."""
-    try:
+    what = f"A split of {str(folder)!r} names {name!r}, and one of its files is missing"
+    remedy = f"Restore {IMAGES}/{file} and {ANNOTATIONS}/{name}.xml, or remove the name from the split."
+    with explained(what, remedy, FileNotFoundError):
         return (folder / IMAGES).read(file), (folder / ANNOTATIONS).read(f"{name}.xml")
-    except FileNotFoundError as error:
-        raise UserError(
-            f"A split of {str(folder)!r} names {name!r}, and one of its files is missing: {error}. Restore "
-            f"{IMAGES}/{file} and {ANNOTATIONS}/{name}.xml, or remove the name from the split."
-        ) from error
 
 
 def _picture(folder: Folder, name: str, image: bytes, xml: bytes) -> Picture:
-    try:
+    what = f"The image {name!r} in {IMAGES} of {str(folder)!r} cannot be decoded"
+    with explained(what, "Restore the file.", decode.DecodeError):
         height, width = decode.decode(image).shape[1:]
-    except decode.DecodeError as error:
-        raise UserError(
-            f"The image {name!r} in {IMAGES} of {str(folder)!r} cannot be decoded: {error}. Restore the file."
-        ) from error
-    try:
+    what = f"The annotations {ANNOTATIONS}/{name}.xml of {str(folder)!r} are malformed"
+    remedy = "Each object has a name and a bndbox of the numbers xmin, ymin, xmax and ymax."
+    with explained(what, remedy, ElementTree.ParseError, ValueError):
         objects = ElementTree.fromstring(xml).findall("object")
         classes = [_text(one, "name") for one in objects]
         difficult = [one.findtext("difficult", "0").strip() == "1" for one in objects]
         corners_n4 = [[float(_text(one, f"bndbox/{side}")) for side in _SIDES] for one in objects]
         corners = np.array(corners_n4, dtype=np.float64).reshape(-1, 4) - (1, 1, 0, 0)
         boxes_n4 = clipped(corners, height, width)
-    except (ElementTree.ParseError, ValueError) as error:
-        raise UserError(
-            f"The annotations {ANNOTATIONS}/{name}.xml of {str(folder)!r} are malformed: {error}. Each object has a "
-            "name and a bndbox of the numbers xmin, ymin, xmax and ymax."
-        ) from error
     kept_n = np.all(boxes_n4[:, :2] < boxes_n4[:, 2:], axis=1)
     return Picture(
         name,

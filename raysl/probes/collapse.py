@@ -62,8 +62,8 @@ class Collapse:
         check_features(features_nd, "test")
         if len(features_nd) < 2:
             raise UserError("The probe collapse compares images and has only one. Give more images.")
-        chosen = rng.generator("collapse").permutation(len(features_nd))[: self.config.max_images]
-        wide_nd: NDArray[np.float64] = features_nd[np.sort(chosen)].astype(np.float64)
+        chosen_n = rng.sample(len(features_nd), self.config.max_images, "collapse")
+        wide_nd: NDArray[np.float64] = features_nd[chosen_n].astype(np.float64)
         unit_nd = wide_nd / np.maximum(np.linalg.norm(wide_nd, axis=1, keepdims=True), 1e-12)
         centred_k = np.linalg.svd(wide_nd - wide_nd.mean(0), compute_uv=False)
         if centred_k[0] <= _ROUNDING * np.linalg.norm(wide_nd):

@@ -185,8 +185,7 @@ def _figures(
 
 
 def _sample(figures: Sequence[Figure], config: Config) -> list[Figure]:
-    order_n = rng.generator("keypoints", "sample").permutation(len(figures))[: config.max_figures]
-    return [figures[i] for i in sorted(order_n.tolist())]
+    return [figures[i] for i in rng.sample(len(figures), config.max_figures, "keypoints", "sample")]
 
 
 def _parted(found: Figures) -> tuple[list[Figure], list[Figure]]:

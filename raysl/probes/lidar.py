@@ -76,8 +76,8 @@ class Lidar(InTask[Config]):
     def rows(self, subject: Subject) -> list[Row]:
         """Return LiDAR of each layer. Raises UserError if the features are not finite."""
         config, count = self.config, min(self.config.images, subject.test.num_images)
-        order_n = rng.generator("lidar").permutation(subject.test.num_images)
-        files = subject.test.read(np.sort(order_n[:count]), ("image",)).column("image").to_pylist()
+        chosen_n = rng.sample(subject.test.num_images, count, "lidar")
+        files = subject.test.read(chosen_n, ("image",)).column("image").to_pylist()
         encode = load(subject, self._views(subject, files, 0))
         scatter: dict[str, Scatter] = {}
         for some in batches(count):

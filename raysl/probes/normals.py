@@ -32,7 +32,7 @@ from torch import Tensor
 from torch.nn.functional import interpolate, normalize
 
 from raysl.dataset import DataSet
-from raysl.errors import Unset, UserError
+from raysl.errors import Unset, UserError, explained
 from raysl.extraction import EncodeMaps
 from raysl.fields import Bounds
 from raysl.probes import Row, Settings, Subject, field_values
@@ -262,10 +262,9 @@ def normals_of(pair: Pair) -> Tensor:
         UserError: the file is damaged or has another form.
     """
     data, name = pair.map(), pair.map_name
-    try:
+    what = f"The map of normals {name!r} cannot be read"
+    with explained(what, "Restore the file.", OSError, ValueError, SyntaxError):
         values_hwc = np.load(io.BytesIO(data)) if name.endswith(".npy") else _png(data)
-    except (OSError, ValueError, SyntaxError) as error:
-        raise UserError(f"The map of normals {name!r} cannot be read: {error}. Restore the file.") from error
     if values_hwc.ndim != 3 or values_hwc.shape[2] != 3:
         raise UserError(
             f"The map of normals {name!r} has the shape {values_hwc.shape}. It must have three values for each pixel."

@@ -123,8 +123,7 @@ class Patches(InTask[Config]):
 
 def pieces(data: DataSet, size: int, config: Config) -> Pieces:
     """Return random patches, or frames, of a random sample of a data set."""
-    order_n = rng.generator("patches").permutation(data.num_images)
-    chosen_n = np.sort(order_n[: config.max_images]).astype(np.int64)
+    chosen_n = rng.sample(data.num_images, config.max_images, "patches")
     if config.of == "frames":
         return _frames(data, chosen_n, size, config)
     side = max(1, round(config.share * size))

@@ -61,8 +61,7 @@ class Retrieval:
                 "The probe retrieval has one image as train and test set, and no other image to find. Give more "
                 "images, or another test set."
             )
-        order_n = rng.generator("retrieval").permutation(len(test.labels_n))
-        queries_q = torch.from_numpy(np.sort(order_n[: self.config.max_queries]))
+        queries_q = torch.from_numpy(rng.sample(len(test.labels_n), self.config.max_queries, "retrieval"))
         shuffled_n = rng.generator("retrieval", "equals").permutation(len(train.labels_n))
         train_nd = normalize(torch.from_numpy(train.features_nd[shuffled_n]), dim=1)
         train_labels = torch.from_numpy(train.labels_n[shuffled_n])

@@ -78,7 +78,8 @@ class Robustness(InTask[Config]):
         """Return the accuracies of each layer."""
         config, size = self.config, subject.image_size
         train_n, test_n = common_labels(subject.train, subject.test)
-        train_k, test_k = _sample(len(train_n), config.max_train), _sample(len(test_n), config.max_test)
+        train_k = rng.sample(len(train_n), config.max_train, "robustness")
+        test_k = rng.sample(len(test_n), config.max_test, "robustness")
         encode = load(subject, _views(subject.train, train_k, size))
         learned = features(encode, _views(subject.train, train_k, size))
         found: dict[str, dict[str, list[float]]] = {layer: {} for layer in subject.layers}
@@ -104,11 +105,6 @@ def _rows(layer: str, values: dict[str, list[float]]) -> Iterator[Row]:
         yield Row("kept_share", mean / clean, layer)
     for name, value in means.items():
         yield Row(f"top1/{name}", value, layer)
-
-
-def _sample(count: int, most: int) -> NDArray[np.int64]:
-    """Return the indices of a random sample, sorted: int64 (k,)."""
-    return np.sort(rng.generator("robustness").permutation(count)[:most]).astype(np.int64)
 
 
 def _views(

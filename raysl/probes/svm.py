@@ -66,7 +66,7 @@ class Svm:
         """Yield the mean over classes of the average precision; it is 0 for a class that the train set never shows."""
         check("svm", train, test, several=True, learns=True)
         classes = _classes(train, test)
-        kept_n = np.sort(rng.generator("svm").permutation(len(train.labels_n))[: self.config.max_images])
+        kept_n = rng.sample(len(train.labels_n), self.config.max_images, "svm")
         units = unit_rows(train.features_nd[kept_n]), unit_rows(test.features_nd)
         train_nd, test_nd = (one.numpy() for one in in_span(*map(torch.from_numpy, units)))
         shown_nc = multi_hot(train.labels_n, classes)[kept_n]

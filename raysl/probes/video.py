@@ -18,7 +18,7 @@ from torch import Tensor
 
 from raysl import extraction
 from raysl.dataset import DataSet
-from raysl.errors import Unset, UserError
+from raysl.errors import Unset, explained
 from raysl.fields import Bounds
 from raysl.probes import Labelled, Row, Settings, Subject, common_labels
 from raysl.probes._images import each_clip, features, load, spaced
@@ -80,10 +80,6 @@ class Video(InTask[Config]):
         """Yield the frames of each clip in the evaluation view, uint8 (f, 3, size, size)."""
         for index, clips, row in each_clip(data, ("frames", "times")):
             numbers = spaced(clips.num_frames(row), self.config.frames)
-            try:
+            what = f"A frame of clip {index} of {str(data.folder)!r} cannot be decoded"
+            with explained(what, "Ingest the source again.", decode.DecodeError):
                 yield decode.evaluation_views([clips.frame(row, number) for number in numbers], size)
-            except decode.DecodeError as error:
-                raise UserError(
-                    f"A frame of clip {index} of {str(data.folder)!r} cannot be decoded: {error}. Ingest the source "
-                    "again."
-                ) from error

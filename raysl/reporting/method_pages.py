@@ -87,10 +87,10 @@ def index() -> str:
     """Return the index page in Markdown."""
     lines = ["# Methods", "", _INTRODUCTION, ""]
     for title, parts in (("Objectives", methods.objective_names()), ("Transforms", pretext.names())):
-        rows = [
-            f"| [{name}]({name}.md) | {_status(name)}{cell(combinations.summary(_load(name)[1]))} |"
-            for name in parts
-        ]
+        rows = []
+        for name in parts:
+            status = "Experimental. " if methods.is_experimental(name) else ""
+            rows.append(f"| [{name}]({name}.md) | {status}{cell(combinations.summary(_load(name)[1]))} |")
         lines += [f"## {title}", "", "| name | description |", "|---|---|", *rows, ""]
     rows = [f"| `{name}` | {cell(recipes.summary(name))} |" for name in recipes.names()]
     lines += ["## Recipes", "", "`raysl pretrain --recipe NAME` is a published run at full scale.", ""]
@@ -104,7 +104,7 @@ def page(name: str) -> str:
     Raises:
         UserError: the name is unknown.
     """
-    summary, _, rest = _docstring(name).partition("\n\n")
+    summary, _, rest = (inspect.getdoc(_module(name)) or "").partition("\n\n")
     method = typical_method(name)
     usual = f"raysl pretrain --data DATA --run RUN --method {method}"
     sections = [
@@ -163,14 +163,6 @@ def _module(name: str) -> ModuleType:
 
 def _load(name: str) -> tuple[Any, Any]:
     return methods.load_objective(name) if name in methods.objective_names() else pretext.load(name)
-
-
-def _status(name: str) -> str:
-    return "Experimental. " if methods.is_experimental(name) else ""
-
-
-def _docstring(name: str) -> str:
-    return inspect.getdoc(_module(name)) or ""
 
 
 def _partners(name: str) -> str:

@@ -7,7 +7,7 @@ import re
 from dataclasses import dataclass
 from typing import Annotated, Any
 
-from raysl.fields import Bounds, check
+from raysl.fields import Bounds, CheckedTop
 
 _BASE = """<!doctype html>
 <html lang="en"><head><meta charset="utf-8"><meta name="viewport" content="width=device-width">
@@ -31,7 +31,7 @@ figure { margin: 1.5rem 0 }
 
 
 @dataclass(frozen=True)
-class ReportConfig:
+class ReportConfig(CheckedTop):
     """Write a report: one self-contained page, and its figures as files.
 
     Args:
@@ -46,9 +46,6 @@ class ReportConfig:
     core_hour: Annotated[float, Bounds(0, 1e9)] = 0.0
     gpu_hour: Annotated[float, Bounds(0, 1e9)] = 0.0
     images: Annotated[int, Bounds(0, 10_000)] = 3
-
-    def __post_init__(self) -> None:
-        check(self)
 
 
 def render(body: str, title: str, **values: Any) -> str:

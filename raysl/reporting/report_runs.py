@@ -12,7 +12,7 @@ from numpy.typing import NDArray
 
 from raysl import checkpoint
 from raysl.config import MAY_CHANGE
-from raysl.errors import UserError
+from raysl.errors import UserError, explained
 from raysl.evaluation.results import MODEL, MOMENTUM, rows_of
 from raysl.run import METADATA, Run, flattened
 from raysl.storage import Folder
@@ -105,13 +105,11 @@ def _loaded(folder: Folder) -> ReportRun:
         identity |= _teacher(metadata.get("facts", {}))
         return ReportRun(run, config["method"], config["seed"], identity, rows, run.metrics_columns(_COLUMNS))
     if folder.exists(MODEL):
-        try:
+        what = f"The file {folder}/{MODEL} is damaged"
+        remedy = "Delete it and run the same `raysl probe` again."
+        with explained(what, remedy, ValueError, KeyError, TypeError, show=repr):
             model = verified(folder.read_json(MODEL))
             name, identity = str(model["name"]), _identity(dict(model["identity"]))
-        except (ValueError, KeyError, TypeError) as error:
-            raise UserError(
-                f"The file {folder}/{MODEL} is damaged: {error!r}. Delete it and run the same `raysl probe` again."
-            ) from error
         return ReportRun(run, name, 0, identity, rows_of(run))
     raise UserError(
         f"Neither a sweep nor a run lies at {str(folder)!r}: there is no sweep.jsonl, no {METADATA} and no {MODEL}. "
@@ -123,8 +121,7 @@ def _loaded(folder: Folder) -> ReportRun:
 def _step(run: Run, rows: Sequence[Mapping[str, Any]]) -> int:
     """Return the newest step that was probed; that of the newest checkpoint if none was, and 0 before the first."""
     probed = [int(row["step"]) for row in rows if row["encoder"] == "trained"]
-    newest = None if probed else checkpoint.newest(run.checkpoints)
-    return newest.step if newest else max(probed, default=0)
+    return max(probed) if probed else checkpoint.newest_step(run.checkpoints)
 
 
 def _teacher(facts: Mapping[str, Any]) -> dict[str, Any]:

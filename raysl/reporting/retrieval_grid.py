@@ -4,7 +4,6 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 
-import numpy as np
 from PIL import Image, ImageDraw, ImageFont
 
 from raysl import extraction, rng
@@ -42,7 +41,7 @@ def grids(
     found = extraction.extract_all(
         [(source, images, protocol) for source in encoders for images in (train, test)], cache
     )
-    chosen = np.sort(rng.generator("neighbours").permutation(test.num_images)[:count])
+    chosen = rng.sample(test.num_images, count, "neighbours")
     # If both sets are the same, an image must not find itself.
     own = chosen if train.manifest.fingerprint == test.manifest.fingerprint else None
     k = min(k, train.num_images - (own is not None))

@@ -10,7 +10,7 @@ import numpy as np
 from matplotlib import colormaps
 from numpy.typing import NDArray
 
-from raysl.errors import UserError
+from raysl.errors import explained
 from raysl.evaluation.results import describe_images
 from raysl.probes.invariance import HEADS, HISTOGRAM, OTHERS
 from raysl.reporting.figure import Figure, panels_png, plot_png
@@ -125,12 +125,9 @@ def _newest_histograms(member: ReportRun) -> dict[tuple[str, str, str], tuple[in
             newest[key] = max(newest.get(key, (-1, "")), (int(at_step), name))
     found = {}
     for key, (step, name) in newest.items():
-        try:
+        what = f"The file {folder / name}/{HISTOGRAM} is damaged"
+        with explained(what, "Delete it and run `raysl probe` again.", ValueError):
             found[key] = step, verified((folder / name).read_json(HISTOGRAM))
-        except ValueError as error:
-            raise UserError(
-                f"The file {folder / name}/{HISTOGRAM} is damaged: {error}. Delete it and run `raysl probe` again."
-            ) from error
     return found
 
 

@@ -19,7 +19,7 @@ import re
 import shlex
 import time
 from collections.abc import Iterable, Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from contextlib import AbstractContextManager, contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -31,7 +31,7 @@ from raysl import checkpoint
 from raysl.checkpoint import Checkpoint
 from raysl.config import Pretraining, differences, may_change
 from raysl.dataset import DataSet
-from raysl.errors import UserError
+from raysl.errors import UserError, explained
 from raysl.ray_cluster.versions import versions
 from raysl.storage import Folder, failure, retry
 from raysl.storage.records import signed_line, signed_lines, verified, verified_lines, write_record
@@ -135,18 +135,15 @@ class Run:
 
     def metadata(self) -> dict[str, Any]:
         """Return the metadata. Raises UserError when it is damaged, or of raysl 0.1."""
-        try:
+        what = f"The metadata of the run at {str(self.folder)!r} is damaged"
+        remedy = f"Restore {METADATA} from a copy, or give another folder to --run."
+        with explained(what, remedy, ValueError, KeyError, TypeError, show=repr):
             metadata = verified(self.folder.read_json(METADATA))
             if "trunk" in metadata["config"]:
                 raise _old_format_error(str(self.folder))
             dict(metadata["config"]), list(metadata["sessions"])
             data = metadata["data"]
             str(data["fingerprint"]), int(data["num_images"]), int(data["num_classes"])
-        except (ValueError, KeyError, TypeError) as error:
-            raise UserError(
-                f"The metadata of the run at {str(self.folder)!r} is damaged: {error!r}. Restore {METADATA} from a "
-                "copy, or give another folder to --run."
-            ) from error
         return metadata
 
     def config(self) -> Pretraining:
@@ -203,15 +200,9 @@ class Run:
             data = self.folder.read(name)
             yield name, map(_checked_object, verified_lines(io.BytesIO(data[: data.rfind(b"\n") + 1])))
 
-    @contextmanager
-    def _reading(self, name: str) -> Iterator[None]:
-        try:
-            yield
-        except ValueError as error:
-            raise UserError(
-                f"The file {name} of the run at {str(self.folder)!r} is damaged: {error}. Repair or delete it; the "
-                "checkpoints do not depend on it."
-            ) from error
+    def _reading(self, name: str) -> AbstractContextManager[None]:
+        what = f"The file {name} of the run at {str(self.folder)!r} is damaged"
+        return explained(what, "Repair or delete it; the checkpoints do not depend on it.", ValueError)
 
     def metrics_parts(self) -> list[str]:
         """Return the names of the files that continue metrics.jsonl in an object store."""

@@ -173,6 +173,8 @@ class Stream:
             yield from self.source(replace(self, source=None), start_step, end_step)
             return
         opener = ThreadPoolExecutor(1)
+        # Steps before the end of a pipeline at which the next one starts.
+        ahead = self.task_steps * (1 + max(1, int(self.share.cpus / self.share.cpus_per_task)))
         try:
             opened = opener.submit(self._open, start_step, end_step) if start_step < end_step else None
             while opened is not None:
@@ -181,17 +183,12 @@ class Stream:
                 for row in rows:
                     step += 1
                     # The last tasks of this pipeline have their CPUs now; tasks of the next pipeline use the others.
-                    if opened is None and end < end_step and end - step <= self._steps_ahead:
+                    if opened is None and end < end_step and end - step <= ahead:
                         opened = opener.submit(self._open, end, end_step)
                     columns = {name: values[0] for name, values in row.items()}
                     yield pickle.loads(bytes(columns[_PACKED])) if _PACKED in columns else columns
         finally:
             opener.shutdown(wait=False, cancel_futures=True)
-
-    @property
-    def _steps_ahead(self) -> int:
-        """Steps before the end of a pipeline at which the next one starts."""
-        return self.task_steps * (1 + max(1, int(self.share.cpus / self.share.cpus_per_task)))
 
     @functools.cached_property
     def task_steps(self) -> int:

@@ -83,21 +83,19 @@ class CapacityRequest:
             ray.util.remove_placement_group(group)
 
 
+@dataclass
 class Resizing:
     """Decide when a worker group should stop in favour of one of another size. `clock` is an argument for tests."""
 
-    def __init__(
-        self, counts: Sequence[int], group: WorkerGroup, clock: Callable[[], float] = time.monotonic
-    ) -> None:
-        self._counts = counts
-        self._group = group
-        self._clock = clock
-        self._since: float | None = None
+    counts: Sequence[int]
+    group: WorkerGroup
+    clock: Callable[[], float] = time.monotonic
+    _since: float | None = None
 
     def due(self, found: Machines) -> bool:
         """Return True if another number of workers has fitted for `RESIZE_AFTER_S`. Call it regularly."""
-        if (size(self._counts, found, self._group.gpus) or self._counts[0]) == self._group.workers:
+        if (size(self.counts, found, self.group.gpus) or self.counts[0]) == self.group.workers:
             self._since = None
             return False
-        self._since = self._clock() if self._since is None else self._since
-        return self._clock() - self._since >= RESIZE_AFTER_S
+        self._since = self.clock() if self._since is None else self._since
+        return self.clock() - self._since >= RESIZE_AFTER_S

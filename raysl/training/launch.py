@@ -31,7 +31,7 @@ from raysl.stream.shared import Subscriber
 from raysl.training import elastic, guessing, progress_actor, signals
 from raysl.training import local as in_process
 from raysl.training.elastic import CapacityRequest, Resizing, WorkerGroup
-from raysl.training.worker import Job, work
+from raysl.training.worker import Job, to_build, work
 
 _log = logging.getLogger("raysl.training")
 
@@ -85,7 +85,7 @@ def pretrain(
     Run.check(config, dataset)
     # Another driver may still train the run, or begin another one in its folder.
     with DriverLock(Folder(config.run), "run") as lock:
-        saved = _saved(Run(lock.folder))
+        saved = checkpoint.newest_step(Run(lock.folder).checkpoints)
         if saved >= end:
             state = "finished" if saved >= plan.num_steps else "at this step"
             _log.info("The run at %s is already %s (%s).", config.run, state, counted(saved, "step"))
@@ -114,8 +114,7 @@ def _checked(config: Pretraining, dataset: DataSet) -> tuple[Plan, dict[str, Any
     Raises:
         UserError: the data set reveals a mistake in the configuration.
     """
-    resumes = bool(config.backbone.weights) and _saved(Run(Folder(config.run))) > 0
-    model = Model.of(config.without_starting_weights() if resumes else config, dataset)
+    model = Model.of(to_build(config, Run(Folder(config.run))), dataset)
     model.check()
     return config.plan(dataset), model.describe()
 
@@ -179,12 +178,6 @@ def _described(group: WorkerGroup, counts: Sequence[int]) -> str:
     return f"{counted(group.workers, 'worker')}{among} with {share}"
 
 
-def _saved(run: Run) -> int:
-    """Return the step of the newest complete checkpoint; 0 without one."""
-    found = checkpoint.newest(run.checkpoints)
-    return found.step if found else 0
-
-
 @dataclass(frozen=True)
 class _Attempts:
     """Run a job as a sequence of attempts: each is a Ray Train run of fixed size from one checkpoint to another.
@@ -211,14 +204,14 @@ class _Attempts:
         import ray
 
         actor = self.job.progress_actor
-        idle, saved = 0, _saved(self.job.run)
+        idle, saved = 0, checkpoint.newest_step(self.job.run.checkpoints)
         with signals.caught(lambda: actor.request_stop.remote(True)) as stop:
             while True:
                 self.lock.check()
                 error = self._attempt(group, stop.received)
                 if self.lock.lost.is_set():
                     self.lock.check()
-                before, saved = saved, _saved(self.job.run)
+                before, saved = saved, checkpoint.newest_step(self.job.run.checkpoints)
                 if saved >= self.end:
                     return
                 idle = 0 if saved > before else idle + 1

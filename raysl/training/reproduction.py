@@ -13,7 +13,7 @@ import torch
 from raysl import checkpoint, ray_cluster
 from raysl.checkpoint import Checkpoint
 from raysl.errors import UserError
-from raysl.fields import Bounds, check
+from raysl.fields import Bounds, CheckedTop
 from raysl.ingestion import resolve
 from raysl.ray_cluster.versions import versions
 from raysl.run import METADATA, Run, flattened
@@ -26,7 +26,7 @@ _TIMES = ("images_per_s", "wait_s", "wait_share", "eta_s")
 
 
 @dataclass(frozen=True)
-class ReproduceConfig:
+class ReproduceConfig(CheckedTop):
     """Repeat a run from its metadata and compare the two.
 
     Args:
@@ -40,9 +40,6 @@ class ReproduceConfig:
     steps: Annotated[int, Bounds(0, 2**63 - 1)] = 0
     data: str = ""
     local: bool = False
-
-    def __post_init__(self) -> None:
-        check(self)
 
 
 @dataclass(frozen=True)
@@ -124,7 +121,7 @@ def _numbers(first: Run, second: Run, steps: int) -> list[str]:
                 greatest[name] = max(greatest.get(name, 0.0), relative)
                 found.setdefault(name, f"{name}: {old:.6g} then, {ours:.6g} now at step {row['step']} first")
     lines = [f"{line}; at most {greatest[name]:.1e} of it" for name, line in found.items()]
-    at = next((c for c in checkpoint.complete(first.checkpoints) if c.step == steps), None)
+    at = checkpoint.of_step(first.checkpoints, steps)
     return lines if at is None else [*lines, *_weights(at, second.newest())]
 
 

@@ -63,6 +63,12 @@ class Job:
     timeout_s: int = 1800
 
 
+def to_build(config: Pretraining, run: Run) -> Pretraining:
+    """Return the configuration to build the model by: a run with a checkpoint needs no file of starting weights."""
+    resumes = bool(config.backbone.weights) and checkpoint.newest_step(run.checkpoints) > 0
+    return config.without_starting_weights() if resumes else config
+
+
 class Worker:
     """One training worker: its model, optimiser, bank and stream (from Ray Data without `source`), and the step."""
 
@@ -78,10 +84,7 @@ class Worker:
             _configure_cuda(config.deterministic)
         self.rank, self.world = collective.rank(), collective.world()
         self.plan = config.plan(job.dataset)
-        # A checkpoint replaces all weights, so a run resumes without the file that it started from.
-        resumes = bool(config.backbone.weights) and checkpoint.newest(job.run.checkpoints) is not None
-        initial = config.without_starting_weights() if resumes else config
-        self.model = Model.of(initial, job.dataset).to(device)
+        self.model = Model.of(to_build(config, job.run), job.dataset).to(device)
         if config.channels_last:
             self.model = self.model.to(memory_format=torch.channels_last)
         self.optimizer = optim.build(config.optim, self.model)
@@ -101,13 +104,12 @@ class Worker:
             raise self._not_found("run")
         step = 0
         if self.rank == 0:
-            found = checkpoint.newest(self.job.run.checkpoints)
-            step = found.step if found else 0
+            step = checkpoint.newest_step(self.job.run.checkpoints)
             checkpoint.delete_after(self.job.run.checkpoints, step)
         step = int(collective.total(torch.tensor(step, device=self.device)).item())
         if step == 0:
             return
-        chosen = next((c for c in checkpoint.complete(self.job.run.checkpoints) if c.step == step), None)
+        chosen = checkpoint.of_step(self.job.run.checkpoints, step)
         if chosen is None:
             raise self._not_found(f"checkpoint of step {step}")
         # A worker reads only its own rows of the bank.

@@ -20,7 +20,7 @@ import logging
 from collections.abc import Callable, Mapping
 from typing import Any
 
-from raysl.errors import UserError
+from raysl.errors import explained
 from raysl.storage import Folder
 from raysl.storage.records import signed_lines, verified_lines
 
@@ -51,15 +51,12 @@ class Journal:
         # The first row of each kind, by `_KEYS`.
         self._first: dict[tuple[Any, ...], Mapping[str, Any]] = {}
         if folder.exists(NAME):
-            try:
+            what = f"The journal {folder}/{NAME} is damaged"
+            remedy = "Restore it from a copy, or give another folder to --out."
+            with explained(what, remedy, ValueError, TypeError, KeyError, IndexError, show=repr):
                 self.rows = [json.loads(line) for line in verified_lines(folder.read(NAME).splitlines())]
                 if self.rows[0]["event"] != "sweep":
                     raise ValueError("the first row does not begin a sweep")
-            except (ValueError, TypeError, KeyError, IndexError) as error:
-                raise UserError(
-                    f"The journal {folder}/{NAME} is damaged: {error!r}. Restore it from a copy, or give another "
-                    "folder to --out."
-                ) from error
         # The content of the file, so that a new row costs no new checksums of all others.
         self._content = signed_lines(self.rows)
         for row in self.rows:

@@ -10,6 +10,8 @@ from collections.abc import Sequence
 from dataclasses import dataclass, field, replace
 from typing import Any
 
+import ray
+
 from raysl.backbone.network import BackboneConfig
 from raysl.config import Pretraining
 from raysl.stream.reader import Stream
@@ -51,8 +53,6 @@ def why_not_shared(prepared: PreparedSweep) -> str:
 
 def open_broker(task: Task, points: Sequence[Values]) -> Any:
     """Start the broker of a sweep, on the machine of the driver. `points` has the values of the trials, if known."""
-    import ray
-
     here = ray.get_runtime_context().get_node_id()
     local = ray.util.scheduling_strategies.NodeAffinitySchedulingStrategy(here, soft=False)
     return ray.remote(num_cpus=0, scheduling_strategy=local)(StreamBroker).remote(task, points)
@@ -93,8 +93,6 @@ class StreamBroker:
 
     def leave(self, run: str) -> None:
         """Give the place of a run back, if it has one."""
-        import ray
-
         for shared in self._streams:
             if run in shared.runs:
                 shared.runs.remove(run)
@@ -119,8 +117,6 @@ def _register(shared: _SharedStream, run: str, start: int) -> bool:
 
     Return False, and register nothing, if an actor has already dropped the first batch of the run.
     """
-    import ray
-
     try:
         there = all(ray.get([actor.expect.remote(run, start) for actor in shared.actors]))
     except ray.exceptions.RayError:

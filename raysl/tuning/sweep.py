@@ -70,11 +70,7 @@ def sweep(base: Pretraining, config: SweepConfig) -> list[dict[str, Any]]:
 
 
 def _begin(journal: Journal, prepared: PreparedSweep) -> None:
-    """Write the first row of the journal, or compare this sweep with the one that the first row describes.
-
-    Raises:
-        UserError: the first row describes another sweep.
-    """
+    """Write the first row of the journal. Raise UserError if it is there and describes another sweep."""
     config, task = prepared.config, prepared.task
     data = {"images": task.images, "train": task.train, "validation": task.validation}
     header = {

@@ -129,8 +129,7 @@ class Trial(tune.Trainable):  # type: ignore[misc]
         """Train a run up to a step, with its place at a shared stream if there is one."""
         task, subscriber = self.task, None
         if task.broker is not None:
-            found = checkpoint.newest(Run(Folder(config.run)).checkpoints)
-            start, number = found.step if found else 0, int(self.trial_name)
+            start, number = checkpoint.newest_step(Run(Folder(config.run)).checkpoints), int(self.trial_name)
             subscriber = ray.get(task.broker.subscriber.remote(number, config, start, until))
         local = task.in_process
         try:
@@ -253,7 +252,7 @@ def copy(source: Folder, step: int, target: Folder) -> None:
     there = Run(target).checkpoints
     if checkpoint.newest(there) is not None:
         return
-    found = next((c for c in checkpoint.complete(Run(source).checkpoints) if c.step == step), None)
+    found = checkpoint.of_step(Run(source).checkpoints, step)
     if found is None:
         raise UserError(
             f"The checkpoint of step {step} is no longer in {str(source)!r}, and another trial copies it. Run the "

@@ -52,6 +52,18 @@ def write_tar(path: Path, members: Mapping[str, bytes], mode: Any = "w") -> Path
     return path
 
 
+def write_odd_tar(path: Path, *names: str) -> Path:
+    """Write a tar file of images with these names, a link, a hard link and a device."""
+    write_tar(path, {name: jpeg() for name in names})
+    with tarfile.open(path, "a") as archive:
+        kinds = {"link.jpg": tarfile.SYMTYPE, "hard.jpg": tarfile.LNKTYPE, "null.jpg": tarfile.CHRTYPE}
+        for name, kind in kinds.items():
+            info = tarfile.TarInfo(name)
+            info.type, info.linkname = kind, "/etc/passwd"
+            archive.addfile(info)
+    return path
+
+
 def write_zip(path: Path, members: Mapping[str, bytes], method: int = zipfile.ZIP_DEFLATED) -> Path:
     with zipfile.ZipFile(path, "w", method) as archive:
         for name, data in members.items():

@@ -16,7 +16,17 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
 
-from tests.ingestion.reading import jpeg, labels, noise, opened, put, refused, write_tar, write_zip
+from tests.ingestion.reading import (
+    jpeg,
+    labels,
+    noise,
+    opened,
+    put,
+    refused,
+    write_odd_tar,
+    write_tar,
+    write_zip,
+)
 
 
 def test_samples_by_key_with_labels_in_cls(tmp_path: Path) -> None:
@@ -234,17 +244,7 @@ def test_damaged_archives_are_never_shorter_data_sets(
 
 
 def test_members_that_are_no_files_of_the_archive(tmp_path: Path) -> None:
-    with tarfile.open(tmp_path / "a.tar", "w") as archive:
-        for name in ("../up.jpg", "/etc/abs.jpg", "ok.jpg"):
-            info = tarfile.TarInfo(name)
-            info.size = len(jpeg())
-            archive.addfile(info, io.BytesIO(jpeg()))
-        kinds = {"link.jpg": tarfile.SYMTYPE, "hard.jpg": tarfile.LNKTYPE, "null.jpg": tarfile.CHRTYPE}
-        for name, kind in kinds.items():
-            info = tarfile.TarInfo(name)
-            info.type, info.linkname = kind, "/etc/passwd"
-            archive.addfile(info)
-    found, rows = opened(tmp_path / "a.tar")
+    found, rows = opened(write_odd_tar(tmp_path / "a.tar", "../up.jpg", "/etc/abs.jpg", "ok.jpg"))
     assert [row.path for row in rows] == ["a.tar/ok.jpg"]
     assert found.left_out.kinds == {
         "members with absolute paths or ..": (2, "../up.jpg"),

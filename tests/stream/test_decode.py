@@ -15,6 +15,7 @@ from torchvision import transforms
 from raysl.augment import SourceCrop
 from raysl.rng import ImageRng
 from raysl.stream.decode import DecodeError, cut, decode, evaluation_side, evaluation_views, resized_to_square
+from tests.data import TURNS
 
 
 def picture(width: int = 40, height: int = 30) -> Image.Image:
@@ -92,20 +93,11 @@ def test_sixteen_bits_become_eight() -> None:
 @pytest.mark.parametrize("file_format", ["JPEG", "PNG"])
 @pytest.mark.parametrize("orientation", range(1, 9))
 def test_exif_orientation_is_applied(file_format: str, orientation: int) -> None:
-    turns = {
-        2: Image.Transpose.FLIP_LEFT_RIGHT,
-        3: Image.Transpose.ROTATE_180,
-        4: Image.Transpose.FLIP_TOP_BOTTOM,
-        5: Image.Transpose.TRANSPOSE,
-        6: Image.Transpose.ROTATE_270,
-        7: Image.Transpose.TRANSVERSE,
-        8: Image.Transpose.ROTATE_90,
-    }
     exif = Image.Exif()
     exif[0x0112] = orientation
     options = {"quality": 98, "subsampling": 0} if file_format == "JPEG" else {}
     data = encoded(picture(), file_format, exif=exif, **options)
-    upright = picture().transpose(turns[orientation]) if orientation in turns else picture()
+    upright = picture().transpose(TURNS[orientation]) if orientation in TURNS else picture()
     assert off(data, upright) <= 6
 
 

@@ -16,6 +16,7 @@ from PIL import Image, ImageCms
 from raysl.errors import UserError
 from raysl.stream.formats import PNG, DecodeError
 from raysl.stream.pixels import DecodeConfig, Picture, pictures
+from tests.data import TURNS
 
 Array = NDArray[Any]
 
@@ -181,15 +182,6 @@ def test_an_alpha_channel_that_a_program_left_at_zero_is_ignored() -> None:
     assert off(one(file(unused, "TGA")), ramp()) == 0
 
 
-TURNS = {
-    2: Image.Transpose.FLIP_LEFT_RIGHT,
-    3: Image.Transpose.ROTATE_180,
-    4: Image.Transpose.FLIP_TOP_BOTTOM,
-    5: Image.Transpose.TRANSPOSE,
-    6: Image.Transpose.ROTATE_270,
-    7: Image.Transpose.TRANSVERSE,
-    8: Image.Transpose.ROTATE_90,
-}
 LOSSLESS: dict[str, dict[str, Any]] = {"PNG": {}, "WEBP": {"lossless": True}, "TIFF": {}}
 
 

@@ -25,16 +25,14 @@ from urllib.parse import parse_qsl
 
 from raysl import plugins
 from raysl.errors import UserError, unknown
-from raysl.fields import Bounds, check
+from raysl.fields import Bounds, CheckedTop
 from raysl.ingestion import unsupported
 from raysl.ingestion.found import Found, LeftOut, unreadable
 from raysl.ingestion.layout import by_split
-from raysl.ingestion.listing import TABLE, File, Survey, files_below, is_folder, join, read_bytes
+from raysl.ingestion.listing import HEAD_BYTES, TABLE, File, Survey, files_below, is_folder, join, read_bytes
 from raysl.storage import Folder
 
 T = TypeVar("T")
-
-_HEAD_BYTES = 4096
 
 
 class Confidence(IntEnum):
@@ -47,7 +45,7 @@ class Confidence(IntEnum):
 
 
 @dataclass(frozen=True)
-class ReadConfig:
+class ReadConfig(CheckedTop):
     """Configuration of how a source is read.
 
     Args:
@@ -69,9 +67,6 @@ class ReadConfig:
     fps: Annotated[float, Bounds(above=0, high=240)] = 8.0
     clip_s: Annotated[float, Bounds(0.1, 3600)] = 8.0
     frame_size: Annotated[int, Bounds(16, 4096)] = 128
-
-    def __post_init__(self) -> None:
-        check(self)
 
     def flags(self) -> str:
         """Return what differs from the defaults, as flags."""
@@ -121,7 +116,7 @@ class Place:
         """All files below the folder, counted, and what cannot be read of it."""
         left_out = LeftOut()
         files = files_below(self.uri, left_out=left_out, follow_links=self.config.follow_links)
-        return Survey.of(files, lambda path: read_bytes(self.uri, path, _HEAD_BYTES)), left_out
+        return Survey.of(files, lambda path: read_bytes(self.uri, path, HEAD_BYTES)), left_out
 
 
 def _is_path(text: str) -> bool:

@@ -22,7 +22,7 @@ from functools import partial
 from itertools import chain
 from typing import Any
 
-from raysl.errors import UserError
+from raysl.errors import UserError, explained
 from raysl.ingestion import labels, layout, metadata, tar, video
 from raysl.ingestion.found import LeftOut, printable
 from raysl.ingestion.listing import ARCHIVE, IMAGE, VIDEO, File, Survey, join, kind_of, stamp
@@ -99,14 +99,12 @@ def _content(archive: zipfile.ZipFile, member: zipfile.ZipInfo) -> bytes:
 
 @contextmanager
 def _opened_zip(root: str, path: str) -> Iterator[zipfile.ZipFile]:
-    try:
+    what = f"Cannot read the archive {printable(f'{root}/{path}'.rstrip('/'))!r}"
+    remedy = "Download or copy it again, then run the same command."
+    # Arrow's streams raise ValueError at a false place.
+    with explained(what, remedy, *_ZIP_DAMAGE, OSError, ValueError):
         with tar.opened(root, path) as (stream, _), zipfile.ZipFile(stream) as archive:
             yield archive
-    except (*_ZIP_DAMAGE, OSError, ValueError) as error:  # Arrow's streams raise ValueError at a false place.
-        raise UserError(
-            f"Cannot read the archive {printable(f'{root}/{path}'.rstrip('/'))!r}: {error}. Download or copy it again, "
-            "then run the same command."
-        ) from error
 
 
 class Source:

@@ -26,7 +26,7 @@ import pyarrow as pa
 from numpy.lib import format as npy
 from numpy.typing import NDArray
 
-from raysl.errors import UserError
+from raysl.errors import UserError, explained
 from raysl.ingestion import idx, labels, png
 from raysl.ingestion.found import Found
 from raysl.ingestion.listing import files_below, is_folder, stamp
@@ -237,11 +237,10 @@ def _cifar(root: str, path: str) -> tuple[NDArray[np.uint8], NDArray[np.int64] |
     """Return the pixels of a batch, uint8 (n, 32, 32, 3), and its labels, the fine ones of CIFAR-100."""
     batch = _unpickled(root, path)
     values = batch.get("fine_labels", batch.get("labels"))
-    try:
+    what = f"Cannot read {root}/{path}"
+    with explained(what, "Unpack the archive again.", KeyError, TypeError, ValueError):
         pixels = np.asarray(batch["data"], np.uint8).reshape(-1, 3, 32, 32).transpose(0, 2, 3, 1)
         return pixels, None if values is None else np.array([int(value) for value in values], np.int64)
-    except (KeyError, TypeError, ValueError) as error:
-        raise UserError(f"Cannot read {root}/{path}: {error}. Unpack the archive again.") from error
 
 
 # NotImplementedError, a RuntimeError, is an unknown compression; RuntimeError is an encrypted archive.

@@ -4,8 +4,8 @@ A file `recipes/foo_r50.py` describes the recipe "foo-r50" with
 
     CONFIG = Pretraining("", "", ...)
 
-Its docstring names the source, the published result, the hardware that it needs, and the differences of raysl. Flags
-beside `--recipe` override its values.
+or the same by `resnet50` of `_imagenet`. Its docstring names the source, the published result, the hardware that it
+needs, and the differences of raysl. Flags beside `--recipe` override its values.
 """
 
 from __future__ import annotations

@@ -11,25 +11,16 @@ and biases do not decay. Choosing the permutations takes about a minute in each 
 
 from __future__ import annotations
 
-from raysl.backbone.network import BackboneConfig
-from raysl.config import Pretraining, ViewConfig
+from raysl.config import ViewConfig
 from raysl.objectives import predict
 from raysl.pretext import jigsaw
 from raysl.training.recipes import _goyal
+from raysl.training.recipes._imagenet import resnet50
 
-# The data are the 1,281,167 training images of ImageNet-1k.
-CONFIG = Pretraining(
-    data="",
-    run="",
-    method="predict-jigsaw",
-    epochs=_goyal.EPOCHS,
-    batch_size=256,
-    workers=8,
-    view=ViewConfig(image_size=224, recipe="gray"),
-    backbone=BackboneConfig("resnet50"),
-    optim=_goyal.optim(warmup_epochs=5, warmup_start=0.25),
-    parts={
-        "predict": predict.Config(crop_width=1000),
-        "jigsaw": jigsaw.Config(num_permutations=2000, criterion="max_avg", per_patch_color=False),
-    },
-)
+_VIEW = ViewConfig(recipe="gray")
+_OPTIM = _goyal.optim(warmup_epochs=5, warmup_start=0.25)
+_PARTS = {
+    "predict": predict.Config(crop_width=1000),
+    "jigsaw": jigsaw.Config(num_permutations=2000, criterion="max_avg", per_patch_color=False),
+}
+CONFIG = resnet50("predict-jigsaw", _goyal.EPOCHS, batch_size=256, view=_VIEW, optim=_OPTIM, parts=_PARTS)

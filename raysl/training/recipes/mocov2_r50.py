@@ -11,21 +11,12 @@ normalisation layers do not decay, and the rate ends at a thousandth of its peak
 
 from __future__ import annotations
 
-from raysl.backbone.network import BackboneConfig
-from raysl.config import Pretraining, ViewConfig
+from raysl.config import ViewConfig
 from raysl.objectives.moco import Config
 from raysl.optim import OptimConfig
+from raysl.training.recipes._imagenet import resnet50
 
-# The data are the 1,281,167 training images of ImageNet-1k.
-CONFIG = Pretraining(
-    data="",
-    run="",
-    method="moco",
-    epochs=200,
-    batch_size=256,
-    workers=8,
-    view=ViewConfig(image_size=224, min_scale=0.2, recipe="mocov2"),
-    backbone=BackboneConfig("resnet50"),
-    optim=OptimConfig("sgd", lr=0.03, momentum=0.9, weight_decay=1e-4, schedule="cosine"),
-    parts={"moco": Config(momentum=0.999, queue=65_536, temperature=0.2, dim=128, head="mlp")},
-)
+_VIEW = ViewConfig(min_scale=0.2, recipe="mocov2")
+_OPTIM = OptimConfig("sgd", lr=0.03, momentum=0.9, weight_decay=1e-4, schedule="cosine")
+_PARTS = {"moco": Config(momentum=0.999, queue=65_536, temperature=0.2, dim=128, head="mlp")}
+CONFIG = resnet50("moco", epochs=200, batch_size=256, view=_VIEW, optim=_OPTIM, parts=_PARTS)

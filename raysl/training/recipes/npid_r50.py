@@ -12,23 +12,12 @@ of the memory bank have length 1.
 
 from __future__ import annotations
 
-from raysl.backbone.network import BackboneConfig
-from raysl.config import Pretraining, ViewConfig
+from raysl.config import ViewConfig
 from raysl.objectives.npid import Config
 from raysl.optim import OptimConfig
+from raysl.training.recipes._imagenet import resnet50
 
-# The data are the 1,281,167 training images of ImageNet-1k.
-CONFIG = Pretraining(
-    data="",
-    run="",
-    method="npid",
-    epochs=200,
-    batch_size=256,
-    workers=8,
-    view=ViewConfig(image_size=224, min_scale=0.2, recipe="npid"),
-    backbone=BackboneConfig("resnet50"),
-    optim=OptimConfig(
-        "sgd", lr=0.03, momentum=0.9, weight_decay=1e-4, schedule="step", milestones=(0.6, 0.8)
-    ),
-    parts={"npid": Config(temperature=0.07, num_negatives=4096, loss="nce", negatives="own")},
-)
+_VIEW = ViewConfig(min_scale=0.2, recipe="npid")
+_OPTIM = OptimConfig("sgd", lr=0.03, momentum=0.9, weight_decay=1e-4, schedule="step", milestones=(0.6, 0.8))
+_PARTS = {"npid": Config(temperature=0.07, num_negatives=4096, loss="nce", negatives="own")}
+CONFIG = resnet50("npid", epochs=200, batch_size=256, view=_VIEW, optim=_OPTIM, parts=_PARTS)

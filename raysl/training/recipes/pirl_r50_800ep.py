@@ -23,21 +23,12 @@ Differences from VISSL:
 
 from __future__ import annotations
 
-from raysl.backbone.network import BackboneConfig
-from raysl.config import Pretraining, ViewConfig
+from raysl.config import ViewConfig
 from raysl.objectives.pirl import Config
 from raysl.optim import OptimConfig
+from raysl.training.recipes._imagenet import resnet50
 
-# The data are the 1,281,167 training images of ImageNet-1k.
-CONFIG = Pretraining(
-    data="",
-    run="",
-    method="pirl-jigsaw",
-    epochs=800,
-    batch_size=1024,
-    workers=32,
-    view=ViewConfig(image_size=224, min_scale=0.08, recipe="pirl"),
-    backbone=BackboneConfig("resnet50"),
-    optim=OptimConfig("sgd", lr=0.03, momentum=0.9, weight_decay=1e-4, schedule="cosine"),
-    parts={"pirl": Config(temperature=0.07, num_negatives=32_000, loss="nce", negatives="own", lam=0.5)},
-)
+_VIEW = ViewConfig(min_scale=0.08, recipe="pirl")
+_OPTIM = OptimConfig("sgd", lr=0.03, momentum=0.9, weight_decay=1e-4, schedule="cosine")
+_PARTS = {"pirl": Config(temperature=0.07, num_negatives=32_000, loss="nce", negatives="own", lam=0.5)}
+CONFIG = resnet50("pirl-jigsaw", epochs=800, batch_size=1024, view=_VIEW, optim=_OPTIM, parts=_PARTS)

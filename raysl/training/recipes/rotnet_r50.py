@@ -10,19 +10,9 @@ Differences from VISSL: images are rotated after the crop, as in the authors' co
 
 from __future__ import annotations
 
-from raysl.backbone.network import BackboneConfig
-from raysl.config import Pretraining, ViewConfig
+from raysl.config import ViewConfig
 from raysl.training.recipes import _goyal
+from raysl.training.recipes._imagenet import resnet50
 
-# The data are the 1,281,167 training images of ImageNet-1k.
-CONFIG = Pretraining(
-    data="",
-    run="",
-    method="predict-rotation",
-    epochs=_goyal.EPOCHS,
-    batch_size=256,
-    workers=8,
-    view=ViewConfig(image_size=224, min_scale=0.08, recipe="plain"),
-    backbone=BackboneConfig("resnet50"),
-    optim=_goyal.optim(),
-)
+_VIEW = ViewConfig(min_scale=0.08, recipe="plain")
+CONFIG = resnet50("predict-rotation", _goyal.EPOCHS, batch_size=256, view=_VIEW, optim=_goyal.optim())

@@ -14,20 +14,13 @@ and not at zero.
 from __future__ import annotations
 
 from raysl.backbone.network import BackboneConfig
-from raysl.config import Pretraining, ViewConfig
+from raysl.config import ViewConfig
 from raysl.objectives.simclr import Config
 from raysl.optim import OptimConfig
+from raysl.training.recipes._imagenet import resnet50
 
-# The data are the 1,281,167 training images of ImageNet-1k.
-CONFIG = Pretraining(
-    data="",
-    run="",
-    method="simclr",
-    epochs=800,
-    batch_size=4096,
-    workers=64,
-    view=ViewConfig(image_size=224, min_scale=0.08, recipe="simclr"),
-    backbone=BackboneConfig("resnet50", norm="sync"),
-    optim=OptimConfig("lars", lr=0.3, momentum=0.9, weight_decay=1e-6, schedule="cosine", warmup=10 / 800),
-    parts={"simclr": Config(temperature=0.1, dim=128, head="mlp")},
-)
+_VIEW = ViewConfig(min_scale=0.08, recipe="simclr")
+_BACKBONE = BackboneConfig("resnet50", norm="sync")
+_OPTIM = OptimConfig("lars", lr=0.3, momentum=0.9, weight_decay=1e-6, schedule="cosine", warmup=10 / 800)
+_PARTS = {"simclr": Config(temperature=0.1, dim=128, head="mlp")}
+CONFIG = resnet50("simclr", 800, 4096, _VIEW, workers=64, backbone=_BACKBONE, optim=_OPTIM, parts=_PARTS)
