@@ -392,6 +392,8 @@ COMPARED = {
         ("raysl on Ray Data", "MosaicML Streaming, DataLoader, raysl's kernels", "cpu_ms"),
         ("raysl --local", "MosaicML Streaming, DataLoader, raysl's kernels", "cpu_ms"),
         ("Grain, its loader, raysl's kernels", "torch DataLoader with raysl's kernels", "cpu_ms"),
+        ("raysl --local", "DALI on the CPU, its own kernels", "cpu_ms"),
+        ("torch DataLoader with raysl's kernels", "DALI on the CPU, its own kernels", "cpu_ms"),
     ),
 }
 
