@@ -166,8 +166,8 @@ class Model(nn.Module):
         own = [view.recipe for view in self.views().values() if isinstance(view.recipe, OwnAugmentation)]
         if own:
             facts["augmentation"] = own[0].describe()
-        if hasattr(self.objective, "chance"):
-            facts["chance"] = self.objective.chance
+        if isinstance(chance := getattr(self.objective, "chance", None), int | float):
+            facts["chance"] = chance
         if self.starting_weights:
             facts["starting_weights"] = self.starting_weights
         return facts

@@ -95,13 +95,11 @@ def run_config(
         config, fields: an object or a mapping of fields, and fields that replace some of them.
         workers: whether workers will train, so that Ray is started and asked what the cluster has.
         check: more checks of the configuration as given, before any data are opened or Ray starts. It may return the
-            dotted names of fields that trials vary; they are not listed among the fields that were chosen.
+            dotted names of fields that are not listed among the fields that were chosen.
         out: folder of the results, if it is not the run.
         local: whether one worker will train in this process, without Ray.
     """
-    from raysl.backbone import external_weights
     from raysl.config import Pretraining, defaults
-    from raysl.run import Run
 
     values = _named({**given(data=data, run=run), **fields})
     if local:
@@ -123,19 +121,29 @@ def run_config(
         values["workers"] = 1
     values |= {"data": uri(values["data"])} if "data" in values else {}
     asked = defaults.check(values)
-    varied = (check and check(asked)) or ()
+    unlisted = (check and check(asked)) or ()
     check_source(asked.data)
-    if asked.backbone.weights and not Run.find(asked.run):
-        external_weights.read_file(asked.backbone.weights)  # Raises UserError.
+    _check_weights(asked)
     if not workers:
         import torch
 
-        return _resolved(values, asked.data, 1, torch.cuda.is_available(), varied)
+        return _resolved(values, asked.data, 1, torch.cuda.is_available(), unlisted)
     start_ray(out or asked.run)
-    return _suited(values, asked, varied)
+    return _suited(values, asked, unlisted)
 
 
-def _suited(values: Mapping[str, Any], asked: Pretraining, varied: Sequence[str]) -> Pretraining:
+def _check_weights(asked: Pretraining) -> None:
+    """Raise UserError if the weights that a new run starts from do not exist."""
+    from raysl.backbone import external_weights
+    from raysl.run import Run
+    from raysl.storage import Folder
+
+    file = asked.backbone.weights
+    if file and not Run.find(asked.run) and not Folder(file).exists():
+        external_weights.read_file(file)  # Raises UserError.
+
+
+def _suited(values: Mapping[str, Any], asked: Pretraining, unlisted: Sequence[str]) -> Pretraining:
     """Return the configuration of a run that suits its data and the cluster. Ray must have been started."""
     from raysl.ray_cluster import placement
 
@@ -143,11 +151,11 @@ def _suited(values: Mapping[str, Any], asked: Pretraining, varied: Sequence[str]
         # Before a source is ingested, which takes its time.
         placement.place(asked.worker_counts()[0])
     machines = placement.machines()
-    return _resolved(values, asked.data, placement.usual_workers(machines), machines.has_gpus, varied)
+    return _resolved(values, asked.data, placement.usual_workers(machines), machines.has_gpus, unlisted)
 
 
 def _resolved(
-    values: Mapping[str, Any], data: str, usual_workers: int, has_gpus: bool, varied: Sequence[str]
+    values: Mapping[str, Any], data: str, usual_workers: int, has_gpus: bool, unlisted: Sequence[str]
 ) -> Pretraining:
     """Return the configuration of a run; one that exists keeps what it was begun with."""
     from raysl.config import defaults
@@ -157,7 +165,7 @@ def _resolved(
     begun = Run.find(str(values["run"])) if values.get("run") not in (None, "-") else None
     if begun is not None:
         return defaults.resume(begun.config(), values, usual_workers)
-    return defaults.resolve(values, images, usual_workers, has_gpus, varied)
+    return defaults.resolve(values, images, usual_workers, has_gpus, unlisted)
 
 
 def unseen(asked: Pretraining) -> list[str]:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import logging
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 
 import numpy as np
 
@@ -14,8 +14,8 @@ from raysl.probes import check_labels
 from raysl.storage.feature_store import FeatureStore
 
 _log = logging.getLogger("raysl.evaluation")
-# Images are compared by their pixels if both sets together have at most so many numbers (65,000 images of 32 pixels).
-_MOST_NUMBERS = 200_000_000
+# Images are compared by their pixels if both sets together have at most so many: each takes about 100 bytes.
+_MOST_IMAGES = 2_000_000
 # Share of test images below which equal images are not worth a line.
 _FEW = 0.01
 
@@ -35,18 +35,25 @@ def same_set(train: DataSet, test: DataSet) -> bool:
 def warn_of_same(names: Sequence[str]) -> None:
     """Log a line for probes with labels, none of which learns, if train and test set are the same."""
     _log.warning(
-        "Train and test set are the same images. %s compares each image with the others; near copies of it count, so "
-        "other test images give a fairer score.",
-        " and ".join(names),
+        "Train and test set are the same images (%s). No image is compared with itself, but its near copies are in the "
+        "set, so the scores are too high.",
+        ", ".join(names),
     )
+
+
+def _hashes(store: FeatureStore) -> Iterator[int]:
+    (pieces,) = store.shards(1)
+    for piece in pieces:
+        for _, rows_bd in store.batches(piece):
+            yield from (hash(row_d.tobytes()) for row_d in rows_bd)
 
 
 def warn_of_shared(train: FeatureStore, test: FeatureStore) -> None:
     """Log a line if test images have the very pixels of train images."""
-    if train.num_values + test.num_values > _MOST_NUMBERS:
+    if train.num_rows + test.num_rows > _MOST_IMAGES:
         return
-    known = {hash(row.tobytes()) for row in train.load()}
-    shared = sum(hash(row.tobytes()) in known for row in test.load())
+    known = set(_hashes(train))
+    shared = sum(one in known for one in _hashes(test))
     if shared > _FEW * test.num_rows:
         _log.warning(
             "%s of %s also in the train set, by their pixels: scores are too high. Give sets that share no image.",

@@ -203,7 +203,8 @@ def _run_probes(
     common = common_labels(train, test) if labelled else (None, None)
     data = _Data(train, test, config.bn_statistics, *common)
     check_data(ready, data.train, data.test)
-    if labelled and same_set(train, test):
+    # Online evaluation would say it at every checkpoint.
+    if labelled and not config.low_priority and same_set(train, test):
         warn_of_same(labelled)
     if unseen := data.unseen():
         _log.warning(

@@ -44,7 +44,8 @@ class Flags:
         out: folder of rows and figures, a path or a URI.
         runs: folder of the runs, a path or a URI that all machines see; finished runs are not repeated.
         seeds: the experiment is repeated for each seed.
-        workers: Ray Train workers of a run; 0 trains in this process, without Ray Train.
+        workers: Ray Train workers of a run; 0 trains in this process, without Ray Train. (A trial of a
+            sweep then has one worker.)
         local: make everything so small that it takes minutes on two cores, with one seed unless seeds are given, and
             train in this process instead of on Ray Train. Runs and results go to a temporary folder unless folders are
             given.
@@ -65,7 +66,7 @@ class Flags:
     @property
     def run_workers(self) -> int:
         """Number of workers of a run."""
-        return max(1, self.workers)
+        return 1 if self.in_process else self.workers
 
 
 F = TypeVar("F", bound=Flags)
@@ -99,7 +100,7 @@ def pretrained(config: Pretraining, flags: Flags) -> Run:
     if not flags.in_process:
         return pretrain(config)
     resolve(config.data)
-    return pretrain(replace(config, workers=1), local=True)
+    return pretrain(config, local=True)
 
 
 def pretrain_seeds(base: Pretraining, flags: Flags) -> list[dict[str, Any]]:

@@ -3,10 +3,11 @@
 from __future__ import annotations
 
 import logging
+import math
 
 import numpy as np
 
-from raysl.config import Pretraining
+from raysl.errors import UserError
 from raysl.run import Run
 
 _log = logging.getLogger("raysl.training")
@@ -14,19 +15,24 @@ _log = logging.getLogger("raysl.training")
 _LAST, _BELOW = 0.1, 0.01
 
 
-def warn(run: Run, config: Pretraining, chance: float, num_steps: int) -> None:
-    """Log a line if a run has ended and the loss of its last steps is not below `chance`, the loss of equal scores."""
-    rows = run.metrics_columns(("step", "loss"))
-    late = rows["step"] > (1 - _LAST) * num_steps
-    if num_steps not in rows["step"]:
+def warn(run: Run, chance: float, num_steps: int) -> None:
+    """Log a line if a run has ended and the loss of its last steps is not below `chance`, the loss of equal scores.
+
+    A short run without a row of metrics that holds its last steps alone is not judged.
+    """
+    if not math.isfinite(chance):
+        return
+    try:
+        rows = run.metrics_columns(("step", "loss", "over_steps"))
+    except UserError:
+        return  # The weights are saved, and do not depend on the metrics.
+    late = rows["step"] - rows["over_steps"] >= (1 - _LAST) * num_steps
+    if num_steps not in rows["step"][late]:
         return
     loss = float(np.nanmean(rows["loss"][late]))
-    if loss < (1 - _BELOW) * chance:
-        return
-    uses_bank = config.method.partition("-")[0] in ("pirl", "npid")
-    slower = "--bank.momentum 0.5, " if uses_bank and config.bank.momentum < 0.5 else ""
-    _log.warning(
-        "The loss of the last steps is %.3f, and guessing would give %.3f: the run has hardly learned to solve its "
-        "task. Try %smore --epochs, more images or another --optim.lr.",
-        *(loss, chance, slower),
-    )
+    if loss >= (1 - _BELOW) * chance:
+        _log.warning(
+            "The loss of the last steps is %.3f, and guessing would give %.3f: the run has hardly learned to solve its "
+            "task. Train for more epochs, on more images, or with a lower learning rate.",
+            *(loss, chance),
+        )

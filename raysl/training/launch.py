@@ -104,7 +104,7 @@ def pretrain(
                 if group.gpus:
                     gpus.check(group.placement.gpus_per_worker, config.precision)
                 _Attempts(job, counts, end, plan.num_steps, lock, callbacks).run(group)
-        guessing.warn(run, config, facts.get("chance", math.inf), plan.num_steps)
+        guessing.warn(run, facts.get("chance", math.inf), plan.num_steps)
     return run
 
 

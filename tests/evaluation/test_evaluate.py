@@ -74,8 +74,8 @@ def test_shared_images_are_told(
         probe(run[0], run[1], test, probes=["knn"], encoders=["pixels"], in_process=True)
         return caplog.text
 
-    assert "knn compares each image with the others" in said(run[1])
-    assert not re.search("share|others", said(run[2]))
+    assert "Train and test set are the same images (knn)" in said(run[1])
+    assert not re.search("share|same images", said(run[2]))
     some = subset(DataSet.open(run[1]), 40, Folder(str(tmp_path / "some")))
     assert "40 of 40 test images are also in the train set" in said(str(some.folder))
 
@@ -124,7 +124,8 @@ def test_a_run_in_a_read_only_folder_is_probed_into_another(
         probe_model(encoder_by_name("random", BackboneConfig()), "x", train, test, out=str(out))
 
 
-def test_all_layers_by_probes_of_every_kind(run: tuple[Run, str, str]) -> None:
+@pytest.mark.ray
+def test_all_layers_by_probes_of_every_kind(ray_session: None, run: tuple[Run, str, str]) -> None:
     configs = {"invariance": Invariance(("rotation",)), "linear": Linear("fast")}
     names = ["linear", "collapse", "invariance"]
     rows = probe(
@@ -261,7 +262,7 @@ def test_a_model_that_is_not_a_run_has_rows_in_its_own_folder(
     assert tables(rows)
     # The view is that of the run, so it shares a table with the run's own untrained backbone.
     cache = Folder(str(tmp_path / "features"))
-    own = probe(*run, in_process=True, probes=["knn"], encoders=["random"], cache=cache, low_priority=True)
+    own = probe(*run, in_process=True, probes=["knn"], encoders=["random"], cache=cache)
     assert {(row["name"], row["value"], row["protocol"]) for row in rows} == {
         (row["name"], row["value"], row["protocol"]) for row in own
     }

@@ -88,8 +88,9 @@ def test_what_cannot_be_probed_is_not_trained(tmp_path: Path) -> None:
     assert not (tmp_path / "runs").exists()
 
 
+@pytest.mark.parametrize(("workers", "trained"), [(2, (2, False)), (0, (1, True))])
 def test_clusterfit_has_the_run_of_its_seed_as_teacher(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    workers: int, trained: tuple[int, bool], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     data = str(make_dataset(tmp_path / "set", 40).folder)
     fitted: list[Any] = []
@@ -99,9 +100,12 @@ def test_clusterfit_has_the_run_of_its_seed_as_teacher(
     )
     runs = str(tmp_path)
     comparison.trained(
-        ComparisonFlags(data, runs=runs, methods=("clusterfit",), seeds=(3,), teacher="predict-rotation"), []
+        ComparisonFlags(
+            data, runs=runs, methods=("clusterfit",), seeds=(3,), teacher="predict-rotation", workers=workers
+        ),
+        [],
     )
     ((config, student, local),) = fitted
-    assert not local
+    assert (student.workers, local) == trained
     assert (config.teacher, config.k) == (f"{runs}/predict-rotation-3", 300)
     assert (student.run, student.seed) == (f"{runs}/clusterfit-predict-rotation-300-3", 3)

@@ -168,6 +168,7 @@ def test_runs_train_in_this_process(flags: Flags, monkeypatch: pytest.MonkeyPatc
     monkeypatch.setattr(scripts, "resolve", lambda data: None)
     scripts.pretrained(Pretraining("set", "run", workers=flags.run_workers), flags)
     assert asked == [(1, True)]
+    assert Flags(workers=3).run_workers == 3
 
 
 def test_local_leaves_alone_what_was_asked_for() -> None:

@@ -85,6 +85,14 @@ def test_a_run_whose_loss_is_that_of_a_guess_says_so(
     assert len(found) == (lr == 1e-6)
 
 
+def test_a_run_that_is_too_short_to_judge_says_nothing(
+    dataset: DataSet, tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    config = replace(alone(dataset, tmp_path / "run"), optim=OptimConfig(lr=1e-6), log_every=18)
+    pretrain(config, local=True)
+    assert "guessing" not in caplog.text
+
+
 def test_a_thread_may_train(finished: Run, dataset: DataSet, tmp_path: Path) -> None:
     """As the actor of a trial does, from rung to rung."""
     config, threads = alone(dataset, tmp_path / "run"), torch.get_num_threads()

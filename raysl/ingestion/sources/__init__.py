@@ -204,8 +204,8 @@ def _kinds() -> dict[str, ModuleType]:
 
 def recognised() -> str:
     """Return what can be ingested, as one sentence."""
-    kinds = "; ".join(sorted(kind.SUMMARY for kind in _kinds().values()))
-    return f"A source is one of: {kinds}. docs/data.md has examples."
+    kinds = "; ".join(sorted((kind.SUMMARY for kind in _kinds().values()), key=str.lower))
+    return f"A source is one of: {kinds}. Examples: photos/, cifar10#train, a.zip, s3://bucket/photos, shapes:1000."
 
 
 def open_source(place: Place) -> Opened:

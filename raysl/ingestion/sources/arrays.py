@@ -33,7 +33,7 @@ from raysl.ingestion.listing import files_below, is_folder, stamp
 from raysl.ingestion.sources import Confidence, Place, ReadConfig, Row, Unit, UnitSize, choose_split
 from raysl.storage import Folder
 
-SUMMARY = "IDX files as of MNIST, CIFAR-10 and -100, .npz arrays"
+SUMMARY = "arrays (MNIST's IDX files, CIFAR-10 and -100, .npz)"
 
 FASHION_MNIST = Path("/usr/share/datasets/fashion-mnist")
 _FASHION_CLASSES = (

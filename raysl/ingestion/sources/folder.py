@@ -22,7 +22,7 @@ from raysl.ingestion.listing import VIDEO, File, Survey, files_below, kind_of, r
 from raysl.ingestion.sources import Confidence, Place, Row, Unit, UnitSize, choose_split, in_units
 from raysl.storage import Folder
 
-SUMMARY = "folders of images or videos"
+SUMMARY = "a folder of images or videos"
 
 # Object stores answer slowly and in parallel: this many threads read at a time, each a few files for one hand-over.
 _READERS = 16
