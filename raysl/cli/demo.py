@@ -17,7 +17,7 @@ from raysl.api.arguments import start_ray
 from raysl.config import Pretraining, ViewConfig
 from raysl.dataset import DataSet
 from raysl.errors import UserError, counted
-from raysl.fields import Bounds, Seed, check
+from raysl.fields import Bounds, CheckedTop, Seed
 from raysl.optim import OptimConfig
 
 _log = logging.getLogger("raysl.cli.demo")
@@ -26,7 +26,7 @@ DRAWN = "shapes:6000?plain=1"
 
 
 @dataclass(frozen=True)
-class DemoConfig:
+class DemoConfig(CheckedTop):
     """Pretrain SimCLR on a few thousand images without labels and measure what it has learned.
 
     Args:
@@ -44,9 +44,6 @@ class DemoConfig:
     epochs: Annotated[float, Bounds(above=0, high=1e9)] = 10
     seed: Seed = 0
     workers: Annotated[int, Bounds(low=0, high=10**6, hint="0 for as many as suit the machine")] = 0
-
-    def __post_init__(self) -> None:
-        check(self)
 
 
 def demo(config: DemoConfig) -> None:

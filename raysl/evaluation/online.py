@@ -145,7 +145,11 @@ class OnlineEvaluator:
     Args:
         run: the run; it need not have begun.
         online: when and what is probed.
+        train, test: the images that probes learn from and are scored on.
         trainers: smallest number of workers that train, each on a GPU if there are any.
+        callbacks: code that is told the results.
+
+    Attributes:
         training_ended: set when the trainers have ended.
     """
 
@@ -155,9 +159,9 @@ class OnlineEvaluator:
     test: DataSet
     trainers: int = 1
     callbacks: Callbacks | None = None
-    training_ended: threading.Event = field(default_factory=threading.Event)
-    _failed: set[int] = field(default_factory=set)
-    _waiting_at: int = -1
+    training_ended: threading.Event = field(default_factory=threading.Event, init=False)
+    _failed: set[int] = field(default_factory=set, init=False)
+    _waiting_at: int = field(default=-1, init=False)
 
     def follow(self) -> None:
         """Probe the newest checkpoint that is due, repeatedly, until the trainers have ended."""
