@@ -96,10 +96,12 @@ print("first step done", flush=True)
 """
 # A run says so at once, where it would show its progress every five seconds.
 _RUNS = """
-import importlib, sys
+import importlib, os, sys
 import raysl
 importlib.import_module("raysl.training.launch").SHOW_EVERY_S = 0.25
 data, folder, workers, local, runs = sys.argv[1:]
+if local == "ray":
+    os.environ["RAY_ADDRESS"] = "local"  # On a small machine, one worker would do without.
 class Steps(raysl.Callback):
     def __init__(self, says): self.says = says
     def on_log(self, row): print(self.says, flush=True)

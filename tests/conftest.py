@@ -13,6 +13,8 @@ import pytest
 # For the clusters of several machines that tests start; a Ray of raysl's own has a token of its own.
 os.environ["RAY_AUTH_MODE"] = "token"
 os.environ["RAY_AUTH_TOKEN"] = secrets.token_hex(32)
+# Tests of Ray must not choose to do without it; those of this choice unset the variable.
+os.environ["RAY_ADDRESS"] = "local"
 os.environ["RAY_USAGE_STATS_ENABLED"] = "0"
 os.environ["RAY_DATA_USE_DATASOURCE_V2"] = "0"
 os.environ["RAY_DATA_DISABLE_PROGRESS_BARS"] = "1"

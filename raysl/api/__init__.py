@@ -23,6 +23,8 @@ from raysl.api.arguments import (
     given,
     run_config,
     start_ray,
+    start_ray_if_needed,
+    trains_alone,
     unseen,
     uri,
 )
@@ -94,7 +96,7 @@ def pretrain(
         callbacks: objects whose methods are called during the run; see `raysl.run.callbacks`.
         probe_every: steps between two evaluations of the run while it trains; 0 for none.
         train, test, probes: data and probes of these evaluations.
-        local: train in this process, without Ray.
+        local: train in this process, without Ray, also where that is not the default; see `raysl.training.local`.
         fields: fields of `Pretraining`, and by their names the configurations of the method's parts, as in
             `pirl={"temperature": 0.1}`. `backbone` may be a function or class that builds an `nn.Module` from
             normalised images (b, 3, s, s) to features (b, width); it must be importable.
@@ -103,7 +105,8 @@ def pretrain(
     from raysl.run.callbacks import Callbacks
 
     probing = online.OnlineConfig(probe_every, uri(train), uri(test), tuple(probes))
-    settings = run_config(data, run, config, fields, local=local)
+    where = local or (False if probe_every else None)
+    settings = run_config(data, run, config, fields, local=where)
     return online.pretrain_and_probe(settings, probing, Callbacks(callbacks), local=local)
 
 
@@ -159,7 +162,7 @@ def probe(
     choices: dict[str, Any] = {"bn_statistics": bn_statistics, "image_size": image_size, "seed": seed}
     config = options.ProbeConfig(probes, layers, configs=configs, out=os.fspath(out), **choices)
     evaluate.check_data(config.ready(), *data_sets)
-    start_ray(config.out or (str(source.run.folder) if isinstance(source, Trained) else ""))
+    start_ray_if_needed(config.out or (str(source.run.folder) if isinstance(source, Trained) else ""))
     title = f"{uri(checkpoint).rpartition('/')[2]} ({network.name})"
     rows = evaluate.probe_encoder(source, title, *data_sets, config)
     _draw_nearest(source, data_sets, config)
@@ -206,7 +209,7 @@ def features(
     source = encoder_by_name(uri(checkpoint), settings.backbone, settings.seed)
     check_layers(source, (settings.layer,))
     dataset(settings.data)
-    start_ray(settings.out)
+    start_ray_if_needed(settings.out)
     return compute_features(uri(checkpoint), settings)
 
 
@@ -390,7 +393,7 @@ def reproduce(run: AnyRun, config: ReproduceConfig | None = None, **fields: Any)
 
     settings = configure(reproduction.ReproduceConfig, config, fields)
     first = Run.open(uri(run))
-    if not settings.local:
+    if not (settings.local or trains_alone(first.config().workers)):
         start_ray()
     return reproduction.reproduce(first, settings)
 

@@ -9,7 +9,7 @@ import dataclasses
 import importlib.util
 import os
 import sys
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from typing import TYPE_CHECKING, Any, TypeVar
 
 from raysl import console
@@ -81,7 +81,7 @@ def run_config(
     workers: bool = True,
     check: Callable[[Pretraining], Sequence[str] | None] | None = None,
     out: str = "",
-    local: bool = False,
+    local: bool | None = False,
 ) -> Pretraining:
     """Return the configuration of a run, checked before Ray starts.
 
@@ -97,7 +97,7 @@ def run_config(
         check: more checks of the configuration as given, before any data are opened or Ray starts. It may return the
             dotted names of fields that are not listed among the fields that were chosen.
         out: folder of the results, if it is not the run.
-        local: whether one worker will train in this process, without Ray.
+        local: whether one worker will train in this process, without Ray; None if it will where that starts sooner.
     """
     from raysl.config import Pretraining, defaults
 
@@ -111,7 +111,7 @@ def run_config(
         if check is not None:
             check(made)
         dataset(made.data)
-        if workers:
+        if workers and not (local is None and trains_alone(made.workers)):
             start_ray(out or made.run)
         return made
     if config is not None and not isinstance(config, Mapping):
@@ -124,12 +124,29 @@ def run_config(
     unlisted = (check and check(asked)) or ()
     check_source(asked.data)
     _check_weights(asked)
-    if not workers:
+    if not workers or (local is None and trains_alone(_workers(values, asked))):
         import torch
 
         return _resolved(values, asked.data, 1, torch.cuda.is_available(), unlisted)
     start_ray(out or asked.run)
     return _suited(values, asked, unlisted)
+
+
+def _workers(values: Mapping[str, Any], asked: Pretraining) -> int | str:
+    """Return the number of workers that is given, or else that of the run, or else one."""
+    from raysl.run import Run
+
+    if str(values.get("workers", 0)) not in ("0", ""):
+        return asked.workers
+    begun = Run.find(asked.run)
+    return begun.config().workers if begun else 1
+
+
+def trains_alone(workers: int | str) -> bool:
+    """Return True if a run of so many workers trains in this process, so that Ray need not start."""
+    from raysl.ray_cluster import this_machine
+
+    return str(workers) == "1" and not this_machine.needs_ray()
 
 
 def _check_weights(asked: Pretraining) -> None:
@@ -164,7 +181,7 @@ def _resolved(
     images = dataset(data)
     begun = Run.find(str(values["run"])) if values.get("run") not in (None, "-") else None
     if begun is not None:
-        return defaults.resume(begun.config(), values, usual_workers)
+        return defaults.resume(begun.config(), values, usual_workers, has_gpus)
     return defaults.resolve(values, images, usual_workers, has_gpus, unlisted)
 
 
@@ -255,10 +272,24 @@ def start_ray(*results: str) -> None:
         UserError: a folder cannot be written, or Ray cannot be started.
     """
     from raysl import ray_cluster
-    from raysl.storage import Folder
 
-    for folder in filter(None, results):
-        Folder(folder).check_writable()
+    _check_writable(results)
     if "ray" not in sys.modules or not sys.modules["ray"].is_initialized():
         with console.working("Starting Ray ..."):
             ray_cluster.start()
+
+
+def start_ray_if_needed(*results: str) -> None:
+    """Start Ray as `start_ray`, unless this process does the work alone; see `raysl.ray_cluster.this_machine`."""
+    from raysl.ray_cluster import this_machine
+
+    if this_machine.needs_ray():
+        start_ray(*results)
+    _check_writable(results)
+
+
+def _check_writable(folders: Iterable[str]) -> None:
+    from raysl.storage import Folder
+
+    for folder in filter(None, folders):
+        Folder(folder).check_writable()

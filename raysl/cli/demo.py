@@ -74,7 +74,9 @@ def demo(config: DemoConfig) -> None:
         )
     counts = counted(dataset.num_images, "image"), f"{judged.num_images:,}"
     _log.info("%s to learn from, without labels; %s to test on.", *counts)
-    settings = _settings(config, dataset, out, config.workers or placement.usual_workers())
+    # The demo shows workers on Ray, also where one worker would do without.
+    several = placement.usual_workers() if placement.machines().has_gpus else 2
+    settings = _settings(config, dataset, out, config.workers or several)
     grid = out / "views.png"
     views = Model.of(settings, dataset).views()
     pictures.save(pictures.views_grid(dataset, views, settings.seed), str(grid))

@@ -104,6 +104,6 @@ def clusterfit(config: ClusterfitConfig, student: Pretraining, *, local: bool = 
             method="clusterfit",
             parts={"clusterfit": {"labels": clusters.assignments}},
         )
-        run = pretrain(student_config, local=local)
+        run = pretrain(student_config, local=local or None)
         teacher = str(run.folder)
     return run

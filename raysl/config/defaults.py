@@ -90,12 +90,13 @@ def resolve(
     return from_fields(_merged(values, wanted))
 
 
-def resume(begun: Pretraining, given: Mapping[str, Any], usual_workers: int) -> Pretraining:
+def resume(begun: Pretraining, given: Mapping[str, Any], usual_workers: int, has_gpus: bool) -> Pretraining:
     """Return the configuration of a run that exists: what it was begun with, and what is given now."""
     wanted = _without_usual(given)
     values = begun.to_json()
     parts = values.pop("parts")
-    if begun.batch_size % usual_workers == 0:
+    # Two workers without GPUs fit everywhere, and go on exactly.
+    if begun.batch_size % usual_workers == 0 and (has_gpus or str(begun.workers) != "2"):
         values["workers"] = usual_workers
     if wanted.get("method", begun.method) == begun.method:
         values |= parts

@@ -83,7 +83,7 @@ def pretrain_and_probe(
             not suit it.
     """
     if not online.probe_every:
-        return pretrain(config, callbacks=callbacks, local=local)
+        return pretrain(config, callbacks=callbacks, local=local or None)
     if local:
         raise UserError(
             f"--probe-every is {online.probe_every}, and these probes run on Ray, which --local does not start. Omit "
@@ -100,7 +100,7 @@ def pretrain_and_probe(
     thread = threading.Thread(target=evaluator.follow, daemon=True)
     thread.start()
     try:
-        run = pretrain(config, callbacks=callbacks)
+        run = pretrain(config, callbacks=callbacks, local=False)
     finally:
         evaluator.training_ended.set()
     thread.join()

@@ -105,12 +105,7 @@ def extract_all(
         requested.append(outputs)
         if missing:
             extractions.append(_Extraction(source, dataset, protocol.image_size, tuple(missing)))
-    if in_process:
-        actor = _Actor(extractions)
-        for number, extraction in enumerate(extractions):
-            for part in extraction.missing():
-                actor.write(number, part)
-    _compute_missing(extractions, low_priority)
+    _compute_missing(extractions, low_priority, in_process)
     for folder, record in records.items():
         write_record(folder, FINISHED, record)
     return [
@@ -139,12 +134,17 @@ def describe(source: Encoder, dataset: DataSet, protocol: FeatureProtocol) -> di
 
 
 def compute(
-    source: Encoder, dataset: DataSet, protocol: FeatureProtocol, form: FeatureForm, folder: Folder
+    source: Encoder,
+    dataset: DataSet,
+    protocol: FeatureProtocol,
+    form: FeatureForm,
+    folder: Folder,
+    in_process: bool = False,
 ) -> list[Part]:
     """Compute the parts of one layer that are missing in a folder, with paths, and return all parts."""
     (layer,) = protocol.layers
     extraction = _Extraction(source, dataset, protocol.image_size, (_Output(layer, folder, form),), True)
-    _compute_missing([extraction])
+    _compute_missing([extraction], in_process=in_process)
     return extraction.parts
 
 
@@ -176,8 +176,16 @@ def _parts(dataset: DataSet) -> list[Part]:
     return parts
 
 
-def _compute_missing(extractions: Sequence[_Extraction], low_priority: bool = False) -> None:
+def _compute_missing(
+    extractions: Sequence[_Extraction], low_priority: bool = False, in_process: bool = False
+) -> None:
     """Compute the missing parts, and again those that were lost with an actor or a node."""
+    if in_process:
+        here = _Actor(extractions)
+        for number, extraction in enumerate(extractions):
+            for part in extraction.missing():
+                here.write(number, part)
+        return
     for attempt in range(_ATTEMPTS):
         missing = [
             (number, *part) for number, extraction in enumerate(extractions) for part in extraction.missing()

@@ -87,9 +87,14 @@ def project(store: FeatureStore, projection: Projection, form: FeatureForm, fold
 
 
 def _run(work: Any, store: FeatureStore, pieces: Sequence[Piece], *arguments: Any) -> list[Any]:
-    """Return the results of a Ray task for each CPU, each on some pieces. Raises the UserError of a task."""
+    """Return the results of a Ray task for each CPU, each on some pieces. Raises the UserError of a task.
+
+    Where no Ray runs, this process does all.
+    """
     import ray
 
+    if not ray.is_initialized():
+        return [work(store, pieces, *arguments)] if pieces else []
     count = max(1, min(len(pieces), int(ray.cluster_resources().get("CPU", 1))))
     task = ray.remote(work).options(num_cpus=_CPUS, scheduling_strategy="DEFAULT")
     shared = [ray.put(argument) for argument in arguments]

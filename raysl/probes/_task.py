@@ -48,7 +48,7 @@ class InTask(Generic[C]):
 def run_tasks(
     work: Callable[..., Result], calls: Sequence[tuple[Any, ...]], options: Mapping[str, Any] | None = None
 ) -> list[Result]:
-    """Run one Ray task for each call and return the results in the order of the calls.
+    """Run one Ray task for each call, or all calls here if no Ray runs, and return the results in their order.
 
     Args:
         options: options of the tasks for `ray.remote`; by default a GPU each if there are any, else a share of the
@@ -60,6 +60,8 @@ def run_tasks(
     import ray
     from ray.exceptions import OutOfMemoryError, WorkerCrashedError
 
+    if not ray.is_initialized():
+        return [work(*call) for call in calls]
     # Inside a trial of Ray Tune, a task without a strategy would be placed in the small group of the trial.
     task = ray.remote(**{"scheduling_strategy": "DEFAULT", **(options or _default_resources(len(calls)))})(
         work

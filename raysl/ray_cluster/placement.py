@@ -11,7 +11,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 
 from raysl.errors import UserError
-from raysl.ray_cluster import autoscaler
+from raysl.ray_cluster import autoscaler, this_machine
 from raysl.ray_cluster.autoscaler import Node
 from raysl.stream.reader import DataShare
 
@@ -70,11 +70,11 @@ def machines() -> Machines:
 
 
 def assigned_cpus() -> int:
-    """Return the number of whole CPUs of this Ray task or actor, at least one; one outside of tasks."""
+    """Return the number of whole CPUs of this Ray task or actor, at least one; outside of tasks, of this process."""
     import ray
 
     if not ray.is_initialized() or ray.get_runtime_context().worker.mode != ray.WORKER_MODE:
-        return 1
+        return this_machine.cpus()
     return max(1, int(ray.get_runtime_context().get_assigned_resources().get("CPU", 1)))
 
 
@@ -152,10 +152,11 @@ def place(workers: int, found: Machines | None = None, gpus_per_worker: float = 
 
 
 def usual_workers(found: Machines | None = None) -> int:
-    """Return the default number of trainers: two, or one if there is one GPU."""
+    """Return the default number of trainers: two, or one if there is one GPU, or only one machine with few CPUs."""
     found = found or machines()
     if not found.has_gpus:
-        return 2
+        alone = len(found.now) == 1 and not found.later
+        return 1 if alone and found.now[0].get("CPU", 0.0) <= this_machine.MOST_CPUS_ALONE else 2
     gpus = sum(int(node.get("GPU", 0)) for node in (*found.now, *found.for_trainers()))
     return max(1, min(2, gpus))
 

@@ -53,7 +53,7 @@ def pretrain(
     placement: Placement | None = None,
     callbacks: Callbacks | None = None,
     subscriber: Subscriber | None = None,
-    local: bool = False,
+    local: bool | None = None,
 ) -> Run:
     """Run pretraining to its end, or resume an interrupted run.
 
@@ -65,7 +65,7 @@ def pretrain(
         placement: resources of the workers; by default they share the whole cluster.
         callbacks: code that follows the run; see `raysl.run.callbacks`.
         subscriber: position in a stream shared with other runs; see `raysl.stream.shared`.
-        local: train with one worker in this process and without Ray; see `raysl.training.local`.
+        local: train with one worker in this process, without Ray; None for where `raysl.training.local` chooses it.
 
     Returns:
         The run, finished or at step `until`.
@@ -75,8 +75,9 @@ def pretrain(
         Interrupted, SystemExit: Ctrl-C, or SIGTERM or SIGHUP, arrived; the run is saved.
     """
     counts = config.worker_counts()
+    local = in_process.is_chosen(config, placement, subscriber) if local is None else local
+    # What can be checked without Ray is checked before Ray starts.
     with console.working("Preparing the run ..."):
-        # Check what can be checked without Ray before Ray starts.
         checked = _checked(config, DataSet.open(config.data)) if DataSet.is_one(config.data) else None
         group = _first_group(config, placement, local)
     dataset = resolve(config.data)
@@ -101,8 +102,6 @@ def pretrain(
             if local:
                 in_process.train(job, plan.num_steps, lock, callbacks, SHOW_EVERY_S)
             else:
-                if group.gpus:
-                    gpus.check(group.placement.gpus_per_worker, config.precision)
                 _Attempts(job, counts, end, plan.num_steps, lock, callbacks).run(group)
         guessing.warn(run, facts.get("chance", math.inf), plan.num_steps)
     return run
@@ -200,9 +199,11 @@ class _Attempts:
         return len(self.counts) > 1
 
     def run(self, group: WorkerGroup) -> None:
-        """Run attempts until the last step is saved."""
+        """Run attempts until the last step is saved. With GPUs, check first that the workers can use them."""
         import ray
 
+        if group.gpus:
+            gpus.check(group.placement.gpus_per_worker, self.job.config["precision"])
         actor = self.job.progress_actor
         idle, saved = 0, checkpoint.newest_step(self.job.run.checkpoints)
         with signals.caught(lambda: actor.request_stop.remote(True)) as stop:

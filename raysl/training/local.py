@@ -7,17 +7,13 @@ trains like this inside its actor.
 
 from __future__ import annotations
 
-import contextlib
 import logging
 import math
-import os
-import sys
 import threading
 import time
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
-from pathlib import Path
 from typing import Any
 
 import torch
@@ -27,19 +23,19 @@ from raysl.dataset import DataSet
 from raysl.errors import UserError
 from raysl.fields import Checked
 from raysl.ingestion import find
-from raysl.ray_cluster import gpus
+from raysl.ray_cluster import gpus, this_machine
 from raysl.ray_cluster import placement as cluster_placement
 from raysl.ray_cluster.placement import Machines, Placement
 from raysl.run.callbacks import Callbacks
 from raysl.storage import Folder
 from raysl.storage.lock import DriverLock
 from raysl.stream.processes import DataProcesses
+from raysl.stream.shared import Subscriber
 from raysl.training import progress_actor, signals
 from raysl.training.progress_actor import Progress, ProgressActor
 from raysl.training.worker import OUT_OF_MEMORY, Job, Worker
 
 _log = logging.getLogger("raysl.training")
-_CPU_LIMIT = Path("/sys/fs/cgroup/cpu.max")
 
 
 @dataclass(frozen=True)
@@ -47,9 +43,10 @@ class LocalConfig(Checked):
     """Train a run without Ray.
 
     Args:
-        local: train with one worker in this process and without Ray, which starts sooner. The data must have been
-            ingested by `raysl ingest`, or be a source that raysl has cached in an earlier run. The results equal those
-            of one worker on Ray, bit for bit, and a run may continue with or without Ray.
+        local: train with one worker in this process and without Ray, which starts sooner. On a machine without a GPU
+            and with at most 8 CPUs, a run of one worker does so in any case; with RAY_ADDRESS=local it takes Ray. The
+            data must have been ingested by `raysl ingest`, or be a source that raysl has cached in an earlier run. The
+            results equal those of one worker on Ray, bit for bit, and a run may continue with or without Ray.
     """
 
     local: bool = False
@@ -69,18 +66,27 @@ def check(config: Pretraining) -> None:
     Folder(config.run).check_writable()
 
 
+def is_chosen(
+    config: Pretraining, placement: Placement | None = None, subscriber: Subscriber | None = None
+) -> bool:
+    """Return True if a run trains without Ray although `--local` is not given, because that starts sooner.
+
+    A run that is given resources, or a stream that others read too, does not.
+    """
+    return (
+        placement is None
+        and subscriber is None
+        and config.worker_counts() == (1,)
+        and not this_machine.needs_ray()
+        and isinstance(find(config.data), DataSet)
+    )
+
+
 def place() -> Placement:
     """Return the resources of one worker on this machine, as a Ray that runs here would divide them."""
-    return cluster_placement.place(1, Machines(({"CPU": float(_cpus()), "GPU": torch.cuda.device_count()},)))
-
-
-def _cpus() -> int:
-    """Return the number of CPUs that this process may use."""
-    cpus = len(os.sched_getaffinity(0)) if sys.platform == "linux" else os.cpu_count() or 1
-    with contextlib.suppress(OSError, ValueError):  # No limit, or "max".
-        quota, period = map(int, _CPU_LIMIT.read_text().split())
-        cpus = min(cpus, max(1, quota // period))
-    return cpus
+    return cluster_placement.place(
+        1, Machines(({"CPU": float(this_machine.cpus()), "GPU": torch.cuda.device_count()},))
+    )
 
 
 def train(job: Job, num_steps: int, lock: DriverLock, callbacks: Callbacks, show_every_s: float) -> None:

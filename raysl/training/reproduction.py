@@ -18,6 +18,7 @@ from raysl.ingestion import resolve
 from raysl.ray_cluster.versions import versions
 from raysl.run import METADATA, Run, flattened
 from raysl.storage import Folder
+from raysl.training import local as in_process
 from raysl.training.launch import pretrain
 
 _log = logging.getLogger("raysl.training.reproduction")
@@ -79,12 +80,13 @@ def reproduce(first: Run, config: ReproduceConfig) -> Comparison:
     again = replace(first.config(), run=out, data=config.data or metadata["data"]["uri"])
     # Only the last checkpoint is compared.
     again = replace(again, save=replace(again.save, every_steps=0))
-    if not config.local:
+    local = config.local or in_process.is_chosen(again)
+    if not local:
         ray_cluster.start()
     ingredients = list(_ingredients(metadata, resolve(again.data).manifest.fingerprint))
     for line in ingredients:
         _log.info("differs: %s", line)
-    second = pretrain(again, until=steps, local=config.local)
+    second = pretrain(again, until=steps, local=local)
     numbers = list(_numbers(first, second, steps))
     return Comparison(tuple(ingredients), tuple(numbers), steps, second)
 

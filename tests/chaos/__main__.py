@@ -81,7 +81,9 @@ class Chaos:
         """Start a command in a session of its own."""
         self.mark = uuid.uuid4().hex
         planted = dict.fromkeys(_SECRETS, _PLANTED.decode())
-        environment = {**os.environ, **planted, faults.MARK: self.mark, "TMPDIR": str(self.scratch)}
+        # The faults are those of Ray, which a small machine would do without.
+        ray_and_place = {"RAY_ADDRESS": "local", "TMPDIR": str(self.scratch)}
+        environment = {**os.environ, **planted, **ray_and_place, faults.MARK: self.mark}
         argv = [sys.executable, "-m", "raysl", *command.argv({**self.places, "out": out})]
         with log.open("wb") as file:
             driver = subprocess.Popen(

@@ -9,12 +9,12 @@ import pytest
 
 from raysl.errors import UserError
 from raysl.probes._task import run_tasks
-from raysl.ray_cluster import placement
+from raysl.ray_cluster import placement, this_machine
 
 
 @pytest.mark.ray
 def test_threads_follow_the_cpus_of_the_task(ray_session: None) -> None:
-    assert placement.assigned_cpus() == 1
+    assert placement.assigned_cpus() == this_machine.cpus()
     assert run_tasks(placement.assigned_cpus, [(), ()]) == [1, 1]
 
 

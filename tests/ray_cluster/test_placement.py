@@ -218,7 +218,9 @@ def test_a_ray_that_does_not_start_is_told(monkeypatch: pytest.MonkeyPatch, addr
 
 
 def test_one_gpu_usually_has_one_worker() -> None:
-    assert cluster_placement.usual_workers(Machines(({"CPU": 2.0},))) == 2
+    assert cluster_placement.usual_workers(Machines(({"CPU": 2.0},))) == 1
+    assert cluster_placement.usual_workers(Machines(({"CPU": 16.0},))) == 2
+    assert cluster_placement.usual_workers(Machines(({"CPU": 2.0},) * 2)) == 2
     assert cluster_placement.usual_workers(Machines(({"CPU": 16.0, "GPU": 1.0},))) == 1
     assert cluster_placement.usual_workers(Machines(({"CPU": 16.0, "GPU": 8.0},))) == 2
     assert cluster_placement.place(1, Machines(({"CPU": 16.0, "GPU": 1.0},))).gpus_per_worker == 1
