@@ -19,7 +19,7 @@ FILES = sorted(LIBRARY.rglob("*.py"))
 ROOMS = (
     *("console", "errors", "plugins", "fields", "communication", "rng", "storage", "dataset"),
     *("augment", "pretext", "stream", "contrastive", "backbone", "optim", "checkpoint"),
-    *("ingestion", "objectives", "experimental", "config", "model", "ray_cluster", "run", "training"),
+    *("ray_cluster", "ingestion", "objectives", "experimental", "config", "model", "run", "training"),
     *("extraction", "clustering", "probes", "evaluation"),
     *("tuning", "reporting", "model_export", "experiment", "diagnostics", "api", "cli"),
     *("__init__", "__main__"),

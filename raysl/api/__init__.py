@@ -18,13 +18,12 @@ from raysl.api.arguments import (
     check_checkpoint,
     check_faiss,
     check_source,
+    check_writable,
     configure,
     dataset,
     given,
     run_config,
     start_ray,
-    start_ray_if_needed,
-    trains_alone,
     unseen,
     uri,
 )
@@ -69,7 +68,7 @@ def ingest(source: Any, dest: PathLike, config: IngestConfig | None = None, **fi
         source = open_source(settings.place(os.fspath(source)))
         if (done := pipeline.complete(source, os.fspath(dest), settings)) is not None:
             return done
-    start_ray(os.fspath(dest))
+    check_writable(os.fspath(dest))
     return pipeline.ingest(source, os.fspath(dest), settings)
 
 
@@ -162,7 +161,7 @@ def probe(
     choices: dict[str, Any] = {"bn_statistics": bn_statistics, "image_size": image_size, "seed": seed}
     config = options.ProbeConfig(probes, layers, configs=configs, out=os.fspath(out), **choices)
     evaluate.check_data(config.ready(), *data_sets)
-    start_ray_if_needed(config.out or (str(source.run.folder) if isinstance(source, Trained) else ""))
+    check_writable(config.out or (str(source.run.folder) if isinstance(source, Trained) else ""))
     title = f"{uri(checkpoint).rpartition('/')[2]} ({network.name})"
     rows = evaluate.probe_encoder(source, title, *data_sets, config)
     _draw_nearest(source, data_sets, config)
@@ -209,7 +208,7 @@ def features(
     source = encoder_by_name(uri(checkpoint), settings.backbone, settings.seed)
     check_layers(source, (settings.layer,))
     dataset(settings.data)
-    start_ray_if_needed(settings.out)
+    check_writable(settings.out)
     return compute_features(uri(checkpoint), settings)
 
 
@@ -393,8 +392,6 @@ def reproduce(run: AnyRun, config: ReproduceConfig | None = None, **fields: Any)
 
     settings = configure(reproduction.ReproduceConfig, config, fields)
     first = Run.open(uri(run))
-    if not (settings.local or trains_alone(first.config().workers)):
-        start_ray()
     return reproduction.reproduce(first, settings)
 
 

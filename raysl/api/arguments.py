@@ -8,27 +8,27 @@ from __future__ import annotations
 import dataclasses
 import importlib.util
 import os
-import sys
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import TYPE_CHECKING, Any, TypeVar
 
-from raysl import console
 from raysl.errors import UserError, install
 
 if TYPE_CHECKING:
+    from typing import TypeAlias
+
     from raysl.config import Pretraining
     from raysl.dataset import DataSet
     from raysl.run import Run
 
-    PathLike = str | os.PathLike[str]
-    Data = PathLike | DataSet
-    AnyRun = PathLike | Run
+    PathLike: TypeAlias = str | os.PathLike[str]
+    Data: TypeAlias = PathLike | DataSet
+    AnyRun: TypeAlias = PathLike | Run
 
 T = TypeVar("T")
 
 
 def dataset(data: Data) -> DataSet:
-    """Open a data set. A source that is not one yet is ingested into the cache first, for which Ray starts.
+    """Open a data set. A source that is not one yet is ingested into the cache first.
 
     Raises:
         UserError: nothing lies there, or it is not a source of images.
@@ -37,15 +37,9 @@ def dataset(data: Data) -> DataSet:
 
     if isinstance(data, DataSet):
         return data
-    from raysl.ingestion.cache import find
-
-    found = find(uri(data))
-    if isinstance(found, DataSet):
-        return found
-    start_ray()
     from raysl.ingestion import resolve
 
-    return resolve(found)
+    return resolve(uri(data))
 
 
 def check_source(data: Data) -> None:
@@ -111,7 +105,7 @@ def run_config(
         if check is not None:
             check(made)
         dataset(made.data)
-        if workers and not (local is None and trains_alone(made.workers)):
+        if workers and not (local is None and _trains_alone(made.workers)):
             start_ray(out or made.run)
         return made
     if config is not None and not isinstance(config, Mapping):
@@ -124,7 +118,7 @@ def run_config(
     unlisted = (check and check(asked)) or ()
     check_source(asked.data)
     _check_weights(asked)
-    if not workers or (local is None and trains_alone(_workers(values, asked))):
+    if not workers or (local is None and _trains_alone(_workers(values, asked))):
         import torch
 
         return _resolved(values, asked.data, 1, torch.cuda.is_available(), unlisted)
@@ -142,7 +136,7 @@ def _workers(values: Mapping[str, Any], asked: Pretraining) -> int | str:
     return begun.config().workers if begun else 1
 
 
-def trains_alone(workers: int | str) -> bool:
+def _trains_alone(workers: int | str) -> bool:
     """Return True if a run of so many workers trains in this process, so that Ray need not start."""
     from raysl.ray_cluster import this_machine
 
@@ -263,7 +257,7 @@ def uri(place: Any) -> str:
 
 
 def start_ray(*results: str) -> None:
-    """Start or join Ray, and say so, unless that has been done.
+    """Start or join Ray, unless that has been done.
 
     Args:
         results: folders of results, or "" for none. Ray starts only if files can be written there.
@@ -273,22 +267,12 @@ def start_ray(*results: str) -> None:
     """
     from raysl import ray_cluster
 
-    _check_writable(results)
-    if "ray" not in sys.modules or not sys.modules["ray"].is_initialized():
-        with console.working("Starting Ray ..."):
-            ray_cluster.start()
+    check_writable(*results)
+    ray_cluster.start()
 
 
-def start_ray_if_needed(*results: str) -> None:
-    """Start Ray as `start_ray`, unless this process does the work alone; see `raysl.ray_cluster.this_machine`."""
-    from raysl.ray_cluster import this_machine
-
-    if this_machine.needs_ray():
-        start_ray(*results)
-    _check_writable(results)
-
-
-def _check_writable(folders: Iterable[str]) -> None:
+def check_writable(*folders: str) -> None:
+    """Raise UserError if files cannot be written into one of the folders; "" stands for none."""
     from raysl.storage import Folder
 
     for folder in filter(None, folders):

@@ -14,7 +14,7 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from raysl import extraction, probes, ray_cluster
+from raysl import extraction, probes
 from raysl.checkpoint import Checkpoint
 from raysl.dataset import DataSet
 from raysl.errors import UserError, counted, explained, unknown
@@ -31,7 +31,7 @@ from raysl.evaluation.results import (
     shown,
 )
 from raysl.extraction import Encoder, FeatureProtocol, FeatureStore, NetworkEncoder, Reestimated, view_size
-from raysl.ingestion import find, resolve
+from raysl.ingestion import resolve
 from raysl.probes import (
     EncoderProbe,
     FeatureProbe,
@@ -42,7 +42,6 @@ from raysl.probes import (
     common_labels,
 )
 from raysl.probes._frozen import StoredFeatures, measure_layers
-from raysl.ray_cluster import this_machine
 from raysl.run import METADATA, Run
 from raysl.storage import Folder
 from raysl.storage.records import verified, write_record
@@ -195,12 +194,7 @@ def _run_probes(
     """Return the rows of every encoder and probe. Each is stored as soon as it exists: a later probe may fail."""
     ready = config.ready()
     layers = [layers_of(source, config.layers) for source in sources]
-    found = [one if isinstance(one, DataSet) else find(one) for one in (train, test)]
-    here = config.in_process or not (config.low_priority or this_machine.needs_ray())
-    config = replace(config, in_process=here)
-    if not (here and all(isinstance(one, DataSet) for one in found)):
-        ray_cluster.start()
-    train, test = (one if isinstance(one, DataSet) else resolve(one) for one in found)
+    train, test = (one if isinstance(one, DataSet) else resolve(one) for one in (train, test))
     labelled = [name for name, (_, probe) in ready.items() if isinstance(probe, LabelledProbe)]
     common = common_labels(train, test) if labelled else (None, None)
     data = _Data(train, test, config.bn_statistics, *common)
@@ -215,12 +209,12 @@ def _run_probes(
             f"{unseen:,}",
             f"{data.test.num_images:,}",
         )
-    extracted = _extract(sources, layers, ready, data, context, config)
+    found = _extract(sources, layers, ready, data, context, config)
     rows: list[dict[str, Any]] = []
-    for source, tables in zip(sources, extracted, strict=True):
+    for source, tables in zip(sources, found, strict=True):
         if isinstance(source, extraction.Pixels) and labelled and not same_set(train, test):
             warn_of_shared(*(next(iter(one.values())) for one in tables))
-    for source, own_layers, tables in zip(sources, layers, extracted, strict=True):
+    for source, own_layers, tables in zip(sources, layers, found, strict=True):
         for name, (protocol, measure) in ready.items():
             identity = _row_identity(name, protocol, measure, source, data, context)
             if isinstance(measure, EncoderProbe):

@@ -14,7 +14,7 @@ import numpy as np
 import tyro
 from rich.console import Console
 
-from raysl import console, ray_cluster
+from raysl import console
 from raysl.config import Pretraining
 from raysl.dataset import DataSet
 from raysl.errors import UserError, answered
@@ -73,7 +73,7 @@ F = TypeVar("F", bound=Flags)
 
 
 def command(experiment: Callable[[F], None], flags: type[F]) -> None:
-    """Read the command line, connect to Ray, and run the experiment. Exit as the `raysl` command does."""
+    """Read the command line and run the experiment. Exit as the `raysl` command does."""
     console.install()
     with answered("experiment"):
         given, usual = tyro.cli(flags), flags()
@@ -81,7 +81,6 @@ def command(experiment: Callable[[F], None], flags: type[F]) -> None:
             scratch = tempfile.mkdtemp(prefix="raysl-local-")
             runs = f"{scratch}/runs" if given.runs == usual.runs else given.runs
             given = replace(given, runs=runs, out=f"{scratch}/out" if given.out == usual.out else given.out)
-        ray_cluster.start()
         experiment(given)
 
 
@@ -97,10 +96,7 @@ def locally(flags: F, **small: Any) -> F:
 
 def pretrained(config: Pretraining, flags: Flags) -> Run:
     """Pretrain a run; with `--local` or no workers, in this process."""
-    if not flags.in_process:
-        return pretrain(config)
-    resolve(config.data)
-    return pretrain(config, local=True)
+    return pretrain(config, local=flags.in_process or None)
 
 
 def pretrain_seeds(base: Pretraining, flags: Flags) -> list[dict[str, Any]]:

@@ -24,6 +24,7 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
+from raysl import ray_cluster
 from raysl.backbone import external_weights, network
 from raysl.dataset import DataSet
 from raysl.errors import UserError, explained
@@ -31,7 +32,7 @@ from raysl.extraction import encoders
 from raysl.extraction import layers as layer_names
 from raysl.extraction.encoders import Encoder
 from raysl.extraction.layers import Encode
-from raysl.ray_cluster import gpus, placement
+from raysl.ray_cluster import gpus, placement, this_machine
 from raysl.storage import Folder
 from raysl.storage.feature_files import FINISHED, FeatureForm, Part, part_file, write_part
 from raysl.storage.feature_store import FeatureStore
@@ -78,7 +79,7 @@ def extract_all(
         cache: folder of the features. Subfolders are named after encoder, images, layer and size. Averages are kept
             as float32, grids as float16 if their numbers fit.
         low_priority: use one actor that reserves no CPU and yields to all other processes. With GPUs, it has one.
-        in_process: compute in this process instead of actors of Ray, which must run otherwise.
+        in_process: compute in this process instead of actors of Ray, as on a machine that needs no Ray.
 
     Returns:
         The features by layer, for each of `wanted`.
@@ -134,17 +135,12 @@ def describe(source: Encoder, dataset: DataSet, protocol: FeatureProtocol) -> di
 
 
 def compute(
-    source: Encoder,
-    dataset: DataSet,
-    protocol: FeatureProtocol,
-    form: FeatureForm,
-    folder: Folder,
-    in_process: bool = False,
+    source: Encoder, dataset: DataSet, protocol: FeatureProtocol, form: FeatureForm, folder: Folder
 ) -> list[Part]:
     """Compute the parts of one layer that are missing in a folder, with paths, and return all parts."""
     (layer,) = protocol.layers
     extraction = _Extraction(source, dataset, protocol.image_size, (_Output(layer, folder, form),), True)
-    _compute_missing([extraction], in_process=in_process)
+    _compute_missing([extraction])
     return extraction.parts
 
 
@@ -179,8 +175,8 @@ def _parts(dataset: DataSet) -> list[Part]:
 def _compute_missing(
     extractions: Sequence[_Extraction], low_priority: bool = False, in_process: bool = False
 ) -> None:
-    """Compute the missing parts, and again those that were lost with an actor or a node."""
-    if in_process:
+    """Compute the missing parts, with a pool of actors again those that were lost with an actor or a node."""
+    if in_process or not (low_priority or this_machine.needs_ray()):
         here = _Actor(extractions)
         for number, extraction in enumerate(extractions):
             for part in extraction.missing():
@@ -209,6 +205,7 @@ def _run_pool(
     import ray.data
     from ray.util.annotations import RayDeprecationWarning
 
+    ray_cluster.start()
     size, resources = actor_resources(placement.machines().totals())
     if low_priority:
         size, resources = 1, {**resources, "num_cpus": 0.0}

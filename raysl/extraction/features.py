@@ -7,7 +7,7 @@ import logging
 from dataclasses import dataclass, field
 from typing import Annotated, Any, Literal
 
-from raysl import console, ray_cluster
+from raysl import console
 from raysl.backbone.network import BackboneConfig
 from raysl.dataset import DataSet
 from raysl.errors import UserError, counted
@@ -15,8 +15,7 @@ from raysl.extraction import encoders, pca
 from raysl.extraction.encoders import MAX_IMAGE_SIZE, Encoder, Trained
 from raysl.extraction.feature_tasks import FeatureProtocol, compute, describe
 from raysl.fields import Bounds, Seed, check
-from raysl.ingestion import find, resolve
-from raysl.ray_cluster import this_machine
+from raysl.ingestion import resolve
 from raysl.storage import Folder
 from raysl.storage.feature_files import FINISHED, STARTED, FeatureForm, Part
 from raysl.storage.feature_store import FeatureStore
@@ -80,10 +79,7 @@ def compute_features(checkpoint: str, config: FeaturesConfig) -> FeatureStore:
         UserError: the checkpoint, the layer or the data cannot be used, or the folder holds other features.
     """
     source = encoders.encoder_by_name(checkpoint, config.backbone, config.seed)
-    found, alone = find(config.data), not this_machine.needs_ray()
-    if not (alone and isinstance(found, DataSet)):
-        ray_cluster.start()
-    dataset = found if isinstance(found, DataSet) else resolve(found)
+    dataset = resolve(config.data)
     protocol = FeatureProtocol(config.image_size or encoders.view_size(source), (config.layer,))
     about = describe(source, dataset, protocol)
     about["form"] = {"dtype": config.dtype, "l2": config.l2, "pca": config.pca, "pca_of": config.pca_of}
@@ -95,9 +91,9 @@ def compute_features(checkpoint: str, config: FeaturesConfig) -> FeatureStore:
     what = f"{config.layer} features of {counted(dataset.num_images, 'image')}"
     with console.working(f"Computing {what} by {checkpoint}, to {folder} ..."):
         if config.pca or config.pca_of:
-            parts = _reduced(source, dataset, protocol, config, folder, alone)
+            parts = _reduced(source, dataset, protocol, config, folder)
         else:
-            parts = compute(source, dataset, protocol, FeatureForm(config.dtype, config.l2), folder, alone)
+            parts = compute(source, dataset, protocol, FeatureForm(config.dtype, config.l2), folder)
     origin = {
         "teacher": _teacher(checkpoint, source),
         "objective": source.run.config().method if isinstance(source, Trained) else "",
@@ -130,17 +126,12 @@ def _is_finished(folder: Folder, about: dict[str, Any]) -> bool:
 
 
 def _reduced(
-    source: Encoder,
-    dataset: DataSet,
-    protocol: FeatureProtocol,
-    config: FeaturesConfig,
-    folder: Folder,
-    in_process: bool,
+    source: Encoder, dataset: DataSet, protocol: FeatureProtocol, config: FeaturesConfig, folder: Folder
 ) -> list[Part]:
     """Compute whole rows into a folder, project them, and delete the folder."""
     layer = protocol.layers[0]
     whole_folder = folder / _UNREDUCED
-    parts = compute(source, dataset, protocol, FeatureForm("float32", config.l2), whole_folder, in_process)
+    parts = compute(source, dataset, protocol, FeatureForm("float32", config.l2), whole_folder)
     write_record(whole_folder, FINISHED, {"parts": parts})
     whole = FeatureStore.open(str(whole_folder), layer)
     try:

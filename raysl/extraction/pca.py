@@ -11,6 +11,7 @@ from numpy.typing import NDArray
 
 from raysl import ray_cluster
 from raysl.errors import UserError, explained
+from raysl.ray_cluster import this_machine
 from raysl.storage import Folder
 from raysl.storage.feature_files import FeatureForm, part_file, write_part
 from raysl.storage.feature_store import FeatureStore, Piece
@@ -50,7 +51,7 @@ class Projection:
 
 
 def fit(store: FeatureStore, dim: int) -> Projection:
-    """Return the first `dim` principal components. Ray must run.
+    """Return the first `dim` principal components.
 
     Raises:
         UserError: there are fewer rows, or fewer numbers in a row, than components; or a file is damaged.
@@ -71,7 +72,7 @@ def fit(store: FeatureStore, dim: int) -> Projection:
 
 
 def project(store: FeatureStore, projection: Projection, form: FeatureForm, folder: Folder) -> None:
-    """Write the projected parts that are missing in a folder. Ray must run.
+    """Write the projected parts that are missing in a folder.
 
     Raises:
         UserError: the rows have another length than those that the projection was fitted to.
@@ -89,12 +90,13 @@ def project(store: FeatureStore, projection: Projection, form: FeatureForm, fold
 def _run(work: Any, store: FeatureStore, pieces: Sequence[Piece], *arguments: Any) -> list[Any]:
     """Return the results of a Ray task for each CPU, each on some pieces. Raises the UserError of a task.
 
-    Where no Ray runs, this process does all.
+    On a machine that needs no Ray, this process does all.
     """
     import ray
 
-    if not ray.is_initialized():
+    if not this_machine.needs_ray():
         return [work(store, pieces, *arguments)] if pieces else []
+    ray_cluster.start()
     count = max(1, min(len(pieces), int(ray.cluster_resources().get("CPU", 1))))
     task = ray.remote(work).options(num_cpus=_CPUS, scheduling_strategy="DEFAULT")
     shared = [ray.put(argument) for argument in arguments]

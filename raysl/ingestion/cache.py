@@ -22,7 +22,7 @@ _DRAWN_TESTS = {"shapes": 1000, "clips": 200}
 
 
 def resolve(data: str | Opened, cache: Path | None = None) -> DataSet:
-    """Return the data set that `data` names: a finished one, or a source. Ray must be running for a source.
+    """Return the data set that `data` names: a finished one, or a source.
 
     A source is ingested into a folder of the cache. The name of the folder depends on the source and on the sizes and
     times of its files, so that a source that has changed is ingested again.
@@ -34,22 +34,15 @@ def resolve(data: str | Opened, cache: Path | None = None) -> DataSet:
     Raises:
         UserError: as `ingest`.
     """
-    found = find(data, cache)
-    if isinstance(found, DataSet):
-        return found
-    dest = _place(found, cache)
-    advice = "`raysl ingest` makes a data set in a folder that you choose."
-    _log.info("Ingesting %s into the cache, %s, once. %s", found.source.name, dest, advice)
-    return ingest(found, dest, wait=True)
-
-
-def find(data: str | Opened, cache: Path | None = None) -> DataSet | Opened:
-    """Return the data set that `data` names, or the opened source if it has not been ingested into the cache."""
     if isinstance(data, str) and DataSet.is_one(data):
         return DataSet.open(data)
     opened = open_source(Place.parse(data)) if isinstance(data, str) else data
-    place = _place(opened, cache)
-    return DataSet.open(place) if DataSet.is_one(place) else opened
+    dest = _place(opened, cache)
+    if DataSet.is_one(dest):
+        return DataSet.open(dest)
+    advice = "`raysl ingest` makes a data set in a folder that you choose."
+    _log.info("Ingesting %s into the cache, %s, once. %s", opened.source.name, dest, advice)
+    return ingest(opened, dest, wait=True)
 
 
 def _place(opened: Opened, cache: Path | None) -> str:

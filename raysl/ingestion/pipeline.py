@@ -16,7 +16,6 @@ from collections import Counter
 from collections.abc import Callable, Iterable, Iterator
 from contextlib import suppress
 from dataclasses import dataclass, field, fields
-from functools import partial
 from itertools import accumulate, chain
 from typing import Annotated, Any
 
@@ -24,6 +23,7 @@ import numpy as np
 from rich.console import Console
 from rich.progress import BarColumn, Progress, TaskProgressColumn, TextColumn, TimeRemainingColumn
 
+from raysl import ray_cluster
 from raysl.dataset import BAD_IMAGES, SHARDS, DataSet, Manifest, Shard
 from raysl.errors import UserError, counted
 from raysl.fields import Bounds
@@ -31,6 +31,7 @@ from raysl.ingestion import images, objects, shard
 from raysl.ingestion.found import printable, unreadable
 from raysl.ingestion.journal import Header, Journal, Listed, check_apart, check_free, finished
 from raysl.ingestion.sources import Opened, Place, ReadConfig, Source, UnitSize, open_source, read, recognised
+from raysl.ray_cluster import this_machine
 from raysl.storage import Folder
 from raysl.storage.lock import DriverLock
 from raysl.storage.records import signed_line
@@ -38,6 +39,9 @@ from raysl.stream.pixels import DecodeConfig, Ranges
 
 _log = logging.getLogger("raysl.ingestion")
 _LINE_EVERY_S = 5.0
+# Largest number of shards that one process writes alone. Ray, which would write two of them at once, takes about as
+# long to start.
+_MOST_HERE = 2
 # What a task does with the unit of a number; returns how many images were written and how many are bad.
 Work = Callable[[int], tuple[int, int]]
 
@@ -76,7 +80,7 @@ class IngestConfig(ReadConfig):
 
 
 def ingest(source: Any, dest: str, config: IngestConfig | None = None, wait: bool = False) -> DataSet:
-    """Make a data set of a source. Ray must be running.
+    """Make a data set of a source.
 
     An interrupted ingest resumes from its last complete shard; a finished one returns at once. The same source gets
     the same indices and the same fingerprint on any number of CPUs.
@@ -118,7 +122,7 @@ def ingest(source: Any, dest: str, config: IngestConfig | None = None, wait: boo
 
 
 def complete(opened: Opened, dest: str, config: IngestConfig) -> DataSet | None:
-    """Return the data set of a source, and say so, if an earlier ingest has completed it. Ray need not run."""
+    """Return the data set of a source, and say so, if an earlier ingest has completed it."""
     name = opened.source.name
     done = finished(Folder(dest), name, config.decoding)
     if done is not None:
@@ -244,37 +248,53 @@ def _run_tasks(
 ) -> Iterator[tuple[int, int]]:
     """Do the work for every number in a separate task; yield (images, bad) as each task ends.
 
+    On a machine that needs no Ray, this process does the work of a few numbers.
+
     Raises:
         UserError: a task failed, or another process has taken over.
     """
+    if len(numbers) <= _MOST_HERE and not this_machine.needs_ray():
+        done: Iterable[tuple[int, int, str]] = (_done(work, number) for number in numbers)
+    else:
+        done = _on_ray(numbers, work, config)
+    for written, bad, error in done:
+        if error:
+            raise UserError(error)
+        if lock.lost.is_set():
+            lock.check()
+        yield written, bad
+
+
+def _on_ray(numbers: list[int], work: Work, config: IngestConfig) -> Iterator[tuple[int, int, str]]:
+    """Yield the results of `_done` for each number, as the tasks of Ray Data end."""
     import ray.data
 
     if not numbers:
         return
-    run = partial(_run_task, numbers=numbers, work=work)
+    ray_cluster.start()
+
+    def run(batch: dict[str, Any]) -> dict[str, Any]:
+        written, bad, errors = zip(*(_done(work, numbers[i]) for i in batch["id"]), strict=True)
+        return {"images": np.array(written), "bad": np.array(bad), "error": np.array(errors, dtype=object)}
+
     tasks = ray.data.range(len(numbers), override_num_blocks=len(numbers))
     tasks = tasks.map_batches(run, batch_size=None, num_cpus=config.cpus_per_task)
     tasks.context.enable_progress_bars = False
     for row in tasks.iter_rows():
-        if row["error"]:
-            raise UserError(row["error"])
-        if lock.lost.is_set():
-            lock.check()
-        yield row["images"], row["bad"]
+        yield row["images"], row["bad"], row["error"]
 
 
-def _run_task(batch: dict[str, Any], numbers: list[int], work: Work) -> dict[str, Any]:
-    """Run one Ray Data task. A UserError is returned as a value: an exception would arrive wrapped, or be retried."""
-    rows = []
-    for i in batch["id"]:
-        try:
-            rows.append((*work(numbers[i]), ""))
-        except UserError as error:
-            rows.append((0, 0, str(error)))
-        except OSError as error:
-            rows.append((0, 0, f"Cannot read the source: {error}. The same command resumes from here."))
-    written, bad, errors = zip(*rows, strict=True)
-    return {"images": np.array(written), "bad": np.array(bad), "error": np.array(errors, dtype=object)}
+def _done(work: Work, number: int) -> tuple[int, int, str]:
+    """Do the work of a number; return (images, bad, error).
+
+    A UserError is returned as a value: as an exception of a task it would arrive wrapped, or be retried.
+    """
+    try:
+        return (*work(number), "")
+    except UserError as error:
+        return 0, 0, str(error)
+    except OSError as error:
+        return 0, 0, f"Cannot read the source: {error}. The same command resumes from here."
 
 
 def _finish(source: Source, listed: Listed, journal: Journal, config: IngestConfig) -> DataSet:

@@ -12,11 +12,11 @@ import numpy as np
 import torch
 from numpy.typing import NDArray
 
-from raysl import extraction
+from raysl import extraction, ray_cluster
 from raysl.extraction import FeatureStore
 from raysl.probes import FeatureProbe, Labelled, LabelledProbe, Row
 from raysl.probes._task import run_tasks
-from raysl.ray_cluster import placement
+from raysl.ray_cluster import placement, this_machine
 
 # A probe may hold the features three times: as they are read, in its own order, and in its own format.
 _COPIES = 3
@@ -54,7 +54,7 @@ def measure_layers(
 
     Args:
         low_priority: trainers need the CPUs and GPUs, so a task has one thread of the lowest priority.
-        in_process: compute in this process, with its threads, instead of tasks of Ray.
+        in_process: compute in this process, with its threads, instead of tasks of Ray, as on a machine that needs none.
 
     Raises:
         UserError: the features or the labels do not suit the probe, or stored features are damaged.
@@ -63,17 +63,15 @@ def measure_layers(
         return []
     sets = (train, test) if isinstance(probe, LabelledProbe) else (test,)
     specs = [extraction.feature_spec(layer, probe.dims) for layer in layers]
-    if in_process:
-        threads, low_priority = placement.assigned_cpus(), False
-    else:
-        machines = placement.machines()
-        threads = 1 if low_priority else _threads_per_task(machines.for_work, len(layers))
-    calls = [
-        (probe, layer, spec, train, test, threads, low_priority)
-        for layer, spec in zip(layers, specs, strict=True)
-    ]
-    if in_process:
-        return [row for call in calls for row in _measure(*call)]
+    pairs = list(zip(layers, specs, strict=True))
+    if in_process or not (low_priority or this_machine.needs_ray()):
+        threads = placement.assigned_cpus()
+        found = (_measure(probe, layer, spec, train, test, threads, False) for layer, spec in pairs)
+        return [row for rows in found for row in rows]
+    ray_cluster.start()
+    machines = placement.machines()
+    threads = 1 if low_priority else _threads_per_task(machines.for_work, len(layers))
+    calls = [(probe, layer, spec, train, test, threads, low_priority) for layer, spec in pairs]
     _, share = extraction.actor_resources(machines.totals())
     options: dict[str, Any] = {
         **({"num_cpus": 0.0} if low_priority else share),

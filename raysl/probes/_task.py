@@ -9,7 +9,7 @@ from raysl import extraction, ray_cluster
 from raysl.dataset import DataSet
 from raysl.errors import UserError
 from raysl.probes import Row, Subject
-from raysl.ray_cluster import placement
+from raysl.ray_cluster import placement, this_machine
 
 C = TypeVar("C")
 Result = TypeVar("Result")
@@ -48,7 +48,7 @@ class InTask(Generic[C]):
 def run_tasks(
     work: Callable[..., Result], calls: Sequence[tuple[Any, ...]], options: Mapping[str, Any] | None = None
 ) -> list[Result]:
-    """Run one Ray task for each call, or all calls here if no Ray runs, and return the results in their order.
+    """Run one Ray task for each call, or on a machine that needs no Ray all calls here; return the results in order.
 
     Args:
         options: options of the tasks for `ray.remote`; by default a GPU each if there are any, else a share of the
@@ -60,8 +60,9 @@ def run_tasks(
     import ray
     from ray.exceptions import OutOfMemoryError, WorkerCrashedError
 
-    if not ray.is_initialized():
+    if not this_machine.needs_ray():
         return [work(*call) for call in calls]
+    ray_cluster.start()
     # Inside a trial of Ray Tune, a task without a strategy would be placed in the small group of the trial.
     task = ray.remote(**{"scheduling_strategy": "DEFAULT", **(options or _default_resources(len(calls)))})(
         work

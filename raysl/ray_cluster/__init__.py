@@ -14,6 +14,7 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager, suppress
 from typing import Any, TypeVar
 
+from raysl import console
 from raysl.errors import UserError
 from raysl.ray_cluster import autoscaler, local_ray, versions
 
@@ -73,7 +74,7 @@ def start(compare: bool = True) -> None:
         _require_token(address)
     logs: dict[str, Any] = {"logging_level": logging.ERROR, "log_to_driver": log_to_driver}
     try:
-        with _sigterm_interrupts():
+        with console.working("Starting Ray ..."), _sigterm_interrupts():
             if address:
                 _require_reachable(address)
                 ray.init(address=address, runtime_env=_runtime_env(), **logs)

@@ -28,7 +28,7 @@ def grids(
     count: int = 6,
     k: int = 5,
 ) -> list[Image.Image]:
-    """Return a grid for each encoder: `count` test images, and the `k` nearest train images of each. Ray must run.
+    """Return a grid for each encoder: `count` test images, and the `k` nearest train images of each.
 
     Args:
         image_size: side of the view in pixels.

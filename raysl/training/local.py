@@ -19,10 +19,8 @@ from typing import Any
 import torch
 
 from raysl.config import Pretraining
-from raysl.dataset import DataSet
 from raysl.errors import UserError
 from raysl.fields import Checked
-from raysl.ingestion import find
 from raysl.ray_cluster import gpus, this_machine
 from raysl.ray_cluster import placement as cluster_placement
 from raysl.ray_cluster.placement import Machines, Placement
@@ -45,7 +43,6 @@ class LocalConfig(Checked):
     Args:
         local: train with one worker in this process and without Ray, which starts sooner. On a machine without a GPU
             and with at most 8 CPUs, a run of one worker does so in any case; with RAY_ADDRESS=local it takes Ray. The
-            data must have been ingested by `raysl ingest`, or be a source that raysl has cached in an earlier run. The
             results equal those of one worker on Ray, bit for bit, and a run may continue with or without Ray.
     """
 
@@ -57,11 +54,6 @@ def check(config: Pretraining) -> None:
     if config.worker_counts() != (1,):
         raise UserError(
             f"--workers is {config.workers}, and --local trains with one worker. Give --workers 1, or omit --local."
-        )
-    if not isinstance(find(config.data), DataSet):
-        raise UserError(
-            f"--data is {config.data!r}, which has not been ingested, or has changed since; ingestion takes Ray, which "
-            f"--local does not start. Run `raysl ingest {config.data} DEST` and give --data DEST, or omit --local."
         )
     Folder(config.run).check_writable()
 
@@ -78,7 +70,6 @@ def is_chosen(
         and subscriber is None
         and config.worker_counts() == (1,)
         and not this_machine.needs_ray()
-        and isinstance(find(config.data), DataSet)
     )
 
 

@@ -10,7 +10,7 @@ from typing import Annotated, Any
 
 import torch
 
-from raysl import checkpoint, ray_cluster
+from raysl import checkpoint
 from raysl.checkpoint import Checkpoint
 from raysl.errors import UserError
 from raysl.fields import Bounds, CheckedTop
@@ -18,7 +18,6 @@ from raysl.ingestion import resolve
 from raysl.ray_cluster.versions import versions
 from raysl.run import METADATA, Run, flattened
 from raysl.storage import Folder
-from raysl.training import local as in_process
 from raysl.training.launch import pretrain
 
 _log = logging.getLogger("raysl.training.reproduction")
@@ -80,13 +79,10 @@ def reproduce(first: Run, config: ReproduceConfig) -> Comparison:
     again = replace(first.config(), run=out, data=config.data or metadata["data"]["uri"])
     # Only the last checkpoint is compared.
     again = replace(again, save=replace(again.save, every_steps=0))
-    local = config.local or in_process.is_chosen(again)
-    if not local:
-        ray_cluster.start()
     ingredients = list(_ingredients(metadata, resolve(again.data).manifest.fingerprint))
     for line in ingredients:
         _log.info("differs: %s", line)
-    second = pretrain(again, until=steps, local=local)
+    second = pretrain(again, until=steps, local=config.local or None)
     numbers = list(_numbers(first, second, steps))
     return Comparison(tuple(ingredients), tuple(numbers), steps, second)
 

@@ -1,4 +1,4 @@
-"""On a small machine, a run is trained, probed, and made into features by this process alone."""
+"""On a small machine, this process alone ingests images, trains a run, probes it and computes features."""
 
 from __future__ import annotations
 
@@ -7,38 +7,42 @@ from typing import Any
 
 import numpy as np
 import pytest
-import ray
 
 import raysl
-from raysl.dataset import DataSet
 from raysl.ray_cluster import this_machine
-from tests.data import make_dataset
 
 FIELDS: dict[str, Any] = {"epochs": 1, "view": {"image_size": 16}, "method": "predict-rotation"}
 
 
-@pytest.fixture(scope="module")
-def dataset(tmp_path_factory: pytest.TempPathFactory) -> DataSet:
-    return make_dataset(tmp_path_factory.mktemp("data") / "set", 64)
-
-
 @pytest.fixture(autouse=True)
-def _alone(monkeypatch: pytest.MonkeyPatch) -> None:
+def _alone(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
     """A machine that needs no Ray, where the start of Ray fails the test."""
     monkeypatch.setattr(this_machine, "needs_ray", lambda: False)
     monkeypatch.setattr("raysl.ray_cluster.start", lambda *_: pytest.fail("Ray starts"))
-    # Other tests of this process may have started one.
-    monkeypatch.setattr(ray, "is_initialized", lambda: False)
+    monkeypatch.setenv("RAYSL_CACHE", str(tmp_path / "cache"))
 
 
-def test_a_run_its_probes_and_its_features_need_no_ray(dataset: DataSet, tmp_path: Path) -> None:
-    run = raysl.pretrain(dataset, tmp_path / "run", **FIELDS)
+def test_every_step_from_images_to_features_needs_no_ray(tmp_path: Path) -> None:
+    run = raysl.pretrain("shapes:64", tmp_path / "run", **FIELDS)
     assert run.config().workers == 1
-    test = make_dataset(tmp_path / "test", 32, seed=1)
     protocol = {"shares": (0.5,), "epochs": 1}
-    rows = raysl.probe(run, dataset, test, ("knn", "semisup"), semisup=protocol)
-    assert {row["probe"] for row in rows} == {"knn", "semisup"}
-    whole = raysl.features(run, dataset, tmp_path / "whole")
-    reduced = raysl.features(run, dataset, tmp_path / "reduced", pca=3)
+    probes = ("knn", "semisup", "retrieval")
+    rows = raysl.probe(run, "shapes:64", "shapes:32#test", probes, semisup=protocol)
+    assert {row["probe"] for row in rows} == set(probes)
+    whole = raysl.features(run, "shapes:64", tmp_path / "whole")
+    reduced = raysl.features(run, "shapes:64", tmp_path / "reduced", pca=3)
     assert (whole.num_rows, reduced.dim) == (64, 3)
     assert np.isfinite(reduced.load()).all()
+    assert raysl.reproduce(run).same
+
+
+@pytest.mark.ray
+def test_one_process_makes_the_same_data_set_as_ray(
+    ray_session: None, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    here = raysl.ingest("shapes:40", tmp_path / "here", shard_images=20)
+    monkeypatch.setattr(this_machine, "needs_ray", lambda: True)
+    monkeypatch.setattr("raysl.ray_cluster.start", lambda *_: None)
+    on_ray = raysl.ingest("shapes:40", tmp_path / "ray", shard_images=20)
+    assert here.manifest.fingerprint == on_ray.manifest.fingerprint
+    assert [shard.num_images for shard in here.manifest.shards] == [20, 20]

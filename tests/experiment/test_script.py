@@ -13,7 +13,6 @@ from typing import Any
 import numpy as np
 import pytest
 
-from raysl import ray_cluster
 from raysl.config import Pretraining
 from raysl.dataset import DataSet
 from raysl.errors import UserError
@@ -57,7 +56,6 @@ def test_every_script_takes_the_common_flags(file: Path, monkeypatch: pytest.Mon
     seen: list[Flags] = []
     monkeypatch.syspath_prepend(str(file.parent))  # reproduce_lectures imports the others
     module = script(file)
-    monkeypatch.setattr(ray_cluster, "start", lambda: None)
     monkeypatch.setattr(sys, "argv", [file.name, "--data", "D", "--seeds", "3", "4", "--workers", "1"])
     kinds = [kind for kind in vars(module).values() if isinstance(kind, type) and issubclass(kind, Flags)]
     own = next(kind for kind in kinds if kind not in (Flags, ComparisonFlags))
@@ -71,7 +69,6 @@ def test_every_script_takes_the_common_flags(file: Path, monkeypatch: pytest.Mon
 
 def test_local_results_go_to_a_place_of_their_own(monkeypatch: pytest.MonkeyPatch) -> None:
     seen: list[Flags] = []
-    monkeypatch.setattr(ray_cluster, "start", lambda: None)
     for arguments in (["--local"], ["--local", "--runs", "mine"], []):
         monkeypatch.setattr(sys, "argv", ["script", *arguments])
         command(seen.append, Flags)
@@ -88,7 +85,6 @@ def test_a_mistake_is_a_paragraph_and_exit_code_2(
     def wrong(flags: Flags) -> None:
         raise UserError(f"{flags.data} is no good.")
 
-    monkeypatch.setattr(ray_cluster, "start", lambda: None)
     monkeypatch.setattr(sys, "argv", ["script", "--data", "D"])
     monkeypatch.setitem(sys.modules, "ray", ModuleType("ray"))
     monkeypatch.setattr(sys.modules["ray"], "shutdown", lambda: None, raising=False)
@@ -100,8 +96,7 @@ def test_a_mistake_is_a_paragraph_and_exit_code_2(
 
 def test_scripts_show_what_the_library_logs() -> None:
     code = (
-        "import logging, raysl.ray_cluster\n"
-        "raysl.ray_cluster.start = lambda: None\n"
+        "import logging\n"
         "from raysl.experiment.script import Flags, command\n"
         "command(lambda flags: logging.getLogger('raysl.training').info('Step 1'), Flags)"
     )
@@ -114,7 +109,7 @@ def test_a_run_that_was_probed_is_not_probed_again(tmp_path: Path, monkeypatch: 
     run, _ = make_run(dataset, tmp_path / "run")
     data = str(dataset.folder)
     asked: list[Any] = []
-    monkeypatch.setattr(scripts, "pretrain", lambda config: run)
+    monkeypatch.setattr(scripts, "pretrain", lambda config, **_: run)
 
     def probe(run: Run, train: str, test: str, probes: tuple[str, ...]) -> list[dict[str, Any]]:
         asked.append(probes)

@@ -338,15 +338,6 @@ def test_batchnorm_over_one_image_is_refused(dataset: DataSet, tmp_path: Path) -
     assert not (tmp_path / "run").exists()
 
 
-def test_images_that_are_not_ingested_are_refused(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, dataset: DataSet
-) -> None:
-    monkeypatch.setenv("RAYSL_CACHE", str(tmp_path / "cache"))
-    config = replace(alone(dataset, tmp_path / "run"), data="shapes:40")
-    with pytest.raises(UserError, match="which has not been ingested"):
-        pretrain(config, local=True)
-
-
 def test_probes_beside_training_are_refused(dataset: DataSet, tmp_path: Path) -> None:
     online = OnlineConfig(4, str(dataset.folder), str(dataset.folder))
     with pytest.raises(UserError, match="--probe-every is 4"):
