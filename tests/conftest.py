@@ -13,8 +13,6 @@ import pytest
 # For the clusters of several machines that tests start; a Ray of raysl's own has a token of its own.
 os.environ["RAY_AUTH_MODE"] = "token"
 os.environ["RAY_AUTH_TOKEN"] = secrets.token_hex(32)
-# Tests of Ray must not choose to do without it; those of this choice unset the variable.
-os.environ["RAY_ADDRESS"] = "local"
 os.environ["RAY_USAGE_STATS_ENABLED"] = "0"
 os.environ["RAY_DATA_USE_DATASOURCE_V2"] = "0"
 os.environ["RAY_DATA_DISABLE_PROGRESS_BARS"] = "1"
@@ -45,6 +43,13 @@ LONGEST = (
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
     """Put the longest files first."""
     items.sort(key=lambda item: not item.nodeid.startswith(LONGEST))
+
+
+@pytest.fixture(autouse=True)
+def _ray_where_it_is_tested(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Tests with the mark `ray` work on Ray also on a small machine; others work there as a user's commands do."""
+    if request.node.get_closest_marker("ray"):
+        monkeypatch.setenv("RAY_ADDRESS", "local")
 
 
 @pytest.fixture(scope="session")

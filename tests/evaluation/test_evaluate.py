@@ -52,7 +52,7 @@ def test_rows_of_every_encoder_and_probe(ray_session: None, run: tuple[Run, str,
     again = probe(*run, probes=["knn"], configs={"knn": Knn()}, encoders=["trained"])
     assert sorted(rows_of(run[0]), key=str) == sorted(rows, key=str)
     assert again == [row for row in rows if row["probe"] == "knn" and row["encoder"] == "trained"]
-    probe(*run, probes=["knn"], configs={"knn": Knn(ks=(3,))}, encoders=["trained"], in_process=True)
+    probe(*run, probes=["knn"], configs={"knn": Knn(ks=(3,))}, encoders=["trained"])
     assert len(rows_of(run[0])) > len(rows)
 
 
@@ -61,7 +61,7 @@ def test_images_that_a_sweep_scores_are_not_called_test_images(
 ) -> None:
     with caplog.at_level("INFO", "raysl"):
         cache = Folder(str(tmp_path))
-        probe(*run, probes=["knn"], encoders=["pixels"], in_process=True, cache=cache)
+        probe(*run, probes=["knn"], encoders=["pixels"], cache=cache)
     assert "Computing the features of 120 images to learn from and 60 images to score ..." in caplog.messages
     assert "test images" not in caplog.text
 
@@ -71,7 +71,7 @@ def test_shared_images_are_told(
 ) -> None:
     def said(test: str) -> str:
         caplog.clear()
-        probe(run[0], run[1], test, probes=["knn"], encoders=["pixels"], in_process=True)
+        probe(run[0], run[1], test, probes=["knn"], encoders=["pixels"])
         return caplog.text
 
     assert "Train and test set are the same images (knn)" in said(run[1])
@@ -82,7 +82,7 @@ def test_shared_images_are_told(
 
 def test_bn_statistics_are_part_of_the_protocol(run: tuple[Run, str, str]) -> None:
     made = {
-        statistics: probe(*run, in_process=True, probes=["collapse"], bn_statistics=statistics)
+        statistics: probe(*run, probes=["collapse"], bn_statistics=statistics)
         for statistics in ("reestimated", "kept")
     }
     protocols = {name: {row["protocol"] for row in rows} for name, rows in made.items()}
@@ -113,10 +113,8 @@ def test_a_run_in_a_read_only_folder_is_probed_into_another(
     monkeypatch.setattr(Folder, "write", refuse)
     before = rows_of(source)
     with pytest.raises(UserError, match="--out FOLDER"):
-        probe(source, train, test, in_process=True, probes=["knn"])
-    rows = probe(
-        str(source.folder), train, test, in_process=True, probes=["knn"], encoders=["trained"], out=str(out)
-    )
+        probe(source, train, test, probes=["knn"])
+    rows = probe(str(source.folder), train, test, probes=["knn"], encoders=["trained"], out=str(out))
     assert rows_of(Run(out)) == rows
     assert rows_of(source) == before
     assert (out / "features").list()
@@ -124,13 +122,11 @@ def test_a_run_in_a_read_only_folder_is_probed_into_another(
         probe_model(encoder_by_name("random", BackboneConfig()), "x", train, test, out=str(out))
 
 
-@pytest.mark.ray
-def test_all_layers_by_probes_of_every_kind(ray_session: None, run: tuple[Run, str, str]) -> None:
+def test_all_layers_by_probes_of_every_kind(run: tuple[Run, str, str]) -> None:
     configs = {"invariance": Invariance(("rotation",)), "linear": Linear("fast")}
     names = ["linear", "collapse", "invariance"]
     rows = probe(
         *run,
-        in_process=True,
         probes=names,
         layers=["all"],
         configs=configs,
@@ -157,13 +153,13 @@ def test_all_layers_by_probes_of_every_kind(ray_session: None, run: tuple[Run, s
 def test_probes_without_labels_take_data_without_labels(run: tuple[Run, str, str], tmp_path: Path) -> None:
     plain = with_classes(make_dataset(tmp_path / "plain", 30))
     place = str(plain.folder)
-    assert probe(run[0], place, place, in_process=True, probes=["collapse"], encoders=["trained"])
+    assert probe(run[0], place, place, probes=["collapse"], encoders=["trained"])
     with pytest.raises(UserError, match="no labels"):
-        probe(run[0], place, place, in_process=True, probes=["collapse", "knn"], encoders=["trained"])
+        probe(run[0], place, place, probes=["collapse", "knn"], encoders=["trained"])
 
 
 def test_features_can_be_shared_by_runs(run: tuple[Run, str, str], tmp_path: Path) -> None:
-    probe(*run, in_process=True, probes=["knn"], encoders=["pixels"], cache=Folder(str(tmp_path)))
+    probe(*run, probes=["knn"], encoders=["pixels"], cache=Folder(str(tmp_path)))
     assert len(list(tmp_path.iterdir())) == 2
 
 
@@ -172,14 +168,10 @@ def test_rows_are_kept_though_a_later_probe_fails(run: tuple[Run, str, str], tmp
     configs = {"lowshot": Lowshot(ks=(100,))}
     names = ["knn", "lowshot", "collapse"]
     with pytest.raises(UserError, match=r"--lowshot\.ks begins with 100"):
-        probe_model(
-            source, "random", *run[1:], in_process=True, probes=names, out=out, image_size=16, configs=configs
-        )
+        probe_model(source, "random", *run[1:], probes=names, out=out, image_size=16, configs=configs)
     kept = rows_of(Run(Folder(out)))
     assert {row["probe"] for row in kept} == {"knn"}
-    assert kept == probe_model(
-        source, "random", *run[1:], in_process=True, probes=["knn"], out=out, image_size=16
-    )
+    assert kept == probe_model(source, "random", *run[1:], probes=["knn"], out=out, image_size=16)
 
 
 def test_a_retrieval_grid_has_a_name_of_its_own() -> None:
@@ -222,13 +214,10 @@ def test_unknown_names_are_answered_with_the_nearest(run: tuple[Run, str, str]) 
 
 def test_an_unknown_layer_is_answered_with_the_nearest(run: tuple[Run, str, str]) -> None:
     with pytest.raises(UserError, match="'res3'"):
-        probe(*run, in_process=True, probes=["invariance"], layers=["rse3"], encoders=["trained"])
+        probe(*run, probes=["invariance"], layers=["rse3"], encoders=["trained"])
 
 
-@pytest.mark.ray
-def test_retrieval_draws_a_grid_of_its_nearest_images(
-    ray_session: None, run: tuple[Run, str, str], tmp_path: Path
-) -> None:
+def test_retrieval_draws_a_grid_of_its_nearest_images(run: tuple[Run, str, str], tmp_path: Path) -> None:
     source, train, test = run
     prints = [DataSet.open(one).manifest.fingerprint for one in (train, test)]
     model = Folder(str(tmp_path / "model"))
@@ -254,15 +243,13 @@ def test_a_model_that_is_not_a_run_has_rows_in_its_own_folder(
 ) -> None:
     out = str(tmp_path / "rows")
     source = encoder_by_name("random", BackboneConfig())
-    rows = probe_model(
-        source, "random (small)", *run[1:], in_process=True, probes=["knn"], out=out, image_size=16
-    )
+    rows = probe_model(source, "random (small)", *run[1:], probes=["knn"], out=out, image_size=16)
     assert {row["encoder"] for row in rows} == {"random"}
     assert rows_of(Run(Folder(out))) == rows
     assert tables(rows)
     # The view is that of the run, so it shares a table with the run's own untrained backbone.
     cache = Folder(str(tmp_path / "features"))
-    own = probe(*run, in_process=True, probes=["knn"], encoders=["random"], cache=cache)
+    own = probe(*run, probes=["knn"], encoders=["random"], cache=cache)
     assert {(row["name"], row["value"], row["protocol"]) for row in rows} == {
         (row["name"], row["value"], row["protocol"]) for row in own
     }

@@ -11,11 +11,9 @@ import pytest
 
 from raysl.dataset import DataSet
 from raysl.errors import UserError
-from raysl.extraction import FeaturesConfig, FeatureStore, compute_features, feature_tasks, features
+from raysl.extraction import FeaturesConfig, FeatureStore, compute_features, feature_tasks, features, pca
 from raysl.storage.feature_files import FINISHED, STARTED, part_file
 from tests.data import make_dataset
-
-pytestmark = pytest.mark.ray
 
 
 @pytest.fixture(scope="module")
@@ -24,21 +22,9 @@ def dataset(tmp_path_factory: pytest.TempPathFactory) -> DataSet:
 
 
 @pytest.fixture(scope="module")
-def plain(ray_session: None, dataset: DataSet, tmp_path_factory: pytest.TempPathFactory) -> FeatureStore:
+def plain(dataset: DataSet, tmp_path_factory: pytest.TempPathFactory) -> FeatureStore:
     """Features of the third stage with default options."""
     return compute_features("random", config(dataset, tmp_path_factory.mktemp("plain") / "f"))
-
-
-@pytest.fixture
-def without_actors(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Compute in this process, which takes less time than to start actors."""
-
-    def here(extractions: Any, parts: Any, low_priority: bool) -> None:
-        actor = feature_tasks._Actor(extractions)
-        for number, first, end in parts:
-            actor.write(number, (first, end))
-
-    monkeypatch.setattr(feature_tasks, "_run_pool", here)
 
 
 def config(dataset: DataSet, out: Path, **changes: Any) -> FeaturesConfig:
@@ -57,7 +43,6 @@ def test_rows_by_index_with_their_origin(plain: FeatureStore, dataset: DataSet) 
     assert (plain.num_rows, plain.dim, plain.layer) == (80, 96, "res3")
 
 
-@pytest.mark.usefixtures("without_actors")
 def test_half_precision_and_length(plain: FeatureStore, dataset: DataSet, tmp_path: Path) -> None:
     made = compute_features("random", config(dataset, tmp_path, dtype="float16", l2=True))
     expected = plain.load()
@@ -66,7 +51,6 @@ def test_half_precision_and_length(plain: FeatureStore, dataset: DataSet, tmp_pa
     assert made.itemsize == 2
 
 
-@pytest.mark.usefixtures("without_actors")
 def test_components_and_projections_of_other_features(
     plain: FeatureStore, dataset: DataSet, tmp_path: Path
 ) -> None:
@@ -87,10 +71,16 @@ def test_components_and_projections_of_other_features(
         compute_features("random", config(dataset, tmp_path / "d", layer="res2", pca_of=str(tmp_path / "a")))
 
 
-@pytest.mark.usefixtures("without_actors")
-def test_existing_parts_are_kept(
-    ray_session: None, dataset: DataSet, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
+@pytest.mark.ray
+def test_tasks_of_ray_find_the_same_components(plain: FeatureStore, ray_session: None) -> None:
+    found = pca.fit(plain, 5)
+    whole = plain.load().astype(np.float64)
+    variances = np.linalg.eigvalsh(np.cov(whole.T, bias=True))[::-1]
+    np.testing.assert_allclose(found.mean_d, whole.mean(axis=0), rtol=1e-9)
+    assert found.variance == pytest.approx(variances[:5].sum() / variances.sum())
+
+
+def test_existing_parts_are_kept(dataset: DataSet, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(feature_tasks, "_PART_IMAGES", 40)
     settings = config(dataset, tmp_path)
     table = compute_features("pixels", config(dataset, tmp_path, layer="pooled"))

@@ -13,15 +13,14 @@ from PIL import Image
 
 from raysl.dataset import DataSet
 from raysl.errors import UserError
-from raysl.ingestion import IngestConfig, ingest
+from raysl.ingestion import IngestConfig, ingest, pipeline
 from raysl.stream.decode import decode
 from raysl.stream.pixels import DecodeConfig
 
-pytestmark = [pytest.mark.ray, pytest.mark.usefixtures("ray_session")]
-
 
 @pytest.fixture(autouse=True)
-def listen(caplog: pytest.LogCaptureFixture) -> None:
+def listen(caplog: pytest.LogCaptureFixture, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(pipeline, "_MOST_HERE", 100)
     caplog.set_level(logging.INFO, "raysl.ingestion")
     _heard.append(caplog)
 

@@ -12,8 +12,6 @@ from raysl.ingestion import ingest
 from raysl.stream.decode import decode
 from tests.ingestion.reading import jpeg, put
 
-pytestmark = [pytest.mark.ray, pytest.mark.usefixtures("ray_session")]
-
 
 def test_a_list_of_files(tmp_path: Path) -> None:
     put(tmp_path, "a.jpg", "b.jpg")
@@ -27,6 +25,8 @@ def test_a_list_of_files(tmp_path: Path) -> None:
     assert labelled.folder.list() == ["labels.parquet", "manifest.json", "shards"]
 
 
+@pytest.mark.ray
+@pytest.mark.usefixtures("ray_session")
 def test_a_ray_dataset(tmp_path: Path) -> None:
     import ray
 

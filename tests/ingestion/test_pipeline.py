@@ -16,7 +16,7 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
 
-from raysl import api
+from raysl import api, ray_cluster
 from raysl.dataset import DataSet, Manifest
 from raysl.errors import UserError
 from raysl.ingestion import IngestConfig, pipeline, resolve
@@ -26,16 +26,15 @@ from raysl.storage import Folder, lock
 from raysl.storage.lock import DriverLock
 from tests.ingestion.reading import jpeg
 
-pytestmark = [pytest.mark.ray, pytest.mark.usefixtures("ray_session")]
-
 TWO = IngestConfig(shard_images=2, row_group_images=1)
 # One task at a time on two CPUs, so that an error in the last unit finds the others done.
 ONE_BY_ONE = IngestConfig(shard_images=2, row_group_images=1, cpus_per_task=2)
 
 
 @pytest.fixture(autouse=True)
-def said(caplog: pytest.LogCaptureFixture) -> pytest.LogCaptureFixture:
-    """What ingest says."""
+def said(caplog: pytest.LogCaptureFixture, monkeypatch: pytest.MonkeyPatch) -> pytest.LogCaptureFixture:
+    """What ingest says. Only tests of Ray need it for a few small shards."""
+    monkeypatch.setattr(pipeline, "_MOST_HERE", 100)
     caplog.set_level(logging.INFO, "raysl.ingestion")
     return caplog
 
@@ -71,6 +70,8 @@ def assert_sound(data_set: DataSet) -> None:
     assert table["index"].to_pylist() == list(range(data_set.num_images))
 
 
+@pytest.mark.ray
+@pytest.mark.usefixtures("ray_session")
 def test_a_folder_becomes_a_data_set(tmp_path: Path) -> None:
     data_set = ingest(photos(tmp_path / "in"), tmp_path / "out")
     assert data_set.num_images == 7
@@ -87,6 +88,8 @@ def test_a_folder_becomes_a_data_set(tmp_path: Path) -> None:
     assert DataSet.open(str(tmp_path / "out")) == data_set
 
 
+@pytest.mark.ray
+@pytest.mark.usefixtures("ray_session")
 def test_bad_images_are_listed_and_leave_no_hole(tmp_path: Path, said: pytest.LogCaptureFixture) -> None:
     # In order: even/0 2 4 6, odd/1 3 5. The units are (0 2) (4 6) (1 3) (5): one loses an image, one loses both.
     data_set = ingest(photos(tmp_path / "in", bad=(2, 1, 3)), tmp_path / "out")
@@ -117,7 +120,7 @@ def test_a_finished_data_set_is_left_alone_and_ray_does_not_start(
     said.clear()
     ingest(tmp_path / "in", tmp_path / "out")
     assert "is complete: 7 images" in said.messages[0]
-    monkeypatch.setattr(api, "start_ray", lambda *_: pytest.fail("Ray starts for nothing"))
+    monkeypatch.setattr(ray_cluster, "start", lambda *_: pytest.fail("Ray starts for nothing"))
     assert api.ingest(tmp_path / "in", tmp_path / "out").num_images == 7
     assert "already holds a data set of another source" in refused(photos(tmp_path / "in2"), tmp_path / "out")
     assert snapshot(tmp_path / "out") == before
@@ -151,6 +154,8 @@ def stopped(tmp_path: Path) -> tuple[Path, Path, bytes]:
     return tmp_path / "in", out, good
 
 
+@pytest.mark.ray
+@pytest.mark.usefixtures("ray_session")
 def test_an_interrupted_ingest_resumes(tmp_path: Path, said: pytest.LogCaptureFixture) -> None:
     source, out, good = stopped(tmp_path)
     with pytest.raises(UserError, match="No data set"):
@@ -248,6 +253,8 @@ def test_two_commands_that_need_the_same_source_ingest_it_once(
     assert said.text.count("Ingested 7 images") == 1
 
 
+@pytest.mark.ray
+@pytest.mark.usefixtures("ray_session")
 def test_an_ingest_whose_place_was_taken_over_ends_without_a_manifest(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:

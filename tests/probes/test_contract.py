@@ -286,10 +286,7 @@ def test_equal_features_are_a_defined_result(name: str) -> None:
 
 
 @encoder_probe
-@pytest.mark.ray
-def test_a_probe_of_an_encoder_gives_rows_for_each_layer_or_for_pooled(
-    ray_session: None, name: str, tmp_path: Path
-) -> None:
+def test_a_probe_of_an_encoder_gives_rows_for_each_layer_or_for_pooled(name: str, tmp_path: Path) -> None:
     layers = ("conv1", "pooled")
     train, test = make_dataset(tmp_path / "train", 60), make_dataset(tmp_path / "test", 40, seed=1)
     encoder = RandomBackbone(BackboneConfig(), seed=0)
@@ -302,8 +299,7 @@ def test_a_probe_of_an_encoder_gives_rows_for_each_layer_or_for_pooled(
 
 
 @encoder_probe
-@pytest.mark.ray
-def test_a_probe_of_an_encoder_refuses_one_image(ray_session: None, name: str, tmp_path: Path) -> None:
+def test_a_probe_of_an_encoder_refuses_one_image(name: str, tmp_path: Path) -> None:
     one = make_dataset(tmp_path / "one", 1)
     subject = Subject(
         RandomBackbone(BackboneConfig(), seed=0), ("pooled",), 16, one, one, 0, Folder(str(tmp_path / "out"))

@@ -95,8 +95,7 @@ def test_low_priority_does_not_outlast_its_task(
     assert (after["nice"], after["threads"]) == (usual, 2)
 
 
-@pytest.mark.ray
-def test_damaged_features_are_named(ray_session: None, sets: tuple[StoredFeatures, StoredFeatures]) -> None:
+def test_damaged_features_are_named(sets: tuple[StoredFeatures, StoredFeatures]) -> None:
     for one in sets:
         one.tables["pooled"].folder.write(part_file((0, len(np.asarray(one.labels_n)) // 2)), b"not parquet")
     with pytest.raises(UserError, match="damaged"):
@@ -130,6 +129,8 @@ def test_a_task_asks_for_no_more_memory_than_a_machine_that_takes_work_has(
         return []
 
     found = Machines(({"CPU": 0.0, "memory": 9e9}, {"CPU": 2.0, "memory": 100.0}))
+    monkeypatch.setenv("RAY_ADDRESS", "local")
+    monkeypatch.setattr(frozen.ray_cluster, "start", lambda: None)
     monkeypatch.setattr(placement, "machines", lambda: found)
     monkeypatch.setattr(frozen, "run_tasks", run_tasks)
     assert traced(sets, low_priority) == {}

@@ -2,10 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
 from dataclasses import replace
 from pathlib import Path
-from typing import Any
 
 import numpy as np
 import pytest
@@ -17,11 +15,6 @@ from raysl.probes import semisup
 from tests.probes.test_finetune import subject
 
 LABELS = np.repeat([0, 1, 2], [200, 30, 3])
-
-
-def in_process(work: Callable[..., Any], calls: Sequence[tuple[Any, ...]]) -> list[Any]:
-    """Run the tasks in this process."""
-    return [work(*call) for call in calls]
 
 
 def test_a_share_of_each_class_and_at_least_one_image() -> None:
@@ -38,8 +31,7 @@ def test_shares_are_nested_and_depend_on_the_seed_only() -> None:
     assert set(more.tolist()) != set(semisup.few(LABELS, 0.1, 1).tolist())
 
 
-def test_rows_are_named_by_their_share(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(semisup, "run_tasks", in_process)
+def test_rows_are_named_by_their_share(tmp_path: Path) -> None:
     optim = OptimConfig(lr=0.5, weight_decay=0.0)
     config = semisup.Config(epochs=5, batch_size=16, optim=optim, shares=(0.05, 1.0))
     probe = semisup.Semisup(config)

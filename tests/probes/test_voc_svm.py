@@ -63,8 +63,7 @@ def test_the_ends_of_a_long_image_are_seen(size: tuple[int, int]) -> None:
     assert torch.equal(*decode.evaluation_views(files, 16))
 
 
-@pytest.mark.ray
-def test_scores_are_those_of_svm_on_the_same_features(ray_session: None, tmp_path: Path) -> None:
+def test_scores_are_those_of_svm_on_the_same_features(tmp_path: Path) -> None:
     pytest.importorskip("sklearn")
     folder = several(tmp_path / "voc")
     config = replace(FEW, data=str(folder))

@@ -12,7 +12,7 @@ from raysl.ray_cluster import autoscaler, local_ray, this_machine
 @pytest.fixture
 def _small(monkeypatch: pytest.MonkeyPatch) -> None:
     """A laptop on its own: no GPU, few CPUs, and no Ray."""
-    monkeypatch.delenv("RAY_ADDRESS")
+    monkeypatch.delenv("RAY_ADDRESS", raising=False)
     monkeypatch.setattr(this_machine, "cpus", lambda: 4)
     monkeypatch.setattr("torch.cuda.is_available", lambda: False)
     monkeypatch.setattr("ray.is_initialized", lambda: False)
