@@ -130,7 +130,7 @@ def test_a_task_asks_for_no_more_memory_than_a_machine_that_takes_work_has(
 
     found = Machines(({"CPU": 0.0, "memory": 9e9}, {"CPU": 2.0, "memory": 100.0}))
     monkeypatch.setenv("RAY_ADDRESS", "local")
-    monkeypatch.setattr(frozen.ray_cluster, "start", lambda: None)
+    monkeypatch.setattr("raysl.ray_cluster.start", lambda: None)
     monkeypatch.setattr(placement, "machines", lambda: found)
     monkeypatch.setattr(frozen, "run_tasks", run_tasks)
     assert traced(sets, low_priority) == {}
