@@ -31,7 +31,7 @@ import which_transforms
 from raysl.evaluation.results import protocol_hash, rows_of
 from raysl.experiment import lectures
 from raysl.experiment.claims import CLAIMS
-from raysl.experiment.comparison import ComparisonFlags, measured, run_of, settings
+from raysl.experiment.comparison import ComparisonFlags, folder_of, measured, run_of
 from raysl.experiment.script import command
 from raysl.extraction import FeatureProtocol
 from raysl.ingestion import resolve, splits
@@ -178,7 +178,7 @@ def rows(flags: LectureFlags, out: Folder) -> list[dict[str, Any]]:
     for place, methods in _places(flags).items():
         for method in methods:
             for seed in flags.seeds:
-                run = Run.find(settings(flags, method, seed, train, Folder(f"{flags.runs}/{place}")).run)
+                run = Run.find(folder_of(flags, method, seed, train, Folder(f"{flags.runs}/{place}")))
                 label = f"{place}/{method}".removeprefix("/")
                 for size, name in zip(_sizes(flags), ("few", "all"), strict=True):
                     label = label.replace(f"-{size}/", f"-{name}/")

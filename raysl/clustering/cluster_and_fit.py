@@ -69,6 +69,11 @@ class ClusterfitConfig:
         )
 
 
+def round_folder(run: str, number: int) -> Folder:
+    """Return the folder of a round, counted from 1, in which "run" is the student."""
+    return Folder(run) / f"round-{number}"
+
+
 def clusterfit(config: ClusterfitConfig, student: Pretraining, *, local: bool = False) -> Run:
     """Do all rounds. Finished steps are skipped, and interrupted ones resume.
 
@@ -86,7 +91,7 @@ def clusterfit(config: ClusterfitConfig, student: Pretraining, *, local: bool = 
     """
     teacher, backbone = config.teacher, config.teacher_backbone
     for number in range(1, config.rounds + 1):
-        folder = Folder(student.run) / f"round-{number}"
+        folder = round_folder(student.run, number)
         _log.info("Round %d of %d: features of %s.", number, config.rounds, teacher)
         features_config = FeaturesConfig(
             data=student.data,

@@ -14,7 +14,7 @@ from rich.table import Table
 
 from raysl import extraction
 from raysl.backbone.network import BackboneConfig
-from raysl.clustering.cluster_and_fit import ClusterfitConfig, clusterfit
+from raysl.clustering.cluster_and_fit import ClusterfitConfig, clusterfit, round_folder
 from raysl.config import Pretraining, ViewConfig
 from raysl.evaluation.apart import check_apart
 from raysl.evaluation.evaluate import probe
@@ -122,6 +122,12 @@ def settings(flags: ComparisonFlags, method: str, seed: int, train: str, runs: F
         view=replace(own.pop("view", ViewConfig()), image_size=flags.image_size),
         **own,
     )
+
+
+def folder_of(flags: ComparisonFlags, method: str, seed: int, train: str, runs: Folder) -> str:
+    """Return the folder of the run that `run_of` returns."""
+    run = settings(flags, method, seed, train, runs).run
+    return str(round_folder(run, 1) / "run") if method == "clusterfit" else run
 
 
 def trained(flags: ComparisonFlags, names: Sequence[str]) -> list[Run]:
