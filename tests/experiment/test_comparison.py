@@ -99,13 +99,13 @@ def test_clusterfit_has_the_run_of_its_seed_as_teacher(
         comparison, "clusterfit", lambda config, student, local: fitted.append((config, student, local))
     )
     runs = str(tmp_path)
-    comparison.trained(
-        ComparisonFlags(
-            data, runs=runs, methods=("clusterfit",), seeds=(3,), teacher="predict-rotation", workers=workers
-        ),
-        [],
+    flags = ComparisonFlags(
+        data, runs=runs, methods=("clusterfit",), seeds=(3,), teacher="predict-rotation", workers=workers
     )
+    comparison.trained(flags, [])
     ((config, student, local),) = fitted
     assert (student.workers, local) == trained
     assert (config.teacher, config.k) == (f"{runs}/predict-rotation-3", 300)
     assert (student.run, student.seed) == (f"{runs}/clusterfit-predict-rotation-300-3", 3)
+    last = comparison.folder_of(flags, "clusterfit", 3, data, Folder(runs))
+    assert last == f"{student.run}/round-1/run"
