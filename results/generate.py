@@ -184,14 +184,7 @@ def _lectures() -> str:
     sources = {
         "CIFAR-10": _lecture_rows("cifar10", "images=9083a61a"),
         "Tiny ImageNet": _lecture_rows("tiny-imagenet-20", "images=0f890900"),
-        "Tiny ImageNet, ten times as long": [
-            *rows_of(f"{LONG}/rows.jsonl"),
-            *(
-                {**row, "label": "short/pirl-jigsaw"}
-                for row in rows_of("evaluation/tiny-imagenet-20/rows.jsonl")
-                if row["label"] == "pirl-jigsaw"
-            ),
-        ],
+        "Tiny ImageNet, ten times as long": rows_of("lectures/tiny-imagenet-20.jsonl"),
     }
     sources["CIFAR-10"] += [
         row

@@ -104,9 +104,10 @@ def run_config(
         made = defaults.replaced(config, values)
         if check is not None:
             check(made)
+        check_writable(out or made.run if workers else "")
         dataset(made.data)
-        if workers and not (local is None and _trains_alone(made.workers)):
-            start_ray(out or made.run)
+        if workers and not (local is None and _trains_alone({"workers": made.workers}, made)):
+            start_ray()
         return made
     if config is not None and not isinstance(config, Mapping):
         raise _wrong_type(config, Pretraining)
@@ -118,29 +119,31 @@ def run_config(
     unlisted = (check and check(asked)) or ()
     check_source(asked.data)
     _check_weights(asked)
-    if not workers or (local is None and _trains_alone(_workers(values, asked))):
+    check_writable(out or asked.run if workers else "")
+    if not workers or (local is None and _trains_alone(values, asked)):
         import torch
 
         return _resolved(values, asked.data, 1, torch.cuda.is_available(), unlisted)
-    start_ray(out or asked.run)
+    start_ray()
     return _suited(values, asked, unlisted)
 
 
-def _workers(values: Mapping[str, Any], asked: Pretraining) -> int | str:
-    """Return the number of workers that is given, or else that of the run, or else one."""
+def _trains_alone(values: Mapping[str, Any], asked: Pretraining) -> bool:
+    """Return True if a run trains in this process, so that Ray need not start.
+
+    Args:
+        values: fields that are given; what they leave open is chosen.
+        asked: the same, completed with the defaults of the classes.
+    """
+    from raysl.config import defaults
     from raysl.run import Run
+    from raysl.training import local
 
-    if str(values.get("workers", 0)) not in ("0", ""):
-        return asked.workers
-    begun = Run.find(asked.run)
-    return begun.config().workers if begun else 1
-
-
-def _trains_alone(workers: int | str) -> bool:
-    """Return True if a run of so many workers trains in this process, so that Ray need not start."""
-    from raysl.ray_cluster import this_machine
-
-    return str(workers) == "1" and not this_machine.needs_ray()
+    if str(values.get("workers", 0)) in ("0", ""):
+        begun = Run.find(asked.run)
+        made = defaults.resume(begun.config(), values, 1, False) if begun else None
+        asked = dataclasses.replace(asked, workers=made.workers if made else 1)
+    return local.is_chosen(asked)
 
 
 def _check_weights(asked: Pretraining) -> None:

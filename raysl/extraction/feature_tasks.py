@@ -1,5 +1,6 @@
-"""Compute frozen features of data sets with a pool of Ray actors. Features are kept in parts, so a pass is resumable.
+"""Compute frozen features of data sets, in this process or with a pool of Ray actors.
 
+Features are kept in parts, so that an interrupted pass goes on.
 Images are seen as in the evaluation: no augmentation, the centre of the image, batch normalisation in evaluation mode.
 Only ranges of indices are sent through Ray; actors read the images that they encode, and write their features.
 """
@@ -175,7 +176,7 @@ def _parts(dataset: DataSet) -> list[Part]:
 def _compute_missing(
     extractions: Sequence[_Extraction], low_priority: bool = False, in_process: bool = False
 ) -> None:
-    """Compute the missing parts, with a pool of actors again those that were lost with an actor or a node."""
+    """Compute the missing parts. A pool of actors computes again what was lost with an actor or a node."""
     if in_process or not (low_priority or this_machine.needs_ray()):
         here = _Actor(extractions)
         for number, extraction in enumerate(extractions):
@@ -301,7 +302,7 @@ class _Actor:
 
     @cached_property
     def threads(self) -> ThreadPoolExecutor:
-        # Decoding is the slow part beside an accelerator; without one there is an actor for every CPU.
+        # Decoding is the slow part beside an accelerator; without one, each CPU has an actor, or this process has all.
         return ThreadPoolExecutor(placement.assigned_cpus())
 
     def __call__(self, batch: dict[str, NDArray[Any]]) -> dict[str, NDArray[Any]]:

@@ -92,10 +92,10 @@ def _run(work: Any, store: FeatureStore, pieces: Sequence[Piece], *arguments: An
 
     On a machine that needs no Ray, this process does all.
     """
-    import ray
-
     if not this_machine.needs_ray():
         return [work(store, pieces, *arguments)] if pieces else []
+    import ray
+
     ray_cluster.start()
     count = max(1, min(len(pieces), int(ray.cluster_resources().get("CPU", 1))))
     task = ray.remote(work).options(num_cpus=_CPUS, scheduling_strategy="DEFAULT")

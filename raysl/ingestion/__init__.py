@@ -4,7 +4,7 @@
 `splits` names the splits to learn from and to be scored on. Each file of `sources/` reads one kind of source.
 """
 
-from raysl.ingestion.cache import resolve, splits
+from raysl.ingestion.cache import on_local_disk, resolve, splits
 from raysl.ingestion.pipeline import IngestConfig, ingest
 
-__all__ = ["IngestConfig", "ingest", "resolve", "splits"]
+__all__ = ["IngestConfig", "ingest", "on_local_disk", "resolve", "splits"]

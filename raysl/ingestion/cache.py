@@ -45,6 +45,17 @@ def resolve(data: str | Opened, cache: Path | None = None) -> DataSet:
     return ingest(opened, dest, wait=True)
 
 
+def on_local_disk(data: str) -> bool:
+    """Return True if the data set that `data` names, or that it will be ingested into, lies on a disk and not in an
+    object store.
+    """
+    return Folder(data if DataSet.is_one(data) else str(_root(None))).is_local
+
+
+def _root(cache: Path | None) -> Folder:
+    return Folder(str(cache or os.environ.get("RAYSL_CACHE") or Path.home() / ".cache" / "raysl"))
+
+
 def _place(opened: Opened, cache: Path | None) -> str:
     """Return the folder of a source in the cache."""
     source = opened.source
@@ -52,10 +63,9 @@ def _place(opened: Opened, cache: Path | None) -> str:
         key = hashlib.blake2b(f"{source.name}\n{source.stamp()}".encode(), digest_size=8).hexdigest()
     except OSError as error:
         raise unreadable(source.name, error) from error
-    root = Folder(str(cache or os.environ.get("RAYSL_CACHE") or Path.home() / ".cache" / "raysl"))
     # The readable part is for people who clean up the cache.
     stem = re.sub(r"\W+", "-", source.name.rstrip("/").rpartition("/")[2]).strip("-")[:40]
-    return str(root / f"{stem}-{key}")
+    return str(_root(cache) / f"{stem}-{key}")
 
 
 def splits(data: str) -> tuple[str, str]:

@@ -1,4 +1,4 @@
-"""Ingest: any source becomes the indexed data set of `raysl.dataset`, streamed through Ray Data.
+"""Ingest: any source becomes the indexed data set of `raysl.dataset`, by tasks of Ray Data if it is not small.
 
 The first pass writes all shards, each starting at the index that the listing promises. If an image could not be decoded
 or a count was wrong, a second pass rewrites the index column of the later shards. Only counts travel through Ray; tasks
@@ -246,7 +246,7 @@ def _renumber_all(journal: Journal, config: IngestConfig, lock: DriverLock) -> N
 def _run_tasks(
     numbers: list[int], work: Work, config: IngestConfig, lock: DriverLock
 ) -> Iterator[tuple[int, int]]:
-    """Do the work for every number in a separate task; yield (images, bad) as each task ends.
+    """Return (images, bad) of the work for every number: an iterator that goes on as each task of Ray Data ends.
 
     On a machine that needs no Ray, this process does the work of a few numbers.
 
@@ -254,9 +254,14 @@ def _run_tasks(
         UserError: a task failed, or another process has taken over.
     """
     if len(numbers) <= _MOST_HERE and not this_machine.needs_ray():
-        done: Iterable[tuple[int, int, str]] = (_done(work, number) for number in numbers)
-    else:
-        done = _on_ray(numbers, work, config)
+        return _checked((_done(work, number) for number in numbers), lock)
+    if numbers:
+        ray_cluster.start()  # Here, before the progress is shown.
+    return _checked(_on_ray(numbers, work, config), lock)
+
+
+def _checked(done: Iterable[tuple[int, int, str]], lock: DriverLock) -> Iterator[tuple[int, int]]:
+    """Yield (images, bad) of each result of `_done`. Raise UserError for its error, or if the lock is lost."""
     for written, bad, error in done:
         if error:
             raise UserError(error)
@@ -267,11 +272,9 @@ def _run_tasks(
 
 def _on_ray(numbers: list[int], work: Work, config: IngestConfig) -> Iterator[tuple[int, int, str]]:
     """Yield the results of `_done` for each number, as the tasks of Ray Data end."""
-    import ray.data
-
     if not numbers:
         return
-    ray_cluster.start()
+    import ray.data
 
     def run(batch: dict[str, Any]) -> dict[str, Any]:
         written, bad, errors = zip(*(_done(work, numbers[i]) for i in batch["id"]), strict=True)

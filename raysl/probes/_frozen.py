@@ -1,4 +1,4 @@
-"""Run a probe of frozen features in Ray tasks, one for each layer."""
+"""Run a probe of frozen features, one layer after the other in this process or each in a task of Ray."""
 
 from __future__ import annotations
 

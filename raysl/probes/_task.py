@@ -1,4 +1,4 @@
-"""Run the work of probes in tasks of Ray."""
+"""Run the work of probes in tasks of Ray, or in this process on a machine that needs no Ray."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ Result = TypeVar("Result")
 
 
 class InTask(Generic[C]):
-    """Base of an `EncoderProbe` of which one Ray task, on a GPU if there are any, computes all rows.
+    """Base of an `EncoderProbe` of which one call of `run_tasks` computes all rows.
 
     Attributes:
         needs: type of the encoders that it measures; others have no rows.
@@ -48,20 +48,20 @@ class InTask(Generic[C]):
 def run_tasks(
     work: Callable[..., Result], calls: Sequence[tuple[Any, ...]], options: Mapping[str, Any] | None = None
 ) -> list[Result]:
-    """Run one Ray task for each call, or on a machine that needs no Ray all calls here; return the results in order.
+    """Run one Ray task for each call and return the results in the order of the calls.
 
     Args:
-        options: options of the tasks for `ray.remote`; by default a GPU each if there are any, else a share of the
-            CPUs.
+        options: options of the tasks for `ray.remote`; None for a GPU each if there are any, or else a share of the
+            CPUs, and on a machine that needs no Ray for all calls in this process.
 
     Raises:
         UserError: a task raised it, or the process of a task was killed as often as Ray retries it.
     """
+    if options is None and not this_machine.needs_ray():
+        return [work(*call) for call in calls]
     import ray
     from ray.exceptions import OutOfMemoryError, WorkerCrashedError
 
-    if not this_machine.needs_ray():
-        return [work(*call) for call in calls]
     ray_cluster.start()
     # Inside a trial of Ray Tune, a task without a strategy would be placed in the small group of the trial.
     task = ray.remote(**{"scheduling_strategy": "DEFAULT", **(options or _default_resources(len(calls)))})(

@@ -68,7 +68,7 @@ class Semisup(InTask[Config]):
     def examine(self, subject: Subject) -> Iterator[Row]:
         """Yield for each share accuracies, the mean training loss of the last epoch and the number of images.
 
-        Yields nothing for pixels, which cannot be trained. Runs one Ray task for each share, on a GPU if there are any.
+        Yields nothing for pixels, which cannot be trained. Each share is a task of `run_tasks`.
 
         Raises:
             UserError: the images do not suit the probe (see `labels_of`), or training has diverged.

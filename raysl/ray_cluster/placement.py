@@ -7,6 +7,7 @@ and data tasks fit at the same time. Otherwise Ray would wait forever for CPUs t
 from __future__ import annotations
 
 import bisect
+import sys
 from collections.abc import Sequence
 from dataclasses import dataclass
 
@@ -71,9 +72,8 @@ def machines() -> Machines:
 
 def assigned_cpus() -> int:
     """Return the number of whole CPUs of this Ray task or actor, at least one; outside of tasks, of this process."""
-    import ray
-
-    if not ray.is_initialized() or ray.get_runtime_context().worker.mode != ray.WORKER_MODE:
+    ray = sys.modules.get("ray")
+    if ray is None or not ray.is_initialized() or ray.get_runtime_context().worker.mode != ray.WORKER_MODE:
         return this_machine.cpus()
     return max(1, int(ray.get_runtime_context().get_assigned_resources().get("CPU", 1)))
 

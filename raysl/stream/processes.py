@@ -44,7 +44,8 @@ _ENDED = (
 class DataProcesses:
     """Data processes that serve one stream after another, for the duration of a `with` block.
 
-    They are best started before large tensors exist: memory that this process changes after a fork is held twice.
+    They are best started before large tensors exist: memory that this process changes after a fork is held twice. With
+    0 processes, a thread of this process makes the batches.
     """
 
     def __init__(self, count: int) -> None:

@@ -1,4 +1,4 @@
-"""Train with one worker in this process, without Ray: `--local`.
+"""Train with one worker in this process, without Ray: with `--local`, and by default on a small machine.
 
 The worker, the order of the images, the functions of the stream and the checkpoints are those of a run on Ray with one
 worker, so the numbers are the same to the last bit, and a run may continue with or without Ray. A trial of a sweep
@@ -21,6 +21,7 @@ import torch
 from raysl.config import Pretraining
 from raysl.errors import UserError
 from raysl.fields import Checked
+from raysl.ingestion import on_local_disk
 from raysl.ray_cluster import gpus, this_machine
 from raysl.ray_cluster import placement as cluster_placement
 from raysl.ray_cluster.placement import Machines, Placement
@@ -42,8 +43,9 @@ class LocalConfig(Checked):
 
     Args:
         local: train with one worker in this process and without Ray, which starts sooner. On a machine without a GPU
-            and with at most 8 CPUs, a run of one worker does so in any case; with RAY_ADDRESS=local it takes Ray. The
-            results equal those of one worker on Ray, bit for bit, and a run may continue with or without Ray.
+            and with at most 8 CPUs, a run of one worker does so in any case; with RAY_ADDRESS=local it takes Ray. Only
+            to ingest more than two shards Ray starts first. The results equal those of one worker on Ray, bit for bit,
+            and a run may continue with or without Ray.
     """
 
     local: bool = False
@@ -63,14 +65,11 @@ def is_chosen(
 ) -> bool:
     """Return True if a run trains without Ray although `--local` is not given, because that starts sooner.
 
-    A run that is given resources, or a stream that others read too, does not.
+    A run that is given resources, or a stream that others read too, does not, nor one on images in an object store,
+    from which the tasks of Ray read more quickly.
     """
-    return (
-        placement is None
-        and subscriber is None
-        and config.worker_counts() == (1,)
-        and not this_machine.needs_ray()
-    )
+    alone = placement is None and subscriber is None and config.worker_counts() == (1,)
+    return alone and not this_machine.needs_ray() and on_local_disk(config.data)
 
 
 def place() -> Placement:
@@ -91,10 +90,12 @@ def train(job: Job, num_steps: int, lock: DriverLock, callbacks: Callbacks, show
     if on_gpu and (found := gpus.problem()):
         raise UserError(found)
     share = job.placement.share
+    # Forked processes cannot use the clients of object stores that this process has opened; a thread can.
+    processes = max(1, round(share.cpus / share.cpus_per_task)) if job.dataset.folder.is_local else 0
     progress = _Progress(num_steps, lock, callbacks, show_every_s)
     with (
         signals.caught(progress.stop.set) as stop,
-        DataProcesses(max(1, round(share.cpus / share.cpus_per_task))) as data,
+        DataProcesses(processes) as data,
         _torch_settings(job.placement.threads_per_worker, on_gpu),
     ):
         try:

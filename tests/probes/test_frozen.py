@@ -85,6 +85,15 @@ def test_rows_equal_those_of_the_driver(
 
 
 @pytest.mark.ray
+def test_low_priority_is_that_of_a_task_where_others_need_no_ray(
+    ray_session: None, sets: tuple[StoredFeatures, StoredFeatures], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.delenv("RAY_ADDRESS")
+    low = traced(sets, low_priority=True)
+    assert (low["nice"], low["pid"] != os.getpid()) == (19, True)
+
+
+@pytest.mark.ray
 def test_low_priority_does_not_outlast_its_task(
     ray_session: None, sets: tuple[StoredFeatures, StoredFeatures]
 ) -> None:

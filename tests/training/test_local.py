@@ -75,6 +75,17 @@ def test_a_run_that_is_half_on_ray_has_the_same_numbers(
     assert_same_end(config.run, finished)
 
 
+def test_images_in_an_object_store_are_read_by_a_thread(
+    finished: Run, dataset: DataSet, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    store = Folder(f"memory://{tmp_path}")
+    for name in ("manifest.json", *(f"{SHARDS}/{one}" for one in (dataset.folder / SHARDS).list())):
+        store.write(name, dataset.folder.read(name))
+    monkeypatch.setattr("raysl.stream.processes._Process", lambda: pytest.fail("A process is forked"))
+    pretrain(replace(alone(dataset, tmp_path / "run"), data=str(store)), local=True)
+    assert_same_end(str(tmp_path / "run"), finished)
+
+
 @pytest.mark.parametrize("lr", [1e-6, 0.1])
 def test_a_run_whose_loss_is_that_of_a_guess_says_so(
     lr: float, dataset: DataSet, tmp_path: Path, caplog: pytest.LogCaptureFixture
