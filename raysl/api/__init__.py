@@ -23,7 +23,6 @@ from raysl.api.arguments import (
     dataset,
     given,
     run_config,
-    start_ray,
     unseen,
     uri,
 )
@@ -408,5 +407,4 @@ def doctor(config: DoctorConfig | None = None, **fields: Any) -> Diagnosis:
     settings = configure(diagnostics.DoctorConfig, config, {**fields, **given(data=fields.get("data"))})
     if not settings.cluster:
         dataset(settings.data)
-    start_ray()
     return diagnostics.diagnose(settings)

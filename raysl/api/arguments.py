@@ -11,6 +11,7 @@ import os
 from collections.abc import Callable, Mapping, Sequence
 from typing import TYPE_CHECKING, Any, TypeVar
 
+from raysl import ray_cluster
 from raysl.errors import UserError, install
 
 if TYPE_CHECKING:
@@ -107,7 +108,7 @@ def run_config(
         check_writable(out or made.run if workers else "")
         dataset(made.data)
         if workers and not (local is None and _trains_alone({"workers": made.workers}, made)):
-            start_ray()
+            ray_cluster.start()
         return made
     if config is not None and not isinstance(config, Mapping):
         raise _wrong_type(config, Pretraining)
@@ -124,7 +125,7 @@ def run_config(
         import torch
 
         return _resolved(values, asked.data, 1, torch.cuda.is_available(), unlisted)
-    start_ray()
+    ray_cluster.start()
     return _suited(values, asked, unlisted)
 
 
@@ -259,24 +260,9 @@ def uri(place: Any) -> str:
     return str(folder)
 
 
-def start_ray(*results: str) -> None:
-    """Start or join Ray, unless that has been done.
-
-    Args:
-        results: folders of results, or "" for none. Ray starts only if files can be written there.
-
-    Raises:
-        UserError: a folder cannot be written, or Ray cannot be started.
-    """
-    from raysl import ray_cluster
-
-    check_writable(*results)
-    ray_cluster.start()
-
-
-def check_writable(*folders: str) -> None:
-    """Raise UserError if files cannot be written into one of the folders; "" stands for none."""
+def check_writable(folder: str) -> None:
+    """Raise UserError if files cannot be written into a folder; "" stands for none."""
     from raysl.storage import Folder
 
-    for folder in filter(None, folders):
+    if folder:
         Folder(folder).check_writable()

@@ -13,7 +13,7 @@ from rich.console import Console
 from rich.table import Table
 
 from raysl import console as console_log
-from raysl.api.arguments import start_ray
+from raysl import ray_cluster
 from raysl.config import Pretraining, ViewConfig
 from raysl.dataset import DataSet
 from raysl.errors import UserError, counted
@@ -53,7 +53,7 @@ def demo(config: DemoConfig) -> None:
         UserError: the data cannot be read, or has no labels.
     """
     console_log.install()
-    start_ray()
+    ray_cluster.start()
     from raysl.evaluation.evaluate import probe
     from raysl.evaluation.results import verdicts
     from raysl.ingestion import resolve, splits

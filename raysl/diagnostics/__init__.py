@@ -86,12 +86,13 @@ class DoctorConfig(CheckedTop):
 
 
 def diagnose(given: DoctorConfig) -> Diagnosis:
-    """Check the GPUs, look at the cluster or measure a run, as the configuration says. Ray must have been started.
+    """Check the GPUs, look at the cluster or measure a run, as the configuration says.
 
     Raises:
         UserError: as `look` and `examine` do.
     """
     if given.gpu:
+        ray_cluster.start()
         return gpu_check.check(resolve(given.data), given.out)
     return look(given) if given.cluster else examine(given)
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import sys
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import Any, ClassVar, Generic, TypeVar
 
@@ -52,12 +53,14 @@ def run_tasks(
 
     Args:
         options: options of the tasks for `ray.remote`; None for a GPU each if there are any, or else a share of the
-            CPUs, and on a machine that needs no Ray for all calls in this process.
+            CPUs, and for all calls in this process where no Ray runs and the machine needs none.
 
     Raises:
         UserError: a task raised it, or the process of a task was killed as often as Ray retries it.
     """
-    if options is None and not this_machine.needs_ray():
+    # Beside a run on Ray, a task leaves this process free.
+    ray_runs = "ray" in sys.modules and sys.modules["ray"].is_initialized()
+    if options is None and not (ray_runs or this_machine.needs_ray()):
         return [work(*call) for call in calls]
     import ray
     from ray.exceptions import OutOfMemoryError, WorkerCrashedError

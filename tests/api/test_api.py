@@ -56,7 +56,7 @@ def test_every_verb_is_a_function_and_every_name_is_typed() -> None:
     ],
 )
 def test_mistakes_are_one_clear_error(call: Any, answer: str, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(arguments, "start_ray", lambda: pytest.fail("Ray starts before the checks"))
+    monkeypatch.setattr("raysl.ray_cluster.start", lambda: pytest.fail("Ray starts before the checks"))
     with pytest.raises(UserError, match=answer):
         call()
 

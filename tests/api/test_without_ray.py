@@ -7,6 +7,7 @@ from typing import Any
 
 import numpy as np
 import pytest
+import ray
 
 import raysl
 from raysl.ray_cluster import this_machine
@@ -22,7 +23,10 @@ def _alone(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
     monkeypatch.setenv("RAYSL_CACHE", str(tmp_path / "cache"))
 
 
-def test_every_step_from_images_to_features_needs_no_ray(tmp_path: Path) -> None:
+def test_every_step_from_images_to_features_needs_no_ray(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(ray, "is_initialized", lambda: False)  # Other tests may have started one.
     run = raysl.pretrain("shapes:64", tmp_path / "run", **FIELDS)
     assert run.config().workers == 1
     protocol = {"shares": (0.5,), "epochs": 1}

@@ -49,7 +49,7 @@ def test_fields_that_trials_vary_are_not_listed_as_chosen(
     monkeypatch: pytest.MonkeyPatch, tmp_path: Path, caplog: pytest.LogCaptureFixture
 ) -> None:
     tried: list[Pretraining] = []
-    monkeypatch.setattr("raysl.api.arguments.start_ray", lambda *places: None)
+    monkeypatch.setattr("raysl.ray_cluster.start", lambda: None)
     monkeypatch.setattr("raysl.ray_cluster.placement.machines", lambda: Machines(({"CPU": 2.0},)))
     monkeypatch.setattr("raysl.tuning.sweep.sweep", lambda base, config: tried.append(base))
     images = make_dataset(tmp_path / "images", 40)
