@@ -24,8 +24,7 @@ ROOMS = (
     *("tuning", "reporting", "model_export", "experiment", "diagnostics", "api", "cli"),
     *("__init__", "__main__"),
 )
-# A file may outgrow 400 lines by a little while it is being split, and no more.
-MAX_FILE_LINES = 420
+MAX_FILE_LINES = 400
 MAX_FUNCTION_LINES = 60
 STATED = ("Command:", "Hardware:", "Time:", "Expect:")
 
@@ -70,7 +69,7 @@ def test_files_and_functions_fit_on_a_screen() -> None:
     for file in FILES:
         lines = len(file.read_text().splitlines())
         if lines > MAX_FILE_LINES:
-            long.append(f"{file.relative_to(ROOT)}: {lines} lines; split it by purpose at 400")
+            long.append(f"{file.relative_to(ROOT)}: {lines} lines; split it by purpose at {MAX_FILE_LINES}")
         for node in ast.walk(_tree(file)):
             if isinstance(node, ast.FunctionDef | ast.AsyncFunctionDef) and node.end_lineno is not None:
                 length = node.end_lineno - node.lineno + 1

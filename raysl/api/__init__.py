@@ -36,8 +36,7 @@ if TYPE_CHECKING:
     from raysl.config import Pretraining
     from raysl.dataset import DataSet
     from raysl.diagnostics import Diagnosis, DoctorConfig
-    from raysl.evaluation.options import ProbeConfig
-    from raysl.extraction import Encoder, FeaturesConfig, FeatureStore
+    from raysl.extraction import FeaturesConfig, FeatureStore
     from raysl.ingestion import IngestConfig
     from raysl.model_export import ExportConfig
     from raysl.reporting import ReportConfig
@@ -163,21 +162,11 @@ def probe(
     check_writable(config.out or (str(source.run.folder) if isinstance(source, Trained) else ""))
     title = f"{uri(checkpoint).rpartition('/')[2]} ({network.name})"
     rows = evaluate.probe_encoder(source, title, *data_sets, config)
-    _draw_nearest(source, data_sets, config)
+    if "retrieval" in probes:
+        from raysl.reporting import retrieval_grid
+
+        _log.info("Nearest images of some test images: %s", retrieval_grid.draw(source, *data_sets, config))
     return rows
-
-
-def _draw_nearest(source: Encoder, data_sets: tuple[DataSet, DataSet], config: ProbeConfig) -> None:
-    if "retrieval" not in config.probes:
-        return
-    from raysl.evaluation import evaluate
-    from raysl.extraction import view_size
-    from raysl.reporting import retrieval_grid
-
-    size = config.image_size or view_size(source)
-    drawn = evaluate.frozen_encoder(source, data_sets[0], size, config.bn_statistics)
-    grid = retrieval_grid.draw(evaluate.folder_of(source, config), drawn, *data_sets, size)
-    _log.info("Nearest images of some test images: %s", grid)
 
 
 @console.announced

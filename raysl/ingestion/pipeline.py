@@ -13,7 +13,7 @@ import os
 import sys
 import time
 from collections import Counter
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Iterable
 from contextlib import suppress
 from dataclasses import dataclass, field, fields
 from itertools import accumulate, chain
@@ -23,15 +23,13 @@ import numpy as np
 from rich.console import Console
 from rich.progress import BarColumn, Progress, TaskProgressColumn, TextColumn, TimeRemainingColumn
 
-from raysl import ray_cluster
 from raysl.dataset import BAD_IMAGES, SHARDS, DataSet, Manifest, Shard
 from raysl.errors import UserError, counted
 from raysl.fields import Bounds
-from raysl.ingestion import images, objects, shard
+from raysl.ingestion import images, objects, shard, tasks
 from raysl.ingestion.found import printable, unreadable
 from raysl.ingestion.journal import Header, Journal, Listed, check_apart, check_free, finished
 from raysl.ingestion.sources import Opened, Place, ReadConfig, Source, UnitSize, open_source, read, recognised
-from raysl.ray_cluster import this_machine
 from raysl.storage import Folder
 from raysl.storage.lock import DriverLock
 from raysl.storage.records import signed_line
@@ -39,11 +37,6 @@ from raysl.stream.pixels import DecodeConfig, Ranges
 
 _log = logging.getLogger("raysl.ingestion")
 _LINE_EVERY_S = 5.0
-# Largest number of shards that one process writes alone. Ray, which would write two of them at once, takes about as
-# long to start.
-_MOST_HERE = 2
-# What a task does with the unit of a number; returns how many images were written and how many are bad.
-Work = Callable[[int], tuple[int, int]]
 
 
 @dataclass(frozen=True)
@@ -184,7 +177,9 @@ def _write_all(
     pending = [number for number in range(len(listed.counts)) if number not in done]
     write = _writer(opened, listed, journal, config, {})
     seen = sum(listed.counts[number] for number in done)
-    _show_progress(_run_tasks(pending, write, config, lock), "Ingesting", seen, sum(listed.counts))
+    _show_progress(
+        tasks.run(pending, write, config.cpus_per_task, lock), "Ingesting", seen, sum(listed.counts)
+    )
 
 
 def _scale_all(
@@ -200,10 +195,12 @@ def _scale_all(
     ]
     write = _writer(opened, listed, journal, config, ranges)
     total = sum(listed.counts[number] for number in pending)
-    _show_progress(_run_tasks(pending, write, config, lock), "Scaling values", 0, total)
+    _show_progress(tasks.run(pending, write, config.cpus_per_task, lock), "Scaling values", 0, total)
 
 
-def _writer(opened: Opened, listed: Listed, journal: Journal, config: IngestConfig, ranges: Ranges) -> Work:
+def _writer(
+    opened: Opened, listed: Listed, journal: Journal, config: IngestConfig, ranges: Ranges
+) -> tasks.Work:
     """Return the function that writes the shard of a unit in a task."""
     kind, first_indices = opened.kind, [0, *accumulate(listed.counts)]
     decoding = None if opened.source.encoded_here else config.decoding
@@ -240,64 +237,7 @@ def _renumber_all(journal: Journal, config: IngestConfig, lock: DriverLock) -> N
         journal.write_done(shard.move(journal.dest, written, first_indices[number]))
         return written.num_images, 0
 
-    _show_progress(_run_tasks(list(first_indices), move, config, lock), "Renumbering", 0, total)
-
-
-def _run_tasks(
-    numbers: list[int], work: Work, config: IngestConfig, lock: DriverLock
-) -> Iterator[tuple[int, int]]:
-    """Return (images, bad) of the work for every number: an iterator that goes on as each task of Ray Data ends.
-
-    On a machine that needs no Ray, this process does the work of a few numbers.
-
-    Raises:
-        UserError: a task failed, or another process has taken over.
-    """
-    if len(numbers) <= _MOST_HERE and not this_machine.needs_ray():
-        return _checked((_done(work, number) for number in numbers), lock)
-    if numbers:
-        ray_cluster.start()  # Here, before the progress is shown.
-    return _checked(_on_ray(numbers, work, config), lock)
-
-
-def _checked(done: Iterable[tuple[int, int, str]], lock: DriverLock) -> Iterator[tuple[int, int]]:
-    """Yield (images, bad) of each result of `_done`. Raise UserError for its error, or if the lock is lost."""
-    for written, bad, error in done:
-        if error:
-            raise UserError(error)
-        if lock.lost.is_set():
-            lock.check()
-        yield written, bad
-
-
-def _on_ray(numbers: list[int], work: Work, config: IngestConfig) -> Iterator[tuple[int, int, str]]:
-    """Yield the results of `_done` for each number, as the tasks of Ray Data end."""
-    if not numbers:
-        return
-    import ray.data
-
-    def run(batch: dict[str, Any]) -> dict[str, Any]:
-        written, bad, errors = zip(*(_done(work, numbers[i]) for i in batch["id"]), strict=True)
-        return {"images": np.array(written), "bad": np.array(bad), "error": np.array(errors, dtype=object)}
-
-    tasks = ray.data.range(len(numbers), override_num_blocks=len(numbers))
-    tasks = tasks.map_batches(run, batch_size=None, num_cpus=config.cpus_per_task)
-    tasks.context.enable_progress_bars = False
-    for row in tasks.iter_rows():
-        yield row["images"], row["bad"], row["error"]
-
-
-def _done(work: Work, number: int) -> tuple[int, int, str]:
-    """Do the work of a number; return (images, bad, error).
-
-    A UserError is returned as a value: as an exception of a task it would arrive wrapped, or be retried.
-    """
-    try:
-        return (*work(number), "")
-    except UserError as error:
-        return 0, 0, str(error)
-    except OSError as error:
-        return 0, 0, f"Cannot read the source: {error}. The same command resumes from here."
+    _show_progress(tasks.run(list(first_indices), move, config.cpus_per_task, lock), "Renumbering", 0, total)
 
 
 def _finish(source: Source, listed: Listed, journal: Journal, config: IngestConfig) -> DataSet:

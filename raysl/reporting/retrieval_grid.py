@@ -8,6 +8,8 @@ from PIL import Image, ImageDraw, ImageFont
 
 from raysl import extraction, rng
 from raysl.dataset import DataSet
+from raysl.evaluation import evaluate
+from raysl.evaluation.options import ProbeConfig
 from raysl.extraction import Encoder, FeatureProtocol
 from raysl.probes.retrieval import nearest
 from raysl.reporting import pictures
@@ -54,10 +56,12 @@ def grids(
     return made
 
 
-def draw(folder: Folder, source: Encoder, train: DataSet, test: DataSet, image_size: int) -> str:
-    """Draw the grid of one encoder into the folder of its rows and return its path. See `grids`."""
-    (grid,) = grids([source], train, test, image_size, folder / "features")
-    return save(grid, folder, source, train, test)
+def draw(source: Encoder, train: DataSet, test: DataSet, config: ProbeConfig) -> str:
+    """Draw the grid of a probed encoder into the folder of its rows and return its path. See `grids`."""
+    size, folder = config.image_size or extraction.view_size(source), evaluate.folder_of(source, config)
+    drawn = evaluate.frozen_encoder(source, train, size, config.bn_statistics)
+    (grid,) = grids([drawn], train, test, size, folder / "features")
+    return save(grid, folder, drawn, train, test)
 
 
 def save(grid: Image.Image, folder: Folder, source: Encoder, train: DataSet, test: DataSet) -> str:

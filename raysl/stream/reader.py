@@ -1,17 +1,14 @@
-"""Stream batches through Ray Data: tasks read, decode, crop and transform; the trainer gets uint8 views in plan order.
+"""Stream batches to a training worker: images are read, decoded, cropped and transformed; it gets uint8 views.
 
-Each training worker runs one Ray Data pipeline over its part of the plan, for all epochs, from any step. Each task
-receives step numbers and reads the images itself. Tasks may run ahead of the trainer, and their batches arrive in
-order. Every batch carries its indices, which are compared with the plan: a lost or repeated image is an error.
-
-Without Ray, `raysl.stream.processes` calls the same function, `load`, in processes of its own.
+The batches of a worker's part of the plan, for all epochs, from any step, come in plan order. `load` makes them: in
+tasks of Ray Data (`raysl.stream.data_tasks`), or without Ray in processes of its own (`raysl.stream.processes`). Every
+batch carries its indices, which are compared with the plan: a lost or repeated image is an error.
 """
 
 from __future__ import annotations
 
 import functools
 import itertools
-import pickle
 import time
 from collections.abc import Callable, Collection, Iterable, Iterator, Mapping
 from concurrent.futures import Future, ThreadPoolExecutor
@@ -37,16 +34,8 @@ from raysl.stream.views import View
 Columns = dict[str, npt.NDArray[Any]]
 Source = Callable[["Stream", int, int], Iterator[Columns]]
 
-BLOCK_BYTES = 4 << 20
-# Tasks of one Ray Data execution. Listing them takes half a second; they cover hundreds of thousands of photos, or
-# millions of small images.
-SEGMENT = 512
 # A data task that reads a remote store covers so many encoded bytes, and reads the next stretch while it decodes one.
 _REMOTE_TASK_BYTES = 32 << 20
-# Batches whose columns or lengths change from step to step are pickled into one column: Arrow needs fixed columns.
-_PACKED = "packed"
-# Shortest time between two steps of the loop of Ray Data's executor.
-_LOOP_PERIOD_S = 0.01
 
 
 @dataclass(frozen=True)
@@ -170,25 +159,10 @@ class Stream:
         `batch` makes a `Batch` of them. Raises as `batches` does.
         """
         if self.source is not None:
-            yield from self.source(replace(self, source=None), start_step, end_step)
-            return
-        opener = ThreadPoolExecutor(1)
-        # Steps before the end of a pipeline at which the next one starts.
-        ahead = self.task_steps * (1 + max(1, int(self.share.cpus / self.share.cpus_per_task)))
-        try:
-            opened = opener.submit(self._open, start_step, end_step) if start_step < end_step else None
-            while opened is not None:
-                step, end, rows = opened.result()
-                opened = None
-                for row in rows:
-                    step += 1
-                    # The last tasks of this pipeline have their CPUs now; tasks of the next pipeline use the others.
-                    if opened is None and end < end_step and end - step <= ahead:
-                        opened = opener.submit(self._open, end, end_step)
-                    columns = {name: values[0] for name, values in row.items()}
-                    yield pickle.loads(bytes(columns[_PACKED])) if _PACKED in columns else columns
-        finally:
-            opener.shutdown(wait=False, cancel_futures=True)
+            return self.source(replace(self, source=None), start_step, end_step)
+        from raysl.stream import data_tasks
+
+        return data_tasks.columns(self, start_step, end_step)
 
     @functools.cached_property
     def task_steps(self) -> int:
@@ -198,42 +172,6 @@ class Stream:
         images = self.plan.stretch * self.plan.batch_size // self.world
         task_images = _REMOTE_TASK_BYTES * self.dataset.num_images / max(1, self.dataset.manifest.num_bytes)
         return self.plan.stretch * max(1, round(task_images / images))
-
-    def _open(self, step: int, end_step: int) -> tuple[int, int, Iterator[Any]]:
-        """Start a pipeline and wait for its first batch; return its first step, its end and its rows."""
-        end = min(end_step, (step // self.task_steps + SEGMENT) * self.task_steps)
-        rows = iter(self._pipeline(step, end).iter_batches(batch_size=1, prefetch_batches=2))
-        return step, end, itertools.chain([next(rows)], rows)
-
-    def _pipeline(self, step: int, end: int) -> Any:
-        """Return a Ray Data set whose rows are the batches of this worker for steps step .. end - 1."""
-        import ray.data
-        from ray.data import ExecutionResources
-
-        num_tasks = -(-end // self.task_steps) - step // self.task_steps
-        # Not `ray.data.range`: its read tasks need a whole CPU each.
-        tasks = ray.data.from_items(
-            [{"id": number} for number in range(num_tasks)], override_num_blocks=num_tasks
-        )
-        # The context of this data set alone: that of the process belongs to the program.
-        context = tasks.context
-        context.execution_options.preserve_order = True
-        context.execution_options.resource_limits = ExecutionResources.for_limits(cpu=self.share.cpus)
-        context.target_max_block_size = BLOCK_BYTES
-        # Let tasks buffer all of their output; otherwise only the first could run.
-        context._max_num_blocks_in_streaming_gen_buffer = 64
-        context.custom_execution_callback_classes = [_SlowLoop]
-        context.enable_progress_bars = False
-        context.print_on_execution_start = False
-        # Batches that another machine makes cross the network, which is still better than waiting for CPUs of this one.
-        this_node = {"ray.io/node-id": ray.get_runtime_context().get_node_id()}
-        return tasks.map_batches(
-            _Load(self, step, end),
-            batch_size=None,
-            num_cpus=self.share.cpus_per_task,
-            label_selector=this_node,
-            fallback_strategy=[{"label_selector": {}}],
-        )
 
     def batch(self, step: int, columns: Columns) -> Batch:
         """Make the batch of a step from its columns, on the device, and compare its images with the plan."""
@@ -285,66 +223,6 @@ class Stream:
             if made.target is not None:
                 batch.targets[name] = made.target
         return batch
-
-
-class _SlowLoop:
-    """Limit the loop of Ray Data's executor to a hundred steps a second.
-
-    The loop waits for tasks with new output. A task ahead of the trainer always has some, so the wait returns at once,
-    and the loop, a thread of the trainer, would use half a core.
-    """
-
-    def __init__(self) -> None:
-        self.last = 0.0
-
-    def on_execution_step(self, executor: object) -> None:
-        time.sleep(max(0.0, self.last + _LOOP_PERIOD_S - time.perf_counter()))
-        self.last = time.perf_counter()
-
-    def before_execution_starts(self, executor: object) -> None: ...
-
-    def after_execution_succeeds(self, executor: object) -> None: ...
-
-    def after_execution_fails(self, executor: object, error: Exception) -> None: ...
-
-
-@functools.lru_cache(maxsize=2)
-def _unpickled(pickled: bytes) -> Any:
-    import ray.cloudpickle
-
-    return ray.cloudpickle.loads(pickled)
-
-
-@dataclass(frozen=True)
-class _Load:
-    """The function of a data task of Ray Data: make the batches of one piece of the plan."""
-
-    stream: Stream
-    start: int
-    end: int
-
-    def __reduce__(self) -> tuple[Any, ...]:
-        # A process that runs many tasks unpickles the stream once: the manifest of 100 M images takes 2.6 s.
-        import ray.cloudpickle
-
-        return type(self)._from_pickle, (ray.cloudpickle.dumps((self.stream, self.start, self.end)),)
-
-    @classmethod
-    def _from_pickle(cls, pickled: bytes) -> Any:
-        return cls(*_unpickled(pickled))
-
-    def __call__(self, task: Columns) -> Iterator[Columns]:
-        length = self.stream.task_steps
-        parts: list[range] = []
-        for number in task["id"]:
-            first = max(self.start, (self.start // length + int(number)) * length)
-            parts += pieces(self.stream.plan, first, min(self.end, first - first % length + length))
-        for columns in load(self.stream, parts):
-            if self.stream.schedule is not None or self.stream.config.decode == "gpu":
-                columns = {_PACKED: np.array(pickle.dumps(columns, protocol=5), dtype=object)}
-            # A batch is one row of Ray Data, which is never split. With images as rows, the trainer would have to
-            # put batches together.
-            yield {name: values[None] for name, values in columns.items()}
 
 
 def pieces(plan: Plan, start: int, end: int) -> Iterator[range]:

@@ -13,14 +13,14 @@ from PIL import Image
 
 from raysl.dataset import DataSet
 from raysl.errors import UserError
-from raysl.ingestion import IngestConfig, ingest, pipeline
+from raysl.ingestion import IngestConfig, ingest, tasks
 from raysl.stream.decode import decode
 from raysl.stream.pixels import DecodeConfig
 
 
 @pytest.fixture(autouse=True)
 def listen(caplog: pytest.LogCaptureFixture, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(pipeline, "_MOST_HERE", 100)
+    monkeypatch.setattr(tasks, "_MOST_HERE", 100)
     caplog.set_level(logging.INFO, "raysl.ingestion")
     _heard.append(caplog)
 

@@ -19,7 +19,7 @@ import pytest
 from raysl import api, ray_cluster
 from raysl.dataset import DataSet, Manifest
 from raysl.errors import UserError
-from raysl.ingestion import IngestConfig, pipeline, resolve
+from raysl.ingestion import IngestConfig, pipeline, resolve, tasks
 from raysl.ingestion.shard import move, write
 from raysl.ingestion.sources import Row
 from raysl.storage import Folder, lock
@@ -34,7 +34,7 @@ ONE_BY_ONE = IngestConfig(shard_images=2, row_group_images=1, cpus_per_task=2)
 @pytest.fixture(autouse=True)
 def said(caplog: pytest.LogCaptureFixture, monkeypatch: pytest.MonkeyPatch) -> pytest.LogCaptureFixture:
     """What ingest says. Only tests of Ray need it for a few small shards."""
-    monkeypatch.setattr(pipeline, "_MOST_HERE", 100)
+    monkeypatch.setattr(tasks, "_MOST_HERE", 100)
     caplog.set_level(logging.INFO, "raysl.ingestion")
     return caplog
 

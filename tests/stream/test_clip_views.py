@@ -18,8 +18,9 @@ from raysl.ray_cluster.placement import Placement
 from raysl.run import Run
 from raysl.storage import Folder
 from raysl.stream import shared
+from raysl.stream.data_tasks import Load
 from raysl.stream.plan import Plan
-from raysl.stream.reader import Batch, DataShare, Stream, StreamConfig, _Load
+from raysl.stream.reader import Batch, DataShare, Stream, StreamConfig
 from raysl.training.worker import Job, Worker
 from tests.data import make_clips, make_dataset
 
@@ -61,7 +62,7 @@ def stream(
 
 def batch_of(one: Stream, step: int) -> Batch:
     """The batch of a step, by way of the columns that a data task returns, started at this step."""
-    columns = next(_Load(one, step, step + 1)({"id": np.zeros(1, np.int64)}))
+    columns = next(Load(one, step, step + 1)({"id": np.zeros(1, np.int64)}))
     return one.batch(step, {name: values[0] for name, values in columns.items()})
 
 
@@ -94,7 +95,7 @@ def test_the_same_views_on_any_number_of_workers_and_wherever_they_are_made(
 def test_steps_of_one_task_are_those_of_tasks_of_their_own(dataset: DataSet) -> None:
     one = stream(dataset, "predict-frame_order")
     tasks = np.arange(-(-STEPS // one.task_steps))
-    made = [{name: values[0] for name, values in row.items()} for row in _Load(one, 0, STEPS)({"id": tasks})]
+    made = [{name: values[0] for name, values in row.items()} for row in Load(one, 0, STEPS)({"id": tasks})]
     assert len(made) == STEPS
     for step, columns in enumerate(made):
         assert equal(one.batch(step, columns), batch_of(one, step))

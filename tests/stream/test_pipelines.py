@@ -18,9 +18,9 @@ from numpy.typing import NDArray
 from raysl.augment import recipe
 from raysl.dataset import DataSet
 from raysl.pretext import Geometry, build
-from raysl.stream import reader
+from raysl.stream import data_tasks
 from raysl.stream.plan import Plan
-from raysl.stream.reader import DataShare, Stream
+from raysl.stream.reader import Columns, DataShare, Stream
 from raysl.stream.views import View
 from tests.data import make_dataset
 
@@ -31,47 +31,45 @@ def stream(dataset: DataSet, epochs: float, share: DataShare) -> Stream:
     return Stream(dataset, plan, views, share=share)
 
 
-class Pretended(Stream):
-    """A stream whose pipelines only count and note that they started."""
-
-    starts: set[int]  # first steps of the pipelines
+def test_the_next_pipeline_starts_before_the_last_one_ends(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    starts: set[int] = set()  # first steps of the pipelines
     changed = threading.Condition()
 
-    def _pipeline(self, step: int, end: int) -> Any:
-        class Rows:
-            def iter_batches(self, **_: Any) -> Iterator[dict[str, NDArray[np.int64]]]:
-                for one in range(step, end):
-                    yield {"index": np.full((1, 16), one)}
+    class Counting:
+        """A pipeline that only counts, and notes that it started."""
 
-        with self.changed:
-            self.starts.add(step)
-            self.changed.notify_all()
-        return Rows()
+        def __init__(self, _: Stream, start: int, end: int) -> None:
+            self.steps = range(start, end)
+            with changed:
+                starts.add(start)
+                changed.notify_all()
 
+        def iter_batches(self, **_: Any) -> Iterator[dict[str, NDArray[np.int64]]]:
+            return ({"index": np.full((1, 16), step)} for step in self.steps)
 
-def test_the_next_pipeline_starts_before_the_last_one_ends(tmp_path: Path) -> None:
+    monkeypatch.setattr(data_tasks, "pipeline", Counting)
     dataset = make_dataset(tmp_path / "set", 64)
     # Two pipelines and a piece of a third one.
-    one = stream(dataset, (2 * reader.SEGMENT + 40) * 16 / 64, DataShare(1.0, 3.0))
-    pretended = Pretended(**{name: getattr(one, name) for name in one.__dataclass_fields__})
-    Pretended.starts = set()
+    one = stream(dataset, (2 * data_tasks.SEGMENT + 40) * 16 / 64, DataShare(1.0, 3.0))
     steps = []
-    for columns in pretended.columns(0, one.plan.num_steps):
+    for columns in one.columns(0, one.plan.num_steps):
         step = int(columns["index"][0])
         steps.append(step)
-        following = step - step % reader.SEGMENT + reader.SEGMENT
-        if following - step == reader.SEGMENT // 2:
-            assert following not in Pretended.starts
+        following = step - step % data_tasks.SEGMENT + data_tasks.SEGMENT
+        if following - step == data_tasks.SEGMENT // 2:
+            assert following not in starts
         # Three tasks of a step each run at a time, so there is time for the next pipeline to start.
         if following - step == 3 and following < one.plan.num_steps:
-            with Pretended.changed:
-                assert Pretended.changed.wait_for(lambda: following in Pretended.starts, 60)  # noqa: B023
+            with changed:
+                assert changed.wait_for(lambda: following in starts, 60)  # noqa: B023
     assert steps == list(range(one.plan.num_steps))
-    assert pretended.starts == {0, reader.SEGMENT, 2 * reader.SEGMENT}
+    assert starts == {0, data_tasks.SEGMENT, 2 * data_tasks.SEGMENT}
 
 
 def test_a_process_unpickles_a_stream_once(tmp_path: Path) -> None:
-    load = reader._Load(stream(make_dataset(tmp_path / "set", 64), 1, DataShare()), 0, 4)
+    load = data_tasks.Load(stream(make_dataset(tmp_path / "set", 64), 1, DataShare()), 0, 4)
     sent = pickle.dumps(load)
     first, second = pickle.loads(sent), pickle.loads(sent)
     assert first.stream is second.stream
@@ -105,14 +103,14 @@ def scene(uri: str) -> None:
     home = nodes[0].node_id
 
     def places() -> list[str]:
-        class Where(reader._Load):
-            def __call__(self, task: reader.Columns) -> Iterator[reader.Columns]:
+        class Where(data_tasks.Load):
+            def __call__(self, task: Columns) -> Iterator[Columns]:
                 for columns in super().__call__(task):
                     node = ray.get_runtime_context().get_node_id()
                     columns["index"] = np.array([[node]])
                     yield columns
 
-        reader._Load = Where  # type: ignore[misc]
+        data_tasks.Load = Where  # type: ignore[misc]
         one = stream(DataSet.open(uri), 3, DataShare(1.0, 2.0))
         return [str(columns["index"][0]) for columns in one.columns(0, one.plan.num_steps)]
 

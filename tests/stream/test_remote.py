@@ -14,8 +14,9 @@ from raysl.augment import recipe
 from raysl.dataset import DataSet
 from raysl.pretext import Geometry, build
 from raysl.storage import Folder, parquet_parts
+from raysl.stream.data_tasks import Load
 from raysl.stream.plan import Plan
-from raysl.stream.reader import Columns, Stream, _Load
+from raysl.stream.reader import Columns, Stream
 from raysl.stream.views import View
 from tests.data import make_dataset
 from tests.slow_store import BUCKET, counts, served
@@ -49,7 +50,7 @@ def stream(dataset: DataSet) -> Stream:
 
 def batches(one: Stream) -> list[Columns]:
     tasks = np.arange(-(-one.plan.num_steps // one.task_steps))
-    return list(_Load(one, 0, one.plan.num_steps)({"id": tasks}))
+    return list(Load(one, 0, one.plan.num_steps)({"id": tasks}))
 
 
 def test_a_shard_takes_two_requests_once_and_a_row_group_one(store: str, local: DataSet) -> None:

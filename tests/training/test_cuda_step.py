@@ -21,7 +21,8 @@ from raysl.optim import OptimConfig
 from raysl.ray_cluster.placement import Placement
 from raysl.run import Run
 from raysl.storage import Folder
-from raysl.stream.reader import DataShare, StreamConfig, _Load
+from raysl.stream.data_tasks import Load
+from raysl.stream.reader import DataShare, StreamConfig
 from raysl.training.worker import Job, Meter, Worker
 from tests.data import make_clips, make_dataset
 from tests.pretended_cuda import CUDA, Counts, OnDevice, pretended
@@ -114,7 +115,7 @@ def step(
         model, stream, meter = worker.distributed(), worker._stream(), Meter(0, worker.plan)
         columns = [
             {key: values[0] for key, values in row.items()}
-            for row in _Load(stream, 0, 2)({"id": np.arange(-(-2 // stream.plan.stretch))})
+            for row in Load(stream, 0, 2)({"id": np.arange(-(-2 // stream.plan.stretch))})
         ]
         for number, arrived in enumerate(columns[:2]):
             counts.clear()
