@@ -18,6 +18,7 @@ eq. 4, over pairs as in Morgado et al. 2021, arXiv 2004.12943):
 
 from __future__ import annotations
 
+import math
 from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Annotated, Literal
@@ -101,6 +102,7 @@ class AudioVisual(Base):
             "frame": MomentFrame(setup.identity.source, config.window_s),
             "sound": MomentSound(config.window_s, 1 if config.negatives == "clips" else 2),
         }
+        self.chance = math.log(2) if config.loss == "binary" else None
         self.sound_backbone = SoundBackbone(config.sound_width)
         # Without BatchNorm all cosines are alike at first, and the loss stays that of guessing for many steps.
         self.see = projection("bn", setup.width, config.dim)

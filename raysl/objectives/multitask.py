@@ -14,7 +14,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Collection, Mapping
 from dataclasses import dataclass, replace
-from typing import Annotated
+from typing import Annotated, Any
 
 import numpy as np
 import torch
@@ -66,6 +66,12 @@ class Multitask(Base):
         self.heads = nn.ModuleDict(
             {name: predict.Predict(one, replace(setup, pretext=task)) for name, task in tasks.items()}
         )
+
+    @property
+    def chance(self) -> float | None:
+        """The loss of guessing, averaged over steps; None if a task has none, as colorization."""
+        each: list[Any] = [getattr(head, "chance", None) for head in self.heads.values()]
+        return None if None in each else float(np.average(each, weights=self.config.weights or None))
 
     def schedule(self) -> Callable[[int], Collection[str]]:
         """Return the function from a step to its task."""

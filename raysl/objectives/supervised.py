@@ -9,6 +9,7 @@ In the PIRL paper, a linear probe of a ResNet-50 that was trained so on ImageNet
 
 from __future__ import annotations
 
+import math
 from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Annotated
@@ -47,6 +48,7 @@ class Supervised(Base):
             )
         self.views = {"image": setup.identity}
         self.classify = nn.Linear(setup.width, setup.num_classes)
+        self.chance = math.log(setup.num_classes)
 
     def forward(self, backbone: nn.Module, views: Mapping[str, Tensor]) -> dict[str, Tensor]:
         """Compute logits (b, classes)."""

@@ -3,13 +3,21 @@
 from __future__ import annotations
 
 from dataclasses import replace
+from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
+import torch
 
 from raysl.config import methods
 from raysl.contrastive.bank import BankConfig, MemoryBank
-from tests.objectives.setups import N, batch, setup
+from raysl.objectives import Batch
+from raysl.objectives.clusterfit import Clusterfit
+from raysl.objectives.clusterfit import Config as ClusterfitConfig
+from raysl.objectives.supervised import Config as SupervisedConfig
+from raysl.objectives.supervised import Supervised
+from tests.objectives.setups import N, batch, clusters, setup
 
 
 @pytest.mark.parametrize(
@@ -30,3 +38,18 @@ def test_chance_is_the_loss_of_equal_scores(name: str, fields: dict[str, Any]) -
     of, bank = batch(objective), MemoryBank(N, 16, BankConfig(), seed=0)
     loss = objective.loss(objective(backbone, of.views), of, bank).loss
     assert loss.item() == pytest.approx(objective.chance, rel=0.01)
+
+
+def test_chance_of_clusters_follows_their_sizes(tmp_path: Path) -> None:
+    ids = (np.arange(N) % 8 == 0).astype(np.int64)
+    objective = Clusterfit(ClusterfitConfig(clusters(tmp_path / "labels.parquet", ids)), setup()[1])
+    share = ids.mean()
+    assert objective.chance == pytest.approx(-share * np.log(share) - (1 - share) * np.log(1 - share))
+
+
+def test_chance_of_labels_is_the_loss_of_equal_scores() -> None:
+    objective = Supervised(SupervisedConfig(label_smoothing=0.1), replace(setup()[1], num_classes=5))
+    of: Batch = replace(batch(objective), labels_b=torch.arange(4) % 5)
+    assert objective.loss({"logits": torch.zeros(4, 5)}, of, None).loss.item() == pytest.approx(
+        objective.chance
+    )

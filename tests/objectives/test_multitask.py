@@ -127,6 +127,14 @@ def test_the_method_names_the_tasks() -> None:
     assert Pretraining.from_json(config.to_json()) == config
 
 
+@pytest.mark.parametrize("weights", [(), (3.0, 1.0)])
+def test_chance_is_the_mean_over_steps(weights: tuple[float, ...]) -> None:
+    _, objective = make("rotation", "rotation+jigsaw", weights=weights)
+    each: list[Any] = [head.chance for head in objective.heads.values()]
+    assert objective.chance == pytest.approx(np.average(each, weights=weights or None))
+    assert make("rotation", "colorization", weights=weights)[1].chance is None
+
+
 def test_what_cannot_work_is_refused() -> None:
     with pytest.raises(UserError, match="needs a pretext transform, as in 'multitask-rotation,jigsaw'"):
         make()
