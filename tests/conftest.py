@@ -36,7 +36,6 @@ LONGEST = (
     "tests/extraction/",
     "tests/ray_cluster/",
     "tests/tuning/",
-    "tests/training/test_reproduction.py",
 )
 
 

@@ -85,20 +85,14 @@ def test_rows_equal_those_of_the_driver(
 
 
 @pytest.mark.ray
-def test_low_priority_is_that_of_a_task_where_others_need_no_ray(
+def test_low_priority_is_that_of_a_task_and_does_not_outlast_it(
     ray_session: None, sets: tuple[StoredFeatures, StoredFeatures], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.delenv("RAY_ADDRESS")
-    low = traced(sets, low_priority=True)
-    assert (low["nice"], low["pid"] != os.getpid()) == (19, True)
-
-
-@pytest.mark.ray
-def test_low_priority_does_not_outlast_its_task(
-    ray_session: None, sets: tuple[StoredFeatures, StoredFeatures]
-) -> None:
     usual = os.getpriority(os.PRIO_PROCESS, 0)
-    low, after = traced(sets, low_priority=True), traced(sets, low_priority=False)
+    with monkeypatch.context() as small_machine:
+        small_machine.delenv("RAY_ADDRESS")
+        low = traced(sets, low_priority=True)
+    after = traced(sets, low_priority=False)
     assert os.getpid() not in (low["pid"], after["pid"])
     assert (low["nice"], low["threads"]) == (19, 1)
     assert (after["nice"], after["threads"]) == (usual, 2)

@@ -131,6 +131,8 @@ def kill_data_workers() -> int:
     return killed
 
 
+# The same happens to a whole run in tests/training/test_launch.py.
+@pytest.mark.slow
 def test_survives_the_death_of_data_tasks(dataset: DataSet, alone: list[list[tuple[int, int, str]]]) -> None:
     seen, killed = [], 0
     for batch in stream(dataset).batches():

@@ -195,9 +195,10 @@ def test_a_worker_that_hangs_is_named_and_the_run_goes_on(
 
 
 def test_killed_driver(finished: Run, dataset: DataSet, tmp_path: Path) -> None:
-    """Killed after its first checkpoint, then started again by the same command."""
+    """Killed after its first checkpoint, then continued by another process."""
     run = tmp_path / "run"
-    command = [sys.executable, "-m", *shlex.split(written(configuration(dataset, run)))]
+    config = configuration(dataset, run)
+    command = [sys.executable, "-m", *shlex.split(written(config))]
     driver = subprocess.Popen(command, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
     checkpoints = Run(Folder(str(run))).checkpoints
     deadline = time.monotonic() + 300
@@ -211,7 +212,7 @@ def test_killed_driver(finished: Run, dataset: DataSet, tmp_path: Path) -> None:
     driver.kill()
     driver.wait()
     psutil.wait_procs(others, timeout=60)
-    subprocess.run(command, check=True, stdout=subprocess.DEVNULL)
+    pretrain(config)
     assert_same_end(str(run), finished)
 
 
