@@ -3,7 +3,7 @@
 Command:  python experiments/small_recipe.py --data DATA --out OUT --runs RUNS --cpu-minutes 10
 Hardware: 1 CPU core, no GPU; every run trains in this process, without Ray.
 Time:     the number of runs times --cpu-minutes, and a fifth more for probes. With --local: 10 minutes.
-Expect:   OUT/rows.jsonl and OUT/cpu-knn.png, CPU time against kNN; see results/recipes.
+Expect:   OUT/STAGE.jsonl and OUT/STAGE-cpu-knn.png, CPU time against kNN; see results/recipes.
 
 `--stage search` compares variants of PIRL on a part of the train split, judged on other images of the train split.
 `--stage compare` trains the methods on the whole train split, judged on the test split. Finished runs are not repeated.
