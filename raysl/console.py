@@ -139,6 +139,8 @@ class _Handler(logging.Handler):
             try:
                 if self._work:
                     self._show(time.monotonic())
+            except (OSError, ValueError):
+                self._work = ""  # The reader of a pipe has ended, or the output is closed.
             finally:
                 self.release()
 

@@ -6,7 +6,9 @@ import subprocess
 import sys
 from collections.abc import Iterator
 from pathlib import Path
+from typing import Any
 
+import numpy as np
 import pytest
 
 from raysl import plugins, pretext
@@ -14,6 +16,9 @@ from raysl.config import Pretraining, methods
 from raysl.errors import UserError
 from raysl.training.launch import pretrain
 from tests.data import make_dataset
+from tests.objectives.setups import batch, setup
+
+EXAMPLE = str(Path(__file__).parents[1] / "examples" / "uniformity.py")
 
 TRANSFORM = '''"""Mirror top and bottom."""
 from dataclasses import dataclass
@@ -173,3 +178,35 @@ def test_what_is_no_plugin_is_refused(tmp_path: Path, name: str, text: str, mess
 def test_a_missing_plugin_is_refused() -> None:
     with pytest.raises(UserError, match="there is no Python file"):
         plugins.load_module("nowhere.py")
+
+
+def test_the_example_of_an_objective_is_its_papers_equation() -> None:
+    plugins.load_module(EXAMPLE)
+    config_type, objective_type = methods.load_objective("uniformity")
+    backbone, of_run = setup()
+    objective = objective_type(config_type(dim=8, weight=0.5), of_run)
+    of = batch(objective, 5)
+    outputs = objective(backbone, of.views)
+    a_bd, b_bd = (outputs[view].detach().double().numpy() for view in "ab")
+    np.testing.assert_allclose(np.linalg.norm(a_bd, axis=1), 1, rtol=1e-5)
+    pairs = [(i, j) for i in range(5) for j in range(5) if i != j]
+    spread = [
+        np.log(np.mean([np.exp(-2 * ((x[i] - x[j]) ** 2).sum()) for i, j in pairs])) for x in (a_bd, b_bd)
+    ]
+    expected = ((a_bd - b_bd) ** 2).sum(1).mean() + 0.5 * np.mean(spread)
+    assert objective.loss(outputs, of, None).loss.item() == pytest.approx(expected, rel=1e-4)
+
+
+def test_the_example_of_an_objective_trains(tmp_path: Path) -> None:
+    data = make_dataset(tmp_path / "set", 40)
+    given: dict[str, Any] = {
+        "workers": 1,
+        "method": "uniformity-rotation",
+        "epochs": 1,
+        "batch_size": 8,
+        "plugin": (EXAMPLE,),
+    }
+    config = Pretraining(str(data.folder), str(tmp_path / "run"), **given)
+    run = pretrain(config, local=True)
+    assert run.newest().step == 5
+    assert {"alignment", "uniformity"} <= run.metrics()[-1].keys()

@@ -5,8 +5,11 @@ They are part of the library because `ray submit` copies a single script to the 
 
 from __future__ import annotations
 
+import logging
+import os
 import tempfile
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass, replace
 from typing import Any, TypeVar
 
@@ -31,6 +34,7 @@ from raysl.tuning.config import SweepConfig
 from raysl.tuning.results import SweepResults, render
 from raysl.tuning.sweep import sweep
 
+_log = logging.getLogger("raysl.experiment")
 # Largest number of images that the trials of a sweep are compared on.
 _VALIDATION = 5000
 
@@ -77,11 +81,26 @@ def command(experiment: Callable[[F], None], flags: type[F]) -> None:
     console.install()
     with answered("experiment"):
         given, usual = tyro.cli(flags), flags()
-        if given.local:
-            scratch = tempfile.mkdtemp(prefix="raysl-local-")
-            runs = f"{scratch}/runs" if given.runs == usual.runs else given.runs
-            given = replace(given, runs=runs, out=f"{scratch}/out" if given.out == usual.out else given.out)
-        experiment(given)
+        with _scratch() if given.local else nullcontext() as folder:
+            if folder:
+                runs = f"{folder}/runs" if given.runs == usual.runs else given.runs
+                given = replace(
+                    given, runs=runs, out=f"{folder}/out" if given.out == usual.out else given.out
+                )
+            experiment(given)
+
+
+@contextmanager
+def _scratch() -> Iterator[str]:
+    """Make a temporary folder, say where it is if results are in it at the end, and remove it otherwise."""
+    folder = tempfile.mkdtemp(prefix="raysl-local-")
+    try:
+        yield folder
+    finally:
+        try:
+            os.rmdir(folder)
+        except OSError:
+            _log.info("Runs and results are in %s, which the system may delete.", folder)
 
 
 def locally(flags: F, **small: Any) -> F:
