@@ -21,7 +21,7 @@ import raysl
 # How long a terminal and any other output may be silent during work, in seconds.
 _TERMINAL_S, _PLAIN_S = 0.5, 3.0
 # How old another message becomes before a line says that the work goes on, in seconds.
-_OLD_S = 9.0
+_OLD_S = 5.0
 P = ParamSpec("P")
 T = TypeVar("T")
 

@@ -131,9 +131,11 @@ def load_module(path_or_name: str) -> ModuleType:
     rooms = {_stem(member): room for member in members if (room := _room(member))}
     if not rooms:
         name = class_name(_stem(found))
+        own = [key for key, one in vars(found).items() if getattr(one, "__module__", "") == found.__name__]
         raise UserError(
             f"The plugin {path_or_name!r} defines no objective, transform or probe: it needs a class Config and a "
-            f"class {name} with the methods of one of them. See CONTRIBUTING.md for the contracts."
+            f"class {name} (after the file's name) with the methods of one of them, and defines "
+            f"{', '.join(own) or 'nothing'}. See CONTRIBUTING.md for the contracts."
         )
     for member in members:
         name = _stem(member)

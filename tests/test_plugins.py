@@ -164,7 +164,8 @@ def test_an_installed_package_names_them_by_entry_points(
 @pytest.mark.parametrize(
     ("name", "text", "message"),
     [
-        ("empty.py", "", "defines no objective, transform or probe"),
+        ("empty.py", "", "defines no objective, transform or probe.*, and defines nothing"),
+        ("my_loss.py", OBJECTIVE, "a class MyLoss .*, and defines Config, Guess"),
         ("broken.py", "import nothing_of_this_name", "cannot be imported: ModuleNotFoundError"),
         ("jigsaw.py", TRANSFORM.replace("UpsideDown", "Jigsaw"), "which raysl.pretext has already"),
     ],
