@@ -20,7 +20,7 @@ from typing import Annotated, Any
 import numpy as np
 import torch
 
-from raysl.errors import UserError
+from raysl.errors import UserError, counted
 from raysl.fields import Bounds, Checked
 from raysl.storage import Folder
 from raysl.storage.records import verified, write_record
@@ -49,6 +49,13 @@ class SaveConfig(Checked):
     keep_last: Annotated[int, Bounds(low=1)] = 2
     keep_every: Annotated[int, Bounds(low=0)] = 0
     keep_steps: Annotated[tuple[int, ...], Bounds(low=0)] = ()
+
+    def told(self) -> str:
+        """Return when checkpoints are saved, as a clause."""
+        minutes = f"every {self.every_minutes:g} minutes, by --save.every-minutes"
+        steps = f"every {counted(self.every_steps, 'step')}, by --save.every-steps"
+        times = [minutes] * (self.every_minutes > 0) + [steps] * (self.every_steps > 0)
+        return f"one is saved {' and '.join(times) or 'only at the end'}"
 
 
 @dataclass(frozen=True)
@@ -189,7 +196,7 @@ class Checkpoint:
     def _damaged(self, name: str, why: str) -> UserError:
         return UserError(
             f"The file {name!r} of the checkpoint {str(self.folder)!r} is damaged: {why}. Delete the folder of this "
-            "checkpoint; the same command then resumes from the one before."
+            "checkpoint; the same command then resumes from the one before, or begins again without one."
         )
 
 

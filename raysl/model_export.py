@@ -14,7 +14,7 @@ import io
 import json
 import re
 import tempfile
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Annotated, Any, Literal
@@ -22,7 +22,7 @@ from typing import Annotated, Any, Literal
 import torch
 from torch import Tensor, nn
 
-from raysl import extraction
+from raysl import console, extraction
 from raysl.backbone.network import TIMM, Backbone, names
 from raysl.config import Pretraining
 from raysl.config.command import command
@@ -63,30 +63,51 @@ def export(run: Run, config: ExportConfig) -> Folder:
     """
     where = "" if config.step is None else f"/checkpoints/step-{config.step:09d}"
     pretraining = run.config()
+    form = _usual(pretraining) if config.format == "auto" else config.format
+    _check(form, pretraining)
     source = extraction.encoder_by_name(f"{run.folder}{where}", pretraining.backbone)
     assert isinstance(source, extraction.Trained)
-    backbone = source.network().eval()
-    form = _usual(pretraining) if config.format == "auto" else config.format
-    files = _FORMATS[form](backbone, pretraining, source.checkpoint.step) | _sound(source, form)
     out = Folder(config.out) if config.out else run.folder / f"export/{form}"
-    for name, data in files.items():
-        out.write(name, data)
-    settings = {"backbone": asdict(pretraining.backbone), "image_size": pretraining.view.image_size}
-    write_record(out, extraction.SETTINGS, settings)  # For raysl.load.
-    out.write(CARD, _card(run, backbone, source.checkpoint.step, form).encode())
+    with console.working("Writing the weights ..."):
+        backbone = source.network().eval()
+        files = _FORMATS[form](backbone, pretraining, source.checkpoint.step) | _sound(source, form)
+        for name, data in files.items():
+            out.write(name, data)
+        settings = {"backbone": asdict(pretraining.backbone), "image_size": pretraining.view.image_size}
+        write_record(out, extraction.SETTINGS, settings)  # For raysl.load.
+        out.write(CARD, _card(run, backbone, source.checkpoint.step, form).encode())
     return out
+
+
+def _check(form: str, config: Pretraining) -> None:
+    """Raise UserError if a format does not support a backbone or a package is missing, before weights are read."""
+    if form == "torchvision" and not _is_torchvision(config.backbone.name):
+        raise _no_layout(form, config, "not of torchvision")
+    if form == "timm" and not _timm_name(config.backbone.name):
+        raise _no_layout(form, config, "neither of timm nor a residual network of torchvision")
+    if form in ("torchvision", "timm") and not _is_usual_inside(config):
+        why = f"with stem {config.backbone.stem!r}, norm {config.backbone.norm!r}"
+        raise _no_layout(form, config, why)
+    packages = {"safetensors": ("safetensors.torch",), "onnx": ("onnx", "onnxscript")}
+    for module in packages.get(form, ()):
+        package(module, "This --format", "export")
 
 
 def _usual(config: Pretraining) -> str:
     """Return the format for networks that timm has, and safetensors for others."""
-    standard = config.backbone.stem == "standard" and config.backbone.norm != "group"
-    return "timm" if _timm_name(config.backbone.name) and standard else "safetensors"
+    return "timm" if _timm_name(config.backbone.name) and _is_usual_inside(config) else "safetensors"
+
+
+def _is_usual_inside(config: Pretraining) -> bool:
+    """Return True if the backbone has the layers that its name stands for outside of raysl."""
+    return config.backbone.stem == "standard" and config.backbone.norm != "group"
+
+
+def _is_torchvision(name: str) -> bool:
+    return name != "small" and name in names()
 
 
 def _torchvision(backbone: Backbone, config: Pretraining, step: int) -> dict[str, bytes]:
-    if config.backbone.name not in names() or config.backbone.name == "small":
-        raise _no_layout("torchvision", config, "not of torchvision")
-    _refuse_other_layers("torchvision", config)
     return {"model.pth": _saved(backbone.body.state_dict())}
 
 
@@ -97,9 +118,6 @@ def _timm_name(name: str) -> str:
 
 def _timm(backbone: Backbone, config: Pretraining, step: int) -> dict[str, bytes]:
     name = _timm_name(config.backbone.name)
-    if not name:
-        raise _no_layout("timm", config, "neither of timm nor a residual network of torchvision")
-    _refuse_other_layers("timm", config)
     size = config.view.image_size
     architecture, _, tag = name.partition(".")
     seen = {
@@ -145,8 +163,6 @@ def _with_sorted_metadata(data: bytes) -> bytes:
 
 
 def _onnx(backbone: Backbone, config: Pretraining, step: int) -> dict[str, bytes]:
-    package("onnx", "This --format", "export")
-    package("onnxscript", "This --format", "export")
     backbone.graph = None  # Norm "joint" needs it for training only.
     size = config.view.image_size
     images_bchw = torch.zeros(2, 3, size, size)
@@ -186,11 +202,6 @@ def _sound(source: extraction.Trained, form: str) -> dict[str, bytes]:
 
 
 _FORMATS = {"torchvision": _torchvision, "timm": _timm, "safetensors": _safetensors, "onnx": _onnx}
-
-
-def _refuse_other_layers(form: str, config: Pretraining) -> None:
-    if config.backbone.stem != "standard" or config.backbone.norm == "group":
-        raise _no_layout(form, config, f"with stem {config.backbone.stem!r}, norm {config.backbone.norm!r}")
 
 
 def _no_layout(form: str, config: Pretraining, why: str) -> UserError:
@@ -239,6 +250,10 @@ _BASELINES = (
     "`trained` are these weights, `untrained` is the same backbone before its first step, and `raw pixels` are the\n"
     "images themselves, with the same probe and protocol."
 )
+_SAME_IMAGES = (
+    "“The same images” were used for train and test: no image is compared with itself, but its near copies are in the\n"
+    "set, so scores of probes with labels are too high."
+)
 _HEARS = (
     "\n\nThe file `sound.*` is the network of the sounds: `raysl.objectives.audio_visual.SoundBackbone`, from the\n"
     "spectrograms (b, 1, bands, windows) of `raysl.pretext._sound.spectrogram` to features."
@@ -250,17 +265,27 @@ def _python(*lines: str) -> str:
     return "\n".join(["```python", *lines, "```"])
 
 
-_USE = {
-    "torchvision": _python(
-        "import torch",
-        "from torchvision import models, transforms",
+def _pytorch(imports: Sequence[str], *model: str) -> str:
+    return _python(
+        *imports,
         *_OPEN,
-        "model = models.get_model({name!r})",
-        "model.set_submodule({head!r}, torch.nn.Identity())",
-        'model.load_state_dict(torch.load("model.pth", weights_only=True), strict=True)',
+        *model,
         "crop = [transforms.Resize({short}), transforms.CenterCrop({size}), transforms.ToTensor()]",
         "transform = transforms.Compose([*crop, transforms.Normalize({mean}, {std})])",
         "features = model.eval()(transform(image)[None])",
+    )
+
+
+_TORCHVISION = ("model = models.get_model({name!r})", "model.set_submodule({head!r}, torch.nn.Identity())")
+_LOAD_FILE = (
+    "from safetensors.torch import load_file",
+    'model.load_state_dict(load_file("model.safetensors"))',
+)
+_USE = {
+    "torchvision": _pytorch(
+        ("import torch", "from torchvision import models, transforms"),
+        *_TORCHVISION,
+        'model.load_state_dict(torch.load("model.pth", weights_only=True), strict=True)',
     ),
     "timm": _python(
         "import timm",
@@ -269,7 +294,9 @@ _USE = {
         "transform = timm.data.create_transform(**timm.data.resolve_model_data_config(model))",
         "features = model(transform(image)[None])",
     ),
-    "safetensors": _python("import raysl", "", 'model = raysl.load(".")', 'features = model("photo.jpg")'),
+    "safetensors": _python(
+        "import raysl", "", 'model = raysl.load(".")  # this folder', 'features = model("photo.jpg")'
+    ),
     "onnx": _python(
         "import numpy as np",
         "import onnxruntime",
@@ -285,15 +312,35 @@ _USE = {
 }
 
 
+def _without(backbone: Backbone, config: Pretraining) -> str:
+    """Return how to use safetensors without raysl, as text to be formatted."""
+    about = config.backbone
+    if _is_usual_inside(config) and _is_torchvision(about.name):
+        imports = ("import torch", _LOAD_FILE[0], "from torchvision import models, transforms")
+        return f"Without raysl:\n\n{_pytorch(imports, *_TORCHVISION, _LOAD_FILE[1])}"
+    if _is_usual_inside(config) and (name := _timm_name(about.name)):
+        options = f", patch_size={about.patch_size}" if about.patch_size else ""
+        options += ", dynamic_img_size=True" if getattr(backbone.body, "dynamic_img_size", False) else ""
+        imports = ("import timm", _LOAD_FILE[0], "from torchvision import transforms")
+        made = f"model = timm.create_model({name!r}, num_classes=0{options})"
+        return f"Without raysl:\n\n{_pytorch(imports, made, _LOAD_FILE[1])}"
+    return (
+        "Neither torchvision nor timm has this network. The format that needs no raysl is ONNX:\n"
+        "`raysl export RUN --format onnx`."
+    )
+
+
 def _card(run: Run, backbone: Backbone, step: int, form: str) -> str:
     config, data = run.config(), run.metadata()["data"]
     # The last identity has replaced the head.
     idle = [name for name, module in backbone.body.named_modules() if isinstance(module, nn.Identity)]
     size = config.view.image_size
-    pixels = {"size": size, "short": evaluation_side(size)}
     mean, std = (
         [round(value / 255, 6) for value in each.flatten().tolist()] for each in (backbone.mean, backbone.std)
     )
+    pixels = {"size": size, "short": evaluation_side(size), "mean": mean, "std": std}
+    pixels |= {"name": config.backbone.name, "head": "".join(idle[-1:])}
+    use = _USE[form] + (f"\n\n{_without(backbone, config)}" if form == "safetensors" else "")
     return _CARD.format(
         method=markdown(config.method),
         backbone=markdown(config.backbone.name),
@@ -303,11 +350,8 @@ def _card(run: Run, backbone: Backbone, step: int, form: str) -> str:
         images=data["num_images"],
         fingerprint=code_span(data["fingerprint"]),
         seed=config.seed,
-        **pixels,
-        use=_USE[form].format(
-            name=config.backbone.name, head="".join(idle[-1:]), **pixels, mean=mean, std=std
-        )
-        + (_HEARS if "audio_visual" in config.parts else ""),
+        **{name: pixels[name] for name in ("size", "short")},
+        use=use.format(**pixels) + (_HEARS if "audio_visual" in config.parts else ""),
         probes=_probes(run, step),
         command=code_block(command(config)),
     )
@@ -327,11 +371,18 @@ def _probes(run: Run, step: int) -> str:
     for row in there:
         found = [values.get(_measured({**row, "encoder": encoder})) for encoder in ENCODERS]
         shown = " | ".join("" if value is None else f"{value:.4f}" for value in found)
+        test = "the same images" if _has_same_images(row) else code_span(row["test"][:8])
         lines.append(
             f"| {markdown(row['probe'])} | {markdown(row['layer'])} | {markdown(row['name'])} | {shown} | "
-            f"{code_span(row['protocol'])} | {code_span(row['train'][:8])} | {code_span(row['test'][:8])} |"
+            f"{code_span(row['protocol'])} | {code_span(row['train'][:8])} | {test} |"
         )
+    if any(map(_has_same_images, there)):
+        lines += ["", _SAME_IMAGES]
     return "\n".join(lines)
+
+
+def _has_same_images(row: Mapping[str, Any]) -> bool:
+    return bool(row["train"] and row["train"] == row["test"])
 
 
 def _measured(row: Mapping[str, Any]) -> tuple[Any, ...]:

@@ -26,7 +26,14 @@ from raysl.storage import Folder
 from tests.data import make_clips, make_dataset, write_rows
 
 # A row of a probe of the trained network; a test adds the step.
-ROW = {**dict.fromkeys(KEY, "x"), "seed": 0, "encoder": "trained", "value": 0.4321, "primary": True}
+ROW = {
+    **dict.fromkeys(KEY, "x"),
+    "train": "t",
+    "seed": 0,
+    "encoder": "trained",
+    "value": 0.4321,
+    "primary": True,
+}
 
 
 def made(folder: Path, backbone: BackboneConfig) -> Run:
@@ -81,13 +88,13 @@ def features(network: nn.Module) -> Any:
         return network.eval()(normalised())
 
 
-def code(out: Folder) -> str:
-    """The program on the card."""
-    return out.read(CARD).decode().partition("```python\n")[2].partition("```")[0]
+def code(out: Folder, block: int) -> str:
+    """A program on the card."""
+    return out.read(CARD).decode().split("```python\n")[1 + block].partition("```")[0]
 
 
 def assert_the_card_gives_the_features_of_the_probes(
-    run: Run, form: Any, monkeypatch: pytest.MonkeyPatch
+    run: Run, form: Any, monkeypatch: pytest.MonkeyPatch, block: int = 0
 ) -> None:
     """Run the program on the card, in its folder, on a photo that is not square."""
     out = export(run, ExportConfig(form))
@@ -96,7 +103,7 @@ def assert_the_card_gives_the_features_of_the_probes(
     Image.fromarray(coarse).resize((131, 77)).save("photo.jpg")
     names: dict[str, Any] = {}
     with torch.inference_mode():
-        exec(code(out), names)
+        exec(code(out, block), names)
     wanted = raysl.load(run)("photo.jpg")
     scale = float(wanted.abs().max())
     torch.testing.assert_close(
@@ -124,6 +131,24 @@ def test_the_lines_on_the_card_give_the_features_that_probes_measure(
     patch_size = 8 if "vit" in name else 0
     run = made(tmp_path, BackboneConfig(name, patch_size=patch_size))
     assert_the_card_gives_the_features_of_the_probes(run, form, monkeypatch)
+
+
+@pytest.mark.parametrize("name", ["resnet18", "timm/resnet10t", "timm/vit_tiny_patch16_224"])
+def test_the_card_of_safetensors_also_loads_without_raysl(
+    name: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    for package in ("timm", "safetensors"):
+        pytest.importorskip(package)
+    run = made(tmp_path, BackboneConfig(name, patch_size=8 if "vit" in name else 0))
+    assert_the_card_gives_the_features_of_the_probes(run, "safetensors", monkeypatch, block=1)
+
+
+@pytest.mark.parametrize("backbone", [BackboneConfig(), BackboneConfig("resnet18", stem="small")])
+def test_the_card_of_a_network_of_raysl_names_onnx(backbone: BackboneConfig, tmp_path: Path) -> None:
+    pytest.importorskip("safetensors")
+    card = export(made(tmp_path, backbone), ExportConfig()).read(CARD).decode()
+    assert "`raysl export RUN --format onnx`" in card
+    assert card.count("```python") == 1
 
 
 def test_timm_loads_it_from_the_folder(resnet: Run) -> None:
@@ -216,13 +241,25 @@ def test_the_card_shows_what_the_baselines_gave(resnet: Run, tmp_path: Path) -> 
     write_rows(resnet.folder, rows)
     card = export(resnet, ExportConfig(out=str(tmp_path), step=5)).read(CARD).decode()
     assert "| probe | layer | measure | trained | untrained | raw pixels | protocol | train | test |" in card
-    assert "| x | x | x | 0.4321 | 0.4567 | 0.2222 | `x` | `x` | `x` |" in card
-    assert "| x | res2 | x | 0.5000 |  |  | `x` | `x` | `x` |" in card
+    assert "| x | x | x | 0.4321 | 0.4567 | 0.2222 | `x` | `t` | `x` |" in card
+    assert "| x | res2 | x | 0.5000 |  |  | `x` | `t` | `x` |" in card
+    assert "too high" not in card
     assert "0.9999" not in card
 
 
+def test_the_card_marks_scores_on_the_train_images(resnet: Run, tmp_path: Path) -> None:
+    row = {**ROW, "step": 5}
+    write_rows(resnet.folder, [row, {**row, "test": "t"}])
+    card = export(resnet, ExportConfig(out=str(tmp_path), step=5)).read(CARD).decode()
+    assert card.count("| `t` | `x` |") == card.count("| `t` | the same images |") == 1
+    assert "so scores of probes with labels are too high." in card
+
+
 @pytest.mark.parametrize("form", ["torchvision", "timm"])
-def test_a_backbone_without_such_a_layout_is_refused(small: Run, form: Any) -> None:
+def test_a_backbone_without_such_a_layout_is_refused_before_the_weights_are_read(
+    small: Run, form: Any, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(Trained, "network", lambda self: pytest.fail("the weights are read"))
     with pytest.raises(UserError, match="--format safetensors"):
         export(small, ExportConfig(form))
 

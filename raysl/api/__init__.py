@@ -17,6 +17,7 @@ from raysl import console
 from raysl.api.arguments import (
     check_checkpoint,
     check_faiss,
+    check_names,
     check_source,
     check_writable,
     configure,
@@ -101,9 +102,9 @@ def pretrain(
     from raysl.evaluation import online
     from raysl.run.callbacks import Callbacks
 
+    check_names(pretrain, config, fields)
     probing = online.OnlineConfig(probe_every, uri(train), uri(test), tuple(probes))
-    where = local or (False if probe_every else None)
-    settings = run_config(data, run, config, fields, local=where)
+    settings = run_config(data, run, config, fields, local=local or (False if probe_every else None))
     return online.pretrain_and_probe(settings, probing, Callbacks(callbacks), local=local)
 
 
@@ -191,8 +192,9 @@ def features(
     check_source(settings.data)
     check_checkpoint(checkpoint)
     from raysl.extraction import check_layers, encoder_by_name
-    from raysl.extraction.features import compute_features
+    from raysl.extraction.features import check_out, compute_features
 
+    check_out(settings.out)
     source = encoder_by_name(uri(checkpoint), settings.backbone, settings.seed)
     check_layers(source, (settings.layer,))
     dataset(settings.data)
@@ -333,8 +335,7 @@ def export(run: AnyRun, config: ExportConfig | None = None, **fields: Any) -> st
     from raysl.run import Run
 
     settings, opened = configure(model_export.ExportConfig, config, fields), Run.open(uri(run))
-    with console.working("Writing the weights ..."):
-        return str(model_export.export(opened, settings))
+    return str(model_export.export(opened, settings))
 
 
 @console.announced

@@ -7,12 +7,13 @@ from __future__ import annotations
 
 import dataclasses
 import importlib.util
+import inspect
 import os
 from collections.abc import Callable, Mapping, Sequence
 from typing import TYPE_CHECKING, Any, TypeVar
 
 from raysl import ray_cluster
-from raysl.errors import UserError, install
+from raysl.errors import UserError, install, unknown
 
 if TYPE_CHECKING:
     from typing import TypeAlias
@@ -57,6 +58,29 @@ def check_checkpoint(checkpoint: AnyRun) -> None:
     from raysl.extraction.encoders import find_checkpoint
 
     find_checkpoint(uri(checkpoint))
+
+
+def check_names(function: Callable[..., Any], config: Any, fields: Mapping[str, Any]) -> None:
+    """Raise UserError for a field that is no argument of a function, none of `Pretraining` and no part of its method.
+
+    A `config` or a plugin may bring other parts; then nothing is checked here.
+    """
+    from raysl.config import Pretraining, methods
+
+    if config is not None or "plugin" in fields:
+        return
+    method = str(fields.get("method", Pretraining.method))
+    own = [
+        one.name for one in inspect.signature(function).parameters.values() if one.kind is not one.VAR_KEYWORD
+    ]
+    known = [
+        *own,
+        *(field.name for field in dataclasses.fields(Pretraining)),
+        *methods.parse(method).config_types(),
+    ]
+    for name in fields:
+        if name not in known:
+            raise unknown(f"argument or part of the method {method!r}:", name, set(known))
 
 
 def check_faiss() -> None:
@@ -115,7 +139,8 @@ def run_config(
     values = {**(config or {}), **values}
     if local and values.get("workers", 0) in (0, "0"):
         values["workers"] = 1
-    values |= {"data": uri(values["data"])} if "data" in values else {}
+    _check_given(values)
+    values["data"] = uri(values["data"])
     asked = defaults.check(values)
     unlisted = (check and check(asked)) or ()
     check_source(asked.data)
@@ -127,6 +152,13 @@ def run_config(
         return _resolved(values, asked.data, 1, torch.cuda.is_available(), unlisted)
     ray_cluster.start()
     return _suited(values, asked, unlisted)
+
+
+def _check_given(values: Mapping[str, Any]) -> None:
+    """Raise UserError if a field without a default is not given."""
+    for name, what in (("data", "IMAGES"), ("run", "FOLDER")):
+        if name not in values:
+            raise UserError(f"The configuration lacks {name!r}, which has no default. Give {name}={what}.")
 
 
 def _trains_alone(values: Mapping[str, Any], asked: Pretraining) -> bool:
@@ -179,7 +211,9 @@ def _resolved(
     images = dataset(data)
     begun = Run.find(str(values["run"])) if values.get("run") not in (None, "-") else None
     if begun is not None:
-        return defaults.resume(begun.config(), values, usual_workers, has_gpus)
+        made = defaults.resume(begun.config(), values, usual_workers, has_gpus)
+        defaults.log_taken(made, values)
+        return made
     return defaults.resolve(values, images, usual_workers, has_gpus, unlisted)
 
 

@@ -20,7 +20,7 @@ from numpy.typing import NDArray
 from raysl.clustering import update
 from raysl.clustering.kmeans_worker import KMeansWorker, PassStats, SampleArguments, Shard, check_unique
 from raysl.clustering.update import Splits
-from raysl.errors import UserError
+from raysl.errors import UserError, counted
 from raysl.storage.feature_store import FeatureStore
 
 _log = logging.getLogger("raysl.clustering")
@@ -130,11 +130,11 @@ class ActorPool:
         largest = max(self._shards, key=lambda shard: shard.num_bytes)
         memory = f"the {self._allocation.memory_bytes / 1e6:,.0f} MB of an actor"
         _log.info(
-            "%s rows of %d numbers over %d actors with %d threads each; shards of %.1f MB, %s.",
+            "%s rows of %d numbers over %s with %s each; shards of %.1f MB, %s.",
             f"{self.store.num_rows:,}",
             self.store.dim,
-            len(self._actors),
-            self._allocation.threads,
+            counted(len(self._actors), "actor"),
+            counted(self._allocation.threads, "thread"),
             largest.num_bytes / 1e6,
             "kept in memory" if largest.is_kept else f"read from disk in every pass: they exceed {memory}",
         )
@@ -142,9 +142,9 @@ class ActorPool:
         if not done:
             free = ray.available_resources()
             _log.info(
-                "Waiting for %d actors to start and read their shards; each needs %g CPU and %d GPU, and %g CPU and "
+                "Waiting for %s to start and read their shards; each needs %g CPU and %d GPU, and %g CPU and "
                 "%g GPU are free.",
-                len(self._actors),
+                counted(len(self._actors), "actor"),
                 self._allocation.cpus,
                 self._allocation.gpus,
                 free.get("CPU", 0),
@@ -154,9 +154,9 @@ class ActorPool:
         idle = sum(self.call_all("gpu_is_idle")) if self._allocation.gpus else 0
         if idle:
             _log.warning(
-                "FAISS cannot use the GPU of %d actors, which therefore compute on CPUs. Install faiss-gpu there, with "
+                "FAISS cannot use the GPU of %s, and CPUs compute instead. Install faiss-gpu there, with "
                 "a driver that its CUDA can use.",
-                idle,
+                counted(idle, "actor"),
             )
         self.num_fitted = [fitted for fitted, _, _ in found]
         ranges = sorted((low, high) for _, low, high in found)

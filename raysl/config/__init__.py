@@ -211,6 +211,22 @@ def differences(ours: Mapping[str, Any], theirs: Mapping[str, Any], prefix: str 
     return names
 
 
+def value_of(config: Mapping[str, Any], name: str) -> Any:
+    """Return the value of a dotted name in a JSON configuration; None if it has none."""
+    value: Any = config
+    for part in name.split("."):
+        value = value.get(part) if isinstance(value, Mapping) else None
+    return value
+
+
+def told(value: Any) -> str:
+    """Return a value of a configuration as a flag takes it."""
+    if isinstance(value, list | tuple):
+        return " ".join(map(told, value)) or "empty"
+    whole = isinstance(value, float) and value.is_integer() and abs(value) < 1e15
+    return str(int(value)) if whole else str(value) or "empty"
+
+
 def from_dict(kind: type[Any], value: Mapping[str, Any], prefix: str) -> Any:
     """Make a dataclass from a JSON value, and the dataclasses inside it.
 

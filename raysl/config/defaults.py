@@ -17,7 +17,7 @@ import numpy as np
 from PIL import Image
 
 from raysl.backbone.network import TIMM
-from raysl.config import Pretraining, from_dict, methods
+from raysl.config import Pretraining, differences, from_dict, methods, run_folder, told, value_of
 from raysl.dataset import DataSet
 from raysl.errors import counted
 
@@ -103,6 +103,19 @@ def resume(begun: Pretraining, given: Mapping[str, Any], usual_workers: int, has
     return from_fields(_merged(values, wanted))
 
 
+def log_taken(made: Pretraining, given: Mapping[str, Any]) -> None:
+    """Log what a resumed run has that is neither given nor the value of the classes. `CHOSEN` comes last."""
+    given = _without_usual(given)
+    plain = Pretraining(made.data, made.run, made.method, plugin=made.plugin)
+    values = made.to_json()
+    names = ["method"] * (made.method != Pretraining.method) + differences(plain.to_json(), values)
+    left = {name.removeprefix("parts."): told(value_of(values, name)) for name in names if name != "workers"}
+    order = sorted(left, key=lambda name: (name != "method", name in CHOSEN))
+    taken = [f"{name.replace('_', '-')} {left[name]}" for name in order if not _contains(given, name)]
+    if taken:
+        _log.info("Taken from the run: %s.", ", ".join(taken))
+
+
 def _without_usual(given: Mapping[str, Any]) -> dict[str, Any]:
     """Leave out a number of workers that is 0, which stands for the usual number."""
     return {name: value for name, value in given.items() if name != "workers" or value not in (0, "0")}
@@ -123,13 +136,16 @@ def check(given: Mapping[str, Any]) -> Pretraining:
     """Return the configuration with the values of the classes for what is not given, without data or machine.
 
     Raises:
-        UserError: a value that is given is not allowed.
+        UserError: a value that is given is not allowed, or the folder of the run holds something else.
     """
     wanted = _without_usual(given)
     least = str(wanted.get("workers", 1)).partition(":")[0]
     # The batch that will be chosen can be shared by the workers.
     batch = {"batch_size": 256 * int(least)} if least.isdecimal() and int(least) else {}
-    return from_fields({**batch, **wanted})
+    made = from_fields({**batch, **wanted})
+    if made.run != "-":  # It stands for no run.
+        run_folder.check_free(made.run)
+    return made
 
 
 def replaced(config: Pretraining, fields: Mapping[str, Any]) -> Pretraining:

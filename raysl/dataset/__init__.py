@@ -99,6 +99,7 @@ class Manifest:
     decoding: dict[str, Any] = field(default_factory=dict)
     labels_checksum: int | None = None  # CRC-32; None without labels, or if written before raysl 0.2
     clips: dict[str, Any] = field(default_factory=dict)  # of clips, with the names of their "columns"
+    stamp: str = ""  # of the source when it was listed; "" if it is not known
 
     @property
     def num_images(self) -> int:
@@ -124,6 +125,7 @@ class Manifest:
             decoding=dict(value.get("decoding", {})),
             labels_checksum=value.get("labels_checksum"),
             clips=dict(value.get("clips", {})),
+            stamp=str(value.get("stamp", "")),
         )
 
 
@@ -140,8 +142,9 @@ class DataSet:
 
     @staticmethod
     def is_one(uri: str) -> bool:
-        """Return True if there is a finished data set at `uri`."""
-        return Folder(uri).exists(MANIFEST)
+        """Return True if there is a finished data set at `uri`. A URI with "#SPLIT" behind it names a source."""
+        folder = Folder(uri)
+        return (folder.is_local or "#" not in str(folder)) and folder.exists(MANIFEST)
 
     @staticmethod
     def open(uri: str) -> DataSet:

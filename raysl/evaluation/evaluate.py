@@ -68,8 +68,8 @@ def probe(
         **changes: fields of `ProbeConfig` that replace those of `config`.
 
     Returns:
-        The rows of this call: `raysl.evaluation.results.KEY`, "value", "primary" (the row stands for its probe) and
-        "weights" (a checksum).
+        The rows of this call: `raysl.evaluation.results.KEY`, "value", "primary" (the row stands for its probe),
+        "weights" (a checksum) and "num_test" (number of test images).
 
     Raises:
         UserError: a probe, a layer or an encoder does not exist, there is no checkpoint, the results cannot be written,
@@ -292,6 +292,7 @@ def _row_identity(
         "weights": identity.get("crc32", identity.get("weights")),
         "protocol": protocol_hash(name, protocol, FeatureProtocol(context.image_size), data.bn_statistics),
         **data.fingerprints(measure),
+        "num_test": data.test.num_images,
     }
 
 

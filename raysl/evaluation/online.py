@@ -16,7 +16,7 @@ from typing import Annotated, Any
 
 from raysl import checkpoint, probes, ray_cluster
 from raysl.checkpoint import Checkpoint
-from raysl.config import Pretraining
+from raysl.config import Pretraining, run_folder
 from raysl.dataset import DataSet
 from raysl.errors import Unset, UserError
 from raysl.evaluation.evaluate import check_data, probe
@@ -89,6 +89,7 @@ def pretrain_and_probe(
             f"--probe-every is {online.probe_every}, and these probes run on Ray, which --local does not start. Omit "
             "one of the two; `raysl probe RUN` measures the run afterwards."
         )
+    run_folder.check_free(config.run)
     config = with_checkpoints(config, online)
     _check_defaults(online.probes)
     ray_cluster.start()

@@ -24,6 +24,7 @@ from typing import TYPE_CHECKING, Any
 from raysl import extraction, probes
 from raysl.errors import UserError, counted
 from raysl.extraction import FeatureProtocol
+from raysl.probes import collapse
 from raysl.run import Run, jsonl
 from raysl.storage import Folder
 
@@ -44,6 +45,8 @@ MODEL = "model.json"
 # A row replaces an earlier row that has the same values of these fields.
 KEY = ("probe", "name", "layer", "encoder", "step", "seed", "protocol", "train", "test")
 _TABLE_KEY = ("probe", "protocol", "train", "test")
+# Primary metrics that are no scores: more is not always better, and raw pixels may have another width.
+NO_SCORES = frozenset({"effective_rank", "lidar", "closer"})
 # Measures that are shares of 1, which people read as per cent.
 _SHARE = re.compile(
     r"(top\d|balanced|mAP|AP|PCK(_without_image)?|within|peak_in|middle_in|precision|closer|readout|chance|constant)"
@@ -149,6 +152,8 @@ def _checked(row: Any) -> dict[str, Any]:
         raise ValueError("a row has no step, no seed or no primary")
     if not isinstance(row["value"], int | float) or not math.isfinite(row["value"]):
         raise ValueError("a value is not a finite number")
+    if not isinstance(row.get("num_test", 0), int):
+        raise ValueError("its number of test images is not a whole number")
     if not isinstance(row.get("weights"), str | int | float | None):
         raise ValueError("its weights are neither a name nor a number")
     # A report takes the names of its files from these.
@@ -253,6 +258,8 @@ def describe_images(train: str, test: str, sizes: Mapping[str, str] = MappingPro
         sizes: text to add to a fingerprint.
     """
     named = {one: f"{one[:8]}{sizes.get(one, '')}" for one in (train, test)}
+    if train and train == test:
+        return f"same images for train and test: {named[test]}"
     if train:
         return f"train {named[train]}, test {named[test]}"
     return f"images {named[test]}" if test else "images named by the protocol"
@@ -269,25 +276,49 @@ def _column(row: Mapping[str, Any], several_seeds: bool) -> tuple[int, int, int,
 
 
 def verdicts(rows: Iterable[Mapping[str, Any]], num_test: int = 0) -> list[str]:
-    """Return a sentence for each probe that says if the trained encoder is better than the baselines.
+    """Return sentences for each probe that say if the trained encoder is better than the baselines.
 
-    Each encoder counts with the primary metric of its best layer.
+    Each encoder counts with the primary metric of its best layer. Probes that give no score say so, and the probe
+    `collapse` says if the features of each layer have collapsed.
 
     Args:
-        num_test: number of test images. Accuracies that differ by less than two standard errors, of independent
-            images, are called equal; 0 if unknown.
+        num_test: number of test images; 0 for that in the rows. Accuracies that differ by less than two standard
+            errors, of independent images, are called equal.
     """
     sentences = []
     members: dict[tuple[Any, ...], list[Mapping[str, Any]]] = {}
     for row in rows:
-        if row["primary"]:
-            members.setdefault(tuple(row[key] for key in _TABLE_KEY), []).append(row)
-    for (name, *_), found in members.items():
+        members.setdefault(tuple(row[key] for key in _TABLE_KEY), []).append(row)
+    for (name, *_), together in members.items():
+        found = [row for row in together if row["primary"]]
+        if name == "collapse":
+            sentences += _collapse(together)
+            continue
+        if any(row["name"] in NO_SCORES for row in found):
+            sentences.append(f"The probe {name} gives no score: {_NO_SCORE}")
+            continue
         best = {row["encoder"]: row for row in sorted(found, key=lambda row: float(row["value"]))}
         others = [best[encoder] for encoder in ENCODERS[1:] if encoder in best]
         if "trained" in best and others:
-            sentences.append(_verdict(name, best["trained"], others, num_test))
+            count = num_test or best["trained"].get("num_test", 0)
+            sentences.append(_verdict(name, best["trained"], others, count))
     return sentences
+
+
+_NO_SCORE = (
+    "more is not always better, and only a probe with labels tells if the run has learned something useful."
+)
+
+
+def _collapse(rows: Iterable[Mapping[str, Any]]) -> list[str]:
+    """Return a sentence for each layer of the trained encoder."""
+    by_layer: dict[str, dict[str, float]] = {}
+    for row in rows:
+        if row["encoder"] == "trained":
+            by_layer.setdefault(row["layer"], {})[row["name"]] = row["value"]
+    needed = {"effective_rank", "effective_rank_share", "spread", "constant"}
+    found = [collapse.finding(*one) for one in by_layer.items() if needed <= one[1].keys()]
+    return [*found, "Only a probe with labels tells if they are useful."] if found else []
 
 
 def _verdict(name: str, trained: Mapping[str, Any], others: list[Mapping[str, Any]], num_test: int) -> str:
@@ -303,7 +334,7 @@ def _verdict(name: str, trained: Mapping[str, Any], others: list[Mapping[str, An
         listed += ": the run has learned something useful"
     elif len(found["worse"]) == len(others):
         listed += ": the run has not learned anything that this probe can use yet"
-    elif not found["better"] and num_test:
+    elif not found["better"] and max(margins):
         listed += f": with {counted(num_test, 'test image')}, a difference of {100 * max(margins):.1f} % may be chance"
     return f"By {name}, the trained network ({shown(trained)}) is {listed}."
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import logging
+import re
 from dataclasses import dataclass, field
 from typing import Annotated, Any, Literal
 
@@ -78,6 +79,7 @@ def compute_features(checkpoint: str, config: FeaturesConfig) -> FeatureStore:
     Raises:
         UserError: the checkpoint, the layer or the data cannot be used, or the folder holds other features.
     """
+    check_out(config.out)
     source = encoders.encoder_by_name(checkpoint, config.backbone, config.seed)
     dataset = resolve(config.data)
     protocol = FeatureProtocol(config.image_size or encoders.view_size(source), (config.layer,))
@@ -101,6 +103,25 @@ def compute_features(checkpoint: str, config: FeaturesConfig) -> FeatureStore:
     }
     write_record(folder, FINISHED, {**about, **origin, "parts": parts, "layers": [config.layer]})
     return FeatureStore.open(str(folder))
+
+
+def check_out(out: str) -> None:
+    """Raise UserError if a folder holds files and neither finished nor interrupted features.
+
+    Programs that read Parquet folders, such as pandas, would find the other files beside the features.
+    """
+    folder = Folder(out)
+    held = folder.list()
+    if {FINISHED, STARTED}.isdisjoint(held) and not all(_is_left_over(name) for name in held):
+        raise UserError(
+            f"The folder {out!r} is not empty and holds no features. Give --out a new folder, such as "
+            f"{out.rstrip('/') + '-features'!r}."
+        )
+
+
+def _is_left_over(name: str) -> bool:
+    """Return True if an extraction that failed may have left the file `name`."""
+    return name in (pca.FILE, _UNREDUCED) or bool(re.fullmatch(r"\..*|features-\d{10}-\d{10}\.parquet", name))
 
 
 def _is_finished(folder: Folder, about: dict[str, Any]) -> bool:

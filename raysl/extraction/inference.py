@@ -215,8 +215,8 @@ def _image_files(images: Any) -> Iterator[bytes]:
             yield from _image_files(image)
     else:
         raise UserError(
-            f"A {type(images).__name__} is no image. Give a PIL image, a path, a uint8 array (h, w, 3), or a list of "
-            "these."
+            f"A value of type {type(images).__name__} is no image. Give a PIL image, a path, a uint8 array (h, w, 3), "
+            "or a list of these."
         )
 
 

@@ -74,8 +74,12 @@ class Found:
 
 def of_kind(kind: str, count: int) -> str:
     """Return a kind of entries with its number, as "1 text file"."""
-    single = count == 1 and " and " not in kind and not kind.startswith("data ") and " that lead" not in kind
-    return f"{count:,} {re.sub(r's(?= |$)', '', kind, count=1) if single else kind}"
+    if count != 1 or kind.startswith("data "):
+        return f"{count:,} {kind}"
+    # "pipes, sockets and devices" becomes "pipe, socket or device".
+    several = kind.count(" and ") + kind.count(", ")
+    single = re.sub(r"s(?=[ ,]|$)", "", kind, count=several + 1).replace(" and ", " or ")
+    return f"1 {single.replace(' that lead ', ' that leads ')}"
 
 
 def _classes(counts: dict[str, int]) -> str:

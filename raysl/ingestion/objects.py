@@ -15,8 +15,9 @@ import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
 
-from raysl.errors import UserError
+from raysl.errors import UserError, counted
 from raysl.ingestion import png
+from raysl.ingestion.found import printable
 from raysl.ingestion.sources import Opened, Place, ReadConfig, open_source
 from raysl.storage import Folder
 
@@ -54,13 +55,13 @@ def _tables(source: Any) -> tuple[str, Iterator[pa.Table]]:
     """Return the name of an object, and its rows as tables."""
     kind = f"{type(source).__module__.partition('.')[0]}.{type(source).__name__}"
     if isinstance(source, list | tuple):
-        return f"a list of {len(source):,} files", _of_list(source)
+        return f"a list of {counted(len(source), 'file')}", _of_list(_pairs(source))
     if hasattr(source, "with_format") and hasattr(source, "features"):
         batches = source.with_format("arrow").iter(_BATCH_ROWS)
         if source.features:  # They hold the names of the classes.
             about = source.features.arrow_schema.metadata
             batches = (batch.replace_schema_metadata(about) for batch in batches)
-        count = f" of {len(source):,} rows" if hasattr(source, "__len__") else ""
+        count = f" of {counted(len(source), 'row')}" if hasattr(source, "__len__") else ""
         return f"{kind}{count}", batches
     if hasattr(source, "iter_batches") and hasattr(source, "map_batches"):
         return kind, map(_encoded, source.iter_batches(batch_size=_BATCH_ROWS, batch_format="pyarrow"))
@@ -73,7 +74,8 @@ def _tables(source: Any) -> tuple[str, Iterator[pa.Table]]:
     )
 
 
-def _of_list(source: Iterable[Any]) -> Iterator[pa.Table]:
+def _pairs(source: Iterable[Any]) -> list[tuple[str, Any]]:
+    """Return the files of a list, each with its label or None. Raises UserError if some are not there."""
     pairs = [one if isinstance(one, list | tuple) else (one, None) for one in source]
     for pair in pairs:
         if len(pair) != 2 or not isinstance(pair[0], str | os.PathLike):
@@ -81,11 +83,21 @@ def _of_list(source: Iterable[Any]) -> Iterator[pa.Table]:
                 f"The list of files holds {reprlib.repr(pair)}. Each entry must be a path, or a pair of a path and a "
                 "label."
             )
+    names = [os.fspath(path) for path, _ in pairs]
+    files = [name if "://" in name else os.path.abspath(name) for name in names]
+    if missing := [file for file in files if "://" not in file and not os.path.exists(file)]:
+        verb = "does" if len(missing) == 1 else "do"
+        raise UserError(
+            f"{counted(len(missing), 'file')} of the list of {len(files):,} {verb} not exist, the first being "
+            f"{printable(missing[0])!r}. Correct the paths, or take these files out of the list. Nothing was written."
+        )
+    return [(file, label) for file, (_, label) in zip(files, pairs, strict=True)]
+
+
+def _of_list(pairs: list[tuple[str, Any]]) -> Iterator[pa.Table]:
     for start in range(0, len(pairs), 65536):
         part = pairs[start : start + 65536]
-        names = [os.fspath(path) for path, _ in part]
-        files = [name if "://" in name else os.path.abspath(name) for name in names]
-        columns: dict[str, Any] = {"file_name": files}
+        columns: dict[str, Any] = {"file_name": [file for file, _ in part]}
         if any(label is not None for _, label in pairs):
             classes = [None if label is None else str(label) for _, label in part]
             columns["label"] = pa.array(classes, pa.string())

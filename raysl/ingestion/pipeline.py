@@ -120,7 +120,14 @@ def complete(opened: Opened, dest: str, config: IngestConfig) -> DataSet | None:
     done = finished(Folder(dest), name, config.decoding)
     if done is not None:
         what = f"{counted(done.num_images, 'clip' if done.manifest.clips else 'image')} of {name}"
-        _log.info("%s is complete: %s. Delete it to ingest the source again.", done.folder, what)
+        if done.manifest.stamp in ("", opened.source.stamp()):
+            _log.info("%s is complete: %s. Delete it to ingest the source again.", done.folder, what)
+        else:
+            changed = (
+                "%s holds %s, as they were when it was made: files of the source were added, removed or written since. "
+                "To ingest the source as it is now, delete that folder or give another DEST."
+            )
+            _log.warning(changed, done.folder, what)
     return done
 
 
@@ -283,10 +290,10 @@ def _finish(source: Source, listed: Listed, journal: Journal, config: IngestConf
     for line in images.sentences(tally, config.decoding):
         _log.info("%s", line)
     classes = () if unlabelled else listed.classes
-    decoding = images.record(tally, config.decoding)
+    kept: dict[str, Any] = {"decoding": images.record(tally, config.decoding), "stamp": _stamp(journal)}
     clips |= {"with_sound": with_sound} if clips else {}
     fingerprint = digest.hexdigest()
-    manifest = Manifest(name, tuple(shards), classes, fingerprint, num_bad, decoding=decoding, clips=clips)
+    manifest = Manifest(name, tuple(shards), classes, fingerprint, num_bad, clips=clips, **kept)
     made = DataSet.create(dest, manifest, labels)
     journal.delete()
     dest.delete(objects.FOLDER)
@@ -299,6 +306,12 @@ def _finish(source: Source, listed: Listed, journal: Journal, config: IngestConf
     count = counted(manifest.num_images, "clip" if clips else "image")
     _log.info("Ingested %s%s into %s; labels: %s.", count, of_classes, dest, origin)
     return made
+
+
+def _stamp(journal: Journal) -> str:
+    """Return the stamp of the source when it was listed; "" for an object, whose rows were written to the journal."""
+    header = journal.header()
+    return "" if header is None or journal.dest.exists(objects.FOLDER) else header.stamp
 
 
 def _log_bad(kinds: Counter[str], first: str, dest: Folder, noun: str) -> None:

@@ -11,7 +11,7 @@ from numpy.typing import NDArray
 
 from raysl import rng
 from raysl.dataset import DataSet, Manifest
-from raysl.errors import UserError
+from raysl.errors import UserError, counted
 from raysl.ingestion import shard
 from raysl.ingestion.sources import Row
 from raysl.storage import Folder
@@ -23,7 +23,7 @@ def subset(dataset: DataSet, num_images: int, folder: Folder, seed: int = 0) -> 
     """Draw images without replacement, and give them new indices in the same order; see `relabelled`."""
     if not 1 <= num_images <= dataset.num_images:
         raise UserError(
-            f"A subset of {num_images} images cannot be drawn from the {dataset.num_images} of "
+            f"A subset of {counted(num_images, 'image')} cannot be drawn from the {dataset.num_images} of "
             f"{str(dataset.folder)!r}. Ask for 1 to {dataset.num_images}."
         )
     return part(dataset, drawn(dataset.num_images, num_images, seed), folder)
@@ -37,7 +37,7 @@ def drawn(of: int, count: int, seed: int = 0) -> NDArray[np.int64]:
 def part(dataset: DataSet, chosen_k: NDArray[np.int64], folder: Folder) -> DataSet:
     """Copy chosen images with their labels, if there are any; see `relabelled`."""
     labels_k = dataset.labels()[chosen_k] if dataset.has_labels else None
-    source = f"{len(chosen_k)} images of {dataset.manifest.source}"
+    source = f"{counted(len(chosen_k), 'image')} of {dataset.manifest.source}"
     return relabelled(dataset, chosen_k, labels_k, dataset.manifest.classes, folder, source)
 
 

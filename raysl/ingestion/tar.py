@@ -19,7 +19,7 @@ from typing import Any
 
 import pyarrow as pa
 
-from raysl.errors import UserError
+from raysl.errors import UserError, counted
 from raysl.ingestion.found import printable
 from raysl.storage import Folder
 
@@ -103,7 +103,7 @@ def members(root: str, path: str) -> Iterator[tuple[tarfile.TarInfo, Any]]:
 
 def _damaged(root: str, path: str, count: int, last: str, error: BaseException) -> UserError:
     """Return the error for an archive that is damaged after `count` members, of which `last` is the last."""
-    after = f"after {count} members, the last of which is {printable(last)!r}"
+    after = f"after {counted(count, 'member')}, the last of which is {printable(last)!r}"
     where = after if count else "at its beginning"
     return UserError(
         f"The archive {printable(f'{root}/{path}'.rstrip('/'))!r} is damaged {where}: {error}. Nothing of it is used. "

@@ -2,8 +2,14 @@
 
 from __future__ import annotations
 
+import json
+from contextlib import suppress
+from typing import Any
+
+from raysl.dataset import MANIFEST
 from raysl.ingestion.found import printable
-from raysl.ingestion.listing import Survey, kind_of
+from raysl.ingestion.listing import NOTES, Survey, kind_of, read_bytes
+from raysl.storage import StorageError
 
 _AS_FOLDER = "write its images as files in class folders, or as Parquet with the columns image and label"
 _PICKLED = f"a file of pickled objects, which could run code: load it where you trust it and {_AS_FOLDER}"
@@ -34,6 +40,7 @@ _LISTS = {
     **dict.fromkeys((".xlsx", ".xls"), f"a spreadsheet: {_AS_CSV}"),
     **dict.fromkeys((".sqlite", ".db"), f"a database: {_AS_CSV}"),
 }
+_MOST_JSON_BYTES = 16 << 20
 # Folders that tell which of the Parquet files beside them are valid.
 _LOGS = {
     "_delta_log": "a Delta table, whose log says which of its files are valid: with the package deltalake",
@@ -44,9 +51,12 @@ _LOGS = {
 def refusal(uri: str, survey: Survey | None, recognised: bool) -> str:
     """Return what a source is and the way to convert it, as the end of a sentence; "" if it is of no kind known here.
 
-    A source that is recognised is refused only if it is a folder with a log that says which of its files are valid.
+    A source that is recognised is refused only if it is a folder that raysl made, or one with a log that says which of
+    its files are valid.
     """
     if survey is not None:
+        if NOTES in survey.folders.get("", ()) and (made := _made_by_raysl(uri)):
+            return made
         if log := next((log for log in _LOGS if any(log in at.split("/") for at in survey.folders)), ""):
             return f"holds {log}/, so it is {_LOGS[log]} {_AS_FOLDER}"
         path = next((path for path in survey.examples.values() if _suffix(path) in _FORMS), "")
@@ -56,6 +66,25 @@ def refusal(uri: str, survey: Survey | None, recognised: bool) -> str:
     if what := (_FORMS | _LISTS).get(_suffix(uri)):
         return f"is {what}"
     return "is one image: name the folder that it lies in" if kind_of(uri) == "image" else ""
+
+
+def _made_by_raysl(uri: str) -> str:
+    """Return what a folder is that raysl made and that is no source; "" if it is none."""
+    if {"config", "data", "sessions"} <= (run := _json(uri, "metadata.json")).keys():
+        data = run["data"]["uri"] if isinstance(run["data"], dict) and "uri" in run["data"] else ""
+        such = f", such as {data!r}, which it was trained on" if data else ""
+        return f"is a run and no images: give a source of images or a data set{such}"
+    if {"fingerprint", "shards"} <= _json(uri, MANIFEST).keys():
+        return "is a data set of raysl already, which has no splits: use its folder as it is, without ingest or #SPLIT"
+    return ""
+
+
+def _json(folder: str, name: str) -> dict[str, Any]:
+    """Return a file of a folder, parsed; nothing if it is missing, large or no JSON object."""
+    with suppress(OSError, StorageError, ValueError):
+        value = json.loads(read_bytes(folder, name, _MOST_JSON_BYTES))
+        return value if isinstance(value, dict) else {}
+    return {}
 
 
 def _suffix(path: str) -> str:

@@ -15,11 +15,16 @@ spread: mean standard deviation of the components of the unit vectors, times sqr
 uniformity: log of the mean of exp(-2 distance^2) over pairs of unit vectors (Wang and Isola 2020, "Understanding
     contrastive representation learning", equation 2): 0 if all are equal, near -4 if they fill the sphere.
 constant: share of the features that are constant.
+
+`raysl probe` says that features have collapsed if their effective rank is below 2 and below half of the largest
+possible one (one direction holds nearly all that differs between images), if their spread is below 0.01, or if more
+than half of them are constant. A higher rank does not mean better features, and the ranks of networks of different
+widths do not compare.
 """
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from typing import Annotated, Any, ClassVar
 
@@ -34,6 +39,8 @@ from raysl.probes import Row, Settings, check_features
 # Smaller singular values, relative to the largest, are rounding errors of float32 features.
 _ROUNDING = 1e-6
 _RANKME_EPS = 1e-7
+# Features beyond these have collapsed.
+_LEAST_RANK, _LEAST_SHARE, _LEAST_SPREAD, _MOST_CONSTANT = 2.0, 0.5, 0.01, 0.5
 
 
 @dataclass(frozen=True)
@@ -77,6 +84,21 @@ class Collapse:
         yield Row("spread", float(unit_nd.std(0).mean() * np.sqrt(wide_nd.shape[1])))
         yield Row("constant", float((wide_nd.std(0) <= _ROUNDING * (np.abs(wide_nd.mean(0)) + 1)).mean()))
         yield Row("uniformity", uniformity(unit_nd))
+
+
+def finding(layer: str, values: Mapping[str, float]) -> str:
+    """Return a sentence that says if the features of a layer have collapsed.
+
+    Args:
+        values: what `Collapse.measure` yields, by name.
+    """
+    rank, share, constant = (values[name] for name in ("effective_rank", "effective_rank_share", "constant"))
+    most = f" of {rank / share:.0f}" if share else ""
+    close, flat = values["spread"] < _LEAST_SPREAD, rank < _LEAST_RANK and share < _LEAST_SHARE
+    have = "have" if close or flat or constant > _MOST_CONSTANT else "have not"
+    found = f"effective rank {rank:.3g}{most}" + (f", spread {values['spread']:.4f}" if close else "")
+    are = f"{100 * constant:.2g} % constant features" if constant else "no constant features"
+    return f"The {layer} features {have} collapsed: {found} and {are}."
 
 
 def effective_rank(singular_k: NDArray[Any]) -> float:

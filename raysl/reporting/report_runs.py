@@ -162,7 +162,7 @@ def labelled_rows(gathered: Sequence[Group]) -> list[LabelledRow]:
     label_of = labels(gathered)
     made: list[LabelledRow] = []
     for group in gathered:
-        newest = [(member, row) for member in group.runs for row in _newest(member.rows)]
+        newest = [(member, row) for member in group.runs for row in newest_rows(member.rows)]
         steps: dict[tuple[Any, ...], set[int]] = {}
         for _, row in newest:
             steps.setdefault(_measurement(row), set()).add(row["step"])
@@ -178,7 +178,8 @@ def _measurement(row: Mapping[str, Any]) -> tuple[Any, ...]:
     return (row["encoder"], *(row[name] for name in PROTOCOL))
 
 
-def _newest(rows: Sequence[Mapping[str, Any]]) -> list[Mapping[str, Any]]:
+def newest_rows(rows: Sequence[Mapping[str, Any]]) -> list[Mapping[str, Any]]:
+    """Return the rows of the newest step of each measurement."""
     newest: dict[tuple[Any, ...], int] = {}
     for row in rows:
         newest[_measurement(row)] = max(newest.get(_measurement(row), 0), row["step"])

@@ -12,15 +12,16 @@ import numpy as np
 from raysl.config.command import command, wrapped
 from raysl.dataset import DataSet
 from raysl.errors import UserError
+from raysl.evaluation.results import verdicts
 from raysl.reporting import pictures, retrieval_grid, run_figures
 from raysl.reporting.figure import Figure
 from raysl.reporting.page import ReportConfig, render
-from raysl.reporting.report_runs import Group, LabelledRow, ReportRun, groups, labelled_rows
+from raysl.reporting.report_runs import Group, LabelledRow, ReportRun, groups, labelled_rows, newest_rows
 from raysl.reporting.tables import Estimate, Table, tables
 from raysl.training.progress_actor import duration
 
 # Names of measures whose highest value is the best; a spread such as top1_std has no best value.
-_BETTER_IF_MORE = re.compile(r"(top\d+|m?AP\d*|effective_rank|closer|precision)([/@,].*)?")
+_BETTER_IF_MORE = re.compile(r"(top\d+|m?AP\d*|precision)([/@,].*)?")
 
 _BODY = """<p>{{ summary }}</p>
 {% macro table(table) %}<div class="wide"><table><caption>{{ table.caption }}</caption>
@@ -32,6 +33,7 @@ _BODY = """<p>{{ summary }}</p>
 <p>Means over seeds ± half the width of their 95 % confidence interval. “Best” marks the highest mean of a column; “=”
 marks a tie with it (no significant difference by Welch's t test at 5 %, without correction for multiple comparisons).
 A single seed has neither. Results of different protocols or images never share a table.</p>
+{% for one in verdicts %}<p>{{ one }}</p>{% endfor %}
 {% for one in primary_tables %}<h3>{{ one.probe }}</h3>{{ table(one) }}{% endfor %}
 {% if others %}<details><summary>All other numbers</summary>
 {% for one in others %}<h3>{{ one.probe }}</h3>{{ table(one) }}{% endfor %}</details>{% endif %}
@@ -71,6 +73,7 @@ def page(places: Sequence[str], config: ReportConfig) -> tuple[str, list[Figure]
         _BODY,
         title=f"{len(gathered)} representations" if len(gathered) > 1 else gathered[0].label,
         summary=_summary(gathered, rows),
+        verdicts=list(_verdicts(gathered)),
         primary_tables=[_shown(table) for table in tables(rows)],
         others=[_shown(table) for table in tables(rows, primary=False)],
         figures=drawn,
@@ -101,6 +104,14 @@ def _summary(gathered: Sequence[Group], rows: Sequence[LabelledRow]) -> str:
     if bare:
         text += f" Not probed yet (use `raysl probe`): {', '.join(bare)}."
     return text
+
+
+def _verdicts(gathered: Sequence[Group]) -> Iterator[str]:
+    """Yield what `raysl probe` says of single runs. Older rows have no number of test images."""
+    for group in gathered:
+        if len(group.runs) == 1:
+            rows = [row for row in newest_rows(group.runs[0].rows) if row.get("num_test")]
+            yield from (f"{group.label}: {said}" if len(gathered) > 1 else said for said in verdicts(rows))
 
 
 def _shown(table: Table) -> dict[str, Any]:

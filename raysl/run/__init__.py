@@ -29,7 +29,7 @@ from numpy.typing import NDArray
 
 from raysl import checkpoint
 from raysl.checkpoint import Checkpoint
-from raysl.config import Pretraining, differences, may_change
+from raysl.config import Pretraining, differences, may_change, run_folder, told, value_of
 from raysl.dataset import DataSet
 from raysl.errors import UserError, explained
 from raysl.ray_cluster.versions import versions
@@ -37,9 +37,9 @@ from raysl.storage import Folder, failure, retry
 from raysl.storage.records import signed_line, signed_lines, verified, verified_lines, write_record
 from raysl.storage.similar import similar_folder
 
-METADATA = "metadata.json"
+METADATA = run_folder.METADATA
 METRICS = "metrics.jsonl"
-_OLD_METADATA = "passport.json"
+_OLD_METADATA = run_folder.OLD_METADATA
 _PART = re.compile(r"metrics-\d{6}\.jsonl")
 # Rows of one part in an object store, which is written again at every flush until it is full.
 _PART_ROWS = 5000
@@ -92,10 +92,6 @@ class Run:
         if run.folder.exists(_OLD_METADATA):
             raise _old_format_error(config.run)
         if not run.folder.exists(METADATA):
-            if DataSet.is_one(config.run):
-                raise UserError(
-                    f"--run is {config.run!r}, which is a data set. Give another folder to --run."
-                )
             return None
         metadata = run.metadata()
         _check_same(metadata, json.loads(json.dumps(config.to_json())), dataset, config.run)
@@ -241,15 +237,23 @@ def _check_same(metadata: Mapping[str, Any], wanted: Mapping[str, Any], dataset:
     # Parse and write it again, so that a field that is newer than the run has its default.
     begun = json.loads(json.dumps(Pretraining.stored(metadata["config"], uri).to_json()))
     changed = [name for name in differences(begun, wanted) if not may_change(name)]
+    if "method" in changed:  # The parts follow from it.
+        changed = [name for name in changed if not name.startswith("parts.")]
     if changed:
         weights = shlex.quote(f"{uri}/export/safetensors/model.safetensors")
-        longer = (
-            " The learning rate depends on the epochs, so those of a run cannot change. For a new run that starts from "
-            f"its weights, run `raysl export {shlex.quote(uri)} --format safetensors`, and give the new run "
-            f"--backbone.weights {weights}."
+        saved = checkpoint.newest_step(Folder(uri) / "checkpoints") > 0
+        longer = " The learning rate depends on the epochs, so those of a run cannot change. " + (
+            f"For a new run that starts from its weights, run `raysl export {shlex.quote(uri)} --format safetensors`, "
+            f"and give the new run --backbone.weights {weights}."
+            if saved
+            else "It has no checkpoint yet, so a new run loses nothing."
+        )
+        each = (
+            f"{n} is {told(value_of(begun, n))} in the run and {told(value_of(wanted, n))} now"
+            for n in changed
         )
         raise UserError(
-            f"The run at {uri!r} was begun with another configuration; these differ: {', '.join(changed)}. Give the "
+            f"The run at {uri!r} was begun with another configuration; these differ: {'; '.join(each)}. Give the "
             f"same values to go on with it, or another folder to --run for a new run.{longer * ('epochs' in changed)}"
         )
 

@@ -20,11 +20,12 @@ from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from functools import lru_cache, partial
-from pathlib import Path, PurePosixPath
+from pathlib import Path
 from typing import IO, Any, BinaryIO, TypeVar, cast
 from urllib.parse import unquote, urlsplit
 
 from raysl.errors import UserError
+from raysl.storage.causes import as_os_error, may_pass, reason
 from raysl.storage.remote_file import RemoteFile
 
 _log = logging.getLogger("raysl.storage")
@@ -38,16 +39,10 @@ _FIRST_PAUSE_S, _LONGEST_PAUSE_S = 0.25, 10.0
 _ABSENT_S = 2.0
 # A file for an object store is spooled in memory up to this size, and on disk beyond.
 _SPOOL_BYTES = 64 << 20
-# Errors of a network file system that does not answer for a moment. Waiting does not help against other local errors.
-_TRANSIENT = {getattr(errno, name) for name in "EIO ESTALE ETIMEDOUT ENOTCONN EHOSTDOWN EAGAIN EBUSY".split()}
 # Arrow's object stores: opening a file is a request for its size, and an open file holds nothing but this size.
 KEPT_OPEN = ("s3", "gcs", "abfs")
-# What an object store says when waiting does not help.
-_PERMANENT_TEXT = re.compile(
-    r"access.?denied|forbidden|\b(301|40[013])\b|too.?skewed|no.?such.?bucket|bucket (does not exist|not found)|"
-    r"credential|invalid.?access.?key|signature|not authorized|permission|path does not exist|no such file",
-    re.IGNORECASE,
-)
+# The Hub calls a private repository missing.
+HUB_LOGIN = "A private or gated repository needs `hf auth login`, or a token in HF_TOKEN."
 
 _SECRET_QUERY = re.compile(r"[?&][^=&]*(secret|token|password|key)[^=&]*=", re.IGNORECASE)
 
@@ -73,7 +68,10 @@ def retry(place: str, doing: str, action: Callable[[], T], *, is_gone: Callable[
     while True:
         try:
             return action()
-        except OSError as error:
+        except Exception as raised:
+            error = as_os_error(place, raised)
+            if error is None:
+                raise
             absent = isinstance(error, FileNotFoundError | NotADirectoryError)
             if absent and is_gone is None:
                 raise FileNotFoundError(str(error)) from error
@@ -81,27 +79,14 @@ def retry(place: str, doing: str, action: Callable[[], T], *, is_gone: Callable[
             if absent and is_gone is not None and tried_s >= _ABSENT_S and is_gone():
                 raise StorageError(
                     f"Cannot {doing} {place}: the file was deleted. Restore it, and run the same command again."
-                ) from error
-            if not (_may_pass(place, error) or absent) or tried_s + pause_s > patience_s:
-                raise failure(place, doing, error, tried_s) from error
+                ) from raised
+            if not (may_pass(place, error) or absent) or tried_s + pause_s > patience_s:
+                raise failure(place, doing, error, tried_s) from raised
             if pause_s == _FIRST_PAUSE_S:
-                _log.warning("Cannot %s %s (%s). Trying again.", doing, place, _reason(error))
+                again = f"Trying again for about {patience_s:.0f} s ({PATIENCE_VARIABLE})."
+                _log.warning("Cannot %s %s (%s). %s", doing, place, reason(error), again)
             time.sleep(pause_s)
             pause_s = min(2 * pause_s, _LONGEST_PAUSE_S)
-
-
-def _may_pass(place: str, error: OSError) -> bool:
-    if "://" not in place:
-        return error.errno in _TRANSIENT
-    # Names of buckets and files may hold "400" or "signature".
-    bucket, _, key = place.partition("://")[2].partition("/")
-    names = "|".join(map(re.escape, (bucket, key, *map(str, PurePosixPath(key).parents))))
-    reason = re.sub(rf"['\"](?:{names})/?['\"]\s*|\S*/\S*", "", str(error))
-    return not isinstance(error, PermissionError) and not _PERMANENT_TEXT.search(reason)
-
-
-def _reason(error: OSError) -> str:
-    return " ".join((error.strerror or str(error)).split())[:300]
 
 
 def failure(place: str, doing: str, error: OSError, tried_s: float = 0.0) -> StorageError:
@@ -113,7 +98,10 @@ def failure(place: str, doing: str, error: OSError, tried_s: float = 0.0) -> Sto
         )
     advice = "Check that it exists and that you have permission."
     if tried_s >= 1:
-        advice = f"Tried for {tried_s:.0f} s. The same command resumes once the storage answers."
+        advice = f"Tried for {tried_s:.0f} s. Check the network; the same command resumes once the storage answers."
+    elif place.startswith("hf://"):
+        as_in = " It reads as hf://datasets/OWNER/NAME." if error.errno == errno.EINVAL else f" {HUB_LOGIN}"
+        advice = f"Check the name.{as_in}"
     elif "://" in place:
         advice = "Check the address, the bucket and your credentials."
     elif error.errno == errno.EROFS:
@@ -122,7 +110,7 @@ def failure(place: str, doing: str, error: OSError, tried_s: float = 0.0) -> Sto
         advice = "Name a file in it."
     elif isinstance(error, IsADirectoryError | NotADirectoryError | FileExistsError):
         advice = "A file and a folder have the same name. Choose another folder, or move the obstacle away."
-    return StorageError(f"Cannot {doing} {place}: {_reason(error)}. {advice}")
+    return StorageError(f"Cannot {doing} {place}: {reason(error)}. {advice}")
 
 
 @dataclass(frozen=True)
@@ -377,13 +365,19 @@ def filesystem(uri: str) -> tuple[Any, str]:
     try:
         return retry(uri, "open", lambda: pafs.FileSystem.from_uri(uri))  # type: ignore[no-any-return]
     except (ValueError, NotImplementedError, ImportError) as arrow_error:
-        import fsspec
-
-        try:
-            fs, path = fsspec.core.url_to_fs(uri)
-        except (ValueError, ImportError) as error:
-            raise UserError(
-                f"Cannot open {uri!r}: Arrow says {arrow_error}; fsspec says {error}. Give a local path, or a URI "
-                "whose scheme Arrow or an installed fsspec package knows (s3://, gs://, hf://, https://)."
-            ) from error
+        why = str(arrow_error)
+        fs, path = retry(uri, "open", lambda: _of_fsspec(uri, why))
         return pafs.PyFileSystem(pafs.FSSpecHandler(fs)), path
+
+
+def _of_fsspec(uri: str, arrow_says: str) -> tuple[Any, str]:
+    """Return the fsspec file system of a URI and the path inside it. Raises UserError for an unknown scheme."""
+    import fsspec
+
+    try:
+        return fsspec.core.url_to_fs(uri)  # type: ignore[no-any-return]
+    except (ValueError, ImportError) as error:
+        raise UserError(
+            f"Cannot open {uri!r}: Arrow says {arrow_says}; fsspec says {error}. Give a local path, or a URI "
+            "whose scheme Arrow or an installed fsspec package knows (s3://, gs://, hf://, https://)."
+        ) from error

@@ -26,7 +26,7 @@ import pyarrow.compute as pc
 import pyarrow.parquet as pq
 from numpy.typing import NDArray
 
-from raysl.errors import UserError, unknown
+from raysl.errors import UserError, counted, unknown
 from raysl.storage import Folder, filesystem, retry
 from raysl.storage.feature_files import FINISHED, STARTED, part_file
 from raysl.storage.records import read_record
@@ -81,6 +81,10 @@ class FeatureStore:
     has_paths: bool  # whether every file has the column `path`
     groups: tuple[RowGroup, ...]  # all row groups, in the order of positions
     metadata: dict[str, Any]  # content of _features.json; empty for files of other programs
+
+    def __repr__(self) -> str:
+        rows = counted(self.num_rows, "row")
+        return f"FeatureStore({str(self.folder)!r}: {rows} of {counted(self.dim, 'number')}, layer {self.layer!r})"
 
     @staticmethod
     def open(uri: str, layer: str = "") -> FeatureStore:

@@ -1,8 +1,9 @@
 """Allow one driver at a time for a run, a sweep or a data set: a distributed lock, a file that its driver renews.
 
-    driver.json     {"id", "host", "scope", "pid", "beat"}, present while a driver works
+    driver.json     {"id", "host", "scope", "pid", "started", "beat"}, present while a driver works
 
-A driver that finds the file watches whether it changes, and so never compares the clocks of two machines.
+A driver that finds the file asks this machine whether the other one runs, where process ids tell it. Otherwise it
+watches whether the file changes, and so never compares the clocks of two machines.
 """
 
 from __future__ import annotations
@@ -52,6 +53,18 @@ def _here() -> tuple[str, str]:
     return socket.gethostname(), ""
 
 
+def _started(pid: int) -> int:
+    """Return when a process of this PID namespace began, in clock ticks since the boot; 0 if that cannot be known.
+
+    0 also for a process that is stopped or has ended, and so does not work.
+    """
+    with contextlib.suppress(OSError, ValueError, IndexError):
+        # The name of the program, in parentheses, may contain anything.
+        state, *fields = Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()
+        return 0 if state in "TtZXx" else int(fields[18])
+    return 0
+
+
 def _read_record(folder: Folder) -> dict[str, Any] | None:
     with contextlib.suppress(FileNotFoundError, ValueError):
         return dict(folder.read_json(NAME))
@@ -90,7 +103,14 @@ class DriverLock:
         self._wait = wait
         self._quiet_until_s = 0.0
         host, scope = _here()
-        self._record = {"id": uuid.uuid4().hex, "host": host, "scope": scope, "pid": os.getpid()}
+        pid = os.getpid()
+        self._record = {
+            "id": uuid.uuid4().hex,
+            "host": host,
+            "scope": scope,
+            "pid": pid,
+            "started": _started(pid),
+        }
         self._done = threading.Event()
         self.lost = threading.Event()
 
@@ -111,6 +131,10 @@ class DriverLock:
         """Take the lock; return False if another driver holds it and this one waits."""
         try:
             found = _read_record(self.folder)
+            if found is not None and self._runs_here(found):
+                if self._wait:
+                    self._say(found, 0)
+                raise self._held_error(found)
             if found is not None and not self._has_ended(found):
                 self._wait_until_stale(found)
             self._acquire()
@@ -178,6 +202,19 @@ class DriverLock:
         except (PermissionError, KeyError, ValueError):
             return False
         return False
+
+    def _runs_here(self, found: dict[str, Any]) -> bool:
+        """Return True if the driver is another process of this PID namespace, and runs; False if that is not known.
+
+        A later process may have its id, but not its start. This process itself is no other driver: what it left when
+        storage failed must not hold it up for ever.
+        """
+        if not found.get("scope") or (found.get("host"), found.get("scope")) != _here():
+            return False
+        pid, started = found.get("pid"), found.get("started")
+        if not isinstance(pid, int) or pid == os.getpid() or not started:
+            return False
+        return bool(_started(pid) == started)
 
     def _wait_until_stale(self, found: dict[str, Any]) -> None:
         """Return when the file has not changed for some beats. Raises UserError when it changes."""

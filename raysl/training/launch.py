@@ -14,7 +14,7 @@ from dataclasses import dataclass, replace
 from typing import Any
 
 from raysl import checkpoint, console, ray_cluster
-from raysl.config import Pretraining, methods
+from raysl.config import Pretraining, methods, run_folder
 from raysl.dataset import DataSet
 from raysl.errors import UserError, counted
 from raysl.ingestion import resolve
@@ -74,6 +74,7 @@ def pretrain(
         UserError: the configuration, the data or the machine has to be fixed. Nothing is half-written.
         Interrupted, SystemExit: Ctrl-C, or SIGTERM or SIGHUP, arrived; the run is saved.
     """
+    run_folder.check_free(config.run)
     counts = config.worker_counts()
     local = in_process.is_chosen(config, placement, subscriber) if local is None else local
     # What can be checked without Ray is checked before Ray starts.
@@ -83,7 +84,6 @@ def pretrain(
     dataset = resolve(config.data)
     plan, facts = checked or _checked(config, dataset)
     end, callbacks = min(until or plan.num_steps, plan.num_steps), callbacks or Callbacks(())
-    Run.check(config, dataset)
     # Another driver may still train the run, or begin another one in its folder.
     with DriverLock(Folder(config.run), "run") as lock:
         saved = checkpoint.newest_step(Run(lock.folder).checkpoints)
@@ -92,7 +92,8 @@ def pretrain(
             _log.info("The run at %s is already %s (%s).", config.run, state, counted(saved, "step"))
             return Run(lock.folder)
         run = Run.begin(config, dataset, facts)
-        _announce(config, dataset, plan, group, saved, local)
+        again = len(run.metadata()["sessions"]) > 1
+        _announce(config, dataset, plan, group, saved, again, local)
         actor = None if local else progress_actor.start_progress_actor()
         job = Job(
             config.to_json(), run, dataset, group.placement, actor, until, subscriber, EXCHANGE_WITHIN_S
@@ -111,21 +112,28 @@ def _checked(config: Pretraining, dataset: DataSet) -> tuple[Plan, dict[str, Any
     """Return the plan of a run, and the facts for its metadata.
 
     Raises:
-        UserError: the data set reveals a mistake in the configuration.
+        UserError: the data set reveals a mistake in the configuration, or the run was begun with other ones.
     """
+    Run.check(config, dataset)  # First: what follows would blame a value that is taken from the run.
     model = Model.of(to_build(config, Run(Folder(config.run))), dataset)
     model.check()
     return config.plan(dataset), model.describe()
 
 
 def _announce(
-    config: Pretraining, dataset: DataSet, plan: Plan, group: WorkerGroup, saved: int, local: bool
+    config: Pretraining,
+    dataset: DataSet,
+    plan: Plan,
+    group: WorkerGroup,
+    saved: int,
+    again: bool,
+    local: bool,
 ) -> None:
     _log.info(
         "%s on %s %s: %s of %d.",
         config.method,
         counted(dataset.num_images, "image"),
-        f"resumes from step {saved}" if saved else "begins",
+        f"resumes from step {saved}" if saved else "begins again" if again else "begins",
         counted(plan.num_steps, "step"),
         config.batch_size,
     )
@@ -219,8 +227,8 @@ class _Attempts:
                 over = idle > MAX_FAILURES or (error is not None and not self.elastic)
                 if over and (error is not None or not stop.received.is_set()):
                     raise error or UserError(
-                        f"Training stopped {idle} times at step {saved} without progress. The same command resumes "
-                        "from there."
+                        f"Training stopped {idle} times at step {saved} without progress. "
+                        f"{progress_actor.resuming(saved)}"
                     )
                 ray.get(actor.request_stop.remote(stop.received.is_set()))
                 group = self._next(group, stop.received)
@@ -264,10 +272,10 @@ class _Attempts:
             progress_actor.raise_failure(actor)
             if found := ray_cluster.user_error(error):
                 raise found from error
+            again = progress_actor.resuming(checkpoint.newest_step(self.job.run.checkpoints))
             return UserError(
-                f"Training stopped after {MAX_FAILURES} restarts: {str(error).strip().splitlines()[-1]}. The run keeps "
-                "its last checkpoint; the same command resumes from there. RAYSL_LOG_TO_DRIVER=1 shows the output of "
-                "the workers."
+                f"Training stopped after {MAX_FAILURES} restarts: {str(error).strip().splitlines()[-1]}. {again} "
+                "RAYSL_LOG_TO_DRIVER=1 shows the output of the workers."
             )
         finally:
             if request is not None:
@@ -346,7 +354,7 @@ class _Attempts:
         if messages and not rows and not messages[-1].startswith("step "):
             _log.info("Waiting for the first steps ...")
         for row in rows[-1:]:
-            _log.info(progress_actor.line(row, self.num_steps))
+            _log.info(progress_actor.line(row, self.num_steps, self.job.config["epochs"]))
         self.callbacks.log(rows)
         return bool(messages or rows)
 

@@ -92,7 +92,7 @@ def train(job: Job, num_steps: int, lock: DriverLock, callbacks: Callbacks, show
     share = job.placement.share
     # Forked processes cannot use the clients of object stores that this process has opened; a thread can.
     processes = max(1, round(share.cpus / share.cpus_per_task)) if job.dataset.folder.is_local else 0
-    progress = _Progress(num_steps, lock, callbacks, show_every_s)
+    progress = _Progress(num_steps, job.config["epochs"], lock, callbacks, show_every_s)
     with (
         signals.caught(progress.stop.set) as stop,
         DataProcesses(processes) as data,
@@ -127,9 +127,12 @@ def _torch_settings(threads: int, on_gpu: bool) -> Iterator[None]:
 class _Progress(Progress):
     """Show the progress of the worker, and stop it by the event `stop`."""
 
-    def __init__(self, num_steps: int, lock: DriverLock, callbacks: Callbacks, show_every_s: float) -> None:
+    def __init__(
+        self, num_steps: int, epochs: float, lock: DriverLock, callbacks: Callbacks, show_every_s: float
+    ) -> None:
         self.stop = threading.Event()
         self._num_steps = num_steps
+        self._epochs = epochs
         self._lock = lock
         self._callbacks = callbacks
         self._show_every_s = show_every_s
@@ -137,8 +140,8 @@ class _Progress(Progress):
         # An object of this process, and not an actor.
         self._state = ProgressActor()
 
-    def begin(self, step: int, workers: int, reached: int) -> int:
-        lost = self._state.begin(step, workers, reached)
+    def begin(self, step: int, workers: int, reached: int, saves: str) -> int:
+        lost = self._state.begin(step, workers, reached, saves)
         for line in self._state.take_messages():
             _log.info(line)
         return lost
@@ -155,7 +158,7 @@ class _Progress(Progress):
     def show(self) -> None:
         """Log the newest row of metrics that has not been shown."""
         for row in self._state.take_rows()[-1:]:
-            _log.info(progress_actor.line(row, self._num_steps))
+            _log.info(progress_actor.line(row, self._num_steps, self._epochs))
         self._shown_s = time.monotonic()
 
     def stop_requested(self) -> bool:

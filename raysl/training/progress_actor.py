@@ -84,20 +84,25 @@ class ProgressActor:
         if not doing:
             self._stalled.pop(rank)
 
-    def begin(self, step: int, workers: int, reached: int) -> int:
+    def begin(self, step: int, workers: int, reached: int, saves: str) -> int:
         """Record that a worker group begins at a step: 0, or the step of a checkpoint.
 
         Args:
             reached: last step in the metrics of earlier sessions.
+            saves: when checkpoints are saved, from `SaveConfig.told`.
 
         Returns:
             The number of steps after `step` that were done and lost, as far as metrics show.
         """
         lost = max(0, max(self._reached, reached) - step)
         self._reached, self._num_workers, self._stalled, self._stall = step, workers, {}, ""
-        if step or lost:
-            were = f"{counted(lost, 'step')} {'was' if lost == 1 else 'were'}"
-            self._messages.append(f"Resumed from step {step} with {counted(workers, 'worker')}; {were} lost.")
+        were = f"{counted(lost, 'step')} {'was' if lost == 1 else 'were'} lost"
+        if step:
+            self._messages.append(f"Resumed from step {step} with {counted(workers, 'worker')}; {were}.")
+        elif lost:
+            self._messages.append(
+                f"No checkpoint had been saved yet ({saves}), so the run starts again; {were}."
+            )
         return lost
 
     def request_stop(self, stop: bool) -> None:
@@ -126,7 +131,7 @@ class ProgressActor:
 class Progress:
     """What a worker reports to its driver and asks it. This one has no driver."""
 
-    def begin(self, step: int, workers: int, reached: int) -> int:
+    def begin(self, step: int, workers: int, reached: int, saves: str) -> int:
         """Report the first step of a worker group; see `ProgressActor.begin`."""
         return 0
 
@@ -157,10 +162,10 @@ class RemoteProgress(Progress):
         self._at = (time.monotonic(), 0, OTHERS)
         self._stall_reported = False
 
-    def begin(self, step: int, workers: int, reached: int) -> int:
+    def begin(self, step: int, workers: int, reached: int, saves: str) -> int:
         import ray
 
-        return int(ray.get(self._actor.begin.remote(step, workers, reached)))
+        return int(ray.get(self._actor.begin.remote(step, workers, reached, saves)))
 
     def post(self, row: dict[str, Any]) -> None:
         self._actor.post.remote(row)
@@ -269,11 +274,16 @@ def raise_failure(actor: Any) -> None:
         raise failure
 
 
-def line(row: dict[str, Any], num_steps: int) -> str:
-    """Return a row of metrics as a line of text: progress, speed, share of time waiting for data, loss, ETA."""
+def line(row: dict[str, Any], num_steps: int, epochs: float) -> str:
+    """Return a row of metrics as a line of text: progress, speed, share of time waiting for data, loss, ETA.
+
+    Args:
+        epochs: epochs of the run. The last batch may go a little beyond them, which is not shown.
+    """
+    epoch = min(row["epoch"], epochs)
     eta = duration(row["eta_s"]) if math.isfinite(row["eta_s"]) else "?"
     return (
-        f"step {row['step']:>5}/{num_steps}  epoch {row['epoch']:5.1f}  {row['images_per_s']:6.0f} images/s  "
+        f"step {row['step']:>5}/{num_steps}  epoch {epoch:5.1f}  {row['images_per_s']:6.0f} images/s  "
         f"waits {row['wait_share']:3.0%}  loss {row['loss']:7.4f}  ETA {eta}"
     )
 
@@ -285,6 +295,13 @@ def first_line(step: int, num_steps: int, with_loss: int) -> str:
         with_loss: the step of the first row.
     """
     return f"step {step:>5}/{num_steps}  the loss follows at step {with_loss}"
+
+
+def resuming(saved: int) -> str:
+    """Return what the same command does when the newest checkpoint is of step `saved`; 0 for none."""
+    if saved:
+        return f"The same command resumes from the checkpoint of step {saved}."
+    return "No checkpoint has been saved yet, so the same command begins again."
 
 
 def duration(seconds: float) -> str:

@@ -12,6 +12,7 @@ import torch
 
 from raysl import checkpoint
 from raysl.checkpoint import Checkpoint
+from raysl.config import run_folder
 from raysl.errors import UserError
 from raysl.fields import Bounds, CheckedTop
 from raysl.ingestion import resolve
@@ -76,6 +77,7 @@ def reproduce(first: Run, config: ReproduceConfig) -> Comparison:
         Folder(out).delete()  # The rest of an earlier comparison.
     elif Folder(out).exists(METADATA):
         raise UserError(f"--out is {out!r}, which already holds a run. Give a new folder.")
+    run_folder.check_free(out, "--out")
     again = replace(first.config(), run=out, data=config.data or metadata["data"]["uri"])
     # Only the last checkpoint is compared.
     again = replace(again, save=replace(again.save, every_steps=0))

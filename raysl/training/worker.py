@@ -153,7 +153,8 @@ class Worker:
                 log.flush()
 
     def _loop(self, log: MetricsLog | None) -> None:
-        lost_steps = 0 if log is None else self.progress.begin(self.step, self.world, log.reached)
+        saves = self.config.save.told()
+        lost_steps = 0 if log is None else self.progress.begin(self.step, self.world, log.reached, saves)
         distributed = self.distributed()
         meter = Meter(self.step, self.plan, self.world, lost_steps)
         queue = DeviceQueue(self.device)
@@ -257,9 +258,15 @@ class Worker:
         """Raise UserError for a loss or weights that are not finite, so that no checkpoint contains them."""
         if not math.isfinite(loss) or finite < 1:
             what = f"loss became {loss}" if not math.isfinite(loss) else "weights became infinite or NaN"
+            saved = checkpoint.newest_step(self.job.run.checkpoints)
+            kept = (
+                f"the checkpoint of step {saved} is still valid"
+                if saved
+                else "no checkpoint had been saved yet"
+            )
             raise UserError(
-                f"The {what} at step {self.step}, so training stopped; the last checkpoint is still valid. Start a new "
-                "run (another --run) with a lower --optim.lr, with --optim.clip-norm 1, or with --precision fp32."
+                f"The {what} at step {self.step}, so training stopped; {kept}. Start a new run (another --run) "
+                "with a lower --optim.lr, with --optim.clip-norm 1, or with --precision fp32."
             )
 
     def save(self) -> None:

@@ -20,11 +20,12 @@ import logging
 from collections.abc import Callable, Mapping
 from typing import Any
 
+from raysl.config import run_folder
 from raysl.errors import explained
 from raysl.storage import Folder
 from raysl.storage.records import signed_lines, verified_lines
 
-NAME = "sweep.jsonl"
+NAME = run_folder.SWEEP_JOURNAL
 # Of the rows above. Sweeps of raysl 0.1 have no such number.
 FORMAT = 2
 

@@ -12,7 +12,7 @@ import numpy as np
 
 from raysl import probes, ray_cluster, rng
 from raysl.backbone.network import BackboneConfig
-from raysl.config import Pretraining
+from raysl.config import Pretraining, run_folder
 from raysl.dataset import DataSet
 from raysl.errors import UserError
 from raysl.evaluation.apart import check_apart
@@ -160,8 +160,9 @@ def check(base: Pretraining, config: SweepConfig) -> tuple[Space, list[Values]]:
     The points are those of all trials, if they are known before the sweep begins; otherwise corners of the space.
 
     Raises:
-        UserError: a package is missing, or the space or a trial is not allowed.
+        UserError: a package is missing, the folder holds something else, or the space or a trial is not allowed.
     """
+    run_folder.check_free_for_sweep(config.out)
     algorithms.check_installed(config.searcher)
     check_workers(base)
     space_ = space(base, config.vary, listed=config.searcher == "grid")

@@ -33,14 +33,22 @@ def test_every_verb_is_a_function_and_every_name_is_typed() -> None:
     [
         (lambda: raysl.pretrain("/nowhere", "run"), "'/nowhere' does not exist"),
         (lambda: raysl.pretrain("d", "r", temperature=1), "Unknown argument or part of the method"),
-        (lambda: raysl.pretrain("d", "r", epoch=2), "Did you mean 'epochs'"),
+        (
+            lambda: raysl.pretrain("d", "r", epoch=2),
+            "Did you mean 'epochs'.* Known: .*, callbacks, .*, probe_every,",
+        ),
         (lambda: raysl.load("/nowhere/run"), "There is no checkpoint at '/nowhere/run'"),
         (
             lambda: raysl.probe("/nowhere/run", "shapes:9", "shapes:9#test", ("knn",)),
             "There is no checkpoint at",
         ),
         (lambda: raysl.pretrain("d", "r", pirl={"temprature": 1}), "'temperature'"),
-        (lambda: raysl.pretrain("d"), "lacks 'run'"),
+        (lambda: raysl.pretrain("d"), "lacks 'run'.* Give run=FOLDER"),
+        (lambda: raysl.pretrain("d", "r", callback=[]), "Did you mean 'callbacks'"),
+        (
+            lambda: raysl.features("random", "/nowhere", Path(__file__).parent),
+            "not empty and holds no features",
+        ),
         (lambda: raysl.pretrain(3, "r"), "type int"),  # type: ignore[arg-type]
         (lambda: raysl.ingest("shapes:10", "d", {"shard_image": 1}), "shard_images"),  # type: ignore[arg-type]
         (lambda: raysl.sweep("d", out="o", vary=("lam",), train=Path("/nowhere")), "'d' does not exist"),

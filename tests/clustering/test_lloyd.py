@@ -92,6 +92,7 @@ def test_spherical_float16_from_disk(
     np.testing.assert_allclose(curve(done.summary()), objectives, rtol=1e-4)
     np.testing.assert_allclose(np.linalg.norm(done.centroids(), axis=1), 1, rtol=1e-5)
     assert "read from disk in every pass" in caplog.text
+    assert "1 threads" not in caplog.text
 
 
 @pytest.mark.ray

@@ -5,6 +5,7 @@ from __future__ import annotations
 import io
 import re
 import shlex
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -16,6 +17,7 @@ from raysl.cli.flags import parse
 from raysl.config import Pretraining, defaults, differences
 from raysl.config.command import command
 from raysl.dataset import DataSet
+from raysl.optim import OptimConfig
 from tests.data import make_dataset
 
 DATA, RUN = ["--data", "d", "--run", "r"], {"data": "d", "run": "-"}
@@ -95,6 +97,19 @@ def test_an_unfinished_run_keeps_what_it_was_begun_with(small: DataSet, tmp_path
     # Two workers without GPUs go on as two, to be exact. With GPUs, there may be only one now.
     assert differences(first.to_json(), defaults.resume(first, names, 1, False).to_json()) == []
     assert differences(first.to_json(), defaults.resume(first, names, 1, True).to_json()) == ["workers"]
+
+
+def test_a_resumed_run_says_what_is_taken_from_it(
+    small: DataSet, tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    names = {"data": str(small.folder), "run": str(tmp_path / "run")}
+    plain = Pretraining(names["data"], names["run"])
+    first = replace(plain, method="simclr", parts={}, epochs=40.0, seed=1, optim=OptimConfig(lr=0.12))
+    given = {**names, "epochs": 40}
+    with caplog.at_level("INFO", "raysl"):
+        defaults.log_taken(defaults.resume(first, given, 1, False), given)
+        defaults.log_taken(defaults.resume(plain, names, 1, False), names)
+    assert caplog.messages == ["Taken from the run: method simclr, seed 1, optim.lr 0.12."]
 
 
 def test_the_side_of_images_is_measured(small: DataSet) -> None:

@@ -11,9 +11,19 @@ from typing import Any
 import pytest
 from rich.console import Console
 
+from raysl import probes
 from raysl.errors import UserError
 from raysl.evaluation import results
-from raysl.evaluation.results import KEY, ROWS, add_rows, rows_of, shown, tables, verdicts
+from raysl.evaluation.results import (
+    KEY,
+    ROWS,
+    add_rows,
+    describe_images,
+    rows_of,
+    shown,
+    tables,
+    verdicts,
+)
 from raysl.run import Run, jsonl
 from raysl.storage import Folder
 from tests.data import make_dataset
@@ -98,6 +108,7 @@ def test_a_damaged_file_is_named(run: Run, damage: str) -> None:
         {"value": float("nan")},
         {"step": None},
         {"layer": 3},
+        {"num_test": "9"},
     ],
 )
 def test_rows_that_no_probe_writes_are_refused(run: Run, wrong: dict[str, Any]) -> None:
@@ -139,7 +150,56 @@ def test_a_sentence_says_if_the_run_has_learned_something() -> None:
     assert "with 33 test images, a difference of 24.3 % may be chance" in sentence(0.462, 33)
     assert "has not learned anything" in sentence(0.2, 10_000)
     assert "and not clearly better than raw pixels (40.0 %)" in sentence(0.41, 1000)
+    assert "with 33 test images" in verdicts([row(num_test=33), row(encoder="random", value=0.48)])[0]
     assert verdicts([row(encoder="weights")]) == []
+
+
+def test_a_measure_that_is_no_score_gives_no_verdict_of_learning() -> None:
+    def values(encoder: str, rank: float, constant: float = 0.0) -> list[dict[str, Any]]:
+        found = {
+            "effective_rank": rank,
+            "effective_rank_share": rank / 192,
+            "spread": 0.5,
+            "constant": constant,
+        }
+        of = {"probe": "collapse", "layer": "pooled", "encoder": encoder}
+        return [
+            row(**of, name=name, value=value, primary=name == "effective_rank")
+            for name, value in found.items()
+        ]
+
+    others = [*values("random", 153.5), *values("pixels", 222.6)]
+    assert verdicts([*values("trained", 122.4), *others]) == [
+        "The pooled features have not collapsed: effective rank 122 of 192 and no constant features.",
+        "Only a probe with labels tells if they are useful.",
+    ]
+    (said, _) = verdicts([*values("trained", 1.5, 0.8), *others])
+    assert said == "The pooled features have collapsed: effective rank 1.5 of 192 and 80 % constant features."
+    for probe, name in (("invariance", "closer"), ("lidar", "lidar")):
+        rows = [row(probe=probe, name=name), row(probe=probe, name=name, encoder="random", value=0.9)]
+        (said,) = verdicts(rows, 100)
+        assert said.startswith(f"The probe {probe} gives no score")
+
+
+@pytest.mark.parametrize("name", probes.names())
+def test_every_primary_metric_is_a_share_or_is_known_to_be_no_score(name: str) -> None:
+    config_type, probe_type = probes.load(name)
+    metric = probe_type(config_type()).primary_metric
+    assert metric in results.NO_SCORES or shown(row(name=metric)).endswith("%")
+
+
+def test_equal_measures_without_a_margin_are_not_called_chance() -> None:
+    rows = [row(name="mAP"), row(name="mAP", encoder="random")]
+    assert verdicts(rows, 100) == [
+        "By x, the trained network (50.0 %) is not clearly better than the untrained network (50.0 %)."
+    ]
+
+
+def test_one_set_for_train_and_test_is_told() -> None:
+    assert (
+        describe_images("ab", "ab", {"ab": " (9 images)"}) == "same images for train and test: ab (9 images)"
+    )
+    assert describe_images("ab", "cd") == "train ab, test cd"
 
 
 def test_protocols_and_data_never_share_a_table() -> None:

@@ -99,6 +99,25 @@ def test_existing_parts_are_kept(dataset: DataSet, tmp_path: Path, monkeypatch: 
     assert compute_features("pixels", config(dataset, tmp_path, layer="pooled")) == again
 
 
+def test_a_folder_of_other_files_is_refused_before_the_work(
+    dataset: DataSet, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    run = tmp_path / "run"
+    run.mkdir()
+    (run / "metadata.json").write_text("{}")
+    monkeypatch.setattr(features, "resolve", lambda data: pytest.fail("the data are opened"))
+    with pytest.raises(UserError, match=r"is not empty and holds no features\. Give --out .*run-features'"):
+        compute_features("pixels", config(dataset, run))
+    assert [file.name for file in run.iterdir()] == ["metadata.json"]
+    for held in ((), (STARTED, "x"), (FINISHED, "clusters"), (part_file((0, 9)), pca.FILE)):
+        folder = tmp_path / "-".join(["f", *held])
+        folder.mkdir()
+        for name in held:
+            (folder / name).touch()
+        features.check_out(str(folder))
+    features.check_out(str(tmp_path / "absent"))
+
+
 def test_options_that_exclude_each_other(dataset: DataSet, tmp_path: Path) -> None:
     with pytest.raises(UserError, match="Both --pca and --pca-of"):
         config(dataset, tmp_path, pca=2, pca_of="x")

@@ -340,7 +340,7 @@ def test_a_tar_that_is_cut_inside_a_file_of_labels_is_damaged(tmp_path: Path, na
     with tarfile.open(path) as archive:
         cut = path.read_bytes()[: archive.getmembers()[1].offset_data + 100]
     path.write_bytes(cut)
-    assert "is damaged after 1 members" in refused(path)
+    assert "is damaged after 1 member," in refused(path)
     packed = gzip.compress(cut)
     (tmp_path / "a.tar").write_bytes(packed[: len(packed) - 20])
     assert "is damaged" in refused(path)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import itertools
+import json
 import os
 import subprocess
 import sys
@@ -15,7 +16,8 @@ import pytest
 from fsspec.implementations.memory import MemoryFileSystem
 
 from raysl.errors import UserError
-from raysl.ingestion import tables, tar
+from raysl.ingestion import ingest, tables, tar
+from raysl.ingestion.found import of_kind
 from raysl.ingestion.listing import files_below
 from raysl.ingestion.sources import Place, UnitSize, open_source, read
 from raysl.storage import Folder
@@ -328,6 +330,29 @@ def test_names_that_no_file_system_takes() -> None:
     assert "Cannot read" in refused("x" * 5000)
 
 
+def test_folders_that_raysl_made_are_no_sources(tmp_path: Path) -> None:
+    run, made = tmp_path / "run", tmp_path / "set"
+    put(run / "features", "part.parquet", data=b"")
+    record = {"config": {}, "data": {"uri": "/data/photos"}, "sessions": []}
+    put(run, "metadata.json", data=json.dumps(record).encode())
+    says = "is a run and no images: give a source of images or a data set, such as '/data/photos'"
+    assert says in refused(run)
+    ingest("shapes:3", str(made))
+    assert "is a data set of raysl already" in refused(f"{made}#train")
+    # Other files of these names say nothing.
+    put(tmp_path / "in", "a/0.jpg")
+    put(tmp_path / "in", "metadata.json", "manifest.json", data=b"[1]")
+    assert len(opened(tmp_path / "in")[1]) == 1
+
+
+def test_counts_of_one_are_singular() -> None:
+    said = {kind: of_kind(kind, 1) for kind in ("links that lead nowhere", "pipes, sockets and devices")}
+    assert list(said.values()) == ["1 link that leads nowhere", "1 pipe, socket or device"]
+    assert of_kind("hidden files and folders", 1) == "1 hidden file or folder"
+    assert of_kind("images in formats that are not read", 1) == "1 image in formats that are not read"
+    assert of_kind("links that lead nowhere", 2) == "2 links that lead nowhere"
+
+
 def test_links(tmp_path: Path) -> None:
     put(tmp_path / "store", "1.jpg", "2.jpg")
     source = tmp_path / "in"
@@ -398,7 +423,7 @@ def test_a_file_that_vanished_is_a_row_with_a_reason(tmp_path: Path) -> None:
     (tmp_path / "a.jpg").unlink()
     (row,) = read(one.kind, unit)
     assert row.image is None
-    assert "FileNotFoundError" in row.reason
+    assert row.reason == "does not exist"
 
 
 def test_the_table_of_what_was_found(tmp_path: Path) -> None:

@@ -15,14 +15,25 @@ from tests.ingestion.reading import jpeg, put
 
 def test_a_list_of_files(tmp_path: Path) -> None:
     put(tmp_path, "a.jpg", "b.jpg")
-    files = [str(tmp_path / name) for name in ("b.jpg", "a.jpg", "gone.jpg")]
+    files = [str(tmp_path / name) for name in ("b.jpg", "a.jpg")]
     plain = ingest(files, str(tmp_path / "plain"))
-    assert plain.paths() == files[:2]
-    assert plain.manifest.source == "a list of 3 files"
+    assert plain.paths() == files
+    assert plain.manifest.source == "a list of 2 files"
+    assert ingest(files[:1], str(tmp_path / "one")).manifest.source == "a list of 1 file"
     assert not plain.has_labels
     labelled = ingest([(Path(files[0]), 1), (files[1], 0)], str(tmp_path / "labelled"))
     assert labelled.labels().tolist() == [1, 0]
     assert labelled.folder.list() == ["labels.parquet", "manifest.json", "shards"]
+
+
+def test_a_list_that_names_missing_files_is_refused_before_anything_is_written(tmp_path: Path) -> None:
+    put(tmp_path, "a.jpg")
+    files = [(tmp_path / name, name[0]) for name in ("a.jpg", "gone.jpg", "lost.jpg")]
+    with pytest.raises(UserError, match=r"^2 files of the list of 3 do not exist.*/gone\.jpg'"):
+        ingest(files, str(tmp_path / "out"))
+    with pytest.raises(UserError, match=r"^1 file of the list of 2 does not exist"):
+        ingest(files[:2], str(tmp_path / "out"))
+    assert not (tmp_path / "out").exists()
 
 
 @pytest.mark.ray

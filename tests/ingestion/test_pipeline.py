@@ -124,6 +124,13 @@ def test_a_finished_data_set_is_left_alone_and_ray_does_not_start(
     assert api.ingest(tmp_path / "in", tmp_path / "out").num_images == 7
     assert "already holds a data set of another source" in refused(photos(tmp_path / "in2"), tmp_path / "out")
     assert snapshot(tmp_path / "out") == before
+    # A change of the source is said; the data set stays.
+    (tmp_path / "in" / "odd" / "new.jpg").write_bytes(jpeg(9))
+    said.clear()
+    assert api.ingest(tmp_path / "in", tmp_path / "out").num_images == 7
+    assert "files of the source were added, removed or written since" in said.messages[0]
+    assert "delete that folder or give another DEST" in said.messages[0]
+    assert snapshot(tmp_path / "out") == before
 
 
 def write_tables(folder: Path) -> None:

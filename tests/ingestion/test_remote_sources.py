@@ -14,9 +14,11 @@ import pyarrow.parquet as pq
 import pytest
 
 from raysl import storage
+from raysl.api import arguments
+from raysl.errors import UserError
 from raysl.storage import Folder
 from raysl.storage.remote_file import RemoteFile
-from tests.ingestion.reading import noise, opened, put, write_tar, write_zip
+from tests.ingestion.reading import noise, opened, put, refused, write_tar, write_zip
 
 IMAGES = {f"{'cat' if n % 2 else 'dog'}/{n}.png": noise(n) for n in range(7)}
 
@@ -89,3 +91,32 @@ def test_reads_that_fail_are_repeated(
     assert rows == expected_rows
     assert len(rows) == 7
     assert found.classes == expected.classes
+
+
+class LostError(Exception):
+    """The network is lost, in a class of a package that raysl does not know."""
+
+    __module__ = "httpx9.errors"
+
+
+def test_the_hub_without_a_network_or_a_repository_is_a_sentence(monkeypatch: pytest.MonkeyPatch) -> None:
+    hub = pytest.importorskip("huggingface_hub")
+    monkeypatch.setenv("RAYSL_STORAGE_RETRY_S", "0")
+
+    def lost(*_: object, **__: object) -> None:
+        raise LostError("Name or service not known")
+
+    monkeypatch.setattr(hub.HfApi, "repo_info", lost)
+    assert "Cannot read hf://datasets/no/net: Name or service not known." in refused("hf://datasets/no/net")
+    with pytest.raises(UserError, match="Cannot read hf://datasets/no/net: Name"):
+        arguments.check_source("hf://datasets/no/net#train")
+
+    def missing(file_system: object, path: str, **_: object) -> None:
+        raise FileNotFoundError(path)
+
+    monkeypatch.setattr(hub.HfFileSystem, "resolve_path", missing)
+    message = refused("hf://datasets/no/such#train")
+    assert (
+        "'hf://datasets/no/such' does not exist. A private or gated repository needs `hf auth login`"
+        in message
+    )

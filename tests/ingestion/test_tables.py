@@ -205,7 +205,7 @@ def test_file_names_that_lead_out_of_the_folder(tmp_path: Path) -> None:
     _, rows = opened(tmp_path / "in" / "list.csv")
     assert [bool(row.image) for row in rows] == [True, False, False, False]
     assert "--follow-links" in rows[1].reason
-    assert "FileNotFoundError" in rows[3].reason
+    assert rows[3].reason == "does not exist"
     _, rows = opened(tmp_path / "in" / "list.csv", follow_links=True)
     assert [bool(row.image) for row in rows] == [True, True, True, False]
 
@@ -272,7 +272,7 @@ def test_file_names_that_cannot_be_read(tmp_path: Path) -> None:
     names = ["a\\0.jpg", "https://x.invalid/1.jpg", "A" * 5000, "a/2.jpg"]
     pq.write_table(pa.table({"image": names}), tmp_path / "list.parquet")
     _, rows = opened(tmp_path / "list.parquet")
-    said = ["", "is on the web", "is no name of a file", "cannot be read: FileNotFoundError"]
+    said = ["", "is on the web", "is no name of a file", "does not exist"]
     assert rows[0].image == jpeg()
     assert all(part in row.reason for row, part in zip(rows, said, strict=True))
 

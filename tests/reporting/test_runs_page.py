@@ -216,6 +216,30 @@ def test_best_is_marked_only_with_several_seeds(runs: list[str]) -> None:
     assert " best" not in report(runs[0], ReportConfig(images=0)).read("index.html").decode()
 
 
+def test_a_single_run_is_judged_as_by_the_probe(tmp_path: Path, runs: list[str]) -> None:
+    baseline = {"encoder": "random", "step": 0, "num_test": 100}
+    write_rows(
+        Folder(runs[0]), [row(0.1, step=2, num_test=100), row(0.39, num_test=100), row(0.4, **baseline)]
+    )
+    page = report(runs[0], ReportConfig(str(tmp_path / "one"), images=0)).read("index.html").decode()
+    said = "By linear, the trained network (39.0 %) is not clearly better than the untrained network (40.0 %)"
+    assert page.count(f"<p>{said}: with 100 test images") == page.count("By linear") == 1
+    page = report(runs, ReportConfig(str(tmp_path / "all"), images=0)).read("index.html").decode()
+    assert "By linear" not in page
+
+
+def test_a_rank_is_never_best_and_one_set_for_train_and_test_is_told(tmp_path: Path, runs: list[str]) -> None:
+    for place in runs:
+        seed = int(place[-1])
+        value = (30 if "pirl" in place else 10) + seed / 1000
+        rank = row(value, probe="collapse", name="effective_rank", seed=seed)
+        write_rows(Folder(place), [rank, row(0.5, probe="knn", seed=seed, test="t")])
+    page = report(runs, ReportConfig(str(tmp_path / "out"), images=0)).read("index.html").decode()
+    assert "30.0005" in page
+    assert " best<" not in page
+    assert page.count("protocol p, same images for train and test: t<") == 1
+
+
 def test_a_spread_is_never_best(tmp_path: Path, runs: list[str]) -> None:
     for place in runs:
         seed = int(place[-1])

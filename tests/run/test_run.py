@@ -11,8 +11,10 @@ from typing import Any
 
 import pytest
 
+from raysl import checkpoint
 from raysl import run as run_module
-from raysl.config import Pretraining
+from raysl.config import Pretraining, defaults
+from raysl.config.run_folder import check_free, check_free_for_sweep
 from raysl.dataset import DataSet, Manifest, Shard
 from raysl.errors import UserError
 from raysl.optim import OptimConfig
@@ -55,11 +57,20 @@ def test_the_same_configuration_goes_on_on_other_workers(tmp_path: Path) -> None
 def test_another_configuration_is_refused_and_the_fields_are_named(tmp_path: Path) -> None:
     run = begin(tmp_path)
     before = run.folder.read(METADATA)
-    with pytest.raises(UserError, match=r"these differ: optim\.lr, seed\."):
+    with pytest.raises(
+        UserError, match=r"these differ: optim\.lr is .* now; seed is 0 in the run and 1 now\."
+    ):
         begin(tmp_path, seed=1, optim=OptimConfig(lr=1.0))
     with pytest.raises(UserError, match=r"parts\.pirl\.lam"):
         begin(tmp_path, parts={"pirl": {"lam": 0.1}})
-    with pytest.raises(UserError, match=r"these differ: epochs\..*--backbone\.weights .*/model\.safetensors"):
+    with pytest.raises(UserError, match=r"these differ: method is pirl-jigsaw in the run and simclr now\."):
+        begin(tmp_path, method="simclr")
+    with pytest.raises(UserError, match=r"epochs is 10 in the run and 5 now\..* no checkpoint yet"):
+        begin(tmp_path, epochs=5)
+    saver = checkpoint.Saver(run.checkpoints, checkpoint.SaveConfig(), 0, 1)
+    saver.save(3, {}, None)
+    saver.wait()
+    with pytest.raises(UserError, match=r"epochs is .*--backbone\.weights .*/model\.safetensors"):
         begin(tmp_path, epochs=5)
     assert run.folder.read(METADATA) == before
 
@@ -215,4 +226,48 @@ def test_a_data_set_is_no_run(tmp_path: Path) -> None:
     with pytest.raises(UserError, match="is a data set and no run"):
         Run.open(str(images.folder))
     with pytest.raises(UserError, match=r"which is a data set\. Give another folder to --run"):
-        Run.check(Pretraining(str(images.folder), str(images.folder)), images)
+        check_free(str(images.folder))
+
+
+@pytest.mark.parametrize(
+    "names",
+    [
+        (),
+        (".DS_Store", "driver.json", f"driver.json.{'0' * 32}"),
+        (
+            "checkpoints",
+            "features",
+            "features-4",
+            "probes",
+            "round-1",
+            "metadata.json.0123abcd.tmp",
+            "train.log",
+        ),
+        ("1.jpg", METADATA),
+    ],
+)
+def test_a_folder_with_what_raysl_writes_is_free(tmp_path: Path, names: tuple[str, ...]) -> None:
+    for name in names:
+        (tmp_path / name).touch()
+    check_free(str(tmp_path))
+
+
+def test_a_folder_of_other_things_is_refused(tmp_path: Path) -> None:
+    check_free(str(tmp_path / "new"))
+    (tmp_path / "features").mkdir()
+    (tmp_path / "1.jpg").touch()
+    said = r"--run is .*, a folder that is not empty and holds no run: '1\.jpg' is in it\. Give --run a new folder"
+    with pytest.raises(UserError, match=said):
+        check_free(str(tmp_path))
+    with pytest.raises(UserError, match=said):  # before the data are looked for
+        defaults.check({"data": "missing", "run": str(tmp_path)})
+
+
+def test_a_sweep_is_not_written_among_other_things(tmp_path: Path) -> None:
+    (tmp_path / "images").mkdir()
+    check_free_for_sweep(str(tmp_path))
+    (tmp_path / "notes.txt").touch()
+    with pytest.raises(UserError, match=r"holds no sweep: 'notes\.txt' is in it"):
+        check_free_for_sweep(str(tmp_path))
+    (tmp_path / "sweep.jsonl").touch()
+    check_free_for_sweep(str(tmp_path))

@@ -176,6 +176,7 @@ def test_paths_come_along_and_open_in_pandas(tmp_path: Path) -> None:
     uri = made(tmp_path, blobs(100))
     store = FeatureStore.open(uri)
     assert store.has_paths
+    assert repr(store) == f"FeatureStore({uri!r}: 100 rows of 6 numbers, layer 'res4')"
     pieces = store.shards(3)[1]
     paths = store.paths(pieces)
     assert paths is not None

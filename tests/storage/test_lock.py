@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import signal
 import socket
 import subprocess
 import sys
@@ -14,7 +15,7 @@ import pytest
 
 from raysl.errors import UserError
 from raysl.storage import Folder
-from raysl.storage.lock import NAME, DriverLock, held_here, is_lock
+from raysl.storage.lock import NAME, DriverLock, _started, held_here, is_lock
 from raysl.tuning.journal import NAME as JOURNAL
 from raysl.tuning.journal import Journal
 
@@ -64,6 +65,35 @@ def test_a_driver_that_was_killed_here_is_followed_at_once(tmp_path: Path) -> No
     record(folder, host=ours["host"], scope=ours["scope"], pid=dead.pid)
     with DriverLock(folder) as lock:  # would watch for 40 s
         lock.check()
+
+
+def test_a_driver_that_runs_here_is_refused_at_once(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    waited: list[bool] = []
+    monkeypatch.setattr(DriverLock, "_wait_until_stale", lambda *_: waited.append(True))
+    folder = Folder(str(tmp_path))
+    with subprocess.Popen([sys.executable, "-c", "input()"], stdin=subprocess.PIPE) as other:
+        with DriverLock(folder):
+            ours = folder.read_json(NAME)
+        there = {"host": ours["host"], "scope": ours["scope"], "pid": other.pid}
+        record(folder, **there, started=_started(other.pid))
+        with (
+            pytest.raises(UserError, match=f"process {other.pid} on .*works on the run"),
+            DriverLock(folder, "run"),
+        ):
+            pass
+        assert not waited
+        # Another process may have got its id, and a record of an earlier version names no start.
+        for changes in ({"started": 1}, {}, {"started": _started(other.pid), "scope": "other boot/1"}):
+            record(folder, **{**there, **changes})
+            with DriverLock(folder, "run"):
+                assert waited.pop()
+        record(folder, **there, started=_started(other.pid))
+        other.send_signal(signal.SIGSTOP)
+        os.waitpid(other.pid, os.WUNTRACED)
+        assert _started(other.pid) == 0
+        with DriverLock(folder, "run"):
+            assert waited.pop()
+        other.kill()
 
 
 def test_a_process_knows_what_it_works_on(tmp_path: Path) -> None:

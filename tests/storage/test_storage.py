@@ -5,7 +5,7 @@ from __future__ import annotations
 import errno
 import os
 import pickle
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from pathlib import Path
 
 import pyarrow.fs
@@ -14,6 +14,7 @@ import pytest
 from raysl import storage
 from raysl.errors import UserError
 from raysl.storage import Folder, StorageError, failure, filesystem, retry
+from raysl.storage.records import verified
 
 
 @pytest.fixture(params=["", "file://", "memory://"], ids=["path", "file", "fsspec"])
@@ -100,12 +101,14 @@ def test_a_full_disk_is_named() -> None:
     assert "Free some space" in message
 
 
-def flaky(errors: list[OSError]) -> Callable[[], str]:
+def flaky(errors: Sequence[Exception]) -> Callable[[], str]:
     """An action that raises each of `errors` in turn and then succeeds."""
 
+    left = list(errors)
+
     def action() -> str:
-        if errors:
-            raise errors.pop(0)
+        if left:
+            raise left.pop(0)
         return "done"
 
     return action
@@ -160,10 +163,56 @@ def test_a_store_that_does_not_tell_its_region_is_asked_again(monkeypatch: pytes
     assert filesystem("s3://far/x") == "done"  # type: ignore[comparison-overlap]
 
 
-def test_patience_ends(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_patience_ends(monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture) -> None:
     monkeypatch.setenv("RAYSL_STORAGE_RETRY_S", "0.1")
     with pytest.raises(StorageError, match="Couldn't connect"):
         retry("s3://bucket/x", "read", flaky([OSError("Couldn't connect")] * 9))
+    # How long it lasts is said before.
+    monkeypatch.setenv("RAYSL_STORAGE_RETRY_S", "70")
+    assert retry("s3://bucket/x", "read", flaky([OSError("Couldn't connect")])) == "done"
+    assert caplog.messages[-1].endswith("Trying again for about 70 s (RAYSL_STORAGE_RETRY_S).")
+
+
+class LostError(Exception):
+    """An error as httpx defines it: no OSError, and of a package that raysl does not import."""
+
+    __module__ = "httpx9.errors"
+
+
+class AddressError(ValueError):
+    __module__ = "some_hub.errors"
+
+
+def test_errors_that_packages_of_fsspec_define_are_sentences(monkeypatch: pytest.MonkeyPatch) -> None:
+    lost = LostError("Name or service not known")
+    assert retry("hf://datasets/a/b", "read", flaky([lost])) == "done"
+    with pytest.raises(
+        StorageError, match=r"a/b@: Empty revision\. Check the name\. It reads as hf://datasets/"
+    ):
+        retry("hf://datasets/a/b@", "read", flaky([AddressError("Empty revision.")]))
+    with pytest.raises(StorageError, match=r"401 .*HF_TOKEN"):
+        retry("hf://datasets/a/b", "read", flaky([OSError("401 Client Error. Cannot access gated repo")]))
+    monkeypatch.setenv("RAYSL_STORAGE_RETRY_S", "0")
+    with pytest.raises(StorageError, match="Cannot read hf://datasets/a/b: Name or service not known"):
+        retry("hf://datasets/a/b", "read", flaky([lost]))
+
+
+def test_a_mistake_of_raysl_is_not_taken_for_an_error_of_a_store() -> None:
+    for mistake in (TypeError("x"), UserError("x"), KeyError("x")):
+        with pytest.raises(type(mistake)) as raised:
+            retry("hf://datasets/a/b", "read", flaky([mistake]))
+        assert raised.value is mistake
+    with pytest.raises(ValueError, match="no JSON object"):
+        retry("hf://datasets/a/b", "read", lambda: verified([]))
+    with pytest.raises(LostError):
+        retry("/data/x", "read", flaky([LostError()]))
+
+
+def test_an_address_of_the_hub_without_a_repository_is_one_sentence() -> None:
+    pytest.importorskip("huggingface_hub")
+    for uri in ("hf://datasets", "hf://datasets/a", "hf://datasets/a/b@"):
+        with pytest.raises(StorageError, match=f"Cannot read {uri}"):
+            Folder(uri).exists()
 
 
 def test_an_expected_file_is_waited_for() -> None:

@@ -60,7 +60,11 @@ class Attempts:
         patch.setattr(ray, "get", lambda found: found)
         patch.setattr(launch, "_trainer", lambda *_: SimpleNamespace(fit=fit))
         job = Job(
-            {}, Run(Folder(str(folder / "run"))), make_dataset(folder / "set", 8), GROUP.placement, remote
+            {"epochs": 9},
+            Run(Folder(str(folder / "run"))),
+            make_dataset(folder / "set", 8),
+            GROUP.placement,
+            remote,
         )
         self.lock = DriverLock(job.run.folder, "run")
         self._attempts = launch._Attempts(job, (1,), 9, 9, self.lock, Callbacks([self.callback]))

@@ -199,6 +199,24 @@ def test_a_damaged_shard_is_named(tmp_path: Path) -> None:
         pretrain(alone(damaged, tmp_path / "run"), local=True)
 
 
+def test_a_smaller_data_set_is_refused_as_another_one(
+    finished: Run, dataset: DataSet, tmp_path: Path
+) -> None:
+    """Not by the batch size, which is stored in the run."""
+    smaller = make_dataset(tmp_path / "set", 8)
+    config = replace(alone(dataset, Path(str(finished.folder))), data=str(smaller.folder))
+    assert config.batch_size > smaller.num_images
+    with pytest.raises(UserError, match=r"begun on images with fingerprint"):
+        pretrain(config, local=True)
+
+
+def test_a_folder_of_other_files_is_refused_and_left_alone(dataset: DataSet, tmp_path: Path) -> None:
+    (tmp_path / "1.jpg").touch()
+    with pytest.raises(UserError, match=r"holds no run: '1\.jpg' is in it"):
+        pretrain(alone(dataset, tmp_path), local=True)
+    assert [file.name for file in tmp_path.iterdir()] == ["1.jpg"]
+
+
 def test_damaged_checkpoint_is_an_error_of_the_user(dataset: DataSet, finished: Run, tmp_path: Path) -> None:
     """The state file of the only checkpoint is cut short."""
     run = tmp_path / "run"

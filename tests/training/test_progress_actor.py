@@ -7,6 +7,7 @@ from types import SimpleNamespace
 
 import pytest
 
+from raysl.checkpoint import SaveConfig
 from raysl.errors import UserError
 from raysl.training import progress_actor
 from raysl.training.progress_actor import IMAGES, OTHERS, ProgressActor, RemoteProgress
@@ -52,7 +53,7 @@ def test_workers_that_have_agreed_to_stop_are_not_killed(monkeypatch: pytest.Mon
 def test_workers_that_wait_in_vain_tell_what_they_do_and_end(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr("ray.get", lambda answer: answer)
     actor = ProgressActor()
-    actor.begin(0, workers=3, reached=0)
+    actor.begin(0, workers=3, reached=0, saves="")
     called = SimpleNamespace(
         stalled=SimpleNamespace(remote=actor.stalled), crash=SimpleNamespace(remote=actor.crash)
     )
@@ -87,16 +88,39 @@ def test_a_stall_of_all_workers_names_the_network() -> None:
 
 def test_lost_steps_are_counted_once() -> None:
     actor = ProgressActor()
-    assert actor.begin(0, workers=2, reached=0) == 0
+    assert actor.begin(0, workers=2, reached=0, saves="") == 0
     assert actor.take_messages() == []
     actor.post({"step": 9})
-    assert actor.begin(4, workers=3, reached=8) == 5
+    assert actor.begin(4, workers=3, reached=8, saves="") == 5
     assert actor.take_messages() == ["Resumed from step 4 with 3 workers; 5 steps were lost."]
-    assert actor.begin(4, workers=3, reached=4) == 0
+    assert actor.begin(4, workers=3, reached=4, saves="") == 0
+
+
+def test_a_run_without_a_checkpoint_starts_again_and_does_not_resume() -> None:
+    actor = ProgressActor()
+    assert actor.begin(0, workers=1, reached=20, saves=SaveConfig().told()) == 20
+    (said,) = actor.take_messages()
+    assert said == (
+        "No checkpoint had been saved yet (one is saved every 5 minutes, by --save.every-minutes), so the run starts "
+        "again; 20 steps were lost."
+    )
+    assert SaveConfig(every_minutes=0).told() == "one is saved only at the end"
+    assert (
+        SaveConfig(100, 0.5)
+        .told()
+        .endswith("0.5 minutes, by --save.every-minutes and every 100 steps, by --save.every-steps")
+    )
+    assert "begins again" in progress_actor.resuming(0)
+    assert "resumes from the checkpoint of step 7" in progress_actor.resuming(7)
 
 
 def test_a_row_as_a_line() -> None:
     row = {"step": 20, "epoch": 1.5, "images_per_s": 812.4, "wait_share": 0.031, "loss": 5.4321, "lr": 0.03}
-    line = progress_actor.line({**row, "eta_s": 3725.0}, num_steps=100)
+    line = progress_actor.line({**row, "eta_s": 3725.0}, num_steps=100, epochs=10)
     assert line == "step    20/100  epoch   1.5     812 images/s  waits  3%  loss  5.4321  ETA 1:02:05"
-    assert progress_actor.line({**row, "eta_s": float("nan")}, num_steps=100).endswith("ETA ?")
+    assert progress_actor.line({**row, "eta_s": float("nan")}, num_steps=100, epochs=10).endswith("ETA ?")
+
+
+def test_the_last_batch_does_not_show_more_epochs_than_the_run_has() -> None:
+    row = {"step": 58, "epoch": 10.06, "images_per_s": 1.0, "wait_share": 0.0, "loss": 1.0, "eta_s": 0.0}
+    assert "  epoch  10.0  " in progress_actor.line(row, num_steps=58, epochs=10)

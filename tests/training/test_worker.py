@@ -113,9 +113,23 @@ def test_weights_that_are_not_finite_are_not_saved(tmp_path: Path) -> None:
     worker = Worker(settings, torch.device("cpu"), source=source)
     # As when a root of 0 is differentiated: the loss is finite and the gradient is not.
     next(worker.model.parameters()).register_hook(lambda gradient: gradient * math.nan)  # type: ignore[no-untyped-call]
-    with pytest.raises(UserError, match="The weights became infinite or NaN at step 1, so training stopped"):
+    said = (
+        "The weights became infinite or NaN at step 1, so training stopped; no checkpoint had been saved yet"
+    )
+    with pytest.raises(UserError, match=said):
         worker.train()
     assert worker.job.run.checkpoints.list() == []
+
+
+def test_a_checkpoint_is_called_valid_where_there_is_one(tmp_path: Path) -> None:
+    worker = Worker(job(tmp_path / "run", make_dataset(tmp_path / "set", 40)), torch.device("cpu"))
+    worker.step = 3
+    worker.save()
+    worker.saver.wait()
+    with pytest.raises(
+        UserError, match=r"loss became nan at step 3, .* the checkpoint of step 3 is still valid"
+    ):
+        worker._check(math.nan)
 
 
 def test_an_objective_acts_after_every_epoch(tmp_path: Path) -> None:

@@ -30,7 +30,7 @@ from raysl.ingestion import unsupported
 from raysl.ingestion.found import Found, LeftOut, unreadable
 from raysl.ingestion.layout import by_split
 from raysl.ingestion.listing import HEAD_BYTES, TABLE, File, Survey, files_below, is_folder, join, read_bytes
-from raysl.storage import Folder
+from raysl.storage import HUB_LOGIN, Folder
 
 T = TypeVar("T")
 
@@ -239,7 +239,12 @@ def open_source(place: Place) -> Opened:
 
 
 def _nearest(uri: str) -> str:
-    """Return a question that names what lies beside a local path and has nearly its name; "" if nothing does."""
+    """Return a question that names what lies beside a local path and has nearly its name; "" if nothing does.
+
+    Of a repository of the Hub, return what else "missing" may mean.
+    """
+    if uri.startswith("hf://"):
+        return f"{HUB_LOGIN} "
     path = Path(uri)
     try:
         beside = [] if "://" in uri else os.listdir(path.parent)

@@ -26,7 +26,7 @@ import pyarrow as pa
 from numpy.lib import format as npy
 from numpy.typing import NDArray
 
-from raysl.errors import UserError, explained
+from raysl.errors import UserError, counted, explained
 from raysl.ingestion import idx, labels, png
 from raysl.ingestion.found import Found
 from raysl.ingestion.listing import files_below, is_folder, stamp
@@ -179,7 +179,7 @@ class Source:
             names: list[str | None] = [None] * count
             if values is not None and self._config.labels != "none":
                 if len(values) != count:
-                    mismatch = f"{count} images but {len(values)} labels"
+                    mismatch = f"{counted(count, 'image')} but {counted(len(values), 'label')}"
                     raise UserError(f"{self.name!r} has {mismatch}. Get the files again.")
                 try:
                     column = pa.array(list(values) if values.ndim > 1 else values)

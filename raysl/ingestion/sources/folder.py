@@ -135,6 +135,8 @@ def _clips(root: str, path: str, label: str | None, sampling: video.Sampling) ->
 
 def _unread(root: str, path: str, error: OSError) -> Row:
     """Return the reason why a file cannot be read. Raises UserError if the same command may be able to later."""
-    if isinstance(error, FileNotFoundError | PermissionError):
+    if isinstance(error, FileNotFoundError):
+        return Row(None, None, printable(path), "does not exist")
+    if isinstance(error, PermissionError):
         return Row(None, None, printable(path), f"cannot be read: {type(error).__name__}")
     raise UserError(f"Cannot read {root}/{printable(path)}: {error}. Run the same command again.") from error

@@ -349,5 +349,7 @@ def _from_file(spec: dict[str, Any], name: str | None, label: str | None) -> Row
     folder = _folder_of(spec["root"], spec["path"])
     try:
         return Row(read_bytes("" if name.startswith("/") else folder, name), label, printable(name))
-    except (FileNotFoundError, PermissionError, NotADirectoryError, IsADirectoryError, ValueError) as error:
+    except FileNotFoundError:
+        return Row(None, label, printable(name), "does not exist")
+    except (PermissionError, NotADirectoryError, IsADirectoryError, ValueError) as error:
         return Row(None, label, printable(name), f"cannot be read: {type(error).__name__}")

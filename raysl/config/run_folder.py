@@ -1,0 +1,56 @@
+"""Refuse a folder for a run or a sweep that holds something else."""
+
+from __future__ import annotations
+
+import re
+
+from raysl.dataset import DataSet
+from raysl.errors import UserError
+from raysl.storage import Folder
+from raysl.storage.lock import is_lock
+
+METADATA = "metadata.json"
+# Of raysl 0.1.
+OLD_METADATA = "passport.json"
+# What a folder may hold before the metadata: what raysl itself writes there (also a copied checkpoint of a sweep, the
+# rounds of a clusterfit, and what a killed process leaves), hidden files, and the output that a shell puts there.
+_MAY_HOLD = re.compile(
+    r"\..*|.*\.(log|out|err)|lost\+found|checkpoints|tensorboard|metrics(-\d{6})?\.jsonl|features(-.+)?|probes|round-\d+"
+    r"|.+\.[0-9a-f]{8}\.tmp"
+)
+
+SWEEP_JOURNAL = "sweep.jsonl"
+_OF_SWEEP = {"images", "trials", "_ray_tune", "report"}
+
+
+def check_free(uri: str, flag: str = "--run") -> None:
+    """Raise UserError if a folder holds neither a run nor what raysl writes before the metadata of one.
+
+    Args:
+        uri: the folder, which need not exist.
+        flag: the flag that names it, for the message.
+    """
+    names = Folder(uri).list()
+    if METADATA not in names and OLD_METADATA not in names:
+        _refuse(uri, flag, "run", _others(names))
+
+
+def check_free_for_sweep(uri: str) -> None:
+    """Raise UserError if a folder holds neither a sweep nor what raysl writes before the journal of one."""
+    names = Folder(uri).list()
+    if SWEEP_JOURNAL not in names:
+        _refuse(uri, "--out", "sweep", [name for name in _others(names) if name not in _OF_SWEEP])
+
+
+def _others(names: list[str]) -> list[str]:
+    return [name for name in names if not (_MAY_HOLD.fullmatch(name) or is_lock(name))]
+
+
+def _refuse(uri: str, flag: str, what: str, others: list[str]) -> None:
+    if others and DataSet.is_one(uri):
+        raise UserError(f"{flag} is {uri!r}, which is a data set. Give another folder to {flag}.")
+    if others:
+        raise UserError(
+            f"{flag} is {uri!r}, a folder that is not empty and holds no {what}: {others[0]!r} is in it. Give {flag} a "
+            f"new folder, such as {what}s/first, or the folder of a {what} to go on with it."
+        )

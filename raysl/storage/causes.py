@@ -1,0 +1,62 @@
+"""Tell errors of a file system from others, and those that may pass from those that stay."""
+
+from __future__ import annotations
+
+import errno
+import re
+from pathlib import PurePosixPath
+
+# Errors of a network file system that does not answer for a moment. Waiting does not help against other local errors.
+_TRANSIENT = {getattr(errno, name) for name in "EIO ESTALE ETIMEDOUT ENOTCONN EHOSTDOWN EAGAIN EBUSY".split()}
+# What an object store says when waiting does not help.
+_PERMANENT_TEXT = re.compile(
+    r"access.?denied|forbidden|\b(301|40[013])\b|too.?skewed|no.?such.?bucket|bucket (does not exist|not found)|"
+    r"credential|invalid.?access.?key|signature|not authorized|permission|path does not exist|no such file|"
+    r"offline mode",
+    re.IGNORECASE,
+)
+# Errors of these packages are mistakes of raysl, or are handled where they arise.
+_OWN = ("builtins", "raysl", "pyarrow", "numpy")
+
+
+def as_os_error(place: str, error: Exception) -> OSError | None:
+    """Return an error as one of the file system of `place`; None if it is another, such as a mistake of raysl.
+
+    Arrow and the disk raise OSError. Packages that fsspec loads also raise classes of their own, as httpx and
+    huggingface_hub do for hf://. They are recognised by the package that defines or raises them, without importing it.
+    """
+    if isinstance(error, OSError):
+        return error
+    home, is_final = type(error).__module__, isinstance(error, ValueError | NotImplementedError)
+    if home == "builtins" and is_final:
+        home = _raised_in(error)
+    if "://" not in place or home.partition(".")[0] in _OWN:
+        return None
+    text = str(error) or type(error).__name__
+    # An address that the package refuses is refused again.
+    return OSError(errno.EINVAL, text) if is_final else OSError(text)
+
+
+def _raised_in(error: Exception) -> str:
+    """Return the name of the module that raised an error."""
+    trace = error.__traceback__
+    while trace is not None and trace.tb_next is not None:
+        trace = trace.tb_next
+    return str(trace.tb_frame.f_globals.get("__name__", "")) if trace else "builtins"
+
+
+def may_pass(place: str, error: OSError) -> bool:
+    """Return True if the same request may succeed later."""
+    if "://" not in place:
+        return error.errno in _TRANSIENT
+    # Names of buckets and files may hold "400" or "signature".
+    bucket, _, key = place.partition("://")[2].partition("/")
+    names = "|".join(map(re.escape, (bucket, key, *map(str, PurePosixPath(key).parents))))
+    text = re.sub(rf"['\"](?:{names})/?['\"]\s*|\S*/\S*", "", str(error))
+    is_final = isinstance(error, PermissionError) or error.errno == errno.EINVAL
+    return not is_final and not _PERMANENT_TEXT.search(text)
+
+
+def reason(error: OSError) -> str:
+    """Return what an error says, on one line without the full stop."""
+    return " ".join((error.strerror or str(error)).split())[:300].rstrip(".")
