@@ -46,7 +46,7 @@ def test_every_verb_is_a_function_and_every_name_is_typed() -> None:
         (lambda: raysl.pretrain("d"), "lacks 'run'.* Give run=FOLDER"),
         (lambda: raysl.pretrain("d", "r", callback=[]), "Did you mean 'callbacks'"),
         (
-            lambda: raysl.features("random", "/nowhere", Path(__file__).parent),
+            lambda: raysl.features("random", "shapes:9", Path(__file__).parent),
             "not empty and holds no features",
         ),
         (lambda: raysl.pretrain(3, "r"), "type int"),  # type: ignore[arg-type]
