@@ -6,6 +6,7 @@ import atexit
 import glob
 import importlib
 import inspect
+import logging
 import os
 import re
 import sys
@@ -42,9 +43,12 @@ def program() -> None:
     code: int | str | None = 1
 
     def leave() -> None:
-        with suppress(OSError, ValueError):
-            sys.stdout.flush()
-            sys.stderr.flush()
+        if "RAYSL_PLUGINS" in os.environ:
+            return  # Code of others may have left files open, which Python then completes.
+        logging.shutdown()
+        for stream in (sys.stdout, sys.stderr):
+            with suppress(AttributeError, OSError, ValueError):
+                stream.flush()
         os._exit(code if isinstance(code, int) else int(code is not None))
 
     # What is registered first runs last: when the threads have ended, and libraries that were loaded later have closed.

@@ -17,7 +17,7 @@ from typing import Annotated
 from raysl.backbone.network import BackboneConfig
 from raysl.clustering import lloyd
 from raysl.clustering.options import Init, KMeansConfig
-from raysl.config import Pretraining
+from raysl.config import Pretraining, run_folder
 from raysl.errors import UserError
 from raysl.extraction.features import MAX_COMPONENTS, FeaturesConfig, compute_features
 from raysl.fields import Bounds, check
@@ -89,6 +89,7 @@ def clusterfit(config: ClusterfitConfig, student: Pretraining, *, local: bool = 
     Raises:
         UserError: see `extraction.compute_features`, `lloyd.fit` and `pretrain`.
     """
+    run_folder.check_free(student.run)
     teacher, backbone = config.teacher, config.teacher_backbone
     for number in range(1, config.rounds + 1):
         folder = round_folder(student.run, number)

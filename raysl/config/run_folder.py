@@ -13,14 +13,16 @@ METADATA = "metadata.json"
 # Of raysl 0.1.
 OLD_METADATA = "passport.json"
 # What a folder may hold before the metadata: what raysl itself writes there (also a copied checkpoint of a sweep, the
-# rounds of a clusterfit, and what a killed process leaves), hidden files, and the output that a shell puts there.
+# rounds of a clusterfit, and what a killed process leaves), hidden files, and what people, shells and other loggers put
+# beside a run: texts, scripts, the picture of its views. Photographs, tables and other folders are none of these.
 _MAY_HOLD = re.compile(
-    r"\..*|.*\.(log|out|err)|lost\+found|checkpoints|tensorboard|metrics(-\d{6})?\.jsonl|features(-.+)?|probes|round-\d+"
-    r"|.+\.[0-9a-f]{8}\.tmp"
+    r"\..*|lost\+found|checkpoints|tensorboard|metrics(-\d{6})?\.jsonl|features(-.+)?|probes|report|round-\d+"
+    r"|.+\.[0-9a-f]{8}\.tmp|.*\.(log|out|err|txt|md|ya?ml|toml|json|sh|sbatch|py|ipynb|pkl)|views.*\.png"
+    r"|wandb|mlruns|slurm.*|logs?|data|events\.out\..*"
 )
 
 SWEEP_JOURNAL = "sweep.jsonl"
-_OF_SWEEP = {"images", "trials", "_ray_tune", "report"}
+_OF_SWEEP = {"images", "trials", "_ray_tune"}
 
 
 def check_free(uri: str, flag: str = "--run") -> None:

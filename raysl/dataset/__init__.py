@@ -144,7 +144,7 @@ class DataSet:
     def is_one(uri: str) -> bool:
         """Return True if there is a finished data set at `uri`. A URI with "#SPLIT" behind it names a source."""
         folder = Folder(uri)
-        return (folder.is_local or "#" not in str(folder)) and folder.exists(MANIFEST)
+        return (folder.is_local or "#" not in str(folder).rpartition("/")[2]) and folder.exists(MANIFEST)
 
     @staticmethod
     def open(uri: str) -> DataSet:

@@ -24,7 +24,6 @@ from typing import TYPE_CHECKING, Any
 from raysl import extraction, probes
 from raysl.errors import UserError, counted
 from raysl.extraction import FeatureProtocol
-from raysl.probes import collapse
 from raysl.run import Run, jsonl
 from raysl.storage import Folder
 
@@ -45,8 +44,6 @@ MODEL = "model.json"
 # A row replaces an earlier row that has the same values of these fields.
 KEY = ("probe", "name", "layer", "encoder", "step", "seed", "protocol", "train", "test")
 _TABLE_KEY = ("probe", "protocol", "train", "test")
-# Primary metrics that are no scores: more is not always better, and raw pixels may have another width.
-NO_SCORES = frozenset({"effective_rank", "lidar", "closer"})
 # Measures that are shares of 1, which people read as per cent.
 _SHARE = re.compile(
     r"(top\d|balanced|mAP|AP|PCK(_without_image)?|within|peak_in|middle_in|precision|closer|readout|chance|constant)"
@@ -152,7 +149,8 @@ def _checked(row: Any) -> dict[str, Any]:
         raise ValueError("a row has no step, no seed or no primary")
     if not isinstance(row["value"], int | float) or not math.isfinite(row["value"]):
         raise ValueError("a value is not a finite number")
-    if not isinstance(row.get("num_test", 0), int):
+    num_test = row.get("num_test", 0)
+    if not isinstance(num_test, int) or isinstance(num_test, bool) or num_test < 0:
         raise ValueError("its number of test images is not a whole number")
     if not isinstance(row.get("weights"), str | int | float | None):
         raise ValueError("its weights are neither a name nor a number")
@@ -278,8 +276,8 @@ def _column(row: Mapping[str, Any], several_seeds: bool) -> tuple[int, int, int,
 def verdicts(rows: Iterable[Mapping[str, Any]], num_test: int = 0) -> list[str]:
     """Return sentences for each probe that say if the trained encoder is better than the baselines.
 
-    Each encoder counts with the primary metric of its best layer. Probes that give no score say so, and the probe
-    `collapse` says if the features of each layer have collapsed.
+    Each encoder counts with the primary metric of its best layer. A probe that gives no score says what it has found
+    in each layer, or that it is none.
 
     Args:
         num_test: number of test images; 0 for that in the rows. Accuracies that differ by less than two standard
@@ -291,11 +289,8 @@ def verdicts(rows: Iterable[Mapping[str, Any]], num_test: int = 0) -> list[str]:
         members.setdefault(tuple(row[key] for key in _TABLE_KEY), []).append(row)
     for (name, *_), together in members.items():
         found = [row for row in together if row["primary"]]
-        if name == "collapse":
-            sentences += _collapse(together)
-            continue
-        if any(row["name"] in NO_SCORES for row in found):
-            sentences.append(f"The probe {name} gives no score: {_NO_SCORE}")
+        if not probes.is_score(name):
+            sentences += _findings(name, together)
             continue
         best = {row["encoder"]: row for row in sorted(found, key=lambda row: float(row["value"]))}
         others = [best[encoder] for encoder in ENCODERS[1:] if encoder in best]
@@ -305,20 +300,18 @@ def verdicts(rows: Iterable[Mapping[str, Any]], num_test: int = 0) -> list[str]:
     return sentences
 
 
-_NO_SCORE = (
-    "more is not always better, and only a probe with labels tells if the run has learned something useful."
-)
-
-
-def _collapse(rows: Iterable[Mapping[str, Any]]) -> list[str]:
-    """Return a sentence for each layer of the trained encoder."""
+def _findings(name: str, rows: Iterable[Mapping[str, Any]]) -> list[str]:
+    """Return what a probe that gives no score has found in the trained encoder, in a sentence for each layer."""
     by_layer: dict[str, dict[str, float]] = {}
     for row in rows:
         if row["encoder"] == "trained":
             by_layer.setdefault(row["layer"], {})[row["name"]] = row["value"]
-    needed = {"effective_rank", "effective_rank_share", "spread", "constant"}
-    found = [collapse.finding(*one) for one in by_layer.items() if needed <= one[1].keys()]
-    return [*found, "Only a probe with labels tells if they are useful."] if found else []
+    found = [probes.finding(name, layer, values) for layer, values in by_layer.items()]
+    if not found:
+        return []
+    if not any(found):
+        found = [f"The probe {name} gives no score: more is not always better."]
+    return [" ".join([*found, "Only a probe with labels tells if the features are useful."])]
 
 
 def _verdict(name: str, trained: Mapping[str, Any], others: list[Mapping[str, Any]], num_test: int) -> str:

@@ -24,6 +24,9 @@ from raysl.storage.records import read_record, write_record
 
 _log = logging.getLogger("raysl.extraction")
 _UNREDUCED = "unreduced"
+_LEFT_OVER = re.compile(
+    r"\..*|lost\+found|.*\.(log|out|err)|.+\.[0-9a-f]{8}\.tmp|features-\d{10}-\d{10}\.parquet"
+)
 MAX_COMPONENTS = 1 << 16
 
 
@@ -121,7 +124,7 @@ def check_out(out: str) -> None:
 
 def _is_left_over(name: str) -> bool:
     """Return True if an extraction that failed may have left the file `name`."""
-    return name in (pca.FILE, _UNREDUCED) or bool(re.fullmatch(r"\..*|features-\d{10}-\d{10}\.parquet", name))
+    return name in (pca.FILE, _UNREDUCED) or bool(_LEFT_OVER.fullmatch(name))
 
 
 def _is_finished(folder: Folder, about: dict[str, Any]) -> bool:

@@ -8,6 +8,7 @@ from __future__ import annotations
 import os
 import reprlib
 from collections.abc import Iterable, Iterator
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import replace
 from typing import Any
 
@@ -85,7 +86,10 @@ def _pairs(source: Iterable[Any]) -> list[tuple[str, Any]]:
             )
     names = [os.fspath(path) for path, _ in pairs]
     files = [name if "://" in name else os.path.abspath(name) for name in names]
-    if missing := [file for file in files if "://" not in file and not os.path.exists(file)]:
+    with ThreadPoolExecutor(32) as pool:  # A network file system takes long for each.
+        there = pool.map(lambda file: "://" in file or os.path.exists(file), files)
+        missing = [file for file, is_there in zip(files, there, strict=True) if not is_there]
+    if missing:
         verb = "does" if len(missing) == 1 else "do"
         raise UserError(
             f"{counted(len(missing), 'file')} of the list of {len(files):,} {verb} not exist, the first being "

@@ -97,7 +97,7 @@ class Objective(Protocol):
         bank_dim: D of the memory bank; 0 when it needs none.
         moving_backbone: optional, of the class: name of the attribute that holds a moving average of the backbone.
             Probes measure it as the encoder "momentum".
-        chance: optional: a number, the loss of equal scores or of a guess among equally frequent labels. A run whose
+        chance: optional: a number, the loss of equal scores or of a guess by the frequencies of the labels. A run whose
             loss stays there says so. A class that inherits it and adds terms to the loss sets it to None.
         invariant_views: optional, of the class: the names of the views of an image and of its transformed version that
             the objective learns to embed alike. `forward` returns their embeddings, (b, d) each, under the same names.

@@ -27,7 +27,6 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 import torch.nn.functional as F
 from numpy.typing import NDArray
-from scipy.special import entr
 from torch import Tensor, nn
 
 from raysl.backbone.network import encode
@@ -66,7 +65,8 @@ class Clusterfit(Base):
         self.labels_n = table.clusters_n
         self.classify = nn.Linear(setup.width, table.num_clusters)
         # The loss of a guess by the sizes of the clusters, which often differ widely.
-        self.chance = float(entr(np.bincount(table.clusters_n) / len(table.clusters_n)).sum())
+        shares_k = np.unique(table.clusters_n, return_counts=True)[1] / len(table.clusters_n)
+        self.chance = float(-(shares_k * np.log(shares_k)).sum())
 
     def forward(self, backbone: nn.Module, views: Mapping[str, Tensor]) -> dict[str, Tensor]:
         """Compute logits (b, K)."""

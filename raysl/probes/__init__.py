@@ -22,7 +22,8 @@ value that its protocol hash is made of; see `settings`.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import suppress
 from dataclasses import dataclass, fields, is_dataclass
 from typing import Any, Final, Protocol, runtime_checkable
 
@@ -116,7 +117,9 @@ class LabelledProbe(Protocol):
     """A deterministic measurement of frozen features with labels.
 
     Attributes:
-        primary_metric: name of the row that stands for the probe in tables; more is better.
+        primary_metric: name of the row that stands for the probe in tables; more is better, unless the class has
+            `is_score = False`: then no verdict follows from it. Such a class may have a static method `finding` (see
+            `finding`).
         dims: maximum number of features of a layer, whose feature map is averaged into a grid; 0 for the mean over all
             positions.
     """
@@ -180,6 +183,21 @@ def config_type(name: str) -> type[Any]:
 def load(name: str) -> tuple[type[Any], type[Any]]:
     """Return the Config and the class of a probe. Raises UserError if there is no probe of that name."""
     return plugins.load(__name__, name, "probe")
+
+
+def is_score(name: str) -> bool:
+    """Return False if more is not always better for the primary metric of a probe; True for an unknown probe."""
+    with suppress(UserError):
+        return bool(getattr(load(name)[1], "is_score", True))
+    return True
+
+
+def finding(name: str, layer: str, values: Mapping[str, float]) -> str:
+    """Return the sentence that a probe has for the values of a layer; empty for most probes, which have none."""
+    with suppress(UserError):
+        if said := getattr(load(name)[1], "finding", None):
+            return str(said(layer, values))
+    return ""
 
 
 def required(name: str) -> list[str]:

@@ -59,6 +59,7 @@ class Collapse:
     """Six measures; the primary metric is the effective rank, between 0 (all features are equal) and their number."""
 
     primary_metric = "effective_rank"
+    is_score = False
     dims = 0
 
     def __init__(self, config: Config) -> None:
@@ -85,20 +86,24 @@ class Collapse:
         yield Row("constant", float((wide_nd.std(0) <= _ROUNDING * (np.abs(wide_nd.mean(0)) + 1)).mean()))
         yield Row("uniformity", uniformity(unit_nd))
 
+    @staticmethod
+    def finding(layer: str, values: Mapping[str, float]) -> str:
+        """Return a sentence that says if the features of a layer have collapsed.
 
-def finding(layer: str, values: Mapping[str, float]) -> str:
-    """Return a sentence that says if the features of a layer have collapsed.
-
-    Args:
-        values: what `Collapse.measure` yields, by name.
-    """
-    rank, share, constant = (values[name] for name in ("effective_rank", "effective_rank_share", "constant"))
-    most = f" of {rank / share:.0f}" if share else ""
-    close, flat = values["spread"] < _LEAST_SPREAD, rank < _LEAST_RANK and share < _LEAST_SHARE
-    have = "have" if close or flat or constant > _MOST_CONSTANT else "have not"
-    found = f"effective rank {rank:.3g}{most}" + (f", spread {values['spread']:.4f}" if close else "")
-    are = f"{100 * constant:.2g} % constant features" if constant else "no constant features"
-    return f"The {layer} features {have} collapsed: {found} and {are}."
+        Args:
+            values: what `Collapse.measure` yields, by name.
+        """
+        if not {"effective_rank", "effective_rank_share", "spread", "constant"} <= values.keys():
+            return ""  # Rows of an earlier version.
+        rank, share, constant = (
+            values[name] for name in ("effective_rank", "effective_rank_share", "constant")
+        )
+        most = f" of {rank / share:.0f}" if share else ""
+        close, flat = values["spread"] < _LEAST_SPREAD, rank < _LEAST_RANK and share < _LEAST_SHARE
+        have = "have" if close or flat or constant > _MOST_CONSTANT else "have not"
+        found = f"effective rank {rank:.3g}{most}" + (f", spread {values['spread']:.4f}" if close else "")
+        are = f"{100 * constant:.2g} % constant features" if constant else "no constant features"
+        return f"The {layer} features {have} collapsed: {found} and {are}."
 
 
 def effective_rank(singular_k: NDArray[Any]) -> float:

@@ -102,6 +102,7 @@ class Invariance(InTask[Config]):
     """
 
     primary_metric = "closer"
+    is_score = False
 
     def check_data(self, train: DataSet, test: DataSet) -> None:
         """Raise UserError if there are fewer than four images."""

@@ -67,6 +67,7 @@ class Lidar(InTask[Config]):
     """LiDAR, the primary metric, and its share of the largest possible value."""
 
     primary_metric = "lidar"
+    is_score = False
 
     def check_data(self, train: DataSet, test: DataSet) -> None:
         """Raise UserError if there is only one image."""

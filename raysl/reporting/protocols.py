@@ -6,7 +6,6 @@ import importlib
 import inspect
 
 from raysl import probes
-from raysl.evaluation.results import NO_SCORES
 from raysl.probes import EncoderProbe, FeatureProbe, LabelledProbe, Probe
 from raysl.reporting.hyperparameters import hyperparameters
 
@@ -45,11 +44,7 @@ def section(name: str) -> str:
     flags = [f"{flag} VALUE" for flag in probes.required(name)]
     usual = " ".join(["raysl probe RUN --train DATA --test DATA --probes", name, *flags])
     command = getattr(module, "COMMAND", usual)
-    better = (
-        "it is no score, and more is not always better"
-        if probe.primary_metric in NO_SCORES
-        else "more is better"
-    )
+    better = "more is better" if probes.is_score(name) else "it is no score, and more is not always better"
     lines = [
         f"- Primary metric: `{probe.primary_metric}`; {better}.",
         f"- Version of the protocol: {config_type.version}.",

@@ -10,9 +10,9 @@ from pathlib import PurePosixPath
 _TRANSIENT = {getattr(errno, name) for name in "EIO ESTALE ETIMEDOUT ENOTCONN EHOSTDOWN EAGAIN EBUSY".split()}
 # What an object store says when waiting does not help.
 _PERMANENT_TEXT = re.compile(
-    r"access.?denied|forbidden|\b(301|40[013])\b|too.?skewed|no.?such.?bucket|bucket (does not exist|not found)|"
+    r"access.?denied|forbidden|\b(301|40[0134]|410)\b|too.?skewed|no.?such.?bucket|bucket (does not exist|not found)|"
     r"credential|invalid.?access.?key|signature|not authorized|permission|path does not exist|no such file|"
-    r"offline mode",
+    r"offline mode|authenticat|param.?validation",
     re.IGNORECASE,
 )
 # Errors of these packages are mistakes of raysl, or are handled where they arise.

@@ -123,9 +123,11 @@ class DriverLock:
 
     def __exit__(self, *_: object) -> None:
         self._done.set()
-        self._thread.join()
-        if self._is_mine():
-            self.folder.delete(NAME)
+        try:
+            self._thread.join()
+        finally:
+            if self._is_mine():
+                self.folder.delete(NAME)
 
     def _entered(self) -> bool:
         """Take the lock; return False if another driver holds it and this one waits."""
@@ -204,17 +206,25 @@ class DriverLock:
         return False
 
     def _runs_here(self, found: dict[str, Any]) -> bool:
-        """Return True if the driver is another process of this PID namespace, and runs; False if that is not known.
+        """Return True if the driver is another process of this PID namespace, runs, and has renewed the file lately.
 
-        A later process may have its id, but not its start. This process itself is no other driver: what it left when
-        storage failed must not hold it up for ever.
+        False if that is not known. A later process may have its id, but not its start. A process that lives on after
+        its work may have left the file when storage failed, which must not hold up others for ever.
         """
         if not found.get("scope") or (found.get("host"), found.get("scope")) != _here():
             return False
         pid, started = found.get("pid"), found.get("started")
         if not isinstance(pid, int) or pid == os.getpid() or not started:
             return False
-        return bool(_started(pid) == started)
+        return bool(_started(pid) == started) and not self._has_ended(found) and self._is_fresh()
+
+    def _is_fresh(self) -> bool:
+        """Return True if the file lies on a disk and was written within the time of a few beats."""
+        if not self.folder.is_local:
+            return False
+        with contextlib.suppress(OSError):
+            return abs(time.time() - Path(self.folder.uri, NAME).stat().st_mtime) < _MISSED * self._beat_s
+        return False
 
     def _wait_until_stale(self, found: dict[str, Any]) -> None:
         """Return when the file has not changed for some beats. Raises UserError when it changes."""

@@ -16,7 +16,7 @@ _LAST, _BELOW = 0.1, 0.01
 
 
 def warn(run: Run, chance: float, num_steps: int) -> None:
-    """Log a line if a run has ended and the loss of its last steps is not below `chance`, the loss of equal scores.
+    """Log a line if a run has ended and the loss of its last steps is not below `chance`, the loss of a guess.
 
     A short run without a row of metrics that holds its last steps alone is not judged.
     """

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import re
+import subprocess
+import sys
 from pathlib import Path
 
 import pytest
@@ -112,3 +114,26 @@ def test_flags_of_several_values_are_seen_before_all_are_parsed(
     arguments: list[str], found: list[str]
 ) -> None:
     assert peek_all(arguments, "--probes", ("knn",)) == found
+
+
+@pytest.mark.parametrize(
+    ("main", "code", "errors"),
+    [
+        ("print('x' * 9)", 0, ""),
+        ("sys.exit(141)", 141, ""),
+        ("sys.exit('stopped')", 1, "stopped"),
+        ("sys.exit()", 0, ""),
+        ("1 / 0", 1, "ZeroDivisionError"),
+    ],
+)
+def test_the_program_ends_at_once_with_its_exit_code_and_after_other_exit_functions(
+    main: str, code: int, errors: str
+) -> None:
+    program = (
+        "import atexit, sys; from raysl import __main__\n"
+        f"def main():\n    atexit.register(print, 'closed')\n    {main}\n"
+        "__main__.main = main; __main__.program()"
+    )
+    done = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True)
+    assert (done.returncode, done.stdout.splitlines()[-1]) == (code, "closed")
+    assert errors in done.stderr

@@ -10,6 +10,7 @@ import pytest
 
 from raysl.errors import UserError
 from raysl.probes import collapse
+from raysl.probes.collapse import Collapse
 
 
 def values(features_nd: npt.NDArray[Any]) -> dict[str, float]:
@@ -39,17 +40,17 @@ def test_features_on_a_line_and_in_a_point() -> None:
 
 def test_a_sentence_says_if_features_have_collapsed() -> None:
     random = np.random.default_rng(0)
-    whole = collapse.finding("res2", values(random.normal(size=(4000, 32))))
+    whole = Collapse.finding("res2", values(random.normal(size=(4000, 32))))
     assert whole == "The res2 features have not collapsed: effective rank 32 of 32 and no constant features."
     line = random.normal(size=(500, 1)) * random.normal(size=(1, 8))
     close = 1 + 1e-4 * random.normal(size=(500, 8))
     dead = random.normal(size=(500, 8)) * ([1, 1, 1] + [0] * 5)
     for features_nd in (np.full((50, 8), 3.0), line, close, dead):
-        assert "features have collapsed: " in collapse.finding("pooled", values(features_nd))
-    assert "effective rank 3 of 8 and 62 % constant features" in collapse.finding("pooled", values(dead))
-    two_images = collapse.finding("pooled", values(np.array([[0.0, 1.0], [1.0, 0.0]])))
+        assert "features have collapsed: " in Collapse.finding("pooled", values(features_nd))
+    assert "effective rank 3 of 8 and 62 % constant features" in Collapse.finding("pooled", values(dead))
+    two_images = Collapse.finding("pooled", values(np.array([[0.0, 1.0], [1.0, 0.0]])))
     assert "have not collapsed: effective rank 1 of 1 and" in two_images
-    assert "spread 0.0001 and" in collapse.finding("pooled", values(close))
+    assert "spread 0.0001 and" in Collapse.finding("pooled", values(close))
 
 
 def test_uniformity_equals_a_sum_over_pairs() -> None:

@@ -11,7 +11,6 @@ from typing import Any
 import pytest
 
 from raysl import probes
-from raysl.evaluation.results import NO_SCORES
 from raysl.reporting import method_pages, protocols
 from raysl.storage import Folder
 from tests.data import make_clips, make_dataset
@@ -72,7 +71,9 @@ def test_every_probe_has_a_section_with_every_field(name: str) -> None:
     docstring = sys.modules[config_type.__module__].__doc__
     assert (docstring or "?").strip() in section
     metric = probe_type(config_type()).primary_metric
-    better = "it is no score, and more is not always better" if metric in NO_SCORES else "more is better"
+    better = (
+        "it is no score, and more is not always better" if not probes.is_score(name) else "more is better"
+    )
     assert f"- Primary metric: `{metric}`; {better}." in section
     prefix = name.replace("_", "-")
     for field, default in fields(config_type()):

@@ -266,8 +266,8 @@ def test_a_folder_of_other_things_is_refused(tmp_path: Path) -> None:
 def test_a_sweep_is_not_written_among_other_things(tmp_path: Path) -> None:
     (tmp_path / "images").mkdir()
     check_free_for_sweep(str(tmp_path))
-    (tmp_path / "notes.txt").touch()
-    with pytest.raises(UserError, match=r"holds no sweep: 'notes\.txt' is in it"):
+    (tmp_path / "1.jpg").touch()
+    with pytest.raises(UserError, match=r"holds no sweep: '1\.jpg' is in it"):
         check_free_for_sweep(str(tmp_path))
     (tmp_path / "sweep.jsonl").touch()
     check_free_for_sweep(str(tmp_path))

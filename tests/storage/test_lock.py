@@ -87,6 +87,11 @@ def test_a_driver_that_runs_here_is_refused_at_once(tmp_path: Path, monkeypatch:
             record(folder, **{**there, **changes})
             with DriverLock(folder, "run"):
                 assert waited.pop()
+        # A process that lives on after its work no longer renews the record.
+        record(folder, **there, started=_started(other.pid))
+        os.utime(tmp_path / NAME, (0, 0))
+        with DriverLock(folder, "run"):
+            assert waited.pop()
         record(folder, **there, started=_started(other.pid))
         other.send_signal(signal.SIGSTOP)
         os.waitpid(other.pid, os.WUNTRACED)

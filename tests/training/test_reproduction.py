@@ -39,9 +39,11 @@ def run(tmp_path_factory: pytest.TempPathFactory) -> Run:
     return pretrain(config, local=True)
 
 
-def test_a_run_in_two_parts_is_reproduced_in_one_to_the_last_bit(run: Run) -> None:
+@pytest.mark.parametrize("local", [True, pytest.param(False, marks=[pytest.mark.slow, pytest.mark.ray])])
+def test_a_run_in_two_parts_is_reproduced_in_one_to_the_last_bit(local: bool, run: Run) -> None:
+    """On Ray too."""
     assert run.newest().step == 6
-    found = reproduce(run, ReproduceConfig(local=True))
+    found = reproduce(run, ReproduceConfig(local=local))
     assert found.same, found.numbers
     assert found.steps == 6
     # The numbers that are compared are there.
