@@ -128,8 +128,8 @@ def test_a_finished_data_set_is_left_alone_and_ray_does_not_start(
     (tmp_path / "in" / "odd" / "new.jpg").write_bytes(jpeg(9))
     said.clear()
     assert api.ingest(tmp_path / "in", tmp_path / "out").num_images == 7
-    assert "files of the source were added, removed or written since" in said.messages[0]
-    assert "delete that folder or give another DEST" in said.messages[0]
+    assert "files of the source were added, removed or written since" in said.messages[-1]
+    assert "delete that folder or give another DEST" in said.messages[-1]
     assert snapshot(tmp_path / "out") == before
 
 
