@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import inspect
 import math
 from dataclasses import dataclass
 from typing import Annotated, Any, Literal
@@ -60,7 +61,43 @@ class OptimConfig(Checked):
         return floor + (peak - floor) * (1 + math.cos(math.pi * share)) / 2
 
 
-class Lars(torch.optim.SGD):
+class WithoutCompiler(torch.optim.Optimizer):
+    """An optimiser whose methods do not import torch's compiler, which takes about as long as torch itself.
+
+    The decorators of torch's methods import it. They matter only where the step of an optimiser is compiled.
+    """
+
+    def add_param_group(self, param_group: dict[str, Any]) -> None:
+        inspect.unwrap(super().add_param_group)(self, param_group)
+
+    def zero_grad(self, set_to_none: bool = True) -> None:
+        inspect.unwrap(super().zero_grad)(self, set_to_none)
+
+    def state_dict(self) -> dict[str, Any]:
+        state: dict[str, Any] = inspect.unwrap(super().state_dict)(self)
+        return state
+
+    def load_state_dict(self, state_dict: dict[str, Any]) -> None:
+        inspect.unwrap(super().load_state_dict)(self, state_dict)
+
+    @torch.no_grad()
+    def step(self, closure: Any = None) -> Any:
+        return inspect.unwrap(super().step)(self, closure)
+
+
+class Sgd(WithoutCompiler, torch.optim.SGD):
+    """SGD."""
+
+
+class AdamW(WithoutCompiler, torch.optim.AdamW):
+    """AdamW."""
+
+
+class Lbfgs(WithoutCompiler, torch.optim.LBFGS):
+    """L-BFGS."""
+
+
+class Lars(Sgd):
     """SGD with a learning rate per weight, in proportion to its norm, for batches of thousands of images.
 
     You, Gitman and Ginsburg, "Large Batch Training of Convolutional Networks", arXiv 1708.03888: for a weight w with
@@ -105,10 +142,10 @@ def build(config: OptimConfig, network: nn.Module) -> torch.optim.Optimizer:
     ]
     fused = any(p.is_cuda for p in network.parameters()) or None
     if config.name == "adamw":
-        return torch.optim.AdamW(groups, lr=config.lr, fused=fused)
+        return AdamW(groups, lr=config.lr, fused=fused)
     if config.name == "lars":
         return Lars(groups, lr=config.lr, momentum=config.momentum)
-    optimizer = torch.optim.SGD(groups, lr=config.lr, momentum=config.momentum, fused=fused)
+    optimizer = Sgd(groups, lr=config.lr, momentum=config.momentum, fused=fused)
     if fused and config.momentum:
         # Tasks that alternate leave some weights without momentum, which fused SGD refuses. Zeros change nothing.
         for weight in trained:

@@ -57,6 +57,37 @@ def test_steps_divide_by_ten_at_the_milestones() -> None:
     )
 
 
+@pytest.mark.parametrize(
+    ("ours", "theirs", "options"),
+    [
+        (optim.Sgd, torch.optim.SGD, {"lr": 0.1, "momentum": 0.9, "weight_decay": 0.01}),
+        (optim.AdamW, torch.optim.AdamW, {"lr": 0.1}),
+        (optim.Lbfgs, torch.optim.LBFGS, {"max_iter": 3}),
+    ],
+)
+def test_optimisers_take_the_steps_of_torch(ours: Any, theirs: Any, options: dict[str, Any]) -> None:
+    """Also after their state was saved and loaded."""
+    ends = []
+    for kind in (ours, theirs):
+        weight = nn.Parameter(torch.arange(6.0).view(2, 3))
+        optimizer = kind([weight], **options)
+        for step in range(4):
+
+            def closure() -> torch.Tensor:
+                optimizer.zero_grad()  # noqa: B023
+                loss: torch.Tensor = (weight - 2).pow(4).sum()  # noqa: B023
+                loss.backward()  # type: ignore[no-untyped-call]
+                return loss
+
+            optimizer.step(closure)
+            if step == 1:
+                state, optimizer = optimizer.state_dict(), kind([weight], **options)
+                optimizer.load_state_dict(state)
+        ends.append(weight.detach())
+    assert torch.equal(*ends)
+    assert not torch.equal(ends[0], torch.arange(6.0).view(2, 3))
+
+
 def test_biases_and_normalisation_do_not_decay() -> None:
     network = nn.Sequential(networks.build(networks.BackboneConfig()), nn.Linear(192, 8))
     names = {id(p): name for name, p in network.named_parameters()}
@@ -68,9 +99,7 @@ def test_biases_and_normalisation_do_not_decay() -> None:
     } | {n for n in names.values() if "downsample.1" in n}
 
 
-@pytest.mark.parametrize(
-    ("name", "kind"), [("sgd", torch.optim.SGD), ("lars", optim.Lars), ("adamw", torch.optim.AdamW)]
-)
+@pytest.mark.parametrize(("name", "kind"), [("sgd", optim.Sgd), ("lars", optim.Lars), ("adamw", optim.AdamW)])
 def test_optimisers_by_name(name: Any, kind: type[torch.optim.Optimizer]) -> None:
     assert type(optim.build(OptimConfig(name=name, momentum=0.8), nn.Linear(2, 2))) is kind
 

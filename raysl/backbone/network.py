@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Sequence
+from contextlib import suppress
 from dataclasses import dataclass
 from functools import lru_cache
 from typing import Annotated, Any, Literal
@@ -271,12 +272,13 @@ def _failure(body: Backbone, image_size: int) -> str:
 
 def skeleton(config: BackboneConfig) -> Backbone:
     """Build a backbone without weights where possible."""
-    try:
-        with torch.device("meta"):
+    if config.name != "small":  # torch imports its compiler for "meta", which takes longer than these weights
+        with suppress(RuntimeError), torch.device("meta"):
             return build(config)
-    except RuntimeError:  # some networks compute widths or rates by tensors, such as RegNets
-        with torch.random.fork_rng(devices=[]):
-            return build(config)
+    with torch.random.fork_rng(
+        devices=[]
+    ):  # also for networks that compute widths by tensors, such as RegNets
+        return build(config)
 
 
 def _classifier(config: BackboneConfig, norm: Callable[[int], nn.Module]) -> nn.Module:

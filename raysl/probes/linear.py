@@ -24,7 +24,7 @@ import torch
 from torch import Tensor
 from torch.nn.functional import cross_entropy, linear
 
-from raysl import rng
+from raysl import optim, rng
 from raysl.fields import Bounds
 from raysl.probes import Labelled, Row, Settings, _tiles, accuracy_rows, check, rank
 from raysl.probes._tiles import Tiles
@@ -206,7 +206,7 @@ class Fit:
         upper_dd = self._coordinates(weight_decay)
         point_dc = (upper_dd @ start.weights_cd.T).requires_grad_()
         bias_c = start.bias_c.clone().requires_grad_()
-        solver = torch.optim.LBFGS(
+        solver = optim.Lbfgs(
             [point_dc, bias_c],
             max_iter=self._config.max_iterations,
             max_eval=2 * self._config.max_iterations,
@@ -235,10 +235,11 @@ class Fit:
                 value += part.detach()
             decay = weight_decay / 2 * weights_cd.square().sum()
             decay.backward()  # type: ignore[no-untyped-call]
-            now.weights_cd.backward(weights_cd.grad)  # type: ignore[no-untyped-call]
+            # Equal to `backward(weights_cd.grad)`, which imports sympy.
+            (now.weights_cd * weights_cd.grad).sum().backward()  # type: ignore[no-untyped-call,operator]
             return value + decay.detach()
 
-        solver.step(loss)  # type: ignore[no-untyped-call]
+        solver.step(loss)
         found = current()
         return Solution(found.weights_cd.detach(), found.bias_c.detach())
 
@@ -252,7 +253,7 @@ def descend(features_nd: Tensor, labels_n: Tensor, schedule: Sgd) -> Solution:
         {"params": [weights_cd], "weight_decay": schedule.weight_decay},
         {"params": [bias_c], "weight_decay": 0.0},
     ]
-    solver = torch.optim.SGD(groups, lr=schedule.lr, momentum=0.9, nesterov=True)
+    solver = optim.Sgd(groups, lr=schedule.lr, momentum=0.9, nesterov=True)
     drops = torch.optim.lr_scheduler.MultiStepLR(solver, schedule.drops, gamma=0.1)
     for epoch in range(schedule.epochs):
         order_n = torch.from_numpy(rng.generator("linear probe", epoch).permutation(len(labels_n)))

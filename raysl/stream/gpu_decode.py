@@ -17,7 +17,6 @@ import numpy as np
 import numpy.typing as npt
 import torch
 from torch import Tensor
-from torchvision.io import ImageReadMode, decode_jpeg
 
 from raysl.communication.device_copy import copied_beside, made_beside
 from raysl.stream.decode import decode
@@ -68,6 +67,9 @@ def _decode_jpegs(files: Sequence[bytes], device: torch.device) -> list[Tensor]:
     """Decode JPEG files; return nothing if the decoder refuses one, which does not say which."""
     if not files:
         return []
+    # Here, since torchvision imports torch's compiler, which would take seconds in every process of a run.
+    from torchvision.io import ImageReadMode, decode_jpeg
+
     encoded = [torch.frombuffer(bytearray(file), dtype=torch.uint8) for file in files]
     decode_all = partial(decode_jpeg, encoded, ImageReadMode.RGB, device=device)
     # torchvision 0.29 has deprecated this function in favor of TorchCodec's.

@@ -113,7 +113,7 @@ def train(job: Job, num_steps: int, lock: DriverLock, callbacks: Callbacks, show
 def _torch_settings(threads: int, on_gpu: bool) -> Iterator[None]:
     """Set the number of torch's threads for the duration of the block; then restore its generators and settings."""
     before, benchmark = torch.get_num_threads(), torch.backends.cudnn.benchmark
-    deterministic = torch.are_deterministic_algorithms_enabled()
+    deterministic = torch.get_deterministic_debug_mode()
     torch.set_num_threads(threads)
     try:
         with torch.random.fork_rng(devices=[0] if on_gpu else []):
@@ -121,7 +121,8 @@ def _torch_settings(threads: int, on_gpu: bool) -> Iterator[None]:
     finally:
         torch.set_num_threads(before)
         torch.backends.cudnn.benchmark = benchmark
-        torch.use_deterministic_algorithms(deterministic)
+        if torch.get_deterministic_debug_mode() != deterministic:  # the call imports torch's compiler
+            torch.use_deterministic_algorithms(deterministic > 0, warn_only=deterministic == 1)
 
 
 class _Progress(Progress):

@@ -95,7 +95,7 @@ def test_a_file_that_the_decoder_refuses_is_decoded_by_the_cpu(monkeypatch: pyte
     def refuse(*_: object, **__: object) -> None:
         raise RuntimeError("Unknown chroma subsampling")
 
-    monkeypatch.setattr(gpu_decode, "decode_jpeg", refuse)
+    monkeypatch.setattr("torchvision.io.decode_jpeg", refuse)
     files = [encoded(picture(), "JPEG"), encoded(picture(20, 20), "JPEG")]
     for pixels, file in zip(gpu_decode.decode_on(files, CPU), files, strict=True):
         assert torch.equal(pixels, decode(file))
@@ -106,7 +106,7 @@ def test_an_error_of_the_gpu_is_no_damaged_file(error: RuntimeError, monkeypatch
     def fail(*_: object, **__: object) -> None:
         raise error
 
-    monkeypatch.setattr(gpu_decode, "decode_jpeg", fail)
+    monkeypatch.setattr("torchvision.io.decode_jpeg", fail)
     with pytest.raises(RuntimeError, match=str(error)):
         gpu_decode.decode_on([encoded(picture(), "JPEG")], CPU)
 
