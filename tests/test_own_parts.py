@@ -22,7 +22,11 @@ from raysl.extraction import RandomBackbone
 from raysl.model import Model
 from raysl.rng import ImageRng
 from raysl.run import Run
+from raysl.run.callbacks import Callbacks
+from raysl.training import local
+from raysl.training.launch import pretrain
 from tests.data import make_dataset
+from tests.training.test_launch import assert_same_end
 
 NOISY = v2.Compose([v2.RandomHorizontalFlip(), v2.ColorJitter(0.5)])
 
@@ -117,24 +121,37 @@ class Listener(raysl.Callback):
 
 @pytest.mark.ray
 @pytest.mark.timeout(600)
-def test_a_run_of_own_parts_and_its_features(tmp_path: Path, ray_session: None) -> None:
+def test_a_run_of_own_parts_that_is_half_on_ray_has_the_same_numbers(
+    tmp_path: Path, ray_session: None
+) -> None:
     data = make_dataset(tmp_path / "set", 40)
-    listener = Listener()
-    run = raysl.pretrain(
-        data,
-        tmp_path / "run",
-        method="simclr",
-        backbone=Tiny,
-        view={"recipe": darker, "image_size": 16},
-        epochs=1,
-        batch_size=20,
-        workers=1,
-        callbacks=[listener],
-    )
-    assert listener.steps[-1] == 2
-    assert Run.open(str(run.folder)).config().backbone.name == f"{__name__}:Tiny"
-    extractor = raysl.load(run)
-    assert extractor(np.zeros((16, 16, 3), np.uint8)).shape == (1, 8)
+    view, listener = {"recipe": darker, "image_size": 16}, Listener()
+    runs = [
+        arguments.run_config(
+            data,
+            str(tmp_path / name),
+            None,
+            {
+                "method": "simclr",
+                "backbone": Tiny,
+                "view": view,
+                "epochs": 3,
+                "batch_size": 20,
+                "log_every": 1,
+            },
+            workers=True,
+        )
+        for name in ("whole", "halves")
+    ]
+    whole, halves = (replace(config, workers=1) for config in runs)
+    pretrain(whole, local=True)
+    pretrain(halves, until=2, local=True)
+    pretrain(halves, until=4, placement=local.place(), callbacks=Callbacks([listener]))
+    pretrain(halves, local=True)
+    assert_same_end(halves.run, Run.open(whole.run))
+    assert listener.steps == [3, 4]
+    assert Run.open(halves.run).config().backbone.name == f"{__name__}:Tiny"
+    assert raysl.load(halves.run)(np.zeros((16, 16, 3), np.uint8)).shape == (1, 8)
 
 
 def test_a_network_of_timm_is_pretrained_like_any_other(tmp_path: Path) -> None:

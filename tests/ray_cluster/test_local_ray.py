@@ -2,72 +2,20 @@
 
 from __future__ import annotations
 
-import ipaddress
 import os
 import shutil
 import subprocess
 import sys
 import tempfile
-import textwrap
 import uuid
 from collections.abc import Iterator
-from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
-from functools import partial
 from pathlib import Path
 
 import pytest
 
 from raysl.errors import UserError
 from raysl.ray_cluster import local_ray
-
-# Trains two workers; meanwhile a thread collects every listening socket of this process and its descendants.
-PROGRAM = """
-    import os, sys, threading
-    from pathlib import Path
-
-    import psutil
-    import ray
-
-    from raysl import ray_cluster
-    from raysl.config import Pretraining, ViewConfig
-    from raysl.ingestion import ingest
-    from raysl.training.launch import pretrain
-
-    folder = sys.argv[1]
-    ray_cluster.start()
-    token = Path(os.environ["RAY_AUTH_TOKEN_PATH"])
-    print("token", oct(token.stat().st_mode & 0o777), oct(token.parent.stat().st_mode & 0o777), token)
-    ingest("shapes:64", f"{folder}/data")
-    done, found = threading.Event(), set()
-
-    def look():
-        while not done.wait(0.5):
-            for process in [psutil.Process(), *psutil.Process().children(recursive=True)]:
-                try:
-                    sockets = process.net_connections(kind="inet")
-                except psutil.Error:
-                    continue
-                found.update((s.laddr.ip, s.laddr.port) for s in sockets if s.status == "LISTEN")
-
-    thread = threading.Thread(target=look)
-    thread.start()
-    parts = {"pirl": {"num_negatives": 16}}
-    view = ViewConfig(image_size=16)
-    pretrain(Pretraining(f"{folder}/data", f"{folder}/run", epochs=2, batch_size=32, view=view, parts=parts))
-    done.set()
-    thread.join()
-    for ip, port in found:
-        print("listens", ip, port)
-    print("gcs", ray.get_runtime_context().gcs_address, flush=True)
-    sys.stdin.readline()
-    ray.shutdown()
-    print("folder", token.parent, flush=True)
-"""
-# The first request of a client. `ray.init` would repeat it for minutes.
-ASK = (
-    "import sys; from ray._raylet import GcsClient; GcsClient(sys.argv[1]).internal_kv_keys(b'', timeout=10)"
-)
 
 
 @contextmanager
@@ -91,61 +39,6 @@ def other_host() -> Iterator[tuple[str, str]]:
     finally:
         subprocess.run(["ip", "netns", "del", name], capture_output=True, check=False)
         subprocess.run(["ip", "link", "del", ours], capture_output=True, check=False)
-
-
-@pytest.mark.ray
-def test_a_run_listens_on_loopback_and_asks_for_a_token(tmp_path: Path) -> None:
-    environment = {k: v for k, v in os.environ.items() if not k.startswith("RAY_AUTH")}
-    running = subprocess.Popen(
-        [sys.executable, "-c", textwrap.dedent(PROGRAM), str(tmp_path)],
-        stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True, env=environment,
-    )  # fmt: skip
-    assert running.stdout is not None
-    try:
-        lines: list[list[str]] = []
-        while not lines or lines[-1][0] != "gcs":
-            line = running.stdout.readline()
-            assert line, "the run ended early"
-            lines.append(line.split())
-        said = {words[0]: words[1:] for words in lines}
-        assert said["token"][:2] == ["0o600", "0o700"]
-        sockets = [
-            (ipaddress.ip_address(words[1]), int(words[2])) for words in lines if words[0] == "listens"
-        ]
-        assert len(sockets) > 10
-        open_to_others = [(str(ip), port) for ip, port in sockets if not _loopback(ip)]
-        assert not open_to_others
-        # The ports of the dashboard and of the client server.
-        assert not {8265, 10001} & {port for _, port in sockets}
-
-        secret = Path(said["token"][2]).read_text()
-        gcs = said["gcs"][0]
-        clients = [
-            {**environment, "RAY_AUTH_MODE": "disabled"},
-            {**environment, "RAY_AUTH_MODE": "token", "RAY_AUTH_TOKEN": "0" * 64},
-            {**environment, "RAY_AUTH_MODE": "token", "RAY_AUTH_TOKEN": secret},
-        ]
-        with ThreadPoolExecutor(len(clients)) as pool:
-            assert list(pool.map(partial(_answered, gcs), clients)) == [False, False, True]
-        logs = Path(said["token"][2]).parent.rglob("*.*")
-        assert not [log for log in logs if log.is_file() and secret in log.read_text(errors="replace")]
-        out, _ = running.communicate("\n", timeout=60)
-        folder = out.split()[-1]
-        assert not Path(folder).exists()
-    finally:
-        running.kill()
-        running.wait()
-
-
-def _answered(address: str, environment: dict[str, str]) -> bool:
-    """Return True if Ray answers a client with these settings."""
-    command = [sys.executable, "-c", ASK, address]
-    return subprocess.run(command, env=environment, capture_output=True, timeout=120).returncode == 0
-
-
-def _loopback(ip: ipaddress.IPv4Address | ipaddress.IPv6Address) -> bool:
-    mapped = getattr(ip, "ipv4_mapped", None)
-    return bool((mapped or ip).is_loopback)
 
 
 @pytest.mark.ray

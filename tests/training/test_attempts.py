@@ -134,6 +134,16 @@ def test_rows_before_a_failure_reach_the_callbacks(tmp_path: Path, monkeypatch: 
     assert [row["step"] for row in attempts.callback.rows] == [1]
 
 
+def test_an_error_of_a_worker_ends_the_run(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    def fit() -> None:
+        attempts.actor.fail(UserError("The loss became nan."))
+        raise TrainingFailedError("a worker ended")
+
+    attempts = Attempts(tmp_path, fit, monkeypatch)
+    with pytest.raises(UserError, match="loss became nan"):
+        attempts.run()
+
+
 def test_a_failure_after_ctrl_c_is_reported(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     def fit() -> None:
         _thread.interrupt_main()

@@ -36,6 +36,7 @@ from raysl.run import Run
 from raysl.storage import Folder
 from raysl.training.launch import pretrain
 from tests.data import make_dataset
+from tests.ray_cluster.private_ray import private_folder, without_token
 
 pytestmark = [pytest.mark.ray, pytest.mark.timeout(600)]
 
@@ -194,6 +195,7 @@ def test_a_worker_that_hangs_is_named_and_the_run_goes_on(
     assert placement_groups() == []
 
 
+@pytest.mark.slow  # test_local.py kills one without Ray
 def test_killed_driver(finished: Run, dataset: DataSet, tmp_path: Path) -> None:
     """Killed after its first checkpoint, then continued by another process."""
     run = tmp_path / "run"
@@ -236,18 +238,23 @@ def read_until_step(descriptor: int) -> str:
 def test_a_signal_saves_the_run_at_its_step(
     dataset: DataSet, tmp_path: Path, number: signal.Signals, name: str, code: int
 ) -> None:
-    """No step is lost. Ctrl-C is typed at a terminal, which sends it to Ray's processes too."""
+    """No step is lost, and meanwhile no other user reaches the Ray of the command.
+
+    Ctrl-C is typed at a terminal, which sends it to Ray's processes too.
+    """
     run = tmp_path / "run"
     command = [sys.executable, "-m", "raysl", "pretrain", "--data", str(dataset.folder), "--run", str(run)]
     command += "--epochs 5000 --batch-size 16 --workers 2 --view.image-size 16 --view.recipe plain".split()
     command += "--save.every-minutes 0 --pirl.num-negatives 32 --pirl.dim 16".split()
     ours, theirs = pty.openpty()
     driver = subprocess.Popen(
-        command, stdin=theirs, stdout=theirs, stderr=theirs, start_new_session=True, preexec_fn=_own_terminal
-    )
+        command, stdin=theirs, stdout=theirs, stderr=theirs, env=without_token(), start_new_session=True,
+        preexec_fn=_own_terminal,
+    )  # fmt: skip
     os.close(theirs)
     try:
         said = read_until_step(ours)
+        folder = private_folder(psutil.Process(driver.pid))
         if number == signal.SIGINT:
             os.write(ours, b"\x03")
         else:
@@ -264,6 +271,7 @@ def test_a_signal_saves_the_run_at_its_step(
     assert f"Stopped by {name} after step {newest.step}, which is saved" in " ".join(said.split())
     assert Run.open(str(run)).metrics()[-1]["step"] == newest.step
     assert "Traceback" not in said
+    assert not folder.exists()
 
 
 def _own_terminal() -> None:
@@ -281,6 +289,7 @@ def test_other_configuration_is_refused(finished: Run) -> None:
         pretrain(replace(finished.config(), optim=replace(finished.config().optim, lr=0.1)))
 
 
+@pytest.mark.slow  # test_attempts.py has it with a Ray that is pretended
 def test_a_loss_that_is_not_finite_stops_the_run(dataset: DataSet, tmp_path: Path) -> None:
     config = configuration(dataset, tmp_path / "run")
     with pytest.raises(UserError, match="loss became nan"):

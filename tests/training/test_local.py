@@ -11,6 +11,7 @@ import signal
 import subprocess
 import sys
 import termios
+import textwrap
 import threading
 from collections.abc import Iterator, Mapping
 from dataclasses import replace
@@ -62,17 +63,6 @@ def alone(dataset: DataSet, run: Path) -> Pretraining:
 @pytest.fixture(scope="module")
 def finished(dataset: DataSet, tmp_path_factory: pytest.TempPathFactory) -> Run:
     return pretrain(alone(dataset, tmp_path_factory.mktemp("runs") / "whole"), local=True)
-
-
-@pytest.mark.ray
-def test_a_run_that_is_half_on_ray_has_the_same_numbers(
-    ray_session: None, finished: Run, dataset: DataSet, tmp_path: Path
-) -> None:
-    config = alone(dataset, tmp_path / "run")
-    pretrain(config, until=4, local=True)
-    pretrain(config, until=8, placement=local.place())
-    pretrain(config, local=True)
-    assert_same_end(config.run, finished)
 
 
 def test_images_in_an_object_store_are_read_by_a_thread(
@@ -300,14 +290,40 @@ def test_a_signal_saves_the_run_at_its_step(
     assert not (run / lock.NAME).exists()
 
 
-def test_data_processes_end_with_a_killed_driver(dataset: DataSet, tmp_path: Path) -> None:
-    with subprocess.Popen(command(dataset, tmp_path / "run"), stdout=subprocess.PIPE, text=True) as driver:
-        assert driver.stdout is not None
-        next(line for line in driver.stdout if line.startswith("step"))
-        data = psutil.Process(driver.pid).children()
-        driver.kill()
+def assert_killed_at(config: Pretraining, step: int) -> None:
+    """Train in another process, which is killed when it has saved a step; its data processes end too."""
+    code = f"""
+        import json, os, signal, sys
+        import psutil
+        from raysl import Callback
+        from raysl.run.callbacks import Callbacks
+        from raysl.config import Pretraining
+        from raysl.training.launch import pretrain
+
+        class Killed(Callback):
+            def on_checkpoint(self, saved):
+                if saved.step == {step}:
+                    print(*(child.pid for child in psutil.Process().children()), flush=True)
+                    os.kill(os.getpid(), signal.SIGKILL)
+
+        pretrain(Pretraining.from_json(json.loads(sys.argv[1])), local=True, callbacks=Callbacks([Killed()]))
+    """
+    command = [sys.executable, "-c", textwrap.dedent(code), json.dumps(config.to_json())]
+    done = subprocess.run(command, stdout=subprocess.PIPE, text=True)
+    assert done.returncode == -signal.SIGKILL
+    assert Run.open(config.run).newest().step == step
+    data = done.stdout.splitlines()[-1].split()
     assert data
-    assert psutil.wait_procs(data, timeout=20)[1] == []
+    for pid in data:
+        with contextlib.suppress(psutil.NoSuchProcess):
+            psutil.Process(int(pid)).wait(timeout=20)
+
+
+def test_a_killed_run_resumes_to_the_same_numbers(finished: Run, dataset: DataSet, tmp_path: Path) -> None:
+    config = alone(dataset, tmp_path / "run")
+    assert_killed_at(config, 8)
+    pretrain(config, local=True)
+    assert_same_end(config.run, finished)
 
 
 @pytest.mark.slow
@@ -327,22 +343,8 @@ def test_a_killed_run_on_clips_resumes_to_the_same_numbers(tmp_path: Path) -> No
         )
         for name in ("whole", "killed")
     )
-    code = (
-        "import json, os, signal, sys\n"
-        "from raysl import Callback\n"
-        "from raysl.run.callbacks import Callbacks\n"
-        "from raysl.config import Pretraining\n"
-        "from raysl.training.launch import pretrain\n"
-        "class Killed(Callback):\n"
-        "    def on_checkpoint(self, saved):\n"
-        "        if saved.step == 4: os.kill(os.getpid(), signal.SIGKILL)\n"
-        "config = Pretraining.from_json(json.loads(sys.argv[1]))\n"
-        "pretrain(config, local=True, callbacks=Callbacks((Killed(),)))\n"
-    )
-    done = subprocess.run([sys.executable, "-c", code, json.dumps(killed.to_json())], capture_output=True)
-    assert done.returncode == -signal.SIGKILL
     # A pass over the clips has three steps, so the checkpoint is within the second one.
-    assert Run.open(killed.run).newest().step == 4
+    assert_killed_at(killed, 4)
     pretrain(killed, local=True)
     assert_same_end(killed.run, pretrain(whole, local=True))
 
