@@ -52,8 +52,14 @@ def opened(streams: list[Stream], start: int = 0, patience_s: float = 60) -> tup
     return actor, subscribers
 
 
-def alone(one: Stream, start: int = 0) -> Prints:
-    return [fingerprints(batch) for batch in one.batches(start)]
+def alone(one: Stream) -> Prints:
+    return [fingerprints(batch) for batch in one.batches()]
+
+
+@pytest.fixture(scope="module")
+def expected(dataset: DataSet, ray_session: None) -> Prints:
+    """What a run without other views gets."""
+    return alone(stream(dataset))
 
 
 def test_equal_views_are_made_once_and_equal_crops_cut_once(dataset: DataSet) -> None:
@@ -87,10 +93,9 @@ def test_runs_in_lock_step_get_what_they_would_alone(dataset: DataSet, ray_sessi
 
 @pytest.mark.ray
 def test_a_run_that_falls_silent_keeps_nobody_waiting_and_can_go_on(
-    dataset: DataSet, ray_session: None
+    dataset: DataSet, expected: Prints
 ) -> None:
     one = stream(dataset)
-    expected = alone(one)
     _, subscribers = opened([one, one, one], patience_s=0.2)
     slow, quick = (batches(one, subscriber) for subscriber in subscribers[:2])  # the third never comes
     seen = [fingerprints(next(slow)) for _ in range(3)]
@@ -116,15 +121,15 @@ def test_the_window_is_bounded_and_nobody_is_more_than_that_ahead(
 
 
 @pytest.mark.ray
-def test_a_run_from_another_step_reads_on_its_own(dataset: DataSet, ray_session: None) -> None:
+def test_a_run_from_another_step_reads_on_its_own(dataset: DataSet, expected: Prints) -> None:
     one = stream(dataset)
     actor, (subscriber,) = opened([one])
-    assert [fingerprints(batch) for batch in batches(one, subscriber, 9)] == alone(one, 9)
+    assert [fingerprints(batch) for batch in batches(one, subscriber, 9)] == expected[9:]
     del actor
 
 
 @pytest.mark.ray
-def test_an_actor_that_dies_is_not_missed(dataset: DataSet, ray_session: None) -> None:
+def test_an_actor_that_dies_is_not_missed(dataset: DataSet, expected: Prints) -> None:
     import ray
 
     def read() -> Iterator[list[tuple[int, int, str]]]:
@@ -135,7 +140,7 @@ def test_an_actor_that_dies_is_not_missed(dataset: DataSet, ray_session: None) -
 
     one = stream(dataset)
     actor, (subscriber,) = opened([one])
-    assert list(read()) == alone(one)
+    assert list(read()) == expected
 
 
 @pytest.mark.ray
