@@ -362,8 +362,12 @@ def filesystem(uri: str) -> tuple[Any, str]:
 
     if "://" not in uri:
         return pafs.LocalFileSystem(), uri
+    address = uri
+    if uri.startswith(("gs://", "gcs://")) and "retry_limit_seconds" not in uri:
+        # Arrow would repeat a request for 15 minutes without a word; `retry` repeats it with one.
+        address += f"{'&' if '?' in uri else '?'}retry_limit_seconds=5"
     try:
-        return retry(uri, "open", lambda: pafs.FileSystem.from_uri(uri))  # type: ignore[no-any-return]
+        return retry(uri, "open", lambda: pafs.FileSystem.from_uri(address))  # type: ignore[no-any-return]
     except (ValueError, NotImplementedError, ImportError) as arrow_error:
         why = str(arrow_error)
         fs, path = retry(uri, "open", lambda: _of_fsspec(uri, why))

@@ -54,7 +54,8 @@ def may_pass(place: str, error: OSError) -> bool:
     names = "|".join(map(re.escape, (bucket, key, *map(str, PurePosixPath(key).parents))))
     text = re.sub(rf"['\"](?:{names})/?['\"]\s*|\S*/\S*", "", str(error))
     is_final = isinstance(error, PermissionError) or error.errno == errno.EINVAL
-    return not is_final and not _PERMANENT_TEXT.search(text)
+    # Without a network, Google's client says UNAVAILABLE, and that it has no token to authenticate with.
+    return not is_final and ("(UNAVAILABLE" in text or not _PERMANENT_TEXT.search(text))
 
 
 def reason(error: OSError) -> str:

@@ -125,6 +125,10 @@ def flaky(errors: Sequence[Exception]) -> Callable[[], str]:
         ),
         ("s3://credentials/a 301 b", OSError("For key 'a 301 b' in bucket 'credentials': Couldn't connect")),
         ("s3://b/signature/x", OSError("Listing 'signature/', then http://b/signature/x/403: time-out")),
+        (
+            "gs://b/x",
+            OSError("google::cloud::Status(UNAVAILABLE: No OAuth2 token to authenticate the request"),
+        ),
         ("/mnt/nfs/x", OSError(errno.ESTALE, "Stale file handle")),
     ],
 )
@@ -141,6 +145,7 @@ def test_a_request_that_fails_for_a_while_is_repeated(place: str, error: OSError
         ("s3://bucket/x", OSError("AWS Error UNKNOWN (HTTP status 301) during HeadObject operation")),
         ("s3://bucket/x", OSError("Bucket 'bucket' not found")),
         ("s3://400/x", OSError("For key 'x' in bucket '400': AWS Error UNKNOWN (HTTP status 400)")),
+        ("gs://b/x", OSError("google::cloud::Status(UNAUTHENTICATED: no credentials")),
         ("s3://bucket/x", PermissionError("no")),
         ("/data/x", OSError(errno.EACCES, "Permission denied")),
         ("/data/x", OSError(errno.EROFS, "Read-only file system")),
@@ -281,6 +286,11 @@ def test_paths_become_absolute_and_survive_pickling(tmp_path: Path, monkeypatch:
     assert pickle.loads(pickle.dumps(folder)) == folder
     assert str(Folder("s3://bucket/x/")) == "s3://bucket/x"
     assert Folder(f"file://{tmp_path}") == Folder(str(tmp_path))
+
+
+def test_the_client_of_google_has_a_short_patience_of_its_own() -> None:
+    assert filesystem("gs://bucket/a/b")[1] == "bucket/a/b"
+    assert filesystem("gs://bucket/a?retry_limit_seconds=20")[1] == "bucket/a"
 
 
 def test_an_unknown_scheme() -> None:
