@@ -61,6 +61,11 @@ class OptimConfig(Checked):
         return floor + (peak - floor) * (1 + math.cos(math.pi * share)) / 2
 
 
+def _undecorated(method: Any) -> Any:
+    """Return the function of a method without its decorators, if it has any."""
+    return inspect.unwrap(method.__func__)
+
+
 class WithoutCompiler(torch.optim.Optimizer):
     """An optimiser whose methods do not import torch's compiler, which takes about as long as torch itself.
 
@@ -68,33 +73,33 @@ class WithoutCompiler(torch.optim.Optimizer):
     """
 
     def add_param_group(self, param_group: dict[str, Any]) -> None:
-        inspect.unwrap(super().add_param_group)(self, param_group)
+        _undecorated(super().add_param_group)(self, param_group)
 
     def zero_grad(self, set_to_none: bool = True) -> None:
-        inspect.unwrap(super().zero_grad)(self, set_to_none)
+        _undecorated(super().zero_grad)(self, set_to_none)
 
     def state_dict(self) -> dict[str, Any]:
-        state: dict[str, Any] = inspect.unwrap(super().state_dict)(self)
+        state: dict[str, Any] = _undecorated(super().state_dict)(self)
         return state
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
-        inspect.unwrap(super().load_state_dict)(self, state_dict)
+        _undecorated(super().load_state_dict)(self, state_dict)
 
     @torch.no_grad()
     def step(self, closure: Any = None) -> Any:
-        return inspect.unwrap(super().step)(self, closure)
+        return _undecorated(super().step)(self, closure)
 
 
 class Sgd(WithoutCompiler, torch.optim.SGD):
-    """SGD."""
+    """torch's SGD, without its compiler."""
 
 
 class AdamW(WithoutCompiler, torch.optim.AdamW):
-    """AdamW."""
+    """torch's AdamW, without its compiler."""
 
 
 class Lbfgs(WithoutCompiler, torch.optim.LBFGS):
-    """L-BFGS."""
+    """torch's L-BFGS, without its compiler."""
 
 
 class Lars(Sgd):

@@ -20,10 +20,10 @@ from raysl.augment.own_augmentation import OwnAugmentation, name_of
 from raysl.config import Pretraining, ViewConfig
 from raysl.extraction import RandomBackbone
 from raysl.model import Model
+from raysl.ray_cluster.placement import Machines, place
 from raysl.rng import ImageRng
 from raysl.run import Run
 from raysl.run.callbacks import Callbacks
-from raysl.training import local
 from raysl.training.launch import pretrain
 from tests.data import make_dataset
 from tests.training.test_launch import assert_same_end
@@ -124,32 +124,17 @@ class Listener(raysl.Callback):
 def test_a_run_of_own_parts_that_is_half_on_ray_has_the_same_numbers(
     tmp_path: Path, ray_session: None
 ) -> None:
-    data = make_dataset(tmp_path / "set", 40)
-    view, listener = {"recipe": darker, "image_size": 16}, Listener()
-    runs = [
-        arguments.run_config(
-            data,
-            str(tmp_path / name),
-            None,
-            {
-                "method": "simclr",
-                "backbone": Tiny,
-                "view": view,
-                "epochs": 3,
-                "batch_size": 20,
-                "log_every": 1,
-            },
-            workers=True,
-        )
-        for name in ("whole", "halves")
-    ]
-    whole, halves = (replace(config, workers=1) for config in runs)
-    pretrain(whole, local=True)
-    pretrain(halves, until=2, local=True)
-    pretrain(halves, until=4, placement=local.place(), callbacks=Callbacks([listener]))
-    pretrain(halves, local=True)
-    assert_same_end(halves.run, Run.open(whole.run))
-    assert listener.steps == [3, 4]
+    data, listeners = make_dataset(tmp_path / "set", 40), [Listener(), Listener()]
+    parts: dict[str, Any] = {"backbone": Tiny, "view": {"recipe": darker, "image_size": 16}}
+    parts |= {"pirl": {"num_negatives": 8}, "epochs": 3, "batch_size": 20, "log_every": 1, "workers": 1}
+    whole = raysl.pretrain(data, tmp_path / "whole", callbacks=listeners[:1], local=True, **parts)
+    halves = replace(whole.config(), run=str(tmp_path / "halves"))
+    placement = place(1, Machines(({"CPU": 2.0},)))
+    pretrain(halves, until=2, placement=placement, local=True)
+    pretrain(halves, until=4, placement=placement, callbacks=Callbacks(listeners[1:]))
+    pretrain(halves, placement=placement, local=True)
+    assert_same_end(halves.run, whole)
+    assert [listener.steps for listener in listeners] == [[1, 2, 3, 4, 5, 6], [3, 4]]
     assert Run.open(halves.run).config().backbone.name == f"{__name__}:Tiny"
     assert raysl.load(halves.run)(np.zeros((16, 16, 3), np.uint8)).shape == (1, 8)
 

@@ -242,6 +242,8 @@ def check_size(config: BackboneConfig, image_size: int, flag: str = "--image-siz
     Args:
         image_size: side of the images in pixels.
     """
+    if config.name == "small":  # it takes any size
+        return
     if error := _size_error(config, image_size):
         reason, own_size = error
         raise UserError(
@@ -272,12 +274,12 @@ def _failure(body: Backbone, image_size: int) -> str:
 
 def skeleton(config: BackboneConfig) -> Backbone:
     """Build a backbone without weights where possible."""
-    if config.name != "small":  # torch imports its compiler for "meta", which takes longer than these weights
+    # For "meta", torch imports its compiler, which takes longer than to make the weights of the small one.
+    if config.name != "small":
         with suppress(RuntimeError), torch.device("meta"):
             return build(config)
-    with torch.random.fork_rng(
-        devices=[]
-    ):  # also for networks that compute widths by tensors, such as RegNets
+    # Some networks compute widths or rates by tensors, such as RegNets.
+    with torch.random.fork_rng(devices=[]):
         return build(config)
 
 

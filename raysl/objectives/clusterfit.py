@@ -140,7 +140,7 @@ class Assignments:
 
 def _read(uri: str) -> tuple[pa.Table, dict[str, str]]:
     """Read the two columns and the metadata of a table."""
-    fs, path = filesystem(Folder(uri).uri)
+    fs, path = filesystem(Folder(uri).uri, patience_s=90)
     what = f"The table {uri!r} (--clusterfit.labels) cannot be read"
     remedy = "Give a Parquet file, or a folder of them, with the integer columns index and cluster."
     with explained(what, remedy, OSError, pa.ArrowException):

@@ -5,7 +5,8 @@ from __future__ import annotations
 import logging
 import os
 import subprocess
-from typing import TYPE_CHECKING
+import sys
+from typing import TYPE_CHECKING, Any
 
 from raysl import ray_cluster
 from raysl.errors import UserError
@@ -66,10 +67,10 @@ def device() -> torch.device:
     Raises:
         UserError: Ray has assigned a GPU that torch cannot use.
     """
-    import ray
     import torch
 
-    in_task = ray.is_initialized() and ray.get_runtime_context().get_task_id() is not None
+    ray: Any = sys.modules.get("ray")  # a process that has not imported it runs no task
+    in_task = bool(ray) and ray.is_initialized() and ray.get_runtime_context().get_task_id() is not None
     assigned = in_task and bool(ray.get_gpu_ids())
     if assigned and (why := problem()):
         raise UserError(why)

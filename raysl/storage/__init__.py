@@ -98,7 +98,11 @@ def failure(place: str, doing: str, error: OSError, tried_s: float = 0.0) -> Sto
         )
     advice = "Check that it exists and that you have permission."
     if tried_s >= 1:
-        advice = f"Tried for {tried_s:.0f} s. Check the network; the same command resumes once the storage answers."
+        # Without credentials, Google's client asks a host that only Google's machines know.
+        what = "the network and your credentials" if place.startswith(("gs://", "gcs://")) else "the network"
+        advice = (
+            f"Tried for {tried_s:.0f} s. Check {what}; the same command resumes once the storage answers."
+        )
     elif place.startswith("hf://"):
         as_in = " It reads as hf://datasets/OWNER/NAME." if error.errno == errno.EINVAL else f" {HUB_LOGIN}"
         advice = f"Check the name.{as_in}"
@@ -355,8 +359,13 @@ def _opened(uri: str, name: str) -> Any:
 
 # Opening an object store asks it for its region, and a folder is opened for every file.
 @lru_cache(maxsize=256)
-def filesystem(uri: str) -> tuple[Any, str]:
-    """Return the Arrow file system of a URI and the path inside it. Raises UserError if it cannot be opened."""
+def filesystem(uri: str, patience_s: int = 5) -> tuple[Any, str]:
+    """Return the Arrow file system of a URI and the path inside it. Raises UserError if it cannot be opened.
+
+    Args:
+        patience_s: how long the client of gs:// repeats a request without a word, after which `retry` repeats it. Give
+            more where the file system is used without `retry`.
+    """
     # Loaded late, because `raysl VERB --help` imports this module.
     import pyarrow.fs as pafs
 
@@ -364,8 +373,8 @@ def filesystem(uri: str) -> tuple[Any, str]:
         return pafs.LocalFileSystem(), uri
     address = uri
     if uri.startswith(("gs://", "gcs://")) and "retry_limit_seconds" not in uri:
-        # Arrow would repeat a request for 15 minutes without a word; `retry` repeats it with one.
-        address += f"{'&' if '?' in uri else '?'}retry_limit_seconds=5"
+        # By default, 15 minutes.
+        address += f"{'&' if '?' in uri else '?'}retry_limit_seconds={patience_s}"
     try:
         return retry(uri, "open", lambda: pafs.FileSystem.from_uri(address))  # type: ignore[no-any-return]
     except (ValueError, NotImplementedError, ImportError) as arrow_error:

@@ -303,7 +303,7 @@ def _configure_cuda(deterministic: bool) -> None:
     torch.backends.cudnn.benchmark = not deterministic
     if deterministic:
         os.environ["CUBLAS_WORKSPACE_CONFIG"] = ":4096:8"
-    if torch.are_deterministic_algorithms_enabled() != deterministic:  # the call imports torch's compiler
+    if torch.get_deterministic_debug_mode() != 2 * deterministic:  # the call imports torch's compiler
         torch.use_deterministic_algorithms(deterministic)
 
 

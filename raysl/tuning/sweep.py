@@ -161,7 +161,7 @@ def fit(
     def number(trial: Any) -> str:
         return f"{searcher.numbers[trial.trial_id]:04d}"
 
-    store, path = filesystem(str(folder))
+    store, path = filesystem(str(folder), patience_s=90)
     settings = {
         "TUNE_MAX_PENDING_TRIALS_PG": str(scheduler.at_once),
         "RAY_AIR_NEW_OUTPUT": "0",

@@ -35,7 +35,7 @@ _PATIENCE_S = 300.0
 # The processes of Ray end 15 s after the loss of its GCS, later on a busy machine.
 _LEAVE_WITHIN_S = 60.0
 _DISK_MB = 64
-# The import of torch._dynamo, which optimizers need, makes this empty folder; it has one name for each user.
+# The import of torch._dynamo, which data parallelism and torchvision need, makes this empty folder, one for each user.
 _CACHE = "torchinductor_"
 # Secrets in the environment, which no file may hold.
 _SECRETS = ("AWS_SECRET_ACCESS_KEY", "AWS_SESSION_TOKEN", "HF_TOKEN", "WANDB_API_KEY", "GITHUB_TOKEN")

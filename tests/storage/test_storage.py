@@ -6,6 +6,7 @@ import errno
 import os
 import pickle
 from collections.abc import Callable, Sequence
+from datetime import timedelta
 from pathlib import Path
 
 import pyarrow.fs
@@ -289,8 +290,10 @@ def test_paths_become_absolute_and_survive_pickling(tmp_path: Path, monkeypatch:
 
 
 def test_the_client_of_google_has_a_short_patience_of_its_own() -> None:
-    assert filesystem("gs://bucket/a/b")[1] == "bucket/a/b"
-    assert filesystem("gs://bucket/a?retry_limit_seconds=20")[1] == "bucket/a"
+    for uri, patience_s in (("gs://bucket/a", 5), ("gs://bucket/a?retry_limit_seconds=20", 20)):
+        client, path = filesystem(uri)
+        assert path == "bucket/a"
+        assert client.__reduce__()[1][0]["retry_time_limit"] == timedelta(seconds=patience_s)
 
 
 def test_an_unknown_scheme() -> None:

@@ -121,9 +121,12 @@ def test_settings_of_torch_are_restored(monkeypatch: pytest.MonkeyPatch) -> None
 
 
 def test_neither_ray_nor_the_compiler_of_torch_is_imported(dataset: DataSet, tmp_path: Path) -> None:
+    test = make_dataset(tmp_path / "test", 40, seed=1)
     code = (
-        "import sys; from raysl import pretrain; "
-        f"pretrain({str(dataset.folder)!r}, {str(tmp_path / 'run')!r}, local=True, epochs=0.5, method='simclr'); "
+        "import sys; from raysl import pretrain, probe; "
+        f"data, run = {str(dataset.folder)!r}, {str(tmp_path / 'run')!r}; "
+        "pretrain(data, run, local=True, epochs=0.5, method='simclr'); "
+        f"probe(run, data, {str(test.folder)!r}, probes=('knn', 'linear')); "
         "assert not {'ray', 'torch._dynamo', 'torchvision'} & set(sys.modules)"
     )
     subprocess.run([sys.executable, "-c", code], check=True, stdout=subprocess.DEVNULL)
@@ -294,6 +297,7 @@ def assert_killed_at(config: Pretraining, step: int) -> None:
     """Train in another process, which is killed when it has saved a step; its data processes end too."""
     code = f"""
         import json, os, signal, sys
+        from pathlib import Path
         import psutil
         from raysl import Callback
         from raysl.run.callbacks import Callbacks
@@ -303,20 +307,25 @@ def assert_killed_at(config: Pretraining, step: int) -> None:
         class Killed(Callback):
             def on_checkpoint(self, saved):
                 if saved.step == {step}:
-                    print(*(child.pid for child in psutil.Process().children()), flush=True)
+                    children = psutil.Process().children()
+                    Path(sys.argv[2]).write_text(" ".join(str(child.pid) for child in children))
                     os.kill(os.getpid(), signal.SIGKILL)
 
         pretrain(Pretraining.from_json(json.loads(sys.argv[1])), local=True, callbacks=Callbacks([Killed()]))
     """
-    command = [sys.executable, "-c", textwrap.dedent(code), json.dumps(config.to_json())]
-    done = subprocess.run(command, stdout=subprocess.PIPE, text=True)
-    assert done.returncode == -signal.SIGKILL
+    file = Path(f"{config.run}-data")
+    command = [sys.executable, "-c", textwrap.dedent(code), json.dumps(config.to_json()), str(file)]
+    assert subprocess.run(command, stdout=subprocess.DEVNULL).returncode == -signal.SIGKILL
     assert Run.open(config.run).newest().step == step
-    data = done.stdout.splitlines()[-1].split()
-    assert data
-    for pid in data:
+    data, pids = [], file.read_text().split()
+    assert pids
+    for pid in pids:
         with contextlib.suppress(psutil.NoSuchProcess):
-            psutil.Process(int(pid)).wait(timeout=20)
+            data.append(psutil.Process(int(pid)))
+    left = psutil.wait_procs(data, timeout=20)[1]
+    for process in left:
+        process.kill()
+    assert not left
 
 
 def test_a_killed_run_resumes_to_the_same_numbers(finished: Run, dataset: DataSet, tmp_path: Path) -> None:
