@@ -42,6 +42,11 @@ def _pirl(**fields: Any) -> Fields:
     return {**CHOSEN, "pirl": {**CHOSEN["pirl"], **fields}}
 
 
+def _optimiser(name: str, lr: float) -> Fields:
+    """Return the chosen recipe with another optimiser."""
+    return {**CHOSEN, "optim": {"name": name, "lr": lr}}
+
+
 # One factor at a time; from the third on, changes of the chosen recipe.
 VARIANTS: dict[str, Fields] = {
     "grid 3, bank momentum 0.5": PIRL,
@@ -54,6 +59,9 @@ VARIANTS: dict[str, Fields] = {
     "lambda 0.25": _pirl(lam=0.25),
     "head mlp": _pirl(head="mlp"),
     "learning rate 0.3": {**CHOSEN, "optim": {"lr": 0.3}},
+    "joint BatchNorm": {**CHOSEN, "backbone": {"norm": "joint"}},
+    **{f"AdamW, learning rate {lr}": _optimiser("adamw", lr) for lr in (0.001, 0.003, 0.01)},
+    **{f"LARS, learning rate {lr}": _optimiser("lars", lr) for lr in (1.0, 3.0, 10.0)},
 }
 # The best of sixteen trials of `sweep_pirl.py --figure recipe`; see results/recipes.
 SWEPT: Fields = {
