@@ -290,7 +290,7 @@ def _recipes(stage: str) -> str:
         spent = [f"{cpu_s:.0f}", f"{images:,.0f}"] if images else ["", ""]
         title = label.replace("as before", "grid 3, bank momentum 0.5")
         lines.append((mean(of), [title, *spent, percent(of), ", ".join(map(_tenths, of))]))
-    cpu = "planned CPU seconds" if stage in ("search-more", "ten", "thirty") else "CPU seconds"
+    cpu = "CPU seconds" if stage in ("search", "compare") else "planned CPU seconds"
     head = ["features", cpu, "images seen", "kNN top-1, %", "by seed"]
     return table(head, [cells for _, cells in sorted(lines, key=lambda line: -line[0])])
 
@@ -440,6 +440,7 @@ TABLES: dict[str, Callable[[], str]] = {
     "recipes-rank": _rank,
     "recipes-search": lambda: _recipes("search"),
     "recipes-search-more": lambda: _recipes("search-more"),
+    "recipes-search-optimisers": lambda: _recipes("search-optimisers"),
     "recipes-sweep": _swept,
     "recipes-ten": lambda: _recipes("ten"),
     "recipes-thirty": lambda: _recipes("thirty"),
