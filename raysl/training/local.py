@@ -121,7 +121,7 @@ def _torch_settings(threads: int, on_gpu: bool) -> Iterator[None]:
     finally:
         torch.set_num_threads(before)
         torch.backends.cudnn.benchmark = benchmark
-        if torch.get_deterministic_debug_mode() != deterministic:  # the call imports torch's compiler
+        if torch.get_deterministic_debug_mode() != deterministic:  # to set it imports torch's compiler
             torch.use_deterministic_algorithms(deterministic > 0, warn_only=deterministic == 1)
 
 

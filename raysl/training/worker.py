@@ -303,7 +303,8 @@ def _configure_cuda(deterministic: bool) -> None:
     torch.backends.cudnn.benchmark = not deterministic
     if deterministic:
         os.environ["CUBLAS_WORKSPACE_CONFIG"] = ":4096:8"
-    if torch.get_deterministic_debug_mode() != 2 * deterministic:  # the call imports torch's compiler
+    mode = 2 if deterministic else 0  # torch's names for them are "error" and "default"
+    if torch.get_deterministic_debug_mode() != mode:  # to set it imports torch's compiler
         torch.use_deterministic_algorithms(deterministic)
 
 
