@@ -2,7 +2,7 @@
 
 Code of the library logs to loggers under "raysl". A message that ends in "..." begins work that may take a while; until
 the next message, the console shows the seconds that have passed. Between other messages of a verb, it does so when the
-last one is old.
+next one is late.
 """
 
 from __future__ import annotations
@@ -20,8 +20,9 @@ import raysl
 
 # How long a terminal and any other output may be silent during work, in seconds.
 _TERMINAL_S, _PLAIN_S = 0.5, 3.0
-# How old another message becomes before a line says that the work goes on, in seconds.
-_OLD_S = 5.0
+# How old another message becomes before a line says that the work goes on, in seconds. Where messages come regularly,
+# twice the time between the last two counts, up to the limit.
+_OLD_S, _MOST_OLD_S = 5.0, 60.0
 P = ParamSpec("P")
 T = TypeVar("T")
 
@@ -90,15 +91,18 @@ class _Handler(logging.Handler):
         self._work = ""
         self._announced = self._open = False
         self._since_s = self._shown_s = 0.0
+        self._silent_s = _PLAIN_S
         self._thread: threading.Thread | None = None
 
     def emit(self, record: logging.LogRecord) -> None:
         try:
+            between_s = self._waited_s() if self._work and not self._announced else 0.0
             self._end()
             message = record.getMessage()
             on_terminal = sys.stdout.isatty()
             first = getattr(record, "first", False)
             self._announced = message.endswith("...") and not (first and on_terminal)
+            self._silent_s = _PLAIN_S if self._announced else min(max(_OLD_S, 2 * between_s), _MOST_OLD_S)
             self._open = self._announced and on_terminal
             stream = sys.stderr if record.levelno >= logging.WARNING else sys.stdout
             print(message, file=stream, end="" if self._open else "\n", flush=True)
@@ -121,14 +125,17 @@ class _Handler(logging.Handler):
 
     def _begin(self, work: str) -> None:
         self._work = work
-        self._since_s = self._shown_s = time.monotonic()
+        self._since_s, self._shown_s = time.monotonic(), 0.0
         if self._thread is None:
             self._thread = threading.Thread(target=self._watch, name="raysl-console", daemon=True)
             self._thread.start()
 
+    def _waited_s(self) -> float:
+        return time.monotonic() - self._since_s
+
     def _end(self) -> None:
         if self._open:
-            print(f"\r{self._work} {time.monotonic() - self._since_s:.0f} s", flush=True)
+            print(f"\r{self._work} {self._waited_s():.0f} s", flush=True)
         self._work, self._open = "", False
 
     def _watch(self) -> None:
@@ -138,21 +145,20 @@ class _Handler(logging.Handler):
             self.acquire()
             try:
                 if self._work:
-                    self._show(time.monotonic())
+                    self._show(self._waited_s())
             except (OSError, ValueError):
                 self._work = ""  # The reader of a pipe has ended, or the output is closed.
             finally:
                 self.release()
 
-    def _show(self, now_s: float) -> None:
-        waited_s = now_s - self._since_s
+    def _show(self, waited_s: float) -> None:
         # Rich takes the place of standard output while it shows a progress bar, which is a sign of life itself.
-        if not self._announced and (waited_s < _OLD_S or type(sys.stdout).__name__ == "FileProxy"):
+        if not self._announced and (waited_s < self._silent_s or type(sys.stdout).__name__ == "FileProxy"):
             return
         if self._announced and sys.stdout.isatty():
             self._open = True
             print(f"\r{self._work} {waited_s:.0f} s", end="", flush=True)
         # In a file, the lines become rarer: after 3, 6, 9 ... 30 s, then at least a tenth of the time apart.
-        elif now_s - self._shown_s >= max(_PLAIN_S if self._announced else _OLD_S, min(waited_s / 10, 60)):
-            self._shown_s = now_s
+        elif waited_s - self._shown_s >= max(self._silent_s, min(waited_s / 10, 60)):
+            self._shown_s = waited_s
             print(f"{self._work} {waited_s:.0f} s", flush=True)
