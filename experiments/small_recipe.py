@@ -52,7 +52,7 @@ VARIANTS: dict[str, Fields] = {
     "grid 3, bank momentum 0.5": PIRL,
     "grid 2, bank momentum 0.5": GRID2,
     "grid 2, bank momentum 0": CHOSEN,
-    "batch 64": {**CHOSEN, "batch_size": 64},
+    **{f"batch {size}": {**CHOSEN, "batch_size": size} for size in (64, 256)},
     "colors mocov2": {**CHOSEN, "view": {"recipe": "mocov2"}},
     "crops of 40 % or more": {**CHOSEN, "view": {"min_scale": 0.4}},
     "temperature 0.1": _pirl(temperature=0.1),
