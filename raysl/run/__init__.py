@@ -16,7 +16,6 @@ import itertools
 import json
 import os
 import re
-import shlex
 import time
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager, contextmanager
@@ -29,10 +28,11 @@ from numpy.typing import NDArray
 
 from raysl import checkpoint
 from raysl.checkpoint import Checkpoint
-from raysl.config import Pretraining, differences, may_change, run_folder, told, value_of
+from raysl.config import Pretraining, run_folder
 from raysl.dataset import DataSet
 from raysl.errors import UserError, explained
 from raysl.ray_cluster.versions import versions
+from raysl.run.unchanged import check_facts, check_same
 from raysl.storage import Folder, failure, retry
 from raysl.storage.records import signed_line, signed_lines, verified, verified_lines, write_record
 from raysl.storage.similar import similar_folder
@@ -94,7 +94,7 @@ class Run:
         if not run.folder.exists(METADATA):
             return None
         metadata = run.metadata()
-        _check_same(metadata, json.loads(json.dumps(config.to_json())), dataset, config.run)
+        check_same(metadata, json.loads(json.dumps(config.to_json())), dataset, config.run)
         return metadata
 
     @staticmethod
@@ -105,14 +105,15 @@ class Run:
             facts: what the parts of the method add to the metadata, such as a hash of the permutations.
 
         Raises:
-            UserError: as `check`.
+            UserError: as `check`; or files that the run depends on, such as cluster ids or a teacher, have changed.
         """
         run, metadata = Run(Folder(config.run)), Run.check(config, dataset)
+        facts = json.loads(json.dumps(facts))
         session = {"started": time.strftime("%Y-%m-%dT%H:%M:%S%z"), "workers": config.workers, **versions()}
         if metadata is None:
             metadata = {
                 "config": json.loads(json.dumps(config.to_json())),
-                "facts": json.loads(json.dumps(facts)),
+                "facts": facts,
                 "data": {
                     "uri": str(dataset.folder),
                     "fingerprint": dataset.manifest.fingerprint,
@@ -121,6 +122,10 @@ class Run:
                 },
                 "sessions": [],
             }
+        elif checkpoint.newest_step(run.checkpoints) == 0:
+            metadata["facts"] = facts
+        else:
+            check_facts(metadata.get("facts", {}), facts, config.run)
         metadata["sessions"].append(session)
         write_record(run.folder, METADATA, metadata)
         return run
@@ -224,38 +229,6 @@ def _old_format_error(uri: str) -> UserError:
         f"The run at {uri!r} was made by raysl 0.1, whose format raysl 0.2 does not read. Train it again in another "
         "folder, or use it with raysl 0.1."
     )
-
-
-def _check_same(metadata: Mapping[str, Any], wanted: Mapping[str, Any], dataset: DataSet, uri: str) -> None:
-    fingerprint = metadata["data"]["fingerprint"]
-    if fingerprint != dataset.manifest.fingerprint:
-        raise UserError(
-            f"The run at {uri!r} was begun on images with fingerprint {fingerprint[:12]} and the data set at "
-            f"{str(dataset.folder)!r} has {dataset.manifest.fingerprint[:12]}: the images or labels differ. Give the "
-            "data set it was begun on, or another folder to --run."
-        )
-    # Parse and write it again, so that a field that is newer than the run has its default.
-    begun = json.loads(json.dumps(Pretraining.stored(metadata["config"], uri).to_json()))
-    changed = [name for name in differences(begun, wanted) if not may_change(name)]
-    if "method" in changed:  # The parts follow from it.
-        changed = [name for name in changed if not name.startswith("parts.")]
-    if changed:
-        weights = shlex.quote(f"{uri}/export/safetensors/model.safetensors")
-        saved = checkpoint.newest_step(Folder(uri) / "checkpoints") > 0
-        longer = " The learning rate depends on the epochs, so those of a run cannot change. " + (
-            f"For a new run that starts from its weights, run `raysl export {shlex.quote(uri)} --format safetensors`, "
-            f"and give the new run --backbone.weights {weights}."
-            if saved
-            else "It has no checkpoint yet, so a new run loses nothing."
-        )
-        each = (
-            f"{n} is {told(value_of(begun, n))} in the run and {told(value_of(wanted, n))} now"
-            for n in changed
-        )
-        raise UserError(
-            f"The run at {uri!r} was begun with another configuration; these differ: {'; '.join(each)}. Give the "
-            f"same values to go on with it, or another folder to --run for a new run.{longer * ('epochs' in changed)}"
-        )
 
 
 class MetricsLog:

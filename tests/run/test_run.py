@@ -271,3 +271,21 @@ def test_a_sweep_is_not_written_among_other_things(tmp_path: Path) -> None:
         check_free_for_sweep(str(tmp_path))
     (tmp_path / "sweep.jsonl").touch()
     check_free_for_sweep(str(tmp_path))
+
+
+def test_files_that_a_run_learns_from_may_not_change_after_its_first_checkpoint(tmp_path: Path) -> None:
+    def facts(digest: str, step: int = 4) -> dict[str, Any]:
+        return {"labels_digest": digest, "teacher": {"run": f"{digest}/run", "step": step}, "chance": step}
+
+    Run.begin(config(tmp_path), dataset(), facts("a"))
+    run = Run.begin(config(tmp_path), dataset(), facts("b"))
+    assert run.metadata()["facts"] == facts("b")
+    saver = checkpoint.Saver(run.checkpoints, checkpoint.SaveConfig(), 0, 1)
+    saver.save(3, {}, None)
+    saver.wait()
+    with pytest.raises(
+        UserError, match=r"labels_digest was b and is c now; teacher\.step was 4 and is 9 now\."
+    ):
+        Run.begin(config(tmp_path), dataset(), facts("c", 9))
+    moved = {**facts("b"), "teacher": {"run": "moved", "step": 4}, "of_a_later_version": 1}
+    assert Run.begin(config(tmp_path), dataset(), moved).metadata()["facts"] == facts("b")

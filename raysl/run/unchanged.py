@@ -1,0 +1,83 @@
+"""Refuse to resume a run with another configuration, other images, or files that have changed."""
+
+from __future__ import annotations
+
+import json
+import logging
+import shlex
+from collections.abc import Mapping
+from typing import Any
+
+from raysl import checkpoint
+from raysl.config import Pretraining, differences, may_change, told, value_of
+from raysl.dataset import DataSet
+from raysl.errors import UserError
+from raysl.storage import Folder
+
+_log = logging.getLogger("raysl.run")
+
+
+def check_same(metadata: Mapping[str, Any], wanted: Mapping[str, Any], dataset: DataSet, uri: str) -> None:
+    """Refuse another configuration and other images.
+
+    Args:
+        metadata: metadata of the run at `uri`.
+        wanted: the configuration that should resume it, as JSON.
+    """
+    fingerprint = metadata["data"]["fingerprint"]
+    if fingerprint != dataset.manifest.fingerprint:
+        raise UserError(
+            f"The run at {uri!r} was begun on images with fingerprint {fingerprint[:12]} and the data set at "
+            f"{str(dataset.folder)!r} has {dataset.manifest.fingerprint[:12]}: the images or labels differ. Give the "
+            "data set it was begun on, or another folder to --run."
+        )
+    # Parse and write it again, so that a field that is newer than the run has its default.
+    begun = json.loads(json.dumps(Pretraining.stored(metadata["config"], uri).to_json()))
+    changed = [name for name in differences(begun, wanted) if not may_change(name)]
+    if "method" in changed:  # The parts follow from it.
+        changed = [name for name in changed if not name.startswith("parts.")]
+    if changed:
+        weights = shlex.quote(f"{uri}/export/safetensors/model.safetensors")
+        saved = checkpoint.newest_step(Folder(uri) / "checkpoints") > 0
+        longer = " The learning rate depends on the epochs, so those of a run cannot change. " + (
+            f"For a new run that starts from its weights, run `raysl export {shlex.quote(uri)} --format safetensors`, "
+            f"and give the new run --backbone.weights {weights}."
+            if saved
+            else "It has no checkpoint yet, so a new run loses nothing."
+        )
+        each = (
+            f"{n} is {told(value_of(begun, n))} in the run and {told(value_of(wanted, n))} now"
+            for n in changed
+        )
+        raise UserError(
+            f"The run at {uri!r} was begun with another configuration; these differ: {'; '.join(each)}. Give the "
+            f"same values to go on with it, or another folder to --run for a new run.{longer * ('epochs' in changed)}"
+        )
+
+
+def check_facts(begun: Mapping[str, Any], now: Mapping[str, Any], uri: str) -> None:
+    """Refuse files that have changed since the run began, such as cluster ids or a teacher.
+
+    Paths may differ, and so may facts that only one version of raysl knows. An augmentation of the user is only noted,
+    because its file may have changed elsewhere.
+
+    Args:
+        begun: facts in the metadata of the run at `uri`.
+        now: facts of the configuration that should resume it.
+    """
+    found = {name: (value_of(begun, name), value_of(now, name)) for name in differences(begun, now)}
+    changed = [
+        f"{name} was {told(old)} and is {told(new)} now"
+        for name, (old, new) in found.items()
+        if old is not None
+        and new is not None
+        and name.partition(".")[0] not in ("starting_weights", "augmentation", "chance")
+        and not name.endswith((".run", ".teacher"))
+    ]
+    if changed:
+        raise UserError(
+            f"Files that the run at {uri!r} learns from have changed since it began: {'; '.join(changed)}. Restore "
+            "them, or give another folder to --run for a new run."
+        )
+    if "augmentation.source" in found:
+        _log.warning("The file of the augmentation has changed since the run at %s began.", uri)
