@@ -127,7 +127,8 @@ def _numbers(first: Run, second: Run, steps: int) -> list[str]:
 
 def _weights(then: Checkpoint, now: Checkpoint) -> list[str]:
     """Return the number of tensors that differ, and the first of them. Equal tensors may be in different files."""
-    before, after = then.state()["network"], now.state()["network"]
+    # The state of an objective may be nested, as MoCo's queue is.
+    before, after = (dict(flattened(one.state()["network"])) for one in (then, now))
     # A constant that was never set is NaN in both runs.
     changed = [
         name for name in before if not torch.equal(before[name].nan_to_num(), after[name].nan_to_num())

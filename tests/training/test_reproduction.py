@@ -7,12 +7,14 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import torch
 
 from raysl.config import Pretraining, ViewConfig
 from raysl.errors import UserError
 from raysl.objectives.pirl import Config as Pirl
 from raysl.run import METADATA, METRICS, Run, jsonl
 from raysl.storage import Folder
+from raysl.training import reproduction
 from raysl.training.launch import pretrain
 from raysl.training.reproduction import ReproduceConfig, reproduce
 from tests.data import make_dataset
@@ -77,3 +79,18 @@ def test_differences_are_listed(run: Run, tmp_path: Path) -> None:
     assert "at step 3 first" in found.numbers[0]
     with pytest.raises(UserError, match="already holds a run"):
         reproduce(copy, ReproduceConfig(out=str(tmp_path / "again"), local=True))
+
+
+def test_nested_state_is_compared_too() -> None:
+    class Saved:
+        def __init__(self, key: float) -> None:
+            self.key, self.step = key, 3
+
+        def state(self) -> dict[str, Any]:
+            queue = {"keys": torch.tensor([self.key]), "never_set": torch.tensor([float("nan")])}
+            return {"network": {"weight": torch.zeros(2), "objective._extra_state": queue}}
+
+    then, same, other = (Saved(key) for key in (1.0, 1.0, 2.0))
+    assert reproduction._weights(then, same) == []  # type: ignore[arg-type]
+    (line,) = reproduction._weights(then, other)  # type: ignore[arg-type]
+    assert "1 of 3 tensors differ at step 3, the first 'objective._extra_state.keys'" in line
