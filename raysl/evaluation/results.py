@@ -61,7 +61,8 @@ def protocol_hash(name: str, config: Any, protocol: FeatureProtocol, bn_statisti
     """
     features = {key: value for key, value in vars(protocol).items() if key != "layers"}
     if bn_statistics != probes.KEPT:
-        features["bn_statistics"] = bn_statistics
+        # Until November 2026 the statistics were those of batches in stored order, often of one class.
+        features["bn_statistics"] = f"{bn_statistics} in random order"
     value = json.dumps([name, probes.settings(config), features], sort_keys=True)
     return hashlib.blake2b(value.encode(), digest_size=6).hexdigest()
 
@@ -280,7 +281,7 @@ def verdicts(rows: Iterable[Mapping[str, Any]], num_test: int = 0) -> list[str]:
     in each layer, or that it is none.
 
     Args:
-        num_test: number of test images; 0 for that in the rows. Accuracies that differ by less than two standard
+        num_test: number of test images, for rows that do not say it. Accuracies that differ by less than two standard
             errors, of independent images, are called equal.
     """
     sentences = []
@@ -295,7 +296,7 @@ def verdicts(rows: Iterable[Mapping[str, Any]], num_test: int = 0) -> list[str]:
         best = {row["encoder"]: row for row in sorted(found, key=lambda row: float(row["value"]))}
         others = [best[encoder] for encoder in ENCODERS[1:] if encoder in best]
         if "trained" in best and others:
-            count = num_test or best["trained"].get("num_test", 0)
+            count = best["trained"].get("num_test", 0) or num_test
             sentences.append(_verdict(name, best["trained"], others, count))
     return sentences
 

@@ -83,7 +83,7 @@ class Reestimated:
 
     def identity(self) -> dict[str, Any]:
         """Return the identity of the encoder with that of the sample."""
-        sample = [self.images.manifest.fingerprint, self.image_size, norm.STATISTICS_IMAGES]
+        sample = [self.images.manifest.fingerprint, self.image_size, norm.STATISTICS_IMAGES, "random order"]
         return {**self.source.identity(), "bn_statistics": sample}
 
     def load(self, device: torch.device, layers: Sequence[str], by_batch: bool = False) -> Encode:
@@ -93,7 +93,9 @@ class Reestimated:
         return load(self.source, self._views(), device, layers)
 
     def _views(self) -> Iterator[Tensor]:
-        chosen_n = rng.sample(self.images.num_images, norm.STATISTICS_IMAGES, "bn statistics")
+        # Not in stored order: neighbours are often of one class, and vary less than all images do.
+        order_n = rng.generator("bn statistics").permutation(self.images.num_images)
+        chosen_n = order_n[: norm.STATISTICS_IMAGES]
         images = self.images.read(chosen_n, ("image",)).column("image").to_pylist()
         for some in np.array_split(np.arange(len(images)), math.ceil(len(images) / _BATCH)):
             yield decode.evaluation_views([images[i] for i in some], self.image_size)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Iterable, Iterator, Sequence
 
 import numpy as np
@@ -29,29 +30,37 @@ def load(subject: Subject, views: Iterable[Tensor], specs: Sequence[str] | None 
 
     Args:
         subject: the encoder, its layers and where BatchNorm takes its statistics from.
-        views: batches of the images that the probe learns from, for these statistics.
+        views: batches of the images whose statistics these are; see `sample`.
         specs: layers or grids; None for the layers of the subject.
     """
     specs = subject.layers if specs is None else specs
-    if subject.bn_statistics != REESTIMATED:
+    seen = mixed(views) if subject.bn_statistics == REESTIMATED else []
+    if not seen:
         return subject.encoder.load(device(), specs)
-    return extraction.load_reestimated(subject.encoder, _enough(views), device(), list(specs))
+    return extraction.load_reestimated(subject.encoder, seen, device(), list(specs))
 
 
 def load_maps(subject: Subject, views: Iterable[Tensor]) -> EncodeMaps:
     """Return the function from images to maps of the layers of a subject; see `load`."""
-    wanted = _enough(views) if subject.bn_statistics == REESTIMATED else None
-    return extraction.load_maps(subject.encoder, device(), subject.layers, wanted)
+    seen = mixed(views) if subject.bn_statistics == REESTIMATED else []
+    return extraction.load_maps(subject.encoder, device(), subject.layers, seen or None)
 
 
-def _enough(views: Iterable[Tensor]) -> Iterator[Tensor]:
-    """Yield batches until there are enough images for the statistics of BatchNorm."""
-    seen = 0
-    for images_bchw in views:
-        yield images_bchw
-        seen += len(images_bchw)
-        if seen >= norm.STATISTICS_IMAGES:
-            return
+def sample(count: int, each: int = 1) -> NDArray[np.int64]:
+    """Return which of `count` images, or of clips with `each` frames, the statistics of BatchNorm come from."""
+    return rng.sample(count, math.ceil(norm.STATISTICS_IMAGES / each), "bn statistics")
+
+
+def mixed(views: Iterable[Tensor]) -> list[Tensor]:
+    """Return the images of all batches in random batches of about equal size; none if there is only one image.
+
+    Neighbours in a data set are often of one class, and the variance within a class is smaller than that of all images.
+    """
+    images_nchw = torch.cat(list(views))
+    if len(images_nchw) < 2:
+        return []
+    order_n = rng.generator("bn statistics", "order").permutation(len(images_nchw))
+    return [images_nchw[some] for some in np.array_split(order_n, math.ceil(len(order_n) / _BATCH))]
 
 
 def features(

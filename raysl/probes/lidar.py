@@ -31,7 +31,7 @@ from raysl.errors import UserError
 from raysl.fields import Bounds
 from raysl.pretext import Geometry
 from raysl.probes import Row, Settings, Subject, check_features
-from raysl.probes._images import batches, features, load
+from raysl.probes._images import batches, features, load, sample
 from raysl.probes._task import InTask
 from raysl.probes.collapse import rankme
 from raysl.rng import ImageRng
@@ -79,7 +79,7 @@ class Lidar(InTask[Config]):
         config, count = self.config, min(self.config.images, subject.test.num_images)
         chosen_n = rng.sample(subject.test.num_images, count, "lidar")
         files = subject.test.read(chosen_n, ("image",)).column("image").to_pylist()
-        encode = load(subject, self._views(subject, files, 0))
+        encode = load(subject, self._views(subject, [files[i] for i in sample(count)], 0))
         scatter: dict[str, Scatter] = {}
         for some in batches(count):
             made: dict[str, list[NDArray[np.float32]]] = {}

@@ -33,7 +33,7 @@ from raysl.extraction.heads import trained_model
 from raysl.fields import Bounds
 from raysl.pretext._sound import spectrogram
 from raysl.probes import REESTIMATED, Row, Settings, Subject
-from raysl.probes._images import cell_offset, spaced
+from raysl.probes._images import cell_offset, mixed, spaced
 from raysl.probes._task import InTask
 from raysl.ray_cluster.gpus import device
 from raysl.stream import decode
@@ -107,7 +107,8 @@ def measure(model: Any, subject: Subject, config: Config) -> list[Row]:
     if subject.bn_statistics == REESTIMATED:
         count = max(1, norm.STATISTICS_IMAGES // (_PART_CLIPS * config.frames))
         seen = islice(moments(subject.train, size, config.frames, window_s), count)
-        norm.reestimate(model.backbone, (one.frames_bchw.to(device()) for one in seen))
+        batches = mixed(one.frames_bchw for one in seen)
+        norm.reestimate(model.backbone, (images_bchw.to(device()) for images_bchw in batches))
     offset = cell_offset(model.backbone, size)
     maps, boxes = [], []
     for one in moments(subject.test, size, config.frames, window_s):

@@ -36,7 +36,7 @@ from raysl.errors import Unset, UserError, explained
 from raysl.extraction import EncodeMaps
 from raysl.fields import Bounds
 from raysl.probes import Row, Settings, Subject, field_values
-from raysl.probes._images import batches, check_finite, held_out, load_maps
+from raysl.probes._images import batches, check_finite, held_out, load_maps, sample
 from raysl.probes._ridge import Moments, Readout, fit
 from raysl.probes._task import InTask
 from raysl.ray_cluster import gpus
@@ -114,9 +114,10 @@ class Normals(InTask[Config]):
             train, test = (pairs(Folder(config.data) / split) for split in _SPLITS)
         else:
             train, test = (_pairs_of_clips(one) for one in (subject.train, subject.test))
+        chosen = [train[i] for i in sample(len(train))]
         views = (
-            decode.resized_to_square([one.image() for one in train[some]], size)
-            for some in batches(len(train))
+            decode.resized_to_square([one.image() for one in chosen[some]], size)
+            for some in batches(len(chosen))
         )
         encode = load_maps(subject, views)
         moments: dict[str, tuple[Moments, Moments]] = {}

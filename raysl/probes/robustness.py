@@ -23,7 +23,7 @@ from raysl.errors import UserError, unknown
 from raysl.fields import Bounds
 from raysl.probes import Labelled, Row, Settings, Subject, check_labels, common_labels, primary
 from raysl.probes._corruptions import CORRUPTIONS, SEVERITIES, corrupt
-from raysl.probes._images import batches, features, load
+from raysl.probes._images import batches, features, load, sample
 from raysl.probes._task import InTask
 from raysl.probes.knn import Config as KnnConfig
 from raysl.probes.knn import Knn
@@ -80,7 +80,7 @@ class Robustness(InTask[Config]):
         train_n, test_n = common_labels(subject.train, subject.test)
         train_k = rng.sample(len(train_n), config.max_train, "robustness")
         test_k = rng.sample(len(test_n), config.max_test, "robustness")
-        encode = load(subject, _views(subject.train, train_k, size))
+        encode = load(subject, _views(subject.train, train_k[sample(len(train_k))], size))
         learned = features(encode, _views(subject.train, train_k, size))
         found: dict[str, dict[str, list[float]]] = {layer: {} for layer in subject.layers}
         cases = [("", 0), *((name, level) for name in config.corruptions for level in config.severities)]

@@ -14,6 +14,8 @@ from collections.abc import Iterator
 from dataclasses import dataclass, field, replace
 from typing import Annotated, ClassVar
 
+import numpy as np
+from numpy.typing import NDArray
 from torch import Tensor
 
 from raysl import extraction
@@ -21,7 +23,7 @@ from raysl.dataset import DataSet
 from raysl.errors import Unset, explained
 from raysl.fields import Bounds
 from raysl.probes import Labelled, Row, Settings, Subject, common_labels
-from raysl.probes._images import each_clip, features, load, spaced
+from raysl.probes._images import each_clip, features, load, sample, spaced
 from raysl.probes._task import InTask
 from raysl.probes.linear import Config as LinearConfig
 from raysl.probes.linear import Linear
@@ -62,7 +64,8 @@ class Video(InTask[Config]):
     def rows(self, subject: Subject) -> list[Row]:
         """Return the rows of all layers. Raises UserError if there are no labels, or a frame is damaged."""
         specs = {layer: extraction.feature_spec(layer, self.config.linear.dims) for layer in subject.layers}
-        encode = load(subject, self._clips(subject.train, subject.image_size), list(specs.values()))
+        chosen_n = sample(subject.train.num_images, self.config.frames)
+        encode = load(subject, self._clips(subject.train, subject.image_size, chosen_n), list(specs.values()))
         sets = []
         for data, labels_n in zip(
             (subject.train, subject.test), common_labels(subject.train, subject.test), strict=True
@@ -76,9 +79,9 @@ class Video(InTask[Config]):
             for row in Linear(self.config.linear).run(sets[0][spec], sets[1][spec])
         ]
 
-    def _clips(self, data: DataSet, size: int) -> Iterator[Tensor]:
-        """Yield the frames of each clip in the evaluation view, uint8 (f, 3, size, size)."""
-        for index, clips, row in each_clip(data, ("frames", "times")):
+    def _clips(self, data: DataSet, size: int, chosen_n: NDArray[np.int64] | None = None) -> Iterator[Tensor]:
+        """Yield the frames of each chosen clip in the evaluation view, uint8 (f, 3, size, size)."""
+        for index, clips, row in each_clip(data, ("frames", "times"), chosen_n):
             numbers = spaced(clips.num_frames(row), self.config.frames)
             what = f"A frame of clip {index} of {str(data.folder)!r} cannot be decoded"
             with explained(what, "Ingest the source again.", decode.DecodeError):

@@ -21,7 +21,7 @@ from raysl import extraction
 from raysl.dataset import DataSet
 from raysl.errors import UserError
 from raysl.probes import Labelled, Row, Subject, _voc
-from raysl.probes._images import features, load
+from raysl.probes._images import features, load, sample
 from raysl.probes._task import InTask
 from raysl.probes._voc import Picture, VocSettings
 from raysl.probes.svm import Config as SvmConfig
@@ -69,7 +69,8 @@ class VocSvm(InTask[Config]):
                 f"No image of the splits {' and '.join(splits)} of {config.data!r} shows a class."
             )
         specs = {layer: extraction.feature_spec(layer, config.svm.dims) for layer in subject.layers}
-        encode = load(subject, _views(train, subject.image_size), list(specs.values()))
+        seen_first = [train[i] for i in sample(len(train))]
+        encode = load(subject, _views(seen_first, subject.image_size), list(specs.values()))
         seen, unseen = (features(encode, _views(some, subject.image_size)) for some in (train, test))
         labels = shown(train, classes), shown(test, classes)
         return [

@@ -248,3 +248,8 @@ def test_files_of_rows_are_lines_of_json(run: Run) -> None:
     header, *lines = (run.folder / ROWS).read(name).splitlines()
     assert json.loads(header)["rows"] == len(lines) == 1
     assert json.loads(lines[0])["value"] == 0.5
+
+
+def test_a_verdict_counts_the_images_that_the_probe_has_scored() -> None:
+    rows = [row(value=0.52, num_test=1000), row(value=0.50, encoder="random", num_test=1000)]
+    assert "not clearly better" in " ".join(verdicts(rows, 10_000))
