@@ -36,7 +36,7 @@ from raysl.dataset import DataSet
 from raysl.errors import Unset, UserError
 from raysl.fields import Bounds
 from raysl.probes import Row, Settings, Subject, _poses, field_values
-from raysl.probes._images import batches, check_finite, held_out, load_maps
+from raysl.probes._images import batches, check_finite, held_out, load_maps, sample
 from raysl.probes._poses import Figure, Figures
 from raysl.probes._ridge import Moments, Readout, fit
 from raysl.probes._task import InTask
@@ -129,7 +129,8 @@ class Keypoints(InTask[Config]):
         """
         config, size = self.config, subject.image_size
         names, train, test, images = _figures(subject, config)
-        views = (_poses.views(train[some], images, size)[0] for some in batches(len(train)))
+        chosen = [train[i] for i in sample(len(train))]
+        views = (_poses.views(chosen[some], images, size)[0] for some in batches(len(chosen)))
         encode = load_maps(subject, views)
 
         def seen(figures: Sequence[Figure]) -> tuple[dict[str, Tensor], Tensor, Tensor]:
@@ -180,6 +181,12 @@ def _figures(
         raise UserError(
             f"The annotations {config.train!r} and {config.test!r} name other key points: {train.names} and "
             f"{test.names}. Give two files of one kind."
+        )
+    if shared := {str(one.image) for one in train.figures} & {str(one.image) for one in test.figures}:
+        raise UserError(
+            f"The annotations {config.train!r} and {config.test!r} share {len(shared)} images, the first being "
+            f"{min(shared)!r}. The probe is scored on other images than it learns from: give two files that share "
+            "none, or leave out --keypoints.test."
         )
     return train.names, _sample(train.figures, config), test.figures, images
 

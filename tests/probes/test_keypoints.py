@@ -178,6 +178,8 @@ def test_bad_annotations_are_refused(tmp_path: Path) -> None:
         keypoints.Keypoints(config).rows(one)
     with pytest.raises(UserError, match=r"no box of the head; use --keypoints\.reference box"):
         keypoints.Keypoints(replace(config, reference="head")).rows(one)
+    with pytest.raises(UserError, match=r"share 60 images, the first being '0\.png'"):
+        keypoints.Keypoints(replace(config, test=config.train)).rows(one)
     first = config.settings()
     coco(tmp_path / "other", 61)
     assert keypoints.Config(train=str(tmp_path / "other" / "points.json")).settings() != first
