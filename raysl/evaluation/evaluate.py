@@ -292,7 +292,7 @@ def _row_identity(
         "weights": identity.get("crc32", identity.get("weights")),
         "protocol": protocol_hash(name, protocol, FeatureProtocol(context.image_size), data.bn_statistics),
         **data.fingerprints(measure),
-        "num_test": data.test.num_images,
+        "num_test": min(data.test.num_images, getattr(protocol, "max_test", data.test.num_images)),
     }
 
 

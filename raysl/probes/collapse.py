@@ -102,7 +102,8 @@ class Collapse:
         close, flat = values["spread"] < _LEAST_SPREAD, rank < _LEAST_RANK and share < _LEAST_SHARE
         have = "have" if close or flat or constant > _MOST_CONSTANT else "have not"
         found = f"effective rank {rank:.3g}{most}" + (f", spread {values['spread']:.4f}" if close else "")
-        are = f"{100 * constant:.2g} % constant features" if constant else "no constant features"
+        percent = f"{100 * constant:.0f}" if constant >= 0.1 else f"{100 * constant:.2g}"
+        are = f"{percent} % constant features" if constant else "no constant features"
         return f"The {layer} features {have} collapsed: {found} and {are}."
 
 
@@ -133,7 +134,7 @@ def alpha_req(eigenvalues_k: NDArray[Any]) -> float | None:
 
 
 def uniformity(unit_nd: NDArray[np.float64]) -> float:
-    """Return the uniformity of unit vectors (n, d), over all pairs of two."""
-    n = len(unit_nd)
-    close_nn = np.exp(-2 * (2 - 2 * (unit_nd @ unit_nd.T)))
+    """Return the uniformity of unit vectors (n, d), over all pairs. Vectors of zeros are equal to one another."""
+    n, square_n = len(unit_nd), np.square(unit_nd).sum(1)
+    close_nn = np.exp(-2 * (square_n[:, None] + square_n - 2 * (unit_nd @ unit_nd.T)))
     return float(np.log((close_nn.sum() - np.trace(close_nn)) / (n * (n - 1))))

@@ -73,9 +73,9 @@ class Knn:
 
     def _scores(self, similar_qk: Tensor, votes_qk: Tensor, classes: int) -> Iterator[tuple[str, Tensor]]:
         """Yield for every k and T log(sum of exp(similarity / T)) by class, up to a constant per query."""
-        first, *others = self.config.ks
+        first, *others = dict.fromkeys(self.config.ks)
         ks = [first, *(k for k in others if k <= votes_qk.shape[1])]
-        for temperature in self.config.temperatures:
+        for temperature in dict.fromkeys(self.config.temperatures):
             weight_qk = ((similar_qk - similar_qk[:, :1]).double() / temperature).exp()
             for k in ks:
                 sums_qc = weight_qk.new_zeros(len(votes_qk), classes)

@@ -91,3 +91,9 @@ def test_alpha_req_is_the_exponent_of_the_eigenvalues(alpha: float) -> None:
     turn, _ = np.linalg.qr(random.normal(size=(30, 30)))
     x = basis * np.arange(1, 31.0) ** (-alpha / 2) @ turn
     assert values(100 * x + 3)["alpha_req"] == pytest.approx(alpha, abs=1e-2)
+
+
+def test_features_of_zeros_are_one_point() -> None:
+    found = values(np.zeros((50, 8)))
+    assert (found["uniformity"], found["constant"]) == (0, 1)
+    assert "100 % constant features" in Collapse.finding("pooled", found)

@@ -99,3 +99,10 @@ def test_primary_metric_is_the_first_of_the_settings() -> None:
     rows = list(knn.Knn(knn.Config((3,), (0.2,))).run(random_set(9, 2, 0), random_set(9, 2, 1)))
     assert knn.Knn(knn.Config((3,), (0.2,))).primary_metric == rows[0].name == "top1/k=3,T=0.2"
     assert isinstance(rows[0], Row)
+
+
+def test_settings_that_are_given_twice_count_once() -> None:
+    train, test = random_set(30, 3, 0), random_set(20, 3, 1)
+    assert values(train, test, knn.Config((5, 5), (0.1, 0.1))) == values(
+        train, test, knn.Config((5,), (0.1,))
+    )
