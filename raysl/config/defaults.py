@@ -73,7 +73,7 @@ def resolve(
         varied: dotted names of the fields that trials vary; they are chosen too, but not listed.
     """
     wanted = _without_usual(given)
-    offered = _choices(wanted, dataset, usual_workers, has_gpus)
+    offered = _choices(wanted, dataset, usual_workers, has_gpus, "method" in varied)
     choices = [choice for choice in offered if not _contains(wanted, choice.name)]
     listed = [choice for choice in choices if choice.name not in varied]
     if listed:
@@ -170,12 +170,16 @@ def short_side(dataset: DataSet) -> int:
 
 
 def _choices(
-    given: Mapping[str, Any], dataset: DataSet, usual_workers: int, has_gpus: bool
+    given: Mapping[str, Any],
+    dataset: DataSet,
+    usual_workers: int,
+    has_gpus: bool,
+    several_methods: bool = False,
 ) -> Iterator[Choice]:
     photos = short_side(dataset) > SMALL_SIDE
     method = given.get("method", "pirl-jigsaw")
     yield Choice("method", method)
-    if str(_backbone_name(given)).startswith(TIMM):
+    if str(_name(given, "backbone")).startswith(TIMM):
         yield Choice("view.image_size", 224, "most networks of timm are made for it")
     elif not photos:
         yield Choice("backbone.name", "small")
@@ -191,17 +195,18 @@ def _choices(
     if has_gpus:
         yield Choice("precision", "bf16", "there are GPUs")
     yield _batch_size(dataset.num_images, workers, most=64 if photos and not has_gpus else 256)
-    if given.get("optim", {}).get("name", "sgd") == "sgd":
+    if _name(given, "optim") in ("", "sgd"):
         yield Choice("optim.lr", 0.12)
         yield Choice("optim.warmup", 0.05)
-    yield from _of_method(method, dataset.num_images)
-    if not photos:
-        yield from _of_short_runs(method)
+    own = [*_of_method(method, dataset.num_images), *(() if photos else _of_short_runs(method))]
+    # Where trials compare methods, each has the hyperparameters of its paper, as far as the images allow.
+    yield from (one for one in own if not several_methods or one.name.endswith(".num_negatives"))
 
 
-def _backbone_name(given: Mapping[str, Any]) -> Any:
-    backbone = given.get("backbone", {})
-    return backbone.get("name", "") if isinstance(backbone, Mapping) else getattr(backbone, "name", "")
+def _name(given: Mapping[str, Any], part: str) -> Any:
+    """Return the name of a backbone or optimiser, given as a mapping or a configuration; "" if it is not given."""
+    value = given.get(part, {})
+    return value.get("name", "") if isinstance(value, Mapping) else getattr(value, "name", "")
 
 
 def _batch_size(num_images: int, workers: int | str, most: int) -> Choice:

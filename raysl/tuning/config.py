@@ -91,6 +91,11 @@ class SweepConfig:
                 f"The probe {self.probe!r} needs {flags}, which a sweep does not have. Use knn or linear for the "
                 f"sweep, and {self.probe} on its best run."
             )
+        if not probes.is_score(self.probe):
+            raise UserError(
+                f"The probe {self.probe!r} gives no score: more is not always better, so a sweep cannot choose by it. "
+                "Use knn or linear."
+            )
         self._check_combination()
 
     def _check_combination(self) -> None:

@@ -57,10 +57,13 @@ class Dimension:
         """Return the value at a share in 0..1 of the way."""
         if self.values:
             return self.values[min(int(share * len(self.values)), len(self.values) - 1)]
+        # Each whole number has an interval of its own, so that the ends are as likely as the others.
+        low, high = self.low, self.high + self.whole
         if self.log:
-            low, high = math.log(self.low), math.log(self.high)
-            return self.rounded(math.exp(low + share * (high - low)))
-        return self.rounded(self.low + share * (self.high - self.low))
+            value = math.exp(math.log(low) + share * (math.log(high) - math.log(low)))
+        else:
+            value = low + share * (high - low)
+        return self.rounded(math.floor(value + 1e-9) if self.whole else value)
 
     def rounded(self, value: float) -> float:
         """Return the value inside the interval, as a whole number or with four significant digits."""
@@ -270,9 +273,15 @@ def _dimension(name: str, hint: Any, text: str | None, listed: bool) -> Dimensio
                 f"--vary {name}=A,B,C."
             )
         numbers = [value for value in values if value is not None]
-        if not listed and all(map(_is_number, numbers)):
+        # Workers divide a batch evenly, so its size is one of a list.
+        if not listed and name != "batch_size" and all(map(_is_number, numbers)):
             return _interval(name, hint, min(numbers), max(numbers))
     elif ".." in text and fields.has_type(0, hint):
+        if name == "batch_size":
+            raise UserError(
+                f"{name}={text} is an interval, and most of its numbers cannot be divided over workers evenly. Write "
+                f"{name}=A,B,C."
+            )
         if listed:
             raise UserError(
                 f"{name}={text} is an interval, and --searcher grid needs a list of values. Write {name}=A,B,C, or "

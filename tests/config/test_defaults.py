@@ -152,3 +152,18 @@ def test_help_says_which_defaults_are_chosen(capsys: pytest.CaptureFixture[str])
     of_other_methods = ("npid.", "simclr.")
     assert chosen() == len([name for name in defaults.CHOSEN if not name.startswith(of_other_methods)])
     assert chosen("--recipe", "simclr-r50") == 0
+
+
+@pytest.mark.parametrize("optim", [OptimConfig("adamw", lr=0.002), {"name": "adamw"}])
+def test_the_learning_rate_of_another_optimiser_stays(optim: Any, small: DataSet) -> None:
+    made = defaults.resolve({**RUN, "optim": optim}, small, 1, False)
+    assert (made.optim.name, made.optim.lr) == ("adamw", 0.002 if isinstance(optim, OptimConfig) else 0.03)
+
+
+def test_trials_of_several_methods_have_the_hyperparameters_of_the_papers(small: DataSet) -> None:
+    made = defaults.resolve(RUN, small, 1, False, varied=["method"])
+    assert (made.parts["pirl"].head, made.bank.momentum, made.parts["pirl"].num_negatives) == (
+        "linear",
+        0.5,
+        99,
+    )

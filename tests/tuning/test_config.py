@@ -40,6 +40,7 @@ def test_what_may_change_between_sessions_are_fields() -> None:
         ({"gpus_per_worker": 2}, "at most 1"),
         ({"scheduler": "pbt", "rungs": 1}, "at least --rungs 2"),
         ({"scheduler": "pbt", "retry": True}, "Leave out --retry"),
+        ({"probe": "collapse"}, "gives no score"),
         ({"probe": "detection"}, r"needs --detection\.data"),
         ({"probe": "voc_svm"}, r"needs --voc-svm\.data"),
         ({"scheduler": "hyperband", "searcher": "optuna"}, "searcher random"),

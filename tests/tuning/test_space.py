@@ -233,3 +233,13 @@ def test_a_space_of_ray_tune_is_refused_before_ray_starts(
 def test_arguments_of_a_trainable_are_refused(changes: dict[str, Any], answer: str) -> None:
     with pytest.raises(UserError, match=answer):
         tune_trainable(BASE, "out", **changes)
+
+
+def test_whole_numbers_are_drawn_equally_often_and_the_size_of_a_batch_from_its_list() -> None:
+    points = made("jigsaw.grid=2..5", "batch_size", listed=False)
+    drawn = [points.drawn(0, trial) for trial in range(1000)]
+    counts = np.bincount([p["jigsaw.grid"] for p in drawn], minlength=6)
+    assert 200 < counts[2:].min() <= counts[2:].max() < 300
+    assert {p["batch_size"] for p in drawn} == set(points.dimensions[1].values)
+    with pytest.raises(UserError, match=r"batch_size=64\.\.512 is an interval"):
+        made("batch_size=64..512", listed=False)
