@@ -116,6 +116,7 @@ def probe(
     probes: Sequence[str] = ("knn", "linear"),
     *,
     layers: Sequence[str] = ("pooled",),
+    encoders: Sequence[str] = ("trained", "random", "pixels"),
     out: PathLike = "",
     image_size: int = 0,
     backbone: Any = None,
@@ -130,6 +131,7 @@ def probe(
         train, test: labelled data that the probes learn from, and labelled data on which the probes are scored.
         probes: a name, or names, of probes; `raysl methods` lists them.
         layers: "all" is conv1, res2 to res5 and pooled.
+        encoders: of a run, any of these and "momentum"; see `raysl.evaluation.options.ProbeConfig`.
         out: folder of the rows and features; by default that of the run. Required for weights.
         image_size: side of the view in pixels, for weights only; 0 for 224 for a file of weights and 32 otherwise.
         backbone: a `BackboneConfig`, a mapping of its fields or a name, for weights only.
@@ -143,26 +145,24 @@ def probe(
     from raysl import probes as all_probes
     from raysl.backbone.network import BackboneConfig as Network
 
-    probes, layers = ([given] if isinstance(given, str) else given for given in (probes, layers))
+    probes, layers, encoders = ([x] if isinstance(x, str) else x for x in (probes, layers, encoders))
     if extra := sorted(set(protocols) - set(probes)):
         raise UserError(f"The argument {extra[0]!r} is neither one of `probe` nor one of {tuple(probes)}.")
     configs = {name: configure(all_probes.config_type(name), protocols.get(name), {}) for name in probes}
     network = configure(Network, {"name": backbone} if isinstance(backbone, str) else backbone, {})
-    for labelled in (train, test):
-        check_source(labelled)
+    check_source(train, test)
     check_checkpoint(checkpoint)
     from raysl.evaluation import evaluate, options
     from raysl.extraction import Trained, encoder_by_name
 
-    source = encoder_by_name(uri(checkpoint), network, seed)
+    source = encoder_by_name(name := uri(checkpoint), network, seed)
     evaluate.layers_of(source, layers)  # Raises UserError for an unknown layer.
     data_sets = dataset(train), dataset(test)
-    choices: dict[str, Any] = {"bn_statistics": bn_statistics, "image_size": image_size, "seed": seed}
-    config = options.ProbeConfig(probes, layers, configs=configs, out=os.fspath(out), **choices)
+    choices = probes, layers, encoders, configs, bn_statistics
+    config = options.ProbeConfig(*choices, os.fspath(out), image_size=image_size, seed=seed)
     evaluate.check_data(config.ready(), *data_sets)
     check_writable(config.out or (str(source.run.folder) if isinstance(source, Trained) else ""))
-    title = f"{uri(checkpoint).rpartition('/')[2]} ({network.name})"
-    rows = evaluate.probe_encoder(source, title, *data_sets, config)
+    rows = evaluate.probe_encoder(source, f"{name.rpartition('/')[2]} ({network.name})", *data_sets, config)
     if "retrieval" in probes:
         from raysl.reporting import retrieval_grid
 
@@ -291,15 +291,14 @@ def sweep(
     """
     from raysl.tuning.config import SweepConfig as Config
 
-    labelled_data = {name: fields[name] for name in ("train", "validation") if name in fields}
-    settings = configure(Config, config, {**fields, **given(test=test, out=out, vary=vary, **labelled_data)})
+    labelled = {name: fields[name] for name in ("train", "validation") if name in fields}
+    settings = configure(Config, config, {**fields, **given(test=test, out=out, vary=vary, **labelled)})
     from raysl.tuning import preparation
     from raysl.tuning import sweep as tuning
 
     def varied(asked: Pretraining) -> list[str]:
         names = preparation.check(asked, settings)[0].names
-        for data in filter(None, (asked.data, settings.train, settings.validation, settings.test)):
-            check_source(data)
+        check_source(*filter(None, (asked.data, settings.train, settings.validation, settings.test)))
         return names
 
     learner = run_config(data, "-", base, {}, check=varied, out=settings.out)

@@ -44,13 +44,14 @@ def dataset(data: Data) -> DataSet:
     return resolve(uri(data))
 
 
-def check_source(data: Data) -> None:
-    """Raise UserError unless a data set or a source of images lies at `data`."""
+def check_source(*places: Data) -> None:
+    """Raise UserError unless a data set or a source of images lies at each place."""
     from raysl.dataset import DataSet
     from raysl.ingestion.sources import Place, open_source
 
-    if not isinstance(data, DataSet) and not DataSet.is_one(uri(data)):
-        open_source(Place.parse(uri(data)))
+    for data in places:
+        if not isinstance(data, DataSet) and not DataSet.is_one(uri(data)):
+            open_source(Place.parse(uri(data)))
 
 
 def check_checkpoint(checkpoint: AnyRun) -> None:
@@ -227,12 +228,13 @@ def unseen(asked: Pretraining) -> list[str]:
 
 
 def _named(fields: Mapping[str, Any]) -> dict[str, Any]:
-    """Return fields in which the name of a backbone is a mapping, and a backbone or an augmentation of the user is
-    replaced by its importable name.
+    """Return fields in which names of a backbone and an optimiser are mappings, and a backbone or an augmentation of
+    the user is replaced by its importable name.
     """
     values, view = dict(fields), fields.get("view")
-    if isinstance(values.get("backbone"), str):
-        values["backbone"] = {"name": values["backbone"]}
+    for part in ("backbone", "optim"):
+        if isinstance(values.get(part), str):
+            values[part] = {"name": values[part]}
     if callable(values.get("backbone")):
         from raysl.backbone.network import config_of
 

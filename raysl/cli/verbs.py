@@ -85,6 +85,8 @@ class ProbeFlags:
             --linear.schedule fast; help lists them for the probes that are given.
         layers: layers to measure: "pooled", the output of the backbone; "all" adds the stages of a ResNet, conv1 and
             res2 to res5.
+        encoders: encoders of a run to measure: "trained", "random" (the untrained backbone), "pixels", and "momentum"
+            (the moving average of the backbone that BYOL, MoCo and DINO keep).
         out: folder for the results and features; default: the folder of the run. Required if the model is not a run.
         image_size: side of the view in pixels, for a model that is not a run; 0 means 224 for a weights file, else 32.
         backbone: backbone of a weights file, or of "random"; "timm/NAME" for a backbone of timm.
@@ -98,6 +100,7 @@ class ProbeFlags:
     test: str
     probes: tuple[str, ...] = ("knn", "linear")
     layers: tuple[str, ...] = ("pooled",)
+    encoders: tuple[str, ...] = ("trained", "random", "pixels")
     out: str = ""
     image_size: int = 0
     backbone: BackboneConfig = dataclasses.field(default_factory=BackboneConfig)
