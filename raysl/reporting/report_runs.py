@@ -102,7 +102,7 @@ def _loaded(folder: Folder) -> ReportRun:
         identity = _identity({key: value for key, value in config.items() if key not in ignored})
         identity["images"] = metadata["data"]["fingerprint"][:8]
         identity["step"] = _step(run, rows)
-        identity |= _teacher(metadata.get("facts", {}))
+        identity |= _inputs(metadata.get("facts", {}))
         return ReportRun(run, config["method"], config["seed"], identity, rows, run.metrics_columns(_COLUMNS))
     if folder.exists(MODEL):
         what = f"The file {folder}/{MODEL} is damaged"
@@ -124,13 +124,14 @@ def _step(run: Run, rows: Sequence[Mapping[str, Any]]) -> int:
     return max(probed) if probed else checkpoint.newest_step(run.checkpoints)
 
 
-def _teacher(facts: Mapping[str, Any]) -> dict[str, Any]:
-    """Return the teacher of a student run: its method and step, and the number of clusters."""
+def _inputs(facts: Mapping[str, Any]) -> dict[str, Any]:
+    """Return what a run was made from: its starting weights, its teacher's method and step, the number of clusters."""
     teacher, labels = facts.get("teacher", {}), facts.get("labels", {})
     values = {
         "K": facts.get("num_clusters"),
         "teacher": teacher.get("method") or labels.get("objective"),
         "teacher_step": teacher.get("step"),
+        "starting_weights": facts.get("starting_weights"),
     }
     return {name: value for name, value in values.items() if value is not None}
 
@@ -168,7 +169,7 @@ def labelled_rows(gathered: Sequence[Group]) -> list[LabelledRow]:
             steps.setdefault(_measurement(row), set()).add(row["step"])
         for member, row in newest:
             label = label_of(row["encoder"], group, member)
-            if row["encoder"] == "trained" and len(steps[_measurement(row)]) > 1:
+            if row["encoder"] in ("trained", MOMENTUM) and len(steps[_measurement(row)]) > 1:
                 label = f"{label}, step {row['step']}"
             made.append(LabelledRow(label, row))
     return made

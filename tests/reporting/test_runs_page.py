@@ -291,3 +291,19 @@ def _moved(values: Sequence[float], by: float) -> Estimate:
 def test_a_folder_without_run_or_sweep_is_refused(tmp_path: Path) -> None:
     with pytest.raises(UserError, match="Neither a sweep nor a run"):
         report(str(tmp_path), ReportConfig())
+
+
+def test_runs_from_other_starting_weights_do_not_share_a_row(tmp_path: Path) -> None:
+    dataset = make_dataset(tmp_path / "set", 8)
+    for name in ("a", "b"):
+        weights = BackboneConfig(weights=f"/elsewhere/{name}.pth")
+        config = Pretraining(str(dataset.folder), str(tmp_path / name), batch_size=4, backbone=weights)
+        Run.begin(config, dataset, {"starting_weights": name})
+    assert len(groups([str(tmp_path / name) for name in ("a", "b")])) == 2
+
+
+def test_moving_averages_of_different_steps_do_not_share_a_row(runs: list[str]) -> None:
+    for place, step in zip(runs[:2], (2, 5), strict=True):
+        write_rows(Folder(place), [row(0.5, encoder="momentum", step=step)])
+    found = [item.label for item in labelled_rows(groups(runs[:2])) if item.row["encoder"] == "momentum"]
+    assert [label.rpartition(", ")[2] for label in found] == ["step 2", "step 5"]
