@@ -24,7 +24,7 @@ from raysl import rng
 from raysl.errors import UserError
 from raysl.fields import Bounds, Checked
 from raysl.objectives import Base, Batch, Loss, MemoryBank, Setup, predict
-from raysl.pretext import Grayscale, Pretext
+from raysl.pretext import Grayscale, Pretext, of_clips
 
 COMMAND = "raysl pretrain --data DATA --run RUN --method multitask-relative_position,colorization"
 
@@ -57,6 +57,11 @@ class Multitask(Base):
             raise UserError(
                 f"--multitask.weights has {len(config.weights)} values for {len(tasks)} tasks ({', '.join(tasks)}). "
                 "Give one weight for each task, or none for round robin."
+            )
+        clips = [name for name, transform in tasks.items() if config.gray and of_clips(transform)]
+        if clips:
+            raise UserError(
+                f"--multitask.gray is for tasks of images, and {clips[0]!r} learns from clips. Leave it out."
             )
         self.turns = Turns(tuple(tasks), config.weights, setup.seed)
         self.views: dict[str, Pretext] = {

@@ -64,7 +64,7 @@ class Predict(Base):
             )
         self.views = {"transformed": transform}
         if self.dense is None:
-            self.chance = math.log(transform.num_labels)
+            self.chance = float(getattr(transform, "chance", math.log(transform.num_labels)))
         # With a label for each crop, every crop is a sample.
         self.per_crop = pretext.label_per_crop(transform)
         crops = 1 if self.per_crop else transform.num_crops

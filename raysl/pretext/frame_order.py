@@ -9,6 +9,7 @@ permutation and its reverse are one class. UCF101 with a CaffeNet from verificat
 
 from __future__ import annotations
 
+import math
 from dataclasses import dataclass
 from itertools import permutations
 from typing import Annotated, Any, Literal
@@ -72,6 +73,14 @@ class FrameOrder(OfFrames):
             found = [order for order in permutations(range(config.frames)) if order[0] < order[-1]]
             self.num_crops, self.num_labels = config.frames, len(found)
             self.orders = np.array(found)
+
+    @property
+    def chance(self) -> float:
+        """The loss of a guess by the frequencies of the labels."""
+        right: float = self.config.positives
+        if self.config.task != "verify":
+            return math.log(self.num_labels)
+        return -right * math.log(right) - (1 - right) * math.log(1 - right)
 
     def choose(self, clips: Clips, image_rng: ImageRng) -> Chosen:
         """Draw a tuple from each clip. A clip of fewer frames than the tuple repeats frames."""

@@ -15,8 +15,13 @@ from raysl.contrastive.bank import BankConfig, MemoryBank
 from raysl.objectives import Batch
 from raysl.objectives.clusterfit import Clusterfit
 from raysl.objectives.clusterfit import Config as ClusterfitConfig
+from raysl.objectives.predict import Config as PredictConfig
+from raysl.objectives.predict import Predict
 from raysl.objectives.supervised import Config as SupervisedConfig
 from raysl.objectives.supervised import Supervised
+from raysl.pretext import Geometry
+from raysl.pretext.frame_order import Config as FrameOrderConfig
+from raysl.pretext.frame_order import FrameOrder
 from tests.objectives.setups import N, batch, clusters, setup
 
 
@@ -53,3 +58,9 @@ def test_chance_of_labels_is_the_loss_of_equal_scores() -> None:
     assert objective.loss({"logits": torch.zeros(4, 5)}, of, None).loss.item() == pytest.approx(
         objective.chance
     )
+
+
+def test_chance_of_ordered_frames_follows_the_share_of_right_tuples() -> None:
+    transform = FrameOrder(FrameOrderConfig(task="verify", positives=0.25), Geometry(image_size=32))
+    objective = Predict(PredictConfig(), replace(setup()[1], pretext=transform))
+    assert objective.chance == pytest.approx(-0.25 * np.log(0.25) - 0.75 * np.log(0.75))

@@ -136,6 +136,8 @@ def test_chance_is_the_mean_over_steps(weights: tuple[float, ...]) -> None:
 
 
 def test_what_cannot_work_is_refused() -> None:
+    with pytest.raises(UserError, match=r"--multitask\.gray is for tasks of images, and 'frame_order'"):
+        make("rotation", "frame_order", gray=True)
     with pytest.raises(UserError, match="needs a pretext transform, as in 'multitask-rotation,jigsaw'"):
         make()
     with pytest.raises(UserError, match="nothing to predict"):
