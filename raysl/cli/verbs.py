@@ -41,15 +41,16 @@ def pretrain(arguments: Sequence[str]) -> None:
     flags = parse(arguments, "raysl pretrain", _BESIDE)
     probing, local = (dataclasses.asdict(flags.beside[name]) for name in _BESIDE)
     run = api.pretrain(**flags.given, **probing, **local)
-    print(f"The run is at {run.folder}. Next:\n{_next_commands(run)}")
+    data = str(flags.given.get("data", run.config().data))
+    print(f"The run is at {run.folder}. Next:\n{_next_commands(run, data)}")
 
 
-def _next_commands(run: Run) -> str:
-    data = shlex.quote(run.config().data)
+def _next_commands(run: Run, data: str) -> str:
+    folder = shlex.quote(str(run.folder))
     return (
-        f"  raysl probe {run.folder} --train LABELLED --test OTHERS    measure it\n"
-        f"  raysl features {run.folder} --data {data} --out FEATURES    features of images as Parquet\n"
-        f"  raysl export {run.folder}    weights for other programs"
+        f"  raysl probe {folder} --train LABELLED --test OTHERS    measure it\n"
+        f"  raysl features {folder} --data {shlex.quote(data)} --out FEATURES    features of images as Parquet\n"
+        f"  raysl export {folder}    weights for other programs"
     )
 
 
@@ -69,7 +70,7 @@ def ingest(
     """
     made = api.ingest(source, dest, config)
     fingerprint = made.manifest.fingerprint[:12]
-    print(f"Fingerprint {fingerprint}. Next: raysl pretrain --data {dest} --run runs/first")
+    print(f"Fingerprint {fingerprint}. Next: raysl pretrain --data {shlex.quote(dest)} --run runs/first")
 
 
 @dataclass(frozen=True)
@@ -177,7 +178,7 @@ def clusterfit(arguments: Sequence[str]) -> None:
     )
     student = parse([*rest, "--method", "clusterfit"], "raysl clusterfit").given
     run = api.clusterfit(given.teacher, config=given, student=student)
-    print(f"The student is at {run.folder}. Next:\n{_next_commands(run)}")
+    print(f"The student is at {run.folder}. Next:\n{_next_commands(run, run.config().data)}")
 
 
 @dataclass(frozen=True)

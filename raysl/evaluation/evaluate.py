@@ -204,10 +204,11 @@ def _run_probes(
         warn_of_same(labelled)
     if unseen := data.unseen():
         _log.warning(
-            "%s of %s test images show classes that the train set does not have. No probe that learns from labels can "
-            "predict them.",
+            "%s of %s test images show classes that the train set does not have%s. No probe that learns from labels "
+            "can predict them.",
             f"{unseen:,}",
             f"{data.test.num_images:,}",
+            _names_besides(test, train),
         )
     found = _extract(sources, layers, ready, data, context, config)
     rows: list[dict[str, Any]] = []
@@ -240,6 +241,12 @@ def check_data(ready: Mapping[str, tuple[Any, Probe]], train: DataSet, test: Dat
     for _, probe in ready.values():
         if hasattr(probe, "check_data"):
             probe.check_data(train, test)
+
+
+def _names_besides(test: DataSet, train: DataSet) -> str:
+    """Return some classes of the test set that the train set does not have, for a message."""
+    names = sorted({*test.manifest.classes} - {*train.manifest.classes})
+    return f": {', '.join(names[:5])}{', ...' * (len(names) > 5)}" if names else ""
 
 
 @dataclass(frozen=True)

@@ -100,7 +100,10 @@ def _scratch() -> Iterator[str]:
         try:
             os.rmdir(folder)
         except OSError:
-            _log.info("Runs and results are in %s, which the system may delete.", folder)
+            _log.info(
+                "Runs and results are in %s, which the system may delete. To go on with the runs, add --runs %s.",
+                *(folder, f"{folder}/runs"),
+            )
 
 
 def locally(flags: F, **small: Any) -> F:

@@ -256,11 +256,11 @@ class MetricsLog:
             self._tensorboard.add_hyperparameters(run.metadata()["config"])
 
     def add(self, row: Mapping[str, Any]) -> None:
-        """Add a row; it reaches the file within ten seconds, or at `flush`."""
+        """Add a row; it reaches a local file within a second of work, an object store within ten, or at `flush`."""
         self._rows.append(row)
         if self._tensorboard is not None:
             self._tensorboard.add(row)
-        if time.monotonic() - self._written_at > 10.0:
+        if time.monotonic() - self._written_at > (1.0 if self._run.folder.is_local else 10.0):
             self.flush()
 
     def flush(self) -> None:

@@ -96,12 +96,13 @@ class ProgressActor:
         """
         lost = max(0, max(self._reached, reached) - step)
         self._reached, self._num_workers, self._stalled, self._stall = step, workers, {}, ""
-        were = f"{counted(lost, 'step')} {'was' if lost == 1 else 'were'} lost"
+        # Metrics have a row every few steps, so those after the last row are not counted.
+        were = f"; {counted(lost, 'step')} or more were lost" if lost else ""
         if step:
-            self._messages.append(f"Resumed from step {step} with {counted(workers, 'worker')}; {were}.")
+            self._messages.append(f"Resumed from step {step} with {counted(workers, 'worker')}{were}.")
         elif lost:
             self._messages.append(
-                f"No checkpoint had been saved yet ({saves}), so the run starts again; {were}."
+                f"No checkpoint had been saved yet ({saves}), so the run starts again{were}."
             )
         return lost
 

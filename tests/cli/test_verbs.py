@@ -11,7 +11,10 @@ import pytest
 
 from raysl import ray_cluster
 from raysl.__main__ import main
+from raysl.cli import verbs
 from raysl.cli.flags import peek_all
+from raysl.run import Run
+from raysl.storage import Folder
 from tests.data import make_dataset
 
 PRETRAIN = "pretrain --data nothing --run run"
@@ -137,3 +140,10 @@ def test_the_program_ends_at_once_with_its_exit_code_and_after_other_exit_functi
     done = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True)
     assert (done.returncode, done.stdout.splitlines()[-1]) == (code, "closed")
     assert errors in done.stderr
+
+
+def test_the_next_commands_can_be_pasted() -> None:
+    said = verbs._next_commands(Run(Folder("/my runs/a b")), "my photos")
+    assert "raysl probe '/my runs/a b' --train" in said
+    assert "raysl features '/my runs/a b' --data 'my photos' --out" in said
+    assert "raysl export '/my runs/a b' " in said

@@ -92,8 +92,9 @@ def test_lost_steps_are_counted_once() -> None:
     assert actor.take_messages() == []
     actor.post({"step": 9})
     assert actor.begin(4, workers=3, reached=8, saves="") == 5
-    assert actor.take_messages() == ["Resumed from step 4 with 3 workers; 5 steps were lost."]
+    assert actor.take_messages() == ["Resumed from step 4 with 3 workers; 5 steps or more were lost."]
     assert actor.begin(4, workers=3, reached=4, saves="") == 0
+    assert actor.take_messages() == ["Resumed from step 4 with 3 workers."]
 
 
 def test_a_run_without_a_checkpoint_starts_again_and_does_not_resume() -> None:
@@ -102,7 +103,7 @@ def test_a_run_without_a_checkpoint_starts_again_and_does_not_resume() -> None:
     (said,) = actor.take_messages()
     assert said == (
         "No checkpoint had been saved yet (one is saved every 5 minutes, by --save.every-minutes), so the run starts "
-        "again; 20 steps were lost."
+        "again; 20 steps or more were lost."
     )
     assert SaveConfig(every_minutes=0).told() == "one is saved only at the end"
     assert (
