@@ -15,7 +15,7 @@ from torchvision import models
 from raysl.backbone import network
 from raysl.backbone.network import Backbone, BackboneConfig
 from raysl.errors import UserError
-from raysl.extraction import RandomBackbone, Trained, Weights, encoder_by_name, layers, stages
+from raysl.extraction import Encoder, RandomBackbone, Trained, Weights, encoder_by_name, layers, stages
 from raysl.model_export import ExportConfig, export
 from raysl.run import Run
 from tests.data import make_dataset
@@ -173,7 +173,7 @@ def test_an_edited_network_of_the_user_is_another_one(tmp_path: Path) -> None:
     file.write_text("raise RuntimeError('the file was imported')")
     weights.write_bytes(b"weights")
     own = BackboneConfig(f"{file}:Net")
-    encoders = [RandomBackbone(own, 0), Weights(str(weights), own)]
+    encoders: list[Encoder] = [RandomBackbone(own, 0), Weights(str(weights), own)]
     before = [encoder.identity() for encoder in encoders]
     assert [encoder.identity() for encoder in encoders] == before
     file.write_text("Net = None")

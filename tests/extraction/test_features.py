@@ -102,12 +102,12 @@ def test_a_refused_projection_leaves_an_empty_folder(
 @contextmanager
 def failing_at(call: int, error: Exception) -> Iterator[None]:
     """Let the writing of the projected part of this number fail."""
-    calls, write = count(1), pca.write_part
+    calls = count(1)
 
     def failing(*arguments: Any) -> None:
         if next(calls) == call:
             raise error
-        write(*arguments)
+        write_part(*arguments)
 
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(pca, "write_part", failing)
