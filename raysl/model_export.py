@@ -37,6 +37,7 @@ from raysl.storage.records import write_record
 from raysl.stream.decode import evaluation_side
 
 CARD = "README.md"
+_WEIGHTS = re.compile(r"(model|sound)\.(pth|safetensors|onnx)|pytorch_model\.bin")
 _RESNETS = re.compile(r"(wide_)?resne(x)?t\d+(_\w+)?")
 
 
@@ -59,7 +60,8 @@ def export(run: Run, config: ExportConfig) -> Folder:
     """Write the weights and the model card, and return their folder.
 
     Raises:
-        UserError: the checkpoint does not exist, the format does not support the backbone, or a package is missing.
+        UserError: the checkpoint does not exist, the format does not support the backbone, a package is missing, or
+            the folder holds other weights.
     """
     where = "" if config.step is None else f"/checkpoints/step-{config.step:09d}"
     pretraining = run.config()
@@ -71,6 +73,11 @@ def export(run: Run, config: ExportConfig) -> Folder:
     with console.working("Writing the weights ..."):
         backbone = source.network().eval()
         files = _FORMATS[form](backbone, pretraining, source.checkpoint.step) | _sound(source, form)
+        if others := sorted(name for name in out.list() if _WEIGHTS.fullmatch(name) and name not in files):
+            raise UserError(
+                f"The folder {str(out)!r} holds other weights, {others[0]!r}, which would be taken for these. Give "
+                "another --out, or delete that file."
+            )
         for name, data in files.items():
             out.write(name, data)
         settings = {"backbone": asdict(pretraining.backbone), "image_size": pretraining.view.image_size}
@@ -158,8 +165,9 @@ def _with_sorted_metadata(data: bytes) -> bytes:
     size = int.from_bytes(data[:8], "little")
     header = json.loads(data[8 : 8 + size])
     header["__metadata__"] = dict(sorted(header["__metadata__"].items()))
-    text = json.dumps(header, separators=(",", ":")).encode().ljust(size)
-    return data[:8] + text + data[8 + size :]
+    text = json.dumps(header, separators=(",", ":"), ensure_ascii=False).encode()
+    text = text.ljust(-(-len(text) // 8) * 8)  # So that the numbers begin at a multiple of 8.
+    return len(text).to_bytes(8, "little") + text + data[8 + size :]
 
 
 def _onnx(backbone: Backbone, config: Pretraining, step: int) -> dict[str, bytes]:

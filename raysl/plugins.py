@@ -23,7 +23,7 @@ from pathlib import Path
 from types import ModuleType
 from typing import Any
 
-from raysl.errors import UserError, unknown
+from raysl.errors import UserError, explained, unknown
 
 OBJECTIVES, PRETEXT, PROBES = ROOMS = ("raysl.objectives", "raysl.pretext", "raysl.probes")
 
@@ -32,6 +32,8 @@ EXPERIMENTAL = "raysl.experimental"
 _PACKAGES = {OBJECTIVES: (OBJECTIVES, EXPERIMENTAL)}
 
 _TRUSTED = "RAYSL_PLUGINS"
+# Name in an imported file of the hash of its source.
+_SOURCE = "__raysl_source__"
 
 # Modules that `load_module` has added: room -> name -> module.
 _added: dict[str, dict[str, ModuleType]] = {room: {} for room in ROOMS}
@@ -145,7 +147,16 @@ def load_module(path_or_name: str) -> ModuleType:
 
 
 def trust(name: str) -> None:
-    """Allow runs that name a plugin to run its code, in this process and in those that it starts."""
+    """Allow runs that name a plugin to run its code, in this process and in those that it starts.
+
+    Raises:
+        UserError: the variable cannot hold the name.
+    """
+    if os.pathsep in name:
+        raise UserError(
+            f"The path of the plugin {name!r} contains {os.pathsep!r}, which separates plugins in {_TRUSTED}. Move the "
+            f"file to a path without {os.pathsep!r}."
+        )
     trusted = _trusted()
     if name not in trusted:
         os.environ[_TRUSTED] = os.pathsep.join([*trusted, name])
@@ -220,6 +231,34 @@ def import_module(path_or_name: str) -> ModuleType:
         ) from error
 
 
+def source_hash(path_or_name: str) -> str:
+    """Return a hash of the source of a Python file or an installed module, without running it; "" if it has none.
+
+    Files that it imports are not part of the hash. A file that has changed since this process imported it has a hash
+    of both versions: processes that start now run another one than this.
+
+    Raises:
+        UserError: it does not exist.
+    """
+    advice = "Give the path of a Python file, or the name of an installed module."
+    with explained(
+        f"The source of {path_or_name!r} cannot be read", advice, ImportError, OSError, ValueError
+    ):
+        if _is_file(path_or_name):
+            file = _file(path_or_name).resolve()
+            now = _hash(file.read_bytes())
+            then = getattr(sys.modules.get(_module_name(file)), _SOURCE, now)
+            return now if then == now else f"{then}-{now}"
+        spec = importlib.util.find_spec(path_or_name)
+        if spec is None:
+            raise ImportError("there is no such module")
+        return _hash(Path(spec.origin).read_bytes()) if spec.origin and spec.has_location else ""
+
+
+def _hash(data: bytes) -> str:
+    return hashlib.blake2b(data, digest_size=8).hexdigest()
+
+
 def importable_name(made: Any) -> str:
     """Return "MODULE:NAME" of a function or class; "" for an object, or one of a script, notebook or function."""
     module, name = getattr(made, "__module__", ""), getattr(made, "__qualname__", "")
@@ -249,18 +288,23 @@ def _is_file(path_or_name: str) -> bool:
     return path_or_name.endswith(".py") or os.path.isfile(_file(path_or_name))
 
 
+def _module_name(file: Path) -> str:
+    """Return the name that a file is imported by. It depends on the path: files of one name do not hide each other."""
+    digest = hashlib.blake2b(str(file).encode(), digest_size=6).hexdigest()
+    return f"raysl_plugin_{file.stem}_{digest}"
+
+
 def _import_file(file: Path) -> ModuleType:
     from ray import cloudpickle
 
-    # The name depends on the path, so that two files of one name do not hide each other.
-    digest = hashlib.blake2b(str(file).encode(), digest_size=6).hexdigest()
-    name = f"raysl_plugin_{file.stem}_{digest}"
+    name = _module_name(file)
     if name in sys.modules:
         return sys.modules[name]
     spec = importlib.util.spec_from_file_location(name, file)
     if spec is None or spec.loader is None or not file.is_file():
         raise FileNotFoundError(f"there is no Python file {file}")
     made = importlib.util.module_from_spec(spec)
+    setattr(made, _SOURCE, _hash(file.read_bytes()))
     sys.modules[name] = made
     try:
         spec.loader.exec_module(made)

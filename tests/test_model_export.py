@@ -12,6 +12,7 @@ from PIL import Image
 from torch import Tensor, nn
 
 import raysl
+from raysl.backbone.external_weights import safetensors_metadata
 from raysl.backbone.network import IMAGENET_MEAN, IMAGENET_STD, Backbone, BackboneConfig, build
 from raysl.checkpoint import SaveConfig, Saver
 from raysl.config import Pretraining, ViewConfig
@@ -19,7 +20,7 @@ from raysl.errors import UserError
 from raysl.evaluation.results import KEY
 from raysl.extraction import Trained
 from raysl.extraction.heads import trained_model
-from raysl.model_export import CARD, ExportConfig, export
+from raysl.model_export import CARD, ExportConfig, _with_sorted_metadata, export
 from raysl.objectives.audio_visual import SoundBackbone
 from raysl.run import Run
 from raysl.storage import Folder
@@ -170,6 +171,29 @@ def test_safetensors_hold_any_backbone(small: Run) -> None:
     body = build(BackboneConfig()).body
     body.load_state_dict(safetensors.load(out.read("model.safetensors")))
     torch.testing.assert_close(features(body), expected(small), rtol=1e-4, atol=1e-5)
+
+
+def test_safetensors_keep_names_in_any_alphabet() -> None:
+    safetensors = pytest.importorskip("safetensors.torch")
+    metadata = {"method": "größer", "backbone": "/home/jürgen/netze/网.py:Net"}
+    data = _with_sorted_metadata(safetensors.save({"a": torch.arange(6.0)}, metadata))
+    assert safetensors.load(data)["a"].tolist() == list(range(6))
+    assert safetensors_metadata(data) == metadata
+
+
+def test_a_folder_with_other_weights_is_refused(small: Run, tmp_path: Path) -> None:
+    """raysl.load would take the old weights for those that the new card describes."""
+    out = str(tmp_path / "out")
+    for _ in range(2):
+        export(small, ExportConfig("safetensors", out))
+    before = (tmp_path / "out" / CARD).read_bytes()
+    (tmp_path / "out" / "sound.pth").touch()
+    with pytest.raises(UserError, match=r"holds other weights, 'sound\.pth', .* Give another --out"):
+        export(small, ExportConfig("safetensors", out))
+    (tmp_path / "out" / "sound.pth").rename(tmp_path / "out" / "pytorch_model.bin")
+    with pytest.raises(UserError, match=r"holds other weights, 'pytorch_model\.bin'"):
+        export(small, ExportConfig("safetensors", out))
+    assert (tmp_path / "out" / CARD).read_bytes() == before
 
 
 def test_onnx_holds_any_backbone_for_any_number_of_images(small: Run) -> None:

@@ -176,6 +176,34 @@ def test_what_is_no_plugin_is_refused(tmp_path: Path, name: str, text: str, mess
         plugins.load_module(str(tmp_path / name))
 
 
+def test_a_path_that_the_list_of_trusted_plugins_cannot_hold_is_refused(tmp_path: Path) -> None:
+    (tmp_path / "a:b").mkdir()
+    file = tmp_path / "a:b" / "upside_down.py"
+    file.write_text(TRANSFORM)
+    with pytest.raises(UserError, match=r"a:b/upside_down\.py' contains ':'"):
+        Pretraining("d", "r", "predict-upside_down", plugin=(str(file),))
+
+
+def test_the_hash_of_a_source_follows_its_text_and_runs_nothing(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.syspath_prepend(tmp_path)
+    file = tmp_path / "hashed.py"
+    file.write_text("raise RuntimeError")
+    before = plugins.source_hash("hashed")
+    assert plugins.source_hash(str(file)) == before == plugins.source_hash("hashed")
+    file.write_text("x = 1")
+    now = plugins.source_hash(str(file))
+    assert plugins.source_hash("hashed") == now != before
+    plugins.import_module(str(file))
+    assert plugins.source_hash(str(file)) == now
+    file.write_text("x = 2")  # This process has the old version, and a new one the new version.
+    assert plugins.source_hash(str(file)) not in (now, plugins.source_hash("hashed"))
+    for missing in (str(tmp_path / "nothing.py"), "nothing_of_this_name", "nothing.of_this_name"):
+        with pytest.raises(UserError, match=r"The source of .*nothing.* cannot be read"):
+            plugins.source_hash(missing)
+
+
 def test_a_missing_plugin_is_refused() -> None:
     with pytest.raises(UserError, match="there is no Python file"):
         plugins.load_module("nowhere.py")

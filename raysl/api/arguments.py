@@ -47,10 +47,11 @@ def dataset(data: Data) -> DataSet:
 def check_source(*places: Data) -> None:
     """Raise UserError unless a data set or a source of images lies at each place."""
     from raysl.dataset import DataSet
+    from raysl.ingestion.cache import finished_folder
     from raysl.ingestion.sources import Place, open_source
 
     for data in places:
-        if not isinstance(data, DataSet) and not DataSet.is_one(uri(data)):
+        if not isinstance(data, DataSet) and not finished_folder(uri(data)):
             open_source(Place.parse(uri(data)))
 
 

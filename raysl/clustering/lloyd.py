@@ -197,6 +197,11 @@ def _check_header(folder: Folder, header: Mapping[str, Any]) -> None:
     """Write the header, or compare it with an existing one."""
     header = json.loads(json.dumps(header))
     if not folder.exists(HEADER):
+        if others := {STATE, CENTROIDS, ASSIGNMENTS, SUMMARY}.intersection(folder.list()):
+            raise UserError(
+                f"The folder {str(folder)!r} holds {min(others)!r}, which no clustering of raysl has written: there is "
+                f"no {HEADER}. Give --out a new folder."
+            )
         write_record(folder, HEADER, dict(header))
         return
     found = read_record(folder, HEADER, _REMEDY)

@@ -47,6 +47,8 @@ _GROUPS_AT_ONCE = 16
 _REQUESTS_AT_ONCE = 16
 # If row groups hold at least this many bytes for each run of consecutive rows, these rows are not copied.
 _COPIED_BYTES = 32768
+# `take` copies row groups into one array, in which Arrow's offsets of 32 bits end here.
+_LARGEST_COPY = (1 << 31) - 1
 
 
 @dataclass(frozen=True)
@@ -239,7 +241,7 @@ class DataSet:
         offsets = starts[group_of] + indices - self.row_group_starts[groups]
         table = pa.concat_tables(parts)
         edges = np.flatnonzero(np.diff(offsets) != 1) + 1
-        if table.nbytes < _COPIED_BYTES * (len(edges) + 1):
+        if table.nbytes < min(_COPIED_BYTES * (len(edges) + 1), _LARGEST_COPY):
             return table.take(pa.array(offsets))
         # `take` copies all row groups first, which for photos takes longer than to read them.
         return pa.concat_tables([table.slice(int(run[0]), len(run)) for run in np.split(offsets, edges)])

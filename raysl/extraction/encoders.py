@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 from torch.nn.functional import interpolate
 
-from raysl import checkpoint, rng
+from raysl import checkpoint, plugins, rng
 from raysl.backbone import external_weights
 from raysl.backbone import network as networks
 from raysl.backbone.network import Backbone, BackboneConfig
@@ -57,6 +57,12 @@ class Encoder(Protocol):
                 the other images of the batch.
         """
         ...
+
+
+def _network_identity(config: BackboneConfig) -> dict[str, Any]:
+    """Return what identifies a network without its weights: its configuration, and the user's code that builds it."""
+    code = [plugins.source_hash(name) for name in config.modules()]
+    return {"backbone": asdict(config), **({"code": code} if code else {})}
 
 
 class NetworkEncoder:
@@ -117,7 +123,7 @@ class Trained(NetworkEncoder):
     def identity(self) -> dict[str, Any]:
         return {
             "encoder": self.name,
-            "backbone": asdict(self.backbone_config()),
+            **_network_identity(self.backbone_config()),
             "step": self.checkpoint.step,
             "crc32": self.checkpoint.crc32(),
         }
@@ -142,7 +148,11 @@ class RandomBackbone(NetworkEncoder):
         return self.config
 
     def identity(self) -> dict[str, Any]:
-        return {"encoder": self.name, "backbone": asdict(self.config), "seed": self.seed}
+        """See `Encoder.identity`. Raises UserError if the weights file cannot be read."""
+        value = {"encoder": self.name, **_network_identity(self.config), "seed": self.seed}
+        if file := self.config.weights:
+            value["weights"] = self.weights_hash or external_weights.digest(external_weights.read_file(file))
+        return value
 
     def network(self) -> Backbone:
         with torch.random.fork_rng(devices=[]):
@@ -189,7 +199,7 @@ class Weights(NetworkEncoder):
     def identity(self) -> dict[str, Any]:
         """See `Encoder.identity`. Raises UserError if the file cannot be read."""
         digest = external_weights.digest(external_weights.read_file(self.file))
-        return {"encoder": self.name, "backbone": asdict(self.config), "weights": digest}
+        return {"encoder": self.name, **_network_identity(self.config), "weights": digest}
 
     def network(self) -> Backbone:
         """See `NetworkEncoder.network`. Raises UserError if the file does not hold the weights of this backbone."""

@@ -26,10 +26,10 @@ from numpy.typing import NDArray
 from torch import Tensor
 
 from raysl import ray_cluster
-from raysl.backbone import external_weights, network
+from raysl.backbone import external_weights, network, norm, small
 from raysl.dataset import DataSet
 from raysl.errors import UserError, explained
-from raysl.extraction import encoders
+from raysl.extraction import encoders, reestimated
 from raysl.extraction import layers as layer_names
 from raysl.extraction.encoders import Encoder
 from raysl.extraction.layers import Encode
@@ -147,8 +147,9 @@ def compute(
 
 def _code_hash() -> str:
     """Return a hash of the code and the packages that make features, and of their format on disk."""
-    modules = (decode, pixels, depth, formats, network, encoders, layer_names, external_weights)
-    source = "".join(inspect.getsource(module) for module in modules)
+    reading = (decode, pixels, depth, formats)
+    computing = (network, small, norm, external_weights, encoders, reestimated, layer_names)
+    source = "".join(inspect.getsource(module) for module in reading + computing)
     packages = [(name, _version(name)) for name in _PACKAGES]
     return hashlib.blake2b(f"{packages}{_FORMS}{source}".encode(), digest_size=8).hexdigest()
 

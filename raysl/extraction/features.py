@@ -17,16 +17,14 @@ from raysl.extraction.encoders import MAX_IMAGE_SIZE, Encoder, Trained
 from raysl.extraction.feature_tasks import FeatureProtocol, compute, describe
 from raysl.fields import Bounds, Seed, check
 from raysl.ingestion import resolve
-from raysl.storage import Folder
-from raysl.storage.feature_files import FINISHED, STARTED, FeatureForm, Part
+from raysl.storage import Folder, StorageError
+from raysl.storage.feature_files import FINISHED, STARTED, FeatureForm, Part, part_file
 from raysl.storage.feature_store import FeatureStore
 from raysl.storage.records import read_record, write_record
 
 _log = logging.getLogger("raysl.extraction")
 _UNREDUCED = "unreduced"
-_LEFT_OVER = re.compile(
-    r"\..*|lost\+found|.*\.(log|out|err)|.+\.[0-9a-f]{8}\.tmp|features-\d{10}-\d{10}\.parquet"
-)
+_HARMLESS = re.compile(r"\..*|lost\+found|.*\.(log|out|err)|.+\.[0-9a-f]{8}\.tmp")
 MAX_COMPONENTS = 1 << 16
 
 
@@ -88,6 +86,9 @@ def compute_features(checkpoint: str, config: FeaturesConfig) -> FeatureStore:
     protocol = FeatureProtocol(config.image_size or encoders.view_size(source), (config.layer,))
     about = describe(source, dataset, protocol)
     about["form"] = {"dtype": config.dtype, "l2": config.l2, "pca": config.pca, "pca_of": config.pca_of}
+    projection = pca.Projection.load(config.pca_of) if config.pca_of else None
+    if projection:
+        about["form"]["projection"] = projection.digest()
     about = json.loads(json.dumps(about))
     folder = Folder(config.out)
     if _is_finished(folder, about):
@@ -96,7 +97,7 @@ def compute_features(checkpoint: str, config: FeaturesConfig) -> FeatureStore:
     what = f"{config.layer} features of {counted(dataset.num_images, 'image')}"
     with console.working(f"Computing {what} by {checkpoint}, to {folder} ..."):
         if config.pca or config.pca_of:
-            parts = _reduced(source, dataset, protocol, config, folder)
+            parts = _reduced(source, dataset, protocol, config, folder, projection)
         else:
             parts = compute(source, dataset, protocol, FeatureForm(config.dtype, config.l2), folder)
     origin = {
@@ -111,20 +112,16 @@ def compute_features(checkpoint: str, config: FeaturesConfig) -> FeatureStore:
 def check_out(out: str) -> None:
     """Raise UserError if a folder holds files and neither finished nor interrupted features.
 
-    Programs that read Parquet folders, such as pandas, would find the other files beside the features.
+    Programs that read Parquet folders, such as pandas, would find the other files beside the features. Without a
+    record beside them, files of features may be of any network.
     """
     folder = Folder(out)
     held = folder.list()
-    if {FINISHED, STARTED}.isdisjoint(held) and not all(_is_left_over(name) for name in held):
+    if {FINISHED, STARTED}.isdisjoint(held) and not all(map(_HARMLESS.fullmatch, held)):
         raise UserError(
-            f"The folder {out!r} is not empty and holds no features. Give --out a new folder, such as "
-            f"{out.rstrip('/') + '-features'!r}."
+            f"The folder {out!r} is not empty and holds no features that raysl can continue: it has neither {STARTED} "
+            f"nor {FINISHED}. Give --out a new folder, such as {out.rstrip('/') + '-features'!r}."
         )
-
-
-def _is_left_over(name: str) -> bool:
-    """Return True if an extraction that failed may have left the file `name`."""
-    return name in (pca.FILE, _UNREDUCED) or bool(_LEFT_OVER.fullmatch(name))
 
 
 def _is_finished(folder: Folder, about: dict[str, Any]) -> bool:
@@ -150,26 +147,32 @@ def _is_finished(folder: Folder, about: dict[str, Any]) -> bool:
 
 
 def _reduced(
-    source: Encoder, dataset: DataSet, protocol: FeatureProtocol, config: FeaturesConfig, folder: Folder
+    source: Encoder,
+    dataset: DataSet,
+    protocol: FeatureProtocol,
+    config: FeaturesConfig,
+    folder: Folder,
+    projection: pca.Projection | None,
 ) -> list[Part]:
-    """Compute whole rows into a folder, project them, and delete the folder."""
+    """Compute whole rows into a folder, project them, and delete the folder. Without a projection, fit one."""
     layer = protocol.layers[0]
     whole_folder = folder / _UNREDUCED
     parts = compute(source, dataset, protocol, FeatureForm("float32", config.l2), whole_folder)
     write_record(whole_folder, FINISHED, {"parts": parts})
     whole = FeatureStore.open(str(whole_folder), layer)
     try:
-        if config.pca_of or folder.exists(pca.FILE):
-            projection = pca.Projection.load(config.pca_of or str(folder))
-        else:
-            projection = pca.fit(whole, config.pca)
+        if projection is None:
+            known = folder.exists(pca.FILE)
+            projection = pca.Projection.load(str(folder)) if known else pca.fit(whole, config.pca)
         projection.save(folder)
         dim, kept = projection.components_dm.shape
         _log.info("%d of %d components keep %.1f %% of the variance.", kept, dim, 100 * projection.variance)
         pca.project(whole, projection, FeatureForm(config.dtype), folder)
+    except StorageError:  # The same command goes on once the storage answers.
+        raise
     except UserError:
         # Otherwise the folder would refuse the same command with a possible number of components.
-        for name in (_UNREDUCED, pca.FILE, STARTED):
+        for name in (_UNREDUCED, *map(part_file, parts), pca.FILE, STARTED):
             folder.delete(name)
         raise
     folder.delete(_UNREDUCED)

@@ -5,7 +5,7 @@ from __future__ import annotations
 import io
 import json
 import os
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from typing import Any
 
 import numpy as np
@@ -31,6 +31,9 @@ _BATCH = 128
 # Weights files of an export, and the settings that raysl writes beside them.
 _EXPORTED = ("model.safetensors", "model.pth", "pytorch_model.bin")
 SETTINGS = "raysl.json"
+# Modes of Pillow that PNG does not hold: those that TIFF holds, and what others become.
+_TIFF_MODES = ("CMYK", "F", "I", "I;16L", "LAB", "YCbCr")
+_CONVERTED = {"HSV": "RGB", "La": "LA", "PA": "RGBA", "RGBX": "RGB", "RGBa": "RGBA"}
 
 
 class FeatureExtractor:
@@ -48,7 +51,7 @@ class FeatureExtractor:
         self.layers = encoder.layers
         self.image_size = image_size
         self._encoder = encoder
-        self._device = torch.device(device or ("cuda" if torch.cuda.is_available() else "cpu"))
+        self._device = _device(device)
         self._loaded: dict[str, Encode] = {}
 
     def __repr__(self) -> str:
@@ -105,6 +108,20 @@ class FeatureExtractor:
             return decode.evaluation_views(images, self.image_size)
 
 
+def _device(name: str) -> torch.device:
+    """Return a device by its name; "" for the first GPU, or the CPU. Raises UserError if it cannot be used."""
+    advice = 'Give "cpu", or a device of this machine such as "cuda:0".'
+    errors = (RuntimeError, AssertionError, NotImplementedError)  # The second without CUDA.
+    with explained(f"The device {name!r} cannot be used", advice, *errors, show=_first_line):
+        device = torch.device(name or ("cuda" if torch.cuda.is_available() else "cpu"))
+        torch.empty(0, device=device)
+        return device
+
+
+def _first_line(error: object) -> str:
+    return str(error).partition("\n")[0].rstrip(".")
+
+
 def load(
     source: str | os.PathLike[str] | Run,
     backbone: BackboneConfig | Mapping[str, Any] | str | None = None,
@@ -125,7 +142,7 @@ def load(
         device: such as "cuda:1"; "" for the first GPU, or the CPU if there is none.
 
     Raises:
-        UserError: there is no such network, or the backbone of a weights file is not known.
+        UserError: there is no such network or device, or the backbone of a weights file is not known.
     """
     if isinstance(source, Run):
         encoder: Encoder = Trained(source, source.newest())
@@ -205,9 +222,10 @@ def _image_files(images: Any) -> Iterator[bytes]:
     elif isinstance(images, Image.Image):
         yield _encode_image(ImageOps.exif_transpose(images))
     elif isinstance(images, Tensor):
-        yield from _array_files(
-            images.movedim(-3, -1).cpu().numpy() if images.ndim >= 3 else images.cpu().numpy()
-        )
+        images = images.movedim(-3, -1) if images.ndim >= 3 else images
+        if images.dtype != torch.uint8:  # NumPy does not have all types of torch.
+            raise _no_images(images.dtype, images.shape)
+        yield from _array_files(images.cpu().numpy())
     elif isinstance(images, np.ndarray):
         yield from _array_files(images)
     elif isinstance(images, Iterable):
@@ -223,20 +241,28 @@ def _image_files(images: Any) -> Iterator[bytes]:
 def _array_files(pixels: npt.NDArray[Any]) -> Iterator[bytes]:
     is_image = pixels.ndim == 2 or (pixels.ndim in (3, 4) and pixels.shape[-1] in (1, 3))
     if pixels.dtype != np.uint8 or not is_image or 0 in pixels.shape:
-        raise UserError(
-            f"Images are given as {pixels.dtype}, of shape {pixels.shape} with the channels last. Give uint8 in 0 .. "
-            "255: an array (h, w, 3) or (b, h, w, 3), or a tensor (3, h, w) or (b, 3, h, w). Of floats in 0 .. 1, give "
-            "(255 * images).round() as uint8."
-        )
+        raise _no_images(pixels.dtype, pixels.shape)
     for pixels_hwc in pixels if pixels.ndim == 4 else [pixels]:
         gray = pixels_hwc.ndim == 3 and pixels_hwc.shape[-1] == 1
         yield _encode_image(Image.fromarray(np.ascontiguousarray(pixels_hwc[..., 0] if gray else pixels_hwc)))
 
 
+def _no_images(dtype: object, shape: Sequence[int]) -> UserError:
+    return UserError(
+        f"Images are given as {dtype}, of shape {tuple(shape)} with the channels last. Give uint8 in 0 .. 255: an "
+        "array (h, w, 3) or (b, h, w, 3), or a tensor (3, h, w) or (b, 3, h, w). Of floats in 0 .. 1, give "
+        "(255 * images).round() as uint8."
+    )
+
+
 def _encode_image(image: Image.Image) -> bytes:
-    """Return an image as a file of a format that keeps its mode."""
+    """Return an image as a file of a format that keeps its mode, or else its colors."""
     buffer = io.BytesIO()
-    if image.mode in ("CMYK", "F", "YCbCr", "LAB"):
+    if image.mode == "I;16N":
+        image = image.convert("I").convert("I;16")  # Converted at once, values would end at 255.
+    elif image.mode in _CONVERTED:
+        image = image.convert(_CONVERTED[image.mode])
+    if image.mode in _TIFF_MODES:
         image.save(buffer, "TIFF")
     else:
         image.save(buffer, "PNG", compress_level=0)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -41,6 +42,11 @@ class Projection:
         arrays = {"mean_d": self.mean_d, "components_dm": self.components_dm}
         write_arrays(folder, FILE, {**arrays, "variance": np.array(self.variance)})
 
+    def digest(self) -> str:
+        """Return a hash that equal projections share."""
+        numbers = self.mean_d.tobytes() + self.components_dm.tobytes()
+        return hashlib.blake2b(numbers, digest_size=8).hexdigest()
+
     @staticmethod
     def load(uri: str) -> Projection:
         """Return the projection of a folder of features. Raises UserError if it is missing or damaged."""
@@ -54,7 +60,8 @@ def fit(store: FeatureStore, dim: int) -> Projection:
     """Return the first `dim` principal components.
 
     Raises:
-        UserError: there are fewer rows, or fewer numbers in a row, than components; or a file is damaged.
+        UserError: there are fewer rows, or fewer numbers in a row, than components; a row is not finite; or a file is
+            damaged.
     """
     found = _run(_moments, store, store.shards(1)[0])
     count = sum(each[0] for each in found)
@@ -117,7 +124,8 @@ def _moments(store: FeatureStore, pieces: Sequence[Piece]) -> tuple[int, Any, An
     """Return the number of rows, their sum, and the sum of their outer products."""
     count, sum_d, gram_dd = 0, np.zeros(()), np.zeros(())
     for piece in pieces:
-        for _, rows_bd in store.batches(piece, 32 << 20):
+        for indices_b, rows_bd in store.batches(piece, 32 << 20):
+            store.check(piece, indices_b, rows_bd)
             rows_bd = rows_bd.astype(np.float64)
             count += len(rows_bd)
             sum_d = sum_d + rows_bd.sum(axis=0)

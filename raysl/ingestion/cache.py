@@ -34,8 +34,8 @@ def resolve(data: str | Opened, cache: Path | None = None) -> DataSet:
     Raises:
         UserError: as `ingest`.
     """
-    if isinstance(data, str) and DataSet.is_one(data):
-        return DataSet.open(data)
+    if isinstance(data, str) and (folder := finished_folder(data)):
+        return DataSet.open(folder)
     opened = open_source(Place.parse(data)) if isinstance(data, str) else data
     dest = _place(opened, cache)
     if DataSet.is_one(dest):
@@ -45,11 +45,20 @@ def resolve(data: str | Opened, cache: Path | None = None) -> DataSet:
     return ingest(opened, dest, wait=True)
 
 
+def finished_folder(data: str) -> str:
+    """Return the folder of the finished data set that `data` names, from here or in `$RAYSL_DATA`; "" for a source."""
+    if DataSet.is_one(data):
+        return data
+    place = Place.parse(data)
+    is_one = not place.split and place.uri != data and DataSet.is_one(place.uri)
+    return place.uri if is_one else ""
+
+
 def on_local_disk(data: str) -> bool:
     """Return True if the data set that `data` names, or that it will be ingested into, lies on a disk and not in an
     object store.
     """
-    return Folder(data if DataSet.is_one(data) else str(_root(None))).is_local
+    return Folder(finished_folder(data) or str(_root(None))).is_local
 
 
 def _root(cache: Path | None) -> Folder:
@@ -76,7 +85,7 @@ def splits(data: str) -> tuple[str, str]:
     if kind in _DRAWN_TESTS:
         options = rest[rest.index("?") :] if "?" in rest else ""
         return f"{data}#train", f"{kind}:{_DRAWN_TESTS[kind]}{options}#test"
-    if DataSet.is_one(data):
+    if finished_folder(data):
         return data, data
     try:
         open_source(Place.parse(data))

@@ -24,7 +24,7 @@ from pathlib import Path
 from typing import IO, Any, BinaryIO, TypeVar, cast
 from urllib.parse import unquote, urlsplit
 
-from raysl.errors import UserError
+from raysl.errors import UserError, explained
 from raysl.storage.causes import as_os_error, may_pass, reason
 from raysl.storage.remote_file import RemoteFile
 
@@ -63,7 +63,9 @@ def retry(place: str, doing: str, action: Callable[[], T], *, is_gone: Callable[
         FileNotFoundError: the file does not exist, and `is_gone` is None.
         StorageError: any other failure, or the same failure for longer than `RAYSL_STORAGE_RETRY_S` (90 s).
     """
-    patience_s = float(os.environ.get(PATIENCE_VARIABLE, _PATIENCE_S))
+    text = os.environ.get(PATIENCE_VARIABLE, str(_PATIENCE_S))
+    with explained(f"{PATIENCE_VARIABLE} is {text!r}", "Give seconds, such as 90, or unset it.", ValueError):
+        patience_s = float(text)
     started_s, pause_s = time.monotonic(), _FIRST_PAUSE_S
     while True:
         try:
@@ -293,7 +295,8 @@ class Folder:
             elif kind == "File":
                 fs.delete_file(path)
 
-        self._retried(name, "delete", remove)
+        # Another process may delete files of the folder at the same time, so it is looked at again.
+        self._retried(name, "delete", remove, expected=True)
 
 
 @contextmanager

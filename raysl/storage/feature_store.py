@@ -4,7 +4,8 @@
     features-0000000000-0000004096.parquet   `index` (int64), `path` (string, if the data set knows the file of every
                                              image), and a list of numbers that is named after the layer
 
-Parquet files of other programs are read too, if they have an integer column `index` and a column of lists of numbers.
+Parquet files of other programs are read too, if they have an integer column `index` and a column of lists of numbers;
+a column `path` of anything but text is not read. They are known by their names, sizes and times.
 Rows are counted over the files in the order of their names; "position" means that count. Pages carry checksums.
 This module does not import torch, because FAISS crashes in a process that holds both.
 """
@@ -23,6 +24,7 @@ from typing import Any, TypeVar
 import numpy as np
 import pyarrow as pa
 import pyarrow.compute as pc
+import pyarrow.fs as pafs
 import pyarrow.parquet as pq
 from numpy.typing import NDArray
 
@@ -78,9 +80,10 @@ class FeatureStore:
     layer: str  # column of the features
     dim: int  # numbers in a row
     itemsize: int  # bytes of a number in memory: 2 for float16, 4 otherwise
-    has_paths: bool  # whether every file has the column `path`
+    has_paths: bool  # whether every file has the column `path`, of text
     groups: tuple[RowGroup, ...]  # all row groups, in the order of positions
     metadata: dict[str, Any]  # content of _features.json; empty for files of other programs
+    stamps: tuple[tuple[str, int | None, int | None], ...] = ()  # of files of other programs: see `_stamps`
 
     def __repr__(self) -> str:
         rows = counted(self.num_rows, "row")
@@ -96,12 +99,14 @@ class FeatureStore:
         """
         folder = Folder(uri)
         metadata, names = _files(folder)
+        # Before the footers: files that are written now have a later time.
+        stamps = () if _origin(metadata) else _stamps(folder, names)
         with ThreadPoolExecutor(_THREADS) as pool:
             schemas, footers = zip(*pool.map(partial(_footer, folder), names), strict=True)
         layer = layer or _only_layer(schemas[0], uri)
         places = [f"{uri}/{name}" for name in names]
         kinds = [_row_kind(*found, layer) for found in zip(schemas, places, strict=True)]
-        has_paths = all("path" in schema.names for schema in schemas)
+        has_paths = all(map(_has_paths, schemas))
         groups, start = [], 0
         for name, footer in zip(names, footers, strict=True):
             if not footer.num_rows:
@@ -112,7 +117,7 @@ class FeatureStore:
                 groups.append(RowGroup(name, number, start, footer.row_group(number).num_rows))
                 start += groups[-1].num_rows
         itemsize = max(size for _, size in kinds)
-        store = FeatureStore(folder, layer, 1, itemsize, has_paths, tuple(groups), metadata)
+        store = FeatureStore(folder, layer, 1, itemsize, has_paths, tuple(groups), metadata, stamps)
         dims = {name: dim or store._first_dim(name) for name, (dim, _) in zip(names, kinds, strict=True)}
         first = names[0]
         if odd := next((name for name in names if dims[name] != dims[first]), ""):
@@ -132,9 +137,8 @@ class FeatureStore:
         return self.num_rows * self.dim
 
     def identity(self) -> str:
-        """Return a hash that equal features share: of their origin, or of the files if it is unknown."""
-        origin = {key: self.metadata[key] for key in _ORIGIN if key in self.metadata}
-        value: Any = origin or [(g.file, g.num_rows) for g in self.groups] + [str(self.folder)]
+        """Return a hash that equal features share: of their origin, or else of the files as `open` found them."""
+        value: Any = _origin(self.metadata) or [*self.stamps, str(self.folder)]
         text = json.dumps([value, self.layer], sort_keys=True)
         return hashlib.blake2b(text.encode(), digest_size=8).hexdigest()
 
@@ -280,6 +284,19 @@ def _files(folder: Folder) -> tuple[dict[str, Any], list[str]]:
     return metadata, expected or names
 
 
+def _origin(metadata: dict[str, Any]) -> dict[str, Any]:
+    """Return what identifies features of raysl; empty for those of other programs."""
+    return {key: metadata[key] for key in _ORIGIN if key in metadata}
+
+
+def _stamps(folder: Folder, names: Sequence[str]) -> tuple[tuple[str, int | None, int | None], ...]:
+    """Return name, size and time of each file, in ns since 1970; None for what a store does not tell."""
+    fs, path = filesystem(str(folder))
+    found = retry(str(folder), "list", lambda: fs.get_file_info(pafs.FileSelector(path)))
+    by_name = {info.base_name: (info.base_name, info.size, info.mtime_ns) for info in found}
+    return tuple(by_name[name] for name in names if name in by_name)
+
+
 def _footer(folder: Folder, name: str) -> tuple[pa.Schema, Any]:
     """Return the schema and the metadata of a file, and close it: a data set may have thousands."""
 
@@ -312,6 +329,13 @@ def _layers(schema: pa.Schema) -> dict[str, pa.DataType]:
         if is_list and (pa.types.is_floating(kind.value_type) or pa.types.is_integer(kind.value_type)):
             found[field.name] = kind
     return found
+
+
+def _has_paths(schema: pa.Schema) -> bool:
+    """Return True if a file has one column `path`, of text."""
+    kinds = [field.type for field in schema if field.name == "path"]
+    kinds = [kind.value_type if pa.types.is_dictionary(kind) else kind for kind in kinds]
+    return len(kinds) == 1 and str(kinds[0]) in ("string", "large_string", "string_view")
 
 
 def _only_layer(schema: pa.Schema, uri: str) -> str:

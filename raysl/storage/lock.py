@@ -20,7 +20,7 @@ from pathlib import Path
 from typing import Any
 
 from raysl.errors import UserError
-from raysl.storage import Folder
+from raysl.storage import Folder, failure
 
 _log = logging.getLogger("raysl.storage")
 
@@ -65,9 +65,11 @@ def _started(pid: int) -> int:
     return 0
 
 
-def _read_record(folder: Folder) -> dict[str, Any] | None:
+def _read_record(folder: Folder, name: str = NAME) -> dict[str, Any] | None:
+    """Return a record; None if it is missing or damaged."""
     with contextlib.suppress(FileNotFoundError, ValueError):
-        return dict(folder.read_json(NAME))
+        found = folder.read_json(name)
+        return found if isinstance(found, dict) else None
     return None
 
 
@@ -139,7 +141,9 @@ class DriverLock:
                 raise self._held_error(found)
             if found is not None and not self._has_ended(found):
                 self._wait_until_stale(found)
-            self._acquire()
+                if _read_record(self.folder) != found:
+                    return self._entered()
+            self._acquire(found)
         except _HeldError:
             if not self._wait:
                 raise
@@ -158,9 +162,10 @@ class DriverLock:
         found = _read_record(self.folder)
         return found is not None and found.get("id") == self._record["id"]
 
-    def _acquire(self) -> None:
-        """Write the first record. Raises UserError when another driver does so at the same moment."""
-        if self.folder.is_local and not self.folder.exists(NAME):
+    def _acquire(self, ended: dict[str, Any] | None) -> None:
+        """Write the first record, in place of one that has ended. Raises UserError when another driver does so."""
+        if self.folder.is_local:
+            self._remove(ended)
             path = Path(self.folder.uri, NAME)
             mine = path.with_name(f"{NAME}.{self._record['id']}")
             self._write(0, mine.name)
@@ -178,6 +183,23 @@ class DriverLock:
         time.sleep(self._beat_s / 40)
         if not self._is_mine():
             raise self._held_error(_read_record(self.folder) or {})
+
+    def _remove(self, ended: dict[str, Any] | None) -> None:
+        """Remove a record that has ended or is damaged. Raises UserError if another driver has replaced it."""
+        path = Path(self.folder.uri, NAME)
+        now, aside = _read_record(self.folder), path.with_name(f"{NAME}.{uuid.uuid4().hex}")
+        try:
+            if now in (None, ended):
+                os.rename(path, aside)  # Only one of several drivers succeeds.
+                if (now := _read_record(self.folder, aside.name)) == ended:
+                    aside.unlink()
+                    return
+                os.rename(aside, path)
+        except FileNotFoundError:
+            return
+        except OSError as error:
+            raise failure(str(path), "write", error) from error
+        raise self._held_error(now or {})
 
     def _write(self, beat: int, name: str = NAME) -> None:
         self.folder.write_json(name, {**self._record, "beat": beat})
@@ -201,7 +223,7 @@ class DriverLock:
             os.kill(int(found["pid"]), 0)
         except ProcessLookupError:
             return True
-        except (PermissionError, KeyError, ValueError):
+        except (PermissionError, KeyError, ValueError, TypeError, OverflowError):
             return False
         return False
 

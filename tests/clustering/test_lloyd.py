@@ -26,6 +26,7 @@ from raysl.errors import UserError
 from raysl.objectives.clusterfit import Assignments
 from raysl.storage import Folder
 from raysl.storage.feature_files import FINISHED, FeatureForm, write_part
+from raysl.storage.feature_store import FeatureStore
 from raysl.storage.records import write_record
 from tests.clustering.blobs import blobs, curve, write
 from tests.clustering.blobs import lloyd as reference
@@ -46,6 +47,30 @@ def starting(settings: KMeansConfig, rows_nd: Any) -> Any:
 
 def table(clustering: Clustering) -> Any:
     return pq.read_table(clustering.assignments)
+
+
+@pytest.mark.parametrize("name", ["summary.json", "state.npz", "centroids.npy", "assignments.parquet"])
+def test_a_file_of_something_else_is_neither_a_result_nor_replaced(tmp_path: Path, name: str) -> None:
+    features, out = write(tmp_path / "f", X), tmp_path / "out"
+    out.mkdir()
+    (out / name).write_text("mine")
+    with pytest.raises(
+        UserError, match=rf"holds '{name}', which no clustering of raysl has written.* new folder"
+    ):
+        fit(features, config(), str(out))
+    assert [(file.name, file.read_text()) for file in out.iterdir()] == [(name, "mine")]
+
+
+def test_features_that_were_written_again_are_not_clustered_already(tmp_path: Path) -> None:
+    """Neither a finished nor an interrupted clustering of the old rows is taken for one of the new rows."""
+    features, out = write(tmp_path / "f", X), Folder(str(tmp_path / "out"))
+    header = {"features": FeatureStore.open(features).identity(), "config": config().identity()}
+    write_record(out, lloyd.HEADER, header)
+    write_record(out, lloyd.SUMMARY, {})
+    assert fit(features, config(), str(out)).folder == out
+    write(tmp_path / "f", X[::-1])
+    with pytest.raises(UserError, match="these differ: the features"):
+        fit(features, config(), str(out))
 
 
 @pytest.fixture(scope="module")

@@ -9,9 +9,10 @@ from collections.abc import Callable
 from pathlib import Path
 
 import numpy as np
+import pyarrow as pa
 import pytest
 
-from raysl.dataset import DataSet, Manifest
+from raysl.dataset import DataSet, Manifest, Shard
 from raysl.errors import UserError
 from raysl.ingestion.shard import write
 from raysl.ingestion.sources import Row
@@ -56,6 +57,16 @@ def test_rows_come_in_the_order_that_was_asked_for(
     assert rows["index"].to_pylist() == indices
     assert rows["image"].to_pylist() == [str(i).encode() for i in indices]
     assert rows["label"].to_pylist() == [i % 3 for i in indices]
+
+
+def test_rows_of_more_than_two_gigabytes_are_read(monkeypatch: pytest.MonkeyPatch) -> None:
+    """The row groups share their images, so that they need little memory."""
+    image = pa.array([bytes(32 << 20)] * 2, pa.binary())
+    groups = [pa.table({"index": [2 * number, 2 * number + 1], "image": image}) for number in range(33)]
+    monkeypatch.setattr(DataSet, "_row_groups", lambda self, needed, columns: (groups[i] for i in needed))
+    monkeypatch.setattr("raysl.dataset._COPIED_BYTES", 1 << 40)
+    data_set = DataSet(Folder("s"), Manifest("made", (Shard("0", (2,) * 33, 0),), (), "f00d", 0))
+    assert data_set.read(np.arange(65, -1, -1), ("image",))["index"].to_pylist() == list(range(65, -1, -1))
 
 
 def test_columns_are_chosen_and_labels_optional(tmp_path: Path) -> None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import re
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -14,7 +15,7 @@ from torchvision import models
 from raysl.backbone import network
 from raysl.backbone.network import Backbone, BackboneConfig
 from raysl.errors import UserError
-from raysl.extraction import RandomBackbone, Trained, Weights, encoder_by_name, layers, stages
+from raysl.extraction import Encoder, RandomBackbone, Trained, Weights, encoder_by_name, layers, stages
 from raysl.model_export import ExportConfig, export
 from raysl.run import Run
 from tests.data import make_dataset
@@ -165,6 +166,31 @@ def test_a_stage_is_the_same_layer_by_the_names_of_timm(tmp_path: Path) -> None:
         one, other = (encoder.load(CPU, stages(ours))(IMAGES) for encoder in (ours, theirs))
     for stage in stages(ours):
         torch.testing.assert_close(one[stage], other[stage], rtol=1e-4, atol=1e-5)
+
+
+def test_an_edited_network_of_the_user_is_another_one(tmp_path: Path) -> None:
+    file, weights = tmp_path / "net.py", tmp_path / "weights.pth"
+    file.write_text("raise RuntimeError('the file was imported')")
+    weights.write_bytes(b"weights")
+    own = BackboneConfig(f"{file}:Net")
+    encoders: list[Encoder] = [RandomBackbone(own, 0), Weights(str(weights), own)]
+    before = [encoder.identity() for encoder in encoders]
+    assert [encoder.identity() for encoder in encoders] == before
+    file.write_text("Net = None")
+    assert all(encoder.identity() != known for encoder, known in zip(encoders, before, strict=True))
+
+
+def test_other_starting_weights_are_another_untrained_network(tmp_path: Path) -> None:
+    file = tmp_path / "weights.pth"
+    file.write_bytes(b"some")
+    encoder = RandomBackbone(BackboneConfig(weights=str(file)), 0)
+    before = encoder.identity()
+    assert encoder.identity() == before
+    file.write_bytes(b"others")
+    assert encoder.identity() != before
+    # A run knows the hash of its file, which may be gone.
+    file.unlink()
+    assert replace(encoder, weights_hash=before["weights"]).identity() == before
 
 
 def test_an_untrained_backbone_of_timm() -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import inspect
 import os
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -268,6 +269,16 @@ def test_features_depend_on_package_versions(
 ) -> None:
     before, version = describe(Pixels(), dataset, SEEN), metadata.version
     monkeypatch.setattr(metadata, "version", lambda name: "0" if name == package else version(name))
+    assert describe(Pixels(), dataset, SEEN) != before
+
+
+@pytest.mark.parametrize("module", ["small", "norm", "reestimated"])
+def test_features_depend_on_the_code_that_makes_them(
+    dataset: DataSet, monkeypatch: pytest.MonkeyPatch, module: str
+) -> None:
+    before, source = describe(Pixels(), dataset, SEEN), inspect.getsource
+    edited = getattr(feature_tasks, module)
+    monkeypatch.setattr(inspect, "getsource", lambda one: "" if one is edited else source(one))
     assert describe(Pixels(), dataset, SEEN) != before
 
 

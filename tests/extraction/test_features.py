@@ -2,6 +2,10 @@
 
 from __future__ import annotations
 
+import shutil
+from collections.abc import Iterable, Iterator
+from contextlib import contextmanager
+from itertools import count
 from pathlib import Path
 from typing import Any
 
@@ -12,7 +16,8 @@ import pytest
 from raysl.dataset import DataSet
 from raysl.errors import UserError
 from raysl.extraction import FeaturesConfig, FeatureStore, compute_features, feature_tasks, features, pca
-from raysl.storage.feature_files import FINISHED, STARTED, part_file
+from raysl.storage import Folder, StorageError
+from raysl.storage.feature_files import FINISHED, STARTED, FeatureForm, part_file, write_part
 from tests.data import make_dataset
 
 
@@ -71,6 +76,64 @@ def test_components_and_projections_of_other_features(
         compute_features("random", config(dataset, tmp_path / "d", layer="res2", pca_of=str(tmp_path / "a")))
 
 
+def test_a_full_disk_leaves_a_projection_that_only_the_same_network_continues(
+    dataset: DataSet, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(feature_tasks, "_PART_IMAGES", 40)
+    with failing_at(2, StorageError("No space left")), pytest.raises(StorageError, match="No space left"):
+        compute_features("random", config(dataset, tmp_path / "a", pca=4))
+    assert part_file((0, 40)) in {file.name for file in (tmp_path / "a").iterdir()}
+    with pytest.raises(UserError, match="these differ: encoder"):
+        compute_features("random", config(dataset, tmp_path / "a", pca=4, seed=1))
+    made = compute_features("random", config(dataset, tmp_path / "a", pca=4))
+    whole = compute_features("random", config(dataset, tmp_path / "b", pca=4))
+    np.testing.assert_array_equal(made.load(), whole.load())
+
+
+def test_a_refused_projection_leaves_an_empty_folder(
+    dataset: DataSet, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(feature_tasks, "_PART_IMAGES", 40)
+    with failing_at(2, UserError("refused")), pytest.raises(UserError, match="refused"):
+        compute_features("random", config(dataset, tmp_path / "a", pca=4))
+    assert not list((tmp_path / "a").iterdir())
+
+
+@contextmanager
+def failing_at(call: int, error: Exception) -> Iterator[None]:
+    """Let the writing of the projected part of this number fail."""
+    calls = count(1)
+
+    def failing(*arguments: Any) -> None:
+        if next(calls) == call:
+            raise error
+        write_part(*arguments)
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(pca, "write_part", failing)
+        yield
+
+
+def test_another_projection_in_the_folder_of_pca_of_is_noticed(dataset: DataSet, tmp_path: Path) -> None:
+    compute_features("random", config(dataset, tmp_path / "a", pca=4))
+    settings = config(dataset, tmp_path / "b", pca_of=str(tmp_path / "a"))
+    made = compute_features("random", settings)
+    assert compute_features("random", settings) == made
+    shutil.rmtree(tmp_path / "a")
+    compute_features("random", config(dataset, tmp_path / "a", pca=4, l2=True))
+    with pytest.raises(UserError, match="these differ: form"):
+        compute_features("random", settings)
+
+
+@pytest.mark.parametrize("number", [np.nan, np.inf])
+def test_components_of_a_diverged_network_are_refused(tmp_path: Path, number: float) -> None:
+    rows_nd = np.ones((9, 4), np.float32)
+    rows_nd[3, 2] = number
+    write_part(Folder(str(tmp_path)), (0, 9), "pooled", rows_nd, FeatureForm())
+    with pytest.raises(UserError, match="the first such row has index 3"):
+        pca.fit(FeatureStore.open(str(tmp_path)), 2)
+
+
 @pytest.mark.ray
 def test_tasks_of_ray_find_the_same_components(plain: FeatureStore, ray_session: None) -> None:
     found = pca.fit(plain, 5)
@@ -106,16 +169,27 @@ def test_a_folder_of_other_files_is_refused_before_the_work(
     run.mkdir()
     (run / "metadata.json").write_text("{}")
     monkeypatch.setattr(features, "resolve", lambda data: pytest.fail("the data are opened"))
-    with pytest.raises(UserError, match=r"is not empty and holds no features\. Give --out .*run-features'"):
+    with pytest.raises(UserError, match=r"is not empty and holds no features .* Give --out .*run-features'"):
         compute_features("pixels", config(dataset, run))
     assert [file.name for file in run.iterdir()] == ["metadata.json"]
-    for held in ((), (STARTED, "x"), (FINISHED, "clusters"), (part_file((0, 9)), pca.FILE)):
-        folder = tmp_path / "-".join(["f", *held])
-        folder.mkdir()
-        for name in held:
-            (folder / name).touch()
-        features.check_out(str(folder))
+    for held in ((), (".DS_Store", "a.log"), (STARTED, "x"), (FINISHED, "clusters")):
+        features.check_out(str(folder_of(tmp_path / "-".join(["f", *held]), held)))
     features.check_out(str(tmp_path / "absent"))
+
+
+@pytest.mark.parametrize("held", [part_file((0, 9)), pca.FILE, "unreduced"])
+def test_files_of_unknown_features_are_neither_used_nor_deleted(tmp_path: Path, held: str) -> None:
+    folder = folder_of(tmp_path / "f", [held])
+    with pytest.raises(UserError, match="holds no features that raysl can continue"):
+        features.check_out(str(folder))
+    assert (folder / held).exists()
+
+
+def folder_of(folder: Path, names: Iterable[str]) -> Path:
+    folder.mkdir()
+    for name in names:
+        (folder / name).touch()
+    return folder
 
 
 def test_options_that_exclude_each_other(dataset: DataSet, tmp_path: Path) -> None:

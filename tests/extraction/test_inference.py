@@ -77,7 +77,40 @@ def test_every_kind_of_image_is_the_same_image(tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize(
-    "image", [np.zeros((4, 4, 3)), np.zeros((4, 4, 5), np.uint8), 3, b"text", [], "none.png"]
+    ("mode", "through"),
+    [(mode, mode) for mode in ("CMYK", "HSV", "LA", "RGBA", "RGBX", "YCbCr")]
+    + [("PA", "LA"), ("La", "LA"), ("RGBa", "RGBA")],
+)
+def test_an_image_of_every_mode_has_the_colors_that_pillow_gives_it(mode: str, through: str) -> None:
+    image = Image.fromarray(PHOTO).convert(through).convert(mode)
+    model = load("pixels", image_size=16)
+    torch.testing.assert_close(model(image), model(image.convert(through).convert("RGB")), atol=0.02, rtol=0)
+
+
+@pytest.mark.parametrize("mode", ["I;16", "I;16B", "I;16L", "I;16N"])
+def test_an_image_of_16_bits_is_scaled_by_their_range(mode: str) -> None:
+    made = load("pixels", image_size=16)(Image.new(mode, (20, 20), 51 * 257))
+    torch.testing.assert_close(made, torch.full((1, 768), 51 / 255 - 0.5))
+
+
+@pytest.mark.parametrize("mode", ["I", "F"])
+def test_an_image_of_numbers_without_a_range_is_refused(mode: str) -> None:
+    with pytest.raises(UserError, match="values need a range"):
+        load("pixels")(Image.new(mode, (20, 20)))
+
+
+@pytest.mark.parametrize("device", ["gpu", "cuda:99"])
+def test_a_device_that_is_not_there_is_named(device: str) -> None:
+    with pytest.raises(UserError, match=rf"The device '{device}' cannot be used: .* Give \"cpu\""):
+        load("pixels", device=device)
+
+
+@pytest.mark.parametrize(
+    "image",
+    [
+        *(np.zeros((4, 4, 3)), np.zeros((4, 4, 5), np.uint8), 3, b"text", [], "none.png"),
+        *(torch.zeros(3, 4, 4, dtype=torch.bfloat16), torch.zeros(3, 4, 4, requires_grad=True)),
+    ],
 )
 def test_what_is_no_image_is_refused(image: Any) -> None:
     with pytest.raises(UserError):

@@ -275,14 +275,14 @@ def test_an_object_is_not_taken_for_what_another_process_wrote_meanwhile(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     files, out = sorted(photos(tmp_path / "in").rglob("*.jpg")), tmp_path / "out"
-    enter = DriverLock._acquire
+    enter = DriverLock.__enter__
 
-    def another_ends_first(lock: DriverLock) -> None:
-        monkeypatch.setattr(DriverLock, "_acquire", enter)
+    def another_ends_first(lock: DriverLock) -> DriverLock:
+        monkeypatch.setattr(DriverLock, "__enter__", enter)
         pipeline.ingest([str(file) for file in files], str(out))
-        enter(lock)
+        return enter(lock)
 
-    monkeypatch.setattr(DriverLock, "_acquire", another_ends_first)
+    monkeypatch.setattr(DriverLock, "__enter__", another_ends_first)
     with pytest.raises(UserError, match="not empty"):
         pipeline.ingest([str(file) for file in reversed(files)], str(out))
     assert DataSet.open(str(out)).num_images == 7

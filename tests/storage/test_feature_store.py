@@ -186,6 +186,47 @@ def test_paths_come_along_and_open_in_pandas(tmp_path: Path) -> None:
     assert len(frame["res4"][0]) == 6
 
 
+@pytest.mark.parametrize(
+    ("paths", "expected"),
+    [
+        (pa.array(["a"] * 12), ["a"] * 12),
+        (pa.array(["a"] * 12).dictionary_encode(), ["a"] * 12),
+        (pa.array(["a"] * 12, pa.large_string()), ["a"] * 12),
+        (pa.array([b"\xff"] * 12), None),
+        (pa.array([{"a": 1}] * 12), None),
+        (pa.nulls(12), None),
+    ],
+)
+def test_a_column_path_of_other_programs_is_read_if_it_is_text(
+    tmp_path: Path, paths: pa.Array, expected: list[str] | None
+) -> None:
+    store = FeatureStore.open(table_at(tmp_path, LISTS, path=paths))
+    found = store.paths(store.shards(1)[0])
+    assert (found and found.to_pylist()) == expected
+
+
+def test_files_of_other_programs_that_are_written_again_are_other_features(tmp_path: Path) -> None:
+    uri = write(tmp_path, blobs(40))
+    before = FeatureStore.open(uri)
+    (tmp_path / "notes.txt").touch()
+    assert FeatureStore.open(uri).identity() == before.identity()
+    write(tmp_path, blobs(40, seed=1))
+    now = FeatureStore.open(uri)
+    assert now.num_rows == before.num_rows
+    assert now.identity() != before.identity()
+
+
+def test_features_of_raysl_are_known_by_their_origin_wherever_they_lie(tmp_path: Path) -> None:
+    stores = []
+    for name in ("a", "b"):
+        uri = made(tmp_path / name, blobs(100))
+        write_record(
+            Folder(uri), FINISHED, {"parts": [(0, 50), (50, 100)], "encoder": "E", "fingerprint": "F"}
+        )
+        stores.append(FeatureStore.open(uri))
+    assert stores[0].identity() == stores[1].identity()
+
+
 def test_damage_is_never_used(tmp_path: Path) -> None:
     """Truncated, flipped, empty and absent files are named, or the flipped bit changes nothing."""
     rows_nd = blobs(100)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import os
 import signal
 import socket
@@ -110,11 +111,48 @@ def test_a_process_knows_what_it_works_on(tmp_path: Path) -> None:
         assert not held_here(folder)
 
 
-def test_a_damaged_record_holds_nobody_up(tmp_path: Path) -> None:
+@pytest.mark.parametrize(
+    "text", ["{", "5", "null", "[1]", '"x"', '{HERE, "pid": [1]}', f'{{HERE, "pid": {1 << 99}}}']
+)
+def test_a_damaged_record_holds_nobody_up(tmp_path: Path, text: str) -> None:
     folder = Folder(str(tmp_path))
-    folder.write(NAME, b"{")
-    with DriverLock(folder, "run") as lock:
+    with DriverLock(folder):
+        here = {name: folder.read_json(NAME)[name] for name in ("host", "scope")}
+    folder.write(NAME, text.replace("HERE", json.dumps(here)[1:-1]).encode())
+    with DriverLock(folder, "run", beat_s=0.01) as lock:
         lock.check()
+
+
+@pytest.mark.parametrize("moment", ["before it reads", "before it removes"])
+def test_a_slow_driver_does_not_take_over_from_one_that_took_over(
+    tmp_path: Path, moment: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Both have found the record of the same dead driver."""
+    folder, rename = Folder(str(tmp_path)), os.rename
+    dead = subprocess.Popen([sys.executable, "-c", ""])
+    dead.wait()
+    first, ended = DriverLock(folder), DriverLock._has_ended
+    with first:
+        here = {name: folder.read_json(NAME)[name] for name in ("host", "scope")}
+    record(folder, **here, pid=dead.pid)
+    first = DriverLock(folder)
+
+    def overtaken(*arguments: Any) -> Any:
+        monkeypatch.setattr(os, "rename", rename)
+        monkeypatch.setattr(DriverLock, "_has_ended", ended)
+        first.__enter__()
+        return ended(*arguments) if moment == "before it reads" else rename(*arguments)
+
+    target, name = (DriverLock, "_has_ended") if moment == "before it reads" else (os, "rename")
+    monkeypatch.setattr(target, name, overtaken)
+    with (
+        pytest.raises(UserError, match=f"process {os.getpid()} .*works on the run"),
+        DriverLock(folder, "run"),
+    ):
+        pass
+    first.check()
+    first.__exit__()
+    assert folder.list() == []
 
 
 def test_a_driver_elsewhere_that_no_longer_shows_is_followed(

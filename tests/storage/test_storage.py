@@ -65,6 +65,31 @@ def test_deleting(folder: Folder) -> None:
     assert not folder.exists("deep")
 
 
+def test_two_processes_may_delete_the_same_folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    folder, local = Folder(str(tmp_path / "f")), pyarrow.fs.LocalFileSystem()
+    folder.write("deep/x", b"1")
+
+    class Overtaken:
+        """Another process deletes the folder after this one has listed it."""
+
+        get_file_info = local.get_file_info
+
+        def delete_dir(self, path: str) -> None:
+            local.delete_dir(path)
+            local.delete_dir(path)
+
+    monkeypatch.setattr(storage, "_FIRST_PAUSE_S", 0)
+    monkeypatch.setattr(storage, "filesystem", lambda uri: (Overtaken(), uri))
+    folder.delete("deep")
+    assert list((tmp_path / "f").iterdir()) == []
+
+
+def test_a_patience_that_is_no_number_is_named(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv(storage.PATIENCE_VARIABLE, "abc")
+    with pytest.raises(UserError, match=r"RAYSL_STORAGE_RETRY_S is 'abc'.* Give seconds, such as 90"):
+        Folder("x").exists()
+
+
 def test_what_is_not_there(folder: Folder) -> None:
     folder.write("x", b"1")
     for name in ("nothing", "x/inside"):
