@@ -163,22 +163,27 @@ def trust(name: str) -> None:
 
 
 def check_trusted(names_: Iterable[str], run: str) -> None:
-    """Raise UserError when a run or sweep names a plugin that nobody has trusted: opening it runs no code.
+    """Raise UserError when a run or sweep names a plugin that is gone or that nobody trusts: opening runs no code.
 
     Args:
         names_: plugins, and modules of backbones.
         run: folder of the run or sweep, for the error.
     """
     for name in names_:
+        if name.endswith(".py") and not Path(name).exists():
+            raise UserError(
+                f"{run!r} uses the code in {name!r}, and there is no such file. Put it back there: its place is part "
+                "of the run."
+            )
         if name not in _trusted():
             raise UserError(
-                f"{run!r} uses the code in {name!r}, which would be run now. If you trust it, give --plugin "
-                f"{name} or set {_TRUSTED}={name} in the environment."
+                f"{run!r} uses the code in {name!r}, which would be run now. If you trust it, set {_TRUSTED}={name} "
+                "in the environment (raysl pretrain and raysl sweep also take --plugin)."
             )
 
 
 def _trusted() -> list[str]:
-    return list(filter(None, os.environ.get(_TRUSTED, "").split(os.pathsep)))
+    return [remembered(one) for one in os.environ.get(_TRUSTED, "").split(os.pathsep) if one]
 
 
 def remembered(path_or_name: str) -> str:

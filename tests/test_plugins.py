@@ -239,3 +239,16 @@ def test_the_example_of_an_objective_trains(tmp_path: Path) -> None:
     run = pretrain(config, local=True)
     assert run.newest().step == 5
     assert {"alignment", "uniformity"} <= run.metrics()[-1].keys()
+
+
+def test_code_of_a_run_is_trusted_by_any_of_its_paths_and_missed_where_it_was(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    file = tmp_path / "net.py"
+    file.write_text("")
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setenv("RAYSL_PLUGINS", "net.py")
+    plugins.check_trusted([str(file)], "runs/a")
+    file.rename(tmp_path / "moved.py")
+    with pytest.raises(UserError, match=r"there is no such file\. Put it back"):
+        plugins.check_trusted([str(file)], "runs/a")

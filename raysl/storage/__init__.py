@@ -95,8 +95,8 @@ def failure(place: str, doing: str, error: OSError, tried_s: float = 0.0) -> Sto
     """Return the error that tells a user why `place` could not be read or written."""
     if error.errno in (errno.ENOSPC, errno.EDQUOT) or "No space left" in str(error):
         return StorageError(
-            f"No space left to {doing} {place}. The previous version is intact. Free some space, for example by "
-            "deleting old checkpoints, and run the same command again: it resumes from the last complete state."
+            f"No space left to {doing} {place}. What was complete before is intact. Free some space, and run the same "
+            "command again: it goes on from the last complete state, if there is one."
         )
     advice = "Check that it exists and that you have permission."
     if tried_s >= 1:
