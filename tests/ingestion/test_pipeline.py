@@ -6,7 +6,7 @@ import logging
 import os
 import shutil
 import threading
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from concurrent.futures import Future, ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
@@ -202,6 +202,15 @@ def test_moving_a_shard_rewrites_its_indices(tmp_path: Path) -> None:
     assert_sound(data_set)
     assert data_set.paths() == ["0.jpg", "1.jpg", "2.jpg"]
     assert data_set.read(np.arange(3))["label"].to_pylist() == data_set.labels().tolist() == [0, 1, 2]
+
+
+def test_an_error_of_the_source_is_told_from_one_of_the_destination(tmp_path: Path) -> None:
+    def rows() -> Iterator[Row]:
+        yield Row(jpeg(), None, "0.jpg")
+        raise FileNotFoundError("gone")
+
+    with pytest.raises(UserError, match=r"^Cannot read the source: gone"):
+        write(Folder(str(tmp_path)), 0, 0, rows(), decoding=None, classes="", rows_per_group=2)
 
 
 def test_what_was_found_is_said_before_and_after(tmp_path: Path, said: pytest.LogCaptureFixture) -> None:
