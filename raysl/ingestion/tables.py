@@ -87,7 +87,7 @@ def opened(root: str, path: str) -> Iterator[Table]:
                 table = _arrow(stream) if name.endswith((".arrow", ".feather")) else _parquet(stream, place)
             _check_names(table.schema.names, place)
             yield replace(table, schema=without_views(table.schema))
-    except (pa.ArrowException, OSError, OverflowError) as error:
+    except (pa.ArrowException, OSError, OverflowError, UnicodeDecodeError) as error:
         kind = "Parquet file" if name.endswith(".parquet") else "table"
         raise UserError(
             f"Cannot read the {kind} {printable(place)!r}: {error}. Download or copy it again, then run the same "
@@ -125,6 +125,9 @@ def read_table(data: bytes, path: str) -> pa.Table:
     """Return a table of text: CSV, TSV or JSON lines by the end of its name, or Parquet."""
     try:
         table = _read_table(data, path.lower())
+        table.validate(
+            full=True
+        )  # Arrow reads text that is not in UTF-8, and fails where a value is asked for.
         _check_names(table.column_names, path)
         return table.cast(without_views(table.schema))
     except (pa.ArrowException, OSError, UnicodeDecodeError) as error:
@@ -140,6 +143,10 @@ def _read_table(data: bytes, name: str) -> pa.Table:
     if data.startswith((codecs.BOM_UTF16_LE, codecs.BOM_UTF16_BE)):
         data = data.decode("utf-16").encode()
     if name.endswith((".jsonl", ".ndjson")):
+        try:
+            data.decode()
+        except UnicodeDecodeError as error:
+            raise pa.ArrowInvalid(f"it is not in UTF-8 ({error}): save the table in UTF-8") from error
         if _NULL.search(data):
             raise pa.ArrowInvalid("a line is null, and each must be an object")
         return pajson.read_json(io.BytesIO(data))

@@ -24,7 +24,7 @@ from raysl.ingestion.shard import move, write
 from raysl.ingestion.sources import Row
 from raysl.storage import Folder, lock
 from raysl.storage.lock import DriverLock
-from tests.ingestion.reading import jpeg
+from tests.ingestion.reading import jpeg, noise
 
 TWO = IngestConfig(shard_images=2, row_group_images=1)
 # One task at a time on two CPUs, so that an error in the last unit finds the others done.
@@ -342,6 +342,24 @@ def test_a_source_is_ingested_again_when_it_changes(tmp_path: Path, said: pytest
     assert resolve(str(source), cache).num_images == 6
     assert len(list(cache.iterdir())) == 2
     assert resolve(str(first.folder), cache) == first
+
+
+@pytest.mark.parametrize("change", ["written", "added"])
+def test_a_table_is_ingested_again_when_a_file_that_it_names_changes(
+    tmp_path: Path, change: str, said: pytest.LogCaptureFixture
+) -> None:
+    source, cache = photos(tmp_path / "in"), tmp_path / "cache"
+    table = source / "list.csv"
+    table.write_text("file_name\neven/0.jpg\nodd/1.jpg\nlate.jpg\n")
+    first = resolve(str(table), cache)
+    ingest(table, tmp_path / "out")
+    assert (resolve(str(table), cache), first.num_images) == (first, 2)
+    changed = source / {"written": "odd/1.jpg", "added": "late.jpg"}[change]
+    changed.write_bytes(noise(0))
+    again = resolve(str(table), cache)
+    assert noise(0) in again.read(np.arange(again.num_images))["image"].to_pylist()
+    ingest(table, tmp_path / "out")
+    assert "files of the source were added, removed or written since" in said.messages[-1]
 
 
 def test_the_cache_is_named_by_the_environment(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

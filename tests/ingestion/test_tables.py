@@ -191,6 +191,27 @@ def test_tables_of_file_names(tmp_path: Path, name: str, content: str) -> None:
     assert labels(tmp_path / name) == {"photos/a.jpg": "dog", "photos/b c.jpg": "cat"}
 
 
+def not_in_utf8(values: list[str]) -> pa.Array:
+    return pa.array([value.encode("latin1") for value in values]).view(pa.string())
+
+
+def test_text_that_is_not_in_utf8_is_refused(tmp_path: Path) -> None:
+    put(tmp_path, "a.jpg")
+    put(tmp_path, "list.jsonl", data='{"image": "caf\xe9.jpg", "label": 0}\n'.encode("latin1"))
+    assert "list.jsonl': it is not in UTF-8" in refused(tmp_path / "list.jsonl")
+    put(tmp_path / "in", "a.jpg", "metadata.jsonl", data=(tmp_path / "list.jsonl").read_bytes())
+    assert "metadata.jsonl': it is not in UTF-8" in refused(tmp_path / "in")
+    names = not_in_utf8(["a.jpg", "caf\xe9.jpg"])
+    pq.write_table(pa.table({"file_name": names, "label": [0, 1]}), tmp_path / "list.parquet")
+    assert "Cannot read the Parquet file" in refused(tmp_path / "list.parquet")
+    put(tmp_path / "by", "a.jpg")
+    pq.write_table(pa.table({"file_name": names, "label": [0, 1]}), tmp_path / "by" / "metadata.parquet")
+    assert "Cannot read the table 'metadata.parquet'" in refused(tmp_path / "by")
+    structs = pa.StructArray.from_arrays([pa.array([jpeg(), jpeg()]), names], ["bytes", "path"])
+    write_arrow(pa.table({"image": structs}), tmp_path / "x.arrow")
+    assert "Cannot read the table" in refused(tmp_path / "x.arrow")
+
+
 @pytest.mark.parametrize("first", ["null", "  null", '{"image": "a.jpg"}\nnull', "3", "[]"])
 def test_a_line_of_json_that_is_no_object_is_refused(tmp_path: Path, first: str) -> None:
     put(tmp_path, "a.jpg")
@@ -269,10 +290,11 @@ def test_a_folder_with_a_table_alone_names_it(tmp_path: Path) -> None:
 
 def test_file_names_that_cannot_be_read(tmp_path: Path) -> None:
     put(tmp_path, "a/0.jpg")
-    names = ["a\\0.jpg", "https://x.invalid/1.jpg", "A" * 5000, "a/2.jpg"]
+    (tmp_path / "circle.jpg").symlink_to("circle.jpg")
+    names = ["a\\0.jpg", "https://x.invalid/1.jpg", "A" * 5000, "a/2.jpg", "A" * 300 + ".jpg", "circle.jpg"]
     pq.write_table(pa.table({"image": names}), tmp_path / "list.parquet")
     _, rows = opened(tmp_path / "list.parquet")
-    said = ["", "is on the web", "is no name of a file", "does not exist"]
+    said = ["", "is on the web", "is no name of a file", "does not exist", "name too long", "symbolic links"]
     assert rows[0].image == jpeg()
     assert all(part in row.reason for row, part in zip(rows, said, strict=True))
 
