@@ -183,6 +183,12 @@ def package(module: str, distribution: str, what: str) -> ModuleType:
         ) from None
 
 
+def needed_package(message: str) -> str:
+    """Return the package that an error of `package` names; "" for the message of another error."""
+    named = re.search(r"install the package (\S+) \(or raysl's extra", message)
+    return named[1] if named else ""
+
+
 def _is_heif(data: bytes) -> bool:
     """Return whether a file is HEIF with HEVC inside. Pillow reads AVIF, which has the same container."""
     if data[4:8] != b"ftyp":

@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import importlib.metadata
 import logging
 import os
 import shutil
+import sys
 import threading
 from collections.abc import Callable, Iterator
 from concurrent.futures import Future, ThreadPoolExecutor
@@ -360,6 +362,23 @@ def test_a_table_is_ingested_again_when_a_file_that_it_names_changes(
     assert noise(0) in again.read(np.arange(again.num_images))["image"].to_pylist()
     ingest(table, tmp_path / "out")
     assert "files of the source were added, removed or written since" in said.messages[-1]
+
+
+def test_a_source_is_ingested_again_once_a_package_that_it_needs_is_installed(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    pytest.importorskip("resvg_py")
+    source, cache = str(photos(tmp_path / "in")), tmp_path / "cache"
+    (tmp_path / "in" / "odd" / "drawing.svg").write_text("<svg xmlns='http://www.w3.org/2000/svg'/>")
+    with monkeypatch.context() as without:
+        without.setitem(sys.modules, "resvg_py", None)
+        without.setattr(importlib.metadata, "distributions", lambda **_: ())
+        first = resolve(source, cache)
+        assert resolve(source, cache) == first
+    assert (first.num_images, first.manifest.num_bad) == (7, 1)
+    second = resolve(source, cache)
+    assert (second.num_images, second.manifest.num_bad) == (8, 0)
+    assert resolve(source, cache) == second
 
 
 def test_the_cache_is_named_by_the_environment(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
