@@ -47,10 +47,12 @@ def dataset(data: Data) -> DataSet:
 def check_source(data: Data) -> None:
     """Raise UserError unless a data set or a source of images lies at `data`."""
     from raysl.dataset import DataSet
+    from raysl.ingestion.found import names_checked
     from raysl.ingestion.sources import Place, open_source
 
-    if not isinstance(data, DataSet) and not DataSet.is_one(uri(data)):
-        open_source(Place.parse(uri(data)))
+    with names_checked():
+        if not isinstance(data, DataSet) and not DataSet.is_one(uri(data)):
+            open_source(Place.parse(uri(data)))
 
 
 def check_checkpoint(checkpoint: AnyRun) -> None:

@@ -12,7 +12,7 @@ from pathlib import Path
 
 from raysl.dataset import DataSet
 from raysl.errors import UserError
-from raysl.ingestion.found import unreadable
+from raysl.ingestion.found import names_checked, unreadable
 from raysl.ingestion.pipeline import ingest
 from raysl.ingestion.sources import Opened, Place, open_source
 from raysl.storage import Folder
@@ -24,6 +24,7 @@ _log = logging.getLogger("raysl.ingestion")
 _DRAWN_TESTS = {"shapes": 1000, "clips": 200}
 
 
+@names_checked()
 def resolve(data: str | Opened, cache: Path | None = None) -> DataSet:
     """Return the data set that `data` names: a finished one, or a source.
 
@@ -85,6 +86,7 @@ def _place(opened: Opened, cache: Path | None, packages: set[str]) -> str:
     return str(_root(cache) / f"{stem}-{key}")
 
 
+@names_checked()
 def splits(data: str) -> tuple[str, str]:
     """Return the images to learn from and to test on: the splits "train" and "test" if the source has them, or all of
     it for both. Of drawn sets, others are for testing: a thousand images, or two hundred clips.

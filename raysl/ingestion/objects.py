@@ -18,7 +18,7 @@ import pyarrow.parquet as pq
 
 from raysl.errors import UserError, counted
 from raysl.ingestion import labels, png
-from raysl.ingestion.found import printable
+from raysl.ingestion.found import names_checked, printable
 from raysl.ingestion.sources import Opened, Place, ReadConfig, open_source
 from raysl.storage import Folder
 
@@ -86,6 +86,9 @@ def _pairs(source: Iterable[Any]) -> list[tuple[str, str | None]]:
             )
     names = [os.fspath(path) for path, _ in pairs]
     files = [name if "://" in name else os.path.abspath(name) for name in names]
+    with names_checked():
+        for file in files:
+            file.encode()
     with ThreadPoolExecutor(32) as pool:  # A network file system takes long for each.
         there = pool.map(lambda file: "://" in file or os.path.exists(file), files)
         missing = [file for file, is_there in zip(files, there, strict=True) if not is_there]

@@ -26,7 +26,7 @@ from raysl.ingestion.shard import move, write
 from raysl.ingestion.sources import Row
 from raysl.storage import Folder, lock
 from raysl.storage.lock import DriverLock
-from tests.ingestion.reading import jpeg, noise
+from tests.ingestion.reading import jpeg, noise, put
 
 TWO = IngestConfig(shard_images=2, row_group_images=1)
 # One task at a time on two CPUs, so that an error in the last unit finds the others done.
@@ -322,6 +322,27 @@ def test_refusals_touch_nothing(tmp_path: Path) -> None:
     assert "is a file" in refused(source, tmp_path / "mine" / "thesis.txt")
     assert "Cannot write" in refused(source, tmp_path / "mine" / "thesis.txt" / "out")
     assert (tmp_path / "mine" / "thesis.txt").read_text() == "x"
+
+
+@pytest.mark.parametrize("way", ["link/out", "link/../in/out"])
+def test_a_destination_inside_of_the_source_is_refused_also_by_a_link(tmp_path: Path, way: str) -> None:
+    source = photos(tmp_path / "in")
+    (tmp_path / "link").symlink_to(source)
+    assert "inside the source" in refused(source, tmp_path / way)
+    assert "inside the source" in refused(tmp_path / "link", source / "out")
+    assert sorted(path.name for path in source.iterdir()) == ["even", "odd"]
+
+
+def test_a_destination_or_a_list_with_names_that_are_not_utf_8_is_refused(tmp_path: Path) -> None:
+    source, name = photos(tmp_path / "in"), os.fsdecode(b"\xff")
+    assert "is not in UTF-8" in refused(source, tmp_path / name)
+    put(tmp_path / "full", name)
+    assert "not empty: it holds a name that is not in UTF-8" in refused(source, tmp_path / "full")
+    with pytest.raises(UserError, match="is not in UTF-8"):
+        pipeline.ingest([tmp_path / "full" / name], str(tmp_path / "out"))
+    assert not (tmp_path / "out").exists()
+    with pytest.raises(UserError, match="is not in UTF-8"):
+        resolve(str(tmp_path / name))
 
 
 def test_no_image_at_all_can_be_decoded(tmp_path: Path) -> None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 import tracemalloc
 from collections.abc import Sequence
 from pathlib import Path
@@ -233,6 +234,12 @@ def test_a_title_that_is_not_in_utf8_does_no_harm(tmp_path: Path) -> None:
     path.write_bytes(path.read_bytes().replace(b"caf__", b"caf\xe9s"))
     clips, bad = clips_of(tmp_path)
     assert (len(clips), len(clips.sound(0)) > 0, bad) == (1, True, [])
+
+
+def test_a_name_that_is_not_in_utf8_does_no_harm(tmp_path: Path) -> None:
+    make(tmp_path / "a.mp4").rename(tmp_path / os.fsdecode(b"\xff.mp4"))
+    clips, bad = clips_of(tmp_path)
+    assert (len(clips), bad) == (1, [])
 
 
 def test_clips_of_one_frame_are_listed_with_what_makes_them_longer(tmp_path: Path) -> None:
