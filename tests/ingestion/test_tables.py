@@ -231,6 +231,19 @@ def test_file_names_that_lead_out_of_the_folder(tmp_path: Path) -> None:
     assert [bool(row.image) for row in rows] == [True, True, True, False]
 
 
+def test_links_that_lead_out_of_the_folder_of_a_table(tmp_path: Path) -> None:
+    put(tmp_path, "secret.jpg", "in/a.jpg", "in/b/c.jpg")
+    for name, target in (("out.jpg", "../secret.jpg"), ("up", ".."), ("same.jpg", "a.jpg"), ("d", "b")):
+        (tmp_path / "in" / name).symlink_to(target)
+    (tmp_path / "link").symlink_to("in")
+    put(tmp_path, "in/list.csv", data=b"path\na.jpg\nsame.jpg\nd/c.jpg\nout.jpg\nup/secret.jpg\n")
+    for table in (tmp_path / "in" / "list.csv", tmp_path / "link" / "list.csv"):
+        _, rows = opened(table)
+        assert [bool(row.image) for row in rows] == [True, True, True, False, False]
+        assert "--follow-links" in rows[3].reason
+        assert all(row.image for row in opened(table, follow_links=True)[1])
+
+
 def test_images_that_are_missing_or_of_another_form(tmp_path: Path) -> None:
     kind = pa.struct({"bytes": pa.binary(), "path": pa.string()})
     rows_of = pa.array([{"bytes": None, "path": "far/away.jpg"}, None], kind)
@@ -250,6 +263,8 @@ def test_images_that_are_missing_or_of_another_form(tmp_path: Path) -> None:
         ("file_name;label\n0.jpg;a\n1.jpg;b\n", ["a", "b"]),
         ("\ufefffile_name, label\r\n0.jpg, a\r\n1.jpg, b\r\n", ["a", "b"]),
         ("filename,label\n./0.jpg,1\n1.jpg,10\n", ["1", "10"]),
+        ("filename,label\n0.jpg,001\n1.jpg, 010\n", ["1", "10"]),
+        ("filename,label\n0.jpg, 1\n1.jpg,01\n", ["01", "1"]),
         ("path|class\n0.jpg|x\n1.jpg|\n", None),
         (b"\xff\xfe" + "path,label\n0.jpg,a\n1.jpg,b\n".encode("utf-16-le"), ["a", "b"]),
     ],

@@ -14,8 +14,9 @@ from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import suppress
 from dataclasses import replace
-from functools import partial
+from functools import cache, partial
 from itertools import chain
+from pathlib import Path
 from typing import Any, NamedTuple
 from urllib.parse import unquote
 
@@ -37,6 +38,7 @@ _IMAGE_NAMES = ("image", "img", "jpg", "png", "jpeg", "webp", "picture", "photo"
 _VIDEO_NAMES = ("video", "mp4", "clip", "movie")
 _IN_PARALLEL, _AT_ONCE = 16, 64
 _LONGEST_NAME = 4096
+_real = cache(os.path.realpath)
 # Errors of a name that no file can have, and of links that lead in a circle.
 _IMPOSSIBLE = (errno.ENAMETOOLONG, errno.ELOOP)
 # How JPEG, PNG, GIF, WebP and data URIs begin in Base64.
@@ -376,11 +378,13 @@ def _from_file(spec: dict[str, Any], name: str | None, label: str | None) -> Row
         why = "is on the web: download the images first, for example with img2dataset"
         return Row(None, label, printable(name), why)
     name = tables.normal(name)
+    folder = _folder_of(spec["root"], spec["path"])
     outside = name.startswith(("/", "../")) or "://" in name or "\0" in name
+    if not outside and "://" not in folder:  # A link may lead out.
+        outside = not Path(os.path.realpath(f"{folder}/{name}")).is_relative_to(_real(folder))
     if outside and not spec["follow_links"]:
         why = "lies outside of the table's folder: --follow-links reads it"
         return Row(None, label, printable(name), why)
-    folder = _folder_of(spec["root"], spec["path"])
     try:
         return Row(read_bytes("" if name.startswith("/") else folder, name), label, printable(name))
     except FileNotFoundError:
