@@ -56,6 +56,8 @@ class Table:
         else:
             batches = iter([self._file[group].select(columns)])
         for batch in batches:
+            # Arrow itself reads text that is not in UTF-8, and the false offsets of a damaged file.
+            batch.validate(full=True)
             yield batch.cast(without_views(batch.schema))
 
     def column(self, name: str) -> Iterator[pa.Array]:
@@ -127,9 +129,7 @@ def read_table(data: bytes, path: str) -> pa.Table:
     """Return a table of text: CSV, TSV or JSON lines by the end of its name, or Parquet."""
     try:
         table = _read_table(data, path.lower())
-        table.validate(
-            full=True
-        )  # Arrow reads text that is not in UTF-8, and fails where a value is asked for.
+        table.validate(full=True)  # As in Table.read.
         _check_names(table.column_names, path)
         return table.cast(without_views(table.schema))
     except (pa.ArrowException, OSError, UnicodeDecodeError) as error:

@@ -8,6 +8,7 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pyarrow as pa
 import pyarrow.feather
 import pyarrow.parquet as pq
@@ -209,6 +210,13 @@ def test_text_that_is_not_in_utf8_is_refused(tmp_path: Path) -> None:
     assert "Cannot read the table 'metadata.parquet'" in refused(tmp_path / "by")
     structs = pa.StructArray.from_arrays([pa.array([jpeg(), jpeg()]), names], ["bytes", "path"])
     write_arrow(pa.table({"image": structs}), tmp_path / "x.arrow")
+    assert "Cannot read the table" in refused(tmp_path / "x.arrow")
+
+
+def test_false_offsets_in_an_arrow_file_are_refused(tmp_path: Path) -> None:
+    offsets = pa.py_buffer(np.array([0, 90, 5], np.int32))
+    names = pa.Array.from_buffers(pa.string(), 2, [None, offsets, pa.py_buffer(b"a.jpg")])
+    write_arrow(pa.table({"file_name": names}), tmp_path / "x.arrow")
     assert "Cannot read the table" in refused(tmp_path / "x.arrow")
 
 

@@ -351,7 +351,7 @@ def _rows(
 
 def _folder_of(root: str, path: str) -> str:
     """Return the folder of a table, which the names of files in it start from."""
-    return (f"{root}/{path}" if path else root).rpartition("/")[0]
+    return (f"{root}/{path}" if path else root).rpartition("/")[0] or "/"
 
 
 def _states(folder: str, names: list[str]) -> list[File]:
@@ -381,7 +381,7 @@ def _from_file(spec: dict[str, Any], name: str | None, label: str | None) -> Row
     folder = _folder_of(spec["root"], spec["path"])
     outside = name.startswith(("/", "../")) or "://" in name or "\0" in name
     if not outside and "://" not in folder:  # A link may lead out.
-        outside = not Path(os.path.realpath(f"{folder}/{name}")).is_relative_to(_real(folder))
+        outside = not Path(os.path.realpath(os.path.join(folder, name))).is_relative_to(_real(folder))
     if outside and not spec["follow_links"]:
         why = "lies outside of the table's folder: --follow-links reads it"
         return Row(None, label, printable(name), why)
