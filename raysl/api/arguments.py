@@ -48,11 +48,13 @@ def check_source(*places: Data) -> None:
     """Raise UserError unless a data set or a source of images lies at each place."""
     from raysl.dataset import DataSet
     from raysl.ingestion.cache import finished_folder
+    from raysl.ingestion.found import names_checked
     from raysl.ingestion.sources import Place, open_source
 
-    for data in places:
-        if not isinstance(data, DataSet) and not finished_folder(uri(data)):
-            open_source(Place.parse(uri(data)))
+    with names_checked():
+        for data in places:
+            if not isinstance(data, DataSet) and not finished_folder(uri(data)):
+                open_source(Place.parse(uri(data)))
 
 
 def check_checkpoint(checkpoint: AnyRun) -> None:

@@ -3,17 +3,20 @@
 from __future__ import annotations
 
 import hashlib
+import importlib.metadata
 import logging
 import os
 import re
+from contextlib import suppress
 from pathlib import Path
 
 from raysl.dataset import DataSet
 from raysl.errors import UserError
-from raysl.ingestion.found import unreadable
+from raysl.ingestion.found import names_checked, unreadable
 from raysl.ingestion.pipeline import ingest
 from raysl.ingestion.sources import Opened, Place, open_source
 from raysl.storage import Folder
+from raysl.stream.formats import needed_package
 
 _log = logging.getLogger("raysl.ingestion")
 
@@ -21,11 +24,13 @@ _log = logging.getLogger("raysl.ingestion")
 _DRAWN_TESTS = {"shapes": 1000, "clips": 200}
 
 
+@names_checked()
 def resolve(data: str | Opened, cache: Path | None = None) -> DataSet:
     """Return the data set that `data` names: a finished one, or a source.
 
     A source is ingested into a folder of the cache. The name of the folder depends on the source and on the sizes and
-    times of its files, so that a source that has changed is ingested again.
+    times of its files, so that a source that has changed is ingested again. So is one with images that could not be
+    read without an optional package, once the package is installed.
 
     Args:
         data: folder of a data set, or anything that `ingest` takes.
@@ -37,9 +42,12 @@ def resolve(data: str | Opened, cache: Path | None = None) -> DataSet:
     if isinstance(data, str) and (folder := finished_folder(data)):
         return DataSet.open(folder)
     opened = open_source(Place.parse(data)) if isinstance(data, str) else data
-    dest = _place(opened, cache)
-    if DataSet.is_one(dest):
-        return DataSet.open(dest)
+    packages: set[str] = set()
+    while DataSet.is_one(dest := _place(opened, cache, packages)):
+        data_set = DataSet.open(dest)
+        if (known := packages | _now_installed(data_set)) == packages:
+            return data_set
+        packages = known
     advice = "`raysl ingest` makes a data set in a folder that you choose."
     _log.info("Ingesting %s into the cache, %s, once. %s", opened.source.name, dest, advice)
     return ingest(opened, dest, wait=True)
@@ -65,11 +73,21 @@ def _root(cache: Path | None) -> Folder:
     return Folder(str(cache or os.environ.get("RAYSL_CACHE") or Path.home() / ".cache" / "raysl"))
 
 
-def _place(opened: Opened, cache: Path | None) -> str:
-    """Return the folder of a source in the cache."""
+def _now_installed(data_set: DataSet) -> set[str]:
+    """Return the optional packages that images of a data set were left out for, and that are installed now."""
+    found = set()
+    if data_set.manifest.num_bad:
+        with suppress(UserError):  # The images do not depend on a damaged list of bad ones.
+            found = {needed_package(row["reason"]) for row in data_set.bad_images()}
+    return {name for name in found if name and any(importlib.metadata.distributions(name=name))}
+
+
+def _place(opened: Opened, cache: Path | None, packages: set[str]) -> str:
+    """Return the folder of a source in the cache, for a source that was read before some packages were installed."""
     source = opened.source
     try:
-        key = hashlib.blake2b(f"{source.name}\n{source.stamp()}".encode(), digest_size=8).hexdigest()
+        about = "\n".join([source.name, source.stamp(), *sorted(packages)])
+        key = hashlib.blake2b(about.encode(), digest_size=8).hexdigest()
     except OSError as error:
         raise unreadable(source.name, error) from error
     # The readable part is for people who clean up the cache.
@@ -77,6 +95,7 @@ def _place(opened: Opened, cache: Path | None) -> str:
     return str(_root(cache) / f"{stem}-{key}")
 
 
+@names_checked()
 def splits(data: str) -> tuple[str, str]:
     """Return the images to learn from and to test on: the splits "train" and "test" if the source has them, or all of
     it for both. Of drawn sets, others are for testing: a thousand images, or two hundred clips.

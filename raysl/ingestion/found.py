@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass, field
 
 from raysl.errors import UserError, counted
@@ -106,3 +107,15 @@ def listed(names: Sequence[str], most: int = 20) -> str:
 
 def unreadable(name: str, error: OSError) -> UserError:
     return UserError(f"Cannot read the source {name!r}: {error}. Check the path and your access.")
+
+
+@contextmanager
+def names_checked() -> Iterator[None]:
+    """Turn the error of Arrow for a path that is not in UTF-8 into a UserError. Also a decorator."""
+    try:
+        yield
+    except UnicodeEncodeError as error:
+        raise UserError(
+            f"The name {printable(error.object)!r} is not in UTF-8, and only files inside of a folder of images or "
+            "videos may have such names. Rename it."
+        ) from error

@@ -37,6 +37,10 @@ def labels(root: str, path: str) -> NDArray[Any]:
     """Return the labels in a file, int64 (n,)."""
     with _opened(root, path) as stream:
         shape, dtype = _head(stream, path)
+        if 0 in shape[1:]:
+            raise UserError(
+                f"The IDX file {path!r} says that an image has no label: its shape is {shape}. Get it again."
+            )
         values = np.frombuffer(_take(stream, math.prod(shape) * dtype.itemsize, path), dtype).reshape(shape)
     # QMNIST has eight numbers for each image, the first of which is the class.
     return values.reshape(len(values), -1)[:, 0].astype(np.int64) if len(values) else values
@@ -63,7 +67,9 @@ def _opened(root: str, path: str) -> Iterator[Any]:
 def _head(stream: Any, path: str, axes: int | None = None) -> tuple[tuple[int, ...], np.dtype[Any]]:
     """Return the shape and the type of the values of an IDX file; images have three axes of uint8."""
     head = stream.read(4)
-    known = len(head) == 4 and head[:2] == b"\0\0" and head[2] in _DTYPES and head[3] == (axes or head[3])
+    known = (
+        len(head) == 4 and head[:2] == b"\0\0" and head[2] in _DTYPES and head[3] == (axes or max(head[3], 1))
+    )
     if not known or (axes == 3 and head[2] != 8):
         what = "an IDX file of images in uint8" if axes == 3 else "an IDX file of integers"
         raise UserError(f"{path!r} is not {what}. Get it again.")

@@ -10,6 +10,7 @@ The listing is in files and not in the memory of the driver, and tasks read it w
 
 from __future__ import annotations
 
+import os
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import asdict, dataclass
@@ -147,7 +148,7 @@ def finished(dest: Folder, name: str, decoding: DecodeConfig) -> DataSet | None:
         return data_set
     if dest.is_local and Path(str(dest)).is_file():
         raise UserError(f"The destination {str(dest)!r} is a file. Name a folder.")
-    content = [name for name in dest.list() if not name.endswith(".tmp") and not is_lock(name)]
+    content = [name for name in _entries(dest) if not name.endswith(".tmp") and not is_lock(name)]
     header = Journal(dest).header()
     if header is None and set(content) - {JOURNAL, OBJECTS}:
         raise UserError(
@@ -165,15 +166,28 @@ def finished(dest: Folder, name: str, decoding: DecodeConfig) -> DataSet | None:
 def check_free(dest: Folder) -> None:
     """Raise UserError if a folder cannot take the rows of an object."""
     own = {JOURNAL, OBJECTS, SHARDS}
-    if others := {name for name in dest.list() if name not in own and not is_lock(name)}:
+    if others := {name for name in _entries(dest) if name not in own and not is_lock(name)}:
         raise UserError(
             f"The destination {str(dest)!r} is not empty: it holds {min(others)!r}. Choose a new folder."
         )
 
 
+def _entries(dest: Folder) -> list[str]:
+    try:
+        return dest.list()
+    except UnicodeDecodeError as error:
+        raise UserError(
+            f"The destination {str(dest)!r} is not empty: it holds a name that is not in UTF-8, {error.object!r}. "
+            "Choose a new folder."
+        ) from error
+
+
 def check_apart(dest: Folder, place: Place) -> None:
+    """Raise UserError if a destination lies inside of its source, also by a link."""
     source = Folder(place.uri)
-    if dest.is_local and source.exists() and Path(str(dest)).is_relative_to(str(source)):
+    if not dest.is_local or not source.is_local or not source.exists():
+        return
+    if Path(os.path.realpath(str(dest))).is_relative_to(os.path.realpath(str(source))):
         raise UserError(
             f"The destination {str(dest)!r} lies inside the source {str(source)!r}, which would then contain it. "
             "Choose a folder elsewhere."

@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 import re
 from collections import Counter
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -149,8 +149,9 @@ class Classes:
         """Return the images of each class, in the order of the source where it names its classes, or else sorted."""
         named = dict.fromkeys(self.names)
         is_number = all(name.isascii() and name.isdigit() for name in self.counts)
-        order: Callable[[str], Any] = int if is_number else str
-        others = sorted(self.counts.keys() - named.keys(), key=order)
+        others = sorted(self.counts.keys() - named.keys())
+        if is_number:
+            others.sort(key=int)
         return {name: self.counts[name] for name in (*named, *others)}
 
     def settle(self, found: Found, of_folders: bool) -> None:

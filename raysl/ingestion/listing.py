@@ -12,7 +12,7 @@ from contextlib import suppress
 from dataclasses import dataclass, field
 from functools import cached_property
 from itertools import chain, islice
-from typing import Any
+from typing import Any, BinaryIO, cast
 
 from raysl.errors import UserError
 from raysl.ingestion.found import LINKS_AGAIN, LINKS_OUT, LeftOut, of_kind, printable
@@ -217,6 +217,14 @@ def read_bytes(root: str, path: str, limit: int = -1) -> bytes:
             return file.read() if small else file.read(limit)
     with Folder(root).open(path) as stream:
         return stream.read(limit)
+
+
+def open_file(root: str, path: str) -> BinaryIO:
+    """Open a file of a source for reading, seekable, whatever its name is. Raises OSError or StorageError."""
+    if "://" in root:
+        return Folder(root).open(path)
+    place, (fs, _) = os.path.join(root, path), filesystem(root)
+    return cast(BinaryIO, retry(place, "read", lambda: fs.open_input_file(os.fsencode(place))))
 
 
 def stamp(files: Iterable[File]) -> str:

@@ -17,8 +17,8 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 
 from raysl.errors import UserError, counted
-from raysl.ingestion import png
-from raysl.ingestion.found import printable
+from raysl.ingestion import labels, png
+from raysl.ingestion.found import names_checked, printable
 from raysl.ingestion.sources import Opened, Place, ReadConfig, open_source
 from raysl.storage import Folder
 
@@ -75,8 +75,8 @@ def _tables(source: Any) -> tuple[str, Iterator[pa.Table]]:
     )
 
 
-def _pairs(source: Iterable[Any]) -> list[tuple[str, Any]]:
-    """Return the files of a list, each with its label or None. Raises UserError if some are not there."""
+def _pairs(source: Iterable[Any]) -> list[tuple[str, str | None]]:
+    """Return the files of a list, each with its class or None. Raises UserError if some are not there."""
     pairs = [one if isinstance(one, list | tuple) else (one, None) for one in source]
     for pair in pairs:
         if len(pair) != 2 or not isinstance(pair[0], str | os.PathLike):
@@ -86,6 +86,9 @@ def _pairs(source: Iterable[Any]) -> list[tuple[str, Any]]:
             )
     names = [os.fspath(path) for path, _ in pairs]
     files = [name if "://" in name else os.path.abspath(name) for name in names]
+    with names_checked():
+        for file in files:
+            file.encode()
     with ThreadPoolExecutor(32) as pool:  # A network file system takes long for each.
         there = pool.map(lambda file: "://" in file or os.path.exists(file), files)
         missing = [file for file, is_there in zip(files, there, strict=True) if not is_there]
@@ -95,17 +98,36 @@ def _pairs(source: Iterable[Any]) -> list[tuple[str, Any]]:
             f"{counted(len(missing), 'file')} of the list of {len(files):,} {verb} not exist, the first being "
             f"{printable(missing[0])!r}. Correct the paths, or take these files out of the list. Nothing was written."
         )
-    return [(file, label) for file, (_, label) in zip(files, pairs, strict=True)]
+    return [(file, _class_of(file, label)) for file, (_, label) in zip(files, pairs, strict=True)]
 
 
-def _of_list(pairs: list[tuple[str, Any]]) -> Iterator[pa.Table]:
+def _of_list(pairs: list[tuple[str, str | None]]) -> Iterator[pa.Table]:
     for start in range(0, len(pairs), 65536):
         part = pairs[start : start + 65536]
         columns: dict[str, Any] = {"file_name": [file for file, _ in part]}
         if any(label is not None for _, label in pairs):
-            classes = [None if label is None else str(label) for _, label in part]
-            columns["label"] = pa.array(classes, pa.string())
+            columns["label"] = pa.array([label for _, label in part], pa.string())
         yield pa.table(columns)
+
+
+def _class_of(file: str, label: Any) -> str | None:
+    """Return the class that a label in a list names, by the rules of tables; None for no label."""
+    if label is None:
+        return None
+    value = label.item() if isinstance(label, np.generic) else label
+    if isinstance(value, bool | str):
+        return str(value)
+    try:
+        single = pa.array([value])
+    except (pa.ArrowException, OverflowError):
+        return str(value)  # An object of the user, such as a member of an Enum.
+    try:
+        return labels.as_classes(single)[0].as_py()  # type: ignore[no-any-return]
+    except labels.NoClassesError as error:
+        raise UserError(
+            f"The list of files gives {printable(file)!r} the label {reprlib.repr(label)}, which {error}. A label must "
+            "be a text or a whole number, or None for an image without one."
+        ) from None
 
 
 def _encoded(batch: pa.Table) -> pa.Table:

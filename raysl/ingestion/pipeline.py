@@ -27,7 +27,7 @@ from raysl.dataset import BAD_IMAGES, SHARDS, DataSet, Manifest, Shard
 from raysl.errors import UserError, counted
 from raysl.fields import Bounds
 from raysl.ingestion import images, objects, shard, tasks
-from raysl.ingestion.found import printable, unreadable
+from raysl.ingestion.found import names_checked, printable, unreadable
 from raysl.ingestion.journal import Header, Journal, Listed, check_apart, check_free, finished
 from raysl.ingestion.sources import Opened, Place, ReadConfig, Source, UnitSize, open_source, read, recognised
 from raysl.storage import Folder
@@ -72,6 +72,7 @@ class IngestConfig(ReadConfig):
         return ReadConfig(**{field.name: getattr(self, field.name) for field in fields(ReadConfig)})
 
 
+@names_checked()
 def ingest(source: Any, dest: str, config: IngestConfig | None = None, wait: bool = False) -> DataSet:
     """Make a data set of a source.
 

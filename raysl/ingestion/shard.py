@@ -17,7 +17,7 @@ import pyarrow.parquet as pq
 
 from raysl.dataset import SHARDS, Shard, parquet_writer
 from raysl.dataset.clips import COLUMNS, TRUTH
-from raysl.errors import UserError
+from raysl.errors import UserError, explained
 from raysl.ingestion.images import Tally, stored
 from raysl.ingestion.sources import Row, UnitSize, in_units
 from raysl.storage import Folder
@@ -83,6 +83,12 @@ def _table(group: list[Row], labels: list[int | None], first: int) -> pa.Table:
     return pa.table(columns)
 
 
+def _of_source(rows: Iterable[Row]) -> Iterator[Row]:
+    """Yield the rows of a source, and tell its errors from those of the destination, which is open meanwhile."""
+    with explained("Cannot read the source", "The same command resumes from here.", OSError):
+        yield from rows
+
+
 def write(
     dest: Folder,
     unit: int,
@@ -107,6 +113,7 @@ def write(
     numbers = {name: number for number, name in enumerate(classes)}
     tally: Tally = {}
     digest = hashlib.blake2b(digest_size=16)
+    rows = _of_source(rows)
     if decoding is not None:
         rows = chain.from_iterable(stored(row, decoding, ranges or {}, tally) for row in rows)
     name, writer = f"{SHARDS}/{_file(unit)}", None

@@ -13,6 +13,7 @@ from dataclasses import dataclass, replace
 from typing import Any
 
 import pyarrow as pa
+import pyarrow.compute as pc
 import pyarrow.csv as pacsv
 import pyarrow.json as pajson
 import pyarrow.parquet as pq
@@ -24,6 +25,7 @@ from raysl.storage import Folder
 TEXT = (".csv", ".tsv", ".jsonl", ".ndjson")
 # Arrow crashes on such a line.
 _NULL = re.compile(rb"^\s*null\b", re.MULTILINE)
+_PADDED = re.compile(rb"\b0\d")
 SUFFIXES = (".parquet", ".arrow", ".feather", *TEXT)
 _FILE_NAMES = (
     "file_name filename file path filepath file_path image_path image_file image_file_name image_filename image img "
@@ -54,6 +56,8 @@ class Table:
         else:
             batches = iter([self._file[group].select(columns)])
         for batch in batches:
+            # Arrow itself reads text that is not in UTF-8, and the false offsets of a damaged file.
+            batch.validate(full=True)
             yield batch.cast(without_views(batch.schema))
 
     def column(self, name: str) -> Iterator[pa.Array]:
@@ -87,7 +91,7 @@ def opened(root: str, path: str) -> Iterator[Table]:
                 table = _arrow(stream) if name.endswith((".arrow", ".feather")) else _parquet(stream, place)
             _check_names(table.schema.names, place)
             yield replace(table, schema=without_views(table.schema))
-    except (pa.ArrowException, OSError, OverflowError) as error:
+    except (pa.ArrowException, OSError, OverflowError, UnicodeDecodeError) as error:
         kind = "Parquet file" if name.endswith(".parquet") else "table"
         raise UserError(
             f"Cannot read the {kind} {printable(place)!r}: {error}. Download or copy it again, then run the same "
@@ -125,6 +129,7 @@ def read_table(data: bytes, path: str) -> pa.Table:
     """Return a table of text: CSV, TSV or JSON lines by the end of its name, or Parquet."""
     try:
         table = _read_table(data, path.lower())
+        table.validate(full=True)  # As in Table.read.
         _check_names(table.column_names, path)
         return table.cast(without_views(table.schema))
     except (pa.ArrowException, OSError, UnicodeDecodeError) as error:
@@ -140,17 +145,36 @@ def _read_table(data: bytes, name: str) -> pa.Table:
     if data.startswith((codecs.BOM_UTF16_LE, codecs.BOM_UTF16_BE)):
         data = data.decode("utf-16").encode()
     if name.endswith((".jsonl", ".ndjson")):
+        try:
+            data.decode()
+        except UnicodeDecodeError as error:
+            raise pa.ArrowInvalid(f"it is not in UTF-8 ({error}): save the table in UTF-8") from error
         if _NULL.search(data):
             raise pa.ArrowInvalid("a line is null, and each must be an object")
         return pajson.read_json(io.BytesIO(data))
-    table = pacsv.read_csv(
-        io.BytesIO(data),
-        read_options=pacsv.ReadOptions(autogenerate_column_names=name.endswith(".txt")),
-        parse_options=pacsv.ParseOptions(delimiter=_delimiter(data, name), newlines_in_values=True),
-    )
+    table = _read_csv(data, name)
     if strange := [field.name for field in table.schema if pa.types.is_binary(field.type)]:
         raise pa.ArrowInvalid(f"the column {strange[0]!r} is not in UTF-8: save the table in UTF-8")
     return table.rename_columns([column.strip() for column in table.column_names])
+
+
+def _read_csv(data: bytes, name: str) -> pa.Table:
+    """Return a table in which a column of numbers is text if it writes one number in several ways, as 1 and 01."""
+    options = {
+        "read_options": pacsv.ReadOptions(autogenerate_column_names=name.endswith(".txt")),
+        "parse_options": pacsv.ParseOptions(delimiter=_delimiter(data, name), newlines_in_values=True),
+    }
+    table = pacsv.read_csv(io.BytesIO(data), **options)
+    numbers = {field.name: pa.string() for field in table.schema if pa.types.is_integer(field.type)}
+    if not numbers or not _PADDED.search(data) or len(set(table.column_names)) < table.num_columns:
+        return table
+    kinds = pacsv.ConvertOptions(column_types=numbers, include_columns=[*numbers], strings_can_be_null=True)
+    written = pacsv.read_csv(io.BytesIO(data), **options, convert_options=kinds)
+    for column in numbers:
+        texts = pc.utf8_trim_whitespace(written[column])
+        if pc.count_distinct(texts).as_py() > pc.count_distinct(table[column]).as_py():
+            table = table.set_column(table.column_names.index(column), column, texts)
+    return table
 
 
 def _delimiter(data: bytes, name: str) -> str:

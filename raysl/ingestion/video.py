@@ -59,7 +59,7 @@ def clips(row: Row, sampling: Sampling, open_file: Callable[[], BinaryIO] | None
         yield row._replace(image=None, reason=str(error).replace("'images'", "'video'"))
         return
     frames: list[tuple[float, Pixels]] = []
-    found, end_s, why = False, 0.0, ""
+    found, several, end_s, why = False, False, 0.0, ""
     with open_file() as file, open_file() as sound_file:
         try:
             sound = _Sound(av, sound_file)
@@ -69,7 +69,7 @@ def clips(row: Row, sampling: Sampling, open_file: Callable[[], BinaryIO] | None
                     if len(frames) > 1:
                         found = True
                         yield _clip(row, frames, time_s, sound)
-                    frames = []
+                    frames, several = [], True
                 frames.append((time_s, pixels_hwc))
         except DecodeError as error:
             why = str(error)
@@ -79,13 +79,19 @@ def clips(row: Row, sampling: Sampling, open_file: Callable[[], BinaryIO] | None
             found = True
             yield _clip(row, frames, end_s, sound)
     if why or not found:
-        why = why or ("holds one frame" if frames else "holds no frames")
+        one = "has one frame in each clip: raise --fps or --clip-s" if several else "holds one frame"
+        why = why or (one if frames else "holds no frames")
         yield row._replace(image=None, reason=why)
+
+
+def _opened(av: Any, file: BinaryIO) -> Any:
+    # Titles in old files are often not in UTF-8.
+    return av.open(file, metadata_errors="replace")
 
 
 def _frames(av: Any, file: BinaryIO, sampling: Sampling) -> Iterator[tuple[float, Pixels]]:
     """Yield (time, pixels) of the frames that are kept, upright and resized. Raises DecodeError."""
-    with av.open(file) as container:
+    with _opened(av, file) as container:
         if not container.streams.video:
             raise DecodeError("holds no video" + (", only sound" if container.streams.audio else ""))
         stream = container.streams.video[0]
@@ -137,7 +143,7 @@ class _Sound:
 
     def _read(self, av: Any, file: BinaryIO) -> Iterator[NDArray[np.int16]]:
         try:
-            with av.open(file) as container:
+            with _opened(av, file) as container:
                 if not container.streams.audio:
                     return
                 resampler = av.AudioResampler(format="s16", layout="mono", rate=SOUND_HZ)

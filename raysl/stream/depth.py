@@ -24,6 +24,8 @@ from raysl.stream.formats import DecodeError, package
 # Tags of TIFF.
 _BITS, _PHOTOMETRIC, _CHANNELS, _PLANAR, _EXTRA, _SAMPLE_FORMAT, _NODATA = 258, 262, 277, 284, 338, 339, 42113
 _WHITE_IS_ZERO = 0
+# Kinds of alpha: colors that were multiplied by it, and others.
+_ASSOCIATED, _UNASSOCIATED = 1, 2
 _SIGNED = 2
 # Raw modes of Pillow take one byte of two: "B" that of the lower address, "L" the other.
 _NATIVE = "L" if sys.byteorder == "little" else "B"
@@ -172,6 +174,14 @@ def _jpeg2000(data: bytes) -> Values | None:
     return Values(values_hwc[:, :, :3], "uint16", full, alpha_hw)
 
 
+def _unmultiplied(values_hwc: NDArray[Any], alpha_hw1: NDArray[Any], opaque: float) -> NDArray[Any]:
+    """Divide colors by the opacity that they were multiplied by; those of fully transparent pixels become 0."""
+    share_hw1 = alpha_hw1 / np.float32(opaque)
+    colors_hwc = np.zeros(values_hwc.shape, np.result_type(share_hw1, values_hwc))
+    np.divide(values_hwc, share_hw1, out=colors_hwc, where=share_hw1 > 0)
+    return colors_hwc if values_hwc.dtype.kind == "f" else colors_hwc.clip(max=opaque)
+
+
 def _without_nodata(values_hwc: NDArray[Any], nodata: Any) -> NDArray[Any]:
     """Replace the number that a GDAL file uses for missing values by NaN."""
     try:
@@ -236,12 +246,14 @@ def tiff_values(page: Any) -> Values:
     full = {"uint8": 255.0, "uint16": float((1 << page.bitspersample) - 1)}.get(kind)
     if full and page.photometric == _WHITE_IS_ZERO:
         values_hwc = int(full) - values_hwc
-    alpha_hw = None
-    if extra_hwc.shape[2] and page.extrasamples[0] in (1, 2):
-        opaque = 1.0 if kind == "float" else float(np.iinfo(page.dtype).max)
-        alpha_hw = scaled(extra_hwc[:, :, 0], 0, opaque)
     if full is None and nodata is not None:
         values_hwc = _without_nodata(values_hwc, nodata.value)
+    alpha_hw = None
+    if extra_hwc.shape[2] and page.extrasamples[0] in (_ASSOCIATED, _UNASSOCIATED):
+        opaque = 1.0 if kind == "float" else float(np.iinfo(page.dtype).max)
+        alpha_hw = scaled(extra_hwc[:, :, 0], 0, opaque)
+        if page.extrasamples[0] == _ASSOCIATED:
+            values_hwc = _unmultiplied(values_hwc, extra_hwc[:, :, :1], opaque)
     return Values(values_hwc, kind, full, alpha_hw)
 
 

@@ -32,8 +32,9 @@ _TIFF = (b"II*\0", b"MM\0*", b"II+\0", b"MM\0+")
 _RAW = (b"FUJIFILMCCD-RAW", b"IIRO", b"IIRS", b"MMOR", b"IIU\0", b"FOVb", b"\0MRM")
 _HEIF_BRANDS = (b"heic", b"heix", b"hevc", b"hevx", b"heim", b"heis", b"mif1", b"msf1")
 _JXL = (b"\xff\x0a", b"\0\0\0\x0cJXL \r\n\x87\n")
+# The star is possessive ("*+"): with it, a long row of comments without a drawing behind it takes no exponential time.
 _SVG = re.compile(
-    rb"\A(?:\xef\xbb\xbf)?(?:\s|<\?.*?\?>|<!--.*?-->|<!DOCTYPE[^>\[]*(?:\[.*?\])?\s*>)*<(?:\w+:)?svg[\s>]",
+    rb"\A(?:\xef\xbb\xbf)?(?:\s|<\?.*?\?>|<!--.*?-->|<!DOCTYPE[^>\[]*(?:\[.*?\])?\s*>)*+<(?:\w+:)?svg[\s>]",
     re.DOTALL,
 )
 _HTML = re.compile(rb"\A(?:\xef\xbb\xbf)?\s*<(?:!doctype html|html|head|body)", re.IGNORECASE)
@@ -116,7 +117,11 @@ def open_image(data: bytes, name: str = "") -> Image.Image:
 
 
 def check_size(width: int, height: int, max_pixels: int) -> None:
-    """Raise DecodeError when an image has more pixels than allowed."""
+    """Raise DecodeError when an image has no pixels, or more than allowed."""
+    if width < 1 or height < 1:
+        raise DecodeError(
+            f"has no pixels: its header says {width:,} x {height:,}, so download or copy it again"
+        )
     if width * height > max_pixels:
         raise DecodeError(
             f"{width:,} x {height:,} pixels are more than the {max_pixels:,} that are allowed: shrink it or cut it up"
@@ -176,6 +181,12 @@ def package(module: str, distribution: str, what: str) -> ModuleType:
         raise DecodeError(
             f"is {what}: install the package {distribution} (or raysl's extra 'images') on every machine to read it"
         ) from None
+
+
+def needed_package(message: str) -> str:
+    """Return the package that an error of `package` names; "" for the message of another error."""
+    named = re.search(r"install the package (\S+) \(or raysl's extra", message)
+    return named[1] if named else ""
 
 
 def _is_heif(data: bytes) -> bool:

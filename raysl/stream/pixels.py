@@ -6,11 +6,12 @@ kind. Ingest stores every image in a form that reads the same under any configur
 
 from __future__ import annotations
 
+import itertools
 import re
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
 from functools import partial
-from typing import Annotated, Literal, NamedTuple
+from typing import Annotated, Any, Literal, NamedTuple
 
 import numpy as np
 import simplejpeg
@@ -234,14 +235,18 @@ def _readers(data: bytes, config: DecodeConfig, ranges: Ranges, name: str) -> li
     if image.format == "TIFF" and not depth.read_by_pillow(image.tag_v2):  # type: ignore[attr-defined]
         return _tiff_readers(data, config, ranges)
     check_size(*image.size, config.max_pixels)
-    pages = _pages(image)
+    pages, of_tifffile = _pages(image)
     taken = pages if config.frames == "all" else pages[:1]
 
     def read(number: int) -> Picture:
-        if len(pages) > 1 or image.format == "TIFF":
-            image.seek(pages[number])
-            check_size(*image.size, config.max_pixels)
-        picture = _read(image, data, pages[number], config, ranges)
+        page = pages[number]
+        if page in of_tifffile:
+            picture = _read_tiff(depth.tiff_pages(data)[page], config, ranges)
+        else:
+            if len(pages) > 1 or image.format == "TIFF":
+                image.seek(page)
+                check_size(*image.size, config.max_pixels)
+            picture = _read(image, data, page, config, ranges)
         return _numbered(picture, number, len(pages), len(taken))
 
     return [partial(read, number) for number in range(len(taken))]
@@ -257,18 +262,29 @@ def _numbered(picture: Picture, number: int, pages: int, taken: int) -> Picture:
     )
 
 
-def _pages(image: Image.Image) -> list[int]:
-    """Return the numbers of the pages or frames that are images of their own."""
-    count = 1 if image.format in _ONE_IMAGE else getattr(image, "n_frames", 1)
-    if count == 1 or image.format != "TIFF":
-        return list(range(count))
-    pages = []
-    for page in range(count):
-        image.seek(page)
+def _pages(image: Image.Image) -> tuple[list[int], set[int]]:
+    """Return the numbers of the pages or frames that are images of their own, and those that Pillow does not read."""
+    if image.format != "TIFF":
+        count = 1 if image.format in _ONE_IMAGE else getattr(image, "n_frames", 1)
+        return list(range(count)), set()
+    pages, of_tifffile = list[int](), set[int]()
+    for page in itertools.count():
+        try:
+            image.seek(page)
+            known = True
+        except EOFError:
+            break
+        except Exception:  # Errors of many kinds: the page is there, and Pillow does not know its type.
+            if image.tell() != page:  # The list of pages itself is damaged.
+                raise
+            known = False
+        tags = image.tag_v2  # type: ignore[attr-defined]
         # Pyramids hold smaller copies of a page, and some files masks.
-        if not int(image.tag_v2.get(_SUBFILE, 0)) & _REDUCED_OR_MASK:  # type: ignore[attr-defined]
+        if not int(tags.get(_SUBFILE, 0)) & _REDUCED_OR_MASK:
             pages.append(page)
-    return pages or [0]
+        if not known or not depth.read_by_pillow(tags):
+            of_tifffile.add(page)
+    return pages or [0], of_tifffile
 
 
 def _read(image: Image.Image, data: bytes, page: int, config: DecodeConfig, ranges: Ranges) -> Picture:
@@ -325,15 +341,17 @@ def _tiff_readers(data: bytes, config: DecodeConfig, ranges: Ranges) -> list[Cal
     taken = pages if config.frames == "all" else pages[:1]
 
     def read(number: int) -> Picture:
-        page = pages[number]
-        check_size(page.imagewidth, page.imagelength, config.max_pixels)
-        if page.nbytes > 4 * config.max_pixels:  # Pillow takes no more than four bytes for a pixel.
-            raise DecodeError(f"its {page.nbytes:,} bytes of values are more than {4 * config.max_pixels:,}")
-        tag = page.tags.get(_ORIENTATION)
-        picture = _scaled(depth.tiff_values(page), int(tag.value) if tag else 1, config, ranges)
-        return _numbered(picture, number, len(pages), len(taken))
+        return _numbered(_read_tiff(pages[number], config, ranges), number, len(pages), len(taken))
 
     return [partial(read, number) for number in range(len(taken))]
+
+
+def _read_tiff(page: Any, config: DecodeConfig, ranges: Ranges) -> Picture:
+    check_size(page.imagewidth, page.imagelength, config.max_pixels)
+    if page.nbytes > 4 * config.max_pixels:  # Pillow takes no more than four bytes for a pixel.
+        raise DecodeError(f"its {page.nbytes:,} bytes of values are more than {4 * config.max_pixels:,}")
+    tag = page.tags.get(_ORIENTATION)
+    return _scaled(depth.tiff_values(page), int(tag.value) if tag else 1, config, ranges)
 
 
 def upright(pixels_hwc: NDArray[np.uint8], orientation: int) -> NDArray[np.uint8]:

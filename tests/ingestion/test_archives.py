@@ -285,6 +285,15 @@ def test_a_damaged_member_of_a_zip_is_a_row_with_a_reason(tmp_path: Path) -> Non
     assert "damaged inside of the archive" in rows[0].reason
 
 
+def test_damage_to_a_member_that_no_image_needs_is_counted(tmp_path: Path) -> None:
+    write_zip(tmp_path / "a.zip", {"1.png": noise(1), "README": b"about the images"}, zipfile.ZIP_STORED)
+    data = (tmp_path / "a.zip").read_bytes()
+    (tmp_path / "a.zip").write_bytes(data.replace(b"about the", b"about its"))
+    found, rows = opened(tmp_path / "a.zip")
+    assert [row.image for row in rows] == [noise(1)]
+    assert found.left_out.kinds == {"damaged members": (1, "README")}
+
+
 def test_a_zip_bomb_takes_no_memory(tmp_path: Path) -> None:
     with zipfile.ZipFile(tmp_path / "a.zip", "w", zipfile.ZIP_DEFLATED) as archive:
         archive.writestr("ok.jpg", jpeg())
@@ -326,11 +335,12 @@ def test_a_table_in_an_archive_of_its_own_labels_the_others(tmp_path: Path) -> N
     assert labels(tmp_path) == {"a.tar/1.jpg": "cat", "b.tar/2.jpg": "dog"}
 
 
-@pytest.mark.parametrize("note", [b'{"caption": "x"}', b'{"label": 0.5}', b"5", b"{"])
-@pytest.mark.parametrize("order", [("cls", "json"), ("json", "cls")])
-def test_cls_wins_over_json(tmp_path: Path, note: bytes, order: tuple[str, str]) -> None:
-    label = {"cls": b"7", "json": note}
-    members = {"0.jpg": jpeg(), **{f"0.{suffix}": label[suffix] for suffix in order}}
+@pytest.mark.parametrize("note", [b'{"caption": "x"}', b'{"label": 0.5}', b'{"label": "x"}', b"5", b"{"])
+@pytest.mark.parametrize("cls", ["cls", "target.cls"])
+@pytest.mark.parametrize("cls_first", [True, False])
+def test_cls_wins_over_json(tmp_path: Path, note: bytes, cls: str, cls_first: bool) -> None:
+    both = [(f"0.{cls}", b"7"), ("0.json", note)]
+    members = {"0.jpg": jpeg(), **dict(both if cls_first else reversed(both))}
     assert labels(write_tar(tmp_path / "a.tar", members)) == {"a.tar/0.jpg": "7"}
 
 

@@ -193,6 +193,9 @@ def test_tables_whose_log_says_which_files_are_valid_are_refused(tmp_path: Path,
     [
         (np.eye(3, dtype=np.int64), "holds several values for each image"),
         (np.array([0.5, 1, 2]), "holds fractions, such as 0.5"),
+        (np.zeros((3, 4, 4), np.int64), "holds several values for each image"),
+        (np.ones(3, np.complex64), "is of type complex64"),
+        (np.zeros(3, [("a", int)]), "is of type [('a', '<i8')]"),
         (np.array([b"a", b"b", b"a"]), ""),
         (np.array([[0], [1], [0]]), ""),
     ],
@@ -202,6 +205,21 @@ def test_labels_of_numpy(tmp_path: Path, values: Any, why: str) -> None:
     found, _ = opened(tmp_path / "a.npz")
     assert bool(found.classes) == (not why)
     assert why in found.labels
+
+
+def test_a_single_label_of_several_images_is_refused(tmp_path: Path) -> None:
+    np.savez(tmp_path / "a.npz", images=np.zeros((3, 4, 4), np.uint8), labels=np.array(5))
+    assert "3 images but 1 label" in refused(tmp_path / "a.npz")
+
+
+@pytest.mark.parametrize(
+    ("head", "says"),
+    [(b"\0\0\x08\0\1", "is not an IDX file of integers"), (struct.pack(">3I", 0x802, 4, 0), "(4, 0)")],
+)
+def test_labels_of_idx_without_an_axis_or_a_value_are_refused(tmp_path: Path, head: bytes, says: str) -> None:
+    write_idx(tmp_path, "train", 4)
+    put(tmp_path, "train-labels-idx1-ubyte", data=head)
+    assert says in refused(f"{tmp_path}#train")
 
 
 def test_one_image_and_unknown_files(tmp_path: Path) -> None:

@@ -21,7 +21,7 @@ from raysl.ingestion.found import of_kind
 from raysl.ingestion.listing import files_below
 from raysl.ingestion.sources import Place, UnitSize, open_source, read
 from raysl.storage import Folder
-from tests.ingestion.reading import SMALL, jpeg, labels, opened, put, refused
+from tests.ingestion.reading import SMALL, jpeg, labels, opened, put, refused, write_tar
 
 
 def test_class_folders_in_sorted_order(tmp_path: Path) -> None:
@@ -315,6 +315,16 @@ def test_names_that_are_not_utf_8(tmp_path: Path) -> None:
     assert [row.path for row in rows] == [r"caf\xe9/na\xefve.jpg", "tea/1.jpg"]
     assert [row.image for row in rows] == [jpeg(), jpeg()]
     assert r"caf\xe9 1" in found.table("x")
+    said = refused(os.fsdecode(folder))
+    assert f"'{tmp_path}/caf\\\\xe9' is not in UTF-8" in said
+    assert said.endswith("Rename it.")
+
+
+@pytest.mark.parametrize("name", [b"\xff.tar", b"\xff.parquet"])
+def test_archives_and_tables_whose_names_are_not_utf_8_are_refused(tmp_path: Path, name: bytes) -> None:
+    write_tar(tmp_path / "a.tar", {"cat/1.jpg": jpeg()})
+    (tmp_path / "a.tar").rename(tmp_path / os.fsdecode(name))
+    assert "is not in UTF-8" in refused(tmp_path)
 
 
 @pytest.mark.parametrize("name", ["a b", "50%", "c#", "d%20e", "é" * 100, "x" * 250])

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
@@ -24,6 +25,31 @@ def test_a_list_of_files(tmp_path: Path) -> None:
     labelled = ingest([(Path(files[0]), 1), (files[1], 0)], str(tmp_path / "labelled"))
     assert labelled.labels().tolist() == [1, 0]
     assert labelled.folder.list() == ["labels.parquet", "manifest.json", "shards"]
+
+
+@pytest.mark.parametrize(
+    ("given", "classes"),
+    [
+        ((0, 1.0, np.int64(1), "0"), ("0", "1")),
+        ((True, np.False_, "a", "a"), ("False", "True", "a")),
+        ((0, float("nan"), 1, 1), ()),
+        ((0, 1, -1, None), ()),
+    ],
+)
+def test_labels_of_a_list_follow_the_rules_of_tables(
+    tmp_path: Path, given: tuple[Any, ...], classes: tuple[str, ...]
+) -> None:
+    put(tmp_path, *(f"{i}.jpg" for i in range(4)))
+    files = [(tmp_path / f"{i}.jpg", label) for i, label in enumerate(given)]
+    assert ingest(files, str(tmp_path / "out")).manifest.classes == classes
+
+
+@pytest.mark.parametrize(("label", "says"), [(0.5, "0.5, which holds fractions"), ([1, 2], "several values")])
+def test_a_label_of_a_list_that_names_no_class_is_refused(tmp_path: Path, label: Any, says: str) -> None:
+    put(tmp_path, "a.jpg")
+    with pytest.raises(UserError, match=says):
+        ingest([(tmp_path / "a.jpg", label)], str(tmp_path / "out"))
+    assert not (tmp_path / "out").exists()
 
 
 def test_a_list_that_names_missing_files_is_refused_before_anything_is_written(tmp_path: Path) -> None:

@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+import importlib.metadata
 import logging
 import os
 import shutil
+import sys
 import threading
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from concurrent.futures import Future, ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
@@ -24,7 +26,7 @@ from raysl.ingestion.shard import move, write
 from raysl.ingestion.sources import Row
 from raysl.storage import Folder, lock
 from raysl.storage.lock import DriverLock
-from tests.ingestion.reading import jpeg
+from tests.ingestion.reading import jpeg, noise, put
 
 TWO = IngestConfig(shard_images=2, row_group_images=1)
 # One task at a time on two CPUs, so that an error in the last unit finds the others done.
@@ -204,6 +206,15 @@ def test_moving_a_shard_rewrites_its_indices(tmp_path: Path) -> None:
     assert data_set.read(np.arange(3))["label"].to_pylist() == data_set.labels().tolist() == [0, 1, 2]
 
 
+def test_an_error_of_the_source_is_told_from_one_of_the_destination(tmp_path: Path) -> None:
+    def rows() -> Iterator[Row]:
+        yield Row(jpeg(), None, "0.jpg")
+        raise FileNotFoundError("gone")
+
+    with pytest.raises(UserError, match=r"^Cannot read the source: gone"):
+        write(Folder(str(tmp_path)), 0, 0, rows(), decoding=None, classes="", rows_per_group=2)
+
+
 def test_what_was_found_is_said_before_and_after(tmp_path: Path, said: pytest.LogCaptureFixture) -> None:
     table = pa.table({"image": [jpeg(i) for i in range(3)], "label": pa.array([0, -1, 1], pa.int64())})
     pq.write_table(table, tmp_path / "x.parquet")
@@ -313,6 +324,27 @@ def test_refusals_touch_nothing(tmp_path: Path) -> None:
     assert (tmp_path / "mine" / "thesis.txt").read_text() == "x"
 
 
+@pytest.mark.parametrize("way", ["link/out", "link/../in/out"])
+def test_a_destination_inside_of_the_source_is_refused_also_by_a_link(tmp_path: Path, way: str) -> None:
+    source = photos(tmp_path / "in")
+    (tmp_path / "link").symlink_to(source)
+    assert "inside the source" in refused(source, tmp_path / way)
+    assert "inside the source" in refused(tmp_path / "link", source / "out")
+    assert sorted(path.name for path in source.iterdir()) == ["even", "odd"]
+
+
+def test_a_destination_or_a_list_with_names_that_are_not_utf_8_is_refused(tmp_path: Path) -> None:
+    source, name = photos(tmp_path / "in"), os.fsdecode(b"\xff")
+    assert "is not in UTF-8" in refused(source, tmp_path / name)
+    put(tmp_path / "full", name)
+    assert "not empty: it holds a name that is not in UTF-8" in refused(source, tmp_path / "full")
+    with pytest.raises(UserError, match="is not in UTF-8"):
+        pipeline.ingest([tmp_path / "full" / name], str(tmp_path / "out"))
+    assert not (tmp_path / "out").exists()
+    with pytest.raises(UserError, match="is not in UTF-8"):
+        resolve(str(tmp_path / name))
+
+
 def test_no_image_at_all_can_be_decoded(tmp_path: Path) -> None:
     message = refused(photos(tmp_path / "in", bad=tuple(range(7))), tmp_path / "out")
     assert "None of the 7 images" in message
@@ -333,6 +365,41 @@ def test_a_source_is_ingested_again_when_it_changes(tmp_path: Path, said: pytest
     assert resolve(str(source), cache).num_images == 6
     assert len(list(cache.iterdir())) == 2
     assert resolve(str(first.folder), cache) == first
+
+
+@pytest.mark.parametrize("change", ["written", "added"])
+def test_a_table_is_ingested_again_when_a_file_that_it_names_changes(
+    tmp_path: Path, change: str, said: pytest.LogCaptureFixture
+) -> None:
+    source, cache = photos(tmp_path / "in"), tmp_path / "cache"
+    table = source / "list.csv"
+    table.write_text("file_name\neven/0.jpg\nodd/1.jpg\nlate.jpg\n")
+    first = resolve(str(table), cache)
+    ingest(table, tmp_path / "out")
+    assert (resolve(str(table), cache), first.num_images) == (first, 2)
+    changed = source / {"written": "odd/1.jpg", "added": "late.jpg"}[change]
+    changed.write_bytes(noise(0))
+    again = resolve(str(table), cache)
+    assert noise(0) in again.read(np.arange(again.num_images))["image"].to_pylist()
+    ingest(table, tmp_path / "out")
+    assert "files of the source were added, removed or written since" in said.messages[-1]
+
+
+def test_a_source_is_ingested_again_once_a_package_that_it_needs_is_installed(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    pytest.importorskip("resvg_py")
+    source, cache = str(photos(tmp_path / "in")), tmp_path / "cache"
+    (tmp_path / "in" / "odd" / "drawing.svg").write_text("<svg xmlns='http://www.w3.org/2000/svg'/>")
+    with monkeypatch.context() as without:
+        without.setitem(sys.modules, "resvg_py", None)
+        without.setattr(importlib.metadata, "distributions", lambda **_: ())
+        first = resolve(source, cache)
+        assert resolve(source, cache) == first
+    assert (first.num_images, first.manifest.num_bad) == (7, 1)
+    second = resolve(source, cache)
+    assert (second.num_images, second.manifest.num_bad) == (8, 0)
+    assert resolve(source, cache) == second
 
 
 def test_the_cache_is_named_by_the_environment(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -8,6 +8,7 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pyarrow as pa
 import pyarrow.feather
 import pyarrow.parquet as pq
@@ -191,6 +192,34 @@ def test_tables_of_file_names(tmp_path: Path, name: str, content: str) -> None:
     assert labels(tmp_path / name) == {"photos/a.jpg": "dog", "photos/b c.jpg": "cat"}
 
 
+def not_in_utf8(values: list[str]) -> pa.Array:
+    return pa.array([value.encode("latin1") for value in values]).view(pa.string())
+
+
+def test_text_that_is_not_in_utf8_is_refused(tmp_path: Path) -> None:
+    put(tmp_path, "a.jpg")
+    put(tmp_path, "list.jsonl", data='{"image": "caf\xe9.jpg", "label": 0}\n'.encode("latin1"))
+    assert "list.jsonl': it is not in UTF-8" in refused(tmp_path / "list.jsonl")
+    put(tmp_path / "in", "a.jpg", "metadata.jsonl", data=(tmp_path / "list.jsonl").read_bytes())
+    assert "metadata.jsonl': it is not in UTF-8" in refused(tmp_path / "in")
+    names = not_in_utf8(["a.jpg", "caf\xe9.jpg"])
+    pq.write_table(pa.table({"file_name": names, "label": [0, 1]}), tmp_path / "list.parquet")
+    assert "Cannot read the Parquet file" in refused(tmp_path / "list.parquet")
+    put(tmp_path / "by", "a.jpg")
+    pq.write_table(pa.table({"file_name": names, "label": [0, 1]}), tmp_path / "by" / "metadata.parquet")
+    assert "Cannot read the table 'metadata.parquet'" in refused(tmp_path / "by")
+    structs = pa.StructArray.from_arrays([pa.array([jpeg(), jpeg()]), names], ["bytes", "path"])
+    write_arrow(pa.table({"image": structs}), tmp_path / "x.arrow")
+    assert "Cannot read the table" in refused(tmp_path / "x.arrow")
+
+
+def test_false_offsets_in_an_arrow_file_are_refused(tmp_path: Path) -> None:
+    offsets = pa.py_buffer(np.array([0, 90, 5], np.int32))
+    names = pa.Array.from_buffers(pa.string(), 2, [None, offsets, pa.py_buffer(b"a.jpg")])
+    write_arrow(pa.table({"file_name": names}), tmp_path / "x.arrow")
+    assert "Cannot read the table" in refused(tmp_path / "x.arrow")
+
+
 @pytest.mark.parametrize("first", ["null", "  null", '{"image": "a.jpg"}\nnull', "3", "[]"])
 def test_a_line_of_json_that_is_no_object_is_refused(tmp_path: Path, first: str) -> None:
     put(tmp_path, "a.jpg")
@@ -208,6 +237,19 @@ def test_file_names_that_lead_out_of_the_folder(tmp_path: Path) -> None:
     assert rows[3].reason == "does not exist"
     _, rows = opened(tmp_path / "in" / "list.csv", follow_links=True)
     assert [bool(row.image) for row in rows] == [True, True, True, False]
+
+
+def test_links_that_lead_out_of_the_folder_of_a_table(tmp_path: Path) -> None:
+    put(tmp_path, "secret.jpg", "in/a.jpg", "in/b/c.jpg")
+    for name, target in (("out.jpg", "../secret.jpg"), ("up", ".."), ("same.jpg", "a.jpg"), ("d", "b")):
+        (tmp_path / "in" / name).symlink_to(target)
+    (tmp_path / "link").symlink_to("in")
+    put(tmp_path, "in/list.csv", data=b"path\na.jpg\nsame.jpg\nd/c.jpg\nout.jpg\nup/secret.jpg\n")
+    for table in (tmp_path / "in" / "list.csv", tmp_path / "link" / "list.csv"):
+        _, rows = opened(table)
+        assert [bool(row.image) for row in rows] == [True, True, True, False, False]
+        assert "--follow-links" in rows[3].reason
+        assert all(row.image for row in opened(table, follow_links=True)[1])
 
 
 def test_images_that_are_missing_or_of_another_form(tmp_path: Path) -> None:
@@ -229,6 +271,8 @@ def test_images_that_are_missing_or_of_another_form(tmp_path: Path) -> None:
         ("file_name;label\n0.jpg;a\n1.jpg;b\n", ["a", "b"]),
         ("\ufefffile_name, label\r\n0.jpg, a\r\n1.jpg, b\r\n", ["a", "b"]),
         ("filename,label\n./0.jpg,1\n1.jpg,10\n", ["1", "10"]),
+        ("filename,label\n0.jpg,001\n1.jpg, 010\n", ["1", "10"]),
+        ("filename,label\n0.jpg, 1\n1.jpg,01\n", ["01", "1"]),
         ("path|class\n0.jpg|x\n1.jpg|\n", None),
         (b"\xff\xfe" + "path,label\n0.jpg,a\n1.jpg,b\n".encode("utf-16-le"), ["a", "b"]),
     ],
@@ -269,10 +313,11 @@ def test_a_folder_with_a_table_alone_names_it(tmp_path: Path) -> None:
 
 def test_file_names_that_cannot_be_read(tmp_path: Path) -> None:
     put(tmp_path, "a/0.jpg")
-    names = ["a\\0.jpg", "https://x.invalid/1.jpg", "A" * 5000, "a/2.jpg"]
+    (tmp_path / "circle.jpg").symlink_to("circle.jpg")
+    names = ["a\\0.jpg", "https://x.invalid/1.jpg", "A" * 5000, "a/2.jpg", "A" * 300 + ".jpg", "circle.jpg"]
     pq.write_table(pa.table({"image": names}), tmp_path / "list.parquet")
     _, rows = opened(tmp_path / "list.parquet")
-    said = ["", "is on the web", "is no name of a file", "does not exist"]
+    said = ["", "is on the web", "is no name of a file", "does not exist", "name too long", "symbolic links"]
     assert rows[0].image == jpeg()
     assert all(part in row.reason for row, part in zip(rows, said, strict=True))
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 import tracemalloc
 from collections.abc import Sequence
 from pathlib import Path
@@ -42,10 +43,12 @@ def make(
     size: tuple[int, int] = (64, 48),
     rotation: int = 0,
     hz: float = 440.0,
+    title: str = "",
 ) -> Path:
     """Write a video whose gray level is 10 times the second, with a white mark in the upper left and a tone."""
     path.parent.mkdir(parents=True, exist_ok=True)
     with av.open(str(path), "w", format="ogg" if path.suffix == ".ogv" else None) as container:
+        container.metadata.update({"title": title} if title else {})
         stream = container.add_stream(codec, rate=30)
         stream.width, stream.height = size
         stream.pix_fmt = "yuvj420p" if codec == "mjpeg" else "yuv420p"
@@ -224,6 +227,26 @@ def test_videos_in_archives_and_tables_become_clips(tmp_path: Path) -> None:
 def _truncated(path: Path, share: float) -> None:
     data = path.read_bytes()
     path.write_bytes(data[: int(len(data) * share)])
+
+
+def test_a_title_that_is_not_in_utf8_does_no_harm(tmp_path: Path) -> None:
+    path = make(tmp_path / "a.avi", "mjpeg", "pcm_s16le", title="caf__")
+    path.write_bytes(path.read_bytes().replace(b"caf__", b"caf\xe9s"))
+    clips, bad = clips_of(tmp_path)
+    assert (len(clips), len(clips.sound(0)) > 0, bad) == (1, True, [])
+
+
+def test_a_name_that_is_not_in_utf8_does_no_harm(tmp_path: Path) -> None:
+    make(tmp_path / "a.mp4").rename(tmp_path / os.fsdecode(b"\xff.mp4"))
+    clips, bad = clips_of(tmp_path)
+    assert (len(clips), bad) == (1, [])
+
+
+def test_clips_of_one_frame_are_listed_with_what_makes_them_longer(tmp_path: Path) -> None:
+    make(tmp_path / "a.mp4")
+    clips, bad = clips_of(tmp_path, ReadConfig(fps=5, clip_s=0.1))
+    assert len(clips) == 0
+    assert [row.reason for row in bad] == ["has one frame in each clip: raise --fps or --clip-s"]
 
 
 def test_broken_videos_are_listed_with_their_reason(tmp_path: Path) -> None:

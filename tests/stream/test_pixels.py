@@ -14,7 +14,7 @@ from numpy.typing import NDArray
 from PIL import Image, ImageCms
 
 from raysl.errors import UserError
-from raysl.stream.formats import PNG, DecodeError
+from raysl.stream.formats import PNG, DecodeError, looks_like_image
 from raysl.stream.pixels import DecodeConfig, Picture, pictures
 from tests.data import TURNS
 
@@ -364,6 +364,61 @@ def test_a_size_that_a_header_only_claims_is_refused_before_memory_is_taken() ->
     data[at + 5 : at + 9] = b"\xff\xff\xff\xff"
     assert "65,535 x 65,535" in reason(bytes(data))
     assert "pixels" in reason(file(Image.new("1", (20000, 20000)), "PNG"))
+
+
+def tiff(*pages: tuple[Array, dict[str, Any]]) -> bytes:
+    """A TIFF file with pages that Pillow does not write: each an array and options of tifffile."""
+    tifffile = pytest.importorskip("tifffile")
+    stream = io.BytesIO()
+    with tifffile.TiffWriter(stream) as writer:
+        for values, options in pages:
+            writer.write(values, **options)
+    return stream.getvalue()
+
+
+RGB = {"photometric": "rgb"}
+PLANES = {"photometric": "rgb", "planarconfig": "separate"}
+
+
+def test_each_page_is_read_by_the_package_that_knows_its_type() -> None:
+    deep, floats = ramp().astype(np.uint16) * 257, ramp().astype(np.float32)
+    data = tiff((ramp(), RGB), (floats, RGB), (deep.transpose(2, 0, 1), PLANES), (ramp()[::-1], RGB))
+    first = one(data)
+    assert (off(first, ramp()), first.left_out) == (0, 3)
+    every = pictures(data, DecodeConfig(frames="all", range=(0, 255 * 257)))
+    pages = [page for page in every if isinstance(page, Picture)]
+    assert [(page.page, page.kind) for page in pages] == [(1, ""), (2, "float"), (3, "uint16"), (4, "")]
+    expected = [(pages[0], ramp()), (pages[2], ramp()), (pages[3], ramp()[::-1])]
+    assert [off(page, pixels_hwc) for page, pixels_hwc in expected] == [0, 0, 0]
+
+
+@pytest.mark.parametrize("kind", [np.uint16, np.float32])
+def test_colors_that_were_multiplied_by_alpha_are_mixed_once(kind: Any) -> None:
+    opaque = 1 if kind is np.float32 else np.iinfo(kind).max
+    half = np.array([0.4, 0.2, 0, 0.4]) * opaque  # (1, 0.5, 0), of which four tenths are seen
+    values_chw = np.broadcast_to(half.astype(kind)[:, None, None], (4, 8, 8))
+    picture = one(
+        tiff((values_chw, PLANES | {"extrasamples": ["assocalpha"]})), DecodeConfig(range=(0, opaque))
+    )
+    assert off(picture, np.full((8, 8, 3), (255, 204, 153))) <= 1
+
+
+@pytest.mark.parametrize("tag", [256, 257], ids=["width", "height"])
+@pytest.mark.parametrize("kind", [np.uint8, np.float32])
+def test_a_header_without_pixels_is_damage(tag: int, kind: Any) -> None:
+    data = bytearray(tiff((ramp().astype(kind), RGB)))
+    (tags_at,) = struct.unpack_from("<I", data, 4)
+    (count,) = struct.unpack_from("<H", data, tags_at)
+    entries = (tags_at + 2 + 12 * i for i in range(count))
+    entry = next(at for at in entries if struct.unpack_from("<H", data, at) == (tag,))
+    data[entry + 8 : entry + 12] = bytes(4)
+    assert "has no pixels: its header says " in reason(bytes(data))
+
+
+@pytest.mark.parametrize("line", [b"<!-- licence -->\n", b"<?licence?>\n", b" \n"])
+def test_a_long_head_of_xml_takes_no_time_and_hides_no_drawing(line: bytes) -> None:
+    assert not looks_like_image(100 * line + b"<!ELEMENT a (b)>")
+    assert looks_like_image(100 * line + b"<svg xmlns='http://www.w3.org/2000/svg'/>")
 
 
 @pytest.mark.parametrize(

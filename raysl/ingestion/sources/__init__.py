@@ -27,7 +27,7 @@ from raysl import plugins
 from raysl.errors import UserError, unknown
 from raysl.fields import Bounds, CheckedTop
 from raysl.ingestion import unsupported
-from raysl.ingestion.found import Found, LeftOut, unreadable
+from raysl.ingestion.found import Found, LeftOut, names_checked, unreadable
 from raysl.ingestion.layout import by_split
 from raysl.ingestion.listing import HEAD_BYTES, TABLE, File, Survey, files_below, is_folder, join, read_bytes
 from raysl.storage import HUB_LOGIN, Folder
@@ -208,6 +208,7 @@ def recognised() -> str:
     return f"A source is one of: {kinds}. Examples: photos/, cifar10#train, a.zip, s3://bucket/photos, shapes:1000."
 
 
+@names_checked()
 def open_source(place: Place) -> Opened:
     """Recognise and open a source. Raises UserError if no kind recognises it, or if it cannot be opened."""
     try:

@@ -25,7 +25,7 @@ from typing import Any
 from raysl.errors import UserError, explained
 from raysl.ingestion import labels, layout, metadata, tar, video
 from raysl.ingestion.found import LeftOut, printable
-from raysl.ingestion.listing import ARCHIVE, IMAGE, VIDEO, File, Survey, join, kind_of, stamp
+from raysl.ingestion.listing import ARCHIVE, IMAGE, LABEL_TABLES, VIDEO, File, Survey, join, kind_of, stamp
 from raysl.ingestion.members import MOST_BYTES, Listing, Member, plain
 from raysl.ingestion.sources import (
     Confidence,
@@ -47,6 +47,8 @@ SUMMARY = "tar and zip archives, WebDataset shards"
 _SUFFIXES = (".tar", ".tgz", ".tar.gz", ".tar.bz2", ".tbz2", ".tar.xz", ".txz", ".tar.zst", ".zip")
 # Damage to a single member of a zip archive.
 _ZIP_DAMAGE = (zipfile.BadZipFile, EOFError, RuntimeError, lzma.LZMAError, zlib.error)
+# Members whose damage refuses a zip archive, since their labels would be lost.
+_LABELS = (".cls", ".json", *LABEL_TABLES)
 _WHOLE = UnitSize(sys.maxsize, sys.maxsize)
 # The image of a sample that has several, in this order.
 _PREFERRED = ("jpg", "jpeg", "png", "webp", "image", "img")
@@ -88,7 +90,12 @@ def _list_zip(place: Place, listing: Listing) -> None:
                 )
             linked = stat.S_ISLNK(info.external_attr >> 16)
             member = Member(info.filename, -1, info.file_size)
-            listing.take(member, not linked, partial(_content, archive, info), place.config)
+            try:
+                listing.take(member, not linked, partial(_content, archive, info), place.config)
+            except _ZIP_DAMAGE:
+                if info.filename.lower().endswith(_LABELS):
+                    raise
+                listing.left_out.add("damaged members", plain(info.filename))
 
 
 def _content(archive: zipfile.ZipFile, member: zipfile.ZipInfo) -> bytes:
@@ -276,10 +283,16 @@ def _key(name: str, first_dot: bool) -> tuple[str, str]:
 
 
 def _take_fields(listing: Listing) -> None:
-    """Give samples the labels in fields with names of their own, such as 0001.target.cls."""
+    """Give samples the labels in fields with names of their own, such as 0001.target.cls, which wins over a .json."""
     for stem, label in list(listing.classes.items()):
         sample = _key(f"{stem}.", first_dot=True)[0]
-        if sample != stem and listing.classes.setdefault(sample, label) != label:
+        if sample == stem:
+            continue
+        if stem in listing.in_cls and sample not in listing.in_cls:
+            listing.in_cls.add(sample)
+            listing.classes[sample] = label
+            listing.unusable.pop(sample, None)
+        elif listing.classes.setdefault(sample, label) != label:
             several = f"{printable(sample)} has several labels, one of them in {printable(stem)}"
             listing.unusable[sample] = several
 

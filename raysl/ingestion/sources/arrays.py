@@ -182,8 +182,7 @@ class Source:
                     mismatch = f"{counted(count, 'image')} but {counted(len(values), 'label')}"
                     raise UserError(f"{self.name!r} has {mismatch}. Get the files again.")
                 try:
-                    column = pa.array(list(values) if values.ndim > 1 else values)
-                    names = labels.as_classes(column, self._names).to_pylist()
+                    names = _classes(values, self._names)
                 except labels.NoClassesError as error:
                     refused = f"the array of labels, {part.labels or part.path}, {error}"
             classes.add(names, part.path)
@@ -200,6 +199,17 @@ class Source:
             self.found.classes = classes.ordered()
 
 
+def _classes(values: NDArray[Any], names: list[str] | None) -> list[str | None]:
+    """Return the class of each label. Raises `labels.NoClassesError`."""
+    if values.ndim > 2:
+        raise labels.NoClassesError(labels.SEVERAL)
+    try:
+        column = pa.array(list(values) if values.ndim > 1 else values)
+    except (pa.ArrowException, ValueError):
+        raise labels.NoClassesError(f"is of type {values.dtype}") from None
+    return labels.as_classes(column, names).to_pylist()  # type: ignore[no-any-return]
+
+
 def _measured(root: str, part: Part) -> tuple[int, NDArray[Any] | None]:
     """Return the number of images of a part, and its labels."""
     if part.how == "idx":
@@ -211,7 +221,7 @@ def _measured(root: str, part: Part) -> tuple[int, NDArray[Any] | None]:
         count = len(_pixels(arrays[part.images], part.images))
         if not part.labels:
             return count, None
-        values = arrays[part.labels]
+        values = np.atleast_1d(arrays[part.labels])
         return count, values[:, 0] if values.ndim == 2 and values.shape[1] == 1 else values
 
 

@@ -18,9 +18,8 @@ from raysl.errors import UserError
 from raysl.ingestion import layout, metadata, video
 from raysl.ingestion.found import LeftOut, printable
 from raysl.ingestion.labels import Classes
-from raysl.ingestion.listing import VIDEO, File, Survey, files_below, kind_of, read_bytes
+from raysl.ingestion.listing import VIDEO, File, Survey, files_below, kind_of, open_file, read_bytes
 from raysl.ingestion.sources import Confidence, Place, Row, Unit, UnitSize, choose_split, in_units
-from raysl.storage import Folder
 
 SUMMARY = "a folder of images or videos"
 
@@ -128,7 +127,7 @@ def _load(root: str, path: str) -> Row:
 
 def _clips(root: str, path: str, label: str | None, sampling: video.Sampling) -> Iterator[Row]:
     try:
-        yield from video.clips(Row(None, label, printable(path)), sampling, partial(Folder(root).open, path))
+        yield from video.clips(Row(None, label, printable(path)), sampling, partial(open_file, root, path))
     except OSError as error:
         yield _unread(root, path, error)._replace(label=label)
 

@@ -7,11 +7,16 @@ beside the table. The splits of a folder come from the names of its files (`trai
 
 from __future__ import annotations
 
+import errno
+import os
 import posixpath
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
+from contextlib import suppress
 from dataclasses import replace
+from functools import cache, partial
 from itertools import chain
+from pathlib import Path
 from typing import Any, NamedTuple
 from urllib.parse import unquote
 
@@ -31,8 +36,11 @@ _BINARY = (".parquet", ".arrow", ".feather")
 # Columns that are taken for the image before the schema is searched for another.
 _IMAGE_NAMES = ("image", "img", "jpg", "png", "jpeg", "webp", "picture", "photo", "bytes")
 _VIDEO_NAMES = ("video", "mp4", "clip", "movie")
-_IN_PARALLEL = 16
+_IN_PARALLEL, _AT_ONCE = 16, 64
 _LONGEST_NAME = 4096
+_real = cache(os.path.realpath)
+# Errors of a name that no file can have, and of links that lead in a circle.
+_IMPOSSIBLE = (errno.ENAMETOOLONG, errno.ELOOP)
 # How JPEG, PNG, GIF, WebP and data URIs begin in Base64.
 _BASE64 = ("/9j/", "iVBORw0KGgo", "R0lGOD", "UklGR", "data:image/")
 
@@ -128,7 +136,26 @@ class Source:
                 )
 
     def stamp(self) -> str:
-        return stamp(self._files) + self._place.config.flags()
+        """See `Source.stamp`. Of the files that a table names, only local ones count: the state of each file of an
+        object store would take a request.
+        """
+        return stamp(chain(self._files, self._named_files())) + self._place.config.flags()
+
+    def _named_files(self) -> Iterator[File]:
+        """Yield the local files that tables name as they are now; one that cannot be read has no size and no time."""
+        with ThreadPoolExecutor(_IN_PARALLEL) as pool:
+            for file, names in self._names():
+                some = [names[first : first + _AT_ONCE] for first in range(0, len(names), _AT_ONCE)]
+                states = pool.map(partial(_states, _folder_of(self._place.uri, file.path)), some)
+                yield from chain.from_iterable(states)
+
+    def _names(self) -> Iterator[tuple[File, list[str]]]:
+        """Yield the names in tables of file names, some at a time, each time with the file of the table."""
+        for file, columns in zip(self._files, self._columns, strict=True):
+            if columns.is_file_name:
+                with tables.opened(self._place.uri, file.path) as table:
+                    for values in table.column(columns.image):
+                        yield file, [*filter(None, values.to_pylist())]
 
     def units(self, size: UnitSize) -> Iterator[Unit]:
         self._check_file_names()
@@ -153,22 +180,18 @@ class Source:
     def _check_file_names(self) -> None:
         """Raise UserError if tables of file names name a file twice: an image of several classes, or a mistake."""
         seen: set[str] = set()
-        for file, columns in zip(self._files, self._columns, strict=True):
-            if not columns.is_file_name:
-                continue
+        for file, names in self._names():
             folder = _folder_of(self._place.uri, file.path)
-            with tables.opened(self._place.uri, file.path) as table:
-                names = chain.from_iterable(values.to_pylist() for values in table.column(columns.image))
-                for name in filter(None, names):
-                    place = tables.normal(name)
-                    if "://" not in place:
-                        place = posixpath.normpath(posixpath.join(folder, place))
-                    if place in seen:
-                        raise UserError(
-                            f"The table {self._where(file)!r} names the file {printable(name)!r} in several rows. A "
-                            "data set holds an image once and with one class: keep one row for each file."
-                        )
-                    seen.add(place)
+            for name in names:
+                place = tables.normal(name)
+                if "://" not in place:
+                    place = posixpath.normpath(posixpath.join(folder, place))
+                if place in seen:
+                    raise UserError(
+                        f"The table {self._where(file)!r} names the file {printable(name)!r} in several rows. A "
+                        "data set holds an image once and with one class: keep one row for each file."
+                    )
+                seen.add(place)
 
     def _count_classes(self) -> bool:
         """Read the column of labels of all files; return True if it holds classes."""
@@ -328,7 +351,20 @@ def _rows(
 
 def _folder_of(root: str, path: str) -> str:
     """Return the folder of a table, which the names of files in it start from."""
-    return (f"{root}/{path}" if path else root).rpartition("/")[0]
+    return (f"{root}/{path}" if path else root).rpartition("/")[0] or "/"
+
+
+def _states(folder: str, names: list[str]) -> list[File]:
+    """Return files that a table in a folder names, as they are now."""
+    found = []
+    for name in names:
+        path, state = posixpath.join(folder, tables.normal(name)), (0, 0)
+        if "://" not in path:
+            with suppress(OSError, ValueError):
+                info = os.stat(path)
+                state = info.st_size, info.st_mtime_ns
+        found.append(File(path, *state))
+    return found
 
 
 def _from_file(spec: dict[str, Any], name: str | None, label: str | None) -> Row:
@@ -342,14 +378,20 @@ def _from_file(spec: dict[str, Any], name: str | None, label: str | None) -> Row
         why = "is on the web: download the images first, for example with img2dataset"
         return Row(None, label, printable(name), why)
     name = tables.normal(name)
+    folder = _folder_of(spec["root"], spec["path"])
     outside = name.startswith(("/", "../")) or "://" in name or "\0" in name
+    if not outside and "://" not in folder:  # A link may lead out.
+        outside = not Path(os.path.realpath(os.path.join(folder, name))).is_relative_to(_real(folder))
     if outside and not spec["follow_links"]:
         why = "lies outside of the table's folder: --follow-links reads it"
         return Row(None, label, printable(name), why)
-    folder = _folder_of(spec["root"], spec["path"])
     try:
         return Row(read_bytes("" if name.startswith("/") else folder, name), label, printable(name))
     except FileNotFoundError:
         return Row(None, label, printable(name), "does not exist")
     except (PermissionError, NotADirectoryError, IsADirectoryError, ValueError) as error:
         return Row(None, label, printable(name), f"cannot be read: {type(error).__name__}")
+    except OSError as error:
+        if error.errno not in _IMPOSSIBLE:
+            raise
+        return Row(None, label, printable(name), f"cannot be read: {error.strerror}")
