@@ -31,6 +31,7 @@ _FILE_NAMES = (
     "file_name filename file path filepath file_path image_path image_file image_file_name image_filename image img "
     "image_name img_path"
 ).split()
+_SPLITS = ("split", "subset", "partition", "fold")
 _BATCH_ROWS = 256
 _TEXT_ROWS = 4096
 # A small file may claim more than any memory holds. A page is unpacked at once, a batch of rows is copied.
@@ -221,3 +222,14 @@ def _parquet(stream: Any, place: str) -> Table:
             )
         groups.append((group.num_rows, group.total_byte_size))
     return Table(file.schema_arrow, groups, file)
+
+
+def split_note(uri: str, path: str) -> str:
+    """Return what is said of a table with a column of splits, which are not kept apart; empty without one."""
+    with opened(uri, path) as table:
+        found = [name for name in table.schema.names if name.lower() in _SPLITS]
+    return (
+        f"; all values of its column {found[0]!r} together: for a split, give a table of its rows"
+        if found
+        else ""
+    )

@@ -395,3 +395,11 @@ def test_tables_and_images_in_one_folder(tmp_path: Path) -> None:
     found, rows = opened(tmp_path / "b")
     assert len(rows) == 20
     assert found.left_out.kinds["images beside the tables"] == (1, "assets/logo.jpg")
+
+
+def test_a_column_of_splits_is_told(tmp_path: Path) -> None:
+    put(tmp_path, "0.jpg", "1.jpg")
+    put(tmp_path, "list.csv", data=b"path,label,split\n0.jpg,a,train\n1.jpg,b,test\n")
+    assert "all values of its column 'split' together" in opened(tmp_path / "list.csv")[0].layout
+    put(tmp_path, "plain.csv", data=b"path,label\n0.jpg,a\n1.jpg,b\n")
+    assert opened(tmp_path / "plain.csv")[0].layout == "one table (csv)"

@@ -90,7 +90,8 @@ class Source:
         self.name = str(replace(place, split=self.found.split))
         kinds = {file.path.rpartition(".")[2] or place.uri.rpartition(".")[2] for file in self._files}
         many = "one table" if len(self._files) == 1 else f"{len(self._files):,} tables"
-        self.found.layout = f"{many} ({', '.join(sorted(kinds))})"
+        note = tables.split_note(place.uri, self._files[0].path)
+        self.found.layout = f"{many} ({', '.join(sorted(kinds))}){note}"
         with ThreadPoolExecutor(_IN_PARALLEL) as pool:
             self._columns = list(pool.map(self._columns_of, self._files))
         self._reconcile()
