@@ -32,8 +32,9 @@ Row = Mapping[str, Any]
 KNN = {"probe": "knn", "name": "top1/k=20,T=0.07", "layer": "pooled"}
 OPTIMUM = {"probe": "linear", "name": "top1", "layer": "pooled", "protocol": "45ee934dccc5"}
 FAST = {"probe": "linear", "name": "top1", "protocol": "a3561de13ca9"}
-# The same schedule of the linear probe in its later version, of results/lectures/tiny-imagenet-20.jsonl.
+# The same schedules of the linear probe in their later version, of results/lectures/tiny-imagenet-20.jsonl.
 FAST_LATER = "76e3dbca767a"
+OPTIMUM_LATER = {**OPTIMUM, "protocol": "58e3c9b91cf1"}
 CLOSER = {"probe": "invariance", "layer": "pooled"}
 LAYERS = ("conv1", "res2", "res3", "res4", "pooled")
 LONG = "evaluation/tiny-imagenet-20-long"
@@ -87,20 +88,20 @@ def table(head: Sequence[str], lines: Sequence[Sequence[str]]) -> str:
 def _headline() -> str:
     names = {
         "pirl-jigsaw": "PIRL with Jigsaw (pirl-jigsaw)",
+        "pirl-rotation": "PIRL with Rotation (pirl-rotation)",
         "clusterfit": "ClusterFit, with predict-jigsaw as teacher",
-        "predict-jigsaw": "Jigsaw, predicting the permutation (predict-jigsaw)",
         "untrained": "untrained network",
-        "supervised": "network trained with labels, for comparison",
+        "predict-rotation": "Rotation, predicting the angle (predict-rotation)",
+        "predict-jigsaw": "Jigsaw, predicting the permutation (predict-jigsaw)",
     }
-    file = f"{LONG}/rows.jsonl"
+    file = "lectures/tiny-imagenet-20.jsonl"
     cells = [
-        [title, *(percent(values(file, label=label, **probe), " %") for probe in (KNN, OPTIMUM))]
+        [title, *(percent(values(file, label=label, **probe), " %") for probe in (KNN, OPTIMUM_LATER))]
         for label, title in names.items()
     ]
-    # Raw pixels are the same for each seed.
-    cells.insert(
-        2, ["raw pixels", percent(values(file, label="raw pixels", **KNN)[:1], " %"), "not measured"]
-    )
+    # Raw pixels are the same for each seed and each number of steps.
+    pixels = values(f"{LONG}/rows.jsonl", label="raw pixels", **KNN)[:1]
+    cells.insert(3, ["raw pixels", percent(pixels, " %"), "not measured"])
     return table(["features", "kNN top-1", "linear probe top-1"], cells)
 
 
