@@ -461,7 +461,14 @@ VALUES: dict[str, Callable[[], str]] = {
 
 
 def written(text: str) -> str:
-    """Return a Markdown text with all its parts made from the rows. Raise KeyError for an unknown name."""
+    """Return a Markdown text with all its parts made from the rows.
+
+    Raises:
+        KeyError: a part has an unknown name.
+        ValueError: a part has no end, or its marker is broken over two lines.
+    """
+    if text.count("<!-- numbers:") != len(_PART.findall(text)):
+        raise ValueError("A marker of numbers has no end, or is not on one line.")
     makers = {**TABLES, **VALUES}
     return _PART.sub(lambda part: f"{part[1]}{makers[part[2]]()}{part[4]}", text)
 
