@@ -183,7 +183,11 @@ def check_trusted(names_: Iterable[str], run: str) -> None:
 
 
 def _trusted() -> list[str]:
-    return [remembered(one) for one in os.environ.get(_TRUSTED, "").split(os.pathsep) if one]
+    """Return the trusted plugins. Processes that start now, perhaps in another folder, find their whole paths."""
+    found = [remembered(one) for one in os.environ.get(_TRUSTED, "").split(os.pathsep) if one]
+    if found:
+        os.environ[_TRUSTED] = os.pathsep.join(found)
+    return found
 
 
 def remembered(path_or_name: str) -> str:
@@ -237,7 +241,9 @@ def import_module(path_or_name: str) -> ModuleType:
 
 
 def source_hash(path_or_name: str) -> str:
-    """Return a hash of the source of a Python file or an installed module, without running it; "" if it has none.
+    """Return a hash of the source of a Python file or an installed module; "" if it has none.
+
+    It does not run the file; the packages that a dotted name stands in are imported.
 
     Files that it imports are not part of the hash. A file that has changed since this process imported it has a hash
     of both versions: processes that start now run another one than this.

@@ -199,7 +199,7 @@ def _choices(
         yield Choice("optim.lr", 0.12)
         yield Choice("optim.warmup", 0.05)
     own = [*_of_method(method, dataset.num_images), *(() if photos else _of_short_runs(method))]
-    # Where trials compare methods, each has the hyperparameters of its paper, as far as the images allow.
+    # Where trials compare methods, each has the defaults of its class; only the negatives of the first suit the images.
     yield from (one for one in own if not several_methods or one.name.endswith(".num_negatives"))
 
 

@@ -167,8 +167,8 @@ def _folder_of(out: str, title: str, source: Encoder) -> Folder:
         is_other = folder.exists(ROWS) and folder.exists(MODEL) and verified(folder.read_json(MODEL)) != model
     if folder.exists(METADATA) or is_other:
         raise UserError(
-            f"The folder {out!r} is a run, or holds results of another model than {title!r}. Give --out a folder that "
-            "is empty or does not exist."
+            f"The folder {out!r} is a run, or holds results of another model than {title!r}, or of other code of it. "
+            "Give --out a folder that is empty or does not exist."
         )
     # Written before the rows, so that rows always have an owner.
     write_record(folder, MODEL, model)
@@ -208,7 +208,7 @@ def _run_probes(
             "can predict them.",
             f"{unseen:,}",
             f"{data.test.num_images:,}",
-            _names_besides(test, train),
+            _names_besides(data.test, data.train),
         )
     found = _extract(sources, layers, ready, data, context, config)
     rows: list[dict[str, Any]] = []
@@ -244,8 +244,9 @@ def check_data(ready: Mapping[str, tuple[Any, Probe]], train: DataSet, test: Dat
 
 
 def _names_besides(test: DataSet, train: DataSet) -> str:
-    """Return some classes of the test set that the train set does not have, for a message."""
-    names = sorted({*test.manifest.classes} - {*train.manifest.classes})
+    """Return some classes that images of the test set show and none of the train set, for a message."""
+    shown = [{one.manifest.classes[i] for i in np.unique(one.labels()) if i >= 0} for one in (test, train)]
+    names = sorted(shown[0] - shown[1])
     return f": {', '.join(names[:5])}{', ...' * (len(names) > 5)}" if names else ""
 
 
@@ -287,7 +288,7 @@ class _Data:
 def _row_identity(
     name: str, protocol: Any, measure: Probe, source: Encoder, data: _Data, context: _Context
 ) -> dict[str, Any]:
-    """Return everything that the rows of a probe and encoder depend on."""
+    """Return everything that the rows of a probe and encoder depend on, but for the code of a user's network."""
     identity = source.identity()
     # Probes of features of given weights do not depend on the seed.
     seeded = isinstance(measure, EncoderProbe) or not isinstance(source, extraction.Weights)

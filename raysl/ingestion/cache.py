@@ -42,8 +42,8 @@ def resolve(data: str | Opened, cache: Path | None = None) -> DataSet:
     if isinstance(data, str) and (folder := finished_folder(data)):
         return DataSet.open(folder)
     opened = open_source(Place.parse(data)) if isinstance(data, str) else data
-    packages: set[str] = set()
-    while DataSet.is_one(dest := _place(opened, cache, packages)):
+    name, stamp, packages = opened.source.name, _stamp(opened), set[str]()
+    while DataSet.is_one(dest := _place(name, stamp, cache, packages)):
         data_set = DataSet.open(dest)
         if (known := packages | _now_installed(data_set)) == packages:
             return data_set
@@ -82,16 +82,18 @@ def _now_installed(data_set: DataSet) -> set[str]:
     return {name for name in found if name and any(importlib.metadata.distributions(name=name))}
 
 
-def _place(opened: Opened, cache: Path | None, packages: set[str]) -> str:
-    """Return the folder of a source in the cache, for a source that was read before some packages were installed."""
-    source = opened.source
+def _stamp(opened: Opened) -> str:
     try:
-        about = "\n".join([source.name, source.stamp(), *sorted(packages)])
-        key = hashlib.blake2b(about.encode(), digest_size=8).hexdigest()
+        return opened.source.stamp()
     except OSError as error:
-        raise unreadable(source.name, error) from error
+        raise unreadable(opened.source.name, error) from error
+
+
+def _place(name: str, stamp: str, cache: Path | None, packages: set[str]) -> str:
+    """Return the folder of a source in the cache, for a source that was read before some packages were installed."""
+    key = hashlib.blake2b("\n".join([name, stamp, *sorted(packages)]).encode(), digest_size=8).hexdigest()
     # The readable part is for people who clean up the cache.
-    stem = re.sub(r"\W+", "-", source.name.rstrip("/").rpartition("/")[2]).strip("-")[:40]
+    stem = re.sub(r"\W+", "-", name.rstrip("/").rpartition("/")[2]).strip("-")[:40]
     return str(_root(cache) / f"{stem}-{key}")
 
 

@@ -49,6 +49,7 @@ class Found:
     labels: str = ""  # where the labels come from, or why there are none, with the path that decided it
     splits: tuple[str, ...] = ()  # all that the source holds
     split: str = ""  # the one that is read; "" without splits
+    split_column: str = ""  # column of a table that names splits, which are not kept apart
     classes: dict[str, int] = field(default_factory=dict)  # images of each, in the order of their numbers
     images: int = 0
     left_out: LeftOut = field(default_factory=LeftOut)
@@ -67,6 +68,9 @@ class Found:
         if self.splits:
             others = ", ".join(split for split in self.splits if split != self.split)
             lines.append(("split", self.split + (f"  (not read: {others})" if others else "")))
+        if self.split_column:
+            told = f"none: all values of the column {self.split_column!r} together; "
+            lines.append(("split", f"{told}for a split, give a table of its rows"))
         lines += [(self.noun, f"{self.images:,}{_classes(self.classes)}"), ("labels", self.labels)]
         left_out = [f"{of_kind(kind, count)}, as {first}" for kind, count, first in self.left_out.sorted()]
         lines += [("" if i else "left out", text) for i, text in enumerate(left_out)]
@@ -115,6 +119,8 @@ def names_checked() -> Iterator[None]:
     try:
         yield
     except UnicodeEncodeError as error:
+        if error.encoding.replace("-", "") != "utf8":  # It is about some text, and not about a name.
+            raise
         raise UserError(
             f"The name {printable(error.object)!r} is not in UTF-8, and only files inside of a folder of images or "
             "videos may have such names. Rename it."

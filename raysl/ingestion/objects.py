@@ -112,14 +112,19 @@ def _of_list(pairs: list[tuple[str, str | None]]) -> Iterator[pa.Table]:
 
 def _class_of(file: str, label: Any) -> str | None:
     """Return the class that a label in a list names, by the rules of tables; None for no label."""
-    if label is None:
-        return None
     value = label.item() if isinstance(label, np.generic) else label
-    if isinstance(value, bool | str):
-        return str(value)
+    # pandas has its own values for what is missing. Arrow would take long for each of millions of labels.
+    if value is None or type(value).__name__ in ("NAType", "NaTType"):
+        return None
+    if isinstance(value, bool):
+        return str(value).lower()
+    if isinstance(value, str):
+        return value
+    if isinstance(value, int | float) and value == value // 1:
+        return str(int(value)) if value >= 0 else None
     try:
         single = pa.array([value])
-    except (pa.ArrowException, OverflowError):
+    except (pa.ArrowException, OverflowError, ValueError, TypeError):
         return str(value)  # An object of the user, such as a member of an Enum.
     try:
         return labels.as_classes(single)[0].as_py()  # type: ignore[no-any-return]

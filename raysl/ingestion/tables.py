@@ -5,11 +5,14 @@ from __future__ import annotations
 import codecs
 import csv
 import io
+import os
 import posixpath
 import re
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
+from functools import lru_cache
+from pathlib import Path
 from typing import Any
 
 import pyarrow as pa
@@ -25,7 +28,7 @@ from raysl.storage import Folder
 TEXT = (".csv", ".tsv", ".jsonl", ".ndjson")
 # Arrow crashes on such a line.
 _NULL = re.compile(rb"^\s*null\b", re.MULTILINE)
-_PADDED = re.compile(rb"\b0\d")
+_PADDED = re.compile(rb"(?:^|[,;|\t\"])\s*-?0\d", re.MULTILINE)
 SUFFIXES = (".parquet", ".arrow", ".feather", *TEXT)
 _FILE_NAMES = (
     "file_name filename file path filepath file_path image_path image_file image_file_name image_filename image img "
@@ -33,6 +36,7 @@ _FILE_NAMES = (
 ).split()
 _SPLITS = ("split", "subset", "partition", "fold")
 _BATCH_ROWS = 256
+_real = lru_cache(4096)(os.path.realpath)
 _TEXT_ROWS = 4096
 # A small file may claim more than any memory holds. A page is unpacked at once, a batch of rows is copied.
 _MOST_GROUP_BYTES = 8 << 30
@@ -173,6 +177,9 @@ def _read_csv(data: bytes, name: str) -> pa.Table:
     written = pacsv.read_csv(io.BytesIO(data), **options, convert_options=kinds)
     for column in numbers:
         texts = pc.utf8_trim_whitespace(written[column])
+        # Negative numbers are no labels.
+        texts = pc.if_else(pc.less(table[column], 0), pa.scalar(None, pa.string()), texts)
+        texts = pc.replace_substring_regex(texts, "^-0+$", "0")
         if pc.count_distinct(texts).as_py() > pc.count_distinct(table[column]).as_py():
             table = table.set_column(table.column_names.index(column), column, texts)
     return table
@@ -224,12 +231,14 @@ def _parquet(stream: Any, place: str) -> Table:
     return Table(file.schema_arrow, groups, file)
 
 
-def split_note(uri: str, path: str) -> str:
-    """Return what is said of a table with a column of splits, which are not kept apart; empty without one."""
-    with opened(uri, path) as table:
-        found = [name for name in table.schema.names if name.lower() in _SPLITS]
-    return (
-        f"; all values of its column {found[0]!r} together: for a split, give a table of its rows"
-        if found
-        else ""
-    )
+def split_column(schema: pa.Schema) -> str:
+    """Return the column of a table that names splits, which raysl does not keep apart; "" without one."""
+    return next((name for name in schema.names if name.lower() in _SPLITS), "")
+
+
+def leads_out(folder: str, name: str) -> bool:
+    """Return True if a link leads from the name of a file in a folder out of the folder."""
+    # Links are few, and folders hold many files.
+    parent, last = os.path.split(os.path.join(folder, name))
+    here = os.path.join(_real(parent), last)
+    return not Path(os.path.realpath(here) if os.path.islink(here) else here).is_relative_to(_real(folder))

@@ -56,7 +56,8 @@ def mixed(views: Iterable[Tensor]) -> list[Tensor]:
 
     Neighbours in a data set are often of one class, and the variance within a class is smaller than that of all images.
     """
-    images_nchw = torch.cat(list(views))
+    parts = list(views)
+    images_nchw = torch.cat(parts) if parts else torch.empty(0)
     if len(images_nchw) < 2:
         return []
     order_n = rng.generator("bn statistics", "order").permutation(len(images_nchw))

@@ -107,8 +107,8 @@ def measure(model: Any, subject: Subject, config: Config) -> list[Row]:
     if subject.bn_statistics == REESTIMATED:
         count = max(1, norm.STATISTICS_IMAGES // (_PART_CLIPS * config.frames))
         seen = islice(moments(subject.train, size, config.frames, window_s), count)
-        batches = mixed(one.frames_bchw for one in seen)
-        norm.reestimate(model.backbone, (images_bchw.to(device()) for images_bchw in batches))
+        if batches := mixed(one.frames_bchw for one in seen):
+            norm.reestimate(model.backbone, (images_bchw.to(device()) for images_bchw in batches))
     offset = cell_offset(model.backbone, size)
     maps, boxes = [], []
     for one in moments(subject.test, size, config.frames, window_s):

@@ -289,13 +289,12 @@ class Folder:
         """Delete a file, or a folder and everything in it; a missing one is fine."""
 
         def remove(fs: Any, path: str) -> None:
-            kind = fs.get_file_info([path])[0].type.name
-            if kind == "Directory":
-                fs.delete_dir(path)
-            elif kind == "File":
-                fs.delete_file(path)
+            # Another process may delete files of the folder at the same time, so it is looked at again.
+            while (kind := fs.get_file_info([path])[0].type.name) in ("Directory", "File"):
+                with suppress(FileNotFoundError):
+                    (fs.delete_dir if kind == "Directory" else fs.delete_file)(path)
+                    return
 
-        # Another process may delete files of the folder at the same time, so it is looked at again.
         self._retried(name, "delete", remove, expected=True)
 
 

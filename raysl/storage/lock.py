@@ -190,11 +190,13 @@ class DriverLock:
         now, aside = _read_record(self.folder), path.with_name(f"{NAME}.{uuid.uuid4().hex}")
         try:
             if now in (None, ended):
-                os.rename(path, aside)  # Only one of several drivers succeeds.
+                os.rename(path, aside)  # Of several drivers that find the same record, one succeeds.
                 if (now := _read_record(self.folder, aside.name)) == ended:
                     aside.unlink()
                     return
-                os.rename(aside, path)
+                with contextlib.suppress(FileExistsError):  # A third driver may have entered.
+                    os.link(aside, path)
+                aside.unlink()
         except FileNotFoundError:
             return
         except OSError as error:

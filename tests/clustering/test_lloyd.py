@@ -69,6 +69,8 @@ def test_features_that_were_written_again_are_not_clustered_already(tmp_path: Pa
     write_record(out, lloyd.SUMMARY, {})
     assert fit(features, config(), str(out)).folder == out
     write(tmp_path / "f", X[::-1])
+    for file in (tmp_path / "f").iterdir():
+        os.utime(file, (1, 1))
     with pytest.raises(UserError, match="these differ: the features"):
         fit(features, config(), str(out))
 

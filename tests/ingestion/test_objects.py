@@ -27,12 +27,17 @@ def test_a_list_of_files(tmp_path: Path) -> None:
     assert labelled.folder.list() == ["labels.parquet", "manifest.json", "shards"]
 
 
+class NAType:
+    """As the value of pandas for what is missing."""
+
+
 @pytest.mark.parametrize(
     ("given", "classes"),
     [
         ((0, 1.0, np.int64(1), "0"), ("0", "1")),
-        ((True, np.False_, "a", "a"), ("False", "True", "a")),
+        ((True, np.False_, "a", "a"), ("a", "false", "true")),
         ((0, float("nan"), 1, 1), ()),
+        ((0, NAType(), 1, 1), ()),
         ((0, 1, -1, None), ()),
     ],
 )

@@ -400,6 +400,12 @@ def test_tables_and_images_in_one_folder(tmp_path: Path) -> None:
 def test_a_column_of_splits_is_told(tmp_path: Path) -> None:
     put(tmp_path, "0.jpg", "1.jpg")
     put(tmp_path, "list.csv", data=b"path,label,split\n0.jpg,a,train\n1.jpg,b,test\n")
-    assert "all values of its column 'split' together" in opened(tmp_path / "list.csv")[0].layout
+    assert "all values of the column 'split' together" in opened(tmp_path / "list.csv")[0].table("list.csv")
     put(tmp_path, "plain.csv", data=b"path,label\n0.jpg,a\n1.jpg,b\n")
-    assert opened(tmp_path / "plain.csv")[0].layout == "one table (csv)"
+    assert "together" not in opened(tmp_path / "plain.csv")[0].table("plain.csv")
+
+
+def test_negative_numbers_are_no_labels_in_a_column_with_leading_zeros(tmp_path: Path) -> None:
+    put(tmp_path, "0.jpg", "1.jpg", "2.jpg")
+    put(tmp_path, "list.csv", data=b"path,label\n0.jpg,1\n1.jpg,01\n2.jpg,-1\n")
+    assert "has an image without one" in opened(tmp_path / "list.csv")[0].labels

@@ -14,9 +14,8 @@ from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import suppress
 from dataclasses import replace
-from functools import cache, partial
+from functools import partial
 from itertools import chain
-from pathlib import Path
 from typing import Any, NamedTuple
 from urllib.parse import unquote
 
@@ -38,7 +37,6 @@ _IMAGE_NAMES = ("image", "img", "jpg", "png", "jpeg", "webp", "picture", "photo"
 _VIDEO_NAMES = ("video", "mp4", "clip", "movie")
 _IN_PARALLEL, _AT_ONCE = 16, 64
 _LONGEST_NAME = 4096
-_real = cache(os.path.realpath)
 # Errors of a name that no file can have, and of links that lead in a circle.
 _IMPOSSIBLE = (errno.ENAMETOOLONG, errno.ELOOP)
 # How JPEG, PNG, GIF, WebP and data URIs begin in Base64.
@@ -90,8 +88,7 @@ class Source:
         self.name = str(replace(place, split=self.found.split))
         kinds = {file.path.rpartition(".")[2] or place.uri.rpartition(".")[2] for file in self._files}
         many = "one table" if len(self._files) == 1 else f"{len(self._files):,} tables"
-        note = tables.split_note(place.uri, self._files[0].path)
-        self.found.layout = f"{many} ({', '.join(sorted(kinds))}){note}"
+        self.found.layout = f"{many} ({', '.join(sorted(kinds))})"
         with ThreadPoolExecutor(_IN_PARALLEL) as pool:
             self._columns = list(pool.map(self._columns_of, self._files))
         self._reconcile()
@@ -109,6 +106,7 @@ class Source:
         config, where = self._place.config, self._where(file)
         with tables.opened(self._place.uri, file.path) as table:
             schema = table.schema
+            self.found.split_column = self.found.split_column or tables.split_column(schema)
             image, is_file_name = _image_column(schema, where, config.image_column)
             is_video = _is_video(table, image, is_file_name)
         parts = dict(part.split("=", 1) for part in file.path.split("/")[:-1] if "=" in part)
@@ -144,6 +142,8 @@ class Source:
 
     def _named_files(self) -> Iterator[File]:
         """Yield the local files that tables name as they are now; one that cannot be read has no size and no time."""
+        if "://" in self._place.uri:
+            return
         with ThreadPoolExecutor(_IN_PARALLEL) as pool:
             for file, names in self._names():
                 some = [names[first : first + _AT_ONCE] for first in range(0, len(names), _AT_ONCE)]
@@ -381,9 +381,8 @@ def _from_file(spec: dict[str, Any], name: str | None, label: str | None) -> Row
     name = tables.normal(name)
     folder = _folder_of(spec["root"], spec["path"])
     outside = name.startswith(("/", "../")) or "://" in name or "\0" in name
-    if not outside and "://" not in folder:  # A link may lead out.
-        outside = not Path(os.path.realpath(os.path.join(folder, name))).is_relative_to(_real(folder))
-    if outside and not spec["follow_links"]:
+    links = not (outside or spec["follow_links"] or "://" in folder)
+    if (outside and not spec["follow_links"]) or (links and tables.leads_out(folder, name)):
         why = "lies outside of the table's folder: --follow-links reads it"
         return Row(None, label, printable(name), why)
     try:
