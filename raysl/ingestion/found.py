@@ -68,7 +68,7 @@ class Found:
         if self.splits:
             others = ", ".join(split for split in self.splits if split != self.split)
             lines.append(("split", self.split + (f"  (not read: {others})" if others else "")))
-        if self.split_column:
+        elif self.split_column:
             told = f"none: all values of the column {self.split_column!r} together; "
             lines.append(("split", f"{told}for a split, give a table of its rows"))
         lines += [(self.noun, f"{self.images:,}{_classes(self.classes)}"), ("labels", self.labels)]
