@@ -8,6 +8,7 @@ from __future__ import annotations
 import dataclasses
 import importlib.util
 import inspect
+import logging
 import os
 from collections.abc import Callable, Mapping, Sequence
 from typing import TYPE_CHECKING, Any, TypeVar
@@ -27,6 +28,7 @@ if TYPE_CHECKING:
     AnyRun: TypeAlias = PathLike | Run
 
 T = TypeVar("T")
+_log = logging.getLogger("raysl.api")
 
 
 def dataset(data: Data) -> DataSet:
@@ -131,6 +133,8 @@ def run_config(
         check, workers = in_process.check, False
     if isinstance(config, Pretraining):
         made = defaults.replaced(config, values)
+        network = _with_weights_file({"backbone": made.backbone}, made.run)["backbone"]
+        made = defaults.replaced(made, {"backbone": network}) if isinstance(network, Mapping) else made
         if check is not None:
             check(made)
         check_writable(out or made.run if workers else "")
@@ -148,7 +152,7 @@ def run_config(
     asked = defaults.check(values)
     unlisted = (check and check(asked)) or ()
     check_source(asked.data)
-    _check_weights(asked)
+    values = _with_weights_file(values, asked.run)
     check_writable(out or asked.run if workers else "")
     if not workers or (local is None and _trains_alone(values, asked)):
         import torch
@@ -183,15 +187,32 @@ def _trains_alone(values: Mapping[str, Any], asked: Pretraining) -> bool:
     return local.is_chosen(asked)
 
 
-def _check_weights(asked: Pretraining) -> None:
-    """Raise UserError if the weights that a new run starts from do not exist."""
-    from raysl.backbone import external_weights
+def _with_weights_file(values: Mapping[str, Any], run: str) -> dict[str, Any]:
+    """Return the fields of a run with the file of its starting weights, and the backbone that is stated with it.
+
+    A run that exists keeps its file, although the run whose weights it started from may have trained on.
+
+    Raises:
+        UserError: there are no such weights.
+    """
+    from raysl.extraction.inference import starting_weights, stated_backbone
     from raysl.run import Run
     from raysl.storage import Folder
 
-    file = asked.backbone.weights
-    if file and not Run.find(asked.run) and not Folder(file).exists():
-        external_weights.read_file(file)  # Raises UserError.
+    network = values.get("backbone", {})
+    given = network if isinstance(network, Mapping) else dataclasses.asdict(network)
+    place = given.get("weights")
+    if not place:
+        return dict(values)
+    if begun := Run.find(run):
+        kept = begun.config().backbone.weights
+        inside = kept.startswith(f"{Folder(place)}/")
+        return {**values, "backbone": {**given, "weights": kept}} if inside else dict(values)
+    file = starting_weights(place)
+    if "name" not in given and (stated := stated_backbone(file)):
+        _log.info("The backbone is that of %s: %s.", place, stated.name)
+        given = {**{name: getattr(stated, name) for name in ("name", "stem", "norm", "patch_size")}, **given}
+    return {**values, "backbone": {**given, "weights": file}}
 
 
 def _suited(values: Mapping[str, Any], asked: Pretraining, unlisted: Sequence[str]) -> Pretraining:

@@ -78,7 +78,8 @@ def probe(
     config = _with_changes(config, changes)
     run = Run.open(run) if isinstance(run, str) else run
     settings = run.config()
-    sources = [_encoder(run, name, config.checkpoint) for name in dict.fromkeys(config.encoders)]
+    named = [_encoder(run, name, config.checkpoint) for name in dict.fromkeys(config.encoders)]
+    sources = [source for source in named if len(named) == 1 or _has_weights(source)]
     folder = run.folder
     if config.out:
         checkpoint = config.checkpoint or run.newest()
@@ -377,3 +378,14 @@ def _encoder(run: Run, name: str, checkpoint: Checkpoint | None) -> Encoder:
     if name in ("trained", MOMENTUM):
         return extraction.Trained(run, checkpoint or run.newest(), name)
     return extraction.untrained(run) if name == "random" else extraction.Pixels()
+
+
+def _has_weights(source: Encoder) -> bool:
+    """Return False, and say so, for an untrained network whose starting weights are gone or have changed."""
+    try:
+        if isinstance(source, extraction.RandomBackbone):
+            source.check_weights()
+    except UserError as error:
+        _log.warning("The row of the untrained network, which starts from a file, is left out. %s", error)
+        return False
+    return True

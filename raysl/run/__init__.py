@@ -140,6 +140,8 @@ class Run:
         else:
             check_facts(metadata.get("facts", {}), facts, config.run)
         metadata["sessions"].append(session)
+        if sources := config.sources():
+            metadata["sources"] = {**metadata.get("sources", {}), **sources}
         write_record(run.folder, METADATA, metadata)
         return run
 
@@ -158,11 +160,13 @@ class Run:
             dict(metadata["config"]), list(metadata["sessions"])
             data = metadata["data"]
             str(data["fingerprint"]), int(data["num_images"]), int(data["num_classes"])
+            dict(metadata.get("sources", {}))
         return metadata
 
     def config(self) -> Pretraining:
         """Return the configuration of the run. Raises UserError if it needs a plugin that is not trusted."""
-        return Pretraining.stored(self.metadata()["config"], str(self.folder))
+        metadata = self.metadata()
+        return Pretraining.stored(metadata["config"], str(self.folder), metadata.get("sources"))
 
     def newest(self) -> Checkpoint:
         """Return the newest complete checkpoint. Raises UserError when there is none yet."""

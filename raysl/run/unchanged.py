@@ -30,7 +30,9 @@ def check_same(metadata: Mapping[str, Any], wanted: Mapping[str, Any], dataset: 
             "data set it was begun on, or another folder to --run."
         )
     # Parse and write it again, so that a field that is newer than the run has its default.
-    begun = json.loads(json.dumps(Pretraining.stored(metadata["config"], uri).to_json()))
+    begun = json.loads(
+        json.dumps(Pretraining.stored(metadata["config"], uri, metadata.get("sources")).to_json())
+    )
     changed = [name for name in differences(begun, wanted) if not may_change(name)]
     if "method" in changed:  # The parts follow from it.
         changed = [name for name in changed if not name.startswith("parts.")]
