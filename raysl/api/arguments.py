@@ -11,6 +11,7 @@ import inspect
 import logging
 import os
 from collections.abc import Callable, Mapping, Sequence
+from pathlib import Path
 from typing import TYPE_CHECKING, Any, TypeVar
 
 from raysl import ray_cluster
@@ -137,7 +138,7 @@ def run_config(
         made = defaults.replaced(made, {"backbone": network}) if isinstance(network, Mapping) else made
         if check is not None:
             check(made)
-        check_writable(out or made.run if workers else "")
+        _check_results_writable(out, made.run, workers)
         dataset(made.data)
         if workers and not (local is None and _trains_alone({"workers": made.workers}, made)):
             ray_cluster.start()
@@ -152,14 +153,34 @@ def run_config(
     asked = defaults.check(values)
     unlisted = (check and check(asked)) or ()
     check_source(asked.data)
+    _check_outside(asked.data, out or asked.run, "--out" if out else "--run")
     values = _with_weights_file(values, asked.run)
-    check_writable(out or asked.run if workers else "")
+    _check_results_writable(out, asked.run, workers)
     if not workers or (local is None and _trains_alone(values, asked)):
         import torch
 
         return _resolved(values, asked.data, 1, torch.cuda.is_available(), unlisted)
     ray_cluster.start()
     return _suited(values, asked, unlisted)
+
+
+def _check_outside(data: str, results: str, flag: str) -> None:
+    """Raise UserError if new results would lie among the images of a folder, where they would be taken for a class.
+
+    Args:
+        flag: the flag that names the folder of the results.
+    """
+    from raysl.dataset import DataSet
+    from raysl.storage import Folder
+
+    source, place = (Path(Folder(one).uri) for one in (data.partition("#")[0], results))
+    if results == "-" or DataSet.is_one(data) or not source.is_dir() or place.exists():
+        return
+    if place.resolve().is_relative_to(source.resolve()):
+        raise UserError(
+            f"{flag} is {results!r}, a folder among the images of --data {data!r}, where it would be read as images "
+            f"the next time. Give {flag} a folder outside of it, such as runs/{place.name}."
+        )
 
 
 def _check_given(values: Mapping[str, Any]) -> None:
@@ -318,6 +339,14 @@ def uri(place: Any) -> str:
             "images in memory, a Hugging Face or Ray data set, or a list of files to raysl.ingest first."
         )
     return str(folder)
+
+
+def _check_results_writable(out: str, run: str, trains: bool) -> None:
+    """Raise UserError if a run, or the results in `out` instead, cannot be written. A finished run need not be."""
+    from raysl.run import Run
+
+    if trains and not (not out and (begun := Run.find(run)) and begun.is_finished()):
+        check_writable(out or run)
 
 
 def check_writable(folder: str) -> None:

@@ -36,6 +36,7 @@ from raysl.run.unchanged import check_facts, check_same, is_replaced
 from raysl.storage import Folder, failure, retry
 from raysl.storage.records import signed_line, signed_lines, verified, verified_lines, write_record
 from raysl.storage.similar import similar_folder
+from raysl.stream.plan import num_steps
 
 METADATA = run_folder.METADATA
 METRICS = "metrics.jsonl"
@@ -167,6 +168,13 @@ class Run:
         """Return the configuration of the run. Raises UserError if it needs a plugin that is not trusted."""
         metadata = self.metadata()
         return Pretraining.stored(metadata["config"], str(self.folder), metadata.get("sources"))
+
+    def is_finished(self) -> bool:
+        """Return True if the last step of the schedule is saved."""
+        metadata = self.metadata()
+        begun, images = metadata["config"], metadata["data"]["num_images"]
+        last = num_steps(images, int(begun["batch_size"]), float(begun["epochs"]))
+        return checkpoint.newest_step(self.checkpoints) >= last
 
     def newest(self) -> Checkpoint:
         """Return the newest complete checkpoint. Raises UserError when there is none yet."""
