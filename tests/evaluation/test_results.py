@@ -239,7 +239,7 @@ def test_layers_share_a_table_of_primary_metrics() -> None:
 def test_a_folder_that_cannot_be_written_is_refused_with_the_flag(tmp_path: Path) -> None:
     (tmp_path / "file").write_text("")
     with pytest.raises(UserError, match="--out FOLDER"):
-        results.check_writable(Folder(str(tmp_path / "file" / "run")))
+        results.check_writable(Folder(str(tmp_path / "file" / "run")), "probe")
 
 
 def test_files_of_rows_are_lines_of_json(run: Run) -> None:
