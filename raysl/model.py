@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Collection, Mapping
+from contextlib import suppress
 from dataclasses import dataclass
 from typing import Any
 
@@ -121,7 +122,7 @@ class Model(nn.Module):
             no_rng = ImageRng(0, np.zeros(1, np.int64), np.zeros(1, np.int64))
             _, crops, *_, crop_size = view.pretext.transform(image_bchw, no_rng).crops_bpchw.shape
             network.check_size(backbone or config.backbone, crop_size, "--view.image-size")
-            if alone and not network.has_statistics(backbone or config.backbone, crops, crop_size):
+            if alone and not _has_statistics(backbone or config.backbone, crops, crop_size):
                 raise self._alone(f"the backbone reduces a view of {crop_size} pixels to one, so that")
         if alone and any(isinstance(module, nn.BatchNorm1d) for module in self.modules()):
             raise self._alone(f"{config.method!r} has BatchNorm after the backbone:")
@@ -189,3 +190,21 @@ def check_columns(views: Mapping[str, View], dataset: DataSet, method: str) -> N
             f"The method {method!r} learns from sound and no clip of {str(dataset.folder)!r} has any. Ingest videos "
             "with an audio track, or give --data clips:500."
         )
+
+
+def _has_statistics(config: BackboneConfig, crops: int, side: int) -> bool:
+    """Return False if BatchNorm would get one value per channel in training on some crops of one image.
+
+    Args:
+        side: side of a crop in pixels.
+    """
+    if config.norm == "joint":  # It sees the crops of all views.
+        return True
+    body = network.skeleton(config).train()
+    images_bchw = torch.zeros(crops, 3, side, side, dtype=torch.uint8, device=body.mean.device)
+    with suppress(AssertionError, RuntimeError), torch.no_grad():  # Other errors have been judged before.
+        try:
+            body(images_bchw)
+        except ValueError as error:
+            return "more than 1 value per channel" not in str(error)
+    return True

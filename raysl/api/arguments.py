@@ -133,12 +133,10 @@ def run_config(
 
         check, workers = in_process.check, False
     if isinstance(config, Pretraining):
-        made = defaults.replaced(config, values)
-        network = _with_weights_file({"backbone": made.backbone}, made.run)["backbone"]
-        made = defaults.replaced(made, {"backbone": network}) if isinstance(network, Mapping) else made
+        made = _from_weights_file(defaults.replaced(config, values))
         if check is not None:
             check(made)
-        _check_results_writable(out, made.run, workers)
+        _check_results(made, out, workers)
         dataset(made.data)
         if workers and not (local is None and _trains_alone({"workers": made.workers}, made)):
             ray_cluster.start()
@@ -153,9 +151,8 @@ def run_config(
     asked = defaults.check(values)
     unlisted = (check and check(asked)) or ()
     check_source(asked.data)
-    _check_outside(asked.data, out or asked.run, "--out" if out else "--run")
     values = _with_weights_file(values, asked.run)
-    _check_results_writable(out, asked.run, workers)
+    _check_results(asked, out, workers)
     if not workers or (local is None and _trains_alone(values, asked)):
         import torch
 
@@ -164,15 +161,15 @@ def run_config(
     return _suited(values, asked, unlisted)
 
 
-def _check_outside(data: str, results: str, flag: str) -> None:
-    """Raise UserError if new results would lie among the images of a folder, where they would be taken for a class.
+def _check_outside(data: str, out: str, run: str) -> None:
+    """Raise UserError if a new run, or the results in `out` instead, would lie among the images of a folder.
 
-    Args:
-        flag: the flag that names the folder of the results.
+    They would be taken for a class.
     """
     from raysl.dataset import DataSet
     from raysl.storage import Folder
 
+    flag, results = ("--out", out) if out else ("--run", run)
     source, place = (Path(Folder(one).uri) for one in (data.partition("#")[0], results))
     if results == "-" or DataSet.is_one(data) or not source.is_dir() or place.exists():
         return
@@ -206,6 +203,14 @@ def _trains_alone(values: Mapping[str, Any], asked: Pretraining) -> bool:
         made = defaults.resume(begun.config(), values, 1, False) if begun else None
         asked = dataclasses.replace(asked, workers=made.workers if made else 1)
     return local.is_chosen(asked)
+
+
+def _from_weights_file(config: Pretraining) -> Pretraining:
+    """Return a configuration with the file of its starting weights; see `_with_weights_file`."""
+    from raysl.config import defaults
+
+    network = _with_weights_file({"backbone": config.backbone}, config.run)["backbone"]
+    return defaults.replaced(config, {"backbone": network} if isinstance(network, Mapping) else {})
 
 
 def _with_weights_file(values: Mapping[str, Any], run: str) -> dict[str, Any]:
@@ -341,12 +346,16 @@ def uri(place: Any) -> str:
     return str(folder)
 
 
-def _check_results_writable(out: str, run: str, trains: bool) -> None:
-    """Raise UserError if a run, or the results in `out` instead, cannot be written. A finished run need not be."""
+def _check_results(config: Pretraining, out: str, trains: bool) -> None:
+    """Raise UserError if a run, or the results in `out` instead, would lie among its images or cannot be written.
+
+    A finished run need not be written.
+    """
     from raysl.run import Run
 
-    if trains and not (not out and (begun := Run.find(run)) and begun.is_finished()):
-        check_writable(out or run)
+    _check_outside(config.data, out, config.run)
+    if trains and not (not out and (begun := Run.find(config.run)) and begun.is_finished()):
+        check_writable(out or config.run)
 
 
 def check_writable(folder: str) -> None:

@@ -273,24 +273,6 @@ def _failure(body: Backbone, image_size: int) -> str:
     return ""
 
 
-def has_statistics(config: BackboneConfig, crops: int, side: int) -> bool:
-    """Return False if BatchNorm would get one value per channel in training on some crops of one image.
-
-    Args:
-        side: side of a crop in pixels.
-    """
-    if config.norm == "joint":  # It sees the crops of all views.
-        return True
-    body = skeleton(config).train()
-    images_bchw = torch.zeros(crops, 3, side, side, dtype=torch.uint8, device=body.mean.device)
-    with suppress(AssertionError, RuntimeError), torch.no_grad():  # Other errors have been judged before.
-        try:
-            body(images_bchw)
-        except ValueError as error:
-            return "more than 1 value per channel" not in str(error)
-    return True
-
-
 def skeleton(config: BackboneConfig) -> Backbone:
     """Build a backbone without weights where possible."""
     # For "meta", torch imports its compiler, which takes longer than to make the weights of the small one.

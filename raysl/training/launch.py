@@ -78,14 +78,12 @@ def pretrain(
     local = in_process.is_chosen(config, placement, subscriber) if local is None else local
     # What can be checked without Ray is checked before Ray starts.
     with console.working("Preparing the run ..."):
-        known = DataSet.open(config.data) if DataSet.is_one(config.data) else None
-        checked = readiness.check(config, known) if known else None
+        checked = readiness.check(config, DataSet.open(config.data)) if DataSet.is_one(config.data) else None
         group = _first_group(config, placement, local)
     dataset = resolve(config.data)
     plan, facts = checked or readiness.check(config, dataset)
     end, callbacks = min(until or plan.num_steps, plan.num_steps), callbacks or Callbacks(())
-    # Before the lock, because its folder may be one that cannot be written.
-    if readiness.is_done(config, end, plan.num_steps):
+    if readiness.is_done(config, end, plan.num_steps):  # The lock needs a folder that can be written.
         return Run(Folder(config.run))
     # Another driver may still train the run, or begin another one in its folder.
     with DriverLock(Folder(config.run), "run") as lock:
