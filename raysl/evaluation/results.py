@@ -351,7 +351,8 @@ def _verdict(name: str, trained: Mapping[str, Any], others: list[Mapping[str, An
     elif len(found["worse"]) == len(others):
         listed += ": the run has not learned anything that this probe can use yet"
     elif not found["better"] and max(margins):
-        listed += f": with {counted(num_test, 'test image')}, a difference of {100 * max(margins):.1f} % may be chance"
+        points = f"{100 * max(margins):.1f} percentage points"
+        listed += f": with {counted(num_test, 'test image')}, a difference of {points} may be chance"
     return f"By {name}, the trained network ({shown(trained)}) is {listed}."
 
 

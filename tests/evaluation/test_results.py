@@ -147,7 +147,7 @@ def test_a_sentence_says_if_the_run_has_learned_something() -> None:
     assert "has not learned anything" in sentence(0.2)
     assert "not clearly better than the untrained network (30.0 %) and worse than raw" in sentence(0.3, 1000)
     assert sentence(0.462, 10_000) == sentence(0.462)
-    assert "with 33 test images, a difference of 24.3 % may be chance" in sentence(0.462, 33)
+    assert "with 33 test images, a difference of 24.3 percentage points may be chance" in sentence(0.462, 33)
     assert "has not learned anything" in sentence(0.2, 10_000)
     assert "and not clearly better than raw pixels (40.0 %)" in sentence(0.41, 1000)
     assert "with 33 test images" in verdicts([row(num_test=33), row(encoder="random", value=0.48)])[0]

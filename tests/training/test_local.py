@@ -231,7 +231,7 @@ def test_a_driver_that_lost_its_lock_stops(dataset: DataSet, tmp_path: Path, mon
     monkeypatch.setattr(lock.DriverLock.__init__, "__defaults__", ("sweep", 0.01, False))
     config = replace(alone(dataset, tmp_path / "run"), epochs=500)
     seen = Seen(2, lambda: (tmp_path / "run" / lock.NAME).write_text('{"id": "another"}'))
-    with pytest.raises(UserError, match="Another driver has taken over"):
+    with pytest.raises(UserError, match="Another raysl process has taken over"):
         pretrain(config, callbacks=Callbacks([seen]), local=True)
 
 
@@ -245,7 +245,7 @@ def test_a_driver_that_does_not_train_writes_no_metadata(
     # Another driver has the folder, and has not yet written its own metadata.
     with (
         lock.DriverLock(Folder(str(tmp_path)), beat_s=0.01),
-        pytest.raises(UserError, match=r"Another driver, .* works on the run"),
+        pytest.raises(UserError, match=r"Another raysl process .* works on the run"),
     ):
         pretrain(alone(dataset, tmp_path), local=True)
     assert list(tmp_path.iterdir()) == []
