@@ -267,9 +267,9 @@ def test_the_table_says_on_what_images_and_how_far_the_best_is_ahead(
 
 
 def test_equal_trials_are_not_ahead(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    results = SweepResults.open(written(tmp_path, "lam=0,0.5", seeds=(0,)))
+    results = SweepResults.open(written(tmp_path, "lam=0,0.25,0.5,0.75,1", seeds=(0,)))
     monkeypatch.setattr(SweepResults, "means", lambda *_: [0.5])
-    assert lead(results) == "All 2 finished trials have the same score."
+    assert lead(results) == "All 4 finished trials have the same score."
 
 
 def test_rank_correlation() -> None:
