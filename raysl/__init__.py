@@ -49,6 +49,7 @@ _MODULE_OF = {
     "StreamConfig": "raysl.stream.reader",
     "SweepConfig": "raysl.tuning.config",
     "load": "raysl.extraction.inference",
+    "rows": "raysl.evaluation.results",
     "TensorBoardLogger": "raysl.run.callbacks",
     "tune_trainable": "raysl.tuning.trainable",
     "UserError": "raysl.errors",

@@ -22,6 +22,7 @@ from raysl.contrastive.bank import BankConfig as BankConfig
 from raysl.dataset import DataSet as DataSet
 from raysl.diagnostics import DoctorConfig as DoctorConfig
 from raysl.errors import UserError as UserError
+from raysl.evaluation.results import rows as rows
 from raysl.extraction.features import FeaturesConfig as FeaturesConfig
 from raysl.extraction.inference import FeatureExtractor as FeatureExtractor
 from raysl.extraction.inference import load as load

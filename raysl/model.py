@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Collection, Mapping
+from contextlib import suppress
 from dataclasses import dataclass
 from typing import Any
 
@@ -107,6 +108,8 @@ class Model(nn.Module):
         Args:
             backbone: the backbone to check; by default that of the model.
         """
+        config, workers = self.config, self.config.worker_counts()[-1]
+        alone = config.batch_size == workers and not (config.backbone.norm == "sync" and workers > 1)
         for view in self.views().values():
             if view.of_clips is not None and self.config.stream.decode == "gpu":
                 raise UserError(
@@ -117,20 +120,20 @@ class Model(nn.Module):
             side = view.source.size
             image_bchw = torch.zeros(1, 3, side, side, dtype=torch.uint8)
             no_rng = ImageRng(0, np.zeros(1, np.int64), np.zeros(1, np.int64))
-            crop_size = view.pretext.transform(image_bchw, no_rng).crops_bpchw.shape[-1]
-            network.check_size(backbone or self.config.backbone, crop_size, "--view.image-size")
-        self._check_batch_norm()
+            _, crops, *_, crop_size = view.pretext.transform(image_bchw, no_rng).crops_bpchw.shape
+            network.check_size(backbone or config.backbone, crop_size, "--view.image-size")
+            if alone and not _has_statistics(backbone or config.backbone, crops, crop_size):
+                raise self._alone(f"the backbone reduces a view of {crop_size} pixels to one, so that")
+        if alone and any(isinstance(module, nn.BatchNorm1d) for module in self.modules()):
+            raise self._alone(f"{config.method!r} has BatchNorm after the backbone:")
 
-    def _check_batch_norm(self) -> None:
-        """Raise UserError when BatchNorm over features would see one image at a time."""
-        config, workers = self.config, self.config.worker_counts()[-1]
-        if config.batch_size > workers or (config.backbone.norm == "sync" and workers > 1):
-            return
-        if any(isinstance(module, nn.BatchNorm1d) for module in self.modules()):
-            raise UserError(
-                f"--batch-size is {config.batch_size}, one image for each worker, and {config.method!r} has BatchNorm "
-                f"after the backbone, which needs two. Give --batch-size {2 * workers} or more."
-            )
+    def _alone(self, why: str) -> UserError:
+        """Return the error for BatchNorm that would see one value at a time."""
+        size = self.config.batch_size
+        return UserError(
+            f"--batch-size is {size}, one image for each worker, and {why} BatchNorm has a single value to normalise. "
+            f"Give --batch-size {2 * size} or more."
+        )
 
     def schedule(self) -> Callable[[int], Collection[str]] | None:
         """Return the function from a step to the names of its views; None where every step takes all views."""
@@ -187,3 +190,21 @@ def check_columns(views: Mapping[str, View], dataset: DataSet, method: str) -> N
             f"The method {method!r} learns from sound and no clip of {str(dataset.folder)!r} has any. Ingest videos "
             "with an audio track, or give --data clips:500."
         )
+
+
+def _has_statistics(config: BackboneConfig, crops: int, side: int) -> bool:
+    """Return False if BatchNorm would get one value per channel in training on some crops of one image.
+
+    Args:
+        side: side of a crop in pixels.
+    """
+    if config.norm == "joint":  # It sees the crops of all views.
+        return True
+    body = network.skeleton(config).train()
+    images_bchw = torch.zeros(crops, 3, side, side, dtype=torch.uint8, device=body.mean.device)
+    with suppress(AssertionError, RuntimeError), torch.no_grad():  # Other errors have been judged before.
+        try:
+            body(images_bchw)
+        except ValueError as error:
+            return "more than 1 value per channel" not in str(error)
+    return True

@@ -27,7 +27,7 @@ from raysl.backbone.network import TIMM, Backbone, names
 from raysl.config import Pretraining
 from raysl.config.command import command
 from raysl.errors import UserError, package
-from raysl.evaluation.results import ENCODERS, KEY, TITLES, rows_of
+from raysl.evaluation.results import ENCODERS, KEY, TITLES, check_writable, rows_of
 from raysl.extraction.heads import trained_model
 from raysl.fields import Bounds, CheckedTop
 from raysl.run import Run
@@ -70,6 +70,7 @@ def export(run: Run, config: ExportConfig) -> Folder:
     source = extraction.encoder_by_name(f"{run.folder}{where}", pretraining.backbone)
     assert isinstance(source, extraction.Trained)
     out = Folder(config.out) if config.out else run.folder / f"export/{form}"
+    check_writable(out, "export")
     with console.working("Writing the weights ..."):
         backbone = source.network().eval()
         files = _FORMATS[form](backbone, pretraining, source.checkpoint.step) | _sound(source, form)

@@ -18,9 +18,9 @@ import importlib.util
 import os
 import pkgutil
 import sys
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping
 from pathlib import Path
-from types import ModuleType
+from types import MappingProxyType, ModuleType
 from typing import Any
 
 from raysl.errors import UserError, explained, unknown
@@ -162,24 +162,57 @@ def trust(name: str) -> None:
         os.environ[_TRUSTED] = os.pathsep.join([*trusted, name])
 
 
-def check_trusted(names_: Iterable[str], run: str) -> None:
-    """Raise UserError when a run or sweep names a plugin that is gone or that nobody trusts: opening runs no code.
+def check_trusted(
+    names_: Iterable[str], run: str, sources: Mapping[str, str] = MappingProxyType({})
+) -> dict[str, str]:
+    """Return where the code of each plugin of a run lies now, by the name that the run has for it.
+
+    Opening a run executes no code that the user has not named. A file that has moved is found among the files that the
+    user trusts, by its content, or by its name where the content is not known.
 
     Args:
         names_: plugins, and modules of backbones.
         run: folder of the run or sweep, for the error.
+        sources: hashes of their sources, where the run knows them; see `source_hash`.
+
+    Raises:
+        UserError: a plugin is gone, or nobody trusts it.
     """
-    for name in names_:
-        if name.endswith(".py") and not Path(name).exists():
-            raise UserError(
-                f"{run!r} uses the code in {name!r}, and there is no such file. Put it back there: its place is part "
-                "of the run."
-            )
-        if name not in _trusted():
-            raise UserError(
-                f"{run!r} uses the code in {name!r}, which would be run now. If you trust it, set {_TRUSTED}={name} "
-                "in the environment (raysl pretrain and raysl sweep also take --plugin)."
-            )
+    return {name: _trusted_place(name, run, sources.get(name, "")) for name in names_}
+
+
+def _trusted_place(name: str, run: str, source: str) -> str:
+    if name.endswith(".py") and not Path(name).exists():
+        # Of a file that changed while it was in use, the last version counts.
+        content, file = source.rpartition("-")[2], Path(name).name
+        known = [Path(one) for one in _trusted() if one.endswith(".py") and Path(one).is_file()]
+        found = [one for one in known if _hash(one.read_bytes()) == content] if content else []
+        named = [one for one in known if one.name == file]
+        if not content and len(named) == 1:
+            found = named
+        if found:
+            return str(found[0])
+        other = f" {str(named[0])!r} has other content." if named and content else ""
+        raise UserError(
+            f"{run!r} uses the code in {name!r}, and there is no such file.{other} If you have moved it and trust it, "
+            f"set {_TRUSTED}=PLACE/{file} in the environment, or put the file back."
+        )
+    if name not in _trusted():
+        raise UserError(
+            f"{run!r} uses the code in {name!r}, which would be run now. If you trust it, set {_TRUSTED}={name} "
+            "in the environment (raysl pretrain and raysl sweep also take --plugin)."
+        )
+    return name
+
+
+def moved(name: str, places: Mapping[str, str]) -> str:
+    """Return "MODULE:NAME" of a run with the place of its module now; any other name as it is.
+
+    Args:
+        places: see `check_trusted`.
+    """
+    module, colon, attribute = name.rpartition(":")
+    return f"{places.get(module, module)}{colon}{attribute}"
 
 
 def _trusted() -> list[str]:

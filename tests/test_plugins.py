@@ -12,8 +12,10 @@ import numpy as np
 import pytest
 
 from raysl import plugins, pretext
+from raysl.backbone.network import BackboneConfig
 from raysl.config import Pretraining, methods
 from raysl.errors import UserError
+from raysl.run import Run
 from raysl.training.launch import pretrain
 from tests.data import make_dataset
 from tests.objectives.setups import batch, setup
@@ -248,7 +250,26 @@ def test_code_of_a_run_is_trusted_by_any_of_its_paths_and_missed_where_it_was(
     file.write_text("")
     monkeypatch.chdir(tmp_path)
     monkeypatch.setenv("RAYSL_PLUGINS", "net.py")
-    plugins.check_trusted([str(file)], "runs/a")
-    file.rename(tmp_path / "moved.py")
-    with pytest.raises(UserError, match=r"there is no such file\. Put it back"):
+    assert plugins.check_trusted([str(file)], "runs/a") == {str(file): str(file)}
+    (tmp_path / "new").mkdir()
+    now = file.rename(tmp_path / "new/net.py")
+    with pytest.raises(
+        UserError, match=r"there is no such file\. If you have moved it .* set RAYSL_PLUGINS=PLACE/net\.py"
+    ):
         plugins.check_trusted([str(file)], "runs/a")
+    monkeypatch.setenv("RAYSL_PLUGINS", "new/net.py")
+    assert plugins.check_trusted([str(file)], "runs/a") == {str(file): str(now)}
+    with pytest.raises(UserError, match=r"new/net\.py' has other content"):
+        plugins.check_trusted([str(file)], "runs/a", {str(file): "0" * 16})
+
+
+def test_a_run_is_opened_with_a_backbone_whose_file_has_moved(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("RAYSL_PLUGINS", "")
+    file = tmp_path / "net.py"
+    file.write_text("# a network")
+    config = Pretraining("unused", str(tmp_path / "run"), backbone=BackboneConfig(f"{file}:Net"))
+    run = Run.begin(config, make_dataset(tmp_path / "set", 8), {})
+    monkeypatch.setenv("RAYSL_PLUGINS", str(now := file.rename(tmp_path / "network.py")))
+    assert run.config().backbone.name == f"{now}:Net"

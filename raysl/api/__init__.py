@@ -153,7 +153,7 @@ def probe(
     check_source(train, test)
     check_checkpoint(checkpoint)
     from raysl.evaluation import evaluate, options
-    from raysl.extraction import Trained, encoder_by_name
+    from raysl.extraction import encoder_by_name
 
     source = encoder_by_name(name := uri(checkpoint), network, seed)
     evaluate.layers_of(source, layers)  # Raises UserError for an unknown layer.
@@ -161,7 +161,6 @@ def probe(
     choices = probes, layers, encoders, configs, bn_statistics
     config = options.ProbeConfig(*choices, os.fspath(out), image_size=image_size, seed=seed)
     evaluate.check_data(config.ready(), *data_sets)
-    check_writable(config.out or (str(source.run.folder) if isinstance(source, Trained) else ""))
     rows = evaluate.probe_encoder(source, f"{name.rpartition('/')[2]} ({network.name})", *data_sets, config)
     if "retrieval" in probes:
         from raysl.reporting import retrieval_grid

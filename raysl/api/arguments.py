@@ -8,8 +8,10 @@ from __future__ import annotations
 import dataclasses
 import importlib.util
 import inspect
+import logging
 import os
 from collections.abc import Callable, Mapping, Sequence
+from pathlib import Path
 from typing import TYPE_CHECKING, Any, TypeVar
 
 from raysl import ray_cluster
@@ -27,6 +29,7 @@ if TYPE_CHECKING:
     AnyRun: TypeAlias = PathLike | Run
 
 T = TypeVar("T")
+_log = logging.getLogger("raysl.api")
 
 
 def dataset(data: Data) -> DataSet:
@@ -130,10 +133,10 @@ def run_config(
 
         check, workers = in_process.check, False
     if isinstance(config, Pretraining):
-        made = defaults.replaced(config, values)
+        made = _from_weights_file(defaults.replaced(config, values))
         if check is not None:
             check(made)
-        check_writable(out or made.run if workers else "")
+        _check_results(made, out, workers)
         dataset(made.data)
         if workers and not (local is None and _trains_alone({"workers": made.workers}, made)):
             ray_cluster.start()
@@ -148,14 +151,33 @@ def run_config(
     asked = defaults.check(values)
     unlisted = (check and check(asked)) or ()
     check_source(asked.data)
-    _check_weights(asked)
-    check_writable(out or asked.run if workers else "")
+    values = _with_weights_file(values, asked.run)
+    _check_results(asked, out, workers)
     if not workers or (local is None and _trains_alone(values, asked)):
         import torch
 
         return _resolved(values, asked.data, 1, torch.cuda.is_available(), unlisted)
     ray_cluster.start()
     return _suited(values, asked, unlisted)
+
+
+def _check_outside(data: str, out: str, run: str) -> None:
+    """Raise UserError if a new run, or the results in `out` instead, would lie among the images of a folder.
+
+    They would be taken for a class.
+    """
+    from raysl.dataset import DataSet
+    from raysl.storage import Folder
+
+    flag, results = ("--out", out) if out else ("--run", run)
+    source, place = (Path(Folder(one).uri) for one in (data.partition("#")[0], results))
+    if results == "-" or DataSet.is_one(data) or not source.is_dir() or place.exists():
+        return
+    if place.resolve().is_relative_to(source.resolve()):
+        raise UserError(
+            f"{flag} is {results!r}, a folder among the images of --data {data!r}, where it would be read as images "
+            f"the next time. Give {flag} a folder outside of it, such as runs/{place.name}."
+        )
 
 
 def _check_given(values: Mapping[str, Any]) -> None:
@@ -183,15 +205,40 @@ def _trains_alone(values: Mapping[str, Any], asked: Pretraining) -> bool:
     return local.is_chosen(asked)
 
 
-def _check_weights(asked: Pretraining) -> None:
-    """Raise UserError if the weights that a new run starts from do not exist."""
-    from raysl.backbone import external_weights
+def _from_weights_file(config: Pretraining) -> Pretraining:
+    """Return a configuration with the file of its starting weights; see `_with_weights_file`."""
+    from raysl.config import defaults
+
+    network = _with_weights_file({"backbone": config.backbone}, config.run)["backbone"]
+    return defaults.replaced(config, {"backbone": network} if isinstance(network, Mapping) else {})
+
+
+def _with_weights_file(values: Mapping[str, Any], run: str) -> dict[str, Any]:
+    """Return the fields of a run with the file of its starting weights, and the backbone that is stated with it.
+
+    A run that exists keeps its file, although the run whose weights it started from may have trained on.
+
+    Raises:
+        UserError: there are no such weights.
+    """
+    from raysl.extraction.inference import starting_weights, stated_backbone
     from raysl.run import Run
     from raysl.storage import Folder
 
-    file = asked.backbone.weights
-    if file and not Run.find(asked.run) and not Folder(file).exists():
-        external_weights.read_file(file)  # Raises UserError.
+    network = values.get("backbone", {})
+    given = network if isinstance(network, Mapping) else dataclasses.asdict(network)
+    place = given.get("weights")
+    if not place:
+        return dict(values)
+    if begun := Run.find(run):
+        kept = begun.config().backbone.weights
+        inside = kept.startswith(f"{Folder(place)}/")
+        return {**values, "backbone": {**given, "weights": kept}} if inside else dict(values)
+    file = starting_weights(place)
+    if "name" not in given and (stated := stated_backbone(file)):
+        _log.info("The backbone is that of %s: %s.", place, stated.name)
+        given = {**{name: getattr(stated, name) for name in ("name", "stem", "norm", "patch_size")}, **given}
+    return {**values, "backbone": {**given, "weights": file}}
 
 
 def _suited(values: Mapping[str, Any], asked: Pretraining, unlisted: Sequence[str]) -> Pretraining:
@@ -297,6 +344,18 @@ def uri(place: Any) -> str:
             "images in memory, a Hugging Face or Ray data set, or a list of files to raysl.ingest first."
         )
     return str(folder)
+
+
+def _check_results(config: Pretraining, out: str, trains: bool) -> None:
+    """Raise UserError if a run, or the results in `out` instead, would lie among its images or cannot be written.
+
+    A finished run need not be written.
+    """
+    from raysl.run import Run
+
+    _check_outside(config.data, out, config.run)
+    if trains and not (not out and (begun := Run.find(config.run)) and begun.is_finished()):
+        check_writable(out or config.run)
 
 
 def check_writable(folder: str) -> None:

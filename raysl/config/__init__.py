@@ -175,16 +175,33 @@ class Pretraining(Checked):
         """
         return typing.cast(Pretraining, from_dict(Pretraining, value, ""))
 
+    def sources(self) -> dict[str, str]:
+        """Return hashes of the user's files and modules that the run uses. Raises UserError if one is missing."""
+        names = (*self.plugin, *self.backbone.modules(), *self.view.modules())
+        return {name: plugins.source_hash(name) for name in names}
+
     @staticmethod
-    def stored(value: Mapping[str, Any], place: str) -> Pretraining:
+    def stored(value: Mapping[str, Any], place: str, sources: Mapping[str, str] | None = None) -> Pretraining:
         """Return the configuration that the folder `place` of a run or a sweep holds.
 
+        Args:
+            sources: `Pretraining.sources` of the run, if it holds them.
+
         Raises:
-            UserError: as `from_json`; or it needs a plugin that is not trusted.
+            UserError: as `from_json`; or it needs a plugin that is gone or not trusted.
         """
-        names = [str(value.get("backbone", {}).get("name", "")), str(value.get("view", {}).get("recipe", ""))]
-        own = [name.rpartition(":")[0] for name in names if ":" in name]
-        plugins.check_trusted([*value.get("plugin", ()), *own], place)
+        backbone, view = dict(value.get("backbone", {})), dict(value.get("view", {}))
+        names = [str(backbone.get("name", "")), str(view.get("recipe", ""))]
+        plugin, own = value.get("plugin", ()), [name.rpartition(":")[0] for name in names if ":" in name]
+        places = plugins.check_trusted([*plugin, *own], place, sources or {})
+        if places:
+            parts = {"backbone": (backbone, "name"), "view": (view, "recipe")}
+            now = {
+                part: {**old, key: plugins.moved(old[key], places)}
+                for part, (old, key) in parts.items()
+                if key in old
+            }
+            value = {**value, **now, "plugin": [places[name] for name in plugin]}
         return Pretraining.from_json(value)
 
 

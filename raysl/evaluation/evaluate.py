@@ -78,15 +78,14 @@ def probe(
     config = _with_changes(config, changes)
     run = Run.open(run) if isinstance(run, str) else run
     settings = run.config()
-    sources = [_encoder(run, name, config.checkpoint) for name in dict.fromkeys(config.encoders)]
-    folder = run.folder
+    named = [_encoder(run, name, config.checkpoint) for name in dict.fromkeys(config.encoders)]
+    sources = [source for source in named if len(named) == 1 or _has_weights(source)]
+    context = _Context(run, settings.view.image_size, settings.seed)
     if config.out:
         checkpoint = config.checkpoint or run.newest()
-        folder = _folder_of(
-            config.out, f"{settings.method}, step {checkpoint.step}", extraction.Trained(run, checkpoint)
-        )
-    check_writable(folder)
-    context = _Context(Run(folder), settings.view.image_size, settings.seed)
+        title, source = f"{settings.method}, step {checkpoint.step}", extraction.Trained(run, checkpoint)
+        context = _context_of(config.out, title, source, context.image_size, context.seed)
+    check_writable(context.run.folder / ROWS, "probe")
     return _run_probes(context, sources, train, test, config)
 
 
@@ -113,9 +112,8 @@ def probe_model(
     config = _with_changes(config, changes)
     if not config.out:
         raise UserError(f"{title} is not a run and has no folder for results. Give one with --out.")
-    folder = _folder_of(config.out, title, source)
-    check_writable(folder)
-    context = _Context(Run(folder), config.image_size or view_size(source), config.seed)
+    context = _context_of(config.out, title, source, config.image_size or view_size(source), config.seed)
+    check_writable(context.run.folder / ROWS, "probe")
     return _run_probes(context, [source], train, test, config)
 
 
@@ -159,8 +157,28 @@ def _with_changes(config: ProbeConfig | None, changes: Mapping[str, Any]) -> Pro
     return replace(config or ProbeConfig(), **changes)
 
 
-def _folder_of(out: str, title: str, source: Encoder) -> Folder:
-    """Return the folder of a model's results, with its `model.json`. Raise UserError if it is another model's."""
+@dataclass(frozen=True)
+class _Context:
+    """The folder that gets the rows, which may hold nothing but rows, and the settings that come from the run.
+
+    Args:
+        model: content of `model.json`, for a folder that is not a run.
+    """
+
+    run: Run
+    image_size: int
+    seed: int
+    model: Mapping[str, Any] | None = None
+
+    def add(self, rows: list[dict[str, Any]]) -> None:
+        """Store rows. The model is written before the first, so that rows always have an owner."""
+        if self.model is not None:
+            write_record(self.run.folder, MODEL, dict(self.model))
+        add_rows(self.run, rows)
+
+
+def _context_of(out: str, title: str, source: Encoder, image_size: int, seed: int) -> _Context:
+    """Return the context of the folder `out`. Raise UserError if it is a run, or has results of another model."""
     folder = Folder(out)
     model = json.loads(json.dumps({"name": title, "identity": source.identity()}))
     with explained(f"The file {folder / MODEL} is damaged", "Give --out another folder.", ValueError):
@@ -170,18 +188,7 @@ def _folder_of(out: str, title: str, source: Encoder) -> Folder:
             f"The folder {out!r} is a run, or holds results of another model than {title!r}, or of other code of it. "
             "Give --out a folder that is empty or does not exist."
         )
-    # Written before the rows, so that rows always have an owner.
-    write_record(folder, MODEL, model)
-    return folder
-
-
-@dataclass(frozen=True)
-class _Context:
-    """The folder that gets the rows, which may hold nothing but rows, and the settings that come from the run."""
-
-    run: Run
-    image_size: int
-    seed: int
+    return _Context(Run(folder), image_size, seed, model)
 
 
 def _run_probes(
@@ -226,7 +233,7 @@ def _run_probes(
                 frozen = data.frozen(*tables)
                 results = measure_layers(measure, own_layers, *frozen, config.low_priority, config.in_process)
             new = _stored_rows(results, measure, identity)
-            add_rows(context.run, new)
+            context.add(new)
             rows += new
     return rows
 
@@ -377,3 +384,14 @@ def _encoder(run: Run, name: str, checkpoint: Checkpoint | None) -> Encoder:
     if name in ("trained", MOMENTUM):
         return extraction.Trained(run, checkpoint or run.newest(), name)
     return extraction.untrained(run) if name == "random" else extraction.Pixels()
+
+
+def _has_weights(source: Encoder) -> bool:
+    """Return False, and say so, for an untrained network whose starting weights are gone or have changed."""
+    try:
+        if isinstance(source, extraction.RandomBackbone):
+            source.check_weights()
+    except UserError as error:
+        _log.warning("The row of the untrained network, which starts from a file, is left out. %s", error)
+        return False
+    return True

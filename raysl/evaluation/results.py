@@ -87,6 +87,30 @@ def rows_of(run: Run) -> list[dict[str, Any]]:
     return list({_key(row): row for _, row in timed}.values())
 
 
+def rows(runs: str | os.PathLike[str] | Run | Iterable[str | os.PathLike[str] | Run]) -> list[dict[str, Any]]:
+    """Return the stored scores of runs, and of other models that `raysl probe --out` has measured.
+
+    Args:
+        runs: folders or runs, or one of them.
+
+    Returns:
+        For each number, the newest of its probe, protocol, data, layer, encoder, step and seed: a row as `raysl.probe`
+        returns it, and "run", the folder.
+
+    Raises:
+        UserError: a folder is neither a run nor that of a model, or a file of rows is damaged.
+    """
+    several = [runs] if isinstance(runs, str | os.PathLike | Run) else runs
+    found = []
+    for one in several:
+        uri = str(one.folder) if isinstance(one, Run) else os.fspath(one)
+        run = Run(Folder(uri))
+        if not run.folder.exists(ROWS) and not run.folder.exists(MODEL):
+            run = Run.open(uri)  # Raises UserError for what is no run.
+        found += [{"run": uri, **row} for row in rows_of(run)]
+    return found
+
+
 def add_rows(run: Run, rows: Iterable[Mapping[str, Any]]) -> None:
     """Add rows to a run. Any number of processes may do so at once.
 
@@ -101,15 +125,13 @@ def add_rows(run: Run, rows: Iterable[Mapping[str, Any]]) -> None:
     folder.write(name, jsonl([header]) + lines)
 
 
-def check_writable(folder: Folder) -> None:
-    """Raise UserError if rows cannot be added to a folder."""
-    name = f"{uuid.uuid4().hex}.check"
+def check_writable(folder: Folder, verb: str) -> None:
+    """Raise UserError if the results of a verb cannot be written into a folder."""
     try:
-        (folder / ROWS).write(name, b"")
-        (folder / ROWS).delete(name)
+        folder.check_writable()
     except UserError as error:
         raise UserError(
-            f"{error} `raysl probe` can write its results elsewhere: give --out FOLDER."
+            f"{error} `raysl {verb}` can write its results elsewhere: give --out FOLDER."
         ) from error
 
 
@@ -329,7 +351,8 @@ def _verdict(name: str, trained: Mapping[str, Any], others: list[Mapping[str, An
     elif len(found["worse"]) == len(others):
         listed += ": the run has not learned anything that this probe can use yet"
     elif not found["better"] and max(margins):
-        listed += f": with {counted(num_test, 'test image')}, a difference of {100 * max(margins):.1f} % may be chance"
+        points = f"{100 * max(margins):.1f} percentage points"
+        listed += f": with {counted(num_test, 'test image')}, a difference of {points} may be chance"
     return f"By {name}, the trained network ({shown(trained)}) is {listed}."
 
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 import io
 import json
 import os
+import re
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from typing import Any
 
@@ -16,6 +17,7 @@ from torch import Tensor
 
 from raysl.backbone import external_weights
 from raysl.backbone.network import TIMM, BackboneConfig, names
+from raysl.checkpoint import STATE
 from raysl.config import from_dict
 from raysl.errors import UserError, explained, unknown
 from raysl.extraction import encoders
@@ -167,16 +169,53 @@ def load(
     return FeatureExtractor(encoder, name, image_size or view_size(encoder), device)
 
 
-def _find_settings(name: str) -> tuple[str, BackboneConfig | None, int]:
-    """Return the weights file of a folder or file, and the backbone and image size that are stated with it."""
-    folder = Folder(name)
-    inside = set(folder.list())
+def starting_weights(place: str) -> str:
+    """Return the file of the weights that a new run starts from.
+
+    Args:
+        place: a run (its newest checkpoint), RUN/checkpoints/step-NNN, a folder of `raysl export`, or a weights file.
+
+    Raises:
+        UserError: it is none of these, or the run has no checkpoint.
+    """
+    place = place.rstrip("/")
+    if Folder(place).exists(METADATA) or re.search(r"/checkpoints/step-\d+$", place):
+        found = encoders.find_checkpoint(place)
+        assert found is not None
+        return str(found[1].folder / STATE)
+    if not Folder(place).exists():
+        external_weights.read_file(place)  # Raises UserError.
+    file = _weights_in(place)
+    if file == place and Folder(place).list():
+        raise UserError(
+            f"--backbone.weights is {place!r}, a folder that holds neither a run nor exported weights "
+            f"({', '.join(_EXPORTED)}). Give the folder of a run, RUN/checkpoints/step-NNN, a folder of `raysl "
+            "export`, or a weights file."
+        )
+    return file
+
+
+def stated_backbone(file: str) -> BackboneConfig | None:
+    """Return the backbone of a file of weights if a run, an export or the file itself states it."""
+    inside = re.fullmatch(rf"(.+)/checkpoints/step-\d+/{re.escape(STATE)}", file)
+    return Run.open(inside[1]).config().backbone if inside else _find_settings(file)[1]
+
+
+def _weights_in(name: str) -> str:
+    """Return the weights file of an exported folder; the name itself where it is none."""
+    inside = set(Folder(name).list())
     if found := next((file for file in _EXPORTED if file in inside), ""):
-        name = f"{name}/{found}"
-    elif "model.onnx" in inside or name.endswith(".onnx"):
+        return f"{name}/{found}"
+    if "model.onnx" in inside or name.endswith(".onnx"):
         raise UserError(
             f"{name!r} is an ONNX model. Run it with onnxruntime, or export the run as safetensors."
         )
+    return name
+
+
+def _find_settings(name: str) -> tuple[str, BackboneConfig | None, int]:
+    """Return the weights file of a folder or file, and the backbone and image size that are stated with it."""
+    name = _weights_in(name)
     place, _, _ = str(Folder(name)).rpartition("/")
     return name, *(_settings(Folder(place or "/")) or _from_safetensors(name) or (None, 0))
 

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
@@ -68,9 +68,11 @@ def load(run: str, step: int = 0) -> Teacher:
         )
     what = f"The metadata of the run at {run!r} is damaged"
     with explained(what, f"Restore {_METADATA} from a copy.", ValueError, KeyError, TypeError, show=repr):
-        config = folder.read_json(_METADATA)["config"]
+        metadata = folder.read_json(_METADATA)
+        config = metadata["config"]
         backbone = BackboneConfig(**config["backbone"])
-        plugins.check_trusted(backbone.modules(), run)
+        places = plugins.check_trusted(backbone.modules(), run, metadata.get("sources", {}))
+        backbone = replace(backbone, name=plugins.moved(backbone.name, places))
         method, encoder = str(config["method"]), networks.build(backbone)
     found = _checkpoint(run, folder / "checkpoints", step)
     state = found.network(found.state())

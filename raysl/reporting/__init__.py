@@ -6,6 +6,7 @@ import importlib.util
 from collections.abc import Sequence
 
 from raysl.errors import UserError, install
+from raysl.evaluation.results import check_writable
 from raysl.reporting.page import ReportConfig
 from raysl.storage import Folder
 from raysl.storage.plain_names import file_name
@@ -50,6 +51,7 @@ def report(folders: str | Sequence[str], config: ReportConfig) -> Folder:
 
         page, drawn = runs_page.page(places, config)
     out = Folder(config.out or ("report" if len(places) > 1 else f"{places[0].rstrip('/')}/report"))
+    check_writable(out, "report")
     for figure in drawn:
         out.write(f"{file_name(figure.name)}.png", figure.png)
     out.write("index.html", page.encode())

@@ -32,10 +32,11 @@ from raysl.config import Pretraining, run_folder
 from raysl.dataset import DataSet
 from raysl.errors import UserError, explained
 from raysl.ray_cluster.versions import versions
-from raysl.run.unchanged import check_facts, check_same
+from raysl.run.unchanged import check_facts, check_same, is_replaced
 from raysl.storage import Folder, failure, retry
 from raysl.storage.records import signed_line, signed_lines, verified, verified_lines, write_record
 from raysl.storage.similar import similar_folder
+from raysl.stream.plan import num_steps
 
 METADATA = run_folder.METADATA
 METRICS = "metrics.jsonl"
@@ -77,13 +78,18 @@ class Run:
 
     @staticmethod
     def find(uri: str) -> Run | None:
-        """Return the run at `uri`, or None when there is none yet."""
+        """Return the run at `uri`; None where there is none yet, or one that failed before its first row of metrics."""
         folder = Folder(uri)
-        return Run.open(uri) if folder.exists(METADATA) or folder.exists(_OLD_METADATA) else None
+        if not folder.exists(METADATA) and not folder.exists(_OLD_METADATA):
+            return None
+        run = Run.open(uri)
+        return run if run._holds_results() or next(run.metrics_rows(), None) is not None else None
 
     @staticmethod
     def check(config: Pretraining, dataset: DataSet) -> dict[str, Any] | None:
         """Return the metadata of the run that a configuration resumes; None if its folder holds no run.
+
+        A run without a checkpoint has nothing to resume, so any configuration may replace its own.
 
         Raises:
             UserError: the folder holds a run with another configuration or other images, or one of raysl 0.1.
@@ -94,12 +100,17 @@ class Run:
         if not run.folder.exists(METADATA):
             return None
         metadata = run.metadata()
-        check_same(metadata, json.loads(json.dumps(config.to_json())), dataset, config.run)
+        if run._holds_results():
+            check_same(metadata, json.loads(json.dumps(config.to_json())), dataset, config.run)
         return metadata
+
+    def _holds_results(self) -> bool:
+        """Return True if the run has a checkpoint, or rows of probes, whose checkpoint someone may have deleted."""
+        return checkpoint.newest_step(self.checkpoints) > 0 or bool((self.folder / "probes/rows").list())
 
     @staticmethod
     def begin(config: Pretraining, dataset: DataSet, facts: Mapping[str, Any]) -> Run:
-        """Begin a run, or resume the one in its folder.
+        """Begin a run, or resume the one in its folder. The caller holds the lock of the run.
 
         Args:
             facts: what the parts of the method add to the metadata, such as a hash of the permutations.
@@ -110,6 +121,9 @@ class Run:
         run, metadata = Run(Folder(config.run)), Run.check(config, dataset)
         facts = json.loads(json.dumps(facts))
         session = {"started": time.strftime("%Y-%m-%dT%H:%M:%S%z"), "workers": config.workers, **versions()}
+        if metadata is not None and not run._holds_results() and is_replaced(metadata, config, dataset):
+            run.write_metrics(())
+            metadata = None
         if metadata is None:
             metadata = {
                 "config": json.loads(json.dumps(config.to_json())),
@@ -127,6 +141,8 @@ class Run:
         else:
             check_facts(metadata.get("facts", {}), facts, config.run)
         metadata["sessions"].append(session)
+        if sources := config.sources():
+            metadata["sources"] = {**metadata.get("sources", {}), **sources}
         write_record(run.folder, METADATA, metadata)
         return run
 
@@ -145,11 +161,20 @@ class Run:
             dict(metadata["config"]), list(metadata["sessions"])
             data = metadata["data"]
             str(data["fingerprint"]), int(data["num_images"]), int(data["num_classes"])
+            dict(metadata.get("sources", {}))
         return metadata
 
     def config(self) -> Pretraining:
         """Return the configuration of the run. Raises UserError if it needs a plugin that is not trusted."""
-        return Pretraining.stored(self.metadata()["config"], str(self.folder))
+        metadata = self.metadata()
+        return Pretraining.stored(metadata["config"], str(self.folder), metadata.get("sources"))
+
+    def is_finished(self) -> bool:
+        """Return True if the last step of the schedule is saved."""
+        metadata = self.metadata()
+        begun, images = metadata["config"], metadata["data"]["num_images"]
+        last = num_steps(images, int(begun["batch_size"]), float(begun["epochs"]))
+        return checkpoint.newest_step(self.checkpoints) >= last
 
     def newest(self) -> Checkpoint:
         """Return the newest complete checkpoint. Raises UserError when there is none yet."""

@@ -8,11 +8,9 @@ import shlex
 from collections.abc import Mapping
 from typing import Any
 
-from raysl import checkpoint
 from raysl.config import Pretraining, differences, may_change, told, value_of
 from raysl.dataset import DataSet
 from raysl.errors import UserError
-from raysl.storage import Folder
 
 _log = logging.getLogger("raysl.run")
 
@@ -32,18 +30,16 @@ def check_same(metadata: Mapping[str, Any], wanted: Mapping[str, Any], dataset: 
             "data set it was begun on, or another folder to --run."
         )
     # Parse and write it again, so that a field that is newer than the run has its default.
-    begun = json.loads(json.dumps(Pretraining.stored(metadata["config"], uri).to_json()))
+    begun = json.loads(
+        json.dumps(Pretraining.stored(metadata["config"], uri, metadata.get("sources")).to_json())
+    )
     changed = [name for name in differences(begun, wanted) if not may_change(name)]
     if "method" in changed:  # The parts follow from it.
         changed = [name for name in changed if not name.startswith("parts.")]
     if changed:
-        weights = shlex.quote(f"{uri}/export/safetensors/model.safetensors")
-        saved = checkpoint.newest_step(Folder(uri) / "checkpoints") > 0
-        longer = " The learning rate depends on the epochs, so those of a run cannot change. " + (
-            f"For a new run that starts from its weights, run `raysl export {shlex.quote(uri)} --format safetensors`, "
-            f"and give the new run --backbone.weights {weights}."
-            if saved
-            else "It has no checkpoint yet, so a new run loses nothing."
+        longer = (
+            " The learning rate depends on the epochs, so those of a run cannot change. For a new run that starts "
+            f"from its weights, give the new run --backbone.weights {shlex.quote(uri)}."
         )
         each = (
             f"{n} is {told(value_of(begun, n))} in the run and {told(value_of(wanted, n))} now"
@@ -53,6 +49,23 @@ def check_same(metadata: Mapping[str, Any], wanted: Mapping[str, Any], dataset: 
             f"The run at {uri!r} was begun with another configuration; these differ: {'; '.join(each)}. Give the "
             f"same values to go on with it, or another folder to --run for a new run.{longer * ('epochs' in changed)}"
         )
+
+
+def is_replaced(metadata: Mapping[str, Any], config: Pretraining, dataset: DataSet) -> bool:
+    """Return True, and say so, if a run that has saved nothing begins with another configuration or other images.
+
+    The stored configuration is compared as it is: it may name code that exists no more.
+    """
+    wanted = json.loads(json.dumps(config.to_json()))
+    changed = [name for name in differences(metadata["config"], wanted) if not may_change(name)]
+    changed += ["images"] * (metadata["data"]["fingerprint"] != dataset.manifest.fingerprint)
+    if changed:
+        _log.info(
+            "The run at %s had saved no checkpoint, so nothing of it is lost: it begins anew with other values of %s.",
+            config.run,
+            ", ".join(name.removeprefix("parts.") for name in changed),
+        )
+    return bool(changed)
 
 
 def check_facts(begun: Mapping[str, Any], now: Mapping[str, Any], uri: str) -> None:

@@ -154,8 +154,8 @@ class DriverLock:
         """Raise UserError if another driver has taken over, or the file was deleted."""
         if not self._is_mine():
             raise UserError(
-                f"Another driver has taken over the {self._work} at {str(self.folder)!r}, or {NAME} was deleted. This "
-                "driver stops, and the other one resumes from what it has written."
+                f"Another raysl process has taken over the {self._work} at {str(self.folder)!r}, or {NAME} was "
+                "deleted. This one stops, and the other one resumes from what it has written."
             )
 
     def _is_mine(self) -> bool:
@@ -272,11 +272,11 @@ class DriverLock:
         if not self._wait:
             until = f"Waiting for {patience_s:.0f} s to see whether it still does."
         _log.info(
-            "Another driver, %s, works on the %s at %s. %s", _describe(found), self._work, self.folder, until
+            "Another raysl %s works on the %s at %s. %s", _describe(found), self._work, self.folder, until
         )
 
     def _held_error(self, found: dict[str, Any]) -> _HeldError:
         return _HeldError(
-            f"Another driver, {_describe(found)}, works on the {self._work} at {str(self.folder)!r}. Wait for it or "
+            f"Another raysl {_describe(found)} works on the {self._work} at {str(self.folder)!r}. Wait for it or "
             "stop it, and run the same command again; or choose another folder."
         )

@@ -18,7 +18,6 @@ from raysl.config import Pretraining, methods, run_folder
 from raysl.dataset import DataSet
 from raysl.errors import UserError, counted
 from raysl.ingestion import resolve
-from raysl.model import Model
 from raysl.ray_cluster import gpus, local_ray, shared_paths
 from raysl.ray_cluster import placement as cluster_placement
 from raysl.ray_cluster.placement import Placement
@@ -28,10 +27,10 @@ from raysl.storage import Folder
 from raysl.storage.lock import DriverLock
 from raysl.stream.plan import Plan
 from raysl.stream.shared import Subscriber
-from raysl.training import elastic, guessing, progress_actor, signals
+from raysl.training import elastic, guessing, progress_actor, readiness, signals
 from raysl.training import local as in_process
 from raysl.training.elastic import CapacityRequest, Resizing, WorkerGroup
-from raysl.training.worker import Job, to_build, work
+from raysl.training.worker import Job, work
 
 _log = logging.getLogger("raysl.training")
 
@@ -79,18 +78,18 @@ def pretrain(
     local = in_process.is_chosen(config, placement, subscriber) if local is None else local
     # What can be checked without Ray is checked before Ray starts.
     with console.working("Preparing the run ..."):
-        checked = _checked(config, DataSet.open(config.data)) if DataSet.is_one(config.data) else None
+        checked = readiness.check(config, DataSet.open(config.data)) if DataSet.is_one(config.data) else None
         group = _first_group(config, placement, local)
     dataset = resolve(config.data)
-    plan, facts = checked or _checked(config, dataset)
+    plan, facts = checked or readiness.check(config, dataset)
     end, callbacks = min(until or plan.num_steps, plan.num_steps), callbacks or Callbacks(())
+    if readiness.is_done(config, end, plan.num_steps):  # The lock needs a folder that can be written.
+        return Run(Folder(config.run))
     # Another driver may still train the run, or begin another one in its folder.
     with DriverLock(Folder(config.run), "run") as lock:
-        saved = checkpoint.newest_step(Run(lock.folder).checkpoints)
-        if saved >= end:
-            state = "finished" if saved >= plan.num_steps else "at this step"
-            _log.info("The run at %s is already %s (%s).", config.run, state, counted(saved, "step"))
+        if readiness.is_done(config, end, plan.num_steps):
             return Run(lock.folder)
+        saved = checkpoint.newest_step(Run(lock.folder).checkpoints)
         run = Run.begin(config, dataset, facts)
         again = len(run.metadata()["sessions"]) > 1
         _announce(config, dataset, plan, group, saved, again, local)
@@ -106,18 +105,6 @@ def pretrain(
                 _Attempts(job, counts, end, plan.num_steps, lock, callbacks).run(group)
         guessing.warn(run, facts.get("chance", math.inf), plan.num_steps)
     return run
-
-
-def _checked(config: Pretraining, dataset: DataSet) -> tuple[Plan, dict[str, Any]]:
-    """Return the plan of a run, and the facts for its metadata.
-
-    Raises:
-        UserError: the data set reveals a mistake in the configuration, or the run was begun with other ones.
-    """
-    Run.check(config, dataset)  # First: what follows would blame a value that is taken from the run.
-    model = Model.of(to_build(config, Run(Folder(config.run))), dataset)
-    model.check()
-    return config.plan(dataset), model.describe()
 
 
 def _announce(

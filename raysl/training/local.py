@@ -25,6 +25,7 @@ from raysl.ingestion import on_local_disk
 from raysl.ray_cluster import gpus, this_machine
 from raysl.ray_cluster import placement as cluster_placement
 from raysl.ray_cluster.placement import Machines, Placement
+from raysl.run import Run
 from raysl.run.callbacks import Callbacks
 from raysl.storage import Folder
 from raysl.storage.lock import DriverLock
@@ -57,7 +58,9 @@ def check(config: Pretraining) -> None:
         raise UserError(
             f"--workers is {config.workers}, and --local trains with one worker. Give --workers 1, or omit --local."
         )
-    Folder(config.run).check_writable()
+    run = Run.find(config.run)
+    if run is None or not run.is_finished():
+        Folder(config.run).check_writable()
 
 
 def is_chosen(

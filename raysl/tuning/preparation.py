@@ -14,7 +14,7 @@ from raysl import probes, ray_cluster, rng
 from raysl.backbone.network import BackboneConfig
 from raysl.config import Pretraining, run_folder
 from raysl.dataset import DataSet
-from raysl.errors import UserError
+from raysl.errors import UserError, counted
 from raysl.evaluation.apart import check_apart
 from raysl.evaluation.evaluate import check_data, probe
 from raysl.evaluation.options import ProbeConfig
@@ -313,7 +313,9 @@ def share(
         try:
             return cluster_placement.place(count * workers, found, gpus_per_worker)
         except UserError as error:
-            raise UserError(f"{count} runs at a time with {workers} workers each: {error}") from error
+            raise UserError(
+                f"{counted(count, 'run')} at a time with {counted(workers, 'worker')} each: {error}"
+            ) from error
 
     def has_room(count: int) -> bool:
         with contextlib.suppress(UserError):

@@ -221,6 +221,8 @@ def lead(results: SweepResults) -> str:
     means = [results.means(n)[-1] for n in results.trials if results.state(n) == "finished"]
     if best is None or len(means) < 2:
         return ""
+    if max(means) == min(means):
+        return f"All {len(means)} finished trials have the same score."
     ahead = max(means) - mean(means)
     text = f"Trial {best} is {number(ahead)} ahead of the mean of the {len(means)} finished trials"
     found = results.by_chance()

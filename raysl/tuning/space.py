@@ -134,7 +134,13 @@ def configured(base: Pretraining, values: Mapping[str, Any]) -> Pretraining:
     tree = base.to_json()
     tree["method"] = values.get("method", base.method)
     parts = methods.parse(tree["method"]).config_types()
-    tree["parts"] = {name: part for name, part in tree["parts"].items() if name in parts}
+    # Another method has as many negatives: the number of its class may be more than the data set has.
+    numbers = [one["num_negatives"] for one in tree["parts"].values() if "num_negatives" in one]
+    negatives = {"num_negatives": numbers[0]} if numbers else {}
+    tree["parts"] = {
+        name: tree["parts"].get(name, dict(negatives) if hasattr(kind, "num_negatives") else {})
+        for name, kind in parts.items()
+    }
     known, seen = _fields([tree["method"]]), list[str]()
     for given, value in values.items():
         name = _resolve(given, known)

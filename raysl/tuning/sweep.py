@@ -18,7 +18,7 @@ from unittest.mock import patch
 from raysl import ray_cluster
 from raysl.config import Pretraining, differences, may_change
 from raysl.dataset import DataSet
-from raysl.errors import UserError
+from raysl.errors import UserError, counted
 from raysl.run import Run
 from raysl.storage import Folder, filesystem
 from raysl.storage.lock import DriverLock
@@ -53,13 +53,15 @@ def sweep(base: Pretraining, config: SweepConfig) -> list[dict[str, Any]]:
         _begin(journal, prepared)
         for trial in journal.failures() if config.retry else ():
             journal.add({"event": "retry", "trial": trial})
+        epochs = [f"{base.epochs * share:.3g}" for share in config.shares()]
         _log.info(
-            "%d trials, each with seed %s, %d runs at a time; scored by %s at epochs %s.",
-            prepared.num_trials,
+            "%s, each with seed %s, %s at a time; scored by %s after %s %s.",
+            counted(prepared.num_trials, "trial"),
             " and ".join(map(str, config.seeds)),
-            prepared.task.trials_at_once * prepared.task.seeds_at_once,
+            counted(prepared.task.trials_at_once * prepared.task.seeds_at_once, "run"),
             config.probe,
-            ", ".join(f"{base.epochs * share:.3g}" for share in config.shares()),
+            "epoch" if epochs == ["1"] else "epochs",
+            ", ".join(epochs),
         )
         _log.info("Tried: %s.", "; ".join(map(str, prepared.space.dimensions)))
         _run(prepared, journal)

@@ -7,6 +7,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from PIL import Image
 
 import raysl
 from raysl import UserError
@@ -67,6 +68,20 @@ def test_mistakes_are_one_clear_error(call: Any, answer: str, monkeypatch: pytes
     monkeypatch.setattr("raysl.ray_cluster.start", lambda: pytest.fail("Ray starts before the checks"))
     with pytest.raises(UserError, match=answer):
         call()
+
+
+def test_a_run_among_the_images_that_it_reads_is_refused(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("raysl.ray_cluster.start", lambda: pytest.fail("Ray starts before the checks"))
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "lab/test/cat").mkdir(parents=True)
+    Image.new("RGB", (8, 8)).save(tmp_path / "lab/test/cat/1.png")
+    with pytest.raises(
+        UserError, match=r"--run is 'lab/test/run1', a folder among the images .* such as runs/run1"
+    ):
+        raysl.pretrain("lab", "lab/test/run1")
+    assert not (tmp_path / "lab/test/run1").exists()
 
 
 def test_a_configuration_is_an_object_fields_or_both(tmp_path: Path) -> None:

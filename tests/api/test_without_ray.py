@@ -10,7 +10,9 @@ import pytest
 import ray
 
 import raysl
+from raysl.errors import UserError
 from raysl.ray_cluster import this_machine
+from raysl.storage import Folder
 
 FIELDS: dict[str, Any] = {"epochs": 1, "view": {"image_size": 16}, "method": "predict-rotation"}
 
@@ -38,6 +40,30 @@ def test_every_step_from_images_to_features_needs_no_ray(
     assert (whole.num_rows, reduced.dim) == (64, 3)
     assert np.isfinite(reduced.load()).all()
     assert raysl.reproduce(run).same
+
+
+def test_a_run_starts_from_a_run_or_an_export_and_is_probed_without_them(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    monkeypatch.setattr(ray, "is_initialized", lambda: False)
+    fields = {**FIELDS, "epochs": 0.1}
+    first = raysl.pretrain("shapes:64", tmp_path / "first", **fields, backbone={"norm": "group"})
+    exported = raysl.export(first, format="safetensors")
+    saved = first.newest().folder / "state.pt"
+    for place, file in ((exported, f"{exported}/model.safetensors"), (str(first.folder), str(saved))):
+        run = f"{tmp_path}/from-{Path(place).name}"
+        tuned = raysl.pretrain("shapes:64", run, **fields, backbone={"weights": place})
+        backbone = tuned.config().backbone
+        assert (backbone.weights, backbone.norm) == (file, "group")
+    with pytest.raises(UserError, match=r"a folder that holds neither a run nor exported weights"):
+        raysl.pretrain("shapes:64", tmp_path / "third", **fields, backbone={"weights": str(tmp_path)})
+    assert raysl.reproduce(tuned).same
+    Folder(str(first.folder)).delete()
+    raysl.pretrain("shapes:64", tuned.folder.uri, **fields, backbone={"weights": str(first.folder)})
+    rows = raysl.probe(tuned, "shapes:64", "shapes:32#test", "knn")
+    assert {row["encoder"] for row in rows} == {"trained", "pixels"}
+    assert "The row of the untrained network, which starts from a file, is left out." in caplog.text
+    assert raysl.rows([tuned.folder.uri]) == [{"run": tuned.folder.uri, **row} for row in rows]
 
 
 @pytest.mark.ray

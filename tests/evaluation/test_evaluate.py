@@ -111,6 +111,7 @@ def test_a_run_in_a_read_only_folder_is_probed_into_another(
         write(self, name, data)
 
     monkeypatch.setattr(Folder, "write", refuse)
+    monkeypatch.setattr(Folder, "check_writable", lambda self: refuse(self, "x", b""))
     before = rows_of(source)
     with pytest.raises(UserError, match="--out FOLDER"):
         probe(source, train, test, probes=["knn"])
@@ -172,6 +173,13 @@ def test_rows_are_kept_though_a_later_probe_fails(run: tuple[Run, str, str], tmp
     kept = rows_of(Run(Folder(out)))
     assert {row["probe"] for row in kept} == {"knn"}
     assert kept == probe_model(source, "random", *run[1:], probes=["knn"], out=out, image_size=16)
+
+
+def test_a_probe_that_is_refused_leaves_nothing(run: tuple[Run, str, str], tmp_path: Path) -> None:
+    source, out = encoder_by_name("random", BackboneConfig()), tmp_path / "rows"
+    with pytest.raises(UserError, match="does not exist"):
+        probe_model(source, "random", run[1], str(tmp_path / "nowhere"), probes=["knn"], out=str(out))
+    assert not out.exists()
 
 
 def test_a_retrieval_grid_has_a_name_of_its_own() -> None:

@@ -147,7 +147,7 @@ def test_a_sentence_says_if_the_run_has_learned_something() -> None:
     assert "has not learned anything" in sentence(0.2)
     assert "not clearly better than the untrained network (30.0 %) and worse than raw" in sentence(0.3, 1000)
     assert sentence(0.462, 10_000) == sentence(0.462)
-    assert "with 33 test images, a difference of 24.3 % may be chance" in sentence(0.462, 33)
+    assert "with 33 test images, a difference of 24.3 percentage points may be chance" in sentence(0.462, 33)
     assert "has not learned anything" in sentence(0.2, 10_000)
     assert "and not clearly better than raw pixels (40.0 %)" in sentence(0.41, 1000)
     assert "with 33 test images" in verdicts([row(num_test=33), row(encoder="random", value=0.48)])[0]
@@ -239,7 +239,7 @@ def test_layers_share_a_table_of_primary_metrics() -> None:
 def test_a_folder_that_cannot_be_written_is_refused_with_the_flag(tmp_path: Path) -> None:
     (tmp_path / "file").write_text("")
     with pytest.raises(UserError, match="--out FOLDER"):
-        results.check_writable(Folder(str(tmp_path / "file" / "run")))
+        results.check_writable(Folder(str(tmp_path / "file" / "run")), "probe")
 
 
 def test_files_of_rows_are_lines_of_json(run: Run) -> None:

@@ -25,7 +25,7 @@ from raysl.reporting.sweep_figures import rank_correlation
 from raysl.storage import Folder
 from raysl.tuning.config import SweepConfig
 from raysl.tuning.journal import FORMAT, Journal
-from raysl.tuning.results import SweepResults, render
+from raysl.tuning.results import SweepResults, lead, render
 from raysl.tuning.space import space
 
 pytest.importorskip("matplotlib")
@@ -264,6 +264,12 @@ def test_the_table_says_on_what_images_and_how_far_the_best_is_ahead(
     assert results.judged == "held-out validation images (20 images of shapes:200#train)"
     results.journal.header.update(sources={"validation": "shapes:200#test"})
     assert results.judged == "test images (shapes:200#test)"
+
+
+def test_equal_trials_are_not_ahead(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    results = SweepResults.open(written(tmp_path, "lam=0,0.25,0.5,0.75,1", seeds=(0,)))
+    monkeypatch.setattr(SweepResults, "means", lambda *_: [0.5])
+    assert lead(results) == "All 4 finished trials have the same score."
 
 
 def test_rank_correlation() -> None:

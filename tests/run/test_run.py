@@ -13,7 +13,7 @@ import pytest
 
 from raysl import checkpoint
 from raysl import run as run_module
-from raysl.config import Pretraining, defaults
+from raysl.config import Pretraining, ViewConfig, defaults
 from raysl.config.run_folder import check_free, check_free_for_sweep
 from raysl.dataset import DataSet, Manifest, Shard
 from raysl.errors import UserError
@@ -37,6 +37,12 @@ def begin(tmp_path: Path, **values: Any) -> Run:
     return Run.begin(config(tmp_path, **values), dataset(), {"permutations_digest": "abc"})
 
 
+def save(run: Run) -> None:
+    saver = checkpoint.Saver(run.checkpoints, checkpoint.SaveConfig(), 0, 1)
+    saver.save(3, {}, None)
+    saver.wait()
+
+
 def test_a_metadata_file_says_what_the_numbers_depend_on(tmp_path: Path) -> None:
     run = begin(tmp_path)
     metadata = Run.open(str(tmp_path / "run")).metadata()
@@ -57,6 +63,7 @@ def test_the_same_configuration_goes_on_on_other_workers(tmp_path: Path) -> None
 def test_another_configuration_is_refused_and_the_fields_are_named(tmp_path: Path) -> None:
     run = begin(tmp_path)
     before = run.folder.read(METADATA)
+    save(run)
     with pytest.raises(
         UserError, match=r"these differ: optim\.lr is .* now; seed is 0 in the run and 1 now\."
     ):
@@ -65,18 +72,36 @@ def test_another_configuration_is_refused_and_the_fields_are_named(tmp_path: Pat
         begin(tmp_path, parts={"pirl": {"lam": 0.1}})
     with pytest.raises(UserError, match=r"these differ: method is pirl-jigsaw in the run and simclr now\."):
         begin(tmp_path, method="simclr")
-    with pytest.raises(UserError, match=r"epochs is 10 in the run and 5 now\..* no checkpoint yet"):
-        begin(tmp_path, epochs=5)
-    saver = checkpoint.Saver(run.checkpoints, checkpoint.SaveConfig(), 0, 1)
-    saver.save(3, {}, None)
-    saver.wait()
-    with pytest.raises(UserError, match=r"epochs is .*--backbone\.weights .*/model\.safetensors"):
+    with pytest.raises(UserError, match=r"epochs is .*--backbone\.weights .*/run"):
         begin(tmp_path, epochs=5)
     assert run.folder.read(METADATA) == before
 
 
+def test_a_run_that_has_saved_nothing_takes_another_configuration(
+    tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    caplog.set_level("INFO", "raysl")
+    # Its code is no longer there, and must not be asked for.
+    (tmp_path / "own.py").touch()
+    begin(tmp_path, view=ViewConfig(recipe=f"{tmp_path}/own.py:mispelled"))
+    (tmp_path / "own.py").unlink()
+    assert Run.find(str(tmp_path / "run")) is None
+    run = begin(tmp_path, seed=1)
+    assert "no checkpoint, so nothing of it is lost: it begins anew with other values of seed" in caplog.text
+    assert (run.config().seed, len(run.metadata()["sessions"])) == (1, 1)
+    run.write_metrics([{"step": 10, "loss": 1.0}])
+    assert Run.find(str(tmp_path / "run")) == run
+    again = Run.begin(config(tmp_path, seed=1), dataset("e" * 32), {})
+    assert "with other values of images" in caplog.text
+    assert (again.metadata()["data"]["fingerprint"], again.metrics()) == ("e" * 32, [])
+    # Someone may have deleted the checkpoints of a run that was measured.
+    (run.folder / "probes/rows").write("a.jsonl", b"")
+    with pytest.raises(UserError, match="begun with another configuration; these differ: seed"):
+        Run.begin(config(tmp_path, seed=2), dataset("e" * 32), {})
+
+
 def test_other_images_are_refused(tmp_path: Path) -> None:
-    begin(tmp_path)
+    save(begin(tmp_path))
     with pytest.raises(UserError, match=r"fingerprint ffffffffffff .* has eeeeeeeeeeee"):
         Run.begin(config(tmp_path), dataset("e" * 32), {})
 
@@ -280,9 +305,7 @@ def test_files_that_a_run_learns_from_may_not_change_after_its_first_checkpoint(
     Run.begin(config(tmp_path), dataset(), facts("a"))
     run = Run.begin(config(tmp_path), dataset(), facts("b"))
     assert run.metadata()["facts"] == facts("b")
-    saver = checkpoint.Saver(run.checkpoints, checkpoint.SaveConfig(), 0, 1)
-    saver.save(3, {}, None)
-    saver.wait()
+    save(run)
     with pytest.raises(
         UserError, match=r"labels_digest was b and is c now; teacher\.step was 4 and is 9 now\."
     ):

@@ -51,7 +51,7 @@ def test_of_two_drivers_that_find_no_file_one_is_refused(tmp_path: Path, place: 
                 record(folder)
 
     lock = DriverLock(Raced(str(folder)), beat_s=0.1)
-    with pytest.raises(UserError, match=r"process 1 on elsewhere, works on"), lock:
+    with pytest.raises(UserError, match=r"process 1 on elsewhere works on"), lock:
         pass
     assert folder.read_json(NAME)["id"] == "other"
     assert folder.list() == [NAME]

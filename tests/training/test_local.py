@@ -7,6 +7,7 @@ import fcntl
 import json
 import os
 import pty
+import shutil
 import signal
 import subprocess
 import sys
@@ -23,7 +24,9 @@ import psutil
 import pytest
 import torch
 
+import raysl
 from raysl import Callback, checkpoint
+from raysl.backbone.network import BackboneConfig
 from raysl.checkpoint import SaveConfig
 from raysl.config import Pretraining, ViewConfig
 from raysl.dataset import SHARDS, DataSet
@@ -228,7 +231,7 @@ def test_a_driver_that_lost_its_lock_stops(dataset: DataSet, tmp_path: Path, mon
     monkeypatch.setattr(lock.DriverLock.__init__, "__defaults__", ("sweep", 0.01, False))
     config = replace(alone(dataset, tmp_path / "run"), epochs=500)
     seen = Seen(2, lambda: (tmp_path / "run" / lock.NAME).write_text('{"id": "another"}'))
-    with pytest.raises(UserError, match="Another driver has taken over"):
+    with pytest.raises(UserError, match="Another raysl process has taken over"):
         pretrain(config, callbacks=Callbacks([seen]), local=True)
 
 
@@ -242,7 +245,7 @@ def test_a_driver_that_does_not_train_writes_no_metadata(
     # Another driver has the folder, and has not yet written its own metadata.
     with (
         lock.DriverLock(Folder(str(tmp_path)), beat_s=0.01),
-        pytest.raises(UserError, match=r"Another driver, .* works on the run"),
+        pytest.raises(UserError, match=r"Another raysl process .* works on the run"),
     ):
         pretrain(alone(dataset, tmp_path), local=True)
     assert list(tmp_path.iterdir()) == []
@@ -366,16 +369,54 @@ def test_several_workers_are_refused(dataset: DataSet, tmp_path: Path, workers: 
     assert not (tmp_path / "run").exists()
 
 
-def test_batchnorm_over_one_image_is_refused(dataset: DataSet, tmp_path: Path) -> None:
-    config = replace(
-        alone(dataset, tmp_path / "run"), batch_size=1, parts={"pirl": Pirl(head="bn", num_negatives=32)}
-    )
-    with pytest.raises(
-        UserError,
-        match=r"--batch-size is 1, one image for each worker, and 'pirl-jigsaw' .* --batch-size 2 or more",
-    ):
+@pytest.mark.parametrize(
+    ("values", "why"),
+    [
+        (
+            {"parts": {"pirl": Pirl(head="bn", num_negatives=32)}, "view": ViewConfig(64)},
+            "'pirl-jigsaw' has BatchNorm after",
+        ),
+        (
+            {
+                "method": "npid",
+                "parts": {"npid": {"num_negatives": 32}},
+                "backbone": BackboneConfig("resnet18"),
+                "view": ViewConfig(image_size=16),
+            },
+            "reduces a view of 16 pixels to one",
+        ),
+    ],
+)
+def test_batchnorm_over_one_value_is_refused(
+    dataset: DataSet, tmp_path: Path, values: dict[str, Any], why: str
+) -> None:
+    config = replace(alone(dataset, tmp_path / "run"), batch_size=1, **values)
+    message = rf"--batch-size is 1, one image for each worker, and .*{why}.* --batch-size 2 or more"
+    with pytest.raises(UserError, match=message):
         pretrain(config, local=True)
     assert not (tmp_path / "run").exists()
+
+
+def test_a_disk_that_cannot_hold_one_checkpoint_is_refused(
+    dataset: DataSet, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    usage = shutil.disk_usage(tmp_path)._replace(free=2_000_000)
+    monkeypatch.setattr(shutil, "disk_usage", lambda _: usage)
+    with pytest.raises(
+        UserError, match=r"has 2\.0 MB free, and one checkpoint of this run takes at least [2-9]\."
+    ):
+        pretrain(alone(dataset, tmp_path / "run"), local=True)
+    assert not (tmp_path / "run").exists()
+
+
+def test_a_finished_run_that_cannot_be_written_is_finished(
+    finished: Run, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    for name in ("write", "writing", "check_writable"):
+        monkeypatch.setattr(Folder, name, lambda *_: pytest.fail("The run is written"))
+    caplog.set_level("INFO", "raysl")
+    assert raysl.pretrain(config=finished.config(), local=True) == finished
+    assert "is already finished" in caplog.text
 
 
 def test_probes_beside_training_are_refused(dataset: DataSet, tmp_path: Path) -> None:

@@ -82,7 +82,7 @@ def test_the_images_that_choose_are_not_those_that_judge_the_choice(
 
 
 def test_more_than_fits_is_refused_with_the_sum(data: tuple[str, str], tmp_path: Path) -> None:
-    with pytest.raises(UserError, match=r"9 runs at a time with 1 workers each: 9 workers .* 2 CPUs"):
+    with pytest.raises(UserError, match=r"9 runs at a time with 1 worker each: 9 workers .* 2 CPUs"):
         prepare(base(data[0]), config(data, tmp_path, max_concurrent=9))
 
 

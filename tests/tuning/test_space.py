@@ -130,6 +130,12 @@ def test_numbers_of_numpy_become_plain() -> None:
     assert type(config.parts["pirl"].num_negatives) is int
 
 
+def test_another_method_has_as_many_negatives() -> None:
+    base = configured(BASE, {"pirl.num_negatives": 32})
+    assert configured(base, {"method": "npid"}).parts["npid"].num_negatives == 32
+    assert configured(base, {"method": "simclr"}).parts.keys() == {"simclr"}
+
+
 @pytest.mark.parametrize(
     ("vary", "answer"),
     [

@@ -1,0 +1,68 @@
+"""Check a run before it starts: its configuration, its data, and the space for its checkpoints."""
+
+from __future__ import annotations
+
+import logging
+import shutil
+from pathlib import Path
+from typing import Any
+
+from torch import Tensor
+
+from raysl import checkpoint
+from raysl.config import Pretraining
+from raysl.dataset import DataSet
+from raysl.errors import UserError, counted
+from raysl.model import Model
+from raysl.run import Run
+from raysl.storage import Folder
+from raysl.stream.plan import Plan
+from raysl.training.worker import to_build
+
+_log = logging.getLogger("raysl.training")
+
+
+def check(config: Pretraining, dataset: DataSet) -> tuple[Plan, dict[str, Any]]:
+    """Return the plan of a run, and the facts for its metadata.
+
+    Raises:
+        UserError: the data set reveals a mistake in the configuration, the run was begun with other ones, or its disk
+            has no space for a checkpoint.
+    """
+    Run.check(config, dataset)  # First: what follows would blame a value that is taken from the run.
+    run = Run(Folder(config.run))
+    model = Model.of(to_build(config, run), dataset)
+    model.check()
+    plan = config.plan(dataset)
+    if checkpoint.newest_step(run.checkpoints) < plan.num_steps:
+        _check_space(config, model, dataset.num_images)
+    return plan, model.describe()
+
+
+def is_done(config: Pretraining, end: int, num_steps: int) -> bool:
+    """Return True, and say so, if a run has a checkpoint of the step `end` or later, of its `num_steps`."""
+    saved = checkpoint.newest_step(Run(Folder(config.run)).checkpoints)
+    if saved >= end:
+        state = "finished" if saved >= num_steps else "at this step"
+        _log.info("The run at %s is already %s (%s).", config.run, state, counted(saved, "step"))
+    return saved >= end
+
+
+def _check_space(config: Pretraining, model: Model, num_images: int) -> None:
+    """Raise UserError if the disk of the run surely cannot hold one checkpoint: the weights and the memory bank.
+
+    The state of the optimiser is not counted, because its size is not known before the first step.
+    """
+    folder = Folder(config.run)
+    if not folder.is_local:
+        return
+    weights = sum(one.nbytes for one in model.state_dict().values() if isinstance(one, Tensor))
+    bank = num_images * model.objective.bank_dim * (2 if config.bank.dtype == "float16" else 4)
+    above = next(path for path in (Path(folder.uri), *Path(folder.uri).parents) if path.exists())
+    free = shutil.disk_usage(above).free
+    if free < weights + bank:
+        raise UserError(
+            f"The disk of --run {config.run!r} has {free / 1e6:,.1f} MB free, and one checkpoint of this run takes at "
+            f"least {(weights + bank) / 1e6:,.1f} MB: {weights / 1e6:,.1f} MB of weights and {bank / 1e6:,.1f} MB of "
+            "the memory bank. Free some space, or give --run a folder on another disk."
+        )
