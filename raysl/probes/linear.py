@@ -26,8 +26,8 @@ from torch.nn.functional import cross_entropy, linear
 
 from raysl import optim, rng
 from raysl.fields import Bounds
-from raysl.probes import Labelled, Row, Settings, _tiles, accuracy_rows, check, rank
-from raysl.probes._tiles import Tiles
+from raysl.probes import Labelled, Row, Settings, accuracy_rows, check, rank
+from raysl.probes._tiles import Tiles, tile_rows
 from raysl.ray_cluster import gpus
 from raysl.rng import ImageRng
 
@@ -103,7 +103,7 @@ class Linear:
         held_n = ImageRng(0, np.zeros_like(indices), indices).chance("held out", self.config.held_out).numpy()
         order_n = np.argsort(held_n, kind="stable")
         device = gpus.device()
-        tiles = Tiles(device, _tiles.TILING.rows(train.features_nd, device))
+        tiles = Tiles(device, tile_rows(train.features_nd, device))
         home = device if tiles.rows == len(order_n) else torch.device("cpu")
         train_nd = torch.from_numpy(train.features_nd[order_n]).to(home)
         labels_n = torch.from_numpy(train.labels_n[order_n]).to(device)
