@@ -119,29 +119,6 @@ def neighbours_grid(
     return grid(columns)
 
 
-def pieces_grid(
-    queries_qchw: Tensor,
-    found_qkchw: Tensor,
-    query_notes: Sequence[str],
-    found_notes: Sequence[Sequence[str]],
-) -> Image.Image:
-    """Draw a row for each query: the query, then the pieces that were found for it, each with its note.
-
-    Args:
-        queries_qchw: uint8 (q, 3, h, w).
-        found_qkchw: uint8 (q, k, 3, h, w), the nearest first.
-    """
-
-    def column(title: str, pieces: Tensor, notes: Sequence[str]) -> Column:
-        return title, "", list(zip(map(_picture, pieces), notes, strict=True))
-
-    ranks = range(found_qkchw.shape[1])
-    nearest = [
-        column(f"nearest {k + 1}", found_qkchw[:, k], [notes[k] for notes in found_notes]) for k in ranks
-    ]
-    return grid([column("query", queries_qchw, query_notes), *nearest])
-
-
 def _shown(dataset: DataSet, indices: npt.NDArray[np.int64]) -> list[tuple[Image.Image, str]]:
     """Return images, each with the name of its class, or its index if there are no classes."""
     rows = dataset.read(indices).to_pylist()
