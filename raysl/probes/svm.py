@@ -97,8 +97,6 @@ class Svm:
 
 def _classes(train: Labelled, test: Labelled) -> int:
     """Return the number of classes of both sets."""
-    if train.labels_n.ndim != test.labels_n.ndim:
-        raise ValueError("labels of two forms")
     if train.labels_n.ndim == 2:
         return int(train.labels_n.shape[1])
     return int(max(train.labels_n.max(), test.labels_n.max())) + 1
