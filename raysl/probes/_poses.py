@@ -19,7 +19,6 @@ import io
 import json
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
-from functools import partial
 from typing import Any
 
 import numpy as np
@@ -84,16 +83,14 @@ def read(folder: Folder, file: str, reference: str) -> Figures:
     except FileNotFoundError as error:
         raise UserError(f"The annotations {str(folder / file)!r} do not exist. Give another file.") from error
     ending = file.rpartition(".")[2].lower()
-    readers = {"json": _json, "mat": partial(_mat, reference=reference), "csv": _csv}
+    readers = {"json": _json, "mat": _mat, "csv": _csv}
     if ending not in readers:
         raise UserError(
             f"The annotations {file!r} have no known format. Give a JSON file of COCO or MPII, MPII's .mat, or a CSV "
             "file of DeepLabCut."
         )
     try:
-        if reference == "head" and ending != "mat":
-            raise ValueError("this format has no box of the head; use --keypoints.reference box")
-        names, found = readers[ending](data)
+        names, found = readers[ending](data, reference)
         figures = tuple(one for one in found if np.isfinite(one.points_k2).all(1).any() and one.length > 0)
     except (KeyError, ValueError, TypeError, IndexError, AttributeError) as error:
         what = f"{error.args[0]!r} is missing" if isinstance(error, KeyError) else error
@@ -126,8 +123,10 @@ def _extent(points_k2: NDArray[np.float32]) -> float:
     return float(np.ptp(shown_k2, axis=0).max()) if len(shown_k2) else 0.0
 
 
-def _json(data: bytes) -> tuple[Sequence[str], Iterator[Figure]]:
+def _json(data: bytes, reference: str) -> tuple[Sequence[str], Iterator[Figure]]:
     held = json.loads(data)
+    if reference == "head":
+        raise ValueError("this format has no box of the head; use --keypoints.reference box")
     return _coco(held) if isinstance(held, dict) else _hrnet(held)
 
 
@@ -191,7 +190,9 @@ def _mat(data: bytes, reference: str) -> tuple[Sequence[str], Iterator[Figure]]:
     return _MPII, figures()
 
 
-def _csv(data: bytes) -> tuple[Sequence[str], Iterator[Figure]]:
+def _csv(data: bytes, reference: str) -> tuple[Sequence[str], Iterator[Figure]]:
+    if reference == "head":
+        raise ValueError("this format has no box of the head; use --keypoints.reference box")
     lines = list(csv.reader(io.StringIO(data.decode())))
     head = {line[0]: line for line in lines[:4]}
     # Newer files have the folders of an image in columns of their own, which have no coordinate.
