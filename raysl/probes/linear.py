@@ -120,7 +120,7 @@ class Linear:
             weight_decay, solution = schedule.weight_decay, descend(train_nd, labels_n, schedule)
         test_labels_n = torch.from_numpy(test.labels_n)
         rank_n = rank(solution.scores(test_nd, tiles), test_labels_n.to(device))
-        yield from accuracy_rows(rank_n, test_labels_n, solution.classes)
+        yield from accuracy_rows(rank_n, test_labels_n, len(solution.bias_c))
         yield Row("weight_decay", weight_decay)
 
     def _optimum(
@@ -157,10 +157,6 @@ class Solution:
 
     weights_cd: Tensor
     bias_c: Tensor
-
-    @property
-    def classes(self) -> int:
-        return len(self.bias_c)
 
     def scores(self, features_nd: Tensor, tiles: Tiles) -> Tensor:
         """Return logits (n, c), computed in tiles."""
