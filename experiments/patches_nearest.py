@@ -83,10 +83,13 @@ def grid(
         for views in (queries.views_nchw[chosen_q], gallery.views_nchw)
     )
     cosine_qk, index_qk = nearest(asked_qd, known_nd, flags.k)
-    notes = [[f"cos {value:.2f}" for value in row] for row in cosine_qk]
-    return pictures.pieces_grid(
-        queries.views_nchw[chosen_q], gallery.views_nchw[index_qk], [""] * len(chosen_q), notes
-    )
+    queried = [(pictures.mosaic(queries.views_nchw[[q]]), "") for q in chosen_q]
+    columns: list[pictures.Column] = [("query", "", queried)]
+    for k in range(index_qk.shape[1]):
+        pieces = [pictures.mosaic(gallery.views_nchw[[i]]) for i in index_qk[:, k]]
+        notes = [f"cos {value:.2f}" for value in cosine_qk[:, k]]
+        columns.append((f"nearest {k + 1}", "", list(zip(pieces, notes, strict=True))))
+    return pictures.grid(columns)
 
 
 if __name__ == "__main__":

@@ -86,7 +86,7 @@ def main(flags: TrackingFlags) -> None:
 def nearest(model: Model, dataset: DataSet) -> float:
     """Return the share of patches whose nearest patch of the batch is the other one of their track."""
     right, count = 0, 0
-    for batch in batches(model, dataset, epochs=4, seed=1):
+    for batch in batches(model, dataset):
         features_qd = encode(model.backbone, batch.views["pair"]).flatten(0, 1)
         unit_qd = F.normalize(features_qd - features_qd.mean(dim=0), dim=1)
         cosine_qq = (unit_qd @ unit_qd.T).fill_diagonal_(-2)

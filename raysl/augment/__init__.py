@@ -132,9 +132,6 @@ class Recipe:
         photometric: probability of the block posterize, sharpness, solarize, autocontrast of PIRL.
         blur: probability of a Gaussian blur.
         solarize: probability of solarization at half brightness (Grill et al. 2020).
-
-    Raises:
-        UserError: a value is not in 0 .. 1 (hue: 0 .. 0.5).
     """
 
     hflip: float = 0.0
@@ -147,14 +144,6 @@ class Recipe:
     photometric: float = 0.0
     blur: float = 0.0
     solarize: float = 0.0
-
-    def __post_init__(self) -> None:
-        for name, value in vars(self).items():
-            most = 0.5 if name == "hue" else 1
-            if not 0 <= value <= most:
-                raise UserError(
-                    f"An augmentation recipe with {name}={value} is not possible; it must be between 0 and {most}."
-                )
 
 
 _STRONG = Recipe(

@@ -62,12 +62,6 @@ class ClusterfitConfig:
         if not self.teacher.strip():
             raise UserError("--teacher is empty. Give the folder of a run, a weights file, or random.")
 
-    def clustering(self, seed: int) -> KMeansConfig:
-        """Return the configuration of k-means."""
-        return KMeansConfig(
-            k=self.k, iterations=self.iterations, init=self.init, spherical=self.spherical, seed=seed
-        )
-
 
 def round_folder(run: str, number: int) -> Folder:
     """Return the folder of a round, counted from 1, in which "run" is the student."""
@@ -90,6 +84,9 @@ def clusterfit(config: ClusterfitConfig, student: Pretraining, *, local: bool = 
         UserError: see `extraction.compute_features`, `lloyd.fit` and `pretrain`.
     """
     run_folder.check_free(student.run)
+    kmeans = KMeansConfig(
+        config.k, config.iterations, init=config.init, spherical=config.spherical, seed=student.seed
+    )
     teacher, backbone = config.teacher, config.teacher_backbone
     for number in range(1, config.rounds + 1):
         folder = round_folder(student.run, number)
@@ -103,7 +100,7 @@ def clusterfit(config: ClusterfitConfig, student: Pretraining, *, local: bool = 
             backbone=backbone,
         )
         store = compute_features(teacher, features_config)
-        clusters = lloyd.fit(str(store.folder), config.clustering(student.seed), str(folder / "clusters"))
+        clusters = lloyd.fit(str(store.folder), kmeans, str(folder / "clusters"))
         student_config = replace(
             student,
             run=str(folder / "run"),

@@ -5,14 +5,12 @@ from __future__ import annotations
 import functools
 import time
 from collections.abc import Mapping
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import torch
 
+from raysl.diagnostics.bench import Bench, Numbers
 from raysl.diagnostics.measurement import first_batch
-
-if TYPE_CHECKING:
-    from raysl.diagnostics.bench import Bench, Numbers
 
 # Compiling takes minutes at the start of a run, and smaller differences are within the noise of a measurement.
 _LEAST_GAIN = 1.02

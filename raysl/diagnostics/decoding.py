@@ -6,19 +6,15 @@ pixels differ.
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING
-
 import numpy as np
 import simplejpeg
 import torch
 from torch import Tensor
 from torch.nn.functional import interpolate
 
+from raysl.diagnostics.bench import Bench, Numbers
 from raysl.stream.decode import decode
 from raysl.stream.gpu_decode import decode_on
-
-if TYPE_CHECKING:
-    from raysl.diagnostics.bench import Bench, Numbers
 
 _HEIGHT, _WIDTH = 375, 500  # the usual size in ImageNet
 

@@ -196,7 +196,6 @@ def views_on_device(bench: Bench) -> Numbers:
     for place in ("data", "trainer"):
         worker = bench.worker(stream=StreamConfig(place=place), deterministic=True)
         losses[place] = worker.update(worker.model, first_batch(worker), 1e-3).loss.item()
-    worker = bench.worker()
     torch.use_deterministic_algorithms(False)
     made_s = bench.seconds(lambda: first_batch(worker), times=3)
     return {"loss_equal": losses["data"] == losses["trainer"], "read_decode_and_views_ms": 1e3 * made_s}

@@ -21,7 +21,7 @@ from raysl.communication import collective
 from raysl.errors import UserError, explained
 from raysl.rng import ImageRng
 from raysl.stream.decode import DecodeError, cut, decode
-from raysl.stream.reader import Batch, Stream
+from raysl.stream.reader import Batch, Stream, load
 from raysl.training import rendezvous
 from raysl.training.worker import Job, Worker
 
@@ -132,16 +132,8 @@ def _training_costs(
 
 def first_batch(worker: Worker) -> Batch:
     """Make the first batch of this worker without data tasks."""
-    plan = worker.plan
-    stream = worker.model.stream(worker.job.dataset, rank=worker.rank, world=worker.world)
-    rows = plan.rows(0, worker.rank, worker.world)
-    table = worker.job.dataset.read(rows.indices_b)
-    image_rng = ImageRng(plan.seed, rows.epochs_b, rows.indices_b)
-    sources = {name: view.source for name, view in stream.views_of(0).items()}
-    crops = cut(table.column("image").to_pylist(), sources, image_rng)
-    labels = torch.tensor(table.column("label").to_numpy()) if "label" in table.column_names else None
-    batch = Batch(0, rows, labels.to(worker.device) if labels is not None else None, {}, {})
-    return stream.finish(batch, {name: crop.to(worker.device) for name, crop in crops.items()})
+    stream = worker._stream()
+    return stream.batch(0, next(load(stream, [range(1)])))
 
 
 def _together_s(stage: Callable[[], object], device: torch.device) -> float:

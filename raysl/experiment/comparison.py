@@ -166,7 +166,6 @@ def measured(
     names: Sequence[str],
     *,
     layers: Sequence[str] = ("pooled",),
-    encoders: Sequence[str] = ENCODERS[:2],
     configs: Mapping[str, Any] | None = None,
 ) -> None:
     """Probe the runs on the labelled data of the flags, as far as results are missing.
@@ -178,17 +177,15 @@ def measured(
     starts = set()
     for run in runs:
         start = extraction.untrained(run)
-        own = [name for name in encoders if name == "trained" or start not in starts]
+        own = ENCODERS[:1] if start in starts else ENCODERS[:2]
         starts.add(start)
         stages = extraction.stages(extraction.Trained(run, run.newest()))
         wanted = {one for layer in layers for one in (stages if layer == "all" else [layer])}
-
         missing = []
         for name in names:
             found = rows_of_probe(run, name, seen, judged, (configs or {}).get(name), run.newest().step)
             layers_of = {one: {row["layer"] for row in found if row["encoder"] == one} for one in own}
-            # Pixels may have none of the layers.
-            if not all(layers_of[encoder] >= wanted for encoder in own if encoder != "pixels"):
+            if not all(there >= wanted for there in layers_of.values()):
                 missing.append(name)
         if missing:
             how: dict[str, Any] = {"layers": layers, "encoders": own, "configs": configs or {}}

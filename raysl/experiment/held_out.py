@@ -16,31 +16,32 @@ from raysl.stream.plan import Plan
 from raysl.stream.processes import DataProcesses
 from raysl.stream.reader import Batch, Stream
 
+# Visits to every row, each with views of its own.
+_EPOCHS = 4
 
-def batches(model: Model, dataset: DataSet, epochs: float, seed: int) -> Iterator[Batch]:
+
+def batches(model: Model, dataset: DataSet) -> Iterator[Batch]:
     """Yield batches of the views of a model on any data set, without a gradient, made by a process beside this one.
 
     Args:
         model: gives the views; it stays in its mode.
-        epochs: visits to every row.
     """
-    plan = Plan.of(dataset, min(model.config.batch_size, dataset.num_images), seed, epochs)
+    plan = Plan.of(dataset, min(model.config.batch_size, dataset.num_images), seed=1, epochs=_EPOCHS)
     with torch.no_grad(), DataProcesses(1) as data:
         yield from Stream(dataset, plan, model.views(), model.config.stream, source=data.columns).batches()
 
 
-def held_out(run: Run, dataset: DataSet, epochs: float = 4, seed: int = 1) -> dict[str, float]:
+def held_out(run: Run, dataset: DataSet) -> dict[str, float]:
     """Return the loss and the metrics of a run's objective on a data set, averaged over batches of the run's size.
 
     Args:
         run: finished, of an objective without a memory bank.
         dataset: rows of the same kind as those of the run.
-        epochs: visits to every row, each with views of its own.
     """
     model = trained_model(Trained(run, run.newest()))
     sums: dict[str, float] = defaultdict(float)
     count = 0
-    for batch in batches(model, dataset, epochs, seed):
+    for batch in batches(model, dataset):
         found = model.objective.loss(model(batch.views), batch, None)
         for name, value in {"loss": found.loss, **found.metrics}.items():
             sums[name] += float(value)

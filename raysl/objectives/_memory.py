@@ -81,11 +81,8 @@ class WithMemory(Base):
         assert bank is not None
         memory_bd = bank.lookup(batch.indices_b)
         # All queries of an image share their negatives.
-        queries_qbd, k, tau = (
-            torch.stack(list(queries.values())),
-            self.config.num_negatives,
-            self.config.temperature,
-        )
+        queries_qbd = torch.stack(list(queries.values()))
+        k, tau = self.config.num_negatives, self.config.temperature
         if self.config.negatives == "shared":
             scores_qbk = negatives.shared_scores(bank, queries_qbd, batch.rows, batch.step, k)
         else:

@@ -122,21 +122,14 @@ class AudioVisual(Base):
         """Compute embeddings: the frame (b, d), or (b, d, h, w) for "map"; the sounds (b, p, d)."""
         sounds_bpchw = views["sound"]
         heard = self.hear(self.sound_backbone(sounds_bpchw.flatten(0, 1)))
-        return {
-            "frame": self._seen(backbone, views["frame"]),
-            "sound": heard.view(*sounds_bpchw.shape[:2], -1),
-        }
-
-    def _seen(self, backbone: nn.Module, frames_bpchw: Tensor) -> Tensor:
-        if self.config.form != "map":
-            return self.see(encode(backbone, frames_bpchw)[:, 0])  # type: ignore[no-any-return]
-        return self._map(backbone, frames_bpchw)
+        if self.config.form == "map":
+            seen = self._map(backbone, views["frame"])
+        else:
+            seen = self.see(encode(backbone, views["frame"])[:, 0])
+        return {"frame": seen, "sound": heard.view(*sounds_bpchw.shape[:2], -1)}
 
     def _map(self, backbone: nn.Module, frames_bpchw: Tensor) -> Tensor:
-        if not isinstance(backbone, Backbone):
-            raise UserError(
-                "The objective 'audio_visual' in the form 'map' needs a backbone with a spatial map."
-            )
+        assert isinstance(backbone, Backbone)
         maps_bdhw = encode_maps(backbone, frames_bpchw)[:, 0]
         places_bhwd = maps_bdhw.movedim(1, -1)
         seen: Tensor = self.see(places_bhwd.flatten(0, 2))

@@ -98,10 +98,8 @@ class Moco(Base):
         """Compute equation 1, averaged over the batch. Then put the keys of all workers into the queue."""
         query_bd, key_bd = outputs["query"], outputs["key"]
         indices_b = batch.indices_b
-        queue_kd, queue_indices_k = (
-            self.queue_kd.to(query_bd.device),
-            self.queue_indices_k.to(query_bd.device),
-        )
+        device = query_bd.device
+        queue_kd, queue_indices_k = self.queue_kd.to(device), self.queue_indices_k.to(device)
         cosine_b = (query_bd * key_bd).sum(dim=1)
         with torch.autocast(query_bd.device.type, enabled=False):
             cosines_bk = query_bd @ queue_kd.T

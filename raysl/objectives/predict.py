@@ -100,8 +100,7 @@ class Predict(Base):
     def _features(self, backbone: nn.Module, views_bpchw: Tensor) -> Tensor:
         if not self.cells:
             return encode(backbone, views_bpchw)
-        if not isinstance(backbone, Backbone):
-            raise UserError("--predict.cells needs a backbone with a spatial map. Use 0.")
+        assert isinstance(backbone, Backbone)
         maps_bpdhw = encode_maps(backbone, views_bpchw)
         cells = F.adaptive_avg_pool2d(maps_bpdhw.flatten(0, 1), self.cells).flatten(1)
         return cells.view(*views_bpchw.shape[:2], -1)

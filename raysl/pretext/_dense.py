@@ -28,7 +28,7 @@ class DenseTransform(Plain):
         config: its hyperparameters; `grid`, the cells per side, is an even number of at least 4.
 
     Raises:
-        UserError: the grid is odd, too small or finer than the pixels.
+        UserError: the grid is odd or finer than the pixels.
     """
 
     color: Color = "source"
@@ -36,7 +36,7 @@ class DenseTransform(Plain):
     def __init__(self, name: str, config: Any, geometry: Geometry) -> None:
         super().__init__(config, geometry)
         grid: int = config.grid
-        if grid < 4 or grid % 2 or geometry.image_size < grid:
+        if grid % 2 or geometry.image_size < grid:
             raise UserError(
                 f"--{name}.grid is {grid} and --view.image-size is {geometry.image_size}. The grid must be an even "
                 "number of at least 4, and each of its cells must contain at least one pixel. Use larger images, or a "

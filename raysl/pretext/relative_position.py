@@ -70,7 +70,7 @@ class RelativePosition:
         self.jitter = max(1, round(self.patch_size * 7 / 96)) if config.jitter is None else config.jitter
         # The space that three patches and their jitter leave.
         self.gap = (size - 3 * self.patch_size - 2 * self.jitter) // 2
-        if self.patch_size < _MIN_PATCH or self.jitter < 0 or self.gap < max(1, 2 * self.jitter):
+        if self.patch_size < _MIN_PATCH or self.gap < max(1, 2 * self.jitter):
             raise UserError(
                 f"relative_position with --view.image-size {geometry.image_size} has patches of {self.patch_size} "
                 f"pixels with gaps of {self.gap} and a jitter of {self.jitter} in a source of {size}. A patch must "

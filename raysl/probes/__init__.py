@@ -271,10 +271,6 @@ def check(name: str, train: Labelled, test: Labelled, *, several: bool = False, 
             and the probe does not accept them, or the sets are the same and the probe learns.
     """
     for kind, data in (("train", train), ("test", test)):
-        if len(data.features_nd) != len(data.labels_n):
-            raise ValueError(
-                f"{kind} features of shape {data.features_nd.shape}, {len(data.labels_n)} labels"
-            )
         check_features(data.features_nd, kind)
         if data.labels_n.ndim != 1 and not several:
             raise UserError(
@@ -306,8 +302,6 @@ def check_features(features_nd: NDArray[np.float32], kind: str) -> None:
         features_nd: float32 (n, d).
         kind: "train" or "test", for messages.
     """
-    if features_nd.ndim != 2:
-        raise ValueError(f"{kind} features of shape {features_nd.shape}")
     if not len(features_nd):
         raise UserError(f"The {kind} set of the probe has no images. Give a data set that has images.")
     if not np.isfinite(features_nd).all():

@@ -73,10 +73,11 @@ def measure_layers(
     threads = 1 if low_priority else _threads_per_task(machines.for_work, len(layers))
     calls = [(probe, layer, spec, train, test, threads, low_priority) for layer, spec in pairs]
     _, share = extraction.actor_resources(machines.totals())
+    needed_bytes = max(sum(_COPIES * 4 * one.tables[spec].num_values for one in sets) for spec in specs)
     options: dict[str, Any] = {
         **({"num_cpus": 0.0} if low_priority else share),
         # Two tasks that do not fit into a machine together wait for each other.
-        "memory": min(_needed_bytes(specs, sets), _largest_memory(machines.for_work, share["num_cpus"])),
+        "memory": min(needed_bytes, _largest_memory(machines.for_work, share["num_cpus"])),
         "scheduling_strategy": "SPREAD",
     }
     if low_priority:
@@ -94,11 +95,6 @@ def _largest_memory(nodes: Iterable[Mapping[str, float]], cpus: float) -> float:
     """Return the memory of the largest machine that has so many CPUs, in bytes."""
     working = [node for node in nodes if node.get("CPU", 0.0) >= max(cpus, 1e-3)]
     return max((node.get("memory", 0.0) for node in working), default=0.0)
-
-
-def _needed_bytes(specs: Iterable[str], sets: Iterable[StoredFeatures]) -> int:
-    """Return the memory that a probe of the largest layer needs, in bytes."""
-    return max(sum(_COPIES * 4 * one.tables[spec].num_values for one in sets) for spec in specs)
 
 
 def _measure(

@@ -21,7 +21,7 @@ from raysl.probes import REESTIMATED, Subject
 from raysl.probes._ridge import HELD_OUT
 from raysl.ray_cluster.gpus import device
 
-_BATCH = 64
+BATCH = 64
 _PART_CLIPS = 64
 
 
@@ -61,7 +61,7 @@ def mixed(views: Iterable[Tensor]) -> list[Tensor]:
     if len(images_nchw) < 2:
         return []
     order_n = rng.generator("bn statistics", "order").permutation(len(images_nchw))
-    return [images_nchw[some] for some in np.array_split(order_n, math.ceil(len(order_n) / _BATCH))]
+    return [images_nchw[some] for some in np.array_split(order_n, math.ceil(len(order_n) / BATCH))]
 
 
 def features(
@@ -103,8 +103,8 @@ def cell_offset(backbone: Backbone, size: int) -> float:
 
 def batches(count: int) -> Iterator[slice]:
     """Yield slices that cover `count` images in batches of equal size but for the last."""
-    for first in range(0, count, _BATCH):
-        yield slice(first, min(first + _BATCH, count))
+    for first in range(0, count, BATCH):
+        yield slice(first, min(first + BATCH, count))
 
 
 def each_clip(

@@ -6,7 +6,6 @@ standard deviation; the offset has no penalty. The minimum is exact, so there is
 
 from __future__ import annotations
 
-from collections.abc import Sequence
 from dataclasses import dataclass
 
 import torch
@@ -84,16 +83,12 @@ class Moments:
         return float(fitted + self.squares_k.sum()) / self.rows
 
 
-def fit(fitted: Moments, held_out: Moments, penalties: Sequence[float] = PENALTIES) -> tuple[Readout, float]:
+def fit(fitted: Moments, held_out: Moments) -> tuple[Readout, float]:
     """Return the readout of all rows with the penalty that is best on the held-out rows, and that penalty.
 
     Without fitted or held-out rows the strongest penalty is used.
-
-    Args:
-        held_out: rows that choose the penalty.
     """
-    strongest_first = sorted(penalties, reverse=True)
-    best = strongest_first[0]
+    best = PENALTIES[0]
     if fitted.rows and held_out.rows:
-        best = min(strongest_first, key=lambda penalty: held_out.error(fitted.solve(penalty)))
+        best = min(PENALTIES, key=lambda penalty: held_out.error(fitted.solve(penalty)))
     return (fitted + held_out).solve(best), best

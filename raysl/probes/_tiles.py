@@ -4,38 +4,25 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from dataclasses import dataclass
-from typing import Annotated
 
 import numpy as np
 import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
-from raysl.fields import Bounds, Checked
+# Features that take a larger share of the GPU's memory, in which scores and gradients need room too, stay in the memory
+# of the host. Tiles of an eighth of this share are sent whenever they are needed. Results differ by rounding only.
+_SHARE = 0.5
 
 
-@dataclass(frozen=True)
-class Tiling(Checked):
-    """Choose how many rows of features lie on a GPU at a time. No flag, because results differ by rounding only.
-
-    Args:
-        share: features that take a larger share of the GPU's memory stay in the memory of the host, and are sent in
-            tiles of an eighth of this share whenever they are needed.
-    """
-
-    share: Annotated[float, Bounds(above=0, high=0.9, hint="scores and gradients need memory too")] = 0.5
-
-    def rows(self, features_nd: NDArray[np.float32], device: torch.device) -> int:
-        """Return the rows of a tile, at least 1; all rows if they fit, and on the CPU."""
-        if device.type == "cpu":
-            return len(features_nd)
-        allowed_bytes = self.share * torch.cuda.mem_get_info(device)[1]
-        if features_nd.nbytes <= allowed_bytes:
-            return len(features_nd)
-        return max(1, int(allowed_bytes / 8 / features_nd[0].nbytes))
-
-
-TILING = Tiling()
+def tile_rows(features_nd: NDArray[np.float32], device: torch.device) -> int:
+    """Return how many rows of features lie on a device at a time: all if they fit, and on the CPU; at least 1."""
+    if device.type == "cpu":
+        return len(features_nd)
+    allowed_bytes = _SHARE * torch.cuda.mem_get_info(device)[1]
+    if features_nd.nbytes <= allowed_bytes:
+        return len(features_nd)
+    return max(1, int(allowed_bytes / 8 / features_nd[0].nbytes))
 
 
 @dataclass(frozen=True)

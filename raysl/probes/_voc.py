@@ -181,7 +181,9 @@ def _picture(folder: Folder, name: str, image: bytes, xml: bytes) -> Picture:
         difficult = [one.findtext("difficult", "0").strip() == "1" for one in objects]
         corners_n4 = [[float(_text(one, f"bndbox/{side}")) for side in _SIDES] for one in objects]
         corners = np.array(corners_n4, dtype=np.float64).reshape(-1, 4) - (1, 1, 0, 0)
-        boxes_n4 = clipped(corners, height, width)
+        if not np.isfinite(corners).all():
+            raise ValueError("a box is not finite")
+    boxes_n4 = corners.clip(0, (width, height, width, height)).astype(np.float32)
     kept_n = np.all(boxes_n4[:, :2] < boxes_n4[:, 2:], axis=1)
     return Picture(
         name,
@@ -201,14 +203,6 @@ def _text(one: ElementTree.Element, path: str) -> str:
     if not text:
         raise ValueError(f"an object has no {path}")
     return text
-
-
-def clipped(boxes_n4: NDArray[np.float64], height: int, width: int) -> NDArray[np.float32]:
-    """Return boxes clipped to their image. Raises ValueError if a number is not finite."""
-    if not np.isfinite(boxes_n4).all():
-        raise ValueError("a box is not finite")
-    inside_n4: NDArray[np.float32] = boxes_n4.clip(0, (width, height, width, height)).astype(np.float32)
-    return inside_n4
 
 
 def classes_of(*splits: Sequence[Picture]) -> list[str]:

@@ -123,61 +123,43 @@ class Invariance(InTask[Config]):
 
     def rows(self, subject: Subject) -> list[Row]:
         """Return the rows, and write the histogram. Raises UserError if the features are not finite."""
-        rows, counts = _measure(subject, self.config, self.transforms(subject))
+        config, transforms = self.config, self.transforms(subject)
+        sample, device = _Sample.draw(subject, config.max_images), gpus.device()
+        by_batch = config.statistics == "batch"
+        encode = subject.encoder.load(device, subject.layers, by_batch)
+
+        def seen(transform: Pretext) -> tuple[dict[str, Tensor], Tensor | None]:
+            """Return the features of the views by layer, float (n, p, d), and their labels if there are any."""
+            made: dict[str, list[Tensor]] = {layer: [] for layer in subject.layers}
+            labels: list[Tensor] = []
+            for view in sample.views(transform):
+                labels += [view.target] if transform.num_labels and view.target is not None else []
+                found = encode(view.crops_bpchw.flatten(0, 1).to(device))
+                for layer, values in made.items():
+                    values.append(found[layer].float().cpu().view(*view.crops_bpchw.shape[:2], -1))
+            features_of = {layer: torch.cat(values) for layer, values in made.items()}
+            return features_of, torch.cat(labels) if labels else None
+
+        whole = pretext.build("identity", {}, Geometry(subject.image_size))
+        with torch.inference_mode():
+            plain, _ = seen(whole)
+            moved = {name: seen(transform) for name, transform in transforms.items()}
+        changed = {name: sample.changed(transform, whole) for name, transform in transforms.items()}
+        rows: list[Row] = []
+        counts: dict[str, Any] = {}
+        for layer in subject.layers:
+            check_features(plain[layer][:, 0].numpy(), "test")
+            of_layer = {
+                name: (features_of[layer], label_n, changed[name])
+                for name, (features_of, label_n) in moved.items()
+            }
+            found_rows, counts[layer] = _layer(plain[layer][:, 0], of_layer, transforms, config)
+            rows += [Row(row.name, row.value, layer) for row in found_rows]
+        if (compared := heads(subject.encoder, device, by_batch)) is not None:
+            found_rows, counts[HEADS] = _heads(compared, sample, device, config)
+            rows += found_rows
         write_record(subject.folder, HISTOGRAM, {"edges": EDGES.tolist(), "counts": counts})
         return rows
-
-
-def _measure(
-    subject: Subject, config: Config, transforms: Mapping[str, Pretext]
-) -> tuple[list[Row], dict[str, Any]]:
-    sample, device = _Sample.draw(subject, config.max_images), gpus.device()
-    by_batch = config.statistics == "batch"
-    encode = subject.encoder.load(device, subject.layers, by_batch)
-
-    def seen(transform: Pretext) -> _Seen:
-        made: dict[str, list[Tensor]] = {layer: [] for layer in subject.layers}
-        labels: list[Tensor] = []
-        for view in sample.views(transform):
-            labels += [view.target] if transform.num_labels and view.target is not None else []
-            found = encode(view.crops_bpchw.flatten(0, 1).to(device))
-            for layer, values in made.items():
-                values.append(found[layer].float().cpu().view(*view.crops_bpchw.shape[:2], -1))
-        features_of = {layer: torch.cat(values) for layer, values in made.items()}
-        return _Seen(features_of, torch.cat(labels) if labels else None, sample.changed(transform, whole))
-
-    whole = pretext.build("identity", {}, Geometry(subject.image_size))
-    with torch.inference_mode():
-        plain = seen(whole).features_of
-        moved = {name: seen(transform) for name, transform in transforms.items()}
-    rows: list[Row] = []
-    counts: dict[str, Any] = {}
-    for layer in subject.layers:
-        check_features(plain[layer][:, 0].numpy(), "test")
-        of_layer = {
-            name: (view.features_of[layer], view.label_n, view.changed_n) for name, view in moved.items()
-        }
-        found_rows, counts[layer] = _layer(plain[layer][:, 0], of_layer, transforms, config)
-        rows += [Row(row.name, row.value, layer) for row in found_rows]
-    if (compared := heads(subject.encoder, device, by_batch)) is not None:
-        found_rows, counts[HEADS] = _heads(compared, sample, device, config)
-        rows += found_rows
-    return rows, counts
-
-
-@dataclass(frozen=True)
-class _Seen:
-    """The features of the views of a transform.
-
-    Args:
-        features_of: float (n, p, d) for each layer.
-        label_n: the labels of the transform, if it has labels.
-        changed_n: bool (n,): images that it changes.
-    """
-
-    features_of: dict[str, Tensor]
-    label_n: Tensor | None
-    changed_n: NDArray[np.bool_]
 
 
 @dataclass(frozen=True)

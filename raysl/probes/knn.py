@@ -18,8 +18,8 @@ from torch import Tensor
 from torch.nn.functional import normalize
 
 from raysl.fields import Bounds
-from raysl.probes import Labelled, Row, Settings, _tiles, accuracy_rows, check, rank, same_images
-from raysl.probes._tiles import Tiles
+from raysl.probes import Labelled, Row, Settings, accuracy_rows, check, rank, same_images
+from raysl.probes._tiles import Tiles, tile_rows
 from raysl.ray_cluster import gpus
 
 # Similarities of a tile of queries with a tile of train images take 128 MB; 2 GB if the train images are sent in tiles.
@@ -103,7 +103,7 @@ class Gallery:
     @classmethod
     def of(cls, features_nd: NDArray[np.float32], device: torch.device) -> Gallery:
         """Put features on the device, if they fit there."""
-        train_nd, rows = torch.from_numpy(features_nd), _tiles.TILING.rows(features_nd, device)
+        train_nd, rows = torch.from_numpy(features_nd), tile_rows(features_nd, device)
         if rows < len(train_nd):
             return cls(train_nd, False, Tiles(device, min(rows, _TRAIN_TILE)), 16 * _QUERY_TILE)
         unit_nd = torch.empty(train_nd.shape, device=device)

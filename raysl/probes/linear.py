@@ -26,8 +26,8 @@ from torch.nn.functional import cross_entropy, linear
 
 from raysl import optim, rng
 from raysl.fields import Bounds
-from raysl.probes import Labelled, Row, Settings, _tiles, accuracy_rows, check, rank
-from raysl.probes._tiles import Tiles
+from raysl.probes import Labelled, Row, Settings, accuracy_rows, check, rank
+from raysl.probes._tiles import Tiles, tile_rows
 from raysl.ray_cluster import gpus
 from raysl.rng import ImageRng
 
@@ -103,7 +103,7 @@ class Linear:
         held_n = ImageRng(0, np.zeros_like(indices), indices).chance("held out", self.config.held_out).numpy()
         order_n = np.argsort(held_n, kind="stable")
         device = gpus.device()
-        tiles = Tiles(device, _tiles.TILING.rows(train.features_nd, device))
+        tiles = Tiles(device, tile_rows(train.features_nd, device))
         home = device if tiles.rows == len(order_n) else torch.device("cpu")
         train_nd = torch.from_numpy(train.features_nd[order_n]).to(home)
         labels_n = torch.from_numpy(train.labels_n[order_n]).to(device)
@@ -120,7 +120,7 @@ class Linear:
             weight_decay, solution = schedule.weight_decay, descend(train_nd, labels_n, schedule)
         test_labels_n = torch.from_numpy(test.labels_n)
         rank_n = rank(solution.scores(test_nd, tiles), test_labels_n.to(device))
-        yield from accuracy_rows(rank_n, test_labels_n, solution.classes)
+        yield from accuracy_rows(rank_n, test_labels_n, len(solution.bias_c))
         yield Row("weight_decay", weight_decay)
 
     def _optimum(
@@ -157,10 +157,6 @@ class Solution:
 
     weights_cd: Tensor
     bias_c: Tensor
-
-    @property
-    def classes(self) -> int:
-        return len(self.bias_c)
 
     def scores(self, features_nd: Tensor, tiles: Tiles) -> Tensor:
         """Return logits (n, c), computed in tiles."""

@@ -16,7 +16,6 @@ Queries come from the test set, neighbours from the train set. experiments/patch
 
 from __future__ import annotations
 
-from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import Annotated, Any, ClassVar, Literal
 
@@ -30,7 +29,7 @@ from raysl.dataset import DataSet
 from raysl.errors import Unset, UserError
 from raysl.fields import Bounds
 from raysl.probes import Row, Settings, Subject, check_features, common_labels
-from raysl.probes._images import batches, each_clip, features, load, sample, seen_points, spaced
+from raysl.probes._images import BATCH, each_clip, features, load, sample, seen_points, spaced
 from raysl.probes._task import InTask
 from raysl.probes.retrieval import nearest
 from raysl.stream import decode
@@ -74,10 +73,6 @@ class Pieces:
     places_n2: NDArray[np.float64]
     points_nk2: NDArray[np.float32] | None = None
 
-    def batches(self) -> Iterator[Tensor]:
-        """Yield the views in batches."""
-        return (self.views_nchw[some] for some in batches(len(self.views_nchw)))
-
 
 class Patches(InTask[Config]):
     """Precision at each k, the first of which is the primary metric, and distances of places or poses."""
@@ -102,7 +97,9 @@ class Patches(InTask[Config]):
         gallery, queries = (pieces(data, size, config) for data in (subject.train, subject.test))
         same = subject.train.manifest.fingerprint == subject.test.manifest.fingerprint
         encode = load(subject, [gallery.views_nchw[sample(len(gallery.views_nchw))]])
-        known_of, asked_of = (features(encode, one.batches()) for one in (gallery, queries))
+        known_of, asked_of = (
+            features(encode, torch.split(one.views_nchw, BATCH)) for one in (gallery, queries)
+        )
         known_n, asked_n = common_labels(subject.train, subject.test)
         known_n, asked_n = known_n[gallery.sources_n], asked_n[queries.sources_n]
         k = min(max(config.ks), max(1, len(known_n) - config.per_image * same))

@@ -65,7 +65,10 @@ class Svm:
     def run(self, train: Labelled, test: Labelled) -> Iterator[Row]:
         """Yield the mean over classes of the average precision; it is 0 for a class that the train set never shows."""
         check("svm", train, test, several=True, learns=True)
-        classes = _classes(train, test)
+        if train.labels_n.ndim == 2:
+            classes = train.labels_n.shape[1]
+        else:
+            classes = int(max(train.labels_n.max(), test.labels_n.max())) + 1
         kept_n = rng.sample(len(train.labels_n), self.config.max_images, "svm")
         units = unit_rows(train.features_nd[kept_n]), unit_rows(test.features_nd)
         train_nd, test_nd = (one.numpy() for one in in_span(*map(torch.from_numpy, units)))
@@ -93,15 +96,6 @@ class Svm:
             return np.full(len(test_nd), float(sign_n[0] == 1))
         cost = choose(train_nd, sign_n, self.config.costs) if fewest > 1 else 1.0
         return fitted(train_nd, sign_n, cost, test_nd)
-
-
-def _classes(train: Labelled, test: Labelled) -> int:
-    """Return the number of classes of both sets."""
-    if train.labels_n.ndim != test.labels_n.ndim:
-        raise ValueError("labels of two forms")
-    if train.labels_n.ndim == 2:
-        return int(train.labels_n.shape[1])
-    return int(max(train.labels_n.max(), test.labels_n.max())) + 1
 
 
 def _solver() -> Any:

@@ -16,15 +16,11 @@ import socket
 import sys
 import tempfile
 import time
-from contextlib import contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 from raysl.errors import UserError
-
-if TYPE_CHECKING:
-    from collections.abc import Iterator
 
 # Length limit of the path of a Unix socket; macOS allows four bytes less than Linux.
 _PATH_BYTES = 103
@@ -86,7 +82,10 @@ def start(**options: Any) -> None:
         UserError: the folder for temporary files cannot be used, or its path is too long.
     """
     global _home
+    from unittest.mock import patch
+
     import ray
+    from ray._private import ray_constants
 
     folder = _folder()
     home = _Home(folder, _lock_folder(folder))
@@ -116,7 +115,9 @@ def start(**options: Any) -> None:
         # Ray counts the GPU of an Apple chip, which raysl does not use.
         options = {"num_gpus": 0, **options}
     try:
-        with _loopback():
+        # `_node_ip_address="127.0.0.1"` is not enough: Ray 2.60 replaces it by an address that others can reach, and
+        # most of its processes then listen on all interfaces, unless clusters are switched off, as on macOS.
+        with patch.object(ray_constants, "ENABLE_RAY_CLUSTER", False):
             ray.init(
                 address="local", include_dashboard=False, _temp_dir=str(home.folder / _RAY_FOLDER), **options
             )
@@ -207,23 +208,6 @@ def _is_recreated(folder: Path) -> bool:
         and [path.name for path in folder.iterdir()] == [_RAY_FOLDER]
         and all(path.name.startswith("session_") for path in (folder / _RAY_FOLDER).iterdir())
     )
-
-
-@contextmanager
-def _loopback() -> Iterator[None]:
-    """Make Ray use the loopback address as the address of this machine during the block.
-
-    `_node_ip_address="127.0.0.1"` is not enough: Ray 2.60 replaces it by an address that others can reach, and most of
-    its processes then listen on all interfaces, unless clusters are switched off, as on macOS.
-    """
-    from ray._private import ray_constants
-
-    before = ray_constants.ENABLE_RAY_CLUSTER
-    ray_constants.ENABLE_RAY_CLUSTER = False
-    try:
-        yield
-    finally:
-        ray_constants.ENABLE_RAY_CLUSTER = before
 
 
 def _read_environment() -> None:

@@ -44,18 +44,17 @@ def plot_png(draw: Callable[[Any], None], width: float = 6.4) -> bytes:
     return _png(fill, width, 4.0)
 
 
-def panels_png(draws: Mapping[str, Callable[[Any], None]], shared: bool = False) -> bytes:
+def panels_png(draws: Mapping[str, Callable[[Any], None]]) -> bytes:
     """Return a PNG of several pairs of axes, three in a row, each with a title.
 
     Args:
         draws: a function that fills each pair of axes, by title.
-        shared: give all axes the same limits.
     """
     columns = min(_COLUMNS, len(draws))
     lines = math.ceil(len(draws) / columns)
 
     def fill(canvas: Canvas) -> None:
-        grid = canvas.subplots(lines, columns, squeeze=False, sharex=shared, sharey=shared).flatten()
+        grid = canvas.subplots(lines, columns, squeeze=False).flatten()
         for axes, (title, draw) in zip(grid, draws.items(), strict=False):
             axes.grid(alpha=0.3)
             axes.set_title(textwrap.fill(title, _TITLE_WIDTH), fontsize=9)

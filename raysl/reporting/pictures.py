@@ -51,18 +51,15 @@ def views_of(config: Pretraining, dataset: DataSet) -> Mapping[str, View]:
     return views
 
 
-def views_grid(
-    dataset: DataSet, views: Mapping[str, View], seed: int = 0, count: int = 8, epoch: int = 0
-) -> Image.Image:
+def views_grid(dataset: DataSet, views: Mapping[str, View], seed: int = 0, count: int = 8) -> Image.Image:
     """Draw a row for each image: the image, then each view as the network receives it.
 
     A view of several crops is drawn as a mosaic: a jigsaw of nine patches is 3 x 3. The pixels are equal to those of
-    the stream for the same seed and epoch, enlarged without smoothing.
+    the stream for the same seed in epoch 0, enlarged without smoothing.
 
     Args:
         dataset: the data set; the seed determines which images are drawn.
         views: views by name, from `views_of`.
-        epoch: epoch of the random choices.
 
     Raises:
         UserError: a shard of the data set is damaged.
@@ -72,7 +69,7 @@ def views_grid(
     needed = {column: None for view in views.values() for column in view.columns}
     table = dataset.read(indices, ("image", *(column for column in needed if column != "image")))
     files = table.column("image").to_pylist()
-    image_rng = ImageRng(seed, np.full_like(indices, epoch), indices)
+    image_rng = ImageRng(seed, np.zeros_like(indices), indices)
     made = _made(table, views, image_rng)
     originals = [(_picture(decode(data)), f"index {i}") for data, i in zip(files, indices, strict=True)]
     columns = [("original", "as it is stored", originals)]
@@ -120,29 +117,6 @@ def neighbours_grid(
         marked = [(picture, f"{name}  cos {cosine:.2f}") for (picture, name), cosine in cells]
         columns.append((f"nearest {rank + 1}", "", marked))
     return grid(columns)
-
-
-def pieces_grid(
-    queries_qchw: Tensor,
-    found_qkchw: Tensor,
-    query_notes: Sequence[str],
-    found_notes: Sequence[Sequence[str]],
-) -> Image.Image:
-    """Draw a row for each query: the query, then the pieces that were found for it, each with its note.
-
-    Args:
-        queries_qchw: uint8 (q, 3, h, w).
-        found_qkchw: uint8 (q, k, 3, h, w), the nearest first.
-    """
-
-    def column(title: str, pieces: Tensor, notes: Sequence[str]) -> Column:
-        return title, "", list(zip(map(_picture, pieces), notes, strict=True))
-
-    ranks = range(found_qkchw.shape[1])
-    nearest = [
-        column(f"nearest {k + 1}", found_qkchw[:, k], [notes[k] for notes in found_notes]) for k in ranks
-    ]
-    return grid([column("query", queries_qchw, query_notes), *nearest])
 
 
 def _shown(dataset: DataSet, indices: npt.NDArray[np.int64]) -> list[tuple[Image.Image, str]]:

@@ -37,11 +37,8 @@ def pack(files: Sequence[bytes]) -> dict[str, npt.NDArray[Any]]:
 
 def unpack(columns: Mapping[str, npt.NDArray[Any]]) -> list[bytes]:
     """Return the files of a batch."""
-    return (
-        [part.tobytes() for part in np.split(columns[FILES], columns[ENDS][:-1])]
-        if len(columns[ENDS])
-        else []
-    )
+    # What follows the last end is empty.
+    return [part.tobytes() for part in np.split(columns[FILES], columns[ENDS])[:-1]]
 
 
 def decode_on(files: Sequence[bytes], device: torch.device) -> list[Tensor]:

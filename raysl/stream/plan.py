@@ -52,15 +52,11 @@ class Plan:
 
     @staticmethod
     def of(dataset: DataSet, batch_size: int, seed: int, epochs: float) -> Plan:
-        """Return the plan of a run over `dataset`.
+        """Return the plan of a run over `dataset`, of at least one image a step and some epochs.
 
         Raises:
-            UserError: the batch size or the number of epochs is not positive, or the batch is larger than the data set.
+            UserError: the batch is larger than the data set.
         """
-        if not 0 < epochs < math.inf:
-            raise UserError(f"--epochs is {epochs}; it must be a finite number above 0.")
-        if batch_size < 1:
-            raise UserError(f"--batch-size is {batch_size}; it must be at least 1.")
         if batch_size > dataset.num_images:
             raise UserError(
                 f"--batch-size is {batch_size} and the data set has {counted(dataset.num_images, 'image')}; the "

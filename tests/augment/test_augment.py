@@ -84,12 +84,6 @@ class TestRecipes:
         with pytest.raises(UserError, match="Did you mean 'simclr'"):
             recipe("simcrl")
 
-    def test_impossible_strengths_are_refused(self) -> None:
-        with pytest.raises(UserError, match=r"hue=0\.7"):
-            Recipe(hue=0.7)
-        with pytest.raises(UserError, match=r"blur=1\.5"):
-            Recipe(blur=1.5)
-
     def test_plain_and_none_leave_colors_alone(self) -> None:
         x = images(8)
         for name in ("plain", "none"):
@@ -178,12 +172,6 @@ def test_the_photometric_block_is_pillows(u: tuple[float, float, float]) -> None
     # The rest from our own sharpened image: one level can lie on the other side of the threshold.
     expected = ImageOps.autocontrast(ImageOps.solarize(pil(sharpened[0]), int(u[2] * 257)))
     assert difference(augment._photometric_block(x.clone(), np.array([u]))[0], expected) <= 1
-
-
-def test_autocontrast_leaves_a_flat_channel() -> None:
-    x = images(1)
-    x[:, 1] = 77
-    assert (augment._autocontrast(x)[:, 1] == 77).all()
 
 
 @pytest.mark.parametrize("sigma", [0.5, 1.0, 2.0])

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import contextlib
 import logging
-import math
 import os
 import signal
 from pathlib import Path
@@ -312,25 +311,6 @@ def shown(value: Any) -> str:
     if isinstance(value, State):
         return f"{value.restart} {value.curves} {np.asarray(value.centroids_kd).tolist()}"
     return str(value.tolist() if isinstance(value, np.ndarray) else value)
-
-
-@pytest.mark.parametrize(
-    ("name", "value"),
-    [
-        *[("k", value) for value in (0, -1, math.inf, math.nan, 1e20, "3", None, True)],
-        *[("iterations", value) for value in (0, -1, 1e20)],
-        *[("restarts", value) for value in (0, 1e20)],
-        *[("tolerance", value) for value in (-1e-9, 2, math.nan, math.inf)],
-        *[("seed", value) for value in (-1, 2**63)],
-        *[("max_rows", value) for value in (-1, 1e20)],
-        *[("actors", value) for value in (-1, 1e20)],
-        *[("memory_gb", value) for value in (-1, math.nan, math.inf)],
-        ("init", "k-means"),
-    ],
-)
-def test_values_outside_their_range(name: str, value: Any) -> None:
-    with pytest.raises(UserError, match=f"--{name.replace('_', '-')} is "):
-        config(**{name: value})
 
 
 def test_more_clusters_than_rows(tmp_path: Path) -> None:

@@ -60,9 +60,6 @@ def test_what_was_measured_is_not_measured_again(tmp_path: Path, monkeypatch: py
         write_rows(run.folder, left)
         measured([run], flags, ["knn"])
     assert asked == [["linear"], ["knn"], ["knn"], ["knn"], ["knn"]]
-    write_rows(run.folder, [there])
-    measured([run], flags, ["knn"], encoders=("trained", "pixels"))
-    assert len(asked) == 5
     # Learned from other images.
     write_rows(run.folder, [{**there, "train": "others"}, {**untrained, "train": "others"}])
     measured([run], flags, ["knn"])
@@ -77,7 +74,7 @@ def test_runs_that_started_alike_share_their_baseline(
     dataset = make_dataset(tmp_path / "set", 40)
     runs = [make_run(dataset, tmp_path / name)[0] for name in ("one", "two")]
     measured(runs, ComparisonFlags(str(dataset.folder), runs=str(tmp_path)), ["knn"])
-    assert asked == [["trained", "random"], ["trained"]]
+    assert list(map(list, asked)) == [["trained", "random"], ["trained"]]
 
 
 def test_what_cannot_be_probed_is_not_trained(tmp_path: Path) -> None:

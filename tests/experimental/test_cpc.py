@@ -10,25 +10,23 @@ import torch
 from torch import Tensor, nn
 
 from raysl import pretext
-from raysl.backbone.network import Backbone, BackboneConfig, build
+from raysl.backbone.network import Backbone
 from raysl.dataset import Rows
 from raysl.errors import UserError
 from raysl.experimental.cpc import Config, Cpc
 from raysl.objectives import Setup
 from raysl.pretext import Geometry
 from raysl.stream.reader import Batch
+from tests.objectives.setups import setup
 
 ROWS, SIDE = 7, 4
 DOWN = [(k, r, s) for k in (2, 3) for r in range(ROWS - k) for s in range(ROWS)]
 
 
 def make(transform: str = "patch_grid", **hyperparameters: Any) -> tuple[Backbone, Cpc]:
-    torch.manual_seed(0)
-    geometry = Geometry(image_size=16)
-    backbone = build(BackboneConfig(norm="group"))
-    built, identity = pretext.build(transform, {}, geometry), pretext.build("identity", {}, geometry)
+    backbone, of = setup(transform)
     config = Config(**{"nearest": 2, "farthest": 3, "channels": 8, "dim": 6, "depth": 2, **hyperparameters})
-    return backbone, Cpc(config, Setup(built, identity, backbone.width, 64, 0, 0))
+    return backbone, Cpc(config, of)
 
 
 def batch(b: int, indices: list[int] | None = None) -> Batch:

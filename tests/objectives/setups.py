@@ -25,11 +25,13 @@ N = 64
 _FOLDERS: list[tempfile.TemporaryDirectory[str]] = []
 
 
-def setup(transform: str = "", num_classes: int = 0) -> tuple[Backbone, Setup]:
+def setup(
+    transform: str = "", num_classes: int = 0, predicted: bool = False, permutations: int | None = None
+) -> tuple[Backbone, Setup]:
     """A backbone whose images do not see each other, of equal weights in every call."""
     torch.manual_seed(0)
-    geometry = Geometry(image_size=16)
-    parts = {"jigsaw": jigsaw.Config(grid=2, patch_size=6)}
+    geometry = Geometry(image_size=16, predicted=predicted)
+    parts = {"jigsaw": jigsaw.Config(grid=2, patch_size=6, num_permutations=permutations)}
     backbone = build(BackboneConfig(norm="group"))
     return backbone, Setup(
         pretext=pretext.build(transform, parts, geometry) if transform else None,

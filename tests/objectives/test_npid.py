@@ -6,10 +6,8 @@ from typing import Any
 
 import pytest
 import torch
-from torch import nn
 
 from raysl.contrastive.bank import BankConfig, MemoryBank
-from raysl.errors import UserError
 from raysl.objectives import pirl
 from raysl.objectives.npid import Config, Npid
 from tests.objectives.setups import N, batch, setup
@@ -45,31 +43,3 @@ def test_it_is_pirl_with_lambda_0(loss: Any, mode: Any, head: Any) -> None:
     assert found.bank_update_bd is not None
     assert expected.bank_update_bd is not None
     assert torch.equal(found.bank_update_bd, expected.bank_update_bd)
-
-
-def test_every_parameter_gets_a_gradient_from_one_view() -> None:
-    backbone, of_npid = setup()
-    objective = Npid(Config(**HYPERPARAMETERS), of_npid)  # type: ignore[arg-type]
-    assert list(objective.views) == ["image"]
-    of = batch(objective)
-    objective.loss(objective(backbone, of.views), of, bank()).loss.backward()  # type: ignore[no-untyped-call]
-    assert all(p.grad is not None and p.grad.any() for p in nn.ModuleList([backbone, objective]).parameters())
-
-
-def test_z_is_set_by_the_first_batch() -> None:
-    backbone, of_npid = setup()
-    objective = Npid(Config(loss="nce", **HYPERPARAMETERS), of_npid)  # type: ignore[arg-type]
-    of = batch(objective)
-    assert objective.z.isnan()
-    objective.loss(objective(backbone, of.views), of, bank())
-    assert objective.state_dict()["z"] > 0
-
-
-def test_it_takes_no_transform() -> None:
-    with pytest.raises(UserError, match="'npid' takes no pretext transform"):
-        Npid(Config(**HYPERPARAMETERS), setup("rotation")[1])  # type: ignore[arg-type]
-
-
-def test_negatives_are_other_images() -> None:
-    with pytest.raises(UserError, match=f"--npid.num-negatives is {N}"):
-        Npid(Config(num_negatives=N), setup()[1])

@@ -2,45 +2,31 @@
 
 from __future__ import annotations
 
-import math
 from typing import Any
 
 import numpy as np
 import pytest
 import torch
-import torch.nn.functional as F
 from torch import Tensor, nn
 
-from raysl import pretext
-from raysl.backbone.network import Backbone, BackboneConfig, build
+from raysl.backbone.network import Backbone
 from raysl.contrastive import losses, negatives
 from raysl.contrastive.bank import BankConfig, MemoryBank
 from raysl.dataset import Rows
 from raysl.errors import UserError
-from raysl.objectives import Loss, Setup
+from raysl.objectives import Loss
 from raysl.objectives.pirl import Config, Pirl
-from raysl.pretext import Geometry, jigsaw
 from raysl.stream.reader import Batch
+from tests.objectives.setups import N, setup
 
-N, D, K = 64, 16, 12
+D, K = 16, 12
 CONFIG = {"num_negatives": K, "dim": D}
 
 
 def make(transform: str = "jigsaw", **values: Any) -> tuple[Backbone, Pirl, MemoryBank]:
     """A backbone whose images do not see each other, the objective, and its bank."""
-    torch.manual_seed(0)
-    geometry = Geometry(image_size=16)
-    parts = {"jigsaw": jigsaw.Config(grid=2, patch_size=6)}
-    backbone = build(BackboneConfig(norm="group"))
-    setup = Setup(
-        pretext=pretext.build(transform, parts, geometry),
-        identity=pretext.build("identity", {}, geometry),
-        width=backbone.width,
-        num_images=N,
-        num_classes=0,
-        seed=0,
-    )
-    objective = Pirl(Config(**{**CONFIG, **values}), setup)
+    backbone, of = setup(transform)
+    objective = Pirl(Config(**{**CONFIG, **values}), of)
     return backbone, objective, MemoryBank(N, objective.bank_dim, BankConfig(), seed=0)
 
 
@@ -107,21 +93,6 @@ def test_every_parameter_gets_a_gradient_at_any_lambda(lam: float, head: Any) ->
     assert moved == {"image": lam < 1, "transformed": lam > 0}
 
 
-def test_lambda_0_is_npid_exactly() -> None:
-    backbone, objective, bank = make(lam=0.0)
-    of = batch()
-    outputs, found = run(backbone, objective, bank, of)
-    scores = negatives.shared_scores(bank, outputs["image"], of.rows, of.step, K) / 0.07
-    positive_b = (outputs["image"] * bank.rows_nd[of.indices_b]).sum(dim=1) / 0.07
-    npid = losses.info_nce(positive_b, scores).mean()
-    assert found.loss.item() == npid.item()
-    weights = list(backbone.parameters())
-    ours = torch.autograd.grad(found.loss, weights, retain_graph=True)
-    theirs = torch.autograd.grad(npid, weights)
-    for a, b in zip(ours, theirs, strict=True):
-        torch.testing.assert_close(a, b, rtol=1e-4, atol=1e-6)
-
-
 def test_both_terms_meet_the_bank_as_it_was_and_leave_it_alone() -> None:
     backbone, objective, bank = make()
     before = bank.rows_nd.clone()
@@ -172,15 +143,6 @@ def test_the_order_of_the_patches_matters_to_g() -> None:
     assert ((before - after).abs().amax(dim=1) > 1e-4).all()
 
 
-def test_f_and_g_have_weights_of_their_own() -> None:
-    _, objective, _ = make("rotation")
-    assert not {id(p) for p in objective.image_head.parameters()} & {
-        id(p) for p in objective.transformed_head.parameters()
-    }
-    # With one crop g is the projection alone (appendix A.2).
-    assert [tuple(p.shape) for p in objective.transformed_head.parameters()] == [(D, 192), (D,)]
-
-
 @pytest.mark.parametrize("loss", ["infonce", "nce", "paper_h"])
 @pytest.mark.parametrize("transform", ["jigsaw", "rotation", "rotation+jigsaw"])
 def test_a_batch_of_one_image(transform: str, loss: Any) -> None:
@@ -207,30 +169,6 @@ def test_half_precision_arithmetic_is_finite(loss: Any, dtype: torch.dtype) -> N
     assert all(p.grad is not None and p.grad.isfinite().all() for p in backbone.parameters())
 
 
-@pytest.mark.parametrize(("loss", "extra"), [("infonce", 0.0), ("nce", 1.0), ("paper_h", 1.0)])
-@pytest.mark.parametrize("mode", ["shared", "own"])
-def test_the_loss_before_anything_is_learned(loss: Any, extra: float, mode: Any) -> None:
-    num_images, count = 5_000, 2_048
-    setup = Setup(
-        pretext=pretext.build("rotation", {}, Geometry()),
-        identity=pretext.build("identity", {}, Geometry()),
-        width=8,
-        num_images=num_images,
-        num_classes=0,
-        seed=0,
-    )
-    objective = Pirl(Config(num_negatives=count, loss=loss, negatives=mode), setup)
-    bank = MemoryBank(num_images, 128, BankConfig(), seed=0)
-    generator = torch.Generator().manual_seed(0)
-    outputs = {
-        n: F.normalize(torch.randn(64, 128, generator=generator), dim=1) for n in ("transformed", "image")
-    }
-    found = objective.loss(outputs, batch(64), bank)
-    assert found.loss.item() == pytest.approx(math.log(count) + math.log(2.21) + extra, abs=0.3)
-    if loss == "nce":
-        assert objective.z.item() / num_images == pytest.approx(2.21, rel=0.03)
-
-
 def test_z_is_set_by_the_first_batch_and_saved() -> None:
     backbone, objective, bank = make(loss="nce")
     assert objective.z.isnan()
@@ -247,6 +185,5 @@ def test_more_negatives_than_other_images_are_refused() -> None:
 
 
 def test_pirl_needs_a_transform() -> None:
-    identity = pretext.build("identity", {}, Geometry())
     with pytest.raises(UserError, match="'pirl' needs a pretext transform"):
-        Pirl(Config(**CONFIG), Setup(None, identity, 8, N, 0, 0))  # type: ignore[arg-type]
+        make("")

@@ -2,30 +2,26 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
+
 import numpy as np
 import pytest
 import torch
 import torch.nn.functional as F
 from torch import nn
 
-from raysl import pretext
-from raysl.backbone.network import Backbone, BackboneConfig, build
+from raysl.backbone.network import Backbone
 from raysl.dataset import Rows
 from raysl.errors import UserError
-from raysl.objectives import Setup
 from raysl.objectives.predict import Config, Predict
-from raysl.pretext import Geometry, jigsaw, rotation
+from raysl.pretext import Geometry, rotation
 from raysl.stream.reader import Batch
+from tests.objectives.setups import setup
 
 
 def make(transform: str, permutations: int = 5) -> tuple[Backbone, Predict]:
-    torch.manual_seed(0)
-    geometry = Geometry(image_size=16, predicted=True)
-    parts = {"jigsaw": jigsaw.Config(grid=2, patch_size=6, num_permutations=permutations)}
-    backbone = build(BackboneConfig(norm="group"))
-    built = pretext.build(transform, parts, geometry)
-    identity = pretext.build("identity", {}, geometry)
-    return backbone, Predict(Config(crop_width=8), Setup(built, identity, backbone.width, 64, 0, 0))
+    backbone, of = setup(transform, predicted=True, permutations=permutations)
+    return backbone, Predict(Config(crop_width=8), of)
 
 
 def batch(b: int, patches: int, labels: int) -> Batch:
@@ -74,10 +70,9 @@ def test_a_transform_without_labels_cannot_be_predicted() -> None:
 
 
 def test_crops_with_labels_of_their_own_are_samples_of_their_own() -> None:
-    geometry = Geometry(image_size=16, predicted=True)
-    transform = pretext.build("rotation", {"rotation": rotation.Config(turns="all")}, geometry)
-    backbone = build(BackboneConfig(norm="group"))
-    objective = Predict(Config(), Setup(transform, transform, backbone.width, 64, 0, 0))
+    backbone, of_run = setup()
+    transform = rotation.Rotation(rotation.Config(turns="all"), Geometry(image_size=16, predicted=True))
+    objective = Predict(Config(), replace(of_run, pretext=transform))
     assert objective.classify.in_features == backbone.width
     of = batch(3, 4, 1)
     of.targets["transformed"] = torch.tensor([[0, 1, 2, 3]] * 3)

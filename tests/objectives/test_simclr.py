@@ -93,13 +93,6 @@ def test_views_are_both_ordinary_unless_a_transform_is_named() -> None:
     assert (objective.views["a"].num_labels, objective.views["b"].num_labels) == (0, 4)
 
 
-def test_the_norm_of_the_head() -> None:
-    kinds = {"none": (), "batch": (nn.BatchNorm1d,), "layer": (nn.LayerNorm,)}
-    for norm, kind in kinds.items():
-        found = [m for m in make(norm=norm)[1].modules() if isinstance(m, (nn.BatchNorm1d, nn.LayerNorm))]
-        assert tuple(type(m) for m in found) == kind
-
-
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
 def test_half_precision_arithmetic_is_finite(dtype: torch.dtype) -> None:
     backbone, objective = make()

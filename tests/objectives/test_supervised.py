@@ -29,8 +29,3 @@ def test_the_loss_is_the_cross_entropy_of_the_label(smoothing: float) -> None:
 def test_a_data_set_without_labels_is_refused() -> None:
     with pytest.raises(UserError, match="needs labels of at least two classes and the data set has 0"):
         Supervised(Config(), setup()[1])
-
-
-def test_it_takes_no_transform() -> None:
-    with pytest.raises(UserError, match="'supervised' takes no pretext transform"):
-        Supervised(Config(), setup("rotation", num_classes=4)[1])

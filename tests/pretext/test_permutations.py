@@ -68,8 +68,3 @@ def test_a_chosen_set_survives_pickling_and_depends_on_the_seed() -> None:
 def test_impossible_counts_are_refused(n: int, count: int) -> None:
     with pytest.raises(UserError, match=f"is {count:,}; with {n} tiles"):
         permutation_set(n, count, "random", 0)
-
-
-def test_unknown_criterion_is_refused() -> None:
-    with pytest.raises(UserError, match="Did you mean 'max_min'"):
-        permutation_set(9, 10, "maxmin", 0)

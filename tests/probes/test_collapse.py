@@ -8,7 +8,6 @@ import numpy as np
 import numpy.typing as npt
 import pytest
 
-from raysl.errors import UserError
 from raysl.probes import collapse
 from raysl.probes.collapse import Collapse
 
@@ -58,11 +57,6 @@ def test_uniformity_equals_a_sum_over_pairs() -> None:
     x /= np.linalg.norm(x, axis=1, keepdims=True)
     pairs = [np.exp(-2 * ((x[i] - x[j]) ** 2).sum()) for i in range(9) for j in range(i)]
     assert collapse.uniformity(x) == pytest.approx(np.log(np.mean(pairs)))
-
-
-def test_one_image_is_refused() -> None:
-    with pytest.raises(UserError, match="has only one"):
-        values(np.ones((1, 4)))
 
 
 def test_rankme_is_the_published_equation_and_is_not_centred() -> None:

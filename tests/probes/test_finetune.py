@@ -209,9 +209,3 @@ def test_a_damaged_image_is_reported(tmp_path: Path, monkeypatch: pytest.MonkeyP
 def test_pixels_cannot_be_trained_and_give_no_rows(tmp_path: Path) -> None:
     here = replace(subject(tmp_path, 8, 8), encoder=Pixels())
     assert not list(finetune.Finetune(finetune.Config()).examine(here))
-
-
-@pytest.mark.parametrize("wrong", [{"epochs": 0}, {"batch_size": 1}, {"head_lr": 0.0}, {"min_scale": 2.0}])
-def test_an_impossible_protocol_is_refused(wrong: dict[str, float]) -> None:
-    with pytest.raises(UserError, match=rf"--finetune\.{next(iter(wrong))}".replace("_", "-")):
-        replace(finetune.Config(), **wrong)  # type: ignore[arg-type]

@@ -105,22 +105,6 @@ def test_damaged_features_are_named(sets: tuple[StoredFeatures, StoredFeatures])
         measure_layers(Knn(KnnConfig()), ["pooled"], *sets, False)
 
 
-def test_layers_share_machines_evenly() -> None:
-    machine = {"CPU": 8.0}
-    assert frozen._threads_per_task([machine], 1) == 8
-    assert frozen._threads_per_task([machine], 5) == 1
-    assert frozen._threads_per_task([{"CPU": 0.0}, machine, machine, machine], 5) == 4
-
-
-def test_memory_is_asked_of_machines_that_take_work() -> None:
-    head, small, large = {"CPU": 0.0, "memory": 9e9}, {"CPU": 2.0, "memory": 1e9}, {"CPU": 8.0, "memory": 4e9}
-    assert frozen._largest_memory([head, large, small], 0.5) == 4e9
-    # Work beside trainers asks for no CPU, and a machine without a number of CPUs has none.
-    assert frozen._largest_memory([head, {"memory": 9e9}, small], 0.0) == 1e9
-    # One that has too few CPUs for a task cannot lend it its memory.
-    assert frozen._largest_memory([small, {"CPU": 0.25, "memory": 9e9}], 0.5) == 1e9
-
-
 @pytest.mark.parametrize("low_priority", [True, False])
 def test_a_task_asks_for_no_more_memory_than_a_machine_that_takes_work_has(
     sets: tuple[StoredFeatures, StoredFeatures], low_priority: bool, monkeypatch: pytest.MonkeyPatch
@@ -138,8 +122,3 @@ def test_a_task_asks_for_no_more_memory_than_a_machine_that_takes_work_has(
     monkeypatch.setattr(frozen, "run_tasks", run_tasks)
     assert traced(sets, low_priority) == {}
     assert asked[0]["memory"] == 100
-
-
-def test_memory_is_that_of_the_largest_layer(sets: tuple[StoredFeatures, StoredFeatures]) -> None:
-    assert frozen._needed_bytes(["pooled", "res2"], sets) == 3 * 4 * 12 * (60 + 20)
-    assert frozen._needed_bytes(["pooled"], sets[1:]) == 3 * 4 * 6 * 20

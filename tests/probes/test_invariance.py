@@ -53,9 +53,8 @@ def measured(
 ) -> tuple[dict[tuple[str, str], float], dict[str, Any]]:
     dataset = make_dataset(folder / "set", 80)
     subject = Subject(Stub(), layers, 16, dataset, dataset, 0, Folder(str(folder / "out")))
-    geometry = Geometry(16, predicted=True)
-    transforms = {name: build(name, {}, geometry) for name in config.transforms}
-    rows, counts = invariance._measure(subject, config, transforms)
+    rows = invariance.Invariance(config).rows(subject)
+    counts = subject.folder.read_json(invariance.HISTOGRAM)["counts"]
     return {(row.layer, row.name): row.value for row in rows}, counts
 
 
@@ -148,8 +147,8 @@ def test_heads_are_compared_by_the_transform_that_they_were_trained_with(tmp_pat
     run, network = make_run(dataset, tmp_path / "run")
     encoder = Trained(run, run.newest())
     subject = Subject(encoder, ("pooled",), 16, dataset, dataset, 3, Folder(str(tmp_path / "out")))
-    transforms = {"rotation": build("rotation", {}, Geometry(16, predicted=True))}
-    rows, counts = invariance._measure(subject, invariance.Config(("rotation",)), transforms)
+    rows = invariance.Invariance(invariance.Config(("rotation",))).rows(subject)
+    counts = subject.folder.read_json(invariance.HISTOGRAM)["counts"]
     found = {row.name: row.value for row in rows if row.layer == "heads"}
     assert set(found) == {"distance/others", "distance/jigsaw", "distance_std/jigsaw", "closer/jigsaw"}
     assert sum(counts["heads"]["jigsaw"]) == 40
@@ -181,13 +180,13 @@ def test_running_statistics_are_used_only_if_requested(tmp_path: Path, statistic
         Trained(run, run.newest()), ("pooled",), 16, dataset, dataset, 0, Folder(str(tmp_path / "out"))
     )
     config = invariance.Config(("rotation",), statistics=statistics, readout=Linear("fast", dims=0))
-    transforms = {"rotation": build("rotation", {}, Geometry(16, predicted=True))}
-    before, _ = invariance._measure(subject, config, transforms)
+    probe = invariance.Invariance(config)
+    before = probe.rows(subject)
     with torch.no_grad():
         for name, kept in network.named_buffers():
             kept.mul_(3) if name.endswith(("running_mean", "running_var")) else None
     saved(run, network)
-    after, _ = invariance._measure(replace(subject, encoder=Trained(run, run.newest())), config, transforms)
+    after = probe.rows(replace(subject, encoder=Trained(run, run.newest())))
     assert ([row.value for row in before] == [row.value for row in after]) is same
 
 

@@ -5,7 +5,6 @@ from __future__ import annotations
 import numpy as np
 import pytest
 
-from raysl.errors import UserError
 from raysl.probes import Labelled, Row, knn
 
 
@@ -81,18 +80,6 @@ def test_a_low_temperature_does_not_overflow() -> None:
     coldest = values(train, test, knn.Config((20,), (1e-4,)))
     nearest = values(train, test, knn.Config((1,), (0.07,)))
     assert coldest["top1/k=20,T=0.0001"] == nearest["top1/k=1,T=0.07"]
-
-
-def test_one_image_has_no_neighbour() -> None:
-    one = random_set(1, 1, 0)
-    with pytest.raises(UserError, match="at least two classes"):
-        values(one, one)
-
-
-@pytest.mark.parametrize("bad", [{"ks": (0,)}, {"ks": ()}, {"temperatures": (0.0,)}])
-def test_impossible_settings_are_refused(bad: dict[str, tuple[float, ...]]) -> None:
-    with pytest.raises(UserError, match="knn"):
-        knn.Config(**bad)  # type: ignore[arg-type]
 
 
 def test_primary_metric_is_the_first_of_the_settings() -> None:

@@ -10,11 +10,6 @@ from raysl.errors import UserError
 from raysl.ray_cluster import versions
 
 
-def test_the_code_hash_is_of_the_source_alone() -> None:
-    assert versions.code_hash() == versions.code_hash()
-    assert len(bytes.fromhex(versions.code_hash())) == 8
-
-
 def test_a_process_with_other_code_or_packages_refuses(monkeypatch: pytest.MonkeyPatch) -> None:
     here = versions.versions()
     monkeypatch.setenv(versions.WANTED, json.dumps(here))

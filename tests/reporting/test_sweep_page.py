@@ -16,7 +16,6 @@ from raysl import rng
 from raysl.cli.flags import parse_pretraining
 from raysl.config import Pretraining, ViewConfig
 from raysl.config.command import command, wrapped
-from raysl.errors import UserError
 from raysl.objectives.pirl import Config as Pirl
 from raysl.optim import OptimConfig
 from raysl.reporting import ReportConfig, report
@@ -145,11 +144,6 @@ def test_every_beginning_of_a_sweep_has_a_page(tmp_path: Path) -> None:
     for count in range(2, len(lines), 4):
         journal.write_bytes(b"".join(lines[:count]))
         assert "index.html" in report(sweep, ReportConfig()).list()
-
-
-def test_no_sweep_is_told(tmp_path: Path) -> None:
-    with pytest.raises(UserError, match="Neither a sweep nor a run"):
-        report(str(tmp_path), ReportConfig())
 
 
 def test_long_names_may_be_broken_and_are_still_escaped(tmp_path: Path) -> None:

@@ -5,7 +5,6 @@ from __future__ import annotations
 import pickle
 import tracemalloc
 from dataclasses import replace
-from typing import Any
 
 import numpy as np
 import pytest
@@ -156,20 +155,9 @@ def test_a_billion_images_in_a_million_row_groups() -> None:
     assert rows.epochs_b[0] == 123_456_789 * 4096 // 10**9
 
 
-@pytest.mark.parametrize(
-    ("values", "answer"),
-    [
-        ({"epochs": 0}, "--epochs is 0"),
-        ({"epochs": -1.0}, "epochs is -1"),
-        ({"epochs": float("inf")}, "epochs is inf"),
-        ({"epochs": float("nan")}, "epochs is nan"),
-        ({"batch": 0}, "batch-size is 0"),
-        ({"batch": 301}, "batch-size is 301 and the data set has 300 images"),
-    ],
-)
-def test_plans_that_make_no_sense_are_refused(values: dict[str, Any], answer: str) -> None:
-    with pytest.raises(UserError, match=answer):
-        plan(**values)
+def test_a_batch_larger_than_the_data_set_is_refused() -> None:
+    with pytest.raises(UserError, match="batch-size is 301 and the data set has 300 images"):
+        plan(batch=301)
 
 
 def test_a_batch_that_the_workers_cannot_share_is_refused() -> None:
