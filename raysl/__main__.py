@@ -35,6 +35,7 @@ VERBS = {
     "views": "draw the views, the augmented images that a method trains on",
     "methods": "list objectives, pretext transforms and their combinations",
     "doctor": "show versions and resources, measure each stage, and name the bottleneck",
+    "cache": "list the copies of sources that were ingested without `raysl ingest`; remove superseded ones",
 }
 
 

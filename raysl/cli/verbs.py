@@ -296,6 +296,14 @@ def doctor(arguments: Sequence[str]) -> None:
         raise SystemExit(1)
 
 
+def cache(arguments: Sequence[str]) -> None:
+    """List and remove copies in the cache: `raysl cache`."""
+    from raysl.cli import cache as listing
+
+    config = tyro.cli(listing.CacheConfig, prog="raysl cache", args=list(arguments))
+    listing.cache(config)  # With the flags read, which takes less than the modules that this loads.
+
+
 def demo(arguments: Sequence[str]) -> None:
     """Run a small experiment end to end: `raysl demo`."""
     from raysl.cli import demo as story

@@ -15,7 +15,7 @@ from raysl.api import arguments
 from raysl.config import Pretraining
 from tests.data import make_dataset
 
-NOT_IN_PYTHON = {"demo", "methods"}
+NOT_IN_PYTHON = {"demo", "methods", "cache"}
 
 
 def test_every_verb_is_a_function_and_every_name_is_typed() -> None:
