@@ -147,7 +147,7 @@ def run_config(
     values["data"] = uri(values["data"])
     asked = defaults.check(values)
     unlisted = (check and check(asked)) or ()
-    check_source(asked.data)
+    _check_images(asked)
     _check_weights(asked)
     check_writable(out or asked.run if workers else "")
     if not workers or (local is None and _trains_alone(values, asked)):
@@ -163,6 +163,20 @@ def _check_given(values: Mapping[str, Any]) -> None:
     for name, what in (("data", "IMAGES"), ("run", "FOLDER")):
         if name not in values:
             raise UserError(f"The configuration lacks {name!r}, which has no default. Give {name}={what}.")
+
+
+def _check_images(asked: Pretraining) -> None:
+    """Raise UserError if the images of a run do not exist; of a run that has begun, it says where a copy lies."""
+    from raysl.run import Run
+    from raysl.run.unchanged import images_kept
+
+    try:
+        check_source(asked.data)
+    except UserError as error:
+        begun = Run.find(asked.run) if asked.run != "-" else None
+        if begun and (kept := images_kept(begun.metadata())):
+            raise UserError(f"{error} {kept}.") from error
+        raise
 
 
 def _trains_alone(values: Mapping[str, Any], asked: Pretraining) -> bool:

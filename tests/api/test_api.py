@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import ast
+import re
 from pathlib import Path
 from typing import Any
 
@@ -13,6 +14,10 @@ from raysl import UserError
 from raysl.__main__ import VERBS
 from raysl.api import arguments
 from raysl.config import Pretraining
+from raysl.run import METADATA
+from raysl.run.unchanged import check_same
+from raysl.storage import Folder
+from raysl.storage.records import write_record
 from tests.data import make_dataset
 
 NOT_IN_PYTHON = {"demo", "methods", "cache"}
@@ -81,3 +86,18 @@ def test_a_configuration_is_an_object_fields_or_both(tmp_path: Path) -> None:
     chosen = arguments.run_config(data, "-", None, {"pirl": {"temperature": 0.1}}, workers=False)
     assert (chosen.parts["pirl"].temperature, chosen.parts["pirl"].head) == (0.1, "bn")
     assert arguments.dataset(data) is data
+
+
+def test_a_run_without_its_source_names_the_copy_of_its_images(tmp_path: Path) -> None:
+    kept, run = make_dataset(tmp_path / "kept copy", 10), tmp_path / "run"
+    images = {"uri": str(kept.folder), "fingerprint": kept.manifest.fingerprint}
+    metadata = {"config": {}, "sessions": [], "data": {**images, "num_images": 10, "num_classes": 4}}
+    write_record(Folder(str(run)), METADATA, metadata)
+    named = re.escape(f"--data '{kept.folder}'")
+    with pytest.raises(UserError, match=f"'/nowhere' does not exist.* {named}"):
+        raysl.pretrain("/nowhere", run)
+    with pytest.raises(UserError, match=f"the images or labels differ.* {named}"):
+        check_same(metadata, {}, make_dataset(tmp_path / "others", 8), str(run))
+    kept.folder.delete()
+    with pytest.raises(UserError, match=r"the images or labels differ\. Give the data set it was begun on"):
+        check_same(metadata, {}, make_dataset(tmp_path / "more", 6), str(run))
