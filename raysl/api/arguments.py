@@ -27,6 +27,8 @@ if TYPE_CHECKING:
     AnyRun: TypeAlias = PathLike | Run
 
 T = TypeVar("T")
+# Arguments that take one source of images.
+_OF_DATA = ("data", "train", "validation", "test")
 
 
 def dataset(data: Data) -> DataSet:
@@ -297,7 +299,10 @@ def _wrong_type(config: Any, kind: type[Any]) -> UserError:
 def given(**values: Any) -> dict[str, Any]:
     """Return the values that are not None; paths, data sets and runs as text."""
     there = {name: value for name, value in values.items() if value is not None}
-    return {name: value if isinstance(value, int | Sequence) else uri(value) for name, value in there.items()}
+    return {
+        name: value if isinstance(value, int | Sequence) and name not in _OF_DATA else uri(value)
+        for name, value in there.items()
+    }
 
 
 def uri(place: Any) -> str:
@@ -305,6 +310,11 @@ def uri(place: Any) -> str:
     if isinstance(place, str | os.PathLike):
         return os.fspath(place)
     folder = getattr(place, "folder", None)
+    if isinstance(place, list | tuple):
+        raise UserError(
+            f"A {type(place).__name__} is given where one path, data set or run is expected. Make one data set of "
+            "several files by raysl.ingest(FILES, DEST), and give that."
+        )
     if folder is None:
         raise UserError(
             f"A value of type {type(place).__name__} is given where a path, a data set or a run is expected. Give "

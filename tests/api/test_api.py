@@ -54,6 +54,7 @@ def test_every_verb_is_a_function_and_every_name_is_typed() -> None:
             lambda: raysl.features("random", "shapes:9", Path(__file__).parent),
             "not empty and holds no features",
         ),
+        (lambda: raysl.features("random", ["a"], "f"), "A list is given .* raysl.ingest"),  # type: ignore[arg-type]
         (lambda: raysl.pretrain(3, "r"), "type int"),  # type: ignore[arg-type]
         (lambda: raysl.ingest("shapes:10", "d", {"shard_image": 1}), "shard_images"),  # type: ignore[arg-type]
         (lambda: raysl.sweep("d", out="o", vary=("lam",), train=Path("/nowhere")), "'d' does not exist"),
