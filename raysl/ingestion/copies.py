@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import os
-import re
 from collections.abc import Iterator
 from contextlib import suppress
 from dataclasses import dataclass
@@ -11,7 +10,7 @@ from functools import lru_cache
 from pathlib import Path
 from typing import Literal
 
-from raysl.dataset import MANIFEST, SHARDS, Manifest
+from raysl.dataset import CACHED, MANIFEST, SHARDS, Manifest
 from raysl.errors import UserError
 from raysl.ingestion.cache import canonical, places, root
 from raysl.ingestion.journal import Journal
@@ -22,7 +21,6 @@ from raysl.storage.records import verified
 
 # A removal renames a copy first, so that no half of it is taken for a data set.
 _REMOVED = ".removed"
-_NAME = re.compile(rf".*-[0-9a-f]{{16}}({re.escape(_REMOVED)})?")
 
 State = Literal["current", "superseded", "source not found"]
 
@@ -53,7 +51,7 @@ def copies(cache: Path | None = None) -> Iterator[Copy]:
     current = lru_cache(None)(lambda source: _current(source, cache))
     for name in root(cache).list():
         folder = root(cache) / name
-        if not _NAME.fullmatch(name):
+        if not CACHED.fullmatch(name.removesuffix(_REMOVED)):
             continue
         with suppress(UserError, OSError, ValueError, KeyError, TypeError):  # It is damaged, or of others.
             source, num_images, num_bytes = _content(folder)

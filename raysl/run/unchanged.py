@@ -28,8 +28,8 @@ def check_same(metadata: Mapping[str, Any], wanted: Mapping[str, Any], dataset: 
     fingerprint = metadata["data"]["fingerprint"]
     if fingerprint != dataset.manifest.fingerprint:
         raise UserError(
-            f"The run at {uri!r} was begun on images with fingerprint {fingerprint[:12]} and the data set at "
-            f"{str(dataset.folder)!r} has {dataset.manifest.fingerprint[:12]}: the images or labels differ. "
+            f"The run at {uri!r} was begun on images with fingerprint {fingerprint[:12]} and the data set "
+            f"{dataset.name!r} has {dataset.manifest.fingerprint[:12]}: the images or labels differ. "
             f"{images_kept(metadata) or 'Give the data set it was begun on'}, or another folder to --run."
         )
     # Parse and write it again, so that a field that is newer than the run has its default.

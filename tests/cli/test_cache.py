@@ -10,7 +10,8 @@ from PIL import Image
 
 from raysl.__main__ import main
 from raysl.dataset import DataSet
-from raysl.ingestion import resolve
+from raysl.errors import UserError
+from raysl.ingestion import ingest, resolve
 from raysl.run import METADATA
 from raysl.storage import Folder
 from raysl.storage.lock import DriverLock
@@ -68,3 +69,12 @@ def test_all_paths_of_a_folder_have_one_copy(tmp_path: Path, monkeypatch: pytest
     monkeypatch.chdir(tmp_path / "deep")
     for path in ("../photos", "../photos/", "inside/../../photos", f"{tmp_path}/link/../../photos"):
         assert resolve(path).folder == copy
+
+
+def test_messages_call_a_copy_by_its_source(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("RAYSL_CACHE", str(tmp_path / "cache"))
+    copy = _photos(tmp_path / "photos", 1)
+    with pytest.raises(UserError, match=f"The data set '{tmp_path}/photos' has no labels"):
+        copy.labels()
+    made = ingest(str(tmp_path / "photos"), str(tmp_path / "set"))
+    assert made.name == str(tmp_path / "set")
