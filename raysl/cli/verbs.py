@@ -301,7 +301,7 @@ def cache(arguments: Sequence[str]) -> None:
     from raysl.cli import cache as listing
 
     config = read(listing.CacheConfig, "raysl cache", arguments)
-    listing.cache(config)  # With the flags read, which takes less than the modules that this loads.
+    listing.cache(config)  # After the flags, because it loads more than the help needs.
 
 
 def demo(arguments: Sequence[str]) -> None:

@@ -89,7 +89,8 @@ def places(opened: Opened, cache: Path | None) -> list[str]:
 
 def canonical(place: Place) -> Place:
     """Return a place without ".." in its path, so that all paths of a folder that differ in it have one copy."""
-    if ".." not in (parts := Path(place.uri).parts) or "://" in place.uri:
+    # Of a path that does not exist, the user is told what was given.
+    if ".." not in (parts := Path(place.uri).parts) or not place.uri.startswith("/"):
         return place
     path = Path("/")
     for part in parts[1:]:

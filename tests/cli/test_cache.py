@@ -69,6 +69,8 @@ def test_all_paths_of_a_folder_have_one_copy(tmp_path: Path, monkeypatch: pytest
     monkeypatch.chdir(tmp_path / "deep")
     for path in ("../photos", "../photos/", "inside/../../photos", f"{tmp_path}/link/../../photos"):
         assert resolve(path).folder == copy
+    with pytest.raises(UserError, match=r"'\.\./nothing' does not exist"):
+        resolve("../nothing")
 
 
 def test_messages_call_a_copy_by_its_source(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
