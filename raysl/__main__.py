@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import atexit
+import functools
 import glob
 import importlib
 import inspect
@@ -11,9 +12,10 @@ import os
 import re
 import sys
 import tempfile
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from contextlib import suppress
 from pathlib import Path
+from typing import Any
 
 from raysl import __version__, console
 from raysl.cli import lazy
@@ -35,6 +37,7 @@ VERBS = {
     "views": "draw the views, the augmented images that a method trains on",
     "methods": "list objectives, pretext transforms and their combinations",
     "doctor": "show versions and resources, measure each stage, and name the bottleneck",
+    "cache": "list the copies of sources that were ingested without `raysl ingest`; remove superseded ones",
 }
 
 
@@ -111,12 +114,16 @@ def _run_verb(given: list[str]) -> None:
         if "arguments" in inspect.signature(verb).parameters:
             verb(given[1:])
         else:
-            import tyro
+            flags = importlib.import_module("raysl.cli.flags")
+
+            @functools.wraps(verb)
+            def ready(*values: Any, **named: Any) -> Callable[[], None]:
+                return functools.partial(verb, *values, **named)
 
             # tyro evaluates annotations, whose names `lazy` does not import.
             for name in re.findall(r"\w+", " ".join(map(str, verb.__annotations__.values()))):
                 getattr(verbs, name, None)
-            tyro.cli(verb, prog=f"raysl {given[0]}", args=given[1:])
+            flags.read(ready, f"raysl {given[0]}", given[1:])()
     except FieldError as error:
         raise error.as_typed(given) from error
 

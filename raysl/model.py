@@ -182,12 +182,12 @@ def check_columns(views: Mapping[str, View], dataset: DataSet, method: str) -> N
     clips = dataset.manifest.clips
     if needed - set(clips.get("columns", ())):
         raise UserError(
-            f"The method {method!r} learns from clips and the data set {str(dataset.folder)!r} holds images. Ingest a "
+            f"The method {method!r} learns from clips and the data set {dataset.name!r} holds images. Ingest a "
             "folder of videos, or give --data clips:500."
         )
     if "sound" in needed and clips.get("with_sound") == 0:
         raise UserError(
-            f"The method {method!r} learns from sound and no clip of {str(dataset.folder)!r} has any. Ingest videos "
+            f"The method {method!r} learns from sound and no clip of {dataset.name!r} has any. Ingest videos "
             "with an audio track, or give --data clips:500."
         )
 

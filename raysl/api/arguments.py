@@ -30,6 +30,8 @@ if TYPE_CHECKING:
 
 T = TypeVar("T")
 _log = logging.getLogger("raysl.api")
+# Arguments that take one source of images.
+_OF_DATA = ("data", "train", "validation", "test")
 
 
 def dataset(data: Data) -> DataSet:
@@ -150,7 +152,7 @@ def run_config(
     values["data"] = uri(values["data"])
     asked = defaults.check(values)
     unlisted = (check and check(asked)) or ()
-    check_source(asked.data)
+    _check_images(asked)
     values = _with_weights_file(values, asked.run)
     _check_results(asked, out, workers)
     if not workers or (local is None and _trains_alone(values, asked)):
@@ -185,6 +187,20 @@ def _check_given(values: Mapping[str, Any]) -> None:
     for name, what in (("data", "IMAGES"), ("run", "FOLDER")):
         if name not in values:
             raise UserError(f"The configuration lacks {name!r}, which has no default. Give {name}={what}.")
+
+
+def _check_images(asked: Pretraining) -> None:
+    """Raise UserError if the images of a run do not exist; of a run that has begun, it says where a copy lies."""
+    from raysl.run import Run
+    from raysl.run.unchanged import images_kept
+
+    try:
+        check_source(asked.data)
+    except UserError as error:
+        begun = Run.find(asked.run) if asked.run != "-" else None
+        if begun and (kept := images_kept(begun.metadata())):
+            raise UserError(f"{error} {kept}.") from error
+        raise
 
 
 def _trains_alone(values: Mapping[str, Any], asked: Pretraining) -> bool:
@@ -330,7 +346,10 @@ def _wrong_type(config: Any, kind: type[Any]) -> UserError:
 def given(**values: Any) -> dict[str, Any]:
     """Return the values that are not None; paths, data sets and runs as text."""
     there = {name: value for name, value in values.items() if value is not None}
-    return {name: value if isinstance(value, int | Sequence) else uri(value) for name, value in there.items()}
+    return {
+        name: value if isinstance(value, int | Sequence) and name not in _OF_DATA else uri(value)
+        for name, value in there.items()
+    }
 
 
 def uri(place: Any) -> str:
@@ -338,6 +357,11 @@ def uri(place: Any) -> str:
     if isinstance(place, str | os.PathLike):
         return os.fspath(place)
     folder = getattr(place, "folder", None)
+    if isinstance(place, list | tuple):
+        raise UserError(
+            f"A {type(place).__name__} is given where one path, data set or run is expected. Make one data set of "
+            "several files by raysl.ingest(FILES, DEST), and give that."
+        )
     if folder is None:
         raise UserError(
             f"A value of type {type(place).__name__} is given where a path, a data set or a run is expected. Give "

@@ -13,13 +13,17 @@ import tyro
 
 from raysl import plugins
 from raysl.config import Pretraining, defaults, methods
+from raysl.errors import UserError
 from raysl.fields import hints as hints_of
+from raysl.ingestion.found import SEVERAL
 from raysl.training import recipes
 
 _RECIPE = (
     "name of a published training recipe at full scale, such as pirl-r50-800ep; `raysl methods` lists them. Flags that "
     "you give override it."
 )
+# Flags that take one source of images.
+_OF_DATA = ("--data", "--train", "--validation", "--test")
 _FOR_DATA = tyro.conf.arg(help_behavior_hint="(default: chosen from the data)")
 _FOR_MACHINE = tyro.conf.arg(help_behavior_hint="(default: chosen from images and machine)")
 
@@ -76,12 +80,37 @@ def parse(arguments: Sequence[str], program: str, beside: Mapping[str, type[Any]
     flags = dataclasses.make_dataclass("Flags", [*fields, ("recipe", str, "")], frozen=True)
     flags.__doc__ = f"{(Pretraining.__doc__ or '').rstrip()}\n        recipe: {_RECIPE}\n    "
     first_line = (Pretraining.__doc__ or "").partition("\n")[0]
-    given: Any = tyro.cli(flags, prog=program, args=list(arguments), description=first_line)
+    given = read(flags, program, arguments, description=first_line)
     values = {f.name: getattr(given, f.name) for f in dataclasses.fields(given) if f.name != "recipe"}
     extra = {name: values.pop(name) for name in beside}
     typed = {word.partition("=")[0][2:].replace("_", "-") for word in arguments if word.startswith("--")}
     explicit = values if recipe else _explicit(values, typed, "")
     return Parsed(explicit, defaults.check(explicit), extra)
+
+
+def read(kind: Any, program: str, words: Sequence[str], **options: Any) -> Any:
+    """Return what the words after a verb give for a dataclass or a function, as `tyro.cli`.
+
+    Raises:
+        UserError: there are more words than a verb or a flag takes.
+        SystemExit: a flag does not exist (2), or help is requested (0).
+    """
+    made, rest = tyro.cli(kind, prog=program, args=list(words), return_unknown_args=True, **options)
+    if any(word.startswith("-") for word in rest):
+        tyro.cli(kind, prog=program, args=list(words), **options)  # It names the flag and exits.
+    if rest:
+        first = list(words).index(rest[0])
+        flag = next((word for word in reversed(words[:first]) if word.startswith("-")), "")
+        flag = flag.partition("=")[0]
+        few = ", ".join(map(repr, rest[:3])) + f", ... ({len(rest):,} words)" * (len(rest) > 3)
+        if flag in _OF_DATA:
+            raise UserError(f"{flag} takes one source, and behind it stands also {few}. {SEVERAL}")
+        if program.endswith(" ingest"):
+            raise UserError(
+                f"`{program}` takes one SOURCE and one DEST, and behind them stands {few}. {SEVERAL}"
+            )
+        raise UserError(f"`{program}` does not take {few}. `{program} --help` says what it takes.")
+    return made
 
 
 def _marked(name: str, hint: Any, value: Any, prefix: str = "") -> tuple[str, Any, Any]:

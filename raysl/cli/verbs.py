@@ -17,7 +17,7 @@ import tyro
 from raysl import api
 from raysl.api.arguments import dataset
 from raysl.backbone.network import BackboneConfig
-from raysl.cli.flags import parse, peek_all
+from raysl.cli.flags import parse, peek_all, read
 from raysl.clustering.options import KMeansConfig
 from raysl.errors import counted
 from raysl.evaluation.online import OnlineConfig
@@ -117,7 +117,7 @@ def probe(arguments: Sequence[str]) -> None:
     fields: list[Any] = [(name, kind, kind()) for name, kind in kinds.items()]
     flags = dataclasses.make_dataclass("Flags", fields, bases=(ProbeFlags,), frozen=True)
     flags.__doc__ = (ProbeFlags.__doc__ or "").replace("PROBES", ", ".join(probes.names()))
-    given: Any = tyro.cli(flags, prog="raysl probe", args=list(arguments))
+    given = read(flags, "raysl probe", arguments)
     values = {field.name: getattr(given, field.name) for field in dataclasses.fields(given)}
     rows = api.probe(**values)
     from rich.console import Console
@@ -291,13 +291,21 @@ def doctor(arguments: Sequence[str]) -> None:
     """
     from raysl.diagnostics import DoctorConfig
 
-    found: Any = api.doctor(tyro.cli(DoctorConfig, prog="raysl doctor", args=list(arguments)))
+    found: Any = api.doctor(read(DoctorConfig, "raysl doctor", arguments))
     if getattr(found, "stale", ()) or getattr(found, "refused", ""):
         raise SystemExit(1)
+
+
+def cache(arguments: Sequence[str]) -> None:
+    """List and remove copies in the cache: `raysl cache`."""
+    from raysl.cli import cache as listing
+
+    config = read(listing.CacheConfig, "raysl cache", arguments)
+    listing.cache(config)  # After the flags, because it loads more than the help needs.
 
 
 def demo(arguments: Sequence[str]) -> None:
     """Run a small experiment end to end: `raysl demo`."""
     from raysl.cli import demo as story
 
-    story.demo(tyro.cli(story.DemoConfig, prog="raysl demo", args=list(arguments)))
+    story.demo(read(story.DemoConfig, "raysl demo", arguments))

@@ -19,6 +19,7 @@ from __future__ import annotations
 
 import io
 import json
+import re
 import zlib
 from collections.abc import Iterable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
@@ -40,6 +41,8 @@ MANIFEST = "manifest.json"
 BAD_IMAGES = "bad_images.jsonl"
 LABELS = "labels.parquet"
 SHARDS = "shards"
+# Name of a folder in the cache of ingested sources; see `raysl.ingestion.cache`.
+CACHED = re.compile(r".*-[0-9a-f]{16}")
 FORMAT = 1
 # Row groups of one shard that are read at a time; more would hold many images twice in memory.
 _GROUPS_AT_ONCE = 16
@@ -198,6 +201,12 @@ class DataSet:
         return DataSet.open(str(folder))
 
     @property
+    def name(self) -> str:
+        """What messages call the data set: its folder, or its source if raysl chose the folder, in the cache."""
+        in_cache = CACHED.fullmatch(self.folder.uri.rpartition("/")[2])
+        return self.manifest.source if in_cache else str(self.folder)
+
+    @property
     def num_images(self) -> int:
         return self.manifest.num_images
 
@@ -314,7 +323,7 @@ class DataSet:
         """Return the label of every image: int64 (n,). Raises UserError if there are none, or if a file is damaged."""
         if not self.has_labels:
             raise UserError(
-                f"The data set at {str(self.folder)!r} has no labels, and here they are needed. Give a data set whose "
+                f"The data set {self.name!r} has no labels, and here they are needed. Give a data set whose "
                 "source names classes, such as one folder per class."
             )
         if self.manifest.labels_checksum is None:

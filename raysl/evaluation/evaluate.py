@@ -251,9 +251,16 @@ def check_data(ready: Mapping[str, tuple[Any, Probe]], train: DataSet, test: Dat
 
 
 def _names_besides(test: DataSet, train: DataSet) -> str:
-    """Return some classes that images of the test set show and none of the train set, for a message."""
-    shown = [{one.manifest.classes[i] for i in np.unique(one.labels()) if i >= 0} for one in (test, train)]
-    names = sorted(shown[0] - shown[1])
+    """Return some classes that images of the test set show and none of the train set, with counts, for a message."""
+    shown, learned = (
+        {
+            one.manifest.classes[i]: count
+            for i, count in zip(*np.unique(one.labels(), return_counts=True), strict=True)
+            if i >= 0
+        }
+        for one in (test, train)
+    )
+    names = [f"{name} {shown[name]:,}" for name in sorted(shown.keys() - learned.keys())]
     return f": {', '.join(names[:5])}{', ...' * (len(names) > 5)}" if names else ""
 
 

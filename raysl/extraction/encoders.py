@@ -277,8 +277,10 @@ def find_checkpoint(name: str) -> tuple[Run, Checkpoint] | None:
     try:
         Folder(place or "/").open(file).close()
     except (OSError, StorageError) as error:
+        # Of a folder, the error would ask for a file.
+        why = "" if isinstance(error, FileNotFoundError) or Folder(name).list() else f"{error} "
         raise UserError(
-            f"There is no checkpoint at {name!r} ({error}). {similar_folder(name, METADATA)}Give the folder of a run, "
+            f"There is no checkpoint at {name!r}. {why}{similar_folder(name, METADATA)}Give the folder of a run, "
             "RUN/checkpoints/step-NNN, a weights file together with --backbone.name, 'random' or 'pixels'."
         ) from error
     return None

@@ -124,9 +124,7 @@ def describe(source: Encoder, dataset: DataSet, protocol: FeatureProtocol) -> di
     encoders.check_layers(source, protocol.layers)
     encoders.check_size(source, protocol.image_size)
     if dataset.num_images == 0:
-        raise UserError(
-            f"The data set at {str(dataset.folder)!r} has no images. Ingest a source that has some."
-        )
+        raise UserError(f"The data set {dataset.name!r} has no images. Ingest a source that has some.")
     return {
         "encoder": source.identity(),
         "fingerprint": dataset.manifest.fingerprint,

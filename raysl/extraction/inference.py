@@ -30,6 +30,7 @@ from raysl.storage.records import verified
 from raysl.stream import decode
 
 _BATCH = 128
+_Named = tuple[str, bytes]  # an image file after its name, which is "" if it has none
 # Weights files of an export, and the settings that raysl writes beside them.
 _EXPORTED = ("model.safetensors", "model.pth", "pytorch_model.bin")
 SETTINGS = "raysl.json"
@@ -96,18 +97,23 @@ class FeatureExtractor:
 
     def _views(self, images: Any) -> Iterator[Tensor]:
         """Yield batches of views, uint8 (b, 3, s, s)."""
-        batch: list[bytes] = []
-        for image in _image_files(images):
-            batch.append(image)
+        batch: list[_Named] = []
+        for number, (name, image) in enumerate(_image_files(images)):
+            batch.append((name or f"number {number}, counted from 0,", image))
             if len(batch) == _BATCH:
                 yield self._view(batch)
                 batch = []
         if batch:
             yield self._view(batch)
 
-    def _view(self, images: list[bytes]) -> Tensor:
-        with explained("An image cannot be decoded", "Remove it.", decode.DecodeError):
-            return decode.evaluation_views(images, self.image_size)
+    def _view(self, images: list[_Named]) -> Tensor:
+        try:
+            return decode.evaluation_views([image for _, image in images], self.image_size)
+        except decode.DecodeError:
+            for name, image in images:
+                with explained(f"The image {name} cannot be decoded", "Leave it out.", decode.DecodeError):
+                    decode.decode(image)
+            raise
 
 
 def _device(name: str) -> torch.device:
@@ -250,21 +256,19 @@ def _from_safetensors(name: str) -> tuple[BackboneConfig, int] | None:
     return BackboneConfig(stated["backbone"], **parts), int(stated.get("image_size", 0))
 
 
-def _image_files(images: Any) -> Iterator[bytes]:
+def _image_files(images: Any) -> Iterator[_Named]:
     """Yield every image as the bytes of an image file. Arrays become PNG, which is lossless."""
     if isinstance(images, bytes):
-        yield images
+        yield "", images
     elif isinstance(images, str | os.PathLike):
-        place, _, name = str(Folder(os.fspath(images))).rpartition("/")
-        with explained(f"The image {os.fspath(images)!r} cannot be read", "Check its path.", OSError):
-            yield Folder(place or "/").read(name)
+        yield repr(os.fspath(images)), _read(os.fspath(images))
     elif isinstance(images, Image.Image):
-        yield _encode_image(ImageOps.exif_transpose(images))
+        yield "", _encode_image(ImageOps.exif_transpose(images))
     elif isinstance(images, Tensor):
-        images = images.movedim(-3, -1) if images.ndim >= 3 else images
-        if images.dtype != torch.uint8:  # NumPy does not have all types of torch.
-            raise _no_images(images.dtype, images.shape)
-        yield from _array_files(images.cpu().numpy())
+        is_image = images.ndim == 2 or (images.ndim in (3, 4) and images.shape[-3] in (1, 3))
+        if images.dtype != torch.uint8 or not is_image:  # NumPy does not have all types of torch.
+            raise _no_images(images)
+        yield from _array_files((images.movedim(-3, -1) if images.ndim > 2 else images).cpu().numpy())
     elif isinstance(images, np.ndarray):
         yield from _array_files(images)
     elif isinstance(images, Iterable):
@@ -277,20 +281,34 @@ def _image_files(images: Any) -> Iterator[bytes]:
         )
 
 
-def _array_files(pixels: npt.NDArray[Any]) -> Iterator[bytes]:
+def _read(path: str) -> bytes:
+    """Return an image file. Raises UserError if there is none."""
+    place, _, name = str(Folder(path)).rpartition("/")
+    if os.path.isdir(str(Folder(path))):
+        raise UserError(
+            f"{path!r} is a folder. Give the paths of its images, or run `raysl features`, which writes the features "
+            "of all images of a folder."
+        )
+    with explained(f"The image {path!r} cannot be read", "Check its path.", OSError):
+        return Folder(place or "/").read(name)
+
+
+def _array_files(pixels: npt.NDArray[Any]) -> Iterator[_Named]:
     is_image = pixels.ndim == 2 or (pixels.ndim in (3, 4) and pixels.shape[-1] in (1, 3))
     if pixels.dtype != np.uint8 or not is_image or 0 in pixels.shape:
-        raise _no_images(pixels.dtype, pixels.shape)
+        raise _no_images(pixels)
     for pixels_hwc in pixels if pixels.ndim == 4 else [pixels]:
         gray = pixels_hwc.ndim == 3 and pixels_hwc.shape[-1] == 1
-        yield _encode_image(Image.fromarray(np.ascontiguousarray(pixels_hwc[..., 0] if gray else pixels_hwc)))
+        image = Image.fromarray(np.ascontiguousarray(pixels_hwc[..., 0] if gray else pixels_hwc))
+        yield "", _encode_image(image)
 
 
-def _no_images(dtype: object, shape: Sequence[int]) -> UserError:
+def _no_images(images: Tensor | npt.NDArray[Any]) -> UserError:
+    what = "a tensor" if isinstance(images, Tensor) else "an array"
     return UserError(
-        f"Images are given as {dtype}, of shape {tuple(shape)} with the channels last. Give uint8 in 0 .. 255: an "
-        "array (h, w, 3) or (b, h, w, 3), or a tensor (3, h, w) or (b, 3, h, w). Of floats in 0 .. 1, give "
-        "(255 * images).round() as uint8."
+        f"Images are given as {what} of type {images.dtype} and shape {tuple(images.shape)}. Give uint8 in 0 .. 255: "
+        "an array (h, w, 3) or (b, h, w, 3), or a tensor with the channels first, (3, h, w) or (b, 3, h, w). Of floats "
+        "in 0 .. 1, give (255 * images).round() as uint8."
     )
 
 

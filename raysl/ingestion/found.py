@@ -15,6 +15,13 @@ LINKS_AGAIN = "links to folders that are read already"
 _CLASSES_SHOWN = 6
 
 
+# What to do with several sources.
+SEVERAL = (
+    "To take several, move them into one folder, or list the images in a CSV file, with the heading file_name and the "
+    "path of an image on each line, for `raysl ingest LIST.csv DEST --follow-links`."
+)
+
+
 class LeftOut:
     """Number of entries that are left out, by kind, each kind with its first path."""
 

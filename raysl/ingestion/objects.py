@@ -90,13 +90,23 @@ def _pairs(source: Iterable[Any]) -> list[tuple[str, str | None]]:
         for file in files:
             file.encode()
     with ThreadPoolExecutor(32) as pool:  # A network file system takes long for each.
-        there = pool.map(lambda file: "://" in file or os.path.exists(file), files)
-        missing = [file for file, is_there in zip(files, there, strict=True) if not is_there]
+        here = [file for file in files if "://" not in file]
+        missing = [
+            file for file, there in zip(here, pool.map(os.path.exists, here), strict=True) if not there
+        ]
+        folder = next(
+            (file for file, one in zip(here, pool.map(os.path.isdir, here), strict=True) if one), ""
+        )
     if missing:
         verb = "does" if len(missing) == 1 else "do"
         raise UserError(
             f"{counted(len(missing), 'file')} of the list of {len(files):,} {verb} not exist, the first being "
             f"{printable(missing[0])!r}. Correct the paths, or take these files out of the list. Nothing was written."
+        )
+    if folder:
+        raise UserError(
+            f"The list of files holds the folder {printable(folder)!r}. Give the files in it, as glob.glob returns "
+            "them, or one folder without a list. Nothing was written."
         )
     return [(file, _class_of(file, label)) for file, (_, label) in zip(files, pairs, strict=True)]
 

@@ -6,9 +6,9 @@ import json
 from contextlib import suppress
 from typing import Any
 
-from raysl.dataset import MANIFEST
-from raysl.ingestion.found import printable
-from raysl.ingestion.listing import NOTES, Survey, kind_of, read_bytes
+from raysl.dataset import MANIFEST, SHARDS
+from raysl.ingestion.found import listed, printable
+from raysl.ingestion.listing import NOTES, Survey, join, kind_of, read_bytes
 from raysl.storage import StorageError
 
 _AS_FOLDER = "write its images as files in class folders, or as Parquet with the columns image and label"
@@ -57,6 +57,8 @@ def refusal(uri: str, survey: Survey | None, recognised: bool) -> str:
     if survey is not None:
         if NOTES in survey.folders.get("", ()) and (made := _made_by_raysl(uri)):
             return made
+        if not survey.images() and (inside := _data_sets(uri, survey)):
+            return f"holds no images but data sets of raysl, of which one is taken: {listed(inside, 5)}"
         if log := next((log for log in _LOGS if any(log in at.split("/") for at in survey.folders)), ""):
             return f"holds {log}/, so it is {_LOGS[log]} {_AS_FOLDER}"
         path = next((path for path in survey.examples.values() if _suffix(path) in _FORMS), "")
@@ -77,6 +79,12 @@ def _made_by_raysl(uri: str) -> str:
     if {"fingerprint", "shards"} <= _json(uri, MANIFEST).keys():
         return "is a data set of raysl already, which has no splits: use its folder as it is, without ingest or #SPLIT"
     return ""
+
+
+def _data_sets(uri: str, survey: Survey) -> list[str]:
+    """Return the data sets of raysl below a folder."""
+    folders = [at.removesuffix(f"/{SHARDS}") for at in survey.folders if at.endswith(f"/{SHARDS}")]
+    return [place for at in folders if "fingerprint" in _json(place := join(uri, at), MANIFEST)]
 
 
 def _json(folder: str, name: str) -> dict[str, Any]:

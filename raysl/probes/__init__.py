@@ -250,7 +250,7 @@ def common_labels(train: DataSet, test: DataSet) -> tuple[NDArray[np.int64], NDA
     numbers = {name: number for number, name in enumerate(train.manifest.classes)}
     if not numbers.keys() & set(test.manifest.classes):
         raise UserError(
-            f"The train set {str(train.folder)!r} and the test set {str(test.folder)!r} have no class in common: their "
+            f"The train set {train.name!r} and the test set {test.name!r} have no class in common: their "
             f"first classes are {', '.join(train.manifest.classes[:3])} and {', '.join(test.manifest.classes[:3])}. "
             "Give two sets with the same classes."
         )

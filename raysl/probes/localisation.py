@@ -82,7 +82,7 @@ class Localisation(InTask[Config]):
         for data in (train, test):
             if "sounding" not in data.manifest.clips.get("columns", []):
                 raise Unset(
-                    f"The probe localisation needs clips that say which object sounds, and {str(data.folder)!r} does "
+                    f"The probe localisation needs clips that say which object sounds, and {data.name!r} does "
                     "not. Give --train clips:1000#train --test clips:200#test."
                 )
 

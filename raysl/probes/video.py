@@ -57,7 +57,7 @@ class Video(InTask[Config]):
         for data in (train, test):
             if not data.manifest.clips:
                 raise Unset(
-                    f"The probe video needs clips, and {str(data.folder)!r} has images. Give clips for --train and "
+                    f"The probe video needs clips, and {data.name!r} has images. Give clips for --train and "
                     "--test, such as clips:500 and clips:200#test; the probe linear classifies images."
                 )
 

@@ -6,6 +6,7 @@ import json
 import logging
 import shlex
 from collections.abc import Mapping
+from contextlib import suppress
 from typing import Any
 
 from raysl.config import Pretraining, differences, may_change, told, value_of
@@ -25,9 +26,9 @@ def check_same(metadata: Mapping[str, Any], wanted: Mapping[str, Any], dataset: 
     fingerprint = metadata["data"]["fingerprint"]
     if fingerprint != dataset.manifest.fingerprint:
         raise UserError(
-            f"The run at {uri!r} was begun on images with fingerprint {fingerprint[:12]} and the data set at "
-            f"{str(dataset.folder)!r} has {dataset.manifest.fingerprint[:12]}: the images or labels differ. Give the "
-            "data set it was begun on, or another folder to --run."
+            f"The run at {uri!r} was begun on images with fingerprint {fingerprint[:12]} and the data set "
+            f"{dataset.name!r} has {dataset.manifest.fingerprint[:12]}: the images or labels differ. "
+            f"{images_kept(metadata) or 'Give the data set it was begun on'}, or another folder to --run."
         )
     # Parse and write it again, so that a field that is newer than the run has its default.
     begun = json.loads(
@@ -66,6 +67,21 @@ def is_replaced(metadata: Mapping[str, Any], config: Pretraining, dataset: DataS
             ", ".join(name.removeprefix("parts.") for name in changed),
         )
     return bool(changed)
+
+
+def images_kept(metadata: Mapping[str, Any]) -> str:
+    """Return a sentence, without its full stop, that names the images of a run where they lie as they were; "" if they
+    do not.
+    """
+    data = metadata["data"]
+    with suppress(UserError):
+        if DataSet.is_one(data["uri"]) and (
+            DataSet.open(data["uri"]).manifest.fingerprint == data["fingerprint"]
+        ):
+            return (
+                f"To go on with the images that the run was begun on, give --data {shlex.quote(data['uri'])}"
+            )
+    return ""
 
 
 def check_facts(begun: Mapping[str, Any], now: Mapping[str, Any], uri: str) -> None:

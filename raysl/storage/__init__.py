@@ -76,7 +76,7 @@ def retry(place: str, doing: str, action: Callable[[], T], *, is_gone: Callable[
                 raise
             absent = isinstance(error, FileNotFoundError | NotADirectoryError)
             if absent and is_gone is None:
-                raise FileNotFoundError(str(error)) from error
+                raise FileNotFoundError(f"{place} does not exist") from error
             tried_s = time.monotonic() - started_s
             if absent and is_gone is not None and tried_s >= _ABSENT_S and is_gone():
                 raise StorageError(

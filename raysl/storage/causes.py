@@ -59,5 +59,7 @@ def may_pass(place: str, error: OSError) -> bool:
 
 
 def reason(error: OSError) -> str:
-    """Return what an error says, on one line without the full stop."""
-    return " ".join((error.strerror or str(error)).split())[:300].rstrip(".")
+    """Return what an error says, on one line without the full stop, and without the place, which messages name."""
+    text = " ".join((error.strerror or str(error)).split())
+    text = re.sub(r".*Detail: \[errno \d+\] |.*(?=is a directory$)", "", text)  # Of Arrow.
+    return text[:300].rstrip(".")

@@ -7,14 +7,23 @@ from contextlib import suppress
 
 from raysl.storage import Folder, StorageError
 
+# Folders that are looked at, and that are named.
+_MOST, _SHOWN = 100, 5
+
 
 def similar_folder(missing: str, marker: str) -> str:
-    """Return a sentence that names a folder with a similar name; "" if there is none.
+    """Return a sentence that names folders in the one that was given, or one with a similar name; "" if there is none.
 
     Args:
-        missing: the name that was given, a path or a URI. Its siblings and what is in `runs/` are looked at.
+        missing: the name that was given, a path or a URI. Its siblings and what is in `runs/` are looked at too.
         marker: a file that the folder must hold, such as the metadata of a run.
     """
+    with suppress(OSError, StorageError):
+        there = [f"{missing.rstrip('/')}/{name}" for name in Folder(missing).list()[:_MOST]]
+        if inside := [repr(folder) for folder in there if Folder(folder).exists(marker)]:
+            return (
+                f"It holds {', '.join(inside[:_SHOWN])}{', ...' * (len(inside) > _SHOWN)}: name one of them. "
+            )
     place, slash, last = missing.rstrip("/").rpartition("/")
     for folder in dict.fromkeys((place or slash or ".", "runs")):
         with suppress(OSError, StorageError):

@@ -251,7 +251,7 @@ def hold_out(labelled: DataSet, out: Folder) -> tuple[DataSet, DataSet]:
         size = f"{labelled.manifest.num_bytes / 2**30:.1f} GiB, more than {_MAX_COPY_BYTES >> 30}"
     if size:
         raise UserError(
-            f"A tenth of the labelled data {str(labelled.folder)!r} cannot be held out for validation: it has {size}. "
+            f"A tenth of the labelled data {labelled.name!r} cannot be held out for validation: it has {size}. "
             "Give --validation, labelled data on which the trials are compared."
         )
     labelled.labels()  # Raises, if there are none.

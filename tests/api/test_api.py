@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import ast
+import re
 from pathlib import Path
 from typing import Any
 
@@ -14,9 +15,13 @@ from raysl import UserError
 from raysl.__main__ import VERBS
 from raysl.api import arguments
 from raysl.config import Pretraining
+from raysl.run import METADATA
+from raysl.run.unchanged import check_same
+from raysl.storage import Folder
+from raysl.storage.records import write_record
 from tests.data import make_dataset
 
-NOT_IN_PYTHON = {"demo", "methods"}
+NOT_IN_PYTHON = {"demo", "methods", "cache"}
 
 
 def test_every_verb_is_a_function_and_every_name_is_typed() -> None:
@@ -50,6 +55,7 @@ def test_every_verb_is_a_function_and_every_name_is_typed() -> None:
             lambda: raysl.features("random", "shapes:9", Path(__file__).parent),
             "not empty and holds no features",
         ),
+        (lambda: raysl.features("random", ["a"], "f"), "A list is given .* raysl.ingest"),  # type: ignore[arg-type]
         (lambda: raysl.pretrain(3, "r"), "type int"),  # type: ignore[arg-type]
         (lambda: raysl.ingest("shapes:10", "d", {"shard_image": 1}), "shard_images"),  # type: ignore[arg-type]
         (lambda: raysl.sweep("d", out="o", vary=("lam",), train=Path("/nowhere")), "'d' does not exist"),
@@ -96,3 +102,18 @@ def test_a_configuration_is_an_object_fields_or_both(tmp_path: Path) -> None:
     chosen = arguments.run_config(data, "-", None, {"pirl": {"temperature": 0.1}}, workers=False)
     assert (chosen.parts["pirl"].temperature, chosen.parts["pirl"].head) == (0.1, "bn")
     assert arguments.dataset(data) is data
+
+
+def test_a_run_without_its_source_names_the_copy_of_its_images(tmp_path: Path) -> None:
+    kept, run = make_dataset(tmp_path / "kept copy", 10), tmp_path / "run"
+    images = {"uri": str(kept.folder), "fingerprint": kept.manifest.fingerprint}
+    metadata = {"config": {}, "sessions": [], "data": {**images, "num_images": 10, "num_classes": 4}}
+    write_record(Folder(str(run)), METADATA, metadata)
+    named = re.escape(f"--data '{kept.folder}'")
+    with pytest.raises(UserError, match=f"'/nowhere' does not exist.* {named}"):
+        raysl.pretrain("/nowhere", run)
+    with pytest.raises(UserError, match=f"the images or labels differ.* {named}"):
+        check_same(metadata, {}, make_dataset(tmp_path / "others", 8), str(run))
+    kept.folder.delete()
+    with pytest.raises(UserError, match=r"the images or labels differ\. Give the data set it was begun on"):
+        check_same(metadata, {}, make_dataset(tmp_path / "more", 6), str(run))

@@ -14,6 +14,7 @@ from raysl.backbone.network import BackboneConfig
 from raysl.cli.verbs import probe as command
 from raysl.dataset import DataSet
 from raysl.errors import UserError
+from raysl.evaluation import evaluate
 from raysl.evaluation.evaluate import probe, probe_model
 from raysl.evaluation.results import protocol_hash, rows_of, tables
 from raysl.extraction import FeatureProtocol, encoder_by_name
@@ -197,6 +198,7 @@ def with_classes(dataset: DataSet, *classes: str) -> DataSet:
 def test_classes_are_matched_by_name(tmp_path: Path) -> None:
     train = make_dataset(tmp_path / "train", 20)
     test = with_classes(make_dataset(tmp_path / "test", 40), "d", "b", "z", "a")
+    assert evaluate._names_besides(test, train) == f": z {(test.labels() == 2).sum()}"
     _, test_n = common_labels(train, test)
     assert test_n.tolist() == np.array([3, 1, 4, 0])[test.labels()].tolist()
 

@@ -117,6 +117,24 @@ def test_what_is_no_image_is_refused(image: Any) -> None:
         load("pixels")(image)
 
 
+def test_what_is_no_image_is_named(tmp_path: Path) -> None:
+    model = load("pixels")
+    (tmp_path / "good.png").write_bytes(png(PHOTO))
+    (tmp_path / "bad.png").write_bytes(png(PHOTO)[:200])
+    for images, says in (
+        (
+            [tmp_path / "good.png", tmp_path / "bad.png"],
+            r"The image '.*/bad\.png' cannot be decoded: .*Leave it out",
+        ),
+        ([PHOTO, b"text"], r"The image number 1, counted from 0, cannot be decoded"),
+        (str(tmp_path), "is a folder. Give the paths of its images"),
+        (tmp_path / "none.png", r"The image '.*none\.png' cannot be read: [^\[]*none\.png does not exist\."),
+        (torch.zeros(64, 65, 3, dtype=torch.uint8), r"a tensor of type torch\.uint8 and shape \(64, 65, 3\)"),
+    ):
+        with pytest.raises(UserError, match=says):
+            model(images)
+
+
 def test_gradients_can_be_computed_from_features() -> None:
     features = load("pixels")(PHOTO)
     head = torch.nn.Linear(features.shape[1], 2)

@@ -64,6 +64,8 @@ def test_a_list_that_names_missing_files_is_refused_before_anything_is_written(t
         ingest(files, str(tmp_path / "out"))
     with pytest.raises(UserError, match=r"^1 file of the list of 2 does not exist"):
         ingest(files[:2], str(tmp_path / "out"))
+    with pytest.raises(UserError, match=r"holds the folder .*Give the files in it"):
+        ingest([tmp_path / "a.jpg", tmp_path], str(tmp_path / "out"))
     assert not (tmp_path / "out").exists()
 
 

@@ -5,7 +5,10 @@ from __future__ import annotations
 import gzip
 import struct
 from collections.abc import Callable
+from functools import partial
+from http.server import SimpleHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
+from threading import Thread
 from typing import Any
 
 import numpy as np
@@ -120,3 +123,16 @@ def test_the_hub_without_a_network_or_a_repository_is_a_sentence(monkeypatch: py
         "'hf://datasets/no/such' does not exist. A private or gated repository needs `hf auth login`"
         in message
     )
+
+
+def test_the_web_is_read_file_by_file(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    pytest.importorskip("aiohttp")
+    write_zip(tmp_path / "photos.zip", IMAGES)
+    handler = partial(SimpleHTTPRequestHandler, directory=str(tmp_path))
+    monkeypatch.setattr(SimpleHTTPRequestHandler, "log_message", lambda *_: None)
+    with ThreadingHTTPServer(("127.0.0.1", 0), handler) as server:
+        Thread(target=server.serve_forever, daemon=True).start()
+        place = f"http://127.0.0.1:{server.server_port}"
+        assert len(opened(f"{place}/photos.zip")[1]) == len(IMAGES)
+        assert "raysl reads single archives and tables" in refused(f"{place}/none.zip")
+        server.shutdown()

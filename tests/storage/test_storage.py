@@ -93,7 +93,7 @@ def test_a_patience_that_is_no_number_is_named(monkeypatch: pytest.MonkeyPatch) 
 def test_what_is_not_there(folder: Folder) -> None:
     folder.write("x", b"1")
     for name in ("nothing", "x/inside"):
-        with pytest.raises(FileNotFoundError):
+        with pytest.raises(FileNotFoundError, match=f"^{folder}/{name} does not exist$"):
             folder.read(name)
 
 
@@ -180,6 +180,16 @@ def test_a_request_that_fails_for_a_while_is_repeated(place: str, error: OSError
 def test_a_request_that_cannot_succeed_is_one_sentence_at_once(place: str, error: OSError) -> None:
     with pytest.raises(StorageError, match=f"Cannot read {place}"):
         retry(place, "read", flaky([error]))
+
+
+def test_an_error_of_arrow_names_the_place_once(tmp_path: Path) -> None:
+    (tmp_path / "a").mkdir()
+    with pytest.raises(
+        StorageError, match=rf"^Cannot read {tmp_path}/a: is a directory\. Name a file in it\.$"
+    ):
+        Folder(str(tmp_path)).read("a")
+    with pytest.raises(StorageError, match=r"x{300}: File name too long\."):
+        Folder(str(tmp_path)).read("x" * 300)
 
 
 def test_a_store_that_does_not_tell_its_region_is_asked_again(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -27,7 +27,7 @@ from raysl import plugins
 from raysl.errors import UserError, unknown
 from raysl.fields import Bounds, CheckedTop
 from raysl.ingestion import unsupported
-from raysl.ingestion.found import Found, LeftOut, names_checked, unreadable
+from raysl.ingestion.found import SEVERAL, Found, LeftOut, names_checked, unreadable
 from raysl.ingestion.layout import by_split
 from raysl.ingestion.listing import HEAD_BYTES, TABLE, File, Survey, files_below, is_folder, join, read_bytes
 from raysl.storage import HUB_LOGIN, Folder
@@ -230,6 +230,14 @@ def open_source(place: Place) -> Opened:
         raise UserError(f"The folder {place.uri!r} holds no images. It holds {left_out}. {advice}")
     if there:
         raise UserError(f"The file {place.uri!r} is of no known kind. {recognised()}")
+    if place.uri.startswith(("http://", "https://", "ftp://")):
+        raise UserError(
+            f"The source {place.uri!r} does not exist, or its server does not give it. From the web, raysl reads "
+            "single archives and tables, and from s3://, gs:// and hf://datasets/OWNER/NAME also folders. Check the "
+            "address, or download the images and give the file or folder."
+        )
+    if set("*?") & set(place.uri):
+        raise UserError(f"The source {place.uri!r} is a pattern, and raysl takes one source. {SEVERAL}")
     home, nor = os.environ.get("RAYSL_DATA"), ""
     if home and "://" not in place.uri:
         nor = f", and neither does {Path(home) / place.uri}, in $RAYSL_DATA"
