@@ -37,7 +37,9 @@ _CONVERTED = {"HSV": "RGB", "La": "LA", "PA": "RGBA", "RGBX": "RGB", "RGBa": "RG
 
 
 class FeatureExtractor:
-    """Turn images into features exactly as the probes do: short side resized, centre crop, uint8.
+    """Turn images into features. They are prepared exactly as the probes do: short side resized, centre crop, uint8.
+
+    BatchNorm keeps the statistics of training, in the place of which probes take those of their train images.
 
     Attributes:
         name: origin of the network.
