@@ -10,6 +10,7 @@ import importlib.util
 import inspect
 import os
 from collections.abc import Callable, Mapping, Sequence
+from numbers import Number
 from typing import TYPE_CHECKING, Any, TypeVar
 
 from raysl import ray_cluster
@@ -283,7 +284,9 @@ def _wrong_type(config: Any, kind: type[Any]) -> UserError:
 def given(**values: Any) -> dict[str, Any]:
     """Return the values that are not None; paths, data sets and runs as text."""
     there = {name: value for name, value in values.items() if value is not None}
-    return {name: value if isinstance(value, int | Sequence) else uri(value) for name, value in there.items()}
+    return {
+        name: value if isinstance(value, Number | Sequence) else uri(value) for name, value in there.items()
+    }
 
 
 def uri(place: Any) -> str:
