@@ -138,8 +138,8 @@ def check(config: Any, prefix: str = "") -> None:
     """Raise `FieldError` unless every field of a dataclass has its type and lies within its bounds.
 
     Numbers must be finite, a field of type int takes no fraction and no bool, a text has no NUL, and a `Literal` field
-    takes one of its values. A nested dataclass is checked here, unless it is `Checked` and has checked itself. Numbers of
-    NumPy and torch become Python's, which JSON can hold.
+    takes one of its values. A nested dataclass is checked here, unless it is `Checked` and has checked itself. Numbers
+    of NumPy and torch become Python's, which JSON can hold.
 
     Args:
         prefix: prefix of the flags in errors, such as "optim.".

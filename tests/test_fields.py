@@ -47,7 +47,7 @@ def test_numbers_of_numpy_and_torch_become_those_of_python() -> None:
     )
     values = [made.dim, made.momentum, made.milestones[0], made.flag]
     assert json.dumps(values) == "[3, 0.25, 0.5, true]"
-    with pytest.raises(FieldError, match="--toy.dim is 0.5; it must be a whole number"):
+    with pytest.raises(FieldError, match=r"--toy\.dim is 0\.5; it must be a whole number"):
         ToyConfig(dim=np.float64(0.5))  # type: ignore[arg-type]
 
 
