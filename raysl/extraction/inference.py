@@ -68,7 +68,7 @@ class FeatureExtractor:
         """Return the features of one image or many.
 
         Args:
-            images: a PIL image, a path or URI, the bytes of an image file, a uint8 array (h, w), (h, w, 3) or
+            images: a PIL image, a path or URI, an open image file or its bytes, a uint8 array (h, w), (h, w, 3) or
                 (b, h, w, 3), a uint8 tensor (3, h, w) or (b, 3, h, w), or any iterable of these.
             layer: a layer, or a grid of it.
 
@@ -217,6 +217,8 @@ def _image_files(images: Any) -> Iterator[bytes]:
     """Yield every image as the bytes of an image file. Arrays become PNG, which is lossless."""
     if isinstance(images, bytes):
         yield images
+    elif hasattr(images, "read"):
+        yield images.read()
     elif isinstance(images, str | os.PathLike):
         place, _, name = str(Folder(os.fspath(images))).rpartition("/")
         with explained(f"The image {os.fspath(images)!r} cannot be read", "Check its path.", OSError):
