@@ -138,17 +138,29 @@ def check(config: Any, prefix: str = "") -> None:
     """Raise `FieldError` unless every field of a dataclass has its type and lies within its bounds.
 
     Numbers must be finite, a field of type int takes no fraction and no bool, a text has no NUL, and a `Literal` field
-    takes one of its values. A nested dataclass is checked here, unless it is `Checked` and has checked itself.
+    takes one of its values. A nested dataclass is checked here, unless it is `Checked` and has checked itself. Numbers
+    of NumPy and torch become Python's, which JSON can hold.
 
     Args:
         prefix: prefix of the flags in errors, such as "optim.".
     """
     for name, hint in hints(type(config)).items():
-        value = getattr(config, name)
+        value = _ordinary(given := getattr(config, name))
+        if value is not given:
+            object.__setattr__(config, name, value)
         if reason := _reason(value, hint):
             raise FieldError(flag(f"{prefix}{name}"), value, reason)
         if dataclasses.is_dataclass(value) and not isinstance(value, Checked | type):
             check(value, f"{prefix}{name}.")
+
+
+def _ordinary(value: Any) -> Any:
+    """Return a number of NumPy or torch, alone or in a tuple, as Python's; anything else as it is."""
+    if getattr(value, "shape", None) == () and hasattr(value, "item"):
+        return value.item()
+    if type(value) is tuple and any(hasattr(item, "shape") for item in value):
+        return tuple(map(_ordinary, value))
+    return value
 
 
 def hints(kind: Any) -> dict[str, Any]:

@@ -124,10 +124,16 @@ def _timm_name(name: str) -> str:
     return name if _RESNETS.fullmatch(name) else name.removeprefix(TIMM) if name.startswith(TIMM) else ""
 
 
+def _timm_options(backbone: Backbone, config: Pretraining) -> dict[str, Any]:
+    """Return how timm must build the network to take images of the run's size."""
+    is_dynamic = getattr(backbone.body, "dynamic_img_size", False)
+    options = {"patch_size": config.backbone.patch_size, "dynamic_img_size": is_dynamic}
+    return {name: value for name, value in options.items() if value}
+
+
 def _timm(backbone: Backbone, config: Pretraining, step: int) -> dict[str, bytes]:
-    name = _timm_name(config.backbone.name)
+    architecture, _, tag = _timm_name(config.backbone.name).partition(".")
     size = config.view.image_size
-    architecture, _, tag = name.partition(".")
     seen = {
         "mean": (backbone.mean.flatten() / 255).tolist(),
         "std": (backbone.std.flatten() / 255).tolist(),
@@ -140,24 +146,17 @@ def _timm(backbone: Backbone, config: Pretraining, step: int) -> dict[str, bytes
         "tag": tag,
     }
     about: dict[str, Any] = {"architecture": architecture, "num_classes": 0, "num_features": backbone.width}
-    if config.backbone.patch_size:
-        about["model_args"] = {"patch_size": config.backbone.patch_size, "img_size": size}
-    about_json = json.dumps({**about, "pretrained_cfg": seen}, indent=1).encode()
+    about |= {"model_args": _timm_options(backbone, config), "pretrained_cfg": seen}
+    about_json = json.dumps(about, indent=1).encode()
     return {"pytorch_model.bin": _saved(backbone.body.state_dict()), "config.json": about_json}
 
 
 def _safetensors(backbone: Backbone, config: Pretraining, step: int) -> dict[str, bytes]:
     safetensors = package("safetensors.torch", "This --format", "export")
     state = {name: value.contiguous() for name, value in backbone.body.state_dict().items()}
-    metadata = {
-        "method": config.method,
-        "backbone": config.backbone.name,
-        "stem": config.backbone.stem,
-        "norm": config.backbone.norm,
-        "image_size": str(config.view.image_size),
-        "step": str(step),
-        "format": "pt",
-    }
+    metadata = {name: str(getattr(config.backbone, name)) for name in ("stem", "norm")}
+    metadata |= {"method": config.method, "backbone": config.backbone.name, "format": "pt"}
+    metadata |= {"image_size": str(config.view.image_size), "step": str(step)}
     return {"model.safetensors": _with_sorted_metadata(safetensors.save(state, metadata))}
 
 
@@ -173,8 +172,7 @@ def _with_sorted_metadata(data: bytes) -> bytes:
 
 def _onnx(backbone: Backbone, config: Pretraining, step: int) -> dict[str, bytes]:
     backbone.graph = None  # Norm "joint" needs it for training only.
-    size = config.view.image_size
-    images_bchw = torch.zeros(2, 3, size, size)
+    images_bchw = torch.zeros(2, 3, *[config.view.image_size] * 2)
     return {"model.onnx": _onnx_file(backbone, images_bchw, "images_bchw")}
 
 
@@ -257,7 +255,8 @@ Not chosen. State a licence here before you publish these weights, after checkin
 
 _BASELINES = (
     "`trained` are these weights, `untrained` is the same backbone before its first step, and `raw pixels` are the\n"
-    "images themselves, with the same probe and protocol."
+    "images themselves, with the same probe and protocol. For frozen features, probes take BatchNorm's statistics\n"
+    "from their train images, unless `--bn-statistics kept` is given; these weights hold those of pretraining."
 )
 _SAME_IMAGES = (
     "“The same images” were used for train and test: no image is compared with itself, but its near copies are in the\n"
@@ -328,8 +327,7 @@ def _without(backbone: Backbone, config: Pretraining) -> str:
         imports = ("import torch", _LOAD_FILE[0], "from torchvision import models, transforms")
         return f"Without raysl:\n\n{_pytorch(imports, *_TORCHVISION, _LOAD_FILE[1])}"
     if _is_usual_inside(config) and (name := _timm_name(about.name)):
-        options = f", patch_size={about.patch_size}" if about.patch_size else ""
-        options += ", dynamic_img_size=True" if getattr(backbone.body, "dynamic_img_size", False) else ""
+        options = "".join(f", {key}={value}" for key, value in _timm_options(backbone, config).items())
         imports = ("import timm", _LOAD_FILE[0], "from torchvision import transforms")
         made = f"model = timm.create_model({name!r}, num_classes=0{options})"
         return f"Without raysl:\n\n{_pytorch(imports, made, _LOAD_FILE[1])}"

@@ -2,11 +2,14 @@
 
 from __future__ import annotations
 
+import json
 import pickle
 from dataclasses import dataclass, field
 from typing import Annotated, Any, Literal
 
+import numpy as np
 import pytest
+import torch
 
 from raysl.errors import unknown
 from raysl.fields import Bounds, Checked, FieldError, Seed, check
@@ -33,6 +36,19 @@ class ToyConfig(Checked):
 
 def test_values_within_the_bounds_are_accepted() -> None:
     ToyConfig(momentum=1, dim=1, size=4, share=0.99, milestones=(0, 1.0), name="lars", seed=2**63 - 1)
+
+
+def test_numbers_of_numpy_and_torch_become_those_of_python() -> None:
+    made = ToyConfig(
+        dim=np.int64(3),  # type: ignore[arg-type]
+        momentum=torch.tensor(0.25),  # type: ignore[arg-type]
+        milestones=(np.float32(0.5),),  # type: ignore[arg-type]
+        flag=np.bool_(True),  # type: ignore[arg-type]
+    )
+    values = [made.dim, made.momentum, made.milestones[0], made.flag]
+    assert json.dumps(values) == "[3, 0.25, 0.5, true]"
+    with pytest.raises(FieldError, match=r"--toy\.dim is 0\.5; it must be a whole number"):
+        ToyConfig(dim=np.float64(0.5))  # type: ignore[arg-type]
 
 
 def test_an_error_repeats_the_beginning_of_a_long_value() -> None:

@@ -113,23 +113,23 @@ def assert_the_card_gives_the_features_of_the_probes(
 
 
 @pytest.mark.parametrize(
-    ("form", "name"),
+    ("form", "name", "patch_size"),
     [
-        ("torchvision", "resnet18"),
-        ("torchvision", "convnext_tiny"),
-        ("timm", "resnet18"),
-        ("timm", "timm/resnet10t"),
-        ("auto", "timm/vit_tiny_patch16_224"),
-        ("auto", "small"),
-        ("onnx", "small"),
+        ("torchvision", "resnet18", 0),
+        ("torchvision", "convnext_tiny", 0),
+        ("timm", "resnet18", 0),
+        ("timm", "timm/resnet10t", 0),
+        ("auto", "timm/vit_tiny_patch16_224", 0),
+        ("auto", "timm/vit_tiny_patch16_224", 8),
+        ("auto", "small", 0),
+        ("onnx", "small", 0),
     ],
 )
 def test_the_lines_on_the_card_give_the_features_that_probes_measure(
-    form: str, name: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    form: str, name: str, patch_size: int, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     for package in ("timm", "safetensors", *(("onnxscript", "onnxruntime") if form == "onnx" else ())):
         pytest.importorskip(package)
-    patch_size = 8 if "vit" in name else 0
     run = made(tmp_path, BackboneConfig(name, patch_size=patch_size))
     assert_the_card_gives_the_features_of_the_probes(run, form, monkeypatch)
 

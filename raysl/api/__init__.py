@@ -77,7 +77,7 @@ def pretrain(
     run: PathLike | None = None,
     config: Pretraining | None = None,
     *,
-    callbacks: Sequence[Callback] = (),
+    callbacks: Callback | Sequence[Callback] = (),
     probe_every: int = 0,
     train: Data = "",
     test: Data = "",
@@ -103,9 +103,10 @@ def pretrain(
     from raysl.run.callbacks import Callbacks
 
     check_names(pretrain, config, fields)
+    followers = Callbacks(callbacks)
     probing = online.OnlineConfig(probe_every, uri(train), uri(test), tuple(probes))
     settings = run_config(data, run, config, fields, local=local or (False if probe_every else None))
-    return online.pretrain_and_probe(settings, probing, Callbacks(callbacks), local=local)
+    return online.pretrain_and_probe(settings, probing, followers, local=local)
 
 
 @console.announced

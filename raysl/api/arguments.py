@@ -11,6 +11,7 @@ import inspect
 import logging
 import os
 from collections.abc import Callable, Mapping, Sequence
+from numbers import Number
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, TypeVar
 
@@ -347,7 +348,7 @@ def given(**values: Any) -> dict[str, Any]:
     """Return the values that are not None; paths, data sets and runs as text."""
     there = {name: value for name, value in values.items() if value is not None}
     return {
-        name: value if isinstance(value, int | Sequence) and name not in _OF_DATA else uri(value)
+        name: value if isinstance(value, Number | Sequence) and name not in _OF_DATA else uri(value)
         for name, value in there.items()
     }
 

@@ -281,7 +281,9 @@ def reproduce(run: _Run, config: Annotated[ReproduceConfig, _FLAGS]) -> None:
         print(f"differs: {line}")
     if not found.same:
         raise SystemExit(1)
-    print(f"The first {counted(found.steps, 'step')} gave the same numbers and weights, to the last bit.")
+    print(
+        f"The first {counted(found.steps, 'step')} gave the same {' and '.join(found.compared)}, to the last bit."
+    )
 
 
 def doctor(arguments: Sequence[str]) -> None:

@@ -70,6 +70,10 @@ class DoctorConfig(CheckedTop):
     out: str = ""
     prices: tuple[str, ...] = ()
 
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        methods.parse(self.method)  # Before the data are read and Ray starts.
+
     def price_list(self) -> dict[str, float]:
         """Return the prices by type. Raise UserError if one is not TYPE=NUMBER."""
         found = {}

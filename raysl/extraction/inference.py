@@ -6,7 +6,7 @@ import io
 import json
 import os
 import re
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping
 from typing import Any
 
 import numpy as np
@@ -40,7 +40,9 @@ _CONVERTED = {"HSV": "RGB", "La": "LA", "PA": "RGBA", "RGBX": "RGB", "RGBa": "RG
 
 
 class FeatureExtractor:
-    """Turn images into features exactly as the probes do: short side resized, centre crop, uint8.
+    """Turn images into features. They are prepared exactly as the probes do: short side resized, centre crop, uint8.
+
+    BatchNorm keeps the statistics of training, in the place of which probes take those of their train images.
 
     Attributes:
         name: origin of the network.
@@ -69,7 +71,7 @@ class FeatureExtractor:
         """Return the features of one image or many.
 
         Args:
-            images: a PIL image, a path or URI, the bytes of an image file, a uint8 array (h, w), (h, w, 3) or
+            images: a PIL image, a path or URI, an open image file or its bytes, a uint8 array (h, w), (h, w, 3) or
                 (b, h, w, 3), a uint8 tensor (3, h, w) or (b, 3, h, w), or any iterable of these.
             layer: a layer, or a grid of it.
 
@@ -260,6 +262,8 @@ def _image_files(images: Any) -> Iterator[_Named]:
     """Yield every image as the bytes of an image file. Arrays become PNG, which is lossless."""
     if isinstance(images, bytes):
         yield "", images
+    elif hasattr(images, "read"):
+        yield "", images.read()
     elif isinstance(images, str | os.PathLike):
         yield repr(os.fspath(images)), _read(os.fspath(images))
     elif isinstance(images, Image.Image):

@@ -109,7 +109,8 @@ def _frames(av: Any, file: BinaryIO, sampling: Sampling) -> Iterator[tuple[float
             if last_s * sampling.fps + 1e-4 >= due:
                 due = math.floor(last_s * sampling.fps + 1e-4) + 1
                 yield last_s, _upright(frame, aspect, sampling.frame_size)
-        if stated_s > 2 and last_s < (1 - _MISSING) * stated_s - 1:
+        # Matroska counts the duration from 0, also of a recording that starts later.
+        if stated_s > 2 and (start_s or 0) + last_s < (1 - _MISSING) * stated_s - 1:
             raise DecodeError(f"is cut off: {last_s:.1f} s of {stated_s:.1f} s could be read")
 
 

@@ -49,9 +49,10 @@ class Callback:
 
 
 class Callbacks:
-    """Several callbacks of one run."""
+    """One or several callbacks of one run. Raises UserError for a member that is none."""
 
-    def __init__(self, members: Sequence[Callback]) -> None:
+    def __init__(self, members: Callback | Sequence[Callback]) -> None:
+        members = members if isinstance(members, Sequence) else [members]
         for member in members:
             if not isinstance(member, Callback):
                 raise UserError(f"{member!r} is not a callback. Derive its class from raysl.Callback.")

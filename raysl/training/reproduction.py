@@ -45,12 +45,16 @@ class ReproduceConfig(CheckedTop):
 
 @dataclass(frozen=True)
 class Comparison:
-    """What differs between a repeated run and the first: ingredients (data, code, packages, workers) and numbers."""
+    """What differs between a repeated run and the first: ingredients (data, code, packages, workers) and numbers.
+
+    `compared` names what was compared: "numbers" (rows of metrics), "weights" (a checkpoint of the last step), or both.
+    """
 
     ingredients: tuple[str, ...]
     numbers: tuple[str, ...]
     steps: int
     run: Run
+    compared: tuple[str, ...]
 
     @property
     def same(self) -> bool:
@@ -59,11 +63,11 @@ class Comparison:
 
 
 def reproduce(first: Run, config: ReproduceConfig) -> Comparison:
-    """Repeat `first` and compare all metrics and the weights.
+    """Repeat `first` and compare all metrics, and the weights if the first has a checkpoint of the last step.
 
     Raises:
-        UserError: the first run has no checkpoint, the second cannot run, or its folder holds another run. Different
-            images are a difference and not an error.
+        UserError: the first run has no checkpoint, or nothing to compare within the steps; the second cannot run, or
+            its folder holds another run. Different images are a difference and not an error.
     """
     if config.local and first.config().worker_counts() != (1,):
         raise UserError(
@@ -71,6 +75,9 @@ def reproduce(first: Run, config: ReproduceConfig) -> Comparison:
         )
     newest = first.newest()
     steps = min(config.steps, newest.step) if config.steps else newest.step
+    at = checkpoint.of_step(first.checkpoints, steps)
+    if at is None and not any(row["step"] <= steps for row in first.metrics()):
+        raise _nothing(steps)
     metadata = first.metadata()
     out = config.out or str(first.folder / "again")
     if not config.out:
@@ -85,8 +92,20 @@ def reproduce(first: Run, config: ReproduceConfig) -> Comparison:
     for line in ingredients:
         _log.info("differs: %s", line)
     second = pretrain(again, until=steps, local=config.local or None)
-    numbers = list(_numbers(first, second, steps))
-    return Comparison(tuple(ingredients), tuple(numbers), steps, second)
+    rows, numbers = _numbers(first, second, steps)
+    if not rows and at is None:
+        raise _nothing(steps)
+    if at is not None:
+        numbers += _weights(at, second.newest())
+    compared = ("numbers",) * bool(rows) + ("weights",) * (at is not None)
+    return Comparison(tuple(ingredients), tuple(numbers), steps, second, compared)
+
+
+def _nothing(steps: int) -> UserError:
+    return UserError(
+        f"The run holds nothing to compare at --steps {steps}: no checkpoint of this step, and no row of metrics over "
+        "the same steps before it. Give more steps, or omit --steps."
+    )
 
 
 def _ingredients(metadata: Mapping[str, Any], fingerprint: str) -> list[str]:
@@ -105,24 +124,24 @@ def _ingredients(metadata: Mapping[str, Any], fingerprint: str) -> list[str]:
     return found
 
 
-def _numbers(first: Run, second: Run, steps: int) -> list[str]:
-    """Return for each metric that differs its first step and its greatest difference; then for the weights."""
+def _numbers(first: Run, second: Run, steps: int) -> tuple[int, list[str]]:
+    """Return how many rows were compared, and for each metric that differs its first step and greatest difference."""
     theirs = {row["step"]: row for row in first.metrics() if row["step"] <= steps}
     found: dict[str, str] = {}
     greatest: dict[str, float] = {}
+    rows = 0
     for row in second.metrics():
         before = theirs.get(row["step"], {})
         if before.get("over_steps") != row["over_steps"]:
             continue  # After an interruption, a row is a mean over other steps.
+        rows += 1
         for name in sorted(row.keys() & before.keys() - {*_TIMES}):
             ours, old = row[name], before[name]
             if ours != old:
                 relative = abs(ours - old) / max(abs(old), 1e-12)
                 greatest[name] = max(greatest.get(name, 0.0), relative)
                 found.setdefault(name, f"{name}: {old:.6g} then, {ours:.6g} now at step {row['step']} first")
-    lines = [f"{line}; at most {greatest[name]:.1e} of it" for name, line in found.items()]
-    at = checkpoint.of_step(first.checkpoints, steps)
-    return lines if at is None else [*lines, *_weights(at, second.newest())]
+    return rows, [f"{line}; at most {greatest[name]:.1e} of it" for name, line in found.items()]
 
 
 def _weights(then: Checkpoint, now: Checkpoint) -> list[str]:

@@ -95,3 +95,8 @@ def test_impossible_runs_are_refused(ray_session: None, tmp_path: Path) -> None:
         examine(DoctorConfig(str(tmp_path / "set"), batch_size=128))
     with pytest.raises(UserError, match="workers"):
         examine(DoctorConfig(str(tmp_path / "set"), batch_size=64, workers=64))
+
+
+def test_an_unknown_method_is_refused_at_once() -> None:
+    with pytest.raises(UserError, match="Unknown method 'nosuch'"):
+        DoctorConfig(method="nosuch")

@@ -62,7 +62,7 @@ def test_every_kind_of_image_is_the_same_image(tmp_path: Path) -> None:
         torch.from_numpy(PHOTO).permute(2, 0, 1),
         torch.from_numpy(PHOTO).permute(2, 0, 1)[None],
     ]
-    for image in same:
+    for image in [*same, io.BytesIO(png(PHOTO))]:
         assert torch.equal(model(image), expected)
     many = model([*same, np.stack([PHOTO, PHOTO])])
     assert torch.equal(many, expected.expand(len(same) + 2, -1))

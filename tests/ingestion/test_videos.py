@@ -126,6 +126,13 @@ def test_uneven_times_are_true_and_no_frame_is_repeated(tmp_path: Path) -> None:
     np.testing.assert_allclose(clips.times(0), [0, 0.2, 0.9, 1.0, 1.5], atol=0.02)
 
 
+def test_a_recording_that_starts_late_is_not_cut_off(tmp_path: Path) -> None:
+    make(tmp_path / "a.mkv", times=tuple(100 + np.arange(20) / 10))
+    clips, bad = clips_of(tmp_path, ReadConfig(fps=5))
+    assert not bad
+    np.testing.assert_allclose(clips.times(0), np.arange(10) / 5, atol=0.04)
+
+
 @pytest.mark.parametrize(("rotation", "corner"), [(90, "low left"), (180, "low right"), (-90, "up right")])
 def test_a_video_is_turned_as_a_player_shows_it(rotation: int, corner: str, tmp_path: Path) -> None:
     make(tmp_path / "a.mp4", rotation=rotation)

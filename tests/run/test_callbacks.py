@@ -71,6 +71,15 @@ def test_callbacks_hear_everything_in_order(run: Run, caplog: pytest.LogCaptureF
 def test_what_is_no_callback_is_refused() -> None:
     with pytest.raises(UserError, match=r"Derive its class from raysl\.Callback"):
         Callbacks([print])  # type: ignore[list-item]
+    with pytest.raises(UserError, match="Listener'> is not a callback"):
+        Callbacks(Listener)  # type: ignore[arg-type]
+
+
+def test_one_callback_needs_no_list(run: Run) -> None:
+    listener = Listener()
+    with Callbacks(listener).following(run, 0):
+        pass
+    assert listener.heard == ["begin", "end"]
 
 
 def test_tensorboard(run: Run, tmp_path: Path) -> None:

@@ -48,6 +48,7 @@ def test_a_run_in_two_parts_is_reproduced_in_one_to_the_last_bit(local: bool, ru
     found = reproduce(run, ReproduceConfig(local=local))
     assert found.same, found.numbers
     assert found.steps == 6
+    assert found.compared == ("numbers", "weights")
     # The numbers that are compared are there.
     assert [row["step"] for row in found.run.metrics()] == [1, 2, 3, 4, 5, 6]
 
@@ -79,6 +80,14 @@ def test_differences_are_listed(run: Run, tmp_path: Path) -> None:
     assert "at step 3 first" in found.numbers[0]
     with pytest.raises(UserError, match="already holds a run"):
         reproduce(copy, ReproduceConfig(out=str(tmp_path / "again"), local=True))
+
+
+def test_only_what_was_compared_is_called_equal(run: Run, tmp_path: Path) -> None:
+    copy = edited(run, tmp_path / "copy", run.metadata(), loss=1.0)
+    assert reproduce(copy, ReproduceConfig(steps=2, local=True)).compared == ("numbers",)
+    copy.folder.write(METRICS, jsonl(run.metrics()[3:]))
+    with pytest.raises(UserError, match="nothing to compare at --steps 2"):
+        reproduce(copy, ReproduceConfig(steps=2, local=True))
 
 
 def test_nested_state_is_compared_too() -> None:
