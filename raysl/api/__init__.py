@@ -355,8 +355,8 @@ def views(
     """
     if not os.fspath(out).lower().endswith(".png"):
         raise UserError(f"The picture {str(out)!r} is not a PNG file. Give --out a name that ends in .png.")
-    if images < 1:
-        raise UserError(f"images is {images}; it must be at least 1.")
+    if not hasattr(images, "__index__") or images < 1:
+        raise UserError(f"images is {images!r}; it must be a whole number of at least 1.")
     fields.pop("run", None)  # Nothing is trained, so a run that the caller names is not used.
     settings = run_config(data, "-", config, fields, workers=False, check=unseen)
     opened = dataset(settings.data)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import importlib.util
+import os
 from collections.abc import Sequence
 
 from raysl.errors import UserError, install
@@ -35,7 +36,8 @@ def report(folders: str | Sequence[str], config: ReportConfig) -> Folder:
             report cannot be written.
     """
     check_installed()
-    places = [folders] if isinstance(folders, str) else list(folders)
+    given = [folders] if isinstance(folders, str) else folders
+    places = list({_same(Folder(place)): place for place in given}.values())
     sweeps = [place for place in places if Folder(place).exists(JOURNAL)]
     if sweeps and len(places) > 1:
         raise UserError(
@@ -56,3 +58,8 @@ def report(folders: str | Sequence[str], config: ReportConfig) -> Folder:
         out.write(f"{file_name(figure.name)}.png", figure.png)
     out.write("index.html", page.encode())
     return out
+
+
+def _same(folder: Folder) -> str:
+    """Return a text that is the same for all paths of a folder, so that no run counts twice."""
+    return os.path.realpath(folder.uri) if folder.is_local else folder.uri

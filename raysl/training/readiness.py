@@ -36,6 +36,7 @@ def check(config: Pretraining, dataset: DataSet) -> tuple[Plan, dict[str, Any]]:
     plan = config.plan(dataset)
     if checkpoint.newest_step(run.checkpoints) < plan.num_steps:
         _check_space(config, model, dataset.num_images)
+        _warn_of_silence(model, dataset)
     return plan, model.describe()
 
 
@@ -65,4 +66,17 @@ def _check_space(config: Pretraining, model: Model, num_images: int) -> None:
             f"The disk of --run {config.run!r} has {free / 1e6:,.1f} MB free, and one checkpoint of this run takes at "
             f"least {(weights + bank) / 1e6:,.1f} MB: {weights / 1e6:,.1f} MB of weights and {bank / 1e6:,.1f} MB of "
             "the memory bank. Free some space, or give --run a folder on another disk."
+        )
+
+
+def _warn_of_silence(model: Model, dataset: DataSet) -> None:
+    """Say if a method learns from sound, and some clips have none."""
+    columns = {column for view in model.views().values() for column in view.columns}
+    silent = dataset.num_images - int(dataset.manifest.clips.get("with_sound", dataset.num_images))
+    if "sound" in columns and silent:
+        _log.warning(
+            "%s of %s have no sound: the network learns that silence belongs to their frames. Ingest only videos with "
+            "an audio track to leave them out.",
+            f"{silent:,}",
+            counted(dataset.num_images, "clip"),
         )

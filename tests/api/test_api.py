@@ -62,6 +62,7 @@ def test_every_verb_is_a_function_and_every_name_is_typed() -> None:
         (lambda: raysl.export("/nowhere", format="onnx"), "No run at '/nowhere'"),
         (lambda: raysl.report([]), "No folder"),
         (lambda: raysl.views("d", "picture.doc"), "ends in .png"),
+        (lambda: raysl.views("d", images="2"), "a whole number of at least 1"),  # type: ignore[arg-type]
         (lambda: raysl.probe("random", "a", "b", ("knn",), linear={}), "'linear' is neither"),
         (
             lambda: raysl.probe("/nowhere/run", "shapes:9", "shapes:9#test", "knn"),

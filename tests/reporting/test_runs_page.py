@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+import os
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
@@ -226,6 +227,8 @@ def test_a_single_run_is_judged_as_by_the_probe(tmp_path: Path, runs: list[str])
     assert page.count(f"<p>{said}: with 100 test images") == page.count("By linear") == 1
     page = report(runs, ReportConfig(str(tmp_path / "all"), images=0)).read("index.html").decode()
     assert "By linear" not in page
+    twice = [runs[0], os.path.relpath(runs[0])]
+    assert said in report(twice, ReportConfig(str(tmp_path / "twice"), images=0)).read("index.html").decode()
 
 
 def test_a_rank_is_never_best_and_one_set_for_train_and_test_is_told(tmp_path: Path, runs: list[str]) -> None:

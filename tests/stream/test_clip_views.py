@@ -21,6 +21,7 @@ from raysl.stream import shared
 from raysl.stream.data_tasks import Load
 from raysl.stream.plan import Plan
 from raysl.stream.reader import Batch, DataShare, Stream, StreamConfig
+from raysl.training import readiness
 from raysl.training.worker import Job, Worker
 from tests.data import make_clips, make_dataset
 
@@ -144,7 +145,9 @@ def test_an_interrupted_run_equals_an_uninterrupted_one(
     assert np.isfinite(expected).all()
 
 
-def test_a_method_of_clips_is_refused_on_images_and_a_silent_set(dataset: DataSet, tmp_path: Path) -> None:
+def test_a_method_of_clips_is_refused_on_images_and_a_silent_set(
+    dataset: DataSet, tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
     images = make_dataset(tmp_path / "images", 20)
     with pytest.raises(UserError, match=r"learns from clips and the data set .* holds images"):
         Model.of(configured("predict-frame_order"), images)
@@ -153,6 +156,9 @@ def test_a_method_of_clips_is_refused_on_images_and_a_silent_set(dataset: DataSe
         with pytest.raises(UserError, match=r"no clip of .* has any"):
             Model.of(configured("audio_visual"), dataset)
         Model.of(configured("triplet-tracking"), dataset)
+        dataset.manifest.clips["with_sound"] = dataset.num_images - 1
+        readiness.check(configured("audio_visual", str(tmp_path / "run")), dataset)
+        assert caplog.text.count("1 of") == caplog.text.count("have no sound") == 1
     finally:
         del dataset.manifest.clips["with_sound"]
 
