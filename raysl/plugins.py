@@ -15,6 +15,7 @@ import hashlib
 import importlib
 import importlib.metadata
 import importlib.util
+import logging
 import os
 import pkgutil
 import sys
@@ -32,6 +33,7 @@ EXPERIMENTAL = "raysl.experimental"
 _PACKAGES = {OBJECTIVES: (OBJECTIVES, EXPERIMENTAL)}
 
 _TRUSTED = "RAYSL_PLUGINS"
+_log = logging.getLogger("raysl.plugins")
 # Name in an imported file of the hash of its source.
 _SOURCE = "__raysl_source__"
 
@@ -190,6 +192,7 @@ def _trusted_place(name: str, run: str, source: str) -> str:
         named = [one for one in known if one.name == file]
         if not content and len(named) == 1:
             found = named
+            _log.warning("%r uses the code in %r, which is gone: %s stands for it.", run, name, named[0])
         if found:
             return str(found[0])
         other = f" {str(named[0])!r} has other content." if named and content else ""

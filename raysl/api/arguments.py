@@ -32,7 +32,7 @@ if TYPE_CHECKING:
 T = TypeVar("T")
 _log = logging.getLogger("raysl.api")
 # Arguments that take one source of images.
-_OF_DATA = ("data", "train", "validation", "test")
+ONE_SOURCE = ("data", "train", "validation", "test")
 
 
 def dataset(data: Data) -> DataSet:
@@ -174,12 +174,14 @@ def _check_outside(data: str, out: str, run: str) -> None:
 
     flag, results = ("--out", out) if out else ("--run", run)
     source, place = (Path(Folder(one).uri) for one in (data.partition("#")[0], results))
-    if results == "-" or DataSet.is_one(data) or not source.is_dir() or place.exists():
+    has_content = place.is_dir() and any(place.iterdir())  # That it holds a run is checked elsewhere.
+    if results == "-" or DataSet.is_one(data) or not source.is_dir() or has_content:
         return
     if place.resolve().is_relative_to(source.resolve()):
         raise UserError(
             f"{flag} is {results!r}, a folder among the images of --data {data!r}, where it would be read as images "
-            f"the next time. Give {flag} a folder outside of it, such as runs/{place.name}."
+            f"the next time. Give {flag} a folder outside of it, such as "
+            f"{source.resolve().parent / 'runs' / place.name}."
         )
 
 
@@ -192,14 +194,15 @@ def _check_given(values: Mapping[str, Any]) -> None:
 
 def _check_images(asked: Pretraining) -> None:
     """Raise UserError if the images of a run do not exist; of a run that has begun, it says where a copy lies."""
-    from raysl.run import Run
+    from raysl.run import METADATA, Run
     from raysl.run.unchanged import images_kept
+    from raysl.storage import Folder
 
     try:
         check_source(asked.data)
     except UserError as error:
-        begun = Run.find(asked.run) if asked.run != "-" else None
-        if begun and (kept := images_kept(begun.metadata())):
+        begun = asked.run != "-" and Folder(asked.run).exists(METADATA)
+        if begun and (kept := images_kept(Run.open(asked.run).metadata())):
             raise UserError(f"{error} {kept}.") from error
         raise
 
@@ -233,7 +236,7 @@ def _from_weights_file(config: Pretraining) -> Pretraining:
 def _with_weights_file(values: Mapping[str, Any], run: str) -> dict[str, Any]:
     """Return the fields of a run with the file of its starting weights, and the backbone that is stated with it.
 
-    A run that exists keeps its file, although the run whose weights it started from may have trained on.
+    A run that exists keeps its file, also where that is gone.
 
     Raises:
         UserError: there are no such weights.
@@ -249,8 +252,11 @@ def _with_weights_file(values: Mapping[str, Any], run: str) -> dict[str, Any]:
         return dict(values)
     if begun := Run.find(run):
         kept = begun.config().backbone.weights
-        inside = kept.startswith(f"{Folder(place)}/")
-        return {**values, "backbone": {**given, "weights": kept}} if inside else dict(values)
+        try:
+            is_same = starting_weights(place) == kept
+        except UserError:
+            is_same = kept.startswith(f"{Folder(place)}/")
+        return {**values, "backbone": {**given, "weights": kept}} if is_same else dict(values)
     file = starting_weights(place)
     if "name" not in given and (stated := stated_backbone(file)):
         _log.info("The backbone is that of %s: %s.", place, stated.name)
@@ -348,7 +354,7 @@ def given(**values: Any) -> dict[str, Any]:
     """Return the values that are not None; paths, data sets and runs as text."""
     there = {name: value for name, value in values.items() if value is not None}
     return {
-        name: value if isinstance(value, Number | Sequence) and name not in _OF_DATA else uri(value)
+        name: value if isinstance(value, Number | Sequence) and name not in ONE_SOURCE else uri(value)
         for name, value in there.items()
     }
 

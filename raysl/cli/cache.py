@@ -3,32 +3,34 @@
 from __future__ import annotations
 
 import itertools
+import json
+import os
 import time
 from collections.abc import Sequence
 from contextlib import suppress
 from dataclasses import dataclass
+from operator import attrgetter
 from pathlib import Path
 
-from raysl import checkpoint
 from raysl.errors import UserError, counted
 from raysl.ingestion import copies
 from raysl.ingestion.cache import root
 from raysl.run import METADATA, Run
 from raysl.storage import Folder
-from raysl.stream.plan import num_steps
+from raysl.tuning import journal
 
 
 @dataclass(frozen=True)
 class CacheConfig:
-    """List the data sets that raysl made of sources that it was given without `raysl ingest`, in $RAYSL_CACHE.
+    """List the copies in $RAYSL_CACHE of sources that were not ingested by `raysl ingest`.
 
-    A copy is superseded if files of its source have changed since: raysl then ingests the source again, and does not
-    take the old copy any more, unless it is named, as in --data COPY.
+    A copy is superseded if its source has changed since. raysl then makes a new copy, and uses the old one only where
+    you give its path as --data.
 
     Args:
-        remove_superseded: delete the superseded copies. One that a process writes, or that an unfinished run below
-            --runs learns from, is kept. Readers cannot be known: do this when no other work reads these images.
-        runs: local folders below which unfinished runs are looked for.
+        remove_superseded: delete superseded copies, but keep those that unfinished runs and sweeps in the folders of
+            --runs use. raysl does not know which other programs read a copy, so run this when none does.
+        runs: local folders that hold your runs and sweeps, also deeper inside.
     """
 
     remove_superseded: bool = False
@@ -41,45 +43,46 @@ def cache(config: CacheConfig) -> None:
     if not found:
         print(f"The cache {root(None)} holds no copies.")
         return
+    missing = [folder for folder in config.runs if not Path(folder).is_dir()]
+    if config.remove_superseded and missing:
+        raise UserError(
+            f"There is no folder {missing[0]!r}. Give --runs the folders that hold your runs and sweeps, so that the "
+            "images that unfinished ones use are kept."
+        )
     needed = _needed(config.runs)
     _print(found, needed)
-    superseded = [one for one in found if one.state == "superseded"]
+    superseded = [
+        one for one in found if one.state == "superseded" and os.path.realpath(str(one.folder)) not in needed
+    ]
     if not config.remove_superseded:
-        size = sum(one.num_bytes for one in superseded)
         if superseded:
-            print(f"{_told(superseded)} superseded, {_megabytes(size)}. --remove-superseded deletes them.")
+            print(f"--remove-superseded deletes {_told(superseded)}.")
         return
     removed = []
     for one in superseded:
-        if run := needed.get(str(one.folder)):
-            print(f"Kept {one.folder}: the unfinished run {run} learns from it.")
-            continue
         try:
             copies.remove(one)
         except UserError as error:
             print(f"Kept {one.folder}: {error}")
         else:
             removed.append(one)
-    print(f"Removed {counted(len(removed), 'folder')}, {_megabytes(sum(one.num_bytes for one in removed))}.")
+    print(f"Removed {_told(removed)}.")
 
 
 def _told(some: Sequence[copies.Copy]) -> str:
-    return "1 copy is" if len(some) == 1 else f"{len(some):,} copies are"
+    return f"{counted(len(some), 'folder')}, {_megabytes(sum(one.num_bytes for one in some))}"
 
 
 def _print(found: Sequence[copies.Copy], needed: dict[str, str]) -> None:
-    for source, some in itertools.groupby(sorted(found, key=lambda one: (one.source, one.used_s)), _source):
+    by_source = sorted(found, key=attrgetter("source", "used_s"))
+    for source, some in itertools.groupby(by_source, attrgetter("source")):
         print(source or "left by a removal that was interrupted")
         for one in some:
             size = f"{counted(one.num_images, 'image')}, {_megabytes(one.num_bytes)}"
             day = time.strftime(", last read %Y-%m-%d", time.localtime(one.used_s)) if one.used_s else ""
-            run = needed.get(str(one.folder))
-            by = f", needed by {run}" if run else ""
+            user = needed.get(os.path.realpath(str(one.folder)))
+            by = f", used by {user}" if user else ""
             print(f"  {one.folder}: {one.state}, {size if one.num_images else 'unfinished'}{day}{by}")
-
-
-def _source(copy: copies.Copy) -> str:
-    return copy.source
 
 
 def _megabytes(num_bytes: int) -> str:
@@ -87,13 +90,18 @@ def _megabytes(num_bytes: int) -> str:
 
 
 def _needed(folders: Sequence[str]) -> dict[str, str]:
-    """Return the unfinished runs below local folders, each by the data set that it learns from."""
+    """Return the unfinished runs and the sweeps below local folders, each by the data sets that it uses."""
     found: dict[str, str] = {}
-    for file in (file for folder in folders for file in Path(folder).rglob(METADATA)):
-        run = Run(Folder(str(file.parent)))
-        with suppress(UserError, OSError, ValueError, KeyError, TypeError):  # It is damaged, or no run.
-            metadata, config = run.metadata(), run.metadata()["config"]
-            end = num_steps(metadata["data"]["num_images"], config["batch_size"], config["epochs"])
-            if checkpoint.newest_step(run.checkpoints) < end:
-                found[metadata["data"]["uri"]] = str(file.parent)
+    for place in map(Path, folders):
+        for file in place.rglob(METADATA):
+            run = Run(Folder(str(file.parent)))
+            with suppress(UserError, OSError, ValueError, KeyError, TypeError):  # It is damaged, or no run.
+                if not run.is_finished():
+                    found[os.path.realpath(run.metadata()["data"]["uri"])] = (
+                        f"the unfinished run {file.parent}"
+                    )
+        for file in place.rglob(journal.NAME):
+            with suppress(OSError, ValueError, KeyError, TypeError, AttributeError), file.open() as lines:
+                for uri in json.loads(next(lines, "{}"))["uris"].values():
+                    found[os.path.realpath(uri)] = f"the sweep {file.parent}"
     return found

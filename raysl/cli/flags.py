@@ -12,6 +12,7 @@ from typing import Annotated, Any
 import tyro
 
 from raysl import plugins
+from raysl.api.arguments import ONE_SOURCE
 from raysl.config import Pretraining, defaults, methods
 from raysl.errors import UserError
 from raysl.fields import hints as hints_of
@@ -22,8 +23,6 @@ _RECIPE = (
     "name of a published training recipe at full scale, such as pirl-r50-800ep; `raysl methods` lists them. Flags that "
     "you give override it."
 )
-# Flags that take one source of images.
-_OF_DATA = ("--data", "--train", "--validation", "--test")
 _FOR_DATA = tyro.conf.arg(help_behavior_hint="(default: chosen from the data)")
 _FOR_MACHINE = tyro.conf.arg(help_behavior_hint="(default: chosen from images and machine)")
 
@@ -103,7 +102,7 @@ def read(kind: Any, program: str, words: Sequence[str], **options: Any) -> Any:
         flag = next((word for word in reversed(words[:first]) if word.startswith("-")), "")
         flag = flag.partition("=")[0]
         few = ", ".join(map(repr, rest[:3])) + f", ... ({len(rest):,} words)" * (len(rest) > 3)
-        if flag in _OF_DATA:
+        if flag.removeprefix("--") in ONE_SOURCE:
             raise UserError(f"{flag} takes one source, and behind it stands also {few}. {SEVERAL}")
         if program.endswith(" ingest"):
             raise UserError(

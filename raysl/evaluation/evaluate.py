@@ -338,11 +338,8 @@ def _extract(
 ) -> list[tuple[Tables, Tables]]:
     """Return the features of the train and the test set for each encoder, in one pass over the images."""
     measures = [measure for _, measure in ready.values() if not isinstance(measure, EncoderProbe)]
-    sets = (
-        [data.train, data.test]
-        if any(isinstance(measure, LabelledProbe) for measure in measures)
-        else [data.test]
-    )
+    labelled = any(isinstance(measure, LabelledProbe) for measure in measures)
+    sets = [data.train, data.test] if labelled else [data.test]
     wanted = []
     for source, own in zip(sources, layers, strict=True):
         specs = [extraction.feature_spec(layer, measure.dims) for layer in own for measure in measures]
@@ -395,10 +392,7 @@ def _encoder(run: Run, name: str, checkpoint: Checkpoint | None) -> Encoder:
 
 def _has_weights(source: Encoder) -> bool:
     """Return False, and say so, for an untrained network whose starting weights are gone or have changed."""
-    try:
-        if isinstance(source, extraction.RandomBackbone):
-            source.check_weights()
-    except UserError as error:
-        _log.warning("The row of the untrained network, which starts from a file, is left out. %s", error)
-        return False
-    return True
+    lost = source.lost_weights() if isinstance(source, extraction.RandomBackbone) else ""
+    if lost:
+        _log.warning("The row of the untrained network, which starts from a file, is left out. %s", lost)
+    return not lost

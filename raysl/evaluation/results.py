@@ -102,7 +102,11 @@ def rows(runs: str | os.PathLike[str] | Run | Iterable[str | os.PathLike[str] | 
     """
     several = [runs] if isinstance(runs, str | os.PathLike | Run) else runs
     found = []
+    if not isinstance(several, Iterable):
+        raise UserError(f"runs is {runs!r}; it must be folders of runs.")
     for one in several:
+        if not isinstance(one, str | os.PathLike | Run):
+            raise UserError(f"runs holds {one!r}; it must hold folders of runs.")
         uri = str(one.folder) if isinstance(one, Run) else os.fspath(one)
         run = Run(Folder(uri))
         if not run.folder.exists(ROWS) and not run.folder.exists(MODEL):

@@ -154,26 +154,30 @@ class RandomBackbone(NetworkEncoder):
             value["weights"] = self.weights_hash or external_weights.digest(external_weights.read_file(file))
         return value
 
-    def check_weights(self) -> None:
-        """Raise UserError if the file of the starting weights is gone or has changed since the run began."""
-        if self.config.weights:
-            self._check_hash(external_weights.digest(external_weights.read_file(self.config.weights)))
+    def lost_weights(self) -> str:
+        """Return how the file of the starting weights was lost since the run began; "" if it is still there."""
+        place, _, name = self.config.weights.rpartition("/")
+        if not name:
+            return ""
+        if not Folder(place or "/").exists(name):
+            return f"There is no file {self.config.weights!r}."
+        return self._changed(external_weights.digest(external_weights.read_file(self.config.weights)))
 
-    def _check_hash(self, found: str) -> None:
-        if self.weights_hash and found != self.weights_hash:
-            raise UserError(
-                f"The weights file {self.config.weights!r} has changed since the run started from it. Put the old "
-                "file back, or leave 'random' out of the argument `encoders` of raysl.probe."
-            )
+    def _changed(self, found: str) -> str:
+        if not self.weights_hash or found == self.weights_hash:
+            return ""
+        return f"The weights file {self.config.weights!r} has changed since the run started from it."
 
     def network(self) -> Backbone:
         with torch.random.fork_rng(devices=[]):
             torch.manual_seed(rng.key(self.seed, "weights") >> 1)  # As in raysl.model.Model.
             backbone = networks.build(self.config)
         if self.config.weights:
-            self._check_hash(
-                external_weights.load_weights_into(backbone, self.config.weights, self.config.name)
-            )
+            found = external_weights.load_weights_into(backbone, self.config.weights, self.config.name)
+            if changed := self._changed(found):
+                raise UserError(
+                    f"{changed} Put the old file back, or leave 'random' out of the argument `encoders` of raysl.probe."
+                )
         return backbone
 
 

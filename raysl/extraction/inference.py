@@ -6,6 +6,7 @@ import io
 import json
 import os
 import re
+import shlex
 from collections.abc import Iterable, Iterator, Mapping
 from typing import Any
 
@@ -15,6 +16,7 @@ import torch
 from PIL import Image, ImageOps
 from torch import Tensor
 
+from raysl import plugins
 from raysl.backbone import external_weights
 from raysl.backbone.network import TIMM, BackboneConfig, names
 from raysl.checkpoint import STATE
@@ -181,18 +183,27 @@ def starting_weights(place: str) -> str:
     """Return the file of the weights that a new run starts from.
 
     Args:
-        place: a run (its newest checkpoint), RUN/checkpoints/step-NNN, a folder of `raysl export`, or a weights file.
+        place: a finished run (its last checkpoint), RUN/checkpoints/step-NNN, a folder of `raysl export`, or a weights
+            file.
 
     Raises:
-        UserError: it is none of these, or the run has no checkpoint.
+        UserError: it is none of these, or the run is not finished.
     """
     place = place.rstrip("/")
+    if Folder(place).exists(METADATA) and not Run.open(place).is_finished():
+        # Its newest checkpoint is another one tomorrow, and is deleted the day after.
+        raise UserError(
+            f"--backbone.weights is the run {place!r}, which is not finished. Finish it, or run `raysl export "
+            f"{shlex.quote(place)}` and give the folder of the export."
+        )
     if Folder(place).exists(METADATA) or re.search(r"/checkpoints/step-\d+$", place):
         found = encoders.find_checkpoint(place)
         assert found is not None
         return str(found[1].folder / STATE)
     if not Folder(place).exists():
         external_weights.read_file(place)  # Raises UserError.
+    if place.startswith(("http://", "https://")):
+        return place
     file = _weights_in(place)
     if file == place and Folder(place).list():
         raise UserError(
@@ -206,7 +217,11 @@ def starting_weights(place: str) -> str:
 def stated_backbone(file: str) -> BackboneConfig | None:
     """Return the backbone of a file of weights if a run, an export or the file itself states it."""
     inside = re.fullmatch(rf"(.+)/checkpoints/step-\d+/{re.escape(STATE)}", file)
-    return Run.open(inside[1]).config().backbone if inside else _find_settings(file)[1]
+    if inside:
+        return Run.open(inside[1]).config().backbone
+    if file.startswith(("http://", "https://")):
+        return None
+    return _find_settings(file)[1]
 
 
 def _weights_in(name: str) -> str:
@@ -233,7 +248,11 @@ def _settings(folder: Folder) -> tuple[BackboneConfig, int] | None:
     try:
         if folder.exists(SETTINGS):
             stated = verified(folder.read_json(SETTINGS))
-            return BackboneConfig(**stated["backbone"]), int(stated["image_size"])
+            backbone = dict(stated["backbone"])
+            if module := str(backbone["name"]).rpartition(":")[0]:  # code, which only the user may name
+                places = plugins.check_trusted([module], str(folder))
+                backbone["name"] = plugins.moved(backbone["name"], places)
+            return BackboneConfig(**backbone), int(stated["image_size"])
         if folder.exists("config.json"):
             stated = json.loads(folder.read("config.json"))
             cfg = stated.get("pretrained_cfg", {})

@@ -29,7 +29,9 @@ _DRAWN_TESTS = {"shapes": 1000, "clips": 200}
 def resolve(data: str | Opened, cache: Path | None = None) -> DataSet:
     """Return the data set that `data` names: a finished one, or a source.
 
-    A source is ingested into a folder of the cache, see `places`.
+    A source is ingested into a folder of the cache. The name of the folder depends on the source and on the sizes and
+    times of its files, so that a source that has changed is ingested again. So is one with images that could not be
+    read without an optional package, once the package is installed.
 
     Args:
         data: folder of a data set, or anything that `ingest` takes.
@@ -41,8 +43,12 @@ def resolve(data: str | Opened, cache: Path | None = None) -> DataSet:
     if isinstance(data, str) and (folder := finished_folder(data)):
         return DataSet.open(folder)
     opened = open_source(canonical(Place.parse(data))) if isinstance(data, str) else data
-    if DataSet.is_one(dest := places(opened, cache)[-1]):
-        return DataSet.open(dest)
+    name, now, packages = opened.source.name, stamp(opened), set[str]()
+    while DataSet.is_one(dest := _place(name, now, cache, packages)):
+        data_set = DataSet.open(dest)
+        if (known := packages | _now_installed(data_set)) == packages:
+            return data_set
+        packages = known
     advice = "`raysl ingest` makes a data set in a folder that you choose."
     _log.info("Ingesting %s into the cache, %s, once. %s", opened.source.name, dest, advice)
     return ingest(opened, dest, wait=True)
@@ -69,24 +75,6 @@ def root(cache: Path | None) -> Folder:
     return Folder(str(cache or os.environ.get("RAYSL_CACHE") or Path.home() / ".cache" / "raysl"))
 
 
-def places(opened: Opened, cache: Path | None) -> list[str]:
-    """Return the folders of a source in the cache, the one to use last; the one to use may not exist yet.
-
-    Their names depend on the source and on the sizes and times of its files, so that a source that has changed is
-    ingested again. So is one with images that could not be read without optional packages, once these are installed;
-    then the copies before it stay, because they tell which packages.
-    """
-    name, stamp, packages = opened.source.name, _stamp(opened), set[str]()
-    found = [_place(name, stamp, cache, packages)]
-    while DataSet.is_one(found[-1]):
-        known = packages | _now_installed(DataSet.open(found[-1]))
-        if known == packages:
-            break
-        packages = known
-        found.append(_place(name, stamp, cache, packages))
-    return found
-
-
 def canonical(place: Place) -> Place:
     """Return a place without ".." in its path, so that all paths of a folder that differ in it have one copy."""
     # Of a path that does not exist, the user is told what was given.
@@ -108,16 +96,17 @@ def _now_installed(data_set: DataSet) -> set[str]:
     return {name for name in found if name and any(importlib.metadata.distributions(name=name))}
 
 
-def _stamp(opened: Opened) -> str:
+def stamp(opened: Opened) -> str:
+    """Return the state of the files of a source. Raises UserError if it cannot be read."""
     try:
         return opened.source.stamp()
     except OSError as error:
         raise unreadable(opened.source.name, error) from error
 
 
-def _place(name: str, stamp: str, cache: Path | None, packages: set[str]) -> str:
+def _place(name: str, state: str, cache: Path | None, packages: set[str]) -> str:
     """Return the folder of a source in the cache, for a source that was read before some packages were installed."""
-    key = hashlib.blake2b("\n".join([name, stamp, *sorted(packages)]).encode(), digest_size=8).hexdigest()
+    key = hashlib.blake2b("\n".join([name, state, *sorted(packages)]).encode(), digest_size=8).hexdigest()
     # The readable part is for people who clean up the cache.
     stem = re.sub(r"\W+", "-", name.rstrip("/").rpartition("/")[2]).strip("-")[:40]
     return str(root(cache) / f"{stem}-{key}")

@@ -12,7 +12,7 @@ from typing import Literal
 
 from raysl.dataset import CACHED, MANIFEST, SHARDS, Manifest
 from raysl.errors import UserError
-from raysl.ingestion.cache import canonical, places, root
+from raysl.ingestion.cache import canonical, root, stamp
 from raysl.ingestion.journal import Journal
 from raysl.ingestion.sources import Place, open_source
 from raysl.storage import Folder, failure
@@ -22,7 +22,7 @@ from raysl.storage.records import verified
 # A removal renames a copy first, so that no half of it is taken for a data set.
 _REMOVED = ".removed"
 
-State = Literal["current", "superseded", "source not found"]
+State = Literal["current", "superseded", "source not found", "not known"]
 
 
 @dataclass(frozen=True)
@@ -34,8 +34,8 @@ class Copy:
         num_bytes: size of the shards, 0 likewise.
         used_s: when its images were read last, in seconds since 1970, as the disk knows it: most update the time once a
             day, and some never. 0 if it is not known.
-        state: "current" if raysl takes this copy for its source as that is now, or completes it; "superseded" if the
-            source has changed since.
+        state: "current" if the source is as it was; "superseded" if it has changed since, or if a removal was
+            interrupted; "not known" for a copy of an older version, which does not tell.
     """
 
     folder: Folder
@@ -48,14 +48,14 @@ class Copy:
 
 def copies(cache: Path | None = None) -> Iterator[Copy]:
     """Yield the copies in the cache, `$RAYSL_CACHE` or ~/.cache/raysl; what raysl did not make is left out."""
-    current = lru_cache(None)(lambda source: _current(source, cache))
+    current = lru_cache(None)(_current)
     for name in root(cache).list():
         folder = root(cache) / name
         if not CACHED.fullmatch(name.removesuffix(_REMOVED)):
             continue
         with suppress(UserError, OSError, ValueError, KeyError, TypeError):  # It is damaged, or of others.
-            source, num_images, num_bytes = _content(folder)
-            state = _state(folder, current(source))
+            source, then, num_images, num_bytes = _content(folder)
+            state = "superseded" if not source else _state(then, current(source))
             yield Copy(folder, source, num_images, num_bytes, _used_s(folder), state)
 
 
@@ -75,32 +75,34 @@ def remove(copy: Copy) -> None:
         aside.delete()
 
 
-def _content(folder: Folder) -> tuple[str, int, int]:
-    """Return the source of a copy, its number of images and of bytes. Raises ValueError if raysl did not make it."""
+def _content(folder: Folder) -> tuple[str, str, int, int]:
+    """Return the source of a copy, "" for the rest of a removal, the state of its files then, and the number of images
+    and of bytes. Raises ValueError if raysl did not make it.
+    """
     if str(folder).endswith(_REMOVED):
-        return "", 0, 0
+        return "", "", 0, 0
     if folder.exists(MANIFEST):
         manifest = Manifest.from_json(verified(folder.read_json(MANIFEST)))
-        return manifest.source, manifest.num_images, manifest.num_bytes
+        return manifest.source, manifest.stamp, manifest.num_images, manifest.num_bytes
     if (header := Journal(folder).header()) is None:
         raise ValueError("no data set and no journal")
-    return header.source, 0, 0
+    return header.source, header.stamp, 0, 0
 
 
-def _current(source: str, cache: Path | None) -> list[str]:
-    """Return the folders that raysl takes for a source as it is now; none if the source cannot be opened."""
+def _current(source: str) -> str:
+    """Return the state of the files of a source now; "" if it cannot be opened."""
     try:
-        return places(open_source(canonical(Place.parse(source))), cache)
+        return stamp(open_source(canonical(Place.parse(source))))
     except (UserError, OSError):
-        return []
+        return ""
 
 
-def _state(folder: Folder, current: list[str]) -> State:
-    if str(folder).endswith(_REMOVED):
-        return "superseded"
-    if not current:
+def _state(then: str, now: str) -> State:
+    if not now:
         return "source not found"
-    return "current" if str(folder) in current else "superseded"
+    if not then:
+        return "not known"
+    return "current" if then == now else "superseded"
 
 
 def _used_s(folder: Folder) -> float:

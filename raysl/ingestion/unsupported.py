@@ -58,7 +58,7 @@ def refusal(uri: str, survey: Survey | None, recognised: bool) -> str:
         if NOTES in survey.folders.get("", ()) and (made := _made_by_raysl(uri)):
             return made
         if not survey.images() and (inside := _data_sets(uri, survey)):
-            return f"holds no images but data sets of raysl, of which one is taken: {listed(inside, 5)}"
+            return f"holds no images but several data sets of raysl; give one of them: {listed(inside, 5)}"
         if log := next((log for log in _LOGS if any(log in at.split("/") for at in survey.folders)), ""):
             return f"holds {log}/, so it is {_LOGS[log]} {_AS_FOLDER}"
         path = next((path for path in survey.examples.values() if _suffix(path) in _FORMS), "")

@@ -78,18 +78,18 @@ class Run:
 
     @staticmethod
     def find(uri: str) -> Run | None:
-        """Return the run at `uri`; None where there is none yet, or one that failed before its first row of metrics."""
+        """Return the run at `uri`; None where there is none yet, or one that failed before it wrote any result."""
         folder = Folder(uri)
         if not folder.exists(METADATA) and not folder.exists(_OLD_METADATA):
             return None
         run = Run.open(uri)
-        return run if run._holds_results() or next(run.metrics_rows(), None) is not None else None
+        return run if run._holds_results() else None
 
     @staticmethod
     def check(config: Pretraining, dataset: DataSet) -> dict[str, Any] | None:
         """Return the metadata of the run that a configuration resumes; None if its folder holds no run.
 
-        A run without a checkpoint has nothing to resume, so any configuration may replace its own.
+        Any configuration may replace that of a run that failed before it wrote any result.
 
         Raises:
             UserError: the folder holds a run with another configuration or other images, or one of raysl 0.1.
@@ -105,8 +105,11 @@ class Run:
         return metadata
 
     def _holds_results(self) -> bool:
-        """Return True if the run has a checkpoint, or rows of probes, whose checkpoint someone may have deleted."""
-        return checkpoint.newest_step(self.checkpoints) > 0 or bool((self.folder / "probes/rows").list())
+        """Return True if the run has a checkpoint, metrics, scores or an export; someone may have deleted others."""
+        if checkpoint.newest_step(self.checkpoints) > 0 or self.metrics_parts():
+            return True
+        has_metrics = self.folder.exists(METRICS) and self.folder.read(METRICS) != b""
+        return has_metrics or any((self.folder / place).list() for place in ("probes/rows", "export"))
 
     @staticmethod
     def begin(config: Pretraining, dataset: DataSet, facts: Mapping[str, Any]) -> Run:
@@ -122,7 +125,6 @@ class Run:
         facts = json.loads(json.dumps(facts))
         session = {"started": time.strftime("%Y-%m-%dT%H:%M:%S%z"), "workers": config.workers, **versions()}
         if metadata is not None and not run._holds_results() and is_replaced(metadata, config, dataset):
-            run.write_metrics(())
             metadata = None
         if metadata is None:
             metadata = {
@@ -142,7 +144,10 @@ class Run:
             check_facts(metadata.get("facts", {}), facts, config.run)
         metadata["sessions"].append(session)
         if sources := config.sources():
-            metadata["sources"] = {**metadata.get("sources", {}), **sources}
+            kept = metadata.get("sources", {})
+            # The configuration names a file that has moved by its old place.
+            moved = {old: sources[new] for old in kept for new in sources if Path(old).name == Path(new).name}
+            metadata["sources"] = {**kept, **moved, **sources}
         write_record(run.folder, METADATA, metadata)
         return run
 

@@ -53,7 +53,7 @@ def check_same(metadata: Mapping[str, Any], wanted: Mapping[str, Any], dataset: 
 
 
 def is_replaced(metadata: Mapping[str, Any], config: Pretraining, dataset: DataSet) -> bool:
-    """Return True, and say so, if a run that has saved nothing begins with another configuration or other images.
+    """Return True, and say so, if a run without any result begins with another configuration or other images.
 
     The stored configuration is compared as it is: it may name code that exists no more.
     """
@@ -62,7 +62,7 @@ def is_replaced(metadata: Mapping[str, Any], config: Pretraining, dataset: DataS
     changed += ["images"] * (metadata["data"]["fingerprint"] != dataset.manifest.fingerprint)
     if changed:
         _log.info(
-            "The run at %s had saved no checkpoint, so nothing of it is lost: it begins anew with other values of %s.",
+            "The run at %s had failed before it wrote any result. It begins anew with other values of %s.",
             config.run,
             ", ".join(name.removeprefix("parts.") for name in changed),
         )

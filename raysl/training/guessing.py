@@ -18,7 +18,7 @@ _LAST, _BELOW = 0.1, 0.01
 def warn(run: Run, chance: float, num_steps: int) -> None:
     """Log a line if a run has ended and the loss of its last steps is not below `chance`, the loss of a guess.
 
-    A short run without a row of metrics that holds its last steps alone is not judged.
+    A run is not judged if the rows of metrics that hold its last steps alone cover less than half of these.
     """
     if not math.isfinite(chance):
         return
@@ -27,9 +27,10 @@ def warn(run: Run, chance: float, num_steps: int) -> None:
     except UserError:
         return  # The weights are saved, and do not depend on the metrics.
     late = rows["step"] - rows["over_steps"] >= (1 - _LAST) * num_steps
-    if num_steps not in rows["step"][late]:
+    over_n, loss_n = rows["over_steps"][late], rows["loss"][late]
+    if num_steps not in rows["step"][late] or over_n.sum() < _LAST * num_steps / 2:
         return
-    loss = float(np.nanmean(rows["loss"][late]))
+    loss = float(np.average(loss_n, weights=over_n))
     if loss >= (1 - _BELOW) * chance:
         _log.warning(
             "The loss of the last steps is %.3f, and guessing would give %.3f: the run has hardly learned to solve its "

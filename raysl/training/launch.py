@@ -121,7 +121,7 @@ def _announce(
         config.method,
         counted(dataset.num_images, "image"),
         f"resumes from step {saved}" if saved else "begins again" if again else "begins",
-        counted(plan.num_steps, "step"),
+        counted(plan.num_steps - saved, "more step" if saved else "step"),
         config.batch_size,
     )
     objective = methods.parse(config.method).objective

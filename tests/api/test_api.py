@@ -84,11 +84,12 @@ def test_a_run_among_the_images_that_it_reads_is_refused(
     monkeypatch.chdir(tmp_path)
     (tmp_path / "lab/test/cat").mkdir(parents=True)
     Image.new("RGB", (8, 8)).save(tmp_path / "lab/test/cat/1.png")
-    with pytest.raises(
-        UserError, match=r"--run is 'lab/test/run1', a folder among the images .* such as runs/run1"
-    ):
-        raysl.pretrain("lab", "lab/test/run1")
-    assert not (tmp_path / "lab/test/run1").exists()
+    said = r"--run is 'lab/test/run1', a folder among the images .* such as .*/runs/run1\."
+    for exists in (False, True):
+        with pytest.raises(UserError, match=said):
+            raysl.pretrain("lab", "lab/test/run1")
+        assert (tmp_path / "lab/test/run1").exists() == exists
+        (tmp_path / "lab/test/run1").mkdir(exist_ok=True)
 
 
 def test_a_configuration_is_an_object_fields_or_both(tmp_path: Path) -> None:

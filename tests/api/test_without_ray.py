@@ -12,6 +12,7 @@ import ray
 import raysl
 from raysl.errors import UserError
 from raysl.ray_cluster import this_machine
+from raysl.run import Run
 from raysl.storage import Folder
 
 FIELDS: dict[str, Any] = {"epochs": 1, "view": {"image_size": 16}, "method": "predict-rotation"}
@@ -55,6 +56,12 @@ def test_a_run_starts_from_a_run_or_an_export_and_is_probed_without_them(
         tuned = raysl.pretrain("shapes:64", run, **fields, backbone={"weights": place})
         backbone = tuned.config().backbone
         assert (backbone.weights, backbone.norm) == (file, "group")
+    unfinished = pytest.raises(
+        UserError, match=r"is the run .*, which is not finished. Finish it, or run `raysl export"
+    )
+    with unfinished, monkeypatch.context() as other:
+        other.setattr(Run, "is_finished", lambda _: False)
+        raysl.pretrain("shapes:64", tmp_path / "third", **fields, backbone={"weights": str(first.folder)})
     with pytest.raises(UserError, match=r"a folder that holds neither a run nor exported weights"):
         raysl.pretrain("shapes:64", tmp_path / "third", **fields, backbone={"weights": str(tmp_path)})
     assert raysl.reproduce(tuned).same

@@ -47,10 +47,13 @@ def test_superseded_copies_are_removed_unless_something_needs_them(
     main(["cache"])
     said = capsys.readouterr().out
     assert f"{of_run}: superseded, 1 image, 0.0 MB, last read 2" in said
-    assert "needed by runs/a" in said
+    assert "used by the unfinished run runs/a" in said
     assert f"{now}: current, 4 images" in said
     assert f"{gone}: source not found, 1 image" in said
-    assert "4 copies are superseded" in said
+    assert "--remove-superseded deletes 3 folders" in said
+    with pytest.raises(SystemExit):
+        main(["cache", "--remove-superseded", "--runs", "nowhere"])
+    assert "There is no folder 'nowhere'" in capsys.readouterr().err
     with DriverLock(Folder(written)), monkeypatch.context() as other:
         other.setattr("raysl.storage.lock.os.getpid", lambda: os.getppid())
         main(["cache", "--remove-superseded"])

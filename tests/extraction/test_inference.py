@@ -16,7 +16,10 @@ from torchvision import models
 from raysl.backbone.network import BackboneConfig
 from raysl.errors import UserError
 from raysl.extraction import Pixels, Weights, load
+from raysl.extraction.inference import SETTINGS, starting_weights, stated_backbone
 from raysl.model_export import ExportConfig, export
+from raysl.storage import Folder
+from raysl.storage.records import write_record
 from raysl.stream.decode import evaluation_views
 from tests.data import make_dataset
 from tests.extraction.test_feature_tasks import direct, make_run, views
@@ -183,3 +186,16 @@ def test_a_backbone_is_a_name_or_a_mapping_of_fields() -> None:
     assert load("random", "small").image_size == load("random", {"name": "small"}).image_size
     with pytest.raises(UserError, match=r"backbone\.nam"):
         load("random", {"nam": "small"})
+
+
+def test_code_that_only_the_settings_of_an_export_name_is_not_run(tmp_path: Path) -> None:
+    (tmp_path / "net.py").write_text(f"open({str(tmp_path / 'ran')!r}, 'w')")
+    stated = {"backbone": {"name": f"{tmp_path}/net.py:Net"}, "image_size": 32}
+    write_record(Folder(str(tmp_path)), SETTINGS, stated)
+    torch.save({}, tmp_path / "model.pth")
+    for call in (load, lambda place: stated_backbone(starting_weights(place))):
+        with pytest.raises(
+            UserError, match=r"uses the code in .*net.py', which would be run now. If you trust it"
+        ):
+            call(str(tmp_path))
+    assert not (tmp_path / "ran").exists()

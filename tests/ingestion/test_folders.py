@@ -349,7 +349,7 @@ def test_folders_that_raysl_made_are_no_sources(tmp_path: Path) -> None:
     assert says in refused(run)
     ingest("shapes:3", str(made))
     assert "is a data set of raysl already" in refused(f"{made}#train")
-    assert f"holds no images but data sets of raysl, of which one is taken: {made}." in refused(tmp_path)
+    assert f"holds no images but several data sets of raysl; give one of them: {made}." in refused(tmp_path)
     # Other files of these names say nothing.
     put(tmp_path / "in", "a/0.jpg")
     put(tmp_path / "in", "metadata.json", "manifest.json", data=b"[1]")

@@ -2,11 +2,14 @@
 
 from __future__ import annotations
 
+import math
+from dataclasses import replace
 from typing import Any
 
 import numpy as np
 import pytest
 import torch
+import torch.nn.functional as F
 from torch import Tensor, nn
 
 from raysl.backbone.network import Backbone
@@ -143,6 +146,15 @@ def test_the_order_of_the_patches_matters_to_g() -> None:
     assert ((before - after).abs().amax(dim=1) > 1e-4).all()
 
 
+def test_f_and_g_have_weights_of_their_own() -> None:
+    _, objective, _ = make("rotation")
+    assert not {id(p) for p in objective.image_head.parameters()} & {
+        id(p) for p in objective.transformed_head.parameters()
+    }
+    # With one crop g is the projection alone (appendix A.2).
+    assert [tuple(p.shape) for p in objective.transformed_head.parameters()] == [(D, 192), (D,)]
+
+
 @pytest.mark.parametrize("loss", ["infonce", "nce", "paper_h"])
 @pytest.mark.parametrize("transform", ["jigsaw", "rotation", "rotation+jigsaw"])
 def test_a_batch_of_one_image(transform: str, loss: Any) -> None:
@@ -167,6 +179,23 @@ def test_half_precision_arithmetic_is_finite(loss: Any, dtype: torch.dtype) -> N
     assert found.loss.dtype == torch.float32
     assert found.loss.isfinite()
     assert all(p.grad is not None and p.grad.isfinite().all() for p in backbone.parameters())
+
+
+@pytest.mark.parametrize(("loss", "extra"), [("infonce", 0.0), ("nce", 1.0), ("paper_h", 1.0)])
+@pytest.mark.parametrize("mode", ["shared", "own"])
+def test_the_loss_before_anything_is_learned(loss: Any, extra: float, mode: Any) -> None:
+    num_images, count = 5_000, 2_048
+    of = replace(setup("rotation")[1], width=8, num_images=num_images)
+    objective = Pirl(Config(num_negatives=count, loss=loss, negatives=mode), of)
+    bank = MemoryBank(num_images, 128, BankConfig(), seed=0)
+    generator = torch.Generator().manual_seed(0)
+    outputs = {
+        n: F.normalize(torch.randn(64, 128, generator=generator), dim=1) for n in ("transformed", "image")
+    }
+    found = objective.loss(outputs, batch(64), bank)
+    assert found.loss.item() == pytest.approx(math.log(count) + math.log(2.21) + extra, abs=0.3)
+    if loss == "nce":
+        assert objective.z.item() / num_images == pytest.approx(2.21, rel=0.03)
 
 
 def test_z_is_set_by_the_first_batch_and_saved() -> None:

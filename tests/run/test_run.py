@@ -20,6 +20,7 @@ from raysl.errors import UserError
 from raysl.optim import OptimConfig
 from raysl.run import METADATA, METRICS, MetricsLog, Run
 from raysl.storage import Folder
+from raysl.storage.records import signed_line
 from tests.data import make_dataset
 
 
@@ -87,17 +88,21 @@ def test_a_run_that_has_saved_nothing_takes_another_configuration(
     (tmp_path / "own.py").unlink()
     assert Run.find(str(tmp_path / "run")) is None
     run = begin(tmp_path, seed=1)
-    assert "no checkpoint, so nothing of it is lost: it begins anew with other values of seed" in caplog.text
+    assert "before it wrote any result. It begins anew with other values of seed" in caplog.text
     assert (run.config().seed, len(run.metadata()["sessions"])) == (1, 1)
-    run.write_metrics([{"step": 10, "loss": 1.0}])
-    assert Run.find(str(tmp_path / "run")) == run
     again = Run.begin(config(tmp_path, seed=1), dataset("e" * 32), {})
     assert "with other values of images" in caplog.text
-    assert (again.metadata()["data"]["fingerprint"], again.metrics()) == ("e" * 32, [])
-    # Someone may have deleted the checkpoints of a run that was measured.
-    (run.folder / "probes/rows").write("a.jsonl", b"")
+    assert again.metadata()["data"]["fingerprint"] == "e" * 32
+
+
+@pytest.mark.parametrize("result", ["metrics.jsonl", "probes/rows/a.jsonl", "export/timm/model.safetensors"])
+def test_a_run_with_any_result_is_not_replaced(tmp_path: Path, result: str) -> None:
+    """Someone may have deleted its checkpoints."""
+    run = begin(tmp_path, seed=1)
+    run.folder.write(result, signed_line({"step": 10, "loss": 1.0}))
+    assert Run.find(str(tmp_path / "run")) == run
     with pytest.raises(UserError, match="begun with another configuration; these differ: seed"):
-        Run.begin(config(tmp_path, seed=2), dataset("e" * 32), {})
+        begin(tmp_path, seed=2)
 
 
 def test_other_images_are_refused(tmp_path: Path) -> None:
