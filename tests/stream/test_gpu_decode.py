@@ -122,7 +122,7 @@ def test_a_gpu_resizes_as_the_cpu_does() -> None:
 def test_a_run_cannot_change_where_it_decodes(tmp_path: Path) -> None:
     dataset = make_dataset(tmp_path / "set", 20)
     config = Pretraining(str(tmp_path / "set"), str(tmp_path / "run"), "predict-rotation", batch_size=4)
-    Run.begin(config, dataset, {})
+    Run.begin(config, dataset, {}).write_metrics([{"step": 1, "loss": 1.0}])
     Run.begin(replace(config, stream=StreamConfig(place="trainer")), dataset, {})
     with pytest.raises(UserError, match=r"differ: stream\.decode"):
         Run.begin(replace(config, stream=GPU_DECODE), dataset, {})
