@@ -189,7 +189,7 @@ def starting_weights(place: str) -> str:
     Raises:
         UserError: it is none of these, or the run is not finished.
     """
-    place = place.rstrip("/")
+    place = str(Folder(place))  # The whole path, as the run keeps it.
     if Folder(place).exists(METADATA) and not Run.open(place).is_finished():
         # Its newest checkpoint is another one tomorrow, and is deleted the day after.
         raise UserError(

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 from pathlib import Path
 from typing import Any
 
@@ -47,13 +48,15 @@ def test_a_run_starts_from_a_run_or_an_export_and_is_probed_without_them(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
 ) -> None:
     monkeypatch.setattr(ray, "is_initialized", lambda: False)
+    monkeypatch.chdir(tmp_path)
     fields = {**FIELDS, "epochs": 0.1}
     first = raysl.pretrain("shapes:64", tmp_path / "first", **fields, backbone={"norm": "group"})
     exported = raysl.export(first, format="safetensors")
     saved = first.newest().folder / "state.pt"
     for place, file in ((exported, f"{exported}/model.safetensors"), (str(first.folder), str(saved))):
         run = f"{tmp_path}/from-{Path(place).name}"
-        tuned = raysl.pretrain("shapes:64", run, **fields, backbone={"weights": place})
+        for one in (place, os.path.relpath(place)):
+            tuned = raysl.pretrain("shapes:64", run, **fields, backbone={"weights": one})
         backbone = tuned.config().backbone
         assert (backbone.weights, backbone.norm) == (file, "group")
     unfinished = pytest.raises(
