@@ -148,6 +148,10 @@ def load_module(path_or_name: str) -> ModuleType:
     return found
 
 
+class MissingCodeError(UserError):
+    """A run uses code that is gone, or that the user does not trust."""
+
+
 def trust(name: str) -> None:
     """Allow runs that name a plugin to run its code, in this process and in those that it starts.
 
@@ -178,7 +182,7 @@ def check_trusted(
         sources: hashes of their sources, where the run knows them; see `source_hash`.
 
     Raises:
-        UserError: a plugin is gone, or nobody trusts it.
+        MissingCodeError: a plugin is gone, or nobody trusts it.
     """
     return {name: _trusted_place(name, run, sources.get(name, "")) for name in names_}
 
@@ -196,12 +200,12 @@ def _trusted_place(name: str, run: str, source: str) -> str:
         if found:
             return str(found[0])
         other = f" {str(named[0])!r} has other content." if named and content else ""
-        raise UserError(
+        raise MissingCodeError(
             f"{run!r} uses the code in {name!r}, and there is no such file.{other} If you have moved it and trust it, "
             f"set {_TRUSTED}=PLACE/{file} in the environment, or put the file back."
         )
     if name not in _trusted():
-        raise UserError(
+        raise MissingCodeError(
             f"{run!r} uses the code in {name!r}, which would be run now. If you trust it, set {_TRUSTED}={name} "
             "in the environment (raysl pretrain and raysl sweep also take --plugin)."
         )

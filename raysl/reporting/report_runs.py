@@ -12,8 +12,10 @@ from numpy.typing import NDArray
 
 from raysl import checkpoint
 from raysl.config import MAY_CHANGE
+from raysl.config.command import command
 from raysl.errors import UserError, explained
 from raysl.evaluation.results import MODEL, MOMENTUM, rows_of
+from raysl.plugins import MissingCodeError
 from raysl.run import METADATA, Run, flattened
 from raysl.storage import Folder
 from raysl.storage.records import verified
@@ -52,6 +54,13 @@ class ReportRun:
     def trained(self) -> bool:
         """True for a run of raysl."""
         return self.run.folder.exists(METADATA)
+
+    def command(self) -> str:
+        """Return the command of the run; "" for a model, and where code of the run is missing."""
+        try:
+            return command(self.run.config()) if self.trained else ""
+        except MissingCodeError:
+            return ""
 
 
 @dataclass(frozen=True)
@@ -96,7 +105,11 @@ def groups(folders: Sequence[str]) -> list[Group]:
 def _loaded(folder: Folder) -> ReportRun:
     run = Run(folder)
     if folder.exists(METADATA):
-        metadata, config, rows = run.metadata(), run.config().to_json(), rows_of(run)
+        metadata, rows = run.metadata(), rows_of(run)
+        try:
+            config = run.config().to_json()
+        except MissingCodeError:  # Scores and losses can be shown without it.
+            config = metadata["config"]
         # Settings that cannot change results are left out, except for the number of workers.
         ignored = {"seed", "method", *MAY_CHANGE} - {"workers"}
         identity = _identity({key: value for key, value in config.items() if key not in ignored})

@@ -9,7 +9,7 @@ from typing import Any
 
 import numpy as np
 
-from raysl.config.command import command, wrapped
+from raysl.config.command import wrapped
 from raysl.dataset import DataSet
 from raysl.errors import UserError
 from raysl.evaluation.results import verdicts
@@ -85,7 +85,7 @@ def page(places: Sequence[str], config: ReportConfig) -> tuple[str, list[Figure]
             {
                 "label": f"{group.label}, seed {member.seed}",
                 "folder": str(member.run.folder),
-                "command": wrapped(command(member.run.config())) if member.trained else "",
+                "command": wrapped(member.command()),
             }
             for group in gathered
             for member in group.runs
@@ -161,8 +161,8 @@ def _views(gathered: Sequence[Group], count: int) -> tuple[list[Figure], str]:
         member = group.runs[0]
         if count < 1 or not member.trained:
             continue
-        config = member.run.config()
         try:
+            config = member.run.config()
             dataset = DataSet.open(member.run.metadata()["data"]["uri"])
             grid = pictures.views_grid(dataset, pictures.views_of(config, dataset), config.seed, count)
         except (UserError, OSError) as error:
@@ -188,12 +188,12 @@ def _costs(gathered: Sequence[Group]) -> Iterator[list[str]]:
 
 def _span(member: ReportRun) -> tuple[float, float, float]:
     """Return seconds, seconds times workers, and images of the rows of metrics that have a speed."""
-    config = member.run.config()
+    config = member.run.metadata()["config"]
     there_n = member.metrics["images_per_s"] > 0
     speeds_n, steps_n, over_steps_n, workers_n = (
         member.metrics[name][there_n] for name in ("images_per_s", "step", "over_steps", "workers")
     )
     steps_n = np.where(np.isnan(over_steps_n), np.diff(steps_n, prepend=0), over_steps_n)
-    workers_n = np.where(np.isnan(workers_n), config.worker_counts()[-1], workers_n)
-    seconds_n = steps_n * config.batch_size / speeds_n
-    return float(seconds_n.sum()), float(seconds_n @ workers_n), float(steps_n.sum()) * config.batch_size
+    workers_n = np.where(np.isnan(workers_n), int(str(config["workers"]).rpartition(":")[2]), workers_n)
+    seconds_n = steps_n * config["batch_size"] / speeds_n
+    return float(seconds_n.sum()), float(seconds_n @ workers_n), float(steps_n.sum()) * config["batch_size"]

@@ -4,7 +4,9 @@ from __future__ import annotations
 
 import math
 import os
+import re
 from collections.abc import Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -13,7 +15,8 @@ import pytest
 from raysl import rng
 from raysl.backbone.network import BackboneConfig
 from raysl.checkpoint import SaveConfig, Saver
-from raysl.config import Pretraining
+from raysl.config import Pretraining, ViewConfig
+from raysl.dataset import DataSet
 from raysl.errors import UserError
 from raysl.evaluation.results import MODEL
 from raysl.extraction import RandomBackbone
@@ -137,6 +140,19 @@ def test_missing_data_only_cost_the_views(tmp_path: Path, runs: list[str]) -> No
     out = report(runs[0], ReportConfig())
     assert out == Folder(runs[0]) / "report"
     assert "The views of pirl-jigsaw are not drawn" in out.read("index.html").decode()
+
+
+def test_a_run_whose_code_is_gone_is_shown_without_its_views(tmp_path: Path, runs: list[str]) -> None:
+    (code := tmp_path / "own.py").touch()
+    config = replace(
+        Run.open(runs[0]).config(), run=str(tmp_path / "own"), view=ViewConfig(recipe=f"{code}:noisy")
+    )
+    own = Run.begin(config, DataSet.open(config.data), {})
+    write_rows(own.folder, [row(0.77)])
+    code.unlink()
+    page = report(str(own.folder), ReportConfig(str(tmp_path / "out"))).read("index.html").decode()
+    assert "0.77" in page
+    assert re.search("The views of pirl-jigsaw are not drawn: .* there is no such file", page)
 
 
 def test_external_models_are_compared_with_runs(tmp_path: Path, runs: list[str]) -> None:
