@@ -191,7 +191,7 @@ def starting_weights(place: str) -> str:
     """
     place = str(Folder(place))  # The whole path, as the run keeps it.
     if Folder(place).exists(METADATA) and not Run.open(place).is_finished():
-        # Its newest checkpoint is another one tomorrow, and is deleted the day after.
+        # Its newest checkpoint changes as it trains, and older ones are deleted.
         raise UserError(
             f"--backbone.weights is the run {place!r}, which is not finished. Finish it, or run `raysl export "
             f"{shlex.quote(place)}` and give the folder of the export."

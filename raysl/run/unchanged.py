@@ -39,8 +39,8 @@ def check_same(metadata: Mapping[str, Any], wanted: Mapping[str, Any], dataset: 
         changed = [name for name in changed if not name.startswith("parts.")]
     if changed:
         longer = (
-            " The learning rate depends on the epochs, so those of a run cannot change. For a new run that starts "
-            f"from its weights, give the new run --backbone.weights {shlex.quote(uri)}."
+            " The learning rate depends on the epochs, so those of a run cannot change. Once it is "
+            f"finished, a new run starts from its weights by --backbone.weights {shlex.quote(uri)}."
         )
         each = (
             f"{n} is {told(value_of(begun, n))} in the run and {told(value_of(wanted, n))} now"
