@@ -5,6 +5,7 @@ from __future__ import annotations
 import os
 import secrets
 import signal
+import sys
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -49,6 +50,14 @@ def _ray_where_it_is_tested(request: pytest.FixtureRequest, monkeypatch: pytest.
     """Tests with the mark `ray` work on Ray also on a small machine; others work there as a user's commands do."""
     if request.node.get_closest_marker("ray"):
         monkeypatch.setenv("RAY_ADDRESS", "local")
+
+
+@pytest.fixture(autouse=True)
+def _commands_leave_the_process_as_it_was(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Keep the Ray that tests share when a command is refused, and import whole modules after it."""
+    monkeypatch.setattr("raysl.cli.lazy.install", lambda: None)
+    if "ray" in sys.modules:
+        monkeypatch.setattr("ray.shutdown", lambda: None)
 
 
 @pytest.fixture(scope="session")

@@ -27,7 +27,6 @@ SCIENCE = re.sub(r"\\\n", " ", re.findall(r"^SCIENCE := ((?:.*\\\n)*.*)", _MAKE,
 def no_ray(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(ray_cluster, "start", lambda: None)
     monkeypatch.setattr("ray.nodes", lambda: [{"Resources": {"CPU": 2.0}, "Alive": True}])
-    monkeypatch.setattr("ray.shutdown", lambda: None)  # a mistake ends the process, and here the tests go on
 
 
 def refused(capsys: pytest.CaptureFixture[str], *arguments: str) -> str:

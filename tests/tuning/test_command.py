@@ -23,7 +23,6 @@ def no_ray(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
         raise AssertionError("Ray was started")
 
     monkeypatch.setattr(ray_cluster, "start", starts)
-    monkeypatch.setattr("ray.shutdown", lambda: None)
     monkeypatch.chdir(tmp_path)
 
 
