@@ -12,7 +12,7 @@ import torch
 
 from raysl import checkpoint
 from raysl.checkpoint import Checkpoint
-from raysl.config import run_folder
+from raysl.config import Pretraining, run_folder
 from raysl.errors import UserError
 from raysl.fields import Bounds, CheckedTop
 from raysl.ingestion import resolve
@@ -65,6 +65,8 @@ class Comparison:
 def reproduce(first: Run, config: ReproduceConfig) -> Comparison:
     """Repeat `first` and compare all metrics, and the weights if the first has a checkpoint of the last step.
 
+    A repetition that was interrupted is resumed if the code and the packages are still the same.
+
     Raises:
         UserError: the first run has no checkpoint, or nothing to compare within the steps; the second cannot run, or
             its folder holds another run. Different images are a difference and not an error.
@@ -80,14 +82,15 @@ def reproduce(first: Run, config: ReproduceConfig) -> Comparison:
         raise _nothing(steps)
     metadata = first.metadata()
     out = config.out or str(first.folder / "again")
-    if not config.out:
-        Folder(out).delete()  # The rest of an earlier comparison.
-    elif Folder(out).exists(METADATA):
-        raise UserError(f"--out is {out!r}, which already holds a run. Give a new folder.")
-    run_folder.check_free(out, "--out")
     again = replace(first.config(), run=out, data=config.data or metadata["data"]["uri"])
     # Only the last checkpoint is compared.
     again = replace(again, save=replace(again.save, every_steps=0))
+    if not _is_interrupted(again, steps):
+        if not config.out:
+            Folder(out).delete()  # The rest of an earlier comparison.
+        elif Folder(out).exists(METADATA):
+            raise UserError(f"--out is {out!r}, which already holds a run. Give a new folder.")
+    run_folder.check_free(out, "--out")
     ingredients = list(_ingredients(metadata, resolve(again.data).manifest.fingerprint))
     for line in ingredients:
         _log.info("differs: %s", line)
@@ -99,6 +102,16 @@ def reproduce(first: Run, config: ReproduceConfig) -> Comparison:
         numbers += _weights(at, second.newest())
     compared = ("numbers",) * bool(rows) + ("weights",) * (at is not None)
     return Comparison(tuple(ingredients), tuple(numbers), steps, second, compared)
+
+
+def _is_interrupted(again: Pretraining, steps: int) -> bool:
+    """Return True if the folder holds the beginning of this repetition, by the code and packages of today."""
+    begun = Run(Folder(again.run))
+    if not begun.folder.exists(METADATA) or checkpoint.newest_step(begun.checkpoints) >= steps:
+        return False
+    now = json.loads(json.dumps(versions()))
+    sessions = begun.metadata()["sessions"]
+    return begun.config() == again and all({**session, **now} == session for session in sessions)
 
 
 def _nothing(steps: int) -> UserError:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -88,6 +89,15 @@ def test_only_what_was_compared_is_called_equal(run: Run, tmp_path: Path) -> Non
     copy.folder.write(METRICS, jsonl(run.metrics()[3:]))
     with pytest.raises(UserError, match="nothing to compare at --steps 2"):
         reproduce(copy, ReproduceConfig(steps=2, local=True))
+
+
+def test_an_interrupted_repetition_is_resumed(run: Run, tmp_path: Path) -> None:
+    out = str(tmp_path / "again")
+    again = replace(run.config(), run=out)
+    pretrain(replace(again, save=replace(again.save, every_steps=0)), until=2, local=True)
+    found = reproduce(run, ReproduceConfig(out=out, local=True))
+    assert found.same, found.numbers
+    assert len(found.run.metadata()["sessions"]) == 2
 
 
 def test_nested_state_is_compared_too() -> None:
