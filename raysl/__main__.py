@@ -108,8 +108,10 @@ def _run_verb(given: list[str]) -> None:
     lazy.install()
     verbs = importlib.import_module("raysl.cli.verbs")
     verb = getattr(verbs, given[0])
-    # A backbone and an optimiser may be given by their names alone, as in Python.
+    # A backbone and an optimiser may be given by their names alone, and the size of images as for a probe.
     given = [re.sub(r"^--(teacher-backbone|backbone|optim)(?==|$)", r"--\1.name", word) for word in given]
+    if given[0] in ("pretrain", "sweep", "clusterfit", "views", "doctor"):
+        given = [re.sub(r"^--image-size(?==|$)", "--view.image-size", word) for word in given]
     try:
         if "arguments" in inspect.signature(verb).parameters:
             verb(given[1:])

@@ -96,8 +96,9 @@ def pretrain(
         train, test, probes: data and probes of these evaluations.
         local: train in this process, without Ray, also where that is not the default; see `raysl.training.local`.
         fields: fields of `Pretraining`, and by their names the configurations of the method's parts, as in
-            `pirl={"temperature": 0.1}`. `backbone` may be a function or class that builds an `nn.Module` from
-            normalised images (b, 3, s, s) to features (b, width); it must be importable.
+            `pirl={"temperature": 0.1}`. `image_size` stands for that of the view. `backbone` may be a function or
+            class that builds an `nn.Module` from normalised images (b, 3, s, s) to features (b, width); it must be
+            importable.
     """
     from raysl.evaluation import online
     from raysl.run.callbacks import Callbacks

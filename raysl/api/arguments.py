@@ -85,6 +85,7 @@ def check_names(function: Callable[..., Any], config: Any, fields: Mapping[str, 
     ]
     known = [
         *own,
+        "image_size",
         *(field.name for field in dataclasses.fields(Pretraining)),
         *methods.parse(method).config_types(),
     ]
@@ -301,10 +302,12 @@ def unseen(asked: Pretraining) -> list[str]:
 
 
 def _named(fields: Mapping[str, Any]) -> dict[str, Any]:
-    """Return fields in which names of a backbone and an optimiser are mappings, and a backbone or an augmentation of
-    the user is replaced by its importable name.
+    """Return fields in which names of a backbone and an optimiser are mappings, `image_size` is a field of the view, and
+    a backbone or an augmentation of the user is replaced by its importable name.
     """
     values, view = dict(fields), fields.get("view")
+    if "image_size" in values and (view is None or isinstance(view, Mapping)):
+        values["view"] = view = {**(view or {}), "image_size": values.pop("image_size")}
     for part in ("backbone", "optim"):
         if isinstance(values.get(part), str):
             values[part] = {"name": values[part]}

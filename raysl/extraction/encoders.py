@@ -283,6 +283,8 @@ def find_checkpoint(name: str) -> tuple[Run, Checkpoint] | None:
     except (OSError, StorageError) as error:
         # Of a folder, the error would ask for a file.
         why = "" if isinstance(error, FileNotFoundError) or Folder(name).list() else f"{error} "
+        if set("*?[") & set(name):
+            why = "It is a pattern, and a command takes one run. "
         raise UserError(
             f"There is no checkpoint at {name!r}. {why}{similar_folder(name, METADATA)}Give the folder of a run, "
             "RUN/checkpoints/step-NNN, a weights file together with --backbone.name, 'random' or 'pixels'."

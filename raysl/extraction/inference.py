@@ -29,6 +29,7 @@ from raysl.extraction.layers import POOLED, Encode
 from raysl.run import METADATA, Run
 from raysl.storage import Folder
 from raysl.storage.records import verified
+from raysl.storage.similar import similar_folder
 from raysl.stream import decode
 
 _BATCH = 128
@@ -201,6 +202,8 @@ def starting_weights(place: str) -> str:
         assert found is not None
         return str(found[1].folder / STATE)
     if not Folder(place).exists():
+        if meant := similar_folder(place, METADATA):
+            raise UserError(f"--backbone.weights is {place!r}, which does not exist. {meant.strip()}")
         external_weights.read_file(place)  # Raises UserError.
     if place.startswith(("http://", "https://")):
         return place

@@ -67,6 +67,8 @@ def test_a_run_starts_from_a_run_or_an_export_and_is_probed_without_them(
         raysl.pretrain("shapes:64", tmp_path / "third", **fields, backbone={"weights": str(first.folder)})
     with pytest.raises(UserError, match=r"a folder that holds neither a run nor exported weights"):
         raysl.pretrain("shapes:64", tmp_path / "third", **fields, backbone={"weights": str(tmp_path)})
+    with pytest.raises(UserError, match=rf"does not exist. Did you mean {str(first.folder)!r}\?"):
+        raysl.pretrain("shapes:64", tmp_path / "third", **fields, backbone={"weights": f"{first.folder}t"})
     assert raysl.reproduce(tuned).same
     Folder(str(first.folder)).delete()
     raysl.pretrain("shapes:64", tuned.folder.uri, **fields, backbone={"weights": str(first.folder)})

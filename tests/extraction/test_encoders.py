@@ -222,6 +222,8 @@ def test_weights_of_another_network_are_named(tmp_path: Path) -> None:
         encoder_by_name(str(tmp_path / "nothing"), RESNET)
     with pytest.raises(UserError, match="There is no checkpoint at"):
         encoder_by_name(str(tmp_path), RESNET)
+    with pytest.raises(UserError, match="It is a pattern, and a command takes one run"):
+        encoder_by_name(str(tmp_path / "runs" / "*"), RESNET)
 
 
 def test_a_run_and_each_of_its_checkpoints(tmp_path: Path) -> None:

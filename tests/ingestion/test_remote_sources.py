@@ -125,6 +125,15 @@ def test_the_hub_without_a_network_or_a_repository_is_a_sentence(monkeypatch: py
     )
 
 
+class Forbidding(SimpleHTTPRequestHandler):
+    """Give nobody a file."""
+
+    def do_GET(self) -> None:
+        self.send_error(403)
+
+    do_HEAD = do_GET
+
+
 def test_the_web_is_read_file_by_file(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     pytest.importorskip("aiohttp")
     write_zip(tmp_path / "photos.zip", IMAGES)
@@ -134,5 +143,11 @@ def test_the_web_is_read_file_by_file(tmp_path: Path, monkeypatch: pytest.Monkey
         Thread(target=server.serve_forever, daemon=True).start()
         place = f"http://127.0.0.1:{server.server_port}"
         assert len(opened(f"{place}/photos.zip")[1]) == len(IMAGES)
-        assert "raysl reads single archives and tables" in refused(f"{place}/none.zip")
+        message = refused(f"{place}/none.zip")
+        assert "the server has no such file" in message
+        assert "raysl reads single archives and tables" in message
+        server.shutdown()
+    with ThreadingHTTPServer(("127.0.0.1", 0), Forbidding) as server:
+        Thread(target=server.serve_forever, daemon=True).start()
+        assert "403" in refused(f"http://127.0.0.1:{server.server_port}/photos.zip")
         server.shutdown()
