@@ -7,8 +7,10 @@ from __future__ import annotations
 
 import dataclasses
 import importlib
+import inspect
 import math
 import pkgutil
+import re
 import types
 from collections.abc import Iterator
 from pathlib import Path
@@ -107,6 +109,13 @@ def test_every_configuration_refuses_bad_values() -> None:
             wrong.append((kind, name, repr(value)[:40], "accepted", ""))
     assert not wrong, "\n".join(map(str, wrong))
     assert tried >= 2000
+
+
+def test_help_does_not_break_its_lines_early() -> None:
+    """In help, a line that begins with no letter starts a new line."""
+    for kind in configurations():
+        arguments = (inspect.getdoc(kind) or "").partition("Args:")[2]
+        assert not re.findall(r"^ {8}[^A-Za-z ].*", arguments, re.MULTILINE), kind
 
 
 def words(kind: Any, prefix: str = "") -> Iterator[list[str]]:

@@ -302,8 +302,8 @@ def unseen(asked: Pretraining) -> list[str]:
 
 
 def _named(fields: Mapping[str, Any]) -> dict[str, Any]:
-    """Return fields in which names of a backbone and an optimiser are mappings, `image_size` is a field of the view, and
-    a backbone or an augmentation of the user is replaced by its importable name.
+    """Return fields with mappings for the names of a backbone and an optimiser, `image_size` as a field of the view, and
+    importable names for a backbone or an augmentation of the user.
     """
     values, view = dict(fields), fields.get("view")
     if "image_size" in values and (view is None or isinstance(view, Mapping)):

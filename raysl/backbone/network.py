@@ -41,10 +41,10 @@ class BackboneConfig(Checked):
             over the images of all workers, also in the projection heads. "group" is GroupNorm, which normalises each
             image by itself, so that gradients do not depend on the number of workers.
         patch_size: side of a patch of a vision transformer of timm in pixels; 0 for the size in its name.
-        weights: file of weights that training starts from, in any format that `raysl probe` reads; a path or a URI. A
-            run may also start from a finished run (its last checkpoint), RUN/checkpoints/step-NNN, or a folder of
-            `raysl export`. The untrained network "random" then has these weights too. If the checkpoint of a command is
-            itself a weights file, this flag has no effect.
+        weights: file of weights that training starts from, in any format that `raysl probe` reads; a path or a
+            URI. A run may also start from a finished run (its last checkpoint), RUN/checkpoints/step-NNN, or a
+            folder of `raysl export`. The untrained network "random" then has these weights too. If the checkpoint
+            of a command is itself a weights file, this flag has no effect.
     """
 
     name: str = "small"
@@ -314,8 +314,8 @@ def timm_backbone(name: str, patch_size: int = 0) -> Backbone:
     """Build a backbone of timm that normalises images as its published weights expect.
 
     Args:
-        name: name in timm, or NAME.TAG: weights with another tag may expect another normalisation, as those of
-            "vit_small_patch16_224" and "vit_small_patch16_224.dino".
+        name: name in timm, or NAME.TAG: weights with another tag may expect another normalisation, as those
+            of "vit_small_patch16_224" and "vit_small_patch16_224.dino".
         patch_size: side of a patch of a vision transformer in pixels; 0 for the size in its name.
 
     Raises:

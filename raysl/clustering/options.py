@@ -21,8 +21,8 @@ class KMeansConfig(CheckedTop):
         iterations: maximum number of iterations after each initialization.
         tolerance: stop when an iteration lowers the objective by at most this fraction, 0 to 1; with 0, stop when it no
             longer falls.
-        init: initial centroids: "rows" takes k random rows, as FAISS does; "k-means++" (Arthur and Vassilvitskii
-            2007) needs k passes over the rows.
+        init: initial centroids: "rows" takes k random rows, as FAISS does; "k-means++" (Arthur and Vassilvitskii 2007)
+            needs k passes over the rows.
         spherical: keep centroids at norm 1, so that rows go to the centroid with the largest cosine.
         restarts: number of initializations; the result with the lowest objective is kept.
         seed: seed of all randomness.

@@ -57,8 +57,8 @@ class Pretraining(Checked):
     """Pretrain a backbone on images without labels, or resume an unfinished run.
 
     Args:
-        data: a data set made by `raysl ingest`, or any source that it reads, which is first ingested into
-            ~/.cache/raysl or $RAYSL_CACHE.
+        data: a data set made by `raysl ingest`, or any source that it reads, which is first ingested
+            into ~/.cache/raysl or $RAYSL_CACHE.
         run: folder of the run, a path or a URI. The same command again continues an unfinished run.
         method: an objective and a pretext transform, such as pirl-jigsaw; `raysl methods` lists them. It decides which
             objective and transform have flags; help lists them for the method that is given.

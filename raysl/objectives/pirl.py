@@ -42,8 +42,8 @@ class Config(MemoryConfig):
     """Hyperparameters of PIRL.
 
     Args:
-        lam: lambda, weight of the loss of the transformed image against that of the untransformed image, 0 to 1; with
-            0, PIRL becomes NPID (instance discrimination).
+        lam: lambda, weight of the loss of the transformed image against that of the untransformed image, 0 to 1;
+            with 0, PIRL becomes NPID (instance discrimination).
     """
 
     lam: Annotated[float, Bounds(0, 1), Range((0.0, 0.25, 0.5, 0.75, 1.0), mutable=True)] = 0.5

@@ -34,8 +34,8 @@ class Config(Checked):
     """Hyperparameters of the prediction.
 
     Args:
-        crop_width: width of the projection of each crop before concatenation; only for transforms of several crops
-            (1,000 for a ResNet-50 jigsaw).
+        crop_width: width of the projection of each crop before concatenation; only for transforms of several
+            crops (1,000 for a ResNet-50 jigsaw).
         cells: side of the grid of cells to which the spatial map of a crop is averaged before the projection, so that
             the head sees where things are; 0 takes the pooled features, which do not say it.
         hidden: width of a hidden layer after the concatenation; 0 for a linear classifier, which cannot compare crops

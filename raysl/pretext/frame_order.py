@@ -44,8 +44,8 @@ class Config(Checked):
         longest_s: longest time between the first and the last frame, in seconds (paper: 60 frames, about 2 s).
         outside_s: shortest time between these two and a wrong frame, in seconds (paper: 15 frames, about 0.5 s).
         positives: share of tuples in the right order, in 0..1 (paper: 0.25).
-        alike: a wrong frame differs from both ends by at least this many gray levels of 255, averaged over a copy of
-            16 x 16 pixels. The frame that differs most is taken when none does.
+        alike: a wrong frame differs from both ends by at least this many gray levels of 255, averaged over a copy of 16
+            x 16 pixels. The frame that differs most is taken when none does.
     """
 
     task: Literal["verify", "sort"] = "verify"

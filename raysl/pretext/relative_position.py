@@ -40,8 +40,8 @@ class Config(Checked):
         min_scale: smallest share of the image that the source crop shows.
         source_size: side of the source crop in pixels. None: image_size * 255 / 224.
         patch_size: side of a patch in pixels. None: 96 / 398 of the source.
-        jitter: largest shift of a patch in pixels, on each axis and to either side. None: 7 / 96 of a patch, at least
-            1.
+        jitter: largest shift of a patch in pixels, on each axis and to either side. None: 7 / 96 of a patch, at
+            least 1.
     """
 
     both_orders: bool = False

@@ -43,11 +43,11 @@ class SweepConfig:
             scores so far.
         samples: number of trials, for every searcher but "grid". You may raise it when you continue a sweep, except
             with the schedulers "hyperband" and "pbt".
-        scheduler: "none" runs every trial to its end; "asha" and "median" stop trials that are behind earlier ones;
-            "hyperband" runs several groups of trials and stops part of each group at every rung; "pbt" lets the worst
-            quarter of the trials continue from checkpoints of the best quarter with changed values.
-        rungs: number of times that a trial is scored (rungs); 0 means 1 with the scheduler "none", 3 with "asha" and
-            "hyperband", 4 with "median" and "pbt".
+        scheduler: "none" runs every trial to its end; "asha" and "median" stop trials that are behind earlier
+            ones; "hyperband" runs several groups of trials and stops part of each group at every rung; "pbt" lets
+            the worst quarter of the trials continue from checkpoints of the best quarter with changed values.
+        rungs: number of times that a trial is scored (rungs); 0 means 1 with the scheduler "none", 3 with "asha"
+            and "hyperband", 4 with "median" and "pbt".
         reduction: for "none", "asha" and "hyperband": factor between the epochs of one rung and of the next. With a
             reduction of 3, "asha" and "hyperband" let a third of the trials continue at each rung.
         max_concurrent: maximum number of runs at the same time; 0 for as many as possible with a whole CPU for each

@@ -51,7 +51,7 @@ def test_every_verb_is_a_function_and_every_name_is_typed() -> None:
         (lambda: raysl.pretrain("d", "r", pirl={"temprature": 1}), "'temperature'"),
         (lambda: raysl.pretrain("d"), "lacks 'run'.* Give run=FOLDER"),
         (lambda: raysl.pretrain("d", "r", callback=[]), "Did you mean 'callbacks'"),
-        (lambda: raysl.pretrain("d", "r", image_size=1), "image_size is 1"),
+        (lambda: raysl.pretrain("d", "r", image_size=1), "image.size is 1"),
         (
             lambda: raysl.features("random", "shapes:9", Path(__file__).parent),
             "not empty and holds no features",

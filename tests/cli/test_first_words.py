@@ -46,7 +46,7 @@ def test_help_loads_no_heavy_package(verb: str) -> None:
         ("pretrain --data d --run r --pirl.temperature 0", "temperature is 0.0"),
         ("pretrain --data d --run r --backbone resnet18 --pirl.temperature 0", "temperature is 0.0"),
         ("pretrain --data d --run r --optim=sgdd", "--optim.name"),
-        ("pretrain --data d --run r --image-size 1", "image_size is 1"),
+        ("pretrain --data d --run r --image-size 1", "image-size is 1"),
         ("sweep --data d --test t --out o --vary temperature --seeds 0 0", "each once"),
         ("probe run --train a --test b --probes knm", "Did you mean 'knn'"),
         ("cluster features --k 0", "k is 0"),
