@@ -20,7 +20,8 @@ from raysl.errors import UserError
 from raysl.evaluation.results import KEY
 from raysl.extraction import Trained
 from raysl.extraction.heads import trained_model
-from raysl.model_export import CARD, ExportConfig, _with_sorted_metadata, export
+from raysl.model_export import CARD, ExportConfig, export
+from raysl.model_export.formats import _with_sorted_metadata
 from raysl.objectives.audio_visual import SoundBackbone
 from raysl.run import Run
 from raysl.storage import Folder

@@ -96,9 +96,8 @@ def pretrain(
         train, test, probes: data and probes of these evaluations.
         local: train in this process, without Ray, also where that is not the default; see `raysl.training.local`.
         fields: fields of `Pretraining`, and by their names the configurations of the method's parts, as in
-            `pirl={"temperature": 0.1}`. `image_size` stands for that of the view. `backbone` may be a function or
-            class that builds an `nn.Module` from normalised images (b, 3, s, s) to features (b, width); it must be
-            importable.
+            `pirl={"temperature": 0.1}`. `image_size` is that of the view. `backbone` may be an importable function
+            or class that builds an `nn.Module` from normalised images (b, 3, s, s) to features (b, width).
     """
     from raysl.evaluation import online
     from raysl.run.callbacks import Callbacks
@@ -190,7 +189,7 @@ def features(
     from raysl.extraction.features import FeaturesConfig as Config
 
     settings = configure(Config, config, {**given(data=data, out=out), **fields})
-    check_source(settings.data)
+    check_source(settings.data, settings.bn_images)
     check_checkpoint(checkpoint)
     from raysl.extraction import check_layers, encoder_by_name
     from raysl.extraction.features import check_out, compute_features
@@ -299,7 +298,7 @@ def sweep(
 
     def varied(asked: Pretraining) -> list[str]:
         names = preparation.check(asked, settings)[0].names
-        check_source(*filter(None, (asked.data, settings.train, settings.validation, settings.test)))
+        check_source(asked.data, settings.train, settings.validation, settings.test)
         return names
 
     learner = run_config(data, "-", base, {}, check=varied, out=settings.out)
@@ -335,6 +334,7 @@ def export(run: AnyRun, config: ExportConfig | None = None, **fields: Any) -> st
     from raysl.run import Run
 
     settings, opened = configure(model_export.ExportConfig, config, fields), Run.open(uri(run))
+    check_source(settings.bn_images)
     return str(model_export.export(opened, settings))
 
 

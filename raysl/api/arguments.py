@@ -51,7 +51,7 @@ def dataset(data: Data) -> DataSet:
 
 
 def check_source(*places: Data) -> None:
-    """Raise UserError unless a data set or a source of images lies at each place."""
+    """Raise UserError unless a data set or a source of images lies at each place that is not ""."""
     from raysl.dataset import DataSet
     from raysl.ingestion.cache import finished_folder
     from raysl.ingestion.found import names_checked
@@ -59,7 +59,7 @@ def check_source(*places: Data) -> None:
 
     with names_checked():
         for data in places:
-            if not isinstance(data, DataSet) and not finished_folder(uri(data)):
+            if data != "" and not isinstance(data, DataSet) and not finished_folder(uri(data)):
                 open_source(Place.parse(uri(data)))
 
 
@@ -302,9 +302,7 @@ def unseen(asked: Pretraining) -> list[str]:
 
 
 def _named(fields: Mapping[str, Any]) -> dict[str, Any]:
-    """Return fields with mappings for the names of a backbone and an optimiser, `image_size` as a field of the view, and
-    importable names for a backbone or an augmentation of the user.
-    """
+    """Return fields with mappings for backbone, optimiser and view, and names in the place of the user's functions."""
     values, view = dict(fields), fields.get("view")
     if "image_size" in values and (view is None or isinstance(view, Mapping)):
         values["view"] = view = {**(view or {}), "image_size": values.pop("image_size")}
@@ -330,8 +328,9 @@ def configure(kind: type[T], config: Any, fields: Mapping[str, Any]) -> T:
     """
     from raysl.config import from_dict
 
-    if isinstance(config, Mapping):
-        config, fields = None, {**config, **fields}
+    config, fields = (None, {**config, **fields}) if isinstance(config, Mapping) else (config, fields)
+    places = {k: uri(v) for k, v in fields.items() if isinstance(v, os.PathLike) or hasattr(v, "folder")}
+    fields = {**fields, **places}
     if config is not None and not isinstance(config, kind):
         raise _wrong_type(config, kind)
     if config is None:

@@ -15,6 +15,7 @@ from raysl.errors import UserError, counted
 from raysl.extraction import encoders, pca
 from raysl.extraction.encoders import MAX_IMAGE_SIZE, Encoder, Trained
 from raysl.extraction.feature_tasks import FeatureProtocol, compute, describe
+from raysl.extraction.reestimated import Reestimated
 from raysl.fields import Bounds, Seed, check
 from raysl.ingestion import resolve
 from raysl.storage import Folder, StorageError
@@ -47,6 +48,8 @@ class FeaturesConfig:
             ones, for example for validation images.
         backbone: backbone of a weights file, or of "random"; "timm/NAME" for a backbone of timm.
         seed: seed of the weights of "random".
+        bn_images: images from which BatchNorm takes its statistics, as probes take those of their train images; a data
+            set or a source. "" keeps the statistics of pretraining.
     """
 
     data: str
@@ -59,6 +62,7 @@ class FeaturesConfig:
     pca_of: str = ""
     backbone: BackboneConfig = field(default_factory=BackboneConfig)
     seed: Seed = 0
+    bn_images: str = ""
 
     def __post_init__(self) -> None:
         check(self)
@@ -84,7 +88,10 @@ def compute_features(checkpoint: str, config: FeaturesConfig) -> FeatureStore:
     source = encoders.encoder_by_name(checkpoint, config.backbone, config.seed)
     dataset = resolve(config.data)
     protocol = FeatureProtocol(config.image_size or encoders.view_size(source), (config.layer,))
-    about = describe(source, dataset, protocol)
+    encoder: Encoder = source
+    if config.bn_images:
+        encoder = Reestimated(source, resolve(config.bn_images), protocol.image_size)
+    about = describe(encoder, dataset, protocol)
     about["form"] = {"dtype": config.dtype, "l2": config.l2, "pca": config.pca, "pca_of": config.pca_of}
     projection = pca.Projection.load(config.pca_of) if config.pca_of else None
     if projection:
@@ -97,9 +104,9 @@ def compute_features(checkpoint: str, config: FeaturesConfig) -> FeatureStore:
     what = f"{config.layer} features of {counted(dataset.num_images, 'image')}"
     with console.working(f"Computing {what} by {checkpoint}, to {folder} ..."):
         if config.pca or config.pca_of:
-            parts = _reduced(source, dataset, protocol, config, folder, projection)
+            parts = _reduced(encoder, dataset, protocol, config, folder, projection)
         else:
-            parts = compute(source, dataset, protocol, FeatureForm(config.dtype, config.l2), folder)
+            parts = compute(encoder, dataset, protocol, FeatureForm(config.dtype, config.l2), folder)
     origin = {
         "teacher": _teacher(checkpoint, source),
         "objective": source.run.config().method if isinstance(source, Trained) else "",

@@ -21,11 +21,14 @@ from raysl.backbone import external_weights
 from raysl.backbone.network import TIMM, BackboneConfig, names
 from raysl.checkpoint import STATE
 from raysl.config import from_dict
+from raysl.dataset import DataSet
 from raysl.errors import UserError, explained, unknown
 from raysl.extraction import encoders
 from raysl.extraction import layers as layer_names
 from raysl.extraction.encoders import Encoder, Trained, view_size
 from raysl.extraction.layers import POOLED, Encode
+from raysl.extraction.reestimated import Reestimated
+from raysl.ingestion import resolve
 from raysl.run import METADATA, Run
 from raysl.storage import Folder
 from raysl.storage.records import verified
@@ -45,7 +48,8 @@ _CONVERTED = {"HSV": "RGB", "La": "LA", "PA": "RGBA", "RGBX": "RGB", "RGBa": "RG
 class FeatureExtractor:
     """Turn images into features. They are prepared exactly as the probes do: short side resized, centre crop, uint8.
 
-    BatchNorm keeps the statistics of training, in the place of which probes take those of their train images.
+    Unless images are given for them, BatchNorm keeps the statistics of training, in the place of which probes take
+    those of their train images.
 
     Attributes:
         name: origin of the network.
@@ -142,6 +146,7 @@ def load(
     image_size: int = 0,
     seed: int = 0,
     device: str = "",
+    bn_images: str | os.PathLike[str] | DataSet = "",
 ) -> FeatureExtractor:
     """Load a frozen network that turns images into features. Ray is not needed.
 
@@ -153,31 +158,46 @@ def load(
         image_size: side of the view in pixels; 0 for that of the run, 224 for a weights file, else 32.
         seed: of "random".
         device: such as "cuda:1"; "" for the first GPU, or the CPU if there is none.
+        bn_images: images from which BatchNorm takes its statistics, as probes take those of their train images; a data
+            set or a source. "" keeps the statistics of pretraining.
 
     Raises:
         UserError: there is no such network or device, or the backbone of a weights file is not known.
     """
     if isinstance(source, Run):
         encoder: Encoder = Trained(source, source.newest())
-        return FeatureExtractor(encoder, str(source.folder), image_size or view_size(encoder), device)
-    name = os.fspath(source).rstrip("/")
+        name = str(source.folder)
+    else:
+        encoder, name, stated_size = _named_encoder(os.fspath(source).rstrip("/"), backbone, seed)
+        image_size = image_size or stated_size
+    image_size = image_size or view_size(encoder)
+    if bn_images:
+        images = bn_images if isinstance(bn_images, DataSet) else resolve(os.fspath(bn_images))
+        encoder = Reestimated(encoder, images, image_size)
+    return FeatureExtractor(encoder, name, image_size, device)
+
+
+def _named_encoder(
+    name: str, backbone: BackboneConfig | Mapping[str, Any] | str | None, seed: int
+) -> tuple[Encoder, str, int]:
+    """Return an encoder, the place of its weights, and the image size that is stated with them, or 0."""
     backbone = {"name": backbone} if isinstance(backbone, str) else backbone
     config = from_dict(BackboneConfig, backbone, "backbone") if isinstance(backbone, Mapping) else backbone
+    stated_size = 0
     if (
         name not in ("random", "pixels")
         and not Folder(name).exists(METADATA)
         and "/checkpoints/step-" not in name
     ):
         name, stated, stated_size = _find_settings(name)
-        config, image_size = config or stated, image_size or stated_size
+        config = config or stated
         if config is None:
             encoders.encoder_by_name(name, BackboneConfig(), seed)  # It refuses a file that does not exist.
             raise UserError(
                 f"The backbone of the weights file {name!r} is not known. Give its name, such as "
                 "raysl.load(FILE, 'resnet50') or 'timm/vit_small_patch16_224'."
             )
-    encoder = encoders.encoder_by_name(name, config or BackboneConfig(), seed)
-    return FeatureExtractor(encoder, name, image_size or view_size(encoder), device)
+    return encoders.encoder_by_name(name, config or BackboneConfig(), seed), name, stated_size
 
 
 def starting_weights(place: str) -> str:

@@ -18,6 +18,7 @@ from torch import Tensor
 
 from raysl import rng
 from raysl.backbone import norm
+from raysl.backbone.network import Backbone
 from raysl.dataset import DataSet
 from raysl.extraction.encoders import Encoder, NetworkEncoder
 from raysl.extraction.layers import POOLED, Encode, EncodeMaps, frozen, frozen_maps
@@ -91,6 +92,14 @@ class Reestimated:
         if by_batch or self.images.num_images < 2:
             return self.source.load(device, layers, by_batch)
         return load(self.source, self._views(), device, layers)
+
+    def network(self) -> Backbone:
+        """Return the network of the encoder with the statistics of the sample, on the CPU."""
+        assert isinstance(self.source, NetworkEncoder)
+        network = self.source.network()
+        if self.images.num_images > 1:
+            norm.reestimate(network, self._views())
+        return network
 
     def _views(self) -> Iterator[Tensor]:
         # Not in stored order: neighbours are often of one class, and vary less than all images do.

@@ -15,9 +15,9 @@ from torchvision import models
 
 from raysl.backbone.network import BackboneConfig
 from raysl.errors import UserError
-from raysl.extraction import Pixels, Weights, load
+from raysl.extraction import FeaturesConfig, Pixels, Reestimated, Trained, Weights, compute_features, load
 from raysl.extraction.inference import SETTINGS, starting_weights, stated_backbone
-from raysl.model_export import ExportConfig, export
+from raysl.model_export import CARD, ExportConfig, export
 from raysl.storage import Folder
 from raysl.storage.records import write_record
 from raysl.stream.decode import evaluation_views
@@ -143,6 +143,24 @@ def test_gradients_can_be_computed_from_features() -> None:
     head = torch.nn.Linear(features.shape[1], 2)
     head(features).sum().backward()
     assert head.weight.grad is not None
+
+
+def test_features_with_the_statistics_of_images_are_those_of_probes(tmp_path: Path) -> None:
+    dataset = make_dataset(tmp_path / "set", 40)
+    run, _ = make_run(dataset, tmp_path / "run")
+    images = dataset.read(np.arange(40), ("image",)).column("image").to_pylist()
+    # Reestimated is what probes use.
+    source = Reestimated(Trained(run, run.newest()), dataset, 16)
+    expected = source.load(torch.device("cpu"), ["pooled"])(evaluation_views(images, 16))["pooled"]
+    assert not torch.allclose(load(run)(images), expected, rtol=0.01)
+    torch.testing.assert_close(load(run, bn_images=dataset)(images), expected)
+    settings = FeaturesConfig(str(dataset.folder), str(tmp_path / "features"), bn_images=str(dataset.folder))
+    stored = compute_features(str(run.folder), settings).load()
+    np.testing.assert_allclose(stored, expected.detach().numpy(), rtol=1e-4, atol=1e-5)
+    out = export(run, ExportConfig("safetensors", bn_images=str(dataset.folder)))
+    torch.testing.assert_close(load(str(out))(images), expected)
+    assert f"statistics of images of the data set `{dataset.manifest.fingerprint}`" in out.read(CARD).decode()
+    assert torch.equal(load("pixels", bn_images=dataset)(images), load("pixels")(images))
 
 
 def test_an_exported_run(tmp_path: Path) -> None:
