@@ -76,7 +76,15 @@ def run_of(flags: SaturationFlags, method: str, width: str, size: int, seed: int
     images = drawn(flags, size)
     place = Folder(flags.runs) / f"{width}-{size}"
     config = settings(flags, method, seed, str(images.folder), place)
-    return pretrained(replace(config, backbone=BackboneConfig(f"{Path(__file__).absolute()}:{width}")), flags)
+    # As many negatives for every number of images as the smallest allows.
+    parts = {
+        name: replace(part, num_negatives=min(part.num_negatives, min(flags.sizes) - 1))
+        if hasattr(part, "num_negatives")
+        else part
+        for name, part in config.parts.items()
+    }
+    backbone = BackboneConfig(f"{Path(__file__).absolute()}:{width}")
+    return pretrained(replace(config, parts=parts, backbone=backbone), flags)
 
 
 if __name__ == "__main__":
