@@ -18,7 +18,7 @@ from torch import nn
 from raysl import plugins
 from raysl.backbone.network import BackboneConfig
 from raysl.backbone.small import SmallBackbone
-from raysl.experiment.comparison import ComparisonFlags, measured, reported, settings, small
+from raysl.experiment.comparison import ComparisonFlags, measured, reported, settings, small, with_negatives
 from raysl.experiment.script import command, drawn, pretrained
 from raysl.run import Run
 from raysl.storage import Folder
@@ -77,12 +77,7 @@ def run_of(flags: SaturationFlags, method: str, width: str, size: int, seed: int
     place = Folder(flags.runs) / f"{width}-{size}"
     config = settings(flags, method, seed, str(images.folder), place)
     # As many negatives for every number of images as the smallest allows.
-    parts = {
-        name: replace(part, num_negatives=min(part.num_negatives, min(flags.sizes) - 1))
-        if hasattr(part, "num_negatives")
-        else part
-        for name, part in config.parts.items()
-    }
+    parts = with_negatives(config.parts, min(flags.sizes) - 1)
     backbone = BackboneConfig(f"{Path(__file__).absolute()}:{width}")
     return pretrained(replace(config, parts=parts, backbone=backbone), flags)
 

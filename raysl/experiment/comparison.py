@@ -111,17 +111,29 @@ def settings(flags: ComparisonFlags, method: str, seed: int, train: str, runs: F
     if method == "distill":
         own["parts"] = {"distill": {"teacher": str(runs / f"supervised-{seed}")}}
     own.setdefault("optim", OptimConfig(lr=0.12, warmup=0.05))
+    num_images = resolve(train).num_images
+    own["parts"] = with_negatives(own.get("parts", {}), num_images - 1)
     return Pretraining(
         data=train,
         run=str(runs / f"{name}-{seed}"),
         method=method,
-        epochs=flags.images / resolve(train).num_images,
+        epochs=flags.images / num_images,
         batch_size=flags.batch_size,
         workers=flags.run_workers,
         seed=seed,
         view=replace(own.pop("view", ViewConfig()), image_size=flags.image_size),
         **own,
     )
+
+
+def with_negatives(parts: Mapping[str, Any], most: int) -> dict[str, Any]:
+    """Return the parts of a method with at most as many negatives; few images have no more."""
+    return {
+        name: replace(part, num_negatives=min(part.num_negatives, most))
+        if hasattr(part, "num_negatives")
+        else part
+        for name, part in parts.items()
+    }
 
 
 def folder_of(flags: ComparisonFlags, method: str, seed: int, train: str, runs: Folder) -> str:

@@ -30,6 +30,11 @@ def test_runs_differ_in_method_alone(tmp_path: Path) -> None:
         (2.0, 3, 128, configs["pirl-jigsaw"].optim, configs["pirl-jigsaw"].view)
     }
     assert configs["distill"].parts["distill"].teacher == configs["supervised"].run
+    assert (
+        configs["pirl-jigsaw"].parts["pirl"].num_negatives
+        == configs["npid"].parts["npid"].num_negatives
+        == 39
+    )
 
 
 def test_local_draws_images_unless_others_are_named() -> None:
