@@ -124,7 +124,10 @@ def splits(data: str) -> tuple[str, str]:
     if finished_folder(data):
         return data, data
     try:
-        open_source(Place.parse(data))
+        found = open_source(Place.parse(data)).source.found
     except UserError:  # There are several splits, or nothing, which the first to resolve it says.
+        return f"{data}#train", f"{data}#test"
+    # A table with a column of splits is also read without one.
+    if {"train", "test"} <= {*map(str.lower, found.splits)}:
         return f"{data}#train", f"{data}#test"
     return data, data

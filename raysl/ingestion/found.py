@@ -56,7 +56,7 @@ class Found:
     labels: str = ""  # where the labels come from, or why there are none, with the path that decided it
     splits: tuple[str, ...] = ()  # all that the source holds
     split: str = ""  # the one that is read; "" without splits
-    split_column: str = ""  # column of a table that names splits, which are not kept apart
+    split_column: str = ""  # column of a table that names the splits
     classes: dict[str, int] = field(default_factory=dict)  # images of each, in the order of their numbers
     images: int = 0
     left_out: LeftOut = field(default_factory=LeftOut)
@@ -72,12 +72,12 @@ class Found:
     def table(self, name: str) -> str:
         """Return the table that ingest prints before it copies anything."""
         lines = [("source", name), ("layout", self.layout)]
-        if self.splits:
+        if self.split_column and not self.split:
+            told = f"none: all values of the column {self.split_column!r} together; "
+            lines.append(("split", f"{told}{name}#{self.splits[-1]} reads one of: {listed(self.splits)}"))
+        elif self.splits:
             others = ", ".join(split for split in self.splits if split != self.split)
             lines.append(("split", self.split + (f"  (not read: {others})" if others else "")))
-        elif self.split_column:
-            told = f"none: all values of the column {self.split_column!r} together; "
-            lines.append(("split", f"{told}for a split, give a table of its rows"))
         lines += [(self.noun, f"{self.images:,}{_classes(self.classes)}"), ("labels", self.labels)]
         left_out = [f"{of_kind(kind, count)}, as {first}" for kind, count, first in self.left_out.sorted()]
         lines += [("" if i else "left out", text) for i, text in enumerate(left_out)]

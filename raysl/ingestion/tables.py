@@ -46,14 +46,27 @@ _BATCH_BYTES, _USUAL_BYTES = 4 << 30, 64 << 20
 
 @dataclass(frozen=True)
 class Table:
-    """An opened table, with the rows and bytes of each group of rows."""
+    """An opened table, with the rows and bytes of each group of rows.
+
+    Args:
+        only: a column and the value, as text, of the rows that are read; None for all rows.
+    """
 
     schema: pa.Schema
     groups: list[tuple[int, int]]
     _file: Any
+    only: tuple[str, str] | None = None
 
     def read(self, group: int, columns: list[str]) -> Iterator[pa.RecordBatch]:
         """Yield some columns of a group, a few rows at a time."""
+        if self.only is None:
+            yield from self._read(group, columns)
+            return
+        column, value = self.only
+        for batch in self._read(group, list(dict.fromkeys([*columns, column]))):
+            yield batch.filter(pc.equal(as_texts(batch.column(column)), value)).select(columns)
+
+    def _read(self, group: int, columns: list[str]) -> Iterator[pa.RecordBatch]:
         if isinstance(self._file, pq.ParquetFile):
             batches = self._file.iter_batches(self._batch_rows(group), row_groups=[group], columns=columns)
         elif isinstance(self._file, pa.RecordBatchFileReader):
@@ -83,8 +96,12 @@ class Table:
 
 
 @contextmanager
-def opened(root: str, path: str) -> Iterator[Table]:
-    """Open a table. Raises UserError if it is damaged, or claims to hold more than any memory."""
+def opened(root: str, path: str, only: tuple[str, str] | None = None) -> Iterator[Table]:
+    """Open a table; for `only` see `Table`.
+
+    Raises:
+        UserError: the table is damaged, or claims to hold more than any memory.
+    """
     place = f"{root}/{path}".rstrip("/")
     name = place.lower()
     try:
@@ -95,13 +112,33 @@ def opened(root: str, path: str) -> Iterator[Table]:
             else:
                 table = _arrow(stream) if name.endswith((".arrow", ".feather")) else _parquet(stream, place)
             _check_names(table.schema.names, place)
-            yield replace(table, schema=without_views(table.schema))
+            yield _restricted(replace(table, schema=without_views(table.schema)), only)
     except (pa.ArrowException, OSError, OverflowError, UnicodeDecodeError) as error:
         kind = "Parquet file" if name.endswith(".parquet") else "table"
         raise UserError(
             f"Cannot read the {kind} {printable(place)!r}: {error}. Download or copy it again, then run the same "
             "command."
         ) from error
+
+
+def _restricted(table: Table, only: tuple[str, str] | None) -> Table:
+    """Return a table of which only some rows are read, and counted."""
+    if only is None:
+        return table
+    table = replace(table, only=only)
+    counts = (sum(batch.num_rows for batch in table.read(n, [only[0]])) for n in range(len(table.groups)))
+    groups = [(count, size) for count, (_, size) in zip(counts, table.groups, strict=True)]
+    return replace(table, groups=groups)
+
+
+def as_texts(values: pa.Array) -> pa.Array:
+    """Return values as texts without white space around them; null for lists and the like."""
+    if isinstance(values, pa.DictionaryArray):
+        values = values.dictionary_decode()
+    try:
+        return pc.utf8_trim_whitespace(values.cast(pa.string()))
+    except (pa.ArrowInvalid, pa.ArrowNotImplementedError):
+        return pa.nulls(len(values), pa.string())
 
 
 def without_views(schema: pa.Schema) -> pa.Schema:
@@ -232,7 +269,7 @@ def _parquet(stream: Any, place: str) -> Table:
 
 
 def split_column(schema: pa.Schema) -> str:
-    """Return the column of a table that names splits, which raysl does not keep apart; "" without one."""
+    """Return the column of a table that names splits, of which `SOURCE#SPLIT` reads one; "" without one."""
     return next((name for name in schema.names if name.lower() in _SPLITS), "")
 
 

@@ -14,6 +14,7 @@ import pyarrow.feather
 import pyarrow.parquet as pq
 import pytest
 
+from raysl.ingestion import splits
 from tests.ingestion.reading import jpeg, labels, opened, put, refused
 
 
@@ -397,10 +398,23 @@ def test_tables_and_images_in_one_folder(tmp_path: Path) -> None:
     assert found.left_out.kinds["images beside the tables"] == (1, "assets/logo.jpg")
 
 
-def test_a_column_of_splits_is_told(tmp_path: Path) -> None:
-    put(tmp_path, "0.jpg", "1.jpg")
-    put(tmp_path, "list.csv", data=b"path,label,split\n0.jpg,a,train\n1.jpg,b,test\n")
-    assert "all values of the column 'split' together" in opened(tmp_path / "list.csv")[0].table("list.csv")
+def test_a_column_of_splits(tmp_path: Path) -> None:
+    put(tmp_path, "0.jpg", "1.jpg", "2.jpg")
+    put(tmp_path, "list.csv", data=b"path,label,Split\n0.jpg,a, train\n1.jpg,b,Test\n2.jpg,c,\n")
+    found, rows = opened(tmp_path / "list.csv")
+    told = "all values of the column 'Split' together; list.csv#train reads one of: Test, train"
+    assert told in found.table("list.csv")
+    assert [row.path for row in rows] == ["0.jpg", "1.jpg", "2.jpg"]
+    found, rows = opened(f"{tmp_path}/list.csv#test")
+    assert [(row.path, row.label) for row in rows] == [("1.jpg", "b")]
+    assert (found.images, found.classes, found.split, found.splits) == (
+        1,
+        {"b": 1},
+        "Test",
+        ("Test", "train"),
+    )
+    assert "Its splits: Test, train" in refused(f"{tmp_path}/list.csv#val")
+    assert splits(str(tmp_path / "list.csv")) == (f"{tmp_path}/list.csv#train", f"{tmp_path}/list.csv#test")
     put(tmp_path, "plain.csv", data=b"path,label\n0.jpg,a\n1.jpg,b\n")
     assert "together" not in opened(tmp_path / "plain.csv")[0].table("plain.csv")
 

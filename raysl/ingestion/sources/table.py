@@ -1,18 +1,17 @@
 """Tables with a row for each image: Parquet, Arrow, Feather, CSV, TSV, JSON lines, and Hugging Face's `save_to_disk`.
 
 The image column holds encoded files (binary, or a struct of bytes and path as Hugging Face writes it) or names of files
-beside the table. The splits of a folder come from the names of its files (`train-00000-of-00002.parquet`,
-`test.parquet`, `validation/0000.parquet`). Labels are joined by the names of the classes over all files.
+beside the table. The splits come from the names of its files (`train-00000-of-00002.parquet`, `test.parquet`,
+`validation/0000.parquet`), or else from a column such as "split". Labels are joined by the names of the classes over
+all files.
 """
 
 from __future__ import annotations
 
-import errno
-import os
 import posixpath
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
-from contextlib import suppress
+from contextlib import AbstractContextManager
 from dataclasses import replace
 from functools import partial
 from itertools import chain
@@ -25,8 +24,19 @@ import pyarrow.compute as pc
 from raysl.errors import UserError
 from raysl.ingestion import labels, tables, video
 from raysl.ingestion.found import listed, printable
-from raysl.ingestion.listing import ARCHIVE, IMAGE, TABLE, VIDEO, File, kind_of, read_bytes, stamp
-from raysl.ingestion.sources import Confidence, Place, Row, Unit, UnitSize, files_ending, in_units, read_split
+from raysl.ingestion.listing import ARCHIVE, IMAGE, TABLE, VIDEO, File, kind_of, stamp
+from raysl.ingestion.named_files import file_states, folder_of, read_named
+from raysl.ingestion.sources import (
+    Confidence,
+    Place,
+    Row,
+    Unit,
+    UnitSize,
+    choose_split,
+    files_ending,
+    in_units,
+    read_split,
+)
 from raysl.storage import Folder
 
 SUMMARY = "tables of images or of names of files (Parquet, Arrow, Feather, CSV, TSV, JSON lines)"
@@ -36,11 +46,6 @@ _BINARY = (".parquet", ".arrow", ".feather")
 _IMAGE_NAMES = ("image", "img", "jpg", "png", "jpeg", "webp", "picture", "photo", "bytes")
 _VIDEO_NAMES = ("video", "mp4", "clip", "movie")
 _IN_PARALLEL, _AT_ONCE = 16, 64
-_LONGEST_NAME = 4096
-# Errors of a name that no file can have, and of links that lead in a circle.
-_IMPOSSIBLE = (errno.ENAMETOOLONG, errno.ELOOP)
-# How JPEG, PNG, GIF, WebP and data URIs begin in Base64.
-_BASE64 = ("/9j/", "iVBORw0KGgo", "R0lGOD", "UklGR", "data:image/")
 
 
 def recognise(place: Place) -> Confidence:
@@ -84,14 +89,16 @@ class Source:
 
     def __init__(self, place: Place) -> None:
         self._place = place
-        self._files, self.found = read_split(place, _files(place), TABLE)
-        self.name = str(replace(place, split=self.found.split))
+        self._files, self.found = read_split(place, _files(place), TABLE, inner=True)
+        self._only: tuple[str, str] | None = None
         kinds = {file.path.rpartition(".")[2] or place.uri.rpartition(".")[2] for file in self._files}
         many = "one table" if len(self._files) == 1 else f"{len(self._files):,} tables"
         self.found.layout = f"{many} ({', '.join(sorted(kinds))})"
         with ThreadPoolExecutor(_IN_PARALLEL) as pool:
             self._columns = list(pool.map(self._columns_of, self._files))
         self._reconcile()
+        self._choose_rows()
+        self.name = str(replace(place, split=self.found.split))
         self.encoded_here = self._columns[0].is_video
         self.clips: dict[str, Any] = {}
         self._sampling: list[float] = []
@@ -104,9 +111,8 @@ class Source:
 
     def _columns_of(self, file: File) -> Columns:
         config, where = self._place.config, self._where(file)
-        with tables.opened(self._place.uri, file.path) as table:
+        with self._opened(file) as table:
             schema = table.schema
-            self.found.split_column = self.found.split_column or tables.split_column(schema)
             image, is_file_name = _image_column(schema, where, config.image_column)
             is_video = _is_video(table, image, is_file_name)
         parts = dict(part.split("=", 1) for part in file.path.split("/")[:-1] if "=" in part)
@@ -117,6 +123,25 @@ class Source:
             return Columns(image, label, None, is_file_name, unquote(parts[label]), is_video)
         names = labels.names_in(schema, label) if label else None
         return Columns(image, label, names, is_file_name, is_video=is_video)
+
+    def _opened(self, file: File) -> AbstractContextManager[tables.Table]:
+        return tables.opened(self._place.uri, file.path, self._only)
+
+    def _choose_rows(self) -> None:
+        """Read the rows of one split, if a column tells it and no name of a file does; without a split, all rows."""
+        columns, values = set(), set()
+        for file in () if self.found.splits else self._files:
+            with self._opened(file) as table:
+                column = tables.split_column(table.schema)
+                columns.add(column)
+                for part in table.column(column) if column else ():
+                    values.update(tables.as_texts(part).unique().to_pylist())
+        named = sorted(filter(None, values)) if len(columns) == 1 else []
+        if named:
+            self.found.split_column, self.found.splits = columns.pop(), tuple(named)
+        if self._place.split and not self.found.split:
+            self.found.split = choose_split(self._place, named)
+            self._only = self.found.split_column, self.found.split
 
     def _reconcile(self) -> None:
         """Raise UserError, which names two files, if not all files have the same columns."""
@@ -147,14 +172,14 @@ class Source:
         with ThreadPoolExecutor(_IN_PARALLEL) as pool:
             for file, names in self._names():
                 some = [names[first : first + _AT_ONCE] for first in range(0, len(names), _AT_ONCE)]
-                states = pool.map(partial(_states, _folder_of(self._place.uri, file.path)), some)
+                states = pool.map(partial(file_states, folder_of(self._place.uri, file.path)), some)
                 yield from chain.from_iterable(states)
 
     def _names(self) -> Iterator[tuple[File, list[str]]]:
         """Yield the names in tables of file names, some at a time, each time with the file of the table."""
         for file, columns in zip(self._files, self._columns, strict=True):
             if columns.is_file_name:
-                with tables.opened(self._place.uri, file.path) as table:
+                with self._opened(file) as table:
                     for values in table.column(columns.image):
                         yield file, [*filter(None, values.to_pylist())]
 
@@ -163,7 +188,7 @@ class Source:
         classes = self._count_classes()
         self.found.images = 0
         for file, columns in zip(self._files, self._columns, strict=True):
-            with tables.opened(self._place.uri, file.path) as table:
+            with self._opened(file) as table:
                 groups = table.groups
             spec = {
                 "root": self._place.uri,
@@ -171,6 +196,7 @@ class Source:
                 "columns": list(columns._replace(label=columns.label if classes else "")),
                 "follow_links": self._place.config.follow_links,
                 "sampling": self._sampling,
+                "only": self._only,
             }
             for some in in_units(enumerate(groups), size, lambda group: group[1]):
                 rows = sum(rows for _, (rows, _) in some)
@@ -182,7 +208,7 @@ class Source:
         """Raise UserError if tables of file names name a file twice: an image of several classes, or a mistake."""
         seen: set[str] = set()
         for file, names in self._names():
-            folder = _folder_of(self._place.uri, file.path)
+            folder = folder_of(self._place.uri, file.path)
             for name in names:
                 place = tables.normal(name)
                 if "://" not in place:
@@ -240,7 +266,7 @@ class Source:
     def _labels_of(self, file: File, columns: Columns) -> tuple[list[str | None], str]:
         """Return the labels of a file, and what they are called: numbers, names or truth values."""
         found: list[str | None] = []
-        with tables.opened(self._place.uri, file.path) as table:
+        with self._opened(file) as table:
             if columns.constant is not None:
                 return [columns.constant] * sum(rows for rows, _ in table.groups), "names"
             for values in table.column(columns.label):
@@ -317,7 +343,8 @@ def read(unit: Unit) -> Iterator[Row]:
     has_label = columns.label and columns.constant is None
     wanted = list(dict.fromkeys([columns.image, *([columns.label] if has_label else [])]))
     place = f"{spec['path'] or spec['root'].rpartition('/')[2]}, row group"
-    with tables.opened(spec["root"], spec["path"]) as table:
+    only = spec.get("only")
+    with tables.opened(spec["root"], spec["path"], tuple(only) if only else None) as table:
         for group in range(*spec["groups"]):
             row = 0
             for batch in table.read(group, wanted):
@@ -335,7 +362,7 @@ def _rows(
         classes = labels.as_classes(batch.column(columns.label), columns.names).to_pylist()
     if columns.is_file_name:
         for name, label in zip(images.to_pylist(), classes, strict=True):
-            yield _from_file(spec, name, label)
+            yield read_named(spec, name, label)
         return
     names: list[str | None] = [None] * len(images)
     if pa.types.is_struct(images.type):
@@ -344,54 +371,7 @@ def _rows(
         images = pc.struct_field(images, "bytes")
     for i, (image, label, name) in enumerate(zip(images, classes, names, strict=True)):
         if name and not image.is_valid and spec["follow_links"]:
-            yield _from_file(spec, name, label)
+            yield read_named(spec, name, label)
             continue
         path = f"{place} {first + i}" + (f" ({name})" if name else "")
         yield Row(image.as_py(), label, path, "the image column has no bytes in this row")
-
-
-def _folder_of(root: str, path: str) -> str:
-    """Return the folder of a table, which the names of files in it start from."""
-    return (f"{root}/{path}" if path else root).rpartition("/")[0] or "/"
-
-
-def _states(folder: str, names: list[str]) -> list[File]:
-    """Return files that a table in a folder names, as they are now."""
-    found = []
-    for name in names:
-        path, state = posixpath.join(folder, tables.normal(name)), (0, 0)
-        if "://" not in path:
-            with suppress(OSError, ValueError):
-                info = os.stat(path)
-                state = info.st_size, info.st_mtime_ns
-        found.append(File(path, *state))
-    return found
-
-
-def _from_file(spec: dict[str, Any], name: str | None, label: str | None) -> Row:
-    """Read an image that a table names; its place is that of the table."""
-    if not name:
-        return Row(None, label, spec["path"], "the table names no file in this row")
-    if len(name) > _LONGEST_NAME or (len(name) > 64 and name.startswith(_BASE64)):
-        why = "is no name of a file: write images in Base64 as bytes first"
-        return Row(None, label, f"{printable(name[:40])}...", why)
-    if name.startswith(("http://", "https://")):
-        why = "is on the web: download the images first, for example with img2dataset"
-        return Row(None, label, printable(name), why)
-    name = tables.normal(name)
-    folder = _folder_of(spec["root"], spec["path"])
-    outside = name.startswith(("/", "../")) or "://" in name or "\0" in name
-    links = not (outside or spec["follow_links"] or "://" in folder)
-    if (outside and not spec["follow_links"]) or (links and tables.leads_out(folder, name)):
-        why = "lies outside of the table's folder: --follow-links reads it"
-        return Row(None, label, printable(name), why)
-    try:
-        return Row(read_bytes("" if name.startswith("/") else folder, name), label, printable(name))
-    except FileNotFoundError:
-        return Row(None, label, printable(name), "does not exist")
-    except (PermissionError, NotADirectoryError, IsADirectoryError, ValueError) as error:
-        return Row(None, label, printable(name), f"cannot be read: {type(error).__name__}")
-    except OSError as error:
-        if error.errno not in _IMPOSSIBLE:
-            raise
-        return Row(None, label, printable(name), f"cannot be read: {error.strerror}")
