@@ -28,6 +28,7 @@ import sweep_pirl
 import uncurated
 import which_transforms
 
+from raysl.checkpoint import newest_step
 from raysl.evaluation.results import protocol_hash, rows_of
 from raysl.experiment import lectures
 from raysl.experiment.claims import CLAIMS
@@ -182,7 +183,8 @@ def rows(flags: LectureFlags, out: Folder) -> list[dict[str, Any]]:
                 label = f"{place}/{method}".removeprefix("/")
                 for size, name in zip(_sizes(flags), ("few", "all"), strict=True):
                     label = label.replace(f"-{size}/", f"-{name}/")
-                steps = (0, run.newest().step) if run else ()
+                # A run that another process trains may have no checkpoint yet.
+                steps = (0, newest_step(run.checkpoints)) if run else ()
                 for row in rows_of(run) if run else ():
                     if row["test"] in (judged, "") and row["step"] in steps:
                         names = {"trained": label, "random": "untrained", "pixels": "raw pixels"}
