@@ -16,7 +16,6 @@ from typing import TYPE_CHECKING, Any, Literal
 from raysl import console
 from raysl.api.arguments import (
     check_checkpoint,
-    check_faiss,
     check_names,
     check_source,
     check_writable,
@@ -221,11 +220,12 @@ def cluster(
         config, fields: the configuration; see `KMeansConfig`.
         assign: more features, such as those of validation images, that get the nearest of the same centroids.
     """
-    check_faiss()
-    from raysl.clustering import lloyd
-    from raysl.clustering.options import KMeansConfig as Config
+    from raysl.clustering import options
 
-    settings = configure(Config, config, {**given(k=k), **fields})
+    options.check_faiss()
+    from raysl.clustering import lloyd
+
+    settings = configure(options.KMeansConfig, config, {**given(k=k), **fields})
     done = lloyd.fit(uri(features), settings, os.fspath(out))
     for more in map(uri, assign):
         # Named after the whole path, because many folders of features are called "features".
@@ -257,10 +257,10 @@ def clusterfit(
     Returns:
         The run of the last student.
     """
-    check_faiss()
-    check_checkpoint(teacher)
-    from raysl.clustering import cluster_and_fit
+    from raysl.clustering import cluster_and_fit, options
 
+    options.check_faiss()
+    check_checkpoint(teacher)
     settings = configure(cluster_and_fit.ClusterfitConfig, config, {"teacher": uri(teacher), **fields})
     return cluster_and_fit.clusterfit(settings, run_config(data, run, student, {"method": "clusterfit"}))
 

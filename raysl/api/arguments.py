@@ -6,7 +6,6 @@ Modules that need torch are imported inside of functions, so that a verb prints 
 from __future__ import annotations
 
 import dataclasses
-import importlib.util
 import inspect
 import logging
 import os
@@ -16,7 +15,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, TypeVar
 
 from raysl import ray_cluster
-from raysl.errors import UserError, install, unknown
+from raysl.errors import UserError, unknown
 
 if TYPE_CHECKING:
     from typing import TypeAlias
@@ -94,15 +93,6 @@ def check_names(function: Callable[..., Any], config: Any, fields: Mapping[str, 
             raise unknown(f"argument or part of the method {method!r}:", name, set(known))
 
 
-def check_faiss() -> None:
-    """Raise UserError when the package that k-means runs on is missing."""
-    if importlib.util.find_spec("faiss") is None:
-        raise UserError(
-            f"Clustering needs faiss, which is not installed. {install('cpu')} On a machine with an NVIDIA GPU, "
-            "take the extra 'gpu' instead."
-        )
-
-
 def run_config(
     data: Data | None,
     run: PathLike | None,
@@ -132,6 +122,7 @@ def run_config(
     from raysl.config import Pretraining, defaults
 
     values = _named({**given(data=data, run=run), **fields})
+    trains = check is None
     if local:
         from raysl.training import local as in_process
 
@@ -157,6 +148,10 @@ def run_config(
     _check_images(asked)
     values = _with_weights_file(values, asked.run)
     _check_results(asked, out, workers)
+    if trains:
+        from raysl.training import readiness
+
+        readiness.check_before_ingest(asked, values)
     if not workers or (local is None and _trains_alone(values, asked)):
         import torch
 

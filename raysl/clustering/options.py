@@ -2,14 +2,25 @@
 
 from __future__ import annotations
 
+import importlib.util
 from dataclasses import asdict, dataclass
 from typing import Annotated, Any, Literal
 
+from raysl.errors import UserError, install
 from raysl.fields import Bounds, CheckedTop, Seed
 
 Init = Literal["rows", "k-means++"]
 # Where the clustering runs, and not what it computes: it may resume with other values.
 _PLACEMENT = ("actors", "memory_gb")
+
+
+def check_faiss() -> None:
+    """Raise UserError when the package that k-means runs on is missing."""
+    if importlib.util.find_spec("faiss") is None:
+        raise UserError(
+            f"Clustering needs faiss, which is not installed. {install('cpu')} On a machine with an NVIDIA GPU, "
+            "take the extra 'gpu' instead."
+        )
 
 
 @dataclass(frozen=True)

@@ -9,9 +9,9 @@ from __future__ import annotations
 import dataclasses
 import io
 import logging
-from collections.abc import Collection, Iterator, Mapping
+from collections.abc import Collection, Iterable, Iterator, Mapping
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, NamedTuple
 
 import numpy as np
 from PIL import Image
@@ -36,6 +36,7 @@ CHOSEN = frozenset(
 OF_MACHINE = frozenset("backbone.name view.image_size workers batch_size precision".split())
 # A step is worth its overhead with this many images; an epoch should have a few steps.
 _STEPS_PER_EPOCH = 4
+_MANY = 1 << 31
 
 
 @dataclass(frozen=True)
@@ -57,6 +58,13 @@ class Choice:
         return f"  --{self.name.replace('_', '-')} {self.value}{reason}"
 
 
+class _Images(NamedTuple):
+    """What the choices depend on of a data set."""
+
+    num_images: int
+    are_photos: bool
+
+
 def resolve(
     given: Mapping[str, Any],
     dataset: DataSet,
@@ -72,17 +80,30 @@ def resolve(
         has_gpus: whether the machine or cluster has GPUs.
         varied: dotted names of the fields that trials vary; they are chosen too, but not listed.
     """
-    wanted = _without_usual(given)
-    offered = _choices(wanted, dataset, usual_workers, has_gpus, "method" in varied)
+    wanted, side = _without_usual(given), short_side(dataset)
+    images = _Images(dataset.num_images, side > SMALL_SIDE)
+    offered = _choices(wanted, images, usual_workers, has_gpus, "method" in varied)
     choices = [choice for choice in offered if not _contains(wanted, choice.name)]
     listed = [choice for choice in choices if choice.name not in varied]
     if listed:
         _log.info(
             "Chosen for %s with a shorter side of about %d pixels; a flag replaces each:",
-            *(counted(dataset.num_images, "image"), short_side(dataset)),
+            *(counted(dataset.num_images, "image"), side),
         )
     for choice in listed:
         _log.info("%s", choice)
+    return _completed(wanted, choices)
+
+
+def before_data(given: Mapping[str, Any], has_gpus: bool) -> list[Pretraining]:
+    """Return what `resolve` would choose for many small images and for many photos, with one worker."""
+    wanted = _without_usual(given)
+    several = [_Images(_MANY, is_photos) for is_photos in (False, True)]
+    return [_completed(wanted, _choices(wanted, images, 1, has_gpus)) for images in several]
+
+
+def _completed(wanted: Mapping[str, Any], choices: Iterable[Choice]) -> Pretraining:
+    """Return the configuration of the fields that are wanted, and of choices for the rest."""
     values: dict[str, Any] = {}
     for choice in choices:
         group, _, last = choice.name.rpartition(".")
@@ -140,9 +161,9 @@ def check(given: Mapping[str, Any]) -> Pretraining:
     """
     wanted = _without_usual(given)
     least = str(wanted.get("workers", 1)).partition(":")[0]
-    # The batch that will be chosen can be shared by the workers.
+    # The batch that will be chosen can be shared by the workers, and their number suits a batch that is given.
     batch = {"batch_size": 256 * int(least)} if least.isdecimal() and int(least) else {}
-    made = from_fields({**batch, **wanted})
+    made = from_fields({"workers": 1, **batch, **wanted})
     if made.run != "-":  # It stands for no run.
         run_folder.check_free(made.run)
     return made
@@ -171,12 +192,12 @@ def short_side(dataset: DataSet) -> int:
 
 def _choices(
     given: Mapping[str, Any],
-    dataset: DataSet,
+    images: _Images,
     usual_workers: int,
     has_gpus: bool,
     several_methods: bool = False,
 ) -> Iterator[Choice]:
-    photos = short_side(dataset) > SMALL_SIDE
+    num_images, photos = images
     method = given.get("method", "pirl-jigsaw")
     yield Choice("method", method)
     if str(_name(given, "backbone")).startswith(TIMM):
@@ -191,14 +212,16 @@ def _choices(
         yield Choice("backbone.name", "resnet18")
         yield Choice("view.image_size", 96, "without a GPU, 224 pixels take five times as long")
     workers = given.get("workers", usual_workers)
+    if "workers" not in given and int(given.get("batch_size", usual_workers)) % usual_workers:
+        workers = 1  # More could not share the batch that is given.
     yield Choice("workers", workers)
     if has_gpus:
         yield Choice("precision", "bf16", "there are GPUs")
-    yield _batch_size(dataset.num_images, workers, most=64 if photos and not has_gpus else 256)
+    yield _batch_size(num_images, workers, most=64 if photos and not has_gpus else 256)
     if _name(given, "optim") in ("", "sgd"):
         yield Choice("optim.lr", 0.12)
         yield Choice("optim.warmup", 0.05)
-    own = [*_of_method(method, dataset.num_images), *(() if photos else _of_short_runs(method))]
+    own = [*_of_method(method, num_images), *(() if photos else _of_short_runs(method))]
     # Where trials compare methods, each has the defaults of its class; only the negatives of the first suit the images.
     yield from (one for one in own if not several_methods or one.name.endswith(".num_negatives"))
 

@@ -4,16 +4,19 @@ from __future__ import annotations
 
 import logging
 import shutil
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
+import torch
 from torch import Tensor
 
 from raysl import checkpoint
-from raysl.config import Pretraining
+from raysl.config import Pretraining, defaults
 from raysl.dataset import DataSet
 from raysl.errors import UserError, counted
-from raysl.model import Model
+from raysl.ingestion.cache import finished_folder
+from raysl.model import DatasetInfo, Model
 from raysl.run import Run
 from raysl.storage import Folder
 from raysl.stream.plan import Plan
@@ -38,6 +41,29 @@ def check(config: Pretraining, dataset: DataSet) -> tuple[Plan, dict[str, Any]]:
         _check_space(config, model, dataset.num_images)
         _warn_of_silence(model, dataset)
     return plan, model.describe()
+
+
+def check_before_ingest(asked: Pretraining, given: Mapping[str, Any]) -> None:
+    """Raise UserError for a mistake of the method or the network that no images would mend: to read them takes long.
+
+    What raysl chooses depends on the images, so that both small images and photos must be impossible.
+
+    Args:
+        asked: the configuration without choices.
+        given: the fields that the user gives; see `raysl.config.defaults.resolve`.
+    """
+    # A teacher makes the labels of ClusterFit first. An existing run, or data set, is checked as it is.
+    if asked.method == "clusterfit" or finished_folder(asked.data) or Run.find(asked.run):
+        return
+    refused: list[UserError] = []
+    with torch.random.fork_rng(devices=[]):
+        for config in defaults.before_data(given, torch.cuda.is_available()):
+            try:
+                Model(config, DatasetInfo(1 << 31, num_classes=2)).check()
+                return
+            except UserError as error:
+                refused.append(error)
+    raise refused[0]
 
 
 def is_done(config: Pretraining, end: int, num_steps: int) -> bool:

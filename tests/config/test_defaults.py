@@ -68,6 +68,12 @@ def test_the_rest_fits_what_is_given(given: dict[str, Any], small: DataSet) -> N
     assert made.method == given.get("method", "pirl-jigsaw")
 
 
+def test_a_batch_that_two_workers_cannot_share_is_trained_by_one(small: DataSet) -> None:
+    given = {**RUN, "batch_size": 33}
+    assert defaults.check(given).batch_size == 33
+    assert defaults.resolve(given, small, 2, False).workers == 1
+
+
 def test_flags_that_repeat_the_values_of_the_classes_stay(photos: DataSet) -> None:
     """Losses depend on the configuration alone, so equal configurations give equal losses, to the last bit."""
     flags = (
@@ -136,9 +142,10 @@ def test_another_method_gets_the_default_values_of_its_parts() -> None:
 
 
 @pytest.mark.parametrize("method", ["pirl-jigsaw", "npid", "simclr", "cpc-patch_grid", "predict-rotation"])
-def test_every_choice_is_listed(method: str, small: DataSet, photos: DataSet) -> None:
-    for images in (small, photos):
+def test_every_choice_is_listed(method: str) -> None:
+    for are_photos in (False, True):
         for gpus in (False, True):
+            images = defaults._Images(40, are_photos)
             names = {choice.name for choice in defaults._choices({"method": method}, images, 1, gpus)}
             assert names - {"method"} <= defaults.CHOSEN
 

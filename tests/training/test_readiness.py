@@ -1,0 +1,50 @@
+"""What is refused before images are read, and what is not."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import pytest
+
+from raysl.config import defaults, methods
+from raysl.errors import UserError
+from raysl.experiment.comparison import METHODS, OF_CLIPS
+from raysl.training.readiness import check_before_ingest
+
+RUN = {"data": "not-read-yet", "run": "nowhere"}
+
+
+def check(**given: Any) -> None:
+    check_before_ingest(defaults.check({**RUN, **given}), {**RUN, **given})
+
+
+@pytest.mark.parametrize(
+    ("given", "message"),
+    [
+        ({"method": "pirl"}, "needs a pretext transform"),
+        ({"backbone": {"name": "resnet19"}}, "Did you mean 'resnet18'"),
+        ({"view": {"recipe": "simclr-blurr"}}, "Did you mean 'blur'"),
+        ({"method": "mae"}, "needs a vision transformer"),
+        ({"backbone": {"weights": __file__}}, "it is a text file"),
+        ({"backbone": {"name": "alexnet"}, "view": {"image_size": 32}}, "alexnet"),
+    ],
+)
+def test_what_no_images_would_mend_is_refused_before_they_are_read(
+    given: dict[str, Any], message: str
+) -> None:
+    with pytest.raises(UserError, match=message):
+        check(**given)
+
+
+# Objectives of a transform need one, and a teacher must be there.
+LEFT_OUT = {"cpc", "mae", "multitask", "pirl", "predict", "triplet", "distill"}
+
+
+@pytest.mark.parametrize("method", sorted({*METHODS, *OF_CLIPS, *methods.objective_names()} - LEFT_OUT))
+def test_every_method_may_be_begun(method: str) -> None:
+    check(method=method)
+
+
+def test_networks_that_take_one_size_may_be_begun() -> None:
+    check(backbone={"name": "timm/vit_tiny_patch16_224"}, method="mae")
+    check(backbone={"name": "resnet50"}, pirl={"num_negatives": 1_000_000})
