@@ -32,7 +32,7 @@ from raysl.contrastive.bank import BankConfig, MemoryBank
 from raysl.dataset import BAD_IMAGES, SHARDS, DataSet, Manifest, Shard, parquet_writer
 from raysl.errors import UserError
 from raysl.evaluation.results import KEY, MODEL, ROWS, add_rows, rows_of
-from raysl.extraction.inference import SETTINGS, load
+from raysl.extraction import SETTINGS, load
 from raysl.extraction.pca import Projection
 from raysl.ingestion.journal import Header, Journal
 from raysl.model_export import ExportConfig, export

@@ -18,7 +18,6 @@ from raysl.api.arguments import (
     check_checkpoint,
     check_names,
     check_source,
-    check_writable,
     configure,
     dataset,
     given,
@@ -26,6 +25,7 @@ from raysl.api.arguments import (
     unseen,
     uri,
 )
+from raysl.api.results_folder import check_writable
 from raysl.errors import UserError
 
 if TYPE_CHECKING:
@@ -190,12 +190,12 @@ def features(
     settings = configure(Config, config, {**given(data=data, out=out), **fields})
     check_source(settings.data, settings.bn_images)
     check_checkpoint(checkpoint)
-    from raysl.extraction import check_layers, encoder_by_name
+    from raysl.extraction import encoders
     from raysl.extraction.features import check_out, compute_features
 
     check_out(settings.out)
-    source = encoder_by_name(uri(checkpoint), settings.backbone, settings.seed)
-    check_layers(source, (settings.layer,))
+    source = encoders.encoder_by_name(uri(checkpoint), settings.backbone, settings.seed)
+    encoders.check(source, (settings.layer,))
     dataset(settings.data)
     check_writable(settings.out)
     return compute_features(uri(checkpoint), settings)
@@ -257,11 +257,11 @@ def clusterfit(
     Returns:
         The run of the last student.
     """
-    from raysl.clustering import cluster_and_fit, options
-
-    options.check_faiss()
     check_checkpoint(teacher)
+    from raysl.clustering import cluster_and_fit
+
     settings = configure(cluster_and_fit.ClusterfitConfig, config, {"teacher": uri(teacher), **fields})
+    cluster_and_fit.check_before_data(settings)
     return cluster_and_fit.clusterfit(settings, run_config(data, run, student, {"method": "clusterfit"}))
 
 

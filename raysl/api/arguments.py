@@ -11,10 +11,10 @@ import logging
 import os
 from collections.abc import Callable, Mapping, Sequence
 from numbers import Number
-from pathlib import Path
 from typing import TYPE_CHECKING, Any, TypeVar
 
 from raysl import ray_cluster
+from raysl.api.results_folder import check_results
 from raysl.errors import UserError, unknown
 
 if TYPE_CHECKING:
@@ -129,12 +129,7 @@ def run_config(
         check, workers = in_process.check, False
     if isinstance(config, Pretraining):
         made = _from_weights_file(defaults.replaced(config, values))
-        if check is not None:
-            check(made)
-        _check_results(made, out, workers)
-        dataset(made.data)
-        if workers and not (local is None and _trains_alone({"workers": made.workers}, made)):
-            ray_cluster.start()
+        _prepare(made, workers, check, out, local)
         return made
     if config is not None and not isinstance(config, Mapping):
         raise _wrong_type(config, Pretraining)
@@ -147,7 +142,7 @@ def run_config(
     unlisted = (check and check(asked)) or ()
     _check_images(asked)
     values = _with_weights_file(values, asked.run)
-    _check_results(asked, out, workers)
+    check_results(asked, out, workers)
     if trains:
         from raysl.training import readiness
 
@@ -160,25 +155,20 @@ def run_config(
     return _suited(values, asked, unlisted)
 
 
-def _check_outside(data: str, out: str, run: str) -> None:
-    """Raise UserError if a new run, or the results in `out` instead, would lie among the images of a folder.
-
-    They would be taken for a class.
-    """
-    from raysl.dataset import DataSet
-    from raysl.storage import Folder
-
-    flag, results = ("--out", out) if out else ("--run", run)
-    source, place = (Path(Folder(one).uri) for one in (data.partition("#")[0], results))
-    has_content = place.is_dir() and any(place.iterdir())  # That it holds a run is checked elsewhere.
-    if results == "-" or DataSet.is_one(data) or not source.is_dir() or has_content:
-        return
-    if place.resolve().is_relative_to(source.resolve()):
-        raise UserError(
-            f"{flag} is {results!r}, a folder among the images of --data {data!r}, where it would be read as images "
-            f"the next time. Give {flag} a folder outside of it, such as "
-            f"{source.resolve().parent / 'runs' / place.name}."
-        )
+def _prepare(
+    made: Pretraining,
+    workers: bool,
+    check: Callable[[Pretraining], object] | None,
+    out: str,
+    local: bool | None,
+) -> None:
+    """Check a whole configuration, open its data, and start Ray if workers will train on it; see `run_config`."""
+    if check is not None:
+        check(made)
+    check_results(made, out, workers)
+    dataset(made.data)
+    if workers and not (local is None and _trains_alone({"workers": made.workers}, made)):
+        ray_cluster.start()
 
 
 def _check_given(values: Mapping[str, Any]) -> None:
@@ -372,23 +362,3 @@ def uri(place: Any) -> str:
             "images in memory, a Hugging Face or Ray data set, or a list of files to raysl.ingest first."
         )
     return str(folder)
-
-
-def _check_results(config: Pretraining, out: str, trains: bool) -> None:
-    """Raise UserError if a run, or the results in `out` instead, would lie among its images or cannot be written.
-
-    A finished run need not be written.
-    """
-    from raysl.run import Run
-
-    _check_outside(config.data, out, config.run)
-    if trains and not (not out and (begun := Run.find(config.run)) and begun.is_finished()):
-        check_writable(out or config.run)
-
-
-def check_writable(folder: str) -> None:
-    """Raise UserError if files cannot be written into a folder; "" stands for none."""
-    from raysl.storage import Folder
-
-    if folder:
-        Folder(folder).check_writable()

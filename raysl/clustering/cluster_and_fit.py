@@ -16,9 +16,10 @@ from typing import Annotated
 
 from raysl.backbone.network import BackboneConfig
 from raysl.clustering import lloyd
-from raysl.clustering.options import Init, KMeansConfig
+from raysl.clustering.options import Init, KMeansConfig, check_faiss
 from raysl.config import Pretraining, run_folder
 from raysl.errors import UserError
+from raysl.extraction import encoders
 from raysl.extraction.features import MAX_COMPONENTS, FeaturesConfig, compute_features
 from raysl.fields import Bounds, check
 from raysl.run import Run
@@ -61,6 +62,13 @@ class ClusterfitConfig:
         check(self)
         if not self.teacher.strip():
             raise UserError("--teacher is empty. Give the folder of a run, a weights file, or random.")
+
+
+def check_before_data(config: ClusterfitConfig) -> None:
+    """Raise UserError if the package of k-means is missing, or the teacher cannot be loaded or lacks the layer."""
+    check_faiss()
+    teacher = encoders.encoder_by_name(config.teacher, config.teacher_backbone)
+    encoders.check(teacher, (config.layer,))
 
 
 def round_folder(run: str, number: int) -> Folder:

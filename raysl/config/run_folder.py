@@ -41,6 +41,8 @@ def check_free_for_sweep(uri: str) -> None:
     """Raise UserError if a folder holds neither a sweep nor what raysl writes before the journal of one."""
     names = Folder(uri).list()
     if SWEEP_JOURNAL not in names:
+        if {METADATA, OLD_METADATA} & set(names):
+            raise UserError(f"--out is {uri!r}, which is the folder of a run. Give another folder to --out.")
         _refuse(uri, "--out", "sweep", [name for name in _others(names) if name not in _OF_SWEEP])
 
 

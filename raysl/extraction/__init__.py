@@ -13,10 +13,11 @@ from raysl.extraction.encoders import (
     untrained,
     view_size,
 )
+from raysl.extraction.exports import SETTINGS
 from raysl.extraction.feature_tasks import FeatureProtocol, actor_resources, extract_all
 from raysl.extraction.features import FeaturesConfig, compute_features
 from raysl.extraction.heads import Heads, heads
-from raysl.extraction.inference import SETTINGS, FeatureExtractor, load
+from raysl.extraction.inference import FeatureExtractor, load
 from raysl.extraction.layers import Encode, EncodeMaps, feature_spec
 from raysl.extraction.reestimated import Reestimated, load_maps
 from raysl.extraction.reestimated import load as load_reestimated

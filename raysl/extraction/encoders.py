@@ -18,6 +18,7 @@ from raysl.backbone.network import Backbone, BackboneConfig
 from raysl.checkpoint import Checkpoint
 from raysl.config import methods
 from raysl.errors import UserError, unknown
+from raysl.extraction import exports
 from raysl.extraction import layers as layer_names
 from raysl.extraction.layers import POOLED, STAGES, Encode
 from raysl.run import METADATA, Run
@@ -197,11 +198,13 @@ class Weights(NetworkEncoder):
             directory) or a URI.
         config: the backbone; "timm/NAME" or "timm/NAME.TAG" for a backbone of timm, which also decides how images
             are normalised.
+        image_size: side of the images that the weights were made for, in pixels; 0 if it is not known.
     """
 
     file: str
     config: BackboneConfig
     name: str = "weights"
+    image_size: int = 0
 
     def __post_init__(self) -> None:
         object.__setattr__(self, "file", str(Folder(self.file)))
@@ -240,9 +243,9 @@ def encoder_by_name(name: str, config: BackboneConfig, seed: int = 0) -> Encoder
     """Return the encoder that a user has named.
 
     Args:
-        name: folder of a run, for its newest checkpoint; `RUN/checkpoints/step-NNN` for another; a weights file;
-            "random" for an untrained backbone; "pixels".
-        config: the backbone of a weights file, or of "random".
+        name: folder of a run, for its newest checkpoint; `RUN/checkpoints/step-NNN` for another; a weights file or a
+            folder of `raysl export`; "random" for an untrained backbone; "pixels".
+        config: the backbone of a weights file, or of "random"; the default is replaced by what an export states.
         seed: seed of "random".
 
     Raises:
@@ -252,12 +255,17 @@ def encoder_by_name(name: str, config: BackboneConfig, seed: int = 0) -> Encoder
         return RandomBackbone(config, seed)
     if name == "pixels":
         return Pixels()
-    found = find_checkpoint(name)
-    return Trained(*found) if found else Weights(name.rstrip("/"), config)
+    if found := find_checkpoint(name):
+        return Trained(*found)
+    name = name.rstrip("/")
+    stated, side = None, 0
+    if config == BackboneConfig():
+        _, stated, side = exports.find(name)
+    return Weights(exports.weights_in(name), stated or config, image_size=side)
 
 
 def find_checkpoint(name: str) -> tuple[Run, Checkpoint] | None:
-    """Return the run and the checkpoint that a user has named; None for a file, "random" or "pixels". Without torch.
+    """Return the run and the checkpoint that a user has named; None for weights, "random" or "pixels". Without torch.
 
     Raises:
         UserError: as `encoder_by_name`.
@@ -277,7 +285,7 @@ def find_checkpoint(name: str) -> tuple[Run, Checkpoint] | None:
                 f"checkpoint of the run {inside[1]!r}", f"step-{inside[2]}", (f"step-{s:09d}" for s in steps)
             )
         return run, steps[int(inside[2])]
-    place, _, file = str(Folder(name)).rpartition("/")
+    place, _, file = str(Folder(exports.weights_in(name))).rpartition("/")
     try:
         Folder(place or "/").open(file).close()
     except (OSError, StorageError) as error:
@@ -287,7 +295,8 @@ def find_checkpoint(name: str) -> tuple[Run, Checkpoint] | None:
             why = "It is a pattern, and a command takes one run. "
         raise UserError(
             f"There is no checkpoint at {name!r}. {why}{similar_folder(name, METADATA)}Give the folder of a run, "
-            "RUN/checkpoints/step-NNN, a weights file together with --backbone.name, 'random' or 'pixels'."
+            "RUN/checkpoints/step-NNN, a folder of `raysl export`, a weights file together with --backbone.name, "
+            "'random' or 'pixels'."
         ) from error
     return None
 
@@ -296,7 +305,7 @@ def view_size(source: Encoder) -> int:
     """Return the default side of the evaluation view in pixels: that of the run, 224 for a weights file, else 32."""
     if isinstance(source, Trained):
         return source.run.config().view.image_size
-    return _PUBLISHED_SIZE if isinstance(source, Weights) else _PIXELS_SIZE
+    return (source.image_size or _PUBLISHED_SIZE) if isinstance(source, Weights) else _PIXELS_SIZE
 
 
 def stages(encoder: Encoder) -> tuple[str, ...]:
@@ -311,6 +320,13 @@ def check_size(encoder: Encoder, image_size: int) -> None:
     encoder = getattr(encoder, "source", encoder)
     if isinstance(encoder, NetworkEncoder):
         networks.check_size(encoder.backbone_config(), image_size)
+
+
+def check(encoder: Encoder, layers: Sequence[str]) -> None:
+    """Raise UserError if the file of an encoder holds no weights of its backbone, or it lacks a layer."""
+    if isinstance(encoder, Weights):
+        encoder.network()
+    check_layers(encoder, layers)
 
 
 def check_layers(encoder: Encoder, layers: Sequence[str]) -> None:

@@ -102,11 +102,19 @@ def compute_features(checkpoint: str, config: FeaturesConfig) -> FeatureStore:
         _log.info("The features at %s are already there.", folder)
         return FeatureStore.open(str(folder))
     what = f"{config.layer} features of {counted(dataset.num_images, 'image')}"
-    with console.working(f"Computing {what} by {checkpoint}, to {folder} ..."):
-        if config.pca or config.pca_of:
-            parts = _reduced(encoder, dataset, protocol, config, folder, projection)
-        else:
-            parts = compute(encoder, dataset, protocol, FeatureForm(config.dtype, config.l2), folder)
+    try:
+        with console.working(f"Computing {what} by {checkpoint}, to {folder} ..."):
+            if config.pca or config.pca_of:
+                parts = _reduced(encoder, dataset, protocol, config, folder, projection)
+            else:
+                parts = compute(encoder, dataset, protocol, FeatureForm(config.dtype, config.l2), folder)
+    except StorageError:  # The same command goes on once the storage answers.
+        raise
+    except UserError:
+        # Otherwise the folder would refuse another network, although it holds no features.
+        if not any(name.startswith("features-") for name in folder.list()):
+            folder.delete(STARTED)
+        raise
     origin = {
         "teacher": _teacher(checkpoint, source),
         "objective": source.run.config().method if isinstance(source, Trained) else "",

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import io
-import json
 import os
 import re
 import shlex
@@ -16,14 +15,13 @@ import torch
 from PIL import Image, ImageOps
 from torch import Tensor
 
-from raysl import plugins
 from raysl.backbone import external_weights
-from raysl.backbone.network import TIMM, BackboneConfig, names
+from raysl.backbone.network import BackboneConfig
 from raysl.checkpoint import STATE
 from raysl.config import from_dict
 from raysl.dataset import DataSet
 from raysl.errors import UserError, explained, unknown
-from raysl.extraction import encoders
+from raysl.extraction import encoders, exports
 from raysl.extraction import layers as layer_names
 from raysl.extraction.encoders import Encoder, Trained, view_size
 from raysl.extraction.layers import POOLED, Encode
@@ -31,15 +29,11 @@ from raysl.extraction.reestimated import Reestimated
 from raysl.ingestion import resolve
 from raysl.run import METADATA, Run
 from raysl.storage import Folder
-from raysl.storage.records import verified
 from raysl.storage.similar import similar_folder
 from raysl.stream import decode
 
 _BATCH = 128
 _Named = tuple[str, bytes]  # an image file after its name, which is "" if it has none
-# Weights files of an export, and the settings that raysl writes beside them.
-_EXPORTED = ("model.safetensors", "model.pth", "pytorch_model.bin")
-SETTINGS = "raysl.json"
 # Modes of Pillow that PNG does not hold: those that TIFF holds, and what others become.
 _TIFF_MODES = ("CMYK", "F", "I", "I;16L", "LAB", "YCbCr")
 _CONVERTED = {"HSV": "RGB", "La": "LA", "PA": "RGBA", "RGBX": "RGB", "RGBa": "RGBA"}
@@ -189,7 +183,7 @@ def _named_encoder(
         and not Folder(name).exists(METADATA)
         and "/checkpoints/step-" not in name
     ):
-        name, stated, stated_size = _find_settings(name)
+        name, stated, stated_size = exports.find(name)
         config = config or stated
         if config is None:
             encoders.encoder_by_name(name, BackboneConfig(), seed)  # It refuses a file that does not exist.
@@ -225,13 +219,11 @@ def starting_weights(place: str) -> str:
         if meant := similar_folder(place, METADATA):
             raise UserError(f"--backbone.weights is {place!r}, which does not exist. {meant.strip()}")
         external_weights.read_file(place)  # Raises UserError.
-    if place.startswith(("http://", "https://")):
-        return place
-    file = _weights_in(place)
-    if file == place and Folder(place).list():
+    file = exports.weights_in(place)
+    if file == place and "://" not in place and Folder(place).list():
         raise UserError(
             f"--backbone.weights is {place!r}, a folder that holds neither a run nor exported weights "
-            f"({', '.join(_EXPORTED)}). Give the folder of a run, RUN/checkpoints/step-NNN, a folder of `raysl "
+            f"({', '.join(exports.EXPORTED)}). Give the folder of a run, RUN/checkpoints/step-NNN, a folder of `raysl "
             "export`, or a weights file."
         )
     return file
@@ -242,62 +234,7 @@ def stated_backbone(file: str) -> BackboneConfig | None:
     inside = re.fullmatch(rf"(.+)/checkpoints/step-\d+/{re.escape(STATE)}", file)
     if inside:
         return Run.open(inside[1]).config().backbone
-    if file.startswith(("http://", "https://")):
-        return None
-    return _find_settings(file)[1]
-
-
-def _weights_in(name: str) -> str:
-    """Return the weights file of an exported folder; the name itself where it is none."""
-    inside = set(Folder(name).list())
-    if found := next((file for file in _EXPORTED if file in inside), ""):
-        return f"{name}/{found}"
-    if "model.onnx" in inside or name.endswith(".onnx"):
-        raise UserError(
-            f"{name!r} is an ONNX model. Run it with onnxruntime, or export the run as safetensors."
-        )
-    return name
-
-
-def _find_settings(name: str) -> tuple[str, BackboneConfig | None, int]:
-    """Return the weights file of a folder or file, and the backbone and image size that are stated with it."""
-    name = _weights_in(name)
-    place, _, _ = str(Folder(name)).rpartition("/")
-    return name, *(_settings(Folder(place or "/")) or _from_safetensors(name) or (None, 0))
-
-
-def _settings(folder: Folder) -> tuple[BackboneConfig, int] | None:
-    """Return what raysl or timm wrote beside the weights."""
-    try:
-        if folder.exists(SETTINGS):
-            stated = verified(folder.read_json(SETTINGS))
-            backbone = dict(stated["backbone"])
-            if module := str(backbone["name"]).rpartition(":")[0]:  # code, which only the user may name
-                places = plugins.check_trusted([module], str(folder))
-                backbone["name"] = plugins.moved(backbone["name"], places)
-            return BackboneConfig(**backbone), int(stated["image_size"])
-        if folder.exists("config.json"):
-            stated = json.loads(folder.read("config.json"))
-            cfg = stated.get("pretrained_cfg", {})
-            tag = f".{cfg['tag']}" if cfg.get("tag") else ""
-            size = int(cfg.get("input_size", (0,))[-1])
-            return BackboneConfig(f"{TIMM}{stated['architecture']}{tag}"), size
-    except (ValueError, KeyError, TypeError, AttributeError) as error:
-        raise UserError(
-            f"The settings beside the weights in {str(folder)!r} cannot be read ({error}). Give the backbone."
-        ) from error
-    return None
-
-
-def _from_safetensors(name: str) -> tuple[BackboneConfig, int] | None:
-    """Return what raysl wrote into the metadata of a safetensors file."""
-    if not name.lower().endswith(".safetensors"):
-        return None
-    stated = external_weights.safetensors_metadata(external_weights.read_file(name))
-    if stated.get("backbone") not in names():
-        return None
-    parts: dict[str, Any] = {key: stated[key] for key in ("stem", "norm") if key in stated}
-    return BackboneConfig(stated["backbone"], **parts), int(stated.get("image_size", 0))
+    return exports.find(file)[1]
 
 
 def _image_files(images: Any) -> Iterator[_Named]:

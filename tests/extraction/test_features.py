@@ -143,6 +143,16 @@ def test_tasks_of_ray_find_the_same_components(plain: FeatureStore, ray_session:
     assert found.variance == pytest.approx(variances[:5].sum() / variances.sum())
 
 
+def test_a_network_that_cannot_be_loaded_leaves_the_folder_to_another(
+    dataset: DataSet, tmp_path: Path
+) -> None:
+    config = FeaturesConfig(str(dataset.folder), str(tmp_path / "features"), image_size=16)
+    (tmp_path / "weights.pth").write_text("no weights")
+    with pytest.raises(UserError, match="it is a text file"):
+        compute_features(str(tmp_path / "weights.pth"), config)
+    assert compute_features("random", config).num_rows == dataset.num_images
+
+
 def test_existing_parts_are_kept(dataset: DataSet, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(feature_tasks, "_PART_IMAGES", 40)
     settings = config(dataset, tmp_path)

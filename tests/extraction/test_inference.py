@@ -16,7 +16,8 @@ from torchvision import models
 from raysl.backbone.network import BackboneConfig
 from raysl.errors import UserError
 from raysl.extraction import FeaturesConfig, Pixels, Reestimated, Trained, Weights, compute_features, load
-from raysl.extraction.inference import SETTINGS, starting_weights, stated_backbone
+from raysl.extraction.exports import SETTINGS
+from raysl.extraction.inference import starting_weights, stated_backbone
 from raysl.model_export import CARD, ExportConfig, export
 from raysl.storage import Folder
 from raysl.storage.records import write_record

@@ -301,6 +301,10 @@ def test_a_sweep_is_not_written_among_other_things(tmp_path: Path) -> None:
         check_free_for_sweep(str(tmp_path))
     (tmp_path / "sweep.jsonl").touch()
     check_free_for_sweep(str(tmp_path))
+    (tmp_path / "run" / "checkpoints").mkdir(parents=True)
+    (tmp_path / "run" / METADATA).touch()
+    with pytest.raises(UserError, match="which is the folder of a run"):
+        check_free_for_sweep(str(tmp_path / "run"))
 
 
 def test_files_that_a_run_learns_from_may_not_change_after_its_first_checkpoint(tmp_path: Path) -> None:

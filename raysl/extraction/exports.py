@@ -1,0 +1,75 @@
+"""Recognise weights that raysl or timm exported, by what is stated beside them or in them."""
+
+from __future__ import annotations
+
+import json
+from typing import Any
+
+from raysl import plugins
+from raysl.backbone import external_weights
+from raysl.backbone.network import TIMM, BackboneConfig, names
+from raysl.errors import UserError
+from raysl.storage import Folder
+from raysl.storage.records import verified
+
+# Weights files of an export, and the settings that raysl writes beside them.
+EXPORTED = ("model.safetensors", "model.pth", "pytorch_model.bin")
+SETTINGS = "raysl.json"
+_WEB = ("http://", "https://")
+
+
+def weights_in(name: str) -> str:
+    """Return the weights file of an exported folder; the name itself where it is none. The web has no folders."""
+    if name.startswith(_WEB):
+        return name
+    inside = set(Folder(name).list())
+    if found := next((file for file in EXPORTED if file in inside), ""):
+        return f"{name}/{found}"
+    if "model.onnx" in inside or name.endswith(".onnx"):
+        raise UserError(
+            f"{name!r} is an ONNX model. Run it with onnxruntime, or export the run as safetensors."
+        )
+    return name
+
+
+def find(name: str) -> tuple[str, BackboneConfig | None, int]:
+    """Return the weights file of a folder or file, and the backbone and image size that are stated with it."""
+    name = weights_in(name)
+    if name.startswith(_WEB):
+        return name, None, 0
+    place, _, _ = str(Folder(name)).rpartition("/")
+    return name, *(_beside(Folder(place or "/")) or _from_safetensors(name) or (None, 0))
+
+
+def _beside(folder: Folder) -> tuple[BackboneConfig, int] | None:
+    """Return what raysl or timm wrote beside the weights."""
+    try:
+        if folder.exists(SETTINGS):
+            stated = verified(folder.read_json(SETTINGS))
+            backbone = dict(stated["backbone"])
+            if module := str(backbone["name"]).rpartition(":")[0]:  # code, which only the user may name
+                places = plugins.check_trusted([module], str(folder))
+                backbone["name"] = plugins.moved(backbone["name"], places)
+            return BackboneConfig(**backbone), int(stated["image_size"])
+        if folder.exists("config.json"):
+            stated = json.loads(folder.read("config.json"))
+            cfg = stated.get("pretrained_cfg", {})
+            tag = f".{cfg['tag']}" if cfg.get("tag") else ""
+            size = int(cfg.get("input_size", (0,))[-1])
+            return BackboneConfig(f"{TIMM}{stated['architecture']}{tag}"), size
+    except (ValueError, KeyError, TypeError, AttributeError) as error:
+        raise UserError(
+            f"The settings beside the weights in {str(folder)!r} cannot be read ({error}). Give the backbone."
+        ) from error
+    return None
+
+
+def _from_safetensors(name: str) -> tuple[BackboneConfig, int] | None:
+    """Return what raysl wrote into the metadata of a safetensors file."""
+    if not name.lower().endswith(".safetensors"):
+        return None
+    stated = external_weights.safetensors_metadata(external_weights.read_file(name))
+    if stated.get("backbone") not in names():
+        return None
+    parts: dict[str, Any] = {key: stated[key] for key in ("stem", "norm") if key in stated}
+    return BackboneConfig(stated["backbone"], **parts), int(stated.get("image_size", 0))
