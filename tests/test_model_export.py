@@ -150,6 +150,7 @@ def test_the_card_of_a_network_of_raysl_names_onnx(backbone: BackboneConfig, tmp
     pytest.importorskip("safetensors")
     card = export(made(tmp_path, backbone), ExportConfig()).read(CARD).decode()
     assert "`raysl export RUN --format onnx`" in card
+    assert "after 5 of 20 steps of pretraining" in card
     assert card.count("```python") == 1
 
 

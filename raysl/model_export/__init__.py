@@ -10,6 +10,7 @@ The network of the sounds, of a run of `audio_visual`, is a second file: sound.o
 
 from __future__ import annotations
 
+import logging
 import re
 from dataclasses import asdict, dataclass
 from typing import Annotated, Literal
@@ -25,6 +26,7 @@ from raysl.run import Run
 from raysl.storage import Folder
 from raysl.storage.records import write_record
 
+_log = logging.getLogger("raysl.model_export")
 CARD = "README.md"
 _WEIGHTS = re.compile(r"(model|sound)\.(pth|safetensors|onnx)|pytorch_model\.bin")
 
@@ -76,6 +78,8 @@ def export(run: Run, config: ExportConfig) -> Folder:
             out.write(name, data)
         settings = {"backbone": asdict(pretraining.backbone), "image_size": side}
         write_record(out, extraction.SETTINGS, settings)  # For raysl.load.
+        if not run.is_finished():
+            _log.info("The run is not finished: these are the weights of step %d.", step)
         card = model_card(run, backbone, step, form, images.manifest.fingerprint if images else "")
         out.write(CARD, card.encode())
     return out

@@ -10,15 +10,17 @@ from torch import nn
 from raysl.backbone.network import Backbone
 from raysl.config import Pretraining
 from raysl.config.command import command
+from raysl.errors import counted
 from raysl.evaluation.results import ENCODERS, KEY, TITLES, rows_of
 from raysl.model_export.formats import is_torchvision, is_usual_inside, timm_name, timm_options
 from raysl.run import Run
 from raysl.storage.plain_names import code_block, code_span, markdown
 from raysl.stream.decode import evaluation_side
+from raysl.stream.plan import num_steps
 
 _CARD = """# {method}, {backbone}
 
-Weights of the backbone, without a head, after {step} steps of pretraining with raysl.
+Weights of the backbone, without a head, after {steps} of pretraining with raysl.
 
 | | |
 |---|---|
@@ -27,6 +29,7 @@ Weights of the backbone, without a head, after {step} steps of pretraining with 
 | data | {images:,} images, fingerprint {fingerprint} |
 | seed | {seed} |
 | images | shorter side resized to {short} pixels (bilinear), then the central {size} x {size} |
+| unusual images | raysl lays transparent images on white and scales 16 bits to 8, which `convert("RGB")` does not |
 | BatchNorm | {statistics} |
 
 ## Use
@@ -142,6 +145,7 @@ def model_card(run: Run, backbone: Backbone, step: int, form: str, bn_images: st
     # The last identity has replaced the head.
     idle = [name for name, module in backbone.body.named_modules() if isinstance(module, nn.Identity)]
     size = config.view.image_size
+    total = num_steps(data["num_images"], config.batch_size, config.epochs)
     mean, std = (
         [round(value / 255, 6) for value in each.flatten().tolist()] for each in (backbone.mean, backbone.std)
     )
@@ -153,7 +157,7 @@ def model_card(run: Run, backbone: Backbone, step: int, form: str, bn_images: st
         backbone=markdown(config.backbone.name),
         stem=config.backbone.stem,
         norm=config.backbone.norm,
-        step=step,
+        steps=counted(step, "step") if step >= total else f"{step:,} of {total:,} steps",
         images=data["num_images"],
         fingerprint=code_span(data["fingerprint"]),
         seed=config.seed,
