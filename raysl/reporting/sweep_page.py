@@ -11,7 +11,7 @@ from raysl.config.command import command, wrapped
 from raysl.reporting.figure import Figure
 from raysl.reporting.page import ReportConfig, render
 from raysl.reporting.sweep_figures import figures
-from raysl.tuning.results import SweepResults, described, number, shown
+from raysl.tuning.results import SweepResults, described, doubts, number, shown
 
 _BODY = """<p>{{ summary }}</p>
 {% if command %}<h2>Best</h2><p>{{ best }}</p><pre>{{ command }}</pre>{% endif %}
@@ -71,6 +71,7 @@ def _selection(results: SweepResults) -> str:
             f"If all {count} finished trials were equal, the best would still be {gap:.4f} above their mean, because "
             f"seeds differ by ± {deviation:.4f}; a smaller lead shows nothing."
         )
+    sentences += doubts(results)
     if results.chosen_on_test:
         sentences.append(
             "The trials were chosen on the test split of the source: no score here is that of unseen images."

@@ -11,7 +11,7 @@ from statistics import NormalDist, mean, stdev, variance
 from typing import TYPE_CHECKING, Any, Literal
 
 from raysl.config import Pretraining
-from raysl.errors import UserError
+from raysl.errors import UserError, counted
 from raysl.storage import Folder
 from raysl.tuning.config import SweepConfig
 from raysl.tuning.journal import NAME, Journal
@@ -155,6 +155,22 @@ class SweepResults:
         largest = NormalDist().inv_cdf((count - 0.375) / (count + 0.25))
         return count, deviation, largest * deviation / sqrt(len(self.config.seeds))
 
+    def margin(self) -> tuple[int, float] | None:
+        """Return how far two accuracies may differ by chance, because the images that judge the trials are few.
+
+        Returns:
+            The number of these images, and two standard errors of the difference of two accuracies like the best, of
+            independent images. None for other scores than accuracies, and for sweeps that do not tell the number.
+        """
+        best = self.best()
+        if best is None:
+            return None
+        row = self.scores[best, self.config.seeds[0], self.num_rungs - 1]
+        accuracy, images = self.means(best)[-1], int(row.get("num_images", 0))
+        if not images or not str(row["metric"]).startswith("top"):
+            return None
+        return images, 2 * sqrt(2 * accuracy * (1 - accuracy) / images)
+
     def rows(self) -> list[dict[str, Any]]:
         """Return a row for each trial: those that came farthest first, and among them the best.
 
@@ -235,8 +251,37 @@ def lead(results: SweepResults) -> str:
     return f"{text}; by chance, {equal} {number(deviation)}, and more seeds would show if the rest is real."
 
 
+def doubts(results: SweepResults) -> list[str]:
+    """Return sentences about trials that few images do not tell from the best, and baselines that it does not beat."""
+    best, sentences = results.best(), []
+    if best is None:
+        return []
+    score = results.means(best)[-1]
+    if found := results.margin():
+        images, margin = found
+        others = [n for n in results.trials if results.state(n) == "finished" and n != best]
+        near = sum(score - results.means(n)[-1] < margin for n in others)
+        if near:
+            sentences.append(
+                f"With {counted(images, 'validation image')}, a difference of {number(margin)} may be chance: "
+                f"{near} of the {counted(len(others), 'other finished trial')} may be as good."
+            )
+    beaten = {"random": "the untrained network", "pixels": "raw pixels"}
+    above = [
+        f"{what} ({number(mean(scores))})"
+        for encoder, what in beaten.items()
+        if (scores := results.extras("baseline").get(encoder)) and mean(scores) >= score
+    ]
+    if above:
+        sentences.append(
+            f"The best trial ({number(score)}) is not better than {' and '.join(above)}: train for more epochs, or on "
+            "more images, before you compare hyperparameters."
+        )
+    return sentences
+
+
 def render(results: SweepResults) -> RenderableType:
-    """Return a table of one line a trial, the baselines and the reasons of failures; and the sentence `lead`."""
+    """Return a table of one line a trial, the baselines and the reasons of failures; and `lead` and `doubts`."""
     from rich import box
     from rich.console import Group
     from rich.table import Table
@@ -259,7 +304,7 @@ def render(results: SweepResults) -> RenderableType:
     blank = [""] * (1 + len(names))
     for label, scores in results.extra_rows("test: "):
         made.add_row(*blank, *map(number, scores), "", label)
-    return Group(made, *filter(None, [Text(lead(results))]))
+    return Group(made, *map(Text, filter(None, [lead(results), *doubts(results)])))
 
 
 LABELS = {"trained": "chosen trial", "random": "untrained", "pixels": "raw pixels"}

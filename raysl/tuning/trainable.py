@@ -123,6 +123,7 @@ class Trial(tune.Trainable):  # type: ignore[misc]
             raise UserError(f"The probe {task.probe!r} gave {score} at step {until}.")
         seconds, loss = round(time.monotonic() - started, 2), float(run.metrics_columns(["loss"])["loss"][-1])
         about = {"seed": seed, "step": until, "run": home, "seconds": seconds, **task.cost()}
+        about |= {"metric": rows[0]["name"], "num_images": rows[0].get("num_test", 0)}
         return {**about, "score": score, "loss": loss}
 
     def _trained(self, config: Pretraining, until: int) -> Run:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import io
 import json
+import re
 import shlex
 from dataclasses import asdict
 from pathlib import Path
@@ -24,7 +25,7 @@ from raysl.reporting.sweep_figures import rank_correlation
 from raysl.storage import Folder
 from raysl.tuning.config import SweepConfig
 from raysl.tuning.journal import FORMAT, Journal
-from raysl.tuning.results import SweepResults, lead, render
+from raysl.tuning.results import SweepResults, doubts, lead, render
 from raysl.tuning.space import space
 
 pytest.importorskip("matplotlib")
@@ -258,6 +259,36 @@ def test_the_table_says_on_what_images_and_how_far_the_best_is_ahead(
     assert results.judged == "held-out validation images (20 images of shapes:200#train)"
     results.journal.header.update(sources={"validation": "shapes:200#test"})
     assert results.judged == "test images (shapes:200#test)"
+
+
+def test_few_images_and_better_baselines_are_told(tmp_path: Path) -> None:
+    sweep = written(tmp_path, "lam=0,0.25,0.5,0.75,1", seeds=(0,))
+    assert doubts(SweepResults.open(sweep)) == []
+    journal = Journal(Folder(sweep))
+    for encoder, score in (("random", 0.35), ("pixels", 0.1)):
+        journal.add(
+            {
+                "event": "baseline",
+                "seed": 0,
+                "chosen": None,
+                "images": "x",
+                "encoder": encoder,
+                "score": score,
+            }
+        )
+    (told,) = doubts(SweepResults.open(sweep))
+    assert re.fullmatch(
+        r"The best trial \(0\.2\d+\) is not better than the untrained network \(0\.3500\): train .*", told
+    )
+    results = SweepResults.open(sweep)
+    for row in results.scores.values():
+        row.update(metric="top1", num_images=50)
+    # Two standard errors of the difference of two accuracies of a fifth are 0.16.
+    assert doubts(results)[0].startswith("With 50 validation images, a difference of 0.16")
+    assert doubts(results)[0].endswith("may be chance: 3 of the 3 other finished trials may be as good.")
+    for row in results.scores.values():
+        row.update(num_images=5_000_000)
+    assert doubts(results) == [told]
 
 
 def test_equal_trials_are_not_ahead(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
