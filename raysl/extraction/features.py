@@ -27,6 +27,14 @@ _log = logging.getLogger("raysl.extraction")
 _UNREDUCED = "unreduced"
 _HARMLESS = re.compile(r"\..*|lost\+found|.*\.(log|out|err)|.+\.[0-9a-f]{8}\.tmp")
 MAX_COMPONENTS = 1 << 16
+# What the keys of the record stand for.
+_SAID = {
+    "fingerprint": "the images",
+    "encoder": "the network",
+    "protocol": "the layer or the size of the view",
+    "form": "--dtype, --l2 or --pca",
+    "code": "the code or packages that compute them",
+}
 
 
 @dataclass(frozen=True)
@@ -154,9 +162,9 @@ def _is_finished(folder: Folder, about: dict[str, Any]) -> bool:
     # Finished features stay valid in a later version of raysl; two halves from different versions would not match.
     compared = [key for key in about if not (finished and key == "code")]
     if differ := [key for key in compared if found.get(key) != about[key]]:
+        said = ", ".join(_SAID.get(key, key) for key in differ)
         raise UserError(
-            f"Other features are in {str(folder)!r}; these differ: {', '.join(differ)}. Give another --out, or delete "
-            "that folder."
+            f"Other features are in {str(folder)!r}; they differ in {said}. Give another --out, or delete that folder."
         )
     return finished
 

@@ -186,7 +186,9 @@ def _named_encoder(
         name, stated, stated_size = exports.find(name)
         config = config or stated
         if config is None:
-            encoders.encoder_by_name(name, BackboneConfig(), seed)  # It refuses a file that does not exist.
+            # These refuse a file that does not exist, or that holds no weights.
+            encoders.find_checkpoint(name)
+            external_weights.parse(external_weights.read_file(name), name)
             raise UserError(
                 f"The backbone of the weights file {name!r} is not known. Give its name, such as "
                 "raysl.load(FILE, 'resnet50') or 'timm/vit_small_patch16_224'."

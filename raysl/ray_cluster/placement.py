@@ -185,7 +185,7 @@ def machines_for(workers: int, found: Machines, gpus_per_worker: float) -> tuple
     if fit < workers:
         raise UserError(
             f"{workers} workers and their data tasks can never run on the {sum(cpus_n):g} CPUs that this cluster "
-            f"{verb}: it has room for {fit}. Use fewer workers, or a larger cluster."
+            f"{verb}: it has room for {fit}. Give fewer --workers, or use a larger cluster."
         )
     slot = _ROOMY_CPUS if _num_slots(cpus_n, most_n, _ROOMY_CPUS) >= workers else 0.25
     counts = range(len(found.now), len(grown))

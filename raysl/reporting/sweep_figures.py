@@ -11,6 +11,7 @@ import numpy as np
 from matplotlib import colormaps
 from matplotlib.ticker import LogLocator, NullLocator, StrMethodFormatter
 
+from raysl.errors import counted
 from raysl.reporting.figure import Figure, plot_png
 from raysl.tuning.results import LABELS, SweepResults, shown
 from raysl.tuning.space import Dimension
@@ -108,8 +109,8 @@ def _curve(results: SweepResults, dimension: Dimension) -> Figure:
         axes.legend()
 
     text = (
-        f"Mean and standard deviation of {results.config.probe} over the {len(results.config.seeds)} seeds and all "
-        "other fields; a dot is one run."
+        f"Mean and standard deviation of {results.config.probe} over {counted(len(results.config.seeds), 'seed')} and "
+        "all other fields; a dot is one run."
     )
     return Figure(f"curve-{dimension.name}", dimension.name, text, plot_png(draw))
 

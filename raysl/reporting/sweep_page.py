@@ -8,6 +8,7 @@ from statistics import mean
 from typing import Any
 
 from raysl.config.command import command, wrapped
+from raysl.errors import counted
 from raysl.reporting.figure import Figure
 from raysl.reporting.page import ReportConfig, render
 from raysl.reporting.sweep_figures import figures
@@ -32,14 +33,15 @@ def page(folder: str, config: ReportConfig) -> tuple[str, list[Figure]]:
     drawn = list(figures(results))
     rows, names, sweep = results.rows(), results.space.names, results.config
     states = [row["state"] for row in rows]
-    best = results.best_config()
+    best, epochs = results.best_config(), results.base.epochs
     best_row = next((row for row in rows if row["trial"] == results.best()), None)
     text = render(
         _BODY,
         title=f"{results.base.method}: {', '.join(names)}",
         summary=(
-            f"{len(rows)} trials, each with seed {' and '.join(map(str, sweep.seeds))}, "
-            f"{results.base.epochs:g} epochs, compared by {sweep.probe} on {results.judged_on.rpartition('/')[2]}; "
+            f"{counted(len(rows), 'trial')}, each with seed {' and '.join(map(str, sweep.seeds))}, "
+            f"{epochs:g} epoch{'s' * (epochs != 1)}, compared by {sweep.probe} on "
+            f"{results.judged_on.rpartition('/')[2]}; "
             f"searcher {sweep.searcher}, scheduler {sweep.scheduler}. Finished {states.count('finished')}, "
             f"stopped {states.count('stopped')}, failed {states.count('failed')}. {_selection(results)}"
         ),

@@ -83,7 +83,7 @@ def test_a_full_disk_leaves_a_projection_that_only_the_same_network_continues(
     with failing_at(2, StorageError("No space left")), pytest.raises(StorageError, match="No space left"):
         compute_features("random", config(dataset, tmp_path / "a", pca=4))
     assert part_file((0, 40)) in {file.name for file in (tmp_path / "a").iterdir()}
-    with pytest.raises(UserError, match="these differ: encoder"):
+    with pytest.raises(UserError, match="they differ in the network"):
         compute_features("random", config(dataset, tmp_path / "a", pca=4, seed=1))
     made = compute_features("random", config(dataset, tmp_path / "a", pca=4))
     whole = compute_features("random", config(dataset, tmp_path / "b", pca=4))
@@ -121,7 +121,7 @@ def test_another_projection_in_the_folder_of_pca_of_is_noticed(dataset: DataSet,
     assert compute_features("random", settings) == made
     shutil.rmtree(tmp_path / "a")
     compute_features("random", config(dataset, tmp_path / "a", pca=4, l2=True))
-    with pytest.raises(UserError, match="these differ: form"):
+    with pytest.raises(UserError, match="they differ in --dtype"):
         compute_features("random", settings)
 
 
@@ -157,7 +157,7 @@ def test_existing_parts_are_kept(dataset: DataSet, tmp_path: Path, monkeypatch: 
     monkeypatch.setattr(feature_tasks, "_PART_IMAGES", 40)
     settings = config(dataset, tmp_path)
     table = compute_features("pixels", config(dataset, tmp_path, layer="pooled"))
-    with pytest.raises(UserError, match=r"these differ: encoder, protocol"):
+    with pytest.raises(UserError, match="they differ in the network, the layer"):
         compute_features("random", settings)
     table.folder.delete(FINISHED)
     first, second = (table.folder / group.file for group in table.groups)
