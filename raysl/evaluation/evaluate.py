@@ -110,8 +110,7 @@ def probe_model(
         UserError: as `probe`, or `out` is empty or holds results of another model.
     """
     config = _with_changes(config, changes)
-    if not config.out:
-        raise UserError(f"{title} is not a run and has no folder for results. Give one with --out.")
+    config.check_encoder(source, title)
     context = _context_of(config.out, title, source, config.image_size or view_size(source), config.seed)
     check_writable(context.run.folder / ROWS, "probe")
     return _run_probes(context, [source], train, test, config)
@@ -127,11 +126,7 @@ def probe_encoder(
     """
     if not isinstance(source, extraction.Trained):
         return probe_model(source, title, train, test, config)
-    if config.image_size:
-        raise UserError(
-            f"--image-size is for a model that is not a run; {str(source.run.folder)!r} is a run and is probed at its "
-            "own image size. Remove it."
-        )
+    config.check_encoder(source, title)
     return probe(source.run, train, test, config, checkpoint=source.checkpoint)
 
 

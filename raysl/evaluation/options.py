@@ -8,8 +8,9 @@ from typing import Annotated, Any, Literal
 
 from raysl import probes
 from raysl.checkpoint import Checkpoint
-from raysl.errors import unknown
+from raysl.errors import UserError, unknown
 from raysl.evaluation.results import ENCODERS, MOMENTUM
+from raysl.extraction.encoders import Encoder, Trained
 from raysl.fields import Bounds, Seed, check
 from raysl.probes import Probe
 from raysl.storage import Folder
@@ -58,6 +59,17 @@ class ProbeConfig:
         for name in self.encoders:
             if name not in (*ENCODERS, MOMENTUM):
                 raise unknown("encoder", name, (*ENCODERS, MOMENTUM))
+
+    def check_encoder(self, source: Encoder, title: str) -> None:
+        """Raise UserError if a model that is no run has no folder for results, or a run is given another image size."""
+        if isinstance(source, Trained):
+            if self.image_size:
+                raise UserError(
+                    f"--image-size is for a model that is not a run; {str(source.run.folder)!r} is a run and is probed "
+                    "at its own image size. Remove it."
+                )
+        elif not self.out:
+            raise UserError(f"{title} is not a run and has no folder for results. Give one with --out.")
 
     def ready(self) -> dict[str, tuple[Any, Probe]]:
         """Return the Config and the probe of each name."""
