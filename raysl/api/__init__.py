@@ -53,21 +53,22 @@ def ingest(source: Any, dest: PathLike, config: IngestConfig | None = None, **fi
     """Make a data set of any source of images. The same call again resumes an interrupted ingest.
 
     Args:
-        source: an image folder, tables, archives, arrays or "shapes:N", as a path or a URI; or a list of files or of
-            (file, label) pairs, a `datasets.Dataset` or a `ray.data.Dataset`.
+        source: an image folder, tables, archives, arrays or "shapes:N", as a path or a URI; or images in memory, a list
+            of files, or a data set of torch, pandas, Hugging Face or Ray; see `raysl.ingestion.objects.Rows.of`.
         dest: folder of the data set, a path or a URI.
-        config, fields: the configuration; see `IngestConfig`.
+        config, fields: the configuration; see `IngestConfig`. `labels` may be a label for each image in memory.
     """
     from raysl.ingestion import pipeline
     from raysl.ingestion.sources import open_source
 
+    labels = None if isinstance(fields.get("labels"), str) else fields.pop("labels", None)
     settings = configure(pipeline.IngestConfig, config, fields)
     if isinstance(source, str | os.PathLike):
         source = open_source(settings.place(os.fspath(source)))
-        if (done := pipeline.complete(source, os.fspath(dest), settings)) is not None:
+        if labels is None and (done := pipeline.complete(source, os.fspath(dest), settings)) is not None:
             return done
     check_writable(os.fspath(dest))
-    return pipeline.ingest(source, os.fspath(dest), settings)
+    return pipeline.ingest(source, os.fspath(dest), settings, labels=labels)
 
 
 @console.announced
@@ -379,8 +380,7 @@ def reproduce(run: AnyRun, config: ReproduceConfig | None = None, **fields: Any)
     from raysl.run import Run
     from raysl.training import reproduction
 
-    settings = configure(reproduction.ReproduceConfig, config, fields)
-    first = Run.open(uri(run))
+    settings, first = configure(reproduction.ReproduceConfig, config, fields), Run.open(uri(run))
     return reproduction.reproduce(first, settings)
 
 

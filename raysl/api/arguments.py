@@ -58,8 +58,9 @@ def check_source(*places: Data) -> None:
 
     with names_checked():
         for data in places:
-            if data != "" and not isinstance(data, DataSet) and not finished_folder(uri(data)):
-                open_source(Place.parse(uri(data)))
+            place = "" if isinstance(data, DataSet) else uri(data)
+            if place and not finished_folder(place):
+                open_source(Place.parse(place))
 
 
 def check_checkpoint(checkpoint: AnyRun) -> None:
@@ -351,14 +352,9 @@ def uri(place: Any) -> str:
     if isinstance(place, str | os.PathLike):
         return os.fspath(place)
     folder = getattr(place, "folder", None)
-    if isinstance(place, list | tuple):
-        raise UserError(
-            f"A {type(place).__name__} is given where one path, data set or run is expected. Make one data set of "
-            "several files by raysl.ingest(FILES, DEST), and give that."
-        )
     if folder is None:
         raise UserError(
-            f"A value of type {type(place).__name__} is given where a path, a data set or a run is expected. Give "
-            "images in memory, a Hugging Face or Ray data set, or a list of files to raysl.ingest first."
+            f"A value of type {type(place).__name__} is given where one path, data set or run is expected. Of images "
+            "or files, make a data set by raysl.ingest(IMAGES, DEST), and give that."
         )
     return str(folder)

@@ -6,6 +6,7 @@
 from __future__ import annotations
 
 import dataclasses
+import itertools
 import shlex
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -70,7 +71,19 @@ def ingest(
     """
     made = api.ingest(source, dest, config)
     fingerprint = made.manifest.fingerprint[:12]
-    print(f"Fingerprint {fingerprint}. Next: raysl pretrain --data {shlex.quote(dest)} --run runs/first")
+    run = shlex.quote(_free_run(dest))
+    print(f"Fingerprint {fingerprint}. Next: raysl pretrain --data {shlex.quote(dest)} --run {run}")
+
+
+def _free_run(dest: str) -> str:
+    """Return a folder that does not exist yet, for a run on the data set at `dest`."""
+    name = Path(dest).absolute().name
+    others = (f"{name}-{number}" for number in itertools.count(2))
+    return next(
+        run
+        for run in (f"runs/{one}" for one in itertools.chain(["first", name], others))
+        if not Path(run).exists()
+    )
 
 
 @dataclass(frozen=True)
@@ -199,7 +212,10 @@ def views(arguments: Sequence[str]) -> None:
     given, rest = tyro.cli(ViewsFlags, prog="raysl views", args=list(arguments), return_unknown_args=True)
     flags = parse([*rest, "--run", "-"], "raysl views")
     picture = api.views(out=given.out, images=given.images, **flags.given)
-    print(f"{picture}: {counted(given.images, 'image')} as {flags.config.method} sees them.")
+    drawn = min(given.images, dataset(flags.config.data).num_images)
+    print(
+        f"{picture}: {counted(drawn, 'image')} as {flags.config.method} sees {'it' if drawn == 1 else 'them'}."
+    )
 
 
 def methods(pages: Path | None = None) -> None:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import io
 import os
 import re
 import shlex
@@ -10,9 +9,8 @@ from collections.abc import Iterable, Iterator, Mapping
 from typing import Any
 
 import numpy as np
-import numpy.typing as npt
 import torch
-from PIL import Image, ImageOps
+from PIL import Image
 from torch import Tensor
 
 from raysl.backbone import external_weights
@@ -26,7 +24,7 @@ from raysl.extraction import layers as layer_names
 from raysl.extraction.encoders import Encoder, Trained, view_size
 from raysl.extraction.layers import POOLED, Encode
 from raysl.extraction.reestimated import Reestimated
-from raysl.ingestion import resolve
+from raysl.ingestion import pixel_files, resolve
 from raysl.run import METADATA, Run
 from raysl.storage import Folder
 from raysl.storage.similar import similar_folder
@@ -34,9 +32,6 @@ from raysl.stream import decode
 
 _BATCH = 128
 _Named = tuple[str, bytes]  # an image file after its name, which is "" if it has none
-# Modes of Pillow that PNG does not hold: those that TIFF holds, and what others become.
-_TIFF_MODES = ("CMYK", "F", "I", "I;16L", "LAB", "YCbCr")
-_CONVERTED = {"HSV": "RGB", "La": "LA", "PA": "RGBA", "RGBX": "RGB", "RGBa": "RGBA"}
 
 
 class FeatureExtractor:
@@ -248,14 +243,11 @@ def _image_files(images: Any) -> Iterator[_Named]:
     elif isinstance(images, str | os.PathLike):
         yield repr(os.fspath(images)), _read(os.fspath(images))
     elif isinstance(images, Image.Image):
-        yield "", _encode_image(ImageOps.exif_transpose(images))
-    elif isinstance(images, Tensor):
-        is_image = images.ndim == 2 or (images.ndim in (3, 4) and images.shape[-3] in (1, 3))
-        if images.dtype != torch.uint8 or not is_image:  # NumPy does not have all types of torch.
-            raise _no_images(images)
-        yield from _array_files((images.movedim(-3, -1) if images.ndim > 2 else images).cpu().numpy())
-    elif isinstance(images, np.ndarray):
-        yield from _array_files(images)
+        yield "", pixel_files.encode(images)
+    elif pixel_files.is_pixels(images):
+        pixels = pixel_files.pixels_of(images)
+        for one in pixels if pixels.ndim == 4 else [pixels]:
+            yield "", pixel_files.encode(pixel_files.image_of(one))
     elif isinstance(images, Iterable):
         for image in images:
             yield from _image_files(image)
@@ -276,36 +268,3 @@ def _read(path: str) -> bytes:
         )
     with explained(f"The image {path!r} cannot be read", "Check its path.", OSError):
         return Folder(place or "/").read(name)
-
-
-def _array_files(pixels: npt.NDArray[Any]) -> Iterator[_Named]:
-    is_image = pixels.ndim == 2 or (pixels.ndim in (3, 4) and pixels.shape[-1] in (1, 3))
-    if pixels.dtype != np.uint8 or not is_image or 0 in pixels.shape:
-        raise _no_images(pixels)
-    for pixels_hwc in pixels if pixels.ndim == 4 else [pixels]:
-        gray = pixels_hwc.ndim == 3 and pixels_hwc.shape[-1] == 1
-        image = Image.fromarray(np.ascontiguousarray(pixels_hwc[..., 0] if gray else pixels_hwc))
-        yield "", _encode_image(image)
-
-
-def _no_images(images: Tensor | npt.NDArray[Any]) -> UserError:
-    what = "a tensor" if isinstance(images, Tensor) else "an array"
-    return UserError(
-        f"Images are given as {what} of type {images.dtype} and shape {tuple(images.shape)}. Give uint8 in 0 .. 255: "
-        "an array (h, w, 3) or (b, h, w, 3), or a tensor with the channels first, (3, h, w) or (b, 3, h, w). Of floats "
-        "in 0 .. 1, give (255 * images).round() as uint8."
-    )
-
-
-def _encode_image(image: Image.Image) -> bytes:
-    """Return an image as a file of a format that keeps its mode, or else its colors."""
-    buffer = io.BytesIO()
-    if image.mode == "I;16N":
-        image = image.convert("I").convert("I;16")  # Converted at once, values would end at 255.
-    elif image.mode in _CONVERTED:
-        image = image.convert(_CONVERTED[image.mode])
-    if image.mode in _TIFF_MODES:
-        image.save(buffer, "TIFF")
-    else:
-        image.save(buffer, "PNG", compress_level=0)
-    return buffer.getvalue()

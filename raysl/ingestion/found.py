@@ -52,7 +52,7 @@ class LeftOut:
 class Found:
     """Summary of a source for the user. Complete once its units are listed."""
 
-    layout: str  # such as "class folders"
+    layout: str  # such as "class folders"; "" for a Python object
     labels: str = ""  # where the labels come from, or why there are none, with the path that decided it
     splits: tuple[str, ...] = ()  # all that the source holds
     split: str = ""  # the one that is read; "" without splits
@@ -71,7 +71,7 @@ class Found:
 
     def table(self, name: str) -> str:
         """Return the table that ingest prints before it copies anything."""
-        lines = [("source", name), ("layout", self.layout)]
+        lines = [("source", name), *([("layout", self.layout)] if self.layout else [])]
         if self.split_column and not self.split:
             told = f"none: all values of the column {self.split_column!r} together; "
             lines.append(("split", f"{told}{name}#{self.splits[-1]} reads one of: {listed(self.splits)}"))

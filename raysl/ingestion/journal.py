@@ -17,7 +17,7 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
-from raysl.dataset import MANIFEST, SHARDS, DataSet
+from raysl.dataset import MANIFEST, DataSet
 from raysl.errors import UserError
 from raysl.ingestion.images import Treated, settings
 from raysl.ingestion.objects import FOLDER as OBJECTS
@@ -161,15 +161,6 @@ def finished(dest: Folder, name: str, decoding: DecodeConfig) -> DataSet | None:
             "Finish that one, choose another destination, or delete the folder."
         )
     return None
-
-
-def check_free(dest: Folder) -> None:
-    """Raise UserError if a folder cannot take the rows of an object."""
-    own = {JOURNAL, OBJECTS, SHARDS}
-    if others := {name for name in _entries(dest) if name not in own and not is_lock(name)}:
-        raise UserError(
-            f"The destination {str(dest)!r} is not empty: it holds {min(others)!r}. Choose a new folder."
-        )
 
 
 def _entries(dest: Folder) -> list[str]:

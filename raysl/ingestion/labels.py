@@ -9,11 +9,14 @@ from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
+import numpy as np
 import pyarrow as pa
 import pyarrow.compute as pc
+from PIL import Image
 
 from raysl.errors import UserError
 from raysl.ingestion.found import Found, listed, printable
+from raysl.ingestion.pixel_files import is_pixels
 
 # Columns that are taken for the label, the first that is there.
 LABEL_NAMES = (
@@ -23,6 +26,8 @@ LABEL_NAMES = (
 # More classes than this, or one for nearly every image, are identifiers and not classes.
 _MOST_CLASSES = 1 << 20
 _FEW_IMAGES = 1000
+# What a label in Python may be.
+PLAIN = "A label must be a text or a whole number, or None for an image without one."
 SEVERAL = "holds several values for each image (several classes, or one-hot), and a data set holds one class for each"
 _TEXTS = (pa.types.is_string, pa.types.is_large_string, pa.types.is_binary, pa.types.is_large_binary)
 
@@ -121,6 +126,27 @@ def as_class(value: Any) -> str | None:
         return as_classes(pa.array([value]))[0].as_py()  # type: ignore[no-any-return]
     except (pa.ArrowException, OverflowError):
         raise NoClassesError("holds a label that is neither a name nor a number") from None
+
+
+def as_class_of_object(value: Any) -> str | None:
+    """Return the class that a value of Python names; None for no label. Raises NoClassesError as `as_classes`."""
+    value = value.tolist() if isinstance(value, np.generic) or is_pixels(value) else value
+    # pandas has its own values for what is missing. Arrow would take long for each of millions of labels.
+    if value is None or type(value).__name__ in ("NAType", "NaTType"):
+        return None
+    if isinstance(value, bool):
+        return str(value).lower()
+    if isinstance(value, str):
+        return value
+    if isinstance(value, int | float) and value == value // 1:
+        return str(int(value)) if value >= 0 else None
+    if isinstance(value, Image.Image):
+        raise NoClassesError("is an image and no class")
+    try:
+        single = pa.array([value])
+    except (pa.ArrowException, OverflowError, ValueError, TypeError):
+        return str(value)  # An object of the user, such as a member of an Enum.
+    return as_classes(single)[0].as_py()  # type: ignore[no-any-return]
 
 
 def as_class_of_text(text: str) -> str | None:

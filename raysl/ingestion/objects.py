@@ -1,78 +1,228 @@
-"""Sources that are Python objects: a list of files, a Hugging Face dataset, a Ray Dataset.
+"""Sources that are Python objects: images in memory, lists of files, data sets of torch, pandas, Hugging Face and Ray.
 
 Their rows are written as one Parquet file into the destination, where every machine sees it, and that is ingested.
 """
 
 from __future__ import annotations
 
+import hashlib
+import io
 import os
 import reprlib
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Mapping
 from concurrent.futures import ThreadPoolExecutor
-from dataclasses import replace
+from dataclasses import dataclass, replace
 from typing import Any
 
 import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
+from PIL import Image
 
 from raysl.errors import UserError, counted
-from raysl.ingestion import labels, png
+from raysl.ingestion import in_memory, labels, png, tables
 from raysl.ingestion.found import names_checked, printable
+from raysl.ingestion.pixel_files import is_pixels
 from raysl.ingestion.sources import Opened, Place, ReadConfig, open_source
 from raysl.storage import Folder
 
 FOLDER = "_source"
 _FILE = "rows.parquet"
 _BATCH_ROWS = 256
+# A column of Hugging Face's images.
+_FILES = pa.struct({"bytes": pa.binary(), "path": pa.string()})
 
 
-def opened(source: Any, dest: Folder, config: ReadConfig) -> Opened:
-    """Open an object as a source.
+@dataclass
+class Rows:
+    """The rows of an object, not yet read.
 
     Args:
-        source: a list of paths or of (path, label) pairs; a `datasets.Dataset`; or a `ray.data.Dataset` with a column
-            of encoded images, of pixels (uint8) or of paths.
-        dest: destination of the ingest.
-        config: how the rows are read; files may lie anywhere.
+        name: names the object for the user, as "a list of 12 files".
+        tables: the rows, some at a time; equal for equal objects.
     """
-    name, tables = _tables(source)
-    writer = None
-    with (dest / FOLDER).writing(_FILE) as stream:
-        for table in tables:
-            writer = writer or pq.ParquetWriter(stream, table.schema, use_dictionary=False)
-            writer.write_table(table.cast(writer.schema), row_group_size=_BATCH_ROWS)
-        if writer:
-            writer.close()
-    if writer is None:
-        dest.delete(FOLDER)
-        raise UserError(f"The source, {name}, is empty. Give at least one image.")
-    found = open_source(Place(str(dest / FOLDER / _FILE), config=replace(config, follow_links=True)))
-    found.source.name = name
-    return found
+
+    name: str
+    tables: Iterable[pa.Table]
+
+    @staticmethod
+    def of(source: Any, given: Any, config: ReadConfig) -> Rows:
+        """Return the rows of an object.
+
+        Args:
+            source: a uint8 array (n, h, w) or (n, h, w, 3), or a uint8 tensor (n, h, w) or (n, 3, h, w), also as
+                (images, labels); a sequence with a length, such as a list or a data set of torch, of which each item is
+                an image (of PIL, a uint8 array or tensor, or the bytes of a file) or the path of one, or a tuple of one
+                of these and a label; or a `pandas.DataFrame`, a `datasets.Dataset` or a `ray.data.Dataset` with a
+                column of encoded images or of paths, in the last also of pixels (uint8).
+            given: a label for each image of an array or a sequence; None if the object itself tells them, or has none.
+            config: how the rows are read.
+
+        Raises:
+            UserError: the object is of another kind, or names local files that do not exist.
+        """
+        if given is None and _is_with_labels(source):
+            source, given = source
+        kind = f"{type(source).__module__.partition('.')[0]}.{type(source).__name__}"
+        made = _of_table(source, kind, config)
+        if made is not None and given is not None:
+            raise UserError(
+                f"labels= is given with a {kind}, which has a column of labels itself. Leave labels= out, or add them "
+                "to it as a column."
+            )
+        return made or _of_images(source, kind, given, config)
+
+    def opened(self, dest: Folder, config: ReadConfig) -> Opened:
+        """Write the rows into the destination of an ingest, and open them as a source; its files may lie anywhere.
+
+        Raises:
+            UserError: there are no rows, or one of them holds no image.
+        """
+        state, writer = _Hashing(), None
+        try:
+            with (dest / FOLDER).writing(_FILE) as stream:
+                for table in self.tables:
+                    if writer is None:
+                        writer = pq.ParquetWriter(stream, table.schema, use_dictionary=False)
+                        hashed = pa.ipc.new_stream(pa.PythonFile(state, "w"), table.schema)
+                    table = table.cast(writer.schema)
+                    writer.write_table(table, row_group_size=_BATCH_ROWS)
+                    hashed.write_table(table)
+                if writer:
+                    writer.close()
+            if writer is None:
+                raise UserError(f"The source, {self.name}, is empty. Give at least one image.")
+            place = Place(str(dest / FOLDER / _FILE), config=replace(config, follow_links=True))
+            return open_source(replace(place, called=self.name, state=state.digest.hexdigest()))
+        except UserError:
+            dest.delete(FOLDER)
+            raise
 
 
-def _tables(source: Any) -> tuple[str, Iterator[pa.Table]]:
-    """Return the name of an object, and its rows as tables."""
-    kind = f"{type(source).__module__.partition('.')[0]}.{type(source).__name__}"
-    if isinstance(source, list | tuple):
-        return f"a list of {counted(len(source), 'file')}", _of_list(_pairs(source))
+class _Hashing(io.RawIOBase):
+    """A file that keeps only the hash of what is written to it."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.digest = hashlib.blake2b(digest_size=16)
+
+    def writable(self) -> bool:
+        return True
+
+    def write(self, data: Any) -> int:
+        self.digest.update(data)
+        return len(data)
+
+
+def _is_with_labels(source: Any) -> bool:
+    """Return True for (images, labels), of which the first is an array of many images."""
+    if not isinstance(source, tuple) or len(source) != 2 or not is_pixels(source[0]):
+        return False
+    is_list = isinstance(source[1], list) or getattr(source[1], "ndim", 0) == 1
+    return is_list and source[0].ndim > 2
+
+
+def _of_table(source: Any, kind: str, config: ReadConfig) -> Rows | None:
+    """Return the rows of an object with columns; None for any other."""
     if hasattr(source, "with_format") and hasattr(source, "features"):
         batches = source.with_format("arrow").iter(_BATCH_ROWS)
         if source.features:  # They hold the names of the classes.
             about = source.features.arrow_schema.metadata
             batches = (batch.replace_schema_metadata(about) for batch in batches)
         count = f" of {counted(len(source), 'row')}" if hasattr(source, "__len__") else ""
-        return f"{kind}{count}", batches
+        return Rows(f"{kind}{count}", batches)
     if hasattr(source, "iter_batches") and hasattr(source, "map_batches"):
-        return kind, map(_encoded, source.iter_batches(batch_size=_BATCH_ROWS, batch_format="pyarrow"))
-    if isinstance(source, dict):
+        batches = source.iter_batches(batch_size=_BATCH_ROWS, batch_format="pyarrow")
+        return Rows(kind, map(_encoded, batches))
+    if hasattr(source, "iloc") and hasattr(source, "columns"):
+        name = f"{kind} of {counted(len(source), 'row')}"
+        return Rows(name, _of_frame(source, name, config))
+    return None
+
+
+def _of_images(source: Any, kind: str, given: Any, config: ReadConfig) -> Rows:
+    """Return the rows of an array or a sequence of images or of files."""
+    if isinstance(source, Mapping):
         key = next(iter(source), "")
         raise UserError(f"The source is of the type {kind}. Give one of its values, as in source[{key!r}].")
-    raise UserError(
-        f"The source is of the type {kind}. Give a path, a list of files or of (file, label) pairs, a datasets.Dataset "
-        "or a ray.data.Dataset."
+    if not is_pixels(source) and hasattr(source, "tolist"):
+        source = source.tolist()  # A column of pandas.
+    elif isinstance(source, np.ndarray) and source.dtype.kind in "OUS":
+        source = source.tolist()
+    if is_pixels(source):
+        return Rows(*in_memory.of_stack(source, given))
+    is_sequence = hasattr(source, "__getitem__") and hasattr(source, "__len__")
+    if not is_sequence or isinstance(source, str | bytes | Image.Image):
+        raise UserError(
+            f"The source is of the type {kind}. Give a path, an array (n, h, w, 3), a list or a data set of torch with "
+            "images, files or pairs of one and its label, a pandas.DataFrame, a datasets.Dataset or a ray.data.Dataset."
+        )
+    count, is_list = len(source), isinstance(source, list | tuple)
+    first = in_memory.item(source, 0, kind).image if count else ""
+    if isinstance(first, str | os.PathLike):
+        files = [source[number] for number in range(count)]
+        if given is not None:
+            files = list(zip(files, in_memory.listed(given, count, "the files"), strict=True))
+        return Rows(f"a list of {counted(count, 'file')}", _of_list(_pairs(files)))
+    name = f"a list of {counted(count, 'image')}" if is_list else f"{kind} of {counted(count, 'item')}"
+    return Rows(name, in_memory.of_items(source, name, given, config.labels != "none"))
+
+
+def _of_frame(frame: Any, name: str, config: ReadConfig) -> Iterator[pa.Table]:
+    """Yield the rows of a `pandas.DataFrame`. Names of files start from the current folder."""
+    columns: dict[str, Any] = {}
+    kinds: dict[str, Any] = {}
+    texts = []
+    for number, column in enumerate(frame.columns):
+        if str(column) in columns:
+            raise UserError(f"{name} has several columns called {str(column)!r}. Rename them.")
+        values = frame.iloc[:, number]
+        some = values.dropna()
+        first = some.iloc[0] if len(some) else None
+        if isinstance(first, str | os.PathLike):
+            texts.append(str(column))
+        if isinstance(first, bytes | dict):
+            kinds[str(column)] = pa.binary() if isinstance(first, bytes) else _FILES
+            columns[str(column)] = values
+        else:
+            columns[str(column)] = _of_series(values, first, f"The column {column!r} of {name}")
+    files = config.image_column if config.image_column in texts else tables.file_column(texts)
+    if files and not kinds:
+        columns[files] = pa.array([_absolute(value) for value in columns[files].to_pylist()], pa.string())
+    for start in range(0, len(frame), _BATCH_ROWS):
+        stop = start + _BATCH_ROWS
+        yield pa.table(
+            {
+                column: pa.array([_known(value) for value in values.iloc[start:stop]], kinds[column])
+                if column in kinds
+                else values[start:stop]
+                for column, values in columns.items()
+            }
+        )
+
+
+def _of_series(values: Any, first: Any, subject: str) -> pa.Array:
+    try:
+        if isinstance(first, str | os.PathLike):
+            values = values.map(lambda value: os.fspath(value) if isinstance(value, os.PathLike) else value)
+        return pa.Array.from_pandas(values)
+    except pa.ArrowException as error:
+        raise UserError(
+            f"{subject} cannot be read: {error}. Leave it out, or make its values alike."
+        ) from None
+
+
+def _absolute(name: str | None) -> str | None:
+    return (
+        name
+        if not name or "://" in name or name.startswith("data:")
+        else os.path.abspath(tables.normal(name))
     )
+
+
+def _known(value: Any) -> Any:
+    """Return an encoded image of a column; None for any other value, which is listed as a bad image."""
+    return value if isinstance(value, bytes | dict) else None
 
 
 def _pairs(source: Iterable[Any]) -> list[tuple[str, str | None]]:
@@ -81,7 +231,7 @@ def _pairs(source: Iterable[Any]) -> list[tuple[str, str | None]]:
     for pair in pairs:
         if len(pair) != 2 or not isinstance(pair[0], str | os.PathLike):
             raise UserError(
-                f"The list of files holds {reprlib.repr(pair)}. Each entry must be a path, or a pair of a path and a "
+                f"The list of files holds {reprlib.repr(pair)}. Each item must be a path, or a pair of a path and a "
                 "label."
             )
     names = [os.fspath(path) for path, _ in pairs]
@@ -121,27 +271,12 @@ def _of_list(pairs: list[tuple[str, str | None]]) -> Iterator[pa.Table]:
 
 
 def _class_of(file: str, label: Any) -> str | None:
-    """Return the class that a label in a list names, by the rules of tables; None for no label."""
-    value = label.item() if isinstance(label, np.generic) else label
-    # pandas has its own values for what is missing. Arrow would take long for each of millions of labels.
-    if value is None or type(value).__name__ in ("NAType", "NaTType"):
-        return None
-    if isinstance(value, bool):
-        return str(value).lower()
-    if isinstance(value, str):
-        return value
-    if isinstance(value, int | float) and value == value // 1:
-        return str(int(value)) if value >= 0 else None
     try:
-        single = pa.array([value])
-    except (pa.ArrowException, OverflowError, ValueError, TypeError):
-        return str(value)  # An object of the user, such as a member of an Enum.
-    try:
-        return labels.as_classes(single)[0].as_py()  # type: ignore[no-any-return]
+        return labels.as_class_of_object(label)
     except labels.NoClassesError as error:
         raise UserError(
-            f"The list of files gives {printable(file)!r} the label {reprlib.repr(label)}, which {error}. A label must "
-            "be a text or a whole number, or None for an image without one."
+            f"The list of files gives {printable(file)!r} the label {reprlib.repr(label)}, which {error}. "
+            f"{labels.PLAIN}"
         ) from None
 
 

@@ -13,13 +13,14 @@ import os
 import sys
 import time
 from collections import Counter
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 from contextlib import suppress
 from dataclasses import dataclass, field, fields
 from itertools import accumulate, chain
 from typing import Annotated, Any
 
 import numpy as np
+from numpy.typing import NDArray
 from rich.console import Console
 from rich.progress import BarColumn, Progress, TaskProgressColumn, TextColumn, TimeRemainingColumn
 
@@ -27,8 +28,9 @@ from raysl.dataset import BAD_IMAGES, SHARDS, DataSet, Manifest, Shard
 from raysl.errors import UserError, counted
 from raysl.fields import Bounds
 from raysl.ingestion import images, objects, shard, tasks
+from raysl.ingestion.found import listed as joined
 from raysl.ingestion.found import names_checked, printable, unreadable
-from raysl.ingestion.journal import Header, Journal, Listed, check_apart, check_free, finished
+from raysl.ingestion.journal import Header, Journal, Listed, check_apart, finished
 from raysl.ingestion.sources import Opened, Place, ReadConfig, Source, UnitSize, open_source, read, recognised
 from raysl.storage import Folder
 from raysl.storage.lock import DriverLock
@@ -73,17 +75,20 @@ class IngestConfig(ReadConfig):
 
 
 @names_checked()
-def ingest(source: Any, dest: str, config: IngestConfig | None = None, wait: bool = False) -> DataSet:
+def ingest(
+    source: Any, dest: str, config: IngestConfig | None = None, wait: bool = False, labels: Any = None
+) -> DataSet:
     """Make a data set of a source.
 
     An interrupted ingest resumes from its last complete shard; a finished one returns at once. The same source gets
     the same indices and the same fingerprint on any number of CPUs.
 
     Args:
-        source: a path or a name, with "#split" if it has splits, see `recognised`; an opened source; or a list of
-            files, a Hugging Face dataset or a Ray Dataset, see `raysl.ingestion.objects`.
+        source: a path or a name, with "#split" if it has splits, see `recognised`; an opened source; or an object,
+            see `raysl.ingestion.objects`.
         dest: folder at any URI; new, empty, or left by an earlier ingest of the same source.
         wait: wait for another process that ingests into the same folder.
+        labels: one for each image of an object.
 
     Raises:
         UserError: the source is missing, empty, of no known kind or holds no image that can be decoded; the
@@ -95,17 +100,21 @@ def ingest(source: Any, dest: str, config: IngestConfig | None = None, wait: boo
     if isinstance(source, str | os.PathLike):
         source = open_source(config.place(os.fspath(source)))
     if isinstance(source, Opened):
+        if labels is not None:
+            raise UserError(
+                "labels= is given for a source that is a path. Leave it out, or give the images as a list of files."
+            )
         if (done := complete(source, dest, config)) is not None:
             return done
         check_apart(folder, source.place)
+        rows = None
     else:
-        check_free(folder)
+        rows = objects.Rows.of(source, labels, config.reading)
+        finished(folder, rows.name, config.decoding)  # It refuses another source before images are encoded.
     is_new = not folder.exists()
     try:
         with DriverLock(folder, "data set", wait=wait) as lock:
-            if not isinstance(source, Opened):
-                check_free(folder)  # again: another process may have written here in the meantime
-            opened = source if isinstance(source, Opened) else objects.opened(source, folder, config.reading)
+            opened = source if rows is None else rows.opened(folder, config.reading)
             done = complete(opened, dest, config)  # by another process
             return done or _ingest(opened, Journal(folder), config, lock)
     except UserError:
@@ -119,9 +128,17 @@ def complete(opened: Opened, dest: str, config: IngestConfig) -> DataSet | None:
     """Return the data set of a source, and say so, if an earlier ingest has completed it."""
     name = opened.source.name
     done = finished(Folder(dest), name, config.decoding)
+    if done is not None and opened.place.called:
+        is_same = done.manifest.stamp == opened.source.stamp()
+        Folder(dest).delete(objects.FOLDER)
+        if not is_same:
+            raise UserError(
+                f"{dest!r} holds a data set of another source of the same name, {name!r}, or files or settings have "
+                "changed since it was made. Choose another destination, or delete that folder."
+            )
     if done is not None:
         what = f"{counted(done.num_images, 'clip' if done.manifest.clips else 'image')} of {name}"
-        if done.manifest.stamp in ("", opened.source.stamp()):
+        if opened.place.called or done.manifest.stamp in ("", opened.source.stamp()):
             _log.info("%s is complete: %s. Delete it to ingest the source again.", done.folder, what)
         else:
             changed = (
@@ -291,7 +308,9 @@ def _finish(source: Source, listed: Listed, journal: Journal, config: IngestConf
     for line in images.sentences(tally, config.decoding):
         _log.info("%s", line)
     classes = () if unlabelled else listed.classes
-    kept: dict[str, Any] = {"decoding": images.record(tally, config.decoding), "stamp": _stamp(journal)}
+    # The stamp is that of the source when it was listed.
+    stamp = header.stamp if (header := journal.header()) else ""
+    kept: dict[str, Any] = {"decoding": images.record(tally, config.decoding), "stamp": stamp}
     clips |= {"with_sound": with_sound} if clips else {}
     fingerprint = digest.hexdigest()
     manifest = Manifest(name, tuple(shards), classes, fingerprint, num_bad, clips=clips, **kept)
@@ -303,16 +322,20 @@ def _finish(source: Source, listed: Listed, journal: Journal, config: IngestConf
     origin = listed.labels
     if unlabelled:
         origin = f"none, although they are {origin}: {unlabelled} has none"
-    of_classes = f" in {counted(len(classes), 'class')}" if classes else ""
     count = counted(manifest.num_images, "clip" if clips else "image")
-    _log.info("Ingested %s%s into %s; labels: %s.", count, of_classes, dest, origin)
+    _log.info("Ingested %s%s into %s; labels: %s.", count, _in_classes(classes, labels), dest, origin)
     return made
 
 
-def _stamp(journal: Journal) -> str:
-    """Return the stamp of the source when it was listed; "" for an object, whose rows were written to the journal."""
-    header = journal.header()
-    return "" if header is None or journal.dest.exists(objects.FOLDER) else header.stamp
+def _in_classes(classes: Sequence[str], labels: Sequence[NDArray[np.int64]]) -> str:
+    """Return " in 2 classes" with the names of those that no image is of; "" without labels."""
+    if not classes:
+        return ""
+    counts = np.bincount(np.concatenate(labels), minlength=len(classes))
+    empty = [name for name, count in zip(classes, counts, strict=True) if not count]
+    verb = "has" if len(empty) == 1 else "have"
+    without = f", of which {len(empty):,} {verb} no image ({joined(empty, 6)})," if empty else ""
+    return f" in {counted(len(classes), 'class')}{without}"
 
 
 def _log_bad(kinds: Counter[str], first: str, dest: Folder, noun: str) -> None:

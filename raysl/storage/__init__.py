@@ -327,12 +327,14 @@ def _open_unnamed(folder: str) -> BinaryIO | None:
 
 def _normalised(uri: str) -> str:
     """Return an absolute path or a URI without its trailing slash."""
-    empty = not uri.strip() or "\0" in uri or re.fullmatch(r"(?!file:///)[^/]*://+", uri)
-    if empty or os.path.expanduser(uri).startswith("~"):
-        raise UserError(
-            f"The path {uri!r} is empty or holds a NUL character, or has no bucket, or begins with the home of an "
-            "unknown user. Give a local path or a URI."
-        )
+    faults = {
+        "is empty": not uri.strip(),
+        "holds a NUL character": "\0" in uri,
+        "names nothing behind ://": re.fullmatch(r"(?!file:///)[^/]*://+", uri),
+        "begins with the home of an unknown user": os.path.expanduser(uri.replace("\0", "")).startswith("~"),
+    }
+    if why := next((why for why, is_so in faults.items() if is_so), ""):
+        raise UserError(f"The path {uri!r} {why}. Give a local path or a URI.")
     if uri.startswith("file://"):
         uri = unquote(urlsplit(uri.replace("?", "%3F").replace("#", "%23")).path)
     if "://" not in uri:

@@ -4,11 +4,15 @@ from __future__ import annotations
 
 import ast
 import re
+from functools import partial
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
+import torch
 from PIL import Image
+from torch.utils.data import TensorDataset
 
 import raysl
 from raysl import UserError
@@ -22,6 +26,14 @@ from raysl.storage.records import write_record
 from tests.data import make_dataset
 
 NOT_IN_PYTHON = {"demo", "methods", "cache"}
+# Images that `raysl.ingest` takes and no other verb.
+IN_MEMORY: tuple[Any, ...] = (
+    np.zeros((3, 8, 8), np.uint8),
+    torch.zeros(3, 3, 8, 8, dtype=torch.uint8),
+    [Image.new("RGB", (8, 8))],
+    (["a.jpg"], [1]),
+    TensorDataset(torch.zeros(3)),
+)
 
 
 def test_every_verb_is_a_function_and_every_name_is_typed() -> None:
@@ -56,7 +68,19 @@ def test_every_verb_is_a_function_and_every_name_is_typed() -> None:
             lambda: raysl.features("random", "shapes:9", Path(__file__).parent),
             "not empty and holds no features",
         ),
-        (lambda: raysl.features("random", ["a"], "f"), "A list is given .* raysl.ingest"),  # type: ignore[arg-type]
+        *(
+            (
+                call,
+                f"type {type(images).__name__} is given where one path, data set or run is expected.* raysl.ingest",
+            )
+            for images in IN_MEMORY
+            for call in (
+                partial(raysl.features, "random", images, "f"),
+                partial(raysl.pretrain, images, "r"),
+                partial(raysl.probe, "random", images, "shapes:9#test", ("knn",)),
+                partial(raysl.views, images),
+            )
+        ),
         (lambda: raysl.pretrain(3, "r"), "type int"),  # type: ignore[arg-type]
         (lambda: raysl.ingest("shapes:10", "d", {"shard_image": 1}), "shard_images"),  # type: ignore[arg-type]
         (lambda: raysl.sweep("d", out="o", vary=("lam",), train=Path("/nowhere")), "'d' does not exist"),

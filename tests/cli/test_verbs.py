@@ -104,7 +104,20 @@ def test_views_makes_the_folder_of_its_picture_and_lists_what_changes_it(
     main([*views.split(), str(picture)])
     assert re.findall(r"  --(\S+)", caplog.text) == ["method", "view.image-size", "jigsaw.grid"]
     assert picture.read_bytes().startswith(b"\x89PNG")
+    assert "views.png: 2 images as pirl-jigsaw sees them" in capsys.readouterr().out
+    main([*views.replace("--images 2", "--images 50").split(), str(picture)])
+    assert "views.png: 40 images as pirl-jigsaw sees them" in capsys.readouterr().out
     assert "Cannot write" in refused(capsys, *views.split(), str(picture / "below.png"))
+
+
+def test_ingest_proposes_a_run_that_does_not_exist(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    for run in ("first", "photos", "photos-2"):
+        main(["ingest", "shapes:10", "data/photos"])
+        assert f"--data data/photos --run runs/{run}\n" in capsys.readouterr().out
+        (tmp_path / "runs" / run).mkdir(parents=True)
 
 
 @pytest.mark.parametrize(

@@ -7,7 +7,9 @@ from pathlib import Path
 ROOT = Path(__file__).parents[2]
 PIXELS, IMAGES, DECODE = "stream/test_pixels.py", "ingestion/test_images.py", "stream/test_decode.py"
 FOLDERS, TABLES = "ingestion/test_folders.py", "ingestion/test_tables.py"
-ARCHIVES, ARRAYS, OBJECTS = (f"ingestion/test_{name}.py" for name in ("archives", "arrays", "objects"))
+ARCHIVES, ARRAYS, OBJECTS, MEMORY = (
+    f"ingestion/test_{name}.py" for name in ("archives", "arrays", "objects", "in_memory")
+)
 # By the first words of each row, in the order of the page, the file and a test of the row.
 ROWS = {
     "JPEG, PNG, WebP of 8 bits": (PIXELS, "ordinary_files_are_stored_as_they_are_and_others_as_equal_pixels"),
@@ -67,6 +69,11 @@ ROWS = {
     "MDS": (ARRAYS, "forms_that_are_named_and_refused"),
     "Delta": (ARRAYS, "tables_whose_log_says_which_files_are_valid_are_refused"),
     "in Python": (OBJECTS, "a_list_of_files"),
+    "a NumPy array": (MEMORY, "the_pixels_of_images_in_memory_arrive"),
+    "a list of images": (MEMORY, "labels_of_images_in_memory"),
+    "a data set of torch": (MEMORY, "a_data_set_of_torch_names_its_classes"),
+    "a `pandas.DataFrame`": (OBJECTS, "a_data_frame"),
+    "a `datasets.Dataset`": (OBJECTS, "a_hugging_face_dataset"),
 }
 
 

@@ -4,12 +4,13 @@ from __future__ import annotations
 
 from pathlib import Path
 from typing import Any
+from unittest.mock import Mock
 
 import numpy as np
 import pytest
 
 from raysl.errors import UserError
-from raysl.ingestion import ingest
+from raysl.ingestion import IngestConfig, ingest, pipeline
 from raysl.stream.decode import decode
 from tests.ingestion.reading import jpeg, put
 
@@ -99,12 +100,94 @@ def test_a_hugging_face_dataset(tmp_path: Path) -> None:
     assert made.read(np.arange(2))["image"].to_pylist() == [jpeg(3), jpeg(2)]
 
 
+def test_a_data_frame(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    pandas = pytest.importorskip("pandas")
+    put(tmp_path, "a.jpg", "b.jpg")
+    monkeypatch.chdir(tmp_path)
+    named = pandas.DataFrame({"file": ["b.jpg", Path("a.jpg"), "gone.jpg"], "species": ["x", "y", "y"]})
+    made = ingest(named, "named", IngestConfig(label_column="species"))
+    assert made.paths() == [str(tmp_path / "b.jpg"), str(tmp_path / "a.jpg")]
+    assert (made.labels().tolist(), made.manifest.num_bad) == ([0, 1], 1)
+    assert made.manifest.source == "pandas.DataFrame of 3 rows"
+    assert ingest(named, "named", IngestConfig(label_column="species")).manifest == made.manifest
+    rows = pandas.DataFrame({"image": [jpeg(1), None, jpeg(2)], "label": [1, 0, 0]}, index=[7, 7, 7])
+    made = ingest(rows, "rows")
+    assert made.read(np.arange(2))["image"].to_pylist() == [jpeg(1), jpeg(2)]
+    assert [row["path"] for row in made.bad_images()] == ["item 1"]
+    assert made.labels().tolist() == [1, 0]
+    structs = pandas.DataFrame(
+        {"picture": [{"bytes": jpeg(1), "path": "a"}, {"bytes": jpeg(2), "path": None}]}
+    )
+    assert ingest(structs, "structs").paths() == ["item 0 (a)", "item 1"]
+    for source, says in (
+        (
+            pandas.DataFrame({"label": [3]}),
+            "^The table 'pandas.DataFrame of 1 row' has 0 columns that may hold",
+        ),
+        (
+            pandas.DataFrame({"file": ["a.jpg", 3]}),
+            "^The column 'file' of pandas.DataFrame of 2 rows cannot be read",
+        ),
+        (pandas.concat([named, named["file"]], axis=1), "several columns called 'file'"),
+    ):
+        with pytest.raises(UserError, match=says):
+            ingest(source, "refused")
+    with pytest.raises(UserError, match=r"labels= is given with a pandas\.DataFrame"):
+        ingest(named, "refused", labels=[1, 2, 3])
+    assert not (tmp_path / "refused").exists()
+
+
+@pytest.mark.parametrize("labels", [None, ["x", "y"]])
+def test_the_same_list_again_is_found_until_a_file_changes(tmp_path: Path, labels: Any) -> None:
+    put(tmp_path, "a.jpg", "b.jpg")
+    files, dest = [tmp_path / "a.jpg", tmp_path / "b.jpg"], str(tmp_path / "out")
+    made = ingest(files, dest, labels=labels)
+    assert ingest(np.array([str(file) for file in files]), dest, labels=labels).manifest == made.manifest
+    put(tmp_path, "b.jpg", data=jpeg(90))
+    with pytest.raises(UserError, match=r"holds a data set of another source of the same name.* or files"):
+        ingest(files, dest, labels=labels)
+
+
+def test_an_interrupted_list_goes_on(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    put(tmp_path, "a.jpg", "b.jpg")
+    files, dest = [tmp_path / "a.jpg", tmp_path / "b.jpg"], str(tmp_path / "out")
+    finish = pipeline._finish
+    monkeypatch.setattr(pipeline, "_finish", Mock(side_effect=KeyboardInterrupt))
+    with pytest.raises(KeyboardInterrupt):
+        ingest(files, dest)
+    monkeypatch.setattr(pipeline, "_finish", finish)
+    with caplog.at_level("INFO", "raysl.ingestion"):
+        assert ingest(files, dest).num_images == 2
+    assert "1 of 1 shards are done" in caplog.text
+
+
+def test_what_was_given_is_printed_and_no_file_of_raysl(
+    tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    put(tmp_path, "a.jpg", "b.jpg")
+    files = [tmp_path / "a.jpg", tmp_path / "b.jpg"]
+    with caplog.at_level("INFO", "raysl.ingestion"):
+        ingest(files, str(tmp_path / "plain"))
+        assert (
+            "  source    a list of 2 files\n  images    2\n  labels    none, because none were given"
+            in caplog.text
+        )
+        ingest([(file, file.stem) for file in files], str(tmp_path / "pairs"))
+        assert "  labels    given with the images" in caplog.text
+    with caplog.at_level("INFO", "raysl.ingestion"), pytest.raises(UserError):
+        ingest([(files[0], "x"), (files[1], None), (files[1], "y")], str(tmp_path / "twice"))
+    assert "_source" not in caplog.text
+    assert "parquet" not in caplog.text
+
+
 def test_other_objects_are_refused(tmp_path: Path) -> None:
     for source, says in (
         ({"train": []}, "one of its values"),
         (42, "type builtins.int"),
         ([], "is empty"),
-        ([3], "Each entry must be a path"),
+        ([3], "Each item must be an image"),
     ):
         with pytest.raises(UserError, match=says):
             ingest(source, str(tmp_path / "out"))

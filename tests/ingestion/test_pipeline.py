@@ -193,6 +193,14 @@ def test_a_source_that_changed_starts_again(tmp_path: Path, said: pytest.LogCapt
     assert "have changed" in said.messages[0]
 
 
+def test_a_class_without_an_image_is_named(tmp_path: Path, said: pytest.LogCaptureFixture) -> None:
+    put(tmp_path / "in", "a.jpg")
+    rows = ("file_name,label", "gone.jpg,dog", "lost.jpg,ape", "a.jpg,cat")
+    (tmp_path / "in" / "list.csv").write_text("\n".join(rows))
+    ingest(tmp_path / "in" / "list.csv", tmp_path / "out")
+    assert "Ingested 1 image in 3 classes, of which 2 have no image (ape, dog), into" in said.text
+
+
 def test_moving_a_shard_rewrites_its_indices(tmp_path: Path) -> None:
     rows = [Row(jpeg(i), "abc"[i], f"{i}.jpg") for i in range(3)]
     folder = Folder(str(tmp_path))
@@ -294,7 +302,7 @@ def test_an_object_is_not_taken_for_what_another_process_wrote_meanwhile(
         return enter(lock)
 
     monkeypatch.setattr(DriverLock, "__enter__", another_ends_first)
-    with pytest.raises(UserError, match="not empty"):
+    with pytest.raises(UserError, match="another source of the same name"):
         pipeline.ingest([str(file) for file in reversed(files)], str(out))
     assert DataSet.open(str(out)).num_images == 7
     assert not (out / "_source").exists()

@@ -76,11 +76,13 @@ class ReadConfig(CheckedTop):
 
 @dataclass(frozen=True)
 class Place:
-    """A source as the user named it."""
+    """A source as the user named it, or the table that the rows of a Python object were written to."""
 
     uri: str  # absolute local path, URI, or a name such as "shapes:1000"
     split: str = ""  # "train", "test" or another split of the source; "" if none was named
     config: ReadConfig = field(default_factory=ReadConfig)
+    called: str = ""  # what the user gave, for the rows of an object
+    state: str = ""  # hash of the rows of an object
 
     @staticmethod
     def parse(source: str, split: str = "", config: ReadConfig | None = None) -> Place:
@@ -89,9 +91,8 @@ class Place:
         A name that is no path from here is looked up in the folder that `$RAYSL_DATA` names.
         """
         if "\0" in source or not source.strip():
-            raise UserError(
-                f"The source {source!r} is empty or holds a NUL character. Name a path, a URI or a set."
-            )
+            why = "holds a NUL character" if "\0" in source else "is empty"
+            raise UserError(f"The source {source!r} {why}. Name a path, a URI or a set.")
         uri, named = source, ""
         if not _is_path(source) and "#" in source:
             uri, _, named = source.rpartition("#")

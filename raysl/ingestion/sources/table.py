@@ -93,12 +93,12 @@ class Source:
         self._only: tuple[str, str] | None = None
         kinds = {file.path.rpartition(".")[2] or place.uri.rpartition(".")[2] for file in self._files}
         many = "one table" if len(self._files) == 1 else f"{len(self._files):,} tables"
-        self.found.layout = f"{many} ({', '.join(sorted(kinds))})"
+        self.found.layout = "" if place.called else f"{many} ({', '.join(sorted(kinds))})"
         with ThreadPoolExecutor(_IN_PARALLEL) as pool:
             self._columns = list(pool.map(self._columns_of, self._files))
         self._reconcile()
         self._choose_rows()
-        self.name = str(replace(place, split=self.found.split))
+        self.name = place.called or str(replace(place, split=self.found.split))
         self.encoded_here = self._columns[0].is_video
         self.clips: dict[str, Any] = {}
         self._sampling: list[float] = []
@@ -107,7 +107,7 @@ class Source:
             self.found.noun = "videos"
 
     def _where(self, file: File) -> str:
-        return file.path or self._place.uri
+        return self._place.called or file.path or self._place.uri
 
     def _columns_of(self, file: File) -> Columns:
         config, where = self._place.config, self._where(file)
@@ -161,9 +161,11 @@ class Source:
 
     def stamp(self) -> str:
         """See `Source.stamp`. Of the files that a table names, only local ones count: the state of each file of an
-        object store would take a request.
+        object store would take a request. The table of an object counts by its rows.
         """
-        return stamp(chain(self._files, self._named_files())) + self._place.config.flags()
+        state = self._place.state
+        files = [File(state, 0, 0)] if state else self._files
+        return stamp(chain(files, self._named_files())) + self._place.config.flags()
 
     def _named_files(self) -> Iterator[File]:
         """Yield the local files that tables name as they are now; one that cannot be read has no size and no time."""
@@ -195,6 +197,7 @@ class Source:
                 "path": file.path,
                 "columns": list(columns._replace(label=columns.label if classes else "")),
                 "follow_links": self._place.config.follow_links,
+                "is_object": bool(self._place.called),
                 "sampling": self._sampling,
                 "only": self._only,
             }
@@ -223,15 +226,17 @@ class Source:
     def _count_classes(self) -> bool:
         """Read the column of labels of all files; return True if it holds classes."""
         column, first = self._columns[0].label, printable(self._where(self._files[0]))
+        with tables.opened(self._place.uri, self._files[0].path) as table:
+            names = table.schema.names
         if not column:
-            with tables.opened(self._place.uri, self._files[0].path) as table:
-                names = listed(table.schema.names)
             self.found.labels = (
-                f"none, because no column of {first} is named like a label; its columns are {names} (--label-column "
-                "names one)"
+                f"none, because no column of {first} is named like a label; its columns are {listed(names)} "
+                "(--label-column names one)"
             )
             if self._place.config.labels == "none":
                 self.found.labels = "none, because --labels none was given"
+            elif self._place.called and len(names) == 1:
+                self.found.labels = "none, because none were given"
             return False
         classes = labels.Classes()
         kinds: dict[str, str] = {}
@@ -259,7 +264,8 @@ class Source:
         if why := classes.why_none():
             self.found.labels = f"none, although there is a column {column!r}: {printable(why)}"
             return False
-        self.found.labels = f"the column {column!r} of {first}"
+        is_pair = self._place.called and len(names) == 2
+        self.found.labels = "given with the images" if is_pair else f"the column {column!r} of {first}"
         self.found.classes = classes.ordered()
         return True
 
@@ -342,13 +348,15 @@ def read(unit: Unit) -> Iterator[Row]:
     spec, columns, sampling = unit.spec, Columns(*unit.spec["columns"]), unit.spec.get("sampling")
     has_label = columns.label and columns.constant is None
     wanted = list(dict.fromkeys([columns.image, *([columns.label] if has_label else [])]))
-    place = f"{spec['path'] or spec['root'].rpartition('/')[2]}, row group"
+    place = spec["path"] or spec["root"].rpartition("/")[2]
     only = spec.get("only")
     with tables.opened(spec["root"], spec["path"], tuple(only) if only else None) as table:
         for group in range(*spec["groups"]):
-            row = 0
+            row, where = 0, f"{place}, row group {group}, row"
+            if spec.get("is_object"):
+                row, where = sum(rows for rows, _ in table.groups[:group]), "item"
             for batch in table.read(group, wanted):
-                for found in _rows(batch, columns, spec, f"{place} {group}, row", row):
+                for found in _rows(batch, columns, spec, where, row):
                     yield from video.clips(found, video.Sampling(*sampling)) if sampling else [found]
                 row += batch.num_rows
 
