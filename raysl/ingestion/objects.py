@@ -9,7 +9,7 @@ import hashlib
 import io
 import os
 import reprlib
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping, Sized
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, replace
 from typing import Any
@@ -151,7 +151,7 @@ def _of_images(source: Any, kind: str, given: Any, config: ReadConfig) -> Rows:
         source = source.tolist()
     if is_pixels(source):
         return Rows(*in_memory.of_stack(source, given))
-    is_sequence = hasattr(source, "__getitem__") and hasattr(source, "__len__")
+    is_sequence = hasattr(source, "__getitem__") and isinstance(source, Sized) and not isinstance(source, type)
     if not is_sequence or isinstance(source, str | bytes | Image.Image):
         raise UserError(
             f"The source is of the type {kind}. Give a path, an array (n, h, w, 3), a list or a data set of torch with "

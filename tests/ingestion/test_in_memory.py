@@ -198,6 +198,7 @@ def test_the_same_images_again_are_found_and_others_refused(tmp_path: Path) -> N
         ),
         (Photos(lambda image: image.seek(3)), "^Item 0 of .*Photos.* cannot be read: EOFError"),
         (Photos(lambda image: {"image": image}), "is of the type dict. Each item must be an image"),
+        (Photos, "is of the type builtins.type. Give a path, an array"),
         (iter(RGB), "Give a path, an array"),
         (io.BytesIO(), "Give a path, an array"),
         (Image.new("L", (3, 3)), "Give a path, an array"),
