@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import os
+import re
 import subprocess
 import sys
 from collections.abc import Iterator
@@ -11,7 +13,9 @@ from typing import Any
 import numpy as np
 import pytest
 
+import raysl
 from raysl import plugins, pretext
+from raysl.__main__ import main
 from raysl.backbone.network import BackboneConfig
 from raysl.config import Pretraining, methods
 from raysl.errors import UserError
@@ -74,11 +78,37 @@ class Guess(nn.Module):
 '''
 
 
+PROBE = '''"""The nearest mean of a class."""
+from dataclasses import dataclass
+import numpy as np
+from raysl.probes import Row, Settings
+
+@dataclass(frozen=True)
+class Config(Settings):
+    power: float = 2.0
+
+class Ncm:
+    primary_metric, dims = "top1", 0
+
+    def __init__(self, config):
+        self.power = config.power
+
+    def run(self, train, test):
+        means = [train.features_nd[train.labels_n == c].mean(0) for c in range(train.labels_n.max() + 1)]
+        distance_nc = (abs(test.features_nd[:, None] - np.stack(means)) ** self.power).sum(2)
+        yield Row("top1", float((distance_nc.argmin(1) == test.labels_n).mean()))
+'''
+
+
 @pytest.fixture(autouse=True)
-def _forget() -> Iterator[None]:
-    before = {room: dict(files) for room, files in plugins._added.items()}
+def _forget(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
+    monkeypatch.setenv(plugins.TRUSTED, "")
+    before, tried = {room: dict(files) for room, files in plugins._added.items()}, set(plugins._tried)
     yield
-    plugins._added.update(before)
+    for room, files in plugins._added.items():
+        files.clear()
+        files.update(before[room])
+    plugins._tried &= tried
 
 
 @pytest.fixture
@@ -135,6 +165,53 @@ def test_workers_and_data_tasks_of_ray_run_the_code_of_plugins(
     run = pretrain(config)
     assert run.newest().step == 5
     assert "objective.classify.weight" in run.newest().state()["network"]
+
+
+@pytest.mark.parametrize("way", ["flag", "environment", "python"])
+def test_a_probe_from_a_file_measures(
+    way: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setenv("RAYSL_CACHE", str(tmp_path / "cache"))
+    file, out = tmp_path / "ncm.py", tmp_path / "out"
+    file.write_text(PROBE)
+    data = [str(make_dataset(tmp_path / name, 40, seed=seed).folder) for seed, name in enumerate("ab")]
+    if way == "python":
+        rows = raysl.probe("random", data[0], data[1], "ncm", out=out, plugin=file, ncm={"power": 1})
+        assert [(row["probe"], row["name"]) for row in rows] == [("ncm", "top1")]
+        return
+    monkeypatch.setenv(plugins.TRUSTED, str(file) if way == "environment" else "")
+    given = ["--plugin", str(file)] if way == "flag" else []
+    command = ["probe", "random", "--train", data[0], "--test", data[1], "--out", str(out), "--probes", "ncm"]
+    main([*command, "--ncm.power", "1", *given])
+    assert re.search("(?s)ncm.*top1", capsys.readouterr().out)
+
+
+def test_a_sweep_may_compare_by_a_probe_from_a_file(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    file = tmp_path / "ncm.py"
+    file.write_text(PROBE)
+    command = f"sweep --data nothing --out {tmp_path} --vary temperature --probe ncm --plugin {file}"
+    with pytest.raises(SystemExit):
+        main(command.split())
+    assert "nothing' does not exist" in capsys.readouterr().err  # The probe has been found.
+
+
+def test_the_methods_of_a_file_are_listed(file: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    main(["methods", "--plugin", str(file)])
+    assert re.search(r"upside_down +Mirror top and bottom", capsys.readouterr().out)
+
+
+def test_only_what_can_be_imported_of_the_trusted_code_is_listed(
+    file: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    (tmp_path / "network.py").write_text("")
+    (tmp_path / "broken.py").write_text("1 / 0")
+    names = [file, tmp_path / "network.py", tmp_path / "broken.py", tmp_path / "gone.py"]
+    monkeypatch.setenv(plugins.TRUSTED, os.pathsep.join(map(str, names)))
+    assert "upside_down" in pretext.names()
+    assert pretext.names()
+    assert [record.getMessage().count("broken.py") > 0 for record in caplog.records] == [True]
 
 
 def test_a_package_may_hold_several(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

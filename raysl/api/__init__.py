@@ -17,7 +17,6 @@ from raysl import console
 from raysl.api.arguments import (
     check_checkpoint,
     check_faiss,
-    check_names,
     check_source,
     check_writable,
     configure,
@@ -27,6 +26,7 @@ from raysl.api.arguments import (
     unseen,
     uri,
 )
+from raysl.api.names import check_names, protocols_of
 from raysl.errors import UserError
 
 if TYPE_CHECKING:
@@ -123,6 +123,7 @@ def probe(
     backbone: Any = None,
     seed: int = 0,
     bn_statistics: Literal["reestimated", "kept"] = "reestimated",
+    plugin: PathLike | Sequence[PathLike] = (),
     **protocols: Any,
 ) -> list[dict[str, Any]]:
     """Measure a run beside its untrained backbone and raw pixels, or measure weights from elsewhere.
@@ -138,18 +139,16 @@ def probe(
         backbone: a `BackboneConfig`, a mapping of its fields or a name, for weights only.
         seed: seed of "random", and of what a probe of weights draws.
         bn_statistics: see `raysl.evaluation.options.ProbeConfig`.
+        plugin: your own files or modules that define probes, or that the run uses.
         protocols: the configuration of a probe by its name, as in `linear={"schedule": "fast"}`.
 
     Returns:
         A row for each number: its probe, layer, encoder, name and value.
     """
-    from raysl import probes as all_probes
     from raysl.backbone.network import BackboneConfig as Network
 
     probes, layers, encoders = ([x] if isinstance(x, str) else x for x in (probes, layers, encoders))
-    if extra := sorted(set(protocols) - set(probes)):
-        raise UserError(f"The argument {extra[0]!r} is neither one of `probe` nor one of {tuple(probes)}.")
-    configs = {name: configure(all_probes.config_type(name), protocols.get(name), {}) for name in probes}
+    configs = protocols_of(probes, protocols, plugin)
     network = configure(Network, {"name": backbone} if isinstance(backbone, str) else backbone, {})
     check_source(train, test)
     check_checkpoint(checkpoint)

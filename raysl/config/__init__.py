@@ -76,7 +76,7 @@ class Pretraining(Checked):
         log_every: steps between rows of metrics.jsonl.
         parts: the Config of the objective and of every transform, by name, or a JSON value of one; a part that is not
             given has the values of its class.
-        plugin: your own files or modules that define objectives or transforms.
+        plugin: your own files or modules that define objectives, transforms or probes.
     """
 
     data: str
@@ -102,10 +102,7 @@ class Pretraining(Checked):
 
     def __post_init__(self) -> None:
         super().__post_init__()
-        object.__setattr__(self, "plugin", tuple(plugins.remembered(module) for module in self.plugin))
-        for module in self.plugin:
-            plugins.trust(module)
-            plugins.load_module(module)
+        object.__setattr__(self, "plugin", plugins.use(self.plugin))
         for module in (*self.backbone.modules(), *self.view.modules()):
             plugins.trust(module)
         config_types = methods.parse(self.method).config_types()

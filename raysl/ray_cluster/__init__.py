@@ -14,7 +14,7 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager, suppress
 from typing import Any, TypeVar
 
-from raysl import console
+from raysl import console, plugins
 from raysl.errors import UserError
 from raysl.ray_cluster import autoscaler, local_ray, versions
 
@@ -166,6 +166,8 @@ def _runtime_env() -> dict[str, Any]:
     variables = {
         name: os.environ[name] for name in _ENVIRONMENT if name.startswith(("RAY_DATA_", "RAY_TRAIN_"))
     }
+    if plugins.TRUSTED in os.environ:
+        variables[plugins.TRUSTED] = os.environ[plugins.TRUSTED]
     return {
         "env_vars": {**variables, versions.WANTED: json.dumps(versions.versions())},
         "worker_process_setup_hook": "raysl.ray_cluster.versions.check",
