@@ -8,7 +8,7 @@ import subprocess
 import sys
 from collections.abc import Iterator
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 import numpy as np
 import pytest
@@ -18,8 +18,9 @@ from raysl import plugins, pretext
 from raysl.__main__ import main
 from raysl.backbone.network import BackboneConfig
 from raysl.config import Pretraining, methods
-from raysl.errors import UserError
+from raysl.errors import UserError, blamed
 from raysl.run import Run
+from raysl.stream.reader import StreamConfig
 from raysl.training.launch import pretrain
 from tests.data import make_dataset
 from tests.objectives.setups import batch, setup
@@ -303,6 +304,60 @@ def test_the_example_of_an_objective_is_its_papers_equation() -> None:
     ]
     expected = ((a_bd - b_bd) ** 2).sum(1).mean() + 0.5 * np.mean(spread)
     assert objective.loss(outputs, of, None).loss.item() == pytest.approx(expected, rel=1e-4)
+
+
+def _trained(tmp_path: Path, files: dict[str, str], **more: Any) -> None:
+    for name, text in files.items():
+        (tmp_path / name).write_text(text)
+    data, plugin = str(make_dataset(tmp_path / "set", 40).folder), tuple(str(tmp_path / one) for one in files)
+    given: dict[str, Any] = {"epochs": 1, "batch_size": 8, "workers": 1, "plugin": plugin, **more}
+    pretrain(Pretraining(data, str(tmp_path / "run"), "guess-upside_down", **given), local=True)
+
+
+@pytest.mark.parametrize("place", ["data", "trainer"])
+def test_a_target_that_is_no_label_is_refused(place: Literal["data", "trainer"], tmp_path: Path) -> None:
+    transform = TRANSFORM.replace("crops[:, None], label_b", "crops[:, None], label_b * 9")
+    answer = (
+        r"'upside_down' of '.*upside_down\.py' gave the target 9, and num_labels is 2\. .* between 0 and 1"
+    )
+    files = {"upside_down.py": transform, "guess.py": OBJECTIVE}
+    with pytest.raises(UserError, match=answer):
+        _trained(tmp_path, files, stream=StreamConfig(place=place))
+
+
+@pytest.mark.parametrize("target", ["label_b.float()", "label_b[:, None]"])
+def test_a_target_of_another_form_is_refused(target: str, tmp_path: Path) -> None:
+    transform = TRANSFORM.replace("crops[:, None], label_b", f"crops[:, None], {target}")
+    with pytest.raises(UserError, match=r"gave a target of torch.* must be int64 \(b,\)"):
+        _trained(tmp_path, {"upside_down.py": transform, "guess.py": OBJECTIVE})
+
+
+IN_TRANSFORM = "return Transformed", "1 / (len(crops) == 1); return Transformed"  # fails for the second image
+IN_LOSS = 'targets["changed"]', 'targets["other"]'
+
+
+@pytest.mark.parametrize(
+    ("transform", "objective", "answer"),
+    [
+        (
+            IN_TRANSFORM,
+            ("", ""),
+            r"upside_down\.py' failed in line 20, in 'transform': ZeroDivisionError: division",
+        ),
+        (("", ""), IN_LOSS, r"guess\.py' failed in line 24, in 'loss': KeyError: 'other'\."),
+    ],
+)
+def test_an_error_in_a_plugin_names_its_line(
+    transform: tuple[str, str], objective: tuple[str, str], answer: str, tmp_path: Path
+) -> None:
+    files = {"upside_down.py": TRANSFORM.replace(*transform), "guess.py": OBJECTIVE.replace(*objective)}
+    with pytest.raises(UserError, match=answer):
+        _trained(tmp_path, files)
+
+
+def test_a_method_of_raysl_is_not_blamed() -> None:
+    with pytest.raises(ZeroDivisionError), blamed():
+        1 / 0  # noqa: B018
 
 
 def test_the_example_of_an_objective_trains(tmp_path: Path) -> None:
