@@ -236,6 +236,10 @@ def ask(
     return found
 
 
+# Ray Data adds to an error how often it tried, and its own settings for more tries.
+_OF_RAY_DATA = "\nFailed to apply UDF transform after "
+
+
 def user_error(error: BaseException | None) -> UserError | None:
     """Return the UserError inside an error that came through Ray, or None."""
     seen: set[int] = set()
@@ -243,7 +247,8 @@ def user_error(error: BaseException | None) -> UserError | None:
         seen.add(id(error))
         if isinstance(error, UserError):
             inner = getattr(error, "cause", error)
-            return inner if isinstance(inner, UserError) else UserError(str(inner))
+            text, addition, _ = str(inner).partition(_OF_RAY_DATA)
+            return inner if isinstance(inner, UserError) and not addition else UserError(text)
         # Ray keeps only the text of an error from a process that refused to start.
         if refused := re.search(r"^raysl\.errors\.UserError: (.+)$", str(error), re.MULTILINE):
             return UserError(refused[1])
