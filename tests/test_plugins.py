@@ -196,6 +196,9 @@ def test_a_sweep_may_compare_by_a_probe_from_a_file(
     with pytest.raises(SystemExit):
         main(command.split())
     assert "nothing' does not exist" in capsys.readouterr().err  # The probe has been found.
+    plugins._added[plugins.PROBES].clear()
+    with pytest.raises(UserError, match="nothing' does not exist"):
+        raysl.sweep("nothing", out=tmp_path, vary="temperature", probe="ncm", plugin=str(file))
 
 
 def test_the_methods_of_a_file_are_listed(file: Path, capsys: pytest.CaptureFixture[str]) -> None:

@@ -26,7 +26,7 @@ from raysl.api.arguments import (
     unseen,
     uri,
 )
-from raysl.api.names import check_names, protocols_of
+from raysl.api.names import check_names, protocols_of, sweep_and_run, varied
 from raysl.errors import UserError
 
 if TYPE_CHECKING:
@@ -269,7 +269,7 @@ def sweep(
     data: Data | None = None,
     test: Data | None = None,
     out: PathLike | None = None,
-    vary: Sequence[str] | None = None,
+    vary: str | Sequence[str] | Mapping[str, Any] | None = None,
     config: SweepConfig | None = None,
     *,
     base: Pretraining | Mapping[str, Any] | None = None,
@@ -281,26 +281,27 @@ def sweep(
         data: images to learn from.
         test: labelled images on which the chosen trial is scored once. Trials are compared on `validation`.
         out: folder of the sweep, a path or a URI.
-        vary: hyperparameters to vary, such as "temperature" or "temperature=0.05,0.1".
-        config, fields: the configuration of the sweep; see `SweepConfig`.
+        vary: hyperparameters to vary, such as "temperature", "temperature=0.05,0.1" or {"temperature": [0.05, 0.1]}.
+        config: the configuration of the sweep.
         base: configuration of every run, or fields of `Pretraining`.
+        fields: fields of `SweepConfig`; others are fields of every run, as for `pretrain`.
 
     Returns:
         A row for each trial, the best first.
     """
     from raysl.tuning.config import SweepConfig as Config
 
-    labelled = {name: fields[name] for name in ("train", "validation") if name in fields}
-    settings = configure(Config, config, {**fields, **given(test=test, out=out, vary=vary, **labelled)})
+    own, of_runs = sweep_and_run(sweep, data, base, fields)
+    settings = configure(Config, config, {**own, **given(test=test, out=out, vary=varied(vary))})
     from raysl.tuning import preparation
     from raysl.tuning import sweep as tuning
 
-    def varied(asked: Pretraining) -> list[str]:
+    def checked(asked: Pretraining) -> list[str]:
         names = preparation.check(asked, settings)[0].names
         check_source(asked.data, settings.train, settings.validation, settings.test)
         return names
 
-    learner = run_config(data, "-", base, {}, check=varied, out=settings.out)
+    learner = run_config(data, "-", base, of_runs, check=checked, out=settings.out)
     return tuning.sweep(learner, settings)
 
 

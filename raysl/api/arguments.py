@@ -348,6 +348,11 @@ def uri(place: Any) -> str:
             f"A {type(place).__name__} is given where one path, data set or run is expected. Make one data set of "
             "several files by raysl.ingest(FILES, DEST), and give that."
         )
+    if type(place).__name__ == "Pretraining":
+        raise UserError(
+            "A Pretraining is given where a path, a data set or a run is expected. Name the argument, "
+            "as in raysl.pretrain(config=...)."
+        )
     if folder is None:
         raise UserError(
             f"A value of type {type(place).__name__} is given where a path, a data set or a run is expected. Give "
