@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import os
 import re
 import subprocess
@@ -20,8 +21,11 @@ from raysl.backbone.network import BackboneConfig
 from raysl.config import Pretraining, methods
 from raysl.errors import UserError, blamed
 from raysl.run import Run
+from raysl.storage import Folder
 from raysl.stream.reader import StreamConfig
 from raysl.training.launch import pretrain
+from raysl.tuning.journal import FORMAT, Journal
+from raysl.tuning.results import SweepResults
 from tests.data import make_dataset
 from tests.objectives.setups import batch, setup
 
@@ -128,8 +132,6 @@ def test_a_file_is_found_by_its_name_and_remembered_with_the_run(file: Path) -> 
         "import json, sys; from raysl.config import Pretraining; from raysl.model import DatasetInfo, Model; "
         "c = Pretraining.from_json(json.loads(sys.argv[1])); print(Model(c, DatasetInfo(64)).objective.classify)"
     )
-    import json
-
     done = subprocess.run(
         [sys.executable, "-c", code, json.dumps(config.to_json())], capture_output=True, text=True, check=True
     )
@@ -199,6 +201,30 @@ def test_a_sweep_may_compare_by_a_probe_from_a_file(
     plugins._added[plugins.PROBES].clear()
     with pytest.raises(UserError, match="nothing' does not exist"):
         raysl.sweep("nothing", out=tmp_path, vary="temperature", probe="ncm", plugin=str(file))
+
+
+def test_a_sweep_that_a_probe_from_a_file_has_judged_is_read(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    file = tmp_path / "ncm.py"
+    file.write_text(PROBE)
+    base = Pretraining("d", "-", plugin=(str(file),)).to_json()
+    dimension = {"name": "pirl.lam", "values": [0.1]}
+    header = {
+        "event": "sweep",
+        "format": FORMAT,
+        "config": {"probe": "ncm"},
+        "base": base,
+        "space": [dimension],
+    }
+    Journal(Folder(str(tmp_path))).add(json.loads(json.dumps(header)))
+    for room in plugins._added.values():
+        room.clear()
+    monkeypatch.setenv(plugins.TRUSTED, "")
+    with pytest.raises(UserError, match=r"ncm\.py', which would be run now"):
+        _ = SweepResults.open(str(tmp_path)).config
+    plugins.trust(str(file))
+    assert SweepResults.open(str(tmp_path)).config.probe == "ncm"
 
 
 def test_the_methods_of_a_file_are_listed(file: Path, capsys: pytest.CaptureFixture[str]) -> None:

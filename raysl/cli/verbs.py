@@ -50,14 +50,18 @@ def pretrain(arguments: Sequence[str]) -> None:
 def _next_commands(run: Run, data: str, own_code: Collection[str] = ()) -> str:
     """Return commands for a run, after one that lets them run the code of the user that it uses."""
     folder = shlex.quote(str(run.folder))
-    trusted = shlex.quote(os.environ.get(plugins.TRUSTED, ""))
-    first = f"  export {plugins.TRUSTED}={trusted}    allow these to run your code\n" if own_code else ""
+    first = f"  export {_trusting()}    allow these to run your code\n" if own_code else ""
     return (
         f"{first}"
         f"  raysl probe {folder} --train LABELLED --test OTHERS    measure it\n"
         f"  raysl features {folder} --data {shlex.quote(data)} --out FEATURES    features of images as Parquet\n"
         f"  raysl export {folder}    weights for other programs"
     )
+
+
+def _trusting() -> str:
+    """Return the assignment by which a shell trusts the code that this process trusts."""
+    return f"{plugins.TRUSTED}={shlex.quote(os.environ.get(plugins.TRUSTED, ''))}"
 
 
 def ingest(
@@ -250,7 +254,8 @@ def sweep(arguments: Sequence[str]) -> None:
     from raysl.tuning.results import SweepResults, render
 
     Console().print(render(SweepResults.open(given.out)))
-    print(f"`raysl report {given.out}` writes a page of figures.")
+    first = f"{_trusting()} " if flags.config.sources() else ""
+    print(f"`{first}raysl report {shlex.quote(given.out)}` writes a page of figures.")
     failed = [str(row["trial"]) for row in rows if row["state"] == "failed"]
     if failed:
         again = "give another --out" if given.scheduler in POPULATION else "the same command with --retry"
