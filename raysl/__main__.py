@@ -19,7 +19,7 @@ from typing import Any
 
 from raysl import __version__, console
 from raysl.cli import lazy
-from raysl.errors import answered, unknown
+from raysl.errors import answered, blamed, unknown
 from raysl.fields import FieldError
 
 VERBS = {
@@ -68,7 +68,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
     """Run one verb. Exit with code 2 and one paragraph for a mistake of the user."""
     given = list(sys.argv[1:] if arguments is None else arguments)
     try:
-        with answered("raysl"):
+        with answered("raysl"), blamed():
             _run(given)
         sys.stdout.flush()
     except BrokenPipeError:

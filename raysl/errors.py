@@ -12,6 +12,7 @@ import shutil
 import signal
 import sys
 import threading
+import traceback
 from collections.abc import Callable, Iterable, Iterator
 from types import FrameType
 from typing import Any
@@ -89,6 +90,32 @@ def explained(
         yield
     except kinds as error:
         raise UserError(f"{what}: {show(error)}. {remedy}") from error
+
+
+@contextlib.contextmanager
+def blamed() -> Iterator[None]:
+    """Turn an error that the code of a plugin raises in the block into a UserError with the plugin's file and line."""
+    try:
+        yield
+    except (UserError, MemoryError):
+        raise
+    except Exception as error:
+        frames = list(traceback.walk_tb(error.__traceback__))
+        own = [(frame.f_code, line) for frame, line in frames if _is_of_plugin(frame)]
+        if not own or type(error).__name__ == "OutOfMemoryError":
+            raise
+        code, line = own[-1]
+        raise UserError(
+            f"The code in {code.co_filename!r} failed in line {line}, in {code.co_name!r}: {type(error).__name__}: "
+            f"{error}. Correct the file, and give the command again."
+        ) from error
+
+
+def _is_of_plugin(frame: FrameType) -> bool:
+    """Return True for code of a file or module that `raysl.plugins` has imported, also where it came by pickle."""
+    name = str(frame.f_globals.get("__name__", ""))
+    trusted = os.environ.get("RAYSL_PLUGINS", "").split(os.pathsep)
+    return name.startswith("raysl_plugin_") or any(f"{name}.".startswith(f"{one}.") for one in trusted if one)
 
 
 def install(extra: str) -> str:

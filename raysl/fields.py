@@ -266,7 +266,11 @@ def described(hint: Any) -> str:
     words = {int: "a whole number", float: "a number", bool: "true or false", str: "a text", Path: "a path"}
     words |= {types.NoneType: "none", tuple: "a list of values"}
     if dataclasses.is_dataclass(hint):
-        return f"a {getattr(hint, '__name__', hint)} or a mapping of its fields"
+        kind = getattr(hint, "__name__", str(hint))
+        article = "an" if kind[0] in "AEIOU" else "a"
+        if any(field.name == "name" for field in dataclasses.fields(hint)):
+            return f"{article} {kind}, a mapping of its fields, or a name"
+        return f"{article} {kind} or a mapping of its fields"
     return words.get(origin or hint, re.sub(r"^.*\.", "", str(hint)))
 
 

@@ -103,13 +103,15 @@ class Model(nn.Module):
         }
 
     def check(self, backbone: BackboneConfig | None = None) -> None:
-        """Raise UserError when the backbone does not take the images of a view, or a color recipe does not exist.
+        """Raise UserError when the backbone does not take the images of a view, or a recipe or a label does not exist.
 
         Args:
             backbone: the backbone to check; by default that of the model.
         """
         config, workers = self.config, self.config.worker_counts()[-1]
         alone = config.batch_size == workers and not (config.backbone.norm == "sync" and workers > 1)
+        # Targets are checked on CPUs only: where a GPU makes the views, a few are checked here.
+        some = 64 if config.stream.decode == "gpu" or config.stream.place == "trainer" else 1
         for view in self.views().values():
             if view.of_clips is not None and self.config.stream.decode == "gpu":
                 raise UserError(
@@ -118,9 +120,11 @@ class Model(nn.Module):
             if view.of_clips is not None and "frames" not in view.columns:
                 continue  # sound has its own network
             side = view.source.size
-            image_bchw = torch.zeros(1, 3, side, side, dtype=torch.uint8)
-            no_rng = ImageRng(0, np.zeros(1, np.int64), np.zeros(1, np.int64))
-            _, crops, *_, crop_size = view.pretext.transform(image_bchw, no_rng).crops_bpchw.shape
+            images_bchw = torch.zeros(some, 3, side, side, dtype=torch.uint8)
+            some_rng = ImageRng(0, np.zeros(some, np.int64), np.arange(some))
+            made = view.pretext.transform(images_bchw, some_rng)
+            pretext.check_target(view.pretext, made.target)
+            _, crops, *_, crop_size = made.crops_bpchw.shape
             network.check_size(backbone or config.backbone, crop_size, "--view.image-size")
             if alone and not _has_statistics(backbone or config.backbone, crops, crop_size):
                 raise self._alone(f"the backbone reduces a view of {crop_size} pixels to one, so that")

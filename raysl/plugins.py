@@ -5,7 +5,7 @@ file, and comes by one of three ways:
 
 - a folder added to the `__path__` of the room's package;
 - an entry point of an installed package, in the group "raysl.objectives", "raysl.pretext" or "raysl.probes";
-- `load_module`, which is `--plugin` on the command line.
+- its name, a path or a dotted name, in `--plugin`, `plugin=` or RAYSL_PLUGINS; see `use`.
 """
 
 from __future__ import annotations
@@ -32,13 +32,16 @@ OBJECTIVES, PRETEXT, PROBES = ROOMS = ("raysl.objectives", "raysl.pretext", "ray
 EXPERIMENTAL = "raysl.experimental"
 _PACKAGES = {OBJECTIVES: (OBJECTIVES, EXPERIMENTAL)}
 
-_TRUSTED = "RAYSL_PLUGINS"
+# The environment variable that names the plugins whose code runs that name them may run.
+TRUSTED = "RAYSL_PLUGINS"
 _log = logging.getLogger("raysl.plugins")
 # Name in an imported file of the hash of its source.
 _SOURCE = "__raysl_source__"
 
 # Modules that `load_module` has added: room -> name -> module.
 _added: dict[str, dict[str, ModuleType]] = {room: {} for room in ROOMS}
+# Names in RAYSL_PLUGINS that have been looked into.
+_tried: set[str] = set()
 
 
 def names(room: str) -> list[str]:
@@ -47,6 +50,7 @@ def names(room: str) -> list[str]:
     Args:
         room: dotted name of its package, such as "raysl.pretext".
     """
+    _add_trusted()
     inside = [name for package in _PACKAGES.get(room, (room,)) for name in _files(package)]
     return sorted({*inside, *_entry_points(room), *_added.get(room, {})})
 
@@ -100,19 +104,39 @@ def load(room: str, name: str, kind: str) -> tuple[type[Any], type[Any]]:
 
 
 def _member(found: ModuleType, wanted: str, name: str, kind: str) -> type[Any]:
-    try:
-        made: type[Any] = getattr(found, wanted)
-    except AttributeError as error:
+    made: type[Any] | None = getattr(found, wanted, None)
+    if made is None:
         raise UserError(
             f"The {kind} {name!r} in {found.__file__} has no class {wanted!r}. A file {name}.py defines a frozen "
             f"dataclass Config and a class {class_name(name)}."
-        ) from error
+        )
     return made
 
 
 def class_name(name: str) -> str:
     """Return the class name of a file: "patch_grid" becomes "PatchGrid"."""
     return "".join(word.capitalize() for word in name.split("_"))
+
+
+def use(given: str | os.PathLike[str] | Iterable[str | os.PathLike[str]]) -> tuple[str, ...]:
+    """Add a plugin or several, and trust them; return the names that a run remembers. Raises as `load_module`."""
+    several = [given] if isinstance(given, str | os.PathLike) else given
+    found = tuple(remembered(os.fspath(one)) for one in several)
+    for one in found:
+        trust(one)
+        load_module(one)
+    return found
+
+
+def _add_trusted() -> None:
+    """Add the plugins in RAYSL_PLUGINS, which may name other code too, such as backbones, and files that are gone."""
+    there = [name for name in _trusted() if not name.endswith(".py") or Path(name).is_file()]
+    for name in (name for name in there if name not in _tried):
+        _tried.add(name)
+        try:
+            _add_members(import_module(name))
+        except UserError as error:
+            _log.warning("%s names it: %s", TRUSTED, error)
 
 
 def load_module(path_or_name: str) -> ModuleType:
@@ -127,13 +151,9 @@ def load_module(path_or_name: str) -> ModuleType:
     Raises:
         UserError: it does not exist, cannot be imported, defines none of the three, or its name is taken.
     """
+    _tried.add(remembered(path_or_name))
     found = import_module(path_or_name)
-    members = [found]
-    if hasattr(found, "__path__"):
-        infos = [info for info in pkgutil.iter_modules(found.__path__) if not info.name.startswith("_")]
-        members = [import_module(f"{found.__name__}.{info.name}") for info in infos]
-    rooms = {_stem(member): room for member in members if (room := _room(member))}
-    if not rooms:
+    if not _add_members(found):
         name = class_name(_stem(found))
         own = [key for key, one in vars(found).items() if getattr(one, "__module__", "") == found.__name__]
         raise UserError(
@@ -141,11 +161,18 @@ def load_module(path_or_name: str) -> ModuleType:
             f"class {name} (after the file's name) with the methods of one of them, and defines "
             f"{', '.join(own) or 'nothing'}. See CONTRIBUTING.md for the contracts."
         )
-    for member in members:
-        name = _stem(member)
-        if name in rooms:
-            _add(rooms[name], name, member)
     return found
+
+
+def _add_members(found: ModuleType) -> bool:
+    """Add a module, or the files of a package, to their rooms. Return False if none belongs to a room."""
+    members = [found]
+    if hasattr(found, "__path__"):
+        members = [import_module(f"{found.__name__}.{name}") for name in _files(found.__name__)]
+    rooms = [(room, member) for member in members if (room := _room(member))]
+    for room, member in rooms:
+        _add(room, _stem(member), member)
+    return bool(rooms)
 
 
 class MissingCodeError(UserError):
@@ -160,12 +187,12 @@ def trust(name: str) -> None:
     """
     if os.pathsep in name:
         raise UserError(
-            f"The path of the plugin {name!r} contains {os.pathsep!r}, which separates plugins in {_TRUSTED}. Move the "
+            f"The path of the plugin {name!r} contains {os.pathsep!r}, which separates plugins in {TRUSTED}. Move the "
             f"file to a path without {os.pathsep!r}."
         )
     trusted = _trusted()
     if name not in trusted:
-        os.environ[_TRUSTED] = os.pathsep.join([*trusted, name])
+        os.environ[TRUSTED] = os.pathsep.join([*trusted, name])
 
 
 def check_trusted(
@@ -202,12 +229,12 @@ def _trusted_place(name: str, run: str, source: str) -> str:
         other = f" {str(named[0])!r} has other content." if named and content else ""
         raise MissingCodeError(
             f"{run!r} uses the code in {name!r}, and there is no such file.{other} If you have moved it and trust it, "
-            f"set {_TRUSTED}=PLACE/{file} in the environment, or put the file back."
+            f"set {TRUSTED}=PLACE/{file} in the environment, or put the file back."
         )
     if name not in _trusted():
         raise MissingCodeError(
-            f"{run!r} uses the code in {name!r}, which would be run now. If you trust it, set {_TRUSTED}={name} "
-            "in the environment (raysl pretrain and raysl sweep also take --plugin)."
+            f"{run!r} uses the code in {name!r}, which would be run now. If you trust it, set {TRUSTED}={name} "
+            "in the environment. For a file with an objective, a transform or a probe, --plugin does the same."
         )
     return name
 
@@ -224,9 +251,9 @@ def moved(name: str, places: Mapping[str, str]) -> str:
 
 def _trusted() -> list[str]:
     """Return the trusted plugins. Processes that start now, perhaps in another folder, find their whole paths."""
-    found = [remembered(one) for one in os.environ.get(_TRUSTED, "").split(os.pathsep) if one]
+    found = [remembered(one) for one in os.environ.get(TRUSTED, "").split(os.pathsep) if one]
     if found:
-        os.environ[_TRUSTED] = os.pathsep.join(found)
+        os.environ[TRUSTED] = os.pathsep.join(found)
     return found
 
 
@@ -236,8 +263,9 @@ def remembered(path_or_name: str) -> str:
 
 
 def _add(room: str, name: str, member: ModuleType) -> None:
+    there = names(room)
     known = _added[room].get(name)
-    if known is None and name in names(room):
+    if known is None and name in there:
         raise UserError(
             f"The plugin {member.__file__} has the name {name!r}, which {room} has already. Rename the file and its "
             "class."
@@ -292,9 +320,8 @@ def source_hash(path_or_name: str) -> str:
         UserError: it does not exist.
     """
     advice = "Give the path of a Python file, or the name of an installed module."
-    with explained(
-        f"The source of {path_or_name!r} cannot be read", advice, ImportError, OSError, ValueError
-    ):
+    what = f"The source of {path_or_name!r} cannot be read"
+    with explained(what, advice, ImportError, OSError, ValueError):
         if _is_file(path_or_name):
             file = _file(path_or_name).resolve()
             now = _hash(file.read_bytes())

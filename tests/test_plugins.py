@@ -2,21 +2,30 @@
 
 from __future__ import annotations
 
+import json
+import os
+import re
 import subprocess
 import sys
 from collections.abc import Iterator
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 import numpy as np
 import pytest
 
+import raysl
 from raysl import plugins, pretext
+from raysl.__main__ import main
 from raysl.backbone.network import BackboneConfig
 from raysl.config import Pretraining, methods
-from raysl.errors import UserError
+from raysl.errors import UserError, blamed
 from raysl.run import Run
+from raysl.storage import Folder
+from raysl.stream.reader import StreamConfig
 from raysl.training.launch import pretrain
+from raysl.tuning.journal import FORMAT, Journal
+from raysl.tuning.results import SweepResults
 from tests.data import make_dataset
 from tests.objectives.setups import batch, setup
 
@@ -74,11 +83,37 @@ class Guess(nn.Module):
 '''
 
 
+PROBE = '''"""The nearest mean of a class."""
+from dataclasses import dataclass
+import numpy as np
+from raysl.probes import Row, Settings
+
+@dataclass(frozen=True)
+class Config(Settings):
+    power: float = 2.0
+
+class Ncm:
+    primary_metric, dims = "top1", 0
+
+    def __init__(self, config):
+        self.power = config.power
+
+    def run(self, train, test):
+        means = [train.features_nd[train.labels_n == c].mean(0) for c in range(train.labels_n.max() + 1)]
+        distance_nc = (abs(test.features_nd[:, None] - np.stack(means)) ** self.power).sum(2)
+        yield Row("top1", float((distance_nc.argmin(1) == test.labels_n).mean()))
+'''
+
+
 @pytest.fixture(autouse=True)
-def _forget() -> Iterator[None]:
-    before = {room: dict(files) for room, files in plugins._added.items()}
+def _forget(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
+    monkeypatch.setenv(plugins.TRUSTED, "")
+    before, tried = {room: dict(files) for room, files in plugins._added.items()}, set(plugins._tried)
     yield
-    plugins._added.update(before)
+    for room, files in plugins._added.items():
+        files.clear()
+        files.update(before[room])
+    plugins._tried &= tried
 
 
 @pytest.fixture
@@ -97,8 +132,6 @@ def test_a_file_is_found_by_its_name_and_remembered_with_the_run(file: Path) -> 
         "import json, sys; from raysl.config import Pretraining; from raysl.model import DatasetInfo, Model; "
         "c = Pretraining.from_json(json.loads(sys.argv[1])); print(Model(c, DatasetInfo(64)).objective.classify)"
     )
-    import json
-
     done = subprocess.run(
         [sys.executable, "-c", code, json.dumps(config.to_json())], capture_output=True, text=True, check=True
     )
@@ -135,6 +168,80 @@ def test_workers_and_data_tasks_of_ray_run_the_code_of_plugins(
     run = pretrain(config)
     assert run.newest().step == 5
     assert "objective.classify.weight" in run.newest().state()["network"]
+
+
+@pytest.mark.parametrize("way", ["flag", "environment", "python"])
+def test_a_probe_from_a_file_measures(
+    way: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setenv("RAYSL_CACHE", str(tmp_path / "cache"))
+    file, out = tmp_path / "ncm.py", tmp_path / "out"
+    file.write_text(PROBE)
+    data = [str(make_dataset(tmp_path / name, 40, seed=seed).folder) for seed, name in enumerate("ab")]
+    if way == "python":
+        rows = raysl.probe("random", data[0], data[1], "ncm", out=out, plugin=file, ncm={"power": 1})
+        assert [(row["probe"], row["name"]) for row in rows] == [("ncm", "top1")]
+        return
+    monkeypatch.setenv(plugins.TRUSTED, str(file) if way == "environment" else "")
+    given = ["--plugin", str(file)] if way == "flag" else []
+    command = ["probe", "random", "--train", data[0], "--test", data[1], "--out", str(out), "--probes", "ncm"]
+    main([*command, "--ncm.power", "1", *given])
+    assert re.search("(?s)ncm.*top1", capsys.readouterr().out)
+
+
+def test_a_sweep_may_compare_by_a_probe_from_a_file(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    file = tmp_path / "ncm.py"
+    file.write_text(PROBE)
+    command = f"sweep --data nothing --out {tmp_path} --vary temperature --probe ncm --plugin {file}"
+    with pytest.raises(SystemExit):
+        main(command.split())
+    assert "nothing' does not exist" in capsys.readouterr().err  # The probe has been found.
+    plugins._added[plugins.PROBES].clear()
+    with pytest.raises(UserError, match="nothing' does not exist"):
+        raysl.sweep("nothing", out=tmp_path, vary="temperature", probe="ncm", plugin=str(file))
+
+
+def test_a_sweep_that_a_probe_from_a_file_has_judged_is_read(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    file = tmp_path / "ncm.py"
+    file.write_text(PROBE)
+    base = Pretraining("d", "-", plugin=(str(file),)).to_json()
+    dimension = {"name": "pirl.lam", "values": [0.1]}
+    header = {
+        "event": "sweep",
+        "format": FORMAT,
+        "config": {"probe": "ncm"},
+        "base": base,
+        "space": [dimension],
+    }
+    Journal(Folder(str(tmp_path))).add(json.loads(json.dumps(header)))
+    for room in plugins._added.values():
+        room.clear()
+    monkeypatch.setenv(plugins.TRUSTED, "")
+    with pytest.raises(UserError, match=r"ncm\.py', which would be run now"):
+        _ = SweepResults.open(str(tmp_path)).config
+    plugins.trust(str(file))
+    assert SweepResults.open(str(tmp_path)).config.probe == "ncm"
+
+
+def test_the_methods_of_a_file_are_listed(file: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    main(["methods", "--plugin", str(file)])
+    assert re.search(r"upside_down +Mirror top and bottom", capsys.readouterr().out)
+
+
+def test_only_what_can_be_imported_of_the_trusted_code_is_listed(
+    file: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    (tmp_path / "network.py").write_text("")
+    (tmp_path / "broken.py").write_text("1 / 0")
+    names = [file, tmp_path / "network.py", tmp_path / "broken.py", tmp_path / "gone.py"]
+    monkeypatch.setenv(plugins.TRUSTED, os.pathsep.join(map(str, names)))
+    assert "upside_down" in pretext.names()
+    assert pretext.names()
+    assert [record.getMessage().count("broken.py") > 0 for record in caplog.records] == [True]
 
 
 def test_a_package_may_hold_several(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -226,6 +333,60 @@ def test_the_example_of_an_objective_is_its_papers_equation() -> None:
     ]
     expected = ((a_bd - b_bd) ** 2).sum(1).mean() + 0.5 * np.mean(spread)
     assert objective.loss(outputs, of, None).loss.item() == pytest.approx(expected, rel=1e-4)
+
+
+def _trained(tmp_path: Path, files: dict[str, str], **more: Any) -> None:
+    for name, text in files.items():
+        (tmp_path / name).write_text(text)
+    data, plugin = str(make_dataset(tmp_path / "set", 40).folder), tuple(str(tmp_path / one) for one in files)
+    given: dict[str, Any] = {"epochs": 1, "batch_size": 8, "workers": 1, "plugin": plugin, **more}
+    pretrain(Pretraining(data, str(tmp_path / "run"), "guess-upside_down", **given), local=True)
+
+
+@pytest.mark.parametrize("place", ["data", "trainer"])
+def test_a_target_that_is_no_label_is_refused(place: Literal["data", "trainer"], tmp_path: Path) -> None:
+    transform = TRANSFORM.replace("crops[:, None], label_b", "crops[:, None], label_b * 9")
+    answer = (
+        r"'upside_down' of '.*upside_down\.py' gave the target 9, and num_labels is 2\. .* between 0 and 1"
+    )
+    files = {"upside_down.py": transform, "guess.py": OBJECTIVE}
+    with pytest.raises(UserError, match=answer):
+        _trained(tmp_path, files, stream=StreamConfig(place=place))
+
+
+@pytest.mark.parametrize("target", ["label_b.float()", "label_b[:, None]"])
+def test_a_target_of_another_form_is_refused(target: str, tmp_path: Path) -> None:
+    transform = TRANSFORM.replace("crops[:, None], label_b", f"crops[:, None], {target}")
+    with pytest.raises(UserError, match=r"gave a target of torch.* must be int64 \(b,\)"):
+        _trained(tmp_path, {"upside_down.py": transform, "guess.py": OBJECTIVE})
+
+
+IN_TRANSFORM = "return Transformed", "1 / (len(crops) == 1); return Transformed"  # fails for the second image
+IN_LOSS = 'targets["changed"]', 'targets["other"]'
+
+
+@pytest.mark.parametrize(
+    ("transform", "objective", "answer"),
+    [
+        (
+            IN_TRANSFORM,
+            ("", ""),
+            r"upside_down\.py' failed in line 20, in 'transform': ZeroDivisionError: division",
+        ),
+        (("", ""), IN_LOSS, r"guess\.py' failed in line 24, in 'loss': KeyError: 'other'\."),
+    ],
+)
+def test_an_error_in_a_plugin_names_its_line(
+    transform: tuple[str, str], objective: tuple[str, str], answer: str, tmp_path: Path
+) -> None:
+    files = {"upside_down.py": TRANSFORM.replace(*transform), "guess.py": OBJECTIVE.replace(*objective)}
+    with pytest.raises(UserError, match=answer):
+        _trained(tmp_path, files)
+
+
+def test_a_method_of_raysl_is_not_blamed() -> None:
+    with pytest.raises(ZeroDivisionError), blamed():
+        1 / 0  # noqa: B018
 
 
 def test_the_example_of_an_objective_trains(tmp_path: Path) -> None:

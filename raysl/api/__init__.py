@@ -16,7 +16,6 @@ from typing import TYPE_CHECKING, Any, Literal
 from raysl import console
 from raysl.api.arguments import (
     check_checkpoint,
-    check_names,
     check_source,
     configure,
     dataset,
@@ -25,6 +24,7 @@ from raysl.api.arguments import (
     unseen,
     uri,
 )
+from raysl.api.names import check_names, protocols_of, sweep_and_run, varied
 from raysl.api.results_folder import check_writable
 from raysl.errors import UserError
 
@@ -123,12 +123,13 @@ def probe(
     backbone: Any = None,
     seed: int = 0,
     bn_statistics: Literal["reestimated", "kept"] = "reestimated",
+    plugin: PathLike | Sequence[PathLike] = (),
     **protocols: Any,
 ) -> list[dict[str, Any]]:
     """Measure a run beside its untrained backbone and raw pixels, or measure weights from elsewhere.
 
     Args:
-        checkpoint: a run (its newest checkpoint), RUN/checkpoints/step-NNN, a file of weights, or "random".
+        checkpoint: a run (its newest checkpoint), RUN/checkpoints/step-NNN, an export, a weights file, or "random".
         train, test: labelled data that the probes learn from, and labelled data on which the probes are scored.
         probes: a name, or names, of probes; `raysl methods` lists them.
         layers: "all" is conv1, res2 to res5 and pooled.
@@ -136,20 +137,17 @@ def probe(
         out: folder of the rows and features; by default that of the run. Required for weights.
         image_size: side of the view in pixels, for weights only; 0 for 224 for a file of weights and 32 otherwise.
         backbone: a `BackboneConfig`, a mapping of its fields or a name, for weights only.
-        seed: seed of "random", and of what a probe of weights draws.
-        bn_statistics: see `raysl.evaluation.options.ProbeConfig`.
+        seed, bn_statistics: see `raysl.evaluation.options.ProbeConfig`.
+        plugin: your own files or modules that define probes, or that the run uses.
         protocols: the configuration of a probe by its name, as in `linear={"schedule": "fast"}`.
 
     Returns:
         A row for each number: its probe, layer, encoder, name and value.
     """
-    from raysl import probes as all_probes
     from raysl.backbone.network import BackboneConfig as Network
 
     probes, layers, encoders = ([x] if isinstance(x, str) else x for x in (probes, layers, encoders))
-    if extra := sorted(set(protocols) - set(probes)):
-        raise UserError(f"The argument {extra[0]!r} is neither one of `probe` nor one of {tuple(probes)}.")
-    configs = {name: configure(all_probes.config_type(name), protocols.get(name), {}) for name in probes}
+    configs = protocols_of(probes, protocols, plugin)
     network = configure(Network, {"name": backbone} if isinstance(backbone, str) else backbone, {})
     check_source(train, test)
     check_checkpoint(checkpoint)
@@ -157,12 +155,13 @@ def probe(
     from raysl.extraction import encoder_by_name
 
     source = encoder_by_name(name := uri(checkpoint), network, seed)
-    evaluate.layers_of(source, layers)  # Raises UserError for an unknown layer.
-    data_sets = dataset(train), dataset(test)
+    title = f"{name.rpartition('/')[2]} ({getattr(source, 'config', network).name})"
     choices = probes, layers, encoders, configs, bn_statistics
     config = options.ProbeConfig(*choices, os.fspath(out), image_size=image_size, seed=seed)
+    evaluate.check_before_data(source, title, config)
+    data_sets = dataset(train), dataset(test)
     evaluate.check_data(config.ready(), *data_sets)
-    rows = evaluate.probe_encoder(source, f"{name.rpartition('/')[2]} ({network.name})", *data_sets, config)
+    rows = evaluate.probe_encoder(source, title, *data_sets, config)
     if "retrieval" in probes:
         from raysl.reporting import retrieval_grid
 
@@ -196,7 +195,7 @@ def features(
 
     check_out(settings.out)
     source = encoders.encoder_by_name(uri(checkpoint), settings.backbone, settings.seed)
-    encoders.check(source, (settings.layer,))
+    encoders.check_encoder(source, (settings.layer,))
     dataset(settings.data)
     check_writable(settings.out)
     return compute_features(uri(checkpoint), settings)
@@ -271,7 +270,7 @@ def sweep(
     data: Data | None = None,
     test: Data | None = None,
     out: PathLike | None = None,
-    vary: Sequence[str] | None = None,
+    vary: str | Sequence[str] | Mapping[str, Any] | None = None,
     config: SweepConfig | None = None,
     *,
     base: Pretraining | Mapping[str, Any] | None = None,
@@ -283,26 +282,27 @@ def sweep(
         data: images to learn from.
         test: labelled images on which the chosen trial is scored once. Trials are compared on `validation`.
         out: folder of the sweep, a path or a URI.
-        vary: hyperparameters to vary, such as "temperature" or "temperature=0.05,0.1".
-        config, fields: the configuration of the sweep; see `SweepConfig`.
+        vary: hyperparameters to vary, such as "temperature", "temperature=0.05,0.1" or {"temperature": [0.05, 0.1]}.
+        config: the configuration of the sweep.
         base: configuration of every run, or fields of `Pretraining`.
+        fields: fields of `SweepConfig`; others are fields of every run, as for `pretrain`.
 
     Returns:
         A row for each trial, the best first.
     """
     from raysl.tuning.config import SweepConfig as Config
 
-    labelled = {name: fields[name] for name in ("train", "validation") if name in fields}
-    settings = configure(Config, config, {**fields, **given(test=test, out=out, vary=vary, **labelled)})
+    own, of_runs = sweep_and_run(sweep, data, base, fields)
+    settings = configure(Config, config, {**own, **given(test=test, out=out, vary=varied(vary))})
     from raysl.tuning import preparation
     from raysl.tuning import sweep as tuning
 
-    def varied(asked: Pretraining) -> list[str]:
+    def checked(asked: Pretraining) -> list[str]:
         names = preparation.check(asked, settings)[0].names
         check_source(asked.data, settings.train, settings.validation, settings.test)
         return names
 
-    learner = run_config(data, "-", base, {}, check=varied, out=settings.out)
+    learner = run_config(data, "-", base, of_runs, check=checked, out=settings.out)
     return tuning.sweep(learner, settings)
 
 

@@ -6,7 +6,6 @@ Modules that need torch are imported inside of functions, so that a verb prints 
 from __future__ import annotations
 
 import dataclasses
-import inspect
 import logging
 import os
 from collections.abc import Callable, Mapping, Sequence
@@ -15,7 +14,7 @@ from typing import TYPE_CHECKING, Any, TypeVar
 
 from raysl import ray_cluster
 from raysl.api.results_folder import check_results
-from raysl.errors import UserError, unknown
+from raysl.errors import UserError
 
 if TYPE_CHECKING:
     from typing import TypeAlias
@@ -68,30 +67,6 @@ def check_checkpoint(checkpoint: AnyRun) -> None:
     from raysl.extraction.encoders import find_checkpoint
 
     find_checkpoint(uri(checkpoint))
-
-
-def check_names(function: Callable[..., Any], config: Any, fields: Mapping[str, Any]) -> None:
-    """Raise UserError for a field that is no argument of a function, none of `Pretraining` and no part of its method.
-
-    A `config` or a plugin may bring other parts; then nothing is checked here.
-    """
-    from raysl.config import Pretraining, methods
-
-    if config is not None or "plugin" in fields:
-        return
-    method = str(fields.get("method", Pretraining.method))
-    own = [
-        one.name for one in inspect.signature(function).parameters.values() if one.kind is not one.VAR_KEYWORD
-    ]
-    known = [
-        *own,
-        "image_size",
-        *(field.name for field in dataclasses.fields(Pretraining)),
-        *methods.parse(method).config_types(),
-    ]
-    for name in fields:
-        if name not in known:
-            raise unknown(f"argument or part of the method {method!r}:", name, set(known))
 
 
 def run_config(
@@ -295,6 +270,8 @@ def _named(fields: Mapping[str, Any]) -> dict[str, Any]:
     for part in ("backbone", "optim"):
         if isinstance(values.get(part), str):
             values[part] = {"name": values[part]}
+    if isinstance(plugin := values.get("plugin"), str | os.PathLike):
+        values["plugin"] = (os.fspath(plugin),)
     if callable(values.get("backbone")):
         from raysl.backbone.network import config_of
 
@@ -352,6 +329,11 @@ def uri(place: Any) -> str:
     if isinstance(place, str | os.PathLike):
         return os.fspath(place)
     folder = getattr(place, "folder", None)
+    if type(place).__name__ == "Pretraining":
+        raise UserError(
+            "A Pretraining is given where a path, a data set or a run is expected. Name the argument, "
+            "as in raysl.pretrain(config=...)."
+        )
     if folder is None:
         raise UserError(
             f"A value of type {type(place).__name__} is given where one path, data set or run is expected. Of images "

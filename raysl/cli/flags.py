@@ -63,8 +63,7 @@ def parse(arguments: Sequence[str], program: str, beside: Mapping[str, type[Any]
         SystemExit: a flag does not exist (2), or help is requested (0).
     """
     beside = beside or {}
-    for plugin in peek_all(arguments, "--plugin", ()):
-        plugins.load_module(plugin)
+    plugins.use(peek_all(arguments, "--plugin", ()))
     recipe = next(iter(peek_all(arguments, "--recipe", ())), "")
     base = recipes.load(recipe, "", "") if recipe else Pretraining("", "")
     method = next(iter(peek_all(arguments, "--method", ())), base.method)

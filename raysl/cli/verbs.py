@@ -7,15 +7,16 @@ from __future__ import annotations
 
 import dataclasses
 import itertools
+import os
 import shlex
-from collections.abc import Sequence
+from collections.abc import Collection, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Annotated, Any, Literal
 
 import tyro
 
-from raysl import api
+from raysl import api, plugins
 from raysl.api.arguments import dataset
 from raysl.backbone.network import BackboneConfig
 from raysl.cli.flags import parse, peek_all, read
@@ -42,17 +43,26 @@ def pretrain(arguments: Sequence[str]) -> None:
     flags = parse(arguments, "raysl pretrain", _BESIDE)
     probing, local = (dataclasses.asdict(flags.beside[name]) for name in _BESIDE)
     run = api.pretrain(**flags.given, **probing, **local)
-    data = str(flags.given.get("data", run.config().data))
-    print(f"The run is at {run.folder}. Next:\n{_next_commands(run, data)}")
+    config = run.config()
+    data = str(flags.given.get("data", config.data))
+    print(f"The run is at {run.folder}. Next:\n{_next_commands(run, data, config.sources())}")
 
 
-def _next_commands(run: Run, data: str) -> str:
+def _next_commands(run: Run, data: str, own_code: Collection[str] = ()) -> str:
+    """Return commands for a run, after one that lets them run the code of the user that it uses."""
     folder = shlex.quote(str(run.folder))
+    first = f"  export {_trusting()}    allow these to run your code\n" if own_code else ""
     return (
+        f"{first}"
         f"  raysl probe {folder} --train LABELLED --test OTHERS    measure it\n"
         f"  raysl features {folder} --data {shlex.quote(data)} --out FEATURES    features of images as Parquet\n"
         f"  raysl export {folder}    weights for other programs"
     )
+
+
+def _trusting() -> str:
+    """Return the assignment by which a shell trusts the code that this process trusts."""
+    return f"{plugins.TRUSTED}={shlex.quote(os.environ.get(plugins.TRUSTED, ''))}"
 
 
 def ingest(
@@ -107,6 +117,7 @@ class ProbeFlags:
         seed: seed of "random", and of the probes of a weights file.
         bn_statistics: statistics of BatchNorm: "reestimated" on whole train images, without labels, or "kept" from
             training, which often mixes whole images and patches.
+        plugin: your own files or modules that define probes, or that the run uses.
     """
 
     checkpoint: Annotated[tyro.conf.Positional[str], tyro.conf.arg(metavar="RUN|CKPT")]
@@ -120,12 +131,14 @@ class ProbeFlags:
     backbone: BackboneConfig = dataclasses.field(default_factory=BackboneConfig)
     seed: int = 0
     bn_statistics: Literal["reestimated", "kept"] = "reestimated"
+    plugin: tuple[str, ...] = ()
 
 
 def probe(arguments: Sequence[str]) -> None:
     """Probe a run or weights: `raysl probe RUN --train D --test D --probes knn linear --layers all`."""
     from raysl import probes
 
+    plugins.use(peek_all(arguments, "--plugin", ()))
     kinds = {name: probes.config_type(name) for name in peek_all(arguments, "--probes", ProbeFlags.probes)}
     fields: list[Any] = [(name, kind, kind()) for name, kind in kinds.items()]
     flags = dataclasses.make_dataclass("Flags", fields, bases=(ProbeFlags,), frozen=True)
@@ -191,7 +204,8 @@ def clusterfit(arguments: Sequence[str]) -> None:
     )
     student = parse([*rest, "--method", "clusterfit"], "raysl clusterfit").given
     run = api.clusterfit(given.teacher, config=given, student=student)
-    print(f"The student is at {run.folder}. Next:\n{_next_commands(run, run.config().data)}")
+    config = run.config()
+    print(f"The student is at {run.folder}. Next:\n{_next_commands(run, config.data, config.sources())}")
 
 
 @dataclass(frozen=True)
@@ -218,12 +232,14 @@ def views(arguments: Sequence[str]) -> None:
     )
 
 
-def methods(pages: Path | None = None) -> None:
+def methods(pages: Path | None = None, plugin: tuple[str, ...] = ()) -> None:
     """List objectives, transforms, their combinations, and recipes: `raysl methods`.
 
     Args:
         pages: folder to write pages of documentation to, instead of the list.
+        plugin: your own files or modules that define objectives or transforms, which are listed too.
     """
+    plugins.use(plugin)
     if pages is not None:
         from raysl.reporting import method_pages
 
@@ -245,6 +261,7 @@ def methods(pages: Path | None = None) -> None:
 
 def sweep(arguments: Sequence[str]) -> None:
     """Try values: `raysl sweep --data D --method pirl-jigsaw --vary temperature lam --out S`."""
+    plugins.use(peek_all(arguments, "--plugin", ()))  # The configuration of a sweep looks for its probe.
     given, rest = tyro.cli(SweepConfig, prog="raysl sweep", args=list(arguments), return_unknown_args=True)
     flags = parse([*rest, "--run", "-"], "raysl sweep")
     rows = api.sweep(config=given, base=flags.given)
@@ -253,7 +270,8 @@ def sweep(arguments: Sequence[str]) -> None:
     from raysl.tuning.results import SweepResults, render
 
     Console().print(render(SweepResults.open(given.out)))
-    print(f"`raysl report {given.out}` writes a page of figures.")
+    first = f"{_trusting()} " if flags.config.sources() else ""
+    print(f"`{first}raysl report {shlex.quote(given.out)}` writes a page of figures.")
     failed = [str(row["trial"]) for row in rows if row["state"] == "failed"]
     if failed:
         again = "give another --out" if given.scheduler in POPULATION else "the same command with --retry"

@@ -68,7 +68,7 @@ def check_before_data(config: ClusterfitConfig) -> None:
     """Raise UserError if the package of k-means is missing, or the teacher cannot be loaded or lacks the layer."""
     check_faiss()
     teacher = encoders.encoder_by_name(config.teacher, config.teacher_backbone)
-    encoders.check(teacher, (config.layer,))
+    encoders.check_encoder(teacher, (config.layer,))
 
 
 def round_folder(run: str, number: int) -> Folder:

@@ -6,11 +6,11 @@ import dataclasses
 import re
 import types
 import typing
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field
 from typing import Annotated, Any, Literal
 
-from raysl import plugins
+from raysl import plugins, pretext
 from raysl.backbone.network import BackboneConfig
 from raysl.checkpoint import SaveConfig
 from raysl.config import methods
@@ -76,7 +76,7 @@ class Pretraining(Checked):
         log_every: steps between rows of metrics.jsonl.
         parts: the Config of the objective and of every transform, by name, or a JSON value of one; a part that is not
             given has the values of its class.
-        plugin: your own files or modules that define objectives or transforms.
+        plugin: your own files or modules that define objectives, transforms or probes.
     """
 
     data: str
@@ -102,22 +102,17 @@ class Pretraining(Checked):
 
     def __post_init__(self) -> None:
         super().__post_init__()
-        object.__setattr__(self, "plugin", tuple(plugins.remembered(module) for module in self.plugin))
-        for module in self.plugin:
-            plugins.trust(module)
-            plugins.load_module(module)
+        object.__setattr__(self, "plugin", plugins.use(self.plugin))
         for module in (*self.backbone.modules(), *self.view.modules()):
             plugins.trust(module)
         config_types = methods.parse(self.method).config_types()
         for name in self.parts:
             if name not in config_types:
-                known = [*(field.name for field in dataclasses.fields(self)), *config_types]
-                if name in known:
+                if name in (field.name for field in dataclasses.fields(self)):
                     raise UserError(
                         f"`parts` has an entry {name!r}, which is an argument of its own: {name}=..."
                     )
-                kind = f"argument or part of the method {self.method!r}:"
-                raise unknown(kind, name, known)
+                raise unknown_field(name, self.method)
         parts = {name: self.parts.get(name, {}) for name in config_types}
         for name, part in parts.items():
             if isinstance(part, Mapping):
@@ -203,6 +198,29 @@ class Pretraining(Checked):
             }
             value = {**value, **now, "plugin": [places[name] for name in plugin]}
         return Pretraining.from_json(value)
+
+
+def unknown_field(name: str, method: str, others: Iterable[str] = ()) -> UserError:
+    """Return the error for an argument that is no field of `Pretraining` and no part of a method.
+
+    Args:
+        others: further names that may be given.
+    """
+    parts = methods.parse(method).config_types()
+    known = typing.get_type_hints(Pretraining) | parts
+    nested = [
+        f'{group}={{"{name}": ...}}'
+        for group, kind in known.items()
+        if dataclasses.is_dataclass(kind) and name in (field.name for field in dataclasses.fields(kind))
+    ]
+    if nested:
+        return UserError(f"{name!r} is no argument of its own. Give {' or '.join(nested)}.")
+    if name in (*methods.objective_names(), *pretext.names()):
+        return UserError(
+            f"The method {method!r} has no part {name!r}; it has {' and '.join(map(repr, parts))}. Leave {name!r} "
+            "out, or give another method."
+        )
+    return unknown(f"argument or part of the method {method!r}:", name, {*known, *others})
 
 
 # Fields that may change when a run resumes: they decide where it runs and how it is kept, not what it computes.

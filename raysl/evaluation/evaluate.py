@@ -350,6 +350,13 @@ def _extract(
     return [(found[i], found[i + len(sets) - 1]) for i in range(0, len(found), len(sets))]
 
 
+def check_before_data(source: Encoder, title: str, config: ProbeConfig) -> None:
+    """Raise UserError if an encoder cannot be loaded, lacks a layer, or has no folder for results."""
+    config.check_encoder(source, title)
+    layers_of(source, config.layers)
+    extraction.check_encoder(source, ())
+
+
 def layers_of(source: Encoder, layers: Sequence[str]) -> tuple[str, ...]:
     """Return the requested layers of an encoder; pixels have only "pooled". Raises UserError for an unknown layer."""
     known = source.layers

@@ -32,7 +32,7 @@ class ProbeConfig:
         out: folder for the results and the features; empty for the folder of the run. A model that is not a run needs
             it. A run in a read-only folder can be probed with it.
         image_size: side of the evaluation view in pixels, of a model that is not a run; 0 for its usual size.
-        seed: seed of the probes of a model that is not a run.
+        seed: seed of the probes of a model that is not a run, and of the weights of "random".
         checkpoint: a checkpoint of the run; None for the newest.
         cache: folder for features; None for one inside of the folder of the results.
         low_priority: compute beside trainers without taking their CPUs.

@@ -322,7 +322,7 @@ def check_size(encoder: Encoder, image_size: int) -> None:
         networks.check_size(encoder.backbone_config(), image_size)
 
 
-def check(encoder: Encoder, layers: Sequence[str]) -> None:
+def check_encoder(encoder: Encoder, layers: Sequence[str]) -> None:
     """Raise UserError if the file of an encoder holds no weights of its backbone, or it lacks a layer."""
     if isinstance(encoder, Weights):
         encoder.network()

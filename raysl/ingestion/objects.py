@@ -151,7 +151,9 @@ def _of_images(source: Any, kind: str, given: Any, config: ReadConfig) -> Rows:
         source = source.tolist()
     if is_pixels(source):
         return Rows(*in_memory.of_stack(source, given))
-    is_sequence = hasattr(source, "__getitem__") and isinstance(source, Sized) and not isinstance(source, type)
+    is_sequence = (
+        hasattr(source, "__getitem__") and isinstance(source, Sized) and not isinstance(source, type)
+    )
     if not is_sequence or isinstance(source, str | bytes | Image.Image):
         raise UserError(
             f"The source is of the type {kind}. Give a path, an array (n, h, w, 3), a list or a data set of torch with "

@@ -14,6 +14,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
+from pathlib import Path
 from typing import Any, Literal, Protocol, runtime_checkable
 
 import numpy as np
@@ -193,6 +194,42 @@ def _last(transform: Pretext) -> Pretext:
     return transform.parts[-1] if isinstance(transform, Composition) else transform
 
 
+def check_target(transform: Pretext, target: Tensor | None) -> None:
+    """Raise UserError if a label of a transform is none of its `num_labels`. Targets on a GPU are not looked at.
+
+    Args:
+        target: as `Transformed.target`.
+    """
+    transform = transform.of if isinstance(transform, Grayscale) else transform
+    if target is None or not transform.num_labels or isinstance(transform, Dense | Composition):
+        return
+    dims = 2 if label_per_crop(transform) else 1
+    if target.dtype != torch.int64 or target.ndim != dims:
+        shape = "(b, p)" if dims == 2 else "(b,)"
+        raise UserError(
+            f"{_title(transform)} gave a target of {target.dtype} and shape {tuple(target.shape)}. Its target must be "
+            f"int64 {shape}."
+        )
+    if target.device.type != "cpu" or not target.numel():
+        return
+    low, high = (int(value) for value in target.aminmax())
+    if low < 0 or high >= transform.num_labels:
+        raise UserError(
+            f"{_title(transform)} gave the target {low if low < 0 else high}, and num_labels is "
+            f"{transform.num_labels}. Its targets must be between 0 and {transform.num_labels - 1}: correct them, or "
+            "num_labels."
+        )
+
+
+def _title(transform: Pretext) -> str:
+    """Return a transform with its file, also where the class came by pickle and its module is not imported."""
+    codes = (getattr(member, "__code__", None) for member in vars(type(transform)).values())
+    files = [code.co_filename for code in codes if code is not None and code.co_filename.endswith(".py")]
+    if not files:
+        return f"The pretext transform {type(transform).__name__!r}"
+    return f"The pretext transform {Path(files[0]).stem!r} of {files[0]!r}"
+
+
 def names() -> list[str]:
     """Return the names of all transforms."""
     return plugins.names(__name__)
@@ -268,6 +305,7 @@ class Composition:
         made = Transformed(images_bchw[:, None], None)
         for i, part in enumerate(self.parts):
             made = part.transform(made.crops_bpchw[:, 0], image_rng.named(str(i)))
+            check_target(part, made.target)
             if made.target is not None and part.num_labels:
                 before = 0 if target is None else target.view(-1, *[1] * (made.target.ndim - 1))
                 target = before * part.num_labels + made.target

@@ -14,7 +14,7 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager, suppress
 from typing import Any, TypeVar
 
-from raysl import console
+from raysl import console, plugins
 from raysl.errors import UserError
 from raysl.ray_cluster import autoscaler, local_ray, versions
 
@@ -166,6 +166,8 @@ def _runtime_env() -> dict[str, Any]:
     variables = {
         name: os.environ[name] for name in _ENVIRONMENT if name.startswith(("RAY_DATA_", "RAY_TRAIN_"))
     }
+    if plugins.TRUSTED in os.environ:
+        variables[plugins.TRUSTED] = os.environ[plugins.TRUSTED]
     return {
         "env_vars": {**variables, versions.WANTED: json.dumps(versions.versions())},
         "worker_process_setup_hook": "raysl.ray_cluster.versions.check",
@@ -234,6 +236,10 @@ def ask(
     return found
 
 
+# Ray Data adds to an error how often it tried, and its own settings for more tries.
+_OF_RAY_DATA = "\nFailed to apply UDF transform after "
+
+
 def user_error(error: BaseException | None) -> UserError | None:
     """Return the UserError inside an error that came through Ray, or None."""
     seen: set[int] = set()
@@ -241,7 +247,8 @@ def user_error(error: BaseException | None) -> UserError | None:
         seen.add(id(error))
         if isinstance(error, UserError):
             inner = getattr(error, "cause", error)
-            return inner if isinstance(inner, UserError) else UserError(str(inner))
+            text, addition, _ = str(inner).partition(_OF_RAY_DATA)
+            return inner if isinstance(inner, UserError) and not addition else UserError(text)
         # Ray keeps only the text of an error from a process that refused to start.
         if refused := re.search(r"^raysl\.errors\.UserError: (.+)$", str(error), re.MULTILINE):
             return UserError(refused[1])

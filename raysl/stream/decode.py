@@ -121,7 +121,7 @@ def cut_clips(
         if view.of_clips is None:
             continue
         own_rng = image_rng.named(rng_name(name))
-        chosen = view.of_clips.choose(clips, own_rng)
+        chosen = view.chosen(clips, own_rng)
         if chosen.target is not None:
             targets[name] = chosen.target
         if chosen.crops_bpchw is not None:

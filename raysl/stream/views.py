@@ -9,7 +9,9 @@ from torch import Tensor
 
 from raysl.augment import Recipe, SourceCrop, color_jitter, hflip
 from raysl.augment.own_augmentation import OwnAugmentation
-from raysl.pretext import OfClips, Pretext, Transformed, of_clips
+from raysl.dataset.clips import Clips
+from raysl.errors import blamed
+from raysl.pretext import Chosen, OfClips, Pretext, Transformed, check_target, of_clips
 from raysl.rng import ImageRng
 
 
@@ -50,7 +52,22 @@ class View:
 
         Returns:
             uint8 crops (b, p, 3, h, w) and the target, on the device of the images.
+
+        Raises:
+            UserError: a target is no label of the transform, or code of the user fails.
         """
+        with blamed():
+            return self._made(images_bchw, image_rng)
+
+    def chosen(self, clips: Clips, image_rng: ImageRng) -> Chosen:
+        """Return what a view of clips shows of each clip. Raises as the view of images."""
+        assert self.of_clips is not None
+        with blamed():
+            found = self.of_clips.choose(clips, image_rng)
+        check_target(self.pretext, found.target)
+        return found
+
+    def _made(self, images_bchw: Tensor, image_rng: ImageRng) -> Transformed:
         side = self.source.size
         if images_bchw.ndim == 5:
             return Transformed(self._frames(images_bchw, image_rng), None)
@@ -58,6 +75,7 @@ class View:
         if self.pretext.color == "source":
             images_bchw = self._colored(images_bchw, image_rng, side)
         made = self.pretext.transform(images_bchw, image_rng.named("transform"))
+        check_target(self.pretext, made.target)
         if self.pretext.color != "crops":
             return made
         crops = made.crops_bpchw

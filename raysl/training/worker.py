@@ -19,7 +19,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn.parallel import DistributedDataParallel
 
-from raysl import checkpoint, optim
+from raysl import checkpoint, optim, ray_cluster
 from raysl.backbone import norm
 from raysl.checkpoint import Saver
 from raysl.communication import collective
@@ -375,8 +375,9 @@ def work(job: Job) -> None:
         worker.restore()
         worker.train()
     except UserError as error:
+        found = ray_cluster.user_error(error) or error  # of a data task, without the traceback
         ray.get(
-            job.progress_actor.fail.remote(error if type(error) is StorageError else UserError(str(error)))
+            job.progress_actor.fail.remote(found if type(found) is StorageError else UserError(str(found)))
         )
         raise
     except torch.OutOfMemoryError as error:

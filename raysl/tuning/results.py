@@ -10,6 +10,7 @@ from math import sqrt
 from statistics import NormalDist, mean, stdev, variance
 from typing import TYPE_CHECKING, Any, Literal
 
+from raysl import probes
 from raysl.config import Pretraining
 from raysl.errors import UserError, counted
 from raysl.storage import Folder
@@ -43,6 +44,8 @@ class SweepResults:
     def config(self) -> SweepConfig:
         """The configuration of the sweep, without the places of its data."""
         settings = _known(SweepConfig, self.journal.header["config"])
+        if settings.get("probe", SweepConfig.probe) not in probes.names():
+            _ = self.base  # It adds the plugins of the sweep, or says that one is not trusted.
         return SweepConfig(str(self.journal.folder), tuple(self.space.names), **settings)
 
     @cached_property

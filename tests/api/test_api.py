@@ -50,7 +50,17 @@ def test_every_verb_is_a_function_and_every_name_is_typed() -> None:
     ("call", "answer"),
     [
         (lambda: raysl.pretrain("/nowhere", "run"), "'/nowhere' does not exist"),
-        (lambda: raysl.pretrain("d", "r", temperature=1), "Unknown argument or part of the method"),
+        (lambda: raysl.pretrain("d", "r", nothing=1), "Unknown argument or part of the method"),
+        (
+            lambda: raysl.pretrain("d", "r", lr=0.1),
+            r"'lr' is no argument of its own\. Give optim={\"lr\": \.\.\.}\.",
+        ),
+        (lambda: raysl.pretrain("d", "r", temperature=1), r"Give pirl={\"temperature\": \.\.\.}"),
+        (
+            lambda: raysl.pretrain("d", "r", method="simclr", pirl={}),
+            "'simclr' has no part 'pirl'; it has 'simclr'",
+        ),
+        (lambda: raysl.pretrain("d", "r", optim=0.1), "an OptimConfig, a mapping of its fields, or a name"),
         (
             lambda: raysl.pretrain("d", "r", epoch=2),
             "Did you mean 'epochs'.* Known: .*, callbacks, .*, probe_every,",
@@ -61,6 +71,7 @@ def test_every_verb_is_a_function_and_every_name_is_typed() -> None:
             "There is no checkpoint at",
         ),
         (lambda: raysl.pretrain("d", "r", pirl={"temprature": 1}), "'temperature'"),
+        (lambda: raysl.pretrain(raysl.Pretraining("d", "r")), r"as in raysl\.pretrain\(config="),  # type: ignore[arg-type]
         (lambda: raysl.pretrain("d"), "lacks 'run'.* Give run=FOLDER"),
         (lambda: raysl.pretrain("d", "r", callback=[]), "Did you mean 'callbacks'"),
         (lambda: raysl.pretrain("d", "r", image_size=1), "image.size is 1"),
@@ -84,6 +95,16 @@ def test_every_verb_is_a_function_and_every_name_is_typed() -> None:
         (lambda: raysl.pretrain(3, "r"), "type int"),  # type: ignore[arg-type]
         (lambda: raysl.ingest("shapes:10", "d", {"shard_image": 1}), "shard_images"),  # type: ignore[arg-type]
         (lambda: raysl.sweep("d", out="o", vary=("lam",), train=Path("/nowhere")), "'d' does not exist"),
+        (lambda: raysl.sweep("d", out="o", vary="lam", sample=1), "Did you mean 'samples'"),
+        (lambda: raysl.sweep("d", out="o", vary="lam", lr=1), r"Give optim={\"lr\": \.\.\.}"),
+        (
+            lambda: raysl.sweep("d", out="o", vary={"lam": ["0.1,1"]}),
+            "'lam' over '0.1,1': a value may have no comma",
+        ),
+        (
+            lambda: raysl.sweep(raysl.Pretraining("d", "-"), out="o", vary="lam"),  # type: ignore[arg-type]
+            r"`data` is expected\. Give it as base=",
+        ),
         (lambda: raysl.export("/nowhere", format="onnx"), "No run at '/nowhere'"),
         (lambda: raysl.report([]), "No folder"),
         (lambda: raysl.views("d", "picture.doc"), "ends in .png"),
@@ -93,7 +114,10 @@ def test_every_verb_is_a_function_and_every_name_is_typed() -> None:
             lambda: raysl.probe("/nowhere/run", "shapes:9", "shapes:9#test", "knn"),
             "There is no checkpoint at",
         ),
-        (lambda: raysl.pretrain("d", "r", backbone=3), "BackboneConfig or a mapping of its fields"),
+        (
+            lambda: raysl.pretrain("d", "r", backbone=3),
+            "a BackboneConfig, a mapping of its fields, or a name",
+        ),
     ],
 )
 def test_mistakes_are_one_clear_error(call: Any, answer: str, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -163,3 +163,10 @@ def test_the_next_commands_can_be_pasted() -> None:
     assert "raysl probe '/my runs/a b' --train" in said
     assert "raysl features '/my runs/a b' --data 'my photos' --out" in said
     assert "raysl export '/my runs/a b' " in said
+    assert "RAYSL_PLUGINS" not in said
+
+
+def test_the_next_commands_may_run_the_code_of_the_run(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("RAYSL_PLUGINS", "/my code/flip.py")
+    said = verbs._next_commands(Run(Folder("/a")), "photos", {"/my code/flip.py": ""})
+    assert said.startswith("  export RAYSL_PLUGINS='/my code/flip.py' ")

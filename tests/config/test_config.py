@@ -76,7 +76,7 @@ def test_parts_are_completed_with_defaults_and_may_be_json_values() -> None:
         ({"parts": {"jigsw": {}}}, "part of the method 'pirl-jigsaw': 'jigsw'. Did you mean 'jigsaw'"),
         (
             {"method": "predict-rotation", "parts": {"jigsaw": {}}},
-            "part of the method 'predict-rotation': 'jigsaw'",
+            "The method 'predict-rotation' has no part 'jigsaw'; it has 'predict' and 'rotation'",
         ),
         ({"method": "pirl-jigsow"}, "'jigsow'. Did you mean 'jigsaw'"),
     ],

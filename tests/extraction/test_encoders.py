@@ -16,7 +16,7 @@ from raysl.backbone import network
 from raysl.backbone.network import Backbone, BackboneConfig
 from raysl.errors import UserError
 from raysl.extraction import Encoder, RandomBackbone, Trained, Weights, encoder_by_name, layers, stages
-from raysl.extraction.encoders import check, view_size
+from raysl.extraction.encoders import check_encoder, view_size
 from raysl.model_export import ExportConfig, export
 from raysl.run import Run
 from tests.data import make_dataset
@@ -234,10 +234,10 @@ def test_a_folder_of_an_export_states_its_backbone_and_size(tmp_path: Path) -> N
         encoder = encoder_by_name(place, BackboneConfig())
         assert isinstance(encoder, Weights)
         assert (encoder.config, view_size(encoder)) == (run.config().backbone, 16)
-        check(encoder, ["res3"])
+        check_encoder(encoder, ["res3"])
     assert view_size(encoder_by_name(f"{out}/model.safetensors", RESNET)) == 224
     with pytest.raises(UserError, match=r"lacks .* weights of the backbone 'resnet18'"):
-        check(encoder_by_name(f"{out}/model.safetensors", RESNET), ["res3"])
+        check_encoder(encoder_by_name(f"{out}/model.safetensors", RESNET), ["res3"])
 
 
 def test_a_run_and_each_of_its_checkpoints(tmp_path: Path) -> None:

@@ -202,6 +202,11 @@ def test_the_reason_why_a_process_refused_to_start_is_found_in_what_ray_says() -
     assert str(ray_cluster.user_error(died)) == "host runs code 1, not 2. Fix it."
 
 
+def test_what_ray_data_adds_to_an_error_of_a_task_is_left_out() -> None:
+    error = UserError("A target is wrong.\nFailed to apply UDF transform after 1/1 attempts.\nTo change ...")
+    assert str(ray_cluster.user_error(error)) == "A target is wrong."
+
+
 @pytest.mark.parametrize("address", ["", "10.0.0.1:6379"])
 def test_a_ray_that_does_not_start_is_told(monkeypatch: pytest.MonkeyPatch, address: str) -> None:
     def fails(**_: object) -> None:

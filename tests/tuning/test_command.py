@@ -44,6 +44,26 @@ def test_flags_of_a_sweep_and_of_its_runs_are_one_list(monkeypatch: pytest.Monke
     assert config == SweepConfig("S", ("temperature=0.1,0.2", "lam"), test="T", seeds=(0, 1, 2))
 
 
+@pytest.mark.parametrize("base", [{"epochs": 7}, Pretraining("unused", "-", "simclr", epochs=7)])
+def test_a_sweep_in_python_takes_the_fields_of_its_runs(
+    base: Any, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    tried: list[tuple[Pretraining, SweepConfig]] = []
+    monkeypatch.setattr("raysl.ray_cluster.start", lambda: None)
+    monkeypatch.setattr("raysl.ray_cluster.placement.machines", lambda: Machines(({"CPU": 2.0},)))
+    monkeypatch.setattr("raysl.tuning.sweep.sweep", lambda *given: tried.append(given))
+    images = make_dataset(tmp_path / "images", 40)
+    vary = {"temperature": [0.1, 0.2], "optim.lr": "0.01..0.1", "simclr.norm": None, "optim.clip_norm": 1}
+    own: dict[str, Any] = {"seeds": (3,), "train": images, "searcher": "random", "seed": 5}
+    runs: dict[str, Any] = {"method": "simclr", "batch_size": 8, "simclr": {"dim": 16}}
+    api.sweep(images, out=tmp_path / "out", vary=vary, base=base, **own, **runs)
+    ((learner, config),) = tried
+    assert (learner.method, learner.epochs, learner.batch_size) == ("simclr", 7, 8)
+    assert (learner.parts["simclr"].dim, learner.data, learner.seed) == (16, str(images.folder), 0)
+    assert config.vary == ("temperature=0.1,0.2", "optim.lr=0.01..0.1", "simclr.norm", "optim.clip_norm=1")
+    assert (config.seeds, config.train, config.seed) == ((3,), str(images.folder), 5)
+
+
 def test_fields_that_trials_vary_are_not_listed_as_chosen(
     monkeypatch: pytest.MonkeyPatch, tmp_path: Path, caplog: pytest.LogCaptureFixture
 ) -> None:
