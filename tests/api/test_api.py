@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import ast
 import re
+from collections.abc import Callable
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -168,3 +169,23 @@ def test_a_run_without_its_source_names_the_copy_of_its_images(tmp_path: Path) -
     kept.folder.delete()
     with pytest.raises(UserError, match=r"the images or labels differ\. Give the data set it was begun on"):
         check_same(metadata, {}, make_dataset(tmp_path / "more", 6), str(run))
+
+
+def test_weights_are_checked_before_a_source_is_read(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    def read(data: str) -> None:
+        raise AssertionError(f"{data} was read")
+
+    monkeypatch.setattr("raysl.ingestion.resolve", read)
+    file = tmp_path / "weights.pth"
+    file.write_text("no weights")
+    calls: list[Callable[[], object]] = [
+        lambda: raysl.features(file, data="shapes:9", out=tmp_path / "features"),
+        lambda: raysl.probe(file, "shapes:9", "shapes:8", out=tmp_path / "out"),
+        lambda: raysl.clusterfit(file, data="shapes:9", run=tmp_path / "run", k=2),
+        lambda: raysl.pretrain("shapes:9", tmp_path / "run", backbone={"weights": str(file)}),
+    ]
+    for call in calls:
+        with pytest.raises(UserError, match="it is a text file"):
+            call()
+    with pytest.raises(UserError, match="has no folder for results"):
+        raysl.probe("random", "shapes:9", "shapes:8")
